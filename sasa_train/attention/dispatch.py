@@ -1,0 +1,178 @@
+"""`local_attention`: the one public function. Argument checks, then a torch.library op that picks the backend.
+
+Backends: `reference` (plain PyTorch, every device and dtype). `cpu` and `triton` are names kept for the compiled
+kernels; until they exist, asking for one is an error, and `auto` means `reference`.
+"""
+
+import functools
+import logging
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from sasa_train.attention import reference
+
+BACKENDS = ("auto", "reference", "cpu", "triton")
+BORDERS = ("mask", "zero")
+
+log = logging.getLogger(__name__)
+
+
+def local_attention(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    rel_height: Tensor | None = None,
+    rel_width: Tensor | None = None,
+    *,
+    kernel_size: int,
+    content: bool = True,
+    border: str = "mask",
+    backend: str = "auto",
+) -> Tensor:
+    """Attend from each position to the K x K window around it (arXiv 1906.05909, Eq. 3; no scaling of the scores).
+
+    The definition, with every convention, is in `sasa_train/attention/reference.py`.
+
+    Args:
+        query, key, value: [B, N, H, W, D] (batch, heads, height, width, head_dim), one floating dtype, any strides.
+            `key` may be None when `content=False`.
+        rel_height, rel_width: relative embeddings [K, D/2], shared by the heads, or [N, K, D/2]; both or neither.
+            They may be float32 beside half-precision q, k, v.
+        kernel_size: K, odd: the side of the window.
+        content: whether q.k is part of the score.
+        border: "mask" (positions outside the image take no part) or "zero" (they take part with key 0 and value 0).
+        backend: "auto", "reference", "cpu" or "triton". One asked for by name that cannot run is an error.
+
+    Returns:
+        [B, N, H, W, D], dtype and order of strides as `value`. Differentiable in all five tensors; deterministic.
+
+    Raises:
+        ValueError: an argument breaks a rule above; the message names it, its value and the rule.
+        RuntimeError: the backend asked for by name cannot run here.
+    """
+    _check(query, key, value, rel_height, rel_width, kernel_size, content, border, backend)
+    _require(backend)
+    return _local_attention(query, key if content else None, value, rel_height, rel_width, kernel_size, border, backend)
+
+
+@torch.library.custom_op("sasa_train::local_attention", mutates_args=())
+def _local_attention(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    rel_height: Tensor | None,
+    rel_width: Tensor | None,
+    kernel_size: int,
+    border: str,
+    backend: str,
+) -> Tensor:
+    if backend == "auto":
+        _say_once(f"local_attention: backend=auto runs the reference on {query.device.type}")
+    output = torch.empty_like(value)  # value's order of strides, as the fake implementation promises
+    return output.copy_(
+        reference.local_attention_forward(query, key, value, rel_height, rel_width, kernel_size, border)
+    )
+
+
+@_local_attention.register_fake
+def _(query, key, value, rel_height, rel_width, kernel_size, border, backend):
+    return torch.empty_like(value)
+
+
+@torch.library.custom_op("sasa_train::local_attention_backward", mutates_args=())
+def _local_attention_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    rel_height: Tensor | None,
+    rel_width: Tensor | None,
+    kernel_size: int,
+    border: str,
+    backend: str,
+) -> list[Tensor]:
+    """Gradients of those of the five tensors that are there, in their order (an op cannot return None)."""
+    inputs = (query, key, value, rel_height, rel_width)
+    grads = reference.local_attention_backward(grad_output, *inputs, kernel_size, border)
+    return [torch.empty_like(x).copy_(g) for x, g in zip(inputs, grads, strict=True) if x is not None and g is not None]
+
+
+@_local_attention_backward.register_fake
+def _(grad_output, query, key, value, rel_height, rel_width, kernel_size, border, backend):
+    return [torch.empty_like(x) for x in (query, key, value, rel_height, rel_width) if x is not None]
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.kernel_size, ctx.border, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad_output):
+    tensors = ctx.saved_tensors
+    present = iter(_local_attention_backward(grad_output, *tensors, ctx.kernel_size, ctx.border, ctx.backend))
+    return (*(None if x is None else next(present) for x in tensors), None, None, None)
+
+
+_local_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.sasa_train.local_attention)
+def _forward_flops(query, key, value, rel_height, rel_width, kernel_size, *_, **__) -> int:
+    """2*K*K*D a head and position for each of q.k, q.r and weights times values; every window counted full."""
+    batch, num_heads, height, width, head_dim = query
+    num_products = 1 + (key is not None) + (rel_height is not None)
+    return num_products * 2 * kernel_size**2 * head_dim * batch * num_heads * height * width
+
+
+@register_flop_formula(torch.ops.sasa_train.local_attention_backward)
+def _backward_flops(grad_output, *args, **kwargs) -> int:
+    """Each product has two gradients of its own cost; the scores computed again are not counted."""
+    return 2 * _forward_flops(*args)
+
+
+def _require(backend: str) -> None:
+    if backend in ("cpu", "triton"):
+        raise RuntimeError(f"backend={backend!r} is not part of this version; use backend='auto' or 'reference'")
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    log.info(message)
+
+
+def _check(query, key, value, rel_height, rel_width, kernel_size, content, border, backend) -> None:
+    if query.dim() != 5:
+        raise ValueError(f"query must be [B, N, H, W, D]; got {_shape(query)}")
+    if content and key is None:
+        raise ValueError("key=None goes with content=False alone; pass a key or content=False")
+    if (rel_height is None) != (rel_width is None):
+        raise ValueError("rel_height and rel_width go together; pass both or neither")
+    if not content and rel_height is None:
+        raise ValueError("content=False without rel_height and rel_width leaves no score; pass the embeddings")
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor is not None and (tensor.shape != query.shape or tensor.dtype != query.dtype):
+            raise ValueError(
+                f"{name} must match query's shape and dtype, {_shape(query)} {query.dtype}; "
+                f"got {_shape(tensor)} {tensor.dtype}"
+            )
+    if not query.dtype.is_floating_point:
+        raise ValueError(f"query must have a floating dtype; got {query.dtype}")
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size={kernel_size} must be odd and positive, so that the window has a centre")
+    if border not in BORDERS:
+        raise ValueError(f"border={border!r} must be one of {', '.join(BORDERS)}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
+    num_heads, head_dim = query.shape[1], query.shape[4]
+    if rel_height is not None and head_dim % 2:
+        raise ValueError(f"head_dim={head_dim} must be even with relative embeddings: half for rows, half for columns")
+    for name, rel in (("rel_height", rel_height), ("rel_width", rel_width)):
+        expected = (kernel_size, head_dim // 2)
+        if rel is not None and tuple(rel.shape) not in (expected, (num_heads, *expected)):
+            raise ValueError(f"{name} must be {list(expected)} or {[num_heads, *expected]}; got {_shape(rel)}")
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)

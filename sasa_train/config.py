@@ -1,0 +1,315 @@
+"""Every knob, with type, default, unit and meaning; the rules between them; and which of them shape a trajectory.
+
+No torch here, so that `--help` is instant. `configs/` holds named sets of values for these knobs, nothing else.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+OWN_MODELS = tuple(f"{family}_resnet{depth}" for family in ("sasa", "hybrid", "conv") for depth in (26, 38, 50))
+SMALL_IMAGE = 64  # pixels: up to here images take the small transforms and may be resident
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+DEVICES = ("auto", "cpu", "cuda")
+DATA_NAMES = ("digits", "cifar10", "cifar100", "imagenet", "image_folder")
+CHOICES = {
+    "data.name": DATA_NAMES,
+    "data.resident": ("auto", "true", "false"),
+    "optimizer.lr_basis": ("absolute", "per_256"),
+    "trainer.precision": PRECISIONS,
+    "trainer.device": DEVICES,
+}
+
+
+class ConfigError(Exception):
+    """A refused config or input: the message names the key, its value, the rule and the remedy. Exit code 2."""
+
+
+def knob(default: Any, meaning: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": meaning})
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass
+class ModelConfig:
+    name: str = knob("sasa_resnet26", "a name in timm's registry: {sasa,hybrid,conv}_resnet{26,38,50} or any timm model")
+    num_classes: int | None = knob(None, "null: from the data set")
+    # The dials of our own models; null: as the name says.
+    stem: str | None = knob(
+        None, "conv, attention; for images <= 64 px conv_small, attention_small; attention_plain, attention_convvalues"
+    )
+    stage_ops: list[str] | None = knob(None, "four of conv / attention")
+    kernel_size: int | None = knob(None, "the attention window's side, odd (7)")
+    num_heads: int | None = knob(None, "attention heads; divides each stage's channels (8)")
+    width: float | None = knob(None, "factor on every layer's channels (1.0)")
+    position: str | None = knob(None, "relative, absolute or none (relative)")
+    content: bool | None = knob(None, "q.k as part of the score (true)")
+    border: str | None = knob(None, "mask: positions outside the image take no part; zero: they do (mask)")
+    drop_path_rate: float = knob(0.0, "stochastic depth of the last block, linear from 0 at the first")
+    bn_momentum: float | None = knob(None, "batch norm's momentum, PyTorch's sense; null: the model's own (0.1)")
+
+
+@dataclass
+class DataConfig:
+    name: str = knob("digits", "digits, cifar10, cifar100, imagenet or image_folder")
+    root: str = knob("data", "folder of the images; digits need none")
+    image_size: int | None = knob(None, "pixels; null: 8 digits, 32 CIFAR, 224 others. <= 64 takes the small transforms")
+    num_workers: int | None = knob(None, "decoding processes; 0: none; null: half of the processors, 8 at most")
+    resident: str = knob("auto", "auto, true or false: the whole set decoded in memory (images <= 64 px)")
+    max_train_images: int | None = knob(None, "a fixed class-balanced subset, independent of the seed")
+    max_val_images: int | None = knob(None, "likewise for val")
+    holdout_fraction: float = knob(0.0, "> 0: val is this stratified, fixed part of train (0.04 in the paper's Table 3)")
+    mean: list[float] | None = knob(None, "per channel, of [0, 1] values; null: the set's own (image_folder: ImageNet's)")
+    std: list[float] | None = knob(None, "likewise")
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = knob("sgd", "a name in timm's list_optimizers(); timm's sgd is Nesterov's, momentum is without")
+    lr: float = knob(0.1, "the peak learning rate, in lr_basis")
+    lr_basis: str = knob("per_256", "per_256: lr x global_batch_size / 256; absolute")
+    weight_decay: float = knob(1e-4, "not on norms, biases and position embeddings")
+    momentum: float | None = knob(None, "null: timm's default (0.9) where the optimizer has one")
+    betas: list[float] | None = knob(None, "null: the optimizer's default")
+    eps: float | None = knob(None, "null: the optimizer's default")
+
+
+@dataclass
+class ScheduleConfig:
+    name: str = knob("cosine", "a name in timm's create_scheduler_v2: cosine, step, poly, tanh, constant")
+    warmup_epochs: float = knob(0.0, "epochs of linear warm-up from warmup_lr, within trainer.epochs")
+    warmup_lr: float = knob(0.0, "lr of the first step, absolute")
+    min_lr: float = knob(0.0, "the lower end, absolute")
+    decay_epochs: float = knob(30.0, "schedule.name=step: epochs between decays")
+    decay_rate: float = knob(0.1, "schedule.name=step or poly: factor or power")
+
+
+@dataclass
+class AugmentConfig:
+    crop: bool = knob(True, "random crop after padding (images <= 64 px), else random-resized crop; false: centre crop")
+    crop_padding: int | None = knob(None, "pixels, small images; null: image_size / 8")
+    crop_scale: list[float] = knob([0.08, 1.0], "area of the random-resized crop, as a part of the image (large images)")
+    crop_ratio: list[float] = knob([0.75, 1.3333333333333333], "its aspect ratio")
+    hflip: bool | None = knob(None, "random horizontal flip; null: yes, but not for digits")
+
+
+@dataclass
+class TrainerConfig:
+    epochs: int = knob(100, "passes over the training images; an epoch drops its incomplete last batch")
+    max_steps: int | None = knob(None, "ends the run, and its schedule, after so many steps")
+    global_batch_size: int = knob(256, "images a step, over all devices and accumulation")
+    grad_accum_steps: int = knob(1, "micro-batches a step; divides global_batch_size")
+    eval_every_epochs: int = knob(1, "epochs between evaluations on val; the last epoch is always evaluated")
+    precision: str = knob("auto", "fp32, bf16, fp16; auto: bf16 on a CUDA device that has it, else fp32")
+    channels_last: bool = knob(False, "channels-last memory format")
+    compile: bool = knob(False, "torch.compile the training forward pass")
+    deterministic: bool = knob(False, "bit-identical runs on CUDA too, slower; the CPU is deterministic anyway")
+    grad_clip_norm: float | None = knob(None, "clip the gradient's global L2 norm; null: no clipping")
+    ema_decay: float | None = knob(None, "exponential moving average of the weights; val and best then use it; null: none")
+    ema_warmup: bool = knob(True, "let the decay grow to ema_decay: min(ema_decay, 1 - step^(-2/3))")
+    label_smoothing: float = knob(0.0, "of the training loss")
+    log_every_steps: int = knob(50, "steps between train rows in metrics.jsonl")
+    checkpoint_every_steps: int | None = knob(None, "null: at the end of each epoch alone")
+    keep_checkpoints: int = knob(3, "step-numbered checkpoints kept beside last and best")
+    device: str = knob("auto", "auto, cpu or cuda")
+
+
+@dataclass
+class TrainConfig:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    seed: int = knob(0, "of initialisation, order, crops and flips")
+    run_name: str | None = knob(None, "null: readable, from those keys that change the trajectory")
+    output_dir: str = knob("outputs", "run folders are made here")
+    resume: str = knob("auto", "auto; never (a new numbered run); a run folder (in place); a checkpoint (a new run)")
+    allow_config_change: list[str] = knob([], "keys that may differ from the checkpoint's on resume")
+
+
+# Keys that may differ between a run and its continuation: they change where and how fast it runs, not what it computes.
+NOT_TRAJECTORY = {
+    "run_name",
+    "output_dir",
+    "resume",
+    "allow_config_change",
+    "data.num_workers",
+    "data.resident",
+    "trainer.device",
+    "trainer.log_every_steps",
+    "trainer.checkpoint_every_steps",
+    "trainer.keep_checkpoints",
+}
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{"trainer.epochs": 100, ...} of a (nested) dataclass or dict."""
+    items = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
+    flat: dict[str, Any] = {}
+    for key, value in items.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def knob_table() -> dict[str, dataclasses.Field]:
+    """Each knob's dotted key and its dataclass field, in order; top-level knobs last."""
+    table: dict[str, dataclasses.Field] = {}
+    for group in dataclasses.fields(TrainConfig):
+        if dataclasses.is_dataclass(group.type):
+            table.update({f"{group.name}.{f.name}": f for f in dataclasses.fields(group.type)})
+    table.update({f.name: f for f in dataclasses.fields(TrainConfig) if not dataclasses.is_dataclass(f.type)})
+    return table
+
+
+def trajectory(config: TrainConfig) -> dict[str, Any]:
+    """The knobs that change what a run computes."""
+    flat = {key: value for key, value in flatten(config).items() if key not in NOT_TRAJECTORY}
+    if config.data.name == "digits":
+        flat.pop("data.root")
+    return flat
+
+
+def default_run_name(config: TrainConfig) -> str:
+    """Readable and stable: model, data, epochs, seed, and 8 hex digits of the whole trajectory."""
+    identity = trajectory(config)
+    if config.resume not in ("auto", "never"):
+        identity["resume"] = config.resume
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    model = re.sub(r"[^A-Za-z0-9_.-]+", "-", config.model.name)
+    return f"{config.data.name}-{model}-e{config.trainer.epochs}-s{config.seed}-{digest}"
+
+
+def differing_keys(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """Trajectory keys in which two configs differ, less those that `new` allows to."""
+    before, after = trajectory(old), trajectory(new)
+    keys = [key for key in after.keys() | before.keys() if before.get(key) != after.get(key)]
+    return sorted(set(keys) - set(new.allow_config_change))
+
+
+def validate(config: TrainConfig) -> None:
+    """Raise ConfigError for values that break a rule or cannot go together; nothing is loaded yet."""
+    flat = flatten(config)
+    for key, choices in CHOICES.items():
+        _rule(flat[key] in choices, key, flat[key], f"must be one of {', '.join(choices)}")
+    for key in POSITIVE:
+        _rule(flat[key] is None or flat[key] > 0, key, flat[key], "must be positive")
+    for key in NOT_NEGATIVE:
+        _rule(flat[key] is None or flat[key] >= 0, key, flat[key], "must not be negative")
+    for key in FRACTIONS:
+        _rule(flat[key] is None or 0 <= flat[key] < 1, key, flat[key], "must be at least 0 and below 1")
+    for key in config.allow_config_change:
+        _rule(key in flat, "allow_config_change", key, "must name knobs, as in [trainer.epochs]")
+    _validate_model(config.model)
+    _validate_data(config)
+    trainer = config.trainer
+    _rule(
+        trainer.global_batch_size % trainer.grad_accum_steps == 0,
+        "trainer.global_batch_size",
+        trainer.global_batch_size,
+        f"must be divisible by trainer.grad_accum_steps={trainer.grad_accum_steps}; the nearest that fit are "
+        + " and ".join(str(n) for n in _nearest_multiples(trainer.global_batch_size, trainer.grad_accum_steps)),
+    )
+    _rule(
+        config.schedule.warmup_epochs <= trainer.epochs,
+        "schedule.warmup_epochs",
+        config.schedule.warmup_epochs,
+        f"must not exceed trainer.epochs={trainer.epochs}",
+    )
+    if config.run_name is not None:
+        _rule(
+            re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.=,+-]*", config.run_name) is not None,
+            "run_name",
+            config.run_name,
+            "must be a plain folder name: letters, digits and _ . = , + -",
+        )
+
+
+POSITIVE = (
+    "data.image_size",
+    "data.max_train_images",
+    "data.max_val_images",
+    "model.num_classes",
+    "model.num_heads",
+    "model.width",
+    "optimizer.lr",
+    "trainer.epochs",
+    "trainer.max_steps",
+    "trainer.global_batch_size",
+    "trainer.grad_accum_steps",
+    "trainer.eval_every_epochs",
+    "trainer.grad_clip_norm",
+    "trainer.log_every_steps",
+    "trainer.checkpoint_every_steps",
+    "schedule.decay_epochs",
+)
+NOT_NEGATIVE = (
+    "seed",
+    "data.num_workers",
+    "augment.crop_padding",
+    "optimizer.weight_decay",
+    "schedule.warmup_epochs",
+    "schedule.warmup_lr",
+    "schedule.min_lr",
+    "trainer.keep_checkpoints",
+)
+FRACTIONS = ("data.holdout_fraction", "model.drop_path_rate", "model.bn_momentum", "trainer.ema_decay", "trainer.label_smoothing")
+DIALS = ("stem", "stage_ops", "kernel_size", "num_heads", "width", "position", "content", "border")
+
+
+def _validate_model(model: ModelConfig) -> None:
+    if model.name not in OWN_MODELS:
+        for dial in DIALS:
+            _rule(
+                getattr(model, dial) is None,
+                f"model.{dial}",
+                getattr(model, dial),
+                f"is a dial of our own models, which {model.name!r} is not: leave it out, or choose one of "
+                + ", ".join(OWN_MODELS),
+            )
+    _rule(
+        model.kernel_size is None or model.kernel_size % 2 == 1,
+        "model.kernel_size",
+        model.kernel_size,
+        "must be odd, so that the window has a centre",
+    )
+
+
+def _validate_data(config: TrainConfig) -> None:
+    data, augment = config.data, config.augment
+    size = resolved_image_size(data)
+    _rule(
+        data.resident != "true" or size <= SMALL_IMAGE,
+        "data.resident",
+        data.resident,
+        f"needs images of {SMALL_IMAGE} pixels and less, but data.image_size={size}: a random-resized crop reads the "
+        "full-size originals; use data.resident=auto",
+    )
+    for name in ("mean", "std"):
+        value = getattr(data, name)
+        _rule(value is None or len(value) == 3, f"data.{name}", value, "must be three numbers, red, green and blue")
+    _rule(data.std is None or min(data.std) > 0, "data.std", data.std, "must be positive")
+    low, high = augment.crop_scale if len(augment.crop_scale) == 2 else (1, 0)
+    _rule(0 < low <= high <= 1, "augment.crop_scale", augment.crop_scale, "must be [low, high] with 0 < low <= high <= 1")
+    low, high = augment.crop_ratio if len(augment.crop_ratio) == 2 else (1, 0)
+    _rule(0 < low <= high, "augment.crop_ratio", augment.crop_ratio, "must be [low, high] with 0 < low <= high")
+
+
+def resolved_image_size(data: DataConfig) -> int:
+    return data.image_size or {"digits": 8, "cifar10": 32, "cifar100": 32}.get(data.name, 224)
+
+
+def _nearest_multiples(value: int, divisor: int) -> list[int]:
+    below = value // divisor * divisor
+    return [n for n in (below, below + divisor) if n > 0]
+
+
+def _rule(holds: bool, key: str, value: Any, rule: str) -> None:
+    if not holds:
+        raise ConfigError(f"{key}={value} {rule}")

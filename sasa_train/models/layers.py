@@ -1,0 +1,272 @@
+"""The two attention layers of arXiv 1906.05909: the one that replaces a 3x3 convolution, and the stem.
+
+Feature maps are BCHW here; attention itself speaks [B, N, H, W, D].
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from sasa_train.attention import local_attention
+
+POSITIONS = ("relative", "absolute", "none")
+BLOCK_SIZE = 4  # the attention stem's blocks, and its max pool
+STEM_NUM_HEADS = 4
+STEM_NUM_MIXTURES = 4  # the paper leaves it open; 4 meets its FLOPs (docs/paper.md)
+STEM_VALUES = ("mixture", "plain", "conv")
+
+
+class LocalSelfAttention2d(nn.Module):
+    """Self-attention over a K x K window around each position, in place of a K x K convolution (Eq. 3).
+
+    Dense query, key and value projections without bias, split into heads; no output projection; then, with
+    `stride=2`, a 2x2 average pool, so that attention runs at the input's resolution. BCHW in, BCHW out.
+
+    Initialisation: projections N(0, 1/in_channels) and embeddings N(0, 1/head_dim), as Axial-DeepLab's code has it
+    (the paper gives none): with unscaled scores the safer start.
+
+    Args:
+        in_channels, out_channels: `out_channels` is split over the heads.
+        kernel_size: the window, odd.
+        num_heads: must divide `out_channels`; with relative positions head_dim must be even.
+        stride: 1, or 2 for the pool.
+        position: "relative"; "absolute" (a sinusoid added to what the query and key projections read); "none".
+        content: whether q.k is part of the score; without it there is no key projection.
+        border: "mask" or "zero", see `local_attention`.
+        share_rel: one pair of relative embeddings for all heads, or one a head.
+
+    Raises:
+        ValueError: dials that cannot go together.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 7,
+        num_heads: int = 8,
+        stride: int = 1,
+        position: str = "relative",
+        content: bool = True,
+        border: str = "mask",
+        share_rel: bool = True,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        _check_dials(in_channels, out_channels, kernel_size, num_heads, stride, position, content)
+        self.num_heads, self.kernel_size = num_heads, kernel_size
+        self.position, self.content, self.border, self.backend = position, content, border, backend
+        head_dim = out_channels // num_heads
+        # One convolution for all projections: query, [key,] value, each `out_channels` wide and dense.
+        self.qkv = nn.Conv2d(in_channels, (3 if content else 2) * out_channels, 1, bias=False)
+        if position == "relative":
+            shape = (kernel_size, head_dim // 2) if share_rel else (num_heads, kernel_size, head_dim // 2)
+            self.rel_height = nn.Parameter(torch.empty(shape))
+            self.rel_width = nn.Parameter(torch.empty(shape))
+        else:
+            self.rel_height = self.rel_width = None
+        self.pool = nn.AvgPool2d(2, 2) if stride == 2 else nn.Identity()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.qkv.weight, std=self.qkv.in_channels**-0.5)
+        if self.rel_height is not None and self.rel_width is not None:
+            head_dim = 2 * self.rel_height.shape[-1]
+            nn.init.normal_(self.rel_height, std=head_dim**-0.5)
+            nn.init.normal_(self.rel_width, std=head_dim**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x)
+        if self.position == "absolute":
+            qkv = qkv + self._projected_sinusoid(x)
+        # [B, C', H, W] -> 3 (or 2) x [B, N, H, W, D], strided views
+        heads = qkv.unflatten(1, (-1, self.num_heads, qkv.shape[1] // self._num_projections // self.num_heads))
+        projections = heads.permute(1, 0, 2, 4, 5, 3).unbind(0)
+        query, value = projections[0], projections[-1]
+        out = local_attention(
+            query,
+            projections[1] if self.content else None,
+            value,
+            self.rel_height,
+            self.rel_width,
+            kernel_size=self.kernel_size,
+            content=self.content,
+            border=self.border,
+            backend=self.backend,
+        )
+        return self.pool(out.permute(0, 1, 4, 2, 3).flatten(1, 2))
+
+    @property
+    def _num_projections(self) -> int:
+        return 3 if self.content else 2
+
+    def _projected_sinusoid(self, x: Tensor) -> Tensor:
+        """What the sinusoid adds to the projections, [1, C', H, W]: W_Q and W_K read it, W_V does not.
+
+        The projection is linear and the sinusoid is a row code beside a column code, so each is projected alone.
+        """
+        num_reading = self.qkv.out_channels // self._num_projections * (self._num_projections - 1)
+        weight = self.qkv.weight[:num_reading, :, 0, 0]
+        of_row, of_column = weight.chunk(2, dim=1)
+        rows = of_row @ sinusoid(x.shape[1] // 2, x.shape[2], x.device).to(weight.dtype)
+        cols = of_column @ sinusoid(x.shape[1] // 2, x.shape[3], x.device).to(weight.dtype)
+        projected = rows[:, :, None] + cols[:, None, :]
+        return nn.functional.pad(projected, (0, 0, 0, 0, 0, self.qkv.out_channels - num_reading))[None]
+
+    def extra_repr(self) -> str:
+        return (
+            f"kernel_size={self.kernel_size}, num_heads={self.num_heads}, position={self.position}, "
+            f"content={self.content}, border={self.border}"
+        )
+
+
+class AttentionStem(nn.Module):
+    """The paper's stem (section 3.2, Eq. 8-9): attention inside aligned 4x4 blocks, BN, 4x4 max pool; no ReLU.
+
+    Queries, keys and values of a block see each other alone. Values are a mixture whose weights depend on the
+    position (a, b) inside the block: v_ab = sum_m p(a, b, m) W_V^m x_ab with
+    p(a, b, m) = softmax_m((emb_row(a) + emb_col(b)) . nu_m), shared by the heads.
+
+    BCHW in; out [B, out_channels, H/4, W/4], or H x W with `pool=False`.
+
+    Args:
+        in_channels, out_channels: `out_channels` is split over the heads.
+        values: "mixture"; or the ablations of Table 7: "plain" (one W_V) and "conv" (a 4x4 convolution).
+        pool: whether the 4x4 max pool follows; without it the stem suits images of 64 pixels and less.
+        num_heads, num_mixtures: the paper's 4 heads; 4 mixtures (its number is not given).
+        relative: whether q.r is part of the score.
+
+    Raises:
+        ValueError: `num_heads` does not fit `out_channels`; in forward, an image whose sides 4 does not divide.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        values: str = "mixture",
+        pool: bool = True,
+        num_heads: int = STEM_NUM_HEADS,
+        num_mixtures: int = STEM_NUM_MIXTURES,
+        relative: bool = True,
+    ):
+        super().__init__()
+        position = "relative" if relative else "none"
+        _check_dials(in_channels, out_channels, 2 * BLOCK_SIZE - 1, num_heads, 1, position, content=True)
+        if values not in STEM_VALUES:
+            raise ValueError(f"values={values!r} must be one of {', '.join(STEM_VALUES)}")
+        self.num_heads, self.values = num_heads, values
+        self.qk = nn.Conv2d(in_channels, 2 * out_channels, 1, bias=False)
+        if values == "conv":
+            self.value: nn.Module = nn.Sequential(
+                nn.ZeroPad2d((1, 2, 1, 2)), nn.Conv2d(in_channels, out_channels, BLOCK_SIZE, bias=False)
+            )
+        else:
+            num_mixtures = num_mixtures if values == "mixture" else 1
+            # W_V^1 .. W_V^m side by side: sum_m p_m W_V^m x is one projection of (p_1 x, .., p_m x).
+            self.value = nn.Conv2d(num_mixtures * in_channels, out_channels, 1, bias=False)
+        if values == "mixture":
+            self.emb_row = nn.Parameter(torch.empty(BLOCK_SIZE, out_channels))
+            self.emb_col = nn.Parameter(torch.empty(BLOCK_SIZE, out_channels))
+            self.nu = nn.Parameter(torch.empty(num_mixtures, out_channels))
+        if relative:
+            shape = (2 * BLOCK_SIZE - 1, out_channels // num_heads // 2)
+            self.rel_height = nn.Parameter(torch.empty(shape))
+            self.rel_width = nn.Parameter(torch.empty(shape))
+        else:
+            self.rel_height = self.rel_width = None
+        self.bn = nn.BatchNorm2d(out_channels)
+        self.pool = nn.MaxPool2d(BLOCK_SIZE) if pool else nn.Identity()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        in_channels, out_channels = self.qk.in_channels, self.qk.out_channels // 2
+        nn.init.normal_(self.qk.weight, std=in_channels**-0.5)
+        # Each W_V^m is N(0, 1/in_channels); the 4x4 convolution's fan-in counts its 16 taps.
+        num_taps = BLOCK_SIZE**2 if self.values == "conv" else 1
+        nn.init.normal_(next(self.value.parameters()), std=(in_channels * num_taps) ** -0.5)
+        if self.values == "mixture":
+            nn.init.normal_(self.emb_row)
+            nn.init.normal_(self.emb_col)
+            nn.init.normal_(self.nu, std=out_channels**-0.5)
+        if self.rel_height is not None and self.rel_width is not None:
+            nn.init.normal_(self.rel_height, std=(out_channels // self.num_heads) ** -0.5)
+            nn.init.normal_(self.rel_width, std=(out_channels // self.num_heads) ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        if height % BLOCK_SIZE or width % BLOCK_SIZE:
+            larger = [math.ceil(side / BLOCK_SIZE) * BLOCK_SIZE for side in (height, width)]
+            raise ValueError(
+                f"image of {height} x {width}: the attention stem needs sides that {BLOCK_SIZE} divides; "
+                f"the next size is {larger[0]} x {larger[1]}, or choose a convolutional stem"
+            )
+        query, key = (self._blocks(half) for half in self.qk(x).chunk(2, dim=1))
+        value = self._blocks(self.value(self._mix(x) if self.values == "mixture" else x))
+        scores = query @ key.transpose(-1, -2)
+        if self.rel_height is not None and self.rel_width is not None:
+            scores = scores + torch.einsum("bnpid,ijd->bnpij", query, self._relative(query.dtype))
+        attn_weights = scores.softmax(-1)
+        return self.pool(self.bn(self._unblock(attn_weights @ value, height, width)))
+
+    def mixture_weights(self) -> Tensor:
+        """p(a, b, m), [m, 4, 4]; sums to 1 over m."""
+        position = self.emb_row[:, None] + self.emb_col[None, :]
+        return torch.einsum("abc,mc->mab", position, self.nu).softmax(0)
+
+    def _mix(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, m*C, H, W]: x weighted with p of each mixture at its place in the block."""
+        tiles = (1, x.shape[2] // BLOCK_SIZE, x.shape[3] // BLOCK_SIZE)
+        weights = self.mixture_weights().to(x.dtype).repeat(tiles)
+        return (weights[None, :, None] * x[:, None]).flatten(1, 2)
+
+    def _relative(self, dtype: torch.dtype) -> Tensor:
+        """r for each query i and key j of a block, [16, 16, D]: rows in the first half of D, columns in the second."""
+        assert self.rel_height is not None and self.rel_width is not None
+        place = torch.arange(BLOCK_SIZE, device=self.rel_height.device)
+        offset = place[None, :] - place[:, None] + BLOCK_SIZE - 1  # [query, key]
+        rows = self.rel_height[offset]  # [4, 4, D/2]
+        cols = self.rel_width[offset]
+        size = BLOCK_SIZE
+        rows = rows[:, None, :, None].expand(size, size, size, size, -1)
+        cols = cols[None, :, None, :].expand(size, size, size, size, -1)
+        return torch.cat([rows, cols], dim=-1).flatten(2, 3).flatten(0, 1).to(dtype)
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, N, number of blocks, 16, D]."""
+        batch, channels, height, width = x.shape
+        size = BLOCK_SIZE
+        x = x.view(batch, self.num_heads, channels // self.num_heads, height // size, size, width // size, size)
+        return x.permute(0, 1, 3, 5, 4, 6, 2).flatten(4, 5).flatten(2, 3)
+
+    def _unblock(self, blocks: Tensor, height: int, width: int) -> Tensor:
+        """The inverse of `_blocks`."""
+        x = blocks.unflatten(3, (BLOCK_SIZE, BLOCK_SIZE)).unflatten(2, (height // BLOCK_SIZE, width // BLOCK_SIZE))
+        return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(x.shape[0], -1, height, width)
+
+
+def sinusoid(channels: int, length: int, device: torch.device | None = None) -> Tensor:
+    """The Transformer's absolute positions, [channels, length]: sines in the first half, cosines in the second."""
+    frequencies = 10_000.0 ** -(torch.arange(0, channels, 2, device=device) / channels)
+    angles = frequencies[:, None] * torch.arange(length, device=device)
+    return torch.cat([angles.sin(), angles.cos()])
+
+
+def _check_dials(
+    in_channels: int, channels: int, kernel_size: int, num_heads: int, stride: int, position: str, content: bool
+) -> None:
+    if channels % num_heads:
+        raise ValueError(f"num_heads={num_heads} must divide the layer's {channels} channels")
+    if position == "relative" and channels // num_heads % 2:
+        raise ValueError(f"num_heads={num_heads} leaves head_dim={channels // num_heads}; relative positions need it even")
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size={kernel_size} must be odd and positive, so that the window has a centre")
+    if stride not in (1, 2):
+        raise ValueError(f"stride={stride} must be 1 or 2")
+    if position not in POSITIONS:
+        raise ValueError(f"position={position!r} must be one of {', '.join(POSITIONS)}")
+    if position == "absolute" and in_channels % 4:
+        raise ValueError(f"position='absolute' needs input channels that 4 divides (sine, cosine; row, column): {in_channels}")
+    if not content and position != "relative":
+        raise ValueError(f"content=False with position={position!r} leaves no score; use position='relative'")

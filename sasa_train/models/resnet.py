@@ -1,0 +1,234 @@
+"""One ResNet whose dials give the paper's attention nets, its hybrids and its convolutional baselines.
+
+Registered with timm: `{sasa,hybrid,conv}_resnet{26,38,50}`. The paper's block counts differ from timm's: R26 is
+[1, 2, 4, 1] and R38 [2, 3, 5, 2] (R50's [3, 4, 6, 3] less 2 or 1 a stage). A stride sits in the 3x3 convolution, or
+in the pool after attention; shortcuts keep their strided 1x1 convolution.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from timm.layers import DropPath, create_classifier
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from sasa_train.models.layers import AttentionStem, LocalSelfAttention2d
+
+BLOCK_COUNTS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3)}
+STEM_CHANNELS = 64
+STAGE_CHANNELS = (64, 128, 256, 512)
+EXPANSION = 4
+STEMS = ("conv", "attention", "conv_small", "attention_small", "attention_plain", "attention_convvalues")
+STAGE_OPS = ("conv", "attention")
+
+
+class Bottleneck(nn.Module):
+    """1x1-BN-ReLU, 3x3 convolution or local attention, BN-ReLU, 1x1-BN, plus the shortcut, ReLU."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int, op: str, drop_path: float, attention: dict):
+        super().__init__()
+        out_channels = channels * EXPANSION
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        # Attention runs at the input's resolution and is pooled afterwards: 6.97 GFLOPs for R50, as the paper has it.
+        self.conv2: nn.Module = (
+            nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False)
+            if op == "conv"
+            else LocalSelfAttention2d(channels, channels, stride=stride, **attention)
+        )
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.downsample = (
+            nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
+            if stride != 1 or in_channels != out_channels
+            else nn.Identity()
+        )
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.act(self.bn1(self.conv1(x)))
+        out = self.act(self.bn2(self.conv2(out)))
+        out = self.drop_path(self.bn3(self.conv3(out)))
+        return self.act(out + self.downsample(x))
+
+
+class ResNet(nn.Module):
+    """Stem, four stages of bottlenecks, global average pool, classifier. Images [B, in_chans, H, W] -> logits.
+
+    Args:
+        depth: 26, 38 or 50.
+        stem: "conv" (7x7/2, BN, ReLU, 3x3/2 max pool), "attention" (4x4 blocks, value mixture, BN, 4x4 max pool);
+            for images of 64 pixels and less "conv_small" (3x3/1, no pool) and "attention_small" (no pool); for the
+            paper's Table 7 "attention_plain" and "attention_convvalues".
+        stage_ops: "conv" or "attention" for each of the four stages.
+        kernel_size, num_heads, position, content, border: see `LocalSelfAttention2d`.
+        width: factor on every layer's channels.
+        drop_path_rate: of the last block; it grows linearly from 0 at the first.
+
+    Raises:
+        ValueError: dials that cannot go together; the message names the dial, its value and the rule.
+    """
+
+    def __init__(
+        self,
+        depth: int = 50,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        stem: str = "attention",
+        stage_ops: Sequence[str] = ("attention",) * 4,
+        kernel_size: int = 7,
+        num_heads: int = 8,
+        width: float = 1.0,
+        position: str = "relative",
+        content: bool = True,
+        border: str = "mask",
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        if len(stage_ops) != 4 or not set(stage_ops) <= set(STAGE_OPS):
+            raise ValueError(f"stage_ops={list(stage_ops)} must be four of {', '.join(STAGE_OPS)}")
+        if width <= 0:
+            raise ValueError(f"width={width} must be positive")
+        attention = {
+            "kernel_size": kernel_size,
+            "num_heads": num_heads,
+            "position": position,
+            "content": content,
+            "border": border,
+            "backend": backend,
+        }
+        self.num_classes, self.drop_rate, self.grad_checkpointing = num_classes, drop_rate, False
+        channels = round(STEM_CHANNELS * width)
+        self.stem, reduction = build_stem(stem, in_chans, channels)
+        self.feature_info = [{"num_chs": channels, "reduction": reduction, "module": "stem"}]
+        last_block, num_built = sum(BLOCK_COUNTS[depth]) - 1, 0
+        for i, (num_blocks, op) in enumerate(zip(BLOCK_COUNTS[depth], stage_ops, strict=True)):
+            stage_channels = round(STAGE_CHANNELS[i] * width)
+            blocks = []
+            for j in range(num_blocks):
+                stride = 2 if i > 0 and j == 0 else 1
+                drop_path = drop_path_rate * num_built / last_block
+                blocks.append(Bottleneck(channels, stage_channels, stride, op, drop_path, attention))
+                channels, num_built = stage_channels * EXPANSION, num_built + 1
+            self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
+            reduction *= 2 if i > 0 else 1
+            self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": f"layer{i + 1}"})
+        self.num_features = self.head_hidden_size = channels
+        self.global_pool, self.fc = create_classifier(channels, num_classes, pool_type=global_pool)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """Kaiming fan-out for convolutions, 0 for the last BN's weight of each block; attention initialises itself."""
+        own_init = {m for layer in self.modules() if isinstance(layer, OWN_INIT) for m in layer.modules()}
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d) and module not in own_init:
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, Bottleneck):
+                nn.init.zeros_(module.bn3.weight)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        stages = [self.layer1, self.layer2, self.layer3, self.layer4]
+        if self.grad_checkpointing and self.training:
+            return checkpoint_seq(stages, x, flatten=True)
+        for stage in stages:
+            x = stage(x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.global_pool(x)
+        if self.drop_rate:
+            x = nn.functional.dropout(x, self.drop_rate, self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str = "avg") -> None:
+        self.num_classes = num_classes
+        device, dtype = self.layer1[0].conv1.weight.device, self.layer1[0].conv1.weight.dtype
+        self.global_pool, self.fc = create_classifier(
+            self.num_features, num_classes, pool_type=global_pool, device=device, dtype=dtype
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Position embeddings, and the stem's mixture embeddings; timm leaves out norms and biases by itself."""
+        names = ("rel_height", "rel_width", "emb_row", "emb_col", "nu")
+        return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in names}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        return {"stem": r"^stem", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
+
+
+OWN_INIT = (LocalSelfAttention2d, AttentionStem)
+
+
+def build_stem(stem: str, in_chans: int, channels: int) -> tuple[nn.Module, int]:
+    """Return the stem and its reduction (input pixels an output position)."""
+    if stem == "conv":
+        conv = nn.Conv2d(in_chans, channels, 7, 2, padding=3, bias=False)
+        return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, padding=1)), 4
+    if stem == "conv_small":
+        conv = nn.Conv2d(in_chans, channels, 3, padding=1, bias=False)
+        return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)), 1
+    if stem == "attention_small":
+        return AttentionStem(in_chans, channels, pool=False), 1
+    values = {"attention": "mixture", "attention_plain": "plain", "attention_convvalues": "conv"}
+    if stem not in values:
+        raise ValueError(f"stem={stem!r} must be one of {', '.join(STEMS)}")
+    return AttentionStem(in_chans, channels, values=values[stem]), 4
+
+
+def _build(variant: str, pretrained: bool, **kwargs) -> ResNet:
+    if pretrained:
+        raise ValueError(f"{variant}: no published weights exist; train it, or load a checkpoint of your own")
+    return build_model_with_cfg(ResNet, variant, pretrained, feature_cfg={"flatten_sequential": False}, **kwargs)
+
+
+def _register(family: str, depth: int, stem: str, op: str) -> None:
+    def create(pretrained: bool = False, **kwargs) -> ResNet:
+        return _build(f"{family}_resnet{depth}", pretrained, **{"stem": stem, "stage_ops": (op,) * 4, **kwargs}, depth=depth)
+
+    create.__name__ = f"{family}_resnet{depth}"
+    create.__doc__ = f"{family}_resnet{depth}: {stem} stem, {op} in all stages (arXiv 1906.05909, Table 1)."
+    create.__module__ = __name__
+    globals()[create.__name__] = create
+    register_model(create)
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"{family}_resnet{depth}": {
+            "num_classes": 1000,
+            "input_size": (3, 224, 224),
+            "pool_size": (7, 7),
+            "crop_pct": 0.875,
+            "interpolation": "bicubic",
+            "mean": (0.485, 0.456, 0.406),
+            "std": (0.229, 0.224, 0.225),
+            "classifier": "fc",
+            "first_conv": first,
+        }
+        for family, first in (("sasa", "stem.qk"), ("hybrid", "stem.0"), ("conv", "stem.0"))
+        for depth in BLOCK_COUNTS
+    }
+)
+
+for _depth in BLOCK_COUNTS:
+    _register("sasa", _depth, "attention", "attention")
+    _register("hybrid", _depth, "conv", "attention")
+    _register("conv", _depth, "conv", "conv")
