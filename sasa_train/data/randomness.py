@@ -1,0 +1,55 @@
+"""What is random about a sample depends on (seed, epoch, index) alone: not on workers, batches, interruptions, ranks.
+
+A counter-based hash (splitmix64's finaliser, Steele et al. 2014), so that any sample's numbers are had directly, for
+one sample in a worker as for a whole batch.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
+    """The permutation of the images in this epoch."""
+    return np.argsort(_hash(_key(seed, epoch), np.arange(num_images)), kind="stable")
+
+
+def fixed_order(num_images: int) -> np.ndarray:
+    """A permutation that no seed changes, for subsets and hold-outs."""
+    return epoch_order(0x5A5A, 0, num_images)
+
+
+def sample_draws(seed: int, epoch: int, indices: np.ndarray, num_draws: int) -> np.ndarray:
+    """Uniform numbers in [0, 1), float64 [len(indices), num_draws]."""
+    state = _hash(_key(seed, epoch) ^ np.uint64(1), indices)  # apart from the numbers of the order
+    bits = np.stack([_mix(state + np.uint64(j + 1) * GOLDEN) for j in range(num_draws)], axis=1)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+@contextmanager
+def sample_rng(seed: int, epoch: int, index: int) -> Iterator[None]:
+    """Torch's CPU generator seeded for one sample, and afterwards as it was: for torchvision's transforms."""
+    before = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(int(_hash(_key(seed, epoch) ^ np.uint64(2), np.array([index]))[0]))
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(before)
+
+
+def _key(seed: int, epoch: int) -> np.uint64:
+    return _hash(_mix(np.array([seed], dtype=np.uint64) + GOLDEN)[0], np.array([epoch]))[0]
+
+
+def _hash(key: np.uint64, counters: np.ndarray) -> np.ndarray:
+    return _mix(_mix(counters.astype(np.uint64) * GOLDEN + key) ^ key)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

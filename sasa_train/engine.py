@@ -1,0 +1,275 @@
+"""One training step, one epoch, one evaluation: tensors in, numbers out. No files, no printing, no Hydra.
+
+Nothing in a step waits for the device: sums stay there until a log row asks for them.
+"""
+
+import contextlib
+import copy
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from sasa_train.config import TrainerConfig
+
+Batches = Iterator[tuple[Tensor, Tensor]]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+FORMAT_VERSION = 1
+
+
+class NonFiniteLoss(Exception):
+    """The loss was NaN or infinite; the message names the step."""
+
+
+class Window:
+    """Sums on the device since the last train row: loss, hits, images; and the first step whose loss was not finite."""
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, hits, images
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor, step: int) -> None:
+        hits = (logits.argmax(1) == labels).sum()
+        num_images = len(labels)
+        self.sums += torch.stack([loss.double() * num_images, hits.double(), hits.new_tensor(num_images).double()])
+        self.bad_step = torch.where((self.bad_step < 0) & ~loss.isfinite(), step, self.bad_step)
+
+    def check(self) -> None:
+        """Raise NonFiniteLoss where a step's loss was not finite. Waits for the device."""
+        step = int(self.bad_step)
+        if step >= 0:
+            raise NonFiniteLoss(
+                f"the loss of step {step} is not finite; the checkpoints before it are good. Lower optimizer.lr, set "
+                "trainer.grad_clip_norm or a longer schedule.warmup_epochs, or use trainer.precision=bf16 or fp32"
+            )
+
+    def averages(self) -> tuple[float, float]:
+        """Loss and top1 in percent since the last call; starts anew. Waits for the device."""
+        loss, hits, images = self.sums.tolist()
+        self.sums.zero_()
+        return loss / images, 100 * hits / images
+
+
+@dataclass
+class TrainState:
+    """What must survive a restart; everything else is made anew from the config."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    window: Window
+    ema: ModelEmaV3 | None = None
+    step: int = 0  # optimizer updates done
+    epoch: int = 0  # epochs done, evaluation included
+    evaluated_step: int = 0  # the step of the last evaluation
+    best: dict[str, Any] | None = None  # {"top1", "step", "epoch"} of the best evaluation
+    seconds: float = 0.0  # of training, over all restarts
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values alone, so that `torch.load(..., weights_only=True)` reads it."""
+        cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+        return {
+            "format_version": FORMAT_VERSION,
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "window": {"sums": self.window.sums, "bad_step": self.window.bad_step},
+            "step": self.step,
+            "epoch": self.epoch,
+            "evaluated_step": self.evaluated_step,
+            "best": self.best,
+            "seconds": self.seconds,
+            "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.model.load_state_dict(saved["model"])
+        if self.ema:
+            self.ema.module.load_state_dict(saved["ema"] or saved["model"])
+        # Hyperparameters are the config's, not the checkpoint's: they differ only where the user allowed it.
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(saved["optimizer"])
+        for group, configured in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update(configured)
+        self.scaler.load_state_dict(saved["scaler"])
+        self.window.sums.copy_(saved["window"]["sums"])
+        self.window.bad_step = saved["window"]["bad_step"].to(self.device)
+        self.step, self.epoch, self.evaluated_step = saved["step"], saved["epoch"], saved["evaluated_step"]
+        self.best, self.seconds = saved["best"], saved["seconds"]
+        torch.set_rng_state(saved["rng"]["torch"])
+        if self.device.type == "cuda" and saved["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(saved["rng"]["cuda"])
+
+    @property
+    def device(self) -> torch.device:
+        return self.window.sums.device
+
+
+def build_state(
+    config: TrainerConfig, model: nn.Module, build_optimizer: Callable[[nn.Module], torch.optim.Optimizer], device: torch.device
+) -> TrainState:
+    """Put the model on the device and build around it what `config` asks for."""
+    model.to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
+    return TrainState(
+        model,
+        build_optimizer(model),
+        torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
+        Window(device),
+        ModelEmaV3(model, decay=config.ema_decay, use_warmup=config.ema_warmup) if config.ema_decay else None,
+    )
+
+
+class Stepper:
+    """What a step needs and no checkpoint keeps: the compiled forward pass, the loss, the schedule."""
+
+    def __init__(self, config: TrainerConfig, state: TrainState, schedule: Scheduler):
+        self.config, self.state, self.schedule = config, state, schedule
+        self.forward = torch.compile(state.model) if config.compile else state.model
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+
+    def train_step(self, batches: Batches, want_grad_norm: bool = False) -> Tensor | None:
+        """One optimizer update from `grad_accum_steps` micro-batches; returns the gradient's L2 norm before clipping.
+
+        The norm is None where nobody asked for it and nothing clips.
+        """
+        config, state = self.config, self.state
+        self.schedule.step_update(state.step)
+        state.optimizer.zero_grad()
+        for _ in range(config.grad_accum_steps):
+            images, labels = next(batches)
+            with autocast(state.device, config.precision):
+                logits = self.forward(images)
+                loss = self.criterion(logits.float(), labels)
+            state.scaler.scale(loss / config.grad_accum_steps).backward()
+            state.window.add(loss.detach(), logits.detach(), labels, state.step + 1)
+        grad_norm = self._clip() if want_grad_norm or config.grad_clip_norm else None
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.step += 1
+        if state.ema:
+            state.ema.update(state.model, step=state.step)
+        return grad_norm
+
+    def _clip(self) -> Tensor:
+        self.state.scaler.unscale_(self.state.optimizer)  # a norm of scaled gradients means nothing
+        parameters = list(self.state.model.parameters())
+        if self.config.grad_clip_norm:
+            return nn.utils.clip_grad_norm_(parameters, self.config.grad_clip_norm)
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+@dataclass
+class StepReport:
+    """After a step: the gradient's norm where it was taken, and seconds spent in all and waiting for data."""
+
+    grad_norm: Tensor | None
+    seconds: float
+    wait_seconds: float
+
+
+def train_one_epoch(stepper: Stepper, batches: Batches, num_steps: int, log_every_steps: int) -> Iterator[StepReport]:
+    """Take `num_steps` steps and report after each; what happens between steps is the caller's."""
+    stepper.state.model.train()
+    timed = _Timed(batches)
+    for _ in range(num_steps):
+        start, timed.seconds = time.perf_counter(), 0.0
+        is_logged = (stepper.state.step + 1) % log_every_steps == 0
+        grad_norm = stepper.train_step(timed, want_grad_norm=is_logged)
+        yield StepReport(grad_norm, time.perf_counter() - start, timed.seconds)
+        stepper.state.model.train()  # the caller may have evaluated
+
+
+class _Timed:
+    """An iterator that counts the seconds its caller waits for the next batch."""
+
+    def __init__(self, batches: Batches):
+        self.batches, self.seconds = iter(batches), 0.0
+
+    def __iter__(self) -> "_Timed":
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        start = time.perf_counter()
+        batch = next(self.batches)
+        self.seconds += time.perf_counter() - start
+        return batch
+
+
+@dataclass
+class Evaluation:
+    """Metrics over every image once: mean cross-entropy, top1 and top5 in percent, and counts a class."""
+
+    loss: float
+    top1: float
+    top5: float
+    num_images: int
+    class_hits: list[int] = field(repr=False)
+    class_images: list[int] = field(repr=False)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    batches: Batches,
+    num_classes: int,
+    device: torch.device,
+    precision: str,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Evaluate `model` in eval mode over `batches`; None where `stop_requested()` became true on the way.
+
+    Never compiled, so that the number does not depend on `trainer.compile`.
+    """
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, top5 hits
+    hits = torch.zeros(num_classes, dtype=torch.int64, device=device)
+    seen = torch.zeros(num_classes, dtype=torch.int64, device=device)
+    for images, labels in batches:
+        if stop_requested():
+            return None
+        with autocast(device, precision):
+            logits = model(images)
+        logits = logits.float()
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+        ranked = logits.topk(min(5, num_classes), dim=1).indices == labels[:, None]
+        sums += torch.stack([losses.double().sum(), ranked.any(1).sum().double()])
+        seen += torch.bincount(labels, minlength=num_classes)
+        hits += torch.bincount(labels[ranked[:, 0]], minlength=num_classes)
+    num_images = int(seen.sum())
+    loss, top5_hits = (sums / num_images).tolist()
+    top1 = 100 * int(hits.sum()) / num_images
+    return Evaluation(loss, top1, 100 * top5_hits, num_images, hits.tolist(), seen.tolist())
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, DTYPES[precision])
+
+
+def resolve_device(config: TrainerConfig) -> tuple[torch.device, TrainerConfig]:
+    """The device, and the config with `precision=auto` replaced by what it means there.
+
+    Raises:
+        ValueError: a CUDA device is asked for and there is none, or it has no bf16.
+    """
+    has_cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not has_cuda:
+        raise ValueError("trainer.device=cuda, but torch sees no CUDA device; use trainer.device=auto or cpu")
+    device = torch.device("cuda" if has_cuda and config.device != "cpu" else "cpu")
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if config.precision == "bf16" and device.type == "cuda" and not has_bf16:
+        raise ValueError(f"trainer.precision=bf16, but {torch.cuda.get_device_name()} has none; use fp16 or fp32")
+    config = copy.copy(config)
+    if config.precision == "auto":
+        config.precision = "bf16" if has_bf16 else "fp32"
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    return device, config

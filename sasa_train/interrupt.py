@@ -1,0 +1,37 @@
+"""SIGTERM and SIGINT ask a run to stop at the next safe place; a second SIGINT ends it at once."""
+
+import os
+import signal
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupted(BaseException):
+    """A stop was asked for while there was nothing to save yet."""
+
+
+class StopRequest:
+    """Remembers that a signal came. Before `begin_training()` there is nothing to save, so it raises Interrupted."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._is_training = False
+        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+
+    def begin_training(self) -> None:
+        self._is_training = True
+
+    def requested(self) -> bool:
+        return self.signal is not None
+
+    def restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            os._exit(128 + number)
+        self.signal = signal.Signals(number)
+        if not self._is_training:
+            raise Interrupted

@@ -1,0 +1,99 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard and the console. Knows nothing of models or data."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from sasa_train.checkpoint import write_atomic
+
+# Keys of a row -> TensorBoard tags; loss, top1, top5 and top1_raw go under the split's name.
+TAGS = {
+    "lr": "optim/lr",
+    "grad_norm": "optim/grad_norm",
+    "images_per_sec": "perf/images_per_sec",
+    "data_wait_fraction": "perf/data_wait_fraction",
+}
+
+
+class RunLogger:
+    """One series of rows, whole again after a resume: rows the checkpoint does not know are dropped, then redone."""
+
+    def __init__(self, run_dir: Path, step: int, evaluated_step: int, total_steps: int):
+        path = run_dir / "metrics.jsonl"
+        kept = _known_rows(path, step, evaluated_step)
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        self._file = path.open("a")
+        # TensorBoard forgets all steps from purge_step on, so those of this step are said again.
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step if step else None)
+        for row in kept:
+            if row["step"] == step:
+                self._write_board(row)
+        self._bar = tqdm(total=total_steps, initial=step, desc="training", unit="step", disable=None, dynamic_ncols=True)
+        self._total_steps = total_steps
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row to metrics.jsonl, flushed, and to TensorBoard; numbers that JSON has not become null."""
+        row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        self._write_board(row)
+
+    def show_train(self, row: dict[str, Any], seconds_left: float) -> None:
+        """On the bar where there is a terminal, else a plain line."""
+        speed = f"{row['images_per_sec']:,.0f} img/s"
+        if self._bar.disable:
+            progress = f"step {row['step']}/{self._total_steps}  epoch {row['epoch']}"
+            numbers = f"loss {row['loss']:.4f}  top1 {row['top1']:.2f}  lr {row['lr']:.2e}"
+            self.say(f"{progress}  {numbers}  {speed}  ETA {duration(seconds_left)}")
+        else:
+            self._bar.set_postfix_str(f"loss {row['loss']:.3f}, top1 {row['top1']:.1f}, {speed}")
+
+    def show_val(self, row: dict[str, Any], is_best: bool) -> None:
+        raw = f"  (raw {row['top1_raw']:.2f})" if "top1_raw" in row else ""
+        numbers = f"loss {row['loss']:.4f}  top1 {row['top1']:.2f}{raw}  top5 {row['top5']:.2f}"
+        self.say(f"val  epoch {row['epoch']}  step {row['step']}  {numbers}{'  best so far' if is_best else ''}")
+
+    def say(self, text: str) -> None:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def advance(self) -> None:
+        self._bar.update()
+
+    def close(self) -> None:
+        self._bar.close()
+        self._file.close()
+        self._board.close()
+
+    def _write_board(self, row: dict[str, Any]) -> None:
+        for key, value in row.items():
+            if key in TAGS or key in ("loss", "top1", "top5", "top1_raw"):
+                tag = TAGS.get(key, f"{row['split']}/{key}")
+                self._board.add_scalar(tag, math.nan if value is None else value, row["step"])
+
+
+def _known_rows(path: Path, step: int, evaluated_step: int) -> list[dict[str, Any]]:
+    """The rows up to a checkpoint's step; those after it, and a line torn by a crash, are left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row["step"] <= (step if row["split"] == "train" else evaluated_step):
+            rows.append(row)
+    return rows
+
+
+def duration(seconds: float) -> str:
+    """1 h 02 min, 3 min 04 s or 5 s."""
+    minutes, secs = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {secs:02d} s" if minutes else f"{secs} s"

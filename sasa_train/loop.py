@@ -1,0 +1,288 @@
+"""A whole run, from a config to a finished run folder; the order of events is the order of `train`."""
+
+import dataclasses
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from sasa_train.compose import to_yaml
+from sasa_train.config import ConfigError, TrainConfig, default_run_name, resolved_image_size
+from sasa_train.data import Loaders, build_loaders
+from sasa_train.engine import (
+    Evaluation,
+    StepReport,
+    Stepper,
+    TrainState,
+    build_state,
+    evaluate,
+    resolve_device,
+    train_one_epoch,
+)
+from sasa_train.interrupt import StopRequest
+from sasa_train.logger import RunLogger, duration
+from sasa_train.models import build_model
+from sasa_train.optim import build_optimizer, build_schedule, peak_lr, total_steps
+from sasa_train.run_folder import RunFolder, open_run, provenance
+
+
+def train(config: TrainConfig, stop: StopRequest) -> bool:
+    """Train one config; True when it is finished (or was before), False when a signal stopped it at a safe place.
+
+    Raises:
+        ConfigError: a refused config or input, before training starts.
+        CheckpointError: no good checkpoint to continue from, or one that cannot be written.
+        NonFiniteLoss: naming the step; the checkpoints before it are good.
+    """
+    run_name = config.run_name or default_run_name(config)
+    device, config = resolve(config)
+    run = open_run(config, run_name)
+    if run.checkpoint is not None and is_finished(run.checkpoint, config):
+        print_finished(run)
+        return True
+    print(f"{to_yaml(config)}\nrun folder  {run.path}")
+    run.write_info(**(provenance() if run.checkpoint is None else {}), status="running")
+
+    loaders = build_loaders(config, device)
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, len(loaders.classes), resolved_image_size(config.data))
+    state = build_state(config.trainer, model, lambda m: build_optimizer(config, m), device)
+    stepper = Stepper(
+        config.trainer, state, build_schedule(config, state.optimizer, loaders.train.plan.steps_per_epoch)
+    )
+    if run.checkpoint is not None:
+        state.load_state_dict(run.checkpoint)
+        run.checkpoint = None  # its tensors are the state's now
+    loop = Loop(config, run, loaders, stepper, stop)
+    loop.print_plan()
+
+    stop.begin_training()
+    try:
+        finished = loop.run()
+    except BaseException:
+        run.write_info(status="failed")
+        raise
+    finally:
+        loop.logger.close()
+        loaders.close()
+    if finished:
+        run.write_info(status="finished", best=state.best, seconds=round(state.seconds, 1))
+        loop.print_closing()
+    else:
+        run.write_info(status="interrupted")
+        print(f"{stop.signal.name if stop.signal else ''}: saved at step {state.step}; the same command again continues")
+    return finished
+
+
+class Loop:
+    """Steps, log rows, evaluations and checkpoints in their order, until the last step or a stop request."""
+
+    def __init__(self, config: TrainConfig, run: RunFolder, loaders: Loaders, stepper: Stepper, stop: StopRequest):
+        self.config, self.run_folder, self.loaders, self.stepper, self.stop = config, run, loaders, stepper, stop
+        self.state: TrainState = stepper.state
+        self.steps_per_epoch = loaders.train.plan.steps_per_epoch
+        self.num_steps = total_steps(config, self.steps_per_epoch)
+        self.logger = RunLogger(run.path, self.state.step, self.state.evaluated_step, self.num_steps)
+        self.last_val: dict[str, Any] = {}
+        self._start_clock()
+
+    def run(self) -> bool:
+        """Go on from where the state is; True at the end, False after a stop request was served."""
+        while True:
+            if self.evaluation_is_due():
+                if not self.evaluate():
+                    return False
+            elif self.state.step >= self.num_steps:
+                return True
+            elif not self.train_epoch():
+                return False
+
+    def evaluation_is_due(self) -> bool:
+        state = self.state
+        if state.step == state.evaluated_step:
+            return False
+        epoch, rest = divmod(state.step, self.steps_per_epoch)
+        return state.step == self.num_steps or (rest == 0 and epoch % self.config.trainer.eval_every_epochs == 0)
+
+    def train_epoch(self) -> bool:
+        """Train to the end of the epoch the state is in; False after a stop request."""
+        trainer, state = self.config.trainer, self.state
+        epoch, first_step = divmod(state.step, self.steps_per_epoch)
+        end = min((epoch + 1) * self.steps_per_epoch, self.num_steps)
+        batches = self.loaders.train.train_batches(epoch, first_step)
+        for report in train_one_epoch(self.stepper, batches, end - state.step, trainer.log_every_steps):
+            state.epoch = state.step // self.steps_per_epoch
+            self.count(report)
+            if state.step % trainer.log_every_steps == 0:
+                self.log_train(report)
+            is_last = state.step == end
+            is_due = trainer.checkpoint_every_steps and state.step % trainer.checkpoint_every_steps == 0
+            if is_due or self.stop.requested() or (is_last and not self.evaluation_is_due()):
+                self.save(is_best=False)
+            if self.stop.requested():
+                return False
+        return True
+
+    def count(self, report: StepReport) -> None:
+        self.state.seconds += report.seconds
+        self._wait_seconds += report.wait_seconds
+        self._clock_steps += 1
+        self.logger.advance()
+
+    def log_train(self, report: StepReport) -> None:
+        state = self.state
+        state.window.check()
+        loss, top1 = state.window.averages()
+        elapsed = time.perf_counter() - self._clock_start  # after the device is done with these steps
+        row = {
+            "split": "train",
+            "step": state.step,
+            "epoch": (state.step - 1) // self.steps_per_epoch + 1,
+            "loss": loss,
+            "top1": top1,
+            "lr": state.optimizer.param_groups[0]["lr"],
+            "grad_norm": None if report.grad_norm is None else report.grad_norm.item(),
+            "images_per_sec": self._clock_steps * self.config.trainer.global_batch_size / elapsed,
+            "data_wait_fraction": self._wait_seconds / elapsed,
+        }
+        self.logger.write(row)
+        self.logger.show_train(row, (self.num_steps - state.step) * elapsed / self._clock_steps)
+        self._start_clock()
+
+    def evaluate(self) -> bool:
+        """Evaluate on val, log, keep the best, save; False where a stop request came first (it is redone on resume)."""
+        state = self.state
+        with self._off_the_clock():
+            start = time.perf_counter()
+            result = self.evaluate_model(state.ema.module if state.ema else state.model)
+            raw = self.evaluate_model(state.model) if state.ema and result else None
+            if result is None or (state.ema and raw is None):
+                self.save(is_best=False)
+                return False
+            row = {
+                "split": "val",
+                "step": state.step,
+                "epoch": (state.step - 1) // self.steps_per_epoch + 1,
+                "loss": result.loss,
+                "top1": result.top1,
+                "top5": result.top5,
+                **({"top1_raw": raw.top1} if raw else {}),
+                "seconds": round(time.perf_counter() - start, 2),
+            }
+            is_best = state.best is None or result.top1 > state.best["top1"]
+            if is_best:
+                state.best = {key: row[key] for key in ("top1", "step", "epoch")}
+            state.evaluated_step, self.last_val = state.step, row
+            self.logger.write(row)
+            self.logger.show_val(row, is_best)
+            self.save(is_best)
+        return True
+
+    def evaluate_model(self, model: nn.Module) -> Evaluation | None:
+        result = evaluate(
+            model,
+            self.loaders.val.eval_batches(),
+            len(self.loaders.classes),
+            self.state.device,
+            self.config.trainer.precision,
+            self.stop.requested,
+        )
+        expected = self.loaders.val.plan.num_images
+        if result is not None and result.num_images != expected:
+            raise RuntimeError(f"evaluation saw {result.num_images} images of {expected}")
+        return result
+
+    def save(self, is_best: bool) -> None:
+        """Write a checkpoint; never one whose weights a non-finite loss has reached."""
+        with self._off_the_clock():
+            self.state.window.check()
+            content = self.state.state_dict() | {
+                "config": to_yaml(self.config),
+                "classes": self.loaders.classes,
+                "finished": self.state.step == self.state.evaluated_step == self.num_steps,
+            }
+            self.run_folder.checkpoints.save(content, is_best)
+
+    def print_plan(self) -> None:
+        """What was derived from the config, before the first step."""
+        config, state = self.config, self.state
+        plan, val = self.loaders.train.plan, self.loaders.val.plan
+        num_parameters = sum(p.numel() for p in state.model.parameters())
+        kind = "resident" if type(self.loaders.train).__name__ == "ResidentLoader" else "streamed"
+        batch = f"{plan.global_batch_size}"
+        if plan.grad_accum_steps > 1:
+            batch += f" = {plan.grad_accum_steps} x {plan.micro_batch_size}"
+        lines = {
+            "device": f"{state.device}, {config.trainer.precision}",
+            "model": f"{config.model.name}, {num_parameters:,} parameters",
+            "data": f"{config.data.name}, {plan.num_images:,} train and {val.num_images:,} val images of "
+            f"{resolved_image_size(config.data)} pixels, {len(self.loaders.classes)} classes, {kind}",
+            "batch": f"{batch} images a step, {self.steps_per_epoch:,} steps an epoch, {self.num_steps:,} in all",
+            "lr": f"{peak_lr(config):g} at its peak ({config.optimizer.lr:g} {config.optimizer.lr_basis})",
+        }
+        if state.step:
+            lines["continues"] = f"at step {state.step:,}, epoch {state.epoch + 1}, best top1 so far " + (
+                f"{state.best['top1']:.2f}" if state.best else "none"
+            )
+        self.logger.say("\n".join(f"{name:<11} {text}" for name, text in lines.items()) + "\n")
+
+    def print_closing(self) -> None:
+        state, path = self.state, self.run_folder.path
+        assert state.best is not None
+        images = state.step * self.config.trainer.global_batch_size
+        last = f"{self.last_val['top1']:.2f}" if self.last_val else "see metrics.jsonl"
+        lines = {
+            "top1": f"{last} at the end; best {state.best['top1']:.2f} after epoch {state.best['epoch']}",
+            "time": f"{duration(state.seconds)} of training, {images / max(state.seconds, 1e-9):,.0f} images/s",
+            "memory": f"{peak_memory(state.device) / 2**20:,.0f} MiB at the peak",
+            "checkpoints": f"{path}/checkpoints/{{best,last}}.pt",
+            "log": f"{path}/metrics.jsonl",
+            "next": f"sasa-evaluate {path}",
+            "": f"tensorboard --logdir {path.parent}",
+        }
+        print("\n" + "\n".join(f"{name:<11} {text}" for name, text in lines.items()))
+
+    def _start_clock(self) -> None:
+        self._clock_start, self._clock_steps, self._wait_seconds = time.perf_counter(), 0, 0.0
+
+    @contextmanager
+    def _off_the_clock(self) -> Iterator[None]:
+        """Evaluations and checkpoints count neither as training time nor in images_per_sec."""
+        start = time.perf_counter()
+        yield
+        self._clock_start += time.perf_counter() - start
+
+
+def resolve(config: TrainConfig) -> tuple[torch.device, TrainConfig]:
+    try:
+        device, trainer = resolve_device(config.trainer)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return device, dataclasses.replace(config, trainer=trainer)
+
+
+def is_finished(checkpoint: dict[str, Any], config: TrainConfig) -> bool:
+    """Finished, and nothing is allowed to differ that would train it further (more epochs, say)."""
+    return checkpoint["finished"] and not config.allow_config_change
+
+
+def print_finished(run: RunFolder) -> None:
+    assert run.checkpoint is not None
+    best = run.checkpoint["best"]
+    print(
+        f"{run.path} is finished: {run.checkpoint['step']:,} steps, best top1 {best['top1']:.2f} after epoch "
+        f"{best['epoch']}. Nothing to do; sasa-evaluate {run.path} evaluates it, resume=never trains it anew."
+    )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's on CUDA, the process's on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
