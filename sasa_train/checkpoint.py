@@ -75,8 +75,8 @@ class Checkpoints:
             return content
         if candidates:
             raise CheckpointError(
-                f"{self.folder}: none of its {len(candidates)} checkpoints can be read; restore one from a copy, or start "
-                "a new run with resume=never"
+                f"{self.folder}: none of its {len(candidates)} checkpoints can be read; restore one from a copy, or "
+                "start a new run with resume=never"
             )
         return None
 

@@ -107,8 +107,7 @@ def check_override_keys(overrides: Sequence[str]) -> None:
         elif key not in known:
             raise ConfigError(f"unknown key {key!r}: {nearest(key, [*known, *GROUPS])}")
         if override.is_add() or override.is_force_add() or override.is_delete():
-            sign = override.input_line[: override.input_line.index(key)]
-            raise ConfigError(f"{override.input_line!r}: every key exists already, so write it without {sign!r}")
+            raise ConfigError(f"{override.input_line}: every key exists already; write {key}=... without + or ~")
 
 
 def nearest(word: str, words: Sequence[str]) -> str:

@@ -37,7 +37,9 @@ def knob(default: Any, meaning: str) -> Any:
 
 @dataclass
 class ModelConfig:
-    name: str = knob("sasa_resnet26", "a name in timm's registry: {sasa,hybrid,conv}_resnet{26,38,50} or any timm model")
+    name: str = knob(
+        "sasa_resnet26", "a name in timm's registry: {sasa,hybrid,conv}_resnet{26,38,50} or any timm model"
+    )
     num_classes: int | None = knob(None, "null: from the data set")
     # The dials of our own models; null: as the name says.
     stem: str | None = knob(
@@ -58,13 +60,19 @@ class ModelConfig:
 class DataConfig:
     name: str = knob("digits", "digits, cifar10, cifar100, imagenet or image_folder")
     root: str = knob("data", "folder of the images; digits need none")
-    image_size: int | None = knob(None, "pixels; null: 8 digits, 32 CIFAR, 224 others. <= 64 takes the small transforms")
+    image_size: int | None = knob(
+        None, "pixels; null: 8 digits, 32 CIFAR, 224 others. <= 64 takes the small transforms"
+    )
     num_workers: int | None = knob(None, "decoding processes; 0: none; null: half of the processors, 8 at most")
     resident: str = knob("auto", "auto, true or false: the whole set decoded in memory (images <= 64 px)")
     max_train_images: int | None = knob(None, "a fixed class-balanced subset, independent of the seed")
     max_val_images: int | None = knob(None, "likewise for val")
-    holdout_fraction: float = knob(0.0, "> 0: val is this stratified, fixed part of train (0.04 in the paper's Table 3)")
-    mean: list[float] | None = knob(None, "per channel, of [0, 1] values; null: the set's own (image_folder: ImageNet's)")
+    holdout_fraction: float = knob(
+        0.0, "> 0: val is this stratified, fixed part of train (0.04 in the paper's Table 3)"
+    )
+    mean: list[float] | None = knob(
+        None, "per channel, of [0, 1] values; null: the set's own (image_folder: ImageNet's)"
+    )
     std: list[float] | None = knob(None, "likewise")
 
 
@@ -93,7 +101,9 @@ class ScheduleConfig:
 class AugmentConfig:
     crop: bool = knob(True, "random crop after padding (images <= 64 px), else random-resized crop; false: centre crop")
     crop_padding: int | None = knob(None, "pixels, small images; null: image_size / 8")
-    crop_scale: list[float] = knob([0.08, 1.0], "area of the random-resized crop, as a part of the image (large images)")
+    crop_scale: list[float] = knob(
+        [0.08, 1.0], "area of the random-resized crop, as a part of the image (large images)"
+    )
     crop_ratio: list[float] = knob([0.75, 1.3333333333333333], "its aspect ratio")
     hflip: bool | None = knob(None, "random horizontal flip; null: yes, but not for digits")
 
@@ -110,7 +120,9 @@ class TrainerConfig:
     compile: bool = knob(False, "torch.compile the training forward pass")
     deterministic: bool = knob(False, "bit-identical runs on CUDA too, slower; the CPU is deterministic anyway")
     grad_clip_norm: float | None = knob(None, "clip the gradient's global L2 norm; null: no clipping")
-    ema_decay: float | None = knob(None, "exponential moving average of the weights; val and best then use it; null: none")
+    ema_decay: float | None = knob(
+        None, "exponential moving average of the weights; val and best then use it; null: none"
+    )
     ema_warmup: bool = knob(True, "let the decay grow to ema_decay: min(ema_decay, 1 - step^(-2/3))")
     label_smoothing: float = knob(0.0, "of the training loss")
     log_every_steps: int = knob(50, "steps between train rows in metrics.jsonl")
@@ -151,7 +163,7 @@ NOT_TRAJECTORY = {
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """{"trainer.epochs": 100, ...} of a (nested) dataclass or dict."""
-    items = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
+    items = config if isinstance(config, dict) else dataclasses.asdict(config)
     flat: dict[str, Any] = {}
     for key, value in items.items():
         flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
@@ -259,7 +271,13 @@ NOT_NEGATIVE = (
     "schedule.min_lr",
     "trainer.keep_checkpoints",
 )
-FRACTIONS = ("data.holdout_fraction", "model.drop_path_rate", "model.bn_momentum", "trainer.ema_decay", "trainer.label_smoothing")
+FRACTIONS = (
+    "data.holdout_fraction",
+    "model.drop_path_rate",
+    "model.bn_momentum",
+    "trainer.ema_decay",
+    "trainer.label_smoothing",
+)
 DIALS = ("stem", "stage_ops", "kernel_size", "num_heads", "width", "position", "content", "border")
 
 
@@ -296,7 +314,9 @@ def _validate_data(config: TrainConfig) -> None:
         _rule(value is None or len(value) == 3, f"data.{name}", value, "must be three numbers, red, green and blue")
     _rule(data.std is None or min(data.std) > 0, "data.std", data.std, "must be positive")
     low, high = augment.crop_scale if len(augment.crop_scale) == 2 else (1, 0)
-    _rule(0 < low <= high <= 1, "augment.crop_scale", augment.crop_scale, "must be [low, high] with 0 < low <= high <= 1")
+    _rule(
+        0 < low <= high <= 1, "augment.crop_scale", augment.crop_scale, "must be [low, high] with 0 < low <= high <= 1"
+    )
     low, high = augment.crop_ratio if len(augment.crop_ratio) == 2 else (1, 0)
     _rule(0 < low <= high, "augment.crop_ratio", augment.crop_ratio, "must be [low, high] with 0 < low <= high")
 

@@ -112,10 +112,13 @@ class TrainState:
 
 
 def build_state(
-    config: TrainerConfig, model: nn.Module, build_optimizer: Callable[[nn.Module], torch.optim.Optimizer], device: torch.device
+    config: TrainerConfig,
+    model: nn.Module,
+    build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    device: torch.device,
 ) -> TrainState:
     """Put the model on the device and build around it what `config` asks for."""
-    model.to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
+    model.to(device).to(memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
     return TrainState(
         model,
         build_optimizer(model),

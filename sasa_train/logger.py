@@ -33,7 +33,9 @@ class RunLogger:
         for row in kept:
             if row["step"] == step:
                 self._write_board(row)
-        self._bar = tqdm(total=total_steps, initial=step, desc="training", unit="step", disable=None, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=total_steps, initial=step, desc="training", unit="step", disable=None, dynamic_ncols=True
+        )
         self._total_steps = total_steps
 
     def write(self, row: dict[str, Any]) -> None:

@@ -16,8 +16,8 @@ from sasa_train.config import ConfigError, TrainConfig, default_run_name, resolv
 from sasa_train.data import Loaders, build_loaders
 from sasa_train.engine import (
     Evaluation,
-    StepReport,
     Stepper,
+    StepReport,
     TrainState,
     build_state,
     evaluate,
@@ -75,7 +75,9 @@ def train(config: TrainConfig, stop: StopRequest) -> bool:
         loop.print_closing()
     else:
         run.write_info(status="interrupted")
-        print(f"{stop.signal.name if stop.signal else ''}: saved at step {state.step}; the same command again continues")
+        print(
+            f"{stop.signal.name if stop.signal else ''}: saved at step {state.step}; the same command again continues"
+        )
     return finished
 
 

@@ -24,8 +24,9 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimi
         ConfigError: a name that timm has not, or an argument that the optimizer does not take.
     """
     optimizer = config.optimizer
-    if optimizer.name not in list_optimizers():
-        raise ConfigError(f"optimizer.name={optimizer.name} must be one of {', '.join(list_optimizers())}")
+    names = [str(name) for name in list_optimizers()]
+    if optimizer.name not in names:
+        raise ConfigError(f"optimizer.name={optimizer.name} must be one of {', '.join(names)}")
     return create_optimizer_v2(
         model, opt=optimizer.name, lr=peak_lr(config), weight_decay=optimizer.weight_decay, **_arguments(optimizer)
     )

@@ -103,7 +103,9 @@ def train_safely(config: TrainConfig) -> int:
 
 def refuse_many_processes() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: this version trains in one process, not under torchrun")
+        raise ConfigError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: this version trains in one process, not under torchrun"
+        )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ Conventions, where public codes disagree:
 - Half-precision inputs are computed in float32 and rounded once at the end.
 
 Shapes: query, key, value and output are [B, N, H, W, D] (batch, heads, height, width, head_dim) with any strides; the
-embeddings are [K, D/2], shared by the heads, or [N, K, D/2].
+embeddings are [K, D/2], shared by the heads, or [N, K, D/2]. Inside, the batch comes last ([N, D, H, W, B]), so that
+the K*K shifted windows stay long contiguous runs.
 """
 
 from collections.abc import Iterator
@@ -37,12 +38,12 @@ def local_attention_forward(
     border: str,
 ) -> Tensor:
     """Return the attended values, [B, N, H, W, D] in value's dtype. The q.k term is left out where `key` is None."""
-    weights = attention_weights(query, key, rel_height, rel_width, kernel_size, border)
-    padded_value = _pad(_planar(value), kernel_size)
-    output = torch.zeros_like(_planar(value))
-    for weight, window in zip(weights, _windows(padded_value, kernel_size), strict=True):
-        output.addcmul_(weight.unsqueeze(2), window)
-    return output.permute(0, 1, 3, 4, 2).to(value.dtype)
+    weights = _weights(query, key, rel_height, rel_width, kernel_size, border)
+    v = _batch_last(value)
+    output = torch.zeros_like(v)
+    for weight, v_window in zip(weights, _windows(_pad(v, kernel_size), kernel_size), strict=True):
+        output.addcmul_(weight[:, None], v_window)
+    return _batch_first(output, value.dtype)
 
 
 def attention_weights(
@@ -53,21 +54,8 @@ def attention_weights(
     kernel_size: int,
     border: str,
 ) -> Tensor:
-    """Return the softmax weights [K*K, B, N, H, W], window rows outermost; they sum to 1 over the first dimension."""
-    query = _planar(query)
-    batch, num_heads, _, height, width = query.shape
-    scores = query.new_zeros(kernel_size, kernel_size, batch, num_heads, height, width)
-    if key is not None:
-        for score, window in zip(scores.flatten(0, 1), _windows(_pad(_planar(key), kernel_size), kernel_size), strict=True):
-            score += (query * window).sum(2)
-    if rel_height is not None and rel_width is not None:
-        top, bottom = query.chunk(2, dim=2)
-        scores += torch.einsum("bndhw,nkd->kbnhw", top, _per_head(rel_height, query))[:, None]
-        scores += torch.einsum("bndhw,nkd->kbnhw", bottom, _per_head(rel_width, query))[None, :]
-    scores = scores.flatten(0, 1)
-    if border == "mask":
-        scores.masked_fill_(~_inside(height, width, kernel_size, query.device)[:, None, None], float("-inf"))
-    return scores.softmax(0)
+    """Return the softmax weights [B, N, H, W, K*K], row by row of the window; they sum to 1 over the last dimension."""
+    return _weights(query, key, rel_height, rel_width, kernel_size, border).permute(4, 1, 2, 3, 0)
 
 
 def local_attention_backward(
@@ -85,78 +73,106 @@ def local_attention_backward(
     The chain rule of the definition above, written out so that nothing of size K*K is kept between forward and
     backward: the weights are computed again. `tests/test_attention.py` checks it with gradcheck.
     """
-    weights = attention_weights(query, key, rel_height, rel_width, kernel_size, border)
-    grad, q, v = _planar(grad_output), _planar(query), _planar(value)
+    weights = _weights(query, key, rel_height, rel_width, kernel_size, border)
+    grad, q, v = _batch_last(grad_output), _batch_last(query), _batch_last(value)
 
-    grad_padded_value = torch.zeros_like(_pad(v, kernel_size))
+    padded_v = _pad(v, kernel_size)
+    grad_padded_v = torch.zeros_like(padded_v)
     grad_weights = torch.empty_like(weights)
-    value_windows = _windows(_pad(v, kernel_size), kernel_size)
-    for j, (window, grad_window) in enumerate(
-        zip(value_windows, _windows(grad_padded_value, kernel_size), strict=True)
-    ):
-        grad_weights[j] = (grad * window).sum(2)
-        grad_window.addcmul_(weights[j].unsqueeze(2), grad)
-    grad_scores = weights * (grad_weights - (weights * grad_weights).sum(0))  # softmax; 0 where masked
+    windows = zip(_windows(padded_v, kernel_size), _windows(grad_padded_v, kernel_size), strict=True)
+    for j, (v_window, grad_v_window) in enumerate(windows):
+        grad_weights[j] = (grad * v_window).sum(1)
+        grad_v_window.addcmul_(weights[j, :, None], grad)
+    grad_scores = weights * (grad_weights - (weights * grad_weights).sum(0))  # softmax's; 0 where masked
 
     grad_q = torch.zeros_like(q)
     grad_key = grad_rel_height = grad_rel_width = None
     if key is not None:
-        padded_key = _pad(_planar(key), kernel_size)
-        grad_padded_key = torch.zeros_like(padded_key)
-        key_windows = _windows(padded_key, kernel_size)
-        for grad_score, window, grad_window in zip(
-            grad_scores, key_windows, _windows(grad_padded_key, kernel_size), strict=True
-        ):
-            grad_q.addcmul_(grad_score.unsqueeze(2), window)
-            grad_window.addcmul_(grad_score.unsqueeze(2), q)
-        grad_key = _unpad(grad_padded_key, kernel_size, key.dtype)
+        padded_k = _pad(_batch_last(key), kernel_size)
+        grad_padded_k = torch.zeros_like(padded_k)
+        windows = zip(_windows(padded_k, kernel_size), _windows(grad_padded_k, kernel_size), strict=True)
+        for grad_score, (k_window, grad_k_window) in zip(grad_scores, windows, strict=True):
+            grad_q.addcmul_(grad_score[:, None], k_window)
+            grad_k_window.addcmul_(grad_score[:, None], q)
+        grad_key = _batch_first(_unpad(grad_padded_k, kernel_size), key.dtype)
     if rel_height is not None and rel_width is not None:
         by_offset = grad_scores.unflatten(0, (kernel_size, kernel_size))
-        grad_top, grad_rel_height = _relative_backward(by_offset.sum(1), q.chunk(2, dim=2)[0], rel_height)
-        grad_bottom, grad_rel_width = _relative_backward(by_offset.sum(0), q.chunk(2, dim=2)[1], rel_width)
-        grad_q += torch.cat([grad_top, grad_bottom], dim=2)
-    grad_query = grad_q.permute(0, 1, 3, 4, 2).to(query.dtype)
-    return grad_query, grad_key, _unpad(grad_padded_value, kernel_size, value.dtype), grad_rel_height, grad_rel_width
+        q_top, q_bottom = q.chunk(2, dim=1)
+        grad_top, grad_rel_height = _relative_backward(by_offset.sum(1), q_top, rel_height)
+        grad_bottom, grad_rel_width = _relative_backward(by_offset.sum(0), q_bottom, rel_width)
+        grad_q += torch.cat([grad_top, grad_bottom], dim=1)
+    grad_value = _batch_first(_unpad(grad_padded_v, kernel_size), value.dtype)
+    return _batch_first(grad_q, query.dtype), grad_key, grad_value, grad_rel_height, grad_rel_width
+
+
+def _weights(
+    query: Tensor,
+    key: Tensor | None,
+    rel_height: Tensor | None,
+    rel_width: Tensor | None,
+    kernel_size: int,
+    border: str,
+) -> Tensor:
+    """The softmax weights, [K*K, N, H, W, B]."""
+    q = _batch_last(query)
+    num_heads, _, height, width, batch = q.shape
+    scores = q.new_zeros(kernel_size, kernel_size, num_heads, height, width, batch)
+    if key is not None:
+        k_windows = _windows(_pad(_batch_last(key), kernel_size), kernel_size)
+        for score, k_window in zip(scores.flatten(0, 1), k_windows, strict=True):
+            score.copy_((q * k_window).sum(1))
+    if rel_height is not None and rel_width is not None:
+        q_top, q_bottom = q.chunk(2, dim=1)
+        scores += torch.einsum("ndhwb,nkd->knhwb", q_top, _per_head(rel_height, q))[:, None]
+        scores += torch.einsum("ndhwb,nkd->knhwb", q_bottom, _per_head(rel_width, q))[None, :]
+    scores = scores.flatten(0, 1)
+    if border == "mask":
+        scores.masked_fill_(~_inside(height, width, kernel_size, q.device)[:, None, :, :, None], float("-inf"))
+    return scores.softmax(0)
 
 
 def _relative_backward(grad_scores: Tensor, q_half: Tensor, rel: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of one half of q [B, N, D/2, H, W] and of its embedding, from grad_scores [K, B, N, H, W]."""
-    grad_q_half = torch.einsum("kbnhw,nkd->bndhw", grad_scores, _per_head(rel, q_half))
-    grad_rel = torch.einsum("kbnhw,bndhw->nkd", grad_scores, q_half)
+    """Gradients of one half of q [N, D/2, H, W, B] and of its embedding, from grad_scores [K, N, H, W, B]."""
+    grad_q_half = torch.einsum("knhwb,nkd->ndhwb", grad_scores, _per_head(rel, q_half))
+    grad_rel = torch.einsum("knhwb,ndhwb->nkd", grad_scores, q_half)
     return grad_q_half, (grad_rel if rel.dim() == 3 else grad_rel.sum(0)).to(rel.dtype)
 
 
-def _planar(tensor: Tensor) -> Tensor:
-    """[B, N, H, W, D] -> contiguous [B, N, D, H, W] in float32, or float64 where the input is."""
+def _batch_last(tensor: Tensor) -> Tensor:
+    """[B, N, H, W, D] -> contiguous [N, D, H, W, B] in float32, or float64 where the input is."""
     arithmetic = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    return tensor.permute(0, 1, 4, 2, 3).to(arithmetic).contiguous()
+    return tensor.permute(1, 4, 2, 3, 0).to(arithmetic).contiguous()
+
+
+def _batch_first(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `_batch_last`, rounded to `dtype`."""
+    return tensor.permute(4, 0, 2, 3, 1).to(dtype)
 
 
 def _per_head(rel: Tensor, like: Tensor) -> Tensor:
     """[K, D/2] or [N, K, D/2] -> [N, K, D/2] in the arithmetic's dtype."""
-    return rel.to(like.dtype).expand(like.shape[1], -1, -1)
+    return rel.to(like.dtype).expand(like.shape[0], -1, -1)
 
 
-def _pad(planar: Tensor, kernel_size: int) -> Tensor:
-    return F.pad(planar, [kernel_size // 2] * 4)
+def _pad(tensor: Tensor, kernel_size: int) -> Tensor:
+    """Zeros around height and width of [..., H, W, B]."""
+    return F.pad(tensor, (0, 0, *[kernel_size // 2] * 4))
 
 
-def _unpad(padded: Tensor, kernel_size: int, dtype: torch.dtype) -> Tensor:
-    """Drop the border of [B, N, D, H+2p, W+2p] and return [B, N, H, W, D]."""
+def _unpad(padded: Tensor, kernel_size: int) -> Tensor:
     p = kernel_size // 2
-    inner = padded[..., p : padded.shape[-2] - p, p : padded.shape[-1] - p]
-    return inner.permute(0, 1, 3, 4, 2).to(dtype)
+    return padded[..., p : padded.shape[-3] - p, p : padded.shape[-2] - p, :]
 
 
 def _windows(padded: Tensor, kernel_size: int) -> Iterator[Tensor]:
-    """Yield the K*K shifted views [..., H, W] of a padded tensor, row by row of the window."""
-    height, width = padded.shape[-2] - kernel_size + 1, padded.shape[-1] - kernel_size + 1
+    """Yield the K*K shifted views [..., H, W, B] of a padded tensor, row by row of the window."""
+    height, width = padded.shape[-3] - kernel_size + 1, padded.shape[-2] - kernel_size + 1
     for dy in range(kernel_size):
         for dx in range(kernel_size):
-            yield padded[..., dy : dy + height, dx : dx + width]
+            yield padded[..., dy : dy + height, dx : dx + width, :]
 
 
 def _inside(height: int, width: int, kernel_size: int, device: torch.device) -> Tensor:
     """[K*K, H, W]: True where the window's position lies inside the image."""
-    ones = _pad(torch.ones(1, 1, 1, height, width, device=device), kernel_size)
-    return torch.stack([window[0, 0, 0] > 0 for window in _windows(ones, kernel_size)])
+    ones = _pad(torch.ones(height, width, 1, device=device), kernel_size)
+    return torch.stack([window[..., 0] > 0 for window in _windows(ones, kernel_size)])

@@ -53,7 +53,9 @@ class ImageSet:
             with Image.open(self.paths[index]) as image:
                 return image.convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:
-            raise ConfigError(f"{self.paths[index]}: cannot be read as an image ({error}); repair or remove it") from error
+            raise ConfigError(
+                f"{self.paths[index]}: cannot be read as an image ({error}); repair or remove it"
+            ) from error
 
     def subset(self, indices: np.ndarray) -> "ImageSet":
         return dataclasses.replace(
@@ -83,8 +85,8 @@ def load_image_sets(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     expected = NUM_CLASSES.get(config.name)
     if expected is not None and len(train.classes) != expected:
         raise ConfigError(
-            f"data.root={config.root}: {config.name} has {expected} classes, but {len(train.classes)} class folders are "
-            "there; use data=image_folder for a set of your own"
+            f"data.root={config.root}: {config.name} has {expected} classes, but {len(train.classes)} class folders "
+            "are there; use data=image_folder for a set of your own"
         )
     return train, val
 
@@ -130,10 +132,12 @@ def _load_cifar(config: DataConfig, train: bool) -> ImageSet:
         cifar = dataset(config.root, train=train, download=True)
     except (OSError, RuntimeError) as error:
         raise ConfigError(
-            f"data.root={config.root} holds no {config.name}, and the download failed ({error}); fetch it where there is "
-            "a network, or give a root with train/ and test/ class folders"
+            f"data.root={config.root} holds no {config.name}, and the download failed ({error}); fetch it where there "
+            "is a network, or give a root with train/ and test/ class folders"
         ) from error
-    return ImageSet(list(cifar.classes), np.array(cifar.targets), arrays=torch.from_numpy(cifar.data).permute(0, 3, 1, 2))
+    return ImageSet(
+        list(cifar.classes), np.array(cifar.targets), arrays=torch.from_numpy(cifar.data).permute(0, 3, 1, 2)
+    )
 
 
 def _load_folders(config: DataConfig) -> tuple[ImageSet, ImageSet]:
@@ -144,7 +148,10 @@ def _load_folders(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     val_dir = root / "val" if (root / "val").is_dir() else root / "test"
     val = _load_class_folders(val_dir, config)
     if train.classes != val.classes:
-        only_train, only_val = sorted(set(train.classes) - set(val.classes)), sorted(set(val.classes) - set(train.classes))
+        only_train, only_val = (
+            sorted(set(train.classes) - set(val.classes)),
+            sorted(set(val.classes) - set(train.classes)),
+        )
         raise ConfigError(
             f"data.root={root}: train/ and {val_dir.name}/ must hold the same classes; "
             f"only in train/: {_some(only_train)}; only in {val_dir.name}/: {_some(only_val)}"
@@ -155,8 +162,8 @@ def _load_folders(config: DataConfig) -> tuple[ImageSet, ImageSet]:
 def _load_class_folders(folder: Path, config: DataConfig) -> ImageSet:
     if not folder.is_dir():
         raise ConfigError(
-            f"data.root={config.root}: there is no folder {folder}; expected train/ and val/ (or test/) with one folder "
-            "a class, or train/ alone with data.holdout_fraction"
+            f"data.root={config.root}: there is no folder {folder}; expected train/ and val/ (or test/) with one "
+            "folder a class, or train/ alone with data.holdout_fraction"
         )
     try:
         found = tv.ImageFolder(str(folder))

@@ -158,27 +158,37 @@ def build_loaders(config: TrainConfig, device: torch.device) -> Loaders:
     """
     train_set, val_set = load_image_sets(config.data)
     _check_counts(config, train_set)
-    plan = BatchPlan(
-        config.seed, len(train_set), config.trainer.global_batch_size, config.trainer.grad_accum_steps
+    is_resident = _is_resident(config, len(train_set) + len(val_set), device)
+    return Loaders(
+        _loader(config, train_set, device, is_resident, split="train"),
+        _loader(config, val_set, device, is_resident, split="val"),
+        train_set.classes,
     )
-    val_plan = BatchPlan(config.seed, len(val_set), plan.micro_batch_size, 1)
-    default_mean, default_std = MEAN_STD[config.data.name]
-    normalize = Normalize(
-        config.data.mean or default_mean, config.data.std or default_std, device, config.trainer.channels_last
-    )
+
+
+def build_eval_loader(
+    config: TrainConfig, device: torch.device
+) -> tuple["ResidentLoader | StreamingLoader", list[str]]:
+    """The val loader of `build_loaders`, with the same batches, and the classes."""
+    _, val_set = load_image_sets(config.data)
+    return _loader(config, val_set, device, _is_resident(config, len(val_set), device), split="val"), val_set.classes
+
+
+def _loader(
+    config: TrainConfig, images: ImageSet, device: torch.device, is_resident: bool, split: str
+) -> "ResidentLoader | StreamingLoader":
+    trainer = config.trainer
+    plan = BatchPlan(config.seed, len(images), trainer.global_batch_size, trainer.grad_accum_steps)
+    if split == "val":
+        plan = BatchPlan(config.seed, len(images), plan.micro_batch_size, 1)
+    mean, std = MEAN_STD[config.data.name]
+    normalize = Normalize(config.data.mean or mean, config.data.std or std, device, trainer.channels_last)
     augment = Augment(config.data, config.augment, config.seed)
     num_workers = resolved_num_workers(config)
-    if _is_resident(config, len(train_set) + len(val_set), device):
-        train: ResidentLoader | StreamingLoader = ResidentLoader(
-            decode_all(train_set, augment.size, num_workers, "train").to(device), train_set.labels, plan, augment, normalize
-        )
-        val: ResidentLoader | StreamingLoader = ResidentLoader(
-            decode_all(val_set, augment.size, num_workers, "val").to(device), val_set.labels, val_plan, augment, normalize
-        )
-    else:
-        train = StreamingLoader(train_set, plan, augment, normalize, num_workers, train=True)
-        val = StreamingLoader(val_set, val_plan, augment, normalize, num_workers, train=False)
-    return Loaders(train, val, train_set.classes)
+    if not is_resident:
+        return StreamingLoader(images, plan, augment, normalize, num_workers, train=split == "train")
+    pixels = decode_all(images, augment.size, num_workers, split).to(device)
+    return ResidentLoader(pixels, images.labels, plan, augment, normalize)
 
 
 def decode_all(images: ImageSet, size: int, num_workers: int, split: str) -> Tensor:
@@ -230,8 +240,8 @@ def _is_resident(config: TrainConfig, num_images: int, device: torch.device) -> 
     )
     if config.data.resident == "true" and needed > memory:
         raise ConfigError(
-            f"data.resident=true: {num_images:,} images of {size} pixels need {needed / 2**30:.1f} GiB, but {device.type} "
-            f"has {memory / 2**30:.1f} GiB; use data.resident=auto or a subset (data.max_train_images)"
+            f"data.resident=true: {num_images:,} images of {size} pixels need {needed / 2**30:.1f} GiB, but "
+            f"{device.type} has {memory / 2**30:.1f} GiB; use data.resident=auto or a subset (data.max_train_images)"
         )
     return config.data.resident == "true" or needed <= RESIDENT_SHARE * memory
 
@@ -245,8 +255,8 @@ def _check_counts(config: TrainConfig, train_set: ImageSet) -> None:
         )
     if len(train_set) < batch:
         raise ConfigError(
-            f"trainer.global_batch_size={batch} exceeds the {len(train_set)} training images, so an epoch would have no "
-            f"step; use trainer.global_batch_size={len(train_set)} or less"
+            f"trainer.global_batch_size={batch} exceeds the {len(train_set)} training images, so an epoch would have "
+            f"no step; use trainer.global_batch_size={len(train_set)} or less"
         )
 
 

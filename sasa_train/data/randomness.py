@@ -26,7 +26,7 @@ def fixed_order(num_images: int) -> np.ndarray:
 def sample_draws(seed: int, epoch: int, indices: np.ndarray, num_draws: int) -> np.ndarray:
     """Uniform numbers in [0, 1), float64 [len(indices), num_draws]."""
     state = _hash(_key(seed, epoch) ^ np.uint64(1), indices)  # apart from the numbers of the order
-    bits = np.stack([_mix(state + np.uint64(j + 1) * GOLDEN) for j in range(num_draws)], axis=1)
+    bits = _mix(state[:, None] + np.arange(1, num_draws + 1, dtype=np.uint64) * GOLDEN)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

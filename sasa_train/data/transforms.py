@@ -6,6 +6,7 @@ for a single streamed image, so that both give the same pixels. Large ones take 
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -32,8 +33,10 @@ class Augment:
         crop = v2.RandomResizedCrop(
             self.size, (augment.crop_scale[0], augment.crop_scale[1]), (augment.crop_ratio[0], augment.crop_ratio[1])
         )
-        self.large = v2.Compose([*([crop] if augment.crop else []), *([v2.RandomHorizontalFlip()] if self.hflip else [])])
-        self.crop_large = augment.crop
+        fit_large = v2.Lambda(partial(_fit_image, size=self.size))
+        self.large = v2.Compose(
+            [crop if augment.crop else fit_large, v2.RandomHorizontalFlip(0.5 if self.hflip else 0.0)]
+        )
 
     def small(self, images: Tensor, epoch: int, indices: np.ndarray) -> Tensor:
         """Crop after zero padding, and flip, each image its own way; uint8 [B, C, S, S] on any device."""
@@ -57,8 +60,7 @@ class Augment:
         if self.is_small:
             return self.small(fit(image, self.size)[None], epoch, np.array([index]))[0]
         with sample_rng(self.seed, epoch, index):
-            image = self.large(image if self.crop_large else _fit_image(image, self.size))
-        return v2.functional.pil_to_tensor(image)
+            return v2.functional.pil_to_tensor(self.large(image))
 
 
 def fit(image: Image.Image, size: int) -> Tensor:

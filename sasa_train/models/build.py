@@ -27,7 +27,9 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
         model = timm.create_model(config.name, num_classes=num_classes, **kwargs)
         check_input_size(config, num_classes, image_size, kwargs)
     except (ValueError, TypeError, RuntimeError, AssertionError) as error:
-        raise ConfigError(f"model.name={config.name} {kwargs or ''} on images of {image_size} pixels: {error}") from error
+        raise ConfigError(
+            f"model.name={config.name} {kwargs or ''} on images of {image_size} pixels: {error}"
+        ) from error
     if config.bn_momentum is not None:
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -38,7 +40,9 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
 def check_input_size(config: ModelConfig, num_classes: int, image_size: int, kwargs: dict) -> None:
     """Run one pass on the meta device: whatever the images' size breaks, it breaks here, in a second."""
     with torch.device("meta"), torch.no_grad():
-        timm.create_model(config.name, num_classes=num_classes, **kwargs).eval()(torch.empty(1, 3, image_size, image_size))
+        timm.create_model(config.name, num_classes=num_classes, **kwargs).eval()(
+            torch.empty(1, 3, image_size, image_size)
+        )
 
 
 def _unknown(name: str) -> str:

@@ -62,8 +62,8 @@ class LocalSelfAttention2d(nn.Module):
         self.qkv = nn.Conv2d(in_channels, (3 if content else 2) * out_channels, 1, bias=False)
         if position == "relative":
             shape = (kernel_size, head_dim // 2) if share_rel else (num_heads, kernel_size, head_dim // 2)
-            self.rel_height = nn.Parameter(torch.empty(shape))
-            self.rel_width = nn.Parameter(torch.empty(shape))
+            self.rel_height: nn.Parameter | None = nn.Parameter(torch.empty(shape))
+            self.rel_width: nn.Parameter | None = nn.Parameter(torch.empty(shape))
         else:
             self.rel_height = self.rel_width = None
         self.pool = nn.AvgPool2d(2, 2) if stride == 2 else nn.Identity()
@@ -172,8 +172,8 @@ class AttentionStem(nn.Module):
             self.nu = nn.Parameter(torch.empty(num_mixtures, out_channels))
         if relative:
             shape = (2 * BLOCK_SIZE - 1, out_channels // num_heads // 2)
-            self.rel_height = nn.Parameter(torch.empty(shape))
-            self.rel_width = nn.Parameter(torch.empty(shape))
+            self.rel_height: nn.Parameter | None = nn.Parameter(torch.empty(shape))
+            self.rel_width: nn.Parameter | None = nn.Parameter(torch.empty(shape))
         else:
             self.rel_height = self.rel_width = None
         self.bn = nn.BatchNorm2d(out_channels)
@@ -259,7 +259,9 @@ def _check_dials(
     if channels % num_heads:
         raise ValueError(f"num_heads={num_heads} must divide the layer's {channels} channels")
     if position == "relative" and channels // num_heads % 2:
-        raise ValueError(f"num_heads={num_heads} leaves head_dim={channels // num_heads}; relative positions need it even")
+        raise ValueError(
+            f"num_heads={num_heads} leaves head_dim={channels // num_heads}; relative positions need it even"
+        )
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size={kernel_size} must be odd and positive, so that the window has a centre")
     if stride not in (1, 2):
@@ -267,6 +269,8 @@ def _check_dials(
     if position not in POSITIONS:
         raise ValueError(f"position={position!r} must be one of {', '.join(POSITIONS)}")
     if position == "absolute" and in_channels % 4:
-        raise ValueError(f"position='absolute' needs input channels that 4 divides (sine, cosine; row, column): {in_channels}")
+        raise ValueError(
+            f"position='absolute' needs input channels that 4 divides (sine, cosine; row, column): {in_channels}"
+        )
     if not content and position != "relative":
         raise ValueError(f"content=False with position={position!r} leaves no score; use position='relative'")

@@ -106,6 +106,7 @@ class ResNet(nn.Module):
         channels = round(STEM_CHANNELS * width)
         self.stem, reduction = build_stem(stem, in_chans, channels)
         self.feature_info = [{"num_chs": channels, "reduction": reduction, "module": "stem"}]
+        stages: list[nn.Module] = []
         last_block, num_built = sum(BLOCK_COUNTS[depth]) - 1, 0
         for i, (num_blocks, op) in enumerate(zip(BLOCK_COUNTS[depth], stage_ops, strict=True)):
             stage_channels = round(STAGE_CHANNELS[i] * width)
@@ -115,9 +116,10 @@ class ResNet(nn.Module):
                 drop_path = drop_path_rate * num_built / last_block
                 blocks.append(Bottleneck(channels, stage_channels, stride, op, drop_path, attention))
                 channels, num_built = stage_channels * EXPANSION, num_built + 1
-            self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
+            stages.append(nn.Sequential(*blocks))
             reduction *= 2 if i > 0 else 1
             self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": f"layer{i + 1}"})
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.num_features = self.head_hidden_size = channels
         self.global_pool, self.fc = create_classifier(channels, num_classes, pool_type=global_pool)
         self._init_weights()
@@ -154,9 +156,9 @@ class ResNet(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str = "avg") -> None:
         self.num_classes = num_classes
-        device, dtype = self.layer1[0].conv1.weight.device, self.layer1[0].conv1.weight.dtype
+        weight = next(self.layer4.parameters())
         self.global_pool, self.fc = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool, device=device, dtype=dtype
+            self.num_features, num_classes, pool_type=global_pool, device=weight.device, dtype=weight.dtype
         )
 
     @torch.jit.ignore
@@ -201,7 +203,9 @@ def _build(variant: str, pretrained: bool, **kwargs) -> ResNet:
 
 def _register(family: str, depth: int, stem: str, op: str) -> None:
     def create(pretrained: bool = False, **kwargs) -> ResNet:
-        return _build(f"{family}_resnet{depth}", pretrained, **{"stem": stem, "stage_ops": (op,) * 4, **kwargs}, depth=depth)
+        return _build(
+            f"{family}_resnet{depth}", pretrained, **{"stem": stem, "stage_ops": (op,) * 4, **kwargs}, depth=depth
+        )
 
     create.__name__ = f"{family}_resnet{depth}"
     create.__doc__ = f"{family}_resnet{depth}: {stem} stem, {op} in all stages (arXiv 1906.05909, Table 1)."

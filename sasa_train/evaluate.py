@@ -1,0 +1,106 @@
+"""sasa-evaluate: a checkpoint's top1, top5, loss and classes on val; the training log's number to the last digit."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sasa_train.compose import fail, load_config
+from sasa_train.config import ConfigError, TrainConfig, resolved_image_size
+
+if TYPE_CHECKING:
+    from torch import nn
+
+USAGE = """usage: sasa-evaluate RUN_OR_CHECKPOINT [weights=ema|raw] [key=value ...]
+
+RUN_OR_CHECKPOINT  a run folder (its best.pt, or last.pt where there is no best) or a checkpoint file
+weights=raw        the model's own weights, where the run kept an exponential moving average (the default then)
+key=value          knobs over the checkpoint's config, as in data.root=/elsewhere trainer.device=cpu
+
+Exit codes: 0 done, 2 refused, 1 failed."""
+
+
+def main() -> None:
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run with command-line arguments; returns the exit code."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        return 0 if arguments else 2
+    source, overrides = Path(arguments[0]), arguments[1:]
+    weights = [a.removeprefix("weights=") for a in overrides if a.startswith("weights=")]
+    overrides = [a for a in overrides if not a.startswith("weights=")]
+    from sasa_train.checkpoint import CheckpointError
+
+    try:
+        return evaluate_checkpoint(source, weights[-1] if weights else None, overrides)
+    except (ConfigError, CheckpointError) as error:
+        return fail(error)
+
+
+def evaluate_checkpoint(source: Path, weights: str | None, overrides: list[str]) -> int:
+    """Evaluate and print.
+
+    Raises:
+        CheckpointError: `source` holds no checkpoint that can be read.
+        ConfigError: overrides or data that are refused.
+    """
+    from sasa_train.checkpoint import load_checkpoint
+    from sasa_train.data.loader import build_eval_loader
+    from sasa_train.engine import evaluate
+    from sasa_train.loop import resolve
+
+    path = find_checkpoint(source)
+    checkpoint = load_checkpoint(path)
+    config = load_config(checkpoint["config"], overrides, source=str(path))
+    if weights not in (None, "ema", "raw"):
+        raise ConfigError(f"weights={weights} must be ema or raw")
+    if weights == "ema" and checkpoint["ema"] is None:
+        raise ConfigError(f"weights=ema: {path} has no moving average; it was trained with trainer.ema_decay=null")
+    state_dict = checkpoint["model"] if weights == "raw" else checkpoint["ema"] or checkpoint["model"]
+    device, config = resolve(config)
+    loader, classes = build_eval_loader(config, device)
+    if classes != checkpoint["classes"]:
+        raise ConfigError(f"data.root={config.data.root}: its {len(classes)} classes are not the checkpoint's")
+    model = build_trained_model(config, state_dict, classes)
+    model.to(device).to(memory_format=loader.normalize.memory_format)
+    result = evaluate(model, loader.eval_batches(), len(classes), device, config.trainer.precision)
+    loader.close()
+    assert result is not None
+    print(f"{path}: step {checkpoint['step']:,}, {'EMA' if state_dict is checkpoint['ema'] else 'raw'} weights\n")
+    print_classes(classes, result.class_hits, result.class_images)
+    print(f"\nimages {result.num_images}\nloss   {result.loss!r}\ntop1   {result.top1!r}\ntop5   {result.top5!r}")
+    return 0
+
+
+def find_checkpoint(source: Path) -> Path:
+    """The file itself, or a run folder's best.pt, or its last.pt."""
+    if not source.is_dir():
+        return source
+    folder = source if source.name == "checkpoints" else source / "checkpoints"
+    return folder / "best.pt" if (folder / "best.pt").exists() else folder / "last.pt"
+
+
+def build_trained_model(config: TrainConfig, state_dict: dict[str, Any], classes: list[str]) -> "nn.Module":
+    """The checkpoint's model with its weights, on the CPU."""
+    from sasa_train.models import build_model
+
+    model = build_model(config.model, len(classes), resolved_image_size(config.data))
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise ConfigError(f"the overrides make another model than the checkpoint's: {error}") from error
+    return model
+
+
+def print_classes(classes: list[str], hits: list[int], images: list[int]) -> None:
+    width = max(len("class"), *(len(name) for name in classes))
+    print(f"{'class':<{width}}  images    top1")
+    for name, num_hits, num_images in zip(classes, hits, images, strict=True):
+        top1 = f"{100 * num_hits / num_images:6.2f}" if num_images else "     -"
+        print(f"{name:<{width}}  {num_images:>6}  {top1}")
+
+
+if __name__ == "__main__":
+    main()
