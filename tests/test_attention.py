@@ -1,0 +1,274 @@
+"""The reference is the specification, so it is checked against arithmetic that shares no code with it."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from sasa_train.attention import local_attention
+from sasa_train.attention.reference import attention_weights
+
+B, N, H, W, D, K = 2, 3, 5, 7, 4, 3  # all different, so that swapped dimensions show
+
+
+def tensors(dtype=torch.float64, shared=True, n=N, h=H, w=W, d=D, k=K, b=B, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    q, key, v = (torch.randn(b, n, h, w, d, generator=generator, dtype=dtype) for _ in range(3))
+    rel_shape = (k, d // 2) if shared else (n, k, d // 2)
+    rel_height, rel_width = (torch.randn(rel_shape, generator=generator, dtype=dtype) for _ in range(2))
+    return q, key, v, rel_height, rel_width
+
+
+def loop_oracle(q, key, v, rel_height, rel_width, kernel_size, content=True, border="mask") -> Tensor:
+    """Equation 3 with Python floats, one number at a time."""
+    b_, n_, h_, w_, d_ = q.shape
+    p, half = kernel_size // 2, d_ // 2
+    out = torch.zeros_like(v)
+    for b, n, i, j in itertools.product(range(b_), range(n_), range(h_), range(w_)):
+        scores, values = [], []
+        for dy, dx in itertools.product(range(-p, p + 1), repeat=2):
+            y, x = i + dy, j + dx
+            inside = 0 <= y < h_ and 0 <= x < w_
+            if border == "mask" and not inside:
+                continue
+            score = 0.0
+            if content and inside:
+                score += sum(float(q[b, n, i, j, c]) * float(key[b, n, y, x, c]) for c in range(d_))
+            if rel_height is not None:
+                row = (rel_height if rel_height.dim() == 2 else rel_height[n])[dy + p]
+                col = (rel_width if rel_width.dim() == 2 else rel_width[n])[dx + p]
+                score += sum(float(q[b, n, i, j, c]) * float(row[c]) for c in range(half))
+                score += sum(float(q[b, n, i, j, half + c]) * float(col[c]) for c in range(half))
+            scores.append(score)
+            values.append([float(v[b, n, y, x, c]) if inside else 0.0 for c in range(d_)])
+        top = max(scores)
+        weights = [math.exp(score - top) for score in scores]
+        for c in range(d_):
+            out[b, n, i, j, c] = sum(w * value[c] for w, value in zip(weights, values, strict=True)) / sum(weights)
+    return out
+
+
+CASES = [
+    pytest.param(3, True, True, True, "mask", id="all terms"),
+    pytest.param(3, True, True, True, "zero", id="zero border"),
+    pytest.param(3, True, True, False, "mask", id="embeddings per head"),
+    pytest.param(3, False, True, True, "mask", id="relative alone"),
+    pytest.param(3, False, True, False, "zero", id="relative alone, zero border"),
+    pytest.param(5, True, False, True, "mask", id="content alone"),
+    pytest.param(1, True, True, True, "mask", id="window of one"),
+    pytest.param(9, True, True, True, "mask", id="window larger than the image"),
+]
+
+
+@pytest.mark.parametrize("kernel_size,content,relative,shared,border", CASES)
+def test_matches_the_loop_oracle(kernel_size, content, relative, shared, border):
+    q, key, v, rel_height, rel_width = tensors(k=kernel_size, shared=shared)
+    rel = (rel_height, rel_width) if relative else (None, None)
+    ours = local_attention(
+        q, key if content else None, v, *rel, kernel_size=kernel_size, content=content, border=border
+    )
+    expected = loop_oracle(q, key, v, *rel, kernel_size, content, border)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel_size,content,relative,shared,border", CASES)
+def test_gradients_match_finite_differences(kernel_size, content, relative, shared, border):
+    q, key, v, rel_height, rel_width = tensors(k=kernel_size, shared=shared, b=1, n=2, h=3, w=2)
+    rel = (rel_height, rel_width) if relative else (None, None)
+    inputs = [t.requires_grad_() if t is not None else None for t in (q, key if content else None, v, *rel)]
+
+    def attend(*given):
+        return local_attention(*given, kernel_size=kernel_size, content=content, border=border)
+
+    assert torch.autograd.gradcheck(attend, inputs)
+
+
+def test_two_heads_on_paper():
+    """One row of two pixels, K=3, D=2, two heads, solved by hand.
+
+    Head 0: q=(1, 0) left, k = 0, so only rel_height[1] = 2 for the row both keys lie in: equal scores, the mean of v.
+    Head 1: q=(0, 1): rel_width gives 0 for itself and ln 3 for the right neighbour, so the left pixel weighs its
+    neighbour 3/4; the right pixel has its neighbour on the left with rel_width[0] = ln 2: 2/3.
+    """
+    q = torch.tensor([[[[[1.0, 0.0], [1.0, 0.0]]], [[[0.0, 1.0], [0.0, 1.0]]]]], dtype=torch.float64)
+    key = torch.zeros_like(q)
+    v = torch.tensor([[[[[4.0, 0.0], [8.0, 0.0]]], [[[4.0, 0.0], [8.0, 0.0]]]]], dtype=torch.float64)
+    rel_height = torch.tensor([[5.0], [2.0], [7.0]], dtype=torch.float64)  # 5 and 7 belong to rows outside
+    rel_width = torch.tensor([[math.log(2)], [0.0], [math.log(3)]], dtype=torch.float64)
+    out = local_attention(q, key, v, rel_height, rel_width, kernel_size=3)[0, :, 0, :, 0]
+    expected = torch.tensor([[6.0, 6.0], [4 / 4 + 8 * 3 / 4, 4 * 2 / 3 + 8 / 3]], dtype=torch.float64)
+    torch.testing.assert_close(out, expected)
+
+
+def test_scores_are_not_scaled():
+    """q.k = 4 ln 3 over D=4 channels: a 1/sqrt(D) would make the odds 9 instead of 81."""
+    q = torch.full((1, 1, 1, 2, 4), math.log(3), dtype=torch.float64)
+    key = torch.tensor([1.0, 0.0], dtype=torch.float64)[None, None, None, :, None].expand(1, 1, 1, 2, 4)
+    weights = attention_weights(q, key, None, None, 3, "mask")[0, 0, 0, 0]
+    assert float(weights[4] / weights[5]) == pytest.approx(81)
+
+
+@pytest.mark.parametrize("border", ["mask", "zero"])
+def test_weights_sum_to_one_with_one_map_a_head(border):
+    q, key, _, rel_height, rel_width = tensors()
+    weights = attention_weights(q, key, rel_height, rel_width, K, border)
+    assert weights.shape == (B, N, H, W, K * K)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(B, N, H, W, dtype=torch.float64))
+    corner = weights[:, :, 0, 0].unflatten(-1, (K, K))
+    outside = torch.cat([corner[..., 0, :].flatten(), corner[..., 0].flatten()])
+    assert (outside == 0).all() if border == "mask" else (outside > 0).all()
+
+
+def test_a_head_depends_on_its_own_query_alone():
+    """Public codes share one softmax between the heads."""
+    q, key, v, rel_height, rel_width = tensors()
+    before = local_attention(q, key, v, rel_height, rel_width, kernel_size=K)
+    q[:, 1] += 1
+    after = local_attention(q, key, v, rel_height, rel_width, kernel_size=K)
+    changed = (before != after).flatten(2).any(2).any(0)
+    assert changed.tolist() == [False, True, False]
+
+
+def test_every_head_reaches_both_embeddings():
+    """Public codes give rows to the first heads and columns to the last."""
+    q, key, v, rel_height, rel_width = tensors(shared=False)
+    rel_height.requires_grad_(), rel_width.requires_grad_()
+    local_attention(q, key, v, rel_height, rel_width, kernel_size=K).pow(2).sum().backward()
+    assert (rel_height.grad.abs().sum((1, 2)) > 0).all() and (rel_width.grad.abs().sum((1, 2)) > 0).all()
+
+
+def test_transposing_the_image_transposes_the_output():
+    """Rows and columns are treated alike: swap the image, the embeddings and the halves of q and k."""
+    q, key, v, rel_height, rel_width = tensors()
+
+    def turn(t):
+        return t.transpose(2, 3)
+
+    def swap(t):
+        return torch.cat([t[..., D // 2 :], t[..., : D // 2]], -1)
+
+    out = local_attention(q, key, v, rel_height, rel_width, kernel_size=K)
+    turned = local_attention(turn(swap(q)), turn(swap(key)), turn(v), rel_width, rel_height, kernel_size=K)
+    torch.testing.assert_close(turn(turned), out)
+
+
+def test_a_window_of_one_returns_the_values():
+    q, key, v, rel_height, rel_width = tensors(k=1)
+    torch.testing.assert_close(local_attention(q, key, v, rel_height, rel_width, kernel_size=1), v)
+
+
+def test_a_zero_query_takes_the_mean_of_the_window():
+    q, key, v, rel_height, rel_width = tensors()
+    out = local_attention(torch.zeros_like(q), key, v, rel_height, rel_width, kernel_size=K)
+    torch.testing.assert_close(out[:, :, 2, 3], v[:, :, 1:4, 2:5].mean((2, 3)))  # inside
+    torch.testing.assert_close(out[:, :, 0, 0], v[:, :, :2, :2].mean((2, 3)))  # a corner: what is there
+
+
+def test_content_term_agrees_with_timms_halo_attention():
+    """A second oracle: HaloAttn with blocks of 1 and a halo of 3 is a 7x7 window with a zero border, scaled."""
+    from timm.layers.halo_attn import HaloAttn
+
+    halo = HaloAttn(12, num_heads=3, dim_head=4, block_size=1, halo_size=3).double().eval()
+    with torch.no_grad():
+        for parameter in halo.pos_embed.parameters():  # content alone
+            parameter.zero_()
+        x = torch.randn(2, 12, 5, 7, dtype=torch.float64)
+        kv = halo.kv(x).unflatten(1, (3, 8))  # a head's keys and values lie side by side
+        q = halo.q(x).unflatten(1, (3, 4)) * 4**-0.5  # HaloAttn scales, we do not
+        bnhwd = (0, 1, 3, 4, 2)
+        ours = local_attention(
+            q.permute(bnhwd), kv[:, :, :4].permute(bnhwd), kv[:, :, 4:].permute(bnhwd), kernel_size=7, border="zero"
+        )
+        torch.testing.assert_close(ours.permute(0, 1, 4, 2, 3).flatten(1, 2), halo(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32_and_rounded_once(dtype):
+    """Inputs that the dtype holds exactly, so the one difference is the last rounding: half a unit in the last place."""
+    inputs = [t.to(dtype) for t in tensors(torch.float32)]
+    embeddings = [t.float() for t in inputs[3:]]  # float32 beside half-precision q, k, v
+    out = local_attention(*inputs[:3], *embeddings, kernel_size=K)
+    exact = local_attention(*(t.double() for t in inputs), kernel_size=K)
+    assert out.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    # half a unit of rounding, and some float32 units of arithmetic
+    torch.testing.assert_close(out.double(), exact, rtol=eps / 2 + 4e-6, atol=4e-6 if dtype == torch.float32 else 1e-6)
+
+
+def test_any_strides_give_the_same_numbers_and_gradients():
+    q, key, v, rel_height, rel_width = tensors()
+    fused = torch.stack([q, key, v]).permute(1, 0, 3, 4, 2, 5).contiguous().requires_grad_()  # [B, 3, H, W, N, D]
+    plain = [t.clone().requires_grad_() for t in (q, key, v)]
+    strided = fused.permute(1, 0, 4, 2, 3, 5).unbind(0)
+    out_strided = local_attention(*strided, rel_height, rel_width, kernel_size=K)
+    out_plain = local_attention(*plain, rel_height, rel_width, kernel_size=K)
+    assert torch.equal(out_strided, out_plain)
+    weight = torch.randn_like(out_plain)
+    (out_strided * weight).sum().backward()
+    (out_plain * weight).sum().backward()
+    for grad, t in zip(fused.grad.permute(1, 0, 4, 2, 3, 5), plain, strict=True):
+        torch.testing.assert_close(grad, t.grad, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("content,shared", [(True, True), (False, False)])
+def test_the_op_is_a_well_behaved_library_op(content, shared):
+    """Schema, fake tensors, autograd registration and compilation, as torch checks them."""
+    q, key, v, rel_height, rel_width = (t.requires_grad_() for t in tensors(torch.float32, shared=shared))
+    arguments = (q, key if content else None, v, rel_height, rel_width, K, "mask", "reference")
+    torch.library.opcheck(torch.ops.sasa_train.local_attention.default, arguments)
+
+
+def test_compiles_without_a_graph_break_and_exports():
+    q, key, v, rel_height, rel_width = tensors(torch.float32)
+
+    class Attend(torch.nn.Module):
+        def forward(self, q, key, v, rel_height, rel_width):
+            return local_attention(q, key, v, rel_height, rel_width, kernel_size=K)
+
+    expected = Attend()(q, key, v, rel_height, rel_width)
+    compiled = torch.compile(Attend(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, key, v, rel_height, rel_width), expected)
+    exported = torch.export.export(Attend(), (q, key, v, rel_height, rel_width))
+    torch.testing.assert_close(exported.module()(q, key, v, rel_height, rel_width), expected)
+
+
+@pytest.mark.parametrize("content,relative,products", [(True, True, 3), (True, False, 2), (False, True, 2)])
+def test_flops_are_the_papers(content, relative, products):
+    q, key, v, rel_height, rel_width = (t.to("meta").requires_grad_() for t in tensors())
+    rel = (rel_height, rel_width) if relative else (None, None)
+    with FlopCounterMode(display=False) as counter:
+        out = local_attention(q, key if content else None, v, *rel, kernel_size=K, content=content)
+    forward = products * 2 * K * K * D * B * N * H * W
+    assert counter.get_total_flops() == forward
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 2 * forward
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"kernel_size": 4}, "kernel_size=4 must be odd"),
+        ({"border": "reflect"}, "border='reflect' must be one of mask, zero"),
+        ({"backend": "fast"}, "backend='fast' must be one of"),
+        ({"key": None}, "key=None goes with content=False"),
+        ({"rel_width": None}, "rel_height and rel_width go together"),
+        ({"content": False, "rel_height": None, "rel_width": None}, "leaves no score"),
+        ({"value": torch.zeros(1, 2, 3, 4, 4)}, "value must match query's shape"),
+        ({"rel_height": torch.zeros(5, 2)}, r"rel_height must be \[3, 2\] or \[3, 3, 2\]; got \[5, 2\]"),
+        ({"query": torch.zeros(3, 4)}, r"query must be \[B, N, H, W, D\]"),
+    ],
+)
+def test_refusals_name_the_argument_and_the_rule(change, message):
+    names = ("query", "key", "value", "rel_height", "rel_width")
+    arguments = dict(zip(names, tensors(torch.float32), strict=True)) | {"kernel_size": K} | change
+    with pytest.raises(ValueError, match=message):
+        local_attention(**arguments)
+
+
+def test_a_backend_asked_for_by_name_never_falls_back():
+    with pytest.raises(RuntimeError, match="backend='triton' is not part of this version"):
+        local_attention(*tensors(), kernel_size=K, backend="triton")

@@ -1,0 +1,241 @@
+"""The models are the paper's: counts to the digit, printed figures within their tolerance, and timm's API."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from sasa_train.config import OWN_MODELS, ConfigError, ModelConfig
+from sasa_train.models import AttentionStem, LocalSelfAttention2d, build_model
+from sasa_train.models.layers import sinusoid
+from sasa_train.paper import ROWS
+from sasa_train.summary import count_flops, count_params, meta_model
+
+TINY = {"width": 0.25, "num_heads": 2, "kernel_size": 3, "num_classes": 5}
+
+
+@pytest.mark.parametrize(
+    "name,params",
+    [
+        ("hybrid_resnet26", 10_331_264),
+        ("hybrid_resnet38", 14_173_384),
+        ("hybrid_resnet50", 18_015_504),
+        ("conv_resnet26", 13_696_552),
+        ("conv_resnet38", 19_626_792),
+        ("conv_resnet50", 25_557_032),
+    ],
+)
+def test_parameters_equal_the_paper_to_the_digit(name, params):
+    assert count_params(meta_model(lambda: timm.create_model(name))) == params
+
+
+# The cells that an exact count does not round to; docs/paper.md gives the reason.
+NOT_ROUNDED = {
+    (1, "baseline, R38", "gflops"),
+    (1, "conv stem + attention, R38", "mparams"),
+    (1, "full attention, R38", "gflops"),
+    (1, "full attention, R38", "mparams"),
+    (3, "convolution in 1 2", "gflops"),
+    (3, "convolution in 3 4", "gflops"),
+    (3, "convolution in 3 4", "mparams"),
+    (4, "kernel_size 3", "gflops"),
+    (4, "kernel_size 11", "gflops"),
+    (5, "position none", "gflops"),
+    (5, "position absolute", "gflops"),
+    (6, "q.r alone", "mparams"),
+}
+
+
+def test_every_printed_figure_is_met():
+    """Within 0.11 GFLOPs and 0.1 M; and where ours does not round to the printed figure, it is listed."""
+    missed = set()
+    for row in ROWS:
+        model = meta_model(lambda row=row: timm.create_model(row.model, **row.dials))
+        ours = {"gflops": count_flops(model, 224) / 1e9, "mparams": count_params(model) / 1e6}
+        for figure, tolerance in (("gflops", 0.11), ("mparams", 0.1)):
+            printed = getattr(row, figure)
+            if printed is None:
+                continue
+            # Table 5's "none" is printed 6.9 and counts 6.78 here as in every count we know of.
+            if (row.table, row.label) != (5, "position none"):
+                assert abs(ours[figure] - printed) <= tolerance, (row, ours)
+            if round(ours[figure], 1) != printed:
+                missed.add((row.table, row.label, figure))
+    assert missed == NOT_ROUNDED
+
+
+@pytest.mark.parametrize("name", OWN_MODELS)
+def test_timm_users_find_their_api(name):
+    stem = "conv_small" if name.startswith("conv") else "attention_small"
+    dials = TINY | ({} if name.startswith("conv") else {"drop_path_rate": 0.1})
+    model = timm.create_model(name, stem=stem, **dials)
+    images = torch.randn(2, 3, 16, 16)
+    features = model.forward_features(images)
+    assert features.shape == (2, model.num_features, 2, 2)
+    assert model.forward_head(features).shape == (2, 5)
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.num_features)
+    assert model.get_classifier() is model.fc
+    model.reset_classifier(7)
+    assert model(images).shape == (2, 7) and model.num_classes == 7
+    assert model.no_weight_decay() <= {n for n, _ in model.named_parameters()}
+    assert bool(model.no_weight_decay()) != name.startswith("conv")
+
+
+def test_features_only_gives_the_stem_and_four_stages():
+    model = timm.create_model("hybrid_resnet26", features_only=True, width=0.25, num_heads=2)
+    maps = model(torch.randn(1, 3, 64, 64))
+    assert [m.shape[1] for m in maps] == model.feature_info.channels() == [16, 64, 128, 256, 512]
+    assert [64 // m.shape[-1] for m in maps] == model.feature_info.reduction() == [4, 4, 8, 16, 32]
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory():
+    torch.manual_seed(0)
+    model = timm.create_model("sasa_resnet26", stem="attention_small", **TINY).double()
+    images, grads = torch.randn(3, 3, 8, 8, dtype=torch.float64), []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(images).square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for plain, checkpointed in zip(*grads, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+def test_every_parameter_is_trained():
+    """A parameter without gradient is a part of the paper that was built and not connected."""
+    for stem in ("attention_small", "attention", "attention_convvalues"):
+        model = timm.create_model("sasa_resnet26", stem=stem, **TINY)
+        for block in model.modules():
+            if hasattr(block, "bn3"):
+                nn.init.ones_(block.bn3.weight)  # zero at the start, it would hide the rest of its block
+        model(torch.randn(4, 3, 32, 32)).square().sum().backward()
+        assert not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+@pytest.mark.parametrize("position", ["relative", "absolute", "none"])
+def test_positions(position):
+    """Without a position the layer cannot tell a map from its mirror image; with one it can."""
+    torch.manual_seed(0)
+    layer = LocalSelfAttention2d(8, 8, kernel_size=3, num_heads=2, position=position).double()
+    x = torch.randn(1, 8, 5, 6, dtype=torch.float64)
+    is_blind = torch.allclose(layer(x.flip(-1)).flip(-1), layer(x))
+    assert is_blind == (position == "none")
+
+
+def test_absolute_positions_are_what_the_projections_read():
+    """The shortcut through the projections equals adding the sinusoid to the input of W_Q and W_K alone."""
+    torch.manual_seed(0)
+    layer = LocalSelfAttention2d(8, 12, kernel_size=3, num_heads=2, position="absolute").double()
+    x = torch.randn(2, 8, 5, 6, dtype=torch.float64)
+    rows = sinusoid(4, 5).double()[:, :, None].expand(-1, -1, 6)
+    cols = sinusoid(4, 6).double()[:, None, :].expand(-1, 5, -1)
+    with_position, without = layer.qkv(x + torch.cat([rows, cols])), layer.qkv(x)
+    expected = torch.cat([with_position[:, :24], without[:, 24:]], 1)
+    torch.testing.assert_close(layer.qkv(x) + layer._projected_sinusoid(x), expected)
+
+
+def test_attention_is_pooled_after_it():
+    layer = LocalSelfAttention2d(8, 8, kernel_size=3, num_heads=2)
+    pooled = LocalSelfAttention2d(8, 8, kernel_size=3, num_heads=2, stride=2)
+    pooled.load_state_dict(layer.state_dict())
+    x = torch.randn(1, 8, 6, 6)
+    torch.testing.assert_close(pooled(x), nn.functional.avg_pool2d(layer(x), 2))
+
+
+def stem_oracle(stem: AttentionStem, x: torch.Tensor) -> torch.Tensor:
+    """Equations 8 and 9 position by position, before BN and pooling."""
+    batch, _, height, width = x.shape
+    channels, heads, m = stem.bn.num_features, stem.num_heads, stem.nu.shape[0]
+    d = channels // heads
+    w_q, w_k = stem.qk.weight[:, :, 0, 0].chunk(2)
+    w_v = stem.value.weight[:, :, 0, 0].unflatten(1, (m, -1))  # [C', m, C]
+    out = torch.zeros(batch, channels, height, width, dtype=x.dtype)
+    for b in range(batch):
+        for y in range(height):
+            for z in range(width):
+                q = (w_q @ x[b, :, y, z]).view(heads, d)
+                scores, values = [], []
+                for a in range(4):
+                    for c in range(4):
+                        pixel = x[b, :, y // 4 * 4 + a, z // 4 * 4 + c]
+                        p = ((stem.emb_row[a] + stem.emb_col[c]) @ stem.nu.T).softmax(0)
+                        values.append(sum(p[i] * (w_v[:, i] @ pixel) for i in range(m)).view(heads, d))
+                        r = torch.cat([stem.rel_height[a - y % 4 + 3], stem.rel_width[c - z % 4 + 3]])
+                        scores.append((q * (w_k @ pixel).view(heads, d)).sum(1) + q @ r)
+                weights = torch.stack(scores).softmax(0)  # [16, heads]
+                out[b, :, y, z] = (weights[..., None] * torch.stack(values)).sum(0).flatten()
+    return out
+
+
+def test_the_stem_matches_its_equations():
+    torch.manual_seed(0)
+    stem = AttentionStem(3, 16, pool=False).double().eval()  # BN in eval mode at the start: x / sqrt(1 + eps)
+    x = torch.randn(2, 3, 8, 4, dtype=torch.float64)
+    torch.testing.assert_close(stem(x) * (1 + stem.bn.eps) ** 0.5, stem_oracle(stem, x))
+    torch.testing.assert_close(
+        stem.mixture_weights().sum(0), torch.ones(4, 4, dtype=torch.float64)
+    )
+    pooled = AttentionStem(3, 16).double().eval()
+    pooled.load_state_dict(stem.state_dict())
+    torch.testing.assert_close(pooled(x), nn.functional.max_pool2d(stem(x), 4))
+
+
+def test_stem_blocks_do_not_see_each_other():
+    stem = AttentionStem(3, 16, pool=False).eval()
+    x = torch.randn(1, 3, 8, 8)
+    before = stem(x)
+    x[..., 4:, 4:] += 1
+    changed = (stem(x) != before).any(1)[0]
+    assert changed[4:, 4:].all() and not changed[:4].any() and not changed[:, :4].any()
+
+
+def test_attention_stems_name_the_next_size():
+    model = timm.create_model("sasa_resnet26", **TINY)
+    with pytest.raises(ValueError, match="image of 30 x 33: .* the next size is 32 x 36"):
+        model(torch.randn(1, 3, 30, 33))
+
+
+@pytest.mark.parametrize(
+    "dials,message",
+    [
+        ({"num_heads": 7}, "num_heads=7 must divide the layer's 16 channels"),
+        ({"num_heads": 16}, "leaves head_dim=1; relative positions need it even"),
+        ({"stage_ops": ["conv"]}, "must be four of conv, attention"),
+        ({"stem": "none"}, "stem='none' must be one of conv, attention"),
+        ({"position": "rotary"}, "position='rotary' must be one of"),
+        ({"content": False, "position": "none"}, "leaves no score"),
+        ({"stem": "attention"}, "image of 30 x 30: the attention stem needs sides that 4 divides"),
+    ],
+)
+def test_build_model_refuses_before_training(dials, message):
+    config = ModelConfig(name="sasa_resnet26", **({"width": 0.25, "num_heads": 2, "stem": "conv_small"} | dials))
+    with pytest.raises(ConfigError, match=message):
+        build_model(config, 10, 30)
+
+
+def test_an_unknown_model_is_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean .*resnet50"):
+        build_model(ModelConfig(name="sasa_resnet5"), 10, 32)
+
+
+@pytest.mark.parametrize(
+    "name,size",
+    [
+        ("resnet18", 32),
+        ("vit_tiny_patch16_224", 32),
+        ("swin_tiny_patch4_window7_224", 64),
+        ("halonet26t", 256),
+        ("botnet26t_256", 64),
+        ("lambda_resnet26t", 64),
+    ],
+)
+def test_timms_models_take_the_data_sets_size(name, size):
+    model = build_model(ModelConfig(name=name, bn_momentum=0.01), 10, size)
+    with torch.no_grad():
+        assert model.eval()(torch.randn(1, 3, size, size)).shape == (1, 10)
+    assert all(m.momentum == 0.01 for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_a_timm_model_that_cannot_take_the_size_is_refused():
+    with pytest.raises(ConfigError, match="model.name=halonet26t .*images of 32 pixels"):
+        build_model(ModelConfig(name="halonet26t"), 10, 32)
