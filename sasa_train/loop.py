@@ -42,9 +42,15 @@ def train(config: TrainConfig, stop: StopRequest) -> bool:
     run_name = config.run_name or default_run_name(config)
     device, config = resolve(config)
     run = open_run(config, run_name)
-    if run.checkpoint is not None and is_finished(run.checkpoint, config):
-        print_finished(run)
-        return True
+    with run.lock:
+        if run.checkpoint is not None and is_finished(run.checkpoint, config):
+            print_finished(run)
+            return True
+        return train_in_folder(config, device, run, stop)
+
+
+def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, stop: StopRequest) -> bool:
+    """`train`, once the folder is ours and what it continues from is known."""
     print(f"{to_yaml(config)}\nrun folder  {run.path}")
     run.write_info(**(provenance() if run.checkpoint is None else {}), status="running")
 

@@ -19,7 +19,7 @@ from sasa_train.checkpoint import Checkpoints, load_checkpoint, write_atomic
 from sasa_train.compose import load_config, to_yaml
 from sasa_train.config import ConfigError, TrainConfig, differing_keys, flatten
 
-PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "numpy", "sasa_train")
+PACKAGES = ("torchvision", "timm", "hydra-core", "omegaconf", "numpy", "sasa_train")
 
 
 @dataclass
@@ -61,15 +61,19 @@ def open_run(config: TrainConfig, run_name: str) -> RunFolder:
         raise ConfigError(f"resume={config.resume} must be auto, never, a run folder or a checkpoint; it is not there")
     path.mkdir(parents=True, exist_ok=True)
     lock = _lock(path)
-    checkpoints = Checkpoints(path / "checkpoints", config.trainer.keep_checkpoints)
-    checkpoint = checkpoints.newest(warn=lambda text: print(f"WARNING: {text}", file=sys.stderr))
-    if checkpoint is None and starts_from_file:
-        checkpoint = load_checkpoint(source)
-    if checkpoint is None and path == source:
-        raise ConfigError(f"resume={config.resume}: the folder has no checkpoint to continue from")
-    if checkpoint is not None:
-        check_trajectory(checkpoint, config, path)
-    write_atomic(path / "config.yaml", to_yaml(config).encode())
+    try:
+        checkpoints = Checkpoints(path / "checkpoints", config.trainer.keep_checkpoints)
+        checkpoint = checkpoints.newest(warn=lambda text: print(f"WARNING: {text}", file=sys.stderr))
+        if checkpoint is None and starts_from_file:
+            checkpoint = load_checkpoint(source)
+        if checkpoint is None and path == source:
+            raise ConfigError(f"resume={config.resume}: the folder has no checkpoint to continue from")
+        if checkpoint is not None:
+            check_trajectory(checkpoint, config, path)
+        write_atomic(path / "config.yaml", to_yaml(config).encode())
+    except BaseException:
+        lock.close()
+        raise
     return RunFolder(path, lock, checkpoints, checkpoint)
 
 
@@ -94,7 +98,8 @@ def provenance() -> dict[str, Any]:
         "directory": os.getcwd(),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}
+        | {name: _version(name) for name in PACKAGES},
         "host": platform.node(),
         "platform": platform.platform(),
         "processors": os.cpu_count(),

@@ -1,0 +1,337 @@
+"""The commands as users run them: what they leave behind, what they refuse, and that nothing is lost on the way."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+
+from sasa_train import train
+from sasa_train.checkpoint import load_checkpoint
+from sasa_train.compose import compose_config, config_dir, to_yaml
+from sasa_train.config import ConfigError, TrainConfig, default_run_name, flatten, knob_table
+
+EXPERIMENTS = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
+TIMINGS = ("images_per_sec", "data_wait_fraction", "seconds")
+
+
+def rows(run_dir: Path) -> list[dict]:
+    """The metrics without what depends on the clock."""
+    parsed = (json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in parsed]
+
+
+def assert_equal_state(one, other, path="checkpoint"):
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one.keys() - {"seconds", "config"}:
+            assert_equal_state(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_equal_state(a, b, f"{path}[{i}]")
+    else:
+        assert one == other, path
+
+
+def run_in_process(tmp_path, monkeypatch, *arguments: str) -> int:
+    monkeypatch.chdir(tmp_path)
+    return train.run_command(list(arguments))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_takes_two_steps(name, tmp_path, monkeypatch, image_folder):
+    """On tiny data and a narrow model; everything else is the preset's own."""
+    data = ["data=image_folder", f"data.root={image_folder}", "data.image_size=16"] if "cifar" in name else []
+    dials = ["model.width=0.125", "model.num_heads=2"]
+    small = ["trainer.global_batch_size=8", "trainer.max_steps=2", "trainer.log_every_steps=1"]
+    assert run_in_process(tmp_path, monkeypatch, f"experiment={name}", *data, *dials, *small, "run_name=two") == 0
+    found = rows(tmp_path / "outputs/two")
+    assert [row["step"] for row in found if row["split"] == "train"] == [1, 2]
+    assert all(isinstance(row["loss"], float) and 0 <= row["top1"] <= 100 for row in found)
+
+
+def test_every_preset_says_how_to_run_it_and_what_to_expect():
+    for name in EXPERIMENTS:
+        head = (config_dir() / f"experiment/{name}.yaml").read_text().split("defaults:")[0]
+        assert f"sasa-train experiment={name}" in head and "top1" in head and re.search(r"GPU|CPU", head), name
+
+
+def test_a_run_leaves_what_the_readme_promises(command, tmp_path):
+    out = command("train", *TINY, "run_name=first", "trainer.ema_decay=0.9", "trainer.checkpoint_every_steps=1").stdout
+    run = tmp_path / "out/first"
+    names = {p.relative_to(run).as_posix() for p in run.rglob("*.*")}
+    assert {"config.yaml", "metrics.jsonl", "run.json", "checkpoints/last.pt", "checkpoints/best.pt"} <= names
+    assert len([n for n in names if re.fullmatch(r"checkpoints/step-\d+\.pt", n)]) == 3
+    assert any(n.startswith("tensorboard/events") for n in names)
+    info = json.loads((run / "run.json").read_text())
+    assert info["status"] == "finished" and info["versions"]["torch"] == torch.__version__
+    saved = torch.load(run / "checkpoints/last.pt", weights_only=True)
+    assert {"model", "ema", "optimizer", "step", "epoch", "config", "rng", "best"} <= saved.keys()
+    assert (saved["step"], saved["epoch"]) == (12, 3) and saved["ema"].keys() == saved["model"].keys()
+    assert saved["config"] == (run / "config.yaml").read_text()
+    found = rows(run)
+    assert {"split", "step", "epoch", "loss", "top1", "lr", "grad_norm"} <= found[0].keys()
+    val = [row for row in found if row["split"] == "val"]
+    assert [row["epoch"] for row in val] == [1, 2, 3] and all("top1_raw" in row for row in val)
+    assert saved["best"]["top1"] == max(row["top1"] for row in val)
+    assert "sasa-evaluate" in out and "step 12/12" in out and "ETA" in out and "\r" not in out
+    again = command("train", *TINY, "run_name=first", "trainer.ema_decay=0.9", "trainer.checkpoint_every_steps=1").stdout
+    assert "is finished: 12 steps" in again and rows(run) == found
+    for weights, key in (("ema", "top1"), ("raw", "top1_raw")):
+        printed = command("evaluate", "out/first", f"weights={weights}").stdout
+        best = next(row for row in val if row["step"] == saved["best"]["step"])
+        assert f"top1   {best[key]!r}\n" in printed
+    assert f"loss   {best['loss']!r}\n" in command("evaluate", "out/first/checkpoints/best.pt").stdout
+
+
+def start(tmp_path, *arguments) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "sasa_train.train", *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_rows(run_dir: Path, count: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if (run_dir / "metrics.jsonl").exists() and len((run_dir / "metrics.jsonl").read_text().splitlines()) >= count:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"no {count} rows; exit code {process.poll()}\n{process.communicate()[0]}")
+
+
+def test_killed_and_stopped_runs_end_as_one_never_touched(command, tmp_path):
+    """Mid-epoch: a SIGKILL, a SIGTERM (75) and a SIGINT (75), each followed by the same command at other workers."""
+    run = [*TINY, "trainer.epochs=6", "trainer.ema_decay=0.9", "model.drop_path_rate=0.2", "data.resident=false"]
+    run += ["trainer.checkpoint_every_steps=3"]
+    command("train", *run, "run_name=whole", "data.num_workers=0")
+    process = None
+    for workers, number, seen in ((1, signal.SIGKILL, 5), (0, signal.SIGTERM, 9), (3, signal.SIGINT, 14)):
+        process = start(tmp_path, *run, "run_name=broken", f"data.num_workers={workers}")
+        wait_for_rows(tmp_path / "out/broken", seen, process)
+        process.send_signal(number)
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == (-9 if number == signal.SIGKILL else 75), output
+        if number != signal.SIGKILL:
+            assert f"{number.name}: saved at step" in output
+            assert json.loads((tmp_path / "out/broken/run.json").read_text())["status"] == "interrupted"
+    command("train", *run, "run_name=broken", "data.num_workers=2")
+    assert rows(tmp_path / "out/broken") == rows(tmp_path / "out/whole")
+    last = [load_checkpoint(tmp_path / f"out/{name}/checkpoints/last.pt") for name in ("broken", "whole")]
+    assert_equal_state(*last)
+    best = [load_checkpoint(tmp_path / f"out/{name}/checkpoints/best.pt") for name in ("broken", "whole")]
+    assert_equal_state(*best)
+
+
+def test_a_stop_before_training_leaves_nothing_half_done(tmp_path):
+    process = start(tmp_path, *TINY, "run_name=early")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out/early/.lock").exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, output
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["trainer.epoch=3"], "unknown key 'trainer.epoch': did you mean trainer.epochs?"),
+        (["+trainer.epoch=3"], "unknown key 'trainer.epoch': did you mean trainer.epochs?"),
+        (["data=image_folder", "data.root=nowhere"], "there is no folder nowhere/train"),
+        (["model.num_classes=11"], "model.num_classes=11, but digits has 10 classes"),
+    ],
+)
+def test_the_real_command_refuses_with_exit_code_2(command, arguments, message):
+    process = command("train", *TINY, *arguments, expect=2)
+    assert message in process.stderr and "Traceback" not in process.stderr
+
+
+def test_a_truncated_checkpoint_is_named_and_the_run_goes_on(command, tmp_path):
+    run = [*TINY, "run_name=cut", "trainer.checkpoint_every_steps=2"]
+    command("train", *run)
+    expected = rows(tmp_path / "out/cut")
+    last = tmp_path / "out/cut/checkpoints/last.pt"
+    os.truncate(last, 1000)
+    process = command("train", *run)
+    assert "WARNING: skipping a damaged checkpoint: " in process.stderr and "last.pt" in process.stderr
+    assert "continues   at step" in process.stdout and rows(tmp_path / "out/cut") == expected
+    for path in last.parent.iterdir():
+        os.truncate(path, 1000)
+    process = command("train", *run, expect=1)
+    assert "checkpoints can be read; restore one from a copy" in process.stderr
+    assert "cannot be read as a checkpoint" in command("evaluate", "out/cut", expect=2).stderr
+
+
+def test_resume_never_folder_and_checkpoint(tmp_path, monkeypatch, capsys):
+    run = [*TINY, "run_name=a", "trainer.checkpoint_every_steps=5"]
+    assert run_in_process(tmp_path, monkeypatch, *run) == 0
+    out = tmp_path / "out"
+    assert run_in_process(tmp_path, monkeypatch, *run, "resume=never") == 0
+    assert rows(out / "a-2") == rows(out / "a")
+    # A checkpoint: the rest of the run in a new folder, the old one left alone.
+    before = (out / "a/checkpoints/last.pt").read_bytes()
+    middle = "out/a/checkpoints/step-00000005.pt"
+    assert run_in_process(tmp_path, monkeypatch, *run, f"resume={middle}") == 0
+    assert rows(out / "a-3") == [row for row in rows(out / "a") if row["step"] > 5]
+    assert (out / "a/checkpoints/last.pt").read_bytes() == before
+    # A folder, in place; without a group choice its own config is the base.
+    capsys.readouterr()
+    assert run_in_process(tmp_path, monkeypatch, "resume=out/a") == 0
+    assert "out/a is finished" in capsys.readouterr().out
+    assert run_in_process(tmp_path, monkeypatch, "resume=out/a", "model.kernel_size=5") == 2
+    assert "model.kernel_size: 3 -> 5" in capsys.readouterr().err
+    longer = ["resume=out/a", "trainer.epochs=4", "allow_config_change=[trainer.epochs]"]
+    assert run_in_process(tmp_path, monkeypatch, *longer) == 0
+    assert rows(out / "a")[-1]["epoch"] == 4
+    assert run_in_process(tmp_path, monkeypatch, *run, "resume=nowhere") == 2
+
+
+def test_another_trajectory_in_the_same_folder_is_refused(tmp_path, monkeypatch, capsys):
+    assert run_in_process(tmp_path, monkeypatch, *TINY, "run_name=a", "trainer.epochs=1") == 0
+    kept = (tmp_path / "out/a/checkpoints/last.pt").read_bytes()
+    changed = ["trainer.epochs=1", "seed=1", "optimizer.lr=0.3", "trainer.log_every_steps=2"]
+    assert run_in_process(tmp_path, monkeypatch, *TINY, "run_name=a", *changed) == 2
+    message = capsys.readouterr().err
+    assert "optimizer.lr: 0.1 -> 0.3" in message and "seed: 0 -> 1" in message and "log_every" not in message
+    assert "allow_config_change=[optimizer.lr,seed]" in message
+    assert (tmp_path / "out/a/checkpoints/last.pt").read_bytes() == kept
+
+
+def test_two_live_runs_never_share_a_folder(command, tmp_path):
+    first = start(tmp_path, *TINY, "trainer.epochs=500", "run_name=a")
+    try:
+        wait_for_rows(tmp_path / "out/a", 1, first)
+        process = command("train", *TINY, "trainer.epochs=500", "run_name=a", expect=2)
+        assert f"is in use by process {first.pid}" in process.stderr
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_a_non_finite_loss_stops_the_run_and_spares_its_checkpoints(tmp_path, monkeypatch, capsys):
+    run = [*TINY, "run_name=a", "optimizer.lr=1e30", "optimizer.lr_basis=absolute", "trainer.checkpoint_every_steps=1"]
+    assert run_in_process(tmp_path, monkeypatch, *run) == 1
+    message = capsys.readouterr().err
+    step = int(re.search(r"the loss of step (\d+) is not finite", message)[1])
+    assert json.loads((tmp_path / "out/a/run.json").read_text())["status"] == "failed"
+    saved = [load_checkpoint(p) for p in (tmp_path / "out/a/checkpoints").glob("*.pt")]
+    assert saved and all(c["step"] < step for c in saved)
+
+
+def test_hydras_sweep_makes_a_run_folder_a_job(command, tmp_path):
+    out = command("train", *TINY, "trainer.epochs=1", "seed=0,1", "-m").stdout
+    found = [json.loads((p / "run.json").read_text())["status"] for p in (tmp_path / "out").glob("digits-*")]
+    assert found == ["finished"] * 2, out
+    process = command("train", *TINY, "trainer.epoch=1,2", "-m", expect=2)
+    assert "did you mean trainer.epochs?" in process.stderr
+
+
+def test_help_is_instant_and_lists_every_key(command):
+    start_time = time.perf_counter()
+    out = command("train", "--help").stdout
+    assert time.perf_counter() - start_time < 2.5, "something heavy is imported for --help"
+    assert all(f"  {key}=" in out for key in knob_table()) and "quickstart" in out
+    assert max(len(line) for line in out.splitlines()) < 170
+
+
+def test_a_misspelt_key_in_a_file_is_refused(tmp_path, monkeypatch):
+    import sasa_train.compose as compose
+
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    for path in config_dir().rglob("*.yaml"):
+        target = folder / path.relative_to(config_dir())
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(path.read_text())
+    (folder / "experiment/mine.yaml").write_text("# @package _global_\ntrainer:\n  epoch: 3\n")
+    (folder / "data/mine.yaml").write_text("nam: digits\n")
+    monkeypatch.setattr(compose, "config_dir", lambda: folder)
+    with pytest.raises(ConfigError, match="unknown key 'trainer.epoch': did you mean trainer.epochs?"):
+        compose_config(["experiment=mine"])
+    with pytest.raises(ConfigError, match="unknown key 'data.nam': did you mean data.name?"):
+        compose_config(["data=mine"])
+
+
+@pytest.mark.parametrize(
+    "overrides,message",
+    [
+        (["model=resnet50"], "model=resnet50 is none of .*: did you mean"),
+        (["trainer.epochs=many"], "trainer.epochs: Value 'many'"),
+        (["trainer.global_batch_size=10", "trainer.grad_accum_steps=4"], "the nearest that fit are 8 and 12"),
+        (["trainer.precision=fp8"], "trainer.precision=fp8 must be one of auto, fp32, bf16, fp16"),
+        (["model.kernel_size=4"], "model.kernel_size=4 must be odd"),
+        (["model=timm", "model.kernel_size=5"], "model.kernel_size=5 is a dial of our own models"),
+        (["data=imagenet", "data.resident=true"], "data.resident=true needs images of 64 pixels and less"),
+        (["data.holdout_fraction=1.5"], "must be at least 0 and below 1"),
+        (["schedule.warmup_epochs=200"], "must not exceed trainer.epochs=100"),
+        (["run_name=../elsewhere"], "must be a plain folder name"),
+        (["allow_config_change=[epochs]"], "allow_config_change=epochs must name knobs"),
+        (["epochs=3"], "unknown key 'epochs': did you mean trainer.epochs?"),
+        (["++trainer.epochs=3"], "every key exists already"),
+        (["~trainer.epochs"], "every key exists already"),
+        (["trainer.epochs"], "an override is key=value"),
+    ],
+)
+def test_configs_are_refused_before_anything_is_loaded(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        compose_config(overrides)
+
+
+def test_a_config_survives_its_yaml():
+    from sasa_train.compose import load_config
+
+    config = compose_config(["experiment=quickstart", "model.stage_ops=[conv,conv,attention,attention]", "seed=3"])
+    assert load_config(to_yaml(config)) == config
+
+
+def test_the_run_name_follows_the_trajectory_alone():
+    def name(*overrides: str) -> str:
+        return default_run_name(compose_config(list(overrides)))
+
+    same = ["data.num_workers=3", "trainer.device=cpu", "output_dir=x", "trainer.log_every_steps=1", "data.root=y"]
+    assert all(name(override) == name() for override in same)
+    assert len({name(), name("seed=1"), name("optimizer.lr=0.2"), name("model.border=zero"), name("data=cifar10")}) == 5
+    assert name("data=cifar10", "data.root=a") != name("data=cifar10", "data.root=b")
+    assert re.fullmatch(r"digits-sasa_resnet26-e100-s0-[0-9a-f]{8}", name())
+
+
+def test_every_knob_has_a_meaning():
+    table = knob_table()
+    assert table.keys() == flatten(TrainConfig()).keys()
+    assert all(field.metadata.get("help") for field in table.values())
+
+
+def test_the_summary_command(capsys):
+    from sasa_train import summary
+
+    assert summary.run_command([]) == 0
+    out = capsys.readouterr().out
+    assert len(re.findall(r"^1 ", out, re.M)) == 9 and re.search(r"full attention, R50 +7\.15 +7\.2 +18\.01 +18\.0 +77\.6", out)
+    assert summary.run_command(["model=hybrid_resnet50"]) == 0
+    out = capsys.readouterr().out
+    assert "18.02 M parameters, 6.97 GFLOPs" in out and "77.4 % top1 in the paper's Table 1" in out
+    assert summary.run_command(["experiment=quickstart"]) == 0
+    out = capsys.readouterr().out
+    assert "10 classes, 8 x 8 pixels" in out and "paper" not in out
+    assert summary.run_command(["model.widht=2"]) == 2
+
+
+def test_torchrun_is_refused_until_it_is_supported(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train.run_command(["experiment=debug"]) == 2
+    assert "WORLD_SIZE=2" in capsys.readouterr().err

@@ -1,0 +1,263 @@
+"""A sample is what (seed, epoch, index) makes it, whoever reads it; and bad folders are refused by name."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import datasets as tv
+from torchvision.transforms import v2
+
+from conftest import make_image_folder
+from sasa_train.compose import compose_config
+from sasa_train.config import ConfigError
+from sasa_train.data import build_loaders
+from sasa_train.data.datasets import ImageSet, load_image_sets, split
+from sasa_train.data.loader import ResidentLoader, StreamingLoader, build_eval_loader
+from sasa_train.data.randomness import epoch_order, sample_draws, sample_rng
+from sasa_train.data.transforms import Augment
+
+CPU = torch.device("cpu")
+
+
+def config_for(*overrides: str):
+    return compose_config(["data=digits", "trainer.global_batch_size=32", *overrides])
+
+
+def batches(config, epoch=0, first_step=0):
+    loaders = build_loaders(config, CPU)
+    found = [(images.clone(), labels.clone()) for images, labels in loaders.train.train_batches(epoch, first_step)]
+    loaders.close()
+    return found
+
+
+def assert_same(one, other):
+    assert len(one) == len(other) > 0
+    for (images, labels), (other_images, other_labels) in zip(one, other, strict=True):
+        assert torch.equal(labels, other_labels) and torch.equal(images, other_images)
+
+
+FLIPS = ("augment.hflip=true", "augment.crop_padding=2", "data.max_train_images=100")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_streamed_equals_resident_at_any_number_of_workers(num_workers):
+    resident = batches(config_for(*FLIPS), epoch=3)
+    streamed = batches(config_for(*FLIPS, "data.resident=false", f"data.num_workers={num_workers}"), epoch=3)
+    assert_same(resident, streamed)
+
+
+@pytest.mark.parametrize("resident", ["true", "false"])
+def test_an_epoch_continues_at_any_step_without_replay(resident):
+    config = config_for(*FLIPS, f"data.resident={resident}", "data.num_workers=0")
+    assert_same(batches(config, epoch=1)[2:], batches(config, epoch=1, first_step=2))
+
+
+def test_accumulation_only_cuts_the_batches_smaller():
+    whole, cut = batches(config_for(*FLIPS)), batches(config_for(*FLIPS, "trainer.grad_accum_steps=4"))
+    assert torch.equal(torch.cat([x for x, _ in whole]), torch.cat([x for x, _ in cut])) and len(cut) == 4 * len(whole)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_large_images_are_streamed_with_their_own_randomness(image_folder, num_workers):
+    """Random-resized crops come from torchvision, whose randomness is torch's global generator: it is left as it was."""
+    overrides = ("data=image_folder", f"data.root={image_folder}", "data.image_size=72", "trainer.global_batch_size=4")
+    torch.manual_seed(5)
+    first = batches(config_for(*overrides, f"data.num_workers={num_workers}"))
+    after = torch.rand(1)
+    torch.manual_seed(6)
+    assert_same(first, batches(config_for(*overrides, "data.num_workers=0")))
+    torch.manual_seed(5)
+    assert torch.equal(after, torch.rand(1))
+    other_epoch = batches(config_for(*overrides, "data.num_workers=0"), epoch=1)
+    assert not torch.equal(first[0][0], other_epoch[0][0]) and first[0][0].shape == (4, 3, 72, 72)
+
+
+def test_seed_and_epoch_change_order_and_crops():
+    orders = [tuple(epoch_order(seed, epoch, 50)) for seed, epoch in itertools.product((0, 1), (0, 1))]
+    assert len(set(orders)) == 4 and all(sorted(order) == list(range(50)) for order in orders)
+    draws = [sample_draws(seed, epoch, np.arange(50), 3) for seed, epoch in itertools.product((0, 1), (0, 1))]
+    assert len({d.tobytes() for d in draws}) == 4
+
+
+def test_draws_are_uniform_and_independent_of_the_batch():
+    draws = sample_draws(7, 2, np.arange(40_000), 3)
+    counts = np.stack([np.histogram(column, bins=16, range=(0, 1))[0] for column in draws.T])
+    chi_square = ((counts - 2500) ** 2 / 2500).sum(1)
+    assert (chi_square < 40).all()  # 15 degrees of freedom: 40 is passed once in 2,000 draws; the numbers are fixed
+    assert abs(np.corrcoef(draws.T) - np.eye(3)).max() < 0.02
+    assert np.array_equal(sample_draws(7, 2, np.array([123, 5]), 3), draws[[123, 5]])
+
+
+def test_small_crops_are_torchvisions():
+    """Every crop is one that pad-and-crop can give, each offset and both flips occur, and images differ in theirs."""
+    config = compose_config(["data=cifar10", "augment.crop_padding=1"])
+    augment = Augment(config.data, config.augment, seed=0)
+    image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    padded = v2.functional.pad(image, [1])
+    possible = {}
+    for top, left, flip in itertools.product(range(3), range(3), (False, True)):
+        crop = v2.functional.crop(padded, top, left, 32, 32)
+        possible[(v2.functional.horizontal_flip(crop) if flip else crop).numpy().tobytes()] = (top, left, flip)
+    out = augment.small(image.expand(400, -1, -1, -1), epoch=0, indices=np.arange(400))
+    seen = [possible[x.contiguous().numpy().tobytes()] for x in out]
+    assert set(seen) == set(possible.values())
+
+
+def test_the_normalised_training_set_has_mean_0_and_std_1():
+    loaders = build_loaders(config_for("augment=none", "trainer.global_batch_size=1438"), CPU)
+    images, _ = next(iter(loaders.train.train_batches(0)))
+    assert images.mean().abs() < 1e-3 and (images.std() - 1).abs() < 1e-3
+
+
+def test_val_is_every_image_once_in_order():
+    for resident in ("true", "false"):
+        loaders = build_loaders(config_for(f"data.resident={resident}", "data.num_workers=1"), CPU)
+        assert isinstance(loaders.val, ResidentLoader if resident == "true" else StreamingLoader)
+        labels = torch.cat([labels for _, labels in loaders.val.eval_batches()])
+        assert len(labels) == 359 and torch.equal(labels, torch.cat([y for _, y in loaders.val.eval_batches()]))
+        loaders.close()
+    evaluated, classes = build_eval_loader(config_for(), CPU)
+    assert torch.equal(labels, torch.cat([y for _, y in evaluated.eval_batches()])) and len(classes) == 10
+
+
+def test_digits_flip_only_when_asked():
+    data, augment = config_for().data, config_for().augment
+    assert not Augment(data, augment, 0).hflip and Augment(compose_config(["data=cifar10"]).data, augment, 0).hflip
+
+
+def imbalanced() -> ImageSet:
+    labels = np.array([0] * 40 + [1] * 20 + [2] * 4)
+    return ImageSet(["a", "b", "c"], labels, paths=np.array([str(i) for i in range(64)]))
+
+
+def test_the_holdout_is_stratified_fixed_and_disjoint():
+    train, val = split(imbalanced(), 0.25)
+    assert np.bincount(val.labels).tolist() == [10, 5, 1] and np.bincount(train.labels).tolist() == [30, 15, 3]
+    assert not set(train.paths) & set(val.paths)
+    assert list(split(imbalanced(), 0.25)[1].paths) == list(val.paths)
+
+
+def test_subsets_are_as_balanced_as_the_set_allows_and_nested():
+    small = load_image_sets(config_for("data.max_train_images=25", "data.max_val_images=10").data)
+    large = load_image_sets(config_for("data.max_train_images=40").data)
+    assert np.bincount(small[0].labels).tolist() == [3] * 5 + [2] * 5 and len(small[1]) == 10
+    pixels = {x.numpy().tobytes() for x in large[0].arrays}
+    assert all(x.numpy().tobytes() in pixels for x in small[0].arrays)
+
+
+def test_image_folder_reads_classes_by_name(image_folder):
+    for resident in ("true", "false"):
+        config = config_for(
+            "data=image_folder", f"data.root={image_folder}", "data.image_size=16", "trainer.global_batch_size=9",
+            f"data.resident={resident}", "augment=none", "data.num_workers=0",
+        )  # fmt: skip
+        loaders = build_loaders(config, CPU)
+        assert loaders.classes == ["blue", "red"]
+        for images, labels in [*loaders.train.train_batches(0), *loaders.val.eval_batches()]:
+            redder = images[:, 0].mean((1, 2)) > images[:, 2].mean((1, 2))
+            assert torch.equal(redder.long(), labels)
+
+
+def test_holdout_needs_no_val_folder(image_folder):
+    (image_folder / "val").rename(image_folder / "elsewhere")
+    config = config_for("data=image_folder", f"data.root={image_folder}", "data.holdout_fraction=0.2").data
+    train, val = load_image_sets(config)
+    assert (len(train), len(val)) == (15, 3)
+
+
+def test_cifar_is_read_from_class_folders_where_they_are(tmp_path):
+    rng = np.random.default_rng(0)
+    for split_name, name in itertools.product(("train", "test"), "abcdefghij"):
+        folder = tmp_path / split_name / name
+        folder.mkdir(parents=True)
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / "0.png")
+    train, val = load_image_sets(compose_config(["data=cifar10", f"data.root={tmp_path}"]).data)
+    assert len(train) == len(val) == 10 and train.classes == list("abcdefghij")
+
+
+class FakeCifar:
+    """Stands in for torchvision's class, whose files are on the network."""
+
+    def __init__(self, root, train, download):
+        assert download
+        self.classes, self.targets = [f"class {i}" for i in range(10)], list(range(10)) * (2 if train else 1)
+        self.data = np.arange(len(self.targets) * 32 * 32 * 3, dtype=np.uint64).astype(np.uint8).reshape(-1, 32, 32, 3)
+
+
+def test_cifar_from_torchvision_keeps_its_pixels(monkeypatch, tmp_path):
+    monkeypatch.setattr(tv, "CIFAR10", FakeCifar)
+    train, val = load_image_sets(compose_config(["data=cifar10", f"data.root={tmp_path}"]).data)
+    assert len(train) == 20 and len(val) == 10
+    assert np.array_equal(np.array(train.read(3)), FakeCifar(tmp_path, True, True).data[3])
+
+
+def test_a_failed_download_says_what_to_do(monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(tv, "CIFAR10", refuse)
+    with pytest.raises(ConfigError, match=r"holds no cifar10, and the download failed \(no network\)"):
+        load_image_sets(compose_config(["data=cifar10", f"data.root={tmp_path}"]).data)
+
+
+def broken(root: Path, case: str) -> None:
+    if case == "no train":
+        (root / "train").rename(root / "training")
+    elif case == "no val":
+        (root / "val").rename(root / "validation")
+    elif case == "empty class":
+        for file in (root / "train/red").iterdir():
+            file.unlink()
+    elif case == "other classes":
+        (root / "val/red").rename(root / "val/green")
+
+
+@pytest.mark.parametrize(
+    "case,overrides,message",
+    [
+        ("no train", [], "there is no folder .*train; expected train/ and val/"),
+        ("no val", [], "there is no folder .*test; expected train/ and val/"),
+        ("empty class", [], "train: Found no valid file for the classes red"),
+        ("other classes", [], "only in train/: red; only in val/: green"),
+        ("", ["model.num_classes=3"], r"model.num_classes=3, but image_folder has 2 classes \(blue, red\)"),
+        ("", ["trainer.global_batch_size=19"], "global_batch_size=19 exceeds the 18 training images"),
+        ("", ["data=imagenet"], "imagenet has 1000 classes, but 2 class folders are there; use data=image_folder"),
+    ],
+)
+def test_bad_folders_are_refused_before_training(image_folder, case, overrides, message):
+    broken(image_folder, case)
+    config = compose_config(
+        ["data=image_folder", "data.image_size=16", "trainer.global_batch_size=9", *overrides, f"data.root={image_folder}"]
+    )
+    with pytest.raises(ConfigError, match=message):
+        build_loaders(config, CPU)
+
+
+def test_an_unreadable_image_is_named(image_folder):
+    (image_folder / "train/red/3.png").write_bytes(b"not an image")
+    config = config_for("data=image_folder", f"data.root={image_folder}", "data.image_size=16", "data.num_workers=0")
+    config.trainer.global_batch_size = 9
+    with pytest.raises(ConfigError, match=r"train/red/3.png: cannot be read as an image"):
+        build_loaders(config, CPU)
+
+
+def test_the_generator_is_restored_after_a_sample():
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    with sample_rng(0, 0, 0):
+        torch.rand(10)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_images_of_any_size_and_mode_become_rgb(tmp_path):
+    root = make_image_folder(tmp_path / "set", size=(40, 23))
+    Image.new("L", (50, 31), 128).save(root / "train/red/grey.png")
+    Image.new("RGBA", (9, 60), (255, 0, 0, 10)).save(root / "train/red/alpha.png")
+    config = config_for("data=image_folder", f"data.root={root}", "data.image_size=16", "data.num_workers=0")
+    config.trainer.global_batch_size = 5
+    loaders = build_loaders(config, CPU)
+    assert loaders.train.images.shape == (20, 3, 16, 16)
