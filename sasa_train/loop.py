@@ -52,8 +52,6 @@ def train(config: TrainConfig, stop: StopRequest) -> bool:
 def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, stop: StopRequest) -> bool:
     """`train`, once the folder is ours and what it continues from is known."""
     print(f"{to_yaml(config)}\nrun folder  {run.path}")
-    run.write_info(**(provenance() if run.checkpoint is None else {}), status="running")
-
     loaders = build_loaders(config, device)
     torch.manual_seed(config.seed)
     model = build_model(config.model, len(loaders.classes), resolved_image_size(config.data))
@@ -66,6 +64,7 @@ def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, s
         run.checkpoint = None  # its tensors are the state's now
     loop = Loop(config, run, loaders, stepper, stop)
     loop.print_plan()
+    run.write_info(**(provenance() if not state.step else {}), status="running")
 
     stop.begin_training()
     try:
@@ -234,18 +233,15 @@ class Loop:
             "lr": f"{peak_lr(config):g} at its peak ({config.optimizer.lr:g} {config.optimizer.lr_basis})",
         }
         if state.step:
-            lines["continues"] = f"at step {state.step:,}, epoch {state.epoch + 1}, best top1 so far " + (
-                f"{state.best['top1']:.2f}" if state.best else "none"
-            )
+            lines["continues"] = f"at step {state.step:,}, epoch {state.epoch + 1}; top1: {describe_best(state.best)}"
         self.logger.say("\n".join(f"{name:<11} {text}" for name, text in lines.items()) + "\n")
 
     def print_closing(self) -> None:
         state, path = self.state, self.run_folder.path
-        assert state.best is not None
         images = state.step * self.config.trainer.global_batch_size
         last = f"{self.last_val['top1']:.2f}" if self.last_val else "see metrics.jsonl"
         lines = {
-            "top1": f"{last} at the end; best {state.best['top1']:.2f} after epoch {state.best['epoch']}",
+            "top1": f"{last} at the end; {describe_best(state.best)}",
             "time": f"{duration(state.seconds)} of training, {images / max(state.seconds, 1e-9):,.0f} images/s",
             "memory": f"{peak_memory(state.device) / 2**20:,.0f} MiB at the peak",
             "checkpoints": f"{path}/checkpoints/{{best,last}}.pt",
@@ -281,11 +277,14 @@ def is_finished(checkpoint: dict[str, Any], config: TrainConfig) -> bool:
 
 def print_finished(run: RunFolder) -> None:
     assert run.checkpoint is not None
-    best = run.checkpoint["best"]
     print(
-        f"{run.path} is finished: {run.checkpoint['step']:,} steps, best top1 {best['top1']:.2f} after epoch "
-        f"{best['epoch']}. Nothing to do; sasa-evaluate {run.path} evaluates it, resume=never trains it anew."
+        f"{run.path} is finished: {run.checkpoint['step']:,} steps, {describe_best(run.checkpoint['best'])}. "
+        f"Nothing to do; sasa-evaluate {run.path} evaluates it, resume=never trains it anew."
     )
+
+
+def describe_best(best: dict[str, Any] | None) -> str:
+    return f"best {best['top1']:.2f} after epoch {best['epoch']}" if best else "no evaluation yet"
 
 
 def peak_memory(device: torch.device) -> int:

@@ -65,7 +65,7 @@ def open_run(config: TrainConfig, run_name: str) -> RunFolder:
         checkpoints = Checkpoints(path / "checkpoints", config.trainer.keep_checkpoints)
         checkpoint = checkpoints.newest(warn=lambda text: print(f"WARNING: {text}", file=sys.stderr))
         if checkpoint is None and starts_from_file:
-            checkpoint = load_checkpoint(source)
+            checkpoint = load_checkpoint(source) | {"best": None}  # its best.pt stays in the other folder
         if checkpoint is None and path == source:
             raise ConfigError(f"resume={config.resume}: the folder has no checkpoint to continue from")
         if checkpoint is not None:

@@ -85,8 +85,10 @@ def test_a_run_leaves_what_the_readme_promises(command, tmp_path):
     assert [row["epoch"] for row in val] == [1, 2, 3] and all("top1_raw" in row for row in val)
     assert saved["best"]["top1"] == max(row["top1"] for row in val)
     assert "sasa-evaluate" in out and "step 12/12" in out and "ETA" in out and "\r" not in out
-    again = command("train", *TINY, "run_name=first", "trainer.ema_decay=0.9", "trainer.checkpoint_every_steps=1").stdout
-    assert "is finished: 12 steps" in again and rows(run) == found
+    again = command(
+        "train", *TINY, "run_name=first", "trainer.ema_decay=0.9", "trainer.checkpoint_every_steps=1"
+    ).stdout
+    assert "is finished: 12 steps, best" in again and rows(run) == found
     for weights, key in (("ema", "top1"), ("raw", "top1_raw")):
         printed = command("evaluate", "out/first", f"weights={weights}").stdout
         best = next(row for row in val if row["step"] == saved["best"]["step"])
@@ -321,7 +323,9 @@ def test_the_summary_command(capsys):
 
     assert summary.run_command([]) == 0
     out = capsys.readouterr().out
-    assert len(re.findall(r"^1 ", out, re.M)) == 9 and re.search(r"full attention, R50 +7\.15 +7\.2 +18\.01 +18\.0 +77\.6", out)
+    assert len(re.findall(r"^1 ", out, re.M)) == 9 and re.search(
+        r"full attention, R50 +7\.15 +7\.2 +18\.01 +18\.0 +77\.6", out
+    )
     assert summary.run_command(["model=hybrid_resnet50"]) == 0
     out = capsys.readouterr().out
     assert "18.02 M parameters, 6.97 GFLOPs" in out and "77.4 % top1 in the paper's Table 1" in out

@@ -230,7 +230,13 @@ def broken(root: Path, case: str) -> None:
 def test_bad_folders_are_refused_before_training(image_folder, case, overrides, message):
     broken(image_folder, case)
     config = compose_config(
-        ["data=image_folder", "data.image_size=16", "trainer.global_batch_size=9", *overrides, f"data.root={image_folder}"]
+        [
+            "data=image_folder",
+            "data.image_size=16",
+            "trainer.global_batch_size=9",
+            *overrides,
+            f"data.root={image_folder}",
+        ]
     )
     with pytest.raises(ConfigError, match=message):
         build_loaders(config, CPU)

@@ -172,9 +172,7 @@ def test_the_stem_matches_its_equations():
     stem = AttentionStem(3, 16, pool=False).double().eval()  # BN in eval mode at the start: x / sqrt(1 + eps)
     x = torch.randn(2, 3, 8, 4, dtype=torch.float64)
     torch.testing.assert_close(stem(x) * (1 + stem.bn.eps) ** 0.5, stem_oracle(stem, x))
-    torch.testing.assert_close(
-        stem.mixture_weights().sum(0), torch.ones(4, 4, dtype=torch.float64)
-    )
+    torch.testing.assert_close(stem.mixture_weights().sum(0), torch.ones(4, 4, dtype=torch.float64))
     pooled = AttentionStem(3, 16).double().eval()
     pooled.load_state_dict(stem.state_dict())
     torch.testing.assert_close(pooled(x), nn.functional.max_pool2d(stem(x), 4))
