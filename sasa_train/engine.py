@@ -5,6 +5,7 @@ Nothing in a step waits for the device: sums stay there until a log row asks for
 
 import contextlib
 import copy
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,17 +28,26 @@ class NonFiniteLoss(Exception):
 
 
 class Window:
-    """Sums on the device since the last train row: loss, hits, images; and the first step whose loss was not finite."""
+    """Sums on the device since the last train row, and the first step whose loss was not finite."""
 
     def __init__(self, device: torch.device):
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, hits, images
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, hits
+        self.num_images = 0
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor, step: int) -> None:
         hits = (logits.argmax(1) == labels).sum()
-        num_images = len(labels)
-        self.sums += torch.stack([loss.double() * num_images, hits.double(), hits.new_tensor(num_images).double()])
+        self.sums += torch.stack([loss.double() * len(labels), hits.double()])
+        self.num_images += len(labels)
         self.bad_step = torch.where((self.bad_step < 0) & ~loss.isfinite(), step, self.bad_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self.sums, "num_images": self.num_images, "bad_step": self.bad_step}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.sums.copy_(saved["sums"])
+        self.num_images = saved["num_images"]
+        self.bad_step.copy_(saved["bad_step"])
 
     def check(self) -> None:
         """Raise NonFiniteLoss where a step's loss was not finite. Waits for the device."""
@@ -50,9 +60,10 @@ class Window:
 
     def averages(self) -> tuple[float, float]:
         """Loss and top1 in percent since the last call; starts anew. Waits for the device."""
-        loss, hits, images = self.sums.tolist()
+        loss, hits = (self.sums / self.num_images).tolist()
         self.sums.zero_()
-        return loss / images, 100 * hits / images
+        self.num_images = 0
+        return loss, 100 * hits
 
 
 @dataclass
@@ -79,7 +90,7 @@ class TrainState:
             "ema": self.ema.module.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "window": {"sums": self.window.sums, "bad_step": self.window.bad_step},
+            "window": self.window.state_dict(),
             "step": self.step,
             "epoch": self.epoch,
             "evaluated_step": self.evaluated_step,
@@ -98,8 +109,7 @@ class TrainState:
         for group, configured in zip(self.optimizer.param_groups, groups, strict=True):
             group.update(configured)
         self.scaler.load_state_dict(saved["scaler"])
-        self.window.sums.copy_(saved["window"]["sums"])
-        self.window.bad_step = saved["window"]["bad_step"].to(self.device)
+        self.window.load_state_dict(saved["window"])
         self.step, self.epoch, self.evaluated_step = saved["step"], saved["epoch"], saved["evaluated_step"]
         self.best, self.seconds = saved["best"], saved["seconds"]
         torch.set_rng_state(saved["rng"]["torch"])
@@ -185,7 +195,6 @@ def train_one_epoch(stepper: Stepper, batches: Batches, num_steps: int, log_ever
         is_logged = (stepper.state.step + 1) % log_every_steps == 0
         grad_norm = stepper.train_step(timed, want_grad_norm=is_logged)
         yield StepReport(grad_norm, time.perf_counter() - start, timed.seconds)
-        stepper.state.model.train()  # the caller may have evaluated
 
 
 class _Timed:
@@ -242,8 +251,8 @@ def evaluate(
         losses = nn.functional.cross_entropy(logits, labels, reduction="none")
         ranked = logits.topk(min(5, num_classes), dim=1).indices == labels[:, None]
         sums += torch.stack([losses.double().sum(), ranked.any(1).sum().double()])
-        seen += torch.bincount(labels, minlength=num_classes)
-        hits += torch.bincount(labels[ranked[:, 0]], minlength=num_classes)
+        seen.index_add_(0, labels, torch.ones_like(labels))
+        hits.index_add_(0, labels, ranked[:, 0].long())
     num_images = int(seen.sum())
     loss, top5_hits = (sums / num_images).tolist()
     top1 = 100 * int(hits.sum()) / num_images
@@ -273,6 +282,7 @@ def resolve_device(config: TrainerConfig) -> tuple[torch.device, TrainerConfig]:
     if config.precision == "auto":
         config.precision = "bf16" if has_bf16 else "fp32"
     if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses cuBLAS without it
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     return device, config

@@ -138,8 +138,8 @@ def compare(one: Path, other: Path) -> None:
         if row != other_row:
             raise SystemExit(f"DIFFERENT rows:\n{row}\n{other_row}")
     for name in ("last.pt", "best.pt"):
-        states = [torch.load(run / "checkpoints" / name, weights_only=True) for run in (one, other)]
-        difference = first_difference(*states, name)
+        state, other_state = (torch.load(run / "checkpoints" / name, weights_only=True) for run in (one, other))
+        difference = first_difference(state, other_state, name)
         if difference:
             raise SystemExit(f"DIFFERENT: {difference}")
 

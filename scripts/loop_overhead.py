@@ -2,7 +2,7 @@
 
 The bare loop is forward, loss, backward, update. The trainer's adds the schedule, sums for the log, the non-finite
 guard, a log row every --log-every steps (metrics.jsonl, TensorBoard, console) and polling for signals. Both train for
-an epoch in turn, in random order of the two, after a warm-up; printed are the median images/s, the spread and the ratio.
+an epoch in turn, in random order, after a warm-up; printed are the median images/s, the spread and the ratio.
 
 usage: python scripts/loop_overhead.py [--rounds 15] [--log-every 5] [key=value ...]   (overrides of the run's config)
 """

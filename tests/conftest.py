@@ -15,7 +15,7 @@ Command = Callable[..., subprocess.CompletedProcess]
 
 @pytest.fixture
 def command(tmp_path: Path) -> Command:
-    """command("train", "key=value", ...) runs `python -m sasa_train.train ...` in an empty folder, as its own process."""
+    """command("train", "key=value", ...) runs `python -m sasa_train.train ...` in an empty folder."""
 
     def run(module: str, *arguments: str, expect: int = 0, env: dict[str, str] | None = None):
         process = subprocess.run(

@@ -187,7 +187,7 @@ def test_content_term_agrees_with_timms_halo_attention():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32_and_rounded_once(dtype):
-    """Inputs that the dtype holds exactly, so the one difference is the last rounding: half a unit in the last place."""
+    """Inputs that the dtype holds exactly, so the one difference is the last rounding, half a unit."""
     inputs = [t.to(dtype) for t in tensors(torch.float32)]
     embeddings = [t.float() for t in inputs[3:]]  # float32 beside half-precision q, k, v
     out = local_attention(*inputs[:3], *embeddings, kernel_size=K)

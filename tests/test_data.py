@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import make_image_folder
 from PIL import Image
 from torchvision import datasets as tv
 from torchvision.transforms import v2
 
-from conftest import make_image_folder
 from sasa_train.compose import compose_config
 from sasa_train.config import ConfigError
 from sasa_train.data import build_loaders
@@ -62,7 +62,7 @@ def test_accumulation_only_cuts_the_batches_smaller():
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_large_images_are_streamed_with_their_own_randomness(image_folder, num_workers):
-    """Random-resized crops come from torchvision, whose randomness is torch's global generator: it is left as it was."""
+    """Random-resized crops come from torchvision, whose randomness is torch's generator: left as it was."""
     overrides = ("data=image_folder", f"data.root={image_folder}", "data.image_size=72", "trainer.global_batch_size=4")
     torch.manual_seed(5)
     first = batches(config_for(*overrides, f"data.num_workers={num_workers}"))

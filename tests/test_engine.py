@@ -55,7 +55,7 @@ def test_clipping_bounds_the_update_and_reports_the_norm_before_it():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_precisions_agree_on_loss_and_gradient_norm(precision):
-    """fp16's gradients are scaled by 65,536: a norm taken before unscaling would show it. Eight bits of mantissa: 2 %."""
+    """fp16's gradients are scaled by 65,536: a norm taken before unscaling would show it. bf16 has 8 bits: 2 %."""
     stepper, plain = setup(f"trainer.precision={precision}"), setup()
     norm = stepper.train_step(batches(1), want_grad_norm=True)
     expected = plain.train_step(batches(1), want_grad_norm=True)
@@ -108,7 +108,7 @@ def test_an_allowed_change_of_hyperparameters_is_not_undone_by_the_checkpoint():
 
 
 def test_evaluation_counts_every_image_once():
-    """Seven images in batches of 4 and 3, six classes, logits chosen by hand: 3 first places, 6 among the first five."""
+    """Seven images in batches of 4 and 3, six classes, logits by hand: 3 first places, 6 in the first five."""
     logits = torch.zeros(7, 6)
     labels = torch.tensor([0, 1, 2, 3, 4, 5, 5])
     for i, ranking in enumerate(["0", "1", "2", "03", "014", "01234", "0123"]):
