@@ -5,11 +5,15 @@ Hydra composes inside our own functions, not in front of them, so that a refusal
 
 import dataclasses
 import difflib
+import json
 import os
+import shutil
+import signal
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -149,21 +153,23 @@ def _explain(error: Exception) -> str:
 
 def print_help(command: str, usage: str) -> None:
     """Usage, the groups with their choices, and every knob with default and meaning."""
-    print(f"usage: {command} {usage}\n")
-    print("Config groups (group=choice; the files are in configs/):")
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends in peace
+    width = min(shutil.get_terminal_size((120, 24)).columns, 140)
+
+    def entry(name: str, text: str, column: int) -> str:
+        indent = " " * column
+        return textwrap.fill(text, width, initial_indent=f"  {name:<{column - 3}} ", subsequent_indent=indent)
+
+    print(f"usage: {command} {usage}\n\nConfig groups (group=choice; the files are in configs/):")
     for group in GROUPS:
-        print(f"  {group:<11} {', '.join(choices(group))}")
-    print("\nKeys (key=value; printed with the defaults before a group's choice):")
+        print(entry(group, ", ".join(choices(group)), column=14))
+    print("\nKeys (key=value; with the defaults that hold where no group's file says otherwise):")
     for key, knob in knob_table().items():
         factory = knob.default_factory
         default = factory() if factory is not dataclasses.MISSING else knob.default
-        print(f"  {f'{key}={_plain(default)}':<42} {knob.metadata['help']}")
+        shown = default if isinstance(default, str) else json.dumps(default, separators=(",", ":"))
+        print(entry(f"{key}={shown}", knob.metadata["help"], column=42))
     print("\nExit codes: 0 done, 75 stopped and ready to continue (run the same command), 2 refused, 1 failed.")
-
-
-def _plain(value: Any) -> str:
-    text = {None: "null", True: "true", False: "false"}.get(value) if not isinstance(value, list) else None
-    return text or str(value).replace("'", "").replace(" ", "")
 
 
 def fail(error: Exception) -> int:

@@ -104,7 +104,7 @@ class AugmentConfig:
     crop_scale: list[float] = knob(
         [0.08, 1.0], "area of the random-resized crop, as a part of the image (large images)"
     )
-    crop_ratio: list[float] = knob([0.75, 1.3333333333333333], "its aspect ratio")
+    crop_ratio: list[float] = knob([0.75, 1.3333], "its aspect ratio")
     hflip: bool | None = knob(None, "random horizontal flip; null: yes, but not for digits")
 
 

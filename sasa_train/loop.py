@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sasa_train.compose import to_yaml
 from sasa_train.config import ConfigError, TrainConfig, default_run_name, resolved_image_size
@@ -26,7 +27,7 @@ from sasa_train.engine import (
 )
 from sasa_train.interrupt import StopRequest
 from sasa_train.logger import RunLogger, duration
-from sasa_train.models import build_model
+from sasa_train.models import build_model, check_model
 from sasa_train.optim import build_optimizer, build_schedule, peak_lr, total_steps
 from sasa_train.run_folder import RunFolder, open_run, provenance
 
@@ -41,6 +42,7 @@ def train(config: TrainConfig, stop: StopRequest) -> bool:
     """
     run_name = config.run_name or default_run_name(config)
     device, config = resolve(config)
+    check_buildable(config)
     run = open_run(config, run_name)
     with run.lock:
         if run.checkpoint is not None and is_finished(run.checkpoint, config):
@@ -68,7 +70,8 @@ def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, s
 
     stop.begin_training()
     try:
-        finished = loop.run()
+        with logging_redirect_tqdm():  # log lines go above the progress bar
+            finished = loop.run()
     except BaseException:
         run.write_info(status="failed")
         raise
@@ -268,6 +271,12 @@ def resolve(config: TrainConfig) -> tuple[torch.device, TrainConfig]:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return device, dataclasses.replace(config, trainer=trainer)
+
+
+def check_buildable(config: TrainConfig) -> None:
+    """Build model, optimizer and schedule without weights, so that they are refused before any data is loaded."""
+    model = check_model(config.model, resolved_image_size(config.data))
+    build_schedule(config, build_optimizer(config, model), steps_per_epoch=1)
 
 
 def is_finished(checkpoint: dict[str, Any], config: TrainConfig) -> bool:

@@ -14,7 +14,7 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
     """Build `config.name` for square RGB images of `image_size` pixels and `num_classes` classes.
 
     Raises:
-        ConfigError: an unknown name, dials that cannot go together, or a model that cannot take such images.
+        ConfigError: an unknown name, or dials that cannot go together.
     """
     if not timm.is_model(config.name):
         raise ConfigError(_unknown(config.name))
@@ -25,11 +25,8 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
         kwargs["img_size"] = image_size  # vit, swin and their kin are built for one size
     try:
         model = timm.create_model(config.name, num_classes=num_classes, **kwargs)
-        check_input_size(config, num_classes, image_size, kwargs)
     except (ValueError, TypeError, RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"model.name={config.name} {kwargs or ''} on images of {image_size} pixels: {error}"
-        ) from error
+        raise ConfigError(f"model.name={config.name} with {kwargs}: {error}") from error
     if config.bn_momentum is not None:
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -37,12 +34,23 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
     return model
 
 
-def check_input_size(config: ModelConfig, num_classes: int, image_size: int, kwargs: dict) -> None:
-    """Run one pass on the meta device: whatever the images' size breaks, it breaks here, in a second."""
+def check_model(config: ModelConfig, image_size: int) -> nn.Module:
+    """Build the model on the meta device and run it there, which needs neither weights nor data; return it.
+
+    Raises:
+        ConfigError: as `build_model`, or the model cannot take images of this size.
+    """
     with torch.device("meta"), torch.no_grad():
-        timm.create_model(config.name, num_classes=num_classes, **kwargs).eval()(
-            torch.empty(1, 3, image_size, image_size)
-        )
+        model = build_model(config, config.num_classes or 10, image_size)
+        try:
+            model.eval()(torch.empty(1, 3, image_size, image_size))
+        except (ValueError, RuntimeError, AssertionError) as error:
+            reason = f": {error}" if str(error) else ""
+            raise ConfigError(
+                f"model.name={config.name} cannot take images of {image_size} pixels{reason}; choose another "
+                "data.image_size or model"
+            ) from error
+    return model
 
 
 def _unknown(name: str) -> str:
