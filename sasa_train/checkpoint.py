@@ -2,7 +2,7 @@
 
 `last.pt` is the newest; when the next one is written it becomes `step-<step>.pt`, of which the newest few are kept;
 `best.pt` is a copy of its own. Each file is written aside, fsynced and renamed, so that a kill at any instruction
-leaves a whole file behind. Of a checkpoint's content this module knows that it has a `step`, no more.
+leaves a whole file behind. Of a checkpoint's content this module knows the names of the parts, no more.
 """
 
 import io
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+REQUIRED = {"model", "ema", "optimizer", "step", "epoch", "config", "rng", "best", "classes", "finished"}
 
 
 class CheckpointError(Exception):
@@ -103,8 +105,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # zipfile's, torch's and pickle's errors have no common class
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: cannot be read as a checkpoint ({reason})") from error
-    if not isinstance(content, dict) or not {"model", "step", "config"} <= content.keys():
-        raise CheckpointError(f"{path}: is no checkpoint of sasa_train (it lacks model, step or config)")
+    lacking = REQUIRED - (content.keys() if isinstance(content, dict) else set())
+    if lacking:
+        raise CheckpointError(f"{path}: is no checkpoint of sasa_train (it lacks {', '.join(sorted(lacking))})")
     return content
 
 

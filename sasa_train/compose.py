@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -62,6 +63,8 @@ def load_config(yaml_text: str, overrides: Sequence[str] = (), source: str = "th
         saved = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.create(yaml_text))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {_explain(error)}") from error
+    except (yaml.YAMLError, AttributeError) as error:
+        raise ConfigError(f"{source}: is no YAML that can be read ({error})") from error
     try:
         for override in parse_overrides(overrides):
             if _is_group(override):
@@ -80,6 +83,8 @@ def to_config(composed: DictConfig) -> TrainConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from error
     config.data.resident = config.data.resident.lower()  # YAML's true becomes the word 'True' in a text field
+    config.data.root = os.path.expanduser(config.data.root)  # no shell expands the ~ in data.root=~/images
+    config.output_dir = os.path.expanduser(config.output_dir)
     validate(config)
     return config
 
@@ -99,15 +104,22 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
         raise ConfigError(f"{error}\nan override is key=value, as in trainer.epochs=10") from error
 
 
-def check_override_keys(overrides: Sequence[str]) -> None:
-    """Refuse keys that no knob has, with the nearest that one has; `+key`, `++key` and `~key` too."""
+def check_override_keys(overrides: Sequence[str], is_sweep: bool = False) -> None:
+    """Refuse keys that no knob has, with the nearest that one has; `+key`, `++key` and `~key` too.
+
+    Hydra's own keys have a meaning in a sweep alone.
+    """
     known = set(knob_table())
     for override in parse_overrides(overrides):
         key = override.key_or_group
         if key.split(".")[0].split("/")[0] == "hydra":
+            if not is_sweep:
+                raise ConfigError(f"{override.input_line}: hydra's own keys have an effect with -m alone")
             continue
         if _is_group(override):
             _check_choice(override)
+        elif key in GROUPS:
+            raise ConfigError(f"{override.input_line}: set its keys one by one, as in {key}.name=...")
         elif key not in known:
             raise ConfigError(f"unknown key {key!r}: {nearest(key, [*known, *GROUPS])}")
         if override.is_add() or override.is_force_add() or override.is_delete():

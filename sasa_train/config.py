@@ -13,6 +13,8 @@ from typing import Any
 OWN_MODELS = tuple(f"{family}_resnet{depth}" for family in ("sasa", "hybrid", "conv") for depth in (26, 38, 50))
 SMALL_IMAGE = 64  # pixels: up to here images take the small transforms and may be resident
 
+NUM_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet": 1000}
+
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
 DATA_NAMES = ("digits", "cifar10", "cifar100", "imagenet", "image_folder")
@@ -199,10 +201,9 @@ def default_run_name(config: TrainConfig) -> str:
 
 
 def differing_keys(old: TrainConfig, new: TrainConfig) -> list[str]:
-    """Trajectory keys in which two configs differ, less those that `new` allows to."""
+    """The knobs that two configs set differently and that change what a run computes."""
     before, after = trajectory(old), trajectory(new)
-    keys = [key for key in after.keys() | before.keys() if before.get(key) != after.get(key)]
-    return sorted(set(keys) - set(new.allow_config_change))
+    return sorted(key for key in after.keys() | before.keys() if before.get(key) != after.get(key))
 
 
 def validate(config: TrainConfig) -> None:
@@ -257,6 +258,7 @@ POSITIVE = (
     "trainer.grad_accum_steps",
     "trainer.eval_every_epochs",
     "trainer.grad_clip_norm",
+    "trainer.ema_decay",
     "trainer.log_every_steps",
     "trainer.checkpoint_every_steps",
     "schedule.decay_epochs",

@@ -23,8 +23,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FORMAT_VERSION = 1
 
 
-class NonFiniteLoss(Exception):
-    """The loss was NaN or infinite; the message names the step."""
+class NonFiniteError(Exception):
+    """The loss or the weights are NaN or infinite; the message names the step."""
 
 
 class Window:
@@ -50,13 +50,10 @@ class Window:
         self.bad_step.copy_(saved["bad_step"])
 
     def check(self) -> None:
-        """Raise NonFiniteLoss where a step's loss was not finite. Waits for the device."""
+        """Raise NonFiniteError where a step's loss was not finite. Waits for the device."""
         step = int(self.bad_step)
         if step >= 0:
-            raise NonFiniteLoss(
-                f"the loss of step {step} is not finite; the checkpoints before it are good. Lower optimizer.lr, set "
-                "trainer.grad_clip_norm or a longer schedule.warmup_epochs, or use trainer.precision=bf16 or fp32"
-            )
+            raise NonFiniteError(f"the loss of step {step} is not finite")
 
     def averages(self) -> tuple[float, float]:
         """Loss and top1 in percent since the last call; starts anew. Waits for the device."""
@@ -76,7 +73,7 @@ class TrainState:
     window: Window
     ema: ModelEmaV3 | None = None
     step: int = 0  # optimizer updates done
-    epoch: int = 0  # epochs done, evaluation included
+    epoch: int = 0  # whole epochs trained
     evaluated_step: int = 0  # the step of the last evaluation
     best: dict[str, Any] | None = None  # {"top1", "step", "epoch"} of the best evaluation
     seconds: float = 0.0  # of training, over all restarts
@@ -98,6 +95,12 @@ class TrainState:
             "seconds": self.seconds,
             "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
         }
+
+    def check(self) -> None:
+        """Raise NonFiniteError where a loss or the weights are not finite. Waits for the device."""
+        self.window.check()
+        if not nn.utils.get_total_norm(self.model.parameters()).isfinite():
+            raise NonFiniteError(f"the weights after step {self.step} are not finite")
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])
@@ -283,6 +286,6 @@ def resolve_device(config: TrainerConfig) -> tuple[torch.device, TrainerConfig]:
         config.precision = "bf16" if has_bf16 else "fp32"
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses cuBLAS without it
-        torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(config.deterministic)
     return device, config

@@ -65,8 +65,10 @@ def evaluate_checkpoint(source: Path, weights: str | None, overrides: list[str])
         raise ConfigError(f"data.root={config.data.root}: its {len(classes)} classes are not the checkpoint's")
     model = build_trained_model(config, state_dict, classes)
     model.to(device).to(memory_format=loader.normalize.memory_format)
-    result = evaluate(model, loader.eval_batches(), len(classes), device, config.trainer.precision)
-    loader.close()
+    try:
+        result = evaluate(model, loader.eval_batches(), len(classes), device, config.trainer.precision)
+    finally:
+        loader.close()
     assert result is not None
     print(f"{path}: step {checkpoint['step']:,}, {'EMA' if state_dict is checkpoint['ema'] else 'raw'} weights\n")
     print_classes(classes, result.class_hits, result.class_images)

@@ -3,6 +3,8 @@
 import json
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ class RunLogger:
         write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._file = path.open("a")
         # TensorBoard forgets all steps from purge_step on, so those of this step are said again.
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step if step else None)
+        self._board: SummaryWriter | None = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step)
         for row in kept:
             if row["step"] == step:
                 self._write_board(row)
@@ -70,13 +72,27 @@ class RunLogger:
     def close(self) -> None:
         self._bar.close()
         self._file.close()
-        self._board.close()
+        with self._board_may_fail() as board:
+            if board:
+                board.close()
 
     def _write_board(self, row: dict[str, Any]) -> None:
-        for key, value in row.items():
-            if key in TAGS or key in ("loss", "top1", "top5", "top1_raw"):
-                tag = TAGS.get(key, f"{row['split']}/{key}")
-                self._board.add_scalar(tag, math.nan if value is None else value, row["step"])
+        with self._board_may_fail() as board:
+            if board is None:
+                return
+            for key, value in row.items():
+                if key in TAGS or key in ("loss", "top1", "top5", "top1_raw"):
+                    tag = TAGS.get(key, f"{row['split']}/{key}")
+                    board.add_scalar(tag, math.nan if value is None else value, row["step"])
+
+    @contextmanager
+    def _board_may_fail(self) -> Iterator[SummaryWriter | None]:
+        """TensorBoard's files are a copy of metrics.jsonl: where they cannot be written, the run goes on without."""
+        try:
+            yield self._board
+        except OSError as error:
+            self._board = None
+            print(f"WARNING: no more TensorBoard curves for this run ({error}); metrics.jsonl goes on", file=sys.stderr)
 
 
 def _known_rows(path: Path, step: int, evaluated_step: int) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from sasa_train.config import ConfigError, TrainConfig, default_run_name, resolv
 from sasa_train.data import Loaders, build_loaders
 from sasa_train.engine import (
     Evaluation,
+    NonFiniteError,
     Stepper,
     StepReport,
     TrainState,
@@ -29,7 +30,7 @@ from sasa_train.interrupt import StopRequest
 from sasa_train.logger import RunLogger, duration
 from sasa_train.models import build_model, check_model
 from sasa_train.optim import build_optimizer, build_schedule, peak_lr, total_steps
-from sasa_train.run_folder import RunFolder, open_run, provenance
+from sasa_train.run_folder import RunFolder, is_finished, open_run
 
 
 def train(config: TrainConfig, stop: StopRequest) -> bool:
@@ -38,7 +39,7 @@ def train(config: TrainConfig, stop: StopRequest) -> bool:
     Raises:
         ConfigError: a refused config or input, before training starts.
         CheckpointError: no good checkpoint to continue from, or one that cannot be written.
-        NonFiniteLoss: naming the step; the checkpoints before it are good.
+        NonFiniteError: naming the step; such weights are never saved.
     """
     run_name = config.run_name or default_run_name(config)
     device, config = resolve(config)
@@ -46,6 +47,7 @@ def train(config: TrainConfig, stop: StopRequest) -> bool:
     run = open_run(config, run_name)
     with run.lock:
         if run.checkpoint is not None and is_finished(run.checkpoint, config):
+            run.write_info(status="finished")  # a kill may have come between its last checkpoint and this
             print_finished(run)
             return True
         return train_in_folder(config, device, run, stop)
@@ -58,15 +60,12 @@ def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, s
     torch.manual_seed(config.seed)
     model = build_model(config.model, len(loaders.classes), resolved_image_size(config.data))
     state = build_state(config.trainer, model, lambda m: build_optimizer(config, m), device)
-    stepper = Stepper(
-        config.trainer, state, build_schedule(config, state.optimizer, loaders.train.plan.steps_per_epoch)
-    )
-    if run.checkpoint is not None:
-        state.load_state_dict(run.checkpoint)
-        run.checkpoint = None  # its tensors are the state's now
+    steps_per_epoch = loaders.train.plan.steps_per_epoch
+    stepper = Stepper(config.trainer, state, build_schedule(config, state.optimizer, steps_per_epoch))
+    continue_from(run, state, config)
     loop = Loop(config, run, loaders, stepper, stop)
     loop.print_plan()
-    run.write_info(**(provenance() if not state.step else {}), status="running")
+    run.write_start(state.step)
 
     stop.begin_training()
     try:
@@ -83,10 +82,25 @@ def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, s
         loop.print_closing()
     else:
         run.write_info(status="interrupted")
-        print(
-            f"{stop.signal.name if stop.signal else ''}: saved at step {state.step}; the same command again continues"
-        )
+        name = stop.signal.name if stop.signal else ""
+        how = "sasa-train" if config.resume == "never" else "the same command again, or sasa-train"
+        print(f"{name}: saved at step {state.step}; to continue: {how} resume={run.path}")
     return finished
+
+
+def continue_from(run: RunFolder, state: TrainState, config: TrainConfig) -> None:
+    """Load the checkpoint that the run continues from, if there is one, and let go of it."""
+    if run.checkpoint is None:
+        return
+    try:
+        state.load_state_dict(run.checkpoint)
+    except (RuntimeError, ValueError, KeyError) as error:
+        changes = f"; allow_config_change={config.allow_config_change} asks too much of it" * bool(
+            config.allow_config_change
+        )
+        raise ConfigError(f"the checkpoint does not fit this model or optimizer ({error}){changes}") from error
+    run.checkpoint = None
+    run.write_config(config)
 
 
 class Loop:
@@ -139,16 +153,16 @@ class Loop:
         return True
 
     def count(self, report: StepReport) -> None:
-        self.state.seconds += report.seconds
         self._wait_seconds += report.wait_seconds
         self._clock_steps += 1
         self.logger.advance()
 
     def log_train(self, report: StepReport) -> None:
         state = self.state
-        state.window.check()
+        self.check_finite()
         loss, top1 = state.window.averages()
-        elapsed = time.perf_counter() - self._clock_start  # after the device is done with these steps
+        self._lap()  # after the device is done with these steps
+        elapsed = self._clock_seconds
         row = {
             "split": "train",
             "step": state.step,
@@ -210,13 +224,23 @@ class Loop:
     def save(self, is_best: bool) -> None:
         """Write a checkpoint; never one whose weights a non-finite loss has reached."""
         with self._off_the_clock():
-            self.state.window.check()
+            self.check_finite()
             content = self.state.state_dict() | {
                 "config": to_yaml(self.config),
                 "classes": self.loaders.classes,
                 "finished": self.state.step == self.state.evaluated_step == self.num_steps,
             }
             self.run_folder.checkpoints.save(content, is_best)
+
+    def check_finite(self) -> None:
+        try:
+            self.state.check()
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"{error}. Go on from an earlier checkpoint with gentler settings, in a new run: "
+                f"resume={self.run_folder.path}/checkpoints/step-....pt optimizer.lr=... "
+                "allow_config_change=[optimizer.lr] (or trainer.grad_clip_norm, or trainer.precision)"
+            ) from None
 
     def print_plan(self) -> None:
         """What was derived from the config, before the first step."""
@@ -255,14 +279,24 @@ class Loop:
         print("\n" + "\n".join(f"{name:<11} {text}" for name, text in lines.items()))
 
     def _start_clock(self) -> None:
-        self._clock_start, self._clock_steps, self._wait_seconds = time.perf_counter(), 0, 0.0
+        self._clock_start, self._clock_seconds = time.perf_counter(), 0.0
+        self._clock_steps, self._wait_seconds = 0, 0.0
+
+    def _lap(self) -> None:
+        """Count the time since the clock's start as training."""
+        now = time.perf_counter()
+        self._clock_seconds += now - self._clock_start
+        self.state.seconds += now - self._clock_start
+        self._clock_start = now
 
     @contextmanager
     def _off_the_clock(self) -> Iterator[None]:
         """Evaluations and checkpoints count neither as training time nor in images_per_sec."""
-        start = time.perf_counter()
+        if self.state.device.type == "cuda":
+            torch.cuda.synchronize()  # steps still queued are training
+        self._lap()
         yield
-        self._clock_start += time.perf_counter() - start
+        self._clock_start = time.perf_counter()
 
 
 def resolve(config: TrainConfig) -> tuple[torch.device, TrainConfig]:
@@ -277,11 +311,6 @@ def check_buildable(config: TrainConfig) -> None:
     """Build model, optimizer and schedule without weights, so that they are refused before any data is loaded."""
     model = check_model(config.model, resolved_image_size(config.data))
     build_schedule(config, build_optimizer(config, model), steps_per_epoch=1)
-
-
-def is_finished(checkpoint: dict[str, Any], config: TrainConfig) -> bool:
-    """Finished, and nothing is allowed to differ that would train it further (more epochs, say)."""
-    return checkpoint["finished"] and not config.allow_config_change
 
 
 def print_finished(run: RunFolder) -> None:

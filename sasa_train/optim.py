@@ -49,14 +49,16 @@ def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_
         ConfigError: a name that timm has not.
     """
     schedule, steps = config.schedule, total_steps(config, steps_per_epoch)
+    warmup_steps = min(round(schedule.warmup_epochs * steps_per_epoch), steps - 1)
     try:
         scheduler, _ = create_scheduler_v2(
             optimizer,
             sched=schedule.name,
-            num_epochs=steps,  # counted in steps throughout: an "epoch" of one update
+            num_epochs=steps - warmup_steps,  # counted in steps throughout: an "epoch" of one update
             updates_per_epoch=1,
             step_on_epochs=False,
-            warmup_epochs=min(round(schedule.warmup_epochs * steps_per_epoch), steps),
+            warmup_epochs=warmup_steps,
+            warmup_prefix=True,  # the decay begins where warm-up ends, so that the peak is reached
             warmup_lr=schedule.warmup_lr,
             min_lr=schedule.min_lr,
             decay_epochs=round(schedule.decay_epochs * steps_per_epoch),

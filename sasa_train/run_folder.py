@@ -2,12 +2,14 @@
 
 import datetime
 import fcntl
+import itertools
 import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,14 +33,24 @@ class RunFolder:
     checkpoints: Checkpoints
     checkpoint: dict[str, Any] | None
 
+    def write_config(self, config: TrainConfig) -> None:
+        write_atomic(self.path / "config.yaml", to_yaml(config).encode())
+
     def write_info(self, **changes: Any) -> None:
         """Update run.json."""
-        file = self.path / "run.json"
+        write_atomic(self.path / "run.json", json.dumps(self._info() | changes, indent=2).encode())
+
+    def write_start(self, step: int) -> None:
+        """Note in run.json what runs now, and in its `starts` every time the run was started or continued."""
+        now = provenance()
+        start = {key: now[key] for key in ("started", "command", "commit", "host")} | {"step": step}
+        self.write_info(**now, starts=[*self._info().get("starts", []), start], status="running")
+
+    def _info(self) -> dict[str, Any]:
         try:
-            info = json.loads(file.read_text())
+            return json.loads((self.path / "run.json").read_text())
         except (OSError, ValueError):  # not there yet
-            info = {}
-        write_atomic(file, json.dumps(info | changes, indent=2).encode())
+            return {}
 
 
 def open_run(config: TrainConfig, run_name: str) -> RunFolder:
@@ -48,47 +60,63 @@ def open_run(config: TrainConfig, run_name: str) -> RunFolder:
         ConfigError: another live run holds the folder, `resume` names nothing, or the config has another trajectory.
         CheckpointError: the folder has checkpoints and none is good, or the one named by `resume` is not.
     """
-    source = Path(config.resume)
-    starts_from_file = config.resume not in ("auto", "never") and source.is_file()
-    if config.resume in ("auto", "never") or starts_from_file:
-        wanted = Path(config.output_dir) / run_name
-        path = _new_folder(wanted) if config.resume == "never" else wanted
-        if starts_from_file and wanted.exists() and not _was_started_from(wanted, config.resume):
-            path = _new_folder(wanted)
+    source, wanted = Path(config.resume), Path(config.output_dir) / run_name
+    given = None
+    if config.resume == "auto":
+        path = wanted
+    elif config.resume == "never":
+        path = _new_folder(wanted)
     elif source.is_dir():
         path = source
+    elif source.is_file():
+        given = load_checkpoint(source) | {"best": None}  # its best.pt stays in the other folder
+        check_trajectory(given, config, source)
+        if is_finished(given, config):
+            raise ConfigError(
+                f"resume={source} is finished; to train it further: trainer.epochs=... and {_allow(['trainer.epochs'])}"
+            )
+        path = _folder_started_from(wanted, config.resume)
     else:
         raise ConfigError(f"resume={config.resume} must be auto, never, a run folder or a checkpoint; it is not there")
     path.mkdir(parents=True, exist_ok=True)
     lock = _lock(path)
     try:
         checkpoints = Checkpoints(path / "checkpoints", config.trainer.keep_checkpoints)
-        checkpoint = checkpoints.newest(warn=lambda text: print(f"WARNING: {text}", file=sys.stderr))
-        if checkpoint is None and starts_from_file:
-            checkpoint = load_checkpoint(source) | {"best": None}  # its best.pt stays in the other folder
-        if checkpoint is None and path == source:
+        own = checkpoints.newest(warn=lambda text: print(f"WARNING: {text}", file=sys.stderr))
+        if own is None and path == source:
             raise ConfigError(f"resume={config.resume}: the folder has no checkpoint to continue from")
-        if checkpoint is not None:
-            check_trajectory(checkpoint, config, path)
-        write_atomic(path / "config.yaml", to_yaml(config).encode())
+        if own is not None:
+            check_trajectory(own, config, path)
+        run = RunFolder(path, lock, checkpoints, own or given)
+        if own is None:
+            run.write_config(config)
+        return run
     except BaseException:
         lock.close()
         raise
-    return RunFolder(path, lock, checkpoints, checkpoint)
 
 
 def check_trajectory(checkpoint: dict[str, Any], config: TrainConfig, path: Path) -> None:
-    """Refuse to continue a checkpoint with a config that would have led elsewhere."""
-    saved = load_config(checkpoint["config"], source=f"the checkpoint in {path}")
-    keys = differing_keys(saved, config)
+    """Refuse to continue a checkpoint with a config that would have led elsewhere, but where the user allows it."""
+    saved = load_config(checkpoint["config"], source=f"the config in the checkpoint of {path}")
+    keys = [key for key in differing_keys(saved, config) if key not in config.allow_config_change]
     if keys:
         old, new = flatten(saved), flatten(config)
         changes = "\n".join(f"  {key}: {old.get(key)} -> {new.get(key)}" for key in keys)
         raise ConfigError(
             f"{path} was trained with another config (checkpoint -> now):\n{changes}\n"
             "give the old values, or another run_name, or resume=never for a new run; to continue all the same: "
-            f"allow_config_change=[{','.join(keys)}]"
+            + _allow(keys)
         )
+
+
+def is_finished(checkpoint: dict[str, Any], config: TrainConfig) -> bool:
+    """Finished under this very config; an allowed change (more epochs, say) trains it further."""
+    return checkpoint["finished"] and not differing_keys(load_config(checkpoint["config"]), config)
+
+
+def _allow(keys: list[str]) -> str:
+    return f"allow_config_change=[{','.join(keys)}]"
 
 
 def provenance() -> dict[str, Any]:
@@ -108,23 +136,33 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def _numbered(wanted: Path) -> Iterator[Path]:
+    """`wanted`, `wanted-2`, `wanted-3`, ..."""
+    return (wanted if n == 1 else wanted.with_name(f"{wanted.name}-{n}") for n in itertools.count(1))
+
+
 def _new_folder(wanted: Path) -> Path:
-    """`wanted`, or `wanted-2`, `wanted-3`, ...: the first that does not exist, made here and now."""
-    number = 1
-    while True:
-        path = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+    """The first numbered folder that does not exist, made here and now, so that no other run takes it too."""
+    for path in _numbered(wanted):
         try:
             path.mkdir(parents=True)
             return path
         except FileExistsError:
-            number += 1
+            continue
+    raise AssertionError("unreachable")
 
 
-def _was_started_from(path: Path, resume: str) -> bool:
-    try:
-        return load_config((path / "config.yaml").read_text()).resume == resume
-    except (OSError, ConfigError):
-        return False
+def _folder_started_from(wanted: Path, resume: str) -> Path:
+    """The numbered folder that the same command made before, or a new one."""
+    for path in _numbered(wanted):
+        if not path.exists():
+            return _new_folder(wanted)
+        try:
+            if load_config((path / "config.yaml").read_text()).resume == resume:
+                return path
+        except (OSError, ConfigError):
+            continue
+    raise AssertionError("unreachable")
 
 
 def _lock(path: Path) -> IO[str]:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from sasa_train.compose import compose_config, fail
-from sasa_train.config import DIALS, ConfigError, TrainConfig, resolved_image_size
+from sasa_train.config import DIALS, NUM_CLASSES, ConfigError, TrainConfig, resolved_image_size
 from sasa_train.paper import ROWS, Row
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ sasa-summary model=sasa_resnet50    layers: parameters, FLOPs, activation memory
 Everything is counted on the meta device: no weights, no data. A multiplication and an addition are two FLOPs.
 Activation memory is what the backward pass keeps of one image, in float32.
 Exit codes: 0 done, 2 refused."""
-
-KNOWN_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet": 1000}
 
 
 @dataclass
@@ -80,7 +78,7 @@ def print_paper(rows: tuple[Row, ...]) -> None:
 def print_model(config: TrainConfig) -> None:
     from sasa_train.models import build_model
 
-    num_classes = config.model.num_classes or KNOWN_CLASSES.get(config.data.name, 1000)
+    num_classes = config.model.num_classes or NUM_CLASSES.get(config.data.name, 1000)
     size = resolved_image_size(config.data)
     model = meta_model(lambda: build_model(config.model, num_classes, size))
     layers = count_layers(model, size)

@@ -1,9 +1,12 @@
 """sasa-train: from the command line to a run; the run itself is in loop.py, so that `--help` needs no torch."""
 
+import itertools
 import logging
 import os
 import sys
 from pathlib import Path
+
+from hydra.core.override_parser.types import Override
 
 from sasa_train.compose import (
     check_override_keys,
@@ -17,6 +20,7 @@ from sasa_train.compose import (
     to_config,
 )
 from sasa_train.config import ConfigError, TrainConfig
+from sasa_train.interrupt import Interrupted, StopRequest
 
 USAGE = """[group=choice ...] [key=value ...]   (-m, --multirun: a plain Hydra sweep)
 
@@ -56,16 +60,25 @@ def read_config(arguments: list[str]) -> TrainConfig:
     resume = [o.value() for o in parse_overrides(arguments) if o.key_or_group == "resume"]
     saved = Path(str(resume[-1])) / "config.yaml" if resume else None
     if saved is not None and saved.is_file() and not chooses_group(arguments):
-        return load_config(saved.read_text(), arguments, source=str(saved))
+        # What one continuation was allowed to change, the next is not.
+        return load_config(saved.read_text(), ["allow_config_change=[]", *arguments], source=str(saved))
     return compose_config(arguments)
 
 
 def multirun(arguments: list[str]) -> int:
-    """A sweep by Hydra's own launcher: one run folder a job."""
+    """A sweep by Hydra's own launcher: one run folder a job. Every job's config is checked before the first begins.
+
+    Raises:
+        ConfigError: a job's config is refused.
+    """
     import hydra
     from omegaconf import DictConfig
 
-    check_override_keys([a for a in arguments if not a.startswith("-")])
+    overrides = [a for a in arguments if not a.startswith("-")]
+    check_override_keys(overrides, is_sweep=True)
+    ours = [o for o in parse_overrides(overrides) if not o.key_or_group.startswith("hydra")]
+    for job_overrides in itertools.product(*(_sweep_values(o) for o in ours)):
+        compose_config(job_overrides)
 
     @hydra.main(config_path=str(config_dir()), config_name="train", version_base="1.3")
     def job(composed: DictConfig) -> None:
@@ -75,30 +88,42 @@ def multirun(arguments: list[str]) -> int:
         if code != DONE:
             raise RuntimeError(f"the run ended with exit code {code}; its message is above")
 
+    sys.argv[1:] = arguments  # which is where Hydra reads them
     job()
     return DONE
 
 
-def train_safely(config: TrainConfig) -> int:
-    """`loop.train` with every expected ending turned into a message and an exit code."""
-    from sasa_train.checkpoint import CheckpointError
-    from sasa_train.engine import NonFiniteLoss
-    from sasa_train.interrupt import Interrupted, StopRequest
-    from sasa_train.loop import train
+def _sweep_values(override: Override) -> list[str]:
+    """`seed=0,1` -> seed=0 and seed=1."""
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    return [f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()]
 
+
+def train_safely(config: TrainConfig) -> int:
+    """Train with every expected ending turned into a message and an exit code, from the first import on."""
     stop = StopRequest()
     try:
-        return DONE if train(config, stop) else INTERRUPTED
-    except ConfigError as error:
-        return fail(error)
-    except (CheckpointError, NonFiniteLoss) as error:
-        fail(error)
-        return FAILED
+        return _train(config, stop)
     except Interrupted:
         print("stopped before training began; run the same command again", file=sys.stderr)
         return INTERRUPTED
     finally:
         stop.restore()
+
+
+def _train(config: TrainConfig, stop: StopRequest) -> int:
+    from sasa_train.checkpoint import CheckpointError
+    from sasa_train.engine import NonFiniteError
+    from sasa_train.loop import train
+
+    try:
+        return DONE if train(config, stop) else INTERRUPTED
+    except ConfigError as error:
+        return fail(error)
+    except (CheckpointError, NonFiniteError) as error:
+        fail(error)
+        return FAILED
 
 
 def refuse_many_processes() -> None:

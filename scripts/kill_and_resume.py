@@ -70,7 +70,7 @@ def main() -> int:
             continue
         if hit:
             num_kills, moment = num_kills + 1, next(moments)
-            print(f"  kill {num_kills}: {hit}, {' '.join(mode)}", flush=True)
+        print(f"  kill {num_kills}: {hit}, {' '.join(mode)}" if hit else f"  a miss, not {moment}", flush=True)
     run_to_the_end(folder, "broken", [*overrides, *MODES[-1]])
     compare(whole, broken)
     print(f"equal after {num_kills} kills: every tensor of last.pt and best.pt, every row of metrics.jsonl")
@@ -92,7 +92,7 @@ def environment() -> dict[str, str]:
 
 
 def kill_once(folder: Path, overrides: list[str], moment: str) -> str | None:
-    """Start or continue the run and kill it at the moment asked for; what was hit, "" for nothing, None at its end."""
+    """Start or continue the run and kill it at `moment`; what was hit, "" for another moment, None at its end."""
     run_dir = folder / "broken"
     num_rows = len(read_rows(run_dir))
     process = subprocess.Popen(command(folder, "broken", overrides), stdout=subprocess.DEVNULL, env=environment())
@@ -105,7 +105,8 @@ def kill_once(folder: Path, overrides: list[str], moment: str) -> str | None:
             process.kill()
             process.wait()
             rows = read_rows(run_dir)
-            return f"{moment}, after the row of step {rows[-1]['step']}"
+            was_late = moment == "during a save" and not is_moment(run_dir, rows, moment)
+            return "" if was_late else f"{moment}, after the row of step {rows[-1]['step']}"
         time.sleep(0.0005)
     if process.returncode != 0:
         raise SystemExit(f"the run failed with exit code {process.returncode}")

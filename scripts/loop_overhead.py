@@ -23,6 +23,7 @@ from torch import nn
 
 from sasa_train.checkpoint import Checkpoints
 from sasa_train.compose import compose_config
+from sasa_train.config import TrainConfig, resolved_image_size
 from sasa_train.data import build_loaders
 from sasa_train.engine import Stepper, autocast, build_state
 from sasa_train.interrupt import StopRequest
@@ -70,7 +71,7 @@ def main() -> int:
     return 0
 
 
-def build_both(config, folder: Path) -> tuple[Callable[[], None], Callable[[], None], int]:
+def build_both(config: TrainConfig, folder: Path) -> tuple[Callable[[], None], Callable[[], None], int]:
     """One epoch of the bare loop, one of the trainer's, and the images of an epoch."""
     device, config = resolve(config)
     loaders = build_loaders(config, device)
@@ -78,7 +79,7 @@ def build_both(config, folder: Path) -> tuple[Callable[[], None], Callable[[], N
 
     def new_stepper() -> Stepper:
         torch.manual_seed(0)
-        model = build_model(config.model, len(loaders.classes), 8 if config.data.name == "digits" else 32)
+        model = build_model(config.model, len(loaders.classes), resolved_image_size(config.data))
         state = build_state(config.trainer, model, lambda m: build_optimizer(config, m), device)
         return Stepper(config.trainer, state, build_schedule(config, state.optimizer, plan.steps_per_epoch))
 

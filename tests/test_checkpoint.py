@@ -7,12 +7,12 @@ import os
 import pytest
 import torch
 
-from sasa_train.checkpoint import CheckpointError, Checkpoints, load_checkpoint
+from sasa_train.checkpoint import REQUIRED, CheckpointError, Checkpoints, load_checkpoint
 from sasa_train.logger import RunLogger, duration
 
 
 def content(step: int) -> dict:
-    return {"model": {"weight": torch.full((1000,), float(step))}, "step": step, "config": "seed: 0"}
+    return dict.fromkeys(REQUIRED) | {"model": {"weight": torch.full((1000,), float(step))}, "step": step}
 
 
 def filled(folder, steps=(1, 2, 3, 4, 5), keep=2, best=(2,)) -> Checkpoints:
@@ -145,6 +145,29 @@ def test_the_log_is_one_clean_series_after_a_crash(tmp_path):
     assert rows[0]["grad_norm"] is None  # JSON has no infinity
     assert board_steps(tmp_path, "train/loss") == [1, 2, 3, 4, 5]
     assert board_steps(tmp_path, "val/top1") == [2, 4]
+
+
+def test_a_run_killed_before_its_first_checkpoint_leaves_no_curve_behind(tmp_path):
+    for _ in range(2):
+        logger = RunLogger(tmp_path, step=0, evaluated_step=0, total_steps=8)
+        logger.write(row("train", 1))
+        logger.write(row("train", 2))
+        logger.close()
+    assert board_steps(tmp_path, "train/loss") == [1, 2]
+
+
+def test_a_full_disk_costs_the_curves_and_not_the_run(tmp_path, capsys, monkeypatch):
+    logger = RunLogger(tmp_path, step=0, evaluated_step=0, total_steps=8)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(logger._board, "add_scalar", full)
+    logger.write(row("train", 1))
+    logger.write(row("train", 2))
+    logger.close()
+    assert capsys.readouterr().err.count("no more TensorBoard curves") == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize("seconds,text", [(4.6, "5 s"), (184, "3 min 04 s"), (3725, "1 h 02 min")])

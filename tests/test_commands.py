@@ -201,6 +201,41 @@ def test_resume_never_folder_and_checkpoint(tmp_path, monkeypatch, capsys):
     assert run_in_process(tmp_path, monkeypatch, *longer) == 0
     assert rows(out / "a")[-1]["epoch"] == 4
     assert run_in_process(tmp_path, monkeypatch, *run, "resume=nowhere") == 2
+    # What one continuation was allowed, the next is not; and finished is finished.
+    capsys.readouterr()
+    assert run_in_process(tmp_path, monkeypatch, "resume=out/a") == 0
+    assert "out/a is finished" in capsys.readouterr().out
+    assert run_in_process(tmp_path, monkeypatch, "resume=out/a", "trainer.epochs=5") == 2
+    assert run_in_process(tmp_path, monkeypatch, *run, "resume=out/a/checkpoints/last.pt", "trainer.epochs=4") == 2
+    assert "last.pt is finished" in capsys.readouterr().err
+    starts = json.loads((out / "a/run.json").read_text())["starts"]
+    assert [start["step"] for start in starts] == [0, 12]
+
+
+def test_the_same_command_finds_the_run_it_started_from_a_checkpoint(tmp_path, monkeypatch):
+    run = [*TINY, "trainer.checkpoint_every_steps=5"]
+    assert run_in_process(tmp_path, monkeypatch, *run, "run_name=a") == 0
+    again = [*run, "run_name=a", "resume=out/a/checkpoints/step-00000005.pt"]
+    assert [run_in_process(tmp_path, monkeypatch, *again) for _ in range(2)] == [0, 0]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "a-2"]
+    assert json.loads((tmp_path / "out/a-2/run.json").read_text())["versions"]["torch"]
+
+
+def test_an_allowed_change_that_cannot_be_is_refused_and_leaves_the_run_as_it_was(tmp_path, monkeypatch, capsys):
+    assert run_in_process(tmp_path, monkeypatch, *TINY, "run_name=a") == 0
+    before = (tmp_path / "out/a/config.yaml").read_text()
+    wider = ["resume=out/a", "model.width=0.25", "allow_config_change=[model.width]"]
+    assert run_in_process(tmp_path, monkeypatch, *wider) == 2
+    assert "allow_config_change=['model.width'] asks too much" in capsys.readouterr().err
+    assert (tmp_path / "out/a/config.yaml").read_text() == before
+    (tmp_path / "out/a/config.yaml").write_text(before[: len(before) // 2] + "\n  - [")
+    assert run_in_process(tmp_path, monkeypatch, "resume=out/a") == 2
+
+
+def test_the_defaults_train(tmp_path, monkeypatch):
+    """`sasa-train` with nothing chosen: the paper's stem and four stages on 8x8 digits, down to one position."""
+    small = ["trainer.max_steps=1", "trainer.global_batch_size=2", "data.max_val_images=10", "model.width=0.125"]
+    assert run_in_process(tmp_path, monkeypatch, *small, "model.num_heads=2", "data.max_train_images=10") == 0
 
 
 def test_another_trajectory_in_the_same_folder_is_refused(tmp_path, monkeypatch, capsys):
@@ -229,10 +264,10 @@ def test_a_non_finite_loss_stops_the_run_and_spares_its_checkpoints(tmp_path, mo
     run = [*TINY, "run_name=a", "optimizer.lr=1e30", "optimizer.lr_basis=absolute", "trainer.checkpoint_every_steps=1"]
     assert run_in_process(tmp_path, monkeypatch, *run) == 1
     message = capsys.readouterr().err
-    step = int(re.search(r"the loss of step (\d+) is not finite", message)[1])
+    assert re.search(r"the (loss of|weights after) step \d+ (is|are) not finite.*resume=out/a/checkpoints", message)
     assert json.loads((tmp_path / "out/a/run.json").read_text())["status"] == "failed"
-    saved = [load_checkpoint(p) for p in (tmp_path / "out/a/checkpoints").glob("*.pt")]
-    assert saved and all(c["step"] < step for c in saved)
+    for path in (tmp_path / "out/a/checkpoints").glob("*.pt"):
+        assert all(tensor.isfinite().all() for tensor in load_checkpoint(path)["model"].values())
 
 
 def test_hydras_sweep_makes_a_run_folder_a_job(command, tmp_path):
@@ -241,6 +276,8 @@ def test_hydras_sweep_makes_a_run_folder_a_job(command, tmp_path):
     assert found == ["finished"] * 2, out
     process = command("train", *TINY, "trainer.epoch=1,2", "-m", expect=2)
     assert "did you mean trainer.epochs?" in process.stderr
+    process = command("train", *TINY, "trainer.epochs=1,0", "-m", expect=2)  # refused before the first job begins
+    assert process.stderr == "train: trainer.epochs=0 must be positive\n"
 
 
 def test_help_is_instant_and_lists_every_key(command):
@@ -288,6 +325,9 @@ def test_a_misspelt_key_in_a_file_is_refused(tmp_path, monkeypatch):
         (["++trainer.epochs=3"], "every key exists already"),
         (["~trainer.epochs"], "every key exists already"),
         (["trainer.epochs"], "an override is key=value"),
+        (["model={name: resnet50}"], "set its keys one by one, as in model.name="),
+        (["hydra.verbose=true"], "hydra's own keys have an effect with -m alone"),
+        (["trainer.ema_decay=0"], "trainer.ema_decay=0.0 must be positive"),
     ],
 )
 def test_configs_are_refused_before_anything_is_loaded(overrides, message):

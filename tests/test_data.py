@@ -250,6 +250,15 @@ def test_an_unreadable_image_is_named(image_folder):
         build_loaders(config, CPU)
 
 
+def test_a_worker_names_the_image_without_its_traceback(image_folder):
+    (image_folder / "train/red/3.png").write_bytes(b"not an image")
+    overrides = ("data=image_folder", f"data.root={image_folder}", "data.image_size=72", "trainer.global_batch_size=18")
+    with pytest.raises(ConfigError) as caught:
+        batches(config_for(*overrides, "data.num_workers=1"))
+    assert str(caught.value).startswith(f"{image_folder}/train/red/3.png: cannot be read as an image")
+    assert "\n" not in str(caught.value)
+
+
 def test_the_generator_is_restored_after_a_sample():
     torch.manual_seed(1)
     expected = torch.rand(3)

@@ -142,6 +142,13 @@ def test_attention_is_pooled_after_it():
     torch.testing.assert_close(pooled(x), nn.functional.avg_pool2d(layer(x), 2))
 
 
+@pytest.mark.parametrize("name", ["hybrid_resnet26", "sasa_resnet26", "conv_resnet26"])
+def test_odd_maps_are_halved_upwards_like_the_shortcut(name):
+    stem = "conv" if name.startswith("conv") else "conv_small"
+    model = timm.create_model(name, **TINY | {"stem": stem})
+    assert model.forward_features(torch.randn(2, 3, 20, 28)).shape[2:] == ((1, 1) if stem == "conv" else (3, 4))
+
+
 def stem_oracle(stem: AttentionStem, x: torch.Tensor) -> torch.Tensor:
     """Equations 8 and 9 position by position, before BN and pooling."""
     batch, _, height, width = x.shape
@@ -176,6 +183,15 @@ def test_the_stem_matches_its_equations():
     pooled = AttentionStem(3, 16).double().eval()
     pooled.load_state_dict(stem.state_dict())
     torch.testing.assert_close(pooled(x), nn.functional.max_pool2d(stem(x), 4))
+
+
+def test_the_stem_attends_in_float32_under_autocast():
+    torch.manual_seed(0)
+    stem = AttentionStem(3, 16, pool=False).eval()
+    q, k, v = (torch.randn(1, 4, 2, 16, 4, dtype=torch.bfloat16) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = stem._attend(q, k, v)
+    assert torch.equal(out, stem._attend(q.float(), k.float(), v.float()).bfloat16())
 
 
 def test_stem_blocks_do_not_see_each_other():

@@ -38,10 +38,10 @@ def local_attention_forward(
     border: str,
 ) -> Tensor:
     """Return the attended values, [B, N, H, W, D] in value's dtype. The q.k term is left out where `key` is None."""
-    weights = _weights(query, key, rel_height, rel_width, kernel_size, border)
+    attn_weights = _attn_weights(query, key, rel_height, rel_width, kernel_size, border)
     v = _batch_last(value)
     output = torch.zeros_like(v)
-    for weight, v_window in zip(weights, _windows(_pad(v, kernel_size), kernel_size), strict=True):
+    for weight, v_window in zip(attn_weights, _windows(_pad(v, kernel_size), kernel_size), strict=True):
         output.addcmul_(weight[:, None], v_window)
     return _batch_first(output, value.dtype)
 
@@ -55,7 +55,7 @@ def attention_weights(
     border: str,
 ) -> Tensor:
     """Return the softmax weights [B, N, H, W, K*K], row by row of the window; they sum to 1 over the last dimension."""
-    return _weights(query, key, rel_height, rel_width, kernel_size, border).permute(4, 1, 2, 3, 0)
+    return _attn_weights(query, key, rel_height, rel_width, kernel_size, border).permute(4, 1, 2, 3, 0)
 
 
 def local_attention_backward(
@@ -73,17 +73,17 @@ def local_attention_backward(
     The chain rule of the definition above, written out so that nothing of size K*K is kept between forward and
     backward: the weights are computed again. `tests/test_attention.py` checks it with gradcheck.
     """
-    weights = _weights(query, key, rel_height, rel_width, kernel_size, border)
+    attn_weights = _attn_weights(query, key, rel_height, rel_width, kernel_size, border)
     grad, q, v = _batch_last(grad_output), _batch_last(query), _batch_last(value)
 
     padded_v = _pad(v, kernel_size)
     grad_padded_v = torch.zeros_like(padded_v)
-    grad_weights = torch.empty_like(weights)
+    grad_attn_weights = torch.empty_like(attn_weights)
     windows = zip(_windows(padded_v, kernel_size), _windows(grad_padded_v, kernel_size), strict=True)
     for j, (v_window, grad_v_window) in enumerate(windows):
-        grad_weights[j] = (grad * v_window).sum(1)
-        grad_v_window.addcmul_(weights[j, :, None], grad)
-    grad_scores = weights * (grad_weights - (weights * grad_weights).sum(0))  # softmax's; 0 where masked
+        grad_attn_weights[j] = (grad * v_window).sum(1)
+        grad_v_window.addcmul_(attn_weights[j, :, None], grad)
+    grad_scores = attn_weights * (grad_attn_weights - (attn_weights * grad_attn_weights).sum(0))
 
     grad_q = torch.zeros_like(q)
     grad_key = grad_rel_height = grad_rel_width = None
@@ -105,7 +105,7 @@ def local_attention_backward(
     return _batch_first(grad_q, query.dtype), grad_key, grad_value, grad_rel_height, grad_rel_width
 
 
-def _weights(
+def _attn_weights(
     query: Tensor,
     key: Tensor | None,
     rel_height: Tensor | None,

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision import datasets as tv
 
-from sasa_train.config import ConfigError, DataConfig
+from sasa_train.config import NUM_CLASSES, ConfigError, DataConfig
 from sasa_train.data.randomness import fixed_order
 
 DIGITS_VAL_FRACTION = 0.2
@@ -25,7 +25,6 @@ MEAN_STD = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "image_folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
 
 
 @dataclass
@@ -49,13 +48,12 @@ class ImageSet:
         if self.arrays is not None:
             return Image.fromarray(self.arrays[index].permute(1, 2, 0).numpy())
         assert self.paths is not None
+        path = str(self.paths[index])
         try:
-            with Image.open(self.paths[index]) as image:
+            with Image.open(path) as image:
                 return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ConfigError(
-                f"{self.paths[index]}: cannot be read as an image ({error}); repair or remove it"
-            ) from error
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ConfigError(f"{path}: cannot be read as an image ({error}); repair or remove it") from error
 
     def subset(self, indices: np.ndarray) -> "ImageSet":
         return dataclasses.replace(

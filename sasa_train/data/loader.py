@@ -4,10 +4,12 @@ An epoch's order is a function of (seed, epoch), so a run that stopped at any st
 replaying anything. Both loaders yield (images, labels): normalised float32 [B, 3, H, W] and int64 [B].
 """
 
+import atexit
 import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from tqdm import tqdm
 from sasa_train.config import SMALL_IMAGE, ConfigError, TrainConfig, resolved_image_size
 from sasa_train.data.datasets import MEAN_STD, ImageSet, load_image_sets
 from sasa_train.data.randomness import epoch_order
-from sasa_train.data.transforms import Augment, Normalize, fit
+from sasa_train.data.transforms import Augment, Normalize, fit, to_device
 
 Batch = tuple[Tensor, Tensor]
 RESIDENT_SHARE = 0.25  # of the memory: a set larger than that streams, unless data.resident=true
@@ -84,7 +86,7 @@ class ResidentLoader:
             yield self.normalize(images), labels
 
     def _take(self, indices: np.ndarray) -> Batch:
-        where = torch.from_numpy(indices).to(self.images.device)
+        where = to_device(indices, self.images.device)
         return self.images[where], self.labels[where]
 
     def close(self) -> None:
@@ -108,6 +110,7 @@ class StreamingLoader:
             worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # else it would draw from the global one, which dropout uses
         )
+        atexit.register(self.close)
 
     def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         return self._batches([(epoch, int(i)) for i in indices] for indices in self.plan.train(epoch, first_step))
@@ -117,15 +120,22 @@ class StreamingLoader:
 
     def _batches(self, keys: Iterator[list[tuple[int, int]]]) -> Iterator[Batch]:
         self._keys = keys
-        for images, labels in self._loader:
-            images = images.to(self.device, non_blocking=True)
-            yield self.normalize(images), labels.to(self.device, non_blocking=True)
+        try:
+            for images, labels in self._loader:
+                images = images.to(self.device, non_blocking=True)
+                yield self.normalize(images), labels.to(self.device, non_blocking=True)
+        except ConfigError as error:  # from a worker it comes with the worker's traceback around it
+            raise ConfigError(str(error).strip().splitlines()[-1].rpartition("ConfigError: ")[2]) from None
 
     def close(self) -> None:
-        """End the worker processes."""
-        iterator = self._loader._iterator
-        if iterator is not None and hasattr(iterator, "_shutdown_workers"):
+        """End the worker processes: they ignore SIGTERM, and Python waits for them at its end."""
+        iterator: Any = self._loader._iterator
+        self._loader._iterator = None
+        atexit.unregister(self.close)
+        if iterator is not None and self._loader.num_workers:
             iterator._shutdown_workers()
+            for worker in iterator._workers:
+                worker.kill()
 
 
 class _Handed:

@@ -49,7 +49,7 @@ class Augment:
         cols = offsets[:, 1:] + place
         if self.hflip:
             cols = np.where(draws[:, 2:] < 0.5, cols[:, ::-1], cols)
-        rows_t, cols_t = (torch.from_numpy(x).to(images.device) for x in (rows, cols))
+        rows_t, cols_t = to_device(rows, images.device), to_device(cols, images.device)
         padded = F.pad(images, [self.padding] * 4)
         batch = torch.arange(len(images), device=images.device)[:, None, None]
         # Indices around the sliced channels bring them last: [B, S, S, C]
@@ -61,6 +61,12 @@ class Augment:
             return self.small(fit(image, self.size)[None], epoch, np.array([index]))[0]
         with sample_rng(self.seed, epoch, index):
             return v2.functional.pil_to_tensor(self.large(image))
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy without waiting for a CUDA device."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def fit(image: Image.Image, size: int) -> Tensor:

@@ -66,7 +66,8 @@ class LocalSelfAttention2d(nn.Module):
             self.rel_width: nn.Parameter | None = nn.Parameter(torch.empty(shape))
         else:
             self.rel_height = self.rel_width = None
-        self.pool = nn.AvgPool2d(2, 2) if stride == 2 else nn.Identity()
+        # ceil_mode: an odd side is halved upwards, as the strided 1x1 convolution of the shortcut does it.
+        self.pool = nn.AvgPool2d(2, 2, ceil_mode=True) if stride == 2 else nn.Identity()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -204,11 +205,18 @@ class AttentionStem(nn.Module):
             )
         query, key = (self._blocks(half) for half in self.qk(x).chunk(2, dim=1))
         value = self._blocks(self.value(self._mix(x) if self.values == "mixture" else x))
+        out = self._attend(query, key, value)
+        return self.pool(self.bn(self._unblock(out, height, width)))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Full attention inside each block, [B, N, blocks, 16, D]; as `local_attention`, half precision in float32."""
+        if query.dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast(query.device.type, enabled=False):
+                return self._attend(query.float(), key.float(), value.float()).to(value.dtype)
         scores = query @ key.transpose(-1, -2)
-        if self.rel_height is not None and self.rel_width is not None:
+        if self.rel_height is not None:
             scores = scores + torch.einsum("bnpid,ijd->bnpij", query, self._relative(query.dtype))
-        attn_weights = scores.softmax(-1)
-        return self.pool(self.bn(self._unblock(attn_weights @ value, height, width)))
+        return scores.softmax(-1) @ value
 
     def mixture_weights(self) -> Tensor:
         """p(a, b, m), [m, 4, 4]; sums to 1 over m."""
