@@ -4,7 +4,7 @@ The bare loop is forward, loss, backward, update. The trainer's adds the schedul
 guard, a log row every --log-every steps (metrics.jsonl, TensorBoard, console) and polling for signals. Both train for
 an epoch in turn, in random order, after a warm-up; printed are the median images/s, the spread and the ratio.
 
-usage: python scripts/loop_overhead.py [--rounds 15] [--log-every 5] [key=value ...]   (overrides of the run's config)
+usage: python scripts/loop_overhead.py [--rounds 40] [--log-every 50] [key=value ...]   (overrides of the run's config)
 """
 
 import argparse
@@ -46,8 +46,8 @@ RUN = [
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--log-every", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--log-every", type=int, default=50)
     arguments, overrides = parser.parse_known_args()
     config = compose_config([*RUN, f"trainer.log_every_steps={arguments.log_every}", *overrides])
     with tempfile.TemporaryDirectory() as folder:
