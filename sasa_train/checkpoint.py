@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from sasa_train.atomic import sync_folder, write_aside, write_atomic
+
 REQUIRED = {"model", "ema", "optimizer", "step", "epoch", "config", "rng", "best", "classes", "finished"}
 
 
@@ -46,7 +48,7 @@ class Checkpoints:
             if self.keep and self._last_step not in (None, content["step"]):
                 os.replace(last, self.folder / f"step-{self._last_step:08d}.pt")
             os.replace(temporary, last)
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
         except OSError as error:
             raise CheckpointError(
                 f"{self.folder}: cannot write a checkpoint of {buffer.tell() / 1e6:.0f} MB ({error.strerror}); the "
@@ -109,32 +111,3 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if lacking:
         raise CheckpointError(f"{path}: is no checkpoint of sasa_train (it lacks {', '.join(sorted(lacking))})")
     return content
-
-
-def write_atomic(path: Path, data: bytes | memoryview) -> None:
-    """Write a file so that a crash at any instruction leaves the old content or the new one."""
-    os.replace(write_aside(path, data), path)
-    _sync_folder(path.parent)
-
-
-def write_aside(path: Path, data: bytes | memoryview) -> Path:
-    """Write `data` to disk beside `path`, ready to be renamed to it; nothing is left behind where that fails."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    return temporary
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames in `folder` outlive a power cut."""
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from sasa_train.checkpoint import write_atomic
+from sasa_train.atomic import write_atomic
 
 # Keys of a row -> TensorBoard tags; loss, top1, top5 and top1_raw go under the split's name.
 TAGS = {

@@ -1,8 +1,6 @@
 """A whole run, from a config to a finished run folder; the order of events is the order of `train`."""
 
 import dataclasses
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +10,7 @@ import torch
 from torch import nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from sasa_train.announce import describe_end, describe_finished, describe_plan
 from sasa_train.compose import to_yaml
 from sasa_train.config import ConfigError, TrainConfig, default_run_name, resolved_image_size
 from sasa_train.data import Loaders, build_loaders
@@ -27,9 +26,9 @@ from sasa_train.engine import (
     train_one_epoch,
 )
 from sasa_train.interrupt import StopRequest
-from sasa_train.logger import RunLogger, duration
+from sasa_train.logger import RunLogger
 from sasa_train.models import build_model, check_model
-from sasa_train.optim import build_optimizer, build_schedule, peak_lr, total_steps
+from sasa_train.optim import build_optimizer, build_schedule, total_steps
 from sasa_train.run_folder import RunFolder, is_finished, open_run
 
 
@@ -48,7 +47,7 @@ def train(config: TrainConfig, stop: StopRequest) -> bool:
     with run.lock:
         if run.checkpoint is not None and is_finished(run.checkpoint, config):
             run.write_info(status="finished")  # a kill may have come between its last checkpoint and this
-            print_finished(run)
+            print(describe_finished(run.path, run.checkpoint))
             return True
         return train_in_folder(config, device, run, stop)
 
@@ -64,7 +63,7 @@ def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, s
     stepper = Stepper(config.trainer, state, build_schedule(config, state.optimizer, steps_per_epoch))
     continue_from(run, state, config)
     loop = Loop(config, run, loaders, stepper, stop)
-    loop.print_plan()
+    loop.logger.say(describe_plan(config, loaders, state, loop.num_steps))
     run.write_start(state.step)
 
     stop.begin_training()
@@ -79,7 +78,7 @@ def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, s
         loaders.close()
     if finished:
         run.write_info(status="finished", best=state.best, seconds=round(state.seconds, 1))
-        loop.print_closing()
+        print(describe_end(config, run.path, state, loop.last_val))
     else:
         run.write_info(status="interrupted")
         name = stop.signal.name if stop.signal else ""
@@ -242,42 +241,6 @@ class Loop:
                 "allow_config_change=[optimizer.lr] (or trainer.grad_clip_norm, or trainer.precision)"
             ) from None
 
-    def print_plan(self) -> None:
-        """What was derived from the config, before the first step."""
-        config, state = self.config, self.state
-        plan, val = self.loaders.train.plan, self.loaders.val.plan
-        num_parameters = sum(p.numel() for p in state.model.parameters())
-        kind = "resident" if type(self.loaders.train).__name__ == "ResidentLoader" else "streamed"
-        batch = f"{plan.global_batch_size}"
-        if plan.grad_accum_steps > 1:
-            batch += f" = {plan.grad_accum_steps} x {plan.micro_batch_size}"
-        lines = {
-            "device": f"{state.device}, {config.trainer.precision}",
-            "model": f"{config.model.name}, {num_parameters:,} parameters",
-            "data": f"{config.data.name}, {plan.num_images:,} train and {val.num_images:,} val images of "
-            f"{resolved_image_size(config.data)} pixels, {len(self.loaders.classes)} classes, {kind}",
-            "batch": f"{batch} images a step, {self.steps_per_epoch:,} steps an epoch, {self.num_steps:,} in all",
-            "lr": f"{peak_lr(config):g} at its peak ({config.optimizer.lr:g} {config.optimizer.lr_basis})",
-        }
-        if state.step:
-            lines["continues"] = f"at step {state.step:,}, epoch {state.epoch + 1}; top1: {describe_best(state.best)}"
-        self.logger.say("\n".join(f"{name:<11} {text}" for name, text in lines.items()) + "\n")
-
-    def print_closing(self) -> None:
-        state, path = self.state, self.run_folder.path
-        images = state.step * self.config.trainer.global_batch_size
-        last = f"{self.last_val['top1']:.2f}" if self.last_val else "see metrics.jsonl"
-        lines = {
-            "top1": f"{last} at the end; {describe_best(state.best)}",
-            "time": f"{duration(state.seconds)} of training, {images / max(state.seconds, 1e-9):,.0f} images/s",
-            "memory": f"{peak_memory(state.device) / 2**20:,.0f} MiB at the peak",
-            "checkpoints": f"{path}/checkpoints/{{best,last}}.pt",
-            "log": f"{path}/metrics.jsonl",
-            "next": f"sasa-evaluate {path}",
-            "": f"tensorboard --logdir {path.parent}",
-        }
-        print("\n" + "\n".join(f"{name:<11} {text}" for name, text in lines.items()))
-
     def _start_clock(self) -> None:
         self._clock_start, self._clock_seconds = time.perf_counter(), 0.0
         self._clock_steps, self._wait_seconds = 0, 0.0
@@ -311,23 +274,3 @@ def check_buildable(config: TrainConfig) -> None:
     """Build model, optimizer and schedule without weights, so that they are refused before any data is loaded."""
     model = check_model(config.model, resolved_image_size(config.data))
     build_schedule(config, build_optimizer(config, model), steps_per_epoch=1)
-
-
-def print_finished(run: RunFolder) -> None:
-    assert run.checkpoint is not None
-    print(
-        f"{run.path} is finished: {run.checkpoint['step']:,} steps, {describe_best(run.checkpoint['best'])}. "
-        f"Nothing to do; sasa-evaluate {run.path} evaluates it, resume=never trains it anew."
-    )
-
-
-def describe_best(best: dict[str, Any] | None) -> str:
-    return f"best {best['top1']:.2f} after epoch {best['epoch']}" if best else "no evaluation yet"
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the allocator's on CUDA, the process's on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

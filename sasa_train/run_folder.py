@@ -17,7 +17,8 @@ from typing import IO, Any
 
 import torch
 
-from sasa_train.checkpoint import Checkpoints, load_checkpoint, write_atomic
+from sasa_train.atomic import write_atomic
+from sasa_train.checkpoint import Checkpoints, load_checkpoint
 from sasa_train.compose import load_config, to_yaml
 from sasa_train.config import ConfigError, TrainConfig, differing_keys, flatten
 

@@ -34,6 +34,10 @@ class Loaders:
     val: "ResidentLoader | StreamingLoader"
     classes: list[str]
 
+    @property
+    def kind(self) -> str:
+        return "resident" if isinstance(self.train, ResidentLoader) else "streamed"
+
     def close(self) -> None:
         self.train.close()
         self.val.close()
