@@ -94,10 +94,10 @@ def continue_from(run: RunFolder, state: TrainState, config: TrainConfig) -> Non
     try:
         state.load_state_dict(run.checkpoint)
     except (RuntimeError, ValueError, KeyError) as error:
-        changes = f"; allow_config_change={config.allow_config_change} asks too much of it" * bool(
-            config.allow_config_change
-        )
-        raise ConfigError(f"the checkpoint does not fit this model or optimizer ({error}){changes}") from error
+        raise ConfigError(
+            f"the checkpoint does not fit this model or optimizer ({error}); "
+            f"allow_config_change={config.allow_config_change} asks too much of it"
+        ) from error
     run.checkpoint = None
     run.write_config(config)
 
@@ -165,7 +165,7 @@ class Loop:
         row = {
             "split": "train",
             "step": state.step,
-            "epoch": (state.step - 1) // self.steps_per_epoch + 1,
+            "epoch": self.epoch_number(),
             "loss": loss,
             "top1": top1,
             "lr": state.optimizer.param_groups[0]["lr"],
@@ -184,27 +184,31 @@ class Loop:
             start = time.perf_counter()
             result = self.evaluate_model(state.ema.module if state.ema else state.model)
             raw = self.evaluate_model(state.model) if state.ema and result else None
-            if result is None or (state.ema and raw is None):
-                self.save(is_best=False)
-                return False
-            row = {
-                "split": "val",
-                "step": state.step,
-                "epoch": (state.step - 1) // self.steps_per_epoch + 1,
-                "loss": result.loss,
-                "top1": result.top1,
-                "top5": result.top5,
-                **({"top1_raw": raw.top1} if raw else {}),
-                "seconds": round(time.perf_counter() - start, 2),
-            }
-            is_best = state.best is None or result.top1 > state.best["top1"]
-            if is_best:
-                state.best = {key: row[key] for key in ("top1", "step", "epoch")}
-            state.evaluated_step, self.last_val = state.step, row
-            self.logger.write(row)
-            self.logger.show_val(row, is_best)
-            self.save(is_best)
+        if result is None or (state.ema and raw is None):
+            self.save(is_best=False)
+            return False
+        row = {
+            "split": "val",
+            "step": state.step,
+            "epoch": self.epoch_number(),
+            "loss": result.loss,
+            "top1": result.top1,
+            "top5": result.top5,
+            **({"top1_raw": raw.top1} if raw else {}),
+            "seconds": round(time.perf_counter() - start, 2),
+        }
+        is_best = state.best is None or result.top1 > state.best["top1"]
+        if is_best:
+            state.best = {key: row[key] for key in ("top1", "step", "epoch")}
+        state.evaluated_step, self.last_val = state.step, row
+        self.logger.write(row)
+        self.logger.show_val(row, is_best)
+        self.save(is_best)
         return True
+
+    def epoch_number(self) -> int:
+        """Of the epoch that the last step was in, from 1."""
+        return (self.state.step - 1) // self.steps_per_epoch + 1
 
     def evaluate_model(self, model: nn.Module) -> Evaluation | None:
         result = evaluate(

@@ -238,6 +238,18 @@ def test_the_defaults_train(tmp_path, monkeypatch):
     assert run_in_process(tmp_path, monkeypatch, *small, "model.num_heads=2", "data.max_train_images=10") == 0
 
 
+def test_evaluations_and_saves_are_not_training_time(tmp_path, monkeypatch):
+    """A save that takes 0.3 s, four times: neither the speed nor the training time may show it."""
+    from sasa_train.checkpoint import Checkpoints
+
+    real = Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", lambda *a, **k: (time.sleep(0.3), real(*a, **k))[1])
+    start = time.perf_counter()
+    assert run_in_process(tmp_path, monkeypatch, *TINY, "run_name=a", "trainer.checkpoint_every_steps=4") == 0
+    elapsed, seconds = time.perf_counter() - start, load_checkpoint(tmp_path / "out/a/checkpoints/last.pt")["seconds"]
+    assert 0 < seconds < elapsed - 6 * 0.3  # three epochs' ends, each saved before and after its evaluation
+
+
 def test_another_trajectory_in_the_same_folder_is_refused(tmp_path, monkeypatch, capsys):
     assert run_in_process(tmp_path, monkeypatch, *TINY, "run_name=a", "trainer.epochs=1") == 0
     kept = (tmp_path / "out/a/checkpoints/last.pt").read_bytes()
