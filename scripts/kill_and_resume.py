@@ -55,6 +55,7 @@ def main() -> int:
     arguments, overrides = parser.parse_known_args()
     random.seed(0)
     folder = arguments.keep or Path(tempfile.mkdtemp(prefix="kill_and_resume."))
+    folder.mkdir(parents=True, exist_ok=True)
     whole, broken = folder / "whole", folder / "broken"
     run_to_the_end(folder, "whole", [*overrides, *MODES[0]])
     print(f"a run never stopped: {len(read_rows(whole))} rows")
@@ -84,7 +85,8 @@ def command(folder: Path, name: str, overrides: list[str]) -> list[str]:
 
 
 def run_to_the_end(folder: Path, name: str, overrides: list[str]) -> None:
-    subprocess.run(command(folder, name, overrides), check=True, stdout=subprocess.DEVNULL, env=environment())
+    with (folder / "log.txt").open("a") as log:
+        subprocess.run(command(folder, name, overrides), check=True, stdout=log, stderr=log, env=environment())
 
 
 def environment() -> dict[str, str]:
@@ -95,7 +97,8 @@ def kill_once(folder: Path, overrides: list[str], moment: str) -> str | None:
     """Start or continue the run and kill it at `moment`; what was hit, "" for another moment, None at its end."""
     run_dir = folder / "broken"
     num_rows = len(read_rows(run_dir))
-    process = subprocess.Popen(command(folder, "broken", overrides), stdout=subprocess.DEVNULL, env=environment())
+    with (folder / "log.txt").open("a") as log:
+        process = subprocess.Popen(command(folder, "broken", overrides), stdout=log, stderr=log, env=environment())
     first_new_row = num_rows + random.randint(1, 12)
     while process.poll() is None:
         rows = read_rows(run_dir)
@@ -109,7 +112,7 @@ def kill_once(folder: Path, overrides: list[str], moment: str) -> str | None:
             return "" if was_late else f"{moment}, after the row of step {rows[-1]['step']}"
         time.sleep(0.0005)
     if process.returncode != 0:
-        raise SystemExit(f"the run failed with exit code {process.returncode}")
+        raise SystemExit(f"the run failed with exit code {process.returncode}; see {folder}/log.txt")
     return None
 
 
