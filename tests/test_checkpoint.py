@@ -1,14 +1,12 @@
 """A checkpoint appears whole or not at all; what cannot be trusted is named, and no code in it runs."""
 
 import errno
-import json
 import os
 
 import pytest
 import torch
 
 from sasa_train.checkpoint import REQUIRED, CheckpointError, Checkpoints, load_checkpoint
-from sasa_train.logger import RunLogger, duration
 
 
 def content(step: int) -> dict:
@@ -111,65 +109,3 @@ def test_another_programs_file_is_no_checkpoint(tmp_path):
     torch.save({"weights": torch.zeros(2)}, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match="is no checkpoint of sasa_train"):
         load_checkpoint(tmp_path / "x.pt")
-
-
-def row(split: str, step: int, **more) -> dict:
-    return {"split": split, "step": step, "epoch": 1, "loss": 1.0, "top1": 50.0} | more
-
-
-def board_steps(run_dir, tag: str) -> list[int]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    board = EventAccumulator(str(run_dir / "tensorboard"))
-    board.Reload()
-    return [event.step for event in board.Scalars(tag)]
-
-
-def test_the_log_is_one_clean_series_after_a_crash(tmp_path):
-    """A run logged to step 6, evaluated there and was killed in the middle of a line; its checkpoint is of step 4."""
-    logger = RunLogger(tmp_path, step=0, evaluated_step=0, total_steps=8)
-    for step in range(1, 7):
-        logger.write(row("train", step, grad_norm=float("inf")))
-        if step % 2 == 0:
-            logger.write(row("val", step))
-    logger.close()
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"split": "train", "st')
-    logger = RunLogger(tmp_path, step=4, evaluated_step=2, total_steps=8)
-    logger.write(row("val", 4))
-    logger.write(row("train", 5))
-    logger.close()
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in rows if r["split"] == "train"] == [1, 2, 3, 4, 5]
-    assert [r["step"] for r in rows if r["split"] == "val"] == [2, 4]
-    assert rows[0]["grad_norm"] is None  # JSON has no infinity
-    assert board_steps(tmp_path, "train/loss") == [1, 2, 3, 4, 5]
-    assert board_steps(tmp_path, "val/top1") == [2, 4]
-
-
-def test_a_run_killed_before_its_first_checkpoint_leaves_no_curve_behind(tmp_path):
-    for _ in range(2):
-        logger = RunLogger(tmp_path, step=0, evaluated_step=0, total_steps=8)
-        logger.write(row("train", 1))
-        logger.write(row("train", 2))
-        logger.close()
-    assert board_steps(tmp_path, "train/loss") == [1, 2]
-
-
-def test_a_full_disk_costs_the_curves_and_not_the_run(tmp_path, capsys, monkeypatch):
-    logger = RunLogger(tmp_path, step=0, evaluated_step=0, total_steps=8)
-
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(logger._board, "add_scalar", full)
-    logger.write(row("train", 1))
-    logger.write(row("train", 2))
-    logger.close()
-    assert capsys.readouterr().err.count("no more TensorBoard curves") == 1
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
-
-
-@pytest.mark.parametrize("seconds,text", [(4.6, "5 s"), (184, "3 min 04 s"), (3725, "1 h 02 min")])
-def test_durations_are_readable(seconds, text):
-    assert duration(seconds) == text

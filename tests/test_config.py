@@ -1,0 +1,75 @@
+"""What a config may say: typed, checked, refused with the remedy before anything is loaded."""
+
+import re
+
+import pytest
+
+import sasa_train.compose as compose
+from sasa_train.compose import compose_config, config_dir, load_config, to_yaml
+from sasa_train.config import ConfigError, TrainConfig, default_run_name, flatten, knob_table
+
+
+def test_a_misspelt_key_in_a_file_is_refused(tmp_path, monkeypatch):
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    for path in config_dir().rglob("*.yaml"):
+        target = folder / path.relative_to(config_dir())
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(path.read_text())
+    (folder / "experiment/mine.yaml").write_text("# @package _global_\ntrainer:\n  epoch: 3\n")
+    (folder / "data/mine.yaml").write_text("nam: digits\n")
+    monkeypatch.setattr(compose, "config_dir", lambda: folder)
+    with pytest.raises(ConfigError, match="unknown key 'trainer.epoch': did you mean trainer.epochs?"):
+        compose_config(["experiment=mine"])
+    with pytest.raises(ConfigError, match="unknown key 'data.nam': did you mean data.name?"):
+        compose_config(["data=mine"])
+
+
+@pytest.mark.parametrize(
+    "overrides,message",
+    [
+        (["model=resnet50"], "model=resnet50 is none of .*: did you mean"),
+        (["trainer.epochs=many"], "trainer.epochs: Value 'many'"),
+        (["trainer.global_batch_size=10", "trainer.grad_accum_steps=4"], "the nearest that fit are 8 and 12"),
+        (["trainer.precision=fp8"], "trainer.precision=fp8 must be one of auto, fp32, bf16, fp16"),
+        (["model.kernel_size=4"], "model.kernel_size=4 must be odd"),
+        (["model=timm", "model.kernel_size=5"], "model.kernel_size=5 is a dial of our own models"),
+        (["data=imagenet", "data.resident=true"], "data.resident=true needs images of 64 pixels and less"),
+        (["data.holdout_fraction=1.5"], "must be at least 0 and below 1"),
+        (["schedule.warmup_epochs=200"], "must not exceed trainer.epochs=100"),
+        (["run_name=../elsewhere"], "must be a plain folder name"),
+        (["allow_config_change=[epochs]"], "allow_config_change=epochs must name knobs"),
+        (["epochs=3"], "unknown key 'epochs': did you mean trainer.epochs?"),
+        (["++trainer.epochs=3"], "every key exists already"),
+        (["~trainer.epochs"], "every key exists already"),
+        (["trainer.epochs"], "an override is key=value"),
+        (["model={name: resnet50}"], "set its keys one by one, as in model.name="),
+        (["hydra.verbose=true"], "hydra's own keys have an effect with -m alone"),
+        (["trainer.ema_decay=0"], "trainer.ema_decay=0.0 must be positive"),
+    ],
+)
+def test_configs_are_refused_before_anything_is_loaded(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        compose_config(overrides)
+
+
+def test_a_config_survives_its_yaml():
+    config = compose_config(["experiment=quickstart", "model.stage_ops=[conv,conv,attention,attention]", "seed=3"])
+    assert load_config(to_yaml(config)) == config
+
+
+def test_the_run_name_follows_the_trajectory_alone():
+    def name(*overrides: str) -> str:
+        return default_run_name(compose_config(list(overrides)))
+
+    same = ["data.num_workers=3", "trainer.device=cpu", "output_dir=x", "trainer.log_every_steps=1", "data.root=y"]
+    assert all(name(override) == name() for override in same)
+    assert len({name(), name("seed=1"), name("optimizer.lr=0.2"), name("model.border=zero"), name("data=cifar10")}) == 5
+    assert name("data=cifar10", "data.root=a") != name("data=cifar10", "data.root=b")
+    assert re.fullmatch(r"digits-sasa_resnet26-e100-s0-[0-9a-f]{8}", name())
+
+
+def test_every_knob_has_a_meaning():
+    table = knob_table()
+    assert table.keys() == flatten(TrainConfig()).keys()
+    assert all(field.metadata.get("help") for field in table.values())
