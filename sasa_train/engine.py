@@ -21,6 +21,7 @@ from sasa_train.config import TrainerConfig
 Batches = Iterator[tuple[Tensor, Tensor]]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FORMAT_VERSION = 1
+HYPERPARAMETERS = ("initial_lr", "weight_decay", "momentum", "betas", "eps")  # of a parameter group, from the config
 
 
 class NonFiniteError(Exception):
@@ -106,8 +107,9 @@ class TrainState:
         self.model.load_state_dict(saved["model"])
         if self.ema:
             self.ema.module.load_state_dict(saved["ema"] or saved["model"])
-        # Hyperparameters are the config's, not the checkpoint's: they differ only where the user allowed it.
-        groups = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
+        # Hyperparameters are the config's: they differ from the checkpoint's only where the user allowed it. What else a
+        # group holds is state of its optimizer.
+        groups = [{k: g[k] for k in HYPERPARAMETERS if k in g} for g in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
         for group, configured in zip(self.optimizer.param_groups, groups, strict=True):
             group.update(configured)
@@ -182,10 +184,9 @@ class Stepper:
 
 @dataclass
 class StepReport:
-    """After a step: the gradient's norm where it was taken, and seconds spent in all and waiting for data."""
+    """After a step: the gradient's norm where it was taken, and the seconds it waited for data."""
 
     grad_norm: Tensor | None
-    seconds: float
     wait_seconds: float
 
 
@@ -194,10 +195,10 @@ def train_one_epoch(stepper: Stepper, batches: Batches, num_steps: int, log_ever
     stepper.state.model.train()
     timed = _Timed(batches)
     for _ in range(num_steps):
-        start, timed.seconds = time.perf_counter(), 0.0
+        timed.seconds = 0.0
         is_logged = (stepper.state.step + 1) % log_every_steps == 0
         grad_norm = stepper.train_step(timed, want_grad_norm=is_logged)
-        yield StepReport(grad_norm, time.perf_counter() - start, timed.seconds)
+        yield StepReport(grad_norm, timed.seconds)
 
 
 class _Timed:

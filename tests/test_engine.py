@@ -86,12 +86,13 @@ def test_the_moving_average_follows_its_formula_and_counts_its_steps():
     torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_state_survives_a_round_trip_with_its_generators():
-    stepper = setup("trainer.ema_decay=0.9", "optimizer=adamw")
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lamb", "adafactor", "muon"])
+def test_state_survives_a_round_trip_with_its_generators(optimizer):
+    stepper = setup("trainer.ema_decay=0.9", f"optimizer.name={optimizer}")
     for _ in range(3):
         stepper.train_step(batches(1))
     saved, expected = copy.deepcopy(stepper.state.state_dict()), torch.rand(2)  # as a file would be: no shared tensors
-    other = setup("trainer.ema_decay=0.9", "optimizer=adamw")
+    other = setup("trainer.ema_decay=0.9", f"optimizer.name={optimizer}")
     other.state.load_state_dict(saved)
     assert torch.equal(torch.rand(2), expected)
     for _ in range(3):
