@@ -107,8 +107,8 @@ class TrainState:
         self.model.load_state_dict(saved["model"])
         if self.ema:
             self.ema.module.load_state_dict(saved["ema"] or saved["model"])
-        # Hyperparameters are the config's: they differ from the checkpoint's only where the user allowed it. What else a
-        # group holds is state of its optimizer.
+        # Hyperparameters are the config's: they differ from the checkpoint's only where the user allowed it. What else
+        # a group holds is its optimizer's state.
         groups = [{k: g[k] for k in HYPERPARAMETERS if k in g} for g in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
         for group, configured in zip(self.optimizer.param_groups, groups, strict=True):
