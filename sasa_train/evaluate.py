@@ -86,9 +86,11 @@ def find_checkpoint(source: Path) -> Path:
 
 def build_trained_model(config: TrainConfig, state_dict: dict[str, Any], classes: list[str]) -> "nn.Module":
     """The checkpoint's model with its weights, on the CPU."""
-    from sasa_train.models import build_model
+    from sasa_train.models import build_model, check_model
 
-    model = build_model(config.model, len(classes), resolved_image_size(config.data))
+    size = resolved_image_size(config.data)
+    check_model(config.model, size)
+    model = build_model(config.model, len(classes), size)
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:

@@ -51,7 +51,7 @@ def run_command(arguments: list[str]) -> int:
         print_paper(ROWS if arguments else tuple(row for row in ROWS if row.table == 1))
         return 0
     try:
-        names_data = any(a.startswith(("data", "experiment")) for a in arguments)
+        names_data = any(a.startswith(("data=", "experiment=")) for a in arguments)
         print_model(compose_config(arguments if names_data else ["data=imagenet", *arguments]))
     except ConfigError as error:
         return fail(error)
@@ -76,10 +76,11 @@ def print_paper(rows: tuple[Row, ...]) -> None:
 
 
 def print_model(config: TrainConfig) -> None:
-    from sasa_train.models import build_model
+    from sasa_train.models import build_model, check_model
 
     num_classes = config.model.num_classes or NUM_CLASSES.get(config.data.name, 1000)
     size = resolved_image_size(config.data)
+    check_model(config.model, size)
     model = meta_model(lambda: build_model(config.model, num_classes, size))
     layers = count_layers(model, size)
     width = max(len(layer.name) for layer in layers)

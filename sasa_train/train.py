@@ -48,7 +48,8 @@ def run_command(arguments: list[str]) -> int:
             return multirun(arguments)
         return train_safely(read_config(arguments))
     except ConfigError as error:
-        return fail(error)
+        fail(error)
+        return REFUSED
 
 
 def read_config(arguments: list[str]) -> TrainConfig:
@@ -120,7 +121,8 @@ def _train(config: TrainConfig, stop: StopRequest) -> int:
     try:
         return DONE if train(config, stop) else INTERRUPTED
     except ConfigError as error:
-        return fail(error)
+        fail(error)
+        return REFUSED
     except (CheckpointError, NonFiniteError) as error:
         fail(error)
         return FAILED

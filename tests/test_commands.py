@@ -317,6 +317,10 @@ def test_the_summary_command(capsys):
     out = capsys.readouterr().out
     assert "10 classes, 8 x 8 pixels" in out and "paper" not in out
     assert summary.run_command(["model.widht=2"]) == 2
+    assert summary.run_command(["model=hybrid_resnet26", "data.image_size=256"]) == 0
+    assert "1000 classes, 256 x 256 pixels" in capsys.readouterr().out
+    assert summary.run_command(["model=sasa_resnet26", "data.image_size=30"]) == 2
+    assert "the next size is 32 x 32" in capsys.readouterr().err
 
 
 def test_torchrun_is_refused_until_it_is_supported(monkeypatch, capsys):

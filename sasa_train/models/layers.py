@@ -13,7 +13,7 @@ from sasa_train.attention import local_attention
 POSITIONS = ("relative", "absolute", "none")
 BLOCK_SIZE = 4  # the attention stem's blocks, and its max pool
 STEM_NUM_HEADS = 4
-STEM_NUM_MIXTURES = 4  # the paper leaves it open; 4 meets its FLOPs (docs/paper.md)
+STEM_NUM_MIXTURES = 4  # the paper leaves it open; 4 is the fewest that meets its FLOPs (docs/paper.md)
 STEM_VALUES = ("mixture", "plain", "conv")
 
 
