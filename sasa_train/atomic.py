@@ -12,7 +12,7 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
 
 def write_aside(path: Path, data: bytes | memoryview) -> Path:
     """Write `data` to disk beside `path`, ready to be renamed to it; nothing is left behind where that fails."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several runs may make one index
     try:
         with temporary.open("wb") as file:
             file.write(data)

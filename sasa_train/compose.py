@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sasa_train.config import ConfigError, TrainConfig, knob_table, validate
 
+FREE = ("optimizer.args.", "schedule.args.")  # timm knows what is under these; optim.py checks it
 GROUPS = ("model", "data", "optimizer", "schedule", "augment", "experiment")
 
 ConfigStore.instance().store(name="schema", node=TrainConfig)
@@ -46,7 +47,7 @@ def compose_config(overrides: Sequence[str]) -> TrainConfig:
     check_override_keys(overrides)
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            composed = compose("train", overrides=list(overrides))
+            composed = compose("train", overrides=with_free_keys(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error)) from error
     return to_config(composed)
@@ -93,6 +94,11 @@ def to_yaml(config: TrainConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+def with_free_keys(overrides: Sequence[str]) -> list[str]:
+    """Hydra takes keys that no dataclass names with ++ alone."""
+    return [f"++{o}" if o.startswith(("optimizer.args", "schedule.args")) else o for o in overrides]
+
+
 def chooses_group(overrides: Sequence[str]) -> bool:
     return any(_is_group(override) for override in parse_overrides(overrides))
 
@@ -120,7 +126,7 @@ def check_override_keys(overrides: Sequence[str], is_sweep: bool = False) -> Non
             _check_choice(override)
         elif key in GROUPS:
             raise ConfigError(f"{override.input_line}: set its keys one by one, as in {key}.name=...")
-        elif key not in known:
+        elif key not in known and not key.startswith(FREE):
             raise ConfigError(f"unknown key {key!r}: {nearest(key, [*known, *GROUPS])}")
         if override.is_add() or override.is_force_add() or override.is_delete():
             raise ConfigError(f"{override.input_line}: every key exists already; write {key}=... without + or ~")
@@ -186,6 +192,7 @@ def print_help(command: str, usage: str) -> None:
 
 def fail(error: Exception) -> int:
     """Print a refusal the way every command does; returns exit code 2."""
-    command = os.path.basename(sys.argv[0]).removesuffix(".py")
+    path = Path(sys.argv[0])
+    command = path.parent.name if path.stem == "__main__" else path.stem
     print(f"{command}: {error}", file=sys.stderr)
     return 2

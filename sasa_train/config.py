@@ -15,15 +15,22 @@ SMALL_IMAGE = 64  # pixels: up to here images take the small transforms and may 
 
 NUM_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet": 1000}
 
+POLICIES = (
+    "none", "rand_augment", "trivial_augment", "auto_augment_imagenet", "auto_augment_cifar10", "auto_augment_svhn",
+)  # fmt: skip
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
 DATA_NAMES = ("digits", "cifar10", "cifar100", "imagenet", "image_folder")
 CHOICES = {
     "data.name": DATA_NAMES,
     "data.resident": ("auto", "true", "false"),
+    "augment.crop_mode": ("auto", "padded", "resized"),
+    "augment.policy": POLICIES,
     "optimizer.lr_basis": ("absolute", "per_256"),
     "trainer.precision": PRECISIONS,
     "trainer.device": DEVICES,
+    "trainer.loss": ("cross_entropy", "bce"),
+    "trainer.matmul_precision": ("highest", "high", "medium"),
 }
 
 
@@ -32,8 +39,8 @@ class ConfigError(Exception):
 
 
 def knob(default: Any, meaning: str) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": meaning})
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: default.copy(), metadata={"help": meaning})
     return field(default=default, metadata={"help": meaning})
 
 
@@ -76,6 +83,9 @@ class DataConfig:
         None, "per channel, of [0, 1] values; null: the set's own (image_folder: ImageNet's)"
     )
     std: list[float] | None = knob(None, "likewise")
+    max_unreadable: float = knob(
+        0.001, "part of a split's images that may be unreadable before the run stops; 10 always may, unless it is 0"
+    )
 
 
 @dataclass
@@ -87,48 +97,83 @@ class OptimizerConfig:
     momentum: float | None = knob(None, "null: timm's default (0.9) where the optimizer has one")
     betas: list[float] | None = knob(None, "null: the optimizer's default")
     eps: float | None = knob(None, "null: the optimizer's default")
+    layer_decay: float | None = knob(None, "each layer's lr is layer_decay x that of the next; null: one lr for all")
+    args: dict[str, Any] = knob({}, "the optimizer's own arguments, as in optimizer.args={rho:0.9}")
 
 
 @dataclass
 class ScheduleConfig:
-    name: str = knob("cosine", "a name in timm's create_scheduler_v2: cosine, step, poly, tanh, constant")
+    name: str = knob("cosine", "a name of timm's: cosine, step, multistep, poly, tanh, wsd, constant")
     warmup_epochs: float = knob(0.0, "epochs of linear warm-up from warmup_lr, within trainer.epochs")
     warmup_lr: float = knob(0.0, "lr of the first step, absolute")
     min_lr: float = knob(0.0, "the lower end, absolute")
-    decay_epochs: float = knob(30.0, "schedule.name=step: epochs between decays")
-    decay_rate: float = knob(0.1, "schedule.name=step or poly: factor or power")
+    decay_epochs: float | None = knob(
+        None, "step: epochs between decays (null: 30); wsd, rsqrt: epochs of the decay (null: the last fifth)"
+    )
+    decay_rate: float = knob(0.1, "schedule.name=step or multistep: factor; poly: power")
+    decay_milestones: list[float] = knob([30.0, 60.0, 90.0], "schedule.name=multistep: epochs of the decays")
+    args: dict[str, Any] = knob({}, "other arguments of timm's create_scheduler_v2, as in schedule.args={k_decay:1.5}")
 
 
 @dataclass
 class AugmentConfig:
-    crop: bool = knob(True, "random crop after padding (images <= 64 px), else random-resized crop; false: centre crop")
-    crop_padding: int | None = knob(None, "pixels, small images; null: image_size / 8")
-    crop_scale: list[float] = knob(
-        [0.08, 1.0], "area of the random-resized crop, as a part of the image (large images)"
-    )
+    crop: bool = knob(True, "random crop, see crop_mode; false: centre crop")
+    crop_padding: int | None = knob(None, "pixels, crop_mode=padded; null: image_size / 8")
+    crop_scale: list[float] = knob([0.08, 1.0], "crop_mode=resized: area of the crop, as a part of the image")
     crop_ratio: list[float] = knob([0.75, 1.3333], "its aspect ratio")
+    crop_mode: str = knob("auto", "padded, resized; auto: padded for images <= 64 px, resized for larger ones")
     hflip: bool | None = knob(None, "random horizontal flip; null: yes, but not for digits")
+    policy: str = knob("none", "none, rand_augment, trivial_augment or auto_augment_{imagenet,cifar10,svhn}")
+    policy_ops: int = knob(2, "operations an image, rand_augment")
+    policy_magnitude: int = knob(9, "their magnitude, 0 to 30, rand_augment")
+    brightness: float = knob(0.0, "colour jitter: factors from 1 - x to 1 + x")
+    contrast: float = knob(0.0, "likewise")
+    saturation: float = knob(0.0, "likewise")
+    hue: float = knob(0.0, "colour jitter: shift from -x to x of the circle, 0.5 at most")
+    erasing_prob: float = knob(0.0, "random erasing: probability for an image")
+    erasing_scale: list[float] = knob([0.02, 0.33], "its area, as a part of the image")
+    mixup: float = knob(0.0, "mixup's alpha; 0: none")
+    cutmix: float = knob(0.0, "cutmix's alpha; 0: none")
+    mix_prob: float = knob(1.0, "probability of mixing a micro-batch at all")
+    mix_switch_prob: float = knob(0.5, "of cutmix, where both are on")
+    mix_off_epochs: int = knob(0, "the last epochs go without mixup and cutmix")
 
 
 @dataclass
 class TrainerConfig:
     epochs: int = knob(100, "passes over the training images; an epoch drops its incomplete last batch")
     max_steps: int | None = knob(None, "ends the run, and its schedule, after so many steps")
+    max_hours: float | None = knob(None, "saves and exits with code 75 after so many hours; run again to continue")
     global_batch_size: int = knob(256, "images a step, over all devices and accumulation")
     grad_accum_steps: int = knob(1, "micro-batches a step; divides global_batch_size")
+    micro_batch_size: int | str | None = knob(
+        None, "images of a micro-batch; auto: the most that fit into memory; null: from grad_accum_steps"
+    )
     eval_every_epochs: int = knob(1, "epochs between evaluations on val; the last epoch is always evaluated")
     precision: str = knob("auto", "fp32, bf16, fp16; auto: bf16 on a CUDA device that has it, else fp32")
     channels_last: bool = knob(False, "channels-last memory format")
+    matmul_precision: str = knob("highest", "of fp32: highest; high and medium allow TF32 on CUDA, convolutions too")
     compile: bool = knob(False, "torch.compile the training forward pass")
     deterministic: bool = knob(False, "bit-identical runs on CUDA too, slower; the CPU is deterministic anyway")
     grad_clip_norm: float | None = knob(None, "clip the gradient's global L2 norm; null: no clipping")
+    grad_clip_value: float | None = knob(None, "clip each number of the gradient instead")
+    grad_clip_agc: float | None = knob(
+        None, "adaptive clipping instead: each unit's gradient to this part of its weight's norm, not in the classifier"
+    )
+    grad_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, more time")
     ema_decay: float | None = knob(
         None, "exponential moving average of the weights; val and best then use it; null: none"
     )
     ema_warmup: bool = knob(True, "let the decay grow to ema_decay: min(ema_decay, 1 - step^(-2/3))")
+    loss: str = knob("cross_entropy", "cross_entropy or bce (a sigmoid a class)")
     label_smoothing: float = knob(0.0, "of the training loss")
+    bn_recalibration_batches: int = knob(
+        0, "before each evaluation batch norm's statistics are taken anew from so many training micro-batches"
+    )
     log_every_steps: int = knob(50, "steps between train rows in metrics.jsonl")
     checkpoint_every_steps: int | None = knob(None, "null: at the end of each epoch alone")
+    log_histograms: bool = knob(False, "histograms of all weights in TensorBoard at each evaluation")
+    profile_steps: int = knob(0, "profile so many steps, soon after a start: trace and table in the run folder")
     keep_checkpoints: int = knob(3, "step-numbered checkpoints kept beside last and best")
     device: str = knob("auto", "auto, cpu or cuda")
 
@@ -157,7 +202,11 @@ NOT_TRAJECTORY = {
     "data.num_workers",
     "data.resident",
     "trainer.device",
+    "trainer.max_hours",
+    "trainer.grad_checkpointing",
     "trainer.log_every_steps",
+    "trainer.log_histograms",
+    "trainer.profile_steps",
     "trainer.checkpoint_every_steps",
     "trainer.keep_checkpoints",
 }
@@ -168,7 +217,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     items = config if isinstance(config, dict) else dataclasses.asdict(config)
     flat: dict[str, Any] = {}
     for key, value in items.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value})
     return flat
 
 
@@ -203,6 +252,9 @@ def default_run_name(config: TrainConfig) -> str:
 def differing_keys(old: TrainConfig, new: TrainConfig) -> list[str]:
     """The knobs that two configs set differently and that change what a run computes."""
     before, after = trajectory(old), trajectory(new)
+    if new.trainer.micro_batch_size == "auto":  # it goes on with what was found when the run began
+        for key in ("trainer.micro_batch_size", "trainer.grad_accum_steps"):
+            before.pop(key), after.pop(key)
     return sorted(key for key in after.keys() | before.keys() if before.get(key) != after.get(key))
 
 
@@ -218,17 +270,21 @@ def validate(config: TrainConfig) -> None:
     for key in FRACTIONS:
         _rule(flat[key] is None or 0 <= flat[key] < 1, key, flat[key], "must be at least 0 and below 1")
     for key in config.allow_config_change:
-        _rule(key in flat, "allow_config_change", key, "must name knobs, as in [trainer.epochs]")
+        _rule(key in knob_table(), "allow_config_change", key, "must name knobs, as in [trainer.epochs]")
+    for key in PROBABILITIES:
+        _rule(0 <= flat[key] <= 1, key, flat[key], "must be from 0 to 1")
+    for key in RANGES:
+        low, high = flat[key] if len(flat[key]) == 2 else (1, 0)
+        _rule(0 < low <= high, key, flat[key], "must be [low, high] with 0 < low <= high")
+    for key, limit in AT_MOST.items():
+        largest = max(flat[key]) if isinstance(flat[key], list) else flat[key]
+        _rule(largest is None or largest <= limit, key, flat[key], f"must be {limit} at most")
     _validate_model(config.model)
     _validate_data(config)
+    _validate_batches(config)
     trainer = config.trainer
-    _rule(
-        trainer.global_batch_size % trainer.grad_accum_steps == 0,
-        "trainer.global_batch_size",
-        trainer.global_batch_size,
-        f"must be divisible by trainer.grad_accum_steps={trainer.grad_accum_steps}; the nearest that fit are "
-        + " and ".join(str(n) for n in _nearest_multiples(trainer.global_batch_size, trainer.grad_accum_steps)),
-    )
+    clips = [key for key in ("grad_clip_norm", "grad_clip_value", "grad_clip_agc") if getattr(trainer, key)]
+    _rule(len(clips) <= 1, "trainer.grad_clip_...", clips, "exclude each other: set one")
     _rule(
         config.schedule.warmup_epochs <= trainer.epochs,
         "schedule.warmup_epochs",
@@ -252,12 +308,16 @@ POSITIVE = (
     "model.num_heads",
     "model.width",
     "optimizer.lr",
+    "optimizer.layer_decay",
     "trainer.epochs",
     "trainer.max_steps",
     "trainer.global_batch_size",
     "trainer.grad_accum_steps",
     "trainer.eval_every_epochs",
     "trainer.grad_clip_norm",
+    "trainer.grad_clip_value",
+    "trainer.grad_clip_agc",
+    "trainer.max_hours",
     "trainer.ema_decay",
     "trainer.log_every_steps",
     "trainer.checkpoint_every_steps",
@@ -272,7 +332,28 @@ NOT_NEGATIVE = (
     "schedule.warmup_lr",
     "schedule.min_lr",
     "trainer.keep_checkpoints",
+    "trainer.bn_recalibration_batches",
+    "trainer.profile_steps",
+    "augment.policy_ops",
+    "augment.policy_magnitude",
+    "augment.brightness",
+    "augment.contrast",
+    "augment.saturation",
+    "augment.hue",
+    "augment.mixup",
+    "augment.cutmix",
+    "augment.mix_off_epochs",
 )
+PROBABILITIES = ("augment.erasing_prob", "augment.mix_prob", "augment.mix_switch_prob", "data.max_unreadable")
+RANGES = ("augment.crop_scale", "augment.crop_ratio", "augment.erasing_scale")
+AT_MOST = {
+    "augment.crop_scale": 1,
+    "augment.erasing_scale": 1,
+    "augment.hue": 0.5,
+    "augment.policy_ops": 8,
+    "augment.policy_magnitude": 30,
+    "optimizer.layer_decay": 1,
+}
 FRACTIONS = (
     "data.holdout_fraction",
     "model.drop_path_rate",
@@ -301,26 +382,54 @@ def _validate_model(model: ModelConfig) -> None:
     )
 
 
+def _validate_batches(config: TrainConfig) -> None:
+    trainer = config.trainer
+    _rule(
+        trainer.global_batch_size % trainer.grad_accum_steps == 0,
+        "trainer.global_batch_size",
+        trainer.global_batch_size,
+        f"must be divisible by trainer.grad_accum_steps={trainer.grad_accum_steps}; the nearest that fit are "
+        + " and ".join(str(n) for n in _nearest_multiples(trainer.global_batch_size, trainer.grad_accum_steps)),
+    )
+    micro = trainer.micro_batch_size
+    if micro in (None, "auto"):
+        return
+    fits = isinstance(micro, int) and micro > 0 and trainer.global_batch_size % micro == 0
+    rule = f"must be auto or divide trainer.global_batch_size={trainer.global_batch_size}"
+    _rule(fits, "trainer.micro_batch_size", micro, rule)
+    _rule(
+        trainer.grad_accum_steps in (1, trainer.global_batch_size // int(micro or 1)),
+        "trainer.grad_accum_steps",
+        trainer.grad_accum_steps,
+        f"contradicts trainer.micro_batch_size={micro}; set one of the two",
+    )
+
+
 def _validate_data(config: TrainConfig) -> None:
     data, augment = config.data, config.augment
     size = resolved_image_size(data)
     _rule(
-        data.resident != "true" or size <= SMALL_IMAGE,
+        data.resident != "true" or crops_by_padding(data, augment),
         "data.resident",
         data.resident,
-        f"needs images of {SMALL_IMAGE} pixels and less, but data.image_size={size}: a random-resized crop reads the "
-        "full-size originals; use data.resident=auto",
+        f"needs images of {SMALL_IMAGE} pixels and less and augment.crop_mode=padded, but data.image_size={size}: a "
+        "random-resized crop reads the originals; use data.resident=auto",
     )
     for name in ("mean", "std"):
         value = getattr(data, name)
         _rule(value is None or len(value) == 3, f"data.{name}", value, "must be three numbers, red, green and blue")
     _rule(data.std is None or min(data.std) > 0, "data.std", data.std, "must be positive")
-    low, high = augment.crop_scale if len(augment.crop_scale) == 2 else (1, 0)
     _rule(
-        0 < low <= high <= 1, "augment.crop_scale", augment.crop_scale, "must be [low, high] with 0 < low <= high <= 1"
+        augment.crop_mode != "padded" or size <= SMALL_IMAGE,
+        "augment.crop_mode",
+        augment.crop_mode,
+        f"is for images of {SMALL_IMAGE} pixels and less, but data.image_size={size}; use auto or resized",
     )
-    low, high = augment.crop_ratio if len(augment.crop_ratio) == 2 else (1, 0)
-    _rule(0 < low <= high, "augment.crop_ratio", augment.crop_ratio, "must be [low, high] with 0 < low <= high")
+
+
+def crops_by_padding(data: DataConfig, augment: AugmentConfig) -> bool:
+    """Whether images are fitted to size once and then cropped after padding, which whole batches can be."""
+    return resolved_image_size(data) <= SMALL_IMAGE and augment.crop_mode != "resized"
 
 
 def resolved_image_size(data: DataConfig) -> int:

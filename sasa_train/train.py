@@ -18,6 +18,7 @@ from sasa_train.compose import (
     parse_overrides,
     print_help,
     to_config,
+    with_free_keys,
 )
 from sasa_train.config import ConfigError, TrainConfig
 from sasa_train.interrupt import Interrupted, StopRequest
@@ -89,7 +90,7 @@ def multirun(arguments: list[str]) -> int:
         if code != DONE:
             raise RuntimeError(f"the run ended with exit code {code}; its message is above")
 
-    sys.argv[1:] = arguments  # which is where Hydra reads them
+    sys.argv[1:] = with_free_keys(arguments)  # which is where Hydra reads them
     job()
     return DONE
 

@@ -1,10 +1,12 @@
 """The data sets: where the images are, their labels and classes, and fixed, balanced parts of them."""
 
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from torchvision import datasets as tv
 
 from sasa_train.config import NUM_CLASSES, ConfigError, DataConfig
 from sasa_train.data.randomness import fixed_order
+from sasa_train.data.shards import TarMembers, find_shards, load_shards
 
 DIGITS_VAL_FRACTION = 0.2
 
@@ -26,42 +29,77 @@ MEAN_STD = {
     "image_folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
+Shaped = TypeVar("Shaped")
+
+
+class UnreadableImage(Exception):
+    """An image file that is missing, truncated, damaged or none at all; `name` says which, the message why."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(name, reason)  # both, so that it survives the way out of a worker process
+        self.name, self.reason = name, reason
+
+
+@dataclass
+class Files:
+    """Image files by path."""
+
+    paths: list[str]
+
+    def open(self, position: int) -> BinaryIO:
+        return open(self.paths[position], "rb")
+
+    def name(self, position: int) -> str:
+        return self.paths[position]
+
 
 @dataclass
 class ImageSet:
-    """Labelled RGB images, on disk (`paths`) or in memory (`arrays`, uint8 [n, 3, H, W]); `labels` is int64 [n]."""
+    """Labelled images: files, members of tar shards, or uint8 [n, 3, H, W] in memory.
+
+    Image i is at `positions[i]` of `source`; `labels` is int64 [n].
+    """
 
     classes: list[str]
     labels: np.ndarray
-    paths: np.ndarray | None = None
-    arrays: Tensor | None = None
+    positions: np.ndarray
+    source: Files | TarMembers | Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, index: int) -> Image.Image:
-        """Decode one image.
+    def name(self, index: int) -> str:
+        position = int(self.positions[index])
+        return f"image {position}" if isinstance(self.source, Tensor) else self.source.name(position)
+
+    def read(self, index: int, shape: Callable[[Image.Image], Shaped]) -> Shaped:
+        """`shape(image)` for one image, which is not decoded yet: `shape` may ask for less than all of it.
 
         Raises:
-            ConfigError: the file is missing or is no image; the message names it.
+            UnreadableImage: the file is missing, is no image, or fails while it is decoded or converted.
         """
-        if self.arrays is not None:
-            return Image.fromarray(self.arrays[index].permute(1, 2, 0).numpy())
-        assert self.paths is not None
-        path = str(self.paths[index])
+        position = int(self.positions[index])
+        if isinstance(self.source, Tensor):
+            return shape(Image.fromarray(self.source[position].permute(1, 2, 0).numpy()))
         try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ConfigError(f"{path}: cannot be read as an image ({error}); repair or remove it") from error
+            with self.source.open(position) as file, Image.open(file) as image:
+                return shape(image)
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's decoders have no common error: OSError, SyntaxError, struct.error, ...
+            reason = str(error).partition(" <_io.")[0] or type(error).__name__  # without Pillow's file object
+            raise UnreadableImage(self.name(index), reason) from error
 
     def subset(self, indices: np.ndarray) -> "ImageSet":
-        return dataclasses.replace(
-            self,
-            labels=self.labels[indices],
-            paths=None if self.paths is None else self.paths[indices],
-            arrays=None if self.arrays is None else self.arrays[torch.from_numpy(indices)],
-        )
+        return dataclasses.replace(self, labels=self.labels[indices], positions=self.positions[indices])
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Decode an image of any mode to RGB, 8 bits a channel."""
+    image.load()
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow's own conversion cuts off at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257 + 0.5).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def load_image_sets(config: DataConfig) -> tuple[ImageSet, ImageSet]:
@@ -75,18 +113,26 @@ def load_image_sets(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     elif config.name in ("cifar10", "cifar100") and not (Path(config.root) / "train").is_dir():
         train, val = _load_cifar(config, train=True), _load_cifar(config, train=False)
     else:
-        train, val = _load_folders(config)
+        train, val = _load_from_disk(config)
     if config.holdout_fraction > 0:
         train, val = split(train, config.holdout_fraction)
     train = _limit(train, config.max_train_images)
     val = _limit(val, config.max_val_images)
-    expected = NUM_CLASSES.get(config.name)
-    if expected is not None and len(train.classes) != expected:
-        raise ConfigError(
-            f"data.root={config.root}: {config.name} has {expected} classes, but {len(train.classes)} class folders "
-            "are there; use data=image_folder for a set of your own"
-        )
+    _check_classes(config, train.classes)
     return train, val
+
+
+def _check_classes(config: DataConfig, classes: list[str]) -> None:
+    expected = NUM_CLASSES.get(config.name)
+    if expected is None or len(classes) == expected:
+        return
+    if config.name == "imagenet" and all(re.fullmatch(r"n\d{8}", name) for name in classes):
+        print(f"data.root={config.root}: {len(classes)} of ImageNet's {expected:,} classes, a subset")
+        return
+    raise ConfigError(
+        f"data.root={config.root}: {config.name} has {expected} classes, but {len(classes)} are there; use "
+        "data=image_folder for a set of your own"
+    )
 
 
 def split(images: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
@@ -120,7 +166,7 @@ def _load_digits() -> tuple[ImageSet, ImageSet]:
     with resources.files("sasa_train.data").joinpath("digits.npz").open("rb") as file, np.load(file) as arrays:
         images, labels = arrays["images"], arrays["labels"].astype(np.int64)
     pixels = torch.from_numpy(np.round(images * (255 / 16)).astype(np.uint8))
-    digits = ImageSet([str(d) for d in range(10)], labels, arrays=pixels[:, None].repeat(1, 3, 1, 1))
+    digits = _in_memory([str(d) for d in range(10)], labels, pixels[:, None].repeat(1, 3, 1, 1))
     return split(digits, DIGITS_VAL_FRACTION)
 
 
@@ -133,42 +179,66 @@ def _load_cifar(config: DataConfig, train: bool) -> ImageSet:
             f"data.root={config.root} holds no {config.name}, and the download failed ({error}); fetch it where there "
             "is a network, or give a root with train/ and test/ class folders"
         ) from error
-    return ImageSet(
-        list(cifar.classes), np.array(cifar.targets), arrays=torch.from_numpy(cifar.data).permute(0, 3, 1, 2)
-    )
+    pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
+    return _in_memory(list(cifar.classes), np.array(cifar.targets), pixels)
 
 
-def _load_folders(config: DataConfig) -> tuple[ImageSet, ImageSet]:
+def _in_memory(classes: list[str], labels: np.ndarray, pixels: Tensor) -> ImageSet:
+    return ImageSet(classes, labels, np.arange(len(labels)), pixels)
+
+
+def _load_from_disk(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     root = Path(config.root)
-    train = _load_class_folders(root / "train", config)
+    load = load_shard_set if find_shards(root, "train") else load_class_folders
+    train = load(root, "train")
     if config.holdout_fraction > 0:
         return train, train
-    val_dir = root / "val" if (root / "val").is_dir() else root / "test"
-    val = _load_class_folders(val_dir, config)
+    val = load(root, "val")
     if train.classes != val.classes:
-        only_train, only_val = (
-            sorted(set(train.classes) - set(val.classes)),
-            sorted(set(val.classes) - set(train.classes)),
-        )
+        only_train = sorted(set(train.classes) - set(val.classes))
+        only_val = sorted(set(val.classes) - set(train.classes))
         raise ConfigError(
-            f"data.root={root}: train/ and {val_dir.name}/ must hold the same classes; "
-            f"only in train/: {_some(only_train)}; only in {val_dir.name}/: {_some(only_val)}"
+            f"data.root={root}: train and val must hold the same classes; only in train: {_some(only_train)}; "
+            f"only in val: {_some(only_val)}"
         )
     return train, val
 
 
-def _load_class_folders(folder: Path, config: DataConfig) -> ImageSet:
+def load_class_folders(root: Path, split: str) -> ImageSet:
+    """The images of `root/train` (or `root/val` or `root/test`), one folder a class, in the order of their paths.
+
+    Raises:
+        ConfigError: there is no such folder, or a class without images.
+    """
+    folder = root / split
+    if split == "val" and not folder.is_dir():
+        folder = root / "test"
     if not folder.is_dir():
         raise ConfigError(
-            f"data.root={config.root}: there is no folder {folder}; expected train/ and val/ (or test/) with one "
-            "folder a class, or train/ alone with data.holdout_fraction"
+            f"data.root={root}: there is no folder {folder}; expected train/ and val/ (or test/) with one folder a "
+            "class or tar shards, or train/ alone with data.holdout_fraction"
         )
     try:
         found = tv.ImageFolder(str(folder))
     except FileNotFoundError as error:  # torchvision names the empty classes, or says that there is none
         raise ConfigError(f"{folder}: {error}") from error
     paths, labels = zip(*found.samples, strict=True)
-    return ImageSet(found.classes, np.array(labels, dtype=np.int64), paths=np.array(paths))
+    return ImageSet(found.classes, np.array(labels, dtype=np.int64), np.arange(len(labels)), Files(list(paths)))
+
+
+def load_shard_set(root: Path, split: str) -> ImageSet:
+    """As `load_class_folders`, from tar shards; `root/classes.txt` names the classes, one a line."""
+    shards = find_shards(root, split)
+    if not shards:
+        raise ConfigError(f"data.root={root}: shards for train, but none for {split}; or use data.holdout_fraction")
+    members, labels = load_shards(shards, split)
+    names = root / "classes.txt"
+    classes = [str(i) for i in range(int(labels.max()) + 1)]
+    if names.exists():
+        classes = names.read_text(encoding="utf-8").splitlines()
+    if labels.min() < 0 or labels.max() >= len(classes):
+        raise ConfigError(f"{names}: names {len(classes)} classes, but labels go from {labels.min()} to {labels.max()}")
+    return ImageSet(classes, labels, np.arange(len(labels)), members)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,166 +1,50 @@
 """Batches on the device: from a resident set, augmented as whole tensors, or streamed through worker processes.
 
 An epoch's order is a function of (seed, epoch), so a run that stopped at any step goes on at the next image without
-replaying anything. Both loaders yield (images, labels): normalised float32 [B, 3, H, W] and int64 [B].
+replaying anything. Both loaders yield (images, labels): normalised float32 [B, 3, H, W], and int64 [B] or, where mixup
+or cutmix mixed them, float32 [B, num_classes].
 """
 
-import atexit
 import os
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from sasa_train.config import SMALL_IMAGE, ConfigError, TrainConfig, resolved_image_size
+from sasa_train.config import ConfigError, TrainConfig, crops_by_padding, resolved_image_size
 from sasa_train.data.datasets import MEAN_STD, ImageSet, load_image_sets
-from sasa_train.data.randomness import epoch_order
-from sasa_train.data.transforms import Augment, Normalize, fit, to_device
+from sasa_train.data.mixing import Mixing
+from sasa_train.data.plan import BatchPlan
+from sasa_train.data.quarantine import Quarantine
+from sasa_train.data.resident import ResidentLoader, decode_all
+from sasa_train.data.streaming import StreamingLoader
+from sasa_train.data.transforms import Augment, Normalize
+from sasa_train.memory import available_memory
 
-Batch = tuple[Tensor, Tensor]
-RESIDENT_SHARE = 0.25  # of the memory: a set larger than that streams, unless data.resident=true
+RESIDENT_SHARE = 0.25  # of the memory that is free: a set larger than that streams, unless data.resident=true
+Loader = ResidentLoader | StreamingLoader
 
 
 @dataclass
 class Loaders:
     """What training needs of the data. `train` and `val` are either both resident or both streamed."""
 
-    train: "ResidentLoader | StreamingLoader"
-    val: "ResidentLoader | StreamingLoader"
+    train: Loader
+    val: Loader
     classes: list[str]
 
     @property
     def kind(self) -> str:
         return "resident" if isinstance(self.train, ResidentLoader) else "streamed"
 
+    def unreadable(self) -> Iterator[str]:
+        """Name and reason of each image that could not be read so far."""
+        for loader in (self.train, self.val):
+            yield from (f"{name}: {reason}" for name, reason in loader.quarantine.found.items())
+
     def close(self) -> None:
         self.train.close()
         self.val.close()
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """Which images are in which micro-batch, for every epoch."""
-
-    seed: int
-    num_images: int
-    global_batch_size: int
-    grad_accum_steps: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.num_images // self.global_batch_size  # the incomplete last batch is dropped
-
-    @property
-    def micro_batch_size(self) -> int:
-        return self.global_batch_size // self.grad_accum_steps
-
-    def train(self, epoch: int, first_step: int) -> Iterator[np.ndarray]:
-        """Indices of each micro-batch of an epoch, from its step `first_step` on."""
-        used = self.steps_per_epoch * self.global_batch_size
-        order = epoch_order(self.seed, epoch, self.num_images)[first_step * self.global_batch_size : used]
-        return iter(order.reshape(-1, self.micro_batch_size))
-
-    def all(self) -> Iterator[np.ndarray]:
-        """Indices of every image once, in order."""
-        for start in range(0, self.num_images, self.micro_batch_size):
-            yield np.arange(start, min(start + self.micro_batch_size, self.num_images))
-
-
-class ResidentLoader:
-    """The whole set, decoded, on the device; a batch is gathered, cropped and flipped there."""
-
-    def __init__(self, images: Tensor, labels: np.ndarray, plan: BatchPlan, augment: Augment, normalize: Normalize):
-        self.images, self.plan, self.augment, self.normalize = images, plan, augment, normalize
-        self.labels = torch.from_numpy(labels).to(images.device)
-
-    def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        for indices in self.plan.train(epoch, first_step):
-            images, labels = self._take(indices)
-            yield self.normalize(self.augment.small(images, epoch, indices)), labels
-
-    def eval_batches(self) -> Iterator[Batch]:
-        for indices in self.plan.all():
-            images, labels = self._take(indices)
-            yield self.normalize(images), labels
-
-    def _take(self, indices: np.ndarray) -> Batch:
-        where = to_device(indices, self.images.device)
-        return self.images[where], self.labels[where]
-
-    def close(self) -> None:
-        pass
-
-
-class StreamingLoader:
-    """Images decoded and augmented one by one in worker processes, normalised on the device."""
-
-    def __init__(
-        self, images: ImageSet, plan: BatchPlan, augment: Augment, normalize: Normalize, num_workers: int, train: bool
-    ):
-        self.plan, self.normalize, self.device = plan, normalize, normalize.mean.device
-        self._keys: Iterator[list[tuple[int, int]]] = iter(())
-        self._loader = DataLoader(
-            _StreamedImages(images, augment, train),
-            batch_sampler=_Handed(self),
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=_ignore_signals,
-            generator=torch.Generator(),  # else it would draw from the global one, which dropout uses
-        )
-        atexit.register(self.close)
-
-    def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        return self._batches([(epoch, int(i)) for i in indices] for indices in self.plan.train(epoch, first_step))
-
-    def eval_batches(self) -> Iterator[Batch]:
-        return self._batches([(0, int(i)) for i in indices] for indices in self.plan.all())
-
-    def _batches(self, keys: Iterator[list[tuple[int, int]]]) -> Iterator[Batch]:
-        self._keys = keys
-        try:
-            for images, labels in self._loader:
-                images = images.to(self.device, non_blocking=True)
-                yield self.normalize(images), labels.to(self.device, non_blocking=True)
-        except ConfigError as error:  # from a worker it comes with the worker's traceback around it
-            raise ConfigError(str(error).strip().splitlines()[-1].rpartition("ConfigError: ")[2]) from None
-
-    def close(self) -> None:
-        """End the worker processes: they ignore SIGTERM, and Python waits for them at its end."""
-        iterator: Any = self._loader._iterator
-        self._loader._iterator = None
-        atexit.unregister(self.close)
-        if iterator is not None and self._loader.num_workers:
-            iterator._shutdown_workers()
-            for worker in iterator._workers:
-                worker.kill()
-
-
-class _Handed:
-    """The DataLoader's batch sampler: hands out the keys of whatever epoch its owner is in."""
-
-    def __init__(self, owner: StreamingLoader):
-        self.owner = owner
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return self.owner._keys
-
-
-class _StreamedImages(Dataset):
-    def __init__(self, images: ImageSet, augment: Augment, train: bool):
-        self.images, self.augment, self.train = images, augment, train
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, index = key
-        image = self.images.read(index)
-        pixels = self.augment.streamed(image, epoch, index) if self.train else fit(image, self.augment.size)
-        return pixels, int(self.images.labels[index])
 
 
 def build_loaders(config: TrainConfig, device: torch.device) -> Loaders:
@@ -174,64 +58,36 @@ def build_loaders(config: TrainConfig, device: torch.device) -> Loaders:
     _check_counts(config, train_set)
     is_resident = _is_resident(config, len(train_set) + len(val_set), device)
     return Loaders(
-        _loader(config, train_set, device, is_resident, split="train"),
-        _loader(config, val_set, device, is_resident, split="val"),
+        _build_loader(config, train_set, device, is_resident, split="train"),
+        _build_loader(config, val_set, device, is_resident, split="val"),
         train_set.classes,
     )
 
 
-def build_eval_loader(
-    config: TrainConfig, device: torch.device
-) -> tuple["ResidentLoader | StreamingLoader", list[str]]:
+def build_eval_loader(config: TrainConfig, device: torch.device) -> tuple[Loader, list[str]]:
     """The val loader of `build_loaders`, with the same batches, and the classes."""
     _, val_set = load_image_sets(config.data)
-    return _loader(config, val_set, device, _is_resident(config, len(val_set), device), split="val"), val_set.classes
+    is_resident = _is_resident(config, len(val_set), device)
+    return _build_loader(config, val_set, device, is_resident, split="val"), val_set.classes
 
 
-def _loader(
-    config: TrainConfig, images: ImageSet, device: torch.device, is_resident: bool, split: str
-) -> "ResidentLoader | StreamingLoader":
+def _build_loader(config: TrainConfig, images: ImageSet, device: torch.device, is_resident: bool, split: str) -> Loader:
     trainer = config.trainer
     plan = BatchPlan(config.seed, len(images), trainer.global_batch_size, trainer.grad_accum_steps)
+    own_mean, own_std = MEAN_STD[config.data.name]
+    mean, std = config.data.mean or own_mean, config.data.std or own_std
+    normalize = Normalize(mean, std, device, trainer.channels_last)
+    augment = Augment(config.data, config.augment, config.seed, mean)
+    mixed_steps = (trainer.epochs - config.augment.mix_off_epochs) * plan.steps_per_epoch
+    mixing = Mixing(config.augment, len(images.classes), config.seed, mixed_steps)
+    quarantine = Quarantine(split, len(images), config.data.max_unreadable)
     if split == "val":
         plan = BatchPlan(config.seed, len(images), plan.micro_batch_size, 1)
-    mean, std = MEAN_STD[config.data.name]
-    normalize = Normalize(config.data.mean or mean, config.data.std or std, device, trainer.channels_last)
-    augment = Augment(config.data, config.augment, config.seed)
     num_workers = resolved_num_workers(config)
     if not is_resident:
-        return StreamingLoader(images, plan, augment, normalize, num_workers, train=split == "train")
-    pixels = decode_all(images, augment.size, num_workers, split).to(device)
-    return ResidentLoader(pixels, images.labels, plan, augment, normalize)
-
-
-def decode_all(images: ImageSet, size: int, num_workers: int, split: str) -> Tensor:
-    """Decode a whole set of small images into uint8 [n, 3, size, size], with a progress bar."""
-    if images.arrays is not None and images.arrays.shape[-2:] == (size, size):
-        return images.arrays.contiguous()
-    loader = DataLoader(
-        _Decoded(images, size), batch_size=256, num_workers=num_workers, worker_init_fn=_ignore_signals,
-        generator=torch.Generator(),
-    )  # fmt: skip
-    pixels = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
-    with tqdm(total=len(images), desc=f"decoding {split}", unit="img", disable=None, leave=False) as bar:
-        done = 0
-        for batch in loader:
-            pixels[done : done + len(batch)] = batch
-            done += len(batch)
-            bar.update(len(batch))
-    return pixels
-
-
-class _Decoded(Dataset):
-    def __init__(self, images: ImageSet, size: int):
-        self.images, self.size = images, size
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return fit(self.images.read(index), self.size)
+        return StreamingLoader(images, plan, augment, normalize, mixing, quarantine, num_workers)
+    pixels, labels, is_good = decode_all(images, augment.size, num_workers, quarantine)
+    return ResidentLoader(pixels.to(device), labels, is_good, plan, augment, normalize, mixing, quarantine)
 
 
 def resolved_num_workers(config: TrainConfig) -> int:
@@ -244,14 +100,10 @@ def resolved_num_workers(config: TrainConfig) -> int:
 
 def _is_resident(config: TrainConfig, num_images: int, device: torch.device) -> bool:
     size = resolved_image_size(config.data)
-    if config.data.resident == "false" or size > SMALL_IMAGE:
+    if config.data.resident == "false" or not crops_by_padding(config.data, config.augment):
         return False
     needed = num_images * 3 * size * size
-    memory = (
-        torch.cuda.mem_get_info(device)[0]
-        if device.type == "cuda"
-        else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    )
+    memory = available_memory(device)
     if config.data.resident == "true" and needed > memory:
         raise ConfigError(
             f"data.resident=true: {num_images:,} images of {size} pixels need {needed / 2**30:.1f} GiB, but "
@@ -272,9 +124,3 @@ def _check_counts(config: TrainConfig, train_set: ImageSet) -> None:
             f"trainer.global_batch_size={batch} exceeds the {len(train_set)} training images, so an epoch would have "
             f"no step; use trainer.global_batch_size={len(train_set)} or less"
         )
-
-
-def _ignore_signals(_worker: int) -> None:
-    """Ctrl-C and a scheduler's warning reach the whole process group: the main process alone decides what follows."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

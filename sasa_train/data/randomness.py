@@ -12,6 +12,9 @@ import torch
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
+# What numbers are drawn for: each purpose has its own, so that none changes with what else is switched on.
+CROP, LIBRARY, POLICY, ERASING, MIXING, RECALIBRATION = (np.uint64(n) for n in range(1, 7))
+
 
 def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
     """The permutation of the images in this epoch."""
@@ -23,9 +26,9 @@ def fixed_order(num_images: int) -> np.ndarray:
     return epoch_order(0x5A5A, 0, num_images)
 
 
-def sample_draws(seed: int, epoch: int, indices: np.ndarray, num_draws: int) -> np.ndarray:
+def sample_draws(seed: int, epoch: int, indices: np.ndarray, num_draws: int, purpose: np.uint64 = CROP) -> np.ndarray:
     """Uniform numbers in [0, 1), float64 [len(indices), num_draws]."""
-    state = _hash(_key(seed, epoch) ^ np.uint64(1), indices)  # apart from the numbers of the order
+    state = _hash(_key(seed, epoch) ^ purpose, indices)  # apart from the numbers of the order, whose purpose is 0
     bits = _mix(state[:, None] + np.arange(1, num_draws + 1, dtype=np.uint64) * GOLDEN)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
@@ -33,8 +36,29 @@ def sample_draws(seed: int, epoch: int, indices: np.ndarray, num_draws: int) -> 
 @contextmanager
 def sample_rng(seed: int, epoch: int, index: int) -> Iterator[None]:
     """Torch's CPU generator seeded for one sample, and afterwards as it was: for torchvision's transforms."""
+    with _seeded(_hash(_key(seed, epoch) ^ LIBRARY, np.array([index]))[0]):
+        yield
+
+
+@contextmanager
+def batch_rng(seed: int, step: int, micro_batch: int) -> Iterator[None]:
+    """Likewise for one micro-batch of a step: for mixup and cutmix."""
+    with _seeded(_hash(_key(seed, step) ^ MIXING, np.array([micro_batch]))[0]):
+        yield
+
+
+@contextmanager
+def recalibration_rng(seed: int, step: int, device: torch.device) -> Iterator[None]:
+    """Torch's generators, the device's too, seeded for what is done between two steps, and afterwards as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(int(_hash(_key(seed, step) ^ RECALIBRATION, np.array([0]))[0]))
+        yield
+
+
+@contextmanager
+def _seeded(value: np.uint64) -> Iterator[None]:
     before = torch.default_generator.get_state()
-    torch.default_generator.manual_seed(int(_hash(_key(seed, epoch) ^ np.uint64(2), np.array([index]))[0]))
+    torch.default_generator.manual_seed(int(value))
     try:
         yield
     finally:

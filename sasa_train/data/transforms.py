@@ -1,12 +1,14 @@
-"""From a decoded image to the pixels a model sees: uint8 throughout; normalisation is the device's work.
+"""From an image on disk to the pixels a model sees: uint8 throughout; normalisation is the device's work.
 
-Small images (up to 64 pixels) are cropped after padding and flipped, by one function for a whole resident batch and
-for a single streamed image, so that both give the same pixels. Large ones take torchvision's random-resized crop.
+Small images (up to 64 pixels) are cropped after padding, flipped and so on by functions of whole batches, for a
+resident set as for streamed images, so that both give the same pixels. Larger ones are cropped and resized one by one
+while they are decoded.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,52 +17,140 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from sasa_train.config import SMALL_IMAGE, AugmentConfig, DataConfig, resolved_image_size
-from sasa_train.data.randomness import sample_draws, sample_rng
+from sasa_train.config import SMALL_IMAGE, AugmentConfig, DataConfig, crops_by_padding, resolved_image_size
+from sasa_train.data.datasets import to_rgb
+from sasa_train.data.policies import NUM_DRAWS, Policy
+from sasa_train.data.randomness import CROP, ERASING, POLICY, sample_draws, sample_rng
 
 VAL_CROP_FRACTION = 0.875  # large images: 224 pixels from a shorter side of 256
+CROP_TRIES = 10  # of the random-resized crop, as torchvision's
+Shape = Callable[[Image.Image], np.ndarray]  # an image, not decoded yet -> uint8 [S, S, 3]
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
 class Augment:
     """The training transforms of one config, for images of `size` pixels; all randomness from (seed, epoch, index)."""
 
-    def __init__(self, data: DataConfig, augment: AugmentConfig, seed: int):
-        self.size, self.seed = resolved_image_size(data), seed
-        self.is_small = self.size <= SMALL_IMAGE
+    def __init__(self, data: DataConfig, augment: AugmentConfig, seed: int, mean: Sequence[float]):
+        self.config, self.size, self.seed = augment, resolved_image_size(data), seed
+        self.by_batch = crops_by_padding(data, augment)
         padding = augment.crop_padding if augment.crop_padding is not None else self.size // 8
         self.padding = padding if augment.crop else 0
         self.hflip = augment.hflip if augment.hflip is not None else data.name != "digits"
-        crop = v2.RandomResizedCrop(
-            self.size, (augment.crop_scale[0], augment.crop_scale[1]), (augment.crop_ratio[0], augment.crop_ratio[1])
-        )
-        fit_large = v2.Lambda(partial(_fit_image, size=self.size))
-        self.large = v2.Compose(
-            [crop if augment.crop else fit_large, v2.RandomHorizontalFlip(0.5 if self.hflip else 0.0)]
-        )
+        self.policy = Policy(augment) if augment.policy != "none" else None
+        strengths = (augment.brightness, augment.contrast, augment.saturation, augment.hue)
+        self.jitter = v2.ColorJitter(*strengths) if any(strengths) else None
+        self.mean = torch.tensor(mean).mul(255).round().to(torch.uint8)[:, None, None]
 
-    def small(self, images: Tensor, epoch: int, indices: np.ndarray) -> Tensor:
-        """Crop after zero padding, and flip, each image its own way; uint8 [B, C, S, S] on any device."""
-        if not self.padding and not self.hflip:
-            return images
-        draws = sample_draws(self.seed, epoch, indices, 3)
-        offsets = (draws[:, :2] * (2 * self.padding + 1)).astype(np.int64)
-        place = np.arange(self.size)
-        rows = offsets[:, :1] + place  # [B, S] in the padded image
-        cols = offsets[:, 1:] + place
+    def pad(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, S, S] -> what `batch` takes: padded with zeros where it crops."""
+        return F.pad(images, [self.padding] * 4) if self.by_batch and self.padding else images
+
+    def batch(self, padded: Tensor, where: np.ndarray, epoch: int, indices: np.ndarray) -> Tensor:
+        """Augment rows `where` of padded images, which are the images `indices` of the set; uint8 [B, 3, S, S]."""
+        if not self.by_batch:  # streamed, so `padded` is the batch; the rest was done while it was decoded
+            return self._erase(padded, epoch, indices)
+        rows = to_device(where, padded.device)
+        images = self._crop_and_flip(padded, rows, sample_draws(self.seed, epoch, indices, 3, CROP))
+        if self.policy:
+            images = self.policy.batch(images, sample_draws(self.seed, epoch, indices, NUM_DRAWS, POLICY))
+        if self.jitter:
+            images = torch.stack([self._jitter(x, epoch, i) for x, i in zip(images, indices, strict=True)])
+        return self._erase(images, epoch, indices)
+
+    def _crop_and_flip(self, padded: Tensor, rows: Tensor, draws: np.ndarray) -> Tensor:
+        if self.padding:
+            offsets = to_device((draws[:, :2] * (2 * self.padding + 1)).astype(np.int64), padded.device)
+            windows = padded.unfold(2, self.size, 1).unfold(3, self.size, 1)  # [n, 3, 2P + 1, 2P + 1, S, S]
+            images = windows[rows, :, offsets[:, 0], offsets[:, 1]]
+        else:
+            images = padded[rows]
         if self.hflip:
-            cols = np.where(draws[:, 2:] < 0.5, cols[:, ::-1], cols)
-        rows_t, cols_t = to_device(rows, images.device), to_device(cols, images.device)
-        padded = F.pad(images, [self.padding] * 4)
-        batch = torch.arange(len(images), device=images.device)[:, None, None]
-        # Indices around the sliced channels bring them last: [B, S, S, C]
-        return padded[batch, :, rows_t[:, :, None], cols_t[:, None, :]].permute(0, 3, 1, 2)
+            flipped = to_device(np.flatnonzero(draws[:, 2] < 0.5), images.device)
+            images[flipped] = images[flipped].flip(3)
+        return images
 
-    def streamed(self, image: Image.Image, epoch: int, index: int) -> Tensor:
-        """One image, augmented, uint8 [3, S, S]."""
-        if self.is_small:
-            return self.small(fit(image, self.size)[None], epoch, np.array([index]))[0]
-        with sample_rng(self.seed, epoch, index):
-            return v2.functional.pil_to_tensor(self.large(image))
+    def shapes(self, epoch: int, indices: np.ndarray) -> list[Shape]:
+        """For each image of a batch what is done to it while it is decoded: all that is not the work of `batch`."""
+        if self.by_batch:
+            return [partial(fit, size=self.size)] * len(indices)
+        draws = sample_draws(self.seed, epoch, indices, 3 + 2 * CROP_TRIES, CROP)
+        policy_draws = sample_draws(self.seed, epoch, indices, NUM_DRAWS, POLICY)
+        return [
+            partial(self._one, epoch=epoch, index=i, draws=d, policy_draws=p)
+            for i, d, p in zip(indices, draws, policy_draws, strict=True)
+        ]
+
+    def _one(
+        self, image: Image.Image, epoch: int, index: int, draws: np.ndarray, policy_draws: np.ndarray
+    ) -> np.ndarray:
+        if self.config.crop:
+            box = random_resized_box(*image.size, draws, self.config.crop_scale, self.config.crop_ratio)
+            image = decode_box(image, box, self.size)
+        else:
+            image = _fit_image(image, self.size)
+        if self.hflip and draws[2] < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.policy:
+            image = self.policy.one(image, policy_draws)
+        return np.asarray(self._jitter(image, epoch, index) if self.jitter else image)
+
+    def _jitter(self, image: Any, epoch: int, index: int) -> Any:
+        assert self.jitter is not None
+        with sample_rng(self.seed, epoch, int(index)):
+            return self.jitter(image)
+
+    def _erase(self, images: Tensor, epoch: int, indices: np.ndarray) -> Tensor:
+        """Random erasing (arXiv 1708.04896): a rectangle of the mean colour, which normalisation makes 0."""
+        if not self.config.erasing_prob:
+            return images
+        draws = sample_draws(self.seed, epoch, indices, 5, ERASING)
+        low, high = self.config.erasing_scale
+        area = (low + draws[:, 1] * (high - low)) * self.size**2
+        ratio = np.exp((2 * draws[:, 2] - 1) * math.log(3.3))  # the paper's 0.3 to 3.3, even in its logarithm
+        sides = np.stack([np.sqrt(area * ratio), np.sqrt(area / ratio)], 1).round().clip(1, self.size)
+        sides *= draws[:, :1] < self.config.erasing_prob
+        start = np.floor(draws[:, 3:] * (self.size - sides + 1))
+        place = np.arange(self.size)
+        inside = (place >= start[..., None]) & (place < (start + sides)[..., None])  # [B, 2, S]
+        mask = to_device(inside[:, 0, :, None] & inside[:, 1, None, :], images.device)
+        return torch.where(mask[:, None], self.mean.to(images.device), images)
+
+
+def random_resized_box(
+    width: int, height: int, draws: np.ndarray, scale: Sequence[float], ratio: Sequence[float]
+) -> Box:
+    """torchvision's RandomResizedCrop: area and aspect ratio at random, ten tries, else the largest central box.
+
+    `draws`: 3 uniform numbers (the place; one unused), then two for each try.
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for u_area, u_ratio in draws[3:].reshape(-1, 2):
+        area = width * height * (scale[0] + u_area * (scale[1] - scale[0]))
+        aspect = math.exp(low + u_ratio * (high - low))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = int(draws[0] * (height - h + 1)), int(draws[1] * (width - w + 1))
+            return left, top, left + w, top + h
+    w = min(width, max(1, round(height * ratio[1])))
+    h = min(height, max(1, round(width / ratio[0])))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def decode_box(image: Image.Image, box: Box, size: int) -> Image.Image:
+    """Decode `box` of an image and resize it to size x size, RGB.
+
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the box still has `size` pixels then.
+    """
+    full_width, full_height = image.size
+    shrink = min(box[2] - box[0], box[3] - box[1]) // size
+    if shrink >= 2 and image.format == "JPEG":
+        shrink = 8 if shrink >= 8 else 4 if shrink >= 4 else 2
+        image.draft(image.mode, (full_width // shrink, full_height // shrink))
+    x, y = image.size[0] / full_width, image.size[1] / full_height
+    scaled = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
+    return to_rgb(image).resize((size, size), Image.Resampling.BILINEAR, box=scaled)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -69,12 +159,13 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def fit(image: Image.Image, size: int) -> Tensor:
-    """Nothing random: resize the shorter side, crop the centre; uint8 [3, size, size]. What val sees."""
-    return v2.functional.pil_to_tensor(_fit_image(image, size))
+def fit(image: Image.Image, size: int) -> np.ndarray:
+    """Nothing random: resize the shorter side, crop the centre; uint8 [size, size, 3]. What val sees."""
+    return np.asarray(_fit_image(image, size))
 
 
 def _fit_image(image: Image.Image, size: int) -> Image.Image:
+    image = to_rgb(image)
     shorter = size if size <= SMALL_IMAGE else math.ceil(size / VAL_CROP_FRACTION)
     if image.size != (size, size) or shorter != size:
         image = v2.functional.resize(image, [shorter], antialias=True)
@@ -92,3 +183,7 @@ class Normalize:
 
     def __call__(self, images: Tensor) -> Tensor:
         return images.to(torch.float32, memory_format=self.memory_format).sub_(self.mean).div_(self.std)
+
+    def undo(self, images: Tensor) -> Tensor:
+        """Normalised images as uint8, to be looked at."""
+        return (images * self.std + self.mean).round().clamp(0, 255).to(torch.uint8)

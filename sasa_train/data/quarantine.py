@@ -1,0 +1,65 @@
+"""Images that cannot be read: named once, counted, replaced or left out, and too many of them end the run."""
+
+import logging
+import math
+
+import numpy as np
+
+from sasa_train.config import ConfigError
+from sasa_train.data.datasets import ImageSet, UnreadableImage
+from sasa_train.data.transforms import Shape
+
+log = logging.getLogger("sasa_train")
+
+ALWAYS_ALLOWED = 10  # in a small set a handful is no sign of a broken disk
+Unreadable = tuple[str, str]  # name and reason
+
+
+class Quarantine:
+    """The unreadable images of one split, as far as they were met."""
+
+    def __init__(self, split: str, num_images: int, max_unreadable: float):
+        self.split, self.found = split, dict[str, str]()
+        allowed = max(ALWAYS_ALLOWED, math.floor(max_unreadable * num_images)) if max_unreadable else 0
+        self.allowed = min(allowed, num_images - 1)  # never all of them
+        # Train looks for a replacement until there are more unreadable images than allowed; val never replaces.
+        self.num_tries = self.allowed + 1 if split == "train" else 1
+        self.rule = f"data.max_unreadable={max_unreadable:g} allows {self.allowed} of {num_images:,} images"
+
+    def add(self, unreadable: list[Unreadable]) -> None:
+        """Name what is new.
+
+        Raises:
+            ConfigError: there are more than `data.max_unreadable` allows; the message lists them.
+        """
+        for name, reason in unreadable:
+            if name not in self.found:
+                self.found[name] = reason
+                what = "replaced by the next image" if self.split == "train" else "left out"
+                log.warning(f"WARNING: {name}: cannot be read as an image ({reason}); {what}")
+        if len(self.found) > self.allowed:
+            raise ConfigError(
+                f"{len(self.found)} images of {self.split} cannot be read, but {self.rule}:\n{self.listing()}\n"
+                "repair or remove them (sasa-data verify finds them all), or allow more"
+            )
+
+    def listing(self) -> str:
+        return "\n".join(f"{name}: {reason}" for name, reason in self.found.items())
+
+
+def read_or_replace(
+    images: ImageSet, index: int, shape: Shape, num_tries: int
+) -> tuple[np.ndarray | None, int, list[Unreadable]]:
+    """The pixels and label of image `index`, or of the next one of `num_tries` that can be read (None: there is none).
+
+    The next one, so that a replacement depends on the files alone: not on workers, order or interruptions. The third
+    is what could not be read, for the quarantine.
+    """
+    unreadable: list[Unreadable] = []
+    for candidate in range(index, index + num_tries):
+        at = candidate % len(images)
+        try:
+            return images.read(at, shape), int(images.labels[at]), unreadable
+        except UnreadableImage as error:
+            unreadable.append((error.name, error.reason))
+    return None, -1, unreadable

@@ -1,0 +1,105 @@
+"""A whole set of small images, decoded once and kept on the device; a batch is gathered and augmented there."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from sasa_train.data.datasets import ImageSet
+from sasa_train.data.mixing import Mixing
+from sasa_train.data.plan import BatchPlan
+from sasa_train.data.quarantine import Quarantine, Unreadable, read_or_replace
+from sasa_train.data.streaming import ignore_signals, unchanged
+from sasa_train.data.transforms import Augment, Normalize, fit, to_device
+
+CHUNK = 256  # images a worker decodes at a time
+
+
+class ResidentLoader:
+    """Images uint8 [n, 3, S, S] and labels [n]; those that are not good were left out by val's quarantine."""
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: np.ndarray,
+        is_good: np.ndarray,
+        plan: BatchPlan,
+        augment: Augment,
+        normalize: Normalize,
+        mixing: Mixing,
+        quarantine: Quarantine,
+    ):
+        self.images, self.labels = images, torch.from_numpy(labels).to(images.device)
+        self.is_good, self.plan, self.normalize, self.quarantine = is_good, plan, normalize, quarantine
+        self.augment, self.mixing = augment, mixing
+        self._padded: Tensor | None = None
+
+    def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._padded is None:
+            self._padded = self.augment.pad(self.images)
+        for micro in self.plan.train(epoch, first_step):
+            images = self.augment.batch(self._padded, micro.indices, epoch, micro.indices)
+            labels = self.labels[to_device(micro.indices, self.images.device)]
+            yield self.mixing(self.normalize(images), labels, micro.step, micro.number)
+
+    def eval_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for micro in self.plan.all():
+            where = to_device(micro.indices[self.is_good[micro.indices]], self.images.device)
+            if len(where):
+                yield self.normalize(self.images[where]), self.labels[where]
+
+    def close(self) -> None:
+        pass
+
+
+def decode_all(
+    images: ImageSet, size: int, num_workers: int, quarantine: Quarantine
+) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """Decode a whole set of small images, with a progress bar: uint8 [n, 3, size, size], labels, and which are good.
+
+    Raises:
+        ConfigError: more images cannot be read than `data.max_unreadable` allows.
+    """
+    is_good = np.ones(len(images), dtype=bool)
+    if isinstance(images.source, Tensor) and images.source.shape[-2:] == (size, size):
+        return images.source[torch.from_numpy(images.positions)], images.labels, is_good
+    pixels, labels = torch.empty(len(images), 3, size, size, dtype=torch.uint8), images.labels.copy()
+    loader = DataLoader(
+        _Chunks(images, size, quarantine.num_tries), batch_size=None, num_workers=num_workers, collate_fn=unchanged,
+        worker_init_fn=ignore_signals, generator=torch.Generator(),
+    )  # fmt: skip
+    with tqdm(total=len(images), desc=f"decoding {quarantine.split}", unit="img", disable=None, leave=False) as bar:
+        for start, chunk, chunk_labels, good, unreadable in loader:
+            quarantine.add(unreadable)
+            stop = start + len(chunk)
+            pixels[start:stop] = chunk.permute(0, 3, 1, 2)
+            labels[start:stop], is_good[start:stop] = chunk_labels, good
+            bar.update(len(chunk))
+    return pixels, labels, is_good
+
+
+class _Chunks(Dataset):
+    """Images k * CHUNK and on, decoded: (first index, uint8 [n, S, S, 3], labels, which are good, the unreadable)."""
+
+    def __init__(self, images: ImageSet, size: int, num_tries: int):
+        self.images, self.size, self.num_tries = images, size, num_tries
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // CHUNK)
+
+    def __getitem__(self, number: int) -> tuple[int, Tensor, np.ndarray, np.ndarray, list[Unreadable]]:
+        indices = np.arange(number * CHUNK, min((number + 1) * CHUNK, len(self.images)))
+        shape = partial(fit, size=self.size)
+        pixels = np.zeros((len(indices), self.size, self.size, 3), dtype=np.uint8)
+        labels, good, unreadable = np.zeros(len(indices), dtype=np.int64), np.ones(len(indices), dtype=bool), list()
+        for row, index in enumerate(indices):
+            image, labels[row], met = read_or_replace(self.images, int(index), shape, self.num_tries)
+            unreadable += met
+            good[row] = image is not None
+            if image is not None:
+                pixels[row] = image
+        return int(indices[0]), torch.from_numpy(pixels), labels, good, unreadable

@@ -1,0 +1,179 @@
+"""Images decoded and augmented in worker processes, a micro-batch at a time; uint8 until the device."""
+
+import atexit
+import math
+import signal
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from sasa_train.data.datasets import ImageSet
+from sasa_train.data.mixing import Mixing
+from sasa_train.data.plan import BatchPlan, MicroBatch
+from sasa_train.data.quarantine import Quarantine, Unreadable, read_or_replace
+from sasa_train.data.transforms import Augment, Normalize, fit
+
+Batch = tuple[Tensor, Tensor]
+Read = tuple[MicroBatch, Tensor, Tensor, list[Unreadable]]
+
+
+class StreamingLoader:
+    """Persistent workers read whole micro-batches; the device normalises and mixes them."""
+
+    def __init__(
+        self,
+        images: ImageSet,
+        plan: BatchPlan,
+        augment: Augment,
+        normalize: Normalize,
+        mixing: Mixing,
+        quarantine: Quarantine,
+        num_workers: int,
+    ):
+        self.plan, self.normalize, self.mixing, self.quarantine = plan, normalize, mixing, quarantine
+        self.device = normalize.mean.device
+        self._keys: Iterator[MicroBatch] = iter(())
+        self._loader = DataLoader(
+            _TrainReader(images, augment, quarantine.num_tries)
+            if quarantine.split == "train"
+            else _EvalReader(images, augment.size),
+            sampler=_Handed(self),
+            batch_size=None,  # a key is a micro-batch
+            collate_fn=unchanged,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=ignore_signals,
+            generator=torch.Generator(),  # else it would draw from the global one, which dropout uses
+        )
+        atexit.register(self.close)
+
+    def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        for micro, images, labels in self._on_device(self.plan.train(epoch, first_step)):
+            yield self.mixing(images, labels, micro.step, micro.number)
+
+    def eval_batches(self) -> Iterator[Batch]:
+        seen = np.zeros(self.plan.num_images, dtype=np.int64)
+        for micro, images, labels in self._on_device(self.plan.all()):
+            seen[micro.indices] += 1
+            if len(labels):
+                yield images, labels
+        assert (seen == 1).all(), f"evaluation saw an image {seen.max()} times and another {seen.min()} times"
+
+    def _on_device(self, keys: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
+        """On CUDA the next batch is copied and normalised on a side stream while this one is computed with."""
+        if self.device.type != "cuda":
+            yield from map(self._move, self._read(keys))
+            return
+        side, ahead = torch.cuda.Stream(self.device), None
+        for read in self._read(keys):
+            with torch.cuda.stream(side):
+                following = self._move(read), side.record_event()
+            if ahead is not None:
+                yield self._hand_over(*ahead)
+            ahead = following
+        if ahead is not None:
+            yield self._hand_over(*ahead)
+
+    def _hand_over(
+        self, moved: tuple[MicroBatch, Tensor, Tensor], is_there: torch.cuda.Event
+    ) -> tuple[MicroBatch, Tensor, Tensor]:
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(is_there)
+        for tensor in moved[1:]:
+            tensor.record_stream(current)  # else its memory is given away while it is still in use
+        return moved
+
+    def _move(self, read: Read) -> tuple[MicroBatch, Tensor, Tensor]:
+        micro, images, labels, _ = read
+        images = images.to(self.device, non_blocking=True)
+        return micro, self.normalize(images), labels.to(self.device, non_blocking=True)
+
+    def _read(self, keys: Iterator[MicroBatch]) -> Iterator[Read]:
+        self._keys = keys
+        for read in self._loader:
+            self.quarantine.add(read[-1])
+            yield read
+
+    def close(self) -> None:
+        """End the worker processes: they ignore SIGTERM, and Python waits for them at its end."""
+        iterator: Any = self._loader._iterator
+        self._loader._iterator = None
+        atexit.unregister(self.close)
+        if iterator is not None and self._loader.num_workers:
+            iterator._shutdown_workers()
+            for worker in iterator._workers:
+                worker.kill()
+
+
+class _Handed:
+    """The DataLoader's sampler: hands out the micro-batches of whatever its owner is in."""
+
+    def __init__(self, owner: StreamingLoader):
+        self.owner = owner
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return self.owner._keys
+
+
+class _TrainReader(Dataset):
+    """A micro-batch, augmented: the key, uint8 [B, 3, S, S], labels, and what could not be read."""
+
+    def __init__(self, images: ImageSet, augment: Augment, num_tries: int):
+        self.images, self.augment, self.num_tries = images, augment, num_tries
+
+    def __getitem__(self, micro: MicroBatch) -> Read:
+        indices, size = micro.indices, self.augment.size
+        pixels, labels = _new_pixels(len(indices), size), np.empty(len(indices), dtype=np.int64)
+        rows, unreadable = pixels.numpy(), list[Unreadable]()
+        for row, shape in enumerate(self.augment.shapes(micro.epoch, indices)):
+            image, labels[row], met = read_or_replace(self.images, int(indices[row]), shape, self.num_tries)
+            unreadable += met
+            if image is not None:  # else the quarantine ends the run
+                rows[row] = image
+        images = self.augment.pad(pixels.permute(0, 3, 1, 2))
+        augmented = self.augment.batch(images, np.arange(len(indices)), micro.epoch, indices)
+        return micro, augmented, torch.from_numpy(labels), unreadable
+
+
+def _new_pixels(num_images: int, size: int) -> Tensor:
+    """uint8 [B, S, S, 3]; in a worker it is memory that the main process sees, so that no batch is copied there."""
+    shape = (num_images, size, size, 3)
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    shared = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
+
+
+class _EvalReader(Dataset):
+    """A batch as val sees it: the key, uint8 [B, 3, S, S], labels, and what could not be read and is left out."""
+
+    def __init__(self, images: ImageSet, size: int):
+        self.images, self.shape, self.size = images, partial(fit, size=size), size
+
+    def __getitem__(self, micro: MicroBatch) -> Read:
+        pixels, labels, unreadable = list[np.ndarray](), list[int](), list[Unreadable]()
+        for index in micro.indices:
+            image, label, met = read_or_replace(self.images, int(index), self.shape, num_tries=1)
+            unreadable += met
+            if image is not None:
+                pixels.append(image)
+                labels.append(label)
+        stacked = np.stack(pixels) if pixels else np.empty((0, self.size, self.size, 3), dtype=np.uint8)
+        return micro, torch.from_numpy(stacked).permute(0, 3, 1, 2), torch.tensor(labels, dtype=torch.int64), unreadable
+
+
+def unchanged(read: Any) -> Any:
+    """The DataLoader's collate function: batches are made where they are read."""
+    return read
+
+
+def ignore_signals(_worker: int) -> None:
+    """Ctrl-C and a scheduler's warning reach the whole process group: the main process alone decides what follows."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,150 @@
+"""Bad images are named, counted and replaced, and too many end the run: through the commands, as users meet them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_image_folder
+from PIL import Image
+from test_data import CPU, assert_same, batches, config_for
+
+from sasa_train.config import ConfigError
+from sasa_train.data.datasets import ImageSet, UnreadableImage, load_image_sets, to_rgb
+from sasa_train.data.loader import build_loaders
+from sasa_train.data.quarantine import Quarantine, read_or_replace
+
+TINY = (
+    "model.width=0.125", "model.num_heads=2", "model.kernel_size=3", "trainer.global_batch_size=4", "output_dir=out",
+    "trainer.epochs=2", "run_name=bad", "trainer.log_every_steps=1",
+)  # fmt: skip
+
+
+def spoil(folder: Path) -> None:
+    """One of each kind that people meet; the last two are readable, but in no mode that models take."""
+    noise = Image.effect_noise((40, 30), 80)
+    noise.convert("RGB").save(folder / "a-whole.jpg")
+    content = (folder / "a-whole.jpg").read_bytes()
+    (folder / "b-truncated.jpg").write_bytes(content[: len(content) // 2])
+    (folder / "c-empty.jpg").write_bytes(b"")
+    (folder / "d-text.jpg").write_text("this is no image")
+    noise.convert("CMYK").save(folder / "e-cmyk.jpg")
+    Image.fromarray(np.linspace(0, 65535, 1200, dtype=np.uint16).reshape(30, 40)).save(folder / "f-16-bit.png")
+
+
+BAD = ("b-truncated.jpg", "c-empty.jpg", "d-text.jpg")
+
+
+@pytest.mark.parametrize(
+    "size", ["data.image_size=16", "data.image_size=72"], ids=["resident", "streamed"]
+)  # fmt: skip
+def test_training_and_evaluation_go_on_and_name_each_bad_image_once(command, tmp_path, size):
+    root = make_image_folder(tmp_path / "images")
+    for split in ("train", "val"):
+        spoil(root / split / "red")
+    stem = "model.stem=conv_small" if "16" in size else "model.stem=attention"
+    data = ("data=image_folder", f"data.root={root}", size, stem, "data.num_workers=1")
+    trained = command("train", *data, *TINY)
+    said = trained.stdout + trained.stderr
+    for name in BAD:
+        assert said.count(f"train/red/{name}: cannot be read as an image") == 1
+        assert said.count(f"val/red/{name}: cannot be read as an image") == 1
+    assert "e-cmyk" not in said and "f-16-bit" not in said
+    run = tmp_path / "out/bad"
+    assert len((run / "unreadable.txt").read_text().splitlines()) == 6
+    val = [row for row in map(json.loads, (run / "metrics.jsonl").open()) if row["split"] == "val"]
+    assert [(row["num_images"], row["unreadable"]) for row in val] == [(8 + 3, 3)] * 2
+    evaluated = command("evaluate", str(run)).stdout
+    assert "3 images could not be read and are left out" in evaluated and "images 11" in evaluated
+    assert f"top1   {max(row['top1'] for row in val)!r}" in evaluated
+
+
+@pytest.mark.parametrize("size", [16, 72])
+def test_too_many_stop_the_run_with_the_list(command, tmp_path, size):
+    root = make_image_folder(tmp_path / "images")
+    for i in range(7):
+        for name in ("red", "blue"):
+            (root / f"train/{name}/{i}.png").write_bytes(b"not an image")
+    stem = "model.stem=conv_small" if size == 16 else "model.stem=attention"
+    data = ("data=image_folder", f"data.root={root}", f"data.image_size={size}", stem, "data.num_workers=1")
+    refused = command("train", *data, *TINY, expect=2).stderr
+    assert "data.max_unreadable=0.001 allows 10 of 18 images" in refused
+    assert sum(line.startswith(f"{root}/train/") for line in refused.splitlines()) >= 11
+    if size == 72:  # met while training; resident images are decoded before
+        assert json.loads((tmp_path / "out/bad/run.json").read_text())["status"] == "failed"
+
+
+def test_one_is_too_many_where_none_is_allowed(image_folder):
+    (image_folder / "train/red/3.png").write_bytes(b"not an image")
+    config = config_for(
+        "data=image_folder", f"data.root={image_folder}", "data.image_size=16", "data.max_unreadable=0",
+        "trainer.global_batch_size=9", "data.num_workers=0",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"(?s)1 images of train cannot be read.*allows 0.*train/red/3.png: cannot"):
+        build_loaders(config, CPU)
+
+
+def test_the_allowance_is_one_in_a_thousand_but_ten_at_least_and_never_all():
+    assert [Quarantine("train", n, 0.001).allowed for n in (8, 100, 1_281_167)] == [7, 10, 1281]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_replacements_are_the_same_at_any_number_of_workers_resident_or_streamed(image_folder, num_workers):
+    """A replacement that depended on who met the bad image first would make runs differ."""
+    (image_folder / "train/blue/10.png").write_bytes(b"")  # in torchvision's order 10 comes before 2
+    (image_folder / "train/red/6.png").unlink()
+    (image_folder / "train/red/6.png").mkdir()  # a folder called .png is no image; torchvision lists files alone
+    (image_folder / "train/red/5.png").write_bytes(b"gone bad")
+    overrides = ("data=image_folder", f"data.root={image_folder}", "data.image_size=16", "trainer.global_batch_size=8")
+    resident = batches(config_for(*overrides, "data.num_workers=0"))
+    streamed = batches(config_for(*overrides, "data.resident=false", f"data.num_workers={num_workers}"))
+    assert_same(resident, streamed)
+
+
+def test_the_next_readable_image_replaces_with_its_own_label(image_folder):
+    (image_folder / "train/blue/9.png").write_bytes(b"")  # the last blue one: the next is red
+    train, _ = load_image_sets(config_for("data=image_folder", f"data.root={image_folder}").data)
+    pixels, label, unreadable = read_or_replace(train, 10, lambda image: np.asarray(to_rgb(image)), num_tries=2)
+    assert label == 1 and np.array_equal(pixels, train.read(11, lambda image: np.asarray(to_rgb(image))))
+    assert [Path(name).name for name, _ in unreadable] == ["9.png"]
+    assert read_or_replace(train, 10, lambda image: np.asarray(to_rgb(image)), num_tries=1)[0] is None
+
+
+def test_an_image_that_vanished_after_the_start_is_unreadable(image_folder):
+    train, _ = load_image_sets(config_for("data=image_folder", f"data.root={image_folder}").data)
+    (image_folder / "train/red/0.png").unlink()
+    with pytest.raises(UnreadableImage) as caught:
+        train.read(11, to_rgb)
+    assert caught.value.name.endswith("train/red/0.png") and "No such file" in caught.value.reason
+
+
+def test_a_failure_while_converting_counts_too(image_folder):
+    def fail(image):
+        raise ValueError("unknown colour space")
+
+    train, _ = load_image_sets(config_for("data=image_folder", f"data.root={image_folder}").data)
+    with pytest.raises(UnreadableImage, match="unknown colour space"):
+        train.read(0, fail)
+
+
+def test_every_mode_becomes_rgb(tmp_path):
+    """16 bits of grey keep their shades (Pillow's conversion would make nearly all of them white)."""
+    spoil(tmp_path)
+    Image.new("L", (5, 4), 77).save(tmp_path / "grey.png")
+    Image.new("RGBA", (5, 4), (255, 0, 0, 10)).save(tmp_path / "alpha.png")
+    Image.new("P", (5, 4), 3).save(tmp_path / "palette.png")
+    pixels = {}
+    for path in tmp_path.iterdir():
+        if path.name not in BAD:
+            with Image.open(path) as image:
+                pixels[path.stem] = np.asarray(to_rgb(image))
+            assert pixels[path.stem].dtype == np.uint8 and pixels[path.stem].shape[2] == 3
+    grey = pixels["f-16-bit"][..., 0].astype(int)
+    assert grey.min() == 0 and grey.max() == 255 and abs(grey.mean() - 127.5) < 1 and (np.diff(grey[0]) >= 0).all()
+    assert (pixels["grey"] == 77).all() and (pixels["alpha"] == (255, 0, 0)).all()
+
+
+def test_images_in_memory_cannot_be_unreadable():
+    images = ImageSet(["a"], np.zeros(1, dtype=np.int64), np.arange(1), torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
+    assert images.read(0, to_rgb).size == (4, 4)

@@ -1,0 +1,123 @@
+"""Tar shards are the data set that the class folders are, and an index never outlives what it describes."""
+
+import io
+import os
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from test_data import assert_same, batches, config_for
+
+from sasa_train.config import ConfigError
+from sasa_train.data.datasets import load_image_sets
+from sasa_train.data.prepare import shard
+from sasa_train.data.shards import find_shards, load_shards
+
+
+@pytest.fixture
+def shards(image_folder, tmp_path):
+    shard(image_folder, tmp_path / "shards", images_per_shard=5)
+    return tmp_path / "shards"
+
+
+@pytest.mark.parametrize("size", [16, 72])
+def test_shards_give_the_batches_of_their_folders(image_folder, shards, size):
+    """Resident and streamed: the same images in the same order, augmented the same way."""
+    overrides = ("data=image_folder", f"data.image_size={size}", "trainer.global_batch_size=4", "data.num_workers=1")
+    from_folders = batches(config_for(*overrides, f"data.root={image_folder}"), epoch=1)
+    assert_same(from_folders, batches(config_for(*overrides, f"data.root={shards}"), epoch=1))
+
+
+def write_webdataset(folder, name, samples):
+    """As other people's tools write it: KEY.jpg, KEY.cls and whatever else, in any order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(folder / name, "w") as archive:
+        for member, data in samples:
+            info = tarfile.TarInfo(member)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+def test_other_peoples_shards_are_read(image_folder, tmp_path):
+    png = (image_folder / "train/red/0.png").read_bytes()
+    for split, keys in (("train", "dbca"), ("validation", "ba")):
+        samples = [(f"{k}.{ext}", data) for k in keys for ext, data in (("json", b"{}"), ("png", png), ("cls", b"1"))]
+        samples[2] = (f"{keys[0]}.cls", b"0")
+        write_webdataset(tmp_path / "wds", f"set-{split}-0000.tar", samples)
+    config = config_for("data=image_folder", f"data.root={tmp_path / 'wds'}").data
+    train, val = load_image_sets(config)
+    assert train.classes == ["0", "1"] and train.labels.tolist() == [0, 1, 1, 1] and len(val) == 2
+    assert [train.name(i).rpartition(":")[2] for i in range(4)] == ["d.png", "a.png", "b.png", "c.png"]
+    assert (tmp_path / "wds/train.index.npz").exists() and (tmp_path / "wds/val.index.npz").exists()
+
+
+def test_the_index_is_used_again_and_made_anew_when_a_shard_changes(image_folder, shards, monkeypatch):
+    paths = find_shards(shards, "train")
+    before, labels = load_shards(paths, "train")
+    with monkeypatch.context() as patched:
+        patched.setattr(tarfile, "open", None)  # nobody may look into the tars
+        again, same_labels = load_shards(paths, "train")
+    assert np.array_equal(before.offset, again.offset) and np.array_equal(labels, same_labels)
+    png = (image_folder / "train/red/0.png").read_bytes()
+    write_webdataset(paths[0].parent, paths[0].name, [("x.png", png), ("x.cls", b"1")])
+    members, labels = load_shards(paths, "train")
+    assert len(labels) == 18 - 5 + 1 and members.open(int(np.flatnonzero(members.names == "x.png")[0])).read() == png
+
+
+def test_a_damaged_index_is_made_anew(shards):
+    paths = find_shards(shards, "train")
+    before, _ = load_shards(paths, "train")
+    (shards / "train/train.index.npz").write_bytes(b"PK\x03\x04 half an index")
+    assert np.array_equal(before.offset, load_shards(paths, "train")[0].offset)
+
+
+def test_shards_on_a_disk_that_cannot_be_written_are_scanned(shards, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("sasa_train.data.shards.write_atomic", refuse)
+    assert len(load_shards(find_shards(shards, "train"), "train")[1]) == 18
+    assert "cannot be written (Read-only file system); the shards will be scanned" in capsys.readouterr().out
+
+
+def test_imagenets_archives_beside_its_class_folders_are_no_shards(image_folder):
+    (image_folder / "ILSVRC2012_img_train.tar").write_bytes(b"")
+    assert find_shards(image_folder, "train") == []
+
+
+def test_a_truncated_shard_is_named(shards):
+    path = find_shards(shards, "train")[0]
+    os.truncate(path, 1000)
+    with pytest.raises(ConfigError, match=r"train-000000.tar: cannot be read as a shard"):
+        load_shards(find_shards(shards, "train"), "train")
+
+
+def test_an_image_cut_off_after_indexing_is_quarantined(shards):
+    """As an image file that is truncated: the run goes on with the next one."""
+    config = config_for("data=image_folder", f"data.root={shards}", "data.image_size=16", "data.num_workers=0")
+    config.trainer.global_batch_size = 9
+    load_image_sets(config.data)  # makes the index
+    path = find_shards(shards, "train")[1]
+    times = path.stat()
+    with path.open("r+b") as file:
+        file.seek(600)
+        file.write(b"\0" * 300)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    found = batches(config)
+    assert len(found) == 2 and torch.isfinite(found[0][0]).all()
+
+
+@pytest.mark.parametrize(
+    "samples,message",
+    [
+        ([("a.jpg", b"x")], "a.jpg has no label"),
+        ([("a.jpg", b"x"), ("a.cls", b"cat")], "cannot be read as a shard .*cat"),
+        ([("a.txt", b"x")], "its shards hold no image"),
+        ([("a.jpg", b"x"), ("a.cls", b"-1")], "labels go from -1"),
+    ],
+)
+def test_bad_shards_are_refused_by_name(tmp_path, samples, message):
+    write_webdataset(tmp_path / "train", "0.tar", samples)
+    with pytest.raises(ConfigError, match=message):
+        load_image_sets(config_for("data=image_folder", f"data.root={tmp_path}", "data.holdout_fraction=0.5").data)
