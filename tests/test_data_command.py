@@ -1,0 +1,408 @@
+"""sasa-data: a report that misses nothing planted, and data sets that are written whole, resumed and never mixed."""
+
+import gzip
+import hashlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_image_folder
+from PIL import Image
+
+from sasa_train.compose import compose_config
+from sasa_train.data import imagenet, prepare, writing
+from sasa_train.data.__main__ import run_command
+from sasa_train.data.datasets import load_image_sets, to_rgb
+from sasa_train.data.verify import printable
+
+ARCHIVES = {
+    "train": "ILSVRC2012_img_train.tar",
+    "val": "ILSVRC2012_img_val.tar",
+    "devkit": "ILSVRC2012_devkit_t12.tar.gz",
+}
+WNIDS = {"n00000002": 5, "n00000003": 3, "n00000011": 2}  # and how many training images
+VAL_WNIDS = ["n00000011", "n00000002", "n00000003", "n00000002"]
+
+
+def verify(capsys: pytest.CaptureFixture, *arguments: object, expect: int = 0) -> str:
+    assert run_command(["verify", *map(str, arguments), "--workers=2"]) == expect
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    assert run_command([str(a) for a in arguments]) == 2
+    return capsys.readouterr().err
+
+
+def last_line(text: str) -> str:
+    return text.rstrip().splitlines()[-1]
+
+
+def assert_same_sets(root: Path, other: Path) -> None:
+    """Same classes, labels and decoded pixels, image by image."""
+    for expected, images in zip(*(load(r) for r in (root, other)), strict=True):
+        assert images.classes == expected.classes
+        assert np.array_equal(images.labels, expected.labels)
+        for i in range(len(expected)):
+            assert images.read(i, to_rgb).tobytes() == expected.read(i, to_rgb).tobytes()
+
+
+def load(root: Path):
+    return load_image_sets(compose_config(["data=image_folder", f"data.root={root}"]).data)
+
+
+# verify
+
+
+def test_help_is_instant_and_arguments_are_checked(capsys):
+    """--help must not wait for torch; what is misspelt or missing is refused with exit code 2."""
+    code = (
+        "import sys, sasa_train.data.__main__ as m; m.run_command(['verify', '-h']); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert run_command([]) == 2 and run_command(["--help"]) == 0
+    assert "at least 1" in refused(capsys, "verify", "x", "--workers=0")
+    assert "unrecognized" in refused(capsys, "verify", "x", "--all")
+    assert "needs --shards" in refused(capsys, "prepare", "imagenet", "a", "b", "--images-per-shard=7")
+
+
+def test_a_clean_set_is_counted_and_passes(image_folder, capsys):
+    out = verify(capsys, image_folder)
+    assert [line.split() for line in out.splitlines()[2:5]] == [
+        ["class", "train", "val"],
+        ["blue", "11", "3"],
+        ["red", "7", "5"],
+    ]
+    assert "19 x 17 pixels" in out and "26 RGB" in out
+    assert last_line(out) == "26 images, nothing wrong"
+
+
+def test_sizes_and_modes_are_listed(image_folder, capsys):
+    Image.new("L", (5, 3)).save(image_folder / "train" / "red" / "grey.png")
+    Image.new("CMYK", (101, 67)).save(image_folder / "train" / "red" / "ink.jpg")
+    Image.fromarray(np.full((7, 7), 40000, np.uint16)).save(image_folder / "val" / "red" / "deep.png")
+    out = verify(capsys, image_folder)
+    assert "5 x 3 smallest, 19 x 17 median, 101 x 67 largest, 4 distinct" in out
+    assert "26 RGB, 1 L, 1 CMYK, 1 I;16" in out.replace("1 I;16, 1 L, 1 CMYK", "1 L, 1 CMYK, 1 I;16")
+
+
+def test_broken_files_are_named(image_folder, capsys):
+    """Training met the first of them after hours; here each is named with its reason."""
+    folder = image_folder / "train" / "red"
+    whole = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (67, 67, 3), dtype=np.uint8)).save(whole, "JPEG")
+    (folder / "cut.jpg").write_bytes(whole.getvalue()[:1500])
+    (folder / "empty.png").touch()
+    (folder / "text.jpg").write_text("404 not found")
+    (folder / "notes.txt").write_text("not an image, and not called one")
+    out = verify(capsys, image_folder, expect=1)
+    for name, reason in (("cut.jpg", "truncated"), ("empty.png", "cannot identify"), ("text.jpg", "cannot identify")):
+        assert any(f"train/red/{name}: " in line and reason in line for line in out.splitlines())
+    assert "1 file, no image in a class folder: train/red/notes.txt" in out
+    assert last_line(out) == "3 problems: 3 unreadable files"
+
+
+def test_duplicates_are_found_by_their_pixels(image_folder, capsys):
+    """A val image that is in train too flatters top1, whatever format and name it was copied to."""
+    train, val = image_folder / "train", image_folder / "val"
+    shutil.copy(train / "blue" / "2.png", val / "blue" / "copy.png")
+    Image.open(train / "red" / "3.png").save(val / "blue" / "other_format.bmp")
+    shutil.copy(train / "blue" / "5.png", train / "red" / "wrong_label.png")
+    out = verify(capsys, image_folder, expect=1)
+    assert "2 groups across train and val" in out
+    assert "train/blue/2.png = val/blue/copy.png" in out
+    assert "train/red/3.png = val/blue/other_format.bmp" in out
+    assert "1 group within train, 1 with different labels" in out
+    assert "train/blue/5.png = train/red/wrong_label.png" in out
+    assert last_line(out) == "2 problems: 2 duplicates across splits"
+
+
+def test_many_duplicates_are_cut_short(tmp_path, capsys):
+    """Every val image is a copy: 20 groups are named and the rest is counted."""
+    for i in range(23):
+        for split in ("train", "val"):
+            (tmp_path / split / "a").mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (3, 5), (i, 7, 7)).save(tmp_path / split / "a" / f"{i}.png")
+    out = verify(capsys, tmp_path, expect=1)
+    assert out.count(" = ") == 20 and "and 3 more" in out
+
+
+def test_mean_and_std_weigh_every_image_the_same(tmp_path, capsys):
+    """On images of different sizes a mean over pixels would let the large ones decide."""
+    rng = np.random.default_rng(1)
+    images = [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) // (1, 2, 3) for h, w in ((3, 5), (31, 29), (7, 11))]
+    for i, pixels in enumerate(images):
+        (tmp_path / "train" / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "train" / f"class{i % 2}" / f"{i}.png")
+    out = verify(capsys, tmp_path)
+    mean = np.mean([(image / 255).mean((0, 1)) for image in images], axis=0)
+    std = np.sqrt(np.mean([((image / 255) ** 2).mean((0, 1)) for image in images], axis=0) - mean**2)
+    overrides = next(line for line in out.splitlines() if line.startswith("mean, std")).split()[2:]
+    data = compose_config(overrides).data  # as pasted
+    assert data.mean == pytest.approx(mean, abs=6e-5) and data.std == pytest.approx(std, abs=6e-5)
+
+
+def test_classes_without_images_are_problems(image_folder, capsys):
+    """torchvision refuses the whole set at the first of them; the report names them all."""
+    shutil.rmtree(image_folder / "val" / "red")
+    (image_folder / "train" / "green").mkdir()
+    out = verify(capsys, image_folder, expect=1)
+    for fault in ("green: no image in train", "green: no folder in val", "red: no folder in val"):
+        assert fault in out
+    assert last_line(out) == "3 problems: 3 empty or missing classes"
+
+
+def test_class_folders_without_splits(image_folder, capsys):
+    """A folder of classes, one of which is called train, is one split."""
+    (image_folder / "train" / "red").rename(image_folder / "train" / "train")
+    out = verify(capsys, image_folder / "train")
+    assert "18 all" in out and last_line(out) == "18 images, nothing wrong"
+
+
+def test_many_classes_are_summed_up(tmp_path, capsys):
+    for i in range(53):
+        (tmp_path / f"class{i:02d}").mkdir()
+        for n in range(1 + (i == 0)):
+            Image.new("RGB", (3, 5), (i, n, 0)).save(tmp_path / f"class{i:02d}" / f"{n}.png")
+    out = verify(capsys, tmp_path)
+    assert "min 1, median 1, max 2 images in all" in out and "class07" not in out
+    assert "class07" in verify(capsys, tmp_path, "--all-classes")
+
+
+def test_shards_are_verified_like_the_folders_they_come_from(image_folder, tmp_path, capsys):
+    shutil.copy(image_folder / "train" / "red" / "1.png", image_folder / "val" / "red" / "again.png")
+    (image_folder / "val" / "blue" / "text.jpg").write_text("404 not found")
+    shards = tmp_path / "shards"
+    assert run_command(["shard", str(image_folder), str(shards), "--images-per-shard=5"]) == 0
+    capsys.readouterr()
+    of_folders, of_shards = (verify(capsys, root, expect=1).splitlines() for root in (image_folder, shards))
+    assert last_line("\n".join(of_shards)) == "2 problems: 1 unreadable file, 1 duplicate across splits"
+    differing = [(a, b) for a, b in zip(of_folders, of_shards, strict=True) if a != b]
+    assert all("tar shards" in b or ".tar:" in b for _, b in differing)
+
+
+def test_roots_that_are_refused(tmp_path, capsys):
+    assert "must be a folder that is there" in refused(capsys, "verify", tmp_path / "nowhere")
+    assert "no class folder" in refused(capsys, "verify", tmp_path)
+
+
+def test_names_cannot_write_on_the_terminal(tmp_path, capsys):
+    """A class named by a terminal escape would clear the screen, or hide the line above it."""
+    folder = tmp_path / "train" / "\x1b[2Jcat"
+    folder.mkdir(parents=True)
+    (folder / "a\rb.png").write_text("no image")
+    out = verify(capsys, tmp_path, expect=1)
+    assert "\\x1b[2Jcat" in out and "a\\rb.png" in out and "\x1b" not in out and "\r" not in out
+    assert "\x1b" not in refused(capsys, "verify", folder / "\x1b[2J")
+    assert printable("\udcff\n") == "\\udcff\\n"
+
+
+# shard
+
+
+def test_shards_are_the_same_data_set(image_folder, tmp_path, capsys):
+    """Labels, order and pixels are those of the folders, so a run on either is the same run."""
+    shards = tmp_path / "shards"
+    assert run_command(["shard", str(image_folder), str(shards), "--images-per-shard=7"]) == 0
+    assert sorted(p.name for p in (shards / "train").glob("*.tar")) == [f"train-00000{i}.tar" for i in range(3)]
+    assert_same_sets(image_folder, shards)
+    capsys.readouterr()
+    assert run_command(["shard", str(image_folder), str(shards), "--images-per-shard=7"]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_shards_of_two_sources_are_not_mixed(image_folder, tmp_path, capsys):
+    shards = tmp_path / "shards"
+    assert run_command(["shard", str(image_folder), str(shards), "--images-per-shard=7"]) == 0
+    assert "images_per_shard: 7 there, 5 here" in refused(capsys, "shard", image_folder, shards, "--images-per-shard=5")
+    Image.new("RGB", (3, 3)).save(image_folder / "train" / "red" / "new.png")
+    assert "another source" in refused(capsys, "shard", image_folder, shards, "--images-per-shard=7")
+    (shards / "shards.json").unlink()
+    assert "did not write" in refused(capsys, "shard", image_folder, shards, "--images-per-shard=7")
+    (shards / "shards.json").write_text("{")
+    assert "cannot be read" in refused(capsys, "shard", image_folder, shards, "--images-per-shard=7")
+
+
+def test_places_that_shards_may_not_go_to(image_folder, tmp_path, capsys, monkeypatch):
+    """Inside the source they would be read as part of it; among class folders they would hide them."""
+    assert "must not be inside" in refused(capsys, "shard", image_folder, image_folder / "train" / "shards")
+    other = make_image_folder(tmp_path / "other")
+    assert "holds class folders already" in refused(capsys, "shard", image_folder, other)
+    (tmp_path / "file").touch()
+    assert "cannot be made" in refused(capsys, "shard", image_folder, tmp_path / "file")
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(1000))
+    assert "0.00 GB are free" in refused(capsys, "shard", image_folder, tmp_path / "full")
+    assert not list((tmp_path / "full").rglob("*.tar"))
+
+
+# prepare imagenet
+
+
+def jpeg(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (11, 13, 3), dtype=np.uint8)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def tar_of(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def devkit() -> bytes:
+    """As the real one: synsets of leaves and of inner nodes, whose ids are not in the order of the WordNet ids."""
+    savemat = pytest.importorskip("scipy.io", reason="scikit-learn, in the extra dev, brings scipy").savemat
+    fields = ["ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children", "wordnet_height"]
+    rows = [(3, "n00000002", "a, b", "-", 0, [], 0), (1, "n00000011", "c", "-", 0, [], 0)]
+    rows += [(2, "n00000003", "d", "-", 0, [], 0), (4, "n00000001", "animal", "-", 3, [3, 1, 2], 1)]
+    synsets = np.array(rows, dtype=[(name, object) for name in fields])
+    meta = io.BytesIO()
+    savemat(meta, {"synsets": synsets})
+    ids = {wnid: number for number, wnid, *_ in rows}
+    truth = "".join(f"{ids[wnid]}\n" for wnid in VAL_WNIDS).encode()
+    return gzip.compress(tar_of({imagenet.META: meta.getvalue(), imagenet.GROUND_TRUTH: truth}))
+
+
+def train_files() -> dict[str, dict[str, bytes]]:
+    """wnid -> name -> JPEG, in no order, as in the real archive."""
+    return {w: {f"{w}_{n}.JPEG": jpeg(100 * n + int(w[1:])) for n in range(WNIDS[w])[::-1]} for w in list(WNIDS)[::-1]}
+
+
+@pytest.fixture
+def archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The three archives of an ImageNet of three classes, and its checksums in the place of the real ones."""
+    folder = tmp_path / "archives"
+    folder.mkdir()
+    contents = {
+        "train": tar_of({f"{wnid}.tar": tar_of(files) for wnid, files in train_files().items()}),
+        "val": tar_of({f"ILSVRC2012_val_{i + 1:08d}.JPEG": jpeg(7000 + i) for i in (2, 0, 3, 1)}),
+        "devkit": devkit(),
+    }
+    for part, data in contents.items():
+        (folder / ARCHIVES[part]).write_bytes(data)
+    sums = {part: (ARCHIVES[part], hashlib.md5(data).hexdigest()) for part, data in contents.items()}
+    monkeypatch.setattr(prepare, "ARCHIVE_META", sums)
+    monkeypatch.setattr(writing.os, "sync", lambda: None)  # of the whole machine
+    return folder
+
+
+def prepare_imagenet(archives: Path, dest: Path, *more: str) -> int:
+    return run_command(["prepare", "imagenet", str(archives), str(dest), *more])
+
+
+def test_imagenet_as_class_folders(archives, tmp_path, capsys):
+    """Every image is where its label says, byte by byte; a wrong offset or a shifted val label would be seen here."""
+    dest = tmp_path / "imagenet"
+    assert prepare_imagenet(archives, dest) == 0
+    assert f"data=imagenet data.root={dest}" in capsys.readouterr().out
+    expected = {f"train/{w}/{name}": data for w, files in train_files().items() for name, data in files.items()}
+    expected |= {f"val/{w}/ILSVRC2012_val_{i + 1:08d}.JPEG": jpeg(7000 + i) for i, w in enumerate(VAL_WNIDS)}
+    assert {str(p.relative_to(dest)): p.read_bytes() for p in dest.rglob("*") if p.is_file()} == expected
+    assert last_line(verify(capsys, dest)) == "14 images, nothing wrong"
+    assert prepare_imagenet(archives, dest) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_imagenet_as_shards_is_the_same_data_set(archives, tmp_path, capsys):
+    assert prepare_imagenet(archives, tmp_path / "folders") == 0
+    assert prepare_imagenet(archives, tmp_path / "shards", "--shards", "--images-per-shard=3") == 0
+    assert_same_sets(tmp_path / "folders", tmp_path / "shards")
+    capsys.readouterr()
+    assert "images_per_shard: 3 there, 1000 here" in refused(
+        capsys, "prepare", "imagenet", archives, tmp_path / "shards", "--shards"
+    )
+    assert "holds tar shards already" in refused(capsys, "prepare", "imagenet", archives, tmp_path / "shards")
+
+
+@pytest.mark.parametrize("arguments", [(), ("--shards", "--images-per-shard=3")], ids=["folders", "shards"])
+def test_a_stopped_command_goes_on(archives, tmp_path, capsys, monkeypatch, arguments):
+    """Stopped within the second class or shard; the end is that of a command never stopped, the first kept as it is."""
+    dest, whole = tmp_path / "imagenet", tmp_path / "whole"
+    reads, read = [], writing.Originals.read
+
+    def stop_at_the_seventh(self, index):
+        reads.append(index)
+        if len(reads) == 7:
+            raise KeyboardInterrupt
+        return read(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing.Originals, "read", stop_at_the_seventh)
+        assert prepare_imagenet(archives, dest, *arguments) == 75
+    finished = [p for p in dest.rglob("*") if p.is_file() and ".tmp" not in str(p)]
+    assert list(dest.rglob("*.tmp")) and [p for p in finished if p.parent != dest]
+    before = {path: path.stat().st_mtime_ns for path in finished if path.suffix in (".JPEG", ".tar")}
+    assert prepare_imagenet(archives, dest, *arguments) == prepare_imagenet(archives, whole, *arguments) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    tree, expected = ({p.relative_to(r): p.read_bytes() for p in r.rglob("*") if p.is_file()} for r in (dest, whole))
+    assert tree == expected
+
+
+def test_class_folders_of_something_else_are_refused(archives, tmp_path, capsys):
+    """A folder left by another program would be taken for done, or make a class too many."""
+    dest = tmp_path / "imagenet"
+    (dest / "train" / "n00000002").mkdir(parents=True)
+    assert "holds 0 files, the archive 5" in refused(capsys, "prepare", "imagenet", archives, dest)
+    (dest / "train" / "n00000002").rename(dest / "train" / "cat")
+    assert "cat is there" in refused(capsys, "prepare", "imagenet", archives, dest)
+
+
+@pytest.mark.parametrize("name", ["../evil.JPEG", "/tmp/evil.JPEG", "a/b.JPEG", "..\\evil.JPEG", "a..JPEG", "evil.sh"])
+def test_hostile_names_are_refused(archives, tmp_path, capsys, name):
+    """An archive from elsewhere must not write outside of DEST."""
+    dest = tmp_path / "imagenet"
+    files = train_files()
+    files["n00000003"][name] = jpeg(1)
+    (archives / ARCHIVES["train"]).write_bytes(tar_of({f"{w}.tar": tar_of(inside) for w, inside in files.items()}))
+    assert repr(name) in refused(capsys, "prepare", "imagenet", archives, dest, "--no-checksums")
+    assert not dest.exists() and not (tmp_path / "evil.JPEG").exists()
+
+
+def test_links_are_refused(archives, tmp_path, capsys):
+    link = tarfile.TarInfo("ILSVRC2012_val_00000001.JPEG")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    with tarfile.open(archives / ARCHIVES["val"], "w:") as archive:
+        archive.addfile(link)
+    assert "is refused" in refused(capsys, "prepare", "imagenet", archives, tmp_path / "imagenet", "--no-checksums")
+
+
+def test_archives_that_are_not_the_original(archives, tmp_path, capsys, monkeypatch):
+    """A wrong checksum, a download cut off, a missing archive, a full disk: refused before anything is written."""
+    command = ("prepare", "imagenet", archives, tmp_path / "imagenet")
+    with monkeypatch.context() as patch:
+        patch.setattr(writing.shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(1000))
+        assert "are to be written" in refused(capsys, *command)
+    train = archives / ARCHIVES["train"]
+    data = bytearray(train.read_bytes())
+    data[1700] ^= 1  # in an image
+    train.write_bytes(data)
+    assert "its MD5 is" in refused(capsys, *command)
+    train.write_bytes(data[:9000])
+    assert "fetch it again" in refused(capsys, *command, "--no-checksums")
+    train.unlink()
+    assert "must hold ILSVRC2012_img_train.tar" in refused(capsys, *command)
+    assert not list((tmp_path / "imagenet").rglob("*.JPEG"))
+
+
+def test_without_scipy_the_remedy_is_named(archives, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    assert "pip install scipy" in refused(capsys, "prepare", "imagenet", archives, tmp_path / "imagenet")
+
+
+def test_shards_json_says_where_the_shards_are_from(archives, tmp_path):
+    assert prepare_imagenet(archives, tmp_path / "shards", "--shards") == 0
+    told = json.loads((tmp_path / "shards" / "shards.json").read_text())
+    assert told["images_per_shard"] == 1000 and told["train"].startswith("10 images")
+    assert (tmp_path / "shards" / "classes.txt").read_text().split() == sorted(WNIDS)
