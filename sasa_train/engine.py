@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, adaptive_clip_grad
 from torch import Tensor, nn
 
+from sasa_train.batch_norm import frozen_running_stats
 from sasa_train.config import TrainerConfig
+from sasa_train.losses import build_criterion
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,7 +39,8 @@ class Window:
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor, step: int) -> None:
-        hits = (logits.argmax(1) == labels).sum()
+        """Of mixed labels [B, num_classes] the larger share counts for top1."""
+        hits = (logits.argmax(1) == (labels if labels.ndim == 1 else labels.argmax(1))).sum()
         self.sums += torch.stack([loss.double() * len(labels), hits.double()])
         self.num_images += len(labels)
         self.bad_step = torch.where((self.bad_step < 0) & ~loss.isfinite(), step, self.bad_step)
@@ -149,7 +152,8 @@ class Stepper:
     def __init__(self, config: TrainerConfig, state: TrainState, schedule: Scheduler):
         self.config, self.state, self.schedule = config, state, schedule
         self.forward = torch.compile(state.model) if config.compile else state.model
-        self.criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+        self.criterion = build_criterion(config)
+        self.clips = config.grad_clip_norm or config.grad_clip_value or config.grad_clip_agc
 
     def train_step(self, batches: Batches, want_grad_norm: bool = False) -> Tensor | None:
         """One optimizer update from `grad_accum_steps` micro-batches; returns the gradient's L2 norm before clipping.
@@ -164,9 +168,10 @@ class Stepper:
             with autocast(state.device, config.precision):
                 logits = self.forward(images)
                 loss = self.criterion(logits.float(), labels)
-            state.scaler.scale(loss / config.grad_accum_steps).backward()
+            with frozen_running_stats(state.model) if config.grad_checkpointing else contextlib.nullcontext():
+                state.scaler.scale(loss / config.grad_accum_steps).backward()
             state.window.add(loss.detach(), logits.detach(), labels, state.step + 1)
-        grad_norm = self._clip() if want_grad_norm or config.grad_clip_norm else None
+        grad_norm = self._clip() if want_grad_norm or self.clips else None
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.step += 1
@@ -176,10 +181,21 @@ class Stepper:
 
     def _clip(self) -> Tensor:
         self.state.scaler.unscale_(self.state.optimizer)  # a norm of scaled gradients means nothing
-        parameters = list(self.state.model.parameters())
-        if self.config.grad_clip_norm:
-            return nn.utils.clip_grad_norm_(parameters, self.config.grad_clip_norm)
-        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        config, parameters = self.config, list(self.state.model.parameters())
+        if config.grad_clip_norm:
+            return nn.utils.clip_grad_norm_(parameters, config.grad_clip_norm)
+        grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if config.grad_clip_value:
+            nn.utils.clip_grad_value_(parameters, config.grad_clip_value)
+        elif config.grad_clip_agc:
+            adaptive_clip_grad(_without_classifier(self.state.model), config.grad_clip_agc)
+        return grad_norm
+
+
+def _without_classifier(model: nn.Module) -> list[nn.Parameter]:
+    """Adaptive clipping spares the last layer (arXiv 2102.06171, section 4.1)."""
+    last = {id(p) for p in model.get_classifier().parameters()}  # type: ignore[operator]
+    return [p for p in model.parameters() if id(p) not in last]
 
 
 @dataclass
@@ -219,14 +235,24 @@ class _Timed:
 
 @dataclass
 class Evaluation:
-    """Metrics over every image once: mean cross-entropy, top1 and top5 in percent, and counts a class."""
+    """Metrics over every image once: mean cross-entropy, top1 and top5 in percent.
+
+    `confusion` int64 [num_classes, num_classes] counts images by label (row) and prediction (column).
+    """
 
     loss: float
     top1: float
     top5: float
     num_images: int
-    class_hits: list[int] = field(repr=False)
-    class_images: list[int] = field(repr=False)
+    confusion: Tensor = field(repr=False)
+
+    @property
+    def class_hits(self) -> list[int]:
+        return self.confusion.diagonal().tolist()
+
+    @property
+    def class_images(self) -> list[int]:
+        return self.confusion.sum(1).tolist()
 
 
 @torch.inference_mode()
@@ -244,8 +270,7 @@ def evaluate(
     """
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, top5 hits
-    hits = torch.zeros(num_classes, dtype=torch.int64, device=device)
-    seen = torch.zeros(num_classes, dtype=torch.int64, device=device)
+    confusion = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
     for images, labels in batches:
         if stop_requested():
             return None
@@ -253,14 +278,15 @@ def evaluate(
             logits = model(images)
         logits = logits.float()
         losses = nn.functional.cross_entropy(logits, labels, reduction="none")
-        ranked = logits.topk(min(5, num_classes), dim=1).indices == labels[:, None]
-        sums += torch.stack([losses.double().sum(), ranked.any(1).sum().double()])
-        seen.index_add_(0, labels, torch.ones_like(labels))
-        hits.index_add_(0, labels, ranked[:, 0].long())
-    num_images = int(seen.sum())
+        ranked = logits.topk(min(5, num_classes), dim=1).indices
+        is_ranked = (ranked == labels[:, None]).any(1)
+        sums += torch.stack([losses.double().sum(), is_ranked.sum().double()])
+        confusion.index_add_(0, labels * num_classes + ranked[:, 0], torch.ones_like(labels))
+    confusion = confusion.view(num_classes, num_classes).cpu()
+    num_images = int(confusion.sum())
     loss, top5_hits = (sums / num_images).tolist()
-    top1 = 100 * int(hits.sum()) / num_images
-    return Evaluation(loss, top1, 100 * top5_hits, num_images, hits.tolist(), seen.tolist())
+    top1 = 100 * int(confusion.diagonal().sum()) / num_images
+    return Evaluation(loss, top1, 100 * top5_hits, num_images, confusion)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
@@ -289,4 +315,6 @@ def resolve_device(config: TrainerConfig) -> tuple[torch.device, TrainerConfig]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses cuBLAS without it
         torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(config.deterministic)
+    torch.set_float32_matmul_precision(config.matmul_precision)
+    torch.backends.cudnn.allow_tf32 = config.matmul_precision != "highest"  # convolutions and attention alike
     return device, config

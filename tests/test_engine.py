@@ -168,7 +168,7 @@ def test_norms_biases_and_position_embeddings_do_not_decay():
     "overrides,message",
     [
         (["optimizer.name=sdg"], "optimizer.name=sdg must be one of .*sgd"),
-        (["optimizer.betas=[0.9,0.99]"], "sgd takes no betas; leave it null"),
+        (["optimizer.betas=[0.9,0.99]"], "optimizer.betas=.*: sgd takes no betas; it takes .*nesterov"),
         (["schedule.name=cosin"], "schedule.name=cosin"),
     ],
 )

@@ -7,9 +7,9 @@ from torch import nn
 
 from sasa_train.config import OWN_MODELS, ConfigError, ModelConfig
 from sasa_train.models import AttentionStem, LocalSelfAttention2d, build_model, check_model
+from sasa_train.models.counting import count_flops, count_params, meta_model
 from sasa_train.models.layers import sinusoid
 from sasa_train.paper import ROWS
-from sasa_train.summary import count_flops, count_params, meta_model
 
 TINY = {"width": 0.25, "num_heads": 2, "kernel_size": 3, "num_classes": 5}
 

@@ -34,6 +34,18 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
     return model
 
 
+def enable_grad_checkpointing(model: nn.Module) -> None:
+    """Recompute activations in the backward pass.
+
+    Raises:
+        ConfigError: the model has no such switch.
+    """
+    try:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError, TypeError) as error:
+        raise ConfigError(f"trainer.grad_checkpointing=true: {type(model).__name__} cannot do it ({error})") from error
+
+
 def check_model(config: ModelConfig, image_size: int) -> nn.Module:
     """Build the model on the meta device and run it there, which needs neither weights nor data; return it.
 

@@ -1,0 +1,98 @@
+"""Parameters, FLOPs and activation memory of a model, counted on the meta device: no weights, no data."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass
+class Layer:
+    """Counts of one row of the table; `shape` is the output's, without the batch."""
+
+    name: str
+    kind: str
+    shape: str = ""
+    params: int = 0
+    flops: int = 0
+    activation_bytes: int = 0
+
+
+def meta_model(build: Callable[[], nn.Module]) -> nn.Module:
+    """What `build()` returns, on the meta device: shapes without weights."""
+    with torch.device("meta"):
+        return build()
+
+
+def count_params(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def count_flops(model: nn.Module, image_size: int) -> int:
+    """FLOPs of one forward pass of one RGB image, in eval mode."""
+    import torch
+
+    device = next(model.parameters()).device
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(torch.empty(1, 3, image_size, image_size, device=device))
+    return counter.get_total_flops()
+
+
+def count_layers(model: nn.Module, image_size: int) -> list[Layer]:
+    """A row for each block of a stage and for what stands outside the stages, and a total last."""
+    num_images = 2  # batch norm in train mode refuses a single value a channel
+    layers: dict[str, Layer] = {}
+    for name, child in model.named_children():
+        is_sequence = isinstance(child, nn.Sequential | nn.ModuleList)
+        for path, module in child.named_children() if is_sequence else [("", child)]:
+            if count_params(module):
+                path = f"{name}.{path}" if path else name
+                layers[path] = Layer(path, type(module).__name__, params=count_params(module))
+    images = torch.empty(num_images, 3, image_size, image_size, device=next(model.parameters()).device)
+    model.train()
+    total = Layer("total", "", params=count_params(model))
+    with FlopCounterMode(depth=99, display=False) as counter, _saved_bytes(model, layers, total):
+        model(images)
+    flops = counter.get_flop_counts()
+    root = type(model).__name__
+    for name, layer in layers.items():
+        layer.flops = sum(flops.get(f"{root}.{name}", {}).values()) // num_images
+        layer.activation_bytes //= num_images
+    total.flops, total.activation_bytes = counter.get_total_flops() // num_images, total.activation_bytes // num_images
+    return [*layers.values(), total]
+
+
+@contextmanager
+def _saved_bytes(model: nn.Module, layers: dict[str, Layer], total: Layer) -> Iterator[None]:
+    """While it is open, note each layer's output shape and the bytes that autograd saves for the backward pass."""
+    running: list[Layer] = []
+    known = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
+    keep = []  # storages stay alive, so that none of their addresses is used twice
+
+    def save(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            known.add(storage._cdata)
+            keep.append(storage)
+            for layer in (*running[-1:], total):
+                layer.activation_bytes += storage.nbytes()
+        return tensor
+
+    def leave(layer: Layer, output: Tensor) -> None:
+        running.pop()
+        layer.shape = " x ".join(str(n) for n in output.shape[1:])
+
+    modules = dict(model.named_modules())
+    handles = []
+    for name, layer in layers.items():
+        handles.append(modules[name].register_forward_pre_hook(lambda *_, layer=layer: running.append(layer)))
+        handles.append(modules[name].register_forward_hook(lambda _m, _i, output, layer=layer: leave(layer, output)))
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,93 @@
+"""Batch norm's running statistics under gradient checkpointing and recalibration."""
+
+import copy
+
+import pytest
+import torch
+from test_engine import CPU
+from torch import nn
+
+from sasa_train.batch_norm import recalibrate
+from sasa_train.compose import compose_config
+from sasa_train.config import ConfigError
+from sasa_train.engine import Stepper, build_state
+from sasa_train.models import build_model, enable_grad_checkpointing
+from sasa_train.optim import build_optimizer, build_schedule
+
+
+def trained(checkpointing: bool, steps: int = 2) -> Stepper:
+    config = compose_config(
+        [
+            "trainer.precision=fp32", "trainer.global_batch_size=8", "trainer.grad_accum_steps=2",
+            f"trainer.grad_checkpointing={checkpointing}", "model.width=0.125", "model.num_heads=2",
+            "model.stem=attention_small", "model.drop_path_rate=0.5",
+        ]
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = build_model(config.model, 5, 8)
+    if checkpointing:
+        enable_grad_checkpointing(model)
+    state = build_state(config.trainer, model, lambda m: build_optimizer(config, m), CPU)
+    stepper = Stepper(config.trainer, state, build_schedule(config, state.optimizer, 10))
+    generator = torch.Generator().manual_seed(1)
+    given = (
+        (torch.randn(4, 3, 8, 8, generator=generator), torch.randint(0, 5, (4,), generator=generator))
+        for _ in range(2 * steps)
+    )
+    model.train()
+    for _ in range(steps):
+        stepper.train_step(given)
+    return stepper
+
+
+def test_gradient_checkpointing_changes_nothing():
+    """Not the weights, not batch norm's statistics (which a plain recomputation moves twice), not the generator."""
+    plain = trained(False)
+    after = torch.rand(1)
+    recomputed = trained(True)
+    assert torch.equal(torch.rand(1), after)
+    for (name, one), other in zip(
+        plain.state.model.state_dict().items(), recomputed.state.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other), name
+
+
+def test_gradient_checkpointing_keeps_less():
+    """Bytes that autograd holds between forward and backward, counted as they are saved."""
+
+    def saved(checkpointing: bool) -> int:
+        model = trained(checkpointing, steps=1).state.model
+        total = 0
+
+        def count(tensor):
+            nonlocal total
+            total += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            model(torch.randn(4, 3, 8, 8))
+        return total
+
+    assert saved(True) < 0.5 * saved(False)
+
+
+def test_a_model_without_checkpointing_is_refused():
+    with pytest.raises(ConfigError, match="trainer.grad_checkpointing=true: Linear cannot do it"):
+        enable_grad_checkpointing(nn.Linear(1, 1))
+
+
+def test_recalibration_takes_the_plain_average_over_the_batches():
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(3)
+    norm.running_mean.fill_(9.0)
+    model = nn.Sequential(norm)
+    model.eval()
+    given = [torch.randn(8, 3, 4, 4) * 2 + 1 for _ in range(5)]
+    before = copy.deepcopy(dict(model.named_parameters()))
+    recalibrate(model, iter((images, torch.zeros(8)) for images in given), CPU)
+    means = torch.stack([images.mean((0, 2, 3)) for images in given]).mean(0)
+    variances = torch.stack([images.transpose(0, 1).flatten(1).var(1) for images in given]).mean(0)
+    torch.testing.assert_close(norm.running_mean, means)
+    torch.testing.assert_close(norm.running_var, variances)
+    assert norm.momentum == 0.1 and not model.training
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

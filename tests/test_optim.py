@@ -1,0 +1,173 @@
+"""timm's optimizers and schedules by name: arguments checked, learning rates a function of the step."""
+
+import copy
+import math
+
+import pytest
+import timm
+import torch
+from test_engine import CPU, batches, setup, weights
+from timm.optim import list_optimizers
+from torch import nn
+
+from sasa_train.compose import compose_config
+from sasa_train.config import ConfigError
+from sasa_train.engine import Stepper, build_state
+from sasa_train.models import build_model
+from sasa_train.optim import build_optimizer, build_schedule
+
+# Those that need a package that is no dependency of ours, or second derivatives.
+ELSEWHERE = ("bnb", "fused", "adahessian")
+OPTIMIZERS = [name for name in map(str, list_optimizers()) if not name.startswith(ELSEWHERE)]
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "lookahead_adamw"])
+def test_every_optimizer_of_timm_steps_and_resumes_exactly(name):
+    """Saved after 2 steps, loaded elsewhere, 2 more: the weights of 4 steps, to the last bit."""
+    overrides = (f"optimizer.name={name}", "optimizer.lr=0.01", "optimizer.lr_basis=absolute")
+    stepper, start = setup(*overrides), weights(setup(*overrides))
+    given = list(batches(4))
+    for batch in given[:2]:
+        stepper.train_step(iter([batch]))
+    saved = copy.deepcopy(stepper.state.state_dict())
+    other = setup(*overrides)
+    other.state.load_state_dict(saved)
+    for batch in given[2:]:
+        stepper.train_step(iter([batch]))
+        torch.manual_seed(stepper.state.step)  # kron draws numbers; each of the two continues with the same
+        torch.set_rng_state(saved["rng"]["torch"])
+    torch.set_rng_state(saved["rng"]["torch"])
+    for batch in given[2:]:
+        other.train_step(iter([batch]))
+        torch.set_rng_state(saved["rng"]["torch"])
+    assert torch.equal(weights(stepper), weights(other)) and not torch.equal(weights(stepper), start)
+
+
+@pytest.mark.parametrize("name", [name for name in map(str, list_optimizers()) if name.startswith(ELSEWHERE)])
+def test_what_cannot_run_here_says_why(name):
+    with pytest.raises(ConfigError, match=f"optimizer.name={name} "):
+        setup(f"optimizer.name={name}")
+
+
+def test_arguments_reach_the_optimizer_and_others_are_refused():
+    stepper = setup("optimizer.name=rmsprop", "optimizer.args={alpha:0.8,centered:true}")
+    assert {(g["alpha"], g["centered"]) for g in stepper.state.optimizer.param_groups} == {(0.8, True)}
+    one_by_one = setup("optimizer.name=adamw", "optimizer.args.betas=[0.5,0.6]", "optimizer.args.amsgrad=true")
+    assert {(g["betas"], g["amsgrad"]) for g in one_by_one.state.optimizer.param_groups} == {((0.5, 0.6), True)}
+    with pytest.raises(ConfigError, match=r"optimizer.args=.*: adamw takes no aplha; it takes amsgrad, betas"):
+        setup("optimizer.name=adamw", "optimizer.args={aplha:0.8}")
+    with pytest.raises(ConfigError, match="eps is also set as a key of its own"):
+        setup("optimizer.name=adamw", "optimizer.eps=1e-7", "optimizer.args={eps:1e-6}")
+
+
+@pytest.mark.parametrize("model_name", ["sasa_resnet26", "resnet18", "vit_tiny_patch16_224"])
+def test_layer_decay_lowers_the_early_layers_rates(model_name):
+    """0.5 a layer: the classifier learns at the full rate, the last block at half of it, the stem least."""
+    config = compose_config(["optimizer.name=adamw", "optimizer.layer_decay=0.5"])
+    dials = {"width": 0.125, "num_heads": 2} if model_name.startswith("sasa") else {}
+    model = timm.create_model(model_name, num_classes=3, **dials)
+    optimizer = build_optimizer(config, model)
+    scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    names = list(dict(model.named_parameters()))
+    parameters = dict(model.named_parameters())
+    assert len(scales) == len(parameters)
+    assert {scales[id(p)] for p in model.get_classifier().parameters()} == {1.0}
+    first, before_last = scales[id(parameters[names[0]])], sorted(set(scales.values()))[-2]
+    assert before_last == 0.5 and first == min(scales.values())
+    schedule = build_schedule(config, optimizer, steps_per_epoch=10)
+    schedule.step_update(0)
+    rates = {group["lr"] / group["lr_scale"] for group in optimizer.param_groups}
+    assert max(rates) - min(rates) < 1e-12
+
+
+def rates(*overrides: str, steps_per_epoch: int = 10) -> list[float]:
+    """lr at each step of ten epochs, relative to the peak."""
+    stepper = setup(
+        "trainer.epochs=10",
+        "optimizer.lr=1",
+        "optimizer.lr_basis=absolute",
+        *overrides,
+        steps_per_epoch=steps_per_epoch,
+    )
+    found = []
+    for step in range(10 * steps_per_epoch):
+        stepper.schedule.step_update(step)
+        found.append(stepper.state.optimizer.param_groups[0]["lr"])
+    return found
+
+
+def test_schedules_count_in_epochs_of_the_run():
+    multistep = rates("schedule.name=multistep", "schedule.decay_milestones=[3,6]", "schedule.warmup_epochs=1")
+    assert multistep[10] == multistep[29] == 1 and multistep[30] == multistep[59] == pytest.approx(0.1)
+    assert multistep[60] == multistep[99] == pytest.approx(0.01) and multistep[5] == 0.5
+    step = rates("schedule.name=step", "schedule.decay_epochs=4", "schedule.decay_rate=0.5")
+    assert (step[39], step[40], step[80]) == (1, 0.5, 0.25)
+    poly = rates("schedule.name=poly", "schedule.decay_rate=2")
+    assert poly[50] == pytest.approx(0.25)
+    wsd = rates("schedule.name=wsd", "schedule.warmup_epochs=1")
+    assert wsd[5] == 0.5 and wsd[10] == wsd[81] == 1 and wsd[99] < 0.2 and wsd[82:] == sorted(wsd[82:], reverse=True)
+    tanh, constant = rates("schedule.name=tanh"), rates("schedule.name=constant")
+    assert tanh[0] > 0.99 and tanh[99] < 0.02 and set(constant) == {1.0}
+    rsqrt = rates("schedule.name=rsqrt", "schedule.warmup_epochs=2")
+    assert rsqrt[20] == 1 and rsqrt[79] == pytest.approx((20 / 79) ** 0.5, rel=0.01)
+
+
+def test_cycles_end_with_the_run():
+    """Two cycles of a cosine, the second at a tenth: the second begins in the middle and ends with the run."""
+    found = rates("schedule.args={cycle_limit:2,cycle_decay:0.1}")
+    assert found[0] == 1 and found[49] < 0.01 and found[50] == pytest.approx(0.1) and found[99] < 0.001
+    longer = rates("schedule.args={cycle_limit:2,cycle_mul:3,cycle_decay:1}")
+    assert longer[25] == pytest.approx(1) and longer[24] < 0.01
+
+
+@pytest.mark.parametrize(
+    "overrides,message",
+    [
+        (["schedule.name=plateau"], "the learning rate must be a function of the step"),
+        (["schedule.args={cycle_limt:2}"], "timm's schedules take no cycle_limt; they take .*cycle_limit"),
+        (["schedule.args={warmup_epochs:2}"], "take no warmup_epochs"),
+        (["schedule.name=wsd", "schedule.decay_epochs=1000"], "schedule.name=wsd with .*decay"),
+    ],
+)
+def test_schedules_refuse_by_name(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        setup(*overrides)
+
+
+def test_value_clipping_bounds_each_number():
+    stepper = setup("trainer.grad_clip_value=0.001", "optimizer.name=momentum")
+    norm = stepper.train_step(batches(1))
+    gradient = torch.cat([p.grad.flatten() for p in stepper.state.model.parameters()])
+    assert gradient.abs().max() == pytest.approx(0.001) and norm > gradient.norm()
+
+
+def test_adaptive_clipping_bounds_each_unit_and_spares_the_classifier():
+    """arXiv 2102.06171: a unit's gradient norm is at most the factor times its weight norm (0.001 at least)."""
+    config = compose_config(["trainer.global_batch_size=8", "trainer.grad_clip_agc=0.002", "trainer.precision=fp32"])
+    torch.manual_seed(0)
+    model = build_model(
+        compose_config(["model=conv_resnet26", "model.width=0.125", "model.stem=conv_small"]).model, 3, 8
+    )
+    state = build_state(config.trainer, model, lambda m: build_optimizer(config, m), CPU)
+    stepper = Stepper(config.trainer, state, build_schedule(config, state.optimizer, 10))
+    weight_norms = {name: p.detach().flatten(1).norm(dim=1) for name, p in model.named_parameters() if p.ndim == 4}
+    classifier_norm = model.fc.weight.detach().norm(dim=1)
+    images, labels = torch.randn(8, 3, 8, 8), torch.randint(0, 3, (8,))
+    stepper.train_step(iter([(images, labels)]))
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 4:
+            limit = 0.002 * weight_norms[name].clamp(min=1e-3)
+            assert (parameter.grad.flatten(1).norm(dim=1) <= limit * 1.001).all(), name
+    assert (model.fc.weight.grad.norm(dim=1) > 0.002 * classifier_norm).any()
+
+
+def test_two_ways_of_clipping_exclude_each_other():
+    with pytest.raises(ConfigError, match="grad_clip_norm.*grad_clip_agc.* exclude each other"):
+        compose_config(["trainer.grad_clip_norm=1", "trainer.grad_clip_agc=0.01"])
+
+
+def test_moving_average_reaches_its_decay():
+    """Warm-up: 1 - step^(-2/3) passes 0.9 at step 32; from then on the decay is what was asked for."""
+    stepper = setup("trainer.ema_decay=0.9", "optimizer.lr=1e-12")
+    assert stepper.state.ema.get_decay(10) < 0.9 and math.isclose(stepper.state.ema.get_decay(40), 0.9)
+    assert isinstance(stepper.state.ema.module, nn.Module)
