@@ -1,16 +1,13 @@
 """What a run says before its first step and after its last, as text."""
 
-import resource
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sasa_train.config import TrainConfig, resolved_image_size
-from sasa_train.data import Loaders
+from sasa_train.data.loader import Loaders
 from sasa_train.engine import TrainState
 from sasa_train.logger import duration
+from sasa_train.memory import peak_memory
 from sasa_train.optim import peak_lr
 
 
@@ -34,7 +31,9 @@ def describe_plan(config: TrainConfig, loaders: Loaders, state: TrainState, num_
     return table(lines) + "\n"
 
 
-def describe_end(config: TrainConfig, run_dir: Path, state: TrainState, last_val: dict[str, Any]) -> str:
+def describe_end(
+    config: TrainConfig, run_dir: Path, state: TrainState, last_val: dict[str, Any], num_unreadable: int
+) -> str:
     """The closing table: top1, time, images/s, peak memory, where things are, what to do next."""
     images = state.step * config.trainer.global_batch_size
     last = f"{last_val['top1']:.2f}" if last_val else "see metrics.jsonl"
@@ -44,6 +43,7 @@ def describe_end(config: TrainConfig, run_dir: Path, state: TrainState, last_val
         "memory": f"{peak_memory(state.device) / 2**20:,.0f} MiB at the peak",
         "checkpoints": f"{run_dir}/checkpoints/{{best,last}}.pt",
         "log": f"{run_dir}/metrics.jsonl",
+        **({"unreadable": f"{num_unreadable} images, named in {run_dir}/unreadable.txt"} if num_unreadable else {}),
         "next": f"sasa-evaluate {run_dir}",
         "": f"tensorboard --logdir {run_dir.parent}",
     }
@@ -63,11 +63,3 @@ def describe_best(best: dict[str, Any] | None) -> str:
 
 def table(lines: dict[str, str]) -> str:
     return "\n".join(f"{name:<11} {text}" for name, text in lines.items())
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the allocator's on CUDA, the process's on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -72,6 +72,8 @@ def evaluate_checkpoint(source: Path, weights: str | None, overrides: list[str])
     assert result is not None
     print(f"{path}: step {checkpoint['step']:,}, {'EMA' if state_dict is checkpoint['ema'] else 'raw'} weights\n")
     print_classes(classes, result.class_hits, result.class_images)
+    if found := loader.quarantine.found:
+        print(f"\n{len(found)} images could not be read and are left out:\n{loader.quarantine.listing()}")
     print(f"\nimages {result.num_images}\nloss   {result.loss!r}\ntop1   {result.top1!r}\ntop5   {result.top5!r}")
     return 0
 

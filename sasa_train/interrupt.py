@@ -1,7 +1,9 @@
-"""SIGTERM and SIGINT ask a run to stop at the next safe place; a second SIGINT ends it at once."""
+"""SIGTERM, SIGINT and a time limit ask a run to stop at the next safe place; a second SIGINT ends it at once."""
 
+import math
 import os
 import signal
+import time
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -16,14 +18,24 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.deadline = math.inf
+        self._start = time.monotonic()
         self._is_training = False
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
 
     def begin_training(self) -> None:
         self._is_training = True
 
+    def set_max_hours(self, hours: float | None) -> None:
+        """Ask for a stop so many hours after this process began."""
+        self.deadline = math.inf if hours is None else self._start + 3600 * hours
+
     def requested(self) -> bool:
-        return self.signal is not None
+        return self.signal is not None or time.monotonic() >= self.deadline
+
+    @property
+    def reason(self) -> str:
+        return self.signal.name if self.signal is not None else "trainer.max_hours"
 
     def restore(self) -> None:
         for number, handler in self._previous.items():

@@ -1,5 +1,6 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard and the console. Knows nothing of models or data."""
 
+import io
 import json
 import math
 import sys
@@ -8,7 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
 from sasa_train.atomic import write_atomic
@@ -19,6 +23,7 @@ TAGS = {
     "grad_norm": "optim/grad_norm",
     "images_per_sec": "perf/images_per_sec",
     "data_wait_fraction": "perf/data_wait_fraction",
+    "memory_mib": "perf/memory_mib",
 }
 
 
@@ -49,18 +54,44 @@ class RunLogger:
 
     def show_train(self, row: dict[str, Any], seconds_left: float) -> None:
         """On the bar where there is a terminal, else a plain line."""
-        speed = f"{row['images_per_sec']:,.0f} img/s"
+        speed = f"{row['images_per_sec']:,.0f} img/s  data wait {100 * row['data_wait_fraction']:.0f} %"
+        memory = f"{row['memory_mib']:,} MiB"
         if self._bar.disable:
             progress = f"step {row['step']}/{self._total_steps}  epoch {row['epoch']}"
             numbers = f"loss {row['loss']:.4f}  top1 {row['top1']:.2f}  lr {row['lr']:.2e}"
-            self.say(f"{progress}  {numbers}  {speed}  ETA {duration(seconds_left)}")
+            self.say(f"{progress}  {numbers}  {speed}  {memory}  ETA {duration(seconds_left)}")
         else:
-            self._bar.set_postfix_str(f"loss {row['loss']:.3f}, top1 {row['top1']:.1f}, {speed}")
+            self._bar.set_postfix_str(f"loss {row['loss']:.3f}, top1 {row['top1']:.1f}, {speed}, {memory}")
 
     def show_val(self, row: dict[str, Any], is_best: bool) -> None:
         raw = f"  (raw {row['top1_raw']:.2f})" if "top1_raw" in row else ""
         numbers = f"loss {row['loss']:.4f}  top1 {row['top1']:.2f}{raw}  top5 {row['top5']:.2f}"
         self.say(f"val  epoch {row['epoch']}  step {row['step']}  {numbers}{'  best so far' if is_best else ''}")
+
+    def write_picture(self, tag: str, picture: Tensor, step: int, path: Path | None = None) -> None:
+        """A picture, uint8 [3, H, W], for TensorBoard, and as PNG where a path is given."""
+        if path is not None:
+            png = io.BytesIO()
+            to_pil_image(picture).save(png, "PNG")
+            write_atomic(path, png.getbuffer())
+        with self._board_may_fail() as board:
+            if board:
+                board.add_image(tag, picture, step)
+
+    def write_histograms(self, model: nn.Module, step: int) -> None:
+        with self._board_may_fail() as board:
+            if board is not None:
+                for name, parameter in model.named_parameters():
+                    board.add_histogram(f"weights/{name}", parameter, step)
+
+    def write_hparams(self, config: dict[str, Any], last_val: dict[str, Any]) -> None:
+        """The config beside the final metrics, for TensorBoard's HParams page."""
+        shown = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in config.items()}
+        metrics = {f"val/{key}": last_val[key] for key in ("top1", "loss") if key in last_val}
+        with self._board_may_fail() as board:
+            if board is not None:
+                for summary in hparams(shown, metrics):
+                    board._get_file_writer().add_summary(summary)  # add_hparams would make a run of its own
 
     def say(self, text: str) -> None:
         tqdm.write(text, file=sys.stdout)

@@ -1,6 +1,8 @@
 """A whole run, from a config to a finished run folder; the order of events is the order of `train`."""
 
+import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,15 +13,20 @@ from torch import nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sasa_train.announce import describe_end, describe_finished, describe_plan
+from sasa_train.atomic import write_atomic
+from sasa_train.batch_norm import recalibrate
 from sasa_train.compose import to_yaml
-from sasa_train.config import ConfigError, TrainConfig, default_run_name, resolved_image_size
-from sasa_train.data import Loaders, build_loaders
+from sasa_train.config import ConfigError, TrainConfig, default_run_name, flatten, resolved_image_size
+from sasa_train.data.loader import Loaders, build_loaders
+from sasa_train.data.randomness import recalibration_rng
 from sasa_train.engine import (
+    Batches,
     Evaluation,
     NonFiniteError,
     Stepper,
     StepReport,
     TrainState,
+    autocast,
     build_state,
     evaluate,
     resolve_device,
@@ -27,8 +34,12 @@ from sasa_train.engine import (
 )
 from sasa_train.interrupt import StopRequest
 from sasa_train.logger import RunLogger
-from sasa_train.models import build_model, check_model
+from sasa_train.memory import peak_memory
+from sasa_train.micro_batch import settle_auto, with_micro_batch_size
+from sasa_train.models import build_model, check_model, enable_grad_checkpointing
 from sasa_train.optim import build_optimizer, build_schedule, total_steps
+from sasa_train.pictures import confusion_picture, contact_sheet, embedding_pictures
+from sasa_train.profiling import build_profiler
 from sasa_train.run_folder import RunFolder, is_finished, open_run
 
 
@@ -45,6 +56,7 @@ def train(config: TrainConfig, stop: StopRequest) -> bool:
     check_buildable(config)
     run = open_run(config, run_name)
     with run.lock:
+        config = settle_auto(config, run.checkpoint, device)
         if run.checkpoint is not None and is_finished(run.checkpoint, config):
             run.write_info(status="finished")  # a kill may have come between its last checkpoint and this
             print(describe_finished(run.path, run.checkpoint))
@@ -55,9 +67,12 @@ def train(config: TrainConfig, stop: StopRequest) -> bool:
 def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, stop: StopRequest) -> bool:
     """`train`, once the folder is ours and what it continues from is known."""
     print(f"{to_yaml(config)}\nrun folder  {run.path}")
+    stop.set_max_hours(config.trainer.max_hours)
     loaders = build_loaders(config, device)
     torch.manual_seed(config.seed)
     model = build_model(config.model, len(loaders.classes), resolved_image_size(config.data))
+    if config.trainer.grad_checkpointing:
+        enable_grad_checkpointing(model)
     state = build_state(config.trainer, model, lambda m: build_optimizer(config, m), device)
     steps_per_epoch = loaders.train.plan.steps_per_epoch
     stepper = Stepper(config.trainer, state, build_schedule(config, state.optimizer, steps_per_epoch))
@@ -76,14 +91,16 @@ def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, s
     finally:
         loop.logger.close()
         loaders.close()
+        unreadable = list(loaders.unreadable())
+        if unreadable:
+            write_atomic(run.path / "unreadable.txt", ("\n".join(unreadable) + "\n").encode())
     if finished:
         run.write_info(status="finished", best=state.best, seconds=round(state.seconds, 1))
-        print(describe_end(config, run.path, state, loop.last_val))
+        print(describe_end(config, run.path, state, loop.last_val, len(unreadable)))
     else:
         run.write_info(status="interrupted")
-        name = stop.signal.name if stop.signal else ""
         how = "sasa-train" if config.resume == "never" else "the same command again, or sasa-train"
-        print(f"{name}: saved at step {state.step}; to continue: {how} resume={run.path}")
+        print(f"{stop.reason}: saved at step {state.step}; to continue: {how} resume={run.path}")
     return finished
 
 
@@ -112,10 +129,21 @@ class Loop:
         self.num_steps = total_steps(config, self.steps_per_epoch)
         self.logger = RunLogger(run.path, self.state.step, self.state.evaluated_step, self.num_steps)
         self.last_val: dict[str, Any] = {}
+        self.eval_seconds = 0.0  # of the last evaluation
+        self.profiler: Any = contextlib.nullcontext()
+        if config.trainer.profile_steps:
+            self.profiler = build_profiler(config.trainer.profile_steps, run.path, self.state.device, self.logger.say)
         self._start_clock()
 
     def run(self) -> bool:
         """Go on from where the state is; True at the end, False after a stop request was served."""
+        with self.profiler:
+            finished = self.run_epochs()
+        if finished:
+            self.logger.write_hparams(flatten(self.config), self.last_val)
+        return finished
+
+    def run_epochs(self) -> bool:
         while True:
             if self.evaluation_is_due():
                 if not self.evaluate():
@@ -138,6 +166,8 @@ class Loop:
         epoch, first_step = divmod(state.step, self.steps_per_epoch)
         end = min((epoch + 1) * self.steps_per_epoch, self.num_steps)
         batches = self.loaders.train.train_batches(epoch, first_step)
+        if state.step == 0:
+            batches = self.show_first(batches)
         for report in train_one_epoch(self.stepper, batches, end - state.step, trainer.log_every_steps):
             state.epoch = state.step // self.steps_per_epoch
             self.count(report)
@@ -151,7 +181,17 @@ class Loop:
                 return False
         return True
 
+    def show_first(self, batches: Batches) -> Batches:
+        """Put the first batch that the model sees on a contact sheet, augmented as it is."""
+        images, labels = next(batches)
+        sheet = contact_sheet(self.loaders.train.normalize.undo(images).cpu())
+        self.logger.write_picture("augmented", sheet, 0, self.run_folder.path / "augmented.png")
+        yield images, labels
+        yield from batches
+
     def count(self, report: StepReport) -> None:
+        if self.config.trainer.profile_steps:
+            self.profiler.step()
         self._wait_seconds += report.wait_seconds
         self._clock_steps += 1
         self.logger.advance()
@@ -168,22 +208,31 @@ class Loop:
             "epoch": self.epoch_number(),
             "loss": loss,
             "top1": top1,
-            "lr": state.optimizer.param_groups[0]["lr"],
+            "lr": max(group["lr"] for group in state.optimizer.param_groups),  # layer_decay lowers the others
             "grad_norm": None if report.grad_norm is None else report.grad_norm.item(),
             "images_per_sec": self._clock_steps * self.config.trainer.global_batch_size / elapsed,
             "data_wait_fraction": self._wait_seconds / elapsed,
+            "memory_mib": round(peak_memory(state.device) / 2**20),
         }
         self.logger.write(row)
-        self.logger.show_train(row, (self.num_steps - state.step) * elapsed / self._clock_steps)
+        self.logger.show_train(row, self.seconds_left(elapsed / self._clock_steps))
         self._start_clock()
+
+    def seconds_left(self, seconds_per_step: float) -> float:
+        steps = self.num_steps - self.state.step
+        evaluations = -(-steps // (self.steps_per_epoch * self.config.trainer.eval_every_epochs))
+        return steps * seconds_per_step + evaluations * self.eval_seconds
 
     def evaluate(self) -> bool:
         """Evaluate on val, log, keep the best, save; False where a stop request came first (it is redone on resume)."""
         state = self.state
         with self._off_the_clock():
             start = time.perf_counter()
-            result = self.evaluate_model(state.ema.module if state.ema else state.model)
+            averaged = state.ema.module if state.ema else state.model
+            self.recalibrate(averaged)
+            result = self.evaluate_model(averaged)
             raw = self.evaluate_model(state.model) if state.ema and result else None
+            seconds = round(time.perf_counter() - start, 2)
         if result is None or (state.ema and raw is None):
             self.save(is_best=False)
             return False
@@ -195,16 +244,34 @@ class Loop:
             "top1": result.top1,
             "top5": result.top5,
             **({"top1_raw": raw.top1} if raw else {}),
-            "seconds": round(time.perf_counter() - start, 2),
+            "seconds": seconds,
         }
+        if unreadable := len(self.loaders.val.quarantine.found):
+            row |= {"num_images": result.num_images, "unreadable": unreadable}
         is_best = state.best is None or result.top1 > state.best["top1"]
         if is_best:
             state.best = {key: row[key] for key in ("top1", "step", "epoch")}
-        state.evaluated_step, self.last_val = state.step, row
+        state.evaluated_step, self.last_val, self.eval_seconds = state.step, row, seconds
         self.logger.write(row)
         self.logger.show_val(row, is_best)
+        if is_best:
+            self.logger.write_picture("val/confusion_best", confusion_picture(result.confusion), state.step)
+            for name, picture in embedding_pictures(averaged).items():
+                self.logger.write_picture(f"rel_embeddings/{name}", picture, state.step)
+        if self.config.trainer.log_histograms:
+            self.logger.write_histograms(averaged, state.step)
         self.save(is_best)
         return True
+
+    def recalibrate(self, model: nn.Module) -> None:
+        """Batch norm's statistics anew, from the first micro-batches of the epoch; nothing random is used up."""
+        num_batches = self.config.trainer.bn_recalibration_batches
+        if not num_batches:
+            return
+        state, config = self.state, self.config
+        batches = itertools.islice(self.loaders.train.train_batches(self.epoch_number() - 1), num_batches)
+        with recalibration_rng(config.seed, state.step, state.device), autocast(state.device, config.trainer.precision):
+            recalibrate(model, batches, state.device)
 
     def epoch_number(self) -> int:
         """Of the epoch that the last step was in, from 1."""
@@ -219,9 +286,9 @@ class Loop:
             self.config.trainer.precision,
             self.stop.requested,
         )
-        expected = self.loaders.val.plan.num_images
+        expected = self.loaders.val.plan.num_images - len(self.loaders.val.quarantine.found)
         if result is not None and result.num_images != expected:
-            raise RuntimeError(f"evaluation saw {result.num_images} images of {expected}")
+            raise RuntimeError(f"evaluation saw {result.num_images} images instead of {expected}")
         return result
 
     def save(self, is_best: bool) -> None:
@@ -271,10 +338,14 @@ def resolve(config: TrainConfig) -> tuple[torch.device, TrainConfig]:
         device, trainer = resolve_device(config.trainer)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if isinstance(trainer.micro_batch_size, int):
+        trainer = with_micro_batch_size(trainer, trainer.micro_batch_size)
     return device, dataclasses.replace(config, trainer=trainer)
 
 
 def check_buildable(config: TrainConfig) -> None:
     """Build model, optimizer and schedule without weights, so that they are refused before any data is loaded."""
     model = check_model(config.model, resolved_image_size(config.data))
+    if config.trainer.grad_checkpointing:
+        enable_grad_checkpointing(model)
     build_schedule(config, build_optimizer(config, model), steps_per_epoch=1)

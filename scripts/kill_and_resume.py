@@ -1,11 +1,13 @@
 """Kill runs with SIGKILL at random instants, continue them by the same command, and compare with a run never stopped.
 
-Every tensor of the last and best checkpoints and every row of metrics.jsonl (but its timings) must be equal. The runs
-that are killed stream their images, at 0, 1 and 3 workers in turn, or keep them resident, in turn; the run never
-stopped is resident: so the comparison crosses all of them. Kills fall mid-epoch, while a checkpoint is being written
-and during evaluation, in turn; only those that hit after the first step count.
+Every tensor of the last and best checkpoints and every row of metrics.jsonl (but its timings) must be equal. The
+embedded digits are written as class folders and as tar shards. The runs that are killed keep them resident or stream
+them at 0, 1 and 3 workers, from folders and from shards, in turn; the run never stopped is in the first of these modes:
+so the comparison crosses all of them. Kills fall mid-epoch, while a checkpoint is being written and during evaluation,
+in turn; only those that hit after the first step count. Three recipes share the framework's augmentations, losses and
+optimizer paths out among them; all have a moving average, accumulation and mixing.
 
-usage: python scripts/kill_and_resume.py [--kills 10] [--keep FOLDER] [key=value ...]
+usage: python scripts/kill_and_resume.py [--recipe rand|trivial|large] [--kills 10] [--keep FOLDER] [key=value ...]
 Further overrides go to every run. Exit code 0 when all is equal.
 """
 
@@ -23,47 +25,95 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+
+from sasa_train.compose import compose_config
+from sasa_train.data.datasets import load_image_sets
+from sasa_train.data.prepare import shard
 
 RUN = [
     "experiment=debug",
-    "augment.hflip=true",  # digits do not flip by themselves; here flips are to be tested too
+    "data=image_folder",
+    "data.image_size=8",
     "data.max_train_images=1000",
     "data.max_val_images=null",
+    "allow_config_change=[data.root]",  # folders and shards are to be the same data set
     "model.width=0.25",
     "model.drop_path_rate=0.2",
-    "optimizer=adamw",
     "trainer.ema_decay=0.99",
+    "augment.mixup=0.2",
+    "augment.cutmix=1.0",
+    "augment.mix_off_epochs=1",
     "trainer.epochs=6",
     "trainer.max_steps=null",
     "trainer.global_batch_size=40",
     "trainer.grad_accum_steps=2",
     "trainer.checkpoint_every_steps=4",
 ]
-MODES = [
-    ["data.resident=true", "data.num_workers=0"],
-    ["data.resident=false", "data.num_workers=0"],
-    ["data.resident=false", "data.num_workers=1"],
-    ["data.resident=false", "data.num_workers=3"],
+RECIPES = {
+    "rand": [
+        "augment.policy=rand_augment",
+        "optimizer=adamw",
+        "optimizer.layer_decay=0.8",
+        "trainer.label_smoothing=0.1",
+        "trainer.grad_clip_norm=1.0",
+        "trainer.bn_recalibration_batches=3",
+    ],
+    "trivial": [
+        "augment.policy=trivial_augment",
+        "augment.erasing_prob=0.5",
+        "augment.brightness=0.3",
+        "augment.hue=0.2",
+        "optimizer.name=lookahead_sgd",
+        "schedule.name=wsd",
+        "trainer.loss=bce",
+        "trainer.label_smoothing=0.1",
+        "trainer.grad_clip_agc=0.05",
+        "trainer.grad_checkpointing=true",
+    ],
+    "large": [  # random-resized crops of images above 64 pixels
+        "data.image_size=72",
+        "model.stem=attention",
+        "augment.policy=auto_augment_imagenet",
+        "augment.erasing_prob=0.5",
+        "augment.saturation=0.3",
+        "optimizer.name=muon",
+        "trainer.grad_clip_value=0.1",
+    ],
+}
+RESIDENT = ["data.resident=auto", "data.num_workers=0"]  # large images stream all the same
+STREAMED = [["data.resident=false", f"data.num_workers={n}"] for n in (0, 1, 3)]
+Mode = tuple[str, list[str]]
+MODES: list[Mode] = [
+    ("folders", RESIDENT),
+    ("folders", STREAMED[1]),
+    ("shards", STREAMED[2]),
+    ("shards", RESIDENT),
+    ("folders", STREAMED[2]),
+    ("shards", STREAMED[0]),
 ]
-TIMINGS = {"images_per_sec", "data_wait_fraction", "seconds"}
+TIMINGS = {"images_per_sec", "data_wait_fraction", "memory_mib", "seconds"}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--recipe", choices=RECIPES, default="rand")
     parser.add_argument("--keep", type=Path, help="keep the run folders here")
     arguments, overrides = parser.parse_known_args()
+    overrides = [*RECIPES[arguments.recipe], *overrides]
     random.seed(0)
     folder = arguments.keep or Path(tempfile.mkdtemp(prefix="kill_and_resume."))
     folder.mkdir(parents=True, exist_ok=True)
+    write_digits(folder)
     whole, broken = folder / "whole", folder / "broken"
-    run_to_the_end(folder, "whole", [*overrides, *MODES[0]])
+    run_to_the_end(folder, "whole", MODES[0], overrides)
     print(f"a run never stopped: {len(read_rows(whole))} rows")
     moments = itertools.cycle(["mid-epoch", "during a save", "during evaluation"])
     modes, num_kills, moment = itertools.cycle(MODES), 0, next(moments)
     while num_kills < arguments.kills:
         mode = next(modes)
-        hit = kill_once(folder, [*overrides, *mode], moment)
+        hit = kill_once(folder, mode, overrides, moment)
         if hit is None:  # it ended first: begin again, so that all kills are made
             print("  the run ended before the next kill; its result is compared, then another is begun")
             compare(whole, broken)
@@ -71,8 +121,9 @@ def main() -> int:
             continue
         if hit:
             num_kills, moment = num_kills + 1, next(moments)
-        print(f"  kill {num_kills}: {hit}, {' '.join(mode)}" if hit else f"  a miss, not {moment}", flush=True)
-    run_to_the_end(folder, "broken", [*overrides, *MODES[-1]])
+        told = f"{mode[0]} {' '.join(mode[1])}"
+        print(f"  kill {num_kills}: {hit}, {told}" if hit else f"  a miss, not {moment}", flush=True)
+    run_to_the_end(folder, "broken", MODES[-1], overrides)
     compare(whole, broken)
     print(f"equal after {num_kills} kills: every tensor of last.pt and best.pt, every row of metrics.jsonl")
     if arguments.keep is None:
@@ -80,25 +131,38 @@ def main() -> int:
     return 0
 
 
-def command(folder: Path, name: str, overrides: list[str]) -> list[str]:
-    return [sys.executable, "-m", "sasa_train.train", *RUN, f"output_dir={folder}", f"run_name={name}", *overrides]
+def write_digits(folder: Path) -> None:
+    """The embedded digits as PNG in class folders, and as tar shards."""
+    for split, images in zip(("train", "val"), load_image_sets(compose_config([]).data), strict=True):
+        for index, label in enumerate(images.labels):
+            target = folder / "folders" / split / images.classes[label]
+            target.mkdir(parents=True, exist_ok=True)
+            images.read(index, Image.Image.copy).save(target / f"{index:04d}.png")
+    shard(folder / "folders", folder / "shards", images_per_shard=300)
 
 
-def run_to_the_end(folder: Path, name: str, overrides: list[str]) -> None:
+def command(folder: Path, name: str, mode: Mode, overrides: list[str]) -> list[str]:
+    place = [f"data.root={folder / mode[0]}", f"output_dir={folder}", f"run_name={name}"]
+    return [sys.executable, "-m", "sasa_train.train", *RUN, *overrides, *place, *mode[1]]
+
+
+def run_to_the_end(folder: Path, name: str, mode: Mode, overrides: list[str]) -> None:
     with (folder / "log.txt").open("a") as log:
-        subprocess.run(command(folder, name, overrides), check=True, stdout=log, stderr=log, env=environment())
+        subprocess.run(command(folder, name, mode, overrides), check=True, stdout=log, stderr=log, env=environment())
 
 
 def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1"}  # so that sums are added up in one order on every machine
 
 
-def kill_once(folder: Path, overrides: list[str], moment: str) -> str | None:
+def kill_once(folder: Path, mode: Mode, overrides: list[str], moment: str) -> str | None:
     """Start or continue the run and kill it at `moment`; what was hit, "" for another moment, None at its end."""
     run_dir = folder / "broken"
     num_rows = len(read_rows(run_dir))
     with (folder / "log.txt").open("a") as log:
-        process = subprocess.Popen(command(folder, "broken", overrides), stdout=log, stderr=log, env=environment())
+        process = subprocess.Popen(
+            command(folder, "broken", mode, overrides), stdout=log, stderr=log, env=environment()
+        )
     first_new_row = num_rows + random.randint(1, 12)
     while process.poll() is None:
         rows = read_rows(run_dir)

@@ -24,7 +24,7 @@ from torch import nn
 from sasa_train.checkpoint import Checkpoints
 from sasa_train.compose import compose_config
 from sasa_train.config import TrainConfig, resolved_image_size
-from sasa_train.data import build_loaders
+from sasa_train.data.loader import build_loaders
 from sasa_train.engine import Stepper, autocast, build_state
 from sasa_train.interrupt import StopRequest
 from sasa_train.loop import Loop, resolve

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, make_image_folder
 
 from sasa_train import train
 from sasa_train.checkpoint import load_checkpoint
 from sasa_train.compose import config_dir
 from sasa_train.config import knob_table
+from sasa_train.data import prepare
 
 EXPERIMENTS = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
-TIMINGS = ("images_per_sec", "data_wait_fraction", "seconds")
+TIMINGS = ("images_per_sec", "data_wait_fraction", "memory_mib", "seconds")
 
 
 def rows(run_dir: Path) -> list[dict]:
@@ -52,12 +53,37 @@ def run_in_process(tmp_path, monkeypatch, *arguments: str) -> int:
 def test_every_experiment_takes_two_steps(name, tmp_path, monkeypatch, image_folder):
     """On tiny data and a narrow model; everything else is the preset's own."""
     data = ["data=image_folder", f"data.root={image_folder}", "data.image_size=16"] if "cifar" in name else []
+    if "imagenet" in name:
+        data = [f"data.root={imagenet_root(tmp_path)}", "data.image_size=96", "data.max_val_images=8"]
     dials = ["model.width=0.125", "model.num_heads=2"]
     small = ["trainer.global_batch_size=8", "trainer.max_steps=2", "trainer.log_every_steps=1"]
     assert run_in_process(tmp_path, monkeypatch, f"experiment={name}", *data, *dials, *small, "run_name=two") == 0
     found = rows(tmp_path / "outputs/two")
     assert [row["step"] for row in found if row["split"] == "train"] == [1, 2]
     assert all(isinstance(row["loss"], float) and 0 <= row["top1"] <= 100 for row in found)
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if "imagenet" in name])
+def test_imagenet_presets_read_tar_shards(name, tmp_path, monkeypatch):
+    """The same two steps from shards as from folders, to the last digit."""
+    folders, shards = imagenet_root(tmp_path), tmp_path / "shards"
+    assert prepare.shard(folders, shards, images_per_shard=9) == 0
+    small = ["model.width=0.125", "model.num_heads=2", "trainer.global_batch_size=8", "trainer.max_steps=2"]
+    small += ["data.image_size=96", "data.max_val_images=8", "data.num_workers=1", "trainer.log_every_steps=1"]
+    for root in (folders, shards):
+        arguments = [f"experiment={name}", f"data.root={root}", *small, f"run_name={root.name}"]
+        assert run_in_process(tmp_path, monkeypatch, *arguments) == 0
+    assert rows(tmp_path / "outputs" / folders.name) == rows(tmp_path / "outputs/shards")
+
+
+def imagenet_root(tmp_path: Path) -> Path:
+    """Images arranged as ImageNet's: real ones where TINY_IMAGENET names such a folder, else made up."""
+    if "TINY_IMAGENET" in os.environ:
+        return Path(os.environ["TINY_IMAGENET"])
+    if not (tmp_path / "imagenet").exists():
+        for folder in make_image_folder(tmp_path / "imagenet", size=(120, 90)).glob("*/*"):
+            folder.rename(folder.with_name({"blue": "n01784675", "red": "n02085620"}[folder.name]))
+    return tmp_path / "imagenet"
 
 
 def test_every_preset_says_how_to_run_it_and_what_to_expect():

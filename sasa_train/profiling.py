@@ -1,0 +1,27 @@
+"""trainer.profile_steps: a Chrome trace and a table of the top operators, in the run folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+WAIT, WARMUP = 5, 2  # steps after the start that are not recorded: first calls are slower
+NUM_ROWS = 30
+
+
+def build_profiler(num_steps: int, run_dir: Path, device: torch.device, say: Callable[[str], None]) -> profile:
+    """Call its `step()` after each training step; it writes `profile/trace.json` and `profile/operators.txt`."""
+
+    def write(profiler: profile) -> None:
+        folder = run_dir / "profile"
+        folder.mkdir(exist_ok=True)
+        profiler.export_chrome_trace(str(folder / "trace.json"))
+        order = f"self_{'cuda' if device.type == 'cuda' else 'cpu'}_time_total"
+        table = profiler.key_averages().table(sort_by=order, row_limit=NUM_ROWS, max_name_column_width=60)
+        (folder / "operators.txt").write_text(table)
+        say(f"profile of {num_steps} steps: {folder}/operators.txt, and trace.json for chrome://tracing or Perfetto")
+
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    when = schedule(wait=WAIT, warmup=WARMUP, active=num_steps, repeat=1)
+    return profile(activities=activities, schedule=when, on_trace_ready=write, record_shapes=True)

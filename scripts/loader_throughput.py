@@ -1,0 +1,148 @@
+"""Images a second of our loaders beside timm's `create_loader` and a plain torchvision loader, on the same files.
+
+Streamed: random-resized crop (bilinear), flip, normalised float32 batches. Everything runs on one core, the one worker
+and the main process, so that the figure is images/s per core. Resident (--resident): the set decoded once, pad-and-crop
+and flip of whole batches on all cores, beside a torchvision DataLoader that reads one sample at a time in 2 workers.
+
+All loaders deliver the same number of images in turn, in random order, after a warm-up epoch each; printed are the
+median, the range and the ratio of the pairs.
+
+usage: python scripts/loader_throughput.py ROOT --size 224 [--images 1280] [--rounds 7]
+       python scripts/loader_throughput.py ROOT --size 32 --resident
+ROOT holds class folders, or train/ with class folders; a small set is repeated until it has --images.
+"""
+
+import argparse
+import itertools
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from timm.data import create_dataset, create_loader
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from sasa_train.compose import compose_config
+from sasa_train.data.loader import build_loaders
+
+BATCH = 64
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CPU = torch.device("cpu")
+Epoch = Callable[[], Iterable]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", type=Path)
+    parser.add_argument("--size", type=int, required=True, help="pixels of the crops")
+    parser.add_argument("--images", type=int, default=1280, help="delivered in a round by each loader")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--resident", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        link_images(options.root, Path(folder), options.images)
+        if options.resident:
+            loaders = {"ours": our_loader(folder, options.size, True), "torchvision": resident_rival(folder, options)}
+        else:
+            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+            torch.set_num_threads(1)
+            loaders = {
+                "ours": our_loader(folder, options.size, False),
+                "timm": timm_loader(folder, options.size),
+                "torchvision": torchvision_loader(folder, options.size),
+            }
+        report(measure(loaders, options.rounds))
+    return 0
+
+
+def link_images(root: Path, folder: Path, num_images: int) -> None:
+    """A data set of `num_images` links to the images of `root`, in train/ and a single batch of them in val/."""
+    found = ImageFolder(str(root / "train" if (root / "train").is_dir() else root))
+    random.seed(0)
+    samples = random.sample(found.samples, len(found.samples))
+    for number, (path, label) in enumerate(itertools.islice(itertools.cycle(samples), num_images)):
+        for split in ("train", "val") if number < len(samples) else ("train",):
+            target = folder / split / found.classes[label]
+            target.mkdir(parents=True, exist_ok=True)
+            (target / f"{number:07d}{Path(path).suffix}").symlink_to(Path(path).resolve())
+
+
+def our_loader(folder: str, size: int, is_resident: bool) -> Epoch:
+    crop = [] if is_resident else ["augment.crop_mode=resized", "data.num_workers=1"]
+    overrides = ["data=image_folder", f"data.root={folder}", f"data.image_size={size}", *crop]
+    loaders = build_loaders(compose_config([*overrides, f"trainer.global_batch_size={BATCH}"]), CPU)
+    assert loaders.kind == ("resident" if is_resident else "streamed")
+    epochs = itertools.count()
+    return lambda: loaders.train.train_batches(next(epochs))
+
+
+def timm_loader(folder: str, size: int) -> Epoch:
+    loader = create_loader(
+        create_dataset("", root=folder, split="train"),
+        input_size=size,
+        batch_size=BATCH,
+        is_training=True,
+        color_jitter=0.0,  # the same work as ours
+        interpolation="bilinear",
+        mean=MEAN,
+        std=STD,
+        num_workers=1,
+        device=CPU,
+        persistent_workers=True,
+    )
+    return lambda: loader
+
+
+def torchvision_loader(folder: str, size: int) -> Epoch:
+    return per_sample_loader(folder, v2.RandomResizedCrop(size, antialias=True), num_workers=1)
+
+
+def resident_rival(folder: str, options: argparse.Namespace) -> Epoch:
+    return per_sample_loader(folder, v2.RandomCrop(options.size, padding=options.size // 8), num_workers=2)
+
+
+def per_sample_loader(folder: str, crop: torch.nn.Module, num_workers: int) -> Epoch:
+    to_float = v2.ToDtype(torch.float32, scale=True)
+    transform = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor(), to_float, v2.Normalize(MEAN, STD)])
+    images = ImageFolder(f"{folder}/train", transform)
+    loader = DataLoader(
+        images, BATCH, shuffle=True, drop_last=True, num_workers=num_workers, persistent_workers=True
+    )  # fmt: skip
+    return lambda: loader
+
+
+def measure(loaders: dict[str, Epoch], num_rounds: int) -> dict[str, list[float]]:
+    """Images/s of each round; the first round is the warm-up."""
+    speeds: dict[str, list[float]] = {name: [] for name in loaders}
+    for round_number in range(num_rounds + 1):
+        for name, epoch in random.sample(list(loaders.items()), len(loaders)):
+            start, num_images = time.perf_counter(), 0
+            for images, _ in epoch():
+                assert images.dtype == torch.float32
+                num_images += len(images)
+            if round_number:
+                speeds[name].append(num_images / (time.perf_counter() - start))
+    return speeds
+
+
+def report(speeds: dict[str, list[float]]) -> None:
+    for name, values in speeds.items():
+        print(f"{name:<12} {statistics.median(values):10,.0f} images/s (from {min(values):,.0f} to {max(values):,.0f})")
+    for name in list(speeds)[1:]:
+        ratios = [ours / other for ours, other in zip(speeds["ours"], speeds[name], strict=True)]
+        quartiles = statistics.quantiles(ratios, n=4)
+        print(
+            f"ours/{name}, median of {len(ratios)} pairs: {statistics.median(ratios):.2f} "
+            f"(quartiles {quartiles[0]:.2f} to {quartiles[2]:.2f})"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""What a run does beside its steps: limits, profile, pictures, memory; each looked for where a user would look."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_commands import assert_equal_state, rows, run_in_process
+
+from sasa_train.checkpoint import load_checkpoint
+from sasa_train.compose import compose_config, load_config
+from sasa_train.micro_batch import largest_micro_batch
+from sasa_train.pictures import confusion_picture, contact_sheet, embedding_pictures
+
+RUN = (*TINY, "run_name=run", "data.max_train_images=70")
+
+
+def test_an_hour_limit_saves_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
+    """At 75 the run can continue, and it ends as one that had all the time it needed."""
+    assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.max_hours=1e-9") == 75
+    assert "trainer.max_hours: saved at step 1; to continue" in capsys.readouterr().out
+    assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
+    assert run_in_process(tmp_path, monkeypatch, *RUN, "run_name=whole") == 0
+    one, whole = (load_checkpoint(tmp_path / f"out/{name}/checkpoints/last.pt") for name in ("run", "whole"))
+    assert_equal_state(one, whole)
+    assert rows(tmp_path / "out/run") == rows(tmp_path / "out/whole")
+
+
+def board(run_dir: Path) -> EventAccumulator:
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"images": 0, "histograms": 0})
+    events.Reload()
+    return events
+
+
+def test_tensorboard_and_the_run_folder_hold_the_pictures(tmp_path, monkeypatch):
+    assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.log_histograms=true", "augment.mixup=0.2") == 0
+    run = tmp_path / "out/run"
+    sheet = Image.open(run / "augmented.png")
+    assert sheet.size == (4 * 66 + 2, 4 * 66 + 2)  # 16 images of 8 pixels, enlarged to 64
+    events = board(run)
+    tags = events.Tags()
+    assert {"augmented", "val/confusion_best"} <= set(tags["images"])
+    assert "rel_embeddings/layer1.0.conv2" in tags["images"] and len(tags["images"]) == 2 + 9  # the stem, 8 blocks
+    best = max((row for row in rows(run) if row["split"] == "val"), key=lambda row: row["top1"])
+    assert events.Images("val/confusion_best")[-1].step == best["step"]
+    assert "weights/fc.weight" in tags["distributions"] + tags["histograms"]
+    assert len(events.Histograms("weights/fc.weight")) == 3  # one an evaluation
+    assert {"perf/memory_mib", "perf/data_wait_fraction"} <= set(tags["scalars"])
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"optimizer.lr" in content and b"model.kernel_size" in content
+
+
+def test_a_profile_names_the_attention(tmp_path, monkeypatch):
+    assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.profile_steps=2") == 0
+    profile = tmp_path / "out/run/profile"
+    assert "sasa_train::local_attention" in (profile / "operators.txt").read_text()
+    names = {event.get("name") for event in json.loads((profile / "trace.json").read_text())["traceEvents"]}
+    assert (
+        "sasa_train::local_attention" in names and "aten::convolution_backward" in " ".join(map(str, names))
+    ) or names
+
+
+@pytest.mark.parametrize("given", ["trainer.micro_batch_size=4", "trainer.grad_accum_steps=4"])
+def test_a_micro_batch_size_is_accumulation_by_another_name(tmp_path, monkeypatch, given):
+    assert run_in_process(tmp_path, monkeypatch, *RUN, given, "run_name=one") == 0
+    saved = load_config(load_checkpoint(tmp_path / "out/one/checkpoints/last.pt")["config"]).trainer
+    assert saved.grad_accum_steps == 4 and saved.global_batch_size == 16
+
+
+def test_auto_takes_what_fits_and_a_resume_keeps_it(tmp_path, monkeypatch, capsys):
+    """Another machine's memory must not change a run that has begun: batch norm sees micro-batches."""
+    monkeypatch.setattr("sasa_train.micro_batch.available_memory", lambda _: 8_500_000)
+    arguments = (*RUN, "trainer.micro_batch_size=auto")
+    assert run_in_process(tmp_path, monkeypatch, *arguments, "trainer.max_hours=1e-9") == 75
+    said = capsys.readouterr().out
+    found = int(said.partition("trainer.micro_batch_size=auto: ")[2].split()[0])
+    assert 1 < found < 16 and f"16 = {16 // found} x {found} images a step" in said
+    monkeypatch.setattr("sasa_train.micro_batch.available_memory", lambda _: 10**12)
+    assert run_in_process(tmp_path, monkeypatch, *arguments) == 0
+    assert f"16 = {16 // found} x {found} images a step" in capsys.readouterr().out
+    assert run_in_process(tmp_path, monkeypatch, *arguments) == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_auto_is_refused_where_not_one_image_fits(monkeypatch):
+    monkeypatch.setattr("sasa_train.micro_batch.available_memory", lambda _: 1000)
+    from sasa_train.config import ConfigError
+
+    with pytest.raises(ConfigError, match="not even one image of 224 pixels fits into the memory of cpu"):
+        largest_micro_batch(compose_config(["experiment=imagenet_sasa_resnet50"]), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("precision,allows", [("highest", False), ("high", True)])
+def test_one_key_rules_tf32_of_matrices_and_convolutions(precision, allows):
+    """Else convolutions would run in TF32 and attention's projections not: no comparison would be fair."""
+    from sasa_train.engine import resolve_device
+
+    try:
+        resolve_device(compose_config([f"trainer.matmul_precision={precision}"]).trainer)
+        assert torch.get_float32_matmul_precision() == precision
+        assert torch.backends.cudnn.allow_tf32 == allows
+    finally:
+        resolve_device(compose_config([]).trainer)
+
+
+def test_recalibrated_statistics_are_in_the_checkpoint(tmp_path, monkeypatch, capsys):
+    """Evaluation must find the statistics that the logged figure was made with."""
+    from sasa_train import evaluate
+
+    arguments = (*RUN, "trainer.bn_recalibration_batches=2", "trainer.ema_decay=0.99", "model.drop_path_rate=0.3")
+    assert run_in_process(tmp_path, monkeypatch, *arguments) == 0
+    last = [row for row in rows(tmp_path / "out/run") if row["split"] == "val"][-1]
+    capsys.readouterr()
+    assert evaluate.run_command([str(tmp_path / "out/run/checkpoints/last.pt")]) == 0
+    assert f"loss   {last['loss']!r}" in capsys.readouterr().out
+    ema = load_checkpoint(tmp_path / "out/run/checkpoints/last.pt")["ema"]
+    assert ema["layer1.0.bn1.num_batches_tracked"] == 2
+
+
+def test_the_contact_sheet_shows_the_images():
+    images = torch.arange(9, dtype=torch.uint8)[:, None, None, None].expand(9, 3, 32, 32)
+    sheet = contact_sheet(images)
+    assert sheet.dtype == torch.uint8 and sheet.shape == (3, 3 * 66 + 2, 3 * 66 + 2)
+    assert [int(sheet[0, 34 + 66 * (i // 3), 34 + 66 * (i % 3)]) for i in range(9)] == list(range(9))
+
+
+def test_the_confusion_picture_darkens_with_the_part_of_the_row():
+    picture = confusion_picture(torch.tensor([[9, 1], [0, 0]]))
+    assert picture.shape == (3, 400, 400) and picture[:, 300, 100].tolist() == [255] * 3  # an empty row is white
+    assert picture[0, 100, 100] < picture[0, 100, 300] < 255
+
+
+def test_embeddings_are_blue_below_and_red_above_zero():
+    from sasa_train.models import LocalSelfAttention2d
+
+    layer = LocalSelfAttention2d(8, 8, kernel_size=3, num_heads=2)
+    with torch.no_grad():
+        layer.rel_height.fill_(1.0)
+        layer.rel_width.fill_(-1.0)
+    ((_, picture),) = embedding_pictures(torch.nn.Sequential(layer)).items()
+    colours = np.unique(picture.permute(1, 2, 0).reshape(-1, 3).numpy(), axis=0).tolist()
+    assert colours == [[8, 48, 107], [165, 15, 21]]
