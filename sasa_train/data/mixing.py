@@ -17,14 +17,13 @@ class Mixing:
 
     def __init__(self, config: AugmentConfig, num_classes: int, seed: int, last_step: int):
         self.config, self.seed, self.last_step = config, seed, last_step
-        self.mixup = v2.MixUp(alpha=config.mixup, num_classes=num_classes) if config.mixup else None
-        self.cutmix = v2.CutMix(alpha=config.cutmix, num_classes=num_classes) if config.cutmix else None
+        kinds = ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix))
+        self.mixes = [mix(alpha=alpha, num_classes=num_classes) for mix, alpha in kinds if alpha]
 
     def __call__(self, images: Tensor, labels: Tensor, step: int, micro_batch: int) -> tuple[Tensor, Tensor]:
         """Images [B, 3, H, W] and int64 [B] -> images and float [B, num_classes], or both as they were."""
-        if step >= self.last_step:
+        if step >= self.last_step or not self.mixes:
             return images, labels
         with batch_rng(self.seed, step, micro_batch):
             is_mixed, is_cut = torch.rand(2) < torch.tensor([self.config.mix_prob, self.config.mix_switch_prob])
-            mix = self.cutmix if self.mixup is None or (self.cutmix is not None and is_cut) else self.mixup
-            return mix(images, labels) if is_mixed and mix is not None else (images, labels)
+            return self.mixes[-1 if is_cut else 0](images, labels) if is_mixed else (images, labels)

@@ -6,6 +6,7 @@ one sample in a worker as for a whole batch.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -65,6 +66,7 @@ def _seeded(value: np.uint64) -> Iterator[None]:
         torch.default_generator.set_state(before)
 
 
+@lru_cache(maxsize=8)
 def _key(seed: int, epoch: int) -> np.uint64:
     return _hash(_mix(np.array([seed], dtype=np.uint64) + GOLDEN)[0], np.array([epoch]))[0]
 
