@@ -26,6 +26,8 @@ def describe_plan(config: TrainConfig, loaders: Loaders, state: TrainState, num_
         "batch": f"{batch} images a step, {plan.steps_per_epoch:,} steps an epoch, {num_steps:,} in all",
         "lr": f"{peak_lr(config):g} at its peak ({config.optimizer.lr:g} {config.optimizer.lr_basis})",
     }
+    if config.augment.mixup or config.augment.cutmix:
+        lines["mixing"] = "within a micro-batch, so another accumulation is another run"
     if state.step:
         lines["continues"] = f"at step {state.step:,}, epoch {state.epoch + 1}; top1: {describe_best(state.best)}"
     return table(lines) + "\n"

@@ -201,6 +201,7 @@ NOT_TRAJECTORY = {
     "allow_config_change",
     "data.num_workers",
     "data.resident",
+    "data.max_unreadable",
     "trainer.device",
     "trainer.max_hours",
     "trainer.grad_checkpointing",

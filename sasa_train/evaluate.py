@@ -49,7 +49,7 @@ def evaluate_checkpoint(source: Path, weights: str | None, overrides: list[str])
     from sasa_train.checkpoint import load_checkpoint
     from sasa_train.data.loader import build_eval_loader
     from sasa_train.engine import evaluate
-    from sasa_train.loop import resolve
+    from sasa_train.run import resolve
 
     path = find_checkpoint(source)
     checkpoint = load_checkpoint(path)

@@ -117,7 +117,7 @@ def train_safely(config: TrainConfig) -> int:
 def _train(config: TrainConfig, stop: StopRequest) -> int:
     from sasa_train.checkpoint import CheckpointError
     from sasa_train.engine import NonFiniteError
-    from sasa_train.loop import train
+    from sasa_train.run import train
 
     try:
         return DONE if train(config, stop) else INTERRUPTED

@@ -2,7 +2,8 @@
 
 Streamed: random-resized crop (bilinear), flip, normalised float32 batches. Everything runs on one core, the one worker
 and the main process, so that the figure is images/s per core. Resident (--resident): the set decoded once, pad-and-crop
-and flip of whole batches on all cores, beside a torchvision DataLoader that reads one sample at a time in 2 workers.
+and flip of whole batches on all cores, beside torchvision DataLoaders that take one sample at a time in 2 workers: from
+the files, and from an array in memory.
 
 All loaders deliver the same number of images in turn, in random order, after a warm-up epoch each; printed are the
 median, the range and the ratio of the pairs.
@@ -23,7 +24,9 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from timm.data import create_dataset, create_loader
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
@@ -49,14 +52,19 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         link_images(options.root, Path(folder), options.images)
         if options.resident:
-            loaders = {"ours": our_loader(folder, options.size, True), "torchvision": resident_rival(folder, options)}
+            crop = v2.RandomCrop(options.size, padding=options.size // 8)
+            loaders = {
+                "ours": our_loader(folder, options.size, True),
+                "files": per_sample_loader(folder, crop, num_workers=2),
+                "array": per_sample_loader(folder, crop, num_workers=2, in_memory=True),
+            }
         else:
             os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
             torch.set_num_threads(1)
             loaders = {
                 "ours": our_loader(folder, options.size, False),
                 "timm": timm_loader(folder, options.size),
-                "torchvision": torchvision_loader(folder, options.size),
+                "torchvision": per_sample_loader(folder, v2.RandomResizedCrop(options.size), num_workers=1),
             }
         report(measure(loaders, options.rounds))
     return 0
@@ -100,21 +108,14 @@ def timm_loader(folder: str, size: int) -> Epoch:
     return lambda: loader
 
 
-def torchvision_loader(folder: str, size: int) -> Epoch:
-    return per_sample_loader(folder, v2.RandomResizedCrop(size, antialias=True), num_workers=1)
-
-
-def resident_rival(folder: str, options: argparse.Namespace) -> Epoch:
-    return per_sample_loader(folder, v2.RandomCrop(options.size, padding=options.size // 8), num_workers=2)
-
-
-def per_sample_loader(folder: str, crop: torch.nn.Module, num_workers: int) -> Epoch:
+def per_sample_loader(folder: str, crop: torch.nn.Module, num_workers: int, in_memory: bool = False) -> Epoch:
     to_float = v2.ToDtype(torch.float32, scale=True)
     transform = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor(), to_float, v2.Normalize(MEAN, STD)])
     images = ImageFolder(f"{folder}/train", transform)
-    loader = DataLoader(
-        images, BATCH, shuffle=True, drop_last=True, num_workers=num_workers, persistent_workers=True
-    )  # fmt: skip
+    if in_memory:  # as torchvision's CIFAR10 keeps them
+        decoded = {path: np.asarray(images.loader(path)) for path, _ in images.samples}
+        images.loader = lambda path: Image.fromarray(decoded[path])
+    loader = DataLoader(images, BATCH, shuffle=True, drop_last=True, num_workers=num_workers, persistent_workers=True)
     return lambda: loader
 
 

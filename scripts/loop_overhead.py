@@ -27,9 +27,10 @@ from sasa_train.config import TrainConfig, resolved_image_size
 from sasa_train.data.loader import build_loaders
 from sasa_train.engine import Stepper, autocast, build_state
 from sasa_train.interrupt import StopRequest
-from sasa_train.loop import Loop, resolve
+from sasa_train.loop import Loop
 from sasa_train.models import build_model
 from sasa_train.optim import build_optimizer, build_schedule
+from sasa_train.run import resolve
 from sasa_train.run_folder import RunFolder
 
 RUN = [

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from timm.layers import DropPath
 from torch import nn
 
 from sasa_train.config import OWN_MODELS, ConfigError, ModelConfig
@@ -253,3 +254,15 @@ def test_timms_models_take_the_data_sets_size(name, size):
 def test_a_timm_model_that_cannot_take_the_size_is_refused():
     with pytest.raises(ConfigError, match="model.name=halonet26t cannot take images of 32 pixels"):
         check_model(ModelConfig(name="halonet26t"), 32)
+
+
+def test_drop_path_grows_along_the_blocks_and_keeps_the_expectation():
+    """0.35 over the 8 blocks of R26: 0, 0.05, ..., 0.35; a block is dropped for a whole image or not at all."""
+    model = timm.create_model("hybrid_resnet26", **TINY, drop_path_rate=0.35)
+    drops = [m for m in model.modules() if isinstance(m, DropPath)]
+    assert [round(m.drop_prob, 6) for m in drops] == [round(0.05 * i, 6) for i in range(1, 8)]
+    torch.manual_seed(0)
+    out = drops[-1].train()(torch.ones(4000, 2, 3, 3))
+    kept = out.flatten(1).mean(1) > 0
+    assert torch.equal(out.flatten(1).min(1).values, out.flatten(1).max(1).values)
+    assert 0.62 < kept.float().mean() < 0.68 and abs(out.mean() - 1) < 0.05 and torch.equal(drops[-1].eval()(out), out)

@@ -1,0 +1,118 @@
+"""A whole run, from a config to a finished run folder; the order of events is the order of `train`."""
+
+import dataclasses
+
+import torch
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from sasa_train.announce import describe_end, describe_finished, describe_plan
+from sasa_train.atomic import write_atomic
+from sasa_train.compose import to_yaml
+from sasa_train.config import ConfigError, TrainConfig, default_run_name, resolved_image_size
+from sasa_train.data.loader import build_loaders
+from sasa_train.engine import (
+    Stepper,
+    TrainState,
+    build_state,
+    resolve_device,
+)
+from sasa_train.interrupt import StopRequest
+from sasa_train.loop import Loop
+from sasa_train.micro_batch import settle_auto, with_micro_batch_size
+from sasa_train.models import build_model, check_model, enable_grad_checkpointing
+from sasa_train.optim import build_optimizer, build_schedule
+from sasa_train.run_folder import RunFolder, is_finished, open_run
+
+
+def train(config: TrainConfig, stop: StopRequest) -> bool:
+    """Train one config; True when it is finished (or was before), False when a signal stopped it at a safe place.
+
+    Raises:
+        ConfigError: a refused config or input, before training starts.
+        CheckpointError: no good checkpoint to continue from, or one that cannot be written.
+        NonFiniteError: naming the step; such weights are never saved.
+    """
+    run_name = config.run_name or default_run_name(config)
+    device, config = resolve(config)
+    check_buildable(config)
+    run = open_run(config, run_name)
+    with run.lock:
+        config = settle_auto(config, run.checkpoint, device)
+        if run.checkpoint is not None and is_finished(run.checkpoint, config):
+            run.write_info(status="finished")  # a kill may have come between its last checkpoint and this
+            print(describe_finished(run.path, run.checkpoint))
+            return True
+        return train_in_folder(config, device, run, stop)
+
+
+def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, stop: StopRequest) -> bool:
+    """`train`, once the folder is ours and what it continues from is known."""
+    print(f"{to_yaml(config)}\nrun folder  {run.path}")
+    stop.set_max_hours(config.trainer.max_hours)
+    loaders = build_loaders(config, device)
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, len(loaders.classes), resolved_image_size(config.data))
+    if config.trainer.grad_checkpointing:
+        enable_grad_checkpointing(model)
+    state = build_state(config.trainer, model, lambda m: build_optimizer(config, m), device)
+    steps_per_epoch = loaders.train.plan.steps_per_epoch
+    stepper = Stepper(config.trainer, state, build_schedule(config, state.optimizer, steps_per_epoch))
+    continue_from(run, state, config)
+    loop = Loop(config, run, loaders, stepper, stop)
+    loop.logger.say(describe_plan(config, loaders, state, loop.num_steps))
+    run.write_start(state.step)
+
+    stop.begin_training()
+    try:
+        with logging_redirect_tqdm():  # log lines go above the progress bar
+            finished = loop.run()
+    except BaseException:
+        run.write_info(status="failed")
+        raise
+    finally:
+        loop.logger.close()
+        loaders.close()
+        unreadable = list(loaders.unreadable())
+        if unreadable:
+            write_atomic(run.path / "unreadable.txt", ("\n".join(unreadable) + "\n").encode())
+    if finished:
+        run.write_info(status="finished", best=state.best, seconds=round(state.seconds, 1))
+        print(describe_end(config, run.path, state, loop.last_val, len(unreadable)))
+    else:
+        run.write_info(status="interrupted")
+        how = "sasa-train" if config.resume == "never" else "the same command again, or sasa-train"
+        print(f"{stop.reason}: saved at step {state.step}; to continue: {how} resume={run.path}")
+    return finished
+
+
+def continue_from(run: RunFolder, state: TrainState, config: TrainConfig) -> None:
+    """Load the checkpoint that the run continues from, if there is one, and let go of it."""
+    if run.checkpoint is None:
+        return
+    try:
+        state.load_state_dict(run.checkpoint)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"the checkpoint does not fit this model or optimizer ({error}); "
+            f"allow_config_change={config.allow_config_change} asks too much of it"
+        ) from error
+    run.checkpoint = None
+    run.write_config(config)
+
+
+def resolve(config: TrainConfig) -> tuple[torch.device, TrainConfig]:
+    try:
+        device, trainer = resolve_device(config.trainer)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if isinstance(trainer.micro_batch_size, int):
+        trainer = with_micro_batch_size(trainer, trainer.micro_batch_size)
+    return device, dataclasses.replace(config, trainer=trainer)
+
+
+def check_buildable(config: TrainConfig) -> None:
+    """Build model, optimizer and schedule without weights, so that they are refused before any data is loaded."""
+    model = check_model(config.model, resolved_image_size(config.data))
+    if config.trainer.grad_checkpointing:
+        enable_grad_checkpointing(model)
+    build_schedule(config, build_optimizer(config, model), steps_per_epoch=1)
