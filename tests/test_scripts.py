@@ -1,0 +1,19 @@
+"""The scripts that measure run and print what they promise; what they measure is not judged here."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+@pytest.mark.parametrize("mode,rivals", [([], ["timm", "torchvision"]), (["--resident"], ["files", "array"])])
+def test_loader_throughput(image_folder, mode, rivals):
+    command = [sys.executable, str(SCRIPTS / "loader_throughput.py"), str(image_folder), "--size=16", "--images=128"]
+    command += ["--rounds=2", *mode]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200).stdout
+    assert re.findall(r"^ours/(\w+), median of 2 pairs: \d+\.\d\d", out, re.MULTILINE) == rivals
+    assert re.findall(r"^(\w+) +[\d,]+ images/s", out, re.MULTILINE) == ["ours", *rivals]
