@@ -70,10 +70,20 @@ def load_config(yaml_text: str, overrides: Sequence[str] = (), source: str = "th
         for override in parse_overrides(overrides):
             if _is_group(override):
                 raise ConfigError(f"{override.input_line} chooses a config group, but {source} is complete; set values")
-            OmegaConf.update(saved, override.key_or_group, override.value())
+            # Replaced, not merged: else an argument of an optimizer could never be taken away.
+            OmegaConf.update(saved, override.key_or_group, override.value(), merge=False)
+        _forget_the_other_batch_key(cast(DictConfig, saved), {o.key_or_group for o in parse_overrides(overrides)})
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from error
     return to_config(cast(DictConfig, saved))
+
+
+def _forget_the_other_batch_key(saved: DictConfig, given: set[str]) -> None:
+    """A saved config holds both micro_batch_size and the accumulation that follows; a new one of them decides."""
+    if "trainer.micro_batch_size" in given and "trainer.grad_accum_steps" not in given:
+        saved.trainer.grad_accum_steps = 1
+    elif "trainer.grad_accum_steps" in given and "trainer.micro_batch_size" not in given:
+        saved.trainer.micro_batch_size = None
 
 
 def to_config(composed: DictConfig) -> TrainConfig:

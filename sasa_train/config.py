@@ -213,12 +213,16 @@ NOT_TRAJECTORY = {
 }
 
 
+FREE_KEYS = ("optimizer.args", "schedule.args")  # what is in these, timm knows: a knob each, whatever it holds
+
+
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """{"trainer.epochs": 100, ...} of a (nested) dataclass or dict."""
     items = config if isinstance(config, dict) else dataclasses.asdict(config)
     flat: dict[str, Any] = {}
     for key, value in items.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value})
+        is_group = isinstance(value, dict) and prefix + key not in FREE_KEYS
+        flat.update(flatten(value, f"{prefix}{key}.") if is_group else {prefix + key: value})
     return flat
 
 
@@ -392,7 +396,22 @@ def _validate_batches(config: TrainConfig) -> None:
         f"must be divisible by trainer.grad_accum_steps={trainer.grad_accum_steps}; the nearest that fit are "
         + " and ".join(str(n) for n in _nearest_multiples(trainer.global_batch_size, trainer.grad_accum_steps)),
     )
+    if config.augment.mixup or config.augment.cutmix:
+        off = config.augment.mix_off_epochs
+        _rule(off < trainer.epochs, "augment.mix_off_epochs", off, f"must be below trainer.epochs={trainer.epochs}")
     micro = trainer.micro_batch_size
+    if micro == "auto":
+        accum = trainer.grad_accum_steps
+        _rule(
+            accum == 1, "trainer.grad_accum_steps", accum, "contradicts trainer.micro_batch_size=auto; set one of them"
+        )
+    smallest = trainer.global_batch_size // trainer.grad_accum_steps if micro in (None, "auto") else micro
+    _rule(
+        smallest != 1 or not (config.augment.mixup or config.augment.cutmix),
+        "micro-batches of",
+        smallest,
+        "image leave mixup and cutmix no other to mix with; use larger ones",
+    )
     if micro in (None, "auto"):
         return
     fits = isinstance(micro, int) and micro > 0 and trainer.global_batch_size % micro == 0
@@ -435,6 +454,11 @@ def crops_by_padding(data: DataConfig, augment: AugmentConfig) -> bool:
 
 def resolved_image_size(data: DataConfig) -> int:
     return data.image_size or {"digits": 8, "cifar10": 32, "cifar100": 32}.get(data.name, 224)
+
+
+def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
+    planned = config.trainer.epochs * steps_per_epoch
+    return min(planned, config.trainer.max_steps or planned)
 
 
 def _nearest_multiples(value: int, divisor: int) -> list[int]:

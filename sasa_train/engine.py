@@ -23,7 +23,7 @@ from sasa_train.losses import build_criterion
 Batches = Iterator[tuple[Tensor, Tensor]]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FORMAT_VERSION = 1
-HYPERPARAMETERS = ("initial_lr", "weight_decay", "momentum", "betas", "eps")  # of a parameter group, from the config
+HYPERPARAMETERS = ("initial_lr", "lr_scale", "weight_decay", "momentum", "betas", "eps")  # of a parameter group
 
 
 class NonFiniteError(Exception):
@@ -81,6 +81,7 @@ class TrainState:
     evaluated_step: int = 0  # the step of the last evaluation
     best: dict[str, Any] | None = None  # {"top1", "step", "epoch"} of the best evaluation
     seconds: float = 0.0  # of training, over all restarts
+    hyperparameters: tuple[str, ...] = HYPERPARAMETERS  # keys of a parameter group that are the config's
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values alone, so that `torch.load(..., weights_only=True)` reads it."""
@@ -112,7 +113,7 @@ class TrainState:
             self.ema.module.load_state_dict(saved["ema"] or saved["model"])
         # Hyperparameters are the config's: they differ from the checkpoint's only where the user allowed it. What else
         # a group holds is its optimizer's state.
-        groups = [{k: g[k] for k in HYPERPARAMETERS if k in g} for g in self.optimizer.param_groups]
+        groups = [{k: g[k] for k in self.hyperparameters if k in g} for g in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
         for group, configured in zip(self.optimizer.param_groups, groups, strict=True):
             group.update(configured)
@@ -194,7 +195,9 @@ class Stepper:
 
 def _without_classifier(model: nn.Module) -> list[nn.Parameter]:
     """Adaptive clipping spares the last layer (arXiv 2102.06171, section 4.1)."""
-    last = {id(p) for p in model.get_classifier().parameters()}  # type: ignore[operator]
+    classifier = model.get_classifier()  # type: ignore[operator]
+    heads = classifier if isinstance(classifier, tuple) else (classifier,)  # distilled models have two
+    last = {id(p) for head in heads for p in head.parameters()}
     return [p for p in model.parameters() if id(p) not in last]
 
 

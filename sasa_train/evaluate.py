@@ -47,7 +47,7 @@ def evaluate_checkpoint(source: Path, weights: str | None, overrides: list[str])
         ConfigError: overrides or data that are refused.
     """
     from sasa_train.checkpoint import load_checkpoint
-    from sasa_train.data.loader import build_eval_loader
+    from sasa_train.data.loader import build_eval_loader, check_evaluated
     from sasa_train.engine import evaluate
     from sasa_train.run import resolve
 
@@ -70,6 +70,7 @@ def evaluate_checkpoint(source: Path, weights: str | None, overrides: list[str])
     finally:
         loader.close()
     assert result is not None
+    check_evaluated(loader, result.num_images)
     print(f"{path}: step {checkpoint['step']:,}, {'EMA' if state_dict is checkpoint['ema'] else 'raw'} weights\n")
     print_classes(classes, result.class_hits, result.class_images)
     if found := loader.quarantine.found:

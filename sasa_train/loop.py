@@ -12,8 +12,8 @@ from torch import nn
 
 from sasa_train.batch_norm import recalibrate
 from sasa_train.compose import to_yaml
-from sasa_train.config import TrainConfig, trajectory
-from sasa_train.data.loader import Loaders
+from sasa_train.config import TrainConfig, total_steps, trajectory
+from sasa_train.data.loader import Loaders, check_evaluated
 from sasa_train.data.randomness import recalibration_rng
 from sasa_train.engine import (
     Batches,
@@ -28,10 +28,9 @@ from sasa_train.engine import (
 )
 from sasa_train.interrupt import StopRequest
 from sasa_train.logger import RunLogger
-from sasa_train.memory import peak_memory
-from sasa_train.optim import total_steps
+from sasa_train.machine import peak_memory
 from sasa_train.pictures import confusion_picture, contact_sheet, embedding_pictures
-from sasa_train.profiling import build_profiler
+from sasa_train.profiling import WAIT, WARMUP, build_profiler
 from sasa_train.run_folder import RunFolder
 
 
@@ -45,7 +44,7 @@ class Loop:
         self.num_steps = total_steps(config, self.steps_per_epoch)
         self.logger = RunLogger(run.path, self.state.step, self.state.evaluated_step, self.num_steps)
         self.last_val: dict[str, Any] = {}
-        self.eval_seconds = 0.0  # of the last evaluation
+        self.eval_seconds = self.logger.eval_seconds  # of the last evaluation, before a resume too
         self.profiler: Any = contextlib.nullcontext()
         if config.trainer.profile_steps:
             self.profiler = build_profiler(config.trainer.profile_steps, run.path, self.state.device, self.logger.say)
@@ -55,6 +54,8 @@ class Loop:
         """Go on from where the state is; True at the end, False after a stop request was served."""
         with self.profiler:
             finished = self.run_epochs()
+        if self.config.trainer.profile_steps and self.profiler.step_num <= WAIT + WARMUP:
+            self.logger.say(f"no profile: the run ended before step {WAIT + WARMUP + 1} after its start")
         if finished:
             self.logger.write_hparams(trajectory(self.config), self.last_val)
         return finished
@@ -162,8 +163,8 @@ class Loop:
             **({"top1_raw": raw.top1} if raw else {}),
             "seconds": seconds,
         }
-        if unreadable := len(self.loaders.val.quarantine.found):
-            row |= {"num_images": result.num_images, "unreadable": unreadable}
+        if num_left_out := self.loaders.val.num_left_out:
+            row |= {"num_images": result.num_images, "unreadable": num_left_out}
         is_best = state.best is None or result.top1 > state.best["top1"]
         if is_best:
             state.best = {key: row[key] for key in ("top1", "step", "epoch")}
@@ -202,9 +203,8 @@ class Loop:
             self.config.trainer.precision,
             self.stop.requested,
         )
-        expected = self.loaders.val.plan.num_images - len(self.loaders.val.quarantine.found)
-        if result is not None and result.num_images != expected:
-            raise RuntimeError(f"evaluation saw {result.num_images} images instead of {expected}")
+        if result is not None:
+            check_evaluated(self.loaders.val, result.num_images)
         return result
 
     def save(self, is_best: bool) -> None:

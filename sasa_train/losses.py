@@ -16,9 +16,10 @@ def build_criterion(config: TrainerConfig) -> Callable[[Tensor, Tensor], Tensor]
 
 
 def binary_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-    """A sigmoid a class, averaged over classes and images, as in "ResNet strikes back" (arXiv 2110.00476).
+    """A sigmoid a class, averaged over classes and images, after "ResNet strikes back" (arXiv 2110.00476).
 
-    Smoothed as cross-entropy is, mixed labels too. (timm's class smooths only labels that are not mixed.)
+    Smoothed as cross-entropy is, mixed labels too, and these keep their shares. (timm's class smooths labels that are
+    not mixed alone, and can make each mixed class a 1.)
     """
     if labels.ndim == 1:
         labels = nn.functional.one_hot(labels, logits.shape[1])

@@ -1,23 +1,24 @@
 """trainer.micro_batch_size=auto: the largest micro-batch that fits into memory, the global batch unchanged."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import gc
 
 import torch
 from torch import nn
 
 from sasa_train.compose import load_config
-from sasa_train.config import ConfigError, TrainConfig, TrainerConfig, resolved_image_size
-from sasa_train.data.datasets import load_image_sets
+from sasa_train.config import NUM_CLASSES, ConfigError, TrainConfig, TrainerConfig, resolved_image_size
 from sasa_train.engine import autocast, build_state
-from sasa_train.memory import available_memory
-from sasa_train.models import build_model
+from sasa_train.machine import available_memory
+from sasa_train.models import build_model, enable_grad_checkpointing
 from sasa_train.models.counting import count_layers
 from sasa_train.optim import build_optimizer
+from sasa_train.run_folder import RunFolder
 
 SHARE = 0.5  # of the CPU's free memory that activations may take: gradients and temporaries need the rest
 CUDA_SHARE = 0.9  # of the device's memory, after a step that fitted: fragmentation grows
+# What libraries say of a batch that is too large, beside "out of memory".
+TOO_LARGE = ("32-bit index", "CUDNN_STATUS_NOT_SUPPORTED", "unable to find an engine", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def with_micro_batch_size(trainer: TrainerConfig, micro_batch_size: int) -> TrainerConfig:
@@ -26,8 +27,11 @@ def with_micro_batch_size(trainer: TrainerConfig, micro_batch_size: int) -> Trai
     return dataclasses.replace(trainer, micro_batch_size=micro_batch_size, grad_accum_steps=steps)
 
 
-def settle_auto(config: TrainConfig, checkpoint: dict[str, Any] | None, device: torch.device) -> TrainConfig:
-    """Replace `auto` by what the checkpoint was trained with, or by what fits now.
+def settle_auto(config: TrainConfig, run: RunFolder, device: torch.device) -> TrainConfig:
+    """Replace `auto` by what the run began with, or by what fits now.
+
+    What it began with is in its checkpoint or, before the first, in config.yaml: another start, when other programs
+    take other memory, must not make it another run.
 
     Raises:
         ConfigError: not even one image fits.
@@ -35,59 +39,81 @@ def settle_auto(config: TrainConfig, checkpoint: dict[str, Any] | None, device: 
     trainer = config.trainer
     if trainer.micro_batch_size != "auto":
         return config
-    if checkpoint is not None:
-        saved = load_config(checkpoint["config"]).trainer
-        found = saved.global_batch_size // saved.grad_accum_steps
+    began_with = _saved_size(run)
+    if began_with:
+        found = next(n for n in _divisors(trainer.global_batch_size) if n <= began_with)
     else:
         found = largest_micro_batch(config, device)
         print(f"trainer.micro_batch_size=auto: {found} images fit")
     return dataclasses.replace(config, trainer=with_micro_batch_size(trainer, found))
 
 
+def _saved_size(run: RunFolder) -> int | None:
+    config_file = run.path / "config.yaml"
+    if run.checkpoint is not None:
+        saved = load_config(run.checkpoint["config"]).trainer
+    elif config_file.exists():
+        saved = load_config(config_file.read_text(), source=str(config_file)).trainer
+    else:
+        return None
+    return saved.global_batch_size // saved.grad_accum_steps
+
+
+def _divisors(number: int) -> list[int]:
+    """Descending."""
+    return [n for n in range(number, 0, -1) if number % n == 0]
+
+
 def largest_micro_batch(config: TrainConfig, device: torch.device) -> int:
     """The largest divisor of the global batch that fits: tried on CUDA, counted on the CPU, which would swap."""
-    batch = config.trainer.global_batch_size
-    divisors = [n for n in range(batch, 0, -1) if batch % n == 0]
-    fits = _fits_cuda(config, device) if device.type == "cuda" else _fits_cpu(config)
-    for size in divisors:
-        if fits(size):
-            return size
+    fits = _fits_cuda if device.type == "cuda" else _fits_cpu
+    try:
+        for size in _divisors(config.trainer.global_batch_size):
+            if fits(config, size, device):
+                return size
+    finally:
+        if device.type == "cuda":  # what was tried is no part of the run's memory
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
     raise ConfigError(
         f"trainer.micro_batch_size=auto: not even one image of {resolved_image_size(config.data)} pixels fits into the "
         f"memory of {device}; use trainer.grad_checkpointing=true, a smaller model or data.image_size"
     )
 
 
-def _fits_cpu(config: TrainConfig) -> Callable[[int], bool]:
-    size = resolved_image_size(config.data)
+def _build(config: TrainConfig) -> nn.Module:
+    num_classes = config.model.num_classes or NUM_CLASSES.get(config.data.name, 1000)
+    model = build_model(config.model, num_classes, resolved_image_size(config.data))
+    if config.trainer.grad_checkpointing:
+        enable_grad_checkpointing(model)
+    return model
+
+
+def _fits_cpu(config: TrainConfig, num_images: int, device: torch.device) -> bool:
     with torch.device("meta"):
-        total = count_layers(build_model(config.model, config.model.num_classes or 1000, size), size)[-1]
+        total = count_layers(_build(config), resolved_image_size(config.data))[-1]
     weights = 4 * 4 * total.params  # with gradient, momentum and average
-    room = SHARE * (available_memory(torch.device("cpu")) - weights)
-    return lambda num_images: num_images * total.activation_bytes <= room
+    return num_images * total.activation_bytes <= SHARE * (available_memory(device) - weights)
 
 
-def _fits_cuda(config: TrainConfig, device: torch.device) -> Callable[[int], bool]:
-    size, num_classes = resolved_image_size(config.data), len(load_image_sets(config.data)[0].classes)
-
-    def fits(num_images: int) -> bool:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        try:
-            state = build_state(
-                config.trainer,
-                build_model(config.model, num_classes, size),
-                lambda model: build_optimizer(config, model),
-                device,
-            )
-            images = torch.zeros(num_images, 3, size, size, device=device)
-            labels = torch.zeros(num_images, dtype=torch.int64, device=device)
-            with autocast(device, config.trainer.precision):
-                loss = nn.functional.cross_entropy(state.model.train()(images).float(), labels)
-            loss.backward()
-            state.optimizer.step()
-        except torch.cuda.OutOfMemoryError:
+def _fits_cuda(config: TrainConfig, num_images: int, device: torch.device) -> bool:
+    """Whether a training step of `num_images` leaves a tenth of the device's memory free."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    size = resolved_image_size(config.data)
+    try:
+        state = build_state(config.trainer, _build(config), lambda model: build_optimizer(config, model), device)
+        layout = torch.channels_last if config.trainer.channels_last else torch.contiguous_format
+        images = torch.zeros(num_images, 3, size, size, device=device).to(memory_format=layout)
+        labels = torch.zeros(num_images, dtype=torch.int64, device=device)
+        with autocast(device, config.trainer.precision):
+            loss = nn.functional.cross_entropy(state.model.train()(images).float(), labels)
+        loss.backward()
+        state.optimizer.step()
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in TOO_LARGE):
             return False
-        return torch.cuda.max_memory_reserved(device) <= CUDA_SHARE * torch.cuda.mem_get_info(device)[1]
-
-    return fits
+        raise
+    return torch.cuda.max_memory_reserved(device) <= CUDA_SHARE * torch.cuda.mem_get_info(device)[1]

@@ -9,7 +9,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from sasa_train.config import ConfigError, OptimizerConfig, ScheduleConfig, TrainConfig
+from sasa_train.config import ConfigError, OptimizerConfig, ScheduleConfig, TrainConfig, total_steps
 
 # Arguments of timm's factory that split the parameters into groups.
 GROUP_ARGUMENTS = {"layer_decay_min_scale", "layer_decay_no_opt_scale", "fallback_list", "fallback_no_weight_decay"}
@@ -17,7 +17,7 @@ GROUP_ARGUMENTS = {"layer_decay_min_scale", "layer_decay_no_opt_scale", "fallbac
 SET_BY_US = {
     "optimizer", "sched", "num_epochs", "updates_per_epoch", "step_on_epochs", "warmup_epochs", "warmup_prefix",
     "warmup_lr", "min_lr", "decay_epochs", "decay_milestones", "decay_rate", "cooldown_epochs", "patience_epochs",
-    "plateau_mode", "stable_timescale",
+    "plateau_mode",
 }  # fmt: skip
 
 
@@ -105,11 +105,18 @@ def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_
                 for epoch in schedule.decay_milestones
             ],
             decay_rate=schedule.decay_rate,
-            **schedule.args,
+            **schedule.args | _timescale(schedule, steps_per_epoch),
         )
-    except (AssertionError, TypeError, ValueError, UnboundLocalError) as error:
+    except (AssertionError, TypeError, ValueError, UnboundLocalError, ZeroDivisionError) as error:
         raise ConfigError(f"schedule.name={schedule.name} with {schedule.args}: {error}") from error
     return scheduler
+
+
+def _timescale(schedule: ScheduleConfig, steps_per_epoch: int) -> dict[str, float]:
+    """rsqrt's `stable_timescale`, which is in epochs as everything else, in steps."""
+    if "stable_timescale" not in schedule.args:
+        return {}
+    return {"stable_timescale": schedule.args["stable_timescale"] * steps_per_epoch}
 
 
 def _cycle_steps(schedule: ScheduleConfig, steps: int) -> int:
@@ -122,8 +129,3 @@ def _decay_steps(schedule: ScheduleConfig, steps_per_epoch: int) -> float:
     if schedule.decay_epochs is None and schedule.name in ("wsd", "rsqrt"):
         return 0.2  # timm's own default, a part of the whole
     return round((schedule.decay_epochs or 30) * steps_per_epoch)
-
-
-def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
-    planned = config.trainer.epochs * steps_per_epoch
-    return min(planned, config.trainer.max_steps or planned)

@@ -20,7 +20,7 @@ def build_profiler(num_steps: int, run_dir: Path, device: torch.device, say: Cal
         order = f"self_{'cuda' if device.type == 'cuda' else 'cpu'}_time_total"
         table = profiler.key_averages().table(sort_by=order, row_limit=NUM_ROWS, max_name_column_width=60)
         (folder / "operators.txt").write_text(table)
-        say(f"profile of {num_steps} steps: {folder}/operators.txt, and trace.json for chrome://tracing or Perfetto")
+        say(f"profile: {folder}/operators.txt, and trace.json for chrome://tracing or Perfetto")
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     when = schedule(wait=WAIT, warmup=WARMUP, active=num_steps, repeat=1)

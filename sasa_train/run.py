@@ -1,6 +1,7 @@
 """A whole run, from a config to a finished run folder; the order of events is the order of `train`."""
 
 import dataclasses
+from pathlib import Path
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -9,7 +10,7 @@ from sasa_train.announce import describe_end, describe_finished, describe_plan
 from sasa_train.atomic import write_atomic
 from sasa_train.compose import to_yaml
 from sasa_train.config import ConfigError, TrainConfig, default_run_name, resolved_image_size
-from sasa_train.data.loader import build_loaders
+from sasa_train.data.loader import Loaders, build_loaders
 from sasa_train.engine import (
     Stepper,
     TrainState,
@@ -37,8 +38,10 @@ def train(config: TrainConfig, stop: StopRequest) -> bool:
     check_buildable(config)
     run = open_run(config, run_name)
     with run.lock:
-        config = settle_auto(config, run.checkpoint, device)
-        if run.checkpoint is not None and is_finished(run.checkpoint, config):
+        config = settle_auto(config, run, device)
+        if run.checkpoint is None:
+            run.write_config(config)  # with what auto was settled to, before anything can stop the run
+        elif is_finished(run.checkpoint, config):
             run.write_info(status="finished")  # a kill may have come between its last checkpoint and this
             print(describe_finished(run.path, run.checkpoint))
             return True
@@ -55,6 +58,7 @@ def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, s
     if config.trainer.grad_checkpointing:
         enable_grad_checkpointing(model)
     state = build_state(config.trainer, model, lambda m: build_optimizer(config, m), device)
+    state.hyperparameters += tuple(config.optimizer.args)
     steps_per_epoch = loaders.train.plan.steps_per_epoch
     stepper = Stepper(config.trainer, state, build_schedule(config, state.optimizer, steps_per_epoch))
     continue_from(run, state, config)
@@ -72,17 +76,24 @@ def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, s
     finally:
         loop.logger.close()
         loaders.close()
-        unreadable = list(loaders.unreadable())
-        if unreadable:
-            write_atomic(run.path / "unreadable.txt", ("\n".join(unreadable) + "\n").encode())
+        num_unreadable = note_unreadable(run.path / "unreadable.txt", loaders)
     if finished:
         run.write_info(status="finished", best=state.best, seconds=round(state.seconds, 1))
-        print(describe_end(config, run.path, state, loop.last_val, len(unreadable)))
+        print(describe_end(config, run.path, state, loop.last_val, num_unreadable))
     else:
         run.write_info(status="interrupted")
         how = "sasa-train" if config.resume == "never" else "the same command again, or sasa-train"
         print(f"{stop.reason}: saved at step {state.step}; to continue: {how} resume={run.path}")
     return finished
+
+
+def note_unreadable(path: Path, loaders: Loaders) -> int:
+    """Add what could not be read to the run's list; returns how many lines that has now."""
+    before = path.read_text().splitlines() if path.exists() else []
+    lines = dict.fromkeys([*before, *loaders.unreadable()])
+    if len(lines) > len(before):
+        write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
+    return len(lines)
 
 
 def continue_from(run: RunFolder, state: TrainState, config: TrainConfig) -> None:
@@ -115,4 +126,5 @@ def check_buildable(config: TrainConfig) -> None:
     model = check_model(config.model, resolved_image_size(config.data))
     if config.trainer.grad_checkpointing:
         enable_grad_checkpointing(model)
-    build_schedule(config, build_optimizer(config, model), steps_per_epoch=1)
+    whole = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, max_steps=None))
+    build_schedule(whole, build_optimizer(config, model), steps_per_epoch=1000)  # as if: the data set is not known yet

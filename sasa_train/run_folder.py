@@ -88,10 +88,9 @@ def open_run(config: TrainConfig, run_name: str) -> RunFolder:
             raise ConfigError(f"resume={config.resume}: the folder has no checkpoint to continue from")
         if own is not None:
             check_trajectory(own, config, path)
-        run = RunFolder(path, lock, checkpoints, own or given)
-        if own is None:
-            run.write_config(config)
-        return run
+        for stale in path.glob("*.tmp"):  # of a start that was killed
+            stale.unlink()
+        return RunFolder(path, lock, checkpoints, own or given)
     except BaseException:
         lock.close()
         raise

@@ -6,7 +6,7 @@ import pytest
 
 import sasa_train.compose as compose
 from sasa_train.compose import compose_config, config_dir, load_config, to_yaml
-from sasa_train.config import ConfigError, TrainConfig, default_run_name, flatten, knob_table
+from sasa_train.config import ConfigError, TrainConfig, default_run_name, differing_keys, flatten, knob_table
 
 
 def test_a_misspelt_key_in_a_file_is_refused(tmp_path, monkeypatch):
@@ -73,3 +73,36 @@ def test_every_knob_has_a_meaning():
     table = knob_table()
     assert table.keys() == flatten(TrainConfig()).keys()
     assert all(field.metadata.get("help") for field in table.values())
+
+
+@pytest.mark.parametrize(
+    "overrides,message",
+    [
+        (["augment=trivial_cutmix", "trainer.epochs=5"], "augment.mix_off_epochs=10 must be below trainer.epochs=5"),
+        (["trainer.micro_batch_size=auto", "trainer.grad_accum_steps=8"], "contradicts trainer.micro_batch_size=auto"),
+        (["trainer.micro_batch_size=32", "trainer.grad_accum_steps=4"], "contradicts trainer.micro_batch_size=32"),
+        (["trainer.micro_batch_size=7"], "must be auto or divide trainer.global_batch_size=256"),
+        (["augment.mixup=1", "trainer.micro_batch_size=1"], "micro-batches of=1 image leave mixup and cutmix no other"),
+        (["data.max_unreadable=2"], "data.max_unreadable=2.0 must be from 0 to 1"),
+    ],
+)
+def test_what_cannot_go_together_is_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        compose_config(overrides)
+
+
+def test_arguments_of_an_optimizer_are_one_knob():
+    """Named as one where two configs differ, replaced as one in a saved config, and so removable."""
+    old = compose_config(["optimizer.name=adamw", "optimizer.args={amsgrad:true}"])
+    new = compose_config(["optimizer.name=adamw", "optimizer.args={amsgrad:false,maximize:true}"])
+    assert differing_keys(old, new) == ["optimizer.args"]
+    assert compose_config(["allow_config_change=[optimizer.args]"]).allow_config_change == ["optimizer.args"]
+    assert load_config(to_yaml(old), ["optimizer.args={}"]).optimizer.args == {}
+    assert load_config(to_yaml(old), ["optimizer.args={maximize:true}"]).optimizer.args == {"maximize": True}
+
+
+def test_of_the_two_batch_keys_the_new_one_decides():
+    saved = compose_config(["trainer.global_batch_size=64"])
+    saved.trainer.micro_batch_size, saved.trainer.grad_accum_steps = 16, 4
+    assert load_config(to_yaml(saved), ["trainer.micro_batch_size=8"]).trainer.grad_accum_steps == 1  # 8 once resolved
+    assert load_config(to_yaml(saved), ["trainer.grad_accum_steps=2"]).trainer.micro_batch_size is None

@@ -1,5 +1,6 @@
 """What a run does beside its steps: limits, profile, pictures, memory; each looked for where a user would look."""
 
+import io
 import json
 from pathlib import Path
 
@@ -11,11 +12,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_commands import assert_equal_state, rows, run_in_process
 
-from sasa_train.checkpoint import load_checkpoint
+from sasa_train.checkpoint import Checkpoints, load_checkpoint
 from sasa_train.compose import compose_config, load_config
-from sasa_train.micro_batch import largest_micro_batch
+from sasa_train.micro_batch import largest_micro_batch, settle_auto
 from sasa_train.pictures import confusion_picture, contact_sheet, embedding_pictures
+from sasa_train.run_folder import RunFolder
 
+CPU = torch.device("cpu")
 RUN = (*TINY, "run_name=run", "data.max_train_images=70")
 
 
@@ -73,7 +76,9 @@ def test_a_micro_batch_size_is_accumulation_by_another_name(tmp_path, monkeypatc
 
 def test_auto_takes_what_fits_and_a_resume_keeps_it(tmp_path, monkeypatch, capsys):
     """Another machine's memory must not change a run that has begun: batch norm sees micro-batches."""
-    monkeypatch.setattr("sasa_train.micro_batch.available_memory", lambda _: 8_500_000)
+    monkeypatch.setattr(
+        "sasa_train.micro_batch.available_memory", lambda _: 5_400_000
+    )  # 8 images, 16 with checkpointing
     arguments = (*RUN, "trainer.micro_batch_size=auto")
     assert run_in_process(tmp_path, monkeypatch, *arguments, "trainer.max_hours=1e-9") == 75
     said = capsys.readouterr().out
@@ -86,12 +91,29 @@ def test_auto_takes_what_fits_and_a_resume_keeps_it(tmp_path, monkeypatch, capsy
     assert "is finished" in capsys.readouterr().out
 
 
+def test_auto_counts_what_checkpointing_saves_and_a_run_killed_early_keeps_its_size(tmp_path, monkeypatch):
+    """Killed before the first checkpoint, config.yaml is all that says what the run began with."""
+    monkeypatch.setattr("sasa_train.micro_batch.available_memory", lambda _: 5_400_000)
+    config = compose_config([*RUN, "trainer.micro_batch_size=auto"])
+    assert largest_micro_batch(config, CPU) == 8
+    config.trainer.grad_checkpointing = True
+    assert largest_micro_batch(config, CPU) == 16
+    config.trainer.grad_checkpointing = False
+    run = RunFolder(tmp_path, io.StringIO(), Checkpoints(tmp_path / "checkpoints", 0), None)
+    run.write_config(settle_auto(config, run, CPU))
+    monkeypatch.setattr("sasa_train.micro_batch.available_memory", lambda _: 10**12)
+    assert settle_auto(config, run, CPU).trainer.grad_accum_steps == 2
+    config.trainer.global_batch_size = 36  # another batch, which 8 does not divide
+    trainer = settle_auto(config, run, CPU).trainer
+    assert (trainer.micro_batch_size, trainer.grad_accum_steps) == (6, 6)
+
+
 def test_auto_is_refused_where_not_one_image_fits(monkeypatch):
     monkeypatch.setattr("sasa_train.micro_batch.available_memory", lambda _: 1000)
     from sasa_train.config import ConfigError
 
     with pytest.raises(ConfigError, match="not even one image of 224 pixels fits into the memory of cpu"):
-        largest_micro_batch(compose_config(["experiment=imagenet_sasa_resnet50"]), torch.device("cpu"))
+        largest_micro_batch(compose_config(["experiment=imagenet_sasa_resnet50"]), CPU)
 
 
 @pytest.mark.parametrize("precision,allows", [("highest", False), ("high", True)])
@@ -144,3 +166,19 @@ def test_embeddings_are_blue_below_and_red_above_zero():
     ((_, picture),) = embedding_pictures(torch.nn.Sequential(layer)).items()
     colours = np.unique(picture.permute(1, 2, 0).reshape(-1, 3).numpy(), axis=0).tolist()
     assert colours == [[8, 48, 107], [165, 15, 21]]
+
+
+def test_a_run_too_short_for_its_profile_says_so(tmp_path, monkeypatch, capsys):
+    assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.profile_steps=2", "trainer.max_steps=3") == 0
+    assert "no profile: the run ended before step 8 after its start" in capsys.readouterr().out
+
+
+def test_the_time_left_counts_evaluations_before_a_resume_too(tmp_path, monkeypatch):
+    """70 images in batches of 16 are 4 steps an epoch; after 2 epochs of 3, 4 steps and one evaluation are left."""
+    from sasa_train.logger import RunLogger
+
+    assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
+    last = [row for row in map(json.loads, (tmp_path / "out/run/metrics.jsonl").open()) if row["split"] == "val"][-1]
+    logger = RunLogger(tmp_path / "out/run", last["step"], last["step"], last["step"])
+    assert logger.eval_seconds == last["seconds"] > 0
+    logger.close()

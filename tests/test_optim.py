@@ -12,9 +12,10 @@ from torch import nn
 
 from sasa_train.compose import compose_config
 from sasa_train.config import ConfigError
-from sasa_train.engine import Stepper, build_state
+from sasa_train.engine import Stepper, _without_classifier, build_state
 from sasa_train.models import build_model
 from sasa_train.optim import build_optimizer, build_schedule
+from sasa_train.run import check_buildable
 
 # Those that need a package that is no dependency of ours, or second derivatives.
 ELSEWHERE = ("bnb", "fused", "adahessian")
@@ -171,3 +172,31 @@ def test_moving_average_reaches_its_decay():
     stepper = setup("trainer.ema_decay=0.9", "optimizer.lr=1e-12")
     assert stepper.state.ema.get_decay(10) < 0.9 and math.isclose(stepper.state.ema.get_decay(40), 0.9)
     assert isinstance(stepper.state.ema.module, nn.Module)
+
+
+def test_allowed_changes_of_arguments_and_layer_decay_reach_a_resumed_run():
+    """A checkpoint's groups hold them too: loading must not bring the old ones back under the new config's name."""
+    saved = setup("optimizer.name=lamb", "optimizer.args={trust_clip:false}")
+    for group in saved.state.optimizer.param_groups:
+        group["lr_scale"] = 0.1
+    other = setup("optimizer.name=lamb", "optimizer.args={trust_clip:true}")
+    for group in other.state.optimizer.param_groups:
+        group["lr_scale"] = 0.2
+    other.state.hyperparameters += ("trust_clip",)
+    other.state.load_state_dict(saved.state.state_dict())
+    assert {(g["lr_scale"], g["trust_clip"]) for g in other.state.optimizer.param_groups} == {(0.2, True)}
+
+
+def test_short_runs_may_have_any_schedule():
+    """The check before the data is loaded does not know how long an epoch is; it must not refuse what will fit."""
+    for overrides in (["trainer.epochs=2"], ["trainer.epochs=10", "schedule.warmup_epochs=9"], ["trainer.max_steps=3"]):
+        check_buildable(compose_config(["schedule.name=wsd", "trainer.precision=fp32", *overrides]))
+    with pytest.raises(ConfigError, match="stable_timescale"):
+        rates("schedule.name=rsqrt")
+    assert rates("schedule.name=rsqrt", "schedule.args={stable_timescale:2}")[79] < 0.6
+
+
+def test_a_model_with_two_classifiers_is_clipped():
+    model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=3, img_size=32)
+    spared = {id(p) for p in model.parameters()} - {id(p) for p in _without_classifier(model)}
+    assert len(spared) == 4

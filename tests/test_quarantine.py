@@ -12,8 +12,9 @@ from test_data import CPU, assert_same, batches, config_for
 
 from sasa_train.config import ConfigError
 from sasa_train.data.datasets import ImageSet, UnreadableImage, load_image_sets, to_rgb
-from sasa_train.data.loader import build_loaders
+from sasa_train.data.loader import build_loaders, check_evaluated
 from sasa_train.data.quarantine import Quarantine, read_or_replace
+from sasa_train.run import note_unreadable
 
 TINY = (
     "model.width=0.125", "model.num_heads=2", "model.kernel_size=3", "trainer.global_batch_size=4", "output_dir=out",
@@ -148,3 +149,43 @@ def test_every_mode_becomes_rgb(tmp_path):
 def test_images_in_memory_cannot_be_unreadable():
     images = ImageSet(["a"], np.zeros(1, dtype=np.int64), np.arange(1), torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
     assert images.read(0, to_rgb).size == (4, 4)
+
+
+def test_a_val_image_that_comes_back_is_counted_again(image_folder):
+    """A network that fails for a moment leaves an image out of one evaluation; the next must not end the run."""
+    overrides = ("data=image_folder", f"data.root={image_folder}", "data.image_size=16", "data.resident=false")
+    config = config_for(*overrides, "data.num_workers=0", "trainer.global_batch_size=9")
+    path = image_folder / "val/red/1.png"
+    content = path.read_bytes()
+    val = build_loaders(config, CPU).val
+    for data, num_left_out in ((b"", 1), (content, 0)):
+        path.write_bytes(data)
+        num_images = sum(len(labels) for _, labels in val.eval_batches())
+        assert (num_images, val.num_left_out) == (8 - num_left_out, num_left_out)
+        check_evaluated(val, num_images)
+    with pytest.raises(RuntimeError, match="evaluation saw 7 images instead of 8"):
+        check_evaluated(val, 7)
+
+
+def test_a_read_that_fails_for_a_moment_is_tried_again(image_folder, monkeypatch):
+    train, _ = load_image_sets(config_for("data=image_folder", f"data.root={image_folder}").data)
+    failures, really_open = [OSError(5, "Input/output error"), OSError(116, "Stale file handle")], train.source.open
+
+    def open_at_the_third_try(position):
+        if failures:
+            raise failures.pop()
+        return really_open(position)
+
+    monkeypatch.setattr(train.source, "open", open_at_the_third_try)
+    monkeypatch.setattr("sasa_train.data.datasets.PAUSES", (0.0, 0.0))
+    assert train.read(0, to_rgb).size == (19, 17) and not failures
+
+
+def test_the_list_of_unreadable_images_outlives_a_resume(tmp_path):
+    class Found:
+        def unreadable(self):
+            yield from ("b.png: truncated", "c.png: empty")
+
+    (tmp_path / "unreadable.txt").write_text("a.png: text\nb.png: truncated\n")
+    assert note_unreadable(tmp_path / "unreadable.txt", Found()) == 3
+    assert (tmp_path / "unreadable.txt").read_text() == "a.png: text\nb.png: truncated\nc.png: empty\n"

@@ -65,13 +65,6 @@ def test_the_index_is_used_again_and_made_anew_when_a_shard_changes(image_folder
     assert len(labels) == 18 - 5 + 1 and members.open(int(np.flatnonzero(members.names == "x.png")[0])).read() == png
 
 
-def test_a_damaged_index_is_made_anew(shards):
-    paths = find_shards(shards, "train")
-    before, _ = load_shards(paths, "train")
-    (shards / "train/train.index.npz").write_bytes(b"PK\x03\x04 half an index")
-    assert np.array_equal(before.offset, load_shards(paths, "train")[0].offset)
-
-
 def test_shards_on_a_disk_that_cannot_be_written_are_scanned(shards, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(30, "Read-only file system")
@@ -114,6 +107,7 @@ def test_an_image_cut_off_after_indexing_is_quarantined(shards):
         ([("a.jpg", b"x")], "a.jpg has no label"),
         ([("a.jpg", b"x"), ("a.cls", b"cat")], "cannot be read as a shard .*cat"),
         ([("a.txt", b"x")], "its shards hold no image"),
+        ([("a.jpg", b"x"), ("a.png", b"x"), ("a.cls", b"1")], "a.jpg and a.png are two images of one sample"),
         ([("a.jpg", b"x"), ("a.cls", b"-1")], "labels go from -1"),
     ],
 )
@@ -121,3 +115,24 @@ def test_bad_shards_are_refused_by_name(tmp_path, samples, message):
     write_webdataset(tmp_path / "train", "0.tar", samples)
     with pytest.raises(ConfigError, match=message):
         load_image_sets(config_for("data=image_folder", f"data.root={tmp_path}", "data.holdout_fraction=0.5").data)
+
+
+def test_masks_beside_images_are_no_images(tmp_path):
+    write_webdataset(tmp_path / "train", "0.tar", [("a.jpg", b"x"), ("a.seg.png", b"y"), ("a.cls", b"0")])
+    members, labels = load_shards(find_shards(tmp_path, "train"), "train")
+    assert members.names.tolist() == ["a.jpg"] and labels.tolist() == [0]
+
+
+def test_splits_are_found_as_words(tmp_path):
+    for name in ("set-trainval-0.tar", "interval-train-1.tar", "set_train_2.tar", "set-validation-3.tar", "val.tar"):
+        (tmp_path / name).write_bytes(b"")
+    assert [p.name for p in find_shards(tmp_path, "train")] == ["interval-train-1.tar", "set_train_2.tar"]
+    assert [p.name for p in find_shards(tmp_path, "val")] == ["val.tar"]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK half an index", b"\x93NUMPY"])
+def test_any_damaged_index_is_made_anew(shards, content):
+    paths = find_shards(shards, "train")
+    before, _ = load_shards(paths, "train")
+    (shards / "train/train.index.npz").write_bytes(content)
+    assert np.array_equal(before.offset, load_shards(paths, "train")[0].offset)

@@ -1,13 +1,13 @@
 """sasa-data: check a data set, prepare ImageNet from its archives, pack class folders into tar shards."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from sasa_train.compose import fail
 from sasa_train.config import ConfigError
+from sasa_train.machine import usable_processors
 
 EPILOG = """examples:
   sasa-data verify data/flowers                           every image decoded: what is there, and what is wrong with it
@@ -70,7 +70,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.command == "verify":
         from sasa_train.data.verify import verify
 
-        return verify(options.root, options.workers, options.all_classes)
+        return verify(options.root, options.workers or usable_processors(), options.all_classes)
     from sasa_train.data import prepare
 
     if options.command == "shard":
@@ -87,9 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     verify = _described(commands.add_parser, name="verify", help="decode and check every image", description=VERIFY)
     verify.add_argument("root", metavar="ROOT", type=_path, help="the data set's folder")
-    verify.add_argument(
-        "--workers", metavar="N", type=_positive, default=_usable_processors(), help="processes (one a processor)"
-    )
+    verify.add_argument("--workers", metavar="N", type=_positive, help="processes (one a processor)")
     verify.add_argument("--all-classes", action="store_true", help="a line a class, even for more than 50 classes")
 
     prepare = _described(commands.add_parser, name="prepare", help="from archives to a data set", description=PREPARE)
@@ -126,10 +124,6 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 1")
     return int(text)
-
-
-def _usable_processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

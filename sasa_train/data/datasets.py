@@ -1,7 +1,9 @@
 """The data sets: where the images are, their labels and classes, and fixed, balanced parts of them."""
 
 import dataclasses
+import io
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -18,6 +20,7 @@ from sasa_train.config import NUM_CLASSES, ConfigError, DataConfig
 from sasa_train.data.randomness import fixed_order
 from sasa_train.data.shards import TarMembers, find_shards, load_shards
 
+PAUSES = (0.1, 1.0)  # seconds before a read that failed is tried again
 DIGITS_VAL_FRACTION = 0.2
 
 # Per-channel mean and std of the training images, of values in [0, 1].
@@ -82,13 +85,26 @@ class ImageSet:
         if isinstance(self.source, Tensor):
             return shape(Image.fromarray(self.source[position].permute(1, 2, 0).numpy()))
         try:
-            with self.source.open(position) as file, Image.open(file) as image:
+            with self._open_patiently(position) as file, Image.open(file) as image:
                 return shape(image)
         except MemoryError:
             raise
         except Exception as error:  # Pillow's decoders have no common error: OSError, SyntaxError, struct.error, ...
             reason = str(error).partition(" <_io.")[0] or type(error).__name__  # without Pillow's file object
             raise UnreadableImage(self.name(index), reason) from error
+
+    def _open_patiently(self, position: int) -> BinaryIO:
+        """The whole file; a disk or network that fails for a moment must not cost an image."""
+        assert not isinstance(self.source, Tensor)
+        for pause in PAUSES:
+            try:
+                with self.source.open(position) as file:
+                    return io.BytesIO(file.read())
+            except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError):
+                raise
+            except OSError:
+                time.sleep(pause)
+        return self.source.open(position)
 
     def subset(self, indices: np.ndarray) -> "ImageSet":
         return dataclasses.replace(self, labels=self.labels[indices], positions=self.positions[indices])

@@ -5,13 +5,12 @@ replaying anything. Both loaders yield (images, labels): normalised float32 [B, 
 or cutmix mixed them, float32 [B, num_classes].
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from sasa_train.config import ConfigError, TrainConfig, crops_by_padding, resolved_image_size
+from sasa_train.config import ConfigError, TrainConfig, crops_by_padding, resolved_image_size, total_steps
 from sasa_train.data.datasets import MEAN_STD, ImageSet, load_image_sets
 from sasa_train.data.mixing import Mixing
 from sasa_train.data.plan import BatchPlan
@@ -19,7 +18,7 @@ from sasa_train.data.quarantine import Quarantine
 from sasa_train.data.resident import ResidentLoader, decode_all
 from sasa_train.data.streaming import StreamingLoader
 from sasa_train.data.transforms import Augment, Normalize
-from sasa_train.memory import available_memory
+from sasa_train.machine import available_memory, usable_processors
 
 RESIDENT_SHARE = 0.25  # of the memory that is free: a set larger than that streams, unless data.resident=true
 Loader = ResidentLoader | StreamingLoader
@@ -78,7 +77,7 @@ def _build_loader(config: TrainConfig, images: ImageSet, device: torch.device, i
     mean, std = config.data.mean or own_mean, config.data.std or own_std
     normalize = Normalize(mean, std, device, trainer.channels_last)
     augment = Augment(config.data, config.augment, config.seed, mean)
-    mixed_steps = (trainer.epochs - config.augment.mix_off_epochs) * plan.steps_per_epoch
+    mixed_steps = total_steps(config, plan.steps_per_epoch) - config.augment.mix_off_epochs * plan.steps_per_epoch
     mixing = Mixing(config.augment, len(images.classes), config.seed, mixed_steps)
     quarantine = Quarantine(split, len(images), config.data.max_unreadable)
     if split == "val":
@@ -87,22 +86,30 @@ def _build_loader(config: TrainConfig, images: ImageSet, device: torch.device, i
     if not is_resident:
         return StreamingLoader(images, plan, augment, normalize, mixing, quarantine, num_workers)
     pixels, labels, is_good = decode_all(images, augment.size, num_workers, quarantine)
+    if split == "train":
+        pixels = augment.pad(pixels)
     return ResidentLoader(pixels.to(device), labels, is_good, plan, augment, normalize, mixing, quarantine)
+
+
+def check_evaluated(loader: Loader, num_images: int) -> None:
+    """Raise RuntimeError unless the evaluation that just ended counted every image but those it left out."""
+    expected = loader.plan.num_images - loader.num_left_out
+    if num_images != expected:
+        raise RuntimeError(f"evaluation saw {num_images} images instead of {expected}")
 
 
 def resolved_num_workers(config: TrainConfig) -> int:
     """`data.num_workers`, or half of the processors this process may use, 8 at most."""
     if config.data.num_workers is not None:
         return config.data.num_workers
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, usable // 2)
+    return min(8, usable_processors() // 2)
 
 
 def _is_resident(config: TrainConfig, num_images: int, device: torch.device) -> bool:
     size = resolved_image_size(config.data)
     if config.data.resident == "false" or not crops_by_padding(config.data, config.augment):
         return False
-    needed = num_images * 3 * size * size
+    needed = num_images * 3 * (size + 2 * (size // 8)) ** 2  # padded
     memory = available_memory(device)
     if config.data.resident == "true" and needed > memory:
         raise ConfigError(

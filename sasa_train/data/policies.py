@@ -53,7 +53,7 @@ class Policy:
                 if slot < len(operations):
                     groups.setdefault(operations[slot], []).append(i)
             for operation, members in groups.items():
-                where = torch.tensor(members, device=images.device)
+                where = to_device(np.array(members), images.device)
                 images[where] = self._apply(images[where], operation)
         return images
 
@@ -92,3 +92,9 @@ class Policy:
             return name, 0.0
         magnitude = float(magnitudes[magnitude_bin])
         return name, -magnitude if is_signed and sign <= 0.5 else magnitude
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy without waiting for a CUDA device."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

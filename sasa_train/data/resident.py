@@ -12,15 +12,16 @@ from tqdm import tqdm
 from sasa_train.data.datasets import ImageSet
 from sasa_train.data.mixing import Mixing
 from sasa_train.data.plan import BatchPlan
+from sasa_train.data.policies import to_device
 from sasa_train.data.quarantine import Quarantine, Unreadable, read_or_replace
 from sasa_train.data.streaming import ignore_signals, unchanged
-from sasa_train.data.transforms import Augment, Normalize, fit, to_device
+from sasa_train.data.transforms import Augment, Normalize, fit
 
 CHUNK = 256  # images a worker decodes at a time
 
 
 class ResidentLoader:
-    """Images uint8 [n, 3, S, S] and labels [n]; those that are not good were left out by val's quarantine."""
+    """Images uint8 [n, 3, S, S] (train's are padded for the crop) and labels [n]; val leaves out what is not good."""
 
     def __init__(
         self,
@@ -36,13 +37,11 @@ class ResidentLoader:
         self.images, self.labels = images, torch.from_numpy(labels).to(images.device)
         self.is_good, self.plan, self.normalize, self.quarantine = is_good, plan, normalize, quarantine
         self.augment, self.mixing = augment, mixing
-        self._padded: Tensor | None = None
+        self.num_left_out = int((~is_good).sum())
 
     def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        if self._padded is None:
-            self._padded = self.augment.pad(self.images)
         for micro in self.plan.train(epoch, first_step):
-            images = self.augment.batch(self._padded, micro.indices, epoch, micro.indices)
+            images = self.augment.batch(self.images, micro.indices, epoch, micro.indices)
             labels = self.labels[to_device(micro.indices, self.images.device)]
             yield self.mixing(self.normalize(images), labels, micro.step, micro.number)
 

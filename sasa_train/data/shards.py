@@ -8,11 +8,12 @@ shards written here from class folders are the same data set as those folders, i
 import io
 import os
 import re
+import resource
 import tarfile
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -45,9 +46,13 @@ class TarMembers:
         return f"{self.archives[self.archive[position]]}:{self.names[position]}"
 
 
-@lru_cache(maxsize=256)
+@cache
 def _opened(path: str) -> BinaryIO:
-    return open(path, "rb")  # shared by all readers: pread keeps no position
+    """Shared by all readers, as pread keeps no position; ImageNet may come in more shards than a process may open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return open(path, "rb")
 
 
 def find_shards(root: Path, split: str) -> list[Path]:
@@ -55,7 +60,8 @@ def find_shards(root: Path, split: str) -> list[Path]:
     for name in SPLIT_NAMES[split]:
         found = sorted((root / name).glob("*.tar"))
         if not found and not (root / name).is_dir():  # where class folders are, ImageNet's archives may lie beside them
-            found = sorted(root.glob(f"*{name}*.tar"))
+            word = re.compile(rf"(^|[^a-z]){name}([^a-z]|$)")  # so that interval-train is no val
+            found = sorted(path for path in root.glob("*.tar") if word.search(path.stem.lower()))
         if found:
             return found
     return []
@@ -75,12 +81,12 @@ def load_shards(shards: Sequence[Path], split: str) -> tuple[TarMembers, np.ndar
         with np.load(index) as saved:
             table = dict(saved)
         is_current = np.array_equal(table.pop("identity"), identity)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # not there, or not whole
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there, or not whole
         is_current = False
     if not is_current:
         table = _scan(shards)
         buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, identity=identity, **table)
+        np.savez(buffer, identity=identity, **table)  # type: ignore[arg-type]
         try:
             write_atomic(index, buffer.getbuffer())
         except OSError as error:
@@ -100,7 +106,9 @@ def _scan(shards: Sequence[Path]) -> dict[str, np.ndarray]:
                     folder, _, base = member.name.rpartition("/")
                     stem, _, extension = base.partition(".")
                     key = f"{folder}/{stem}"
-                    if member.isfile() and f".{extension.rpartition('.')[2].lower()}" in IMG_EXTENSIONS:
+                    if member.isfile() and f".{extension.lower()}" in IMG_EXTENSIONS:  # so KEY.seg.png is none
+                        if key in images:
+                            raise ValueError(f"{images[key].name} and {member.name} are two images of one sample")
                         images[key] = member
                     elif member.isfile() and extension == "cls":
                         labels[key] = int(archive.extractfile(member).read())  # type: ignore[union-attr]

@@ -37,6 +37,7 @@ class StreamingLoader:
     ):
         self.plan, self.normalize, self.mixing, self.quarantine = plan, normalize, mixing, quarantine
         self.device = normalize.mean.device
+        self.num_left_out = 0  # by the last evaluation
         self._keys: Iterator[MicroBatch] = iter(())
         self._loader = DataLoader(
             _TrainReader(images, augment, quarantine.num_tries)
@@ -58,12 +59,14 @@ class StreamingLoader:
             yield self.mixing(images, labels, micro.step, micro.number)
 
     def eval_batches(self) -> Iterator[Batch]:
-        seen = np.zeros(self.plan.num_images, dtype=np.int64)
+        seen, self.num_left_out = np.zeros(self.plan.num_images, dtype=np.int64), 0
         for micro, images, labels in self._on_device(self.plan.all()):
             seen[micro.indices] += 1
+            self.num_left_out += len(micro.indices) - len(labels)
             if len(labels):
                 yield images, labels
-        assert (seen == 1).all(), f"evaluation saw an image {seen.max()} times and another {seen.min()} times"
+        if not (seen == 1).all():
+            raise RuntimeError(f"evaluation saw an image {seen.max()} times and another {seen.min()} times")
 
     def _on_device(self, keys: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
         """On CUDA the next batch is copied and normalised on a side stream while this one is computed with."""

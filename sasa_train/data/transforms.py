@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 
 from sasa_train.config import SMALL_IMAGE, AugmentConfig, DataConfig, crops_by_padding, resolved_image_size
 from sasa_train.data.datasets import to_rgb
-from sasa_train.data.policies import NUM_DRAWS, Policy
+from sasa_train.data.policies import NUM_DRAWS, Policy, to_device
 from sasa_train.data.randomness import CROP, ERASING, POLICY, sample_draws, sample_rng
 
 VAL_CROP_FRACTION = 0.875  # large images: 224 pixels from a shorter side of 256
@@ -113,7 +113,8 @@ class Augment:
         place = np.arange(self.size)
         inside = (place >= start[..., None]) & (place < (start + sides)[..., None])  # [B, 2, S]
         mask = to_device(inside[:, 0, :, None] & inside[:, 1, None, :], images.device)
-        return torch.where(mask[:, None], self.mean.to(images.device), images)
+        self.mean = self.mean.to(images.device)
+        return torch.where(mask[:, None], self.mean, images)
 
 
 def crop_all(padded: Tensor, rows: Tensor, offsets: Tensor, size: int) -> Tensor:
@@ -165,12 +166,6 @@ def decode_box(image: Image.Image, box: Box, size: int) -> Image.Image:
     x, y = image.size[0] / full_width, image.size[1] / full_height
     scaled = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
     return to_rgb(image).resize((size, size), Image.Resampling.BILINEAR, box=scaled)
-
-
-def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """Copy without waiting for a CUDA device."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def fit(image: Image.Image, size: int) -> np.ndarray:

@@ -1,0 +1,60 @@
+"""What the machine has: processors, memory (bytes throughout), and how much of it was used."""
+
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def usable_processors() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_memory(device: "torch.device") -> int:
+    """At the highest so far: the allocator's on CUDA, the process's on the CPU."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_memory(device: "torch.device") -> int:
+    """What can still be taken without pushing anything out: the device's, or the machine's or its container's."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        machine = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux
+        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return min(machine, _left_in_cgroup(CGROUPS), _left_in_cgroup(_own_cgroup()))
+
+
+def _own_cgroup() -> Path:
+    """Of version 2, where a scheduler puts its jobs; a container sees its own as the root."""
+    try:
+        return CGROUPS / Path("/proc/self/cgroup").read_text().partition("0::/")[2].strip()
+    except OSError:
+        return CGROUPS
+
+
+def _left_in_cgroup(folder: Path) -> int:
+    try:
+        limit = (folder / "memory.max").read_text().strip()
+        used = int((folder / "memory.current").read_text())
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        reclaimable = int(statistics.get("inactive_file", 0))  # files read once: given back when asked for
+        return sys.maxsize if limit == "max" else int(limit) - used + reclaimable
+    except (OSError, ValueError):  # no such group, or another kind
+        return sys.maxsize
