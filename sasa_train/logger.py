@@ -35,7 +35,7 @@ class RunLogger:
         kept = _known_rows(path, step, evaluated_step)
         write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._file = path.open("a")
-        self.eval_seconds = next((row["seconds"] for row in reversed(kept) if row["split"] == "val"), 0.0)
+        self.eval_seconds = next((row.get("seconds", 0.0) for row in reversed(kept) if row["split"] == "val"), 0.0)
         # TensorBoard forgets all steps from purge_step on, so those of this step are said again.
         self._board: SummaryWriter | None = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step)
         for row in kept:
