@@ -185,12 +185,13 @@ def test_content_term_agrees_with_timms_halo_attention():
         torch.testing.assert_close(ours.permute(0, 1, 4, 2, 3).flatten(1, 2), halo(x))
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_half_precision_is_computed_in_float32_and_rounded_once(dtype):
+def test_half_precision_is_computed_in_float32_and_rounded_once(dtype, backend):
     """Inputs that the dtype holds exactly, so the one difference is the last rounding, half a unit."""
     inputs = [t.to(dtype) for t in tensors(torch.float32)]
     embeddings = [t.float() for t in inputs[3:]]  # float32 beside half-precision q, k, v
-    out = local_attention(*inputs[:3], *embeddings, kernel_size=K)
+    out = local_attention(*inputs[:3], *embeddings, kernel_size=K, backend=backend)
     exact = local_attention(*(t.double() for t in inputs), kernel_size=K)
     assert out.dtype == dtype
     eps = torch.finfo(dtype).eps
@@ -213,20 +214,22 @@ def test_any_strides_give_the_same_numbers_and_gradients():
         torch.testing.assert_close(grad, t.grad, rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu", "auto"])
 @pytest.mark.parametrize("content,shared", [(True, True), (False, False)])
-def test_the_op_is_a_well_behaved_library_op(content, shared):
+def test_the_op_is_a_well_behaved_library_op(content, shared, backend):
     """Schema, fake tensors, autograd registration and compilation, as torch checks them."""
     q, key, v, rel_height, rel_width = (t.requires_grad_() for t in tensors(torch.float32, shared=shared))
-    arguments = (q, key if content else None, v, rel_height, rel_width, K, "mask", "reference")
+    arguments = (q, key if content else None, v, rel_height, rel_width, K, "mask", backend)
     torch.library.opcheck(torch.ops.sasa_train.local_attention.default, arguments)
 
 
-def test_compiles_without_a_graph_break_and_exports():
+@pytest.mark.parametrize("backend", ["reference", "cpu", "auto"])
+def test_compiles_without_a_graph_break_and_exports(backend):
     q, key, v, rel_height, rel_width = tensors(torch.float32)
 
     class Attend(torch.nn.Module):
         def forward(self, q, key, v, rel_height, rel_width):
-            return local_attention(q, key, v, rel_height, rel_width, kernel_size=K)
+            return local_attention(q, key, v, rel_height, rel_width, kernel_size=K, backend=backend)
 
     expected = Attend()(q, key, v, rel_height, rel_width)
     compiled = torch.compile(Attend(), fullgraph=True, backend="aot_eager")

@@ -1,7 +1,8 @@
 """`local_attention`: the one public function. Argument checks, then a torch.library op that picks the backend.
 
-Backends: `reference` (plain PyTorch, every device and dtype). `cpu` and `triton` are names kept for the compiled
-kernels; until they exist, asking for one is an error, and `auto` means `reference`.
+Backends: `reference` (plain PyTorch, every device and dtype) and `cpu` (compiled at first use; float32 and half
+precision). `auto` takes `cpu` where it can run, else `reference`. `triton` is a name kept for the CUDA kernel; until it
+exists, asking for it is an error.
 """
 
 import functools
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from sasa_train.attention import reference
+from sasa_train.attention import cpu, reference
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 BORDERS = ("mask", "zero")
@@ -68,12 +69,11 @@ def _local_attention(
     border: str,
     backend: str,
 ) -> Tensor:
-    if backend == "auto":
-        _say_once(f"local_attention: backend=auto runs the reference on {query.device.type}")
+    inputs = (query, key, value, rel_height, rel_width)
+    if _resolve(backend, query, kernel_size) == "cpu":
+        return cpu.local_attention_forward(*inputs, kernel_size, border)
     output = torch.empty_like(value)  # value's order of strides, as the fake implementation promises
-    return output.copy_(
-        reference.local_attention_forward(query, key, value, rel_height, rel_width, kernel_size, border)
-    )
+    return output.copy_(reference.local_attention_forward(*inputs, kernel_size, border))
 
 
 @_local_attention.register_fake
@@ -95,6 +95,8 @@ def _local_attention_backward(
 ) -> list[Tensor]:
     """Gradients of those of the five tensors that are there, in their order (an op cannot return None)."""
     inputs = (query, key, value, rel_height, rel_width)
+    if _resolve(backend, query, kernel_size) == "cpu":
+        return [g for g in cpu.local_attention_backward(grad_output, *inputs, kernel_size, border) if g is not None]
     grads = reference.local_attention_backward(grad_output, *inputs, kernel_size, border)
     return [torch.empty_like(x).copy_(g) for x, g in zip(inputs, grads, strict=True) if x is not None and g is not None]
 
@@ -133,13 +135,31 @@ def _backward_flops(grad_output, *args, **kwargs) -> int:
 
 
 def _require(backend: str) -> None:
-    if backend in ("cpu", "triton"):
+    if backend == "triton":
         raise RuntimeError(f"backend={backend!r} is not part of this version; use backend='auto' or 'reference'")
 
 
+def _resolve(backend: str, query: Tensor, kernel_size: int) -> str:
+    """The backend that runs: "cpu" or "reference". Called inside the op, where tensors are real."""
+    if backend == "reference":
+        return backend
+    reason = cpu.unavailable(query, kernel_size)
+    if backend == "cpu" and reason is not None:
+        raise RuntimeError(f"backend='cpu' cannot run: {reason}")
+    if backend == "auto":
+        _say_once(reason)
+    return "cpu" if reason is None else "reference"
+
+
 @functools.cache
-def _say_once(message: str) -> None:
-    log.info(message)
+def _say_once(reason: str | None) -> None:
+    if reason is None:
+        log.info("local_attention: backend=auto runs the compiled CPU kernel")
+    else:
+        log.warning(
+            "local_attention: backend=auto runs the reference, many times slower than a compiled kernel, "
+            f"because {reason}"
+        )
 
 
 def _check(query, key, value, rel_height, rel_width, kernel_size, content, border, backend) -> None:

@@ -1,0 +1,223 @@
+"""The compiled CPU kernel: built from `csrc/local_attention.cpp` at first use, kept in a cache, called by ctypes.
+
+One library a kernel_size and instruction set (AVX-512, AVX2, baseline; whatever this CPU runs), a few seconds each. Its
+name holds a hash of the source, the flags and the compiler, so that nothing stale is loaded, and the hash of its own
+bytes, so that nothing damaged is. It appears by a rename: processes that build at once do the same work twice and no
+harm. `$SASA_TRAIN_CACHE` moves the folder, `$CXX` names the compiler.
+
+OpenMP: the library is linked without a runtime of its own and takes the one that torch has loaded; a second one would
+keep a second pool of threads spinning beside torch's.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("csrc") / "local_attention.cpp"
+MAX_KERNEL_SIZE = 15
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared", "-fno-exceptions", "-w")
+INSTRUCTION_SETS = {
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+    "avx2": ("-mavx2", "-mfma"),
+    "baseline": (),
+}
+# (flags to compile, flags to link), first that builds and loads: torch's OpenMP, the compiler's own, one thread.
+OPENMP = ((("-fopenmp",), ()), (("-fopenmp",), ("-fopenmp",)), ((), ()))
+COMPILERS = ("g++", "c++", "clang++")
+BUILD_SECONDS = 300
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # others are converted
+
+
+class _Strided(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in "bnhwd"))
+
+
+class _Problem(ctypes.Structure):
+    """`Problem` of the C++ source, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "num_heads", "height", "width", "head_dim")),
+        *((name, ctypes.c_int64) for name in ("zero_border", "dtype", "num_threads", "rel_per_head")),
+        *((name, _Strided) for name in ("query", "key", "value", "output", "grad_query", "grad_key", "grad_value")),
+        *((name, ctypes.c_void_p) for name in ("rel_height", "rel_width", "grad_rel_height", "grad_rel_width")),
+        ("workspace", ctypes.c_void_p),
+    )
+
+
+def unavailable(query: Tensor, kernel_size: int) -> str | None:
+    """Why the kernel cannot run on these tensors, or None where it can; builds it where it is not built yet."""
+    if query.device.type != "cpu":
+        return f"the tensors are on {query.device.type}"
+    if query.dtype not in (*DTYPES, torch.float16):
+        return f"the tensors are {query.dtype}; the kernel computes in float32"
+    if kernel_size > MAX_KERNEL_SIZE:
+        return f"kernel_size={kernel_size} is above {MAX_KERNEL_SIZE}"
+    library = _library(kernel_size, _instruction_set())
+    return library if isinstance(library, str) else None
+
+
+def local_attention_forward(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    rel_height: Tensor | None,
+    rel_width: Tensor | None,
+    kernel_size: int,
+    border: str,
+) -> Tensor:
+    """As the reference's: the attended values, [B, N, H, W, D], dtype and order of strides as `value`."""
+    if query.dtype not in DTYPES:
+        q, k, v = (None if x is None else x.float() for x in (query, key, value))
+        output = local_attention_forward(q, k, v, rel_height, rel_width, kernel_size, border)
+        return torch.empty_like(value).copy_(output)
+    output = torch.empty_like(value)
+    problem = _problem(query, border)
+    problem.query, problem.value, problem.output = _strided(query), _strided(value), _strided(output)
+    problem.key = _strided(key)
+    rel = _set_rel(problem, rel_height, rel_width)
+    _run("sasa_forward", problem, kernel_size)
+    del rel  # alive until here
+    return output
+
+
+def local_attention_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    rel_height: Tensor | None,
+    rel_width: Tensor | None,
+    kernel_size: int,
+    border: str,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """As the reference's: the gradients of query, key, value, rel_height and rel_width, strides ordered as theirs."""
+    if query.dtype not in DTYPES:
+        g, q, k, v = (None if x is None else x.float() for x in (grad_output, query, key, value))
+        grads = local_attention_backward(g, q, k, v, rel_height, rel_width, kernel_size, border)
+        like = (query, key, value, rel_height, rel_width)
+        return tuple(None if x is None else torch.empty_like(x).copy_(y) for x, y in zip(like, grads, strict=True))
+    grad_query, grad_value = torch.empty_like(query), torch.empty_like(value)
+    grad_key = None if key is None else torch.empty_like(key)
+    problem = _problem(query, border)
+    problem.query, problem.key, problem.value = _strided(query), _strided(key), _strided(value)
+    problem.output = _strided(grad_output)
+    problem.grad_query, problem.grad_key, problem.grad_value = map(_strided, (grad_query, grad_key, grad_value))
+    rel = _set_rel(problem, rel_height, rel_width)
+    grad_rel = [torch.empty_like(table) for table in rel]
+    if grad_rel:
+        problem.grad_rel_height, problem.grad_rel_width = (grad.data_ptr() for grad in grad_rel)
+    _run("sasa_backward", problem, kernel_size)
+    if rel_height is None or rel_width is None:
+        return grad_query, grad_key, grad_value, None, None
+    return grad_query, grad_key, grad_value, grad_rel[0].to(rel_height.dtype), grad_rel[1].to(rel_width.dtype)
+
+
+def _problem(query: Tensor, border: str) -> _Problem:
+    problem = _Problem(*query.shape)
+    problem.zero_border = border == "zero"
+    problem.dtype = DTYPES[query.dtype]
+    problem.num_threads = torch.get_num_threads()
+    return problem
+
+
+def _strided(tensor: Tensor | None) -> _Strided:
+    return _Strided() if tensor is None else _Strided(tensor.data_ptr(), *tensor.stride())
+
+
+def _set_rel(problem: _Problem, rel_height: Tensor | None, rel_width: Tensor | None) -> list[Tensor]:
+    """The tables as the kernel reads them, contiguous float32; the caller keeps them alive."""
+    if rel_height is None or rel_width is None:
+        return []
+    tables = [rel.to(torch.float32) for rel in (rel_height, rel_width)]
+    if tables[0].dim() != tables[1].dim():  # one shared, one a head: the kernel knows one of the two
+        tables = [rel.expand(problem.num_heads, -1, -1) for rel in tables]
+    tables = [rel.contiguous() for rel in tables]
+    problem.rel_per_head = tables[0].dim() == 3
+    problem.rel_height, problem.rel_width = (rel.data_ptr() for rel in tables)
+    return tables
+
+
+def _run(function: str, problem: _Problem, kernel_size: int) -> None:
+    library = _library(kernel_size, _instruction_set())
+    if isinstance(library, str):
+        raise RuntimeError(f"backend='cpu' cannot run: {library}")
+    workspace = torch.empty(library.sasa_workspace_bytes(ctypes.byref(problem)), dtype=torch.uint8)
+    problem.workspace = workspace.data_ptr()
+    getattr(library, function)(ctypes.byref(problem))
+
+
+# ---- building and loading
+
+
+def _instruction_set() -> str:
+    """The widest that both this CPU and its operating system support, as torch finds it (ATEN_CPU_CAPABILITY too)."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return "baseline"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return "avx512" if capability.startswith(("AVX512", "AVX10")) else "avx2" if capability == "AVX2" else "baseline"
+
+
+@functools.cache
+def _library(kernel_size: int, instruction_set: str) -> ctypes.CDLL | str:
+    """The loaded library, or the reason why there is none."""
+    compiler = os.environ.get("CXX") or next((name for name in COMPILERS if shutil.which(name)), None)
+    if compiler is None:
+        return "no C++ compiler found (install g++, or name one in $CXX)"
+    reason = ""
+    for compile_flags, link_flags in OPENMP:
+        flags = (*FLAGS, *INSTRUCTION_SETS[instruction_set], f"-DKERNEL_SIZE={kernel_size}", *compile_flags)
+        try:
+            return _load(_built(compiler, flags, link_flags))
+        except (OSError, subprocess.SubprocessError) as error:
+            reason = reason or f"{compiler} could not build it: {error} {getattr(error, 'stderr', None) or ''}".strip()
+    return reason
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    library.sasa_workspace_bytes.restype = ctypes.c_int64
+    for function in (library.sasa_forward, library.sasa_backward, library.sasa_workspace_bytes):
+        function.argtypes = (ctypes.POINTER(_Problem),)
+    library.sasa_forward.restype = library.sasa_backward.restype = None
+    return library
+
+
+def _built(compiler: str, flags: tuple[str, ...], link_flags: tuple[str, ...]) -> Path:
+    """The path of the library in the cache; compiled where it is missing or damaged."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    key = _digest("\0".join([SOURCE.read_text(), version, *flags, "", *link_flags]).encode())
+    folder = _cache_folder()
+    for path in folder.glob(f"local_attention-{key}-*.so"):
+        if path.stem.endswith(_digest(path.read_bytes())):
+            return path
+        path.unlink(missing_ok=True)
+    handle, aside = tempfile.mkstemp(suffix=".tmp", dir=folder)
+    os.close(handle)
+    try:
+        command = [compiler, *flags, str(SOURCE), "-o", aside, *link_flags]
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=BUILD_SECONDS)
+        path = folder / f"local_attention-{key}-{_digest(Path(aside).read_bytes())}.so"
+        os.replace(aside, path)
+    finally:
+        Path(aside).unlink(missing_ok=True)
+    return path
+
+
+def _cache_folder() -> Path:
+    root = os.environ.get("SASA_TRAIN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sasa_train"
+    folder = Path(root).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

@@ -1,0 +1,874 @@
+// Local self-attention on the CPU, forward and backward. The definition is ../reference.py; cpu.py builds and calls this.
+//
+// Method. One vector lane is one plane (one head of one image): V planes are walked in step, so every lane sits at the
+// same pixel. Borders are then loop bounds that all lanes share, any height and width fill the lanes, no load is
+// unaligned or masked, and small maps need no method of their own. A row of V planes is packed into
+// scratch as [channel][column] vectors with K/2 zero columns on either side ("band"), read straight from the strided
+// tensors by a V x V transposition in registers and converted from bfloat16 on the way.
+//
+//   forward, a query row i:  S[dy][x][dx] = q.k + q.r        band_product: 2 queries x K keys, all in registers
+//                            P = exp(S - max)                one polynomial, 49 vectors a position
+//                            out[x] = sum P v / sum P        band_apply: 2 queries x 8 channels in registers
+//   backward, a query row i: S and P again, then dP = g.v, dS = P (dP - sum P dP), and with the same two pieces
+//                            dq[x]  += dS k,    dk[y][x'] += dS q,    dv[y][x'] += P g.
+//
+// Nothing of the forward pass is kept. dk and dv of the K key rows in reach live in a ring; a row leaves it when the
+// last query row that sees it is done: no atomics, one order of summation, whatever the number of threads. q.r is
+// q[:D/2].rel_height[dy] + q[D/2:].rel_width[dx]: 2K numbers a position, not K*K; its gradients are summed in float32
+// over BLOCK_ROWS rows, and over those blocks, planes and images in double and in order.
+//
+// Arithmetic. A position and head costs 7 products of K*K*D multiply-adds (2 forward, 5 backward) and 2 K*K exponentials
+// of about 11 instructions. At K = 7, D = 8 on 16 lanes with two multiply-add units: 1,372 + 540 cycles for 16 planes.
+// band_product has K + 3 loads for 2 K multiply-adds, band_apply about 10 for 16, so that the multiply-add units are the
+// limit as long as the rows come from L2: a key row of 16 planes is 64 W D bytes, K rows of keys, values and their two
+// gradients 460 KB at W = 32, D = 8.
+//
+// The vectors are GCC's (and clang's) vector extension, so that one source gives every variant; the flags are
+// -O3 -fno-math-errno -ffp-contract=fast. -ffast-math would break fast_exp's rounding.
+
+#include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#if defined(__AVX512F__)
+#define MAX_LANES 16
+#elif defined(__AVX2__)
+#define MAX_LANES 8
+#else
+#define MAX_LANES 4
+#endif
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define NUM_REGISTERS 32
+#else
+#define NUM_REGISTERS 16
+#endif
+#ifndef KERNEL_SIZE
+#define KERNEL_SIZE 7  // cpu.py builds one library a kernel_size: all of them at once would take a minute
+#endif
+#define INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 32")
+
+// Sizes that fit the caches; the results do not depend on MAX_TILE. Changing BLOCK_ROWS changes rounding alone.
+constexpr int MAX_TILE = 16;   // query columns worked on at a time: K*K*MAX_TILE scores beside each other
+constexpr int BLOCK_ROWS = 8;  // query rows summed in float32 for the embeddings' gradients; threads split there
+
+enum Dtype { FLOAT32 = 0, BFLOAT16 = 1 };
+
+extern "C" {
+
+// A [B, N, H, W, D] tensor; strides in elements.
+struct Strided {
+    void* data;
+    int64_t b, n, h, w, d;
+};
+
+// Mirrored field by field in cpu.py.
+struct Problem {
+    int64_t batch, num_heads, height, width, head_dim;
+    int64_t zero_border, dtype, num_threads, rel_per_head;
+    Strided query, key, value, output;  // key.data is null without content; output is the gradient in backward
+    Strided grad_query, grad_key, grad_value;
+    const float *rel_height, *rel_width;        // [K, D/2] or [N, K, D/2], contiguous; null without embeddings
+    float *grad_rel_height, *grad_rel_width;    // like them
+    void* workspace;                            // workspace_bytes(), any alignment
+};
+}
+
+namespace {
+
+template <int V>
+struct Lanes {
+    typedef float f __attribute__((vector_size(V * 4)));
+    typedef int32_t i __attribute__((vector_size(V * 4)));
+    typedef uint32_t u __attribute__((vector_size(V * 4)));
+    typedef uint16_t half __attribute__((vector_size(V * 2)));
+};
+template <int V>
+using F = typename Lanes<V>::f;
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- arithmetic on vectors -------------------------------------------------------------------------------------
+
+// The larger of a and b; b where either is NaN.
+template <int V>
+INLINE F<V> larger(F<V> a, F<V> b) {
+#if defined(__AVX512F__)
+    if constexpr (V == 16) return (F<V>)_mm512_max_ps((__m512)a, (__m512)b);
+#endif
+#if defined(__AVX2__)
+    if constexpr (V == 8) return (F<V>)_mm256_max_ps((__m256)a, (__m256)b);
+#endif
+#if defined(__x86_64__)
+    if constexpr (V == 4) return (F<V>)_mm_max_ps((__m128)a, (__m128)b);
+#endif
+    return a > b ? a : b;
+}
+
+// 2^t for t <= 0, to 2 units in the last place; below 2^-100 it stays there, so that no denormal slows what follows.
+template <int V>
+INLINE F<V> fast_exp2(F<V> t) {
+    constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+    t = larger<V>(F<V>{} - 100.0f, t);
+    F<V> shifted = t + ROUND;
+    F<V> f = t - (shifted - ROUND);  // in [-1/2, 1/2]
+    F<V> p = f * 1.535336188319500e-4f + 1.339887440266574e-3f;
+    p = p * f + 9.618437357674640e-3f;
+    p = p * f + 5.550332471162809e-2f;
+    p = p * f + 2.402264791363012e-1f;
+    p = p * f + 6.931472028550421e-1f;
+    p = p * f + 1.0f;
+    return (F<V>)((typename Lanes<V>::i)p + (((typename Lanes<V>::i)shifted) << 23));
+}
+
+// ---- rows in and out of scratch: transposition of V planes ------------------------------------------------------
+
+template <int V>
+INLINE F<V> interleave(F<V> a, F<V> b, bool upper) {
+    if constexpr (V == 16) {
+        return upper ? __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+                     : __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    } else if constexpr (V == 8) {
+        return upper ? __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+                     : __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+    } else {
+        return upper ? __builtin_shufflevector(a, b, 2, 6, 3, 7) : __builtin_shufflevector(a, b, 0, 4, 1, 5);
+    }
+}
+
+// V x V numbers, rows to columns: log2(V) perfect shuffles.
+template <int V>
+INLINE void transpose(F<V> (&rows)[V]) {
+    UNROLL
+    for (int stage = 1; stage < V; stage *= 2) {
+        F<V> next[V];
+        UNROLL
+        for (int r = 0; r < V / 2; ++r) {
+            next[2 * r] = interleave<V>(rows[r], rows[r + V / 2], false);
+            next[2 * r + 1] = interleave<V>(rows[r], rows[r + V / 2], true);
+        }
+        UNROLL
+        for (int r = 0; r < V; ++r) rows[r] = next[r];
+    }
+}
+
+INLINE float load_one(const float* p) { return *p; }
+INLINE float load_one(const uint16_t* p) {
+    uint32_t bits = uint32_t(*p) << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+INLINE void store_one(float* p, float x) { *p = x; }
+INLINE void store_one(uint16_t* p, float x) {  // to the nearest, ties to even
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    *p = x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+template <int V>
+INLINE F<V> load(const float* p) {
+    F<V> x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+template <int V>
+INLINE F<V> load(const uint16_t* p) {
+    typename Lanes<V>::half bits;
+    memcpy(&bits, p, sizeof bits);
+    return (F<V>)(__builtin_convertvector(bits, typename Lanes<V>::u) << 16);
+}
+template <int V>
+INLINE void store(float* p, F<V> x) {
+    memcpy(p, &x, sizeof x);
+}
+template <int V>
+INLINE void store(uint16_t* p, F<V> x) {
+    typedef typename Lanes<V>::u U;
+    U bits = (U)x;
+    U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    U nan = (U)(x != x);
+    typename Lanes<V>::half out = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), typename Lanes<V>::half);
+    memcpy(p, &out, sizeof out);
+}
+
+// V numbers in V / P runs of P, `step` apart: several pixels of a head narrower than a vector.
+template <int V, int P, typename E>
+INLINE F<V> load_runs(const E* p, int64_t step) {
+    if constexpr (P == V) {
+        return load<V>(p);
+    } else {
+        F<V / 2> low = load_runs<V / 2, P>(p, step), high = load_runs<V / 2, P>(p + V / 2 / P * step, step);
+        if constexpr (V == 16)
+            return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        else
+            return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
+    }
+}
+template <int V, int P, typename E>
+INLINE void store_runs(E* p, int64_t step, F<V> x) {
+    if constexpr (P == V) {
+        store<V>(p, x);
+    } else if constexpr (V == 16) {
+        store_runs<8, P>(p, step, __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7));
+        store_runs<8, P>(p + V / 2 / P * step, step, __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15));
+    } else {
+        store_runs<4, P>(p, step, __builtin_shufflevector(x, x, 0, 1, 2, 3));
+        store_runs<4, P>(p + V / 2 / P * step, step, __builtin_shufflevector(x, x, 4, 5, 6, 7));
+    }
+}
+
+// V planes of a tensor: where each begins, and how many are there (those beyond repeat the last and are not written).
+template <int V>
+struct Planes {
+    int64_t batch_index[V], head[V];
+    int count;
+    Planes(const Problem& p, int64_t group) {
+        int64_t total = p.batch * p.num_heads;
+        count = int(least(V, total - group * V));
+        for (int l = 0; l < V; ++l) {
+            int64_t plane = group * V + least(l, count - 1);
+            batch_index[l] = plane / p.num_heads;
+            head[l] = plane % p.num_heads;
+        }
+    }
+};
+
+// One image row of V planes of a tensor beside its scratch [D][pitch] vectors.
+template <int V, typename E>
+struct RowCopy {
+    E* line[V];
+    int64_t w, d;
+    int count;
+    RowCopy(const Planes<V>& planes, const Strided& t, int64_t y) : w(t.w), d(t.d), count(planes.count) {
+        for (int l = 0; l < V; ++l)
+            line[l] = (E*)t.data + planes.batch_index[l] * t.b + planes.head[l] * t.n + y * t.h;
+    }
+
+    // V numbers from each plane at (x, c): runs of P, `step` apart in memory; in scratch `run_pitch` apart, `pitch` inside.
+    template <int P, bool OUT>
+    INLINE void block(F<V>* row, int64_t x, int64_t c, int64_t step, int64_t run_pitch, int64_t pitch) const {
+        F<V> t[V];
+        int64_t offset = x * w + c * d;
+        if constexpr (!OUT) {
+            UNROLL
+            for (int l = 0; l < V; ++l) t[l] = load_runs<V, P>(line[l] + offset, step);
+            transpose<V>(t);
+        }
+        UNROLL
+        for (int k = 0; k < V; ++k) {
+            F<V>& place = row[k / P * run_pitch + k % P * pitch];
+            if constexpr (OUT)
+                t[k] = place;
+            else
+                place = t[k];
+        }
+        if constexpr (OUT) {
+            transpose<V>(t);
+            UNROLL
+            for (int l = 0; l < V; ++l)
+                if (l < count) store_runs<V, P>(line[l] + offset, step, t[l]);
+        }
+    }
+
+    template <bool OUT>
+    INLINE void single(F<V>* place, int64_t x, int64_t c) const {
+        for (int l = 0; l < count; ++l) {
+            if constexpr (OUT)
+                store_one(line[l] + x * w + c * d, (*place)[l]);
+            else
+                (*place)[l] = load_one(line[l] + x * w + c * d);
+        }
+        if constexpr (!OUT)
+            for (int l = count; l < V; ++l) (*place)[l] = (*place)[count - 1];
+    }
+
+    // Heads of P channels, P < V: V / P pixels at a time.
+    template <int P, bool OUT>
+    void narrow(F<V>* row, int64_t width, int64_t pitch) const {
+        int64_t x = 0;
+        for (; x + V / P <= width; x += V / P) block<P, OUT>(row + x, x, 0, w, 1, pitch);
+        for (; x < width; ++x)
+            for (int64_t c = 0; c < P; ++c) single<OUT>(row + c * pitch + x, x, c);
+    }
+
+    template <bool OUT>
+    __attribute__((noinline)) void run(F<V>* row, int64_t width, int64_t head_dim, int64_t pitch) const {
+        if constexpr (V > 4)
+            if (d == 1 && head_dim * 2 == V) return narrow<V / 2, OUT>(row, width, pitch);
+        if constexpr (V > 8)
+            if (d == 1 && head_dim * 4 == V) return narrow<V / 4, OUT>(row, width, pitch);
+        if (w == 1) {  // planar: along the row
+            for (int64_t c = 0; c < head_dim; ++c) {
+                int64_t x = 0;
+                for (; x + V <= width; x += V) block<V, OUT>(row + c * pitch + x, x, c, 0, 0, 1);
+                for (; x < width; ++x) single<OUT>(row + c * pitch + x, x, c);
+            }
+            return;
+        }
+        for (int64_t x = 0; x < width; ++x) {
+            int64_t c = 0;
+            if (d == 1)
+                for (; c + V <= head_dim; c += V) block<V, OUT>(row + c * pitch + x, x, c, 0, 0, pitch);
+            for (; c < head_dim; ++c) single<OUT>(row + c * pitch + x, x, c);
+        }
+    }
+};
+
+// ---- the two pieces everything is made of -------------------------------------------------------------------------
+
+// acc[r][j] += sum_c a[c][r] * b[c][r + j]: R neighbouring queries, each against its K keys of one row.
+template <int V, int K, int R>
+INLINE void band_product(F<V> (&acc)[R][K], const F<V>* a, const F<V>* b, int64_t head_dim, int64_t pitch) {
+    for (int64_t c = 0; c < head_dim; ++c, a += pitch, b += pitch) {
+        F<V> a_here[R];
+        UNROLL
+        for (int r = 0; r < R; ++r) a_here[r] = a[r];
+        UNROLL
+        for (int j = 0; j < K + R - 1; ++j) {
+            F<V> b_here = b[j];
+            UNROLL
+            for (int r = 0; r < R; ++r)
+                if (j - r >= 0 && j - r < K) acc[r][j - r] += a_here[r] * b_here;
+        }
+    }
+}
+
+// acc[r][c] += sum_j weight(r, j) * b[c][r + j], with weight(r, j) = weights[r][j]; or, REVERSED, the weight that the
+// position r + j - K/2 gives to r: weights[r + j][K - 1 - j].
+template <int V, int K, int R, int C, bool REVERSED>
+INLINE void band_apply(F<V> (&acc)[R][C], const F<V>* weights, const F<V>* b, int64_t pitch) {
+    UNROLL
+    for (int j = 0; j < K + R - 1; ++j) {
+        F<V> b_here[C];
+        UNROLL
+        for (int c = 0; c < C; ++c) b_here[c] = b[c * pitch + j];
+        UNROLL
+        for (int r = 0; r < R; ++r) {
+            if (j - r < 0 || j - r >= K) continue;
+            F<V> weight = REVERSED ? weights[j * K + K - 1 - (j - r)] : weights[r * K + j - r];
+            UNROLL
+            for (int c = 0; c < C; ++c) acc[r][c] += weight * b_here[c];
+        }
+    }
+}
+
+// How many queries side by side fit the registers.
+constexpr int queries_at_once(int K) {
+    if (NUM_REGISTERS == 32) return K <= 3 ? 4 : K <= 13 ? 2 : 1;
+    return K <= 5 ? 2 : 1;
+}
+constexpr int CHANNELS_AT_ONCE = NUM_REGISTERS == 32 ? 8 : 4;
+
+// ---- one thread's work ----------------------------------------------------------------------------------------------
+
+struct Sizes {
+    int64_t H, W, D, half, pitch, row, tile, tile_pitch, num_blocks;
+    template <int K>
+    static Sizes of(const Problem& p) {
+        Sizes s;
+        s.H = p.height, s.W = p.width, s.D = p.head_dim, s.half = p.head_dim / 2;
+        s.pitch = (s.W + K - 1) | 1;  // odd, so that channels do not share cache sets
+        s.row = s.pitch * s.D;
+        s.tile = ceil_div(s.W, ceil_div(s.W, MAX_TILE));
+        s.tile_pitch = s.tile + 2 * (K - 1);  // gathering reaches K - 1 queries beyond the tile: zeros
+        s.num_blocks = ceil_div(s.H, BLOCK_ROWS);
+        return s;
+    }
+};
+
+template <int V, int K>
+class Worker {
+    typedef F<V> Vec;
+    static constexpr int HALF = K / 2, R = queries_at_once(K), C = CHANNELS_AT_ONCE;
+    const Problem& p;
+    const Sizes s;
+    const Planes<V> planes;
+    // rings of K rows; single rows; the tile's scores or weights and their gradients [K][tile_pitch][K]
+    Vec *key_rows, *value_rows, *grad_key_rows, *grad_value_rows;
+    Vec *query_row, *output_row, *grad_query_row;
+    Vec *weights, *grad_scores;
+    Vec *bias_height, *bias_width;           // [tile][K]: q.rel_height[dy] and q.rel_width[dx]; in backward their gradients
+    Vec *rel_height, *rel_width;             // [D/2][K]
+    Vec *grad_rel_height, *grad_rel_width;   // [D/2][K] of the present block of rows
+
+   public:
+    static int64_t num_vectors(const Problem& p) {
+        Sizes s = Sizes::of<K>(p);
+        return 4 * K * s.row + 3 * s.row + 2 * K * K * s.tile_pitch + 2 * K * s.tile + 4 * K * s.half + 64;
+    }
+
+    Worker(const Problem& problem, int64_t group, Vec* memory)
+        : p(problem), s(Sizes::of<K>(problem)), planes(problem, group) {
+        memset(memory, 0, num_vectors(p) * sizeof(Vec));
+        auto take = [&](int64_t n) { return (memory += n) - n; };
+        key_rows = take(K * s.row), value_rows = take(K * s.row);
+        query_row = take(s.row), output_row = take(s.row);
+        weights = take(K * K * s.tile_pitch);
+        bias_height = take(K * s.tile), bias_width = take(K * s.tile);
+        rel_height = take(K * s.half), rel_width = take(K * s.half);
+        grad_key_rows = take(K * s.row), grad_value_rows = take(K * s.row);
+        grad_query_row = take(s.row);
+        grad_scores = take(K * K * s.tile_pitch);
+        grad_rel_height = take(K * s.half), grad_rel_width = take(K * s.half);
+        if (p.rel_height) {
+            load_rel(rel_height, p.rel_height);
+            load_rel(rel_width, p.rel_width);
+        }
+    }
+
+    template <typename E>
+    void forward(int64_t first, int64_t end) {
+        int64_t next_key = most(0, first - HALF);
+        for (int64_t i = first; i < end; ++i) {
+            for (; next_key < least(s.H, i + HALF + 1); ++next_key) load_keys<E>(next_key);
+            load_row<E>(query_row, p.query, i);
+            for (int64_t x0 = 0; x0 < s.W; x0 += s.tile) {
+                int64_t width = least(s.tile, s.W - x0);
+                attend(i, x0, width);
+                apply(output_row, value_rows, weights, i, x0, width);
+            }
+            store_row<E>(output_row, p.output, i);
+        }
+    }
+
+    // Gradients of the query rows and of the key rows first .. end - 1. The HALF query rows on either side are computed
+    // again for the sake of those key rows. `partial`: [num_blocks][2][D/2][K], the embeddings' gradients block by block.
+    template <typename E>
+    void backward(int64_t first, int64_t end, Vec* partial) {
+        int64_t query_first = most(0, first - HALF), query_end = least(s.H, end + HALF);
+        int64_t next_key = most(0, query_first - HALF), done_key = first;
+        for (int64_t i = query_first; i < query_end; ++i) {
+            for (; next_key < least(s.H, i + HALF + 1); ++next_key) {
+                load_keys<E>(next_key);
+                memset(grad_key_rows + slot(next_key), 0, s.row * sizeof(Vec));
+                memset(grad_value_rows + slot(next_key), 0, s.row * sizeof(Vec));
+            }
+            load_row<E>(query_row, p.query, i);
+            load_row<E>(output_row, p.output, i);
+            bool own = i >= first && i < end;
+            for (int64_t x0 = 0; x0 < s.W; x0 += s.tile)
+                backward_tile(i, x0, least(s.tile, s.W - x0), own, most(first, i - HALF), least(end, i + HALF + 1));
+            if (own) store_row<E>(grad_query_row, p.grad_query, i);
+            if (own && p.rel_height && ((i + 1) % BLOCK_ROWS == 0 || i + 1 == s.H)) store_block(partial, i / BLOCK_ROWS);
+            for (; done_key < least(end, i + 1 - HALF); ++done_key) store_keys<E>(done_key);
+        }
+        for (; done_key < end; ++done_key) store_keys<E>(done_key);
+    }
+
+   private:
+    int64_t slot(int64_t y) const { return y % K * s.row; }
+    int64_t first_dy(int64_t i) const { return most(0, HALF - i); }
+    int64_t end_dy(int64_t i) const { return least(K, s.H + HALF - i); }
+    Vec* tile_row(Vec* tile, int64_t dy) const { return tile + (dy * s.tile_pitch + K - 1) * K; }
+
+    template <typename E>
+    void load_row(Vec* row, const Strided& tensor, int64_t y) const {
+        RowCopy<V, E>(planes, tensor, y).template run<false>(row + HALF, s.W, s.D, s.pitch);
+    }
+    template <typename E>
+    void store_row(Vec* row, const Strided& tensor, int64_t y) const {
+        RowCopy<V, E>(planes, tensor, y).template run<true>(row + HALF, s.W, s.D, s.pitch);
+    }
+    template <typename E>
+    void load_keys(int64_t y) {
+        if (p.key.data) load_row<E>(key_rows + slot(y), p.key, y);
+        load_row<E>(value_rows + slot(y), p.value, y);
+    }
+    template <typename E>
+    void store_keys(int64_t y) {
+        if (p.key.data) store_row<E>(grad_key_rows + slot(y), p.grad_key, y);
+        store_row<E>(grad_value_rows + slot(y), p.grad_value, y);
+    }
+
+    void load_rel(Vec* rel, const float* table) const {
+        for (int l = 0; l < V; ++l)
+            for (int64_t dy = 0; dy < K; ++dy)
+                for (int64_t c = 0; c < s.half; ++c)
+                    rel[c * K + dy][l] = table[((p.rel_per_head ? planes.head[l] : 0) * K + dy) * s.half + c];
+    }
+
+    void store_block(Vec* partial, int64_t block) {
+        int64_t size = s.half * K * sizeof(Vec);
+        memcpy(partial + block * 2 * s.half * K, grad_rel_height, size);
+        memcpy(partial + (block * 2 + 1) * s.half * K, grad_rel_width, size);
+        memset(grad_rel_height, 0, size);
+        memset(grad_rel_width, 0, size);
+    }
+
+    // weights of the tile from query_row; they sum to 1.
+    void attend(int64_t i, int64_t x0, int64_t width) {
+        if (p.rel_height) {
+            int64_t x = 0;
+            for (; x + R <= width; x += R) bias<R>(x0, x);
+            for (; x < width; ++x) bias<1>(x0, x);
+        }
+        for (int64_t dy = 0; dy < K; ++dy) {
+            bool inside = dy >= first_dy(i) && dy < end_dy(i);
+            const Vec* keys = inside && p.key.data ? key_rows + slot(i + dy - HALF) : nullptr;
+            if (!inside && !p.zero_border) continue;
+            int64_t x = 0;
+            for (; x + R <= width; x += R) score<R>(keys, x0, x, dy);
+            for (; x < width; ++x) score<1>(keys, x0, x, dy);
+        }
+        int64_t begin = p.zero_border ? 0 : first_dy(i), end = p.zero_border ? K : end_dy(i);
+        for (int64_t x = 0; x < width; ++x) softmax(x0 + x, x, begin, end);
+    }
+
+    template <int Q>
+    INLINE void bias(int64_t x0, int64_t x) {
+        Vec by_row[Q][K] = {}, by_column[Q][K] = {};
+        rel_product<Q>(by_row, query_row + HALF + x0 + x, rel_height);
+        memcpy(bias_height + x * K, by_row, sizeof by_row);
+        rel_product<Q>(by_column, query_row + s.half * s.pitch + HALF + x0 + x, rel_width);
+        memcpy(bias_width + x * K, by_column, sizeof by_column);
+    }
+
+    template <int Q>
+    INLINE void rel_product(Vec (&acc)[Q][K], const Vec* q, const Vec* rel) {
+        for (int64_t c = 0; c < s.half; ++c, q += s.pitch, rel += K) {
+            UNROLL
+            for (int dy = 0; dy < K; ++dy) {
+                UNROLL
+                for (int r = 0; r < Q; ++r) acc[r][dy] += q[r] * rel[dy];
+            }
+        }
+    }
+
+    template <int Q>
+    INLINE void score(const Vec* keys, int64_t x0, int64_t x, int64_t dy) {
+        Vec acc[Q][K];
+        UNROLL
+        for (int r = 0; r < Q; ++r) {
+            UNROLL
+            for (int dx = 0; dx < K; ++dx) acc[r][dx] = bias_height[(x + r) * K + dy] + bias_width[(x + r) * K + dx];
+        }
+        if (keys) band_product<V, K, Q>(acc, query_row + HALF + x0 + x, keys + x0 + x, s.D, s.pitch);
+        Vec* out = tile_row(weights, dy) + x * K;
+        UNROLL
+        for (int r = 0; r < Q; ++r) {
+            UNROLL
+            for (int dx = 0; dx < K; ++dx) out[r * K + dx] = acc[r][dx];
+        }
+    }
+
+    // The softmax of position x (column `column` of the image) over window rows begin .. end - 1, in place.
+    INLINE void softmax(int64_t column, int64_t x, int64_t begin, int64_t end) {
+        int64_t first = p.zero_border ? 0 : most(0, HALF - column);
+        int64_t last = p.zero_border ? K : least(K, s.W + HALF - column);
+        Vec sum = first == 0 && last == K ? exponentials<true>(x, begin, end, 0, K)
+                                          : exponentials<false>(x, begin, end, first, last);
+        Vec scale = 1.0f / sum;
+        for (int64_t dy = begin; dy < end; ++dy) {
+            Vec* row = tile_row(weights, dy) + x * K;
+            UNROLL
+            for (int dx = 0; dx < K; ++dx) row[dx] *= scale;
+        }
+    }
+
+    template <bool FULL>
+    INLINE Vec exponentials(int64_t x, int64_t begin, int64_t end, int64_t first, int64_t last) {
+        constexpr float LOG2_E = 1.4426950408889634f;
+        Vec top = Vec{} - __builtin_inff(), sum = {};
+        for (int64_t dy = begin; dy < end; ++dy) {
+            const Vec* row = tile_row(weights, dy) + x * K;
+            UNROLL
+            for (int dx = 0; dx < K; ++dx)
+                if (FULL || (dx >= first && dx < last)) top = larger<V>(row[dx], top);
+        }
+        top *= LOG2_E;
+        for (int64_t dy = begin; dy < end; ++dy) {
+            Vec* row = tile_row(weights, dy) + x * K;
+            UNROLL
+            for (int dx = 0; dx < K; ++dx) {
+                if (FULL || (dx >= first && dx < last)) {
+                    row[dx] = fast_exp2<V>(row[dx] * LOG2_E - top);
+                    sum += row[dx];
+                } else {
+                    row[dx] = Vec{};
+                }
+            }
+        }
+        return sum;
+    }
+
+    // to[x] = sum over the window of tile[dy][x][dx] * rows[dy][x + dx].
+    void apply(Vec* to, const Vec* rows, Vec* tile, int64_t i, int64_t x0, int64_t width) {
+        int64_t c = 0;
+        for (; c + C <= s.D; c += C) apply_channels<C>(to, rows, tile, i, x0, width, c);
+        for (; c + 2 <= s.D; c += 2) apply_channels<2>(to, rows, tile, i, x0, width, c);
+        for (; c < s.D; ++c) apply_channels<1>(to, rows, tile, i, x0, width, c);
+    }
+
+    template <int CH>
+    void apply_channels(Vec* to, const Vec* rows, Vec* tile, int64_t i, int64_t x0, int64_t width, int64_t c) {
+        int64_t x = 0;
+        for (; x + 2 <= width; x += 2) apply_block<2, CH>(to, rows, tile, i, x0, x, c);
+        for (; x < width; ++x) apply_block<1, CH>(to, rows, tile, i, x0, x, c);
+    }
+
+    template <int Q, int CH>
+    INLINE void apply_block(Vec* to, const Vec* rows, Vec* tile, int64_t i, int64_t x0, int64_t x, int64_t c) {
+        Vec acc[Q][CH] = {};
+        for (int64_t dy = first_dy(i); dy < end_dy(i); ++dy)
+            band_apply<V, K, Q, CH, false>(acc, tile_row(tile, dy) + x * K,
+                                           rows + slot(i + dy - HALF) + c * s.pitch + x0 + x, s.pitch);
+        store_acc<Q, CH>(to + c * s.pitch + HALF + x0 + x, acc);
+    }
+
+    template <int Q, int CH>
+    INLINE void store_acc(Vec* to, const Vec (&acc)[Q][CH]) const {
+        UNROLL
+        for (int r = 0; r < Q; ++r) {
+            UNROLL
+            for (int c = 0; c < CH; ++c) to[c * s.pitch + r] = acc[r][c];
+        }
+    }
+    template <int Q, int CH>
+    INLINE void load_acc(const Vec* from, Vec (&acc)[Q][CH]) const {
+        UNROLL
+        for (int r = 0; r < Q; ++r) {
+            UNROLL
+            for (int c = 0; c < CH; ++c) acc[r][c] = from[c * s.pitch + r];
+        }
+    }
+
+    // `own`: whether query row i's own gradients are wanted; key rows key_first .. key_end - 1 gather theirs.
+    void backward_tile(int64_t i, int64_t x0, int64_t width, bool own, int64_t key_first, int64_t key_end) {
+        attend(i, x0, width);
+        for (int64_t dy = first_dy(i); dy < end_dy(i); ++dy) {
+            const Vec* values = value_rows + slot(i + dy - HALF);
+            int64_t x = 0;
+            for (; x + R <= width; x += R) grad_weight<R>(values, x0, x, dy);
+            for (; x < width; ++x) grad_weight<1>(values, x0, x, dy);
+        }
+        for (int64_t x = 0; x < width; ++x) grad_softmax(i, x);
+        clear_beyond(width);
+        if (own) {
+            if (p.key.data) apply(grad_query_row, key_rows, grad_scores, i, x0, width);
+            else clear(grad_query_row, x0, width);
+            if (p.rel_height) {
+                grad_rel(grad_query_row, query_row, rel_height, grad_rel_height, bias_height, x0, width);
+                int64_t lower = s.half * s.pitch;
+                grad_rel(grad_query_row + lower, query_row + lower, rel_width, grad_rel_width, bias_width, x0, width);
+            }
+        }
+        int64_t from = most(0, x0 - HALF), to = least(s.W, x0 + width + HALF);
+        for (int64_t y = most(0, key_first); y < least(s.H, key_end); ++y) {
+            int64_t dy = y - i + HALF;
+            if (p.key.data) gather(grad_key_rows + slot(y), query_row, tile_row(grad_scores, dy), x0, from, to);
+            gather(grad_value_rows + slot(y), output_row, tile_row(weights, dy), x0, from, to);
+        }
+    }
+
+    void clear(Vec* row, int64_t x0, int64_t width) const {
+        for (int64_t c = 0; c < s.D; ++c) memset(row + c * s.pitch + HALF + x0, 0, width * sizeof(Vec));
+    }
+
+    // A narrower last tile leaves the previous one's weights on its right, where gathering reads zeros.
+    void clear_beyond(int64_t width) const {
+        if (width == s.tile) return;
+        for (int64_t dy = 0; dy < K; ++dy) {
+            memset(tile_row(weights, dy) + width * K, 0, (s.tile - width) * K * sizeof(Vec));
+            memset(tile_row(grad_scores, dy) + width * K, 0, (s.tile - width) * K * sizeof(Vec));
+        }
+    }
+
+    template <int Q>
+    INLINE void grad_weight(const Vec* values, int64_t x0, int64_t x, int64_t dy) {
+        Vec acc[Q][K] = {};
+        band_product<V, K, Q>(acc, output_row + HALF + x0 + x, values + x0 + x, s.D, s.pitch);
+        Vec* out = tile_row(grad_scores, dy) + x * K;
+        UNROLL
+        for (int r = 0; r < Q; ++r) {
+            UNROLL
+            for (int dx = 0; dx < K; ++dx) out[r * K + dx] = acc[r][dx];
+        }
+    }
+
+    // dS = P (dP - sum P dP), and its sums over the window's rows and columns. Outside the image dP is 0.
+    INLINE void grad_softmax(int64_t i, int64_t x) {
+        int64_t begin = first_dy(i), end = end_dy(i);
+        Vec sums[K] = {};
+        for (int64_t dy = begin; dy < end; ++dy) {
+            const Vec *weight = tile_row(weights, dy) + x * K, *grad = tile_row(grad_scores, dy) + x * K;
+            UNROLL
+            for (int dx = 0; dx < K; ++dx) sums[dx] += weight[dx] * grad[dx];
+        }
+        Vec mean = {};
+        UNROLL
+        for (int dx = 0; dx < K; ++dx) mean += sums[dx];
+        UNROLL
+        for (int dx = 0; dx < K; ++dx) sums[dx] = Vec{};
+        for (int64_t dy = 0; dy < K; ++dy) {
+            const Vec* weight = tile_row(weights, dy) + x * K;
+            Vec *grad = tile_row(grad_scores, dy) + x * K, of_row = {};
+            bool inside = dy >= begin && dy < end;
+            if (inside || p.zero_border) {
+                UNROLL
+                for (int dx = 0; dx < K; ++dx) {
+                    Vec g = weight[dx] * ((inside ? grad[dx] : Vec{}) - mean);
+                    grad[dx] = g;
+                    of_row += g;
+                    sums[dx] += g;
+                }
+            }
+            if (p.rel_height) bias_height[x * K + dy] = of_row;
+        }
+        if (!p.rel_height) return;  // the biases stay zero
+        UNROLL
+        for (int dx = 0; dx < K; ++dx) bias_width[x * K + dx] = sums[dx];
+    }
+
+    // One half of the channels: grad_q += sum_d grad_bias[x][d] rel[d], grad_rel[d] += sum_x grad_bias[x][d] q[x].
+    void grad_rel(Vec* grad_q, const Vec* q, const Vec* rel, Vec* grad_rel, const Vec* grad_bias, int64_t x0, int64_t width) {
+        for (int64_t c = 0; c < s.half; ++c, rel += K, grad_rel += K) {
+            const Vec* q_here = q + c * s.pitch + HALF + x0;
+            Vec* grad_here = grad_q + c * s.pitch + HALF + x0;
+            Vec acc[K], table[K];
+            UNROLL
+            for (int d = 0; d < K; ++d) acc[d] = grad_rel[d], table[d] = rel[d];
+            for (int64_t x = 0; x < width; ++x) {
+                Vec sum = grad_here[x], q_x = q_here[x];
+                UNROLL
+                for (int d = 0; d < K; ++d) {
+                    Vec g = grad_bias[x * K + d];
+                    acc[d] += g * q_x;
+                    sum += g * table[d];
+                }
+                grad_here[x] = sum;
+            }
+            UNROLL
+            for (int d = 0; d < K; ++d) grad_rel[d] = acc[d];
+        }
+    }
+
+    // to[x'] += sum over the tile's queries x in reach of tile[x][x' - x] * from_row[x], for x' = from .. end - 1.
+    void gather(Vec* to, const Vec* source, const Vec* tile, int64_t x0, int64_t from, int64_t end) {
+        int64_t c = 0;
+        for (; c + C <= s.D; c += C) gather_channels<C>(to, source, tile, x0, from, end, c);
+        for (; c + 2 <= s.D; c += 2) gather_channels<2>(to, source, tile, x0, from, end, c);
+        for (; c < s.D; ++c) gather_channels<1>(to, source, tile, x0, from, end, c);
+    }
+
+    template <int CH>
+    void gather_channels(Vec* to, const Vec* source, const Vec* tile, int64_t x0, int64_t from, int64_t end, int64_t c) {
+        int64_t x = from;
+        for (; x + 2 <= end; x += 2) gather_block<2, CH>(to, source, tile, x0, x, c);
+        for (; x < end; ++x) gather_block<1, CH>(to, source, tile, x0, x, c);
+    }
+
+    template <int Q, int CH>
+    INLINE void gather_block(Vec* to, const Vec* source, const Vec* tile, int64_t x0, int64_t x, int64_t c) {
+        Vec acc[Q][CH];
+        Vec* place = to + c * s.pitch + HALF + x;
+        load_acc<Q, CH>(place, acc);
+        // source column x - HALF lies at index x of the padded row
+        band_apply<V, K, Q, CH, true>(acc, tile + (x - HALF - x0) * K, source + c * s.pitch + x, s.pitch);
+        store_acc<Q, CH>(place, acc);
+    }
+};
+
+// ---- the threads -----------------------------------------------------------------------------------------------------
+
+// Where there are few groups of planes, their rows are split too, at multiples of BLOCK_ROWS. The result is the same.
+int64_t num_chunks(int64_t num_groups, int64_t num_blocks, int64_t num_threads) {
+    if (num_groups % num_threads == 0 || num_groups >= 4 * num_threads) return 1;
+    return most(1, least(num_blocks, ceil_div(2 * num_threads, num_groups)));
+}
+
+int64_t round_up(int64_t bytes) { return (bytes + 127) / 128 * 128; }
+
+template <int V, int K>
+int64_t workspace(const Problem& p) {
+    Sizes s = Sizes::of<K>(p);
+    int64_t num_groups = ceil_div(p.batch * p.num_heads, V);
+    int64_t partial = num_groups * s.num_blocks * 2 * s.half * K * sizeof(F<V>);
+    int64_t sums = (p.rel_per_head ? p.num_heads : 1) * 2 * s.half * K * sizeof(double);
+    return p.num_threads * round_up(Worker<V, K>::num_vectors(p) * sizeof(F<V>)) + round_up(partial) + round_up(sums) + 256;
+}
+
+// Blocks, planes and images in their order, in double.
+template <int V, int K>
+void sum_rel(const Problem& p, const F<V>* partial, double* sums) {
+    Sizes s = Sizes::of<K>(p);
+    int64_t num_groups = ceil_div(p.batch * p.num_heads, V), size = 2 * s.half * K;
+    int64_t num_tables = p.rel_per_head ? p.num_heads : 1;
+    memset(sums, 0, num_tables * size * sizeof(double));
+    for (int64_t group = 0; group < num_groups; ++group) {
+        Planes<V> planes(p, group);
+        for (int64_t block = 0; block < s.num_blocks; ++block, partial += size)
+            for (int64_t e = 0; e < size; ++e)
+                for (int l = 0; l < planes.count; ++l)
+                    sums[(p.rel_per_head ? planes.head[l] : 0) * size + e] += partial[e][l];
+    }
+    for (int64_t table = 0; table < num_tables; ++table)
+        for (int64_t c = 0; c < s.half; ++c)
+            for (int64_t d = 0; d < K; ++d) {
+                int64_t place = (table * K + d) * s.half + c;
+                p.grad_rel_height[place] = float(sums[table * size + c * K + d]);
+                p.grad_rel_width[place] = float(sums[table * size + (s.half + c) * K + d]);
+            }
+}
+
+template <int V, int K>
+void run(const Problem& p, bool backward) {
+    typedef F<V> Vec;
+    Sizes s = Sizes::of<K>(p);
+    int64_t num_groups = ceil_div(p.batch * p.num_heads, V);
+    int64_t chunks = num_chunks(num_groups, s.num_blocks, p.num_threads);
+    char* memory = (char*)round_up((int64_t)p.workspace);
+    int64_t share = round_up(Worker<V, K>::num_vectors(p) * sizeof(Vec));
+    Vec* partial = (Vec*)(memory + p.num_threads * share);
+    int64_t partial_size = s.num_blocks * 2 * s.half * K;
+#pragma omp parallel for schedule(dynamic) num_threads(int(p.num_threads))
+    for (int64_t task = 0; task < num_groups * chunks; ++task) {
+        int64_t group = task / chunks, chunk = task % chunks;
+        int64_t first = least(s.H, s.num_blocks * chunk / chunks * BLOCK_ROWS);
+        int64_t end = least(s.H, s.num_blocks * (chunk + 1) / chunks * BLOCK_ROWS);
+        int thread = 0;
+#ifdef _OPENMP
+        thread = omp_get_thread_num();
+#endif
+        Worker<V, K> worker(p, group, (Vec*)(memory + thread * share));
+        if (!backward && p.dtype == FLOAT32) worker.template forward<float>(first, end);
+        if (!backward && p.dtype == BFLOAT16) worker.template forward<uint16_t>(first, end);
+        if (backward && p.dtype == FLOAT32) worker.template backward<float>(first, end, partial + group * partial_size);
+        if (backward && p.dtype == BFLOAT16) worker.template backward<uint16_t>(first, end, partial + group * partial_size);
+    }
+    if (backward && p.rel_height)
+        sum_rel<V, K>(p, partial, (double*)((char*)partial + round_up(num_groups * partial_size * sizeof(Vec))));
+}
+
+enum Job { FORWARD, BACKWARD, WORKSPACE };
+
+template <int V, int K>
+int64_t do_job(const Problem& p, Job job) {
+    if (job == WORKSPACE) return workspace<V, K>(p);
+    run<V, K>(p, job == BACKWARD);
+    return 0;
+}
+
+// Few planes (an image at a time) would leave most of a wide vector's lanes idle.
+int64_t dispatch(const Problem& p, Job job) {
+#if MAX_LANES == 16
+    if (p.batch * p.num_heads <= 8) return do_job<8, KERNEL_SIZE>(p, job);
+#endif
+    return do_job<MAX_LANES, KERNEL_SIZE>(p, job);
+}
+
+}  // namespace
+
+extern "C" {
+
+void sasa_forward(const Problem* p) { dispatch(*p, FORWARD); }
+void sasa_backward(const Problem* p) { dispatch(*p, BACKWARD); }
+int64_t sasa_workspace_bytes(const Problem* p) { return dispatch(*p, WORKSPACE); }
+}

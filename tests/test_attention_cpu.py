@@ -1,0 +1,282 @@
+"""The compiled kernel against the reference in float64: a grid of odd cases, cases drawn at random; its building."""
+
+import logging
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sasa_train.attention import cpu, dispatch, local_attention
+
+NAMES = ("output", "query", "key", "value", "rel_height", "rel_width")
+LAYOUTS = ("contiguous", "channels_last", "fused channels_last", "planar", "scattered")
+
+
+def needs_compiler() -> str | None:
+    return cpu.unavailable(torch.zeros(1), 3)
+
+
+pytestmark = pytest.mark.skipif(needs_compiler() is not None, reason=f"no compiled kernel: {needs_compiler()}")
+
+
+def draw(shape, layout: str, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
+    """Query, key and value, [B, N, H, W, D], with the strides that the name says."""
+    b, n, h, w, d = shape
+
+    def randn(*size):
+        return torch.randn(size, generator=generator).to(dtype)
+
+    if layout == "fused channels_last":
+        return list(randn(b, h, w, 3, n, d).permute(3, 0, 4, 1, 2, 5).unbind(0))
+    one = {
+        "contiguous": lambda: randn(b, n, h, w, d),
+        "channels_last": lambda: randn(b, h, w, n, d).permute(0, 3, 1, 2, 4),
+        "planar": lambda: randn(b, n, d, h, w).permute(0, 1, 3, 4, 2),
+        "scattered": lambda: randn(w, b, n, d, h, 2)[..., 0].permute(1, 2, 4, 0, 3),
+    }[layout]
+    return [one() for _ in range(3)]
+
+
+def outputs_and_grads(backend, dtype, inputs, kernel_size, content, border, grad_output):
+    q, key, v, *rel = (None if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs)
+    key = key if content else None
+    out = local_attention(q, key, v, *rel, kernel_size=kernel_size, content=content, border=border, backend=backend)
+    out.backward(grad_output.to(out.dtype))
+    return [out.detach(), *(None if x is None else x.grad for x in (q, key, v, *rel))]
+
+
+def assert_equals_reference(
+    shape, kernel_size, dtype=torch.float32, layout="contiguous", border="mask", content=True, rel="shared", seed=0
+) -> None:
+    """Output and gradients against the reference in float64, on the same (rounded) inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    qkv = draw(shape, layout, dtype, generator)
+    _, n, _, _, d = shape
+    rel_shape = {"shared": (kernel_size, d // 2), "per head": (n, kernel_size, d // 2), None: None}[rel]
+    tables = [None if rel is None else torch.randn(rel_shape, generator=generator) for _ in range(2)]
+    grad_output = torch.randn(shape, generator=generator).to(dtype)
+    case = ([*qkv, *tables], kernel_size, content, border, grad_output)
+    ours, exact = outputs_and_grads("cpu", None, *case), outputs_and_grads("reference", torch.float64, *case)
+    for name, x, y in zip(NAMES, ours, exact, strict=True):
+        if y is None:
+            assert x is None
+            continue
+        assert x.dtype == (torch.float32 if "rel" in name else dtype)
+        # float32: scores reach 20 to 40, their rounding (2e-6) is the weights' relative error, and a gradient adds
+        # terms of size 1 and more (B N H W of them for an embedding) whose true sum may be 0. Half precision adds half
+        # a unit of the number itself, once.
+        eps = 0.0 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps
+        size = max(1.0, float(y.abs().max()), math.prod(shape[:4]) ** 0.5 if "rel" in name else 0.0)
+        torch.testing.assert_close(
+            x.double(), y, rtol=eps / 2 + 1e-5, atol=2e-5 * size, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 5, 7, 9, 11, 13, 15])
+def test_every_window_and_map(kernel_size):
+    """1x1 to maps larger than a tile, some smaller than the window."""
+    for h, w in [(1, 1), (1, 7), (7, 1), (2, 3), (4, 4), (8, 8), (5, 19), (17, 9)]:
+        assert_equals_reference((2, 3, h, w, 4), kernel_size)
+
+
+def test_a_large_odd_map():
+    assert_equals_reference((1, 2, 33, 57, 6), 7)
+    assert_equals_reference((1, 1, 57, 33, 8), 11, border="zero", layout="planar")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("head_dim", [2, 4, 6, 8, 10, 16, 20, 32, 48, 64])
+def test_every_head_dim_and_layout(head_dim, layout):
+    """Whole vectors, parts of them and what is left over, on the way in and on the way out."""
+    assert_equals_reference((3, 7, 5, 9, head_dim), 5, layout=layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("border", ["mask", "zero"])
+def test_every_option(border, dtype):
+    for content, rel in [(True, "shared"), (True, "per head"), (True, None), (False, "shared"), (False, "per head")]:
+        assert_equals_reference((2, 5, 6, 7, 8), 3, dtype, "fused channels_last", border, content, rel)
+
+
+def test_odd_head_dims_without_embeddings():
+    for head_dim in (1, 3, 7, 17):
+        assert_equals_reference((2, 3, 5, 4, head_dim), 3, rel=None)
+
+
+def test_cases_drawn_at_random():
+    rng = random.Random(1)
+    for seed in range(60):
+        rel = rng.choice(["shared", "per head", None])
+        assert_equals_reference(
+            (rng.randint(1, 3), rng.randint(1, 9), rng.randint(1, 19), rng.randint(1, 35), 2 * rng.randint(1, 12)),
+            rng.choice([1, 3, 5, 7, 9, 11]),
+            rng.choice([torch.float32, torch.bfloat16]),
+            rng.choice(LAYOUTS),
+            rng.choice(["mask", "zero"]),
+            content=rel is None or rng.random() < 0.7,
+            rel=rel,
+            seed=seed,
+        )
+
+
+def test_one_embedding_shared_and_one_a_head():
+    q, key, v = draw((2, 3, 4, 5, 4), "contiguous", torch.float32, torch.Generator().manual_seed(0))
+    shared, per_head = torch.randn(3, 2), torch.randn(3, 3, 2)
+    for rel in ((shared, per_head), (per_head, shared)):
+        grad = torch.ones_like(v)
+        ours = outputs_and_grads("cpu", None, (q, key, v, *rel), 3, True, "mask", grad)
+        exact = outputs_and_grads("reference", None, (q, key, v, *rel), 3, True, "mask", grad)
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_huge_scores_stay_finite():
+    q, key, v = draw((1, 2, 5, 6, 8), "contiguous", torch.float32, torch.Generator().manual_seed(0))
+    grads = outputs_and_grads("cpu", None, (300 * q, 300 * key, v, None, None), 3, True, "mask", torch.ones_like(v))
+    assert all(x is None or x.isfinite().all() for x in grads)
+
+
+def test_a_nan_is_not_swallowed():
+    q, key, v = draw((1, 2, 5, 6, 8), "contiguous", torch.float32, torch.Generator().manual_seed(0))
+    key[0, 1, 2, 3, 0] = float("nan")
+    out = local_attention(q, key, v, kernel_size=3, backend="cpu")
+    reached = out.isnan().any(-1)
+    assert reached[0, 1, 1:4, 2:5].all() and reached.sum() == 9
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 40, 9, 8), (5, 7, 19, 5, 4)])
+def test_the_number_of_threads_changes_no_bit(shape):
+    """Rows are split among threads where planes are few; halo rows are computed twice, never shared."""
+    generator = torch.Generator().manual_seed(0)
+    rel = [torch.randn(7, shape[-1] // 2, generator=generator) for _ in range(2)]
+    case = [*draw(shape, "channels_last", torch.float32, generator), *rel]
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for num_threads in (1, 2, 3, 5, 16):
+            torch.set_num_threads(num_threads)
+            results.append(outputs_and_grads("cpu", None, case, 7, True, "mask", torch.ones(shape)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+def test_outputs_and_gradients_keep_the_inputs_order_of_strides():
+    """A channels_last projection in, channels_last out: the layer's pool and permute copy nothing."""
+    q, key, v = draw((2, 3, 4, 5, 8), "fused channels_last", torch.float32, torch.Generator().manual_seed(0))
+    inputs = [x.requires_grad_() for x in (q, key, v)]
+    out = local_attention(*inputs, kernel_size=3, backend="cpu")
+    for x in (out, *torch.autograd.grad(out.sum(), inputs)):
+        assert x.permute(0, 2, 3, 1, 4).is_contiguous()
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_narrower_instruction_sets(capability):
+    """ATEN_CPU_CAPABILITY is read once a process."""
+    program = (
+        "import torch\n"
+        "from test_attention_cpu import assert_equals_reference, LAYOUTS\n"
+        "for layout in LAYOUTS:\n"
+        "    for d in (2, 4, 8, 18, 32):\n"
+        "        assert_equals_reference((2, 5, 7, 9, d), 7, layout=layout)\n"
+        "assert_equals_reference((2, 3, 17, 19, 8), 7, torch.bfloat16, border='zero', rel='per head')\n"
+    )
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=Path(__file__).parent)
+
+
+def test_float64_and_large_windows_are_refused_by_name():
+    q = torch.zeros(1, 1, 3, 3, 2, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="backend='cpu' cannot run: the tensors are torch.float64"):
+        local_attention(q, q, q, kernel_size=3, backend="cpu")
+    with pytest.raises(RuntimeError, match="kernel_size=17 is above 15"):
+        local_attention(q.float(), q.float(), q.float(), kernel_size=17, backend="cpu")
+    assert local_attention(q.float(), q.float(), q.float(), kernel_size=17).shape == q.shape  # auto: the reference
+
+
+@pytest.fixture
+def fresh_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SASA_TRAIN_CACHE", str(tmp_path))
+    cpu._library.cache_clear()
+    dispatch._say_once.cache_clear()
+    yield tmp_path
+    cpu._library.cache_clear()
+    dispatch._say_once.cache_clear()
+
+
+def test_without_a_compiler_auto_says_once_and_cpu_is_an_error(fresh_cache, monkeypatch, caplog):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    q = torch.randn(1, 1, 3, 3, 2)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            local_attention(q, q, q, kernel_size=3)
+    assert [record.message for record in caplog.records if "install g++" in record.message] == [
+        "local_attention: backend=auto runs the reference, many times slower than a compiled kernel, "
+        "because no C++ compiler found (install g++, or name one in $CXX)"
+    ]
+    with pytest.raises(RuntimeError, match="no C\\+\\+ compiler found"):
+        local_attention(q, q, q, kernel_size=3, backend="cpu")
+
+
+def test_a_compiler_that_fails_is_quoted(fresh_cache, monkeypatch):
+    monkeypatch.setenv("CXX", "false")
+    q = torch.randn(1, 1, 3, 3, 2)
+    with pytest.raises(RuntimeError, match="false could not build it"):
+        local_attention(q, q, q, kernel_size=3, backend="cpu")
+
+
+def test_the_library_is_kept_and_a_damaged_one_is_built_again(fresh_cache, monkeypatch):
+    q = torch.randn(1, 1, 3, 3, 2)
+    local_attention(q, q, q, kernel_size=1, backend="cpu")
+    (library,) = fresh_cache.iterdir()
+    built = library.read_bytes()
+    cpu._library.cache_clear()
+    local_attention(q, q, q, kernel_size=1, backend="cpu")
+    assert list(fresh_cache.iterdir()) == [library]
+    damaged = bytearray(built)
+    damaged[len(damaged) // 2] ^= 1
+    library.unlink()  # the loaded one keeps its bytes
+    library.write_bytes(damaged)
+    cpu._library.cache_clear()
+    local_attention(q, q, q, kernel_size=1, backend="cpu")
+    (rebuilt,) = fresh_cache.iterdir()
+    assert rebuilt.stem.endswith(cpu._digest(rebuilt.read_bytes()))
+
+
+def _attend_in_a_process(_) -> float:
+    q = torch.ones(1, 1, 3, 3, 2)
+    return float(local_attention(q, q, q, kernel_size=1, backend="cpu").sum())
+
+
+def test_processes_that_build_at_once_do_no_harm(fresh_cache):
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        assert pool.map(_attend_in_a_process, range(2), chunksize=1) == [18.0, 18.0]
+    (library,) = fresh_cache.iterdir()  # the same bytes from both, and nothing left behind
+    assert library.suffix == ".so"
+
+
+class _Attending(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        q = torch.full((2, 3, 5, 7, 4), float(index))
+        return local_attention(q, q, q, kernel_size=3, backend="cpu")
+
+
+def test_loader_workers_forked_after_a_parallel_call_go_on():
+    """A second OpenMP pool, or ours used by a forked child, would hang here."""
+    q = torch.randn(4, 8, 9, 9, 8)
+    local_attention(q, q, q, kernel_size=3, backend="cpu")
+    loader = torch.utils.data.DataLoader(_Attending(), num_workers=2, multiprocessing_context="fork", timeout=60)
+    assert [float(batch.mean()) for batch in loader] == pytest.approx([0.0, 1.0, 2.0, 3.0])
+    assert float((torch.ones(512, 512) @ torch.ones(512, 512)).sum()) == 512**3
