@@ -260,8 +260,9 @@ def _attend_in_a_process(_) -> float:
 def test_processes_that_build_at_once_do_no_harm(fresh_cache):
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         assert pool.map(_attend_in_a_process, range(2), chunksize=1) == [18.0, 18.0]
-    (library,) = fresh_cache.iterdir()  # the same bytes from both, and nothing left behind
-    assert library.suffix == ".so"
+    libraries = list(fresh_cache.iterdir())  # one or two, both good, and nothing left behind
+    assert libraries
+    assert all(path.stem.endswith(cpu._digest(path.read_bytes())) for path in libraries)
 
 
 class _Attending(torch.utils.data.Dataset):

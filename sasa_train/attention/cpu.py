@@ -76,16 +76,15 @@ def local_attention_forward(
 ) -> Tensor:
     """As the reference's: the attended values, [B, N, H, W, D], dtype and order of strides as `value`."""
     if query.dtype not in DTYPES:
-        q, k, v = (None if x is None else x.float() for x in (query, key, value))
-        output = local_attention_forward(q, k, v, rel_height, rel_width, kernel_size, border)
-        return torch.empty_like(value).copy_(output)
+        inputs = (query.float(), None if key is None else key.float(), value.float(), rel_height, rel_width)
+        return torch.empty_like(value).copy_(local_attention_forward(*inputs, kernel_size, border))
     output = torch.empty_like(value)
     problem = _problem(query, border)
     problem.query, problem.value, problem.output = _strided(query), _strided(value), _strided(output)
     problem.key = _strided(key)
-    rel = _set_rel(problem, rel_height, rel_width)
+    tables = _set_rel(problem, rel_height, rel_width)
     _run("sasa_forward", problem, kernel_size)
-    del rel  # alive until here
+    del tables  # alive until here
     return output
 
 
@@ -101,24 +100,25 @@ def local_attention_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """As the reference's: the gradients of query, key, value, rel_height and rel_width, strides ordered as theirs."""
     if query.dtype not in DTYPES:
-        g, q, k, v = (None if x is None else x.float() for x in (grad_output, query, key, value))
-        grads = local_attention_backward(g, q, k, v, rel_height, rel_width, kernel_size, border)
-        like = (query, key, value, rel_height, rel_width)
-        return tuple(None if x is None else torch.empty_like(x).copy_(y) for x, y in zip(like, grads, strict=True))
+        inputs = (query.float(), None if key is None else key.float(), value.float(), rel_height, rel_width)
+        q, k, v, *grad_rel = local_attention_backward(grad_output.float(), *inputs, kernel_size, border)
+        k = None if k is None else k.to(query.dtype)
+        return q.to(query.dtype), k, v.to(query.dtype), grad_rel[0], grad_rel[1]
     grad_query, grad_value = torch.empty_like(query), torch.empty_like(value)
     grad_key = None if key is None else torch.empty_like(key)
     problem = _problem(query, border)
     problem.query, problem.key, problem.value = _strided(query), _strided(key), _strided(value)
     problem.output = _strided(grad_output)
     problem.grad_query, problem.grad_key, problem.grad_value = map(_strided, (grad_query, grad_key, grad_value))
-    rel = _set_rel(problem, rel_height, rel_width)
-    grad_rel = [torch.empty_like(table) for table in rel]
-    if grad_rel:
-        problem.grad_rel_height, problem.grad_rel_width = (grad.data_ptr() for grad in grad_rel)
+    tables = _set_rel(problem, rel_height, rel_width)
+    grad_tables = [torch.empty_like(table) for table in tables]
+    if grad_tables:
+        problem.grad_rel_height, problem.grad_rel_width = (grad.data_ptr() for grad in grad_tables)
     _run("sasa_backward", problem, kernel_size)
     if rel_height is None or rel_width is None:
         return grad_query, grad_key, grad_value, None, None
-    return grad_query, grad_key, grad_value, grad_rel[0].to(rel_height.dtype), grad_rel[1].to(rel_width.dtype)
+    grad_rel_height, grad_rel_width = map(_like, grad_tables, (rel_height, rel_width))
+    return grad_query, grad_key, grad_value, grad_rel_height, grad_rel_width
 
 
 def _problem(query: Tensor, border: str) -> _Problem:
@@ -144,6 +144,11 @@ def _set_rel(problem: _Problem, rel_height: Tensor | None, rel_width: Tensor | N
     problem.rel_per_head = tables[0].dim() == 3
     problem.rel_height, problem.rel_width = (rel.data_ptr() for rel in tables)
     return tables
+
+
+def _like(grad: Tensor, rel: Tensor) -> Tensor:
+    """The gradient of a table that the kernel read one a head, shared or in half precision."""
+    return (grad if grad.dim() == rel.dim() else grad.sum(0)).to(rel.dtype)
 
 
 def _run(function: str, problem: _Problem, kernel_size: int) -> None:
