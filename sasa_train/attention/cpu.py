@@ -17,6 +17,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 import torch
@@ -155,9 +156,18 @@ def _run(function: str, problem: _Problem, kernel_size: int) -> None:
     library = _library(kernel_size, _instruction_set())
     if isinstance(library, str):
         raise RuntimeError(f"backend='cpu' cannot run: {library}")
-    workspace = torch.empty(library.sasa_workspace_bytes(ctypes.byref(problem)), dtype=torch.uint8)
-    problem.workspace = workspace.data_ptr()
+    problem.workspace = _workspace(library.sasa_workspace_bytes(ctypes.byref(problem)))
     getattr(library, function)(ctypes.byref(problem))
+
+
+_kept = threading.local()
+
+
+def _workspace(num_bytes: int) -> int:
+    """The address of scratch that a thread keeps: some MB a core, fresh pages for which would cost more than a call."""
+    if getattr(_kept, "scratch", None) is None or len(_kept.scratch) < num_bytes:
+        _kept.scratch = torch.empty(num_bytes, dtype=torch.uint8)
+    return _kept.scratch.data_ptr()
 
 
 # ---- building and loading

@@ -7,10 +7,11 @@
 // tensors by a V x V transposition in registers and converted from bfloat16 on the way.
 //
 //   forward, a query row i:  S[dy][x][dx] = q.k + q.r        band_product: 2 queries x K keys, all in registers
-//                            P = exp(S - max)                one polynomial, 49 vectors a position
-//                            out[x] = sum P v / sum P        band_apply: 2 queries x 8 channels in registers
-//   backward, a query row i: S and P again, then dP = g.v, dS = P (dP - sum P dP), and with the same two pieces
-//                            dq[x]  += dS k,    dk[y][x'] += dS q,    dv[y][x'] += P g.
+//                            E = exp(S - max)                one polynomial, K*K vectors a position
+//                            out[x] = sum E v / sum E        band_apply: 2 queries x 8 channels in registers
+//   backward, a query row i: S and E again; the weights P = E / sum E are never formed, g / sum E takes their place:
+//                            G = g / sum E,  T = G.v,  dS = E (T - sum(E T) / sum E),  and with the same two pieces
+//                            dq[x]  += dS k,    dk[y][x'] += dS q,    dv[y][x'] += E G.
 //
 // Nothing of the forward pass is kept. dk and dv of the K key rows in reach live in a ring; a row leaves it when the
 // last query row that sees it is done: no atomics, one order of summation, whatever the number of threads. q.r is
@@ -396,13 +397,14 @@ class Worker {
     Vec *query_row, *output_row, *grad_query_row;
     Vec *weights, *grad_scores;
     Vec *bias_height, *bias_width;           // [tile][K]: q.rel_height[dy] and q.rel_width[dx]; in backward their gradients
+    Vec *top, *inverse_sum;                  // [tile]
     Vec *rel_height, *rel_width;             // [D/2][K]
     Vec *grad_rel_height, *grad_rel_width;   // [D/2][K] of the present block of rows
 
    public:
     static int64_t num_vectors(const Problem& p) {
         Sizes s = Sizes::of<K>(p);
-        return 4 * K * s.row + 3 * s.row + 2 * K * K * s.tile_pitch + 2 * K * s.tile + 4 * K * s.half + 64;
+        return 4 * K * s.row + 3 * s.row + 2 * K * K * s.tile_pitch + 2 * (K + 1) * s.tile + 4 * K * s.half;
     }
 
     Worker(const Problem& problem, int64_t group, Vec* memory)
@@ -413,6 +415,7 @@ class Worker {
         query_row = take(s.row), output_row = take(s.row);
         weights = take(K * K * s.tile_pitch);
         bias_height = take(K * s.tile), bias_width = take(K * s.tile);
+        top = take(s.tile), inverse_sum = take(s.tile);
         rel_height = take(K * s.half), rel_width = take(K * s.half);
         grad_key_rows = take(K * s.row), grad_value_rows = take(K * s.row);
         grad_query_row = take(s.row);
@@ -434,6 +437,7 @@ class Worker {
                 int64_t width = least(s.tile, s.W - x0);
                 attend(i, x0, width);
                 apply(output_row, value_rows, weights, i, x0, width);
+                scale(output_row, x0, width);
             }
             store_row<E>(output_row, p.output, i);
         }
@@ -503,32 +507,39 @@ class Worker {
         memset(grad_rel_width, 0, size);
     }
 
-    // weights of the tile from query_row; they sum to 1.
+    // weights of the tile from query_row: E, the largest of a window 1; and inverse_sum.
     void attend(int64_t i, int64_t x0, int64_t width) {
-        if (p.rel_height) {
-            int64_t x = 0;
-            for (; x + R <= width; x += R) bias<R>(x0, x);
-            for (; x < width; ++x) bias<1>(x0, x);
-        }
-        for (int64_t dy = 0; dy < K; ++dy) {
+        int64_t x = 0;
+        for (; x + R <= width; x += R) bias<R>(x0, x);
+        for (; x < width; ++x) bias<1>(x0, x);
+        int64_t begin = p.zero_border ? 0 : first_dy(i), end = p.zero_border ? K : end_dy(i);
+        for (int64_t dy = begin; dy < end; ++dy) {
             bool inside = dy >= first_dy(i) && dy < end_dy(i);
             const Vec* keys = inside && p.key.data ? key_rows + slot(i + dy - HALF) : nullptr;
-            if (!inside && !p.zero_border) continue;
-            int64_t x = 0;
-            for (; x + R <= width; x += R) score<R>(keys, x0, x, dy);
+            for (x = 0; x + R <= width; x += R) score<R>(keys, x0, x, dy);
             for (; x < width; ++x) score<1>(keys, x0, x, dy);
         }
-        int64_t begin = p.zero_border ? 0 : first_dy(i), end = p.zero_border ? K : end_dy(i);
-        for (int64_t x = 0; x < width; ++x) softmax(x0 + x, x, begin, end);
+        for (x = 0; x < width; ++x) exponentials(x, begin, end);
     }
 
+    // The part of the scores that K + K numbers a position hold. Columns outside the image get -infinity here, which
+    // no product with a zero key changes.
     template <int Q>
     INLINE void bias(int64_t x0, int64_t x) {
         Vec by_row[Q][K] = {}, by_column[Q][K] = {};
-        rel_product<Q>(by_row, query_row + HALF + x0 + x, rel_height);
+        if (p.rel_height) {
+            rel_product<Q>(by_row, query_row + HALF + x0 + x, rel_height);
+            rel_product<Q>(by_column, query_row + s.half * s.pitch + HALF + x0 + x, rel_width);
+        }
         memcpy(bias_height + x * K, by_row, sizeof by_row);
-        rel_product<Q>(by_column, query_row + s.half * s.pitch + HALF + x0 + x, rel_width);
         memcpy(bias_width + x * K, by_column, sizeof by_column);
+        for (int r = 0; r < Q; ++r) {
+            top[x + r] = Vec{} - __builtin_inff();
+            if (p.zero_border) continue;
+            int64_t column = x0 + x + r;
+            for (int64_t dx = 0; dx < HALF - column; ++dx) bias_width[(x + r) * K + dx] = Vec{} - __builtin_inff();
+            for (int64_t dx = s.W + HALF - column; dx < K; ++dx) bias_width[(x + r) * K + dx] = Vec{} - __builtin_inff();
+        }
     }
 
     template <int Q>
@@ -554,49 +565,43 @@ class Worker {
         Vec* out = tile_row(weights, dy) + x * K;
         UNROLL
         for (int r = 0; r < Q; ++r) {
+            Vec largest = acc[r][0];
             UNROLL
-            for (int dx = 0; dx < K; ++dx) out[r * K + dx] = acc[r][dx];
+            for (int dx = 0; dx < K; ++dx) {
+                out[r * K + dx] = acc[r][dx];
+                largest = larger<V>(acc[r][dx], largest);
+            }
+            top[x + r] = larger<V>(largest, top[x + r]);
         }
     }
 
-    // The softmax of position x (column `column` of the image) over window rows begin .. end - 1, in place.
-    INLINE void softmax(int64_t column, int64_t x, int64_t begin, int64_t end) {
-        int64_t first = p.zero_border ? 0 : most(0, HALF - column);
-        int64_t last = p.zero_border ? K : least(K, s.W + HALF - column);
-        Vec sum = first == 0 && last == K ? exponentials<true>(x, begin, end, 0, K)
-                                          : exponentials<false>(x, begin, end, first, last);
-        Vec scale = 1.0f / sum;
-        for (int64_t dy = begin; dy < end; ++dy) {
-            Vec* row = tile_row(weights, dy) + x * K;
-            UNROLL
-            for (int dx = 0; dx < K; ++dx) row[dx] *= scale;
-        }
-    }
-
-    template <bool FULL>
-    INLINE Vec exponentials(int64_t x, int64_t begin, int64_t end, int64_t first, int64_t last) {
+    // exp(S - max) of position x over window rows begin .. end - 1, in place; K sums, so that none waits for another.
+    INLINE void exponentials(int64_t x, int64_t begin, int64_t end) {
         constexpr float LOG2_E = 1.4426950408889634f;
-        Vec top = Vec{} - __builtin_inff(), sum = {};
-        for (int64_t dy = begin; dy < end; ++dy) {
-            const Vec* row = tile_row(weights, dy) + x * K;
-            UNROLL
-            for (int dx = 0; dx < K; ++dx)
-                if (FULL || (dx >= first && dx < last)) top = larger<V>(row[dx], top);
-        }
-        top *= LOG2_E;
+        Vec shift = top[x] * LOG2_E, sums[K] = {};
         for (int64_t dy = begin; dy < end; ++dy) {
             Vec* row = tile_row(weights, dy) + x * K;
             UNROLL
             for (int dx = 0; dx < K; ++dx) {
-                if (FULL || (dx >= first && dx < last)) {
-                    row[dx] = fast_exp2<V>(row[dx] * LOG2_E - top);
-                    sum += row[dx];
-                } else {
-                    row[dx] = Vec{};
-                }
+                Vec e = fast_exp2<V>(row[dx] * LOG2_E - shift);
+                row[dx] = e;
+                sums[dx] += e;
             }
         }
+        inverse_sum[x] = 1.0f / total(sums);
+    }
+
+    static INLINE Vec total(const Vec (&sums)[K]) {
+        Vec sum = sums[0];
+        UNROLL
+        for (int dx = 1; dx < K; ++dx) sum += sums[dx];
         return sum;
+    }
+
+    // row[x] *= inverse_sum[x]
+    void scale(Vec* row, int64_t x0, int64_t width) const {
+        for (int64_t c = 0; c < s.D; ++c)
+            for (int64_t x = 0; x < width; ++x) row[c * s.pitch + HALF + x0 + x] *= inverse_sum[x];
     }
 
     // to[x] = sum over the window of tile[dy][x][dx] * rows[dy][x + dx].
@@ -643,6 +648,7 @@ class Worker {
     // `own`: whether query row i's own gradients are wanted; key rows key_first .. key_end - 1 gather theirs.
     void backward_tile(int64_t i, int64_t x0, int64_t width, bool own, int64_t key_first, int64_t key_end) {
         attend(i, x0, width);
+        scale(output_row, x0, width);
         for (int64_t dy = first_dy(i); dy < end_dy(i); ++dy) {
             const Vec* values = value_rows + slot(i + dy - HALF);
             int64_t x = 0;
@@ -693,7 +699,7 @@ class Worker {
         }
     }
 
-    // dS = P (dP - sum P dP), and its sums over the window's rows and columns. Outside the image dP is 0.
+    // dS = E (T - sum(E T) / sum E), and its sums over the window's rows and columns. Outside the image T is 0.
     INLINE void grad_softmax(int64_t i, int64_t x) {
         int64_t begin = first_dy(i), end = end_dy(i);
         Vec sums[K] = {};
@@ -702,9 +708,7 @@ class Worker {
             UNROLL
             for (int dx = 0; dx < K; ++dx) sums[dx] += weight[dx] * grad[dx];
         }
-        Vec mean = {};
-        UNROLL
-        for (int dx = 0; dx < K; ++dx) mean += sums[dx];
+        Vec mean = total(sums) * inverse_sum[x];
         UNROLL
         for (int dx = 0; dx < K; ++dx) sums[dx] = Vec{};
         for (int64_t dy = 0; dy < K; ++dy) {
@@ -720,9 +724,8 @@ class Worker {
                     sums[dx] += g;
                 }
             }
-            if (p.rel_height) bias_height[x * K + dy] = of_row;
+            bias_height[x * K + dy] = of_row;
         }
-        if (!p.rel_height) return;  // the biases stay zero
         UNROLL
         for (int dx = 0; dx < K; ++dx) bias_width[x * K + dx] = sums[dx];
     }
