@@ -55,7 +55,7 @@
 #define UNROLL _Pragma("GCC unroll 32")
 
 // Sizes that fit the caches; the results do not depend on MAX_TILE. Changing BLOCK_ROWS changes rounding alone.
-constexpr int MAX_TILE = 16;   // query columns worked on at a time: K*K*MAX_TILE scores beside each other
+constexpr int MAX_TILE = 32;   // query columns worked on at a time: K*K*MAX_TILE scores beside each other
 constexpr int BLOCK_ROWS = 8;  // query rows summed in float32 for the embeddings' gradients; threads split there
 
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1 };
