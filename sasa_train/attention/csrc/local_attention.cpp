@@ -519,7 +519,13 @@ class Worker {
             for (x = 0; x + R <= width; x += R) score<R>(keys, x0, x, dy);
             for (; x < width; ++x) score<1>(keys, x0, x, dy);
         }
-        for (x = 0; x < width; ++x) exponentials(x, begin, end);
+        for (x = 0; x < width; ++x) {
+            prefetch(p.query, i + 1, x0 + x);
+            prefetch(p.key, i + 1 + HALF, x0 + x);
+            prefetch(p.value, i + 1 + HALF, x0 + x);
+            if (p.grad_value.data) prefetch(p.output, i + 1, x0 + x);
+            exponentials(x, begin, end);
+        }
     }
 
     // The part of the scores that K + K numbers a position hold. Columns outside the image get -infinity here, which
@@ -596,6 +602,19 @@ class Worker {
         UNROLL
         for (int dx = 1; dx < K; ++dx) sum += sums[dx];
         return sum;
+    }
+
+    // Pixel x of image row y into the cache, while the pixel a row before it is worked on: the distance between pixels in
+    // memory (all channels of q, k and v) is more than the processor's own prefetching follows.
+    INLINE void prefetch(const Strided& t, int64_t y, int64_t x) const {
+        if (t.d != 1 || y >= s.H || !t.data) return;
+        int64_t size = p.dtype == FLOAT32 ? 4 : 2, bytes = s.D * size;
+        int64_t step = t.n == s.D ? most(1, 64 / bytes) : 1;  // heads that share a cache line
+        const char* pixel = (const char*)t.data + (y * t.h + x * t.w) * size;
+        for (int64_t l = 0; l < planes.count; l += step) {
+            const char* head = pixel + (planes.batch_index[l] * t.b + planes.head[l] * t.n) * size;
+            for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(head + offset, 0, 2);
+        }
     }
 
     // row[x] *= inverse_sum[x]
