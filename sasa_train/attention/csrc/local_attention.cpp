@@ -407,9 +407,8 @@ class Worker {
         return 4 * K * s.row + 3 * s.row + 2 * K * K * s.tile_pitch + 2 * (K + 1) * s.tile + 4 * K * s.half;
     }
 
-    Worker(const Problem& problem, int64_t group, Vec* memory)
+    Worker(const Problem& problem, int64_t group, Vec* memory, bool backward)
         : p(problem), s(Sizes::of<K>(problem)), planes(problem, group) {
-        memset(memory, 0, num_vectors(p) * sizeof(Vec));
         auto take = [&](int64_t n) { return (memory += n) - n; };
         key_rows = take(K * s.row), value_rows = take(K * s.row);
         query_row = take(s.row), output_row = take(s.row);
@@ -424,6 +423,13 @@ class Worker {
         if (p.rel_height) {
             load_rel(rel_height, p.rel_height);
             load_rel(rel_width, p.rel_width);
+        }
+        clear_pads(key_rows, 2 * K + 2);  // keys, values, query and output lie side by side
+        if (!backward) return;
+        memset(grad_rel_height, 0, 2 * K * s.half * sizeof(Vec));
+        for (int64_t dy = 0; dy < K; ++dy) {
+            clear_margins(weights, dy);
+            clear_margins(grad_scores, dy);
         }
     }
 
@@ -472,6 +478,20 @@ class Worker {
     int64_t first_dy(int64_t i) const { return most(0, HALF - i); }
     int64_t end_dy(int64_t i) const { return least(K, s.H + HALF - i); }
     Vec* tile_row(Vec* tile, int64_t dy) const { return tile + (dy * s.tile_pitch + K - 1) * K; }
+
+    // The columns that no load writes: outside the image, and what makes the pitch odd.
+    void clear_pads(Vec* rows, int64_t num_rows) const {
+        for (int64_t c = 0; c < num_rows * s.D; ++c, rows += s.pitch) {
+            memset(rows, 0, HALF * sizeof(Vec));
+            memset(rows + HALF + s.W, 0, (s.pitch - HALF - s.W) * sizeof(Vec));
+        }
+    }
+
+    // The weights of the K - 1 queries on either side of a tile, where gathering reads zeros.
+    void clear_margins(Vec* tile, int64_t dy) const {
+        memset(tile_row(tile, dy) - (K - 1) * K, 0, (K - 1) * K * sizeof(Vec));
+        memset(tile_row(tile, dy) + s.tile * K, 0, (K - 1) * K * sizeof(Vec));
+    }
 
     template <typename E>
     void load_row(Vec* row, const Strided& tensor, int64_t y) const {
@@ -859,7 +879,7 @@ void run(const Problem& p, bool backward) {
 #ifdef _OPENMP
         thread = omp_get_thread_num();
 #endif
-        Worker<V, K> worker(p, group, (Vec*)(memory + thread * share));
+        Worker<V, K> worker(p, group, (Vec*)(memory + thread * share), backward);
         if (!backward && p.dtype == FLOAT32) worker.template forward<float>(first, end);
         if (!backward && p.dtype == BFLOAT16) worker.template forward<uint16_t>(first, end);
         if (backward && p.dtype == FLOAT32) worker.template backward<float>(first, end, partial + group * partial_size);
