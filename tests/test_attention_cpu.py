@@ -1,5 +1,6 @@
 """The compiled kernel against the reference in float64: a grid of odd cases, cases drawn at random; its building."""
 
+import itertools
 import logging
 import math
 import multiprocessing
@@ -125,6 +126,14 @@ def test_cases_drawn_at_random():
             rel=rel,
             seed=seed,
         )
+
+
+def test_what_scratch_held_before_does_not_matter():
+    """Scratch is kept between calls and cleared only where zeros are read; here it begins as NaNs."""
+    for border, shape in itertools.product(("mask", "zero"), [(2, 9, 5, 35, 6), (1, 3, 11, 4, 8), (1, 1, 1, 1, 2)]):
+        local_attention(*draw(shape, "planar", torch.float32, torch.Generator()), kernel_size=7, backend="cpu")
+        cpu._kept.scratch.fill_(255)
+        assert_equals_reference(shape, 7, border=border)
 
 
 def test_one_embedding_shared_and_one_a_head():
