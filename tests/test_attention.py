@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from sasa_train.attention import local_attention
+from sasa_train.attention import local_attention, local_attention_qkv
 from sasa_train.attention.reference import attention_weights
 
 B, N, H, W, D, K = 2, 3, 5, 7, 4, 3  # all different, so that swapped dimensions show
@@ -275,3 +275,53 @@ def test_refusals_name_the_argument_and_the_rule(change, message):
 def test_a_backend_asked_for_by_name_never_falls_back():
     with pytest.raises(RuntimeError, match="backend='triton' is not part of this version"):
         local_attention(*tensors(), kernel_size=K, backend="triton")
+
+
+def fused(content=True, dtype=torch.float32) -> Tensor:
+    """[3 or 2, B, N, H, W, D] as a channels_last projection makes it, [B, H, W, 3 or 2, N, D] in memory."""
+    q, key, v, *_ = tensors(dtype)
+    stacked = torch.stack([q, key, v] if content else [q, v])
+    return stacked.permute(1, 3, 4, 0, 2, 5).contiguous().permute(3, 0, 4, 1, 2, 5)
+
+
+@pytest.mark.parametrize(
+    "backend,dtype", [("reference", torch.float64), ("cpu", torch.float32), ("cpu", torch.float16)]
+)
+@pytest.mark.parametrize("content,relative", [(True, True), (False, True), (True, False)])
+def test_fused_projections_give_the_same_and_one_gradient(content, relative, backend, dtype):
+    """Without the gradient's strides, the projection's backward copies it, for longer than the attention takes."""
+    rel = [t.requires_grad_() for t in tensors(dtype)[3:]] if relative else [None, None]
+    projections = fused(content, dtype).requires_grad_()
+    options = {"kernel_size": K, "content": content, "backend": backend}
+    out = local_attention_qkv(projections, *rel, **options)
+    q, *key, v = projections.unbind(0)
+    expected = local_attention(q, key[0] if content else None, v, *rel, **options)
+    assert torch.equal(out, expected)
+    assert out.stride() == expected.stride()
+    weight = torch.randn_like(out)
+    leaves = [x for x in (projections, *rel) if x is not None]
+    ours, theirs = (torch.autograd.grad((x * weight).sum(), leaves) for x in (out, expected))
+    assert ours[0].stride() == projections.stride()
+    for x, y in zip(ours, theirs, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("content", [True, False])
+def test_the_fused_op_is_a_well_behaved_library_op(content, backend):
+    rel = [t.requires_grad_() for t in tensors(torch.float32)[3:]]
+    arguments = (fused(content).requires_grad_(), *rel, K, "mask", backend)
+    torch.library.opcheck(torch.ops.sasa_train.local_attention_qkv.default, arguments)
+
+
+def test_flops_of_fused_projections():
+    projections = fused().to("meta").requires_grad_()
+    rel = [t.to("meta").requires_grad_() for t in tensors()[3:]]
+    with FlopCounterMode(display=False) as counter:
+        local_attention_qkv(projections, *rel, kernel_size=K).sum().backward()
+    assert counter.get_total_flops() == 3 * 3 * 2 * K * K * D * B * N * H * W
+
+
+def test_fused_projections_must_be_three():
+    with pytest.raises(ValueError, match=r"projections must be \[3, B, N, H, W, D\] with content=True; got \[2, "):
+        local_attention_qkv(fused(content=False), kernel_size=K)

@@ -98,15 +98,22 @@ def local_attention_backward(
     rel_width: Tensor | None,
     kernel_size: int,
     border: str,
+    grads: tuple[Tensor, Tensor | None, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """As the reference's: the gradients of query, key, value, rel_height and rel_width, strides ordered as theirs."""
+    """As the reference's: the gradients of query, key, value, rel_height and rel_width, strides ordered as theirs.
+
+    The first three are written to `grads` where that is given.
+    """
+    if grads is None:
+        grads = (torch.empty_like(query), None if key is None else torch.empty_like(key), torch.empty_like(value))
     if query.dtype not in DTYPES:
         inputs = (query.float(), None if key is None else key.float(), value.float(), rel_height, rel_width)
-        q, k, v, *grad_rel = local_attention_backward(grad_output.float(), *inputs, kernel_size, border)
-        k = None if k is None else k.to(query.dtype)
-        return q.to(query.dtype), k, v.to(query.dtype), grad_rel[0], grad_rel[1]
-    grad_query, grad_value = torch.empty_like(query), torch.empty_like(value)
-    grad_key = None if key is None else torch.empty_like(key)
+        exact = local_attention_backward(grad_output.float(), *inputs, kernel_size, border)
+        for grad, x in zip(grads, exact, strict=False):
+            if grad is not None and x is not None:
+                grad.copy_(x)
+        return *grads, *exact[3:]
+    grad_query, grad_key, grad_value = grads
     problem = _problem(query, border)
     problem.query, problem.key, problem.value = _strided(query), _strided(key), _strided(value)
     problem.output = _strided(grad_output)

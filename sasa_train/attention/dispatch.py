@@ -1,4 +1,4 @@
-"""`local_attention`: the one public function. Argument checks, then a torch.library op that picks the backend.
+"""`local_attention`, and `local_attention_qkv` for layers. Argument checks, then a torch.library op picks the backend.
 
 Backends: `reference` (plain PyTorch, every device and dtype) and `cpu` (compiled at first use; float32 and half
 precision). `auto` takes `cpu` where it can run, else `reference`. `triton` is a name kept for the CUDA kernel; until it
@@ -18,6 +18,9 @@ BACKENDS = ("auto", "reference", "cpu", "triton")
 BORDERS = ("mask", "zero")
 
 log = logging.getLogger(__name__)
+
+# query, key, value, rel_height, rel_width
+_Inputs = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]
 
 
 def local_attention(
@@ -58,6 +61,38 @@ def local_attention(
     return _local_attention(query, key if content else None, value, rel_height, rel_width, kernel_size, border, backend)
 
 
+def local_attention_qkv(
+    projections: Tensor,
+    rel_height: Tensor | None = None,
+    rel_width: Tensor | None = None,
+    *,
+    kernel_size: int,
+    content: bool = True,
+    border: str = "mask",
+    backend: str = "auto",
+) -> Tensor:
+    """`local_attention` on queries, keys and values that are one tensor, [3, B, N, H, W, D], any strides.
+
+    Their gradient is then one tensor with the strides of `projections`. Three gradients would be stacked and copied
+    back into the layout of the projection that made them, which took longer than the attention. `[2, ...]`, queries
+    and values, where `content=False`.
+    """
+    if projections.dim() != 6 or projections.shape[0] != (3 if content else 2):
+        raise ValueError(
+            f"projections must be [{3 if content else 2}, B, N, H, W, D] with content={content}; "
+            f"got {_shape(projections)}"
+        )
+    query, key, value = _split(projections)
+    _check(query, key, value, rel_height, rel_width, kernel_size, content, border, backend)
+    _require(backend)
+    return _local_attention_qkv(projections, rel_height, rel_width, kernel_size, border, backend)
+
+
+def _split(projections: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Query, key (None where there are two) and value."""
+    return projections[0], projections[1] if projections.shape[0] == 3 else None, projections[-1]
+
+
 @torch.library.custom_op("sasa_train::local_attention", mutates_args=())
 def _local_attention(
     query: Tensor,
@@ -69,7 +104,11 @@ def _local_attention(
     border: str,
     backend: str,
 ) -> Tensor:
-    inputs = (query, key, value, rel_height, rel_width)
+    return _forward(backend, (query, key, value, rel_height, rel_width), kernel_size, border)
+
+
+def _forward(backend: str, inputs: _Inputs, kernel_size: int, border: str) -> Tensor:
+    query, _, value, *_ = inputs
     if _resolve(backend, query, kernel_size) == "cpu":
         return cpu.local_attention_forward(*inputs, kernel_size, border)
     output = torch.empty_like(value)  # value's order of strides, as the fake implementation promises
@@ -95,10 +134,29 @@ def _local_attention_backward(
 ) -> list[Tensor]:
     """Gradients of those of the five tensors that are there, in their order (an op cannot return None)."""
     inputs = (query, key, value, rel_height, rel_width)
-    if _resolve(backend, query, kernel_size) == "cpu":
-        return [g for g in cpu.local_attention_backward(grad_output, *inputs, kernel_size, border) if g is not None]
-    grads = reference.local_attention_backward(grad_output, *inputs, kernel_size, border)
-    return [torch.empty_like(x).copy_(g) for x, g in zip(inputs, grads, strict=True) if x is not None and g is not None]
+    grads = (torch.empty_like(query), None if key is None else torch.empty_like(key), torch.empty_like(value))
+    grad_rel = _backward_into(backend, grads, grad_output, inputs, kernel_size, border)
+    return [grad for grad in (*grads, *grad_rel) if grad is not None]
+
+
+def _backward_into(
+    backend: str,
+    grads: tuple[Tensor, Tensor | None, Tensor],
+    grad_output: Tensor,
+    inputs: _Inputs,
+    kernel_size: int,
+    border: str,
+) -> list[Tensor]:
+    """Write the gradients of query, key and value; return those of the embeddings, if there are any."""
+    if _resolve(backend, inputs[0], kernel_size) == "cpu":
+        *_, grad_height, grad_width = cpu.local_attention_backward(grad_output, *inputs, kernel_size, border, grads)
+    else:
+        *exact, grad_height, grad_width = reference.local_attention_backward(grad_output, *inputs, kernel_size, border)
+        for grad, x in zip(grads, exact, strict=True):
+            if grad is not None and x is not None:
+                grad.copy_(x)
+    pairs = zip(inputs[3:], (grad_height, grad_width), strict=True)
+    return [torch.empty_like(rel).copy_(grad) for rel, grad in pairs if rel is not None and grad is not None]
 
 
 @_local_attention_backward.register_fake
@@ -120,6 +178,53 @@ def _backward(ctx, grad_output):
 _local_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
+@torch.library.custom_op("sasa_train::local_attention_qkv", mutates_args=())
+def _local_attention_qkv(
+    projections: Tensor,
+    rel_height: Tensor | None,
+    rel_width: Tensor | None,
+    kernel_size: int,
+    border: str,
+    backend: str,
+) -> Tensor:
+    return _forward(backend, (*_split(projections), rel_height, rel_width), kernel_size, border)
+
+
+@_local_attention_qkv.register_fake
+def _(projections, rel_height, rel_width, kernel_size, border, backend):
+    return torch.empty_like(projections[-1])
+
+
+@torch.library.custom_op("sasa_train::local_attention_qkv_backward", mutates_args=())
+def _local_attention_qkv_backward(
+    grad_output: Tensor,
+    projections: Tensor,
+    rel_height: Tensor | None,
+    rel_width: Tensor | None,
+    kernel_size: int,
+    border: str,
+    backend: str,
+) -> list[Tensor]:
+    inputs = (*_split(projections), rel_height, rel_width)
+    grad_projections = torch.empty_like(projections)
+    grad_rel = _backward_into(backend, _split(grad_projections), grad_output, inputs, kernel_size, border)
+    return [grad_projections, *grad_rel]
+
+
+@_local_attention_qkv_backward.register_fake
+def _(grad_output, projections, rel_height, rel_width, kernel_size, border, backend):
+    return [torch.empty_like(x) for x in (projections, rel_height, rel_width) if x is not None]
+
+
+def _backward_qkv(ctx, grad_output):
+    tensors = ctx.saved_tensors
+    present = iter(_local_attention_qkv_backward(grad_output, *tensors, ctx.kernel_size, ctx.border, ctx.backend))
+    return (*(None if x is None else next(present) for x in tensors), None, None, None)
+
+
+_local_attention_qkv.register_autograd(_backward_qkv, setup_context=_setup_context)
+
+
 @register_flop_formula(torch.ops.sasa_train.local_attention)
 def _forward_flops(query, key, value, rel_height, rel_width, kernel_size, *_, **__) -> int:
     """2*K*K*D a head and position for each of q.k, q.r and weights times values; every window counted full."""
@@ -132,6 +237,17 @@ def _forward_flops(query, key, value, rel_height, rel_width, kernel_size, *_, **
 def _backward_flops(grad_output, *args, **kwargs) -> int:
     """Each product has two gradients of its own cost; the scores computed again are not counted."""
     return 2 * _forward_flops(*args)
+
+
+@register_flop_formula(torch.ops.sasa_train.local_attention_qkv)
+def _forward_flops_qkv(projections, rel_height, rel_width, kernel_size, *_, **__) -> int:
+    query = projections[1:]
+    return _forward_flops(query, query if projections[0] == 3 else None, query, rel_height, rel_width, kernel_size)
+
+
+@register_flop_formula(torch.ops.sasa_train.local_attention_qkv_backward)
+def _backward_flops_qkv(grad_output, *args, **kwargs) -> int:
+    return 2 * _forward_flops_qkv(*args)
 
 
 def _require(backend: str) -> None:

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sasa_train.attention import local_attention
+from sasa_train.attention import local_attention_qkv
 
 POSITIONS = ("relative", "absolute", "none")
 BLOCK_SIZE = 4  # the attention stem's blocks, and its max pool
@@ -81,14 +81,10 @@ class LocalSelfAttention2d(nn.Module):
         qkv = self.qkv(x)
         if self.position == "absolute":
             qkv = qkv + self._projected_sinusoid(x)
-        # [B, C', H, W] -> 3 (or 2) x [B, N, H, W, D], strided views
+        # [B, C', H, W] -> [3 or 2, B, N, H, W, D], a strided view
         heads = qkv.unflatten(1, (-1, self.num_heads, qkv.shape[1] // self._num_projections // self.num_heads))
-        projections = heads.permute(1, 0, 2, 4, 5, 3).unbind(0)
-        query, value = projections[0], projections[-1]
-        out = local_attention(
-            query,
-            projections[1] if self.content else None,
-            value,
+        out = local_attention_qkv(
+            heads.permute(1, 0, 2, 4, 5, 3),
             self.rel_height,
             self.rel_width,
             kernel_size=self.kernel_size,
