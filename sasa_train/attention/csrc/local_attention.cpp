@@ -51,6 +51,11 @@
 #ifndef KERNEL_SIZE
 #define KERNEL_SIZE 7  // cpu.py builds one library a kernel_size: all of them at once would take a minute
 #endif
+#if defined(__clang__) || __GNUC__ >= 12
+#define HAS_SHUFFLE 1  // __builtin_shufflevector; older GCCs move single numbers, right and slower
+#else
+#define HAS_SHUFFLE 0
+#endif
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 32")
 
@@ -131,6 +136,8 @@ INLINE F<V> fast_exp2(F<V> t) {
 
 // ---- rows in and out of scratch: transposition of V planes ------------------------------------------------------
 
+// a and b by turns, of their lower or upper halves; both one after the other; one half.
+#if HAS_SHUFFLE
 template <int V>
 INLINE F<V> interleave(F<V> a, F<V> b, bool upper) {
     if constexpr (V == 16) {
@@ -143,6 +150,38 @@ INLINE F<V> interleave(F<V> a, F<V> b, bool upper) {
         return upper ? __builtin_shufflevector(a, b, 2, 6, 3, 7) : __builtin_shufflevector(a, b, 0, 4, 1, 5);
     }
 }
+INLINE F<16> join(F<8> a, F<8> b) {
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+INLINE F<8> join(F<4> a, F<4> b) { return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7); }
+INLINE F<8> half_of(F<16> x, bool upper) {
+    return upper ? __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15)
+                 : __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);
+}
+INLINE F<4> half_of(F<8> x, bool upper) {
+    return upper ? __builtin_shufflevector(x, x, 4, 5, 6, 7) : __builtin_shufflevector(x, x, 0, 1, 2, 3);
+}
+#else
+template <int V>
+INLINE F<V> interleave(F<V> a, F<V> b, bool upper) {
+    F<V> x;
+    for (int k = 0; k < V; ++k) x[k] = (k % 2 ? b : a)[k / 2 + (upper ? V / 2 : 0)];
+    return x;
+}
+template <typename Half>
+INLINE F<sizeof(Half) / 2> join(Half a, Half b) {
+    F<sizeof(Half) / 2> x;
+    memcpy(&x, &a, sizeof a);
+    memcpy((char*)&x + sizeof a, &b, sizeof b);
+    return x;
+}
+template <typename Whole>
+INLINE F<sizeof(Whole) / 8> half_of(Whole x, bool upper) {
+    F<sizeof(Whole) / 8> half;
+    memcpy(&half, (const char*)&x + (upper ? sizeof half : 0), sizeof half);
+    return half;
+}
+#endif
 
 // V x V numbers, rows to columns: log2(V) perfect shuffles.
 template <int V>
@@ -206,23 +245,16 @@ INLINE F<V> load_runs(const E* p, int64_t step) {
     if constexpr (P == V) {
         return load<V>(p);
     } else {
-        F<V / 2> low = load_runs<V / 2, P>(p, step), high = load_runs<V / 2, P>(p + V / 2 / P * step, step);
-        if constexpr (V == 16)
-            return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        else
-            return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
+        return join(load_runs<V / 2, P>(p, step), load_runs<V / 2, P>(p + V / 2 / P * step, step));
     }
 }
 template <int V, int P, typename E>
 INLINE void store_runs(E* p, int64_t step, F<V> x) {
     if constexpr (P == V) {
         store<V>(p, x);
-    } else if constexpr (V == 16) {
-        store_runs<8, P>(p, step, __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7));
-        store_runs<8, P>(p + V / 2 / P * step, step, __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15));
     } else {
-        store_runs<4, P>(p, step, __builtin_shufflevector(x, x, 0, 1, 2, 3));
-        store_runs<4, P>(p + V / 2 / P * step, step, __builtin_shufflevector(x, x, 4, 5, 6, 7));
+        store_runs<V / 2, P>(p, step, half_of(x, false));
+        store_runs<V / 2, P>(p + V / 2 / P * step, step, half_of(x, true));
     }
 }
 
