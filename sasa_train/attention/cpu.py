@@ -38,6 +38,9 @@ BUILD_SECONDS = 300
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # others are converted
 
 
+_TENSORS = ("query", "key", "value", "output", "grad_output", "grad_query", "grad_key", "grad_value")
+
+
 class _Strided(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in "bnhwd"))
 
@@ -48,7 +51,8 @@ class _Problem(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("batch", "num_heads", "height", "width", "head_dim")),
         *((name, ctypes.c_int64) for name in ("zero_border", "dtype", "num_threads", "rel_per_head")),
-        *((name, _Strided) for name in ("query", "key", "value", "output", "grad_query", "grad_key", "grad_value")),
+        *((name, _Strided) for name in _TENSORS),
+        ("statistics", ctypes.c_void_p),
         *((name, ctypes.c_void_p) for name in ("rel_height", "rel_width", "grad_rel_height", "grad_rel_width")),
         ("workspace", ctypes.c_void_p),
     )
@@ -74,23 +78,29 @@ def local_attention_forward(
     rel_width: Tensor | None,
     kernel_size: int,
     border: str,
-) -> Tensor:
-    """As the reference's: the attended values, [B, N, H, W, D], dtype and order of strides as `value`."""
+) -> tuple[Tensor, Tensor]:
+    """The attended values, [B, N, H, W, D], dtype and order of strides as `value`; and what the backward pass keeps.
+
+    That is [2, B, N, H, W] in float32: the largest score of each window, and 1 / sum(exp(score - largest)).
+    """
     if query.dtype not in DTYPES:
         inputs = (query.float(), None if key is None else key.float(), value.float(), rel_height, rel_width)
-        return torch.empty_like(value).copy_(local_attention_forward(*inputs, kernel_size, border))
+        exact, statistics = local_attention_forward(*inputs, kernel_size, border)
+        return torch.empty_like(value).copy_(exact), statistics
     output = torch.empty_like(value)
-    problem = _problem(query, border)
+    statistics = query.new_empty((2, *query.shape[:4]), dtype=torch.float32)
+    problem = _problem(query, border, statistics)
     problem.query, problem.value, problem.output = _strided(query), _strided(value), _strided(output)
     problem.key = _strided(key)
     tables = _set_rel(problem, rel_height, rel_width)
-    _run("sasa_forward", problem, kernel_size)
+    _run("forward", problem, kernel_size)
     del tables  # alive until here
-    return output
+    return output, statistics
 
 
 def local_attention_backward(
     grad_output: Tensor,
+    statistics: Tensor,
     query: Tensor,
     key: Tensor | None,
     value: Tensor,
@@ -100,7 +110,7 @@ def local_attention_backward(
     border: str,
     grads: tuple[Tensor, Tensor | None, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """As the reference's: the gradients of query, key, value, rel_height and rel_width, strides ordered as theirs.
+    """The gradients of query, key, value, rel_height and rel_width, strides ordered as theirs; statistics from forward.
 
     The first three are written to `grads` where that is given.
     """
@@ -108,29 +118,30 @@ def local_attention_backward(
         grads = (torch.empty_like(query), None if key is None else torch.empty_like(key), torch.empty_like(value))
     if query.dtype not in DTYPES:
         inputs = (query.float(), None if key is None else key.float(), value.float(), rel_height, rel_width)
-        exact = local_attention_backward(grad_output.float(), *inputs, kernel_size, border)
+        exact = local_attention_backward(grad_output.float(), statistics, *inputs, kernel_size, border)
         for grad, x in zip(grads, exact, strict=False):
             if grad is not None and x is not None:
                 grad.copy_(x)
         return *grads, *exact[3:]
     grad_query, grad_key, grad_value = grads
-    problem = _problem(query, border)
+    problem = _problem(query, border, statistics)
     problem.query, problem.key, problem.value = _strided(query), _strided(key), _strided(value)
-    problem.output = _strided(grad_output)
+    problem.grad_output = _strided(grad_output)
     problem.grad_query, problem.grad_key, problem.grad_value = map(_strided, (grad_query, grad_key, grad_value))
     tables = _set_rel(problem, rel_height, rel_width)
     grad_tables = [torch.empty_like(table) for table in tables]
     if grad_tables:
         problem.grad_rel_height, problem.grad_rel_width = (grad.data_ptr() for grad in grad_tables)
-    _run("sasa_backward", problem, kernel_size)
+    _run("backward", problem, kernel_size)
     if rel_height is None or rel_width is None:
         return grad_query, grad_key, grad_value, None, None
     grad_rel_height, grad_rel_width = map(_like, grad_tables, (rel_height, rel_width))
     return grad_query, grad_key, grad_value, grad_rel_height, grad_rel_width
 
 
-def _problem(query: Tensor, border: str) -> _Problem:
+def _problem(query: Tensor, border: str, statistics: Tensor) -> _Problem:
     problem = _Problem(*query.shape)
+    problem.statistics = statistics.data_ptr()
     problem.zero_border = border == "zero"
     problem.dtype = DTYPES[query.dtype]
     problem.num_threads = torch.get_num_threads()
@@ -163,8 +174,8 @@ def _run(function: str, problem: _Problem, kernel_size: int) -> None:
     library = _library(kernel_size, _instruction_set())
     if isinstance(library, str):
         raise RuntimeError(f"backend='cpu' cannot run: {library}")
-    problem.workspace = _workspace(library.sasa_workspace_bytes(ctypes.byref(problem)))
-    getattr(library, function)(ctypes.byref(problem))
+    problem.workspace = _workspace(getattr(library, f"sasa_{function}_bytes")(ctypes.byref(problem)))
+    getattr(library, f"sasa_{function}")(ctypes.byref(problem))
 
 
 _kept = threading.local()
@@ -206,10 +217,10 @@ def _library(kernel_size: int, instruction_set: str) -> ctypes.CDLL | str:
 
 def _load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
-    library.sasa_workspace_bytes.restype = ctypes.c_int64
-    for function in (library.sasa_forward, library.sasa_backward, library.sasa_workspace_bytes):
-        function.argtypes = (ctypes.POINTER(_Problem),)
-    library.sasa_forward.restype = library.sasa_backward.restype = None
+    results = {"forward": None, "backward": None, "forward_bytes": ctypes.c_int64, "backward_bytes": ctypes.c_int64}
+    for name, result in results.items():
+        function = getattr(library, f"sasa_{name}")
+        function.argtypes, function.restype = (ctypes.POINTER(_Problem),), result
     return library
 
 

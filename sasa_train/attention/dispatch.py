@@ -58,7 +58,8 @@ def local_attention(
     """
     _check(query, key, value, rel_height, rel_width, kernel_size, content, border, backend)
     _require(backend)
-    return _local_attention(query, key if content else None, value, rel_height, rel_width, kernel_size, border, backend)
+    key = key if content else None
+    return _local_attention(query, key, value, rel_height, rel_width, kernel_size, border, backend)[0]
 
 
 def local_attention_qkv(
@@ -85,7 +86,7 @@ def local_attention_qkv(
     query, key, value = _split(projections)
     _check(query, key, value, rel_height, rel_width, kernel_size, content, border, backend)
     _require(backend)
-    return _local_attention_qkv(projections, rel_height, rel_width, kernel_size, border, backend)
+    return _local_attention_qkv(projections, rel_height, rel_width, kernel_size, border, backend)[0]
 
 
 def _split(projections: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -103,26 +104,32 @@ def _local_attention(
     kernel_size: int,
     border: str,
     backend: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """The output, and [2, B, N, H, W] float32 that the backend's backward pass reads (zeros from the reference)."""
     return _forward(backend, (query, key, value, rel_height, rel_width), kernel_size, border)
 
 
-def _forward(backend: str, inputs: _Inputs, kernel_size: int, border: str) -> Tensor:
+def _forward(backend: str, inputs: _Inputs, kernel_size: int, border: str) -> tuple[Tensor, Tensor]:
     query, _, value, *_ = inputs
     if _resolve(backend, query, kernel_size) == "cpu":
         return cpu.local_attention_forward(*inputs, kernel_size, border)
-    output = torch.empty_like(value)  # value's order of strides, as the fake implementation promises
-    return output.copy_(reference.local_attention_forward(*inputs, kernel_size, border))
+    output, statistics = _empty_results(value)  # value's order of strides, as the fake implementation promises
+    return output.copy_(reference.local_attention_forward(*inputs, kernel_size, border)), statistics.zero_()
+
+
+def _empty_results(value: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(value), value.new_empty((2, *value.shape[:4]), dtype=torch.float32)
 
 
 @_local_attention.register_fake
 def _(query, key, value, rel_height, rel_width, kernel_size, border, backend):
-    return torch.empty_like(value)
+    return _empty_results(value)
 
 
 @torch.library.custom_op("sasa_train::local_attention_backward", mutates_args=())
 def _local_attention_backward(
     grad_output: Tensor,
+    statistics: Tensor,
     query: Tensor,
     key: Tensor | None,
     value: Tensor,
@@ -135,23 +142,26 @@ def _local_attention_backward(
     """Gradients of those of the five tensors that are there, in their order (an op cannot return None)."""
     inputs = (query, key, value, rel_height, rel_width)
     grads = (torch.empty_like(query), None if key is None else torch.empty_like(key), torch.empty_like(value))
-    grad_rel = _backward_into(backend, grads, grad_output, inputs, kernel_size, border)
+    grad_rel = _backward_into(backend, grads, (grad_output, statistics), inputs, kernel_size, border)
     return [grad for grad in (*grads, *grad_rel) if grad is not None]
 
 
 def _backward_into(
     backend: str,
     grads: tuple[Tensor, Tensor | None, Tensor],
-    grad_output: Tensor,
+    results: tuple[Tensor, Tensor],
     inputs: _Inputs,
     kernel_size: int,
     border: str,
 ) -> list[Tensor]:
-    """Write the gradients of query, key and value; return those of the embeddings, if there are any."""
+    """Write the gradients of query, key and value; return those of the embeddings, if there are any.
+
+    `results`: the output's gradient and the statistics.
+    """
     if _resolve(backend, inputs[0], kernel_size) == "cpu":
-        *_, grad_height, grad_width = cpu.local_attention_backward(grad_output, *inputs, kernel_size, border, grads)
+        *_, grad_height, grad_width = cpu.local_attention_backward(*results, *inputs, kernel_size, border, grads)
     else:
-        *exact, grad_height, grad_width = reference.local_attention_backward(grad_output, *inputs, kernel_size, border)
+        *exact, grad_height, grad_width = reference.local_attention_backward(results[0], *inputs, kernel_size, border)
         for grad, x in zip(grads, exact, strict=True):
             if grad is not None and x is not None:
                 grad.copy_(x)
@@ -160,19 +170,19 @@ def _backward_into(
 
 
 @_local_attention_backward.register_fake
-def _(grad_output, query, key, value, rel_height, rel_width, kernel_size, border, backend):
+def _(grad_output, statistics, query, key, value, rel_height, rel_width, kernel_size, border, backend):
     return [torch.empty_like(x) for x in (query, key, value, rel_height, rel_width) if x is not None]
 
 
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.kernel_size, ctx.border, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(output[1], *tensors)
 
 
-def _backward(ctx, grad_output):
+def _backward(ctx, grad_output, _):
     tensors = ctx.saved_tensors
     present = iter(_local_attention_backward(grad_output, *tensors, ctx.kernel_size, ctx.border, ctx.backend))
-    return (*(None if x is None else next(present) for x in tensors), None, None, None)
+    return (*(None if x is None else next(present) for x in tensors[1:]), None, None, None)
 
 
 _local_attention.register_autograd(_backward, setup_context=_setup_context)
@@ -186,18 +196,19 @@ def _local_attention_qkv(
     kernel_size: int,
     border: str,
     backend: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     return _forward(backend, (*_split(projections), rel_height, rel_width), kernel_size, border)
 
 
 @_local_attention_qkv.register_fake
 def _(projections, rel_height, rel_width, kernel_size, border, backend):
-    return torch.empty_like(projections[-1])
+    return _empty_results(projections[-1])
 
 
 @torch.library.custom_op("sasa_train::local_attention_qkv_backward", mutates_args=())
 def _local_attention_qkv_backward(
     grad_output: Tensor,
+    statistics: Tensor,
     projections: Tensor,
     rel_height: Tensor | None,
     rel_width: Tensor | None,
@@ -207,19 +218,20 @@ def _local_attention_qkv_backward(
 ) -> list[Tensor]:
     inputs = (*_split(projections), rel_height, rel_width)
     grad_projections = torch.empty_like(projections)
-    grad_rel = _backward_into(backend, _split(grad_projections), grad_output, inputs, kernel_size, border)
+    results = (grad_output, statistics)
+    grad_rel = _backward_into(backend, _split(grad_projections), results, inputs, kernel_size, border)
     return [grad_projections, *grad_rel]
 
 
 @_local_attention_qkv_backward.register_fake
-def _(grad_output, projections, rel_height, rel_width, kernel_size, border, backend):
+def _(grad_output, statistics, projections, rel_height, rel_width, kernel_size, border, backend):
     return [torch.empty_like(x) for x in (projections, rel_height, rel_width) if x is not None]
 
 
-def _backward_qkv(ctx, grad_output):
+def _backward_qkv(ctx, grad_output, _):
     tensors = ctx.saved_tensors
     present = iter(_local_attention_qkv_backward(grad_output, *tensors, ctx.kernel_size, ctx.border, ctx.backend))
-    return (*(None if x is None else next(present) for x in tensors), None, None, None)
+    return (*(None if x is None else next(present) for x in tensors[1:]), None, None, None)
 
 
 _local_attention_qkv.register_autograd(_backward_qkv, setup_context=_setup_context)
@@ -234,7 +246,7 @@ def _forward_flops(query, key, value, rel_height, rel_width, kernel_size, *_, **
 
 
 @register_flop_formula(torch.ops.sasa_train.local_attention_backward)
-def _backward_flops(grad_output, *args, **kwargs) -> int:
+def _backward_flops(grad_output, statistics, *args, **kwargs) -> int:
     """Each product has two gradients of its own cost; the scores computed again are not counted."""
     return 2 * _forward_flops(*args)
 
@@ -246,7 +258,7 @@ def _forward_flops_qkv(projections, rel_height, rel_width, kernel_size, *_, **__
 
 
 @register_flop_formula(torch.ops.sasa_train.local_attention_qkv_backward)
-def _backward_flops_qkv(grad_output, *args, **kwargs) -> int:
+def _backward_flops_qkv(grad_output, statistics, *args, **kwargs) -> int:
     return 2 * _forward_flops_qkv(*args)
 
 

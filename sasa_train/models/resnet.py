@@ -51,7 +51,8 @@ class Bottleneck(nn.Module):
         out = self.act(self.bn1(self.conv1(x)))
         out = self.act(self.bn2(self.conv2(out)))
         out = self.drop_path(self.bn3(self.conv3(out)))
-        return self.act(out + self.downsample(x))
+        out += self.downsample(x)  # in place: batch norm does not need its output
+        return self.act(out)
 
 
 class ResNet(nn.Module):

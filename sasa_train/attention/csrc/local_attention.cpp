@@ -6,29 +6,32 @@
 // scratch as [channel][column] vectors with K/2 zero columns on either side ("band"), read straight from the strided
 // tensors by a V x V transposition in registers and converted from bfloat16 on the way.
 //
-//   forward, a query row i:  S[dy][x][dx] = q.k + q.r        band_product: 2 queries x K keys, all in registers
+//   forward, a query row i:  S[dy][x][dx] = q.k + q.r        band_product: 3 queries x K keys, all in registers
 //                            E = exp(S - max)                one polynomial, K*K vectors a position
-//                            out[x] = sum E v / sum E        band_apply: 2 queries x 8 channels in registers
-//   backward, a query row i: S and E again; the weights P = E / sum E are never formed, g / sum E takes their place:
-//                            G = g / sum E,  T = G.v,  dS = E (T - sum(E T) / sum E),  and with the same two pieces
-//                            dq[x]  += dS k,    dk[y][x'] += dS q,    dv[y][x'] += E G.
+//                            out[x] = sum E v / sum E        band_apply: 3 queries x 8 channels in registers
+//   backward, a query row i: S again,  P = exp(S - max) / sum E,  T = g.v,  dS = P (T - sum P T),  and with band_apply
+//                            dq[x]  += dS k,    dk[y][x'] += dS q,    dv[y][x'] += P g.
 //
-// Nothing of the forward pass is kept. dk and dv of the K key rows in reach live in a ring; a row leaves it when the
-// last query row that sees it is done: no atomics, one order of summation, whatever the number of threads. q.r is
-// q[:D/2].rel_height[dy] + q[D/2:].rel_width[dx]: 2K numbers a position, not K*K; its gradients are summed in float32
+// Of the forward pass max and 1 / sum E of each position are kept, nothing of size K*K. dk and dv of the K key rows in
+// reach live in a ring; a row leaves it when the last query row that sees it is done: no atomics, one order of
+// summation, whatever the number of threads. q.r is q[:D/2].rel_height[dy] + q[D/2:].rel_width[dx]: 2K numbers a position, not K*K; its gradients are summed in float32
 // over BLOCK_ROWS rows, and over those blocks, planes and images in double and in order.
 //
 // Arithmetic. A position and head costs 7 products of K*K*D multiply-adds (2 forward, 5 backward) and 2 K*K exponentials
-// of about 11 instructions. At K = 7, D = 8 on 16 lanes with two multiply-add units: 1,372 + 540 cycles for 16 planes.
-// band_product has K + 3 loads for 2 K multiply-adds, band_apply about 10 for 16, so that the multiply-add units are the
-// limit as long as the rows come from L2: a key row of 16 planes is 64 W D bytes, K rows of keys, values and their two
-// gradients 460 KB at W = 32, D = 8.
+// of 10 instructions. At K = 7, D = 8 on 16 lanes with two multiply-add units: 1,372 + 490 cycles for 16 planes. Measured
+// is about half of that speed: rows and scores come from L2 (a key row of 16 planes is 64 W D bytes, K rows of keys,
+// values and their two gradients 460 KB at W = 32, D = 8), where a core reads 0.6 vectors a cycle beside its
+// multiply-adds and writes 0.26. Hence three queries side by side for each key that is read, and no score written twice
+// in the backward pass. A quarter of the time goes into reading and writing the tensors.
 //
 // The vectors are GCC's (and clang's) vector extension, so that one source gives every variant; the flags are
 // -O3 -fno-math-errno -ffp-contract=fast. -ffast-math would break fast_exp's rounding.
 
 #include <stdint.h>
 #include <string.h>
+
+#include <type_traits>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -59,9 +62,13 @@
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 32")
 
-// Sizes that fit the caches; the results do not depend on MAX_TILE. Changing BLOCK_ROWS changes rounding alone.
-constexpr int MAX_TILE = 32;   // query columns worked on at a time: K*K*MAX_TILE scores beside each other
+// Sizes that fit the caches; the results do not depend on tiles. Changing BLOCK_ROWS changes rounding alone.
+// Query columns worked on at a time, K*K scores each: forward, and backward, where a tile's margins are gathered twice.
+constexpr int MAX_TILE[2] = {12, 32};
 constexpr int BLOCK_ROWS = 8;  // query rows summed in float32 for the embeddings' gradients; threads split there
+
+constexpr int64_t STREAM_NUMBERS = 1 << 20;  // results of more numbers than this do not stay in a core's caches
+constexpr float LOG2_E = 1.4426950408889634f;
 
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1 };
 
@@ -77,11 +84,12 @@ struct Strided {
 struct Problem {
     int64_t batch, num_heads, height, width, head_dim;
     int64_t zero_border, dtype, num_threads, rel_per_head;
-    Strided query, key, value, output;  // key.data is null without content; output is the gradient in backward
-    Strided grad_query, grad_key, grad_value;
+    Strided query, key, value, output;  // key.data is null without content
+    Strided grad_output, grad_query, grad_key, grad_value;
+    float* statistics;                          // [2, B, N, H, W], contiguous: the largest score and 1 / sum E
     const float *rel_height, *rel_width;        // [K, D/2] or [N, K, D/2], contiguous; null without embeddings
     float *grad_rel_height, *grad_rel_width;    // like them
-    void* workspace;                            // workspace_bytes(), any alignment
+    void* workspace;                            // sasa_forward_bytes() or sasa_backward_bytes(), any alignment
 };
 }
 
@@ -118,18 +126,29 @@ INLINE F<V> larger(F<V> a, F<V> b) {
     return a > b ? a : b;
 }
 
-// 2^t for t <= 0, to 2 units in the last place; below 2^-100 it stays there, so that no denormal slows what follows.
+// 2^t for t <= 0, to 2 units in the last place, exact at 0; below 2^-100 it stays there, so that no denormal slows what
+// follows. The polynomials have the least relative error of those of degree 5 that are 1 at 0.
 template <int V>
 INLINE F<V> fast_exp2(F<V> t) {
-    constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
     t = larger<V>(F<V>{} - 100.0f, t);
+#if defined(__AVX512DQ__)
+    if constexpr (V == 16) {
+        F<V> f = (F<V>)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // t - floor(t)
+        F<V> p = f * 1.867130827085239e-3f + 9.017028675408394e-3f;
+        p = p * f + 5.579991433027992e-2f;
+        p = p * f + 2.401644497956514e-1f;
+        p = p * f + 6.931513118378996e-1f;
+        p = p * f + 1.0f;
+        return (F<V>)_mm512_scalef_ps((__m512)p, (__m512)t);  // p * 2^floor(t)
+    }
+#endif
+    constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
     F<V> shifted = t + ROUND;
     F<V> f = t - (shifted - ROUND);  // in [-1/2, 1/2]
-    F<V> p = f * 1.535336188319500e-4f + 1.339887440266574e-3f;
-    p = p * f + 9.618437357674640e-3f;
-    p = p * f + 5.550332471162809e-2f;
-    p = p * f + 2.402264791363012e-1f;
-    p = p * f + 6.931472028550421e-1f;
+    F<V> p = f * 1.326472689178992e-3f + 9.671512910236633e-3f;
+    p = p * f + 5.550733746587757e-2f;
+    p = p * f + 2.402224208100560e-1f;
+    p = p * f + 6.931469775957917e-1f;
     p = p * f + 1.0f;
     return (F<V>)((typename Lanes<V>::i)p + (((typename Lanes<V>::i)shifted) << 23));
 }
@@ -239,6 +258,16 @@ INLINE void store(uint16_t* p, F<V> x) {
     memcpy(p, &out, sizeof out);
 }
 
+// Past the caches, where a whole line is written: what is larger than they are would only be read to be overwritten.
+template <int V, typename E>
+INLINE void store(E* p, F<V> x, bool stream) {
+#if defined(__AVX512F__)
+    if constexpr (V == 16 && sizeof(E) == 4)
+        if (stream && (uintptr_t)p % 64 == 0) return _mm512_stream_ps(p, (__m512)x);
+#endif
+    store<V>(p, x);
+}
+
 // V numbers in V / P runs of P, `step` apart: several pixels of a head narrower than a vector.
 template <int V, int P, typename E>
 INLINE F<V> load_runs(const E* p, int64_t step) {
@@ -249,12 +278,12 @@ INLINE F<V> load_runs(const E* p, int64_t step) {
     }
 }
 template <int V, int P, typename E>
-INLINE void store_runs(E* p, int64_t step, F<V> x) {
+INLINE void store_runs(E* p, int64_t step, F<V> x, bool stream) {
     if constexpr (P == V) {
-        store<V>(p, x);
+        store<V>(p, x, stream);
     } else {
-        store_runs<V / 2, P>(p, step, half_of(x, false));
-        store_runs<V / 2, P>(p + V / 2 / P * step, step, half_of(x, true));
+        store_runs<V / 2, P>(p, step, half_of(x, false), stream);
+        store_runs<V / 2, P>(p + V / 2 / P * step, step, half_of(x, true), stream);
     }
 }
 
@@ -280,7 +309,10 @@ struct RowCopy {
     E* line[V];
     int64_t w, d;
     int count;
-    RowCopy(const Planes<V>& planes, const Strided& t, int64_t y) : w(t.w), d(t.d), count(planes.count) {
+    bool stream;
+    RowCopy() = default;
+    RowCopy(const Planes<V>& planes, const Strided& t, int64_t y, bool stream = false)
+        : w(t.w), d(t.d), count(planes.count), stream(stream) {
         for (int l = 0; l < V; ++l)
             line[l] = (E*)t.data + planes.batch_index[l] * t.b + planes.head[l] * t.n + y * t.h;
     }
@@ -306,8 +338,19 @@ struct RowCopy {
         if constexpr (OUT) {
             transpose<V>(t);
             UNROLL
-            for (int l = 0; l < V; ++l)
-                if (l < count) store_runs<V, P>(line[l] + offset, step, t[l]);
+            for (int l = 0; l < V; ++l) {
+                if (l >= count) break;
+                if constexpr (P * 2 == V) {
+                    if (l + 1 < count && line[l + 1] == line[l] + P) {  // two heads side by side are one vector
+                        F<V> other = t[l + 1];
+                        store<V>(line[l] + offset, join(half_of(t[l], false), half_of(other, false)), stream);
+                        store<V>(line[l] + offset + step, join(half_of(t[l], true), half_of(other, true)), stream);
+                        ++l;
+                        continue;
+                    }
+                }
+                store_runs<V, P>(line[l] + offset, step, t[l], stream);
+            }
         }
     }
 
@@ -325,28 +368,28 @@ struct RowCopy {
 
     // Heads of P channels, P < V: V / P pixels at a time.
     template <int P, bool OUT>
-    void narrow(F<V>* row, int64_t width, int64_t pitch) const {
-        int64_t x = 0;
-        for (; x + V / P <= width; x += V / P) block<P, OUT>(row + x, x, 0, w, 1, pitch);
-        for (; x < width; ++x)
+    void narrow(F<V>* row, int64_t x, int64_t end, int64_t pitch) const {
+        for (; x + V / P <= end; x += V / P) block<P, OUT>(row + x, x, 0, w, 1, pitch);
+        for (; x < end; ++x)
             for (int64_t c = 0; c < P; ++c) single<OUT>(row + c * pitch + x, x, c);
     }
 
+    // Columns from .. end - 1 of the row.
     template <bool OUT>
-    __attribute__((noinline)) void run(F<V>* row, int64_t width, int64_t head_dim, int64_t pitch) const {
+    __attribute__((noinline)) void run(F<V>* row, int64_t from, int64_t end, int64_t head_dim, int64_t pitch) const {
         if constexpr (V > 4)
-            if (d == 1 && head_dim * 2 == V) return narrow<V / 2, OUT>(row, width, pitch);
+            if (d == 1 && head_dim * 2 == V) return narrow<V / 2, OUT>(row, from, end, pitch);
         if constexpr (V > 8)
-            if (d == 1 && head_dim * 4 == V) return narrow<V / 4, OUT>(row, width, pitch);
+            if (d == 1 && head_dim * 4 == V) return narrow<V / 4, OUT>(row, from, end, pitch);
         if (w == 1) {  // planar: along the row
             for (int64_t c = 0; c < head_dim; ++c) {
-                int64_t x = 0;
-                for (; x + V <= width; x += V) block<V, OUT>(row + c * pitch + x, x, c, 0, 0, 1);
-                for (; x < width; ++x) single<OUT>(row + c * pitch + x, x, c);
+                int64_t x = from;
+                for (; x + V <= end; x += V) block<V, OUT>(row + c * pitch + x, x, c, 0, 0, 1);
+                for (; x < end; ++x) single<OUT>(row + c * pitch + x, x, c);
             }
             return;
         }
-        for (int64_t x = 0; x < width; ++x) {
+        for (int64_t x = from; x < end; ++x) {
             int64_t c = 0;
             if (d == 1)
                 for (; c + V <= head_dim; c += V) block<V, OUT>(row + c * pitch + x, x, c, 0, 0, pitch);
@@ -357,16 +400,27 @@ struct RowCopy {
 
 // ---- the two pieces everything is made of -------------------------------------------------------------------------
 
+// What is loaded to be used several times stays in its register; GCC would fold the load into each use.
+template <typename T>
+INLINE T loaded(T x) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(x));
+#elif defined(__x86_64__)
+    asm("" : "+x"(x));
+#endif
+    return x;
+}
+
 // acc[r][j] += sum_c a[c][r] * b[c][r + j]: R neighbouring queries, each against its K keys of one row.
 template <int V, int K, int R>
 INLINE void band_product(F<V> (&acc)[R][K], const F<V>* a, const F<V>* b, int64_t head_dim, int64_t pitch) {
     for (int64_t c = 0; c < head_dim; ++c, a += pitch, b += pitch) {
         F<V> a_here[R];
         UNROLL
-        for (int r = 0; r < R; ++r) a_here[r] = a[r];
+        for (int r = 0; r < R; ++r) a_here[r] = loaded(a[r]);
         UNROLL
         for (int j = 0; j < K + R - 1; ++j) {
-            F<V> b_here = b[j];
+            F<V> b_here = loaded(b[j]);
             UNROLL
             for (int r = 0; r < R; ++r)
                 if (j - r >= 0 && j - r < K) acc[r][j - r] += a_here[r] * b_here;
@@ -380,39 +434,51 @@ template <int V, int K, int R, int C, bool REVERSED>
 INLINE void band_apply(F<V> (&acc)[R][C], const F<V>* weights, const F<V>* b, int64_t pitch) {
     UNROLL
     for (int j = 0; j < K + R - 1; ++j) {
-        F<V> b_here[C];
+        F<V> weight[R];
         UNROLL
-        for (int c = 0; c < C; ++c) b_here[c] = b[c * pitch + j];
+        for (int r = 0; r < R; ++r)
+            if (j - r >= 0 && j - r < K)
+                weight[r] = loaded(REVERSED ? weights[j * K + K - 1 - (j - r)] : weights[r * K + j - r]);
         UNROLL
-        for (int r = 0; r < R; ++r) {
-            if (j - r < 0 || j - r >= K) continue;
-            F<V> weight = REVERSED ? weights[j * K + K - 1 - (j - r)] : weights[r * K + j - r];
+        for (int c = 0; c < C; ++c) {
+            F<V> b_here = loaded(b[c * pitch + j]);
             UNROLL
-            for (int c = 0; c < C; ++c) acc[r][c] += weight * b_here[c];
+            for (int r = 0; r < R; ++r)
+                if (j - r >= 0 && j - r < K) acc[r][c] += weight[r] * b_here;
         }
     }
 }
 
 // How many queries side by side fit the registers.
 constexpr int queries_at_once(int K) {
-    if (NUM_REGISTERS == 32) return K <= 3 ? 4 : K <= 13 ? 2 : 1;
+    if (NUM_REGISTERS == 32) return K <= 3 ? 4 : K <= 7 ? 3 : K <= 13 ? 2 : 1;
     return K <= 5 ? 2 : 1;
 }
+constexpr int APPLIED_AT_ONCE = NUM_REGISTERS == 32 ? 3 : 2;
 constexpr int CHANNELS_AT_ONCE = NUM_REGISTERS == 32 ? 8 : 4;
 
 // ---- one thread's work ----------------------------------------------------------------------------------------------
 
+// body(Q, x) over x = from .. end - 1, Q of them at a time: as many as there are, at most MOST.
+template <int MOST, typename Body>
+INLINE void in_groups(int64_t from, int64_t end, Body body) {
+    for (; from + MOST <= end; from += MOST) body(std::integral_constant<int, MOST>{}, from);
+    if constexpr (MOST > 1) in_groups<MOST - 1>(from, end, body);
+}
+
 struct Sizes {
     int64_t H, W, D, half, pitch, row, tile, tile_pitch, num_blocks;
+    bool stream;  // whether the results are stored past the caches
     template <int K>
-    static Sizes of(const Problem& p) {
+    static Sizes of(const Problem& p, bool backward) {
         Sizes s;
         s.H = p.height, s.W = p.width, s.D = p.head_dim, s.half = p.head_dim / 2;
         s.pitch = (s.W + K - 1) | 1;  // odd, so that channels do not share cache sets
         s.row = s.pitch * s.D;
-        s.tile = ceil_div(s.W, ceil_div(s.W, MAX_TILE));
+        s.tile = ceil_div(s.W, ceil_div(s.W, MAX_TILE[backward]));
         s.tile_pitch = s.tile + 2 * (K - 1);  // gathering reaches K - 1 queries beyond the tile: zeros
         s.num_blocks = ceil_div(s.H, BLOCK_ROWS);
+        s.stream = p.batch * p.num_heads * s.H * s.W * s.D * (backward ? 3 : 1) > STREAM_NUMBERS;
         return s;
     }
 };
@@ -424,40 +490,47 @@ class Worker {
     const Problem& p;
     const Sizes s;
     const Planes<V> planes;
-    // rings of K rows; single rows; the tile's scores or weights and their gradients [K][tile_pitch][K]
+    // rings of K rows; the tile's scores or weights and their gradients [K][tile_pitch][K]
     Vec *key_rows, *value_rows, *grad_key_rows, *grad_value_rows;
-    Vec *query_row, *output_row, *grad_query_row;
+    Vec *query_rows, *grad_query_rows;       // rings of HALF + 1 rows
+    Vec *query_row, *grad_query_row;         // the present one of them
+    Vec *output_row, *grad_output_row;
     Vec *weights, *grad_scores;
-    Vec *bias_height, *bias_width;           // [tile][K]: q.rel_height[dy] and q.rel_width[dx]; in backward their gradients
-    Vec *top, *inverse_sum;                  // [tile]
+    Vec *bias_height, *bias_width;           // [tile][K]: q.rel_height[dy] and q.rel_width[dx]
+    Vec *grad_bias_width;                    // like it; the gradient of bias_height takes its place, number by number
+    Vec *top, *inverse_sum;                  // [W]: the largest score and 1 / sum E
+    Vec *delta;                              // [W]: sum P T
     Vec *rel_height, *rel_width;             // [D/2][K]
     Vec *grad_rel_height, *grad_rel_width;   // [D/2][K] of the present block of rows
 
    public:
-    static int64_t num_vectors(const Problem& p) {
-        Sizes s = Sizes::of<K>(p);
-        return 4 * K * s.row + 3 * s.row + 2 * K * K * s.tile_pitch + 2 * (K + 1) * s.tile + 4 * K * s.half;
+    static int64_t num_vectors(const Problem& p, bool backward) {
+        Sizes s = Sizes::of<K>(p, backward);
+        int64_t forward = 2 * K * s.row + (HALF + 2) * s.row + K * K * s.tile_pitch + 2 * K * s.tile + 2 * s.W + 2 * K * s.half;
+        return forward + backward * (2 * K * s.row + (HALF + 2) * s.row + K * K * s.tile_pitch + K * s.tile + s.W + 2 * K * s.half);
     }
 
     Worker(const Problem& problem, int64_t group, Vec* memory, bool backward)
-        : p(problem), s(Sizes::of<K>(problem)), planes(problem, group) {
+        : p(problem), s(Sizes::of<K>(problem, backward)), planes(problem, group) {
         auto take = [&](int64_t n) { return (memory += n) - n; };
         key_rows = take(K * s.row), value_rows = take(K * s.row);
-        query_row = take(s.row), output_row = take(s.row);
+        query_rows = take((HALF + 1) * s.row), output_row = take(s.row);
         weights = take(K * K * s.tile_pitch);
         bias_height = take(K * s.tile), bias_width = take(K * s.tile);
-        top = take(s.tile), inverse_sum = take(s.tile);
+        top = take(s.W), inverse_sum = take(s.W);
         rel_height = take(K * s.half), rel_width = take(K * s.half);
-        grad_key_rows = take(K * s.row), grad_value_rows = take(K * s.row);
-        grad_query_row = take(s.row);
-        grad_scores = take(K * K * s.tile_pitch);
-        grad_rel_height = take(K * s.half), grad_rel_width = take(K * s.half);
         if (p.rel_height) {
             load_rel(rel_height, p.rel_height);
             load_rel(rel_width, p.rel_width);
         }
-        clear_pads(key_rows, 2 * K + 2);  // keys, values, query and output lie side by side
+        clear_pads(key_rows, 2 * K + HALF + 1);  // keys, values and queries lie side by side
         if (!backward) return;
+        grad_key_rows = take(K * s.row), grad_value_rows = take(K * s.row);
+        grad_query_rows = take((HALF + 1) * s.row), grad_output_row = take(s.row);
+        grad_scores = take(K * K * s.tile_pitch);
+        grad_bias_width = take(K * s.tile), delta = take(s.W);
+        grad_rel_height = take(K * s.half), grad_rel_width = take(K * s.half);
+        clear_pads(grad_output_row, 1);
         memset(grad_rel_height, 0, 2 * K * s.half * sizeof(Vec));
         for (int64_t dy = 0; dy < K; ++dy) {
             clear_margins(weights, dy);
@@ -469,15 +542,16 @@ class Worker {
     void forward(int64_t first, int64_t end) {
         int64_t next_key = most(0, first - HALF);
         for (int64_t i = first; i < end; ++i) {
-            for (; next_key < least(s.H, i + HALF + 1); ++next_key) load_keys<E>(next_key);
-            load_row<E>(query_row, p.query, i);
+            for (; next_key < least(s.H, i + HALF + 1); ++next_key) load<E>(next_key, next_key >= first && next_key < end);
+            query_row = query_rows + query_slot(i);
             for (int64_t x0 = 0; x0 < s.W; x0 += s.tile) {
                 int64_t width = least(s.tile, s.W - x0);
                 attend(i, x0, width);
                 apply(output_row, value_rows, weights, i, x0, width);
                 scale(output_row, x0, width);
             }
-            store_row<E>(output_row, p.output, i);
+            copy_rows<true, E>({output_row}, {&p.output}, i);
+            copy_statistics<true>(i);
         }
     }
 
@@ -489,24 +563,26 @@ class Worker {
         int64_t next_key = most(0, query_first - HALF), done_key = first;
         for (int64_t i = query_first; i < query_end; ++i) {
             for (; next_key < least(s.H, i + HALF + 1); ++next_key) {
-                load_keys<E>(next_key);
+                load<E>(next_key, next_key >= query_first && next_key < query_end);
                 memset(grad_key_rows + slot(next_key), 0, s.row * sizeof(Vec));
                 memset(grad_value_rows + slot(next_key), 0, s.row * sizeof(Vec));
             }
-            load_row<E>(query_row, p.query, i);
-            load_row<E>(output_row, p.output, i);
+            query_row = query_rows + query_slot(i), grad_query_row = grad_query_rows + query_slot(i);
+            copy_rows<false, E>({grad_output_row}, {&p.grad_output}, i);
+            copy_statistics<false>(i);
+            memset(delta, 0, s.W * sizeof(Vec));
             bool own = i >= first && i < end;
             for (int64_t x0 = 0; x0 < s.W; x0 += s.tile)
                 backward_tile(i, x0, least(s.tile, s.W - x0), own, most(first, i - HALF), least(end, i + HALF + 1));
-            if (own) store_row<E>(grad_query_row, p.grad_query, i);
             if (own && p.rel_height && ((i + 1) % BLOCK_ROWS == 0 || i + 1 == s.H)) store_block(partial, i / BLOCK_ROWS);
-            for (; done_key < least(end, i + 1 - HALF); ++done_key) store_keys<E>(done_key);
+            for (; done_key < least(end, i + 1 - HALF); ++done_key) store<E>(done_key);
         }
-        for (; done_key < end; ++done_key) store_keys<E>(done_key);
+        for (; done_key < end; ++done_key) store<E>(done_key);
     }
 
    private:
     int64_t slot(int64_t y) const { return y % K * s.row; }
+    int64_t query_slot(int64_t y) const { return y % (HALF + 1) * s.row; }
     int64_t first_dy(int64_t i) const { return most(0, HALF - i); }
     int64_t end_dy(int64_t i) const { return least(K, s.H + HALF - i); }
     Vec* tile_row(Vec* tile, int64_t dy) const { return tile + (dy * s.tile_pitch + K - 1) * K; }
@@ -525,23 +601,39 @@ class Worker {
         memset(tile_row(tile, dy) + s.tile * K, 0, (K - 1) * K * sizeof(Vec));
     }
 
+    // Row y of N tensors. Queries, keys and values are most often parts of one tensor, beside each other at every pixel:
+    // they are walked together, so that memory is read and written in its own order.
+    template <bool OUT, typename E, int N>
+    void copy_rows(Vec* const (&rows)[N], const Strided* const (&tensors)[N], int64_t y) const {
+        RowCopy<V, E> copies[N];
+        int64_t step = most(1, 32 / s.D);
+        for (int n = 0; n < N; ++n) {
+            copies[n] = RowCopy<V, E>(planes, *tensors[n], y, s.stream);
+            if (tensors[n]->w == 1) step = s.W;
+        }
+        for (int64_t x = 0; x < s.W; x += step)
+            for (int n = 0; n < N; ++n)
+                if (rows[n]) copies[n].template run<OUT>(rows[n] + HALF, x, least(x + step, s.W), s.D, s.pitch);
+    }
+
     template <typename E>
-    void load_row(Vec* row, const Strided& tensor, int64_t y) const {
-        RowCopy<V, E>(planes, tensor, y).template run<false>(row + HALF, s.W, s.D, s.pitch);
+    void load(int64_t y, bool with_query) {
+        copy_rows<false, E>(
+            {with_query ? query_rows + query_slot(y) : nullptr, p.key.data ? key_rows + slot(y) : nullptr, value_rows + slot(y)},
+            {&p.query, &p.key, &p.value}, y);
     }
     template <typename E>
-    void store_row(Vec* row, const Strided& tensor, int64_t y) const {
-        RowCopy<V, E>(planes, tensor, y).template run<true>(row + HALF, s.W, s.D, s.pitch);
+    void store(int64_t y) {
+        copy_rows<true, E>({grad_query_rows + query_slot(y), p.key.data ? grad_key_rows + slot(y) : nullptr, grad_value_rows + slot(y)},
+                           {&p.grad_query, &p.grad_key, &p.grad_value}, y);
     }
-    template <typename E>
-    void load_keys(int64_t y) {
-        if (p.key.data) load_row<E>(key_rows + slot(y), p.key, y);
-        load_row<E>(value_rows + slot(y), p.value, y);
-    }
-    template <typename E>
-    void store_keys(int64_t y) {
-        if (p.key.data) store_row<E>(grad_key_rows + slot(y), p.grad_key, y);
-        store_row<E>(grad_value_rows + slot(y), p.grad_value, y);
+
+    template <bool OUT>
+    void copy_statistics(int64_t y) const {
+        Strided plane = {p.statistics, s.H * s.W * p.num_heads, s.H * s.W, s.W, 1, 0};
+        RowCopy<V, float>(planes, plane, y).template run<OUT>(top, 0, s.W, 1, 0);
+        plane.data = p.statistics + p.batch * p.num_heads * s.H * s.W;
+        RowCopy<V, float>(planes, plane, y).template run<OUT>(inverse_sum, 0, s.W, 1, 0);
     }
 
     void load_rel(Vec* rel, const float* table) const {
@@ -559,25 +651,21 @@ class Worker {
         memset(grad_rel_width, 0, size);
     }
 
-    // weights of the tile from query_row: E, the largest of a window 1; and inverse_sum.
+    // weights of the tile from query_row: E, the largest of a window 1; top and inverse_sum.
     void attend(int64_t i, int64_t x0, int64_t width) {
-        int64_t x = 0;
-        for (; x + R <= width; x += R) bias<R>(x0, x);
-        for (; x < width; ++x) bias<1>(x0, x);
+        in_groups<R>(0, width, [&](auto Q, int64_t x) { bias<Q>(x0, x); });
+        for (int64_t x = 0; x < width; ++x) top[x0 + x] = Vec{} - __builtin_inff();
         int64_t begin = p.zero_border ? 0 : first_dy(i), end = p.zero_border ? K : end_dy(i);
         for (int64_t dy = begin; dy < end; ++dy) {
-            bool inside = dy >= first_dy(i) && dy < end_dy(i);
-            const Vec* keys = inside && p.key.data ? key_rows + slot(i + dy - HALF) : nullptr;
-            for (x = 0; x + R <= width; x += R) score<R>(keys, x0, x, dy);
-            for (; x < width; ++x) score<1>(keys, x0, x, dy);
+            const Vec* keys = p.key.data ? row_in_reach(key_rows, i, dy) : nullptr;
+            in_groups<R>(0, width, [&](auto Q, int64_t x) { score<Q>(keys, x0, x, dy); });
         }
-        for (x = 0; x < width; ++x) {
-            prefetch(p.query, i + 1, x0 + x);
-            prefetch(p.key, i + 1 + HALF, x0 + x);
-            prefetch(p.value, i + 1 + HALF, x0 + x);
-            if (p.grad_value.data) prefetch(p.output, i + 1, x0 + x);
-            exponentials(x, begin, end);
-        }
+        for (int64_t x = 0; x < width; ++x) exponentials(x0, x, begin, end);
+    }
+
+    // The row of a ring at window row dy; null outside the image.
+    const Vec* row_in_reach(const Vec* rows, int64_t i, int64_t dy) const {
+        return dy >= first_dy(i) && dy < end_dy(i) ? rows + slot(i + dy - HALF) : nullptr;
     }
 
     // The part of the scores that K + K numbers a position hold. Columns outside the image get -infinity here, which
@@ -592,7 +680,6 @@ class Worker {
         memcpy(bias_height + x * K, by_row, sizeof by_row);
         memcpy(bias_width + x * K, by_column, sizeof by_column);
         for (int r = 0; r < Q; ++r) {
-            top[x + r] = Vec{} - __builtin_inff();
             if (p.zero_border) continue;
             int64_t column = x0 + x + r;
             for (int64_t dx = 0; dx < HALF - column; ++dx) bias_width[(x + r) * K + dx] = Vec{} - __builtin_inff();
@@ -612,14 +699,20 @@ class Worker {
     }
 
     template <int Q>
-    INLINE void score(const Vec* keys, int64_t x0, int64_t x, int64_t dy) {
-        Vec acc[Q][K];
+    INLINE void score_row(Vec (&acc)[Q][K], const Vec* keys, int64_t x0, int64_t x, int64_t dy) const {
         UNROLL
         for (int r = 0; r < Q; ++r) {
+            Vec of_row = bias_height[(x + r) * K + dy];
             UNROLL
-            for (int dx = 0; dx < K; ++dx) acc[r][dx] = bias_height[(x + r) * K + dy] + bias_width[(x + r) * K + dx];
+            for (int dx = 0; dx < K; ++dx) acc[r][dx] = of_row + bias_width[(x + r) * K + dx];
         }
         if (keys) band_product<V, K, Q>(acc, query_row + HALF + x0 + x, keys + x0 + x, s.D, s.pitch);
+    }
+
+    template <int Q>
+    INLINE void score(const Vec* keys, int64_t x0, int64_t x, int64_t dy) {
+        Vec acc[Q][K];
+        score_row<Q>(acc, keys, x0, x, dy);
         Vec* out = tile_row(weights, dy) + x * K;
         UNROLL
         for (int r = 0; r < Q; ++r) {
@@ -629,14 +722,13 @@ class Worker {
                 out[r * K + dx] = acc[r][dx];
                 largest = larger<V>(acc[r][dx], largest);
             }
-            top[x + r] = larger<V>(largest, top[x + r]);
+            top[x0 + x + r] = larger<V>(largest, top[x0 + x + r]);
         }
     }
 
     // exp(S - max) of position x over window rows begin .. end - 1, in place; K sums, so that none waits for another.
-    INLINE void exponentials(int64_t x, int64_t begin, int64_t end) {
-        constexpr float LOG2_E = 1.4426950408889634f;
-        Vec shift = top[x] * LOG2_E, sums[K] = {};
+    INLINE void exponentials(int64_t x0, int64_t x, int64_t begin, int64_t end) {
+        Vec shift = top[x0 + x] * LOG2_E, sums[K] = {};
         for (int64_t dy = begin; dy < end; ++dy) {
             Vec* row = tile_row(weights, dy) + x * K;
             UNROLL
@@ -646,7 +738,7 @@ class Worker {
                 sums[dx] += e;
             }
         }
-        inverse_sum[x] = 1.0f / total(sums);
+        inverse_sum[x0 + x] = 1.0f / total(sums);
     }
 
     static INLINE Vec total(const Vec (&sums)[K]) {
@@ -656,23 +748,10 @@ class Worker {
         return sum;
     }
 
-    // Pixel x of image row y into the cache, while the pixel a row before it is worked on: the distance between pixels in
-    // memory (all channels of q, k and v) is more than the processor's own prefetching follows.
-    INLINE void prefetch(const Strided& t, int64_t y, int64_t x) const {
-        if (t.d != 1 || y >= s.H || !t.data) return;
-        int64_t size = p.dtype == FLOAT32 ? 4 : 2, bytes = s.D * size;
-        int64_t step = t.n == s.D ? most(1, 64 / bytes) : 1;  // heads that share a cache line
-        const char* pixel = (const char*)t.data + (y * t.h + x * t.w) * size;
-        for (int64_t l = 0; l < planes.count; l += step) {
-            const char* head = pixel + (planes.batch_index[l] * t.b + planes.head[l] * t.n) * size;
-            for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(head + offset, 0, 2);
-        }
-    }
-
     // row[x] *= inverse_sum[x]
     void scale(Vec* row, int64_t x0, int64_t width) const {
         for (int64_t c = 0; c < s.D; ++c)
-            for (int64_t x = 0; x < width; ++x) row[c * s.pitch + HALF + x0 + x] *= inverse_sum[x];
+            for (int64_t x = 0; x < width; ++x) row[c * s.pitch + HALF + x0 + x] *= inverse_sum[x0 + x];
     }
 
     // to[x] = sum over the window of tile[dy][x][dx] * rows[dy][x + dx].
@@ -685,9 +764,7 @@ class Worker {
 
     template <int CH>
     void apply_channels(Vec* to, const Vec* rows, Vec* tile, int64_t i, int64_t x0, int64_t width, int64_t c) {
-        int64_t x = 0;
-        for (; x + 2 <= width; x += 2) apply_block<2, CH>(to, rows, tile, i, x0, x, c);
-        for (; x < width; ++x) apply_block<1, CH>(to, rows, tile, i, x0, x, c);
+        in_groups<APPLIED_AT_ONCE>(0, width, [&](auto Q, int64_t x) { apply_block<Q, CH>(to, rows, tile, i, x0, x, c); });
     }
 
     template <int Q, int CH>
@@ -718,15 +795,19 @@ class Worker {
 
     // `own`: whether query row i's own gradients are wanted; key rows key_first .. key_end - 1 gather theirs.
     void backward_tile(int64_t i, int64_t x0, int64_t width, bool own, int64_t key_first, int64_t key_end) {
-        attend(i, x0, width);
-        scale(output_row, x0, width);
-        for (int64_t dy = first_dy(i); dy < end_dy(i); ++dy) {
-            const Vec* values = value_rows + slot(i + dy - HALF);
-            int64_t x = 0;
-            for (; x + R <= width; x += R) grad_weight<R>(values, x0, x, dy);
-            for (; x < width; ++x) grad_weight<1>(values, x0, x, dy);
+        in_groups<R>(0, width, [&](auto Q, int64_t x) { bias<Q>(x0, x); });
+        memset(grad_bias_width, 0, width * K * sizeof(Vec));
+        int64_t begin = p.zero_border ? 0 : first_dy(i), end = p.zero_border ? K : end_dy(i);
+        for (int64_t dy = begin; dy < end; ++dy) {
+            const Vec* keys = p.key.data ? row_in_reach(key_rows, i, dy) : nullptr;
+            const Vec* values = row_in_reach(value_rows, i, dy);
+            in_groups<R>(0, width, [&](auto Q, int64_t x) { grad_weight<Q>(keys, values, x0, x, dy); });
         }
-        for (int64_t x = 0; x < width; ++x) grad_softmax(i, x);
+        for (int64_t dy = 0; dy < K; ++dy)
+            for (int64_t x = 0; x < width; ++x) {
+                if (dy < begin || dy >= end) bias_height[x * K + dy] = Vec{};
+                else grad_score(x0, x, dy);
+            }
         clear_beyond(width);
         if (own) {
             if (p.key.data) apply(grad_query_row, key_rows, grad_scores, i, x0, width);
@@ -734,14 +815,14 @@ class Worker {
             if (p.rel_height) {
                 grad_rel(grad_query_row, query_row, rel_height, grad_rel_height, bias_height, x0, width);
                 int64_t lower = s.half * s.pitch;
-                grad_rel(grad_query_row + lower, query_row + lower, rel_width, grad_rel_width, bias_width, x0, width);
+                grad_rel(grad_query_row + lower, query_row + lower, rel_width, grad_rel_width, grad_bias_width, x0, width);
             }
         }
         int64_t from = most(0, x0 - HALF), to = least(s.W, x0 + width + HALF);
         for (int64_t y = most(0, key_first); y < least(s.H, key_end); ++y) {
             int64_t dy = y - i + HALF;
             if (p.key.data) gather(grad_key_rows + slot(y), query_row, tile_row(grad_scores, dy), x0, from, to);
-            gather(grad_value_rows + slot(y), output_row, tile_row(weights, dy), x0, from, to);
+            gather(grad_value_rows + slot(y), grad_output_row, tile_row(weights, dy), x0, from, to);
         }
     }
 
@@ -758,47 +839,46 @@ class Worker {
         }
     }
 
+    // P and T of Q queries and one key row, and their part of delta.
     template <int Q>
-    INLINE void grad_weight(const Vec* values, int64_t x0, int64_t x, int64_t dy) {
-        Vec acc[Q][K] = {};
-        band_product<V, K, Q>(acc, output_row + HALF + x0 + x, values + x0 + x, s.D, s.pitch);
-        Vec* out = tile_row(grad_scores, dy) + x * K;
+    INLINE void grad_weight(const Vec* keys, const Vec* values, int64_t x0, int64_t x, int64_t dy) {
+        Vec acc[Q][K];
+        score_row<Q>(acc, keys, x0, x, dy);
+        Vec *weight = tile_row(weights, dy) + x * K, *grad = tile_row(grad_scores, dy) + x * K;
         UNROLL
         for (int r = 0; r < Q; ++r) {
+            Vec shift = top[x0 + x + r] * LOG2_E, inverse = inverse_sum[x0 + x + r];
             UNROLL
-            for (int dx = 0; dx < K; ++dx) out[r * K + dx] = acc[r][dx];
+            for (int dx = 0; dx < K; ++dx) {
+                weight[r * K + dx] = fast_exp2<V>(acc[r][dx] * LOG2_E - shift) * inverse;
+                acc[r][dx] = Vec{};
+            }
+        }
+        if (values) band_product<V, K, Q>(acc, grad_output_row + HALF + x0 + x, values + x0 + x, s.D, s.pitch);
+        UNROLL
+        for (int r = 0; r < Q; ++r) {
+            Vec sum = {};
+            UNROLL
+            for (int dx = 0; dx < K; ++dx) {
+                grad[r * K + dx] = acc[r][dx];
+                sum += weight[r * K + dx] * acc[r][dx];
+            }
+            delta[x0 + x + r] += sum;
         }
     }
 
-    // dS = E (T - sum(E T) / sum E), and its sums over the window's rows and columns. Outside the image T is 0.
-    INLINE void grad_softmax(int64_t i, int64_t x) {
-        int64_t begin = first_dy(i), end = end_dy(i);
-        Vec sums[K] = {};
-        for (int64_t dy = begin; dy < end; ++dy) {
-            const Vec *weight = tile_row(weights, dy) + x * K, *grad = tile_row(grad_scores, dy) + x * K;
-            UNROLL
-            for (int dx = 0; dx < K; ++dx) sums[dx] += weight[dx] * grad[dx];
-        }
-        Vec mean = total(sums) * inverse_sum[x];
+    // dS = P (T - delta) in the place of T; and its sums over the window's rows and columns.
+    INLINE void grad_score(int64_t x0, int64_t x, int64_t dy) {
+        const Vec *weight = tile_row(weights, dy) + x * K, mean = delta[x0 + x];
+        Vec *grad = tile_row(grad_scores, dy) + x * K, *of_column = grad_bias_width + x * K, of_row = {};
         UNROLL
-        for (int dx = 0; dx < K; ++dx) sums[dx] = Vec{};
-        for (int64_t dy = 0; dy < K; ++dy) {
-            const Vec* weight = tile_row(weights, dy) + x * K;
-            Vec *grad = tile_row(grad_scores, dy) + x * K, of_row = {};
-            bool inside = dy >= begin && dy < end;
-            if (inside || p.zero_border) {
-                UNROLL
-                for (int dx = 0; dx < K; ++dx) {
-                    Vec g = weight[dx] * ((inside ? grad[dx] : Vec{}) - mean);
-                    grad[dx] = g;
-                    of_row += g;
-                    sums[dx] += g;
-                }
-            }
-            bias_height[x * K + dy] = of_row;
+        for (int dx = 0; dx < K; ++dx) {
+            Vec g = weight[dx] * (grad[dx] - mean);
+            grad[dx] = g;
+            of_row += g;
+            of_column[dx] += g;
         }
-        UNROLL
-        for (int dx = 0; dx < K; ++dx) bias_width[x * K + dx] = sums[dx];
+        bias_height[x * K + dy] = of_row;
     }
 
     // One half of the channels: grad_q += sum_d grad_bias[x][d] rel[d], grad_rel[d] += sum_x grad_bias[x][d] q[x].
@@ -834,9 +914,7 @@ class Worker {
 
     template <int CH>
     void gather_channels(Vec* to, const Vec* source, const Vec* tile, int64_t x0, int64_t from, int64_t end, int64_t c) {
-        int64_t x = from;
-        for (; x + 2 <= end; x += 2) gather_block<2, CH>(to, source, tile, x0, x, c);
-        for (; x < end; ++x) gather_block<1, CH>(to, source, tile, x0, x, c);
+        in_groups<APPLIED_AT_ONCE>(from, end, [&](auto Q, int64_t x) { gather_block<Q, CH>(to, source, tile, x0, x, c); });
     }
 
     template <int Q, int CH>
@@ -861,18 +939,20 @@ int64_t num_chunks(int64_t num_groups, int64_t num_blocks, int64_t num_threads) 
 int64_t round_up(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 
 template <int V, int K>
-int64_t workspace(const Problem& p) {
-    Sizes s = Sizes::of<K>(p);
+int64_t workspace(const Problem& p, bool backward) {
+    Sizes s = Sizes::of<K>(p, backward);
+    int64_t threads = p.num_threads * round_up(Worker<V, K>::num_vectors(p, backward) * sizeof(F<V>));
+    if (!backward) return threads + 128;
     int64_t num_groups = ceil_div(p.batch * p.num_heads, V);
     int64_t partial = num_groups * s.num_blocks * 2 * s.half * K * sizeof(F<V>);
     int64_t sums = (p.rel_per_head ? p.num_heads : 1) * 2 * s.half * K * sizeof(double);
-    return p.num_threads * round_up(Worker<V, K>::num_vectors(p) * sizeof(F<V>)) + round_up(partial) + round_up(sums) + 256;
+    return threads + round_up(partial) + round_up(sums) + 256;
 }
 
 // Blocks, planes and images in their order, in double.
 template <int V, int K>
 void sum_rel(const Problem& p, const F<V>* partial, double* sums) {
-    Sizes s = Sizes::of<K>(p);
+    Sizes s = Sizes::of<K>(p, true);
     int64_t num_groups = ceil_div(p.batch * p.num_heads, V), size = 2 * s.half * K;
     int64_t num_tables = p.rel_per_head ? p.num_heads : 1;
     memset(sums, 0, num_tables * size * sizeof(double));
@@ -895,11 +975,11 @@ void sum_rel(const Problem& p, const F<V>* partial, double* sums) {
 template <int V, int K>
 void run(const Problem& p, bool backward) {
     typedef F<V> Vec;
-    Sizes s = Sizes::of<K>(p);
+    Sizes s = Sizes::of<K>(p, backward);
     int64_t num_groups = ceil_div(p.batch * p.num_heads, V);
     int64_t chunks = num_chunks(num_groups, s.num_blocks, p.num_threads);
     char* memory = (char*)round_up((int64_t)p.workspace);
-    int64_t share = round_up(Worker<V, K>::num_vectors(p) * sizeof(Vec));
+    int64_t share = round_up(Worker<V, K>::num_vectors(p, backward) * sizeof(Vec));
     Vec* partial = (Vec*)(memory + p.num_threads * share);
     int64_t partial_size = s.num_blocks * 2 * s.half * K;
 #pragma omp parallel for schedule(dynamic) num_threads(int(p.num_threads))
@@ -916,16 +996,19 @@ void run(const Problem& p, bool backward) {
         if (!backward && p.dtype == BFLOAT16) worker.template forward<uint16_t>(first, end);
         if (backward && p.dtype == FLOAT32) worker.template backward<float>(first, end, partial + group * partial_size);
         if (backward && p.dtype == BFLOAT16) worker.template backward<uint16_t>(first, end, partial + group * partial_size);
+#if defined(__x86_64__)
+        _mm_sfence();  // streamed stores are seen before the task counts as done
+#endif
     }
     if (backward && p.rel_height)
         sum_rel<V, K>(p, partial, (double*)((char*)partial + round_up(num_groups * partial_size * sizeof(Vec))));
 }
 
-enum Job { FORWARD, BACKWARD, WORKSPACE };
+enum Job { FORWARD, BACKWARD, FORWARD_BYTES, BACKWARD_BYTES };  // the last two: of workspace
 
 template <int V, int K>
 int64_t do_job(const Problem& p, Job job) {
-    if (job == WORKSPACE) return workspace<V, K>(p);
+    if (job == FORWARD_BYTES || job == BACKWARD_BYTES) return workspace<V, K>(p, job == BACKWARD_BYTES);
     run<V, K>(p, job == BACKWARD);
     return 0;
 }
@@ -944,5 +1027,6 @@ extern "C" {
 
 void sasa_forward(const Problem* p) { dispatch(*p, FORWARD); }
 void sasa_backward(const Problem* p) { dispatch(*p, BACKWARD); }
-int64_t sasa_workspace_bytes(const Problem* p) { return dispatch(*p, WORKSPACE); }
+int64_t sasa_forward_bytes(const Problem* p) { return dispatch(*p, FORWARD_BYTES); }
+int64_t sasa_backward_bytes(const Problem* p) { return dispatch(*p, BACKWARD_BYTES); }
 }
