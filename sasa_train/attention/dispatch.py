@@ -1,12 +1,14 @@
 """`local_attention`, and `local_attention_qkv` for layers. Argument checks, then a torch.library op picks the backend.
 
-Backends: `reference` (plain PyTorch, every device and dtype) and `cpu` (compiled at first use; float32 and half
-precision). `auto` takes `cpu` where it can run, else `reference`. `triton` is a name kept for the CUDA kernel; until it
-exists, asking for it is an error.
+Backends: `reference` (plain PyTorch, every device and dtype), `cpu` (compiled at first use) and `triton` (NVIDIA GPUs);
+those two for float32 and half precision. `auto` takes `triton` for tensors on a GPU and `cpu` for others where that can
+run, else `reference`.
 """
 
 import functools
+import importlib.util
 import logging
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -50,14 +52,14 @@ def local_attention(
         backend: "auto", "reference", "cpu" or "triton". One asked for by name that cannot run is an error.
 
     Returns:
-        [B, N, H, W, D], dtype and order of strides as `value`. Differentiable in all five tensors; deterministic.
+        [B, N, H, W, D], dtype and order of strides as `value`. Differentiable in all five tensors; deterministic, but for
+        `triton`'s choice among launches, which is fixed too under `torch.use_deterministic_algorithms(True)`.
 
     Raises:
         ValueError: an argument breaks a rule above; the message names it, its value and the rule.
         RuntimeError: the backend asked for by name cannot run here.
     """
     _check(query, key, value, rel_height, rel_width, kernel_size, content, border, backend)
-    _require(backend)
     return _local_attention(query, key if content else None, value, rel_height, rel_width, kernel_size, border, backend)
 
 
@@ -84,7 +86,6 @@ def local_attention_qkv(
         )
     query, key, value = _split(projections)
     _check(query, key, value, rel_height, rel_width, kernel_size, content, border, backend)
-    _require(backend)
     return _local_attention_qkv(projections, rel_height, rel_width, kernel_size, border, backend)
 
 
@@ -109,8 +110,9 @@ def _local_attention(
 
 def _forward(backend: str, inputs: _Inputs, kernel_size: int, border: str) -> Tensor:
     query, _, value, *_ = inputs
-    if _resolve(backend, query, kernel_size) == "cpu":
-        return cpu.local_attention_forward(*inputs, kernel_size, border)
+    module = _resolve(backend, query, kernel_size)
+    if module is not reference:
+        return module.local_attention_forward(*inputs, kernel_size, border)
     output = torch.empty_like(value)  # value's order of strides, as the fake implementation promises
     return output.copy_(reference.local_attention_forward(*inputs, kernel_size, border))
 
@@ -148,8 +150,9 @@ def _backward_into(
     border: str,
 ) -> list[Tensor]:
     """Write the gradients of query, key and value; return those of the embeddings, if there are any."""
-    if _resolve(backend, inputs[0], kernel_size) == "cpu":
-        *_, grad_height, grad_width = cpu.local_attention_backward(grad_output, *inputs, kernel_size, border, grads)
+    module = _resolve(backend, inputs[0], kernel_size)
+    if module is not reference:
+        *_, grad_height, grad_width = module.local_attention_backward(grad_output, *inputs, kernel_size, border, grads)
     else:
         *exact, grad_height, grad_width = reference.local_attention_backward(grad_output, *inputs, kernel_size, border)
         for grad, x in zip(grads, exact, strict=True):
@@ -250,27 +253,37 @@ def _backward_flops_qkv(grad_output, *args, **kwargs) -> int:
     return 2 * _forward_flops_qkv(*args)
 
 
-def _require(backend: str) -> None:
-    if backend == "triton":
-        raise RuntimeError(f"backend={backend!r} is not part of this version; use backend='auto' or 'reference'")
-
-
-def _resolve(backend: str, query: Tensor, kernel_size: int) -> str:
-    """The backend that runs: "cpu" or "reference". Called inside the op, where tensors are real."""
+def _resolve(backend: str, query: Tensor, kernel_size: int) -> ModuleType:
+    """The backend that runs: its module. Called inside the op, where tensors are real."""
     if backend == "reference":
-        return backend
-    reason = cpu.unavailable(query, kernel_size)
-    if backend == "cpu" and reason is not None:
-        raise RuntimeError(f"backend='cpu' cannot run: {reason}")
+        return reference
+    name = backend if backend != "auto" else "triton" if query.is_cuda else "cpu"
+    module = _module(name)
+    reason = module if isinstance(module, str) else module.unavailable(query, kernel_size)
+    if backend != "auto" and reason is not None:
+        raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
     if backend == "auto":
-        _say_once(reason)
-    return "cpu" if reason is None else "reference"
+        _say_once(name, reason)
+    return reference if isinstance(module, str) or reason is not None else module
+
+
+def _module(name: str) -> ModuleType | str:
+    """The module of a compiled backend, or why there is none; importing Triton takes a second, so only here."""
+    if name == "cpu":
+        return cpu
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    from sasa_train.attention import triton_kernels
+
+    return triton_kernels
 
 
 @functools.cache
-def _say_once(reason: str | None) -> None:
+def _say_once(name: str, reason: str | None) -> None:
     if reason is None:
-        log.info("local_attention: backend=auto runs the compiled CPU kernel")
+        log.info(
+            f"local_attention: backend=auto runs the {'Triton kernels' if name == 'triton' else 'compiled CPU kernel'}"
+        )
     else:
         log.warning(
             "local_attention: backend=auto runs the reference, many times slower than a compiled kernel, "
