@@ -52,8 +52,8 @@ def local_attention(
         backend: "auto", "reference", "cpu" or "triton". One asked for by name that cannot run is an error.
 
     Returns:
-        [B, N, H, W, D], dtype and order of strides as `value`. Differentiable in all five tensors; deterministic, but for
-        `triton`'s choice among launches, which is fixed too under `torch.use_deterministic_algorithms(True)`.
+        [B, N, H, W, D], dtype and order of strides as `value`. Differentiable in all five tensors; deterministic but
+        for `triton`'s choice among launches, and that too under `torch.use_deterministic_algorithms(True)`.
 
     Raises:
         ValueError: an argument breaks a rule above; the message names it, its value and the rule.
@@ -281,9 +281,7 @@ def _module(name: str) -> ModuleType | str:
 @functools.cache
 def _say_once(name: str, reason: str | None) -> None:
     if reason is None:
-        log.info(
-            f"local_attention: backend=auto runs the {'Triton kernels' if name == 'triton' else 'compiled CPU kernel'}"
-        )
+        log.info(f"local_attention: backend=auto runs the {'Triton kernels' if name == 'triton' else 'CPU kernel'}")
     else:
         log.warning(
             "local_attention: backend=auto runs the reference, many times slower than a compiled kernel, "
