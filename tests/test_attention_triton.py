@@ -156,7 +156,7 @@ def test_the_tile_walks_few_key_rows_and_covers_the_map():
             for kernel_size in range(1, 17, 2):
                 tile_h, tile_w, num_tiles = triton_kernels._tile(height, width, kernel_size, 32)
                 assert tile_h * tile_w <= 32
-                assert tile_w + kernel_size - 1 <= triton_kernels._window_columns(kernel_size)
+                assert tile_w + kernel_size - 1 <= triton_kernels.WINDOW_COLUMNS
                 assert num_tiles == -(-height // tile_h) * -(-width // tile_w)
 
 

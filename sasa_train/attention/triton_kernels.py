@@ -2,7 +2,7 @@
 
 Method. One program is one head of one image and a tile of `tile_h` x `tile_w` positions, flattened to P rows of a
 matrix (16 to 64; position p is row p // tile_w, column p % tile_w). All its windows lie in `tile_w + K - 1` columns,
-padded to W, and `tile_h + K - 1` rows; it walks those rows one at a time, so that every product is a small matrix
+padded to W = 16, and `tile_h + K - 1` rows; it walks those rows one at a time, so that every product is a small matrix
 product for the tensor cores, [P, D] x [D, W] or [P, W] x [W, D]:
 
   forward, a tile of queries:      S = q k^T + q.r, masked to the windows; softmax online; out += exp(S - max) v
@@ -20,7 +20,7 @@ along a key row goes to by_height's column, dS summed over the key rows is gathe
 2K numbers for pass 2, whose positions are keys, and which reads them by address.
 A table is padded to 16 rows, and to all D channels with zeros in the half that it does not meet.
 
-Arithmetic. Of W (tile_h + K - 1) P / (tile_h tile_w) scores computed for a query, K K count: at K = 7, W = 16 and 8
+Arithmetic. Of W (tile_h + K - 1) P / (tile_h tile_w) scores computed for a query, K K count: at K = 7 and 8
 columns, 49 of 128 with two rows of queries, 160 with four, 224 with eight, while a key is read 7, 4.4 and 3 times. The
 limit is what a warp does to a score besides the products, about 10 instructions, and for that small tiles and one warp
 are best: compiled for an H100 (D = 16, bfloat16), a query costs 137 instructions of a warp forward and 278 + 171
@@ -43,9 +43,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources, PTXASError
 
 MAX_KERNEL_SIZE = 15  # the tables' rows are padded to 16
 MAX_HEAD_DIM = 128
+WINDOW_COLUMNS = 16  # W: the columns in reach of a tile, padded; for 16 positions 32 is more work, whatever K
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton decides at the decorators below
 CAST = tl.constexpr(INTERPRETED)  # the interpreter's product of bfloat16 is garbage
@@ -61,7 +63,7 @@ class Config(NamedTuple):
     num_stages: int
 
 
-CONFIGS = (Config(16, 1, 2), Config(16, 1, 3), Config(32, 1, 2), Config(32, 2, 2), Config(64, 4, 2))
+CONFIGS = (Config(16, 1, 2), Config(16, 2, 2), Config(16, 4, 2), Config(32, 2, 2), Config(64, 4, 2))
 
 
 # ---- pieces of the kernels
@@ -473,7 +475,7 @@ def _run(
         "K": kernel_size,
         "D": head_dim,
         "D_PADDED": max(16, triton.next_power_of_2(head_dim)),
-        "W": _window_columns(kernel_size),
+        "W": WINDOW_COLUMNS,
         "ALIGN": align,
         "ZERO_BORDER": border == "zero",
         "INPUTS": "tf32x3" if query.dtype == torch.float32 else "tf32",
@@ -508,18 +510,13 @@ _fastest: dict[tuple, Config] = {}  # for a problem of any batch size, as measur
 def _milliseconds(run: Callable[[], Any]) -> float:
     try:
         return triton.testing.do_bench(run, warmup=5, rep=20)
-    except triton.runtime.errors.OutOfResources:
+    except (OutOfResources, PTXASError):  # too large for this GPU
         return float("inf")
 
 
 def _by_rule(head_dim: int) -> Config:
     """One choice whatever was measured: another one sums in another order, and a resumed run must not."""
-    return Config(16, 1, 2) if head_dim <= 32 else Config(64, 4, 2)
-
-
-def _window_columns(kernel_size: int) -> int:
-    """W, the padded number of columns in reach of a tile."""
-    return 16 if kernel_size <= 11 else 32
+    return CONFIGS[0 if head_dim <= 32 else 1 if head_dim <= 64 else 2]
 
 
 @functools.cache
@@ -531,5 +528,5 @@ def _tile(height: int, width: int, kernel_size: int, positions: int) -> tuple[in
         tiles_h = triton.cdiv(height, min(positions // columns, height))
         return triton.cdiv(height, tiles_h), triton.cdiv(width, tiles_w), tiles_h * tiles_w
 
-    widest = min(_window_columns(kernel_size) - kernel_size + 1, positions, width)
+    widest = min(WINDOW_COLUMNS - kernel_size + 1, positions, width)
     return min(map(cut, range(widest, 0, -1)), key=lambda tile: tile[2] * (tile[0] + kernel_size - 1))
