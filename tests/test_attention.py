@@ -273,8 +273,9 @@ def test_refusals_name_the_argument_and_the_rule(change, message):
 
 
 def test_a_backend_asked_for_by_name_never_falls_back():
-    with pytest.raises(RuntimeError, match="backend='triton' is not part of this version"):
-        local_attention(*tensors(), kernel_size=K, backend="triton")
+    for backend in ("cpu", "triton"):
+        with pytest.raises(RuntimeError, match=f"backend='{backend}' cannot run: the tensors are torch.float64"):
+            local_attention(*tensors(torch.float64), kernel_size=K, backend=backend)
 
 
 def fused(content=True, dtype=torch.float32) -> Tensor:

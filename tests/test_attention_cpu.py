@@ -1,8 +1,8 @@
 """The compiled kernel against the reference in float64: a grid of odd cases, cases drawn at random; its building."""
 
+import functools
 import itertools
 import logging
-import math
 import multiprocessing
 import os
 import random
@@ -13,12 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from attention_cases import LAYOUTS, draw, outputs_and_grads
+from attention_cases import assert_equals_reference as case_equals_reference
 
 from sasa_train.attention import cpu, dispatch, local_attention
-
-NAMES = ("output", "query", "key", "value", "rel_height", "rel_width")
-LAYOUTS = ("contiguous", "channels_last", "fused channels_last", "planar", "scattered")
 
 
 def needs_compiler() -> str | None:
@@ -26,59 +24,7 @@ def needs_compiler() -> str | None:
 
 
 pytestmark = pytest.mark.skipif(needs_compiler() is not None, reason=f"no compiled kernel: {needs_compiler()}")
-
-
-def draw(shape, layout: str, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
-    """Query, key and value, [B, N, H, W, D], with the strides that the name says."""
-    b, n, h, w, d = shape
-
-    def randn(*size):
-        return torch.randn(size, generator=generator).to(dtype)
-
-    if layout == "fused channels_last":
-        return list(randn(b, h, w, 3, n, d).permute(3, 0, 4, 1, 2, 5).unbind(0))
-    one = {
-        "contiguous": lambda: randn(b, n, h, w, d),
-        "channels_last": lambda: randn(b, h, w, n, d).permute(0, 3, 1, 2, 4),
-        "planar": lambda: randn(b, n, d, h, w).permute(0, 1, 3, 4, 2),
-        "scattered": lambda: randn(w, b, n, d, h, 2)[..., 0].permute(1, 2, 4, 0, 3),
-    }[layout]
-    return [one() for _ in range(3)]
-
-
-def outputs_and_grads(backend, dtype, inputs, kernel_size, content, border, grad_output):
-    q, key, v, *rel = (None if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs)
-    key = key if content else None
-    out = local_attention(q, key, v, *rel, kernel_size=kernel_size, content=content, border=border, backend=backend)
-    out.backward(grad_output.to(out.dtype))
-    return [out.detach(), *(None if x is None else x.grad for x in (q, key, v, *rel))]
-
-
-def assert_equals_reference(
-    shape, kernel_size, dtype=torch.float32, layout="contiguous", border="mask", content=True, rel="shared", seed=0
-) -> None:
-    """Output and gradients against the reference in float64, on the same (rounded) inputs."""
-    generator = torch.Generator().manual_seed(seed)
-    qkv = draw(shape, layout, dtype, generator)
-    _, n, _, _, d = shape
-    rel_shape = {"shared": (kernel_size, d // 2), "per head": (n, kernel_size, d // 2), None: None}[rel]
-    tables = [None if rel is None else torch.randn(rel_shape, generator=generator) for _ in range(2)]
-    grad_output = torch.randn(shape, generator=generator).to(dtype)
-    case = ([*qkv, *tables], kernel_size, content, border, grad_output)
-    ours, exact = outputs_and_grads("cpu", None, *case), outputs_and_grads("reference", torch.float64, *case)
-    for name, x, y in zip(NAMES, ours, exact, strict=True):
-        if y is None:
-            assert x is None
-            continue
-        assert x.dtype == (torch.float32 if "rel" in name else dtype)
-        # float32: scores reach 20 to 40, their rounding (2e-6) is the weights' relative error, and a gradient adds
-        # terms of size 1 and more (B N H W of them for an embedding) whose true sum may be 0. Half precision adds half
-        # a unit of the number itself, once.
-        eps = 0.0 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps
-        size = max(1.0, float(y.abs().max()), math.prod(shape[:4]) ** 0.5 if "rel" in name else 0.0)
-        torch.testing.assert_close(
-            x.double(), y, rtol=eps / 2 + 1e-5, atol=2e-5 * size, msg=lambda m, n=name: f"{n}: {m}"
-        )
+assert_equals_reference = functools.partial(case_equals_reference, backend="cpu")
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 5, 7, 9, 11, 13, 15])
@@ -192,7 +138,7 @@ def test_narrower_instruction_sets(capability):
     """ATEN_CPU_CAPABILITY is read once a process."""
     program = (
         "import torch\n"
-        "from test_attention_cpu import assert_equals_reference, LAYOUTS\n"
+        "from test_attention_cpu import LAYOUTS, assert_equals_reference\n"
         "for layout in LAYOUTS:\n"
         "    for d in (2, 4, 8, 18, 32):\n"
         "        assert_equals_reference((2, 5, 7, 9, d), 7, layout=layout)\n"

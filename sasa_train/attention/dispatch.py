@@ -1,12 +1,14 @@
 """`local_attention`, and `local_attention_qkv` for layers. Argument checks, then a torch.library op picks the backend.
 
-Backends: `reference` (plain PyTorch, every device and dtype) and `cpu` (compiled at first use; float32 and half
-precision). `auto` takes `cpu` where it can run, else `reference`. `triton` is a name kept for the CUDA kernel; until it
-exists, asking for it is an error.
+Backends: `reference` (plain PyTorch, every device and dtype), `cpu` (compiled at first use) and `triton` (NVIDIA GPUs);
+those two for float32 and half precision. `auto` takes `triton` for tensors on a GPU and `cpu` for others where that can
+run, else `reference`.
 """
 
 import functools
+import importlib.util
 import logging
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -50,14 +52,14 @@ def local_attention(
         backend: "auto", "reference", "cpu" or "triton". One asked for by name that cannot run is an error.
 
     Returns:
-        [B, N, H, W, D], dtype and order of strides as `value`. Differentiable in all five tensors; deterministic.
+        [B, N, H, W, D], dtype and order of strides as `value`. Differentiable in all five tensors; deterministic but
+        for `triton`'s choice among launches, and that too under `torch.use_deterministic_algorithms(True)`.
 
     Raises:
         ValueError: an argument breaks a rule above; the message names it, its value and the rule.
         RuntimeError: the backend asked for by name cannot run here.
     """
     _check(query, key, value, rel_height, rel_width, kernel_size, content, border, backend)
-    _require(backend)
     key = key if content else None
     return _local_attention(query, key, value, rel_height, rel_width, kernel_size, border, backend)[0]
 
@@ -85,7 +87,6 @@ def local_attention_qkv(
         )
     query, key, value = _split(projections)
     _check(query, key, value, rel_height, rel_width, kernel_size, content, border, backend)
-    _require(backend)
     return _local_attention_qkv(projections, rel_height, rel_width, kernel_size, border, backend)[0]
 
 
@@ -105,25 +106,28 @@ def _local_attention(
     border: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """The output, and [2, B, N, H, W] float32 that the backend's backward pass reads (zeros from the reference)."""
+    """The output, and what the CPU kernel keeps for its backward pass; from the others zeros."""
     return _forward(backend, (query, key, value, rel_height, rel_width), kernel_size, border)
 
 
 def _forward(backend: str, inputs: _Inputs, kernel_size: int, border: str) -> tuple[Tensor, Tensor]:
     query, _, value, *_ = inputs
-    if _resolve(backend, query, kernel_size) == "cpu":
+    module = _resolve(backend, query, kernel_size)
+    if module is cpu:
         return cpu.local_attention_forward(*inputs, kernel_size, border)
-    output, statistics = _empty_results(value)  # value's order of strides, as the fake implementation promises
-    return output.copy_(reference.local_attention_forward(*inputs, kernel_size, border)), statistics.zero_()
+    output = module.local_attention_forward(*inputs, kernel_size, border)
+    if module is reference:
+        output = torch.empty_like(value).copy_(output)  # value's order of strides, as the fake implementation promises
+    return output, _empty_statistics(value).zero_()
 
 
-def _empty_results(value: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(value), value.new_empty((2, *value.shape[:4]), dtype=torch.float32)
+def _empty_statistics(value: Tensor) -> Tensor:
+    return value.new_empty((2, *value.shape[:4]) if value.device.type == "cpu" else (0,), dtype=torch.float32)
 
 
 @_local_attention.register_fake
 def _(query, key, value, rel_height, rel_width, kernel_size, border, backend):
-    return _empty_results(value)
+    return torch.empty_like(value), _empty_statistics(value)
 
 
 @torch.library.custom_op("sasa_train::local_attention_backward", mutates_args=())
@@ -142,26 +146,28 @@ def _local_attention_backward(
     """Gradients of those of the five tensors that are there, in their order (an op cannot return None)."""
     inputs = (query, key, value, rel_height, rel_width)
     grads = (torch.empty_like(query), None if key is None else torch.empty_like(key), torch.empty_like(value))
-    grad_rel = _backward_into(backend, grads, (grad_output, statistics), inputs, kernel_size, border)
+    grad_rel = _backward_into(backend, grads, grad_output, statistics, inputs, kernel_size, border)
     return [grad for grad in (*grads, *grad_rel) if grad is not None]
 
 
 def _backward_into(
     backend: str,
     grads: tuple[Tensor, Tensor | None, Tensor],
-    results: tuple[Tensor, Tensor],
+    grad_output: Tensor,
+    statistics: Tensor,
     inputs: _Inputs,
     kernel_size: int,
     border: str,
 ) -> list[Tensor]:
-    """Write the gradients of query, key and value; return those of the embeddings, if there are any.
-
-    `results`: the output's gradient and the statistics.
-    """
-    if _resolve(backend, inputs[0], kernel_size) == "cpu":
-        *_, grad_height, grad_width = cpu.local_attention_backward(*results, *inputs, kernel_size, border, grads)
+    """Write the gradients of query, key and value; return those of the embeddings, if there are any."""
+    module = _resolve(backend, inputs[0], kernel_size)
+    if module is not reference:
+        kept = (statistics,) if module is cpu else ()
+        *_, grad_height, grad_width = module.local_attention_backward(
+            grad_output, *kept, *inputs, kernel_size, border, grads
+        )
     else:
-        *exact, grad_height, grad_width = reference.local_attention_backward(results[0], *inputs, kernel_size, border)
+        *exact, grad_height, grad_width = reference.local_attention_backward(grad_output, *inputs, kernel_size, border)
         for grad, x in zip(grads, exact, strict=True):
             if grad is not None and x is not None:
                 grad.copy_(x)
@@ -202,7 +208,7 @@ def _local_attention_qkv(
 
 @_local_attention_qkv.register_fake
 def _(projections, rel_height, rel_width, kernel_size, border, backend):
-    return _empty_results(projections[-1])
+    return torch.empty_like(projections[-1]), _empty_statistics(projections[-1])
 
 
 @torch.library.custom_op("sasa_train::local_attention_qkv_backward", mutates_args=())
@@ -218,8 +224,7 @@ def _local_attention_qkv_backward(
 ) -> list[Tensor]:
     inputs = (*_split(projections), rel_height, rel_width)
     grad_projections = torch.empty_like(projections)
-    results = (grad_output, statistics)
-    grad_rel = _backward_into(backend, _split(grad_projections), results, inputs, kernel_size, border)
+    grad_rel = _backward_into(backend, _split(grad_projections), grad_output, statistics, inputs, kernel_size, border)
     return [grad_projections, *grad_rel]
 
 
@@ -262,27 +267,35 @@ def _backward_flops_qkv(grad_output, statistics, *args, **kwargs) -> int:
     return 2 * _forward_flops_qkv(*args)
 
 
-def _require(backend: str) -> None:
-    if backend == "triton":
-        raise RuntimeError(f"backend={backend!r} is not part of this version; use backend='auto' or 'reference'")
-
-
-def _resolve(backend: str, query: Tensor, kernel_size: int) -> str:
-    """The backend that runs: "cpu" or "reference". Called inside the op, where tensors are real."""
+def _resolve(backend: str, query: Tensor, kernel_size: int) -> ModuleType:
+    """The backend that runs: its module. Called inside the op, where tensors are real."""
     if backend == "reference":
-        return backend
-    reason = cpu.unavailable(query, kernel_size)
-    if backend == "cpu" and reason is not None:
-        raise RuntimeError(f"backend='cpu' cannot run: {reason}")
+        return reference
+    name = backend if backend != "auto" else "triton" if query.is_cuda else "cpu"
+    module = _module(name)
+    reason = module if isinstance(module, str) else module.unavailable(query, kernel_size)
+    if backend != "auto" and reason is not None:
+        raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
     if backend == "auto":
-        _say_once(reason)
-    return "cpu" if reason is None else "reference"
+        _say_once(name, reason)
+    return reference if isinstance(module, str) or reason is not None else module
+
+
+def _module(name: str) -> ModuleType | str:
+    """The module of a compiled backend, or why there is none; importing Triton takes a second, so only here."""
+    if name == "cpu":
+        return cpu
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    from sasa_train.attention import triton_kernels
+
+    return triton_kernels
 
 
 @functools.cache
-def _say_once(reason: str | None) -> None:
+def _say_once(name: str, reason: str | None) -> None:
     if reason is None:
-        log.info("local_attention: backend=auto runs the compiled CPU kernel")
+        log.info(f"local_attention: backend=auto runs the {'Triton kernels' if name == 'triton' else 'CPU kernel'}")
     else:
         log.warning(
             "local_attention: backend=auto runs the reference, many times slower than a compiled kernel, "

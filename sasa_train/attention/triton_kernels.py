@@ -1,0 +1,532 @@
+"""The Triton kernels of local self-attention, forward and backward. The definition is reference.py.
+
+Method. One program is one head of one image and a tile of `tile_h` x `tile_w` positions, flattened to P rows of a
+matrix (16 to 64; position p is row p // tile_w, column p % tile_w). All its windows lie in `tile_w + K - 1` columns,
+padded to W = 16, and `tile_h + K - 1` rows; it walks those rows one at a time, so that every product is a small matrix
+product for the tensor cores, [P, D] x [D, W] or [P, W] x [W, D]:
+
+  forward, a tile of queries:      S = q k^T + q.r, masked to the windows; softmax online; out += exp(S - max) v
+  backward, 1, a tile of queries:  once over the key rows for logsumexp and delta = sum(weight T), T = dout v^T; once
+                                   more for dS = weight (T - delta),  dq += dS k  and the embeddings' gradients
+  backward, 2, a tile of keys:     over the query rows in reach with what 1 left: dv += weight^T dout, dk += dS^T q
+
+A program alone writes what it computes: no atomics, one order of summation. Nothing of the forward pass is kept, and
+nothing of size K*K is stored.
+
+Relative terms. q.r takes two values a query and offset, by_height[p, dy] + by_width[p, dx], 2K numbers made by two
+products with the tables before the walk. Of by_height a key row takes one column a position, chosen by comparison.
+by_width[p, x - column(p)] is the same for every key row: gathered once into [P, W]. Backward is the mirror: dS summed
+along a key row goes to by_height's column, dS summed over the key rows is gathered back to offsets. Pass 1 stores the
+2K numbers for pass 2, whose positions are keys, and which reads them by address.
+A table is padded to 16 rows, and to all D channels with zeros in the half that it does not meet.
+
+Arithmetic. Of W (tile_h + K - 1) P / (tile_h tile_w) scores computed for a query, K K count: at K = 7 and 8
+columns, 49 of 128 with two rows of queries, 160 with four, 224 with eight, while a key is read 7, 4.4 and 3 times. The
+limit is what a warp does to a score besides the products, about 10 instructions, and for that small tiles and one warp
+are best: compiled for an H100 (D = 16, bfloat16), a query costs 137 instructions of a warp forward and 278 + 171
+backward with P = 16 and one warp, 242 and 481 + 322 with P = 64 and four. Many channels fill one warp's registers.
+
+Precision. Sums, softmax and everything computed are float32. Products of half-precision inputs are exact. A product
+with something computed (weights, dS) takes three TF32 products for one (`tf32x3`, 22 bits of float32's 24) where inputs
+are float32 or float16, and one where they are bfloat16: a weight cut to 11 bits in a sum that is rounded to 8.
+
+A NaN reaches all queries of a tile that has it in reach, a few more than the windows that hold it.
+"""
+
+import functools
+import math
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.errors import OutOfResources, PTXASError
+
+MAX_KERNEL_SIZE = 15  # the tables' rows are padded to 16
+MAX_HEAD_DIM = 128
+WINDOW_COLUMNS = 16  # W: the columns in reach of a tile, padded; for 16 positions 32 is more work, whatever K
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton decides at the decorators below
+CAST = tl.constexpr(INTERPRETED)  # the interpreter's product of bfloat16 is garbage
+TABLE_ROWS = tl.constexpr(16)
+LOG2_E = tl.constexpr(1.4426950408889634)  # 2^x is one instruction
+
+
+class Config(NamedTuple):
+    """How a kernel is cut: positions a program (P; a power of two, 16 at least), warps, stages of the row loop."""
+
+    positions: int
+    num_warps: int
+    num_stages: int
+
+
+CONFIGS = (Config(16, 1, 2), Config(16, 2, 2), Config(16, 4, 2), Config(32, 2, 2), Config(64, 4, 2))
+
+
+# ---- pieces of the kernels
+
+
+@triton.jit
+def _place(num_heads, height, width, tile_h, tile_w, P: tl.constexpr):
+    """This program's image and head, its tile's first row and column, its positions' rows, columns and existence."""
+    tiles_w = tl.cdiv(width, tile_w)
+    num_tiles = tiles_w * tl.cdiv(height, tile_h)
+    pid = tl.program_id(0)
+    n = pid % num_heads  # the heads of a tile run together: in channels_last they lie in the same cache lines
+    tile = pid // num_heads % num_tiles
+    b = pid // num_heads // num_tiles
+    row0, column0 = tile // tiles_w * tile_h, tile % tiles_w * tile_w
+    p = tl.arange(0, P)
+    rows, columns = row0 + p // tile_w, column0 + p % tile_w
+    exists = (p < tile_h * tile_w) & (rows < height) & (columns < width)
+    return b.to(tl.int64), n.to(tl.int64), row0, column0, rows, columns, exists
+
+
+@triton.jit
+def _reach(row0, column0, height, width, tile_h, K: tl.constexpr, W: tl.constexpr, CLIP: tl.constexpr):
+    """First and last + 1 of the rows in reach of a tile, its columns in reach [W] and which of them exist."""
+    first, last = row0 - K // 2, tl.minimum(row0 + tile_h, height) + K // 2
+    if CLIP:
+        first, last = tl.maximum(first, 0), tl.minimum(last, height)
+    columns = column0 - K // 2 + tl.arange(0, W)
+    return first, last, columns, (columns >= 0) & (columns < width)
+
+
+@triton.jit
+def _head(pointer, strides, b, n, ALIGN: tl.constexpr):
+    """Strides but the channels' are in units of ALIGN elements: the compiler then knows which loads it can join."""
+    return pointer + (b * strides[0] + n * strides[1]) * ALIGN
+
+
+@triton.jit
+def _at(strides, rows, columns, D_PADDED: tl.constexpr, ALIGN: tl.constexpr):
+    """Offsets [positions, channels] within a head; 64 bits, which a large image needs."""
+    positions = (rows.to(tl.int64) * strides[2] + columns.to(tl.int64) * strides[3]) * ALIGN
+    return positions[:, None] + tl.arange(0, D_PADDED).to(tl.int64)[None, :] * strides[4]
+
+
+@triton.jit
+def _load(head, strides, rows, columns, exists, D: tl.constexpr, D_PADDED: tl.constexpr, ALIGN: tl.constexpr):
+    """[positions, channels] as they are; 0 where no position or no channel is."""
+    mask = exists[:, None] & (tl.arange(0, D_PADDED) < D)[None, :]
+    return tl.load(head + _at(strides, rows, columns, D_PADDED, ALIGN), mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(head, strides, rows, columns, exists, x, D: tl.constexpr, D_PADDED: tl.constexpr, ALIGN: tl.constexpr):
+    mask = exists[:, None] & (tl.arange(0, D_PADDED) < D)[None, :]
+    tl.store(head + _at(strides, rows, columns, D_PADDED, ALIGN), x.to(head.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _table_at(strides, K: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, FIRST: tl.constexpr):
+    """Offsets [TABLE_ROWS, D_PADDED] in a table [K, D/2] that meets the channels from FIRST on, and which exist."""
+    j, d = tl.arange(0, TABLE_ROWS), tl.arange(0, D_PADDED) - FIRST
+    mask = (j < K)[:, None] & ((d >= 0) & (d < D // 2))[None, :]
+    return j[:, None] * strides[1] + d[None, :] * strides[2], mask
+
+
+@triton.jit
+def _table(pointer, strides, n, K: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, FIRST: tl.constexpr):
+    offsets, mask = _table_at(strides, K, D, D_PADDED, FIRST)
+    return tl.load(pointer + n * strides[0] + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _product(a, b, start, PRECISION: tl.constexpr):
+    """start + a b^T of inputs as they are, [positions, channels] each."""
+    if CAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, tl.trans(b), start, input_precision=PRECISION)
+
+
+@triton.jit
+def _per_column(by_width, dx, in_reach):
+    """[P, TABLE_ROWS] by offset, or None -> [P, W] by key column; -inf out of reach."""
+    found = tl.zeros(dx.shape, tl.float32)
+    if by_width is not None:
+        found = tl.gather(by_width, tl.minimum(tl.maximum(dx, 0), TABLE_ROWS - 1), 1)
+    return tl.where(in_reach, found, float("-inf"))
+
+
+@triton.jit
+def _bias(by_height, per_column, dy, K: tl.constexpr):
+    """[P, W], what is added to q.k for the key row dy - K // 2 below each query: q.r, and -inf outside the windows."""
+    per_row = tl.zeros(dy.shape, tl.float32)
+    if by_height is not None:
+        per_row = tl.sum(tl.where(tl.arange(0, TABLE_ROWS)[None, :] == dy[:, None], by_height, 0.0), 1)
+    return per_column + tl.where((dy >= 0) & (dy < K), per_row, float("-inf"))[:, None]
+
+
+@triton.jit
+def _online(s, largest, total):
+    """The softmax's next key row: largest and total with it, its numerators, and what becomes of the ones before."""
+    larger = tl.maximum(largest, tl.max(s, 1) * LOG2_E)
+    shrink = tl.exp2(largest - larger)
+    e = tl.exp2(s * LOG2_E - larger[:, None])
+    return larger, total * shrink + tl.sum(e, 1), e, shrink
+
+
+# ---- the kernels
+
+
+@triton.jit
+def _forward_kernel(
+    query, key, value, output, rel_height, rel_width,
+    query_strides, key_strides, value_strides, output_strides, rel_height_strides, rel_width_strides,
+    num_heads, height, width, tile_h, tile_w,
+    K: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
+    ALIGN: tl.constexpr, ZERO_BORDER: tl.constexpr, INPUTS: tl.constexpr, COMPUTED: tl.constexpr,
+):  # fmt: skip
+    b, n, row0, column0, rows, columns, exists = _place(num_heads, height, width, tile_h, tile_w, P)
+    first, last, key_columns, columns_exist = _reach(row0, column0, height, width, tile_h, K, W, not ZERO_BORDER)
+    dx = key_columns[None, :] - columns[:, None] + K // 2
+    in_reach = (dx >= 0) & (dx < K)
+    if not ZERO_BORDER:
+        in_reach &= columns_exist[None, :]
+    query = _head(query, query_strides, b, n, ALIGN)
+    value = _head(value, value_strides, b, n, ALIGN)
+    output = _head(output, output_strides, b, n, ALIGN)
+    if key is not None:
+        key = _head(key, key_strides, b, n, ALIGN)
+
+    q = _load(query, query_strides, rows, columns, exists, D, D_PADDED, ALIGN)
+    by_height = None
+    by_width = None
+    if rel_height is not None:
+        table_h = _table(rel_height, rel_height_strides, n, K, D, D_PADDED, 0)
+        table_w = _table(rel_width, rel_width_strides, n, K, D, D_PADDED, D // 2)
+        by_height = tl.dot(q.to(tl.float32), tl.trans(table_h), input_precision="tf32x3")
+        by_width = tl.dot(q.to(tl.float32), tl.trans(table_w), input_precision="tf32x3")
+    per_column = _per_column(by_width, dx, in_reach)
+
+    largest = tl.full([P], -1e38, tl.float32)  # in units of ln 2, and finite: a key row out of reach changes nothing
+    total = tl.zeros([P], tl.float32)
+    out = tl.zeros([P, D_PADDED], tl.float32)
+    for y in range(first, last):
+        key_rows = tl.zeros([W], tl.int32) + y
+        keys_exist = columns_exist & (key_rows >= 0) & (key_rows < height)
+        s = _bias(by_height, per_column, y - rows + K // 2, K)
+        if key is not None:
+            k = _load(key, key_strides, key_rows, key_columns, keys_exist, D, D_PADDED, ALIGN)
+            s = _product(q, k, s, INPUTS)
+        largest, total, e, shrink = _online(s, largest, total)
+        v = _load(value, value_strides, key_rows, key_columns, keys_exist, D, D_PADDED, ALIGN)
+        out = tl.dot(e, v.to(tl.float32), out * shrink[:, None], input_precision=COMPUTED)
+    total = tl.where(exists, total, 1.0)
+    _store(output, output_strides, rows, columns, exists, out / total[:, None], D, D_PADDED, ALIGN)
+
+
+@triton.jit
+def _backward_queries_kernel(
+    grad_output, query, key, value, grad_query, rel_height, rel_width, logsumexp, delta, relative, partial_rel,
+    grad_output_strides, query_strides, key_strides, value_strides, grad_query_strides,
+    rel_height_strides, rel_width_strides,
+    num_heads, height, width, tile_h, tile_w,
+    K: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
+    ALIGN: tl.constexpr, ZERO_BORDER: tl.constexpr, INPUTS: tl.constexpr, COMPUTED: tl.constexpr,
+):  # fmt: skip
+    b, n, row0, column0, rows, columns, exists = _place(num_heads, height, width, tile_h, tile_w, P)
+    first, last, key_columns, columns_exist = _reach(row0, column0, height, width, tile_h, K, W, not ZERO_BORDER)
+    dx = key_columns[None, :] - columns[:, None] + K // 2
+    in_reach = (dx >= 0) & (dx < K)
+    if not ZERO_BORDER:
+        in_reach &= columns_exist[None, :]
+    grad_output = _head(grad_output, grad_output_strides, b, n, ALIGN)
+    query = _head(query, query_strides, b, n, ALIGN)
+    value = _head(value, value_strides, b, n, ALIGN)
+    grad_query = _head(grad_query, grad_query_strides, b, n, ALIGN)
+    if key is not None:
+        key = _head(key, key_strides, b, n, ALIGN)
+
+    q = _load(query, query_strides, rows, columns, exists, D, D_PADDED, ALIGN)
+    grad = _load(grad_output, grad_output_strides, rows, columns, exists, D, D_PADDED, ALIGN)
+    position = ((b * num_heads + n) * height + rows) * width + columns  # in what is kept for the second pass
+    j = tl.arange(0, TABLE_ROWS)
+    by_height = None
+    by_width = None
+    if rel_height is not None:
+        table_h = _table(rel_height, rel_height_strides, n, K, D, D_PADDED, 0)
+        table_w = _table(rel_width, rel_width_strides, n, K, D, D_PADDED, D // 2)
+        by_height = tl.dot(q.to(tl.float32), tl.trans(table_h), input_precision="tf32x3")
+        by_width = tl.dot(q.to(tl.float32), tl.trans(table_w), input_precision="tf32x3")
+        stored = relative + position[:, None] * (2 * K) + j[None, :]
+        mask = exists[:, None] & (j < K)[None, :]
+        tl.store(stored, by_height, mask=mask)
+        tl.store(stored + K, by_width, mask=mask)
+    per_column = _per_column(by_width, dx, in_reach)
+
+    largest = tl.full([P], -1e38, tl.float32)
+    total = tl.zeros([P], tl.float32)
+    mean = tl.zeros([P], tl.float32)  # of T under the weights, times `total`
+    for y in range(first, last):
+        key_rows = tl.zeros([W], tl.int32) + y
+        keys_exist = columns_exist & (key_rows >= 0) & (key_rows < height)
+        s = _bias(by_height, per_column, y - rows + K // 2, K)
+        if key is not None:
+            k = _load(key, key_strides, key_rows, key_columns, keys_exist, D, D_PADDED, ALIGN)
+            s = _product(q, k, s, INPUTS)
+        largest, total, e, shrink = _online(s, largest, total)
+        v = _load(value, value_strides, key_rows, key_columns, keys_exist, D, D_PADDED, ALIGN)
+        mean = mean * shrink + tl.sum(e * _product(grad, v, tl.zeros([P, W], tl.float32), INPUTS), 1)
+    total = tl.where(exists, total, 1.0)
+    lse = tl.where(exists, largest + tl.log2(total), 0.0)
+    mean = mean / total
+    tl.store(logsumexp + position, lse, mask=exists)
+    tl.store(delta + position, mean, mask=exists)
+
+    dq = tl.zeros([P, D_PADDED], tl.float32)
+    grad_by_height = tl.zeros([P, TABLE_ROWS], tl.float32)
+    grad_per_column = tl.zeros([P, W], tl.float32)
+    for y in range(first, last):
+        key_rows = tl.zeros([W], tl.int32) + y
+        keys_exist = columns_exist & (key_rows >= 0) & (key_rows < height)
+        dy = y - rows + K // 2
+        s = _bias(by_height, per_column, dy, K)
+        if key is not None:
+            k = _load(key, key_strides, key_rows, key_columns, keys_exist, D, D_PADDED, ALIGN)
+            s = _product(q, k, s, INPUTS)
+        weights = tl.exp2(s * LOG2_E - lse[:, None])
+        v = _load(value, value_strides, key_rows, key_columns, keys_exist, D, D_PADDED, ALIGN)
+        grad_s = weights * _product(grad, v, tl.zeros([P, W], tl.float32) - mean[:, None], INPUTS)
+        if key is not None:
+            dq = tl.dot(grad_s, k.to(tl.float32), dq, input_precision=COMPUTED)
+        if rel_height is not None:
+            grad_by_height += tl.where(j[None, :] == dy[:, None], tl.sum(grad_s, 1)[:, None], 0.0)
+            grad_per_column += grad_s
+
+    if rel_height is not None:  # the tables are read again: they would fill registers during the walks
+        table_h = _table(rel_height, rel_height_strides, n, K, D, D_PADDED, 0)
+        table_w = _table(rel_width, rel_width_strides, n, K, D, D_PADDED, D // 2)
+        from_offset = j[None, :] + (columns - column0)[:, None]  # the key column at offset j, counted in the tile
+        grad_by_width = tl.gather(grad_per_column, tl.minimum(from_offset, W - 1), 1)
+        grad_by_width = tl.where((j < K)[None, :], grad_by_width, 0.0)
+        dq = tl.dot(grad_by_height, table_h, dq, input_precision=COMPUTED)
+        dq = tl.dot(grad_by_width, table_w, dq, input_precision=COMPUTED)
+        partial = partial_rel + tl.program_id(0).to(tl.int64) * (2 * K * (D // 2))
+        q = q.to(tl.float32)
+        offsets, mask = _table_at((0, D // 2, 1), K, D, D_PADDED, 0)
+        tl.store(partial + offsets, tl.dot(tl.trans(grad_by_height), q, input_precision=COMPUTED), mask=mask)
+        partial += K * (D // 2)
+        offsets, mask = _table_at((0, D // 2, 1), K, D, D_PADDED, D // 2)
+        tl.store(partial + offsets, tl.dot(tl.trans(grad_by_width), q, input_precision=COMPUTED), mask=mask)
+    _store(grad_query, grad_query_strides, rows, columns, exists, dq, D, D_PADDED, ALIGN)
+
+
+@triton.jit
+def _backward_keys_kernel(
+    grad_output, query, key, value, grad_key, grad_value, logsumexp, delta, relative,
+    grad_output_strides, query_strides, key_strides, value_strides, grad_key_strides, grad_value_strides,
+    num_heads, height, width, tile_h, tile_w,
+    K: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
+    ALIGN: tl.constexpr, ZERO_BORDER: tl.constexpr, INPUTS: tl.constexpr, COMPUTED: tl.constexpr,
+):  # fmt: skip
+    b, n, row0, column0, rows, columns, exists = _place(num_heads, height, width, tile_h, tile_w, P)
+    first, last, query_columns, columns_exist = _reach(row0, column0, height, width, tile_h, K, W, True)
+    # [W, P], transposed: a thread then reads for one key, at addresses that differ by constants.
+    dx = columns[None, :] - query_columns[:, None] + K // 2
+    in_reach = (dx >= 0) & (dx < K) & columns_exist[:, None]
+    x = tl.arange(0, W).to(tl.int64)[:, None]
+    at_height = x * (2 * K)  # from the row and the first column in reach on, plus dy
+    at_width = x * (2 * K - 1) + (columns - column0 + K - 1 + K).to(tl.int64)[None, :]
+    grad_output = _head(grad_output, grad_output_strides, b, n, ALIGN)
+    query = _head(query, query_strides, b, n, ALIGN)
+    value = _head(value, value_strides, b, n, ALIGN)
+    grad_value = _head(grad_value, grad_value_strides, b, n, ALIGN)
+    v = _load(value, value_strides, rows, columns, exists, D, D_PADDED, ALIGN)
+    dv = tl.zeros([P, D_PADDED], tl.float32)
+    if key is not None:
+        key = _head(key, key_strides, b, n, ALIGN)
+        grad_key = _head(grad_key, grad_key_strides, b, n, ALIGN)
+        k = _load(key, key_strides, rows, columns, exists, D, D_PADDED, ALIGN)
+        dk = tl.zeros([P, D_PADDED], tl.float32)
+
+    for y in range(first, last):
+        query_rows = tl.zeros([W], tl.int32) + y
+        q = _load(query, query_strides, query_rows, query_columns, columns_exist, D, D_PADDED, ALIGN)
+        grad = _load(grad_output, grad_output_strides, query_rows, query_columns, columns_exist, D, D_PADDED, ALIGN)
+        row = ((b * num_heads + n) * height + y) * width  # where it begins in what the first pass kept
+        lse = tl.load(logsumexp + row + query_columns, mask=columns_exist, other=0.0)
+        mean = tl.load(delta + row + query_columns, mask=columns_exist, other=0.0)
+        dy = (rows - y + K // 2)[None, :]
+        near = in_reach & (dy >= 0) & (dy < K)
+        bias = tl.where(near, 0.0, float("-inf"))
+        if relative is not None:
+            from_first = relative + (row + column0 - K // 2) * (2 * K)
+            bias += tl.load(from_first + (dy.to(tl.int64) + at_height), mask=near, other=0.0)
+            bias += tl.load(from_first + at_width, mask=near, other=0.0)
+        s = tl.trans(bias)
+        if key is not None:
+            s = _product(k, q, s, INPUTS)
+        weights = tl.exp2(s * LOG2_E - lse[None, :])
+        dv = tl.dot(weights, grad.to(tl.float32), dv, input_precision=COMPUTED)
+        if key is not None:
+            grad_s = weights * _product(v, grad, tl.zeros([P, W], tl.float32) - mean[None, :], INPUTS)
+            dk = tl.dot(grad_s, q.to(tl.float32), dk, input_precision=COMPUTED)
+    _store(grad_value, grad_value_strides, rows, columns, exists, dv, D, D_PADDED, ALIGN)
+    if key is not None:
+        _store(grad_key, grad_key_strides, rows, columns, exists, dk, D, D_PADDED, ALIGN)
+
+
+# ---- calling them
+
+
+def unavailable(query: Tensor, kernel_size: int) -> str | None:
+    """Why the kernels cannot run on these tensors, or None where they can."""
+    if query.dtype not in DTYPES:
+        return f"the tensors are {query.dtype}; the kernels compute in float32"
+    if kernel_size > MAX_KERNEL_SIZE:
+        return f"kernel_size={kernel_size} is above {MAX_KERNEL_SIZE}"
+    if query.shape[-1] > MAX_HEAD_DIM:
+        return f"head_dim={query.shape[-1]} is above {MAX_HEAD_DIM}"
+    if INTERPRETED:
+        return None
+    if query.device.type != "cuda":
+        return f"the tensors are on {query.device.type} (TRITON_INTERPRET=1 runs the kernels there, slowly, to test)"
+    if torch.version.hip is not None:
+        return "the kernels are for NVIDIA GPUs"
+    if torch.cuda.get_device_capability(query.device) < (8, 0):
+        return "the GPU's compute capability is below 8.0"
+    return None
+
+
+def local_attention_forward(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    rel_height: Tensor | None,
+    rel_width: Tensor | None,
+    kernel_size: int,
+    border: str,
+) -> Tensor:
+    """As the reference's: the attended values, [B, N, H, W, D], dtype and order of strides as `value`."""
+    output = torch.empty_like(value)
+    tables = (rel_height, rel_width)
+    _run(_forward_kernel, kernel_size, border, (query, key, value, output), tables, lambda num_programs: ())
+    return output
+
+
+def local_attention_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    rel_height: Tensor | None,
+    rel_width: Tensor | None,
+    kernel_size: int,
+    border: str,
+    grads: tuple[Tensor, Tensor | None, Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """As the reference's: the gradients of query, key, value, rel_height and rel_width, strides ordered as theirs.
+
+    The first three are written to `grads` where that is given.
+    """
+    if grads is None:
+        grads = (torch.empty_like(query), None if key is None else torch.empty_like(key), torch.empty_like(value))
+    grad_query, grad_key, grad_value = grads
+    batch, num_heads, height, width, head_dim = query.shape
+    relative = rel_height is not None
+    scratch = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
+    kept = (
+        scratch(batch, num_heads, height, width),  # logsumexp
+        scratch(batch, num_heads, height, width),  # delta
+        scratch(batch, num_heads, height, width, 2 * kernel_size) if relative else None,
+    )
+
+    def with_partial_rel(num_programs: int) -> tuple[Tensor | None, ...]:
+        return (*kept, scratch(num_programs, 2, kernel_size, head_dim // 2) if relative else None)
+
+    inputs, tables = (grad_output, query, key, value), (rel_height, rel_width)
+    *_, partial_rel = _run(
+        _backward_queries_kernel, kernel_size, border, (*inputs, grad_query), tables, with_partial_rel
+    )
+    _run(_backward_keys_kernel, kernel_size, border, (*inputs, grad_key, grad_value), (), lambda num_programs: kept)
+    if partial_rel is None or rel_height is None or rel_width is None:
+        return grad_query, grad_key, grad_value, None, None
+    by_head = partial_rel.unflatten(0, (-1, num_heads)).sum(0, dtype=torch.float64)  # [N, 2, K, D/2]
+    grad_rel_height, grad_rel_width = map(_like, by_head.unbind(1), (rel_height, rel_width))
+    return grad_query, grad_key, grad_value, grad_rel_height, grad_rel_width
+
+
+def _like(grad: Tensor, rel: Tensor) -> Tensor:
+    """The gradient of a table from the heads' [N, K, D/2]."""
+    return (grad if rel.dim() == 3 else grad.sum(0)).to(rel.dtype)
+
+
+def _run(
+    kernel: Any,
+    kernel_size: int,
+    border: str,
+    images: tuple[Tensor | None, ...],
+    tables: tuple[Tensor | None, ...],
+    scratch: Callable[[int], tuple[Tensor | None, ...]],
+) -> tuple[Tensor | None, ...]:
+    """Launch on [B, N, H, W, D] tensors, tables and `scratch(num_programs)`, as configured; return that scratch."""
+    query = next(x for x in images if x is not None)  # or another of its shape and dtype
+    batch, num_heads, height, width, head_dim = query.shape
+    align = math.gcd(16 // query.itemsize, *(s for x in images if x is not None for s in x.stride()[:4]))
+    image_strides = (x if x is None else (*(s // align for s in x.stride()[:4]), x.stride(4)) for x in images)
+    table_strides = (x if x is None else (0, *x.stride())[-3:] for x in tables)
+    sizes = (num_heads, height, width)
+    constants = {
+        "K": kernel_size,
+        "D": head_dim,
+        "D_PADDED": max(16, triton.next_power_of_2(head_dim)),
+        "W": WINDOW_COLUMNS,
+        "ALIGN": align,
+        "ZERO_BORDER": border == "zero",
+        "INPUTS": "tf32x3" if query.dtype == torch.float32 else "tf32",
+        "COMPUTED": "tf32" if query.dtype == torch.bfloat16 else "tf32x3",
+    }
+    strides = (*image_strides, *table_strides)
+
+    def launch(config: Config) -> tuple[Tensor | None, ...]:
+        *tile, num_tiles = _tile(height, width, kernel_size, config.positions)
+        num_programs = batch * num_tiles * num_heads
+        buffers = scratch(num_programs)
+        if num_programs:
+            kernel[(num_programs,)](
+                *images, *tables, *buffers, *strides, *sizes, *tile, P=config.positions, **constants,
+                num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+            )  # fmt: skip
+        return buffers
+
+    with torch.cuda.device_of(query):
+        if INTERPRETED or torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing():
+            return launch(_by_rule(head_dim))
+        given = (x is not None for x in (*images, *tables))
+        problem = (kernel, *sizes, *constants.values(), query.dtype, query.device, *given)
+        if problem not in _fastest:
+            _fastest[problem] = min(CONFIGS, key=lambda config: _milliseconds(lambda: launch(config)))
+        return launch(_fastest[problem])
+
+
+_fastest: dict[tuple, Config] = {}  # for a problem of any batch size, as measured when it first came
+
+
+def _milliseconds(run: Callable[[], Any]) -> float:
+    try:
+        return triton.testing.do_bench(run, warmup=5, rep=20)
+    except (OutOfResources, PTXASError):  # too large for this GPU
+        return float("inf")
+
+
+def _by_rule(head_dim: int) -> Config:
+    """One choice whatever was measured: another one sums in another order, and a resumed run must not."""
+    return CONFIGS[0 if head_dim <= 32 else 1 if head_dim <= 64 else 2]
+
+
+@functools.cache
+def _tile(height: int, width: int, kernel_size: int, positions: int) -> tuple[int, int, int]:
+    """Rows and columns of a tile, and tiles a map: of the tiles that fit, the one that walks the fewest key rows."""
+
+    def cut(columns: int) -> tuple[int, int, int]:
+        tiles_w = triton.cdiv(width, columns)
+        tiles_h = triton.cdiv(height, min(positions // columns, height))
+        return triton.cdiv(height, tiles_h), triton.cdiv(width, tiles_w), tiles_h * tiles_w
+
+    widest = min(WINDOW_COLUMNS - kernel_size + 1, positions, width)
+    return min(map(cut, range(widest, 0, -1)), key=lambda tile: tile[2] * (tile[0] + kernel_size - 1))

@@ -1,0 +1,91 @@
+"""Cases of local attention, and a backend's outputs and gradients on them against the reference in float64."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from sasa_train.attention import local_attention
+
+NAMES = ("output", "query", "key", "value", "rel_height", "rel_width")
+LAYOUTS = ("contiguous", "channels_last", "fused channels_last", "planar", "scattered")
+
+
+def draw(shape, layout: str, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
+    """Query, key and value, [B, N, H, W, D], with the strides that the name says."""
+    b, n, h, w, d = shape
+
+    def randn(*size):
+        return torch.randn(size, generator=generator).to(dtype)
+
+    if layout == "fused channels_last":
+        return list(randn(b, h, w, 3, n, d).permute(3, 0, 4, 1, 2, 5).unbind(0))
+    one = {
+        "contiguous": lambda: randn(b, n, h, w, d),
+        "channels_last": lambda: randn(b, h, w, n, d).permute(0, 3, 1, 2, 4),
+        "planar": lambda: randn(b, n, d, h, w).permute(0, 1, 3, 4, 2),
+        "scattered": lambda: randn(w, b, n, d, h, 2)[..., 0].permute(1, 2, 4, 0, 3),
+    }[layout]
+    return [one() for _ in range(3)]
+
+
+def outputs_and_grads(backend, dtype, inputs, kernel_size, content, border, grad_output):
+    q, key, v, *rel = (None if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs)
+    key = key if content else None
+    out = local_attention(q, key, v, *rel, kernel_size=kernel_size, content=content, border=border, backend=backend)
+    out.backward(grad_output.to(out.dtype))
+    return [out.detach(), *(None if x is None else x.grad for x in (q, key, v, *rel))]
+
+
+def assert_equals_reference(
+    shape,
+    kernel_size,
+    dtype=torch.float32,
+    layout="contiguous",
+    border="mask",
+    content=True,
+    rel="shared",
+    seed=0,
+    *,
+    backend: str,
+    device: str = "cpu",
+) -> None:
+    """Output and gradients against the reference in float64, on the same (rounded) inputs.
+
+    `rel`: "shared", "per head", "mixed" (rel_height shared, rel_width one a head) or None.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    qkv = draw(shape, layout, dtype, generator)
+    _, n, _, _, d = shape
+    shared, per_head = (kernel_size, d // 2), (n, kernel_size, d // 2)
+    sizes = {"shared": [shared] * 2, "per head": [per_head] * 2, "mixed": [shared, per_head], None: []}[rel]
+    tables = [torch.randn(size, generator=generator) for size in sizes] or [None, None]
+    grad_output = torch.randn(shape, generator=generator).to(dtype)
+    inputs = [None if x is None else x.to(device) for x in (*qkv, *tables)]
+    case = (inputs, kernel_size, content, border, grad_output.to(device))
+    ours, exact = outputs_and_grads(backend, None, *case), outputs_and_grads("reference", torch.float64, *case)
+    for name, x, y in zip(NAMES, ours, exact, strict=True):
+        if y is None:
+            assert x is None
+            continue
+        assert x.dtype == (torch.float32 if "rel" in name else dtype)
+        size = max(1.0, float(y.abs().max()), math.prod(shape[:4]) ** 0.5 if "rel" in name else 0.0)
+        rtol, atol = tolerance(backend, device, dtype, x.dtype)
+        torch.testing.assert_close(x.double(), y, rtol=rtol, atol=atol * size, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def tolerance(backend: str, device: str, inputs: torch.dtype, result: torch.dtype) -> tuple[float, float]:
+    """Relative, and absolute for a result of size 1.
+
+    float32: scores reach 20 to 40, their rounding (2e-6) is the weights' relative error, and a gradient adds terms of
+    size 1 and more (B N H W of them for an embedding) whose true sum may be 0. Half precision adds half a unit of the
+    number itself, once; Triton's interpreter cuts bfloat16 where a GPU rounds, a whole unit.
+    """
+    unit = 0.0 if result == torch.float32 else torch.finfo(result).eps
+    if backend != "triton":
+        return unit / 2 + 1e-5, 2e-5
+    if device == "cpu":
+        return unit * (1 if result == torch.bfloat16 else 0.5) + 1e-5, 2e-5
+    if inputs == torch.bfloat16:  # TF32 cuts weights and their gradients to 11 bits, 2^-10, before they are summed
+        return unit / 2 + 2**-10, 2**-9
+    return unit / 2 + 1e-5, 8e-5  # three TF32 products for one have 22 bits of float32's 24

@@ -1,0 +1,221 @@
+"""The Triton kernels against the reference in float64: on the GPU, or small cases on Triton's interpreter."""
+
+import functools
+import importlib.util
+import logging
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from attention_cases import LAYOUTS, NAMES, draw, outputs_and_grads
+from attention_cases import assert_equals_reference as case_equals_reference
+
+from sasa_train.attention import dispatch, local_attention, local_attention_qkv
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from sasa_train.attention import triton_kernels
+from sasa_train.attention.triton_kernels import CONFIGS, Config
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+assert_equals_reference = functools.partial(case_equals_reference, backend="triton", device=DEVICE)
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+@pytest.fixture(autouse=True)
+def one_configuration(monkeypatch):
+    """No search; on the interpreter, whose time goes by programs, large tiles."""
+    if DEVICE == "cpu":
+        configure(monkeypatch, Config(64, 4, 2))
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def configure(monkeypatch, config: Config) -> None:
+    monkeypatch.setattr(triton_kernels, "_by_rule", lambda head_dim: config)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 5, 7, 9, 11, 13, 15])
+def test_every_window_and_map(kernel_size):
+    """1x1 to maps larger than a tile, some smaller than the window."""
+    border = "zero" if kernel_size % 4 == 3 else "mask"
+    for h, w in [(1, 1), (1, 7), (5, 2), (9, 11)] if DEVICE == "cpu" else [(1, 1), (7, 1), (8, 8), (5, 19), (33, 57)]:
+        assert_equals_reference((1, 1 if h * w > 30 else 2, h, w, 4), kernel_size, border=border)
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, Config(128, 4, 2)])
+def test_every_configuration(config, monkeypatch):
+    """How the map is cut changes rounding alone; tiles that are not full, at two edges."""
+    configure(monkeypatch, config)
+    assert_equals_reference((1, 1, 5, 9, 6), 5)
+    if DEVICE == "cuda":
+        for kernel_size, head_dim, dtype in [(7, 8, BF16), (7, 32, torch.float32), (11, 64, BF16), (15, 16, FP16)]:
+            assert_equals_reference((3, 5, 17, 23, head_dim), kernel_size, dtype, "fused channels_last")
+
+
+def test_a_large_odd_map():
+    assert_equals_reference((1, 1, 33, 57, 2), 3, layout="planar")
+
+
+@pytest.mark.parametrize("head_dim", [2, 6, 8, 16, 20, 32, 64, 128])
+def test_every_head_dim(head_dim):
+    for layout in LAYOUTS if DEVICE == "cuda" else ("fused channels_last",):
+        assert_equals_reference((1, 2, 3, 5, head_dim), 5, layout=layout)
+        if DEVICE == "cuda":
+            for dtype in (torch.float32, BF16, FP16):
+                assert_equals_reference((2, 3, 13, 19, head_dim), 7, dtype, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout(layout):
+    for head_dim in (4, 8):
+        assert_equals_reference((2, 3, 2, 3, head_dim), 3, layout=layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, FP16])
+@pytest.mark.parametrize("border", ["mask", "zero"])
+def test_every_option(border, dtype):
+    for content, rel in [(True, "per head"), (True, None), (False, "shared"), (True, "mixed")]:
+        assert_equals_reference((1, 2, 3, 4, 8), 3, dtype, "fused channels_last", border, content, rel)
+
+
+def test_odd_head_dims_without_embeddings():
+    for head_dim in (1, 3, 17):
+        assert_equals_reference((1, 2, 3, 4, head_dim), 3, rel=None)
+
+
+def test_cases_drawn_at_random():
+    rng = random.Random(1)
+    tallest, widest, num_cases = (7, 13, 10) if DEVICE == "cpu" else (40, 70, 60)
+    for seed in range(num_cases):
+        rel = rng.choice(["shared", "per head", "mixed", None])
+        assert_equals_reference(
+            (
+                rng.randint(1, 2),
+                rng.randint(1, 3),
+                rng.randint(1, tallest),
+                rng.randint(1, widest),
+                2 * rng.randint(1, 20),
+            ),
+            rng.choice([1, 3, 5, 7, 9, 11]),
+            rng.choice([torch.float32, BF16, FP16]),
+            rng.choice(LAYOUTS),
+            rng.choice(["mask", "zero"]),
+            content=rel is None or rng.random() < 0.7,
+            rel=rel,
+            seed=seed,
+        )
+
+
+def test_huge_scores_stay_finite():
+    q, key, v = (x.to(DEVICE) for x in draw((1, 1, 3, 4, 8), "contiguous", torch.float32, torch.Generator()))
+    grads = outputs_and_grads("triton", None, (300 * q, 300 * key, v, None, None), 3, True, "mask", torch.ones_like(v))
+    assert all(x is None or x.isfinite().all() for x in grads)
+
+
+def test_a_nan_is_not_swallowed():
+    q, key, v = (x.to(DEVICE) for x in draw((1, 1, 5, 6, 8), "contiguous", torch.float32, torch.Generator()))
+    key[0, 0, 2, 3, 0] = float("nan")
+    reached = local_attention(q, key, v, kernel_size=3, backend="triton").isnan().any(-1)
+    assert reached[0, 0, 1:4, 2:5].all()
+
+
+def test_the_same_to_the_bit_whatever_memory_held():
+    """No atomics; scratch is written before it is read."""
+    inputs = [x.to(DEVICE) for x in draw((1, 2, 5, 6, 4), "channels_last", torch.float32, torch.Generator())]
+    case = ([*inputs, *torch.randn(2, 5, 2, device=DEVICE)], 5, True, "zero", torch.ones_like(inputs[0]))
+    first, second = (outputs_and_grads("triton", None, *case) for _ in range(2))
+    for name, x, y in zip(NAMES, first, second, strict=True):
+        assert torch.equal(x, y), name
+
+
+def test_outputs_and_gradients_keep_the_inputs_order_of_strides():
+    """A channels_last projection in, channels_last out, and one gradient for the three."""
+    stacked = torch.randn(2, 3, 4, 3, 2, 8, device=DEVICE).permute(3, 0, 4, 1, 2, 5).requires_grad_()
+    out = local_attention_qkv(stacked, kernel_size=3, backend="triton")
+    (grad,) = torch.autograd.grad(out.sum(), stacked)
+    assert out.permute(0, 2, 3, 1, 4).is_contiguous()
+    assert grad.stride() == stacked.stride()
+    inputs = [x.detach().requires_grad_() for x in stacked.unbind(0)]
+    grads = torch.autograd.grad(local_attention(*inputs, kernel_size=3, backend="triton").sum(), inputs)
+    assert torch.equal(grad, torch.stack(grads))
+
+
+def test_the_tile_walks_few_key_rows_and_covers_the_map():
+    """7 columns and 4 rows where 10 columns would fit: three rows at a time would walk more."""
+    assert triton_kernels._tile(56, 56, 7, 32) == (4, 8, 98)
+    assert triton_kernels._tile(7, 7, 7, 64) == (7, 7, 1)
+    for height in (1, 2, 5, 14, 33):
+        for width in (1, 3, 7, 28, 57):
+            for kernel_size in range(1, 17, 2):
+                tile_h, tile_w, num_tiles = triton_kernels._tile(height, width, kernel_size, 32)
+                assert tile_h * tile_w <= 32
+                assert tile_w + kernel_size - 1 <= triton_kernels.WINDOW_COLUMNS
+                assert num_tiles == -(-height // tile_h) * -(-width // tile_w)
+
+
+@gpu
+@pytest.mark.gpu
+def test_more_programs_than_a_grid_has_rows():
+    """65,535 is the limit of a grid's second and third dimension."""
+    assert_equals_reference((9000, 8, 2, 3, 4), 3)
+
+
+@gpu
+@pytest.mark.gpu
+def test_a_tensor_of_more_than_2_to_the_31_numbers():
+    storage = torch.empty(2**31 + 2**10, dtype=BF16, device=DEVICE)
+    for shape, strides in [((2, 1, 3, 4, 8), (2**31, 96, 32, 8, 1)), ((1, 1, 2, 4, 8), (64, 64, 2**31, 8, 1))]:
+        far = storage.as_strided(shape, strides).normal_()
+        near = far.contiguous()
+        exact = local_attention(near, near, near, kernel_size=3, backend="triton")
+        assert torch.equal(local_attention(far, far, far, kernel_size=3, backend="triton"), exact)
+
+
+@gpu
+@pytest.mark.gpu
+def test_the_search_keeps_a_configuration_a_problem_and_auto_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(triton_kernels, "_fastest", {})
+    dispatch._say_once.cache_clear()
+    torch.use_deterministic_algorithms(False)
+    q = torch.randn(2, 3, 9, 11, 8, device=DEVICE, requires_grad=True)
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            local_attention(q, q, q, kernel_size=3).sum().backward()
+    assert len(triton_kernels._fastest) == 3
+    assert [r.message for r in caplog.records] == ["local_attention: backend=auto runs the Triton kernels"]
+
+
+def test_without_a_gpu_or_an_interpreter_it_is_an_error_that_says_so():
+    """Triton decides when it is imported; auto on the CPU does not import it."""
+    program = (
+        "import sys, torch\n"
+        "from sasa_train.attention import local_attention\n"
+        "q = torch.zeros(1, 1, 3, 3, 2)\n"
+        "local_attention(q, q, q, kernel_size=3)\n"
+        "assert 'sasa_train.attention.triton_kernels' not in sys.modules\n"
+        "local_attention(q, q, q, kernel_size=3, backend='triton')\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    process = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert "backend='triton' cannot run: the tensors are on cpu" in process.stderr
+
+
+def test_what_the_kernels_cannot_do_is_refused_by_name(monkeypatch):
+    q = torch.zeros(1, 1, 3, 3, 2, device=DEVICE)
+    for x, kernel_size, reason in [
+        (q.double(), 3, "the tensors are torch.float64"),
+        (q, 17, "kernel_size=17 is above 15"),
+        (torch.zeros(1, 1, 3, 3, 130, device=DEVICE), 3, "head_dim=130 is above 128"),
+    ]:
+        with pytest.raises(RuntimeError, match=f"backend='triton' cannot run: {reason}"):
+            local_attention(x, x, x, kernel_size=kernel_size, backend="triton")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run: Triton is not installed"):
+        local_attention(q, q, q, kernel_size=3, backend="triton")
