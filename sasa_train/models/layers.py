@@ -49,7 +49,7 @@ class LocalSelfAttention2d(nn.Module):
         in_channels, out_channels: `out_channels` is split over the heads.
         kernel_size: the window, odd.
         num_heads: must divide `out_channels`; with relative positions head_dim must be even.
-        stride: 1, or 2 for the pool.
+        stride: 1, or 2 for the pool; an odd side is halved upwards, as the shortcut's strided 1x1 convolution does it.
         position: "relative"; "absolute" (a sinusoid added to what the query and key projections read); "none".
         content: whether q.k is part of the score; without it there is no key projection.
         border: "mask" or "zero", see `local_attention`.
@@ -74,7 +74,7 @@ class LocalSelfAttention2d(nn.Module):
     ):
         super().__init__()
         _check_dials(in_channels, out_channels, kernel_size, num_heads, stride, position, content)
-        self.num_heads, self.kernel_size = num_heads, kernel_size
+        self.num_heads, self.kernel_size, self.stride = num_heads, kernel_size, stride
         self.position, self.content, self.border, self.backend = position, content, border, backend
         head_dim = out_channels // num_heads
         # One convolution for all projections: query, [key,] value, each `out_channels` wide and dense.
@@ -85,8 +85,6 @@ class LocalSelfAttention2d(nn.Module):
             self.rel_width: nn.Parameter | None = nn.Parameter(torch.empty(shape))
         else:
             self.rel_height = self.rel_width = None
-        # ceil_mode: an odd side is halved upwards, as the strided 1x1 convolution of the shortcut does it.
-        self.pool = nn.AvgPool2d(2, 2, ceil_mode=True) if stride == 2 else nn.Identity()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -109,9 +107,10 @@ class LocalSelfAttention2d(nn.Module):
             kernel_size=self.kernel_size,
             content=self.content,
             border=self.border,
+            stride=self.stride,
             backend=self.backend,
         )
-        return self.pool(out.permute(0, 1, 4, 2, 3).flatten(1, 2))
+        return out.permute(0, 1, 4, 2, 3).flatten(1, 2)
 
     @property
     def _num_projections(self) -> int:
@@ -133,7 +132,7 @@ class LocalSelfAttention2d(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"kernel_size={self.kernel_size}, num_heads={self.num_heads}, position={self.position}, "
-            f"content={self.content}, border={self.border}"
+            f"content={self.content}, border={self.border}, stride={self.stride}"
         )
 
 
