@@ -68,6 +68,7 @@ constexpr int MAX_TILE[2] = {12, 32};
 constexpr int BLOCK_ROWS = 8;  // query rows summed in float32 for the embeddings' gradients; threads split there
 
 constexpr int64_t STREAM_NUMBERS = 1 << 20;  // results of more numbers than this do not stay in a core's caches
+constexpr int64_t PIXELS_AHEAD = 3;         // read while these are on their way from memory
 constexpr float LOG2_E = 1.4426950408889634f;
 
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1 };
@@ -354,6 +355,15 @@ struct RowCopy {
         }
     }
 
+    // Pixels x .. x + num - 1 into the cache. Beyond the row's end it is the next row, soon wanted, or nothing: no fault.
+    INLINE void prefetch(int64_t x, int64_t num, int64_t head_dim) const {
+        if (d != 1) return;
+        int64_t per_cache_line = 64 / sizeof(E), heads_step = most(1, per_cache_line / head_dim);
+        for (int64_t end = x + num; x < end; ++x)
+            for (int64_t l = 0; l < count; l += heads_step)
+                for (int64_t c = 0; c < head_dim; c += per_cache_line) __builtin_prefetch(line[l] + x * w + c);
+    }
+
     template <bool OUT>
     INLINE void single(F<V>* place, int64_t x, int64_t c) const {
         for (int l = 0; l < count; ++l) {
@@ -612,8 +622,11 @@ class Worker {
             if (tensors[n]->w == 1) step = s.W;
         }
         for (int64_t x = 0; x < s.W; x += step)
-            for (int n = 0; n < N; ++n)
-                if (rows[n]) copies[n].template run<OUT>(rows[n] + HALF, x, least(x + step, s.W), s.D, s.pitch);
+            for (int n = 0; n < N; ++n) {
+                if (!rows[n]) continue;
+                if constexpr (!OUT) copies[n].prefetch(x + PIXELS_AHEAD, step, s.D);
+                copies[n].template run<OUT>(rows[n] + HALF, x, least(x + step, s.W), s.D, s.pitch);
+            }
     }
 
     template <typename E>
