@@ -13,9 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sasa_train import machine
 from sasa_train.compose import fail
 from sasa_train.config import ConfigError
+from sasa_train.machine import keep_freed_memory
 
 if TYPE_CHECKING:
     import torch
@@ -114,8 +114,7 @@ def _set_up(options: argparse.Namespace) -> "torch.device":
     if has_cuda and options.device != "cpu":
         torch.backends.cudnn.benchmark = True  # convolutions at their best
         return torch.device("cuda")
-    if hasattr(machine, "keep_freed_memory"):
-        machine.keep_freed_memory()
+    keep_freed_memory()
     return torch.device("cpu")
 
 
@@ -123,7 +122,8 @@ def describe_machine(device: "torch.device", command: str) -> dict[str, str]:
     """What a published figure must name."""
     import torch
 
-    hardware = f"{_processor()}, {torch.get_num_threads()} threads"
+    num_threads = torch.get_num_threads()
+    hardware = f"{_processor()}, {num_threads} thread{'s' if num_threads > 1 else ''}"
     if device.type == "cuda":
         hardware = f"{torch.cuda.get_device_name()}; {hardware}"
     packages = ["torch", "timm", *(["triton"] if device.type == "cuda" else [])]

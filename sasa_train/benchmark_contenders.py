@@ -70,11 +70,10 @@ class Contender:
 
 def build_contender(backend: str, case: Case, arithmetic: torch.dtype | None = None) -> Contender:
     """`backend` on random inputs that are the same for all, in the case's dtype; `arithmetic` widens them after."""
-    generator = torch.Generator().manual_seed(0)
-    dtype, device = DTYPES[case.dtype], torch.device(case.device)
+    dtype, generator = DTYPES[case.dtype], torch.Generator(case.device).manual_seed(0)
 
     def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        tensor = torch.randn(shape, generator=generator).to(device, dtype).to(arithmetic or dtype)
+        tensor = torch.randn(shape, generator=generator, device=case.device).to(dtype).to(arithmetic or dtype)
         return (tensor.to(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor).requires_grad_()
 
     batch, channels, size = case.batch_size, case.channels, (case.height, case.width)
@@ -98,7 +97,8 @@ def build_contender(backend: str, case: Case, arithmetic: torch.dtype | None = N
 
     with torch.no_grad():
         like = forward()
-    grad_output = torch.randn(like.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    generator.manual_seed(1)
+    grad_output = torch.randn(like.shape, generator=generator, device=case.device).to(dtype)
     return Contender(forward, leaves, torch.empty_like(like).copy_(grad_output))
 
 

@@ -71,8 +71,9 @@ def part_command(part: str, folder: Path, dry_run: bool) -> list[str]:
     if part == "tests":
         # without a GPU there is nothing to run: the marked tests are found, that is all
         chosen = ["-m", "gpu", "--collect-only"] if dry_run else []
-        files = ["test_attention.py", "test_attention_triton.py", "test_models.py"]
-        return ["-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, *(f"tests/{file}" for file in files)]
+        files = {path for path in (ROOT / "tests").glob("test_*.py") if "pytest.mark.gpu" in path.read_text()}
+        files |= {ROOT / "tests/test_attention.py", ROOT / "tests/test_attention_triton.py"}
+        return ["-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, *map(str, sorted(files))]
     if part == "roofline":
         return [str(Path(__file__).resolve()), str(folder), "--measure-roofline", *(["--dry-run"] if dry_run else [])]
     kind, dtype = part.split("_")
@@ -110,7 +111,7 @@ def measure_roofline(folder: Path, dry_run: bool) -> int:
     """How far the op is from what the device can copy and multiply, both measured here."""
     import torch
 
-    from sasa_train.benchmark_contenders import DTYPES, Case, build_contender
+    from sasa_train.benchmark_contenders import DTYPES, Case, build_contender, check
     from sasa_train.benchmark_timing import progress_bar, time_in_turn
 
     device = torch.device("cpu" if dry_run else "cuda")
@@ -120,13 +121,18 @@ def measure_roofline(folder: Path, dry_run: bool) -> int:
     for name in ("bf16", "fp32"):
         source, target = (torch.zeros(num_copied, dtype=torch.uint8, device=device) for _ in range(2))
         left, right = (torch.randn(side, side, device=device).to(DTYPES[name]) for _ in range(2))
-        runs = {"copy": lambda s=source, t=target: t.copy_(s), "matmul": lambda a=left, b=right: a @ b}
+        runs: dict[str, Any] = {"copy": lambda s=source, t=target: t.copy_(s), "matmul": lambda a=left, b=right: a @ b}
         cases = {}
         for map_side, channels in ((4, 16),) if dry_run else FULL_SHAPES:
             case = Case(map_side, map_side, channels, False, 1 if dry_run else 128, 8, 7, name, device.type)
+            problem = check(backend, case)
+            if problem:
+                print(f"{backend} at {case.label} is wrong and was not timed: {problem}")
+                return 1
             cases[case.label] = case
             runs[case.label] = build_contender(backend, case).train
-        seconds = time_in_turn(runs, repeats, device, progress_bar(repeats, f"roofline {name}"))
+        with progress_bar(repeats, f"roofline {name}") as bar:
+            seconds = time_in_turn(runs, repeats, device, bar)
         middle = {key: sorted(values)[len(values) // 2] for key, values in seconds.items()}
         bandwidth, rate = 2 * num_copied / middle["copy"], 2 * side**3 / middle["matmul"]
         rows += [_fractions(case, middle[label], bandwidth, rate) for label, case in cases.items()]
