@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sasa_train.benchmark_contenders import (
+    DTYPES,
     YARDSTICK,
     Case,
     Contender,
@@ -187,8 +188,8 @@ def _train_layer(layer: nn.Module, case: Case, device: torch.device) -> Run:
         with autocast(device, case.dtype):
             return layer(x)
 
-    with torch.no_grad():
-        grad_output = torch.randn_like(forward())
+    dtype = DTYPES[case.dtype]  # what autocast makes of the output
+    grad_output = torch.randn(case.output_shape, device=device).to(dtype, memory_format=torch.channels_last)
     return Contender(forward, leaves, grad_output).train
 
 

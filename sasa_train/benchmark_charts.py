@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 # Of Okabe and Ito's colours those whose grey differs, each with its own hatch and marker.
 STYLES = (
@@ -113,18 +113,14 @@ def _draw_growth(rows: list[dict[str, Any]]) -> Figure:
         ticks = [size**2 if by_map else size for size in sizes]
         panel.set_xticks(ticks, [f"{size}²" if by_map else str(size) for size in sizes])
         panel.xaxis.set_minor_locator(NullLocator())
-        for formatted in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
-            formatted(FuncFormatter(_tick))
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        panel.yaxis.set_minor_locator(NullLocator())
         panel.set_xlabel("pixels" if by_map else "kernel_size K")
         panel.set_ylabel(label)
         panel.grid(color="#DDDDDD", lw=0.6, which="both")
         panel.legend(frameon=False, fontsize=8)
     return figure
-
-
-def _tick(value: float, _: object) -> str:
-    """1, 2 and 5 times powers of ten; the others stay bare."""
-    return f"{value:g}" if f"{value:e}"[0] in "125" else ""
 
 
 def _median(value: Any) -> float:

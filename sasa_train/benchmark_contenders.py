@@ -52,6 +52,12 @@ class Case:
     def label(self) -> str:
         return f"{self.height}x{self.width}x{self.channels}" + ("/2" if self.begins_stage else "")
 
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        """[B, C, H, W]; an odd side is halved upwards."""
+        stride = 2 if self.begins_stage else 1
+        return self.batch_size, self.channels, -(-self.height // stride), -(-self.width // stride)
+
 
 @dataclass
 class Contender:
@@ -95,11 +101,8 @@ def build_contender(backend: str, case: Case, arithmetic: torch.dtype | None = N
             out = attend(heads, rel[0], rel[1]).permute(0, 1, 4, 2, 3).flatten(1, 2)  # [B, C, H, W]
             return F.avg_pool2d(out, 2, ceil_mode=True) if case.begins_stage else out
 
-    with torch.no_grad():
-        like = forward()
     generator.manual_seed(1)
-    grad_output = torch.randn(like.shape, generator=generator, device=case.device).to(dtype)
-    return Contender(forward, leaves, torch.empty_like(like).copy_(grad_output))
+    return Contender(forward, leaves, draw(*case.output_shape).detach())
 
 
 def _attend(backend: str, case: Case) -> Attend:

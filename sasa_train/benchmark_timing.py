@@ -1,5 +1,6 @@
 """What `sasa-benchmark` measures with: contenders timed in turn, their ratios, and peak memory (bytes)."""
 
+import ctypes
 import math
 import multiprocessing
 import statistics
@@ -103,6 +104,9 @@ def extra_memory(run: Run, device: torch.device) -> int:
 
 def _forget_peak(device: torch.device) -> int:
     """Linux: the peak becomes what is resident now. Elsewhere it stays, and is what later peaks are compared with."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)  # freed memory that the C library kept would be used again unseen
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
