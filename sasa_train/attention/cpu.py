@@ -25,6 +25,7 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name("csrc") / "local_attention.cpp"
 MAX_KERNEL_SIZE = 15
+MAX_LANES = 16
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared", "-fno-exceptions", "-w")
 INSTRUCTION_SETS = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
@@ -70,6 +71,13 @@ def unavailable(query: Tensor, kernel_size: int) -> str | None:
     return library if isinstance(library, str) else None
 
 
+def empty_statistics(query: Tensor) -> Tensor:
+    """Room for two float32 numbers a head and position, [planes, H, 2, W], in the order of the kernel's lanes."""
+    batch, num_heads, height, width, _ = query.shape
+    planes = (batch * num_heads + MAX_LANES - 1) // MAX_LANES * MAX_LANES
+    return query.new_empty((planes, height, 2, width), dtype=torch.float32)
+
+
 def local_attention_forward(
     query: Tensor,
     key: Tensor | None,
@@ -81,14 +89,15 @@ def local_attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """The attended values, [B, N, H, W, D], dtype and order of strides as `value`; and what the backward pass keeps.
 
-    That is [2, B, N, H, W] in float32: the largest score of each window, and 1 / sum(exp(score - largest)).
+    That is the largest score of each window and 1 / sum(exp(score - largest)), as `empty_statistics` and the kernel
+    have it.
     """
     if query.dtype not in DTYPES:
         inputs = (query.float(), None if key is None else key.float(), value.float(), rel_height, rel_width)
         exact, statistics = local_attention_forward(*inputs, kernel_size, border)
         return torch.empty_like(value).copy_(exact), statistics
     output = torch.empty_like(value)
-    statistics = query.new_empty((2, *query.shape[:4]), dtype=torch.float32)
+    statistics = empty_statistics(query)
     problem = _problem(query, border, statistics)
     problem.query, problem.value, problem.output = _strided(query), _strided(value), _strided(output)
     problem.key = _strided(key)

@@ -122,7 +122,7 @@ def _forward(backend: str, inputs: _Inputs, kernel_size: int, border: str) -> tu
 
 
 def _empty_statistics(value: Tensor) -> Tensor:
-    return value.new_empty((2, *value.shape[:4]) if value.device.type == "cpu" else (0,), dtype=torch.float32)
+    return cpu.empty_statistics(value) if value.device.type == "cpu" else value.new_empty(0, dtype=torch.float32)
 
 
 @_local_attention.register_fake

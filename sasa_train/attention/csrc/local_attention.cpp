@@ -87,7 +87,7 @@ struct Problem {
     int64_t zero_border, dtype, num_threads, rel_per_head;
     Strided query, key, value, output;  // key.data is null without content
     Strided grad_output, grad_query, grad_key, grad_value;
-    float* statistics;                          // [2, B, N, H, W], contiguous: the largest score and 1 / sum E
+    float* statistics;                          // from forward to backward: [B N rounded up to 16][H][2][W], lanes innermost
     const float *rel_height, *rel_width;        // [K, D/2] or [N, K, D/2], contiguous; null without embeddings
     float *grad_rel_height, *grad_rel_width;    // like them
     void* workspace;                            // sasa_forward_bytes() or sasa_backward_bytes(), any alignment
@@ -499,6 +499,7 @@ class Worker {
     static constexpr int HALF = K / 2, R = queries_at_once(K), C = CHANNELS_AT_ONCE;
     const Problem& p;
     const Sizes s;
+    const int64_t group;
     const Planes<V> planes;
     // rings of K rows; the tile's scores or weights and their gradients [K][tile_pitch][K]
     Vec *key_rows, *value_rows, *grad_key_rows, *grad_value_rows;
@@ -521,7 +522,7 @@ class Worker {
     }
 
     Worker(const Problem& problem, int64_t group, Vec* memory, bool backward)
-        : p(problem), s(Sizes::of<K>(problem, backward)), planes(problem, group) {
+        : p(problem), s(Sizes::of<K>(problem, backward)), group(group), planes(problem, group) {
         auto take = [&](int64_t n) { return (memory += n) - n; };
         key_rows = take(K * s.row), value_rows = take(K * s.row);
         query_rows = take((HALF + 1) * s.row), output_row = take(s.row);
@@ -561,7 +562,7 @@ class Worker {
                 scale(output_row, x0, width);
             }
             copy_rows<true, E>({output_row}, {&p.output}, i);
-            copy_statistics<true>(i);
+            memcpy(statistics(i), top, 2 * s.W * sizeof(Vec));
         }
     }
 
@@ -579,7 +580,7 @@ class Worker {
             }
             query_row = query_rows + query_slot(i), grad_query_row = grad_query_rows + query_slot(i);
             copy_rows<false, E>({grad_output_row}, {&p.grad_output}, i);
-            copy_statistics<false>(i);
+            memcpy(top, statistics(i), 2 * s.W * sizeof(Vec));
             memset(delta, 0, s.W * sizeof(Vec));
             bool own = i >= first && i < end;
             for (int64_t x0 = 0; x0 < s.W; x0 += s.tile)
@@ -641,13 +642,8 @@ class Worker {
                            {&p.grad_query, &p.grad_key, &p.grad_value}, y);
     }
 
-    template <bool OUT>
-    void copy_statistics(int64_t y) const {
-        Strided plane = {p.statistics, s.H * s.W * p.num_heads, s.H * s.W, s.W, 1, 0};
-        RowCopy<V, float>(planes, plane, y).template run<OUT>(top, 0, s.W, 1, 0);
-        plane.data = p.statistics + p.batch * p.num_heads * s.H * s.W;
-        RowCopy<V, float>(planes, plane, y).template run<OUT>(inverse_sum, 0, s.W, 1, 0);
-    }
+    // Row y of the statistics: two rows of vectors.
+    float* statistics(int64_t y) const { return p.statistics + (group * s.H + y) * 2 * s.W * V; }
 
     void load_rel(Vec* rel, const float* table) const {
         for (int l = 0; l < V; ++l)
