@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from sasa_train.attention import local_attention
+from sasa_train.attention import local_attention, local_attention_qkv
 
 NAMES = ("output", "query", "key", "value", "rel_height", "rel_width")
 LAYOUTS = ("contiguous", "channels_last", "fused channels_last", "planar", "scattered")
@@ -29,10 +29,14 @@ def draw(shape, layout: str, dtype: torch.dtype, generator: torch.Generator) -> 
     return [one() for _ in range(3)]
 
 
-def outputs_and_grads(backend, dtype, inputs, kernel_size, content, border, grad_output):
+def outputs_and_grads(backend, dtype, inputs, kernel_size, content, border, grad_output, stride=1):
     q, key, v, *rel = (None if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs)
     key = key if content else None
-    out = local_attention(q, key, v, *rel, kernel_size=kernel_size, content=content, border=border, backend=backend)
+    options = {"kernel_size": kernel_size, "content": content, "border": border, "backend": backend}
+    if stride == 1:
+        out = local_attention(q, key, v, *rel, **options)
+    else:
+        out = local_attention_qkv(torch.stack([q, key, v] if content else [q, v]), *rel, stride=stride, **options)
     out.backward(grad_output.to(out.dtype))
     return [out.detach(), *(None if x is None else x.grad for x in (q, key, v, *rel))]
 
@@ -46,6 +50,7 @@ def assert_equals_reference(
     content=True,
     rel="shared",
     seed=0,
+    stride=1,
     *,
     backend: str,
     device: str = "cpu",
@@ -56,13 +61,13 @@ def assert_equals_reference(
     """
     generator = torch.Generator().manual_seed(seed)
     qkv = draw(shape, layout, dtype, generator)
-    _, n, _, _, d = shape
+    b, n, h, w, d = shape
     shared, per_head = (kernel_size, d // 2), (n, kernel_size, d // 2)
     sizes = {"shared": [shared] * 2, "per head": [per_head] * 2, "mixed": [shared, per_head], None: []}[rel]
     tables = [torch.randn(size, generator=generator) for size in sizes] or [None, None]
-    grad_output = torch.randn(shape, generator=generator).to(dtype)
+    grad_output = torch.randn((b, n, -(-h // stride), -(-w // stride), d), generator=generator).to(dtype)
     inputs = [None if x is None else x.to(device) for x in (*qkv, *tables)]
-    case = (inputs, kernel_size, content, border, grad_output.to(device))
+    case = (inputs, kernel_size, content, border, grad_output.to(device), stride)
     ours, exact = outputs_and_grads(backend, None, *case), outputs_and_grads("reference", torch.float64, *case)
     for name, x, y in zip(NAMES, ours, exact, strict=True):
         if y is None:

@@ -308,10 +308,10 @@ def test_fused_projections_give_the_same_and_one_gradient(content, relative, bac
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("content", [True, False])
-def test_the_fused_op_is_a_well_behaved_library_op(content, backend):
+@pytest.mark.parametrize("content,stride", [(True, 1), (True, 2), (False, 1)])
+def test_the_fused_op_is_a_well_behaved_library_op(content, stride, backend):
     rel = [t.requires_grad_() for t in tensors(torch.float32)[3:]]
-    arguments = (fused(content).requires_grad_(), *rel, K, "mask", backend)
+    arguments = (fused(content).requires_grad_(), *rel, K, "mask", stride, backend)
     torch.library.opcheck(torch.ops.sasa_train.local_attention_qkv.default, arguments)
 
 
@@ -326,3 +326,20 @@ def test_flops_of_fused_projections():
 def test_fused_projections_must_be_three():
     with pytest.raises(ValueError, match=r"projections must be \[3, B, N, H, W, D\] with content=True; got \[2, "):
         local_attention_qkv(fused(content=False), kernel_size=K)
+
+
+@pytest.mark.parametrize("size", [(4, 6), (5, 7), (1, 4), (3, 1)])
+def test_stride_is_the_average_pool_of_the_output(size):
+    """At an odd side's end the average is of the positions that are there."""
+    projections = torch.randn(3, 2, 3, *size, 4, dtype=torch.float64, requires_grad=True)
+    out = local_attention_qkv(projections, kernel_size=3, stride=2, backend="reference")
+    whole = local_attention_qkv(projections, kernel_size=3, backend="reference")
+    pooled = torch.nn.AvgPool2d(2, ceil_mode=True)(whole.permute(0, 1, 4, 2, 3).flatten(1, 2))
+    pooled = pooled.unflatten(1, (3, 4)).permute(0, 1, 3, 4, 2)
+    torch.testing.assert_close(out, pooled)
+    grad_output = torch.randn_like(out)
+    torch.testing.assert_close(
+        torch.autograd.grad(out, projections, grad_output), torch.autograd.grad(pooled, projections, grad_output)
+    )
+    with pytest.raises(ValueError, match="stride=3 must be 1 or 2"):
+        local_attention_qkv(projections, kernel_size=3, stride=3)

@@ -58,6 +58,14 @@ def test_odd_head_dims_without_embeddings():
         assert_equals_reference((2, 3, 5, 4, head_dim), 3, rel=None)
 
 
+def test_the_pool_of_a_stage_begin():
+    """Odd sides, whose last averages are of one or two positions; tiles, and rows split among threads."""
+    for h, w in [(1, 1), (1, 7), (8, 1), (5, 8), (8, 5), (20, 35), (33, 14)]:
+        for kernel_size in (1, 3, 7):
+            assert_equals_reference((2, 5, h, w, 6), kernel_size, border="zero" if h == 8 else "mask", stride=2)
+    assert_equals_reference((1, 1, 41, 57, 16), 9, layout="fused channels_last", stride=2)
+
+
 def test_cases_drawn_at_random():
     rng = random.Random(1)
     for seed in range(60):
@@ -71,6 +79,7 @@ def test_cases_drawn_at_random():
             content=rel is None or rng.random() < 0.7,
             rel=rel,
             seed=seed,
+            stride=rng.choice([1, 1, 2]),
         )
 
 

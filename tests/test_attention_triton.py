@@ -54,6 +54,7 @@ def test_every_configuration(config, monkeypatch):
     """How the map is cut changes rounding alone; tiles that are not full, at two edges."""
     configure(monkeypatch, config)
     assert_equals_reference((1, 1, 5, 9, 6), 5)
+    assert_equals_reference((1, 1, 5, 9, 6), 5, stride=2)
     if DEVICE == "cuda":
         for kernel_size, head_dim, dtype in [(7, 8, BF16), (7, 32, torch.float32), (11, 64, BF16), (15, 16, FP16)]:
             assert_equals_reference((3, 5, 17, 23, head_dim), kernel_size, dtype, "fused channels_last")

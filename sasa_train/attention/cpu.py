@@ -80,7 +80,8 @@ def empty_statistics(query: Tensor) -> Tensor:
     """Room for two float32 numbers a head and position, [planes, H, 2, W], in the order of the kernel's lanes."""
     batch, num_heads, height, width, _ = query.shape
     planes = (batch * num_heads + MAX_LANES - 1) // MAX_LANES * MAX_LANES
-    return query.new_empty((planes, height, 2, width), dtype=torch.float32)
+    full = batch * num_heads == planes  # else some lanes are never written
+    return (query.new_empty if full else query.new_zeros)((planes, height, 2, width), dtype=torch.float32)
 
 
 def local_attention_forward(

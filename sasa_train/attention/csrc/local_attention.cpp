@@ -510,8 +510,7 @@ class Worker {
     Vec *output_row, *grad_output_row;
     Vec *weights, *grad_scores;
     Vec *tiles[2], *pooled;                  // with a pool: the weights of two query rows, and theirs together
-    Vec *bias_height, *bias_width;           // [tile][K]: q.rel_height[dy] and q.rel_width[dx]
-    Vec *grad_bias_width;                    // like it; the gradient of bias_height takes its place, number by number
+    Vec *bias_height, *bias_width;           // [tile][K]: q.rel_height[dy] and q.rel_width[dx]; then their gradients
     Vec *top, *inverse_sum;                  // [W]: the largest score and 1 / sum E of the present query row
     Vec *statistic_rows;                     // theirs: [stride][2][W]
     Vec *delta;                              // [W]: sum P T
@@ -524,7 +523,7 @@ class Worker {
         int64_t rows = 2 * (K + 1) + HALF + 2 + 1, scores = K * K * s.tile_pitch;
         int64_t pooling = (p.stride - 1) * (scores + (K + 1) * (K + 1) * s.tile + 2 * s.W);
         int64_t forward = rows * s.row + scores + 2 * K * s.tile + 2 * s.W + 2 * K * s.half + pooling;
-        return forward + backward * (rows * s.row + scores + K * s.tile + s.W + 2 * K * s.half);
+        return forward + backward * (rows * s.row + scores + s.W + 2 * K * s.half);
     }
 
     Worker(const Problem& problem, int64_t group, Vec* memory, bool backward)
@@ -546,7 +545,7 @@ class Worker {
         grad_key_rows = take((K + 1) * s.row), grad_value_rows = take((K + 1) * s.row);
         grad_query_rows = take((HALF + 2) * s.row), grad_output_row = take(s.row);
         grad_scores = take(K * K * s.tile_pitch);
-        grad_bias_width = take(K * s.tile), delta = take(s.W);
+        delta = take(s.W);
         grad_rel_height = take(K * s.half), grad_rel_width = take(K * s.half);
         clear_pads(grad_output_row, 1);
         memset(grad_rel_height, 0, 2 * K * s.half * sizeof(Vec));
@@ -878,18 +877,13 @@ class Worker {
     // `own`: whether query row i's own gradients are wanted; key rows key_first .. key_end - 1 gather theirs.
     void backward_tile(int64_t i, int64_t x0, int64_t width, bool own, int64_t key_first, int64_t key_end) {
         in_groups<R>(0, width, [&](auto Q, int64_t x) { bias<Q>(x0, x); });
-        memset(grad_bias_width, 0, width * K * sizeof(Vec));
         int64_t begin = p.zero_border ? 0 : first_dy(i), end = p.zero_border ? K : end_dy(i);
         for (int64_t dy = begin; dy < end; ++dy) {
             const Vec* keys = p.key.data ? row_in_reach(key_rows, i, dy) : nullptr;
             const Vec* values = row_in_reach(value_rows, i, dy);
             in_groups<R>(0, width, [&](auto Q, int64_t x) { grad_weight<Q>(keys, values, x0, x, dy); });
         }
-        for (int64_t dy = 0; dy < K; ++dy)
-            for (int64_t x = 0; x < width; ++x) {
-                if (dy < begin || dy >= end) bias_height[x * K + dy] = Vec{};
-                else grad_score(x0, x, dy);
-            }
+        for (int64_t x = 0; x < width; ++x) grad_score(x0, x, begin, end);
         clear_beyond(width);
         if (own) {
             if (p.key.data) apply(grad_query_row, key_rows, grad_scores, i, x0, width);
@@ -897,7 +891,7 @@ class Worker {
             if (p.rel_height) {
                 grad_rel(grad_query_row, query_row, rel_height, grad_rel_height, bias_height, x0, width);
                 int64_t lower = s.half * s.pitch;
-                grad_rel(grad_query_row + lower, query_row + lower, rel_width, grad_rel_width, grad_bias_width, x0, width);
+                grad_rel(grad_query_row + lower, query_row + lower, rel_width, grad_rel_width, bias_width, x0, width);
             }
         }
         int64_t from = most(0, x0 - HALF), to = least(s.W, x0 + width + HALF);
@@ -959,18 +953,27 @@ class Worker {
         }
     }
 
-    // dS = P (T - delta) in the place of T; and its sums over the window's rows and columns.
-    INLINE void grad_score(int64_t x0, int64_t x, int64_t dy) {
-        const Vec *weight = tile_row(weights, dy) + x * K, mean = delta[x0 + x];
-        Vec *grad = tile_row(grad_scores, dy) + x * K, *of_column = grad_bias_width + x * K, of_row = {};
-        UNROLL
-        for (int dx = 0; dx < K; ++dx) {
-            Vec g = weight[dx] * (grad[dx] - mean);
-            grad[dx] = g;
-            of_row += g;
-            of_column[dx] += g;
+    // dS = P (T - delta) in the place of T, over window rows begin .. end - 1; and its sums over the window's rows and
+    // columns in the place of the scores' parts.
+    INLINE void grad_score(int64_t x0, int64_t x, int64_t begin, int64_t end) {
+        Vec sums[K] = {}, mean = delta[x0 + x];
+        for (int64_t dy = 0; dy < K; ++dy) {
+            Vec of_row = {};
+            if (dy >= begin && dy < end) {
+                const Vec* weight = tile_row(weights, dy) + x * K;
+                Vec* grad = tile_row(grad_scores, dy) + x * K;
+                UNROLL
+                for (int dx = 0; dx < K; ++dx) {
+                    Vec g = weight[dx] * (grad[dx] - mean);
+                    grad[dx] = g;
+                    of_row += g;
+                    sums[dx] += g;
+                }
+            }
+            bias_height[x * K + dy] = of_row;
         }
-        bias_height[x * K + dy] = of_row;
+        UNROLL
+        for (int dx = 0; dx < K; ++dx) bias_width[x * K + dx] = sums[dx];
     }
 
     // One half of the channels: grad_q += sum_d grad_bias[x][d] rel[d], grad_rel[d] += sum_x grad_bias[x][d] q[x].
