@@ -111,8 +111,8 @@ def measure_roofline(folder: Path, dry_run: bool) -> int:
     """How far the op is from what the device can copy and multiply, both measured here."""
     import torch
 
-    from sasa_train.benchmark_contenders import DTYPES, Case, build_contender, check
-    from sasa_train.benchmark_timing import progress_bar, time_in_turn
+    from sasa_train.benchmark.contenders import DTYPES, Case, build_contender, check
+    from sasa_train.benchmark.timing import progress_bar, time_in_turn
 
     device = torch.device("cpu" if dry_run else "cuda")
     backend, repeats = ("cpu", 1) if dry_run else ("triton", 9)

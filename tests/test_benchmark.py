@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from sasa_train import benchmark, benchmark_timing
 from sasa_train.attention import cpu
-from sasa_train.benchmark_contenders import Case, build_contender, check
+from sasa_train.benchmark import __main__ as benchmark
+from sasa_train.benchmark import timing
+from sasa_train.benchmark.contenders import Case, build_contender, check
 
 SMALL = ["--num-heads=2", "--kernel-size=3", "--batch-size=1", "--device=cpu"]
 SHAPES = ["--shapes", "3x5x8", "4x6x8/2"]
@@ -23,7 +24,7 @@ GPU_CHECK = Path(__file__).parents[1] / "scripts/gpu_check.py"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Times are not judged here, and the C library's settings would outlive the test."""
-    monkeypatch.setattr(benchmark_timing, "SHORTEST_SECONDS", 1e-9)
+    monkeypatch.setattr(timing, "SHORTEST_SECONDS", 1e-9)
     monkeypatch.setattr(benchmark, "keep_freed_memory", lambda: None)
 
 
@@ -132,20 +133,18 @@ def test_growth_fits_its_own_rows(tmp_path):
 
 
 def test_fitted_exponent_of_a_power_law():
-    assert benchmark_timing.fitted_exponent([2, 3, 7], [5 * n**1.5 for n in (2, 3, 7)]) == pytest.approx(1.5)
+    assert timing.fitted_exponent([2, 3, 7], [5 * n**1.5 for n in (2, 3, 7)]) == pytest.approx(1.5)
 
 
 def test_memory_is_the_peak_of_a_fresh_process():
     """Each figure starts from zero: what an earlier contender took and freed would otherwise hide the next one's."""
-    found = benchmark_timing.in_fresh_process(_take_and_free, 50)
+    found = timing.in_fresh_process(_take_and_free, 50)
     assert 49 * 2**20 <= found <= 60 * 2**20
 
 
 def _take_and_free(mib: int) -> int:
     torch.zeros(200 * 2**20, dtype=torch.uint8).fill_(1)  # an earlier, higher peak
-    return benchmark_timing.extra_memory(
-        lambda: torch.zeros(mib * 2**20, dtype=torch.uint8).fill_(1), torch.device("cpu")
-    )
+    return timing.extra_memory(lambda: torch.zeros(mib * 2**20, dtype=torch.uint8).fill_(1), torch.device("cpu"))
 
 
 MODELS = ["conv_resnet26,stem=conv_small,width=0.125", "hybrid_resnet26,stem=conv_small,width=0.125,num_heads=2"]
@@ -207,7 +206,7 @@ def test_help_is_quick(command):
     assert (
         "torch"
         not in subprocess.run(
-            [sys.executable, "-c", "import sasa_train.benchmark, sys; print(*sys.modules)"],
+            [sys.executable, "-c", "import sasa_train.benchmark.__main__, sys; print(*sys.modules)"],
             capture_output=True,
             text=True,
         ).stdout.split()

@@ -29,13 +29,16 @@ def progress_bar(total: int, description: str) -> tqdm:
 
 
 def time_in_turn(
-    contenders: Mapping[str, Run], repeats: int, device: torch.device, bar: tqdm
+    contenders: Mapping[str, Run], repeats: int, device: torch.device, bar: tqdm, num_warm_ups: int = NUM_WARM_UPS
 ) -> dict[str, list[float]]:
     """Seconds of a call of each contender, one for each repetition.
 
     Every repetition times all of them, in alternating order and after a warm-up, so that what happens to the machine
     meanwhile happens to all.
     """
+    for _ in range(num_warm_ups):
+        for run in contenders.values():
+            run()
     num_calls = {name: _num_calls(run, device) for name, run in contenders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for repetition in range(repeats):
@@ -46,8 +49,7 @@ def time_in_turn(
 
 
 def _num_calls(run: Run, device: torch.device) -> int:
-    for _ in range(NUM_WARM_UPS):
-        run()
+    run()
     return min(MAX_CALLS, math.ceil(SHORTEST_SECONDS / max(time_calls(run, 1, device), 1e-9)))
 
 

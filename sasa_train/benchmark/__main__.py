@@ -78,9 +78,9 @@ def _run(options: argparse.Namespace, command: str) -> int:
     header = describe_machine(device, command)
     print("\n".join(f"{name}: {text}" for name, text in header.items()) + "\n", flush=True)
     if options.command == "attention":
-        from sasa_train.benchmark_attention import measure
+        from sasa_train.benchmark.attention import measure
     else:
-        from sasa_train.benchmark_model import measure
+        from sasa_train.benchmark.model import measure
     result = measure(options, device)
     print("\n".join(markdown(result)))
     if options.json:
@@ -88,7 +88,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
 
         write_atomic(options.json, json.dumps({"header": header, **result}, indent=1).encode())
     if options.plot and result["rows"]:
-        from sasa_train.benchmark_charts import draw_chart
+        from sasa_train.benchmark.charts import draw_chart
 
         draw_chart(result, f"{header['hardware']}, {options.dtype}", options.plot)
     return FAILED if result["failed"] else 0
@@ -248,6 +248,9 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--memory-format", choices=FORMATS, default="channels_last",
                        help="best: each model's faster one (channels_last)")  # fmt: skip
     model.add_argument("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass")
+    model.add_argument(
+        "--fold-batch-norms", action="store_true", help="fold them into what is before them, in inference"
+    )
     model.add_argument("--compile", action="store_true", help="through torch.compile")
 
     for command in (attention, model):

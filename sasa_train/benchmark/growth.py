@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from sasa_train.benchmark_contenders import YARDSTICK, Case, admitted, new_result, op_memory
-from sasa_train.benchmark_timing import (
+from sasa_train.benchmark.contenders import YARDSTICK, Case, admitted, new_result, op_memory
+from sasa_train.benchmark.timing import (
     extra_memory,
     fitted_exponent,
     in_fresh_process,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sasa_train.benchmark_contenders import (
+from sasa_train.benchmark.contenders import (
     DTYPES,
     YARDSTICK,
     Case,
@@ -20,8 +20,8 @@ from sasa_train.benchmark_contenders import (
     new_result,
     op_memory,
 )
-from sasa_train.benchmark_growth import measure_growth
-from sasa_train.benchmark_timing import (
+from sasa_train.benchmark.growth import measure_growth
+from sasa_train.benchmark.timing import (
     Run,
     extra_memory,
     in_fresh_process,

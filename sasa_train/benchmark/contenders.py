@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sasa_train.attention import local_attention_qkv
-from sasa_train.benchmark_timing import extra_memory
+from sasa_train.benchmark.timing import extra_memory
 from sasa_train.config import ConfigError
 
 YARDSTICK = "conv"
@@ -53,10 +53,13 @@ class Case:
         return f"{self.height}x{self.width}x{self.channels}" + ("/2" if self.begins_stage else "")
 
     @property
+    def stride(self) -> int:
+        return 2 if self.begins_stage else 1
+
+    @property
     def output_shape(self) -> tuple[int, int, int, int]:
         """[B, C, H, W]; an odd side is halved upwards."""
-        stride = 2 if self.begins_stage else 1
-        return self.batch_size, self.channels, -(-self.height // stride), -(-self.width // stride)
+        return self.batch_size, self.channels, -(-self.height // self.stride), -(-self.width // self.stride)
 
 
 @dataclass
@@ -83,13 +86,12 @@ def build_contender(backend: str, case: Case, arithmetic: torch.dtype | None = N
         return (tensor.to(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor).requires_grad_()
 
     batch, channels, size = case.batch_size, case.channels, (case.height, case.width)
-    stride = 2 if case.begins_stage else 1
     if backend == YARDSTICK:
         x, weight = draw(batch, channels, *size), draw(channels, channels, 3, 3)
         leaves = [x, weight]
 
         def forward() -> Tensor:
-            return F.conv2d(x, weight, stride=stride, padding=1)
+            return F.conv2d(x, weight, stride=case.stride, padding=1)
     else:
         fused = draw(batch, 3 * channels, *size)
         rel = [draw(case.kernel_size, channels // case.num_heads // 2, dtype=torch.float32) for _ in range(2)]
@@ -99,7 +101,7 @@ def build_contender(backend: str, case: Case, arithmetic: torch.dtype | None = N
         def forward() -> Tensor:
             heads = fused.unflatten(1, (3, case.num_heads, -1)).permute(1, 0, 2, 4, 5, 3)
             out = attend(heads, rel[0], rel[1]).permute(0, 1, 4, 2, 3).flatten(1, 2)  # [B, C, H, W]
-            return F.avg_pool2d(out, 2, ceil_mode=True) if case.begins_stage else out
+            return F.avg_pool2d(out, 2, ceil_mode=True) if out.shape != case.output_shape else out  # flex, natten
 
     generator.manual_seed(1)
     return Contender(forward, leaves, draw(*case.output_shape).detach())
@@ -111,7 +113,7 @@ def _attend(backend: str, case: Case) -> Attend:
     if backend == "natten":
         return _natten(case)
     return lambda heads, rel_height, rel_width: local_attention_qkv(
-        heads, rel_height, rel_width, kernel_size=case.kernel_size, backend=backend
+        heads, rel_height, rel_width, kernel_size=case.kernel_size, stride=case.stride, backend=backend
     )
 
 
