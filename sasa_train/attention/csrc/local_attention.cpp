@@ -24,8 +24,6 @@
 // multiply-adds and writes 0.26. Hence three queries side by side for each key that is read, and no score written twice
 // in the backward pass. A quarter of the time goes into reading and writing the tensors.
 
-#include <type_traits>
-
 #include "vectors.h"
 
 #ifndef KERNEL_SIZE
@@ -222,13 +220,6 @@ constexpr int APPLIED_AT_ONCE = NUM_REGISTERS == 32 ? 3 : 2;
 constexpr int CHANNELS_AT_ONCE = NUM_REGISTERS == 32 ? 8 : 4;
 
 // ---- one thread's work ----------------------------------------------------------------------------------------------
-
-// body(Q, x) over x = from .. end - 1, Q of them at a time: as many as there are, at most MOST.
-template <int MOST, typename Body>
-INLINE void in_groups(int64_t from, int64_t end, Body body) {
-    for (; from + MOST <= end; from += MOST) body(std::integral_constant<int, MOST>{}, from);
-    if constexpr (MOST > 1) in_groups<MOST - 1>(from, end, body);
-}
 
 struct Sizes {
     int64_t H, W, D, half, pitch, row, tile, tile_pitch, num_blocks;

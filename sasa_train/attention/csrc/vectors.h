@@ -8,6 +8,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <type_traits>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -54,6 +56,13 @@ INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 INLINE int64_t round_up(int64_t bytes) { return (bytes + 127) / 128 * 128; }
+
+// body(Q, x) over x = from .. end - 1, Q of them at a time: as many as there are, at most MOST.
+template <int MOST, typename Body>
+INLINE void in_groups(int64_t from, int64_t end, Body body) {
+    for (; from + MOST <= end; from += MOST) body(std::integral_constant<int, MOST>{}, from);
+    if constexpr (MOST > 1) in_groups<MOST - 1>(from, end, body);
+}
 
 // ---- arithmetic on vectors -------------------------------------------------------------------------------------
 
