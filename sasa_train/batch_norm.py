@@ -25,11 +25,15 @@ def frozen_running_stats(model: nn.Module) -> Iterator[None]:
             norm.num_batches_tracked.copy_(count)
 
 
-def can_follow(norm: nn.Module, pool: nn.Module) -> bool:
-    """Whether `normalise_picked` may stand for both: plain modules with the usual options, and nobody listens to them."""
-    has_hooks = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in (norm, pool))
-    is_plain = type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats
-    return is_plain and not has_hooks
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is of this very kind and nobody listens to it, so that what it does may be done elsewhere."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is kind and not any(hooks)
+
+
+def can_normalise_picked(norm: nn.Module) -> bool:
+    """Whether `normalise_picked` can stand for it: not for one synchronised between processes or with rare options."""
+    return is_plain(norm, nn.BatchNorm2d) and None not in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
 
 
 def normalise_picked(norm: nn.BatchNorm2d, picked: Tensor, mean: Tensor, variance: Tensor, count: int) -> Tensor:

@@ -1,10 +1,10 @@
 """The compiled CPU kernels: built from `csrc/*.cpp` at first use, kept in a cache, called by ctypes.
 
-Below is `csrc/local_attention.cpp`; `csrc/attention_stem.cpp` is called by stem.py. One library a kernel_size (the stem:
-a number of input channels) and instruction set (AVX-512, AVX2, baseline; whatever this CPU runs), a few seconds each. Its
-name holds a hash of the sources, the flags and the compiler, so that nothing stale is loaded, and the hash of its own
-bytes, so that nothing damaged is. It appears by a rename: processes that build at once do the same work twice and no
-harm. `$SASA_TRAIN_CACHE` moves the folder, `$CXX` names the compiler.
+Called here is `csrc/local_attention.cpp`; stem.py calls `csrc/attention_stem.cpp`. One library a kernel_size (for the
+stem: a number of input channels) and instruction set (AVX-512, AVX2, baseline; whatever this CPU runs), a few seconds
+each. Its name holds a hash of the sources, the flags and the compiler, so that nothing stale is loaded, and the hash of
+its own bytes, so that nothing damaged is. It appears by a rename: processes that build at once do the same work twice
+and no harm. `$SASA_TRAIN_CACHE` moves the folder, `$CXX` names the compiler.
 
 OpenMP: the library is linked without a runtime of its own and takes the one that torch has loaded; a second one would
 keep a second pool of threads spinning beside torch's.
@@ -177,7 +177,7 @@ def _like(grad: Tensor, rel: Tensor) -> Tensor:
 
 
 def why_not_built(source: str, size: int) -> str | None:
-    """Why there is no library of a source for this size, or None where there is; builds it where it is not built yet."""
+    """Why there is no library of a source for this size, or None; builds it where it is not built yet."""
     library = _library(source, size, _instruction_set())
     return library if isinstance(library, str) else None
 

@@ -1,11 +1,12 @@
 """The attention stem as two torch.library ops on the compiled kernel, `csrc/attention_stem.cpp`; float32, on the CPU.
 
 The definition, and what runs everywhere else, is `AttentionStem` in sasa_train/models/layers.py, which calls
-`attention_stem` (every position), or `attention_stem_pooled` (of each block its largest number, of each channel mean and
-variance) where batch norm and max pool follow.
+`attention_stem` (every position) or, where batch norm and max pool follow, `attention_stem_pooled` (of each block its
+largest number, of each channel mean and variance).
 """
 
 import ctypes
+import functools
 import logging
 
 import torch
@@ -22,8 +23,32 @@ log = logging.getLogger(__name__)
 
 
 @torch.compiler.assume_constant_result
-def why_not(device: str, dtype: torch.dtype, in_channels: int, weights: torch.dtype, autocast: bool) -> str | None:
-    """Why the kernel cannot run on such an image and weights, or None where it can; builds it at first use."""
+def can_run(
+    backend: str, device: str, dtype: torch.dtype, in_channels: int, weights: torch.dtype, autocast: bool
+) -> bool:
+    """Whether the kernel runs on such an image and weights; builds it at first use.
+
+    `backend` is "cpu", which must not fail, or "auto", which says once why a CPU goes the slow way.
+
+    Raises:
+        RuntimeError: "cpu" cannot run.
+    """
+    reason = _unavailable(device, dtype, in_channels, weights, autocast)
+    if backend == "cpu" and reason is not None:
+        raise RuntimeError(f"backend='cpu' cannot run: {reason}")
+    if device == "cpu" and reason is not None:
+        _say_once(reason)
+    return reason is None
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    log.warning(
+        f"attention stem: backend=auto runs PyTorch, many times slower than the compiled kernel, because {reason}"
+    )
+
+
+def _unavailable(device: str, dtype: torch.dtype, in_channels: int, weights: torch.dtype, autocast: bool) -> str | None:
     if device != "cpu":
         return f"the image is on {device}"
     if weights != torch.float32 or dtype not in (torch.float32, *([torch.bfloat16, torch.float16] if autocast else [])):
@@ -129,7 +154,7 @@ def _heads(w_qk: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
 
 
 def _tables(weights: _Weights, num_heads: int) -> Tensor:
-    """What the kernel reads of the weights: M, row and col of each head (its source says what they are), W_V by place."""
+    """What the kernel reads of the weights: M, row and col of each head (see its source), and W_V of each place."""
     w_qk, w_v, mixture, rel_height, rel_width = weights
     w_q, w_k = _heads(w_qk, num_heads)
     form = torch.einsum("ndi,ndj->nij", w_q, w_k)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sasa_train.attention import local_attention_qkv, stem
 from sasa_train.attention.dispatch import BACKENDS
-from sasa_train.batch_norm import can_follow, normalise_picked
+from sasa_train.batch_norm import can_normalise_picked, is_plain, normalise_picked
 
 POSITIONS = ("relative", "absolute", "none")
 BLOCK_SIZE = 4  # the attention stem's blocks, and its max pool
@@ -218,27 +218,22 @@ class AttentionStem(nn.Module):
     def _runs_kernel(self, x: Tensor) -> bool:
         if self.backend in ("reference", "triton") or x.device.type == "meta":
             return False
-        if self.values == "conv":
-            reason: str | None = "values='conv' is a convolution"
-        else:
-            dtypes = {p.dtype for p in self.parameters()}
-            autocast = torch.is_autocast_enabled("cpu")
-            weights = self.qk.weight.dtype if len(dtypes) == 1 else torch.float64
-            reason = stem.why_not(x.device.type, x.dtype, x.shape[1], weights, autocast)
-        if reason is None:
-            return True
-        if self.backend == "cpu":
-            raise RuntimeError(f"backend='cpu' cannot run: {reason}")
-        return False
+        if self.values == "conv" or not (is_plain(self.qk, nn.Conv2d) and is_plain(self.value, nn.Conv2d)):
+            if self.backend == "cpu":
+                raise RuntimeError("backend='cpu' cannot run: it takes values=mixture or plain without hooks")
+            return False
+        autocast, weight = torch.is_autocast_enabled("cpu"), self.qk.weight
+        return stem.can_run(self.backend, x.device.type, x.dtype, x.shape[1], weight.dtype, autocast)
 
     def _forward_kernel(self, x: Tensor) -> Tensor:
         """The same in float32 on the compiled kernel; under autocast the result has its dtype, as in `_attend`."""
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         with torch.autocast("cpu", enabled=False):
             mixture = self.mixture_weights() if self.values == "mixture" else x.new_ones(1, BLOCK_SIZE, BLOCK_SIZE)
+            assert isinstance(self.value, nn.Conv2d)
             w_v = self.value.weight.flatten(1).unflatten(1, (len(mixture), -1))
             inputs = (x, self.qk.weight.flatten(1), w_v, mixture, self.rel_height, self.rel_width, self.num_heads)
-            if isinstance(self.pool, nn.MaxPool2d) and can_follow(self.bn, self.pool):
+            if is_plain(self.pool, nn.MaxPool2d) and can_normalise_picked(self.bn):
                 picked, mean, variance = stem.attention_stem_pooled(*inputs, self.bn.weight.detach().sign())
                 count = x.shape[0] * x.shape[2] * x.shape[3]
                 return normalise_picked(self.bn, picked, mean, variance, count).to(dtype)
