@@ -1,6 +1,7 @@
 """The attention stem's compiled kernel against the module's own PyTorch in float64, with batch norm and max pool."""
 
 import copy
+import logging
 import os
 import subprocess
 import sys
@@ -327,3 +328,20 @@ def test_narrower_instruction_sets(capability):
     )
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=Path(__file__).parent)
+
+
+def test_without_a_compiler_auto_says_so_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("SASA_TRAIN_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "false")
+    cpu._library.cache_clear()
+    stem._say_once.cache_clear()
+    module, x = build(backend="auto"), torch.randn(1, 3, 4, 4)
+    with caplog.at_level(logging.WARNING):
+        assert module(x).shape == module(x).shape == (1, 16, 1, 1)
+    (message,) = [record.message for record in caplog.records]
+    assert message.startswith("attention stem: backend=auto runs PyTorch") and "false could not build it" in message
+    module.backend = "cpu"
+    with pytest.raises(RuntimeError, match="backend='cpu' cannot run: false could not build it"):
+        module(x)
+    cpu._library.cache_clear()
+    stem._say_once.cache_clear()
