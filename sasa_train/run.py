@@ -19,6 +19,7 @@ from sasa_train.engine import (
 )
 from sasa_train.interrupt import StopRequest
 from sasa_train.loop import Loop
+from sasa_train.machine import keep_freed_memory
 from sasa_train.micro_batch import settle_auto, with_micro_batch_size
 from sasa_train.models import build_model, check_model, enable_grad_checkpointing
 from sasa_train.optim import build_optimizer, build_schedule
@@ -52,6 +53,8 @@ def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, s
     """`train`, once the folder is ours and what it continues from is known."""
     print(f"{to_yaml(config)}\nrun folder  {run.path}")
     stop.set_max_hours(config.trainer.max_hours)
+    if device.type == "cpu":
+        keep_freed_memory()
     loaders = build_loaders(config, device)
     torch.manual_seed(config.seed)
     model = build_model(config.model, len(loaders.classes), resolved_image_size(config.data))

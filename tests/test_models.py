@@ -7,9 +7,9 @@ from timm.layers import DropPath
 from torch import nn
 
 from sasa_train.config import OWN_MODELS, ConfigError, ModelConfig
-from sasa_train.models import AttentionStem, LocalSelfAttention2d, build_model, check_model
+from sasa_train.models import AttentionStem, LocalSelfAttention2d, build_model, check_model, fold_batch_norms
 from sasa_train.models.counting import count_flops, count_params, meta_model
-from sasa_train.models.layers import sinusoid
+from sasa_train.models.layers import PointwiseConv2d, sinusoid
 from sasa_train.paper import ROWS
 
 TINY = {"width": 0.25, "num_heads": 2, "kernel_size": 3, "num_classes": 5}
@@ -266,3 +266,35 @@ def test_drop_path_grows_along_the_blocks_and_keeps_the_expectation():
     kept = out.flatten(1).mean(1) > 0
     assert torch.equal(out.flatten(1).min(1).values, out.flatten(1).max(1).values)
     assert 0.62 < kept.float().mean() < 0.68 and abs(out.mean() - 1) < 0.05 and torch.equal(drops[-1].eval()(out), out)
+
+
+@pytest.mark.parametrize("name", ["conv_resnet26", "hybrid_resnet26", "sasa_resnet26"])
+@pytest.mark.parametrize("border", ["mask", "zero"])
+def test_folded_batch_norms_change_nothing_but_speed(name, border):
+    torch.manual_seed(0)
+    stem = "attention" if name.startswith("sasa") else "conv"
+    model = timm.create_model(name, **TINY | {"stem": stem, "border": border})
+    for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        torch.nn.init.uniform_(norm.weight, -1.5, 1.5)
+        torch.nn.init.normal_(norm.bias)
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    images = torch.randn(2, 3, 36, 44).double()
+    model = model.double().eval()
+    folded = fold_batch_norms(model)
+    torch.testing.assert_close(folded(images), model(images))
+    left = sum(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
+    blocks = 8  # with attention under a zero border
+    assert left == (stem == "attention") + (blocks if border == "zero" and name != "conv_resnet26" else 0)
+
+
+def test_a_pointwise_convolution_is_the_convolution():
+    torch.manual_seed(0)
+    conv = PointwiseConv2d(6, 10)
+    for size in (5, 30):
+        images = torch.randn(2, 6, size, size)
+        expected = torch.nn.functional.conv2d(images, conv.weight)
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            out = conv(images.contiguous(memory_format=memory_format))
+            torch.testing.assert_close(out, expected)
+            assert out.is_contiguous(memory_format=memory_format)

@@ -29,6 +29,7 @@ SOURCES = Path(__file__).with_name("csrc")
 HEADER = SOURCES / "vectors.h"
 SIZES = {"local_attention": "KERNEL_SIZE", "attention_stem": "IN_CHANNELS"}  # what each source is compiled for
 MAX_KERNEL_SIZE = 15
+MAX_LANES = 16
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared", "-fno-exceptions", "-w")
 INSTRUCTION_SETS = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
@@ -54,7 +55,7 @@ class _Problem(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("batch", "num_heads", "height", "width", "head_dim")),
-        *((name, ctypes.c_int64) for name in ("zero_border", "dtype", "num_threads", "rel_per_head")),
+        *((name, ctypes.c_int64) for name in ("zero_border", "dtype", "num_threads", "rel_per_head", "stride")),
         *((name, _Strided) for name in _TENSORS),
         ("statistics", ctypes.c_void_p),
         *((name, ctypes.c_void_p) for name in ("rel_height", "rel_width", "grad_rel_height", "grad_rel_width")),
@@ -73,6 +74,18 @@ def unavailable(query: Tensor, kernel_size: int) -> str | None:
     return why_not_built("local_attention", kernel_size)
 
 
+def empty_output(value: Tensor, stride: int) -> Tensor:
+    """[B, N, ceil(H / stride), ceil(W / stride), D], order of strides as `value`."""
+    return torch.empty_like(value[:, :, ::stride, ::stride])
+
+
+def empty_statistics(query: Tensor) -> Tensor:
+    """Room for two float32 numbers a head and position, [planes, H, 2, W], in the order of the kernel's lanes."""
+    batch, num_heads, height, width, _ = query.shape
+    planes = (batch * num_heads + MAX_LANES - 1) // MAX_LANES * MAX_LANES
+    return query.new_empty((planes, height, 2, width), dtype=torch.float32)
+
+
 def local_attention_forward(
     query: Tensor,
     key: Tensor | None,
@@ -81,18 +94,22 @@ def local_attention_forward(
     rel_width: Tensor | None,
     kernel_size: int,
     border: str,
+    stride: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """The attended values, [B, N, H, W, D], dtype and order of strides as `value`; and what the backward pass keeps.
 
-    That is [2, B, N, H, W] in float32: the largest score of each window, and 1 / sum(exp(score - largest)).
+    With a stride of 2 each 2 x 2 of them is averaged, those at an odd side's end alone: weights first, then values.
+
+    That is the largest score of each window and 1 / sum(exp(score - largest)), as `empty_statistics` and the kernel
+    have it.
     """
     if query.dtype not in DTYPES:
         inputs = (query.float(), None if key is None else key.float(), value.float(), rel_height, rel_width)
-        exact, statistics = local_attention_forward(*inputs, kernel_size, border)
-        return torch.empty_like(value).copy_(exact), statistics
-    output = torch.empty_like(value)
-    statistics = query.new_empty((2, *query.shape[:4]), dtype=torch.float32)
-    problem = _problem(query, border, statistics)
+        exact, statistics = local_attention_forward(*inputs, kernel_size, border, stride)
+        return empty_output(value, stride).copy_(exact), statistics
+    output = empty_output(value, stride)
+    statistics = empty_statistics(query)
+    problem = _problem(query, border, stride, statistics)
     problem.query, problem.value, problem.output = _strided(query), _strided(value), _strided(output)
     problem.key = _strided(key)
     tables = _set_rel(problem, rel_height, rel_width)
@@ -111,6 +128,7 @@ def local_attention_backward(
     rel_width: Tensor | None,
     kernel_size: int,
     border: str,
+    stride: int,
     grads: tuple[Tensor, Tensor | None, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """The gradients of query, key, value, rel_height and rel_width, strides ordered as theirs; statistics from forward.
@@ -121,13 +139,13 @@ def local_attention_backward(
         grads = (torch.empty_like(query), None if key is None else torch.empty_like(key), torch.empty_like(value))
     if query.dtype not in DTYPES:
         inputs = (query.float(), None if key is None else key.float(), value.float(), rel_height, rel_width)
-        exact = local_attention_backward(grad_output.float(), statistics, *inputs, kernel_size, border)
+        exact = local_attention_backward(grad_output.float(), statistics, *inputs, kernel_size, border, stride)
         for grad, x in zip(grads, exact, strict=False):
             if grad is not None and x is not None:
                 grad.copy_(x)
         return *grads, *exact[3:]
     grad_query, grad_key, grad_value = grads
-    problem = _problem(query, border, statistics)
+    problem = _problem(query, border, stride, statistics)
     problem.query, problem.key, problem.value = _strided(query), _strided(key), _strided(value)
     problem.grad_output = _strided(grad_output)
     problem.grad_query, problem.grad_key, problem.grad_value = map(_strided, (grad_query, grad_key, grad_value))
@@ -142,8 +160,9 @@ def local_attention_backward(
     return grad_query, grad_key, grad_value, grad_rel_height, grad_rel_width
 
 
-def _problem(query: Tensor, border: str, statistics: Tensor) -> _Problem:
+def _problem(query: Tensor, border: str, stride: int, statistics: Tensor) -> _Problem:
     problem = _Problem(*query.shape)
+    problem.stride = stride
     problem.statistics = statistics.data_ptr()
     problem.zero_border = border == "zero"
     problem.dtype = DTYPES[query.dtype]

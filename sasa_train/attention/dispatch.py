@@ -11,6 +11,7 @@ import logging
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -72,6 +73,7 @@ def local_attention_qkv(
     kernel_size: int,
     content: bool = True,
     border: str = "mask",
+    stride: int = 1,
     backend: str = "auto",
 ) -> Tensor:
     """`local_attention` on queries, keys and values that are one tensor, [3, B, N, H, W, D], any strides.
@@ -79,15 +81,20 @@ def local_attention_qkv(
     Their gradient is then one tensor with the strides of `projections`. Three gradients would be stacked and copied
     back into the layout of the projection that made them, which took longer than the attention. `[2, ...]`, queries
     and values, where `content=False`.
+
+    stride: with 2, the 2x2 average pool of the output, [B, N, ceil(H / 2), ceil(W / 2), D]; at an odd side's end the
+        average is of the positions that are there.
     """
     if projections.dim() != 6 or projections.shape[0] != (3 if content else 2):
         raise ValueError(
             f"projections must be [{3 if content else 2}, B, N, H, W, D] with content={content}; "
             f"got {_shape(projections)}"
         )
+    if stride not in (1, 2):
+        raise ValueError(f"stride={stride} must be 1 or 2")
     query, key, value = _split(projections)
     _check(query, key, value, rel_height, rel_width, kernel_size, content, border, backend)
-    return _local_attention_qkv(projections, rel_height, rel_width, kernel_size, border, backend)[0]
+    return _local_attention_qkv(projections, rel_height, rel_width, kernel_size, border, stride, backend)[0]
 
 
 def _split(projections: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -107,22 +114,37 @@ def _local_attention(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The output, and what the CPU kernel keeps for its backward pass; from the others zeros."""
-    return _forward(backend, (query, key, value, rel_height, rel_width), kernel_size, border)
+    return _forward(backend, (query, key, value, rel_height, rel_width), kernel_size, border, 1)
 
 
-def _forward(backend: str, inputs: _Inputs, kernel_size: int, border: str) -> tuple[Tensor, Tensor]:
+def _forward(backend: str, inputs: _Inputs, kernel_size: int, border: str, stride: int) -> tuple[Tensor, Tensor]:
     query, _, value, *_ = inputs
     module = _resolve(backend, query, kernel_size)
     if module is cpu:
-        return cpu.local_attention_forward(*inputs, kernel_size, border)
+        return cpu.local_attention_forward(*inputs, kernel_size, border, stride)
     output = module.local_attention_forward(*inputs, kernel_size, border)
-    if module is reference:
-        output = torch.empty_like(value).copy_(output)  # value's order of strides, as the fake implementation promises
+    if stride == 2:
+        output = _pool(output)
+    if module is reference or stride == 2:  # value's order of strides, as the fake implementation promises
+        output = cpu.empty_output(value, stride).copy_(output)
     return output, _empty_statistics(value).zero_()
 
 
+def _pool(output: Tensor) -> Tensor:
+    pooled = F.avg_pool2d(output.permute(0, 1, 4, 2, 3).flatten(1, 2), 2, ceil_mode=True)
+    return pooled.unflatten(1, (output.shape[1], -1)).permute(0, 1, 3, 4, 2)
+
+
+def _spread(grad_output: Tensor, height: int, width: int) -> Tensor:
+    """The backward of `_pool`: each of the (at most four) positions of a pool gets its share."""
+    rows, cols = (torch.arange(side, device=grad_output.device) // 2 for side in (height, width))
+    num_rows, num_cols = ((2 * rows + 2).clamp(max=height) - 2 * rows, (2 * cols + 2).clamp(max=width) - 2 * cols)
+    count = num_rows[:, None] * num_cols[None, :]
+    return grad_output[:, :, rows][:, :, :, cols] / count[:, :, None].to(grad_output.dtype)
+
+
 def _empty_statistics(value: Tensor) -> Tensor:
-    return value.new_empty((2, *value.shape[:4]) if value.device.type == "cpu" else (0,), dtype=torch.float32)
+    return cpu.empty_statistics(value) if value.device.type == "cpu" else value.new_empty(0, dtype=torch.float32)
 
 
 @_local_attention.register_fake
@@ -146,7 +168,7 @@ def _local_attention_backward(
     """Gradients of those of the five tensors that are there, in their order (an op cannot return None)."""
     inputs = (query, key, value, rel_height, rel_width)
     grads = (torch.empty_like(query), None if key is None else torch.empty_like(key), torch.empty_like(value))
-    grad_rel = _backward_into(backend, grads, grad_output, statistics, inputs, kernel_size, border)
+    grad_rel = _backward_into(backend, grads, grad_output, statistics, inputs, kernel_size, border, 1)
     return [grad for grad in (*grads, *grad_rel) if grad is not None]
 
 
@@ -158,19 +180,23 @@ def _backward_into(
     inputs: _Inputs,
     kernel_size: int,
     border: str,
+    stride: int,
 ) -> list[Tensor]:
     """Write the gradients of query, key and value; return those of the embeddings, if there are any."""
     module = _resolve(backend, inputs[0], kernel_size)
-    if module is not reference:
-        kept = (statistics,) if module is cpu else ()
-        *_, grad_height, grad_width = module.local_attention_backward(
-            grad_output, *kept, *inputs, kernel_size, border, grads
+    if stride == 2 and module is not cpu:
+        grad_output = _spread(grad_output, *inputs[0].shape[2:4])
+    if module is cpu:
+        *_, grad_height, grad_width = cpu.local_attention_backward(
+            grad_output, statistics, *inputs, kernel_size, border, stride, grads
         )
-    else:
+    elif module is reference:
         *exact, grad_height, grad_width = reference.local_attention_backward(grad_output, *inputs, kernel_size, border)
         for grad, x in zip(grads, exact, strict=True):
             if grad is not None and x is not None:
                 grad.copy_(x)
+    else:
+        *_, grad_height, grad_width = module.local_attention_backward(grad_output, *inputs, kernel_size, border, grads)
     pairs = zip(inputs[3:], (grad_height, grad_width), strict=True)
     return [torch.empty_like(rel).copy_(grad) for rel, grad in pairs if rel is not None and grad is not None]
 
@@ -201,14 +227,15 @@ def _local_attention_qkv(
     rel_width: Tensor | None,
     kernel_size: int,
     border: str,
+    stride: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _forward(backend, (*_split(projections), rel_height, rel_width), kernel_size, border)
+    return _forward(backend, (*_split(projections), rel_height, rel_width), kernel_size, border, stride)
 
 
 @_local_attention_qkv.register_fake
-def _(projections, rel_height, rel_width, kernel_size, border, backend):
-    return torch.empty_like(projections[-1]), _empty_statistics(projections[-1])
+def _(projections, rel_height, rel_width, kernel_size, border, stride, backend):
+    return cpu.empty_output(projections[-1], stride), _empty_statistics(projections[-1])
 
 
 @torch.library.custom_op("sasa_train::local_attention_qkv_backward", mutates_args=())
@@ -220,26 +247,36 @@ def _local_attention_qkv_backward(
     rel_width: Tensor | None,
     kernel_size: int,
     border: str,
+    stride: int,
     backend: str,
 ) -> list[Tensor]:
     inputs = (*_split(projections), rel_height, rel_width)
     grad_projections = torch.empty_like(projections)
-    grad_rel = _backward_into(backend, _split(grad_projections), grad_output, statistics, inputs, kernel_size, border)
+    grad_rel = _backward_into(
+        backend, _split(grad_projections), grad_output, statistics, inputs, kernel_size, border, stride
+    )
     return [grad_projections, *grad_rel]
 
 
 @_local_attention_qkv_backward.register_fake
-def _(grad_output, statistics, projections, rel_height, rel_width, kernel_size, border, backend):
+def _(grad_output, statistics, projections, rel_height, rel_width, kernel_size, border, stride, backend):
     return [torch.empty_like(x) for x in (projections, rel_height, rel_width) if x is not None]
+
+
+def _setup_context_qkv(ctx, inputs, output):
+    *tensors, ctx.kernel_size, ctx.border, ctx.stride, ctx.backend = inputs
+    ctx.save_for_backward(output[1], *tensors)
 
 
 def _backward_qkv(ctx, grad_output, _):
     tensors = ctx.saved_tensors
-    present = iter(_local_attention_qkv_backward(grad_output, *tensors, ctx.kernel_size, ctx.border, ctx.backend))
-    return (*(None if x is None else next(present) for x in tensors[1:]), None, None, None)
+    present = iter(
+        _local_attention_qkv_backward(grad_output, *tensors, ctx.kernel_size, ctx.border, ctx.stride, ctx.backend)
+    )
+    return (*(None if x is None else next(present) for x in tensors[1:]), None, None, None, None)
 
 
-_local_attention_qkv.register_autograd(_backward_qkv, setup_context=_setup_context)
+_local_attention_qkv.register_autograd(_backward_qkv, setup_context=_setup_context_qkv)
 
 
 @register_flop_formula(torch.ops.sasa_train.local_attention)

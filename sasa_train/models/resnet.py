@@ -12,7 +12,7 @@ from timm.layers import DropPath, create_classifier
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from sasa_train.models.layers import AttentionStem, LocalSelfAttention2d
+from sasa_train.models.layers import AttentionStem, LocalSelfAttention2d, PointwiseConv2d
 
 BLOCK_COUNTS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3)}
 STEM_CHANNELS = 64
@@ -28,7 +28,7 @@ class Bottleneck(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int, op: str, drop_path: float, attention: dict):
         super().__init__()
         out_channels = channels * EXPANSION
-        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.conv1 = PointwiseConv2d(in_channels, channels)
         self.bn1 = nn.BatchNorm2d(channels)
         # Attention runs at the input's resolution and is pooled afterwards: 6.97 GFLOPs for R50, as the paper has it.
         self.conv2: nn.Module = (
@@ -37,7 +37,7 @@ class Bottleneck(nn.Module):
             else LocalSelfAttention2d(channels, channels, stride=stride, **attention)
         )
         self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
+        self.conv3 = PointwiseConv2d(channels, out_channels)
         self.bn3 = nn.BatchNorm2d(out_channels)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.downsample = (

@@ -12,7 +12,7 @@
 //   backward, a query row i: S again,  P = exp(S - max) / sum E,  T = g.v,  dS = P (T - sum P T),  and with band_apply
 //                            dq[x]  += dS k,    dk[y][x'] += dS q,    dv[y][x'] += P g.
 //
-// Of the forward pass max and 1 / sum E of each position are kept, nothing of size K*K. dk and dv of the K key rows in
+// Of the forward pass max and 1 / sum E of each position are kept, nothing of size K*K. dk and dv of the key rows in
 // reach live in a ring; a row leaves it when the last query row that sees it is done: no atomics, one order of
 // summation, whatever the number of threads. q.r is q[:D/2].rel_height[dy] + q[D/2:].rel_width[dx]: 2K numbers a position, not K*K; its gradients are summed in float32
 // over BLOCK_ROWS rows, and over those blocks, planes and images in double and in order.
@@ -34,6 +34,7 @@
 // Query columns worked on at a time, K*K scores each: forward, and backward, where a tile's margins are gathered twice.
 constexpr int MAX_TILE[2] = {12, 32};
 constexpr int BLOCK_ROWS = 8;  // query rows summed in float32 for the embeddings' gradients; threads split there
+constexpr int64_t PIXELS_AHEAD = 3;  // read while these are on their way from memory
 
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1 };
 
@@ -48,10 +49,10 @@ struct Strided {
 // Mirrored field by field in cpu.py.
 struct Problem {
     int64_t batch, num_heads, height, width, head_dim;
-    int64_t zero_border, dtype, num_threads, rel_per_head;
-    Strided query, key, value, output;  // key.data is null without content
+    int64_t zero_border, dtype, num_threads, rel_per_head, stride;
+    Strided query, key, value, output;  // key.data is null without content; output and its gradient are pooled
     Strided grad_output, grad_query, grad_key, grad_value;
-    float* statistics;                          // [2, B, N, H, W], contiguous: the largest score and 1 / sum E
+    float* statistics;                          // from forward to backward: [B N rounded up to 16][H][2][W], lanes innermost
     const float *rel_height, *rel_width;        // [K, D/2] or [N, K, D/2], contiguous; null without embeddings
     float *grad_rel_height, *grad_rel_width;    // like them
     void* workspace;                            // sasa_forward_bytes() or sasa_backward_bytes(), any alignment
@@ -127,6 +128,15 @@ struct RowCopy {
         }
     }
 
+    // Pixels x .. x + num - 1 into the cache. Beyond the row's end it is the next row, soon wanted, or nothing: no fault.
+    INLINE void prefetch(int64_t x, int64_t num, int64_t head_dim) const {
+        if (d != 1) return;
+        int64_t per_cache_line = 64 / sizeof(E), heads_step = most(1, per_cache_line / head_dim);
+        for (int64_t end = x + num; x < end; ++x)
+            for (int64_t l = 0; l < count; l += heads_step)
+                for (int64_t c = 0; c < head_dim; c += per_cache_line) __builtin_prefetch(line[l] + x * w + c);
+    }
+
     template <bool OUT>
     INLINE void single(F<V>* place, int64_t x, int64_t c) const {
         for (int l = 0; l < count; ++l) {
@@ -190,23 +200,23 @@ INLINE void band_product(F<V> (&acc)[R][K], const F<V>* a, const F<V>* b, int64_
     }
 }
 
-// acc[r][c] += sum_j weight(r, j) * b[c][r + j], with weight(r, j) = weights[r][j]; or, REVERSED, the weight that the
-// position r + j - K/2 gives to r: weights[r + j][K - 1 - j].
-template <int V, int K, int R, int C, bool REVERSED>
+// acc[r][c] += sum_j weight(r, j) * b[c][STRIDE r + j], with weight(r, j) = weights[r][j]; or, REVERSED, the weight that
+// the position r + j - K/2 gives to r: weights[r + j][K - 1 - j].
+template <int V, int K, int R, int C, bool REVERSED, int STRIDE = 1>
 INLINE void band_apply(F<V> (&acc)[R][C], const F<V>* weights, const F<V>* b, int64_t pitch) {
     UNROLL
-    for (int j = 0; j < K + R - 1; ++j) {
+    for (int j = 0; j < K + STRIDE * (R - 1); ++j) {
         F<V> weight[R];
         UNROLL
         for (int r = 0; r < R; ++r)
-            if (j - r >= 0 && j - r < K)
-                weight[r] = loaded(REVERSED ? weights[j * K + K - 1 - (j - r)] : weights[r * K + j - r]);
+            if (j - STRIDE * r >= 0 && j - STRIDE * r < K)
+                weight[r] = loaded(REVERSED ? weights[j * K + K - 1 - (j - r)] : weights[r * K + j - STRIDE * r]);
         UNROLL
         for (int c = 0; c < C; ++c) {
             F<V> b_here = loaded(b[c * pitch + j]);
             UNROLL
             for (int r = 0; r < R; ++r)
-                if (j - r >= 0 && j - r < K) acc[r][c] += weight[r] * b_here;
+                if (j - STRIDE * r >= 0 && j - STRIDE * r < K) acc[r][c] += weight[r] * b_here;
         }
     }
 }
@@ -222,18 +232,20 @@ constexpr int CHANNELS_AT_ONCE = NUM_REGISTERS == 32 ? 8 : 4;
 // ---- one thread's work ----------------------------------------------------------------------------------------------
 
 struct Sizes {
-    int64_t H, W, D, half, pitch, row, tile, tile_pitch, num_blocks;
+    int64_t H, W, D, half, pitch, row, tile, tile_pitch, num_blocks, out_width;
     bool stream;  // whether the results are stored past the caches
     template <int K>
     static Sizes of(const Problem& p, bool backward) {
         Sizes s;
         s.H = p.height, s.W = p.width, s.D = p.head_dim, s.half = p.head_dim / 2;
-        s.pitch = (s.W + K - 1) | 1;  // odd, so that channels do not share cache sets
+        s.out_width = ceil_div(s.W, p.stride);
+        // What the windows of a row reach, those of two neighbours together; odd, so that channels do not share cache sets.
+        s.pitch = (s.W + K - 2 + p.stride) | 1;
         s.row = s.pitch * s.D;
-        s.tile = ceil_div(s.W, ceil_div(s.W, MAX_TILE[backward]));
+        s.tile = ceil_div(ceil_div(s.W, ceil_div(s.W, MAX_TILE[backward])), p.stride) * p.stride;
         s.tile_pitch = s.tile + 2 * (K - 1);  // gathering reaches K - 1 queries beyond the tile: zeros
         s.num_blocks = ceil_div(s.H, BLOCK_ROWS);
-        s.stream = p.batch * p.num_heads * s.H * s.W * s.D * (backward ? 3 : 1) > STREAM_NUMBERS;
+        s.stream = p.batch * p.num_heads * s.H * s.W * s.D * (backward ? 3 : 1) / (backward ? 1 : p.stride * p.stride) > STREAM_NUMBERS;
         return s;
     }
 };
@@ -244,16 +256,19 @@ class Worker {
     static constexpr int HALF = K / 2, R = queries_at_once(K), C = CHANNELS_AT_ONCE;
     const Problem& p;
     const Sizes s;
+    const int64_t group;
     const Planes<V> planes;
-    // rings of K rows; the tile's scores or weights and their gradients [K][tile_pitch][K]
+    // rings of K + 1 rows; the tile's scores or weights and their gradients [K][tile_pitch][K]
     Vec *key_rows, *value_rows, *grad_key_rows, *grad_value_rows;
-    Vec *query_rows, *grad_query_rows;       // rings of HALF + 1 rows
+    Vec *query_rows, *grad_query_rows;       // rings of HALF + 2 rows
     Vec *query_row, *grad_query_row;         // the present one of them
     Vec *output_row, *grad_output_row;
     Vec *weights, *grad_scores;
+    Vec *tiles[2], *pooled;                  // with a pool: the weights of two query rows, and theirs together
     Vec *bias_height, *bias_width;           // [tile][K]: q.rel_height[dy] and q.rel_width[dx]
     Vec *grad_bias_width;                    // like it; the gradient of bias_height takes its place, number by number
-    Vec *top, *inverse_sum;                  // [W]: the largest score and 1 / sum E
+    Vec *top, *inverse_sum;                  // [W]: the largest score and 1 / sum E of the present query row
+    Vec *statistic_rows;                     // theirs: [stride][2][W]
     Vec *delta;                              // [W]: sum P T
     Vec *rel_height, *rel_width;             // [D/2][K]
     Vec *grad_rel_height, *grad_rel_width;   // [D/2][K] of the present block of rows
@@ -261,27 +276,30 @@ class Worker {
    public:
     static int64_t num_vectors(const Problem& p, bool backward) {
         Sizes s = Sizes::of<K>(p, backward);
-        int64_t forward = 2 * K * s.row + (HALF + 2) * s.row + K * K * s.tile_pitch + 2 * K * s.tile + 2 * s.W + 2 * K * s.half;
-        return forward + backward * (2 * K * s.row + (HALF + 2) * s.row + K * K * s.tile_pitch + K * s.tile + s.W + 2 * K * s.half);
+        int64_t rows = 2 * (K + 1) + HALF + 2 + 1, scores = K * K * s.tile_pitch;
+        int64_t pooling = (p.stride - 1) * (scores + (K + 1) * (K + 1) * s.tile + 2 * s.W);
+        int64_t forward = rows * s.row + scores + 2 * K * s.tile + 2 * s.W + 2 * K * s.half + pooling;
+        return forward + backward * (rows * s.row + scores + K * s.tile + s.W + 2 * K * s.half);
     }
 
     Worker(const Problem& problem, int64_t group, Vec* memory, bool backward)
-        : p(problem), s(Sizes::of<K>(problem, backward)), planes(problem, group) {
+        : p(problem), s(Sizes::of<K>(problem, backward)), group(group), planes(problem, group) {
         auto take = [&](int64_t n) { return (memory += n) - n; };
-        key_rows = take(K * s.row), value_rows = take(K * s.row);
-        query_rows = take((HALF + 1) * s.row), output_row = take(s.row);
-        weights = take(K * K * s.tile_pitch);
+        key_rows = take((K + 1) * s.row), value_rows = take((K + 1) * s.row);
+        query_rows = take((HALF + 2) * s.row), output_row = take(s.row);
+        for (int64_t r = 0; r < p.stride; ++r) tiles[r] = take(K * K * s.tile_pitch);
+        weights = tiles[0], pooled = take((p.stride - 1) * (K + 1) * (K + 1) * s.tile);
         bias_height = take(K * s.tile), bias_width = take(K * s.tile);
-        top = take(s.W), inverse_sum = take(s.W);
+        top = statistic_rows = take(2 * p.stride * s.W), inverse_sum = top + s.W;
         rel_height = take(K * s.half), rel_width = take(K * s.half);
         if (p.rel_height) {
             load_rel(rel_height, p.rel_height);
             load_rel(rel_width, p.rel_width);
         }
-        clear_pads(key_rows, 2 * K + HALF + 1);  // keys, values and queries lie side by side
+        clear_pads(key_rows, 2 * (K + 1) + HALF + 2);  // keys, values and queries lie side by side
         if (!backward) return;
-        grad_key_rows = take(K * s.row), grad_value_rows = take(K * s.row);
-        grad_query_rows = take((HALF + 1) * s.row), grad_output_row = take(s.row);
+        grad_key_rows = take((K + 1) * s.row), grad_value_rows = take((K + 1) * s.row);
+        grad_query_rows = take((HALF + 2) * s.row), grad_output_row = take(s.row);
         grad_scores = take(K * K * s.tile_pitch);
         grad_bias_width = take(K * s.tile), delta = take(s.W);
         grad_rel_height = take(K * s.half), grad_rel_width = take(K * s.half);
@@ -298,15 +316,28 @@ class Worker {
         int64_t next_key = most(0, first - HALF);
         for (int64_t i = first; i < end; ++i) {
             for (; next_key < least(s.H, i + HALF + 1); ++next_key) load<E>(next_key, next_key >= first && next_key < end);
-            query_row = query_rows + query_slot(i);
+            if (p.stride == 2 && i % 2 == 0 && i + 1 < s.H) continue;  // the two query rows of a pooled one are one step
+            int64_t i0 = p.stride == 2 ? i / 2 * 2 : i;
             for (int64_t x0 = 0; x0 < s.W; x0 += s.tile) {
                 int64_t width = least(s.tile, s.W - x0);
-                attend(i, x0, width);
-                apply(output_row, value_rows, weights, i, x0, width);
-                scale(output_row, x0, width);
+                for (int64_t row = i0; row <= i; ++row) {
+                    take_query_row(row, row - i0);
+                    attend(row, x0, width);
+                }
+                if (p.stride == 2) {
+                    pool(i0, i, x0, width);
+                    apply_pooled(i0, x0, width);
+                } else {
+                    apply(output_row, value_rows, weights, i, x0, width);
+                    scale(output_row, x0, width);
+                }
             }
-            copy_rows<true, E>({output_row}, {&p.output}, i);
-            copy_statistics<true>(i);
+            copy_rows<true, E>({output_row}, {&p.output}, i / p.stride, s.out_width);
+            for (int64_t row = i0; row <= i; ++row) {
+                take_query_row(row, row - i0);
+                memcpy(statistics(row), top, 2 * s.W * sizeof(Vec));
+            }
+            take_query_row(i0, 0);
         }
     }
 
@@ -323,8 +354,9 @@ class Worker {
                 memset(grad_value_rows + slot(next_key), 0, s.row * sizeof(Vec));
             }
             query_row = query_rows + query_slot(i), grad_query_row = grad_query_rows + query_slot(i);
-            copy_rows<false, E>({grad_output_row}, {&p.grad_output}, i);
-            copy_statistics<false>(i);
+            copy_rows<false, E>({p.stride == 2 ? output_row : grad_output_row}, {&p.grad_output}, i / p.stride, s.out_width);
+            if (p.stride == 2) spread(i);
+            memcpy(top, statistics(i), 2 * s.W * sizeof(Vec));
             memset(delta, 0, s.W * sizeof(Vec));
             bool own = i >= first && i < end;
             for (int64_t x0 = 0; x0 < s.W; x0 += s.tile)
@@ -336,8 +368,14 @@ class Worker {
     }
 
    private:
-    int64_t slot(int64_t y) const { return y % K * s.row; }
-    int64_t query_slot(int64_t y) const { return y % (HALF + 1) * s.row; }
+    int64_t slot(int64_t y) const { return y % (K + 1) * s.row; }
+    int64_t query_slot(int64_t y) const { return y % (HALF + 2) * s.row; }
+
+    void take_query_row(int64_t i, int64_t which) {
+        query_row = query_rows + query_slot(i);
+        weights = tiles[which];
+        top = statistic_rows + 2 * which * s.W, inverse_sum = top + s.W;
+    }
     int64_t first_dy(int64_t i) const { return most(0, HALF - i); }
     int64_t end_dy(int64_t i) const { return least(K, s.H + HALF - i); }
     Vec* tile_row(Vec* tile, int64_t dy) const { return tile + (dy * s.tile_pitch + K - 1) * K; }
@@ -359,37 +397,35 @@ class Worker {
     // Row y of N tensors. Queries, keys and values are most often parts of one tensor, beside each other at every pixel:
     // they are walked together, so that memory is read and written in its own order.
     template <bool OUT, typename E, int N>
-    void copy_rows(Vec* const (&rows)[N], const Strided* const (&tensors)[N], int64_t y) const {
+    void copy_rows(Vec* const (&rows)[N], const Strided* const (&tensors)[N], int64_t y, int64_t width) const {
         RowCopy<V, E> copies[N];
         int64_t step = most(1, 32 / s.D);
         for (int n = 0; n < N; ++n) {
             copies[n] = RowCopy<V, E>(planes, *tensors[n], y, s.stream);
-            if (tensors[n]->w == 1) step = s.W;
+            if (tensors[n]->w == 1) step = width;
         }
-        for (int64_t x = 0; x < s.W; x += step)
-            for (int n = 0; n < N; ++n)
-                if (rows[n]) copies[n].template run<OUT>(rows[n] + HALF, x, least(x + step, s.W), s.D, s.pitch);
+        for (int64_t x = 0; x < width; x += step)
+            for (int n = 0; n < N; ++n) {
+                if (!rows[n]) continue;
+                if constexpr (!OUT) copies[n].prefetch(x + PIXELS_AHEAD, step, s.D);
+                copies[n].template run<OUT>(rows[n] + HALF, x, least(x + step, width), s.D, s.pitch);
+            }
     }
 
     template <typename E>
     void load(int64_t y, bool with_query) {
         copy_rows<false, E>(
             {with_query ? query_rows + query_slot(y) : nullptr, p.key.data ? key_rows + slot(y) : nullptr, value_rows + slot(y)},
-            {&p.query, &p.key, &p.value}, y);
+            {&p.query, &p.key, &p.value}, y, s.W);
     }
     template <typename E>
     void store(int64_t y) {
         copy_rows<true, E>({grad_query_rows + query_slot(y), p.key.data ? grad_key_rows + slot(y) : nullptr, grad_value_rows + slot(y)},
-                           {&p.grad_query, &p.grad_key, &p.grad_value}, y);
+                           {&p.grad_query, &p.grad_key, &p.grad_value}, y, s.W);
     }
 
-    template <bool OUT>
-    void copy_statistics(int64_t y) const {
-        Strided plane = {p.statistics, s.H * s.W * p.num_heads, s.H * s.W, s.W, 1, 0};
-        RowCopy<V, float>(planes, plane, y).template run<OUT>(top, 0, s.W, 1, 0);
-        plane.data = p.statistics + p.batch * p.num_heads * s.H * s.W;
-        RowCopy<V, float>(planes, plane, y).template run<OUT>(inverse_sum, 0, s.W, 1, 0);
-    }
+    // Row y of the statistics: two rows of vectors.
+    float* statistics(int64_t y) const { return p.statistics + (group * s.H + y) * 2 * s.W * V; }
 
     void load_rel(Vec* rel, const float* table) const {
         for (int l = 0; l < V; ++l)
@@ -503,6 +539,52 @@ class Worker {
         return sum;
     }
 
+    // pooled[dy][x / 2][dx], windows of K + 1 from the first query's on: the weights that the average of the 2 x 2 queries
+    // of rows i0 and i1 at columns x, x + 1 gives, those of them that are inside the image.
+    void pool(int64_t i0, int64_t i1, int64_t x0, int64_t width) {
+        for (int64_t dy = first_dy(i0); dy < least(K + 1, s.H + HALF - i0); ++dy)
+            for (int64_t x = 0; x < width; x += 2) {
+                Vec acc[K + 1] = {};
+                int64_t num_columns = least(2, width - x);
+                for (int64_t r = 0; r <= i1 - i0; ++r) {
+                    if (dy - r < 0 || dy - r >= K) continue;
+                    const Vec* weight = tile_row(tiles[r], dy - r) + x * K;
+                    const Vec* share = statistic_rows + (2 * r + 1) * s.W + x0 + x;
+                    float part = 1.0f / float(num_columns * (i1 - i0 + 1));
+                    for (int64_t q = 0; q < num_columns; ++q) {
+                        Vec scale = share[q] * part;
+                        if (q == 0) {
+                            UNROLL
+                            for (int dx = 0; dx < K; ++dx) acc[dx] += weight[dx] * scale;
+                        } else {
+                            UNROLL
+                            for (int dx = 0; dx < K; ++dx) acc[dx + 1] += weight[K + dx] * scale;
+                        }
+                    }
+                }
+                memcpy(pooled_row(dy) + x / 2 * (K + 1), acc, sizeof acc);
+            }
+    }
+
+    Vec* pooled_row(int64_t dy) const { return pooled + dy * (K + 1) * (s.tile / 2); }
+
+    void apply_pooled(int64_t i0, int64_t x0, int64_t width) {
+        int64_t c = 0;
+        for (; c + C <= s.D; c += C) apply_pooled_channels<C>(i0, x0, width, c);
+        for (; c < s.D; ++c) apply_pooled_channels<1>(i0, x0, width, c);
+    }
+
+    template <int CH>
+    void apply_pooled_channels(int64_t i0, int64_t x0, int64_t width, int64_t c) {
+        in_groups<APPLIED_AT_ONCE>(0, ceil_div(width, 2), [&](auto Q, int64_t x) {
+            Vec acc[Q][CH] = {};
+            for (int64_t dy = first_dy(i0); dy < least(K + 1, s.H + HALF - i0); ++dy)
+                band_apply<V, K + 1, Q, CH, false, 2>(acc, pooled_row(dy) + x * (K + 1),
+                                                      value_rows + slot(i0 + dy - HALF) + c * s.pitch + x0 + 2 * x, s.pitch);
+            store_acc<Q, CH>(output_row + c * s.pitch + HALF + x0 / 2 + x, acc);
+        });
+    }
+
     // row[x] *= inverse_sum[x]
     void scale(Vec* row, int64_t x0, int64_t width) const {
         for (int64_t c = 0; c < s.D; ++c)
@@ -578,6 +660,16 @@ class Worker {
             int64_t dy = y - i + HALF;
             if (p.key.data) gather(grad_key_rows + slot(y), query_row, tile_row(grad_scores, dy), x0, from, to);
             gather(grad_value_rows + slot(y), grad_output_row, tile_row(weights, dy), x0, from, to);
+        }
+    }
+
+    // grad_output_row of query row i from the pooled one, which every query of a pool shares.
+    void spread(int64_t i) {
+        float rows = i / 2 * 2 + 1 < s.H ? 2.0f : 1.0f;
+        for (int64_t c = 0; c < s.D; ++c) {
+            const Vec* from = output_row + c * s.pitch + HALF;
+            Vec* to = grad_output_row + c * s.pitch + HALF;
+            for (int64_t x = 0; x < s.W; ++x) to[x] = from[x / 2] * (1.0f / (x / 2 * 2 + 1 < s.W ? 2 * rows : rows));
         }
     }
 

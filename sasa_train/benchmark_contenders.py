@@ -1,0 +1,274 @@
+"""What `sasa-benchmark attention` compares: a shape, the contenders on it, and the gate that each must pass.
+
+Those that compute attention start from one projection, channels_last, as the layer makes it, and are differentiated in
+all five tensors. None is timed before its output and gradients agree with the reference in float64.
+"""
+
+import dataclasses
+import importlib.util
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sasa_train.attention import local_attention_qkv
+from sasa_train.benchmark_timing import extra_memory
+from sasa_train.config import ConfigError
+
+YARDSTICK = "conv"
+OWN_BACKENDS = ("cpu", "triton", "reference")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Largest error, as part of the result's size, that the gate lets through. Scores reach 40, so their rounding is
+# 40 x 2^-24 in float32 and 40 x 2^-22 where three TF32 products stand for one, and that is the weights' relative
+# error. Half precision: weights and their gradients are rounded to 8 or 11 bits before they are summed, and results
+# once more. A wrong sign, border or embedding is off by the result's own size.
+TOLERANCE = {"fp32": 1e-4, "bf16": 2**-6, "fp16": 2**-9}
+FLEX_MIN_HEAD_DIM = 16
+
+# heads [3, B, N, H, W, D], rel_height, rel_width -> [B, N, H, W, D]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer's shape; where a stage begins, attention is pooled 2x2 afterwards and the convolution is strided."""
+
+    height: int
+    width: int
+    channels: int
+    begins_stage: bool
+    batch_size: int
+    num_heads: int
+    kernel_size: int
+    dtype: str
+    device: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.height}x{self.width}x{self.channels}" + ("/2" if self.begins_stage else "")
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        """[B, C, H, W]; an odd side is halved upwards."""
+        stride = 2 if self.begins_stage else 1
+        return self.batch_size, self.channels, -(-self.height // stride), -(-self.width // stride)
+
+
+@dataclass
+class Contender:
+    forward: Callable[[], Tensor]
+    leaves: list[Tensor]
+    grad_output: Tensor
+
+    def infer(self) -> Tensor:
+        with torch.no_grad():
+            return self.forward()
+
+    def train(self) -> tuple[Tensor, ...]:
+        """Forward and backward: the gradients of the leaves."""
+        return torch.autograd.grad(self.forward(), self.leaves, self.grad_output)
+
+
+def build_contender(backend: str, case: Case, arithmetic: torch.dtype | None = None) -> Contender:
+    """`backend` on random inputs that are the same for all, in the case's dtype; `arithmetic` widens them after."""
+    dtype, generator = DTYPES[case.dtype], torch.Generator(case.device).manual_seed(0)
+
+    def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        tensor = torch.randn(shape, generator=generator, device=case.device).to(dtype).to(arithmetic or dtype)
+        return (tensor.to(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor).requires_grad_()
+
+    batch, channels, size = case.batch_size, case.channels, (case.height, case.width)
+    stride = 2 if case.begins_stage else 1
+    if backend == YARDSTICK:
+        x, weight = draw(batch, channels, *size), draw(channels, channels, 3, 3)
+        leaves = [x, weight]
+
+        def forward() -> Tensor:
+            return F.conv2d(x, weight, stride=stride, padding=1)
+    else:
+        fused = draw(batch, 3 * channels, *size)
+        rel = [draw(case.kernel_size, channels // case.num_heads // 2, dtype=torch.float32) for _ in range(2)]
+        leaves = [fused] if backend == "natten" else [fused, *rel]
+        attend = _attend(backend, case)
+
+        def forward() -> Tensor:
+            heads = fused.unflatten(1, (3, case.num_heads, -1)).permute(1, 0, 2, 4, 5, 3)
+            out = attend(heads, rel[0], rel[1]).permute(0, 1, 4, 2, 3).flatten(1, 2)  # [B, C, H, W]
+            return F.avg_pool2d(out, 2, ceil_mode=True) if case.begins_stage else out
+
+    generator.manual_seed(1)
+    return Contender(forward, leaves, draw(*case.output_shape).detach())
+
+
+def _attend(backend: str, case: Case) -> Attend:
+    if backend == "flex":
+        return _flex(case)
+    if backend == "natten":
+        return _natten(case)
+    return lambda heads, rel_height, rel_width: local_attention_qkv(
+        heads, rel_height, rel_width, kernel_size=case.kernel_size, backend=backend
+    )
+
+
+def _flex(case: Case) -> Attend:
+    """FlexAttention: q.rel as terms of its score_mod, the window as its block mask; compiled on CUDA.
+
+    q.rel is computed in float32, since scores rounded to half precision would fail the gate. Heads narrower than its
+    kernels take are padded with zeros.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    height, width, reach = case.height, case.width, case.kernel_size // 2
+
+    def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        rows, columns = key // width - query // width, key % width - query % width
+        return (rows.abs() <= reach) & (columns.abs() <= reach)
+
+    block_mask = create_block_mask(mask_mod, None, None, height * width, height * width, device=case.device)
+
+    def attend(heads: Tensor, rel_height: Tensor, rel_width: Tensor) -> Tensor:
+        query, key, value = heads.flatten(3, 4)  # each [B, N, H*W, D]
+        head_dim = query.shape[-1]
+        top, bottom = query.to(rel_height.dtype).chunk(2, dim=-1)
+        by_row, by_column = top @ rel_height.T, bottom @ rel_width.T  # [B, N, H*W, K]
+
+        def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            # The kernel also evaluates pairs that the mask takes out, whose place in the window is none.
+            row = (k // width - q // width + reach).clamp(0, 2 * reach)
+            column = (k % width - q % width + reach).clamp(0, 2 * reach)
+            return score + by_row[b, h, q, row] + by_column[b, h, q, column]
+
+        if head_dim < FLEX_MIN_HEAD_DIM:
+            query, key, value = (F.pad(x, (0, FLEX_MIN_HEAD_DIM - head_dim)) for x in (query, key, value))
+        out = flex_attention(query, key, value, score_mod=score_mod, block_mask=block_mask, scale=1.0)
+        assert isinstance(out, Tensor)
+        return out[..., :head_dim].unflatten(2, (height, width))
+
+    if case.device == "cpu":
+        return attend
+    torch._dynamo.config.recompile_limit = 1000  # one compilation a shape; beyond the limit it would run unfused
+    return torch.compile(attend, dynamic=False)
+
+
+def _natten(case: Case) -> Attend:
+    """NATTEN's window: without relative terms, and moved inwards at the border instead of cut off."""
+    from natten import na2d
+
+    def attend(heads: Tensor, rel_height: Tensor, rel_width: Tensor) -> Tensor:
+        query, key, value = heads.permute(0, 1, 3, 4, 2, 5)  # each [B, H, W, N, D]
+        return na2d(query, key, value, kernel_size=case.kernel_size, scale=1.0).permute(0, 3, 1, 2, 4)
+
+    return attend
+
+
+def missing(backend: str, device: torch.device) -> str | None:
+    """Why a backend cannot be asked for on this machine, or None where it can; shapes may still leave it out."""
+    if backend == "natten" and importlib.util.find_spec("natten") is None:
+        return "natten is not installed"
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if backend == "triton" and device.type == "cpu":
+        from sasa_train.attention import triton_kernels
+
+        return None if triton_kernels.INTERPRETED else "it needs --device cuda (or TRITON_INTERPRET=1, to test)"
+    if backend == "cpu" and device.type == "cuda":
+        return "it needs --device cpu"
+    if backend == "flex" and device.type == "cpu":
+        try:
+            with warnings.catch_warnings(action="ignore"):  # that it runs unfused here
+                build_contender("flex", Case(4, 4, 32, False, 1, 2, 3, "fp32", "cpu")).train()
+        except NotImplementedError as error:
+            return str(error)
+    return None
+
+
+def check(backend: str, case: Case) -> str | None:
+    """Compare with the reference in float64: what is wrong, or None.
+
+    On the CPU on two images. On CUDA on all: that is the compiled code, and the launch, that will be timed. (Triton's
+    launches are measured for the first batch that comes; two images would choose those of another problem.)
+
+    NATTEN is another function: its output alone is compared, without relative terms, where no border is in reach.
+
+    Raises:
+        RuntimeError, NotImplementedError, ValueError: the backend cannot run this.
+    """
+    if case.device == "cpu":
+        case = dataclasses.replace(case, batch_size=min(2, case.batch_size))
+    contender = build_contender(backend, case)
+    if backend == "natten":
+        return _check_inside(contender, case)
+    exact = build_contender("reference", case, torch.float64)
+    num_positions = case.batch_size * case.num_heads * case.height * case.width
+    names = ("output", "query", "key", "value", "rel_height", "rel_width")
+    for name, ours, theirs in zip(names, _results(contender), _results(exact), strict=True):
+        # an embedding's gradient adds terms of size 1 whose true sum may be 0
+        size = max(1.0, float(theirs.abs().max()), num_positions**0.5 if "rel" in name else 0.0)
+        problem = _error(name, ours, theirs, size, case)
+        if problem:
+            return problem
+    return None
+
+
+def _results(contender: Contender) -> list[Tensor]:
+    """Output, and the gradients of query, key, value, rel_height and rel_width."""
+    of_fused, *of_rel = contender.train()
+    return [contender.infer(), *of_fused.chunk(3, dim=1), *of_rel]
+
+
+def _check_inside(contender: Contender, case: Case) -> str | None:
+    reach = case.kernel_size // 2
+    if min(case.height, case.width) < case.kernel_size:
+        raise ValueError("its window does not fit into the map")
+    if case.begins_stage:
+        return None  # pooled positions mix; the same kernel is compared on the other shapes
+    heads = contender.leaves[0].detach().double().unflatten(1, (3, case.num_heads, -1)).permute(1, 0, 2, 4, 5, 3)
+    exact = local_attention_qkv(heads, kernel_size=case.kernel_size, backend="reference")
+    exact = exact.permute(0, 1, 4, 2, 3).flatten(1, 2)
+    inside = (..., slice(reach, case.height - reach), slice(reach, case.width - reach))
+    theirs = exact[inside]
+    return _error("output", contender.infer()[inside], theirs, max(1.0, float(theirs.abs().max())), case)
+
+
+def _error(name: str, ours: Tensor, theirs: Tensor, size: float, case: Case) -> str | None:
+    error = float((ours.detach().double() - theirs).abs().max()) / size
+    if error <= TOLERANCE[case.dtype]:  # not so for NaN
+        return None
+    of = name if name == "output" else f"the gradient of {name}"
+    return f"{of} differs from the reference by {error:.1e} of its size; {TOLERANCE[case.dtype]:.1e} is allowed"
+
+
+def admitted(backends: Sequence[str], case: Case, by_name: bool, result: dict[str, Any]) -> dict[str, Contender]:
+    """The contenders that can run this case and pass the gate; why others are left out goes to the notes."""
+    contenders = {}
+    for backend in backends:
+        try:
+            problem = None if backend == YARDSTICK else check(backend, case)
+            if problem:
+                result["failed"] = True
+                result["notes"].append(f"{backend} at {case.label} is wrong and was not timed: {problem}")
+                continue
+            contenders[backend] = build_contender(backend, case)
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            if by_name and backend in OWN_BACKENDS:
+                raise ConfigError(f"--backends {backend}: {error}") from error
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            result["left_out"].setdefault(f"{backend}: {reason}", []).append(case.label)
+    return contenders
+
+
+def new_result(kind: str) -> dict[str, Any]:
+    return {"kind": kind, "rows": [], "summary": [], "notes": [], "left_out": {}, "failed": False}
+
+
+def op_memory(backend: str, case: Case, num_threads: int) -> int:
+    """Peak extra memory of one forward and backward pass, in this process's first pass of that size."""
+    torch.set_num_threads(num_threads)
+    small = dataclasses.replace(case, height=case.kernel_size, width=case.kernel_size, batch_size=1)
+    build_contender(backend, small).train()  # what is loaded once is not the pass's
+    return extra_memory(build_contender(backend, case).train, torch.device(case.device))

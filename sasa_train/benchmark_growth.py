@@ -1,0 +1,82 @@
+"""`sasa-benchmark attention --growth`: how time and memory grow with the map and with the window.
+
+Maps are square; the batch is chosen so that all hold about equally many pixels. All sizes are timed in turn, forward
+and backward, and given for one image. The exponents are the slopes in the logarithms: 1 over a map's pixels is linear.
+"""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from sasa_train.benchmark_contenders import YARDSTICK, Case, admitted, new_result, op_memory
+from sasa_train.benchmark_timing import (
+    extra_memory,
+    fitted_exponent,
+    in_fresh_process,
+    progress_bar,
+    spread,
+    time_in_turn,
+)
+
+CUDA_IMAGES = 16  # of the largest map, where a GPU needs more than one to be busy
+
+
+def measure_growth(options: Namespace, backends: Sequence[str], device: torch.device) -> dict[str, Any]:
+    result = new_result("growth")
+    num_pixels = max(options.growth_sides) ** 2 * (CUDA_IMAGES if device.type == "cuda" else 1)
+
+    def case(side: int, kernel_size: int) -> Case:
+        batch_size = options.batch_size or max(1, round(num_pixels / side**2))
+        rest = (batch_size, options.num_heads, kernel_size, options.dtype, device.type)
+        return Case(side, side, options.growth_channels, False, *rest)
+
+    over = {
+        "map": [case(side, options.kernel_size) for side in options.growth_sides],
+        "window": [case(options.growth_side, kernel_size) for kernel_size in options.growth_kernel_sizes],
+    }
+    with progress_bar(len(over) * options.repeats, "growth") as bar:
+        for axis, cases in over.items():
+            # a 3x3 convolution has no window to grow
+            grown = [backend for backend in backends if axis == "map" or backend != YARDSTICK]
+            contenders = {
+                (backend, case): contender
+                for case in cases
+                for backend, contender in admitted(grown, case, options.backends is not None, result).items()
+            }
+            labels = {f"{backend} {case.label} {case.kernel_size}": (backend, case) for backend, case in contenders}
+            runs = {label: contenders[key].train for label, key in labels.items()}
+            seconds = time_in_turn(runs, options.repeats, device, bar)
+            for label, (backend, case_) in labels.items():
+                memory = None
+                if device.type == "cuda":
+                    memory = extra_memory(runs[label], device)
+                elif options.memory:
+                    memory = in_fresh_process(op_memory, backend, case_, torch.get_num_threads())
+                result["rows"].append(_row(axis, backend, case_, seconds[label], memory))
+    result["summary"] = fit(result["rows"])
+    return result
+
+
+def _row(axis: str, backend: str, case: Case, seconds: list[float], memory: int | None) -> dict[str, Any]:
+    per_image = spread([s / case.batch_size for s in seconds])
+    row = {"axis": axis, "backend": backend, "side": case.height, "kernel_size": case.kernel_size}
+    row |= {"channels": case.channels, "batch_size": case.batch_size, "seconds_per_image": per_image}
+    return row if memory is None else row | {"memory_bytes_per_image": memory / case.batch_size}
+
+
+def fit(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The fitted exponents, a line a backend and axis."""
+    lines = []
+    for axis, unit in (("map", "pixels"), ("window", "K")):
+        for backend in dict.fromkeys(row["backend"] for row in rows):
+            mine = [row for row in rows if (row["axis"], row["backend"]) == (axis, backend)]
+            if len(mine) < 2:
+                continue
+            sizes = [row["side"] ** 2 if axis == "map" else row["kernel_size"] for row in mine]
+            times = [row["seconds_per_image"]["median"] for row in mine]
+            line = f"{backend}: time ~ {unit}^{fitted_exponent(sizes, times):.2f}"
+            memory = [row.get("memory_bytes_per_image", 0) for row in mine]
+            lines.append(line + (f", memory ~ {unit}^{fitted_exponent(sizes, memory):.2f}" if all(memory) else ""))
+    return lines

@@ -1,0 +1,128 @@
+"""What `sasa-benchmark` measures with: contenders timed in turn, their ratios, and peak memory (bytes)."""
+
+import ctypes
+import math
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from sasa_train.machine import peak_memory
+
+SHORTEST_SECONDS = 0.02  # of one measurement: a call that is quicker is repeated within it, and the time divided
+MAX_CALLS = 1000
+NUM_WARM_UPS = 2
+
+Run = Callable[[], object]
+
+
+def progress_bar(total: int, description: str) -> tqdm:
+    """On stderr, with the time that is left."""
+    return tqdm(total=total, desc=description, file=sys.stderr, leave=False)
+
+
+def time_in_turn(
+    contenders: Mapping[str, Run], repeats: int, device: torch.device, bar: tqdm
+) -> dict[str, list[float]]:
+    """Seconds of a call of each contender, one for each repetition.
+
+    Every repetition times all of them, in alternating order and after a warm-up, so that what happens to the machine
+    meanwhile happens to all.
+    """
+    num_calls = {name: _num_calls(run, device) for name, run in contenders.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for repetition in range(repeats):
+        for name in list(contenders)[:: -1 if repetition % 2 else 1]:
+            seconds[name].append(time_calls(contenders[name], num_calls[name], device))
+        bar.update()
+    return seconds
+
+
+def _num_calls(run: Run, device: torch.device) -> int:
+    for _ in range(NUM_WARM_UPS):
+        run()
+    return min(MAX_CALLS, math.ceil(SHORTEST_SECONDS / max(time_calls(run, 1, device), 1e-9)))
+
+
+def time_calls(run: Run, num_calls: int, device: torch.device) -> float:
+    """Seconds a call; on CUDA between two events in the stream."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(num_calls):
+            run()
+        return (time.perf_counter() - start) / num_calls
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    for _ in range(num_calls):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1000 / num_calls
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "all": list(values)}
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, Any]:
+    """The median of the repetitions' own ratios, with quartiles."""
+    ratios = [a / b for a, b in zip(numerators, denominators, strict=True)]
+    quartiles = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else [ratios[0]] * 3
+    return {"median": statistics.median(ratios), "quartiles": [quartiles[0], quartiles[2]]}
+
+
+def fitted_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """e of `values` ~ `sizes`**e: the slope of the line through the logarithms."""
+    return statistics.linear_regression([math.log(s) for s in sizes], [math.log(v) for v in values]).slope
+
+
+def extra_memory(run: Run, device: torch.device) -> int:
+    """What a call takes at its peak above what was held before it.
+
+    On CUDA the allocator's count. On the CPU the resident set's, which also sees what libraries take for themselves;
+    for that the process must be fresh, since memory that was taken and freed before is not counted again.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    before = _forget_peak(device)
+    run()
+    return _peak_resident(device) - before
+
+
+def _forget_peak(device: torch.device) -> int:
+    """Linux: the peak becomes what is resident now. Elsewhere it stays, and is what later peaks are compared with."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)  # freed memory that the C library kept would be used again unseen
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return peak_memory(device)
+    return _peak_resident(device)
+
+
+def _peak_resident(device: torch.device) -> int:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return peak_memory(device)
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def in_fresh_process(function: Callable[..., int], *arguments: object) -> int:
+    """What `function` returns in a process that has run nothing else."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()

@@ -1,0 +1,249 @@
+"""`sasa-benchmark`: what it writes is what it measured, it times nothing wrong, and it refuses before it works."""
+
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from sasa_train import benchmark, benchmark_timing
+from sasa_train.attention import cpu
+from sasa_train.benchmark_contenders import Case, build_contender, check
+
+SMALL = ["--num-heads=2", "--kernel-size=3", "--batch-size=1", "--device=cpu"]
+SHAPES = ["--shapes", "3x5x8", "4x6x8/2"]
+GPU_CHECK = Path(__file__).parents[1] / "scripts/gpu_check.py"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Times are not judged here, and the C library's settings would outlive the test."""
+    monkeypatch.setattr(benchmark_timing, "SHORTEST_SECONDS", 1e-9)
+    monkeypatch.setattr(benchmark, "keep_freed_memory", lambda: None)
+
+
+def run(tmp_path: Path, *arguments: str, expect: int = 0) -> dict:
+    path = tmp_path / "result.json"
+    assert benchmark.run_command([*arguments, f"--json={path}"]) == expect
+    return json.loads(path.read_text())
+
+
+def assert_consistent(ratio: dict, numerators: list[float], denominators: list[float]) -> None:
+    ratios = [a / b for a, b in zip(numerators, denominators, strict=True)]
+    assert ratio["median"] == pytest.approx(statistics.median(ratios))
+    low, high = ratio["quartiles"]
+    assert min(ratios) <= low <= ratio["median"] <= high <= max(ratios)
+
+
+def test_attention_writes_what_it_measured(tmp_path, capsys):
+    """The published table, JSON and chart come from one set of repetitions."""
+    picture = tmp_path / "chart.png"
+    result = run(tmp_path, "attention", *SMALL, *SHAPES, "--repeats=3", f"--plot={picture}")
+    rows = {(row["shape"], row["backend"]): row for row in result["rows"]}
+    assert list(rows) == [(shape, name) for shape in SHAPES[1:] for name in ("conv", "cpu")]
+    for (shape, _), row in rows.items():
+        for what in ("forward", "forward_backward"):
+            seconds, yardstick = row[f"{what}_seconds"]["all"], rows[shape, "conv"][f"{what}_seconds"]["all"]
+            assert len(seconds) == 3 and min(seconds) > 0
+            assert row[f"{what}_seconds"]["median"] == statistics.median(seconds)
+            assert_consistent(row[f"{what}_ratio"], seconds, yardstick)
+    worst = rows["3x5x8", "cpu"]["forward_backward_ratio"]["median"]
+    assert result["summary"] == [
+        f"cpu/conv, forward+backward, shapes at which no stage begins: geometric mean {worst:.3f}, "
+        f"worst {worst:.3f} (3x5x8)"
+    ]
+    assert any(note.startswith("flex left out: ") for note in result["notes"])
+    assert {"date", "hardware", "versions", "command"} == result["header"].keys()
+    assert torch.__version__.split("+")[0] in result["header"]["versions"]
+    out = capsys.readouterr().out
+    assert out.startswith("date: ") and out.count("\n| 3x5x8, batch 1 | ") == 2 and result["summary"][0] in out
+    with Image.open(picture) as image:
+        assert image.format == "PNG" and min(image.size) > 300 and len(image.convert("L").getcolors()) > 10
+
+
+@pytest.mark.parametrize("what", ["output", "gradient"])
+def test_a_wrong_backend_is_not_timed(what, tmp_path, monkeypatch, capsys):
+    """A fast kernel that computes something else must never make it into a table."""
+    name = f"local_attention_{'forward' if what == 'output' else 'backward'}"
+    right = getattr(cpu, name)
+
+    def wrong(*arguments):
+        result = right(*arguments)
+        (result[0] if what == "output" else arguments[-1][1]).mul_(1.01)  # of the gradients the key's
+        return result
+
+    monkeypatch.setattr(cpu, name, wrong)
+    result = run(tmp_path, "attention", *SMALL, *SHAPES, "--repeats=1", "--backends", "conv", "cpu", expect=1)
+    assert {row["backend"] for row in result["rows"]} == {"conv"} and result["failed"]
+    named = "output" if what == "output" else "the gradient of key"
+    assert f"note: cpu at 3x5x8 is wrong and was not timed: {named} differs" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("begins_stage", [False, True])
+def test_flex_attention_is_the_same_function(begins_stage, monkeypatch):
+    """Uncompiled and with its check for the CPU out of the way: score_mod and block mask say what ours computes."""
+    from torch.nn.attention import flex_attention
+
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    assert check("flex", Case(5, 7, 16, begins_stage, 2, 2, 3, "fp32", "cpu")) is None
+
+
+def test_the_contenders_read_one_fused_projection():
+    contender = build_contender("cpu", Case(5, 7, 16, False, 2, 2, 3, "bf16", "cpu"))
+    fused, rel_height, rel_width = contender.leaves
+    assert fused.shape == (2, 48, 5, 7) and fused.is_contiguous(memory_format=torch.channels_last)
+    assert fused.dtype == torch.bfloat16 and rel_height.shape == rel_width.shape == (3, 4)
+    assert [grad.shape for grad in contender.train()] == [leaf.shape for leaf in contender.leaves]
+
+
+def test_layers(tmp_path):
+    result = run(tmp_path, "attention", "--layers", "--repeats=1", *SMALL, "--shapes", "8x8x16", "4x4x16")
+    found = [(row["shape"], row["backend"]) for row in result["rows"]]
+    names = {"8x8x16": ("conv", "attention", "halo"), "4x4x16": ("conv", "attention")}
+    assert found == [(shape, name) for shape in names for name in names[shape]]
+    assert list(result["left_out"].values()) == [["4x4x16"]]
+
+
+def test_growth_fits_its_own_rows(tmp_path):
+    picture = tmp_path / "growth.png"
+    sizes = ["--growth-sides", "3", "6", "--growth-kernel-sizes", "3", "7", "--growth-side=6", "--growth-channels=8"]
+    result = run(
+        tmp_path, "attention", "--growth", "--num-heads=2", "--kernel-size=3", "--device=cpu", "--repeats=2",
+        "--backends", "conv", "cpu", *sizes, f"--plot={picture}",
+    )  # fmt: skip
+    found = [
+        (row["axis"], row["backend"], row["side"], row["kernel_size"], row["batch_size"]) for row in result["rows"]
+    ]
+    assert found == [
+        ("map", "conv", 3, 3, 4), ("map", "cpu", 3, 3, 4), ("map", "conv", 6, 3, 1), ("map", "cpu", 6, 3, 1),
+        ("window", "cpu", 6, 3, 1), ("window", "cpu", 6, 7, 1),
+    ]  # fmt: skip
+    assert [line.split("^")[0] for line in result["summary"]] == [
+        "conv: time ~ pixels", "cpu: time ~ pixels", "cpu: time ~ K"
+    ]  # fmt: skip
+    with Image.open(picture) as image:
+        assert image.format == "PNG"
+
+
+def test_fitted_exponent_of_a_power_law():
+    assert benchmark_timing.fitted_exponent([2, 3, 7], [5 * n**1.5 for n in (2, 3, 7)]) == pytest.approx(1.5)
+
+
+def test_memory_is_the_peak_of_a_fresh_process():
+    """Each figure starts from zero: what an earlier contender took and freed would otherwise hide the next one's."""
+    found = benchmark_timing.in_fresh_process(_take_and_free, 50)
+    assert 49 * 2**20 <= found <= 60 * 2**20
+
+
+def _take_and_free(mib: int) -> int:
+    torch.zeros(200 * 2**20, dtype=torch.uint8).fill_(1)  # an earlier, higher peak
+    return benchmark_timing.extra_memory(
+        lambda: torch.zeros(mib * 2**20, dtype=torch.uint8).fill_(1), torch.device("cpu")
+    )
+
+
+MODELS = ["conv_resnet26,stem=conv_small,width=0.125", "hybrid_resnet26,stem=conv_small,width=0.125,num_heads=2"]
+TINY_MODEL = ["--image-size=8", "--batch-size=2", "--num-classes=5", "--device=cpu"]
+
+
+def test_models(tmp_path):
+    picture = tmp_path / "models.png"
+    options = ["--repeats=2", "--memory-format=best", "--memory", f"--plot={picture}"]
+    result = run(tmp_path, "model", *MODELS, *TINY_MODEL, *options)
+    first, second = result["rows"]
+    assert [row["model"] for row in result["rows"]] == MODELS
+    for what in ("training", "inference"):
+        speeds = second[f"{what}_images_per_sec"]["all"], first[f"{what}_images_per_sec"]["all"]
+        assert_consistent(second[f"{what}_ratio"], *speeds)
+    assert all(row["memory_bytes"] > 12 * row["parameters"] for row in result["rows"])  # weights, gradients, momentum
+    with Image.open(picture) as image:
+        assert image.format == "PNG"
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_models_under_autocast_with_checkpointing(dtype, tmp_path):
+    options = ["--repeats=1", f"--dtype={dtype}", "--grad-checkpointing"]
+    assert len(run(tmp_path, "model", MODELS[1], *TINY_MODEL, *options)["rows"]) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["model", "hybrid_resnet27"], "hybrid_resnet26"),
+        (["model", "conv_resnet26,stam=conv"], "stem"),
+        (["model", "conv_resnet26,stem"], "dial=value"),
+        (["model", "sasa_resnet26", "--image-size=30"], "32 x 32"),
+        (["attention", "--shapes", "5x19"], "height x width x channels"),
+        (["attention", "--shapes", "5x19x12"], "--num-heads 8"),
+        (["attention", "--backends", "natten"], "natten is not installed"),
+        (["attention", "--backends", "flex", "--device=cpu"], "backward"),
+        (["attention", "--kernel-size=4"], "odd"),
+        (["attention", "--json=nowhere/out.json"], "no folder nowhere"),
+    ],
+)
+def test_refusals_name_the_remedy(arguments, message, capsys):
+    if "natten" in arguments and importlib.util.find_spec("natten"):
+        pytest.skip("natten is installed")
+    assert benchmark.run_command(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_matplotlib_a_chart_is_refused_before_anything_is_measured(monkeypatch, capsys):
+    """An hour of measuring must not end in an ImportError."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else found(name, *a))
+    monkeypatch.setattr(benchmark, "_set_up", lambda options: pytest.fail("went on to measure"))
+    assert benchmark.run_command(["attention", "--plot=chart.png"]) == 2
+    assert "pip install 'sasa_train[plots]'" in capsys.readouterr().err
+
+
+def test_help_is_quick(command):
+    assert (
+        "torch"
+        not in subprocess.run(
+            [sys.executable, "-c", "import sasa_train.benchmark, sys; print(*sys.modules)"],
+            capture_output=True,
+            text=True,
+        ).stdout.split()
+    )
+    assert "HxWxC/2 where a stage begins" in command("benchmark", "attention", "--help").stdout
+
+
+def gpu_check(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(GPU_CHECK), str(folder), "--dry-run", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=250)
+
+
+def test_gpu_check_goes_on_after_a_failed_part(tmp_path):
+    """A GPU is lent for minutes: one part's failure must not cost the others, nor a second try what is done."""
+    (tmp_path / "flex_fp32.json").mkdir()  # cannot be written
+    process = gpu_check(tmp_path, "--only", "flex_fp32", "roofline")
+    assert process.returncode == 1 and "flex_fp32 ... failed (1" in process.stdout
+    assert "roofline ... done" in process.stdout and "1 of 7 parts done" in process.stdout
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["parts"]["op_bf16"] is None and summary["parts"]["roofline"]["exit_code"] == 0
+    for row in summary["results"]["roofline"]["rows"]:
+        passes = 12 * 16 * 16 * (4 if row["dtype"] == "fp32" else 2)  # bytes of a 4x4x16 map
+        assert row["bytes_per_sec"] * row["seconds"] == pytest.approx(passes)
+        assert row["of_copy"] == pytest.approx(row["bytes_per_sec"] / row["copy_bytes_per_sec"])
+    assert "## roofline (exit code 0" in (tmp_path / "summary.md").read_text()
+
+
+@pytest.mark.slow
+def test_gpu_check_runs_every_part(tmp_path):
+    process = gpu_check(tmp_path)
+    assert process.returncode == 0, process.stdout
+    assert {path.stem for path in tmp_path.glob("*.png")} == {
+        "op_bf16",
+        "op_fp32",
+        "flex_bf16",
+        "flex_fp32",
+        "models_bf16",
+    }
+    assert gpu_check(tmp_path).stdout.startswith("7 of 7 parts done")
