@@ -1,9 +1,10 @@
-"""The compiled CPU kernel: built from `csrc/local_attention.cpp` at first use, kept in a cache, called by ctypes.
+"""The compiled CPU kernels: built from `csrc/*.cpp` at first use, kept in a cache, called by ctypes.
 
-One library a kernel_size and instruction set (AVX-512, AVX2, baseline; whatever this CPU runs), a few seconds each. Its
-name holds a hash of the source, the flags and the compiler, so that nothing stale is loaded, and the hash of its own
-bytes, so that nothing damaged is. It appears by a rename: processes that build at once do the same work twice and no
-harm. `$SASA_TRAIN_CACHE` moves the folder, `$CXX` names the compiler.
+Called here is `csrc/local_attention.cpp`; stem.py calls `csrc/attention_stem.cpp`. One library a kernel_size (for the
+stem: a number of input channels) and instruction set (AVX-512, AVX2, baseline; whatever this CPU runs), a few seconds
+each. Its name holds a hash of the sources, the flags and the compiler, so that nothing stale is loaded, and the hash of
+its own bytes, so that nothing damaged is. It appears by a rename: processes that build at once do the same work twice
+and no harm. `$SASA_TRAIN_CACHE` moves the folder, `$CXX` names the compiler.
 
 OpenMP: the library is linked without a runtime of its own and takes the one that torch has loaded; a second one would
 keep a second pool of threads spinning beside torch's.
@@ -19,11 +20,14 @@ import subprocess
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("csrc") / "local_attention.cpp"
+SOURCES = Path(__file__).with_name("csrc")
+HEADER = SOURCES / "vectors.h"
+SIZES = {"local_attention": "KERNEL_SIZE", "attention_stem": "IN_CHANNELS"}  # what each source is compiled for
 MAX_KERNEL_SIZE = 15
 MAX_LANES = 16
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared", "-fno-exceptions", "-w")
@@ -67,8 +71,7 @@ def unavailable(query: Tensor, kernel_size: int) -> str | None:
         return f"the tensors are {query.dtype}; the kernel computes in float32"
     if kernel_size > MAX_KERNEL_SIZE:
         return f"kernel_size={kernel_size} is above {MAX_KERNEL_SIZE}"
-    library = _library(kernel_size, _instruction_set())
-    return library if isinstance(library, str) else None
+    return why_not_built("local_attention", kernel_size)
 
 
 def empty_output(value: Tensor, stride: int) -> Tensor:
@@ -111,7 +114,7 @@ def local_attention_forward(
     problem.query, problem.value, problem.output = _strided(query), _strided(value), _strided(output)
     problem.key = _strided(key)
     tables = _set_rel(problem, rel_height, rel_width)
-    _run("forward", problem, kernel_size)
+    run("local_attention", kernel_size, "forward", problem)
     del tables  # alive until here
     return output, statistics
 
@@ -151,7 +154,7 @@ def local_attention_backward(
     grad_tables = [torch.empty_like(table) for table in tables]
     if grad_tables:
         problem.grad_rel_height, problem.grad_rel_width = (grad.data_ptr() for grad in grad_tables)
-    _run("backward", problem, kernel_size)
+    run("local_attention", kernel_size, "backward", problem)
     if rel_height is None or rel_width is None:
         return grad_query, grad_key, grad_value, None, None
     grad_rel_height, grad_rel_width = map(_like, grad_tables, (rel_height, rel_width))
@@ -190,8 +193,18 @@ def _like(grad: Tensor, rel: Tensor) -> Tensor:
     return (grad if grad.dim() == rel.dim() else grad.sum(0)).to(rel.dtype)
 
 
-def _run(function: str, problem: _Problem, kernel_size: int) -> None:
-    library = _library(kernel_size, _instruction_set())
+# ---- running, building and loading a source
+
+
+def why_not_built(source: str, size: int) -> str | None:
+    """Why there is no library of a source for this size, or None; builds it where it is not built yet."""
+    library = _library(source, size, _instruction_set())
+    return library if isinstance(library, str) else None
+
+
+def run(source: str, size: int, function: str, problem: Any) -> None:
+    """Call `sasa_forward` or `sasa_backward` of a source, with the workspace that it asks for."""
+    library = _library(source, size, _instruction_set())
     if isinstance(library, str):
         raise RuntimeError(f"backend='cpu' cannot run: {library}")
     problem.workspace = _workspace(getattr(library, f"sasa_{function}_bytes")(ctypes.byref(problem)))
@@ -208,9 +221,6 @@ def _workspace(num_bytes: int) -> int:
     return _kept.scratch.data_ptr()
 
 
-# ---- building and loading
-
-
 def _instruction_set() -> str:
     """The widest that both this CPU and its operating system support, as torch finds it (ATEN_CPU_CAPABILITY too)."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
@@ -220,16 +230,16 @@ def _instruction_set() -> str:
 
 
 @functools.cache
-def _library(kernel_size: int, instruction_set: str) -> ctypes.CDLL | str:
+def _library(source: str, size: int, instruction_set: str) -> ctypes.CDLL | str:
     """The loaded library, or the reason why there is none."""
     compiler = os.environ.get("CXX") or next((name for name in COMPILERS if shutil.which(name)), None)
     if compiler is None:
         return "no C++ compiler found (install g++, or name one in $CXX)"
     reason = ""
     for compile_flags, link_flags in OPENMP:
-        flags = (*FLAGS, *INSTRUCTION_SETS[instruction_set], f"-DKERNEL_SIZE={kernel_size}", *compile_flags)
+        flags = (*FLAGS, *INSTRUCTION_SETS[instruction_set], f"-D{SIZES[source]}={size}", *compile_flags)
         try:
-            return _load(_built(compiler, flags, link_flags))
+            return _load(_built(source, compiler, flags, link_flags))
         except (OSError, subprocess.SubprocessError) as error:
             reason = reason or f"{compiler} could not build it: {error} {getattr(error, 'stderr', None) or ''}".strip()
     return reason
@@ -240,29 +250,30 @@ def _load(path: Path) -> ctypes.CDLL:
     results = {"forward": None, "backward": None, "forward_bytes": ctypes.c_int64, "backward_bytes": ctypes.c_int64}
     for name, result in results.items():
         function = getattr(library, f"sasa_{name}")
-        function.argtypes, function.restype = (ctypes.POINTER(_Problem),), result
+        function.argtypes, function.restype = (ctypes.c_void_p,), result
     return library
 
 
-def _built(compiler: str, flags: tuple[str, ...], link_flags: tuple[str, ...]) -> Path:
+def _built(source: str, compiler: str, flags: tuple[str, ...], link_flags: tuple[str, ...]) -> Path:
     """The path of the library in the cache; compiled where it is missing or damaged."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    key = _digest("\0".join([SOURCE.read_text(), version, *flags, "", *link_flags]).encode())
+    path = SOURCES / f"{source}.cpp"
+    key = _digest("\0".join([path.read_text(), HEADER.read_text(), version, *flags, "", *link_flags]).encode())
     folder = _cache_folder()
-    for path in folder.glob(f"local_attention-{key}-*.so"):
-        if path.stem.endswith(_digest(path.read_bytes())):
-            return path
-        path.unlink(missing_ok=True)
+    for kept in folder.glob(f"{source}-{key}-*.so"):
+        if kept.stem.endswith(_digest(kept.read_bytes())):
+            return kept
+        kept.unlink(missing_ok=True)
     handle, aside = tempfile.mkstemp(suffix=".tmp", dir=folder)
     os.close(handle)
     try:
-        command = [compiler, *flags, str(SOURCE), "-o", aside, *link_flags]
+        command = [compiler, *flags, str(path), "-o", aside, *link_flags]
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=BUILD_SECONDS)
-        path = folder / f"local_attention-{key}-{_digest(Path(aside).read_bytes())}.so"
-        os.replace(aside, path)
+        built = folder / f"{source}-{key}-{_digest(Path(aside).read_bytes())}.so"
+        os.replace(aside, built)
     finally:
         Path(aside).unlink(missing_ok=True)
-    return path
+    return built
 
 
 def _cache_folder() -> Path:

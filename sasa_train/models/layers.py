@@ -8,7 +8,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sasa_train.attention import local_attention_qkv
+from sasa_train.attention import local_attention_qkv, stem
+from sasa_train.attention.dispatch import BACKENDS
+from sasa_train.batch_norm import can_normalise_picked, is_plain, normalise_picked
 
 POSITIONS = ("relative", "absolute", "none")
 BLOCK_SIZE = 4  # the attention stem's blocks, and its max pool
@@ -151,8 +153,12 @@ class AttentionStem(nn.Module):
         pool: whether the 4x4 max pool follows; without it the stem suits images of 64 pixels and less.
         num_heads, num_mixtures: the paper's 4 heads; 4 mixtures (its number is not given).
         relative: whether q.r is part of the score.
+        backend: "auto": the compiled kernel (sasa_train/attention/stem.py) where it can run, which is on a CPU in
+            float32 and not for values="conv", else PyTorch; "cpu": the kernel, or an error; "reference", "triton":
+            PyTorch.
 
     Raises:
+        RuntimeError: backend="cpu" cannot run.
         ValueError: `num_heads` does not fit `out_channels`; in forward, an image whose sides 4 does not divide.
     """
 
@@ -165,13 +171,16 @@ class AttentionStem(nn.Module):
         num_heads: int = STEM_NUM_HEADS,
         num_mixtures: int = STEM_NUM_MIXTURES,
         relative: bool = True,
+        backend: str = "auto",
     ):
         super().__init__()
         position = "relative" if relative else "none"
         _check_dials(in_channels, out_channels, 2 * BLOCK_SIZE - 1, num_heads, 1, position, content=True)
         if values not in STEM_VALUES:
             raise ValueError(f"values={values!r} must be one of {', '.join(STEM_VALUES)}")
-        self.num_heads, self.values = num_heads, values
+        if backend not in BACKENDS:
+            raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
+        self.num_heads, self.values, self.backend = num_heads, values, backend
         self.qk = nn.Conv2d(in_channels, 2 * out_channels, 1, bias=False)
         if values == "conv":
             self.value: nn.Module = nn.Sequential(
@@ -217,10 +226,37 @@ class AttentionStem(nn.Module):
                 f"image of {height} x {width}: the attention stem needs sides that {BLOCK_SIZE} divides; "
                 f"the next size is {larger[0]} x {larger[1]}, or choose a convolutional stem"
             )
+        if self._runs_kernel(x):
+            return self._forward_kernel(x)
         query, key = (self._blocks(half) for half in self.qk(x).chunk(2, dim=1))
         value = self._blocks(self.value(self._mix(x) if self.values == "mixture" else x))
         out = self._attend(query, key, value)
         return self.pool(self.bn(self._unblock(out, height, width)))
+
+    def _runs_kernel(self, x: Tensor) -> bool:
+        if self.backend in ("reference", "triton") or x.device.type == "meta":
+            return False
+        if self.values == "conv" or not (is_plain(self.qk, nn.Conv2d) and is_plain(self.value, nn.Conv2d)):
+            if self.backend == "cpu":
+                raise RuntimeError("backend='cpu' cannot run: it takes values=mixture or plain without hooks")
+            return False
+        autocast, weight = torch.is_autocast_enabled("cpu"), self.qk.weight
+        return stem.can_run(self.backend, x.device.type, x.dtype, x.shape[1], weight.dtype, autocast)
+
+    def _forward_kernel(self, x: Tensor) -> Tensor:
+        """The same in float32 on the compiled kernel; under autocast the result has its dtype, as in `_attend`."""
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        with torch.autocast("cpu", enabled=False):
+            mixture = self.mixture_weights() if self.values == "mixture" else x.new_ones(1, BLOCK_SIZE, BLOCK_SIZE)
+            assert isinstance(self.value, nn.Conv2d)
+            w_v = self.value.weight.flatten(1).unflatten(1, (len(mixture), -1))
+            inputs = (x, self.qk.weight.flatten(1), w_v, mixture, self.rel_height, self.rel_width, self.num_heads)
+            if is_plain(self.pool, nn.MaxPool2d) and can_normalise_picked(self.bn):
+                picked, mean, variance = stem.attention_stem_pooled(*inputs, self.bn.weight.detach().sign())
+                count = x.shape[0] * x.shape[2] * x.shape[3]
+                return normalise_picked(self.bn, picked, mean, variance, count).to(dtype)
+            out = stem.attention_stem(*inputs).to(dtype)
+        return self.pool(self.bn(out))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Full attention inside each block, [B, N, blocks, 16, D]; as `local_attention`, half precision in float32."""

@@ -105,7 +105,7 @@ class ResNet(nn.Module):
         }
         self.num_classes, self.drop_rate, self.grad_checkpointing = num_classes, drop_rate, False
         channels = round(STEM_CHANNELS * width)
-        self.stem, reduction = build_stem(stem, in_chans, channels)
+        self.stem, reduction = build_stem(stem, in_chans, channels, backend)
         self.feature_info = [{"num_chs": channels, "reduction": reduction, "module": "stem"}]
         stages: list[nn.Module] = []
         last_block, num_built = sum(BLOCK_COUNTS[depth]) - 1, 0
@@ -180,7 +180,7 @@ class ResNet(nn.Module):
 OWN_INIT = (LocalSelfAttention2d, AttentionStem)
 
 
-def build_stem(stem: str, in_chans: int, channels: int) -> tuple[nn.Module, int]:
+def build_stem(stem: str, in_chans: int, channels: int, backend: str = "auto") -> tuple[nn.Module, int]:
     """Return the stem and its reduction (input pixels an output position)."""
     if stem == "conv":
         conv = nn.Conv2d(in_chans, channels, 7, 2, padding=3, bias=False)
@@ -189,11 +189,11 @@ def build_stem(stem: str, in_chans: int, channels: int) -> tuple[nn.Module, int]
         conv = nn.Conv2d(in_chans, channels, 3, padding=1, bias=False)
         return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)), 1
     if stem == "attention_small":
-        return AttentionStem(in_chans, channels, pool=False), 1
+        return AttentionStem(in_chans, channels, pool=False, backend=backend), 1
     values = {"attention": "mixture", "attention_plain": "plain", "attention_convvalues": "conv"}
     if stem not in values:
         raise ValueError(f"stem={stem!r} must be one of {', '.join(STEMS)}")
-    return AttentionStem(in_chans, channels, values=values[stem]), 4
+    return AttentionStem(in_chans, channels, values=values[stem], backend=backend), 4
 
 
 def _build(variant: str, pretrained: bool, **kwargs) -> ResNet:

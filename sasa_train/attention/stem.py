@@ -1,0 +1,395 @@
+"""The attention stem as two torch.library ops on the compiled kernel, `csrc/attention_stem.cpp`; float32, on the CPU.
+
+The definition, and what runs everywhere else, is `AttentionStem` in sasa_train/models/layers.py, which calls
+`attention_stem` (every position) or, where batch norm and max pool follow, `attention_stem_pooled` (of each block its
+largest number, of each channel mean and variance).
+"""
+
+import ctypes
+import functools
+import logging
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from sasa_train.attention import cpu
+
+SIDE = 4  # of a block
+MAX_IN_CHANNELS = 8  # scores cost in_channels, not head_dim, multiplications: the fewer channels, the more is won
+LOG2_E = 1.4426950408889634  # the kernel's exponential is to the base 2
+
+log = logging.getLogger(__name__)
+
+
+@torch.compiler.assume_constant_result
+def can_run(
+    backend: str, device: str, dtype: torch.dtype, in_channels: int, weights: torch.dtype, autocast: bool
+) -> bool:
+    """Whether the kernel runs on such an image and weights; builds it at first use.
+
+    `backend` is "cpu", which must not fail, or "auto", which says once why a CPU goes the slow way.
+
+    Raises:
+        RuntimeError: "cpu" cannot run.
+    """
+    reason = _unavailable(device, dtype, in_channels, weights, autocast)
+    if backend == "cpu" and reason is not None:
+        raise RuntimeError(f"backend='cpu' cannot run: {reason}")
+    if device == "cpu" and reason is not None:
+        _say_once(reason)
+    return reason is None
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    log.warning(
+        f"attention stem: backend=auto runs PyTorch, many times slower than the compiled kernel, because {reason}"
+    )
+
+
+def _unavailable(device: str, dtype: torch.dtype, in_channels: int, weights: torch.dtype, autocast: bool) -> str | None:
+    if device != "cpu":
+        return f"the image is on {device}"
+    if weights != torch.float32 or dtype not in (torch.float32, *([torch.bfloat16, torch.float16] if autocast else [])):
+        return f"the image is {dtype} and the weights are {weights}; the kernel computes in float32"
+    if in_channels > MAX_IN_CHANNELS:
+        return f"in_channels={in_channels} is above {MAX_IN_CHANNELS}"
+    return cpu.why_not_built("attention_stem", in_channels)
+
+
+def attention_stem(
+    x: Tensor,
+    w_qk: Tensor,
+    w_v: Tensor,
+    mixture: Tensor,
+    rel_height: Tensor | None,
+    rel_width: Tensor | None,
+    num_heads: int,
+) -> Tensor:
+    """Full attention inside each 4x4 block, [B, C, H, W] in channels_last memory, float32.
+
+    Args:
+        x: the image [B, C_in, H, W], any strides, 4 divides H and W.
+        w_qk: [2C, C_in], queries above keys.
+        w_v, mixture: [C, m, C_in] and [m, 4, 4]: values of place (a, b) are sum_m mixture[m, a, b] w_v[:, m] x.
+        rel_height, rel_width: [7, D/2], or both None.
+    """
+    return _attention_stem(x.float(), w_qk, w_v, mixture, rel_height, rel_width, num_heads)
+
+
+def attention_stem_pooled(
+    x: Tensor,
+    w_qk: Tensor,
+    w_v: Tensor,
+    mixture: Tensor,
+    rel_height: Tensor | None,
+    rel_width: Tensor | None,
+    num_heads: int,
+    sign: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What an affine map of each channel and a 4x4 max pool need of `attention_stem`.
+
+    Args:
+        sign: [C]: 1 where the map is increasing, -1 where it is decreasing, 0 where it is constant.
+
+    Returns:
+        [B, C, H/4, W/4], each block's largest number (its smallest, its first), strides ordered as those of x; and of
+        each channel the mean and the biased variance over all positions, [C].
+    """
+    picked, _, mean, variance = _attention_stem_pooled(
+        x.float(), w_qk, w_v, mixture, rel_height, rel_width, num_heads, sign
+    )
+    return picked, mean, variance
+
+
+# ---- the kernel
+
+
+class _Image(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in "bchw"))
+
+
+class _Problem(ctypes.Structure):
+    """`Problem` of the C++ source, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "height", "width", "num_heads", "head_dim", "num_threads")),
+        *((name, _Image) for name in ("x", "grad_x")),
+        *((name, ctypes.c_void_p) for name in ("tables", "grad_tables", "map", "pooled")),
+        *((name, ctypes.c_int64) for name in ("pooled_b", "pooled_c", "pooled_p")),
+        *((name, ctypes.c_void_p) for name in ("places", "sign", "mean", "variance", "grad_mean", "grad_variance")),
+        ("workspace", ctypes.c_void_p),
+    )
+
+
+# w_qk, w_v, mixture, rel_height, rel_width
+_Weights = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def _problem(x: Tensor, tables: Tensor, num_heads: int, num_channels: int) -> _Problem:
+    batch, _, height, width = x.shape
+    problem = _Problem(batch, height, width, num_heads, num_channels // num_heads, torch.get_num_threads())
+    problem.x = _Image(x.data_ptr(), *x.stride())
+    problem.tables = tables.data_ptr()
+    return problem
+
+
+def _set_pooled(problem: _Problem, x: Tensor, pooled: Tensor, places: Tensor) -> None:
+    area, num_channels = x.shape[2] * x.shape[3] // SIDE**2, len(places)
+    strides = (1, num_channels) if _memory_format(x) == torch.channels_last else (area, 1)
+    problem.pooled, problem.places = pooled.data_ptr(), places.data_ptr()
+    problem.pooled_b, (problem.pooled_c, problem.pooled_p) = num_channels * area, strides
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    is_channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if is_channels_last else torch.contiguous_format
+
+
+def _heads(w_qk: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """W_Q and W_K, [N, D, C_in], in double."""
+    w_q, w_k = w_qk.double().unflatten(0, (2, num_heads, -1))
+    return w_q, w_k
+
+
+def _tables(weights: _Weights, num_heads: int) -> Tensor:
+    """What the kernel reads of the weights: M, row and col of each head (see its source), and W_V of each place."""
+    w_qk, w_v, mixture, rel_height, rel_width = weights
+    w_q, w_k = _heads(w_qk, num_heads)
+    form = torch.einsum("ndi,ndj->nij", w_q, w_k)
+    if rel_height is None or rel_width is None:
+        relative = w_q.new_zeros(2, num_heads, 2 * SIDE - 1, w_qk.shape[1])
+    else:
+        halves = zip((rel_height, rel_width), w_q.chunk(2, dim=1), strict=True)
+        relative = torch.stack([torch.einsum("rd,ndi->nri", rel.double(), half) for rel, half in halves])
+    value = torch.einsum("ndmi,mp->npdi", w_v.double().unflatten(0, (num_heads, -1)), mixture.double().flatten(1))
+    return torch.cat([LOG2_E * form.flatten(), LOG2_E * relative.flatten(), value.flatten()]).float()
+
+
+def _tables_backward(grad: Tensor, weights: _Weights, num_heads: int) -> list[Tensor]:
+    """Gradients of those of the five weights that are there, from those of the tables (without log2(e))."""
+    w_qk, w_v, mixture, rel_height, rel_width = weights
+    w_q, w_k = _heads(w_qk, num_heads)
+    in_channels, num_offsets = w_qk.shape[1], 2 * SIDE - 1
+    sizes = [num_heads * in_channels**2, *[num_heads * num_offsets * in_channels] * 2, SIDE**2 * w_v[:, 0].numel()]
+    of_form, of_row, of_col, of_value = grad.double().split(sizes)
+    of_form = of_form.view(num_heads, in_channels, in_channels)
+    grad_q, grad_k = torch.einsum("nij,ndj->ndi", of_form, w_k), torch.einsum("nij,ndi->ndj", of_form, w_q)
+    grad_rel = []
+    if rel_height is not None and rel_width is not None:
+        halves = zip((rel_height, rel_width), (of_row, of_col), w_q.chunk(2, 1), grad_q.chunk(2, 1), strict=True)
+        for rel, of_table, w_half, grad_half in halves:
+            of_table = of_table.view(num_heads, num_offsets, in_channels)
+            grad_half += torch.einsum("nri,rd->ndi", of_table, rel.double())
+            grad_rel.append(torch.einsum("nri,ndi->rd", of_table, w_half))
+    of_value = of_value.view(num_heads, SIDE**2, -1, in_channels)
+    heads = w_v.double().unflatten(0, (num_heads, -1))
+    grad_v = torch.einsum("npdi,mp->ndmi", of_value, mixture.double().flatten(1)).flatten(0, 1)
+    grad_mixture = torch.einsum("npdi,ndmi->mp", of_value, heads).view_as(mixture)
+    grads = [torch.stack([grad_q, grad_k]).view_as(w_qk), grad_v, grad_mixture, *grad_rel]
+    present = [weight for weight in weights if weight is not None]
+    return [torch.empty_like(weight).copy_(grad) for weight, grad in zip(present, grads, strict=True)]
+
+
+def _run_backward(problem: _Problem, x: Tensor, weights: _Weights, tables: Tensor, needs_x: bool) -> list[Tensor]:
+    """Gradients of x (if wanted) and the weights; `problem` knows of the output's."""
+    grad_tables = torch.empty_like(tables)
+    problem.grad_tables = grad_tables.data_ptr()
+    grads = [torch.empty_like(x)] if needs_x else []
+    for grad in grads:
+        problem.grad_x = _Image(grad.data_ptr(), *grad.stride())
+    cpu.run("attention_stem", x.shape[1], "backward", problem)
+    return [*grads, *_tables_backward(grad_tables, weights, problem.num_heads)]
+
+
+# ---- every position
+
+
+@torch.library.custom_op("sasa_train::attention_stem", mutates_args=(), device_types="cpu")
+def _attention_stem(
+    x: Tensor,
+    w_qk: Tensor,
+    w_v: Tensor,
+    mixture: Tensor,
+    rel_height: Tensor | None,
+    rel_width: Tensor | None,
+    num_heads: int,
+) -> Tensor:
+    tables = _tables((w_qk, w_v, mixture, rel_height, rel_width), num_heads)
+    output = _empty_map(x, w_v)
+    problem = _problem(x, tables, num_heads, len(w_v))
+    problem.map = output.data_ptr()
+    cpu.run("attention_stem", x.shape[1], "forward", problem)
+    return output
+
+
+def _empty_map(x: Tensor, w_v: Tensor) -> Tensor:
+    shape = (x.shape[0], w_v.shape[0], *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@_attention_stem.register_fake
+def _(x, w_qk, w_v, mixture, rel_height, rel_width, num_heads):
+    return _empty_map(x, w_v)
+
+
+@torch.library.custom_op("sasa_train::attention_stem_backward", mutates_args=(), device_types="cpu")
+def _attention_stem_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    w_qk: Tensor,
+    w_v: Tensor,
+    mixture: Tensor,
+    rel_height: Tensor | None,
+    rel_width: Tensor | None,
+    num_heads: int,
+    needs_x: bool,
+) -> list[Tensor]:
+    weights = (w_qk, w_v, mixture, rel_height, rel_width)
+    tables = _tables(weights, num_heads)
+    grad_output = grad_output.contiguous(memory_format=torch.channels_last)
+    problem = _problem(x, tables, num_heads, len(w_v))
+    problem.map = grad_output.data_ptr()
+    return _run_backward(problem, x, weights, tables, needs_x)
+
+
+@_attention_stem_backward.register_fake
+def _(grad_output, x, w_qk, w_v, mixture, rel_height, rel_width, num_heads, needs_x):
+    return _empty_grads(needs_x, x, w_qk, w_v, mixture, rel_height, rel_width)
+
+
+def _empty_grads(needs_x, x, *weights):
+    return [torch.empty_like(t) for t in (x if needs_x else None, *weights) if t is not None]
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.num_heads = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad_output):
+    tensors = ctx.saved_tensors
+    grads = _attention_stem_backward(grad_output, *tensors, ctx.num_heads, ctx.needs_input_grad[0])
+    return (*_in_places(grads, ctx.needs_input_grad[0], tensors), None)
+
+
+def _in_places(grads, needs_x, tensors):
+    """The gradients at the places of their tensors, None for those that have none."""
+    present = iter(grads)
+    wanted = (needs_x, *(t is not None for t in tensors[1:]))
+    return tuple(next(present) if has_grad else None for has_grad in wanted)
+
+
+_attention_stem.register_autograd(_backward, setup_context=_setup_context)
+
+
+# ---- of each block the largest
+
+
+@torch.library.custom_op("sasa_train::attention_stem_pooled", mutates_args=(), device_types="cpu")
+def _attention_stem_pooled(
+    x: Tensor,
+    w_qk: Tensor,
+    w_v: Tensor,
+    mixture: Tensor,
+    rel_height: Tensor | None,
+    rel_width: Tensor | None,
+    num_heads: int,
+    sign: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The picked numbers, their places in their blocks (uint8 [C, number of blocks]), mean and variance."""
+    tables = _tables((w_qk, w_v, mixture, rel_height, rel_width), num_heads)
+    outputs = picked, places, mean, variance = _empty_pooled(x, w_v)
+    problem = _problem(x, tables, num_heads, len(w_v))
+    _set_pooled(problem, x, picked, places)
+    sign = sign.to(torch.float32).contiguous()
+    problem.sign, problem.mean, problem.variance = sign.data_ptr(), mean.data_ptr(), variance.data_ptr()
+    cpu.run("attention_stem", x.shape[1], "forward", problem)
+    return outputs
+
+
+def _empty_pooled(x: Tensor, w_v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, _, height, width = x.shape
+    shape = (batch, w_v.shape[0], height // SIDE, width // SIDE)
+    picked = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+    places = x.new_empty((shape[1], batch * shape[2] * shape[3]), dtype=torch.uint8)
+    return picked, places, x.new_empty(shape[1]), x.new_empty(shape[1])
+
+
+@_attention_stem_pooled.register_fake
+def _(x, w_qk, w_v, mixture, rel_height, rel_width, num_heads, sign):
+    return _empty_pooled(x, w_v)
+
+
+@torch.library.custom_op("sasa_train::attention_stem_pooled_backward", mutates_args=(), device_types="cpu")
+def _attention_stem_pooled_backward(
+    grad_picked: Tensor,
+    grad_mean: Tensor,
+    grad_variance: Tensor,
+    places: Tensor,
+    mean: Tensor,
+    x: Tensor,
+    w_qk: Tensor,
+    w_v: Tensor,
+    mixture: Tensor,
+    rel_height: Tensor | None,
+    rel_width: Tensor | None,
+    num_heads: int,
+    needs_x: bool,
+) -> list[Tensor]:
+    weights = (w_qk, w_v, mixture, rel_height, rel_width)
+    tables = _tables(weights, num_heads)
+    grad_picked = grad_picked.contiguous(memory_format=_memory_format(x))
+    grad_mean, grad_variance = grad_mean.contiguous(), grad_variance.contiguous()
+    problem = _problem(x, tables, num_heads, len(w_v))
+    _set_pooled(problem, x, grad_picked, places)
+    problem.mean = mean.data_ptr()
+    problem.grad_mean, problem.grad_variance = grad_mean.data_ptr(), grad_variance.data_ptr()
+    return _run_backward(problem, x, weights, tables, needs_x)
+
+
+@_attention_stem_pooled_backward.register_fake
+def _(grad_picked, grad_mean, grad_variance, places, mean, *args):
+    *tensors, _, needs_x = args
+    return _empty_grads(needs_x, *tensors)
+
+
+def _setup_context_pooled(ctx, inputs, output):
+    *tensors, ctx.num_heads, _ = inputs
+    _, places, mean, _ = output
+    ctx.save_for_backward(places, mean, *tensors)
+
+
+def _backward_pooled(ctx, grad_picked, _, grad_mean, grad_variance):
+    tensors = ctx.saved_tensors
+    needs_x = ctx.needs_input_grad[0]
+    grads = _attention_stem_pooled_backward(grad_picked, grad_mean, grad_variance, *tensors, ctx.num_heads, needs_x)
+    return (*_in_places(grads, needs_x, tensors[2:]), None, None)
+
+
+_attention_stem_pooled.register_autograd(_backward_pooled, setup_context=_setup_context_pooled)
+
+
+# ---- FLOPs
+
+
+@register_flop_formula([torch.ops.sasa_train.attention_stem, torch.ops.sasa_train.attention_stem_pooled])
+def _forward_flops(x, w_qk, w_v, mixture, rel_height, *_, **__) -> int:
+    """What the definition costs: projections, q.k, q.r, weights times values; the kernel gets by with less."""
+    batch, in_channels, height, width = x
+    num_channels, num_mixtures, _ = w_v
+    projections = (2 + num_mixtures) * in_channels * num_channels
+    attention = (2 + (rel_height is not None)) * SIDE**2 * num_channels
+    return 2 * (projections + attention) * batch * height * width
+
+
+@register_flop_formula(torch.ops.sasa_train.attention_stem_backward)
+def _backward_flops(grad_output, *args, **kwargs) -> int:
+    """Each product has two gradients of its own cost; what is computed again is not counted."""
+    return 2 * _forward_flops(*args)
+
+
+@register_flop_formula(torch.ops.sasa_train.attention_stem_pooled_backward)
+def _backward_flops_pooled(grad_picked, grad_mean, grad_variance, places, mean, *args, **kwargs) -> int:
+    return 2 * _forward_flops(*args)

@@ -1,0 +1,347 @@
+"""The attention stem's compiled kernel against the module's own PyTorch in float64, with batch norm and max pool."""
+
+import copy
+import logging
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from sasa_train.attention import cpu, stem
+from sasa_train.batch_norm import frozen_running_stats
+from sasa_train.models import AttentionStem, ResNet
+
+
+def needs_compiler() -> str | None:
+    return cpu.why_not_built("attention_stem", 3)
+
+
+pytestmark = pytest.mark.skipif(needs_compiler() is not None, reason=f"no compiled kernel: {needs_compiler()}")
+
+# Float32 against float64: sums of up to a few thousand products of independent signs, each to 6e-8, leave some 1e-6 of
+# a tensor's largest number; ten times that. A gradient that batch norm nearly cancels (that of W_V of a map of a few
+# positions is almost along W_V, to whose length the output is blind) is as exact as what cancels in it: hence `FLOOR`
+# of the largest of all gradients.
+TOLERANCE = 3e-5
+FLOOR = 0.05
+
+
+def build(in_channels: int = 3, channels: int = 16, **dials) -> AttentionStem:
+    """With batch norm weights of both signs and a zero, and running statistics that are not those of the start."""
+    module = AttentionStem(in_channels, channels, **{"num_heads": 2, "backend": "cpu"} | dials)
+    nn.init.normal_(module.bn.weight)
+    nn.init.normal_(module.bn.bias)
+    nn.init.zeros_(module.bn.weight[1:2].detach())
+    module.bn.running_mean.normal_()
+    module.bn.running_var.uniform_(0.5, 2)
+    return module
+
+
+def run(module: nn.Module, x: Tensor, weight: Tensor | float = 1.0) -> dict[str, Tensor]:
+    """Output, gradients (of an output gradient drawn from a seed, times `weight`) and buffers after the step."""
+    x = x.detach().requires_grad_()
+    module.zero_grad()
+    out = module(x)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)) * weight
+    out.backward(grad.to(out.dtype))
+    results = {"out": out.detach(), "grad x": x.grad}
+    results |= {f"grad {name}": p.grad for name, p in module.named_parameters()}
+    return results | {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+
+def clear_of_near_ties(exact_module: AttentionStem, x: Tensor) -> Tensor | float:
+    """1 where the largest of a window is the largest in float32 too (or all are equal), else 0."""
+    if not isinstance(exact_module.pool, nn.MaxPool2d):
+        return 1.0
+    seen, module = [], copy.deepcopy(exact_module)
+    module.pool.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    module(x)
+    windows = seen[0].unfold(2, 4, 4).unfold(3, 4, 4).flatten(4)
+    first, second = windows.topk(2).values.unbind(-1)
+    return ((first - second > 1e-5) | (first == second)).float()
+
+
+def assert_exact(module: AttentionStem, x: Tensor) -> None:
+    exact_module = copy.deepcopy(module).double()
+    exact_module.backend = "reference"
+    weight = clear_of_near_ties(exact_module, x.double())
+    ours, exact = run(module, x, weight), run(exact_module, x.double(), weight)
+    largest = max(float(value.abs().max()) for name, value in exact.items() if name.startswith("grad"))
+    for name, value in exact.items():
+        scale = max(float(value.abs().max()), FLOOR * largest if name.startswith("grad") else 0)
+        torch.testing.assert_close(
+            ours[name].double(), value.double(), rtol=0, atol=TOLERANCE * scale, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+@pytest.mark.parametrize("pool", [True, False])
+@pytest.mark.parametrize("dials", [{}, {"values": "plain"}, {"relative": False}, {"num_mixtures": 3}], ids=str)
+def test_outputs_gradients_and_statistics(dials, pool):
+    """Fewer blocks than lanes, whole groups and parts of them, images that share a group; heads of 2 to 32 numbers."""
+    torch.manual_seed(0)
+    for batch, in_channels, channels, num_heads, height, width in [
+        (1, 1, 8, 2, 4, 4),
+        (2, 3, 16, 4, 12, 20),
+        (3, 3, 64, 4, 36, 28),
+        (5, 4, 24, 3, 8, 40),
+        (4, 3, 64, 2, 4, 52),
+        (2, 3, 64, 8, 16, 16),
+        (2, 3, 20, 2, 12, 12),
+        (1, 3, 16, 8, 28, 4),
+    ]:
+        module = build(in_channels, channels, num_heads=num_heads, pool=pool, **dials)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            for is_training in (True, False):
+                x = torch.randn(batch, in_channels, height, width).contiguous(memory_format=layout)
+                assert_exact(module.train(is_training), x)
+
+
+@pytest.mark.parametrize("pool", [True, False])
+def test_runs_of_many_groups(pool):
+    """More than one run, and a last one that is not whole."""
+    torch.manual_seed(0)
+    assert_exact(build(pool=pool, num_heads=4), torch.randn(3, 3, 148, 92))
+
+
+@pytest.mark.parametrize("pool", [True, False])
+def test_any_strides(pool):
+    torch.manual_seed(0)
+    module, x = build(pool=pool), torch.randn(2, 16, 24, 6)
+    for view in (x[:, :, ::2, 1:4].permute(0, 3, 1, 2), x.permute(0, 3, 2, 1)[:, 3:], x[:, :3, :, :4].flip(2)):
+        assert_exact(module, view)
+    assert_exact(module, torch.randn(1, 1, 8, 12).expand(2, 3, 8, 12))
+    out = torch.randn(2, 16, *((2, 3) if pool else (8, 12)))
+    module(x[:, :3, :8, :4].repeat(1, 1, 1, 3)).backward(out[:, :, :1, :1].expand_as(out))  # a gradient of strides 0
+
+
+@pytest.mark.parametrize("pool", [True, False])
+def test_what_scratch_held_before_does_not_matter(pool):
+    torch.manual_seed(0)
+    module, x = build(pool=pool), torch.randn(2, 3, 12, 20)
+    run(module, x)
+    cpu._kept.scratch.fill_(255)
+    assert_exact(module, x)
+
+
+def op_arguments(module: AttentionStem, x: Tensor) -> tuple:
+    w_v = module.value.weight.flatten(1).unflatten(1, (-1, x.shape[1]))
+    mixture = module.mixture_weights() if module.values == "mixture" else torch.ones(1, 4, 4)
+    weights = (module.qk.weight.flatten(1), w_v, mixture, module.rel_height, module.rel_width)
+    return (x, *(None if w is None else w.detach().requires_grad_() for w in weights), module.num_heads)
+
+
+def test_picks_what_torchs_max_pool_picks():
+    """And of equal numbers the first: with a zero image (or weight) all 16 are equal."""
+    torch.manual_seed(0)
+    module, x = build(num_heads=4), torch.randn(3, 3, 12, 20)
+    x[1, :, 4:8] = 0
+    sign = torch.tensor([1.0, -1, 0, 1] * 4)
+    arguments = op_arguments(module, x)
+    full = stem.attention_stem(*arguments).detach()
+    picked, places, mean, variance = torch.ops.sasa_train.attention_stem_pooled(*arguments, sign)
+    _, index = functional.max_pool2d(full * sign[:, None, None], 4, return_indices=True)
+    expected = full.flatten(2).gather(2, index.flatten(2)).view_as(index)
+    assert torch.equal(picked, expected)
+    inside = index // 20 % 4 * 4 + index % 20 % 4
+    assert torch.equal(places.view(16, 3, 3, 5).transpose(0, 1), inside.byte())
+    channels = full.double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(mean.double(), channels.mean(1), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(variance.double(), channels.var(1, unbiased=False), rtol=1e-5, atol=0)
+
+
+def test_variance_far_from_zero():
+    """Values of 1,000 that differ by 1: the sum of squares about 0 would leave of the variance one digit."""
+    torch.manual_seed(0)
+    module = build(values="plain", relative=False)
+    x = torch.randn(2, 3, 32, 32) * 1e-3 + 1
+    _, w_qk, w_v, *rest = op_arguments(module, x)
+    arguments = (x, w_qk, w_v.detach() * 1e3, *rest)
+    full = stem.attention_stem(*arguments).double().transpose(0, 1).flatten(1)
+    _, mean, variance = stem.attention_stem_pooled(*arguments, torch.ones(16))
+    torch.testing.assert_close(mean.double(), full.mean(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(variance.double(), full.var(1, unbiased=False), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("pool", [True, False])
+def test_the_number_of_threads_changes_no_bit(pool):
+    """Of the ops, that is; torch's own sums around them do depend on it."""
+    torch.manual_seed(0)
+    arguments = op_arguments(build(), torch.randn(3, 3, 148, 92).requires_grad_())
+    inputs, results = [t for t in arguments if isinstance(t, Tensor)], []
+    before = torch.get_num_threads()
+    try:
+        for num_threads in (1, 2, 3, 4, 5):
+            torch.set_num_threads(num_threads)
+            if pool:
+                outputs = stem.attention_stem_pooled(*arguments, torch.ones(16))
+            else:
+                outputs = (stem.attention_stem(*arguments),)
+            grads = [torch.linspace(-1, 1, out.numel()).view_as(out) for out in outputs]
+            results.append([*outputs, *torch.autograd.grad(outputs, inputs, grads)])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None, 0.0])
+def test_running_statistics_move_as_batch_norms_do(momentum):
+    torch.manual_seed(0)
+    module = build()
+    module.bn.momentum = momentum
+    other = copy.deepcopy(module)
+    other.backend = "reference"
+    start = copy.deepcopy(module.bn.state_dict())
+    for _ in range(3):
+        x = torch.randn(2, 3, 8, 12)
+        module(x)
+        other(x)
+    for name, value in module.bn.state_dict().items():
+        torch.testing.assert_close(value, other.bn.state_dict()[name], rtol=1e-5, atol=1e-6)
+        assert momentum != 0.0 or "running" not in name or torch.equal(value, start[name])
+
+
+def test_gradient_checkpointing_computes_it_again_unchanged():
+    torch.manual_seed(0)
+    module, x = build(), torch.randn(2, 3, 8, 12)
+    again, plain = copy.deepcopy(module), run(module, x)
+    forward = again.forward
+    contexts = lambda: (nullcontext(), frozen_running_stats(again))  # noqa: E731
+    again.forward = lambda x: checkpoint(forward, x, use_reentrant=False, context_fn=contexts)
+    recomputed = run(again, x)
+    assert all(torch.equal(value, recomputed[name]) for name, value in plain.items())
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_the_ops_keep_torchs_rules(relative):
+    torch.manual_seed(0)
+    module = build(relative=relative)
+    x = torch.randn(2, 3, 8, 12).contiguous(memory_format=torch.channels_last)
+    arguments = op_arguments(module, x.requires_grad_())
+    torch.library.opcheck(torch.ops.sasa_train.attention_stem, arguments)
+    torch.library.opcheck(torch.ops.sasa_train.attention_stem_pooled, (*arguments, torch.ones(16)))
+
+
+@pytest.mark.parametrize("pool", [True, False])
+def test_compiles_and_exports_as_one_graph(pool):
+    torch.manual_seed(0)
+    module, x = build(pool=pool), torch.randn(2, 3, 8, 12)
+    compiled = copy.deepcopy(module)
+    compiled.compile(fullgraph=True, backend="aot_eager")
+    ours, theirs = run(compiled, x), run(copy.deepcopy(module), x)
+    for name, value in theirs.items():  # the same kernels; torch's sums may be put together differently
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-4)
+    exported = torch.export.export(module.eval(), (x,)).module()
+    torch.testing.assert_close(exported(x), module(x))
+    graphs = [str(m.graph) for m in exported.modules() if isinstance(m, torch.fx.GraphModule)]
+    assert any("sasa_train.attention_stem" in graph for graph in graphs)
+
+
+@pytest.mark.parametrize("pool", [True, False])
+def test_under_autocast_the_result_alone_is_rounded(pool):
+    torch.manual_seed(0)
+    module, x = build(pool=pool).eval(), torch.randn(2, 3, 8, 12)
+    for image in (x, x.bfloat16()):
+        exact = module(image.float())
+        with torch.autocast("cpu", torch.bfloat16):
+            out = module(image)
+        assert out.dtype == torch.bfloat16
+        # each number is rounded by at most 2^-8 of itself: the result, and the map before batch norm
+        torch.testing.assert_close(out.float(), exact, rtol=2**-6, atol=2**-5)
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("pool", [True, False])
+def test_a_nan_is_not_swallowed(pool):
+    module = build(pool=pool).eval()
+    x = torch.randn(2, 3, 12, 20)
+    x[1, 2, 5, 9] = float("nan")
+    reached = module(x).isnan()
+    expected = torch.zeros(2, 1, 3, 5, dtype=torch.bool)
+    expected[1, 0, 1, 2] = True
+    if not pool:
+        expected = expected.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    assert torch.equal(reached, expected.expand_as(reached))
+
+
+def test_huge_scores_stay_finite():
+    torch.manual_seed(0)
+    results = run(build(), 300 * torch.randn(2, 3, 8, 12))
+    assert all(value.isfinite().all() for value in results.values())
+
+
+def test_who_listens_to_batch_norm_hears_the_whole_map():
+    module, x, shapes = build(), torch.randn(2, 3, 8, 12), []
+    expected = module.eval()(x)
+    module.bn.register_forward_hook(lambda m, inputs, output: shapes.append(tuple(output.shape)))
+    torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)
+    assert shapes == [(2, 16, 8, 12)]
+
+
+@pytest.mark.parametrize("dials", [{}, {"values": "plain"}, {"relative": False}, {"pool": False}], ids=str)
+def test_flops_are_those_of_the_definition(dials):
+    counts = []
+    for backend in ("cpu", "reference"):
+        module = build(backend=backend, **dials)
+        with FlopCounterMode(display=False) as counter:
+            module(torch.randn(2, 3, 8, 12))
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
+
+
+def test_backends():
+    """What was asked for by name runs or is an error; auto goes the old way where the kernel cannot."""
+    x = torch.randn(1, 3, 4, 4)
+    for module, image, message in [
+        (build().double(), x.double(), "the weights are torch.float64"),
+        (build(values="conv"), x, "it takes values=mixture or plain"),
+        (build(in_channels=9), torch.randn(1, 9, 4, 4), "in_channels=9 is above 8"),
+    ]:
+        with pytest.raises(RuntimeError, match=f"backend='cpu' cannot run: .*{message}"):
+            module(image)
+        module.backend = "auto"
+        assert module(image).shape == (1, 16, 1, 1)
+    with pytest.raises(ValueError, match="backend='gpu' must be one of"):
+        AttentionStem(3, 16, backend="gpu")
+    for name in ("attention", "attention_small", "attention_plain"):
+        assert ResNet(26, stem=name, width=0.25, num_heads=2, backend="reference").stem.backend == "reference"
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_narrower_instruction_sets(capability):
+    """ATEN_CPU_CAPABILITY is read once a process."""
+    program = (
+        "import torch\n"
+        "from test_attention_stem import assert_exact, build\n"
+        "torch.manual_seed(0)\n"
+        "for pool in (True, False):\n"
+        "    for channels, num_heads in ((16, 4), (64, 4), (12, 3), (16, 2)):\n"
+        "        assert_exact(build(3, channels, num_heads=num_heads, pool=pool), torch.randn(3, 3, 12, 20))\n"
+    )
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=Path(__file__).parent)
+
+
+def test_without_a_compiler_auto_says_so_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("SASA_TRAIN_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "false")
+    cpu._library.cache_clear()
+    stem._say_once.cache_clear()
+    module, x = build(backend="auto"), torch.randn(1, 3, 4, 4)
+    with caplog.at_level(logging.WARNING):
+        assert module(x).shape == module(x).shape == (1, 16, 1, 1)
+    (message,) = [record.message for record in caplog.records]
+    assert message.startswith("attention stem: backend=auto runs PyTorch") and "false could not build it" in message
+    module.backend = "cpu"
+    with pytest.raises(RuntimeError, match="backend='cpu' cannot run: false could not build it"):
+        module(x)
+    cpu._library.cache_clear()
+    stem._say_once.cache_clear()
