@@ -60,8 +60,8 @@ def measure(options: Namespace, device: torch.device) -> dict[str, Any]:
     )
     models = list(dict.fromkeys(options.models))
     for spec in models:
-        model = check_model(parse_model(spec, setting.num_classes), setting.image_size)
-        if options.fold_batch_norms and not isinstance(model, ResNet):
+        checked = check_model(parse_model(spec, setting.num_classes), setting.image_size)
+        if options.fold_batch_norms and not isinstance(checked, ResNet):
             raise ConfigError(f"--fold-batch-norms knows sasa_train's own models alone; {spec} is not one of them")
     built = {spec: BenchmarkedModel(spec, setting) for spec in models}
     with progress_bar(2 * options.repeats, "models") as bar:

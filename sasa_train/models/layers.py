@@ -22,17 +22,17 @@ STEM_VALUES = ("mixture", "plain", "conv")
 class PointwiseConv2d(nn.Conv2d):
     """A 1x1 convolution, made without bias; on a CPU a matrix product where that is the faster of the two.
 
-    That is on channels_last maps of 28 x 28 and less: 0.70 (7 x 7) to 1.0 of the convolution's time forward and
-    backward, against 1.05 at 56 x 56 (8 images, float32, AVX-512, oneDNN and MKL of torch 2.15).
+    That is on channels_last maps of up to `max_positions` pixels. Forward and backward take 0.70 (7 x 7 maps) to 1.0
+    (28 x 28) of the convolution's time, and 1.05 at 56 x 56, but 0.95 there with three times as many channels out as
+    in (8 images, float32, AVX-512, oneDNN and MKL of torch 2.15).
     """
 
-    MAX_POSITIONS = 28 * 28
-
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int, max_positions: float = 28 * 28):
         super().__init__(in_channels, out_channels, 1, bias=False)
+        self.max_positions = max_positions
 
     def forward(self, x: Tensor) -> Tensor:
-        small = x.shape[2] * x.shape[3] <= self.MAX_POSITIONS
+        small = x.shape[2] * x.shape[3] <= self.max_positions
         if small and x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last):
             return nn.functional.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
         return super().forward(x)
@@ -80,7 +80,7 @@ class LocalSelfAttention2d(nn.Module):
         self.position, self.content, self.border, self.backend = position, content, border, backend
         head_dim = out_channels // num_heads
         # One convolution for all projections: query, [key,] value, each `out_channels` wide and dense.
-        self.qkv = PointwiseConv2d(in_channels, (3 if content else 2) * out_channels)
+        self.qkv = PointwiseConv2d(in_channels, (3 if content else 2) * out_channels, math.inf)
         if position == "relative":
             shape = (kernel_size, head_dim // 2) if share_rel else (num_heads, kernel_size, head_dim // 2)
             self.rel_height: nn.Parameter | None = nn.Parameter(torch.empty(shape))
