@@ -114,7 +114,8 @@ def _set_up(options: argparse.Namespace) -> "torch.device":
     if has_cuda and options.device != "cpu":
         torch.backends.cudnn.benchmark = True  # convolutions at their best
         return torch.device("cuda")
-    keep_freed_memory()
+    if not options.default_malloc:
+        keep_freed_memory()
     return torch.device("cpu")
 
 
@@ -254,6 +255,9 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--compile", action="store_true", help="through torch.compile")
 
     for command in (attention, model):
+        command.add_argument("--default-malloc", action="store_true",
+                             help="on a CPU: give freed memory back between calls, as the C library does by itself; "
+                             "sasa-train keeps it")  # fmt: skip
         command.add_argument("--batch-size", type=_positive, metavar="B", help="images (the device's default)")
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto)")
         command.add_argument("--dtype", choices=DTYPES, default="fp32", help="(fp32)")

@@ -88,7 +88,7 @@ def _milliseconds(row: dict[str, Any]) -> tuple[float, float, float]:
 
 
 def _draw_growth(rows: list[dict[str, Any]]) -> Figure:
-    """Time an image over pixels and over K, and memory where it was measured, in logarithms."""
+    """Time an image over pixels, in logarithms, and over the window; and memory where it was measured."""
     quantities = [("seconds_per_image", "ms an image, forward + backward", 1e3)]
     if all("memory_bytes_per_image" in row for row in rows):
         quantities.append(("memory_bytes_per_image", "MiB an image at the peak", 2**-20))
@@ -100,23 +100,25 @@ def _draw_growth(rows: list[dict[str, Any]]) -> Figure:
         mine = [row for row in rows if row["axis"] == axis_name]
         for name, (color, _, marker, line) in styles.items():
             points = sorted(
-                (row["side"] ** 2 if by_map else row["kernel_size"], _median(row[key]) * unit)
+                (row["side" if by_map else "kernel_size"] ** 2, _median(row[key]) * unit)
                 for row in mine
                 if row["backend"] == name
             )
             if points:
                 x, y = zip(*points, strict=True)
                 panel.plot(x, y, color=color, marker=marker, ls=line, mec="black", mew=0.5, label=name)
-        panel.set_xscale("log")
-        panel.set_yscale("log")
-        sizes = sorted({row["side"] if by_map else row["kernel_size"] for row in mine})
-        ticks = [size**2 if by_map else size for size in sizes]
-        panel.set_xticks(ticks, [f"{size}²" if by_map else str(size) for size in sizes])
+        if by_map:
+            panel.set_xscale("log")
+            panel.set_yscale("log")
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+            panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            panel.yaxis.set_minor_locator(NullLocator())
+        else:
+            panel.set_ylim(bottom=0)
+        sizes = sorted({row["side" if by_map else "kernel_size"] for row in mine})
+        panel.set_xticks([size**2 for size in sizes], [f"{size}²" for size in sizes])
         panel.xaxis.set_minor_locator(NullLocator())
-        panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        panel.yaxis.set_minor_locator(NullLocator())
-        panel.set_xlabel("pixels" if by_map else "kernel_size K")
+        panel.set_xlabel("pixels" if by_map else "positions in the window, K²")
         panel.set_ylabel(label)
         panel.grid(color="#DDDDDD", lw=0.6, which="both")
         panel.legend(frameon=False, fontsize=8)
