@@ -418,14 +418,12 @@ def local_attention_backward(
     rel_width: Tensor | None,
     kernel_size: int,
     border: str,
-    grads: tuple[Tensor, Tensor | None, Tensor] | None = None,
+    grads: tuple[Tensor, Tensor | None, Tensor],
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """As the reference's: the gradients of query, key, value, rel_height and rel_width, strides ordered as theirs.
 
-    The first three are written to `grads` where that is given.
+    The first three are written to `grads`.
     """
-    if grads is None:
-        grads = (torch.empty_like(query), None if key is None else torch.empty_like(key), torch.empty_like(value))
     grad_query, grad_key, grad_value = grads
     batch, num_heads, height, width, head_dim = query.shape
     relative = rel_height is not None

@@ -1,5 +1,6 @@
 """`sasa-benchmark model`: images/s of training steps and of inference, and a training step's peak memory."""
 
+import dataclasses
 import re
 from argparse import Namespace
 from collections.abc import Callable
@@ -158,7 +159,7 @@ class BenchmarkedModel:
 def training_memory(spec: str, setting: Setting, memory_format: str) -> int:
     """Peak of a model's first steps above what was there before it was built: weights and all."""
     torch.set_num_threads(setting.num_threads)
-    fixed = Setting(**{**vars(setting), "memory_format": memory_format})
+    fixed = dataclasses.replace(setting, memory_format=memory_format)
 
     def run() -> None:
         model = BenchmarkedModel(spec, fixed)

@@ -245,7 +245,8 @@ struct Sizes {
         s.tile = ceil_div(ceil_div(s.W, ceil_div(s.W, MAX_TILE[backward])), p.stride) * p.stride;
         s.tile_pitch = s.tile + 2 * (K - 1);  // gathering reaches K - 1 queries beyond the tile: zeros
         s.num_blocks = ceil_div(s.H, BLOCK_ROWS);
-        s.stream = p.batch * p.num_heads * s.H * s.W * s.D * (backward ? 3 : 1) / (backward ? 1 : p.stride * p.stride) > STREAM_NUMBERS;
+        int64_t numbers = p.batch * p.num_heads * s.H * s.W * s.D;  // of one tensor at the queries' resolution
+        s.stream = (backward ? 3 * numbers : numbers / (p.stride * p.stride)) > STREAM_NUMBERS;
         return s;
     }
 };
@@ -258,7 +259,7 @@ class Worker {
     const Sizes s;
     const int64_t group;
     const Planes<V> planes;
-    // rings of K + 1 rows; the tile's scores or weights and their gradients [K][tile_pitch][K]
+    // rings of K + 1 rows, which the windows of a pool's two query rows reach; the tile's scores or weights and their gradients [K][tile_pitch][K]
     Vec *key_rows, *value_rows, *grad_key_rows, *grad_value_rows;
     Vec *query_rows, *grad_query_rows;       // rings of HALF + 2 rows
     Vec *query_row, *grad_query_row;         // the present one of them
