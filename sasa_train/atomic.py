@@ -1,24 +1,27 @@
 """Files that appear whole or not at all, whenever the process or the machine dies."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_atomic(path: Path, data: bytes | memoryview) -> None:
     """Write a file so that a crash at any instruction leaves the old content or the new one."""
-    os.replace(write_aside(path, data), path)
+    os.replace(write_aside(path, lambda file: file.write(data)), path)
     sync_folder(path.parent)
 
 
-def write_aside(path: Path, data: bytes | memoryview) -> Path:
-    """Write `data` to disk beside `path`, ready to be renamed to it; nothing is left behind where that fails."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several runs may make one index
+def write_aside(path: Path, write: Callable[[BinaryIO], object]) -> Path:
+    """Let `write` fill a file on disk beside `path`, ready to be renamed to it; nothing is left where that fails."""
+    # A name of its own, as several runs may make one index; a new file, so that no link leads elsewhere.
+    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
+        with temporary.open("xb") as file:
+            write(file)
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     return temporary

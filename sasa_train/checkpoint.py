@@ -1,23 +1,35 @@
-"""Checkpoints that appear whole or not at all, and the newest good one.
+"""Checkpoints that appear whole or not at all, are checked when they are read, and the newest good one.
 
 `last.pt` is the newest; when the next one is written it becomes `step-<step>.pt`, of which the newest few are kept;
 `best.pt` is a copy of its own. Each file is written aside, fsynced and renamed, so that a kill at any instruction
-leaves a whole file behind. Of a checkpoint's content this module knows the names of the parts, no more.
+leaves a whole file behind. Its manifest, `last.pt.json` and so on, is written last: size, SHA-256 and step. A file
+whose manifest a kill has prevented, or which was copied without it, is judged by the checksums in it. Of a checkpoint's
+content this module knows the names of the parts, no more.
 """
 
-import io
+import hashlib
+import json
 import os
 import re
+import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from sasa_train.atomic import sync_folder, write_aside, write_atomic
 
-REQUIRED = {"model", "ema", "optimizer", "step", "epoch", "config", "rng", "best", "classes", "finished"}
+FORMAT_VERSION = 2
+# Parts that every checkpoint has, and their types where a stranger's file could be mistaken for one.
+REQUIRED = {
+    "model": dict, "ema": dict | None, "optimizer": dict, "step": int, "epoch": int, "config": str, "rng": dict,
+    "best": dict | None, "classes": list, "finished": bool, "metrics": str | None, "fingerprint": dict,
+    "provenance": dict,
+}  # fmt: skip
+SINCE_2: dict[str, Any] = {"metrics": None, "fingerprint": {}, "provenance": {}}  # format 1 has none of these
 
 
 class CheckpointError(Exception):
@@ -35,37 +47,51 @@ class Checkpoints:
         """Write last.pt, and best.pt where `is_best`.
 
         Raises:
-            CheckpointError: the files cannot be written (a full disk, say); the earlier ones are untouched.
+            CheckpointError: the files cannot be written (a full disk, say); those that were last are untouched.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        last = self.folder / "last.pt"
+        size = _num_bytes(content)
         try:
-            if is_best:  # before last.pt, whose content says that there is a best
-                write_atomic(self.folder / "best.pt", buffer.getbuffer())
-            temporary = write_aside(last, buffer.getbuffer())
-            if self.keep and self._last_step not in (None, content["step"]):
-                os.replace(last, self.folder / f"step-{self._last_step:08d}.pt")
-            os.replace(temporary, last)
-            sync_folder(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free, needed = shutil.disk_usage(self.folder).free, size * (2 if is_best else 1)
+            if needed > free:
+                raise OSError(0, f"it needs {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free")
+            self._write(content, is_best)
         except OSError as error:
             raise CheckpointError(
-                f"{self.folder}: cannot write a checkpoint of {buffer.tell() / 1e6:.0f} MB ({error.strerror}); the "
+                f"{self.folder}: cannot write a checkpoint of {size / 1e6:,.0f} MB ({error.strerror or error}); the "
                 "earlier ones are untouched. Make room and run the same command again"
             ) from error
         self._last_step = content["step"]
+
+    def _write(self, content: dict[str, Any], is_best: bool) -> None:
+        last, hashed = self.folder / "last.pt", _Hashed()
+        temporary = write_aside(last, lambda file: hashed.save({"format_version": FORMAT_VERSION} | content, file))
+        manifest = {
+            "step": content["step"], "size": temporary.stat().st_size, "sha256": hashed.digest.hexdigest(),
+            "format_version": FORMAT_VERSION,
+        }  # fmt: skip
+        try:
+            if is_best:  # before last.pt, whose content says that there is a best
+                best = self.folder / "best.pt"
+                _put(write_aside(best, lambda file: _copy(temporary, file)), best, manifest)
+            if self.keep and self._last_step not in (None, content["step"]):
+                _move(last, self.folder / f"step-{self._last_step:08d}.pt")
+            _put(temporary, last, manifest)
+        finally:
+            temporary.unlink(missing_ok=True)
         for old in self.numbered()[self.keep :]:
+            manifest_of(old).unlink(missing_ok=True)
             old.unlink()
 
     def newest(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
-        """The newest checkpoint that can be read, or None where there is none at all; damaged ones go to `warn`.
+        """The newest checkpoint that can be read, or None where there never was one; damaged ones go to `warn`.
 
         Raises:
-            CheckpointError: there are checkpoints and none is good: a run never begins anew in silence.
+            CheckpointError: there are or were checkpoints and none is good: a run never begins anew in silence.
         """
         for stale in self.folder.glob("*.tmp"):
             stale.unlink()
+        there_were = list(self.folder.glob("*.pt.json"))
         candidates = [self.folder / "last.pt", *self.numbered(), self.folder / "best.pt"]
         candidates = [path for path in candidates if path.exists()]
         for path in candidates:
@@ -76,11 +102,13 @@ class Checkpoints:
                 continue
             if path.name == "last.pt":
                 self._last_step = content["step"]
+            else:
+                warn(f"going on from {path}, step {content['step']}, the newest good one")
             return content
-        if candidates:
+        if candidates or there_were:
             raise CheckpointError(
-                f"{self.folder}: none of its {len(candidates)} checkpoints can be read; restore one from a copy, or "
-                "start a new run with resume=never"
+                f"{self.folder}: none of its {max(len(candidates), len(there_were))} checkpoints can be read; restore "
+                "one from a copy, or start a new run with resume=never"
             )
         return None
 
@@ -90,24 +118,139 @@ class Checkpoints:
         return [path for _, path in sorted(((int(m[1]), path) for m, path in found if m), reverse=True)]
 
 
+def manifest_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; no code in it can run (`weights_only=True`).
 
     Raises:
-        CheckpointError: the file is missing, truncated, altered (a checksum does not match) or no checkpoint.
+        CheckpointError: the file is missing, truncated, altered (not what its manifest or its own checksums say), no
+            checkpoint, or of a format that this version does not know.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the checksums
-        if damaged is not None:
-            raise CheckpointError(f"{path}: damaged, the checksum of {damaged} does not match")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
-    except Exception as error:  # zipfile's, torch's and pickle's errors have no common class
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({reason})") from error
-    lacking = REQUIRED - (content.keys() if isinstance(content, dict) else set())
-    if lacking:
-        raise CheckpointError(f"{path}: is no checkpoint of sasa_train (it lacks {', '.join(sorted(lacking))})")
+    content = _read(path)
+    content = SINCE_2 | content if isinstance(content, dict) else {}
+    if wrong := [key for key, kind in REQUIRED.items() if key not in content or not _is(content[key], kind)]:
+        raise CheckpointError(f"{path}: is no checkpoint of sasa_train (wrong or missing: {', '.join(wrong)})")
+    version = content.get("format_version")
+    if version not in range(1, FORMAT_VERSION + 1):
+        raise CheckpointError(
+            f"{path}: has format {version}, and this sasa_train reads formats 1 to {FORMAT_VERSION}: a newer one wrote "
+            "it, which reads it; update sasa_train"
+        )
     return content
+
+
+def _is(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _read(path: Path) -> Any:
+    """The file's content, checked. A run may put the next checkpoint there meanwhile: then once more."""
+    while True:
+        manifest = _bytes_of(manifest_of(path))
+        try:
+            with path.open("rb") as file:
+                _check(file, manifest)
+                return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # zipfile's, torch's and pickle's errors have no common class
+            if manifest == _bytes_of(manifest_of(path)):
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise CheckpointError(f"{path}: cannot be read as a checkpoint ({reason})") from error
+
+
+def _check(file: BufferedReader, manifest: bytes | None) -> None:
+    """Raise ValueError where the file is not what its manifest says or, without one, its own checksums."""
+    if manifest is not None:
+        size, digest = _parse_manifest(manifest)
+        found = os.fstat(file.fileno()).st_size
+        if found != size:
+            raise ValueError(f"truncated or altered: {found:,} bytes instead of {size:,}")
+        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+            raise ValueError("altered: its SHA-256 is not the manifest's")
+    file.seek(0)
+    with zipfile.ZipFile(file) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("compressed, which no checkpoint is: it could grow without limit")
+        damaged = archive.testzip() if manifest is None else None  # torch.load does not look at the checksums
+    if damaged is not None:
+        raise ValueError(f"damaged: the checksum of {damaged} does not match")
+    file.seek(0)
+
+
+def _parse_manifest(manifest: bytes) -> tuple[int, str]:
+    try:
+        parsed = json.loads(manifest)
+        return int(parsed["size"]), str(parsed["sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError("its manifest is damaged") from error
+
+
+def _bytes_of(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+class _Hashed:
+    """torch.save with the SHA-256 of what it writes, on the way."""
+
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()
+        self._error: OSError | None = None
+
+    def save(self, content: dict[str, Any], file: BinaryIO) -> None:
+        self._file = file
+        try:
+            torch.save(content, self)  # type: ignore[arg-type]  # it asks for write and flush alone
+        except RuntimeError:  # torch's, of a position that is not what it expects
+            if self._error is not None:
+                raise self._error from None
+            raise
+
+    def write(self, data: memoryview) -> int:
+        self.digest.update(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self._error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _put(temporary: Path, path: Path, manifest: dict[str, Any]) -> None:
+    """Rename, then the manifest: never one beside a file that it does not describe."""
+    manifest_of(path).unlink(missing_ok=True)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+    write_atomic(manifest_of(path), json.dumps(manifest).encode())
+
+
+def _move(path: Path, target: Path) -> None:
+    """Rename with the manifest; a kill on the way leaves files without one, never with another's."""
+    manifest_of(target).unlink(missing_ok=True)
+    if manifest_of(path).exists():
+        os.replace(manifest_of(path), manifest_of(target))
+    os.replace(path, target)
+
+
+def _copy(path: Path, target: BinaryIO) -> None:
+    with path.open("rb") as source:
+        shutil.copyfileobj(source, target, 2**22)
+
+
+def _num_bytes(content: Any) -> int:
+    """Of all tensors and texts, which is a checkpoint's size but for a few KB."""
+    return sum(part.nbytes if isinstance(part, torch.Tensor) else len(part) for part in _parts(content))
+
+
+def _parts(content: Any) -> Iterator[torch.Tensor | str]:
+    if isinstance(content, torch.Tensor | str):
+        yield content
+    elif isinstance(content, dict | list | tuple):
+        for part in content.values() if isinstance(content, dict) else content:
+            yield from _parts(part)

@@ -28,17 +28,23 @@ TAGS = {
 
 
 class RunLogger:
-    """One series of rows, whole again after a resume: rows the checkpoint does not know are dropped, then redone."""
+    """One series of rows: those that the checkpoint holds, then what the run adds.
 
-    def __init__(self, run_dir: Path, step: int, evaluated_step: int, total_steps: int):
-        path = run_dir / "metrics.jsonl"
-        kept = _known_rows(path, step, evaluated_step)
-        write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        self._file = path.open("a")
-        self.eval_seconds = next((row.get("seconds", 0.0) for row in reversed(kept) if row["split"] == "val"), 0.0)
+    `metrics` is the checkpoint's copy of metrics.jsonl, so that the file is whole again whatever happened to it; None:
+    a checkpoint of format 1, and the file is all there is.
+    """
+
+    def __init__(self, run_dir: Path, metrics: str | None, step: int, total_steps: int):
+        self._path = run_dir / "metrics.jsonl"
+        self._lines = (_rows_of_file(self._path, step) if metrics is None else metrics).splitlines(keepends=True)
+        write_atomic(self._path, self.metrics.encode())
+        self._file = self._path.open("ab", buffering=0)
+        self._num_written, self._size = len(self._lines), self._path.stat().st_size
+        rows = [json.loads(line) for line in self._lines]
+        self.eval_seconds = next((row.get("seconds", 0.0) for row in reversed(rows) if row["split"] == "val"), 0.0)
         # TensorBoard forgets all steps from purge_step on, so those of this step are said again.
         self._board: SummaryWriter | None = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step)
-        for row in kept:
+        for row in rows:
             if row["step"] == step:
                 self._write_board(row)
         self._bar = tqdm(
@@ -47,11 +53,29 @@ class RunLogger:
         self._total_steps = total_steps
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a row to metrics.jsonl, flushed, and to TensorBoard; numbers that JSON has not become null."""
+        """Append a row to metrics.jsonl, at once, and to TensorBoard; numbers that JSON has not become null."""
         row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._lines.append(json.dumps(row) + "\n")
+        self._write_lines()
         self._write_board(row)
+
+    @property
+    def metrics(self) -> str:
+        """All rows, as in metrics.jsonl, for the checkpoint."""
+        return "".join(self._lines)
+
+    def _write_lines(self) -> None:
+        """Append what is not in the file yet: whole rows or nothing; the checkpoints have them too."""
+        data = "".join(self._lines[self._num_written :]).encode()
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self._file.truncate(self._size)
+            self.warn(f"{self._path} cannot be written ({error.strerror}); its rows wait for room")
+            return
+        self._num_written, self._size = len(self._lines), self._size + len(data)
 
     def show_train(self, row: dict[str, Any], seconds_left: float) -> None:
         """On the bar where there is a terminal, else a plain line."""
@@ -74,7 +98,10 @@ class RunLogger:
         if path is not None:
             png = io.BytesIO()
             to_pil_image(picture).save(png, "PNG")
-            write_atomic(path, png.getbuffer())
+            try:
+                write_atomic(path, png.getbuffer())
+            except OSError as error:
+                self.warn(f"{path} cannot be written ({error.strerror})")
         with self._board_may_fail() as board:
             if board:
                 board.add_image(tag, picture, step)
@@ -124,20 +151,22 @@ class RunLogger:
             yield self._board
         except OSError as error:
             self._board = None
-            print(f"WARNING: no more TensorBoard curves for this run ({error}); metrics.jsonl goes on", file=sys.stderr)
+            self.warn(f"no more TensorBoard curves for this run ({error}); metrics.jsonl goes on")
+
+    def warn(self, text: str) -> None:
+        tqdm.write(f"WARNING: {text}", file=sys.stderr)
 
 
-def _known_rows(path: Path, step: int, evaluated_step: int) -> list[dict[str, Any]]:
-    """The rows up to a checkpoint's step; those after it, and a line torn by a crash, are left out."""
-    rows = []
+def _rows_of_file(path: Path, step: int) -> str:
+    """The whole rows up to `step`."""
+    kept = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            row = json.loads(line)
-        except ValueError:
+            if json.loads(line)["step"] <= step:
+                kept.append(f"{line}\n")
+        except (ValueError, KeyError):
             continue
-        if row["step"] <= (step if row["split"] == "train" else evaluated_step):
-            rows.append(row)
-    return rows
+    return "".join(kept)
 
 
 def duration(seconds: float) -> str:

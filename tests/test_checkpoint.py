@@ -1,16 +1,24 @@
 """A checkpoint appears whole or not at all; what cannot be trusted is named, and no code in it runs."""
 
+import contextlib
 import errno
 import os
+import shutil
+import subprocess
+import sys
+import types
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 
-from sasa_train.checkpoint import REQUIRED, CheckpointError, Checkpoints, load_checkpoint
+from sasa_train.checkpoint import FORMAT_VERSION, REQUIRED, CheckpointError, Checkpoints, load_checkpoint
 
 
 def content(step: int) -> dict:
-    return dict.fromkeys(REQUIRED) | {"model": {"weight": torch.full((1000,), float(step))}, "step": step}
+    empty = {key: None if isinstance(kind, types.UnionType) else kind() for key, kind in REQUIRED.items()}
+    return empty | {"model": {"weight": torch.full((1000,), float(step))}, "step": step}
 
 
 def filled(folder, steps=(1, 2, 3, 4, 5), keep=2, best=(2,)) -> Checkpoints:
@@ -34,8 +42,9 @@ def flip_a_bit(path) -> None:
 
 def test_last_best_and_the_newest_few_are_kept(tmp_path):
     filled(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "last.pt", "step-00000003.pt", "step-00000004.pt"]
-    steps = {p.name: load_checkpoint(p)["step"] for p in tmp_path.iterdir()}
+    names = ["best.pt", "last.pt", "step-00000003.pt", "step-00000004.pt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names, *(f"{name}.json" for name in names)])
+    steps = {name: load_checkpoint(tmp_path / name)["step"] for name in names}
     assert steps == {"best.pt": 2, "last.pt": 5, "step-00000003.pt": 3, "step-00000004.pt": 4}
 
 
@@ -49,7 +58,7 @@ def test_a_resumed_run_keeps_its_last_checkpoint_too(tmp_path):
 
 def test_saving_the_same_step_again_makes_no_second_copy(tmp_path):
     filled(tmp_path, steps=(7, 7))
-    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+    assert [p.name for p in tmp_path.glob("*.pt")] == ["last.pt"]
 
 
 def test_numbered_checkpoints_are_ordered_as_numbers(tmp_path):
@@ -63,12 +72,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, d
     filled(tmp_path)
     damage(tmp_path / "last.pt")
     step, warnings = newest_step(tmp_path)
-    assert step == 4 and len(warnings) == 1 and "last.pt" in warnings[0]
+    assert step == 4 and len(warnings) == 2 and "last.pt" in warnings[0]
+    assert "going on from" in warnings[1] and "step-00000004.pt, step 4, the newest good one" in warnings[1]
 
 
 def test_with_no_good_checkpoint_nothing_begins_anew(tmp_path):
     filled(tmp_path)
-    for path in tmp_path.iterdir():
+    for path in tmp_path.glob("*.pt"):
         os.truncate(path, 50)
     with pytest.raises(CheckpointError, match="none of its 4 checkpoints can be read"):
         newest_step(tmp_path)
@@ -81,17 +91,135 @@ def test_what_a_killed_save_left_aside_is_swept(tmp_path):
     assert newest_step(tmp_path) == (5, []) and not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path, monkeypatch):
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, call):
     checkpoints = filled(tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-
-    def full(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointError, match="No space left on device.*earlier ones are untouched"):
-        checkpoints.save(content(6), is_best=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, full)
+        with pytest.raises(CheckpointError, match="No space left on device.*earlier ones are untouched"):
+            checkpoints.save(content(6), is_best=False)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert newest_step(tmp_path) == (5, [])
+
+
+def test_a_disk_that_ends_in_the_middle_of_a_file_is_named(tmp_path):
+    """A limit on the size of files stands in for it: the write itself fails, inside torch.save."""
+    code = f"""
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+from test_checkpoint import CheckpointError, filled
+from pathlib import Path
+try:
+    filled(Path({str(tmp_path)!r}))
+except CheckpointError as error:
+    print(error)
+"""
+    out = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert "cannot write a checkpoint of 0 MB (File too large)" in out.stdout, out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_room_is_looked_for_before_anything_is_written(tmp_path, monkeypatch):
+    checkpoints = filled(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr("sasa_train.checkpoint.write_aside", pytest.fail)
+    big = content(6) | {"model": {"weight": torch.zeros(2_000_000)}}
+    with pytest.raises(CheckpointError, match="it needs 16 MB and 0 MB are free"):
+        checkpoints.save(big, is_best=True)
+
+
+STOPS = ["unlink", "replace", "fsync", "open"]
+
+
+@pytest.mark.parametrize("call", STOPS)
+def test_a_kill_between_any_two_calls_leaves_a_good_newest_checkpoint(tmp_path, monkeypatch, call):
+    """Every call that changes the folder is in turn the last one that a run makes, and the next run goes on."""
+    reached = 0
+    while True:
+        folder, stop = tmp_path / f"{call}{reached}", KillAfter(reached)
+        checkpoints = filled(folder, steps=(1, 2, 3), keep=1, best=(2,))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, stop.wrap(getattr(os, call)))
+            with contextlib.suppress(KilledError):
+                checkpoints.save(content(4), is_best=True)
+        step, _ = newest_step(folder, keep=1)
+        assert step in (3, 4)
+        again = Checkpoints(folder, 1)
+        again.newest(lambda _: None)
+        again.save(content(5), is_best=False)
+        assert newest_step(folder) == (5, [])
+        assert all(load_checkpoint(path)["step"] in (2, 3, 4, 5) for path in folder.glob("*.pt"))
+        if stop.calls < reached:
+            assert reached > 1
+            return
+        reached += 1
+
+
+class KilledError(BaseException):
+    pass
+
+
+class KillAfter:
+    def __init__(self, calls_left: int):
+        self.calls_left, self.calls = calls_left, 0
+
+    def wrap(self, real):
+        def call(*arguments, **options):
+            if self.calls == self.calls_left:
+                raise KilledError
+            self.calls += 1
+            return real(*arguments, **options)
+
+        return call
+
+
+def test_a_damaged_manifest_counts_as_a_damaged_checkpoint(tmp_path):
+    filled(tmp_path)
+    (tmp_path / "last.pt.json").write_text('{"size": 1')
+    assert newest_step(tmp_path)[0] == 4
+
+
+def test_a_checkpoint_without_its_manifest_is_judged_by_its_own_checksums(tmp_path):
+    """As one is that was copied from elsewhere."""
+    filled(tmp_path)
+    os.rename(tmp_path / "last.pt", tmp_path / "copy.pt")
+    assert load_checkpoint(tmp_path / "copy.pt")["step"] == 5
+    flip_a_bit(tmp_path / "copy.pt")
+    with pytest.raises(CheckpointError, match="does not match|cannot be read"):
+        load_checkpoint(tmp_path / "copy.pt")
+
+
+def test_checkpoints_that_were_deleted_are_missed(tmp_path):
+    filled(tmp_path)
+    for path in tmp_path.glob("*.pt"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match="none of its 4 checkpoints can be read"):
+        newest_step(tmp_path)
+
+
+def test_a_newer_format_is_refused_and_the_first_one_is_read(tmp_path):
+    torch.save(content(1) | {"format_version": FORMAT_VERSION + 1}, tmp_path / "new.pt")
+    with pytest.raises(CheckpointError, match="has format 3, .*update sasa_train"):
+        load_checkpoint(tmp_path / "new.pt")
+    first = {key: value for key, value in content(1).items() if key not in ("metrics", "fingerprint", "provenance")}
+    torch.save(first | {"format_version": 1}, tmp_path / "old.pt")
+    assert load_checkpoint(tmp_path / "old.pt")["metrics"] is None
+
+
+def test_a_compressed_file_is_refused_unread(tmp_path):
+    """A few KB of it could be terabytes in memory."""
+    torch.save(content(1), tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as plain, zipfile.ZipFile(tmp_path / "bomb.pt", "w") as bomb:
+        for entry in plain.infolist():
+            bomb.writestr(entry.filename, plain.read(entry), zipfile.ZIP_DEFLATED)
+    with pytest.raises(CheckpointError, match="compressed"):
+        load_checkpoint(tmp_path / "bomb.pt")
 
 
 def test_a_hostile_pickle_does_not_run(tmp_path):

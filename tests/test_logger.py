@@ -22,15 +22,17 @@ def board_steps(run_dir, tag: str) -> list[int]:
 
 def test_the_log_is_one_clean_series_after_a_crash(tmp_path):
     """A run logged to step 6, evaluated there and was killed in the middle of a line; its checkpoint is of step 4."""
-    logger = RunLogger(tmp_path, step=0, evaluated_step=0, total_steps=8)
+    logger = RunLogger(tmp_path, "", step=0, total_steps=8)
     for step in range(1, 7):
         logger.write(row("train", step, grad_norm=float("inf")))
+        if step == 4:
+            saved = logger.metrics  # in the checkpoint of step 4, before its evaluation
         if step % 2 == 0:
             logger.write(row("val", step))
     logger.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"split": "train", "st')
-    logger = RunLogger(tmp_path, step=4, evaluated_step=2, total_steps=8)
+    logger = RunLogger(tmp_path, saved, step=4, total_steps=8)
     logger.write(row("val", 4))
     logger.write(row("train", 5))
     logger.close()
@@ -44,7 +46,7 @@ def test_the_log_is_one_clean_series_after_a_crash(tmp_path):
 
 def test_a_run_killed_before_its_first_checkpoint_leaves_no_curve_behind(tmp_path):
     for _ in range(2):
-        logger = RunLogger(tmp_path, step=0, evaluated_step=0, total_steps=8)
+        logger = RunLogger(tmp_path, "", step=0, total_steps=8)
         logger.write(row("train", 1))
         logger.write(row("train", 2))
         logger.close()
@@ -52,7 +54,7 @@ def test_a_run_killed_before_its_first_checkpoint_leaves_no_curve_behind(tmp_pat
 
 
 def test_a_full_disk_costs_the_curves_and_not_the_run(tmp_path, capsys, monkeypatch):
-    logger = RunLogger(tmp_path, step=0, evaluated_step=0, total_steps=8)
+    logger = RunLogger(tmp_path, "", step=0, total_steps=8)
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -63,6 +65,46 @@ def test_a_full_disk_costs_the_curves_and_not_the_run(tmp_path, capsys, monkeypa
     logger.close()
     assert capsys.readouterr().err.count("no more TensorBoard curves") == 1
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"split": "train", "step": 9', None])
+def test_the_log_comes_back_from_the_checkpoint_whatever_happened_to_it(tmp_path, damage):
+    """A flipped digit in a row that was written long ago would otherwise never be noticed."""
+    logger = RunLogger(tmp_path, "", step=0, total_steps=8)
+    logger.write(row("train", 1))
+    logger.close()
+    whole, path = (tmp_path / "metrics.jsonl").read_bytes(), tmp_path / "metrics.jsonl"
+    path.write_bytes(whole.replace(b"50.0", b"90.0") if damage is None else damage)
+    RunLogger(tmp_path, logger.metrics, step=1, total_steps=8).close()
+    assert path.read_bytes() == whole
+
+
+def test_rows_wait_while_the_disk_is_full(tmp_path, capsys):
+    logger = RunLogger(tmp_path, "", step=0, total_steps=8)
+    logger.write(row("train", 1))
+    real, logger._file = logger._file, FullDisk(logger._file)
+    logger.write(row("train", 2))
+    logger.write(row("train", 3))
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1  # no half row
+    logger._file = real
+    logger.write(row("train", 4))
+    logger.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [1, 2, 3, 4]
+    assert capsys.readouterr().err.count("its rows wait for room") == 2
+
+
+class FullDisk:
+    """A file that takes three bytes and then no more."""
+
+    def __init__(self, file):
+        self.file, self.truncate, self.calls = file, file.truncate, 0
+
+    def write(self, data) -> int:
+        self.calls += 1
+        if self.calls % 2 == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self.file.write(data[:3])
 
 
 @pytest.mark.parametrize("seconds,text", [(4.6, "5 s"), (184, "3 min 04 s"), (3725, "1 h 02 min")])
