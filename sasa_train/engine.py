@@ -1,6 +1,7 @@
 """One training step, one epoch, one evaluation: tensors in, numbers out. No files, no printing, no Hydra.
 
-Nothing in a step waits for the device: sums stay there until a log row asks for them.
+Nothing in a step leaves the device without work: sums stay there until a log row asks for them, and the loss is looked
+at while the backward pass runs.
 """
 
 import contextlib
@@ -19,45 +20,32 @@ from torch import Tensor, nn
 from sasa_train.batch_norm import frozen_running_stats
 from sasa_train.config import TrainerConfig
 from sasa_train.losses import build_criterion
+from sasa_train.nonfinite import LossWatch, NonFiniteError
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-FORMAT_VERSION = 1
 HYPERPARAMETERS = ("initial_lr", "lr_scale", "weight_decay", "momentum", "betas", "eps")  # of a parameter group
 
 
-class NonFiniteError(Exception):
-    """The loss or the weights are NaN or infinite; the message names the step."""
-
-
 class Window:
-    """Sums on the device since the last train row, and the first step whose loss was not finite."""
+    """Sums on the device since the last train row."""
 
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, hits
         self.num_images = 0
-        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
 
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor, step: int) -> None:
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Of mixed labels [B, num_classes] the larger share counts for top1."""
         hits = (logits.argmax(1) == (labels if labels.ndim == 1 else labels.argmax(1))).sum()
         self.sums += torch.stack([loss.double() * len(labels), hits.double()])
         self.num_images += len(labels)
-        self.bad_step = torch.where((self.bad_step < 0) & ~loss.isfinite(), step, self.bad_step)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": self.sums, "num_images": self.num_images, "bad_step": self.bad_step}
+        return {"sums": self.sums, "num_images": self.num_images}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.sums.copy_(saved["sums"])
         self.num_images = saved["num_images"]
-        self.bad_step.copy_(saved["bad_step"])
-
-    def check(self) -> None:
-        """Raise NonFiniteError where a step's loss was not finite. Waits for the device."""
-        step = int(self.bad_step)
-        if step >= 0:
-            raise NonFiniteError(f"the loss of step {step} is not finite")
 
     def averages(self) -> tuple[float, float]:
         """Loss and top1 in percent since the last call; starts anew. Waits for the device."""
@@ -87,7 +75,6 @@ class TrainState:
         """Tensors and plain values alone, so that `torch.load(..., weights_only=True)` reads it."""
         cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
         return {
-            "format_version": FORMAT_VERSION,
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
@@ -102,8 +89,7 @@ class TrainState:
         }
 
     def check(self) -> None:
-        """Raise NonFiniteError where a loss or the weights are not finite. Waits for the device."""
-        self.window.check()
+        """Raise NonFiniteError where the weights are not finite. Waits for the device."""
         if not nn.utils.get_total_norm(self.model.parameters()).isfinite():
             raise NonFiniteError(f"the weights after step {self.step} are not finite")
 
@@ -154,24 +140,31 @@ class Stepper:
         self.config, self.state, self.schedule = config, state, schedule
         self.forward = torch.compile(state.model) if config.compile else state.model
         self.criterion = build_criterion(config)
+        self.loss_watch = LossWatch(state.device)
         self.clips = config.grad_clip_norm or config.grad_clip_value or config.grad_clip_agc
 
     def train_step(self, batches: Batches, want_grad_norm: bool = False) -> Tensor | None:
         """One optimizer update from `grad_accum_steps` micro-batches; returns the gradient's L2 norm before clipping.
 
         The norm is None where nobody asked for it and nothing clips.
+
+        Raises:
+            NonFiniteError: a loss is not finite; the weights are those before the step.
         """
         config, state = self.config, self.state
         self.schedule.step_update(state.step)
         state.optimizer.zero_grad()
-        for _ in range(config.grad_accum_steps):
+        for number in range(config.grad_accum_steps):
             images, labels = next(batches)
             with autocast(state.device, config.precision):
                 logits = self.forward(images)
                 loss = self.criterion(logits.float(), labels)
+            self.loss_watch.begin(loss)
             with frozen_running_stats(state.model) if config.grad_checkpointing else contextlib.nullcontext():
                 state.scaler.scale(loss / config.grad_accum_steps).backward()
-            state.window.add(loss.detach(), logits.detach(), labels, state.step + 1)
+            state.window.add(loss.detach(), logits.detach(), labels)
+            if not self.loss_watch.is_finite():
+                raise NonFiniteError(f"the loss of step {state.step + 1} is not finite", number, images)
         grad_norm = self._clip() if want_grad_norm or self.clips else None
         state.scaler.step(state.optimizer)
         state.scaler.update()

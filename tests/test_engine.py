@@ -63,15 +63,16 @@ def test_precisions_agree_on_loss_and_gradient_norm(precision):
     assert stepper.state.window.averages()[0] == pytest.approx(plain.state.window.averages()[0], rel=0.02)
 
 
-def test_a_non_finite_loss_names_its_step_when_it_is_asked_for():
-    """Step 2 of 4: nothing stops in the step itself (that would wait for the device); the check names step 2."""
-    stepper = setup()
-    given = list(batches(4))
-    given[1][0][0, 0, 0, 0] = math.nan
-    for _ in train_one_epoch(stepper, iter(given), 4, log_every_steps=2):
-        pass
-    with pytest.raises(NonFiniteError, match="the loss of step 2 is not finite"):
-        stepper.state.window.check()
+def test_a_non_finite_loss_ends_its_step_with_the_weights_before_it():
+    """Step 2 of 4, its second micro-batch: the module and the image can then still be found."""
+    stepper = setup("trainer.grad_accum_steps=2")
+    given = list(batches(8))
+    given[3][0][1, 0, 0, 0] = math.nan
+    with pytest.raises(NonFiniteError, match="the loss of step 2 is not finite") as caught:
+        for _ in train_one_epoch(stepper, iter(given), 4, log_every_steps=2):
+            before = weights(stepper)
+    assert stepper.state.step == 1 and torch.equal(weights(stepper), before)
+    assert caught.value.number == 1 and caught.value.images is given[3][0]
 
 
 def test_the_moving_average_follows_its_formula_and_counts_its_steps():
