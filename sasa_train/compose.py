@@ -206,3 +206,7 @@ def fail(error: Exception) -> int:
     command = path.parent.name if path.stem == "__main__" else path.stem
     print(f"{command}: {error}", file=sys.stderr)
     return 2
+
+
+def as_overrides(config):
+    return []

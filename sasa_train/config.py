@@ -31,6 +31,7 @@ CHOICES = {
     "trainer.device": DEVICES,
     "trainer.loss": ("cross_entropy", "bce"),
     "trainer.matmul_precision": ("highest", "high", "medium"),
+    "trainer.on_failed_save": ("stop", "continue"),
 }
 
 
@@ -172,6 +173,9 @@ class TrainerConfig:
     )
     log_every_steps: int = knob(50, "steps between train rows in metrics.jsonl")
     checkpoint_every_steps: int | None = knob(None, "null: at the end of each epoch alone")
+    on_failed_save: str = knob(
+        "stop", "when a checkpoint cannot be written, on a full disk say: stop, or continue and try the next one"
+    )
     log_histograms: bool = knob(False, "histograms of all weights in TensorBoard at each evaluation")
     profile_steps: int = knob(0, "profile so many steps, soon after a start: trace and table in the run folder")
     keep_checkpoints: int = knob(3, "step-numbered checkpoints kept beside last and best")
@@ -199,6 +203,7 @@ NOT_TRAJECTORY = {
     "output_dir",
     "resume",
     "allow_config_change",
+    "data.root",  # the images themselves are compared
     "data.num_workers",
     "data.resident",
     "data.max_unreadable",
@@ -207,6 +212,7 @@ NOT_TRAJECTORY = {
     "trainer.grad_checkpointing",
     "trainer.log_every_steps",
     "trainer.log_histograms",
+    "trainer.on_failed_save",
     "trainer.profile_steps",
     "trainer.checkpoint_every_steps",
     "trainer.keep_checkpoints",
@@ -238,15 +244,14 @@ def knob_table() -> dict[str, dataclasses.Field]:
 
 def trajectory(config: TrainConfig) -> dict[str, Any]:
     """The knobs that change what a run computes."""
-    flat = {key: value for key, value in flatten(config).items() if key not in NOT_TRAJECTORY}
-    if config.data.name == "digits":
-        flat.pop("data.root")
-    return flat
+    return {key: value for key, value in flatten(config).items() if key not in NOT_TRAJECTORY}
 
 
 def default_run_name(config: TrainConfig) -> str:
     """Readable and stable: model, data, epochs, seed, and 8 hex digits of the whole trajectory."""
     identity = trajectory(config)
+    if config.data.name != "digits":
+        identity["data.root"] = config.data.root
     if config.resume not in ("auto", "never"):
         identity["resume"] = config.resume
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]

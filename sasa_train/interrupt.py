@@ -1,4 +1,7 @@
-"""SIGTERM, SIGINT and a time limit ask a run to stop at the next safe place; a second SIGINT ends it at once."""
+"""SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and a time limit ask a run to stop at the next safe place.
+
+Schedulers warn with any of the first, third and fourth. A second SIGINT ends the run at once.
+"""
 
 import math
 import os
@@ -6,7 +9,7 @@ import signal
 import time
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interrupted(BaseException):
@@ -20,10 +23,12 @@ class StopRequest:
         self.signal: signal.Signals | None = None
         self.deadline = math.inf
         self._start = time.monotonic()
+        self._process = os.getpid()
         self._is_training = False
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
 
     def begin_training(self) -> None:
+        """From now on there is something to save: a step, or an evaluation."""
         self._is_training = True
 
     def set_max_hours(self, hours: float | None) -> None:
@@ -42,6 +47,8 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a data worker, forked before it learnt to ignore signals
+            return
         if self.signal is not None and number == signal.SIGINT:
             os._exit(128 + number)
         self.signal = signal.Signals(number)

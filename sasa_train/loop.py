@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from sasa_train.atomic import write_atomic
 from sasa_train.batch_norm import recalibrate
+from sasa_train.checkpoint import CheckpointError
 from sasa_train.compose import to_yaml
 from sasa_train.config import TrainConfig, total_steps, trajectory
 from sasa_train.data.loader import Loaders, check_evaluated
@@ -18,7 +20,6 @@ from sasa_train.data.randomness import recalibration_rng
 from sasa_train.engine import (
     Batches,
     Evaluation,
-    NonFiniteError,
     Stepper,
     StepReport,
     TrainState,
@@ -29,9 +30,12 @@ from sasa_train.engine import (
 from sasa_train.interrupt import StopRequest
 from sasa_train.logger import RunLogger
 from sasa_train.machine import peak_memory
+from sasa_train.nonfinite import NonFiniteError, find_origin
 from sasa_train.pictures import confusion_picture, contact_sheet, embedding_pictures
 from sasa_train.profiling import WAIT, WARMUP, build_profiler
 from sasa_train.run_folder import RunFolder
+
+NUM_NAMED = 8  # images named in an error
 
 
 class Loop:
@@ -42,7 +46,7 @@ class Loop:
         self.state: TrainState = stepper.state
         self.steps_per_epoch = loaders.train.plan.steps_per_epoch
         self.num_steps = total_steps(config, self.steps_per_epoch)
-        self.logger = RunLogger(run.path, self.state.step, self.state.evaluated_step, self.num_steps)
+        self.logger = RunLogger(run.path, run.metrics, self.state.step, self.num_steps)
         self.last_val: dict[str, Any] = {}
         self.eval_seconds = self.logger.eval_seconds  # of the last evaluation, before a resume too
         self.profiler: Any = contextlib.nullcontext()
@@ -85,7 +89,7 @@ class Loop:
         batches = self.loaders.train.train_batches(epoch, first_step)
         if state.step == 0:
             batches = self.show_first(batches)
-        for report in train_one_epoch(self.stepper, batches, end - state.step, trainer.log_every_steps):
+        for report in self.steps(batches, end - state.step):
             state.epoch = state.step // self.steps_per_epoch
             self.count(report)
             if state.step % trainer.log_every_steps == 0:
@@ -97,6 +101,33 @@ class Loop:
             if self.stop.requested():
                 return False
         return True
+
+    def steps(self, batches: Batches, num_steps: int) -> Iterator[StepReport]:
+        try:
+            yield from train_one_epoch(self.stepper, batches, num_steps, self.config.trainer.log_every_steps)
+        except NonFiniteError as error:
+            raise NonFiniteError(self.explain(error)) from None
+
+    def explain(self, error: NonFiniteError) -> str:
+        """Name the module and the images that `error` began with, and write them down."""
+        text = str(error)
+        if error.images is not None:
+            precision, state = self.config.trainer.precision, self.state
+            origin, rows = find_origin(state.model, error.images, autocast(state.device, precision))
+            names = self.loaders.train_names(state.step, error.number)
+            path = self.run_folder.path / "nonfinite.txt"
+            text += f": {origin}"
+            if rows:
+                text += f", for {', '.join(names[row] for row in rows[:NUM_NAMED])}"
+                text += f" and {len(rows) - NUM_NAMED} more" if len(rows) > NUM_NAMED else ""
+            with contextlib.suppress(OSError):  # a full disk must not hide the error
+                write_atomic(path, "".join(f"{line}\n" for line in (text, "", *names)).encode())
+                text += f"; all images of the micro-batch are in {path}"
+        return (
+            f"{text}. Go on from a checkpoint with gentler settings, in a new run: "
+            f"resume={self.run_folder.path}/checkpoints/last.pt optimizer.lr=... allow_config_change=[optimizer.lr] "
+            "(or trainer.grad_clip_norm, or trainer.precision)"
+        )
 
     def show_first(self, batches: Batches) -> Batches:
         """Put the first batch that the model sees on a contact sheet, augmented as it is."""
@@ -112,6 +143,7 @@ class Loop:
         self._wait_seconds += report.wait_seconds
         self._clock_steps += 1
         self.logger.advance()
+        self.stop.begin_training()
 
     def log_train(self, report: StepReport) -> None:
         state = self.state
@@ -186,7 +218,8 @@ class Loop:
         if not num_batches:
             return
         state, config = self.state, self.config
-        batches = itertools.islice(self.loaders.train.train_batches(self.epoch_number() - 1), num_batches)
+        first = itertools.islice(self.loaders.train.train_batches(self.epoch_number() - 1), num_batches)
+        batches = itertools.takewhile(lambda _: not self.stop.requested(), first)
         with recalibration_rng(config.seed, state.step, state.device), autocast(state.device, config.trainer.precision):
             recalibrate(model, batches, state.device)
 
@@ -208,25 +241,31 @@ class Loop:
         return result
 
     def save(self, is_best: bool) -> None:
-        """Write a checkpoint; never one whose weights a non-finite loss has reached."""
+        """Write a checkpoint; never one whose weights are not finite."""
+        self.stop.begin_training()  # from here on a signal waits until this is done
         with self._off_the_clock():
             self.check_finite()
+            finished = self.state.step == self.state.evaluated_step == self.num_steps
             content = self.state.state_dict() | {
                 "config": to_yaml(self.config),
                 "classes": self.loaders.classes,
-                "finished": self.state.step == self.state.evaluated_step == self.num_steps,
+                "finished": finished,
+                "metrics": self.logger.metrics,
+                "fingerprint": self.loaders.fingerprint,
+                "provenance": self.run_folder.provenance,
             }
-            self.run_folder.checkpoints.save(content, is_best)
+            try:
+                self.run_folder.checkpoints.save(content, is_best)
+            except CheckpointError as error:
+                if self.config.trainer.on_failed_save == "stop" or finished or self.stop.requested():
+                    raise
+                self.logger.warn(f"{error}; the run goes on and tries again at the next checkpoint")
 
     def check_finite(self) -> None:
         try:
             self.state.check()
         except NonFiniteError as error:
-            raise NonFiniteError(
-                f"{error}. Go on from an earlier checkpoint with gentler settings, in a new run: "
-                f"resume={self.run_folder.path}/checkpoints/step-....pt optimizer.lr=... "
-                "allow_config_change=[optimizer.lr] (or trainer.grad_clip_norm, or trainer.precision)"
-            ) from None
+            raise NonFiniteError(self.explain(error)) from None
 
     def _start_clock(self) -> None:
         self._clock_start, self._clock_seconds = time.perf_counter(), 0.0

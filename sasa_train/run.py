@@ -17,13 +17,21 @@ from sasa_train.engine import (
     build_state,
     resolve_device,
 )
-from sasa_train.interrupt import StopRequest
+from sasa_train.interrupt import Interrupted, StopRequest
 from sasa_train.loop import Loop
 from sasa_train.machine import keep_freed_memory
-from sasa_train.micro_batch import settle_auto, with_micro_batch_size
+from sasa_train.micro_batch import OutOfMemoryError, is_out_of_memory, memory_advice, settle_auto, with_micro_batch_size
 from sasa_train.models import build_model, check_model, enable_grad_checkpointing
 from sasa_train.optim import build_optimizer, build_schedule
-from sasa_train.run_folder import RunFolder, is_finished, open_run
+from sasa_train.run_folder import (
+    RunFolder,
+    check_data,
+    describe_changes,
+    is_finished,
+    open_run,
+    provenance,
+    warn,
+)
 
 
 def train(config: TrainConfig, stop: StopRequest) -> bool:
@@ -32,7 +40,8 @@ def train(config: TrainConfig, stop: StopRequest) -> bool:
     Raises:
         ConfigError: a refused config or input, before training starts.
         CheckpointError: no good checkpoint to continue from, or one that cannot be written.
-        NonFiniteError: naming the step; such weights are never saved.
+        NonFiniteError: naming the step, the module and the images; such weights are never saved.
+        OutOfMemoryError: with what to set so that it fits.
     """
     run_name = config.run_name or default_run_name(config)
     device, config = resolve(config)
@@ -43,10 +52,15 @@ def train(config: TrainConfig, stop: StopRequest) -> bool:
         if run.checkpoint is None:
             run.write_config(config)  # with what auto was settled to, before anything can stop the run
         elif is_finished(run.checkpoint, config):
-            run.write_info(status="finished")  # a kill may have come between its last checkpoint and this
+            run.write_end(run.checkpoint)  # a kill may have come between its last checkpoint and this
             print(describe_finished(run.path, run.checkpoint))
             return True
-        return train_in_folder(config, device, run, stop)
+        try:
+            return train_in_folder(config, device, run, stop)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemoryError(memory_advice(config, device, error)) from error
 
 
 def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, stop: StopRequest) -> bool:
@@ -56,6 +70,11 @@ def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, s
     if device.type == "cpu":
         keep_freed_memory()
     loaders = build_loaders(config, device)
+    run.provenance = provenance(config)
+    if run.checkpoint is not None:
+        check_data(run.checkpoint, loaders.fingerprint, config)
+        for change in describe_changes(run.checkpoint["provenance"], run.provenance):
+            warn(f"changed since the checkpoint was written: {change}")
     torch.manual_seed(config.seed)
     model = build_model(config.model, len(loaders.classes), resolved_image_size(config.data))
     if config.trainer.grad_checkpointing:
@@ -69,12 +88,11 @@ def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, s
     loop.logger.say(describe_plan(config, loaders, state, loop.num_steps))
     run.write_start(state.step)
 
-    stop.begin_training()
     try:
         with logging_redirect_tqdm():  # log lines go above the progress bar
             finished = loop.run()
-    except BaseException:
-        run.write_info(status="failed")
+    except BaseException as error:
+        run.write_status("interrupted" if isinstance(error, Interrupted) else "failed")
         raise
     finally:
         loop.logger.close()
@@ -100,7 +118,7 @@ def note_unreadable(path: Path, loaders: Loaders) -> int:
 
 
 def continue_from(run: RunFolder, state: TrainState, config: TrainConfig) -> None:
-    """Load the checkpoint that the run continues from, if there is one, and let go of it."""
+    """Load the checkpoint that the run continues from, if there is one, and let go of all but its metrics."""
     if run.checkpoint is None:
         return
     try:
@@ -110,7 +128,7 @@ def continue_from(run: RunFolder, state: TrainState, config: TrainConfig) -> Non
             f"the checkpoint does not fit this model or optimizer ({error}); "
             f"allow_config_change={config.allow_config_change} asks too much of it"
         ) from error
-    run.checkpoint = None
+    run.metrics, run.checkpoint = run.checkpoint["metrics"], None
     run.write_config(config)
 
 

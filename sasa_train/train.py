@@ -1,5 +1,6 @@
 """sasa-train: from the command line to a run; the run itself is in loop.py, so that `--help` needs no torch."""
 
+import errno
 import itertools
 import logging
 import os
@@ -30,6 +31,7 @@ USAGE = """[group=choice ...] [key=value ...]   (-m, --multirun: a plain Hydra s
   sasa-train resume=outputs/RUN_NAME                                  go on; the first command again does so too"""
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def main() -> None:
@@ -116,7 +118,8 @@ def train_safely(config: TrainConfig) -> int:
 
 def _train(config: TrainConfig, stop: StopRequest) -> int:
     from sasa_train.checkpoint import CheckpointError
-    from sasa_train.engine import NonFiniteError
+    from sasa_train.micro_batch import OutOfMemoryError
+    from sasa_train.nonfinite import NonFiniteError
     from sasa_train.run import train
 
     try:
@@ -124,8 +127,14 @@ def _train(config: TrainConfig, stop: StopRequest) -> int:
     except ConfigError as error:
         fail(error)
         return REFUSED
-    except (CheckpointError, NonFiniteError) as error:
+    except (CheckpointError, NonFiniteError, OutOfMemoryError) as error:
         fail(error)
+        return FAILED
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        place = f" {error.filename}" if error.filename else ""
+        fail(OSError(f"cannot write{place} ({error.strerror}); make room and run the same command again"))
         return FAILED
 
 

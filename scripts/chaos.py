@@ -1,14 +1,18 @@
-"""Kill runs with SIGKILL at random instants, continue them by the same command, and compare with a run never stopped.
+"""Disturb runs in every way a machine can, continue them by the same command, and compare with a run never disturbed.
 
-Every tensor of the last and best checkpoints and every row of metrics.jsonl (but its timings) must be equal. The
-embedded digits are written as class folders and as tar shards. The runs that are killed keep them resident or stream
-them at 0, 1 and 3 workers, from folders and from shards, in turn; the run never stopped is in the first of these modes:
-so the comparison crosses all of them. Kills fall mid-epoch, while a checkpoint is being written and during evaluation,
-in turn; only those that hit after the first step count. Three recipes share the framework's augmentations, losses and
-optimizer paths out among them; all have a moving average, accumulation and mixing.
+Processes are killed, signalled, stopped and raced, disks fill up, files are cut, flipped and deleted, images and
+configs change between starts; at seeded random moments. Each fault must end as documented (docs/reliability.md): the
+run goes on, or stops with the error that belongs to it. In the end every tensor of last.pt and best.pt and every row of
+metrics.jsonl (but its timings) must be equal to those of the run never disturbed, or a silent difference is reported.
 
-usage: python scripts/kill_and_resume.py [--recipe rand|trivial|large] [--kills 10] [--keep FOLDER] [key=value ...]
-Further overrides go to every run. Exit code 0 when all is equal.
+The embedded digits are written as class folders and as tar shards. The disturbed runs keep them resident or stream them
+at 0, 1 and 3 workers, from folders and from shards, in turn; the undisturbed one is in the first of these modes. Three
+recipes share the framework's augmentations, losses and optimizers out among them; all have a moving average, drop path,
+accumulation and mixing.
+
+usage: python scripts/chaos.py [--faults 20] [--kinds KIND,...] [--recipe rand|trivial|large] [--seed 0]
+                               [--tally FILE.json] [--keep FOLDER] [key=value ...]
+--tally adds the counts to those of earlier calls. Further overrides go to every run. Exit code 0 when all is well.
 """
 
 import argparse
@@ -16,17 +20,22 @@ import itertools
 import json
 import os
 import random
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
+from sasa_train.checkpoint import load_checkpoint
 from sasa_train.compose import compose_config
 from sasa_train.data.datasets import load_image_sets
 from sasa_train.data.prepare import shard
@@ -37,7 +46,6 @@ RUN = [
     "data.image_size=8",
     "data.max_train_images=1000",
     "data.max_val_images=null",
-    "allow_config_change=[data.root]",  # folders and shards are to be the same data set
     "model.width=0.25",
     "model.drop_path_rate=0.2",
     "trainer.ema_decay=0.99",
@@ -93,46 +101,421 @@ MODES: list[Mode] = [
     ("shards", STREAMED[0]),
 ]
 TIMINGS = {"images_per_sec", "data_wait_fraction", "memory_mib", "seconds"}
+# Of a checkpoint: timings, and where and how it was made.
+NOT_COMPARED = {"seconds", "config", "metrics", "provenance", "fingerprint"}
+STEPS_PER_EPOCH = 25
+PATIENCE = 120  # seconds for a run to reach a moment, or to end
+WORKER_TIMEOUT = 4  # seconds
+MOMENTS = ("start-up", "mid-epoch", "a save", "evaluation")
+
+
+class Failure(Exception):
+    """A lost run, a silent difference, or an end that is not the documented one."""
+
+
+class Chaos:
+    """One disturbed run after another in `folder`; each method that `KINDS` names is a fault."""
+
+    def __init__(self, folder: Path, overrides: list[str], seed: int):
+        self.folder, self.overrides, self.random = folder, overrides, random.Random(seed)
+        self.whole, self.broken = folder / "whole", folder / "broken"
+        self.checkpoints = self.broken / "checkpoints"
+        self.modes = itertools.cycle(MODES)
+        self.log = folder / "log.txt"  # of the last start
+
+    # Starting and ending
+
+    def start(self, *more: str, name: str = "broken", mode: Mode | None = None, **options: Any) -> subprocess.Popen:
+        data, how = mode or next(self.modes)
+        place = [f"data.root={self.folder / data}", f"output_dir={self.folder}", f"run_name={name}"]
+        command = [sys.executable, "-m", "sasa_train.train", *RUN, *self.overrides, *place, *how, *more]
+        # One thread, so that sums are added up in one order on every machine.
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        log = options.pop("log", self.log)
+        with log.open("w") as output:
+            return subprocess.Popen(command, stdout=output, stderr=output, env=environment, **options)
+
+    def end(self, process: subprocess.Popen, codes: tuple[int, ...], message: str = "", log: Path | None = None) -> int:
+        """Wait for the process, which must end with one of `codes` and say `message`."""
+        try:
+            code = process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise Failure(f"it did not end within {PATIENCE} s") from None
+        text = (log or self.log).read_text(errors="replace")
+        if code not in codes or message not in text or (code != 0 and "Traceback" in text):
+            raise Failure(f"exit code {code} instead of {codes}, or no {message!r}:\n{text[-3000:]}")
+        return code
+
+    def go_on(self, process: subprocess.Popen, message: str = "") -> str:
+        """Let it make a few rows, then stop it; it must have said `message`."""
+        self.wait(process, "mid-epoch", self.random.randint(1, 4))
+        process.send_signal(signal.SIGTERM)
+        self.end(process, (0, 75), message)
+        return ""
+
+    def refused(self, message: str, *more: str, code: int = 2, mode: Mode | None = None) -> None:
+        self.end(self.start(*more, mode=mode), (code,), message)
+
+    def rows(self) -> list[dict[str, Any]]:
+        return read_rows(self.broken)
+
+    def wait(self, process: subprocess.Popen, moment: str, num_rows: int) -> bool:
+        """Until `num_rows` more rows are there and it is the moment; False where the run ended before."""
+        first_row, deadline = len(self.rows()) + num_rows, time.monotonic() + PATIENCE
+        if moment == "start-up":
+            time.sleep(self.random.uniform(0, 6))
+            return process.poll() is None
+        begun = False
+        while process.poll() is None:
+            if time.monotonic() > deadline:
+                process.kill()
+                raise Failure(f"it did not reach {moment} within {PATIENCE} s")
+            begun = begun or "ETA" in self.log.read_text(errors="replace")  # its own rows, not those it found
+            rows = self.rows()
+            if begun and len(rows) >= first_row and is_moment(self.broken, rows, moment):
+                return True
+            time.sleep(0.0005)
+        return False
+
+    def need_checkpoints(self, count: int) -> None:
+        """Go on until the run has so many checkpoints beside best.pt."""
+        while len(list(self.checkpoints.glob("[ls]*.pt"))) < count:
+            self.go_on(self.start())
+
+    # Faults of processes
+
+    def signal_at(self, number: signal.Signals, moment: str) -> str:
+        process = self.start()
+        if self.wait(process, moment, self.random.randint(1, 10)):
+            process.send_signal(number)
+        # Before the command's first lines ran, a signal does what it does to any process: nothing was begun.
+        codes = (0, -number) if number == signal.SIGKILL or moment == "start-up" else (0,)
+        self.end(process, codes if number == signal.SIGKILL else (*codes, 75))
+        return moment
+
+    def kill(self) -> str:
+        return self.signal_at(signal.SIGKILL, self.random.choice(MOMENTS))
+
+    def terminate(self) -> str:
+        return self.signal_at(signal.SIGTERM, self.random.choice(MOMENTS))
+
+    def interrupt(self) -> str:
+        return self.signal_at(signal.SIGINT, self.random.choice(MOMENTS))
+
+    def usr1(self) -> str:
+        return self.signal_at(signal.SIGUSR1, self.random.choice(MOMENTS))
+
+    def usr2(self) -> str:
+        return self.signal_at(signal.SIGUSR2, self.random.choice(MOMENTS))
+
+    def interrupt_twice(self) -> str:
+        process = self.start()
+        moment = self.random.choice(MOMENTS[1:])
+        if self.wait(process, moment, self.random.randint(1, 10)):
+            process.send_signal(signal.SIGINT)
+            time.sleep(self.random.uniform(0, 0.02))
+            process.send_signal(signal.SIGINT)
+        self.end(process, (0, 75, 130))
+        return moment
+
+    def pause(self) -> str:
+        process = self.start()
+        if self.wait(process, "mid-epoch", self.random.randint(1, 4)):
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(1)
+            process.send_signal(signal.SIGCONT)
+        return self.go_on(process)
+
+    def time_limit(self) -> str:
+        self.end(self.start(f"trainer.max_hours={self.random.uniform(5, 9) / 3600}"), (0, 75))
+        return ""
+
+    def second_run(self) -> str:
+        process, log = self.start(), self.folder / "second.txt"
+        if self.wait(process, "mid-epoch", 1):
+            process.send_signal(signal.SIGSTOP)  # so that it is still there when the second has started
+            second = self.start(log=log)
+            try:
+                self.end(second, (2,), f"is in use by process {process.pid} on ", log)
+            finally:
+                process.send_signal(signal.SIGCONT)
+        return self.go_on(process)
+
+    def race(self) -> str:
+        """Two starts at once: one is refused, the other goes on."""
+        logs = [self.log, self.folder / "second.txt"]
+        runners = [self.start("trainer.log_every_steps=1", log=log) for log in logs]
+        deadline = time.monotonic() + PATIENCE
+        while all(runner.poll() is None for runner in runners) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        ended = [runner.poll() is not None for runner in runners]
+        loser = ended.index(True) if any(ended) else 0
+        if all(ended) and runners[loser].returncode != 2:
+            loser = 1 - loser
+        winner = 1 - loser
+        runners[winner].send_signal(signal.SIGTERM)
+        self.end(runners[loser], (2,), "is in use by ", logs[loser])
+        self.end(runners[winner], (0, 75), "", logs[winner])
+        return ""
+
+    def worker(self, number: signal.Signals, message: str) -> str:
+        process = self.start(f"data.worker_timeout={WORKER_TIMEOUT}", mode=("folders", STREAMED[2]))
+        if not self.wait(process, "mid-epoch", self.random.randint(1, 6)):
+            self.end(process, (0,))
+            return "too late"
+        workers = children(process.pid)
+        os.kill(self.random.choice(workers), number)
+        start = time.monotonic()
+        code = self.end(process, (0, 1))  # 0: the run ended without this worker
+        if code == 1:
+            self.end(process, (1,), message)
+        if time.monotonic() - start > WORKER_TIMEOUT + 15:
+            raise Failure(f"{time.monotonic() - start:.0f} s until the run ended")
+        return ""
+
+    def worker_killed(self) -> str:
+        return self.worker(signal.SIGKILL, "data worker")
+
+    def worker_hangs(self) -> str:
+        return self.worker(signal.SIGSTOP, "data.worker_timeout")
+
+    # Faults of disks and files
+
+    def disk_full(self, *more: str) -> str:
+        """A limit on the size of files stands in for it: the write itself fails."""
+        self.need_checkpoints(1)
+        size = int((self.checkpoints / "last.pt").stat().st_size * self.random.uniform(0.1, 0.9))
+        size = max(size, 2 * (self.broken / "metrics.jsonl").stat().st_size)
+        process = self.start(*more, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+        if more and self.wait(process, "mid-epoch", 12):
+            process.send_signal(signal.SIGTERM)
+        self.end(process, (1,), "cannot write")
+        return ""
+
+    def disk_full_go_on(self) -> str:
+        self.disk_full("trainer.on_failed_save=continue")
+        if "tries again at the next checkpoint" not in self.log.read_text() and not self.is_at_the_end():
+            raise Failure(f"it did not go on:\n{self.log.read_text()[-2000:]}")
+        return ""
+
+    def is_at_the_end(self) -> bool:
+        return "step 150/150" in self.log.read_text()
+
+    def after_damage(self, path: Path, damage: Callable[[Path], object], message: str) -> str:
+        damage(path)
+        return self.go_on(self.start(), message)
+
+    def last_truncated(self) -> str:
+        self.need_checkpoints(2)
+        return self.after_damage(self.checkpoints / "last.pt", self.cut, "skipping a damaged checkpoint")
+
+    def last_flipped(self) -> str:
+        self.need_checkpoints(2)
+        return self.after_damage(self.checkpoints / "last.pt", self.flip, "skipping a damaged checkpoint")
+
+    def last_deleted(self) -> str:
+        self.need_checkpoints(2)
+        return self.after_damage(self.checkpoints / "last.pt", Path.unlink, "the newest good one")
+
+    def last_hostile(self) -> str:
+        self.need_checkpoints(2)
+        trap = self.folder / "code ran"
+        hostile = load_checkpoint(self.checkpoints / "last.pt") | {"trap": Hostile(trap)}
+        torch.save(hostile, self.checkpoints / "last.pt")
+        (self.checkpoints / "last.pt.json").unlink()
+        self.go_on(self.start(), "skipping a damaged checkpoint")
+        if trap.exists():
+            raise Failure("a checkpoint ran code")
+        return ""
+
+    def manifest_damaged(self) -> str:
+        self.need_checkpoints(2)
+        return self.after_damage(self.checkpoints / "last.pt.json", self.cut, "skipping a damaged checkpoint")
+
+    def half_written(self) -> str:
+        self.need_checkpoints(1)
+        path = self.checkpoints / "last.pt.0123abcd.tmp"
+        return self.after_damage(path, lambda p: p.write_bytes(self.random.randbytes(9999)), "")
+
+    def every_checkpoint_damaged(self) -> str:
+        self.need_checkpoints(2)
+        copy = self.folder / "copy"
+        shutil.copytree(self.checkpoints, copy)
+        for path in self.checkpoints.glob("*.pt"):
+            self.random.choice((self.cut, self.flip))(path)
+        self.refused("checkpoints can be read; restore one from a copy", code=1)
+        shutil.rmtree(self.checkpoints)
+        copy.rename(self.checkpoints)
+        return ""
+
+    def metrics_damaged(self) -> str:
+        self.need_checkpoints(1)
+        damage = self.random.choice((self.cut, self.flip, Path.unlink))
+        return self.after_damage(self.broken / "metrics.jsonl", damage, "")
+
+    def other_files_damaged(self) -> str:
+        self.need_checkpoints(1)
+        name = self.random.choice(("config.yaml", "run.json", ".lock", "tensorboard"))
+        path = self.broken / name
+        self.after_damage(next(path.iterdir()) if path.is_dir() else path, self.cut, "")
+        return name
+
+    def cut(self, path: Path) -> None:
+        os.truncate(path, self.random.randrange(path.stat().st_size))
+
+    def flip(self, path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[self.random.randrange(len(data))] ^= 1 << self.random.randrange(8)
+        path.write_bytes(data)
+
+    # Faults of people
+
+    def config_changed(self) -> str:
+        self.need_checkpoints(1)
+        change = self.random.choice(("seed=1", "trainer.epochs=7", "optimizer.lr=0.2", "augment.cutmix=0.5"))
+        self.refused(change.partition("=")[0] + ": ", change)
+        return change
+
+    def config_misspelt(self) -> str:
+        wrong = self.random.choice(("trainer.epoch=6", "+trainer.epoch=6", "optimiser.lr=0.1", "trainer.epochs=six"))
+        key = wrong.strip("+").partition("=")[0]
+        self.refused(key, wrong)
+        return wrong
+
+    def images_changed(self) -> str:
+        self.need_checkpoints(1)
+        images = sorted((self.folder / "folders/val").rglob("*.png"))
+        victim, kept = self.random.choice(images), self.folder / "kept.png"
+        shutil.copy(victim, kept)
+        how = self.random.choice(("cut", "replaced", "removed", "another added", "renamed"))
+        added = victim.with_name("zzz.png")
+        if how == "cut":
+            self.cut(victim)
+        elif how == "replaced":
+            shutil.copy(self.random.choice([path for path in images if path.read_bytes() != kept.read_bytes()]), victim)
+        elif how == "removed":
+            victim.unlink()
+        else:
+            (shutil.copy if how == "another added" else shutil.move)(victim, added)
+        self.refused("the images are not those that this run began with", mode=MODES[0])
+        added.unlink(missing_ok=True)
+        kept.rename(victim)
+        return how
+
+
+class Hostile:
+    def __init__(self, trap: Path):
+        self.trap = trap
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.trap),)
+
+
+KINDS: dict[str, Callable[[Chaos], str]] = {
+    "SIGKILL": Chaos.kill,
+    "SIGTERM": Chaos.terminate,
+    "SIGINT": Chaos.interrupt,
+    "SIGUSR1": Chaos.usr1,
+    "SIGUSR2": Chaos.usr2,
+    "SIGINT twice": Chaos.interrupt_twice,
+    "SIGSTOP and SIGCONT": Chaos.pause,
+    "time limit": Chaos.time_limit,
+    "second run in the folder": Chaos.second_run,
+    "two starts at once": Chaos.race,
+    "data worker killed": Chaos.worker_killed,
+    "data worker hangs": Chaos.worker_hangs,
+    "disk full": Chaos.disk_full,
+    "disk full, on_failed_save=continue": Chaos.disk_full_go_on,
+    "last.pt truncated": Chaos.last_truncated,
+    "bit flipped in last.pt": Chaos.last_flipped,
+    "last.pt deleted": Chaos.last_deleted,
+    "last.pt with code in it": Chaos.last_hostile,
+    "manifest damaged": Chaos.manifest_damaged,
+    "half-written file left": Chaos.half_written,
+    "every checkpoint damaged": Chaos.every_checkpoint_damaged,
+    "metrics.jsonl damaged": Chaos.metrics_damaged,
+    "config, run.json, lock or events damaged": Chaos.other_files_damaged,
+    "config changed": Chaos.config_changed,
+    "key misspelt": Chaos.config_misspelt,
+    "images changed": Chaos.images_changed,
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--faults", type=int, default=20)
+    parser.add_argument("--kinds", help=f"some of: {', '.join(KINDS)}")
     parser.add_argument("--recipe", choices=RECIPES, default="rand")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tally", type=Path, help="a JSON file of counts to add to")
     parser.add_argument("--keep", type=Path, help="keep the run folders here")
     arguments, overrides = parser.parse_known_args()
-    overrides = [*RECIPES[arguments.recipe], *overrides]
-    random.seed(0)
-    folder = arguments.keep or Path(tempfile.mkdtemp(prefix="kill_and_resume."))
+    kinds = arguments.kinds.split(",") if arguments.kinds else list(KINDS)
+    if unknown := set(kinds) - set(KINDS):
+        parser.error(f"--kinds {', '.join(unknown)}: none of {', '.join(KINDS)}")
+    folder = arguments.keep or Path(tempfile.mkdtemp(prefix="chaos."))
     folder.mkdir(parents=True, exist_ok=True)
-    write_digits(folder)
-    whole, broken = folder / "whole", folder / "broken"
-    run_to_the_end(folder, "whole", MODES[0], overrides)
-    print(f"a run never stopped: {len(read_rows(whole))} rows")
-    moments = itertools.cycle(["mid-epoch", "during a save", "during evaluation"])
-    modes, num_kills, moment = itertools.cycle(MODES), 0, next(moments)
-    while num_kills < arguments.kills:
-        mode = next(modes)
-        hit = kill_once(folder, mode, overrides, moment)
-        if hit is None:  # it ended first: begin again, so that all kills are made
-            print("  the run ended before the next kill; its result is compared, then another is begun")
-            compare(whole, broken)
-            shutil.rmtree(broken)
-            continue
-        if hit:
-            num_kills, moment = num_kills + 1, next(moments)
-        told = f"{mode[0]} {' '.join(mode[1])}"
-        print(f"  kill {num_kills}: {hit}, {told}" if hit else f"  a miss, not {moment}", flush=True)
-    run_to_the_end(folder, "broken", MODES[-1], overrides)
-    compare(whole, broken)
-    print(f"equal after {num_kills} kills: every tensor of last.pt and best.pt, every row of metrics.jsonl")
-    if arguments.keep is None:
+    chaos = Chaos(folder, [*RECIPES[arguments.recipe], *overrides], arguments.seed)
+    tried, failed = disturb(chaos, kinds, arguments.faults)
+    print_table(tried, failed)
+    if arguments.tally:
+        add_to_tally(arguments.tally, tried, failed)
+    if arguments.keep is None and not failed:
         shutil.rmtree(folder)
-    return 0
+    return 1 if failed else 0
+
+
+def disturb(chaos: Chaos, kinds: list[str], num_faults: int) -> tuple[Counter, Counter]:
+    """`num_faults` faults, each kind in turn, in as many runs as that takes; returns tried and failed by kind."""
+    write_digits(chaos.folder)
+    chaos.end(chaos.start(name="whole", mode=MODES[0]), (0,))
+    print(f"a run never disturbed: {len(read_rows(chaos.whole))} rows", flush=True)
+    tried, failed, num_runs = Counter[str](), Counter[str](), 0
+    order: list[str] = []
+    try:
+        for number in range(1, num_faults + 1):
+            order = order or chaos.random.sample(kinds, len(kinds))
+            kind = order.pop()
+            if is_finished(chaos.broken):
+                num_runs += compare(chaos)
+            tried[kind] += 1
+            start = time.monotonic()
+            told = KINDS[kind](chaos)
+            at = f"{len(chaos.rows())} rows, {time.monotonic() - start:.0f} s"
+            print(f"{number:>4}  {kind}{': ' if told else ''}{told}  ({at})", flush=True)
+        while not is_finished(chaos.broken):
+            chaos.end(chaos.start(), (0,))
+        num_runs += compare(chaos)
+    except Failure as failure:
+        failed[kind] += 1
+        print(f"FAILED  {kind}: {failure}\nwhat is left is in {chaos.folder}")
+    print(
+        f"{num_runs} runs, {tried.total()} faults: every tensor of last.pt and best.pt and every row of metrics.jsonl"
+    )
+    return tried, failed
+
+
+def print_table(tried: Counter, failed: Counter) -> None:
+    print("\n| fault | tried | survived |\n|---|---|---|")
+    for kind in KINDS:
+        if tried[kind]:
+            print(f"| {kind} | {tried[kind]} | {tried[kind] - failed[kind]} |")
+    print(f"| all | {tried.total()} | {tried.total() - failed.total()} |")
+
+
+def add_to_tally(path: Path, tried: Counter, failed: Counter) -> None:
+    before = json.loads(path.read_text()) if path.exists() else {"tried": {}, "failed": {}}
+    both = {"tried": Counter(before["tried"]) + tried, "failed": Counter(before["failed"]) + failed}
+    path.write_text(json.dumps(both, indent=2))
+    print(f"\nwith the earlier calls in {path}:")
+    print_table(both["tried"], both["failed"])
 
 
 def write_digits(folder: Path) -> None:
     """The embedded digits as PNG in class folders, and as tar shards."""
+    if (folder / "shards").exists():
+        return
     for split, images in zip(("train", "val"), load_image_sets(compose_config([]).data), strict=True):
         for index, label in enumerate(images.labels):
             target = folder / "folders" / split / images.classes[label]
@@ -141,57 +524,30 @@ def write_digits(folder: Path) -> None:
     shard(folder / "folders", folder / "shards", images_per_shard=300)
 
 
-def command(folder: Path, name: str, mode: Mode, overrides: list[str]) -> list[str]:
-    place = [f"data.root={folder / mode[0]}", f"output_dir={folder}", f"run_name={name}"]
-    return [sys.executable, "-m", "sasa_train.train", *RUN, *overrides, *place, *mode[1]]
-
-
-def run_to_the_end(folder: Path, name: str, mode: Mode, overrides: list[str]) -> None:
-    with (folder / "log.txt").open("a") as log:
-        subprocess.run(command(folder, name, mode, overrides), check=True, stdout=log, stderr=log, env=environment())
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1"}  # so that sums are added up in one order on every machine
-
-
-def kill_once(folder: Path, mode: Mode, overrides: list[str], moment: str) -> str | None:
-    """Start or continue the run and kill it at `moment`; what was hit, "" for another moment, None at its end."""
-    run_dir = folder / "broken"
-    num_rows = len(read_rows(run_dir))
-    with (folder / "log.txt").open("a") as log:
-        process = subprocess.Popen(
-            command(folder, "broken", mode, overrides), stdout=log, stderr=log, env=environment()
-        )
-    first_new_row = num_rows + random.randint(1, 12)
-    while process.poll() is None:
-        rows = read_rows(run_dir)
-        if len(rows) >= first_new_row and is_moment(run_dir, rows, moment):
-            if moment == "mid-epoch":
-                time.sleep(random.random() * 0.2)
-            process.kill()
-            process.wait()
-            rows = read_rows(run_dir)
-            was_late = moment == "during a save" and not is_moment(run_dir, rows, moment)
-            return "" if was_late else f"{moment}, after the row of step {rows[-1]['step']}"
-        time.sleep(0.0005)
-    if process.returncode != 0:
-        raise SystemExit(f"the run failed with exit code {process.returncode}; see {folder}/log.txt")
-    return None
-
-
 def is_moment(run_dir: Path, rows: list[dict[str, Any]], moment: str) -> bool:
-    if moment == "during a save":
+    if moment == "a save":
         return any((run_dir / "checkpoints").glob("*.tmp"))
-    if moment == "during evaluation":  # the epoch's last train row is there, its val row is not yet
-        return rows[-1]["split"] == "train" and rows[-1]["step"] % 25 == 0
-    return rows[-1]["step"] % 25 != 0
+    if moment == "evaluation":  # the epoch's last train row is there, its val row is not yet
+        return rows[-1]["split"] == "train" and rows[-1]["step"] % STEPS_PER_EPOCH == 0
+    return rows[-1]["step"] % STEPS_PER_EPOCH != 0
+
+
+def children(process: int) -> list[int]:
+    """Of a process, by its id: the data workers of a run."""
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def is_finished(run_dir: Path) -> bool:
+    try:
+        return json.loads((run_dir / "run.json").read_text())["status"] == "finished"
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def read_rows(run_dir: Path) -> list[dict[str, Any]]:
     """Whole rows of metrics.jsonl, without timings."""
     path, rows = run_dir / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             rows.append({key: value for key, value in json.loads(line).items() if key not in TIMINGS})
         except ValueError:
@@ -199,17 +555,20 @@ def read_rows(run_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def compare(one: Path, other: Path) -> None:
-    """Raise SystemExit naming the first difference."""
-    rows, other_rows = read_rows(one), read_rows(other)
+def compare(chaos: Chaos) -> int:
+    """Raise Failure naming the first difference; the disturbed run is then taken away. Returns 1."""
+    rows, other_rows = read_rows(chaos.whole), read_rows(chaos.broken)
     for row, other_row in itertools.zip_longest(rows, other_rows):
         if row != other_row:
-            raise SystemExit(f"DIFFERENT rows:\n{row}\n{other_row}")
+            raise Failure(f"SILENT DIFFERENCE of rows:\n{row}\n{other_row}")
     for name in ("last.pt", "best.pt"):
-        state, other_state = (torch.load(run / "checkpoints" / name, weights_only=True) for run in (one, other))
+        state, other_state = (load_checkpoint(run / "checkpoints" / name) for run in (chaos.whole, chaos.broken))
         difference = first_difference(state, other_state, name)
         if difference:
-            raise SystemExit(f"DIFFERENT: {difference}")
+            raise Failure(f"SILENT DIFFERENCE: {difference}")
+    print("      equal to the run never disturbed", flush=True)
+    shutil.rmtree(chaos.broken)
+    return 1
 
 
 def first_difference(one: Any, other: Any, where: str) -> str | None:
@@ -218,7 +577,7 @@ def first_difference(one: Any, other: Any, where: str) -> str | None:
     if isinstance(one, dict):
         if one.keys() != other.keys():
             return where
-        keys = [key for key in one if key not in ("seconds", "config")]  # a timing; workers and run_name differ
+        keys = one.keys() - NOT_COMPARED
         return next((d for key in keys if (d := first_difference(one[key], other[key], f"{where}.{key}"))), None)
     if isinstance(one, list | tuple):
         pairs = enumerate(itertools.zip_longest(one, other))

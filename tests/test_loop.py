@@ -179,6 +179,7 @@ def test_the_time_left_counts_evaluations_before_a_resume_too(tmp_path, monkeypa
 
     assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
     last = [row for row in map(json.loads, (tmp_path / "out/run/metrics.jsonl").open()) if row["split"] == "val"][-1]
-    logger = RunLogger(tmp_path / "out/run", last["step"], last["step"], last["step"])
+    metrics = (tmp_path / "out/run/metrics.jsonl").read_text()
+    logger = RunLogger(tmp_path / "out/run", metrics, last["step"], last["step"])
     assert logger.eval_seconds == last["seconds"] > 0
     logger.close()

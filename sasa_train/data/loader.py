@@ -5,13 +5,16 @@ replaying anything. Both loaders yield (images, labels): normalised float32 [B, 
 or cutmix mixed them, float32 [B, num_classes].
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from sasa_train.config import ConfigError, TrainConfig, crops_by_padding, resolved_image_size, total_steps
 from sasa_train.data.datasets import MEAN_STD, ImageSet, load_image_sets
+from sasa_train.data.fingerprint import fingerprint
 from sasa_train.data.mixing import Mixing
 from sasa_train.data.plan import BatchPlan
 from sasa_train.data.quarantine import Quarantine
@@ -30,11 +33,22 @@ class Loaders:
 
     train: Loader
     val: Loader
-    classes: list[str]
+    train_set: ImageSet
+    fingerprint: dict[str, Any]  # of each split
+
+    @property
+    def classes(self) -> list[str]:
+        return self.train_set.classes
 
     @property
     def kind(self) -> str:
         return "resident" if isinstance(self.train, ResidentLoader) else "streamed"
+
+    def train_names(self, step: int, number: int) -> list[str]:
+        """Of the images in micro-batch `number` of the run's step `step`, from 0."""
+        epoch, first_step = divmod(step, self.train.plan.steps_per_epoch)
+        micro = next(itertools.islice(self.train.plan.train(epoch, first_step), number, None))
+        return [self.train_set.name(int(index)) for index in micro.indices]
 
     def unreadable(self) -> Iterator[str]:
         """Name and reason of each image that could not be read so far."""
@@ -59,7 +73,8 @@ def build_loaders(config: TrainConfig, device: torch.device) -> Loaders:
     return Loaders(
         _build_loader(config, train_set, device, is_resident, split="train"),
         _build_loader(config, val_set, device, is_resident, split="val"),
-        train_set.classes,
+        train_set,
+        {"train": fingerprint(train_set), "val": fingerprint(val_set)},
     )
 
 
