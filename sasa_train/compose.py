@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sasa_train.config import ConfigError, TrainConfig, knob_table, validate
+from sasa_train.printable import printable_lines
 
 FREE = ("optimizer.args.", "schedule.args.")  # timm knows what is under these; optim.py checks it
 GROUPS = ("model", "data", "optimizer", "schedule", "augment", "experiment")
@@ -201,10 +202,10 @@ def print_help(command: str, usage: str) -> None:
 
 
 def fail(error: Exception) -> int:
-    """Print a refusal the way every command does; returns exit code 2."""
+    """Print a refusal the way every command does, with what it quotes from a disk escaped; returns exit code 2."""
     path = Path(sys.argv[0])
     command = path.parent.name if path.stem == "__main__" else path.stem
-    print(f"{command}: {error}", file=sys.stderr)
+    print(printable_lines(f"{command}: {error}"), file=sys.stderr)
     return 2
 
 

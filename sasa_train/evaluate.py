@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sasa_train.compose import fail, load_config
 from sasa_train.config import ConfigError, TrainConfig, resolved_image_size
+from sasa_train.printable import printable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,10 +72,11 @@ def evaluate_checkpoint(source: Path, weights: str | None, overrides: list[str])
         loader.close()
     assert result is not None
     check_evaluated(loader, result.num_images)
-    print(f"{path}: step {checkpoint['step']:,}, {'EMA' if state_dict is checkpoint['ema'] else 'raw'} weights\n")
+    kind = "EMA" if state_dict is checkpoint["ema"] else "raw"
+    print(f"{printable(str(path))}: step {checkpoint['step']:,}, {kind} weights\n")
     print_classes(classes, result.class_hits, result.class_images)
-    if found := loader.quarantine.found:
-        print(f"\n{len(found)} images could not be read and are left out:\n{loader.quarantine.listing()}")
+    if lines := loader.quarantine.lines():
+        print(f"\n{len(lines)} images could not be read and are left out:\n" + "\n".join(lines))
     print(f"\nimages {result.num_images}\nloss   {result.loss!r}\ntop1   {result.top1!r}\ntop5   {result.top5!r}")
     return 0
 
@@ -102,9 +104,10 @@ def build_trained_model(config: TrainConfig, state_dict: dict[str, Any], classes
 
 
 def print_classes(classes: list[str], hits: list[int], images: list[int]) -> None:
-    width = max(len("class"), *(len(name) for name in classes))
+    names = [printable(name) for name in classes]
+    width = max(len("class"), *(len(name) for name in names))
     print(f"{'class':<{width}}  images    top1")
-    for name, num_hits, num_images in zip(classes, hits, images, strict=True):
+    for name, num_hits, num_images in zip(names, hits, images, strict=True):
         top1 = f"{100 * num_hits / num_images:6.2f}" if num_images else "     -"
         print(f"{name:<{width}}  {num_images:>6}  {top1}")
 

@@ -110,7 +110,7 @@ def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, s
 
 def note_unreadable(path: Path, loaders: Loaders) -> int:
     """Add what could not be read to the run's list; returns how many lines that has now."""
-    before = path.read_text().splitlines() if path.exists() else []
+    before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     lines = dict.fromkeys([*before, *loaders.unreadable()])
     if len(lines) > len(before):
         write_atomic(path, "".join(f"{line}\n" for line in lines).encode())

@@ -23,6 +23,7 @@ from sasa_train.compose import (
 )
 from sasa_train.config import ConfigError, TrainConfig
 from sasa_train.interrupt import Interrupted, StopRequest
+from sasa_train.printable import printable_lines
 
 USAGE = """[group=choice ...] [key=value ...]   (-m, --multirun: a plain Hydra sweep)
 
@@ -43,8 +44,7 @@ def run_command(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print_help("sasa-train", USAGE)
         return DONE
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("sasa_train").setLevel(logging.INFO)
+    set_up_logging()
     try:
         refuse_many_processes()
         if {"-m", "--multirun"} & set(arguments):
@@ -53,6 +53,20 @@ def run_command(arguments: list[str]) -> int:
     except ConfigError as error:
         fail(error)
         return REFUSED
+
+
+class PrintableFormatter(logging.Formatter):
+    """The message alone, without what would command the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(super().format(record))
+
+
+def set_up_logging() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("sasa_train").setLevel(logging.INFO)
 
 
 def read_config(arguments: list[str]) -> TrainConfig:

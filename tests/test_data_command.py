@@ -20,7 +20,7 @@ from sasa_train.compose import compose_config
 from sasa_train.data import imagenet, prepare, writing
 from sasa_train.data.__main__ import run_command
 from sasa_train.data.datasets import load_image_sets, to_rgb
-from sasa_train.data.verify import printable
+from sasa_train.printable import printable
 
 ARCHIVES = {
     "train": "ILSVRC2012_img_train.tar",

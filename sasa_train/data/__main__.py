@@ -8,6 +8,7 @@ from pathlib import Path
 from sasa_train.compose import fail
 from sasa_train.config import ConfigError
 from sasa_train.machine import usable_processors
+from sasa_train.printable import printable
 
 EPILOG = """examples:
   sasa-data verify data/flowers                           every image decoded: what is there, and what is wrong with it
@@ -52,12 +53,10 @@ def run_command(arguments: list[str]) -> int:
         options = parser.parse_args(arguments)
     except SystemExit as stop:  # after --help or argparse's own refusal
         return int(stop.code or 0)
-    from sasa_train.data.verify import printable
-
     try:
         return _run(options)
-    except ConfigError as error:  # whose message may quote a name from a disk or an archive
-        return fail(ConfigError("\n".join(printable(line) for line in str(error).split("\n"))))
+    except ConfigError as error:
+        return fail(error)
     except OSError as error:  # a disk that fills up or fails
         print(f"sasa-data: {printable(str(error))}", file=sys.stderr)
         return FAILED

@@ -19,6 +19,7 @@ from torchvision import datasets as tv
 from sasa_train.config import NUM_CLASSES, ConfigError, DataConfig
 from sasa_train.data.randomness import fixed_order
 from sasa_train.data.shards import TarMembers, find_shards, load_shards
+from sasa_train.printable import printable
 
 PAUSES = (0.1, 1.0)  # seconds before a read that failed is tried again
 DIGITS_VAL_FRACTION = 0.2
@@ -237,7 +238,7 @@ def load_class_folders(root: Path, split: str) -> ImageSet:
     try:
         found = tv.ImageFolder(str(folder))
     except FileNotFoundError as error:  # torchvision names the empty classes, or says that there is none
-        raise ConfigError(f"{folder}: {error}") from error
+        raise ConfigError(f"{folder}: {printable(str(error))}") from error
     paths, labels = zip(*found.samples, strict=True)
     return ImageSet(found.classes, np.array(labels, dtype=np.int64), np.arange(len(labels)), Files(list(paths)))
 
@@ -258,4 +259,4 @@ def load_shard_set(root: Path, split: str) -> ImageSet:
 
 
 def _some(names: Sequence[str]) -> str:
-    return (", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")) or "none"
+    return (", ".join(map(printable, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")) or "none"

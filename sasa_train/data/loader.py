@@ -22,6 +22,7 @@ from sasa_train.data.resident import ResidentLoader, decode_all
 from sasa_train.data.streaming import StreamingLoader
 from sasa_train.data.transforms import Augment, Normalize
 from sasa_train.machine import available_memory, usable_processors
+from sasa_train.printable import printable
 
 RESIDENT_SHARE = 0.25  # of the memory that is free: a set larger than that streams, unless data.resident=true
 Loader = ResidentLoader | StreamingLoader
@@ -53,7 +54,7 @@ class Loaders:
     def unreadable(self) -> Iterator[str]:
         """Name and reason of each image that could not be read so far."""
         for loader in (self.train, self.val):
-            yield from (f"{name}: {reason}" for name, reason in loader.quarantine.found.items())
+            yield from loader.quarantine.lines()
 
     def close(self) -> None:
         self.train.close()
@@ -137,9 +138,10 @@ def _is_resident(config: TrainConfig, num_images: int, device: torch.device) -> 
 def _check_counts(config: TrainConfig, train_set: ImageSet) -> None:
     num_classes, batch = len(train_set.classes), config.trainer.global_batch_size
     if config.model.num_classes not in (None, num_classes):
+        names = ", ".join(map(printable, train_set.classes[:5])) + (", ..." if num_classes > 5 else "")
         raise ConfigError(
             f"model.num_classes={config.model.num_classes}, but {config.data.name} has {num_classes} classes "
-            f"({', '.join(train_set.classes[:5])}{', ...' if num_classes > 5 else ''}); leave model.num_classes=null"
+            f"({names}); leave model.num_classes=null"
         )
     if len(train_set) < batch:
         raise ConfigError(

@@ -11,6 +11,7 @@ from sasa_train.data.datasets import Files, load_class_folders
 from sasa_train.data.imagenet import check_md5, index_train, index_val, read_devkit
 from sasa_train.data.shards import find_shards
 from sasa_train.data.writing import Originals, locked, write_all_shards, write_folders
+from sasa_train.printable import printable
 
 
 def shard(root: Path, dest: Path, images_per_shard: int) -> int:
@@ -31,10 +32,14 @@ def shard(root: Path, dest: Path, images_per_shard: int) -> int:
     classes = splits["train"].images.classes
     for split in splits.values():
         if differing := set(split.images.classes) ^ set(classes):
-            raise ConfigError(f"ROOT={root}: train and val must hold the same classes, but {min(differing)} is in one")
+            raise ConfigError(
+                f"ROOT={root}: train and val must hold the same classes, but {printable(min(differing))} is in one"
+            )
     for name in classes:
         if not _fits_a_line(name):
-            raise ConfigError(f"{root}: the class {name} must fit a line of UTF-8 text in classes.txt; rename it")
+            raise ConfigError(
+                f"{root}: the class {printable(name)} must fit a line of UTF-8 text in classes.txt; rename it"
+            )
     with locked(dest):
         write_all_shards(dest, splits, images_per_shard)
     print(f"\nnext   sasa-data verify {dest}\n       sasa-train data=image_folder data.root={dest} ...")

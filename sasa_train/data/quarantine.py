@@ -8,6 +8,7 @@ import numpy as np
 from sasa_train.config import ConfigError
 from sasa_train.data.datasets import ImageSet, UnreadableImage
 from sasa_train.data.transforms import Shape
+from sasa_train.printable import printable
 
 log = logging.getLogger("sasa_train")
 
@@ -36,15 +37,17 @@ class Quarantine:
             if name not in self.found:
                 self.found[name] = reason
                 what = "replaced by the next image" if self.split == "train" else "left out"
-                log.warning(f"WARNING: {name}: cannot be read as an image ({reason}); {what}")
+                log.warning(f"WARNING: {printable(name)}: cannot be read as an image ({printable(reason)}); {what}")
         if len(self.found) > self.allowed:
+            listing = "\n".join(self.lines())
             raise ConfigError(
-                f"{len(self.found)} images of {self.split} cannot be read, but {self.rule}:\n{self.listing()}\n"
+                f"{len(self.found)} images of {self.split} cannot be read, but {self.rule}:\n{listing}\n"
                 "repair or remove them (sasa-data verify finds them all), or allow more"
             )
 
-    def listing(self) -> str:
-        return "\n".join(f"{name}: {reason}" for name, reason in self.found.items())
+    def lines(self) -> list[str]:
+        """Name and reason of each, one line an image."""
+        return [f"{printable(name)}: {printable(reason)}" for name, reason in self.found.items()]
 
 
 def read_or_replace(

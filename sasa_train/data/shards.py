@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from sasa_train.atomic import write_atomic
 from sasa_train.config import ConfigError
+from sasa_train.printable import printable
 
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "test")}
 
@@ -113,9 +114,12 @@ def _scan(shards: Sequence[Path]) -> dict[str, np.ndarray]:
                     elif member.isfile() and extension == "cls":
                         labels[key] = int(archive.extractfile(member).read())  # type: ignore[union-attr]
         except (tarfile.TarError, OSError, ValueError) as error:
-            raise ConfigError(f"{path}: cannot be read as a shard ({error}); fetch or make it again") from error
+            raise ConfigError(
+                f"{path}: cannot be read as a shard ({printable(str(error))}); fetch or make it again"
+            ) from error
         if without := sorted(images.keys() - labels.keys()):
-            raise ConfigError(f"{path}: {images[without[0]].name} has no label; a .cls file of the same name holds it")
+            name = printable(images[without[0]].name)
+            raise ConfigError(f"{path}: {name} has no label; a .cls file of the same name holds it")
         rows += [(labels[k], k, number, m.offset_data, m.size, m.name) for k, m in images.items()]
     if not rows:
         raise ConfigError(f"{shards[0].parent}: its shards hold no image; expected KEY.jpg beside KEY.cls")

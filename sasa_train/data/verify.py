@@ -19,6 +19,7 @@ from tqdm import tqdm
 from sasa_train.config import ConfigError
 from sasa_train.data.datasets import Files, ImageSet, UnreadableImage, load_shard_set, to_rgb
 from sasa_train.data.shards import find_shards
+from sasa_train.printable import printable
 
 MAX_TABLE = 50  # classes with a line of their own
 MAX_ACROSS, MAX_WITHIN, MAX_NAMES = 20, 5, 5  # groups of duplicates shown, and names shown of a long list
@@ -315,8 +316,3 @@ def counted(number: int, singular: str, plural: str = "") -> str:
 def some(names: Sequence[str], separator: str = ", ") -> str:
     rest = len(names) - MAX_NAMES
     return separator.join(names[:MAX_NAMES]) + (f" and {rest:,} more" if rest > 0 else "")
-
-
-def printable(text: str) -> str:
-    """`text` with control characters and what no terminal can show escaped: a file's name must not move the cursor."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -19,6 +19,7 @@ from sasa_train.config import ConfigError
 from sasa_train.data.datasets import Files, ImageSet
 from sasa_train.data.randomness import fixed_order
 from sasa_train.data.shards import TarMembers, find_shards, shard_path, write_shards
+from sasa_train.printable import printable
 
 WNID = r"n[0-9]{8}"
 OVERHEAD = 2048  # bytes an image takes beside its own: tar headers and label, or half a disk block and an inode
@@ -37,9 +38,9 @@ class Originals:
         with self.images.source.open(int(self.images.positions[index])) as file:
             data = file.read()
         if len(data) != self.sizes[index]:
+            name = printable(self.images.name(index))
             raise ConfigError(
-                f"{self.images.name(index)}: {len(data):,} of {self.sizes[index]:,} bytes are there; was it cut "
-                "off, or is it being written?"
+                f"{name}: {len(data):,} of {self.sizes[index]:,} bytes are there; was it cut off, or is it still written?"
             )
         return data
 
@@ -93,7 +94,9 @@ def _missing_classes(folder: Path, split: Originals) -> list[np.ndarray]:
             raise ConfigError(f"{path}: holds {len(os.listdir(path))} files, the archive {end - start}; remove it")
         missing.append(np.arange(start, start if path else end))
     if present:
-        raise ConfigError(f"{folder} must hold the archive's classes alone, but {min(present)} is there; remove it")
+        raise ConfigError(
+            f"{folder} must hold the archive's classes alone, but {printable(min(present))} is there; remove it"
+        )
     return missing
 
 

@@ -1,0 +1,58 @@
+"""A class folder or a file may be called anything: names reach terminals and lists escaped, one line each."""
+
+import logging
+
+import pytest
+from test_quarantine import TINY
+
+from sasa_train import evaluate, train
+from sasa_train.compose import fail
+from sasa_train.config import ConfigError
+from sasa_train.train import PrintableFormatter
+
+HOSTILE = "\x1b[31mred\n<script>"
+ESCAPED = "\\x1b[31mred\\n<script>"
+
+
+@pytest.fixture
+def hostile_folder(image_folder):
+    """`image_folder` with its red class under a hostile name, and in it a file under another that is no image."""
+    for split in ("train", "val"):
+        (image_folder / split / "red").rename(image_folder / split / HOSTILE)
+        (image_folder / split / HOSTILE / "bad\r\u2028\udcff.png").write_bytes(b"no image")
+    return image_folder
+
+
+def test_names_are_escaped_from_training_to_evaluation(hostile_folder, tmp_path, capfd, caplog, monkeypatch):
+    """A name that clears the screen would hide a warning, and one with a newline would make two lines of a list."""
+    monkeypatch.chdir(tmp_path)
+    data = ["data=image_folder", f"data.root={hostile_folder}", "data.image_size=16", "model.stem=conv_small"]
+    assert train.run_command([*data, "data.num_workers=0", *TINY]) == 0
+    assert evaluate.run_command(["out/bad"]) == 0
+    out, err = capfd.readouterr()
+    assert f"\n{ESCAPED}  " in out  # the table of classes
+    for text in (out, err, caplog.text):
+        assert not set(text) & set("\x1b\u2028\udcff") and "red\n<script>" not in text
+    warnings = [record.getMessage() for record in caplog.records if "cannot be read" in record.getMessage()]
+    assert len(warnings) == 3 and all(f"{ESCAPED}/bad\\r\\u2028\\udcff.png" in text for text in warnings)
+    lines = (tmp_path / "out/bad/unreadable.txt").read_text().splitlines()
+    assert [line.partition(": ")[0] for line in lines] == [
+        f"{hostile_folder}/{split}/{ESCAPED}/bad\\r\\u2028\\udcff.png" for split in ("train", "val")
+    ]
+
+
+def test_refusals_quote_names_escaped(hostile_folder, capsys):
+    arguments = ["data=image_folder", f"data.root={hostile_folder}", "data.image_size=16", "model.stem=conv_small"]
+    assert train.run_command([*arguments, "model.num_classes=7"]) == 2
+    refusals = capsys.readouterr().err
+    (hostile_folder / "val" / HOSTILE).rename(hostile_folder / "val" / "green")
+    assert train.run_command(arguments) == 2
+    refusals += capsys.readouterr().err
+    assert refusals.count(ESCAPED) == 2 and "\x1b" not in refusals and len(refusals.splitlines()) == 2
+
+
+def test_boundaries_escape_what_slipped_through_but_keep_line_breaks(capsys):
+    fail(ConfigError("a\x1b[2J\nb"))
+    assert capsys.readouterr().err.endswith(": a\\x1b[2J\nb\n")
+    record = logging.LogRecord("sasa_train", logging.INFO, "", 0, "a\x1b[2J\nb", None, None)
+    assert PrintableFormatter("%(message)s").format(record) == "a\\x1b[2J\nb"
