@@ -46,9 +46,10 @@ class UnreadableImage(Exception):
 
 @dataclass
 class Files:
-    """Image files by path."""
+    """Image files by path; `folder` holds their class folders."""
 
     paths: list[str]
+    folder: str = ""
 
     def open(self, position: int) -> BinaryIO:
         return open(self.paths[position], "rb")
@@ -93,6 +94,11 @@ class ImageSet:
         except Exception as error:  # Pillow's decoders have no common error: OSError, SyntaxError, struct.error, ...
             reason = str(error).partition(" <_io.")[0] or type(error).__name__  # without Pillow's file object
             raise UnreadableImage(self.name(index), reason) from error
+
+    def read_bytes(self, index: int) -> bytes:
+        """The file of one image as it is; OSError where it cannot be read."""
+        with self._open_patiently(int(self.positions[index])) as file:
+            return file.read()
 
     def _open_patiently(self, position: int) -> BinaryIO:
         """The whole file; a disk or network that fails for a moment must not cost an image."""
@@ -240,7 +246,9 @@ def load_class_folders(root: Path, split: str) -> ImageSet:
     except FileNotFoundError as error:  # torchvision names the empty classes, or says that there is none
         raise ConfigError(f"{folder}: {printable(str(error))}") from error
     paths, labels = zip(*found.samples, strict=True)
-    return ImageSet(found.classes, np.array(labels, dtype=np.int64), np.arange(len(labels)), Files(list(paths)))
+    return ImageSet(
+        found.classes, np.array(labels, dtype=np.int64), np.arange(len(labels)), Files(list(paths), str(folder))
+    )
 
 
 def load_shard_set(root: Path, split: str) -> ImageSet:

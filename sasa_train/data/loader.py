@@ -30,7 +30,10 @@ Loader = ResidentLoader | StreamingLoader
 
 @dataclass
 class Loaders:
-    """What training needs of the data. `train` and `val` are either both resident or both streamed."""
+    """What training needs of the data. `train` and `val` are either both resident or both streamed.
+
+    `fingerprint`: of both splits, {"train": ..., "val": ...}.
+    """
 
     train: Loader
     val: Loader

@@ -10,6 +10,7 @@ import os
 import re
 import resource
 import tarfile
+import threading
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,11 +41,15 @@ class TarMembers:
 
     def open(self, position: int) -> BinaryIO:
         """The member's bytes; fewer than `size` where the archive is cut off."""
-        file = _opened(self.archives[self.archive[position]])
+        with _opening:
+            file = _opened(self.archives[self.archive[position]])
         return io.BytesIO(os.pread(file.fileno(), int(self.size[position]), int(self.offset[position])))
 
     def name(self, position: int) -> str:
         return f"{self.archives[self.archive[position]]}:{self.names[position]}"
+
+
+_opening = threading.Lock()
 
 
 @cache

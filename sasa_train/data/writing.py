@@ -40,7 +40,7 @@ class Originals:
         if len(data) != self.sizes[index]:
             name = printable(self.images.name(index))
             raise ConfigError(
-                f"{name}: {len(data):,} of {self.sizes[index]:,} bytes are there; was it cut off, or is it still written?"
+                f"{name}: {len(data):,} of {self.sizes[index]:,} bytes are there; was it cut off, or is it being made?"
             )
         return data
 

@@ -1,0 +1,169 @@
+"""What a data set looked like when a run began, so that a change before it goes on is noticed, and named.
+
+Counts, names and order of all images, and the bytes of some: seconds for ImageNet, whose files are not all looked at.
+"""
+
+import hashlib
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from sasa_train.data.datasets import Files, ImageSet
+from sasa_train.printable import printable
+
+MAX_READ = 2000  # files of a set whose bytes are looked at
+MAX_LINES = 10  # differences that are named
+NUM_READERS = 8  # threads: a network disk takes milliseconds for each file
+UNREADABLE = b"unreadable"
+NUMBER = re.compile(r"(^|/)\d{8}-")  # which `sasa-data shard` puts before a name, for the order: no part of it
+
+SOURCES = {"files": "in class folders", "shards": "in tar shards", "memory": "in memory"}
+
+
+def fingerprint(images: ImageSet) -> dict[str, Any]:
+    """Of plain values: {"source", "labels": a digest of them in order, "classes": [{"name", "num_images", ...}, ...]}.
+
+    `content` is a digest of `num_read` images of the class: the bytes of a sample of files, or of all pixels of a set
+    in memory. Files and the tar shards made of them have the same content.
+    """
+    by_label = np.argsort(images.labels, kind="stable")
+    counts = np.bincount(images.labels, minlength=len(images.classes))
+    members = np.split(by_label, np.cumsum(counts)[:-1])
+    contents = _in_memory(images, members) if isinstance(images.source, Tensor) else _on_disk(images, members)
+    classes = [
+        {"name": name, "num_images": len(of_class), "names": _digest(_names(images, name, of_class)), **content}
+        for name, of_class, content in zip(images.classes, members, contents, strict=True)
+    ]
+    return {"source": _kind(images), "labels": _digest([images.labels.astype("<i8").tobytes()]), "classes": classes}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], split: str) -> list[str]:
+    """What changed between two fingerprints of `split`, as lines for people, MAX_LINES at most; none: nothing did."""
+    lines = _set_differences(old, new)
+    rest = len(lines) - MAX_LINES
+    return [f"{split}: {line}" for line in lines[:MAX_LINES]] + ([f"{split}: and {rest:,} more"] if rest > 0 else [])
+
+
+def _set_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    kinds = old["source"], new["source"]
+    if kinds[0] != kinds[1] and "memory" in kinds:  # pixels and files have nothing to compare
+        return [f"the images were {SOURCES[kinds[0]]}, now they are {SOURCES[kinds[1]]}"]
+    before, after = _by_name(old["classes"]), _by_name(new["classes"])
+    lines = []
+    for name in before | after:
+        if name not in after:
+            lines.append(f"class {name} is gone")
+        elif name not in before:
+            lines.append(f"class {name} is new")
+        else:
+            lines += _class_differences(name, before[name], after[name], is_same_kind=kinds[0] == kinds[1])
+    if not lines and list(before) != list(after):
+        lines.append("the order of the classes changed")
+    if not lines and old["labels"] != new["labels"]:
+        lines.append("the order of the images changed")
+    return lines
+
+
+def _class_differences(name: str, old: dict[str, Any], new: dict[str, Any], is_same_kind: bool) -> list[str]:
+    if old["num_images"] != new["num_images"]:  # then the others tell nothing more
+        return [f"class {name} had {old['num_images']:,} images, now {new['num_images']:,}"]
+    lines = []
+    if is_same_kind and old["names"] != new["names"]:
+        lines.append(f"names changed in class {name}")
+    if old["num_read"] != new["num_read"]:  # because other classes came or went: another sample
+        return lines
+    if old["num_unreadable"] != new["num_unreadable"]:
+        before, now = old["num_unreadable"], new["num_unreadable"]
+        lines.append(f"of {new['num_read']:,} images of class {name}, {before:,} could not be read, now {now:,} cannot")
+    elif old["content"] != new["content"]:
+        lines.append(f"the content of class {name} changed")
+    return lines
+
+
+def _by_name(classes: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By names to be printed, in the order of the labels; ImageNet has two cranes in English."""
+    seen: Counter[str] = Counter()
+    found = {}
+    for entry in classes:
+        name = f"'{printable(entry['name'])}'"
+        seen[name] += 1
+        found[name if seen[name] == 1 else f"{name} ({seen[name]})"] = entry
+    return found
+
+
+def _in_memory(images: ImageSet, members: list[np.ndarray]) -> list[dict[str, Any]]:
+    assert isinstance(images.source, Tensor)
+    contents = []
+    for of_class in members:
+        pixels = images.source[images.positions[of_class]].numpy()
+        digest = _digest([str(pixels.shape).encode(), pixels.tobytes()])
+        contents.append({"num_read": len(of_class), "num_unreadable": 0, "content": digest})
+    return contents
+
+
+def _on_disk(images: ImageSet, members: list[np.ndarray]) -> list[dict[str, Any]]:
+    samples = _samples(members)
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        digests = iter(list(pool.map(lambda index: _file_digest(images, index), np.concatenate(samples).tolist())))
+    contents = []
+    for sample in samples:
+        own = [next(digests) for _ in sample]
+        num_unreadable = own.count(UNREADABLE)
+        contents.append({"num_read": len(own), "num_unreadable": num_unreadable, "content": _digest(own)})
+    return contents
+
+
+def _samples(members: list[np.ndarray]) -> list[np.ndarray]:
+    """For each class the images to be read, evenly spread.
+
+    Which ones depends on the class's size and the number of classes alone, so that what one class gains or loses does
+    not look like a change of the others.
+    """
+    if sum(map(len, members)) <= MAX_READ:
+        return members
+    most, every = max(1, MAX_READ // len(members)), math.ceil(len(members) / MAX_READ)
+    samples = []
+    for label, of_class in enumerate(members):
+        count = min(len(of_class), most) if label % every == 0 else 0
+        samples.append(of_class[(2 * np.arange(count) + 1) * len(of_class) // max(2 * count, 1)])
+    return samples
+
+
+def _file_digest(images: ImageSet, index: int) -> bytes:
+    try:
+        return hashlib.blake2b(images.read_bytes(index), digest_size=8).digest()
+    except (OSError, ValueError):
+        return UNREADABLE
+
+
+def _names(images: ImageSet, class_name: str, members: np.ndarray) -> Iterable[bytes]:
+    """A file's path from its class folder, a shard's member without its number; images in memory have none."""
+    source, positions = images.source, images.positions[members].tolist()
+    if isinstance(source, Tensor):
+        return []
+    if isinstance(source, Files):
+        folder = os.path.join(source.folder, class_name, "")
+        names = (source.paths[position].removeprefix(folder) for position in positions)
+    else:
+        names = (NUMBER.sub(r"\1", str(source.names[position])) for position in positions)
+    return (name.encode(errors="surrogateescape") + b"\0" for name in names)
+
+
+def _kind(images: ImageSet) -> str:
+    if isinstance(images.source, Tensor):
+        return "memory"
+    return "files" if isinstance(images.source, Files) else "shards"
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
