@@ -6,6 +6,7 @@ at while the backward pass runs.
 
 import contextlib
 import copy
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from sasa_train.batch_norm import frozen_running_stats
 from sasa_train.config import TrainerConfig
 from sasa_train.losses import build_criterion
-from sasa_train.nonfinite import LossWatch, NonFiniteError
+from sasa_train.nonfinite import LossWatch, NonFiniteError, nonfinite_weights
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -90,8 +91,10 @@ class TrainState:
 
     def check(self) -> None:
         """Raise NonFiniteError where the weights are not finite. Waits for the device."""
-        if not nn.utils.get_total_norm(self.model.parameters()).isfinite():
-            raise NonFiniteError(f"the weights after step {self.step} are not finite")
+        largest = nn.utils.get_total_norm(self.model.parameters(), norm_type=math.inf)
+        if not largest.isfinite():
+            wrong = nonfinite_weights(self.model)
+            raise NonFiniteError(f"the weights after step {self.step} are not finite, {wrong[0]} first of {len(wrong)}")
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])

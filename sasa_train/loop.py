@@ -110,19 +110,18 @@ class Loop:
 
     def explain(self, error: NonFiniteError) -> str:
         """Name the module and the images that `error` began with, and write them down."""
-        text = str(error)
+        state, text = self.state, str(error)
+        names = self.loaders.train_names(state.step if error.images is not None else state.step - 1, error.number)
         if error.images is not None:
-            precision, state = self.config.trainer.precision, self.state
-            origin, rows = find_origin(state.model, error.images, autocast(state.device, precision))
-            names = self.loaders.train_names(state.step, error.number)
-            path = self.run_folder.path / "nonfinite.txt"
+            origin, rows = find_origin(state.model, error.images, autocast(state.device, self.config.trainer.precision))
             text += f": {origin}"
             if rows:
                 text += f", for {', '.join(names[row] for row in rows[:NUM_NAMED])}"
                 text += f" and {len(rows) - NUM_NAMED} more" if len(rows) > NUM_NAMED else ""
-            with contextlib.suppress(OSError):  # a full disk must not hide the error
-                write_atomic(path, "".join(f"{line}\n" for line in (text, "", *names)).encode())
-                text += f"; all images of the micro-batch are in {path}"
+        path = self.run_folder.path / "nonfinite.txt"
+        with contextlib.suppress(OSError):  # a full disk must not hide the error
+            write_atomic(path, "".join(f"{line}\n" for line in (text, "", *names)).encode())
+            text += f"; the images that it came from are in {path}"
         return (
             f"{text}. Go on from a checkpoint with gentler settings, in a new run: "
             f"resume={self.run_folder.path}/checkpoints/last.pt optimizer.lr=... allow_config_change=[optimizer.lr] "

@@ -16,7 +16,7 @@ class NonFiniteError(Exception):
     those before the step.
     """
 
-    def __init__(self, message: str, number: int = 0, images: Tensor | None = None):
+    def __init__(self, message: str, number: int | None = None, images: Tensor | None = None):
         super().__init__(message)
         self.number, self.images = number, images
 
@@ -47,14 +47,18 @@ class LossWatch:
         return bool(self._on_host.isfinite())
 
 
+def nonfinite_weights(model: nn.Module) -> list[str]:
+    """The names of the parameters that are not finite."""
+    return [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+
+
 @torch.no_grad()
 def find_origin(model: nn.Module, images: Tensor, autocast: contextlib.AbstractContextManager) -> tuple[str, list[int]]:
     """What was not finite first, in words, and at which of the images [B, C, H, W] (empty: at none in particular).
 
     A forward pass as in training is made for it, which changes batch norm's running statistics.
     """
-    wrong = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
-    if wrong:
+    if wrong := nonfinite_weights(model):
         return f"the weights were not finite before the step, {wrong[0]} first of {len(wrong)}", []
     model.train()
     with _watched(model) as found, autocast:

@@ -48,11 +48,12 @@ class Loaders:
     def kind(self) -> str:
         return "resident" if isinstance(self.train, ResidentLoader) else "streamed"
 
-    def train_names(self, step: int, number: int) -> list[str]:
-        """Of the images in micro-batch `number` of the run's step `step`, from 0."""
+    def train_names(self, step: int, number: int | None = None) -> list[str]:
+        """Of the images of the run's step `step`, from 0, or of one micro-batch of it."""
         epoch, first_step = divmod(step, self.train.plan.steps_per_epoch)
-        micro = next(itertools.islice(self.train.plan.train(epoch, first_step), number, None))
-        return [self.train_set.name(int(index)) for index in micro.indices]
+        micros = itertools.islice(self.train.plan.train(epoch, first_step), self.train.plan.grad_accum_steps)
+        chosen = [micro.indices for micro in micros if number in (None, micro.number)]
+        return [self.train_set.name(int(index)) for indices in chosen for index in indices]
 
     def unreadable(self) -> Iterator[str]:
         """Name and reason of each image that could not be read so far."""

@@ -1,0 +1,387 @@
+"""What docs/reliability.md promises of a run, through the command: stops, locks, disks, data, numbers that fail."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from test_commands import assert_equal_state, rows, run_in_process, start, wait_for_rows
+from torch import nn
+
+from sasa_train.checkpoint import CheckpointError, Checkpoints, load_checkpoint
+from sasa_train.interrupt import SIGNALS, StopRequest
+from sasa_train.nonfinite import find_origin
+
+RUN = (*TINY, "run_name=a", "trainer.checkpoint_every_steps=1")
+LONG = (*RUN, "trainer.epochs=400", "trainer.keep_checkpoints=1")
+NO_AUTOCAST = torch.autocast("cpu", enabled=False)
+
+
+# Signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_schedulers_warning_is_served_as_sigterm_is(tmp_path, number):
+    """Slurm and submitit send these before they kill; their default is to end a process on the spot."""
+    process = start(tmp_path, *LONG)
+    wait_for_rows(tmp_path / "out/a", 3, process)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75 and f"{number.name}: saved at step" in output
+
+
+def test_before_the_first_step_a_signal_ends_a_run_at_once_and_later_it_waits_for_the_step():
+    stop = StopRequest()
+    try:
+        for number in SIGNALS:
+            with pytest.raises(BaseException, match="^$") as caught:
+                signal.raise_signal(number)
+            assert type(caught.value).__name__ == "Interrupted"
+            stop.signal = None
+        stop.begin_training()
+        signal.raise_signal(signal.SIGUSR2)
+        assert stop.requested() and stop.reason == "SIGUSR2"
+    finally:
+        stop.restore()
+
+
+def test_a_second_ctrl_c_ends_a_run_that_does_not_get_to_its_next_step(tmp_path):
+    code = "import signal, sys; from sasa_train.interrupt import StopRequest; s = StopRequest(); s.begin_training()\n"
+    code += "signal.raise_signal(signal.SIGINT); print('still here', flush=True); signal.raise_signal(signal.SIGINT)\n"
+    process = subprocess.run([sys.executable, "-c", code + "print('never')"], capture_output=True, text=True)
+    assert process.returncode == 130 and process.stdout == "still here\n"
+
+
+@pytest.mark.parametrize("phase", ["evaluate", "recalibrate", "save"])
+def test_a_signal_in_any_phase_saves_and_the_run_ends_as_one_undisturbed(tmp_path, monkeypatch, phase):
+    """The signal comes in the middle of the second evaluation, recalibration or save."""
+    from sasa_train import loop
+
+    run = (*TINY, "trainer.bn_recalibration_batches=2", "trainer.ema_decay=0.9")
+    assert run_in_process(tmp_path, monkeypatch, *run, "run_name=whole") == 0
+    owner = Checkpoints if phase == "save" else loop
+    real, calls = getattr(owner, phase), []
+
+    def with_signal(*arguments, **options):
+        calls.append(phase)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, phase, with_signal)
+        assert run_in_process(tmp_path, monkeypatch, *run, "run_name=a") == 75
+    assert json.loads((tmp_path / "out/a/run.json").read_text())["status"] == "interrupted"
+    assert run_in_process(tmp_path, monkeypatch, *run, "run_name=a") == 0
+    assert rows(tmp_path / "out/a") == rows(tmp_path / "out/whole")
+    assert_equal_state(*(load_checkpoint(tmp_path / f"out/{name}/checkpoints/last.pt") for name in ("a", "whole")))
+
+
+# One writer
+
+
+def test_a_second_run_is_told_who_holds_the_folder_and_a_dead_ones_lock_is_taken_over(tmp_path, command):
+    process = start(tmp_path, *LONG)
+    wait_for_rows(tmp_path / "out/a", 1, process)
+    refused = command("train", *LONG, expect=2)
+    assert f"out/a is in use by process {process.pid} on " in refused.stderr and "started at" in refused.stderr
+    process.kill()
+    process.communicate()
+    held = json.loads((tmp_path / "out/a/.lock").read_text())
+    assert held["process"] == process.pid
+    command("train", *LONG, "trainer.max_hours=1e-9", expect=75)
+
+
+def test_of_two_starts_at_once_exactly_one_takes_the_folder(tmp_path):
+    """Twenty pairs; the commands themselves are raced by scripts/chaos.py."""
+    code = f"""
+import sys, time
+from pathlib import Path
+from sasa_train.config import ConfigError
+from sasa_train.run_folder import _lock
+for number in range(20):
+    folder = Path({str(tmp_path)!r}) / str(number)
+    folder.mkdir(exist_ok=True)
+    (folder / sys.argv[1]).touch()
+    while len(list(folder.glob("[ab]"))) < 2:
+        pass
+    try:
+        lock = _lock(folder)
+    except ConfigError:
+        print(number, flush=True)
+    (folder / f"{{sys.argv[1]}}.done").touch()
+    while len(list(folder.glob("*.done"))) < 2:
+        time.sleep(0.001)
+"""
+    command = [sys.executable, "-c", code]
+    pair = [subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in "ab"]
+    refused = " ".join(process.communicate(timeout=120)[0] for process in pair).split()
+    assert sorted(map(int, refused)) == list(range(20))
+
+
+def test_new_runs_started_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    assert [run_in_process(tmp_path, monkeypatch, *RUN, "resume=never") for _ in range(2)] == [0, 0]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "a-2"]
+
+
+@pytest.mark.parametrize("name", [".lock", "checkpoints", "tensorboard/events", "metrics.jsonl"])
+def test_a_link_in_a_run_folder_does_not_lead_out_of_it(tmp_path, monkeypatch, capsys, name):
+    """A run folder may come from a stranger: continuing it must not empty a file elsewhere."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    link = tmp_path / "out/a" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(victim)
+    assert run_in_process(tmp_path, monkeypatch, *RUN) == 2
+    assert f"out/a/{name} is a symbolic link" in capsys.readouterr().err
+    assert victim.read_text() == "precious"
+
+
+# Disks
+
+
+def fail_to_write(monkeypatch, steps: set[int]) -> None:
+    real = Checkpoints.save
+
+    def save(self, content, is_best):
+        if content["step"] in steps:
+            raise CheckpointError(f"step {content['step']}: cannot write (No space left on device)")
+        return real(self, content, is_best)
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+
+
+def test_when_a_checkpoint_cannot_be_written_the_run_stops_or_goes_on_as_configured(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        fail_to_write(patch, {5, 6})
+        assert run_in_process(tmp_path, monkeypatch, *RUN) == 1
+        assert "step 5: cannot write" in capsys.readouterr().err
+        assert load_checkpoint(tmp_path / "out/a/checkpoints/last.pt")["step"] == 4
+        assert run_in_process(tmp_path, monkeypatch, *RUN, "run_name=b", "trainer.on_failed_save=continue") == 0
+        assert "tries again at the next checkpoint" in capsys.readouterr().err
+    assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
+    assert rows(tmp_path / "out/a") == rows(tmp_path / "out/b")
+    assert_equal_state(*(load_checkpoint(tmp_path / f"out/{name}/checkpoints/last.pt") for name in "ab"))
+
+
+def test_a_run_never_counts_as_done_without_its_last_checkpoint(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        fail_to_write(patch, {12})
+        assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.on_failed_save=continue") == 1
+    assert json.loads((tmp_path / "out/a/run.json").read_text())["status"] == "failed"
+    assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
+
+
+def test_a_finished_runs_log_is_mended_by_the_same_command(tmp_path, monkeypatch):
+    assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
+    path = tmp_path / "out/a/metrics.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
+    assert path.read_bytes() == whole
+
+
+# Data
+
+
+def on_images(root: Path) -> list[str]:
+    data = ["data=image_folder", f"data.root={root}", "data.image_size=16", "data.max_train_images=null"]
+    return [*RUN, *data, "data.max_val_images=null", "trainer.global_batch_size=8", "model.stem=conv_small"]
+
+
+def test_a_resume_on_changed_images_is_refused_by_name_and_elsewhere_they_may_lie(
+    tmp_path, monkeypatch, capsys, image_folder
+):
+    run = on_images(image_folder)
+    assert run_in_process(tmp_path, monkeypatch, *run, "trainer.max_hours=1e-9") == 75
+    shutil.move(image_folder, tmp_path / "moved")
+    run = on_images(tmp_path / "moved")
+    assert run_in_process(tmp_path, monkeypatch, *run, "trainer.max_hours=1e-9") == 75  # another place, the same images
+    shutil.copy(tmp_path / "moved/train/red/0.png", tmp_path / "moved/train/red/7.png")
+    shutil.copy(tmp_path / "moved/val/red/0.png", tmp_path / "moved/val/red/1.png")
+    capsys.readouterr()
+    assert run_in_process(tmp_path, monkeypatch, *run) == 2
+    message = capsys.readouterr().err
+    assert "train: class 'red' had 7 images, now 8" in message and "val: the content of class 'red' changed" in message
+    assert run_in_process(tmp_path, monkeypatch, *run, "allow_config_change=[data.root]") == 0
+    assert "WARNING: the images are not those that this run began with" in capsys.readouterr().err
+
+
+# Provenance
+
+
+def test_a_checkpoint_says_what_made_it(tmp_path, monkeypatch):
+    assert run_in_process(tmp_path, monkeypatch, *RUN, "seed=3") == 0
+    saved = load_checkpoint(tmp_path / "out/a/checkpoints/last.pt")
+    made = saved["provenance"]
+    assert {
+        "command",
+        "reproduce",
+        "commit",
+        "dirty",
+        "difference",
+        "versions",
+        "host",
+        "gpu",
+        "threads",
+    } <= made.keys()
+    assert made["seed"] == 3 and made["versions"]["torch"] == str(torch.__version__)
+    assert saved["fingerprint"]["train"]["classes"][0]["num_images"] == 7
+    if made["dirty"]:
+        assert "diff --git" in (tmp_path / "out/a" / made["difference"]).read_text()
+
+
+def test_other_code_or_packages_are_named_on_resume(tmp_path, monkeypatch, capsys):
+    from sasa_train import run_folder
+
+    assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.max_hours=1e-9") == 75
+    monkeypatch.setattr(run_folder, "_git", lambda *arguments: "0123456" if "rev-parse" in arguments else None)
+    monkeypatch.setattr(run_folder, "_version", lambda package: "99.9")
+    capsys.readouterr()
+    assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
+    message = capsys.readouterr().err
+    assert "changed since the checkpoint was written: the code: commit" in message and "-> 0123456" in message
+    assert "changed since the checkpoint was written: timm: " in message and "-> 99.9" in message
+
+
+def test_run_json_has_a_command_that_makes_the_run_again(tmp_path, monkeypatch):
+    import shlex
+
+    assert run_in_process(tmp_path, monkeypatch, *RUN, "optimizer=adamw", "data.mean=[0.5,0.5,0.5]") == 0
+    again = shlex.split(json.loads((tmp_path / "out/a/run.json").read_text())["reproduce"])
+    assert again[0] == "sasa-train" and "experiment=debug" not in again
+    assert run_in_process(tmp_path, monkeypatch, *again[1:], "run_name=b") == 0
+    assert rows(tmp_path / "out/a") == rows(tmp_path / "out/b")
+
+
+# Numbers and memory
+
+
+def test_a_non_finite_loss_names_the_module_and_the_images(tmp_path, monkeypatch, capsys):
+    run = (*RUN, "optimizer.lr=1e30", "optimizer.lr_basis=absolute")
+    assert run_in_process(tmp_path, monkeypatch, *run) == 1
+    message = capsys.readouterr().err
+    assert "the loss of step 2 is not finite: the first output that was not finite is that of module stem" in message
+    listed = (tmp_path / "out/a/nonfinite.txt").read_text().splitlines()
+    assert listed[0] in message and len(listed[2:]) == 16 and all(line.startswith("image ") for line in listed[2:])
+    assert load_checkpoint(tmp_path / "out/a/checkpoints/last.pt")["step"] == 1
+    assert json.loads((tmp_path / "out/a/run.json").read_text())["status"] == "failed"
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, capsys):
+    """The loss was finite, its gradient was not: the step's update broke the weights."""
+    from sasa_train.engine import Stepper
+
+    real = Stepper.train_step
+
+    def train_step(self, *arguments, **options):
+        grad_norm = real(self, *arguments, **options)
+        if self.state.step == 3:
+            with torch.no_grad():
+                self.state.model.fc.weight[0, 0] = torch.nan
+        return grad_norm
+
+    monkeypatch.setattr(Stepper, "train_step", train_step)
+    assert run_in_process(tmp_path, monkeypatch, *RUN) == 1
+    message = capsys.readouterr().err
+    assert "the weights after step 3 are not finite, fc.weight first of 1; the images that it came from" in message
+    assert len((tmp_path / "out/a/nonfinite.txt").read_text().splitlines()) == 2 + 16
+    assert load_checkpoint(tmp_path / "out/a/checkpoints/last.pt")["step"] == 2
+
+
+def test_the_origin_is_the_first_module_and_its_images():
+    """Image 2 overflows in the second layer; the batch norm behind it spreads that over all images."""
+    model = nn.Sequential(nn.Conv2d(3, 5, 1), nn.Conv2d(5, 7, 1), nn.BatchNorm2d(7), nn.Flatten(), nn.Linear(7, 2))
+    images = torch.ones(4, 3, 1, 1)
+    images[2] = 1e20
+    with torch.no_grad():
+        model[1].weight.mul_(1e20)
+    assert find_origin(model, images, NO_AUTOCAST) == ("the first output that was not finite is that of module 1", [2])
+    with torch.no_grad():
+        model[0].bias[0] = torch.nan
+    assert find_origin(model, images, NO_AUTOCAST)[0].startswith("the weights were not finite before the step, 0.bias")
+
+
+def test_memory_that_does_not_suffice_ends_with_what_to_set(tmp_path):
+    """A process that may have 600 MB more than it has is given a step that needs gigabytes."""
+    code = f"""
+import resource, sys
+import sasa_train.run, torch
+from sasa_train.train import run_command
+from sasa_train.data import loader
+def limited(*arguments, real=sasa_train.run.build_loaders):
+    loaders = real(*arguments)
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 600 * 2**20, resource.RLIM_INFINITY))
+    return loaders
+sasa_train.run.build_loaders = limited
+sys.exit(run_command({[*RUN, "data.image_size=64", "model.width=1.0", "model.stem=conv_small"]!r}))
+"""
+    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert process.returncode == 1, process.stderr
+    assert "cpu is out of memory with micro-batches of 16 images of 64 pixels" in process.stderr
+    assert (
+        "Try trainer.micro_batch_size=8 (the same global batch), or trainer.grad_checkpointing=true" in process.stderr
+    )
+
+
+# Defects that other frameworks had
+
+
+def test_seed_zero_is_a_seed(tmp_path, monkeypatch):
+    """In one template `seed: 0` was taken for none."""
+    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
+        assert run_in_process(tmp_path, monkeypatch, *TINY, f"run_name={name}", f"seed={seed}") == 0
+    one, two, three = (rows(tmp_path / "out" / name) for name in ("one", "two", "three"))
+    assert one == two != three
+
+
+def test_a_job_of_a_sweep_is_the_run_alone(tmp_path, command):
+    """Hydra runs all jobs in one process: generators, threads and caches of one must not reach the next."""
+    run = [*TINY, "model.drop_path_rate=0.2"]
+    command("train", *run, "trainer.epochs=1", "seed=5,6", "-m")
+    command("train", *run, "trainer.epochs=1", "seed=6", "output_dir=alone")
+    (alone,) = (tmp_path / "alone").iterdir()
+    assert rows(alone) == rows(tmp_path / "out" / alone.name)
+
+
+def test_a_resumed_run_remembers_its_best(tmp_path, monkeypatch):
+    """In one framework a resume forgot the best metric, and the best checkpoint was overwritten by a worse one."""
+    run = (*TINY, "run_name=a", "trainer.checkpoint_every_steps=1")
+    with monkeypatch.context() as patch:
+        top1s = iter((90.0, 10.0, 20.0))
+        import sasa_train.loop as loop
+
+        real = loop.Loop.evaluate_model
+
+        def evaluate_model(self, model):
+            result = real(self, model)
+            result.top1 = next(top1s)
+            if result.top1 == 10.0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return result
+
+        patch.setattr(loop.Loop, "evaluate_model", evaluate_model)
+        assert run_in_process(tmp_path, monkeypatch, *run) == 75
+        assert run_in_process(tmp_path, monkeypatch, *run) == 0
+    best = load_checkpoint(tmp_path / "out/a/checkpoints/best.pt")
+    assert best["step"] == 4 and best["best"]["top1"] == 90.0
+
+
+def test_gradients_are_clipped_once_and_before_the_one_update(monkeypatch):
+    """An old reference script clipped after the update, and updated twice under mixed precision."""
+    from test_engine import batches, setup
+
+    stepper, events = setup("trainer.grad_clip_norm=1.0"), []
+    real = stepper.state.optimizer.step
+    monkeypatch.setattr(stepper.state.optimizer, "step", lambda *a, **k: (events.append("update"), real(*a, **k))[1])
+    clip = nn.utils.clip_grad_norm_
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *a: (events.append("clip"), clip(*a))[1])
+    stepper.train_step(batches(1))
+    assert events == ["clip", "update"]
