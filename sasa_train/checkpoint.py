@@ -1,10 +1,10 @@
 """Checkpoints that appear whole or not at all, are checked when they are read, and the newest good one.
 
 `last.pt` is the newest; when the next one is written it becomes `step-<step>.pt`, of which the newest few are kept;
-`best.pt` is a copy of its own. Each file is written aside, fsynced and renamed, so that a kill at any instruction
-leaves a whole file behind. Its manifest, `last.pt.json` and so on, is written last: size, SHA-256 and step. A file
-whose manifest a kill has prevented, or which was copied without it, is judged by the checksums in it. Of a checkpoint's
-content this module knows the names of the parts, no more.
+`best.pt` is a link to the file that was last then, so that it costs neither time nor room. Each file is written aside,
+fsynced and renamed, so that a kill at any instruction leaves a whole file behind. Its manifest, `last.pt.json` and so
+on, is written last: size, SHA-256 and step. A file whose manifest a kill has prevented, or which was copied without it,
+is judged by the checksums in it. Of a checkpoint's content this module knows the names of the parts, no more.
 """
 
 import hashlib
@@ -52,9 +52,9 @@ class Checkpoints:
         size = _num_bytes(content)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            free, needed = shutil.disk_usage(self.folder).free, size * (2 if is_best else 1)
-            if needed > free:
-                raise OSError(0, f"it needs {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free")
+            free = shutil.disk_usage(self.folder).free
+            if size > free:
+                raise OSError(0, f"{free / 1e6:,.0f} MB are free")
             self._write(content, is_best)
         except OSError as error:
             raise CheckpointError(
@@ -72,8 +72,7 @@ class Checkpoints:
         }  # fmt: skip
         try:
             if is_best:  # before last.pt, whose content says that there is a best
-                best = self.folder / "best.pt"
-                _put(write_aside(best, lambda file: _copy(temporary, file)), best, manifest)
+                _put(_linked(temporary, self.folder / "best.pt"), self.folder / "best.pt", manifest)
             if self.keep and self._last_step not in (None, content["step"]):
                 _move(last, self.folder / f"step-{self._last_step:08d}.pt")
             _put(temporary, last, manifest)
@@ -238,9 +237,15 @@ def _move(path: Path, target: Path) -> None:
     os.replace(path, target)
 
 
-def _copy(path: Path, target: BinaryIO) -> None:
-    with path.open("rb") as source:
-        shutil.copyfileobj(source, target, 2**22)
+def _linked(path: Path, beside: Path) -> Path:
+    """Another name for the file, ready to be renamed to `beside`; a copy where the file system has no links."""
+    linked = beside.with_name(f"{beside.name}.{os.urandom(4).hex()}.tmp")
+    try:
+        os.link(path, linked)
+    except OSError:
+        with path.open("rb") as source:
+            return write_aside(beside, lambda file: shutil.copyfileobj(source, file, 2**22))
+    return linked
 
 
 def _num_bytes(content: Any) -> int:
