@@ -74,6 +74,7 @@ class DataConfig:
         None, "pixels; null: 8 digits, 32 CIFAR, 224 others. <= 64 takes the small transforms"
     )
     num_workers: int | None = knob(None, "decoding processes; 0: none; null: half of the processors, 8 at most")
+    worker_timeout: float = knob(600.0, "seconds without a micro-batch from them after which the run ends")
     resident: str = knob("auto", "auto, true or false: the whole set decoded in memory (images <= 64 px)")
     max_train_images: int | None = knob(None, "a fixed class-balanced subset, independent of the seed")
     max_val_images: int | None = knob(None, "likewise for val")
@@ -205,6 +206,7 @@ NOT_TRAJECTORY = {
     "allow_config_change",
     "data.root",  # the images themselves are compared
     "data.num_workers",
+    "data.worker_timeout",
     "data.resident",
     "data.max_unreadable",
     "trainer.device",
@@ -312,6 +314,7 @@ def validate(config: TrainConfig) -> None:
 
 POSITIVE = (
     "data.image_size",
+    "data.worker_timeout",
     "data.max_train_images",
     "data.max_val_images",
     "model.num_classes",

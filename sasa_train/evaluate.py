@@ -33,11 +33,15 @@ def run_command(arguments: list[str]) -> int:
     weights = [a.removeprefix("weights=") for a in overrides if a.startswith("weights=")]
     overrides = [a for a in overrides if not a.startswith("weights=")]
     from sasa_train.checkpoint import CheckpointError
+    from sasa_train.data.workers import DataWorkerError
 
     try:
         return evaluate_checkpoint(source, weights[-1] if weights else None, overrides)
     except (ConfigError, CheckpointError) as error:
         return fail(error)
+    except DataWorkerError as error:
+        fail(error)
+        return 1
 
 
 def evaluate_checkpoint(source: Path, weights: str | None, overrides: list[str]) -> int:

@@ -132,6 +132,7 @@ def train_safely(config: TrainConfig) -> int:
 
 def _train(config: TrainConfig, stop: StopRequest) -> int:
     from sasa_train.checkpoint import CheckpointError
+    from sasa_train.data.workers import DataWorkerError
     from sasa_train.micro_batch import OutOfMemoryError
     from sasa_train.nonfinite import NonFiniteError
     from sasa_train.run import train
@@ -141,7 +142,7 @@ def _train(config: TrainConfig, stop: StopRequest) -> int:
     except ConfigError as error:
         fail(error)
         return REFUSED
-    except (CheckpointError, NonFiniteError, OutOfMemoryError) as error:
+    except (CheckpointError, DataWorkerError, NonFiniteError, OutOfMemoryError) as error:
         fail(error)
         return FAILED
     except OSError as error:

@@ -102,10 +102,10 @@ def _build_loader(config: TrainConfig, images: ImageSet, device: torch.device, i
     quarantine = Quarantine(split, len(images), config.data.max_unreadable)
     if split == "val":
         plan = BatchPlan(config.seed, len(images), plan.micro_batch_size, 1)
-    num_workers = resolved_num_workers(config)
+    num_workers, timeout = resolved_num_workers(config), config.data.worker_timeout
     if not is_resident:
-        return StreamingLoader(images, plan, augment, normalize, mixing, quarantine, num_workers)
-    pixels, labels, is_good = decode_all(images, augment.size, num_workers, quarantine)
+        return StreamingLoader(images, plan, augment, normalize, mixing, quarantine, num_workers, timeout)
+    pixels, labels, is_good = decode_all(images, augment.size, num_workers, timeout, quarantine)
     if split == "train":
         pixels = augment.pad(pixels)
     return ResidentLoader(pixels.to(device), labels, is_good, plan, augment, normalize, mixing, quarantine)

@@ -6,16 +6,15 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from sasa_train.data.datasets import ImageSet
 from sasa_train.data.mixing import Mixing
-from sasa_train.data.plan import BatchPlan
+from sasa_train.data.plan import BatchPlan, MicroBatch
 from sasa_train.data.policies import to_device
 from sasa_train.data.quarantine import Quarantine, Unreadable, read_or_replace
-from sasa_train.data.streaming import ignore_signals, unchanged
 from sasa_train.data.transforms import Augment, Normalize, fit
+from sasa_train.data.workers import Workers
 
 CHUNK = 256  # images a worker decodes at a time
 
@@ -56,43 +55,41 @@ class ResidentLoader:
 
 
 def decode_all(
-    images: ImageSet, size: int, num_workers: int, quarantine: Quarantine
+    images: ImageSet, size: int, num_workers: int, worker_timeout: float, quarantine: Quarantine
 ) -> tuple[Tensor, np.ndarray, np.ndarray]:
     """Decode a whole set of small images, with a progress bar: uint8 [n, 3, size, size], labels, and which are good.
 
     Raises:
         ConfigError: more images cannot be read than `data.max_unreadable` allows.
+        DataWorkerError: a worker was killed, or hangs.
     """
     is_good = np.ones(len(images), dtype=bool)
     if isinstance(images.source, Tensor) and images.source.shape[-2:] == (size, size):
         return images.source[torch.from_numpy(images.positions)], images.labels, is_good
     pixels, labels = torch.empty(len(images), 3, size, size, dtype=torch.uint8), images.labels.copy()
-    loader = DataLoader(
-        _Chunks(images, size, quarantine.num_tries), batch_size=None, num_workers=num_workers, collate_fn=unchanged,
-        worker_init_fn=ignore_signals, generator=torch.Generator(),
-    )  # fmt: skip
+    chunks = BatchPlan(0, len(images), CHUNK, 1).all()
+    reader = _ChunkReader(images, size, quarantine.num_tries)
+    workers = Workers(reader, quarantine.split, num_workers, worker_timeout)
     with tqdm(total=len(images), desc=f"decoding {quarantine.split}", unit="img", disable=None, leave=False) as bar:
-        for start, chunk, chunk_labels, good, unreadable in loader:
-            quarantine.add(unreadable)
-            stop = start + len(chunk)
-            pixels[start:stop] = chunk.permute(0, 3, 1, 2)
-            labels[start:stop], is_good[start:stop] = chunk_labels, good
-            bar.update(len(chunk))
+        try:
+            for micro, (chunk, chunk_labels, good, unreadable) in workers.read(chunks):
+                quarantine.add(unreadable)
+                pixels[micro.indices] = chunk.permute(0, 3, 1, 2)
+                labels[micro.indices], is_good[micro.indices] = chunk_labels, good
+                bar.update(len(chunk))
+        finally:
+            workers.close()
     return pixels, labels, is_good
 
 
-class _Chunks(Dataset):
-    """Images k * CHUNK and on, decoded: (first index, uint8 [n, S, S, 3], labels, which are good, the unreadable)."""
+class _ChunkReader:
+    """Images decoded: uint8 [n, S, S, 3], labels, which are good, and what could not be read."""
 
     def __init__(self, images: ImageSet, size: int, num_tries: int):
         self.images, self.size, self.num_tries = images, size, num_tries
 
-    def __len__(self) -> int:
-        return -(-len(self.images) // CHUNK)
-
-    def __getitem__(self, number: int) -> tuple[int, Tensor, np.ndarray, np.ndarray, list[Unreadable]]:
-        indices = np.arange(number * CHUNK, min((number + 1) * CHUNK, len(self.images)))
-        shape = partial(fit, size=self.size)
+    def __call__(self, micro: MicroBatch) -> tuple[Tensor, np.ndarray, np.ndarray, list[Unreadable]]:
+        indices, shape = micro.indices, partial(fit, size=self.size)
         pixels = np.zeros((len(indices), self.size, self.size, 3), dtype=np.uint8)
         labels, good, unreadable = np.zeros(len(indices), dtype=np.int64), np.ones(len(indices), dtype=bool), list()
         for row, index in enumerate(indices):
@@ -101,4 +98,4 @@ class _Chunks(Dataset):
             good[row] = image is not None
             if image is not None:
                 pixels[row] = image
-        return int(indices[0]), torch.from_numpy(pixels), labels, good, unreadable
+        return torch.from_numpy(pixels), labels, good, unreadable

@@ -1,25 +1,23 @@
 """Images decoded and augmented in worker processes, a micro-batch at a time; uint8 until the device."""
 
-import atexit
 import math
-import signal
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import get_worker_info
 
 from sasa_train.data.datasets import ImageSet
 from sasa_train.data.mixing import Mixing
 from sasa_train.data.plan import BatchPlan, MicroBatch
 from sasa_train.data.quarantine import Quarantine, Unreadable, read_or_replace
 from sasa_train.data.transforms import Augment, Normalize, fit
+from sasa_train.data.workers import Workers
 
 Batch = tuple[Tensor, Tensor]
-Read = tuple[MicroBatch, Tensor, Tensor, list[Unreadable]]
+Read = tuple[Tensor, Tensor, list[Unreadable]]
 
 
 class StreamingLoader:
@@ -34,25 +32,19 @@ class StreamingLoader:
         mixing: Mixing,
         quarantine: Quarantine,
         num_workers: int,
+        worker_timeout: float,
     ):
         self.plan, self.normalize, self.mixing, self.quarantine = plan, normalize, mixing, quarantine
         self.device = normalize.mean.device
         self.num_left_out = 0  # by the last evaluation
-        self._keys: Iterator[MicroBatch] = iter(())
-        self._loader = DataLoader(
-            _TrainReader(images, augment, quarantine.num_tries)
-            if quarantine.split == "train"
-            else _EvalReader(images, augment.size),
-            sampler=_Handed(self),
-            batch_size=None,  # a key is a micro-batch
-            collate_fn=unchanged,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
+        is_train = quarantine.split == "train"
+        self._workers = Workers(
+            _TrainReader(images, augment, quarantine.num_tries) if is_train else _EvalReader(images, augment.size),
+            quarantine.split,
+            num_workers,
+            worker_timeout,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=ignore_signals,
-            generator=torch.Generator(),  # else it would draw from the global one, which dropout uses
         )
-        atexit.register(self.close)
 
     def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         for micro, images, labels in self._on_device(self.plan.train(epoch, first_step)):
@@ -92,45 +84,28 @@ class StreamingLoader:
             tensor.record_stream(current)  # else its memory is given away while it is still in use
         return moved
 
-    def _move(self, read: Read) -> tuple[MicroBatch, Tensor, Tensor]:
-        micro, images, labels, _ = read
+    def _move(self, read: tuple[MicroBatch, Tensor, Tensor]) -> tuple[MicroBatch, Tensor, Tensor]:
+        micro, images, labels = read
         images = images.to(self.device, non_blocking=True)
         return micro, self.normalize(images), labels.to(self.device, non_blocking=True)
 
-    def _read(self, keys: Iterator[MicroBatch]) -> Iterator[Read]:
-        self._keys = keys
-        for read in self._loader:
-            self.quarantine.add(read[-1])
-            yield read
+    def _read(self, keys: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
+        for micro, (images, labels, unreadable) in self._workers.read(keys):
+            self.quarantine.add(unreadable)
+            yield micro, images, labels
 
     def close(self) -> None:
-        """End the worker processes: they ignore SIGTERM, and Python waits for them at its end."""
-        iterator: Any = self._loader._iterator
-        self._loader._iterator = None
-        atexit.unregister(self.close)
-        if iterator is not None and self._loader.num_workers:
-            iterator._shutdown_workers()
-            for worker in iterator._workers:
-                worker.kill()
+        """End the worker processes."""
+        self._workers.close()
 
 
-class _Handed:
-    """The DataLoader's sampler: hands out the micro-batches of whatever its owner is in."""
-
-    def __init__(self, owner: StreamingLoader):
-        self.owner = owner
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        return self.owner._keys
-
-
-class _TrainReader(Dataset):
-    """A micro-batch, augmented: the key, uint8 [B, 3, S, S], labels, and what could not be read."""
+class _TrainReader:
+    """A micro-batch, augmented: uint8 [B, 3, S, S], labels, and what could not be read."""
 
     def __init__(self, images: ImageSet, augment: Augment, num_tries: int):
         self.images, self.augment, self.num_tries = images, augment, num_tries
 
-    def __getitem__(self, micro: MicroBatch) -> Read:
+    def __call__(self, micro: MicroBatch) -> Read:
         indices, size = micro.indices, self.augment.size
         pixels, labels = _new_pixels(len(indices), size), np.empty(len(indices), dtype=np.int64)
         rows, unreadable = pixels.numpy(), list[Unreadable]()
@@ -141,7 +116,7 @@ class _TrainReader(Dataset):
                 rows[row] = image
         images = self.augment.pad(pixels.permute(0, 3, 1, 2))
         augmented = self.augment.batch(images, np.arange(len(indices)), micro.epoch, indices)
-        return micro, augmented, torch.from_numpy(labels), unreadable
+        return augmented, torch.from_numpy(labels), unreadable
 
 
 def _new_pixels(num_images: int, size: int) -> Tensor:
@@ -153,13 +128,13 @@ def _new_pixels(num_images: int, size: int) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
 
 
-class _EvalReader(Dataset):
-    """A batch as val sees it: the key, uint8 [B, 3, S, S], labels, and what could not be read and is left out."""
+class _EvalReader:
+    """A batch as val sees it: uint8 [B, 3, S, S], labels, and what could not be read and is left out."""
 
     def __init__(self, images: ImageSet, size: int):
         self.images, self.shape, self.size = images, partial(fit, size=size), size
 
-    def __getitem__(self, micro: MicroBatch) -> Read:
+    def __call__(self, micro: MicroBatch) -> Read:
         pixels, labels, unreadable = list[np.ndarray](), list[int](), list[Unreadable]()
         for index in micro.indices:
             image, label, met = read_or_replace(self.images, int(index), self.shape, num_tries=1)
@@ -168,15 +143,4 @@ class _EvalReader(Dataset):
                 pixels.append(image)
                 labels.append(label)
         stacked = np.stack(pixels) if pixels else np.empty((0, self.size, self.size, 3), dtype=np.uint8)
-        return micro, torch.from_numpy(stacked).permute(0, 3, 1, 2), torch.tensor(labels, dtype=torch.int64), unreadable
-
-
-def unchanged(read: Any) -> Any:
-    """The DataLoader's collate function: batches are made where they are read."""
-    return read
-
-
-def ignore_signals(_worker: int) -> None:
-    """Ctrl-C and a scheduler's warning reach the whole process group: the main process alone decides what follows."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return torch.from_numpy(stacked).permute(0, 3, 1, 2), torch.tensor(labels, dtype=torch.int64), unreadable

@@ -1,0 +1,215 @@
+"""A data worker that is killed, stopped or broken ends the run in seconds, with a message that says what to do."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_image_folder
+from test_data import CPU, config_for
+from test_quarantine import TINY
+
+from sasa_train.config import ConfigError
+from sasa_train.data import resident
+from sasa_train.data.datasets import Files, ImageSet
+from sasa_train.data.loader import build_loaders
+from sasa_train.data.plan import BatchPlan
+from sasa_train.data.workers import DataWorkerError, Workers
+
+TIMEOUT = 2.0  # seconds
+SLACK = 7.0  # PyTorch looks every 5 seconds whether its workers live
+
+
+class Reader:
+    """Reads micro-batches of 5 of 35 images; before the second one `accident()` happens, in the worker."""
+
+    def __init__(self, accident: Callable[[], object]):
+        names = [f"{chr(97 + i % 26)}{i}\n.png" for i in range(35)]
+        self.images = ImageSet(["a"], np.zeros(35, dtype=np.int64), np.arange(35), Files(names))
+        self.accident = accident
+
+    def __call__(self, micro):
+        if micro.indices[0] == 5:
+            self.accident()
+        return torch.from_numpy(micro.indices + 100)
+
+
+def keys():
+    return BatchPlan(0, 35, 5, 1).all()
+
+
+def suicide(number: signal.Signals) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+def read_until_error(workers: Workers) -> str:
+    start = time.monotonic()
+    with pytest.raises(DataWorkerError) as caught:
+        list(workers.read(keys()))
+    assert time.monotonic() - start < TIMEOUT + SLACK
+    return str(caught.value)
+
+
+def assert_closes_at_once(workers: Workers) -> None:
+    processes, start = workers._processes(), time.monotonic()
+    workers.close()
+    assert time.monotonic() - start < 7
+    for process in processes:
+        process.join(1)
+        assert not process.is_alive()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_everything_is_read_once_in_order_and_again(num_workers):
+    workers = Workers(Reader(lambda: None), "train", num_workers, TIMEOUT)
+    for abandoned in (False, True, False):
+        results = workers.read(keys())
+        if abandoned:
+            next(results)
+            continue
+        found = list(results)
+        assert all(torch.equal(content, torch.from_numpy(micro.indices + 100)) for micro, content in found)
+        assert [micro.indices[0] for micro, _ in found] == list(range(0, 35, 5))
+    workers.close()
+
+
+@pytest.mark.parametrize(
+    "number,told",
+    [
+        (signal.SIGKILL, "was killed by SIGKILL, perhaps for want of memory"),
+        (signal.SIGBUS, "was killed by SIGBUS, perhaps for want of shared memory"),
+        (signal.SIGSTOP, "is stopped"),
+    ],
+)
+def test_a_killed_or_stopped_worker_ends_the_run_with_its_name(number, told):
+    """Without a bound a run whose worker hangs on a dead disk stays for ever, and nobody knows why."""
+    workers = Workers(Reader(suicide(number)), "train", 2, TIMEOUT)
+    message = read_until_error(workers)
+    pids = [process.pid for process in workers._processes()]
+    assert message.startswith("train: ") and f"data worker {pids[1]} {told}" in message
+    assert ("data.worker_timeout=2 seconds" in message) == (number == signal.SIGSTOP)
+    assert "while f5\\n.png, g6\\n.png, h7\\n.png and 2 more were waited for" in message
+    for remedy in ("data.num_workers=1", "trainer.micro_batch_size", "data.worker_timeout=4", "same command again"):
+        assert remedy in message
+    assert_closes_at_once(workers)
+
+
+def test_a_worker_stopped_after_its_work_is_noticed_too():
+    """Its batch is in the queue, but taking it out needs an answer from the worker: a wait that no timeout ends."""
+    workers = Workers(Reader(lambda: None), "val", 1, TIMEOUT)
+    results = workers.read(keys())
+    next(results)
+    time.sleep(0.5)
+    os.kill(workers._processes()[0].pid, signal.SIGSTOP)
+    start = time.monotonic()
+    with pytest.raises(DataWorkerError, match=r"val: .* is stopped\) while f5"):
+        list(results)
+    assert time.monotonic() - start < TIMEOUT + SLACK
+    assert_closes_at_once(workers)
+
+
+def test_a_worker_that_died_while_nobody_waited_is_found_at_the_next_start():
+    workers = Workers(Reader(lambda: None), "val", 2, TIMEOUT)
+    list(workers.read(keys()))
+    os.kill(workers._processes()[1].pid, signal.SIGKILL)
+    time.sleep(0.5)  # where PyTorch would have raised: in the middle of something else
+    assert f"data worker {workers._processes()[1].pid} was killed by SIGKILL" in read_until_error(workers)
+    assert_closes_at_once(workers)
+
+
+def test_stopped_workers_do_not_hold_up_the_end_of_a_run():
+    workers = Workers(Reader(lambda: None), "val", 3, TIMEOUT)
+    list(workers.read(keys()))
+    for process in workers._processes():
+        os.kill(process.pid, signal.SIGSTOP)
+    assert_closes_at_once(workers)
+
+
+def test_other_exceptions_keep_their_meaning():
+    def accident():
+        raise ConfigError("data.root=/gone is refused")
+
+    workers = Workers(Reader(accident), "train", 2, TIMEOUT)
+    with pytest.raises(ConfigError, match="data.root=/gone is refused"):
+        list(workers.read(keys()))
+    workers.close()
+
+
+def test_signals_to_the_process_group_leave_workers_alone():
+    """Slurm's --signal=USR1 reaches every process; a worker that died of it would end the run without a checkpoint."""
+
+    def accident():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            os.kill(os.getpid(), number)
+
+    workers = Workers(Reader(accident), "train", 1, TIMEOUT)
+    assert len(list(workers.read(keys()))) == 7
+    workers.close()
+
+
+def test_decoding_into_memory_is_watched_too(image_folder, monkeypatch):
+    monkeypatch.setattr(resident, "read_or_replace", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    overrides = ("data=image_folder", f"data.root={image_folder}", "data.image_size=16", "trainer.global_batch_size=9")
+    with pytest.raises(DataWorkerError, match=r"train: data worker \d+ was killed .*/0.png"):
+        build_loaders(config_for(*overrides, "data.num_workers=1"), CPU)
+
+
+SUSPENDED = """
+import sys, time
+sys.path.insert(0, "tests")
+from test_workers import Reader, Workers, keys
+workers = Workers(Reader(lambda: time.sleep(1.5)), "train", 1, timeout=3.0)
+for _ in workers.read(keys()):
+    print("read", flush=True)
+workers.close()
+"""
+
+
+def test_a_job_that_was_suspended_as_a_whole_goes_on():
+    """Schedulers stop a job for hours to let another run; the workers did not hang then."""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-c", SUSPENDED]
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout.readline() == "read\n"
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGSTOP)
+    time.sleep(4)
+    os.killpg(process.pid, signal.SIGCONT)
+    assert process.communicate(timeout=60)[0] == "read\n" * 6 and process.returncode == 0
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_run_whose_worker_is_killed_fails_cleanly_and_goes_on_with_the_same_command(tmp_path, command):
+    root = make_image_folder(tmp_path / "images")
+    run = ("data=image_folder", f"data.root={root}", "data.image_size=72", "model.stem=attention", *TINY)
+    run = (*run, "trainer.epochs=40", "data.num_workers=1", "trainer.checkpoint_every_steps=2")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sasa_train.train", *run],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(lambda: (tmp_path / "out/bad/checkpoints/last.pt").exists())
+    for pid in children(process.pid):
+        os.kill(pid, signal.SIGKILL)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and "Traceback" not in said
+    assert "was killed by SIGKILL" in said and "Run the same command again to continue" in said
+    assert "continues" in command("train", *run[:-3], "trainer.epochs=40", "data.num_workers=0").stdout
