@@ -25,7 +25,7 @@ from sasa_train.atomic import sync_folder, write_aside, write_atomic
 FORMAT_VERSION = 2
 # Parts that every checkpoint has, and their types where a stranger's file could be mistaken for one.
 REQUIRED = {
-    "model": dict, "ema": dict | None, "optimizer": dict, "step": int, "epoch": int, "config": str, "rng": dict,
+    "format_version": int, "model": dict, "ema": dict | None, "optimizer": dict, "step": int, "epoch": int, "config": str, "rng": dict,
     "best": dict | None, "classes": list, "finished": bool, "metrics": str | None, "fingerprint": dict,
     "provenance": dict,
 }  # fmt: skip
@@ -65,7 +65,7 @@ class Checkpoints:
 
     def _write(self, content: dict[str, Any], is_best: bool) -> None:
         last, hashed = self.folder / "last.pt", _Hashed()
-        temporary = write_aside(last, lambda file: hashed.save({"format_version": FORMAT_VERSION} | content, file))
+        temporary = write_aside(last, lambda file: hashed.save(content | {"format_version": FORMAT_VERSION}, file))
         manifest = {
             "step": content["step"], "size": temporary.stat().st_size, "sha256": hashed.digest.hexdigest(),
             "format_version": FORMAT_VERSION,
@@ -132,7 +132,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     content = SINCE_2 | content if isinstance(content, dict) else {}
     if wrong := [key for key, kind in REQUIRED.items() if key not in content or not _is(content[key], kind)]:
         raise CheckpointError(f"{path}: is no checkpoint of sasa_train (wrong or missing: {', '.join(wrong)})")
-    version = content.get("format_version")
+    version = content["format_version"]
     if version not in range(1, FORMAT_VERSION + 1):
         raise CheckpointError(
             f"{path}: has format {version}, and this sasa_train reads formats 1 to {FORMAT_VERSION}: a newer one wrote "

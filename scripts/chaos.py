@@ -23,11 +23,12 @@ import random
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,7 @@ class Chaos:
         self.whole, self.broken = folder / "whole", folder / "broken"
         self.checkpoints = self.broken / "checkpoints"
         self.modes = itertools.cycle(MODES)
+        self.seconds_to_end: dict[str, list[float]] = defaultdict(list)  # from a signal on, by moment
         self.log = folder / "log.txt"  # of the last start
 
     # Starting and ending
@@ -186,12 +188,15 @@ class Chaos:
     # Faults of processes
 
     def signal_at(self, number: signal.Signals, moment: str) -> str:
-        process = self.start()
+        process, start = self.start(), time.monotonic()
         if self.wait(process, moment, self.random.randint(1, 10)):
             process.send_signal(number)
+            start = time.monotonic()
         # Before the command's first lines ran, a signal does what it does to any process: nothing was begun.
         codes = (0, -number) if number == signal.SIGKILL or moment == "start-up" else (0,)
-        self.end(process, codes if number == signal.SIGKILL else (*codes, 75))
+        code = self.end(process, codes if number == signal.SIGKILL else (*codes, 75))
+        if code == 75:
+            self.seconds_to_end[moment].append(time.monotonic() - start)
         return moment
 
     def kill(self) -> str:
@@ -459,6 +464,9 @@ def main() -> int:
     chaos = Chaos(folder, [*RECIPES[arguments.recipe], *overrides], arguments.seed)
     tried, failed = disturb(chaos, kinds, arguments.faults)
     print_table(tried, failed)
+    for moment, seconds in chaos.seconds_to_end.items():
+        middle, count = statistics.median(seconds), len(seconds)
+        print(f"from a signal to the end, {moment}: {middle:.2f} s median, {max(seconds):.2f} s at most of {count}")
     if arguments.tally:
         add_to_tally(arguments.tally, tried, failed)
     if arguments.keep is None and not failed:

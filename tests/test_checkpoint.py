@@ -18,7 +18,11 @@ from sasa_train.checkpoint import FORMAT_VERSION, REQUIRED, CheckpointError, Che
 
 def content(step: int) -> dict:
     empty = {key: None if isinstance(kind, types.UnionType) else kind() for key, kind in REQUIRED.items()}
-    return empty | {"model": {"weight": torch.full((1000,), float(step))}, "step": step}
+    return empty | {
+        "format_version": FORMAT_VERSION,
+        "model": {"weight": torch.full((1000,), float(step))},
+        "step": step,
+    }
 
 
 def filled(folder, steps=(1, 2, 3, 4, 5), keep=2, best=(2,)) -> Checkpoints:
