@@ -25,9 +25,9 @@ from sasa_train.atomic import sync_folder, write_aside, write_atomic
 FORMAT_VERSION = 2
 # Parts that every checkpoint has, and their types where a stranger's file could be mistaken for one.
 REQUIRED = {
-    "format_version": int, "model": dict, "ema": dict | None, "optimizer": dict, "step": int, "epoch": int, "config": str, "rng": dict,
-    "best": dict | None, "classes": list, "finished": bool, "metrics": str | None, "fingerprint": dict,
-    "provenance": dict,
+    "format_version": int, "model": dict, "ema": dict | None, "optimizer": dict, "step": int, "epoch": int,
+    "config": str, "rng": dict, "best": dict | None, "classes": list, "finished": bool, "metrics": str | None,
+    "fingerprint": dict, "provenance": dict,
 }  # fmt: skip
 SINCE_2: dict[str, Any] = {"metrics": None, "fingerprint": {}, "provenance": {}}  # format 1 has none of these
 
