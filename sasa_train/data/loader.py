@@ -19,6 +19,7 @@ from sasa_train.data.mixing import Mixing
 from sasa_train.data.plan import BatchPlan
 from sasa_train.data.quarantine import Quarantine
 from sasa_train.data.resident import ResidentLoader, decode_all
+from sasa_train.data.shared_memory import check_shared_memory
 from sasa_train.data.streaming import StreamingLoader
 from sasa_train.data.transforms import Augment, Normalize
 from sasa_train.machine import available_memory, usable_processors
@@ -70,14 +71,17 @@ def build_loaders(config: TrainConfig, device: torch.device) -> Loaders:
 
     Raises:
         ConfigError: whatever is wrong with the folders, a set smaller than one batch, a class count that is not the
-            model's, or `data.resident=true` for images that memory cannot hold.
+            model's, `data.resident=true` for images that memory cannot hold, or too little shared memory.
     """
     train_set, val_set = load_image_sets(config.data)
     _check_counts(config, train_set)
     is_resident = _is_resident(config, len(train_set) + len(val_set), device)
+    train = _build_loader(config, train_set, device, is_resident, split="train")
+    val = _build_loader(config, val_set, device, is_resident, split="val")
+    _check_queues(config, train, val)
     return Loaders(
-        _build_loader(config, train_set, device, is_resident, split="train"),
-        _build_loader(config, val_set, device, is_resident, split="val"),
+        train,
+        val,
         train_set,
         {"train": fingerprint(train_set), "val": fingerprint(val_set)},
     )
@@ -87,7 +91,9 @@ def build_eval_loader(config: TrainConfig, device: torch.device) -> tuple[Loader
     """The val loader of `build_loaders`, with the same batches, and the classes."""
     _, val_set = load_image_sets(config.data)
     is_resident = _is_resident(config, len(val_set), device)
-    return _build_loader(config, val_set, device, is_resident, split="val"), val_set.classes
+    val = _build_loader(config, val_set, device, is_resident, split="val")
+    _check_queues(config, val)
+    return val, val_set.classes
 
 
 def _build_loader(config: TrainConfig, images: ImageSet, device: torch.device, is_resident: bool, split: str) -> Loader:
@@ -109,6 +115,12 @@ def _build_loader(config: TrainConfig, images: ImageSet, device: torch.device, i
     if split == "train":
         pixels = augment.pad(pixels)
     return ResidentLoader(pixels.to(device), labels, is_good, plan, augment, normalize, mixing, quarantine)
+
+
+def _check_queues(config: TrainConfig, *loaders: Loader) -> None:
+    """The workers of all loaders have theirs at the same time, where a run ends within an epoch."""
+    needed = sum(loader.queue_bytes for loader in loaders if isinstance(loader, StreamingLoader))
+    check_shared_memory(needed, resolved_num_workers(config), ", or a smaller micro-batch (trainer.micro_batch_size)")
 
 
 def check_evaluated(loader: Loader, num_images: int) -> None:

@@ -13,6 +13,7 @@ from sasa_train.data.mixing import Mixing
 from sasa_train.data.plan import BatchPlan, MicroBatch
 from sasa_train.data.policies import to_device
 from sasa_train.data.quarantine import Quarantine, Unreadable, read_or_replace
+from sasa_train.data.shared_memory import check_shared_memory, queue_bytes
 from sasa_train.data.transforms import Augment, Normalize, fit
 from sasa_train.data.workers import Workers
 
@@ -60,13 +61,14 @@ def decode_all(
     """Decode a whole set of small images, with a progress bar: uint8 [n, 3, size, size], labels, and which are good.
 
     Raises:
-        ConfigError: more images cannot be read than `data.max_unreadable` allows.
+        ConfigError: more images cannot be read than `data.max_unreadable` allows, or shared memory is too small.
         DataWorkerError: a worker was killed, or hangs.
     """
     is_good = np.ones(len(images), dtype=bool)
     if isinstance(images.source, Tensor) and images.source.shape[-2:] == (size, size):
         return images.source[torch.from_numpy(images.positions)], images.labels, is_good
     pixels, labels = torch.empty(len(images), 3, size, size, dtype=torch.uint8), images.labels.copy()
+    check_shared_memory(queue_bytes(num_workers, CHUNK, len(images), size), num_workers)
     chunks = BatchPlan(0, len(images), CHUNK, 1).all()
     reader = _ChunkReader(images, size, quarantine.num_tries)
     workers = Workers(reader, quarantine.split, num_workers, worker_timeout)

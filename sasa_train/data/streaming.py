@@ -13,6 +13,7 @@ from sasa_train.data.datasets import ImageSet
 from sasa_train.data.mixing import Mixing
 from sasa_train.data.plan import BatchPlan, MicroBatch
 from sasa_train.data.quarantine import Quarantine, Unreadable, read_or_replace
+from sasa_train.data.shared_memory import queue_bytes
 from sasa_train.data.transforms import Augment, Normalize, fit
 from sasa_train.data.workers import Workers
 
@@ -37,6 +38,7 @@ class StreamingLoader:
         self.plan, self.normalize, self.mixing, self.quarantine = plan, normalize, mixing, quarantine
         self.device = normalize.mean.device
         self.num_left_out = 0  # by the last evaluation
+        self.queue_bytes = queue_bytes(num_workers, plan.micro_batch_size, plan.num_images, augment.size)
         is_train = quarantine.split == "train"
         self._workers = Workers(
             _TrainReader(images, augment, quarantine.num_tries) if is_train else _EvalReader(images, augment.size),
