@@ -2,8 +2,11 @@
 
 import dataclasses
 import io
+import os
 import re
+import stat
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -20,6 +23,11 @@ from sasa_train.config import NUM_CLASSES, ConfigError, DataConfig
 from sasa_train.data.randomness import fixed_order
 from sasa_train.data.shards import TarMembers, find_shards, load_shards
 from sasa_train.printable import printable
+
+# What torchvision's IMG_EXTENSIONS stand for, and GIF, which lies under other names in real sets (MPO opens as JPEG).
+# Nothing else is tried: EPS would start Ghostscript, and each further decoder is a further way in for a hostile file.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # such images are refused here
 
 PAUSES = (0.1, 1.0)  # seconds before a read that failed is tried again
 DIGITS_VAL_FRACTION = 0.2
@@ -52,10 +60,19 @@ class Files:
     folder: str = ""
 
     def open(self, position: int) -> BinaryIO:
-        return open(self.paths[position], "rb")
+        return open(self.paths[position], "rb", opener=_open_regular)
 
     def name(self, position: int) -> str:
         return self.paths[position]
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """A pipe called x.png would be waited for, and a device never ends."""
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("is no regular file")
+    return descriptor
 
 
 @dataclass
@@ -81,13 +98,15 @@ class ImageSet:
         """`shape(image)` for one image, which is not decoded yet: `shape` may ask for less than all of it.
 
         Raises:
-            UnreadableImage: the file is missing, is no image, or fails while it is decoded or converted.
+            UnreadableImage: the file is missing, is no image of FORMATS, has more than Image.MAX_IMAGE_PIXELS, or fails
+                while it is decoded or converted.
         """
         position = int(self.positions[index])
         if isinstance(self.source, Tensor):
             return shape(Image.fromarray(self.source[position].permute(1, 2, 0).numpy()))
         try:
-            with self._open_patiently(position) as file, Image.open(file) as image:
+            with self._open_patiently(position) as file, Image.open(file, formats=FORMATS) as image:
+                _check_size(image)
                 return shape(image)
         except MemoryError:
             raise
@@ -115,6 +134,12 @@ class ImageSet:
 
     def subset(self, indices: np.ndarray) -> "ImageSet":
         return dataclasses.replace(self, labels=self.labels[indices], positions=self.positions[indices])
+
+
+def _check_size(image: Image.Image) -> None:
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise ValueError(f"{image.width} x {image.height} pixels exceed the limit of {limit:,} (MAX_IMAGE_PIXELS)")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -23,6 +23,7 @@ from sasa_train.data.policies import NUM_DRAWS, Policy, to_device
 from sasa_train.data.randomness import CROP, ERASING, POLICY, sample_draws, sample_rng
 
 VAL_CROP_FRACTION = 0.875  # large images: 224 pixels from a shorter side of 256
+MAX_ASPECT = 64  # of an image whose centre is cropped; its ends are not looked at
 CROP_TRIES = 10  # of the random-resized crop, as torchvision's
 Shape = Callable[[Image.Image], np.ndarray]  # an image, not decoded yet -> uint8 [S, S, 3]
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
@@ -174,12 +175,22 @@ def fit(image: Image.Image, size: int) -> np.ndarray:
 
 
 def _fit_image(image: Image.Image, size: int) -> Image.Image:
-    image = to_rgb(image)
+    image = _without_ends(to_rgb(image))
     shorter = size if size <= SMALL_IMAGE else math.ceil(size / VAL_CROP_FRACTION)
     if image.size != (size, size) or shorter != size:
         image = v2.functional.resize(image, [shorter], antialias=True)
         image = v2.functional.center_crop(image, [size, size])
     return image
+
+
+def _without_ends(image: Image.Image) -> Image.Image:
+    """The middle of a very long image: enlarged as a whole, one of 1 x 100,000 pixels would take 20 GB."""
+    width, height = image.size
+    longest = MAX_ASPECT * min(image.size)
+    if max(image.size) <= longest:
+        return image
+    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+    return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
 
 
 class Normalize:

@@ -1,0 +1,105 @@
+"""Files made to harm whoever opens them: each is quarantined, quickly, and in no more memory than an image takes."""
+
+import io
+import os
+import resource
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sasa_train.data.datasets import FORMATS, Files, ImageSet, UnreadableImage, to_rgb
+from sasa_train.data.transforms import fit
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 5\n%%EndComments\n(%pipe%touch /tmp/owned) (w) file\n"
+
+
+def png(width: int = 5, height: int = 3, before: bytes = b"", after: bytes = b"", data: bytes | None = None) -> bytes:
+    rows = b"".join(b"\0" + bytes(3 * width) for _ in range(height)) if data is None else data
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(rows))
+    return b"\x89PNG\r\n\x1a\n" + header + before + body + after + chunk(b"IEND", b"")
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+TEXT_BOMB = chunk(b"zTXt", b"key\0\0" + zlib.compress(bytes(50_000_000)))
+
+
+def saved(image: Image.Image, *arguments, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, *arguments, **options)
+    return buffer.getvalue()
+
+
+def images(path) -> ImageSet:
+    return ImageSet(["a"], np.zeros(1, dtype=np.int64), np.arange(1), Files([str(path)]))
+
+
+@pytest.mark.parametrize(
+    "content,reason",
+    [
+        (EPS, "cannot identify"),
+        (saved(Image.new("RGB", (5, 3)), "TGA"), "cannot identify"),
+        (png(before=TEXT_BOMB), "too large"),
+        (png(after=TEXT_BOMB), "too large"),
+        (png(before=chunk(b"iCCP", b"key\0\0" + zlib.compress(bytes(50_000_000)))), "too large"),
+        (png(30_000, 30_000, data=b""), "exceeds limit"),
+        (png(10_000, 10_000, data=b""), "10000 x 10000 pixels exceed the limit of 89,478,485"),
+        (png(700, 500)[:-300], "truncated|broken|not enough"),
+        (png(7, 5, data=b"\0" * 20), "truncated|broken|not enough"),
+    ],
+    ids=["eps", "tga", "text-before", "text-after", "profile", "900-mpx", "100-mpx", "cut", "short"],
+)
+def test_a_hostile_file_is_unreadable_and_says_why(tmp_path, content, reason):
+    """Without the list of formats an EPS file called .jpg would be handed to Ghostscript, a whole program."""
+    (tmp_path / "x.jpg").write_bytes(content)
+    with warnings.catch_warnings(), pytest.raises(UnreadableImage, match=reason):
+        warnings.simplefilter("ignore")  # as everywhere but in pytest: datasets.py says so
+        images(tmp_path / "x.jpg").read(0, to_rgb)
+
+
+def test_the_limit_of_pixels_is_pillows(tmp_path, monkeypatch):
+    (tmp_path / "x.png").write_bytes(png(7, 5))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 34)
+    with pytest.raises(UnreadableImage, match="7 x 5 pixels exceed the limit of 34"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        images(tmp_path / "x.png").read(0, to_rgb)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert images(tmp_path / "x.png").read(0, to_rgb).size == (7, 5)
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "MPO"])
+def test_formats_of_real_sets_are_read_under_any_name(tmp_path, name):
+    """A camera's .jpg may be MPO, and one from the web PNG, GIF or WEBP."""
+    image = Image.new("RGB", (7, 5), (200, 10, 10))
+    options = {"save_all": True, "append_images": [image]} if name == "MPO" else {}
+    (tmp_path / "x.jpg").write_bytes(saved(image, name, **options))
+    assert images(tmp_path / "x.jpg").read(0, to_rgb).size == (7, 5)
+
+
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1)])
+def test_a_very_long_image_shows_its_middle_without_filling_memory(tmp_path, size):
+    """Its shorter side enlarged to 256 pixels, it would be 12 GB, from a file of 200 bytes."""
+    pixels = np.zeros((60_000, 1, 3), dtype=np.uint8)
+    pixels[30_000:] = 255
+    Image.fromarray(pixels if size[0] == 1 else pixels.transpose(1, 0, 2)).save(tmp_path / "x.png")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    out = images(tmp_path / "x.png").read(0, lambda image: fit(image, 224))
+    assert out.shape == (224, 224, 3) and 100 < out.mean() < 155
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
+
+
+def test_pipes_and_devices_are_no_images(tmp_path, monkeypatch):
+    """To open a pipe is to wait for its writer: a run would hang before its first step."""
+    monkeypatch.setattr("sasa_train.data.datasets.PAUSES", ())
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    for name in ("pipe.png", "zero.png"):
+        with pytest.raises(UnreadableImage, match="is no regular file"):
+            images(tmp_path / name).read(0, to_rgb)
