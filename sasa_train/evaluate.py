@@ -52,6 +52,7 @@ def evaluate_checkpoint(source: Path, weights: str | None, overrides: list[str])
         ConfigError: overrides or data that are refused.
     """
     from sasa_train.checkpoint import load_checkpoint
+    from sasa_train.data.fingerprint import differences
     from sasa_train.data.loader import build_eval_loader, check_evaluated
     from sasa_train.engine import evaluate
     from sasa_train.run import resolve
@@ -65,7 +66,7 @@ def evaluate_checkpoint(source: Path, weights: str | None, overrides: list[str])
         raise ConfigError(f"weights=ema: {path} has no moving average; it was trained with trainer.ema_decay=null")
     state_dict = checkpoint["model"] if weights == "raw" else checkpoint["ema"] or checkpoint["model"]
     device, config = resolve(config)
-    loader, classes = build_eval_loader(config, device)
+    loader, classes, found = build_eval_loader(config, device)
     if classes != checkpoint["classes"]:
         raise ConfigError(f"data.root={config.data.root}: its {len(classes)} classes are not the checkpoint's")
     model = build_trained_model(config, state_dict, classes)
@@ -78,6 +79,8 @@ def evaluate_checkpoint(source: Path, weights: str | None, overrides: list[str])
     check_evaluated(loader, result.num_images)
     kind = "EMA" if state_dict is checkpoint["ema"] else "raw"
     print(f"{printable(str(path))}: step {checkpoint['step']:,}, {kind} weights\n")
+    for line in differences(checkpoint["fingerprint"]["val"], found, "val") if checkpoint["fingerprint"] else []:
+        print(f"not the images that the run was evaluated on: {line}")
     print_classes(classes, result.class_hits, result.class_images)
     if lines := loader.quarantine.lines():
         print(f"\n{len(lines)} images could not be read and are left out:\n" + "\n".join(lines))

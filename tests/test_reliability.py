@@ -14,6 +14,7 @@ from conftest import TINY
 from test_commands import assert_equal_state, rows, run_in_process, start, wait_for_rows
 from torch import nn
 
+from sasa_train import evaluate
 from sasa_train.checkpoint import CheckpointError, Checkpoints, load_checkpoint
 from sasa_train.interrupt import SIGNALS, StopRequest
 from sasa_train.nonfinite import find_origin
@@ -206,6 +207,8 @@ def test_a_resume_on_changed_images_is_refused_by_name_and_elsewhere_they_may_li
     shutil.copy(tmp_path / "moved/train/red/0.png", tmp_path / "moved/train/red/7.png")
     shutil.copy(tmp_path / "moved/val/red/0.png", tmp_path / "moved/val/red/1.png")
     capsys.readouterr()
+    assert evaluate.run_command(["out/a/checkpoints/last.pt"]) == 0
+    assert "not the images that the run was evaluated on: val: the content of class 'red'" in capsys.readouterr().out
     assert run_in_process(tmp_path, monkeypatch, *run) == 2
     message = capsys.readouterr().err
     assert "train: class 'red' had 7 images, now 8" in message and "val: the content of class 'red' changed" in message

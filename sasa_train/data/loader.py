@@ -87,13 +87,13 @@ def build_loaders(config: TrainConfig, device: torch.device) -> Loaders:
     )
 
 
-def build_eval_loader(config: TrainConfig, device: torch.device) -> tuple[Loader, list[str]]:
-    """The val loader of `build_loaders`, with the same batches, and the classes."""
+def build_eval_loader(config: TrainConfig, device: torch.device) -> tuple[Loader, list[str], dict[str, Any]]:
+    """The val loader of `build_loaders`, with the same batches, the classes, and val's fingerprint."""
     _, val_set = load_image_sets(config.data)
     is_resident = _is_resident(config, len(val_set), device)
     val = _build_loader(config, val_set, device, is_resident, split="val")
     _check_queues(config, val)
-    return val, val_set.classes
+    return val, val_set.classes, fingerprint(val_set)
 
 
 def _build_loader(config: TrainConfig, images: ImageSet, device: torch.device, is_resident: bool, split: str) -> Loader:
