@@ -1,0 +1,167 @@
+"""Whatever bytes a file holds, it is an image of the right shape or unreadable: no other error, no crash, no waste.
+
+FUZZ_EXAMPLES=10000 pytest tests/test_fuzz_images.py -s looks longer. Example n is the same at any number of them.
+"""
+
+import io
+import multiprocessing
+import os
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sasa_train.data.datasets import Files, ImageSet, UnreadableImage
+from sasa_train.data.transforms import decode_box, fit, random_resized_box
+
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "300"))
+SIZE = 72
+MEMORY = 4 * 2**30  # bytes an example may ask for: the largest image allowed, in RGB, is 270 MB
+EXTREMES = (b"\0", b"\xff", b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\xff\xff")
+
+
+def whole_files() -> dict[str, bytes]:
+    """One of each kind, 37 x 29 pixels of noise."""
+    pixels = np.random.default_rng(0).integers(0, 256, (29, 37, 3), dtype=np.uint8)
+    image, deep = Image.fromarray(pixels), Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    exif = Image.Exif()
+    exif[274] = 6  # turned by 90 degrees
+    kinds: dict[str, tuple[Image.Image, str, dict]] = {
+        "jpeg": (image, "JPEG", {}),
+        "progressive jpeg": (image, "JPEG", {"progressive": True, "exif": exif}),
+        "cmyk jpeg": (image.convert("CMYK"), "JPEG", {}),
+        "png": (image, "PNG", {}),
+        "palette png": (image.convert("P"), "PNG", {"transparency": 3}),
+        "16-bit png": (deep, "PNG", {}),
+        "webp": (image, "WEBP", {}),
+        "lossless webp": (image, "WEBP", {"lossless": True}),
+        "tiff": (image, "TIFF", {}),
+        "lzw tiff": (image, "TIFF", {"compression": "tiff_lzw"}),
+        "jpeg tiff": (image, "TIFF", {"compression": "jpeg"}),
+        "bmp": (image, "BMP", {}),
+        "gif": (image.convert("P"), "GIF", {}),
+        "ppm": (image, "PPM", {}),
+    }
+    files = {}
+    for name, (picture, kind, options) in kinds.items():
+        buffer = io.BytesIO()
+        picture.save(buffer, kind, **options)
+        files[name] = buffer.getvalue()
+    return files
+
+
+def mutated(files: list[bytes], number: int) -> bytes:
+    """Example `number`: one to three changes of one of the files."""
+    rng = np.random.default_rng((7, number))
+    data = files[number % len(files)]
+    for _ in range(rng.integers(1, 4)):
+        change = CHANGES[rng.integers(len(CHANGES))]
+        data = change(data, rng, files)
+    return data
+
+
+def flip_bytes(data: bytes, rng: np.random.Generator, _files: list[bytes]) -> bytes:
+    changed = bytearray(data)
+    for place in rng.integers(0, max(len(data), 1), rng.integers(1, 20)) if data else ():
+        changed[place] = rng.integers(256)
+    return bytes(changed)
+
+
+def change_header(data: bytes, rng: np.random.Generator, _files: list[bytes]) -> bytes:
+    """Sizes, counts and offsets are there."""
+    place, value = int(rng.integers(64)), EXTREMES[rng.integers(len(EXTREMES))]
+    return data[:place] + value + data[place + len(value) :]
+
+
+def flip_bit(data: bytes, rng: np.random.Generator, _files: list[bytes]) -> bytes:
+    changed = bytearray(data)
+    if data:
+        changed[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+    return bytes(changed)
+
+
+def cut(data: bytes, rng: np.random.Generator, _files: list[bytes]) -> bytes:
+    return data[: rng.integers(len(data) + 1)]
+
+
+def insert(data: bytes, rng: np.random.Generator, _files: list[bytes]) -> bytes:
+    place = int(rng.integers(len(data) + 1))
+    return data[:place] + rng.bytes(rng.integers(1, 300)) + data[place:]
+
+
+def splice(data: bytes, rng: np.random.Generator, files: list[bytes]) -> bytes:
+    other = files[rng.integers(len(files))]
+    return data[: rng.integers(len(data) + 1)] + other[rng.integers(len(other) + 1) :]
+
+
+Change = Callable[[bytes, np.random.Generator, list[bytes]], bytes]
+CHANGES: tuple[Change, ...] = (flip_bytes, flip_bit, change_header, cut, insert, splice)
+
+
+def crop(image: Image.Image, number: int) -> np.ndarray:
+    draws = np.random.default_rng(number).random(23)
+    box = random_resized_box(*image.size, draws, (0.08, 1.0), (0.75, 1.3333))
+    return np.asarray(decode_box(image, box, SIZE))
+
+
+def judge(path: str, number: int) -> str:
+    """As val reads it, or as training does, in turns: "decoded" or "refused", or what else came."""
+    images = ImageSet(["a"], np.zeros(1, dtype=np.int64), np.arange(1), Files([path]))
+    try:
+        out = images.read(0, lambda image: fit(image, SIZE) if number % 2 else crop(image, number))
+    except UnreadableImage:
+        return "refused"
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+    is_right = out.shape == (SIZE, SIZE, 3) and out.dtype == np.uint8
+    return "decoded" if is_right else f"{out.dtype} {out.shape}"
+
+
+def judge_all(path: str, results) -> None:
+    """In a process of its own, as a decoder may crash: (number, verdict, seconds) of each example that was begun."""
+    if sys.platform == "linux":
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff's complaints
+    files = list(whole_files().values())
+    for number in range(EXAMPLES):
+        with open(path, "wb") as file:
+            file.write(mutated(files, number))
+        results.send((number, "crashed", 0.0))
+        start = time.perf_counter()
+        results.send((number, judge(path, number), time.perf_counter() - start))
+    results.close()
+
+
+def test_mutated_files_decode_or_are_refused(tmp_path):
+    """A decoder's rare error that is not taken for a bad image would end a run of days at one file of a million."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=judge_all, args=(str(tmp_path / "x.img"), sender))
+    process.start()
+    sender.close()
+    verdicts, slowest = {}, (0.0, -1)
+    while receiver.poll(None):
+        try:
+            number, verdict, seconds = receiver.recv()
+        except EOFError:
+            break
+        verdicts[number] = verdict
+        slowest = max(slowest, (seconds, number))
+    process.join()
+    wrong = {n: verdict for n, verdict in verdicts.items() if verdict not in ("decoded", "refused")}
+    counts = Counter(verdicts.values())
+    print(f"\n{counts['decoded']:,} decoded, {counts['refused']:,} refused; slowest: {slowest[1]}, {slowest[0]:.2f} s")
+    assert not wrong and process.exitcode == 0, f"exit code {process.exitcode}; {wrong}"
+    assert len(verdicts) == EXAMPLES and min(counts["decoded"], counts["refused"]) > EXAMPLES / 20
+
+
+def test_whole_files_decode(tmp_path):
+    for name, content in whole_files().items():
+        (tmp_path / "x.img").write_bytes(content)
+        assert [judge(str(tmp_path / "x.img"), number) for number in (0, 1)] == ["decoded"] * 2, name
