@@ -122,6 +122,7 @@ class Chaos:
         self.whole, self.broken = folder / "whole", folder / "broken"
         self.checkpoints = self.broken / "checkpoints"
         self.modes = itertools.cycle(MODES)
+        self._rows_state, self._rows = (-1, -1), list[dict[str, Any]]()
         self.seconds_to_end: dict[str, list[float]] = defaultdict(list)  # from a signal on, by moment
         self.log = folder / "log.txt"  # of the last start
 
@@ -160,7 +161,12 @@ class Chaos:
         self.end(self.start(*more, mode=mode), (code,), message)
 
     def rows(self) -> list[dict[str, Any]]:
-        return read_rows(self.broken)
+        """Read when the file has changed, so that looking out for a moment does not take a processor."""
+        path = self.broken / "metrics.jsonl"
+        state = (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else (0, 0)
+        if state != self._rows_state:
+            self._rows_state, self._rows = state, read_rows(self.broken)
+        return self._rows
 
     def wait(self, process: subprocess.Popen, moment: str, num_rows: int) -> bool:
         """Until `num_rows` more rows are there and it is the moment; False where the run ended before."""
@@ -173,8 +179,9 @@ class Chaos:
             if time.monotonic() > deadline:
                 process.kill()
                 raise Failure(f"it did not reach {moment} within {PATIENCE} s")
-            begun = begun or "ETA" in self.log.read_text(errors="replace")  # its own rows, not those it found
             rows = self.rows()
+            if len(rows) >= first_row and not begun:
+                begun = "ETA" in self.log.read_text(errors="replace")  # its own rows, not those it found
             if begun and len(rows) >= first_row and is_moment(self.broken, rows, moment):
                 return True
             time.sleep(0.0005)
