@@ -22,7 +22,7 @@ from sasa_train.compose import (
     with_free_keys,
 )
 from sasa_train.config import ConfigError, TrainConfig
-from sasa_train.interrupt import Interrupted, StopRequest
+from sasa_train.interrupt import Interrupted, StopRequest, end_with
 from sasa_train.printable import printable_lines
 
 USAGE = """[group=choice ...] [key=value ...]   (-m, --multirun: a plain Hydra sweep)
@@ -36,7 +36,9 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def main() -> None:
-    sys.exit(run_command(sys.argv[1:]))
+    code = run_command(sys.argv[1:])
+    end_with(code)
+    sys.exit(code)
 
 
 def run_command(arguments: list[str]) -> int:

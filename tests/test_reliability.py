@@ -59,6 +59,13 @@ def test_a_second_ctrl_c_ends_a_run_that_does_not_get_to_its_next_step(tmp_path)
     assert process.returncode == 130 and process.stdout == "still here\n"
 
 
+def test_a_signal_after_the_end_does_not_change_what_the_run_ended_with():
+    """While Python takes itself apart, which takes seconds, a finished run would otherwise count as killed."""
+    code = "import atexit, signal, sys, sasa_train.train as t\n"
+    code += "atexit.register(signal.raise_signal, signal.SIGTERM); t.run_command = lambda _: 75; t.main()"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 75
+
+
 @pytest.mark.parametrize("phase", ["evaluate", "recalibrate", "save"])
 def test_a_signal_in_any_phase_saves_and_the_run_ends_as_one_undisturbed(tmp_path, monkeypatch, phase):
     """The signal comes in the middle of the second evaluation, recalibration or save."""
