@@ -7,11 +7,14 @@ on, is written last: size, SHA-256 and step. A file whose manifest a kill has pr
 is judged by the checksums in it. Of a checkpoint's content this module knows the names of the parts, no more.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from io import BufferedReader
@@ -26,14 +29,17 @@ FORMAT_VERSION = 2
 # Parts that every checkpoint has, and their types where a stranger's file could be mistaken for one.
 REQUIRED = {
     "format_version": int, "model": dict, "ema": dict | None, "optimizer": dict, "step": int, "epoch": int,
-    "config": str, "rng": dict, "best": dict | None, "classes": list, "finished": bool, "metrics": str | None,
+    "config": str, "rng": dict, "best": dict | None, "classes": list, "finished": bool, "metrics": str,
     "fingerprint": dict, "provenance": dict,
 }  # fmt: skip
-SINCE_2: dict[str, Any] = {"metrics": None, "fingerprint": {}, "provenance": {}}  # format 1 has none of these
 
 
 class CheckpointError(Exception):
     """A checkpoint that cannot be written or read; the message names the file and the remedy."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """The file is not what was written."""
 
 
 class Checkpoints:
@@ -47,7 +53,7 @@ class Checkpoints:
         """Write last.pt, and best.pt where `is_best`.
 
         Raises:
-            CheckpointError: the files cannot be written (a full disk, say); those that were last are untouched.
+            CheckpointError: the files cannot be written (a full disk, say); what was last.pt is there still.
         """
         size = _num_bytes(content)
         try:
@@ -61,21 +67,21 @@ class Checkpoints:
                 f"{self.folder}: cannot write a checkpoint of {size / 1e6:,.0f} MB ({error.strerror or error}); the "
                 "earlier ones are untouched. Make room and run the same command again"
             ) from error
-        self._last_step = content["step"]
 
     def _write(self, content: dict[str, Any], is_best: bool) -> None:
         last, hashed = self.folder / "last.pt", _Hashed()
         temporary = write_aside(last, lambda file: hashed.save(content | {"format_version": FORMAT_VERSION}, file))
-        manifest = {
-            "step": content["step"], "size": temporary.stat().st_size, "sha256": hashed.digest.hexdigest(),
-            "format_version": FORMAT_VERSION,
-        }  # fmt: skip
+        described = {"step": content["step"], "size": temporary.stat().st_size, "sha256": hashed.digest.hexdigest()}
+        manifest = json.dumps(described | {"format_version": FORMAT_VERSION}).encode()
         try:
             if is_best:  # before last.pt, whose content says that there is a best
                 _put(_linked(temporary, self.folder / "best.pt"), self.folder / "best.pt", manifest)
             if self.keep and self._last_step not in (None, content["step"]):
-                _move(last, self.folder / f"step-{self._last_step:08d}.pt")
+                numbered = self.folder / f"step-{self._last_step:08d}.pt"
+                _put(_linked(last, numbered), numbered, _bytes_of(manifest_of(last)))
+            self._last_step = None  # until it is there
             _put(temporary, last, manifest)
+            self._last_step = content["step"]
         finally:
             temporary.unlink(missing_ok=True)
         for old in self.numbered()[self.keep :]:
@@ -85,31 +91,44 @@ class Checkpoints:
     def newest(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
         """The newest checkpoint that can be read, or None where there never was one; damaged ones go to `warn`.
 
+        Those get the ending .damaged, so that they are neither tried nor counted again.
+
         Raises:
-            CheckpointError: there are or were checkpoints and none is good: a run never begins anew in silence.
+            CheckpointError: there are or were checkpoints and none is good: a run never begins anew in silence. Or one
+                cannot be read for another reason than damage: the disk may come back.
         """
         for stale in self.folder.glob("*.tmp"):
             stale.unlink()
-        there_were = list(self.folder.glob("*.pt.json"))
-        candidates = [self.folder / "last.pt", *self.numbered(), self.folder / "best.pt"]
-        candidates = [path for path in candidates if path.exists()]
-        for path in candidates:
+        left = sorted(path.name for path in self.folder.glob("*.pt*"))  # manifests and damaged ones too
+        for path in self._candidates():
             try:
                 content = load_checkpoint(path)
-            except CheckpointError as error:
+            except DamagedCheckpointError as error:
                 warn(f"skipping a damaged checkpoint: {error}")
+                _put(path, path.with_name(f"{path.name}.damaged"), _bytes_of(manifest_of(path)))
+                manifest_of(path).unlink(missing_ok=True)
                 continue
             if path.name == "last.pt":
                 self._last_step = content["step"]
             else:
                 warn(f"going on from {path}, step {content['step']}, the newest good one")
             return content
-        if candidates or there_were:
+        if left:
             raise CheckpointError(
-                f"{self.folder}: none of its {max(len(candidates), len(there_were))} checkpoints can be read; restore "
-                "one from a copy, or start a new run with resume=never"
+                f"{self.folder}: none of its checkpoints can be read ({', '.join(left)}); restore one from a copy, or "
+                "start a new run with resume=never"
             )
         return None
+
+    def _candidates(self) -> list[Path]:
+        """The newest first, as far as manifests and names tell the step."""
+        steps = {self.folder / "best.pt": -1} | {path: int(path.stem[5:]) for path in reversed(self.numbered())}
+        steps[self.folder / "last.pt"] = sys.maxsize
+        for path in steps:
+            with contextlib.suppress(ValueError):
+                steps[path] = _parse_manifest(_bytes_of(manifest_of(path)) or b"")["step"]
+        newest_last = sorted(steps, key=lambda path: steps[path])  # at the same step last.pt comes last
+        return [path for path in reversed(newest_last) if path.exists()]
 
     def numbered(self) -> list[Path]:
         """step-<step>.pt, newest first."""
@@ -125,19 +144,20 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; no code in it can run (`weights_only=True`).
 
     Raises:
-        CheckpointError: the file is missing, truncated, altered (not what its manifest or its own checksums say), no
-            checkpoint, or of a format that this version does not know.
+        DamagedCheckpointError: the file is truncated, altered (not what its manifest or its own checksums say) or no
+            checkpoint.
+        CheckpointError: it is missing or cannot be read now, or is of a format that this version does not know.
     """
     content = _read(path)
-    content = SINCE_2 | content if isinstance(content, dict) else {}
-    if wrong := [key for key, kind in REQUIRED.items() if key not in content or not _is(content[key], kind)]:
-        raise CheckpointError(f"{path}: is no checkpoint of sasa_train (wrong or missing: {', '.join(wrong)})")
-    version = content["format_version"]
-    if version not in range(1, FORMAT_VERSION + 1):
+    content = content if isinstance(content, dict) else {}
+    version = content.get("format_version")
+    if type(version) is int and version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: has format {version}, and this sasa_train reads formats 1 to {FORMAT_VERSION}: a newer one wrote "
-            "it, which reads it; update sasa_train"
+            f"{path}: has format {version}, and this sasa_train reads format {FORMAT_VERSION}: go on with the version "
+            "that wrote it (its run.json names the commit), or start a new run with resume=never"
         )
+    if wrong := [key for key, kind in REQUIRED.items() if key not in content or not _is(content[key], kind)]:
+        raise DamagedCheckpointError(f"{path}: is no checkpoint of sasa_train (wrong or missing: {', '.join(wrong)})")
     return content
 
 
@@ -153,20 +173,24 @@ def _read(path: Path) -> Any:
             with path.open("rb") as file:
                 _check(file, manifest)
                 return torch.load(file, map_location="cpu", weights_only=True)
+        except MemoryError:
+            raise
         except Exception as error:  # zipfile's, torch's and pickle's errors have no common class
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: zipfile's wrong seek
+                raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
             if manifest == _bytes_of(manifest_of(path)):
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                raise CheckpointError(f"{path}: cannot be read as a checkpoint ({reason})") from error
+                raise DamagedCheckpointError(f"{path}: cannot be read as a checkpoint ({reason})") from error
 
 
 def _check(file: BufferedReader, manifest: bytes | None) -> None:
     """Raise ValueError where the file is not what its manifest says or, without one, its own checksums."""
     if manifest is not None:
-        size, digest = _parse_manifest(manifest)
+        described = _parse_manifest(manifest)
         found = os.fstat(file.fileno()).st_size
-        if found != size:
-            raise ValueError(f"truncated or altered: {found:,} bytes instead of {size:,}")
-        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+        if found != described["size"]:
+            raise ValueError(f"truncated or altered: {found:,} bytes instead of {described['size']:,}")
+        if hashlib.file_digest(file, "sha256").hexdigest() != described["sha256"]:
             raise ValueError("altered: its SHA-256 is not the manifest's")
     file.seek(0)
     with zipfile.ZipFile(file) as archive:
@@ -178,10 +202,11 @@ def _check(file: BufferedReader, manifest: bytes | None) -> None:
     file.seek(0)
 
 
-def _parse_manifest(manifest: bytes) -> tuple[int, str]:
+def _parse_manifest(manifest: bytes) -> dict[str, Any]:
+    """Its step, size and sha256, or ValueError."""
     try:
         parsed = json.loads(manifest)
-        return int(parsed["size"]), str(parsed["sha256"])
+        return {"step": int(parsed["step"]), "size": int(parsed["size"]), "sha256": str(parsed["sha256"])}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError("its manifest is damaged") from error
 
@@ -221,20 +246,13 @@ class _Hashed:
         self._file.flush()
 
 
-def _put(temporary: Path, path: Path, manifest: dict[str, Any]) -> None:
+def _put(temporary: Path, path: Path, manifest: bytes | None) -> None:
     """Rename, then the manifest: never one beside a file that it does not describe."""
     manifest_of(path).unlink(missing_ok=True)
     os.replace(temporary, path)
     sync_folder(path.parent)
-    write_atomic(manifest_of(path), json.dumps(manifest).encode())
-
-
-def _move(path: Path, target: Path) -> None:
-    """Rename with the manifest; a kill on the way leaves files without one, never with another's."""
-    manifest_of(target).unlink(missing_ok=True)
-    if manifest_of(path).exists():
-        os.replace(manifest_of(path), manifest_of(target))
-    os.replace(path, target)
+    if manifest is not None:
+        write_atomic(manifest_of(path), manifest)
 
 
 def _linked(path: Path, beside: Path) -> Path:
