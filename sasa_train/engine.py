@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sasa_train.batch_norm import frozen_running_stats
 from sasa_train.config import TrainerConfig
 from sasa_train.losses import build_criterion
-from sasa_train.nonfinite import LossWatch, NonFiniteError, nonfinite_weights
+from sasa_train.nonfinite import LossWatch, NonFiniteError, not_finite
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -90,11 +90,15 @@ class TrainState:
         }
 
     def check(self) -> None:
-        """Raise NonFiniteError where the weights are not finite. Waits for the device."""
-        largest = nn.utils.get_total_norm(self.model.parameters(), norm_type=math.inf)
-        if not largest.isfinite():
-            wrong = nonfinite_weights(self.model)
-            raise NonFiniteError(f"the weights after step {self.step} are not finite, {wrong[0]} first of {len(wrong)}")
+        """Raise NonFiniteError where the weights, statistics or averages are not finite. Waits for the device."""
+        parts = {"": self.model} | ({"the average's ": self.ema.module} if self.ema else {})
+        for whose, module in parts.items():
+            floats = [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
+            if not nn.utils.get_total_norm(floats, norm_type=math.inf).isfinite():
+                wrong = not_finite(module.state_dict().items())
+                raise NonFiniteError(
+                    f"the weights after step {self.step} are not finite, {whose}{wrong[0]} first of {len(wrong)}"
+                )
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])

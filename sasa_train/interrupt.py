@@ -15,7 +15,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 def end_with(code: int) -> None:
     """From now on, while Python takes itself apart, a signal ends the process with `code`: there is nothing to stop."""
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError:  # a full disk, or a reader that went away: Python would make it exit code 120
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     for number in SIGNALS:
         signal.signal(number, lambda *_: os._exit(code))
 
@@ -28,7 +31,8 @@ class StopRequest:
     """Remembers that a signal came. Before `begin_training()` there is nothing to save, so it raises Interrupted."""
 
     def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
+        self.signal: signal.Signals | None = None  # the first that came
+        self._num_interrupts = 0
         self.deadline = math.inf
         self._start = time.monotonic()
         self._process = os.getpid()
@@ -57,8 +61,9 @@ class StopRequest:
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a data worker, forked before it learnt to ignore signals
             return
-        if self.signal is not None and number == signal.SIGINT:
+        self._num_interrupts += number == signal.SIGINT
+        if self._num_interrupts > 1:
             os._exit(128 + number)
-        self.signal = signal.Signals(number)
+        self.signal = self.signal or signal.Signals(number)
         if not self._is_training:
             raise Interrupted

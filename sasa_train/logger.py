@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
 from sasa_train.atomic import write_atomic
+from sasa_train.console import say, warn
 
 # Keys of a row -> TensorBoard tags; loss, top1, top5 and top1_raw go under the split's name.
 TAGS = {
@@ -30,13 +30,12 @@ TAGS = {
 class RunLogger:
     """One series of rows: those that the checkpoint holds, then what the run adds.
 
-    `metrics` is the checkpoint's copy of metrics.jsonl, so that the file is whole again whatever happened to it; None:
-    a checkpoint of format 1, and the file is all there is.
+    `metrics` is the checkpoint's copy of metrics.jsonl, so that the file is whole again whatever happened to it.
     """
 
-    def __init__(self, run_dir: Path, metrics: str | None, step: int, total_steps: int):
+    def __init__(self, run_dir: Path, metrics: str, step: int, total_steps: int):
         self._path = run_dir / "metrics.jsonl"
-        self._lines = (_rows_of_file(self._path, step) if metrics is None else metrics).splitlines(keepends=True)
+        self._lines = metrics.splitlines(keepends=True)
         write_atomic(self._path, self.metrics.encode())
         self._file = self._path.open("ab", buffering=0)
         self._num_written, self._size = len(self._lines), self._path.stat().st_size
@@ -73,7 +72,7 @@ class RunLogger:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
             self._file.truncate(self._size)
-            self.warn(f"{self._path} cannot be written ({error.strerror}); its rows wait for room")
+            warn(f"{self._path} cannot be written ({error.strerror}); its rows wait for room")
             return
         self._num_written, self._size = len(self._lines), self._size + len(data)
 
@@ -84,14 +83,14 @@ class RunLogger:
         if self._bar.disable:
             progress = f"step {row['step']}/{self._total_steps}  epoch {row['epoch']}"
             numbers = f"loss {row['loss']:.4f}  top1 {row['top1']:.2f}  lr {row['lr']:.2e}"
-            self.say(f"{progress}  {numbers}  {speed}  {memory}  ETA {duration(seconds_left)}")
+            say(f"{progress}  {numbers}  {speed}  {memory}  ETA {duration(seconds_left)}")
         else:
             self._bar.set_postfix_str(f"loss {row['loss']:.3f}, top1 {row['top1']:.1f}, {speed}, {memory}")
 
     def show_val(self, row: dict[str, Any], is_best: bool) -> None:
         raw = f"  (raw {row['top1_raw']:.2f})" if "top1_raw" in row else ""
         numbers = f"loss {row['loss']:.4f}  top1 {row['top1']:.2f}{raw}  top5 {row['top5']:.2f}"
-        self.say(f"val  epoch {row['epoch']}  step {row['step']}  {numbers}{'  best so far' if is_best else ''}")
+        say(f"val  epoch {row['epoch']}  step {row['step']}  {numbers}{'  best so far' if is_best else ''}")
 
     def write_picture(self, tag: str, picture: Tensor, step: int, path: Path | None = None) -> None:
         """A picture, uint8 [3, H, W], for TensorBoard, and as PNG where a path is given."""
@@ -101,7 +100,7 @@ class RunLogger:
             try:
                 write_atomic(path, png.getbuffer())
             except OSError as error:
-                self.warn(f"{path} cannot be written ({error.strerror})")
+                warn(f"{path} cannot be written ({error.strerror})")
         with self._board_may_fail() as board:
             if board:
                 board.add_image(tag, picture, step)
@@ -121,15 +120,12 @@ class RunLogger:
                 for summary in hparams(shown, metrics):
                     board._get_file_writer().add_summary(summary)  # add_hparams would make a run of its own
 
-    def say(self, text: str) -> None:
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
-
     def advance(self) -> None:
         self._bar.update()
 
     def close(self) -> None:
         self._bar.close()
+        self._write_lines()
         self._file.close()
         with self._board_may_fail() as board:
             if board:
@@ -151,22 +147,7 @@ class RunLogger:
             yield self._board
         except OSError as error:
             self._board = None
-            self.warn(f"no more TensorBoard curves for this run ({error}); metrics.jsonl goes on")
-
-    def warn(self, text: str) -> None:
-        tqdm.write(f"WARNING: {text}", file=sys.stderr)
-
-
-def _rows_of_file(path: Path, step: int) -> str:
-    """The whole rows up to `step`."""
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(f"{line}\n")
-        except (ValueError, KeyError):
-            continue
-    return "".join(kept)
+            warn(f"no more TensorBoard curves for this run ({error}); metrics.jsonl goes on")
 
 
 def duration(seconds: float) -> str:

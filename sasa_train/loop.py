@@ -15,6 +15,7 @@ from sasa_train.batch_norm import recalibrate
 from sasa_train.checkpoint import CheckpointError
 from sasa_train.compose import to_yaml
 from sasa_train.config import TrainConfig, total_steps, trajectory
+from sasa_train.console import say, warn
 from sasa_train.data.loader import Loaders, check_evaluated
 from sasa_train.data.randomness import recalibration_rng
 from sasa_train.engine import (
@@ -48,10 +49,11 @@ class Loop:
         self.num_steps = total_steps(config, self.steps_per_epoch)
         self.logger = RunLogger(run.path, run.metrics, self.state.step, self.num_steps)
         self.last_val: dict[str, Any] = {}
+        self._saved: tuple[int, int] | None = None  # step and evaluated_step of what was saved last
         self.eval_seconds = self.logger.eval_seconds  # of the last evaluation, before a resume too
         self.profiler: Any = contextlib.nullcontext()
         if config.trainer.profile_steps:
-            self.profiler = build_profiler(config.trainer.profile_steps, run.path, self.state.device, self.logger.say)
+            self.profiler = build_profiler(config.trainer.profile_steps, run.path, self.state.device, say)
         self._start_clock()
 
     def run(self) -> bool:
@@ -59,7 +61,7 @@ class Loop:
         with self.profiler:
             finished = self.run_epochs()
         if self.config.trainer.profile_steps and self.profiler.step_num <= WAIT + WARMUP:
-            self.logger.say(f"no profile: the run ended before step {WAIT + WARMUP + 1} after its start")
+            say(f"no profile: the run ended before step {WAIT + WARMUP + 1} after its start")
         if finished:
             self.logger.write_hparams(trajectory(self.config), self.last_val)
         return finished
@@ -67,11 +69,14 @@ class Loop:
     def run_epochs(self) -> bool:
         while True:
             if self.evaluation_is_due():
-                if not self.evaluate():
-                    return False
+                may_go_on = self.evaluate()
             elif self.state.step >= self.num_steps:
                 return True
-            elif not self.train_epoch():
+            elif self.stop.requested() and self._saved == (self.state.step, self.state.evaluated_step):
+                return False
+            else:
+                may_go_on = self.train_epoch()
+            if not may_go_on:
                 return False
 
     def evaluation_is_due(self) -> bool:
@@ -96,9 +101,10 @@ class Loop:
                 self.log_train(report)
             is_last = state.step == end
             is_due = trainer.checkpoint_every_steps and state.step % trainer.checkpoint_every_steps == 0
-            if is_due or self.stop.requested() or (is_last and not self.evaluation_is_due()):
-                self.save(is_best=False)
-            if self.stop.requested():
+            stopping = self.stop.requested()  # asked once: a signal may come between two looks
+            if is_due or stopping or (is_last and not self.evaluation_is_due()):
+                self.save(is_best=False, must_succeed=stopping)
+            if stopping:
                 return False
         return True
 
@@ -113,7 +119,11 @@ class Loop:
         state, text = self.state, str(error)
         names = self.loaders.train_names(state.step if error.images is not None else state.step - 1, error.number)
         if error.images is not None:
-            origin, rows = find_origin(state.model, error.images, autocast(state.device, self.config.trainer.precision))
+            try:
+                precision = autocast(state.device, self.config.trainer.precision)
+                origin, rows = find_origin(state.model, error.images, precision)
+            except RuntimeError as another:  # out of memory, say
+                origin, rows = f"its origin could not be found ({str(another).splitlines()[0]})", []
             text += f": {origin}"
             if rows:
                 text += f", for {', '.join(names[row] for row in rows[:NUM_NAMED])}"
@@ -123,7 +133,7 @@ class Loop:
             write_atomic(path, "".join(f"{line}\n" for line in (text, "", *names)).encode())
             text += f"; the images that it came from are in {path}"
         return (
-            f"{text}. Go on from a checkpoint with gentler settings, in a new run: "
+            f"{text}. Go on from a checkpoint with gentler settings, in a new run: the same command with "
             f"resume={self.run_folder.path}/checkpoints/last.pt optimizer.lr=... allow_config_change=[optimizer.lr] "
             "(or trainer.grad_clip_norm, or trainer.precision)"
         )
@@ -182,7 +192,7 @@ class Loop:
             raw = self.evaluate_model(state.model) if state.ema and result else None
             seconds = round(time.perf_counter() - start, 2)
         if result is None or (state.ema and raw is None):
-            self.save(is_best=False)
+            self.save(is_best=False, must_succeed=True)
             return False
         row = {
             "split": "val",
@@ -196,7 +206,7 @@ class Loop:
         }
         if num_left_out := self.loaders.val.num_left_out:
             row |= {"num_images": result.num_images, "unreadable": num_left_out}
-        is_best = state.best is None or result.top1 > state.best["top1"]
+        best_before, is_best = state.best, state.best is None or result.top1 > state.best["top1"]
         if is_best:
             state.best = {key: row[key] for key in ("top1", "step", "epoch")}
         state.evaluated_step, self.last_val, self.eval_seconds = state.step, row, seconds
@@ -208,7 +218,8 @@ class Loop:
                 self.logger.write_picture(f"rel_embeddings/{name}", picture, state.step)
         if self.config.trainer.log_histograms:
             self.logger.write_histograms(averaged, state.step)
-        self.save(is_best)
+        if not self.save(is_best) and is_best:
+            state.best = best_before  # best.pt is still the one before
         return True
 
     def recalibrate(self, model: nn.Module) -> None:
@@ -239,13 +250,18 @@ class Loop:
             check_evaluated(self.loaders.val, result.num_images)
         return result
 
-    def save(self, is_best: bool) -> None:
-        """Write a checkpoint; never one whose weights are not finite."""
+    def save(self, is_best: bool, must_succeed: bool = False) -> bool:
+        """Write a checkpoint, never one with numbers that are not finite; False where that failed and may.
+
+        Raises:
+            CheckpointError: it failed and the run is to stop then, or would count as saved or finished without it.
+        """
         self.stop.begin_training()  # from here on a signal waits until this is done
+        state = self.state
         with self._off_the_clock():
             self.check_finite()
-            finished = self.state.step == self.state.evaluated_step == self.num_steps
-            content = self.state.state_dict() | {
+            finished = state.step == state.evaluated_step == self.num_steps
+            content = state.state_dict() | {
                 "config": to_yaml(self.config),
                 "classes": self.loaders.classes,
                 "finished": finished,
@@ -256,9 +272,13 @@ class Loop:
             try:
                 self.run_folder.checkpoints.save(content, is_best)
             except CheckpointError as error:
-                if self.config.trainer.on_failed_save == "stop" or finished or self.stop.requested():
+                if self.config.trainer.on_failed_save == "stop" or finished or must_succeed:
                     raise
-                self.logger.warn(f"{error}; the run goes on and tries again at the next checkpoint")
+                warn(f"{error}; the run goes on and tries again at the next checkpoint")
+                return False
+        self.run_folder.note_checkpoint()
+        self._saved = (state.step, state.evaluated_step)
+        return True
 
     def check_finite(self) -> None:
         try:

@@ -1,7 +1,4 @@
-"""trainer.micro_batch_size=auto: the largest micro-batch that fits into memory, the global batch unchanged.
-
-And what to say where one did not fit.
-"""
+"""trainer.micro_batch_size=auto: the largest micro-batch that fits into memory, the global batch unchanged."""
 
 import dataclasses
 import gc
@@ -12,44 +9,17 @@ from torch import nn
 from sasa_train.compose import load_config
 from sasa_train.config import NUM_CLASSES, ConfigError, TrainConfig, TrainerConfig, resolved_image_size
 from sasa_train.engine import autocast, build_state
-from sasa_train.machine import available_memory, peak_memory
+from sasa_train.machine import available_memory
 from sasa_train.models import build_model, enable_grad_checkpointing
 from sasa_train.models.counting import count_layers
 from sasa_train.optim import build_optimizer
+from sasa_train.out_of_memory import divisors, is_out_of_memory
 from sasa_train.run_folder import RunFolder
 
 SHARE = 0.5  # of the CPU's free memory that activations may take: gradients and temporaries need the rest
 CUDA_SHARE = 0.9  # of the device's memory, after a step that fitted: fragmentation grows
 # What libraries say of a batch that is too large, beside "out of memory".
-TOO_LARGE = (
-    "32-bit index", "CUDNN_STATUS_NOT_SUPPORTED", "unable to find an engine", "CUBLAS_STATUS_ALLOC_FAILED",
-    "DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory",
-)  # fmt: skip
-
-
-class OutOfMemoryError(Exception):
-    """Memory did not suffice; the message has the numbers and what to set."""
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Of a device, or of the CPU's allocator."""
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in TOO_LARGE)
-
-
-def memory_advice(config: TrainConfig, device: torch.device, error: RuntimeError) -> str:
-    trainer = config.trainer
-    micro = trainer.global_batch_size // trainer.grad_accum_steps
-    smaller = next((n for n in _divisors(trainer.global_batch_size) if n <= micro / 2), None)
-    ways = [f"trainer.micro_batch_size={smaller} (the same global batch)"] if smaller else []
-    ways += [] if trainer.grad_checkpointing else ["trainer.grad_checkpointing=true"]
-    ways += ["trainer.precision=bf16"] if device.type == "cuda" and trainer.precision == "fp32" else []
-    ways += ["a smaller data.image_size"]
-    return (
-        f"{device} is out of memory with micro-batches of {micro} images of {resolved_image_size(config.data)} pixels: "
-        f"{peak_memory(device) / 2**20:,.0f} MiB were in use at most, {available_memory(device) / 2**20:,.0f} MiB are "
-        f"free now ({str(error).splitlines()[0]}). Try {', or '.join(ways)}. A run that has a checkpoint goes on with "
-        "allow_config_change=[trainer.micro_batch_size,trainer.grad_accum_steps]"
-    )
+TOO_LARGE = ("32-bit index", "CUDNN_STATUS_NOT_SUPPORTED", "unable to find an engine", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def with_micro_batch_size(trainer: TrainerConfig, micro_batch_size: int) -> TrainerConfig:
@@ -72,7 +42,7 @@ def settle_auto(config: TrainConfig, run: RunFolder, device: torch.device) -> Tr
         return config
     began_with = _saved_size(run)
     if began_with:
-        found = next(n for n in _divisors(trainer.global_batch_size) if n <= began_with)
+        found = next(n for n in divisors(trainer.global_batch_size) if n <= began_with)
     else:
         found = largest_micro_batch(config, device)
         print(f"trainer.micro_batch_size=auto: {found} images fit")
@@ -84,22 +54,17 @@ def _saved_size(run: RunFolder) -> int | None:
     if run.checkpoint is not None:
         saved = load_config(run.checkpoint["config"]).trainer
     elif config_file.exists():
-        saved = load_config(config_file.read_text(), source=str(config_file)).trainer
+        saved = load_config(config_file.read_text(errors="replace"), source=str(config_file)).trainer
     else:
         return None
-    return saved.global_batch_size // saved.grad_accum_steps
-
-
-def _divisors(number: int) -> list[int]:
-    """Descending."""
-    return [n for n in range(number, 0, -1) if number % n == 0]
+    return None if saved.micro_batch_size == "auto" else saved.global_batch_size // saved.grad_accum_steps
 
 
 def largest_micro_batch(config: TrainConfig, device: torch.device) -> int:
     """The largest divisor of the global batch that fits: tried on CUDA, counted on the CPU, which would swap."""
     fits = _fits_cuda if device.type == "cuda" else _fits_cpu
     try:
-        for size in _divisors(config.trainer.global_batch_size):
+        for size in divisors(config.trainer.global_batch_size):
             if fits(config, size, device):
                 return size
     finally:
@@ -144,7 +109,7 @@ def _fits_cuda(config: TrainConfig, num_images: int, device: torch.device) -> bo
         loss.backward()
         state.optimizer.step()
     except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or any(text in str(error) for text in TOO_LARGE):
             return False
         raise
     return torch.cuda.max_memory_reserved(device) <= CUDA_SHARE * torch.cuda.mem_get_info(device)[1]

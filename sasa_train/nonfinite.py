@@ -1,7 +1,7 @@
 """Where a number that is not finite came from: the first module of a forward pass, and its images."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,9 +47,9 @@ class LossWatch:
         return bool(self._on_host.isfinite())
 
 
-def nonfinite_weights(model: nn.Module) -> list[str]:
-    """The names of the parameters that are not finite."""
-    return [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """The names of those that are not finite."""
+    return [name for name, tensor in tensors if not tensor.isfinite().all()]
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def find_origin(model: nn.Module, images: Tensor, autocast: contextlib.AbstractC
 
     A forward pass as in training is made for it, which changes batch norm's running statistics.
     """
-    if wrong := nonfinite_weights(model):
+    if wrong := not_finite(model.named_parameters()):  # the statistics have already seen the images
         return f"the weights were not finite before the step, {wrong[0]} first of {len(wrong)}", []
     model.train()
     with _watched(model) as found, autocast:

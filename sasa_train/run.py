@@ -10,6 +10,7 @@ from sasa_train.announce import describe_end, describe_finished, describe_plan
 from sasa_train.atomic import write_atomic
 from sasa_train.compose import to_yaml
 from sasa_train.config import ConfigError, TrainConfig, default_run_name, resolved_image_size
+from sasa_train.console import say, warn
 from sasa_train.data.loader import Loaders, build_loaders
 from sasa_train.engine import (
     Stepper,
@@ -20,18 +21,12 @@ from sasa_train.engine import (
 from sasa_train.interrupt import Interrupted, StopRequest
 from sasa_train.loop import Loop
 from sasa_train.machine import keep_freed_memory
-from sasa_train.micro_batch import OutOfMemoryError, is_out_of_memory, memory_advice, settle_auto, with_micro_batch_size
+from sasa_train.micro_batch import settle_auto, with_micro_batch_size
 from sasa_train.models import build_model, check_model, enable_grad_checkpointing
 from sasa_train.optim import build_optimizer, build_schedule
-from sasa_train.run_folder import (
-    RunFolder,
-    check_data,
-    describe_changes,
-    is_finished,
-    open_run,
-    provenance,
-    warn,
-)
+from sasa_train.out_of_memory import OutOfMemoryError, is_out_of_memory, memory_advice
+from sasa_train.provenance import describe_changes, provenance
+from sasa_train.run_folder import RunFolder, check_data, is_finished, open_run
 
 
 def train(config: TrainConfig, stop: StopRequest) -> bool:
@@ -49,28 +44,23 @@ def train(config: TrainConfig, stop: StopRequest) -> bool:
     run = open_run(config, run_name)
     with run.lock:
         config = settle_auto(config, run, device)
-        if run.checkpoint is None:
+        if run.is_new:
             run.write_config(config)  # with what auto was settled to, before anything can stop the run
-        elif is_finished(run.checkpoint, config):
+        elif run.checkpoint is not None and is_finished(run.checkpoint, config):
             run.write_end(run.checkpoint)  # a kill may have come between its last checkpoint and this
-            print(describe_finished(run.path, run.checkpoint))
+            say(describe_finished(run.path, run.checkpoint))
             return True
-        try:
-            return train_in_folder(config, device, run, stop)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise OutOfMemoryError(memory_advice(config, device, error)) from error
+        return train_in_folder(config, device, run, stop)
 
 
 def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, stop: StopRequest) -> bool:
     """`train`, once the folder is ours and what it continues from is known."""
-    print(f"{to_yaml(config)}\nrun folder  {run.path}")
+    say(f"{to_yaml(config)}\nrun folder  {run.path}")
     stop.set_max_hours(config.trainer.max_hours)
     if device.type == "cpu":
         keep_freed_memory()
     loaders = build_loaders(config, device)
-    run.provenance = provenance(config)
+    run.provenance, difference = provenance(config)
     if run.checkpoint is not None:
         check_data(run.checkpoint, loaders.fingerprint, config)
         for change in describe_changes(run.checkpoint["provenance"], run.provenance):
@@ -85,14 +75,16 @@ def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, s
     stepper = Stepper(config.trainer, state, build_schedule(config, state.optimizer, steps_per_epoch))
     continue_from(run, state, config)
     loop = Loop(config, run, loaders, stepper, stop)
-    loop.logger.say(describe_plan(config, loaders, state, loop.num_steps))
-    run.write_start(state.step)
+    say(describe_plan(config, loaders, state, loop.num_steps))
+    run.write_start(difference, state.step)
 
     try:
         with logging_redirect_tqdm():  # log lines go above the progress bar
             finished = loop.run()
     except BaseException as error:
         run.write_status("interrupted" if isinstance(error, Interrupted) else "failed")
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise OutOfMemoryError(memory_advice(config, device, run.path, error)) from error
         raise
     finally:
         loop.logger.close()
@@ -100,17 +92,17 @@ def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, s
         num_unreadable = note_unreadable(run.path / "unreadable.txt", loaders)
     if finished:
         run.write_info(status="finished", best=state.best, seconds=round(state.seconds, 1))
-        print(describe_end(config, run.path, state, loop.last_val, num_unreadable))
+        say(describe_end(config, run.path, state, loop.last_val, num_unreadable))
     else:
         run.write_info(status="interrupted")
         how = "sasa-train" if config.resume == "never" else "the same command again, or sasa-train"
-        print(f"{stop.reason}: saved at step {state.step}; to continue: {how} resume={run.path}")
+        say(f"{stop.reason}: saved at step {state.step}; to continue: {how} resume={run.path}")
     return finished
 
 
 def note_unreadable(path: Path, loaders: Loaders) -> int:
     """Add what could not be read to the run's list; returns how many lines that has now."""
-    before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    before = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     lines = dict.fromkeys([*before, *loaders.unreadable()])
     if len(lines) > len(before):
         write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
@@ -123,7 +115,7 @@ def continue_from(run: RunFolder, state: TrainState, config: TrainConfig) -> Non
         return
     try:
         state.load_state_dict(run.checkpoint)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"the checkpoint does not fit this model or optimizer ({error}); "
             f"allow_config_change={config.allow_config_change} asks too much of it"

@@ -1,30 +1,23 @@
 """A run's folder: which one, who holds it, what it says about itself."""
 
-import datetime
+import contextlib
 import fcntl
-import hashlib
 import itertools
 import json
 import os
 import platform
-import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
 from sasa_train.atomic import write_atomic
-from sasa_train.checkpoint import Checkpoints, load_checkpoint
-from sasa_train.compose import as_overrides, load_config, to_yaml
+from sasa_train.checkpoint import CheckpointError, Checkpoints, load_checkpoint
+from sasa_train.compose import load_config, to_yaml
 from sasa_train.config import ConfigError, TrainConfig, differing_keys, flatten
+from sasa_train.console import warn
 from sasa_train.data.fingerprint import differences
-
-PACKAGES = ("torchvision", "timm", "hydra-core", "omegaconf", "numpy", "sasa_train")
+from sasa_train.provenance import now
 
 
 @dataclass
@@ -35,7 +28,8 @@ class RunFolder:
     lock: IO[str]
     checkpoints: Checkpoints
     checkpoint: dict[str, Any] | None
-    metrics: str | None = ""  # metrics.jsonl as the checkpoint knows it
+    is_new: bool = True  # it has no checkpoint of its own
+    metrics: str = ""  # metrics.jsonl as the checkpoint knows it
     provenance: dict[str, Any] = field(default_factory=dict)  # of what runs now
 
     def write_config(self, config: TrainConfig) -> None:
@@ -43,18 +37,24 @@ class RunFolder:
 
     def write_info(self, **changes: Any) -> None:
         """Update run.json."""
-        write_atomic(self.path / "run.json", json.dumps(self._info() | changes, indent=2).encode())
+        write_atomic(self.path / "run.json", json.dumps(_read_info(self.path) | changes, indent=2).encode())
 
-    def write_start(self, step: int) -> None:
+    def write_start(self, difference: str, step: int) -> None:
         """Note in run.json what runs now, and in its `starts` every time the run was started or continued.
 
-        What differs from the last commit is kept beside it.
+        The `difference` of the code from its last commit is kept beside it.
         """
         now = self.provenance
-        if now["difference"] is not None:
-            write_atomic(self.path / now["difference"], f"{_difference()}\n".encode(errors="surrogateescape"))
+        if difference:
+            write_atomic(self.path / now["difference"], f"{difference}\n".encode(errors="surrogateescape"))
         start = {key: now.get(key) for key in ("started", "command", "commit", "difference", "host")} | {"step": step}
-        self.write_info(**now, starts=[*self._info().get("starts", []), start], status="running")
+        self.write_info(**now, starts=[*_read_info(self.path).get("starts", []), start], status="running")
+
+    def note_checkpoint(self) -> None:
+        """Remember that there is one, for the day when all are gone."""
+        if self.is_new:
+            self.write_info(has_checkpoint=True)
+            self.is_new = False
 
     def write_status(self, status: str) -> None:
         """As `write_info`, when something else ends the run, which must not be hidden by a full disk."""
@@ -66,16 +66,9 @@ class RunFolder:
     def write_end(self, checkpoint: dict[str, Any]) -> None:
         """What is left to write of a finished run, or was damaged since."""
         self.write_info(status="finished", best=checkpoint["best"])
-        metrics, path = checkpoint["metrics"], self.path / "metrics.jsonl"
-        if metrics is not None and (not path.exists() or path.read_bytes() != metrics.encode()):
-            write_atomic(path, metrics.encode())
-
-    def _info(self) -> dict[str, Any]:
-        try:
-            info = json.loads((self.path / "run.json").read_text())
-        except (OSError, ValueError):  # not there yet, or damaged: the next write makes it anew
-            return {}
-        return info if isinstance(info, dict) else {}
+        metrics, path = checkpoint["metrics"].encode(), self.path / "metrics.jsonl"
+        if not path.exists() or path.read_bytes() != metrics:
+            write_atomic(path, metrics)
 
 
 def open_run(config: TrainConfig, run_name: str) -> RunFolder:
@@ -83,42 +76,74 @@ def open_run(config: TrainConfig, run_name: str) -> RunFolder:
 
     Raises:
         ConfigError: another live run holds the folder, `resume` names nothing, or the config has another trajectory.
-        CheckpointError: the folder has checkpoints and none is good, or the one named by `resume` is not.
+        CheckpointError: the folder has or had checkpoints and none is good, or the one named by `resume` is not.
     """
-    source, wanted = Path(config.resume), Path(config.output_dir) / run_name
-    given = None
-    if config.resume == "auto":
-        path = wanted
-    elif config.resume == "never":
-        path = _new_folder(wanted)
-    elif source.is_dir():
-        path = source
-    elif source.is_file():
-        given = load_checkpoint(source) | {"best": None, "metrics": ""}  # its best.pt and log stay in their folder
-        check_trajectory(given, config, source)
-        if is_finished(given, config):
-            raise ConfigError(
-                f"resume={source} is finished; to train it further: trainer.epochs=... and {_allow(['trainer.epochs'])}"
-            )
-        path = _folder_started_from(wanted, config.resume)
-    else:
-        raise ConfigError(f"resume={config.resume} must be auto, never, a run folder or a checkpoint; it is not there")
-    path.mkdir(parents=True, exist_ok=True)
+    path, given = _choose_folder(config, Path(config.output_dir) / run_name)
     _refuse_links(path)
     lock = _lock(path)
     try:
         checkpoints = Checkpoints(path / "checkpoints", config.trainer.keep_checkpoints)
         own = checkpoints.newest(warn)
-        if own is None and path == source:
-            raise ConfigError(f"resume={config.resume}: the folder has no checkpoint to continue from")
-        if own is not None:
-            check_trajectory(own, config, path)
         for stale in path.glob("*.tmp"):  # of a start that was killed
             stale.unlink()
-        return RunFolder(path, lock, checkpoints, own or given)
+        if own is not None:
+            check_trajectory(own, config, path)
+            return RunFolder(path, lock, checkpoints, own, is_new=False)
+        if _read_info(path).get("has_checkpoint"):
+            raise CheckpointError(
+                f"{path}: this run had checkpoints, and they are gone; bring them back, or start a new run with "
+                "resume=never"
+            )
+        if Path(config.resume) == path:
+            raise ConfigError(f"resume={config.resume}: the folder has no checkpoint to continue from")
+        if given is None and Path(config.resume).is_file():  # an earlier start ended before its first checkpoint
+            given = _load_given(config)
+        run = RunFolder(path, lock, checkpoints, given)
+        run.write_config(config)  # from here on another start finds it
+        return run
     except BaseException:
         lock.close()
         raise
+
+
+def _choose_folder(config: TrainConfig, wanted: Path) -> tuple[Path, dict[str, Any] | None]:
+    """The folder to run in, made where it is not there, and the checkpoint that a new one starts from."""
+    source = Path(config.resume)
+    try:
+        if config.resume == "auto":
+            wanted.mkdir(parents=True, exist_ok=True)
+            return wanted, None
+        if config.resume == "never":
+            return _new_folder(wanted), None
+        if source.is_dir():
+            return source, None
+        if (path := _folder_started_from(wanted, config.resume)) is not None:
+            return path, None
+        given = _load_given(config)  # before a folder is made that a refusal would leave empty
+        return _new_folder(wanted), given
+    except OSError as error:
+        raise ConfigError(f"output_dir={config.output_dir}: {wanted} cannot be made ({error.strerror})") from error
+
+
+def _load_given(config: TrainConfig) -> dict[str, Any]:
+    """The checkpoint that `resume` names; its best.pt and log stay in their folder."""
+    source = Path(config.resume)
+    if not source.is_file():
+        raise ConfigError(f"resume={config.resume} must be auto, never, a run folder or a checkpoint; it is not there")
+    given = load_checkpoint(source) | {"best": None, "metrics": ""}
+    check_trajectory(given, config, source)
+    if is_finished(given, config):
+        raise ConfigError(
+            f"resume={source} is finished; to train it further: trainer.epochs=... and {_allow(['trainer.epochs'])}"
+        )
+    return given
+
+
+def saved_config(path: Path) -> str:
+    """A run folder's config: its last checkpoint's; config.yaml may be damaged, or of a start that ended early."""
+    with contextlib.suppress(CheckpointError):
+        return load_checkpoint(path / "checkpoints/last.pt")["config"]
+    return (path / "config.yaml").read_text(errors="replace")
 
 
 def check_trajectory(checkpoint: dict[str, Any], config: TrainConfig, path: Path) -> None:
@@ -156,19 +181,6 @@ def check_data(checkpoint: dict[str, Any], fingerprints: dict[str, Any], config:
     )
 
 
-def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs in code, packages and machine since a checkpoint, as far as it may show in the numbers."""
-    lines = []
-    if before.get("commit") != now["commit"]:
-        lines.append(f"the code: commit {before.get('commit')} -> {now['commit']}")
-    elif before.get("difference") != now.get("difference"):
-        lines.append("the code: other changes that are not committed")
-    versions = before.get("versions", {})
-    lines += [f"{name}: {versions[name]} -> {v}" for name, v in now["versions"].items() if versions.get(name, v) != v]
-    machine = [key for key in ("threads", "gpu") if before.get(key, now[key]) != now[key]]
-    return lines + [f"{key}: {before[key]} -> {now[key]}" for key in machine]
-
-
 def is_finished(checkpoint: dict[str, Any], config: TrainConfig) -> bool:
     """Finished under this very config; an allowed change (more epochs, say) trains it further."""
     return checkpoint["finished"] and not differing_keys(load_config(checkpoint["config"]), config)
@@ -176,28 +188,6 @@ def is_finished(checkpoint: dict[str, Any], config: TrainConfig) -> bool:
 
 def _allow(keys: list[str]) -> str:
     return f"allow_config_change=[{','.join(keys)}]"
-
-
-def provenance(config: TrainConfig) -> dict[str, Any]:
-    """What made this run: the command, code, packages and machine. `reproduce` is the command in full."""
-    difference = _difference()
-    return {
-        "command": shlex.join(sys.argv),
-        "reproduce": shlex.join(["sasa-train", *as_overrides(config)]),
-        "seed": config.seed,
-        "directory": os.getcwd(),
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(difference),
-        "difference": f"changes-{_digest(difference)}.diff" if difference else None,
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}
-        | {name: _version(name) for name in PACKAGES},
-        "host": platform.node(),
-        "platform": platform.platform(),
-        "processors": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "started": _now(),
-    }
 
 
 def _numbered(wanted: Path) -> Iterator[Path]:
@@ -216,17 +206,26 @@ def _new_folder(wanted: Path) -> Path:
     raise AssertionError("unreachable")
 
 
-def _folder_started_from(wanted: Path, resume: str) -> Path:
-    """The numbered folder that the same command made before, or a new one."""
+def _folder_started_from(wanted: Path, resume: str) -> Path | None:
+    """The numbered folder that the same command made before."""
     for path in _numbered(wanted):
         if not path.exists():
-            return _new_folder(wanted)
+            return None
         try:
-            if load_config((path / "config.yaml").read_text()).resume == resume:
+            if load_config((path / "config.yaml").read_text(errors="replace")).resume == resume:
                 return path
         except (OSError, ConfigError):
             continue
     raise AssertionError("unreachable")
+
+
+def _read_info(path: Path) -> dict[str, Any]:
+    """run.json; empty where it is not there yet or damaged: the next write makes it anew."""
+    try:
+        info = json.loads((path / "run.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return info if isinstance(info, dict) else {}
 
 
 def _refuse_links(path: Path) -> None:
@@ -253,7 +252,7 @@ def _lock(path: Path) -> IO[str]:
     except OSError as error:
         raise ConfigError(f"{path} cannot be locked ({error.strerror}): use an output_dir on a disk that can") from None
     file.truncate(0)
-    json.dump({"host": platform.node(), "process": os.getpid(), "started": _now()}, file)
+    json.dump({"host": platform.node(), "process": os.getpid(), "started": now()}, file)
     file.flush()
     return file
 
@@ -264,37 +263,3 @@ def _holder(file: IO[str]) -> str:
         return f"process {holder['process']} on {holder['host']}, which started at {holder['started']}"
     except (ValueError, KeyError, TypeError):  # it has only just taken the lock
         return "another run"
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def warn(text: str) -> None:
-    print(f"WARNING: {text}", file=sys.stderr)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:8]
-
-
-def _difference() -> str:
-    """What the checkout's tracked files differ in from its last commit."""
-    return _git("diff", "HEAD") or ""
-
-
-def _git(*arguments: str) -> str | None:
-    """Of the checkout this code is in; None where it is in none."""
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="surrogateescape", check=True, timeout=10)
-        return done.stdout.removesuffix("\n")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -78,10 +78,12 @@ def read_config(arguments: list[str]) -> TrainConfig:
         ConfigError: what the command line or a file gets wrong.
     """
     resume = [o.value() for o in parse_overrides(arguments) if o.key_or_group == "resume"]
-    saved = Path(str(resume[-1])) / "config.yaml" if resume else None
-    if saved is not None and saved.is_file() and not chooses_group(arguments):
+    folder = Path(str(resume[-1])) if resume else None
+    if folder is not None and (folder / "config.yaml").is_file() and not chooses_group(arguments):
+        from sasa_train.run_folder import saved_config
+
         # What one continuation was allowed to change, the next is not.
-        return load_config(saved.read_text(), ["allow_config_change=[]", *arguments], source=str(saved))
+        return load_config(saved_config(folder), ["allow_config_change=[]", *arguments], source=f"{folder}'s config")
     return compose_config(arguments)
 
 
@@ -100,17 +102,17 @@ def multirun(arguments: list[str]) -> int:
     for job_overrides in itertools.product(*(_sweep_values(o) for o in ours)):
         compose_config(job_overrides)
 
+    codes = [DONE]
+
     @hydra.main(config_path=str(config_dir()), config_name="train", version_base="1.3")
     def job(composed: DictConfig) -> None:
-        code = train_safely(to_config(composed))
-        if code == INTERRUPTED:
-            sys.exit(code)  # ends the sweep; the same command goes on where it stopped
-        if code != DONE:
-            raise RuntimeError(f"the run ended with exit code {code}; its message is above")
+        codes.append(train_safely(to_config(composed)))
+        if codes[-1] == INTERRUPTED:
+            sys.exit(INTERRUPTED)  # ends the sweep; the same command goes on where it stopped
 
     sys.argv[1:] = with_free_keys(arguments)  # which is where Hydra reads them
     job()
-    return DONE
+    return next((code for code in codes if code != DONE), DONE)
 
 
 def _sweep_values(override: Override) -> list[str]:
@@ -135,8 +137,8 @@ def train_safely(config: TrainConfig) -> int:
 def _train(config: TrainConfig, stop: StopRequest) -> int:
     from sasa_train.checkpoint import CheckpointError
     from sasa_train.data.workers import DataWorkerError
-    from sasa_train.micro_batch import OutOfMemoryError
     from sasa_train.nonfinite import NonFiniteError
+    from sasa_train.out_of_memory import OutOfMemoryError
     from sasa_train.run import train
 
     try:

@@ -369,8 +369,8 @@ class Chaos:
     def other_files_damaged(self) -> str:
         self.need_checkpoints(1)
         name = self.random.choice(("config.yaml", "run.json", ".lock", "tensorboard"))
-        path = self.broken / name
-        self.after_damage(next(path.iterdir()) if path.is_dir() else path, self.cut, "")
+        path, damage = self.broken / name, self.random.choice((self.cut, self.flip))
+        self.after_damage(next(path.iterdir()) if path.is_dir() else path, damage, "")
         return name
 
     def cut(self, path: Path) -> None:
@@ -486,14 +486,14 @@ def disturb(chaos: Chaos, kinds: list[str], num_faults: int) -> tuple[Counter, C
     write_digits(chaos.folder)
     chaos.end(chaos.start(name="whole", mode=MODES[0]), (0,))
     print(f"a run never disturbed: {len(read_rows(chaos.whole))} rows", flush=True)
-    tried, failed, num_runs = Counter[str](), Counter[str](), 0
+    tried, failed, num_runs, kind = Counter[str](), Counter[str](), 0, kinds[0]
     order: list[str] = []
     try:
         for number in range(1, num_faults + 1):
-            order = order or chaos.random.sample(kinds, len(kinds))
-            kind = order.pop()
             if is_finished(chaos.broken):
                 num_runs += compare(chaos)
+            order = order or chaos.random.sample(kinds, len(kinds))
+            kind = order.pop()
             tried[kind] += 1
             start = time.monotonic()
             told = KINDS[kind](chaos)
@@ -503,7 +503,7 @@ def disturb(chaos: Chaos, kinds: list[str], num_faults: int) -> tuple[Counter, C
             chaos.end(chaos.start(), (0,))
         num_runs += compare(chaos)
     except Failure as failure:
-        failed[kind] += 1
+        failed[kind] += 1  # of a difference at the end: the last one before it was seen
         print(f"FAILED  {kind}: {failure}\nwhat is left is in {chaos.folder}")
     print(
         f"{num_runs} runs, {tried.total()} faults: every tensor of last.pt and best.pt and every row of metrics.jsonl"

@@ -94,6 +94,16 @@ def test_rows_wait_while_the_disk_is_full(tmp_path, capsys):
     assert capsys.readouterr().err.count("its rows wait for room") == 2
 
 
+def test_rows_that_waited_are_written_at_the_end(tmp_path):
+    logger = RunLogger(tmp_path, "", step=0, total_steps=8)
+    real, logger._file = logger._file, FullDisk(logger._file)
+    logger._file.calls = 1
+    logger.write(row("train", 1))
+    logger._file = real
+    logger.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
 class FullDisk:
     """A file that takes three bytes and then no more."""
 

@@ -14,8 +14,10 @@ from conftest import TINY
 from test_commands import assert_equal_state, rows, run_in_process, start, wait_for_rows
 from torch import nn
 
+import sasa_train
 from sasa_train import evaluate
 from sasa_train.checkpoint import CheckpointError, Checkpoints, load_checkpoint
+from sasa_train.compose import compose_config, to_yaml
 from sasa_train.interrupt import SIGNALS, StopRequest
 from sasa_train.nonfinite import find_origin
 
@@ -57,6 +59,48 @@ def test_a_second_ctrl_c_ends_a_run_that_does_not_get_to_its_next_step(tmp_path)
     code += "signal.raise_signal(signal.SIGINT); print('still here', flush=True); signal.raise_signal(signal.SIGINT)\n"
     process = subprocess.run([sys.executable, "-c", code + "print('never')"], capture_output=True, text=True)
     assert process.returncode == 130 and process.stdout == "still here\n"
+
+
+def test_a_signal_in_the_first_step_ends_the_run_at_once(tmp_path, monkeypatch, capsys):
+    """It may be an hour of compilation; nothing is lost, as nothing was trained."""
+    from sasa_train.engine import Stepper
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stepper, "train_step", lambda *_, **__: signal.raise_signal(signal.SIGUSR1))
+        assert run_in_process(tmp_path, monkeypatch, *RUN) == 75
+    assert "stopped before training began" in capsys.readouterr().err
+    assert not list((tmp_path / "out/a").glob("checkpoints/*"))
+    assert json.loads((tmp_path / "out/a/run.json").read_text())["status"] == "interrupted"
+    assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
+
+
+def test_a_signal_between_two_looks_is_served_after_a_save(tmp_path, monkeypatch):
+    """The look that found nothing decided not to save; the next one must not end the run then."""
+    real, looks = StopRequest.requested, []
+
+    def requested(self):
+        looks.append(real(self))
+        if len(looks) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return looks[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StopRequest, "requested", requested)
+        assert run_in_process(tmp_path, monkeypatch, *TINY, "run_name=a") == 75
+    stopped = load_checkpoint(tmp_path / "out/a/checkpoints/last.pt")
+    assert stopped["step"] == json.loads((tmp_path / "out/a/metrics.jsonl").read_text().splitlines()[-1])["step"]
+
+
+def test_sigterm_and_then_ctrl_c_still_saves(tmp_path):
+    """Schedulers and impatient people together: only a second Ctrl-C means at once."""
+    stop = StopRequest()
+    try:
+        stop.begin_training()
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert stop.reason == "SIGTERM"
+    finally:
+        stop.restore()
 
 
 def test_a_signal_after_the_end_does_not_change_what_the_run_ended_with():
@@ -178,6 +222,54 @@ def test_when_a_checkpoint_cannot_be_written_the_run_stops_or_goes_on_as_configu
     assert_equal_state(*(load_checkpoint(tmp_path / f"out/{name}/checkpoints/last.pt") for name in "ab"))
 
 
+def test_a_best_model_that_was_not_saved_is_not_the_best(tmp_path, monkeypatch):
+    """best.pt would otherwise be missing, or be of another step than the checkpoint says."""
+    with monkeypatch.context() as patch:
+        fail_to_write(patch, {4})
+        assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.on_failed_save=continue") == 0
+    last, best = (load_checkpoint(tmp_path / f"out/a/checkpoints/{name}.pt") for name in ("last", "best"))
+    assert last["best"] == best["best"] and best["best"]["step"] == best["step"] > 4
+
+
+def test_checkpoints_that_were_taken_away_are_missed(tmp_path, monkeypatch, capsys):
+    """A scratch disk's purge must not look like a run that never was."""
+    assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
+    metrics = (tmp_path / "out/a/metrics.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "out/a/checkpoints")
+    assert run_in_process(tmp_path, monkeypatch, *RUN) == 1
+    assert "this run had checkpoints, and they are gone" in capsys.readouterr().err
+    assert (tmp_path / "out/a/metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_console_on_a_full_disk_does_not_end_a_run(tmp_path):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "sasa_train.train", *RUN]
+        process = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert process.returncode == 0 and "Traceback" not in process.stderr, process.stderr
+    assert len(rows(tmp_path / "out/a")) == 15
+
+
+def test_a_run_that_started_from_a_checkpoint_goes_on_without_it(tmp_path, monkeypatch):
+    """Its parent goes on, too, and keeps the newest few checkpoints alone."""
+    assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
+    source = tmp_path / "out/a/checkpoints/step-00000009.pt"
+    again = [*RUN, "resume=out/a/checkpoints/step-00000009.pt"]
+    assert run_in_process(tmp_path, monkeypatch, *again, "trainer.max_hours=1e-9") == 75
+    source.unlink()
+    assert run_in_process(tmp_path, monkeypatch, *again) == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "a-2"]
+    assert run_in_process(tmp_path, monkeypatch, *RUN, "resume=out/a/checkpoints/step-00000008.pt") == 2
+
+
+def test_a_run_folder_is_continued_with_its_checkpoints_config(tmp_path, monkeypatch):
+    """config.yaml, cut off by a full disk long ago, would otherwise give defaults."""
+    assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.keep_checkpoints=7", "trainer.max_hours=1e-9") == 75
+    path = tmp_path / "out/a/config.yaml"
+    path.write_text(path.read_text().split("  keep_checkpoints")[0])
+    assert run_in_process(tmp_path, monkeypatch, "resume=out/a", "trainer.max_hours=null") == 0
+    assert len(list((tmp_path / "out/a/checkpoints").glob("step-*.pt"))) == 7
+
+
 def test_a_run_never_counts_as_done_without_its_last_checkpoint(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         fail_to_write(patch, {12})
@@ -243,16 +335,34 @@ def test_a_checkpoint_says_what_made_it(tmp_path, monkeypatch):
     } <= made.keys()
     assert made["seed"] == 3 and made["versions"]["torch"] == str(torch.__version__)
     assert saved["fingerprint"]["train"]["classes"][0]["num_images"] == 7
-    if made["dirty"]:
-        assert "diff --git" in (tmp_path / "out/a" / made["difference"]).read_text()
+
+
+def test_what_was_not_committed_is_kept_beside_the_run(tmp_path, monkeypatch):
+    from sasa_train import provenance
+
+    monkeypatch.setattr(provenance, "_git", lambda *arguments: "diff --git" if "diff" in arguments else "0123456")
+    assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
+    made = json.loads((tmp_path / "out/a/run.json").read_text())
+    assert made["dirty"] and (tmp_path / "out/a" / made["difference"]).read_text() == "diff --git\n"
+    assert made["starts"][0]["difference"] == made["difference"]
+
+
+def test_somebody_elses_checkout_is_not_ours(tmp_path):
+    """An environment in a folder of another project's repository is inside of its checkout."""
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    shutil.copytree(Path(sasa_train.__file__).parent, tmp_path / "site/sasa_train")
+    code = "from sasa_train import provenance; print(provenance._git('status'))"
+    run = subprocess.run([sys.executable, "-P", "-c", code], env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+                         capture_output=True, text=True, check=True)  # fmt: skip
+    assert run.stdout == "None\n"
 
 
 def test_other_code_or_packages_are_named_on_resume(tmp_path, monkeypatch, capsys):
-    from sasa_train import run_folder
+    from sasa_train import provenance
 
     assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.max_hours=1e-9") == 75
-    monkeypatch.setattr(run_folder, "_git", lambda *arguments: "0123456" if "rev-parse" in arguments else None)
-    monkeypatch.setattr(run_folder, "_version", lambda package: "99.9")
+    monkeypatch.setattr(provenance, "_git", lambda *arguments: "0123456" if "rev-parse" in arguments else None)
+    monkeypatch.setattr(provenance, "_version", lambda package: "99.9")
     capsys.readouterr()
     assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
     message = capsys.readouterr().err
@@ -266,6 +376,7 @@ def test_run_json_has_a_command_that_makes_the_run_again(tmp_path, monkeypatch):
     assert run_in_process(tmp_path, monkeypatch, *RUN, "optimizer=adamw", "data.mean=[0.5,0.5,0.5]") == 0
     again = shlex.split(json.loads((tmp_path / "out/a/run.json").read_text())["reproduce"])
     assert again[0] == "sasa-train" and "experiment=debug" not in again
+    assert to_yaml(compose_config(again[1:])) == (tmp_path / "out/a/config.yaml").read_text()
     assert run_in_process(tmp_path, monkeypatch, *again[1:], "run_name=b") == 0
     assert rows(tmp_path / "out/a") == rows(tmp_path / "out/b")
 
@@ -389,6 +500,7 @@ def test_gradients_are_clipped_once_and_before_the_one_update(monkeypatch):
     from test_engine import batches, setup
 
     stepper, events = setup("trainer.grad_clip_norm=1.0"), []
+    stepper.state.scaler = torch.amp.GradScaler("cpu")
     real = stepper.state.optimizer.step
     monkeypatch.setattr(stepper.state.optimizer, "step", lambda *a, **k: (events.append("update"), real(*a, **k))[1])
     clip = nn.utils.clip_grad_norm_

@@ -1,0 +1,19 @@
+"""What a run says. It is said as well as it can be: a full disk, or a reader that went away, does not end a run."""
+
+import contextlib
+import sys
+
+from tqdm import tqdm
+
+
+def say(text: str) -> None:
+    """On stdout, above a progress bar."""
+    with contextlib.suppress(OSError):
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def warn(text: str) -> None:
+    """On stderr, above a progress bar."""
+    with contextlib.suppress(OSError):
+        tqdm.write(f"WARNING: {text}", file=sys.stderr)
