@@ -7,27 +7,33 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 import textwrap
 from collections.abc import Sequence
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sasa_train.config import ConfigError, TrainConfig, knob_table, validate
+from sasa_train.config import FREE_KEYS, MAX_DEPTH, ConfigError, TrainConfig, flatten, knob_table, shorten, validate
 from sasa_train.printable import printable_lines
 
+MAX_TEXT = 2**16  # characters of a saved config or an override; ours have 4,000, and parsers take long over more
+# What Hydra, OmegaConf and PyYAML raise over what they are given: an int of 5,000 digits, or 2,000 lists in one another
+UNREADABLE = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError)
 FREE = ("optimizer.args.", "schedule.args.")  # timm knows what is under these; optim.py checks it
+WORDS = ("null", "true", "false", "nan", "inf")  # what Hydra reads as no text
 GROUPS = ("model", "data", "optimizer", "schedule", "augment", "experiment")
 
 ConfigStore.instance().store(name="schema", node=TrainConfig)
@@ -49,7 +55,7 @@ def compose_config(overrides: Sequence[str]) -> TrainConfig:
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             composed = compose("train", overrides=with_free_keys(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
+    except UNREADABLE as error:
         raise ConfigError(_explain(error)) from error
     return to_config(composed)
 
@@ -61,22 +67,62 @@ def load_config(yaml_text: str, overrides: Sequence[str] = (), source: str = "th
         ConfigError: as `compose_config`; the message names `source` where the text itself is at fault.
     """
     check_override_keys(overrides)
-    try:
-        saved = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.create(yaml_text))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{source}: {_explain(error)}") from error
-    except (yaml.YAMLError, AttributeError) as error:
-        raise ConfigError(f"{source}: is no YAML that can be read ({error})") from error
+    saved = _read_saved(yaml_text, source)
     try:
         for override in parse_overrides(overrides):
             if _is_group(override):
                 raise ConfigError(f"{override.input_line} chooses a config group, but {source} is complete; set values")
             # Replaced, not merged: else an argument of an optimizer could never be taken away.
             OmegaConf.update(saved, override.key_or_group, override.value(), merge=False)
-        _forget_the_other_batch_key(cast(DictConfig, saved), {o.key_or_group for o in parse_overrides(overrides)})
-    except OmegaConfBaseException as error:
+        _forget_the_other_batch_key(saved, {o.key_or_group for o in parse_overrides(overrides)})
+    except UNREADABLE as error:
         raise ConfigError(_explain(error)) from error
-    return to_config(cast(DictConfig, saved))
+    return to_config(saved)
+
+
+def load_config_file(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """`load_config` of a file.
+
+    Raises:
+        ConfigError: as `load_config`, or the file cannot be read as text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+    return load_config(text, overrides, source=str(path))
+
+
+def _read_saved(yaml_text: str, source: str) -> DictConfig:
+    """The saved values over the defaults. The text may be a stranger's."""
+    if not isinstance(yaml_text, str) or len(yaml_text) > MAX_TEXT:
+        raise ConfigError(f"{source}: is no config: a text of up to {MAX_TEXT:,} characters")
+    try:
+        _check_plain_yaml(yaml_text)
+        content = OmegaConf.create(yaml_text)
+        return cast(DictConfig, OmegaConf.merge(_schema(), content))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{source}: {_explain(error)}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+    except (*UNREADABLE, AttributeError, AssertionError, TypeError) as error:
+        raise ConfigError(f"{source}: is no YAML of keys and values ({shorten(error)})") from error
+
+
+def _check_plain_yaml(text: str) -> None:
+    """Refuse what we never write and what does more than to hold a value: aliases, tags, interpolations."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        where = f"line {event.start_mark.line + 1}"
+        if depth > MAX_DEPTH + 2:  # within a group of the config
+            raise ConfigError(f"{where}: more than {MAX_DEPTH + 2} lists and groups in one another")
+        if getattr(event, "anchor", None) is not None:
+            raise ConfigError(f"{where}: YAML's anchors and aliases (&{event.anchor}) are not taken; write the values")
+        if getattr(event, "tag", None) is not None:
+            raise ConfigError(f"{where}: YAML's tags ({shorten(event.tag)}) are not taken; write plain values")
+        if isinstance(event, yaml.ScalarEvent) and ("${" in event.value or event.value == "???"):
+            raise ConfigError(f"{where}: interpolations ({shorten(event.value)}) are not taken; write the values")
 
 
 def _forget_the_other_batch_key(saved: DictConfig, given: set[str]) -> None:
@@ -90,9 +136,12 @@ def _forget_the_other_batch_key(saved: DictConfig, given: set[str]) -> None:
 def to_config(composed: DictConfig) -> TrainConfig:
     """DictConfig -> validated dataclasses. (Merged anew: to_object alone drops stray keys in silence.)"""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), composed)
+        # As plain values, or what an interpolation gives would keep its own type.
+        values = cast(dict, OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))
+        _check_dicts(values)
+        merged = OmegaConf.merge(_schema(), values)
         config = cast(TrainConfig, OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
+    except UNREADABLE as error:
         raise ConfigError(_explain(error)) from error
     config.data.resident = config.data.resident.lower()  # YAML's true becomes the word 'True' in a text field
     config.data.root = os.path.expanduser(config.data.root)  # no shell expands the ~ in data.root=~/images
@@ -101,8 +150,42 @@ def to_config(composed: DictConfig) -> TrainConfig:
     return config
 
 
+def _check_dicts(values: dict[str, Any]) -> None:
+    """Refuse a dict in place of anything else, which OmegaConf does without a word about where."""
+    for key in knob_table():
+        group, _, name = key.rpartition(".")
+        value = values[group][name] if group else values[name]
+        if isinstance(value, dict) != (key in FREE_KEYS):
+            rule = "must be names with values, as in {rho:0.9}" if key in FREE_KEYS else "must not be a dict"
+            raise ConfigError(f"{key}={shorten(value)} {rule}")
+
+
+@cache
+def _schema() -> DictConfig:
+    """Every knob with type and default; `merge` copies it."""
+    return OmegaConf.structured(TrainConfig)
+
+
 def to_yaml(config: TrainConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def as_overrides(config: TrainConfig) -> list[str]:
+    """The shortest command line that composes this very config: `compose_config(as_overrides(config)) == config`."""
+    defaults = flatten(compose_config([]))
+    return [f"{key}={_as_written(value)}" for key, value in flatten(config).items() if value != defaults[key]]
+
+
+def _as_written(value: Any) -> str:
+    """A value in Hydra's grammar."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{name}:{_as_written(part)}" for name, part in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(_as_written(part) for part in value) + "]"
+    if isinstance(value, str):
+        is_word = re.fullmatch(r"[A-Za-z_/][A-Za-z0-9_/.-]*", value) and value.lower() not in WORDS
+        return value if is_word else QuotedString(value, Quote.single).with_quotes()
+    return repr(value) if isinstance(value, float) else json.dumps(value)
 
 
 def with_free_keys(overrides: Sequence[str]) -> list[str]:
@@ -115,10 +198,20 @@ def chooses_group(overrides: Sequence[str]) -> bool:
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:
+    return [_parse(override) for override in overrides]
+
+
+@lru_cache
+def _parse(override: str) -> Override:
     try:
-        return OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise ConfigError(f"{error}\nan override is key=value, as in trainer.epochs=10") from error
+        if len(override) > MAX_TEXT:
+            raise ValueError(f"it has more than {MAX_TEXT:,} characters")
+        return OverridesParser.create().parse_override(override)
+    except (HydraException, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{shorten(override)}: cannot be read ({shorten(error)}); an override is key=value, as in "
+            "trainer.epochs=10, and a value with other signs than a plain word's is quoted: key='...'"
+        ) from error
 
 
 def check_override_keys(overrides: Sequence[str], is_sweep: bool = False) -> None:
@@ -129,18 +222,26 @@ def check_override_keys(overrides: Sequence[str], is_sweep: bool = False) -> Non
     known = set(knob_table())
     for override in parse_overrides(overrides):
         key = override.key_or_group
+        if override.package is not None:
+            raise ConfigError(f"{override.input_line}: keys have no @package here; write {key}=...")
+        if override.is_sweep_override() and not is_sweep:
+            raise ConfigError(
+                f"{override.input_line}: several values are a sweep, which needs -m; a list is [a,b], a text is quoted"
+            )
         if key.split(".")[0].split("/")[0] == "hydra":
             if not is_sweep:
                 raise ConfigError(f"{override.input_line}: hydra's own keys have an effect with -m alone")
             continue
+        if not key:
+            raise ConfigError(f"{override.input_line}: has no key; an override is key=value, as in trainer.epochs=10")
+        if key not in known and key not in GROUPS and not key.startswith(FREE):
+            raise ConfigError(f"unknown key {shorten(key)!r}: {nearest(key, [*known, *GROUPS])}")
+        if override.is_add() or override.is_force_add() or override.is_delete():
+            raise ConfigError(f"{override.input_line}: every key exists already; write {key}=... without + or ~")
         if _is_group(override):
             _check_choice(override)
         elif key in GROUPS:
             raise ConfigError(f"{override.input_line}: set its keys one by one, as in {key}.name=...")
-        elif key not in known and not key.startswith(FREE):
-            raise ConfigError(f"unknown key {key!r}: {nearest(key, [*known, *GROUPS])}")
-        if override.is_add() or override.is_force_add() or override.is_delete():
-            raise ConfigError(f"{override.input_line}: every key exists already; write {key}=... without + or ~")
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
@@ -157,8 +258,12 @@ def choices(group: str) -> list[str]:
 
 def _check_choice(override: Override) -> None:
     group, choice = override.key_or_group, override.value()  # a sweep's choices are checked job by job
-    if isinstance(choice, str) and choice not in choices(group):
-        raise ConfigError(f"{group}={choice} is none of {', '.join(choices(group))}: {nearest(choice, choices(group))}")
+    if override.is_sweep_override():
+        return
+    for name in choice if isinstance(choice, list) else [choice]:
+        if name not in choices(group):
+            hint = nearest(str(name), choices(group))
+            raise ConfigError(f"{group}={shorten(choice)} is none of {', '.join(choices(group))}: {hint}")
 
 
 def _is_group(override: Override) -> bool:
@@ -169,15 +274,17 @@ def _is_group(override: Override) -> bool:
 def _explain(error: Exception) -> str:
     """Hydra's and OmegaConf's errors in one or two lines: the key, and the nearest right one."""
     chain: list[BaseException] = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+    # OmegaConf raises some errors from one another in a ring.
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and all(cause is not c for c in chain):
         chain.append(cause)
     for link in chain:
-        full_key = getattr(link, "full_key", None)
-        if full_key and full_key not in knob_table() and full_key not in GROUPS:
-            return f"unknown key {full_key!r}: {nearest(full_key, list(knob_table()))}"
-        if full_key:
-            return f"{full_key}: {str(link).splitlines()[0]}"
-    return str(error).replace("Could not override", "cannot override")
+        full_key = getattr(link, "full_key", None) or ""
+        key = full_key.partition("[")[0]  # of data.mean[1]
+        if key and key not in knob_table() and key not in GROUPS and not key.startswith(FREE):
+            return f"unknown key {shorten(key)!r}: {nearest(key, list(knob_table()))}"
+        if key:
+            return f"{shorten(full_key)}: {shorten(str(link).splitlines()[0])}"
+    return shorten(error).replace("Could not override", "cannot override")
 
 
 def print_help(command: str, usage: str) -> None:
@@ -207,7 +314,3 @@ def fail(error: Exception) -> int:
     command = path.parent.name if path.stem == "__main__" else path.stem
     print(printable_lines(f"{command}: {error}"), file=sys.stderr)
     return 2
-
-
-def as_overrides(config):
-    return []

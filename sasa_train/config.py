@@ -5,8 +5,11 @@ No torch here, so that `--help` is instant. `configs/` holds named sets of value
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
+import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +40,10 @@ CHOICES = {
 
 class ConfigError(Exception):
     """A refused config or input: the message names the key, its value, the rule and the remedy. Exit code 2."""
+
+
+# What timm, torch and their like raise over values that cannot be, or only then where they are used.
+LIBRARY_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def knob(default: Any, meaning: str) -> Any:
@@ -222,6 +229,9 @@ NOT_TRAJECTORY = {
 
 
 FREE_KEYS = ("optimizer.args", "schedule.args")  # what is in these, timm knows: a knob each, whatever it holds
+MAX_DEPTH = 5  # of lists and dicts in one another, in such an argument
+# What Hydra reads as a text in {name:value}.
+ARGUMENT_NAME = re.compile(r"(?!(?:true|false|null|nan|inf)$)[a-z_][a-z0-9_]*", re.IGNORECASE | re.ASCII)
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -273,6 +283,8 @@ def differing_keys(old: TrainConfig, new: TrainConfig) -> list[str]:
 def validate(config: TrainConfig) -> None:
     """Raise ConfigError for values that break a rule or cannot go together; nothing is loaded yet."""
     flat = flatten(config)
+    for key, value in flat.items():
+        _validate_value(key, value, MAX_DEPTH if key in FREE_KEYS else 1)
     for key, choices in CHOICES.items():
         _rule(flat[key] in choices, key, flat[key], f"must be one of {', '.join(choices)}")
     for key in POSITIVE:
@@ -280,18 +292,20 @@ def validate(config: TrainConfig) -> None:
     for key in NOT_NEGATIVE:
         _rule(flat[key] is None or flat[key] >= 0, key, flat[key], "must not be negative")
     for key in FRACTIONS:
-        _rule(flat[key] is None or 0 <= flat[key] < 1, key, flat[key], "must be at least 0 and below 1")
+        holds = all(0 <= number < 1 for number in _leaves(flat[key]) if number is not None)
+        _rule(holds, key, flat[key], "must be at least 0 and below 1")
     for key in config.allow_config_change:
         _rule(key in knob_table(), "allow_config_change", key, "must name knobs, as in [trainer.epochs]")
     for key in PROBABILITIES:
-        _rule(0 <= flat[key] <= 1, key, flat[key], "must be from 0 to 1")
+        holds = all(0 <= number <= 1 for number in _leaves(flat[key]) if number is not None)
+        _rule(holds, key, flat[key], "must be from 0 to 1")
     for key in RANGES:
         low, high = flat[key] if len(flat[key]) == 2 else (1, 0)
         _rule(0 < low <= high, key, flat[key], "must be [low, high] with 0 < low <= high")
     for key, limit in AT_MOST.items():
         largest = max(flat[key]) if isinstance(flat[key], list) else flat[key]
         _rule(largest is None or largest <= limit, key, flat[key], f"must be {limit} at most")
-    _validate_model(config.model)
+    _validate_model(config.model, resolved_image_size(config.data))
     _validate_data(config)
     _validate_batches(config)
     trainer = config.trainer
@@ -303,12 +317,77 @@ def validate(config: TrainConfig) -> None:
         config.schedule.warmup_epochs,
         f"must not exceed trainer.epochs={trainer.epochs}",
     )
+    milestones = config.schedule.decay_milestones
+    _rule(
+        all(0 <= early <= late for early, late in itertools.pairwise([0.0, *milestones])),
+        "schedule.decay_milestones",
+        milestones,
+        "must be epochs in ascending order, none negative",
+    )
+    _validate_names(config)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """A knob's value, or what its lists and dicts hold."""
+    if not isinstance(value, dict | list):
+        yield value
+        return
+    for part in value.values() if isinstance(value, dict) else value:
+        yield from _leaves(part)
+
+
+def _depth(value: Any) -> int:
+    """How many lists and dicts are in one another."""
+    if not isinstance(value, dict | list):
+        return 0
+    return 1 + max((_depth(part) for part in (value.values() if isinstance(value, dict) else value)), default=0)
+
+
+def _argument_names(value: Any) -> Iterator[Any]:
+    """The keys of a knob's dicts, however deep."""
+    if isinstance(value, dict):
+        yield from value
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _argument_names(part)
+
+
+def _validate_value(key: str, value: Any, depth: int) -> None:
+    """Refuse what makes sense in no knob, or in no list or argument of one."""
+    _rule(_depth(value) <= depth, key, value, f"must not have more than {depth} lists or dicts in one another")
+    for name in _argument_names(value):
+        is_name = isinstance(name, str) and ARGUMENT_NAME.fullmatch(name)
+        _rule(bool(is_name), key, value, f"must name arguments, as in {{rho:0.9}}: {name!a} is no name")
+    for leaf in _leaves(value):
+        _validate_leaf(key, value, leaf)
+
+
+def _validate_leaf(key: str, value: Any, leaf: Any) -> None:
+    if isinstance(leaf, str):
+        _rule(leaf != "", key, repr(value), "must not be an empty text")
+        is_plain = all(unicodedata.category(char) not in ("Cc", "Cs") for char in leaf)
+        _rule(is_plain, key, ascii(value), "must be text without control characters or bytes that are no text")
+        _rule("${" not in leaf, key, value, "must not hold ${ once it is composed; write the value itself")
+    elif isinstance(leaf, float):
+        fits = leaf == 0 or 1e-38 <= abs(leaf) <= 1e38
+        _rule(fits, key, value, "must be finite, and 0 or of a size from 1e-38 to 1e38, which float32 holds")
+    elif isinstance(leaf, int):
+        _rule(abs(leaf) < 2**63, key, value, "must fit into 64 bits")
+    else:
+        _rule(leaf is None, key, value, "must hold numbers, texts, true, false or null alone")
+
+
+def _validate_names(config: TrainConfig) -> None:
+    """Names and paths that no file system would take."""
+    for key, path in (("data.root", config.data.root), ("output_dir", config.output_dir), ("resume", config.resume)):
+        fits = max(len(name.encode()) for name in path.split("/")) <= 255 and len(path.encode()) < 4096
+        _rule(fits, key, path, "must be a path: 255 bytes a folder and 4,095 in all")
     if config.run_name is not None:
         _rule(
-            re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.=,+-]*", config.run_name) is not None,
+            re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.=,+-]{0,199}", config.run_name) is not None,
             "run_name",
             config.run_name,
-            "must be a plain folder name: letters, digits and _ . = , + -",
+            "must be a plain folder name: letters, digits and _ . = , + -, 200 at most",
         )
 
 
@@ -317,6 +396,7 @@ POSITIVE = (
     "data.worker_timeout",
     "data.max_train_images",
     "data.max_val_images",
+    "model.kernel_size",
     "model.num_classes",
     "model.num_heads",
     "model.width",
@@ -341,6 +421,9 @@ NOT_NEGATIVE = (
     "data.num_workers",
     "augment.crop_padding",
     "optimizer.weight_decay",
+    "optimizer.momentum",
+    "optimizer.eps",
+    "schedule.decay_rate",
     "schedule.warmup_epochs",
     "schedule.warmup_lr",
     "schedule.min_lr",
@@ -357,7 +440,13 @@ NOT_NEGATIVE = (
     "augment.cutmix",
     "augment.mix_off_epochs",
 )
-PROBABILITIES = ("augment.erasing_prob", "augment.mix_prob", "augment.mix_switch_prob", "data.max_unreadable")
+PROBABILITIES = (
+    "augment.erasing_prob",
+    "augment.mix_prob",
+    "augment.mix_switch_prob",
+    "data.max_unreadable",
+    "data.mean",
+)
 RANGES = ("augment.crop_scale", "augment.crop_ratio", "augment.erasing_scale")
 AT_MOST = {
     "augment.crop_scale": 1,
@@ -365,26 +454,30 @@ AT_MOST = {
     "augment.hue": 0.5,
     "augment.policy_ops": 8,
     "augment.policy_magnitude": 30,
+    "data.image_size": 2**14,  # Pillow and torch count the bytes of a larger image in more than 32 bits
+    "data.num_workers": 1024,  # processes, which a machine runs out of
+    "trainer.global_batch_size": 2**24,  # no data set here has more images
     "optimizer.layer_decay": 1,
 }
 FRACTIONS = (
     "data.holdout_fraction",
     "model.drop_path_rate",
     "model.bn_momentum",
+    "optimizer.betas",
     "trainer.ema_decay",
     "trainer.label_smoothing",
 )
 DIALS = ("stem", "stage_ops", "kernel_size", "num_heads", "width", "position", "content", "border")
 
 
-def _validate_model(model: ModelConfig) -> None:
+def _validate_model(model: ModelConfig, image_size: int) -> None:
     if model.name not in OWN_MODELS:
         for dial in DIALS:
             _rule(
                 getattr(model, dial) is None,
                 f"model.{dial}",
                 getattr(model, dial),
-                f"is a dial of our own models, which {model.name!r} is not: leave it out, or choose one of "
+                f"is a dial of our own models, which model.name={model.name} is not: leave it out, or choose one of "
                 + ", ".join(OWN_MODELS),
             )
     _rule(
@@ -392,6 +485,12 @@ def _validate_model(model: ModelConfig) -> None:
         "model.kernel_size",
         model.kernel_size,
         "must be odd, so that the window has a centre",
+    )
+    _rule(
+        model.kernel_size is None or model.kernel_size < 2 * image_size,
+        "model.kernel_size",
+        model.kernel_size,
+        f"must be {2 * image_size - 1} at most for images of {image_size} pixels: no window reaches further",
     )
 
 
@@ -424,7 +523,7 @@ def _validate_batches(config: TrainConfig) -> None:
         return
     fits = isinstance(micro, int) and micro > 0 and trainer.global_batch_size % micro == 0
     rule = f"must be auto or divide trainer.global_batch_size={trainer.global_batch_size}"
-    _rule(fits, "trainer.micro_batch_size", micro, rule)
+    _rule(fits, "trainer.micro_batch_size", repr(micro), rule)
     _rule(
         trainer.grad_accum_steps in (1, trainer.global_batch_size // int(micro or 1)),
         "trainer.grad_accum_steps",
@@ -447,6 +546,12 @@ def _validate_data(config: TrainConfig) -> None:
         value = getattr(data, name)
         _rule(value is None or len(value) == 3, f"data.{name}", value, "must be three numbers, red, green and blue")
     _rule(data.std is None or min(data.std) > 0, "data.std", data.std, "must be positive")
+    _rule(
+        (augment.crop_padding or 0) <= size,
+        "augment.crop_padding",
+        augment.crop_padding,
+        f"must not exceed data.image_size={size}, or crops would hold nothing of the image",
+    )
     _rule(
         augment.crop_mode != "padded" or size <= SMALL_IMAGE,
         "augment.crop_mode",
@@ -476,4 +581,10 @@ def _nearest_multiples(value: int, divisor: int) -> list[int]:
 
 def _rule(holds: bool, key: str, value: Any, rule: str) -> None:
     if not holds:
-        raise ConfigError(f"{key}={value} {rule}")
+        raise ConfigError(f"{key}={shorten(value)} {rule}")
+
+
+def shorten(value: Any) -> str:
+    """A value as messages show it: its beginning is enough."""
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:200]}... ({len(text):,} characters)"

@@ -1,5 +1,6 @@
 """sasa-evaluate: a checkpoint's top1, top5, loss and classes on val; the training log's number to the last digit."""
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,7 +91,7 @@ def evaluate_checkpoint(source: Path, weights: str | None, overrides: list[str])
 
 def find_checkpoint(source: Path) -> Path:
     """The file itself, or a run folder's best.pt, or its last.pt."""
-    if not source.is_dir():
+    if not os.path.isdir(source):  # which takes a name that no file system does for none
         return source
     folder = source if source.name == "checkpoints" else source / "checkpoints"
     return folder / "best.pt" if (folder / "best.pt").exists() else folder / "last.pt"

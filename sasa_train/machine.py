@@ -43,6 +43,16 @@ def available_memory(device: "torch.device") -> int:
     return min(machine, _left_in_cgroup(CGROUPS), _left_in_cgroup(_own_cgroup()))
 
 
+def total_memory(device: "torch.device") -> int:
+    """All that there is, taken or not: the device's, or the machine's or its container's."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[1]
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(machine, _cgroup_limit(CGROUPS), _cgroup_limit(_own_cgroup()))
+
+
 def keep_freed_memory() -> None:
     """Let the C library keep what is freed for the next step, instead of giving it back to the system.
 
@@ -61,6 +71,13 @@ def _own_cgroup() -> Path:
         return CGROUPS / Path("/proc/self/cgroup").read_text().partition("0::/")[2].strip()
     except OSError:
         return CGROUPS
+
+
+def _cgroup_limit(folder: Path) -> int:
+    try:
+        return int((folder / "memory.max").read_text())
+    except (OSError, ValueError):  # no such group, or "max"
+        return sys.maxsize
 
 
 def _left_in_cgroup(folder: Path) -> int:

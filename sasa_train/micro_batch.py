@@ -6,10 +6,18 @@ import gc
 import torch
 from torch import nn
 
-from sasa_train.compose import load_config
-from sasa_train.config import NUM_CLASSES, ConfigError, TrainConfig, TrainerConfig, resolved_image_size
+from sasa_train.compose import load_config, load_config_file
+from sasa_train.config import (
+    LIBRARY_ERRORS,
+    NUM_CLASSES,
+    ConfigError,
+    TrainConfig,
+    TrainerConfig,
+    resolved_image_size,
+    shorten,
+)
 from sasa_train.engine import autocast, build_state
-from sasa_train.machine import available_memory
+from sasa_train.machine import available_memory, total_memory
 from sasa_train.models import build_model, enable_grad_checkpointing
 from sasa_train.models.counting import count_layers
 from sasa_train.optim import build_optimizer
@@ -26,6 +34,56 @@ def with_micro_batch_size(trainer: TrainerConfig, micro_batch_size: int) -> Trai
     """Both keys set: the micro-batch, and the accumulation that follows from it."""
     steps = trainer.global_batch_size // micro_batch_size
     return dataclasses.replace(trainer, micro_batch_size=micro_batch_size, grad_accum_steps=steps)
+
+
+def check_memory(config: TrainConfig, model: nn.Module, device: torch.device) -> None:
+    """Refuse what cannot be held at all: weights with gradients, and one layer's output. A step needs more than that.
+
+    Args:
+        model: on the meta device.
+
+    Raises:
+        ConfigError: that alone is more than the device, or the CPU's machine, has; or the model cannot be trained
+            on such micro-batches, as batch norm on a single number a channel.
+    """
+    trainer, size = config.trainer, resolved_image_size(config.data)
+    micro_batch = trainer.global_batch_size // trainer.grad_accum_steps
+    if trainer.micro_batch_size == "auto":
+        micro_batch = min(2, micro_batch)
+    what = f"model.name={config.model.name} on micro-batches of {micro_batch:,} images of {size} pixels"
+    remedy = (
+        "; change data.image_size, model.width or num_classes, or trainer.global_batch_size, micro_batch_size or "
+        "grad_accum_steps"
+    )
+    try:
+        outputs = largest_output(model, torch.empty(micro_batch, 3, size, size, device="meta"))
+    except LIBRARY_ERRORS as error:
+        raise ConfigError(f"{what}: {shorten(error)}{remedy}") from error
+    weights = 2 * 4 * sum(p.numel() for p in model.parameters())
+    needed = weights + outputs * (4 if trainer.precision == "fp32" else 2)
+    there = total_memory(device)  # not what is free: a cache that gives way counts as taken
+    if needed > there:
+        raise ConfigError(
+            f"{what} needs more than {needed / 2**30:,.1f} GiB ({weights / 2**30:,.1f} for weights and gradients), but "
+            f"{device} has {there / 2**30:,.1f} GiB{remedy}"
+        )
+
+
+def largest_output(model: nn.Module, images: torch.Tensor) -> int:
+    """How many numbers the largest output of any layer has, or the images; in train mode, nothing is kept."""
+    largest = images.numel()
+
+    def note(_module: nn.Module, _inputs: object, output: object) -> None:
+        nonlocal largest
+        if isinstance(output, torch.Tensor):
+            largest = max(largest, output.numel())
+
+    handles = [module.register_forward_hook(note) for module in model.modules()]
+    with torch.no_grad():
+        model.train()(images)
+    for handle in handles:
+        handle.remove()
+    return largest
 
 
 def settle_auto(config: TrainConfig, run: RunFolder, device: torch.device) -> TrainConfig:
@@ -54,7 +112,7 @@ def _saved_size(run: RunFolder) -> int | None:
     if run.checkpoint is not None:
         saved = load_config(run.checkpoint["config"]).trainer
     elif config_file.exists():
-        saved = load_config(config_file.read_text(errors="replace"), source=str(config_file)).trainer
+        saved = load_config_file(config_file).trainer
     else:
         return None
     return None if saved.micro_batch_size == "auto" else saved.global_batch_size // saved.grad_accum_steps

@@ -1,5 +1,6 @@
 """Optimizer and schedule from timm's factories; the learning rate is a pure function of the step."""
 
+import dataclasses
 import inspect
 from typing import Any
 
@@ -9,7 +10,15 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from sasa_train.config import ConfigError, OptimizerConfig, ScheduleConfig, TrainConfig, total_steps
+from sasa_train.config import (
+    LIBRARY_ERRORS,
+    ConfigError,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+    shorten,
+    total_steps,
+)
 
 # Arguments of timm's factory that split the parameters into groups.
 GROUP_ARGUMENTS = {"layer_decay_min_scale", "layer_decay_no_opt_scale", "fallback_list", "fallback_no_weight_decay"}
@@ -48,11 +57,38 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimi
             layer_decay=optimizer.layer_decay,
             **arguments,
         )
-    except (AssertionError, AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(f"optimizer.name={optimizer.name} cannot be built: {error}") from error
+    except (*LIBRARY_ERRORS, ImportError) as error:
+        raise ConfigError(f"{_described(optimizer)} cannot be built: {error}") from error
     if getattr(built, "is_second_order", False):
         raise ConfigError(f"optimizer.name={optimizer.name} needs second derivatives, which local attention has not")
     return built
+
+
+def try_optimizer(config: TrainConfig, device: torch.device) -> None:
+    """Take one step with a tiny model: what an optimizer cannot work with often shows there alone.
+
+    Raises:
+        ConfigError: as `build_optimizer`, or the step fails.
+    """
+    tiny = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 5)).to(device)
+    optimizer = build_optimizer(config, tiny)
+    for parameter in tiny.parameters():
+        parameter.grad = torch.full_like(parameter, 0.01)
+    try:
+        optimizer.step()
+    except LIBRARY_ERRORS as error:
+        raise ConfigError(f"{_described(config.optimizer)} cannot take a step: {error}") from error
+
+
+def _described(group: OptimizerConfig | ScheduleConfig) -> str:
+    """What was asked for: the name, and the keys that differ from their defaults."""
+    prefix, usual = ("optimizer" if isinstance(group, OptimizerConfig) else "schedule"), type(group)()
+    keys = [
+        f.name
+        for f in dataclasses.fields(group)
+        if f.name == "name" or getattr(group, f.name) != getattr(usual, f.name)
+    ]
+    return " ".join(f"{prefix}.{key}={shorten(getattr(group, key))}" for key in keys)
 
 
 def _arguments(config: OptimizerConfig, base: str) -> dict[str, Any]:
@@ -67,7 +103,44 @@ def _arguments(config: OptimizerConfig, base: str) -> dict[str, Any]:
         if name not in accepted:
             where = f"optimizer.{name}={value}" if name in given else f"optimizer.args={config.args}"
             raise ConfigError(f"{where}: {config.name} takes no {name}; it takes {', '.join(sorted(accepted))}")
+        key = f"optimizer.{name}" if name in given else f"optimizer.args.{name}"
+        _check_kind(f"{key}={value}", value, signature.parameters[name])
     return {k: tuple(v) if isinstance(v, list) else v for k, v in (given | config.args).items()}
+
+
+def _check_kind(where: str, value: Any, parameter: inspect.Parameter) -> None:
+    """Refuse what is of another kind than the argument's default or annotation: timm and torch often take it."""
+    default, hint = parameter.default, parameter.annotation
+    if value is None:
+        return
+    if isinstance(default, bool) or hint == bool | None:
+        fits, rule = isinstance(value, bool), "true or false"
+    elif isinstance(default, int | float) or hint == float | None:
+        fits, rule = isinstance(value, int | float) and not isinstance(value, bool), "a number"
+    elif isinstance(default, tuple | list):
+        fits, rule = isinstance(value, list) and len(value) == len(default), f"a list of {len(default)}"
+    else:
+        return
+    if not fits:
+        raise ConfigError(f"{where} must be {rule}")
+
+
+def check_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> None:
+    """`build_schedule`, and the learning rate at some steps from the first to the last.
+
+    Raises:
+        ConfigError: as `build_schedule`, or the learning rate is none.
+    """
+    scheduler = build_schedule(config, optimizer, steps_per_epoch)
+    last = total_steps(config, steps_per_epoch) - 1
+    for step in sorted({last * part // 16 for part in range(17)}):
+        try:
+            scheduler.step_update(step)
+            rates = [float(group["lr"]) for group in optimizer.param_groups]
+        except LIBRARY_ERRORS as error:
+            raise ConfigError(f"{_described(config.schedule)} has no learning rate at step {step}: {error}") from error
+        if not all(0 <= rate <= 1e38 for rate in rates):
+            raise ConfigError(f"{_described(config.schedule)}: the learning rate of step {step} is {max(rates)}")
 
 
 def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
@@ -81,12 +154,15 @@ def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_
         raise ConfigError(
             f"schedule.name={schedule.name}: the learning rate must be a function of the step; use constant or another"
         )
-    accepted = inspect.signature(create_scheduler_v2).parameters.keys() - SET_BY_US
+    parameters = inspect.signature(create_scheduler_v2).parameters
+    accepted = parameters.keys() - SET_BY_US
     if unknown := schedule.args.keys() - accepted:
         raise ConfigError(
             f"schedule.args={schedule.args}: timm's schedules take no {', '.join(unknown)}; they take "
             + ", ".join(sorted(accepted))
         )
+    for name, value in schedule.args.items():
+        _check_kind(f"schedule.args.{name}={value}", value, parameters[name])
     warmup_steps = min(round(schedule.warmup_epochs * steps_per_epoch), steps - 1)
     try:
         scheduler, _ = create_scheduler_v2(
@@ -107,8 +183,8 @@ def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_
             decay_rate=schedule.decay_rate,
             **schedule.args | _timescale(schedule, steps_per_epoch),
         )
-    except (AssertionError, TypeError, ValueError, UnboundLocalError, ZeroDivisionError) as error:
-        raise ConfigError(f"schedule.name={schedule.name} with {schedule.args}: {error}") from error
+    except (*LIBRARY_ERRORS, UnboundLocalError) as error:
+        raise ConfigError(f"{_described(schedule)}: {error}") from error
     return scheduler
 
 
@@ -122,10 +198,13 @@ def _timescale(schedule: ScheduleConfig, steps_per_epoch: int) -> dict[str, floa
 def _cycle_steps(schedule: ScheduleConfig, steps: int) -> int:
     """Steps of the first cycle, so that all cycles together end with the run."""
     growth, num_cycles = schedule.args.get("cycle_mul", 1.0), schedule.args.get("cycle_limit", 1)
-    return max(1, round(steps / sum(growth**i for i in range(num_cycles))))
+    if not isinstance(num_cycles, int) or num_cycles < 1:
+        raise ValueError(f"cycle_limit={num_cycles} must be a whole number, at least 1")
+    first_cycles = num_cycles if growth == 1 else (growth**num_cycles - 1) / (growth - 1)  # all cycles, in first ones
+    return max(1, round(steps / first_cycles))
 
 
 def _decay_steps(schedule: ScheduleConfig, steps_per_epoch: int) -> float:
     if schedule.decay_epochs is None and schedule.name in ("wsd", "rsqrt"):
         return 0.2  # timm's own default, a part of the whole
-    return round((schedule.decay_epochs or 30) * steps_per_epoch)
+    return max(1, round((schedule.decay_epochs or 30) * steps_per_epoch))

@@ -7,19 +7,18 @@ import torch
 from sasa_train.config import TrainConfig, resolved_image_size
 from sasa_train.machine import available_memory, peak_memory
 
-ALLOCATOR = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
-
 
 class OutOfMemoryError(Exception):
     """Memory did not suffice; the message has the numbers and what to set."""
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Of a device, or of the CPU's allocator."""
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in ALLOCATOR)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python's, CUDA's and the CPU allocator's ways to say so."""
+    texts = ("out of memory", "can't allocate memory", "DefaultCPUAllocator: not enough memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
-def memory_advice(config: TrainConfig, device: torch.device, run_dir: Path, error: RuntimeError) -> str:
+def memory_advice(config: TrainConfig, device: torch.device, run_dir: Path, error: BaseException) -> str:
     trainer = config.trainer
     micro = trainer.global_batch_size // trainer.grad_accum_steps
     smaller = next((n for n in divisors(trainer.global_batch_size) if n <= micro / 2), None)
@@ -30,7 +29,7 @@ def memory_advice(config: TrainConfig, device: torch.device, run_dir: Path, erro
     return (
         f"{device} is out of memory with micro-batches of {micro} images of {resolved_image_size(config.data)} pixels: "
         f"{peak_memory(device) / 2**20:,.0f} MiB were in use at most, {available_memory(device) / 2**20:,.0f} MiB are "
-        f"free now ({str(error).splitlines()[0]}). Try {', or '.join(ways)}. Where there is a checkpoint, go on "
+        f"free now ({str(error).partition(chr(10))[0]}). Try {', or '.join(ways)}. Where there is a checkpoint, go on "
         f"with sasa-train resume={run_dir} trainer.micro_batch_size=... "
         "allow_config_change=[trainer.micro_batch_size,trainer.grad_accum_steps]"
     )

@@ -21,9 +21,9 @@ from sasa_train.engine import (
 from sasa_train.interrupt import Interrupted, StopRequest
 from sasa_train.loop import Loop
 from sasa_train.machine import keep_freed_memory
-from sasa_train.micro_batch import settle_auto, with_micro_batch_size
+from sasa_train.micro_batch import check_memory, settle_auto, with_micro_batch_size
 from sasa_train.models import build_model, check_model, enable_grad_checkpointing
-from sasa_train.optim import build_optimizer, build_schedule
+from sasa_train.optim import build_optimizer, build_schedule, check_schedule, try_optimizer
 from sasa_train.out_of_memory import OutOfMemoryError, is_out_of_memory, memory_advice
 from sasa_train.provenance import describe_changes, provenance
 from sasa_train.run_folder import RunFolder, check_data, is_finished, open_run
@@ -40,7 +40,7 @@ def train(config: TrainConfig, stop: StopRequest) -> bool:
     """
     run_name = config.run_name or default_run_name(config)
     device, config = resolve(config)
-    check_buildable(config)
+    check_buildable(config, device)
     run = open_run(config, run_name)
     with run.lock:
         config = settle_auto(config, run, device)
@@ -83,7 +83,7 @@ def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, s
             finished = loop.run()
     except BaseException as error:
         run.write_status("interrupted" if isinstance(error, Interrupted) else "failed")
-        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise OutOfMemoryError(memory_advice(config, device, run.path, error)) from error
         raise
     finally:
@@ -134,10 +134,12 @@ def resolve(config: TrainConfig) -> tuple[torch.device, TrainConfig]:
     return device, dataclasses.replace(config, trainer=trainer)
 
 
-def check_buildable(config: TrainConfig) -> None:
+def check_buildable(config: TrainConfig, device: torch.device) -> None:
     """Build model, optimizer and schedule without weights, so that they are refused before any data is loaded."""
     model = check_model(config.model, resolved_image_size(config.data))
+    check_memory(config, model, device)
     if config.trainer.grad_checkpointing:
         enable_grad_checkpointing(model)
     whole = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, max_steps=None))
-    build_schedule(whole, build_optimizer(config, model), steps_per_epoch=1000)  # as if: the data set is not known yet
+    check_schedule(whole, build_optimizer(config, model), steps_per_epoch=1000)  # as if: the data set is not known yet
+    try_optimizer(config, device)

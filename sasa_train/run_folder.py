@@ -1,19 +1,18 @@
 """A run's folder: which one, who holds it, what it says about itself."""
 
-import contextlib
 import fcntl
 import itertools
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from sasa_train.atomic import write_atomic
 from sasa_train.checkpoint import CheckpointError, Checkpoints, load_checkpoint
-from sasa_train.compose import load_config, to_yaml
+from sasa_train.compose import load_config, load_config_file, to_yaml
 from sasa_train.config import ConfigError, TrainConfig, differing_keys, flatten
 from sasa_train.console import warn
 from sasa_train.data.fingerprint import differences
@@ -139,11 +138,17 @@ def _load_given(config: TrainConfig) -> dict[str, Any]:
     return given
 
 
-def saved_config(path: Path) -> str:
-    """A run folder's config: its last checkpoint's; config.yaml may be damaged, or of a start that ended early."""
-    with contextlib.suppress(CheckpointError):
-        return load_checkpoint(path / "checkpoints/last.pt")["config"]
-    return (path / "config.yaml").read_text(errors="replace")
+def load_saved_config(path: Path, overrides: Sequence[str]) -> TrainConfig:
+    """A run folder's config: its last checkpoint's; config.yaml may be damaged, or of a start that ended early.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    last = path / "checkpoints/last.pt"
+    try:
+        return load_config(load_checkpoint(last)["config"], overrides, source=str(last))
+    except CheckpointError:
+        return load_config_file(path / "config.yaml", overrides)
 
 
 def check_trajectory(checkpoint: dict[str, Any], config: TrainConfig, path: Path) -> None:
@@ -212,9 +217,9 @@ def _folder_started_from(wanted: Path, resume: str) -> Path | None:
         if not path.exists():
             return None
         try:
-            if load_config((path / "config.yaml").read_text(errors="replace")).resume == resume:
+            if load_config_file(path / "config.yaml").resume == resume:
                 return path
-        except (OSError, ConfigError):
+        except ConfigError:
             continue
     raise AssertionError("unreachable")
 

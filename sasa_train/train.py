@@ -3,11 +3,13 @@
 import errno
 import itertools
 import logging
+import math
 import os
 import sys
 from pathlib import Path
 
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 
 from sasa_train.compose import (
     check_override_keys,
@@ -15,7 +17,6 @@ from sasa_train.compose import (
     compose_config,
     config_dir,
     fail,
-    load_config,
     parse_overrides,
     print_help,
     to_config,
@@ -30,6 +31,8 @@ USAGE = """[group=choice ...] [key=value ...]   (-m, --multirun: a plain Hydra s
   sasa-train experiment=quickstart                                    a first run, two minutes on a CPU
   sasa-train model=hybrid_resnet26 data=cifar10 trainer.epochs=100
   sasa-train resume=outputs/RUN_NAME                                  go on; the first command again does so too"""
+
+MAX_JOBS = 1000  # of a sweep: each one's config is composed before the first begins
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -79,11 +82,11 @@ def read_config(arguments: list[str]) -> TrainConfig:
     """
     resume = [o.value() for o in parse_overrides(arguments) if o.key_or_group == "resume"]
     folder = Path(str(resume[-1])) if resume else None
-    if folder is not None and (folder / "config.yaml").is_file() and not chooses_group(arguments):
-        from sasa_train.run_folder import saved_config
+    if folder is not None and os.path.isfile(folder / "config.yaml") and not chooses_group(arguments):
+        from sasa_train.run_folder import load_saved_config
 
         # What one continuation was allowed to change, the next is not.
-        return load_config(saved_config(folder), ["allow_config_change=[]", *arguments], source=f"{folder}'s config")
+        return load_saved_config(folder, ["allow_config_change=[]", *arguments])
     return compose_config(arguments)
 
 
@@ -99,7 +102,10 @@ def multirun(arguments: list[str]) -> int:
     overrides = [a for a in arguments if not a.startswith("-")]
     check_override_keys(overrides, is_sweep=True)
     ours = [o for o in parse_overrides(overrides) if not o.key_or_group.startswith("hydra")]
-    for job_overrides in itertools.product(*(_sweep_values(o) for o in ours)):
+    sweeps = [_sweep_values(o) for o in ours]
+    if math.prod(len(values) for values in sweeps) > MAX_JOBS:
+        raise ConfigError(f"{' '.join(overrides)}: a sweep of more than {MAX_JOBS:,} jobs; split it")
+    for job_overrides in itertools.product(*sweeps):
         compose_config(job_overrides)
 
     codes = [DONE]
@@ -116,10 +122,15 @@ def multirun(arguments: list[str]) -> int:
 
 
 def _sweep_values(override: Override) -> list[str]:
-    """`seed=0,1` -> seed=0 and seed=1."""
+    """`seed=0,1` -> seed=0 and seed=1; one more than MAX_JOBS at most."""
     if not override.is_sweep_override():
         return [str(override.input_line)]
-    return [f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()]
+    try:
+        values = list(itertools.islice(override.sweep_string_iterator(), MAX_JOBS + 1))
+    except (HydraException, ArithmeticError, ValueError) as error:
+        reason = "no range of numbers" if isinstance(error, ArithmeticError) else error
+        raise ConfigError(f"{override.input_line}: cannot be swept over ({reason}); write key=a,b,c") from error
+    return [f"{override.key_or_group}={value}" for value in values]
 
 
 def train_safely(config: TrainConfig) -> int:
@@ -138,7 +149,7 @@ def _train(config: TrainConfig, stop: StopRequest) -> int:
     from sasa_train.checkpoint import CheckpointError
     from sasa_train.data.workers import DataWorkerError
     from sasa_train.nonfinite import NonFiniteError
-    from sasa_train.out_of_memory import OutOfMemoryError
+    from sasa_train.out_of_memory import OutOfMemoryError, is_out_of_memory
     from sasa_train.run import train
 
     try:
@@ -154,6 +165,11 @@ def _train(config: TrainConfig, stop: StopRequest) -> int:
             raise
         place = f" {error.filename}" if error.filename else ""
         fail(OSError(f"cannot write{place} ({error.strerror}); make room and run the same command again"))
+        return FAILED
+    except (MemoryError, RuntimeError) as error:  # before the first step
+        if not is_out_of_memory(error):
+            raise
+        fail(RuntimeError(f"out of memory ({error}); use a smaller model, data.image_size or data.max_train_images"))
         return FAILED
 
 

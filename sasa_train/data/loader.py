@@ -160,7 +160,9 @@ def _check_counts(config: TrainConfig, train_set: ImageSet) -> None:
             f"({names}); leave model.num_classes=null"
         )
     if len(train_set) < batch:
+        set_keys = [f"data.{key}" for key in ("max_train_images", "holdout_fraction") if getattr(config.data, key)]
+        left = f" that {' and '.join(set_keys)} leave" if set_keys else ""
         raise ConfigError(
-            f"trainer.global_batch_size={batch} exceeds the {len(train_set)} training images, so an epoch would have "
-            f"no step; use trainer.global_batch_size={len(train_set)} or less"
+            f"trainer.global_batch_size={batch} exceeds the {len(train_set)} training images{left}, so an epoch would "
+            f"have no step; use trainer.global_batch_size={len(train_set)} or less"
         )

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import sasa_train.models.resnet  # noqa: F401  (registers our models with timm)
-from sasa_train.config import DIALS, ConfigError, ModelConfig
+from sasa_train.config import DIALS, LIBRARY_ERRORS, ConfigError, ModelConfig
 
 
 def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
@@ -25,7 +25,7 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
         kwargs["img_size"] = image_size  # vit, swin and their kin are built for one size
     try:
         model = timm.create_model(config.name, num_classes=num_classes, **kwargs)
-    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+    except LIBRARY_ERRORS as error:
         raise ConfigError(f"model.name={config.name} with {kwargs}: {error}") from error
     if config.bn_momentum is not None:
         for module in model.modules():
@@ -56,7 +56,7 @@ def check_model(config: ModelConfig, image_size: int) -> nn.Module:
         model = build_model(config, config.num_classes or 10, image_size)
         try:
             model.eval()(torch.empty(1, 3, image_size, image_size))
-        except (ValueError, RuntimeError, AssertionError) as error:
+        except LIBRARY_ERRORS as error:
             reason = f": {error}" if str(error) else ""
             raise ConfigError(
                 f"model.name={config.name} cannot take images of {image_size} pixels{reason}; choose another "

@@ -93,8 +93,10 @@ class ResNet(nn.Module):
         super().__init__()
         if len(stage_ops) != 4 or not set(stage_ops) <= set(STAGE_OPS):
             raise ValueError(f"stage_ops={list(stage_ops)} must be four of {', '.join(STAGE_OPS)}")
-        if width <= 0:
-            raise ValueError(f"width={width} must be positive")
+        if not 1 <= STEM_CHANNELS * width < 2**31:
+            raise ValueError(
+                f"width={width} makes {STEM_CHANNELS * width:g} channels of the first layer's {STEM_CHANNELS}"
+            )
         attention = {
             "kernel_size": kernel_size,
             "num_heads": num_heads,
