@@ -107,6 +107,7 @@ NOT_COMPARED = {"seconds", "config", "metrics", "provenance", "fingerprint"}
 STEPS_PER_EPOCH = 25
 PATIENCE = 120  # seconds for a run to reach a moment, or to end
 WORKER_TIMEOUT = 4  # seconds
+WORKER_GRACE = 25  # seconds: 5 to notice, 5 for each loader's workers to end, and the end of the process
 MOMENTS = ("start-up", "mid-epoch", "a save", "evaluation")
 
 
@@ -282,7 +283,7 @@ class Chaos:
         code = self.end(process, (0, 1))  # 0: the run ended without this worker
         if code == 1:
             self.end(process, (1,), message)
-        if time.monotonic() - start > WORKER_TIMEOUT + 15:
+        if time.monotonic() - start > WORKER_TIMEOUT + WORKER_GRACE:
             raise Failure(f"{time.monotonic() - start:.0f} s until the run ended")
         return ""
 
@@ -356,7 +357,7 @@ class Chaos:
         shutil.copytree(self.checkpoints, copy)
         for path in self.checkpoints.glob("*.pt"):
             self.random.choice((self.cut, self.flip))(path)
-        self.refused("checkpoints can be read; restore one from a copy", code=1)
+        self.refused("restore one from a copy, or start a new run with resume=never", code=1)
         shutil.rmtree(self.checkpoints)
         copy.rename(self.checkpoints)
         return ""
