@@ -20,6 +20,7 @@ from typing import Any, cast
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
@@ -52,11 +53,15 @@ def compose_config(overrides: Sequence[str]) -> TrainConfig:
         ConfigError: an unknown key or group, a value of the wrong type, or values that cannot go together.
     """
     check_override_keys(overrides)
+    of_sweep = GlobalHydra.instance().hydra  # in a job of -m, which goes on with it
+    GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             composed = compose("train", overrides=with_free_keys(overrides))
     except UNREADABLE as error:
         raise ConfigError(_explain(error)) from error
+    finally:
+        GlobalHydra.instance().hydra = of_sweep
     return to_config(composed)
 
 
