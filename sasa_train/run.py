@@ -82,7 +82,7 @@ def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, s
         with logging_redirect_tqdm():  # log lines go above the progress bar
             finished = loop.run()
     except BaseException as error:
-        run.write_status("interrupted" if isinstance(error, Interrupted) else "failed")
+        run.try_write_info(status="interrupted" if isinstance(error, Interrupted) else "failed")
         if is_out_of_memory(error):
             raise OutOfMemoryError(memory_advice(config, device, run.path, error)) from error
         raise

@@ -52,15 +52,16 @@ class RunFolder:
     def note_checkpoint(self) -> None:
         """Remember that there is one, for the day when all are gone."""
         if self.is_new:
-            self.write_info(has_checkpoint=True)
-            self.is_new = False
+            self.is_new = not self.try_write_info(has_checkpoint=True)
 
-    def write_status(self, status: str) -> None:
-        """As `write_info`, when something else ends the run, which must not be hidden by a full disk."""
+    def try_write_info(self, **changes: Any) -> bool:
+        """As `write_info`, where a full disk must not hide or stop what matters more; False where it did not work."""
         try:
-            self.write_info(status=status)
+            self.write_info(**changes)
         except OSError as error:
             warn(f"{self.path}/run.json cannot be written ({error.strerror})")
+            return False
+        return True
 
     def write_end(self, checkpoint: dict[str, Any]) -> None:
         """What is left to write of a finished run, or was damaged since."""

@@ -50,11 +50,11 @@ class Loaders:
         return "resident" if isinstance(self.train, ResidentLoader) else "streamed"
 
     def train_names(self, step: int, number: int | None = None) -> list[str]:
-        """Of the images of the run's step `step`, from 0, or of one micro-batch of it."""
+        """Of the images of the run's step `step`, from 0, or of one micro-batch of it; to be printed."""
         epoch, first_step = divmod(step, self.train.plan.steps_per_epoch)
         micros = itertools.islice(self.train.plan.train(epoch, first_step), self.train.plan.grad_accum_steps)
         chosen = [micro.indices for micro in micros if number in (None, micro.number)]
-        return [self.train_set.name(int(index)) for indices in chosen for index in indices]
+        return [printable(self.train_set.name(int(index))) for indices in chosen for index in indices]
 
     def unreadable(self) -> Iterator[str]:
         """Name and reason of each image that could not be read so far."""
