@@ -13,14 +13,17 @@ from types import FrameType
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def end_with(code: int) -> None:
-    """From now on, while Python takes itself apart, a signal ends the process with `code`: there is nothing to stop."""
+def ignore_until_the_end() -> None:
+    """From now on Python takes itself apart, for a second or two: a signal must not change the exit code any more.
+
+    Ignored, not handled: Python takes its own handlers away before the last destructors have run.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     try:
         sys.stdout.flush()
     except OSError:  # a full disk, or a reader that went away: Python would make it exit code 120
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    for number in SIGNALS:
-        signal.signal(number, lambda *_: os._exit(code))
 
 
 class Interrupted(BaseException):

@@ -23,7 +23,7 @@ from sasa_train.compose import (
     with_free_keys,
 )
 from sasa_train.config import ConfigError, TrainConfig
-from sasa_train.interrupt import Interrupted, StopRequest, end_with
+from sasa_train.interrupt import Interrupted, StopRequest, ignore_until_the_end
 from sasa_train.printable import printable_lines
 
 USAGE = """[group=choice ...] [key=value ...]   (-m, --multirun: a plain Hydra sweep)
@@ -40,7 +40,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 def main() -> None:
     code = run_command(sys.argv[1:])
-    end_with(code)
+    ignore_until_the_end()
     sys.exit(code)
 
 

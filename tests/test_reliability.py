@@ -105,8 +105,18 @@ def test_sigterm_and_then_ctrl_c_still_saves(tmp_path):
 
 def test_a_signal_after_the_end_does_not_change_what_the_run_ended_with():
     """While Python takes itself apart, which takes seconds, a finished run would otherwise count as killed."""
-    code = "import atexit, signal, sys, sasa_train.train as t\n"
-    code += "atexit.register(signal.raise_signal, signal.SIGTERM); t.run_command = lambda _: 75; t.main()"
+    code = """
+import atexit, os, signal, sys, sasa_train.train as t
+
+class Last:
+    def __del__(self, kill=os.kill, process=os.getpid()):
+        kill(process, 15)
+
+sys.last_of_all = Last()
+atexit.register(signal.raise_signal, signal.SIGTERM)
+t.run_command = lambda _: 75
+t.main()
+"""
     assert subprocess.run([sys.executable, "-c", code]).returncode == 75
 
 
