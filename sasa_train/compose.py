@@ -147,12 +147,19 @@ def to_config(composed: DictConfig) -> TrainConfig:
         merged = OmegaConf.merge(_schema(), values)
         config = cast(TrainConfig, OmegaConf.to_object(merged))
     except UNREADABLE as error:
-        raise ConfigError(_explain(error)) from error
+        raise ConfigError(_with_interpolations(_explain(error), composed)) from error
     config.data.resident = config.data.resident.lower()  # YAML's true becomes the word 'True' in a text field
     config.data.root = os.path.expanduser(config.data.root)  # no shell expands the ~ in data.root=~/images
     config.output_dir = os.path.expanduser(config.output_dir)
     validate(config)
     return config
+
+
+def _with_interpolations(text: str, composed: DictConfig) -> str:
+    """The error with the keys that hold interpolations, where it names none: OmegaConf forgets it in a list."""
+    raw = flatten(cast(dict, OmegaConf.to_container(composed, resolve=False)))
+    holders = [key for key, value in raw.items() if "${" in str(value)]
+    return text if not holders or any(key in text for key in raw) else f"{', '.join(holders)}: {text.splitlines()[0]}"
 
 
 def _check_dicts(values: dict[str, Any]) -> None:

@@ -46,6 +46,7 @@ def test_a_misspelt_key_in_a_file_is_refused(tmp_path, monkeypatch):
         (["model={name: resnet50}"], "set its keys one by one, as in model.name="),
         (["hydra.verbose=true"], "hydra's own keys have an effect with -m alone"),
         (["trainer.ema_decay=0"], "trainer.ema_decay=0.0 must be positive"),
+        (["model.stage_ops='${x}'"], "model.stage_ops: Interpolation key 'x' not found"),
     ],
 )
 def test_configs_are_refused_before_anything_is_loaded(overrides, message):
