@@ -57,14 +57,15 @@ def assert_equals_reference(
 ) -> None:
     """Output and gradients against the reference in float64, on the same (rounded) inputs.
 
-    `rel`: "shared", "per head", "mixed" (rel_height shared, rel_width one a head) or None.
+    `rel`: "shared", "per head", "mixed" (rel_height shared, rel_width one a head), "swapped" (the reverse) or None.
     """
     generator = torch.Generator().manual_seed(seed)
     qkv = draw(shape, layout, dtype, generator)
     b, n, h, w, d = shape
     shared, per_head = (kernel_size, d // 2), (n, kernel_size, d // 2)
-    sizes = {"shared": [shared] * 2, "per head": [per_head] * 2, "mixed": [shared, per_head], None: []}[rel]
-    tables = [torch.randn(size, generator=generator) for size in sizes] or [None, None]
+    sizes = {"shared": [shared] * 2, "per head": [per_head] * 2, "mixed": [shared, per_head]}
+    sizes |= {"swapped": [per_head, shared], None: []}
+    tables = [torch.randn(size, generator=generator) for size in sizes[rel]] or [None, None]
     grad_output = torch.randn((b, n, -(-h // stride), -(-w // stride), d), generator=generator).to(dtype)
     inputs = [None if x is None else x.to(device) for x in (*qkv, *tables)]
     case = (inputs, kernel_size, content, border, grad_output.to(device), stride)

@@ -91,14 +91,10 @@ def test_what_scratch_held_before_does_not_matter():
         assert_equals_reference(shape, 7, border=border)
 
 
-def test_one_embedding_shared_and_one_a_head():
-    q, key, v = draw((2, 3, 4, 5, 4), "contiguous", torch.float32, torch.Generator().manual_seed(0))
-    shared, per_head = torch.randn(3, 2), torch.randn(3, 3, 2)
-    for rel in ((shared, per_head), (per_head, shared)):
-        grad = torch.ones_like(v)
-        ours = outputs_and_grads("cpu", None, (q, key, v, *rel), 3, True, "mask", grad)
-        exact = outputs_and_grads("reference", None, (q, key, v, *rel), 3, True, "mask", grad)
-        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("rel", ["mixed", "swapped"])
+def test_one_embedding_shared_and_one_a_head(rel):
+    for seed in range(5):
+        assert_equals_reference((2, 3, 4, 5, 4), 3, rel=rel, seed=seed)
 
 
 def test_huge_scores_stay_finite():
