@@ -23,7 +23,7 @@ from sasa_train.data.plan import BatchPlan
 from sasa_train.data.workers import DataWorkerError, Workers
 
 TIMEOUT = 2.0  # seconds
-SLACK = 25  # seconds: the documented bound beyond the timeout, on a busy machine too
+SLACK = 7.0  # PyTorch looks every 5 seconds whether its workers live
 
 
 class Reader:
@@ -59,7 +59,7 @@ def read_until_error(workers: Workers) -> str:
 def assert_closes_at_once(workers: Workers) -> None:
     processes, start = workers._processes(), time.monotonic()
     workers.close()
-    assert time.monotonic() - start < SLACK
+    assert time.monotonic() - start < 7
     for process in processes:
         process.join(1)
         assert not process.is_alive()
