@@ -107,7 +107,7 @@ NOT_COMPARED = {"seconds", "config", "metrics", "provenance", "fingerprint"}
 STEPS_PER_EPOCH = 25
 PATIENCE = 300  # seconds for a run to reach a moment, or to end
 WORKER_TIMEOUT = 4  # seconds
-WORKER_GRACE = 25  # seconds: 5 to notice, 5 for each loader's workers to end, and the end of the process
+WORKER_GRACE = 15  # seconds: 5 to notice, 2 for each loader's workers to end, and the end of the process
 MOMENTS = ("start-up", "mid-epoch", "a save", "evaluation")
 
 

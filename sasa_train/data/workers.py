@@ -26,7 +26,7 @@ from sasa_train.printable import printable
 
 PREFETCH = 2  # micro-batches that wait for the main process, a worker
 NUM_NAMES = 3  # images named in a message
-PATIENCE = 5.0  # seconds for workers to end by themselves, before they are killed
+PATIENCE = 2.0  # seconds for workers to end by themselves, before they are killed
 DEATH_THROES = 0.5  # seconds at most between a worker's last answer and its exit code
 STATES = {"T": "stopped", "t": "stopped by a debugger", "D": "waiting for a disk or network"}  # of Linux
 REASONS = {signal.SIGKILL: ", perhaps for want of memory", signal.SIGBUS: ", perhaps for want of shared memory"}
