@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from sasa_train.config import TrainConfig, resolved_image_size
+from sasa_train.console import duration
 from sasa_train.data.loader import Loaders
 from sasa_train.engine import TrainState
-from sasa_train.logger import duration
 from sasa_train.machine import peak_memory
 from sasa_train.optim import peak_lr
 

@@ -5,7 +5,9 @@ Hydra composes inside our own functions, not in front of them, so that a refusal
 
 import dataclasses
 import difflib
+import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -30,6 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sasa_train.config import FREE_KEYS, MAX_DEPTH, ConfigError, TrainConfig, flatten, knob_table, shorten, validate
 from sasa_train.printable import printable_lines
 
+MAX_JOBS = 1000  # of a sweep: each one's config is composed before the first begins
 MAX_TEXT = 2**16  # characters of a saved config or an override; ours have 4,000, and parsers take long over more
 # What Hydra, OmegaConf and PyYAML raise over what they are given: an int of 5,000 digits, or 2,000 lists in one another
 UNREADABLE = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError)
@@ -211,6 +214,30 @@ def chooses_group(overrides: Sequence[str]) -> bool:
 
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:
     return [_parse(override) for override in overrides]
+
+
+def expand(overrides: Sequence[str]) -> list[tuple[str, ...]]:
+    """Every job of a grid: `a=1,2 b=range(2)` -> (a=1, b=0), (a=1, b=1), (a=2, b=0), (a=2, b=1).
+
+    Raises:
+        ConfigError: a value that cannot be enumerated, or more than MAX_JOBS jobs.
+    """
+    values = [_sweep_values(override) for override in parse_overrides(overrides)]
+    if math.prod(len(v) for v in values) > MAX_JOBS:
+        raise ConfigError(f"{' '.join(overrides)}: a sweep of more than {MAX_JOBS:,} jobs; split it")
+    return list(itertools.product(*values))
+
+
+def _sweep_values(override: Override) -> list[str]:
+    """`seed=0,1` -> seed=0 and seed=1; one more than MAX_JOBS at most."""
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    try:
+        values = list(itertools.islice(override.sweep_string_iterator(), MAX_JOBS + 1))
+    except (HydraException, ArithmeticError, ValueError) as error:
+        reason = "no range of numbers" if isinstance(error, ArithmeticError) else error
+        raise ConfigError(f"{override.input_line}: cannot be swept over ({reason}); write key=a,b,c") from error
+    return [f"{override.key_or_group}={value}" for value in values]
 
 
 @lru_cache

@@ -15,7 +15,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
 from sasa_train.atomic import write_atomic
-from sasa_train.console import say, warn
+from sasa_train.console import duration, say, warn
 
 # Keys of a row -> TensorBoard tags; loss, top1, top5 and top1_raw go under the split's name.
 TAGS = {
@@ -148,12 +148,3 @@ class RunLogger:
         except OSError as error:
             self._board = None
             warn(f"no more TensorBoard curves for this run ({error}); metrics.jsonl goes on")
-
-
-def duration(seconds: float) -> str:
-    """1 h 02 min, 3 min 04 s or 5 s."""
-    minutes, secs = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {secs:02d} s" if minutes else f"{secs} s"

@@ -1,6 +1,7 @@
-"""What the machine has: processors, memory (bytes throughout), and how much of it was used."""
+"""What the machine has: a clock, processors, memory (bytes throughout), and how much of it was used."""
 
 import ctypes
+import datetime
 import os
 import resource
 import sys
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
 
 CGROUPS = Path("/sys/fs/cgroup")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def usable_processors() -> int:

@@ -1,6 +1,5 @@
 """What made a run: the command, the code with what is not committed, packages, the machine."""
 
-import datetime
 import hashlib
 import os
 import platform
@@ -15,6 +14,7 @@ import torch
 
 from sasa_train.compose import as_overrides
 from sasa_train.config import TrainConfig
+from sasa_train.machine import now
 
 PACKAGES = ("torchvision", "timm", "hydra-core", "omegaconf", "numpy", "sasa_train")
 
@@ -45,10 +45,6 @@ def provenance(config: TrainConfig) -> tuple[dict[str, Any], str]:
         "started": now(),
     }
     return made_by, difference
-
-
-def now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

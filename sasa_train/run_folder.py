@@ -1,10 +1,7 @@
 """A run's folder: which one, who holds it, what it says about itself."""
 
-import fcntl
 import itertools
 import json
-import os
-import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +13,7 @@ from sasa_train.compose import load_config, load_config_file, to_yaml
 from sasa_train.config import ConfigError, TrainConfig, differing_keys, flatten
 from sasa_train.console import warn
 from sasa_train.data.fingerprint import differences
-from sasa_train.provenance import now
+from sasa_train.lock import lock_folder
 
 
 @dataclass
@@ -80,7 +77,7 @@ def open_run(config: TrainConfig, run_name: str) -> RunFolder:
     """
     path, given = _choose_folder(config, Path(config.output_dir) / run_name)
     _refuse_links(path)
-    lock = _lock(path)
+    lock = lock_folder(path)
     try:
         checkpoints = Checkpoints(path / "checkpoints", config.trainer.keep_checkpoints)
         own = checkpoints.newest(warn)
@@ -243,29 +240,3 @@ def _refuse_links(path: Path) -> None:
                 f"{entry} is a symbolic link, and a run writes inside its folder alone: put there what it links to, "
                 "or move the whole run with output_dir=..."
             )
-
-
-def _lock(path: Path) -> IO[str]:
-    """A lock that the operating system drops when this process ends, however it ends.
-
-    POSIX's record lock, not flock: data workers, which may outlive a killed run by seconds, do not inherit it.
-    """
-    file = os.fdopen(os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise ConfigError(f"{path} is in use by {_holder(file)}; wait for it, or use another run_name") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be locked ({error.strerror}): use an output_dir on a disk that can") from None
-    file.truncate(0)
-    json.dump({"host": platform.node(), "process": os.getpid(), "started": now()}, file)
-    file.flush()
-    return file
-
-
-def _holder(file: IO[str]) -> str:
-    try:
-        holder = json.load(file)
-        return f"process {holder['process']} on {holder['host']}, which started at {holder['started']}"
-    except (ValueError, KeyError, TypeError):  # it has only just taken the lock
-        return "another run"

@@ -1,21 +1,17 @@
 """sasa-train: from the command line to a run; the run itself is in loop.py, so that `--help` needs no torch."""
 
 import errno
-import itertools
 import logging
-import math
 import os
 import sys
 from pathlib import Path
-
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 
 from sasa_train.compose import (
     check_override_keys,
     chooses_group,
     compose_config,
     config_dir,
+    expand,
     fail,
     parse_overrides,
     print_help,
@@ -31,8 +27,6 @@ USAGE = """[group=choice ...] [key=value ...]   (-m, --multirun: a plain Hydra s
   sasa-train experiment=quickstart                                    a first run, two minutes on a CPU
   sasa-train model=hybrid_resnet26 data=cifar10 trainer.epochs=100
   sasa-train resume=outputs/RUN_NAME                                  go on; the first command again does so too"""
-
-MAX_JOBS = 1000  # of a sweep: each one's config is composed before the first begins
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -101,11 +95,8 @@ def multirun(arguments: list[str]) -> int:
 
     overrides = [a for a in arguments if not a.startswith("-")]
     check_override_keys(overrides, is_sweep=True)
-    ours = [o for o in parse_overrides(overrides) if not o.key_or_group.startswith("hydra")]
-    sweeps = [_sweep_values(o) for o in ours]
-    if math.prod(len(values) for values in sweeps) > MAX_JOBS:
-        raise ConfigError(f"{' '.join(overrides)}: a sweep of more than {MAX_JOBS:,} jobs; split it")
-    for job_overrides in itertools.product(*sweeps):
+    ours = [str(o.input_line) for o in parse_overrides(overrides) if not o.key_or_group.startswith("hydra")]
+    for job_overrides in expand(ours):
         compose_config(job_overrides)
 
     codes = [DONE]
@@ -119,18 +110,6 @@ def multirun(arguments: list[str]) -> int:
     sys.argv[1:] = with_free_keys(arguments)  # which is where Hydra reads them
     job()
     return next((code for code in codes if code != DONE), DONE)
-
-
-def _sweep_values(override: Override) -> list[str]:
-    """`seed=0,1` -> seed=0 and seed=1; one more than MAX_JOBS at most."""
-    if not override.is_sweep_override():
-        return [str(override.input_line)]
-    try:
-        values = list(itertools.islice(override.sweep_string_iterator(), MAX_JOBS + 1))
-    except (HydraException, ArithmeticError, ValueError) as error:
-        reason = "no range of numbers" if isinstance(error, ArithmeticError) else error
-        raise ConfigError(f"{override.input_line}: cannot be swept over ({reason}); write key=a,b,c") from error
-    return [f"{override.key_or_group}={value}" for value in values]
 
 
 def train_safely(config: TrainConfig) -> int:

@@ -166,7 +166,7 @@ def test_of_two_starts_at_once_exactly_one_takes_the_folder(tmp_path):
 import sys, time
 from pathlib import Path
 from sasa_train.config import ConfigError
-from sasa_train.run_folder import _lock
+from sasa_train.lock import lock_folder
 for number in range(20):
     folder = Path({str(tmp_path)!r}) / str(number)
     folder.mkdir(exist_ok=True)
@@ -174,7 +174,7 @@ for number in range(20):
     while len(list(folder.glob("[ab]"))) < 2:
         pass
     try:
-        lock = _lock(folder)
+        lock = lock_folder(folder)
     except ConfigError:
         print(number, flush=True)
     (folder / f"{{sys.argv[1]}}.done").touch()

@@ -1,0 +1,59 @@
+"""One writer a folder: a lock that the operating system drops when its process ends, however it ends.
+
+POSIX's record lock, not flock: data workers, which may outlive a killed run by seconds, do not inherit it.
+"""
+
+import fcntl
+import json
+import os
+import platform
+from pathlib import Path
+from typing import IO
+
+from sasa_train.config import ConfigError
+from sasa_train.machine import now
+
+NAME = ".lock"
+
+
+def lock_folder(path: Path, name: str = NAME) -> IO[str]:
+    """Take the folder's lock, which is ours while the file stays open.
+
+    Raises:
+        ConfigError: another process has it, or the folder's disk has no locks.
+    """
+    file = _open(path / name)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ConfigError(f"{path} is in use by {_described(file)}; wait for it, or use another run_name") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be locked ({error.strerror}): use an output_dir on a disk that can") from None
+    file.truncate(0)
+    json.dump({"host": platform.node(), "process": os.getpid(), "started": now()}, file)
+    file.flush()
+    return file
+
+
+def holder(path: Path) -> str | None:
+    """Who has the folder's lock, or None where nobody has. (Not for a lock of one's own: closing the file drops it.)"""
+    if not (path / NAME).exists():
+        return None
+    with _open(path / NAME) as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return _described(file)
+        return None
+
+
+def _open(path: Path) -> IO[str]:
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
+
+
+def _described(file: IO[str]) -> str:
+    try:
+        holder = json.load(file)
+        return f"process {holder['process']} on {holder['host']}, which started at {holder['started']}"
+    except (ValueError, KeyError, TypeError):  # it has only just taken the lock
+        return "another run"

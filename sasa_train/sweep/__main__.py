@@ -1,0 +1,120 @@
+"""sasa-sweep: many runs from one command. The same command again skips what is done and goes on with the rest."""
+
+import dataclasses
+import json
+import shlex
+import sys
+
+from sasa_train.compose import fail
+from sasa_train.config import ConfigError
+from sasa_train.interrupt import Interrupted, StopRequest, ignore_until_the_end
+from sasa_train.lock import lock_folder
+from sasa_train.sweep.display import Display, counts, final_table
+from sasa_train.sweep.ledger import Ledger, is_finished, note_metrics
+from sasa_train.sweep.plan import SweepConfig, SweepPlan, read_plan
+from sasa_train.sweep.processes import DONE, FAILED, INTERRUPTED, JobList, Processes, Source
+
+USAGE = """usage: sasa-sweep [sweep=NAME] [key=value,value ...] [sweep.KEY=value ...]
+
+  sasa-sweep experiment=quickstart seed=0,1,2 model.kernel_size=3,5,7 sweep.max_parallel=2
+  sasa-sweep sweep=paper_table4 data.root=/path/to/imagenet      a file in configs/sweep/, or one of your own
+  sasa-sweep sweep=digits_search                                 a search with pruning (needs sasa_train[search])
+  sasa-sweep sweep=paper_table4 hydra/launcher=submitit_slurm    on Slurm (needs sasa_train[slurm])
+
+Overrides are sasa-train's; several values of a key multiply. One process a job; the sweep's folder holds the ledger, and
+a log and a run folder for each job. The same command again skips what is done, goes on with what was interrupted, tries
+again what failed, and starts what the grid has more than before. More in docs/sweeps.md.
+"""
+EXIT_CODES = "Exit codes: 0 all done, 75 stopped (run it again), 2 refused, 1 a job failed or was refused."
+
+
+def main() -> None:
+    code = run_command(sys.argv[1:])
+    ignore_until_the_end()
+    sys.exit(code)
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run with command-line arguments; returns the exit code."""
+    if {"-h", "--help"} & set(arguments):
+        print_help()
+        return DONE
+    stop = StopRequest()
+    try:
+        return sweep(read_plan(arguments), arguments, stop)
+    except ConfigError as error:
+        return fail(error)
+    except Interrupted:
+        print("stopped before a job began; run the same command again", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        stop.restore()
+
+
+def print_help() -> None:
+    print(USAGE)
+    for knob in dataclasses.fields(SweepConfig):
+        empty = "[]" if knob.default is dataclasses.MISSING else json.dumps(knob.default)
+        print(f"  {f'sweep.{knob.name}={empty}':<30} {knob.metadata['help']}")
+    print(f"\n{EXIT_CODES}")
+
+
+def sweep(plan: SweepPlan, arguments: list[str], stop: StopRequest) -> int:
+    """Run the sweep to its end, or to a stop request; returns the exit code.
+
+    Raises:
+        ConfigError: another sasa-sweep works in the folder, or what it needs is not there.
+    """
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    suffix = f"-{plan.config.worker}" if plan.config.worker else ""
+    with lock_folder(plan.folder, f".lock{suffix}"):
+        command = shlex.join(["sasa-sweep", *arguments])
+        about = {"name": plan.folder.name, "command": command, "paper_table": plan.config.paper_table}
+        ledger = Ledger(plan.folder / f"ledger{suffix}.json", about | {"overrides": plan.fixed})
+        source = job_source(plan, ledger)
+        ledger.save()
+        print(f"sweep folder  {plan.folder}\n{counts(ledger)}", flush=True)
+        stop.begin_training()  # from here on a signal is passed on to the jobs, which save
+        display = Display()
+        processes = Processes(plan.config, plan.folder, ledger, source, stop)
+        processes.run(display)
+        display.clear()
+        print(f"\n{final_table(ledger.entries.values())}\n\n{counts(ledger)}")
+        print(f"ledger      {ledger.path}\nnext        sasa-report {plan.folder}")
+        return exit_code(ledger, stop)
+
+
+def job_source(plan: SweepPlan, ledger: Ledger) -> Source:
+    if plan.config.num_trials is not None:
+        from sasa_train.sweep.search import Search
+
+        return Search(plan, ledger)
+    entries = []
+    for job in plan.jobs:
+        entry = ledger.add(job)
+        run_dir = plan.folder / entry.name
+        if job.refusal:
+            entry.end("refused", job.refusal)
+            continue
+        if is_finished(run_dir) and entry.state != "done":
+            note_metrics(entry, run_dir)
+            entry.end("done", "finished")
+        elif entry.state == "done" and not is_finished(run_dir):
+            entry.end("waiting", "its run folder is gone")
+        elif entry.state == "failed" and entry.failures_in_a_row() < plan.config.max_tries:
+            entry.state = "waiting"
+        entries.append(entry)
+    if not entries:
+        raise ConfigError("no job can be started:\n" + "\n".join(f"  {job.label}: {job.refusal}" for job in plan.jobs))
+    return JobList(entries, plan.folder)
+
+
+def exit_code(ledger: Ledger, stop: StopRequest) -> int:
+    states = {entry.state for entry in ledger.entries.values()}
+    if stop.requested() or states & {"interrupted", "waiting"}:
+        return INTERRUPTED
+    return FAILED if states & {"failed", "refused"} else DONE
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""A sweep as one sees it: a live table where there is a terminal, a line for each event, and the table at the end."""
+
+import contextlib
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable
+
+from sasa_train.console import duration
+from sasa_train.printable import printable
+from sasa_train.sweep.ledger import Entry, Ledger
+from sasa_train.sweep.processes import Processes
+
+REFRESH = 0.5  # seconds
+
+
+class Display:
+    """Called with each event of a sweep's processes, and with "" in between."""
+
+    def __init__(self) -> None:
+        self.is_terminal = sys.stdout.isatty()
+        self.num_lines, self.drawn = 0, 0.0
+
+    def __call__(self, processes: Processes, event: str) -> None:
+        if event:
+            self.clear()
+            _write(event)
+        if self.is_terminal and (event or time.monotonic() - self.drawn > REFRESH):
+            lines = table_of(processes)
+            self.clear()
+            _write("\n".join(lines))
+            self.num_lines, self.drawn = len(lines), time.monotonic()
+
+    def clear(self) -> None:
+        """Take the table away."""
+        if self.num_lines:
+            _write(f"\x1b[{self.num_lines}F\x1b[J", end="")
+        self.num_lines = 0
+
+
+def _write(text: str, end: str = "\n") -> None:
+    with contextlib.suppress(OSError):  # a reader that went away does not end a sweep
+        print(text, end=end, flush=True)
+
+
+def table_of(processes: Processes) -> list[str]:
+    """Head line, and a line for each running job; no wider than the terminal."""
+    size = shutil.get_terminal_size((120, 24))
+    left = processes.seconds_left()
+    parts = [counts(processes.ledger), f"ETA {duration(left)}" if left is not None else "ETA -"]
+    parts += [f"best {top.last['top1']:.2f} {top.label}"] if (top := best(processes.ledger)) and top.last else []
+    lines = ["", "  ".join(parts)]
+    for running in processes.running[: size.lines - 4]:
+        entry = running.entry
+        epoch, top1 = (entry.last["epoch"], f"{entry.last['top1']:6.2f}") if entry.last else (0, f"{'-':>6}")
+        clock = duration(time.monotonic() - running.started)
+        where = f"  GPU {','.join(gpus)}" if (gpus := processes.places[running.place]) else ""
+        number = f"  try {len(entry.tries)}" if len(entry.tries) > 1 else ""
+        lines.append(f"  epoch {epoch:>3}/{entry.epochs:<3}  top1 {top1}  {clock:>12}{where}{number}  {entry.label}")
+    return [printable(line)[: size.columns - 1] for line in lines]
+
+
+def counts(ledger: Ledger) -> str:
+    """ "12 jobs: 5 done, 2 running, 5 waiting"."""
+    found = Counter(entry.state for entry in ledger.entries.values())
+    return f"{found.total()} jobs: " + ", ".join(f"{number} {state}" for state, number in found.most_common())
+
+
+def best(ledger: Ledger) -> Entry | None:
+    """The job whose last evaluation has the highest top1."""
+    measured = [entry for entry in ledger.entries.values() if entry.last]
+    return max(measured, key=_top1, default=None)
+
+
+def _top1(entry: Entry) -> float:
+    return entry.last["top1"] if entry.last else float("-inf")
+
+
+def final_table(entries: Iterable[Entry]) -> str:
+    """All jobs, the best first, with what came of them."""
+    rows = []
+    for entry in sorted(entries, key=_top1, reverse=True):
+        last, top = (f"{row['top1']:.2f}" if row else "-" for row in (entry.last, entry.best))
+        reason = "" if entry.state == "done" else f"  {entry.reason}"
+        rows.append((last, top, entry.state, str(len(entry.tries)), entry.label + reason))
+    head = ("top1", "best", "state", "tries", "job")
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(4)]
+    lines = [[*(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=False)), row[4]] for row in (head, *rows)]
+    return "\n".join(printable("  ".join(line)) for line in lines)

@@ -1,0 +1,159 @@
+"""A search with Optuna: trials are jobs, pruned on their evaluations; the study is a file beside the ledger.
+
+What a trial tries is in the study, how its run went is in the ledger and the run folder: a search that was stopped or
+killed goes on with the trials that it had begun, from their checkpoints. Several sasa-sweep share a study, each with a
+ledger of its own (`sweep.worker`).
+"""
+
+from typing import TYPE_CHECKING
+
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+
+from sasa_train.compose import parse_overrides
+from sasa_train.config import ConfigError
+from sasa_train.lock import holder
+from sasa_train.sweep.ledger import Entry, Ledger, is_finished, note_metrics
+from sasa_train.sweep.plan import SweepPlan, build_job
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from optuna.pruners import BasePruner
+    from optuna.trial import FrozenTrial, Trial
+
+NUM_RANDOM = 8  # trials drawn at random before the sampler learns from them
+NUM_WHOLE = 4  # trials that run to their end before any is pruned
+
+
+class Search:
+    """The next job is the study's next trial; its value is top1 (percent) of its last evaluation.
+
+    Raises:
+        ConfigError: Optuna is not installed, or the space is none.
+    """
+
+    def __init__(self, plan: SweepPlan, ledger: Ledger):
+        try:
+            import optuna
+            from optuna.storages.journal import JournalFileBackend
+        except ImportError as error:
+            raise ConfigError("sweep.num_trials is a search by Optuna: pip install 'sasa_train[search]'") from error
+        assert plan.config.num_trials is not None
+        self.plan, self.ledger, self.num_trials = plan, ledger, plan.config.num_trials
+        self.fixed_keys = {o.key_or_group for o in parse_overrides(plan.fixed)}
+        self.space = {o.key_or_group: distribution(o) for o in parse_overrides(plan.space)}
+        self.states, self.trial_class = optuna.trial.TrialState, optuna.trial.Trial
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        backend = JournalFileBackend(str(plan.folder / "optuna.journal"))
+        self.study = optuna.create_study(
+            study_name=plan.folder.name,
+            storage=optuna.storages.JournalStorage(backend),
+            direction="maximize",
+            load_if_exists=True,
+            sampler=optuna.samplers.TPESampler(n_startup_trials=NUM_RANDOM, constant_liar=True),
+            pruner=build_pruner(plan.config.pruner),
+        )
+        self.num_running = 0
+        self.begun: list[Entry] = []
+        for trial in self.study.get_trials(states=(self.states.RUNNING,)):
+            if trial.user_attrs.get("worker") == plan.config.worker:
+                self._take_on(trial)
+
+    def next(self) -> Entry | None:
+        """A trial that was begun before, or a new one, until there are `sweep.num_trials`."""
+        while True:
+            for entry in self.begun:
+                if holder(self.plan.folder / entry.name) is None:  # else a run of before is still saving
+                    self.begun.remove(entry)
+                    self.num_running += 1
+                    return entry
+            if self._num_left() <= 0:
+                return None
+            trial = self.study.ask(self.space)
+            trial.set_user_attr("worker", self.plan.config.worker)
+            self._take_on(trial)
+
+    def has_more(self) -> bool:
+        return self.num_running > 0 or self.num_waiting() > 0
+
+    def num_waiting(self) -> int:
+        return len(self.begun) + max(0, self._num_left())
+
+    def look(self, entry: Entry) -> bool:
+        """Report a new evaluation; True where the study's pruner gives the trial up."""
+        assert entry.last is not None
+        trial = self.trial_class(self.study, self.study.get_trials(deepcopy=False)[entry.trials[0]]._trial_id)
+        trial.report(entry.last["top1"], entry.last["epoch"])
+        return entry.last["epoch"] < entry.epochs and trial.should_prune()
+
+    def ended(self, entry: Entry) -> None:
+        self.num_running -= 1
+        if entry.state == "waiting":
+            self.begun.append(entry)
+        else:
+            self._tell(entry)
+
+    def _num_left(self) -> int:
+        return self.num_trials - len(self.study.get_trials(deepcopy=False))
+
+    def _take_on(self, trial: "Trial | FrozenTrial") -> None:
+        """Queue the trial's job, unless it has ended: before a kill, by another worker, or as an equal trial's."""
+        values = [f"{key}={value}" for key, value in trial.params.items()]
+        job = build_job([*self.plan.fixed, *values], self.fixed_keys)
+        entry = self.ledger.add(job)
+        if trial.number not in entry.trials:
+            entry.trials.append(trial.number)
+        run_dir = self.plan.folder / entry.name
+        if job.refusal:
+            entry.end("refused", job.refusal)
+        elif is_finished(run_dir):
+            note_metrics(entry, run_dir)
+            entry.end("done", "finished")
+        if entry.state in ("waiting", "interrupted") and entry not in self.begun:
+            self.begun.append(entry)
+        self._tell(entry)
+        self.ledger.save()
+
+    def _tell(self, entry: Entry) -> None:
+        """Tell the study what came of the trials, if it is known."""
+        for number in entry.trials:
+            if entry.state == "done" and entry.last:
+                self.study.tell(number, entry.last["top1"], skip_if_finished=True)
+            elif entry.state == "pruned":
+                self.study.tell(number, state=self.states.PRUNED, skip_if_finished=True)
+            elif entry.state in ("failed", "refused"):
+                self.study.tell(number, state=self.states.FAIL, skip_if_finished=True)
+
+
+def distribution(override: Override) -> "BaseDistribution":
+    """What Hydra's grammar says of a key's values: interval(a,b), int(...), tag(log,...), range(a,b), or a list.
+
+    Choices are kept as they are written, so that a trial's parameter is an override's value.
+
+    Raises:
+        ConfigError: the bounds are none.
+    """
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    sweep = override.value()
+    try:
+        if isinstance(sweep, IntervalSweep):
+            assert sweep.start is not None and sweep.end is not None
+            is_log = "log" in sweep.tags
+            if isinstance(sweep.start, int) and isinstance(sweep.end, int):
+                return IntDistribution(sweep.start, sweep.end, log=is_log)
+            return FloatDistribution(sweep.start, sweep.end, log=is_log)
+        values = list(override.sweep_string_iterator())
+        if isinstance(sweep, RangeSweep) and isinstance(sweep.step, int) and isinstance(sweep.start, int):
+            return IntDistribution(int(values[0]), int(values[-1]), step=sweep.step)
+        return CategoricalDistribution(values)
+    except (ValueError, LookupError) as error:
+        raise ConfigError(f"{override.input_line}: is no space to search ({error})") from error
+
+
+def build_pruner(name: str) -> "BasePruner":
+    """median: gives up what is below the median of earlier trials at that epoch (Golovin et al. 2017, section 3.3)."""
+    import optuna
+
+    if name == "median":
+        return optuna.pruners.MedianPruner(n_startup_trials=NUM_WHOLE, n_warmup_steps=1)
+    return optuna.pruners.HyperbandPruner() if name == "hyperband" else optuna.pruners.NopPruner()
