@@ -1,0 +1,329 @@
+"""Sweeps as people run them: jobs killed, the sweep killed, a broken config; the same command finishes it, once."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+from sasa_train.config import ConfigError
+from sasa_train.interrupt import StopRequest
+from sasa_train.lock import lock_folder
+from sasa_train.sweep import __main__ as command_line
+from sasa_train.sweep.ledger import Entry, Ledger
+from sasa_train.sweep.plan import read_plan
+from sasa_train.sweep.processes import JobList, Processes, finish
+
+SMALL = [argument for argument in TINY if not argument.startswith("output_dir")]
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "sasa_train.sweep", *arguments],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finished(process: subprocess.Popen, expect: int) -> str:
+    output, _ = process.communicate(timeout=280)
+    assert process.returncode == expect, output
+    return output
+
+
+def read_ledger(folder: Path) -> dict:
+    (path,) = folder.glob("outputs/*/ledger.json")
+    return json.loads(path.read_text())
+
+
+def wait_for(found, seconds: float = 120.0):
+    """What `found()` gives once it is something."""
+    end = time.monotonic() + seconds
+    while not (result := found()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+    return result
+
+
+def running_jobs(folder: Path) -> list[tuple[int, str]]:
+    """Process and run folder of the jobs that hold one and have begun to train."""
+    found = []
+    for lock in folder.glob("outputs/*/digits-*/.lock"):
+        metrics = lock.with_name("metrics.jsonl")
+        if metrics.exists() and metrics.stat().st_size:
+            process = json.loads(lock.read_text())["process"]
+            if Path(f"/proc/{process}").exists():
+                found.append((process, lock.parent.name))
+    return found
+
+
+def test_a_sweep_survives_kills_and_a_broken_config(tmp_path):
+    """Twelve jobs, one of them broken; two jobs and then the sweep are killed: lost hours, were any of it lost."""
+    arguments = [*SMALL, "trainer.epochs=8", "trainer.max_steps=null", "trainer.checkpoint_every_steps=2"]
+    arguments += ["seed=range(4)", "model.kernel_size=3,4,5", "sweep.max_parallel=4"]
+    arguments[arguments.index("model.kernel_size=3,4,5")] = "model.kernel_size=3,5,7"
+    broken = tmp_path / "twelve.yaml"
+    broken.write_text(
+        "overrides: [" + ", ".join(f'"{a}"' for a in SMALL) + ", trainer.epochs=6, trainer.checkpoint_every_steps=2]\n"
+        "rows:\n" + "".join(f"  - [seed={n}]\n" for n in range(11)) + "  - [seed=11, model.kernel_size=4]\n"
+    )
+    arguments = ["sweep=twelve.yaml", "sweep.max_parallel=4"]
+    sweep = start(tmp_path, *arguments)
+    killed = []
+    for _ in range(2):
+        process, name = wait_for(lambda: [job for job in running_jobs(tmp_path) if job[1] not in killed])[0]
+        os.kill(process, signal.SIGKILL)
+        killed.append(name)
+    wait_for(lambda: any(job["state"] == "done" for job in read_ledger(tmp_path)["jobs"].values()))
+    wait_for(lambda: running_jobs(tmp_path))
+    sweep.kill()
+    finished(sweep, -signal.SIGKILL)
+    done_before = {n for n, job in read_ledger(tmp_path)["jobs"].items() if job["state"] == "done"}
+
+    output = finished(start(tmp_path, *arguments), expect=1)  # one job is refused
+    jobs = read_ledger(tmp_path)["jobs"]
+    states = [job["state"] for job in jobs.values()]
+    assert states.count("done") == 11 and states.count("refused") == 1, output
+    (refused,) = (job for job in jobs.values() if job["state"] == "refused")
+    assert "must be odd" in refused["reason"] and refused["tries"] == [] and "must be odd" in output
+    for name in killed:
+        reasons = [one["reason"] for one in jobs[name]["tries"]]
+        assert "killed by SIGKILL" in reasons and reasons[-1] == "finished", reasons
+    assert all(
+        [one["reason"] for one in jobs[name]["tries"]].count("finished") == 1 for name in jobs if "digits" in name
+    )
+    reasons = [one["reason"] for job in jobs.values() for one in job["tries"]]
+    assert "the sweep ended before it did" in reasons
+    for name in done_before:  # it was not touched again
+        assert all(one["exit_code"] is not None for one in jobs[name]["tries"])
+        starts = json.loads(next(tmp_path.glob(f"outputs/*/{name}/run.json")).read_text())["starts"]
+        assert len(starts) == sum(one["reason"] != "refused" for one in jobs[name]["tries"])
+    assert all(job["last"]["epoch"] == 6 for name, job in jobs.items() if "digits" in name)
+
+    before = [p.stat().st_mtime_ns for p in sorted(tmp_path.glob("outputs/*/digits-*/checkpoints/last.pt"))]
+    output = finished(start(tmp_path, *arguments), expect=1)
+    assert "started" not in output
+    assert before == [p.stat().st_mtime_ns for p in sorted(tmp_path.glob("outputs/*/digits-*/checkpoints/last.pt"))]
+
+
+def test_a_stopped_sweep_saves_its_jobs_and_a_grid_grows_in_place(tmp_path):
+    """Ctrl-C on a sweep of days must lose nothing, and a sixth seed must not cost the five before it."""
+    arguments = [*SMALL, "trainer.epochs=40", "sweep.max_parallel=2"]
+    sweep = start(tmp_path, *arguments, "seed=0,1")
+    wait_for(lambda: len(running_jobs(tmp_path)) == 2)
+    sweep.send_signal(signal.SIGINT)
+    output = finished(sweep, expect=75)
+    jobs = read_ledger(tmp_path)["jobs"]
+    assert {job["state"] for job in jobs.values()} == {"interrupted"}, output
+    assert all("saved at step" in job["reason"] for job in jobs.values())
+
+    finished(start(tmp_path, *arguments, "seed=0,1,2"), expect=0)
+    grown = read_ledger(tmp_path)["jobs"]
+    assert [len(job["tries"]) for job in grown.values()] == [2, 2, 1] and list(grown)[:2] == list(jobs)
+    assert {job["state"] for job in grown.values()} == {"done"}
+
+
+def test_a_failing_job_shows_its_traceback_and_is_tried_three_times(tmp_path):
+    """A job that cannot work must not take the others with it, nor be started for ever."""
+    sweep = start(tmp_path, *SMALL, "trainer.epochs=1", "optimizer.lr=0.1,1e30", "trainer.grad_clip_norm=null")
+    output = finished(sweep, expect=1)
+    jobs = {job["label"]: job for job in read_ledger(tmp_path)["jobs"].values()}
+    assert jobs["optimizer.lr=0.1"]["state"] == "done"
+    failed = jobs["optimizer.lr=1e30"]
+    assert failed["state"] == "failed" and [one["exit_code"] for one in failed["tries"]] == [1, 1, 1]
+    assert output.count("  | ") >= 3 and "not finite" in output
+
+
+def test_a_search_prunes_stops_and_goes_on(tmp_path):
+    """A search of a night that is stopped must end with the trials it was asked for, none lost and none done twice."""
+    pytest.importorskip("optuna")
+    arguments = [*SMALL, "trainer.epochs=4", "optimizer.lr=tag(log,interval(1e-4,1))", "model.kernel_size=3,5"]
+    arguments += ["sweep.num_trials=9", "sweep.max_parallel=2"]
+    sweep = start(tmp_path, *arguments)
+    wait_for(lambda: sum(job["state"] == "done" for job in read_ledger(tmp_path)["jobs"].values()) >= 2)
+    sweep.send_signal(signal.SIGTERM)
+    finished(sweep, expect=75)
+    begun = read_ledger(tmp_path)["jobs"]
+    output = finished(start(tmp_path, *arguments), expect=0)
+    jobs = read_ledger(tmp_path)["jobs"]
+    assert sorted(number for job in jobs.values() for number in job["trials"]) == list(range(9)), output
+    assert begun.keys() <= jobs.keys() and {job["state"] for job in jobs.values()} <= {"done", "pruned"}
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+
+    (journal,) = tmp_path.glob("outputs/*/optuna.journal")
+    study = optuna.load_study(
+        study_name=journal.parent.name, storage=optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
+    )
+    values = {trial.number: trial.value for trial in study.trials if trial.state.name == "COMPLETE"}
+    assert values and all(
+        values[n] == job["last"]["top1"] for job in jobs.values() for n in job["trials"] if n in values
+    )
+    assert {t.state.name for t in study.trials} <= {"COMPLETE", "PRUNED"}
+    finished(start(tmp_path, *arguments), expect=0)
+    assert read_ledger(tmp_path)["jobs"] == jobs
+
+
+def test_names_come_from_content():
+    """Else the same job in another order of words would be another run."""
+    one = read_plan(["experiment=debug", "seed=0,1", "model.kernel_size=3"])
+    other = read_plan(["model.kernel_size=3", "seed=0,1", "experiment=debug"])
+    grown = read_plan(["experiment=debug", "seed=range(5)", "model.kernel_size=3"])
+    assert [job.name for job in one.jobs] == [job.name for job in other.jobs] == [job.name for job in grown.jobs][:2]
+    assert one.folder == other.folder == grown.folder
+    assert one.folder != read_plan(["experiment=debug", "seed=0,1", "model.kernel_size=5"]).folder
+    assert [job.label for job in one.jobs] == ["seed=0", "seed=1"]
+
+
+def test_a_file_and_what_the_command_line_puts_in_its_place(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "overrides: [experiment=debug, 'model.kernel_size=3,5']\n"
+        "rows:\n  - [model.position=none]\n  - [model.position=relative, seed=3]\nmax_parallel: 3\n"
+    )
+    plan = read_plan([f"sweep={path}", "sweep.max_tries=2"])
+    assert (plan.config.max_parallel, plan.config.max_tries) == (3, 2)
+    assert [job.label for job in plan.jobs] == [
+        "model.kernel_size=3 model.position=none",
+        "model.kernel_size=5 model.position=none",
+        "model.kernel_size=3 model.position=relative seed=3",
+        "model.kernel_size=5 model.position=relative seed=3",
+    ]
+    plan = read_plan([f"sweep={path}", "model.kernel_size=7", "seed=0,1"])
+    assert [job.overrides[-3:] for job in plan.jobs] == [
+        ["model.kernel_size=7", f"seed={seed}", f"model.position={position}"]
+        for position in ("none", "relative")
+        for seed in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sweep=paper_tabel4"], "did you mean"),
+        (["sweep.max_paralel=2", "seed=0,1"], "did you mean max_parallel"),
+        (["sweep.max_parallel=0", "seed=0,1"], "sweep.max_parallel=0 must be positive"),
+        (["sweep.max_parallel=many", "seed=0,1"], "max_parallel"),
+        (["trainer.epoch=1,2"], "did you mean trainer.epochs"),
+        (["run_name=mine", "seed=0,1"], "run_name=mine: is not a sweep's to set"),
+        (["output_dir=x", "seed=0,1"], "sweep.output_dir"),
+        (["seed=range(5000)"], "more than 1,000 jobs"),
+        (["optimizer.lr=interval(0,1)"], "cannot be swept over"),
+        (["sweep.num_trials=5", "seed=0"], "nothing to search"),
+        (["sweep.pruner=best", "seed=0,1"], "must be one of none, median, hyperband"),
+        (["sweep.worker=b", "seed=0,1"], "only a search"),
+        (["trainer.epochs=0"], "no job can be started"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_anything_begins(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command_line.run_command(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("outputs/*/logs"))
+
+
+def test_two_sweeps_in_one_folder_are_refused(tmp_path, monkeypatch, capsys):
+    """Two of them would start every job twice."""
+    monkeypatch.chdir(tmp_path)
+    plan = read_plan(["experiment=debug", "seed=0,1"])
+    plan.folder.mkdir(parents=True)
+    code = "import sys, pathlib, sasa_train.lock as l; f = l.lock_folder(pathlib.Path(sys.argv[1])); input()"
+    other = subprocess.Popen([sys.executable, "-c", code, str(plan.folder)], stdin=subprocess.PIPE)
+    wait_for(lambda: (plan.folder / ".lock").exists() and (plan.folder / ".lock").read_text())
+    assert command_line.run_command(["experiment=debug", "seed=0,1"]) == 2
+    assert f"in use by process {other.pid}" in capsys.readouterr().err
+    other.communicate(b"\n")
+
+
+def test_a_run_that_somebody_holds_is_waited_for(tmp_path):
+    """A job of a killed sweep may still be saving: a second start of it would be refused, and count as broken."""
+    (tmp_path / "held").mkdir()
+    code = "import sys, pathlib, sasa_train.lock as l; f = l.lock_folder(pathlib.Path(sys.argv[1])); input()"
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "held")], stdin=subprocess.PIPE)
+    wait_for(lambda: (tmp_path / "held/.lock").exists() and (tmp_path / "held/.lock").read_text())
+    jobs = JobList([Entry("held", [], ""), Entry("free", [], "")], tmp_path)
+    first = jobs.next()
+    assert first is not None and first.name == "free"
+    assert jobs.next() is None and jobs.has_more()
+    other.communicate(b"\n")
+    second = jobs.next()
+    assert second is not None and second.name == "held"
+
+
+def test_a_damaged_ledger_is_kept_aside_and_made_again_from_the_run_folders(tmp_path, monkeypatch, capsys):
+    arguments = [*SMALL, "trainer.epochs=1", "seed=0,1"]
+    finished(start(tmp_path, *arguments), expect=0)
+    (path,) = tmp_path.glob("outputs/*/ledger.json")
+    good = json.loads(path.read_text())["jobs"]
+    path.write_text(path.read_text()[:100])
+    monkeypatch.chdir(tmp_path)
+    assert command_line.run_command(arguments) == 0
+    captured = capsys.readouterr()
+    assert "is damaged" in captured.err and "started" not in captured.out
+    again = json.loads(path.read_text())["jobs"]
+    assert {n: (job["state"], job["last"]) for n, job in again.items()} == {
+        n: ("done", job["last"]) for n, job in good.items()
+    }
+    assert path.with_name("ledger.json.damaged").exists()
+
+
+def test_states_follow_exit_codes(tmp_path):
+    entry = Entry("a", [], "")
+    for code, state in ((75, "interrupted"), (1, "waiting"), (-9, "waiting"), (75, "interrupted"), (1, "waiting")):
+        entry.begin()
+        finish(entry, tmp_path, code, 1.0, max_tries=2, said="said")
+        assert entry.state == state
+    entry.begin()
+    finish(entry, tmp_path, -9, 1.0, max_tries=2, said="said")
+    assert entry.state == "failed" and entry.reason == "killed by SIGKILL"
+    entry.begin()
+    finish(entry, tmp_path, 2, 1.0, max_tries=2, said="seed=-1 must not be negative")
+    assert entry.state == "refused" and entry.reason == "seed=-1 must not be negative"
+
+
+def test_each_place_has_devices_of_its_own(tmp_path, monkeypatch):
+    """Two jobs on one GPU while another idles would cost half of the night."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2,5,7")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    ledger, stop = Ledger(tmp_path / "ledger.json", {}), StopRequest()
+    try:
+
+        def environments(*sweep_keys: str) -> list[dict[str, str]]:
+            config = read_plan(["experiment=debug", "seed=0,1", *sweep_keys]).config
+            processes = Processes(config, tmp_path, ledger, JobList([], tmp_path), stop)
+            return [processes._environment(n) for n in range(len(processes.places))]
+
+        assert [e["CUDA_VISIBLE_DEVICES"] for e in environments()] == ["0", "2", "5", "7"]
+        assert [e["CUDA_VISIBLE_DEVICES"] for e in environments("sweep.devices_per_job=2")] == ["0,2", "5,7"]
+        assert [e["CUDA_VISIBLE_DEVICES"] for e in environments("sweep.max_parallel=2")] == ["0", "2"]
+        with pytest.raises(ConfigError, match=re.escape("sweep.devices_per_job=8, but this machine has 4 GPUs")):
+            environments("sweep.devices_per_job=8")
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        monkeypatch.setattr("sasa_train.sweep.processes.usable_processors", lambda: 8)
+        assert [e["OMP_NUM_THREADS"] for e in environments("sweep.max_parallel=3")] == ["2"] * 3
+        assert [e["OMP_NUM_THREADS"] for e in environments("sweep.max_parallel=12")] == ["1"] * 12
+    finally:
+        stop.restore()
+
+
+def test_every_sweep_that_is_shipped_composes(tmp_path, monkeypatch):
+    from sasa_train.compose import choices
+
+    for name in choices("sweep"):
+        plan = read_plan([f"sweep={name}"])
+        refused = [job.refusal for job in plan.jobs if job.refusal]
+        assert not refused and (plan.jobs or plan.space), (name, refused)
+
+
+def test_lock_is_one_writers(tmp_path):
+    with lock_folder(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["process"] == os.getpid()
