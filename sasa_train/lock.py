@@ -25,10 +25,13 @@ def lock_folder(path: Path, name: str = NAME) -> IO[str]:
     file = _open(path / name)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise ConfigError(f"{path} is in use by {_described(file)}; wait for it, or use another run_name") from None
     except OSError as error:
-        raise ConfigError(f"{path} cannot be locked ({error.strerror}): use an output_dir on a disk that can") from None
+        with file:
+            if isinstance(error, BlockingIOError | PermissionError):
+                text = f"{path} is in use by {_described(file)}; wait for it, or use another run_name"
+            else:
+                text = f"{path} cannot be locked ({error.strerror}): use an output_dir on a disk that can"
+        raise ConfigError(text) from None
     file.truncate(0)
     json.dump({"host": platform.node(), "process": os.getpid(), "started": now()}, file)
     file.flush()

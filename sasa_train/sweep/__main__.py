@@ -21,9 +21,9 @@ USAGE = """usage: sasa-sweep [sweep=NAME] [key=value,value ...] [sweep.KEY=value
   sasa-sweep sweep=digits_search                                 a search with pruning (needs sasa_train[search])
   sasa-sweep sweep=paper_table4 hydra/launcher=submitit_slurm    on Slurm (needs sasa_train[slurm])
 
-Overrides are sasa-train's; several values of a key multiply. One process a job; the sweep's folder holds the ledger, and
-a log and a run folder for each job. The same command again skips what is done, goes on with what was interrupted, tries
-again what failed, and starts what the grid has more than before. More in docs/sweeps.md.
+Overrides are sasa-train's; several values of a key multiply. One process a job; the sweep's folder holds the ledger,
+and a log and a run folder for each job. The same command again skips what is done, goes on with what was interrupted,
+tries again what failed, and starts what the grid has more than before. More in docs/sweeps.md.
 """
 EXIT_CODES = "Exit codes: 0 all done, 75 stopped (run it again), 2 refused, 1 a job failed or was refused."
 

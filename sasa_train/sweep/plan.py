@@ -116,7 +116,7 @@ def _read_config(ours: list[Override]) -> SweepConfig:
         for override in ours:
             if override.key_or_group != "sweep":
                 key = override.key_or_group.removeprefix("sweep.")
-                merged = _merge(merged, {key: override.value()}, "sweep")
+                merged = _merge(merged, {key: override.value()}, f"sweep.{key}={override.value()}")
         config = cast(SweepConfig, OmegaConf.to_object(merged))
     except (*UNREADABLE, OSError) as error:
         raise ConfigError(f"sweep: {shorten(str(error).splitlines()[0])}") from error
@@ -131,7 +131,10 @@ def _merge(merged: Any, values: Any, where: str) -> Any:
     for key in values:
         if key not in known:
             raise ConfigError(f"{where}: unknown key {key!r}: {nearest(str(key), known)}")
-    return OmegaConf.merge(merged, values)
+    try:
+        return OmegaConf.merge(merged, values)
+    except UNREADABLE as error:
+        raise ConfigError(f"{where}: {shorten(str(error).splitlines()[0])}") from error
 
 
 def _sweep_file(name: str) -> Path:
@@ -141,8 +144,7 @@ def _sweep_file(name: str) -> Path:
         return path
     if name.endswith((".yaml", ".yml")) and Path(name).is_file():
         return Path(name)
-    known = choices("sweep")
-    raise ConfigError(f"sweep={name} is none of {', '.join(known)}, nor a .yaml file: {nearest(name, known)}")
+    raise ConfigError(f"sweep={name} is none of {', '.join(choices('sweep'))}, nor a .yaml file that is there")
 
 
 def _validate(config: SweepConfig) -> None:
