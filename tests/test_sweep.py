@@ -41,8 +41,9 @@ def finished(process: subprocess.Popen, expect: int) -> str:
 
 
 def read_ledger(folder: Path) -> dict:
-    (path,) = folder.glob("outputs/*/ledger.json")
-    return json.loads(path.read_text())
+    """The one ledger there, or an empty one where it is not there yet."""
+    found = list(folder.glob("outputs/*/ledger.json"))
+    return json.loads(found[0].read_text()) if found else {"jobs": {}}
 
 
 def wait_for(found, seconds: float = 120.0):
@@ -114,7 +115,7 @@ def test_a_sweep_survives_kills_and_a_broken_config(tmp_path):
 
 def test_a_stopped_sweep_saves_its_jobs_and_a_grid_grows_in_place(tmp_path):
     """Ctrl-C on a sweep of days must lose nothing, and a sixth seed must not cost the five before it."""
-    arguments = [*SMALL, "trainer.epochs=40", "sweep.max_parallel=2"]
+    arguments = [*SMALL, "trainer.epochs=15", "sweep.max_parallel=2"]
     sweep = start(tmp_path, *arguments, "seed=0,1")
     wait_for(lambda: len(running_jobs(tmp_path)) == 2)
     sweep.send_signal(signal.SIGINT)
@@ -133,9 +134,8 @@ def test_a_failing_job_shows_its_traceback_and_is_tried_three_times(tmp_path):
     """A job that cannot work must not take the others with it, nor be started for ever."""
     sweep = start(tmp_path, *SMALL, "trainer.epochs=1", "optimizer.lr=0.1,1e30", "trainer.grad_clip_norm=null")
     output = finished(sweep, expect=1)
-    jobs = {job["label"]: job for job in read_ledger(tmp_path)["jobs"].values()}
-    assert jobs["optimizer.lr=0.1"]["state"] == "done"
-    failed = jobs["optimizer.lr=1e30"]
+    good, failed = read_ledger(tmp_path)["jobs"].values()
+    assert good["state"] == "done" and failed["label"] == "optimizer.lr=1e+30"
     assert failed["state"] == "failed" and [one["exit_code"] for one in failed["tries"]] == [1, 1, 1]
     assert output.count("  | ") >= 3 and "not finite" in output
 
@@ -150,6 +150,7 @@ def test_a_search_prunes_stops_and_goes_on(tmp_path):
     sweep.send_signal(signal.SIGTERM)
     finished(sweep, expect=75)
     begun = read_ledger(tmp_path)["jobs"]
+    assert len(begun) < 9
     output = finished(start(tmp_path, *arguments), expect=0)
     jobs = read_ledger(tmp_path)["jobs"]
     assert sorted(number for job in jobs.values() for number in job["trials"]) == list(range(9)), output

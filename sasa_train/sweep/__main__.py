@@ -12,7 +12,7 @@ from sasa_train.lock import lock_folder
 from sasa_train.sweep.display import Display, counts, final_table
 from sasa_train.sweep.ledger import Ledger, is_finished, note_metrics
 from sasa_train.sweep.plan import SweepConfig, SweepPlan, read_plan
-from sasa_train.sweep.processes import DONE, FAILED, INTERRUPTED, JobList, Processes, Source
+from sasa_train.sweep.processes import DONE, FAILED, INTERRUPTED, JobList, Processes, Source, finish, job_arguments
 
 USAGE = """usage: sasa-sweep [sweep=NAME] [key=value,value ...] [sweep.KEY=value ...]
 
@@ -74,14 +74,38 @@ def sweep(plan: SweepPlan, arguments: list[str], stop: StopRequest) -> int:
         source = job_source(plan, ledger)
         ledger.save()
         print(f"sweep folder  {plan.folder}\n{counts(ledger)}", flush=True)
-        stop.begin_training()  # from here on a signal is passed on to the jobs, which save
-        display = Display()
-        processes = Processes(plan.config, plan.folder, ledger, source, stop)
-        processes.run(display)
-        display.clear()
+        if plan.hydra:
+            stop.restore()  # a launcher's jobs see to signals themselves
+            hand_over(plan, ledger, source)
+        else:
+            stop.begin_training()  # from here on a signal is passed on to the jobs, which save
+            display = Display()
+            Processes(plan.config, plan.folder, ledger, source, stop).run(display)
+            display.clear()
         print(f"\n{final_table(ledger.entries.values())}\n\n{counts(ledger)}")
         print(f"ledger      {ledger.path}\nnext        sasa-report {plan.folder}")
         return exit_code(ledger, stop)
+
+
+def hand_over(plan: SweepPlan, ledger: Ledger, source: Source) -> None:
+    """Give all jobs that are left to the Hydra launcher that was asked for, a cluster's say, and wait for them.
+
+    Raises:
+        ConfigError: there is no such launcher, or the sweep is a search, whose jobs depend on those before.
+    """
+    if plan.config.num_trials is not None:
+        raise ConfigError(f"{' '.join(plan.hydra)}: a search starts its own jobs; start a sasa-sweep on each machine")
+    from sasa_train.hydra_launch import launch
+
+    entries = list(iter(source.next, None))
+    for entry in entries:
+        entry.begin()
+    ledger.save()
+    codes = launch([job_arguments(entry, plan.folder) for entry in entries], plan.hydra, plan.folder / "hydra")
+    for entry, code in zip(entries, codes, strict=True):
+        finish(entry, plan.folder, code, None, plan.config.max_tries, f"see {plan.folder / 'hydra'}")
+        source.ended(entry)
+    ledger.save()
 
 
 def job_source(plan: SweepPlan, ledger: Ledger) -> Source:
