@@ -1,12 +1,15 @@
 """The report's plots, in the style of the benchmarks' charts: told apart in grey and by the colour-blind."""
 
 import io
+import re
 from collections.abc import Callable
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sasa_train.benchmark.charts import DPI, STYLES, new_figure
+from sasa_train.report.intervals import Interval
 from sasa_train.report.rows import Report, Row, paired_difference
 
 MAX_PANELS = 12  # curves of more rows: the best alone
@@ -20,7 +23,9 @@ def draw_charts(report: Report) -> dict[str, bytes]:
     rows = [row for row in report.rows if row.jobs]
     if not rows:
         return {}
-    figures = {"accuracy.png": _draw_accuracy(rows), "curves.png": _draw_curves(rows)}
+    figures = {"curves.png": _draw_curves(rows)}
+    if any(row.flops and row.params for row in rows):
+        figures["accuracy.png"] = _draw_accuracy(rows)
     if any(row.difference for row in rows):
         figures["differences.png"] = _draw_differences(rows)
     if lines := window_lines(rows):
@@ -36,20 +41,22 @@ def _png(figure: Figure) -> bytes:
 
 def short(label: str) -> str:
     """Without the keys' groups, and not too long for a legend."""
-    text = "  ".join(part.rpartition(".")[2] if "=" in part else part for part in _split(label))
+    text = "  ".join(re.sub(r"^[a-z_.]+\.([a-z_0-9]+=)", r"\1", part) for part in label.split("  "))
     return text if len(text) <= MAX_LABEL else text[: MAX_LABEL - 1] + "…"
 
 
-def _split(label: str) -> list[str]:
-    parts = []
-    for part in label.split("  "):
-        key, equals, value = part.partition("=")
-        parts.append(key.rpartition(".")[2] + equals + value if equals else part)
-    return parts
+def limits(intervals: list[Interval]) -> tuple[float, float]:
+    """Room for all means and for the intervals; those of two seeds (t = 12.7) may run out of the picture."""
+    trusted = [i for i in intervals if i.n > 2] or intervals
+    ends = [i.mean + sign * (i.half_width or 0) for i in trusted for sign in (-1, 1)]
+    ends += [i.mean for i in intervals]
+    margin = 0.08 * (max(ends) - min(ends)) or 1.0
+    return min(ends) - margin, max(ends) + margin
 
 
-def _half_width(row: Row) -> float:
-    return (row.top1.half_width if row.top1 else None) or 0.0
+def _top1(row: Row) -> Interval:
+    assert row.top1 is not None  # rows without jobs are not drawn
+    return row.top1
 
 
 def _draw_accuracy(rows: list[Row]) -> Figure:
@@ -65,12 +72,13 @@ def _draw_accuracy(rows: list[Row]) -> Figure:
             color, _, marker, _ = SOLID[i % len(SOLID)]
             face = color if i < len(SOLID) else "white"
             axis.errorbar(
-                quantity(row), row.top1.mean, _half_width(row), color=color, marker=marker, mfc=face, mec="black",
-                mew=0.6, ms=7, lw=1.2, capsize=3, ls="", label=short(row.label),
+                quantity(row), _top1(row).mean, _top1(row).half_width or 0, ecolor="#666666", color=color,
+                marker=marker, mfc=face, mec="black", mew=0.8, ms=7, lw=1, capsize=3, ls="", label=short(row.label),
             )  # fmt: skip
         axis.set_xlabel(label)
         axis.grid(color="#DDDDDD", lw=0.6)
         axis.margins(x=0.1)
+        axis.set_ylim(limits([_top1(row) for row in counted]))
     axes[0].set_ylabel("top1 of the last epoch, percent")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
@@ -78,21 +86,25 @@ def _draw_accuracy(rows: list[Row]) -> Figure:
 
 def _draw_curves(rows: list[Row]) -> Figure:
     """val top1 over epochs: a panel a row, mean and range of the seeds, the reference's mean dashed beside it."""
-    best = sorted(rows, key=lambda row: -row.top1.mean)[:MAX_PANELS]
+    best = sorted(rows, key=lambda row: -_top1(row).mean)[:MAX_PANELS]
     shown = [row for row in rows if row in best]
     num_columns = min(3, len(shown))
     num_rows = -(-len(shown) // num_columns)
     figure, axes = new_figure(num_rows, num_columns, 0.7 + 2.1 * num_rows)
+    for axis in axes[1:]:
+        axis.sharex(axes[0])
+        axis.sharey(axes[0])
     for axis, row in zip(axes, shown, strict=False):
-        if row.reference not in (None, row) and row.reference.jobs:
+        if row.reference is not None and row.reference is not row and row.reference.jobs:
             epochs, means, _, _ = curve(row.reference)
-            axis.plot(epochs, means, color="#111111", ls="--", lw=1, label=f"reference: {short(row.reference.label)}")
+            axis.plot(epochs, means, color="#111111", ls="--", lw=1)
         epochs, means, low, high = curve(row)
         axis.fill_between(epochs, low, high, color=OURS, alpha=0.25, lw=0)
         axis.plot(epochs, means, color=OURS, lw=1.6, marker="o" if len(epochs) < 3 else "")
         axis.set_title(short(row.label), fontsize=8)
         axis.grid(color="#DDDDDD", lw=0.6)
-        axis.sharey(axes[0])
+        axis.label_outer()
+    axes[0].set_ylim(bottom=_late_floor(shown))
     for axis in axes[len(shown) :]:
         axis.set_visible(False)
     figure.supxlabel("epoch", fontsize=9)
@@ -100,6 +112,15 @@ def _draw_curves(rows: list[Row]) -> Figure:
     left_out = f"; the best {len(shown)} of {len(rows)} rows" if len(shown) < len(rows) else ""
     figure.suptitle(f"mean over seeds; band: lowest to highest seed; dashed: the reference{left_out}", fontsize=9)
     return figure
+
+
+def _late_floor(rows: list[Row]) -> float:
+    """Below all curves but their first quarter, so that what tells them apart has the room."""
+    late = []
+    for row in rows:
+        _, _, low, high = curve(row)
+        late += low[len(low) // 4 :] + high[-1:]
+    return min(late) - 0.1 * (max(late) - min(late)) - 0.5
 
 
 def curve(row: Row) -> tuple[list[int], list[float], list[float], list[float]]:
@@ -112,25 +133,36 @@ def curve(row: Row) -> tuple[list[int], list[float], list[float], list[float]]:
 
 def _draw_differences(rows: list[Row]) -> Figure:
     """Each row's paired difference to its reference with the interval, and the paper's beside it."""
-    shown = [row for row in rows if row.difference]
+    shown = [(row, row.difference) for row in rows if row.difference is not None]
     figure, (axis,) = new_figure(1, 1, 1.5 + 0.4 * len(shown))
-    for i, row in enumerate(shown):
-        found = row.difference
-        label = "ours, 95 % interval over seeds" if i == 0 else None
-        axis.errorbar(found.mean, i, xerr=found.half_width or 0, color=OURS, marker="o", lw=1.4, capsize=3, ls="",
-                      label=label)  # fmt: skip
-    of_paper = [(i + 0.22, row.paper_difference) for i, row in enumerate(shown) if row.paper_difference is not None]
+    means = [found.mean for _, found in shown]
+    half_widths = [found.half_width or 0.0 for _, found in shown]
+    places = list(range(len(shown)))
+    axis.errorbar(means, places, xerr=half_widths, color=OURS, marker="o", lw=1.4, capsize=3, ls="", label="ours")
+    of_paper = [
+        (row.paper_difference, i + 0.22) for i, (row, _) in enumerate(shown) if row.paper_difference is not None
+    ]
     if of_paper:
-        places, differences = zip(*of_paper, strict=True)
-        axis.plot(differences, places, color=PAPER, marker="D", mec="black", mew=0.6, ls="", label="the paper's")
+        axis.plot(
+            *zip(*of_paper, strict=True), color=PAPER, marker="D", mec="black", mew=0.6, ls="", label="the paper's"
+        )
     axis.axvline(0, color="black", lw=1)
-    axis.set_yticks(range(len(shown)), [short(row.label) for row in shown], fontsize=8)
+    low, high = limits([found for _, found in shown] + [Interval(mean, None, 0) for mean, _ in [*of_paper, (0.0, 0)]])
+    axis.set_xlim(low, high)
+    axis.set_yticks(places, [short(row.label) for row, _ in shown], fontsize=8)
     axis.invert_yaxis()
-    references = list(dict.fromkeys(short(row.reference.label) for row in shown))
-    axis.set_xlabel(f"top1, percentage points above: {'; '.join(references)}", fontsize=9)
+    references = list(dict.fromkeys(short(row.reference.label) for row, _ in shown if row.reference))
+    axis.set_xlabel(f"top1, percentage points above: {'; '.join(references)} (95 % intervals over seeds)", fontsize=9)
     axis.grid(axis="x", color="#DDDDDD", lw=0.6)
-    axis.legend(frameon=False, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+    axis.legend(*_ours_first(axis), frameon=False, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
+
+
+def _ours_first(axis: Axes) -> tuple[list[Any], list[str]]:
+    """matplotlib puts error bars last."""
+    handles, labels = axis.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda i: not labels[i].startswith("ours"))
+    return [handles[i] for i in order], [labels[i] for i in order]
 
 
 def window_lines(rows: list[Row]) -> dict[str, list[tuple[int, Row]]]:
@@ -146,24 +178,23 @@ def window_lines(rows: list[Row]) -> dict[str, list[tuple[int, Row]]]:
 def _draw_windows(lines: dict[str, list[tuple[int, Row]]]) -> Figure:
     """The paired difference to each line's own reference over the window; the paper's Table 4 beside it."""
     figure, (axis,) = new_figure(1, 1, 3.8)
-    sizes = sorted({size for line in lines.values() for size, _ in line})
     for i, (rest, line) in enumerate(lines.items()):
         color, _, marker, style = SOLID[i % len(SOLID)]
-        reference = window_reference(line)
-        found = [(size, paired_difference(row, reference)) for size, row in line]
-        points = [(size, d.mean, 0.0 if row is reference else d.half_width or 0.0)
-                  for (size, d), (_, row) in zip(found, line, strict=True) if d]  # fmt: skip
+        reference, beside = window_reference(line), 0.1 * (i - (len(lines) - 1) / 2)
+        found = [(size, paired_difference(row, reference), row is reference) for size, row in line]
+        points = [(size + beside, d.mean, 0 if is_it else d.half_width or 0) for size, d, is_it in found if d]
+        name = f"ours, {short(rest)}" if rest else "ours"
         x, y, half_widths = zip(*points, strict=True)
-        name = f"ours{f', {short(rest)}' if rest else ''}"
         axis.errorbar(x, y, half_widths, color=color, marker=marker, ls=style, lw=1.4, capsize=3, label=name)
-    _draw_paper_windows(axis, lines)
+    _draw_paper_windows(axis, next(iter(lines.values())))
     axis.axhline(0, color="black", lw=0.8)
-    axis.set_xticks(sizes)
+    axis.set_xticks(sorted({size for line in lines.values() for size, _ in line}))
     axis.set_xlabel("kernel_size")
-    first = window_reference(next(iter(lines.values())))
-    axis.set_ylabel(f"top1, percentage points\nabove kernel_size {first.config.model.kernel_size or 7}")
+    references = sorted({size for line in lines.values() for size, row in line if row is window_reference(line)})
+    above = " or ".join(map(str, references))
+    axis.set_ylabel(f"top1, percentage points\nabove kernel_size {above} (95 % intervals)", fontsize=9)
     axis.grid(color="#DDDDDD", lw=0.6)
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(*_ours_first(axis), frameon=False, fontsize=8)
     return figure
 
 
@@ -172,12 +203,9 @@ def window_reference(line: list[tuple[int, Row]]) -> Row:
     return next((row for size, row in line if size == 7), line[0][1])
 
 
-def _draw_paper_windows(axis: Axes, lines: dict[str, list[tuple[int, Row]]]) -> None:
-    line = next(iter(lines.values()))
+def _draw_paper_windows(axis: Axes, line: list[tuple[int, Row]]) -> None:
     reference = window_reference(line).paper
     points = [(size, row.paper.top1 - reference.top1) for size, row in line if row.paper and reference]
     if len(points) > 1:
-        x, y = zip(*points, strict=True)
-        axis.plot(
-            x, y, color=PAPER, marker="D", mec="black", mew=0.6, ls="--", label="the paper's, ImageNet, ResNet-50"
-        )
+        label = "the paper's (ImageNet, ResNet-50)"
+        axis.plot(*zip(*points, strict=True), color=PAPER, marker="D", mec="black", mew=0.6, ls="--", label=label)

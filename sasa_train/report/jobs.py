@@ -106,7 +106,8 @@ def _add_sweep(found: Found, folder: Path, ledgers: list[dict[str, Any]]) -> Non
     """One ledger, or those of several workers: of a job that two of them know, the one that has it done."""
     entries: dict[str, dict[str, Any]] = {}
     for ledger in ledgers:
-        sweep = ledger.get("sweep") if isinstance(ledger.get("sweep"), dict) else {}
+        sweep = ledger.get("sweep")
+        sweep = sweep if isinstance(sweep, dict) else {}
         if isinstance(sweep.get("paper_table"), int):
             found.paper_tables.add(sweep["paper_table"])
         if (command := sweep.get("command")) and command not in found.commands:

@@ -2,15 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
 
 from sasa_train.compose import as_written
 from sasa_train.config import (
     NOT_TRAJECTORY,
     NUM_CLASSES,
     ConfigError,
-    ModelConfig,
     TrainConfig,
     flatten,
     resolved_image_size,
@@ -87,9 +84,7 @@ def build_report(jobs: list[Job], table: int | None, reference: str | None, comm
     _name(rows)
     rows.sort(key=_order)
     _choose_references(rows, reference)
-    for row in rows:
-        if row.config is not None:
-            row.params, row.flops = count_model(row)
+    _count_models(rows)
     return Report(rows, [(job, row.label if row else "") for job, row in not_counted], table, commands)
 
 
@@ -207,30 +202,34 @@ def find_row(rows: list[Row], text: str) -> Row:
     return found[0]
 
 
-def count_model(row: Row) -> tuple[int, int] | tuple[None, None]:
-    """Parameters and forward FLOPs of the model that ran, at its image size; None where its classes are not known."""
-    assert row.config is not None
-    num_classes = row.config.model.num_classes or NUM_CLASSES.get(row.config.data.name) or _num_classes_of_runs(row)
-    if num_classes is None:
-        return None, None
-    try:
-        return _count(as_key(row.config.model), num_classes, resolved_image_size(row.config.data))
-    except ConfigError:  # a row all of whose jobs were refused
-        return None, None
+def _count_models(rows: list[Row]) -> None:
+    """Parameters and forward FLOPs of the model that ran, at its image size, counted once where several rows share it.
+
+    Both stay None where the number of classes is not known, or all jobs of the row were refused.
+    """
+    counted: dict[str, tuple[int, int]] = {}
+    for row in rows:
+        key = f"{row.config and row.config.model} {row.config and row.config.data}"
+        if key not in counted and (found := count_model(row)) is not None:
+            counted[key] = found
+        row.params, row.flops = counted.get(key, (None, None))
 
 
-def as_key(model: ModelConfig) -> tuple[tuple[str, Any], ...]:
-    return tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in vars(model).items())
-
-
-@cache
-def _count(model_key: tuple[tuple[str, Any], ...], num_classes: int, image_size: int) -> tuple[int, int]:
+def count_model(row: Row) -> tuple[int, int] | None:
     from sasa_train.models import build_model
     from sasa_train.models.counting import count_flops, count_params, meta_model
 
-    config = ModelConfig(**{key: list(value) if isinstance(value, tuple) else value for key, value in model_key})
-    model = meta_model(lambda: build_model(config, num_classes, image_size))
-    return count_params(model), count_flops(model, image_size)
+    if row.config is None:
+        return None
+    config, size = row.config.model, resolved_image_size(row.config.data)
+    num_classes = config.num_classes or NUM_CLASSES.get(row.config.data.name) or _num_classes_of_runs(row)
+    if num_classes is None:
+        return None
+    try:
+        model = meta_model(lambda: build_model(config, num_classes, size))
+    except ConfigError:
+        return None
+    return count_params(model), count_flops(model, size)
 
 
 def _num_classes_of_runs(row: Row) -> int | None:
