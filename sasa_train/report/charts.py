@@ -12,20 +12,21 @@ from sasa_train.benchmark.charts import DPI, STYLES, new_figure
 from sasa_train.report.intervals import Interval
 from sasa_train.report.rows import Report, Row, paired_difference
 
-MAX_PANELS = 12  # curves of more rows: the best alone
+MAX_ROWS, MAX_PANELS = 24, 12  # of more rows, as a search has, the best alone are drawn
 MAX_LABEL = 48
 OURS, PAPER = "#0072B2", "#E69F00"
+OURS_LABEL = "ours, 95 % interval over seeds"
 SOLID = [style for style in STYLES if style[0] != "#B8B8B8"]  # points and lines need more contrast than bars
 
 
 def draw_charts(report: Report) -> dict[str, bytes]:
     """File name -> PNG, of what there is to draw."""
-    rows = [row for row in report.rows if row.jobs]
+    rows = best([row for row in report.rows if row.jobs], MAX_ROWS)
     if not rows:
         return {}
     figures = {"curves.png": _draw_curves(rows)}
     if any(row.flops and row.params for row in rows):
-        figures["accuracy.png"] = _draw_accuracy(rows)
+        figures["accuracy.png"] = _draw_accuracy([pair for pair in enumerate(report.rows, 1) if pair[1] in rows])
     if any(row.difference for row in rows):
         figures["differences.png"] = _draw_differences(rows)
     if lines := window_lines(rows):
@@ -37,6 +38,12 @@ def _png(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, dpi=DPI, format="png")
     return file.getvalue()
+
+
+def best(rows: list[Row], count: int) -> list[Row]:
+    """Those with the highest top1, in their old order."""
+    chosen = sorted(rows, key=lambda row: -_top1(row).mean)[:count]
+    return [row for row in rows if row in chosen]
 
 
 def short(label: str) -> str:
@@ -59,26 +66,30 @@ def _top1(row: Row) -> Interval:
     return row.top1
 
 
-def _draw_accuracy(rows: list[Row]) -> Figure:
-    """top1 of the last epoch over FLOPs and over parameters, with the interval over seeds."""
-    counted = [row for row in rows if row.flops and row.params]
+def _draw_accuracy(rows: list[tuple[int, Row]]) -> Figure:
+    """top1 of the last epoch over FLOPs and over parameters, with the interval over seeds; numbers are the table's."""
+    counted = [(number, row) for number, row in rows if row.flops and row.params]
     figure, axes = new_figure(1, 2, 3.6 + 0.22 * ((len(counted) + 1) // 2))
     quantities: tuple[tuple[str, Callable[[Row], float]], ...] = (
         ("GFLOPs an image, forward", lambda row: (row.flops or 0) / 1e9),
         ("million parameters", lambda row: (row.params or 0) / 1e6),
     )
     for axis, (label, quantity) in zip(axes, quantities, strict=True):
-        for i, row in enumerate(counted):
+        for i, (number, row) in enumerate(counted):
             color, _, marker, _ = SOLID[i % len(SOLID)]
-            face = color if i < len(SOLID) else "white"
+            face = (color, "white", "#B8B8B8")[i // len(SOLID) % 3]
+            x, found = quantity(row), _top1(row)
             axis.errorbar(
-                quantity(row), _top1(row).mean, _top1(row).half_width or 0, ecolor="#666666", color=color,
-                marker=marker, mfc=face, mec="black", mew=0.8, ms=7, lw=1, capsize=3, ls="", label=short(row.label),
+                x, found.mean, found.half_width or 0, ecolor="#666666", color=color, marker=marker, mfc=face,
+                mec="black", mew=0.8, ms=7, lw=1, capsize=3, ls="", label=f"{number}  {short(row.label)}",
             )  # fmt: skip
+            axis.annotate(f"{number}", (x, found.mean), xytext=(6, 3), textcoords="offset points", fontsize=7)
         axis.set_xlabel(label)
         axis.grid(color="#DDDDDD", lw=0.6)
-        axis.margins(x=0.1)
-        axis.set_ylim(limits([_top1(row) for row in counted]))
+        sizes = [quantity(row) for _, row in counted]
+        around = max(0.1 * (max(sizes) - min(sizes)), 0.05 * max(sizes))  # all but the same size is to look so
+        axis.set_xlim(min(sizes) - around, max(sizes) + around)
+        axis.set_ylim(limits([_top1(row) for _, row in counted]))
     axes[0].set_ylabel("top1 of the last epoch, percent")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
@@ -86,8 +97,7 @@ def _draw_accuracy(rows: list[Row]) -> Figure:
 
 def _draw_curves(rows: list[Row]) -> Figure:
     """val top1 over epochs: a panel a row, mean and range of the seeds, the reference's mean dashed beside it."""
-    best = sorted(rows, key=lambda row: -_top1(row).mean)[:MAX_PANELS]
-    shown = [row for row in rows if row in best]
+    shown = best(rows, MAX_PANELS)
     num_columns = min(3, len(shown))
     num_rows = -(-len(shown) // num_columns)
     figure, axes = new_figure(num_rows, num_columns, 0.7 + 2.1 * num_rows)
@@ -104,6 +114,8 @@ def _draw_curves(rows: list[Row]) -> Figure:
         axis.set_title(short(row.label), fontsize=8)
         axis.grid(color="#DDDDDD", lw=0.6)
         axis.label_outer()
+    for axis in axes[len(shown) - num_columns : len(shown)]:
+        axis.tick_params(labelbottom=True)
     axes[0].set_ylim(bottom=_late_floor(shown))
     for axis in axes[len(shown) :]:
         axis.set_visible(False)
@@ -138,7 +150,7 @@ def _draw_differences(rows: list[Row]) -> Figure:
     means = [found.mean for _, found in shown]
     half_widths = [found.half_width or 0.0 for _, found in shown]
     places = list(range(len(shown)))
-    axis.errorbar(means, places, xerr=half_widths, color=OURS, marker="o", lw=1.4, capsize=3, ls="", label="ours")
+    axis.errorbar(means, places, xerr=half_widths, color=OURS, marker="o", lw=1.4, capsize=3, ls="", label=OURS_LABEL)
     of_paper = [
         (row.paper_difference, i + 0.22) for i, (row, _) in enumerate(shown) if row.paper_difference is not None
     ]
@@ -152,7 +164,8 @@ def _draw_differences(rows: list[Row]) -> Figure:
     axis.set_yticks(places, [short(row.label) for row, _ in shown], fontsize=8)
     axis.invert_yaxis()
     references = list(dict.fromkeys(short(row.reference.label) for row, _ in shown if row.reference))
-    axis.set_xlabel(f"top1, percentage points above: {'; '.join(references)} (95 % intervals over seeds)", fontsize=9)
+    above = references[0] if len(references) == 1 else "its reference"
+    axis.set_xlabel(f"top1, percentage points above {above}", fontsize=9)
     axis.grid(axis="x", color="#DDDDDD", lw=0.6)
     axis.legend(*_ours_first(axis), frameon=False, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
