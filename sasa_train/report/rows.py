@@ -19,7 +19,7 @@ from sasa_train.report.intervals import Interval, mean_interval
 from sasa_train.report.jobs import Job
 
 
-@dataclass
+@dataclass(eq=False)  # rows refer to one another
 class Row:
     """`settings` are the keys that differ between the rows, with their values as written."""
 
