@@ -8,6 +8,7 @@ from typing import Any
 
 from sasa_train.compose import compose_config, load_config_file
 from sasa_train.config import ConfigError, TrainConfig
+from sasa_train.report.beside_paper import VARIED
 
 LEDGER_VERSION = 1
 STATES = {"finished": "done"}  # what run.json calls otherwise than a ledger
@@ -90,7 +91,10 @@ def read_ledger(path: Path) -> dict[str, Any]:
     version = ledger.get("format_version") if isinstance(ledger, dict) else None
     if version != LEDGER_VERSION:
         raise ConfigError(f"{path}: is no ledger of format {LEDGER_VERSION} (format_version={version!r}); {remedy}")
-    jobs = ledger.get("jobs")
+    sweep, jobs = ledger.get("sweep"), ledger.get("jobs")
+    table = sweep.get("paper_table") if isinstance(sweep, dict) else None
+    if table is not None and table not in VARIED:
+        raise ConfigError(f"{path}: paper_table={table!r} must be one of {', '.join(map(str, VARIED))}, or null")
     if not isinstance(jobs, dict) or not all(_is_entry(entry) for entry in jobs.values()):
         raise ConfigError(f"{path}: is damaged: its jobs are not names with overrides and a state; {remedy}")
     return ledger
@@ -108,8 +112,8 @@ def _add_sweep(found: Found, folder: Path, ledgers: list[dict[str, Any]]) -> Non
     for ledger in ledgers:
         sweep = ledger.get("sweep")
         sweep = sweep if isinstance(sweep, dict) else {}
-        if isinstance(sweep.get("paper_table"), int):
-            found.paper_tables.add(sweep["paper_table"])
+        if (table := sweep.get("paper_table")) is not None:
+            found.paper_tables.add(table)
         if (command := sweep.get("command")) and command not in found.commands:
             found.commands.append(str(command))
         for name, entry in ledger["jobs"].items():

@@ -78,9 +78,12 @@ def build_report(jobs: list[Job], table: int | None, reference: str | None, comm
     """Group the jobs, name the rows, choose what each is compared with, count parameters and FLOPs.
 
     Raises:
-        ConfigError: `reference` names no row or several; no job has any row.
+        ConfigError: `reference` names no row or several; or there is no job whose settings are known.
     """
     rows, not_counted = _group(jobs, table)
+    if not rows:
+        reasons = "".join(f"\n  {job.name}: {job.reason}" for job, _ in not_counted)
+        raise ConfigError(f"there are no jobs to report on{reasons}")
     _name(rows)
     rows.sort(key=_order)
     _choose_references(rows, reference)
