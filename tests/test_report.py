@@ -5,11 +5,14 @@ import importlib.util
 import itertools
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import timm
 import yaml
+from PIL import Image
 from tensorboard import context
 from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
 from tensorboard.plugins import base_plugin
@@ -68,6 +71,12 @@ def write_sweep(folder: Path, results: dict, table=None, name="ledger.json", bas
     return folder
 
 
+@pytest.fixture
+def without_matplotlib(monkeypatch):
+    """As where the extra `plots` is not installed; and seconds faster."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+
 def report_of(folder: Path, reference: str | None = None):
     found = find_jobs([folder])
     table = next(iter(found.paper_tables), None)
@@ -107,7 +116,7 @@ def test_a_paired_difference_solved_by_hand(tmp_path):
 # From folders to rows
 
 
-def test_every_job_is_in_the_figures_or_listed_with_its_reason(tmp_path, capsys):
+def test_every_job_is_in_the_figures_or_listed_with_its_reason(tmp_path, capsys, without_matplotlib):
     """A sweep that hides its failures shows the mean of the lucky ones."""
     k3, k5, k7 = (("model.kernel_size=3",), ("model.kernel_size=5",), ("model.kernel_size=7",))
     results = {(k3, 0): [50.0, 60.0, 58.0], (k3, 1): [50.0, 54.0, 54.0], (k5, 0): [61.0], (k7, 0): ("waiting", "")}
@@ -150,7 +159,7 @@ def test_a_seed_that_ran_twice_counts_once(tmp_path):
     assert [(job.name, job.state) for job, _ in report.not_counted] == [("ledger-2", "repeated")]
 
 
-def test_plain_run_folders_need_no_ledger(tmp_path, capsys):
+def test_plain_run_folders_need_no_ledger(tmp_path, capsys, without_matplotlib):
     """What `sasa-train -m` leaves: states come from run.json, settings from config.yaml."""
     for width, seed in itertools.product((0.125, 0.25), (0, 1)):
         overrides = [*BASE, f"model.width={width}", f"seed={seed}"]
@@ -196,18 +205,30 @@ def test_what_cannot_be_reported_is_refused(tmp_path, capsys):
     assert command.run_command([str(tmp_path / "empty")]) == 2 and "no jobs" in capsys.readouterr().err
 
 
+def test_help_needs_no_torch():
+    code = "import sys, sasa_train.report.__main__ as r; r.run_command(['--help']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--reference" in done.stdout and done.stdout.endswith("False\n")
+
+
 # The plots
 
 
-def test_plots_show_what_there_is_and_are_no_condition(tmp_path, monkeypatch, capsys):
+def windows(folder: Path) -> Path:
     results = {((f"model.kernel_size={k}",), seed): [40.0, 50.0 + k + seed] for k in (3, 5, 7) for seed in (0, 1, 2)}
-    sweep = write_sweep(tmp_path / "s", results, table=4)
+    return write_sweep(folder, results, table=4)
+
+
+def test_plots_are_drawn_beside_the_table(tmp_path):
+    sweep = windows(tmp_path / "s")
     assert command.run_command([str(sweep)]) == 0
     pictures = sorted(path.name for path in (sweep / "report").glob("*.png"))
     assert pictures == ["accuracy.png", "curves.png", "differences.png", "window.png"]
-    assert all((sweep / "report" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert command.run_command([str(sweep), "--out", str(tmp_path / "plain")]) == 0
+    assert all(min(Image.open(sweep / "report" / name).size) > 300 for name in pictures)
+
+
+def test_tables_need_no_matplotlib(tmp_path, capsys, without_matplotlib):
+    assert command.run_command([str(windows(tmp_path / "s")), "--out", str(tmp_path / "plain")]) == 0
     assert sorted(path.name for path in (tmp_path / "plain").iterdir()) == ["table.csv", "table.json", "table.md"]
     assert "pip install 'sasa_train[plots]'" in capsys.readouterr().err
 

@@ -93,7 +93,7 @@ def read_ledger(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: is no ledger of format {LEDGER_VERSION} (format_version={version!r}); {remedy}")
     sweep, jobs = ledger.get("sweep"), ledger.get("jobs")
     table = sweep.get("paper_table") if isinstance(sweep, dict) else None
-    if table is not None and table not in VARIED:
+    if table is not None and table not in list(VARIED):
         raise ConfigError(f"{path}: paper_table={table!r} must be one of {', '.join(map(str, VARIED))}, or null")
     if not isinstance(jobs, dict) or not all(_is_entry(entry) for entry in jobs.values()):
         raise ConfigError(f"{path}: is damaged: its jobs are not names with overrides and a state; {remedy}")

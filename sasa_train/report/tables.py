@@ -45,7 +45,7 @@ def _cells(report: Report, number: int, row: Row) -> dict[str, str]:
         "seeds": f"{len(row.jobs)}/{row.num_jobs}",
         "top1, last epoch": _interval(row.top1),
         "best epoch": _number(row.mean(lambda job: job.best), "{:.2f}"),
-        "difference": "reference" if row.reference is row else _interval(row.difference, sign="+"),
+        "difference": "reference" if row.reference is row else _difference(row),
         "excludes 0": _yes_no(row.difference),
     }
     if of_paper:
@@ -80,6 +80,13 @@ def _interval(interval: Interval | None, sign: str = "") -> str:
     return f"{interval.mean:{sign}.2f} ± {interval.half_width:.2f}"
 
 
+def _difference(row: Row) -> str:
+    """With the number of pairs where some seeds have no partner."""
+    found = row.difference
+    alone = found is not None and 1 < found.n < len(row.jobs)
+    return _interval(found, sign="+") + (f" ({found.n} pairs)" if found and alone else "")
+
+
 def _number(interval: Interval | None, form: str) -> str:
     return form.format(interval.mean) if interval else "-"
 
@@ -111,7 +118,10 @@ def notes(report: Report) -> list[str]:
     )
     references = list(dict.fromkeys(row.reference.label for row in report.rows if row.reference is not None))
     if references:
-        found.append(f"difference: top1 less that of {'; '.join(references)}, paired by seed")
+        against = references[0] if len(references) == 1 else f"the reference row ({'; '.join(references)})"
+        found.append(f"difference: top1 less that of {against}, paired by seed")
+    if (num_intervals := sum(row.difference is not None for row in report.rows)) > 2:
+        found.append(f"{num_intervals} differences: where none is real, one in twenty intervals still excludes 0")
     counts = {len(row.jobs) for row in report.rows if row.jobs}
     if counts and min(counts) < FEW:
         found.append(
