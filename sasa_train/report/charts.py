@@ -48,7 +48,7 @@ def best(rows: list[Row], count: int) -> list[Row]:
 
 def short(label: str) -> str:
     """Without the keys' groups, and not too long for a legend."""
-    text = "  ".join(re.sub(r"^[a-z_.]+\.([a-z_0-9]+=)", r"\1", part) for part in label.split("  "))
+    text = ", ".join(re.sub(r"^[a-z_.]+\.([a-z_0-9]+=)", r"\1", part) for part in label.split(", "))
     return text if len(text) <= MAX_LABEL else text[: MAX_LABEL - 1] + "…"
 
 
@@ -182,7 +182,7 @@ def window_lines(rows: list[Row]) -> dict[str, list[tuple[int, Row]]]:
     """Rows that differ in kernel_size alone, by what else is set; each line by rising kernel_size."""
     lines: dict[str, list[tuple[int, Row]]] = {}
     for row in rows:
-        rest = "  ".join(f"{k}={v}" for k, v in row.settings.items() if k != "model.kernel_size")
+        rest = ", ".join(f"{k}={v}" for k, v in row.settings.items() if k != "model.kernel_size")
         if "model.kernel_size" in row.settings and row.config is not None:
             lines.setdefault(rest, []).append((row.config.model.kernel_size or 7, row))
     return {rest: sorted(line, key=lambda point: point[0]) for rest, line in lines.items() if len(line) > 1}

@@ -152,7 +152,7 @@ def _name(rows: list[Row]) -> None:
             for key, value in row.settings.items()
             if row.paper is None or len({other.settings.get(key) for other in same}) > 1
         }
-        row.label = "  ".join(([row.paper.label] if row.paper else []) + [f"{k}={v}" for k, v in apart.items()])
+        row.label = ", ".join(([row.paper.label] if row.paper else []) + [f"{k}={v}" for k, v in apart.items()])
         row.label = row.label or "all jobs"
 
 
