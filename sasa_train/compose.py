@@ -188,15 +188,15 @@ def to_yaml(config: TrainConfig) -> str:
 def as_overrides(config: TrainConfig) -> list[str]:
     """The shortest command line that composes this very config: `compose_config(as_overrides(config)) == config`."""
     defaults = flatten(compose_config([]))
-    return [f"{key}={_as_written(value)}" for key, value in flatten(config).items() if value != defaults[key]]
+    return [f"{key}={as_written(value)}" for key, value in flatten(config).items() if value != defaults[key]]
 
 
-def _as_written(value: Any) -> str:
+def as_written(value: Any) -> str:
     """A value in Hydra's grammar."""
     if isinstance(value, dict):
-        return "{" + ",".join(f"{name}:{_as_written(part)}" for name, part in value.items()) + "}"
+        return "{" + ",".join(f"{name}:{as_written(part)}" for name, part in value.items()) + "}"
     if isinstance(value, list):
-        return "[" + ",".join(_as_written(part) for part in value) + "]"
+        return "[" + ",".join(as_written(part) for part in value) + "]"
     if isinstance(value, str):
         is_word = re.fullmatch(r"[A-Za-z_/][A-Za-z0-9_/.-]*", value) and value.lower() not in WORDS
         return value if is_word else QuotedString(value, Quote.single).with_quotes()

@@ -111,14 +111,15 @@ class RunLogger:
                 for name, parameter in model.named_parameters():
                     board.add_histogram(f"weights/{name}", parameter, step)
 
-    def write_hparams(self, config: dict[str, Any], last_val: dict[str, Any]) -> None:
-        """The config beside the final metrics, for TensorBoard's HParams page."""
+    def write_hparams(self, config: dict[str, Any]) -> None:
+        """The config, for TensorBoard's HParams page, which sets it beside the last metrics."""
         shown = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in config.items()}
-        metrics = {f"val/{key}": last_val[key] for key in ("top1", "loss") if key in last_val}
         with self._board_may_fail() as board:
             if board is not None:
-                for summary in hparams(shown, metrics):
-                    board._get_file_writer().add_summary(summary)  # add_hparams would make a run of its own
+                # The first summary would declare this run's keys as those of a whole sweep; left out, TensorBoard
+                # gathers them from all runs and knows which differ. (add_hparams would make a run of its own.)
+                for summary in hparams(shown, {})[1:]:
+                    board._get_file_writer().add_summary(summary)
 
     def advance(self) -> None:
         self._bar.update()

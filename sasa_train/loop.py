@@ -63,7 +63,7 @@ class Loop:
         if self.config.trainer.profile_steps and self.profiler.step_num <= WAIT + WARMUP:
             say(f"no profile: the run ended before step {WAIT + WARMUP + 1} after its start")
         if finished:
-            self.logger.write_hparams(trajectory(self.config), self.last_val)
+            self.logger.write_hparams(trajectory(self.config))
         return finished
 
     def run_epochs(self) -> bool:

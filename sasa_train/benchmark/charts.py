@@ -36,7 +36,7 @@ def _style(names: list[str]) -> dict[str, tuple]:
     return {name: STYLES[(i + offset) % len(STYLES)] for i, name in enumerate(ordered)}
 
 
-def _new_figure(num_rows: int, num_columns: int, height: float) -> tuple[Figure, list[Axes]]:
+def new_figure(num_rows: int, num_columns: int, height: float) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
     for axis in axes:
@@ -52,7 +52,7 @@ def _draw_shapes(rows: list[dict[str, Any]]) -> Figure:
     shown = [row for row in rows if not (is_ratio and row["backend"] == "conv")] or rows
     names = list(dict.fromkeys(row["backend"] for row in shown))
     styles = _style(list(dict.fromkeys(row["backend"] for row in rows)))
-    figure, (axis,) = _new_figure(1, 1, 4.2)
+    figure, (axis,) = new_figure(1, 1, 4.2)
     width = 0.8 / len(names)
     for i, name in enumerate(names):
         for row in (row for row in shown if row["backend"] == name):
@@ -94,7 +94,7 @@ def _draw_growth(rows: list[dict[str, Any]]) -> Figure:
         quantities.append(("memory_bytes_per_image", "MiB an image at the peak", 2**-20))
     panels = [(axis, *quantity) for quantity in quantities for axis in ("map", "window")]
     styles = _style(list(dict.fromkeys(row["backend"] for row in rows)))
-    figure, axes = _new_figure(len(quantities), 2, 0.4 + 3.3 * len(quantities))
+    figure, axes = new_figure(len(quantities), 2, 0.4 + 3.3 * len(quantities))
     for panel, (axis_name, key, label, unit) in zip(axes, panels, strict=True):
         by_map = axis_name == "map"
         mine = [row for row in rows if row["axis"] == axis_name]
@@ -131,7 +131,7 @@ def _median(value: Any) -> float:
 
 def _draw_models(rows: list[dict[str, Any]]) -> Figure:
     """Bars of images/s with the range, training beside inference."""
-    figure, axes = _new_figure(1, 2, 1.6 + 0.45 * len(rows))
+    figure, axes = new_figure(1, 2, 1.6 + 0.45 * len(rows))
     for axis, what in zip(axes, ("training", "inference"), strict=True):
         for i, row in enumerate(rows):
             found, (color, hatch, *_) = row[f"{what}_images_per_sec"], STYLES[i % len(STYLES)]

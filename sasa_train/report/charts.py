@@ -1,0 +1,225 @@
+"""The report's plots, in the style of the benchmarks' charts: told apart in grey and by the colour-blind."""
+
+import io
+import re
+from collections.abc import Callable
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sasa_train.benchmark.charts import DPI, STYLES, new_figure
+from sasa_train.report.intervals import Interval
+from sasa_train.report.rows import Report, Row, paired_difference
+
+MAX_ROWS, MAX_PANELS = 24, 12  # of more rows, as a search has, the best alone are drawn
+MAX_LABEL = 48
+OURS, PAPER = "#0072B2", "#E69F00"
+OURS_LABEL = "ours, 95 % interval over seeds"
+SOLID = [style for style in STYLES if style[0] != "#B8B8B8"]  # points and lines need more contrast than bars
+
+
+def draw_charts(report: Report) -> dict[str, bytes]:
+    """File name -> PNG, of what there is to draw."""
+    rows = best([row for row in report.rows if row.jobs], MAX_ROWS)
+    if not rows:
+        return {}
+    figures = {"curves.png": _draw_curves(rows)}
+    if any(row.flops and row.params for row in rows):
+        figures["accuracy.png"] = _draw_accuracy([pair for pair in enumerate(report.rows, 1) if pair[1] in rows])
+    if any(row.difference for row in rows):
+        figures["differences.png"] = _draw_differences(rows)
+    if lines := window_lines(rows):
+        figures["window.png"] = _draw_windows(lines)
+    return {name: _png(figure) for name, figure in figures.items()}
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, dpi=DPI, format="png")
+    return file.getvalue()
+
+
+def best(rows: list[Row], count: int) -> list[Row]:
+    """Those with the highest top1, in their old order."""
+    chosen = sorted(rows, key=lambda row: -_top1(row).mean)[:count]
+    return [row for row in rows if row in chosen]
+
+
+def short(label: str) -> str:
+    """Without the keys' groups, and not too long for a legend."""
+    text = ", ".join(re.sub(r"^[a-z_.]+\.([a-z_0-9]+=)", r"\1", part) for part in label.split(", "))
+    return text if len(text) <= MAX_LABEL else text[: MAX_LABEL - 1] + "…"
+
+
+def limits(intervals: list[Interval]) -> tuple[float, float]:
+    """Room for all means and for the intervals; those of two seeds (t = 12.7) may run out of the picture."""
+    trusted = [i for i in intervals if i.n > 2] or intervals
+    ends = [i.mean + sign * (i.half_width or 0) for i in trusted for sign in (-1, 1)]
+    ends += [i.mean for i in intervals]
+    margin = 0.08 * (max(ends) - min(ends)) or 1.0
+    return min(ends) - margin, max(ends) + margin
+
+
+def _top1(row: Row) -> Interval:
+    assert row.top1 is not None  # rows without jobs are not drawn
+    return row.top1
+
+
+def _draw_accuracy(rows: list[tuple[int, Row]]) -> Figure:
+    """top1 of the last epoch over FLOPs and over parameters, with the interval over seeds; numbers are the table's."""
+    counted = [(number, row) for number, row in rows if row.flops and row.params]
+    figure, axes = new_figure(1, 2, 3.6 + 0.22 * ((len(counted) + 1) // 2))
+    quantities: tuple[tuple[str, Callable[[Row], float]], ...] = (
+        ("GFLOPs an image, forward", lambda row: (row.flops or 0) / 1e9),
+        ("million parameters", lambda row: (row.params or 0) / 1e6),
+    )
+    for axis, (label, quantity) in zip(axes, quantities, strict=True):
+        for i, (number, row) in enumerate(counted):
+            color, _, marker, _ = SOLID[i % len(SOLID)]
+            face = (color, "white", "#B8B8B8")[i // len(SOLID) % 3]
+            x, found = quantity(row), _top1(row)
+            axis.errorbar(
+                x, found.mean, found.half_width or 0, ecolor="#666666", color=color, marker=marker, mfc=face,
+                mec="black", mew=0.8, ms=7, lw=1, capsize=3, ls="", label=f"{number}  {short(row.label)}",
+            )  # fmt: skip
+            axis.annotate(f"{number}", (x, found.mean), xytext=(6, 3), textcoords="offset points", fontsize=7)
+        axis.set_xlabel(label)
+        axis.locator_params(axis="x", nbins=5)
+        axis.grid(color="#DDDDDD", lw=0.6)
+        sizes = [quantity(row) for _, row in counted]
+        around = max(0.1 * (max(sizes) - min(sizes)), 0.05 * max(sizes))  # all but the same size is to look so
+        axis.set_xlim(min(sizes) - around, max(sizes) + around)
+        axis.set_ylim(limits([_top1(row) for _, row in counted]))
+    axes[0].set_ylabel("top1 of the last epoch, percent")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
+def _draw_curves(rows: list[Row]) -> Figure:
+    """val top1 over epochs: a panel a row, mean and range of the seeds, the reference's mean dashed beside it."""
+    shown = best(rows, MAX_PANELS)
+    num_columns = min(3, len(shown))
+    num_rows = -(-len(shown) // num_columns)
+    figure, axes = new_figure(num_rows, num_columns, 0.7 + 2.1 * num_rows)
+    for axis in axes[1:]:
+        axis.sharex(axes[0])
+        axis.sharey(axes[0])
+    for axis, row in zip(axes, shown, strict=False):
+        if row.reference is not None and row.reference is not row and row.reference.jobs:
+            epochs, means, _, _ = curve(row.reference)
+            axis.plot(epochs, means, color="#111111", ls="--", lw=1)
+        epochs, means, low, high = curve(row)
+        axis.fill_between(epochs, low, high, color=OURS, alpha=0.25, lw=0)
+        axis.plot(epochs, means, color=OURS, lw=1.6, marker="o" if len(epochs) < 3 else "")
+        axis.set_title(short(row.label), fontsize=8)
+        axis.grid(color="#DDDDDD", lw=0.6)
+        axis.label_outer()
+    for axis in axes[len(shown) - num_columns : len(shown)]:
+        axis.tick_params(labelbottom=True)
+    axes[0].set_ylim(bottom=_late_floor(shown))
+    for axis in axes[len(shown) :]:
+        axis.set_visible(False)
+    figure.supxlabel("epoch", fontsize=9)
+    figure.supylabel("val top1, percent", fontsize=9)
+    left_out = f"; the best {len(shown)} of {len(rows)} rows" if len(shown) < len(rows) else ""
+    figure.suptitle(f"mean over seeds; band: lowest to highest seed; dashed: the reference{left_out}", fontsize=9)
+    return figure
+
+
+def _late_floor(rows: list[Row]) -> float:
+    """Below all curves but their first quarter, so that what tells them apart has the room."""
+    late = []
+    for row in rows:
+        _, _, low, high = curve(row)
+        late += low[len(low) // 4 :] + high[-1:]
+    return min(late) - 0.1 * (max(late) - min(late)) - 0.5
+
+
+def curve(row: Row) -> tuple[list[int], list[float], list[float], list[float]]:
+    """Epochs that every seed has evaluated, with the mean, lowest and highest top1."""
+    by_epoch = [{val["epoch"]: val["top1"] for val in job.val} for job in row.jobs.values()]
+    epochs = sorted(set.intersection(*(set(seed) for seed in by_epoch)))
+    values = [[seed[epoch] for seed in by_epoch] for epoch in epochs]
+    return epochs, [sum(v) / len(v) for v in values], [min(v) for v in values], [max(v) for v in values]
+
+
+def _draw_differences(rows: list[Row]) -> Figure:
+    """Each row's paired difference to its reference with the interval, and the paper's beside it."""
+    shown = [(row, row.difference) for row in rows if row.difference is not None]
+    figure, (axis,) = new_figure(1, 1, 1.5 + 0.4 * len(shown))
+    means = [found.mean for _, found in shown]
+    half_widths = [found.half_width or 0.0 for _, found in shown]
+    places = list(range(len(shown)))
+    axis.errorbar(means, places, xerr=half_widths, color=OURS, marker="o", lw=1.4, capsize=3, ls="", label=OURS_LABEL)
+    of_paper = [
+        (row.paper_difference, i + 0.22) for i, (row, _) in enumerate(shown) if row.paper_difference is not None
+    ]
+    if of_paper:
+        axis.plot(
+            *zip(*of_paper, strict=True), color=PAPER, marker="D", mec="black", mew=0.6, ls="", label="the paper's"
+        )
+    axis.axvline(0, color="black", lw=1)
+    low, high = limits([found for _, found in shown] + [Interval(mean, None, 0) for mean, _ in [*of_paper, (0.0, 0)]])
+    axis.set_xlim(low, high)
+    axis.set_yticks(places, [short(row.label) for row, _ in shown], fontsize=8)
+    axis.invert_yaxis()
+    references = list(dict.fromkeys(short(row.reference.label) for row, _ in shown if row.reference))
+    above = references[0] if len(references) == 1 else "its reference"
+    axis.set_xlabel(f"top1, percentage points above {above}", fontsize=9)
+    axis.grid(axis="x", color="#DDDDDD", lw=0.6)
+    axis.legend(*_ours_first(axis), frameon=False, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+    return figure
+
+
+def _ours_first(axis: Axes) -> tuple[list[Any], list[str]]:
+    """matplotlib puts error bars last."""
+    handles, labels = axis.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda i: not labels[i].startswith("ours"))
+    return [handles[i] for i in order], [labels[i] for i in order]
+
+
+def window_lines(rows: list[Row]) -> dict[str, list[tuple[int, Row]]]:
+    """Rows that differ in kernel_size alone, by what else is set; each line by rising kernel_size."""
+    lines: dict[str, list[tuple[int, Row]]] = {}
+    for row in rows:
+        rest = ", ".join(f"{k}={v}" for k, v in row.settings.items() if k != "model.kernel_size")
+        if "model.kernel_size" in row.settings and row.config is not None:
+            lines.setdefault(rest, []).append((row.config.model.kernel_size or 7, row))
+    return {rest: sorted(line, key=lambda point: point[0]) for rest, line in lines.items() if len(line) > 1}
+
+
+def _draw_windows(lines: dict[str, list[tuple[int, Row]]]) -> Figure:
+    """The paired difference to each line's own reference over the window; the paper's Table 4 beside it."""
+    figure, (axis,) = new_figure(1, 1, 3.8)
+    for i, (rest, line) in enumerate(lines.items()):
+        color, _, marker, style = SOLID[i % len(SOLID)]
+        reference, beside = window_reference(line), 0.1 * (i - (len(lines) - 1) / 2)
+        found = [(size, paired_difference(row, reference), row is reference) for size, row in line]
+        points = [(size + beside, d.mean, 0 if is_it else d.half_width or 0) for size, d, is_it in found if d]
+        name = f"ours, {short(rest)}" if rest else "ours"
+        x, y, half_widths = zip(*points, strict=True)
+        axis.errorbar(x, y, half_widths, color=color, marker=marker, ls=style, lw=1.4, capsize=3, label=name)
+    _draw_paper_windows(axis, next(iter(lines.values())))
+    axis.axhline(0, color="black", lw=0.8)
+    axis.set_xticks(sorted({size for line in lines.values() for size, _ in line}))
+    axis.set_xlabel("kernel_size")
+    references = sorted({size for line in lines.values() for size, row in line if row is window_reference(line)})
+    above = " or ".join(map(str, references))
+    axis.set_ylabel(f"top1, percentage points\nabove kernel_size {above} (95 % intervals)", fontsize=9)
+    axis.grid(color="#DDDDDD", lw=0.6)
+    axis.legend(*_ours_first(axis), frameon=False, fontsize=8)
+    return figure
+
+
+def window_reference(line: list[tuple[int, Row]]) -> Row:
+    """kernel_size 7, the paper's default, or else the smallest."""
+    return next((row for size, row in line if size == 7), line[0][1])
+
+
+def _draw_paper_windows(axis: Axes, line: list[tuple[int, Row]]) -> None:
+    reference = window_reference(line).paper
+    points = [(size, row.paper.top1 - reference.top1) for size, row in line if row.paper and reference]
+    if len(points) > 1:
+        label = "the paper's (ImageNet, ResNet-50)"
+        axis.plot(*zip(*points, strict=True), color=PAPER, marker="D", mec="black", mew=0.6, ls="--", label=label)

@@ -1,0 +1,360 @@
+"""sasa-report: figures solved by hand, jobs that must not get lost, and the paper's tables as sweeps."""
+
+import csv
+import importlib.util
+import itertools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import yaml
+from PIL import Image
+from tensorboard import context
+from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
+from tensorboard.plugins import base_plugin
+from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
+
+from sasa_train import train
+from sasa_train.compose import compose_config, config_dir, parse_overrides, to_yaml
+from sasa_train.config import ConfigError
+from sasa_train.models import build_model, check_model
+from sasa_train.models.counting import count_params, meta_model
+from sasa_train.paper import ROWS
+from sasa_train.report import __main__ as command
+from sasa_train.report.beside_paper import paper_reference, paper_row
+from sasa_train.report.intervals import mean_interval, t_quantile
+from sasa_train.report.jobs import find_jobs
+from sasa_train.report.rows import build_report, paired_difference
+
+SWEEPS = sorted(path.stem for path in (config_dir() / "sweep").glob("*table*.yaml"))
+BASE = ("experiment=debug",)
+
+
+def write_run(folder: Path, overrides, top1s, **info) -> None:
+    """A run folder as sasa-train leaves it, with one val row an epoch."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(compose_config(overrides)))
+    rows = []
+    for epoch, top1 in enumerate(top1s, 1):
+        rows.append(
+            {"split": "train", "step": epoch, "epoch": epoch, "loss": 1.0, "top1": 9.0, "images_per_sec": 100.0}
+        )
+        rows.append({"split": "val", "step": epoch, "epoch": epoch, "loss": None, "top1": top1, "top5": 99.0})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "run.json").write_text(json.dumps({"status": "finished", "seconds": 60.0} | info))
+
+
+def write_sweep(folder: Path, results: dict, table=None, name="ledger.json", base=BASE) -> Path:
+    """`results`: (overrides, seed) -> val top1s of a job that is done, or its (state, reason)."""
+    jobs = {}
+    for i, ((overrides, seed), found) in enumerate(results.items()):
+        job, all_overrides = f"{name[:-5]}-{i}", [*base, *overrides, f"seed={seed}"]
+        is_done = isinstance(found, list)
+        state, reason = ("done", "finished") if is_done else found
+        jobs[job] = {
+            "overrides": all_overrides,
+            "state": state,
+            "reason": reason,
+            "tries": [],
+            "best": None,
+            "last": None,
+        }
+        if is_done:
+            write_run(folder / job, all_overrides, found)
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep = {"name": folder.name, "command": "sasa-sweep ...", "paper_table": table, "overrides": list(base)}
+    (folder / name).write_text(json.dumps({"format_version": 1, "sweep": sweep, "jobs": jobs}))
+    return folder
+
+
+@pytest.fixture
+def without_matplotlib(monkeypatch):
+    """As where the extra `plots` is not installed; and seconds faster."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+
+def report_of(folder: Path, reference: str | None = None):
+    found = find_jobs([folder])
+    table = next(iter(found.paper_tables), None)
+    return build_report(found.jobs, table, reference, found.commands)
+
+
+# Statistics
+
+
+def test_students_t_is_the_printed_tables():
+    """A wrong quantile makes every interval of every report wrong."""
+    printed = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 10: 2.228, 30: 2.042, 120: 1.980}
+    assert {degrees: round(t_quantile(degrees), 3) for degrees in printed} == printed
+    assert round(t_quantile(7, confidence=0.99), 3) == 3.499
+
+
+def test_a_mean_and_its_interval_solved_by_hand():
+    # 50, 52, 54: mean 52, s = 2, so 4.303 x 2 / sqrt(3) = 4.968.
+    found = mean_interval([50.0, 52.0, 54.0])
+    assert (found.mean, found.n) == (52.0, 3) and found.half_width == pytest.approx(4.303 * 2 / math.sqrt(3), rel=1e-4)
+    assert mean_interval([7.0]).half_width is None and mean_interval([7.0]).excludes_zero is None
+    assert mean_interval([3.0, 3.0]).half_width == 0 and mean_interval([3.0, 3.0]).excludes_zero
+
+
+def test_a_paired_difference_solved_by_hand(tmp_path):
+    """Seeds move both rows by 10 points; their difference is 1, 2, 3, so 2 +- 2.484."""
+    k3, k5 = ("model.kernel_size=3",), ("model.kernel_size=5",)
+    results = {(k3, 0): [40.0], (k3, 1): [50.0], (k3, 2): [60.0], (k5, 0): [41.0], (k5, 2): [63.0], (k5, 1): [52.0]}
+    results[k5, 4] = [99.0]  # without a partner
+    first, second = report_of(write_sweep(tmp_path / "s", results)).rows
+    difference = paired_difference(second, first)
+    assert (difference.mean, difference.n) == (2.0, 3)
+    assert difference.half_width == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5) and not difference.excludes_zero
+    assert second.reference is first and first.difference is None and second.top1.mean == pytest.approx(255 / 4)
+
+
+# From folders to rows
+
+
+def test_every_job_is_in_the_figures_or_listed_with_its_reason(tmp_path, capsys, without_matplotlib):
+    """A sweep that hides its failures shows the mean of the lucky ones."""
+    k3, k5, k7 = (("model.kernel_size=3",), ("model.kernel_size=5",), ("model.kernel_size=7",))
+    results = {(k3, 0): [50.0, 60.0, 58.0], (k3, 1): [50.0, 54.0, 54.0], (k5, 0): [61.0], (k7, 0): ("waiting", "")}
+    results |= {(k5, 1): ("failed", "exit code 1: OutOfMemoryError\nTraceback"), (k5, 2): ("pruned", "step 3")}
+    sweep = write_sweep(tmp_path / "s", results)
+    more = {(k3, 2): [70.0], (("model.width=0.3",), 0): ("refused", "width")}
+    write_sweep(sweep, more, name="ledger-b.json")
+    (sweep / "ledger-b-0/metrics.jsonl").write_text('{"split": "val"')  # of a job that went on elsewhere: half a row
+    write_sweep(sweep, {(k7, 1): [1.0]}, name="ledger-c.json")
+    (sweep / "ledger-c-0/config.yaml").unlink()
+    assert command.run_command([str(sweep), "--reference", "kernel_size=3"]) == 0
+    text = capsys.readouterr().out
+    saved = json.loads((sweep / "report/table.json").read_text())
+    assert {job["job"]: job["state"] for job in saved["not_counted"]} == {
+        "ledger-3": "waiting", "ledger-4": "failed", "ledger-5": "pruned", "ledger-b-0": "no val",
+        "ledger-b-1": "refused", "ledger-c-0": "gone",
+    }  # fmt: skip
+    rows = {row["row"]: row for row in saved["rows"]}
+    assert {label: (row["seeds_done"], row["seeds"]) for label, row in rows.items()} == {
+        "model.kernel_size=3": (2, 3), "model.kernel_size=5": (1, 3), "model.kernel_size=7": (0, 2),
+        "model.width=0.3": (0, 1),
+    }  # fmt: skip
+    assert rows["model.kernel_size=3"]["top1"] == 56.0 and rows["model.kernel_size=3"]["best_top1"] == 57.0
+    assert rows["model.kernel_size=5"]["difference"] == 3.0 and rows["model.kernel_size=5"]["difference_seeds"] == 1
+    assert (
+        "3 of 9 jobs" in text
+        and "exit code 1: OutOfMemoryError  " in text
+        and "Traceback" not in text
+        and "few seeds" in text
+    )
+    assert (sweep / "report/table.md").read_text() in text
+    with (sweep / "report/table.csv").open() as file:
+        assert [row["top1"] for row in csv.DictReader(file)] == ["56.0", "61.0", "", ""]
+
+
+def test_a_seed_that_ran_twice_counts_once(tmp_path):
+    results = {((), 0): [50.0], ((), 1): [52.0], (("trainer.log_every_steps=7",), 1): [58.0]}
+    report = report_of(write_sweep(tmp_path / "s", results))
+    assert len(report.rows) == 1 and report.rows[0].top1.mean == 51.0
+    assert [(job.name, job.state) for job, _ in report.not_counted] == [("ledger-2", "repeated")]
+
+
+def test_plain_run_folders_need_no_ledger(tmp_path, capsys, without_matplotlib):
+    """What `sasa-train -m` leaves: states come from run.json, settings from config.yaml."""
+    for width, seed in itertools.product((0.125, 0.25), (0, 1)):
+        overrides = [*BASE, f"model.width={width}", f"seed={seed}"]
+        write_run(tmp_path / f"outputs/w{width}-{seed}", overrides, [50.0 + 8 * width + seed])
+    write_run(tmp_path / "outputs/stopped", [*BASE, "model.width=0.25", "seed=2"], [9.0], status="interrupted")
+    (tmp_path / "outputs/multirun").mkdir()
+    assert command.run_command([str(tmp_path / "outputs")]) == 0
+    saved = json.loads((tmp_path / "outputs/report/table.json").read_text())
+    assert [(row["row"], row["seeds_done"], row["seeds"], row["top1"]) for row in saved["rows"]] == [
+        ("model.width=0.125", 2, 2, 51.5), ("model.width=0.25", 2, 3, 52.5),
+    ]  # fmt: skip
+    assert saved["not_counted"][0]["state"] == "interrupted"
+    runs = [str(tmp_path / f"outputs/w{width}-0") for width in (0.125, 0.25)]
+    assert command.run_command(runs) == 2 and "--out" in capsys.readouterr().err
+    assert command.run_command([*runs, "--out", str(tmp_path / "two")]) == 0 and (tmp_path / "two/table.md").exists()
+
+
+@pytest.mark.parametrize(
+    "text,reason",
+    [
+        ("{", "cannot be read as a ledger"),
+        ("[1]", "format_version=None"),
+        ('{"format_version": 2, "jobs": {}}', "format_version=2"),
+        ('{"format_version": 1, "sweep": {"paper_table": 2}, "jobs": {}}', "paper_table=2"),
+        ('{"format_version": 1, "jobs": {"a": {"state": "done"}}}', "is damaged"),
+        ('{"format_version": 1, "jobs": {"a": {"state": "done", "overrides": ["seed"]}}}', "is damaged"),
+    ],
+)
+def test_a_damaged_ledger_is_refused_by_its_path(text, reason, tmp_path, capsys):
+    (tmp_path / "ledger.json").write_text(text)
+    assert command.run_command([str(tmp_path)]) == 2
+    assert f"{tmp_path}/ledger.json" in (error := capsys.readouterr().err) and reason in error
+
+
+def test_what_cannot_be_reported_is_refused(tmp_path, capsys):
+    assert command.run_command([str(tmp_path / "none")]) == 2 and "is no sweep" in capsys.readouterr().err
+    sweep = write_sweep(tmp_path / "s", {(("model.kernel_size=3",), 0): [1.0], (("model.kernel_size=5",), 0): [2.0]})
+    for wrong in ("9", "kernel_size", "width"):
+        assert command.run_command([str(sweep), "--reference", wrong]) == 2
+        assert "model.kernel_size=5" in capsys.readouterr().err
+    assert report_of(sweep, "2").rows[0].reference.label == "model.kernel_size=5"
+    write_sweep(tmp_path / "empty", {})
+    assert command.run_command([str(tmp_path / "empty")]) == 2 and "no jobs" in capsys.readouterr().err
+
+
+def test_help_needs_no_torch():
+    code = "import sys, sasa_train.report.__main__ as r; r.run_command(['--help']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--reference" in done.stdout and done.stdout.endswith("False\n")
+
+
+# The plots
+
+
+def windows(folder: Path) -> Path:
+    results = {((f"model.kernel_size={k}",), seed): [40.0, 50.0 + k + seed] for k in (3, 5, 7) for seed in (0, 1, 2)}
+    return write_sweep(folder, results, table=4)
+
+
+def test_plots_are_drawn_beside_the_table(tmp_path):
+    sweep = windows(tmp_path / "s")
+    assert command.run_command([str(sweep)]) == 0
+    pictures = sorted(path.name for path in (sweep / "report").glob("*.png"))
+    assert pictures == ["accuracy.png", "curves.png", "differences.png", "window.png"]
+    assert all(min(Image.open(sweep / "report" / name).size) > 300 for name in pictures)
+
+
+def test_tables_need_no_matplotlib(tmp_path, capsys, without_matplotlib):
+    assert command.run_command([str(windows(tmp_path / "s")), "--out", str(tmp_path / "plain")]) == 0
+    assert sorted(path.name for path in (tmp_path / "plain").iterdir()) == ["table.csv", "table.json", "table.md"]
+    assert "pip install 'sasa_train[plots]'" in capsys.readouterr().err
+
+
+def test_the_curves_are_the_seeds_mean_and_range(tmp_path):
+    from sasa_train.report.charts import curve, window_lines
+
+    results = {(("model.kernel_size=3",), 0): [10.0, 20.0, 30.0], (("model.kernel_size=3",), 1): [20.0, 40.0]}
+    results[("model.kernel_size=7",), 0] = [1.0]
+    rows = report_of(write_sweep(tmp_path / "s", results)).rows
+    assert curve(rows[0]) == ([1, 2], [15.0, 30.0], [10.0, 20.0], [20.0, 40.0])
+    assert [[size for size, _ in line] for line in window_lines(rows).values()] == [[3, 7]]
+
+
+# The paper's tables
+
+
+def jobs_of(sweep: str, **replaced: str) -> tuple[int, list[list[str]]]:
+    """The paper's table and each job's overrides of a sweep file, some keys given on the command line."""
+    content = yaml.safe_load((config_dir() / f"sweep/{sweep}.yaml").read_text())
+    jobs = []
+    for row in content.get("rows", [[]]):
+        given = [o for o in [*content.get("overrides", []), *row] if o.split("=")[0] not in replaced]
+        choices = []
+        for override in parse_overrides([*given, *(f"{key}={value}" for key, value in replaced.items())]):
+            values = override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_string()]
+            choices.append([f"{override.key_or_group}={value}" for value in values])
+        jobs += [list(job) for job in itertools.product(*choices)]
+    return content["paper_table"], jobs
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_every_row_of_the_papers_table_is_one_job(sweep):
+    """Of its parameters on ImageNet, and at 32 pixels by another experiment alone."""
+    table, jobs = jobs_of(sweep)
+    wanted = [row for row in ROWS if row.table == table]
+    configs = [compose_config(job) for job in jobs]
+    rows = [paper_row(config, table) for config in configs]
+    assert sorted(map(ROWS.index, rows)) == [ROWS.index(row) for row in wanted]
+    assert all((config.data.holdout_fraction == 0.04) == (table in (3, 5)) for config in configs)
+    if sweep.startswith("paper"):
+        for row, config in zip(rows, configs, strict=True):
+            of_paper = meta_model(lambda row=row: timm.create_model(row.model, **row.dials))
+            ours = meta_model(lambda config=config: build_model(config.model, 1000, 224))
+            assert count_params(ours) == count_params(of_paper), row
+        if table == 1:
+            return
+        experiment = "cifar10_sasa_resnet26" if table == 7 else "cifar10_hybrid_resnet26"
+        configs = [compose_config(job) for job in jobs_of(sweep, experiment=experiment)[1]]
+        assert [paper_row(config, table) for config in configs] == rows
+    for config in configs:
+        check_model(config.model, 32)
+
+
+def test_the_six_tables_are_there_with_their_commands():
+    assert [sweep for sweep in SWEEPS if sweep.startswith("paper")] == [f"paper_table{n}" for n in (1, 3, 4, 5, 6, 7)]
+    for sweep in SWEEPS:
+        head = (config_dir() / f"sweep/{sweep}.yaml").read_text().split("paper_table:")[0]
+        assert head.startswith(f"# sasa-sweep sweep={sweep}") and "GPU" in head and "CPU" in head, sweep
+        assert "Expected" in head or "not measured" in head, sweep
+
+
+def test_the_papers_figures_stand_beside_ours(tmp_path):
+    """As differences to the same row, at another depth and on other data too."""
+    stages = {"aaaa": [50.0, 51.0], "ccaa": [52.0, 52.5]}
+    results = {}
+    for letters, top1s in stages.items():
+        ops = ",".join({"a": "attention", "c": "conv"}[letter] for letter in letters)
+        results |= {((f"model.stage_ops=[{ops}]",), seed): [top1] for seed, top1 in enumerate(top1s)}
+    rows = report_of(write_sweep(tmp_path / "s", results, table=3)).rows
+    assert [(row.label, row.paper.top1) for row in rows] == [
+        ("attention in stages 1 2 3 4", 80.2), ("convolution in 1 2", 80.7),
+    ]  # fmt: skip
+    assert rows[1].difference.mean == pytest.approx(1.75) and rows[1].paper_difference == pytest.approx(0.5)
+
+
+def test_table_1_compares_within_a_depth():
+    for row in ROWS:
+        reference = paper_reference(row)
+        assert reference.table == row.table and paper_reference(reference) is reference
+        if row.table == 1:
+            assert reference.label == f"baseline, {row.label[-3:]}"
+
+
+def test_other_models_are_no_row_of_the_paper():
+    assert paper_row(compose_config(["model=timm", "model.name=resnet50"]), 1) is None
+    assert paper_row(compose_config(["model=hybrid_resnet26", "model.kernel_size=13"]), 4) is None
+
+
+# TensorBoard
+
+
+def test_tensorboard_shows_the_sweep(tmp_path, monkeypatch):
+    """One session a run, and those keys marked that differ: else the page shows seventy columns of the same."""
+    monkeypatch.chdir(tmp_path)
+    tiny = ["experiment=debug", "output_dir=sweep", "trainer.max_steps=1"]
+    for kernel_size in ("3", "null"):
+        arguments = [*tiny, f"model.kernel_size={kernel_size}", f"run_name=k{kernel_size}"]
+        assert train.run_command(arguments) == 0
+    events = plugin_event_multiplexer.EventMultiplexer(tensor_size_guidance={"hparams": 0})
+    events.AddRunsFromDirectory("sweep")
+    events.Reload()
+    provider = data_provider.MultiplexerDataProvider(events, "sweep")
+    page = backend_context.Context(base_plugin.TBContext(data_provider=provider))
+    request = context.RequestContext()
+    known = provider.list_hyperparameters(request, experiment_ids=["sweep"], limit=None)
+    experiment = page.experiment_from_metadata(request, "sweep", True, page.hparams_metadata(request, "sweep"), known)
+    assert [info.name for info in experiment.hparam_infos if info.differs] == ["model.kernel_size"]
+    assert {"val/top1", "val/loss"} <= {info.name.tag for info in experiment.metric_infos}
+    query = api_pb2.ListSessionGroupsRequest(start_index=0, slice_size=9, allowed_statuses=[api_pb2.STATUS_SUCCESS])
+    query.col_params.add(hparam="model.kernel_size")
+    query.col_params.add(metric=api_pb2.MetricName(tag="val/top1"))
+    groups = list_session_groups.Handler(request, page, "sweep", query).run().session_groups
+    assert {group.sessions[0].name for group in groups} == {"k3/tensorboard", "knull/tensorboard"}
+    for group in groups:
+        rows = map(
+            json.loads, Path("sweep", group.sessions[0].name).with_name("metrics.jsonl").read_text().splitlines()
+        )
+        top1 = next(row["top1"] for row in rows if row["split"] == "val")
+        assert [value.value for value in group.metric_values if value.name.tag == "val/top1"] == pytest.approx([top1])
+
+
+def test_a_refused_config_is_still_a_row(tmp_path):
+    """Its overrides alone are known."""
+    sweep = write_sweep(tmp_path / "s", {(("model.kernel_size=4",), 0): ("refused", "odd"), ((), 0): [50.0]})
+    refused = next(row for row in report_of(sweep).rows if row.settings)
+    assert (refused.config, refused.params, refused.num_jobs) == (None, None, 1)
+    with pytest.raises(ConfigError):
+        compose_config(["model.kernel_size=4"])
