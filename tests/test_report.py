@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import timm
-import yaml
 from PIL import Image
 from tensorboard import context
 from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
@@ -19,7 +18,7 @@ from tensorboard.plugins import base_plugin
 from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
 
 from sasa_train import train
-from sasa_train.compose import compose_config, config_dir, parse_overrides, to_yaml
+from sasa_train.compose import compose_config, config_dir, to_yaml
 from sasa_train.config import ConfigError
 from sasa_train.models import build_model, check_model
 from sasa_train.models.counting import count_params, meta_model
@@ -29,6 +28,7 @@ from sasa_train.report.beside_paper import paper_reference, paper_row
 from sasa_train.report.intervals import mean_interval, t_quantile
 from sasa_train.report.jobs import find_jobs
 from sasa_train.report.rows import build_report, paired_difference
+from sasa_train.sweep.plan import read_plan
 
 SWEEPS = sorted(path.stem for path in (config_dir() / "sweep").glob("*table*.yaml"))
 BASE = ("experiment=debug",)
@@ -246,24 +246,17 @@ def test_the_curves_are_the_seeds_mean_and_range(tmp_path):
 # The paper's tables
 
 
-def jobs_of(sweep: str, **replaced: str) -> tuple[int, list[list[str]]]:
-    """The paper's table and each job's overrides of a sweep file, some keys given on the command line."""
-    content = yaml.safe_load((config_dir() / f"sweep/{sweep}.yaml").read_text())
-    jobs = []
-    for row in content.get("rows", [[]]):
-        given = [o for o in [*content.get("overrides", []), *row] if o.split("=")[0] not in replaced]
-        choices = []
-        for override in parse_overrides([*given, *(f"{key}={value}" for key, value in replaced.items())]):
-            values = override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_string()]
-            choices.append([f"{override.key_or_group}={value}" for value in values])
-        jobs += [list(job) for job in itertools.product(*choices)]
-    return content["paper_table"], jobs
+def jobs_of(*arguments: str) -> tuple[int | None, list[list[str]]]:
+    """The paper's table and each job's overrides, as sasa-sweep takes them."""
+    plan = read_plan(list(arguments))
+    assert not any(job.refusal for job in plan.jobs)
+    return plan.config.paper_table, [job.overrides for job in plan.jobs]
 
 
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_every_row_of_the_papers_table_is_one_job(sweep):
     """Of its parameters on ImageNet, and at 32 pixels by another experiment alone."""
-    table, jobs = jobs_of(sweep)
+    table, jobs = jobs_of(f"sweep={sweep}")
     wanted = [row for row in ROWS if row.table == table]
     configs = [compose_config(job) for job in jobs]
     rows = [paper_row(config, table) for config in configs]
@@ -277,7 +270,7 @@ def test_every_row_of_the_papers_table_is_one_job(sweep):
         if table == 1:
             return
         experiment = "cifar10_sasa_resnet26" if table == 7 else "cifar10_hybrid_resnet26"
-        configs = [compose_config(job) for job in jobs_of(sweep, experiment=experiment)[1]]
+        configs = [compose_config(job) for job in jobs_of(f"sweep={sweep}", f"experiment={experiment}")[1]]
         assert [paper_row(config, table) for config in configs] == rows
     for config in configs:
         check_model(config.model, 32)
