@@ -64,7 +64,8 @@ def table_of(processes: Processes) -> list[str]:
 def counts(ledger: Ledger) -> str:
     """ "12 jobs: 5 done, 2 running, 5 waiting"."""
     found = Counter(entry.state for entry in ledger.entries.values())
-    return f"{found.total()} jobs: " + ", ".join(f"{number} {state}" for state, number in found.most_common())
+    states = ", ".join(f"{number} {state}" for state, number in found.most_common())
+    return f"{found.total()} jobs: {states}" if states else "no job yet"
 
 
 def best(ledger: Ledger) -> Entry | None:

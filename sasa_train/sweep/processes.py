@@ -131,7 +131,7 @@ class Processes:
                 preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
         self.running.append(Running(entry, process, place, log))
-        return f"started   {entry.label}"
+        return f"started     {entry.label}"
 
     def _command(self, entry: Entry) -> list[str]:
         program = [sys.executable]
@@ -158,7 +158,7 @@ class Processes:
             if has_more and self.source.look(running.entry):
                 running.is_pruned = True
                 running.ask_to_stop()
-                yield f"gives up  {running.entry.label}"
+                yield f"gives up    {running.entry.label}"
 
     def _reap(self) -> Iterator[str]:
         for running in list(self.running):
@@ -230,7 +230,7 @@ def finish(entry: Entry, folder: Path, code: int, seconds: float | None, max_tri
     if is_finished(folder / entry.name):
         entry.end("done", "finished", code, seconds)
     elif code == INTERRUPTED:
-        entry.end("interrupted", said or "stopped, saved", INTERRUPTED, seconds)
+        entry.end("interrupted", said.partition("; to continue")[0] or "stopped", INTERRUPTED, seconds)
     elif code == REFUSED:
         entry.end("refused", said, code, seconds)
     else:
@@ -250,7 +250,7 @@ def _status(run_dir: Path) -> str | None:
 def describe_end(entry: Entry, seconds: float) -> str:
     word = "tries again" if entry.state == "waiting" else entry.state
     result = f"top1 {entry.last['top1']:.2f}" if entry.last and entry.state in ("done", "pruned") else entry.reason
-    return f"{word:<9} {entry.label}  {printable_lines(result)}  ({seconds:.0f} s)"
+    return f"{word:<11} {entry.label}  {printable_lines(result)}  ({seconds:.0f} s)"
 
 
 def tail(path: Path, num_lines: int) -> list[str]:
