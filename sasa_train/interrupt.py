@@ -61,6 +61,19 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def hand_on(self) -> bool:
+        """Give the signal that stopped the run to the handler before ours, if it is not Python's own.
+
+        That is a launcher's, which may requeue its job and end the process. Returns whether there was one.
+        """
+        if self.signal is None:
+            return False
+        handler = self._previous[self.signal]
+        if not callable(handler) or handler is signal.default_int_handler:
+            return False
+        handler(self.signal, None)
+        return True
+
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a data worker, forked before it learnt to ignore signals
             return

@@ -4,19 +4,17 @@ import errno
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 
 from sasa_train.compose import (
     check_override_keys,
     chooses_group,
     compose_config,
-    config_dir,
     expand,
     fail,
     parse_overrides,
     print_help,
-    to_config,
-    with_free_keys,
 )
 from sasa_train.config import ConfigError, TrainConfig
 from sasa_train.interrupt import Interrupted, StopRequest, ignore_until_the_end
@@ -85,36 +83,28 @@ def read_config(arguments: list[str]) -> TrainConfig:
 
 
 def multirun(arguments: list[str]) -> int:
-    """A sweep by Hydra's own launcher: one run folder a job. Every job's config is checked before the first begins.
+    """A sweep by one of Hydra's launchers: one run folder a job. Every job's config is checked before the first begins.
 
     Raises:
         ConfigError: a job's config is refused.
     """
-    import hydra
-    from omegaconf import DictConfig
+    from sasa_train.hydra_launch import launch
 
-    overrides = [a for a in arguments if not a.startswith("-")]
+    overrides = [a for a in arguments if a not in ("-m", "--multirun")]
     check_override_keys(overrides, is_sweep=True)
-    ours = [str(o.input_line) for o in parse_overrides(overrides) if not o.key_or_group.startswith("hydra")]
-    for job_overrides in expand(ours):
-        compose_config(job_overrides)
-
-    codes = [DONE]
-
-    @hydra.main(config_path=str(config_dir()), config_name="train", version_base="1.3")
-    def job(composed: DictConfig) -> None:
-        codes.append(train_safely(to_config(composed)))
-        if codes[-1] == INTERRUPTED:
-            sys.exit(INTERRUPTED)  # ends the sweep; the same command goes on where it stopped
-
-    sys.argv[1:] = with_free_keys(arguments)  # which is where Hydra reads them
-    job()
+    of_hydra = [o for o in overrides if parse_overrides([o])[0].key_or_group.startswith("hydra")]
+    if sweepers := [o for o in of_hydra if "hydra/sweeper" in o or "hydra.sweeper" in o]:
+        raise ConfigError(f"{' '.join(sweepers)}: -m is a plain grid, without Hydra's sweepers; use sasa-sweep")
+    jobs = [list(job) for job in expand([o for o in overrides if o not in of_hydra])]
+    configs = [compose_config(job) for job in jobs]
+    folder = Path(configs[0].output_dir) / "multirun" / time.strftime("%Y-%m-%d_%H-%M-%S")
+    codes = launch(jobs, of_hydra, folder)
     return next((code for code in codes if code != DONE), DONE)
 
 
-def train_safely(config: TrainConfig) -> int:
+def train_safely(config: TrainConfig, stop: StopRequest | None = None) -> int:
     """Train with every expected ending turned into a message and an exit code, from the first import on."""
-    stop = StopRequest()
+    stop = stop or StopRequest()
     try:
         return _train(config, stop)
     except Interrupted:
