@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 NUM_RANDOM = 8  # trials drawn at random before the sampler learns from them
 NUM_WHOLE = 4  # trials that run to their end before any is pruned
+FIRST_THIRD = 1 / 3  # of a run, in which none is pruned: warm-up says little
 
 
 class Search:
@@ -83,7 +84,7 @@ class Search:
         assert entry.last is not None
         trial = self.trial_class(self.study, self.study.get_trials(deepcopy=False)[entry.trials[0]]._trial_id)
         trial.report(entry.last["top1"], entry.last["epoch"])
-        return entry.last["epoch"] < entry.epochs and trial.should_prune()
+        return FIRST_THIRD * entry.epochs <= entry.last["epoch"] < entry.epochs and trial.should_prune()
 
     def ended(self, entry: Entry) -> None:
         self.num_running -= 1
@@ -155,5 +156,5 @@ def build_pruner(name: str) -> "BasePruner":
     import optuna
 
     if name == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=NUM_WHOLE, n_warmup_steps=1)
+        return optuna.pruners.MedianPruner(n_startup_trials=NUM_WHOLE)
     return optuna.pruners.HyperbandPruner() if name == "hyperband" else optuna.pruners.NopPruner()
