@@ -44,7 +44,11 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def main() -> None:
-    code = run_command(sys.argv[1:])
+    end(run_command(sys.argv[1:]))
+
+
+def end(code: int) -> None:
+    """End this process with `code`, whatever signals come."""
     ignore_until_the_end()
     if world_size() > 1:
         from sasa_train.distributed import leave
