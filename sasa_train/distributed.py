@@ -26,15 +26,7 @@ TIMEOUT = datetime.timedelta(minutes=30)  # of one wait: longer than a save, a d
 STOP, FAILURE = "stop", "failure"  # keys of the store
 STORE_FIX = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 # What gloo, NCCL and the store say where another process is gone.
-LOST = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "Connection refused",
-    "gloo",
-    "NCCL",
-    "TCPStore",
-)
+LOST = ("gloo", "NCCL", "TCPStore", "Connection closed", "Connection reset", "Connection refused", "Broken pipe")
 
 _store: dist.Store | None = None
 

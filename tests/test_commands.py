@@ -329,7 +329,7 @@ def test_the_summary_command(capsys):
 
 
 def test_several_processes_are_refused_without_torchrun(monkeypatch, capsys):
-    """A leftover of another job's environment, say; waiting for processes that nobody starts would take half an hour."""
+    """A leftover of another job's environment, say: the run would wait for processes that nobody starts."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert train.run_command(["experiment=debug"]) == 2
     assert "WORLD_SIZE=2, but torchrun did not start this process" in capsys.readouterr().err

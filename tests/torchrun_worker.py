@@ -1,7 +1,7 @@
 """sasa-train as test_distributed.py starts it: it notes what the model is given, and is disturbed where DISTURB says.
 
-NOTES=folder: each process writes `<rank>.json` there at its end: by step, SHA-256 of each training image that it gave to
-the model, of each val image, and of the gradient after each micro-batch and after the step.
+NOTES=folder: each process writes `<rank>.json` there at its end: by step, SHA-256 of each training image that it gave
+to the model, of each val image, and of the gradient after the first micro-batches and after the step.
 DISTURB=SIGKILL:1:3: process 1 gets this before its step 3, once; NAN instead of a signal spoils its images.
 """
 
