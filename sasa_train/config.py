@@ -516,13 +516,7 @@ def _validate_batches(config: TrainConfig) -> None:
         _rule(
             accum == 1, "trainer.grad_accum_steps", accum, "contradicts trainer.micro_batch_size=auto; set one of them"
         )
-    smallest = trainer.global_batch_size // trainer.grad_accum_steps if micro in (None, "auto") else micro
-    _rule(
-        smallest != 1 or not (config.augment.mixup or config.augment.cutmix),
-        "micro-batches of",
-        smallest,
-        "image leave mixup and cutmix no other to mix with; use larger ones",
-    )
+    _check_mixing(config, micro_batch_size(trainer, world_size=1))
     if micro in (None, "auto"):
         return
     fits = isinstance(micro, int) and micro > 0 and trainer.global_batch_size % micro == 0
@@ -573,10 +567,11 @@ def resolved_image_size(data: DataConfig) -> int:
     return data.image_size or {"digits": 8, "cifar10": 32, "cifar100": 32}.get(data.name, 224)
 
 
-def check_world_size(trainer: TrainerConfig, world_size: int) -> None:
-    """Refuse a global batch that so many processes cannot share evenly. Not part of `validate`: a saved config may have
-    been another number's.
+def check_world_size(config: TrainConfig, world_size: int) -> None:
+    """Refuse a global batch that so many processes cannot share. Not part of `validate`: a saved config may have been
+    another number's.
     """
+    trainer = config.trainer
     per_process, key = trainer.grad_accum_steps, "trainer.grad_accum_steps"
     if isinstance(trainer.micro_batch_size, int):
         per_process, key = trainer.micro_batch_size, "trainer.micro_batch_size"
@@ -587,6 +582,16 @@ def check_world_size(trainer: TrainerConfig, world_size: int) -> None:
         trainer.global_batch_size,
         f"must be divisible by {world_size} processes x {key}={per_process}; the nearest that fit are "
         + " and ".join(str(n) for n in _nearest_multiples(trainer.global_batch_size, divisor)),
+    )
+    _check_mixing(config, micro_batch_size(trainer, world_size))
+
+
+def _check_mixing(config: TrainConfig, micro_batch: int) -> None:
+    _rule(
+        micro_batch != 1 or not (config.augment.mixup or config.augment.cutmix),
+        "micro-batches of",
+        micro_batch,
+        "image leave mixup and cutmix no other to mix with; use larger ones",
     )
 
 

@@ -104,7 +104,7 @@ def read_config(arguments: list[str]) -> TrainConfig:
         config = load_saved_config(folder, ["allow_config_change=[]", *arguments])
     else:
         config = compose_config(arguments)
-    check_world_size(config.trainer, world_size())
+    check_world_size(config, world_size())
     if config.resume == "never" and max_restarts():
         raise ConfigError(
             f"resume=never with torchrun --max-restarts={max_restarts()}: each restart would begin a new run; leave it "

@@ -202,12 +202,20 @@ def test_processes_drop_differently_and_again_the_same():
 def test_micro_batches_are_each_processs_and_a_config_means_the_same_to_any_number():
     trainer = compose_config(["trainer.global_batch_size=24", "trainer.grad_accum_steps=2"]).trainer
     assert [(micro_batch_size(trainer, n), accumulation(trainer, n)) for n in (1, 2, 3)] == [(12, 2), (6, 2), (4, 2)]
-    trainer = compose_config(["trainer.global_batch_size=24", "trainer.micro_batch_size=4"]).trainer
+    config = compose_config(["trainer.global_batch_size=24", "trainer.micro_batch_size=4"])
+    trainer = config.trainer
     assert [(micro_batch_size(trainer, n), accumulation(trainer, n)) for n in (1, 2, 3)] == [(4, 6), (4, 3), (4, 2)]
     with pytest.raises(
         ConfigError, match=r"=24 must be divisible by 4 processes x trainer.micro_batch_size=4; .* 16 and 32"
     ):
-        check_world_size(trainer, 4)
+        check_world_size(config, 4)
+
+
+def test_mixing_needs_two_images_in_each_processs_micro_batch():
+    config = compose_config(["trainer.global_batch_size=24", "augment.mixup=0.2"])
+    check_world_size(config, 12)
+    with pytest.raises(ConfigError, match="micro-batches of=1 image leave mixup and cutmix no other"):
+        check_world_size(config, 24)
 
 
 def test_another_number_of_processes_may_cut_the_batch_otherwise():
