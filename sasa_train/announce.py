@@ -16,7 +16,9 @@ def describe_plan(config: TrainConfig, loaders: Loaders, state: TrainState, num_
     plan, val = loaders.train.plan, loaders.val.plan
     num_parameters = sum(p.numel() for p in state.model.parameters())
     batch = f"{plan.global_batch_size}"
-    if plan.grad_accum_steps > 1:
+    if plan.world_size > 1:
+        batch += f" = {plan.world_size} processes x {plan.grad_accum_steps} x {plan.micro_batch_size}"
+    elif plan.grad_accum_steps > 1:
         batch += f" = {plan.grad_accum_steps} x {plan.micro_batch_size}"
     lines = {
         "device": f"{state.device}, {config.trainer.precision}",
@@ -27,7 +29,7 @@ def describe_plan(config: TrainConfig, loaders: Loaders, state: TrainState, num_
         "lr": f"{peak_lr(config):g} at its peak ({config.optimizer.lr:g} {config.optimizer.lr_basis})",
     }
     if config.augment.mixup or config.augment.cutmix:
-        lines["mixing"] = "within a micro-batch, so another accumulation is another run"
+        lines["mixing"] = "within a micro-batch, so another accumulation or number of processes is another run"
     if state.step:
         lines["continues"] = f"at step {state.step:,}, epoch {state.epoch + 1}; top1: {describe_best(state.best)}"
     return table(lines) + "\n"

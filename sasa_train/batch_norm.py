@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+from sasa_train import distributed
+
 
 @contextmanager
 def frozen_running_stats(model: nn.Module) -> Iterator[None]:
@@ -65,5 +67,7 @@ def recalibrate(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], devi
     """Take batch norm's running statistics anew, as the plain average over `batches`; weights stay as they are.
 
     What precise statistics do for a model whose weights are themselves an average: arXiv 1803.05407, section 3.2.
+    Processes give as many batches each, and all get the average over all.
     """
     update_bn(batches, model, device)
+    distributed.average_buffers(model)

@@ -154,10 +154,11 @@ class TrainerConfig:
     max_steps: int | None = knob(None, "ends the run, and its schedule, after so many steps")
     max_hours: float | None = knob(None, "saves and exits with code 75 after so many hours; run again to continue")
     global_batch_size: int = knob(256, "images a step, over all devices and accumulation")
-    grad_accum_steps: int = knob(1, "micro-batches a step; divides global_batch_size")
+    grad_accum_steps: int = knob(1, "micro-batches a step, for each process; divides global_batch_size")
     micro_batch_size: int | str | None = knob(
-        None, "images of a micro-batch; auto: the most that fit into memory; null: from grad_accum_steps"
+        None, "images of a process's micro-batch; auto: the most that fit into memory; null: from grad_accum_steps"
     )
+    sync_batch_norm: bool = knob(False, "under torchrun: batch norm over all processes' micro-batches; CUDA alone")
     eval_every_epochs: int = knob(1, "epochs between evaluations on val; the last epoch is always evaluated")
     precision: str = knob("auto", "fp32, bf16, fp16; auto: bf16 on a CUDA device that has it, else fp32")
     channels_last: bool = knob(False, "channels-last memory format")
@@ -271,10 +272,13 @@ def default_run_name(config: TrainConfig) -> str:
     return f"{config.data.name}-{model}-e{config.trainer.epochs}-s{config.seed}-{digest}"
 
 
-def differing_keys(old: TrainConfig, new: TrainConfig) -> list[str]:
-    """The knobs that two configs set differently and that change what a run computes."""
+def differing_keys(old: TrainConfig, new: TrainConfig, same_world_size: bool = True) -> list[str]:
+    """The knobs that two configs set differently and that change what a run computes.
+
+    How the global batch is cut into micro-batches follows from the number of processes, so where that differs, it may.
+    """
     before, after = trajectory(old), trajectory(new)
-    if new.trainer.micro_batch_size == "auto":  # it goes on with what was found when the run began
+    if new.trainer.micro_batch_size == "auto" or not same_world_size:  # auto goes on with what the run began with
         for key in ("trainer.micro_batch_size", "trainer.grad_accum_steps"):
             before.pop(key), after.pop(key)
     return sorted(key for key in after.keys() | before.keys() if before.get(key) != after.get(key))
@@ -512,13 +516,7 @@ def _validate_batches(config: TrainConfig) -> None:
         _rule(
             accum == 1, "trainer.grad_accum_steps", accum, "contradicts trainer.micro_batch_size=auto; set one of them"
         )
-    smallest = trainer.global_batch_size // trainer.grad_accum_steps if micro in (None, "auto") else micro
-    _rule(
-        smallest != 1 or not (config.augment.mixup or config.augment.cutmix),
-        "micro-batches of",
-        smallest,
-        "image leave mixup and cutmix no other to mix with; use larger ones",
-    )
+    _check_mixing(config, micro_batch_size(trainer, world_size=1))
     if micro in (None, "auto"):
         return
     fits = isinstance(micro, int) and micro > 0 and trainer.global_batch_size % micro == 0
@@ -567,6 +565,46 @@ def crops_by_padding(data: DataConfig, augment: AugmentConfig) -> bool:
 
 def resolved_image_size(data: DataConfig) -> int:
     return data.image_size or {"digits": 8, "cifar10": 32, "cifar100": 32}.get(data.name, 224)
+
+
+def check_world_size(config: TrainConfig, world_size: int) -> None:
+    """Refuse a global batch that so many processes cannot share. Not part of `validate`: a saved config may have been
+    another number's.
+    """
+    trainer = config.trainer
+    per_process, key = trainer.grad_accum_steps, "trainer.grad_accum_steps"
+    if isinstance(trainer.micro_batch_size, int):
+        per_process, key = trainer.micro_batch_size, "trainer.micro_batch_size"
+    divisor = world_size * per_process
+    _rule(
+        trainer.global_batch_size % divisor == 0,
+        "trainer.global_batch_size",
+        trainer.global_batch_size,
+        f"must be divisible by {world_size} processes x {key}={per_process}; the nearest that fit are "
+        + " and ".join(str(n) for n in _nearest_multiples(trainer.global_batch_size, divisor)),
+    )
+    _check_mixing(config, micro_batch_size(trainer, world_size))
+
+
+def _check_mixing(config: TrainConfig, micro_batch: int) -> None:
+    _rule(
+        micro_batch != 1 or not (config.augment.mixup or config.augment.cutmix),
+        "micro-batches of",
+        micro_batch,
+        "image leave mixup and cutmix no other to mix with; use larger ones",
+    )
+
+
+def micro_batch_size(trainer: TrainerConfig, world_size: int) -> int:
+    """Images of each process's micro-batch; `auto`, before it is settled, counts as no accumulation."""
+    if isinstance(trainer.micro_batch_size, int):
+        return trainer.micro_batch_size
+    return trainer.global_batch_size // (world_size * trainer.grad_accum_steps)
+
+
+def accumulation(trainer: TrainerConfig, world_size: int) -> int:
+    """Micro-batches of each process in a step."""
+    return trainer.global_batch_size // (world_size * micro_batch_size(trainer, world_size))
 
 
 def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:

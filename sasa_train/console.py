@@ -1,13 +1,17 @@
-"""What a run says. It is said as well as it can be: a full disk, or a reader that went away, does not end a run."""
+"""What a run says, through its first process. A full disk, or a reader that went away, does not end a run."""
 
 import contextlib
 import sys
 
 from tqdm import tqdm
 
+from sasa_train.ranks import rank
+
 
 def say(text: str) -> None:
     """On stdout, above a progress bar."""
+    if rank() != 0:
+        return
     with contextlib.suppress(OSError):
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
@@ -15,6 +19,8 @@ def say(text: str) -> None:
 
 def warn(text: str) -> None:
     """On stderr, above a progress bar."""
+    if rank() != 0:
+        return
     with contextlib.suppress(OSError):
         tqdm.write(f"WARNING: {text}", file=sys.stderr)
 

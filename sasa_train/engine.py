@@ -1,5 +1,7 @@
 """One training step, one epoch, one evaluation: tensors in, numbers out. No files, no printing, no Hydra.
 
+Under torchrun each process takes its share of a step's or an evaluation's images; what comes out is of all of them.
+
 Nothing in a step leaves the device without work: sums stay there until a log row asks for them, and the loss is looked
 at while the backward pass runs.
 """
@@ -18,10 +20,13 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, adaptive_clip_grad
 from torch import Tensor, nn
 
+from sasa_train import distributed
 from sasa_train.batch_norm import frozen_running_stats
-from sasa_train.config import TrainerConfig
+from sasa_train.config import TrainerConfig, accumulation
+from sasa_train.data.randomness import seed_step
 from sasa_train.losses import build_criterion
 from sasa_train.nonfinite import LossWatch, NonFiniteError, not_finite
+from sasa_train.ranks import rank, world_size
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -29,7 +34,7 @@ HYPERPARAMETERS = ("initial_lr", "lr_scale", "weight_decay", "momentum", "betas"
 
 
 class Window:
-    """Sums on the device since the last train row."""
+    """Sums on the device since the last train row, over this process's images."""
 
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, hits
@@ -42,15 +47,26 @@ class Window:
         self.num_images += len(labels)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": self.sums, "num_images": self.num_images}
+        """Where there are several processes, a row of `sums` and a number for each."""
+        if world_size() == 1:
+            return {"sums": self.sums, "num_images": self.num_images}
+        sums, num_images = zip(*distributed.gather((self.sums.cpu(), self.num_images)), strict=True)
+        return {"sums": torch.stack(sums), "num_images": list(num_images)}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        self.sums.copy_(saved["sums"])
-        self.num_images = saved["num_images"]
+        """Each process takes its own part; where they were another number, the first one takes all."""
+        sums, counts = saved["sums"].reshape(-1, 2), saved["num_images"]
+        counts = counts if isinstance(counts, list) else [counts]
+        if len(counts) != world_size():
+            sums, counts = sums.sum(0, keepdim=True), [sum(counts)]
+        if rank() < len(counts):
+            self.sums.copy_(sums[rank()])
+            self.num_images = counts[rank()]
 
     def averages(self) -> tuple[float, float]:
-        """Loss and top1 in percent since the last call; starts anew. Waits for the device."""
-        loss, hits = (self.sums / self.num_images).tolist()
+        """Loss and top1 in percent over all processes since the last call; starts anew. Waits for the device."""
+        num_images = int(distributed.total(torch.tensor(self.num_images)))
+        loss, hits = (distributed.total(self.sums) / num_images).tolist()
         self.sums.zero_()
         self.num_images = 0
         return loss, 100 * hits
@@ -141,11 +157,17 @@ def build_state(
 
 
 class Stepper:
-    """What a step needs and no checkpoint keeps: the compiled forward pass, the loss, the schedule."""
+    """What a step needs and no checkpoint keeps: the compiled forward pass, the loss, the schedule.
 
-    def __init__(self, config: TrainerConfig, state: TrainState, schedule: Scheduler):
-        self.config, self.state, self.schedule = config, state, schedule
-        self.forward = torch.compile(state.model) if config.compile else state.model
+    `seed` is that of dropout where there are several processes: each draws its own, by (seed, step, rank) alone. One
+    process goes on with torch's generators, which the checkpoint has.
+    """
+
+    def __init__(self, config: TrainerConfig, state: TrainState, schedule: Scheduler, seed: int = 0):
+        self.config, self.state, self.schedule, self.seed = config, state, schedule, seed
+        self.grad_accum_steps = accumulation(config, world_size())
+        self.shared = distributed.share_gradients(state.model)
+        self.forward = torch.compile(self.shared) if config.compile else self.shared
         self.criterion = build_criterion(config)
         self.loss_watch = LossWatch(state.device)
         self.clips = config.grad_clip_norm or config.grad_clip_value or config.grad_clip_agc
@@ -153,7 +175,8 @@ class Stepper:
     def train_step(self, batches: Batches, want_grad_norm: bool = False) -> Tensor | None:
         """One optimizer update from `grad_accum_steps` micro-batches; returns the gradient's L2 norm before clipping.
 
-        The norm is None where nobody asked for it and nothing clips.
+        The norm is None where nobody asked for it and nothing clips. Processes add their gradients in the backward pass
+        of the last micro-batch alone.
 
         Raises:
             NonFiniteError: a loss is not finite; the weights are those before the step.
@@ -161,14 +184,17 @@ class Stepper:
         config, state = self.config, self.state
         self.schedule.step_update(state.step)
         state.optimizer.zero_grad()
-        for number in range(config.grad_accum_steps):
+        if world_size() > 1:
+            seed_step(self.seed, state.step, rank())
+        for number in range(self.grad_accum_steps):
             images, labels = next(batches)
-            with autocast(state.device, config.precision):
-                logits = self.forward(images)
-                loss = self.criterion(logits.float(), labels)
-            self.loss_watch.begin(loss)
-            with frozen_running_stats(state.model) if config.grad_checkpointing else contextlib.nullcontext():
-                state.scaler.scale(loss / config.grad_accum_steps).backward()
+            with self._gradients_stay_here() if number < self.grad_accum_steps - 1 else contextlib.nullcontext():
+                with autocast(state.device, config.precision):
+                    logits = self.forward(images)
+                    loss = self.criterion(logits.float(), labels)
+                self.loss_watch.begin(loss)
+                with frozen_running_stats(state.model) if config.grad_checkpointing else contextlib.nullcontext():
+                    state.scaler.scale(loss / self.grad_accum_steps).backward()
             state.window.add(loss.detach(), logits.detach(), labels)
             if not self.loss_watch.is_finite():
                 raise NonFiniteError(f"the loss of step {state.step + 1} is not finite", number, images)
@@ -179,6 +205,9 @@ class Stepper:
         if state.ema:
             state.ema.update(state.model, step=state.step)
         return grad_norm
+
+    def _gradients_stay_here(self) -> contextlib.AbstractContextManager:
+        return self.shared.no_sync() if world_size() > 1 else contextlib.nullcontext()  # type: ignore[operator]
 
     def _clip(self) -> Tensor:
         self.state.scaler.unscale_(self.state.optimizer)  # a norm of scaled gradients means nothing
@@ -269,14 +298,16 @@ def evaluate(
 ) -> Evaluation | None:
     """Evaluate `model` in eval mode over `batches`; None where `stop_requested()` became true on the way.
 
-    Never compiled, so that the number does not depend on `trainer.compile`.
+    Each process gives its share of the batches, perhaps none, and gets the numbers of all. Never compiled, so that the
+    number does not depend on `trainer.compile`.
     """
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, top5 hits
     confusion = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
+    is_stopped = False
     for images, labels in batches:
-        if stop_requested():
-            return None
+        if is_stopped := stop_requested():
+            break
         with autocast(device, precision):
             logits = model(images)
         logits = logits.float()
@@ -285,7 +316,9 @@ def evaluate(
         is_ranked = (ranked == labels[:, None]).any(1)
         sums += torch.stack([losses.double().sum(), is_ranked.sum().double()])
         confusion.index_add_(0, labels * num_classes + ranked[:, 0], torch.ones_like(labels))
-    confusion = confusion.view(num_classes, num_classes).cpu()
+    if distributed.largest(is_stopped):
+        return None
+    sums, confusion = distributed.total(sums), distributed.total(confusion).view(num_classes, num_classes).cpu()
     num_images = int(confusion.sum())
     loss, top5_hits = (sums / num_images).tolist()
     top1 = 100 * int(confusion.diagonal().sum()) / num_images
@@ -302,12 +335,20 @@ def resolve_device(config: TrainerConfig) -> tuple[torch.device, TrainerConfig]:
     """The device, and the config with `precision=auto` replaced by what it means there.
 
     Raises:
-        ValueError: a CUDA device is asked for and there is none, or it has no bf16.
+        ValueError: a CUDA device is asked for and there is none, or it has no bf16; or what only CUDA can do is asked
+            of the CPU.
     """
     has_cuda = torch.cuda.is_available()
     if config.device == "cuda" and not has_cuda:
         raise ValueError("trainer.device=cuda, but torch sees no CUDA device; use trainer.device=auto or cpu")
     device = torch.device("cuda" if has_cuda and config.device != "cpu" else "cpu")
+    if world_size() > 1 and device.type == "cuda":
+        distributed.use_own_device()
+    if config.sync_batch_norm and device.type == "cpu":
+        raise ValueError(
+            "trainer.sync_batch_norm=true, but PyTorch has it on CUDA alone; leave it out on the CPU: batch norm then "
+            "sees each process's own micro-batches"
+        )
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if config.precision == "bf16" and device.type == "cuda" and not has_bf16:
         raise ValueError(f"trainer.precision=bf16, but {torch.cuda.get_device_name()} has none; use fp16 or fp32")

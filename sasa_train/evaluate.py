@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sasa_train.compose import fail, load_config
 from sasa_train.config import ConfigError, TrainConfig, resolved_image_size
 from sasa_train.printable import printable
+from sasa_train.ranks import world_size
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,6 +38,10 @@ def run_command(arguments: list[str]) -> int:
     from sasa_train.data.workers import DataWorkerError
 
     try:
+        if world_size() > 1:
+            raise ConfigError(
+                f"WORLD_SIZE={world_size()}: an evaluation is one process's work; run it without torchrun"
+            )
         return evaluate_checkpoint(source, weights[-1] if weights else None, overrides)
     except (ConfigError, CheckpointError) as error:
         return fail(error)
@@ -77,7 +82,7 @@ def evaluate_checkpoint(source: Path, weights: str | None, overrides: list[str])
     finally:
         loader.close()
     assert result is not None
-    check_evaluated(loader, result.num_images)
+    check_evaluated(loader, result.num_images, loader.num_left_out)
     kind = "EMA" if state_dict is checkpoint["ema"] else "raw"
     print(f"{printable(str(path))}: step {checkpoint['step']:,}, {kind} weights\n")
     for line in differences(checkpoint["fingerprint"]["val"], found, "val") if checkpoint["fingerprint"] else []:

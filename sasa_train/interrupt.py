@@ -10,6 +10,7 @@ import sys
 import time
 from types import FrameType
 
+TIME_LIMIT = 1  # what `asked` says of a time limit; no signal of SIGNALS has this number
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -52,6 +53,18 @@ class StopRequest:
 
     def requested(self) -> bool:
         return self.signal is not None or time.monotonic() >= self.deadline
+
+    @property
+    def asked(self) -> int:
+        """What asked for a stop: a signal's number, TIME_LIMIT, or 0 for nothing yet."""
+        return int(self.signal or (TIME_LIMIT if self.requested() else 0))
+
+    def hear(self, asked: int) -> None:
+        """Take over what another process was asked."""
+        if asked == TIME_LIMIT:
+            self.deadline = -math.inf
+        elif asked:
+            self.signal = self.signal or signal.Signals(asked)
 
     @property
     def reason(self) -> str:

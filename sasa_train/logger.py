@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,24 +31,31 @@ TAGS = {
 class RunLogger:
     """One series of rows: those that the checkpoint holds, then what the run adds.
 
-    `metrics` is the checkpoint's copy of metrics.jsonl, so that the file is whole again whatever happened to it.
+    `metrics` is the checkpoint's copy of metrics.jsonl, so that the file is whole again whatever happened to it. One
+    that `is_silent` writes and shows nothing: of several processes, that of all but the first.
     """
 
-    def __init__(self, run_dir: Path, metrics: str, step: int, total_steps: int):
-        self._path = run_dir / "metrics.jsonl"
+    def __init__(self, run_dir: Path, metrics: str, step: int, total_steps: int, is_silent: bool = False):
+        self._path = Path(os.devnull) if is_silent else run_dir / "metrics.jsonl"
+        self._is_silent = is_silent
         self._lines = metrics.splitlines(keepends=True)
-        write_atomic(self._path, self.metrics.encode())
+        if not is_silent:
+            write_atomic(self._path, self.metrics.encode())
         self._file = self._path.open("ab", buffering=0)
         self._num_written, self._size = len(self._lines), self._path.stat().st_size
         rows = [json.loads(line) for line in self._lines]
         self.eval_seconds = next((row.get("seconds", 0.0) for row in reversed(rows) if row["split"] == "val"), 0.0)
         # TensorBoard forgets all steps from purge_step on, so those of this step are said again.
-        self._board: SummaryWriter | None = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step)
+        self._board: SummaryWriter | None = None
+        if not is_silent:
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step)
         for row in rows:
             if row["step"] == step:
                 self._write_board(row)
+        # disable=None: where there is no terminal
+        disable = True if is_silent else None
         self._bar = tqdm(
-            total=total_steps, initial=step, desc="training", unit="step", disable=None, dynamic_ncols=True
+            total=total_steps, initial=step, desc="training", unit="step", disable=disable, dynamic_ncols=True
         )
         self._total_steps = total_steps
 
@@ -94,7 +102,7 @@ class RunLogger:
 
     def write_picture(self, tag: str, picture: Tensor, step: int, path: Path | None = None) -> None:
         """A picture, uint8 [3, H, W], for TensorBoard, and as PNG where a path is given."""
-        if path is not None:
+        if path is not None and not self._is_silent:
             png = io.BytesIO()
             to_pil_image(picture).save(png, "PNG")
             try:

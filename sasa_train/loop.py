@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from sasa_train.atomic import write_atomic
+from sasa_train import distributed
 from sasa_train.batch_norm import recalibrate
 from sasa_train.checkpoint import CheckpointError
 from sasa_train.compose import to_yaml
-from sasa_train.config import TrainConfig, total_steps, trajectory
+from sasa_train.config import ConfigError, TrainConfig, total_steps, trajectory
 from sasa_train.console import say, warn
 from sasa_train.data.loader import Loaders, check_evaluated
 from sasa_train.data.randomness import recalibration_rng
@@ -34,33 +34,39 @@ from sasa_train.machine import peak_memory
 from sasa_train.nonfinite import NonFiniteError, find_origin
 from sasa_train.pictures import confusion_picture, contact_sheet, embedding_pictures
 from sasa_train.profiling import WAIT, WARMUP, build_profiler
+from sasa_train.ranks import rank, world_size
 from sasa_train.run_folder import RunFolder
 
 NUM_NAMED = 8  # images named in an error
 
 
 class Loop:
-    """Steps, log rows, evaluations and checkpoints in their order, until the last step or a stop request."""
+    """Steps, log rows, evaluations and checkpoints in their order, until the last step or a stop request.
+
+    Under torchrun all processes go through it in step; the first one writes and shows.
+    """
 
     def __init__(self, config: TrainConfig, run: RunFolder, loaders: Loaders, stepper: Stepper, stop: StopRequest):
         self.config, self.run_folder, self.loaders, self.stepper, self.stop = config, run, loaders, stepper, stop
         self.state: TrainState = stepper.state
         self.steps_per_epoch = loaders.train.plan.steps_per_epoch
         self.num_steps = total_steps(config, self.steps_per_epoch)
-        self.logger = RunLogger(run.path, run.metrics, self.state.step, self.num_steps)
+        self.logger = RunLogger(run.path, run.metrics, self.state.step, self.num_steps, is_silent=rank() > 0)
         self.last_val: dict[str, Any] = {}
+        self.num_left_out = 0  # unreadable images, in the last evaluation
         self._saved: tuple[int, int] | None = None  # step and evaluated_step of what was saved last
         self.eval_seconds = self.logger.eval_seconds  # of the last evaluation, before a resume too
         self.profiler: Any = contextlib.nullcontext()
-        if config.trainer.profile_steps:
-            self.profiler = build_profiler(config.trainer.profile_steps, run.path, self.state.device, say)
+        self.profile_steps = config.trainer.profile_steps if rank() == 0 else 0
+        if self.profile_steps:
+            self.profiler = build_profiler(self.profile_steps, run.path, self.state.device, say)
         self._start_clock()
 
     def run(self) -> bool:
         """Go on from where the state is; True at the end, False after a stop request was served."""
         with self.profiler:
             finished = self.run_epochs()
-        if self.config.trainer.profile_steps and self.profiler.step_num <= WAIT + WARMUP:
+        if self.profile_steps and self.profiler.step_num <= WAIT + WARMUP:
             say(f"no profile: the run ended before step {WAIT + WARMUP + 1} after its start")
         if finished:
             self.logger.write_hparams(trajectory(self.config))
@@ -72,7 +78,7 @@ class Loop:
                 may_go_on = self.evaluate()
             elif self.state.step >= self.num_steps:
                 return True
-            elif self.stop.requested() and self._saved == (self.state.step, self.state.evaluated_step):
+            elif self.stop_is_agreed() and self._saved == (self.state.step, self.state.evaluated_step):
                 return False
             else:
                 may_go_on = self.train_epoch()
@@ -101,12 +107,20 @@ class Loop:
                 self.log_train(report)
             is_last = state.step == end
             is_due = trainer.checkpoint_every_steps and state.step % trainer.checkpoint_every_steps == 0
-            stopping = self.stop.requested()  # asked once: a signal may come between two looks
+            stopping = self.stop_is_agreed()  # asked once: a signal may come between two looks
             if is_due or stopping or (is_last and not self.evaluation_is_due()):
                 self.save(is_best=False, must_succeed=stopping)
             if stopping:
                 return False
         return True
+
+    def stop_is_agreed(self) -> bool:
+        """Whether any process was asked to stop: the same answer for all, after the same step."""
+        if world_size() == 1:
+            return self.stop.requested()
+        asked = int(distributed.largest(self.stop.asked))
+        self.stop.hear(asked)
+        return asked > 0
 
     def steps(self, batches: Batches, num_steps: int) -> Iterator[StepReport]:
         try:
@@ -118,7 +132,9 @@ class Loop:
         """Name the module and the images that `error` began with, and write them down."""
         state, text = self.state, str(error)
         names = self.loaders.train_names(state.step if error.images is not None else state.step - 1, error.number)
-        if error.images is not None:
+        if error.images is not None and self.config.trainer.sync_batch_norm:
+            text += "; the module is not looked for with trainer.sync_batch_norm, which needs all processes"
+        elif error.images is not None:
             try:
                 precision = autocast(state.device, self.config.trainer.precision)
                 origin, rows = find_origin(state.model, error.images, precision)
@@ -128,10 +144,10 @@ class Loop:
             if rows:
                 text += f", for {', '.join(names[row] for row in rows[:NUM_NAMED])}"
                 text += f" and {len(rows) - NUM_NAMED} more" if len(rows) > NUM_NAMED else ""
-        path = self.run_folder.path / "nonfinite.txt"
-        with contextlib.suppress(OSError):  # a full disk must not hide the error
-            write_atomic(path, "".join(f"{line}\n" for line in (text, "", *names)).encode())
-            text += f"; the images that it came from are in {path}"
+        if self.run_folder.lock is not None:
+            with contextlib.suppress(OSError):  # a full disk must not hide the error
+                self.run_folder.write("nonfinite.txt", "".join(f"{line}\n" for line in (text, "", *names)).encode())
+                text += f"; the images that it came from are in {self.run_folder.path}/nonfinite.txt"
         return (
             f"{text}. Go on from a checkpoint with gentler settings, in a new run: the same command with "
             f"resume={self.run_folder.path}/checkpoints/last.pt optimizer.lr=... allow_config_change=[optimizer.lr] "
@@ -147,7 +163,7 @@ class Loop:
         yield from batches
 
     def count(self, report: StepReport) -> None:
-        if self.config.trainer.profile_steps:
+        if self.profile_steps:
             self.profiler.step()
         self._wait_seconds += report.wait_seconds
         self._clock_steps += 1
@@ -169,8 +185,8 @@ class Loop:
             "lr": max(group["lr"] for group in state.optimizer.param_groups),  # layer_decay lowers the others
             "grad_norm": None if report.grad_norm is None else report.grad_norm.item(),
             "images_per_sec": self._clock_steps * self.config.trainer.global_batch_size / elapsed,
-            "data_wait_fraction": self._wait_seconds / elapsed,
-            "memory_mib": round(peak_memory(state.device) / 2**20),
+            "data_wait_fraction": distributed.largest(self._wait_seconds / elapsed),  # all wait for the slowest
+            "memory_mib": round(distributed.largest(peak_memory(state.device)) / 2**20),
         }
         self.logger.write(row)
         self.logger.show_train(row, self.seconds_left(elapsed / self._clock_steps))
@@ -187,11 +203,13 @@ class Loop:
         with self._off_the_clock():
             start = time.perf_counter()
             averaged = state.ema.module if state.ema else state.model
+            self.copy_buffers()
             self.recalibrate(averaged)
             result = self.evaluate_model(averaged)
             raw = self.evaluate_model(state.model) if state.ema and result else None
             seconds = round(time.perf_counter() - start, 2)
         if result is None or (state.ema and raw is None):
+            self.stop_is_agreed()  # so that the first process can say why
             self.save(is_best=False, must_succeed=True)
             return False
         row = {
@@ -204,8 +222,8 @@ class Loop:
             **({"top1_raw": raw.top1} if raw else {}),
             "seconds": seconds,
         }
-        if num_left_out := self.loaders.val.num_left_out:
-            row |= {"num_images": result.num_images, "unreadable": num_left_out}
+        if self.num_left_out:
+            row |= {"num_images": result.num_images, "unreadable": self.num_left_out}
         best_before, is_best = state.best, state.best is None or result.top1 > state.best["top1"]
         if is_best:
             state.best = {key: row[key] for key in ("top1", "step", "epoch")}
@@ -229,9 +247,15 @@ class Loop:
             return
         state, config = self.state, self.config
         first = itertools.islice(self.loaders.train.train_batches(self.epoch_number() - 1), num_batches)
-        batches = itertools.takewhile(lambda _: not self.stop.requested(), first)
+        batches = itertools.takewhile(lambda _: not self.stop_is_agreed(), first)
         with recalibration_rng(config.seed, state.step, state.device), autocast(state.device, config.trainer.precision):
             recalibrate(model, batches, state.device)
+
+    def copy_buffers(self) -> None:
+        """Batch norm's running statistics are the first process's, as they are in the checkpoint."""
+        distributed.copy_buffers(self.state.model)
+        if self.state.ema:
+            distributed.copy_buffers(self.state.ema.module)
 
     def epoch_number(self) -> int:
         """Of the epoch that the last step was in, from 1."""
@@ -244,10 +268,11 @@ class Loop:
             len(self.loaders.classes),
             self.state.device,
             self.config.trainer.precision,
-            self.stop.requested,
+            lambda: distributed.stop_is_wanted(self.stop.requested()),
         )
         if result is not None:
-            check_evaluated(self.loaders.val, result.num_images)
+            self.num_left_out = int(distributed.total(torch.tensor(self.loaders.val.num_left_out)))
+            check_evaluated(self.loaders.val, result.num_images, self.num_left_out)
         return result
 
     def save(self, is_best: bool, must_succeed: bool = False) -> bool:
@@ -259,7 +284,9 @@ class Loop:
         self.stop.begin_training()  # from here on a signal waits until this is done
         state = self.state
         with self._off_the_clock():
+            self.copy_buffers()
             self.check_finite()
+            self.share_unreadable()
             finished = state.step == state.evaluated_step == self.num_steps
             content = state.state_dict() | {
                 "config": to_yaml(self.config),
@@ -269,22 +296,44 @@ class Loop:
                 "fingerprint": self.loaders.fingerprint,
                 "provenance": self.run_folder.provenance,
             }
-            try:
-                self.run_folder.checkpoints.save(content, is_best)
-            except CheckpointError as error:
-                if self.config.trainer.on_failed_save == "stop" or finished or must_succeed:
-                    raise
-                warn(f"{error}; the run goes on and tries again at the next checkpoint")
+            may_fail = self.config.trainer.on_failed_save == "continue" and not finished and not must_succeed
+            if not distributed.from_first(lambda: self.write(content, is_best, may_fail), CheckpointError):
                 return False
-        self.run_folder.note_checkpoint()
         self._saved = (state.step, state.evaluated_step)
         return True
 
-    def check_finite(self) -> None:
+    def write(self, content: dict[str, Any], is_best: bool, may_fail: bool) -> bool:
         try:
-            self.state.check()
-        except NonFiniteError as error:
-            raise NonFiniteError(self.explain(error)) from None
+            self.run_folder.checkpoints.save(content, is_best)
+        except CheckpointError as error:
+            if not may_fail:
+                raise
+            warn(f"{error}; the run goes on and tries again at the next checkpoint")
+            return False
+        self.run_folder.note_checkpoint()
+        return True
+
+    def share_unreadable(self) -> None:
+        """Let all processes know, and the first one name, what any of them could not read.
+
+        Raises:
+            ConfigError: on all, where it is more than `data.max_unreadable` allows.
+        """
+        if world_size() == 1:
+            return
+        for loader in (self.loaders.train, self.loaders.val):
+            for found in distributed.gather(loader.quarantine.found):
+                loader.quarantine.note(list(found.items()))
+            distributed.everywhere(loader.quarantine.check, ConfigError)
+
+    def check_finite(self) -> None:
+        def check() -> None:
+            try:
+                self.state.check()
+            except NonFiniteError as error:
+                raise NonFiniteError(self.explain(error)) from None
+
+        distributed.everywhere(check, NonFiniteError)
 
     def _start_clock(self) -> None:
         self._clock_start, self._clock_seconds = time.perf_counter(), 0.0

@@ -1,4 +1,7 @@
-"""What the machine has: a clock, processors, memory (bytes throughout), and how much of it was used."""
+"""What the machine has: a clock, processors, memory (bytes throughout), and how much of it was used.
+
+Of a machine's own memory each of torchrun's processes there counts its part.
+"""
 
 import ctypes
 import datetime
@@ -7,6 +10,8 @@ import resource
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from sasa_train.ranks import local_world_size
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +50,7 @@ def available_memory(device: "torch.device") -> int:
         machine = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # not Linux
         machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return min(machine, _left_in_cgroup(CGROUPS), _left_in_cgroup(_own_cgroup()))
+    return min(machine, _left_in_cgroup(CGROUPS), _left_in_cgroup(_own_cgroup())) // local_world_size()
 
 
 def total_memory(device: "torch.device") -> int:
@@ -55,7 +60,7 @@ def total_memory(device: "torch.device") -> int:
 
         return torch.cuda.mem_get_info(device)[1]
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(machine, _cgroup_limit(CGROUPS), _cgroup_limit(_own_cgroup()))
+    return min(machine, _cgroup_limit(CGROUPS), _cgroup_limit(_own_cgroup())) // local_world_size()
 
 
 def keep_freed_memory() -> None:

@@ -13,6 +13,7 @@ from sasa_train.config import (
     ConfigError,
     TrainConfig,
     TrainerConfig,
+    micro_batch_size,
     resolved_image_size,
     shorten,
 )
@@ -22,6 +23,7 @@ from sasa_train.models import build_model, enable_grad_checkpointing
 from sasa_train.models.counting import count_layers
 from sasa_train.optim import build_optimizer
 from sasa_train.out_of_memory import divisors, is_out_of_memory
+from sasa_train.ranks import world_size
 from sasa_train.run_folder import RunFolder
 
 SHARE = 0.5  # of the CPU's free memory that activations may take: gradients and temporaries need the rest
@@ -31,7 +33,10 @@ TOO_LARGE = ("32-bit index", "CUDNN_STATUS_NOT_SUPPORTED", "unable to find an en
 
 
 def with_micro_batch_size(trainer: TrainerConfig, micro_batch_size: int) -> TrainerConfig:
-    """Both keys set: the micro-batch, and the accumulation that follows from it."""
+    """Both keys set: the micro-batch, and the accumulation that follows from it for one process.
+
+    Not for as many as there are now, so that a config means the same to any number of them.
+    """
     steps = trainer.global_batch_size // micro_batch_size
     return dataclasses.replace(trainer, micro_batch_size=micro_batch_size, grad_accum_steps=steps)
 
@@ -47,7 +52,7 @@ def check_memory(config: TrainConfig, model: nn.Module, device: torch.device) ->
             on such micro-batches, as batch norm on a single number a channel.
     """
     trainer, size = config.trainer, resolved_image_size(config.data)
-    micro_batch = trainer.global_batch_size // trainer.grad_accum_steps
+    micro_batch = micro_batch_size(trainer, world_size())
     if trainer.micro_batch_size == "auto":
         micro_batch = min(2, micro_batch)
     what = f"model.name={config.model.name} on micro-batches of {micro_batch:,} images of {size} pixels"
@@ -100,7 +105,7 @@ def settle_auto(config: TrainConfig, run: RunFolder, device: torch.device) -> Tr
         return config
     began_with = _saved_size(run)
     if began_with:
-        found = next(n for n in divisors(trainer.global_batch_size) if n <= began_with)
+        found = next(n for n in divisors(trainer.global_batch_size // world_size()) if n <= began_with)
     else:
         found = largest_micro_batch(config, device)
         print(f"trainer.micro_batch_size=auto: {found} images fit")
@@ -115,14 +120,17 @@ def _saved_size(run: RunFolder) -> int | None:
         saved = load_config_file(config_file).trainer
     else:
         return None
-    return None if saved.micro_batch_size == "auto" else saved.global_batch_size // saved.grad_accum_steps
+    return None if saved.micro_batch_size == "auto" else micro_batch_size(saved, world_size())
 
 
 def largest_micro_batch(config: TrainConfig, device: torch.device) -> int:
-    """The largest divisor of the global batch that fits: tried on CUDA, counted on the CPU, which would swap."""
+    """The largest divisor of a process's share of the global batch that fits.
+
+    Tried on CUDA; counted on the CPU, which would swap.
+    """
     fits = _fits_cuda if device.type == "cuda" else _fits_cpu
     try:
-        for size in divisors(config.trainer.global_batch_size):
+        for size in divisors(config.trainer.global_batch_size // world_size()):
             if fits(config, size, device):
                 return size
     finally:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
-from sasa_train.config import TrainConfig, resolved_image_size
+from sasa_train.config import TrainConfig, micro_batch_size, resolved_image_size
 from sasa_train.machine import available_memory, peak_memory
+from sasa_train.ranks import world_size
 
 
 class OutOfMemoryError(Exception):
@@ -20,8 +21,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def memory_advice(config: TrainConfig, device: torch.device, run_dir: Path, error: BaseException) -> str:
     trainer = config.trainer
-    micro = trainer.global_batch_size // trainer.grad_accum_steps
-    smaller = next((n for n in divisors(trainer.global_batch_size) if n <= micro / 2), None)
+    micro = micro_batch_size(trainer, world_size())
+    smaller = next((n for n in divisors(trainer.global_batch_size // world_size()) if n <= micro / 2), None)
     ways = [f"trainer.micro_batch_size={smaller} (the same global batch)"] if smaller else []
     ways += [] if trainer.grad_checkpointing else ["trainer.grad_checkpointing=true"]
     ways += ["trainer.precision=bf16"] if device.type == "cuda" and trainer.precision == "fp32" else []

@@ -15,6 +15,7 @@ import torch
 from sasa_train.compose import as_overrides
 from sasa_train.config import TrainConfig
 from sasa_train.machine import now
+from sasa_train.ranks import local_world_size, world_size
 
 PACKAGES = ("torchvision", "timm", "hydra-core", "omegaconf", "numpy", "sasa_train")
 
@@ -28,7 +29,7 @@ def provenance(config: TrainConfig) -> tuple[dict[str, Any], str]:
     name = f"changes-{hashlib.sha256(difference.encode(errors='surrogateescape')).hexdigest()[:8]}.diff"
     made_by = {
         "command": shlex.join(sys.argv),
-        "reproduce": shlex.join(["sasa-train", *as_overrides(config)]),
+        "reproduce": shlex.join([*_launcher(), *as_overrides(config)]),
         "seed": config.seed,
         "directory": os.getcwd(),
         "commit": _git("rev-parse", "HEAD"),
@@ -41,10 +42,19 @@ def provenance(config: TrainConfig) -> tuple[dict[str, Any], str]:
         "platform": platform.platform(),
         "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "world_size": world_size(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "started": now(),
     }
     return made_by, difference
+
+
+def _launcher() -> list[str]:
+    if world_size() == 1:
+        return ["sasa-train"]
+    num_nodes = world_size() // local_world_size()
+    counts = [f"--nnodes={num_nodes}", f"--nproc-per-node={local_world_size()}"]
+    return ["torchrun", *counts, "-m", "sasa_train.train"]
 
 
 def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -57,7 +67,13 @@ def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     versions = before.get("versions", {})
     lines += [f"{name}: {versions[name]} -> {v}" for name, v in now["versions"].items() if versions.get(name, v) != v]
     machine = [key for key in ("threads", "gpu") if before.get(key, now[key]) != now[key]]
-    return lines + [f"{key}: {before[key]} -> {now[key]}" for key in machine]
+    lines += [f"{key}: {before[key]} -> {now[key]}" for key in machine]
+    if (processes := before.get("world_size", 1)) != now["world_size"]:
+        lines.append(
+            f"processes: {processes} -> {now['world_size']}; the same images, but sums are added in another order, and "
+            "each process's batch norm sees its own micro-batches"
+        )
+    return lines
 
 
 def _git(*arguments: str) -> str | None:

@@ -1,17 +1,25 @@
 """A whole run, from a config to a finished run folder; the order of events is the order of `train`."""
 
+import contextlib
 import dataclasses
+import platform
 from pathlib import Path
+from typing import Any
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from sasa_train import distributed
 from sasa_train.announce import describe_end, describe_finished, describe_plan
 from sasa_train.atomic import write_atomic
+from sasa_train.checkpoint import CheckpointError, Checkpoints
 from sasa_train.compose import to_yaml
 from sasa_train.config import ConfigError, TrainConfig, default_run_name, resolved_image_size
 from sasa_train.console import say, warn
-from sasa_train.data.loader import Loaders, build_loaders
+from sasa_train.data.fingerprint import differences
+from sasa_train.data.loader import Loaders, build_loaders, fetch_once
+from sasa_train.data.workers import DataWorkerError
 from sasa_train.engine import (
     Stepper,
     TrainState,
@@ -26,6 +34,7 @@ from sasa_train.models import build_model, check_model, enable_grad_checkpointin
 from sasa_train.optim import build_optimizer, build_schedule, check_schedule, try_optimizer
 from sasa_train.out_of_memory import OutOfMemoryError, is_out_of_memory, memory_advice
 from sasa_train.provenance import describe_changes, provenance
+from sasa_train.ranks import world_size
 from sasa_train.run_folder import RunFolder, check_data, is_finished, open_run
 
 
@@ -39,11 +48,10 @@ def train(config: TrainConfig, stop: StopRequest) -> bool:
         OutOfMemoryError: with what to set so that it fits.
     """
     run_name = config.run_name or default_run_name(config)
-    device, config = resolve(config)
-    check_buildable(config, device)
-    run = open_run(config, run_name)
-    with run.lock:
-        config = settle_auto(config, run, device)
+    device, config = distributed.everywhere(lambda: resolve_buildable(config), ConfigError)
+    run = open_together(config, run_name)
+    with run.lock or contextlib.nullcontext():
+        config = distributed.from_first(lambda: settle_auto(config, run, device), ConfigError)
         if run.is_new:
             run.write_config(config)  # with what auto was settled to, before anything can stop the run
         elif run.checkpoint is not None and is_finished(run.checkpoint, config):
@@ -55,24 +63,31 @@ def train(config: TrainConfig, stop: StopRequest) -> bool:
 
 def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, stop: StopRequest) -> bool:
     """`train`, once the folder is ours and what it continues from is known."""
+    if warning := distributed.restart_warning():
+        warn(warning)
     say(f"{to_yaml(config)}\nrun folder  {run.path}")
     stop.set_max_hours(config.trainer.max_hours)
     if device.type == "cpu":
         keep_freed_memory()
-    loaders = build_loaders(config, device)
+    distributed.everywhere(lambda: fetch_once(config), ConfigError)
+    loaders = distributed.everywhere(lambda: build_loaders(config, device), ConfigError, DataWorkerError)
+    check_same_images(config, loaders)
     run.provenance, difference = provenance(config)
     if run.checkpoint is not None:
-        check_data(run.checkpoint, loaders.fingerprint, config)
+        checkpoint = run.checkpoint
+        distributed.everywhere(lambda: check_data(checkpoint, loaders.fingerprint, config), ConfigError)
         for change in describe_changes(run.checkpoint["provenance"], run.provenance):
             warn(f"changed since the checkpoint was written: {change}")
     torch.manual_seed(config.seed)
     model = build_model(config.model, len(loaders.classes), resolved_image_size(config.data))
     if config.trainer.grad_checkpointing:
         enable_grad_checkpointing(model)
+    if config.trainer.sync_batch_norm and world_size() > 1:
+        model = convert_sync_batchnorm(model)
     state = build_state(config.trainer, model, lambda m: build_optimizer(config, m), device)
     state.hyperparameters += tuple(config.optimizer.args)
     steps_per_epoch = loaders.train.plan.steps_per_epoch
-    stepper = Stepper(config.trainer, state, build_schedule(config, state.optimizer, steps_per_epoch))
+    stepper = Stepper(config.trainer, state, build_schedule(config, state.optimizer, steps_per_epoch), config.seed)
     continue_from(run, state, config)
     loop = Loop(config, run, loaders, stepper, stop)
     say(describe_plan(config, loaders, state, loop.num_steps))
@@ -89,7 +104,7 @@ def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, s
     finally:
         loop.logger.close()
         loaders.close()
-        num_unreadable = note_unreadable(run.path / "unreadable.txt", loaders)
+        num_unreadable = note_unreadable(run.path / "unreadable.txt", loaders) if run.lock else 0
     if finished:
         run.write_info(status="finished", best=state.best, seconds=round(state.seconds, 1))
         say(describe_end(config, run.path, state, loop.last_val, num_unreadable))
@@ -97,7 +112,37 @@ def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, s
         run.write_info(status="interrupted")
         how = "sasa-train" if config.resume == "never" else "the same command again, or sasa-train"
         say(f"{stop.reason}: saved at step {state.step}; to continue: {how} resume={run.path}")
+    distributed.wait_for_all()  # torchrun ends all when one has ended with 75
     return finished
+
+
+def open_together(config: TrainConfig, run_name: str) -> RunFolder:
+    """`open_run` by the first process, which sends the others the checkpoint: they need not see its disk."""
+    opened: list[RunFolder] = []
+
+    def opening() -> tuple[Path, dict[str, Any] | None, bool]:
+        run = open_run(config, run_name)
+        opened.append(run)
+        return run.path, run.checkpoint, run.is_new
+
+    path, checkpoint, is_new = distributed.from_first(opening, ConfigError, CheckpointError)
+    return opened[0] if opened else RunFolder(path, None, Checkpoints(path, 0), checkpoint, is_new)
+
+
+def check_same_images(config: TrainConfig, loaders: Loaders) -> None:
+    """Refuse machines whose images are not those of the first process."""
+    first = distributed.from_first(lambda: loaders.fingerprint)
+
+    def check() -> None:
+        found = [line for split in first for line in differences(first[split], loaders.fingerprint[split], split)]
+        if found:
+            changes = "\n".join(f"  {line}" for line in found)
+            raise ConfigError(
+                f"data.root={config.data.root}: the images on {platform.node()} are not the first process's:\n"
+                f"{changes}\ngive every machine the same ones"
+            )
+
+    distributed.everywhere(check, ConfigError)
 
 
 def note_unreadable(path: Path, loaders: Loaders) -> int:
@@ -132,6 +177,12 @@ def resolve(config: TrainConfig) -> tuple[torch.device, TrainConfig]:
     if isinstance(trainer.micro_batch_size, int):
         trainer = with_micro_batch_size(trainer, trainer.micro_batch_size)
     return device, dataclasses.replace(config, trainer=trainer)
+
+
+def resolve_buildable(config: TrainConfig) -> tuple[torch.device, TrainConfig]:
+    device, config = resolve(config)
+    check_buildable(config, device)
+    return device, config
 
 
 def check_buildable(config: TrainConfig, device: torch.device) -> None:

@@ -14,26 +14,35 @@ from sasa_train.config import ConfigError, TrainConfig, differing_keys, flatten
 from sasa_train.console import warn
 from sasa_train.data.fingerprint import differences
 from sasa_train.lock import lock_folder
+from sasa_train.ranks import world_size
 
 
 @dataclass
 class RunFolder:
-    """`path` is ours alone while `lock` is open; `checkpoint` is where to go on from, or None at the beginning."""
+    """`path` is ours alone while `lock` is open; `checkpoint` is where to go on from, or None at the beginning.
+
+    Of several processes the first one has the lock, and writes; the others have None, and write nothing.
+    """
 
     path: Path
-    lock: IO[str]
+    lock: IO[str] | None
     checkpoints: Checkpoints
     checkpoint: dict[str, Any] | None
     is_new: bool = True  # it has no checkpoint of its own
     metrics: str = ""  # metrics.jsonl as the checkpoint knows it
     provenance: dict[str, Any] = field(default_factory=dict)  # of what runs now
 
+    def write(self, name: str, data: bytes) -> None:
+        """Put a file into the folder, whole or not at all."""
+        if self.lock is not None:
+            write_atomic(self.path / name, data)
+
     def write_config(self, config: TrainConfig) -> None:
-        write_atomic(self.path / "config.yaml", to_yaml(config).encode())
+        self.write("config.yaml", to_yaml(config).encode())
 
     def write_info(self, **changes: Any) -> None:
         """Update run.json."""
-        write_atomic(self.path / "run.json", json.dumps(_read_info(self.path) | changes, indent=2).encode())
+        self.write("run.json", json.dumps(_read_info(self.path) | changes, indent=2).encode())
 
     def write_start(self, difference: str, step: int) -> None:
         """Note in run.json what runs now, and in its `starts` every time the run was started or continued.
@@ -42,8 +51,9 @@ class RunFolder:
         """
         now = self.provenance
         if difference:
-            write_atomic(self.path / now["difference"], f"{difference}\n".encode(errors="surrogateescape"))
-        start = {key: now.get(key) for key in ("started", "command", "commit", "difference", "host")} | {"step": step}
+            self.write(now["difference"], f"{difference}\n".encode(errors="surrogateescape"))
+        keys = ("started", "command", "commit", "difference", "host", "world_size")
+        start = {key: now.get(key) for key in keys} | {"step": step}
         self.write_info(**now, starts=[*_read_info(self.path).get("starts", []), start], status="running")
 
     def note_checkpoint(self) -> None:
@@ -65,7 +75,7 @@ class RunFolder:
         self.write_info(status="finished", best=checkpoint["best"])
         metrics, path = checkpoint["metrics"].encode(), self.path / "metrics.jsonl"
         if not path.exists() or path.read_bytes() != metrics:
-            write_atomic(path, metrics)
+            self.write(path.name, metrics)
 
 
 def open_run(config: TrainConfig, run_name: str) -> RunFolder:
@@ -152,7 +162,8 @@ def load_saved_config(path: Path, overrides: Sequence[str]) -> TrainConfig:
 def check_trajectory(checkpoint: dict[str, Any], config: TrainConfig, path: Path) -> None:
     """Refuse to continue a checkpoint with a config that would have led elsewhere, but where the user allows it."""
     saved = load_config(checkpoint["config"], source=f"the config in the checkpoint of {path}")
-    keys = [key for key in differing_keys(saved, config) if key not in config.allow_config_change]
+    same = has_same_world_size(checkpoint)
+    keys = [key for key in differing_keys(saved, config, same) if key not in config.allow_config_change]
     if keys:
         old, new = flatten(saved), flatten(config)
         changes = "\n".join(f"  {key}: {old.get(key)} -> {new.get(key)}" for key in keys)
@@ -186,7 +197,12 @@ def check_data(checkpoint: dict[str, Any], fingerprints: dict[str, Any], config:
 
 def is_finished(checkpoint: dict[str, Any], config: TrainConfig) -> bool:
     """Finished under this very config; an allowed change (more epochs, say) trains it further."""
-    return checkpoint["finished"] and not differing_keys(load_config(checkpoint["config"]), config)
+    saved = load_config(checkpoint["config"])
+    return checkpoint["finished"] and not differing_keys(saved, config, has_same_world_size(checkpoint))
+
+
+def has_same_world_size(checkpoint: dict[str, Any]) -> bool:
+    return checkpoint["provenance"].get("world_size", 1) == world_size()
 
 
 def _allow(keys: list[str]) -> str:

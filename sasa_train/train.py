@@ -1,10 +1,14 @@
-"""sasa-train: from the command line to a run; the run itself is in loop.py, so that `--help` needs no torch."""
+"""sasa-train: from the command line to a run; the run itself is in loop.py, so that `--help` needs no torch.
+
+`torchrun --nproc-per-node=N -m sasa_train.train` takes the same arguments.
+"""
 
 import errno
 import logging
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from sasa_train.compose import (
@@ -16,9 +20,10 @@ from sasa_train.compose import (
     parse_overrides,
     print_help,
 )
-from sasa_train.config import ConfigError, TrainConfig
+from sasa_train.config import ConfigError, TrainConfig, check_world_size
 from sasa_train.interrupt import Interrupted, StopRequest, ignore_until_the_end
 from sasa_train.printable import printable_lines
+from sasa_train.ranks import max_restarts, rank, world_size
 
 USAGE = """[group=choice ...] [key=value ...]   (-m, --multirun: a plain Hydra sweep)
 
@@ -31,19 +36,29 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def main() -> None:
-    code = run_command(sys.argv[1:])
+    end(run_command(sys.argv[1:]))
+
+
+def end(code: int) -> None:
+    """End this process with `code`, whatever signals come."""
     ignore_until_the_end()
+    if world_size() > 1:
+        from sasa_train.distributed import leave
+
+        leave(code, may_wait=code == DONE)
     sys.exit(code)
 
 
 def run_command(arguments: list[str]) -> int:
     """Run with command-line arguments; returns the exit code."""
     if {"-h", "--help"} & set(arguments):
-        print_help("sasa-train", USAGE)
+        if rank() == 0:
+            print_help("sasa-train", USAGE)
         return DONE
     set_up_logging()
     try:
-        refuse_many_processes()
+        if world_size() > 1:
+            return train_together(arguments)
         if {"-m", "--multirun"} & set(arguments):
             return multirun(arguments)
         return train_safely(read_config(arguments))
@@ -63,7 +78,7 @@ def set_up_logging() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("sasa_train").setLevel(logging.INFO)
+    logging.getLogger("sasa_train").setLevel(logging.INFO if rank() == 0 else logging.ERROR)
 
 
 def read_config(arguments: list[str]) -> TrainConfig:
@@ -78,8 +93,16 @@ def read_config(arguments: list[str]) -> TrainConfig:
         from sasa_train.run_folder import load_saved_config
 
         # What one continuation was allowed to change, the next is not.
-        return load_saved_config(folder, ["allow_config_change=[]", *arguments])
-    return compose_config(arguments)
+        config = load_saved_config(folder, ["allow_config_change=[]", *arguments])
+    else:
+        config = compose_config(arguments)
+    check_world_size(config, world_size())
+    if config.resume == "never" and max_restarts():
+        raise ConfigError(
+            f"resume=never with torchrun --max-restarts={max_restarts()}: each restart would begin a new run; leave it "
+            "out and give the run a run_name"
+        )
+    return config
 
 
 def multirun(arguments: list[str]) -> int:
@@ -114,9 +137,51 @@ def train_safely(config: TrainConfig, stop: StopRequest | None = None) -> int:
         stop.restore()
 
 
+def train_together(arguments: list[str]) -> int:
+    """As one of the processes that torchrun started: the first one reads the config for all."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        raise ConfigError(
+            f"WORLD_SIZE={world_size()}, but torchrun did not start this process; several are started by "
+            "torchrun --nproc-per-node=N -m sasa_train.train ..., and one without WORLD_SIZE"
+        )
+    # C++ warnings: of an option of DDP, from each process, that is meant.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from sasa_train import distributed
+
+    def read() -> TrainConfig:
+        if {"-m", "--multirun"} & set(arguments):
+            raise ConfigError("-m under torchrun, which starts the processes of one run: use sasa-sweep, or one job")
+        return read_config(arguments)
+
+    try:
+        distributed.join()
+        return train_safely(distributed.from_first(read, ConfigError))
+    except ConfigError as error:
+        tell(error)
+        return REFUSED
+    except Exception as error:
+        distributed.tell_failure(f"process {rank()}: {type(error).__name__}: {error}")
+        traceback.print_exc()
+        return FAILED
+
+
+def tell(error: Exception) -> None:
+    """`fail`, in one voice where there are several processes."""
+    if world_size() == 1:
+        fail(error)
+        return
+    from sasa_train import distributed
+
+    text = distributed.describe(error)
+    if text is not None:
+        distributed.tell_failure(text)
+        fail(ConfigError(text))
+
+
 def _train(config: TrainConfig, stop: StopRequest) -> int:
     from sasa_train.checkpoint import CheckpointError
     from sasa_train.data.workers import DataWorkerError
+    from sasa_train.distributed import lost_partner
     from sasa_train.nonfinite import NonFiniteError
     from sasa_train.out_of_memory import OutOfMemoryError, is_out_of_memory
     from sasa_train.run import train
@@ -124,29 +189,25 @@ def _train(config: TrainConfig, stop: StopRequest) -> int:
     try:
         return DONE if train(config, stop) else INTERRUPTED
     except ConfigError as error:
-        fail(error)
+        tell(error)
         return REFUSED
     except (CheckpointError, DataWorkerError, NonFiniteError, OutOfMemoryError) as error:
-        fail(error)
+        tell(error)
         return FAILED
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
         place = f" {error.filename}" if error.filename else ""
-        fail(OSError(f"cannot write{place} ({error.strerror}); make room and run the same command again"))
+        tell(OSError(f"cannot write{place} ({error.strerror}); make room and run the same command again"))
         return FAILED
     except (MemoryError, RuntimeError) as error:  # before the first step
+        if (reason := lost_partner(error)) is not None:
+            tell(RuntimeError(f"stopped: {reason}"))
+            return FAILED
         if not is_out_of_memory(error):
             raise
-        fail(RuntimeError(f"out of memory ({error}); use a smaller model, data.image_size or data.max_train_images"))
+        tell(RuntimeError(f"out of memory ({error}); use a smaller model, data.image_size or data.max_train_images"))
         return FAILED
-
-
-def refuse_many_processes() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: this version trains in one process, not under torchrun"
-        )
 
 
 if __name__ == "__main__":

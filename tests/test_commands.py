@@ -328,7 +328,8 @@ def test_the_summary_command(capsys):
     assert "the next size is 32 x 32" in capsys.readouterr().err
 
 
-def test_torchrun_is_refused_until_it_is_supported(monkeypatch, capsys):
+def test_several_processes_are_refused_without_torchrun(monkeypatch, capsys):
+    """A leftover of another job's environment, say: the run would wait for processes that nobody starts."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert train.run_command(["experiment=debug"]) == 2
-    assert "WORLD_SIZE=2" in capsys.readouterr().err
+    assert "WORLD_SIZE=2, but torchrun did not start this process" in capsys.readouterr().err

@@ -162,9 +162,9 @@ def test_a_val_image_that_comes_back_is_counted_again(image_folder):
         path.write_bytes(data)
         num_images = sum(len(labels) for _, labels in val.eval_batches())
         assert (num_images, val.num_left_out) == (8 - num_left_out, num_left_out)
-        check_evaluated(val, num_images)
+        check_evaluated(val, num_images, num_left_out)
     with pytest.raises(RuntimeError, match="evaluation saw 7 images instead of 8"):
-        check_evaluated(val, 7)
+        check_evaluated(val, 7, 0)
 
 
 def test_a_read_that_fails_for_a_moment_is_tried_again(image_folder, monkeypatch):

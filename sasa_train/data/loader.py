@@ -5,6 +5,7 @@ replaying anything. Both loaders yield (images, labels): normalised float32 [B, 
 or cutmix mixed them, float32 [B, num_classes].
 """
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,14 @@ from typing import Any
 
 import torch
 
-from sasa_train.config import ConfigError, TrainConfig, crops_by_padding, resolved_image_size, total_steps
+from sasa_train.config import (
+    ConfigError,
+    TrainConfig,
+    accumulation,
+    crops_by_padding,
+    resolved_image_size,
+    total_steps,
+)
 from sasa_train.data.datasets import MEAN_STD, ImageSet, load_image_sets
 from sasa_train.data.fingerprint import fingerprint
 from sasa_train.data.mixing import Mixing
@@ -24,6 +32,7 @@ from sasa_train.data.streaming import StreamingLoader
 from sasa_train.data.transforms import Augment, Normalize
 from sasa_train.machine import available_memory, usable_processors
 from sasa_train.printable import printable
+from sasa_train.ranks import local_rank, local_world_size, rank, world_size
 
 RESIDENT_SHARE = 0.25  # of the memory that is free: a set larger than that streams, unless data.resident=true
 Loader = ResidentLoader | StreamingLoader
@@ -50,10 +59,10 @@ class Loaders:
         return "resident" if isinstance(self.train, ResidentLoader) else "streamed"
 
     def train_names(self, step: int, number: int | None = None) -> list[str]:
-        """Of the images of the run's step `step`, from 0, or of one micro-batch of it; to be printed."""
+        """Of this process's images of the run's step `step`, from 0, or of one micro-batch of it; to be printed."""
         epoch, first_step = divmod(step, self.train.plan.steps_per_epoch)
         micros = itertools.islice(self.train.plan.train(epoch, first_step), self.train.plan.grad_accum_steps)
-        chosen = [micro.indices for micro in micros if number in (None, micro.number)]
+        chosen = [micro.indices for position, micro in enumerate(micros) if number in (None, position)]
         return [printable(self.train_set.name(int(index))) for indices in chosen for index in indices]
 
     def unreadable(self) -> Iterator[str]:
@@ -98,7 +107,8 @@ def build_eval_loader(config: TrainConfig, device: torch.device) -> tuple[Loader
 
 def _build_loader(config: TrainConfig, images: ImageSet, device: torch.device, is_resident: bool, split: str) -> Loader:
     trainer = config.trainer
-    plan = BatchPlan(config.seed, len(images), trainer.global_batch_size, trainer.grad_accum_steps)
+    num_accumulated = accumulation(trainer, world_size())
+    plan = BatchPlan(config.seed, len(images), trainer.global_batch_size, num_accumulated, rank(), world_size())
     own_mean, own_std = MEAN_STD[config.data.name]
     mean, std = config.data.mean or own_mean, config.data.std or own_std
     normalize = Normalize(mean, std, device, trainer.channels_last)
@@ -107,7 +117,7 @@ def _build_loader(config: TrainConfig, images: ImageSet, device: torch.device, i
     mixing = Mixing(config.augment, len(images.classes), config.seed, mixed_steps)
     quarantine = Quarantine(split, len(images), config.data.max_unreadable)
     if split == "val":
-        plan = BatchPlan(config.seed, len(images), plan.micro_batch_size, 1)
+        plan = dataclasses.replace(plan, global_batch_size=plan.micro_batch_size * world_size(), grad_accum_steps=1)
     num_workers, timeout = resolved_num_workers(config), config.data.worker_timeout
     if not is_resident:
         return StreamingLoader(images, plan, augment, normalize, mixing, quarantine, num_workers, timeout)
@@ -123,18 +133,24 @@ def _check_queues(config: TrainConfig, *loaders: Loader) -> None:
     check_shared_memory(needed, resolved_num_workers(config), ", or a smaller micro-batch (trainer.micro_batch_size)")
 
 
-def check_evaluated(loader: Loader, num_images: int) -> None:
-    """Raise RuntimeError unless the evaluation that just ended counted every image but those it left out."""
-    expected = loader.plan.num_images - loader.num_left_out
+def check_evaluated(loader: Loader, num_images: int, num_left_out: int) -> None:
+    """Raise RuntimeError unless the evaluation that just ended counted every image but those that were left out."""
+    expected = loader.plan.num_images - num_left_out
     if num_images != expected:
         raise RuntimeError(f"evaluation saw {num_images} images instead of {expected}")
 
 
 def resolved_num_workers(config: TrainConfig) -> int:
-    """`data.num_workers`, or half of the processors this process may use, 8 at most."""
+    """`data.num_workers`, or half of the processors that are this process's, 8 at most."""
     if config.data.num_workers is not None:
         return config.data.num_workers
-    return min(8, usable_processors() // 2)
+    return min(8, usable_processors() // (2 * local_world_size()))
+
+
+def fetch_once(config: TrainConfig) -> None:
+    """Load a set that may have to be downloaded, in one process on each machine: the others find it there."""
+    if world_size() > 1 and local_rank() == 0 and config.data.name in ("cifar10", "cifar100"):
+        load_image_sets(config.data)
 
 
 def _is_resident(config: TrainConfig, num_images: int, device: torch.device) -> bool:

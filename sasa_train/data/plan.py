@@ -1,4 +1,8 @@
-"""Which images are in which micro-batch, for every epoch: a function of (seed, epoch)."""
+"""Which images are in which micro-batch, for every epoch: a function of (seed, epoch).
+
+Each process takes its contiguous share of every global batch, so which images make it up is the same for any number of
+processes.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,17 +19,19 @@ class MicroBatch:
     indices: np.ndarray
     epoch: int
     step: int  # of the run, from 0
-    number: int  # within the step
+    number: int  # within the step, over all processes
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The batches of one split."""
+    """The batches of one split, for process `rank` of `world_size`."""
 
     seed: int
     num_images: int
     global_batch_size: int
     grad_accum_steps: int
+    rank: int = 0
+    world_size: int = 1
 
     @property
     def steps_per_epoch(self) -> int:
@@ -33,17 +39,25 @@ class BatchPlan:
 
     @property
     def micro_batch_size(self) -> int:
-        return self.global_batch_size // self.grad_accum_steps
+        return self.global_batch_size // (self.world_size * self.grad_accum_steps)
+
+    @property
+    def share(self) -> slice:
+        """Which of the set's images are this process's to evaluate; none, where there are fewer than processes."""
+        bounds = (self.num_images * n // self.world_size for n in (self.rank, self.rank + 1))
+        return slice(*bounds)
 
     def train(self, epoch: int, first_step: int) -> Iterator[MicroBatch]:
         """The micro-batches of an epoch, from its step `first_step` on."""
         order = epoch_order(self.seed, epoch, self.num_images)
         for step in range(first_step, self.steps_per_epoch):
             images = order[step * self.global_batch_size : (step + 1) * self.global_batch_size]
-            for number, indices in enumerate(images.reshape(-1, self.micro_batch_size)):
+            cut = images.reshape(self.world_size, self.grad_accum_steps, self.micro_batch_size)
+            first_number = self.rank * self.grad_accum_steps
+            for number, indices in enumerate(cut[self.rank], start=first_number):
                 yield MicroBatch(indices, epoch, epoch * self.steps_per_epoch + step, number)
 
     def all(self) -> Iterator[MicroBatch]:
-        """Every image once, in order."""
-        for start in range(0, self.num_images, self.micro_batch_size):
-            yield MicroBatch(np.arange(start, min(start + self.micro_batch_size, self.num_images)), 0, 0, 0)
+        """Every image of this process's share once, in order."""
+        for start in range(self.share.start, self.share.stop, self.micro_batch_size):
+            yield MicroBatch(np.arange(start, min(start + self.micro_batch_size, self.share.stop)), 0, 0, 0)

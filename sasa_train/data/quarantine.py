@@ -33,11 +33,18 @@ class Quarantine:
         Raises:
             ConfigError: there are more than `data.max_unreadable` allows; the message lists them.
         """
+        self.note(unreadable)
+        self.check()
+
+    def note(self, unreadable: list[Unreadable]) -> None:
         for name, reason in unreadable:
             if name not in self.found:
                 self.found[name] = reason
                 what = "replaced by the next image" if self.split == "train" else "left out"
                 log.warning(f"WARNING: {printable(name)}: cannot be read as an image ({printable(reason)}); {what}")
+
+    def check(self) -> None:
+        """Raise ConfigError where there are more than `data.max_unreadable` allows."""
         if len(self.found) > self.allowed:
             listing = "\n".join(self.lines())
             raise ConfigError(

@@ -14,7 +14,7 @@ import torch
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 # What numbers are drawn for: each purpose has its own, so that none changes with what else is switched on.
-CROP, LIBRARY, POLICY, ERASING, MIXING, RECALIBRATION = (np.uint64(n) for n in range(1, 7))
+CROP, LIBRARY, POLICY, ERASING, MIXING, RECALIBRATION, STEP = (np.uint64(n) for n in range(1, 8))
 
 
 def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
@@ -54,6 +54,11 @@ def recalibration_rng(seed: int, step: int, device: torch.device) -> Iterator[No
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(int(_hash(_key(seed, step) ^ RECALIBRATION, np.array([0]))[0]))
         yield
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch's generators, the device's too, for one process's part of a step: for dropout and drop path."""
+    torch.manual_seed(int(_hash(_key(seed, step) ^ STEP, np.array([rank]))[0]))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from sasa_train.data.quarantine import Quarantine, Unreadable, read_or_replace
 from sasa_train.data.shared_memory import check_shared_memory, queue_bytes
 from sasa_train.data.transforms import Augment, Normalize, fit
 from sasa_train.data.workers import Workers
+from sasa_train.ranks import rank
 
 CHUNK = 256  # images a worker decodes at a time
 
@@ -37,7 +38,7 @@ class ResidentLoader:
         self.images, self.labels = images, torch.from_numpy(labels).to(images.device)
         self.is_good, self.plan, self.normalize, self.quarantine = is_good, plan, normalize, quarantine
         self.augment, self.mixing = augment, mixing
-        self.num_left_out = int((~is_good).sum())
+        self.num_left_out = int((~is_good[plan.share]).sum())
 
     def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         for micro in self.plan.train(epoch, first_step):
@@ -72,7 +73,8 @@ def decode_all(
     chunks = BatchPlan(0, len(images), CHUNK, 1).all()
     reader = _ChunkReader(images, size, quarantine.num_tries)
     workers = Workers(reader, quarantine.split, num_workers, worker_timeout)
-    with tqdm(total=len(images), desc=f"decoding {quarantine.split}", unit="img", disable=None, leave=False) as bar:
+    is_quiet = True if rank() else None  # None: where there is no terminal
+    with tqdm(total=len(images), desc=f"decoding {quarantine.split}", unit="img", disable=is_quiet, leave=False) as bar:
         try:
             for micro, (chunk, chunk_labels, good, unreadable) in workers.read(chunks):
                 quarantine.add(unreadable)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sasa_train.config import ConfigError
 from sasa_train.data.workers import PREFETCH
+from sasa_train.ranks import local_world_size
 
 FOLDER = Path("/dev/shm")
 
@@ -20,14 +21,14 @@ def queue_bytes(num_workers: int, batch_size: int, num_images: int, size: int) -
 
 
 def check_shared_memory(needed: int, num_workers: int, remedy: str = "") -> None:
-    """Refuse `needed` bytes that are not free. Only Linux shows what is.
+    """Refuse `needed` bytes, for each process on this machine, that are not free. Only Linux shows what is.
 
     Raises:
         ConfigError: with `remedy` beside those that always help.
     """
     if not num_workers or sys.platform != "linux" or not FOLDER.is_dir():
         return
-    free = shutil.disk_usage(FOLDER).free
+    free, needed = shutil.disk_usage(FOLDER).free, needed * local_world_size()
     if needed > free:
         gigabytes = math.ceil(1.5 * needed / 2**30)
         raise ConfigError(

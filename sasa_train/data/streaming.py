@@ -37,7 +37,7 @@ class StreamingLoader:
     ):
         self.plan, self.normalize, self.mixing, self.quarantine = plan, normalize, mixing, quarantine
         self.device = normalize.mean.device
-        self.num_left_out = 0  # by the last evaluation
+        self.num_left_out = 0  # by the last evaluation, of this process's share
         self.queue_bytes = queue_bytes(num_workers, plan.micro_batch_size, plan.num_images, augment.size)
         is_train = quarantine.split == "train"
         self._workers = Workers(
@@ -59,6 +59,7 @@ class StreamingLoader:
             self.num_left_out += len(micro.indices) - len(labels)
             if len(labels):
                 yield images, labels
+        seen = seen[self.plan.share]
         if not (seen == 1).all():
             raise RuntimeError(f"evaluation saw an image {seen.max()} times and another {seen.min()} times")
 

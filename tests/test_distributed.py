@@ -1,0 +1,243 @@
+"""One run by several processes, started by real torchrun on gloo: the same images, the same numbers, one voice."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_commands import assert_equal_state, rows
+
+from sasa_train.checkpoint import load_checkpoint
+from sasa_train.compose import compose_config
+from sasa_train.config import ConfigError, accumulation, check_world_size, differing_keys, micro_batch_size
+from sasa_train.data.plan import BatchPlan
+from sasa_train.data.randomness import seed_step
+
+WORKER = Path(__file__).with_name("torchrun_worker.py")
+# 38 digits and batches of 12 are 3 steps an epoch, 6 in all; no batch statistics, and augmentation of every kind.
+RUN = (
+    "model=timm", "model.name=convnext_atto", "data=digits", "data.image_size=32", "data.max_train_images=38",
+    "data.max_val_images=31", "augment.policy=trivial_augment", "augment.brightness=0.3", "augment.erasing_prob=0.5",
+    "trainer.global_batch_size=12", "trainer.grad_accum_steps=2", "trainer.epochs=2", "trainer.ema_decay=0.9",
+    "trainer.log_every_steps=1", "trainer.checkpoint_every_steps=1", "data.num_workers=0", "output_dir=out",
+)  # fmt: skip
+
+
+def launch(folder: Path, num_processes: int, *arguments: str, options=("--standalone",), **env: str) -> tuple[int, str]:
+    """The worker by torchrun, or alone where it is one process: exit code, and all that was said."""
+    torchrun = ["-m", "torch.distributed.run", *options, f"--nproc-per-node={num_processes}"]
+    process = subprocess.run(
+        [sys.executable, *(torchrun if num_processes > 1 or "--nnodes=2" in options else []), WORKER, *arguments],
+        cwd=folder,
+        # The last one is sasa-train's own, too late here, where torch is imported before.
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=280,
+    )
+    return process.returncode, process.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder) -> Path:
+    """`out/1`, `out/2` and `out/3` are the same run by so many processes; what the model was given is in `notes/`."""
+    for n in (1, 2, 3):
+        code, said = launch(folder, n, *RUN, f"run_name={n}", NOTES=f"notes/{n}")
+        assert code == 0, said
+        assert said.count("step 6/6") == 1 and said.count("next        sasa-evaluate out/") == 1, said
+        cut = "12 = 2 x 6 images" if n == 1 else f"12 = {n} processes x 2 x {6 // n} images"
+        assert cut in said and "arning" not in said, said
+    return folder / "out"
+
+
+def noted(folder: Path, num_processes: int, kind: str) -> dict[str, list[str]]:
+    """By step, over all processes in their order."""
+    parts = [json.loads((folder / f"notes/{num_processes}/{n}.json").read_text())[kind] for n in range(num_processes)]
+    return {step: [entry for part in parts for entry in part.get(step, [])] for step in parts[0]}
+
+
+def last(run: Path) -> dict:
+    return load_checkpoint(run / "checkpoints/last.pt")
+
+
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_each_global_batch_has_the_same_images_augmented_the_same(folder, undisturbed, num_processes):
+    assert noted(folder, num_processes, "train") == noted(folder, 1, "train")
+    assert all(len(set(images)) == 12 for images in noted(folder, 1, "train").values())
+
+
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_rows_are_those_of_one_process(undisturbed, num_processes):
+    assert_close_rows(undisturbed / f"{num_processes}", undisturbed / "1")
+
+
+def assert_close_rows(run: Path, expected_run: Path) -> None:
+    """Sums are added in another order, no more: seen were differences of 1e-7."""
+    found, expected = rows(run), rows(expected_run)
+    assert len(expected) == 6 + 2 and [row.pop("split") for row in found] == [row.pop("split") for row in expected]
+    assert found == [pytest.approx(row, rel=1e-3) for row in expected]
+
+
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_an_evaluation_sees_every_image_once(folder, undisturbed, num_processes):
+    """31 val images, which neither number divides; weights with and without average, in two evaluations."""
+    one, several = noted(folder, 1, "val"), noted(folder, num_processes, "val")
+    assert one.keys() == several.keys() == {"3", "6"}
+    assert all(len(set(images)) == 31 and sorted(images) == sorted(several[step]) for step, images in one.items())
+
+
+def test_gradients_are_added_once_a_step(folder, undisturbed):
+    """After the first of two micro-batches each process has its own, after the second all have the same."""
+    one, other = (json.loads((folder / f"notes/2/{rank}.json").read_text())["grad"] for rank in (0, 1))
+    for step in one:
+        (after_first, after_step), (others_after_first, others_after_step) = one[step], other[step]
+        assert after_first != others_after_first and after_step == others_after_step
+
+
+def test_a_killed_process_is_restarted_by_torchrun_and_nothing_is_lost(folder, undisturbed):
+    code, said = launch(
+        folder, 2, *RUN, "run_name=killed", options=("--standalone", "--max-restarts=1"), DISTURB="SIGKILL:1:4",
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
+    )  # fmt: skip
+    assert code == 0 and "continues   at step 3" in said, said
+    assert_equal_state(last(undisturbed / "killed"), last(undisturbed / "2"))
+    assert rows(undisturbed / "killed") == rows(undisturbed / "2")
+
+
+def test_a_signal_to_one_process_stops_all_and_any_number_goes_on(folder, undisturbed):
+    code, said = launch(folder, 2, *RUN, "run_name=stopped", DISTURB="SIGUSR1:1:2")
+    assert code == 1 and said.count("SIGUSR1: saved at step 2; to continue") == 1 and "exitcode  : 75" in said, said
+    assert last(undisturbed / "stopped")["step"] == 2
+    shutil.copytree(undisturbed / "stopped", undisturbed / "stopped3")
+    for n, name in ((1, "stopped"), (3, "stopped3")):
+        code, said = launch(folder, n, *RUN, f"run_name={name}")
+        assert code == 0 and f"processes: 2 -> {n}" in said and "continues   at step 2" in said, said
+        assert_close_rows(undisturbed / name, undisturbed / "1")
+
+
+def test_two_torchruns_as_two_machines_make_one_run(folder, undisturbed):
+    """In folders of their own, so that they share no disk: the second one's stays empty."""
+    (folder / "other").mkdir()
+    options = ("--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=1", f"--rdzv-endpoint=127.0.0.1:{free_port()}")
+    options += ("--local-addr=127.0.0.1",)
+    others: list[tuple[int, str]] = []
+    second = threading.Thread(
+        target=lambda: others.append(launch(folder / "other", 1, *RUN, "run_name=nodes", options=options))
+    )
+    second.start()
+    code, said = launch(folder, 1, *RUN, "run_name=nodes", options=options)
+    second.join()
+    assert (code, others[0][0]) == (0, 0), said + others[0][1]
+    run = next(path for path in (undisturbed / "nodes", folder / "other/out/nodes") if path.exists())
+    assert_equal_state(last(run), last(undisturbed / "2"))
+    assert len([path for path in (folder / "out/nodes", folder / "other/out") if path.exists()]) == 1
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_a_refusal_is_said_once_and_ends_all_with_2(folder):
+    code, said = launch(folder, 2, *RUN, "trainer.global_batch_size=10")
+    rule = "trainer.global_batch_size=10 must be divisible by 2 processes x trainer.grad_accum_steps=2; the nearest"
+    assert code == 1 and said.count(f"{rule} that fit are 8 and 12") == 1 and said.count("exitcode  : 2") == 2, said
+    code, said = launch(folder, 2, *RUN, "seed=0,1", "-m")
+    assert code == 1 and said.count("-m under torchrun") == 1 and "exitcode  : 2" in said, said
+
+
+def test_a_failure_of_one_process_ends_all_and_says_which(folder):
+    """Within the timeout of `launch`; gloo alone would wait for half an hour."""
+    code, said = launch(folder, 2, *RUN, "run_name=nan", DISTURB="NAN:1:2")
+    assert code == 1 and "the loss of step 2 is not finite" in said, said
+    failed = [line for line in said.splitlines() if "the loss of step 2" in line]
+    assert all("process 1 on " in line for line in failed) and "Traceback (most recent call last)" in said
+    assert json.loads((folder / "out/nan/run.json").read_text())["status"] == "failed"
+    assert last(folder / "out/nan")["step"] == 1
+
+
+# Without torchrun
+
+
+@pytest.mark.parametrize("world_size,grad_accum_steps", [(2, 1), (3, 2), (6, 1)])
+def test_processes_share_each_batch_in_its_order(world_size, grad_accum_steps):
+    whole = BatchPlan(seed=3, num_images=41, global_batch_size=12, grad_accum_steps=1)
+    plans = [BatchPlan(3, 41, 12, grad_accum_steps, rank, world_size) for rank in range(world_size)]
+    expected = [micro.indices.tolist() for micro in whole.train(epoch=2, first_step=1)]
+    found = [[] for _ in expected]
+    for plan in plans:
+        for micro in plan.train(epoch=2, first_step=1):
+            found[micro.step - 2 * 3 - 1] += micro.indices.tolist()
+    assert found == expected and plans[0].steps_per_epoch == 3
+    evaluated = np.concatenate([micro.indices for plan in plans for micro in plan.all()])
+    assert evaluated.tolist() == list(range(41))
+
+
+def test_a_process_may_have_nothing_to_evaluate():
+    shares = [list(BatchPlan(0, 2, 3, 1, rank, 3).all()) for rank in range(3)]
+    assert [sum(len(micro.indices) for micro in share) for share in shares] == [0, 1, 1]
+
+
+def test_processes_drop_differently_and_again_the_same():
+    def draw(step, rank):
+        seed_step(0, step, rank)
+        return torch.rand(5).tolist()
+
+    assert draw(4, 1) == draw(4, 1)
+    assert len({tuple(draw(step, rank)) for step in range(3) for rank in range(3)}) == 9
+
+
+def test_micro_batches_are_each_processs_and_a_config_means_the_same_to_any_number():
+    trainer = compose_config(["trainer.global_batch_size=24", "trainer.grad_accum_steps=2"]).trainer
+    assert [(micro_batch_size(trainer, n), accumulation(trainer, n)) for n in (1, 2, 3)] == [(12, 2), (6, 2), (4, 2)]
+    config = compose_config(["trainer.global_batch_size=24", "trainer.micro_batch_size=4"])
+    trainer = config.trainer
+    assert [(micro_batch_size(trainer, n), accumulation(trainer, n)) for n in (1, 2, 3)] == [(4, 6), (4, 3), (4, 2)]
+    with pytest.raises(
+        ConfigError, match=r"=24 must be divisible by 4 processes x trainer.micro_batch_size=4; .* 16 and 32"
+    ):
+        check_world_size(config, 4)
+
+
+def test_mixing_needs_two_images_in_each_processs_micro_batch():
+    config = compose_config(["trainer.global_batch_size=24", "augment.mixup=0.2"])
+    check_world_size(config, 12)
+    with pytest.raises(ConfigError, match="micro-batches of=1 image leave mixup and cutmix no other"):
+        check_world_size(config, 24)
+
+
+def test_another_number_of_processes_may_cut_the_batch_otherwise():
+    one, two = (compose_config([f"trainer.grad_accum_steps={n}", f"optimizer.lr={n}"]) for n in (4, 2))
+    assert differing_keys(one, two) == ["optimizer.lr", "trainer.grad_accum_steps"]
+    assert differing_keys(one, two, same_world_size=False) == ["optimizer.lr"]
+
+
+def test_sync_batch_norm_is_refused_on_a_cpu():
+    from sasa_train.engine import resolve_device
+
+    with pytest.raises(ValueError, match="sync_batch_norm=true, but PyTorch has it on CUDA alone"):
+        resolve_device(compose_config(["trainer.sync_batch_norm=true", "trainer.device=cpu"]).trainer)
+
+
+def test_restarts_never_begin_anew(monkeypatch):
+    """With resume=never each restart would make the next numbered folder."""
+    from sasa_train.train import read_config
+
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert read_config(["experiment=debug"]).resume == "auto"
+    with pytest.raises(ConfigError, match="resume=never with torchrun --max-restarts=3"):
+        read_config(["experiment=debug", "resume=never"])
