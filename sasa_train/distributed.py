@@ -4,6 +4,7 @@ Gradients take NCCL on CUDA. Everything else goes through the CPU (gloo), so tha
 whose partner has ended gets an error from gloo within moments, whatever it was waiting for there.
 """
 
+import contextlib
 import datetime
 import os
 import platform
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sasa_train.ranks import local_rank, max_restarts, rank, world_size
+from sasa_train.ranks import local_rank, max_restarts, num_machines, num_restarts, rank, world_size
 
 Result = TypeVar("Result")
 Error = type[Exception]
@@ -35,11 +36,12 @@ def join() -> None:
     """Meet the other processes; returns when all are there."""
     global _store
     store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    _store = dist.PrefixStore("sasa_train", store)
+    # torchrun may keep its store over restarts: keys of the last attempt must not be taken for this one's.
+    _store = dist.PrefixStore(f"sasa_train/{num_restarts()}", store)
     has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if has_nccl else "gloo",
-        store=store, rank=rank(), world_size=world_size(), timeout=TIMEOUT,
+        store=_store, rank=rank(), world_size=world_size(), timeout=TIMEOUT,
     )  # fmt: skip
 
 
@@ -69,12 +71,12 @@ def use_own_device() -> None:
 
 
 def restart_warning() -> str | None:
-    """What is wrong with this torchrun's restarts, if anything."""
-    if not max_restarts() or os.environ.get(STORE_FIX) == "1":
+    """What is wrong with the restarts of several torchruns, if anything."""
+    if num_machines() == 1 or not max_restarts() or os.environ.get(STORE_FIX) == "1":
         return None
     return (
-        f"torchrun --max-restarts={max_restarts()} without {STORE_FIX}=1 in its environment: after a restart the "
-        "processes may not find each other (pytorch issue 135712); set it before torchrun"
+        f"torchrun --max-restarts={max_restarts()} on {num_machines()} machines without {STORE_FIX}=1 in its "
+        "environment: after a restart the processes may not find each other (pytorch issue 135712); set it there"
     )
 
 
@@ -205,16 +207,15 @@ def stop_is_wanted(here: bool) -> bool:
 def tell_failure(text: str) -> None:
     """Leave word for the others of why this process ends, if it is the first to."""
     if _store is not None:
-        _store.compare_set(FAILURE, "", text)
+        with contextlib.suppress(RuntimeError):  # torchrun itself is gone
+            _store.compare_set(FAILURE, "", text)
 
 
 def lost_partner(error: BaseException) -> str | None:
     """What is known of the process whose end made this `error`; None where it is another error."""
-    if world_size() == 1 or not any(text in str(error) for text in LOST):
+    if world_size() == 1 or not (isinstance(error, dist.DistError) or any(text in str(error) for text in LOST)):
         return None
-    try:
+    with contextlib.suppress(RuntimeError):
         if _store is not None and _store.check([FAILURE]):
             return _store.get(FAILURE).decode()
-    except RuntimeError:  # the store ended too
-        pass
-    return "another process of the run ended; its own messages, or torchrun's, say why"
+    return "another process of the run ended, or torchrun; its own messages say why"

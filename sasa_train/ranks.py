@@ -26,3 +26,13 @@ def local_world_size() -> int:
 def max_restarts() -> int:
     """How often torchrun starts all processes anew when one fails."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+
+
+def num_machines() -> int:
+    """How many torchruns work together."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+
+
+def num_restarts() -> int:
+    """How often torchrun has started all processes anew, where it is one alone: several do not count alike."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) if num_machines() == 1 else 0

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import make_image_folder
 from test_commands import assert_equal_state, rows
 
 from sasa_train.checkpoint import load_checkpoint
@@ -19,6 +20,7 @@ from sasa_train.compose import compose_config
 from sasa_train.config import ConfigError, accumulation, check_world_size, differing_keys, micro_batch_size
 from sasa_train.data.plan import BatchPlan
 from sasa_train.data.randomness import seed_step
+from sasa_train.distributed import restart_warning
 
 WORKER = Path(__file__).with_name("torchrun_worker.py")
 # 38 digits and batches of 12 are 3 steps an epoch, 6 in all; no batch statistics, and augmentation of every kind.
@@ -108,10 +110,9 @@ def test_gradients_are_added_once_a_step(folder, undisturbed):
 
 
 def test_a_killed_process_is_restarted_by_torchrun_and_nothing_is_lost(folder, undisturbed):
-    code, said = launch(
-        folder, 2, *RUN, "run_name=killed", options=("--standalone", "--max-restarts=1"), DISTURB="SIGKILL:1:4",
-        TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
-    )  # fmt: skip
+    """Without a key of its own for each attempt, the processes would not find each other (pytorch issue 135712)."""
+    options = ("--standalone", "--max-restarts=1")
+    code, said = launch(folder, 2, *RUN, "run_name=killed", options=options, DISTURB="SIGKILL:1:4")
     assert code == 0 and "continues   at step 3" in said, said
     assert_equal_state(last(undisturbed / "killed"), last(undisturbed / "2"))
     assert rows(undisturbed / "killed") == rows(undisturbed / "2")
@@ -168,6 +169,22 @@ def test_a_failure_of_one_process_ends_all_and_says_which(folder):
     assert all("process 1 on " in line for line in failed) and "Traceback (most recent call last)" in said
     assert json.loads((folder / "out/nan/run.json").read_text())["status"] == "failed"
     assert last(folder / "out/nan")["step"] == 1
+
+
+def test_unreadable_images_are_named_once_and_counted_over_all(tmp_path):
+    """Streamed by a worker of each process; the last val image is the second process's."""
+    root = make_image_folder(tmp_path / "images")
+    broken = [root / "train/blue/3.png", root / "val/red/4.png"]
+    for path in broken:
+        path.write_bytes(b"no image")
+    run = ("experiment=debug", "data=image_folder", f"data.root={root}", "data.image_size=16", "data.resident=false")
+    run += ("data.num_workers=1", "trainer.global_batch_size=8", "run_name=a", "output_dir=out")
+    code, said = launch(tmp_path, 2, *run)
+    assert code == 0 and all(said.count(f"WARNING: {path}: cannot be read") == 1 for path in broken), said
+    listed = (tmp_path / "out/a/unreadable.txt").read_text().splitlines()
+    assert [line.partition(":")[0] for line in listed] == [str(path) for path in broken]
+    val = [row for row in rows(tmp_path / "out/a") if row["split"] == "val"]
+    assert val and all((row["num_images"], row["unreadable"]) == (7, 1) for row in val)
 
 
 # Without torchrun
@@ -231,6 +248,15 @@ def test_sync_batch_norm_is_refused_on_a_cpu():
 
     with pytest.raises(ValueError, match="sync_batch_norm=true, but PyTorch has it on CUDA alone"):
         resolve_device(compose_config(["trainer.sync_batch_norm=true", "trainer.device=cpu"]).trainer)
+
+
+def test_restarts_on_several_machines_need_a_variable(monkeypatch):
+    for name, value in {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3"}.items():
+        assert restart_warning() is None
+        monkeypatch.setenv(name, value)
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in restart_warning()
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    assert restart_warning() is None
 
 
 def test_restarts_never_begin_anew(monkeypatch):
