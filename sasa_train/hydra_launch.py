@@ -23,8 +23,8 @@ from omegaconf import DictConfig
 
 from sasa_train.compose import UNREADABLE, compose_config, config_dir, fail, to_config, with_free_keys
 from sasa_train.config import ConfigError, shorten
+from sasa_train.endings import DONE, FAILED, INTERRUPTED, REFUSED, train_safely
 from sasa_train.interrupt import StopRequest
-from sasa_train.train import DONE, FAILED, INTERRUPTED, REFUSED, train_safely
 
 LOG_LINES = 20  # shown of a job that ended badly elsewhere
 

@@ -3,7 +3,6 @@
 `torchrun --nproc-per-node=N -m sasa_train.train` takes the same arguments.
 """
 
-import errno
 import logging
 import os
 import sys
@@ -21,7 +20,8 @@ from sasa_train.compose import (
     print_help,
 )
 from sasa_train.config import ConfigError, TrainConfig, check_world_size
-from sasa_train.interrupt import Interrupted, StopRequest, ignore_until_the_end
+from sasa_train.endings import DONE, FAILED, REFUSED, tell, train_safely
+from sasa_train.interrupt import ignore_until_the_end
 from sasa_train.printable import printable_lines
 from sasa_train.ranks import max_restarts, rank, world_size
 
@@ -30,9 +30,6 @@ USAGE = """[group=choice ...] [key=value ...]   (-m, --multirun: a plain Hydra s
   sasa-train experiment=quickstart                                    a first run, two minutes on a CPU
   sasa-train model=hybrid_resnet26 data=cifar10 trainer.epochs=100
   sasa-train resume=outputs/RUN_NAME                                  go on; the first command again does so too"""
-
-DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def main() -> None:
@@ -125,18 +122,6 @@ def multirun(arguments: list[str]) -> int:
     return next((code for code in codes if code != DONE), DONE)
 
 
-def train_safely(config: TrainConfig, stop: StopRequest | None = None) -> int:
-    """Train with every expected ending turned into a message and an exit code, from the first import on."""
-    stop = stop or StopRequest()
-    try:
-        return _train(config, stop)
-    except Interrupted:
-        print("stopped before training began; run the same command again", file=sys.stderr)
-        return INTERRUPTED
-    finally:
-        stop.restore()
-
-
 def train_together(arguments: list[str]) -> int:
     """As one of the processes that torchrun started: the first one reads the config for all."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -162,51 +147,6 @@ def train_together(arguments: list[str]) -> int:
     except Exception as error:
         distributed.tell_failure(f"process {rank()}: {type(error).__name__}: {error}")
         traceback.print_exc()
-        return FAILED
-
-
-def tell(error: Exception) -> None:
-    """`fail`, in one voice where there are several processes."""
-    if world_size() == 1:
-        fail(error)
-        return
-    from sasa_train import distributed
-
-    text = distributed.describe(error)
-    if text is not None:
-        distributed.tell_failure(text)
-        fail(ConfigError(text))
-
-
-def _train(config: TrainConfig, stop: StopRequest) -> int:
-    from sasa_train.checkpoint import CheckpointError
-    from sasa_train.data.workers import DataWorkerError
-    from sasa_train.distributed import lost_partner
-    from sasa_train.nonfinite import NonFiniteError
-    from sasa_train.out_of_memory import OutOfMemoryError, is_out_of_memory
-    from sasa_train.run import train
-
-    try:
-        return DONE if train(config, stop) else INTERRUPTED
-    except ConfigError as error:
-        tell(error)
-        return REFUSED
-    except (CheckpointError, DataWorkerError, NonFiniteError, OutOfMemoryError) as error:
-        tell(error)
-        return FAILED
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        place = f" {error.filename}" if error.filename else ""
-        tell(OSError(f"cannot write{place} ({error.strerror}); make room and run the same command again"))
-        return FAILED
-    except (MemoryError, RuntimeError) as error:  # before the first step
-        if (reason := lost_partner(error)) is not None:
-            tell(RuntimeError(f"stopped: {reason}"))
-            return FAILED
-        if not is_out_of_memory(error):
-            raise
-        tell(RuntimeError(f"out of memory ({error}); use a smaller model, data.image_size or data.max_train_images"))
         return FAILED
 
 

@@ -7,12 +7,13 @@ import sys
 
 from sasa_train.compose import fail
 from sasa_train.config import ConfigError
+from sasa_train.endings import DONE, FAILED, INTERRUPTED
 from sasa_train.interrupt import Interrupted, StopRequest, ignore_until_the_end
 from sasa_train.lock import lock_folder
 from sasa_train.sweep.display import Display, counts, final_table
 from sasa_train.sweep.ledger import Ledger, is_finished, note_metrics
 from sasa_train.sweep.plan import SweepConfig, SweepPlan, read_plan
-from sasa_train.sweep.processes import DONE, FAILED, INTERRUPTED, JobList, Processes, Source, finish, job_arguments
+from sasa_train.sweep.processes import JobList, Processes, Source, finish, job_arguments
 
 USAGE = """usage: sasa-sweep [sweep=NAME] [key=value,value ...] [sweep.KEY=value ...]
 

@@ -10,6 +10,7 @@ from typing import Any
 from sasa_train.atomic import write_atomic
 from sasa_train.config import ConfigError
 from sasa_train.console import warn
+from sasa_train.endings import DONE, INTERRUPTED, REFUSED
 from sasa_train.machine import now
 from sasa_train.sweep.plan import Job
 
@@ -49,7 +50,7 @@ class Entry:
         """Tries that ended by themselves and not well, since the last that was stopped or got to the end."""
         count = 0
         for one in reversed(self.tries):
-            if one["exit_code"] in (None, 0, 2, 75):
+            if one["exit_code"] in (None, DONE, REFUSED, INTERRUPTED):
                 break
             count += 1
         return count

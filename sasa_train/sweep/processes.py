@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sasa_train.config import ConfigError
+from sasa_train.endings import DONE, FAILED, INTERRUPTED, REFUSED
 from sasa_train.interrupt import StopRequest
 from sasa_train.lock import holder
 from sasa_train.machine import usable_processors
@@ -26,7 +27,6 @@ LOOK = 1.0  # seconds between looks at one's metrics
 PATIENCE = 300.0  # seconds for a job to save and end, before it is killed
 NUM_LOG_LINES = 25  # of a failed job's log that are shown
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
-DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75
 
 
 class Source(Protocol):
