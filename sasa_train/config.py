@@ -261,8 +261,12 @@ def trajectory(config: TrainConfig) -> dict[str, Any]:
 
 
 def default_run_name(config: TrainConfig) -> str:
-    """Readable and stable: model, data, epochs, seed, and 8 hex digits of the whole trajectory."""
-    identity = trajectory(config)
+    """Readable and stable: model, data, epochs, seed, and 8 hex digits of the whole trajectory.
+
+    Of what differs from the defaults, so that a knob of a later version does not give all runs other names.
+    """
+    defaults = flatten(TrainConfig())
+    identity = {key: value for key, value in trajectory(config).items() if value != defaults[key]}
     if config.data.name != "digits":
         identity["data.root"] = config.data.root
     if config.resume not in ("auto", "never"):

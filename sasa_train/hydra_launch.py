@@ -84,8 +84,10 @@ def _launch(launcher: Launcher, jobs: list[list[str]], ended: list[int]) -> list
     except KeyboardInterrupt:
         print("the sweep is no longer waited for; jobs that a cluster has been given go on there", file=sys.stderr)
         codes = ended
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if not ended:  # no job's doing
+            traceback.print_exc()
+            raise ConfigError(f"the launcher failed ({shorten(error)}); jobs that it had started may go on") from error
         codes = ended + [FAILED] * (len(jobs) - len(ended))
     return codes + [INTERRUPTED] * (len(jobs) - len(codes))
 

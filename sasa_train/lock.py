@@ -16,8 +16,8 @@ from sasa_train.machine import now
 NAME = ".lock"
 
 
-def lock_folder(path: Path, name: str = NAME) -> IO[str]:
-    """Take the folder's lock, which is ours while the file stays open.
+def lock_folder(path: Path, name: str = NAME, other: str = "another run_name") -> IO[str]:
+    """Take the folder's lock, which is ours while the file stays open; `other` is what to use instead, in an error.
 
     Raises:
         ConfigError: another process has it, or the folder's disk has no locks.
@@ -28,7 +28,7 @@ def lock_folder(path: Path, name: str = NAME) -> IO[str]:
     except OSError as error:
         with file:
             if isinstance(error, BlockingIOError | PermissionError):
-                text = f"{path} is in use by {_described(file)}; wait for it, or use another run_name"
+                text = f"{path} is in use by {_described(file)}; wait for it, or use {other}"
             else:
                 text = f"{path} cannot be locked ({error.strerror}): use an output_dir on a disk that can"
         raise ConfigError(text) from None

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
+from sasa_train.compose import parse_overrides
 from sasa_train.config import ConfigError
 from sasa_train.interrupt import StopRequest
-from sasa_train.lock import lock_folder
 from sasa_train.sweep import __main__ as command_line
 from sasa_train.sweep.ledger import Entry, Ledger
-from sasa_train.sweep.plan import read_plan
-from sasa_train.sweep.processes import JobList, Processes, finish
+from sasa_train.sweep.plan import Job, read_plan
+from sasa_train.sweep.processes import JobList, Processes, behind_torchrun, finish, job_arguments
 
 SMALL = [argument for argument in TINY if not argument.startswith("output_dir")]
 
@@ -44,6 +44,11 @@ def read_ledger(folder: Path) -> dict:
     """The one ledger there, or an empty one where it is not there yet."""
     found = list(folder.glob("outputs/*/ledger.json"))
     return json.loads(found[0].read_text()) if found else {"jobs": {}}
+
+
+def status(folder: Path, name: str) -> str:
+    (path,) = folder.glob(f"outputs/*/{name}/run.json")
+    return json.loads(path.read_text())["status"]
 
 
 def wait_for(found, seconds: float = 120.0):
@@ -82,10 +87,13 @@ def test_a_sweep_survives_kills_and_a_broken_config(tmp_path):
         os.kill(process, signal.SIGKILL)
         killed.append(name)
     wait_for(lambda: any(job["state"] == "done" for job in read_ledger(tmp_path)["jobs"].values()))
-    wait_for(lambda: running_jobs(tmp_path))
+    at_work = [name for _, name in wait_for(lambda: running_jobs(tmp_path))]
+    assert all(read_ledger(tmp_path)["jobs"][name]["state"] in ("running", "done") for name in at_work)
     sweep.kill()
     finished(sweep, -signal.SIGKILL)
     done_before = {n for n, job in read_ledger(tmp_path)["jobs"].items() if job["state"] == "done"}
+    # Its jobs save and stop, instead of going on unseen.
+    wait_for(lambda: all(status(tmp_path, name) in ("interrupted", "finished") for name in at_work))
 
     output = finished(start(tmp_path, *arguments), expect=1)  # one job is refused
     jobs = read_ledger(tmp_path)["jobs"]
@@ -116,6 +124,12 @@ def test_a_stopped_sweep_saves_its_jobs_and_a_grid_grows_in_place(tmp_path):
     """Ctrl-C on a sweep of days must lose nothing, and a sixth seed must not cost the five before it."""
     arguments = [*SMALL, "trainer.epochs=15", "sweep.max_parallel=2"]
     sweep = start(tmp_path, *arguments, "seed=0,1")
+    wait_for(lambda: [job["state"] for job in read_ledger(tmp_path)["jobs"].values()] == ["running"] * 2)
+    sweep.send_signal(signal.SIGINT)  # while the jobs are being started
+    finished(sweep, expect=75)
+    assert {job["state"] for job in read_ledger(tmp_path)["jobs"].values()} == {"interrupted"}
+
+    sweep = start(tmp_path, *arguments, "seed=0,1")
     wait_for(lambda: len(running_jobs(tmp_path)) == 2)
     sweep.send_signal(signal.SIGINT)
     output = finished(sweep, expect=75)
@@ -125,7 +139,7 @@ def test_a_stopped_sweep_saves_its_jobs_and_a_grid_grows_in_place(tmp_path):
 
     finished(start(tmp_path, *arguments, "seed=0,1,2"), expect=0)
     grown = read_ledger(tmp_path)["jobs"]
-    assert [len(job["tries"]) for job in grown.values()] == [2, 2, 1] and list(grown)[:2] == list(jobs)
+    assert [len(job["tries"]) for job in grown.values()] == [3, 3, 1] and list(grown)[:2] == list(jobs)
     assert {job["state"] for job in grown.values()} == {"done"}
 
 
@@ -206,7 +220,7 @@ def test_a_file_and_what_the_command_line_puts_in_its_place(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sweep=digits_gird"], "sweep=digits_gird is none of digits_grid"),
+        (["sweep=digits_gird"], "sweep=digits_gird is none of cifar10_models"),
         (["sweep.max_paralel=2", "seed=0,1"], "did you mean max_parallel"),
         (["sweep.max_parallel=0", "seed=0,1"], "sweep.max_parallel=0 must be positive"),
         (["sweep.max_parallel=many", "seed=0,1"], "max_parallel"),
@@ -285,6 +299,56 @@ def test_states_follow_exit_codes(tmp_path):
     entry.begin()
     finish(entry, tmp_path, 2, 1.0, max_tries=2, said="seed=-1 must not be negative")
     assert entry.state == "refused" and entry.reason == "seed=-1 must not be negative"
+    entry.begin()
+    finish(entry, tmp_path, 2, 1.0, max_tries=2, said="train: out/a is in use by process 7 on host, which ...")
+    assert entry.state == "waiting"
+    torchrun = ["train: data.root=x: no such folder", "  exitcode  : 2 (pid: 7)", "=" * 60]
+    assert behind_torchrun(1, torchrun) == (2, torchrun[:1]) and behind_torchrun(-9, []) == (-9, [])
+
+
+def test_what_is_no_longer_asked_for_does_not_decide_the_exit_code(tmp_path):
+    """Else a loop that gives the command again until it is done would never end."""
+    ledger, stop = Ledger(tmp_path / "ledger.json", {}), StopRequest()
+    stop.restore()
+    left, asked = ledger.add(Job("left", [], "")), ledger.add(Job("asked", [], ""))
+    left.state, asked.state = "interrupted", "done"
+    assert command_line.exit_code(ledger, stop) == 75
+    ledger.save()
+    again = Ledger(ledger.path, {})
+    again.add(Job("asked", [], ""))
+    assert command_line.exit_code(again, stop) == 0 and again.entries.keys() == {"left", "asked"}
+
+
+@pytest.mark.parametrize("name", ["plain", "a b", "it's", 'say "hi"', "1,2", "k=v", "o é", "back\\slash", "${x}"])
+def test_a_jobs_folder_is_the_sweeps_whatever_its_name(name):
+    """A job that trains elsewhere would never be seen to be done, and be started for ever."""
+    (override,) = parse_overrides(job_arguments(Entry("a", [], ""), Path(name)))
+    assert str(override.value()) == name
+
+
+def test_a_bad_trial_is_given_up_and_a_good_one_is_not(tmp_path):
+    pytest.importorskip("optuna")
+    from sasa_train.sweep.search import Search
+
+    arguments = ["experiment=debug", "optimizer.lr=interval(0.1,1)", "trainer.epochs=9", f"sweep.output_dir={tmp_path}"]
+    plan = read_plan([*arguments, "sweep.num_trials=9"])
+    plan.folder.mkdir(parents=True)
+    search = Search(plan, Ledger(plan.folder / "ledger.json", {}))
+
+    def evaluate(entry: Entry, top1: float, epochs: range) -> list[bool]:
+        given_up = []
+        for epoch in epochs:
+            entry.last = {"top1": top1, "epoch": epoch}
+            given_up.append(search.look(entry))
+        return given_up
+
+    for top1 in (50.0, 60.0, 70.0, 80.0):
+        entry = search.next()
+        assert evaluate(entry, top1, range(1, 10)) == [False] * 9  # too few to compare with
+        entry.end("done", "finished")
+        search.ended(entry)
+    assert evaluate(search.next(), 75.0, range(1, 10)) == [False] * 9
+    assert evaluate(search.next(), 40.0, range(1, 4)) == [False, False, True]  # not in its first third
 
 
 def test_each_place_has_devices_of_its_own(tmp_path, monkeypatch):
@@ -319,8 +383,3 @@ def test_every_sweep_that_is_shipped_composes(tmp_path, monkeypatch):
         plan = read_plan([f"sweep={name}"])
         refused = [job.refusal for job in plan.jobs if job.refusal]
         assert not refused and (plan.jobs or plan.space), (name, refused)
-
-
-def test_lock_is_one_writers(tmp_path):
-    with lock_folder(tmp_path):
-        assert json.loads((tmp_path / ".lock").read_text())["process"] == os.getpid()

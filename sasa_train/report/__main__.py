@@ -61,6 +61,7 @@ def report(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: what cannot be read or written, or is not there.
     """
+    from sasa_train.console import say
     from sasa_train.printable import printable_lines
     from sasa_train.report.jobs import find_jobs
     from sasa_train.report.rows import build_report
@@ -79,8 +80,8 @@ def report(options: argparse.Namespace) -> None:
 
         files |= draw_charts(built)
     write_files(folder, files)
-    print(text)
-    print(f"{folder}: {', '.join(files)}")
+    say(text)
+    say(f"{folder}: {', '.join(files)}")
 
 
 def output_folder(options: argparse.Namespace) -> Path:

@@ -63,14 +63,21 @@ def find_jobs(sources: list[Path]) -> Found:
             _add_sweep(found, source, [read_ledger(path) for path in ledgers])
         elif is_run(source):
             found.jobs.append(_run_job(source))
-        elif runs := sorted(folder for folder in source.glob("*") if is_run(folder)):
-            found.jobs += [_run_job(run) for run in runs]
+        elif inside := sorted(folder for folder in source.glob("*") if is_run(folder) or is_sweep(folder)):
+            within = find_jobs(inside)
+            found.jobs += within.jobs
+            found.commands += within.commands
+            found.paper_tables |= within.paper_tables
         else:
             raise ConfigError(
                 f"{source}: is no sweep (with ledger.json), no run (with config.yaml) and holds no runs; give what "
                 "sasa-sweep or sasa-train wrote"
             )
     return found
+
+
+def is_sweep(folder: Path) -> bool:
+    return any(folder.glob("ledger*.json"))
 
 
 def is_run(folder: Path) -> bool:
@@ -177,6 +184,8 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         ConfigError: the file is not there or damaged.
     """
+    if not path.exists():  # it ended, or was stopped, before its first row
+        return []
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         rows = [json.loads(line) for line in lines if line.endswith("\n")]

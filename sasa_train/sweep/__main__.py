@@ -7,11 +7,12 @@ import sys
 
 from sasa_train.compose import fail
 from sasa_train.config import ConfigError
+from sasa_train.console import say
 from sasa_train.endings import DONE, FAILED, INTERRUPTED
 from sasa_train.interrupt import Interrupted, StopRequest, ignore_until_the_end
 from sasa_train.lock import lock_folder
 from sasa_train.sweep.display import Display, counts, final_table
-from sasa_train.sweep.ledger import Ledger, is_finished, note_metrics
+from sasa_train.sweep.ledger import FINISHED, Ledger, is_finished, note_metrics
 from sasa_train.sweep.plan import SweepConfig, SweepPlan, read_plan
 from sasa_train.sweep.processes import JobList, Processes, Source, finish, job_arguments
 
@@ -45,6 +46,9 @@ def run_command(arguments: list[str]) -> int:
         return sweep(read_plan(arguments), arguments, stop)
     except ConfigError as error:
         return fail(error)
+    except OSError as error:
+        fail(OSError(f"{error}; the jobs save and stop. Make room, and run the same command again"))
+        return FAILED
     except Interrupted:
         print("stopped before a job began; run the same command again", file=sys.stderr)
         return INTERRUPTED
@@ -66,15 +70,19 @@ def sweep(plan: SweepPlan, arguments: list[str], stop: StopRequest) -> int:
     Raises:
         ConfigError: another sasa-sweep works in the folder, or what it needs is not there.
     """
-    plan.folder.mkdir(parents=True, exist_ok=True)
     suffix = f"-{plan.config.worker}" if plan.config.worker else ""
-    with lock_folder(plan.folder, f".lock{suffix}"):
+    try:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(plan.folder, f".lock{suffix}", "another sweep.name")
+    except OSError as error:
+        raise ConfigError(f"sweep.output_dir: {plan.folder} cannot be made ({error.strerror})") from error
+    with lock:
         command = shlex.join(["sasa-sweep", *arguments])
         about = {"name": plan.folder.name, "command": command, "paper_table": plan.config.paper_table}
         ledger = Ledger(plan.folder / f"ledger{suffix}.json", about | {"overrides": plan.fixed})
         source = job_source(plan, ledger)
         ledger.save()
-        print(f"sweep folder  {plan.folder}\n{counts(ledger)}", flush=True)
+        say(f"sweep folder  {plan.folder}\n{counts(ledger)}")
         if plan.hydra:
             stop.restore()  # a launcher's jobs see to signals themselves
             hand_over(plan, ledger, source)
@@ -83,8 +91,8 @@ def sweep(plan: SweepPlan, arguments: list[str], stop: StopRequest) -> int:
             display = Display()
             Processes(plan.config, plan.folder, ledger, source, stop).run(display)
             display.clear()
-        print(f"\n{final_table(ledger.entries.values())}\n\n{counts(ledger)}")
-        print(f"ledger      {ledger.path}\nnext        sasa-report {plan.folder}")
+        say(f"\n{final_table(ledger.asked_for())}\n\n{counts(ledger)}")
+        say(f"ledger      {ledger.path}\nnext        sasa-report {plan.folder}")
         return exit_code(ledger, stop)
 
 
@@ -123,7 +131,7 @@ def job_source(plan: SweepPlan, ledger: Ledger) -> Source:
             continue
         if is_finished(run_dir) and entry.state != "done":
             note_metrics(entry, run_dir)
-            entry.end("done", "finished")
+            entry.end("done", FINISHED)
         elif entry.state == "done" and not is_finished(run_dir):
             entry.end("waiting", "its run folder is gone")
         elif entry.state == "failed" and entry.failures_in_a_row() < plan.config.max_tries:
@@ -135,7 +143,7 @@ def job_source(plan: SweepPlan, ledger: Ledger) -> Source:
 
 
 def exit_code(ledger: Ledger, stop: StopRequest) -> int:
-    states = {entry.state for entry in ledger.entries.values()}
+    states = {entry.state for entry in ledger.asked_for()}
     if stop.requested() or states & {"interrupted", "waiting"}:
         return INTERRUPTED
     return FAILED if states & {"failed", "refused"} else DONE

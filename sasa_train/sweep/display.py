@@ -63,14 +63,14 @@ def table_of(processes: Processes) -> list[str]:
 
 def counts(ledger: Ledger) -> str:
     """ "12 jobs: 5 done, 2 running, 5 waiting"."""
-    found = Counter(entry.state for entry in ledger.entries.values())
+    found = Counter(entry.state for entry in ledger.asked_for())
     states = ", ".join(f"{number} {state}" for state, number in found.most_common())
     return f"{found.total()} jobs: {states}" if states else "no job yet"
 
 
 def best(ledger: Ledger) -> Entry | None:
     """The job whose last evaluation has the highest top1."""
-    measured = [entry for entry in ledger.entries.values() if entry.last]
+    measured = [entry for entry in ledger.asked_for() if entry.last]
     return max(measured, key=_top1, default=None)
 
 

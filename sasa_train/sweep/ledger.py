@@ -10,11 +10,12 @@ from typing import Any
 from sasa_train.atomic import write_atomic
 from sasa_train.config import ConfigError
 from sasa_train.console import warn
-from sasa_train.endings import DONE, INTERRUPTED, REFUSED
+from sasa_train.endings import INTERRUPTED, REFUSED
 from sasa_train.machine import now
 from sasa_train.sweep.plan import Job
 
 FORMAT_VERSION = 1
+FINISHED = "finished"
 
 
 @dataclass
@@ -50,7 +51,7 @@ class Entry:
         """Tries that ended by themselves and not well, since the last that was stopped or got to the end."""
         count = 0
         for one in reversed(self.tries):
-            if one["exit_code"] in (None, DONE, REFUSED, INTERRUPTED):
+            if one["exit_code"] in (None, REFUSED, INTERRUPTED) or one["reason"] == FINISHED:
                 break
             count += 1
         return count
@@ -62,8 +63,9 @@ class Ledger:
     def __init__(self, path: Path, about: dict[str, Any]):
         self.path, self.about = path, about
         self.entries: dict[str, Entry] = {}
+        self.asked: set[str] = set()  # names of the jobs that this command is about; the ledger may know others
         if path.exists():
-            self.entries = {entry.name: entry for entry in _read(path)}
+            self.entries = {entry.name: entry for entry in _read(path) if entry.tries or entry.state != "refused"}
         for entry in self.entries.values():
             if entry.state == "running":  # the sweep was killed; its jobs were then told to save and stop
                 entry.end("interrupted", "the sweep ended before it did")
@@ -73,8 +75,12 @@ class Ledger:
         if job.name not in self.entries:
             self.entries[job.name] = Entry(job.name, job.overrides, job.label)
         entry = self.entries[job.name]
+        self.asked.add(job.name)
         entry.overrides, entry.label, entry.epochs = job.overrides, job.label, job.epochs
         return entry
+
+    def asked_for(self) -> list[Entry]:
+        return [entry for entry in self.entries.values() if entry.name in self.asked]
 
     def save(self) -> None:
         """Write it; a full disk does not end the jobs: the next save has everything."""
@@ -94,7 +100,10 @@ def _read(path: Path) -> list[Entry]:
         if version != FORMAT_VERSION:
             raise ConfigError(f"{path}: has format {version}, and this sasa_train reads {FORMAT_VERSION}")
         known = {f.name for f in dataclasses.fields(Entry)}
-        return [Entry(name, **{k: v for k, v in job.items() if k in known}) for name, job in content["jobs"].items()]
+        entries = [Entry(name, **{k: v for k, v in job.items() if k in known}) for name, job in content["jobs"].items()]
+        if not all(isinstance(part, list) for e in entries for part in (e.overrides, e.tries, e.trials)):
+            raise ValueError("a job without overrides or tries")
+        return entries
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         aside = path.with_name(f"{path.name}.damaged")
         path.replace(aside)
@@ -110,7 +119,8 @@ def note_metrics(entry: Entry, run_dir: Path) -> bool:
         for line in (run_dir / "metrics.jsonl").read_text(errors="replace").splitlines():
             with contextlib.suppress(ValueError):  # a line that is being written
                 rows.append(json.loads(line))
-    rows = [{key: row.get(key) for key in keys} for row in rows if row.get("split") == "val"]
+    rows = [row for row in rows if isinstance(row, dict) and row.get("split") == "val" and row.get("top1") is not None]
+    rows = [{key: row.get(key) for key in keys} for row in rows]
     if not rows or rows[-1] == entry.last:
         return False
     entry.last, entry.best = rows[-1], max(rows, key=lambda row: row["top1"])

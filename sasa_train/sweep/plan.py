@@ -82,6 +82,12 @@ def read_plan(overrides: Sequence[str]) -> SweepPlan:
     parsed = parse_overrides(overrides)
     ours = [o for o in parsed if o.key_or_group == "sweep" or o.key_or_group.startswith("sweep.")]
     hydra = [str(o.input_line) for o in parsed if o.key_or_group.startswith("hydra")]
+    if hydra and not any(o.startswith("hydra/launcher=") for o in hydra):
+        raise ConfigError(f"{' '.join(hydra)}: has a meaning with hydra/launcher=... alone")
+    if sweeper := [o for o in hydra if "sweeper" in o]:
+        raise ConfigError(
+            f"{' '.join(sweeper)}: sasa-sweep is the sweeper; hydra/launcher=... chooses who starts the jobs"
+        )
     given = [str(o.input_line) for o in parsed if o not in ours and str(o.input_line) not in hydra]
     config = _read_config(ours)
     given_keys = {o.key_or_group for o in parse_overrides(given)}
@@ -110,6 +116,8 @@ def _read_config(ours: list[Override]) -> SweepConfig:
     merged = OmegaConf.structured(SweepConfig)
     try:
         for override in ours:
+            if override.is_sweep_override() or override.is_delete() or override.is_add():
+                raise ConfigError(f"{override.input_line}: is of the sweep itself, and takes one value: key=value")
             if override.key_or_group == "sweep":
                 path = _sweep_file(str(override.value()))
                 merged = _merge(merged, OmegaConf.to_container(OmegaConf.load(path)), str(path))
@@ -175,7 +183,13 @@ def _default_name(stem: str | None, fixed: list[str], swept: list[str]) -> str:
 def _jobs(rows: list[list[str]], fixed_keys: set[str]) -> list[Job]:
     """The jobs of all rows, each once."""
     grids = [expand(row) for row in rows]
-    jobs = {job.name: job for grid in grids for job in (build_job(list(overrides), fixed_keys) for overrides in grid)}
+    jobs: dict[str, Job] = {}
+    for job in (build_job(list(overrides), fixed_keys) for grid in grids for overrides in grid):
+        equal = jobs.setdefault(job.name, job)
+        if set(equal.overrides) != set(job.overrides):
+            raise ConfigError(
+                f"{equal.label} and {job.label} are the same run: they differ in nothing that it computes"
+            )
     return list(jobs.values())
 
 

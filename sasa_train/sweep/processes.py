@@ -1,8 +1,8 @@
 """One process a job, on devices of its own, as many at a time as there are places; no job waits for another."""
 
 import ctypes
-import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,19 +13,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from sasa_train.compose import as_written
 from sasa_train.config import ConfigError
 from sasa_train.endings import DONE, FAILED, INTERRUPTED, REFUSED
 from sasa_train.interrupt import StopRequest
 from sasa_train.lock import holder
 from sasa_train.machine import usable_processors
 from sasa_train.printable import printable_lines
-from sasa_train.sweep.ledger import Entry, Ledger, is_finished, note_metrics
+from sasa_train.sweep.ledger import FINISHED, Entry, Ledger, is_finished, note_metrics
 from sasa_train.sweep.plan import SweepConfig
 
 POLL = 0.2  # seconds between looks at the jobs
 LOOK = 1.0  # seconds between looks at one's metrics
 PATIENCE = 300.0  # seconds for a job to save and end, before it is killed
-NUM_LOG_LINES = 25  # of a failed job's log that are shown
+NUM_LOG_LINES = 30  # of a failed job's log that are shown
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
 
@@ -56,6 +57,7 @@ class Running:
     process: subprocess.Popen
     place: int
     log: Path
+    log_start: int  # bytes of earlier tries
     started: float = field(default_factory=time.monotonic)
     looked: float = 0.0
     is_pruned: bool = False
@@ -86,7 +88,7 @@ class Processes:
         for running in self.running if not estimates else []:
             entry = running.entry
             if entry.last and len(entry.tries) == 1 and entry.epochs:
-                estimates.append((now - running.started) * entry.epochs / entry.last["epoch"])
+                estimates.append((now - running.started) * entry.epochs / max(1, entry.last["epoch"]))
         if not estimates:
             return None
         each = sum(estimates) / len(estimates)
@@ -95,10 +97,14 @@ class Processes:
 
     def run(self, show: Callable[["Processes", str], None]) -> None:
         """Until no job is left, or a stop request was served; `show` is given each event, and "" in between."""
+        was_said = False
         while True:
             for event in [*self._reap(), *self._look(), *self._start()]:
                 show(self, event)
             show(self, "")
+            if not self.running and self.source.num_waiting() and not was_said:
+                show(self, "waits for runs that another process holds still")
+                was_said = True
             if not self.running and (self.stop.requested() or not self.source.has_more()):
                 return
             time.sleep(POLL)
@@ -118,9 +124,11 @@ class Processes:
     def _begin(self, entry: Entry, place: int) -> str:
         entry.begin()
         self.ledger.save()  # first: a kill in between leaves a job too many in the ledger, not one too few
-        log = self.folder / "logs" / f"{entry.name}.log"
+        log = self.folder / "logs" / "-".join([entry.name, *filter(None, [self.config.worker])])
+        log = log.with_name(f"{log.name}.log")
         log.parent.mkdir(exist_ok=True)
         with log.open("ab") as output:
+            log_start = output.tell()
             process = subprocess.Popen(
                 self._command(entry),
                 stdin=subprocess.DEVNULL,
@@ -130,7 +138,7 @@ class Processes:
                 start_new_session=True,  # a Ctrl-C is the sweep's to pass on
                 preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
-        self.running.append(Running(entry, process, place, log))
+        self.running.append(Running(entry, process, place, log, log_start))
         return f"started     {entry.label}"
 
     def _command(self, entry: Entry) -> list[str]:
@@ -166,19 +174,22 @@ class Processes:
                 continue
             self.running.remove(running)
             entry, seconds = running.entry, time.monotonic() - running.started
-            if running.asked is not None and code == FAILED and _status(self.folder / entry.name) == "interrupted":
-                code = INTERRUPTED  # torchrun has exit codes of its own
-            finish(entry, self.folder, code, seconds, self.config.max_tries, last_line(running.log))
+            said = tail(running.log, NUM_LOG_LINES, running.log_start)
+            if self.config.devices_per_job > 1:
+                code, said = behind_torchrun(code, said)
+            if running.asked is not None and code < 0:
+                code = INTERRUPTED  # before it could save, or it took too long to
+            finish(entry, self.folder, code, seconds, self.config.max_tries, said[-1] if said else "")
             if running.is_pruned and entry.state == "interrupted":
                 entry.end("pruned", "given up: others were better by then")
                 entry.tries[-1]["reason"] = entry.reason
             if entry.state in ("done", "pruned"):
                 self.seconds.append(seconds)
+            self.ledger.save()  # before a search tells its study, which forgets what it was told of
             self.source.ended(entry)
-            self.ledger.save()
             yield describe_end(entry, seconds)
             if entry.state in ("failed", "refused") or code not in (DONE, INTERRUPTED):
-                yield f"{running.log}:\n" + "\n".join(f"  | {line}" for line in tail(running.log, NUM_LOG_LINES))
+                yield f"{running.log}:\n" + "\n".join(f"  | {line}" for line in said)
 
 
 class JobList:
@@ -218,7 +229,7 @@ class JobList:
 
 def job_arguments(entry: Entry, folder: Path) -> list[str]:
     """What sasa-train is given for a job."""
-    return [*entry.overrides, f"output_dir={json.dumps(str(folder))}"]
+    return [*entry.overrides, f"output_dir={as_written(str(folder))}"]
 
 
 def finish(entry: Entry, folder: Path, code: int, seconds: float | None, max_tries: int, said: str) -> None:
@@ -228,9 +239,11 @@ def finish(entry: Entry, folder: Path, code: int, seconds: float | None, max_tri
     """
     note_metrics(entry, folder / entry.name)
     if is_finished(folder / entry.name):
-        entry.end("done", "finished", code, seconds)
+        entry.end("done", FINISHED, code, seconds)
     elif code == INTERRUPTED:
         entry.end("interrupted", said.partition("; to continue")[0] or "stopped", INTERRUPTED, seconds)
+    elif code == REFUSED and "is in use by" in said:  # another got its lock first
+        entry.end("waiting", said, code, seconds)
     elif code == REFUSED:
         entry.end("refused", said, code, seconds)
     else:
@@ -240,32 +253,28 @@ def finish(entry: Entry, folder: Path, code: int, seconds: float | None, max_tri
             entry.state = "failed"
 
 
-def _status(run_dir: Path) -> str | None:
-    try:
-        return json.loads((run_dir / "run.json").read_text())["status"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def describe_end(entry: Entry, seconds: float) -> str:
     word = "tries again" if entry.state == "waiting" else entry.state
     result = f"top1 {entry.last['top1']:.2f}" if entry.last and entry.state in ("done", "pruned") else entry.reason
     return f"{word:<11} {entry.label}  {printable_lines(result)}  ({seconds:.0f} s)"
 
 
-def tail(path: Path, num_lines: int) -> list[str]:
-    """The last lines of a log, as a terminal may show them."""
+def tail(path: Path, num_lines: int, start: int) -> list[str]:
+    """The last lines of a log from byte `start` on, as a terminal may show them."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 2**16))
+            file.seek(max(start, path.stat().st_size - 2**16))
             lines = file.read().decode(errors="replace").replace("\r", "\n").splitlines()
     except OSError:
         return []
     return [printable_lines(line) for line in lines if line.strip()][-num_lines:]
 
 
-def last_line(path: Path) -> str:
-    return next(iter(tail(path, 1)), "")
+def behind_torchrun(code: int, said: list[str]) -> tuple[int, list[str]]:
+    """The exit code of the processes, which torchrun makes 1 of, and what they said, without its own account."""
+    codes = [int(found[1]) for line in said if (found := re.search(r"exitcode\s*: (-?\d+)", line))]
+    ours = [line for line in said if line.startswith("train: ") or ": saved at step" in line]
+    return codes[-1] if code == FAILED and codes else code, ours or said
 
 
 def device_groups(config: SweepConfig) -> Iterator[list[str]]:

@@ -12,7 +12,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from sasa_train.compose import parse_overrides
 from sasa_train.config import ConfigError
 from sasa_train.lock import holder
-from sasa_train.sweep.ledger import Entry, Ledger, is_finished, note_metrics
+from sasa_train.sweep.ledger import FINISHED, Entry, Ledger, is_finished, note_metrics
 from sasa_train.sweep.plan import SweepPlan, build_job
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from optuna.pruners import BasePruner
     from optuna.trial import FrozenTrial, Trial
 
+WORKER = "worker"  # an attribute of each trial: whose it is
 NUM_RANDOM = 8  # trials drawn at random before the sampler learns from them
 NUM_WHOLE = 4  # trials that run to their end before any is pruned
 FIRST_THIRD = 1 / 3  # of a run, in which none is pruned: warm-up says little
@@ -35,6 +36,7 @@ class Search:
     def __init__(self, plan: SweepPlan, ledger: Ledger):
         try:
             import optuna
+            from optuna.distributions import check_distribution_compatibility
             from optuna.storages.journal import JournalFileBackend
         except ImportError as error:
             raise ConfigError("sweep.num_trials is a search by Optuna: pip install 'sasa_train[search]'") from error
@@ -44,19 +46,32 @@ class Search:
         self.space = {o.key_or_group: distribution(o) for o in parse_overrides(plan.space)}
         self.states, self.trial_class = optuna.trial.TrialState, optuna.trial.Trial
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        backend = JournalFileBackend(str(plan.folder / "optuna.journal"))
-        self.study = optuna.create_study(
-            study_name=plan.folder.name,
-            storage=optuna.storages.JournalStorage(backend),
-            direction="maximize",
-            load_if_exists=True,
-            sampler=optuna.samplers.TPESampler(n_startup_trials=NUM_RANDOM, constant_liar=True),
-            pruner=build_pruner(plan.config.pruner),
-        )
+        journal = plan.folder / "optuna.journal"
+        try:
+            self.study = optuna.create_study(
+                study_name="sasa_train",
+                storage=optuna.storages.JournalStorage(JournalFileBackend(str(journal))),
+                direction="maximize",
+                load_if_exists=True,
+                sampler=optuna.samplers.TPESampler(n_startup_trials=NUM_RANDOM, constant_liar=True),
+                pruner=build_pruner(plan.config.pruner),
+            )
+        except ValueError as error:  # json's: a full disk or a power cut left half a line
+            raise ConfigError(
+                f"{journal}: is damaged ({error}); delete its last line, if that is no whole one"
+            ) from error
+        try:
+            for trial in self.study.get_trials(deepcopy=False):
+                for key in trial.distributions.keys() & self.space.keys():
+                    check_distribution_compatibility(trial.distributions[key], self.space[key])
+        except ValueError as error:
+            raise ConfigError(
+                f"{journal}: was begun with another space ({error}); give this one sweep.name=..."
+            ) from error
         self.num_running = 0
         self.begun: list[Entry] = []
-        for trial in self.study.get_trials(states=(self.states.RUNNING,)):
-            if trial.user_attrs.get("worker") == plan.config.worker:
+        for trial in self.study.get_trials():
+            if trial.user_attrs.get(WORKER, "nobody") == plan.config.worker:
                 self._take_on(trial)
 
     def next(self) -> Entry | None:
@@ -70,7 +85,7 @@ class Search:
             if self._num_left() <= 0:
                 return None
             trial = self.study.ask(self.space)
-            trial.set_user_attr("worker", self.plan.config.worker)
+            trial.set_user_attr(WORKER, self.plan.config.worker)  # last: a trial without was cut off by a kill
             self._take_on(trial)
 
     def has_more(self) -> bool:
@@ -94,7 +109,7 @@ class Search:
             self._tell(entry)
 
     def _num_left(self) -> int:
-        return self.num_trials - len(self.study.get_trials(deepcopy=False))
+        return self.num_trials - sum(WORKER in t.user_attrs for t in self.study.get_trials(deepcopy=False))
 
     def _take_on(self, trial: "Trial | FrozenTrial") -> None:
         """Queue the trial's job, unless it has ended: before a kill, by another worker, or as an equal trial's."""
@@ -106,9 +121,14 @@ class Search:
         run_dir = self.plan.folder / entry.name
         if job.refusal:
             entry.end("refused", job.refusal)
-        elif is_finished(run_dir):
+        elif entry.state != "done" and is_finished(run_dir):
             note_metrics(entry, run_dir)
-            entry.end("done", "finished")
+            entry.end("done", FINISHED)
+        elif (
+            not entry.tries and (state := getattr(trial, "state", None)) and state.is_finished()
+        ):  # the ledger was lost
+            note_metrics(entry, run_dir)
+            entry.end("pruned" if state == self.states.PRUNED else "failed", "as the study has it")
         if entry.state in ("waiting", "interrupted") and entry not in self.begun:
             self.begun.append(entry)
         self._tell(entry)
