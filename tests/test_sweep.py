@@ -173,7 +173,7 @@ def test_a_search_prunes_stops_and_goes_on(tmp_path):
 
     (journal,) = tmp_path.glob("outputs/*/optuna.journal")
     study = optuna.load_study(
-        study_name=journal.parent.name, storage=optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
+        study_name="sasa_train", storage=optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
     )
     values = {trial.number: trial.value for trial in study.trials if trial.state.name == "COMPLETE"}
     assert values and all(
