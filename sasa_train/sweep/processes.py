@@ -102,11 +102,12 @@ class Processes:
             for event in [*self._reap(), *self._look(), *self._start()]:
                 show(self, event)
             show(self, "")
-            if not self.running and self.source.num_waiting() and not was_said:
-                show(self, "waits for runs that another process holds still")
+            if not self.running:
+                if self.stop.requested() or not self.source.has_more():
+                    return
+                if not was_said:
+                    show(self, "waits for runs that another process holds still")
                 was_said = True
-            if not self.running and (self.stop.requested() or not self.source.has_more()):
-                return
             time.sleep(POLL)
 
     def _start(self) -> Iterator[str]:
@@ -174,7 +175,7 @@ class Processes:
                 continue
             self.running.remove(running)
             entry, seconds = running.entry, time.monotonic() - running.started
-            said = tail(running.log, NUM_LOG_LINES, running.log_start)
+            said = tail(running.log, running.log_start)
             if self.config.devices_per_job > 1:
                 code, said = behind_torchrun(code, said)
             if running.asked is not None and code < 0:
@@ -189,7 +190,7 @@ class Processes:
             self.source.ended(entry)
             yield describe_end(entry, seconds)
             if entry.state in ("failed", "refused") or code not in (DONE, INTERRUPTED):
-                yield f"{running.log}:\n" + "\n".join(f"  | {line}" for line in said)
+                yield f"{running.log}:\n" + "\n".join(f"  | {line}" for line in said[-NUM_LOG_LINES:])
 
 
 class JobList:
@@ -259,22 +260,25 @@ def describe_end(entry: Entry, seconds: float) -> str:
     return f"{word:<11} {entry.label}  {printable_lines(result)}  ({seconds:.0f} s)"
 
 
-def tail(path: Path, num_lines: int, start: int) -> list[str]:
-    """The last lines of a log from byte `start` on, as a terminal may show them."""
+def tail(path: Path, start: int) -> list[str]:
+    """The last lines of a log, from byte `start` on, as a terminal may show them."""
     try:
         with path.open("rb") as file:
             file.seek(max(start, path.stat().st_size - 2**16))
             lines = file.read().decode(errors="replace").replace("\r", "\n").splitlines()
     except OSError:
         return []
-    return [printable_lines(line) for line in lines if line.strip()][-num_lines:]
+    return [printable_lines(line) for line in lines if line.strip()]
 
 
 def behind_torchrun(code: int, said: list[str]) -> tuple[int, list[str]]:
     """The exit code of the processes, which torchrun makes 1 of, and what they said, without its own account."""
+    if saved := [line for line in said if ": saved at step" in line]:
+        return INTERRUPTED, saved
     codes = [int(found[1]) for line in said if (found := re.search(r"exitcode\s*: (-?\d+)", line))]
-    ours = [line for line in said if line.startswith("train: ") or ": saved at step" in line]
-    return codes[-1] if code == FAILED and codes else code, ours or said
+    return codes[-1] if code == FAILED and codes else code, [
+        line for line in said if line.startswith("train: ")
+    ] or said
 
 
 def device_groups(config: SweepConfig) -> Iterator[list[str]]:
