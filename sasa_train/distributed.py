@@ -158,8 +158,8 @@ def largest(number: float) -> float:
 
 
 def wait_for_all() -> None:
-    if world_size() > 1:
-        dist.barrier()
+    """On the CPU, whatever else the processes compute with."""
+    largest(0.0)
 
 
 def share_gradients(model: nn.Module) -> nn.Module:
@@ -171,6 +171,7 @@ def share_gradients(model: nn.Module) -> nn.Module:
     """
     if world_size() == 1:
         return model
+    wait_for_all()  # gloo tells where one has failed on its way here; NCCL's first call would wait for it
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # they are copied, in 1x1 maps
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the new name of broadcast_buffers is not in older versions
@@ -187,12 +188,12 @@ def copy_buffers(model: nn.Module) -> None:
 
 
 def average_buffers(model: nn.Module) -> None:
-    """Average the floating-point buffers over the processes."""
-    if world_size() > 1:
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer /= world_size()
+    """Average batch norm's running statistics over the processes."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for buffer in (buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)):
+        if world_size() > 1 and buffer is not None:
+            dist.all_reduce(buffer)
+            buffer /= world_size()
 
 
 def stop_is_wanted(here: bool) -> bool:
@@ -218,4 +219,4 @@ def lost_partner(error: BaseException) -> str | None:
     with contextlib.suppress(RuntimeError):
         if _store is not None and _store.check([FAILURE]):
             return _store.get(FAILURE).decode()
-    return "another process of the run ended, or torchrun; its own messages say why"
+    return f"another process of the run ended, or torchrun; its own messages say why (here: {error})"

@@ -6,7 +6,7 @@ import sys
 from sasa_train.compose import fail
 from sasa_train.config import ConfigError, TrainConfig
 from sasa_train.interrupt import Interrupted, StopRequest
-from sasa_train.ranks import world_size
+from sasa_train.ranks import rank, world_size
 
 # Done, or done before; anything unexpected; a config or input; stopped and ready to continue.
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75
@@ -49,7 +49,9 @@ def _train(config: TrainConfig, stop: StopRequest) -> int:
         return FAILED
     except (MemoryError, RuntimeError) as error:  # before the first step
         if (reason := lost_partner(error)) is not None:
-            tell(RuntimeError(f"stopped: {reason}"))
+            fail(
+                RuntimeError(f"process {rank()}: stopped: {reason}")
+            )  # not the first to fail, so no word for the others
             return FAILED
         if not is_out_of_memory(error):
             raise

@@ -199,6 +199,8 @@ class Stepper:
             if not self.loss_watch.is_finite():
                 raise NonFiniteError(f"the loss of step {state.step + 1} is not finite", number, images)
         grad_norm = self._clip() if want_grad_norm or self.clips else None
+        if state.scaler.is_enabled():  # it waits for the device, and with it for all processes: see that they are there
+            distributed.wait_for_all()
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.step += 1

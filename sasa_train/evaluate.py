@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sasa_train.compose import fail, load_config
-from sasa_train.config import ConfigError, TrainConfig, resolved_image_size
+from sasa_train.config import ConfigError, TrainConfig, micro_batch_size, resolved_image_size
 from sasa_train.printable import printable
 from sasa_train.ranks import world_size
 
@@ -71,6 +71,11 @@ def evaluate_checkpoint(source: Path, weights: str | None, overrides: list[str])
     if weights == "ema" and checkpoint["ema"] is None:
         raise ConfigError(f"weights=ema: {path} has no moving average; it was trained with trainer.ema_decay=null")
     state_dict = checkpoint["model"] if weights == "raw" else checkpoint["ema"] or checkpoint["model"]
+    config.trainer.sync_batch_norm = False  # of training alone
+    if config.trainer.micro_batch_size is None:  # the batches of each process that trained it, one after another
+        num_processes = checkpoint["provenance"].get("world_size", 1)
+        config.trainer.micro_batch_size = micro_batch_size(config.trainer, num_processes)
+        config.trainer.grad_accum_steps = 1
     device, config = resolve(config)
     loader, classes, found = build_eval_loader(config, device)
     if classes != checkpoint["classes"]:

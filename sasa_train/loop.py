@@ -103,11 +103,13 @@ class Loop:
         for report in self.steps(batches, end - state.step):
             state.epoch = state.step // self.steps_per_epoch
             self.count(report)
+            # Asked once, as a signal may come between two looks; and before anything waits for the device, and with it
+            # for the other processes: where one is gone, this notices.
+            stopping = self.stop_is_agreed()
             if state.step % trainer.log_every_steps == 0:
                 self.log_train(report)
             is_last = state.step == end
             is_due = trainer.checkpoint_every_steps and state.step % trainer.checkpoint_every_steps == 0
-            stopping = self.stop_is_agreed()  # asked once: a signal may come between two looks
             if is_due or stopping or (is_last and not self.evaluation_is_due()):
                 self.save(is_best=False, must_succeed=stopping)
             if stopping:
@@ -132,7 +134,7 @@ class Loop:
         """Name the module and the images that `error` began with, and write them down."""
         state, text = self.state, str(error)
         names = self.loaders.train_names(state.step if error.images is not None else state.step - 1, error.number)
-        if error.images is not None and self.config.trainer.sync_batch_norm:
+        if error.images is not None and self.config.trainer.sync_batch_norm and world_size() > 1:
             text += "; the module is not looked for with trainer.sync_batch_norm, which needs all processes"
         elif error.images is not None:
             try:
@@ -144,7 +146,9 @@ class Loop:
             if rows:
                 text += f", for {', '.join(names[row] for row in rows[:NUM_NAMED])}"
                 text += f" and {len(rows) - NUM_NAMED} more" if len(rows) > NUM_NAMED else ""
-        if self.run_folder.lock is not None:
+        if self.run_folder.lock is None:
+            text += f"; its images began with {', '.join(names[:NUM_NAMED])}"
+        else:
             with contextlib.suppress(OSError):  # a full disk must not hide the error
                 self.run_folder.write("nonfinite.txt", "".join(f"{line}\n" for line in (text, "", *names)).encode())
                 text += f"; the images that it came from are in {self.run_folder.path}/nonfinite.txt"

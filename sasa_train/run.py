@@ -28,7 +28,7 @@ from sasa_train.engine import (
 )
 from sasa_train.interrupt import Interrupted, StopRequest
 from sasa_train.loop import Loop
-from sasa_train.machine import keep_freed_memory
+from sasa_train.machine import available_memory, keep_freed_memory
 from sasa_train.micro_batch import check_memory, settle_auto, with_micro_batch_size
 from sasa_train.models import build_model, check_model, enable_grad_checkpointing
 from sasa_train.optim import build_optimizer, build_schedule, check_schedule, try_optimizer
@@ -70,7 +70,8 @@ def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, s
     if device.type == "cpu":
         keep_freed_memory()
     distributed.everywhere(lambda: fetch_once(config), ConfigError)
-    loaders = distributed.everywhere(lambda: build_loaders(config, device), ConfigError, DataWorkerError)
+    memory = min(distributed.gather(available_memory(device)))
+    loaders = distributed.everywhere(lambda: build_loaders(config, device, memory), ConfigError, DataWorkerError)
     check_same_images(config, loaders)
     run.provenance, difference = provenance(config)
     if run.checkpoint is not None:
@@ -88,7 +89,7 @@ def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, s
     state.hyperparameters += tuple(config.optimizer.args)
     steps_per_epoch = loaders.train.plan.steps_per_epoch
     stepper = Stepper(config.trainer, state, build_schedule(config, state.optimizer, steps_per_epoch), config.seed)
-    continue_from(run, state, config)
+    distributed.everywhere(lambda: continue_from(run, state, config), ConfigError)
     loop = Loop(config, run, loaders, stepper, stop)
     say(describe_plan(config, loaders, state, loop.num_steps))
     run.write_start(difference, state.step)

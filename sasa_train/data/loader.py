@@ -75,8 +75,10 @@ class Loaders:
         self.val.close()
 
 
-def build_loaders(config: TrainConfig, device: torch.device) -> Loaders:
-    """Load the data that `config` names, resident where it fits, and plan its batches.
+def build_loaders(config: TrainConfig, device: torch.device, memory: int | None = None) -> Loaders:
+    """Load the data that `config` names, resident where it fits into `memory` (bytes), and plan its batches.
+
+    Several processes must decide alike, so they give the least that one of them has; left out, it is looked up.
 
     Raises:
         ConfigError: whatever is wrong with the folders, a set smaller than one batch, a class count that is not the
@@ -84,7 +86,7 @@ def build_loaders(config: TrainConfig, device: torch.device) -> Loaders:
     """
     train_set, val_set = load_image_sets(config.data)
     _check_counts(config, train_set)
-    is_resident = _is_resident(config, len(train_set) + len(val_set), device)
+    is_resident = _is_resident(config, len(train_set) + len(val_set), device, memory)
     train = _build_loader(config, train_set, device, is_resident, split="train")
     val = _build_loader(config, val_set, device, is_resident, split="val")
     _check_queues(config, train, val)
@@ -153,12 +155,12 @@ def fetch_once(config: TrainConfig) -> None:
         load_image_sets(config.data)
 
 
-def _is_resident(config: TrainConfig, num_images: int, device: torch.device) -> bool:
+def _is_resident(config: TrainConfig, num_images: int, device: torch.device, memory: int | None = None) -> bool:
     size = resolved_image_size(config.data)
     if config.data.resident == "false" or not crops_by_padding(config.data, config.augment):
         return False
     needed = num_images * 3 * (size + 2 * (size // 8)) ** 2  # padded
-    memory = available_memory(device)
+    memory = available_memory(device) if memory is None else memory
     if config.data.resident == "true" and needed > memory:
         raise ConfigError(
             f"data.resident=true: {num_images:,} images of {size} pixels need {needed / 2**30:.1f} GiB, but "
