@@ -40,7 +40,15 @@ from sasa_train.train import main
 log = Path(f"sasa-train-{os.environ.get('SLURM_JOB_ID')}.out")
 if log.exists() and log.read_text().count(": saved at step") < int(os.environ["SLOW_UNTIL_STOPPED"]):
     requested = StopRequest.requested  # is looked at once a step
-    StopRequest.requested = lambda self: (time.sleep(1), requested(self))[1]
+
+    def requested_within_seconds(self):
+        for _ in range(30):
+            if requested(self):
+                return True
+            time.sleep(0.1)
+        return False
+
+    StopRequest.requested = requested_within_seconds
 main()
 """
 RUN = (*TINY, "trainer.epochs=20", "run_name=a")
