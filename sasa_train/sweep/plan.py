@@ -81,13 +81,7 @@ def read_plan(overrides: Sequence[str]) -> SweepPlan:
     """
     parsed = parse_overrides(overrides)
     ours = [o for o in parsed if o.key_or_group == "sweep" or o.key_or_group.startswith("sweep.")]
-    hydra = [str(o.input_line) for o in parsed if o.key_or_group.startswith("hydra")]
-    if hydra and not any(o.startswith("hydra/launcher=") for o in hydra):
-        raise ConfigError(f"{' '.join(hydra)}: has a meaning with hydra/launcher=... alone")
-    if sweeper := [o for o in hydra if "sweeper" in o]:
-        raise ConfigError(
-            f"{' '.join(sweeper)}: sasa-sweep is the sweeper; hydra/launcher=... chooses who starts the jobs"
-        )
+    hydra = _launcher_keys(parsed)
     given = [str(o.input_line) for o in parsed if o not in ours and str(o.input_line) not in hydra]
     config = _read_config(ours)
     given_keys = {o.key_or_group for o in parse_overrides(given)}
@@ -110,6 +104,16 @@ def read_plan(overrides: Sequence[str]) -> SweepPlan:
         raise ConfigError(f"sweep.num_trials={config.num_trials}: nothing to search; give a key several values")
     jobs = [] if is_search else _jobs([[*common, *row] for row in rows], {_key(o) for o in fixed})
     return SweepPlan(config, folder, fixed, swept if is_search else [], jobs, hydra)
+
+
+def _launcher_keys(parsed: list[Override]) -> list[str]:
+    """Hydra's own keys, which choose a launcher and set it up."""
+    keys = [str(o.input_line) for o in parsed if o.key_or_group.startswith("hydra")]
+    if keys and not any(o.startswith("hydra/launcher=") for o in keys):
+        raise ConfigError(f"{' '.join(keys)}: has a meaning with hydra/launcher=... alone")
+    if sweeper := [o for o in keys if "sweeper" in o]:
+        raise ConfigError(f"{' '.join(sweeper)}: sasa-sweep is the sweeper; hydra/launcher=... starts the jobs")
+    return keys
 
 
 def _read_config(ours: list[Override]) -> SweepConfig:
