@@ -70,8 +70,12 @@ class Search:
             ) from error
         self.num_running = 0
         self.begun: list[Entry] = []
+        ended = [entry for entry in ledger.entries.values() if entry.state not in ("waiting", "interrupted")]
+        known = {number for entry in ended for number in entry.trials}
+        ledger.asked |= {name for name, entry in ledger.entries.items() if entry.trials}
         for trial in self.study.get_trials():
-            if trial.user_attrs.get(WORKER, "nobody") == plan.config.worker:
+            is_own = trial.user_attrs.get(WORKER, "nobody") == plan.config.worker
+            if is_own and (trial.state == self.states.RUNNING or trial.number not in known):
                 self._take_on(trial)
 
     def next(self) -> Entry | None:
@@ -119,14 +123,13 @@ class Search:
         if trial.number not in entry.trials:
             entry.trials.append(trial.number)
         run_dir = self.plan.folder / entry.name
+        state = getattr(trial, "state", None)  # a trial that was only just asked for has none
         if job.refusal:
             entry.end("refused", job.refusal)
         elif entry.state != "done" and is_finished(run_dir):
             note_metrics(entry, run_dir)
             entry.end("done", FINISHED)
-        elif (
-            not entry.tries and (state := getattr(trial, "state", None)) and state.is_finished()
-        ):  # the ledger was lost
+        elif state is not None and state.is_finished():  # the ledger does not know, it was lost or could not be written
             note_metrics(entry, run_dir)
             entry.end("pruned" if state == self.states.PRUNED else "failed", "as the study has it")
         if entry.state in ("waiting", "interrupted") and entry not in self.begun:
