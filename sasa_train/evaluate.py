@@ -1,17 +1,12 @@
 """sasa-evaluate: a checkpoint's top1, top5, loss and classes on val; the training log's number to the last digit."""
 
-import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from sasa_train.compose import fail, load_config
-from sasa_train.config import ConfigError, TrainConfig, micro_batch_size, resolved_image_size
+from sasa_train.compose import fail
+from sasa_train.config import ConfigError, micro_batch_size
 from sasa_train.printable import printable
 from sasa_train.ranks import world_size
-
-if TYPE_CHECKING:
-    from torch import nn
 
 USAGE = """usage: sasa-evaluate RUN_OR_CHECKPOINT [weights=ema|raw] [key=value ...]
 
@@ -31,9 +26,6 @@ def run_command(arguments: list[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(USAGE)
         return 0 if arguments else 2
-    source, overrides = Path(arguments[0]), arguments[1:]
-    weights = [a.removeprefix("weights=") for a in overrides if a.startswith("weights=")]
-    overrides = [a for a in overrides if not a.startswith("weights=")]
     from sasa_train.checkpoint import CheckpointError
     from sasa_train.data.workers import DataWorkerError
 
@@ -42,7 +34,7 @@ def run_command(arguments: list[str]) -> int:
             raise ConfigError(
                 f"WORLD_SIZE={world_size()}: an evaluation is one process's work; run it without torchrun"
             )
-        return evaluate_checkpoint(source, weights[-1] if weights else None, overrides)
+        return evaluate_checkpoint(Path(arguments[0]), arguments[1:])
     except (ConfigError, CheckpointError) as error:
         return fail(error)
     except DataWorkerError as error:
@@ -50,27 +42,21 @@ def run_command(arguments: list[str]) -> int:
         return 1
 
 
-def evaluate_checkpoint(source: Path, weights: str | None, overrides: list[str]) -> int:
+def evaluate_checkpoint(source: Path, overrides: list[str]) -> int:
     """Evaluate and print.
 
     Raises:
         CheckpointError: `source` holds no checkpoint that can be read.
         ConfigError: overrides or data that are refused.
     """
-    from sasa_train.checkpoint import load_checkpoint
     from sasa_train.data.fingerprint import differences
     from sasa_train.data.loader import build_eval_loader, check_evaluated
     from sasa_train.engine import evaluate
     from sasa_train.run import resolve
+    from sasa_train.trained import load_trained
 
-    path = find_checkpoint(source)
-    checkpoint = load_checkpoint(path)
-    config = load_config(checkpoint["config"], overrides, source=str(path))
-    if weights not in (None, "ema", "raw"):
-        raise ConfigError(f"weights={weights} must be ema or raw")
-    if weights == "ema" and checkpoint["ema"] is None:
-        raise ConfigError(f"weights=ema: {path} has no moving average; it was trained with trainer.ema_decay=null")
-    state_dict = checkpoint["model"] if weights == "raw" else checkpoint["ema"] or checkpoint["model"]
+    trained = load_trained(source, overrides)
+    checkpoint, config, model = trained.checkpoint, trained.config, trained.model
     config.trainer.sync_batch_norm = False  # of training alone
     if config.trainer.micro_batch_size is None:  # the batches of each process that trained it, one after another
         num_processes = checkpoint["provenance"].get("world_size", 1)
@@ -80,7 +66,6 @@ def evaluate_checkpoint(source: Path, weights: str | None, overrides: list[str])
     loader, classes, found = build_eval_loader(config, device)
     if classes != checkpoint["classes"]:
         raise ConfigError(f"data.root={config.data.root}: its {len(classes)} classes are not the checkpoint's")
-    model = build_trained_model(config, state_dict, classes)
     model.to(device).to(memory_format=loader.normalize.memory_format)
     try:
         result = evaluate(model, loader.eval_batches(), len(classes), device, config.trainer.precision)
@@ -88,8 +73,8 @@ def evaluate_checkpoint(source: Path, weights: str | None, overrides: list[str])
         loader.close()
     assert result is not None
     check_evaluated(loader, result.num_images, loader.num_left_out)
-    kind = "EMA" if state_dict is checkpoint["ema"] else "raw"
-    print(f"{printable(str(path))}: step {checkpoint['step']:,}, {kind} weights\n")
+    kind = "EMA" if trained.weights == "ema" else "raw"
+    print(f"{printable(str(trained.path))}: step {checkpoint['step']:,}, {kind} weights\n")
     for line in differences(checkpoint["fingerprint"]["val"], found, "val") if checkpoint["fingerprint"] else []:
         print(f"not the images that the run was evaluated on: {line}")
     print_classes(classes, result.class_hits, result.class_images)
@@ -97,28 +82,6 @@ def evaluate_checkpoint(source: Path, weights: str | None, overrides: list[str])
         print(f"\n{len(lines)} images could not be read and are left out:\n" + "\n".join(lines))
     print(f"\nimages {result.num_images}\nloss   {result.loss!r}\ntop1   {result.top1!r}\ntop5   {result.top5!r}")
     return 0
-
-
-def find_checkpoint(source: Path) -> Path:
-    """The file itself, or a run folder's best.pt, or its last.pt."""
-    if not os.path.isdir(source):  # which takes a name that no file system does for none
-        return source
-    folder = source if source.name == "checkpoints" else source / "checkpoints"
-    return folder / "best.pt" if (folder / "best.pt").exists() else folder / "last.pt"
-
-
-def build_trained_model(config: TrainConfig, state_dict: dict[str, Any], classes: list[str]) -> "nn.Module":
-    """The checkpoint's model with its weights, on the CPU."""
-    from sasa_train.models import build_model, check_model
-
-    size = resolved_image_size(config.data)
-    check_model(config.model, size)
-    model = build_model(config.model, len(classes), size)
-    try:
-        model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        raise ConfigError(f"the overrides make another model than the checkpoint's: {error}") from error
-    return model
 
 
 def print_classes(classes: list[str], hits: list[int], images: list[int]) -> None:

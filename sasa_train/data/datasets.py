@@ -150,6 +150,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def mean_std(config: DataConfig) -> tuple[Sequence[float], Sequence[float]]:
+    """Per channel, of values in [0, 1]: the config's, or the set's own."""
+    own_mean, own_std = MEAN_STD[config.name]
+    return config.mean or own_mean, config.std or own_std
+
+
 def load_image_sets(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     """Return train and val as `config` says: data set, hold-out, balanced subsets.
 

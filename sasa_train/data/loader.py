@@ -21,7 +21,7 @@ from sasa_train.config import (
     resolved_image_size,
     total_steps,
 )
-from sasa_train.data.datasets import MEAN_STD, ImageSet, load_image_sets
+from sasa_train.data.datasets import ImageSet, load_image_sets, mean_std
 from sasa_train.data.fingerprint import fingerprint
 from sasa_train.data.mixing import Mixing
 from sasa_train.data.plan import BatchPlan
@@ -111,8 +111,7 @@ def _build_loader(config: TrainConfig, images: ImageSet, device: torch.device, i
     trainer = config.trainer
     num_accumulated = accumulation(trainer, world_size())
     plan = BatchPlan(config.seed, len(images), trainer.global_batch_size, num_accumulated, rank(), world_size())
-    own_mean, own_std = MEAN_STD[config.data.name]
-    mean, std = config.data.mean or own_mean, config.data.std or own_std
+    mean, std = mean_std(config.data)
     normalize = Normalize(mean, std, device, trainer.channels_last)
     augment = Augment(config.data, config.augment, config.seed, mean)
     mixed_steps = total_steps(config, plan.steps_per_epoch) - config.augment.mix_off_epochs * plan.steps_per_epoch

@@ -1,0 +1,97 @@
+"""A trained model out of its checkpoint, with what it takes to use it: classes, image size, normalisation."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sasa_train.checkpoint import load_checkpoint
+from sasa_train.compose import load_config
+from sasa_train.config import ConfigError, TrainConfig, knob_table, resolved_image_size
+from sasa_train.data.datasets import mean_std
+from sasa_train.data.transforms import Normalize
+from sasa_train.models import build_model, check_model
+
+WEIGHTS = ("ema", "raw")
+
+
+@dataclass
+class TrainedModel:
+    """`model` is on the CPU, in eval mode; `weights` says which of the checkpoint's it has, "ema" or "raw"."""
+
+    path: Path
+    checkpoint: dict[str, Any]
+    config: TrainConfig
+    model: nn.Module
+    weights: str
+
+    @property
+    def classes(self) -> list[str]:
+        """The names, in the order of the logits."""
+        return self.checkpoint["classes"]
+
+    @property
+    def image_size(self) -> int:
+        """Pixels a side of what the model is given."""
+        return resolved_image_size(self.config.data)
+
+    def normalize(self, device: torch.device) -> Normalize:
+        """uint8 [B, 3, H, W] as `fit` (data/transforms.py) makes them -> what the model was trained on."""
+        return Normalize(*mean_std(self.config.data), device, self.config.trainer.channels_last)
+
+
+def load_trained(source: Path, overrides: Sequence[str] = ()) -> TrainedModel:
+    """Load a run folder's best.pt (last.pt where there is no best) or a checkpoint file.
+
+    overrides: `weights=raw` for the model's own weights, where the run kept a moving average (the default then); others
+        are knobs over the checkpoint's config.
+
+    Raises:
+        CheckpointError: `source` holds no checkpoint that can be read.
+        ConfigError: an override is refused, or makes another model than the checkpoint's.
+    """
+    path = find_checkpoint(source)
+    checkpoint = load_checkpoint(path)
+    wanted = [text.removeprefix("weights=") for text in overrides if text.startswith("weights=")]
+    knobs = [text for text in overrides if not text.startswith("weights=")]
+    config = load_config(checkpoint["config"], knobs, source=str(path))
+    weights = wanted[-1] if wanted else "ema" if checkpoint["ema"] is not None else "raw"
+    if weights not in WEIGHTS:
+        raise ConfigError(f"weights={weights} must be ema or raw")
+    if weights == "ema" and checkpoint["ema"] is None:
+        raise ConfigError(f"weights=ema: {path} has no moving average; it was trained with trainer.ema_decay=null")
+    state_dict = checkpoint["ema"] if weights == "ema" else checkpoint["model"]
+    return TrainedModel(path, checkpoint, config, _build(config, state_dict, len(checkpoint["classes"])), weights)
+
+
+def find_checkpoint(source: Path) -> Path:
+    """The file itself, or a run folder's best.pt, or its last.pt."""
+    if not os.path.isdir(source):  # which takes a name that no file system does for none
+        return source
+    folder = source if source.name == "checkpoints" else source / "checkpoints"
+    return folder / "best.pt" if (folder / "best.pt").exists() else folder / "last.pt"
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Of a command line's words those that name files, and those that are overrides: `weights=...` or a knob's.
+
+    What is there as a file is a file, however it is called.
+    """
+    keys = {"weights", *knob_table()}
+    overrides = [text for text in arguments if text.partition("=")[0] in keys and not os.path.lexists(text)]
+    return [text for text in arguments if text not in overrides], overrides
+
+
+def _build(config: TrainConfig, state_dict: dict[str, Any], num_classes: int) -> nn.Module:
+    size = resolved_image_size(config.data)
+    check_model(config.model, size)
+    model = build_model(config.model, num_classes, size)
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise ConfigError(f"the overrides make another model than the checkpoint's: {error}") from error
+    return model.eval()
