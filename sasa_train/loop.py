@@ -211,7 +211,7 @@ class Loop:
             self.recalibrate(averaged)
             result = self.evaluate_model(averaged)
             raw = self.evaluate_model(state.model) if state.ema and result else None
-            seconds = round(time.perf_counter() - start, 2)
+            seconds = round(time.perf_counter() - start, 4)
         if result is None or (state.ema and raw is None):
             self.stop_is_agreed()  # so that the first process can say why
             self.save(is_best=False, must_succeed=True)
