@@ -135,6 +135,6 @@ def _listed(separator: bytes) -> Iterator[str]:
 def _check_text(name: bytes) -> None:
     if NUL in name:
         raise ConfigError(
-            f"stdin: no list of file names, one a line: {printable(os.fsdecode(name[:20]))!r} has a NUL byte in it. "
+            f"stdin: no list of file names, one a line: '{printable(os.fsdecode(name[:20]))}' has a NUL byte in it. "
             "Where NUL separates the names (find -print0), add --null; an image itself is given as a file"
         )

@@ -1,6 +1,7 @@
 """sasa-predict: what a trained model takes images for: the best classes of each file, with their probabilities."""
 
 import argparse
+import contextlib
 import os
 import re
 import signal
@@ -122,9 +123,9 @@ def predict_command(options: argparse.Namespace) -> int:
     check_output(options.output)
     predictor, tally = Predictor(load_trained(options.checkpoint, overrides), options.top_k), Tally()
     if options.output is None:
-        write_rows(sys.stdout.buffer, predictor, words, options, tally)
+        write_rows(show, predictor, words, options, tally)
     else:
-        write_whole(options.output, lambda file: write_rows(file, predictor, words, options, tally))
+        write_whole(options.output, lambda file: write_rows(file.write, predictor, words, options, tally))
     print(tally.summary(), file=sys.stderr)
     return FAILED if tally.bad else DONE
 
@@ -161,7 +162,11 @@ def check_output(path: Path | None) -> None:
 
 
 def write_rows(
-    file: BinaryIO, predictor: "Predictor", words: list[str], options: argparse.Namespace, tally: Tally
+    write: Callable[[bytes], object],
+    predictor: "Predictor",
+    words: list[str],
+    options: argparse.Namespace,
+    tally: Tally,
 ) -> None:
     """Find, predict, write, a batch at a time.
 
@@ -172,11 +177,16 @@ def write_rows(
     with progress_bar(find, words) as bar:
         rows = predictor.rows(counted(find(), tally), options.batch_size)
         for text in FORMATS[options.format](reported(rows, tally, bar), predictor.top_k):
-            with tqdm.external_write_mode(sys.stdout):
-                file.write(text.encode("utf-8", "surrogateescape"))
-                file.flush()  # what was printed is there, however this ends
+            write(text.encode("utf-8", "surrogateescape"))
     if not tally.found:
         raise ConfigError("no image was found")
+
+
+def show(text: bytes) -> None:
+    """On stdout at once, so that what was printed is there however this ends; above the bar where that is there too."""
+    with tqdm.external_write_mode(sys.stdout) if sys.stdout.isatty() else contextlib.nullcontext():
+        sys.stdout.buffer.write(text)
+        sys.stdout.buffer.flush()
 
 
 def counted(found: Iterator[Found], tally: Tally) -> Iterator[Found]:
