@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 from sasa_train.config import ConfigError
@@ -69,13 +70,23 @@ def _at(path: str) -> Iterator[Found]:
 
 def _matching(pattern: str) -> Iterator[Found]:
     """What matches, as if each had been given; with ** files alone, as their folders match too."""
-    paths = sorted(glob.iglob(os.path.expanduser(pattern), recursive=True))
+    matches = sorted(glob.iglob(os.path.expanduser(pattern), recursive=True))
     if "**" in pattern:
-        paths = [path for path in paths if not os.path.isdir(path)]
-    if not paths:
+        comes_round = cache(_comes_round)
+        matches = [path for path in matches if not os.path.isdir(path) and not comes_round(os.path.dirname(path))]
+    if not matches:
         yield Found(pattern, "is not there, and as a pattern it matches nothing")
-    for path in paths:
+    for path in matches:
         yield from _at(path)
+
+
+def _comes_round(folder: str) -> bool:
+    """Whether a link on the way to `folder` leads to where the way has been: ** follows such links forty times."""
+    way = [folder, *map(str, Path(folder).parents)]
+    return any(
+        os.path.islink(step) and any(os.path.samefile(step, earlier) for earlier in way[number + 1 :])
+        for number, step in enumerate(way)
+    )
 
 
 def _within(top: str) -> Iterator[Found]:
