@@ -38,7 +38,7 @@ in the table; in CSV and JSON lines its row has an `error`.
 examples:
   sasa-predict outputs/RUN photo.jpg holiday/
   sasa-predict outputs/RUN holiday/ --top-k 1 --format csv --output holiday.csv
-  find / -name '*.jpg' -size +9k -print0 | sasa-predict outputs/RUN - --null --format jsonl trainer.device=cuda
+  find photos -name '*.jpg' -print0 | sasa-predict outputs/RUN - --null --format jsonl trainer.device=cuda
 
 weights=raw takes the model's own weights, where the run kept an exponential moving average (the default then); other
 words key=value are knobs over the checkpoint's config: trainer.device, trainer.precision, data.num_workers (threads
