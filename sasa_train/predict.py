@@ -19,13 +19,13 @@ from sasa_train.atomic import sync_folder, write_aside
 from sasa_train.compose import fail
 from sasa_train.config import ConfigError
 from sasa_train.console import warn
-from sasa_train.find_images import LISTED, NUL, SEPARATOR, Found, find_images
-from sasa_train.prediction_rows import FORMATS, Row
+from sasa_train.prediction.find_images import LISTED, NUL, SEPARATOR, Found, find_images
+from sasa_train.prediction.rows import FORMATS, Row
 from sasa_train.printable import printable
 from sasa_train.ranks import world_size
 
 if TYPE_CHECKING:
-    from sasa_train.predictor import Predictor
+    from sasa_train.prediction.predictor import Predictor
 
 USAGE = "sasa-predict RUN_OR_CHECKPOINT PATH... [options] [weights=ema|raw] [key=value ...]"
 
@@ -116,7 +116,7 @@ def predict_command(options: argparse.Namespace) -> int:
     """
     if world_size() > 1:
         raise ConfigError(f"WORLD_SIZE={world_size()}: predicting is one process's work; run it without torchrun")
-    from sasa_train.predictor import Predictor
+    from sasa_train.prediction.predictor import Predictor
     from sasa_train.trained import load_trained
 
     words, overrides = split_words(options.words)

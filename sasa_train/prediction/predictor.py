@@ -13,8 +13,8 @@ from sasa_train.data.datasets import Files, ImageSet, UnreadableImage
 from sasa_train.data.loader import resolved_num_workers
 from sasa_train.data.transforms import Shape, fit
 from sasa_train.engine import autocast
-from sasa_train.find_images import Found
-from sasa_train.prediction_rows import Row
+from sasa_train.prediction.find_images import Found
+from sasa_train.prediction.rows import Row
 from sasa_train.run import resolve
 from sasa_train.trained import TrainedModel
 
