@@ -2,6 +2,7 @@
 
 import io
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -32,4 +33,12 @@ def new_figure(num_rows: int, num_columns: int, height: float) -> tuple[Figure, 
 def as_png(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, dpi=DPI, format="png")
+    return file.getvalue()
+
+
+def as_svg(figure: Figure) -> bytes:
+    """The same picture gives the same file: no date, and no random ids."""
+    file = io.BytesIO()
+    with rc_context({"svg.hashsalt": "sasa_train"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
