@@ -52,8 +52,7 @@ def draw_attention_maps(views: list[View]) -> Figure:
     for axis, name in zip(cells[0][1:], layers, strict=True):
         axis.set_title(_layer_title(name, views[0].windows[name]), fontsize=8)
     figure.suptitle(
-        "attention weights, mean over heads; outlined: the window, to scale; in a corner: small ones enlarged",
-        fontsize=9,
+        "attention weights, mean over heads; outlined: the window to scale; small ones enlarged", fontsize=9
     )
     return figure
 
