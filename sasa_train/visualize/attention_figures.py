@@ -169,8 +169,8 @@ def _show_weights(axis: Axes, view: View, window: Window, weights: np.ndarray, l
     _mark(axis, view, window, with_dot=not is_small)
     if is_small:
         row, column = view.pixel
-        corner = (0.5 if column < image.shape[1] / 2 else 0.03, 0.03 if row < image.shape[0] / 2 else 0.5)
-        inset = axis.inset_axes((*corner, 0.47, 0.47), xticks=[], yticks=[])
+        corner = (0.57 if column < image.shape[1] / 2 else 0.02, 0.02 if row < image.shape[0] / 2 else 0.57)
+        inset = axis.inset_axes((*corner, 0.41, 0.41), xticks=[], yticks=[])
         inset.imshow(weights, extent=(left, right, bottom, top), **colors)
         inset.spines[:].set_path_effects(OUTLINE)
         _dot(inset, window)

@@ -74,15 +74,13 @@ def draw_confusion(confusion: Tensor, classes: list[str]) -> Figure:
 def draw_mistakes(mistakes: list[Prediction], num_images: int, num_wrong: int) -> Figure:
     """The images that are wrong with the highest probability, the surest first."""
     num_rows = max(1, -(-len(mistakes) // MISTAKES_A_ROW))
-    figure, axes = new_figure(num_rows, MISTAKES_A_ROW, 0.35 + 1.65 * num_rows)
+    figure, axes = new_figure(num_rows, MISTAKES_A_ROW, 0.3 + 1.75 * num_rows)
     for axis in axes:
         axis.set_axis_off()
     for axis, found in zip(axes, mistakes, strict=False):
         axis.imshow(found.image, interpolation="nearest")
-        axis.set_title(
-            f"label {short_name(str(found.label))}\n{100 * found.probability:.0f} % {short_name(found.predicted)}",
-            fontsize=7,
-        )
+        says = f"predicted {short_name(found.predicted)}\n{100 * found.probability:.0f} %"
+        axis.set_title(f"label {short_name(str(found.label))}\n{says}", fontsize=7)
     which = f"the {len(mistakes)} most confident of {num_wrong:,} mistakes" if num_wrong else "no mistakes"
-    figure.suptitle(f"{which} on {num_images:,} val images; below each label: the prediction", fontsize=9)
+    figure.suptitle(f"{which} on {num_images:,} val images", fontsize=9)
     return figure

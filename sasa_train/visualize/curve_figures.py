@@ -14,6 +14,7 @@ from sasa_train.config import ConfigError
 Rows = list[dict[str, Any]]  # of metrics.jsonl
 MAX_RUNS = 10  # two ways to draw each of the five styles' lines
 TRAIN_COLOR = "#555555"
+LINES = ("-", "--", "-.")
 
 
 def draw_training_curves(runs: dict[str, Rows]) -> Figure:
@@ -66,11 +67,10 @@ def _check_count(runs: dict[str, Rows]) -> None:
 
 
 def _styles() -> list[tuple[str, str, str]]:
-    """Colour, marker and line of each run: the second five have the line of another style."""
-    lines = [line for *_, line in SOLID]
+    """Colour, marker and line of each run: the second five have other lines. Dotted ones are train's."""
     return [
-        (color, marker, lines[(i + shift) % len(lines)])
-        for shift, (i, (color, _, marker, _)) in itertools.product((0, 2), enumerate(SOLID))
+        (color, marker, LINES[(i + shift) % len(LINES)])
+        for shift, (i, (color, _, marker, _)) in itertools.product((0, 1), enumerate(SOLID))
     ]
 
 
