@@ -162,7 +162,7 @@ def _read_run(job: Job, run_dir: Path) -> dict[str, Any]:
     job.run_dir = run_dir
     try:
         job.config = load_config_file(run_dir / "config.yaml")
-        rows = _read_metrics(run_dir / "metrics.jsonl")
+        rows = read_metrics(run_dir / "metrics.jsonl")
     except ConfigError as error:
         job.state, job.reason = "damaged", str(error)
         return {}
@@ -178,7 +178,7 @@ def _read_run(job: Job, run_dir: Path) -> dict[str, Any]:
     return info
 
 
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Every row; of a run that goes on, the last line may be half there.
 
     Raises:
