@@ -31,7 +31,7 @@ class RealLabels:
         """The classes of images by their file names.
 
         Raises:
-            ConfigError: a name that is none of ImageNet's val images.
+            ConfigError: a name that is none of ImageNet's val images, or no image with a label.
         """
         found = [VAL_NAME.search(name) for name in names]
         numbers = [int(match[1]) if match else 0 for match in found]
@@ -41,7 +41,9 @@ class RealLabels:
                 f"--real: {len(wrong):,} of {len(names):,} images are none of ImageNet's val, as "
                 f"{printable(wrong[0])}; their names must be ILSVRC2012_val_00000001.JPEG to ..._{NUM_IMAGES:08d}.JPEG"
             )
-        return [self.sets[number - 1] for number in numbers]
+        sets = [self.sets[number - 1] for number in numbers]
+        _check_any(sets)
+        return sets
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,16 @@ def load_real_labels(source: str, classes: Sequence[str]) -> RealLabels:
 
 def evaluate_real(sets: Sequence[frozenset[int]], predictions: Sequence[int], labels: Sequence[int]) -> RealResult:
     """Raises ConfigError where no image has a label."""
+    _check_any(sets)
     rows = [row for row in zip(sets, predictions, labels, strict=True) if row[0]]
-    if not rows:
-        raise ConfigError(f"--real: none of the {len(sets):,} images has a label; there is nothing to evaluate")
     hits = sum(prediction in of_image for of_image, prediction, _ in rows)
     original = sum(prediction == label for _, prediction, label in rows)
     return RealResult(100 * hits / len(rows), 100 * original / len(rows), len(rows), len(sets) - len(rows))
+
+
+def _check_any(sets: Sequence[frozenset[int]]) -> None:
+    if not any(sets):
+        raise ConfigError(f"--real: none of the {len(sets):,} images has a label; there is nothing to evaluate")
 
 
 def _read(source: str) -> list[list[int]]:
