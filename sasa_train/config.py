@@ -567,6 +567,11 @@ def crops_by_padding(data: DataConfig, augment: AugmentConfig) -> bool:
     return resolved_image_size(data) <= SMALL_IMAGE and augment.crop_mode != "resized"
 
 
+def flips_images(data: DataConfig, augment: AugmentConfig) -> bool:
+    """Whether training mirrors half of the images: as `augment.hflip` says; left out, all but digits."""
+    return augment.hflip if augment.hflip is not None else data.name != "digits"
+
+
 def resolved_image_size(data: DataConfig) -> int:
     return data.image_size or {"digits": 8, "cifar10": 32, "cifar100": 32}.get(data.name, 224)
 
