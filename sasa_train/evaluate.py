@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from sasa_train.compose import fail
 from sasa_train.config import ConfigError
-from sasa_train.evaluation_files import check_outputs, write_outputs
-from sasa_train.evaluation_lines import (
+from sasa_train.evaluation.files import check_outputs, write_outputs
+from sasa_train.evaluation.lines import (
     lines_of_calibration,
     lines_of_classes,
     lines_of_comparison,
@@ -23,8 +23,8 @@ from sasa_train.ranks import world_size
 
 if TYPE_CHECKING:
     from sasa_train.engine import Evaluation
+    from sasa_train.evaluation.val_pass import Answers, Val
     from sasa_train.trained import TrainedModel
-    from sasa_train.val_pass import Answers, Val
 
 EPILOG = """examples:
   sasa-evaluate outputs/RUN
@@ -109,8 +109,8 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
         ConfigError: options, overrides or data that are refused.
     """
     check_outputs(options)
+    from sasa_train.evaluation.val_pass import open_val
     from sasa_train.trained import load_trained
-    from sasa_train.val_pass import open_val
 
     trained = load_trained(options.source, options.overrides)
     other = load_other(options, trained) if options.compare else None
@@ -157,7 +157,7 @@ def load_other(options: argparse.Namespace, trained: "TrainedModel") -> "Trained
 def open_other(val: "Val", other: "TrainedModel") -> "Val":
     """The same images as that model sees them: by its own image size and normalisation."""
     from sasa_train.data.fingerprint import differences
-    from sasa_train.val_pass import open_val
+    from sasa_train.evaluation.val_pass import open_val
 
     opened = open_val(other)
     if changes := differences(val.fingerprint, opened.fingerprint, "val"):
@@ -171,7 +171,7 @@ def open_other(val: "Val", other: "TrainedModel") -> "Val":
 
 def load_real_sets(source: str, val: "Val") -> list[frozenset[int]]:
     """ImageNet-ReaL's classes of each of val's images."""
-    from sasa_train.imagenet_real import load_real_labels
+    from sasa_train.evaluation.imagenet_real import load_real_labels
 
     names = [val.images.name(i) for i in range(len(val.images))]
     return load_real_labels(source, val.images.classes).of(names)
@@ -214,7 +214,7 @@ def evaluate_further(
     other_val: "Val | None",
 ) -> dict[str, Any]:
     """Compute and print a section for each option that asks for one; returns what --json writes."""
-    from sasa_train.calibration import NUM_BINS, calibrate, proper_scores
+    from sasa_train.evaluation.calibration import NUM_BINS, calibrate, proper_scores
 
     figures: dict[str, Any] = {}
     if options.tta:
@@ -226,7 +226,7 @@ def evaluate_further(
         figures["calibration"] = calibrate(answers.logits, answers.labels, answers.predictions, num_bins)
         print_section(lines_of_calibration(figures["calibration"]))
     if real_sets is not None:
-        from sasa_train.imagenet_real import evaluate_real
+        from sasa_train.evaluation.imagenet_real import evaluate_real
 
         sets = [real_sets[i] for i in answers.indices]
         figures["real"] = evaluate_real(sets, answers.predictions.tolist(), answers.labels.tolist())
@@ -241,7 +241,7 @@ def compare_with(other_val: "Val", answers: "Answers", options: argparse.Namespa
     """The paired comparison over the images that both could read."""
     import numpy as np
 
-    from sasa_train.significance import compare
+    from sasa_train.evaluation.significance import compare
 
     _, others = other_val.evaluate_keeping_answers(with_mirrored=options.tta == "hflip")
     _, mine, its = np.intersect1d(answers.indices, others.indices, return_indices=True)

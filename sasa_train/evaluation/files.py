@@ -15,7 +15,7 @@ from sasa_train.printable import printable
 
 if TYPE_CHECKING:
     from sasa_train.data.datasets import ImageSet
-    from sasa_train.val_pass import Answers
+    from sasa_train.evaluation.val_pass import Answers
 
 SUFFIXES = {"predictions": (".csv", ".jsonl"), "json": (".json",), "plot": (".png", ".svg", ".pdf")}
 
@@ -65,7 +65,7 @@ def write_outputs(
 
 def prediction_rows(answers: "Answers", images: "ImageSet") -> Iterator[dict[str, Any]]:
     """One for each image that could be read, in val's order; probabilities from 0 to 1."""
-    from sasa_train.calibration import confidences_of
+    from sasa_train.evaluation.calibration import confidences_of
 
     names = [printable(name) for name in images.classes]
     labels, predictions = answers.labels.tolist(), answers.predictions.tolist()
@@ -94,8 +94,8 @@ def as_json_lines(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(figures: dict[str, Any], kind: str) -> bytes:
-    from sasa_train.benchmark.charts import DPI
-    from sasa_train.reliability_diagram import draw_reliability
+    from sasa_train.chart_style import DPI
+    from sasa_train.evaluation.reliability_diagram import draw_reliability
 
     views = ", averaged with the mirror image" if "tta" in figures else ""
     figure = draw_reliability(figures["calibration"].bins, f"val, {figures['num_images']:,} images{views}")

@@ -6,8 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import Normal, Stroke
 
-from sasa_train.benchmark.charts import STYLES
-from sasa_train.calibration import Bin, expected_error
+from sasa_train.chart_style import STYLES
+from sasa_train.evaluation.calibration import Bin, expected_error
 
 ACCURACY, GAP = STYLES[1], STYLES[2]
 GRID = "#DDDDDD"

@@ -6,10 +6,10 @@ from sasa_train.config import TrainConfig, flips_images
 from sasa_train.printable import printable
 
 if TYPE_CHECKING:
-    from sasa_train.calibration import Bin, Calibration
     from sasa_train.engine import Evaluation
-    from sasa_train.imagenet_real import RealResult
-    from sasa_train.significance import Comparison
+    from sasa_train.evaluation.calibration import Bin, Calibration
+    from sasa_train.evaluation.imagenet_real import RealResult
+    from sasa_train.evaluation.significance import Comparison
     from sasa_train.trained import TrainedModel
 
 
