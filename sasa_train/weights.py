@@ -149,12 +149,12 @@ def _named(content: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _tensors(content: dict[Any, Any]) -> StateDict:
-    """Only what a model could hold: dense tensors with names."""
-    return {
-        name: value
-        for name, value in _named(content).items()
-        if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
-    }
+    """Only what a model could take: named tensors with numbers in them."""
+    return {name: value for name, value in _named(content).items() if isinstance(value, Tensor) and _is_plain(value)}
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_meta or tensor.is_complex())
 
 
 def _digest(state_dict: StateDict) -> str:

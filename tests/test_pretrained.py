@@ -218,6 +218,7 @@ def damaged(folder: Path, checkpoint: Path) -> list[tuple[Path, str]]:
     torch.save({"state_dict": {"x": Bait()}}, folder / "bait.pt")
     torch.save({"state_dict": {"epoch": 3}}, folder / "numbers.pt")
     torch.save([torch.ones(3)], folder / "list.pt")
+    torch.save({"x": torch.ones(3, device="meta"), "y": torch.ones(3) * 1j}, folder / "odd.pt")
     with zipfile.ZipFile(folder / "packed.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("data.pkl", b"\0" * 10_000)
     (folder / "folder").mkdir()
@@ -225,6 +226,7 @@ def damaged(folder: Path, checkpoint: Path) -> list[tuple[Path, str]]:
         (folder / "bait.pt", "it holds more than tensors, which could run as code"),
         (folder / "numbers.pt", "holds no weights"),
         (folder / "list.pt", "holds no weights"),
+        (folder / "odd.pt", "holds no weights"),
         (folder / "packed.pt", "compressed"),
         (folder / "folder", "has no checkpoints and no model.safetensors"),
         (folder / "nowhere.pt", "is not there"),

@@ -15,6 +15,7 @@ from sasa_train.printable import printable
 
 StateDict = dict[str, Tensor]
 
+MAX_LINE = 4000  # characters of a report's line: a ResNet-50's names have 3,000
 MIN_SHARE = 0.1  # of the parameters outside the classifier: with less than that it is another model's file
 
 
@@ -36,7 +37,8 @@ class PretrainedReport:
         lines += [f"left as initialised, {why}: {_by_layer(names)}" for why, names in _by_value(self.left).items()]
         if self.unused:
             lines.append(f"in the file but not in this model: {_by_layer(self.unused)}")
-        return "\n".join(textwrap.fill(printable(line), 118, subsequent_indent="    ") for line in lines)
+        short = [line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]} ..." for line in lines]
+        return "\n".join(textwrap.fill(printable(line), 108, subsequent_indent="    ") for line in short)
 
 
 @torch.no_grad()
@@ -170,7 +172,7 @@ def _check_enough(model: nn.Module, loaded: list[str], classifier: tuple[str, ..
 
 def _check_finite(tensors: StateDict) -> None:
     floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-    if wrong := [name for name, tensor in floats.items() if not tensor.isfinite().all()]:
+    if wrong := [name for name, tensor in floats.items() if not tensor.float().isfinite().all()]:
         raise ConfigError(f"its weights are not finite, {printable(wrong[0])} first of {len(wrong)}")
 
 
