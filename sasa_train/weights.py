@@ -3,14 +3,15 @@
 import argparse
 import hashlib
 import json
+import os
 import pickle
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
+from safetensors import safe_open
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
@@ -69,12 +70,12 @@ def weights_file(source: str) -> Path:
         ConfigError: there is none.
     """
     path, where = Path(source), f"model.pretrained={printable(source)}"
-    if path.is_dir():
+    if os.path.isdir(path):  # which takes a name that no file system does for none
         exported = path / "model.safetensors"
-        path = exported if exported.is_file() else find_checkpoint(path)
-        if not path.is_file():
+        path = exported if os.path.isfile(exported) else find_checkpoint(path)
+        if not os.path.isfile(path):
             raise ConfigError(f"{where}: the folder has no checkpoints and no model.safetensors; name {SOURCES}")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigError(f"{where} is not there; name {SOURCES}")
     return path
 
@@ -99,7 +100,7 @@ def load_into(model: nn.Module, weights: Weights, classes: list[str], source: st
 
 def _read(path: Path) -> Weights:
     if path.suffix == ".safetensors":
-        return _described(safetensors.torch.load_file(path), path.with_name("config.json"))
+        return _of_safetensors(path)
     if manifest_of(path).exists():
         return _of_checkpoint(load_checkpoint(path))
     content = _load(path)
@@ -133,15 +134,31 @@ def _dials(yaml_text: str) -> str | None:
     return " ".join(f"model.{key}={as_written(value)}" for key, value in given.items())
 
 
-def _described(state_dict: StateDict, config_json: Path) -> Weights:
-    """With the class names that a hub folder's config.json has, in timm's format."""
+def _of_safetensors(path: Path) -> Weights:
+    """With what sasa-export puts into the file's metadata, or the class names in a hub folder's config.json."""
+    with safe_open(path, framework="pt") as file:
+        described = file.metadata() or {}
+        state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+    classes = _class_names(described.get("classes", "")) or _class_names(_text(path.with_name("config.json")))
+    dials = _dials(described["config"]) if "config" in described else None
+    return Weights(_tensors(clean_state_dict(state_dict)), classes, dials)
+
+
+def _class_names(text: str) -> list[str] | None:
+    """Of a list in JSON, or of the `label_names` in timm's config.json; None where it is anything else."""
     try:
-        described = json.loads(config_json.read_text(encoding="utf-8"))
-        names = described.get("label_names")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        names = None
-    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    return Weights(_tensors(state_dict), names if is_list else None)
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    names = found.get("label_names") if isinstance(found, dict) else found
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
 
 
 def _named(content: dict[Any, Any]) -> dict[str, Any]:

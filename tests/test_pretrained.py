@@ -151,14 +151,17 @@ def save_all(folder: Path, checkpoint: Path) -> dict[str, Path]:
     hub.mkdir()
     save_file(averaged, hub / "model.safetensors")
     (hub / "config.json").write_text(json.dumps({"architecture": "x", "label_names": saved["classes"]}))
-    save_file(averaged, folder / "weights.safetensors")
+    save_file(averaged, folder / "bare.safetensors")
+    described = {"classes": json.dumps(saved["classes"]), "config": saved["config"]}
+    save_file(averaged, folder / "exported.safetensors", described)
     wrapped = {f"module.{name}": tensor for name, tensor in averaged.items()}
     timms = {"state_dict": raw, "state_dict_ema": wrapped, "args": argparse.Namespace(lr=1), "epoch": 3}
     torch.save(timms, folder / "timm.pth.tar")
     torch.save(averaged, folder / "legacy.pth", _use_new_zipfile_serialization=False)
     return {
         "run": checkpoint.parents[1], "checkpoint": checkpoint, "copied": bare, "hub": hub,
-        "safetensors": folder / "weights.safetensors", "timm": folder / "timm.pth.tar", "legacy": folder / "legacy.pth",
+        "exported": folder / "exported.safetensors", "bare": folder / "bare.safetensors",
+        "timm": folder / "timm.pth.tar", "legacy": folder / "legacy.pth",
     }  # fmt: skip
 
 
@@ -181,10 +184,11 @@ def test_every_source_gives_the_averaged_weights(trained, tmp_path):
     for kind, source in save_all(tmp_path, trained / "checkpoints/best.pt").items():
         weights = read(source)
         assert_equal_state(dict(weights.state_dict), expected["ema"], kind)
-        knows_classes = kind in ("run", "checkpoint", "copied", "hub")
+        knows_classes = kind in ("run", "checkpoint", "copied", "exported", "hub")
         assert weights.classes == (expected["classes"] if knows_classes else None), kind
+        knows_model = knows_classes and kind != "hub"
+        assert ("model.width=0.125" in (weights.dials or "")) == knows_model, kind
     assert not torch.equal(expected["ema"]["fc.weight"], expected["model"]["fc.weight"])
-    assert "model.width=0.125" in read(trained).dials
 
 
 def test_the_classifier_is_loaded_for_the_same_classes_alone(trained):
