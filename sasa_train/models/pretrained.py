@@ -60,11 +60,12 @@ def load_pretrained(model: nn.Module, state_dict: StateDict, keep_classifier: bo
     classifier = tuple(f"{name}." for name in _classifier_names(model))
     left = {}
     for name, tensor in own.items():
+        is_classifier = name.startswith(classifier)
         if name not in given:
             left[name] = "not in the file"
         elif given[name].shape != tensor.shape:
-            left[name] = f"{list(given[name].shape)} in the file, {list(tensor.shape)} here"
-        elif name.startswith(classifier) and not keep_classifier:
+            left[name] = _misfit(given[name], tensor, is_classifier)
+        elif is_classifier and not keep_classifier:
             left[name] = "other classes in the file"
     loaded = [name for name in own if name not in left]
     _check_enough(model, loaded, classifier, left)
@@ -140,6 +141,12 @@ def _adapt_first_conv(model: nn.Module, given: StateDict) -> StateDict:
             if there[1] == 3 != here[1] and here[0] == there[0] and here[2:] == there[2:]:
                 given[name] = adapt_input_conv(here[1], given[name])
     return given
+
+
+def _misfit(given: Tensor, own: Tensor, is_classifier: bool) -> str:
+    if is_classifier and given.ndim and given.shape[1:] == own.shape[1:]:
+        return f"{len(given)} classes in the file, {len(own)} here"
+    return f"{list(given.shape)} in the file, {list(own.shape)} here"
 
 
 def _change(name: str, before: Tensor, after: Tensor) -> str:
