@@ -76,7 +76,7 @@ def weights_file(source: str) -> Path:
         if not os.path.isfile(path):
             raise ConfigError(f"{where}: the folder has no checkpoints and no model.safetensors; name {SOURCES}")
     if not os.path.isfile(path):
-        raise ConfigError(f"{where} is not there; name {SOURCES}")
+        raise ConfigError(f"{where} is no file; name {SOURCES}")
     return path
 
 
@@ -184,5 +184,5 @@ def _digest(state_dict: StateDict) -> str:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):
-        return "it holds more than tensors, which could run as code; save its state_dict() alone"
+        return "it holds something else than tensors, which could run as code; save a state_dict() alone"
     return printable(shorten((str(error).splitlines() or [type(error).__name__])[0]))

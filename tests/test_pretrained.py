@@ -224,14 +224,14 @@ def damaged(folder: Path, checkpoint: Path) -> list[tuple[Path, str]]:
         archive.writestr("data.pkl", b"\0" * 10_000)
     (folder / "folder").mkdir()
     return [(folder / name, said) for name, (_, said) in files.items()] + [
-        (folder / "bait.pt", "it holds more than tensors, which could run as code"),
+        (folder / "bait.pt", "it holds something else than tensors, which could run as code"),
         (folder / "numbers.pt", "holds no weights"),
         (folder / "list.pt", "holds no weights"),
         (folder / "odd.pt", "holds no weights"),
         (folder / "packed.pt", "compressed"),
         (folder / "folder", "has no checkpoints and no model.safetensors"),
-        (folder / "nowhere.pt", "is not there"),
-        (Path("/dev/zero"), "is not there"),
+        (folder / "nowhere.pt", "is no file"),
+        (Path("/dev/zero"), "is no file"),
     ]
 
 

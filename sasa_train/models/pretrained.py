@@ -111,7 +111,7 @@ def resize_window(table: Tensor, kernel_size: int) -> Tensor:
 
     An embedding is about an offset in positions, so each offset keeps its own: a smaller window forgets the outer
     ones, a larger one goes on with the outermost. Stretching the table over the window, as Swin's is, was measured to
-    be worse at each of 7 windows, even where the image grew as much (docs/finetune.md).
+    be worse at 5 of 6 windows, also where the image grew as much (docs/finetune.md).
     """
     num_offsets = table.shape[-2]
     offsets = torch.arange(kernel_size) + (num_offsets - kernel_size) // 2
