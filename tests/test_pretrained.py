@@ -15,6 +15,7 @@ import torch
 from conftest import TINY
 from safetensors.torch import save_file
 from test_commands import assert_equal_state, rows, run_in_process, start, wait_for_rows
+from test_distributed import launch
 
 import sasa_train.models
 from sasa_train.checkpoint import load_checkpoint
@@ -339,6 +340,26 @@ def test_a_model_that_the_file_does_not_fit_is_told_the_files_own_dials(trained,
     assert run_in_process(tmp_path, monkeypatch, *TINY, f"model.pretrained={trained}", "model.width=0.25") == 2
     said = capsys.readouterr().err
     assert "of ResNet's parameters outside the classifier fit" in said and "its own model: model.name=sasa" in said
+
+
+def test_all_processes_begin_with_the_same_weights(tmp_path, monkeypatch):
+    """The first one alone reads the file, and each evaluates its share of val with its own moving average."""
+    torch.manual_seed(1)
+    torch.save(timm.create_model("test_convnext", num_classes=10).state_dict(), tmp_path / "given.pt")
+    run = [
+        "model=timm",
+        "model.name=test_convnext",
+        "model.pretrained=given.pt",
+        "data.image_size=32",
+        "output_dir=out",
+    ]
+    run += ["data.max_train_images=12", "data.max_val_images=31", "data.num_workers=0", "trainer.global_batch_size=12"]
+    run += ["trainer.epochs=1", "optimizer.lr=1e-30", "trainer.ema_decay=0.9", "trainer.log_every_steps=1"]
+    code, said = launch(tmp_path, 2, *run, "run_name=two")
+    assert code == 0 and said.count("loaded 101 of 101 tensors, 100.0 %") == 1, said
+    assert run_in_process(tmp_path, monkeypatch, *run, "run_name=one") == 0
+    for one, two in zip(rows(tmp_path / "out/one"), rows(tmp_path / "out/two"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-6) and two["top1"] == one["top1"]
 
 
 def test_layer_decay_gives_early_layers_the_smaller_rates():
