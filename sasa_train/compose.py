@@ -154,6 +154,8 @@ def to_config(composed: DictConfig) -> TrainConfig:
     config.data.resident = config.data.resident.lower()  # YAML's true becomes the word 'True' in a text field
     config.data.root = os.path.expanduser(config.data.root)  # no shell expands the ~ in data.root=~/images
     config.output_dir = os.path.expanduser(config.output_dir)
+    if config.model.pretrained is not None:
+        config.model.pretrained = os.path.expanduser(config.model.pretrained)
     validate(config)
     return config
 
