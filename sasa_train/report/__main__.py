@@ -4,10 +4,15 @@ import argparse
 import importlib.util
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sasa_train.compose import fail
 from sasa_train.config import ConfigError
 
+if TYPE_CHECKING:
+    from sasa_train.report.rows import Report
+
+NO_MATPLOTLIB = "no plots: matplotlib is not installed; pip install 'sasa_train[plots]'"
 EPILOG = """examples:
   sasa-report outputs/SWEEP                          table.md, .csv, .json and plots in outputs/SWEEP/report/
   sasa-report outputs/SWEEP --reference kernel_size=7
@@ -64,6 +69,7 @@ def report(options: argparse.Namespace) -> None:
     from sasa_train.console import say
     from sasa_train.printable import printable_lines
     from sasa_train.report.jobs import find_jobs
+    from sasa_train.report.page import PAGE
     from sasa_train.report.rows import build_report
     from sasa_train.report.tables import as_csv, as_json, markdown
 
@@ -73,15 +79,27 @@ def report(options: argparse.Namespace) -> None:
     built = build_report(found.jobs, table, options.reference, found.commands)
     text = printable_lines(markdown(built))
     files = {"table.md": text.encode(), "table.csv": as_csv(built).encode(), "table.json": as_json(built).encode()}
+    charts: dict[str, bytes] = {}
     if importlib.util.find_spec("matplotlib") is None:
-        print("no plots: matplotlib is not installed; pip install 'sasa_train[plots]'", file=sys.stderr)
+        print(NO_MATPLOTLIB, file=sys.stderr)
     else:
         from sasa_train.report.charts import draw_charts
 
-        files |= draw_charts(built)
+        charts = draw_charts(built)
+    files |= charts | {PAGE: build_page(built, options, charts, folder).encode()}
     write_files(folder, files)
     say(text)
     say(f"{folder}: {', '.join(files)}")
+
+
+def build_page(report: "Report", options: argparse.Namespace, charts: dict[str, bytes], folder: Path) -> str:
+    from sasa_train.report.page import run_page, sweep_page, the_run
+    from sasa_train.report.pictures import of_charts
+
+    job = the_run(report)
+    if job is None:
+        return sweep_page(report, options.sources, of_charts(charts), [] if charts else [NO_MATPLOTLIB], folder)
+    return run_page(report, job, [], folder)
 
 
 def output_folder(options: argparse.Namespace) -> Path:
