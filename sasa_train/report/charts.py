@@ -31,10 +31,10 @@ def draw_charts(report: Report) -> dict[str, bytes]:
         figures["differences.png"] = _draw_differences(rows)
     if lines := window_lines(rows):
         figures["window.png"] = _draw_windows(lines)
-    return {name: _png(figure) for name, figure in figures.items()}
+    return {name: as_png(figure) for name, figure in figures.items()}
 
 
-def _png(figure: Figure) -> bytes:
+def as_png(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, dpi=DPI, format="png")
     return file.getvalue()

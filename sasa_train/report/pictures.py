@@ -1,9 +1,11 @@
 """The pictures of the page: drawn here as PNG, or a sentence in their place that says why they are not there."""
 
 import base64
+import importlib.util
 import struct
 from dataclasses import dataclass, field
 
+NO_MATPLOTLIB = "No plots: matplotlib is not installed; pip install 'sasa_train[plots]'"
 DPI = 150  # of the charts
 CAPTIONS = {
     "accuracy.png": (
@@ -60,6 +62,7 @@ class Section:
 
     id: str
     title: str
+    note: str = ""
     pictures: list[Picture] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     rows: list[dict[str, str]] = field(default_factory=list)
@@ -69,3 +72,7 @@ class Section:
 def of_charts(charts: dict[str, bytes]) -> list[Picture]:
     """What charts.draw_charts drew."""
     return [Picture(png, *CAPTIONS[name]) for name, png in charts.items()]
+
+
+def can_draw() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
