@@ -86,7 +86,7 @@ def open_run(config: TrainConfig, run_name: str) -> RunFolder:
         CheckpointError: the folder has or had checkpoints and none is good, or the one named by `resume` is not.
     """
     path, given = _choose_folder(config, Path(config.output_dir) / run_name)
-    _refuse_links(path)
+    refuse_links(path)
     lock = lock_folder(path)
     try:
         checkpoints = Checkpoints(path / "checkpoints", config.trainer.keep_checkpoints)
@@ -247,9 +247,12 @@ def _read_info(path: Path) -> dict[str, Any]:
     return info if isinstance(info, dict) else {}
 
 
-def _refuse_links(path: Path) -> None:
+def refuse_links(path: Path) -> None:
     """A run folder may come from a stranger: nothing in it may lead writes out of it."""
-    folders = [path, *(path / name for name in ("checkpoints", "tensorboard", "profile"))]
+    folders = [
+        path,
+        *(path / name for name in ("checkpoints", "tensorboard", "tensorboard/figures", "figures", "profile")),
+    ]
     for entry in (entry for folder in folders if folder.is_dir() for entry in folder.iterdir()):
         if entry.is_symlink():
             raise ConfigError(

@@ -1,5 +1,7 @@
 """`local_attention`, and `local_attention_qkv` for layers. Argument checks, then a torch.library op picks the backend.
 
+`attention_weights`, to be looked at, is the reference's alone: the backends never hold them.
+
 Backends: `reference` (plain PyTorch, every device and dtype), `cpu` (compiled at first use) and `triton` (NVIDIA GPUs);
 those two for float32 and half precision. `auto` takes `triton` for tensors on a GPU and `cpu` for others where that can
 run, else `reference`.
@@ -63,6 +65,31 @@ def local_attention(
     _check(query, key, value, rel_height, rel_width, kernel_size, content, border, backend)
     key = key if content else None
     return _local_attention(query, key, value, rel_height, rel_width, kernel_size, border, backend)[0]
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor | None,
+    rel_height: Tensor | None = None,
+    rel_width: Tensor | None = None,
+    *,
+    kernel_size: int,
+    content: bool = True,
+    border: str = "mask",
+) -> Tensor:
+    """The weights that `local_attention` gives to the window of each position, by the reference on every device.
+
+    Args: as `local_attention`'s; there are no values in it.
+
+    Returns:
+        [B, N, H, W, K*K], row by row of the window, float32 (float64 where `query` is). Sums to 1 over the last
+        dimension; with `border="mask"` positions outside the image have exactly 0.
+
+    Raises:
+        ValueError: an argument breaks a rule of `local_attention`.
+    """
+    _check(query, key, None, rel_height, rel_width, kernel_size, content, border, "reference")
+    return reference.attention_weights(query, key if content else None, rel_height, rel_width, kernel_size, border)
 
 
 def local_attention_qkv(

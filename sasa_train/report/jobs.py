@@ -163,7 +163,7 @@ def _read_run(job: Job, run_dir: Path) -> None:
     job.run_dir = run_dir
     try:
         job.config = load_config_file(run_dir / "config.yaml")
-        rows = _read_metrics(run_dir / "metrics.jsonl")
+        rows = read_metrics(run_dir / "metrics.jsonl")
     except ConfigError as error:
         job.state, job.reason = "damaged", str(error)
         return
@@ -178,7 +178,7 @@ def _read_run(job: Job, run_dir: Path) -> None:
     job.seconds = job.info.get("seconds") if isinstance(job.info.get("seconds"), int | float) else None
 
 
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Every row; of a run that goes on, the last line may be half there.
 
     Raises:

@@ -149,7 +149,7 @@ def _class_pictures(found: ValSample, classes: list[str], images: str) -> list[P
 
 
 def _picture(name: str, figure: "Figure", caption: str) -> Picture:
-    from sasa_train.report.charts import as_png
+    from sasa_train.chart_style import as_png
 
     alt = FIGURES[name]
     return Picture(as_png(figure), alt[0].upper() + alt[1:], caption)
