@@ -73,7 +73,7 @@ def key_facts(job: Job, row: Row) -> list[tuple[str, str]]:
         "batch": f"{config.trainer.global_batch_size} images a step",
         "seed": str(config.seed),
         "status": job.state,
-        "starts": _starts(info),
+        "restarts": str(max(len(records(info, "starts")) - 1, 0) or ""),
     }
     return [(name, text) for name, text in found.items() if text]
 
@@ -98,11 +98,6 @@ def device(job: Job) -> str:
     name = str(gpu) if gpu else f"CPU, {info.get('threads')} threads"
     num_processes = info.get("world_size", 1)
     return f"{name}, {trainer.precision}" + (f", {num_processes} processes" if num_processes != 1 else "")
-
-
-def _starts(info: dict[str, Any]) -> str:
-    starts = records(info, "starts")
-    return f"1 and {len(starts) - 1} restarts" if len(starts) > 1 else ""
 
 
 def records(info: dict[str, Any], key: str) -> list[dict[str, Any]]:

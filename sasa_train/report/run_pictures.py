@@ -57,7 +57,7 @@ def model_sections(run_dir: Path, overrides: Sequence[str], num_images: int) -> 
     classes, attention = Section("classes", "Classes"), Section("attention", "Attention")
     augmentation = Section("augmentation", "Augmentation")
     step, name = trained.checkpoint["step"], f"{trained.path.parent.name}/{trained.path.name}"
-    classes.note = f"By the {trained.weights} weights of {name}, step {step:,}, as is all that follows."
+    classes.note = f"Classes and attention are those of the {trained.weights} weights of {name}, step {step:,}."
     _fill(classes, lambda: _add_classes(classes, trained, val, num_images))
     if can_draw():
         _fill(attention, lambda: _add_drawn(attention, trained, run_dir, OF_ATTENTION))
@@ -107,8 +107,9 @@ def _add_classes(section: Section, trained: TrainedModel, val: ImageSet, num_ima
         section.missing.append(f"Not the images that the run was evaluated on: {line}")
     device, trained.config = resolve(trained.config)  # with the precision that "auto" is here
     found = look_at_val(trained, limit(val, num_images), device, NUM_MISTAKES, with_attention=False)
-    section.rows, section.rows_title = _class_rows(found, trained.classes), "Classes, the worst first"
-    images = f"{found.num_images:,} of val's {len(val):,} images"
+    is_all = found.num_images == len(val)
+    images = f"all {len(val):,} val images" if is_all else f"{found.num_images:,} of val's {len(val):,} images"
+    section.rows, section.rows_title = _class_rows(found, trained.classes), f"Classes, the worst first, on {images}"
     if can_draw():
         section.pictures += _class_pictures(found, trained.classes, images)
     else:
