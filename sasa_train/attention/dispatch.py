@@ -83,7 +83,7 @@ def attention_weights(
 
     Returns:
         [B, N, H, W, K*K], row by row of the window, float32 (float64 where `query` is). Sums to 1 over the last
-        dimension; with `border="mask"` positions outside the image have exactly 0.
+        dimension; with `border="mask"` positions outside the image have exactly 0. Differentiable.
 
     Raises:
         ValueError: an argument breaks a rule of `local_attention`.

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -9,16 +10,19 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from torch import Tensor
 
 from sasa_train.chart_style import GRID, MAGNITUDES, SOLID, WIDTH, new_figure
+from sasa_train.visualize.class_figures import short_name
 from sasa_train.visualize.distance import Distances
 from sasa_train.visualize.val_sample import Prediction
 from sasa_train.visualize.window import Window
 
 MIN_CELL = 1.25  # inches; more cells than fit beside one another make the figure wider
-OVERLAY_ALPHA = 0.75
+OVERLAY_ALPHA = 0.85
+SMALL_WINDOW = 0.2  # of the image's side; a smaller one is enlarged as well
+DOT: dict[str, Any] = {"marker": "o", "mfc": "white", "mec": "black", "mew": 0.8, "ms": 4, "ls": ""}
 OUTLINE = [withStroke(linewidth=2.2, foreground="white")]  # black lines are then seen on dark images too
 
 
@@ -38,7 +42,7 @@ def draw_attention_maps(views: list[View]) -> Figure:
     means = [{name: window.weights.mean(0).numpy() for name, window in view.windows.items()} for view in views]
     for row, (view, maps) in enumerate(zip(views, means, strict=True)):
         _show_query(cells[row][0], view)
-        cells[row][0].set_ylabel(_describe(view), fontsize=7)
+        cells[row][0].set_ylabel("\n".join(_describe(view)), fontsize=7)
         for axis, name in zip(cells[row][1:], layers, strict=True):
             largest = max(other[name].max() for other in means)
             shown = _show_weights(axis, view, view.windows[name], maps[name], largest)
@@ -47,7 +51,9 @@ def draw_attention_maps(views: list[View]) -> Figure:
     cells[0][0].set_title("image, query", fontsize=8)
     for axis, name in zip(cells[0][1:], layers, strict=True):
         axis.set_title(_layer_title(name, views[0].windows[name]), fontsize=8)
-    figure.suptitle("attention weights, mean over heads; outlined: the window, to scale", fontsize=9)
+    figure.suptitle(
+        "attention weights, mean over heads; outlined: the window to scale; small ones enlarged", fontsize=9
+    )
     return figure
 
 
@@ -70,7 +76,10 @@ def draw_attention_heads(view: View, heads: Sequence[int] | None = None) -> Figu
             axis.set_visible(False)
         if shown is not None:
             _color_bar(figure, shown, line, "right")
-    figure.suptitle(f"attention weights by head; {_describe(view).replace(chr(10), ', ')}", fontsize=9)
+    found, (row, column) = view.prediction, view.pixel
+    label = "" if found.label is None else f"label {short_name(found.label)}, "
+    predicted = f"predicted {short_name(found.predicted)} ({100 * found.probability:.0f} %)"
+    figure.suptitle(f"attention weights by head; {label}{predicted}, pixel {row},{column}", fontsize=9)
     return figure
 
 
@@ -89,11 +98,13 @@ def draw_distances(layers: list[Distances], num_images: int) -> Figure:
                   ls="--", label="uniform attention")  # fmt: skip
         axis.set_xticks(places, [layer.layer for layer in layers], rotation=45, ha="right", fontsize=7)
         axis.grid(color=GRID, lw=0.6)
-    in_pixels.set_yscale("log", base=2)
+    in_pixels.set_yscale("log")
+    in_pixels.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     in_pixels.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    in_pixels.set_ylabel("mean attention distance, pixels of the input")
-    in_parts.set_ylabel("of uniform attention's distance")
-    in_parts.set_ylim(bottom=0)
+    in_pixels.yaxis.set_minor_locator(NullLocator())
+    in_pixels.set_ylabel("mean attention distance, input pixels", fontsize=9)
+    in_parts.set_ylabel("the same / uniform attention's", fontsize=9)
+    in_parts.set_ylim(0, 1.1 * max(1.0, *(head / layer.uniform for layer in layers for head in layer.heads)))
     figure.legend(
         *in_pixels.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8
     )
@@ -146,37 +157,51 @@ def _show_query(axis: Axes, view: View, window: Window | None = None) -> None:
 
 
 def _show_weights(axis: Axes, view: View, window: Window, weights: np.ndarray, largest: float) -> AxesImage:
+    """The weights over the image in faint grey; a small window is enlarged in a corner too."""
     image = view.prediction.image
     grey = image @ np.array([0.299, 0.587, 0.114])
     extent = (0, image.shape[1], image.shape[0], 0)
-    axis.imshow(grey, cmap="gray", vmin=0, vmax=255, extent=extent, interpolation="nearest")
+    axis.imshow(grey, cmap="gray", vmin=-255, vmax=510, extent=extent, interpolation="nearest")
+    colors: dict[str, Any] = {"cmap": MAGNITUDES, "vmin": 0, "vmax": largest, "interpolation": "nearest"}
     left, top, right, bottom = window.box
-    shown = axis.imshow(weights, cmap=MAGNITUDES, vmin=0, vmax=largest, extent=(left, right, bottom, top),
-                        interpolation="nearest", alpha=OVERLAY_ALPHA)  # fmt: skip
-    _mark(axis, view, window)
+    shown = axis.imshow(weights, extent=(left, right, bottom, top), alpha=OVERLAY_ALPHA, **colors)
+    is_small = right - left < image.shape[1] * SMALL_WINDOW
+    _mark(axis, view, window, with_dot=not is_small)
+    if is_small:
+        row, column = view.pixel
+        corner = (0.57 if column < image.shape[1] / 2 else 0.02, 0.02 if row < image.shape[0] / 2 else 0.57)
+        inset = axis.inset_axes((*corner, 0.41, 0.41), xticks=[], yticks=[])
+        inset.imshow(weights, extent=(left, right, bottom, top), **colors)
+        inset.spines[:].set_path_effects(OUTLINE)
+        _dot(inset, window)
     if (outside := 1 - float(weights.sum())) > 0.005:  # border=zero: keys outside the image draw weight
         axis.set_xlabel(f"{100 * outside:.0f} % outside", fontsize=7)
     return shown
 
 
-def _mark(axis: Axes, view: View, window: Window | None) -> None:
+def _mark(axis: Axes, view: View, window: Window | None, with_dot: bool = True) -> None:
     if window is not None:
         left, top, right, bottom = window.box
         axis.add_patch(
             Rectangle((left, top), right - left, bottom - top, fill=False, ec="black", lw=1, path_effects=OUTLINE)
         )
-    row, column = view.pixel
-    axis.plot(column + 0.5, row + 0.5, marker="o", mfc="white", mec="black", mew=0.8, ms=4, ls="")
+    if with_dot:
+        row, column = view.pixel
+        axis.plot(column + 0.5, row + 0.5, **DOT)
     axis.set_xlim(0, view.prediction.image.shape[1])
     axis.set_ylim(view.prediction.image.shape[0], 0)
 
 
-def _describe(view: View) -> str:
-    found = view.prediction
-    label = "" if found.label is None else f"label {found.label}\n"
-    return (
-        f"{label}predicted {found.predicted} ({100 * found.probability:.0f} %)\npixel {view.pixel[0]},{view.pixel[1]}"
-    )
+def _dot(axis: Axes, window: Window) -> None:
+    """In the middle of the query's own position."""
+    left, top, right, bottom = window.query_box
+    axis.plot((left + right) / 2, (top + bottom) / 2, **DOT)
+
+
+def _describe(view: View) -> list[str]:
+    found, (row, column) = view.prediction, view.pixel
+    label = [] if found.label is None else [f"label {short_name(found.label)}"]
+    return [*label, f"predicted {100 * found.probability:.0f} %:", short_name(found.predicted), f"pixel {row},{column}"]
 
 
 def _layer_title(name: str, window: Window) -> str:
@@ -186,12 +211,14 @@ def _layer_title(name: str, window: Window) -> str:
 def _show_offsets(axis: Axes, values: np.ndarray, low: float, high: float) -> AxesImage:
     reach = values.shape[0] / 2
     shown = axis.imshow(values, cmap=MAGNITUDES, vmin=low, vmax=high, extent=(-reach, reach, reach, -reach))
-    axis.plot(0, 0, marker="o", mfc="white", mec="black", mew=0.8, ms=3, ls="")
+    axis.plot(0, 0, **DOT)
     return shown
 
 
 def _color_bar(figure: Figure, shown: AxesImage, axes: list[Axes], side: str) -> None:
     bar = figure.colorbar(shown, ax=axes, location=side, fraction=0.06, pad=0.02, aspect=15)
     bar.ax.tick_params(labelsize=7)
+    if bar.solids is not None:  # it takes the overlay's alpha
+        bar.solids.set_alpha(1)
     low, high = shown.get_clim()
     bar.set_ticks([low, (low + high) / 2, high], labels=[f"{v:.2g}" for v in (low, (low + high) / 2, high)])

@@ -6,13 +6,15 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from sasa_train.chart_style import GRID, SOLID, new_figure
 from sasa_train.config import ConfigError
 
 Rows = list[dict[str, Any]]  # of metrics.jsonl
 MAX_RUNS = 10  # two ways to draw each of the five styles' lines
-TRAIN_COLOR = "#8C8C8C"
+TRAIN_COLOR = "#555555"
+LINES = ("-", "--", "-.")
 
 
 def draw_training_curves(runs: dict[str, Rows]) -> Figure:
@@ -26,7 +28,7 @@ def draw_training_curves(runs: dict[str, Rows]) -> Figure:
     for (name, rows), (color, marker, line) in zip(runs.items(), _styles(), strict=False):
         for axis, key in ((of_loss, "loss"), (of_top1, "top1")):
             train_color, train_label = (TRAIN_COLOR, "train") if len(runs) == 1 else (color, None)
-            axis.plot(*_series(rows, "train", key), color=train_color, lw=0.8, ls=":", label=train_label)
+            axis.plot(*_series(rows, "train", key), color=train_color, lw=1.2, ls=":", label=train_label)
             x, y = _series(rows, "val", key)
             label = "val" if len(runs) == 1 else name
             axis.plot(x, y, color=color, ls=line, lw=1.4, marker=marker, ms=4, mec="black", mew=0.4,
@@ -34,8 +36,7 @@ def draw_training_curves(runs: dict[str, Rows]) -> Figure:
     of_loss.set_ylabel("loss")
     of_top1.set_ylabel("top1, percent")
     _finish(figure, [of_loss, of_top1], runs)
-    dots = "; dotted: train, with its augmentation and regularisation" if len(runs) > 1 else ""
-    figure.suptitle(f"training{dots}", fontsize=10)
+    figure.suptitle("loss and top1; dotted: on train, with its augmentation and regularisation", fontsize=9)
     return figure
 
 
@@ -54,7 +55,7 @@ def draw_lr_schedule(runs: dict[str, Rows]) -> Figure:
     axis.set_ylabel("learning rate")
     axis.set_ylim(bottom=0)
     _finish(figure, [axis], runs if len(runs) > 1 else {})
-    figure.suptitle("learning rate, as logged", fontsize=10)
+    figure.suptitle("learning rate, as logged", fontsize=9)
     return figure
 
 
@@ -66,11 +67,10 @@ def _check_count(runs: dict[str, Rows]) -> None:
 
 
 def _styles() -> list[tuple[str, str, str]]:
-    """Colour, marker and line of each run: the second five have the line of another style."""
-    lines = [line for *_, line in SOLID]
+    """Colour, marker and line of each run: the second five have other lines. Dotted ones are train's."""
     return [
-        (color, marker, lines[(i + shift) % len(lines)])
-        for shift, (i, (color, _, marker, _)) in itertools.product((0, 2), enumerate(SOLID))
+        (color, marker, LINES[(i + shift) % len(LINES)])
+        for shift, (i, (color, _, marker, _)) in itertools.product((0, 1), enumerate(SOLID))
     ]
 
 
@@ -95,6 +95,7 @@ def _finish(figure: Figure, axes: list[Axes], runs: dict[str, Rows]) -> None:
     has_epochs = all(any(row["split"] == "val" for row in rows) for rows in runs.values())
     for axis in axes:
         axis.set_xlabel("epoch" if has_epochs else "step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(color=GRID, lw=0.6)
     if runs:
         handles, labels = axes[0].get_legend_handles_labels()

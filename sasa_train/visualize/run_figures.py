@@ -125,10 +125,10 @@ def check_choice(trained: TrainedModel, choice: Choice) -> None:
     for name in choice.layers or ():
         if name not in layers:
             raise ConfigError(f"--layers {printable(name)} must be one of {', '.join(layers)}")
-    most = max((layer.num_heads for layer in layers.values()), default=0)
+    most = max((layers[name].num_heads for name in choice.layers or default_layers(trained)), default=0)
     for head in choice.heads or ():
-        if not 0 <= head < most:
-            raise ConfigError(f"--heads {head} must be from 0 to {most - 1}: the layers have up to {most} heads")
+        if head >= most:
+            raise ConfigError(f"--heads {head} must be below {most}: the layers shown have no more heads")
     for row, column in choice.pixels or ():
         if not (0 <= row < size and 0 <= column < size):
             raise ConfigError(
