@@ -60,7 +60,7 @@ def check_whole(page: Page) -> None:
     for _, attributes in page.tags:
         assert not any(name.startswith("on") or name == "style" for name in attributes)
     for picture in page.all("img"):
-        assert picture["src"].startswith("data:image/png;base64,") and len(picture["alt"]) > 10
+        assert picture["src"].startswith("data:image/webp;base64,") and len(picture["alt"]) > 10
     assert not re.search(r"(?:src|href|url\()=?[\"']?\s*(?:https?:)?//", page.source)
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))

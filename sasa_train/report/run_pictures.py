@@ -9,7 +9,7 @@ from sasa_train.config import ConfigError
 from sasa_train.data.datasets import ImageSet, limit, load_image_sets
 from sasa_train.data.fingerprint import differences, fingerprint
 from sasa_train.report.jobs import Job, read_metrics
-from sasa_train.report.pictures import NO_MATPLOTLIB, Picture, Section, can_draw
+from sasa_train.report.pictures import NO_MATPLOTLIB, Picture, Section, can_draw, picture
 from sasa_train.run import resolve
 from sasa_train.trained import TrainedModel, load_trained
 from sasa_train.visualize.names import FIGURES
@@ -153,4 +153,4 @@ def _picture(name: str, figure: "Figure", caption: str) -> Picture:
     from sasa_train.chart_style import as_png
 
     alt = FIGURES[name]
-    return Picture(as_png(figure), alt[0].upper() + alt[1:], caption)
+    return picture(as_png(figure), alt[0].upper() + alt[1:], caption)
