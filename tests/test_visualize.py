@@ -21,7 +21,7 @@ from sasa_train.attention import attention_weights
 from sasa_train.config import ConfigError
 from sasa_train.models import AttentionStem, LocalSelfAttention2d, ResNet
 from sasa_train.visualize import __main__ as command
-from sasa_train.visualize.capture import attention_layers, attention_of
+from sasa_train.visualize.capture import WeightsError, attention_layers, attention_of
 from sasa_train.visualize.curve_figures import draw_training_curves
 from sasa_train.visualize.distance import block_distances, mean_distances, uniform_distance
 from sasa_train.visualize.names import NAMES, OF_SEVERAL
@@ -131,7 +131,7 @@ def test_weights_are_captured_in_one_pass_and_checked():
     torch.testing.assert_close(logits, model(images).detach())
     with torch.no_grad():
         model.layer3[0].conv2.qkv.weight[0, 0] = math.nan
-    with pytest.raises(ArithmeticError, match=r"layer3\.0\.conv2"):
+    with pytest.raises(WeightsError, match=r"layer3\.0\.conv2"):
         attention_of(model, images)
 
 

@@ -44,6 +44,7 @@ def run_command(arguments: list[str]) -> int:
         return 0 if arguments else 2
     from sasa_train.checkpoint import CheckpointError
     from sasa_train.trained import split_overrides
+    from sasa_train.visualize.capture import WeightsError
 
     words, overrides = split_overrides(arguments)
     try:
@@ -58,14 +59,18 @@ def run_command(arguments: list[str]) -> int:
         return visualize(sources[0], names, overrides, options)
     except (ConfigError, CheckpointError) as error:
         return fail(error)
-    except ArithmeticError as error:
+    except WeightsError as error:
         fail(error)
         return 1
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "sasa-visualize", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        "sasa-visualize",
+        usage="sasa-visualize RUN [RUN ...] [FIGURE ...] [options] [key=value ...]",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "words", nargs="*", metavar="RUN [FIGURE] [key=value]", help="run folders or one checkpoint, figures, knobs"
@@ -139,7 +144,7 @@ def visualize(source: Path, names: list[str], overrides: list[str], options: arg
     """Draw one run; returns the exit code.
 
     Raises:
-        ArithmeticError: attention weights that do not sum to one.
+        WeightsError: attention weights that do not sum to one.
         CheckpointError: `source` holds no checkpoint that can be read.
         ConfigError: what is refused before anything is drawn.
     """
@@ -160,7 +165,7 @@ def visualize(source: Path, names: list[str], overrides: list[str], options: arg
     try:
         for name, figure, caption in draw_run(trained, run_dir, wanted, options.num_images, choice_of(options)):
             write_figure(figure, name, folder, options.format, board_dir, trained.checkpoint["step"])
-            say(f"{printable(str(folder))}/{name}.{'|'.join(options.format)}  {caption}")
+            say(f"{printable(str(folder))}/{name}.{suffix(options.format)}  {caption}")
             drawn.append(name)
     except ConfigError as error:
         if not drawn:
@@ -198,7 +203,7 @@ def visualize_several(sources: list[Path], names: list[str], overrides: list[str
     draw = dict(zip(OF_SEVERAL, (draw_training_curves, draw_lr_schedule), strict=True))
     for name in names or OF_SEVERAL:
         write_figure(draw[name](runs), name, options.out, options.format)
-        say(f"{options.out}/{name}.{'|'.join(options.format)}  {FIGURES[name]}, {len(runs)} runs")
+        say(f"{options.out}/{name}.{suffix(options.format)}  {FIGURES[name]}, {len(runs)} runs")
     return 0
 
 
@@ -229,6 +234,10 @@ def output_folders(run_dir: Path | None, out: Path | None) -> tuple[Path, Path |
         raise ConfigError("the checkpoint lies in no run folder: say with --out DIR where to write")
     refuse_links(run_dir)
     return run_dir / "figures", run_dir / "tensorboard"
+
+
+def suffix(formats: list[str]) -> str:
+    return formats[0] if len(formats) == 1 else f"{{{','.join(formats)}}}"
 
 
 def write_figure(

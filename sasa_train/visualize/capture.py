@@ -12,6 +12,10 @@ AttentionLayer = LocalSelfAttention2d | AttentionStem
 SUM_TOLERANCE = 1e-4  # a float32 softmax over some hundred places is within 1e-5
 
 
+class WeightsError(Exception):
+    """Attention weights of a query that do not sum to one, as where an activation is not finite."""
+
+
 def attention_layers(model: nn.Module) -> dict[str, AttentionLayer]:
     """The layers with local self-attention by name, in the order of the model."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, AttentionLayer)}
@@ -21,14 +25,12 @@ def checked_weights(name: str, layer: AttentionLayer, x: Tensor) -> Tensor:
     """`layer.attention_weights(x)`.
 
     Raises:
-        ArithmeticError: the weights of a query do not sum to one, as where an activation is not finite.
+        WeightsError: the weights of a query do not sum to one.
     """
     weights = layer.attention_weights(x)
     worst = (weights.sum(-1) - 1).abs().max().item()
     if not worst <= SUM_TOLERANCE:  # NaN too
-        raise ArithmeticError(
-            f"{name}: attention weights that sum to one but for {worst:.3g}; are the model's weights finite?"
-        )
+        raise WeightsError(f"{name}: attention weights are off by {worst:.3g} from a sum of one; is the model finite?")
     return weights
 
 
@@ -66,7 +68,7 @@ def attention_of(
             blocks, 16, 16]). They are K*K numbers a head and position: keep what is needed.
 
     Raises:
-        ArithmeticError: weights that do not sum to one.
+        WeightsError: weights that do not sum to one.
     """
     kept: dict[str, Tensor] = {}
 

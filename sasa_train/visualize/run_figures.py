@@ -73,7 +73,7 @@ def draw_run(
         num_images: of val at most, a class-balanced, fixed part.
 
     Raises:
-        ArithmeticError: attention weights that do not sum to one.
+        WeightsError: attention weights that do not sum to one.
         ConfigError: data or a choice that is refused.
     """
     choice = choice or Choice()
@@ -158,7 +158,10 @@ def read_first(trained: TrainedModel, val: ImageSet) -> tuple[Tensor, Tensor]:
     """
     first = limit(val, NUM_MAP_IMAGES)
     quarantine = Quarantine("val", len(first), trained.config.data.max_unreadable)
-    return read_images(first, range(len(first)), trained.image_size, quarantine)
+    pixels, labels = read_images(first, range(len(first)), trained.image_size, quarantine)
+    if not len(labels):
+        raise ConfigError(f"none of {len(first)} val images can be read; give others with --images")
+    return pixels, labels
 
 
 def default_layers(trained: TrainedModel) -> list[str]:

@@ -81,7 +81,7 @@ def look_at_val(
     """Run the model over `images` once, on a device that it is moved to.
 
     Raises:
-        ArithmeticError: attention weights that do not sum to one.
+        WeightsError: attention weights that do not sum to one.
         ConfigError: more images cannot be read than `data.max_unreadable` allows.
     """
     model, classes, normalize = trained.model.to(device), trained.classes, trained.normalize(device)
