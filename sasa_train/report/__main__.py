@@ -140,6 +140,7 @@ def sweep_page_of(report: "Report", options: argparse.Namespace, charts: dict[st
 
 def run_page_of(report: "Report", job: "Job", options: argparse.Namespace, folder: Path) -> str:
     """With what its model does on its data, unless --quick; what cannot be drawn is also said on stderr."""
+    from sasa_train.printable import printable_lines
     from sasa_train.report.page import run_page
     from sasa_train.report.run_pictures import curves_section, model_sections
 
@@ -149,7 +150,7 @@ def run_page_of(report: "Report", job: "Job", options: argparse.Namespace, folde
         sections += model_sections(job.run_dir, options.overrides, options.num_images)
     for section in sections:
         for text in section.missing:
-            warn(f"{section.title}: {text}")
+            warn(printable_lines(f"{section.title}: {text}"))
     return run_page(report, job, sections, folder)
 
 

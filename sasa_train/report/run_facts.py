@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 from sasa_train.compose import as_written, compose_config
-from sasa_train.config import DIALS, TrainConfig, flatten, knob_table
+from sasa_train.config import DIALS, TrainConfig, flatten, knob_table, resolved_image_size
 from sasa_train.console import duration
 from sasa_train.paper import Row as PaperRow
 from sasa_train.report.beside_paper import differing_dials, nearest_row
@@ -47,7 +47,8 @@ def headline(job: Job) -> list[tuple[str, str, str]]:
         return []
     last, best = job.val[-1], max(job.val, key=lambda row: row["top1"])
     assert job.config is not None
-    of_last = f"after epoch {last.get('epoch')} of {job.config.trainer.epochs}; the figure to publish"
+    use = "the figure to publish" if job.state == "done" else "the run is not finished"
+    of_last = f"after epoch {last.get('epoch')} of {job.config.trainer.epochs}; {use}"
     of_best = f"after epoch {best.get('epoch')}; chosen on val, so it flatters"
     return [
         ("top1, last epoch", f"{last['top1']:.2f} %", of_last),
@@ -207,9 +208,11 @@ def beside_paper(config: TrainConfig, row: Row) -> Beside | None:
         for key, (papers, ours) in differing_dials(paper, config).items()
         if key != "family"  # a name for what stem and stage_ops say
     ]
-    is_same_data = config.data.name == "imagenet" and config.data.image_size in (None, 224)
-    is_held_out = paper.table in HELD_OUT_TABLES
+    is_same_data = config.data.name == "imagenet" and resolved_image_size(config.data) == 224
+    is_held_out, ours_is = paper.table in HELD_OUT_TABLES, config.data.holdout_fraction > 0
     held_out = ""
-    if is_held_out != (config.data.holdout_fraction > 0):
-        held_out = f"The paper's top1 is {'' if is_held_out else 'not '}on images held out of train; ours is the other."
+    if is_held_out and not ours_is:
+        held_out = "The paper's top1 of this table is on 4 % held out of train, ours is not."
+    elif ours_is and not is_held_out:
+        held_out = "Ours is on images held out of train, the paper's top1 of this table is not."
     return Beside(paper, differing, is_same_data, held_out)
