@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 import pytest
 from conftest import TINY, make_image_folder
-from test_report import without_matplotlib, write_run, write_sweep  # noqa: F401  # a fixture
+from test_report import write_run, write_sweep
 
 from sasa_train import train
 from sasa_train.compose import compose_config
