@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sasa_train.report.rows import Report
 
 EPILOG = """examples:
-  sasa-report outputs/SWEEP                          table.md, .csv, .json and plots in outputs/SWEEP/report/
+  sasa-report outputs/SWEEP                          report.html, table.md, .csv, .json, plots: in outputs/SWEEP/report/
   sasa-report outputs/SWEEP --reference kernel_size=7
   sasa-report outputs/RUN_1 outputs/RUN_2 --out compared
   sasa-report outputs                                every run in the folder, as sasa-train -m leaves them

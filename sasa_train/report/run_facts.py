@@ -70,7 +70,7 @@ def key_facts(job: Job, row: Row) -> list[tuple[str, str]]:
         "GFLOPs": _figure(row.flops and row.flops / 1e9, "{:.3g}, one image, forward"),
         "speed": _figure(job.images_per_sec, "{:,.0f} images/s in training, median of the train rows"),
         "training time": "" if job.seconds is None else f"{duration(job.seconds)}, without evaluations",
-        "device": device(job),
+        "device": _device(job),
         "batch": f"{config.trainer.global_batch_size} images a step",
         "seed": str(config.seed),
         "status": job.state,
@@ -90,13 +90,13 @@ def _model(config: TrainConfig) -> str:
     )
 
 
-def device(job: Job) -> str:
+def _device(job: Job) -> str:
     assert job.config is not None
     info, trainer = job.info, job.config.trainer
     if not info:
         return ""
     gpu = info.get("gpu") if trainer.device != "cpu" else None
-    name = str(gpu) if gpu else f"CPU, {info.get('threads')} threads"
+    name = str(gpu) if gpu else f"CPU, threads: {info.get('threads')}"
     num_processes = info.get("world_size", 1)
     return f"{name}, {trainer.precision}" + (f", {num_processes} processes" if num_processes != 1 else "")
 
@@ -190,10 +190,10 @@ def _some(lines: list[str]) -> list[str]:
 
 @dataclass
 class Beside:
-    """The paper's row that a run is set beside: `differing` are dials as "width=0.25 (the paper's 1.0)"."""
+    """The paper's row that a run is set beside: `differing` names dials as "width=0.25 (the paper's 1.0)"."""
 
     paper: PaperRow
-    differing: list[str]
+    differing: str
     is_same_data: bool
     held_out: str  # a sentence, or nothing
 
@@ -203,11 +203,11 @@ def beside_paper(config: TrainConfig, row: Row) -> Beside | None:
     paper = row.paper or nearest_row(config)
     if paper is None:
         return None
-    differing = [
+    differing = ", ".join(
         f"{key}={as_written(ours)} (the paper's {as_written(papers)})"
         for key, (papers, ours) in differing_dials(paper, config).items()
         if key != "family"  # a name for what stem and stage_ops say
-    ]
+    )
     is_same_data = config.data.name == "imagenet" and resolved_image_size(config.data) == 224
     is_held_out, ours_is = paper.table in HELD_OUT_TABLES, config.data.holdout_fraction > 0
     held_out = ""
