@@ -145,6 +145,7 @@ def test_a_page_is_written_without_checkpoint_data_or_matplotlib(run_dir, tmp_pa
 
     assert f"data.root={tmp_path}/gone is not there" in write(f"data.root={tmp_path}/gone").text
     assert "data.root=" in capsys.readouterr().err
+    assert "holds no cifar10" in write("data.name=cifar10", f"data.root={tmp_path}").text  # nor is it downloaded
     page = write("--quick")
     assert len(page.all("img")) == 2 and "Classes" not in page.text
     with monkeypatch.context() as patch:

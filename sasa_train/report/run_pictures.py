@@ -4,8 +4,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torchvision.datasets import CIFAR10, CIFAR100
+
 from sasa_train.checkpoint import CheckpointError
-from sasa_train.config import ConfigError
+from sasa_train.config import ConfigError, DataConfig
 from sasa_train.data.datasets import ImageSet, limit, load_image_sets
 from sasa_train.data.fingerprint import differences, fingerprint
 from sasa_train.report.jobs import Job, read_metrics
@@ -75,12 +77,20 @@ def newest_checkpoint(run_dir: Path) -> Path:
 
 def _load_val(trained: TrainedModel) -> ImageSet:
     data = trained.config.data
-    if data.name != "digits" and not Path(data.root).is_dir():  # a report downloads nothing
-        raise ConfigError(f"data.root={data.root} is not there; say where with data.root=...")
+    if not _is_there(data):  # it may be where another directory was the current one; and a report downloads nothing
+        raise ConfigError(f"data.root={data.root} is not there, or holds no {data.name}; say where with data.root=...")
     _, val = load_image_sets(data)
     if val.classes != trained.classes:
         raise ConfigError(f"data.root={data.root}: its {len(val.classes)} classes are not the checkpoint's")
     return val
+
+
+def _is_there(data: DataConfig) -> bool:
+    root = Path(data.root)
+    if data.name in ("cifar10", "cifar100"):
+        archive = CIFAR10 if data.name == "cifar10" else CIFAR100
+        return (root / "train").is_dir() or (root / archive.base_folder).is_dir()
+    return data.name == "digits" or root.is_dir()
 
 
 def _fill(section: Section, add: Callable[[], None]) -> None:
