@@ -29,6 +29,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sasa_train.choices import GROUPS, choices, config_dir
 from sasa_train.config import FREE_KEYS, MAX_DEPTH, ConfigError, TrainConfig, flatten, knob_table, shorten, validate
 from sasa_train.printable import printable_lines
 
@@ -38,15 +39,8 @@ MAX_TEXT = 2**16  # characters of a saved config or an override; ours have 4,000
 UNREADABLE = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError)
 FREE = ("optimizer.args.", "schedule.args.")  # timm knows what is under these; optim.py checks it
 WORDS = ("null", "true", "false", "nan", "inf")  # what Hydra reads as no text
-GROUPS = ("model", "data", "optimizer", "schedule", "augment", "experiment")
 
 ConfigStore.instance().store(name="schema", node=TrainConfig)
-
-
-def config_dir() -> Path:
-    """`configs/`: inside the package where it was installed from a wheel, beside it in a checkout."""
-    inside = Path(__file__).parent / "configs"
-    return inside if inside.is_dir() else Path(__file__).parents[1] / "configs"
 
 
 def compose_config(overrides: Sequence[str]) -> TrainConfig:
@@ -289,10 +283,6 @@ def nearest(word: str, words: Sequence[str]) -> str:
     found = [w for w in words if w.rpartition(".")[2] == word.rpartition(".")[2]]
     found = found or difflib.get_close_matches(word, words, n=1, cutoff=0.6)
     return f"did you mean {' or '.join(found)}?" if found else "sasa-train --help lists every key"
-
-
-def choices(group: str) -> list[str]:
-    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
 
 
 def _check_choice(override: Override) -> None:
