@@ -10,6 +10,7 @@ import time
 import traceback
 from pathlib import Path
 
+from sasa_train import __version__
 from sasa_train.compose import (
     check_override_keys,
     chooses_group,
@@ -51,6 +52,9 @@ def run_command(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         if rank() == 0:
             print_help("sasa-train", USAGE)
+        return DONE
+    if arguments == ["--version"]:
+        print(f"sasa_train {__version__}")
         return DONE
     set_up_logging()
     try:
