@@ -325,11 +325,16 @@ def print_help(command: str, usage: str) -> None:
         indent = " " * column
         return textwrap.fill(text, width, initial_indent=f"  {name:<{column - 3}} ", subsequent_indent=indent)
 
-    print(f"usage: {command} {usage}\n\nConfig groups (group=choice; the files are in configs/):")
+    print(f"usage: {command} {usage}\n")
+    print("Config groups (group=choice; the files are in configs/; an experiment chooses in all groups at once):")
     for group in GROUPS:
         print(entry(group, ", ".join(choices(group)), column=14))
-    print("\nKeys (key=value; with the defaults that hold where no group's file says otherwise):")
+    print("\nKeys (key=value; with the defaults that hold where no group's file says otherwise; null: not set):")
+    group = ""
     for key, knob in knob_table().items():
+        if key.rpartition(".")[0] != group:
+            group = key.rpartition(".")[0]
+            print()
         factory = knob.default_factory
         default = factory() if factory is not dataclasses.MISSING else knob.default
         shown = default if isinstance(default, str) else json.dumps(default, separators=(",", ":"))
