@@ -116,7 +116,7 @@ class OptimizerConfig:
 
 @dataclass
 class ScheduleConfig:
-    name: str = knob("cosine", "a name of timm's: cosine, step, multistep, poly, tanh, wsd, constant")
+    name: str = knob("cosine", "a name of timm's: cosine, step, multistep, poly, tanh, wsd, rsqrt, constant")
     warmup_epochs: float = knob(0.0, "epochs of linear warm-up from warmup_lr, within trainer.epochs")
     warmup_lr: float = knob(0.0, "lr of the first step, absolute")
     min_lr: float = knob(0.0, "the lower end, absolute")
