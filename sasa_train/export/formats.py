@@ -23,6 +23,8 @@ from sasa_train.trained import TrainedModel
 
 ROUNDING = 1e-5  # of the largest logit: float32 sums in another order, through all layers
 OPSET = 18  # the version whose operators torch.onnx writes without converting
+# What timm says of the weights that it has for an architecture.
+OF_OTHER_WEIGHTS = ("tag", "license", "description", "origin_url", "notes")
 
 
 class Source:
@@ -33,19 +35,38 @@ class Source:
 
     @functools.cached_property
     def program(self) -> torch.export.ExportedProgram:
-        """For any batch size, of PyTorch's own operators alone, without the paths of this machine's files."""
-        model = copy.deepcopy(self.trained.model)
-        for module in model.modules():
-            if isinstance(module, AttentionStem | LocalSelfAttention2d):
-                module.backend = "reference"
         size = self.trained.image_size
-        with torch.no_grad(), quiet():
-            images = torch.zeros(2, 3, size, size)
-            program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-            program = program.run_decompositions(plain_decompositions())
-        for node in program.graph.nodes:
-            node.meta.pop("stack_trace", None)
-        return program
+        return plain_program(self.trained.model, torch.zeros(2, 3, size, size))
+
+
+def plain_program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
+    """`model` in PyTorch's own operators alone, for any number of such images; without the paths of source files."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, AttentionStem | LocalSelfAttention2d):
+            module.backend = "reference"
+    with torch.no_grad(), quiet():
+        program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        program = program.run_decompositions(plain_decompositions())
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    return program
+
+
+def onnx_program(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:
+    """`images` [batch, 3, S, S] -> `logits`."""
+    with quiet():
+        made = torch.onnx.export(
+            program,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: "batch"},),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    assert made is not None
+    return made
 
 
 @dataclass(frozen=True)
@@ -81,14 +102,14 @@ def write_hub(source: Source, path: Path) -> None:
     from timm.models import save_for_hf
 
     trained = source.trained
-    save_for_hf(
-        trained.model,
-        str(path),
-        model_config={"label_names": trained.classes},
-        data_config=timm_data_config(trained),
-        safe_serialization=True,
-    )
-    write_safetensors(source, path / "model.safetensors")  # the same, with its metadata
+    labels, preprocessing = {"label_names": trained.classes}, timm_data_config(trained)
+    save_for_hf(trained.model, str(path), model_config=labels, data_config=preprocessing, safe_serialization=True)
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config["model_args"].pop("num_classes", None)  # it is said above them, and transformers would pass it twice
+    for key in OF_OTHER_WEIGHTS:
+        config["pretrained_cfg"].pop(key, None)
+    (path / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    write_safetensors(source, path / "model.safetensors")  # timm's, with metadata
     (path / "README.md").write_text(model_card(trained), encoding="utf-8")
 
 
@@ -108,16 +129,7 @@ def load_torch_export(path: Path) -> Run:
 
 
 def write_onnx(source: Source, path: Path) -> None:
-    with quiet():
-        made = torch.onnx.export(
-            source.program,
-            input_names=["images"],
-            output_names=["logits"],
-            opset_version=OPSET,
-            dynamo=True,
-            verbose=False,
-        )
-    assert made is not None
+    made = onnx_program(source.program)
     made.model.metadata_props.update(describe(source.trained))
     made.save(path)
 

@@ -35,7 +35,8 @@ def make(how: Format, source: Source, folder: Path, images: Tensor, expected: Me
                 )
             _put(path, folder / how.target)
     except OSError as error:
-        raise ConfigError(f"{folder}: cannot be written ({error.strerror}); give another place with --out") from error
+        reason = error.strerror or error
+        raise ConfigError(f"{folder}: cannot be written ({reason}); give another place with --out") from error
     return found
 
 
