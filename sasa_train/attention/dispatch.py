@@ -10,6 +10,7 @@ run, else `reference`.
 import functools
 import importlib.util
 import logging
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -171,7 +172,8 @@ def _spread(grad_output: Tensor, height: int, width: int) -> Tensor:
 
 
 def _empty_statistics(value: Tensor) -> Tensor:
-    return cpu.empty_statistics(value) if value.device.type == "cpu" else value.new_empty(0, dtype=torch.float32)
+    """Of a fake implementation too, so no question about the batch size: an exported program would insist on it."""
+    return value.new_empty(cpu.statistics_shape(value) if value.device.type == "cpu" else 0, dtype=torch.float32)
 
 
 @_local_attention.register_fake
@@ -329,6 +331,18 @@ def _forward_flops_qkv(projections, rel_height, rel_width, kernel_size, *_, **__
 @register_flop_formula(torch.ops.sasa_train.local_attention_qkv_backward)
 def _backward_flops_qkv(grad_output, statistics, *args, **kwargs) -> int:
     return 2 * _forward_flops_qkv(*args)
+
+
+def plain_decompositions() -> dict[torch._ops.OpOverload, Callable]:
+    """For `ExportedProgram.run_decompositions`: the layers' op as PyTorch's own, so that it runs without sasa_train."""
+    from sasa_train.attention import plain
+
+    def local_attention_qkv(projections, rel_height, rel_width, kernel_size, border, stride, backend):
+        inputs = (*_split(projections), rel_height, rel_width)
+        output = plain.local_attention_forward(*inputs, kernel_size, border)
+        return _pool(output) if stride == 2 else output, _empty_statistics(projections[-1])
+
+    return {torch.ops.sasa_train.local_attention_qkv.default: local_attention_qkv}
 
 
 def _resolve(backend: str, query: Tensor, kernel_size: int) -> ModuleType:

@@ -181,9 +181,14 @@ def fit(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(_fit_image(image, size))
 
 
+def shorter_side(size: int) -> int:
+    """Pixels to which val images are resized before the centre of `size` pixels is cropped."""
+    return size if size <= SMALL_IMAGE else math.ceil(size / VAL_CROP_FRACTION)
+
+
 def _fit_image(image: Image.Image, size: int) -> Image.Image:
     image = _without_ends(to_rgb(image))
-    shorter = size if size <= SMALL_IMAGE else math.ceil(size / VAL_CROP_FRACTION)
+    shorter = shorter_side(size)
     if image.size != (size, size) or shorter != size:
         image = v2.functional.resize(image, [shorter], antialias=True)
         image = v2.functional.center_crop(image, [size, size])

@@ -199,23 +199,17 @@ def build_stem(stem: str, in_chans: int, channels: int, backend: str = "auto") -
     return AttentionStem(in_chans, channels, values=values[stem], backend=backend), 4
 
 
-def _build(variant: str, pretrained: bool, **kwargs) -> ResNet:
-    if pretrained:
-        raise ValueError(f"{variant}: no published weights exist; train it, or load a checkpoint of your own")
-    return build_model_with_cfg(
-        ResNet,
-        variant,
-        pretrained,
-        feature_cfg={"flatten_sequential": False},
-        pretrained_filter_fn=checkpoint_filter_fn,
-        **kwargs,
-    )
-
-
 def _register(family: str, depth: int, stem: str, op: str) -> None:
     def create(pretrained: bool = False, **kwargs) -> ResNet:
-        return _build(
-            f"{family}_resnet{depth}", pretrained, **{"stem": stem, "stage_ops": (op,) * 4, **kwargs}, depth=depth
+        dials = {"stem": stem, "stage_ops": (op,) * 4, **kwargs, "depth": depth}
+        # pretrained=True is for folders of sasa-export (local-dir:, hf-hub:); for others timm says that there is none.
+        return build_model_with_cfg(
+            ResNet,
+            f"{family}_resnet{depth}",
+            pretrained,
+            feature_cfg={"flatten_sequential": False},
+            pretrained_filter_fn=checkpoint_filter_fn,
+            **dials,
         )
 
     create.__name__ = f"{family}_resnet{depth}"
