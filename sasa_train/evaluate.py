@@ -19,7 +19,6 @@ from sasa_train.evaluation.lines import (
     lines_of_real,
 )
 from sasa_train.printable import printable
-from sasa_train.ranks import world_size
 
 if TYPE_CHECKING:
     from sasa_train.engine import Evaluation
@@ -55,10 +54,6 @@ def run_command(arguments: list[str]) -> int:
     from sasa_train.data.workers import DataWorkerError
 
     try:
-        if world_size() > 1:
-            raise ConfigError(
-                f"WORLD_SIZE={world_size()}: an evaluation is one process's work; run it without torchrun"
-            )
         evaluate_checkpoint(options)
     except (ConfigError, CheckpointError) as error:
         return fail(error)

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import os
-import re
 import signal
 import sys
 import threading
@@ -22,7 +21,6 @@ from sasa_train.console import warn
 from sasa_train.prediction.find_images import LISTED, NUL, SEPARATOR, Found, find_images
 from sasa_train.prediction.rows import FORMATS, Row
 from sasa_train.printable import printable
-from sasa_train.ranks import world_size
 
 if TYPE_CHECKING:
     from sasa_train.prediction.predictor import Predictor
@@ -114,12 +112,12 @@ def predict_command(options: argparse.Namespace) -> int:
         ConfigError: words, overrides or an output that are refused, or no image at all.
         OSError: the rows cannot be written.
     """
-    if world_size() > 1:
-        raise ConfigError(f"WORLD_SIZE={world_size()}: predicting is one process's work; run it without torchrun")
     from sasa_train.prediction.predictor import Predictor
-    from sasa_train.trained import load_trained
+    from sasa_train.trained import load_trained, split_overrides
 
-    words, overrides = split_words(options.words)
+    words, overrides = split_overrides(options.words)
+    if not words:
+        raise ConfigError("no PATH is given; give files, folders, patterns, or - for a list on stdin")
     check_output(options.output)
     predictor, tally = Predictor(load_trained(options.checkpoint, overrides), options.top_k), Tally()
     if options.output is None:
@@ -141,18 +139,6 @@ class Tally:
     def summary(self) -> str:
         bad = f"; {self.bad:,} could not be, for the reasons above" if self.bad else ""
         return f"{self.good:,} {'image' if self.good == 1 else 'images'} predicted{bad}"
-
-
-def split_words(words: list[str]) -> tuple[list[str], list[str]]:
-    """Paths and overrides; what is no file and looks like an override is one, so that a misspelt key is refused."""
-    from sasa_train.trained import split_overrides
-
-    paths, overrides = split_overrides(words)
-    misspelt = [word for word in paths if re.match(r"[a-z_]+(\.[a-z0-9_]+)*=", word) and not os.path.lexists(word)]
-    paths = [word for word in paths if word not in misspelt]
-    if not paths and not misspelt:
-        raise ConfigError("no PATH is given; give files, folders, patterns, or - for a list on stdin")
-    return paths, overrides + misspelt
 
 
 def check_output(path: Path | None) -> None:

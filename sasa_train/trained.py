@@ -1,8 +1,10 @@
 """A trained model out of its checkpoint, with what it takes to use it: classes, image size, normalisation."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,14 @@ import torch
 from torch import nn
 
 from sasa_train.checkpoint import load_checkpoint
-from sasa_train.config import ConfigError, TrainConfig, knob_table, resolved_image_size
+from sasa_train.config import ConfigError, TrainConfig, knob_table, resolved_image_size, shorten
 from sasa_train.data.datasets import mean_std
 from sasa_train.data.transforms import Normalize
 from sasa_train.models import build_model, check_model
+from sasa_train.ranks import world_size
 
 WEIGHTS = ("ema", "raw")
+OVERRIDE = re.compile(r"[+~]*[a-z_]+(\.[a-z0-9_]+)*=")
 
 
 @dataclass
@@ -51,22 +55,29 @@ def load_trained(source: Path, overrides: Sequence[str] = ()) -> TrainedModel:
 
     Raises:
         CheckpointError: `source` holds no checkpoint that can be read.
-        ConfigError: an override is refused, or makes another model than the checkpoint's.
+        ConfigError: an override is refused, or makes another model than the checkpoint's; or this is one of several
+            processes, which would all do the same.
     """
     from sasa_train.compose import load_config  # here, for Hydra's import takes a tenth of a second
 
+    if world_size() > 1:
+        raise ConfigError(f"WORLD_SIZE={world_size()}: this is one process's work; run it without torchrun")
     path = find_checkpoint(source)
     checkpoint = load_checkpoint(path)
-    wanted = [text.removeprefix("weights=") for text in overrides if text.startswith("weights=")]
-    knobs = [text for text in overrides if not text.startswith("weights=")]
+    wanted, knobs = split_weights(overrides)
     config = load_config(checkpoint["config"], knobs, source=str(path))
-    weights = wanted[-1] if wanted else "ema" if checkpoint["ema"] is not None else "raw"
-    if weights not in WEIGHTS:
-        raise ConfigError(f"weights={weights} must be ema or raw")
+    weights = wanted or ("ema" if checkpoint["ema"] is not None else "raw")
     if weights == "ema" and checkpoint["ema"] is None:
         raise ConfigError(f"weights=ema: {path} has no moving average; it was trained with trainer.ema_decay=null")
     state_dict = checkpoint["ema"] if weights == "ema" else checkpoint["model"]
-    return TrainedModel(path, checkpoint, config, _build(config, state_dict, len(checkpoint["classes"])), weights)
+    try:
+        model = _build(config, state_dict, len(checkpoint["classes"]))
+    except RuntimeError as error:  # torch's, of several hundred lines
+        whose = f"the overrides {' '.join(knobs)}" if knobs else "its config's dials"
+        raise ConfigError(
+            f"{whose} make another model than the checkpoint's, {path}: {shorten(str(error).splitlines()[1].strip())}"
+        ) from error
+    return TrainedModel(path, checkpoint, config, model, weights)
 
 
 def find_checkpoint(source: Path) -> Path:
@@ -80,19 +91,32 @@ def find_checkpoint(source: Path) -> Path:
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Of a command line's words those that name files, and those that are overrides: `weights=...` or a knob's.
 
-    What is there as a file is a file, however it is called.
+    What is there as a file is a file, however it is called; what is none and looks like an override is one, so that a
+    misspelt key is refused with the nearest right one.
     """
-    keys = {"weights", *knob_table()}
-    overrides = [text for text in arguments if text.partition("=")[0] in keys and not os.path.lexists(text)]
+    overrides = [text for text in arguments if OVERRIDE.match(text) and not os.path.lexists(text)]
     return [text for text in arguments if text not in overrides], overrides
+
+
+def split_weights(overrides: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The last `weights=`, if there is one, and the knobs.
+
+    Raises:
+        ConfigError: weights that there are not, or `weights` misspelt.
+    """
+    knobs = [text for text in overrides if not text.startswith("weights=")]
+    for key in (text.partition("=")[0] for text in knobs):
+        if key not in knob_table() and get_close_matches(key, ["weights"]):
+            raise ConfigError(f"unknown key {key!r}: did you mean weights?")
+    wanted = [text.removeprefix("weights=") for text in overrides if text not in knobs]
+    if wrong := [word for word in wanted if word not in WEIGHTS]:
+        raise ConfigError(f"weights={shorten(wrong[0])} must be {' or '.join(WEIGHTS)}")
+    return wanted[-1] if wanted else None, knobs
 
 
 def _build(config: TrainConfig, state_dict: dict[str, Any], num_classes: int) -> nn.Module:
     size = resolved_image_size(config.data)
     check_model(config.model, size)
     model = build_model(config.model, num_classes, size)
-    try:
-        model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        raise ConfigError(f"the overrides make another model than the checkpoint's: {error}") from error
+    model.load_state_dict(state_dict)
     return model.eval()

@@ -1,5 +1,6 @@
 """A trained model out of its run folder: the weights and preprocessing that evaluation, prediction and export share."""
 
+import importlib
 import os
 from pathlib import Path
 
@@ -47,7 +48,11 @@ def test_preprocessing_is_that_of_the_runs_data(run_dir):
     ("overrides", "message"),
     [
         (["weights=best"], "weights=best must be ema or raw"),
-        (["model.width=0.25"], "another model than the checkpoint's"),
+        (["weight=raw"], "unknown key 'weight': did you mean weights?"),
+        (
+            ["model.width=0.25"],
+            r"^the overrides model.width=0.25 make another model than the checkpoint's, \S+best.pt: size [^\n]*$",
+        ),
         (["model.widht=0.25"], "did you mean model.width"),
     ],
 )
@@ -62,12 +67,25 @@ def test_a_run_folder_its_checkpoints_and_a_file_name_the_same(run_dir):
 
 
 def test_words_are_overrides_unless_they_are_files(tmp_path, monkeypatch):
-    """A photograph may be called seed=3; a name with = in it may be no knob."""
+    """A photograph may be called seed=3; a misspelt key is no photograph that is missing."""
     monkeypatch.chdir(tmp_path)
     Path("seed=3").touch()
     os.symlink("nowhere", "weights=raw")
-    words = ["a.png", "trainer.device=cpu", "seed=3", "weights=raw", "x=1.png", "weights=ema"]
+    words = ["a.png", "trainer.device=cpu", "seed=3", "weights=raw", "a/x=1.png", "weights=ema", "trainer.devise=cpu"]
     assert split_overrides(words) == (
-        ["a.png", "seed=3", "weights=raw", "x=1.png"],
-        ["trainer.device=cpu", "weights=ema"],
+        ["a.png", "seed=3", "weights=raw", "a/x=1.png"],
+        ["trainer.device=cpu", "weights=ema", "trainer.devise=cpu"],
     )
+
+
+@pytest.mark.parametrize("name", ["evaluate", "predict", "visualize.__main__", "export.__main__", "report.__main__"])
+def test_every_command_that_reads_a_run_refuses_a_misspelt_key_alike(run_dir, name, capsys, monkeypatch):
+    """One took it for a figure, one for a run, and one for an argument too many."""
+    command = importlib.import_module(f"sasa_train.{name}").run_command
+    words = [str(run_dir), *([str(run_dir / "augmented.png")] if name == "predict" else []), "trainer.devise=cpu"]
+    assert command(words) == 2
+    assert "unknown key 'trainer.devise': did you mean trainer.device?" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    if name != "report.__main__":  # a table of runs is made all the same
+        assert command(words[:-1]) == 2
+        assert "WORLD_SIZE=2: this is one process's work" in capsys.readouterr().err

@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a run folder or a checkpoint file")
     parser.add_argument("--formats", nargs="+", choices=FORMAT_NAMES, metavar="FORMAT", help=", ".join(FORMAT_NAMES))

@@ -51,7 +51,11 @@ def run_command(arguments: list[str]) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "sasa-report", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        "sasa-report",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("sources", nargs="+", metavar="SWEEP_OR_RUN", help="sweep or run folders")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; left out: report/ in the one folder")
@@ -118,16 +122,15 @@ def report(options: argparse.Namespace) -> None:
 
 def check_overrides(overrides: list[str], job: "Job | None") -> None:
     """Refuse them before any work; they are for what is drawn of one run's model."""
-    from sasa_train.compose import load_config_file
-    from sasa_train.trained import WEIGHTS
+    from sasa_train.compose import check_override_keys, load_config_file
+    from sasa_train.trained import split_weights
 
+    _, knobs = split_weights(overrides)
+    check_override_keys(knobs)
     if overrides and job is None:
         raise ConfigError(f"{' '.join(overrides)}: is for the pictures of one run's model; several are given")
-    wanted = [text for text in overrides if text.startswith("weights=")]
-    if any(text.removeprefix("weights=") not in WEIGHTS for text in wanted):
-        raise ConfigError(f"{' '.join(wanted)} must be {' or '.join(WEIGHTS)}")
     if job is not None and job.run_dir is not None:
-        load_config_file(job.run_dir / "config.yaml", [text for text in overrides if text not in wanted])
+        load_config_file(job.run_dir / "config.yaml", knobs)
 
 
 def sweep_page_of(report: "Report", options: argparse.Namespace, charts: dict[str, bytes], folder: Path) -> str:

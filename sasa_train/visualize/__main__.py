@@ -71,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "words", nargs="*", metavar="RUN [FIGURE] [key=value]", help="run folders or one checkpoint, figures, knobs"
