@@ -1,7 +1,10 @@
-"""Every expected ending of a run, and of a sweep, as a message and an exit code. No torch before a run begins."""
+"""Every expected ending, of runs and of other commands, as a message and an exit code. No torch before a run begins."""
 
 import errno
+import os
 import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 from sasa_train.compose import fail
 from sasa_train.config import ConfigError, TrainConfig
@@ -11,6 +14,20 @@ from sasa_train.ranks import rank, world_size
 # Done, or done before; anything unexpected; a config or input; stopped and ready to continue.
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def end_command(run_command: Callable[[list[str]], int]) -> NoReturn:
+    """Run a command that has no checkpoints to save, and exit; Ctrl-C and a closed pipe are no errors in the code."""
+    try:
+        code = run_command(sys.argv[1:])
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        fail(RuntimeError("stopped"))
+        code = FAILED
+    except BrokenPipeError:  # as in `sasa-summary | head`; Python flushes once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = FAILED
+    sys.exit(code)
 
 
 def train_safely(config: TrainConfig, stop: StopRequest | None = None) -> int:

@@ -4,12 +4,12 @@ On request also its calibration, averages over mirrored views, ImageNet-ReaL, an
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sasa_train.compose import fail
 from sasa_train.config import ConfigError
+from sasa_train.endings import end_command
 from sasa_train.evaluation.files import check_outputs, write_outputs
 from sasa_train.evaluation.lines import (
     lines_of_calibration,
@@ -37,7 +37,7 @@ Exit codes: 0 done, 2 refused, 1 failed."""
 
 
 def main() -> None:
-    sys.exit(run_command(sys.argv[1:]))
+    end_command(run_command)
 
 
 def run_command(arguments: list[str]) -> int:

@@ -1,10 +1,10 @@
 """sasa-summary: a model's layers with parameters, FLOPs and activation memory, and the paper's tables beside ours."""
 
-import sys
 from functools import partial
 
 from sasa_train.compose import compose_config, fail
 from sasa_train.config import DIALS, NUM_CLASSES, ConfigError, TrainConfig, resolved_image_size
+from sasa_train.endings import end_command
 from sasa_train.paper import ROWS, Row
 
 USAGE = """usage: sasa-summary [--paper] [group=choice ...] [key=value ...]
@@ -22,7 +22,7 @@ Exit codes: 0 done, 2 refused."""
 
 
 def main() -> None:
-    sys.exit(run_command(sys.argv[1:]))
+    end_command(run_command)
 
 
 def run_command(arguments: list[str]) -> int:

@@ -18,6 +18,7 @@ import sasa_train
 from sasa_train.__main__ import run_command
 from sasa_train.commands import COMMANDS
 from sasa_train.completion import answer, complete, script, split_line
+from sasa_train.endings import end_command
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
@@ -68,6 +69,7 @@ def test_no_help_imports_torch():
     code = """
 import contextlib, importlib, io, sys
 from sasa_train.completion import _subcommands
+from sasa_train.endings import end_command
 def run(module, arguments):
     with contextlib.redirect_stdout(io.StringIO()) as out:
         code = module.run_command([*arguments, "--help"])
@@ -219,3 +221,23 @@ def wait_for(terminal: int, text: str, seconds: float = 60) -> None:
         ready, _, _ = select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))
         assert ready, f"no {text!r} in {shown!r}"
         shown += os.read(terminal, 65536).decode(errors="replace")
+
+
+@pytest.mark.parametrize("arguments", [["sweep", "--help"], ["summary", "--help"]])
+def test_a_reader_that_went_away_is_no_error_in_the_code(arguments):
+    """`sasa-sweep --help | head` ended in a traceback."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sasa_train", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.wait()
+
+
+def test_ctrl_c_is_said_in_a_word(capsys):
+    def run_command(arguments: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        end_command(run_command)
+    assert ended.value.code == 1 and capsys.readouterr().err.endswith(": stopped\n")

@@ -7,7 +7,6 @@ import json
 import platform
 import re
 import shlex
-import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sasa_train.compose import fail
 from sasa_train.config import ConfigError
+from sasa_train.endings import end_command
 from sasa_train.machine import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ FAILED, REFUSED = 1, 2
 
 
 def main() -> None:
-    sys.exit(run_command(sys.argv[1:]))
+    end_command(run_command)
 
 
 def run_command(arguments: list[str]) -> int:

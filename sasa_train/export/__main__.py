@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sasa_train.compose import fail
 from sasa_train.config import ConfigError
+from sasa_train.endings import end_command
 
 FORMAT_NAMES = ("safetensors", "hub", "onnx", "torch_export")
 NEEDED_FOR_ONNX = ("onnx", "onnxscript", "onnxruntime")
@@ -23,7 +24,7 @@ Exit codes: 0 done, 2 refused, 1 a format failed."""
 
 
 def main() -> None:
-    sys.exit(run_command(sys.argv[1:]))
+    end_command(run_command)
 
 
 def run_command(arguments: list[str]) -> int:

@@ -1,13 +1,13 @@
 """sasa-report: a sweep's jobs as a table with confidence intervals, beside the paper's numbers, as plots and a page."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sasa_train.compose import fail
 from sasa_train.config import ConfigError
 from sasa_train.console import say, warn
+from sasa_train.endings import end_command
 
 if TYPE_CHECKING:
     from sasa_train.report.jobs import Job
@@ -26,7 +26,7 @@ Exit codes: 0 done, 2 refused."""
 
 
 def main() -> None:
-    sys.exit(run_command(sys.argv[1:]))
+    end_command(run_command)
 
 
 def run_command(arguments: list[str]) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+import signal
 import sys
 
 from sasa_train.compose import fail
@@ -59,6 +60,7 @@ def run_command(arguments: list[str]) -> int:
 
 
 def print_help() -> None:
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends in peace
     print(USAGE)
     for knob in dataclasses.fields(SweepConfig):
         empty = "[]" if knob.default is dataclasses.MISSING else json.dumps(knob.default)

@@ -2,12 +2,12 @@
 
 import argparse
 import importlib.util
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sasa_train.compose import fail
 from sasa_train.config import ConfigError
+from sasa_train.endings import end_command
 from sasa_train.visualize.names import FIGURES, NAMES, OF_SEVERAL
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ Exit codes: 0 done, 2 refused and nothing drawn, 1 some figures could not be dra
 
 
 def main() -> None:
-    sys.exit(run_command(sys.argv[1:]))
+    end_command(run_command)
 
 
 def run_command(arguments: list[str]) -> int:
