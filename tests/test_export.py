@@ -1,5 +1,6 @@
 """What leaves the project is the model that was trained: bit for bit, or to the rounding of another order of sums."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -227,8 +228,8 @@ def test_images_of_a_folder_take_the_place_of_data_that_is_gone(run_dir, tmp_pat
 
 
 def test_without_onnx_the_other_formats_are_made(monkeypatch, capsys):
-    find = command.importlib.util.find_spec
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxscript" else find(name))
     assert command.available_formats(None) == ["safetensors", "hub", "torch_export"]
     assert "left out: onnx needs onnxscript" in capsys.readouterr().err
     assert command.run_command(["no such checkpoint", "--formats", "onnx"]) == 2

@@ -19,6 +19,7 @@ from sasa_train.__main__ import run_command
 from sasa_train.commands import COMMANDS
 from sasa_train.completion import answer, complete, script, split_line
 from sasa_train.endings import end_command
+from sasa_train.extras import EXTRAS
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
@@ -43,6 +44,11 @@ def test_the_table_of_commands_is_what_is_installed():
 def test_the_changelog_begins_with_this_version():
     versions = re.findall(r"^## \[?(\d[\w.]*)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert versions[0] == sasa_train.__version__
+
+
+def test_the_extras_that_messages_name_bring_what_is_missing():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {name: tuple(extras[name]) for name in EXTRAS} == EXTRAS
 
 
 def test_types_are_shipped():

@@ -313,7 +313,7 @@ def test_links_out_of_a_run_folder_are_refused(run_dir, tmp_path, capsys):
 
 
 def test_without_matplotlib_the_extra_is_named(trained, capsys, monkeypatch):
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert command.run_command([str(trained)]) == 2
     assert "pip install 'sasa_train[plots]'" in capsys.readouterr().err
 

@@ -3,7 +3,6 @@
 import argparse
 import csv
 import dataclasses
-import importlib.util
 import io
 import json
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sasa_train.config import ConfigError
+from sasa_train.extras import why_not
 from sasa_train.printable import printable
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ def check_outputs(options: argparse.Namespace) -> None:
     """Refuse before anything is evaluated what could not be written afterwards."""
     if options.bins is not None and options.bins < 1:
         raise ConfigError(f"--bins {options.bins}: must be 1 or more")
-    if options.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib, which is not installed: pip install 'sasa_train[plots]'")
+    if options.plot and (reason := why_not("--plot", "plots")):
+        raise ConfigError(reason)
     for name, suffixes in SUFFIXES.items():
         path: Path | None = getattr(options, name)
         if path is None:

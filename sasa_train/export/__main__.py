@@ -1,16 +1,15 @@
 """sasa-export: a trained model as safetensors, Hugging Face Hub folder, ONNX and torch.export program, each checked."""
 
 import argparse
-import importlib.util
 import sys
 from pathlib import Path
 
 from sasa_train.compose import fail
 from sasa_train.config import ConfigError
 from sasa_train.endings import end_command
+from sasa_train.extras import why_not
 
 FORMAT_NAMES = ("safetensors", "hub", "onnx", "torch_export")
-NEEDED_FOR_ONNX = ("onnx", "onnxscript", "onnxruntime")
 EPILOG = """examples:
   sasa-export outputs/RUN_NAME                                all formats, into outputs/RUN_NAME/export/
   sasa-export FILE.pt --formats onnx --out exported --images photos
@@ -113,10 +112,9 @@ def row(name: str, size: float, speeds: list[float], rest: str) -> str:
 
 def available_formats(asked: list[str] | None) -> list[str]:
     """Those asked for, or all whose packages are there."""
-    missing = [package for package in NEEDED_FOR_ONNX if importlib.util.find_spec(package) is None]
-    if not missing:
+    reason = why_not("onnx", "export")
+    if reason is None:
         return asked or list(FORMAT_NAMES)
-    reason = f"onnx needs {', '.join(missing)}, not installed here: pip install 'sasa_train[export]'"
     if asked and "onnx" in asked:
         raise ConfigError(reason)
     if not asked:

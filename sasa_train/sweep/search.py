@@ -11,6 +11,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
 from sasa_train.compose import parse_overrides
 from sasa_train.config import ConfigError
+from sasa_train.extras import why_not
 from sasa_train.lock import holder
 from sasa_train.sweep.ledger import FINISHED, Entry, Ledger, is_finished, note_metrics
 from sasa_train.sweep.plan import SweepPlan, build_job
@@ -34,12 +35,12 @@ class Search:
     """
 
     def __init__(self, plan: SweepPlan, ledger: Ledger):
-        try:
-            import optuna
-            from optuna.distributions import check_distribution_compatibility
-            from optuna.storages.journal import JournalFileBackend
-        except ImportError as error:
-            raise ConfigError("sweep.num_trials is a search by Optuna: pip install 'sasa_train[search]'") from error
+        if reason := why_not("sweep.num_trials", "search"):
+            raise ConfigError(reason)
+        import optuna
+        from optuna.distributions import check_distribution_compatibility
+        from optuna.storages.journal import JournalFileBackend
+
         assert plan.config.num_trials is not None
         self.plan, self.ledger, self.num_trials = plan, ledger, plan.config.num_trials
         self.fixed_keys = {o.key_or_group for o in parse_overrides(plan.fixed)}

@@ -1,13 +1,13 @@
 """sasa-visualize: what a run learnt and what its attention looks at, as pictures and in TensorBoard."""
 
 import argparse
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sasa_train.compose import fail
 from sasa_train.config import ConfigError
 from sasa_train.endings import end_command
+from sasa_train.extras import why_not
 from sasa_train.visualize.names import FIGURES, NAMES, OF_SEVERAL
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ def run_command(arguments: list[str]) -> int:
     except SystemExit as stop:  # argparse's own refusal
         return int(stop.code or 0)
     try:
-        check_matplotlib()
+        if reason := why_not("sasa-visualize", "plots"):
+            raise ConfigError(reason)
         sources, names = split_words(options.words)
         if len(sources) > 1:
             return visualize_several(sources, names, overrides, options)
@@ -116,11 +117,6 @@ def split_formats(text: str) -> list[str]:
     if not set(formats) <= set(FORMATS):
         raise argparse.ArgumentTypeError(f"{text} must be png, svg or png,svg")
     return formats
-
-
-def check_matplotlib() -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("matplotlib is not installed; pip install 'sasa_train[plots]'")
 
 
 def split_words(words: list[str]) -> tuple[list[Path], list[str]]:
