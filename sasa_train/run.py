@@ -89,6 +89,7 @@ def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, s
     torch.manual_seed(config.seed)
     model = build_model(config.model, len(loaders.classes), resolved_image_size(config.data))
     begin_with(weights, model, loaders.classes, run, config)
+    del weights  # another model's worth of memory
     if config.trainer.grad_checkpointing:
         enable_grad_checkpointing(model)
     if config.trainer.sync_batch_norm and world_size() > 1:

@@ -125,6 +125,16 @@ def test_one_channel_in_takes_the_sum_of_three(given):
     assert report.adapted == {"stem.0.weight": "[8, 3, 3, 3] -> [8, 1, 3, 3]"}
 
 
+@pytest.mark.parametrize("stem", ["attention", "attention_plain", "attention_convvalues"])
+def test_one_channel_into_an_attention_stem_gives_what_three_equal_ones_gave(stem):
+    """Queries, keys, and the values of each mixture: with one of them left at random the stem would be another."""
+    grey = torch.rand(2, 1, 8, 8)
+    source, model = (build(name="sasa_resnet26", stem=stem, in_chans=in_chans).eval() for in_chans in (3, 1))
+    report = load_pretrained(model, state_of(source))
+    assert not report.left and len(report.adapted) == 2
+    assert torch.allclose(model.stem(grey), source.stem(grey.expand(-1, 3, -1, -1)), atol=1e-5)
+
+
 def test_a_vit_keeps_its_position_embeddings_at_another_size():
     """By timm's own filter: a constant embedding stays constant on the larger grid."""
     torch.manual_seed(0)

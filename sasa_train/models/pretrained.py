@@ -1,5 +1,6 @@
 """Weights of another training put into a model: what fits is loaded, another window is adapted, the rest is named."""
 
+import contextlib
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping
@@ -138,8 +139,11 @@ def _adapt_first_conv(model: nn.Module, given: StateDict) -> StateDict:
     for name in (f"{name}.weight" for name in ((names,) if isinstance(names, str) else names)):
         if name in own and name in given and own[name].ndim == given[name].ndim == 4:
             here, there = own[name].shape, given[name].shape
-            if there[1] == 3 != here[1] and here[0] == there[0] and here[2:] == there[2:]:
-                given[name] = adapt_input_conv(here[1], given[name])
+            # The attention stem's values have 3 channels for each of their mixtures.
+            in_chans, rest = divmod(3 * here[1], there[1])
+            if here[1] != there[1] and there[1] % 3 == rest == 0 and here[0] == there[0] and here[2:] == there[2:]:
+                with contextlib.suppress(NotImplementedError):  # then it is left, and named
+                    given[name] = adapt_input_conv(in_chans, given[name])
     return given
 
 

@@ -230,9 +230,9 @@ default_cfgs = generate_default_cfgs(
             "mean": (0.485, 0.456, 0.406),
             "std": (0.229, 0.224, 0.225),
             "classifier": "fc",
-            "first_conv": first,
+            "first_conv": ("stem.0", "stem.qk", "stem.value", "stem.value.1"),  # whichever the stem has
         }
-        for family, first in (("sasa", "stem.qk"), ("hybrid", "stem.0"), ("conv", "stem.0"))
+        for family in ("sasa", "hybrid", "conv")
         for depth in BLOCK_COUNTS
     }
 )
