@@ -6,6 +6,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from sasa_train.printable import printable
+
 # Of Okabe and Ito's colours those whose grey differs, each with its own hatch and marker.
 STYLES = (
     ("#B8B8B8", "", "o", "-"),
@@ -28,6 +30,15 @@ def new_figure(num_rows: int, num_columns: int, height: float) -> tuple[Figure, 
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_axisbelow(True)
     return figure, axes
+
+
+def as_label(name: str) -> str:
+    """A name from a disk as matplotlib shows it to the letter.
+
+    A dollar would begin a formula, and an underscore at the front keep it out of legends.
+    """
+    text = printable(name).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def as_png(figure: Figure) -> bytes:
