@@ -215,6 +215,8 @@ def choice_of(options: argparse.Namespace) -> "Choice":
 
 def run_folder_of(checkpoint: Path) -> Path | None:
     """The run folder that a checkpoint lies in, if it does."""
+    if not checkpoint.parent.name:  # it lies in the current folder
+        checkpoint = checkpoint.absolute()
     run_dir = checkpoint.parent.parent
     is_run = checkpoint.parent.name == "checkpoints" and (run_dir / "config.yaml").is_file()
     return run_dir if is_run else None
