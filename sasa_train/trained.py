@@ -42,6 +42,12 @@ class TrainedModel:
         """uint8 [B, 3, H, W] as `fit` (data/transforms.py) makes them -> what the model was trained on."""
         return Normalize(*mean_std(self.config.data), device, self.config.trainer.channels_last)
 
+    def check_classes(self, classes: list[str]) -> None:
+        """Raise ConfigError unless a data set's classes are the checkpoint's, in the same order."""
+        if classes != self.classes:
+            root = self.config.data.root
+            raise ConfigError(f"data.root={root}: its {len(classes)} classes are not the checkpoint's")
+
 
 def load_trained(source: Path, overrides: Sequence[str] = ()) -> TrainedModel:
     """Load a run folder's best.pt (last.pt where there is no best) or a checkpoint file.

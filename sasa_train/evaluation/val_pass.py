@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sasa_train.config import ConfigError, micro_batch_size
+from sasa_train.config import micro_batch_size
 from sasa_train.data.datasets import ImageSet
 from sasa_train.data.fingerprint import differences, fingerprint
 from sasa_train.data.loader import Loader, build_eval_loader, check_evaluated
@@ -133,7 +133,6 @@ def open_val(trained: TrainedModel) -> Val:
         config.trainer.grad_accum_steps = 1
     device, config = resolve(config)
     loader, images = build_eval_loader(config, device)
-    if images.classes != trained.classes:
-        raise ConfigError(f"data.root={config.data.root}: its {len(images.classes)} classes are not the checkpoint's")
+    trained.check_classes(images.classes)
     trained.model.to(device).to(memory_format=loader.normalize.memory_format)
     return Val(trained, device, loader, images, config.trainer.precision)

@@ -14,13 +14,13 @@ from sasa_train.report.jobs import Job, read_metrics
 from sasa_train.report.pictures import NO_MATPLOTLIB, Picture, Section, can_draw, picture
 from sasa_train.run import resolve
 from sasa_train.trained import TrainedModel, load_trained
+from sasa_train.visualize.capture import WeightsError
 from sasa_train.visualize.names import FIGURES
-from sasa_train.visualize.val_sample import ValSample, look_at_val
+from sasa_train.visualize.val_sample import ValSample, look_at_val, which_images
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NUM_MISTAKES = 18
 OF_ATTENTION = ("attention_maps", "attention_heads", "attention_distance", "relative_embeddings")
 
 
@@ -80,24 +80,31 @@ def _load_val(trained: TrainedModel) -> ImageSet:
     if not _is_there(data):  # it may be where another directory was the current one; and a report downloads nothing
         raise ConfigError(f"data.root={data.root} is not there, or holds no {data.name}; say where with data.root=...")
     _, val = load_image_sets(data)
-    if val.classes != trained.classes:
-        raise ConfigError(f"data.root={data.root}: its {len(val.classes)} classes are not the checkpoint's")
+    trained.check_classes(val.classes)
     return val
 
 
 def _is_there(data: DataConfig) -> bool:
     root = Path(data.root)
     if data.name in ("cifar10", "cifar100"):
-        archive = CIFAR10 if data.name == "cifar10" else CIFAR100
-        return (root / "train").is_dir() or (root / archive.base_folder).is_dir()
+        return (root / "train").is_dir() or _has_archive(CIFAR10 if data.name == "cifar10" else CIFAR100, root)
     return data.name == "digits" or root.is_dir()
+
+
+def _has_archive(dataset: type[CIFAR10], root: Path) -> bool:
+    """Unpacked and whole: a damaged one would be fetched again."""
+    try:
+        dataset(root, train=False, download=False)
+    except (OSError, RuntimeError):
+        return False
+    return True
 
 
 def _fill(section: Section, add: Callable[[], None]) -> None:
     """What cannot be drawn is said in its place; the rest of the page is worth having."""
     try:
         add()
-    except (ConfigError, ArithmeticError, OSError) as error:
+    except (ConfigError, WeightsError, OSError) as error:
         section.missing.append(f"Not drawn: {error}")
 
 
@@ -116,14 +123,17 @@ def _add_classes(section: Section, trained: TrainedModel, val: ImageSet, num_ima
     for line in differences(saved["val"], fingerprint(val), "val") if saved else []:
         section.missing.append(f"Not the images that the run was evaluated on: {line}")
     device, trained.config = resolve(trained.config)  # with the precision that "auto" is here
-    found = look_at_val(trained, limit(val, num_images), device, NUM_MISTAKES, with_attention=False)
-    is_all = found.num_images == len(val)
-    images = f"all {len(val):,} val images" if is_all else f"{found.num_images:,} of val's {len(val):,} images"
-    section.rows, section.rows_title = _class_rows(found, trained.classes), f"Classes, the worst first, on {images}"
-    if can_draw():
-        section.pictures += _class_pictures(found, trained.classes, images)
-    else:
+    found = look_at_val(trained, limit(val, num_images), device, with_attention=False)
+    section.rows = _class_rows(found, trained.classes)
+    section.rows_title = f"Classes, the worst first, over {which_images(found, len(val))}"
+    if not can_draw():
         section.missing.append(NO_MATPLOTLIB)
+        return
+    from sasa_train.visualize.run_figures import OF_CLASSES, draw_classes
+
+    names = [name for name in OF_CLASSES if name != "mistakes" or found.mistakes]
+    for name, figure, caption in draw_classes(found, trained.classes, len(val), names):
+        section.pictures.append(_picture(name, figure, caption))
 
 
 def _class_rows(found: ValSample, classes: list[str]) -> list[dict[str, str]]:
@@ -141,22 +151,6 @@ def _class_rows(found: ValSample, classes: list[str]) -> list[dict[str, str]]:
             }
         )
     return sorted(rows, key=lambda row: float(row["top1"]) if row["top1"] != "-" else 101.0)
-
-
-def _class_pictures(found: ValSample, classes: list[str], images: str) -> list[Picture]:
-    from sasa_train.visualize.class_figures import draw_class_accuracy, draw_confusion, draw_mistakes
-
-    num_right = int(found.confusion.diagonal().sum())
-    num_wrong = found.num_images - num_right
-    top1 = f"top1 {100 * num_right / max(found.num_images, 1):.2f} % on {images}"
-    drawn: list[tuple[str, Figure, str]] = [
-        ("class_accuracy", draw_class_accuracy(found.confusion, classes), f"top1 by class; {top1}."),
-        ("confusion_matrix", draw_confusion(found.confusion, classes), f"Labels by predictions; {top1}."),
-    ]
-    if num_wrong:
-        caption = f"The {len(found.mistakes)} most confident of {num_wrong:,} mistakes on {images}."
-        drawn.append(("mistakes", draw_mistakes(found.mistakes, found.num_images, num_wrong), caption))
-    return [_picture(*parts) for parts in drawn]
 
 
 def _picture(name: str, figure: "Figure", caption: str) -> Picture:
