@@ -128,7 +128,7 @@ def draw_relative_embeddings(norms: dict[str, Tensor], scores: dict[str, Tensor]
         _show_offsets(line[0], norm, float(norm.min()), float(norm.max()))
         line[0].set_xlabel(f"{norm.min():.2g} to {norm.max():.2g}", fontsize=7)
         line[0].set_ylabel(name, fontsize=7)
-        largest = float(np.abs(centred).max())
+        largest = float(np.abs(centred).max()) or 1.0  # of one place alone nothing is left
         for axis, values in zip(line[1:], centred, strict=False):
             shown = _show_offsets(axis, values, -largest, largest)
         for axis in line[1 + len(centred) :]:
