@@ -41,15 +41,10 @@ def as_label(name: str) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
-def as_png(figure: Figure) -> bytes:
+def rendered(figure: Figure, kind: str = "png") -> bytes:
+    """As PNG, SVG or PDF; the same picture gives the same file: no date, and no random ids."""
     file = io.BytesIO()
-    figure.savefig(file, dpi=DPI, format="png")
-    return file.getvalue()
-
-
-def as_svg(figure: Figure) -> bytes:
-    """The same picture gives the same file: no date, and no random ids."""
-    file = io.BytesIO()
+    metadata: dict[str, dict[str, None]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
     with rc_context({"svg.hashsalt": "sasa_train"}):
-        figure.savefig(file, format="svg", metadata={"Date": None})
+        figure.savefig(file, dpi=DPI, format=kind, metadata=metadata.get(kind))
     return file.getvalue()

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from sasa_train import train
 from sasa_train.attention import attention_weights
-from sasa_train.chart_style import as_png
+from sasa_train.chart_style import rendered
 from sasa_train.config import ConfigError
 from sasa_train.data.datasets import balanced
 from sasa_train.data.loader import build_loaders
@@ -196,14 +196,14 @@ def test_a_layer_whose_queries_have_one_key_has_no_distance():
     heads = [dict(zip(*axis.lines[0].get_data(), strict=True)) for axis in figure.axes]
     assert [set(points) for points in heads] == [{0}, {0}]
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["layer1", "layer4 (one key)"]
-    assert as_png(figure) and as_png(draw_distances(layers[1:], 30))
+    assert rendered(figure) and rendered(draw_distances(layers[1:], 30))
 
 
 def test_names_are_shown_to_the_letter():
     """A class folder called $5 or \\frac$ is no formula; a run called _1 has its place in the legend."""
     names = ["$5 or \\frac$", "_under", "a\nb"]
     figure = draw_confusion(torch.eye(3, dtype=torch.int64), names)
-    as_png(figure)  # parses them
+    rendered(figure)  # parses them
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["\\$5 or \\frac\\$", " _under", "a\\nb"]
     rows = [{"split": "val", "step": 5, "epoch": 1, "loss": 1.0, "top1": 50.0}]
     legend = draw_training_curves({"_1": rows, "$x_{$": rows}).legends[0]
@@ -372,7 +372,7 @@ def test_links_out_of_a_run_folder_are_refused(run_dir, tmp_path, capsys):
 
 
 def test_without_matplotlib_the_extra_is_named(trained, capsys, monkeypatch):
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert command.run_command([str(trained)]) == 2
     assert "pip install 'sasa_train[plots]'" in capsys.readouterr().err
 

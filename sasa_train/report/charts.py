@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sasa_train.chart_style import GRID, SOLID, as_label, as_png, new_figure
+from sasa_train.chart_style import GRID, SOLID, as_label, new_figure, rendered
 from sasa_train.report.intervals import Interval
 from sasa_train.report.rows import Report, Row, paired_difference
 
@@ -29,7 +29,7 @@ def draw_charts(report: Report) -> dict[str, bytes]:
         figures["differences.png"] = _draw_differences(rows)
     if lines := window_lines(rows):
         figures["window.png"] = _draw_windows(lines)
-    return {name: as_png(figure) for name, figure in figures.items()}
+    return {name: rendered(figure) for name, figure in figures.items()}
 
 
 def best(rows: list[Row], count: int) -> list[Row]:

@@ -10,8 +10,9 @@ from sasa_train.checkpoint import CheckpointError
 from sasa_train.config import ConfigError, DataConfig
 from sasa_train.data.datasets import ImageSet, limit, load_image_sets
 from sasa_train.data.fingerprint import differences, fingerprint
+from sasa_train.extras import has_matplotlib
 from sasa_train.report.jobs import Job, read_metrics
-from sasa_train.report.pictures import NO_MATPLOTLIB, Picture, Section, can_draw, picture
+from sasa_train.report.pictures import NO_PLOTS, Picture, Section, picture
 from sasa_train.run import resolve
 from sasa_train.trained import TrainedModel, load_trained
 from sasa_train.visualize.capture import WeightsError
@@ -31,8 +32,8 @@ def curves_section(job: Job) -> Section:
     rows = [] if job.state == "damaged" else read_metrics(job.run_dir / "metrics.jsonl")
     if not rows:
         section.missing.append("There are no rows of metrics to draw.")
-    elif not can_draw():
-        section.missing.append(NO_MATPLOTLIB)
+    elif not has_matplotlib():
+        section.missing.append(NO_PLOTS)
     else:
         from sasa_train.visualize.curve_figures import draw_lr_schedule, draw_training_curves
 
@@ -61,11 +62,11 @@ def model_sections(run_dir: Path, overrides: Sequence[str], num_images: int) -> 
     step, name = trained.checkpoint["step"], f"{trained.path.parent.name}/{trained.path.name}"
     classes.note = f"Classes and attention are those of the {trained.weights} weights of {name}, step {step:,}."
     _fill(classes, lambda: _add_classes(classes, trained, val, num_images))
-    if can_draw():
+    if has_matplotlib():
         _fill(attention, lambda: _add_drawn(attention, trained, run_dir, OF_ATTENTION))
         _fill(augmentation, lambda: _add_drawn(augmentation, trained, run_dir, ("augmented_samples",)))
     else:
-        attention.missing.append(NO_MATPLOTLIB)
+        attention.missing.append(NO_PLOTS)
     return [section for section in (classes, attention, augmentation) if section.pictures or section.missing]
 
 
@@ -126,8 +127,8 @@ def _add_classes(section: Section, trained: TrainedModel, val: ImageSet, num_ima
     found = look_at_val(trained, limit(val, num_images), device, with_attention=False)
     section.rows = _class_rows(found, trained.classes)
     section.rows_title = f"Classes, the worst first, over {which_images(found, len(val))}"
-    if not can_draw():
-        section.missing.append(NO_MATPLOTLIB)
+    if not has_matplotlib():
+        section.missing.append(NO_PLOTS)
         return
     from sasa_train.visualize.run_figures import OF_CLASSES, draw_classes
 
@@ -154,7 +155,7 @@ def _class_rows(found: ValSample, classes: list[str]) -> list[dict[str, str]]:
 
 
 def _picture(name: str, figure: "Figure", caption: str) -> Picture:
-    from sasa_train.chart_style import as_png
+    from sasa_train.chart_style import rendered
 
     alt = FIGURES[name]
-    return picture(as_png(figure), alt[0].upper() + alt[1:], caption)
+    return picture(rendered(figure), alt[0].upper() + alt[1:], caption)
