@@ -296,6 +296,13 @@ def test_augmented_samples_are_those_of_the_runs_epochs(trained):
     assert compared >= 4 and not torch.equal(*augmented)  # an epoch leaves out its last, incomplete batch
 
 
+def test_figures_of_other_images_than_the_runs_say_so(run_dir, tmp_path, caplog):
+    arguments = [str(run_dir), "class_accuracy", "--out", str(tmp_path)]
+    assert command.run_command(arguments) == 0 and caplog.text == ""
+    assert command.run_command([*arguments, "data.max_val_images=20"]) == 0
+    assert "not the images that the run was evaluated on: val: class '0' had 3 images, now 2" in caplog.text
+
+
 def test_a_checkpoint_in_the_current_folder_is_its_runs(run_dir, monkeypatch, capsys):
     monkeypatch.chdir(run_dir / "checkpoints")
     assert command.run_command(["last.pt", "lr_schedule"]) == 0

@@ -9,7 +9,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from sasa_train.checkpoint import CheckpointError
 from sasa_train.config import ConfigError, DataConfig
 from sasa_train.data.datasets import ImageSet, limit, load_image_sets
-from sasa_train.data.fingerprint import differences, fingerprint
+from sasa_train.data.fingerprint import fingerprint
 from sasa_train.extras import has_matplotlib
 from sasa_train.report.jobs import Job, read_metrics
 from sasa_train.report.pictures import NO_PLOTS, Picture, Section, picture
@@ -120,8 +120,7 @@ def _add_drawn(section: Section, trained: TrainedModel, run_dir: Path, names: Se
 
 
 def _add_classes(section: Section, trained: TrainedModel, val: ImageSet, num_images: int) -> None:
-    saved = trained.checkpoint["fingerprint"]
-    for line in differences(saved["val"], fingerprint(val), "val") if saved else []:
+    for line in trained.changes(fingerprint(val)):
         section.missing.append(f"Not the images that the run was evaluated on: {line}")
     device, trained.config = resolve(trained.config)  # with the precision that "auto" is here
     found = look_at_val(trained, limit(val, num_images), device, with_attention=False)

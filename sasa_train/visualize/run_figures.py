@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from sasa_train.config import ConfigError
 from sasa_train.data.datasets import Files, ImageSet, UnreadableImage, limit, load_image_sets
+from sasa_train.data.fingerprint import fingerprint
 from sasa_train.data.quarantine import Quarantine
 from sasa_train.data.transforms import fit
 from sasa_train.engine import autocast
@@ -36,6 +38,8 @@ from sasa_train.visualize.queries import default_pixels
 from sasa_train.visualize.sample_figures import augmented_samples, draw_augmented
 from sasa_train.visualize.val_sample import Prediction, ValSample, look_at_val, read_images, which_images
 from sasa_train.visualize.window import window_at
+
+log = logging.getLogger("sasa_train")
 
 NUM_IMAGES = 512  # of val, for figures that count or average
 NUM_MAP_IMAGES, NUM_AUGMENTED, NUM_EPOCHS = 3, 4, 7
@@ -89,6 +93,8 @@ def draw_run(
         return
     train, val = load_image_sets(trained.config.data)
     trained.check_classes(val.classes)
+    for line in trained.changes(fingerprint(val)) if set(wanted) & set(OF_CLASSES) else ():
+        log.warning(f"WARNING: not the images that the run was evaluated on: {line}")
     if "augmented_samples" in wanted:
         shown = augmented_samples(trained, train, NUM_AUGMENTED, NUM_EPOCHS)
         caption = (
