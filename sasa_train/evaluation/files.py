@@ -94,11 +94,9 @@ def as_json_lines(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(figures: dict[str, Any], kind: str) -> bytes:
-    from sasa_train.chart_style import DPI
+    from sasa_train.chart_style import rendered
     from sasa_train.evaluation.reliability_diagram import draw_reliability
 
     views = ", averaged with the mirror image" if "tta" in figures else ""
     figure = draw_reliability(figures["calibration"].bins, f"val, {figures['num_images']:,} images{views}")
-    file = io.BytesIO()
-    figure.savefig(file, dpi=DPI, format=kind)
-    return file.getvalue()
+    return rendered(figure, kind)
