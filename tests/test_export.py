@@ -104,6 +104,8 @@ def test_one_command_makes_every_format(exported):
     assert sorted(path.name for path in (exported / "hub").iterdir()) == [
         "README.md", "config.json", "model.safetensors",
     ]  # fmt: skip
+    modes = {path.stat().st_mode & 0o777 for path in exported.rglob("*") if path.is_file()}
+    assert modes == {(exported.parent / "config.yaml").stat().st_mode & 0o777}  # others may read one as much as another
     assert "images of 8 x 8 pixels" in (exported / "hub" / "README.md").read_text()
 
 

@@ -109,7 +109,8 @@ def write_hub(source: Source, path: Path) -> None:
     for key in OF_OTHER_WEIGHTS:
         config["pretrained_cfg"].pop(key, None)
     (path / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    write_safetensors(source, path / "model.safetensors")  # timm's, with metadata
+    (path / "model.safetensors").unlink()  # without metadata, and often for its owner's eyes alone (mode 0600)
+    write_safetensors(source, path / "model.safetensors")
     (path / "README.md").write_text(model_card(trained), encoding="utf-8")
 
 
