@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sasa_train.checkpoint import load_checkpoint
-from sasa_train.config import ConfigError, TrainConfig, knob_table, resolved_image_size
+from sasa_train.config import ConfigError, DataConfig, TrainConfig, knob_table, resolved_image_size
 from sasa_train.data.datasets import mean_std
 from sasa_train.data.transforms import Normalize
 from sasa_train.models import build_model, check_model
@@ -59,6 +59,8 @@ def load_trained(source: Path, overrides: Sequence[str] = ()) -> TrainedModel:
     checkpoint = load_checkpoint(path)
     wanted = [text.removeprefix("weights=") for text in overrides if text.startswith("weights=")]
     knobs = [text for text in overrides if not text.startswith("weights=")]
+    if any(text.startswith("data.name=") for text in knobs):
+        knobs = _own_preprocessing(load_config(checkpoint["config"], source=str(path)).data) + knobs
     config = load_config(checkpoint["config"], knobs, source=str(path))
     weights = wanted[-1] if wanted else "ema" if checkpoint["ema"] is not None else "raw"
     if weights not in WEIGHTS:
@@ -85,6 +87,12 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     keys = {"weights", *knob_table()}
     overrides = [text for text in arguments if text.partition("=")[0] in keys and not os.path.lexists(text)]
     return [text for text in arguments if text not in overrides], overrides
+
+
+def _own_preprocessing(data: DataConfig) -> list[str]:
+    """As overrides: on other images a model still reads what it was trained to read, not what another set's would."""
+    mean, std = mean_std(data)
+    return [f"data.image_size={resolved_image_size(data)}", f"data.mean={list(mean)}", f"data.std={list(std)}"]
 
 
 def _build(config: TrainConfig, state_dict: dict[str, Any], num_classes: int) -> nn.Module:
