@@ -122,7 +122,9 @@ def load_hub(path: Path) -> nn.Module:
 
 def write_torch_export(source: Source, path: Path) -> None:
     described = json.dumps(describe(source.trained))
-    torch.export.save(source.program, path, extra_files={"sasa_train.json": described})
+    content = io.BytesIO()  # where a disk fills up, torch's own writer ends the process
+    torch.export.save(source.program, content, extra_files={"sasa_train.json": described})
+    path.write_bytes(content.getbuffer())
 
 
 def load_torch_export(path: Path) -> Run:
