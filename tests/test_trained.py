@@ -44,7 +44,7 @@ def test_preprocessing_is_that_of_the_runs_data(run_dir):
 
 
 def test_other_images_are_prepared_as_the_models_own_were(run_dir):
-    """data.name chooses files; it once brought that set's mean, std and size with it, and predictions changed unsaid."""
+    """data.name chooses files; it once brought that set's mean, std and size along, and predictions changed unsaid."""
     elsewhere = ["data.name=image_folder", "data.root=photos", "model.num_classes=10"]
     own, other = load_trained(run_dir), load_trained(run_dir, elsewhere)
     assert other.image_size == own.image_size == 8
