@@ -7,6 +7,8 @@ import fcntl
 import json
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -48,6 +50,31 @@ def holder(path: Path) -> str | None:
         except (BlockingIOError, PermissionError):
             return _described(file)
         return None
+
+
+@contextmanager
+def locked(folder: Path, name: str) -> Iterator[None]:
+    """A folder, made where it is not there, is ours: two commands would take away each other's unfinished files.
+
+    No lock file is left in what people pass on. `name` is what the folder is in an error, with the option it came by.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be made ({error.strerror}); give another folder") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{name} is being written by another command; wait for it") from None
+        except OSError as error:
+            raise ConfigError(
+                f"{name} cannot be locked ({error.strerror}): give a folder on a disk that can"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _open(path: Path) -> IO[str]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sasa_train.checkpoint import load_checkpoint
-from sasa_train.config import ConfigError, TrainConfig, knob_table, resolved_image_size, shorten
+from sasa_train.config import ConfigError, DataConfig, TrainConfig, knob_table, resolved_image_size, shorten
 from sasa_train.data.datasets import mean_std
 from sasa_train.data.fingerprint import differences
 from sasa_train.data.transforms import Normalize
@@ -77,15 +77,18 @@ def load_trained(source: Path, overrides: Sequence[str] = ()) -> TrainedModel:
     path = find_checkpoint(source)
     checkpoint = load_checkpoint(path)
     wanted, knobs = split_weights(overrides)
+    if any(text.startswith("data.name=") for text in knobs):
+        knobs = _own_preprocessing(load_config(checkpoint["config"], source=str(path)).data) + knobs
     config = load_config(checkpoint["config"], knobs, source=str(path))
     weights = wanted or ("ema" if checkpoint["ema"] is not None else "raw")
     if weights == "ema" and checkpoint["ema"] is None:
         raise ConfigError(f"weights=ema: {path} has no moving average; it was trained with trainer.ema_decay=null")
     state_dict = checkpoint["ema"] if weights == "ema" else checkpoint["model"]
+    model = _build(config, len(checkpoint["classes"]))
     try:
-        model = _build(config, state_dict, len(checkpoint["classes"]))
-    except RuntimeError as error:  # torch's, of several hundred lines
-        whose = f"the overrides {' '.join(knobs)}" if knobs else "its config's dials"
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:  # of several hundred lines
+        whose = f"the overrides {' '.join(overrides)}" if overrides else "its config's dials"
         raise ConfigError(
             f"{whose} make another model than the checkpoint's, {path}: {shorten(str(error).splitlines()[1].strip())}"
         ) from error
@@ -126,9 +129,13 @@ def split_weights(overrides: Sequence[str]) -> tuple[str | None, list[str]]:
     return wanted[-1] if wanted else None, knobs
 
 
-def _build(config: TrainConfig, state_dict: dict[str, Any], num_classes: int) -> nn.Module:
+def _own_preprocessing(data: DataConfig) -> list[str]:
+    """As overrides: on other images a model still reads what it was trained to read, not what another set's would."""
+    mean, std = mean_std(data)
+    return [f"data.image_size={resolved_image_size(data)}", f"data.mean={list(mean)}", f"data.std={list(std)}"]
+
+
+def _build(config: TrainConfig, num_classes: int) -> nn.Module:
     size = resolved_image_size(config.data)
     check_model(config.model, size)
-    model = build_model(config.model, num_classes, size)
-    model.load_state_dict(state_dict)
-    return model.eval()
+    return build_model(config.model, num_classes, size).eval()

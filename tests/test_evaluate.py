@@ -172,7 +172,7 @@ def test_real_counts_every_label_and_leaves_out_what_has_none():
     assert (found.num_images, found.num_left_out) == (3, 1)
     assert (found.top1, found.top1_original) == (pytest.approx(200 / 3), pytest.approx(100 / 3))
     with pytest.raises(ConfigError, match="none of the 1 images has a label"):
-        RealLabels(sets, is_subset=True).of(["ILSVRC2012_val_00000002.JPEG"])
+        RealLabels(sets).of(["ILSVRC2012_val_00000002.JPEG"])
 
 
 def test_reals_own_labels():
@@ -181,7 +181,7 @@ def test_reals_own_labels():
 
     wnids = ImageNetInfo().label_names()
     labels = load_real_labels("timm", wnids)
-    assert sum(map(bool, labels.sets)) == 46_837 and not labels.is_subset
+    assert sum(map(bool, labels.sets)) == 46_837
     mirrored = load_real_labels("timm", wnids[::-1])
     assert mirrored.sets[1] == {999 - label for label in labels.sets[1]} != set()
     assert labels.of(["/x/n0/ILSVRC2012_val_00000002.JPEG", "val-0.tar:00000007-ILSVRC2012_val_00050000.jpg"]) == [

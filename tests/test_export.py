@@ -24,7 +24,8 @@ from sasa_train.data.transforms import fit
 from sasa_train.export import __main__ as command
 from sasa_train.export import formats
 from sasa_train.export.check import load_images, measure
-from sasa_train.export.description import timm_data_config
+from sasa_train.export.description import model_card, timm_data_config
+from sasa_train.lock import locked
 from sasa_train.models import AttentionStem, LocalSelfAttention2d
 from sasa_train.trained import load_trained
 
@@ -105,6 +106,8 @@ def test_one_command_makes_every_format(exported):
     assert sorted(path.name for path in (exported / "hub").iterdir()) == [
         "README.md", "config.json", "model.safetensors",
     ]  # fmt: skip
+    modes = {path.stat().st_mode & 0o777 for path in exported.rglob("*") if path.is_file()}
+    assert modes == {(exported.parent / "config.yaml").stat().st_mode & 0o777}  # others may read one as much as another
     assert "images of 8 x 8 pixels" in (exported / "hub" / "README.md").read_text()
 
 
@@ -212,6 +215,34 @@ def test_an_export_again_replaces_the_one_before(run_dir, tmp_path):
     assert command.run_command([str(run_dir), "--formats", "hub", "--out", str(tmp_path)]) == 0
     assert not (tmp_path / "hub" / "stale.bin").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["hub"]
+
+
+def test_what_a_killed_export_left_is_swept_up(run_dir, tmp_path):
+    """It had put the old folder aside, and died before the new one was in its place."""
+    aside = tmp_path / ".making-killed"
+    (aside / "hub").mkdir(parents=True)
+    (aside / "hub.old").mkdir()
+    (aside / "hub.old" / "config.json").write_text("whole")
+    assert command.run_command([str(run_dir), "--formats", "safetensors", "--out", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hub", "model.safetensors"]
+    assert (tmp_path / "hub" / "config.json").read_text() == "whole"
+
+
+def test_two_exports_do_not_write_into_one_folder(run_dir, tmp_path, capsys):
+    """Each would take the other's unfinished files for those of a killed one."""
+    with locked(tmp_path, "the first"):
+        assert command.run_command([str(run_dir), "--formats", "safetensors", "--out", str(tmp_path)]) == 2
+    assert f"--out {tmp_path} is being written by another command" in capsys.readouterr().err
+
+
+def test_the_card_tells_of_the_training_not_of_the_overrides(run_dir):
+    plain, other = load_trained(run_dir), load_trained(run_dir, ["data.image_size=12", "model.border=zero"])
+    assert "is not so here" not in model_card(plain)
+    card = model_card(other)
+    assert "images of 12 x 12 pixels" in card
+    assert "It was trained and evaluated with data.image_size=8, model.border=null, which is not so here." in card
+    elsewhere = ["data.name=image_folder", "data.root=photos", "model.num_classes=10"]
+    assert model_card(load_trained(run_dir, elsewhere)) == model_card(plain)
 
 
 def test_images_of_a_folder_take_the_place_of_data_that_is_gone(run_dir, tmp_path, capsys):

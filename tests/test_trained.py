@@ -44,6 +44,18 @@ def test_preprocessing_is_that_of_the_runs_data(run_dir):
     assert torch.equal(other.normalize(torch.device("cpu"))(pixels), torch.full((1, 3, 8, 8), 2.0))
 
 
+def test_other_images_are_prepared_as_the_models_own_were(run_dir):
+    """data.name chooses files; it once brought that set's mean, std and size along, and predictions changed unsaid."""
+    elsewhere = ["data.name=image_folder", "data.root=photos", "model.num_classes=10"]
+    own, other = load_trained(run_dir), load_trained(run_dir, elsewhere)
+    assert other.image_size == own.image_size == 8
+    pixels = torch.arange(192, dtype=torch.uint8).view(1, 3, 8, 8)
+    cpu = torch.device("cpu")
+    assert torch.equal(other.normalize(cpu)(pixels), own.normalize(cpu)(pixels))
+    asked = load_trained(run_dir, [*elsewhere, "data.image_size=16", "data.mean=[0.5,0.5,0.5]"])
+    assert asked.image_size == 16 and asked.config.data.mean == [0.5] * 3
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -10,7 +10,8 @@ from sasa_train.config import ConfigError
 from sasa_train.data.datasets import Files, load_class_folders
 from sasa_train.data.imagenet import check_md5, index_train, index_val, read_devkit
 from sasa_train.data.shards import find_shards
-from sasa_train.data.writing import Originals, locked, write_all_shards, write_folders
+from sasa_train.data.writing import Originals, write_all_shards, write_folders
+from sasa_train.lock import locked
 from sasa_train.printable import printable
 
 
@@ -40,7 +41,7 @@ def shard(root: Path, dest: Path, images_per_shard: int) -> int:
             raise ConfigError(
                 f"{root}: the class {printable(name)} must fit a line of UTF-8 text in classes.txt; rename it"
             )
-    with locked(dest):
+    with locked(dest, f"DEST={dest}"):
         write_all_shards(dest, splits, images_per_shard)
     print(f"\nnext   sasa-data verify {dest}\n       sasa-train data=image_folder data.root={dest} ...")
     return 0
@@ -81,7 +82,7 @@ def prepare_imagenet(archives: Path, dest: Path, images_per_shard: int | None, c
         for part in ("val", "train") if checksums else ():
             check_md5(paths[part], ARCHIVE_META[part][1])
 
-    with locked(dest):
+    with locked(dest, f"DEST={dest}"):
         if images_per_shard is None:
             write_folders(dest, splits, check_archives)
         else:

@@ -1,13 +1,11 @@
 """Class folders and tar shards, each whole or not there at all, so that a stopped command goes on with the rest."""
 
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,24 +41,6 @@ class Originals:
                 f"{name}: {len(data):,} of {self.sizes[index]:,} bytes are there; was it cut off, or is it being made?"
             )
         return data
-
-
-@contextmanager
-def locked(dest: Path) -> Iterator[None]:
-    """DEST, made where it is not there, is ours: two commands would take away each other's unfinished files."""
-    try:
-        dest.mkdir(parents=True, exist_ok=True)
-        folder = os.open(dest, os.O_RDONLY)
-    except OSError as error:
-        raise ConfigError(f"DEST={dest} cannot be made ({error.strerror}); give another folder") from error
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"DEST={dest} is being written by another command; wait for it") from None
-        yield
-    finally:
-        os.close(folder)
 
 
 def write_folders(dest: Path, splits: dict[str, Originals], before: Callable[[], None]) -> None:

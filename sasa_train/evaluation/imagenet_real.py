@@ -25,7 +25,6 @@ class RealLabels:
     """`sets[i]`: of val image i, counted from 0, the positions of its classes among the model's, perhaps none."""
 
     sets: list[frozenset[int]]
-    is_subset: bool
 
     def of(self, names: Sequence[str]) -> list[frozenset[int]]:
         """The classes of images by their file names.
@@ -73,7 +72,7 @@ def load_real_labels(source: str, classes: Sequence[str]) -> RealLabels:
     position = {name: i for i, name in enumerate(classes)}
     by_index = [position.get(wnid) for wnid in wnids]
     sets = [frozenset(by_index[i] for i in of_image if by_index[i] is not None) for of_image in _read(source)]
-    return RealLabels(sets, is_subset=len(classes) < NUM_CLASSES)  # type: ignore[arg-type]
+    return RealLabels(sets)  # type: ignore[arg-type]
 
 
 def evaluate_real(sets: Sequence[frozenset[int]], predictions: Sequence[int], labels: Sequence[int]) -> RealResult:

@@ -1,13 +1,20 @@
 """sasa-export: a trained model as safetensors, Hugging Face Hub folder, ONNX and torch.export program, each checked."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sasa_train.compose import fail
 from sasa_train.config import ConfigError
 from sasa_train.endings import end_command
 from sasa_train.extras import why_not
+from sasa_train.printable import printable
+
+if TYPE_CHECKING:
+    from sasa_train.export.check import Measured
+    from sasa_train.trained import TrainedModel
 
 FORMAT_NAMES = ("safetensors", "hub", "onnx", "torch_export")
 EPILOG = """examples:
@@ -70,40 +77,48 @@ def export(options: argparse.Namespace, overrides: list[str]) -> int:
         ConfigError: what is refused: overrides, images or packages that are not there, a folder that cannot be written.
     """
     names = available_formats(options.formats)
-    import torch
-
     from sasa_train.console import say
-    from sasa_train.export.check import BATCH_SIZES, load_images, measure
+    from sasa_train.export.check import load_images, measure
     from sasa_train.export.formats import FORMATS, Source
-    from sasa_train.export.making import ExportError, make, megabytes
-    from sasa_train.printable import printable
+    from sasa_train.export.making import ExportError, make, megabytes, sweep
+    from sasa_train.lock import locked
     from sasa_train.trained import load_trained
 
     trained = load_trained(options.checkpoint, overrides)
     images, of_what = load_images(trained, options.images)
     folder = options.out or output_folder(trained.path)
-    make_folder(folder)
-    expected = measure(trained.model, images)
+    source, exit_code = Source(trained), 0
+    with locked(folder, f"--out {folder}"):
+        check_writable(folder)
+        sweep(folder)
+        expected = measure(trained.model, images)
+        check_finite(trained, expected)
+        print_head(trained, of_what, expected)
+        for name in names:
+            try:
+                found = make(FORMATS[name], source, folder, images, expected)
+            except ExportError as error:
+                fail(ExportError(f"{name}: {error}"))
+                exit_code = 1
+                continue
+            path = folder / FORMATS[name].target
+            difference = f"{found.difference(expected):.1e}  {printable(str(path))}"
+            say(row(name, megabytes(path), found.images_per_second, difference))
+    return exit_code
+
+
+def print_head(trained: "TrainedModel", of_what: str, expected: "Measured") -> None:
+    import torch
+
+    from sasa_train.console import say
+    from sasa_train.export.check import BATCH_SIZES
+    from sasa_train.export.making import megabytes
+
     say(f"{printable(str(trained.path))}: {trained.config.model.name}, {trained.weights} weights")
     say(f"checked on {of_what}; images/s with {torch.get_num_threads()} CPU threads of this machine\n")
-    say(
-        f"{'format':<13}{'MB':>8}"
-        + "".join(f"{f'batch {size}':>11}" for size in BATCH_SIZES)
-        + "  largest difference, file"
-    )
-    say(row("PyTorch", megabytes(trained.path), expected.images_per_second, ""))
-    source, exit_code = Source(trained), 0
-    for name in names:
-        try:
-            found = make(FORMATS[name], source, folder, images, expected)
-        except ExportError as error:
-            fail(ExportError(f"{name}: {error}"))
-            exit_code = 1
-            continue
-        path = folder / FORMATS[name].target
-        difference = f"{found.difference(expected):.1e}  {printable(str(path))}"
-        say(row(name, megabytes(path), found.images_per_second, difference))
-    return exit_code
+    batches = "".join(f"{f'batch {size}':>11}" for size in BATCH_SIZES)
+    say(f"{'format':<13}{'MB':>8}{batches}  largest difference, file")
+    say(row("PyTorch", megabytes(trained.path), expected.images_per_second, "").rstrip())
 
 
 def row(name: str, size: float, speeds: list[float], rest: str) -> str:
@@ -128,11 +143,15 @@ def output_folder(checkpoint: Path) -> Path:
     return (folder.parent if folder.name == "checkpoints" else folder) / "export"
 
 
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{folder}: cannot be made ({error.strerror}); give another place with --out") from error
+def check_writable(folder: Path) -> None:
+    """Before the work."""
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"--out {folder}: cannot be written; give another folder")
+
+
+def check_finite(trained: "TrainedModel", expected: "Measured") -> None:
+    if not all(bool(logits.isfinite().all()) for logits in expected.logits):
+        raise ConfigError(f"{trained.path}: its logits are not finite; there is nothing to compare an export with")
 
 
 if __name__ == "__main__":

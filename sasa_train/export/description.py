@@ -5,7 +5,8 @@ import math
 from typing import Any
 
 import sasa_train
-from sasa_train.compose import to_yaml
+from sasa_train.compose import load_config, to_yaml
+from sasa_train.config import TrainConfig, resolved_image_size
 from sasa_train.data.datasets import mean_std
 from sasa_train.data.transforms import shorter_side
 from sasa_train.trained import TrainedModel
@@ -75,18 +76,20 @@ def timm_data_config(trained: TrainedModel) -> dict[str, Any]:
 
 
 def model_card(trained: TrainedModel) -> str:
+    """Of the training as it was: overrides of the export are no part of it."""
+    saved = load_config(trained.checkpoint["config"])
     return CARD.format(
         name=trained.config.model.name,
-        data=trained.config.data.name,
+        data=saved.data.name,
         version=sasa_train.__version__,
         num_classes=len(trained.classes),
         size=trained.image_size,
-        measured=_measured(trained),
+        measured=_measured(trained, saved),
         command=trained.checkpoint["provenance"].get("reproduce", "unknown"),
     )
 
 
-def _measured(trained: TrainedModel) -> str:
+def _measured(trained: TrainedModel, saved: TrainConfig) -> str:
     """The val row that the run logged at the checkpoint's step, in words."""
     rows = [json.loads(line) for line in trained.checkpoint["metrics"].splitlines()]
     at_step = [row for row in rows if row["split"] == "val" and row["step"] == trained.checkpoint["step"]]
@@ -95,5 +98,18 @@ def _measured(trained: TrainedModel) -> str:
     if top1 is None:
         return "It was not evaluated at this step."
     best = trained.checkpoint["best"]
-    chosen = " This checkpoint was chosen on val, which flatters." if best and best["step"] == row["step"] else ""
-    return f"Top1 on val ({trained.config.data.name}): {top1:.2f} % at step {row['step']:,}.{chosen}"
+    text = f"Top1 on val ({saved.data.name}): {top1:.2f} % at step {row['step']:,}."
+    if best and best["step"] == row["step"]:
+        text += " This checkpoint was chosen on val, which flatters."
+    was, now = _dials(saved), _dials(trained.config)
+    if changed := [f"{key}={'null' if value is None else value}" for key, value in was.items() if now[key] != value]:
+        text += f" It was trained and evaluated with {', '.join(changed)}, which is not so here."
+    return text
+
+
+def _dials(config: TrainConfig) -> dict[str, Any]:
+    """What the logits depend on beside weights and files."""
+    mean, std = mean_std(config.data)
+    data = {"data.image_size": resolved_image_size(config.data), "data.mean": list(mean), "data.std": list(std)}
+    model = {f"model.{key}": value for key, value in vars(config.model).items()}
+    return {key: value for key, value in (data | model).items() if key not in ("model.num_classes", "model.pretrained")}

@@ -109,7 +109,8 @@ def write_hub(source: Source, path: Path) -> None:
     for key in OF_OTHER_WEIGHTS:
         config["pretrained_cfg"].pop(key, None)
     (path / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    write_safetensors(source, path / "model.safetensors")  # timm's, with metadata
+    (path / "model.safetensors").unlink()  # without metadata, and often for its owner's eyes alone (mode 0600)
+    write_safetensors(source, path / "model.safetensors")
     (path / "README.md").write_text(model_card(trained), encoding="utf-8")
 
 
@@ -121,7 +122,9 @@ def load_hub(path: Path) -> nn.Module:
 
 def write_torch_export(source: Source, path: Path) -> None:
     described = json.dumps(describe(source.trained))
-    torch.export.save(source.program, path, extra_files={"sasa_train.json": described})
+    content = io.BytesIO()  # where a disk fills up, torch's own writer ends the process
+    torch.export.save(source.program, content, extra_files={"sasa_train.json": described})
+    path.write_bytes(content.getbuffer())
 
 
 def load_torch_export(path: Path) -> Run:

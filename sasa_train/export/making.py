@@ -1,30 +1,40 @@
 """One format, made aside, read again, checked, and only then put in its place."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 from torch import Tensor
 
 from sasa_train.atomic import sync_folder
-from sasa_train.config import ConfigError
 from sasa_train.export.check import Measured, measure
 from sasa_train.export.formats import Format, Source
 
+ASIDE, OLD = ".making-", ".old"  # a folder's name begins, and ends, like this
+
 
 class ExportError(Exception):
-    """A format that cannot be made of this model, or whose logits are not PyTorch's; nothing of it is left."""
+    """A format that cannot be made or written, or whose logits are not PyTorch's; nothing of it is left."""
+
+
+def sweep(folder: Path) -> None:
+    """Delete what a killed export left; a folder of its target's that it had already put aside goes back first."""
+    for aside in folder.glob(f"{ASIDE}*"):
+        for old in aside.glob(f"*{OLD}"):
+            if not (folder / old.stem).exists():
+                os.replace(old, folder / old.stem)
+        shutil.rmtree(aside)
 
 
 def make(how: Format, source: Source, folder: Path, images: Tensor, expected: Measured) -> Measured:
     """Make `folder`/`how.target`; what was there before stays until the new one is found right.
 
     Raises:
-        ConfigError: the folder cannot be written.
         ExportError: see there.
     """
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".making-") as aside:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=ASIDE) as aside:
             path = Path(aside) / how.target
             found = _make_aside(how, source, path, images)
             difference = found.difference(expected)
@@ -36,13 +46,15 @@ def make(how: Format, source: Source, folder: Path, images: Tensor, expected: Me
             _put(path, folder / how.target)
     except OSError as error:
         reason = error.strerror or error
-        raise ConfigError(f"{folder}: cannot be written ({reason}); give another place with --out") from error
+        raise ExportError(f"cannot be written to {folder} ({reason}); give another place with --out") from error
     return found
 
 
 def _make_aside(how: Format, source: Source, path: Path, images: Tensor) -> Measured:
     try:
         how.write(source, path)
+        if len(list(path.parent.iterdir())) > 1:  # ONNX of more than 2 GB; what is put in its place is one
+            raise RuntimeError("it does not fit into one file")
         return measure(how.load(path), images)
     except OSError:
         raise
@@ -58,7 +70,7 @@ def _put(path: Path, target: Path) -> None:
         with file.open("rb") as written:
             os.fsync(written.fileno())
     if target.is_dir():
-        os.replace(target, path.with_name(f"{path.name}.old"))
+        os.replace(target, path.with_name(f"{path.name}{OLD}"))
     os.replace(path, target)
     sync_folder(target.parent)
 
