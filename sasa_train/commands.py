@@ -19,7 +19,7 @@ COMMANDS = {
     "visualize": Command("sasa_train.visualize.__main__", "pictures of what a model attends to and gets wrong", "runs"),
     "export": Command("sasa_train.export.__main__", "to safetensors, a Hub folder, ONNX, torch.export", "runs"),
     "sweep": Command("sasa_train.sweep.__main__", "many runs from one command", "configs", ("--help",)),
-    "report": Command("sasa_train.report.__main__", "runs and sweeps compared: tables and plots", "files"),
+    "report": Command("sasa_train.report.__main__", "runs and sweeps compared: tables, plots, an HTML page", "runs"),
     "summary": Command("sasa_train.summary", "a model's layers and their cost", "configs", ("--paper", "--help")),
     "benchmark": Command("sasa_train.benchmark.__main__", "time and memory of attention and of models", "nothing"),
     "data": Command("sasa_train.data.__main__", "check a data set, prepare ImageNet, pack shards", "files"),

@@ -150,6 +150,8 @@ def folder(tmp_path, monkeypatch):
                                                         "--growth-side", "--growth-channels"]),
         ("sasa-benchmark attention --backends cpu con", ["conv"]),  # another of several values
         ("sasa-report --out o", ["outputs/"]),
+        ("sasa-report outputs data.ro", ["data.root="]),
+        ("sasa-visualize outputs --formats s", ["svg"]),
         ("sasa-report --paper-table ", ["1", "3", "4", "5", "6", "7"]),
     ],
 )  # fmt: skip

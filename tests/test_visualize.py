@@ -262,7 +262,7 @@ def test_all_figures_into_the_run_folder_and_tensorboard(run_dir, capsys):
     assert board_images(run_dir / "tensorboard/figures") == expected
 
     # Drawn again, a figure replaces itself; the run's own series is what it was, and goes on over a resume.
-    assert command.run_command([str(run_dir), "lr_schedule", "--format", "png,svg"]) == 0
+    assert command.run_command([str(run_dir), "lr_schedule", "--formats", "png", "svg"]) == 0
     assert (run_dir / "figures/lr_schedule.svg").read_bytes().startswith(b"<?xml")
     more = ["trainer.epochs=4", "allow_config_change=[trainer.epochs]"]
     arguments = [argument for argument in TINY if not argument.startswith(("output_dir", "trainer.epochs"))]
@@ -360,7 +360,7 @@ def test_several_runs_are_overlaid_in_their_curves(trained, run_dir, tmp_path, c
         (["--pixels", "8,0"], "--pixels 8,0 must lie in the image as the model sees it, 0,0 to 7,7"),
         (["--layers", "layer9"], "--layers layer9 must be one of stem, layer1.0.conv2"),
         (["--layers", "layer1.0.conv2", "--heads", "2"], "--heads 2 must be below 2"),
-        (["--format", "gif"], "gif must be png, svg"),
+        (["--formats", "gif"], "invalid choice: 'gif'"),
         (["model.width=0.25"], "make another model"),
     ],
 )

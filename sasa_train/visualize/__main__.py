@@ -23,7 +23,7 @@ EPILOG = (
     + """
 examples:
   sasa-visualize outputs/RUN_NAME                                       all, in outputs/RUN_NAME/figures/
-  sasa-visualize outputs/RUN_NAME confusion_matrix mistakes --format png,svg
+  sasa-visualize outputs/RUN_NAME confusion_matrix mistakes --formats png svg
   sasa-visualize outputs/RUN_NAME attention_maps attention_heads --images cat.jpg dog.jpg --pixels 30,40 50,60
   sasa-visualize outputs/RUN_NAME data.root=/elsewhere weights=raw      key=value: knobs over the checkpoint's config
   sasa-visualize outputs/RUN_1 outputs/RUN_2 --out compared             curves and learning rates of several, overlaid
@@ -79,7 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; left out: figures/ in the run folder, "
                         "and its TensorBoard")  # fmt: skip
-    parser.add_argument("--format", default=["png"], type=split_formats, metavar="png,svg", help="png, svg, or both")
+    parser.add_argument(
+        "--formats", nargs="+", default=["png"], choices=FORMATS, metavar="FORMAT", help="png, svg (png)"
+    )
     parser.add_argument("--num-images", default=512, type=positive, metavar="N",
                         help="val images to count and average over, at most (512)")  # fmt: skip
     parser.add_argument("--images", nargs="+", default=[], metavar="FILE",
@@ -110,13 +112,6 @@ def split_pixel(text: str) -> tuple[int, int]:
     if len(numbers) != 2:
         raise argparse.ArgumentTypeError(f"{text} must be a row and a column, as in 30,40")
     return numbers[0], numbers[1]
-
-
-def split_formats(text: str) -> list[str]:
-    formats = text.split(",")
-    if not set(formats) <= set(FORMATS):
-        raise argparse.ArgumentTypeError(f"{text} must be png, svg or png,svg")
-    return formats
 
 
 def split_words(words: list[str]) -> tuple[list[Path], list[str]]:
@@ -161,8 +156,8 @@ def visualize(source: Path, names: list[str], overrides: list[str], options: arg
     drawn = []
     try:
         for name, figure, caption in draw_run(trained, run_dir, wanted, options.num_images, choice_of(options)):
-            write_figure(figure, name, folder, options.format, board_dir, trained.checkpoint["step"])
-            say(f"{printable(str(folder))}/{name}.{suffix(options.format)}  {caption}")
+            write_figure(figure, name, folder, options.formats, board_dir, trained.checkpoint["step"])
+            say(f"{printable(str(folder))}/{name}.{suffix(options.formats)}  {caption}")
             drawn.append(name)
     except ConfigError as error:
         if not drawn:
@@ -199,8 +194,8 @@ def visualize_several(sources: list[Path], names: list[str], overrides: list[str
         runs[printable(source.name if source.name not in runs else str(source))] = rows
     draw = dict(zip(OF_SEVERAL, (draw_training_curves, draw_lr_schedule), strict=True))
     for name in names or OF_SEVERAL:
-        write_figure(draw[name](runs), name, options.out, options.format)
-        say(f"{options.out}/{name}.{suffix(options.format)}  {FIGURES[name]}, {len(runs)} runs")
+        write_figure(draw[name](runs), name, options.out, options.formats)
+        say(f"{options.out}/{name}.{suffix(options.formats)}  {FIGURES[name]}, {len(runs)} runs")
     return 0
 
 
