@@ -169,7 +169,7 @@ def test_what_a_page_shows_runs(page: Path, quickstart: Path, tmp_path: Path, mo
             printed = stdout.getvalue()
         elif block.language == "output":
             assert printed == block.text, f"{block}: is not what the block before it prints"
-    for picture in [target for target in links(page) if "/attention_" in target]:
+    for picture in [target for target in links(page) if page.stem == "attention" and target.endswith(".png")]:
         assert (tmp_path / Path(picture).name).exists(), f"{name(page)} shows {picture}, which its snippets do not make"
 
 
@@ -185,3 +185,11 @@ def run_shell(commands: str, folder: Path) -> None:
     )
     print(process.stdout, process.stderr)
     assert process.returncode == 0, f"exit {process.returncode} of\n{commands}\n{process.stdout}\n{process.stderr}"
+
+
+def test_the_config_reference_is_what_its_script_prints() -> None:
+    printed = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "config_reference.py"], capture_output=True, text=True, check=True
+    ).stdout
+    page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+    assert page == printed, "run python scripts/config_reference.py > docs/config.md"
