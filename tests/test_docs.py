@@ -2,15 +2,20 @@
 
 Of a page's fenced blocks `sh` and `python` are run, in their order, in a folder of the page's own that holds a finished
 quickstart run; an `output` block is what the python block before it prints. Blocks without a language are shown only.
+A `console` block has a message after the `$ command` that brings it about; without a command its words are looked for
+in the source. `...` in it stands for anything.
 """
 
 import contextlib
+import importlib
 import io
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +62,16 @@ def blocks_of(page: Path) -> list[Block]:
 
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
-RUN_PAGES = [page for page in PAGES if any(b.page == page and b.language in ("sh", "python") for b in BLOCKS)]
+COMMANDS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+# The source with texts that go over several lines made whole.
+SOURCE = re.sub(
+    r"\"\s*\n\s*(?:\+ )?f?\"",
+    "",
+    "".join(path.read_text(encoding="utf-8") for path in (ROOT / "sasa_train").rglob("*.py")),
+)
+RUN_PAGES = [
+    page for page in PAGES if any(b.page == page and b.language in ("sh", "python", "console") for b in BLOCKS)
+]
 
 
 def name(page: Path) -> str:
@@ -118,7 +132,7 @@ def test_pages_and_tests_that_are_named_are_there() -> None:
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_a_block_is_run_or_says_why_not(block: Block) -> None:
-    assert block.language in ("", "sh", "python", "output", "yaml"), "write sh or python where it can be run"
+    assert block.language in ("", "sh", "python", "output", "console", "yaml"), "write sh or python where it can be run"
     if block.language == "" and COMMAND.search(block.text):
         reasons = [why for pattern, why in NOT_RUN.items() if re.search(pattern, block.text, re.MULTILINE)]
         assert reasons, f"mark it as sh, so that it is run, or give NOT_RUN the reason:\n{block.text}"
@@ -152,7 +166,13 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("page", RUN_PAGES, ids=name)
-def test_what_a_page_shows_runs(page: Path, quickstart: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_page_shows_runs(
+    page: Path,
+    quickstart: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
     shutil.copytree(quickstart, tmp_path, dirs_exist_ok=True)
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")  # pages name them as in a checkout
     monkeypatch.chdir(tmp_path)
@@ -162,6 +182,8 @@ def test_what_a_page_shows_runs(page: Path, quickstart: Path, tmp_path: Path, mo
         if block.language == "sh":
             print(f"\n== {block}")
             run_shell(block.text, tmp_path)
+        elif block.language == "console":
+            check_message(block, tmp_path, monkeypatch, capsys)
         elif block.language == "python":
             code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")  # so that errors name the line
             with contextlib.redirect_stdout(io.StringIO()) as stdout:
@@ -171,6 +193,26 @@ def test_what_a_page_shows_runs(page: Path, quickstart: Path, tmp_path: Path, mo
             assert printed == block.text, f"{block}: is not what the block before it prints"
     for picture in [target for target in links(page) if page.stem == "attention" and target.endswith(".png")]:
         assert (tmp_path / Path(picture).name).exists(), f"{name(page)} shows {picture}, which its snippets do not make"
+
+
+def check_message(block: Block, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    lines = block.text.splitlines()
+    commands = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+    message = "\n".join(line for line in lines if not line.startswith("$ "))
+    if not commands:
+        words = re.sub(r"^sasa-\w+: ", "", message)
+        for part in filter(None, (part.strip() for part in re.split(r"\.\.\.|\n", words))):
+            assert part in SOURCE, f"{block}: {part!r} stands nowhere in the source"
+        return
+    for command in commands[:-1]:
+        run_shell(command, folder)
+    name, *arguments = shlex.split(commands[-1])
+    monkeypatch.setattr(sys, "argv", [name])
+    capsys.readouterr()
+    run_command = importlib.import_module(COMMANDS[name].partition(":")[0]).run_command  # in-process: no imports anew
+    run_command(arguments)
+    said = "".join(capsys.readouterr())
+    assert re.search(re.escape(message).replace(r"\.\.\.", ".*"), said, re.DOTALL), f"{block}: it said\n{said}"
 
 
 def run_shell(commands: str, folder: Path) -> None:
