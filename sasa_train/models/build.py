@@ -21,7 +21,7 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
     kwargs = {dial: getattr(config, dial) for dial in DIALS if getattr(config, dial) is not None}
     if config.drop_path_rate:
         kwargs["drop_path_rate"] = config.drop_path_rate
-    if timm.get_pretrained_cfg_value(config.name, "fixed_input_size"):
+    if getattr(timm.get_pretrained_cfg(config.name), "fixed_input_size", False):  # a user's model may have no cfg
         kwargs["img_size"] = image_size  # vit, swin and their kin are built for one size
     try:
         model = timm.create_model(config.name, num_classes=num_classes, **kwargs)
