@@ -27,14 +27,15 @@ from sasa_train.config import ConfigError
 from sasa_train.sweep.plan import read_plan
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [*sorted(ROOT.glob("*.md")), *DOCS]
 RUN = "outputs/digits-hybrid_resnet26-e20-s0-b4dbb30e"
 COMMAND = re.compile(r"^\s*(?:sasa-\w+|python3?|torchrun|sbatch|pip|tensorboard)\b", re.MULTILINE)
 # Why a block with commands is shown and not run; each of them says so in what it shows.
 NOT_RUN = {
     r"^python3 -m venv": "an environment of its own; .ci/run runs it",
     r"/path/to/|/data/": "the reader's own images",
-    r"TABLE|RUN_NAME|RUN_1|outputs/SWEEP|YOU/": "a name to be filled in",
+    r"TABLE|RUN_NAME|RUN_1|outputs/(?:RUN|SWEEP)\b|YOU/": "a name to be filled in",
     r"=(?:data/)?(?:cifar10|imagenet)": "a download, and minutes to days",
     r"torchrun|sbatch|slurm": "several GPUs or a cluster; tests/test_distributed.py and test_slurm.py run the like",
     r"hydra/launcher=ray": "Ray, in an environment of its own",
@@ -119,6 +120,12 @@ def test_every_picture_is_shown() -> None:
     assert [str(path) for path in sorted((ROOT / "docs" / "images").iterdir()) if path not in shown] == []
 
 
+def test_the_index_names_every_page() -> None:
+    index = ROOT / "docs" / "README.md"
+    named = {(index.parent / target).resolve() for target in filter(is_local, links(index))}
+    assert [name(page) for page in DOCS if page not in (*named, index)] == []
+
+
 def test_pages_and_tests_that_are_named_are_there() -> None:
     """Comments and messages name pages, and pages name the tests that hold their promises."""
     sources = [path for folder in ("sasa_train", "scripts", "configs", "tests") for path in (ROOT / folder).rglob("*")]
@@ -158,7 +165,7 @@ def test_commands_that_are_only_shown_are_ones_that_would_be_taken(block: Block)
 
 @pytest.fixture(scope="session")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the run of the README's first command: the checkout's own, where that was given here, or a new one."""
+    """A folder with the run of the README's first command: the checkout's own, where it was made there, or a new one."""
     folder = tmp_path_factory.mktemp("quickstart")
     if (ROOT / RUN / "checkpoints" / "best.pt").exists():
         shutil.copytree(ROOT / RUN, folder / RUN)
