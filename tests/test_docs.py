@@ -165,7 +165,7 @@ def test_commands_that_are_only_shown_are_ones_that_would_be_taken(block: Block)
 
 @pytest.fixture(scope="session")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the run of the README's first command: the checkout's own, where it was made there, or a new one."""
+    """A folder with the run of the README's first command: the checkout's own where there is one, else a new one."""
     folder = tmp_path_factory.mktemp("quickstart")
     if (ROOT / RUN / "checkpoints" / "best.pt").exists():
         shutil.copytree(ROOT / RUN, folder / RUN)
