@@ -171,7 +171,7 @@ def _read(path: Path) -> Any:
         manifest = _bytes_of(manifest_of(path))
         try:
             with path.open("rb") as file:
-                _check(file, manifest)
+                check_content(file, manifest)
                 return torch.load(file, map_location="cpu", weights_only=True)
         except MemoryError:
             raise
@@ -183,7 +183,7 @@ def _read(path: Path) -> Any:
                 raise DamagedCheckpointError(f"{path}: cannot be read as a checkpoint ({reason})") from error
 
 
-def _check(file: BufferedReader, manifest: bytes | None) -> None:
+def check_content(file: BufferedReader, manifest: bytes | None) -> None:
     """Raise ValueError where the file is not what its manifest says or, without one, its own checksums."""
     if manifest is not None:
         described = _parse_manifest(manifest)

@@ -29,6 +29,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sasa_train.choices import GROUPS, choices, config_dir
 from sasa_train.config import FREE_KEYS, MAX_DEPTH, ConfigError, TrainConfig, flatten, knob_table, shorten, validate
 from sasa_train.printable import printable_lines
 
@@ -38,15 +39,8 @@ MAX_TEXT = 2**16  # characters of a saved config or an override; ours have 4,000
 UNREADABLE = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError)
 FREE = ("optimizer.args.", "schedule.args.")  # timm knows what is under these; optim.py checks it
 WORDS = ("null", "true", "false", "nan", "inf")  # what Hydra reads as no text
-GROUPS = ("model", "data", "optimizer", "schedule", "augment", "experiment")
 
 ConfigStore.instance().store(name="schema", node=TrainConfig)
-
-
-def config_dir() -> Path:
-    """`configs/`: inside the package where it was installed from a wheel, beside it in a checkout."""
-    inside = Path(__file__).parent / "configs"
-    return inside if inside.is_dir() else Path(__file__).parents[1] / "configs"
 
 
 def compose_config(overrides: Sequence[str]) -> TrainConfig:
@@ -154,6 +148,8 @@ def to_config(composed: DictConfig) -> TrainConfig:
     config.data.resident = config.data.resident.lower()  # YAML's true becomes the word 'True' in a text field
     config.data.root = os.path.expanduser(config.data.root)  # no shell expands the ~ in data.root=~/images
     config.output_dir = os.path.expanduser(config.output_dir)
+    if config.model.pretrained is not None:
+        config.model.pretrained = os.path.expanduser(config.model.pretrained)
     validate(config)
     return config
 
@@ -291,10 +287,6 @@ def nearest(word: str, words: Sequence[str]) -> str:
     return f"did you mean {' or '.join(found)}?" if found else "sasa-train --help lists every key"
 
 
-def choices(group: str) -> list[str]:
-    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
-
-
 def _check_choice(override: Override) -> None:
     group, choice = override.key_or_group, override.value()  # a sweep's choices are checked job by job
     if override.is_sweep_override():
@@ -335,11 +327,16 @@ def print_help(command: str, usage: str) -> None:
         indent = " " * column
         return textwrap.fill(text, width, initial_indent=f"  {name:<{column - 3}} ", subsequent_indent=indent)
 
-    print(f"usage: {command} {usage}\n\nConfig groups (group=choice; the files are in configs/):")
+    print(f"usage: {command} {usage}\n")
+    print("Config groups (group=choice; the files are in configs/; an experiment chooses in all groups at once):")
     for group in GROUPS:
         print(entry(group, ", ".join(choices(group)), column=14))
-    print("\nKeys (key=value; with the defaults that hold where no group's file says otherwise):")
+    print("\nKeys (key=value; with the defaults that hold where no group's file says otherwise; null: not set):")
+    group = ""
     for key, knob in knob_table().items():
+        if key.rpartition(".")[0] != group:
+            group = key.rpartition(".")[0]
+            print()
         factory = knob.default_factory
         default = factory() if factory is not dataclasses.MISSING else knob.default
         shown = default if isinstance(default, str) else json.dumps(default, separators=(",", ":"))

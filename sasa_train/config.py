@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 OWN_MODELS = tuple(f"{family}_resnet{depth}" for family in ("sasa", "hybrid", "conv") for depth in (26, 38, 50))
+PUBLISHED = "timm"  # as model.pretrained
 SMALL_IMAGE = 64  # pixels: up to here images take the small transforms and may be resident
 
 NUM_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet": 1000}
@@ -71,6 +72,9 @@ class ModelConfig:
     border: str | None = knob(None, "mask: positions outside the image take no part; zero: they do (mask)")
     drop_path_rate: float = knob(0.0, "stochastic depth of the last block, linear from 0 at the first")
     bn_momentum: float | None = knob(None, "batch norm's momentum, PyTorch's sense; null: the model's own (0.1)")
+    pretrained: str | None = knob(
+        None, "begin with the weights of a checkpoint, run folder, .safetensors or hub folder; timm: its published ones"
+    )
 
 
 @dataclass
@@ -112,7 +116,7 @@ class OptimizerConfig:
 
 @dataclass
 class ScheduleConfig:
-    name: str = knob("cosine", "a name of timm's: cosine, step, multistep, poly, tanh, wsd, constant")
+    name: str = knob("cosine", "a name of timm's: cosine, step, multistep, poly, tanh, wsd, rsqrt, constant")
     warmup_epochs: float = knob(0.0, "epochs of linear warm-up from warmup_lr, within trainer.epochs")
     warmup_lr: float = knob(0.0, "lr of the first step, absolute")
     min_lr: float = knob(0.0, "the lower end, absolute")
@@ -387,7 +391,10 @@ def _validate_leaf(key: str, value: Any, leaf: Any) -> None:
 
 def _validate_names(config: TrainConfig) -> None:
     """Names and paths that no file system would take."""
-    for key, path in (("data.root", config.data.root), ("output_dir", config.output_dir), ("resume", config.resume)):
+    paths = {"data.root": config.data.root, "output_dir": config.output_dir, "resume": config.resume}
+    if config.model.pretrained is not None:
+        paths["model.pretrained"] = config.model.pretrained
+    for key, path in paths.items():
         fits = max(len(name.encode()) for name in path.split("/")) <= 255 and len(path.encode()) < 4096
         _rule(fits, key, path, "must be a path: 255 bytes a folder and 4,095 in all")
     if config.run_name is not None:
@@ -479,6 +486,12 @@ DIALS = ("stem", "stage_ops", "kernel_size", "num_heads", "width", "position", "
 
 
 def _validate_model(model: ModelConfig, image_size: int) -> None:
+    _rule(
+        model.pretrained != PUBLISHED or model.name not in OWN_MODELS,
+        "model.pretrained",
+        model.pretrained,
+        f"is for timm's models: no weights of {model.name} are published; name a checkpoint or an export",
+    )
     if model.name not in OWN_MODELS:
         for dial in DIALS:
             _rule(
@@ -565,6 +578,11 @@ def _validate_data(config: TrainConfig) -> None:
 def crops_by_padding(data: DataConfig, augment: AugmentConfig) -> bool:
     """Whether images are fitted to size once and then cropped after padding, which whole batches can be."""
     return resolved_image_size(data) <= SMALL_IMAGE and augment.crop_mode != "resized"
+
+
+def flips_images(data: DataConfig, augment: AugmentConfig) -> bool:
+    """Whether training mirrors half of the images: as `augment.hflip` says; left out, all but digits."""
+    return augment.hflip if augment.hflip is not None else data.name != "digits"
 
 
 def resolved_image_size(data: DataConfig) -> int:

@@ -314,7 +314,7 @@ def evaluate(
             logits = model(images)
         logits = logits.float()
         losses = nn.functional.cross_entropy(logits, labels, reduction="none")
-        ranked = logits.topk(min(5, num_classes), dim=1).indices
+        ranked = rank_classes(logits)
         is_ranked = (ranked == labels[:, None]).any(1)
         sums += torch.stack([losses.double().sum(), is_ranked.sum().double()])
         confusion.index_add_(0, labels * num_classes + ranked[:, 0], torch.ones_like(labels))
@@ -325,6 +325,11 @@ def evaluate(
     loss, top5_hits = (sums / num_images).tolist()
     top1 = 100 * int(confusion.diagonal().sum()) / num_images
     return Evaluation(loss, top1, 100 * top5_hits, num_images, confusion)
+
+
+def rank_classes(logits: Tensor) -> Tensor:
+    """int64 [B, 5], or as many as there are classes: the best first, which is the prediction."""
+    return logits.topk(min(5, logits.shape[1]), dim=1).indices
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:

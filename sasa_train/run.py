@@ -3,11 +3,13 @@
 import contextlib
 import dataclasses
 import platform
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.layers import convert_sync_batchnorm
+from torch import nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sasa_train import distributed
@@ -33,9 +35,11 @@ from sasa_train.micro_batch import check_memory, settle_auto, with_micro_batch_s
 from sasa_train.models import build_model, check_model, enable_grad_checkpointing
 from sasa_train.optim import build_optimizer, build_schedule, check_schedule, try_optimizer
 from sasa_train.out_of_memory import OutOfMemoryError, is_out_of_memory, memory_advice
+from sasa_train.printable import printable
 from sasa_train.provenance import describe_changes, provenance
 from sasa_train.ranks import world_size
 from sasa_train.run_folder import RunFolder, check_data, is_finished, open_run
+from sasa_train.weights import Weights, load_into, read_weights
 
 
 def train(config: TrainConfig, stop: StopRequest) -> bool:
@@ -69,6 +73,9 @@ def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, s
     stop.set_max_hours(config.trainer.max_hours)
     if device.type == "cpu":
         keep_freed_memory()
+    weights = None
+    if run.checkpoint is None and config.model.pretrained is not None:  # else the checkpoint has what they became
+        weights = distributed.from_first(lambda: read_weights(config), ConfigError)
     distributed.everywhere(lambda: fetch_once(config), ConfigError)
     memory = min(distributed.gather(available_memory(device)))
     loaders = distributed.everywhere(lambda: build_loaders(config, device, memory), ConfigError, DataWorkerError)
@@ -81,6 +88,7 @@ def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, s
             warn(f"changed since the checkpoint was written: {change}")
     torch.manual_seed(config.seed)
     model = build_model(config.model, len(loaders.classes), resolved_image_size(config.data))
+    begin_with(weights, model, loaders.classes, run, config)
     if config.trainer.grad_checkpointing:
         enable_grad_checkpointing(model)
     if config.trainer.sync_batch_norm and world_size() > 1:
@@ -115,6 +123,21 @@ def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, s
         say(f"{stop.reason}: saved at step {state.step}; to continue: {how} resume={run.path}")
     distributed.wait_for_all()  # torchrun ends all when one has ended with 75
     return finished
+
+
+def begin_with(
+    weights: Weights | None, model: nn.Module, classes: list[str], run: RunFolder, config: TrainConfig
+) -> None:
+    """Load the weights of `model.pretrained`, say what fitted, and note their SHA-256; a resumed run keeps its note."""
+    if weights is not None:
+        source = printable(str(config.model.pretrained))
+        loaded = distributed.everywhere(lambda: load_into(model, weights, classes, source), ConfigError)
+        report = loaded.describe()
+        say(f"pretrained  {source}\n{textwrap.indent(report, ' ' * 12)}")
+        run.provenance |= {"pretrained_sha256": weights.sha256, "pretrained_report": report}
+    elif run.checkpoint is not None and config.model.pretrained is not None:
+        before = run.checkpoint["provenance"]
+        run.provenance |= {key: before.get(key) for key in ("pretrained_sha256", "pretrained_report")}
 
 
 def open_together(config: TrainConfig, run_name: str) -> RunFolder:

@@ -10,11 +10,13 @@ from typing import IO, Any
 from sasa_train.atomic import write_atomic
 from sasa_train.checkpoint import CheckpointError, Checkpoints, load_checkpoint
 from sasa_train.compose import load_config, load_config_file, to_yaml
-from sasa_train.config import ConfigError, TrainConfig, differing_keys, flatten
+from sasa_train.config import PUBLISHED, ConfigError, TrainConfig, differing_keys, flatten
 from sasa_train.console import warn
 from sasa_train.data.fingerprint import differences
 from sasa_train.lock import lock_folder
+from sasa_train.printable import printable
 from sasa_train.ranks import world_size
+from sasa_train.weights import sha256_of, weights_file
 
 
 @dataclass
@@ -86,7 +88,7 @@ def open_run(config: TrainConfig, run_name: str) -> RunFolder:
         CheckpointError: the folder has or had checkpoints and none is good, or the one named by `resume` is not.
     """
     path, given = _choose_folder(config, Path(config.output_dir) / run_name)
-    _refuse_links(path)
+    refuse_links(path)
     lock = lock_folder(path)
     try:
         checkpoints = Checkpoints(path / "checkpoints", config.trainer.keep_checkpoints)
@@ -172,6 +174,23 @@ def check_trajectory(checkpoint: dict[str, Any], config: TrainConfig, path: Path
             "give the old values, or another run_name, or resume=never for a new run; to continue all the same: "
             + _allow(keys)
         )
+    check_pretrained(checkpoint, config, path)
+
+
+def check_pretrained(checkpoint: dict[str, Any], config: TrainConfig, path: Path) -> None:
+    """Refuse to take a run that began with other weights for the one asked for; that they are gone does not matter."""
+    source, before = config.model.pretrained, checkpoint["provenance"].get("pretrained_sha256")
+    if source in (None, PUBLISHED) or before is None or "model.pretrained" in config.allow_config_change:
+        return
+    try:
+        now = sha256_of(weights_file(source))
+    except (ConfigError, OSError):
+        return
+    if now != before:
+        raise ConfigError(
+            f"model.pretrained={printable(source)}: its content is not what {path} began with; for a run that begins "
+            f"with it give another run_name, or resume=never; to continue all the same: {_allow(['model.pretrained'])}"
+        )
 
 
 def check_data(checkpoint: dict[str, Any], fingerprints: dict[str, Any], config: TrainConfig) -> None:
@@ -247,9 +266,12 @@ def _read_info(path: Path) -> dict[str, Any]:
     return info if isinstance(info, dict) else {}
 
 
-def _refuse_links(path: Path) -> None:
+def refuse_links(path: Path) -> None:
     """A run folder may come from a stranger: nothing in it may lead writes out of it."""
-    folders = [path, *(path / name for name in ("checkpoints", "tensorboard", "profile"))]
+    folders = [
+        path,
+        *(path / name for name in ("checkpoints", "tensorboard", "tensorboard/figures", "figures", "profile")),
+    ]
     for entry in (entry for folder in folders if folder.is_dir() for entry in folder.iterdir()):
         if entry.is_symlink():
             raise ConfigError(

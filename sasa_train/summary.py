@@ -9,6 +9,8 @@ from sasa_train.paper import ROWS, Row
 
 USAGE = """usage: sasa-summary [--paper] [group=choice ...] [key=value ...]
 
+What a model is made of and costs, without training it.
+
 sasa-summary                        the paper's Table 1, ours beside it
 sasa-summary --paper                Tables 1 and 3 to 7
 sasa-summary model=sasa_resnet50    layers: parameters, FLOPs, activation memory (1,000 classes at 224 pixels, unless

@@ -10,6 +10,7 @@ import time
 import traceback
 from pathlib import Path
 
+from sasa_train import __version__
 from sasa_train.compose import (
     check_override_keys,
     chooses_group,
@@ -25,11 +26,16 @@ from sasa_train.interrupt import ignore_until_the_end
 from sasa_train.printable import printable_lines
 from sasa_train.ranks import max_restarts, rank, world_size
 
-USAGE = """[group=choice ...] [key=value ...]   (-m, --multirun: a plain Hydra sweep)
+USAGE = """[group=choice ...] [key=value ...] [-m | --multirun] [-h] [--version]
+
+Train an image classifier into a folder of its own in outputs/. The same command again goes on with an unfinished run.
 
   sasa-train experiment=quickstart                                    a first run, two minutes on a CPU
   sasa-train model=hybrid_resnet26 data=cifar10 trainer.epochs=100
-  sasa-train resume=outputs/RUN_NAME                                  go on; the first command again does so too"""
+  sasa-train data=image_folder data.root=/path/to/images              your own: train/ and val/, a folder a class
+  sasa-train resume=outputs/RUN_NAME                                  go on with this run
+  sasa-train experiment=quickstart seed=0,1,2 -m                      a plain Hydra sweep; sasa-sweep can do more
+  torchrun --nproc-per-node=8 -m sasa_train.train ...                 the same on several GPUs"""
 
 
 def main() -> None:
@@ -51,6 +57,9 @@ def run_command(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         if rank() == 0:
             print_help("sasa-train", USAGE)
+        return DONE
+    if arguments == ["--version"]:
+        print(f"sasa_train {__version__}")
         return DONE
     set_up_logging()
     try:

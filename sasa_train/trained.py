@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from sasa_train.checkpoint import load_checkpoint
-from sasa_train.compose import load_config
 from sasa_train.config import ConfigError, TrainConfig, knob_table, resolved_image_size
 from sasa_train.data.datasets import mean_std
 from sasa_train.data.transforms import Normalize
@@ -54,6 +53,8 @@ def load_trained(source: Path, overrides: Sequence[str] = ()) -> TrainedModel:
         CheckpointError: `source` holds no checkpoint that can be read.
         ConfigError: an override is refused, or makes another model than the checkpoint's.
     """
+    from sasa_train.compose import load_config  # here, for Hydra's import takes a tenth of a second
+
     path = find_checkpoint(source)
     checkpoint = load_checkpoint(path)
     wanted = [text.removeprefix("weights=") for text in overrides if text.startswith("weights=")]

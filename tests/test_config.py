@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-import sasa_train.compose as compose
+from sasa_train import choices, compose
 from sasa_train.compose import compose_config, config_dir, load_config, to_yaml
 from sasa_train.config import ConfigError, TrainConfig, default_run_name, differing_keys, flatten, knob_table
 
@@ -18,7 +18,8 @@ def test_a_misspelt_key_in_a_file_is_refused(tmp_path, monkeypatch):
         target.write_text(path.read_text())
     (folder / "experiment/mine.yaml").write_text("# @package _global_\ntrainer:\n  epoch: 3\n")
     (folder / "data/mine.yaml").write_text("nam: digits\n")
-    monkeypatch.setattr(compose, "config_dir", lambda: folder)
+    for module in (compose, choices):
+        monkeypatch.setattr(module, "config_dir", lambda: folder)
     with pytest.raises(ConfigError, match="unknown key 'trainer.epoch': did you mean trainer.epochs?"):
         compose_config(["experiment=mine"])
     with pytest.raises(ConfigError, match="unknown key 'data.nam': did you mean data.name?"):

@@ -117,8 +117,8 @@ def test_val_is_every_image_once_in_order():
         labels = torch.cat([labels for _, labels in loaders.val.eval_batches()])
         assert len(labels) == 359 and torch.equal(labels, torch.cat([y for _, y in loaders.val.eval_batches()]))
         loaders.close()
-    evaluated, classes, _ = build_eval_loader(config_for(), CPU)
-    assert torch.equal(labels, torch.cat([y for _, y in evaluated.eval_batches()])) and len(classes) == 10
+    evaluated, images = build_eval_loader(config_for(), CPU)
+    assert torch.equal(labels, torch.cat([y for _, y in evaluated.eval_batches()])) and len(images.classes) == 10
 
 
 def test_digits_flip_only_when_asked():

@@ -307,6 +307,7 @@ REACHING = (
     *("model.position=x", "model.stage_ops=[a,b,c,d]", f"{ANY_MODEL} model.name=x", "model.num_classes=7"),
     *("model.num_classes=1000000000000", "model.drop_path_rate=0.99", "model.bn_momentum=0"),
     *(f"{ANY_MODEL} model.name={name} data.image_size=32" for name in ("test_vit", "test_resnet", "test_convnext")),
+    *(f"model.pretrained={source}" for source in ("timm", "nowhere", ".", "/dev/zero", "/proc", "/etc/hostname")),
     *(f"data.image_size={size}" for size in (1, 2, 3, 4, 5, 12, 16384)),
     *("data.name=imagenet data.root=nowhere", "data.name=image_folder data.root=/dev"),
     *("data.mean=[1,1,1]", "data.std=[1e-38,1,1]", "data.max_train_images=1", "data.max_val_images=1"),

@@ -227,10 +227,12 @@ def test_plots_are_drawn_beside_the_table(tmp_path):
     assert all(min(Image.open(sweep / "report" / name).size) > 300 for name in pictures)
 
 
-def test_tables_need_no_matplotlib(tmp_path, capsys, without_matplotlib):
+def test_tables_and_page_need_no_matplotlib(tmp_path, capsys, without_matplotlib):
     assert command.run_command([str(windows(tmp_path / "s")), "--out", str(tmp_path / "plain")]) == 0
-    assert sorted(path.name for path in (tmp_path / "plain").iterdir()) == ["table.csv", "table.json", "table.md"]
-    assert "pip install 'sasa_train[plots]'" in capsys.readouterr().err
+    names = ["report.html", "table.csv", "table.json", "table.md"]
+    assert sorted(path.name for path in (tmp_path / "plain").iterdir()) == names
+    remedy, page = "pip install 'sasa_train[plots]'", (tmp_path / "plain/report.html").read_text()
+    assert remedy in capsys.readouterr().err and remedy.replace("'", "&#39;") in page
 
 
 def test_the_curves_are_the_seeds_mean_and_range(tmp_path):

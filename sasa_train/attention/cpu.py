@@ -79,12 +79,17 @@ def empty_output(value: Tensor, stride: int) -> Tensor:
     return torch.empty_like(value[:, :, ::stride, ::stride])
 
 
-def empty_statistics(query: Tensor) -> Tensor:
-    """Room for two float32 numbers a head and position, [planes, H, 2, W], in the order of the kernel's lanes."""
+def statistics_shape(query: Tensor) -> tuple[int, int, int, int]:
+    """Two float32 numbers a head and position, [planes, H, 2, W], in the order of the kernel's lanes."""
     batch, num_heads, height, width, _ = query.shape
-    planes = (batch * num_heads + MAX_LANES - 1) // MAX_LANES * MAX_LANES
-    full = batch * num_heads == planes  # else some lanes are never written
-    return (query.new_empty if full else query.new_zeros)((planes, height, 2, width), dtype=torch.float32)
+    return (batch * num_heads + MAX_LANES - 1) // MAX_LANES * MAX_LANES, height, 2, width
+
+
+def empty_statistics(query: Tensor) -> Tensor:
+    """Room for them."""
+    shape = statistics_shape(query)
+    full = query.shape[0] * query.shape[1] == shape[0]  # else some lanes are never written
+    return (query.new_empty if full else query.new_zeros)(shape, dtype=torch.float32)
 
 
 def local_attention_forward(

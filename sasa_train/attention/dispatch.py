@@ -1,5 +1,7 @@
 """`local_attention`, and `local_attention_qkv` for layers. Argument checks, then a torch.library op picks the backend.
 
+`attention_weights`, to be looked at, is the reference's alone: the backends never hold them.
+
 Backends: `reference` (plain PyTorch, every device and dtype), `cpu` (compiled at first use) and `triton` (NVIDIA GPUs);
 those two for float32 and half precision. `auto` takes `triton` for tensors on a GPU and `cpu` for others where that can
 run, else `reference`.
@@ -8,6 +10,7 @@ run, else `reference`.
 import functools
 import importlib.util
 import logging
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -63,6 +66,31 @@ def local_attention(
     _check(query, key, value, rel_height, rel_width, kernel_size, content, border, backend)
     key = key if content else None
     return _local_attention(query, key, value, rel_height, rel_width, kernel_size, border, backend)[0]
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor | None,
+    rel_height: Tensor | None = None,
+    rel_width: Tensor | None = None,
+    *,
+    kernel_size: int,
+    content: bool = True,
+    border: str = "mask",
+) -> Tensor:
+    """The weights that `local_attention` gives to the window of each position, by the reference on every device.
+
+    Args: as `local_attention`'s; there are no values in it.
+
+    Returns:
+        [B, N, H, W, K*K], row by row of the window, float32 (float64 where `query` is). Sums to 1 over the last
+        dimension; with `border="mask"` positions outside the image have exactly 0. Differentiable.
+
+    Raises:
+        ValueError: an argument breaks a rule of `local_attention`.
+    """
+    _check(query, key, None, rel_height, rel_width, kernel_size, content, border, "reference")
+    return reference.attention_weights(query, key if content else None, rel_height, rel_width, kernel_size, border)
 
 
 def local_attention_qkv(
@@ -144,7 +172,8 @@ def _spread(grad_output: Tensor, height: int, width: int) -> Tensor:
 
 
 def _empty_statistics(value: Tensor) -> Tensor:
-    return cpu.empty_statistics(value) if value.device.type == "cpu" else value.new_empty(0, dtype=torch.float32)
+    """Of a fake implementation too, so no question about the batch size: an exported program would insist on it."""
+    return value.new_empty(cpu.statistics_shape(value) if value.device.type == "cpu" else 0, dtype=torch.float32)
 
 
 @_local_attention.register_fake
@@ -302,6 +331,18 @@ def _forward_flops_qkv(projections, rel_height, rel_width, kernel_size, *_, **__
 @register_flop_formula(torch.ops.sasa_train.local_attention_qkv_backward)
 def _backward_flops_qkv(grad_output, statistics, *args, **kwargs) -> int:
     return 2 * _forward_flops_qkv(*args)
+
+
+def plain_decompositions() -> dict[torch._ops.OpOverload, Callable]:
+    """For `ExportedProgram.run_decompositions`: the layers' op as PyTorch's own, so that it runs without sasa_train."""
+    from sasa_train.attention import plain
+
+    def local_attention_qkv(projections, rel_height, rel_width, kernel_size, border, stride, backend):
+        inputs = (*_split(projections), rel_height, rel_width)
+        output = plain.local_attention_forward(*inputs, kernel_size, border)
+        return _pool(output) if stride == 2 else output, _empty_statistics(projections[-1])
+
+    return {torch.ops.sasa_train.local_attention_qkv.default: local_attention_qkv}
 
 
 def _resolve(backend: str, query: Tensor, kernel_size: int) -> ModuleType:

@@ -118,9 +118,9 @@ def _attn_weights(
     num_heads, _, height, width, batch = q.shape
     scores = q.new_zeros(kernel_size, kernel_size, num_heads, height, width, batch)
     if key is not None:
-        k_windows = _windows(_pad(_batch_last(key), kernel_size), kernel_size)
-        for score, k_window in zip(scores.flatten(0, 1), k_windows, strict=True):
-            score.copy_((q * k_window).sum(1))
+        by_place = scores.flatten(0, 1)
+        for place, k_window in enumerate(_windows(_pad(_batch_last(key), kernel_size), kernel_size)):
+            by_place[place] = (q * k_window).sum(1)
     if rel_height is not None and rel_width is not None:
         q_top, q_bottom = q.chunk(2, dim=1)
         scores += torch.einsum("ndhwb,nkd->knhwb", q_top, _per_head(rel_height, q))[:, None]

@@ -235,17 +235,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     attention.add_argument("--backends", nargs="+", choices=BACKENDS, metavar="NAME", help=f"of {', '.join(BACKENDS)}")
     attention.add_argument("--kernel-size", type=_odd, default=7, metavar="K", help="the window (7)")
-    attention.add_argument("--num-heads", type=_positive, default=8, metavar="N", help="(8)")
+    attention.add_argument("--num-heads", type=_positive, default=8, metavar="N", help="attention heads (8)")
     attention.add_argument("--growth-sides", type=_positive, nargs="+", default=[32, 56, 80, 112, 160, 224],
                            metavar="SIDE", help="square maps, pixels (32 to 224)")  # fmt: skip
-    attention.add_argument("--growth-kernel-sizes", type=_odd, nargs="+", default=[3, 5, 7, 9, 11], metavar="K")
-    attention.add_argument("--growth-side", type=_positive, default=56, help="the map on which windows grow (56)")
-    attention.add_argument("--growth-channels", type=_positive, default=64, metavar="C", help="(64)")
+    attention.add_argument("--growth-kernel-sizes", type=_odd, nargs="+", default=[3, 5, 7, 9, 11], metavar="K",
+                           help="windows (3 to 11)")  # fmt: skip
+    attention.add_argument(
+        "--growth-side", type=_positive, default=56, metavar="SIDE", help="the map on which windows grow (56)"
+    )
+    attention.add_argument(
+        "--growth-channels", type=_positive, default=64, metavar="C", help="channels of all these maps (64)"
+    )
 
     model = _described(commands.add_parser, name="model", help="training steps and inference", description=MODEL)
     model.add_argument("models", metavar="NAME[,dial=value...]", nargs="+", help="models; the first is the yardstick")
-    model.add_argument("--image-size", type=_positive, default=224, metavar="PIXELS", help="(224)")
-    model.add_argument("--num-classes", type=_positive, default=1000, metavar="N", help="(1000)")
+    model.add_argument("--image-size", type=_positive, default=224, metavar="PIXELS", help="a side of the images (224)")
+    model.add_argument("--num-classes", type=_positive, default=1000, metavar="N", help="classes (1000)")
     model.add_argument("--memory-format", choices=FORMATS, default="channels_last",
                        help="best: each model's faster one (channels_last)")  # fmt: skip
     model.add_argument("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass")
@@ -259,9 +264,13 @@ def build_parser() -> argparse.ArgumentParser:
                              help="on a CPU: give freed memory back between calls, as the C library does by itself; "
                              "sasa-train keeps it")  # fmt: skip
         command.add_argument("--batch-size", type=_positive, metavar="B", help="images (the device's default)")
-        command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto)")
-        command.add_argument("--dtype", choices=DTYPES, default="fp32", help="(fp32)")
-        command.add_argument("--repeats", type=_positive, default=7, help="repetitions; 7 or more to publish (7)")
+        command.add_argument(
+            "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one"
+        )
+        command.add_argument("--dtype", choices=DTYPES, default="fp32", help="of weights and images (fp32)")
+        command.add_argument(
+            "--repeats", type=_positive, default=7, metavar="N", help="repetitions; 7 or more to publish (7)"
+        )
         command.add_argument("--threads", type=_positive, metavar="N", help="the CPU's (torch's default)")
         command.add_argument("--memory", action="store_true", help="peak memory too, each in a fresh process")
         command.add_argument("--json", type=Path, metavar="FILE", help="everything measured, with each repetition")

@@ -4,21 +4,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-# Of Okabe and Ito's colours those whose grey differs, each with its own hatch and marker.
-STYLES = (
-    ("#B8B8B8", "", "o", "-"),
-    ("#0072B2", "", "s", "-"),
-    ("#E69F00", "///", "^", "--"),
-    ("#111111", "", "D", ":"),
-    ("#56B4E9", "...", "v", "-."),
-    ("#F0E442", "xx", "P", "--"),
-)
+from sasa_train.chart_style import DPI, STYLES, new_figure
+
 NAMES = ("conv", "cpu", "triton", "attention", "flex", "halo", "reference", "natten")
-WIDTH, DPI = 8.0, 150
 
 
 def draw_chart(result: dict[str, Any], title: str, path: Path) -> None:
@@ -34,15 +25,6 @@ def _style(names: list[str]) -> dict[str, tuple]:
     ordered = sorted(names, key=lambda name: NAMES.index(name) if name in NAMES else len(NAMES))
     offset = 0 if "conv" in ordered else 1  # grey is the convolution's
     return {name: STYLES[(i + offset) % len(STYLES)] for i, name in enumerate(ordered)}
-
-
-def new_figure(num_rows: int, num_columns: int, height: float) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    axes = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.set_axisbelow(True)
-    return figure, axes
 
 
 def _draw_shapes(rows: list[dict[str, Any]]) -> Figure:

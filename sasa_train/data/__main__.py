@@ -96,7 +96,9 @@ def build_parser() -> argparse.ArgumentParser:
     prepare.add_argument("archives", metavar="ARCHIVES", type=_path, help="the folder that holds the archives")
     prepare.add_argument("dest", metavar="DEST", type=_path, help="the data set's folder, made where it is not there")
     prepare.add_argument("--shards", action="store_true", help="write tar shards, not class folders")
-    prepare.add_argument("--images-per-shard", metavar="N", type=_positive, help=f"with --shards ({IMAGES_PER_SHARD})")
+    prepare.add_argument(
+        "--images-per-shard", metavar="N", type=_positive, help=f"images of a shard, with --shards ({IMAGES_PER_SHARD})"
+    )
     prepare.add_argument(
         "--no-checksums", dest="checksums", action="store_false", help="trust the archives: MD5 takes minutes"
     )
@@ -105,7 +107,11 @@ def build_parser() -> argparse.ArgumentParser:
     shard.add_argument("root", metavar="ROOT", type=_path, help="the data set's folder")
     shard.add_argument("dest", metavar="DEST", type=_path, help="the shards' folder, made where it is not there")
     shard.add_argument(
-        "--images-per-shard", metavar="N", type=_positive, default=IMAGES_PER_SHARD, help=f"({IMAGES_PER_SHARD})"
+        "--images-per-shard",
+        metavar="N",
+        type=_positive,
+        default=IMAGES_PER_SHARD,
+        help=f"images ({IMAGES_PER_SHARD})",
     )
     return parser
 

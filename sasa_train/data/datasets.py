@@ -170,8 +170,8 @@ def load_image_sets(config: DataConfig) -> tuple[ImageSet, ImageSet]:
         train, val = _load_from_disk(config)
     if config.holdout_fraction > 0:
         train, val = split(train, config.holdout_fraction)
-    train = _limit(train, config.max_train_images)
-    val = _limit(val, config.max_val_images)
+    train = limit(train, config.max_train_images)
+    val = limit(val, config.max_val_images)
     _check_classes(config, train.classes)
     return train, val
 
@@ -200,7 +200,7 @@ def split(images: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
     return images.subset(np.setdiff1d(np.arange(len(images)), val)), images.subset(val)
 
 
-def _limit(images: ImageSet, count: int | None) -> ImageSet:
+def limit(images: ImageSet, count: int | None) -> ImageSet:
     """A fixed subset as balanced as the set allows: every class gives its first image, then its second, and so on."""
     if count is None or count >= len(images):
         return images

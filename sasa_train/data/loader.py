@@ -98,13 +98,13 @@ def build_loaders(config: TrainConfig, device: torch.device, memory: int | None 
     )
 
 
-def build_eval_loader(config: TrainConfig, device: torch.device) -> tuple[Loader, list[str], dict[str, Any]]:
-    """The val loader of `build_loaders`, with the same batches, the classes, and val's fingerprint."""
+def build_eval_loader(config: TrainConfig, device: torch.device) -> tuple[Loader, ImageSet]:
+    """The val loader of `build_loaders`, with the same batches, and val's images."""
     _, val_set = load_image_sets(config.data)
     is_resident = _is_resident(config, len(val_set), device)
     val = _build_loader(config, val_set, device, is_resident, split="val")
     _check_queues(config, val)
-    return val, val_set.classes, fingerprint(val_set)
+    return val, val_set
 
 
 def _build_loader(config: TrainConfig, images: ImageSet, device: torch.device, is_resident: bool, split: str) -> Loader:

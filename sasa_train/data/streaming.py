@@ -41,7 +41,7 @@ class StreamingLoader:
         self.queue_bytes = queue_bytes(num_workers, plan.micro_batch_size, plan.num_images, augment.size)
         is_train = quarantine.split == "train"
         self._workers = Workers(
-            _TrainReader(images, augment, quarantine.num_tries) if is_train else _EvalReader(images, augment.size),
+            TrainReader(images, augment, quarantine.num_tries) if is_train else _EvalReader(images, augment.size),
             quarantine.split,
             num_workers,
             worker_timeout,
@@ -102,7 +102,7 @@ class StreamingLoader:
         self._workers.close()
 
 
-class _TrainReader:
+class TrainReader:
     """A micro-batch, augmented: uint8 [B, 3, S, S], labels, and what could not be read."""
 
     def __init__(self, images: ImageSet, augment: Augment, num_tries: int):

@@ -17,7 +17,14 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from sasa_train.config import SMALL_IMAGE, AugmentConfig, DataConfig, crops_by_padding, resolved_image_size
+from sasa_train.config import (
+    SMALL_IMAGE,
+    AugmentConfig,
+    DataConfig,
+    crops_by_padding,
+    flips_images,
+    resolved_image_size,
+)
 from sasa_train.data.datasets import to_rgb
 from sasa_train.data.policies import NUM_DRAWS, Policy, to_device
 from sasa_train.data.randomness import CROP, ERASING, POLICY, sample_draws, sample_rng
@@ -37,7 +44,7 @@ class Augment:
         self.by_batch = crops_by_padding(data, augment)
         padding = augment.crop_padding if augment.crop_padding is not None else self.size // 8
         self.padding = padding if augment.crop else 0
-        self.hflip = augment.hflip if augment.hflip is not None else data.name != "digits"
+        self.hflip = flips_images(data, augment)
         self.policy = Policy(augment) if augment.policy != "none" else None
         strengths = (augment.brightness, augment.contrast, augment.saturation, augment.hue)
         self.jitter = v2.ColorJitter(*strengths) if any(strengths) else None
@@ -174,9 +181,14 @@ def fit(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(_fit_image(image, size))
 
 
+def shorter_side(size: int) -> int:
+    """Pixels to which val images are resized before the centre of `size` pixels is cropped."""
+    return size if size <= SMALL_IMAGE else math.ceil(size / VAL_CROP_FRACTION)
+
+
 def _fit_image(image: Image.Image, size: int) -> Image.Image:
     image = _without_ends(to_rgb(image))
-    shorter = size if size <= SMALL_IMAGE else math.ceil(size / VAL_CROP_FRACTION)
+    shorter = shorter_side(size)
     if image.size != (size, size) or shorter != size:
         image = v2.functional.resize(image, [shorter], antialias=True)
         image = v2.functional.center_crop(image, [size, size])

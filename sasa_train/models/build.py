@@ -1,13 +1,14 @@
 """From the model's config to a model: ours or any of timm's, checked against the data before training starts."""
 
 from difflib import get_close_matches
+from typing import Any
 
 import timm
 import torch
 from torch import nn
 
 import sasa_train.models.resnet  # noqa: F401  (registers our models with timm)
-from sasa_train.config import DIALS, LIBRARY_ERRORS, ConfigError, ModelConfig
+from sasa_train.config import DIALS, LIBRARY_ERRORS, ConfigError, ModelConfig, shorten
 
 
 def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
@@ -21,8 +22,7 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
     kwargs = {dial: getattr(config, dial) for dial in DIALS if getattr(config, dial) is not None}
     if config.drop_path_rate:
         kwargs["drop_path_rate"] = config.drop_path_rate
-    if getattr(timm.get_pretrained_cfg(config.name), "fixed_input_size", False):  # a user's model may have no cfg
-        kwargs["img_size"] = image_size  # vit, swin and their kin are built for one size
+    kwargs |= _sized(config.name, image_size)
     try:
         model = timm.create_model(config.name, num_classes=num_classes, **kwargs)
     except LIBRARY_ERRORS as error:
@@ -32,6 +32,30 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.momentum = config.bn_momentum
     return model
+
+
+def build_published(name: str, image_size: int) -> nn.Module:
+    """timm's model with the weights published for it, and with their own classes; torch's generator is left as it was.
+
+    Raises:
+        ConfigError: there are no such weights, or they are neither in a cache nor to be had from the network.
+    """
+    if not timm.is_model_pretrained(name):
+        raise ConfigError(f"model.pretrained=timm: timm has no weights of {name}: see timm.list_pretrained()")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return timm.create_model(name, pretrained=True, **_sized(name, image_size))
+    except Exception as error:  # urllib's, httpx's and huggingface_hub's have no common class
+        reason = shorten((str(error).splitlines() or [""])[0])
+        raise ConfigError(
+            f"model.pretrained=timm: the weights of {name} cannot be had ({type(error).__name__}: {reason}); they come "
+            "from the Hugging Face hub or its cache ($HF_HOME): run once where there is a network, or name a file"
+        ) from error
+
+
+def _sized(name: str, image_size: int) -> dict[str, Any]:
+    """vit, swin and their kin are built for one size. (A model of the user's may have no configuration of timm's.)"""
+    return {"img_size": image_size} if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False) else {}
 
 
 def enable_grad_checkpointing(model: nn.Module) -> None:

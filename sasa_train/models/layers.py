@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sasa_train.attention import local_attention_qkv, stem
+from sasa_train.attention import attention_weights, local_attention_qkv, stem
 from sasa_train.attention.dispatch import BACKENDS
 from sasa_train.batch_norm import can_normalise_picked, is_plain, normalise_picked
 
@@ -97,13 +97,8 @@ class LocalSelfAttention2d(nn.Module):
             nn.init.normal_(self.rel_width, std=head_dim**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x)
-        if self.position == "absolute":
-            qkv = qkv + self._projected_sinusoid(x)
-        # [B, C', H, W] -> [3 or 2, B, N, H, W, D], a strided view
-        heads = qkv.unflatten(1, (-1, self.num_heads, qkv.shape[1] // self._num_projections // self.num_heads))
         out = local_attention_qkv(
-            heads.permute(1, 0, 2, 4, 5, 3),
+            self._projections(x),
             self.rel_height,
             self.rel_width,
             kernel_size=self.kernel_size,
@@ -113,6 +108,32 @@ class LocalSelfAttention2d(nn.Module):
             backend=self.backend,
         )
         return out.permute(0, 1, 4, 2, 3).flatten(1, 2)
+
+    def attention_weights(self, x: Tensor) -> Tensor:
+        """What `forward` weights the values with, before a stride's pool: [B, N, H, W, K*K], sums to 1."""
+        projections = self._projections(x)
+        return attention_weights(
+            projections[0],
+            projections[1] if self.content else None,
+            self.rel_height,
+            self.rel_width,
+            kernel_size=self.kernel_size,
+            content=self.content,
+            border=self.border,
+        )
+
+    def relative_scores(self, x: Tensor) -> Tensor | None:
+        """q.r at each place of the window, mean over the images and positions of x: [N, K, K]; None without r."""
+        return _mean_relative_scores(self._projections(x)[0], self.rel_height, self.rel_width)
+
+    def _projections(self, x: Tensor) -> Tensor:
+        """Queries, keys (where content is part of the score) and values of all heads, [3 or 2, B, N, H, W, D]."""
+        qkv = self.qkv(x)
+        if self.position == "absolute":
+            qkv = qkv + self._projected_sinusoid(x)
+        # [B, C', H, W] -> [3 or 2, B, N, H, W, D], a strided view
+        heads = qkv.unflatten(1, (-1, self.num_heads, qkv.shape[1] // self._num_projections // self.num_heads))
+        return heads.permute(1, 0, 2, 4, 5, 3)
 
     @property
     def _num_projections(self) -> int:
@@ -220,18 +241,32 @@ class AttentionStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        if height % BLOCK_SIZE or width % BLOCK_SIZE:
-            larger = [math.ceil(side / BLOCK_SIZE) * BLOCK_SIZE for side in (height, width)]
-            raise ValueError(
-                f"image of {height} x {width}: the attention stem needs sides that {BLOCK_SIZE} divides; "
-                f"the next size is {larger[0]} x {larger[1]}, or choose a convolutional stem"
-            )
+        _check_sides(height, width)
         if self._runs_kernel(x):
             return self._forward_kernel(x)
-        query, key = (self._blocks(half) for half in self.qk(x).chunk(2, dim=1))
+        query, key = self._queries_and_keys(x)
         value = self._blocks(self.value(self._mix(x) if self.values == "mixture" else x))
         out = self._attend(query, key, value)
         return self.pool(self.bn(self._unblock(out, height, width)))
+
+    def attention_weights(self, x: Tensor) -> Tensor:
+        """What `forward` weights the values of each block with: [B, N, blocks, 16, 16], query by key, sums to 1.
+
+        Blocks, and positions inside one, row by row. By PyTorch in float32 or float64, as `_attend`.
+        """
+        _check_sides(*x.shape[-2:])
+        query, key = self._queries_and_keys(x)
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        with torch.autocast(query.device.type, enabled=False):
+            return self._attn_weights(query.to(dtype), key.to(dtype))
+
+    def relative_scores(self, x: Tensor) -> Tensor | None:
+        """q.r at each offset inside a block, -3 to 3, mean over all queries of x: [N, 7, 7]; None without r."""
+        return _mean_relative_scores(self._queries_and_keys(x)[0], self.rel_height, self.rel_width)
+
+    def _queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        query, key = (self._blocks(half) for half in self.qk(x).chunk(2, dim=1))
+        return query, key
 
     def _runs_kernel(self, x: Tensor) -> bool:
         if self.backend in ("reference", "triton") or x.device.type == "meta":
@@ -263,10 +298,13 @@ class AttentionStem(nn.Module):
         if query.dtype in (torch.bfloat16, torch.float16):
             with torch.autocast(query.device.type, enabled=False):
                 return self._attend(query.float(), key.float(), value.float()).to(value.dtype)
+        return self._attn_weights(query, key) @ value
+
+    def _attn_weights(self, query: Tensor, key: Tensor) -> Tensor:
         scores = query @ key.transpose(-1, -2)
         if self.rel_height is not None:
             scores = scores + torch.einsum("bnpid,ijd->bnpij", query, self._relative(query.dtype))
-        return scores.softmax(-1) @ value
+        return scores.softmax(-1)
 
     def mixture_weights(self) -> Tensor:
         """p(a, b, m), [m, 4, 4]; sums to 1 over m."""
@@ -309,6 +347,25 @@ def sinusoid(channels: int, length: int, device: torch.device | None = None) -> 
     frequencies = 10_000.0 ** -(torch.arange(0, channels, 2, device=device) / channels)
     angles = frequencies[:, None] * torch.arange(length, device=device)
     return torch.cat([angles.sin(), angles.cos()])
+
+
+def _mean_relative_scores(query: Tensor, rel_height: Tensor | None, rel_width: Tensor | None) -> Tensor | None:
+    """Queries [B, N, ..., D] -> [N, K, K]. q.r is linear in q, so the mean query has the mean score."""
+    if rel_height is None or rel_width is None:
+        return None
+    mean = query.transpose(0, 1).flatten(1, -2).to(torch.promote_types(query.dtype, torch.float32)).mean(1)  # [N, D]
+    top, bottom = mean[:, None].chunk(2, dim=-1)
+    rows, cols = (top * rel_height).sum(-1), (bottom * rel_width).sum(-1)  # [N, K] each
+    return rows[:, :, None] + cols[:, None, :]
+
+
+def _check_sides(height: int, width: int) -> None:
+    if height % BLOCK_SIZE or width % BLOCK_SIZE:
+        larger = [math.ceil(side / BLOCK_SIZE) * BLOCK_SIZE for side in (height, width)]
+        raise ValueError(
+            f"image of {height} x {width}: the attention stem needs sides that {BLOCK_SIZE} divides; "
+            f"the next size is {larger[0]} x {larger[1]}, or choose a convolutional stem"
+        )
 
 
 def _check_dials(

@@ -13,6 +13,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from torch import Tensor, nn
 
 from sasa_train.models.layers import AttentionStem, LocalSelfAttention2d, PointwiseConv2d
+from sasa_train.models.pretrained import checkpoint_filter_fn
 
 BLOCK_COUNTS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3)}
 STEM_CHANNELS = 64
@@ -198,16 +199,17 @@ def build_stem(stem: str, in_chans: int, channels: int, backend: str = "auto") -
     return AttentionStem(in_chans, channels, values=values[stem], backend=backend), 4
 
 
-def _build(variant: str, pretrained: bool, **kwargs) -> ResNet:
-    if pretrained:
-        raise ValueError(f"{variant}: no published weights exist; train it, or load a checkpoint of your own")
-    return build_model_with_cfg(ResNet, variant, pretrained, feature_cfg={"flatten_sequential": False}, **kwargs)
-
-
 def _register(family: str, depth: int, stem: str, op: str) -> None:
     def create(pretrained: bool = False, **kwargs) -> ResNet:
-        return _build(
-            f"{family}_resnet{depth}", pretrained, **{"stem": stem, "stage_ops": (op,) * 4, **kwargs}, depth=depth
+        dials = {"stem": stem, "stage_ops": (op,) * 4, **kwargs, "depth": depth}
+        # pretrained=True is for folders of sasa-export (local-dir:, hf-hub:); for others timm says that there is none.
+        return build_model_with_cfg(
+            ResNet,
+            f"{family}_resnet{depth}",
+            pretrained,
+            feature_cfg={"flatten_sequential": False},
+            pretrained_filter_fn=checkpoint_filter_fn,
+            **dials,
         )
 
     create.__name__ = f"{family}_resnet{depth}"

@@ -31,8 +31,7 @@ def paper_row(config: TrainConfig, table: int) -> Row | None:
     """The row of that table, or None: another model, or a setting that the paper does not have."""
     if config.model.name not in OWN_MODELS:
         return None
-    dials = {dial: getattr(config.model, dial) for dial in DIALS if getattr(config.model, dial) is not None}
-    ours = settings(config.model.name, dials)
+    ours = settings(config.model.name, _dials(config))
     rows = [row for row in ROWS if row.table == table]
     return next((row for row in rows if _same(settings(row.model, row.dials), ours, VARIED[table])), None)
 
@@ -56,9 +55,33 @@ def settings(name: str, dials: dict[str, Any]) -> dict[str, Any]:
         "kernel_size": 7,
         "position": "relative",
         "content": True,
+        "num_heads": 8,
+        "width": 1.0,
+        "border": "mask",
     }
     return implied | dials
 
 
+def _dials(config: TrainConfig) -> dict[str, Any]:
+    """Those that are set."""
+    return {dial: getattr(config.model, dial) for dial in DIALS if getattr(config.model, dial) is not None}
+
+
 def _same(one: dict[str, Any], other: dict[str, Any], keys: tuple[str, ...]) -> bool:
     return all(one[key] == other[key] for key in keys)
+
+
+def nearest_row(config: TrainConfig) -> Row | None:
+    """The printed row whose model is most like ours; None for a model that is none of ours.
+
+    Of rows that are one model, which the paper prints in several tables, the first.
+    """
+    if config.model.name not in OWN_MODELS:
+        return None
+    return min(ROWS, key=lambda row: len(differing_dials(row, config)))
+
+
+def differing_dials(row: Row, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """The dials in which a model of ours is another than the row's -> (the row's, ours)."""
+    papers, ours = settings(row.model, row.dials), settings(config.model.name, _dials(config))
+    return {key: (papers[key], ours[key]) for key in ours if papers[key] != ours[key]}

@@ -1,6 +1,5 @@
 """The report's plots, in the style of the benchmarks' charts: told apart in grey and by the colour-blind."""
 
-import io
 import re
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sasa_train.benchmark.charts import DPI, STYLES, new_figure
+from sasa_train.chart_style import SOLID, as_png, new_figure
 from sasa_train.report.intervals import Interval
 from sasa_train.report.rows import Report, Row, paired_difference
 
@@ -16,7 +15,6 @@ MAX_ROWS, MAX_PANELS = 24, 12  # of more rows, as a search has, the best alone a
 MAX_LABEL = 48
 OURS, PAPER = "#0072B2", "#E69F00"
 OURS_LABEL = "ours, 95 % interval over seeds"
-SOLID = [style for style in STYLES if style[0] != "#B8B8B8"]  # points and lines need more contrast than bars
 
 
 def draw_charts(report: Report) -> dict[str, bytes]:
@@ -31,13 +29,7 @@ def draw_charts(report: Report) -> dict[str, bytes]:
         figures["differences.png"] = _draw_differences(rows)
     if lines := window_lines(rows):
         figures["window.png"] = _draw_windows(lines)
-    return {name: _png(figure) for name, figure in figures.items()}
-
-
-def _png(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, dpi=DPI, format="png")
-    return file.getvalue()
+    return {name: as_png(figure) for name, figure in figures.items()}
 
 
 def best(rows: list[Row], count: int) -> list[Row]:

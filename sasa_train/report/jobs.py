@@ -27,6 +27,7 @@ class Job:
     val: list[dict[str, Any]] = field(default_factory=list)  # the val rows of metrics.jsonl
     images_per_sec: float | None = None  # median of the train rows
     seconds: float | None = None  # of training, over all restarts
+    info: dict[str, Any] = field(default_factory=dict)  # run.json, empty where it cannot be read
 
     @property
     def seed(self) -> int | None:
@@ -150,35 +151,34 @@ def _compose_or_none(overrides: list[str]) -> TrainConfig | None:
 
 def _run_job(run_dir: Path) -> Job:
     job = Job(run_dir.name, "began")
-    info = _read_run(job, run_dir)
+    _read_run(job, run_dir)
     if job.state != "damaged":
-        status = str(info.get("status", "began"))
+        status = str(job.info.get("status", "began"))
         job.state = STATES.get(status, status)
     return job
 
 
-def _read_run(job: Job, run_dir: Path) -> dict[str, Any]:
-    """Fill in what the folder holds; returns run.json, empty where it cannot be read."""
+def _read_run(job: Job, run_dir: Path) -> None:
+    """Fill in what the folder holds."""
     job.run_dir = run_dir
     try:
         job.config = load_config_file(run_dir / "config.yaml")
-        rows = _read_metrics(run_dir / "metrics.jsonl")
+        rows = read_metrics(run_dir / "metrics.jsonl")
     except ConfigError as error:
         job.state, job.reason = "damaged", str(error)
-        return {}
+        return
     job.val = [row for row in rows if row["split"] == "val"]
     speeds = [row["images_per_sec"] for row in rows if row.get("images_per_sec")]
     job.images_per_sec = statistics.median(speeds) if speeds else None
     try:
         info = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    info = info if isinstance(info, dict) else {}
-    job.seconds = info.get("seconds") if isinstance(info.get("seconds"), int | float) else None
-    return info
+    except (OSError, ValueError, RecursionError):
+        return
+    job.info = info if isinstance(info, dict) else {}
+    job.seconds = job.info.get("seconds") if isinstance(job.info.get("seconds"), int | float) else None
 
 
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Every row; of a run that goes on, the last line may be half there.
 
     Raises:

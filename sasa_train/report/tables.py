@@ -15,31 +15,35 @@ HELD_OUT_TABLES = (3, 5)  # of the paper: top1 on 4 % held out of train
 
 
 def markdown(report: Report) -> str:
-    lines = [_title(report), "", *_grid([_cells(report, i, row) for i, row in enumerate(report.rows, 1)]), ""]
+    lines = [f"# {title(report)}", "", *_grid([cells(report, i, row) for i, row in enumerate(report.rows, 1)]), ""]
     lines += [f"- {note}" for note in notes(report)]
     if report.not_counted:
         states = Counter(job.state for job, _ in report.not_counted)
         counts = ", ".join(f"{count} {state}" for state, count in states.items())
         lines += ["", f"Not in the figures: {counts}", ""]
-        rows = [
-            {"job": job.name, "row": label, "state": job.state, "reason": _one_line(job.reason)}
-            for job, label in report.not_counted
-        ]
-        lines += _grid(rows)
+        lines += _grid(not_counted(report))
     return "\n".join(lines) + "\n"
 
 
-def _title(report: Report) -> str:
+def not_counted(report: Report) -> list[dict[str, str]]:
+    """A line for each job that is not in the figures."""
+    return [
+        {"job": job.name, "row": label, "state": job.state, "reason": _one_line(job.reason)}
+        for job, label in report.not_counted
+    ]
+
+
+def title(report: Report) -> str:
     done = len(report.all_jobs)
-    title = f"Table {report.table} of the paper, ours beside it" if report.table else "Report"
-    return f"# {title}: {done} of {done + len(report.not_counted)} jobs"
+    what = f"Table {report.table} of the paper, ours beside it" if report.table else "Report"
+    return f"{what}: {done} of {done + len(report.not_counted)} jobs"
 
 
-def _cells(report: Report, number: int, row: Row) -> dict[str, str]:
+def cells(report: Report, number: int, row: Row) -> dict[str, str]:
     """One line of the table, by column."""
     of_paper = report.table is not None
     speed, seconds = row.mean(lambda job: job.images_per_sec), row.mean(lambda job: job.seconds)
-    cells = {
+    found = {
         "#": str(number),
         "row": row.label,
         "seeds": f"{len(row.jobs)}/{row.num_jobs}",
@@ -49,17 +53,17 @@ def _cells(report: Report, number: int, row: Row) -> dict[str, str]:
         "excludes 0": _yes_no(row.difference),
     }
     if of_paper:
-        cells["paper top1"] = f"{row.paper.top1:.1f}" if row.paper else "-"
-        cells["paper difference"] = _paper_difference(row)
-    cells["M params"] = "-" if row.params is None else f"{row.params / 1e6:.2f}"
+        found["paper top1"] = f"{row.paper.top1:.1f}" if row.paper else "-"
+        found["paper difference"] = _paper_difference(row)
+    found["M params"] = "-" if row.params is None else f"{row.params / 1e6:.2f}"
     if of_paper:
-        cells["paper M"] = f"{row.paper.mparams:.1f}" if row.paper and row.paper.mparams else "-"
-    cells["GFLOPs"] = "-" if row.flops is None else f"{row.flops / 1e9:.3g}"
+        found["paper M"] = f"{row.paper.mparams:.1f}" if row.paper and row.paper.mparams else "-"
+    found["GFLOPs"] = "-" if row.flops is None else f"{row.flops / 1e9:.3g}"
     if of_paper:
-        cells["paper G"] = f"{row.paper.gflops:.1f}" if row.paper else "-"
-    cells["images/s"] = _number(speed, "{:,.0f}")
-    cells["training time"] = duration(seconds.mean) if seconds else "-"
-    return cells
+        found["paper G"] = f"{row.paper.gflops:.1f}" if row.paper else "-"
+    found["images/s"] = _number(speed, "{:,.0f}")
+    found["training time"] = duration(seconds.mean) if seconds else "-"
+    return found
 
 
 def _grid(rows: list[dict[str, str]]) -> list[str]:

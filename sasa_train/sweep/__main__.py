@@ -18,6 +18,8 @@ from sasa_train.sweep.processes import JobList, Processes, Source, finish, job_a
 
 USAGE = """usage: sasa-sweep [sweep=NAME] [key=value,value ...] [sweep.KEY=value ...]
 
+Train many models from one command: each combination of the values, in a run folder of its own.
+
   sasa-sweep experiment=quickstart seed=0,1,2 model.kernel_size=3,5,7 sweep.max_parallel=2
   sasa-sweep sweep=paper_table4 data.root=/path/to/imagenet      a file in configs/sweep/, or one of your own
   sasa-sweep sweep=digits_search                                 a search with pruning (needs sasa_train[search])

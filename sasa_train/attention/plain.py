@@ -1,0 +1,80 @@
+"""Local attention as a few matrix products, for exported programs: no operator of ours, no loop over the window.
+
+Each row of queries meets K whole rows of keys, all but the window's columns masked out. That multiplies much in vain,
+so a wide row is cut into tiles; but a runtime without our kernels is faster with it than with the reference's K*K
+shifted windows, and the graph has a tenth of the nodes (docs/export.md has the numbers).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TILE = 16  # queries of a row at most; each tile reads K - 1 columns of its neighbours
+
+
+def local_attention_forward(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    rel_height: Tensor | None,
+    rel_width: Tensor | None,
+    kernel_size: int,
+    border: str,
+) -> Tensor:
+    """As the reference's, in the inputs' own dtype (float32 or float64), without anything in place."""
+    height, width = query.shape[2:4]
+    num_tiles = math.ceil(width / TILE)
+    tile = math.ceil(width / num_tiles)
+    surplus = num_tiles * tile - width  # columns of zeros, cut off again
+    q = F.pad(query, (0, 0, 0, surplus)).unflatten(3, (num_tiles, tile))  # [B, N, H, tiles, tile, D]
+    column = _window_column(tile, kernel_size, query.device)
+    scores = None if key is None else q @ _windows(key, num_tiles, tile, kernel_size).mT
+    if rel_height is not None and rel_width is not None:
+        relative = _relative(q, rel_height, rel_width, column.clamp(0, kernel_size - 1))
+        scores = relative if scores is None else scores + relative
+    assert scores is not None
+    mask = _inside(column, kernel_size).unsqueeze(1).expand(-1, kernel_size, -1)  # [tile, K, span]
+    if border == "mask":
+        mask = mask & _inside_image(height, width, num_tiles, tile, kernel_size, query.device)
+    # Not -inf, whose softmax is NaN where a surplus query sees nothing.
+    attn_weights = torch.where(mask.flatten(-2), scores, torch.finfo(scores.dtype).min).softmax(-1)
+    output = attn_weights @ _windows(value, num_tiles, tile, kernel_size)
+    return output.flatten(3, 4).narrow(3, 0, width)
+
+
+def _windows(x: Tensor, num_tiles: int, tile: int, kernel_size: int) -> Tensor:
+    """[B, N, H, W, D] -> [B, N, H, tiles, K * span, D]: for each tile of a row what its queries may look at."""
+    radius, height, span = kernel_size // 2, x.shape[2], tile + kernel_size - 1
+    padded = F.pad(x, (0, 0, radius, radius + num_tiles * tile - x.shape[3], radius, radius))
+    tiles = torch.stack([padded.narrow(3, i * tile, span) for i in range(num_tiles)], 3)
+    return torch.cat([tiles.narrow(2, dy, height) for dy in range(kernel_size)], 4)
+
+
+def _relative(q: Tensor, rel_height: Tensor, rel_width: Tensor, column: Tensor) -> Tensor:
+    """q.r, [B, N, H, tiles, tile, K * span]; where `column` was outside the window some value, to be masked out."""
+    num_heads = q.shape[1]
+    q_top, q_bottom = q.chunk(2, dim=-1)
+    rows = torch.einsum("bnhtqd,nkd->bnhtqk", q_top, rel_height.expand(num_heads, -1, -1))
+    cols = torch.einsum("bnhtqd,nqsd->bnhtqs", q_bottom, rel_width.expand(num_heads, -1, -1)[:, column])
+    return (rows.unsqueeze(-1) + cols.unsqueeze(-2)).flatten(-2)
+
+
+def _window_column(tile: int, kernel_size: int, device: torch.device) -> Tensor:
+    """[tile, span]: which column of a query's window each column of the span is; from 0 to K - 1 inside it."""
+    span = tile + kernel_size - 1
+    return torch.arange(span, device=device) - torch.arange(tile, device=device).view(-1, 1)
+
+
+def _inside(index: Tensor, size: int) -> Tensor:
+    return index == index.clamp(0, size - 1)
+
+
+def _inside_image(height: int, width: int, num_tiles: int, tile: int, kernel_size: int, device: torch.device) -> Tensor:
+    """[H, tiles, 1, K, span]: True where the image has such a row and such a column."""
+    radius, num_columns = kernel_size // 2, num_tiles * tile
+    rows = torch.arange(height, device=device).view(-1, 1) + torch.arange(-radius, radius + 1, device=device)
+    starts = torch.arange(0, num_columns, tile, device=device).view(-1, 1)
+    cols = starts + torch.arange(-radius, tile + radius, device=device)
+    return _inside(rows, height).view(height, 1, 1, -1, 1) & _inside(cols, width).view(num_tiles, 1, 1, -1)

@@ -1,0 +1,162 @@
+"""How far a classifier's probabilities can be believed: calibration error, Brier score, the best temperature.
+
+Calibration is of the top-1 confidence, in bins of equal width, as in Guo et al. 2017 (arXiv 1706.04599).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NUM_BINS = 15  # as in the paper
+CHUNK = 4096  # images whose probabilities are in memory at a time, in float64
+MAX_STEPS = 200  # of Newton's method, which takes about ten
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Images whose confidence is above `low` and at most `high`; all in percent. Means are None where there is none."""
+
+    low: float
+    high: float
+    num_images: int
+    confidence: float | None
+    top1: float | None
+
+    @property
+    def gap(self) -> float:
+        """Percentage points by which the confidence exceeds the accuracy; 0 of an empty bin."""
+        return 0.0 if self.confidence is None or self.top1 is None else self.confidence - self.top1
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """What the logits are to be divided by for the least NLL, and what NLL and ECE (percent) are then."""
+
+    value: float
+    nll: float
+    ece: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """`ece`, `mce`, `confidence` (its mean) and `top1` in percent; `nll` in nats; `brier` from 0 to 2.
+
+    `temperature` is None where no temperature is best: every image is right, or the logits say less than nothing.
+    """
+
+    ece: float
+    mce: float
+    confidence: float
+    top1: float
+    nll: float
+    brier: float
+    temperature: Temperature | None
+    bins: list[Bin]
+
+
+def calibrate(logits: Tensor, labels: Tensor, predictions: Tensor, num_bins: int = NUM_BINS) -> Calibration:
+    """logits [n, num_classes], labels and predictions int64 [n] (the highest logit, however a tie was settled)."""
+    is_right = (predictions == labels).numpy()
+    confidences = confidences_of(logits, predictions)
+    bins = bin_by_confidence(confidences, is_right, num_bins)
+    nll, brier = proper_scores(logits, labels)
+    return Calibration(
+        expected_error(bins),
+        max(abs(each.gap) for each in bins),
+        100 * float(confidences.mean()),
+        100 * float(is_right.mean()),
+        nll,
+        brier,
+        _tempered(logits, labels, predictions, num_bins),
+        bins,
+    )
+
+
+def confidences_of(logits: Tensor, predictions: Tensor, inverse_temperature: float = 1.0) -> np.ndarray:
+    """Probabilities of `predictions`, float64 [n]."""
+    chunks = zip(logits.split(CHUNK), predictions.split(CHUNK), strict=True)
+    found = [_probabilities(z, inverse_temperature).gather(1, rows[:, None])[:, 0] for z, rows in chunks]
+    return torch.cat(found).numpy()
+
+
+def bin_by_confidence(confidences: np.ndarray, is_right: np.ndarray, num_bins: int) -> list[Bin]:
+    """`num_bins` bins of equal width from 0 to 100 %; a confidence on an edge is in the bin below it."""
+    edges = np.linspace(0, 1, num_bins + 1)
+    places = np.clip(np.searchsorted(edges, confidences, side="left") - 1, 0, num_bins - 1)
+    counts = np.bincount(places, minlength=num_bins)
+    with np.errstate(invalid="ignore"):  # of empty bins
+        means = 100 * np.bincount(places, weights=confidences, minlength=num_bins) / counts
+        hits = 100 * np.bincount(places, weights=is_right, minlength=num_bins) / counts
+    return [
+        Bin(100 * edges[i], 100 * edges[i + 1], int(n), float(means[i]) if n else None, float(hits[i]) if n else None)
+        for i, n in enumerate(counts)
+    ]
+
+
+def expected_error(bins: Sequence[Bin]) -> float:
+    """ECE in percent: the gap between confidence and accuracy, averaged over images."""
+    return sum(each.num_images * abs(each.gap) for each in bins) / sum(each.num_images for each in bins)
+
+
+def proper_scores(logits: Tensor, labels: Tensor, inverse_temperature: float = 1.0) -> tuple[float, float]:
+    """NLL, and the Brier score: squared errors summed over all classes (0 to 2), averaged over images."""
+    nll = brier = 0.0
+    for z, y in _chunks(logits, labels):
+        log_probabilities = (inverse_temperature * z).log_softmax(1)
+        of_label = log_probabilities.gather(1, y[:, None])[:, 0]
+        nll -= of_label.sum().item()
+        brier += (log_probabilities.exp().square().sum(1) - 2 * of_label.exp() + 1).sum().item()
+    return nll / len(labels), brier / len(labels)
+
+
+def best_temperature(logits: Tensor, labels: Tensor) -> float | None:
+    """The temperature with the least NLL; None where that falls for ever, as the logits grow or vanish.
+
+    NLL is convex in the inverse temperature, so Newton's method finds its one minimum; a bracket keeps it on the way.
+    """
+    of_label = logits.gather(1, labels[:, None])[:, 0]
+    if bool((of_label == logits.max(1).values).all()) or _slope(logits, labels, 0.0)[0] >= 0:
+        return None
+    low, high, inverse = 0.0, float("inf"), 1.0
+    for _ in range(MAX_STEPS):
+        slope, curvature = _slope(logits, labels, inverse)
+        low, high = (low, inverse) if slope > 0 else (inverse, high)
+        step = inverse - slope / curvature if curvature > 0 else high
+        if not low < step < high:
+            step = (low + high) / 2 if high < float("inf") else 2 * inverse
+        if abs(step - inverse) <= 1e-12 * inverse:
+            break
+        inverse = step
+    return 1 / inverse
+
+
+def _tempered(logits: Tensor, labels: Tensor, predictions: Tensor, num_bins: int) -> Temperature | None:
+    value = best_temperature(logits, labels)
+    if value is None:
+        return None
+    confidences = confidences_of(logits, predictions, 1 / value)
+    bins = bin_by_confidence(confidences, (predictions == labels).numpy(), num_bins)
+    return Temperature(value, proper_scores(logits, labels, 1 / value)[0], expected_error(bins))
+
+
+def _slope(logits: Tensor, labels: Tensor, inverse: float) -> tuple[float, float]:
+    """First and second derivative of the NLL's sum by the inverse temperature: E[z] - z_label, and Var[z]."""
+    slope = curvature = 0.0
+    for z, y in _chunks(logits, labels):
+        probabilities = _probabilities(z, inverse)
+        mean = (probabilities * z).sum(1, keepdim=True)
+        slope += (mean - z.gather(1, y[:, None])).sum().item()
+        curvature += (probabilities * (z - mean).square()).sum().item()
+    return slope, curvature
+
+
+def _chunks(logits: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    for z, y in zip(logits.split(CHUNK), labels.split(CHUNK), strict=True):
+        yield z.double(), y
+
+
+def _probabilities(logits: Tensor, inverse_temperature: float) -> Tensor:
+    return (inverse_temperature * logits.double()).softmax(1)

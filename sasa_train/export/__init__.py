@@ -1,0 +1,1 @@
+"""Trained models in other tools' formats, each checked against PyTorch before it is there."""

@@ -1,0 +1,99 @@
+"""What a model's user must know beside its weights: classes, preprocessing, where it comes from."""
+
+import json
+import math
+from typing import Any
+
+import sasa_train
+from sasa_train.compose import to_yaml
+from sasa_train.data.datasets import mean_std
+from sasa_train.data.transforms import shorter_side
+from sasa_train.trained import TrainedModel
+
+CARD = """---
+library_name: timm
+pipeline_tag: image-classification
+tags:
+- image-classification
+- timm
+---
+# {name} on {data}
+
+An image classifier trained with sasa_train {version}: {num_classes} classes, images of {size} x {size} pixels.
+{measured}
+
+```python
+import timm
+import sasa_train.models  # registers the architecture with timm
+
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # or "hf-hub:USER/NAME"
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```
+
+`config.json` has the architecture with its dials, the preprocessing and the names of the classes; the metadata of
+`model.safetensors` the whole training config. No licence is given here: add yours, and the terms of the data.
+
+Trained by:
+
+```
+{command}
+```
+"""
+
+
+def describe(trained: TrainedModel) -> dict[str, str]:
+    """As texts, for the metadata of a file; lists are JSON. `resize` is the shorter side before the central crop."""
+    mean, std = mean_std(trained.config.data)
+    return {
+        "sasa_train": sasa_train.__version__,
+        "model": trained.config.model.name,
+        "classes": json.dumps(trained.classes),
+        "image_size": str(trained.image_size),
+        "resize": str(shorter_side(trained.image_size)),
+        "interpolation": "bilinear",
+        "mean": json.dumps(list(mean)),
+        "std": json.dumps(list(std)),
+        "weights": trained.weights,
+        "step": str(trained.checkpoint["step"]),
+        "config": to_yaml(trained.config),
+    }
+
+
+def timm_data_config(trained: TrainedModel) -> dict[str, Any]:
+    """The preprocessing in timm's terms, so that its `create_transform` gives the pixels that val has."""
+    mean, std = mean_std(trained.config.data)
+    size, shorter = trained.image_size, shorter_side(trained.image_size)
+    exact = math.floor(size / (size / shorter)) == shorter  # timm's way back, which rounding may cost a pixel
+    return {
+        "input_size": (3, size, size),
+        "mean": tuple(mean),
+        "std": tuple(std),
+        "crop_pct": size / shorter if exact else size / (shorter + 0.5),
+        "crop_mode": "center",
+        "interpolation": "bilinear",
+    }
+
+
+def model_card(trained: TrainedModel) -> str:
+    return CARD.format(
+        name=trained.config.model.name,
+        data=trained.config.data.name,
+        version=sasa_train.__version__,
+        num_classes=len(trained.classes),
+        size=trained.image_size,
+        measured=_measured(trained),
+        command=trained.checkpoint["provenance"].get("reproduce", "unknown"),
+    )
+
+
+def _measured(trained: TrainedModel) -> str:
+    """The val row that the run logged at the checkpoint's step, in words."""
+    rows = [json.loads(line) for line in trained.checkpoint["metrics"].splitlines()]
+    at_step = [row for row in rows if row["split"] == "val" and row["step"] == trained.checkpoint["step"]]
+    row = at_step[-1] if at_step else {}
+    top1 = row.get("top1_raw" if trained.weights == "raw" and "top1_raw" in row else "top1")
+    if top1 is None:
+        return "It was not evaluated at this step."
+    best = trained.checkpoint["best"]
+    chosen = " This checkpoint was chosen on val, which flatters." if best and best["step"] == row["step"] else ""
+    return f"Top1 on val ({trained.config.data.name}): {top1:.2f} % at step {row['step']:,}.{chosen}"

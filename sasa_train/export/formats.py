@@ -1,0 +1,168 @@
+"""The formats: how each is written, and how it is read again to be checked. Inputs are images, outputs logits."""
+
+import contextlib
+import copy
+import functools
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sasa_train.attention import plain_decompositions
+from sasa_train.compose import load_config
+from sasa_train.export.check import Run
+from sasa_train.export.description import describe, model_card, timm_data_config
+from sasa_train.models import AttentionStem, LocalSelfAttention2d, build_model
+from sasa_train.trained import TrainedModel
+
+ROUNDING = 1e-5  # of the largest logit: float32 sums in another order, through all layers
+OPSET = 18  # the version whose operators torch.onnx writes without converting
+# What timm says of the weights that it has for an architecture.
+OF_OTHER_WEIGHTS = ("tag", "license", "description", "origin_url", "notes")
+
+
+class Source:
+    """A trained model, and the program that two of the formats are made of."""
+
+    def __init__(self, trained: TrainedModel):
+        self.trained = trained
+
+    @functools.cached_property
+    def program(self) -> torch.export.ExportedProgram:
+        size = self.trained.image_size
+        return plain_program(self.trained.model, torch.zeros(2, 3, size, size))
+
+
+def plain_program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
+    """`model` in PyTorch's own operators alone, for any number of such images; without the paths of source files."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, AttentionStem | LocalSelfAttention2d):
+            module.backend = "reference"
+    with torch.no_grad(), quiet():
+        program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        program = program.run_decompositions(plain_decompositions())
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    return program
+
+
+def onnx_program(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:
+    """`images` [batch, 3, S, S] -> `logits`."""
+    with quiet():
+        made = torch.onnx.export(
+            program,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: "batch"},),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    assert made is not None
+    return made
+
+
+@dataclass(frozen=True)
+class Format:
+    """`target` is the file's or folder's name; `tolerance` how far logits may be from PyTorch's, 0 being not a bit."""
+
+    target: str
+    write: Callable[[Source, Path], None]
+    load: Callable[[Path], Run]
+    tolerance: float
+
+
+def write_safetensors(source: Source, path: Path) -> None:
+    from safetensors.torch import save
+
+    path.write_bytes(save(source.trained.model.state_dict(), {"format": "pt", **describe(source.trained)}))
+
+
+def load_safetensors(path: Path) -> nn.Module:
+    """The model again, from nothing but the file."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        described, state_dict = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    config = load_config(described["config"], [], source=str(path))
+    model = build_model(config.model, len(json.loads(described["classes"])), int(described["image_size"]))
+    model.load_state_dict(state_dict)
+    return model.eval()
+
+
+def write_hub(source: Source, path: Path) -> None:
+    """A folder as timm makes them: config.json, model.safetensors, README.md."""
+    from timm.models import save_for_hf
+
+    trained = source.trained
+    labels, preprocessing = {"label_names": trained.classes}, timm_data_config(trained)
+    save_for_hf(trained.model, str(path), model_config=labels, data_config=preprocessing, safe_serialization=True)
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config["model_args"].pop("num_classes", None)  # it is said above them, and transformers would pass it twice
+    for key in OF_OTHER_WEIGHTS:
+        config["pretrained_cfg"].pop(key, None)
+    (path / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    write_safetensors(source, path / "model.safetensors")  # timm's, with metadata
+    (path / "README.md").write_text(model_card(trained), encoding="utf-8")
+
+
+def load_hub(path: Path) -> nn.Module:
+    import timm
+
+    return timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+
+
+def write_torch_export(source: Source, path: Path) -> None:
+    described = json.dumps(describe(source.trained))
+    torch.export.save(source.program, path, extra_files={"sasa_train.json": described})
+
+
+def load_torch_export(path: Path) -> Run:
+    return torch.export.load(path).module()
+
+
+def write_onnx(source: Source, path: Path) -> None:
+    made = onnx_program(source.program)
+    made.model.metadata_props.update(describe(source.trained))
+    made.save(path)
+
+
+def load_onnx(path: Path) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()  # a fair race
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+    return run
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what torch's exporters say of their own insides."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        previous = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(previous)
+
+
+FORMATS: dict[str, Format] = {
+    "safetensors": Format("model.safetensors", write_safetensors, load_safetensors, 0.0),
+    "hub": Format("hub", write_hub, load_hub, 0.0),
+    "onnx": Format("model.onnx", write_onnx, load_onnx, ROUNDING),
+    "torch_export": Format("model.pt2", write_torch_export, load_torch_export, ROUNDING),
+}

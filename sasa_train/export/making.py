@@ -1,0 +1,71 @@
+"""One format, made aside, read again, checked, and only then put in its place."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from torch import Tensor
+
+from sasa_train.atomic import sync_folder
+from sasa_train.config import ConfigError
+from sasa_train.export.check import Measured, measure
+from sasa_train.export.formats import Format, Source
+
+
+class ExportError(Exception):
+    """A format that cannot be made of this model, or whose logits are not PyTorch's; nothing of it is left."""
+
+
+def make(how: Format, source: Source, folder: Path, images: Tensor, expected: Measured) -> Measured:
+    """Make `folder`/`how.target`; what was there before stays until the new one is found right.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+        ExportError: see there.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".making-") as aside:
+            path = Path(aside) / how.target
+            found = _make_aside(how, source, path, images)
+            difference = found.difference(expected)
+            if not difference <= how.tolerance:  # NaN is no success
+                raise ExportError(
+                    f"its logits differ from PyTorch's by {difference:.1e} of the largest, where {how.tolerance:.0e} "
+                    "is allowed; it is not written"
+                )
+            _put(path, folder / how.target)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"{folder}: cannot be written ({reason}); give another place with --out") from error
+    return found
+
+
+def _make_aside(how: Format, source: Source, path: Path, images: Tensor) -> Measured:
+    try:
+        how.write(source, path)
+        return measure(how.load(path), images)
+    except OSError:
+        raise
+    except Exception as error:  # torch's exporters, onnxruntime and timm have no common class
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        name = source.trained.config.model.name
+        raise ExportError(f"cannot be made of {name} ({reason}); leave it out with --formats") from error
+
+
+def _put(path: Path, target: Path) -> None:
+    """Rename, on disk; a folder that was there goes into the one of `path`, to be deleted with it."""
+    for file in _files(path):
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+    if target.is_dir():
+        os.replace(target, path.with_name(f"{path.name}.old"))
+    os.replace(path, target)
+    sync_folder(target.parent)
+
+
+def megabytes(path: Path) -> float:
+    return sum(file.stat().st_size for file in _files(path)) / 1e6
+
+
+def _files(path: Path) -> list[Path]:
+    return [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]

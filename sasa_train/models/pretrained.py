@@ -1,0 +1,203 @@
+"""Weights of another training put into a model: what fits is loaded, another window is adapted, the rest is named."""
+
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.models import adapt_input_conv
+from torch import Tensor, nn
+
+from sasa_train.config import LIBRARY_ERRORS, ConfigError, shorten
+from sasa_train.printable import printable
+
+StateDict = dict[str, Tensor]
+
+MAX_LINE = 4000  # characters of a report's line: a ResNet-50's names have 3,000
+MIN_SHARE = 0.1  # of the parameters outside the classifier: with less than that it is another model's file
+
+
+@dataclass
+class PretrainedReport:
+    """What `load_pretrained` did, tensor by tensor; `share` is the part of the model's parameters that was loaded."""
+
+    loaded: list[str]
+    adapted: dict[str, str]  # those of them that had another shape -> "window 7 -> 5", say
+    left: dict[str, str]  # those at their initialisation -> why
+    unused: list[str]  # of the file
+    share: float
+
+    def describe(self) -> str:
+        """Several lines, the tensors by the layers they are in."""
+        num_all = len(self.loaded) + len(self.left)
+        lines = [f"loaded {len(self.loaded)} of {num_all} tensors, {100 * self.share:.1f} % of the parameters"]
+        lines += [f"adapted, {how}: {_by_layer(names)}" for how, names in _by_value(self.adapted).items()]
+        lines += [f"left as initialised, {why}: {_by_layer(names)}" for why, names in _by_value(self.left).items()]
+        if self.unused:
+            lines.append(f"in the file but not in this model: {_by_layer(self.unused)}")
+        short = [line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]} ..." for line in lines]
+        return "\n".join(textwrap.fill(printable(line), 108, subsequent_indent="    ") for line in short)
+
+
+@torch.no_grad()
+def load_pretrained(model: nn.Module, state_dict: StateDict, keep_classifier: bool = True) -> PretrainedReport:
+    """Put what fits of `state_dict` into the model: tensors of the same name and shape, or those that can be adapted.
+
+    That is done by the `checkpoint_filter_fn` that the model's module has, as timm's do: position embeddings to another
+    image size, and our own to another window. The first convolution is adapted to another number of channels.
+
+    Args:
+        keep_classifier: False leaves the classifier at its initialisation, even where its shape fits.
+
+    Raises:
+        ConfigError: less than a tenth of the parameters outside the classifier fit, or what fits is not finite; the
+            model is as it was.
+    """
+    own = model.state_dict()
+    given = _adapt_first_conv(model, _filtered(model, state_dict))
+    classifier = tuple(f"{name}." for name in _classifier_names(model))
+    left = {}
+    for name, tensor in own.items():
+        is_classifier = name.startswith(classifier)
+        if name not in given:
+            left[name] = "not in the file"
+        elif given[name].shape != tensor.shape:
+            left[name] = _misfit(given[name], tensor, is_classifier)
+        elif is_classifier and not keep_classifier:
+            left[name] = "other classes in the file"
+    loaded = [name for name in own if name not in left]
+    _check_enough(model, loaded, classifier, left)
+    _check_finite({name: given[name] for name in loaded})
+    for name in loaded:
+        own[name].copy_(given[name])
+    return PretrainedReport(
+        loaded=loaded,
+        adapted={
+            name: _change(name, state_dict[name], own[name])
+            for name in loaded
+            if name in state_dict and state_dict[name].shape != own[name].shape
+        },
+        left=left,
+        unused=[name for name in given if name not in own],
+        share=_share(dict(model.named_parameters()), loaded),
+    )
+
+
+def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
+    """For our own models, by the name that timm looks for: relative embeddings to the model's window."""
+    own = model.state_dict()
+    return {
+        name: resize_window(tensor, own[name].shape[-2]) if _is_other_window(name, tensor, own) else tensor
+        for name, tensor in state_dict.items()
+    }
+
+
+def _is_relative(name: str) -> bool:
+    return name.rpartition(".")[2] in ("rel_height", "rel_width")
+
+
+def _is_other_window(name: str, tensor: Tensor, own: dict[str, Any]) -> bool:
+    """Whether an embedding [K, D/2] or [N, K, D/2] differs from the model's in K alone."""
+    if not _is_relative(name) or name not in own:
+        return False
+    here, there = own[name].shape, tensor.shape
+    return len(here) == len(there) >= 2 and here[-2] != there[-2] and here[:-2] + here[-1:] == there[:-2] + there[-1:]
+
+
+def resize_window(table: Tensor, kernel_size: int) -> Tensor:
+    """Relative embeddings [..., K, D/2] of another window -> [..., kernel_size, D/2].
+
+    An embedding is about an offset in positions, so each offset keeps its own: a smaller window forgets the outer
+    ones, a larger one goes on with the outermost. Stretching the table over the window, as Swin's is, was measured to
+    be worse at 5 of 6 windows, also where the image grew as much (docs/finetune.md).
+    """
+    num_offsets = table.shape[-2]
+    offsets = torch.arange(kernel_size) + (num_offsets - kernel_size) // 2
+    return table[..., offsets.clamp(0, num_offsets - 1), :]
+
+
+def _filtered(model: nn.Module, state_dict: StateDict) -> StateDict:
+    filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if filter_fn is None:
+        return dict(state_dict)
+    try:
+        return dict(filter_fn(dict(state_dict), model))
+    except LIBRARY_ERRORS as error:
+        raise ConfigError(
+            f"{type(model).__name__} cannot read these weights ({type(error).__name__}: {shorten(error)}), so this is "
+            "another model's file"
+        ) from error
+
+
+def _adapt_first_conv(model: nn.Module, given: StateDict) -> StateDict:
+    """Three input channels in the file, another number in the model: as timm does it."""
+    names = getattr(model, "pretrained_cfg", {}).get("first_conv") or ()
+    own = model.state_dict()
+    for name in (f"{name}.weight" for name in ((names,) if isinstance(names, str) else names)):
+        if name in own and name in given and own[name].ndim == given[name].ndim == 4:
+            here, there = own[name].shape, given[name].shape
+            if there[1] == 3 != here[1] and here[0] == there[0] and here[2:] == there[2:]:
+                given[name] = adapt_input_conv(here[1], given[name])
+    return given
+
+
+def _misfit(given: Tensor, own: Tensor, is_classifier: bool) -> str:
+    if is_classifier and given.ndim and given.shape[1:] == own.shape[1:]:
+        return f"{len(given)} classes in the file, {len(own)} here"
+    return f"{list(given.shape)} in the file, {list(own.shape)} here"
+
+
+def _change(name: str, before: Tensor, after: Tensor) -> str:
+    if _is_relative(name):
+        return f"window {before.shape[-2]} -> {after.shape[-2]}"
+    return f"{list(before.shape)} -> {list(after.shape)}"
+
+
+def _classifier_names(model: nn.Module) -> list[str]:
+    classifier = model.get_classifier()  # type: ignore[operator]
+    heads = classifier if isinstance(classifier, tuple) else (classifier,)  # distilled models have two
+    return [name for name, module in model.named_modules() if any(module is head for head in heads)]
+
+
+def _share(parameters: Mapping[str, Tensor], loaded: Iterable[str]) -> float:
+    """Of the parameters' numbers."""
+    count = sum(p.numel() for p in parameters.values())
+    return sum(parameters[name].numel() for name in loaded if name in parameters) / max(count, 1)
+
+
+def _check_enough(model: nn.Module, loaded: list[str], classifier: tuple[str, ...], left: dict[str, str]) -> None:
+    body = {name: p for name, p in model.named_parameters() if not name.startswith(classifier)}
+    if (share := _share(body, loaded)) < MIN_SHARE:
+        reasons = "; ".join(f"{why}: {_by_layer(names)}" for why, names in _by_value(left).items())
+        raise ConfigError(
+            f"only {100 * share:.1f} % of {type(model).__name__}'s parameters outside the classifier fit, so this is "
+            f"another model's file ({printable(shorten(reasons))})"
+        )
+
+
+def _check_finite(tensors: StateDict) -> None:
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    if wrong := [name for name, tensor in floats.items() if not tensor.float().isfinite().all()]:
+        raise ConfigError(f"its weights are not finite, {printable(wrong[0])} first of {len(wrong)}")
+
+
+def _by_value(texts: dict[str, str]) -> dict[str, list[str]]:
+    """{name: text} -> {text: names}."""
+    found: dict[str, list[str]] = {}
+    for name, text in texts.items():
+        found.setdefault(text, []).append(name)
+    return found
+
+
+def _by_layer(names: Iterable[str]) -> str:
+    """`rel_height, rel_width of layer1.0.conv2, layer2.0.conv2; weight, bias of fc`."""
+    leaves: dict[str, list[str]] = {}
+    for name in names:
+        layer, _, leaf = name.rpartition(".")
+        leaves.setdefault(layer, []).append(leaf)
+    layers: dict[str, list[str]] = {}
+    for layer, found in leaves.items():
+        layers.setdefault(", ".join(found), []).append(layer)
+    return "; ".join(f"{found} of {', '.join(where)}" if any(where) else found for found, where in layers.items())

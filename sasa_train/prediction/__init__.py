@@ -1,0 +1,1 @@
+"""From files to their best classes: the parts of sasa-predict."""

@@ -1,0 +1,224 @@
+"""Figures of what attention does: maps over images, distances, relative embeddings."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from torch import Tensor
+
+from sasa_train.chart_style import GRID, MAGNITUDES, SOLID, WIDTH, new_figure
+from sasa_train.visualize.class_figures import short_name
+from sasa_train.visualize.distance import Distances
+from sasa_train.visualize.val_sample import Prediction
+from sasa_train.visualize.window import Window
+
+MIN_CELL = 1.25  # inches; more cells than fit beside one another make the figure wider
+OVERLAY_ALPHA = 0.85
+SMALL_WINDOW = 0.2  # of the image's side; a smaller one is enlarged as well
+DOT: dict[str, Any] = {"marker": "o", "mfc": "white", "mec": "black", "mew": 0.8, "ms": 4, "ls": ""}
+OUTLINE = [withStroke(linewidth=2.2, foreground="white")]  # black lines are then seen on dark images too
+
+
+@dataclass
+class View:
+    """One query in one image: its pixel (row, column), and the window around it in each layer."""
+
+    prediction: Prediction
+    pixel: tuple[int, int]
+    windows: dict[str, Window]
+
+
+def draw_attention_maps(views: list[View]) -> Figure:
+    """A row a query, a column a layer: the mean over heads of the weights, on the window drawn to scale."""
+    layers = list(views[0].windows)
+    figure, cells = _grid(len(views), 1 + len(layers))
+    means = [{name: window.weights.mean(0).numpy() for name, window in view.windows.items()} for view in views]
+    for row, (view, maps) in enumerate(zip(views, means, strict=True)):
+        _show_query(cells[row][0], view)
+        cells[row][0].set_ylabel("\n".join(_describe(view)), fontsize=7)
+        for axis, name in zip(cells[row][1:], layers, strict=True):
+            largest = max(other[name].max() for other in means)
+            shown = _show_weights(axis, view, view.windows[name], maps[name], largest)
+            if row == len(views) - 1:
+                _color_bar(figure, shown, [line[layers.index(name) + 1] for line in cells], "bottom")
+    cells[0][0].set_title("image, query", fontsize=8)
+    for axis, name in zip(cells[0][1:], layers, strict=True):
+        axis.set_title(_layer_title(name, views[0].windows[name]), fontsize=8)
+    figure.suptitle(
+        "attention weights, mean over heads; outlined: the window to scale; small ones enlarged", fontsize=9
+    )
+    return figure
+
+
+def draw_attention_heads(view: View, heads: Sequence[int] | None = None) -> Figure:
+    """Of one query a row a layer, a column a head (None: all of them)."""
+    chosen = {
+        name: [head for head in range(len(window.weights)) if heads is None or head in heads]
+        for name, window in view.windows.items()
+    }
+    figure, cells = _grid(len(view.windows), 1 + max(len(found) for found in chosen.values()))
+    for line, (name, window) in zip(cells, view.windows.items(), strict=True):
+        _show_query(line[0], view, window)
+        line[0].set_ylabel(_layer_title(name, window), fontsize=7)
+        shown = None
+        for axis, head in zip(line[1:], chosen[name], strict=False):
+            largest = window.weights[chosen[name]].max().item()
+            shown = _show_weights(axis, view, window, window.weights[head].numpy(), largest)
+            axis.set_title(f"head {head}", fontsize=8)
+        for axis in line[1 + len(chosen[name]) :]:
+            axis.set_visible(False)
+        if shown is not None:
+            _color_bar(figure, shown, line, "right")
+    found, (row, column) = view.prediction, view.pixel
+    label = "" if found.label is None else f"label {short_name(found.label)}, "
+    predicted = f"predicted {short_name(found.predicted)} ({100 * found.probability:.0f} %)"
+    figure.suptitle(f"attention weights by head; {label}{predicted}, pixel {row},{column}", fontsize=9)
+    return figure
+
+
+def draw_distances(layers: list[Distances], num_images: int) -> Figure:
+    """Mean attention distance by layer and head, in pixels, and as a part of that of uniform attention."""
+    figure, (in_pixels, in_parts) = new_figure(1, 2, 3.8)
+    places = range(len(layers))
+    (color, _, marker, _), (mean_color, _, mean_marker, mean_line) = SOLID[0], SOLID[2]
+    for axis, unit in ((in_pixels, [1.0] * len(layers)), (in_parts, [layer.uniform for layer in layers])):
+        points = [(at, head / unit[at]) for at, layer in enumerate(layers) for head in layer.heads]
+        means = [float(np.mean(layer.heads)) / unit[at] for at, layer in enumerate(layers)]
+        axis.plot(*zip(*points, strict=True), ls="", marker=marker, color=color, mec="black", mew=0.4, ms=5, alpha=0.7,
+                  label="a head")  # fmt: skip
+        axis.plot(places, means, color=mean_color, marker=mean_marker, ms=4, lw=1, ls=mean_line, label="mean of heads")
+        axis.plot(places, [layer.uniform / unit[at] for at, layer in enumerate(layers)], color="#777777", lw=1.2,
+                  ls="--", label="uniform attention")  # fmt: skip
+        axis.set_xticks(places, [layer.layer for layer in layers], rotation=45, ha="right", fontsize=7)
+        axis.grid(color=GRID, lw=0.6)
+    in_pixels.set_yscale("log")
+    in_pixels.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    in_pixels.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    in_pixels.yaxis.set_minor_locator(NullLocator())
+    in_pixels.set_ylabel("mean attention distance, input pixels", fontsize=9)
+    in_parts.set_ylabel("the same / uniform attention's", fontsize=9)
+    in_parts.set_ylim(0, 1.1 * max(1.0, *(head / layer.uniform for layer in layers for head in layer.heads)))
+    figure.legend(
+        *in_pixels.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8
+    )
+    figure.suptitle(f"how far attention reaches, {num_images:,} val images", fontsize=10)
+    return figure
+
+
+def draw_relative_embeddings(norms: dict[str, Tensor], scores: dict[str, Tensor], num_images: int) -> Figure:
+    """By layer, K x K maps: the norm of r, and of each head the mean of q.r over images, less its mean.
+
+    norms: [K, K]; scores: [N, K, K]. A softmax is blind to what all places have in common, so the mean is taken off.
+    """
+    figure, cells = _grid(len(scores), 1 + max(len(found) for found in scores.values()))
+    for line, (name, by_head) in zip(cells, scores.items(), strict=True):
+        norm, centred = norms[name].numpy(), (by_head - by_head.mean((1, 2), keepdim=True)).numpy()
+        _show_offsets(line[0], norm, float(norm.min()), float(norm.max()))
+        line[0].set_xlabel(f"{norm.min():.2g} to {norm.max():.2g}", fontsize=7)
+        line[0].set_ylabel(name, fontsize=7)
+        largest = float(np.abs(centred).max())
+        for axis, values in zip(line[1:], centred, strict=False):
+            shown = _show_offsets(axis, values, -largest, largest)
+        for axis in line[1 + len(centred) :]:
+            axis.set_visible(False)
+        _color_bar(figure, shown, line, "right")
+    cells[0][0].set_title("norm of r", fontsize=8)
+    for head, axis in enumerate(cells[0][1:]):
+        axis.set_title(f"q·r, head {head}", fontsize=8)
+    figure.suptitle(
+        f"relative embeddings by key offset (dot: the query's place); q·r: mean over {num_images:,} images, centred",
+        fontsize=9,
+    )
+    return figure
+
+
+def _grid(num_rows: int, num_columns: int) -> tuple[Figure, list[list[Axes]]]:
+    width = max(WIDTH, MIN_CELL * num_columns)
+    figure, axes = new_figure(num_rows, num_columns, 0.8 + num_rows * width / (num_columns + 0.6))
+    figure.set_figwidth(width)
+    for axis in axes:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.spines[:].set_visible(False)
+    return figure, [axes[start : start + num_columns] for start in range(0, len(axes), num_columns)]
+
+
+def _show_query(axis: Axes, view: View, window: Window | None = None) -> None:
+    image = view.prediction.image
+    axis.imshow(image, extent=(0, image.shape[1], image.shape[0], 0), interpolation="nearest")
+    _mark(axis, view, window)
+
+
+def _show_weights(axis: Axes, view: View, window: Window, weights: np.ndarray, largest: float) -> AxesImage:
+    """The weights over the image in faint grey; a small window is enlarged in a corner too."""
+    image = view.prediction.image
+    grey = image @ np.array([0.299, 0.587, 0.114])
+    extent = (0, image.shape[1], image.shape[0], 0)
+    axis.imshow(grey, cmap="gray", vmin=-255, vmax=510, extent=extent, interpolation="nearest")
+    colors: dict[str, Any] = {"cmap": MAGNITUDES, "vmin": 0, "vmax": largest, "interpolation": "nearest"}
+    left, top, right, bottom = window.box
+    shown = axis.imshow(weights, extent=(left, right, bottom, top), alpha=OVERLAY_ALPHA, **colors)
+    is_small = right - left < image.shape[1] * SMALL_WINDOW
+    _mark(axis, view, window, with_dot=not is_small)
+    if is_small:
+        row, column = view.pixel
+        corner = (0.57 if column < image.shape[1] / 2 else 0.02, 0.02 if row < image.shape[0] / 2 else 0.57)
+        inset = axis.inset_axes((*corner, 0.41, 0.41), xticks=[], yticks=[])
+        inset.imshow(weights, extent=(left, right, bottom, top), **colors)
+        inset.spines[:].set_path_effects(OUTLINE)
+        _dot(inset, window)
+    if (outside := 1 - float(weights.sum())) > 0.005:  # border=zero: keys outside the image draw weight
+        axis.set_xlabel(f"{100 * outside:.0f} % outside", fontsize=7)
+    return shown
+
+
+def _mark(axis: Axes, view: View, window: Window | None, with_dot: bool = True) -> None:
+    if window is not None:
+        left, top, right, bottom = window.box
+        axis.add_patch(
+            Rectangle((left, top), right - left, bottom - top, fill=False, ec="black", lw=1, path_effects=OUTLINE)
+        )
+    if with_dot:
+        row, column = view.pixel
+        axis.plot(column + 0.5, row + 0.5, **DOT)
+    axis.set_xlim(0, view.prediction.image.shape[1])
+    axis.set_ylim(view.prediction.image.shape[0], 0)
+
+
+def _dot(axis: Axes, window: Window) -> None:
+    """In the middle of the query's own position."""
+    left, top, right, bottom = window.query_box
+    axis.plot((left + right) / 2, (top + bottom) / 2, **DOT)
+
+
+def _describe(view: View) -> list[str]:
+    found, (row, column) = view.prediction, view.pixel
+    label = [] if found.label is None else [f"label {short_name(found.label)}"]
+    return [*label, f"predicted {100 * found.probability:.0f} %:", short_name(found.predicted), f"pixel {row},{column}"]
+
+
+def _layer_title(name: str, window: Window) -> str:
+    return f"{name}\n{window.reduction:g} px a position"
+
+
+def _show_offsets(axis: Axes, values: np.ndarray, low: float, high: float) -> AxesImage:
+    reach = values.shape[0] / 2
+    shown = axis.imshow(values, cmap=MAGNITUDES, vmin=low, vmax=high, extent=(-reach, reach, reach, -reach))
+    axis.plot(0, 0, **DOT)
+    return shown
+
+
+def _color_bar(figure: Figure, shown: AxesImage, axes: list[Axes], side: str) -> None:
+    bar = figure.colorbar(shown, ax=axes, location=side, fraction=0.06, pad=0.02, aspect=15)
+    bar.ax.tick_params(labelsize=7)
+    if bar.solids is not None:  # it takes the overlay's alpha
+        bar.solids.set_alpha(1)
+    low, high = shown.get_clim()
+    bar.set_ticks([low, (low + high) / 2, high], labels=[f"{v:.2g}" for v in (low, (low + high) / 2, high)])

@@ -1,0 +1,80 @@
+"""Attention weights out of a model while it runs, computed by its own layers from what they are given."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from sasa_train.models import AttentionStem, LocalSelfAttention2d
+
+AttentionLayer = LocalSelfAttention2d | AttentionStem
+SUM_TOLERANCE = 1e-4  # a float32 softmax over some hundred places is within 1e-5
+
+
+class WeightsError(Exception):
+    """Attention weights of a query that do not sum to one, as where an activation is not finite."""
+
+
+def attention_layers(model: nn.Module) -> dict[str, AttentionLayer]:
+    """The layers with local self-attention by name, in the order of the model."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, AttentionLayer)}
+
+
+def checked_weights(name: str, layer: AttentionLayer, x: Tensor) -> Tensor:
+    """`layer.attention_weights(x)`.
+
+    Raises:
+        WeightsError: the weights of a query do not sum to one.
+    """
+    weights = layer.attention_weights(x)
+    worst = (weights.sum(-1) - 1).abs().max().item()
+    if not worst <= SUM_TOLERANCE:  # NaN too
+        raise WeightsError(f"{name}: attention weights are off by {worst:.3g} from a sum of one; is the model finite?")
+    return weights
+
+
+@contextmanager
+def watching(
+    model: nn.Module, layers: Sequence[str], look: Callable[[str, AttentionLayer, Tensor], None]
+) -> Iterator[None]:
+    """While it is open, `look(name, layer, x)` sees the input of each of `layers` whenever the model runs."""
+    found = attention_layers(model)
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda layer, inputs: look(name, found[name], inputs[0])
+
+    handles = [found[name].register_forward_pre_hook(hook(name)) for name in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def attention_of(
+    model: nn.Module,
+    images: Tensor,
+    layers: Sequence[str] | None = None,
+    keep: Callable[[str, Tensor], Tensor] = lambda name, weights: weights,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run the model once: its logits, and by layer name the attention weights, checked to sum to one.
+
+    Args:
+        images: as the model takes them, [B, 3, S, S] normalised.
+        layers: names of `attention_layers(model)`; None: all of them.
+        keep: `keep(name, weights)` is kept in place of the weights, [B, N, H, W, K*K] (of an attention stem [B, N,
+            blocks, 16, 16]). They are K*K numbers a head and position: keep what is needed.
+
+    Raises:
+        WeightsError: weights that do not sum to one.
+    """
+    kept: dict[str, Tensor] = {}
+
+    def look(name: str, layer: AttentionLayer, x: Tensor) -> None:
+        kept[name] = keep(name, checked_weights(name, layer, x))
+
+    with watching(model, list(attention_layers(model)) if layers is None else layers, look):
+        logits = model(images)
+    return logits, kept

@@ -1,0 +1,86 @@
+"""Figures of what a model gets right and wrong, class by class."""
+
+import numpy as np
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from sasa_train.chart_style import GRID, SOLID, new_figure
+from sasa_train.printable import printable
+from sasa_train.visualize.val_sample import Prediction
+
+MAX_BARS = 40  # classes; of more the worst and the best half of them
+MAX_NUMBERS, MAX_NAMES = 20, 40  # classes of a confusion matrix with numbers in it, and with names beside it
+MISTAKES_A_ROW = 6
+
+
+def short_name(name: str) -> str:
+    text = printable(name)
+    return text if len(text) <= 20 else f"{text[:19]}…"
+
+
+def draw_class_accuracy(confusion: Tensor, classes: list[str]) -> Figure:
+    """Bars of top1 a class, the worst first, with hits / images; of many classes the two ends."""
+    counts = confusion.numpy()
+    hits, images = counts.diagonal(), counts.sum(1)
+    seen = [label for label in range(len(classes)) if images[label]]
+    order = sorted(seen, key=lambda label: (hits[label] / images[label], label))
+    shown = order if len(order) <= MAX_BARS else order[: MAX_BARS // 2] + order[-MAX_BARS // 2 :]
+    figure, (axis,) = new_figure(1, 1, 1.2 + 0.21 * len(shown))
+    color, _, _, _ = SOLID[0]
+    for place, label in enumerate(shown):
+        top1 = 100 * hits[label] / images[label]
+        axis.barh(place, top1, 0.75, color=color, ec="black", lw=0.5)
+        axis.text(102, place, f"{top1:.1f} %   {hits[label]}/{images[label]}", va="center", fontsize=7)
+    overall = 100 * hits.sum() / images.sum()
+    axis.axvline(overall, color="black", lw=1, ls="--")
+    axis.set_yticks(range(len(shown)), [short_name(classes[label]) for label in shown], fontsize=7)
+    axis.set_ylim(len(shown) - 0.4, -0.6)
+    axis.set_xlim(0, 120)  # room for the figures beside the bars
+    axis.set_xticks(range(0, 101, 20))
+    axis.set_xlabel(f"top1, percent; dashed: all {images.sum():,} images, {overall:.2f}")
+    axis.grid(axis="x", color=GRID, lw=0.6)
+    some = f", the worst and best {MAX_BARS // 2} of {len(order)} classes" if len(shown) < len(order) else ""
+    figure.suptitle(f"top1 by class on val{some}", fontsize=10)
+    return figure
+
+
+def draw_confusion(confusion: Tensor, classes: list[str]) -> Figure:
+    """Labels by predictions, in percent of the label's images; counts in the cells where there is room.
+
+    The colours go by the square root, so that rare confusions are seen beside what is right.
+    """
+    counts = confusion.numpy()
+    parts = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    figure, (axis,) = new_figure(1, 1, 7.0)
+    shown = axis.imshow(parts, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
+    axis.spines[["top", "right"]].set_visible(True)
+    if len(classes) <= MAX_NUMBERS:
+        for (row, column), count in np.ndenumerate(counts):
+            if count:
+                ink = "white" if parts[row, column] > 35 else "black"
+                axis.text(column, row, str(count), ha="center", va="center", color=ink, fontsize=8)
+    if len(classes) <= MAX_NAMES:
+        names = [short_name(name) for name in classes]
+        axis.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=8)
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.set_xlabel("prediction" if len(classes) <= MAX_NAMES else "prediction (number of the class)")
+    axis.set_ylabel("label" if len(classes) <= MAX_NAMES else "label (number of the class)")
+    figure.colorbar(shown, ax=axis, shrink=0.7, label="percent of the label's images")
+    figure.suptitle(f"confusion matrix of {counts.sum():,} val images", fontsize=10)
+    return figure
+
+
+def draw_mistakes(mistakes: list[Prediction], num_images: int, num_wrong: int) -> Figure:
+    """The images that are wrong with the highest probability, the surest first."""
+    num_rows = max(1, -(-len(mistakes) // MISTAKES_A_ROW))
+    figure, axes = new_figure(num_rows, MISTAKES_A_ROW, 0.3 + 1.75 * num_rows)
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, found in zip(axes, mistakes, strict=False):
+        axis.imshow(found.image, interpolation="nearest")
+        says = f"predicted {short_name(found.predicted)}\n{100 * found.probability:.0f} %"
+        axis.set_title(f"label {short_name(str(found.label))}\n{says}", fontsize=7)
+    which = f"the {len(mistakes)} most confident of {num_wrong:,} mistakes" if num_wrong else "no mistakes"
+    figure.suptitle(f"{which} on {num_images:,} val images", fontsize=9)
+    return figure

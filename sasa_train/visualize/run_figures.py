@@ -1,0 +1,251 @@
+"""All figures of one run, drawn one after another; what the command and the report page share."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from sasa_train.config import ConfigError
+from sasa_train.data.datasets import Files, ImageSet, UnreadableImage, limit, load_image_sets
+from sasa_train.data.quarantine import Quarantine
+from sasa_train.data.transforms import fit
+from sasa_train.engine import autocast
+from sasa_train.printable import printable
+from sasa_train.report.jobs import read_metrics
+from sasa_train.run import resolve
+from sasa_train.trained import TrainedModel
+from sasa_train.visualize.attention_figures import (
+    View,
+    draw_attention_heads,
+    draw_attention_maps,
+    draw_distances,
+    draw_relative_embeddings,
+)
+from sasa_train.visualize.capture import AttentionLayer, attention_layers, attention_of
+from sasa_train.visualize.class_figures import draw_class_accuracy, draw_confusion, draw_mistakes
+from sasa_train.visualize.curve_figures import Rows, draw_lr_schedule, draw_training_curves
+from sasa_train.visualize.names import NAMES
+from sasa_train.visualize.queries import default_pixels
+from sasa_train.visualize.sample_figures import augmented_samples, draw_augmented
+from sasa_train.visualize.val_sample import Prediction, look_at_val, read_images
+from sasa_train.visualize.window import window_at
+
+NUM_IMAGES = 512  # of val, for figures that count or average
+NUM_MAP_IMAGES, NUM_MISTAKES, NUM_AUGMENTED, NUM_EPOCHS = 3, 18, 4, 7
+OF_VAL = ("attention_distance", "relative_embeddings", "class_accuracy", "confusion_matrix", "mistakes")
+
+Drawn = tuple[str, Figure, str]  # name, figure, and one sentence on what is seen
+
+
+@dataclass
+class Choice:
+    """What attention maps show; left out, a few val images, the last layer of each stage, and all heads.
+
+    `pixels` are (row, column) of the image as the model sees it.
+    """
+
+    files: Sequence[str] = ()
+    layers: Sequence[str] | None = None
+    heads: Sequence[int] | None = None
+    pixels: Sequence[tuple[int, int]] | None = None
+
+
+def draw_run(
+    trained: TrainedModel,
+    run_dir: Path | None,
+    names: Sequence[str] = NAMES,
+    num_images: int = NUM_IMAGES,
+    choice: Choice | None = None,
+) -> Iterator[Drawn]:
+    """Draw those of the named figures that this run can have (`not_drawable` says why others cannot).
+
+    What needs no data comes first, so that a caller has it where the data is not there.
+
+    Args:
+        run_dir: where metrics.jsonl is; None: what the checkpoint holds of it.
+        num_images: of val at most, a class-balanced, fixed part.
+
+    Raises:
+        WeightsError: attention weights that do not sum to one.
+        ConfigError: data or a choice that is refused.
+    """
+    choice = choice or Choice()
+    wanted = [name for name in names if name not in not_drawable(trained, run_dir)]
+    check_choice(trained, choice)
+    yield from _draw_curves(wanted, read_rows(trained, run_dir))
+    maps = [name for name in wanted if name in ("attention_maps", "attention_heads")]
+    if choice.files:
+        yield from _draw_maps(trained, maps, *read_files(choice.files, trained.image_size), choice)
+        maps = []
+    if not maps and not set(wanted) & {"augmented_samples", *OF_VAL}:
+        return
+    train, val = load_image_sets(trained.config.data)
+    if val.classes != trained.classes:
+        raise ConfigError(f"data.root={trained.config.data.root}: its classes are not the checkpoint's")
+    if "augmented_samples" in wanted:
+        shown = augmented_samples(trained, limit(train, NUM_AUGMENTED), NUM_EPOCHS)
+        caption = (
+            f"{len(shown[0])} train images and what the run's own augmentation made of them in {NUM_EPOCHS} epochs."
+        )
+        yield "augmented_samples", draw_augmented(*shown, trained.config), caption
+    yield from _draw_maps(trained, maps, *read_first(trained, val), choice)
+    yield from _draw_of_val(trained, [name for name in wanted if name in OF_VAL], limit(val, num_images), len(val))
+
+
+def not_drawable(trained: TrainedModel, run_dir: Path | None) -> dict[str, str]:
+    """By the figure's name why this run cannot have it."""
+    reasons: dict[str, str] = {}
+    layers = attention_layers(trained.model)
+    if not layers:
+        why = f"{trained.config.model.name} has no local self-attention of ours"
+        names = ("attention_maps", "attention_heads", "attention_distance", "relative_embeddings")
+        reasons |= dict.fromkeys(names, why)
+    elif all(layer.rel_height is None for layer in layers.values()):
+        reasons["relative_embeddings"] = "its layers have no relative embeddings"
+    if not read_rows(trained, run_dir):
+        reasons |= dict.fromkeys(("training_curves", "lr_schedule"), "it has no rows of metrics")
+    return reasons
+
+
+def read_rows(trained: TrainedModel, run_dir: Path | None) -> Rows:
+    """Of the run's metrics.jsonl, or where that is not there the checkpoint's copy, which ends with the checkpoint."""
+    rows = [] if run_dir is None else read_metrics(run_dir / "metrics.jsonl")
+    return rows or [json.loads(line) for line in trained.checkpoint["metrics"].splitlines()]
+
+
+def check_choice(trained: TrainedModel, choice: Choice) -> None:
+    layers, size = attention_layers(trained.model), trained.image_size
+    for name in choice.layers or ():
+        if name not in layers:
+            raise ConfigError(f"--layers {printable(name)} must be one of {', '.join(layers)}")
+    most = max((layers[name].num_heads for name in choice.layers or default_layers(trained)), default=0)
+    for head in choice.heads or ():
+        if head >= most:
+            raise ConfigError(f"--heads {head} must be below {most}: the layers shown have no more heads")
+    for row, column in choice.pixels or ():
+        if not (0 <= row < size and 0 <= column < size):
+            raise ConfigError(
+                f"--pixels {row},{column} must lie in the image as the model sees it, 0,0 to {size - 1},{size - 1}"
+            )
+
+
+def read_files(files: Sequence[str], size: int) -> tuple[Tensor, Tensor]:
+    """Images of the user's own, uint8 [B, 3, size, size], and labels -1.
+
+    Raises:
+        ConfigError: one cannot be read.
+    """
+    images = ImageSet([], np.full(len(files), -1), np.arange(len(files)), Files(list(files)))
+    try:
+        pixels = np.stack([images.read(i, partial(fit, size=size)) for i in range(len(files))])
+    except UnreadableImage as error:
+        raise ConfigError(f"--images {printable(error.name)}: cannot be read as an image ({error.reason})") from error
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(images.labels)
+
+
+def read_first(trained: TrainedModel, val: ImageSet) -> tuple[Tensor, Tensor]:
+    """A few of val's images, of different classes, with their labels.
+
+    Raises:
+        ConfigError: none of them can be read.
+    """
+    first = limit(val, NUM_MAP_IMAGES)
+    quarantine = Quarantine("val", len(first), trained.config.data.max_unreadable)
+    pixels, labels = read_images(first, range(len(first)), trained.image_size, quarantine)
+    if not len(labels):
+        raise ConfigError(f"none of {len(first)} val images can be read; give others with --images")
+    return pixels, labels
+
+
+def default_layers(trained: TrainedModel) -> list[str]:
+    """The last attention layer of the stem and of each stage."""
+    return list({name.partition(".")[0]: name for name in attention_layers(trained.model)}.values())
+
+
+def _draw_curves(wanted: Sequence[str], rows: Rows) -> Iterator[Drawn]:
+    runs = {"": rows}
+    if "training_curves" in wanted:
+        yield "training_curves", draw_training_curves(runs), "Loss and top1 on train and val over the epochs."
+    if "lr_schedule" in wanted:
+        yield "lr_schedule", draw_lr_schedule(runs), "The learning rate over the epochs, as the run logged it."
+
+
+def _draw_maps(
+    trained: TrainedModel, names: Sequence[str], images: Tensor, labels: Tensor, choice: Choice
+) -> Iterator[Drawn]:
+    if not names:
+        return
+    views = look_at_images(trained, images, labels, choice)
+    if "attention_maps" in names:
+        caption = (
+            f"Where {len(views)} query pixels (dots) of {len(images)} images look: the weights of the window around "
+            "each in some layers, mean over heads; the brighter, the more weight."
+        )
+        yield "attention_maps", draw_attention_maps(views), caption
+    if "attention_heads" in names:
+        caption = "The weights of one query pixel by layer and head; the brighter, the more weight."
+        yield "attention_heads", draw_attention_heads(views[0], choice.heads), caption
+
+
+def look_at_images(trained: TrainedModel, images: Tensor, labels: Tensor, choice: Choice) -> list[View]:
+    """Images uint8 [B, 3, S, S], labels [B] (-1: not known) -> a view for each query pixel of each image."""
+    layers = list(choice.layers or default_layers(trained))
+    device, config = resolve(trained.config)
+    model, normalize = trained.model.to(device), trained.normalize(device)
+    views = []
+    for image, label in zip(images, labels.tolist(), strict=True):
+        pixels = image.permute(1, 2, 0).numpy()
+        queries = list(choice.pixels or default_pixels(pixels))
+        with autocast(device, config.trainer.precision):
+            logits, weights = attention_of(model, normalize(image[None].to(device)), layers)
+        top = logits[0].float().softmax(0).max(0)
+        name = None if label < 0 else trained.classes[label]
+        prediction = Prediction(pixels, name, trained.classes[int(top.indices)], float(top.values))
+        of_image = {layer: found[0].cpu() for layer, found in weights.items()}
+        for query in queries:
+            windows = {layer: window_at(found, query, trained.image_size) for layer, found in of_image.items()}
+            views.append(View(prediction, query, windows))
+    return views
+
+
+def _draw_of_val(trained: TrainedModel, names: Sequence[str], val: ImageSet, num_all: int) -> Iterator[Drawn]:
+    if not names:
+        return
+    device, config = resolve(trained.config)
+    trained = dataclasses.replace(trained, config=config)  # with the precision that "auto" is here
+    with_attention = bool({"attention_distance", "relative_embeddings"} & set(names))
+    found = look_at_val(trained, val, device, NUM_MISTAKES, with_attention)
+    is_part = found.num_images < num_all
+    images = f"{found.num_images:,} of val's {num_all:,} images" if is_part else f"all {num_all:,} val images"
+    num_wrong = found.num_images - int(found.confusion.diagonal().sum())
+    if "attention_distance" in names:
+        caption = f"Mean distance between query and key, weighted by attention, by layer and head, over {images}."
+        yield "attention_distance", draw_distances(found.distances, found.num_images), caption
+    if "relative_embeddings" in names:
+        caption = f"The learned relative embeddings by key offset: their norms, and the mean score q·r over {images}."
+        norms = {name: embedding_norms(attention_layers(trained.model)[name]) for name in found.relative_scores}
+        figure = draw_relative_embeddings(norms, found.relative_scores, found.num_images)
+        yield "relative_embeddings", figure, caption
+    if "class_accuracy" in names:
+        yield "class_accuracy", draw_class_accuracy(found.confusion, trained.classes), f"top1 by class, over {images}."
+    if "confusion_matrix" in names:
+        caption = f"Labels (rows) by predictions (columns), over {images}."
+        yield "confusion_matrix", draw_confusion(found.confusion, trained.classes), caption
+    if "mistakes" in names:
+        caption = f"The {len(found.mistakes)} most confident of {num_wrong:,} mistakes, over {images}."
+        yield "mistakes", draw_mistakes(found.mistakes, found.num_images, num_wrong), caption
+
+
+def embedding_norms(layer: AttentionLayer) -> Tensor:
+    """The length of r at each offset, [K, K], mean over the heads where each has its own."""
+    assert layer.rel_height is not None and layer.rel_width is not None
+    rows, columns = (rel.detach().cpu().double().square().sum(-1) for rel in (layer.rel_height, layer.rel_width))
+    norms = (rows[..., :, None] + columns[..., None, :]).sqrt()
+    return norms if norms.dim() == 2 else norms.mean(0)

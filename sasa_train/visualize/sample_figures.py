@@ -1,0 +1,66 @@
+"""A figure of what training sees: images of train beside what the run's own augmentation makes of them."""
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from sasa_train.chart_style import new_figure
+from sasa_train.config import TrainConfig
+from sasa_train.data.datasets import ImageSet, mean_std
+from sasa_train.data.mixing import Mixing
+from sasa_train.data.plan import MicroBatch
+from sasa_train.data.quarantine import Quarantine
+from sasa_train.data.streaming import TrainReader
+from sasa_train.data.transforms import Augment
+from sasa_train.trained import TrainedModel
+from sasa_train.visualize.val_sample import read_images
+
+
+def augmented_samples(trained: TrainedModel, images: ImageSet, num_epochs: int) -> tuple[Tensor, list[Tensor]]:
+    """uint8 [B, 3, S, S]: the images as val would see them, and as each of the first epochs does.
+
+    Mixup and cutmix mix them with one another, where the run has them; there they meet others.
+
+    Raises:
+        ConfigError: none of the images can be read.
+    """
+    config, indices = trained.config, np.arange(len(images))
+    quarantine = Quarantine("train", len(images), config.data.max_unreadable)
+    plain, labels = read_images(images, indices.tolist(), trained.image_size, quarantine, num_tries=len(images))
+    mean, _ = mean_std(config.data)
+    read = TrainReader(images, Augment(config.data, config.augment, config.seed, mean), num_tries=len(images))
+    mixing = Mixing(config.augment, len(trained.classes), config.seed, last_step=num_epochs)
+    normalize = trained.normalize(torch.device("cpu"))
+    augmented = []
+    for epoch in range(num_epochs):
+        pixels, _, _ = read(MicroBatch(indices, epoch, epoch, 0))
+        mixed, _ = mixing(normalize(pixels), labels, epoch, 0)
+        augmented.append(normalize.undo(mixed))
+    return plain, augmented
+
+
+def draw_augmented(plain: Tensor, augmented: list[Tensor], config: TrainConfig) -> Figure:
+    """A row an image: as it is, then augmented, a column an epoch."""
+    num_columns = 1 + len(augmented)
+    figure, axes = new_figure(len(plain), num_columns, 0.7 + len(plain) * 8.0 / (num_columns + 0.3))
+    columns = [plain, *augmented]
+    for place, axis in enumerate(axes):
+        row, column = divmod(place, num_columns)
+        axis.imshow(columns[column][row].permute(1, 2, 0).numpy(), interpolation="nearest")
+        axis.set_axis_off()
+        if row == 0:
+            axis.set_title("as val sees it" if column == 0 else f"epoch {column}", fontsize=8)
+    figure.suptitle(f"augmented train images: {describe_augmentation(config)}", fontsize=9)
+    return figure
+
+
+def describe_augmentation(config: TrainConfig) -> str:
+    augment = config.augment
+    parts = ["crop"] if augment.crop else []
+    parts += ["flip"] if augment.hflip or (augment.hflip is None and config.data.name != "digits") else []
+    parts += [augment.policy] if augment.policy != "none" else []
+    parts += [name for name in ("brightness", "contrast", "saturation", "hue") if getattr(augment, name)]
+    parts += ["erasing"] if augment.erasing_prob else []
+    parts += [name for name in ("mixup", "cutmix") if getattr(augment, name)]
+    return ", ".join(parts) or "none"

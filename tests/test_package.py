@@ -1,0 +1,221 @@
+"""What is around the commands: one table of them, quick imports, what TAB offers, versions that agree."""
+
+import importlib
+import os
+import pty
+import re
+import select
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import sasa_train
+from sasa_train.__main__ import run_command
+from sasa_train.commands import COMMANDS
+from sasa_train.completion import answer, complete, script, split_line
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+INSTALLED = {script: COMMANDS[script.removeprefix("sasa-")] for script in SCRIPTS}
+BREAKS = " \t\n\"'><=;|&(:"  # bash's COMP_WORDBREAKS
+
+
+def python(code: str, *arguments: str) -> str:
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def needs(shell: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(shutil.which(shell) is None, reason=f"{shell} is not installed")
+
+
+def test_the_table_of_commands_is_what_is_installed():
+    sources = {name: (ROOT / command.module.replace(".", "/")).with_suffix(".py") for name, command in COMMANDS.items()}
+    there = {name: command for name, command in COMMANDS.items() if sources[name].exists()}
+    assert {f"sasa-{name}": f"{command.module}:main" for name, command in there.items()} == SCRIPTS
+
+
+def test_the_changelog_begins_with_this_version():
+    versions = re.findall(r"^## \[?(\d[\w.]*)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0] == sasa_train.__version__
+
+
+def test_types_are_shipped():
+    """Without this file a user's type checker takes everything of ours for Any."""
+    files = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    assert "py.typed" in files["sasa_train"] and (Path(sasa_train.__file__).parent / "py.typed").is_file()
+
+
+def test_importing_the_package_costs_little_beyond_torch_and_timm():
+    """Judged by what is imported: these took most of a second together where someone only wanted the models."""
+    heavy = ["hydra", "matplotlib", "tensorboard", "triton", "sklearn", "scipy", "onnx", "onnxruntime", "optuna"]
+    code = f"""
+import sys, sasa_train
+print("torch" in sys.modules)
+import torch, timm
+before = set(sys.modules)
+import sasa_train.models, sasa_train.attention, sasa_train.trained
+print(sorted((set(sys.modules) - before) & set({heavy})))"""
+    assert python(code) == "False\n[]\n"
+
+
+def test_no_help_imports_torch():
+    """Every command's, and of every part of a command: torch alone takes seconds, which nobody waits for."""
+    code = """
+import contextlib, importlib, io, sys
+from sasa_train.completion import _subcommands
+def run(module, arguments):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        code = module.run_command([*arguments, "--help"])
+    print(module.__name__, arguments, code, "torch" in sys.modules, "usage: sasa-" in out.getvalue())
+for name in sys.argv[1:]:
+    module = importlib.import_module(name)
+    parts = _subcommands(module.build_parser()) if hasattr(module, "build_parser") else ()
+    for arguments in [[], *([part] for part in parts)]:
+        run(module, arguments)
+"""
+    lines = python(code, *(command.module for command in INSTALLED.values())).splitlines()
+    assert len(lines) >= len(INSTALLED)
+    assert [line for line in lines if not line.endswith(" 0 False True")] == []
+
+
+def test_python_m_lists_and_runs_the_commands(capsys):
+    assert run_command([]) == 0
+    listed = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} +\w", listed, re.MULTILINE) for name in [*COMMANDS, "completion"])
+    assert run_command(["--version"]) == 0
+    assert capsys.readouterr().out == f"sasa_train {sasa_train.__version__}\n"
+    assert run_command(["trian"]) == 2 and "there is no trian; the commands are train" in capsys.readouterr().err
+    assert run_command(["completion", "csh"]) == 2 and "bash, zsh or fish" in capsys.readouterr().err
+    process = subprocess.run(
+        [sys.executable, "-m", "sasa_train", "train", "trainer.epoch=3"], capture_output=True, text=True
+    )
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr == "sasa-train: unknown key 'trainer.epoch': did you mean trainer.epochs?\n"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Holds a run, a file, and a folder with a name that a shell would take apart."""
+    (tmp_path / "outputs/first run:1").mkdir(parents=True)
+    (tmp_path / "outputs/table.md").touch()
+    (tmp_path / "outputs/.lock").touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "line,offered",
+    [
+        ("sasa-train trainer.ep", ["trainer.epochs="]),
+        ("sasa-train tr", ["trainer."]),
+        ("sasa-train sch", ["schedule=", "schedule."]),
+        ("path/to/sasa-train model=sasa", [f"model=sasa_resnet{n}" for n in (26, 38, 50)]),
+        ("sasa-train model.name=conv", [f"model.name=conv_resnet{n}" for n in (26, 38, 50)]),
+        ("sasa-train optimizer.lr_basis=", ["optimizer.lr_basis=absolute", "optimizer.lr_basis=per_256"]),
+        ("sasa-train augment.hflip=", ["augment.hflip=true", "augment.hflip=false"]),  # may be null, too
+        ("sasa-train trainer.epochs=", []),
+        ("sasa-train model=conv_resnet26,h", []),  # several values are a sweep, which needs -m
+        ("sasa-train -m model=timm,sasa_resnet2", ["model=timm,sasa_resnet26"]),
+        ("sasa-train --m", ["--multirun"]),
+        ("sasa-sweep sweep=paper_table4 schedule=step,con", ["schedule=step,constant"]),
+        ("sasa-sweep sweep.max_p", ["sweep.max_parallel="]),
+        ("sasa-summary --p", ["--paper"]),
+        ("sasa-train data.root=o", ["data.root=outputs/"]),
+        ("sasa-train resume=outputs/t", ["resume=outputs/table.md"]),
+        ("sasa-evaluate ", ["outputs/"]),
+        ("sasa-evaluate outputs/", ["outputs/first run:1/", "outputs/table.md"]),
+        ("sasa-evaluate outputs/.", ["outputs/.lock"]),
+        ("sasa-evaluate outputs we", ["weights="]),
+        ("sasa-evaluate outputs weights=", ["weights=ema", "weights=raw"]),
+        ("sasa-evaluate outputs exp", []),  # a saved config is complete: no group can be chosen
+        ("sasa-data ", ["--help", "verify", "prepare", "shard"]),
+        ("sasa-data prepare --im", ["--images-per-shard"]),
+        ("sasa-data prepare ima", ["imagenet"]),
+        ("sasa-benchmark attention --dtype ", ["fp32", "bf16", "fp16"]),
+        ("sasa-benchmark attention --dtype=b", ["--dtype=bf16"]),
+        ("sasa-benchmark attention --dtype bf16 --gr", ["--growth", "--growth-sides", "--growth-kernel-sizes",
+                                                        "--growth-side", "--growth-channels"]),
+        ("sasa-benchmark attention --backends cpu con", ["conv"]),  # another of several values
+        ("sasa-report --out o", ["outputs/"]),
+        ("sasa-report --paper-table ", ["1", "3", "4", "5", "6", "7"]),
+    ],
+)  # fmt: skip
+def test_what_tab_offers(folder, line, offered):
+    words, _ = split_line(line)
+    assert list(complete(words)) == offered
+
+
+def test_every_commands_options_come_from_its_parser():
+    modules = {name: importlib.import_module(command.module) for name, command in INSTALLED.items()}
+    parsers = {name: module.build_parser() for name, module in modules.items() if hasattr(module, "build_parser")}
+    assert {"sasa-report", "sasa-data", "sasa-benchmark"} <= parsers.keys()
+    for name, parser in parsers.items():
+        options = [text for text in parser._option_string_actions if text.startswith("--")]
+        assert [word for word in complete([name, "--"]) if word.startswith("--")] == options
+
+
+def test_lines_for_the_shells(folder):
+    """bash replaces what is behind the last = or :, unless the word is quoted; a space ends what is complete."""
+    assert answer("bash", [BREAKS, "sasa-train model=tim"]) == "timm "
+    assert answer("bash", [BREAKS, "sasa-train trainer.ep"]) == "trainer.epochs="
+    assert answer("bash", [BREAKS.replace("=", ""), "sasa-train model=tim"]) == "model=timm "
+    assert answer("bash", [BREAKS, "sasa-train 'model=tim"]) == "model=timm"
+    assert answer("bash", [BREAKS, "sasa-report outputs/fi"]) == r"outputs/first\ run:1/"
+    assert answer("bash", [BREAKS, r"sasa-report outputs/first\ run"]) == r"outputs/first\ run:1/"
+    assert answer("bash", [BREAKS, 'sasa-report "outputs/fi']) == "outputs/first run:1/"
+    assert answer("zsh", ["sasa-report", "outputs/fi"]) == r"+outputs/first run\:1/"
+    assert answer("zsh", ["sasa-train", "trainer.compile=t"]) == "-trainer.compile=true"
+    assert answer("fish", ["sasa-train", "see"]) == "seed=\tof initialisation, order, crops and flips"
+
+
+@needs("bash")
+def test_bash_completes(folder):
+    line = "sasa-train model=hyb"
+    driver = f"{script('bash')}\nCOMP_LINE='{line}'; COMP_POINT={len(line)}; _sasa_train; "
+    driver += "printf '%s|' \"${COMPREPLY[@]}\"; complete -p sasa-data"
+    process = subprocess.run(["bash", "--norc", "-c", driver], capture_output=True, text=True, check=True)
+    assert process.stdout == (
+        "hybrid_resnet26 |hybrid_resnet38 |hybrid_resnet50 |complete -o nospace -F _sasa_train sasa-data\n"
+    )
+
+
+@needs("fish")
+def test_fish_completes(folder):
+    driver = f"{script('fish')}\ncomplete -C 'sasa-train trainer.ep'; complete -C 'sasa-report outputs/fi'"
+    out = subprocess.run(["fish", "--no-config", "-c", driver], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[0].startswith("trainer.epochs=\tpasses over") and "outputs/first run:1/" in out
+
+
+@needs("zsh")
+def test_zsh_completes(folder):
+    """Its completion works at a terminal alone, so it is given one."""
+    (folder / "completion.zsh").write_text(script("zsh"))
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execvpe("zsh", ["zsh", "-f", "-i"], os.environ | {"TERM": "dumb", "HOME": str(folder)})
+    try:
+        os.write(terminal, b"source ./completion.zsh; print rea''dy\n")
+        wait_for(terminal, "ready")
+        os.write(terminal, b"sasa-train trainer.ep\t")
+        wait_for(terminal, "trainer.epochs=")
+        os.write(terminal, b"3 model=tim\t")
+        wait_for(terminal, "model=timm ")
+        os.write(terminal, b"\x15sasa-report outputs/fi\t")
+        wait_for(terminal, r"outputs/first\ run:1/")
+    finally:
+        os.kill(process, 9)
+        os.waitpid(process, 0)
+        os.close(terminal)
+
+
+def wait_for(terminal: int, text: str, seconds: float = 60) -> None:
+    shown, deadline = "", time.monotonic() + seconds
+    while text not in shown:
+        ready, _, _ = select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))
+        assert ready, f"no {text!r} in {shown!r}"
+        shown += os.read(terminal, 65536).decode(errors="replace")

@@ -1,0 +1,254 @@
+"""The report's HTML page: whole, self-contained, safe from names on disks, and looked at in a real browser."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+from conftest import TINY, make_image_folder
+from test_report import write_run, write_sweep
+
+from sasa_train import train
+from sasa_train.compose import compose_config
+from sasa_train.report import __main__ as command
+from sasa_train.report.beside_paper import differing_dials, nearest_row
+
+HOSTILE = '<script>alert("1")</script>'
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+
+
+class Page(HTMLParser):
+    """What is in a page: its tags must be balanced, as a browser would mend them in silence."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path, self.source = path, path.read_text(encoding="utf-8")
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(self.source)
+        self.close()
+        assert self.open == [] and self.source.startswith("<!doctype html>")
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> at {self.getpos()}"
+        self.text += " "
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def check_whole(page: Page) -> None:
+    """What must hold of every page of ours."""
+    names = {tag for tag, _ in page.tags}
+    assert not names & {"script", "link", "iframe", "object", "base", "form"}
+    assert page.all("html")[0]["lang"] == "en" and len(page.all("h1")) == len(page.all("main")) == 1
+    assert "default-src 'none'" in page.all("meta")[1]["content"]
+    for _, attributes in page.tags:
+        assert not any(name.startswith("on") or name == "style" for name in attributes)
+    for picture in page.all("img"):
+        assert picture["src"].startswith("data:image/webp;base64,") and len(picture["alt"]) > 10
+    assert not re.search(r"(?:src|href|url\()=?[\"']?\s*(?:https?:)?//", page.source)
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for link in page.all("a"):
+        inside, target = link["href"].startswith("#"), unquote(link["href"])
+        assert target[1:] in ids if inside else (page.path.parent / target).exists(), target
+    assert len(page.all("caption")) == len(page.all("table")) > 0
+    assert all(header["scope"] in ("row", "col") for header in page.all("th"))
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    """A real run on images whose class names, like its own, are a stranger's."""
+    folder = tmp_path_factory.mktemp("page")
+    images = make_image_folder(folder / "images", size=(19, 17))
+    for split in ("train", "val"):
+        (images / split / "red").rename(images / split / HOSTILE.replace("/", "|"))
+    data = ["data=image_folder", f"data.root={images}", "data.image_size=16", "data.max_train_images=null"]
+    arguments = [*TINY, *data, f"output_dir={folder}", "run_name=run", "trainer.global_batch_size=9"]
+    assert train.run_command([*arguments, "trainer.epochs=2"]) == 0
+    run_dir = folder / f"a {HOSTILE.replace('/', '|')} #1?%41"
+    return (folder / "run").rename(run_dir)
+
+
+@pytest.fixture(scope="module")
+def run_page(run_dir) -> Page:
+    assert command.run_command([str(run_dir)]) == 0
+    return Page(run_dir / "report/report.html")
+
+
+@pytest.fixture(scope="module")
+def sweep_page(tmp_path_factory) -> Page:
+    """Three rows, one of them without a job that is done, and all that can go wrong with a job."""
+    k3, k5, k7 = (("model.kernel_size=3",), ("model.kernel_size=5",), ("model.kernel_size=7",))
+    results = {(k3, 0): [50.0, 58.0], (k3, 1): [50.0, 54.0], (k5, 0): [61.0, 60.0], (k5, 1): [59.0, 63.0]}
+    results |= {(k7, 0): ("failed", f"exit code 1: {HOSTILE}\nTraceback"), (k7, 1): ("waiting", "")}
+    sweep = write_sweep(tmp_path_factory.mktemp("page") / "a sweep", results, table=4)
+    (sweep / "ledger-0/report").mkdir()
+    (sweep / "ledger-0/report/report.html").touch()
+    assert command.run_command([str(sweep), "--reference", "kernel_size 3"]) == 0
+    return Page(sweep / "report/report.html")
+
+
+def test_the_page_of_a_run_tells_all_that_its_folder_does(run_page):
+    check_whole(run_page)
+    info = json.loads((run_page.path.parents[1] / "run.json").read_text())
+    val = [json.loads(line) for line in (run_page.path.parents[1] / "metrics.jsonl").read_text().splitlines()][-1]
+    for text in (
+        f"{val['top1']:.2f} %", "after epoch 2 of 2", info["reproduce"], info["versions"]["torch"], info["host"],
+        "Table 1: full attention, R26", "width=0.125 (the paper's 1.0)", "the levels are no comparison",
+        "all 8 val images", "raw weights of checkpoints/last.pt, step 4",
+    ):  # fmt: skip
+        assert text in run_page.text
+    assert len(run_page.all("img")) >= 9
+    links = {unquote(link["href"]) for link in run_page.all("a")}
+    assert {"../config.yaml", "../metrics.jsonl", "../checkpoints/last.pt", "../tensorboard/"} <= links
+    assert "trainer.epochs" in run_page.text and "data.root" in run_page.text
+
+
+def test_names_from_a_disk_are_text_and_no_markup(run_page, sweep_page):
+    assert HOSTILE.replace("/", "|") in run_page.text and f"exit code 1: {HOSTILE}" in sweep_page.text
+    assert "<script" not in run_page.source + sweep_page.source
+
+
+def test_the_page_of_a_sweep_has_each_job_or_its_reason(sweep_page):
+    check_whole(sweep_page)
+    for text in ("56.00 ± ", "+5.50 ± ", "kernel_size 3", "2/2", "0/2", "sasa-sweep ...", "None of its jobs is done"):
+        assert text in sweep_page.text
+    assert "Traceback" not in sweep_page.text and len(sweep_page.all("img")) == 4
+    assert len(sweep_page.all("details")) == 3
+    links = {unquote(link["href"]) for link in sweep_page.all("a") if not link["href"].startswith("#")}
+    assert links == {f"../ledger-{i}/" for i in range(4)} | {"../ledger-0/report/report.html"}
+    assert {"failed", "waiting"} <= set(sweep_page.text.split())
+
+
+def test_a_page_is_written_without_checkpoint_data_or_matplotlib(run_dir, tmp_path, monkeypatch, capsys):
+    """Each says in its place what is not there, and how to have it."""
+
+    def write(*arguments: str) -> Page:
+        assert command.run_command([str(run_dir), "--out", str(tmp_path), *arguments]) == 0
+        return Page(tmp_path / "report.html")
+
+    assert f"data.root={tmp_path}/gone is not there" in write(f"data.root={tmp_path}/gone").text
+    assert "data.root=" in capsys.readouterr().err
+    assert "holds no cifar10" in write("data.name=cifar10", f"data.root={tmp_path}").text  # nor is it downloaded
+    page = write("--quick")
+    assert len(page.all("img")) == 2 and "Classes" not in page.text
+    with monkeypatch.context() as patch:
+        patch.setattr("sasa_train.report.pictures.can_draw", lambda: False)
+        patch.setattr("sasa_train.report.run_pictures.can_draw", lambda: False)
+        page = write()
+    assert "pip install 'sasa_train[plots]'" in page.text and page.all("img") == [] and "taken for" in page.text
+    shutil.copytree(run_dir, tmp_path / "copy")
+    (tmp_path / "copy/checkpoints/last.pt").write_bytes(b"PK")
+    assert command.run_command([str(tmp_path / "copy")]) == 0
+    assert "last.pt: cannot be read as a checkpoint" in Page(tmp_path / "copy/report/report.html").text
+
+
+def test_overrides_that_nobody_reads_are_refused(run_dir, sweep_page, capsys):
+    for arguments, reason in (
+        ([str(run_dir), "weights=both"], "weights=both must be ema or raw"),
+        ([str(run_dir), "data.image_size=-1"], "data.image_size=-1"),
+        ([str(sweep_page.path.parents[1]), "data.root=x"], "several are given"),
+        (["data.root=x"], "no sweep or run"),
+        ([str(run_dir), "--num-images", "0"], "from 1 on"),
+    ):
+        assert command.run_command(arguments) == 2 and reason in capsys.readouterr().err
+
+
+def test_what_one_must_know_of_a_run_stands_above_its_figures(tmp_path):
+    """Of run.json and the like anything may be there."""
+    run_dir = tmp_path / "run"
+    write_run(run_dir, ["experiment=debug", "trainer.max_steps=null", "trainer.epochs=9"], [20.0, 40.0, 30.0])
+    info = {"status": "interrupted", "starts": [{"step": 0}, {"step": 7}, 5], "versions": 3, "dirty": True}
+    (run_dir / "run.json").write_text(json.dumps(info))
+    (run_dir / "unreadable.txt").write_text("".join(f"{i}.png: truncated\n" for i in range(30)))
+    (run_dir / "nonfinite.txt").write_text("loss at step 3\n")
+    (run_dir / "checkpoints").mkdir()
+    (run_dir / "checkpoints/last.pt.damaged").touch()
+    assert command.run_command([str(run_dir), "--quick"]) == 0
+    page = Page(run_dir / "report/report.html")
+    check_whole(page)
+    for text in (
+        "not finished (interrupted): evaluated up to epoch 3 of 9", f"sasa-train resume={run_dir}", "30.00 %",
+        "40.00 %", "after epoch 2", "30 images could not be read", "9.png: truncated", "20 more lines", "restarts 1",
+        "loss at step 3", "put aside: last.pt.damaged", "The digits prove",
+    ):  # fmt: skip
+        assert text in page.text
+    assert "10.png" not in page.text
+
+
+@pytest.mark.parametrize(
+    "overrides,table,label,differing",
+    [
+        (["model=hybrid_resnet50"], 1, "conv stem + attention, R50", {}),
+        (["model=hybrid_resnet50", "model.kernel_size=9"], 4, "kernel_size 9", {}),
+        (["model=hybrid_resnet50", "model.stage_ops=[conv,conv,attention,attention]"], 3, "convolution in 1 2", {}),
+        (["model=hybrid_resnet38", "model.width=0.5"], 1, "conv stem + attention, R38", {"width": (1.0, 0.5)}),
+    ],
+)
+def test_a_run_stands_beside_the_nearest_row_of_the_paper(overrides, table, label, differing):
+    config = compose_config(overrides)
+    row = nearest_row(config)
+    assert (row.table, row.label) == (table, label) and differing_dials(row, config) == differing
+
+
+PROBE = """<script>
+const wrong = [];
+addEventListener("error", event => wrong.push(event.message || event.target.tagName), true);
+addEventListener("securitypolicyviolation", event => wrong.push(event.violatedDirective));
+addEventListener("load", () => {
+  for (const details of document.querySelectorAll("details")) details.open = true;
+  const pictures = [...document.images];
+  parent.postMessage({
+    page: location.pathname.split("/").pop(), width: innerWidth, needed: document.documentElement.scrollWidth,
+    pictures: pictures.length, loaded: pictures.filter(picture => picture.naturalWidth > 0).length,
+    boxes: [...document.querySelectorAll(".wide")].filter(box => box.scrollWidth > box.clientWidth).length, wrong,
+  }, "*");
+});
+</script>"""
+FRAMES = """<!doctype html><pre id="found"></pre><script>
+addEventListener("message", event => { found.textContent += JSON.stringify(event.data) + "\\n"; });
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium to look at the page with")
+def test_a_browser_shows_the_pages_on_a_phone_and_on_a_screen(run_page, sweep_page, tmp_path):
+    """At 360 and 1280 pixels: nothing sticks out, wide tables scroll in their boxes, every picture is there."""
+    frames = FRAMES
+    for page in (run_page, sweep_page):
+        name = f"{page.path.parents[1].name == 'a sweep'}.html"
+        copy = page.source.replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
+        (tmp_path / name).write_text(copy.replace("<head>", f"<head>{PROBE}"))
+        frames += "".join(f'<iframe src="{name}" width="{width}" height="800"></iframe>' for width in (360, 1280))
+    (tmp_path / "frames.html").write_text(frames.replace("<iframe", '<iframe style="border:0"'))
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += " --disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=20000 --dump-dom"
+    done = subprocess.run(
+        [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path}/profile", "--window-size=1400,4000",
+         f"file://{tmp_path}/frames.html"],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr, done.stderr
+    measured = [json.loads(line) for line in re.findall(r"\{.*\}(?=\n)", done.stdout.split("<script>")[0])]
+    assert sorted((found["page"], found["width"]) for found in measured) == [
+        ("False.html", 360), ("False.html", 1280), ("True.html", 360), ("True.html", 1280),
+    ]  # fmt: skip
+    for found in measured:
+        assert found["needed"] <= found["width"] and found["wrong"] == [], found
+        assert found["loaded"] == found["pictures"] >= 4
+        assert found["boxes"] > 0 or found["width"] > 360

@@ -1,0 +1,73 @@
+"""A trained model out of its run folder: the weights and preprocessing that evaluation, prediction and export share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+
+from sasa_train import train
+from sasa_train.config import ConfigError
+from sasa_train.trained import find_checkpoint, load_trained, split_overrides
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    """A tiny run that kept a moving average."""
+    folder = tmp_path_factory.mktemp("trained")
+    arguments = (*TINY, f"output_dir={folder}", "run_name=run", "trainer.ema_decay=0.5")
+    assert train.run_command(list(arguments)) == 0
+    return folder / "run"
+
+
+def test_the_moving_average_is_the_default_and_raw_the_models_own(run_dir):
+    """A user who gets the other weights publishes another figure than the log's."""
+    averaged, raw = load_trained(run_dir), load_trained(run_dir, ["weights=raw"])
+    assert (averaged.weights, raw.weights) == ("ema", "raw")
+    name = "layer1.0.conv1.weight"
+    assert torch.equal(averaged.model.state_dict()[name], averaged.checkpoint["ema"][name])
+    assert torch.equal(raw.model.state_dict()[name], raw.checkpoint["model"][name])
+    assert not torch.equal(averaged.checkpoint["ema"][name], raw.checkpoint["model"][name])
+    assert not averaged.model.training
+
+
+def test_preprocessing_is_that_of_the_runs_data(run_dir):
+    """The digits' own mean and std; a mean of the config's goes first."""
+    pixels = torch.full((1, 3, 8, 8), 255, dtype=torch.uint8)
+    trained = load_trained(run_dir)
+    assert trained.image_size == 8 and trained.classes == [str(digit) for digit in range(10)]
+    found = trained.normalize(torch.device("cpu"))(pixels)
+    assert torch.allclose(found, torch.full_like(found, (1 - 0.3050) / 0.3756), atol=1e-6)
+    other = load_trained(run_dir, ["data.mean=[0.5,0.5,0.5]", "data.std=[0.25,0.25,0.25]"])
+    assert torch.equal(other.normalize(torch.device("cpu"))(pixels), torch.full((1, 3, 8, 8), 2.0))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["weights=best"], "weights=best must be ema or raw"),
+        (["model.width=0.25"], "another model than the checkpoint's"),
+        (["model.widht=0.25"], "did you mean model.width"),
+    ],
+)
+def test_overrides_that_make_no_sense_are_refused(run_dir, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_trained(run_dir, overrides)
+
+
+def test_a_run_folder_its_checkpoints_and_a_file_name_the_same(run_dir):
+    best = run_dir / "checkpoints/best.pt"
+    assert find_checkpoint(run_dir) == find_checkpoint(run_dir / "checkpoints") == find_checkpoint(best) == best
+
+
+def test_words_are_overrides_unless_they_are_files(tmp_path, monkeypatch):
+    """A photograph may be called seed=3; a name with = in it may be no knob."""
+    monkeypatch.chdir(tmp_path)
+    Path("seed=3").touch()
+    os.symlink("nowhere", "weights=raw")
+    words = ["a.png", "trainer.device=cpu", "seed=3", "weights=raw", "x=1.png", "weights=ema"]
+    assert split_overrides(words) == (
+        ["a.png", "seed=3", "weights=raw", "x=1.png"],
+        ["trainer.device=cpu", "weights=ema"],
+    )

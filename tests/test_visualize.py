@@ -1,0 +1,327 @@
+"""sasa-visualize: attention weights that are the layers' own, distances and windows solved by hand, and the command."""
+
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+from tensorboard import context
+from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn import functional
+
+from sasa_train import train
+from sasa_train.attention import attention_weights
+from sasa_train.config import ConfigError
+from sasa_train.models import AttentionStem, LocalSelfAttention2d, ResNet
+from sasa_train.visualize import __main__ as command
+from sasa_train.visualize.capture import WeightsError, attention_layers, attention_of
+from sasa_train.visualize.curve_figures import draw_training_curves
+from sasa_train.visualize.distance import block_distances, mean_distances, uniform_distance
+from sasa_train.visualize.names import NAMES, OF_SEVERAL
+from sasa_train.visualize.queries import default_pixels
+from sasa_train.visualize.window import window_at
+
+# Float64 all through: sums of some hundred products, each to 1e-16, of numbers around 1.
+EXACT = {"rtol": 0, "atol": 1e-12}
+HEIGHT, WIDTH, HEADS, KERNEL = 5, 7, 2, 3
+DIALS = [
+    {},
+    {"position": "absolute"},
+    {"position": "none"},
+    {"content": False},
+    {"border": "zero", "share_rel": False},
+    {"stride": 2},
+]
+
+
+def build_layer(**dials) -> LocalSelfAttention2d:
+    torch.manual_seed(0)
+    layer = LocalSelfAttention2d(8, 12, KERNEL, HEADS, backend="reference", **dials)
+    return layer.double()
+
+
+def windows_of(maps: torch.Tensor) -> torch.Tensor:
+    """[B, C, H, W] -> [B, N, H, W, K*K, D], zeros outside, by torch's own unfold."""
+    columns = functional.unfold(maps, KERNEL, padding=KERNEL // 2)  # [B, C * K * K, H * W]
+    split = columns.unflatten(1, (HEADS, -1, KERNEL**2)).unflatten(-1, maps.shape[-2:])  # [B, N, D, K*K, H, W]
+    return split.permute(0, 1, 4, 5, 3, 2)
+
+
+# ---- weights
+
+
+@pytest.mark.parametrize("dials", DIALS, ids=str)
+def test_weights_times_values_are_the_layers_output(dials):
+    """A map of attention that is not what the model computed would be a picture of nothing."""
+    layer, x = build_layer(**dials), torch.randn(3, 8, HEIGHT, WIDTH, dtype=torch.float64)
+    weights = layer.attention_weights(x)
+    assert weights.shape == (3, HEADS, HEIGHT, WIDTH, KERNEL**2)
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]), **EXACT)
+    values = windows_of(functional.conv2d(x, layer.qkv.weight[-12:]))
+    expected = (weights[..., None] * values).sum(-2).permute(0, 1, 4, 2, 3).flatten(1, 2)
+    if layer.stride == 2:
+        expected = functional.avg_pool2d(expected, 2, ceil_mode=True)
+    torch.testing.assert_close(layer(x), expected, **EXACT)
+
+
+def test_weights_times_values_are_the_stems_output():
+    torch.manual_seed(0)
+    stem = AttentionStem(3, 12, num_heads=HEADS, pool=False, backend="reference").double().eval()
+    x = torch.randn(2, 3, 8, 12, dtype=torch.float64)
+    weights = stem.attention_weights(x)
+    assert weights.shape == (2, HEADS, 2 * 3, 16, 16)
+    value = stem.value(stem._mix(x))
+    expected = torch.zeros_like(value)
+    for block in range(6):
+        top, left = 4 * (block // 3), 4 * (block % 3)
+        inside = value[:, :, top : top + 4, left : left + 4].flatten(2).unflatten(1, (HEADS, -1))  # [B, N, D, 16]
+        attended = torch.einsum("bnij,bndj->bndi", weights[:, :, block], inside)
+        expected[:, :, top : top + 4, left : left + 4] = attended.flatten(1, 2).unflatten(-1, (4, 4))
+    torch.testing.assert_close(stem(x), stem.bn(expected), **EXACT)
+    with pytest.raises(ValueError, match="8 x 8"):
+        stem.attention_weights(x[:, :, :5, :8])
+
+
+def test_equal_scores_share_the_weight_among_the_keys_that_take_part():
+    """A corner of a 3 x 3 window has 4 keys inside; with border=zero the 5 others take their part."""
+    zero = torch.zeros(1, 1, 4, 4, 2)
+    corner = attention_weights(zero, zero, kernel_size=3)[0, 0, 0, 0]
+    assert corner.tolist() == [0, 0, 0, 0, 0.25, 0.25, 0, 0.25, 0.25]
+    everywhere = attention_weights(zero, zero, kernel_size=3, border="zero")
+    torch.testing.assert_close(everywhere, torch.full_like(everywhere, 1 / 9))
+    inputs = [torch.randn(1, 2, 3, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    rel = [torch.randn(3, 1, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    assert torch.autograd.gradcheck(lambda *tensors: attention_weights(*tensors, kernel_size=3), (*inputs, *rel))
+    with pytest.raises(ValueError, match="kernel_size=4 must be odd"):
+        attention_weights(zero, zero, kernel_size=4)
+    with pytest.raises(ValueError, match="pass a key or content=False"):
+        attention_weights(zero, None, kernel_size=3)
+
+
+@pytest.mark.parametrize("share_rel", [True, False])
+def test_relative_scores_are_the_mean_of_every_querys_own(share_rel):
+    layer, x = build_layer(share_rel=share_rel), torch.randn(3, 8, HEIGHT, WIDTH, dtype=torch.float64)
+    query = functional.conv2d(x, layer.qkv.weight[:12]).unflatten(1, (HEADS, -1))  # [B, N, D, H, W]
+    rows, columns = (rel.expand(HEADS, -1, -1) for rel in (layer.rel_height, layer.rel_width))
+    scores = torch.einsum("bndhw,nkd->bnkhw", query[:, :, :3], rows)[:, :, :, None]
+    scores = scores + torch.einsum("bndhw,nkd->bnkhw", query[:, :, 3:], columns)[:, :, None]
+    torch.testing.assert_close(layer.relative_scores(x), scores.mean((0, 4, 5)), **EXACT)
+    assert build_layer(position="none").relative_scores(x) is None
+
+
+def test_weights_are_captured_in_one_pass_and_checked():
+    """Only what was asked for, without a trace left in the model; weights that are no weights are an error."""
+    torch.manual_seed(0)
+    model = ResNet(26, 5, stem="attention_small", width=0.125, num_heads=2, kernel_size=3).eval()
+    images, passes = torch.randn(2, 3, 8, 8), []
+    handle = model.register_forward_hook(lambda *_: passes.append(1))
+    logits, found = attention_of(model, images, ["stem", "layer2.1.conv2"])
+    handle.remove()
+    assert {name: tuple(weights.shape) for name, weights in found.items()} == {
+        "stem": (2, 4, 4, 16, 16), "layer2.1.conv2": (2, 2, 4, 4, 9),
+    }  # fmt: skip
+    assert len(passes) == 1 and not any(layer._forward_pre_hooks for layer in attention_layers(model).values())
+    torch.testing.assert_close(logits, model(images).detach())
+    with torch.no_grad():
+        model.layer3[0].conv2.qkv.weight[0, 0] = math.nan
+    with pytest.raises(WeightsError, match=r"layer3\.0\.conv2"):
+        attention_of(model, images)
+
+
+# ---- distances and windows, by hand
+
+
+def test_distance_of_uniform_attention_by_hand():
+    """3 x 3 windows on a 3 x 3 map: nine keys in the centre, six at an edge, four in a corner."""
+    layer, root = build_layer(), math.sqrt(2)
+    centre, edge, corner = (4 + 4 * root) / 9, (3 + 2 * root) / 6, (2 + root) / 4
+    zero = torch.zeros(1, 1, 3, 3, 1)
+    uniform = attention_weights(zero, zero, kernel_size=3)
+    at = {place: mean_distances(uniform[:, :, y : y + 1, x : x + 1]).item() for place, (y, x) in
+          {"centre": (1, 1), "edge": (0, 1), "corner": (2, 2)}.items()}  # fmt: skip
+    assert at == pytest.approx({"centre": centre, "edge": edge, "corner": corner})
+    assert uniform_distance(layer, 3, 3) == pytest.approx((centre + 4 * edge + 4 * corner) / 9)
+    assert uniform_distance(build_layer(border="zero"), 3, 3) == pytest.approx(centre)
+
+
+def test_distance_of_attention_to_one_key():
+    """Head 0 looks at itself, head 1 two columns to the left and one row up."""
+    weights = torch.zeros(1, 2, 4, 4, 25)
+    weights[:, 0, ..., 12] = 1
+    weights[:, 1, ..., 5] = 1
+    assert mean_distances(weights).tolist() == pytest.approx([0, math.sqrt(5)])
+    assert block_distances()[0, 15].item() == pytest.approx(3 * math.sqrt(2))
+    assert mean_distances(torch.eye(16).expand(1, 1, 6, 16, 16)).item() == 0
+
+
+def test_a_window_is_drawn_where_it_lies_and_ends_at_the_border():
+    """5 x 5 positions of an 8 x 8 map in an image of 32 pixels: 4 pixels a position."""
+    weights = torch.arange(2 * 8 * 8 * 25.0).view(2, 8, 8, 25)
+    inside = window_at(weights, (13, 18), 32)
+    assert (inside.query, inside.box, inside.query_box) == ((3, 4), (8, 4, 28, 24), (16, 12, 20, 16))
+    assert torch.equal(inside.weights, weights[:, 3, 4].view(2, 5, 5))
+    corner = window_at(weights, (0, 31), 32)
+    assert (corner.query, corner.box) == ((0, 7), (20, 0, 32, 12))
+    assert torch.equal(corner.weights, weights[:, 0, 7].view(2, 5, 5)[:, 2:, :3])
+    bottom = window_at(weights, (31, 4), 32)
+    assert (bottom.box, bottom.weights.shape) == ((0, 20, 16, 32), (2, 3, 4))
+
+
+def test_a_stems_window_is_the_block_of_its_pixel():
+    weights = torch.arange(2 * 9 * 256.0).view(2, 9, 16, 16)
+    window = window_at(weights, (5, 10), 12)
+    assert (window.box, window.query_box) == ((8, 4, 12, 8), (10, 5, 11, 6))
+    assert torch.equal(window.weights, weights[:, 5, 6].view(2, 4, 4))
+
+
+def test_queries_are_the_centre_and_the_strongest_contrast():
+    image = np.full((32, 32, 3), 100, dtype=np.uint8)
+    image[4:8, 24:28] = 255
+    centre, (row, column) = default_pixels(image)
+    assert centre == (16, 16) and 3 <= row <= 8 and 23 <= column <= 28
+
+
+def test_runs_that_cannot_be_told_apart_are_refused():
+    with pytest.raises(ConfigError, match="11 runs"):
+        draw_training_curves({str(i): [] for i in range(11)})
+
+
+# ---- the command
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A finished tiny run with attention in stem and stages."""
+    folder = tmp_path_factory.mktemp("visualize")
+    arguments = [argument for argument in TINY if not argument.startswith("output_dir")]
+    assert train.run_command([*arguments, f"output_dir={folder}", "run_name=tiny"]) == 0
+    return folder / "tiny"
+
+
+@pytest.fixture
+def run_dir(trained, tmp_path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "tiny"))
+
+
+def board_images(folder: Path) -> dict[str, list[int]]:
+    events = EventAccumulator(str(folder)).Reload()
+    return {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
+
+
+def test_all_figures_into_the_run_folder_and_tensorboard(run_dir, capsys):
+    before = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    assert command.run_command([str(run_dir), "--num-images", "20", "trainer.device=cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "over 20 of val's 30 images" in said and "not drawn" not in said
+    assert sorted(path.name for path in (run_dir / "figures").iterdir()) == sorted(f"{name}.png" for name in NAMES)
+    step = torch.load(run_dir / "checkpoints/best.pt", weights_only=True)["step"]
+    expected = {f"figures/{name}": [step] for name in NAMES}
+    assert board_images(run_dir / "tensorboard/figures") == expected
+
+    # Drawn again, a figure replaces itself; the run's own series is what it was, and goes on over a resume.
+    assert command.run_command([str(run_dir), "lr_schedule", "--format", "png,svg"]) == 0
+    assert (run_dir / "figures/lr_schedule.svg").read_bytes().startswith(b"<?xml")
+    more = ["trainer.epochs=4", "allow_config_change=[trainer.epochs]"]
+    arguments = [argument for argument in TINY if not argument.startswith(("output_dir", "trainer.epochs"))]
+    assert train.run_command([*arguments, *more, f"output_dir={run_dir.parent}", "run_name=tiny"]) == 0
+    assert board_images(run_dir / "tensorboard/figures") == expected
+    after = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    steps = [[event.step for event in events.Scalars("val/top1")] for events in (before, after)]
+    assert steps[1] == [*steps[0], steps[0][-1] // 3 * 4]
+    boards = plugin_event_multiplexer.EventMultiplexer().AddRunsFromDirectory(str(run_dir)).Reload()
+    shown = data_provider.MultiplexerDataProvider(boards, str(run_dir)).list_blob_sequences(
+        context.RequestContext(), experiment_id="", plugin_name="images"
+    )
+    assert set(shown["tensorboard/figures"]) == set(expected)
+    assert not set(shown["tensorboard"]) & set(expected)
+
+
+def test_maps_of_ones_own_images_pixels_layers_and_heads(run_dir, tmp_path, capsys):
+    """No data set is needed then: its root may be gone."""
+    Image.new("RGB", (50, 40), "orange").save(tmp_path / "mine.png")
+    choice = ["--images", str(tmp_path / "mine.png"), "--pixels", "1,2", "0,7", "--layers", "layer1.0.conv2"]
+    gone = ["data.name=image_folder", "data.root=gone", "data.image_size=8"]
+    names = ["attention_maps", "attention_heads"]
+    out = ["--out", str(tmp_path / "out")]
+    assert command.run_command([str(run_dir), *names, *choice, "--heads", "1", *gone, *out]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["attention_heads.png", "attention_maps.png"]
+    assert not (run_dir / "figures").exists()
+    (tmp_path / "mine.png").write_text("no image")
+    assert command.run_command([str(run_dir), *names, *choice, *out]) == 2
+    assert "mine.png: cannot be read as an image" in capsys.readouterr().err
+
+
+def test_without_the_data_what_needs_none_is_drawn_and_the_rest_named(run_dir, capsys):
+    gone = ["data.name=image_folder", "data.root=gone", "data.image_size=8"]
+    assert command.run_command([str(run_dir), "mistakes", *OF_SEVERAL, *gone]) == 1
+    assert sorted(path.stem for path in (run_dir / "figures").iterdir()) == sorted(OF_SEVERAL)
+    assert "not drawn: mistakes: data.root=gone" in capsys.readouterr().err
+    assert command.run_command([str(run_dir), "mistakes", *gone]) == 2
+
+
+def test_a_model_without_attention_says_so(tmp_path, capsys):
+    arguments = ["experiment=debug", "model=conv_resnet26", "model.stem=conv_small", "model.width=0.125"]
+    dials = ["model.num_heads=null", "model.kernel_size=null", f"output_dir={tmp_path}", "run_name=conv"]
+    assert train.run_command([*arguments, *dials]) == 0
+    assert command.run_command([str(tmp_path / "conv"), "attention_maps"]) == 2
+    assert "attention_maps cannot be drawn: conv_resnet26 has no local self-attention" in capsys.readouterr().err
+    assert command.run_command([str(tmp_path / "conv")]) == 0
+    names = "attention_maps, attention_heads, attention_distance, relative_embeddings"
+    assert f"not drawn: {names}: conv_resnet26 has no local self-attention" in capsys.readouterr().out
+    assert len(list((tmp_path / "conv/figures").iterdir())) == len(NAMES) - 4
+
+
+def test_several_runs_are_overlaid_in_their_curves(trained, run_dir, tmp_path, capsys):
+    runs = [str(trained), str(run_dir)]
+    assert command.run_command(runs) == 2
+    assert "--out DIR" in capsys.readouterr().err
+    assert command.run_command([*runs, "mistakes", "--out", str(tmp_path / "both")]) == 2
+    assert command.run_command([*runs, "--out", str(tmp_path / "both")]) == 0
+    assert sorted(path.stem for path in (tmp_path / "both").iterdir()) == sorted(OF_SEVERAL)
+
+
+@pytest.mark.parametrize(
+    "arguments,says",
+    [
+        (["confusion_matrx"], "did you mean confusion_matrix?"),
+        (["--pixels", "8,0"], "--pixels 8,0 must lie in the image as the model sees it, 0,0 to 7,7"),
+        (["--layers", "layer9"], "--layers layer9 must be one of stem, layer1.0.conv2"),
+        (["--layers", "layer1.0.conv2", "--heads", "2"], "--heads 2 must be below 2"),
+        (["--format", "gif"], "gif must be png, svg"),
+        (["model.width=0.25"], "make another model"),
+    ],
+)
+def test_refused_before_anything_is_drawn(trained, arguments, says, capsys):
+    assert command.run_command([str(trained), *arguments]) == 2
+    assert says in capsys.readouterr().err
+    assert not (trained / "figures").exists()
+
+
+def test_links_out_of_a_run_folder_are_refused(run_dir, tmp_path, capsys):
+    (tmp_path / "elsewhere").mkdir()
+    (run_dir / "figures").symlink_to(tmp_path / "elsewhere")
+    assert command.run_command([str(run_dir), "lr_schedule"]) == 2
+    assert "is a symbolic link" in capsys.readouterr().err
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_without_matplotlib_the_extra_is_named(trained, capsys, monkeypatch):
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    assert command.run_command([str(trained)]) == 2
+    assert "pip install 'sasa_train[plots]'" in capsys.readouterr().err
+
+
+def test_help_is_there_before_torch_is():
+    script = (
+        "import sys; from sasa_train.visualize.__main__ import run_command; assert run_command(['--help']) == 0; "
+        "assert not {'torch', 'matplotlib'} & set(sys.modules)"
+    )
+    help_text = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert all(name in help_text for name in NAMES)
