@@ -94,5 +94,7 @@ def _build(config: TrainConfig, state_dict: dict[str, Any], num_classes: int) ->
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:
-        raise ConfigError(f"the overrides make another model than the checkpoint's: {error}") from error
+        _, first, *others = [*str(error).splitlines(), ""]
+        more = f" and {len(others) - 1} more like it" if len(others) > 1 else ""
+        raise ConfigError(f"the overrides make another model than the checkpoint's: {first.strip()}{more}") from error
     return model.eval()
