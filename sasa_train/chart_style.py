@@ -6,6 +6,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from sasa_train.printable import printable
+
 # Of Okabe and Ito's colours those whose grey differs, each with its own hatch and marker.
 STYLES = (
     ("#B8B8B8", "", "o", "-"),
@@ -30,15 +32,19 @@ def new_figure(num_rows: int, num_columns: int, height: float) -> tuple[Figure, 
     return figure, axes
 
 
-def as_png(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, dpi=DPI, format="png")
-    return file.getvalue()
+def as_label(name: str) -> str:
+    """A name from a disk as matplotlib shows it to the letter.
+
+    A dollar would begin a formula, and an underscore at the front keep it out of legends.
+    """
+    text = printable(name).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
-def as_svg(figure: Figure) -> bytes:
-    """The same picture gives the same file: no date, and no random ids."""
+def rendered(figure: Figure, kind: str = "png") -> bytes:
+    """As PNG, SVG or PDF; the same picture gives the same file: no date, and no random ids."""
     file = io.BytesIO()
+    metadata: dict[str, dict[str, None]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
     with rc_context({"svg.hashsalt": "sasa_train"}):
-        figure.savefig(file, format="svg", metadata={"Date": None})
+        figure.savefig(file, dpi=DPI, format=kind, metadata=metadata.get(kind))
     return file.getvalue()

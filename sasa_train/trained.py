@@ -12,6 +12,7 @@ from torch import nn
 from sasa_train.checkpoint import load_checkpoint
 from sasa_train.config import ConfigError, TrainConfig, knob_table, resolved_image_size
 from sasa_train.data.datasets import mean_std
+from sasa_train.data.fingerprint import differences
 from sasa_train.data.transforms import Normalize
 from sasa_train.models import build_model, check_model
 
@@ -41,6 +42,17 @@ class TrainedModel:
     def normalize(self, device: torch.device) -> Normalize:
         """uint8 [B, 3, H, W] as `fit` (data/transforms.py) makes them -> what the model was trained on."""
         return Normalize(*mean_std(self.config.data), device, self.config.trainer.channels_last)
+
+    def check_classes(self, classes: list[str]) -> None:
+        """Raise ConfigError unless a data set's classes are the checkpoint's, in the same order."""
+        if classes != self.classes:
+            root = self.config.data.root
+            raise ConfigError(f"data.root={root}: its {len(classes)} classes are not the checkpoint's")
+
+    def changes(self, val: dict[str, Any]) -> list[str]:
+        """How val's images, by their fingerprint, differ from those that the training was evaluated on."""
+        before = self.checkpoint["fingerprint"]
+        return differences(before["val"], val, "val") if before else []
 
 
 def load_trained(source: Path, overrides: Sequence[str] = ()) -> TrainedModel:

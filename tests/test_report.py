@@ -26,7 +26,7 @@ from sasa_train.paper import ROWS
 from sasa_train.report import __main__ as command
 from sasa_train.report.beside_paper import paper_reference, paper_row
 from sasa_train.report.intervals import mean_interval, t_quantile
-from sasa_train.report.jobs import find_jobs
+from sasa_train.report.jobs import find_jobs, read_metrics
 from sasa_train.report.rows import build_report, paired_difference
 from sasa_train.sweep.plan import read_plan
 
@@ -192,6 +192,16 @@ def test_a_damaged_ledger_is_refused_by_its_path(text, reason, tmp_path, capsys)
     (tmp_path / "ledger.json").write_text(text)
     assert command.run_command([str(tmp_path)]) == 2
     assert f"{tmp_path}/ledger.json" in (error := capsys.readouterr().err) and reason in error
+
+
+def test_a_row_of_metrics_without_what_is_drawn_is_damage(tmp_path):
+    """Another program's log, or an edited one: named on the page, and no traceback of the curves."""
+    write_run(tmp_path / "run", ["experiment=debug"], [20.0])
+    log = tmp_path / "run/metrics.jsonl"
+    log.write_text(log.read_text().replace('"epoch"', '"round"'))
+    with pytest.raises(ConfigError, match="metrics.jsonl: cannot be read .KeyError: 'epoch'"):
+        read_metrics(log)
+    assert command.run_command([str(tmp_path / "run"), "--quick"]) == 0
 
 
 def test_what_cannot_be_reported_is_refused(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The report's HTML page: whole, self-contained, safe from names on disks, and looked at in a real browser."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import torch
 from conftest import TINY, make_image_folder
 from test_report import write_run, write_sweep
 
@@ -16,6 +18,8 @@ from sasa_train import train
 from sasa_train.compose import compose_config
 from sasa_train.report import __main__ as command
 from sasa_train.report.beside_paper import differing_dials, nearest_row
+from sasa_train.report.run_pictures import class_rows
+from sasa_train.visualize.val_sample import ValSample
 
 HOSTILE = '<script>alert("1")</script>'
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -145,18 +149,43 @@ def test_a_page_is_written_without_checkpoint_data_or_matplotlib(run_dir, tmp_pa
 
     assert f"data.root={tmp_path}/gone is not there" in write(f"data.root={tmp_path}/gone").text
     assert "data.root=" in capsys.readouterr().err
-    assert "holds no cifar10" in write("data.name=cifar10", f"data.root={tmp_path}").text  # nor is it downloaded
+    assert "holds no whole cifar10" in write("data.name=cifar10", f"data.root={tmp_path}").text  # nor is it downloaded
     page = write("--quick")
     assert len(page.all("img")) == 2 and "Classes" not in page.text
     with monkeypatch.context() as patch:
-        patch.setattr("sasa_train.report.pictures.can_draw", lambda: False)
-        patch.setattr("sasa_train.report.run_pictures.can_draw", lambda: False)
+        patch.setattr("importlib.util.find_spec", lambda name: None)
         page = write()
     assert "pip install 'sasa_train[plots]'" in page.text and page.all("img") == [] and "taken for" in page.text
     shutil.copytree(run_dir, tmp_path / "copy")
     (tmp_path / "copy/checkpoints/last.pt").write_bytes(b"PK")
     assert command.run_command([str(tmp_path / "copy")]) == 0
     assert "last.pt: cannot be read as a checkpoint" in Page(tmp_path / "copy/report/report.html").text
+
+
+def test_a_class_table_has_who_is_taken_for_whom():
+    """A set may have one class alone, as where only one is there to try."""
+    found = ValSample(4, torch.tensor([[1, 2], [0, 1]]), [])
+    assert [(row["class"], row["top1"], row["most often taken for"]) for row in class_rows(found, ["a", "b"])] == [
+        ("a", "33.33", "b (2)"),
+        ("b", "100.00", "-"),
+    ]
+    (row,) = class_rows(ValSample(3, torch.tensor([[3]]), []), ["alone"])
+    assert (row["top1"], row["most often taken for"]) == ("100.00", "-")
+
+
+def test_the_page_of_a_model_that_is_not_finite_says_so_in_place_of_its_attention(run_dir, tmp_path, monkeypatch):
+    shutil.copytree(run_dir, tmp_path / "run")
+    checkpoints = tmp_path / "run/checkpoints"
+    state = torch.load(checkpoints / "last.pt", weights_only=True)
+    state["model"]["layer1.0.conv2.qkv.weight"].fill_(math.nan)
+    for path in checkpoints.iterdir():  # the digests beside them too
+        path.unlink()
+    torch.save(state, checkpoints / "last.pt")
+    monkeypatch.chdir(tmp_path / "run")
+    assert command.run_command(["."]) == 0
+    page = Page(tmp_path / "run/report/report.html")
+    assert "is the model finite?" in page.text and "all 8 val images" in page.text
+    assert "<title>run</title>" in page.source  # of a folder that is given as "."
 
 
 def test_overrides_that_nobody_reads_are_refused(run_dir, sweep_page, capsys):

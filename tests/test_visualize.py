@@ -18,14 +18,21 @@ from torch.nn import functional
 
 from sasa_train import train
 from sasa_train.attention import attention_weights
+from sasa_train.chart_style import rendered
 from sasa_train.config import ConfigError
+from sasa_train.data.datasets import balanced
+from sasa_train.data.loader import build_loaders
 from sasa_train.models import AttentionStem, LocalSelfAttention2d, ResNet
+from sasa_train.trained import load_trained
 from sasa_train.visualize import __main__ as command
+from sasa_train.visualize.attention_figures import draw_distances
 from sasa_train.visualize.capture import WeightsError, attention_layers, attention_of
+from sasa_train.visualize.class_figures import draw_confusion
 from sasa_train.visualize.curve_figures import draw_training_curves
-from sasa_train.visualize.distance import block_distances, mean_distances, uniform_distance
+from sasa_train.visualize.distance import Distances, block_distances, mean_distances, uniform_distance
 from sasa_train.visualize.names import NAMES, OF_SEVERAL
 from sasa_train.visualize.queries import default_pixels
+from sasa_train.visualize.sample_figures import augmented_samples
 from sasa_train.visualize.window import window_at
 
 # Float64 all through: sums of some hundred products, each to 1e-16, of numbers around 1.
@@ -174,6 +181,35 @@ def test_a_window_is_drawn_where_it_lies_and_ends_at_the_border():
     assert (bottom.box, bottom.weights.shape) == ((0, 20, 16, 32), (2, 3, 4))
 
 
+def test_a_map_whose_side_was_rounded_up_lies_where_its_strides_put_it():
+    """50 pixels, 25, 13, 7: the seven positions are 8 pixels apart, not 50 / 7; the last one has two pixels."""
+    weights = torch.arange(1 * 7 * 7 * 9.0).view(1, 7, 7, 9)
+    window = window_at(weights, (39, 49), 50)
+    assert (window.query, window.reduction, window.box) == ((4, 6), 8, (40, 24, 56, 48))
+    assert torch.equal(window.weights, weights[:, 4, 6].view(1, 3, 3)[:, :, :2])
+
+
+def test_a_layer_whose_queries_have_one_key_has_no_distance():
+    """A kernel_size of 1, or a map of one position, as in the last blocks of a ResNet-38 on digits."""
+    layers = [Distances("layer1", [2.0, 3.0], 2.5), Distances("layer4", [0.0, 0.0], 0.0)]
+    figure = draw_distances(layers, 30)
+    heads = [dict(zip(*axis.lines[0].get_data(), strict=True)) for axis in figure.axes]
+    assert [set(points) for points in heads] == [{0}, {0}]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["layer1", "layer4 (one key)"]
+    assert rendered(figure) and rendered(draw_distances(layers[1:], 30))
+
+
+def test_names_are_shown_to_the_letter():
+    """A class folder called $5 or \\frac$ is no formula; a run called _1 has its place in the legend."""
+    names = ["$5 or \\frac$", "_under", "a\nb"]
+    figure = draw_confusion(torch.eye(3, dtype=torch.int64), names)
+    rendered(figure)  # parses them
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["\\$5 or \\frac\\$", " _under", "a\\nb"]
+    rows = [{"split": "val", "step": 5, "epoch": 1, "loss": 1.0, "top1": 50.0}]
+    legend = draw_training_curves({"_1": rows, "$x_{$": rows}).legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == [" _1", "\\$x_{\\$"]
+
+
 def test_a_stems_window_is_the_block_of_its_pixel():
     weights = torch.arange(2 * 9 * 256.0).view(2, 9, 16, 16)
     window = window_at(weights, (5, 10), 12)
@@ -241,6 +277,36 @@ def test_all_figures_into_the_run_folder_and_tensorboard(run_dir, capsys):
     )
     assert set(shown["tensorboard/figures"]) == set(expected)
     assert not set(shown["tensorboard"]) & set(expected)
+
+
+def test_augmented_samples_are_those_of_the_runs_epochs(trained):
+    """To the pixel: what is drawn of an image depends on its number in train, which a part of it would lose."""
+    run = load_trained(trained, ["augment.policy=trivial_augment", "augment.hflip=true"])
+    loaders = build_loaders(run.config, torch.device("cpu"))
+    _, augmented = augmented_samples(run, loaders.train_set, 3, 2)
+    undo, compared = run.normalize(torch.device("cpu")).undo, 0
+    chosen = balanced(loaders.train_set, 3).tolist()
+    for epoch in range(2):
+        batches = zip(loaders.train.plan.train(epoch, 0), loaders.train.train_batches(epoch), strict=True)
+        for micro, (images, _) in batches:
+            for index, image in zip(micro.indices.tolist(), undo(images), strict=True):
+                if index in chosen:
+                    assert torch.equal(image, augmented[epoch][chosen.index(index)])
+                    compared += 1
+    assert compared >= 4 and not torch.equal(*augmented)  # an epoch leaves out its last, incomplete batch
+
+
+def test_figures_of_other_images_than_the_runs_say_so(run_dir, tmp_path, caplog):
+    arguments = [str(run_dir), "class_accuracy", "--out", str(tmp_path)]
+    assert command.run_command(arguments) == 0 and caplog.text == ""
+    assert command.run_command([*arguments, "data.max_val_images=20"]) == 0
+    assert "not the images that the run was evaluated on: val: class '0' had 3 images, now 2" in caplog.text
+
+
+def test_a_checkpoint_in_the_current_folder_is_its_runs(run_dir, monkeypatch, capsys):
+    monkeypatch.chdir(run_dir / "checkpoints")
+    assert command.run_command(["last.pt", "lr_schedule"]) == 0
+    assert (run_dir / "figures/lr_schedule.png").is_file()
 
 
 def test_maps_of_ones_own_images_pixels_layers_and_heads(run_dir, tmp_path, capsys):
@@ -313,7 +379,7 @@ def test_links_out_of_a_run_folder_are_refused(run_dir, tmp_path, capsys):
 
 
 def test_without_matplotlib_the_extra_is_named(trained, capsys, monkeypatch):
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert command.run_command([str(trained)]) == 2
     assert "pip install 'sasa_train[plots]'" in capsys.readouterr().err
 

@@ -2,7 +2,6 @@
 
 import argparse
 import datetime
-import importlib.util
 import json
 import platform
 import re
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sasa_train.compose import fail
 from sasa_train.config import ConfigError
+from sasa_train.extras import NO_MATPLOTLIB, has_matplotlib
 from sasa_train.machine import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -96,8 +96,8 @@ def _run(options: argparse.Namespace, command: str) -> int:
 
 def check_outputs(options: argparse.Namespace) -> None:
     """Refuse before anything is measured what could not be written afterwards."""
-    if options.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib, which is not installed: pip install 'sasa_train[plots]'")
+    if options.plot and not has_matplotlib():
+        raise ConfigError(f"--plot: {NO_MATPLOTLIB}")
     for option, path in (("--json", options.json), ("--plot", options.plot)):
         if path and not path.parent.is_dir():
             raise ConfigError(f"{option} {path}: there is no folder {path.parent}; make it first")

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from sasa_train.chart_style import DPI, STYLES, new_figure
+from sasa_train.chart_style import DPI, GRID, STYLES, new_figure
 
 NAMES = ("conv", "cpu", "triton", "attention", "flex", "halo", "reference", "natten")
 
@@ -50,7 +50,7 @@ def _draw_shapes(rows: list[dict[str, Any]]) -> Figure:
     axis.set_xticks(range(len(shapes)), shapes, rotation=35, ha="right", fontsize=8)
     axis.set_xlabel("height x width x channels (/2: a stage begins)" if any("/2" in s for s in shapes) else
                     "height x width x channels")  # fmt: skip
-    axis.grid(axis="y", color="#DDDDDD", lw=0.6)
+    axis.grid(axis="y", color=GRID, lw=0.6)
     axis.legend(frameon=False, fontsize=8, ncols=len(names) + 1, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
 
@@ -102,7 +102,7 @@ def _draw_growth(rows: list[dict[str, Any]]) -> Figure:
         panel.xaxis.set_minor_locator(NullLocator())
         panel.set_xlabel("pixels" if by_map else "positions in the window, K²")
         panel.set_ylabel(label)
-        panel.grid(color="#DDDDDD", lw=0.6, which="both")
+        panel.grid(color=GRID, lw=0.6, which="both")
         panel.legend(frameon=False, fontsize=8)
     return figure
 
@@ -124,7 +124,7 @@ def _draw_models(rows: list[dict[str, Any]]) -> Figure:
             axis.annotate(text, (found["max"], i), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
         axis.margins(x=0.18)
         axis.set_xlabel(f"{what}, images/s")
-        axis.grid(axis="x", color="#DDDDDD", lw=0.6)
+        axis.grid(axis="x", color=GRID, lw=0.6)
         axis.set_yticks(range(len(rows)), [row["model"].replace(",", "\n") for row in rows], fontsize=8)
         axis.invert_yaxis()
     axes[1].tick_params(labelleft=False)

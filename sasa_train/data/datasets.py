@@ -201,13 +201,16 @@ def split(images: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
 
 
 def limit(images: ImageSet, count: int | None) -> ImageSet:
-    """A fixed subset as balanced as the set allows: every class gives its first image, then its second, and so on."""
-    if count is None or count >= len(images):
-        return images
+    """A fixed subset, `balanced`; all images where they are no more."""
+    return images if count is None or count >= len(images) else images.subset(balanced(images, count))
+
+
+def balanced(images: ImageSet, count: int) -> np.ndarray:
+    """Indices of a fixed subset as balanced as the set allows: each class gives one image, then another, and so on."""
     rank = np.empty(len(images), dtype=np.int64)
     for members in _by_class(images):
         rank[members] = np.arange(len(members))
-    return images.subset(np.sort(np.lexsort((images.labels, rank))[:count]))
+    return np.sort(np.lexsort((images.labels, rank))[:count])
 
 
 def _by_class(images: ImageSet) -> list[np.ndarray]:

@@ -3,7 +3,6 @@
 import argparse
 import csv
 import dataclasses
-import importlib.util
 import io
 import json
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sasa_train.config import ConfigError
+from sasa_train.extras import NO_MATPLOTLIB, has_matplotlib
 from sasa_train.printable import printable
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ def check_outputs(options: argparse.Namespace) -> None:
     """Refuse before anything is evaluated what could not be written afterwards."""
     if options.bins is not None and options.bins < 1:
         raise ConfigError(f"--bins {options.bins}: must be 1 or more")
-    if options.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib, which is not installed: pip install 'sasa_train[plots]'")
+    if options.plot and not has_matplotlib():
+        raise ConfigError(f"--plot: {NO_MATPLOTLIB}")
     for name, suffixes in SUFFIXES.items():
         path: Path | None = getattr(options, name)
         if path is None:
@@ -94,11 +94,9 @@ def as_json_lines(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(figures: dict[str, Any], kind: str) -> bytes:
-    from sasa_train.chart_style import DPI
+    from sasa_train.chart_style import rendered
     from sasa_train.evaluation.reliability_diagram import draw_reliability
 
     views = ", averaged with the mirror image" if "tta" in figures else ""
     figure = draw_reliability(figures["calibration"].bins, f"val, {figures['num_images']:,} images{views}")
-    file = io.BytesIO()
-    figure.savefig(file, dpi=DPI, format=kind)
-    return file.getvalue()
+    return rendered(figure, kind)

@@ -6,11 +6,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import Normal, Stroke
 
-from sasa_train.chart_style import STYLES
+from sasa_train.chart_style import GRID, STYLES
 from sasa_train.evaluation.calibration import Bin, expected_error
 
 ACCURACY, GAP = STYLES[1], STYLES[2]
-GRID = "#DDDDDD"
 SIDE, COUNTS_SHARE = 5.6, 3.0  # inches; the diagram is so many times as high as the counts below it
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sasa_train.config import ConfigError, micro_batch_size
+from sasa_train.config import micro_batch_size
 from sasa_train.data.datasets import ImageSet
-from sasa_train.data.fingerprint import differences, fingerprint
+from sasa_train.data.fingerprint import fingerprint
 from sasa_train.data.loader import Loader, build_eval_loader, check_evaluated
 from sasa_train.engine import Evaluation, evaluate, rank_classes
 from sasa_train.run import resolve
@@ -68,8 +68,7 @@ class Val:
 
     def changes(self) -> list[str]:
         """How the images differ from those that the training was evaluated on."""
-        before = self.trained.checkpoint["fingerprint"]
-        return differences(before["val"], self.fingerprint, "val") if before else []
+        return self.trained.changes(self.fingerprint)
 
     def evaluate(self, answering: "Answering | None" = None) -> Evaluation:
         """The training log's figures, to the last digit; `answering` keeps on the way what the model says."""
@@ -133,7 +132,6 @@ def open_val(trained: TrainedModel) -> Val:
         config.trainer.grad_accum_steps = 1
     device, config = resolve(config)
     loader, images = build_eval_loader(config, device)
-    if images.classes != trained.classes:
-        raise ConfigError(f"data.root={config.data.root}: its {len(images.classes)} classes are not the checkpoint's")
+    trained.check_classes(images.classes)
     trained.model.to(device).to(memory_format=loader.normalize.memory_format)
     return Val(trained, device, loader, images, config.trainer.precision)

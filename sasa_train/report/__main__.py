@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sasa_train.compose import fail
 from sasa_train.config import ConfigError
 from sasa_train.console import say, warn
+from sasa_train.extras import has_matplotlib
 
 if TYPE_CHECKING:
     from sasa_train.report.jobs import Job
@@ -90,7 +91,7 @@ def report(options: argparse.Namespace) -> None:
     from sasa_train.printable import printable_lines
     from sasa_train.report.jobs import find_jobs
     from sasa_train.report.page import PAGE, the_run
-    from sasa_train.report.pictures import NO_MATPLOTLIB, can_draw
+    from sasa_train.report.pictures import NO_PLOTS
     from sasa_train.report.rows import build_report
     from sasa_train.report.tables import as_csv, as_json, markdown
 
@@ -103,12 +104,12 @@ def report(options: argparse.Namespace) -> None:
     text = printable_lines(markdown(built))
     files = {"table.md": text.encode(), "table.csv": as_csv(built).encode(), "table.json": as_json(built).encode()}
     charts: dict[str, bytes] = {}
-    if can_draw():
+    if has_matplotlib():
         from sasa_train.report.charts import draw_charts
 
         charts = draw_charts(built)
     else:
-        warn(NO_MATPLOTLIB)
+        warn(NO_PLOTS)
     write_files(folder, files | charts)  # before what takes long
     say(text)
     page = sweep_page_of(built, options, charts, folder) if job is None else run_page_of(built, job, options, folder)
@@ -132,9 +133,9 @@ def check_overrides(overrides: list[str], job: "Job | None") -> None:
 
 def sweep_page_of(report: "Report", options: argparse.Namespace, charts: dict[str, bytes], folder: Path) -> str:
     from sasa_train.report.page import sweep_page
-    from sasa_train.report.pictures import NO_MATPLOTLIB, can_draw, of_charts
+    from sasa_train.report.pictures import NO_PLOTS, of_charts
 
-    why_not = "No job is done, so there is nothing to draw." if can_draw() else NO_MATPLOTLIB
+    why_not = "No job is done, so there is nothing to draw." if has_matplotlib() else NO_PLOTS
     return sweep_page(report, options.sources, of_charts(charts), [] if charts else [why_not], folder)
 
 

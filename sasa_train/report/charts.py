@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sasa_train.chart_style import SOLID, as_png, new_figure
+from sasa_train.chart_style import GRID, SOLID, as_label, new_figure, rendered
 from sasa_train.report.intervals import Interval
 from sasa_train.report.rows import Report, Row, paired_difference
 
@@ -29,7 +29,7 @@ def draw_charts(report: Report) -> dict[str, bytes]:
         figures["differences.png"] = _draw_differences(rows)
     if lines := window_lines(rows):
         figures["window.png"] = _draw_windows(lines)
-    return {name: as_png(figure) for name, figure in figures.items()}
+    return {name: rendered(figure) for name, figure in figures.items()}
 
 
 def best(rows: list[Row], count: int) -> list[Row]:
@@ -41,7 +41,7 @@ def best(rows: list[Row], count: int) -> list[Row]:
 def short(label: str) -> str:
     """Without the keys' groups, and not too long for a legend."""
     text = ", ".join(re.sub(r"^[a-z_.]+\.([a-z_0-9]+=)", r"\1", part) for part in label.split(", "))
-    return text if len(text) <= MAX_LABEL else text[: MAX_LABEL - 1] + "…"
+    return as_label(text if len(text) <= MAX_LABEL else text[: MAX_LABEL - 1] + "…")
 
 
 def limits(intervals: list[Interval]) -> tuple[float, float]:
@@ -78,7 +78,7 @@ def _draw_accuracy(rows: list[tuple[int, Row]]) -> Figure:
             axis.annotate(f"{number}", (x, found.mean), xytext=(6, 3), textcoords="offset points", fontsize=7)
         axis.set_xlabel(label)
         axis.locator_params(axis="x", nbins=5)
-        axis.grid(color="#DDDDDD", lw=0.6)
+        axis.grid(color=GRID, lw=0.6)
         sizes = [quantity(row) for _, row in counted]
         around = max(0.1 * (max(sizes) - min(sizes)), 0.05 * max(sizes))  # all but the same size is to look so
         axis.set_xlim(min(sizes) - around, max(sizes) + around)
@@ -105,7 +105,7 @@ def _draw_curves(rows: list[Row]) -> Figure:
         axis.fill_between(epochs, low, high, color=OURS, alpha=0.25, lw=0)
         axis.plot(epochs, means, color=OURS, lw=1.6, marker="o" if len(epochs) < 3 else "")
         axis.set_title(short(row.label), fontsize=8)
-        axis.grid(color="#DDDDDD", lw=0.6)
+        axis.grid(color=GRID, lw=0.6)
         axis.label_outer()
     for axis in axes[len(shown) - num_columns : len(shown)]:
         axis.tick_params(labelbottom=True)
@@ -159,7 +159,7 @@ def _draw_differences(rows: list[Row]) -> Figure:
     references = list(dict.fromkeys(short(row.reference.label) for row, _ in shown if row.reference))
     above = references[0] if len(references) == 1 else "its reference"
     axis.set_xlabel(f"top1, percentage points above {above}", fontsize=9)
-    axis.grid(axis="x", color="#DDDDDD", lw=0.6)
+    axis.grid(axis="x", color=GRID, lw=0.6)
     axis.legend(*_ours_first(axis), frameon=False, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
 
@@ -199,7 +199,7 @@ def _draw_windows(lines: dict[str, list[tuple[int, Row]]]) -> Figure:
     references = sorted({size for line in lines.values() for size, row in line if row is window_reference(line)})
     above = " or ".join(map(str, references))
     axis.set_ylabel(f"top1, percentage points\nabove kernel_size {above} (95 % intervals)", fontsize=9)
-    axis.grid(color="#DDDDDD", lw=0.6)
+    axis.grid(color=GRID, lw=0.6)
     axis.legend(*_ours_first(axis), frameon=False, fontsize=8)
     return figure
 

@@ -150,7 +150,7 @@ def _compose_or_none(overrides: list[str]) -> TrainConfig | None:
 
 
 def _run_job(run_dir: Path) -> Job:
-    job = Job(run_dir.name, "began")
+    job = Job(run_dir.resolve().name, "began")  # "." has none
     _read_run(job, run_dir)
     if job.state != "damaged":
         status = str(job.info.get("status", "began"))
@@ -189,9 +189,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        complete = all(isinstance(row["top1"], int | float) for row in rows if row["split"] == "val")
+        whole = all(_is_row(row) for row in rows)
     except (OSError, ValueError, TypeError, LookupError) as error:
         raise ConfigError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
-    if not complete:
-        raise ConfigError(f"{path}: a val row without top1")
+    if not whole:
+        raise ConfigError(f"{path}: a row without split, step and epoch, or a val row without top1")
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    keys = ("step", "epoch", "top1") if row["split"] == "val" else ("step", "epoch")
+    return all(isinstance(row[key], int | float) for key in keys)

@@ -1,13 +1,14 @@
 """What stands on the page as pictures, inside the file, or as a sentence in their place that says why they do not."""
 
 import base64
-import importlib.util
 import io
 from dataclasses import dataclass, field
 
 from PIL import Image
 
-NO_MATPLOTLIB = "No plots: matplotlib is not installed; pip install 'sasa_train[plots]'"
+from sasa_train.extras import NO_MATPLOTLIB
+
+NO_PLOTS = f"No plots: {NO_MATPLOTLIB}"
 DPI = 150  # of chart_style, which needs matplotlib
 MAX_BYTES = 300_000  # of a picture without loss
 CAPTIONS = {
@@ -75,7 +76,3 @@ class Section:
 def of_charts(charts: dict[str, bytes]) -> list[Picture]:
     """What charts.draw_charts drew."""
     return [picture(png, *CAPTIONS[name]) for name, png in charts.items()]
-
-
-def can_draw() -> bool:
-    return importlib.util.find_spec("matplotlib") is not None

@@ -9,18 +9,19 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from sasa_train.checkpoint import CheckpointError
 from sasa_train.config import ConfigError, DataConfig
 from sasa_train.data.datasets import ImageSet, limit, load_image_sets
-from sasa_train.data.fingerprint import differences, fingerprint
+from sasa_train.data.fingerprint import fingerprint
+from sasa_train.extras import has_matplotlib
 from sasa_train.report.jobs import Job, read_metrics
-from sasa_train.report.pictures import NO_MATPLOTLIB, Picture, Section, can_draw, picture
+from sasa_train.report.pictures import NO_PLOTS, Picture, Section, picture
 from sasa_train.run import resolve
 from sasa_train.trained import TrainedModel, load_trained
+from sasa_train.visualize.capture import WeightsError
 from sasa_train.visualize.names import FIGURES
-from sasa_train.visualize.val_sample import ValSample, look_at_val
+from sasa_train.visualize.val_sample import ValSample, look_at_val, which_images
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NUM_MISTAKES = 18
 OF_ATTENTION = ("attention_maps", "attention_heads", "attention_distance", "relative_embeddings")
 
 
@@ -31,8 +32,8 @@ def curves_section(job: Job) -> Section:
     rows = [] if job.state == "damaged" else read_metrics(job.run_dir / "metrics.jsonl")
     if not rows:
         section.missing.append("There are no rows of metrics to draw.")
-    elif not can_draw():
-        section.missing.append(NO_MATPLOTLIB)
+    elif not has_matplotlib():
+        section.missing.append(NO_PLOTS)
     else:
         from sasa_train.visualize.curve_figures import draw_lr_schedule, draw_training_curves
 
@@ -61,11 +62,11 @@ def model_sections(run_dir: Path, overrides: Sequence[str], num_images: int) -> 
     step, name = trained.checkpoint["step"], f"{trained.path.parent.name}/{trained.path.name}"
     classes.note = f"Classes and attention are those of the {trained.weights} weights of {name}, step {step:,}."
     _fill(classes, lambda: _add_classes(classes, trained, val, num_images))
-    if can_draw():
+    if has_matplotlib():
         _fill(attention, lambda: _add_drawn(attention, trained, run_dir, OF_ATTENTION))
         _fill(augmentation, lambda: _add_drawn(augmentation, trained, run_dir, ("augmented_samples",)))
     else:
-        attention.missing.append(NO_MATPLOTLIB)
+        attention.missing.append(NO_PLOTS)
     return [section for section in (classes, attention, augmentation) if section.pictures or section.missing]
 
 
@@ -78,26 +79,34 @@ def newest_checkpoint(run_dir: Path) -> Path:
 def _load_val(trained: TrainedModel) -> ImageSet:
     data = trained.config.data
     if not _is_there(data):  # it may be where another directory was the current one; and a report downloads nothing
-        raise ConfigError(f"data.root={data.root} is not there, or holds no {data.name}; say where with data.root=...")
+        what = f"holds no whole {data.name}" if data.name in ("cifar10", "cifar100") else "is not there"
+        raise ConfigError(f"data.root={data.root} {what}; say where with data.root=...")
     _, val = load_image_sets(data)
-    if val.classes != trained.classes:
-        raise ConfigError(f"data.root={data.root}: its {len(val.classes)} classes are not the checkpoint's")
+    trained.check_classes(val.classes)
     return val
 
 
 def _is_there(data: DataConfig) -> bool:
     root = Path(data.root)
     if data.name in ("cifar10", "cifar100"):
-        archive = CIFAR10 if data.name == "cifar10" else CIFAR100
-        return (root / "train").is_dir() or (root / archive.base_folder).is_dir()
+        return (root / "train").is_dir() or _has_archive(CIFAR10 if data.name == "cifar10" else CIFAR100, root)
     return data.name == "digits" or root.is_dir()
+
+
+def _has_archive(dataset: type[CIFAR10], root: Path) -> bool:
+    """Unpacked and whole: a damaged one would be fetched again."""
+    try:
+        dataset(root, train=False, download=False)
+    except (OSError, RuntimeError):
+        return False
+    return True
 
 
 def _fill(section: Section, add: Callable[[], None]) -> None:
     """What cannot be drawn is said in its place; the rest of the page is worth having."""
     try:
         add()
-    except (ConfigError, ArithmeticError, OSError) as error:
+    except (ConfigError, WeightsError, OSError) as error:
         section.missing.append(f"Not drawn: {error}")
 
 
@@ -112,26 +121,29 @@ def _add_drawn(section: Section, trained: TrainedModel, run_dir: Path, names: Se
 
 
 def _add_classes(section: Section, trained: TrainedModel, val: ImageSet, num_images: int) -> None:
-    saved = trained.checkpoint["fingerprint"]
-    for line in differences(saved["val"], fingerprint(val), "val") if saved else []:
+    for line in trained.changes(fingerprint(val)):
         section.missing.append(f"Not the images that the run was evaluated on: {line}")
     device, trained.config = resolve(trained.config)  # with the precision that "auto" is here
-    found = look_at_val(trained, limit(val, num_images), device, NUM_MISTAKES, with_attention=False)
-    is_all = found.num_images == len(val)
-    images = f"all {len(val):,} val images" if is_all else f"{found.num_images:,} of val's {len(val):,} images"
-    section.rows, section.rows_title = _class_rows(found, trained.classes), f"Classes, the worst first, on {images}"
-    if can_draw():
-        section.pictures += _class_pictures(found, trained.classes, images)
-    else:
-        section.missing.append(NO_MATPLOTLIB)
+    found = look_at_val(trained, limit(val, num_images), device, with_attention=False)
+    section.rows = class_rows(found, trained.classes)
+    section.rows_title = f"Classes, the worst first, over {which_images(found, len(val))}"
+    if not has_matplotlib():
+        section.missing.append(NO_PLOTS)
+        return
+    from sasa_train.visualize.run_figures import OF_CLASSES, draw_classes
+
+    names = [name for name in OF_CLASSES if name != "mistakes" or found.mistakes]
+    for name, figure, caption in draw_classes(found, trained.classes, len(val), names):
+        section.pictures.append(_picture(name, figure, caption))
 
 
-def _class_rows(found: ValSample, classes: list[str]) -> list[dict[str, str]]:
+def class_rows(found: ValSample, classes: list[str]) -> list[dict[str, str]]:
     counts = found.confusion.tolist()
     rows = []
     for label, name in enumerate(classes):
         images, hits = sum(counts[label]), counts[label][label]
-        most, other = max((count, other) for other, count in enumerate(counts[label]) if other != label)
+        others = ((count, other) for other, count in enumerate(counts[label]) if other != label)
+        most, other = max(others, default=(0, label))  # of a set with one class
         rows.append(
             {
                 "class": name,
@@ -143,24 +155,8 @@ def _class_rows(found: ValSample, classes: list[str]) -> list[dict[str, str]]:
     return sorted(rows, key=lambda row: float(row["top1"]) if row["top1"] != "-" else 101.0)
 
 
-def _class_pictures(found: ValSample, classes: list[str], images: str) -> list[Picture]:
-    from sasa_train.visualize.class_figures import draw_class_accuracy, draw_confusion, draw_mistakes
-
-    num_right = int(found.confusion.diagonal().sum())
-    num_wrong = found.num_images - num_right
-    top1 = f"top1 {100 * num_right / max(found.num_images, 1):.2f} % on {images}"
-    drawn: list[tuple[str, Figure, str]] = [
-        ("class_accuracy", draw_class_accuracy(found.confusion, classes), f"top1 by class; {top1}."),
-        ("confusion_matrix", draw_confusion(found.confusion, classes), f"Labels by predictions; {top1}."),
-    ]
-    if num_wrong:
-        caption = f"The {len(found.mistakes)} most confident of {num_wrong:,} mistakes on {images}."
-        drawn.append(("mistakes", draw_mistakes(found.mistakes, found.num_images, num_wrong), caption))
-    return [_picture(*parts) for parts in drawn]
-
-
 def _picture(name: str, figure: "Figure", caption: str) -> Picture:
-    from sasa_train.chart_style import as_png
+    from sasa_train.chart_style import rendered
 
     alt = FIGURES[name]
-    return picture(as_png(figure), alt[0].upper() + alt[1:], caption)
+    return picture(rendered(figure), alt[0].upper() + alt[1:], caption)

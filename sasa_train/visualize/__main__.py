@@ -1,13 +1,13 @@
 """sasa-visualize: what a run learnt and what its attention looks at, as pictures and in TensorBoard."""
 
 import argparse
-import importlib.util
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sasa_train.compose import fail
 from sasa_train.config import ConfigError
+from sasa_train.extras import NO_MATPLOTLIB, has_matplotlib
 from sasa_train.visualize.names import FIGURES, NAMES, OF_SEVERAL
 
 if TYPE_CHECKING:
@@ -118,8 +118,8 @@ def split_formats(text: str) -> list[str]:
 
 
 def check_matplotlib() -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("matplotlib is not installed; pip install 'sasa_train[plots]'")
+    if not has_matplotlib():
+        raise ConfigError(NO_MATPLOTLIB)
 
 
 def split_words(words: list[str]) -> tuple[list[Path], list[str]]:
@@ -215,6 +215,8 @@ def choice_of(options: argparse.Namespace) -> "Choice":
 
 def run_folder_of(checkpoint: Path) -> Path | None:
     """The run folder that a checkpoint lies in, if it does."""
+    if not checkpoint.parent.name:  # it lies in the current folder
+        checkpoint = checkpoint.absolute()
     run_dir = checkpoint.parent.parent
     is_run = checkpoint.parent.name == "checkpoints" and (run_dir / "config.yaml").is_file()
     return run_dir if is_run else None
@@ -244,14 +246,14 @@ def write_figure(
     figure: "Figure", name: str, folder: Path, formats: list[str], board_dir: Path | None = None, step: int = 0
 ) -> None:
     from sasa_train.atomic import write_atomic
-    from sasa_train.chart_style import as_png, as_svg
+    from sasa_train.chart_style import rendered
     from sasa_train.visualize.board import write_to_board
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        png = as_png(figure)
+        png = rendered(figure, "png")
         for kind in formats:
-            write_atomic(folder / f"{name}.{kind}", png if kind == "png" else as_svg(figure))
+            write_atomic(folder / f"{name}.{kind}", png if kind == "png" else rendered(figure, kind))
         if board_dir is not None:
             write_to_board(board_dir, name, png, step)
     except OSError as error:

@@ -84,27 +84,32 @@ def draw_attention_heads(view: View, heads: Sequence[int] | None = None) -> Figu
 
 
 def draw_distances(layers: list[Distances], num_images: int) -> Figure:
-    """Mean attention distance by layer and head, in pixels, and as a part of that of uniform attention."""
+    """Mean attention distance by layer and head, in pixels, and as a part of that of uniform attention.
+
+    A layer whose queries have one key alone, as on a map of one position, has a place but no points.
+    """
     figure, (in_pixels, in_parts) = new_figure(1, 2, 3.8)
-    places = range(len(layers))
+    names = [layer.layer if layer.uniform else f"{layer.layer} (one key)" for layer in layers]
+    places = [at for at, layer in enumerate(layers) if layer.uniform]
     (color, _, marker, _), (mean_color, _, mean_marker, mean_line) = SOLID[0], SOLID[2]
     for axis, unit in ((in_pixels, [1.0] * len(layers)), (in_parts, [layer.uniform for layer in layers])):
-        points = [(at, head / unit[at]) for at, layer in enumerate(layers) for head in layer.heads]
-        means = [float(np.mean(layer.heads)) / unit[at] for at, layer in enumerate(layers)]
-        axis.plot(*zip(*points, strict=True), ls="", marker=marker, color=color, mec="black", mew=0.4, ms=5, alpha=0.7,
-                  label="a head")  # fmt: skip
+        points = [(at, head / unit[at]) for at in places for head in layers[at].heads]
+        means = [float(np.mean(layers[at].heads)) / unit[at] for at in places]
+        axis.plot([at for at, _ in points], [head for _, head in points], ls="", marker=marker, color=color,
+                  mec="black", mew=0.4, ms=5, alpha=0.7, label="a head")  # fmt: skip
         axis.plot(places, means, color=mean_color, marker=mean_marker, ms=4, lw=1, ls=mean_line, label="mean of heads")
-        axis.plot(places, [layer.uniform / unit[at] for at, layer in enumerate(layers)], color="#777777", lw=1.2,
-                  ls="--", label="uniform attention")  # fmt: skip
-        axis.set_xticks(places, [layer.layer for layer in layers], rotation=45, ha="right", fontsize=7)
+        axis.plot(places, [layers[at].uniform / unit[at] for at in places], color="#777777", lw=1.2, ls="--",
+                  label="uniform attention")  # fmt: skip
+        axis.set_xticks(range(len(layers)), names, rotation=45, ha="right", fontsize=7)
         axis.grid(color=GRID, lw=0.6)
-    in_pixels.set_yscale("log")
-    in_pixels.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    in_pixels.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    in_pixels.yaxis.set_minor_locator(NullLocator())
+    if places:  # without a point there is no logarithm to take
+        in_pixels.set_yscale("log")
+        in_pixels.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        in_pixels.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        in_pixels.yaxis.set_minor_locator(NullLocator())
     in_pixels.set_ylabel("mean attention distance, input pixels", fontsize=9)
     in_parts.set_ylabel("the same / uniform attention's", fontsize=9)
-    in_parts.set_ylim(0, 1.1 * max(1.0, *(head / layer.uniform for layer in layers for head in layer.heads)))
+    in_parts.set_ylim(0, 1.1 * max([1.0, *(head / layers[at].uniform for at in places for head in layers[at].heads)]))
     figure.legend(
         *in_pixels.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8
     )
@@ -123,7 +128,7 @@ def draw_relative_embeddings(norms: dict[str, Tensor], scores: dict[str, Tensor]
         _show_offsets(line[0], norm, float(norm.min()), float(norm.max()))
         line[0].set_xlabel(f"{norm.min():.2g} to {norm.max():.2g}", fontsize=7)
         line[0].set_ylabel(name, fontsize=7)
-        largest = float(np.abs(centred).max())
+        largest = float(np.abs(centred).max()) or 1.0  # of one place alone nothing is left
         for axis, values in zip(line[1:], centred, strict=False):
             shown = _show_offsets(axis, values, -largest, largest)
         for axis in line[1 + len(centred) :]:
@@ -182,6 +187,7 @@ def _show_weights(axis: Axes, view: View, window: Window, weights: np.ndarray, l
 def _mark(axis: Axes, view: View, window: Window | None, with_dot: bool = True) -> None:
     if window is not None:
         left, top, right, bottom = window.box
+        right, bottom = min(right, view.prediction.image.shape[1]), min(bottom, view.prediction.image.shape[0])
         axis.add_patch(
             Rectangle((left, top), right - left, bottom - top, fill=False, ec="black", lw=1, path_effects=OUTLINE)
         )
@@ -205,7 +211,7 @@ def _describe(view: View) -> list[str]:
 
 
 def _layer_title(name: str, window: Window) -> str:
-    return f"{name}\n{window.reduction:g} px a position"
+    return f"{name}\n{window.reduction} px a position"
 
 
 def _show_offsets(axis: Axes, values: np.ndarray, low: float, high: float) -> AxesImage:

@@ -5,7 +5,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sasa_train.chart_style import GRID, SOLID, new_figure
+from sasa_train.chart_style import GRID, SOLID, as_label, new_figure
 from sasa_train.printable import printable
 from sasa_train.visualize.val_sample import Prediction
 
@@ -15,8 +15,9 @@ MISTAKES_A_ROW = 6
 
 
 def short_name(name: str) -> str:
+    """As figures show it."""
     text = printable(name)
-    return text if len(text) <= 20 else f"{text[:19]}…"
+    return as_label(text if len(text) <= 20 else f"{text[:19]}…")
 
 
 def draw_class_accuracy(confusion: Tensor, classes: list[str]) -> Figure:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sasa_train.chart_style import GRID, SOLID, new_figure
+from sasa_train.chart_style import GRID, SOLID, as_label, new_figure
 from sasa_train.config import ConfigError
 
 Rows = list[dict[str, Any]]  # of metrics.jsonl
@@ -30,7 +30,7 @@ def draw_training_curves(runs: dict[str, Rows]) -> Figure:
             train_color, train_label = (TRAIN_COLOR, "train") if len(runs) == 1 else (color, None)
             axis.plot(*_series(rows, "train", key), color=train_color, lw=1.2, ls=":", label=train_label)
             x, y = _series(rows, "val", key)
-            label = "val" if len(runs) == 1 else name
+            label = "val" if len(runs) == 1 else as_label(name)
             axis.plot(x, y, color=color, ls=line, lw=1.4, marker=marker, ms=4, mec="black", mew=0.4,
                       markevery=max(1, len(x) // 10), label=label)  # fmt: skip
     of_loss.set_ylabel("loss")
@@ -51,7 +51,7 @@ def draw_lr_schedule(runs: dict[str, Rows]) -> Figure:
     for (name, rows), (color, marker, line) in zip(runs.items(), _styles(), strict=False):
         x, y = _series(rows, "train", "lr")
         axis.plot(x, y, color=color, ls=line, lw=1.4, marker=marker, ms=4, mec="black", mew=0.4,
-                  markevery=max(1, len(x) // 20), label=name)  # fmt: skip
+                  markevery=max(1, len(x) // 20), label=as_label(name))  # fmt: skip
     axis.set_ylabel("learning rate")
     axis.set_ylim(bottom=0)
     _finish(figure, [axis], runs if len(runs) > 1 else {})

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from sasa_train.config import ConfigError
 from sasa_train.data.datasets import Files, ImageSet, UnreadableImage, limit, load_image_sets
+from sasa_train.data.fingerprint import fingerprint
 from sasa_train.data.quarantine import Quarantine
 from sasa_train.data.transforms import fit
 from sasa_train.engine import autocast
@@ -34,12 +36,15 @@ from sasa_train.visualize.curve_figures import Rows, draw_lr_schedule, draw_trai
 from sasa_train.visualize.names import NAMES
 from sasa_train.visualize.queries import default_pixels
 from sasa_train.visualize.sample_figures import augmented_samples, draw_augmented
-from sasa_train.visualize.val_sample import Prediction, look_at_val, read_images
+from sasa_train.visualize.val_sample import Prediction, ValSample, look_at_val, read_images, which_images
 from sasa_train.visualize.window import window_at
 
+log = logging.getLogger("sasa_train")
+
 NUM_IMAGES = 512  # of val, for figures that count or average
-NUM_MAP_IMAGES, NUM_MISTAKES, NUM_AUGMENTED, NUM_EPOCHS = 3, 18, 4, 7
-OF_VAL = ("attention_distance", "relative_embeddings", "class_accuracy", "confusion_matrix", "mistakes")
+NUM_MAP_IMAGES, NUM_AUGMENTED, NUM_EPOCHS = 3, 4, 7
+OF_CLASSES = ("class_accuracy", "confusion_matrix", "mistakes")
+OF_VAL = ("attention_distance", "relative_embeddings", *OF_CLASSES)
 
 Drawn = tuple[str, Figure, str]  # name, figure, and one sentence on what is seen
 
@@ -87,12 +92,14 @@ def draw_run(
     if not maps and not set(wanted) & {"augmented_samples", *OF_VAL}:
         return
     train, val = load_image_sets(trained.config.data)
-    if val.classes != trained.classes:
-        raise ConfigError(f"data.root={trained.config.data.root}: its classes are not the checkpoint's")
+    trained.check_classes(val.classes)
+    for line in trained.changes(fingerprint(val)) if set(wanted) & set(OF_CLASSES) else ():
+        log.warning(f"WARNING: not the images that the run was evaluated on: {line}")
     if "augmented_samples" in wanted:
-        shown = augmented_samples(trained, limit(train, NUM_AUGMENTED), NUM_EPOCHS)
+        shown = augmented_samples(trained, train, NUM_AUGMENTED, NUM_EPOCHS)
         caption = (
-            f"{len(shown[0])} train images and what the run's own augmentation made of them in {NUM_EPOCHS} epochs."
+            f"{len(shown[0])} train images and what the run's own augmentation makes of them in its first {NUM_EPOCHS} "
+            "epochs."
         )
         yield "augmented_samples", draw_augmented(*shown, trained.config), caption
     yield from _draw_maps(trained, maps, *read_first(trained, val), choice)
@@ -221,10 +228,8 @@ def _draw_of_val(trained: TrainedModel, names: Sequence[str], val: ImageSet, num
     device, config = resolve(trained.config)
     trained = dataclasses.replace(trained, config=config)  # with the precision that "auto" is here
     with_attention = bool({"attention_distance", "relative_embeddings"} & set(names))
-    found = look_at_val(trained, val, device, NUM_MISTAKES, with_attention)
-    is_part = found.num_images < num_all
-    images = f"{found.num_images:,} of val's {num_all:,} images" if is_part else f"all {num_all:,} val images"
-    num_wrong = found.num_images - int(found.confusion.diagonal().sum())
+    found = look_at_val(trained, val, device, with_attention)
+    images = which_images(found, num_all)
     if "attention_distance" in names:
         caption = f"Mean distance between query and key, weighted by attention, by layer and head, over {images}."
         yield "attention_distance", draw_distances(found.distances, found.num_images), caption
@@ -233,13 +238,23 @@ def _draw_of_val(trained: TrainedModel, names: Sequence[str], val: ImageSet, num
         norms = {name: embedding_norms(attention_layers(trained.model)[name]) for name in found.relative_scores}
         figure = draw_relative_embeddings(norms, found.relative_scores, found.num_images)
         yield "relative_embeddings", figure, caption
+    yield from draw_classes(found, trained.classes, num_all, names)
+
+
+def draw_classes(
+    found: ValSample, classes: list[str], num_all: int, names: Sequence[str] = OF_CLASSES
+) -> Iterator[Drawn]:
+    """What was right and wrong, class by class; `num_all` is how many images val has."""
+    images, num_wrong = which_images(found, num_all), found.num_images - found.num_right
+    top1 = f"top1 {100 * found.num_right / found.num_images:.2f} % over {images}"
     if "class_accuracy" in names:
-        yield "class_accuracy", draw_class_accuracy(found.confusion, trained.classes), f"top1 by class, over {images}."
+        yield "class_accuracy", draw_class_accuracy(found.confusion, classes), f"top1 by class; {top1}."
     if "confusion_matrix" in names:
-        caption = f"Labels (rows) by predictions (columns), over {images}."
-        yield "confusion_matrix", draw_confusion(found.confusion, trained.classes), caption
+        caption = f"Labels (rows) by predictions (columns); {top1}."
+        yield "confusion_matrix", draw_confusion(found.confusion, classes), caption
     if "mistakes" in names:
-        caption = f"The {len(found.mistakes)} most confident of {num_wrong:,} mistakes, over {images}."
+        which = f"The {len(found.mistakes)} most confident of {num_wrong:,} mistakes" if num_wrong else "No mistakes"
+        caption = f"{which}, over {images}."
         yield "mistakes", draw_mistakes(found.mistakes, found.num_images, num_wrong), caption
 
 

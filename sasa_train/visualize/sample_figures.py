@@ -1,13 +1,12 @@
 """A figure of what training sees: images of train beside what the run's own augmentation makes of them."""
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from sasa_train.chart_style import new_figure
-from sasa_train.config import TrainConfig
-from sasa_train.data.datasets import ImageSet, mean_std
+from sasa_train.config import TrainConfig, flips_images
+from sasa_train.data.datasets import ImageSet, balanced, mean_std
 from sasa_train.data.mixing import Mixing
 from sasa_train.data.plan import MicroBatch
 from sasa_train.data.quarantine import Quarantine
@@ -17,19 +16,21 @@ from sasa_train.trained import TrainedModel
 from sasa_train.visualize.val_sample import read_images
 
 
-def augmented_samples(trained: TrainedModel, images: ImageSet, num_epochs: int) -> tuple[Tensor, list[Tensor]]:
-    """uint8 [B, 3, S, S]: the images as val would see them, and as each of the first epochs does.
+def augmented_samples(
+    trained: TrainedModel, train: ImageSet, num_images: int, num_epochs: int
+) -> tuple[Tensor, list[Tensor]]:
+    """uint8 [B, 3, S, S]: some train images as val would see them, and as each of the run's first epochs augments them.
 
     Mixup and cutmix mix them with one another, where the run has them; there they meet others.
 
     Raises:
-        ConfigError: none of the images can be read.
+        ConfigError: more images cannot be read than `data.max_unreadable` allows.
     """
-    config, indices = trained.config, np.arange(len(images))
-    quarantine = Quarantine("train", len(images), config.data.max_unreadable)
-    plain, labels = read_images(images, indices.tolist(), trained.image_size, quarantine, num_tries=len(images))
+    config, indices = trained.config, balanced(train, num_images)
+    quarantine = Quarantine("train", len(train), config.data.max_unreadable)
+    plain, labels = read_images(train, indices.tolist(), trained.image_size, quarantine, quarantine.num_tries)
     mean, _ = mean_std(config.data)
-    read = TrainReader(images, Augment(config.data, config.augment, config.seed, mean), num_tries=len(images))
+    read = TrainReader(train, Augment(config.data, config.augment, config.seed, mean), quarantine.num_tries)
     mixing = Mixing(config.augment, len(trained.classes), config.seed, last_step=num_epochs)
     normalize = trained.normalize(torch.device("cpu"))
     augmented = []
@@ -58,7 +59,7 @@ def draw_augmented(plain: Tensor, augmented: list[Tensor], config: TrainConfig) 
 def describe_augmentation(config: TrainConfig) -> str:
     augment = config.augment
     parts = ["crop"] if augment.crop else []
-    parts += ["flip"] if augment.hflip or (augment.hflip is None and config.data.name != "digits") else []
+    parts += ["flip"] if flips_images(config.data, augment) else []
     parts += [augment.policy] if augment.policy != "none" else []
     parts += [name for name in ("brightness", "contrast", "saturation", "hue") if getattr(augment, name)]
     parts += ["erasing"] if augment.erasing_prob else []

@@ -18,7 +18,9 @@ from sasa_train.engine import autocast
 from sasa_train.trained import TrainedModel
 from sasa_train.visualize.capture import AttentionLayer, attention_layers, checked_weights, watching
 from sasa_train.visualize.distance import Distances, mean_distances, uniform_distance
+from sasa_train.visualize.window import reduction_of
 
+NUM_MISTAKES = 18
 BATCH_SIZE = 16  # a layer has K*K weights a head and position: 80 MB of the paper's first stage at 224 pixels
 
 
@@ -36,9 +38,9 @@ class Prediction:
 class ValSample:
     """What was seen of `num_images` images.
 
-    `confusion` int64 [num_classes, num_classes] counts images by label (row) and prediction; `mistakes` are the most
-    confident ones, first the surest; `distances` and `relative_scores` ([N, K, K] by layer) are empty where they were
-    not asked for.
+    `confusion` int64 [num_classes, num_classes] counts images by label (row) and prediction; `mistakes` are the
+    NUM_MISTAKES most confident ones, first the surest; `distances` and `relative_scores` ([N, K, K] by layer) are empty
+    where they were not asked for.
     """
 
     num_images: int
@@ -46,6 +48,16 @@ class ValSample:
     mistakes: list[Prediction]
     distances: list[Distances] = field(default_factory=list)
     relative_scores: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_right(self) -> int:
+        return int(self.confusion.diagonal().sum())
+
+
+def which_images(found: ValSample, num_all: int) -> str:
+    """For captions; `num_all` is how many images val has."""
+    is_all = found.num_images == num_all
+    return f"all {num_all:,} val images" if is_all else f"{found.num_images:,} of val's {num_all:,} images"
 
 
 class AttentionMeans:
@@ -68,16 +80,14 @@ class AttentionMeans:
     def means(self, num_images: int) -> tuple[list[Distances], dict[str, Tensor]]:
         found = []
         for name, (layer, height, width) in self.layers.items():
-            reduction = self.image_size / height
+            reduction = reduction_of(height, self.image_size)
             heads = (reduction * self.distances[name] / num_images).tolist()
             found.append(Distances(name, heads, reduction * uniform_distance(layer, height, width)))
         return found, {name: scores.cpu() / num_images for name, scores in self.scores.items()}
 
 
 @torch.no_grad()
-def look_at_val(
-    trained: TrainedModel, images: ImageSet, device: torch.device, num_mistakes: int, with_attention: bool
-) -> ValSample:
+def look_at_val(trained: TrainedModel, images: ImageSet, device: torch.device, with_attention: bool) -> ValSample:
     """Run the model over `images` once, on a device that it is moved to.
 
     Raises:
@@ -100,7 +110,7 @@ def look_at_val(
                 image, label = pixels[row].permute(1, 2, 0).numpy(), classes[labels[row]]
                 mistake = Prediction(image, label, classes[predicted[row]], probabilities[row])
                 heapq.heappush(worst, (mistake.probability, -next(count), mistake))
-                if len(worst) > num_mistakes:
+                if len(worst) > NUM_MISTAKES:
                     heapq.heappop(worst)
     num_images = int(confusion.sum())
     mistakes = [mistake for *_, mistake in sorted(worst, reverse=True)]

@@ -1,9 +1,10 @@
 """The window of one query: which keys it holds, with their weights, and where they lie in the image.
 
-A position of a map of H x H in an image of S pixels a side stands for the `reduction` x `reduction` pixels (S / H) from
-(reduction * row, reduction * column) on. What it has seen is more: the layers before it have looked around too.
+A position of a map stands for the `reduction` x `reduction` pixels from (reduction * row, reduction * column) on, the
+last ones perhaps for less. What it has seen is more: the layers before it have looked around too.
 """
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -24,11 +25,11 @@ class Window:
     top: int
     left: int
     weights: Tensor
-    reduction: float
+    reduction: int
 
     @property
     def box(self) -> Box:
-        """The window in pixels, clipped at the image's border."""
+        """The window in pixels, clipped at the map's border, which may lie up to a position beyond the image's."""
         return self._pixels(self.top, self.left, *self.weights.shape[1:])
 
     @property
@@ -40,6 +41,11 @@ class Window:
         return left * r, top * r, (left + width) * r, (top + height) * r
 
 
+def reduction_of(map_side: int, image_side: int) -> int:
+    """How many pixels lie from a position to the next: a power of two, for each stride halves the side, rounded up."""
+    return 2 ** math.ceil(math.log2(image_side / map_side))
+
+
 def window_at(weights: Tensor, pixel: tuple[int, int], size: int) -> Window:
     """Of one image's weights those of the query that pixel (row, column) of `size` x `size` belongs to.
 
@@ -48,8 +54,8 @@ def window_at(weights: Tensor, pixel: tuple[int, int], size: int) -> Window:
     if weights.shape[-1] == BLOCK_SIZE**2:  # no square of an odd number
         return _block_at(weights, pixel, size)
     height, width, kernel_size = weights.shape[1], weights.shape[2], round(weights.shape[3] ** 0.5)
-    reduction = size / height
-    row, column = (min(int(at / reduction), side - 1) for at, side in zip(pixel, (height, width), strict=True))
+    reduction = reduction_of(height, size)
+    row, column = (at // reduction for at in pixel)
     window = weights[:, row, column].unflatten(-1, (kernel_size, kernel_size))
     top, left = row - kernel_size // 2, column - kernel_size // 2
     inside = window[:, max(0, -top) : height - top, max(0, -left) : width - left]
@@ -61,4 +67,4 @@ def _block_at(weights: Tensor, pixel: tuple[int, int], size: int) -> Window:
     block = row // BLOCK_SIZE * (size // BLOCK_SIZE) + column // BLOCK_SIZE
     place = row % BLOCK_SIZE * BLOCK_SIZE + column % BLOCK_SIZE
     inside = weights[:, block, place].unflatten(-1, (BLOCK_SIZE, BLOCK_SIZE))
-    return Window(pixel, row - row % BLOCK_SIZE, column - column % BLOCK_SIZE, inside, 1.0)
+    return Window(pixel, row - row % BLOCK_SIZE, column - column % BLOCK_SIZE, inside, 1)
