@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -46,7 +47,11 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimi
     base = optimizer.name.removeprefix("lookahead_")
     names = [str(name) for name in list_optimizers()]
     if base not in names:
-        raise ConfigError(f"optimizer.name={optimizer.name} must be one of {', '.join(names)}, or lookahead_ and one")
+        close = get_close_matches(base, names, n=1)
+        hint = f"did you mean {close[0]}? It " if close else "it "
+        raise ConfigError(
+            f"optimizer.name={optimizer.name}: {hint}must be one of {', '.join(names)}; or lookahead_ and one"
+        )
     try:
         arguments = _arguments(optimizer, base)
         built = create_optimizer_v2(

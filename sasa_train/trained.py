@@ -84,15 +84,7 @@ def load_trained(source: Path, overrides: Sequence[str] = ()) -> TrainedModel:
     if weights == "ema" and checkpoint["ema"] is None:
         raise ConfigError(f"weights=ema: {path} has no moving average; it was trained with trainer.ema_decay=null")
     state_dict = checkpoint["ema"] if weights == "ema" else checkpoint["model"]
-    model = _build(config, len(checkpoint["classes"]))
-    try:
-        model.load_state_dict(state_dict)
-    except RuntimeError as error:  # of several hundred lines
-        whose = f"the overrides {' '.join(overrides)}" if overrides else "its config's dials"
-        raise ConfigError(
-            f"{whose} make another model than the checkpoint's, {path}: {shorten(str(error).splitlines()[1].strip())}"
-        ) from error
-    return TrainedModel(path, checkpoint, config, model, weights)
+    return TrainedModel(path, checkpoint, config, _build(config, state_dict, len(checkpoint["classes"])), weights)
 
 
 def find_checkpoint(source: Path) -> Path:
@@ -135,7 +127,14 @@ def _own_preprocessing(data: DataConfig) -> list[str]:
     return [f"data.image_size={resolved_image_size(data)}", f"data.mean={list(mean)}", f"data.std={list(std)}"]
 
 
-def _build(config: TrainConfig, num_classes: int) -> nn.Module:
+def _build(config: TrainConfig, state_dict: dict[str, Any], num_classes: int) -> nn.Module:
     size = resolved_image_size(config.data)
     check_model(config.model, size)
-    return build_model(config.model, num_classes, size).eval()
+    model = build_model(config.model, num_classes, size)
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        _, first, *others = [*str(error).splitlines(), ""]
+        more = f" and {len(others) - 1} more like it" if len(others) > 1 else ""
+        raise ConfigError(f"the overrides make another model than the checkpoint's: {first.strip()}{more}") from error
+    return model.eval()

@@ -18,6 +18,8 @@ from sasa_train import train
 from sasa_train.compose import compose_config
 from sasa_train.report import __main__ as command
 from sasa_train.report.beside_paper import differing_dials, nearest_row
+from sasa_train.report.run_pictures import class_rows
+from sasa_train.visualize.val_sample import ValSample
 
 HOSTILE = '<script>alert("1")</script>'
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -147,7 +149,7 @@ def test_a_page_is_written_without_checkpoint_data_or_matplotlib(run_dir, tmp_pa
 
     assert f"data.root={tmp_path}/gone is not there" in write(f"data.root={tmp_path}/gone").text
     assert "data.root=" in capsys.readouterr().err
-    assert "holds no cifar10" in write("data.name=cifar10", f"data.root={tmp_path}").text  # nor is it downloaded
+    assert "holds no whole cifar10" in write("data.name=cifar10", f"data.root={tmp_path}").text  # nor is it downloaded
     page = write("--quick")
     assert len(page.all("img")) == 2 and "Classes" not in page.text
     with monkeypatch.context() as patch:
@@ -158,6 +160,17 @@ def test_a_page_is_written_without_checkpoint_data_or_matplotlib(run_dir, tmp_pa
     (tmp_path / "copy/checkpoints/last.pt").write_bytes(b"PK")
     assert command.run_command([str(tmp_path / "copy")]) == 0
     assert "last.pt: cannot be read as a checkpoint" in Page(tmp_path / "copy/report/report.html").text
+
+
+def test_a_class_table_has_who_is_taken_for_whom():
+    """A set may have one class alone, as where only one is there to try."""
+    found = ValSample(4, torch.tensor([[1, 2], [0, 1]]), [])
+    assert [(row["class"], row["top1"], row["most often taken for"]) for row in class_rows(found, ["a", "b"])] == [
+        ("a", "33.33", "b (2)"),
+        ("b", "100.00", "-"),
+    ]
+    (row,) = class_rows(ValSample(3, torch.tensor([[3]]), []), ["alone"])
+    assert (row["top1"], row["most often taken for"]) == ("100.00", "-")
 
 
 def test_the_page_of_a_model_that_is_not_finite_says_so_in_place_of_its_attention(run_dir, tmp_path, monkeypatch):

@@ -54,8 +54,8 @@ def build_published(name: str, image_size: int) -> nn.Module:
 
 
 def _sized(name: str, image_size: int) -> dict[str, Any]:
-    """vit, swin and their kin are built for one size."""
-    return {"img_size": image_size} if timm.get_pretrained_cfg_value(name, "fixed_input_size") else {}
+    """vit, swin and their kin are built for one size. (A model of the user's may have no configuration of timm's.)"""
+    return {"img_size": image_size} if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False) else {}
 
 
 def enable_grad_checkpointing(model: nn.Module) -> None:

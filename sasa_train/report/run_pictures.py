@@ -79,7 +79,8 @@ def newest_checkpoint(run_dir: Path) -> Path:
 def _load_val(trained: TrainedModel) -> ImageSet:
     data = trained.config.data
     if not _is_there(data):  # it may be where another directory was the current one; and a report downloads nothing
-        raise ConfigError(f"data.root={data.root} is not there, or holds no {data.name}; say where with data.root=...")
+        what = f"holds no whole {data.name}" if data.name in ("cifar10", "cifar100") else "is not there"
+        raise ConfigError(f"data.root={data.root} {what}; say where with data.root=...")
     _, val = load_image_sets(data)
     trained.check_classes(val.classes)
     return val
@@ -124,7 +125,7 @@ def _add_classes(section: Section, trained: TrainedModel, val: ImageSet, num_ima
         section.missing.append(f"Not the images that the run was evaluated on: {line}")
     device, trained.config = resolve(trained.config)  # with the precision that "auto" is here
     found = look_at_val(trained, limit(val, num_images), device, with_attention=False)
-    section.rows = _class_rows(found, trained.classes)
+    section.rows = class_rows(found, trained.classes)
     section.rows_title = f"Classes, the worst first, over {which_images(found, len(val))}"
     if not has_matplotlib():
         section.missing.append(NO_PLOTS)
@@ -136,12 +137,13 @@ def _add_classes(section: Section, trained: TrainedModel, val: ImageSet, num_ima
         section.pictures.append(_picture(name, figure, caption))
 
 
-def _class_rows(found: ValSample, classes: list[str]) -> list[dict[str, str]]:
+def class_rows(found: ValSample, classes: list[str]) -> list[dict[str, str]]:
     counts = found.confusion.tolist()
     rows = []
     for label, name in enumerate(classes):
         images, hits = sum(counts[label]), counts[label][label]
-        most, other = max((count, other) for other, count in enumerate(counts[label]) if other != label)
+        others = ((count, other) for other, count in enumerate(counts[label]) if other != label)
+        most, other = max(others, default=(0, label))  # of a set with one class
         rows.append(
             {
                 "class": name,

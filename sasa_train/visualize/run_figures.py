@@ -253,7 +253,8 @@ def draw_classes(
         caption = f"Labels (rows) by predictions (columns); {top1}."
         yield "confusion_matrix", draw_confusion(found.confusion, classes), caption
     if "mistakes" in names:
-        caption = f"The {len(found.mistakes)} most confident of {num_wrong:,} mistakes, over {images}."
+        which = f"The {len(found.mistakes)} most confident of {num_wrong:,} mistakes" if num_wrong else "No mistakes"
+        caption = f"{which}, over {images}."
         yield "mistakes", draw_mistakes(found.mistakes, found.num_images, num_wrong), caption
 
 

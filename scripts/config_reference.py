@@ -1,0 +1,105 @@
+"""docs/config.md from what it describes: the dataclasses in sasa_train/config.py and the files in configs/.
+
+usage: python scripts/config_reference.py > docs/config.md
+"""
+
+import dataclasses
+import json
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from sasa_train.compose import GROUPS, as_written, choices, config_dir
+from sasa_train.config import CHOICES, FREE_KEYS, NOT_TRAJECTORY, knob_table
+from sasa_train.sweep.plan import SweepConfig
+
+HEAD = """# Every key
+
+*Made by `python scripts/config_reference.py > docs/config.md`; a test compares.* The same keys hold on the command line
+(`sasa-train trainer.epochs=10`), in `configs/` and in a run's `config.yaml`; `sasa-train --help` prints them too. A
+misspelt key, a wrong type and values that cannot go together are refused before anything is loaded, with exit code 2.
+
+- The default holds where no file of a chosen group says otherwise. `null` means: as the meaning says.
+- A key with a star may differ between a run and its continuation; all others shape what is computed, and are compared
+  when a run resumes (`allow_config_change=[trainer.epochs]` lets one differ).
+- Lists are written `[a,b]`, arguments of {free} `{{name:value}}`. Texts with
+  other signs than a plain word's are quoted.
+- A choice is a file in `configs/<group>/` that sets some of these keys: `model=sasa_resnet50`. Later words win:
+  experiment files over groups, the command line over all.
+"""
+WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false", types.NoneType: "null"}
+
+
+def main() -> None:
+    print(reference(), end="")
+
+
+def reference() -> str:
+    """The page, as Markdown."""
+    parts = [HEAD.format(free=" and ".join(f"`{key}`" for key in FREE_KEYS))]
+    for group in ("model", "data", "optimizer", "schedule", "augment", "trainer", ""):
+        parts.append(f"## {group or 'Top level'}\n")
+        rows = [row(key, knob) for key, knob in knob_table().items() if key.rpartition(".")[0] == group]
+        parts.append(table(("key", "type", "default", "meaning"), rows))
+        if group in GROUPS:
+            parts.append(choice_table(group))
+    parts.append("## experiment\n\nA whole recipe: the command is `sasa-train experiment=NAME`.\n")
+    parts.append(choice_table("experiment"))
+    parts.append(
+        "## sweep\n\nThe keys of `sasa-sweep` and of the files in `configs/sweep/`, see [sweeps.md](sweeps.md).\n"
+    )
+    rows = [row(f"sweep.{knob.name}", knob) for knob in dataclasses.fields(SweepConfig)]
+    parts.append(table(("key", "type", "default", "meaning"), rows))
+    parts.append(choice_table("sweep"))
+    return "\n".join(parts)
+
+
+def row(key: str, knob: dataclasses.Field) -> tuple[str, ...]:
+    default = knob.default if knob.default_factory is dataclasses.MISSING else knob.default_factory()
+    shown = default if isinstance(default, str) else json.dumps(default)
+    words = "choice" if key in CHOICES else type_in_words(knob.type)  # the meaning names them
+    star = "\\*" if key in NOT_TRAJECTORY else ""
+    return f"`{key}`{star}", words, f"`{shown}`", knob.metadata["help"].replace("*", "\\*").replace("|", "\\|")
+
+
+def type_in_words(kind: typing.Any) -> str:
+    """`list[float] | None` -> "list of numbers or null"."""
+    if isinstance(kind, types.UnionType):
+        return " or ".join(type_in_words(part) for part in typing.get_args(kind))
+    if typing.get_origin(kind) is list:
+        part = type_in_words(typing.get_args(kind)[0])
+        return "list of lists" if part.startswith("list") else f"list of {part}s"
+    return "arguments" if typing.get_origin(kind) is dict else WORDS[kind]
+
+
+def choice_table(group: str) -> str:
+    found = {f"`{group}={name}`": describe(config_dir() / group / f"{name}.yaml") for name in choices(group)}
+    by_name = [choice for choice, words in found.items() if not words]
+    sentence = f"Choices that set the name alone: {', '.join(by_name)}.\n" if by_name else ""
+    rows = [(choice, words) for choice, words in found.items() if words]
+    return "\n".join(part for part in (sentence, table(("choice", "is"), rows) if rows else "") if part)
+
+
+def describe(path: Path) -> str:
+    """The first sentence of the file's own words; of a file without any, what it sets beside the name."""
+    text = path.read_text(encoding="utf-8")
+    comments = re.findall(r"^# ?(.*)$", text, re.MULTILINE)
+    is_command = re.compile(r"@package|sasa-|  ")
+    words = " ".join(line for line in comments if not is_command.match(line))
+    if words:
+        return re.split(r"(?<=[\w)%])\. (?=[A-Z])", words)[0].rstrip(".").replace("|", "\\|")
+    values = {str(key): value for key, value in OmegaConf.load(path).items() if key != "name"}
+    return ", ".join(f"`{key}={as_written(value)}`" for key, value in values.items())
+
+
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    main()

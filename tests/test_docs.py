@@ -1,0 +1,247 @@
+"""What README.md and docs/ say holds: links lead somewhere, pictures are shown, commands and snippets run.
+
+Of a page's fenced blocks `sh` and `python` are run, in their order, in a folder of the page's own that holds a finished
+quickstart run; an `output` block is what the python block before it prints. Blocks without a language are shown only.
+A `console` block has a message after the `$ command` that brings it about; without a command its words are looked for
+in the source. `...` in it stands for anything.
+"""
+
+import contextlib
+import importlib
+import io
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from sasa_train.compose import compose_config
+from sasa_train.config import ConfigError
+from sasa_train.sweep.plan import read_plan
+
+ROOT = Path(__file__).parents[1]
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [*sorted(ROOT.glob("*.md")), *DOCS]
+RUN = "outputs/digits-hybrid_resnet26-e20-s0-b4dbb30e"
+COMMAND = re.compile(r"^\s*(?:sasa-\w+|python3?|torchrun|sbatch|pip|tensorboard)\b", re.MULTILINE)
+# Why a block with commands is shown and not run; each of them says so in what it shows.
+NOT_RUN = {
+    r"^python3 -m venv": "an environment of its own; .ci/run runs it",
+    r"/path/to/|/data/": "the reader's own images",
+    r"TABLE|RUN_NAME|RUN_1|outputs/(?:RUN|SWEEP)\b|YOU/": "a name to be filled in",
+    r"=(?:data/)?(?:cifar10|imagenet)": "a download, and minutes to days",
+    r"torchrun|sbatch|slurm": "several GPUs or a cluster; tests/test_distributed.py and test_slurm.py run the like",
+    r"hydra/launcher=ray": "Ray, in an environment of its own",
+    r"\bbf16\b|gpu_check\.py": "a GPU",
+    r"seed=range\(|sweep=digits_|sasa-benchmark|chaos\.py": "minutes; docs/tutorial.md runs a smaller sweep",
+    r"^\s*tensorboard": "a server, until it is stopped",
+}
+
+
+@dataclass
+class Block:
+    page: Path
+    line: int  # of its first line, from 1
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks_of(page: Path) -> list[Block]:
+    source = page.read_text(encoding="utf-8")
+    fences = re.finditer(r"^```(.*)\n((?s:.*?))^```$", source, re.MULTILINE)
+    return [Block(page, source.count("\n", 0, fence.start(2)) + 1, fence[1], fence[2]) for fence in fences]
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+COMMANDS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+# The source with texts that go over several lines made whole.
+SOURCE = re.sub(
+    r"\"\s*\n\s*(?:\+ )?f?\"",
+    "",
+    "".join(path.read_text(encoding="utf-8") for path in (ROOT / "sasa_train").rglob("*.py")),
+)
+RUN_PAGES = [
+    page for page in PAGES if any(b.page == page and b.language in ("sh", "python", "console") for b in BLOCKS)
+]
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def prose(page: Path) -> str:
+    """A page without what is code."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"`[^`\n]*`", "", text)
+
+
+def links(page: Path) -> Iterator[str]:
+    """The targets of links and pictures."""
+    for match in re.finditer(r"\]\(([^)\s]+)[^)]*\)|^\[[^\]]+\]:\s*(\S+)|(?:href|src)=\"([^\"]+)", prose(page), re.M):
+        yield match[1] or match[2] or match[3]
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the page's headings; a second one of a name gets a number."""
+    found: list[str] = []
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for heading in re.findall(r"^#{1,6} +(.*?)\s*$", text, re.MULTILINE):
+        heading = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        found.append(re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-"))
+    return {f"{slug}-{found[:i].count(slug)}" if slug in found[:i] else slug for i, slug in enumerate(found)}
+
+
+def is_local(target: str) -> bool:
+    return re.match(r"[a-z]+:", target) is None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in filter(is_local, links(page)):
+        path, _, anchor = target.partition("#")
+        assert not path.startswith("/"), f"{target}: a path from the root of a disk; write it from the page's folder"
+        found = (page.parent / path).resolve() if path else page
+        assert found.is_relative_to(ROOT) and found.exists(), f"{target}: is not there"
+        assert not anchor or anchor in anchors(found), f"{target}: has no such heading, but {sorted(anchors(found))}"
+
+
+def test_every_picture_is_shown() -> None:
+    shown = {(page.parent / target).resolve() for page in PAGES for target in filter(is_local, links(page))}
+    assert [str(path) for path in sorted((ROOT / "docs" / "images").iterdir()) if path not in shown] == []
+
+
+def test_the_index_names_every_page() -> None:
+    index = ROOT / "docs" / "README.md"
+    named = {(index.parent / target).resolve() for target in filter(is_local, links(index))}
+    assert [name(page) for page in DOCS if page not in (*named, index)] == []
+
+
+def test_pages_and_tests_that_are_named_are_there() -> None:
+    """Comments and messages name pages, and pages name the tests that hold their promises."""
+    sources = [path for folder in ("sasa_train", "scripts", "configs", "tests") for path in (ROOT / folder).rglob("*")]
+    for path in [*PAGES, *(path for path in sources if path.suffix in (".py", ".yaml", ".sh", ".sbatch"))]:
+        text = path.read_text(encoding="utf-8")
+        for page in re.findall(r"\bdocs/\w+\.md\b", text):
+            assert (ROOT / page).exists(), f"{path} names {page}"
+        for file, test in re.findall(r"`(test_\w+\.py)::(test_\w+)", text):
+            assert f"def {test}" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{path} names {file}::{test}"
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_a_block_is_run_or_says_why_not(block: Block) -> None:
+    assert block.language in ("", "sh", "python", "output", "console", "yaml"), "write sh or python where it can be run"
+    if block.language == "" and COMMAND.search(block.text):
+        reasons = [why for pattern, why in NOT_RUN.items() if re.search(pattern, block.text, re.MULTILINE)]
+        assert reasons, f"mark it as sh, so that it is run, or give NOT_RUN the reason:\n{block.text}"
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "" and COMMAND.search(b.text)], ids=str)
+def test_commands_that_are_only_shown_are_ones_that_would_be_taken(block: Block) -> None:
+    """Misspelt keys, and choices that are not there, in what no test can run."""
+    for line in block.text.replace("\\\n", " ").splitlines():
+        words = [word.strip("'\"") for word in re.sub(r"\s#.*|\.\.\.", "", line).split()]
+        overrides = [word for word in words if "=" in word.strip("=-") and not word.startswith("-")]
+        try:
+            if re.search(r"sasa-train\s+-m|train\b.*-m$", line):
+                read_plan(overrides)
+            elif re.search(r"\bsasa-train\b|sasa_train\.train\b|train\.sbatch\b", line):
+                compose_config(overrides)
+            elif "sasa-sweep" in line and "TABLE" not in line:
+                plan = read_plan(overrides)
+                assert [job.refusal for job in plan.jobs if job.refusal] == []
+        except ConfigError as error:
+            pytest.fail(f"{line}\n{error}")
+
+
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the run of the README's first command: the checkout's own where there is one, else a new one."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    if (ROOT / RUN / "checkpoints" / "best.pt").exists():
+        shutil.copytree(ROOT / RUN, folder / RUN)
+    else:
+        run_shell("sasa-train experiment=quickstart", folder)
+    assert (folder / RUN).is_dir(), f"README and docs call the quickstart's run {RUN}; here: {os.listdir(folder)}"
+    return folder
+
+
+@pytest.mark.parametrize("page", RUN_PAGES, ids=name)
+def test_what_a_page_shows_runs(
+    page: Path,
+    quickstart: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    shutil.copytree(quickstart, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")  # pages name them as in a checkout
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    printed = ""
+    for block in blocks_of(page):
+        if block.language == "sh":
+            print(f"\n== {block}")
+            run_shell(block.text, tmp_path)
+        elif block.language == "console":
+            check_message(block, tmp_path, monkeypatch, capsys)
+        elif block.language == "python":
+            code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")  # so that errors name the line
+            with contextlib.redirect_stdout(io.StringIO()) as stdout:
+                exec(code, namespace)
+            printed = stdout.getvalue()
+        elif block.language == "output":
+            assert printed == block.text, f"{block}: is not what the block before it prints"
+    for picture in [target for target in links(page) if page.stem == "attention" and target.endswith(".png")]:
+        assert (tmp_path / Path(picture).name).exists(), f"{name(page)} shows {picture}, which its snippets do not make"
+
+
+def check_message(block: Block, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    lines = block.text.splitlines()
+    commands = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+    message = "\n".join(line for line in lines if not line.startswith("$ "))
+    if not commands:
+        words = re.sub(r"^sasa-\w+: ", "", message)
+        for part in filter(None, (part.strip() for part in re.split(r"\.\.\.|\n", words))):
+            assert part in SOURCE, f"{block}: {part!r} stands nowhere in the source"
+        return
+    for command in commands[:-1]:
+        run_shell(command, folder)
+    name, *arguments = shlex.split(commands[-1])
+    monkeypatch.setattr(sys, "argv", [name])
+    capsys.readouterr()
+    run_command = importlib.import_module(COMMANDS[name].partition(":")[0]).run_command  # in-process: no imports anew
+    run_command(arguments)
+    said = "".join(capsys.readouterr())
+    assert re.search(re.escape(message).replace(r"\.\.\.", ".*"), said, re.DOTALL), f"{block}: it said\n{said}"
+
+
+def run_shell(commands: str, folder: Path) -> None:
+    """Run as a reader does who types them into a shell with the environment active; what they print is pytest's."""
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
+    process = subprocess.run(
+        ["bash", "-euxo", "pipefail", "-c", commands], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    print(process.stdout, process.stderr)
+    assert process.returncode == 0, f"exit {process.returncode} of\n{commands}\n{process.stdout}\n{process.stderr}"
+
+
+def test_the_config_reference_is_what_its_script_prints() -> None:
+    printed = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "config_reference.py"], capture_output=True, text=True, check=True
+    ).stdout
+    page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+    assert page == printed, "run python scripts/config_reference.py > docs/config.md"
