@@ -57,7 +57,7 @@ def run_command(arguments: list[str]) -> int:
         evaluate_checkpoint(options)
     except (ConfigError, CheckpointError) as error:
         return fail(error)
-    except DataWorkerError as error:
+    except (DataWorkerError, OSError) as error:
         fail(error)
         return 1
     return 0
@@ -102,6 +102,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
     Raises:
         CheckpointError: there is no checkpoint that can be read.
         ConfigError: options, overrides or data that are refused.
+        OSError: a file that cannot be written after all.
     """
     check_outputs(options)
     from sasa_train.evaluation.val_pass import open_val

@@ -228,6 +228,12 @@ def test_what_a_killed_export_left_is_swept_up(run_dir, tmp_path):
     assert (tmp_path / "hub" / "config.json").read_text() == "whole"
 
 
+def test_a_misspelt_key_is_refused_with_the_right_one(run_dir, capsys):
+    assert command.run_command([str(run_dir), "--formats", "hub", "--out", "nowhere", "model.bordr=zero"]) == 2
+    assert "did you mean model.border" in capsys.readouterr().err
+    assert not Path("nowhere").exists()
+
+
 def test_two_exports_do_not_write_into_one_folder(run_dir, tmp_path, capsys):
     """Each would take the other's unfinished files for those of a killed one."""
     with locked(tmp_path, "the first"):
@@ -255,7 +261,7 @@ def test_images_of_a_folder_take_the_place_of_data_that_is_gone(run_dir, tmp_pat
     assert f"checked on 26 images of {images}" in capsys.readouterr().out
     (tmp_path / "none").mkdir()
     assert command.run_command([*arguments, "--images", str(tmp_path / "none")]) == 2
-    assert "there are no images in it" in capsys.readouterr().err
+    assert f"--images {tmp_path / 'none'}: holds no file that ends in" in capsys.readouterr().err
 
 
 def test_without_onnx_the_other_formats_are_made(monkeypatch, capsys):

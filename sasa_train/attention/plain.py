@@ -1,8 +1,8 @@
 """Local attention as a few matrix products, for exported programs: no operator of ours, no loop over the window.
 
 Each row of queries meets K whole rows of keys, all but the window's columns masked out. That multiplies much in vain,
-so a wide row is cut into tiles; but a runtime without our kernels is faster with it than with the reference's K*K
-shifted windows, and the graph has a tenth of the nodes (docs/export.md has the numbers).
+so a wide row is cut into tiles; but onnxruntime is faster with it than with the reference's K*K shifted windows, and
+the graph has a tenth of the nodes (docs/export.md has the numbers).
 """
 
 import math

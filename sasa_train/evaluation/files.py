@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import io
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ def check_outputs(options: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} {path}: the name must end in {' or '.join(suffixes)}")
         if not path.absolute().parent.is_dir():
             raise ConfigError(f"--{name} {path}: there is no folder {path.parent}; make it first")
+        if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+            raise ConfigError(f"--{name} {path}: no file can be written there; give another place")
 
 
 def write_outputs(
@@ -42,7 +45,7 @@ def write_outputs(
     """Write what the options ask for, each file whole or not at all; yields their paths.
 
     Raises:
-        ConfigError: a file that cannot be written.
+        OSError: a file that cannot be written; the message names it.
     """
     from sasa_train.atomic import write_atomic
 
@@ -59,7 +62,7 @@ def write_outputs(
         try:
             write_atomic(path, content)
         except OSError as error:
-            raise ConfigError(f"{path}: cannot be written ({error.strerror}); give another place") from error
+            raise OSError(f"{path}: cannot be written ({error.strerror}); give another place") from error
         yield path
 
 

@@ -44,11 +44,11 @@ def run_command(arguments: list[str]) -> int:
 
     words, overrides = split_overrides(arguments)
     try:
-        options = parser.parse_args(words)
+        options = parser.parse_intermixed_args(words)
     except SystemExit as stop:  # argparse's own refusal
         return int(stop.code or 0)
     try:
-        return export(options, overrides)
+        return export(options, overrides + options.misspelt)
     except (ConfigError, CheckpointError) as error:
         return fail(error)
 
@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a run folder or a checkpoint file")
+    parser.add_argument("misspelt", nargs="*", help=argparse.SUPPRESS)  # refused as a key, with the nearest right one
     parser.add_argument("--formats", nargs="+", choices=FORMAT_NAMES, metavar="FORMAT", help=", ".join(FORMAT_NAMES))
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; left out: export/ in the run's folder")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="images to check on; left out: the run's val")

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from sasa_train.config import ConfigError
 from sasa_train.data.datasets import Files, ImageSet, UnreadableImage, load_image_sets
 from sasa_train.data.transforms import fit
+from sasa_train.prediction.find_images import find_images
 from sasa_train.printable import printable
 from sasa_train.trained import TrainedModel
 
@@ -67,9 +67,10 @@ def _val(trained: TrainedModel) -> tuple[ImageSet, str]:
 
 
 def _folder(folder: Path) -> tuple[ImageSet, str]:
-    paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    found = list(find_images([str(folder)]))
+    paths = [one.path for one in found if not one.fault]
     if not paths:
-        raise ConfigError(f"--images {folder}: there are no images in it")
+        raise ConfigError(f"--images {printable(found[0].path)}: {found[0].fault}")
     labels = np.zeros(len(paths), dtype=np.int64)
     return ImageSet([], labels, np.arange(len(paths)), Files(paths)), printable(str(folder))
 
