@@ -20,13 +20,14 @@ from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_g
 from sasa_train import train
 from sasa_train.compose import compose_config, config_dir, to_yaml
 from sasa_train.config import ConfigError
+from sasa_train.metrics import read_metrics
 from sasa_train.models import build_model, check_model
 from sasa_train.models.counting import count_params, meta_model
 from sasa_train.paper import ROWS
 from sasa_train.report import __main__ as command
 from sasa_train.report.beside_paper import paper_reference, paper_row
 from sasa_train.report.intervals import mean_interval, t_quantile
-from sasa_train.report.jobs import find_jobs, read_metrics
+from sasa_train.report.jobs import find_jobs
 from sasa_train.report.rows import build_report, paired_difference
 from sasa_train.sweep.plan import read_plan
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from sasa_train.compose import compose_config, load_config_file
 from sasa_train.config import ConfigError, TrainConfig
+from sasa_train.metrics import read_metrics
 from sasa_train.report.beside_paper import VARIED
 
 LEDGER_VERSION = 1
@@ -176,27 +177,3 @@ def _read_run(job: Job, run_dir: Path) -> None:
         return
     job.info = info if isinstance(info, dict) else {}
     job.seconds = job.info.get("seconds") if isinstance(job.info.get("seconds"), int | float) else None
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every row; of a run that goes on, the last line may be half there.
-
-    Raises:
-        ConfigError: the file is not there or damaged.
-    """
-    if not path.exists():  # it ended, or was stopped, before its first row
-        return []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        whole = all(_is_row(row) for row in rows)
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        raise ConfigError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
-    if not whole:
-        raise ConfigError(f"{path}: a row without split, step and epoch, or a val row without top1")
-    return rows
-
-
-def _is_row(row: Any) -> bool:
-    keys = ("step", "epoch", "top1") if row["split"] == "val" else ("step", "epoch")
-    return all(isinstance(row[key], int | float) for key in keys)

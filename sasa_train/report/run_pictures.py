@@ -11,7 +11,8 @@ from sasa_train.config import ConfigError, DataConfig
 from sasa_train.data.datasets import ImageSet, limit, load_image_sets
 from sasa_train.data.fingerprint import fingerprint
 from sasa_train.extras import has_matplotlib
-from sasa_train.report.jobs import Job, read_metrics
+from sasa_train.metrics import read_metrics
+from sasa_train.report.jobs import Job
 from sasa_train.report.pictures import NO_PLOTS, Picture, Section, picture
 from sasa_train.run import resolve
 from sasa_train.trained import TrainedModel, load_trained

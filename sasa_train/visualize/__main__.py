@@ -176,8 +176,8 @@ def visualize_several(sources: list[Path], names: list[str], overrides: list[str
         ConfigError: a source that is no run folder, or what takes one run alone.
     """
     from sasa_train.console import say
+    from sasa_train.metrics import read_metrics
     from sasa_train.printable import printable
-    from sasa_train.report.jobs import read_metrics
     from sasa_train.visualize.curve_figures import draw_lr_schedule, draw_training_curves
 
     if others := [name for name in names if name not in OF_SEVERAL]:

@@ -19,8 +19,8 @@ from sasa_train.data.fingerprint import fingerprint
 from sasa_train.data.quarantine import Quarantine
 from sasa_train.data.transforms import fit
 from sasa_train.engine import autocast
+from sasa_train.metrics import read_metrics
 from sasa_train.printable import printable
-from sasa_train.report.jobs import read_metrics
 from sasa_train.run import resolve
 from sasa_train.trained import TrainedModel
 from sasa_train.visualize.attention_figures import (
