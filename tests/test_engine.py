@@ -168,7 +168,7 @@ def test_norms_biases_and_position_embeddings_do_not_decay():
 @pytest.mark.parametrize(
     "overrides,message",
     [
-        (["optimizer.name=sdg"], "optimizer.name=sdg must be one of .*sgd"),
+        (["optimizer.name=sdg"], r"optimizer.name=sdg: did you mean sgd\? It must be one of adabelief, .*sgd"),
         (["optimizer.betas=[0.9,0.99]"], "optimizer.betas=.*: sgd takes no betas; it takes .*nesterov"),
         (["schedule.name=cosin"], "schedule.name=cosin"),
     ],

@@ -75,10 +75,10 @@ def best(row: dict) -> list[float]:
 def test_predictions_are_evaluations(name, weights, runs, root, predicted, capsysbinary):
     """A crop or a normalisation that differs by a little costs points of accuracy that nobody would look for here."""
     trained = load_trained(runs[name], [f"weights={weights}", "data.num_workers=0"])
-    loader, classes, _ = build_eval_loader(trained.config, torch.device("cpu"))
+    loader, images = build_eval_loader(trained.config, torch.device("cpu"))
     with torch.inference_mode():
         batches = list(loader.eval_batches())
-        expected = torch.cat([trained.model(images).softmax(1) for images, _ in batches])
+        expected = torch.cat([trained.model(pixels).softmax(1) for pixels, _ in batches])
     loader.close()
     found, err = predicted(runs[name], root / "val", f"weights={weights}")
     assert [row["path"] for row in found] == [str(path) for path in sorted(root.glob("val/*/*.png"))]
@@ -86,7 +86,7 @@ def test_predictions_are_evaluations(name, weights, runs, root, predicted, capsy
     hits = sum(row["predictions"][0]["class"] == Path(row["path"]).parent.name for row in found)
     assert evaluate.run_command([str(runs[name]), f"weights={weights}", "data.num_workers=0"]) == 0
     assert f"top1   {100 * hits / 8!r}\n".encode() in capsysbinary.readouterr().out and "8 images predicted\n" in err
-    assert sorted(entry["class"] for entry in found[0]["predictions"]) == classes == ["blue", "red"]
+    assert sorted(entry["class"] for entry in found[0]["predictions"]) == images.classes == ["blue", "red"]
 
 
 def test_the_moving_average_is_not_the_raw_model(runs, root, predicted):

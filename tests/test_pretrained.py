@@ -294,6 +294,16 @@ def finetuning(source: Path) -> list[str]:
     return [*TINY, f"model.pretrained={source}", "model.kernel_size=5", "trainer.ema_decay=0.9", "optimizer.lr=0.02"]
 
 
+@pytest.fixture
+def one_thread():
+    """As `start` gives its process: another number sums in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_a_killed_fine_tuning_ends_as_one_never_touched_and_needs_the_file_no_more(trained, tmp_path, monkeypatch):
     shutil.copytree(trained, tmp_path / "source")
     run = [*finetuning(Path("source")), "trainer.checkpoint_every_steps=3"]

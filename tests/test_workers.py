@@ -61,7 +61,7 @@ def assert_closes_at_once(workers: Workers) -> None:
     workers.close()
     assert time.monotonic() - start < 7
     for process in processes:
-        process.join(1)
+        process.join(30)  # it is killed by now; a busy machine takes its time to bury it
         assert not process.is_alive()
 
 
