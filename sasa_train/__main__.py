@@ -36,7 +36,7 @@ def run_command(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         print(f"sasa_train {__version__}")
         return DONE
-    from sasa_train import completion
+    from sasa_train.config import completion
 
     if arguments[0] == "complete":  # what the shells' scripts call
         print(completion.answer(arguments[1], arguments[2:]))

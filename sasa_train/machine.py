@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sasa_train.ranks import local_world_size
+from sasa_train.processes.ranks import local_world_size
 
 if TYPE_CHECKING:
     import torch
+import torch
 
 CGROUPS = Path("/sys/fs/cgroup")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
@@ -99,3 +100,9 @@ def _left_in_cgroup(folder: Path) -> int:
         return sys.maxsize if limit == "max" else int(limit) - used + reclaimable
     except (OSError, ValueError):  # no such group, or another kind
         return sys.maxsize
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python's, CUDA's and the CPU allocator's ways to say so."""
+    texts = ("out of memory", "can't allocate memory", "DefaultCPUAllocator: not enough memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)

@@ -2,10 +2,13 @@
 
 from functools import partial
 
-from sasa_train.compose import compose_config, fail
-from sasa_train.config import DIALS, NUM_CLASSES, ConfigError, TrainConfig, resolved_image_size
-from sasa_train.endings import end_command
+from sasa_train.commands import end_command
+from sasa_train.config.compose import compose_config
+from sasa_train.config.derived import resolved_image_size
+from sasa_train.config.keys import DIALS, NUM_CLASSES, TrainConfig
 from sasa_train.paper import ROWS, Row
+from sasa_train.refusal import ConfigError
+from sasa_train.terminal import fail
 
 USAGE = """usage: sasa-summary [--paper] [group=choice ...] [key=value ...]
 

@@ -1,26 +1,23 @@
 """A trained model out of its checkpoint, with what it takes to use it: classes, image size, normalisation."""
 
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from sasa_train.checkpoint import load_checkpoint
-from sasa_train.config import ConfigError, DataConfig, TrainConfig, knob_table, resolved_image_size, shorten
+from sasa_train.config.derived import resolved_image_size
+from sasa_train.config.keys import DataConfig, TrainConfig
+from sasa_train.config.overrides import split_weights
 from sasa_train.data.datasets import mean_std
 from sasa_train.data.fingerprint import differences
 from sasa_train.data.transforms import Normalize
 from sasa_train.models import build_model, check_model
-from sasa_train.ranks import world_size
-
-WEIGHTS = ("ema", "raw")
-OVERRIDE = re.compile(r"[+~]*[a-z_]+(\.[a-z0-9_]+)*=")
+from sasa_train.processes.ranks import world_size
+from sasa_train.refusal import ConfigError
+from sasa_train.runs.checkpoint import find_checkpoint, load_checkpoint
 
 
 @dataclass
@@ -70,7 +67,7 @@ def load_trained(source: Path, overrides: Sequence[str] = ()) -> TrainedModel:
         ConfigError: an override is refused, or makes another model than the checkpoint's; or this is one of several
             processes, which would all do the same.
     """
-    from sasa_train.compose import load_config  # here, for Hydra's import takes a tenth of a second
+    from sasa_train.config.saved import load_config  # here, for Hydra's import takes a tenth of a second
 
     if world_size() > 1:
         raise ConfigError(f"WORLD_SIZE={world_size()}: this is one process's work; run it without torchrun")
@@ -85,40 +82,6 @@ def load_trained(source: Path, overrides: Sequence[str] = ()) -> TrainedModel:
         raise ConfigError(f"weights=ema: {path} has no moving average; it was trained with trainer.ema_decay=null")
     state_dict = checkpoint["ema"] if weights == "ema" else checkpoint["model"]
     return TrainedModel(path, checkpoint, config, _build(config, state_dict, len(checkpoint["classes"])), weights)
-
-
-def find_checkpoint(source: Path) -> Path:
-    """The file itself, or a run folder's best.pt, or its last.pt."""
-    if not os.path.isdir(source):  # which takes a name that no file system does for none
-        return source
-    folder = source if source.name == "checkpoints" else source / "checkpoints"
-    return folder / "best.pt" if (folder / "best.pt").exists() else folder / "last.pt"
-
-
-def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Of a command line's words those that name files, and those that are overrides: `weights=...` or a knob's.
-
-    What is there as a file is a file, however it is called; what is none and looks like an override is one, so that a
-    misspelt key is refused with the nearest right one.
-    """
-    overrides = [text for text in arguments if OVERRIDE.match(text) and not os.path.lexists(text)]
-    return [text for text in arguments if text not in overrides], overrides
-
-
-def split_weights(overrides: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The last `weights=`, if there is one, and the knobs.
-
-    Raises:
-        ConfigError: weights that there are not, or `weights` misspelt.
-    """
-    knobs = [text for text in overrides if not text.startswith("weights=")]
-    for key in (text.partition("=")[0] for text in knobs):
-        if key not in knob_table() and get_close_matches(key, ["weights"]):
-            raise ConfigError(f"unknown key {key!r}: did you mean weights?")
-    wanted = [text.removeprefix("weights=") for text in overrides if text not in knobs]
-    if wrong := [word for word in wanted if word not in WEIGHTS]:
-        raise ConfigError(f"weights={shorten(wrong[0])} must be {' or '.join(WEIGHTS)}")
-    return wanted[-1] if wanted else None, knobs
 
 
 def _own_preprocessing(data: DataConfig) -> list[str]:

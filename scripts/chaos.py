@@ -36,10 +36,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sasa_train.checkpoint import load_checkpoint
-from sasa_train.compose import compose_config
+from sasa_train.config.compose import compose_config
 from sasa_train.data.datasets import load_image_sets
-from sasa_train.data.prepare import shard
+from sasa_train.dataset_tool.prepare import shard
+from sasa_train.runs.checkpoint import load_checkpoint
 
 RUN = [
     "experiment=debug",

@@ -1,4 +1,4 @@
-"""docs/config.md from what it describes: the dataclasses in sasa_train/config.py and the files in configs/.
+"""docs/config.md from what it describes: the dataclasses in sasa_train/config/keys.py and the files in configs/.
 
 usage: python scripts/config_reference.py > docs/config.md
 """
@@ -13,9 +13,10 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from sasa_train.compose import GROUPS, as_written, choices, config_dir
-from sasa_train.config import CHOICES, FREE_KEYS, NOT_TRAJECTORY, knob_table
-from sasa_train.sweep.plan import SweepConfig
+from sasa_train.config.groups import GROUPS, choices, config_dir
+from sasa_train.config.keys import CHOICES, FREE_KEYS, NOT_TRAJECTORY, knob_table
+from sasa_train.config.overrides import as_written
+from sasa_train.sweep.planning import SweepConfig
 
 HEAD = """# Every key
 

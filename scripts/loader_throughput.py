@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from sasa_train.compose import compose_config
+from sasa_train.config.compose import compose_config
 from sasa_train.data.loader import build_loaders
 
 BATCH = 64

@@ -21,17 +21,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sasa_train.checkpoint import Checkpoints
-from sasa_train.compose import compose_config
-from sasa_train.config import TrainConfig, resolved_image_size
+from sasa_train.config.compose import compose_config
+from sasa_train.config.derived import resolved_image_size
+from sasa_train.config.keys import TrainConfig
 from sasa_train.data.loader import build_loaders
-from sasa_train.engine import Stepper, autocast, build_state
-from sasa_train.interrupt import StopRequest
-from sasa_train.loop import Loop
+from sasa_train.device import autocast, resolve
 from sasa_train.models import build_model
-from sasa_train.optim import build_optimizer, build_schedule
-from sasa_train.run import resolve
-from sasa_train.run_folder import RunFolder
+from sasa_train.runs.checkpoint import Checkpoints
+from sasa_train.runs.folder import RunFolder
+from sasa_train.signals import StopRequest
+from sasa_train.training.loop import Loop
+from sasa_train.training.optim import build_optimizer, build_schedule
+from sasa_train.training.state import build_state
+from sasa_train.training.step import Stepper
 
 RUN = [
     "model=conv_resnet26",

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from sasa_train.checkpoint import Checkpoints
-from sasa_train.compose import compose_config, to_yaml
-from sasa_train.engine import build_state
+from sasa_train.config.compose import compose_config
+from sasa_train.config.saved import to_yaml
 from sasa_train.models import build_model
-from sasa_train.optim import build_optimizer
+from sasa_train.runs.checkpoint import Checkpoints
+from sasa_train.training.optim import build_optimizer
+from sasa_train.training.state import build_state
 
 
 def main() -> None:

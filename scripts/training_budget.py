@@ -284,7 +284,7 @@ def draw(net: Net, cluster: Cluster, batch: int, epochs: int, path: Path) -> Non
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullLocator
 
-    from sasa_train.chart_style import DPI, STYLES, WIDTH
+    from sasa_train.figures import DPI, STYLES, WIDTH
 
     gpus = powers_that_divide(batch)
     figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from sasa_train.attention import cpu, stem
-from sasa_train.batch_norm import frozen_running_stats
 from sasa_train.models import AttentionStem, ResNet
+from sasa_train.training.batch_norm import frozen_running_stats
 
 
 def needs_compiler() -> str | None:

@@ -9,13 +9,13 @@ from PIL import Image
 from test_data import CPU, assert_same, batches, config_for
 from torchvision.transforms import v2
 
-from sasa_train.compose import compose_config
-from sasa_train.config import ConfigError
+from sasa_train.config.compose import compose_config
 from sasa_train.data.loader import build_loaders
 from sasa_train.data.mixing import Mixing
 from sasa_train.data.policies import NUM_DRAWS, Policy
 from sasa_train.data.randomness import POLICY, sample_draws
 from sasa_train.data.transforms import Augment, decode_box, random_resized_box
+from sasa_train.refusal import ConfigError
 
 POLICIES = ("rand_augment", "trivial_augment", "auto_augment_imagenet", "auto_augment_cifar10", "auto_augment_svhn")
 EVERYTHING = (

@@ -7,12 +7,13 @@ import torch
 from test_engine import CPU
 from torch import nn
 
-from sasa_train.batch_norm import recalibrate
-from sasa_train.compose import compose_config
-from sasa_train.config import ConfigError
-from sasa_train.engine import Stepper, build_state
+from sasa_train.config.compose import compose_config
 from sasa_train.models import build_model, enable_grad_checkpointing
-from sasa_train.optim import build_optimizer, build_schedule
+from sasa_train.refusal import ConfigError
+from sasa_train.training.batch_norm import recalibrate
+from sasa_train.training.optim import build_optimizer, build_schedule
+from sasa_train.training.state import build_state
+from sasa_train.training.step import Stepper
 
 
 def trained(checkpointing: bool, steps: int = 2) -> Stepper:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from sasa_train import benchmark as benchmark
 from sasa_train.attention import cpu
-from sasa_train.benchmark import __main__ as benchmark
 from sasa_train.benchmark import timing
 from sasa_train.benchmark.contenders import Case, build_contender, check
 
@@ -206,7 +206,7 @@ def test_help_is_quick(command):
     assert (
         "torch"
         not in subprocess.run(
-            [sys.executable, "-c", "import sasa_train.benchmark.__main__, sys; print(*sys.modules)"],
+            [sys.executable, "-c", "import sasa_train.benchmark, sys; print(*sys.modules)"],
             capture_output=True,
             text=True,
         ).stdout.split()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sasa_train.checkpoint import FORMAT_VERSION, REQUIRED, CheckpointError, Checkpoints, load_checkpoint
+from sasa_train.runs.checkpoint import FORMAT_VERSION, REQUIRED, CheckpointError, Checkpoints, load_checkpoint
 
 
 def content(step: int) -> dict:
@@ -132,7 +132,7 @@ except CheckpointError as error:
 def test_room_is_looked_for_before_anything_is_written(tmp_path, monkeypatch):
     checkpoints = filled(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
-    monkeypatch.setattr("sasa_train.checkpoint.write_aside", pytest.fail)
+    monkeypatch.setattr("sasa_train.runs.checkpoint.write_aside", pytest.fail)
     big = content(6) | {"model": {"weight": torch.zeros(2_000_000)}}
     with pytest.raises(CheckpointError, match="a checkpoint of 8 MB .0 MB are free"):
         checkpoints.save(big, is_best=True)

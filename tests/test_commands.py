@@ -14,10 +14,10 @@ import torch
 from conftest import TINY, make_image_folder
 
 from sasa_train import train
-from sasa_train.checkpoint import load_checkpoint
-from sasa_train.compose import config_dir
-from sasa_train.config import knob_table
-from sasa_train.data import prepare
+from sasa_train.config.groups import config_dir
+from sasa_train.config.keys import knob_table
+from sasa_train.dataset_tool import prepare
+from sasa_train.runs.checkpoint import load_checkpoint
 
 EXPERIMENTS = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
 TIMINGS = ("images_per_sec", "data_wait_fraction", "memory_mib", "seconds")
@@ -266,7 +266,7 @@ def test_the_defaults_train(tmp_path, monkeypatch):
 
 def test_evaluations_and_saves_are_not_training_time(tmp_path, monkeypatch):
     """A save that takes 0.3 s, four times: neither the speed nor the training time may show it."""
-    from sasa_train.checkpoint import Checkpoints
+    from sasa_train.runs.checkpoint import Checkpoints
 
     real = Checkpoints.save
     monkeypatch.setattr(Checkpoints, "save", lambda *a, **k: (time.sleep(0.3), real(*a, **k))[1])

@@ -4,9 +4,13 @@ import re
 
 import pytest
 
-from sasa_train import choices, compose
-from sasa_train.compose import compose_config, config_dir, load_config, to_yaml
-from sasa_train.config import ConfigError, TrainConfig, default_run_name, differing_keys, flatten, knob_table
+from sasa_train.config import compose, groups
+from sasa_train.config.compose import compose_config
+from sasa_train.config.groups import config_dir
+from sasa_train.config.identity import default_run_name, differing_keys
+from sasa_train.config.keys import TrainConfig, flatten, knob_table
+from sasa_train.config.saved import load_config, to_yaml
+from sasa_train.refusal import ConfigError
 
 
 def test_a_misspelt_key_in_a_file_is_refused(tmp_path, monkeypatch):
@@ -18,7 +22,7 @@ def test_a_misspelt_key_in_a_file_is_refused(tmp_path, monkeypatch):
         target.write_text(path.read_text())
     (folder / "experiment/mine.yaml").write_text("# @package _global_\ntrainer:\n  epoch: 3\n")
     (folder / "data/mine.yaml").write_text("nam: digits\n")
-    for module in (compose, choices):
+    for module in (compose, groups):
         monkeypatch.setattr(module, "config_dir", lambda: folder)
     with pytest.raises(ConfigError, match="unknown key 'trainer.epoch': did you mean trainer.epochs?"):
         compose_config(["experiment=mine"])

@@ -10,12 +10,14 @@ from PIL import Image
 from torchvision import datasets as tv
 from torchvision.transforms import v2
 
-from sasa_train.compose import compose_config
-from sasa_train.config import ConfigError
+from sasa_train.config.compose import compose_config
 from sasa_train.data.datasets import Files, ImageSet, load_image_sets, split, to_rgb
-from sasa_train.data.loader import ResidentLoader, StreamingLoader, build_eval_loader, build_loaders
+from sasa_train.data.loader import build_eval_loader, build_loaders
 from sasa_train.data.randomness import epoch_order, sample_draws, sample_rng
+from sasa_train.data.resident import ResidentLoader
+from sasa_train.data.streaming import StreamingLoader
 from sasa_train.data.transforms import Augment
+from sasa_train.refusal import ConfigError
 
 CPU = torch.device("cpu")
 

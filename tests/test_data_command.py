@@ -16,11 +16,10 @@ import pytest
 from conftest import make_image_folder
 from PIL import Image
 
-from sasa_train.compose import compose_config
-from sasa_train.data import imagenet, prepare, writing
-from sasa_train.data.__main__ import run_command
+from sasa_train.config.compose import compose_config
 from sasa_train.data.datasets import load_image_sets, to_rgb
-from sasa_train.printable import printable
+from sasa_train.dataset_tool import imagenet, prepare, run_command, writing
+from sasa_train.terminal import printable
 
 ARCHIVES = {
     "train": "ILSVRC2012_img_train.tar",
@@ -64,7 +63,7 @@ def load(root: Path):
 def test_help_is_instant_and_arguments_are_checked(capsys):
     """--help must not wait for torch; what is misspelt or missing is refused with exit code 2."""
     code = (
-        "import sys, sasa_train.data.__main__ as m; m.run_command(['verify', '-h']); assert 'torch' not in sys.modules"
+        "import sys, sasa_train.dataset_tool as m; m.run_command(['verify', '-h']); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     assert run_command([]) == 2 and run_command(["--help"]) == 0

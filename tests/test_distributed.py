@@ -15,12 +15,15 @@ import torch
 from conftest import make_image_folder
 from test_commands import assert_equal_state, rows
 
-from sasa_train.checkpoint import load_checkpoint
-from sasa_train.compose import compose_config
-from sasa_train.config import ConfigError, accumulation, check_world_size, differing_keys, micro_batch_size
+from sasa_train.config.compose import compose_config
+from sasa_train.config.derived import accumulation, micro_batch_size
+from sasa_train.config.identity import differing_keys
+from sasa_train.config.rules import check_world_size
 from sasa_train.data.plan import BatchPlan
 from sasa_train.data.randomness import seed_step
-from sasa_train.distributed import restart_warning
+from sasa_train.processes.collectives import restart_warning
+from sasa_train.refusal import ConfigError
+from sasa_train.runs.checkpoint import load_checkpoint
 
 WORKER = Path(__file__).with_name("torchrun_worker.py")
 # 38 digits and batches of 12 are 3 steps an epoch, 6 in all; no batch statistics, and augmentation of every kind.
@@ -244,7 +247,7 @@ def test_another_number_of_processes_may_cut_the_batch_otherwise():
 
 
 def test_sync_batch_norm_is_refused_on_a_cpu():
-    from sasa_train.engine import resolve_device
+    from sasa_train.device import resolve_device
 
     with pytest.raises(ValueError, match="sync_batch_norm=true, but PyTorch has it on CUDA alone"):
         resolve_device(compose_config(["trainer.sync_batch_norm=true", "trainer.device=cpu"]).trainer)

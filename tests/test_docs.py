@@ -22,9 +22,9 @@ from pathlib import Path
 
 import pytest
 
-from sasa_train.compose import compose_config
-from sasa_train.config import ConfigError
-from sasa_train.sweep.plan import read_plan
+from sasa_train.config.compose import compose_config
+from sasa_train.refusal import ConfigError
+from sasa_train.sweep.planning import read_plan
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))

@@ -7,11 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from sasa_train.compose import compose_config
-from sasa_train.config import ConfigError
-from sasa_train.engine import NonFiniteError, Stepper, build_state, evaluate, resolve_device, train_one_epoch
+from sasa_train.config.compose import compose_config
+from sasa_train.config.derived import total_steps
+from sasa_train.device import resolve_device
 from sasa_train.models import build_model
-from sasa_train.optim import build_optimizer, build_schedule, peak_lr, total_steps
+from sasa_train.refusal import ConfigError
+from sasa_train.training.evaluation import evaluate
+from sasa_train.training.nonfinite import NonFiniteError
+from sasa_train.training.optim import build_optimizer, build_schedule, peak_lr
+from sasa_train.training.state import build_state
+from sasa_train.training.step import Stepper, train_one_epoch
 
 CPU = torch.device("cpu")
 

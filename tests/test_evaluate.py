@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 
 from sasa_train import evaluate, train
-from sasa_train.checkpoint import load_checkpoint
-from sasa_train.config import ConfigError
-from sasa_train.evaluation.calibration import best_temperature, bin_by_confidence, calibrate, expected_error
-from sasa_train.evaluation.imagenet_real import RealLabels, evaluate_real, load_real_labels
-from sasa_train.evaluation.reliability_diagram import draw_reliability
-from sasa_train.evaluation.significance import PairedCounts, compare, mcnemar, paired_difference
-from sasa_train.evaluation.val_pass import mean_over_views, open_val
+from sasa_train.evaluate.calibration import best_temperature, bin_by_confidence, calibrate, expected_error
+from sasa_train.evaluate.imagenet_real import RealLabels, evaluate_real, load_real_labels
+from sasa_train.evaluate.reliability_diagram import draw_reliability
+from sasa_train.evaluate.significance import PairedCounts, compare, mcnemar, paired_difference
+from sasa_train.evaluate.val_pass import mean_over_views, open_val
+from sasa_train.refusal import ConfigError
+from sasa_train.runs.checkpoint import load_checkpoint
 from sasa_train.trained import load_trained
 
 WNIDS = ("n01440764", "n01443537", "n02102040")  # ImageNet's classes 0, 1 and 217
@@ -349,7 +349,7 @@ def test_a_digits_run_is_refused_by_real_before_it_is_evaluated(run_dir, tmp_pat
     ],
 )
 def test_refusals_come_before_the_work(run_dir, capsys, monkeypatch, arguments, said):
-    monkeypatch.setattr("sasa_train.evaluation.val_pass.open_val", lambda _: pytest.fail("data were opened"))
+    monkeypatch.setattr("sasa_train.evaluate.val_pass.open_val", lambda _: pytest.fail("data were opened"))
     assert said in run(capsys, run_dir, *arguments, expect=2)
 
 

@@ -18,14 +18,14 @@ from PIL import Image
 from torch import nn
 
 import sasa_train.models
+from sasa_train import export as command
 from sasa_train import train
 from sasa_train.attention import plain, reference
 from sasa_train.data.transforms import fit
-from sasa_train.export import __main__ as command
 from sasa_train.export import formats
-from sasa_train.export.check import load_images, measure
+from sasa_train.export.checking import load_images, measure
 from sasa_train.export.description import model_card, timm_data_config
-from sasa_train.lock import locked
+from sasa_train.files import locked
 from sasa_train.models import AttentionStem, LocalSelfAttention2d
 from sasa_train.trained import load_trained
 
@@ -275,5 +275,5 @@ def test_without_onnx_the_other_formats_are_made(monkeypatch, capsys):
 
 def test_the_names_of_the_formats_are_known_without_torch():
     assert tuple(formats.FORMATS) == command.FORMAT_NAMES
-    code = "import sys, sasa_train.export.__main__ as m; m.run_command(['--help']); sys.exit('torch' in sys.modules)"
+    code = "import sys, sasa_train.export as m; m.run_command(['--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0

@@ -15,7 +15,7 @@ from sasa_train.data import fingerprint as module
 from sasa_train.data.datasets import ImageSet, load_class_folders, load_shard_set
 from sasa_train.data.fingerprint import differences, fingerprint
 from sasa_train.data.loader import build_loaders
-from sasa_train.data.prepare import shard
+from sasa_train.dataset_tool.prepare import shard
 
 
 def of(root: Path) -> dict:

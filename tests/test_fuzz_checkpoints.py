@@ -10,7 +10,7 @@ import torch
 from test_checkpoint import content
 from test_commands import assert_equal_state
 
-from sasa_train.checkpoint import CheckpointError, Checkpoints, load_checkpoint, manifest_of
+from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, load_checkpoint, manifest_of
 
 NUM_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "400"))
 

@@ -22,22 +22,21 @@ from hypothesis import HealthCheck, Phase, event, given, seed, settings
 from hypothesis import strategies as st
 from timm.optim import list_optimizers
 
-import sasa_train.compose as compose
 from sasa_train import train
-from sasa_train.compose import (
+from sasa_train.config import compose, groups
+from sasa_train.config.compose import as_overrides, compose_config, to_config
+from sasa_train.config.groups import config_dir
+from sasa_train.config.keys import CHOICES, TrainConfig, knob_table
+from sasa_train.config.overrides import (
+    FREE,
     UNREADABLE,
-    as_overrides,
     check_override_keys,
     chooses_group,
-    compose_config,
-    config_dir,
-    load_config,
     parse_overrides,
-    to_config,
-    to_yaml,
     with_free_keys,
 )
-from sasa_train.config import CHOICES, ConfigError, TrainConfig, knob_table
+from sasa_train.config.saved import load_config, to_yaml
+from sasa_train.refusal import ConfigError
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 COMMANDS = int(os.environ.get("FUZZ_COMMANDS", "0"))
@@ -116,7 +115,7 @@ def right_values(key: str) -> st.SearchStrategy:
 RIGHT = st.sampled_from(list(KNOBS)).flatmap(lambda key: right_values(key).map(lambda value: f"{key}={value}"))
 WRONG_VALUE = st.builds("{}={}".format, st.sampled_from(list(KNOBS)), st.sampled_from(NONSENSE) | QUOTED | FREE_TEXT)
 KEYS = st.sampled_from(
-    [*KNOBS, *compose.GROUPS, "hydra", "hydra.verbose", "defaults", "trainer.epochs.x", "data.mean.0"]
+    [*KNOBS, *groups.GROUPS, "hydra", "hydra.verbose", "defaults", "trainer.epochs.x", "data.mean.0"]
 )
 WRONG_KEY = st.one_of(
     st.builds("{}{}={}".format, st.sampled_from(["+", "++", "~", ""]), KEYS, st.sampled_from(NONSENSE)),
@@ -142,7 +141,7 @@ def compose_quickly(overrides: list[str]) -> TrainConfig:
     try:
         ConfigLoaderImpl._apply_overrides_to_config(parse_overrides(with_free_keys(overrides)), composed)
     except UNREADABLE as error:
-        raise ConfigError(compose._explain(error)) from error
+        raise ConfigError(compose.explain(error)) from error
     return to_config(composed)
 
 
@@ -151,7 +150,7 @@ def assert_refused_well(message: str, overrides: list[str]) -> None:
     assert 10 < len(message) < 6000, message
     keys = [override.partition("=")[0].lstrip("+~").partition("@")[0] for override in overrides]
     named = [key.rpartition(".")[2] for key in keys if key] + [override[:20] for override in overrides]
-    named += [free.rstrip(".") for free in compose.FREE if any(key.startswith(free) for key in keys)]
+    named += [free.rstrip(".") for free in FREE if any(key.startswith(free) for key in keys)]
     assert any(name in message for name in named), f"{overrides} -> {message}"
 
 

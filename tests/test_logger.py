@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from sasa_train.logger import RunLogger, duration
+from sasa_train.terminal import duration
+from sasa_train.training.log import RunLogger
 
 
 def row(split: str, step: int, **more) -> dict:

@@ -12,11 +12,12 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_commands import assert_equal_state, rows, run_in_process
 
-from sasa_train.checkpoint import Checkpoints, load_checkpoint
-from sasa_train.compose import compose_config, load_config
-from sasa_train.micro_batch import largest_micro_batch, settle_auto
-from sasa_train.pictures import confusion_picture, contact_sheet, embedding_pictures
-from sasa_train.run_folder import RunFolder
+from sasa_train.config.compose import compose_config
+from sasa_train.config.saved import load_config
+from sasa_train.runs.checkpoint import Checkpoints, load_checkpoint
+from sasa_train.runs.folder import RunFolder
+from sasa_train.training.memory import largest_micro_batch, settle_auto
+from sasa_train.training.snapshots import confusion_picture, contact_sheet, embedding_pictures
 
 CPU = torch.device("cpu")
 RUN = (*TINY, "run_name=run", "data.max_train_images=70")
@@ -110,7 +111,7 @@ def test_auto_counts_what_checkpointing_saves_and_a_run_killed_early_keeps_its_s
 
 def test_auto_is_refused_where_not_one_image_fits(monkeypatch):
     monkeypatch.setattr("sasa_train.micro_batch.available_memory", lambda _: 1000)
-    from sasa_train.config import ConfigError
+    from sasa_train.refusal import ConfigError
 
     with pytest.raises(ConfigError, match="not even one image of 224 pixels fits into the memory of cpu"):
         largest_micro_batch(compose_config(["experiment=imagenet_sasa_resnet50"]), CPU)
@@ -119,7 +120,7 @@ def test_auto_is_refused_where_not_one_image_fits(monkeypatch):
 @pytest.mark.parametrize("precision,allows", [("highest", False), ("high", True)])
 def test_one_key_rules_tf32_of_matrices_and_convolutions(precision, allows):
     """Else convolutions would run in TF32 and attention's projections not: no comparison would be fair."""
-    from sasa_train.engine import resolve_device
+    from sasa_train.device import resolve_device
 
     try:
         resolve_device(compose_config([f"trainer.matmul_precision={precision}"]).trainer)
@@ -175,7 +176,7 @@ def test_a_run_too_short_for_its_profile_says_so(tmp_path, monkeypatch, capsys):
 
 def test_the_time_left_counts_evaluations_before_a_resume_too(tmp_path, monkeypatch):
     """70 images in batches of 16 are 4 steps an epoch; after 2 epochs of 3, 4 steps and one evaluation are left."""
-    from sasa_train.logger import RunLogger
+    from sasa_train.training.log import RunLogger
 
     assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
     last = [row for row in map(json.loads, (tmp_path / "out/run/metrics.jsonl").open()) if row["split"] == "val"][-1]

@@ -7,9 +7,9 @@ import torch
 from timm.loss import BinaryCrossEntropy
 from torch import nn
 
-from sasa_train.compose import compose_config
-from sasa_train.config import ConfigError
-from sasa_train.losses import build_criterion
+from sasa_train.config.compose import compose_config
+from sasa_train.refusal import ConfigError
+from sasa_train.training.losses import build_criterion
 
 
 def criterion(*overrides: str):

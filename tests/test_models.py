@@ -6,11 +6,12 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
-from sasa_train.config import OWN_MODELS, ConfigError, ModelConfig
+from sasa_train.config.keys import OWN_MODELS, ModelConfig
 from sasa_train.models import AttentionStem, LocalSelfAttention2d, build_model, check_model, fold_batch_norms
 from sasa_train.models.counting import count_flops, count_params, meta_model
 from sasa_train.models.layers import PointwiseConv2d, sinusoid
 from sasa_train.paper import ROWS
+from sasa_train.refusal import ConfigError
 
 TINY = {"width": 0.25, "num_heads": 2, "kernel_size": 3, "num_classes": 5}
 

@@ -10,12 +10,13 @@ from test_engine import CPU, batches, setup, weights
 from timm.optim import list_optimizers
 from torch import nn
 
-from sasa_train.compose import compose_config
-from sasa_train.config import ConfigError
-from sasa_train.engine import Stepper, _without_classifier, build_state
+from sasa_train.config.compose import compose_config
 from sasa_train.models import build_model
-from sasa_train.optim import build_optimizer, build_schedule
-from sasa_train.run import check_buildable
+from sasa_train.refusal import ConfigError
+from sasa_train.training.optim import build_optimizer, build_schedule
+from sasa_train.training.run import check_buildable
+from sasa_train.training.state import build_state
+from sasa_train.training.step import Stepper, _without_classifier
 
 # Those that need a package that is no dependency of ours, or second derivatives.
 ELSEWHERE = ("bnb", "fused", "adahessian")

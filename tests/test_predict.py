@@ -18,12 +18,12 @@ from PIL import Image
 from test_quarantine import BAD, spoil
 
 from sasa_train import evaluate, predict, train
-from sasa_train.config import ConfigError
 from sasa_train.data.loader import build_eval_loader
 from sasa_train.data.transforms import fit
-from sasa_train.prediction.find_images import Found, find_images
-from sasa_train.prediction.predictor import Predictor, read_ahead
-from sasa_train.prediction.rows import Row, as_csv, as_jsonl, as_table
+from sasa_train.predict.find_images import Found, find_images
+from sasa_train.predict.inference import Predictor, read_ahead
+from sasa_train.predict.table import Row, as_csv, as_jsonl, as_table
+from sasa_train.refusal import ConfigError
 from sasa_train.trained import load_trained
 
 HOSTILE = "a\nb\r\"c',\x1b[2J\udcff.png"  # line breaks, quotes, an escape sequence, a byte that is no UTF-8

@@ -18,12 +18,13 @@ from test_commands import assert_equal_state, rows, run_in_process, start, wait_
 from test_distributed import launch
 
 import sasa_train.models
-from sasa_train.checkpoint import load_checkpoint
-from sasa_train.compose import compose_config
-from sasa_train.config import ConfigError, default_run_name
+from sasa_train.config.compose import compose_config
+from sasa_train.config.identity import default_run_name
 from sasa_train.models.pretrained import load_pretrained, resize_window
-from sasa_train.optim import build_optimizer
-from sasa_train.weights import load_into, read_weights
+from sasa_train.refusal import ConfigError
+from sasa_train.runs.checkpoint import load_checkpoint
+from sasa_train.runs.weights import load_into, read_weights
+from sasa_train.training.optim import build_optimizer
 
 DIALS = {"width": 0.125, "num_heads": 2, "stem": "conv_small", "kernel_size": 5}
 

@@ -6,8 +6,8 @@ import pytest
 from test_quarantine import TINY
 
 from sasa_train import evaluate, train
-from sasa_train.compose import fail
-from sasa_train.config import ConfigError
+from sasa_train.refusal import ConfigError
+from sasa_train.terminal import fail
 from sasa_train.train import PrintableFormatter
 
 HOSTILE = "\x1b[31mred\n<script>"

@@ -10,11 +10,11 @@ from conftest import make_image_folder
 from PIL import Image
 from test_data import CPU, assert_same, batches, config_for
 
-from sasa_train.config import ConfigError
 from sasa_train.data.datasets import ImageSet, UnreadableImage, load_image_sets, to_rgb
 from sasa_train.data.loader import build_loaders, check_evaluated
 from sasa_train.data.quarantine import Quarantine, read_or_replace
-from sasa_train.run import note_unreadable
+from sasa_train.refusal import ConfigError
+from sasa_train.training.run import note_unreadable
 
 TINY = (
     "model.width=0.125", "model.num_heads=2", "model.kernel_size=3", "trainer.global_batch_size=4", "output_dir=out",

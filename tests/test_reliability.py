@@ -16,10 +16,11 @@ from torch import nn
 
 import sasa_train
 from sasa_train import evaluate
-from sasa_train.checkpoint import CheckpointError, Checkpoints, load_checkpoint
-from sasa_train.compose import compose_config, to_yaml
-from sasa_train.interrupt import SIGNALS, StopRequest
-from sasa_train.nonfinite import find_origin
+from sasa_train.config.compose import compose_config
+from sasa_train.config.saved import to_yaml
+from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, load_checkpoint
+from sasa_train.signals import SIGNALS, StopRequest
+from sasa_train.training.nonfinite import find_origin
 
 RUN = (*TINY, "run_name=a", "trainer.checkpoint_every_steps=1")
 LONG = (*RUN, "trainer.epochs=400", "trainer.keep_checkpoints=1")
@@ -55,7 +56,7 @@ def test_before_the_first_step_a_signal_ends_a_run_at_once_and_later_it_waits_fo
 
 
 def test_a_second_ctrl_c_ends_a_run_that_does_not_get_to_its_next_step(tmp_path):
-    code = "import signal, sys; from sasa_train.interrupt import StopRequest; s = StopRequest(); s.begin_training()\n"
+    code = "import signal, sys; from sasa_train.signals import StopRequest; s = StopRequest(); s.begin_training()\n"
     code += "signal.raise_signal(signal.SIGINT); print('still here', flush=True); signal.raise_signal(signal.SIGINT)\n"
     process = subprocess.run([sys.executable, "-c", code + "print('never')"], capture_output=True, text=True)
     assert process.returncode == 130 and process.stdout == "still here\n"
@@ -63,7 +64,7 @@ def test_a_second_ctrl_c_ends_a_run_that_does_not_get_to_its_next_step(tmp_path)
 
 def test_a_signal_in_the_first_step_ends_the_run_at_once(tmp_path, monkeypatch, capsys):
     """It may be an hour of compilation; nothing is lost, as nothing was trained."""
-    from sasa_train.engine import Stepper
+    from sasa_train.training.step import Stepper
 
     with monkeypatch.context() as patch:
         patch.setattr(Stepper, "train_step", lambda *_, **__: signal.raise_signal(signal.SIGUSR1))
@@ -123,7 +124,7 @@ t.main()
 @pytest.mark.parametrize("phase", ["evaluate", "recalibrate", "save"])
 def test_a_signal_in_any_phase_saves_and_the_run_ends_as_one_undisturbed(tmp_path, monkeypatch, phase):
     """The signal comes in the middle of the second evaluation, recalibration or save."""
-    from sasa_train import loop
+    from sasa_train.training import loop
 
     run = (*TINY, "trainer.bn_recalibration_batches=2", "trainer.ema_decay=0.9")
     assert run_in_process(tmp_path, monkeypatch, *run, "run_name=whole") == 0
@@ -166,7 +167,7 @@ def test_of_two_starts_at_once_exactly_one_takes_the_folder(tmp_path):
 import sys, time
 from pathlib import Path
 from sasa_train.config import ConfigError
-from sasa_train.lock import lock_folder
+from sasa_train.files import lock_folder
 for number in range(20):
     folder = Path({str(tmp_path)!r}) / str(number)
     folder.mkdir(exist_ok=True)
@@ -348,7 +349,7 @@ def test_a_checkpoint_says_what_made_it(tmp_path, monkeypatch):
 
 
 def test_what_was_not_committed_is_kept_beside_the_run(tmp_path, monkeypatch):
-    from sasa_train import provenance
+    from sasa_train.runs import provenance
 
     monkeypatch.setattr(provenance, "_git", lambda *arguments: "diff --git" if "diff" in arguments else "0123456")
     assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
@@ -368,7 +369,7 @@ def test_somebody_elses_checkout_is_not_ours(tmp_path):
 
 
 def test_other_code_or_packages_are_named_on_resume(tmp_path, monkeypatch, capsys):
-    from sasa_train import provenance
+    from sasa_train.runs import provenance
 
     assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.max_hours=1e-9") == 75
     monkeypatch.setattr(provenance, "_git", lambda *arguments: "0123456" if "rev-parse" in arguments else None)
@@ -407,7 +408,7 @@ def test_a_non_finite_loss_names_the_module_and_the_images(tmp_path, monkeypatch
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, capsys):
     """The loss was finite, its gradient was not: the step's update broke the weights."""
-    from sasa_train.engine import Stepper
+    from sasa_train.training.step import Stepper
 
     real = Stepper.train_step
 
@@ -487,7 +488,7 @@ def test_a_resumed_run_remembers_its_best(tmp_path, monkeypatch):
     run = (*TINY, "run_name=a", "trainer.checkpoint_every_steps=1")
     with monkeypatch.context() as patch:
         top1s = iter((90.0, 10.0, 20.0))
-        import sasa_train.loop as loop
+        import sasa_train.training.loop as loop
 
         real = loop.Loop.evaluate_model
 

@@ -17,19 +17,21 @@ from tensorboard.backend.event_processing import data_provider, plugin_event_mul
 from tensorboard.plugins import base_plugin
 from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
 
+from sasa_train import report as command
 from sasa_train import train
-from sasa_train.compose import compose_config, config_dir, to_yaml
-from sasa_train.config import ConfigError
-from sasa_train.metrics import read_metrics
+from sasa_train.config.compose import compose_config
+from sasa_train.config.groups import config_dir
+from sasa_train.config.saved import to_yaml
 from sasa_train.models import build_model, check_model
 from sasa_train.models.counting import count_params, meta_model
 from sasa_train.paper import ROWS
-from sasa_train.report import __main__ as command
+from sasa_train.refusal import ConfigError
 from sasa_train.report.beside_paper import paper_reference, paper_row
 from sasa_train.report.intervals import mean_interval, t_quantile
 from sasa_train.report.jobs import find_jobs
 from sasa_train.report.rows import build_report, paired_difference
-from sasa_train.sweep.plan import read_plan
+from sasa_train.runs.metrics import read_metrics
+from sasa_train.sweep.planning import read_plan
 
 SWEEPS = sorted(path.stem for path in (config_dir() / "sweep").glob("*table*.yaml"))
 BASE = ("experiment=debug",)
@@ -217,7 +219,7 @@ def test_what_cannot_be_reported_is_refused(tmp_path, capsys):
 
 
 def test_help_needs_no_torch():
-    code = "import sys, sasa_train.report.__main__ as r; r.run_command(['--help']); print('torch' in sys.modules)"
+    code = "import sys, sasa_train.report as r; r.run_command(['--help']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--reference" in done.stdout and done.stdout.endswith("False\n")
 

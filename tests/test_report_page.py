@@ -14,9 +14,9 @@ import torch
 from conftest import TINY, make_image_folder
 from test_report import write_run, write_sweep
 
+from sasa_train import report as command
 from sasa_train import train
-from sasa_train.compose import compose_config
-from sasa_train.report import __main__ as command
+from sasa_train.config.compose import compose_config
 from sasa_train.report.beside_paper import differing_dials, nearest_row
 from sasa_train.report.run_pictures import class_rows
 from sasa_train.visualize.val_sample import ValSample

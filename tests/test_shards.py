@@ -9,10 +9,10 @@ import pytest
 import torch
 from test_data import assert_same, batches, config_for
 
-from sasa_train.config import ConfigError
 from sasa_train.data.datasets import load_image_sets
-from sasa_train.data.prepare import shard
 from sasa_train.data.shards import find_shards, load_shards
+from sasa_train.dataset_tool.prepare import shard
+from sasa_train.refusal import ConfigError
 
 
 @pytest.fixture

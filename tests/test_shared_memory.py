@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from test_data import CPU, config_for
 
-from sasa_train.config import ConfigError
 from sasa_train.data.loader import build_eval_loader, build_loaders
+from sasa_train.refusal import ConfigError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/dev/shm is Linux's")
 TRAIN, VAL = 18 * 3 * 72**2, 8 * 3 * 72**2  # bytes of all images: the queues could hold more, but there are no more

@@ -17,8 +17,8 @@ from conftest import TINY
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from chaos import first_difference, read_rows
 
-from sasa_train.checkpoint import load_checkpoint
-from sasa_train.interrupt import StopRequest
+from sasa_train.runs.checkpoint import load_checkpoint
+from sasa_train.signals import StopRequest
 from sasa_train.train import run_command
 
 SLURM = Path(__file__).parents[1] / "scripts" / "slurm"
@@ -34,7 +34,7 @@ needs_slurm = [
 SLOW = """
 import os, time
 from pathlib import Path
-from sasa_train.interrupt import StopRequest
+from sasa_train.signals import StopRequest
 from sasa_train.train import run_command
 from sasa_train.train import main
 log = Path(f"sasa-train-{os.environ.get('SLURM_JOB_ID')}.out")
@@ -209,7 +209,7 @@ def start_launch(jobs: list[list[str]], launcher: list[str], folder: Path, envir
     code = f"""
 import json
 from pathlib import Path
-from sasa_train.hydra_launch import launch
+from sasa_train.training.hydra_launch import launch
 print(json.dumps(launch({jobs}, {launcher}, Path("hydra"))))"""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=environment, **pipes)

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
-from sasa_train.compose import parse_overrides
-from sasa_train.config import ConfigError
-from sasa_train.interrupt import StopRequest
-from sasa_train.sweep import __main__ as command_line
-from sasa_train.sweep.ledger import Entry, Ledger
-from sasa_train.sweep.plan import Job, read_plan
-from sasa_train.sweep.processes import JobList, Processes, behind_torchrun, finish, job_arguments
+from sasa_train import sweep as command_line
+from sasa_train.config.overrides import parse_overrides
+from sasa_train.refusal import ConfigError
+from sasa_train.runs.ledger import Entry, Ledger
+from sasa_train.signals import StopRequest
+from sasa_train.sweep.planning import Job, read_plan
+from sasa_train.sweep.scheduler import JobList, Processes, behind_torchrun, finish, job_arguments
 
 SMALL = [argument for argument in TINY if not argument.startswith("output_dir")]
 
@@ -247,7 +247,7 @@ def test_two_sweeps_in_one_folder_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     plan = read_plan(["experiment=debug", "seed=0,1"])
     plan.folder.mkdir(parents=True)
-    code = "import sys, pathlib, sasa_train.lock as l; f = l.lock_folder(pathlib.Path(sys.argv[1])); input()"
+    code = "import sys, pathlib, sasa_train.files as l; f = l.lock_folder(pathlib.Path(sys.argv[1])); input()"
     other = subprocess.Popen([sys.executable, "-c", code, str(plan.folder)], stdin=subprocess.PIPE)
     wait_for(lambda: (plan.folder / ".lock").exists() and (plan.folder / ".lock").read_text())
     assert command_line.run_command(["experiment=debug", "seed=0,1"]) == 2
@@ -258,7 +258,7 @@ def test_two_sweeps_in_one_folder_are_refused(tmp_path, monkeypatch, capsys):
 def test_a_run_that_somebody_holds_is_waited_for(tmp_path):
     """A job of a killed sweep may still be saving: a second start of it would be refused, and count as broken."""
     (tmp_path / "held").mkdir()
-    code = "import sys, pathlib, sasa_train.lock as l; f = l.lock_folder(pathlib.Path(sys.argv[1])); input()"
+    code = "import sys, pathlib, sasa_train.files as l; f = l.lock_folder(pathlib.Path(sys.argv[1])); input()"
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "held")], stdin=subprocess.PIPE)
     wait_for(lambda: (tmp_path / "held/.lock").exists() and (tmp_path / "held/.lock").read_text())
     jobs = JobList([Entry("held", [], ""), Entry("free", [], "")], tmp_path)
@@ -369,7 +369,7 @@ def test_each_place_has_devices_of_its_own(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match=re.escape("sweep.devices_per_job=8, but this machine has 4 GPUs")):
             environments("sweep.devices_per_job=8")
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-        monkeypatch.setattr("sasa_train.sweep.processes.usable_processors", lambda: 8)
+        monkeypatch.setattr("sasa_train.sweep.scheduler.usable_processors", lambda: 8)
         assert [e["OMP_NUM_THREADS"] for e in environments("sweep.max_parallel=3")] == ["2"] * 3
         assert [e["OMP_NUM_THREADS"] for e in environments("sweep.max_parallel=12")] == ["1"] * 12
     finally:
@@ -377,7 +377,7 @@ def test_each_place_has_devices_of_its_own(tmp_path, monkeypatch):
 
 
 def test_every_sweep_that_is_shipped_composes(tmp_path, monkeypatch):
-    from sasa_train.compose import choices
+    from sasa_train.config.groups import choices
 
     for name in choices("sweep"):
         plan = read_plan([f"sweep={name}"])

@@ -9,8 +9,10 @@ import torch
 from conftest import TINY
 
 from sasa_train import train
-from sasa_train.config import ConfigError
-from sasa_train.trained import find_checkpoint, load_trained, split_overrides
+from sasa_train.config.overrides import split_overrides
+from sasa_train.refusal import ConfigError
+from sasa_train.runs.checkpoint import find_checkpoint
+from sasa_train.trained import load_trained
 
 
 @pytest.fixture(scope="module")

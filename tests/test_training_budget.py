@@ -11,8 +11,8 @@ import pytest
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from sasa_train.compose import compose_config
-from sasa_train.optim import peak_lr
+from sasa_train.config.compose import compose_config
+from sasa_train.training.optim import peak_lr
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "imagenet.md"

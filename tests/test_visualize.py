@@ -17,14 +17,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn import functional
 
 from sasa_train import train
+from sasa_train import visualize as command
 from sasa_train.attention import attention_weights
-from sasa_train.chart_style import rendered
-from sasa_train.config import ConfigError
 from sasa_train.data.datasets import balanced
 from sasa_train.data.loader import build_loaders
+from sasa_train.figures import rendered
 from sasa_train.models import AttentionStem, LocalSelfAttention2d, ResNet
+from sasa_train.refusal import ConfigError
 from sasa_train.trained import load_trained
-from sasa_train.visualize import __main__ as command
 from sasa_train.visualize.attention_figures import draw_distances
 from sasa_train.visualize.capture import WeightsError, attention_layers, attention_of
 from sasa_train.visualize.class_figures import draw_confusion
@@ -386,7 +386,7 @@ def test_without_matplotlib_the_extra_is_named(trained, capsys, monkeypatch):
 
 def test_help_is_there_before_torch_is():
     script = (
-        "import sys; from sasa_train.visualize.__main__ import run_command; assert run_command(['--help']) == 0; "
+        "import sys; from sasa_train.visualize import run_command; assert run_command(['--help']) == 0; "
         "assert not {'torch', 'matplotlib'} & set(sys.modules)"
     )
     help_text = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout

@@ -15,12 +15,12 @@ from conftest import make_image_folder
 from test_data import CPU, config_for
 from test_quarantine import TINY
 
-from sasa_train.config import ConfigError
 from sasa_train.data import resident
 from sasa_train.data.datasets import Files, ImageSet
 from sasa_train.data.loader import build_loaders
 from sasa_train.data.plan import BatchPlan
 from sasa_train.data.workers import DataWorkerError, Workers
+from sasa_train.refusal import ConfigError
 
 TIMEOUT = 2.0  # seconds
 SLACK = 7.0  # PyTorch looks every 5 seconds whether its workers live

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from sasa_train import train
-from sasa_train.engine import Stepper
+from sasa_train.training.step import Stepper
 
 RANK = int(os.environ.get("RANK", "0"))
 KIND, AT_RANK, AT_STEP = os.environ.get("DISTURB", "none:-1:-1").split(":")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sasa_train.attention import local_attention_qkv
 from sasa_train.benchmark.timing import extra_memory
-from sasa_train.config import ConfigError
+from sasa_train.refusal import ConfigError
 
 YARDSTICK = "conv"
 OWN_BACKENDS = ("cpu", "triton", "reference")

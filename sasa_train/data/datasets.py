@@ -19,10 +19,11 @@ from PIL import Image
 from torch import Tensor
 from torchvision import datasets as tv
 
-from sasa_train.config import NUM_CLASSES, ConfigError, DataConfig
+from sasa_train.config.keys import NUM_CLASSES, DataConfig
 from sasa_train.data.randomness import fixed_order
 from sasa_train.data.shards import TarMembers, find_shards, load_shards
-from sasa_train.printable import printable
+from sasa_train.refusal import ConfigError
+from sasa_train.terminal import printable
 
 # What torchvision's IMG_EXTENSIONS stand for, and GIF, which lies under other names in real sets (MPO opens as JPEG).
 # Nothing else is tried: EPS would start Ghostscript, and each further decoder is a further way in for a hostile file.

@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from sasa_train.data.datasets import Files, ImageSet
-from sasa_train.printable import printable
+from sasa_train.terminal import printable
 
 MAX_READ = 2000  # files of a set whose bytes are looked at
 MAX_LINES = 10  # differences that are named

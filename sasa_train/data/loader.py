@@ -13,14 +13,8 @@ from typing import Any
 
 import torch
 
-from sasa_train.config import (
-    ConfigError,
-    TrainConfig,
-    accumulation,
-    crops_by_padding,
-    resolved_image_size,
-    total_steps,
-)
+from sasa_train.config.derived import accumulation, crops_by_padding, resolved_image_size, total_steps
+from sasa_train.config.keys import TrainConfig
 from sasa_train.data.datasets import ImageSet, load_image_sets, mean_std
 from sasa_train.data.fingerprint import fingerprint
 from sasa_train.data.mixing import Mixing
@@ -31,8 +25,9 @@ from sasa_train.data.shared_memory import check_shared_memory
 from sasa_train.data.streaming import StreamingLoader
 from sasa_train.data.transforms import Augment, Normalize
 from sasa_train.machine import available_memory, usable_processors
-from sasa_train.printable import printable
-from sasa_train.ranks import local_rank, local_world_size, rank, world_size
+from sasa_train.processes.ranks import local_rank, local_world_size, rank, world_size
+from sasa_train.refusal import ConfigError
+from sasa_train.terminal import printable
 
 RESIDENT_SHARE = 0.25  # of the memory that is free: a set larger than that streams, unless data.resident=true
 Loader = ResidentLoader | StreamingLoader

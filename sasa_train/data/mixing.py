@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from sasa_train.config import AugmentConfig
+from sasa_train.config.keys import AugmentConfig
 from sasa_train.data.randomness import batch_rng
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from sasa_train.config import AugmentConfig
+from sasa_train.config.keys import AugmentConfig
 
 Operation = tuple[str, float]  # torchvision's name of it, and the magnitude
 Chooser = Callable[[np.ndarray, int], list[Operation]]

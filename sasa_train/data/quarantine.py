@@ -5,10 +5,10 @@ import math
 
 import numpy as np
 
-from sasa_train.config import ConfigError
 from sasa_train.data.datasets import ImageSet, UnreadableImage
 from sasa_train.data.transforms import Shape
-from sasa_train.printable import printable
+from sasa_train.refusal import ConfigError
+from sasa_train.terminal import printable
 
 log = logging.getLogger("sasa_train")
 

@@ -16,7 +16,7 @@ from sasa_train.data.quarantine import Quarantine, Unreadable, read_or_replace
 from sasa_train.data.shared_memory import check_shared_memory, queue_bytes
 from sasa_train.data.transforms import Augment, Normalize, fit
 from sasa_train.data.workers import Workers
-from sasa_train.ranks import rank
+from sasa_train.processes.ranks import rank
 
 CHUNK = 256  # images a worker decodes at a time
 

@@ -22,9 +22,9 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from sasa_train.atomic import write_atomic
-from sasa_train.config import ConfigError
-from sasa_train.printable import printable
+from sasa_train.files import write_atomic
+from sasa_train.refusal import ConfigError
+from sasa_train.terminal import printable
 
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "test")}
 

@@ -8,9 +8,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from sasa_train.config import ConfigError
 from sasa_train.data.workers import PREFETCH
-from sasa_train.ranks import local_world_size
+from sasa_train.processes.ranks import local_world_size
+from sasa_train.refusal import ConfigError
 
 FOLDER = Path("/dev/shm")
 

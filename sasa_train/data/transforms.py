@@ -17,14 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from sasa_train.config import (
-    SMALL_IMAGE,
-    AugmentConfig,
-    DataConfig,
-    crops_by_padding,
-    flips_images,
-    resolved_image_size,
-)
+from sasa_train.config.derived import crops_by_padding, flips_images, resolved_image_size
+from sasa_train.config.keys import SMALL_IMAGE, AugmentConfig, DataConfig
 from sasa_train.data.datasets import to_rgb
 from sasa_train.data.policies import NUM_DRAWS, Policy, to_device
 from sasa_train.data.randomness import CROP, ERASING, POLICY, sample_draws, sample_rng

@@ -21,8 +21,8 @@ from torch.utils.data._utils import signal_handling
 
 from sasa_train.data.datasets import ImageSet
 from sasa_train.data.plan import MicroBatch
-from sasa_train.interrupt import SIGNALS
-from sasa_train.printable import printable
+from sasa_train.signals import SIGNALS
+from sasa_train.terminal import printable
 
 PREFETCH = 2  # micro-batches that wait for the main process, a worker
 NUM_NAMES = 3  # images named in a message

@@ -1,1 +1,158 @@
-"""Trained models in other tools' formats, each checked against PyTorch before it is there."""
+"""sasa-export: a trained model as safetensors, Hugging Face Hub folder, ONNX and torch.export program, each checked."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sasa_train.commands import end_command
+from sasa_train.extras import why_not
+from sasa_train.refusal import ConfigError
+from sasa_train.terminal import fail, printable
+
+if TYPE_CHECKING:
+    from sasa_train.export.checking import Measured
+    from sasa_train.trained import TrainedModel
+
+FORMAT_NAMES = ("safetensors", "hub", "onnx", "torch_export")
+EPILOG = """examples:
+  sasa-export outputs/RUN_NAME                                all formats, into outputs/RUN_NAME/export/
+  sasa-export FILE.pt --formats onnx --out exported --images photos
+  sasa-export outputs/RUN_NAME weights=raw data.root=/elsewhere
+
+key=value are knobs over the checkpoint's config; weights=raw takes the model's own weights, where the run kept an
+exponential moving average (the default then). A format is written aside, read again, run on real images (the run's val,
+or --images) and put in its place only where its logits are PyTorch's: to the bit, or to 1e-5 of the largest for onnx
+and torch_export, whose sums are in another order.
+Exit codes: 0 done, 2 refused, 1 a format failed."""
+
+
+def main() -> None:
+    end_command(run_command)
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run with command-line arguments; returns the exit code."""
+    parser = build_parser()
+    if {"-h", "--help"} & set(arguments):
+        parser.print_help()
+        return 0
+    from sasa_train.config.overrides import split_overrides
+    from sasa_train.runs.checkpoint import CheckpointError
+
+    words, overrides = split_overrides(arguments)
+    try:
+        options = parser.parse_intermixed_args(words)
+    except SystemExit as stop:  # argparse's own refusal
+        return int(stop.code or 0)
+    try:
+        return export(options, overrides + options.misspelt)
+    except (ConfigError, CheckpointError) as error:
+        return fail(error)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "sasa-export",
+        usage="sasa-export CHECKPOINT [--formats FORMAT ...] [--out DIR] [--images FOLDER] [key=value ...]",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a run folder or a checkpoint file")
+    parser.add_argument("misspelt", nargs="*", help=argparse.SUPPRESS)  # refused as a key, with the nearest right one
+    parser.add_argument("--formats", nargs="+", choices=FORMAT_NAMES, metavar="FORMAT", help=", ".join(FORMAT_NAMES))
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; left out: export/ in the run's folder")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="images to check on; left out: the run's val")
+    return parser
+
+
+def export(options: argparse.Namespace, overrides: list[str]) -> int:
+    """Load, measure PyTorch, then make, check and put in place one format after the other; returns the exit code.
+
+    Raises:
+        CheckpointError: there is no checkpoint that can be read.
+        ConfigError: what is refused: overrides, images or packages that are not there, a folder that cannot be written.
+    """
+    names = available_formats(options.formats)
+    from sasa_train.export.checking import load_images, measure
+    from sasa_train.export.formats import FORMATS, Source
+    from sasa_train.export.making import ExportError, make, megabytes, sweep
+    from sasa_train.files import locked
+    from sasa_train.terminal import say
+    from sasa_train.trained import load_trained
+
+    trained = load_trained(options.checkpoint, overrides)
+    images, of_what = load_images(trained, options.images)
+    folder = options.out or output_folder(trained.path)
+    source, exit_code = Source(trained), 0
+    with locked(folder, f"--out {folder}"):
+        check_writable(folder)
+        sweep(folder)
+        expected = measure(trained.model, images)
+        check_finite(trained, expected)
+        print_head(trained, of_what, expected)
+        for name in names:
+            try:
+                found = make(FORMATS[name], source, folder, images, expected)
+            except ExportError as error:
+                fail(ExportError(f"{name}: {error}"))
+                exit_code = 1
+                continue
+            path = folder / FORMATS[name].target
+            difference = f"{found.difference(expected):.1e}  {printable(str(path))}"
+            say(row(name, megabytes(path), found.images_per_second, difference))
+    return exit_code
+
+
+def print_head(trained: "TrainedModel", of_what: str, expected: "Measured") -> None:
+    import torch
+
+    from sasa_train.export.checking import BATCH_SIZES
+    from sasa_train.export.making import megabytes
+    from sasa_train.terminal import say
+
+    say(f"{printable(str(trained.path))}: {trained.config.model.name}, {trained.weights} weights")
+    say(f"checked on {of_what}; images/s with {torch.get_num_threads()} CPU threads of this machine\n")
+    batches = "".join(f"{f'batch {size}':>11}" for size in BATCH_SIZES)
+    say(f"{'format':<13}{'MB':>8}{batches}  largest difference, file")
+    say(row("PyTorch", megabytes(trained.path), expected.images_per_second, "").rstrip())
+
+
+def row(name: str, size: float, speeds: list[float], rest: str) -> str:
+    return f"{name:<13}{size:>8.2f}" + "".join(f"{speed:>11,.1f}" for speed in speeds) + f"  {rest}"
+
+
+def available_formats(asked: list[str] | None) -> list[str]:
+    """Those asked for, or all whose packages are there."""
+    reason = why_not("onnx", "export")
+    if reason is None:
+        return asked or list(FORMAT_NAMES)
+    if asked and "onnx" in asked:
+        raise ConfigError(reason)
+    if not asked:
+        print(f"left out: {reason}", file=sys.stderr)
+    return asked or [name for name in FORMAT_NAMES if name != "onnx"]
+
+
+def output_folder(checkpoint: Path) -> Path:
+    """export/ in the run's folder, or beside a checkpoint that lies elsewhere."""
+    folder = checkpoint.parent
+    return (folder.parent if folder.name == "checkpoints" else folder) / "export"
+
+
+def check_writable(folder: Path) -> None:
+    """Before the work."""
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"--out {folder}: cannot be written; give another folder")
+
+
+def check_finite(trained: "TrainedModel", expected: "Measured") -> None:
+    if not all(bool(logits.isfinite().all()) for logits in expected.logits):
+        raise ConfigError(f"{trained.path}: its logits are not finite; there is nothing to compare an export with")
+
+
+if __name__ == "__main__":
+    main()

@@ -5,8 +5,9 @@ import math
 from typing import Any
 
 import sasa_train
-from sasa_train.compose import load_config, to_yaml
-from sasa_train.config import TrainConfig, resolved_image_size
+from sasa_train.config.derived import resolved_image_size
+from sasa_train.config.keys import TrainConfig
+from sasa_train.config.saved import load_config, to_yaml
 from sasa_train.data.datasets import mean_std
 from sasa_train.data.transforms import shorter_side
 from sasa_train.trained import TrainedModel

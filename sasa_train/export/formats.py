@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sasa_train.attention import plain_decompositions
-from sasa_train.compose import load_config
-from sasa_train.export.check import Run
+from sasa_train.config.saved import load_config
+from sasa_train.export.checking import Run
 from sasa_train.export.description import describe, model_card, timm_data_config
 from sasa_train.models import AttentionStem, LocalSelfAttention2d, build_model
 from sasa_train.trained import TrainedModel

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sasa_train.atomic import sync_folder
-from sasa_train.export.check import Measured, measure
+from sasa_train.export.checking import Measured, measure
 from sasa_train.export.formats import Format, Source
+from sasa_train.files import sync_folder
 
 ASIDE, OLD = ".making-", ".old"  # a folder's name begins, and ends, like this
 

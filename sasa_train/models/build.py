@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import sasa_train.models.resnet  # noqa: F401  (registers our models with timm)
-from sasa_train.config import DIALS, LIBRARY_ERRORS, ConfigError, ModelConfig, shorten
+from sasa_train.config.keys import DIALS, ModelConfig
+from sasa_train.refusal import LIBRARY_ERRORS, ConfigError, shorten
 
 
 def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:

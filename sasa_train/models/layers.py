@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sasa_train.attention import attention_weights, local_attention_qkv, stem
 from sasa_train.attention.dispatch import BACKENDS
-from sasa_train.batch_norm import can_normalise_picked, is_plain, normalise_picked
+from sasa_train.models.stem_norm import can_normalise_picked, is_plain, normalise_picked
 
 POSITIONS = ("relative", "absolute", "none")
 BLOCK_SIZE = 4  # the attention stem's blocks, and its max pool

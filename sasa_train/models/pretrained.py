@@ -11,8 +11,8 @@ import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from sasa_train.config import LIBRARY_ERRORS, ConfigError, shorten
-from sasa_train.printable import printable
+from sasa_train.refusal import LIBRARY_ERRORS, ConfigError, shorten
+from sasa_train.terminal import printable
 
 StateDict = dict[str, Tensor]
 

@@ -5,7 +5,7 @@ Depth, data and width may differ, so the numbers themselves cannot be compared, 
 
 from typing import Any
 
-from sasa_train.config import DIALS, OWN_MODELS, TrainConfig
+from sasa_train.config.keys import DIALS, OWN_MODELS, TrainConfig
 from sasa_train.paper import ROWS, Row
 
 VARIED = {

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sasa_train.chart_style import GRID, SOLID, as_label, new_figure, rendered
+from sasa_train.figures import GRID, SOLID, as_label, new_figure, rendered
 from sasa_train.report.intervals import Interval
 from sasa_train.report.rows import Report, Row, paired_difference
 

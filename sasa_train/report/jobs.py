@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sasa_train.compose import compose_config, load_config_file
-from sasa_train.config import ConfigError, TrainConfig
-from sasa_train.metrics import read_metrics
+from sasa_train.config.compose import compose_config
+from sasa_train.config.keys import TrainConfig
+from sasa_train.config.saved import load_config_file
+from sasa_train.refusal import ConfigError
 from sasa_train.report.beside_paper import VARIED
+from sasa_train.runs.metrics import read_metrics
 
 LEDGER_VERSION = 1
 STATES = {"finished": "done"}  # what run.json calls otherwise than a ledger

@@ -10,10 +10,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from sasa_train import __version__
-from sasa_train.compose import to_yaml
-from sasa_train.config import resolved_image_size
+from sasa_train.config.derived import resolved_image_size
+from sasa_train.config.saved import to_yaml
 from sasa_train.machine import now
-from sasa_train.printable import printable_lines
 from sasa_train.report.jobs import Job
 from sasa_train.report.pictures import Picture, Section
 from sasa_train.report.rows import Report, Row
@@ -30,6 +29,7 @@ from sasa_train.report.run_facts import (
     warnings,
 )
 from sasa_train.report.tables import cells, not_counted, notes, title
+from sasa_train.terminal import printable_lines
 
 PAGE = "report.html"
 MAX_NAMES = 3  # of folders in a title

@@ -3,17 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from sasa_train.compose import as_written
-from sasa_train.config import (
-    NOT_TRAJECTORY,
-    NUM_CLASSES,
-    ConfigError,
-    TrainConfig,
-    flatten,
-    resolved_image_size,
-)
+from sasa_train.config.derived import resolved_image_size
+from sasa_train.config.keys import NOT_TRAJECTORY, NUM_CLASSES, TrainConfig, flatten
+from sasa_train.config.overrides import as_written
 from sasa_train.paper import ROWS as PAPER_ROWS
 from sasa_train.paper import Row as PaperRow
+from sasa_train.refusal import ConfigError
 from sasa_train.report.beside_paper import paper_reference, paper_row
 from sasa_train.report.intervals import Interval, mean_interval
 from sasa_train.report.jobs import Job
@@ -237,7 +232,7 @@ def count_model(row: Row) -> tuple[int, int] | None:
 
 def _num_classes_of_runs(row: Row) -> int | None:
     """Of a set of one's own: as the first checkpoint that can be read says."""
-    from sasa_train.checkpoint import CheckpointError, load_checkpoint
+    from sasa_train.runs.checkpoint import CheckpointError, load_checkpoint
 
     for job in row.jobs.values():
         assert job.run_dir is not None

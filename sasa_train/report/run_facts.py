@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from sasa_train.compose import as_written, compose_config
-from sasa_train.config import DIALS, TrainConfig, flatten, knob_table, resolved_image_size
-from sasa_train.console import duration
+from sasa_train.config.compose import compose_config
+from sasa_train.config.derived import resolved_image_size
+from sasa_train.config.keys import DIALS, TrainConfig, flatten, knob_table
+from sasa_train.config.overrides import as_written
 from sasa_train.paper import Row as PaperRow
 from sasa_train.report.beside_paper import differing_dials, nearest_row
 from sasa_train.report.jobs import Job
 from sasa_train.report.rows import Row
 from sasa_train.report.tables import HELD_OUT_TABLES, split_of
+from sasa_train.terminal import duration
 
 MAX_LINES = 10  # of a file that is quoted
 ARTEFACTS = (

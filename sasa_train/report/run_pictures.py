@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING
 
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from sasa_train.checkpoint import CheckpointError
-from sasa_train.config import ConfigError, DataConfig
+from sasa_train.config.keys import DataConfig
 from sasa_train.data.datasets import ImageSet, limit, load_image_sets
 from sasa_train.data.fingerprint import fingerprint
+from sasa_train.device import resolve
 from sasa_train.extras import has_matplotlib
-from sasa_train.metrics import read_metrics
+from sasa_train.refusal import ConfigError
 from sasa_train.report.jobs import Job
 from sasa_train.report.pictures import NO_PLOTS, Picture, Section, picture
-from sasa_train.run import resolve
+from sasa_train.runs.checkpoint import CheckpointError
+from sasa_train.runs.metrics import read_metrics
 from sasa_train.trained import TrainedModel, load_trained
 from sasa_train.visualize.capture import WeightsError
 from sasa_train.visualize.names import FIGURES
@@ -157,7 +158,7 @@ def class_rows(found: ValSample, classes: list[str]) -> list[dict[str, str]]:
 
 
 def _picture(name: str, figure: "Figure", caption: str) -> Picture:
-    from sasa_train.chart_style import rendered
+    from sasa_train.figures import rendered
 
     alt = FIGURES[name]
     return picture(rendered(figure), alt[0].upper() + alt[1:], caption)

@@ -6,10 +6,11 @@ import json
 from collections import Counter
 from typing import Any
 
-from sasa_train.config import TrainConfig, resolved_image_size
-from sasa_train.console import duration
+from sasa_train.config.derived import resolved_image_size
+from sasa_train.config.keys import TrainConfig
 from sasa_train.report.intervals import FEW, Interval
 from sasa_train.report.rows import Report, Row
+from sasa_train.terminal import duration
 
 HELD_OUT_TABLES = (3, 5)  # of the paper: top1 on 4 % held out of train
 

@@ -1,1 +1,155 @@
-"""Many runs from one command: a grid, a list or a search, as many at a time as there are devices, and a ledger."""
+"""sasa-sweep: many runs from one command. The same command again skips what is done and goes on with the rest."""
+
+import dataclasses
+import json
+import shlex
+import signal
+import sys
+
+from sasa_train.files import lock_folder
+from sasa_train.refusal import ConfigError
+from sasa_train.runs.ledger import FINISHED, Ledger, is_finished, note_metrics
+from sasa_train.signals import Interrupted, StopRequest, ignore_until_the_end
+from sasa_train.sweep.display import Display, counts, final_table
+from sasa_train.sweep.planning import SweepConfig, SweepPlan, read_plan
+from sasa_train.sweep.scheduler import JobList, Processes, Source, finish, job_arguments
+from sasa_train.terminal import DONE, FAILED, INTERRUPTED, fail, say
+
+USAGE = """usage: sasa-sweep [sweep=NAME] [key=value,value ...] [sweep.KEY=value ...]
+
+Train many models from one command: each combination of the values, in a run folder of its own.
+
+  sasa-sweep experiment=quickstart seed=0,1,2 model.kernel_size=3,5,7 sweep.max_parallel=2
+  sasa-sweep sweep=paper_table4 data.root=/path/to/imagenet      a file in configs/sweep/, or one of your own
+  sasa-sweep sweep=digits_search                                 a search with pruning (needs sasa_train[search])
+  sasa-sweep sweep=paper_table4 hydra/launcher=submitit_slurm    on Slurm (needs sasa_train[slurm])
+
+Overrides are sasa-train's; several values of a key multiply. One process a job; the sweep's folder holds the ledger,
+and a log and a run folder for each job. The same command again skips what is done, goes on with what was interrupted,
+tries again what failed, and starts what the grid has more than before. More in docs/sweeps.md.
+"""
+EXIT_CODES = "Exit codes: 0 all done, 75 stopped (run it again), 2 refused, 1 a job failed or was refused."
+
+
+def main() -> None:
+    code = run_command(sys.argv[1:])
+    ignore_until_the_end()
+    sys.exit(code)
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run with command-line arguments; returns the exit code."""
+    if {"-h", "--help"} & set(arguments):
+        print_help()
+        return DONE
+    stop = StopRequest()
+    try:
+        return sweep(read_plan(arguments), arguments, stop)
+    except ConfigError as error:
+        return fail(error)
+    except OSError as error:
+        fail(OSError(f"{error}; the jobs save and stop. Make room, and run the same command again"))
+        return FAILED
+    except Interrupted:
+        print("stopped before a job began; run the same command again", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        stop.restore()
+
+
+def print_help() -> None:
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends in peace
+    print(USAGE)
+    for knob in dataclasses.fields(SweepConfig):
+        empty = "[]" if knob.default is dataclasses.MISSING else json.dumps(knob.default)
+        print(f"  {f'sweep.{knob.name}={empty}':<30} {knob.metadata['help']}")
+    print(f"\n{EXIT_CODES}")
+
+
+def sweep(plan: SweepPlan, arguments: list[str], stop: StopRequest) -> int:
+    """Run the sweep to its end, or to a stop request; returns the exit code.
+
+    Raises:
+        ConfigError: another sasa-sweep works in the folder, or what it needs is not there.
+    """
+    suffix = f"-{plan.config.worker}" if plan.config.worker else ""
+    try:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(plan.folder, f".lock{suffix}", "another sweep.name")
+    except OSError as error:
+        raise ConfigError(f"sweep.output_dir: {plan.folder} cannot be made ({error.strerror})") from error
+    with lock:
+        command = shlex.join(["sasa-sweep", *arguments])
+        about = {"name": plan.folder.name, "command": command, "paper_table": plan.config.paper_table}
+        ledger = Ledger(plan.folder / f"ledger{suffix}.json", about | {"overrides": plan.fixed})
+        source = job_source(plan, ledger)
+        ledger.save()
+        say(f"sweep folder  {plan.folder}\n{counts(ledger)}")
+        if plan.hydra:
+            stop.restore()  # a launcher's jobs see to signals themselves
+            hand_over(plan, ledger, source)
+        else:
+            stop.begin_training()  # from here on a signal is passed on to the jobs, which save
+            display = Display()
+            Processes(plan.config, plan.folder, ledger, source, stop).run(display)
+            display.clear()
+        say(f"\n{final_table(ledger.asked_for())}\n\n{counts(ledger)}")
+        say(f"ledger      {ledger.path}\nnext        sasa-report {plan.folder}")
+        return exit_code(ledger, stop)
+
+
+def hand_over(plan: SweepPlan, ledger: Ledger, source: Source) -> None:
+    """Give all jobs that are left to the Hydra launcher that was asked for, a cluster's say, and wait for them.
+
+    Raises:
+        ConfigError: there is no such launcher, or the sweep is a search, whose jobs depend on those before.
+    """
+    if plan.config.num_trials is not None:
+        raise ConfigError(f"{' '.join(plan.hydra)}: a search starts its own jobs; start a sasa-sweep on each machine")
+    from sasa_train.training.hydra_launch import launch
+
+    entries = list(iter(source.next, None))
+    for entry in entries:
+        entry.begin()
+    ledger.save()
+    codes = launch([job_arguments(entry, plan.folder) for entry in entries], plan.hydra, plan.folder / "hydra")
+    for entry, code in zip(entries, codes, strict=True):
+        finish(entry, plan.folder, code, None, plan.config.max_tries, f"see {plan.folder / 'hydra'}")
+        source.ended(entry)
+    ledger.save()
+
+
+def job_source(plan: SweepPlan, ledger: Ledger) -> Source:
+    if plan.config.num_trials is not None:
+        from sasa_train.sweep.search import Search
+
+        return Search(plan, ledger)
+    entries = []
+    for job in plan.jobs:
+        entry = ledger.add(job)
+        run_dir = plan.folder / entry.name
+        if job.refusal:
+            entry.end("refused", job.refusal)
+            continue
+        if is_finished(run_dir) and entry.state != "done":
+            note_metrics(entry, run_dir)
+            entry.end("done", FINISHED)
+        elif entry.state == "done" and not is_finished(run_dir):
+            entry.end("waiting", "its run folder is gone")
+        elif entry.state == "failed" and entry.failures_in_a_row() < plan.config.max_tries:
+            entry.state = "waiting"
+        entries.append(entry)
+    if not entries:
+        raise ConfigError("no job can be started:\n" + "\n".join(f"  {job.label}: {job.refusal}" for job in plan.jobs))
+    return JobList(entries, plan.folder)
+
+
+def exit_code(ledger: Ledger, stop: StopRequest) -> int:
+    states = {entry.state for entry in ledger.asked_for()}
+    if stop.requested() or states & {"interrupted", "waiting"}:
+        return INTERRUPTED
+    return FAILED if states & {"failed", "refused"} else DONE
+
+
+if __name__ == "__main__":
+    main()

@@ -7,10 +7,9 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 
-from sasa_train.console import duration
-from sasa_train.printable import printable
-from sasa_train.sweep.ledger import Entry, Ledger
-from sasa_train.sweep.processes import Processes
+from sasa_train.runs.ledger import Entry, Ledger
+from sasa_train.sweep.scheduler import Processes
+from sasa_train.terminal import duration, printable
 
 REFRESH = 0.5  # seconds
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
-from sasa_train.compose import parse_overrides
-from sasa_train.config import ConfigError
+from sasa_train.config.overrides import parse_overrides
 from sasa_train.extras import why_not
-from sasa_train.lock import holder
-from sasa_train.sweep.ledger import FINISHED, Entry, Ledger, is_finished, note_metrics
-from sasa_train.sweep.plan import SweepPlan, build_job
+from sasa_train.files import holder
+from sasa_train.refusal import ConfigError
+from sasa_train.runs.ledger import FINISHED, Entry, Ledger, is_finished, note_metrics
+from sasa_train.sweep.planning import SweepPlan, build_job
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

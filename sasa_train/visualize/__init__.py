@@ -1,1 +1,254 @@
-"""sasa-visualize: what a run learnt and what its attention looks at, as pictures."""
+"""sasa-visualize: what a run learnt and what its attention looks at, as pictures and in TensorBoard."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sasa_train.commands import end_command
+from sasa_train.extras import why_not
+from sasa_train.refusal import ConfigError
+from sasa_train.terminal import fail
+from sasa_train.visualize.names import FIGURES, NAMES, OF_SEVERAL
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from sasa_train.visualize.run_figures import Choice
+
+FORMATS = ("png", "svg")
+EPILOG = (
+    """figures (left out: all that the run can have):
+"""
+    + "".join(f"  {name:<20} {meaning}\n" for name, meaning in FIGURES.items())
+    + """
+examples:
+  sasa-visualize outputs/RUN_NAME                                       all, in outputs/RUN_NAME/figures/
+  sasa-visualize outputs/RUN_NAME confusion_matrix mistakes --formats png svg
+  sasa-visualize outputs/RUN_NAME attention_maps attention_heads --images cat.jpg dog.jpg --pixels 30,40 50,60
+  sasa-visualize outputs/RUN_NAME data.root=/elsewhere weights=raw      key=value: knobs over the checkpoint's config
+  sasa-visualize outputs/RUN_1 outputs/RUN_2 --out compared             curves and learning rates of several, overlaid
+
+Exit codes: 0 done, 2 refused and nothing drawn, 1 some figures could not be drawn, as where the data is not there."""
+)
+
+
+def main() -> None:
+    end_command(run_command)
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run with command-line arguments; returns the exit code."""
+    parser = build_parser()
+    if not arguments or {"-h", "--help"} & set(arguments):
+        parser.print_help()
+        return 0 if arguments else 2
+    from sasa_train.config.overrides import split_overrides
+    from sasa_train.runs.checkpoint import CheckpointError
+    from sasa_train.visualize.capture import WeightsError
+
+    words, overrides = split_overrides(arguments)
+    try:
+        options = parser.parse_intermixed_args(words)
+    except SystemExit as stop:  # argparse's own refusal
+        return int(stop.code or 0)
+    try:
+        if reason := why_not("sasa-visualize", "plots"):
+            raise ConfigError(reason)
+        sources, names = split_words(options.words)
+        if len(sources) > 1:
+            return visualize_several(sources, names, overrides, options)
+        return visualize(sources[0], names, overrides, options)
+    except (ConfigError, CheckpointError) as error:
+        return fail(error)
+    except WeightsError as error:
+        fail(error)
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "sasa-visualize",
+        usage="sasa-visualize RUN [RUN ...] [FIGURE ...] [options] [key=value ...]",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "words", nargs="*", metavar="RUN [FIGURE] [key=value]", help="run folders or one checkpoint, figures, knobs"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; left out: figures/ in the run folder, "
+                        "and its TensorBoard")  # fmt: skip
+    parser.add_argument(
+        "--formats", nargs="+", default=["png"], choices=FORMATS, metavar="FORMAT", help="png, svg (png)"
+    )
+    parser.add_argument("--num-images", default=512, type=positive, metavar="N",
+                        help="val images to count and average over, at most (512)")  # fmt: skip
+    parser.add_argument("--images", nargs="+", default=[], metavar="FILE",
+                        help="images for the attention maps; left out: three of val's")  # fmt: skip
+    parser.add_argument("--pixels", nargs="+", type=split_pixel, metavar="ROW,COLUMN",
+                        help="query pixels, in the image as the model sees it; left out: the centre, and the strongest "
+                        "contrast away from it")  # fmt: skip
+    parser.add_argument("--layers", type=lambda text: text.split(","), metavar="NAME,...",
+                        help="layers of the attention maps; left out: the last one of each stage")  # fmt: skip
+    parser.add_argument("--heads", type=split_numbers, metavar="N,...", help="heads of attention_heads, from 0")
+    return parser
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} must be a number of images, at least 1")
+    return int(text)
+
+
+def split_numbers(text: str) -> list[int]:
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text} must be numbers with commas between, as in 0,3")
+    return [int(part) for part in text.split(",")]
+
+
+def split_pixel(text: str) -> tuple[int, int]:
+    numbers = split_numbers(text)
+    if len(numbers) != 2:
+        raise argparse.ArgumentTypeError(f"{text} must be a row and a column, as in 30,40")
+    return numbers[0], numbers[1]
+
+
+def split_words(words: list[str]) -> tuple[list[Path], list[str]]:
+    """Runs and names of figures; what names a figure is one, but where it is there as a file.
+
+    Raises:
+        ConfigError: no run, or what is neither.
+    """
+    from sasa_train.config.overrides import nearest
+
+    names = [word for word in words if word in FIGURES and not Path(word).exists()]
+    sources = [Path(word) for word in words if word not in names]
+    for source in sources[1:]:
+        if not source.exists():
+            raise ConfigError(f"{source}: is no file, and no figure: {nearest(str(source), NAMES)}")
+    if not sources:
+        raise ConfigError("give a run folder or a checkpoint, as in sasa-visualize outputs/RUN_NAME")
+    return sources, names
+
+
+def visualize(source: Path, names: list[str], overrides: list[str], options: argparse.Namespace) -> int:
+    """Draw one run; returns the exit code.
+
+    Raises:
+        WeightsError: attention weights that do not sum to one.
+        CheckpointError: `source` holds no checkpoint that can be read.
+        ConfigError: what is refused before anything is drawn.
+    """
+    from sasa_train.terminal import printable, say
+    from sasa_train.trained import load_trained
+    from sasa_train.visualize.run_figures import draw_run, not_drawable
+
+    trained = load_trained(source, overrides)
+    run_dir = run_folder_of(trained.path)
+    folder, board_dir = output_folders(run_dir, options.out)
+    reasons = not_drawable(trained, run_dir)
+    for name in names:
+        if name in reasons:
+            raise ConfigError(f"{name} cannot be drawn: {reasons[name]}")
+    wanted = [name for name in names or NAMES if name not in reasons]
+    drawn = []
+    try:
+        for name, figure, caption in draw_run(trained, run_dir, wanted, options.num_images, choice_of(options)):
+            write_figure(figure, name, folder, options.formats, board_dir, trained.checkpoint["step"])
+            say(f"{printable(str(folder))}/{name}.{suffix(options.formats)}  {caption}")
+            drawn.append(name)
+    except ConfigError as error:
+        if not drawn:
+            raise
+        fail(ConfigError(f"not drawn: {', '.join(name for name in wanted if name not in drawn)}: {error}"))
+        return 1
+    for reason in dict.fromkeys(reasons.values()) if not names else ():
+        say(f"not drawn: {', '.join(name for name in reasons if reasons[name] == reason)}: {reason}")
+    return 0
+
+
+def visualize_several(sources: list[Path], names: list[str], overrides: list[str], options: argparse.Namespace) -> int:
+    """Overlay the curves of several runs, from their logs.
+
+    Raises:
+        ConfigError: a source that is no run folder, or what takes one run alone.
+    """
+    from sasa_train.runs.metrics import read_metrics
+    from sasa_train.terminal import printable, say
+    from sasa_train.visualize.curve_figures import draw_lr_schedule, draw_training_curves
+
+    if others := [name for name in names if name not in OF_SEVERAL]:
+        raise ConfigError(f"{', '.join(others)}: of one run; several are overlaid in {' and '.join(OF_SEVERAL)}")
+    if overrides:
+        raise ConfigError(f"{' '.join(overrides)}: the curves of several runs are their logs', which no knob changes")
+    if options.out is None:
+        raise ConfigError(f"{len(sources)} runs are given: say with --out DIR where to write")
+    runs = {}
+    for source in sources:
+        rows = read_metrics(source / "metrics.jsonl")
+        if not rows:
+            raise ConfigError(f"{source}: has no metrics.jsonl with rows; give run folders")
+        runs[printable(source.name if source.name not in runs else str(source))] = rows
+    draw = dict(zip(OF_SEVERAL, (draw_training_curves, draw_lr_schedule), strict=True))
+    for name in names or OF_SEVERAL:
+        write_figure(draw[name](runs), name, options.out, options.formats)
+        say(f"{options.out}/{name}.{suffix(options.formats)}  {FIGURES[name]}, {len(runs)} runs")
+    return 0
+
+
+def choice_of(options: argparse.Namespace) -> "Choice":
+    from sasa_train.visualize.run_figures import Choice
+
+    return Choice(options.images, options.layers, options.heads, options.pixels)
+
+
+def run_folder_of(checkpoint: Path) -> Path | None:
+    """The run folder that a checkpoint lies in, if it does."""
+    if not checkpoint.parent.name:  # it lies in the current folder
+        checkpoint = checkpoint.absolute()
+    run_dir = checkpoint.parent.parent
+    is_run = checkpoint.parent.name == "checkpoints" and (run_dir / "config.yaml").is_file()
+    return run_dir if is_run else None
+
+
+def output_folders(run_dir: Path | None, out: Path | None) -> tuple[Path, Path | None]:
+    """Where figures go, and the run's TensorBoard folder (None: not there, as with --out).
+
+    Raises:
+        ConfigError: there is no run folder to write into, or it has links that lead out of it.
+    """
+    from sasa_train.runs.folder import refuse_links
+
+    if out is not None:
+        return out, None
+    if run_dir is None:
+        raise ConfigError("the checkpoint lies in no run folder: say with --out DIR where to write")
+    refuse_links(run_dir)
+    return run_dir / "figures", run_dir / "tensorboard"
+
+
+def suffix(formats: list[str]) -> str:
+    return formats[0] if len(formats) == 1 else f"{{{','.join(formats)}}}"
+
+
+def write_figure(
+    figure: "Figure", name: str, folder: Path, formats: list[str], board_dir: Path | None = None, step: int = 0
+) -> None:
+    from sasa_train.figures import rendered
+    from sasa_train.files import write_atomic
+    from sasa_train.visualize.board import write_to_board
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        png = rendered(figure, "png")
+        for kind in formats:
+            write_atomic(folder / f"{name}.{kind}", png if kind == "png" else rendered(figure, kind))
+        if board_dir is not None:
+            write_to_board(board_dir, name, png, step)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written ({error.strerror}); give another place with --out") from error
+
+
+if __name__ == "__main__":
+    main()

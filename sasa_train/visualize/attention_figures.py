@@ -13,7 +13,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from torch import Tensor
 
-from sasa_train.chart_style import GRID, MAGNITUDES, SOLID, WIDTH, new_figure
+from sasa_train.figures import GRID, MAGNITUDES, SOLID, WIDTH, new_figure
 from sasa_train.visualize.class_figures import short_name
 from sasa_train.visualize.distance import Distances
 from sasa_train.visualize.val_sample import Prediction

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from sasa_train.atomic import write_atomic
+from sasa_train.files import write_atomic
 
 FOLDER = "figures"  # a TensorBoard run of its own, within the run's folder
 

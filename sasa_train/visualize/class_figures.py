@@ -5,8 +5,8 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sasa_train.chart_style import GRID, SOLID, as_label, new_figure
-from sasa_train.printable import printable
+from sasa_train.figures import GRID, SOLID, as_label, new_figure
+from sasa_train.terminal import printable
 from sasa_train.visualize.val_sample import Prediction
 
 MAX_BARS = 40  # classes; of more the worst and the best half of them

@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sasa_train.chart_style import GRID, SOLID, as_label, new_figure
-from sasa_train.config import ConfigError
+from sasa_train.figures import GRID, SOLID, as_label, new_figure
+from sasa_train.refusal import ConfigError
 
 Rows = list[dict[str, Any]]  # of metrics.jsonl
 MAX_RUNS = 10  # two ways to draw each of the five styles' lines

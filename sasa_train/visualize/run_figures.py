@@ -13,15 +13,14 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sasa_train.config import ConfigError
 from sasa_train.data.datasets import Files, ImageSet, UnreadableImage, limit, load_image_sets
 from sasa_train.data.fingerprint import fingerprint
 from sasa_train.data.quarantine import Quarantine
 from sasa_train.data.transforms import fit
-from sasa_train.engine import autocast
-from sasa_train.metrics import read_metrics
-from sasa_train.printable import printable
-from sasa_train.run import resolve
+from sasa_train.device import autocast, resolve
+from sasa_train.refusal import ConfigError
+from sasa_train.runs.metrics import read_metrics
+from sasa_train.terminal import printable
 from sasa_train.trained import TrainedModel
 from sasa_train.visualize.attention_figures import (
     View,

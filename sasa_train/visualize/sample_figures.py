@@ -4,14 +4,15 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sasa_train.chart_style import new_figure
-from sasa_train.config import TrainConfig, flips_images
+from sasa_train.config.derived import flips_images
+from sasa_train.config.keys import TrainConfig
 from sasa_train.data.datasets import ImageSet, balanced, mean_std
 from sasa_train.data.mixing import Mixing
 from sasa_train.data.plan import MicroBatch
 from sasa_train.data.quarantine import Quarantine
 from sasa_train.data.streaming import TrainReader
 from sasa_train.data.transforms import Augment
+from sasa_train.figures import new_figure
 from sasa_train.trained import TrainedModel
 from sasa_train.visualize.val_sample import read_images
 

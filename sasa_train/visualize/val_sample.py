@@ -14,7 +14,7 @@ from tqdm import tqdm
 from sasa_train.data.datasets import ImageSet
 from sasa_train.data.quarantine import Quarantine, read_or_replace
 from sasa_train.data.transforms import fit
-from sasa_train.engine import autocast
+from sasa_train.device import autocast
 from sasa_train.trained import TrainedModel
 from sasa_train.visualize.capture import AttentionLayer, attention_layers, checked_weights, watching
 from sasa_train.visualize.distance import Distances, mean_distances, uniform_distance

@@ -1,0 +1,170 @@
+"""`sasa-benchmark model`: images/s of training steps and of inference, and a training step's peak memory."""
+
+import dataclasses
+import re
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sasa_train.benchmark.timing import (
+    extra_memory,
+    in_fresh_process,
+    progress_bar,
+    ratio,
+    spread,
+    time_calls,
+    time_in_turn,
+)
+from sasa_train.config.compose import compose_config
+from sasa_train.config.keys import ModelConfig
+from sasa_train.device import autocast
+from sasa_train.models import ResNet, build_model, check_model, enable_grad_checkpointing, fold_batch_norms
+from sasa_train.refusal import ConfigError
+
+FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+BATCH_SIZES = {"cpu": 32, "cuda": 128}
+NUM_WARM_UPS = 8  # the heap of a CPU's process settles in some steps; until then each takes fresh pages
+NUM_MEMORY_STEPS = 2  # the momentum is there from the second on
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a model is measured under; `memory_format` may be "best"."""
+
+    device: str
+    precision: str
+    batch_size: int
+    image_size: int
+    num_classes: int
+    memory_format: str
+    grad_checkpointing: bool
+    compile: bool
+    num_threads: int
+
+
+def measure(options: Namespace, device: torch.device) -> dict[str, Any]:
+    """Rows, one a model, their ratios to the first."""
+    setting = Setting(
+        device.type,
+        options.dtype,
+        options.batch_size or BATCH_SIZES[device.type],
+        options.image_size,
+        options.num_classes,
+        options.memory_format,
+        options.grad_checkpointing,
+        options.compile,
+        torch.get_num_threads(),
+    )
+    models = list(dict.fromkeys(options.models))
+    for spec in models:
+        checked = check_model(parse_model(spec, setting.num_classes), setting.image_size)
+        if options.fold_batch_norms and not isinstance(checked, ResNet):
+            raise ConfigError(f"--fold-batch-norms knows sasa_train's own models alone; {spec} is not one of them")
+    built = {spec: BenchmarkedModel(spec, setting) for spec in models}
+    with progress_bar(2 * options.repeats, "models") as bar:
+        training = time_in_turn(
+            {spec: model.train for spec, model in built.items()}, options.repeats, device, bar, NUM_WARM_UPS
+        )
+        for model in built.values():
+            model.prepare_inference(options.fold_batch_norms)
+        inference = time_in_turn({spec: model.infer for spec, model in built.items()}, options.repeats, device, bar)
+    rows = []
+    for spec, model in built.items():
+        row: dict[str, Any] = {"model": spec, "memory_format": model.memory_format}
+        row |= {"parameters": sum(p.numel() for p in model.module.parameters()), "batch_size": setting.batch_size}
+        for what, seconds in (("training", training), ("inference", inference)):
+            row[f"{what}_images_per_sec"] = spread([setting.batch_size / s for s in seconds[spec]])
+            row[f"{what}_ratio"] = ratio(seconds[models[0]], seconds[spec])  # of speeds
+        rows.append(row)
+    if options.memory:
+        del built
+        for row in rows:
+            row["memory_bytes"] = in_fresh_process(training_memory, row["model"], setting, row["memory_format"])
+    return {"kind": "model", "rows": rows, "summary": [], "notes": [], "left_out": {}, "failed": False}
+
+
+def parse_model(spec: str, num_classes: int) -> ModelConfig:
+    """`name,dial=value,...`, where a list stands in brackets: `hybrid_resnet26,stage_ops=[conv,conv,conv,attention]`.
+
+    Raises:
+        ConfigError: an unknown dial or a wrong value; an unknown name is found when the model is built.
+    """
+    name, *dials = re.split(r",(?![^\[]*\])", spec)
+    for dial in dials:
+        if "=" not in dial:
+            raise ConfigError(f"{spec}: {dial!r} must be dial=value, as in {name},stem=conv_small")
+    overrides = [f"model.{dial}" for dial in dials]
+    config = compose_config(["model=timm", f"model.name={name}", f"model.num_classes={num_classes}", *overrides])
+    return config.model
+
+
+class BenchmarkedModel:
+    """A model on random images and labels, with plain SGD with momentum."""
+
+    def __init__(self, spec: str, setting: Setting):
+        self.setting, self.device = setting, torch.device(setting.device)
+        torch.manual_seed(0)
+        self.module: nn.Module = build_model(
+            parse_model(spec, setting.num_classes), setting.num_classes, setting.image_size
+        )
+        if setting.grad_checkpointing:
+            enable_grad_checkpointing(self.module)
+        self.module.to(self.device).train()
+        self.forward: Callable = torch.compile(self.module) if setting.compile else self.module
+        self.optimizer = torch.optim.SGD(self.module.parameters(), lr=1e-3, momentum=0.9)
+        self.scaler = torch.amp.GradScaler(setting.device, enabled=setting.precision == "fp16")
+        size = (setting.batch_size, 3, setting.image_size, setting.image_size)
+        self.images = torch.randn(size, device=self.device)
+        self.labels = torch.randint(setting.num_classes, size[:1], device=self.device)
+        self.memory_format = self._faster_format() if setting.memory_format == "best" else setting.memory_format
+        self.use_format(self.memory_format)
+
+    def use_format(self, name: str) -> None:
+        self.module.to(memory_format=FORMATS[name])  # type: ignore[call-overload]
+        self.images = self.images.contiguous(memory_format=FORMATS[name])
+
+    def _faster_format(self) -> str:
+        seconds = {}
+        for name in FORMATS:
+            self.use_format(name)
+            self.train()
+            seconds[name] = min(time_calls(self.train, 1, self.device) for _ in range(2))
+        return min(seconds, key=lambda name: seconds[name])
+
+    def train(self) -> None:
+        """One step: forward, cross entropy, backward, update."""
+        self.optimizer.zero_grad()
+        with autocast(self.device, self.setting.precision):
+            loss = F.cross_entropy(self.forward(self.images), self.labels)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def prepare_inference(self, fold: bool) -> None:
+        self.optimizer.zero_grad()
+        if fold and isinstance(self.module, ResNet):
+            self.module = fold_batch_norms(self.module)
+            self.forward = torch.compile(self.module) if self.setting.compile else self.module
+        self.module.eval()
+
+    def infer(self) -> torch.Tensor:
+        with torch.inference_mode(), autocast(self.device, self.setting.precision):
+            return self.forward(self.images)
+
+
+def training_memory(spec: str, setting: Setting, memory_format: str) -> int:
+    """Peak of a model's first steps above what was there before it was built: weights and all."""
+    torch.set_num_threads(setting.num_threads)
+    fixed = dataclasses.replace(setting, memory_format=memory_format)
+
+    def run() -> None:
+        model = BenchmarkedModel(spec, fixed)
+        for _ in range(NUM_MEMORY_STEPS):
+            model.train()
+
+    return extra_memory(run, torch.device(setting.device))

@@ -1,0 +1,15 @@
+"""The config groups and their files, for composition, help and completion; no Hydra, so that help is instant."""
+
+from pathlib import Path
+
+GROUPS = ("model", "data", "optimizer", "schedule", "augment", "experiment")
+
+
+def config_dir() -> Path:
+    """`configs/`: inside the package where it was installed from a wheel, beside it in a checkout."""
+    inside = Path(__file__).parents[1] / "configs"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "configs"
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))

@@ -1,0 +1,174 @@
+"""Overrides on the command line: parsed, expanded, and refused where no key has that name, with the nearest."""
+
+import difflib
+import itertools
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+from functools import lru_cache
+from typing import Any
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from sasa_train.config.groups import GROUPS, choices
+from sasa_train.config.keys import knob_table
+from sasa_train.refusal import ConfigError, shorten
+
+MAX_JOBS = 1000  # of a sweep: each one's config is composed before the first begins
+MAX_TEXT = 2**16  # characters of a saved config or an override; ours have 4,000, and parsers take long over more
+# What Hydra, OmegaConf and PyYAML raise over what they are given: an int of 5,000 digits, or 2,000 lists in one another
+UNREADABLE = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError)
+FREE = ("optimizer.args.", "schedule.args.")  # timm knows what is under these; optim.py checks it
+WORDS = ("null", "true", "false", "nan", "inf")  # what Hydra reads as no text
+
+
+def as_written(value: Any) -> str:
+    """A value in Hydra's grammar."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{name}:{as_written(part)}" for name, part in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(as_written(part) for part in value) + "]"
+    if isinstance(value, str):
+        is_word = re.fullmatch(r"[A-Za-z_/][A-Za-z0-9_/.-]*", value) and value.lower() not in WORDS
+        return value if is_word else QuotedString(value, Quote.single).with_quotes()
+    return repr(value) if isinstance(value, float) else json.dumps(value)
+
+
+def with_free_keys(overrides: Sequence[str]) -> list[str]:
+    """Hydra takes keys that no dataclass names with ++ alone."""
+    return [f"++{o}" if o.startswith(("optimizer.args", "schedule.args")) else o for o in overrides]
+
+
+def chooses_group(overrides: Sequence[str]) -> bool:
+    return any(is_group(override) for override in parse_overrides(overrides))
+
+
+def parse_overrides(overrides: Sequence[str]) -> list[Override]:
+    return [_parse(override) for override in overrides]
+
+
+def expand(overrides: Sequence[str]) -> list[tuple[str, ...]]:
+    """Every job of a grid: `a=1,2 b=range(2)` -> (a=1, b=0), (a=1, b=1), (a=2, b=0), (a=2, b=1).
+
+    Raises:
+        ConfigError: a value that cannot be enumerated, or more than MAX_JOBS jobs.
+    """
+    values = [_sweep_values(override) for override in parse_overrides(overrides)]
+    if math.prod(len(v) for v in values) > MAX_JOBS:
+        raise ConfigError(f"{' '.join(overrides)}: a sweep of more than {MAX_JOBS:,} jobs; split it")
+    return list(itertools.product(*values))
+
+
+def _sweep_values(override: Override) -> list[str]:
+    """`seed=0,1` -> seed=0 and seed=1; one more than MAX_JOBS at most."""
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    try:
+        values = list(itertools.islice(override.sweep_string_iterator(), MAX_JOBS + 1))
+    except (HydraException, ArithmeticError, ValueError) as error:
+        reason = "no range of numbers" if isinstance(error, ArithmeticError) else error
+        raise ConfigError(f"{override.input_line}: cannot be swept over ({reason}); write key=a,b,c") from error
+    return [f"{override.key_or_group}={value}" for value in values]
+
+
+@lru_cache
+def _parse(override: str) -> Override:
+    try:
+        if len(override) > MAX_TEXT:
+            raise ValueError(f"it has more than {MAX_TEXT:,} characters")
+        return OverridesParser.create().parse_override(override)
+    except (HydraException, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{shorten(override)}: cannot be read ({shorten(error)}); an override is key=value, as in "
+            "trainer.epochs=10, and a value with other signs than a plain word's is quoted: key='...'"
+        ) from error
+
+
+def check_override_keys(overrides: Sequence[str], is_sweep: bool = False) -> None:
+    """Refuse keys that no knob has, with the nearest that one has; `+key`, `++key` and `~key` too.
+
+    Hydra's own keys have a meaning in a sweep alone.
+    """
+    known = set(knob_table())
+    for override in parse_overrides(overrides):
+        key = override.key_or_group
+        if override.package is not None:
+            raise ConfigError(f"{override.input_line}: keys have no @package here; write {key}=...")
+        if override.is_sweep_override() and not is_sweep:
+            raise ConfigError(
+                f"{override.input_line}: several values are a sweep, which needs -m; a list is [a,b], a text is quoted"
+            )
+        if key.split(".")[0].split("/")[0] == "hydra":
+            if not is_sweep:
+                raise ConfigError(f"{override.input_line}: hydra's own keys have an effect with -m alone")
+            continue
+        if not key:
+            raise ConfigError(f"{override.input_line}: has no key; an override is key=value, as in trainer.epochs=10")
+        if key not in known and key not in GROUPS and not key.startswith(FREE):
+            raise ConfigError(f"unknown key {shorten(key)!r}: {nearest(key, [*known, *GROUPS])}")
+        if override.is_add() or override.is_force_add() or override.is_delete():
+            raise ConfigError(f"{override.input_line}: every key exists already; write {key}=... without + or ~")
+        if is_group(override):
+            _check_choice(override)
+        elif key in GROUPS:
+            raise ConfigError(f"{override.input_line}: set its keys one by one, as in {key}.name=...")
+
+
+def nearest(word: str, words: Sequence[str]) -> str:
+    """'did you mean ...?', or where to look."""
+    # A right name under the wrong group is nearer than any spelling.
+    found = [w for w in words if w.rpartition(".")[2] == word.rpartition(".")[2]]
+    found = found or difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    return f"did you mean {' or '.join(found)}?" if found else "sasa-train --help lists every key"
+
+
+def _check_choice(override: Override) -> None:
+    group, choice = override.key_or_group, override.value()  # a sweep's choices are checked job by job
+    if override.is_sweep_override():
+        return
+    for name in choice if isinstance(choice, list) else [choice]:
+        if name not in choices(group):
+            hint = nearest(str(name), choices(group))
+            raise ConfigError(f"{group}={shorten(choice)} is none of {', '.join(choices(group))}: {hint}")
+
+
+def is_group(override: Override) -> bool:
+    """`model=...`, `experiment=...`; for an object in place of a choice (`model={...}`) the answer is no."""
+    return override.key_or_group in GROUPS and not isinstance(override.value(), dict)
+
+
+WEIGHTS = ("ema", "raw")
+OVERRIDE = re.compile(r"[+~]*[a-z_]+(\.[a-z0-9_]+)*=")
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Of a command line's words those that name files, and those that are overrides: `weights=...` or a knob's.
+
+    What is there as a file is a file, however it is called; what is none and looks like an override is one, so that a
+    misspelt key is refused with the nearest right one.
+    """
+    overrides = [text for text in arguments if OVERRIDE.match(text) and not os.path.lexists(text)]
+    return [text for text in arguments if text not in overrides], overrides
+
+
+def split_weights(overrides: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The last `weights=`, if there is one, and the knobs.
+
+    Raises:
+        ConfigError: weights that there are not, or `weights` misspelt.
+    """
+    knobs = [text for text in overrides if not text.startswith("weights=")]
+    for key in (text.partition("=")[0] for text in knobs):
+        if key not in knob_table() and get_close_matches(key, ["weights"]):
+            raise ConfigError(f"unknown key {key!r}: did you mean weights?")
+    wanted = [text.removeprefix("weights=") for text in overrides if text not in knobs]
+    if wrong := [word for word in wanted if word not in WEIGHTS]:
+        raise ConfigError(f"weights={shorten(wrong[0])} must be {' or '.join(WEIGHTS)}")
+    return wanted[-1] if wanted else None, knobs

@@ -1,0 +1,91 @@
+"""A saved config (config.yaml, or the text in a checkpoint): written, and read with overrides on top."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sasa_train.config.compose import explain, schema, to_config
+from sasa_train.config.keys import MAX_DEPTH, TrainConfig
+from sasa_train.config.overrides import MAX_TEXT, UNREADABLE, check_override_keys, is_group, parse_overrides
+from sasa_train.refusal import ConfigError, shorten
+
+
+def load_config(yaml_text: str, overrides: Sequence[str] = (), source: str = "the saved config") -> TrainConfig:
+    """A saved config with value overrides on top; group choices need a composition and are refused here.
+
+    Raises:
+        ConfigError: as `compose_config`; the message names `source` where the text itself is at fault.
+    """
+    check_override_keys(overrides)
+    saved = _read_saved(yaml_text, source)
+    try:
+        for override in parse_overrides(overrides):
+            if is_group(override):
+                raise ConfigError(f"{override.input_line} chooses a config group, but {source} is complete; set values")
+            # Replaced, not merged: else an argument of an optimizer could never be taken away.
+            OmegaConf.update(saved, override.key_or_group, override.value(), merge=False)
+        _forget_the_other_batch_key(saved, {o.key_or_group for o in parse_overrides(overrides)})
+    except UNREADABLE as error:
+        raise ConfigError(explain(error)) from error
+    return to_config(saved)
+
+
+def load_config_file(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """`load_config` of a file.
+
+    Raises:
+        ConfigError: as `load_config`, or the file cannot be read as text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+    return load_config(text, overrides, source=str(path))
+
+
+def _read_saved(yaml_text: str, source: str) -> DictConfig:
+    """The saved values over the defaults. The text may be a stranger's."""
+    if not isinstance(yaml_text, str) or len(yaml_text) > MAX_TEXT:
+        raise ConfigError(f"{source}: is no config: a text of up to {MAX_TEXT:,} characters")
+    try:
+        _check_plain_yaml(yaml_text)
+        content = OmegaConf.create(yaml_text)
+        return cast(DictConfig, OmegaConf.merge(schema(), content))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{source}: {explain(error)}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+    except (*UNREADABLE, AttributeError, AssertionError, TypeError) as error:
+        raise ConfigError(f"{source}: is no YAML of keys and values ({shorten(error)})") from error
+
+
+def _check_plain_yaml(text: str) -> None:
+    """Refuse what we never write and what does more than to hold a value: aliases, tags, interpolations."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        where = f"line {event.start_mark.line + 1}"
+        if depth > MAX_DEPTH + 2:  # within a group of the config
+            raise ConfigError(f"{where}: more than {MAX_DEPTH + 2} lists and groups in one another")
+        if getattr(event, "anchor", None) is not None:
+            raise ConfigError(f"{where}: YAML's anchors and aliases (&{event.anchor}) are not taken; write the values")
+        if getattr(event, "tag", None) is not None:
+            raise ConfigError(f"{where}: YAML's tags ({shorten(event.tag)}) are not taken; write plain values")
+        if isinstance(event, yaml.ScalarEvent) and ("${" in event.value or event.value == "???"):
+            raise ConfigError(f"{where}: interpolations ({shorten(event.value)}) are not taken; write the values")
+
+
+def _forget_the_other_batch_key(saved: DictConfig, given: set[str]) -> None:
+    """A saved config holds both micro_batch_size and the accumulation that follows; a new one of them decides."""
+    if "trainer.micro_batch_size" in given and "trainer.grad_accum_steps" not in given:
+        saved.trainer.grad_accum_steps = 1
+    elif "trainer.grad_accum_steps" in given and "trainer.micro_batch_size" not in given:
+        saved.trainer.micro_batch_size = None
+
+
+def to_yaml(config: TrainConfig) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

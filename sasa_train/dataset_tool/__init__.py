@@ -1,0 +1,134 @@
+"""sasa-data: check a data set, prepare ImageNet from its archives, pack class folders into tar shards."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from sasa_train.machine import usable_processors
+from sasa_train.refusal import ConfigError
+from sasa_train.terminal import fail, printable
+
+EPILOG = """examples:
+  sasa-data verify data/flowers                           every image decoded: what is there, and what is wrong with it
+  sasa-data prepare imagenet downloads data/imagenet      ImageNet's archives -> class folders
+  sasa-data prepare imagenet downloads data/imagenet --shards
+  sasa-data shard data/flowers data/flowers-shards        class folders -> tar shards, the same data set
+
+A stopped prepare or shard goes on where it was when the same command is given again.
+Exit codes: 0 done, and for verify nothing is wrong; 1 verify found problems, or failed; 75 stopped; 2 refused."""
+
+VERIFY = """Decode every image of ROOT and report classes, sizes, modes, unreadable files, duplicates, mean and std.
+
+ROOT holds train/ and val/ (or test/) with one folder a class, or tar shards, or class folders alone. Duplicates are
+images with the same decoded pixels, whatever their files look like.
+Problems are unreadable files, duplicates across splits, and classes that are empty or that one split lacks."""
+
+PREPARE = """Make a data set from its archives, without unpacking anything on the way.
+
+imagenet: ARCHIVES holds ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, which
+image-net.org hands out to those who accept its terms. DEST becomes train/ and val/ with one folder a class, named by
+its WordNet id, or with --shards tar shards, which a network disk reads much faster. Needs scipy."""
+
+SHARD = """Copy class folders, ROOT/train and ROOT/val (or ROOT/test), to tar shards in DEST.
+
+DEST is the same data set: the same images in the same order, byte by byte. Classes are mixed within a shard."""
+
+IMAGES_PER_SHARD = 1000  # 100 MB of ImageNet
+FAILED, REFUSED, INTERRUPTED = 1, 2, 75
+
+
+def main() -> None:
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run with command-line arguments; returns the exit code."""
+    parser = build_parser()
+    if not arguments:
+        parser.print_help()
+        return REFUSED
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit as stop:  # after --help or argparse's own refusal
+        return int(stop.code or 0)
+    try:
+        return _run(options)
+    except ConfigError as error:
+        return fail(error)
+    except OSError as error:  # a disk that fills up or fails
+        print(f"sasa-data: {printable(str(error))}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("sasa-data: stopped; run the same command again", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.command == "verify":
+        from sasa_train.dataset_tool.verify import verify
+
+        return verify(options.root, options.workers or usable_processors(), options.all_classes)
+    from sasa_train.dataset_tool import prepare
+
+    if options.command == "shard":
+        return prepare.shard(options.root, options.dest, options.images_per_shard)
+    if options.images_per_shard is not None and not options.shards:
+        raise ConfigError(f"--images-per-shard={options.images_per_shard} needs --shards")
+    images_per_shard = (options.images_per_shard or IMAGES_PER_SHARD) if options.shards else None
+    return prepare.prepare_imagenet(options.archives, options.dest, images_per_shard, options.checksums)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _described(argparse.ArgumentParser, prog="sasa-data", description=__doc__, epilog=EPILOG)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    verify = _described(commands.add_parser, name="verify", help="decode and check every image", description=VERIFY)
+    verify.add_argument("root", metavar="ROOT", type=_path, help="the data set's folder")
+    verify.add_argument("--workers", metavar="N", type=_positive, help="processes (one a processor)")
+    verify.add_argument("--all-classes", action="store_true", help="a line a class, even for more than 50 classes")
+
+    prepare = _described(commands.add_parser, name="prepare", help="from archives to a data set", description=PREPARE)
+    prepare.add_argument(
+        "dataset", metavar="imagenet", choices=["imagenet"], help="the data set, of which there is one"
+    )
+    prepare.add_argument("archives", metavar="ARCHIVES", type=_path, help="the folder that holds the archives")
+    prepare.add_argument("dest", metavar="DEST", type=_path, help="the data set's folder, made where it is not there")
+    prepare.add_argument("--shards", action="store_true", help="write tar shards, not class folders")
+    prepare.add_argument(
+        "--images-per-shard", metavar="N", type=_positive, help=f"images of a shard, with --shards ({IMAGES_PER_SHARD})"
+    )
+    prepare.add_argument(
+        "--no-checksums", dest="checksums", action="store_false", help="trust the archives: MD5 takes minutes"
+    )
+
+    shard = _described(commands.add_parser, name="shard", help="from class folders to tar shards", description=SHARD)
+    shard.add_argument("root", metavar="ROOT", type=_path, help="the data set's folder")
+    shard.add_argument("dest", metavar="DEST", type=_path, help="the shards' folder, made where it is not there")
+    shard.add_argument(
+        "--images-per-shard",
+        metavar="N",
+        type=_positive,
+        default=IMAGES_PER_SHARD,
+        help=f"images ({IMAGES_PER_SHARD})",
+    )
+    return parser
+
+
+def _described(build: Callable[..., argparse.ArgumentParser], **texts: str) -> argparse.ArgumentParser:
+    """A parser whose texts are printed as they stand here."""
+    return build(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **texts)
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 1")
+    return int(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,3 @@
+from sasa_train.dataset_tool import main
+
+main()

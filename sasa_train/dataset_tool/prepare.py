@@ -1,0 +1,91 @@
+"""`sasa-data prepare` and `sasa-data shard`: ImageNet's archives or class folders -> class folders or tar shards."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from torchvision.datasets.imagenet import ARCHIVE_META
+
+from sasa_train.data.datasets import Files, load_class_folders
+from sasa_train.data.shards import find_shards
+from sasa_train.dataset_tool.imagenet import check_md5, index_train, index_val, read_devkit
+from sasa_train.dataset_tool.writing import Originals, write_all_shards, write_folders
+from sasa_train.files import locked
+from sasa_train.refusal import ConfigError
+from sasa_train.terminal import printable
+
+
+def shard(root: Path, dest: Path, images_per_shard: int) -> int:
+    """Class folders -> tar shards of the same images in the same order; returns 0.
+
+    Raises:
+        ConfigError: folders that training would refuse too, a `dest` inside `root` or with other contents, a full disk.
+    """
+    if dest.resolve().is_relative_to(root.resolve()):
+        raise ConfigError(f"DEST={dest} must not be inside ROOT={root}; give a folder of its own")
+    if find_shards(root, "train"):
+        raise ConfigError(f"ROOT={root} must hold class folders, but it holds tar shards already")
+    splits = {"train": _from_folders(root, "train")}
+    if (root / "val").is_dir() or (root / "test").is_dir():
+        splits["val"] = _from_folders(root, "val")
+    else:
+        print(f"ROOT={root}: no val/ or test/, train alone is copied; training needs data.holdout_fraction then")
+    classes = splits["train"].images.classes
+    for split in splits.values():
+        if differing := set(split.images.classes) ^ set(classes):
+            raise ConfigError(
+                f"ROOT={root}: train and val must hold the same classes, but {printable(min(differing))} is in one"
+            )
+    for name in classes:
+        if not _fits_a_line(name):
+            raise ConfigError(
+                f"{root}: the class {printable(name)} must fit a line of UTF-8 text in classes.txt; rename it"
+            )
+    with locked(dest, f"DEST={dest}"):
+        write_all_shards(dest, splits, images_per_shard)
+    print(f"\nnext   sasa-data verify {dest}\n       sasa-train data=image_folder data.root={dest} ...")
+    return 0
+
+
+def _from_folders(root: Path, split: str) -> Originals:
+    images = load_class_folders(root, split)
+    assert isinstance(images.source, Files)
+    sizes = np.array([os.path.getsize(path) for path in images.source.paths], dtype=np.int64)
+    return Originals(images, [os.path.basename(path) for path in images.source.paths], sizes)
+
+
+def _fits_a_line(name: str) -> bool:
+    try:
+        return name.encode().decode().splitlines() == [name]
+    except UnicodeEncodeError:  # a file name of bytes that are no UTF-8
+        return False
+
+
+def prepare_imagenet(archives: Path, dest: Path, images_per_shard: int | None, checksums: bool) -> int:
+    """ImageNet's three archives -> class folders, or tar shards of `images_per_shard`; returns 0.
+
+    Raises:
+        ConfigError: an archive that is missing or not the original, a `dest` with other contents, a full disk.
+    """
+    paths = {part: archives / name for part, (name, _) in ARCHIVE_META.items()}
+    for path in paths.values():
+        if not path.is_file():
+            raise ConfigError(f"ARCHIVES={archives} must hold {path.name}; image-net.org has it (it needs an account)")
+    if dest.resolve() == archives.resolve():
+        raise ConfigError(f"DEST={dest} must not be ARCHIVES too; give a folder of its own")
+    if checksums:
+        check_md5(paths["devkit"], ARCHIVE_META["devkit"][1])
+    classes, val_wnids = read_devkit(paths["devkit"])
+    splits = {"train": index_train(paths["train"], classes), "val": index_val(paths["val"], classes, val_wnids)}
+
+    def check_archives() -> None:
+        for part in ("val", "train") if checksums else ():
+            check_md5(paths[part], ARCHIVE_META[part][1])
+
+    with locked(dest, f"DEST={dest}"):
+        if images_per_shard is None:
+            write_folders(dest, splits, check_archives)
+        else:
+            write_all_shards(dest, splits, images_per_shard, check_archives)
+    print(f"\nnext   sasa-data verify {dest}\n       sasa-train data=imagenet data.root={dest} ...")
+    return 0

@@ -1,0 +1,318 @@
+"""`sasa-data verify`: what a data set holds, and what is wrong with it, from decoding every image once."""
+
+import hashlib
+import multiprocessing
+import os
+import signal
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
+
+from sasa_train.data.datasets import Files, ImageSet, UnreadableImage, load_shard_set, to_rgb
+from sasa_train.data.shards import find_shards
+from sasa_train.refusal import ConfigError
+from sasa_train.terminal import printable
+
+MAX_TABLE = 50  # classes with a line of their own
+MAX_ACROSS, MAX_WITHIN, MAX_NAMES = 20, 5, 5  # groups of duplicates shown, and names shown of a long list
+LEVELS = np.arange(256) / 255
+
+Look = tuple[str, tuple[int, int], bytes, np.ndarray]  # mode, width and height, digest, moments
+
+
+@dataclass
+class Contents:
+    """A data set as it lies there, its splits one after the other: image i is of `split_of[i]` and `labels[i]`.
+
+    `faults`: classes without images in a split; `unused`: files that nobody reads.
+    """
+
+    root: Path
+    kind: str
+    classes: list[str]
+    splits: dict[str, ImageSet]
+    faults: list[str]
+    unused: list[str]
+
+    def __post_init__(self) -> None:
+        sets = list(self.splits.values())
+        self.starts = np.cumsum([0, *(len(images) for images in sets)])
+        self.split_of = np.repeat(np.arange(len(sets)), np.diff(self.starts))
+        self.labels = np.concatenate([images.labels for images in sets])
+
+    def name(self, index: int) -> str:
+        split = int(self.split_of[index])
+        name = list(self.splits.values())[split].name(index - int(self.starts[split]))
+        return printable(name.removeprefix(f"{self.root}{os.sep}"))
+
+
+@dataclass
+class Survey:
+    """What decoding showed of n images.
+
+    sizes int64 [n, 2], width and height, 0 where unreadable; digests uint64 [n, 2]; moments float64 [n, 2, 3], each
+    channel's mean and mean of squares, of values in [0, 1]; `unreadable`: index -> reason.
+    """
+
+    sizes: np.ndarray
+    digests: np.ndarray
+    moments: np.ndarray
+    modes: Counter[str]
+    unreadable: dict[int, str]
+
+
+def verify(root: Path, num_workers: int, all_classes: bool) -> int:
+    """Print the report; returns 0 where nothing is wrong, else 1.
+
+    Raises:
+        ConfigError: `root` is not there or holds no classes.
+    """
+    contents = read_contents(root)
+    print_classes(contents, all_classes)
+    survey = look_at_all(contents, num_workers)
+    print_survey(contents, survey)
+    num_across = print_duplicates(contents, survey)
+    print_mean_std(contents, survey)
+    found = {
+        counted(len(survey.unreadable), "unreadable file"): len(survey.unreadable),
+        counted(num_across, "duplicate") + " across splits": num_across,
+        counted(len(contents.faults), "empty or missing class", "empty or missing classes"): len(contents.faults),
+    }
+    problems = [text for text, number in found.items() if number]
+    if problems:
+        print(f"\n{counted(sum(found.values()), 'problem')}: {', '.join(problems)}")
+        return 1
+    print(f"\n{counted(len(contents.labels), 'image')}, nothing wrong")
+    return 0
+
+
+def read_contents(root: Path) -> Contents:
+    """What `root` holds, found where training finds it; what training refuses is a fault here.
+
+    Raises:
+        ConfigError: there is no such folder, or no class in it.
+    """
+    if not root.is_dir():
+        raise ConfigError(f"ROOT={root} must be a folder that is there; give the one that holds train/ and val/")
+    if find_shards(root, "train"):
+        splits = {split: load_shard_set(root, split) for split in ("train", "val") if find_shards(root, split)}
+        classes = max((images.classes for images in splits.values()), key=len)
+        return Contents(root, "tar shards", classes, splits, _faults(classes, splits, {}), [])
+    found, unused = {}, []
+    for split, folder in find_splits(root).items():
+        found[split], beside = read_class_folders(folder)
+        unused += beside
+    classes = sorted(set().union(*found.values()))
+    if not classes:
+        raise ConfigError(
+            f"ROOT={root} must hold train/ and val/ (or test/) with one folder a class, or tar shards, or class "
+            "folders; there is no class folder"
+        )
+    splits = {split: _image_set(classes, folders) for split, folders in found.items()}
+    return Contents(root, "class folders", classes, splits, _faults(classes, splits, found), unused)
+
+
+def find_splits(root: Path) -> dict[str, Path]:
+    """The folders of train and of val or test; where `root` itself holds the classes, it is the split "all"."""
+    held_out = next((name for name in ("val", "test") if (root / name).is_dir()), None)
+    folders = {name: root / name for name in ("train", held_out) if name and (root / name).is_dir()}
+    # A class may be called train or test: alone, and without folders inside, it is no split.
+    return folders if len(folders) == 2 or any(_has_folders(folder) for folder in folders.values()) else {"all": root}
+
+
+def _has_folders(folder: Path) -> bool:
+    return any(entry.is_dir() for entry in folder.iterdir())
+
+
+def read_class_folders(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
+    """Each class's image files, in torchvision's order, and the files that are none or lie beside the classes."""
+    classes: dict[str, list[str]] = {}
+    unused: list[str] = []
+    for entry in sorted(folder.iterdir()):
+        if not entry.is_dir():
+            unused.append(str(entry))
+            continue
+        classes[entry.name] = []
+        for place, _, names in sorted(os.walk(entry, followlinks=True)):
+            for name in sorted(names):
+                is_image = name.lower().endswith(IMG_EXTENSIONS)
+                (classes[entry.name] if is_image else unused).append(os.path.join(place, name))
+    return classes, unused
+
+
+def _image_set(classes: list[str], folders: dict[str, list[str]]) -> ImageSet:
+    counts = [len(folders.get(name, [])) for name in classes]
+    paths = [path for name in classes for path in folders.get(name, [])]
+    return ImageSet(classes, np.repeat(np.arange(len(classes)), counts), np.arange(len(paths)), Files(paths))
+
+
+def _faults(classes: list[str], splits: dict[str, ImageSet], folders: dict[str, dict[str, list[str]]]) -> list[str]:
+    faults = []
+    for split, images in splits.items():
+        for label in np.flatnonzero(np.bincount(images.labels, minlength=len(classes)) == 0):
+            is_missing = split in folders and classes[label] not in folders[split]
+            faults.append(f"{printable(classes[label])}: no {'folder' if is_missing else 'image'} in {split}")
+    return faults
+
+
+_sets: list[ImageSet] = []  # a worker's
+
+
+def look_at_all(contents: Contents, num_workers: int) -> Survey:
+    """Decode every image, in `num_workers` processes, with a progress bar."""
+    num_images = len(contents.labels)
+    survey = Survey(
+        np.zeros((num_images, 2), dtype=np.int64),
+        np.zeros((num_images, 2), dtype=np.uint64),
+        np.zeros((num_images, 2, 3)),
+        Counter(),
+        {},
+    )
+    # Forked, so that the sets are there without being pickled. A pool of futures notices a worker that is killed.
+    workers = ProcessPoolExecutor(
+        num_workers, multiprocessing.get_context("fork"), _start_worker, (list(contents.splits.values()),)
+    )
+    places = contents.split_of.tolist(), (np.arange(num_images) - contents.starts[contents.split_of]).tolist()
+    try:
+        looks = workers.map(_look, *places, chunksize=32)
+        for i, look in enumerate(tqdm(looks, "decoding", num_images, unit="img", disable=None, leave=False)):
+            if isinstance(look, str):
+                survey.unreadable[i] = look
+            else:
+                mode, survey.sizes[i], digest, survey.moments[i] = look
+                survey.digests[i] = np.frombuffer(digest, dtype=np.uint64)
+                survey.modes[mode] += 1
+    except BrokenProcessPool as error:
+        raise ConfigError(
+            f"--workers={num_workers}: a process was killed, for its memory perhaps; use fewer"
+        ) from error
+    finally:
+        workers.shutdown(cancel_futures=True)
+    return survey
+
+
+def _start_worker(sets: list[ImageSet]) -> None:
+    global _sets
+    _sets = sets
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+
+
+def _look(split: int, index: int) -> Look | str:
+    try:
+        return _sets[split].read(index, measure)
+    except UnreadableImage as error:
+        return error.reason
+
+
+def measure(image: Image.Image) -> Look:
+    """Mode, size, hash of size and RGB pixels, and float64 [2, 3]: mean and mean of squares per channel."""
+    mode, rgb = image.mode, to_rgb(image)
+    digest = hashlib.blake2b(f"{rgb.width} x {rgb.height}".encode(), digest_size=16)
+    digest.update(rgb.tobytes())
+    shares = np.array(rgb.histogram()).reshape(3, 256) / (rgb.width * rgb.height)
+    return mode, rgb.size, digest.digest(), np.stack([(shares * LEVELS).sum(1), (shares * LEVELS**2).sum(1)])
+
+
+def duplicate_groups(digests: np.ndarray) -> list[np.ndarray]:
+    """Indices of equal rows, ascending, for each row that is there twice or more."""
+    order = np.lexsort((digests[:, 1], digests[:, 0]))
+    is_new = (digests[order][1:] != digests[order][:-1]).any(axis=1)
+    ends = np.append(np.flatnonzero(is_new) + 1, len(order))
+    starts = np.append(0, ends[:-1])
+    return [order[start:end] for start, end in zip(starts, ends, strict=True) if end - start > 1]
+
+
+def print_classes(contents: Contents, all_classes: bool) -> None:
+    counts = [np.bincount(images.labels, minlength=len(contents.classes)) for images in contents.splits.values()]
+    print(f"{printable(str(contents.root))}: {contents.kind}, {len(contents.classes):,} classes\n")
+    if len(contents.classes) <= MAX_TABLE or all_classes:
+        names = [printable(name) for name in contents.classes]
+        width = max(len("class"), *(len(name) for name in names))
+        print(f"{'class':<{width}}" + "".join(f" {split:>9}" for split in contents.splits))
+        for name, *numbers in zip(names, *counts, strict=True):
+            print(f"{name:<{width}}" + "".join(f" {number:>9,}" for number in numbers))
+        print()
+    else:
+        for split, of_class in zip(contents.splits, counts, strict=True):
+            low, median, high = of_class.min(), np.median(of_class), of_class.max()
+            say("a class", f"min {low:,}, median {median:,.10g}, max {high:,} images in {split}")
+    say("images", ", ".join(f"{len(images):,} {split}" for split, images in contents.splits.items()))
+    if list(contents.splits) == ["train"]:
+        say("", "no val/ or test/: training needs data.holdout_fraction")
+    elif "val" in contents.splits and (contents.root / "test").is_dir():
+        say("", "test/ was not read; training does not read it either, where there is val/")
+    for fault in contents.faults:
+        say("class", fault)
+    if contents.unused:
+        names = [printable(os.path.relpath(path, contents.root)) for path in contents.unused]
+        say("not read", f"{counted(len(names), 'file')}, no image in a class folder: {some(names)}")
+
+
+def print_survey(contents: Contents, survey: Survey) -> None:
+    sizes = Counter(map(tuple, survey.sizes[survey.sizes[:, 0] > 0].tolist()))
+    if len(sizes) == 1:
+        say("size", "{} x {} pixels, all of them".format(*next(iter(sizes))))
+    elif sizes:
+        by_area = sorted(sizes.elements(), key=lambda size: (size[0] * size[1], size))
+        smallest, median, largest = (f"{w} x {h}" for w, h in (by_area[0], by_area[len(by_area) // 2], by_area[-1]))
+        say("sizes", f"{smallest} smallest, {median} median, {largest} largest, {len(sizes):,} distinct")
+    if survey.modes:
+        say("modes", ", ".join(f"{number:,} {mode}" for mode, number in survey.modes.most_common()))
+    for index, reason in survey.unreadable.items():
+        say("unreadable", f"{contents.name(index)}: {printable(reason.partition(' <_io.')[0])}")
+
+
+def print_duplicates(contents: Contents, survey: Survey) -> int:
+    """Groups of images with the same pixels; returns the number of those across splits."""
+    readable = np.flatnonzero(survey.sizes[:, 0])
+    groups = [readable[group] for group in duplicate_groups(survey.digests[readable])]
+    groups.sort(key=lambda group: group[0])
+    across = [group for group in groups if len(set(contents.split_of[group])) > 1]
+    if len(contents.splits) > 1:
+        _print_groups(contents, f"across {' and '.join(contents.splits)}", across, MAX_ACROSS)
+    for number, split in enumerate(contents.splits):
+        within = [group for group in groups if set(contents.split_of[group]) == {number}]
+        _print_groups(contents, f"within {split}", within, MAX_WITHIN)
+    return len(across)
+
+
+def _print_groups(contents: Contents, where: str, groups: list[np.ndarray], limit: int) -> None:
+    contradicting = [group for group in groups if len(set(contents.labels[group])) > 1]
+    shown = contradicting + [group for group in groups if len(set(contents.labels[group])) == 1]
+    labels = f", {len(contradicting):,} with different labels" if contradicting else ""
+    say("duplicates", f"{counted(len(groups), 'group')} {where}{labels}" if groups else f"none {where}")
+    for group in shown[:limit]:
+        say("", "  " + some([contents.name(index) for index in group], " = "))
+    if len(shown) > limit:
+        say("", f"  and {len(shown) - limit:,} more")
+
+
+def print_mean_std(contents: Contents, survey: Survey) -> None:
+    """Of the first split (train or all), every image with the same weight, ready for the command line."""
+    first = (survey.sizes[:, 0] > 0) & (contents.split_of == 0)
+    if first.any():
+        mean, square = survey.moments[first].mean(axis=0)
+        std = np.sqrt(np.maximum(square - mean**2, 0))
+        numbers = [",".join(f"{value:.4f}" for value in values) for values in (mean, std)]
+        say("mean, std", f"data.mean=[{numbers[0]}] data.std=[{numbers[1]}]")
+
+
+def say(label: str, text: str) -> None:
+    print(f"{label:<11} {text}")
+
+
+def counted(number: int, singular: str, plural: str = "") -> str:
+    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
+
+
+def some(names: Sequence[str], separator: str = ", ") -> str:
+    rest = len(names) - MAX_NAMES
+    return separator.join(names[:MAX_NAMES]) + (f" and {rest:,} more" if rest > 0 else "")

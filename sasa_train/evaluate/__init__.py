@@ -1,0 +1,252 @@
+"""sasa-evaluate: a checkpoint's top1, top5, loss and classes on val; the training log's number to the last digit.
+
+On request also its calibration, averages over mirrored views, ImageNet-ReaL, and a paired test against another model.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sasa_train.commands import end_command
+from sasa_train.evaluate.outputs import check_outputs, write_outputs
+from sasa_train.evaluate.sections import (
+    lines_of_calibration,
+    lines_of_classes,
+    lines_of_comparison,
+    lines_of_mirrored,
+    lines_of_real,
+)
+from sasa_train.refusal import ConfigError
+from sasa_train.terminal import fail, printable
+
+if TYPE_CHECKING:
+    from sasa_train.evaluate.val_pass import Answers, Val
+    from sasa_train.trained import TrainedModel
+    from sasa_train.training.evaluation import Evaluation
+
+EPILOG = """examples:
+  sasa-evaluate outputs/RUN
+  sasa-evaluate outputs/RUN/checkpoints/last.pt weights=raw data.root=/elsewhere trainer.device=cpu
+  sasa-evaluate outputs/RUN --calibration --plot reliability.png
+  sasa-evaluate outputs/RUN --compare outputs/OTHER_RUN
+  sasa-evaluate outputs/RUN --tta hflip --predictions val.csv --json val.json
+
+With --tta the plain figures come first; all that is asked for beyond them is of the averaged probabilities.
+Exit codes: 0 done, 2 refused, 1 failed."""
+
+
+def main() -> None:
+    end_command(run_command)
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run with command-line arguments; returns the exit code."""
+    parser = build_parser()
+    if not arguments:
+        parser.print_help()
+        return 2
+    try:
+        options = parser.parse_intermixed_args(arguments)
+    except SystemExit as stop:  # after --help or argparse's own refusal
+        return int(stop.code or 0)
+    from sasa_train.data.workers import DataWorkerError
+    from sasa_train.runs.checkpoint import CheckpointError
+
+    try:
+        evaluate_checkpoint(options)
+    except (ConfigError, CheckpointError) as error:
+        return fail(error)
+    except (DataWorkerError, OSError) as error:
+        fail(error)
+        return 1
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "sasa-evaluate",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="RUN_OR_CHECKPOINT",
+        help="a run folder (its best.pt, or last.pt where there is no best) or a checkpoint file",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="knobs over the checkpoint's config, as in data.root=/elsewhere; weights=raw for the model's own weights, "
+        "where the run kept an exponential moving average (the default then)",
+    )
+    add = parser.add_argument
+    add("--calibration", action="store_true", help="calibration error, Brier score, the temperature that would be best")
+    add("--bins", type=int, metavar="N", help="of confidence, for --calibration (implied); left out: 15")
+    add("--plot", type=Path, metavar="FILE", help="reliability diagram, .png, .svg or .pdf (implies --calibration)")
+    add("--tta", choices=("hflip",), help="average the probabilities of each image and its mirror image")
+    add("--real", metavar="FILE", help="accuracy by ImageNet-ReaL's labels: its real.json, or timm for timm's copy")
+    add("--compare", type=Path, metavar="OTHER", help="another run or checkpoint, on the same images: McNemar's test")
+    add("--predictions", type=Path, metavar="FILE", help="what is predicted for each image, as .csv or .jsonl")
+    add("--json", type=Path, metavar="FILE", help="all figures")
+    return parser
+
+
+def evaluate_checkpoint(options: argparse.Namespace) -> None:
+    """Evaluate, print, write.
+
+    Raises:
+        CheckpointError: there is no checkpoint that can be read.
+        ConfigError: options, overrides or data that are refused.
+        OSError: a file that cannot be written after all.
+    """
+    check_outputs(options)
+    from sasa_train.evaluate.val_pass import open_val
+    from sasa_train.trained import load_trained
+
+    trained = load_trained(options.source, options.overrides)
+    other = load_other(options, trained) if options.compare else None
+    val = open_val(trained)
+    other_val = open_other(val, other) if other else None
+    real_sets = load_real_sets(options.real, val) if options.real else None
+
+    answers: Answers | None = None
+    if is_per_image(options):
+        result, answers = val.evaluate_keeping_answers(with_mirrored=options.tta == "hflip")
+    else:
+        result = val.evaluate()
+    print_evaluation(val, result)
+    figures = figures_of(val, result)
+    if answers is not None:
+        figures |= evaluate_further(options, val, answers, result, real_sets, other_val)
+    for path in write_outputs(options, figures, answers, val.images):
+        print(f"wrote {printable(str(path))}")
+
+
+def is_per_image(options: argparse.Namespace) -> bool:
+    """Whether sums over val do not do."""
+    wanted = (options.tta, options.real, options.compare, options.predictions)
+    return wants_calibration(options) or any(wanted)
+
+
+def wants_calibration(options: argparse.Namespace) -> bool:
+    return options.calibration or options.plot is not None or options.bins is not None
+
+
+def load_other(options: argparse.Namespace, trained: "TrainedModel") -> "TrainedModel":
+    """The checkpoint to compare with, under the same overrides."""
+    from sasa_train.trained import load_trained
+
+    other = load_trained(options.compare, options.overrides)
+    if other.classes != trained.classes:
+        raise ConfigError(
+            f"--compare {options.compare}: its {len(other.classes)} classes are not the {len(trained.classes)} of "
+            f"{trained.path}; two models are compared on the same classes in the same order"
+        )
+    return other
+
+
+def open_other(val: "Val", other: "TrainedModel") -> "Val":
+    """The same images as that model sees them: by its own image size and normalisation."""
+    from sasa_train.data.fingerprint import differences
+    from sasa_train.evaluate.val_pass import open_val
+
+    opened = open_val(other)
+    if changes := differences(val.fingerprint, opened.fingerprint, "val"):
+        raise ConfigError(
+            f"--compare {other.path}: its config names other images:\n"
+            + "\n".join(f"  {line}" for line in changes)
+            + "\na paired test needs the same; data.root=, data.max_val_images=, ... on the command line are for both"
+        )
+    return opened
+
+
+def load_real_sets(source: str, val: "Val") -> list[frozenset[int]]:
+    """ImageNet-ReaL's classes of each of val's images."""
+    from sasa_train.evaluate.imagenet_real import load_real_labels
+
+    names = [val.images.name(i) for i in range(len(val.images))]
+    return load_real_labels(source, val.images.classes).of(names)
+
+
+def print_evaluation(val: "Val", result: "Evaluation") -> None:
+    trained = val.trained
+    kind = "EMA" if trained.weights == "ema" else "raw"
+    print(f"{printable(str(trained.path))}: step {trained.checkpoint['step']:,}, {kind} weights\n")
+    for line in val.changes():
+        print(f"not the images that the run was evaluated on: {line}")
+    print("\n".join(lines_of_classes(val.images.classes, result.class_hits, result.class_images)))
+    if lines := val.loader.quarantine.lines():
+        print(f"\n{len(lines)} images could not be read and are left out:\n" + "\n".join(lines))
+    print(f"\nimages {result.num_images}\nloss   {result.loss!r}\ntop1   {result.top1!r}\ntop5   {result.top5!r}")
+
+
+def figures_of(val: "Val", result: "Evaluation") -> dict[str, Any]:
+    """For --json: plain values; percent where design says so, as in metrics.jsonl."""
+    counts = zip(val.images.classes, result.class_images, result.class_hits, strict=True)
+    return {
+        "checkpoint": str(val.trained.path),
+        "step": val.trained.checkpoint["step"],
+        "weights": val.trained.weights,
+        "num_images": result.num_images,
+        "loss": result.loss,
+        "top1": result.top1,
+        "top5": result.top5,
+        "classes": [{"name": name, "num_images": images, "num_right": hits} for name, images, hits in counts],
+        "unreadable": val.loader.quarantine.found,
+    }
+
+
+def evaluate_further(
+    options: argparse.Namespace,
+    val: "Val",
+    answers: "Answers",
+    plain: "Evaluation",
+    real_sets: "list[frozenset[int]] | None",
+    other_val: "Val | None",
+) -> dict[str, Any]:
+    """Compute and print a section for each option that asks for one; returns what --json writes."""
+    from sasa_train.evaluate.calibration import NUM_BINS, calibrate, proper_scores
+
+    figures: dict[str, Any] = {}
+    if options.tta:
+        nll, _ = proper_scores(answers.logits, answers.labels)
+        figures["tta"] = {"views": ["plain", "hflip"], "loss": nll, "top1": answers.top1, "top5": answers.top5}
+        print_section(lines_of_mirrored(figures["tta"], plain, val.trained.config))
+    if wants_calibration(options):
+        num_bins = NUM_BINS if options.bins is None else options.bins
+        figures["calibration"] = calibrate(answers.logits, answers.labels, answers.predictions, num_bins)
+        print_section(lines_of_calibration(figures["calibration"]))
+    if real_sets is not None:
+        from sasa_train.evaluate.imagenet_real import evaluate_real
+
+        sets = [real_sets[i] for i in answers.indices]
+        figures["real"] = evaluate_real(sets, answers.predictions.tolist(), answers.labels.tolist())
+        print_section(lines_of_real(figures["real"], len(val.images.classes)))
+    if other_val is not None:
+        figures["compare"] = compare_with(other_val, answers, options)
+        print_section(lines_of_comparison(figures["compare"], val.trained, other_val.trained))
+    return figures
+
+
+def compare_with(other_val: "Val", answers: "Answers", options: argparse.Namespace) -> Any:
+    """The paired comparison over the images that both could read."""
+    import numpy as np
+
+    from sasa_train.evaluate.significance import compare
+
+    _, others = other_val.evaluate_keeping_answers(with_mirrored=options.tta == "hflip")
+    _, mine, its = np.intersect1d(answers.indices, others.indices, return_indices=True)
+    first, other = answers.rows(mine), others.rows(its)
+    return compare(first.predictions.numpy(), other.predictions.numpy(), first.labels.numpy())
+
+
+def print_section(lines: list[str]) -> None:
+    print("\n" + "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,3 @@
+from sasa_train.evaluate import main
+
+main()

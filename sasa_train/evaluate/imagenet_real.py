@@ -1,0 +1,108 @@
+"""ImageNet-ReaL (Beyer et al. 2020, arXiv 2006.07159): for each val image every class that is in it, or none.
+
+A prediction is right if it is one of them; images without any are left out.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from timm.data import ImageNetInfo
+
+from sasa_train.refusal import ConfigError
+from sasa_train.terminal import printable
+
+NUM_IMAGES, NUM_CLASSES = 50_000, 1000
+TIMM = "timm"  # the word for the copy that timm ships
+VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+$")
+
+
+@dataclass(frozen=True)
+class RealLabels:
+    """`sets[i]`: of val image i, counted from 0, the positions of its classes among the model's, perhaps none."""
+
+    sets: list[frozenset[int]]
+
+    def of(self, names: Sequence[str]) -> list[frozenset[int]]:
+        """The classes of images by their file names.
+
+        Raises:
+            ConfigError: a name that is none of ImageNet's val images, or no image with a label.
+        """
+        found = [VAL_NAME.search(name) for name in names]
+        numbers = [int(match[1]) if match else 0 for match in found]
+        wrong = [name for name, number in zip(names, numbers, strict=True) if not 1 <= number <= NUM_IMAGES]
+        if wrong:
+            raise ConfigError(
+                f"--real: {len(wrong):,} of {len(names):,} images are none of ImageNet's val, as "
+                f"{printable(wrong[0])}; their names must be ILSVRC2012_val_00000001.JPEG to ..._{NUM_IMAGES:08d}.JPEG"
+            )
+        sets = [self.sets[number - 1] for number in numbers]
+        _check_any(sets)
+        return sets
+
+
+@dataclass(frozen=True)
+class RealResult:
+    """`top1` over the images that have a label, in percent; `top1_original` by ImageNet's own labels on the same."""
+
+    top1: float
+    top1_original: float
+    num_images: int
+    num_left_out: int
+
+
+def load_real_labels(source: str, classes: Sequence[str]) -> RealLabels:
+    """Read real.json, or timm's copy where `source` is "timm", for a model of `classes`.
+
+    Of a model of some of ImageNet's classes, the others' labels are dropped.
+
+    Raises:
+        ConfigError: classes that are not ImageNet's, or a file that is not real.json.
+    """
+    wnids = ImageNetInfo().label_names()
+    if foreign := [name for name in classes if name not in set(wnids)]:
+        raise ConfigError(
+            f"--real: {len(foreign):,} of {len(classes):,} classes are none of ImageNet's {NUM_CLASSES:,}, as "
+            f"{printable(foreign[0])}; ReaL is for models of ImageNet, with classes named n01440764, ..."
+        )
+    position = {name: i for i, name in enumerate(classes)}
+    by_index = [position.get(wnid) for wnid in wnids]
+    sets = [frozenset(by_index[i] for i in of_image if by_index[i] is not None) for of_image in _read(source)]
+    return RealLabels(sets)  # type: ignore[arg-type]
+
+
+def evaluate_real(sets: Sequence[frozenset[int]], predictions: Sequence[int], labels: Sequence[int]) -> RealResult:
+    """Raises ConfigError where no image has a label."""
+    _check_any(sets)
+    rows = [row for row in zip(sets, predictions, labels, strict=True) if row[0]]
+    hits = sum(prediction in of_image for of_image, prediction, _ in rows)
+    original = sum(prediction == label for _, prediction, label in rows)
+    return RealResult(100 * hits / len(rows), 100 * original / len(rows), len(rows), len(sets) - len(rows))
+
+
+def _check_any(sets: Sequence[frozenset[int]]) -> None:
+    if not any(sets):
+        raise ConfigError(f"--real: none of the {len(sets):,} images has a label; there is nothing to evaluate")
+
+
+def _read(source: str) -> list[list[int]]:
+    path = resources.files("timm.data") / "_info/imagenet_real_labels.json" if source == TIMM else Path(source)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"--real {source}: cannot be read ({error}); give real.json, or timm for its copy") from error
+    is_list = isinstance(found, list) and len(found) == NUM_IMAGES
+    if not is_list or not all(isinstance(item, list) and all(map(_is_class, item)) for item in found):
+        raise ConfigError(
+            f"--real {source}: must be a list of {NUM_IMAGES:,} lists of numbers from 0 to {NUM_CLASSES - 1}, as "
+            "real.json of github.com/google-research/reassessed-imagenet is"
+        )
+    return found
+
+
+def _is_class(value: object) -> bool:
+    return type(value) is int and 0 <= value < NUM_CLASSES

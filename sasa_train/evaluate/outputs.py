@@ -1,0 +1,105 @@
+"""What sasa-evaluate writes: predictions, all figures as JSON, the reliability diagram."""
+
+import argparse
+import csv
+import dataclasses
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sasa_train.extras import why_not
+from sasa_train.refusal import ConfigError
+from sasa_train.terminal import printable
+
+if TYPE_CHECKING:
+    from sasa_train.data.datasets import ImageSet
+    from sasa_train.evaluate.val_pass import Answers
+
+SUFFIXES = {"predictions": (".csv", ".jsonl"), "json": (".json",), "plot": (".png", ".svg", ".pdf")}
+
+
+def check_outputs(options: argparse.Namespace) -> None:
+    """Refuse before anything is evaluated what could not be written afterwards."""
+    if options.bins is not None and options.bins < 1:
+        raise ConfigError(f"--bins {options.bins}: must be 1 or more")
+    if options.plot and (reason := why_not("--plot", "plots")):
+        raise ConfigError(reason)
+    for name, suffixes in SUFFIXES.items():
+        path: Path | None = getattr(options, name)
+        if path is None:
+            continue
+        if path.suffix.lower() not in suffixes:
+            raise ConfigError(f"--{name} {path}: the name must end in {' or '.join(suffixes)}")
+        if not path.absolute().parent.is_dir():
+            raise ConfigError(f"--{name} {path}: there is no folder {path.parent}; make it first")
+        if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+            raise ConfigError(f"--{name} {path}: no file can be written there; give another place")
+
+
+def write_outputs(
+    options: argparse.Namespace, figures: dict[str, Any], answers: "Answers | None", images: "ImageSet"
+) -> Iterator[Path]:
+    """Write what the options ask for, each file whole or not at all; yields their paths.
+
+    Raises:
+        OSError: a file that cannot be written; the message names it.
+    """
+    from sasa_train.files import write_atomic
+
+    contents: list[tuple[Path, bytes]] = []
+    if options.predictions and answers is not None:
+        rows = list(prediction_rows(answers, images))
+        is_csv = options.predictions.suffix.lower() == ".csv"
+        contents.append((options.predictions, (as_csv(rows) if is_csv else as_json_lines(rows)).encode()))
+    if options.json:
+        contents.append((options.json, json.dumps(figures, indent=1, default=dataclasses.asdict).encode() + b"\n"))
+    if options.plot:
+        contents.append((options.plot, draw(figures, options.plot.suffix.lower()[1:])))
+    for path, content in contents:
+        try:
+            write_atomic(path, content)
+        except OSError as error:
+            raise OSError(f"{path}: cannot be written ({error.strerror}); give another place") from error
+        yield path
+
+
+def prediction_rows(answers: "Answers", images: "ImageSet") -> Iterator[dict[str, Any]]:
+    """One for each image that could be read, in val's order; probabilities from 0 to 1."""
+    from sasa_train.evaluate.calibration import confidences_of
+
+    names = [printable(name) for name in images.classes]
+    labels, predictions = answers.labels.tolist(), answers.predictions.tolist()
+    probabilities = confidences_of(answers.logits, answers.predictions).tolist()
+    of_labels = confidences_of(answers.logits, answers.labels).tolist()
+    for i, index in enumerate(answers.indices):
+        yield {
+            "image": printable(images.name(int(index))),
+            "label": names[labels[i]],
+            "prediction": names[predictions[i]],
+            "probability": probabilities[i],
+            "label_probability": of_labels[i],
+        }
+
+
+def as_csv(rows: list[dict[str, Any]]) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def as_json_lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def draw(figures: dict[str, Any], kind: str) -> bytes:
+    from sasa_train.evaluate.reliability_diagram import draw_reliability
+    from sasa_train.figures import rendered
+
+    views = ", averaged with the mirror image" if "tta" in figures else ""
+    figure = draw_reliability(figures["calibration"].bins, f"val, {figures['num_images']:,} images{views}")
+    return rendered(figure, kind)

@@ -1,0 +1,59 @@
+"""The reliability diagram: accuracy over confidence, and how many images there are of each."""
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import Normal, Stroke
+
+from sasa_train.evaluate.calibration import Bin, expected_error
+from sasa_train.figures import GRID, STYLES
+
+ACCURACY, GAP = STYLES[1], STYLES[2]
+SIDE, COUNTS_SHARE = 5.6, 3.0  # inches; the diagram is so many times as high as the counts below it
+
+
+def draw_reliability(bins: Sequence[Bin], title: str) -> Figure:
+    """Above, bars of accuracy with the gap to the mean confidence; below, the number of images in each bin."""
+    figure = Figure(figsize=(SIDE, SIDE * 1.25), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(COUNTS_SHARE, 1))
+    _draw_accuracy(upper, bins)
+    _draw_counts(lower, bins)
+    for axis in (upper, lower):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_axisbelow(True)
+        axis.grid(axis="y", color=GRID, lw=0.6)
+    figure.suptitle(f"{title}; ECE {expected_error(bins):.2f} %", fontsize=10)
+    return figure
+
+
+def _draw_accuracy(axis: Axes, bins: Sequence[Bin]) -> None:
+    filled = [each for each in bins if each.num_images]
+    places, width = [(each.low + each.high) / 2 for each in filled], 100 / len(bins)
+    accuracies, gaps = [each.top1 or 0.0 for each in filled], [each.gap for each in filled]
+    color, hatch, *_ = ACCURACY
+    axis.bar(places, accuracies, width, color=color, hatch=hatch, edgecolor="black", lw=0.6, label="accuracy")
+    color, hatch, *_ = GAP
+    label = "gap to the mean confidence"
+    axis.bar(
+        places, gaps, 0.7 * width, bottom=accuracies, color=color, hatch=hatch, edgecolor="black", lw=0.6, label=label
+    )
+    outline = [Stroke(linewidth=3.5, foreground="white"), Normal()]  # else the line is lost on dark bars
+    axis.plot([0, 100], [0, 100], color="black", lw=1.3, label="as confident as accurate", path_effects=outline)
+    axis.set_xlim(0, 100)
+    axis.set_ylim(0, 102)
+    axis.set_ylabel("top1, percent")
+    axis.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), columnspacing=1.2)
+
+
+def _draw_counts(axis: Axes, bins: Sequence[Bin]) -> None:
+    places, width = [(each.low + each.high) / 2 for each in bins], 100 / len(bins)
+    counts = [each.num_images for each in bins]
+    axis.bar(places, counts, width, color=STYLES[0][0], edgecolor="black", lw=0.6)
+    for place, count in zip(places, counts, strict=True):
+        if count and len(bins) <= 20:
+            axis.annotate(f"{count:,}", (place, count), xytext=(0, 2), textcoords="offset points", ha="center",
+                          fontsize=6)  # fmt: skip
+    axis.margins(y=0.2)
+    axis.set_ylabel("images")
+    axis.set_xlabel("confidence of the prediction, percent")

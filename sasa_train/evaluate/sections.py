@@ -1,0 +1,83 @@
+"""What sasa-evaluate says, as lines for people."""
+
+from typing import TYPE_CHECKING, Any
+
+from sasa_train.config.derived import flips_images
+from sasa_train.config.keys import TrainConfig
+from sasa_train.terminal import printable
+
+if TYPE_CHECKING:
+    from sasa_train.evaluate.calibration import Bin, Calibration
+    from sasa_train.evaluate.imagenet_real import RealResult
+    from sasa_train.evaluate.significance import Comparison
+    from sasa_train.trained import TrainedModel
+    from sasa_train.training.evaluation import Evaluation
+
+
+def lines_of_classes(classes: list[str], hits: list[int], images: list[int]) -> list[str]:
+    names = [printable(name) for name in classes]
+    width = max(len("class"), *(len(name) for name in names))
+    lines = [f"{'class':<{width}}  images    top1"]
+    for name, num_hits, num_images in zip(names, hits, images, strict=True):
+        top1 = f"{100 * num_hits / num_images:6.2f}" if num_images else "     -"
+        lines.append(f"{name:<{width}}  {num_images:>6}  {top1}")
+    return lines
+
+
+def lines_of_mirrored(mirrored: dict[str, Any], plain: "Evaluation", config: TrainConfig) -> list[str]:
+    lines = ["with the mirror image, probabilities averaged over both views; in brackets the change from above"]
+    lines += [f"{key:<6} {mirrored[key]!r} ({mirrored[key] - getattr(plain, key):+.4f})" for key in ("loss", "top1")]
+    lines.append(f"top5   {mirrored['top5']!r} ({mirrored['top5'] - plain.top5:+.4f})")
+    if not flips_images(config.data, config.augment):
+        lines.append("the training never mirrored an image (augment.hflip): the second view is new to this model")
+    return lines
+
+
+def lines_of_calibration(found: "Calibration") -> list[str]:
+    over = found.confidence - found.top1
+    verdict = f"{'over' if over > 0 else 'under'}confident by {abs(over):.2f} points"
+    lines = [
+        f"calibration, {len(found.bins)} bins of equal width",
+        f"ECE         {found.ece:.2f} %",
+        f"MCE         {found.mce:.2f} % {_worst(found.bins)}",
+        f"confidence  {found.confidence:.2f} % on average at top1 {found.top1:.2f} %: {verdict}",
+        f"NLL         {found.nll:.4f}",
+        f"Brier       {found.brier:.4f} (0 to 2)",
+    ]
+    if (best := found.temperature) is None:
+        return [*lines, "temperature none is best: the NLL falls as far as the logits are stretched, or shrunk"]
+    text = f"{best.value:.3f} would be best: NLL {best.nll:.4f}, ECE {best.ece:.2f} %; fitted on these very images"
+    return [*lines, f"temperature {text}"]
+
+
+def _worst(bins: "list[Bin]") -> str:
+    worst = max(bins, key=lambda each: abs(each.gap))
+    images = "1 image" if worst.num_images == 1 else f"{worst.num_images:,} images"
+    return f"in the bin from {worst.low:.1f} to {worst.high:.1f} %, with {images}"
+
+
+def lines_of_real(found: "RealResult", num_classes: int) -> list[str]:
+    lines = [
+        f"ImageNet-ReaL, {found.num_images:,} images; {found.num_left_out:,} without a label are left out",
+        f"top1   {found.top1!r}, by ImageNet's own labels on the same images {found.top1_original!r}",
+    ]
+    if num_classes < 1000:
+        lines.append(f"of {num_classes} classes, the labels of others dropped: not to be set beside published figures")
+    return lines
+
+
+def lines_of_comparison(found: "Comparison", first: "TrainedModel", other: "TrainedModel") -> list[str]:
+    counts = found.counts
+    names = [f"{printable(str(each.path))}, step {each.checkpoint['step']:,}" for each in (first, other)]
+    return [
+        f"compared on {counts.num_images:,} images",
+        f"first       {names[0]}: top1 {found.top1[0]!r}",
+        f"other       {names[1]}: top1 {found.top1[1]!r}",
+        f"right       both {counts.both:,}, only the first {counts.only_first:,}, only the other "
+        f"{counts.only_other:,}, neither {counts.neither:,}; the same prediction for {found.agreement:.2f} %",
+        f"difference  {found.difference:+.2f} points of top1, 95 % interval {found.low:+.2f} to {found.high:+.2f} "
+        "(paired; Newcombe 1998, method 10)",
+        f"McNemar     p = {found.p:.3g} (exact, two-sided)",
+        "This is about these two sets of weights on images like these, not about what made them: another seed gives "
+        "other weights. To compare recipes, train several seeds of each (sasa-sweep, sasa-report).",
+    ]

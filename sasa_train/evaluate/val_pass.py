@@ -1,0 +1,137 @@
+"""One pass of a trained model over val: the figures that its training logged, and what it says of each image."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sasa_train.config.derived import micro_batch_size
+from sasa_train.data.datasets import ImageSet
+from sasa_train.data.fingerprint import fingerprint
+from sasa_train.data.loader import Loader, build_eval_loader, check_evaluated
+from sasa_train.device import resolve
+from sasa_train.trained import TrainedModel
+from sasa_train.training.evaluation import Evaluation, evaluate, rank_classes
+
+
+@dataclass
+class Answers:
+    """What a model says of the n val images that could be read, on the CPU.
+
+    `logits` float32 [n, num_classes], 200 MB for ImageNet: of one view, or log-probabilities averaged over several;
+    `ranked` int64 [n, 5] (or as many as there are classes), the best class first; `labels` int64 [n]; `indices` int64
+    [n] of the images in their set.
+    """
+
+    logits: Tensor
+    ranked: Tensor
+    labels: Tensor
+    indices: np.ndarray
+
+    @property
+    def predictions(self) -> Tensor:
+        return self.ranked[:, 0]
+
+    @cached_property
+    def is_right(self) -> Tensor:
+        return self.predictions == self.labels
+
+    @property
+    def top1(self) -> float:
+        return 100 * self.is_right.double().mean().item()
+
+    @property
+    def top5(self) -> float:
+        return 100 * (self.ranked == self.labels[:, None]).any(1).double().mean().item()
+
+    def rows(self, which: np.ndarray) -> "Answers":
+        return Answers(self.logits[which], self.ranked[which], self.labels[which], self.indices[which])
+
+
+@dataclass
+class Val:
+    """A trained model on its device beside its val images, which no pass has read yet."""
+
+    trained: TrainedModel
+    device: torch.device
+    loader: Loader
+    images: ImageSet
+    precision: str
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        return fingerprint(self.images)
+
+    def changes(self) -> list[str]:
+        """How the images differ from those that the training was evaluated on."""
+        return self.trained.changes(self.fingerprint)
+
+    def evaluate(self, answering: "Answering | None" = None) -> Evaluation:
+        """The training log's figures, to the last digit; `answering` keeps on the way what the model says."""
+        model, num_classes = answering or self.trained.model, len(self.images.classes)
+        try:
+            result = evaluate(model, self.loader.eval_batches(), num_classes, self.device, self.precision)
+        finally:
+            self.loader.close()
+        assert result is not None
+        check_evaluated(self.loader, result.num_images, self.loader.num_left_out)
+        return result
+
+    def evaluate_keeping_answers(self, with_mirrored: bool = False) -> tuple[Evaluation, Answers]:
+        """`evaluate`, and what the model says of each image, or of it and its mirror image together."""
+        answering = Answering(self.trained.model, with_mirrored)
+        result = self.evaluate(answering)
+        unreadable = self.loader.quarantine.found
+        readable = [i for i in range(len(self.images)) if self.images.name(i) not in unreadable]
+        indices = np.array(readable, dtype=np.int64)
+        logits, ranked = torch.cat(answering.logits), torch.cat(answering.ranked)
+        if len(logits) != len(indices):
+            raise RuntimeError(f"{len(logits):,} images were evaluated, but {len(indices):,} could be read")
+        return result, Answers(logits, ranked, torch.from_numpy(self.images.labels[indices]), indices)
+
+
+class Answering(nn.Module):
+    """Passes a model's logits on, and keeps them; with mirrored views, keeps the average of both views instead."""
+
+    def __init__(self, model: nn.Module, with_mirrored: bool):
+        super().__init__()
+        self.model, self.with_mirrored = model, with_mirrored
+        self.logits: list[Tensor] = []
+        self.ranked: list[Tensor] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        plain = self.model(images)
+        kept = plain.float()
+        if self.with_mirrored:
+            kept = mean_over_views([kept, self.model(images.flip(3)).float()])
+        self.logits.append(kept.cpu())
+        self.ranked.append(rank_classes(kept).cpu())
+        return plain
+
+
+def mean_over_views(logits: list[Tensor]) -> Tensor:
+    """Logarithms of the probabilities averaged over views: logits again, whose softmax is that average."""
+    return torch.stack([view.log_softmax(1) for view in logits]).logsumexp(0) - math.log(len(logits))
+
+
+def open_val(trained: TrainedModel) -> Val:
+    """Find val and plan its batches as in the training; moves the model to the device.
+
+    Raises:
+        ConfigError: data that are refused, or have other classes than the checkpoint.
+    """
+    checkpoint, config = trained.checkpoint, trained.config
+    config.trainer.sync_batch_norm = False  # of training alone
+    if config.trainer.micro_batch_size is None:  # the batches of each process that trained it, one after another
+        num_processes = checkpoint["provenance"].get("world_size", 1)
+        config.trainer.micro_batch_size = micro_batch_size(config.trainer, num_processes)
+        config.trainer.grad_accum_steps = 1
+    device, config = resolve(config)
+    loader, images = build_eval_loader(config, device)
+    trained.check_classes(images.classes)
+    trained.model.to(device).to(memory_format=loader.normalize.memory_format)
+    return Val(trained, device, loader, images, config.trainer.precision)

@@ -1,0 +1,92 @@
+"""Real images through a model and through what was made of it: how far apart the logits are, how fast each is."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sasa_train.data.datasets import Files, ImageSet, UnreadableImage, load_image_sets
+from sasa_train.data.transforms import fit
+from sasa_train.predict.find_images import find_images
+from sasa_train.refusal import ConfigError
+from sasa_train.terminal import printable
+from sasa_train.trained import TrainedModel
+
+NUM_IMAGES = 64
+BATCH_SIZES = (1, 7)
+Run = Callable[[Tensor], Tensor]  # normalised images [B, 3, S, S] -> logits [B, classes]
+
+
+@dataclass
+class Measured:
+    """For each of BATCH_SIZES the logits of all images, and images a second (the median batch)."""
+
+    logits: list[Tensor]
+    images_per_second: list[float]
+
+    def difference(self, expected: "Measured") -> float:
+        """The largest, as a part of the largest expected logit; NaN where a logit is."""
+        pairs = zip(self.logits, expected.logits, strict=True)
+        return float(np.max([float((got - want).abs().max() / want.abs().max()) for got, want in pairs]))
+
+
+def load_images(trained: TrainedModel, folder: Path | None) -> tuple[Tensor, str]:
+    """Up to NUM_IMAGES real images as the model takes them, [n, 3, S, S], spread over the set; and what they are.
+
+    folder: images to take in place of the run's val.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    images, name = _val(trained) if folder is None else _folder(folder)
+    pixels = []
+    for index in np.linspace(0, len(images) - 1, min(NUM_IMAGES, len(images)), dtype=int):
+        try:
+            pixels.append(images.read(int(index), partial(fit, size=trained.image_size)))
+        except UnreadableImage:
+            continue
+    if not pixels:
+        raise ConfigError(f"none of the images of {name} can be read; give a folder of images with --images")
+    batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+    return trained.normalize(torch.device("cpu"))(batch).contiguous(), f"{len(pixels)} images of {name}"
+
+
+def _val(trained: TrainedModel) -> tuple[ImageSet, str]:
+    try:
+        return load_image_sets(trained.config.data)[1], f"val ({trained.config.data.name})"
+    except ConfigError as error:
+        raise ConfigError(
+            f"an export is checked on real images, and the run's are not there ({error}); give a folder of images with "
+            "--images, or data.root=..."
+        ) from error
+
+
+def _folder(folder: Path) -> tuple[ImageSet, str]:
+    found = list(find_images([str(folder)]))
+    paths = [one.path for one in found if not one.fault]
+    if not paths:
+        raise ConfigError(f"--images {printable(found[0].path)}: {found[0].fault}")
+    labels = np.zeros(len(paths), dtype=np.int64)
+    return ImageSet([], labels, np.arange(len(paths)), Files(paths)), printable(str(folder))
+
+
+@torch.inference_mode()
+def measure(run: Run, images: Tensor) -> Measured:
+    """All images in batches of each of BATCH_SIZES; the first batch twice, as warming up."""
+    measured = Measured([], [])
+    for batch_size in BATCH_SIZES:
+        batches = images.split(batch_size)
+        run(batches[0])
+        logits, speeds = [], []
+        for batch in batches:
+            start = time.perf_counter()
+            logits.append(run(batch))
+            speeds.append(len(batch) / (time.perf_counter() - start))
+        measured.logits.append(torch.cat(logits))
+        measured.images_per_second.append(float(np.median(speeds)))
+    return measured

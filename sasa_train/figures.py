@@ -1,0 +1,50 @@
+"""One style for every chart: told apart in grey and by the colour-blind."""
+
+import io
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sasa_train.terminal import printable
+
+# Of Okabe and Ito's colours those whose grey differs, each with its own hatch and marker.
+STYLES = (
+    ("#B8B8B8", "", "o", "-"),
+    ("#0072B2", "", "s", "-"),
+    ("#E69F00", "///", "^", "--"),
+    ("#111111", "", "D", ":"),
+    ("#56B4E9", "...", "v", "-."),
+    ("#F0E442", "xx", "P", "--"),
+)
+SOLID = STYLES[1:]  # points and lines need more contrast than grey bars
+MAGNITUDES = "cividis"  # a colour map whose grey rises evenly with the value, for normal and colour-blind eyes alike
+GRID = "#DDDDDD"
+WIDTH, DPI = 8.0, 150
+
+
+def new_figure(num_rows: int, num_columns: int, height: float) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def as_label(name: str) -> str:
+    """A name from a disk as matplotlib shows it to the letter.
+
+    A dollar would begin a formula, and an underscore at the front keep it out of legends.
+    """
+    text = printable(name).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
+def rendered(figure: Figure, kind: str = "png") -> bytes:
+    """As PNG, SVG or PDF; the same picture gives the same file: no date, and no random ids."""
+    file = io.BytesIO()
+    metadata: dict[str, dict[str, None]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    with rc_context({"svg.hashsalt": "sasa_train"}):
+        figure.savefig(file, dpi=DPI, format=kind, metadata=metadata.get(kind))
+    return file.getvalue()

@@ -1,0 +1,40 @@
+"""Batch norm of a stem's picked positions, with the statistics that the stem's kernel gives."""
+
+import torch
+from torch import Tensor, nn
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is of this very kind and nobody listens to it, so that what it does may be done elsewhere."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is kind and not any(hooks)
+
+
+def can_normalise_picked(norm: nn.Module) -> bool:
+    """Whether `normalise_picked` can stand for it: not for one synchronised between processes or with rare options."""
+    return is_plain(norm, nn.BatchNorm2d) and None not in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+
+
+def normalise_picked(norm: nn.BatchNorm2d, picked: Tensor, mean: Tensor, variance: Tensor, count: int) -> Tensor:
+    """Batch norm of some positions of a map, given the mean and biased variance of each channel over all `count`.
+
+    Moves the running statistics as `nn.BatchNorm2d` does; in eval mode it normalises with them.
+    """
+    assert norm.running_mean is not None and norm.running_var is not None
+    if norm.training:
+        _move_running_stats(norm, mean.detach(), variance.detach() * (count / (count - 1)))
+    else:
+        mean, variance = norm.running_mean, norm.running_var
+    scale = norm.weight * torch.rsqrt(variance + norm.eps)
+    shift = norm.bias - mean * scale
+    return torch.addcmul(shift[:, None, None], picked, scale[:, None, None])
+
+
+def _move_running_stats(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
+    assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    if norm.momentum == 0.0:
+        return
+    factor = norm.momentum if norm.momentum is not None else 1.0 / norm.num_batches_tracked.to(mean.dtype)
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
+    norm.running_var.lerp_(variance.to(norm.running_var.dtype), factor)

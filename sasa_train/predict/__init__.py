@@ -1,0 +1,224 @@
+"""sasa-predict: what a trained model takes images for: the best classes of each file, with their probabilities."""
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from tqdm import tqdm
+
+from sasa_train.files import sync_folder, write_aside
+from sasa_train.predict.find_images import LISTED, NUL, SEPARATOR, Found, find_images
+from sasa_train.predict.table import FORMATS, Row
+from sasa_train.refusal import ConfigError
+from sasa_train.terminal import fail, printable, warn
+
+if TYPE_CHECKING:
+    from sasa_train.predict.inference import Predictor
+
+USAGE = "sasa-predict RUN_OR_CHECKPOINT PATH... [options] [weights=ema|raw] [key=value ...]"
+
+EPILOG = """PATH is a file, however it is called; a folder, searched with all its folders for what is called an image; a
+quoted pattern ('photos/**/*.jpg'); or - for files and folders from stdin, one a line. Rows come in this order.
+
+Images are prepared as val was in training. One that cannot be read is named on stderr with the reason and has no line
+in the table; in CSV and JSON lines its row has an `error`.
+
+examples:
+  sasa-predict outputs/RUN photo.jpg holiday/
+  sasa-predict outputs/RUN holiday/ --top-k 1 --format csv --output holiday.csv
+  find photos -name '*.jpg' -print0 | sasa-predict outputs/RUN - --null --format jsonl trainer.device=cuda
+
+weights=raw takes the model's own weights, where the run kept an exponential moving average (the default then); other
+words key=value are knobs over the checkpoint's config: trainer.device, trainer.precision, data.num_workers (threads
+that read images).
+
+Exit codes: 0 every image was predicted; 1 one could not be, or failed; 2 refused, or no image was found at all."""
+
+DONE, FAILED = 0, 1
+
+
+def main() -> None:
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `sasa-predict ... | head` ends in peace
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run with command-line arguments; returns the exit code."""
+    try:
+        options = build_parser().parse_intermixed_args(arguments)
+    except SystemExit as stop:  # after --help or argparse's own refusal
+        return int(stop.code or 0)
+    from sasa_train.machine import is_out_of_memory
+    from sasa_train.runs.checkpoint import CheckpointError
+
+    try:
+        return predict_command(options)
+    except (ConfigError, CheckpointError) as error:
+        return fail(error)
+    except OSError as error:  # a disk that fills up or fails
+        fail(error)
+        return FAILED
+    except KeyboardInterrupt:
+        fail(RuntimeError("stopped"))
+        return FAILED
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fail(RuntimeError(f"out of memory; use less than --batch-size {options.batch_size} ({error})"))
+        return FAILED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "sasa-predict",
+        usage=USAGE,
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=Path, help="a run folder or a checkpoint file")
+    parser.add_argument("words", metavar="PATH", nargs="+", help="images, as described below")
+    parser.add_argument("--top-k", metavar="K", type=_positive, default=5, help="classes an image, the best first (5)")
+    parser.add_argument("--format", choices=list(FORMATS), default="table", help="(table)")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="written whole at the end; left out: stdout")
+    parser.add_argument("--batch-size", metavar="N", type=_positive, default=64, help="images at a time (64)")
+    parser.add_argument("-0", "--null", action="store_true", help="names on stdin end in NUL, as find -print0 has them")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 1")
+    return int(text)
+
+
+def predict_command(options: argparse.Namespace) -> int:
+    """Load the model, find, predict, print.
+
+    Raises:
+        CheckpointError: no checkpoint that can be read.
+        ConfigError: words, overrides or an output that are refused, or no image at all.
+        OSError: the rows cannot be written.
+    """
+    from sasa_train.config.overrides import split_overrides
+    from sasa_train.predict.inference import Predictor
+    from sasa_train.trained import load_trained
+
+    words, overrides = split_overrides(options.words)
+    if not words:
+        raise ConfigError("no PATH is given; give files, folders, patterns, or - for a list on stdin")
+    check_output(options.output)
+    predictor, tally = Predictor(load_trained(options.checkpoint, overrides), options.top_k), Tally()
+    if options.output is None:
+        write_rows(show, predictor, words, options, tally)
+    else:
+        write_whole(options.output, lambda file: write_rows(file.write, predictor, words, options, tally))
+    print(tally.summary(), file=sys.stderr)
+    return FAILED if tally.bad else DONE
+
+
+@dataclass
+class Tally:
+    """Of all that was asked for: what names a file, what was predicted, what was not."""
+
+    found: int = 0
+    good: int = 0
+    bad: int = 0
+
+    def summary(self) -> str:
+        bad = f"; {self.bad:,} could not be, for the reasons above" if self.bad else ""
+        return f"{self.good:,} {'image' if self.good == 1 else 'images'} predicted{bad}"
+
+
+def check_output(path: Path | None) -> None:
+    """Before the work: a device must not be replaced by a file, nor a folder be met at the end."""
+    if path is not None and path.exists() and not path.is_file():
+        raise ConfigError(f"--output {printable(str(path))}: is there and no file; give a file, or leave it out")
+
+
+def write_rows(
+    write: Callable[[bytes], object],
+    predictor: "Predictor",
+    words: list[str],
+    options: argparse.Namespace,
+    tally: Tally,
+) -> None:
+    """Find, predict, write, a batch at a time.
+
+    Raises:
+        ConfigError: there was no image; or stdin holds no list.
+    """
+    find = partial(find_images, words, NUL if options.null else SEPARATOR)
+    with progress_bar(find, words) as bar:
+        rows = predictor.rows(counted(find(), tally), options.batch_size)
+        for text in FORMATS[options.format](reported(rows, tally, bar), predictor.top_k):
+            write(text.encode("utf-8", "surrogateescape"))
+    if not tally.found:
+        raise ConfigError("no image was found")
+
+
+def show(text: bytes) -> None:
+    """On stdout at once, so that what was printed is there however this ends; above the bar where that is there too."""
+    with tqdm.external_write_mode(sys.stdout) if sys.stdout.isatty() else contextlib.nullcontext():
+        sys.stdout.buffer.write(text)
+        sys.stdout.buffer.flush()
+
+
+def counted(found: Iterator[Found], tally: Tally) -> Iterator[Found]:
+    for one in found:
+        tally.found += not one.fault
+        yield one
+
+
+def reported(batches: Iterator[list[Row]], tally: Tally, bar: tqdm) -> Iterator[list[Row]]:
+    """Name what could not be predicted, and count."""
+    for rows in batches:
+        for row in rows:
+            if row.error:
+                warn(f"{printable(row.path)}: {printable(row.error)}")
+        bad = sum(1 for row in rows if row.error)
+        tally.bad += bad
+        tally.good += len(rows) - bad
+        bar.update(len(rows))
+        yield rows
+
+
+def progress_bar(find: Callable[[], Iterator[Found]], words: list[str]) -> tqdm:
+    """Where stderr is a terminal. Files are counted beside the work, so that a large folder's rows begin at once."""
+    bar = tqdm(desc="predicting", unit="img", disable=None, leave=False)
+
+    def count() -> None:
+        bar.total = sum(1 for _ in find())
+
+    if not bar.disable and LISTED not in words:
+        threading.Thread(target=count, daemon=True).start()
+    return bar
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """`write` a file that appears under its name when it is complete.
+
+    Raises:
+        ConfigError: it cannot be made there.
+        OSError: it cannot be filled.
+    """
+    try:
+        temporary = write_aside(path, write)
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        raise ConfigError(f"--output {printable(str(path))}: cannot be written ({error.strerror})") from error
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+if __name__ == "__main__":
+    main()

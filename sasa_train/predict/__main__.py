@@ -1,0 +1,3 @@
+from sasa_train.predict import main
+
+main()

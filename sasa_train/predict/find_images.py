@@ -1,0 +1,151 @@
+"""Image files from the words of a command line: files, folders, patterns, and a list on stdin, one after another.
+
+Memory is that of the names in one folder, or of those that match one pattern, however many files there are.
+"""
+
+import errno
+import glob
+import itertools
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from sasa_train.refusal import ConfigError
+from sasa_train.terminal import printable
+
+LISTED = "-"  # the word for a list on stdin
+SEPARATOR, NUL = b"\n", b"\0"
+MAX_NAME = 2**16  # bytes of a listed name; no system has names of a tenth of it
+
+
+class Found(NamedTuple):
+    """A file to be read as an image; or, where there is a `fault`, what was asked for and leads to none, and why."""
+
+    path: str
+    fault: str = ""
+
+
+def find_images(words: Sequence[str], separator: bytes = SEPARATOR) -> Iterator[Found]:
+    """Whatever is named as a file is taken, however it is called; of a folder's files those that are called images.
+
+    words: files; folders, searched with all their folders, in the order of their names; quoted patterns (*, ?, [], **),
+        sorted; `-`: files and folders from stdin, each followed by `separator`.
+
+    Raises:
+        ConfigError: what comes from stdin is no list of names.
+    """
+    for word in words:
+        if word == LISTED:
+            for path in _listed(separator):
+                yield from _at(path)
+        elif glob.has_magic(word) and not os.path.lexists(word):
+            yield from _matching(word)
+        else:
+            yield from _at(word)
+
+
+@cache
+def image_extensions() -> tuple[str, ...]:
+    """Endings of the formats that the data sets read, in lower case: .jpg, .png, ..."""
+    from PIL import Image
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    from sasa_train.data.datasets import FORMATS
+
+    known = Image.registered_extensions().items()
+    return tuple(sorted({*IMG_EXTENSIONS, *(ending for ending, kind in known if kind in FORMATS)}))
+
+
+def _at(path: str) -> Iterator[Found]:
+    if not os.path.lexists(path):
+        yield Found(path, "is not there")
+    elif os.path.isdir(path):
+        yield from _within(path)
+    else:
+        yield Found(path)
+
+
+def _matching(pattern: str) -> Iterator[Found]:
+    """What matches, as if each had been given; with ** files alone, as their folders match too."""
+    matches = sorted(glob.iglob(os.path.expanduser(pattern), recursive=True))
+    if "**" in pattern:
+        comes_round = cache(_comes_round)
+        matches = [path for path in matches if not os.path.isdir(path) and not comes_round(os.path.dirname(path))]
+    if not matches:
+        yield Found(pattern, "is not there, and as a pattern it matches nothing")
+    for path in matches:
+        yield from _at(path)
+
+
+def _comes_round(folder: str) -> bool:
+    """Whether a link on the way to `folder` leads to where the way has been: ** follows such links forty times."""
+    way = [folder, *map(str, Path(folder).parents)]
+    return any(
+        os.path.islink(step) and any(os.path.samefile(step, earlier) for earlier in way[number + 1 :])
+        for number, step in enumerate(way)
+    )
+
+
+def _within(top: str) -> Iterator[Found]:
+    found = _walk(top)
+    first = next(found, Found(top, f"holds no file that ends in {', '.join(image_extensions())}"))
+    yield from itertools.chain([first], found)
+
+
+def _walk(top: str) -> Iterator[Found]:
+    """A folder's images, then those of its folders; links to folders are followed, but for those that lead back."""
+    folders: list[tuple[str, frozenset]] = [(top, frozenset())]  # with what identifies the folders above
+    while folders:
+        folder, above = folders.pop()
+        try:
+            status = os.stat(folder)
+            identity = (status.st_dev, status.st_ino)
+            if identity in above:
+                raise OSError(errno.ELOOP, "is a link to a folder that it lies in, and is not followed")
+            names, inner = _listing(folder)
+        except OSError as error:
+            yield Found(folder, error.strerror or str(error))
+            continue
+        yield from (Found(os.path.join(folder, name)) for name in names)
+        folders += [(os.path.join(folder, name), above | {identity}) for name in reversed(inner)]
+
+
+def _listing(folder: str) -> tuple[list[str], list[str]]:
+    """The names of a folder's images and of its folders, each sorted."""
+    names, inner = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            # Links are looked at by themselves: entry.is_dir() raises where one leads in a circle.
+            if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
+                inner.append(entry.name)
+            elif entry.name.lower().endswith(image_extensions()):
+                names.append(entry.name)
+    return sorted(names), sorted(inner)
+
+
+def _listed(separator: bytes) -> Iterator[str]:
+    """The names that stdin holds, as they come; empty ones are passed over."""
+    rest, is_open = b"", True
+    while is_open:
+        chunk = os.read(sys.stdin.fileno(), MAX_NAME)
+        is_open = bool(chunk)
+        *names, rest = (rest + chunk).split(separator)
+        for name in names if is_open else [*names, rest]:
+            if separator != NUL:
+                _check_text(name)
+                name = name.removesuffix(b"\r")
+            if name:
+                yield os.fsdecode(name)
+        if len(rest) > MAX_NAME:
+            raise ConfigError(f"stdin: no list of file names, one has more than {MAX_NAME:,} bytes")
+
+
+def _check_text(name: bytes) -> None:
+    if NUL in name:
+        raise ConfigError(
+            f"stdin: no list of file names, one a line: '{printable(os.fsdecode(name[:20]))}' has a NUL byte in it. "
+            "Where NUL separates the names (find -print0), add --null; an image itself is given as a file"
+        )

@@ -1,0 +1,83 @@
+"""Predictions as text: a table for people, CSV and JSON lines for programs.
+
+Each of `FORMATS` turns batches of rows into pieces of text, one a batch, so that a million rows stream.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from sasa_train.terminal import printable
+
+DIGITS = 6  # of a probability that a program reads; the last ones of float32 depend on the batch
+
+
+@dataclass
+class Row:
+    """What one image was taken for: the best classes with their probabilities, or why it could not be predicted."""
+
+    path: str
+    best: list[tuple[str, float]] = field(default_factory=list)
+    error: str = ""
+
+
+Batches = Iterator[list[Row]]
+
+
+def as_table(batches: Batches, top_k: int) -> Iterator[str]:
+    """Columns as wide as what came so far needs; what cannot be read has no line. Probabilities in percent."""
+    head = ["file", *(text for rank in range(1, top_k + 1) for text in (f"top{rank}", "%"))]
+    widths = [len(text) for text in head]
+    lines = [head]
+    for rows in batches:
+        for row in rows:
+            cells = [text for name, share in row.best for text in (printable(name), f"{100 * share:.2f}")]
+            lines += [] if row.error else [[printable(row.path), *cells]]
+        widths = [max(width, *map(len, column)) for width, column in zip(widths, zip(*lines, strict=True), strict=True)]
+        yield "".join(_aligned(line, widths) for line in lines)
+        lines = []
+
+
+def _aligned(cells: list[str], widths: list[int]) -> str:
+    """Names to the left, numbers to the right."""
+    padded = [
+        cell.rjust(width) if column and column % 2 == 0 else cell.ljust(width)
+        for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ]
+    return "  ".join(padded).rstrip() + "\n"
+
+
+def as_csv(batches: Batches, top_k: int) -> Iterator[str]:
+    """One record an image, with a head; texts are quoted, as a file's name may hold line breaks of any kind."""
+    ranks = range(1, top_k + 1)
+    records: list[list] = [["path", *(text for n in ranks for text in (f"class{n}", f"probability{n}")), "error"]]
+    for rows in batches:
+        for row in rows:
+            cells = [cell for name, share in row.best for cell in (name, _rounded(share))]
+            records.append([row.path, *(cells or [""] * 2 * top_k), row.error])
+        text = io.StringIO()
+        csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").writerows(records)
+        yield text.getvalue()
+        records = []
+
+
+def as_jsonl(batches: Batches, _top_k: int) -> Iterator[str]:
+    """One object a line, in ASCII; of a name that is no UTF-8 the bytes are lone surrogates (\\udc80 to \\udcff)."""
+    for rows in batches:
+        yield "".join(json.dumps(_as_object(row)) + "\n" for row in rows)
+
+
+def _as_object(row: Row) -> dict:
+    if row.error:
+        return {"path": row.path, "error": row.error}
+    best = [{"class": name, "probability": _rounded(share)} for name, share in row.best]
+    return {"path": row.path, "predictions": best}
+
+
+def _rounded(share: float) -> float:
+    return float(f"{share:.{DIGITS}g}")
+
+
+FORMATS: dict[str, Callable[[Batches, int], Iterator[str]]] = {"table": as_table, "csv": as_csv, "jsonl": as_jsonl}

@@ -1,1 +1,0 @@
-"""From files to their best classes: the parts of sasa-predict."""

@@ -1,0 +1,280 @@
+"""A run's folder: which one, who holds it, what it says about itself."""
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from sasa_train.config.identity import differing_keys
+from sasa_train.config.keys import PUBLISHED, TrainConfig, flatten
+from sasa_train.config.saved import load_config, load_config_file, to_yaml
+from sasa_train.data.fingerprint import differences
+from sasa_train.files import lock_folder, write_atomic
+from sasa_train.processes.ranks import world_size
+from sasa_train.refusal import ConfigError
+from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, load_checkpoint
+from sasa_train.runs.weights import sha256_of, weights_file
+from sasa_train.terminal import printable, warn
+
+
+@dataclass
+class RunFolder:
+    """`path` is ours alone while `lock` is open; `checkpoint` is where to go on from, or None at the beginning.
+
+    Of several processes the first one has the lock, and writes; the others have None, and write nothing.
+    """
+
+    path: Path
+    lock: IO[str] | None
+    checkpoints: Checkpoints
+    checkpoint: dict[str, Any] | None
+    is_new: bool = True  # it has no checkpoint of its own
+    metrics: str = ""  # metrics.jsonl as the checkpoint knows it
+    provenance: dict[str, Any] = field(default_factory=dict)  # of what runs now
+
+    def write(self, name: str, data: bytes) -> None:
+        """Put a file into the folder, whole or not at all."""
+        if self.lock is not None:
+            write_atomic(self.path / name, data)
+
+    def write_config(self, config: TrainConfig) -> None:
+        self.write("config.yaml", to_yaml(config).encode())
+
+    def write_info(self, **changes: Any) -> None:
+        """Update run.json."""
+        self.write("run.json", json.dumps(_read_info(self.path) | changes, indent=2).encode())
+
+    def write_start(self, difference: str, step: int) -> None:
+        """Note in run.json what runs now, and in its `starts` every time the run was started or continued.
+
+        The `difference` of the code from its last commit is kept beside it.
+        """
+        now = self.provenance
+        if difference:
+            self.write(now["difference"], f"{difference}\n".encode(errors="surrogateescape"))
+        keys = ("started", "command", "commit", "difference", "host", "world_size")
+        start = {key: now.get(key) for key in keys} | {"step": step}
+        self.write_info(**now, starts=[*_read_info(self.path).get("starts", []), start], status="running")
+
+    def note_checkpoint(self) -> None:
+        """Remember that there is one, for the day when all are gone."""
+        if self.is_new:
+            self.is_new = not self.try_write_info(has_checkpoint=True)
+
+    def try_write_info(self, **changes: Any) -> bool:
+        """As `write_info`, where a full disk must not hide or stop what matters more; False where it did not work."""
+        try:
+            self.write_info(**changes)
+        except OSError as error:
+            warn(f"{self.path}/run.json cannot be written ({error.strerror})")
+            return False
+        return True
+
+    def write_end(self, checkpoint: dict[str, Any]) -> None:
+        """What is left to write of a finished run, or was damaged since."""
+        self.write_info(status="finished", best=checkpoint["best"])
+        metrics, path = checkpoint["metrics"].encode(), self.path / "metrics.jsonl"
+        if not path.exists() or path.read_bytes() != metrics:
+            self.write(path.name, metrics)
+
+
+def open_run(config: TrainConfig, run_name: str) -> RunFolder:
+    """Find or make the run's folder, lock it, and load what it continues from.
+
+    Raises:
+        ConfigError: another live run holds the folder, `resume` names nothing, or the config has another trajectory.
+        CheckpointError: the folder has or had checkpoints and none is good, or the one named by `resume` is not.
+    """
+    path, given = _choose_folder(config, Path(config.output_dir) / run_name)
+    refuse_links(path)
+    lock = lock_folder(path)
+    try:
+        checkpoints = Checkpoints(path / "checkpoints", config.trainer.keep_checkpoints)
+        own = checkpoints.newest(warn)
+        for stale in path.glob("*.tmp"):  # of a start that was killed
+            stale.unlink()
+        if own is not None:
+            check_trajectory(own, config, path)
+            return RunFolder(path, lock, checkpoints, own, is_new=False)
+        if _read_info(path).get("has_checkpoint"):
+            raise CheckpointError(
+                f"{path}: this run had checkpoints, and they are gone; bring them back, or start a new run with "
+                "resume=never"
+            )
+        if Path(config.resume) == path:
+            raise ConfigError(f"resume={config.resume}: the folder has no checkpoint to continue from")
+        if given is None and Path(config.resume).is_file():  # an earlier start ended before its first checkpoint
+            given = _load_given(config)
+        run = RunFolder(path, lock, checkpoints, given)
+        run.write_config(config)  # from here on another start finds it
+        return run
+    except BaseException:
+        lock.close()
+        raise
+
+
+def _choose_folder(config: TrainConfig, wanted: Path) -> tuple[Path, dict[str, Any] | None]:
+    """The folder to run in, made where it is not there, and the checkpoint that a new one starts from."""
+    source = Path(config.resume)
+    try:
+        if config.resume == "auto":
+            wanted.mkdir(parents=True, exist_ok=True)
+            return wanted, None
+        if config.resume == "never":
+            return _new_folder(wanted), None
+        if source.is_dir():
+            return source, None
+        if (path := _folder_started_from(wanted, config.resume)) is not None:
+            return path, None
+        given = _load_given(config)  # before a folder is made that a refusal would leave empty
+        return _new_folder(wanted), given
+    except OSError as error:
+        raise ConfigError(f"output_dir={config.output_dir}: {wanted} cannot be made ({error.strerror})") from error
+
+
+def _load_given(config: TrainConfig) -> dict[str, Any]:
+    """The checkpoint that `resume` names; its best.pt and log stay in their folder."""
+    source = Path(config.resume)
+    if not source.is_file():
+        raise ConfigError(f"resume={config.resume} must be auto, never, a run folder or a checkpoint; it is not there")
+    given = load_checkpoint(source) | {"best": None, "metrics": ""}
+    check_trajectory(given, config, source)
+    if is_finished(given, config):
+        raise ConfigError(
+            f"resume={source} is finished; to train it further: trainer.epochs=... and {_allow(['trainer.epochs'])}"
+        )
+    return given
+
+
+def load_saved_config(path: Path, overrides: Sequence[str]) -> TrainConfig:
+    """A run folder's config: its last checkpoint's; config.yaml may be damaged, or of a start that ended early.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    last = path / "checkpoints/last.pt"
+    try:
+        return load_config(load_checkpoint(last)["config"], overrides, source=str(last))
+    except CheckpointError:
+        return load_config_file(path / "config.yaml", overrides)
+
+
+def check_trajectory(checkpoint: dict[str, Any], config: TrainConfig, path: Path) -> None:
+    """Refuse to continue a checkpoint with a config that would have led elsewhere, but where the user allows it."""
+    saved = load_config(checkpoint["config"], source=f"the config in the checkpoint of {path}")
+    same = has_same_world_size(checkpoint)
+    keys = [key for key in differing_keys(saved, config, same) if key not in config.allow_config_change]
+    if keys:
+        old, new = flatten(saved), flatten(config)
+        changes = "\n".join(f"  {key}: {old.get(key)} -> {new.get(key)}" for key in keys)
+        raise ConfigError(
+            f"{path} was trained with another config (checkpoint -> now):\n{changes}\n"
+            "give the old values, or another run_name, or resume=never for a new run; to continue all the same: "
+            + _allow(keys)
+        )
+    check_pretrained(checkpoint, config, path)
+
+
+def check_pretrained(checkpoint: dict[str, Any], config: TrainConfig, path: Path) -> None:
+    """Refuse to take a run that began with other weights for the one asked for; that they are gone does not matter."""
+    source, before = config.model.pretrained, checkpoint["provenance"].get("pretrained_sha256")
+    if source in (None, PUBLISHED) or before is None or "model.pretrained" in config.allow_config_change:
+        return
+    try:
+        now = sha256_of(weights_file(source))
+    except (ConfigError, OSError):
+        return
+    if now != before:
+        raise ConfigError(
+            f"model.pretrained={printable(source)}: its content is not what {path} began with; for a run that begins "
+            f"with it give another run_name, or resume=never; to continue all the same: {_allow(['model.pretrained'])}"
+        )
+
+
+def check_data(checkpoint: dict[str, Any], fingerprints: dict[str, Any], config: TrainConfig) -> None:
+    """Refuse to continue a checkpoint on other images than those it was trained with, but where the user allows it.
+
+    Raises:
+        ConfigError: what changed, by class.
+    """
+    saved = checkpoint["fingerprint"]
+    found = [line for split in saved for line in differences(saved[split], fingerprints[split], split)]
+    if not found:
+        return
+    changes = "\n".join(f"  {line}" for line in found)
+    if "data.root" in config.allow_config_change:
+        warn(f"the images are not those that this run began with:\n{changes}")
+        return
+    raise ConfigError(
+        f"data.root={config.data.root}: the images are not those that this run began with:\n{changes}\n"
+        "bring the old ones back, or start a new run (another run_name, or resume=never); to continue on these all the "
+        f"same: {_allow(['data.root'])}"
+    )
+
+
+def is_finished(checkpoint: dict[str, Any], config: TrainConfig) -> bool:
+    """Finished under this very config; an allowed change (more epochs, say) trains it further."""
+    saved = load_config(checkpoint["config"])
+    return checkpoint["finished"] and not differing_keys(saved, config, has_same_world_size(checkpoint))
+
+
+def has_same_world_size(checkpoint: dict[str, Any]) -> bool:
+    return checkpoint["provenance"].get("world_size", 1) == world_size()
+
+
+def _allow(keys: list[str]) -> str:
+    return f"allow_config_change=[{','.join(keys)}]"
+
+
+def _numbered(wanted: Path) -> Iterator[Path]:
+    """`wanted`, `wanted-2`, `wanted-3`, ..."""
+    return (wanted if n == 1 else wanted.with_name(f"{wanted.name}-{n}") for n in itertools.count(1))
+
+
+def _new_folder(wanted: Path) -> Path:
+    """The first numbered folder that does not exist, made here and now, so that no other run takes it too."""
+    for path in _numbered(wanted):
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            continue
+    raise AssertionError("unreachable")
+
+
+def _folder_started_from(wanted: Path, resume: str) -> Path | None:
+    """The numbered folder that the same command made before."""
+    for path in _numbered(wanted):
+        if not path.exists():
+            return None
+        try:
+            if load_config_file(path / "config.yaml").resume == resume:
+                return path
+        except ConfigError:
+            continue
+    raise AssertionError("unreachable")
+
+
+def _read_info(path: Path) -> dict[str, Any]:
+    """run.json; empty where it is not there yet or damaged: the next write makes it anew."""
+    try:
+        info = json.loads((path / "run.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return info if isinstance(info, dict) else {}
+
+
+def refuse_links(path: Path) -> None:
+    """A run folder may come from a stranger: nothing in it may lead writes out of it."""
+    folders = [
+        path,
+        *(path / name for name in ("checkpoints", "tensorboard", "tensorboard/figures", "figures", "profile")),
+    ]
+    for entry in (entry for folder in folders if folder.is_dir() for entry in folder.iterdir()):
+        if entry.is_symlink():
+            raise ConfigError(
+                f"{entry} is a symbolic link, and a run writes inside its folder alone: put there what it links to, "
+                "or move the whole run with output_dir=..."
+            )

@@ -1,0 +1,190 @@
+"""Weights to begin a training with, from wherever `model.pretrained` says: our own files, exports, timm's."""
+
+import argparse
+import hashlib
+import json
+import os
+import pickle
+import zipfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from timm.models import clean_state_dict
+from torch import Tensor, nn
+
+from sasa_train.config.derived import resolved_image_size
+from sasa_train.config.keys import DIALS, PUBLISHED, TrainConfig
+from sasa_train.config.overrides import as_written
+from sasa_train.config.saved import load_config
+from sasa_train.models.build import build_published
+from sasa_train.models.pretrained import PretrainedReport, StateDict, load_pretrained
+from sasa_train.refusal import ConfigError, shorten
+from sasa_train.runs.checkpoint import check_content, find_checkpoint, load_checkpoint, manifest_of
+from sasa_train.terminal import printable
+
+# Where training programs keep the weights, the averaged ones first, as sasa_train and timm prefer them.
+WEIGHT_KEYS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model")
+SOURCES = "a checkpoint, a run folder, a .safetensors file, a hub folder (model.safetensors) or timm"
+
+
+@dataclass
+class Weights:
+    """`classes` and `dials` (the overrides that make its model) where the source knows them."""
+
+    state_dict: StateDict
+    classes: list[str] | None = None
+    dials: str | None = None
+    sha256: str = ""  # of the file; of the tensors where timm has them from somewhere
+
+
+def read_weights(config: TrainConfig) -> Weights:
+    """Read what `model.pretrained` names; the averaged weights, where there are both. No code in a file can run.
+
+    Raises:
+        ConfigError: there is no such file, or it is damaged, or holds no weights.
+    """
+    source = str(config.model.pretrained)
+    if source == PUBLISHED:
+        state_dict = build_published(config.model.name, resolved_image_size(config.data)).state_dict()
+        return Weights(state_dict, sha256=_digest(state_dict))
+    path = weights_file(source)
+    try:
+        digest, weights = sha256_of(path), _read(path)
+        changed = sha256_of(path) != digest
+    except MemoryError:
+        raise
+    except Exception as error:  # zipfile's, torch's, pickle's and safetensors' errors have no common class
+        raise ConfigError(f"model.pretrained={printable(source)}: cannot be read ({_reason(error)})") from error
+    if changed:
+        raise ConfigError(f"model.pretrained={printable(source)}: a run wrote its next checkpoint meanwhile; try again")
+    if not weights.state_dict:
+        raise ConfigError(f"model.pretrained={printable(source)}: holds no weights: a dict of names and tensors")
+    return replace(weights, sha256=digest)
+
+
+def weights_file(source: str) -> Path:
+    """The file in which `source` keeps its weights.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path, where = Path(source), f"model.pretrained={printable(source)}"
+    if os.path.isdir(path):  # which takes a name that no file system does for none
+        exported = path / "model.safetensors"
+        path = exported if os.path.isfile(exported) else find_checkpoint(path)
+        if not os.path.isfile(path):
+            raise ConfigError(f"{where}: the folder has no checkpoints and no model.safetensors; name {SOURCES}")
+    if not os.path.isfile(path):
+        raise ConfigError(f"{where} is no file; name {SOURCES}")
+    return path
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_into(model: nn.Module, weights: Weights, classes: list[str], source: str) -> PretrainedReport:
+    """`load_pretrained`; the classifier too where its classes have the same names, or where nobody knows them.
+
+    Raises:
+        ConfigError: as `load_pretrained`, with the dials of the file's model where they are known.
+    """
+    try:
+        return load_pretrained(model, weights.state_dict, weights.classes in (None, classes))
+    except ConfigError as error:
+        remedy = f"; its own model: {weights.dials}" if weights.dials else ""
+        raise ConfigError(f"model.pretrained={printable(source)}: {error}{remedy}") from error
+
+
+def _read(path: Path) -> Weights:
+    if path.suffix == ".safetensors":
+        return _of_safetensors(path)
+    if manifest_of(path).exists():
+        return _of_checkpoint(load_checkpoint(path))
+    content = _load(path)
+    if "format_version" in content:  # our own without its manifest
+        return _of_checkpoint(load_checkpoint(path))
+    nested = [content[key] for key in WEIGHT_KEYS if isinstance(content.get(key), dict)]
+    return Weights(_tensors(clean_state_dict(_named(nested[0] if nested else content))))
+
+
+def _load(path: Path) -> dict[Any, Any]:
+    if zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            check_content(file, None)  # torch.load does not look at the checksums
+    with torch.serialization.safe_globals([argparse.Namespace]):  # timm's checkpoints hold their arguments as one
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    return content if isinstance(content, dict) else {}
+
+
+def _of_checkpoint(checkpoint: dict[str, Any]) -> Weights:
+    averaged = checkpoint["ema"] if checkpoint["ema"] is not None else checkpoint["model"]
+    return Weights(_tensors(averaged), checkpoint["classes"], _dials(checkpoint["config"]))
+
+
+def _dials(yaml_text: str) -> str | None:
+    """The model of a saved config, as one would ask for it; None where a later version's knobs are in it."""
+    try:
+        model = load_config(yaml_text).model
+    except ConfigError:
+        return None
+    given = {key: value for key in ("name", *DIALS) if (value := getattr(model, key)) is not None}
+    return " ".join(f"model.{key}={as_written(value)}" for key, value in given.items())
+
+
+def _of_safetensors(path: Path) -> Weights:
+    """With what sasa-export puts into the file's metadata, or the class names in a hub folder's config.json."""
+    with safe_open(path, framework="pt") as file:
+        described = file.metadata() or {}
+        state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+    classes = _class_names(described.get("classes", "")) or _class_names(_text(path.with_name("config.json")))
+    dials = _dials(described["config"]) if "config" in described else None
+    return Weights(_tensors(clean_state_dict(state_dict)), classes, dials)
+
+
+def _class_names(text: str) -> list[str] | None:
+    """Of a list in JSON, or of the `label_names` in timm's config.json; None where it is anything else."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    names = found.get("label_names") if isinstance(found, dict) else found
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
+
+
+def _named(content: dict[Any, Any]) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if isinstance(name, str)}
+
+
+def _tensors(content: dict[Any, Any]) -> StateDict:
+    """Only what a model could take: named tensors with numbers in them."""
+    return {name: value for name, value in _named(content).items() if isinstance(value, Tensor) and _is_plain(value)}
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_meta or tensor.is_complex())
+
+
+def _digest(state_dict: StateDict) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state_dict.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds something else than tensors, which could run as code; save a state_dict() alone"
+    return printable(shorten((str(error).splitlines() or [type(error).__name__])[0]))

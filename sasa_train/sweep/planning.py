@@ -1,0 +1,207 @@
+"""What a sweep is, from a file in `configs/sweep/` and the command line: its jobs, their names, its folder."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from hydra.core.override_parser.types import Override
+from omegaconf import OmegaConf
+
+from sasa_train.config.compose import compose_config
+from sasa_train.config.groups import choices, config_dir
+from sasa_train.config.identity import default_run_name
+from sasa_train.config.keys import NOT_TRAJECTORY, knob
+from sasa_train.config.overrides import UNREADABLE, check_override_keys, expand, nearest, parse_overrides
+from sasa_train.refusal import ConfigError, shorten
+
+# The sweep decides on these for each of its jobs.
+SET_BY_SWEEP = {
+    "output_dir": "a job's run folder lies in the sweep's; sweep.output_dir moves that",
+    "run_name": "a job's name comes from its content",
+    "resume": "a job's run goes on by itself",
+}
+PRUNERS = ("none", "median", "hyperband")
+
+
+@dataclass
+class SweepConfig:
+    """The keys of a file in `configs/sweep/`; on the command line with `sweep.` before them."""
+
+    overrides: list[str] = knob([], "of every job; several values of a key multiply: a grid, or a search's space")
+    rows: list[list[str]] = knob([], "a list of jobs, each with overrides of its own; the grid multiplies it")
+    name: str | None = knob(None, "of the folder; null: from the file, and from what is fixed and what varies")
+    output_dir: str = knob("outputs", "the sweep's folder is made here; it holds the run folders of its jobs")
+    max_parallel: int | None = knob(None, "jobs at a time; null: one for each GPU, or one where there is none")
+    devices_per_job: int = knob(1, "GPUs of a job; where it is more than 1, each is a process under torchrun")
+    max_tries: int = knob(3, "failed starts in a row after which a job counts as failed")
+    num_trials: int | None = knob(None, "a search of so many trials (Optuna) instead of a grid")
+    pruner: str = knob("median", "of a search: median or hyperband stop trials that look bad on val; none")
+    worker: str | None = knob(None, "of a search: a name of its own for each sasa-sweep that shares the folder")
+    paper_table: int | None = knob(None, "sasa-report sets this table of the paper beside ours")
+
+
+@dataclass
+class Job:
+    """A run to be: what sasa-train is given, and the name of its run folder, which its content alone decides."""
+
+    name: str
+    overrides: list[str]
+    label: str  # what it differs in from the sweep's other jobs
+    epochs: int = 0
+    refusal: str = ""  # why its config is refused; it is then never started
+
+
+@dataclass
+class SweepPlan:
+    config: SweepConfig
+    folder: Path
+    fixed: list[str]  # overrides of every job
+    space: list[str]  # of a search: overrides with several values
+    jobs: list[Job]  # of a grid or list
+    hydra: list[str]  # Hydra's own keys: which launcher starts the jobs
+
+
+def read_plan(overrides: Sequence[str]) -> SweepPlan:
+    """The sweep that a command line describes: `sweep=NAME`, `sweep.KEY=value`, and overrides of its jobs.
+
+    An override of a job takes the place of those of the same key in the file.
+
+    Raises:
+        ConfigError: a file or key that is not there, a value that makes no sense, or a grid that is too large.
+    """
+    parsed = parse_overrides(overrides)
+    ours = [o for o in parsed if o.key_or_group == "sweep" or o.key_or_group.startswith("sweep.")]
+    hydra = _launcher_keys(parsed)
+    given = [str(o.input_line) for o in parsed if o not in ours and str(o.input_line) not in hydra]
+    config = _read_config(ours)
+    given_keys = {o.key_or_group for o in parse_overrides(given)}
+    common = [o for o in config.overrides if _key(o) not in given_keys] + given
+    rows = [[o for o in row if _key(o) not in given_keys] for row in config.rows] or [[]]
+    for row in rows:
+        check_override_keys([*common, *row], is_sweep=True)
+    for override in parse_overrides([*common, *(o for row in rows for o in row)]):
+        if reason := SET_BY_SWEEP.get(override.key_or_group):
+            raise ConfigError(f"{override.input_line}: is not a sweep's to set: {reason}")
+    swept = [o for o in common if parse_overrides([o])[0].is_sweep_override()]
+    fixed = [o for o in common if o not in swept]
+    stem = [str(o.value()) for o in ours if o.key_or_group == "sweep"]
+    name = config.name or _default_name(Path(stem[-1]).stem if stem else None, fixed, swept)
+    folder = Path(config.output_dir).expanduser() / name
+    is_search = config.num_trials is not None
+    if is_search and (len(rows) > 1 or rows[0]):
+        raise ConfigError(f"sweep.num_trials={config.num_trials}: a search has no rows; put them into its space")
+    if is_search and not swept:
+        raise ConfigError(f"sweep.num_trials={config.num_trials}: nothing to search; give a key several values")
+    jobs = [] if is_search else _jobs([[*common, *row] for row in rows], {_key(o) for o in fixed})
+    return SweepPlan(config, folder, fixed, swept if is_search else [], jobs, hydra)
+
+
+def _launcher_keys(parsed: list[Override]) -> list[str]:
+    """Hydra's own keys, which choose a launcher and set it up."""
+    keys = [str(o.input_line) for o in parsed if o.key_or_group.startswith("hydra")]
+    if keys and not any(o.startswith("hydra/launcher=") for o in keys):
+        raise ConfigError(f"{' '.join(keys)}: has a meaning with hydra/launcher=... alone")
+    if sweeper := [o for o in keys if "sweeper" in o]:
+        raise ConfigError(f"{' '.join(sweeper)}: sasa-sweep is the sweeper; hydra/launcher=... starts the jobs")
+    return keys
+
+
+def _read_config(ours: list[Override]) -> SweepConfig:
+    merged = OmegaConf.structured(SweepConfig)
+    try:
+        for override in ours:
+            if override.is_sweep_override() or override.is_delete() or override.is_add():
+                raise ConfigError(f"{override.input_line}: is of the sweep itself, and takes one value: key=value")
+            if override.key_or_group == "sweep":
+                path = _sweep_file(str(override.value()))
+                merged = _merge(merged, OmegaConf.to_container(OmegaConf.load(path)), str(path))
+        for override in ours:
+            if override.key_or_group != "sweep":
+                key = override.key_or_group.removeprefix("sweep.")
+                merged = _merge(merged, {key: override.value()}, f"sweep.{key}={override.value()}")
+        config = cast(SweepConfig, OmegaConf.to_object(merged))
+    except (*UNREADABLE, OSError) as error:
+        raise ConfigError(f"sweep: {shorten(str(error).splitlines()[0])}") from error
+    _validate(config)
+    return config
+
+
+def _merge(merged: Any, values: Any, where: str) -> Any:
+    known = [f.name for f in dataclasses.fields(SweepConfig)]
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: is no sweep: keys and values, {', '.join(known)}")
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}: {nearest(str(key), known)}")
+    try:
+        return OmegaConf.merge(merged, values)
+    except UNREADABLE as error:
+        raise ConfigError(f"{where}: {shorten(str(error).splitlines()[0])}") from error
+
+
+def _sweep_file(name: str) -> Path:
+    """`configs/sweep/NAME.yaml`, or a file of the user's own."""
+    path = config_dir() / "sweep" / f"{name}.yaml"
+    if path.is_file():
+        return path
+    if name.endswith((".yaml", ".yml")) and Path(name).is_file():
+        return Path(name)
+    raise ConfigError(f"sweep={name} is none of {', '.join(choices('sweep'))}, nor a .yaml file that is there")
+
+
+def _validate(config: SweepConfig) -> None:
+    for key in ("max_parallel", "devices_per_job", "max_tries", "num_trials"):
+        value = getattr(config, key)
+        if value is not None and value < 1:
+            raise ConfigError(f"sweep.{key}={value} must be positive")
+    if config.pruner not in PRUNERS:
+        raise ConfigError(f"sweep.pruner={config.pruner} must be one of {', '.join(PRUNERS)}")
+    for key in ("name", "worker"):
+        value = getattr(config, key)
+        if value is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.=,+-]{0,150}", value):
+            raise ConfigError(f"sweep.{key}={value} must be a plain folder name: letters, digits and _ . = , + -")
+    if config.worker is not None and config.num_trials is None:
+        raise ConfigError(f"sweep.worker={config.worker}: only a search (sweep.num_trials) is shared by several")
+
+
+def _default_name(stem: str | None, fixed: list[str], swept: list[str]) -> str:
+    """Readable, and the same where the values of what varies, or the seeds, become more: the grid grows in place."""
+    named = {_key(o): str(parse_overrides([o])[0].value()) for o in fixed}
+    parts = [part for part in (stem, named.get("experiment") or named.get("model")) if part] or ["sweep"]
+    shaping = sorted(o for o in fixed if _key(o) not in NOT_TRAJECTORY - {"data.root"} and _key(o) != "seed")
+    identity = [shaping, sorted(_key(o) for o in swept if _key(o) != "seed")]
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:6]
+    return re.sub(r"[^A-Za-z0-9_.=,+-]+", "-", "-".join([*parts, digest]))
+
+
+def _jobs(rows: list[list[str]], fixed_keys: set[str]) -> list[Job]:
+    """The jobs of all rows, each once."""
+    grids = [expand(row) for row in rows]
+    jobs: dict[str, Job] = {}
+    for job in (build_job(list(overrides), fixed_keys) for grid in grids for overrides in grid):
+        equal = jobs.setdefault(job.name, job)
+        if set(equal.overrides) != set(job.overrides):
+            raise ConfigError(
+                f"{equal.label} and {job.label} are the same run: they differ in nothing that it computes"
+            )
+    return list(jobs.values())
+
+
+def build_job(overrides: list[str], fixed_keys: set[str]) -> Job:
+    """The job with its name; one whose config is refused says so, and the others may go on."""
+    label = " ".join(o for o in overrides if _key(o) not in fixed_keys) or "all as given"
+    try:
+        config = compose_config(overrides)
+        return Job(default_run_name(config), overrides, label, config.trainer.epochs)
+    except ConfigError as error:
+        digest = hashlib.sha256(json.dumps(overrides).encode()).hexdigest()[:8]
+        return Job(f"refused-{digest}", overrides, label, refusal=str(error))
+
+
+def _key(override: str) -> str:
+    return parse_overrides([override])[0].key_or_group

@@ -1,0 +1,310 @@
+"""One process a job, on devices of its own, as many at a time as there are places; no job waits for another."""
+
+import ctypes
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from sasa_train.config.overrides import as_written
+from sasa_train.files import holder
+from sasa_train.machine import usable_processors
+from sasa_train.refusal import ConfigError
+from sasa_train.runs.ledger import FINISHED, Entry, Ledger, is_finished, note_metrics
+from sasa_train.signals import StopRequest
+from sasa_train.sweep.planning import SweepConfig
+from sasa_train.terminal import DONE, FAILED, INTERRUPTED, REFUSED, printable_lines
+
+POLL = 0.2  # seconds between looks at the jobs
+LOOK = 1.0  # seconds between looks at one's metrics
+PATIENCE = 300.0  # seconds for a job to save and end, before it is killed
+NUM_LOG_LINES = 30  # of a failed job's log that are shown
+PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
+
+
+class Source(Protocol):
+    """Where jobs come from: a list, or a search."""
+
+    def next(self) -> Entry | None:
+        """The next job to start, or None where there is none now."""
+
+    def has_more(self) -> bool:
+        """Whether there may be one later, once a running one has ended."""
+
+    def num_waiting(self) -> int:
+        """Jobs that are still to be started."""
+
+    def look(self, entry: Entry) -> bool:
+        """Take note of a running job's new evaluation; True where the job is to be given up."""
+
+    def ended(self, entry: Entry) -> None:
+        """Take note of how a job ended."""
+
+
+@dataclass
+class Running:
+    """A job's process."""
+
+    entry: Entry
+    process: subprocess.Popen
+    place: int
+    log: Path
+    log_start: int  # bytes of earlier tries
+    started: float = field(default_factory=time.monotonic)
+    looked: float = 0.0
+    is_pruned: bool = False
+    asked: float | None = None  # when it was asked to stop
+
+    def ask_to_stop(self) -> None:
+        if self.asked is None:
+            self.asked = time.monotonic()
+            self.process.send_signal(signal.SIGTERM)
+
+    def kill_if_late(self) -> None:
+        if self.asked is not None and time.monotonic() - self.asked > PATIENCE:
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+class Processes:
+    """The jobs of a sweep while they run: `run` starts, watches and ends them, and the ledger has it all."""
+
+    def __init__(self, config: SweepConfig, folder: Path, ledger: Ledger, source: Source, stop: StopRequest):
+        self.config, self.folder, self.ledger, self.source, self.stop = config, folder, ledger, source, stop
+        self.places = list(device_groups(config))
+        self.running: list[Running] = []
+        self.seconds: list[float] = []  # of the jobs that this command has brought to their end
+
+    def seconds_left(self) -> float | None:
+        """From how long jobs took so far, or the running ones' epochs; None where neither is known."""
+        now, estimates = time.monotonic(), list(self.seconds)
+        for running in self.running if not estimates else []:
+            entry = running.entry
+            if entry.last and len(entry.tries) == 1 and entry.epochs:
+                estimates.append((now - running.started) * entry.epochs / max(1, entry.last["epoch"]))
+        if not estimates:
+            return None
+        each = sum(estimates) / len(estimates)
+        of_running = [max(0.0, each - (now - running.started)) for running in self.running]
+        return (sum(of_running) + each * self.source.num_waiting()) / len(self.places)
+
+    def run(self, show: Callable[["Processes", str], None]) -> None:
+        """Until no job is left, or a stop request was served; `show` is given each event, and "" in between."""
+        was_said = False
+        while True:
+            for event in [*self._reap(), *self._look(), *self._start()]:
+                show(self, event)
+            show(self, "")
+            if not self.running:
+                if self.stop.requested() or not self.source.has_more():
+                    return
+                if not was_said:
+                    show(self, "waits for runs that another process holds still")
+                was_said = True
+            time.sleep(POLL)
+
+    def _start(self) -> Iterator[str]:
+        """Fill the free places, unless a stop was asked for."""
+        while not self.stop.requested() and (free := self._free_place()) is not None:
+            entry = self.source.next()
+            if entry is None:
+                return
+            yield self._begin(entry, free)
+
+    def _free_place(self) -> int | None:
+        taken = {running.place for running in self.running}
+        return next((n for n in range(len(self.places)) if n not in taken), None)
+
+    def _begin(self, entry: Entry, place: int) -> str:
+        entry.begin()
+        self.ledger.save()  # first: a kill in between leaves a job too many in the ledger, not one too few
+        log = self.folder / "logs" / "-".join([entry.name, *filter(None, [self.config.worker])])
+        log = log.with_name(f"{log.name}.log")
+        log.parent.mkdir(exist_ok=True)
+        with log.open("ab") as output:
+            log_start = output.tell()
+            process = subprocess.Popen(
+                self._command(entry),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=self._environment(place),
+                start_new_session=True,  # a Ctrl-C is the sweep's to pass on
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            )
+        self.running.append(Running(entry, process, place, log, log_start))
+        return f"started     {entry.label}"
+
+    def _command(self, entry: Entry) -> list[str]:
+        program = [sys.executable]
+        if self.config.devices_per_job > 1:
+            launcher = ["--standalone", f"--nproc-per-node={self.config.devices_per_job}"]
+            program += ["-m", "torch.distributed.run", *launcher]
+        return [*program, "-m", "sasa_train.train", *job_arguments(entry, self.folder)]
+
+    def _environment(self, place: int) -> dict[str, str]:
+        threads = max(1, usable_processors() // (len(self.places) * self.config.devices_per_job))
+        environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+        devices = self.places[place]
+        return environment | ({"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {})
+
+    def _look(self) -> Iterator[str]:
+        for running in self.running:
+            if self.stop.requested():
+                running.ask_to_stop()
+            running.kill_if_late()
+            if time.monotonic() - running.looked < LOOK:
+                continue
+            running.looked = time.monotonic()
+            has_more = note_metrics(running.entry, self.folder / running.entry.name)
+            if has_more and self.source.look(running.entry):
+                running.is_pruned = True
+                running.ask_to_stop()
+                yield f"gives up    {running.entry.label}"
+
+    def _reap(self) -> Iterator[str]:
+        for running in list(self.running):
+            if (code := running.process.poll()) is None:
+                continue
+            self.running.remove(running)
+            entry, seconds = running.entry, time.monotonic() - running.started
+            said = tail(running.log, running.log_start)
+            if self.config.devices_per_job > 1:
+                code, said = behind_torchrun(code, said)
+            if running.asked is not None and code < 0:
+                code = INTERRUPTED  # before it could save, or it took too long to
+            finish(entry, self.folder, code, seconds, self.config.max_tries, said[-1] if said else "")
+            if running.is_pruned and entry.state == "interrupted":
+                entry.end("pruned", "given up: others were better by then")
+                entry.tries[-1]["reason"] = entry.reason
+            if entry.state in ("done", "pruned"):
+                self.seconds.append(seconds)
+            self.ledger.save()  # before a search tells its study, which forgets what it was told of
+            self.source.ended(entry)
+            yield describe_end(entry, seconds)
+            if entry.state in ("failed", "refused") or code not in (DONE, INTERRUPTED):
+                yield f"{running.log}:\n" + "\n".join(f"  | {line}" for line in said[-NUM_LOG_LINES:])
+
+
+class JobList:
+    """A grid or a list: what was stopped in between goes first, what failed goes last, what ended is left alone."""
+
+    def __init__(self, entries: Iterable[Entry], folder: Path):
+        self.folder = folder
+        order = {"interrupted": 0, "waiting": 1, "refused": 2}
+        self.queue = sorted((e for e in entries if e.state in order), key=lambda e: order[e.state])
+        self.num_running = 0
+
+    def next(self) -> Entry | None:
+        """The first whose run folder nobody holds: a job of an earlier command may still be saving."""
+        for entry in self.queue:
+            holding = holder(self.folder / entry.name)
+            entry.reason = f"its folder is in use by {holding}" if holding else entry.reason
+            if not holding:
+                self.queue.remove(entry)
+                self.num_running += 1
+                return entry
+        return None
+
+    def has_more(self) -> bool:
+        return bool(self.queue) or self.num_running > 0
+
+    def num_waiting(self) -> int:
+        return len(self.queue)
+
+    def look(self, entry: Entry) -> bool:
+        return False
+
+    def ended(self, entry: Entry) -> None:
+        self.num_running -= 1
+        if entry.state == "waiting":
+            self.queue.append(entry)
+
+
+def job_arguments(entry: Entry, folder: Path) -> list[str]:
+    """What sasa-train is given for a job."""
+    return [*entry.overrides, f"output_dir={as_written(str(folder))}"]
+
+
+def finish(entry: Entry, folder: Path, code: int, seconds: float | None, max_tries: int, said: str) -> None:
+    """Bring the entry to the state that its process ended in; `said` is its last line.
+
+    The run folder has the last word: a signal may have come after the end.
+    """
+    note_metrics(entry, folder / entry.name)
+    if is_finished(folder / entry.name):
+        entry.end("done", FINISHED, code, seconds)
+    elif code == INTERRUPTED:
+        entry.end("interrupted", said.partition("; to continue")[0] or "stopped", INTERRUPTED, seconds)
+    elif code == REFUSED and "is in use by" in said:  # another got its lock first
+        entry.end("waiting", said, code, seconds)
+    elif code == REFUSED:
+        entry.end("refused", said, code, seconds)
+    else:
+        reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}: {said}"
+        entry.end("waiting", reason, code, seconds)
+        if entry.failures_in_a_row() >= max_tries:
+            entry.state = "failed"
+
+
+def describe_end(entry: Entry, seconds: float) -> str:
+    word = "tries again" if entry.state == "waiting" else entry.state
+    result = f"top1 {entry.last['top1']:.2f}" if entry.last and entry.state in ("done", "pruned") else entry.reason
+    return f"{word:<11} {entry.label}  {printable_lines(result)}  ({seconds:.0f} s)"
+
+
+def tail(path: Path, start: int) -> list[str]:
+    """The last lines of a log, from byte `start` on, as a terminal may show them."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(start, path.stat().st_size - 2**16))
+            lines = file.read().decode(errors="replace").replace("\r", "\n").splitlines()
+    except OSError:
+        return []
+    return [printable_lines(line) for line in lines if line.strip()]
+
+
+def behind_torchrun(code: int, said: list[str]) -> tuple[int, list[str]]:
+    """The exit code of the processes, which torchrun makes 1 of, and what they said, without its own account."""
+    if saved := [line for line in said if ": saved at step" in line]:
+        return INTERRUPTED, saved
+    codes = [int(found[1]) for line in said if (found := re.search(r"exitcode\s*: (-?\d+)", line))]
+    return codes[-1] if code == FAILED and codes else code, [
+        line for line in said if line.startswith("train: ")
+    ] or said
+
+
+def device_groups(config: SweepConfig) -> Iterator[list[str]]:
+    """The GPUs of each place for a job; where there are fewer GPUs than places, places share them.
+
+    Raises:
+        ConfigError: `devices_per_job` is more than there are.
+    """
+    gpus, each = visible_gpus(), config.devices_per_job
+    if each > max(1, len(gpus)):
+        raise ConfigError(f"sweep.devices_per_job={each}, but this machine has {len(gpus)} GPUs")
+    groups = [gpus[i : i + each] for i in range(0, len(gpus) - each + 1, each)] or [[]]
+    for number in range(config.max_parallel or len(groups)):
+        yield groups[number % len(groups)]
+
+
+def visible_gpus() -> list[str]:
+    """Names for CUDA_VISIBLE_DEVICES, without a CUDA context in this process."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [name.strip() for name in chosen.split(",") if name.strip() not in ("", "-1")]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    return [str(n) for n, _ in enumerate(line for line in listed.stdout.splitlines() if line.startswith("GPU "))]
+
+
+def _end_with_parent() -> None:
+    """In the child: where the sweep is killed, its jobs save and stop, instead of going on unseen."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,190 @@
+"""sasa-train: from the command line to a run; the run itself is in loop.py, so that `--help` needs no torch.
+
+`torchrun --nproc-per-node=N -m sasa_train.train` takes the same arguments.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import textwrap
+import time
+import traceback
+from pathlib import Path
+
+from sasa_train import __version__
+from sasa_train.config.compose import compose_config
+from sasa_train.config.groups import GROUPS, choices
+from sasa_train.config.keys import TrainConfig, knob_table
+from sasa_train.config.overrides import check_override_keys, chooses_group, expand, parse_overrides
+from sasa_train.config.rules import check_world_size
+from sasa_train.processes.ranks import max_restarts, rank, world_size
+from sasa_train.refusal import ConfigError
+from sasa_train.signals import ignore_until_the_end
+from sasa_train.terminal import DONE, FAILED, REFUSED, fail, printable_lines
+from sasa_train.training.endings import tell, train_safely
+
+USAGE = """[group=choice ...] [key=value ...] [-m | --multirun] [-h] [--version]
+
+Train an image classifier into a folder of its own in outputs/. The same command again goes on with an unfinished run.
+
+  sasa-train experiment=quickstart                                    a first run, two minutes on a CPU
+  sasa-train model=hybrid_resnet26 data=cifar10 trainer.epochs=100
+  sasa-train data=image_folder data.root=/path/to/images              your own: train/ and val/, a folder a class
+  sasa-train resume=outputs/RUN_NAME                                  go on with this run
+  sasa-train experiment=quickstart seed=0,1,2 -m                      a plain Hydra sweep; sasa-sweep can do more
+  torchrun --nproc-per-node=8 -m sasa_train.train ...                 the same on several GPUs"""
+
+
+def main() -> None:
+    end(run_command(sys.argv[1:]))
+
+
+def end(code: int) -> None:
+    """End this process with `code`, whatever signals come."""
+    ignore_until_the_end()
+    if world_size() > 1:
+        from sasa_train.processes.collectives import leave
+
+        leave(code, may_wait=code == DONE)
+    sys.exit(code)
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run with command-line arguments; returns the exit code."""
+    if {"-h", "--help"} & set(arguments):
+        if rank() == 0:
+            print_help("sasa-train", USAGE)
+        return DONE
+    if arguments == ["--version"]:
+        print(f"sasa_train {__version__}")
+        return DONE
+    set_up_logging()
+    try:
+        if world_size() > 1:
+            return train_together(arguments)
+        if {"-m", "--multirun"} & set(arguments):
+            return multirun(arguments)
+        return train_safely(read_config(arguments))
+    except ConfigError as error:
+        fail(error)
+        return REFUSED
+
+
+class PrintableFormatter(logging.Formatter):
+    """The message alone, without what would command the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(super().format(record))
+
+
+def set_up_logging() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("sasa_train").setLevel(logging.INFO if rank() == 0 else logging.ERROR)
+
+
+def read_config(arguments: list[str]) -> TrainConfig:
+    """The composed config; `resume=<run folder>` without a group choice starts from that run's own config.
+
+    Raises:
+        ConfigError: what the command line or a file gets wrong.
+    """
+    resume = [o.value() for o in parse_overrides(arguments) if o.key_or_group == "resume"]
+    folder = Path(str(resume[-1])) if resume else None
+    if folder is not None and os.path.isfile(folder / "config.yaml") and not chooses_group(arguments):
+        from sasa_train.runs.folder import load_saved_config
+
+        # What one continuation was allowed to change, the next is not.
+        config = load_saved_config(folder, ["allow_config_change=[]", *arguments])
+    else:
+        config = compose_config(arguments)
+    check_world_size(config, world_size())
+    if config.resume == "never" and max_restarts():
+        raise ConfigError(
+            f"resume=never with torchrun --max-restarts={max_restarts()}: each restart would begin a new run; leave it "
+            "out and give the run a run_name"
+        )
+    return config
+
+
+def multirun(arguments: list[str]) -> int:
+    """A sweep by one of Hydra's launchers: one run folder a job. Every job's config is checked before the first begins.
+
+    Raises:
+        ConfigError: a job's config is refused.
+    """
+    from sasa_train.training.hydra_launch import launch
+
+    overrides = [a for a in arguments if a not in ("-m", "--multirun")]
+    check_override_keys(overrides, is_sweep=True)
+    of_hydra = [o for o in overrides if parse_overrides([o])[0].key_or_group.startswith("hydra")]
+    if sweepers := [o for o in of_hydra if "hydra/sweeper" in o or "hydra.sweeper" in o]:
+        raise ConfigError(f"{' '.join(sweepers)}: -m is a plain grid, without Hydra's sweepers; use sasa-sweep")
+    jobs = [list(job) for job in expand([o for o in overrides if o not in of_hydra])]
+    configs = [compose_config(job) for job in jobs]
+    folder = Path(configs[0].output_dir) / "multirun" / time.strftime("%Y-%m-%d_%H-%M-%S")
+    codes = launch(jobs, of_hydra, folder)
+    return next((code for code in codes if code != DONE), DONE)
+
+
+def train_together(arguments: list[str]) -> int:
+    """As one of the processes that torchrun started: the first one reads the config for all."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        raise ConfigError(
+            f"WORLD_SIZE={world_size()}, but torchrun did not start this process; several are started by "
+            "torchrun --nproc-per-node=N -m sasa_train.train ..., and one without WORLD_SIZE"
+        )
+    # C++ warnings: of an option of DDP, from each process, that is meant.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from sasa_train.processes import collectives
+
+    def read() -> TrainConfig:
+        if {"-m", "--multirun"} & set(arguments):
+            raise ConfigError("-m under torchrun, which starts the processes of one run: use sasa-sweep, or one job")
+        return read_config(arguments)
+
+    try:
+        collectives.join()
+        return train_safely(collectives.from_first(read, ConfigError))
+    except ConfigError as error:
+        tell(error)
+        return REFUSED
+    except Exception as error:
+        collectives.tell_failure(f"process {rank()}: {type(error).__name__}: {error}")
+        traceback.print_exc()
+        return FAILED
+
+
+if __name__ == "__main__":
+    main()
+
+
+def print_help(command: str, usage: str) -> None:
+    """Usage, the groups with their choices, and every knob with default and meaning."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends in peace
+    width = min(shutil.get_terminal_size((120, 24)).columns, 140)
+
+    def entry(name: str, text: str, column: int) -> str:
+        indent = " " * column
+        return textwrap.fill(text, width, initial_indent=f"  {name:<{column - 3}} ", subsequent_indent=indent)
+
+    print(f"usage: {command} {usage}\n")
+    print("Config groups (group=choice; the files are in configs/; an experiment chooses in all groups at once):")
+    for group in GROUPS:
+        print(entry(group, ", ".join(choices(group)), column=14))
+    print("\nKeys (key=value; with the defaults that hold where no group's file says otherwise; null: not set):")
+    group = ""
+    for key, knob in knob_table().items():
+        if key.rpartition(".")[0] != group:
+            group = key.rpartition(".")[0]
+            print()
+        factory = knob.default_factory
+        default = factory() if factory is not dataclasses.MISSING else knob.default
+        shown = default if isinstance(default, str) else json.dumps(default, separators=(",", ":"))
+        print(entry(f"{key}={shown}", knob.metadata["help"], column=42))
+    print("\nExit codes: 0 done, 75 stopped and ready to continue (run the same command), 2 refused, 1 failed.")

@@ -1,0 +1,3 @@
+from sasa_train.train import main
+
+main()

@@ -1,0 +1,70 @@
+"""What a run says before its first step and after its last, as text."""
+
+from pathlib import Path
+from typing import Any
+
+from sasa_train.config.derived import resolved_image_size
+from sasa_train.config.keys import TrainConfig
+from sasa_train.data.loader import Loaders
+from sasa_train.machine import peak_memory
+from sasa_train.terminal import duration
+from sasa_train.training.optim import peak_lr
+from sasa_train.training.state import TrainState
+
+
+def describe_plan(config: TrainConfig, loaders: Loaders, state: TrainState, num_steps: int) -> str:
+    """What was derived from the config: device, sizes, batch, learning rate, and where the run goes on."""
+    plan, val = loaders.train.plan, loaders.val.plan
+    num_parameters = sum(p.numel() for p in state.model.parameters())
+    batch = f"{plan.global_batch_size}"
+    if plan.world_size > 1:
+        batch += f" = {plan.world_size} processes x {plan.grad_accum_steps} x {plan.micro_batch_size}"
+    elif plan.grad_accum_steps > 1:
+        batch += f" = {plan.grad_accum_steps} x {plan.micro_batch_size}"
+    lines = {
+        "device": f"{state.device}, {config.trainer.precision}",
+        "model": f"{config.model.name}, {num_parameters:,} parameters",
+        "data": f"{config.data.name}, {plan.num_images:,} train and {val.num_images:,} val images of "
+        f"{resolved_image_size(config.data)} pixels, {len(loaders.classes)} classes, {loaders.kind}",
+        "batch": f"{batch} images a step, {plan.steps_per_epoch:,} steps an epoch, {num_steps:,} in all",
+        "lr": f"{peak_lr(config):g} at its peak ({config.optimizer.lr:g} {config.optimizer.lr_basis})",
+    }
+    if config.augment.mixup or config.augment.cutmix:
+        lines["mixing"] = "within a micro-batch, so another accumulation or number of processes is another run"
+    if state.step:
+        lines["continues"] = f"at step {state.step:,}, epoch {state.epoch + 1}; top1: {describe_best(state.best)}"
+    return table(lines) + "\n"
+
+
+def describe_end(
+    config: TrainConfig, run_dir: Path, state: TrainState, last_val: dict[str, Any], num_unreadable: int
+) -> str:
+    """The closing table: top1, time, images/s, peak memory, where things are, what to do next."""
+    images = state.step * config.trainer.global_batch_size
+    last = f"{last_val['top1']:.2f}" if last_val else "see metrics.jsonl"
+    lines = {
+        "top1": f"{last} at the end; {describe_best(state.best)}",
+        "time": f"{duration(state.seconds)} of training, {images / max(state.seconds, 1e-9):,.0f} images/s",
+        "memory": f"{peak_memory(state.device) / 2**20:,.0f} MiB at the peak",
+        "checkpoints": f"{run_dir}/checkpoints/{{best,last}}.pt",
+        "log": f"{run_dir}/metrics.jsonl",
+        **({"unreadable": f"{num_unreadable} images, named in {run_dir}/unreadable.txt"} if num_unreadable else {}),
+        "next": f"sasa-evaluate {run_dir}",
+        "": f"tensorboard --logdir {run_dir.parent}",
+    }
+    return "\n" + table(lines)
+
+
+def describe_finished(run_dir: Path, checkpoint: dict[str, Any]) -> str:
+    return (
+        f"{run_dir} is finished: {checkpoint['step']:,} steps, {describe_best(checkpoint['best'])}. "
+        f"Nothing to do; sasa-evaluate {run_dir} evaluates it, resume=never trains it anew."
+    )
+
+
+def describe_best(best: dict[str, Any] | None) -> str:
+    return f"best {best['top1']:.2f} after epoch {best['epoch']}" if best else "no evaluation yet"
+
+
+def table(lines: dict[str, str]) -> str:
+    return "\n".join(f"{name:<11} {text}" for name, text in lines.items())

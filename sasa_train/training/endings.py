@@ -1,0 +1,72 @@
+"""Every expected ending of a training run, as a message and an exit code. No torch before a run begins."""
+
+import errno
+import sys
+
+from sasa_train.config.keys import TrainConfig
+from sasa_train.processes.ranks import rank, world_size
+from sasa_train.refusal import ConfigError
+from sasa_train.signals import Interrupted, StopRequest
+from sasa_train.terminal import DONE, FAILED, INTERRUPTED, REFUSED, fail
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def train_safely(config: TrainConfig, stop: StopRequest | None = None) -> int:
+    """Train with every expected ending turned into a message and an exit code, from the first import on."""
+    stop = stop or StopRequest()
+    try:
+        return _train(config, stop)
+    except Interrupted:
+        print("stopped before training began; run the same command again", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        stop.restore()
+
+
+def _train(config: TrainConfig, stop: StopRequest) -> int:
+    from sasa_train.data.workers import DataWorkerError
+    from sasa_train.machine import is_out_of_memory
+    from sasa_train.processes.collectives import lost_partner
+    from sasa_train.runs.checkpoint import CheckpointError
+    from sasa_train.training.memory import OutOfMemoryError
+    from sasa_train.training.nonfinite import NonFiniteError
+    from sasa_train.training.run import train
+
+    try:
+        return DONE if train(config, stop) else INTERRUPTED
+    except ConfigError as error:
+        tell(error)
+        return REFUSED
+    except (CheckpointError, DataWorkerError, NonFiniteError, OutOfMemoryError) as error:
+        tell(error)
+        return FAILED
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        place = f" {error.filename}" if error.filename else ""
+        tell(OSError(f"cannot write{place} ({error.strerror}); make room and run the same command again"))
+        return FAILED
+    except (MemoryError, RuntimeError) as error:  # before the first step
+        if (reason := lost_partner(error)) is not None:
+            fail(
+                RuntimeError(f"process {rank()}: stopped: {reason}")
+            )  # not the first to fail, so no word for the others
+            return FAILED
+        if not is_out_of_memory(error):
+            raise
+        tell(RuntimeError(f"out of memory ({error}); use a smaller model, data.image_size or data.max_train_images"))
+        return FAILED
+
+
+def tell(error: Exception) -> None:
+    """`fail`, in one voice where there are several processes."""
+    if world_size() == 1:
+        fail(error)
+        return
+    from sasa_train.processes import collectives
+
+    text = collectives.describe(error)
+    if text is not None:
+        collectives.tell_failure(text)
+        fail(ConfigError(text))

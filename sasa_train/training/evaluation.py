@@ -1,0 +1,80 @@
+"""One evaluation: loss, top1, top5 and the confusion matrix over all images, each once.
+
+Under torchrun each process takes its share of the images; what comes out is of all of them.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from sasa_train.device import autocast
+from sasa_train.processes import collectives
+
+Batches = Iterator[tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Evaluation:
+    """Metrics over every image once: mean cross-entropy, top1 and top5 in percent.
+
+    `confusion` int64 [num_classes, num_classes] counts images by label (row) and prediction (column).
+    """
+
+    loss: float
+    top1: float
+    top5: float
+    num_images: int
+    confusion: Tensor = field(repr=False)
+
+    @property
+    def class_hits(self) -> list[int]:
+        return self.confusion.diagonal().tolist()
+
+    @property
+    def class_images(self) -> list[int]:
+        return self.confusion.sum(1).tolist()
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    batches: Batches,
+    num_classes: int,
+    device: torch.device,
+    precision: str,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Evaluate `model` in eval mode over `batches`; None where `stop_requested()` became true on the way.
+
+    Each process gives its share of the batches, perhaps none, and gets the numbers of all. Never compiled, so that the
+    number does not depend on `trainer.compile`.
+    """
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, top5 hits
+    confusion = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
+    is_stopped = False
+    for images, labels in batches:
+        if is_stopped := stop_requested():
+            break
+        with autocast(device, precision):
+            logits = model(images)
+        logits = logits.float()
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+        ranked = rank_classes(logits)
+        is_ranked = (ranked == labels[:, None]).any(1)
+        sums += torch.stack([losses.double().sum(), is_ranked.sum().double()])
+        confusion.index_add_(0, labels * num_classes + ranked[:, 0], torch.ones_like(labels))
+    if collectives.largest(is_stopped):
+        return None
+    sums, confusion = collectives.total(sums), collectives.total(confusion).view(num_classes, num_classes).cpu()
+    num_images = int(confusion.sum())
+    loss, top5_hits = (sums / num_images).tolist()
+    top1 = 100 * int(confusion.diagonal().sum()) / num_images
+    return Evaluation(loss, top1, 100 * top5_hits, num_images, confusion)
+
+
+def rank_classes(logits: Tensor) -> Tensor:
+    """int64 [B, 5], or as many as there are classes: the best first, which is the prediction."""
+    return logits.topk(min(5, logits.shape[1]), dim=1).indices

@@ -1,0 +1,170 @@
+"""Training runs through one of Hydra's launchers: here, one after another (basic), or as jobs of Slurm, Ray and others.
+
+Every launcher runs the same job: what `sasa-train` does with the same overrides.
+"""
+
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.callbacks import Callbacks
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus, configure_log
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext
+from omegaconf import DictConfig
+
+from sasa_train.config.compose import compose_config, to_config
+from sasa_train.config.groups import config_dir
+from sasa_train.config.overrides import UNREADABLE, with_free_keys
+from sasa_train.refusal import ConfigError, shorten
+from sasa_train.signals import StopRequest
+from sasa_train.terminal import DONE, FAILED, INTERRUPTED, REFUSED, fail
+from sasa_train.training.endings import train_safely
+
+LOG_LINES = 20  # shown of a job that ended badly elsewhere
+
+
+def launch(jobs: list[list[str]], hydra_overrides: list[str], folder: Path) -> list[int]:
+    """Run each job, a list of what `sasa-train` takes, by the launcher that `hydra_overrides` choose, and wait for all.
+
+    Returns each job's exit code, as `sasa-train` gives it; 1 for one that died. Its error is printed. What the launcher
+    writes itself goes to `folder`.
+
+    Raises:
+        ConfigError: the launcher is not there, or one of its keys is wrong. (A job that is refused is a code, 2.)
+    """
+    refusals = [_refusal(job) for job in jobs]
+    accepted = [with_free_keys(job) for job, code in zip(jobs, refusals, strict=True) if code == DONE]
+    with _build_launcher(hydra_overrides, folder) as (launcher, ended):
+        codes = iter(_launch(launcher, accepted, ended) if accepted else [])
+    return [code if code == REFUSED else next(codes) for code in refusals]
+
+
+def _refusal(job: Sequence[str]) -> int:
+    """Looked for here, because a launcher that meets one composing its jobs gives up all of them."""
+    try:
+        compose_config(job)
+    except ConfigError as error:
+        return fail(error)
+    return DONE
+
+
+@contextmanager
+def _build_launcher(overrides: Sequence[str], folder: Path) -> Iterator[tuple[Launcher, list[int]]]:
+    """The launcher, and the codes of those of its jobs that have ended in this process."""
+    ended: list[int] = []
+    sweep_dir = QuotedString(str(folder), Quote.single).with_quotes()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir()), job_name="sasa-train", version_base="1.3"):
+        try:
+            everything = [f"hydra.sweep.dir={sweep_dir}", *overrides]
+            config = compose("train", everything, return_hydra_config=True)
+            context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks(config))
+            launcher = Plugins.instance().instantiate_launcher(context, partial(_train_job, ended), config)
+        except UNREADABLE as error:
+            raise ConfigError(
+                f"{' '.join(overrides)}: {shorten(error)}\n(submitit's launchers: pip install 'sasa_train[slurm]'; "
+                "every key of a launcher is one of hydra.launcher.*)"
+            ) from error
+        configure_log(config.hydra.hydra_logging, config.hydra.verbose)  # it says what it launches
+        yield launcher, ended
+
+
+def _launch(launcher: Launcher, jobs: list[list[str]], ended: list[int]) -> list[int]:
+    try:
+        with _deaths_as_results():
+            codes = [_exit_code(job) for job in launcher.launch(jobs, initial_job_idx=0)]
+    except SystemExit:  # a job here was stopped by a signal, and so is the sweep
+        codes = ended
+    except KeyboardInterrupt:
+        print("the sweep is no longer waited for; jobs that a cluster has been given go on there", file=sys.stderr)
+        codes = ended
+    except Exception as error:
+        if not ended:  # no job's doing
+            traceback.print_exc()
+            raise ConfigError(f"the launcher failed ({shorten(error)}); jobs that it had started may go on") from error
+        codes = ended + [FAILED] * (len(jobs) - len(ended))
+    return codes + [INTERRUPTED] * (len(jobs) - len(codes))
+
+
+def _train_job(ended: list[int], composed: DictConfig) -> int:
+    """What a launcher runs, here or in a process of its own, to which it is pickled: one run; returns its exit code."""
+    is_here = HydraConfig.get().launcher._target_.endswith(".BasicLauncher")
+    if not is_here:  # what errors and run.json call the command is the job's
+        sys.argv = ["sasa-train", *(o.removeprefix("++") for o in HydraConfig.get().overrides.task)]
+    stop = StopRequest()
+    code = FAILED
+    try:
+        code = train_safely(to_config(composed), stop)
+    except ConfigError as error:
+        code = fail(error)
+    except Exception:
+        traceback.print_exc()  # now and here: a traceback does not survive the way back
+    finally:
+        stop.restore()
+    ended.append(code)
+    if code == INTERRUPTED and is_here:
+        sys.exit(INTERRUPTED)  # ends the sweep; the same command goes on where it stopped
+    if code == INTERRUPTED:
+        _hand_over(stop)
+    return code
+
+
+def _hand_over(stop: StopRequest) -> None:
+    """Leave a stopped job to those who stopped it."""
+    try:
+        was_handled = stop.hand_on()  # submitit requeues the job upon USR2, and ends it here and now
+    except Exception as error:  # it was requeued as often as it may be
+        print(error, file=sys.stderr)
+        return
+    if was_handled:
+        # SIGTERM, which submitit ignores: Slurm preempts the job, and requeues it itself, or was told to cancel it. So
+        # there is no result yet.
+        sys.exit(INTERRUPTED)
+
+
+def _exit_code(job: JobReturn) -> int:
+    if job.status == JobStatus.COMPLETED:
+        return job.return_value
+    print(f"a job was lost: {job._return_value}", file=sys.stderr)
+    return FAILED
+
+
+@contextmanager
+def _deaths_as_results() -> Iterator[None]:
+    """Let submitit return a job that died like any other: its launcher would give up all for it.
+
+    Of those that ended badly the end of their log is printed.
+    """
+    try:
+        from submitit import Job
+        from submitit.core.utils import UncompletedJobError
+    except ImportError:
+        yield
+        return
+    wait = Job.results
+
+    def results(job: Job) -> list[JobReturn]:
+        try:
+            returned = wait(job)[0]  # of its first task, as its launcher does
+        except UncompletedJobError as error:
+            returned = JobReturn(status=JobStatus.FAILED)
+            returned.return_value = "\n".join(str(error).splitlines()[:2])
+        if returned.status != JobStatus.COMPLETED or returned.return_value in (FAILED, REFUSED):
+            log = (job.stderr() or "").splitlines()[-LOG_LINES:]
+            print("\n".join([f"the end of {job.paths.stderr}:", *log]), file=sys.stderr)
+        return [returned]
+
+    Job.results = results  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        Job.results = wait  # type: ignore[method-assign]

@@ -1,0 +1,159 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard and the console. Knows nothing of models or data."""
+
+import io
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from torchvision.transforms.v2.functional import to_pil_image
+from tqdm import tqdm
+
+from sasa_train.files import write_atomic
+from sasa_train.terminal import duration, say, warn
+
+# Keys of a row -> TensorBoard tags; loss, top1, top5 and top1_raw go under the split's name.
+TAGS = {
+    "lr": "optim/lr",
+    "grad_norm": "optim/grad_norm",
+    "images_per_sec": "perf/images_per_sec",
+    "data_wait_fraction": "perf/data_wait_fraction",
+    "memory_mib": "perf/memory_mib",
+}
+
+
+class RunLogger:
+    """One series of rows: those that the checkpoint holds, then what the run adds.
+
+    `metrics` is the checkpoint's copy of metrics.jsonl, so that the file is whole again whatever happened to it. One
+    that `is_silent` writes and shows nothing: of several processes, that of all but the first.
+    """
+
+    def __init__(self, run_dir: Path, metrics: str, step: int, total_steps: int, is_silent: bool = False):
+        self._path = Path(os.devnull) if is_silent else run_dir / "metrics.jsonl"
+        self._is_silent = is_silent
+        self._lines = metrics.splitlines(keepends=True)
+        if not is_silent:
+            write_atomic(self._path, self.metrics.encode())
+        self._file = self._path.open("ab", buffering=0)
+        self._num_written, self._size = len(self._lines), self._path.stat().st_size
+        rows = [json.loads(line) for line in self._lines]
+        self.eval_seconds = next((row.get("seconds", 0.0) for row in reversed(rows) if row["split"] == "val"), 0.0)
+        # TensorBoard forgets all steps from purge_step on, so those of this step are said again.
+        self._board: SummaryWriter | None = None
+        if not is_silent:
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step)
+        for row in rows:
+            if row["step"] == step:
+                self._write_board(row)
+        # disable=None: where there is no terminal
+        disable = True if is_silent else None
+        self._bar = tqdm(
+            total=total_steps, initial=step, desc="training", unit="step", disable=disable, dynamic_ncols=True
+        )
+        self._total_steps = total_steps
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row to metrics.jsonl, at once, and to TensorBoard; numbers that JSON has not become null."""
+        row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+        self._lines.append(json.dumps(row) + "\n")
+        self._write_lines()
+        self._write_board(row)
+
+    @property
+    def metrics(self) -> str:
+        """All rows, as in metrics.jsonl, for the checkpoint."""
+        return "".join(self._lines)
+
+    def _write_lines(self) -> None:
+        """Append what is not in the file yet: whole rows or nothing; the checkpoints have them too."""
+        data = "".join(self._lines[self._num_written :]).encode()
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self._file.truncate(self._size)
+            warn(f"{self._path} cannot be written ({error.strerror}); its rows wait for room")
+            return
+        self._num_written, self._size = len(self._lines), self._size + len(data)
+
+    def show_train(self, row: dict[str, Any], seconds_left: float) -> None:
+        """On the bar where there is a terminal, else a plain line."""
+        speed = f"{row['images_per_sec']:,.0f} img/s  data wait {100 * row['data_wait_fraction']:.0f} %"
+        memory = f"{row['memory_mib']:,} MiB"
+        if self._bar.disable:
+            progress = f"step {row['step']}/{self._total_steps}  epoch {row['epoch']}"
+            numbers = f"loss {row['loss']:.4f}  top1 {row['top1']:.2f}  lr {row['lr']:.2e}"
+            say(f"{progress}  {numbers}  {speed}  {memory}  ETA {duration(seconds_left)}")
+        else:
+            self._bar.set_postfix_str(f"loss {row['loss']:.3f}, top1 {row['top1']:.1f}, {speed}, {memory}")
+
+    def show_val(self, row: dict[str, Any], is_best: bool) -> None:
+        raw = f"  (raw {row['top1_raw']:.2f})" if "top1_raw" in row else ""
+        numbers = f"loss {row['loss']:.4f}  top1 {row['top1']:.2f}{raw}  top5 {row['top5']:.2f}"
+        say(f"val  epoch {row['epoch']}  step {row['step']}  {numbers}{'  best so far' if is_best else ''}")
+
+    def write_picture(self, tag: str, picture: Tensor, step: int, path: Path | None = None) -> None:
+        """A picture, uint8 [3, H, W], for TensorBoard, and as PNG where a path is given."""
+        if path is not None and not self._is_silent:
+            png = io.BytesIO()
+            to_pil_image(picture).save(png, "PNG")
+            try:
+                write_atomic(path, png.getbuffer())
+            except OSError as error:
+                warn(f"{path} cannot be written ({error.strerror})")
+        with self._board_may_fail() as board:
+            if board:
+                board.add_image(tag, picture, step)
+
+    def write_histograms(self, model: nn.Module, step: int) -> None:
+        with self._board_may_fail() as board:
+            if board is not None:
+                for name, parameter in model.named_parameters():
+                    board.add_histogram(f"weights/{name}", parameter, step)
+
+    def write_hparams(self, config: dict[str, Any]) -> None:
+        """The config, for TensorBoard's HParams page, which sets it beside the last metrics."""
+        shown = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in config.items()}
+        with self._board_may_fail() as board:
+            if board is not None:
+                # The first summary would declare this run's keys as those of a whole sweep; left out, TensorBoard
+                # gathers them from all runs and knows which differ. (add_hparams would make a run of its own.)
+                for summary in hparams(shown, {})[1:]:
+                    board._get_file_writer().add_summary(summary)
+
+    def advance(self) -> None:
+        self._bar.update()
+
+    def close(self) -> None:
+        self._bar.close()
+        self._write_lines()
+        self._file.close()
+        with self._board_may_fail() as board:
+            if board:
+                board.close()
+
+    def _write_board(self, row: dict[str, Any]) -> None:
+        with self._board_may_fail() as board:
+            if board is None:
+                return
+            for key, value in row.items():
+                if key in TAGS or key in ("loss", "top1", "top5", "top1_raw"):
+                    tag = TAGS.get(key, f"{row['split']}/{key}")
+                    board.add_scalar(tag, math.nan if value is None else value, row["step"])
+
+    @contextmanager
+    def _board_may_fail(self) -> Iterator[SummaryWriter | None]:
+        """TensorBoard's files are a copy of metrics.jsonl: where they cannot be written, the run goes on without."""
+        try:
+            yield self._board
+        except OSError as error:
+            self._board = None
+            warn(f"no more TensorBoard curves for this run ({error}); metrics.jsonl goes on")

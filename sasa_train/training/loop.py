@@ -1,0 +1,357 @@
+"""A run's steps, log rows, evaluations and checkpoints, in their order."""
+
+import contextlib
+import itertools
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from sasa_train.config.derived import total_steps
+from sasa_train.config.identity import trajectory
+from sasa_train.config.keys import TrainConfig
+from sasa_train.config.saved import to_yaml
+from sasa_train.data.loader import Loaders, check_evaluated
+from sasa_train.data.randomness import recalibration_rng
+from sasa_train.device import autocast
+from sasa_train.machine import peak_memory
+from sasa_train.processes import collectives
+from sasa_train.processes.ranks import rank, world_size
+from sasa_train.refusal import ConfigError
+from sasa_train.runs.checkpoint import CheckpointError
+from sasa_train.runs.folder import RunFolder
+from sasa_train.signals import StopRequest
+from sasa_train.terminal import say, warn
+from sasa_train.training.batch_norm import recalibrate
+from sasa_train.training.evaluation import Batches, Evaluation, evaluate
+from sasa_train.training.log import RunLogger
+from sasa_train.training.nonfinite import NonFiniteError, find_origin
+from sasa_train.training.profiling import WAIT, WARMUP, build_profiler
+from sasa_train.training.snapshots import confusion_picture, contact_sheet, embedding_pictures
+from sasa_train.training.state import TrainState
+from sasa_train.training.step import Stepper, StepReport, train_one_epoch
+
+NUM_NAMED = 8  # images named in an error
+
+
+class Loop:
+    """Steps, log rows, evaluations and checkpoints in their order, until the last step or a stop request.
+
+    Under torchrun all processes go through it in step; the first one writes and shows.
+    """
+
+    def __init__(self, config: TrainConfig, run: RunFolder, loaders: Loaders, stepper: Stepper, stop: StopRequest):
+        self.config, self.run_folder, self.loaders, self.stepper, self.stop = config, run, loaders, stepper, stop
+        self.state: TrainState = stepper.state
+        self.steps_per_epoch = loaders.train.plan.steps_per_epoch
+        self.num_steps = total_steps(config, self.steps_per_epoch)
+        self.logger = RunLogger(run.path, run.metrics, self.state.step, self.num_steps, is_silent=rank() > 0)
+        self.last_val: dict[str, Any] = {}
+        self.num_left_out = 0  # unreadable images, in the last evaluation
+        self._saved: tuple[int, int] | None = None  # step and evaluated_step of what was saved last
+        self.eval_seconds = self.logger.eval_seconds  # of the last evaluation, before a resume too
+        self.profiler: Any = contextlib.nullcontext()
+        self.profile_steps = config.trainer.profile_steps if rank() == 0 else 0
+        if self.profile_steps:
+            self.profiler = build_profiler(self.profile_steps, run.path, self.state.device, say)
+        self._start_clock()
+
+    def run(self) -> bool:
+        """Go on from where the state is; True at the end, False after a stop request was served."""
+        with self.profiler:
+            finished = self.run_epochs()
+        if self.profile_steps and self.profiler.step_num <= WAIT + WARMUP:
+            say(f"no profile: the run ended before step {WAIT + WARMUP + 1} after its start")
+        if finished:
+            self.logger.write_hparams(trajectory(self.config))
+        return finished
+
+    def run_epochs(self) -> bool:
+        while True:
+            if self.evaluation_is_due():
+                may_go_on = self.evaluate()
+            elif self.state.step >= self.num_steps:
+                return True
+            elif self.stop_is_agreed() and self._saved == (self.state.step, self.state.evaluated_step):
+                return False
+            else:
+                may_go_on = self.train_epoch()
+            if not may_go_on:
+                return False
+
+    def evaluation_is_due(self) -> bool:
+        state = self.state
+        if state.step == state.evaluated_step:
+            return False
+        epoch, rest = divmod(state.step, self.steps_per_epoch)
+        return state.step == self.num_steps or (rest == 0 and epoch % self.config.trainer.eval_every_epochs == 0)
+
+    def train_epoch(self) -> bool:
+        """Train to the end of the epoch the state is in; False after a stop request."""
+        trainer, state = self.config.trainer, self.state
+        epoch, first_step = divmod(state.step, self.steps_per_epoch)
+        end = min((epoch + 1) * self.steps_per_epoch, self.num_steps)
+        batches = self.loaders.train.train_batches(epoch, first_step)
+        if state.step == 0:
+            batches = self.show_first(batches)
+        for report in self.steps(batches, end - state.step):
+            state.epoch = state.step // self.steps_per_epoch
+            self.count(report)
+            # Asked once, as a signal may come between two looks; and before anything waits for the device, and with it
+            # for the other processes: where one is gone, this notices.
+            stopping = self.stop_is_agreed()
+            if state.step % trainer.log_every_steps == 0:
+                self.log_train(report)
+            is_last = state.step == end
+            is_due = trainer.checkpoint_every_steps and state.step % trainer.checkpoint_every_steps == 0
+            if is_due or stopping or (is_last and not self.evaluation_is_due()):
+                self.save(is_best=False, must_succeed=stopping)
+            if stopping:
+                return False
+        return True
+
+    def stop_is_agreed(self) -> bool:
+        """Whether any process was asked to stop: the same answer for all, after the same step."""
+        if world_size() == 1:
+            return self.stop.requested()
+        asked = int(collectives.largest(self.stop.asked))
+        self.stop.hear(asked)
+        return asked > 0
+
+    def steps(self, batches: Batches, num_steps: int) -> Iterator[StepReport]:
+        try:
+            yield from train_one_epoch(self.stepper, batches, num_steps, self.config.trainer.log_every_steps)
+        except NonFiniteError as error:
+            raise NonFiniteError(self.explain(error)) from None
+
+    def explain(self, error: NonFiniteError) -> str:
+        """Name the module and the images that `error` began with, and write them down."""
+        state, text = self.state, str(error)
+        names = self.loaders.train_names(state.step if error.images is not None else state.step - 1, error.number)
+        if error.images is not None and self.config.trainer.sync_batch_norm and world_size() > 1:
+            text += "; the module is not looked for with trainer.sync_batch_norm, which needs all processes"
+        elif error.images is not None:
+            try:
+                precision = autocast(state.device, self.config.trainer.precision)
+                origin, rows = find_origin(state.model, error.images, precision)
+            except RuntimeError as another:  # out of memory, say
+                origin, rows = f"its origin could not be found ({str(another).splitlines()[0]})", []
+            text += f": {origin}"
+            if rows:
+                text += f", for {', '.join(names[row] for row in rows[:NUM_NAMED])}"
+                text += f" and {len(rows) - NUM_NAMED} more" if len(rows) > NUM_NAMED else ""
+        if self.run_folder.lock is None:
+            text += f"; its images began with {', '.join(names[:NUM_NAMED])}"
+        else:
+            with contextlib.suppress(OSError):  # a full disk must not hide the error
+                self.run_folder.write("nonfinite.txt", "".join(f"{line}\n" for line in (text, "", *names)).encode())
+                text += f"; the images that it came from are in {self.run_folder.path}/nonfinite.txt"
+        return (
+            f"{text}. Go on from a checkpoint with gentler settings, in a new run: the same command with "
+            f"resume={self.run_folder.path}/checkpoints/last.pt optimizer.lr=... allow_config_change=[optimizer.lr] "
+            "(or trainer.grad_clip_norm, or trainer.precision)"
+        )
+
+    def show_first(self, batches: Batches) -> Batches:
+        """Put the first batch that the model sees on a contact sheet, augmented as it is."""
+        images, labels = next(batches)
+        sheet = contact_sheet(self.loaders.train.normalize.undo(images).cpu())
+        self.logger.write_picture("augmented", sheet, 0, self.run_folder.path / "augmented.png")
+        yield images, labels
+        yield from batches
+
+    def count(self, report: StepReport) -> None:
+        if self.profile_steps:
+            self.profiler.step()
+        self._wait_seconds += report.wait_seconds
+        self._clock_steps += 1
+        self.logger.advance()
+        self.stop.begin_training()
+
+    def log_train(self, report: StepReport) -> None:
+        state = self.state
+        self.check_finite()
+        loss, top1 = state.window.averages()
+        self._lap()  # after the device is done with these steps
+        elapsed = self._clock_seconds
+        row = {
+            "split": "train",
+            "step": state.step,
+            "epoch": self.epoch_number(),
+            "loss": loss,
+            "top1": top1,
+            "lr": max(group["lr"] for group in state.optimizer.param_groups),  # layer_decay lowers the others
+            "grad_norm": None if report.grad_norm is None else report.grad_norm.item(),
+            "images_per_sec": self._clock_steps * self.config.trainer.global_batch_size / elapsed,
+            "data_wait_fraction": collectives.largest(self._wait_seconds / elapsed),  # all wait for the slowest
+            "memory_mib": round(collectives.largest(peak_memory(state.device)) / 2**20),
+        }
+        self.logger.write(row)
+        self.logger.show_train(row, self.seconds_left(elapsed / self._clock_steps))
+        self._start_clock()
+
+    def seconds_left(self, seconds_per_step: float) -> float:
+        steps = self.num_steps - self.state.step
+        evaluations = -(-steps // (self.steps_per_epoch * self.config.trainer.eval_every_epochs))
+        return steps * seconds_per_step + evaluations * self.eval_seconds
+
+    def evaluate(self) -> bool:
+        """Evaluate on val, log, keep the best, save; False where a stop request came first (it is redone on resume)."""
+        state = self.state
+        with self._off_the_clock():
+            start = time.perf_counter()
+            averaged = state.ema.module if state.ema else state.model
+            self.copy_buffers()
+            self.recalibrate(averaged)
+            result = self.evaluate_model(averaged)
+            raw = self.evaluate_model(state.model) if state.ema and result else None
+            seconds = round(time.perf_counter() - start, 4)
+        if result is None or (state.ema and raw is None):
+            self.stop_is_agreed()  # so that the first process can say why
+            self.save(is_best=False, must_succeed=True)
+            return False
+        row = {
+            "split": "val",
+            "step": state.step,
+            "epoch": self.epoch_number(),
+            "loss": result.loss,
+            "top1": result.top1,
+            "top5": result.top5,
+            **({"top1_raw": raw.top1} if raw else {}),
+            "seconds": seconds,
+        }
+        if self.num_left_out:
+            row |= {"num_images": result.num_images, "unreadable": self.num_left_out}
+        best_before, is_best = state.best, state.best is None or result.top1 > state.best["top1"]
+        if is_best:
+            state.best = {key: row[key] for key in ("top1", "step", "epoch")}
+        state.evaluated_step, self.last_val, self.eval_seconds = state.step, row, seconds
+        self.logger.write(row)
+        self.logger.show_val(row, is_best)
+        if is_best:
+            self.logger.write_picture("val/confusion_best", confusion_picture(result.confusion), state.step)
+            for name, picture in embedding_pictures(averaged).items():
+                self.logger.write_picture(f"rel_embeddings/{name}", picture, state.step)
+        if self.config.trainer.log_histograms:
+            self.logger.write_histograms(averaged, state.step)
+        if not self.save(is_best) and is_best:
+            state.best = best_before  # best.pt is still the one before
+        return True
+
+    def recalibrate(self, model: nn.Module) -> None:
+        """Batch norm's statistics anew, from the first micro-batches of the epoch; nothing random is used up."""
+        num_batches = self.config.trainer.bn_recalibration_batches
+        if not num_batches:
+            return
+        state, config = self.state, self.config
+        first = itertools.islice(self.loaders.train.train_batches(self.epoch_number() - 1), num_batches)
+        batches = itertools.takewhile(lambda _: not self.stop_is_agreed(), first)
+        with recalibration_rng(config.seed, state.step, state.device), autocast(state.device, config.trainer.precision):
+            recalibrate(model, batches, state.device)
+
+    def copy_buffers(self) -> None:
+        """Batch norm's running statistics are the first process's, as they are in the checkpoint."""
+        collectives.copy_buffers(self.state.model)
+        if self.state.ema:
+            collectives.copy_buffers(self.state.ema.module)
+
+    def epoch_number(self) -> int:
+        """Of the epoch that the last step was in, from 1."""
+        return (self.state.step - 1) // self.steps_per_epoch + 1
+
+    def evaluate_model(self, model: nn.Module) -> Evaluation | None:
+        result = evaluate(
+            model,
+            self.loaders.val.eval_batches(),
+            len(self.loaders.classes),
+            self.state.device,
+            self.config.trainer.precision,
+            lambda: collectives.stop_is_wanted(self.stop.requested()),
+        )
+        if result is not None:
+            self.num_left_out = int(collectives.total(torch.tensor(self.loaders.val.num_left_out)))
+            check_evaluated(self.loaders.val, result.num_images, self.num_left_out)
+        return result
+
+    def save(self, is_best: bool, must_succeed: bool = False) -> bool:
+        """Write a checkpoint, never one with numbers that are not finite; False where that failed and may.
+
+        Raises:
+            CheckpointError: it failed and the run is to stop then, or would count as saved or finished without it.
+        """
+        self.stop.begin_training()  # from here on a signal waits until this is done
+        state = self.state
+        with self._off_the_clock():
+            self.copy_buffers()
+            self.check_finite()
+            self.share_unreadable()
+            finished = state.step == state.evaluated_step == self.num_steps
+            content = state.state_dict() | {
+                "config": to_yaml(self.config),
+                "classes": self.loaders.classes,
+                "finished": finished,
+                "metrics": self.logger.metrics,
+                "fingerprint": self.loaders.fingerprint,
+                "provenance": self.run_folder.provenance,
+            }
+            may_fail = self.config.trainer.on_failed_save == "continue" and not finished and not must_succeed
+            if not collectives.from_first(lambda: self.write(content, is_best, may_fail), CheckpointError):
+                return False
+        self._saved = (state.step, state.evaluated_step)
+        return True
+
+    def write(self, content: dict[str, Any], is_best: bool, may_fail: bool) -> bool:
+        try:
+            self.run_folder.checkpoints.save(content, is_best)
+        except CheckpointError as error:
+            if not may_fail:
+                raise
+            warn(f"{error}; the run goes on and tries again at the next checkpoint")
+            return False
+        self.run_folder.note_checkpoint()
+        return True
+
+    def share_unreadable(self) -> None:
+        """Let all processes know, and the first one name, what any of them could not read.
+
+        Raises:
+            ConfigError: on all, where it is more than `data.max_unreadable` allows.
+        """
+        if world_size() == 1:
+            return
+        for loader in (self.loaders.train, self.loaders.val):
+            for found in collectives.gather(loader.quarantine.found):
+                loader.quarantine.note(list(found.items()))
+            collectives.everywhere(loader.quarantine.check, ConfigError)
+
+    def check_finite(self) -> None:
+        def check() -> None:
+            try:
+                self.state.check()
+            except NonFiniteError as error:
+                raise NonFiniteError(self.explain(error)) from None
+
+        collectives.everywhere(check, NonFiniteError)
+
+    def _start_clock(self) -> None:
+        self._clock_start, self._clock_seconds = time.perf_counter(), 0.0
+        self._clock_steps, self._wait_seconds = 0, 0.0
+
+    def _lap(self) -> None:
+        """Count the time since the clock's start as training."""
+        now = time.perf_counter()
+        self._clock_seconds += now - self._clock_start
+        self.state.seconds += now - self._clock_start
+        self._clock_start = now
+
+    @contextmanager
+    def _off_the_clock(self) -> Iterator[None]:
+        """Evaluations and checkpoints count neither as training time nor in images_per_sec."""
+        if self.state.device.type == "cuda":
+            torch.cuda.synchronize()  # steps still queued are training
+        self._lap()
+        yield
+        self._clock_start = time.perf_counter()

@@ -1,0 +1,192 @@
+"""Memory: micro-batches that fit (trainer.micro_batch_size=auto), and what to set where a step did not."""
+
+import dataclasses
+import gc
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sasa_train.config.derived import micro_batch_size, resolved_image_size, with_micro_batch_size
+from sasa_train.config.keys import NUM_CLASSES, TrainConfig
+from sasa_train.config.saved import load_config, load_config_file
+from sasa_train.device import autocast
+from sasa_train.machine import available_memory, is_out_of_memory, peak_memory, total_memory
+from sasa_train.models import build_model, enable_grad_checkpointing
+from sasa_train.models.counting import count_layers
+from sasa_train.processes.ranks import world_size
+from sasa_train.refusal import LIBRARY_ERRORS, ConfigError, shorten
+from sasa_train.runs.folder import RunFolder
+from sasa_train.training.optim import build_optimizer
+from sasa_train.training.state import build_state
+
+SHARE = 0.5  # of the CPU's free memory that activations may take: gradients and temporaries need the rest
+CUDA_SHARE = 0.9  # of the device's memory, after a step that fitted: fragmentation grows
+# What libraries say of a batch that is too large, beside "out of memory".
+TOO_LARGE = ("32-bit index", "CUDNN_STATUS_NOT_SUPPORTED", "unable to find an engine", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def check_memory(config: TrainConfig, model: nn.Module, device: torch.device) -> None:
+    """Refuse what cannot be held at all: weights with gradients, and one layer's output. A step needs more than that.
+
+    Args:
+        model: on the meta device.
+
+    Raises:
+        ConfigError: that alone is more than the device, or the CPU's machine, has; or the model cannot be trained
+            on such micro-batches, as batch norm on a single number a channel.
+    """
+    trainer, size = config.trainer, resolved_image_size(config.data)
+    micro_batch = micro_batch_size(trainer, world_size())
+    if trainer.micro_batch_size == "auto":
+        micro_batch = min(2, micro_batch)
+    what = f"model.name={config.model.name} on micro-batches of {micro_batch:,} images of {size} pixels"
+    remedy = (
+        "; change data.image_size, model.width or num_classes, or trainer.global_batch_size, micro_batch_size or "
+        "grad_accum_steps"
+    )
+    try:
+        outputs = largest_output(model, torch.empty(micro_batch, 3, size, size, device="meta"))
+    except LIBRARY_ERRORS as error:
+        raise ConfigError(f"{what}: {shorten(error)}{remedy}") from error
+    weights = 2 * 4 * sum(p.numel() for p in model.parameters())
+    needed = weights + outputs * (4 if trainer.precision == "fp32" else 2)
+    there = total_memory(device)  # not what is free: a cache that gives way counts as taken
+    if needed > there:
+        raise ConfigError(
+            f"{what} needs more than {needed / 2**30:,.1f} GiB ({weights / 2**30:,.1f} for weights and gradients), but "
+            f"{device} has {there / 2**30:,.1f} GiB{remedy}"
+        )
+
+
+def largest_output(model: nn.Module, images: torch.Tensor) -> int:
+    """How many numbers the largest output of any layer has, or the images; in train mode, nothing is kept."""
+    largest = images.numel()
+
+    def note(_module: nn.Module, _inputs: object, output: object) -> None:
+        nonlocal largest
+        if isinstance(output, torch.Tensor):
+            largest = max(largest, output.numel())
+
+    handles = [module.register_forward_hook(note) for module in model.modules()]
+    with torch.no_grad():
+        model.train()(images)
+    for handle in handles:
+        handle.remove()
+    return largest
+
+
+def settle_auto(config: TrainConfig, run: RunFolder, device: torch.device) -> TrainConfig:
+    """Replace `auto` by what the run began with, or by what fits now.
+
+    What it began with is in its checkpoint or, before the first, in config.yaml: another start, when other programs
+    take other memory, must not make it another run.
+
+    Raises:
+        ConfigError: not even one image fits.
+    """
+    trainer = config.trainer
+    if trainer.micro_batch_size != "auto":
+        return config
+    began_with = _saved_size(run)
+    if began_with:
+        found = next(n for n in divisors(trainer.global_batch_size // world_size()) if n <= began_with)
+    else:
+        found = largest_micro_batch(config, device)
+        print(f"trainer.micro_batch_size=auto: {found} images fit")
+    return dataclasses.replace(config, trainer=with_micro_batch_size(trainer, found))
+
+
+def _saved_size(run: RunFolder) -> int | None:
+    config_file = run.path / "config.yaml"
+    if run.checkpoint is not None:
+        saved = load_config(run.checkpoint["config"]).trainer
+    elif config_file.exists():
+        saved = load_config_file(config_file).trainer
+    else:
+        return None
+    return None if saved.micro_batch_size == "auto" else micro_batch_size(saved, world_size())
+
+
+def largest_micro_batch(config: TrainConfig, device: torch.device) -> int:
+    """The largest divisor of a process's share of the global batch that fits.
+
+    Tried on CUDA; counted on the CPU, which would swap.
+    """
+    fits = _fits_cuda if device.type == "cuda" else _fits_cpu
+    try:
+        for size in divisors(config.trainer.global_batch_size // world_size()):
+            if fits(config, size, device):
+                return size
+    finally:
+        if device.type == "cuda":  # what was tried is no part of the run's memory
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+    raise ConfigError(
+        f"trainer.micro_batch_size=auto: not even one image of {resolved_image_size(config.data)} pixels fits into the "
+        f"memory of {device}; use trainer.grad_checkpointing=true, a smaller model or data.image_size"
+    )
+
+
+def _build(config: TrainConfig) -> nn.Module:
+    num_classes = config.model.num_classes or NUM_CLASSES.get(config.data.name, 1000)
+    model = build_model(config.model, num_classes, resolved_image_size(config.data))
+    if config.trainer.grad_checkpointing:
+        enable_grad_checkpointing(model)
+    return model
+
+
+def _fits_cpu(config: TrainConfig, num_images: int, device: torch.device) -> bool:
+    with torch.device("meta"):
+        total = count_layers(_build(config), resolved_image_size(config.data))[-1]
+    weights = 4 * 4 * total.params  # with gradient, momentum and average
+    return num_images * total.activation_bytes <= SHARE * (available_memory(device) - weights)
+
+
+def _fits_cuda(config: TrainConfig, num_images: int, device: torch.device) -> bool:
+    """Whether a training step of `num_images` leaves a tenth of the device's memory free."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    size = resolved_image_size(config.data)
+    try:
+        state = build_state(config.trainer, _build(config), lambda model: build_optimizer(config, model), device)
+        layout = torch.channels_last if config.trainer.channels_last else torch.contiguous_format
+        images = torch.zeros(num_images, 3, size, size, device=device).to(memory_format=layout)
+        labels = torch.zeros(num_images, dtype=torch.int64, device=device)
+        with autocast(device, config.trainer.precision):
+            loss = nn.functional.cross_entropy(state.model.train()(images).float(), labels)
+        loss.backward()
+        state.optimizer.step()
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if is_out_of_memory(error) or any(text in str(error) for text in TOO_LARGE):
+            return False
+        raise
+    return torch.cuda.max_memory_reserved(device) <= CUDA_SHARE * torch.cuda.mem_get_info(device)[1]
+
+
+class OutOfMemoryError(Exception):
+    """Memory did not suffice; the message has the numbers and what to set."""
+
+
+def memory_advice(config: TrainConfig, device: torch.device, run_dir: Path, error: BaseException) -> str:
+    trainer = config.trainer
+    micro = micro_batch_size(trainer, world_size())
+    smaller = next((n for n in divisors(trainer.global_batch_size // world_size()) if n <= micro / 2), None)
+    ways = [f"trainer.micro_batch_size={smaller} (the same global batch)"] if smaller else []
+    ways += [] if trainer.grad_checkpointing else ["trainer.grad_checkpointing=true"]
+    ways += ["trainer.precision=bf16"] if device.type == "cuda" and trainer.precision == "fp32" else []
+    ways += ["a smaller data.image_size"]
+    return (
+        f"{device} is out of memory with micro-batches of {micro} images of {resolved_image_size(config.data)} pixels: "
+        f"{peak_memory(device) / 2**20:,.0f} MiB were in use at most, {available_memory(device) / 2**20:,.0f} MiB are "
+        f"free now ({str(error).partition(chr(10))[0]}). Try {', or '.join(ways)}. Where there is a checkpoint, go on "
+        f"with sasa-train resume={run_dir} trainer.micro_batch_size=... "
+        "allow_config_change=[trainer.micro_batch_size,trainer.grad_accum_steps]"
+    )
+
+
+def divisors(number: int) -> list[int]:
+    """Descending."""
+    return [n for n in range(number, 0, -1) if number % n == 0]

@@ -1,0 +1,209 @@
+"""Optimizer and schedule from timm's factories; the learning rate is a pure function of the step."""
+
+import dataclasses
+import inspect
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from sasa_train.config.derived import total_steps
+from sasa_train.config.keys import OptimizerConfig, ScheduleConfig, TrainConfig
+from sasa_train.refusal import LIBRARY_ERRORS, ConfigError, shorten
+
+# Arguments of timm's factory that split the parameters into groups.
+GROUP_ARGUMENTS = {"layer_decay_min_scale", "layer_decay_no_opt_scale", "fallback_list", "fallback_no_weight_decay"}
+# Arguments of create_scheduler_v2 that have keys of their own, count in other units, or need a metric.
+SET_BY_US = {
+    "optimizer", "sched", "num_epochs", "updates_per_epoch", "step_on_epochs", "warmup_epochs", "warmup_prefix",
+    "warmup_lr", "min_lr", "decay_epochs", "decay_milestones", "decay_rate", "cooldown_epochs", "patience_epochs",
+    "plateau_mode",
+}  # fmt: skip
+
+
+def peak_lr(config: TrainConfig) -> float:
+    """The learning rate after warm-up: `optimizer.lr` itself, or for each 256 images of the global batch."""
+    scale = config.trainer.global_batch_size / 256 if config.optimizer.lr_basis == "per_256" else 1.0
+    return config.optimizer.lr * scale
+
+
+def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """timm's optimizer; no weight decay on norms, biases and what `model.no_weight_decay()` names.
+
+    Raises:
+        ConfigError: a name that timm has not, an argument that the optimizer does not take, or one that cannot work.
+    """
+    optimizer = config.optimizer
+    base = optimizer.name.removeprefix("lookahead_")
+    names = [str(name) for name in list_optimizers()]
+    if base not in names:
+        close = get_close_matches(base, names, n=1)
+        hint = f"did you mean {close[0]}? It " if close else "it "
+        raise ConfigError(
+            f"optimizer.name={optimizer.name}: {hint}must be one of {', '.join(names)}; or lookahead_ and one"
+        )
+    try:
+        arguments = _arguments(optimizer, base)
+        built = create_optimizer_v2(
+            model,
+            opt=optimizer.name,
+            lr=peak_lr(config),
+            weight_decay=optimizer.weight_decay,
+            layer_decay=optimizer.layer_decay,
+            **arguments,
+        )
+    except (*LIBRARY_ERRORS, ImportError) as error:
+        raise ConfigError(f"{_described(optimizer)} cannot be built: {error}") from error
+    if getattr(built, "is_second_order", False):
+        raise ConfigError(f"optimizer.name={optimizer.name} needs second derivatives, which local attention has not")
+    return built
+
+
+def try_optimizer(config: TrainConfig, device: torch.device) -> None:
+    """Take one step with a tiny model: what an optimizer cannot work with often shows there alone.
+
+    Raises:
+        ConfigError: as `build_optimizer`, or the step fails.
+    """
+    tiny = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 5)).to(device)
+    optimizer = build_optimizer(config, tiny)
+    for parameter in tiny.parameters():
+        parameter.grad = torch.full_like(parameter, 0.01)
+    try:
+        optimizer.step()
+    except LIBRARY_ERRORS as error:
+        raise ConfigError(f"{_described(config.optimizer)} cannot take a step: {error}") from error
+
+
+def _described(group: OptimizerConfig | ScheduleConfig) -> str:
+    """What was asked for: the name, and the keys that differ from their defaults."""
+    prefix, usual = ("optimizer" if isinstance(group, OptimizerConfig) else "schedule"), type(group)()
+    keys = [
+        f.name
+        for f in dataclasses.fields(group)
+        if f.name == "name" or getattr(group, f.name) != getattr(usual, f.name)
+    ]
+    return " ".join(f"{prefix}.{key}={shorten(getattr(group, key))}" for key in keys)
+
+
+def _arguments(config: OptimizerConfig, base: str) -> dict[str, Any]:
+    """What is set, checked against the optimizer's signature."""
+    given = {"momentum": config.momentum, "betas": config.betas, "eps": config.eps}
+    given = {name: value for name, value in given.items() if value is not None}
+    if twice := given.keys() & config.args.keys():
+        raise ConfigError(f"optimizer.args={config.args}: {', '.join(twice)} is also set as a key of its own")
+    signature = inspect.signature(get_optimizer_class(base, bind_defaults=False))
+    accepted = signature.parameters.keys() - {"params", "lr", "weight_decay"} | GROUP_ARGUMENTS
+    for name, value in (given | config.args).items():
+        if name not in accepted:
+            where = f"optimizer.{name}={value}" if name in given else f"optimizer.args={config.args}"
+            raise ConfigError(f"{where}: {config.name} takes no {name}; it takes {', '.join(sorted(accepted))}")
+        key = f"optimizer.{name}" if name in given else f"optimizer.args.{name}"
+        _check_kind(f"{key}={value}", value, signature.parameters[name])
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in (given | config.args).items()}
+
+
+def _check_kind(where: str, value: Any, parameter: inspect.Parameter) -> None:
+    """Refuse what is of another kind than the argument's default or annotation: timm and torch often take it."""
+    default, hint = parameter.default, parameter.annotation
+    if value is None:
+        return
+    if isinstance(default, bool) or hint == bool | None:
+        fits, rule = isinstance(value, bool), "true or false"
+    elif isinstance(default, int | float) or hint == float | None:
+        fits, rule = isinstance(value, int | float) and not isinstance(value, bool), "a number"
+    elif isinstance(default, tuple | list):
+        fits, rule = isinstance(value, list) and len(value) == len(default), f"a list of {len(default)}"
+    else:
+        return
+    if not fits:
+        raise ConfigError(f"{where} must be {rule}")
+
+
+def check_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> None:
+    """`build_schedule`, and the learning rate at some steps from the first to the last.
+
+    Raises:
+        ConfigError: as `build_schedule`, or the learning rate is none.
+    """
+    scheduler = build_schedule(config, optimizer, steps_per_epoch)
+    last = total_steps(config, steps_per_epoch) - 1
+    for step in sorted({last * part // 16 for part in range(17)}):
+        try:
+            scheduler.step_update(step)
+            rates = [float(group["lr"]) for group in optimizer.param_groups]
+        except LIBRARY_ERRORS as error:
+            raise ConfigError(f"{_described(config.schedule)} has no learning rate at step {step}: {error}") from error
+        if not all(0 <= rate <= 1e38 for rate in rates):
+            raise ConfigError(f"{_described(config.schedule)}: the learning rate of step {step} is {max(rates)}")
+
+
+def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
+    """timm's schedule over all steps of the run; call `step_update(step)` before each step.
+
+    Raises:
+        ConfigError: a name or an argument that timm has not, or a schedule that is no function of the step.
+    """
+    schedule, steps = config.schedule, total_steps(config, steps_per_epoch)
+    if schedule.name in ("plateau", "none"):
+        raise ConfigError(
+            f"schedule.name={schedule.name}: the learning rate must be a function of the step; use constant or another"
+        )
+    parameters = inspect.signature(create_scheduler_v2).parameters
+    accepted = parameters.keys() - SET_BY_US
+    if unknown := schedule.args.keys() - accepted:
+        raise ConfigError(
+            f"schedule.args={schedule.args}: timm's schedules take no {', '.join(unknown)}; they take "
+            + ", ".join(sorted(accepted))
+        )
+    for name, value in schedule.args.items():
+        _check_kind(f"schedule.args.{name}={value}", value, parameters[name])
+    warmup_steps = min(round(schedule.warmup_epochs * steps_per_epoch), steps - 1)
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=schedule.name,
+            num_epochs=_cycle_steps(schedule, steps - warmup_steps),  # all in steps: an "epoch" of one update
+            updates_per_epoch=1,
+            step_on_epochs=False,
+            warmup_epochs=warmup_steps,
+            warmup_prefix=True,  # the decay begins where warm-up ends, so that the peak is reached
+            warmup_lr=schedule.warmup_lr,
+            min_lr=schedule.min_lr,
+            decay_epochs=_decay_steps(schedule, steps_per_epoch),
+            decay_milestones=[
+                round(epoch * steps_per_epoch) - warmup_steps + 1  # timm takes the decay of the update after this one
+                for epoch in schedule.decay_milestones
+            ],
+            decay_rate=schedule.decay_rate,
+            **schedule.args | _timescale(schedule, steps_per_epoch),
+        )
+    except (*LIBRARY_ERRORS, UnboundLocalError) as error:
+        raise ConfigError(f"{_described(schedule)}: {error}") from error
+    return scheduler
+
+
+def _timescale(schedule: ScheduleConfig, steps_per_epoch: int) -> dict[str, float]:
+    """rsqrt's `stable_timescale`, which is in epochs as everything else, in steps."""
+    if "stable_timescale" not in schedule.args:
+        return {}
+    return {"stable_timescale": schedule.args["stable_timescale"] * steps_per_epoch}
+
+
+def _cycle_steps(schedule: ScheduleConfig, steps: int) -> int:
+    """Steps of the first cycle, so that all cycles together end with the run."""
+    growth, num_cycles = schedule.args.get("cycle_mul", 1.0), schedule.args.get("cycle_limit", 1)
+    if not isinstance(num_cycles, int) or num_cycles < 1:
+        raise ValueError(f"cycle_limit={num_cycles} must be a whole number, at least 1")
+    first_cycles = num_cycles if growth == 1 else (growth**num_cycles - 1) / (growth - 1)  # all cycles, in first ones
+    return max(1, round(steps / first_cycles))
+
+
+def _decay_steps(schedule: ScheduleConfig, steps_per_epoch: int) -> float:
+    if schedule.decay_epochs is None and schedule.name in ("wsd", "rsqrt"):
+        return 0.2  # timm's own default, a part of the whole
+    return max(1, round((schedule.decay_epochs or 30) * steps_per_epoch))

@@ -1,0 +1,140 @@
+"""What a run carries from step to step, and what of it a checkpoint keeps."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from sasa_train.config.keys import TrainerConfig
+from sasa_train.processes import collectives
+from sasa_train.processes.ranks import rank, world_size
+from sasa_train.training.nonfinite import NonFiniteError, not_finite
+
+HYPERPARAMETERS = ("initial_lr", "lr_scale", "weight_decay", "momentum", "betas", "eps")  # of a parameter group
+
+
+class Window:
+    """Sums on the device since the last train row, over this process's images."""
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, hits
+        self.num_images = 0
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Of mixed labels [B, num_classes] the larger share counts for top1."""
+        hits = (logits.argmax(1) == (labels if labels.ndim == 1 else labels.argmax(1))).sum()
+        self.sums += torch.stack([loss.double() * len(labels), hits.double()])
+        self.num_images += len(labels)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where there are several processes, a row of `sums` and a number for each."""
+        if world_size() == 1:
+            return {"sums": self.sums, "num_images": self.num_images}
+        sums, num_images = zip(*collectives.gather((self.sums.cpu(), self.num_images)), strict=True)
+        return {"sums": torch.stack(sums), "num_images": list(num_images)}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Each process takes its own part; where they were another number, the first one takes all."""
+        sums, counts = saved["sums"].reshape(-1, 2), saved["num_images"]
+        counts = counts if isinstance(counts, list) else [counts]
+        if len(counts) != world_size():
+            sums, counts = sums.sum(0, keepdim=True), [sum(counts)]
+        if rank() < len(counts):
+            self.sums.copy_(sums[rank()])
+            self.num_images = counts[rank()]
+
+    def averages(self) -> tuple[float, float]:
+        """Loss and top1 in percent over all processes since the last call; starts anew. Waits for the device."""
+        num_images = int(collectives.total(torch.tensor(self.num_images)))
+        loss, hits = (collectives.total(self.sums) / num_images).tolist()
+        self.sums.zero_()
+        self.num_images = 0
+        return loss, 100 * hits
+
+
+@dataclass
+class TrainState:
+    """What must survive a restart; everything else is made anew from the config."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    window: Window
+    ema: ModelEmaV3 | None = None
+    step: int = 0  # optimizer updates done
+    epoch: int = 0  # whole epochs trained
+    evaluated_step: int = 0  # the step of the last evaluation
+    best: dict[str, Any] | None = None  # {"top1", "step", "epoch"} of the best evaluation
+    seconds: float = 0.0  # of training, over all restarts
+    hyperparameters: tuple[str, ...] = HYPERPARAMETERS  # keys of a parameter group that are the config's
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values alone, so that `torch.load(..., weights_only=True)` reads it."""
+        cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "window": self.window.state_dict(),
+            "step": self.step,
+            "epoch": self.epoch,
+            "evaluated_step": self.evaluated_step,
+            "best": self.best,
+            "seconds": self.seconds,
+            "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
+        }
+
+    def check(self) -> None:
+        """Raise NonFiniteError where the weights, statistics or averages are not finite. Waits for the device."""
+        parts = {"": self.model} | ({"the average's ": self.ema.module} if self.ema else {})
+        for whose, module in parts.items():
+            floats = [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
+            if not nn.utils.get_total_norm(floats, norm_type=math.inf).isfinite():
+                wrong = not_finite(module.state_dict().items())
+                raise NonFiniteError(
+                    f"the weights after step {self.step} are not finite, {whose}{wrong[0]} first of {len(wrong)}"
+                )
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.model.load_state_dict(saved["model"])
+        if self.ema:
+            self.ema.module.load_state_dict(saved["ema"] or saved["model"])
+        # Hyperparameters are the config's: they differ from the checkpoint's only where the user allowed it. What else
+        # a group holds is its optimizer's state.
+        groups = [{k: g[k] for k in self.hyperparameters if k in g} for g in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(saved["optimizer"])
+        for group, configured in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update(configured)
+        self.scaler.load_state_dict(saved["scaler"])
+        self.window.load_state_dict(saved["window"])
+        self.step, self.epoch, self.evaluated_step = saved["step"], saved["epoch"], saved["evaluated_step"]
+        self.best, self.seconds = saved["best"], saved["seconds"]
+        torch.set_rng_state(saved["rng"]["torch"])
+        if self.device.type == "cuda" and saved["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(saved["rng"]["cuda"])
+
+    @property
+    def device(self) -> torch.device:
+        return self.window.sums.device
+
+
+def build_state(
+    config: TrainerConfig,
+    model: nn.Module,
+    build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    device: torch.device,
+) -> TrainState:
+    """Put the model on the device and build around it what `config` asks for."""
+    model.to(device).to(memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
+    return TrainState(
+        model,
+        build_optimizer(model),
+        torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
+        Window(device),
+        ModelEmaV3(model, decay=config.ema_decay, use_warmup=config.ema_warmup) if config.ema_decay else None,
+    )

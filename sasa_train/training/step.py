@@ -1,0 +1,138 @@
+"""One training step and one epoch: tensors in, numbers out. No files, no printing, no Hydra.
+
+Nothing in a step leaves the device without work: sums stay there until a log row asks for them, and the loss is looked
+at while the backward pass runs.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import adaptive_clip_grad
+from torch import Tensor, nn
+
+from sasa_train.config.derived import accumulation
+from sasa_train.config.keys import TrainerConfig
+from sasa_train.data.randomness import seed_step
+from sasa_train.device import autocast
+from sasa_train.processes import collectives
+from sasa_train.processes.ranks import rank, world_size
+from sasa_train.training.batch_norm import frozen_running_stats
+from sasa_train.training.evaluation import Batches
+from sasa_train.training.losses import build_criterion
+from sasa_train.training.nonfinite import LossWatch, NonFiniteError
+from sasa_train.training.state import TrainState
+
+
+class Stepper:
+    """What a step needs and no checkpoint keeps: the compiled forward pass, the loss, the schedule.
+
+    `seed` is that of dropout where there are several processes: each draws its own, by (seed, step, rank) alone. One
+    process goes on with torch's generators, which the checkpoint has.
+    """
+
+    def __init__(self, config: TrainerConfig, state: TrainState, schedule: Scheduler, seed: int = 0):
+        self.config, self.state, self.schedule, self.seed = config, state, schedule, seed
+        self.grad_accum_steps = accumulation(config, world_size())
+        self.shared = collectives.share_gradients(state.model)
+        self.forward = torch.compile(self.shared) if config.compile else self.shared
+        self.criterion = build_criterion(config)
+        self.loss_watch = LossWatch(state.device)
+        self.clips = config.grad_clip_norm or config.grad_clip_value or config.grad_clip_agc
+
+    def train_step(self, batches: Batches, want_grad_norm: bool = False) -> Tensor | None:
+        """One optimizer update from `grad_accum_steps` micro-batches; returns the gradient's L2 norm before clipping.
+
+        The norm is None where nobody asked for it and nothing clips. Processes add their gradients in the backward pass
+        of the last micro-batch alone.
+
+        Raises:
+            NonFiniteError: a loss is not finite; the weights are those before the step.
+        """
+        config, state = self.config, self.state
+        self.schedule.step_update(state.step)
+        state.optimizer.zero_grad()
+        if world_size() > 1:
+            seed_step(self.seed, state.step, rank())
+        for number in range(self.grad_accum_steps):
+            images, labels = next(batches)
+            with self._gradients_stay_here() if number < self.grad_accum_steps - 1 else contextlib.nullcontext():
+                with autocast(state.device, config.precision):
+                    logits = self.forward(images)
+                    loss = self.criterion(logits.float(), labels)
+                self.loss_watch.begin(loss)
+                with frozen_running_stats(state.model) if config.grad_checkpointing else contextlib.nullcontext():
+                    state.scaler.scale(loss / self.grad_accum_steps).backward()
+            state.window.add(loss.detach(), logits.detach(), labels)
+            if not self.loss_watch.is_finite():
+                raise NonFiniteError(f"the loss of step {state.step + 1} is not finite", number, images)
+        grad_norm = self._clip() if want_grad_norm or self.clips else None
+        if state.scaler.is_enabled():  # it waits for the device, and with it for all processes: see that they are there
+            collectives.wait_for_all()
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.step += 1
+        if state.ema:
+            state.ema.update(state.model, step=state.step)
+        return grad_norm
+
+    def _gradients_stay_here(self) -> contextlib.AbstractContextManager:
+        return self.shared.no_sync() if world_size() > 1 else contextlib.nullcontext()  # type: ignore[operator]
+
+    def _clip(self) -> Tensor:
+        self.state.scaler.unscale_(self.state.optimizer)  # a norm of scaled gradients means nothing
+        config, parameters = self.config, list(self.state.model.parameters())
+        if config.grad_clip_norm:
+            return nn.utils.clip_grad_norm_(parameters, config.grad_clip_norm)
+        grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if config.grad_clip_value:
+            nn.utils.clip_grad_value_(parameters, config.grad_clip_value)
+        elif config.grad_clip_agc:
+            adaptive_clip_grad(_without_classifier(self.state.model), config.grad_clip_agc)
+        return grad_norm
+
+
+def _without_classifier(model: nn.Module) -> list[nn.Parameter]:
+    """Adaptive clipping spares the last layer (arXiv 2102.06171, section 4.1)."""
+    classifier = model.get_classifier()  # type: ignore[operator]
+    heads = classifier if isinstance(classifier, tuple) else (classifier,)  # distilled models have two
+    last = {id(p) for head in heads for p in head.parameters()}
+    return [p for p in model.parameters() if id(p) not in last]
+
+
+@dataclass
+class StepReport:
+    """After a step: the gradient's norm where it was taken, and the seconds it waited for data."""
+
+    grad_norm: Tensor | None
+    wait_seconds: float
+
+
+def train_one_epoch(stepper: Stepper, batches: Batches, num_steps: int, log_every_steps: int) -> Iterator[StepReport]:
+    """Take `num_steps` steps and report after each; what happens between steps is the caller's."""
+    stepper.state.model.train()
+    timed = _Timed(batches)
+    for _ in range(num_steps):
+        timed.seconds = 0.0
+        is_logged = (stepper.state.step + 1) % log_every_steps == 0
+        grad_norm = stepper.train_step(timed, want_grad_norm=is_logged)
+        yield StepReport(grad_norm, timed.seconds)
+
+
+class _Timed:
+    """An iterator that counts the seconds its caller waits for the next batch."""
+
+    def __init__(self, batches: Batches):
+        self.batches, self.seconds = iter(batches), 0.0
+
+    def __iter__(self) -> "_Timed":
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        start = time.perf_counter()
+        batch = next(self.batches)
+        self.seconds += time.perf_counter() - start
+        return batch
