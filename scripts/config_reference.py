@@ -14,7 +14,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from sasa_train.config.groups import GROUPS, choices, config_dir
-from sasa_train.config.keys import CHOICES, FREE_KEYS, NOT_TRAJECTORY, knob_table
+from sasa_train.config.keys import CHOICES, FREE_KEYS, NOT_TRAJECTORY, key_table
 from sasa_train.config.overrides import as_written
 from sasa_train.sweep.planning import SweepConfig
 
@@ -44,7 +44,7 @@ def reference() -> str:
     parts = [HEAD.format(free=" and ".join(f"`{key}`" for key in FREE_KEYS))]
     for group in ("model", "data", "optimizer", "schedule", "augment", "trainer", ""):
         parts.append(f"## {group or 'Top level'}\n")
-        rows = [row(key, knob) for key, knob in knob_table().items() if key.rpartition(".")[0] == group]
+        rows = [row(key, knob) for key, knob in key_table().items() if key.rpartition(".")[0] == group]
         parts.append(table(("key", "type", "default", "meaning"), rows))
         if group in GROUPS:
             parts.append(choice_table(group))

@@ -15,7 +15,7 @@ from conftest import TINY, make_image_folder
 
 from sasa_train import train
 from sasa_train.config.groups import config_dir
-from sasa_train.config.keys import knob_table
+from sasa_train.config.keys import key_table
 from sasa_train.dataset_tool import prepare
 from sasa_train.runs.checkpoint import load_checkpoint
 
@@ -302,7 +302,7 @@ def test_help_lists_every_key_and_imports_nothing_heavy():
     code = "import sys, sasa_train.train as t; t.run_command(['--help']); print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.endswith("False\n")
-    assert all(f"  {key}=" in out for key in knob_table()) and "quickstart" in out
+    assert all(f"  {key}=" in out for key in key_table()) and "quickstart" in out
     assert "model.drop_path_rate=0.0 " in out and "trainer.grad_accum_steps=1 " in out
     assert max(len(line) for line in out.splitlines()) <= 120
 

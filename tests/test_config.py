@@ -8,7 +8,7 @@ from sasa_train.config import compose, groups
 from sasa_train.config.compose import compose_config
 from sasa_train.config.groups import config_dir
 from sasa_train.config.identity import default_run_name, differing_keys
-from sasa_train.config.keys import TrainConfig, flatten, knob_table
+from sasa_train.config.keys import TrainConfig, flatten, key_table
 from sasa_train.config.saved import load_config, to_yaml
 from sasa_train.refusal import ConfigError
 
@@ -76,7 +76,7 @@ def test_the_run_name_follows_the_trajectory_alone():
 
 
 def test_every_knob_has_a_meaning():
-    table = knob_table()
+    table = key_table()
     assert table.keys() == flatten(TrainConfig()).keys()
     assert all(field.metadata.get("help") for field in table.values())
 

@@ -26,7 +26,7 @@ from sasa_train import train
 from sasa_train.config import compose, groups
 from sasa_train.config.compose import as_overrides, compose_config, to_config
 from sasa_train.config.groups import config_dir
-from sasa_train.config.keys import CHOICES, TrainConfig, knob_table
+from sasa_train.config.keys import CHOICES, TrainConfig, key_table
 from sasa_train.config.overrides import (
     FREE,
     UNREADABLE,
@@ -72,7 +72,7 @@ NONSENSE = (
 FREE_TEXT = st.text(max_size=12)
 QUOTED = FREE_TEXT.map(lambda text: "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'")
 ARGUMENTS = ("rho", "betas", "momentum", "nesterov", "k_decay", "cycle_limit", "a.b", "true", "", "1", "a-b", "$x")
-KNOBS = knob_table()
+KNOBS = key_table()
 
 
 def mistype(word: str, place: int) -> str:

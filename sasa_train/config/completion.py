@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from sasa_train.commands import COMMANDS
 from sasa_train.config.groups import GROUPS, choices
-from sasa_train.config.keys import CHOICES, OWN_MODELS, knob_table
+from sasa_train.config.keys import CHOICES, OWN_MODELS, key_table
 
 # -P: a file in the current folder that is called like one of Python's own modules must not run because of a TAB.
 SCRIPTS = {
@@ -173,7 +173,7 @@ def _groups(name: str) -> tuple[str, ...]:
 
 def _knobs(name: str) -> dict[str, str]:
     """Keys with their meanings."""
-    knobs = {key: knob.metadata["help"] for key, knob in knob_table().items()}
+    knobs = {key: knob.metadata["help"] for key, knob in key_table().items()}
     if name == "sweep":
         from dataclasses import fields
 
@@ -200,7 +200,7 @@ def of_overrides(current: str, groups: Sequence[str], knobs: dict[str, str], is_
 
 
 def _words(key: str) -> Sequence[str]:
-    knob = knob_table().get(key)
+    knob = key_table().get(key)
     if knob is not None and bool in (knob.type, *typing.get_args(knob.type)):
         return ("true", "false")
     return WORDS.get(key, ())

@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from sasa_train.config.groups import GROUPS, config_dir
-from sasa_train.config.keys import FREE_KEYS, TrainConfig, flatten, knob_table
+from sasa_train.config.keys import FREE_KEYS, TrainConfig, flatten, key_table
 from sasa_train.config.overrides import FREE, UNREADABLE, as_written, check_override_keys, nearest, with_free_keys
 from sasa_train.config.rules import validate
 from sasa_train.refusal import ConfigError, shorten
@@ -69,7 +69,7 @@ def _with_interpolations(text: str, composed: DictConfig) -> str:
 
 def _check_dicts(values: dict[str, Any]) -> None:
     """Refuse a dict in place of anything else, which OmegaConf does without a word about where."""
-    for key in knob_table():
+    for key in key_table():
         group, _, name = key.rpartition(".")
         value = values[group][name] if group else values[name]
         if isinstance(value, dict) != (key in FREE_KEYS):
@@ -98,8 +98,8 @@ def explain(error: Exception) -> str:
     for link in chain:
         full_key = getattr(link, "full_key", None) or ""
         key = full_key.partition("[")[0]  # of data.mean[1]
-        if key and key not in knob_table() and key not in GROUPS and not key.startswith(FREE):
-            return f"unknown key {shorten(key)!r}: {nearest(key, list(knob_table()))}"
+        if key and key not in key_table() and key not in GROUPS and not key.startswith(FREE):
+            return f"unknown key {shorten(key)!r}: {nearest(key, list(key_table()))}"
         if key:
             return f"{shorten(full_key)}: {shorten(str(link).splitlines()[0])}"
     return shorten(error).replace("Could not override", "cannot override")

@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from sasa_train.config.groups import GROUPS, choices
-from sasa_train.config.keys import knob_table
+from sasa_train.config.keys import key_table
 from sasa_train.refusal import ConfigError, shorten
 
 MAX_JOBS = 1000  # of a sweep: each one's config is composed before the first begins
@@ -96,7 +96,7 @@ def check_override_keys(overrides: Sequence[str], is_sweep: bool = False) -> Non
 
     Hydra's own keys have a meaning in a sweep alone.
     """
-    known = set(knob_table())
+    known = set(key_table())
     for override in parse_overrides(overrides):
         key = override.key_or_group
         if override.package is not None:
@@ -166,7 +166,7 @@ def split_weights(overrides: Sequence[str]) -> tuple[str | None, list[str]]:
     """
     knobs = [text for text in overrides if not text.startswith("weights=")]
     for key in (text.partition("=")[0] for text in knobs):
-        if key not in knob_table() and get_close_matches(key, ["weights"]):
+        if key not in key_table() and get_close_matches(key, ["weights"]):
             raise ConfigError(f"unknown key {key!r}: did you mean weights?")
     wanted = [text.removeprefix("weights=") for text in overrides if text not in knobs]
     if wrong := [word for word in wanted if word not in WEIGHTS]:

@@ -19,7 +19,7 @@ from sasa_train.config.keys import (
     ModelConfig,
     TrainConfig,
     flatten,
-    knob_table,
+    key_table,
 )
 from sasa_train.refusal import require
 
@@ -39,7 +39,7 @@ def validate(config: TrainConfig) -> None:
         holds = all(0 <= number < 1 for number in _leaves(flat[key]) if number is not None)
         require(holds, key, flat[key], "must be at least 0 and below 1")
     for key in config.allow_config_change:
-        require(key in knob_table(), "allow_config_change", key, "must name knobs, as in [trainer.epochs]")
+        require(key in key_table(), "allow_config_change", key, "must name knobs, as in [trainer.epochs]")
     for key in PROBABILITIES:
         holds = all(0 <= number <= 1 for number in _leaves(flat[key]) if number is not None)
         require(holds, key, flat[key], "must be from 0 to 1")

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from sasa_train.config.compose import compose_config
 from sasa_train.config.derived import resolved_image_size
-from sasa_train.config.keys import DIALS, TrainConfig, flatten, knob_table
+from sasa_train.config.keys import DIALS, TrainConfig, flatten, key_table
 from sasa_train.config.overrides import as_written
 from sasa_train.paper import Row as PaperRow
 from sasa_train.report.beside_paper import differing_dials, nearest_row
@@ -129,7 +129,7 @@ def environment(job: Job) -> list[tuple[str, str]]:
 
 def changed_knobs(config: TrainConfig) -> list[tuple[str, str, str, str]]:
     """Key, value, default and meaning of each knob that is not at its default."""
-    defaults, meanings = flatten(compose_config([])), knob_table()
+    defaults, meanings = flatten(compose_config([])), key_table()
     return [
         (key, as_written(value), as_written(defaults[key]), meanings[key].metadata["help"])
         for key, value in flatten(config).items()

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from sasa_train.config.compose import compose_config
 from sasa_train.config.groups import choices, config_dir
 from sasa_train.config.identity import default_run_name
-from sasa_train.config.keys import NOT_TRAJECTORY, knob
+from sasa_train.config.keys import NOT_TRAJECTORY, key
 from sasa_train.config.overrides import UNREADABLE, check_override_keys, expand, nearest, parse_overrides
 from sasa_train.refusal import ConfigError, shorten
 
@@ -32,17 +32,17 @@ PRUNERS = ("none", "median", "hyperband")
 class SweepConfig:
     """The keys of a file in `configs/sweep/`; on the command line with `sweep.` before them."""
 
-    overrides: list[str] = knob([], "of every job; several values of a key multiply: a grid, or a search's space")
-    rows: list[list[str]] = knob([], "a list of jobs, each with overrides of its own; the grid multiplies it")
-    name: str | None = knob(None, "of the folder; null: from the file, and from what is fixed and what varies")
-    output_dir: str = knob("outputs", "the sweep's folder is made here; it holds the run folders of its jobs")
-    max_parallel: int | None = knob(None, "jobs at a time; null: one for each GPU, or one where there is none")
-    devices_per_job: int = knob(1, "GPUs of a job; where it is more than 1, each is a process under torchrun")
-    max_tries: int = knob(3, "failed starts in a row after which a job counts as failed")
-    num_trials: int | None = knob(None, "a search of so many trials (Optuna) instead of a grid")
-    pruner: str = knob("median", "of a search: median or hyperband stop trials that look bad on val; none")
-    worker: str | None = knob(None, "of a search: a name of its own for each sasa-sweep that shares the folder")
-    paper_table: int | None = knob(None, "sasa-report sets this table of the paper beside ours")
+    overrides: list[str] = key([], "of every job; several values of a key multiply: a grid, or a search's space")
+    rows: list[list[str]] = key([], "a list of jobs, each with overrides of its own; the grid multiplies it")
+    name: str | None = key(None, "of the folder; null: from the file, and from what is fixed and what varies")
+    output_dir: str = key("outputs", "the sweep's folder is made here; it holds the run folders of its jobs")
+    max_parallel: int | None = key(None, "jobs at a time; null: one for each GPU, or one where there is none")
+    devices_per_job: int = key(1, "GPUs of a job; where it is more than 1, each is a process under torchrun")
+    max_tries: int = key(3, "failed starts in a row after which a job counts as failed")
+    num_trials: int | None = key(None, "a search of so many trials (Optuna) instead of a grid")
+    pruner: str = key("median", "of a search: median or hyperband stop trials that look bad on val; none")
+    worker: str | None = key(None, "of a search: a name of its own for each sasa-sweep that shares the folder")
+    paper_table: int | None = key(None, "sasa-report sets this table of the paper beside ours")
 
 
 @dataclass
@@ -135,9 +135,9 @@ def _merge(merged: Any, values: Any, where: str) -> Any:
     known = [f.name for f in dataclasses.fields(SweepConfig)]
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: is no sweep: keys and values, {', '.join(known)}")
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r}: {nearest(str(key), known)}")
+    for given in values:
+        if given not in known:
+            raise ConfigError(f"{where}: unknown key {given!r}: {nearest(str(given), known)}")
     try:
         return OmegaConf.merge(merged, values)
     except UNREADABLE as error:
@@ -155,16 +155,16 @@ def _sweep_file(name: str) -> Path:
 
 
 def _validate(config: SweepConfig) -> None:
-    for key in ("max_parallel", "devices_per_job", "max_tries", "num_trials"):
-        value = getattr(config, key)
+    for given in ("max_parallel", "devices_per_job", "max_tries", "num_trials"):
+        value = getattr(config, given)
         if value is not None and value < 1:
-            raise ConfigError(f"sweep.{key}={value} must be positive")
+            raise ConfigError(f"sweep.{given}={value} must be positive")
     if config.pruner not in PRUNERS:
         raise ConfigError(f"sweep.pruner={config.pruner} must be one of {', '.join(PRUNERS)}")
-    for key in ("name", "worker"):
-        value = getattr(config, key)
+    for given in ("name", "worker"):
+        value = getattr(config, given)
         if value is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.=,+-]{0,150}", value):
-            raise ConfigError(f"sweep.{key}={value} must be a plain folder name: letters, digits and _ . = , + -")
+            raise ConfigError(f"sweep.{given}={value} must be a plain folder name: letters, digits and _ . = , + -")
     if config.worker is not None and config.num_trials is None:
         raise ConfigError(f"sweep.worker={config.worker}: only a search (sweep.num_trials) is shared by several")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from sasa_train import __version__
 from sasa_train.config.compose import compose_config
 from sasa_train.config.groups import GROUPS, choices
-from sasa_train.config.keys import TrainConfig, knob_table
+from sasa_train.config.keys import TrainConfig, key_table
 from sasa_train.config.overrides import check_override_keys, chooses_group, expand, parse_overrides
 from sasa_train.config.rules import check_world_size
 from sasa_train.processes.ranks import max_restarts, rank, world_size
@@ -179,7 +179,7 @@ def print_help(command: str, usage: str) -> None:
         print(entry(group, ", ".join(choices(group)), column=14))
     print("\nKeys (key=value; with the defaults that hold where no group's file says otherwise; null: not set):")
     group = ""
-    for key, knob in knob_table().items():
+    for key, knob in key_table().items():
         if key.rpartition(".")[0] != group:
             group = key.rpartition(".")[0]
             print()
