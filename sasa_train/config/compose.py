@@ -79,7 +79,7 @@ def _check_dicts(values: dict[str, Any]) -> None:
 
 @cache
 def schema() -> DictConfig:
-    """Every knob with type and default; `merge` copies it."""
+    """Every key with type and default; `merge` copies it."""
     return OmegaConf.structured(TrainConfig)
 
 

@@ -92,7 +92,7 @@ def _parse(override: str) -> Override:
 
 
 def check_override_keys(overrides: Sequence[str], is_sweep: bool = False) -> None:
-    """Refuse keys that no knob has, with the nearest that one has; `+key`, `++key` and `~key` too.
+    """Refuse keys that do not exist, with the nearest that does; `+key`, `++key` and `~key` too.
 
     Hydra's own keys have a meaning in a sweep alone.
     """
@@ -149,7 +149,7 @@ OVERRIDE = re.compile(r"[+~]*[a-z_]+(\.[a-z0-9_]+)*=")
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Of a command line's words those that name files, and those that are overrides: `weights=...` or a knob's.
+    """Of a command line's words those that name files, and those that are overrides: `weights=...` or a key's.
 
     What is there as a file is a file, however it is called; what is none and looks like an override is one, so that a
     misspelt key is refused with the nearest right one.
@@ -159,16 +159,16 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def split_weights(overrides: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The last `weights=`, if there is one, and the knobs.
+    """The last `weights=`, if there is one, and the other overrides.
 
     Raises:
         ConfigError: weights that there are not, or `weights` misspelt.
     """
-    knobs = [text for text in overrides if not text.startswith("weights=")]
-    for key in (text.partition("=")[0] for text in knobs):
+    others = [text for text in overrides if not text.startswith("weights=")]
+    for key in (text.partition("=")[0] for text in others):
         if key not in key_table() and get_close_matches(key, ["weights"]):
             raise ConfigError(f"unknown key {key!r}: did you mean weights?")
-    wanted = [text.removeprefix("weights=") for text in overrides if text not in knobs]
+    wanted = [text.removeprefix("weights=") for text in overrides if text not in others]
     if wrong := [word for word in wanted if word not in WEIGHTS]:
         raise ConfigError(f"weights={shorten(wrong[0])} must be {' or '.join(WEIGHTS)}")
-    return wanted[-1] if wanted else None, knobs
+    return wanted[-1] if wanted else None, others

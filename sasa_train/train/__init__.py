@@ -3,8 +3,6 @@
 `torchrun --nproc-per-node=N -m sasa_train.train` takes the same arguments.
 """
 
-import dataclasses
-import json
 import logging
 import os
 import shutil
@@ -16,6 +14,7 @@ import traceback
 from pathlib import Path
 
 from sasa_train import __version__
+from sasa_train.config.bounds import described, written_default
 from sasa_train.config.compose import compose_config
 from sasa_train.config.groups import GROUPS, choices
 from sasa_train.config.keys import TrainConfig, key_table
@@ -165,7 +164,7 @@ if __name__ == "__main__":
 
 
 def print_help(command: str, usage: str) -> None:
-    """Usage, the groups with their choices, and every knob with default and meaning."""
+    """Usage, the groups with their choices, and every key with default, meaning and bounds."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends in peace
     width = min(shutil.get_terminal_size((120, 24)).columns, 140)
 
@@ -179,12 +178,9 @@ def print_help(command: str, usage: str) -> None:
         print(entry(group, ", ".join(choices(group)), column=14))
     print("\nKeys (key=value; with the defaults that hold where no group's file says otherwise; null: not set):")
     group = ""
-    for key, knob in key_table().items():
+    for key, field in key_table().items():
         if key.rpartition(".")[0] != group:
             group = key.rpartition(".")[0]
             print()
-        factory = knob.default_factory
-        default = factory() if factory is not dataclasses.MISSING else knob.default
-        shown = default if isinstance(default, str) else json.dumps(default, separators=(",", ":"))
-        print(entry(f"{key}={shown}", knob.metadata["help"], column=42))
+        print(entry(f"{key}={written_default(field)}", described(field), column=42))
     print("\nExit codes: 0 done, 75 stopped and ready to continue (run the same command), 2 refused, 1 failed.")
