@@ -1,10 +1,32 @@
-"""The figures that arXiv 1906.05909 prints for ImageNet, and the models of ours that they are about; plain data.
+"""The figures that arXiv 1906.05909 prints for ImageNet, and which printed row a model of ours stands for.
 
-Tables 3 and 5 are on 4 % held out of the training set, so their top1 cannot be set beside the other tables'.
+A model is given as its config's keys, `name` among them; None is a key that is left out. Depth, data and width of ours
+may differ from the paper's, so the figures themselves cannot be compared, only differences within a table.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+# By what a model of ours is one of a table's rows.
+VARIED = {
+    1: ("family", "depth"),
+    3: ("stage_ops",),
+    4: ("kernel_size",),
+    5: ("position",),
+    6: ("content",),
+    7: ("stem",),
+}
+# How the label of the paper's own default begins; in Table 1 the baseline of the same depth.
+REFERENCES = {
+    1: "baseline",
+    3: "attention in stages 1 2 3 4",
+    4: "kernel_size 7",
+    5: "position relative",
+    6: "q.k + q.r",
+    7: "stem: value mixture",
+}
+HELD_OUT_TABLES = (3, 5)  # on 4 % held out of train: their top1 cannot be set beside the other tables'
 
 
 @dataclass(frozen=True)
@@ -17,7 +39,7 @@ class Row:
     gflops: float
     mparams: float | None
     top1: float
-    dials: dict[str, Any] = field(default_factory=dict)
+    keys: dict[str, Any] = field(default_factory=dict)
 
 
 def _ops(stages: str) -> dict[str, Any]:
@@ -57,3 +79,52 @@ ROWS = (
     Row(7, "stem: 4x4 convolution for values", "sasa_resnet50", 7.4, None, 77.2, {"stem": "attention_convvalues"}),
     Row(7, "stem: value mixture", "sasa_resnet50", 7.2, None, 77.6),
 )
+MODELS = frozenset(row.model for row in ROWS)
+
+
+def matching_row(keys: Mapping[str, Any], table: int) -> Row | None:
+    """The table's row with the same value of what it varies; None for another model, or a value it does not have."""
+    if keys["name"] not in MODELS:
+        return None
+    ours = all_keys(keys)
+    found = (row for row in ROWS if row.table == table and all(_keys_of(row)[k] == ours[k] for k in VARIED[table]))
+    return next(found, None)
+
+
+def reference_row(row: Row) -> Row:
+    """The row that this one is compared with in its table."""
+    rows = [other for other in ROWS if other.table == row.table and other.label.startswith(REFERENCES[row.table])]
+    return next(other for other in rows if _keys_of(other)["depth"] == _keys_of(row)["depth"])
+
+
+def nearest_row(keys: Mapping[str, Any]) -> Row | None:
+    """The first row whose model differs in the fewest keys; None for another model than ours."""
+    return min(ROWS, key=lambda row: len(differing_keys(row, keys))) if keys["name"] in MODELS else None
+
+
+def differing_keys(row: Row, keys: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The keys in which a model of ours is another than the row's -> (the row's, ours)."""
+    papers, ours = _keys_of(row), all_keys(keys)
+    return {key: (papers[key], ours[key]) for key in ours if papers[key] != ours[key]}
+
+
+def all_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes one of our models, with the keys that its name implies."""
+    family, _, depth = keys["name"].partition("_resnet")
+    implied = {
+        "family": family,
+        "depth": int(depth),
+        "stem": "attention" if family == "sasa" else "conv",
+        "stage_ops": ["conv" if family == "conv" else "attention"] * 4,
+        "kernel_size": 7,
+        "position": "relative",
+        "content": True,
+        "num_heads": 8,
+        "width": 1.0,
+        "border": "mask",
+    }
+    return implied | {key: keys[key] for key in implied if keys.get(key) is not None}
+
+
+def _keys_of(row: Row) -> dict[str, Any]:
+    return all_keys({"name": row.model, **row.keys})

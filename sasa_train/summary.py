@@ -52,7 +52,7 @@ def print_paper(rows: tuple[Row, ...]) -> None:
     print(f"{'':<40} {'GFLOPs':^15} {'M parameters':^15} {'top1':>6}")
     print(f"{'table':<7}{'model':<33} {'ours':>7}{'paper':>7}  {'ours':>7}{'paper':>7}  {'paper':>6}")
     for row in rows:
-        model = meta_model(partial(timm.create_model, row.model, **row.dials))
+        model = meta_model(partial(timm.create_model, row.model, **row.keys))
         gflops, params = count_flops(model, 224) / 1e9, count_params(model)
         printed = f"{row.mparams:>7.1f}" if row.mparams else f"{'':>7}"
         numbers = f"{gflops:7.2f}{row.gflops:7.1f}  {params / 1e6:7.2f}{printed}  {row.top1:6.1f}"

@@ -24,10 +24,9 @@ from sasa_train.config.groups import config_dir
 from sasa_train.config.saved import to_yaml
 from sasa_train.models import build_model, check_model
 from sasa_train.models.counting import count_params, meta_model
-from sasa_train.paper import ROWS
+from sasa_train.paper import ROWS, matching_row, reference_row
 from sasa_train.refusal import ConfigError
-from sasa_train.report.beside_paper import paper_reference, paper_row
-from sasa_train.report.intervals import mean_interval, t_quantile
+from sasa_train.report.intervals import mean_interval
 from sasa_train.report.jobs import find_jobs
 from sasa_train.report.rows import build_report, paired_difference
 from sasa_train.runs.metrics import read_metrics
@@ -92,8 +91,9 @@ def report_of(folder: Path, reference: str | None = None):
 def test_students_t_is_the_printed_tables():
     """A wrong quantile makes every interval of every report wrong."""
     printed = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 10: 2.228, 30: 2.042, 120: 1.980}
-    assert {degrees: round(t_quantile(degrees), 3) for degrees in printed} == printed
-    assert round(t_quantile(7, confidence=0.99), 3) == 3.499
+    for degrees, t in printed.items():
+        n, spread = degrees + 1, [0.0] * (degrees - 1) + [-1.0, 1.0]
+        assert round(mean_interval(spread).half_width * math.sqrt(n * degrees / 2), 3) == t
 
 
 def test_a_mean_and_its_interval_solved_by_hand():
@@ -274,19 +274,19 @@ def test_every_row_of_the_papers_table_is_one_job(sweep):
     table, jobs = jobs_of(f"sweep={sweep}")
     wanted = [row for row in ROWS if row.table == table]
     configs = [compose_config(job) for job in jobs]
-    rows = [paper_row(config, table) for config in configs]
+    rows = [matching_row(vars(config.model), table) for config in configs]
     assert sorted(map(ROWS.index, rows)) == [ROWS.index(row) for row in wanted]
     assert all((config.data.holdout_fraction == 0.04) == (table in (3, 5)) for config in configs)
     if sweep.startswith("paper"):
         for row, config in zip(rows, configs, strict=True):
-            of_paper = meta_model(lambda row=row: timm.create_model(row.model, **row.dials))
+            of_paper = meta_model(lambda row=row: timm.create_model(row.model, **row.keys))
             ours = meta_model(lambda config=config: build_model(config.model, 1000, 224))
             assert count_params(ours) == count_params(of_paper), row
         if table == 1:
             return
         experiment = "cifar10_sasa_resnet26" if table == 7 else "cifar10_hybrid_resnet26"
         configs = [compose_config(job) for job in jobs_of(f"sweep={sweep}", f"experiment={experiment}")[1]]
-        assert [paper_row(config, table) for config in configs] == rows
+        assert [matching_row(vars(config.model), table) for config in configs] == rows
     for config in configs:
         check_model(config.model, 32)
 
@@ -315,15 +315,18 @@ def test_the_papers_figures_stand_beside_ours(tmp_path):
 
 def test_table_1_compares_within_a_depth():
     for row in ROWS:
-        reference = paper_reference(row)
-        assert reference.table == row.table and paper_reference(reference) is reference
+        reference = reference_row(row)
+        assert reference.table == row.table and reference_row(reference) is reference
         if row.table == 1:
             assert reference.label == f"baseline, {row.label[-3:]}"
 
 
 def test_other_models_are_no_row_of_the_paper():
-    assert paper_row(compose_config(["model=timm", "model.name=resnet50"]), 1) is None
-    assert paper_row(compose_config(["model=hybrid_resnet26", "model.kernel_size=13"]), 4) is None
+    for overrides, table in (
+        (["model=timm", "model.name=resnet50"], 1),
+        (["model=hybrid_resnet26", "model.kernel_size=13"], 4),
+    ):
+        assert matching_row(vars(compose_config(overrides).model), table) is None
 
 
 # TensorBoard

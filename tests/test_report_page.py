@@ -17,8 +17,8 @@ from test_report import write_run, write_sweep
 from sasa_train import report as command
 from sasa_train import train
 from sasa_train.config.compose import compose_config
-from sasa_train.report.beside_paper import differing_dials, nearest_row
-from sasa_train.report.run_pictures import class_rows
+from sasa_train.paper import differing_keys, nearest_row
+from sasa_train.report.illustrations import class_rows
 from sasa_train.visualize.val_sample import ValSample
 
 HOSTILE = '<script>alert("1")</script>'
@@ -231,9 +231,9 @@ def test_what_one_must_know_of_a_run_stands_above_its_figures(tmp_path):
     ],
 )
 def test_a_run_stands_beside_the_nearest_row_of_the_paper(overrides, table, label, differing):
-    config = compose_config(overrides)
-    row = nearest_row(config)
-    assert (row.table, row.label) == (table, label) and differing_dials(row, config) == differing
+    keys = vars(compose_config(overrides).model)
+    row = nearest_row(keys)
+    assert (row.table, row.label) == (table, label) and differing_keys(row, keys) == differing
 
 
 PROBE = """<script>

@@ -28,12 +28,17 @@ from sasa_train.trained import load_trained
 from sasa_train.visualize.attention_figures import draw_distances
 from sasa_train.visualize.capture import WeightsError, attention_layers, attention_of
 from sasa_train.visualize.class_figures import draw_confusion
-from sasa_train.visualize.curve_figures import draw_training_curves
-from sasa_train.visualize.distance import Distances, block_distances, mean_distances, uniform_distance
+from sasa_train.visualize.curve_figures import draw_curves, draw_training_curves
+from sasa_train.visualize.geometry import (
+    Distances,
+    block_distances,
+    default_pixels,
+    mean_distances,
+    uniform_distance,
+    window_at,
+)
 from sasa_train.visualize.names import NAMES, OF_SEVERAL
-from sasa_train.visualize.queries import default_pixels
 from sasa_train.visualize.sample_figures import augmented_samples
-from sasa_train.visualize.window import window_at
 
 # Float64 all through: sums of some hundred products, each to 1e-16, of numbers around 1.
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -226,7 +231,7 @@ def test_queries_are_the_centre_and_the_strongest_contrast():
 
 def test_runs_that_cannot_be_told_apart_are_refused():
     with pytest.raises(ConfigError, match="11 runs"):
-        draw_training_curves({str(i): [] for i in range(11)})
+        next(draw_curves({str(i): [] for i in range(11)}))
 
 
 # ---- the command

@@ -1,10 +1,10 @@
-"""Two classifiers on the same images: whether they differ by more than chance in the images explains. Without scipy."""
+"""Two classifiers on the same images: whether they differ by more than chance in the images explains."""
 
 import math
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
+from scipy.stats import binom, binomtest
 
 CONFIDENCE = 0.95
 
@@ -21,6 +21,11 @@ class PairedCounts:
     @property
     def num_images(self) -> int:
         return self.both + self.only_first + self.only_other + self.neither
+
+    @property
+    def num_right(self) -> tuple[int, int]:
+        """By the first, by the other."""
+        return self.both + self.only_first, self.both + self.only_other
 
 
 @dataclass(frozen=True)
@@ -40,31 +45,21 @@ class Comparison:
 
 def compare(first: np.ndarray, other: np.ndarray, labels: np.ndarray) -> Comparison:
     """Two classifiers' predictions for the same images in the same order, int64 [n] each."""
-    counts = count_pairs(first == labels, other == labels)
-    difference, low, high = paired_difference(counts)
-    n = counts.num_images
-    top1 = 100 * (counts.both + counts.only_first) / n, 100 * (counts.both + counts.only_other) / n
-    return Comparison(counts, top1, difference, low, high, mcnemar(counts), 100 * float((first == other).mean()))
-
-
-def count_pairs(first_is_right: np.ndarray, other_is_right: np.ndarray) -> PairedCounts:
-    """bool [n] each, of the same images in the same order."""
-    both = int((first_is_right & other_is_right).sum())
-    only_first, only_other = int(first_is_right.sum()) - both, int(other_is_right.sum()) - both
-    return PairedCounts(both, only_first, only_other, len(first_is_right) - both - only_first - only_other)
+    first_is_right, other_is_right = first == labels, other == labels
+    groups = (
+        first_is_right & other_is_right, first_is_right & ~other_is_right,
+        ~first_is_right & other_is_right, ~first_is_right & ~other_is_right,
+    )  # fmt: skip
+    counts = PairedCounts(*(int(group.sum()) for group in groups))
+    first_top1, other_top1 = (100 * right / counts.num_images for right in counts.num_right)
+    agreement = 100 * float((first == other).mean())
+    return Comparison(counts, (first_top1, other_top1), *paired_difference(counts), mcnemar(counts), agreement)
 
 
 def mcnemar(counts: PairedCounts) -> float:
-    """McNemar's exact two-sided p: of the images that one alone has right, each is either's with probability 1/2.
-
-    The binomial's tail as a whole number over a power of two, so that the p is right to a float's last digit.
-    """
+    """McNemar's exact two-sided p: of the images that one alone has right, each is either's with probability 1/2."""
     fewer, discordant = min(counts.only_first, counts.only_other), counts.only_first + counts.only_other
-    term = tail = 1
-    for k in range(fewer):
-        term = term * (discordant - k) // (k + 1)
-        tail += term
-    return min(1.0, 2 * tail / 2**discordant)
+    return min(1.0, 2 * float(binom.cdf(fewer, discordant, 0.5)))
 
 
 def paired_difference(counts: PairedCounts) -> tuple[float, float, float]:
@@ -73,34 +68,23 @@ def paired_difference(counts: PairedCounts) -> tuple[float, float, float]:
     Newcombe 1998 (Statistics in Medicine 17, 2635), method 10: Wilson's interval of each accuracy, and their
     correlation. Unlike the normal approximation it also holds for few images and accuracies near 100 %.
     """
-    n = counts.num_images
-    first, other = counts.both + counts.only_first, counts.both + counts.only_other
-    low_1, p_1, high_1 = wilson(first, n)
-    low_2, p_2, high_2 = wilson(other, n)
+    n, rights = counts.num_images, counts.num_right
+    p_1, p_2 = (right / n for right in rights)
+    wilson_1, wilson_2 = (binomtest(right, n).proportion_ci(CONFIDENCE, "wilson") for right in rights)
     phi = _correlation(counts)
 
     def distance(a: float, b: float) -> float:
         return math.sqrt(max(0.0, a**2 - 2 * phi * a * b + b**2))
 
     difference = p_1 - p_2
-    low = difference - distance(p_1 - low_1, high_2 - p_2)
-    high = difference + distance(high_1 - p_1, p_2 - low_2)
-    return 100 * difference, 100 * low, 100 * high
-
-
-def wilson(successes: int, n: int) -> tuple[float, float, float]:
-    """Low end of Wilson's 95 % score interval, the proportion itself, and the high end."""
-    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
-    p = successes / n
-    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    half_width = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return centre - half_width, p, centre + half_width
+    low = difference - distance(p_1 - wilson_1.low, wilson_2.high - p_2)
+    high = difference + distance(wilson_1.high - p_1, p_2 - wilson_2.low)
+    return 100 * difference, 100 * float(low), 100 * float(high)
 
 
 def _correlation(counts: PairedCounts) -> float:
     """phi of the 2 x 2 table, where it is positive with Newcombe's correction for continuity."""
-    rights = counts.both + counts.only_first, counts.both + counts.only_other
-    product = math.prod(right * (counts.num_images - right) for right in rights)
+    product = math.prod(right * (counts.num_images - right) for right in counts.num_right)
     if product == 0:
         return 0.0
     excess = float(counts.both * counts.neither - counts.only_first * counts.only_other)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sasa_train.commands import end_command
-from sasa_train.extras import has_matplotlib
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import fail, say, warn
 
@@ -92,8 +91,7 @@ def report(options: argparse.Namespace) -> None:
         ConfigError: what cannot be read or written, or is not there.
     """
     from sasa_train.report.jobs import find_jobs
-    from sasa_train.report.page import PAGE, the_run
-    from sasa_train.report.pictures import NO_PLOTS
+    from sasa_train.report.page import PAGE, Section, sweep_page, the_run
     from sasa_train.report.rows import build_report
     from sasa_train.report.tables import as_csv, as_json, markdown
     from sasa_train.terminal import printable_lines
@@ -106,18 +104,20 @@ def report(options: argparse.Namespace) -> None:
     check_overrides(options.overrides, job)
     text = printable_lines(markdown(built))
     files = {"table.md": text.encode(), "table.csv": as_csv(built).encode(), "table.json": as_json(built).encode()}
-    charts: dict[str, bytes] = {}
-    if has_matplotlib():
+    plots = Section("plots", "Plots")
+    if plots.can_draw():
         from sasa_train.report.charts import draw_charts
 
-        charts = draw_charts(built)
+        plots.pictures = draw_charts(built)
+        plots.missing += [] if plots.pictures else ["No job is done, so there is nothing to draw."]
+        files |= {f"{picture.name}.png": picture.png for picture in plots.pictures}
     else:
-        warn(NO_PLOTS)
-    write_files(folder, files | charts)  # before what takes long
+        warn(*plots.missing)
+    write_files(folder, files)  # before what takes long
     say(text)
-    page = sweep_page_of(built, options, charts, folder) if job is None else run_page_of(built, job, options, folder)
+    page = run_page_of(built, job, options, folder) if job else sweep_page(built, options.sources, plots, folder)
     write_files(folder, {PAGE: page.encode()})
-    say(f"{folder}: {', '.join([*files, *charts, PAGE])}")
+    say(f"{folder}: {', '.join([*files, PAGE])}")
 
 
 def check_overrides(overrides: list[str], job: "Job | None") -> None:
@@ -125,26 +125,18 @@ def check_overrides(overrides: list[str], job: "Job | None") -> None:
     from sasa_train.config.overrides import check_override_keys, split_weights
     from sasa_train.config.saved import load_config_file
 
-    _, knobs = split_weights(overrides)
-    check_override_keys(knobs)
+    _, of_config = split_weights(overrides)
+    check_override_keys(of_config)
     if overrides and job is None:
         raise ConfigError(f"{' '.join(overrides)}: is for the pictures of one run's model; several are given")
     if job is not None and job.run_dir is not None:
-        load_config_file(job.run_dir / "config.yaml", knobs)
-
-
-def sweep_page_of(report: "Report", options: argparse.Namespace, charts: dict[str, bytes], folder: Path) -> str:
-    from sasa_train.report.page import sweep_page
-    from sasa_train.report.pictures import NO_PLOTS, of_charts
-
-    why_not = "No job is done, so there is nothing to draw." if has_matplotlib() else NO_PLOTS
-    return sweep_page(report, options.sources, of_charts(charts), [] if charts else [why_not], folder)
+        load_config_file(job.run_dir / "config.yaml", of_config)
 
 
 def run_page_of(report: "Report", job: "Job", options: argparse.Namespace, folder: Path) -> str:
     """With what its model does on its data, unless --quick; what cannot be drawn is also said on stderr."""
+    from sasa_train.report.illustrations import curves_section, model_sections
     from sasa_train.report.page import run_page
-    from sasa_train.report.run_pictures import curves_section, model_sections
     from sasa_train.terminal import printable_lines
 
     sections = [curves_section(job)]

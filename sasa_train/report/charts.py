@@ -9,27 +9,48 @@ from matplotlib.figure import Figure
 
 from sasa_train.figures import GRID, SOLID, as_label, new_figure, rendered
 from sasa_train.report.intervals import Interval
+from sasa_train.report.page import Picture
 from sasa_train.report.rows import Report, Row, paired_difference
 
 MAX_ROWS, MAX_PANELS = 24, 12  # of more rows, as a search has, the best alone are drawn
 MAX_LABEL = 48
 OURS, PAPER = "#0072B2", "#E69F00"
-OURS_LABEL = "ours, 95 % interval over seeds"
+CAPTIONS = {  # what kind of chart it is, and what is seen in it
+    "accuracy": (
+        "Two charts of top1 over GFLOPs and over million parameters, a numbered point for each row of the table",
+        "top1 of the last epoch over GFLOPs an image and over parameters, with 95 % intervals over seeds. Numbers are "
+        "those of the table.",
+    ),
+    "curves": (
+        "Curves of val top1 over epochs, a panel for each row",
+        "val top1 over epochs: the mean of the seeds, a band from the lowest to the highest, and dashed the reference "
+        "row.",
+    ),
+    "differences": (
+        "A chart of each row's difference in top1 to the reference row, the figures of the table's column difference",
+        "Differences in top1 to the reference row, paired by seed, with 95 % intervals, and the paper's beside them "
+        "where it prints one.",
+    ),
+    "window": (
+        "A chart of the difference in top1 over kernel_size",
+        "The same differences over kernel_size.",
+    ),
+}
 
 
-def draw_charts(report: Report) -> dict[str, bytes]:
-    """File name -> PNG, of what there is to draw."""
+def draw_charts(report: Report) -> list[Picture]:
+    """Draw what there is to draw."""
     rows = best([row for row in report.rows if row.jobs], MAX_ROWS)
     if not rows:
-        return {}
-    figures = {"curves.png": _draw_curves(rows)}
+        return []
+    figures = {"curves": _draw_curves(rows)}
     if any(row.flops and row.params for row in rows):
-        figures["accuracy.png"] = _draw_accuracy([pair for pair in enumerate(report.rows, 1) if pair[1] in rows])
+        figures["accuracy"] = _draw_accuracy([pair for pair in enumerate(report.rows, 1) if pair[1] in rows])
     if any(row.difference for row in rows):
-        figures["differences.png"] = _draw_differences(rows)
+        figures["differences"] = _draw_differences(rows)
     if lines := window_lines(rows):
-        figures["window.png"] = _draw_windows(lines)
-    return {name: rendered(figure) for name, figure in figures.items()}
+        figures["window"] = _draw_windows(lines)
+    return [Picture(name, rendered(figure), *CAPTIONS[name]) for name, figure in figures.items()]
 
 
 def best(rows: list[Row], count: int) -> list[Row]:
@@ -143,7 +164,17 @@ def _draw_differences(rows: list[Row]) -> Figure:
     means = [found.mean for _, found in shown]
     half_widths = [found.half_width or 0.0 for _, found in shown]
     places = list(range(len(shown)))
-    axis.errorbar(means, places, xerr=half_widths, color=OURS, marker="o", lw=1.4, capsize=3, ls="", label=OURS_LABEL)
+    axis.errorbar(
+        means,
+        places,
+        xerr=half_widths,
+        color=OURS,
+        marker="o",
+        lw=1.4,
+        capsize=3,
+        ls="",
+        label="ours, 95 % interval over seeds",
+    )
     of_paper = [
         (row.paper_difference, i + 0.22) for i, (row, _) in enumerate(shown) if row.paper_difference is not None
     ]

@@ -9,8 +9,8 @@ from typing import Any
 from sasa_train.config.compose import compose_config
 from sasa_train.config.keys import TrainConfig
 from sasa_train.config.saved import load_config_file
+from sasa_train.paper import VARIED
 from sasa_train.refusal import ConfigError
-from sasa_train.report.beside_paper import VARIED
 from sasa_train.runs.metrics import read_metrics
 
 LEDGER_VERSION = 1

@@ -4,37 +4,90 @@ Names of runs, classes and files come from disks, so jinja2 escapes whatever ent
 no page can show.
 """
 
+import base64
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
 
 from sasa_train import __version__
 from sasa_train.config.derived import resolved_image_size
 from sasa_train.config.saved import to_yaml
+from sasa_train.extras import has_matplotlib
 from sasa_train.machine import now
+from sasa_train.report import facts
 from sasa_train.report.jobs import Job
-from sasa_train.report.pictures import Picture, Section
 from sasa_train.report.rows import Report, Row
-from sasa_train.report.run_facts import (
-    Beside,
-    artefacts,
-    beside_paper,
-    changed_knobs,
-    environment,
-    headline,
-    href,
-    key_facts,
-    records,
-    warnings,
-)
 from sasa_train.report.tables import cells, not_counted, notes, title
 from sasa_train.terminal import printable_lines
+from sasa_train.visualize.names import FIGURES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PAGE = "report.html"
 MAX_NAMES = 3  # of folders in a title
+NO_PLOTS = "No plots: matplotlib is not installed here: pip install 'sasa_train[plots]'"
+MAX_BYTES = 300_000  # of a picture without loss
 COMMANDS = (("command", "Command"), ("reproduce", "The same in full"))
 OF_A_START = ("started", "step", "commit", "host", "world_size", "command")
+
+
+@dataclass
+class Picture:
+    """`alt` says what kind of picture it is, `caption` what is seen in it; `size` is in CSS pixels, 96 per inch."""
+
+    name: str
+    png: bytes
+    alt: str
+    caption: str
+
+    @property
+    def size(self) -> tuple[int, int]:
+        from sasa_train.figures import DPI  # which needs matplotlib, as every picture does
+
+        width, height = Image.open(io.BytesIO(self.png)).size
+        return width * 96 // DPI, height * 96 // DPI
+
+    @property
+    def webp(self) -> str:
+        """In base64: without loss a third of a chart's PNG, and with loss where photographs would take more."""
+        image, file, small = Image.open(io.BytesIO(self.png)).convert("RGB"), io.BytesIO(), io.BytesIO()
+        image.save(file, "webp", lossless=True)
+        if file.tell() > MAX_BYTES:
+            image.save(small, "webp", quality=90)
+        return base64.b64encode(small.getvalue() or file.getvalue()).decode()
+
+
+@dataclass
+class Section:
+    """Pictures of one kind; `missing` are sentences on those that could not be drawn, `rows` a table below them."""
+
+    id: str
+    title: str
+    note: str = ""
+    pictures: list[Picture] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    rows: list[dict[str, str]] = field(default_factory=list)
+    rows_title: str = ""
+
+    def add(self, drawn: "Iterable[tuple[str, Figure, str]]") -> None:
+        """Add figures that sasa-visualize draws too, with its captions."""
+        from sasa_train.figures import rendered
+
+        for name, figure, caption in drawn:
+            alt = FIGURES[name][0].upper() + FIGURES[name][1:]
+            self.pictures.append(Picture(name, rendered(figure), alt, caption))
+
+    def can_draw(self) -> bool:
+        """Whether matplotlib is there; that it is not is said in the section."""
+        if not (found := has_matplotlib()):
+            self.missing.append(NO_PLOTS)
+        return found
 
 
 def the_run(report: Report) -> Job | None:
@@ -48,7 +101,6 @@ def run_page(report: Report, job: Job, sections: list[Section], folder: Path) ->
     (row,) = report.rows
     config, run_dir = job.config, job.run_dir
     assert config is not None and run_dir is not None
-    beside = beside_paper(config, row)
     return _render(
         "run.html.j2",
         title=job.name,
@@ -58,68 +110,38 @@ def run_page(report: Report, job: Job, sections: list[Section], folder: Path) ->
         ],
         model=config.model.name,
         data=f"{config.data.name} at {resolved_image_size(config.data)} pixels",
-        headline=headline(job),
-        warnings=list(warnings(job)),
-        facts=key_facts(job, row),
-        beside=beside,
-        beside_rows=_beside_rows(beside, job, row) if beside else [],
+        headline=facts.headline(job),
+        warnings=list(facts.warnings(job)),
+        facts=facts.key_facts(job, row),
+        beside=facts.beside_paper(job, row),
         sections=sections,
-        knobs=changed_knobs(config),
+        keys=facts.changed_keys(config),
         yaml=to_yaml(config),
         commands=[(name, str(job.info[key])) for key, name in COMMANDS if job.info.get(key)],
-        environment=environment(job),
-        starts=[{key: str(start.get(key)) for key in OF_A_START} for start in records(job.info, "starts")],
-        artefacts=artefacts(run_dir, folder),
+        environment=facts.environment(job),
+        starts=[{key: str(start.get(key)) for key in OF_A_START} for start in facts.records(job.info, "starts")],
+        artefacts=facts.artefacts(run_dir, folder),
     )  # fmt: skip
 
 
-def _beside_rows(beside: Beside, job: Job, row: Row) -> list[dict[str, str]]:
-    paper, config = beside.paper, job.config
-    assert config is not None
-    return [
-        {
-            "whose": "ours",
-            "model": config.model.name,
-            "data": f"{config.data.name} at {resolved_image_size(config.data)}",
-            "top1, last epoch": f"{job.last:.2f}" if job.val else "-",
-            "M params": "-" if row.params is None else f"{row.params / 1e6:.2f}",
-            "GFLOPs": "-" if row.flops is None else f"{row.flops / 1e9:.3g}",
-        },
-        {
-            "whose": "the paper's",
-            "model": f"Table {paper.table}: {paper.label}",
-            "data": "ImageNet at 224",
-            "top1, last epoch": f"{paper.top1:.1f}",
-            "M params": f"{paper.mparams:.1f}" if paper.mparams else "-",
-            "GFLOPs": f"{paper.gflops:.1f}",
-        },
-    ]
-
-
-def sweep_page(report: Report, sources: list[Path], pictures: list[Picture], missing: list[str], folder: Path) -> str:
-    """The page of several runs; `missing` says which plots are not there and why."""
+def sweep_page(report: Report, sources: list[Path], plots: Section, folder: Path) -> str:
+    """The page of several runs."""
     names = [source.resolve().name for source in sources]
     left_out = len(names) - MAX_NAMES
-    num_runs = len(report.all_jobs)
     listed = not_counted(report)
-    contents = {
-        "table": "Table",
-        "plots": "Plots",
-        "not-counted": "Jobs that are not in the figures" if listed else "",
-        "rows": "Rows",
-        "commands": "Commands" if report.commands else "",
-    }
+    contents = [("table", "Table"), (plots.id, plots.title), ("rows", "Rows")]
+    contents[2:2] = [("not-counted", "Jobs that are not in the figures")] if listed else []
+    contents += [("commands", "Commands")] if report.commands else []
     return _render(
         "sweep.html.j2",
         title=", ".join(names[:MAX_NAMES]) + (f" and {left_out} more" if left_out > 0 else ""),
         what=title(report),
-        contents=[(id, name) for id, name in contents.items() if name],
-        num_runs=num_runs,
+        contents=contents,
+        num_runs=len(report.all_jobs),
         num_rows=len(report.rows),
         table=[cells(report, i, row) for i, row in enumerate(report.rows, 1)],
         notes=notes(report),
-        pictures=pictures,
-        missing=missing,
+        plots=plots,
         not_counted=listed,
         rows=[_described(row, i, folder) for i, row in enumerate(report.rows, 1)],
         commands=report.commands,
@@ -142,11 +164,11 @@ def _linked(job: Job, folder: Path) -> dict[str, str]:
     page = job.run_dir / "report" / PAGE
     return {
         "name": job.name,
-        "href": href(job.run_dir, folder),
+        "href": facts.href(job.run_dir, folder),
         "seed": str(job.seed),
         "last": f"{job.last:.2f}",
         "best": f"{job.best:.2f}",
-        "page": href(page, folder) if page.is_file() else "",
+        "page": facts.href(page, folder) if page.is_file() else "",
     }
 
 

@@ -1,6 +1,5 @@
 """Jobs that differ in their seed alone are one row: its label, its figures, its difference to a reference row."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sasa_train.config.derived import expected_num_classes, resolved_image_size
@@ -8,8 +7,8 @@ from sasa_train.config.keys import NOT_TRAJECTORY, TrainConfig, flatten
 from sasa_train.config.overrides import as_written
 from sasa_train.paper import ROWS as PAPER_ROWS
 from sasa_train.paper import Row as PaperRow
+from sasa_train.paper import matching_row, reference_row
 from sasa_train.refusal import ConfigError
-from sasa_train.report.beside_paper import paper_reference, paper_row
 from sasa_train.report.intervals import Interval, mean_interval
 from sasa_train.report.jobs import Job
 
@@ -28,15 +27,15 @@ class Row:
     params: int | None = None
     flops: int | None = None  # of one image, forward
 
-    def mean(self, figure: Callable[[Job], float | None]) -> Interval | None:
-        """Over the seeds; None where no job has the figure."""
-        values = [value for job in self.jobs.values() if (value := figure(job)) is not None]
+    def mean(self, figure: str) -> Interval | None:
+        """The mean over seeds of the jobs' `last`, `best`, `images_per_sec` or `seconds`; None where no job has it."""
+        values = [value for job in self.jobs.values() if (value := getattr(job, figure)) is not None]
         return mean_interval(values) if values else None
 
     @property
     def top1(self) -> Interval | None:
         """Of the last epoch, in percent."""
-        return self.mean(lambda job: job.last)
+        return self.mean("last")
 
     @property
     def difference(self) -> Interval | None:
@@ -65,8 +64,8 @@ class Report:
 
 def paired_difference(row: Row, reference: Row) -> Interval | None:
     """Seed by seed, so that what a seed does to both cancels out; None where they have no seed in common."""
-    seeds = [seed for seed in row.jobs if seed in reference.jobs]
-    return mean_interval([row.jobs[seed].last - reference.jobs[seed].last for seed in seeds]) if seeds else None
+    pairs = [(job.last, reference.jobs[seed].last) for seed, job in row.jobs.items() if seed in reference.jobs]
+    return mean_interval([ours - its for ours, its in pairs]) if pairs else None
 
 
 def build_report(jobs: list[Job], table: int | None, reference: str | None, commands: list[str]) -> Report:
@@ -108,7 +107,7 @@ def _group(jobs: list[Job], table: int | None) -> tuple[list[Row], list[tuple[Jo
         else:
             row.jobs[job.seed or 0] = job
     for row in rows.values():
-        row.paper = paper_row(row.config, table) if row.config and table else None
+        row.paper = matching_row(vars(row.config.model), table) if row.config and table else None
     return list(rows.values()), not_counted
 
 
@@ -165,22 +164,17 @@ def _sortable(value: str) -> tuple[int, float, str]:
 
 
 def _choose_references(rows: list[Row], reference: str | None) -> None:
-    if reference is not None:
-        chosen = find_row(rows, reference)
-        for row in rows:
-            row.reference = chosen
-        return
-    is_papers = any(row.paper for row in rows)
+    """The row that is asked for; else the paper's default where rows are the paper's, or the first."""
+    chosen = find_row(rows, reference) if reference is not None else None
+    if chosen is None and not any(row.paper for row in rows):
+        chosen = rows[0]
     for row in rows:
-        row.reference = _papers_default(row, rows) if is_papers else rows[0]
+        row.reference = chosen or _papers_default(row, rows)
 
 
 def _papers_default(row: Row, rows: list[Row]) -> Row | None:
     """Our row that stands for the paper's default: of several, the one most like this row."""
-    if row.paper is None:
-        return None
-    wanted = paper_reference(row.paper)
-    candidates = [other for other in rows if other.paper is wanted]
+    candidates = [other for other in rows if row.paper and other.paper is reference_row(row.paper)]
     return max(candidates, key=lambda other: len(other.settings.items() & row.settings.items()), default=None)
 
 
@@ -205,36 +199,33 @@ def _count_models(rows: list[Row]) -> None:
 
     Both stay None where the number of classes is not known, or all jobs of the row were refused.
     """
-    counted: dict[str, tuple[int, int]] = {}
+    counted: dict[str, tuple[int, int] | None] = {}
     for row in rows:
-        key = f"{row.config and row.config.model} {row.config and row.config.data}"
-        if key not in counted and (found := count_model(row)) is not None:
-            counted[key] = found
-        row.params, row.flops = counted.get(key, (None, None))
+        if row.config is not None:
+            key = f"{row.config.model} {row.config.data}"
+            found = counted[key] = counted.get(key) or _count_model(row.config, list(row.jobs.values()))
+            row.params, row.flops = found or (None, None)
 
 
-def count_model(row: Row) -> tuple[int, int] | None:
+def _count_model(config: TrainConfig, jobs: list[Job]) -> tuple[int, int] | None:
     from sasa_train.models import build_model
     from sasa_train.models.counting import count_flops, count_params, meta_model
 
-    if row.config is None:
-        return None
-    config, size = row.config.model, resolved_image_size(row.config.data)
-    num_classes = expected_num_classes(row.config) or _num_classes_of_runs(row)
+    num_classes, size = expected_num_classes(config) or _num_classes_of(jobs), resolved_image_size(config.data)
     if num_classes is None:
         return None
     try:
-        model = meta_model(lambda: build_model(config, num_classes, size))
+        model = meta_model(lambda: build_model(config.model, num_classes, size))
     except ConfigError:
         return None
     return count_params(model), count_flops(model, size)
 
 
-def _num_classes_of_runs(row: Row) -> int | None:
+def _num_classes_of(jobs: list[Job]) -> int | None:
     """Of a set of one's own: as the first checkpoint that can be read says."""
     from sasa_train.runs.checkpoint import CheckpointError, load_checkpoint
 
-    for job in row.jobs.values():
+    for job in jobs:
         assert job.run_dir is not None
         try:
             return len(load_checkpoint(job.run_dir / "checkpoints/last.pt")["classes"])

@@ -1,18 +1,16 @@
 """The report as Markdown, CSV and JSON."""
 
-import csv
-import io
 import json
 from collections import Counter
 from typing import Any
 
 from sasa_train.config.derived import resolved_image_size
 from sasa_train.config.keys import TrainConfig
+from sasa_train.files import csv_text
+from sasa_train.paper import HELD_OUT_TABLES
 from sasa_train.report.intervals import FEW, Interval
 from sasa_train.report.rows import Report, Row
 from sasa_train.terminal import duration
-
-HELD_OUT_TABLES = (3, 5)  # of the paper: top1 on 4 % held out of train
 
 
 def markdown(report: Report) -> str:
@@ -21,17 +19,8 @@ def markdown(report: Report) -> str:
     if report.not_counted:
         states = Counter(job.state for job, _ in report.not_counted)
         counts = ", ".join(f"{count} {state}" for state, count in states.items())
-        lines += ["", f"Not in the figures: {counts}", ""]
-        lines += _grid(not_counted(report))
+        lines += ["", f"Not in the figures: {counts}", "", *_grid(not_counted(report))]
     return "\n".join(lines) + "\n"
-
-
-def not_counted(report: Report) -> list[dict[str, str]]:
-    """A line for each job that is not in the figures."""
-    return [
-        {"job": job.name, "row": label, "state": job.state, "reason": _one_line(job.reason)}
-        for job, label in report.not_counted
-    ]
 
 
 def title(report: Report) -> str:
@@ -40,75 +29,72 @@ def title(report: Report) -> str:
     return f"{what}: {done} of {done + len(report.not_counted)} jobs"
 
 
+def not_counted(report: Report) -> list[dict[str, str]]:
+    """Return a line for each job that is not in the figures."""
+    return [
+        {"job": job.name, "row": label, "state": job.state, "reason": job.reason.partition("\n")[0]}
+        for job, label in report.not_counted
+    ]
+
+
 def cells(report: Report, number: int, row: Row) -> dict[str, str]:
     """One line of the table, by column."""
-    of_paper = report.table is not None
-    speed, seconds = row.mean(lambda job: job.images_per_sec), row.mean(lambda job: job.seconds)
+    seconds, difference, papers = row.mean("seconds"), row.difference, row.paper
+    top1, mparams, gflops = (papers.top1, papers.mparams, papers.gflops) if papers else (None, None, None)
     found = {
         "#": str(number),
         "row": row.label,
         "seeds": f"{len(row.jobs)}/{row.num_jobs}",
         "top1, last epoch": _interval(row.top1),
-        "best epoch": _number(row.mean(lambda job: job.best), "{:.2f}"),
+        "best epoch": shown(_mean(row.mean("best")), "{:.2f}"),
         "difference": "reference" if row.reference is row else _difference(row),
-        "excludes 0": _yes_no(row.difference),
+        "excludes 0": {None: "-", True: "yes", False: "no"}[difference.excludes_zero if difference else None],
+        "paper top1": shown(top1, "{:.1f}"),
+        "paper difference": "reference" if papers and row.reference is row else shown(row.paper_difference, "{:+.1f}"),
+        "M params": in_millions(row.params),
+        "paper M": shown(mparams, "{:.1f}"),
+        "GFLOPs": in_billions(row.flops),
+        "paper G": shown(gflops, "{:.1f}"),
+        "images/s": shown(_mean(row.mean("images_per_sec")), "{:,.0f}"),
+        "training time": duration(seconds.mean) if seconds else "-",
     }
-    if of_paper:
-        found["paper top1"] = f"{row.paper.top1:.1f}" if row.paper else "-"
-        found["paper difference"] = _paper_difference(row)
-    found["M params"] = "-" if row.params is None else f"{row.params / 1e6:.2f}"
-    if of_paper:
-        found["paper M"] = f"{row.paper.mparams:.1f}" if row.paper and row.paper.mparams else "-"
-    found["GFLOPs"] = "-" if row.flops is None else f"{row.flops / 1e9:.3g}"
-    if of_paper:
-        found["paper G"] = f"{row.paper.gflops:.1f}" if row.paper else "-"
-    found["images/s"] = _number(speed, "{:,.0f}")
-    found["training time"] = duration(seconds.mean) if seconds else "-"
-    return found
+    return {name: text for name, text in found.items() if report.table or not name.startswith("paper")}
+
+
+def shown(number: float | None, form: str) -> str:
+    return "-" if number is None else form.format(number)
+
+
+def in_millions(params: int | None) -> str:
+    return shown(params and params / 1e6, "{:.2f}")
+
+
+def in_billions(flops: int | None) -> str:
+    return shown(flops and flops / 1e9, "{:.3g}")
 
 
 def _grid(rows: list[dict[str, str]]) -> list[str]:
     """Markdown's table, its columns aligned."""
-    columns = list(rows[0])
-    escaped = [{key: text.replace("|", "\\|") for key, text in row.items()} for row in rows]
-    widths = {key: max(len(key), *(len(row[key]) for row in escaped)) for key in columns}
-    lines = ["| " + " | ".join(row[key].ljust(widths[key]) for key in columns) + " |" for row in escaped]
-    header = "| " + " | ".join(key.ljust(widths[key]) for key in columns) + " |"
-    return [header, "|" + "|".join("-" * (widths[key] + 2) for key in columns) + "|", *lines]
+    lines = [list(rows[0]), *([text.replace("|", "\\|") for text in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    head, *body = (
+        "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+    return [head, "|" + "|".join("-" * (width + 2) for width in widths) + "|", *body]
 
 
 def _interval(interval: Interval | None, sign: str = "") -> str:
     if interval is None:
         return "-"
-    if interval.half_width is None:
-        return f"{interval.mean:{sign}.2f} (1 seed)"
-    return f"{interval.mean:{sign}.2f} ± {interval.half_width:.2f}"
+    spread = "(1 seed)" if interval.half_width is None else f"± {interval.half_width:.2f}"
+    return f"{interval.mean:{sign}.2f} {spread}"
 
 
 def _difference(row: Row) -> str:
     """With the number of pairs where some seeds have no partner."""
     found = row.difference
-    alone = found is not None and 1 < found.n < len(row.jobs)
-    return _interval(found, sign="+") + (f" ({found.n} pairs)" if found and alone else "")
-
-
-def _number(interval: Interval | None, form: str) -> str:
-    return form.format(interval.mean) if interval else "-"
-
-
-def _yes_no(interval: Interval | None) -> str:
-    excludes = interval.excludes_zero if interval else None
-    return "-" if excludes is None else ("yes" if excludes else "no")
-
-
-def _paper_difference(row: Row) -> str:
-    if row.reference is row and row.paper:
-        return "reference"
-    return "-" if row.paper_difference is None else f"{row.paper_difference:+.1f}"
-
-
-def _one_line(text: str) -> str:
-    return text.splitlines()[0] if text else ""
+    pairs = f" ({found.n} pairs)" if found is not None and 1 < found.n < len(row.jobs) else ""
+    return _interval(found, sign="+") + pairs
 
 
 def notes(report: Report) -> list[str]:
@@ -127,29 +113,37 @@ def notes(report: Report) -> list[str]:
         found.append(f"difference: top1 less that of {against}, paired by seed")
     if (num_intervals := sum(row.difference is not None for row in report.rows)) > 2:
         found.append(f"{num_intervals} differences: where none is real, one in twenty intervals still excludes 0")
-    counts = {len(row.jobs) for row in report.rows if row.jobs}
-    if counts and min(counts) < FEW:
+    counts = sorted({len(row.jobs) for row in report.rows if row.jobs})
+    if counts and counts[0] < FEW:
+        how_many = " to ".join(dict.fromkeys(str(count) for count in (counts[0], counts[-1])))
         found.append(
-            f"few seeds ({_range(counts)}): the intervals rest on top1 being normally distributed over seeds; one seed "
-            "has no interval"
+            f"few seeds ({how_many}): the intervals rest on top1 being normally distributed over seeds; one seed has "
+            "no interval"
         )
-    return found + (_paper_notes(report, configs) if report.table else [])
+    return found + (_paper_notes(report.table, configs) if report.table else [])
 
 
-def _paper_notes(report: Report, configs: list[TrainConfig]) -> list[str]:
-    lines = [f"paper: ImageNet, as arXiv 1906.05909 prints it in Table {report.table}"]
-    if any(config.data.name != "imagenet" or "50" not in config.model.name for config in configs) and report.table != 1:
-        lines[0] += ", ResNet-50; ours is another depth or data set: compare the differences, not the figures"
-    elif any(config.data.name != "imagenet" for config in configs):
-        lines[0] += "; ours is another data set: compare the differences, not the figures"
-    held_out = report.table in HELD_OUT_TABLES
-    if any((config.data.holdout_fraction > 0) != held_out for config in configs):
-        lines.append(
-            "the paper's top1 of this table is on 4 % held out of train, ours is not (data.holdout_fraction=0.04)"
-            if held_out
-            else "ours is on images held out of train, the paper's top1 of this table is not"
-        )
-    return lines
+def _paper_notes(table: int, configs: list[TrainConfig]) -> list[str]:
+    line, compare = f"paper: ImageNet, as arXiv 1906.05909 prints it in Table {table}", ""
+    is_other_data = any(config.data.name != "imagenet" for config in configs)
+    if table != 1 and (is_other_data or any("50" not in config.model.name for config in configs)):
+        line, compare = f"{line}, ResNet-50", "another depth or data set"
+    elif is_other_data:
+        compare = "another data set"
+    if compare:
+        line += f"; ours is {compare}: compare the differences, not the figures"
+    held_out = held_out_note(table, configs)
+    return [line, held_out] if held_out else [line]
+
+
+def held_out_note(table: int, configs: list[TrainConfig]) -> str:
+    """A sentence where ours and the paper's top1 are not both on val, or both held out of train; else nothing."""
+    papers_is = table in HELD_OUT_TABLES
+    if all((config.data.holdout_fraction > 0) == papers_is for config in configs):
+        return ""
+    if papers_is:
+        return "the paper's top1 of this table is on 4 % held out of train, ours is not (data.holdout_fraction=0.04)"
+    return "ours is on images held out of train, the paper's top1 of this table is not"
 
 
 def split_of(config: TrainConfig) -> str:
@@ -162,10 +156,6 @@ def split_of(config: TrainConfig) -> str:
     if data.name == "digits":
         return f"the fixed fifth of {size} that is not trained on{part}"
     return f"the set's own val or test images of {size}{part}"
-
-
-def _range(counts: set[int]) -> str:
-    return f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
 
 
 def as_json(report: Report) -> str:
@@ -185,17 +175,14 @@ def as_json(report: Report) -> str:
 
 
 def as_csv(report: Report) -> str:
-    text = io.StringIO()
     records = [_record(i, row) for i, row in enumerate(report.rows, 1)]
     flat = [record | {"settings": json.dumps(record["settings"])} for record in records]
-    writer = csv.DictWriter(text, list(flat[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    return text.getvalue()
+    return csv_text([list(flat[0]), *(record.values() for record in flat)])
 
 
 def _record(number: int, row: Row) -> dict[str, Any]:
     """The row's figures as plain values; None where there is none."""
+    difference, papers = row.difference, row.paper
     return {
         "number": number,
         "row": row.label,
@@ -203,20 +190,20 @@ def _record(number: int, row: Row) -> dict[str, Any]:
         "seeds_done": len(row.jobs),
         "seeds": row.num_jobs,
         **_spread("top1", row.top1),
-        **_spread("best_top1", row.mean(lambda job: job.best)),
+        **_spread("best_top1", row.mean("best")),
         "reference": row.reference.label if row.reference else None,
-        **_spread("difference", row.difference),
-        "difference_seeds": row.difference.n if row.difference else None,
-        "difference_excludes_zero": row.difference.excludes_zero if row.difference else None,
+        **_spread("difference", difference),
+        "difference_seeds": difference and difference.n,
+        "difference_excludes_zero": difference and difference.excludes_zero,
         "params": row.params,
         "flops": row.flops,
-        "images_per_sec": _mean(row.mean(lambda job: job.images_per_sec)),
-        "training_seconds": _mean(row.mean(lambda job: job.seconds)),
-        "paper_row": row.paper.label if row.paper else None,
-        "paper_top1": row.paper.top1 if row.paper else None,
+        "images_per_sec": _mean(row.mean("images_per_sec")),
+        "training_seconds": _mean(row.mean("seconds")),
+        "paper_row": papers and papers.label,
+        "paper_top1": papers and papers.top1,
         "paper_difference": None if row.paper_difference is None else round(row.paper_difference, 1),
-        "paper_mparams": row.paper.mparams if row.paper else None,
-        "paper_gflops": row.paper.gflops if row.paper else None,
+        "paper_mparams": papers and papers.mparams,
+        "paper_gflops": papers and papers.gflops,
     }
 
 

@@ -13,7 +13,7 @@ from sasa_train.visualize.names import FIGURES, NAMES, OF_SEVERAL
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from sasa_train.visualize.run_figures import Choice
+    from sasa_train.visualize.drawing import Choice
 
 FORMATS = ("png", "svg")
 EPILOG = (
@@ -142,7 +142,7 @@ def visualize(source: Path, names: list[str], overrides: list[str], options: arg
     """
     from sasa_train.terminal import printable, say
     from sasa_train.trained import load_trained
-    from sasa_train.visualize.run_figures import draw_run, not_drawable
+    from sasa_train.visualize.drawing import draw_run, not_drawable
 
     trained = load_trained(source, overrides)
     run_dir = run_folder_of(trained.path)
@@ -176,7 +176,7 @@ def visualize_several(sources: list[Path], names: list[str], overrides: list[str
     """
     from sasa_train.runs.metrics import read_metrics
     from sasa_train.terminal import printable, say
-    from sasa_train.visualize.curve_figures import draw_lr_schedule, draw_training_curves
+    from sasa_train.visualize.curve_figures import draw_curves
 
     if others := [name for name in names if name not in OF_SEVERAL]:
         raise ConfigError(f"{', '.join(others)}: of one run; several are overlaid in {' and '.join(OF_SEVERAL)}")
@@ -190,15 +190,14 @@ def visualize_several(sources: list[Path], names: list[str], overrides: list[str
         if not rows:
             raise ConfigError(f"{source}: has no metrics.jsonl with rows; give run folders")
         runs[printable(source.name if source.name not in runs else str(source))] = rows
-    draw = dict(zip(OF_SEVERAL, (draw_training_curves, draw_lr_schedule), strict=True))
-    for name in names or OF_SEVERAL:
-        write_figure(draw[name](runs), name, options.out, options.formats)
-        say(f"{options.out}/{name}.{suffix(options.formats)}  {FIGURES[name]}, {len(runs)} runs")
+    for name, figure, caption in draw_curves(runs, names or OF_SEVERAL):
+        write_figure(figure, name, options.out, options.formats)
+        say(f"{options.out}/{name}.{suffix(options.formats)}  {caption}")
     return 0
 
 
 def choice_of(options: argparse.Namespace) -> "Choice":
-    from sasa_train.visualize.run_figures import Choice
+    from sasa_train.visualize.drawing import Choice
 
     return Choice(options.images, options.layers, options.heads, options.pixels)
 

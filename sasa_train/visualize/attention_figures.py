@@ -15,9 +15,8 @@ from torch import Tensor
 
 from sasa_train.figures import GRID, MAGNITUDES, SOLID, WIDTH, new_figure
 from sasa_train.visualize.class_figures import short_name
-from sasa_train.visualize.distance import Distances
+from sasa_train.visualize.geometry import Distances, Window
 from sasa_train.visualize.val_sample import Prediction
-from sasa_train.visualize.window import Window
 
 MIN_CELL = 1.25  # inches; more cells than fit beside one another make the figure wider
 OVERLAY_ALPHA = 0.85

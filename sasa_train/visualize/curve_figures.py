@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -10,29 +11,41 @@ from matplotlib.ticker import MaxNLocator
 
 from sasa_train.figures import GRID, SOLID, as_label, new_figure
 from sasa_train.refusal import ConfigError
+from sasa_train.visualize.names import FIGURES, OF_SEVERAL
 
 Rows = list[dict[str, Any]]  # of metrics.jsonl
+Drawn = tuple[str, Figure, str]  # name, figure, and one sentence on what is seen
 MAX_RUNS = 10  # two ways to draw each of the five styles' lines
 TRAIN_COLOR = "#555555"
 LINES = ("-", "--", "-.")
 
 
-def draw_training_curves(runs: dict[str, Rows]) -> Figure:
-    """Loss and top1 over epochs, of one run or several by name: val as a strong line, train as a faint one.
+def draw_curves(runs: dict[str, Rows], names: Sequence[str] = OF_SEVERAL) -> Iterator[Drawn]:
+    """Draw those of OF_SEVERAL that are named, of one run or of several by name.
 
     Raises:
         ConfigError: more runs than can be told apart.
     """
-    _check_count(runs)
+    if len(runs) > MAX_RUNS:
+        raise ConfigError(
+            f"{len(runs)} runs: the curves of more than {MAX_RUNS} cannot be told apart; sasa-report compares sweeps"
+        )
+    for name, draw, caption in (
+        ("training_curves", draw_training_curves, "Loss and top1 on train and val over the epochs."),
+        ("lr_schedule", draw_lr_schedule, "The learning rate over the epochs, as the run logged it."),
+    ):
+        if name in names:
+            yield name, draw(runs), caption if len(runs) == 1 else f"{FIGURES[name]}, {len(runs)} runs"
+
+
+def draw_training_curves(runs: dict[str, Rows]) -> Figure:
+    """Loss and top1 over epochs, of one run or several by name: val as a strong line, train as a faint one."""
     figure, (of_loss, of_top1) = new_figure(1, 2, 3.6 + _legend_height(runs))
-    for (name, rows), (color, marker, line) in zip(runs.items(), _styles(), strict=False):
+    for (name, rows), (color, style) in zip(runs.items(), _styles(), strict=False):
         for axis, key in ((of_loss, "loss"), (of_top1, "top1")):
             train_color, train_label = (TRAIN_COLOR, "train") if len(runs) == 1 else (color, None)
             axis.plot(*_series(rows, "train", key), color=train_color, lw=1.2, ls=":", label=train_label)
-            x, y = _series(rows, "val", key)
-            label = "val" if len(runs) == 1 else as_label(name)
-            axis.plot(x, y, color=color, ls=line, lw=1.4, marker=marker, ms=4, mec="black", mew=0.4,
-                      markevery=max(1, len(x) // 10), label=label)  # fmt: skip
+            _plot(axis, rows, "val", key, style, 10, "val" if len(runs) == 1 else as_label(name))
     of_loss.set_ylabel("loss")
     of_top1.set_ylabel("top1, percent")
     _finish(figure, [of_loss, of_top1], runs)
@@ -41,17 +54,10 @@ def draw_training_curves(runs: dict[str, Rows]) -> Figure:
 
 
 def draw_lr_schedule(runs: dict[str, Rows]) -> Figure:
-    """The learning rate as it was logged, the highest of the parameter groups.
-
-    Raises:
-        ConfigError: more runs than can be told apart.
-    """
-    _check_count(runs)
+    """The learning rate as it was logged, the highest of the parameter groups."""
     figure, (axis,) = new_figure(1, 1, 3.2 + _legend_height(runs))
-    for (name, rows), (color, marker, line) in zip(runs.items(), _styles(), strict=False):
-        x, y = _series(rows, "train", "lr")
-        axis.plot(x, y, color=color, ls=line, lw=1.4, marker=marker, ms=4, mec="black", mew=0.4,
-                  markevery=max(1, len(x) // 20), label=as_label(name))  # fmt: skip
+    for (name, rows), (_, style) in zip(runs.items(), _styles(), strict=False):
+        _plot(axis, rows, "train", "lr", style, 20, as_label(name))
     axis.set_ylabel("learning rate")
     axis.set_ylim(bottom=0)
     _finish(figure, [axis], runs if len(runs) > 1 else {})
@@ -59,19 +65,17 @@ def draw_lr_schedule(runs: dict[str, Rows]) -> Figure:
     return figure
 
 
-def _check_count(runs: dict[str, Rows]) -> None:
-    if len(runs) > MAX_RUNS:
-        raise ConfigError(
-            f"{len(runs)} runs: the curves of more than {MAX_RUNS} cannot be told apart; sasa-report compares sweeps"
-        )
-
-
-def _styles() -> list[tuple[str, str, str]]:
-    """Colour, marker and line of each run: the second five have other lines. Dotted ones are train's."""
+def _styles() -> list[tuple[str, dict[str, Any]]]:
+    """Colour and line of each run: the second five have other lines. Dotted ones are train's."""
     return [
-        (color, marker, LINES[(i + shift) % len(LINES)])
+        (color, {"color": color, "marker": marker, "ls": LINES[(i + shift) % len(LINES)]})
         for shift, (i, (color, _, marker, _)) in itertools.product((0, 1), enumerate(SOLID))
     ]
+
+
+def _plot(axis: Axes, rows: Rows, split: str, key: str, style: dict[str, Any], num_marks: int, label: str) -> None:
+    x, y = _series(rows, split, key)
+    axis.plot(x, y, lw=1.4, ms=4, mec="black", mew=0.4, markevery=max(1, len(x) // num_marks), label=label, **style)
 
 
 def _series(rows: Rows, split: str, key: str) -> tuple[list[float], list[float]]:

@@ -14,3 +14,5 @@ FIGURES = {
 }
 NAMES = tuple(FIGURES)
 OF_SEVERAL = ("training_curves", "lr_schedule")  # what several runs are overlaid in
+OF_ATTENTION = ("attention_maps", "attention_heads", "attention_distance", "relative_embeddings")
+OF_CLASSES = ("class_accuracy", "confusion_matrix", "mistakes")

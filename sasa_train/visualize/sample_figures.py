@@ -10,11 +10,11 @@ from sasa_train.data.datasets import ImageSet, balanced, mean_std
 from sasa_train.data.mixing import Mixing
 from sasa_train.data.plan import MicroBatch
 from sasa_train.data.quarantine import Quarantine
+from sasa_train.data.reading import read_fitted
 from sasa_train.data.streaming import TrainReader
 from sasa_train.data.transforms import Augment
 from sasa_train.figures import new_figure
 from sasa_train.trained import TrainedModel
-from sasa_train.visualize.val_sample import read_images
 
 
 def augmented_samples(
@@ -29,7 +29,8 @@ def augmented_samples(
     """
     config, indices = trained.config, balanced(train, num_images)
     quarantine = Quarantine("train", len(train), config.data.max_unreadable)
-    plain, labels = read_images(train, indices.tolist(), trained.image_size, quarantine, quarantine.num_tries)
+    plain, labels, _, unreadable = read_fitted(train, indices, trained.image_size, quarantine.num_tries)
+    quarantine.add(unreadable)
     mean, _ = mean_std(config.data)
     read = TrainReader(train, Augment(config.data, config.augment, config.seed, mean), quarantine.num_tries)
     mixing = Mixing(config.augment, len(trained.classes), config.seed, last_step=num_epochs)

@@ -1,10 +1,6 @@
 """One pass over a sample of val: what the figures need of it, and no more than that in memory."""
 
-import heapq
-import itertools
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
@@ -13,13 +9,11 @@ from tqdm import tqdm
 
 from sasa_train.data.datasets import ImageSet
 from sasa_train.data.quarantine import Quarantine
-from sasa_train.data.reading import read_or_replace
-from sasa_train.data.transforms import fit
-from sasa_train.device import autocast
+from sasa_train.data.reading import in_batches, read_batches
+from sasa_train.device import autocast, resolve
 from sasa_train.trained import TrainedModel
 from sasa_train.visualize.capture import AttentionLayer, attention_layers, checked_weights, watching
-from sasa_train.visualize.distance import Distances, mean_distances, uniform_distance
-from sasa_train.visualize.window import reduction_of
+from sasa_train.visualize.geometry import Distances, mean_distances, reduction_of, uniform_distance
 
 NUM_MISTAKES = 18
 BATCH_SIZE = 16  # a layer has K*K weights a head and position: 80 MB of the paper's first stage at 224 pixels
@@ -88,59 +82,39 @@ class AttentionMeans:
 
 
 @torch.no_grad()
-def look_at_val(trained: TrainedModel, images: ImageSet, device: torch.device, with_attention: bool) -> ValSample:
-    """Run the model over `images` once, on a device that it is moved to.
+def look_at_val(trained: TrainedModel, images: ImageSet, with_attention: bool = False) -> ValSample:
+    """Run the model over `images` once, on the config's device, to which it is moved.
+
+    What cannot be read is named and left out. A progress bar is shown where there is a terminal.
 
     Raises:
         WeightsError: attention weights that do not sum to one.
         ConfigError: more images cannot be read than `data.max_unreadable` allows.
     """
+    device, config = resolve(trained.config)
     model, classes, normalize = trained.model.to(device), trained.classes, trained.normalize(device)
     confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
-    worst: list[tuple[float, int, Prediction]] = []  # a heap with the least sure first; the count breaks ties
-    means, count = AttentionMeans(trained.image_size), itertools.count()
+    mistakes: list[Prediction] = []
+    quarantine = Quarantine("val", len(images), config.data.max_unreadable)
+    means = AttentionMeans(trained.image_size)
     layers = list(attention_layers(model)) if with_attention else []
-    with watching(model, layers, means.look):
-        for pixels, labels in read_batches(images, trained):
-            with autocast(device, trained.config.trainer.precision):
+    bar = tqdm(total=len(images), desc="val images", unit="img", disable=None, leave=False)
+    with bar, watching(model, layers, means.look):
+        for pixels, labels, _, unreadable in read_batches(in_batches(images, BATCH_SIZE), trained.image_size):
+            quarantine.add(unreadable)
+            bar.update(len(labels) + len(unreadable))
+            if not len(labels):
+                continue
+            with autocast(device, config.trainer.precision):
                 logits = model(normalize(pixels.to(device)))
             top = logits.float().softmax(1).max(1)
             predicted, probabilities = top.indices.cpu(), top.values.tolist()
             confusion.view(-1).index_add_(0, labels * len(classes) + predicted, torch.ones_like(labels))
-            for row in (predicted != labels).nonzero().flatten().tolist():
-                image, label = pixels[row].permute(1, 2, 0).numpy(), classes[labels[row]]
-                mistake = Prediction(image, label, classes[predicted[row]], probabilities[row])
-                heapq.heappush(worst, (mistake.probability, -next(count), mistake))
-                if len(worst) > NUM_MISTAKES:
-                    heapq.heappop(worst)
+            mistakes += [
+                Prediction(pixels[row].permute(1, 2, 0).numpy(), classes[labels[row]], classes[predicted[row]],
+                           probabilities[row])
+                for row in (predicted != labels).nonzero().flatten().tolist()
+            ]  # fmt: skip
+            mistakes = sorted(mistakes, key=lambda mistake: -mistake.probability)[:NUM_MISTAKES]
     num_images = int(confusion.sum())
-    mistakes = [mistake for *_, mistake in sorted(worst, reverse=True)]
     return ValSample(num_images, confusion, mistakes, *means.means(num_images))
-
-
-def read_batches(images: ImageSet, trained: TrainedModel) -> Iterator[tuple[Tensor, Tensor]]:
-    """uint8 [B, 3, S, S] as val sees them, and labels; with a progress bar where there is a terminal.
-
-    What cannot be read is named and left out.
-    """
-    quarantine = Quarantine("val", len(images), trained.config.data.max_unreadable)
-    with tqdm(total=len(images), desc="val images", unit="img", disable=None, leave=False) as bar:
-        for start in range(0, len(images), BATCH_SIZE):
-            indices = range(start, min(start + BATCH_SIZE, len(images)))
-            pixels, labels = read_images(images, indices, trained.image_size, quarantine)
-            if len(labels):
-                yield pixels, labels
-            bar.update(len(indices))
-
-
-def read_images(
-    images: ImageSet, indices: Sequence[int], size: int, quarantine: Quarantine, num_tries: int = 1
-) -> tuple[Tensor, Tensor]:
-    """uint8 [B, 3, size, size] as val sees them, and labels [B]. What cannot be read is named, and left out (or, with
-    more tries, replaced by the next image).
-    """
-    found = [read_or_replace(images, index, partial(fit, size=size), num_tries) for index in indices]
-    quarantine.add([unreadable for *_, met in found for unreadable in met])
-    good = [(image, label) for image, label, _ in found if image is not None]
-    pixels = np.stack([image for image, _ in good]) if good else np.empty((0, size, size, 3), dtype=np.uint8)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor([label for _, label in good], dtype=torch.int64)

@@ -1,22 +1,17 @@
 """All figures of one run, drawn one after another; what the command and the report page share."""
 
-import dataclasses
 import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from sasa_train.data.datasets import Files, ImageSet, UnreadableImage, limit, load_image_sets
+from sasa_train.data.datasets import ImageSet, limit, load_image_sets
 from sasa_train.data.fingerprint import fingerprint
 from sasa_train.data.quarantine import Quarantine
-from sasa_train.data.transforms import fit
+from sasa_train.data.reading import image_files, read_fitted
 from sasa_train.device import autocast, resolve
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.metrics import read_metrics
@@ -31,21 +26,17 @@ from sasa_train.visualize.attention_figures import (
 )
 from sasa_train.visualize.capture import AttentionLayer, attention_layers, attention_of
 from sasa_train.visualize.class_figures import draw_class_accuracy, draw_confusion, draw_mistakes
-from sasa_train.visualize.curve_figures import Rows, draw_lr_schedule, draw_training_curves
-from sasa_train.visualize.names import NAMES
-from sasa_train.visualize.queries import default_pixels
+from sasa_train.visualize.curve_figures import Drawn, Rows, draw_curves
+from sasa_train.visualize.geometry import default_pixels, window_at
+from sasa_train.visualize.names import NAMES, OF_ATTENTION, OF_CLASSES, OF_SEVERAL
 from sasa_train.visualize.sample_figures import augmented_samples, draw_augmented
-from sasa_train.visualize.val_sample import Prediction, ValSample, look_at_val, read_images, which_images
-from sasa_train.visualize.window import window_at
+from sasa_train.visualize.val_sample import Prediction, ValSample, look_at_val, which_images
 
 log = logging.getLogger("sasa_train")
 
 NUM_IMAGES = 512  # of val, for figures that count or average
 NUM_MAP_IMAGES, NUM_AUGMENTED, NUM_EPOCHS = 3, 4, 7
-OF_CLASSES = ("class_accuracy", "confusion_matrix", "mistakes")
-OF_VAL = ("attention_distance", "relative_embeddings", *OF_CLASSES)
-
-Drawn = tuple[str, Figure, str]  # name, figure, and one sentence on what is seen
+MAPS, MEANS = OF_ATTENTION[:2], OF_ATTENTION[2:]
 
 
 @dataclass
@@ -83,12 +74,12 @@ def draw_run(
     choice = choice or Choice()
     wanted = [name for name in names if name not in not_drawable(trained, run_dir)]
     check_choice(trained, choice)
-    yield from _draw_curves(wanted, read_rows(trained, run_dir))
-    maps = [name for name in wanted if name in ("attention_maps", "attention_heads")]
+    yield from draw_curves({"": read_rows(trained, run_dir)}, wanted)
+    maps = [name for name in wanted if name in MAPS]
     if choice.files:
         yield from _draw_maps(trained, maps, *read_files(choice.files, trained.image_size), choice)
         maps = []
-    if not maps and not set(wanted) & {"augmented_samples", *OF_VAL}:
+    if not maps and not set(wanted) - {*OF_SEVERAL, *MAPS}:
         return
     train, val = load_image_sets(trained.config.data)
     trained.check_classes(val.classes)
@@ -101,8 +92,13 @@ def draw_run(
             "epochs."
         )
         yield "augmented_samples", draw_augmented(*shown, trained.config), caption
-    yield from _draw_maps(trained, maps, *read_first(trained, val), choice)
-    yield from _draw_of_val(trained, [name for name in wanted if name in OF_VAL], limit(val, num_images), len(val))
+    if maps:
+        yield from _draw_maps(trained, maps, *read_first(trained, val), choice)
+    of_val = [name for name in wanted if name in (*MEANS, *OF_CLASSES)]
+    if of_val:
+        found = look_at_val(trained, limit(val, num_images), with_attention=bool(set(MEANS) & set(of_val)))
+        yield from _draw_means(trained, of_val, found, which_images(found, len(val)))
+        yield from draw_classes(found, trained.classes, len(val), of_val)
 
 
 def not_drawable(trained: TrainedModel, run_dir: Path | None) -> dict[str, str]:
@@ -111,12 +107,11 @@ def not_drawable(trained: TrainedModel, run_dir: Path | None) -> dict[str, str]:
     layers = attention_layers(trained.model)
     if not layers:
         why = f"{trained.config.model.name} has no local self-attention of ours"
-        names = ("attention_maps", "attention_heads", "attention_distance", "relative_embeddings")
-        reasons |= dict.fromkeys(names, why)
+        reasons |= dict.fromkeys(OF_ATTENTION, why)
     elif all(layer.rel_height is None for layer in layers.values()):
         reasons["relative_embeddings"] = "its layers have no relative embeddings"
     if not read_rows(trained, run_dir):
-        reasons |= dict.fromkeys(("training_curves", "lr_schedule"), "it has no rows of metrics")
+        reasons |= dict.fromkeys(OF_SEVERAL, "it has no rows of metrics")
     return reasons
 
 
@@ -148,12 +143,10 @@ def read_files(files: Sequence[str], size: int) -> tuple[Tensor, Tensor]:
     Raises:
         ConfigError: one cannot be read.
     """
-    images = ImageSet([], np.full(len(files), -1), np.arange(len(files)), Files(list(files)))
-    try:
-        pixels = np.stack([images.read(i, partial(fit, size=size)) for i in range(len(files))])
-    except UnreadableImage as error:
-        raise ConfigError(f"--images {printable(error.name)}: cannot be read as an image ({error.reason})") from error
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(images.labels)
+    found = read_fitted(image_files(files), range(len(files)), size)
+    for name, reason in found.unreadable:
+        raise ConfigError(f"--images {printable(name)}: cannot be read as an image ({reason})")
+    return found.pixels, found.labels
 
 
 def read_first(trained: TrainedModel, val: ImageSet) -> tuple[Tensor, Tensor]:
@@ -163,24 +156,16 @@ def read_first(trained: TrainedModel, val: ImageSet) -> tuple[Tensor, Tensor]:
         ConfigError: none of them can be read.
     """
     first = limit(val, NUM_MAP_IMAGES)
-    quarantine = Quarantine("val", len(first), trained.config.data.max_unreadable)
-    pixels, labels = read_images(first, range(len(first)), trained.image_size, quarantine)
-    if not len(labels):
+    found = read_fitted(first, range(len(first)), trained.image_size)
+    Quarantine("val", len(first), trained.config.data.max_unreadable).add(found.unreadable)
+    if not len(found.labels):
         raise ConfigError(f"none of {len(first)} val images can be read; give others with --images")
-    return pixels, labels
+    return found.pixels, found.labels
 
 
 def default_layers(trained: TrainedModel) -> list[str]:
     """The last attention layer of the stem and of each stage."""
     return list({name.partition(".")[0]: name for name in attention_layers(trained.model)}.values())
-
-
-def _draw_curves(wanted: Sequence[str], rows: Rows) -> Iterator[Drawn]:
-    runs = {"": rows}
-    if "training_curves" in wanted:
-        yield "training_curves", draw_training_curves(runs), "Loss and top1 on train and val over the epochs."
-    if "lr_schedule" in wanted:
-        yield "lr_schedule", draw_lr_schedule(runs), "The learning rate over the epochs, as the run logged it."
 
 
 def _draw_maps(
@@ -221,23 +206,16 @@ def look_at_images(trained: TrainedModel, images: Tensor, labels: Tensor, choice
     return views
 
 
-def _draw_of_val(trained: TrainedModel, names: Sequence[str], val: ImageSet, num_all: int) -> Iterator[Drawn]:
-    if not names:
-        return
-    device, config = resolve(trained.config)
-    trained = dataclasses.replace(trained, config=config)  # with the precision that "auto" is here
-    with_attention = bool({"attention_distance", "relative_embeddings"} & set(names))
-    found = look_at_val(trained, val, device, with_attention)
-    images = which_images(found, num_all)
+def _draw_means(trained: TrainedModel, names: Sequence[str], found: ValSample, images: str) -> Iterator[Drawn]:
     if "attention_distance" in names:
         caption = f"Mean distance between query and key, weighted by attention, by layer and head, over {images}."
         yield "attention_distance", draw_distances(found.distances, found.num_images), caption
     if "relative_embeddings" in names:
         caption = f"The learned relative embeddings by key offset: their norms, and the mean score q·r over {images}."
-        norms = {name: embedding_norms(attention_layers(trained.model)[name]) for name in found.relative_scores}
+        layers = attention_layers(trained.model)
+        norms = {name: embedding_norms(layers[name]) for name in found.relative_scores}
         figure = draw_relative_embeddings(norms, found.relative_scores, found.num_images)
         yield "relative_embeddings", figure, caption
-    yield from draw_classes(found, trained.classes, num_all, names)
 
 
 def draw_classes(

@@ -11,11 +11,10 @@ from sasa_train.config.compose import compose_config
 from sasa_train.config.derived import resolved_image_size
 from sasa_train.config.keys import MODEL_KEYS, TrainConfig, flatten, key_table
 from sasa_train.config.overrides import as_written
-from sasa_train.paper import Row as PaperRow
-from sasa_train.report.beside_paper import differing_dials, nearest_row
+from sasa_train.paper import differing_keys, nearest_row
 from sasa_train.report.jobs import Job
 from sasa_train.report.rows import Row
-from sasa_train.report.tables import HELD_OUT_TABLES, split_of
+from sasa_train.report.tables import held_out_note, in_billions, in_millions, shown, split_of
 from sasa_train.terminal import duration
 
 MAX_LINES = 10  # of a file that is quoted
@@ -31,16 +30,6 @@ ARTEFACTS = (
     ("nonfinite.txt", "where a loss that was not finite came from"),
     ("profile", "a trace and the top operators"),
 )
-
-
-@dataclass
-class Artefact:
-    """`href` leads from the page to the file; `size` in words, empty for a folder."""
-
-    name: str
-    href: str
-    size: str
-    meaning: str
 
 
 def headline(job: Job) -> list[tuple[str, str, str]]:
@@ -86,10 +75,8 @@ def _figure(value: Any, form: str) -> str:
 
 
 def _model(config: TrainConfig) -> str:
-    dials = {dial: getattr(config.model, dial) for dial in MODEL_KEYS}
-    return ", ".join(
-        [config.model.name] + [f"{key}={as_written(value)}" for key, value in dials.items() if value is not None]
-    )
+    given = {key: value for key in MODEL_KEYS if (value := getattr(config.model, key)) is not None}
+    return ", ".join([config.model.name, *(f"{key}={as_written(value)}" for key, value in given.items())])
 
 
 def _device(job: Job) -> str:
@@ -112,11 +99,9 @@ def records(info: dict[str, Any], key: str) -> list[dict[str, Any]]:
 def environment(job: Job) -> list[tuple[str, str]]:
     """Machine, code and packages."""
     info = job.info
-    names = {
-        "started": "started", "host": "host", "platform": "platform", "processors": "processors",
-        "threads": "threads", "world_size": "processes", "gpu": "GPU", "directory": "directory", "commit": "commit",
-    }  # fmt: skip
-    rows = [(name, str(info[key])) for key, name in names.items() if info.get(key) is not None]
+    keys = ("started", "host", "platform", "processors", "threads", "world_size", "gpu", "directory", "commit")
+    names = {"world_size": "processes", "gpu": "GPU"}
+    rows = [(names.get(key, key), str(info[key])) for key in keys if info.get(key) is not None]
     if "dirty" in info:
         rows.append(("uncommitted changes", "yes, in the diff among the files" if info["dirty"] else "none"))
     if isinstance(info.get("not_in_git"), list) and info["not_in_git"]:
@@ -127,8 +112,8 @@ def environment(job: Job) -> list[tuple[str, str]]:
     return rows
 
 
-def changed_knobs(config: TrainConfig) -> list[tuple[str, str, str, str]]:
-    """Key, value, default and meaning of each knob that is not at its default."""
+def changed_keys(config: TrainConfig) -> list[tuple[str, str, str, str]]:
+    """Key, value, default and meaning of each key that is not at its default."""
     defaults, meanings = flatten(compose_config([])), key_table()
     return [
         (key, as_written(value), as_written(defaults[key]), meanings[key].metadata["help"])
@@ -137,11 +122,11 @@ def changed_knobs(config: TrainConfig) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def artefacts(run_dir: Path, folder: Path) -> list[Artefact]:
-    """What is in the run's folder, linked from a page in `folder`."""
+def artefacts(run_dir: Path, folder: Path) -> list[tuple[str, str, str, str]]:
+    """What is in the run's folder: name, link from a page in `folder`, size in words (none of a folder), meaning."""
     found = [(path, meaning) for pattern, meaning in ARTEFACTS for path in sorted(run_dir.glob(pattern))]
     return [
-        Artefact(str(path.relative_to(run_dir)) + "/" * path.is_dir(), href(path, folder), _size(path), meaning)
+        (str(path.relative_to(run_dir)) + "/" * path.is_dir(), href(path, folder), _size(path), meaning)
         for path, meaning in found
         if path.exists()
     ]
@@ -153,10 +138,8 @@ def href(path: Path, folder: Path) -> str:
 
 
 def _size(path: Path) -> str:
-    if path.is_dir():
-        return ""
     size = path.stat().st_size
-    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} KB"
+    return "" if path.is_dir() else f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} KB"
 
 
 def warnings(job: Job) -> Iterator[tuple[str, list[str]]]:
@@ -192,29 +175,43 @@ def _some(lines: list[str]) -> list[str]:
 
 @dataclass
 class Beside:
-    """The paper's row that a run is set beside: `differing` names dials as "width=0.25 (the paper's 1.0)"."""
+    """A run and the paper's row whose model is nearest: `differing` names keys as "width=0.25 (the paper's 1.0)"."""
 
-    paper: PaperRow
+    rows: list[dict[str, str]]
     differing: str
     is_same_data: bool
     held_out: str  # a sentence, or nothing
 
 
-def beside_paper(config: TrainConfig, row: Row) -> Beside | None:
+def beside_paper(job: Job, row: Row) -> Beside | None:
     """Of the report's table where that has one, else the row whose model is nearest; None for other models."""
-    paper = row.paper or nearest_row(config)
+    config = job.config
+    assert config is not None
+    keys = vars(config.model)
+    paper = row.paper or nearest_row(keys)
     if paper is None:
         return None
     differing = ", ".join(
         f"{key}={as_written(ours)} (the paper's {as_written(papers)})"
-        for key, (papers, ours) in differing_dials(paper, config).items()
+        for key, (papers, ours) in differing_keys(paper, keys).items()
         if key != "family"  # a name for what stem and stage_ops say
     )
-    is_same_data = config.data.name == "imagenet" and resolved_image_size(config.data) == 224
-    is_held_out, ours_is = paper.table in HELD_OUT_TABLES, config.data.holdout_fraction > 0
-    held_out = ""
-    if is_held_out and not ours_is:
-        held_out = "The paper's top1 of this table is on 4 % held out of train, ours is not."
-    elif ours_is and not is_held_out:
-        held_out = "Ours is on images held out of train, the paper's top1 of this table is not."
-    return Beside(paper, differing, is_same_data, held_out)
+    size = resolved_image_size(config.data)
+    columns = ("whose", "model", "data", "top1, last epoch", "M params", "GFLOPs")
+    top1 = shown(job.val[-1]["top1"] if job.val else None, "{:.2f}")
+    of_ours = (
+        config.model.name,
+        f"{config.data.name} at {size}",
+        top1,
+        in_millions(row.params),
+        in_billions(row.flops),
+    )
+    of_paper = (f"{paper.top1:.1f}", shown(paper.mparams, "{:.1f}"), f"{paper.gflops:.1f}")
+    lines = ("ours", *of_ours), ("the paper's", f"Table {paper.table}: {paper.label}", "ImageNet at 224", *of_paper)
+    note = held_out_note(paper.table, [config])
+    return Beside(
+        [dict(zip(columns, line, strict=True)) for line in lines],
+        differing,
+        (config.data.name, size) == ("imagenet", 224),
+        f"{note[0].upper()}{note[1:]}." if note else "",
+    )

@@ -1,0 +1,126 @@
+"""What the page shows of one run: curves from its log, classes and attention from its checkpoint and data."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from sasa_train.config.keys import DataConfig
+from sasa_train.data.datasets import ImageSet, limit, load_image_sets
+from sasa_train.data.fingerprint import fingerprint
+from sasa_train.refusal import ConfigError
+from sasa_train.report.jobs import Job
+from sasa_train.report.page import Section
+from sasa_train.runs.checkpoint import CheckpointError
+from sasa_train.runs.metrics import read_metrics
+from sasa_train.trained import TrainedModel, load_trained
+from sasa_train.visualize.capture import WeightsError
+from sasa_train.visualize.names import OF_ATTENTION, OF_CLASSES
+from sasa_train.visualize.val_sample import ValSample, look_at_val, which_images
+
+
+def curves_section(job: Job) -> Section:
+    """From metrics.jsonl alone."""
+    section = Section("curves", "Curves")
+    assert job.run_dir is not None
+    rows = [] if job.state == "damaged" else read_metrics(job.run_dir / "metrics.jsonl")
+    if not rows:
+        section.missing.append("There are no rows of metrics to draw.")
+    elif section.can_draw():
+        from sasa_train.visualize.curve_figures import draw_curves
+
+        section.add(draw_curves({"": rows}))
+    return section
+
+
+def model_sections(run_dir: Path, overrides: Sequence[str], num_images: int) -> list[Section]:
+    """What needs the checkpoint and the images; where one of them is not there, a section that says so.
+
+    Args:
+        overrides: as for `load_trained`.
+        num_images: of val at most, a class-balanced, fixed part, for what is counted by class.
+    """
+    last = run_dir / "checkpoints/last.pt"  # its figures are those to publish
+    try:
+        trained = load_trained(last if last.exists() else run_dir, overrides)
+        val = _load_val(trained)
+    except (CheckpointError, ConfigError) as error:
+        return [Section("model", "Classes and attention", missing=[f"Not drawn: {error}"])]
+    step, name = trained.checkpoint["step"], f"{trained.path.parent.name}/{trained.path.name}"
+    note = f"Classes and attention are those of the {trained.weights} weights of {name}, step {step:,}."
+    classes, attention = Section("classes", "Classes", note), Section("attention", "Attention")
+    augmentation = Section("augmentation", "Augmentation")
+    _fill(classes, partial(_add_classes, classes, trained, val, num_images))
+    if attention.can_draw():
+        _fill(attention, partial(_add_drawn, attention, trained, run_dir, OF_ATTENTION))
+        _fill(augmentation, partial(_add_drawn, augmentation, trained, run_dir, ("augmented_samples",)))
+    return [section for section in (classes, attention, augmentation) if section.pictures or section.missing]
+
+
+def _load_val(trained: TrainedModel) -> ImageSet:
+    data = trained.config.data
+    if not _is_there(data):  # it may be where another directory was the current one; and a report downloads nothing
+        what = f"holds no whole {data.name}" if data.name in ("cifar10", "cifar100") else "is not there"
+        raise ConfigError(f"data.root={data.root} {what}; say where with data.root=...")
+    _, val = load_image_sets(data)
+    trained.check_classes(val.classes)
+    return val
+
+
+def _is_there(data: DataConfig) -> bool:
+    """Whether the set is on the disk; of CIFAR's archive whole, as a damaged one would be fetched again."""
+    root, archive = Path(data.root), {"cifar10": CIFAR10, "cifar100": CIFAR100}.get(data.name)
+    if archive is None or (root / "train").is_dir():
+        return data.name == "digits" or root.is_dir()
+    try:
+        archive(root, train=False, download=False)
+    except (OSError, RuntimeError):
+        return False
+    return True
+
+
+def _fill(section: Section, add: Callable[[], None]) -> None:
+    """What cannot be drawn is said in its place; the rest of the page is worth having."""
+    try:
+        add()
+    except (ConfigError, WeightsError, OSError) as error:
+        section.missing.append(f"Not drawn: {error}")
+
+
+def _add_drawn(section: Section, trained: TrainedModel, run_dir: Path, names: Sequence[str]) -> None:
+    from sasa_train.visualize.drawing import draw_run, not_drawable
+
+    reasons = not_drawable(trained, run_dir)
+    section.missing += [f"Not drawn: {reason}." for reason in dict.fromkeys(reasons[n] for n in names if n in reasons)]
+    section.add(draw_run(trained, run_dir, names))
+
+
+def _add_classes(section: Section, trained: TrainedModel, val: ImageSet, num_images: int) -> None:
+    changes = trained.changes(fingerprint(val))
+    section.missing += [f"Not the images that the run was evaluated on: {line}" for line in changes]
+    found = look_at_val(trained, limit(val, num_images))
+    section.rows = class_rows(found, trained.classes)
+    section.rows_title = f"Classes, the worst first, over {which_images(found, len(val))}"
+    if section.can_draw():
+        from sasa_train.visualize.drawing import draw_classes
+
+        names = [name for name in OF_CLASSES if name != "mistakes" or found.mistakes]
+        section.add(draw_classes(found, trained.classes, len(val), names))
+
+
+def class_rows(found: ValSample, classes: list[str]) -> list[dict[str, str]]:
+    """Return a line for each class, the worst first and those without images last."""
+    rows = []
+    for label, (name, counts) in enumerate(zip(classes, found.confusion.tolist(), strict=True)):
+        images, hits = sum(counts), counts[label]
+        others = ((count, other) for other, count in enumerate(counts) if other != label)
+        most, other = max(others, default=(0, label))  # of a set with one class
+        row = {
+            "class": name,
+            "images": str(images),
+            "top1": f"{100 * hits / images:.2f}" if images else "-",
+            "most often taken for": f"{classes[other]} ({most})" if most else "-",
+        }
+        rows.append((100 * hits / images if images else 101.0, row))
+    return [row for _, row in sorted(rows, key=lambda pair: pair[0])]

@@ -1,0 +1,126 @@
+"""Where attention lies in the image: the window of a query, which queries to look at, and how far they reach.
+
+A position of a map stands for the `reduction` x `reduction` pixels from (reduction * row, reduction * column) on, the
+last ones perhaps for less. What it has seen is more: the layers before it have looked around too.
+
+Distances are Euclidean, between the centres of positions (arXiv 2010.11929, Fig. 7). "Uniform" is what equal weights on
+all keys that take part would give, at the same borders.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sasa_train.attention import attention_weights
+from sasa_train.models.layers import BLOCK_SIZE, AttentionStem
+from sasa_train.visualize.capture import AttentionLayer
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
+
+
+@dataclass
+class Window:
+    """`weights` [N, h, w] of the keys inside the image, by head; the first key is at (`top`, `left`) of the map.
+
+    `query` is the query's own position, (row, column).
+    """
+
+    query: tuple[int, int]
+    top: int
+    left: int
+    weights: Tensor
+    reduction: int
+
+    @property
+    def box(self) -> Box:
+        """The window in pixels, clipped at the map's border, which may lie up to a position beyond the image's."""
+        return self._pixels(self.top, self.left, *self.weights.shape[1:])
+
+    @property
+    def query_box(self) -> Box:
+        return self._pixels(*self.query, 1, 1)
+
+    def _pixels(self, top: int, left: int, height: int, width: int) -> Box:
+        r = self.reduction
+        return left * r, top * r, (left + width) * r, (top + height) * r
+
+
+@dataclass
+class Distances:
+    """A layer's mean distances between query and key in input pixels: each head's, and that of uniform attention."""
+
+    layer: str
+    heads: list[float]
+    uniform: float
+
+
+def is_stems(weights: Tensor) -> bool:
+    """Whether weights are an attention stem's, [..., blocks, 16, 16], and no layer's, [..., H, W, K*K], K odd."""
+    return weights.shape[-1] == BLOCK_SIZE**2
+
+
+def reduction_of(map_side: int, image_side: int) -> int:
+    """How many pixels lie from a position to the next: a power of two, for each stride halves the side, rounded up."""
+    return 2 ** math.ceil(math.log2(image_side / map_side))
+
+
+def window_at(weights: Tensor, pixel: tuple[int, int], size: int) -> Window:
+    """Take out of one image's weights those of the query that pixel (row, column) of `size` x `size` belongs to.
+
+    weights: [N, H, W, K*K] of a layer, or [N, blocks, 16, 16] of an attention stem on the image itself.
+    """
+    if is_stems(weights):
+        (row, row_in_block), (column, column_in_block) = (divmod(at, BLOCK_SIZE) for at in pixel)
+        block, place = row * (size // BLOCK_SIZE) + column, row_in_block * BLOCK_SIZE + column_in_block
+        inside = weights[:, block, place].unflatten(-1, (BLOCK_SIZE, BLOCK_SIZE))
+        return Window(pixel, row * BLOCK_SIZE, column * BLOCK_SIZE, inside, 1)
+    height, width, kernel_size = weights.shape[1], weights.shape[2], round(weights.shape[3] ** 0.5)
+    reduction = reduction_of(height, size)
+    row, column = (at // reduction for at in pixel)
+    window = weights[:, row, column].unflatten(-1, (kernel_size, kernel_size))
+    top, left = row - kernel_size // 2, column - kernel_size // 2
+    inside = window[:, max(0, -top) : height - top, max(0, -left) : width - left]
+    return Window((row, column), max(0, top), max(0, left), inside, reduction)
+
+
+def default_pixels(image: np.ndarray) -> list[tuple[int, int]]:
+    """The centre of uint8 [S, S, 3], and the place of the strongest contrast a quarter of the image away from it.
+
+    Contrast is the length of the grey value's gradient, mean over a square of about an eighth of the side.
+    """
+    size, reach = len(image), len(image) // 16
+    padded = np.pad(np.hypot(*np.gradient(image.mean(2))), reach)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (2 * reach + 1, 2 * reach + 1))
+    from_centre = np.arange(size) - size // 2
+    away = np.hypot(from_centre[:, None], from_centre[None, :]) >= size / 4
+    row, column = np.unravel_index(np.where(away, windows.mean((2, 3)), -1).argmax(), away.shape)
+    return [(size // 2, size // 2), (int(row), int(column))]
+
+
+def mean_distances(weights: Tensor) -> Tensor:
+    """Weights [B, N, H, W, K*K], or a stem's [B, N, blocks, 16, 16] -> mean distance of each head in positions, [N]."""
+    if is_stems(weights):
+        distances = block_distances(weights.device)
+    else:
+        kernel_size = round(weights.shape[-1] ** 0.5)
+        offset = (torch.arange(kernel_size, device=weights.device) - kernel_size // 2).float()
+        distances = torch.hypot(offset[:, None], offset[None, :]).flatten()
+    return (weights * distances).sum(-1).mean((0, 2, 3))
+
+
+def block_distances(device: torch.device | None = None) -> Tensor:
+    """Between the positions of a 4x4 block, [16, 16]."""
+    place = torch.cartesian_prod(*[torch.arange(BLOCK_SIZE, device=device)] * 2).float()
+    return torch.cdist(place, place)
+
+
+def uniform_distance(layer: AttentionLayer, height: int, width: int) -> float:
+    """In positions, over all queries of a map of height x width: the distance where every key weighs the same."""
+    if isinstance(layer, AttentionStem):
+        return block_distances().mean().item()
+    zero = torch.zeros(1, 1, height, width, 1)  # its scores are equal
+    weights = attention_weights(zero, zero, kernel_size=layer.kernel_size, border=layer.border)
+    return mean_distances(weights).item()
