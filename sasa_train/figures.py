@@ -23,13 +23,22 @@ GRID = "#DDDDDD"
 WIDTH, DPI = 8.0, 150
 
 
-def new_figure(num_rows: int, num_columns: int, height: float) -> tuple[Figure, list[Axes]]:
+def new_figure(num_rows: int, num_columns: int, height: float, grid: str = "") -> tuple[Figure, list[Axes]]:
+    """A figure of WIDTH x `height` inches and its axes, row by row, with grid lines across "x", "y" or "both"."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_axisbelow(True)
+        if grid:
+            axis.grid(axis=grid, color=GRID, lw=0.6)
     return figure, axes
+
+
+def legend_below(figure: Figure, axis: Axes, num_columns: int = 2) -> None:
+    """One legend for all axes, with what is labelled in `axis`."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=num_columns, frameon=False, fontsize=8)
 
 
 def as_label(name: str) -> str:

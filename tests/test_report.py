@@ -5,8 +5,6 @@ import importlib.util
 import itertools
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -40,12 +38,10 @@ def write_run(folder: Path, overrides, top1s, **info) -> None:
     """A run folder as sasa-train leaves it, with one val row an epoch."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(compose_config(overrides)))
-    rows = []
+    train, rows = {"split": "train", "loss": 1.0, "top1": 9.0, "images_per_sec": 100.0}, []
     for epoch, top1 in enumerate(top1s, 1):
-        rows.append(
-            {"split": "train", "step": epoch, "epoch": epoch, "loss": 1.0, "top1": 9.0, "images_per_sec": 100.0}
-        )
-        rows.append({"split": "val", "step": epoch, "epoch": epoch, "loss": None, "top1": top1, "top5": 99.0})
+        val = {"split": "val", "loss": None, "top1": top1, "top5": 99.0}
+        rows += [row | {"step": epoch, "epoch": epoch} for row in (train, val)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "run.json").write_text(json.dumps({"status": "finished", "seconds": 60.0} | info))
 
@@ -55,17 +51,9 @@ def write_sweep(folder: Path, results: dict, table=None, name="ledger.json", bas
     jobs = {}
     for i, ((overrides, seed), found) in enumerate(results.items()):
         job, all_overrides = f"{name[:-5]}-{i}", [*base, *overrides, f"seed={seed}"]
-        is_done = isinstance(found, list)
-        state, reason = ("done", "finished") if is_done else found
-        jobs[job] = {
-            "overrides": all_overrides,
-            "state": state,
-            "reason": reason,
-            "tries": [],
-            "best": None,
-            "last": None,
-        }
-        if is_done:
+        state, reason = ("done", "finished") if isinstance(found, list) else found
+        jobs[job] = {"overrides": all_overrides, "state": state, "reason": reason, "tries": []}
+        if isinstance(found, list):
             write_run(folder / job, all_overrides, found)
     folder.mkdir(parents=True, exist_ok=True)
     sweep = {"name": folder.name, "command": "sasa-sweep ...", "paper_table": table, "overrides": list(base)}
@@ -144,12 +132,8 @@ def test_every_job_is_in_the_figures_or_listed_with_its_reason(tmp_path, capsys,
     }  # fmt: skip
     assert rows["model.kernel_size=3"]["top1"] == 56.0 and rows["model.kernel_size=3"]["best_top1"] == 57.0
     assert rows["model.kernel_size=5"]["difference"] == 3.0 and rows["model.kernel_size=5"]["difference_seeds"] == 1
-    assert (
-        "3 of 9 jobs" in text
-        and "exit code 1: OutOfMemoryError  " in text
-        and "Traceback" not in text
-        and "few seeds" in text
-    )
+    assert all(part in text for part in ("3 of 9 jobs", "exit code 1: OutOfMemoryError  ", "few seeds"))
+    assert "Traceback" not in text
     assert (sweep / "report/table.md").read_text() in text
     with (sweep / "report/table.csv").open() as file:
         assert [row["top1"] for row in csv.DictReader(file)] == ["56.0", "61.0", "", ""]
@@ -216,12 +200,6 @@ def test_what_cannot_be_reported_is_refused(tmp_path, capsys):
     assert report_of(sweep, "2").rows[0].reference.label == "model.kernel_size=5"
     write_sweep(tmp_path / "empty", {})
     assert command.run_command([str(tmp_path / "empty")]) == 2 and "no jobs" in capsys.readouterr().err
-
-
-def test_help_needs_no_torch():
-    code = "import sys, sasa_train.report as r; r.run_command(['--help']); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "--reference" in done.stdout and done.stdout.endswith("False\n")
 
 
 # The plots
@@ -355,9 +333,7 @@ def test_tensorboard_shows_the_sweep(tmp_path, monkeypatch):
     groups = list_session_groups.Handler(request, page, "sweep", query).run().session_groups
     assert {group.sessions[0].name for group in groups} == {"k3/tensorboard", "knull/tensorboard"}
     for group in groups:
-        rows = map(
-            json.loads, Path("sweep", group.sessions[0].name).with_name("metrics.jsonl").read_text().splitlines()
-        )
+        rows = read_metrics(Path("sweep", group.sessions[0].name).with_name("metrics.jsonl"))
         top1 = next(row["top1"] for row in rows if row["split"] == "val")
         assert [value.value for value in group.metric_values if value.name.tag == "val/top1"] == pytest.approx([top1])
 

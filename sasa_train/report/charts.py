@@ -1,20 +1,20 @@
 """The report's plots, in the style of the benchmarks' charts: told apart in grey and by the colour-blind."""
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sasa_train.figures import GRID, SOLID, as_label, new_figure, rendered
+from sasa_train.figures import SOLID, as_label, legend_below, new_figure, rendered
 from sasa_train.report.intervals import Interval
 from sasa_train.report.page import Picture
 from sasa_train.report.rows import Report, Row, paired_difference
 
 MAX_ROWS, MAX_PANELS = 24, 12  # of more rows, as a search has, the best alone are drawn
 MAX_LABEL = 48
-OURS, PAPER = "#0072B2", "#E69F00"
+OURS = "#0072B2"
+PAPER: dict[str, Any] = {"color": "#E69F00", "marker": "D", "mec": "black", "mew": 0.6}
 CAPTIONS = {  # what kind of chart it is, and what is seen in it
     "accuracy": (
         "Two charts of top1 over GFLOPs and over million parameters, a numbered point for each row of the table",
@@ -82,16 +82,16 @@ def _top1(row: Row) -> Interval:
 def _draw_accuracy(rows: list[tuple[int, Row]]) -> Figure:
     """top1 of the last epoch over FLOPs and over parameters, with the interval over seeds; numbers are the table's."""
     counted = [(number, row) for number, row in rows if row.flops and row.params]
-    figure, axes = new_figure(1, 2, 3.6 + 0.22 * ((len(counted) + 1) // 2))
-    quantities: tuple[tuple[str, Callable[[Row], float]], ...] = (
-        ("GFLOPs an image, forward", lambda row: (row.flops or 0) / 1e9),
-        ("million parameters", lambda row: (row.params or 0) / 1e6),
-    )
-    for axis, (label, quantity) in zip(axes, quantities, strict=True):
+    figure, axes = new_figure(1, 2, 3.6 + 0.22 * ((len(counted) + 1) // 2), "both")
+    for axis, label, key, unit in (
+        (axes[0], "GFLOPs an image, forward", "flops", 1e9),
+        (axes[1], "million parameters", "params", 1e6),
+    ):
+        sizes = [getattr(row, key) / unit for _, row in counted]
         for i, (number, row) in enumerate(counted):
             color, _, marker, _ = SOLID[i % len(SOLID)]
             face = (color, "white", "#B8B8B8")[i // len(SOLID) % 3]
-            x, found = quantity(row), _top1(row)
+            x, found = sizes[i], _top1(row)
             axis.errorbar(
                 x, found.mean, found.half_width or 0, ecolor="#666666", color=color, marker=marker, mfc=face,
                 mec="black", mew=0.8, ms=7, lw=1, capsize=3, ls="", label=f"{number}  {short(row.label)}",
@@ -99,13 +99,11 @@ def _draw_accuracy(rows: list[tuple[int, Row]]) -> Figure:
             axis.annotate(f"{number}", (x, found.mean), xytext=(6, 3), textcoords="offset points", fontsize=7)
         axis.set_xlabel(label)
         axis.locator_params(axis="x", nbins=5)
-        axis.grid(color=GRID, lw=0.6)
-        sizes = [quantity(row) for _, row in counted]
         around = max(0.1 * (max(sizes) - min(sizes)), 0.05 * max(sizes))  # all but the same size is to look so
         axis.set_xlim(min(sizes) - around, max(sizes) + around)
         axis.set_ylim(limits([_top1(row) for _, row in counted]))
     axes[0].set_ylabel("top1 of the last epoch, percent")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    legend_below(figure, axes[0])
     return figure
 
 
@@ -114,7 +112,7 @@ def _draw_curves(rows: list[Row]) -> Figure:
     shown = best(rows, MAX_PANELS)
     num_columns = min(3, len(shown))
     num_rows = -(-len(shown) // num_columns)
-    figure, axes = new_figure(num_rows, num_columns, 0.7 + 2.1 * num_rows)
+    figure, axes = new_figure(num_rows, num_columns, 0.7 + 2.1 * num_rows, "both")
     for axis in axes[1:]:
         axis.sharex(axes[0])
         axis.sharey(axes[0])
@@ -126,7 +124,6 @@ def _draw_curves(rows: list[Row]) -> Figure:
         axis.fill_between(epochs, low, high, color=OURS, alpha=0.25, lw=0)
         axis.plot(epochs, means, color=OURS, lw=1.6, marker="o" if len(epochs) < 3 else "")
         axis.set_title(short(row.label), fontsize=8)
-        axis.grid(color=GRID, lw=0.6)
         axis.label_outer()
     for axis in axes[len(shown) - num_columns : len(shown)]:
         axis.tick_params(labelbottom=True)
@@ -160,28 +157,13 @@ def curve(row: Row) -> tuple[list[int], list[float], list[float], list[float]]:
 def _draw_differences(rows: list[Row]) -> Figure:
     """Each row's paired difference to its reference with the interval, and the paper's beside it."""
     shown = [(row, row.difference) for row in rows if row.difference is not None]
-    figure, (axis,) = new_figure(1, 1, 1.5 + 0.4 * len(shown))
-    means = [found.mean for _, found in shown]
-    half_widths = [found.half_width or 0.0 for _, found in shown]
-    places = list(range(len(shown)))
-    axis.errorbar(
-        means,
-        places,
-        xerr=half_widths,
-        color=OURS,
-        marker="o",
-        lw=1.4,
-        capsize=3,
-        ls="",
-        label="ours, 95 % interval over seeds",
-    )
-    of_paper = [
-        (row.paper_difference, i + 0.22) for i, (row, _) in enumerate(shown) if row.paper_difference is not None
-    ]
+    figure, (axis,) = new_figure(1, 1, 1.5 + 0.4 * len(shown), "x")
+    places = range(len(shown))
+    axis.errorbar([found.mean for _, found in shown], places, xerr=[found.half_width or 0 for _, found in shown],
+                  color=OURS, marker="o", lw=1.4, capsize=3, ls="", label="ours, 95 % interval over seeds")  # fmt: skip
+    of_paper = [(papers, i + 0.22) for i, (row, _) in enumerate(shown) if (papers := row.paper_difference) is not None]
     if of_paper:
-        axis.plot(
-            *zip(*of_paper, strict=True), color=PAPER, marker="D", mec="black", mew=0.6, ls="", label="the paper's"
-        )
+        axis.plot(*zip(*of_paper, strict=True), ls="", label="the paper's", **PAPER)
     axis.axvline(0, color="black", lw=1)
     low, high = limits([found for _, found in shown] + [Interval(mean, None, 0) for mean, _ in [*of_paper, (0.0, 0)]])
     axis.set_xlim(low, high)
@@ -190,7 +172,6 @@ def _draw_differences(rows: list[Row]) -> Figure:
     references = list(dict.fromkeys(short(row.reference.label) for row, _ in shown if row.reference))
     above = references[0] if len(references) == 1 else "its reference"
     axis.set_xlabel(f"top1, percentage points above {above}", fontsize=9)
-    axis.grid(axis="x", color=GRID, lw=0.6)
     axis.legend(*_ours_first(axis), frameon=False, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
 
@@ -214,35 +195,30 @@ def window_lines(rows: list[Row]) -> dict[str, list[tuple[int, Row]]]:
 
 def _draw_windows(lines: dict[str, list[tuple[int, Row]]]) -> Figure:
     """The paired difference to each line's own reference over the window; the paper's Table 4 beside it."""
-    figure, (axis,) = new_figure(1, 1, 3.8)
+    figure, (axis,) = new_figure(1, 1, 3.8, "both")
+    references = {rest: window_reference(line) for rest, line in lines.items()}
     for i, (rest, line) in enumerate(lines.items()):
         color, _, marker, style = SOLID[i % len(SOLID)]
-        reference, beside = window_reference(line), 0.1 * (i - (len(lines) - 1) / 2)
+        _, reference = references[rest]
         found = [(size, paired_difference(row, reference), row is reference) for size, row in line]
+        beside = 0.1 * (i - (len(lines) - 1) / 2)
         points = [(size + beside, d.mean, 0 if is_it else d.half_width or 0) for size, d, is_it in found if d]
         name = f"ours, {short(rest)}" if rest else "ours"
         x, y, half_widths = zip(*points, strict=True)
         axis.errorbar(x, y, half_widths, color=color, marker=marker, ls=style, lw=1.4, capsize=3, label=name)
-    _draw_paper_windows(axis, next(iter(lines.values())))
+    rest, line = next(iter(lines.items()))
+    of_paper = [(size, row.paper.top1 - p.top1) for size, row in line if row.paper and (p := references[rest][1].paper)]
+    if len(of_paper) > 1:
+        axis.plot(*zip(*of_paper, strict=True), ls="--", label="the paper's (ImageNet, ResNet-50)", **PAPER)
     axis.axhline(0, color="black", lw=0.8)
     axis.set_xticks(sorted({size for line in lines.values() for size, _ in line}))
     axis.set_xlabel("kernel_size")
-    references = sorted({size for line in lines.values() for size, row in line if row is window_reference(line)})
-    above = " or ".join(map(str, references))
+    above = " or ".join(map(str, sorted({size for size, _ in references.values()})))
     axis.set_ylabel(f"top1, percentage points\nabove kernel_size {above} (95 % intervals)", fontsize=9)
-    axis.grid(color=GRID, lw=0.6)
     axis.legend(*_ours_first(axis), frameon=False, fontsize=8)
     return figure
 
 
-def window_reference(line: list[tuple[int, Row]]) -> Row:
-    """kernel_size 7, the paper's default, or else the smallest."""
-    return next((row for size, row in line if size == 7), line[0][1])
-
-
-def _draw_paper_windows(axis: Axes, line: list[tuple[int, Row]]) -> None:
-    reference = window_reference(line).paper
-    points = [(size, row.paper.top1 - reference.top1) for size, row in line if row.paper and reference]
-    if len(points) > 1:
-        label = "the paper's (ImageNet, ResNet-50)"
-        axis.plot(*zip(*points, strict=True), color=PAPER, marker="D", mec="black", mew=0.6, ls="--", label=label)
+def window_reference(line: list[tuple[int, Row]]) -> tuple[int, Row]:
+    """The point of kernel_size 7, the paper's default, or else of the smallest."""
+    return next((point for point in line if point[0] == 7), line[0])

@@ -39,12 +39,10 @@ def headline(job: Job) -> list[tuple[str, str, str]]:
     last, best = job.val[-1], max(job.val, key=lambda row: row["top1"])
     assert job.config is not None
     use = "the figure to publish" if job.state == "done" else "the run is not finished"
-    of_last = f"after epoch {last.get('epoch')} of {job.config.trainer.epochs}; {use}"
-    of_best = f"after epoch {best.get('epoch')}; chosen on val, so it flatters"
-    return [
-        ("top1, last epoch", f"{last['top1']:.2f} %", of_last),
-        ("top1, best epoch", f"{best['top1']:.2f} %", of_best),
-    ]
+    of_last = f"after epoch {last['epoch']} of {job.config.trainer.epochs}; {use}"
+    of_best = f"after epoch {best['epoch']}; chosen on val, so it flatters"
+    notes = (("last", last, of_last), ("best", best, of_best))
+    return [(f"top1, {which} epoch", f"{row['top1']:.2f} %", note) for which, row, note in notes]
 
 
 def key_facts(job: Job, row: Row) -> list[tuple[str, str]]:
@@ -55,23 +53,19 @@ def key_facts(job: Job, row: Row) -> list[tuple[str, str]]:
     found = {
         "model": _model(config),
         "val": split_of(config),
-        "val loss": _figure(last.get("loss"), "{:.4f}"),
-        "top5, last epoch": _figure(last.get("top5"), "{:.2f} %"),
-        "parameters": _figure(row.params, "{:,}"),
-        "GFLOPs": _figure(row.flops and row.flops / 1e9, "{:.3g}, one image, forward"),
-        "speed": _figure(job.images_per_sec, "{:,.0f} images/s in training, median of the train rows"),
+        "val loss": shown(last.get("loss"), "{:.4f}", ""),
+        "top5, last epoch": shown(last.get("top5"), "{:.2f} %", ""),
+        "parameters": shown(row.params, "{:,}", ""),
+        "GFLOPs": f"{in_billions(row.flops)}, one image, forward" if row.flops else "",
+        "speed": shown(job.images_per_sec, "{:,.0f} images/s in training, median of the train rows", ""),
         "training time": "" if job.seconds is None else f"{duration(job.seconds)}, without evaluations",
         "device": _device(job),
         "batch": f"{config.trainer.global_batch_size} images a step",
         "seed": str(config.seed),
         "status": job.state,
-        "restarts": str(max(len(records(info, "starts")) - 1, 0) or ""),
+        "restarts": str(max(len(starts(info)) - 1, 0) or ""),
     }
     return [(name, text) for name, text in found.items() if text]
-
-
-def _figure(value: Any, form: str) -> str:
-    return form.format(value) if isinstance(value, int | float) else ""
 
 
 def _model(config: TrainConfig) -> str:
@@ -90,9 +84,9 @@ def _device(job: Job) -> str:
     return f"{name}, {trainer.precision}" + (f", {num_processes} processes" if num_processes != 1 else "")
 
 
-def records(info: dict[str, Any], key: str) -> list[dict[str, Any]]:
-    """Those of the list under `key` that are what we write."""
-    found = info.get(key)
+def starts(info: dict[str, Any]) -> list[dict[str, Any]]:
+    """The times that the run was started or went on, as far as run.json has what we write."""
+    found = info.get("starts")
     return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
 
 
@@ -147,14 +141,17 @@ def warnings(job: Job) -> Iterator[tuple[str, list[str]]]:
     run_dir, config = job.run_dir, job.config
     assert run_dir is not None and config is not None
     if job.state != "done":
-        epoch = job.val[-1].get("epoch") if job.val else 0
-        so_far = f"evaluated up to epoch {epoch} of {config.trainer.epochs}"
+        so_far = f"evaluated up to epoch {job.val[-1]['epoch'] if job.val else 0} of {config.trainer.epochs}"
         text = f"The run is not finished ({job.state}): {so_far}. To go on with it: sasa-train resume={run_dir}"
         yield text, job.reason.splitlines()[:MAX_LINES]
-    if lines := _lines(run_dir / "unreadable.txt"):
-        yield f"{len(lines)} images could not be read and were replaced or left out.", _some(lines)
-    if lines := _lines(run_dir / "nonfinite.txt"):
-        yield "A loss was not finite.", _some(lines)
+    for name, text in (
+        ("unreadable.txt", "{} images could not be read and were replaced or left out."),
+        ("nonfinite.txt", "A loss was not finite."),
+    ):
+        if lines := _lines(run_dir / name):
+            left_out = len(lines) - MAX_LINES
+            more = [f"and {left_out} more lines in the file"] if left_out > 0 else []
+            yield text.format(len(lines)), lines[:MAX_LINES] + more
     if damaged := sorted(path.name for path in run_dir.glob("checkpoints/*.damaged")):
         yield f"Damaged checkpoints were found and put aside: {', '.join(damaged)}.", []
     if config.data.name == "digits":
@@ -166,11 +163,6 @@ def _lines(path: Path) -> list[str]:
         return path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
-
-
-def _some(lines: list[str]) -> list[str]:
-    left_out = len(lines) - MAX_LINES
-    return lines if left_out <= 0 else [*lines[:MAX_LINES], f"and {left_out} more lines in the file"]
 
 
 @dataclass

@@ -119,7 +119,7 @@ def run_page(report: Report, job: Job, sections: list[Section], folder: Path) ->
         yaml=to_yaml(config),
         commands=[(name, str(job.info[key])) for key, name in COMMANDS if job.info.get(key)],
         environment=facts.environment(job),
-        starts=[{key: str(start.get(key)) for key in OF_A_START} for start in facts.records(job.info, "starts")],
+        starts=[{key: str(start.get(key)) for key in OF_A_START} for start in facts.starts(job.info)],
         artefacts=facts.artefacts(run_dir, folder),
     )  # fmt: skip
 

@@ -61,8 +61,9 @@ def cells(report: Report, number: int, row: Row) -> dict[str, str]:
     return {name: text for name, text in found.items() if report.table or not name.startswith("paper")}
 
 
-def shown(number: float | None, form: str) -> str:
-    return "-" if number is None else form.format(number)
+def shown(number: Any, form: str, otherwise: str = "-") -> str:
+    """A number as text; `otherwise` where there is none, or a damaged file has something else in its place."""
+    return form.format(number) if isinstance(number, int | float) else otherwise
 
 
 def in_millions(params: int | None) -> str:

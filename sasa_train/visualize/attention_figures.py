@@ -13,7 +13,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from torch import Tensor
 
-from sasa_train.figures import GRID, MAGNITUDES, SOLID, WIDTH, new_figure
+from sasa_train.figures import MAGNITUDES, SOLID, WIDTH, legend_below, new_figure
 from sasa_train.visualize.class_figures import short_name
 from sasa_train.visualize.geometry import Distances, Window
 from sasa_train.visualize.val_sample import Prediction
@@ -87,7 +87,7 @@ def draw_distances(layers: list[Distances], num_images: int) -> Figure:
 
     A layer whose queries have one key alone, as on a map of one position, has a place but no points.
     """
-    figure, (in_pixels, in_parts) = new_figure(1, 2, 3.8)
+    figure, (in_pixels, in_parts) = new_figure(1, 2, 3.8, "both")
     names = [layer.layer if layer.uniform else f"{layer.layer} (one key)" for layer in layers]
     places = [at for at, layer in enumerate(layers) if layer.uniform]
     (color, _, marker, _), (mean_color, _, mean_marker, mean_line) = SOLID[0], SOLID[2]
@@ -100,7 +100,6 @@ def draw_distances(layers: list[Distances], num_images: int) -> Figure:
         axis.plot(places, [layers[at].uniform / unit[at] for at in places], color="#777777", lw=1.2, ls="--",
                   label="uniform attention")  # fmt: skip
         axis.set_xticks(range(len(layers)), names, rotation=45, ha="right", fontsize=7)
-        axis.grid(color=GRID, lw=0.6)
     if places:  # without a point there is no logarithm to take
         in_pixels.set_yscale("log")
         in_pixels.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
@@ -109,9 +108,7 @@ def draw_distances(layers: list[Distances], num_images: int) -> Figure:
     in_pixels.set_ylabel("mean attention distance, input pixels", fontsize=9)
     in_parts.set_ylabel("the same / uniform attention's", fontsize=9)
     in_parts.set_ylim(0, 1.1 * max([1.0, *(head / layers[at].uniform for at in places for head in layers[at].heads)]))
-    figure.legend(
-        *in_pixels.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8
-    )
+    legend_below(figure, in_pixels, 3)
     figure.suptitle(f"how far attention reaches, {num_images:,} val images", fontsize=10)
     return figure
 

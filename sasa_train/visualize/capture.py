@@ -54,18 +54,14 @@ def watching(
 
 @torch.no_grad()
 def attention_of(
-    model: nn.Module,
-    images: Tensor,
-    layers: Sequence[str] | None = None,
-    keep: Callable[[str, Tensor], Tensor] = lambda name, weights: weights,
+    model: nn.Module, images: Tensor, layers: Sequence[str] | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Run the model once: its logits, and by layer name the attention weights, checked to sum to one.
 
     Args:
         images: as the model takes them, [B, 3, S, S] normalised.
-        layers: names of `attention_layers(model)`; None: all of them.
-        keep: `keep(name, weights)` is kept in place of the weights, [B, N, H, W, K*K] (of an attention stem [B, N,
-            blocks, 16, 16]). They are K*K numbers a head and position: keep what is needed.
+        layers: names of `attention_layers(model)`; None: all of them. Each has weights [B, N, H, W, K*K] (of an
+            attention stem [B, N, blocks, 16, 16]): K*K numbers per head and position, so name those that are needed.
 
     Raises:
         WeightsError: weights that do not sum to one.
@@ -73,7 +69,7 @@ def attention_of(
     kept: dict[str, Tensor] = {}
 
     def look(name: str, layer: AttentionLayer, x: Tensor) -> None:
-        kept[name] = keep(name, checked_weights(name, layer, x))
+        kept[name] = checked_weights(name, layer, x)
 
     with watching(model, list(attention_layers(model)) if layers is None else layers, look):
         logits = model(images)

@@ -5,7 +5,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sasa_train.figures import GRID, SOLID, as_label, new_figure
+from sasa_train.figures import SOLID, as_label, new_figure
 from sasa_train.terminal import printable
 from sasa_train.visualize.val_sample import Prediction
 
@@ -27,7 +27,7 @@ def draw_class_accuracy(confusion: Tensor, classes: list[str]) -> Figure:
     seen = [label for label in range(len(classes)) if images[label]]
     order = sorted(seen, key=lambda label: (hits[label] / images[label], label))
     shown = order if len(order) <= MAX_BARS else order[: MAX_BARS // 2] + order[-MAX_BARS // 2 :]
-    figure, (axis,) = new_figure(1, 1, 1.2 + 0.21 * len(shown))
+    figure, (axis,) = new_figure(1, 1, 1.2 + 0.21 * len(shown), "x")
     color, _, _, _ = SOLID[0]
     for place, label in enumerate(shown):
         top1 = 100 * hits[label] / images[label]
@@ -40,7 +40,6 @@ def draw_class_accuracy(confusion: Tensor, classes: list[str]) -> Figure:
     axis.set_xlim(0, 120)  # room for the figures beside the bars
     axis.set_xticks(range(0, 101, 20))
     axis.set_xlabel(f"top1, percent; dashed: all {images.sum():,} images, {overall:.2f}")
-    axis.grid(axis="x", color=GRID, lw=0.6)
     some = f", the worst and best {MAX_BARS // 2} of {len(order)} classes" if len(shown) < len(order) else ""
     figure.suptitle(f"top1 by class on val{some}", fontsize=10)
     return figure

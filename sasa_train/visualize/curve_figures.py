@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sasa_train.figures import GRID, SOLID, as_label, new_figure
+from sasa_train.figures import SOLID, as_label, legend_below, new_figure
 from sasa_train.refusal import ConfigError
 from sasa_train.visualize.names import FIGURES, OF_SEVERAL
 
@@ -40,7 +40,7 @@ def draw_curves(runs: dict[str, Rows], names: Sequence[str] = OF_SEVERAL) -> Ite
 
 def draw_training_curves(runs: dict[str, Rows]) -> Figure:
     """Loss and top1 over epochs, of one run or several by name: val as a strong line, train as a faint one."""
-    figure, (of_loss, of_top1) = new_figure(1, 2, 3.6 + _legend_height(runs))
+    figure, (of_loss, of_top1) = new_figure(1, 2, 3.6 + 0.2 * math.ceil(len(runs) / 2), "both")
     for (name, rows), (color, style) in zip(runs.items(), _styles(), strict=False):
         for axis, key in ((of_loss, "loss"), (of_top1, "top1")):
             train_color, train_label = (TRAIN_COLOR, "train") if len(runs) == 1 else (color, None)
@@ -55,12 +55,12 @@ def draw_training_curves(runs: dict[str, Rows]) -> Figure:
 
 def draw_lr_schedule(runs: dict[str, Rows]) -> Figure:
     """The learning rate as it was logged, the highest of the parameter groups."""
-    figure, (axis,) = new_figure(1, 1, 3.2 + _legend_height(runs))
+    figure, (axis,) = new_figure(1, 1, 3.2 + 0.2 * math.ceil(len(runs) / 2), "both")
     for (name, rows), (_, style) in zip(runs.items(), _styles(), strict=False):
         _plot(axis, rows, "train", "lr", style, 20, as_label(name))
     axis.set_ylabel("learning rate")
     axis.set_ylim(bottom=0)
-    _finish(figure, [axis], runs if len(runs) > 1 else {})
+    _finish(figure, [axis], runs, has_legend=len(runs) > 1)
     figure.suptitle("learning rate, as logged", fontsize=9)
     return figure
 
@@ -91,16 +91,10 @@ def steps_per_epoch(rows: Rows) -> float:
     return 1.0 if first is None else first["step"] / first["epoch"]
 
 
-def _legend_height(runs: dict[str, Rows]) -> float:
-    return 0.2 * math.ceil(len(runs) / 2)
-
-
-def _finish(figure: Figure, axes: list[Axes], runs: dict[str, Rows]) -> None:
+def _finish(figure: Figure, axes: list[Axes], runs: dict[str, Rows], has_legend: bool = True) -> None:
     has_epochs = all(any(row["split"] == "val" for row in rows) for rows in runs.values())
     for axis in axes:
         axis.set_xlabel("epoch" if has_epochs else "step")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.grid(color=GRID, lw=0.6)
-    if runs:
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    if has_legend:
+        legend_below(figure, axes[0])
