@@ -38,10 +38,10 @@ def write_run(folder: Path, overrides, top1s, **info) -> None:
     """A run folder as sasa-train leaves it, with one val row an epoch."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(compose_config(overrides)))
-    train, rows = {"split": "train", "loss": 1.0, "top1": 9.0, "images_per_sec": 100.0}, []
+    of_train, rows = {"split": "train", "loss": 1.0, "top1": 9.0, "images_per_sec": 100.0}, []
     for epoch, top1 in enumerate(top1s, 1):
         val = {"split": "val", "loss": None, "top1": top1, "top5": 99.0}
-        rows += [row | {"step": epoch, "epoch": epoch} for row in (train, val)]
+        rows += [row | {"step": epoch, "epoch": epoch} for row in (of_train, val)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "run.json").write_text(json.dumps({"status": "finished", "seconds": 60.0} | info))
 

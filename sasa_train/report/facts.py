@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -165,18 +164,12 @@ def _lines(path: Path) -> list[str]:
         return []
 
 
-@dataclass
-class Beside:
-    """A run and the paper's row whose model is nearest: `differing` names keys as "width=0.25 (the paper's 1.0)"."""
+def beside_paper(job: Job, row: Row) -> dict[str, Any] | None:
+    """Set a run beside the paper's row of the report's table, else the one whose model is nearest.
 
-    rows: list[dict[str, str]]
-    differing: str
-    is_same_data: bool
-    held_out: str  # a sentence, or nothing
-
-
-def beside_paper(job: Job, row: Row) -> Beside | None:
-    """Of the report's table where that has one, else the row whose model is nearest; None for other models."""
+    None for other models than ours. `differing` names keys as "width=0.25 (the paper's 1.0)"; `held_out` is a sentence
+    or nothing.
+    """
     config = job.config
     assert config is not None
     keys = vars(config.model)
@@ -201,9 +194,9 @@ def beside_paper(job: Job, row: Row) -> Beside | None:
     of_paper = (f"{paper.top1:.1f}", shown(paper.mparams, "{:.1f}"), f"{paper.gflops:.1f}")
     lines = ("ours", *of_ours), ("the paper's", f"Table {paper.table}: {paper.label}", "ImageNet at 224", *of_paper)
     note = held_out_note(paper.table, [config])
-    return Beside(
-        [dict(zip(columns, line, strict=True)) for line in lines],
-        differing,
-        (config.data.name, size) == ("imagenet", 224),
-        f"{note[0].upper()}{note[1:]}." if note else "",
-    )
+    return {
+        "rows": [dict(zip(columns, line, strict=True)) for line in lines],
+        "differing": differing,
+        "is_same_data": (config.data.name, size) == ("imagenet", 224),
+        "held_out": f"{note[0].upper()}{note[1:]}." if note else "",
+    }
