@@ -21,6 +21,7 @@ from torch.utils.data._utils import signal_handling
 
 from sasa_train.data.datasets import ImageSet
 from sasa_train.data.plan import MicroBatch
+from sasa_train.refusal import ExpectedFailure
 from sasa_train.signals import SIGNALS
 from sasa_train.terminal import printable
 
@@ -33,7 +34,7 @@ REASONS = {signal.SIGKILL: ", perhaps for want of memory", signal.SIGBUS: ", per
 END = object()
 
 
-class DataWorkerError(Exception):
+class DataWorkerError(ExpectedFailure):
     """A data worker was killed or hangs: which one, what was waited for, and what to do. Exit code 1."""
 
 

@@ -149,7 +149,3 @@ def exit_code(ledger: Ledger, stop: StopRequest) -> int:
     if stop.requested() or states & {"interrupted", "waiting"}:
         return INTERRUPTED
     return FAILED if states & {"failed", "refused"} else DONE
-
-
-if __name__ == "__main__":
-    main()

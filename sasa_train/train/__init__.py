@@ -160,10 +160,6 @@ def train_together(arguments: list[str]) -> int:
         return FAILED
 
 
-if __name__ == "__main__":
-    main()
-
-
 def print_help(command: str, usage: str) -> None:
     """Usage, the groups with their choices, and every knob with default and meaning."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends in peace

@@ -15,7 +15,7 @@ from sasa_train.machine import available_memory, is_out_of_memory, peak_memory, 
 from sasa_train.models import build_model, enable_grad_checkpointing
 from sasa_train.models.counting import count_layers
 from sasa_train.processes.ranks import world_size
-from sasa_train.refusal import LIBRARY_ERRORS, ConfigError, shorten
+from sasa_train.refusal import LIBRARY_ERRORS, ConfigError, ExpectedFailure, shorten
 from sasa_train.runs.folder import RunFolder
 from sasa_train.training.optim import build_optimizer
 from sasa_train.training.state import build_state
@@ -166,7 +166,7 @@ def _fits_cuda(config: TrainConfig, num_images: int, device: torch.device) -> bo
     return torch.cuda.max_memory_reserved(device) <= CUDA_SHARE * torch.cuda.mem_get_info(device)[1]
 
 
-class OutOfMemoryError(Exception):
+class OutOfMemoryError(ExpectedFailure):
     """Memory did not suffice; the message has the numbers and what to set."""
 
 
