@@ -9,12 +9,12 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import fields
+from dataclasses import Field
 from typing import Any
 
 from sasa_train import __version__
 from sasa_train.commands import COMMANDS
-from sasa_train.config.completion import PATH_KEYS, complete_override
+from sasa_train.config.completion import complete_override
 from sasa_train.config.groups import GROUPS
 from sasa_train.config.keys import key_table
 from sasa_train.terminal import DONE, REFUSED
@@ -95,30 +95,33 @@ def completer(name: str) -> Callable[..., Iterable[str]]:
     """What argcomplete asks for the words that a command's parser leaves open: files, overrides, or both."""
     from argcomplete.completers import FilesCompleter
 
-    reads, paths = COMMANDS[name].reads, FilesCompleter()
+    reads, keys, paths = COMMANDS[name].reads, keys_of(name), FilesCompleter()
 
     def words(prefix: str, action: argparse.Action, parsed_args: argparse.Namespace, **_: object) -> Iterable[str]:
         key, equals, value = prefix.partition("=")
-        if equals and key in PATH_KEYS:
+        bounds = keys[key].metadata["bounds"] if key in keys else None
+        if equals and bounds and bounds.is_path:
             return [f"{key}={path}" for path in paths(value)]
         is_file = action.option_strings or action.dest in ("source", "checkpoint")  # the run stands first
         if is_file or reads in ("files", "nothing"):
             return paths(prefix)
         groups = () if reads == "runs" else (*GROUPS, "sweep") if name == "sweep" else GROUPS
         is_sweep = name == "sweep" or getattr(parsed_args, "multirun", False)
-        found = complete_override(prefix, groups, meanings_of_keys(name), is_sweep)
-        return found if reads == "configs" else dict.fromkeys(paths(prefix), "") | found
+        meanings = {key: field.metadata["help"] for key, field in keys.items()}
+        if reads == "configs":
+            return complete_override(prefix, groups, meanings, is_sweep)
+        meanings["weights"] = "the average, or the model's own"
+        return dict.fromkeys(paths(prefix), "") | complete_override(prefix, groups, meanings)
 
     return words
 
 
-def meanings_of_keys(name: str) -> dict[str, str]:
-    found = {key: field.metadata["help"] for key, field in key_table().items()}
-    if name == "sweep":
-        from sasa_train.sweep.planning import SweepConfig
+def keys_of(name: str) -> dict[str, Field]:
+    if name != "sweep":
+        return key_table()
+    from sasa_train.sweep.planning import SweepConfig
 
-        found |= {f"sweep.{field.name}": field.metadata["help"] for field in fields(SweepConfig)}
-    return found if COMMANDS[name].reads == "configs" else found | {"weights": "the average, or the model's own"}
+    return key_table() | key_table(SweepConfig, "sweep.")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ from functools import partial
 
 from sasa_train.commands import end_command
 from sasa_train.config.compose import compose_config
-from sasa_train.config.derived import resolved_image_size
-from sasa_train.config.keys import DIALS, NUM_CLASSES, TrainConfig
+from sasa_train.config.derived import expected_num_classes, resolved_image_size
+from sasa_train.config.keys import MODEL_KEYS, TrainConfig
 from sasa_train.paper import ROWS, Row
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import fail
@@ -65,7 +65,7 @@ def print_model(config: TrainConfig) -> None:
     from sasa_train.models import build_model, check_model
     from sasa_train.models.counting import count_layers, meta_model
 
-    num_classes = config.model.num_classes or NUM_CLASSES.get(config.data.name, 1000)
+    num_classes = expected_num_classes(config) or 1000
     size = resolved_image_size(config.data)
     check_model(config.model, size)
     model = meta_model(lambda: build_model(config.model, num_classes, size))
@@ -81,9 +81,9 @@ def print_model(config: TrainConfig) -> None:
         print(f"{layer.name:<{width}}  {layer.kind:<{kind_width}}  {layer.shape:<16} {numbers}")
     total = layers[-1]
     print(f"\n{total.params / 1e6:.2f} M parameters, {total.flops / 1e9:.2f} GFLOPs")
-    has_dials = any(getattr(config.model, dial) is not None for dial in DIALS)
+    as_named = all(getattr(config.model, key) is None for key in MODEL_KEYS)
     for row in ROWS:
-        if row.table == 1 and row.model == config.model.name and (num_classes, size, has_dials) == (1000, 224, False):
+        if row.table == 1 and row.model == config.model.name and (num_classes, size, as_named) == (1000, 224, True):
             print(
                 f"{row.mparams:.1f} M parameters, {row.gflops:.1f} GFLOPs, {row.top1:.1f} % top1 in the paper's Table 1"
             )

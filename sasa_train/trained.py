@@ -66,7 +66,7 @@ def load_trained(source: Path, overrides: Sequence[str] = ()) -> TrainedModel:
         ConfigError: an override is refused, or makes another model than the checkpoint's; or this is one of several
             processes, which would all do the same.
     """
-    # Here, for the import of Hydra takes a tenth of a second.
+    # Here, because Hydra's import takes a tenth of a second.
     from sasa_train.config.overrides import split_weights
     from sasa_train.config.saved import load_config
 

@@ -4,7 +4,6 @@ usage: python scripts/config_reference.py > docs/config.md
 """
 
 import dataclasses
-import json
 import re
 import types
 import typing
@@ -13,8 +12,9 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from sasa_train.config.bounds import written_default
 from sasa_train.config.groups import GROUPS, choices, config_dir
-from sasa_train.config.keys import CHOICES, FREE_KEYS, NOT_TRAJECTORY, key_table
+from sasa_train.config.keys import FREE_KEYS, key_table
 from sasa_train.config.overrides import as_written
 from sasa_train.sweep.planning import SweepConfig
 
@@ -44,8 +44,7 @@ def reference() -> str:
     parts = [HEAD.format(free=" and ".join(f"`{key}`" for key in FREE_KEYS))]
     for group in ("model", "data", "optimizer", "schedule", "augment", "trainer", ""):
         parts.append(f"## {group or 'Top level'}\n")
-        rows = [row(key, knob) for key, knob in key_table().items() if key.rpartition(".")[0] == group]
-        parts.append(table(("key", "type", "default", "meaning"), rows))
+        parts.append(keys({key: field for key, field in key_table().items() if key.rpartition(".")[0] == group}))
         if group in GROUPS:
             parts.append(choice_table(group))
     parts.append("## experiment\n\nA whole recipe: the command is `sasa-train experiment=NAME`.\n")
@@ -53,18 +52,21 @@ def reference() -> str:
     parts.append(
         "## sweep\n\nThe keys of `sasa-sweep` and of the files in `configs/sweep/`, see [sweeps.md](sweeps.md).\n"
     )
-    rows = [row(f"sweep.{knob.name}", knob) for knob in dataclasses.fields(SweepConfig)]
-    parts.append(table(("key", "type", "default", "meaning"), rows))
+    parts.append(keys(key_table(SweepConfig, "sweep.")))
     parts.append(choice_table("sweep"))
     return "\n".join(parts)
 
 
-def row(key: str, knob: dataclasses.Field) -> tuple[str, ...]:
-    default = knob.default if knob.default_factory is dataclasses.MISSING else knob.default_factory()
-    shown = default if isinstance(default, str) else json.dumps(default)
-    words = "choice" if key in CHOICES else type_in_words(knob.type)  # the meaning names them
-    star = "\\*" if key in NOT_TRAJECTORY else ""
-    return f"`{key}`{star}", words, f"`{shown}`", knob.metadata["help"].replace("*", "\\*").replace("|", "\\|")
+def keys(fields: dict[str, dataclasses.Field]) -> str:
+    return table(("key", "type and bounds", "default", "meaning"), [row(key, field) for key, field in fields.items()])
+
+
+def row(key: str, field: dataclasses.Field) -> tuple[str, ...]:
+    bounds = field.metadata["bounds"]
+    words = type_in_words(field.type) + (f", {bounds}" if bounds else "")
+    star = "\\*" if field.metadata["may_change"] else ""
+    meaning = field.metadata["help"].replace("*", "\\*").replace("|", "\\|")
+    return f"`{key}`{star}", words, f"`{written_default(field)}`", meaning
 
 
 def type_in_words(kind: typing.Any) -> str:

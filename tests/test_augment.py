@@ -233,11 +233,11 @@ def test_resized_crops_of_small_images_stream(image_folder, resident):
     "overrides,message",
     [
         (["augment.policy=randaugment"], "augment.policy=randaugment must be one of none, rand_augment"),
-        (["augment.policy_magnitude=31"], "augment.policy_magnitude=31 must be 30 at most"),
-        (["augment.hue=0.6"], "augment.hue=0.6 must be 0.5 at most"),
+        (["augment.policy_magnitude=31"], "augment.policy_magnitude=31 must be from 0 to 30"),
+        (["augment.hue=0.6"], "augment.hue=0.6 must be from 0 to 0.5"),
         (["augment.erasing_scale=[0.5,0.1]"], r"augment.erasing_scale=\[0.5, 0.1\] must be \[low, high\]"),
         (["augment.mix_prob=1.5"], "augment.mix_prob=1.5 must be from 0 to 1"),
-        (["augment.mixup=-1"], "augment.mixup=-1.0 must not be negative"),
+        (["augment.mixup=-1"], "augment.mixup=-1.0 must be at least 0"),
         (["data=imagenet", "augment.crop_mode=padded"], "is for images of 64 pixels and less, but data.image_size=224"),
     ],
 )

@@ -38,19 +38,19 @@ def test_a_misspelt_key_in_a_file_is_refused(tmp_path, monkeypatch):
         (["trainer.global_batch_size=10", "trainer.grad_accum_steps=4"], "the nearest that fit are 8 and 12"),
         (["trainer.precision=fp8"], "trainer.precision=fp8 must be one of auto, fp32, bf16, fp16"),
         (["model.kernel_size=4"], "model.kernel_size=4 must be odd"),
-        (["model=timm", "model.kernel_size=5"], "model.kernel_size=5 is a dial of our own models"),
+        (["model=timm", "model.kernel_size=5"], "model.kernel_size=5 is a key of our own models"),
         (["data=imagenet", "data.resident=true"], "data.resident=true needs images of 64 pixels and less"),
         (["data.holdout_fraction=1.5"], "must be at least 0 and below 1"),
         (["schedule.warmup_epochs=200"], "must not exceed trainer.epochs=100"),
         (["run_name=../elsewhere"], "must be a plain folder name"),
-        (["allow_config_change=[epochs]"], "allow_config_change=epochs must name knobs"),
+        (["allow_config_change=[epochs]"], "allow_config_change=epochs must name keys"),
         (["epochs=3"], "unknown key 'epochs': did you mean trainer.epochs?"),
         (["++trainer.epochs=3"], "every key exists already"),
         (["~trainer.epochs"], "every key exists already"),
         (["trainer.epochs"], "an override is key=value"),
         (["model={name: resnet50}"], "set its keys one by one, as in model.name="),
         (["hydra.verbose=true"], "hydra's own keys have an effect with -m alone"),
-        (["trainer.ema_decay=0"], "trainer.ema_decay=0.0 must be positive"),
+        (["trainer.ema_decay=0"], "trainer.ema_decay=0.0 must be positive and below 1"),
         (["model.stage_ops='${x}'"], "model.stage_ops: Interpolation key 'x' not found"),
     ],
 )
@@ -75,7 +75,7 @@ def test_the_run_name_follows_the_trajectory_alone():
     assert re.fullmatch(r"digits-sasa_resnet26-e100-s0-[0-9a-f]{8}", name())
 
 
-def test_every_knob_has_a_meaning():
+def test_every_key_has_a_meaning():
     table = key_table()
     assert table.keys() == flatten(TrainConfig()).keys()
     assert all(field.metadata.get("help") for field in table.values())
@@ -97,7 +97,7 @@ def test_what_cannot_go_together_is_refused(overrides, message):
         compose_config(overrides)
 
 
-def test_arguments_of_an_optimizer_are_one_knob():
+def test_arguments_of_an_optimizer_are_one_key():
     """Named as one where two configs differ, replaced as one in a saved config, and so removable."""
     old = compose_config(["optimizer.name=adamw", "optimizer.args={amsgrad:true}"])
     new = compose_config(["optimizer.name=adamw", "optimizer.args={amsgrad:false,maximize:true}"])

@@ -26,9 +26,8 @@ from sasa_train import train
 from sasa_train.config import compose, groups
 from sasa_train.config.compose import as_overrides, compose_config, to_config
 from sasa_train.config.groups import config_dir
-from sasa_train.config.keys import CHOICES, TrainConfig, key_table
+from sasa_train.config.keys import CHOICES, FREE_KEYS, TrainConfig, key_table
 from sasa_train.config.overrides import (
-    FREE,
     UNREADABLE,
     check_override_keys,
     chooses_group,
@@ -72,7 +71,7 @@ NONSENSE = (
 FREE_TEXT = st.text(max_size=12)
 QUOTED = FREE_TEXT.map(lambda text: "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'")
 ARGUMENTS = ("rho", "betas", "momentum", "nesterov", "k_decay", "cycle_limit", "a.b", "true", "", "1", "a-b", "$x")
-KNOBS = key_table()
+ALL_KEYS = key_table()
 
 
 def mistype(word: str, place: int) -> str:
@@ -107,15 +106,17 @@ BY_TYPE = {
 def right_values(key: str) -> st.SearchStrategy:
     if key in CHOICES:
         return st.sampled_from(CHOICES[key])
-    kind = getattr(KNOBS[key].type, "__name__", "") if isinstance(KNOBS[key].type, type) else str(KNOBS[key].type)
-    kinds = [str(KNOBS[key].type)] if "[" in kind and "|" not in kind else [part.strip() for part in kind.split("|")]
+    kind = (
+        getattr(ALL_KEYS[key].type, "__name__", "") if isinstance(ALL_KEYS[key].type, type) else str(ALL_KEYS[key].type)
+    )
+    kinds = [str(ALL_KEYS[key].type)] if "[" in kind and "|" not in kind else [part.strip() for part in kind.split("|")]
     return st.one_of(*(BY_TYPE.get(name, st.just("null")) for name in kinds))
 
 
-RIGHT = st.sampled_from(list(KNOBS)).flatmap(lambda key: right_values(key).map(lambda value: f"{key}={value}"))
-WRONG_VALUE = st.builds("{}={}".format, st.sampled_from(list(KNOBS)), st.sampled_from(NONSENSE) | QUOTED | FREE_TEXT)
+RIGHT = st.sampled_from(list(ALL_KEYS)).flatmap(lambda key: right_values(key).map(lambda value: f"{key}={value}"))
+WRONG_VALUE = st.builds("{}={}".format, st.sampled_from(list(ALL_KEYS)), st.sampled_from(NONSENSE) | QUOTED | FREE_TEXT)
 KEYS = st.sampled_from(
-    [*KNOBS, *groups.GROUPS, "hydra", "hydra.verbose", "defaults", "trainer.epochs.x", "data.mean.0"]
+    [*ALL_KEYS, *groups.GROUPS, "hydra", "hydra.verbose", "defaults", "trainer.epochs.x", "data.mean.0"]
 )
 WRONG_KEY = st.one_of(
     st.builds("{}{}={}".format, st.sampled_from(["+", "++", "~", ""]), KEYS, st.sampled_from(NONSENSE)),
@@ -150,7 +151,7 @@ def assert_refused_well(message: str, overrides: list[str]) -> None:
     assert 10 < len(message) < 6000, message
     keys = [override.partition("=")[0].lstrip("+~").partition("@")[0] for override in overrides]
     named = [key.rpartition(".")[2] for key in keys if key] + [override[:20] for override in overrides]
-    named += [free.rstrip(".") for free in FREE if any(key.startswith(free) for key in keys)]
+    named += [free for free in FREE_KEYS if any(key.startswith(free) for key in keys)]
     assert any(name in message for name in named), f"{overrides} -> {message}"
 
 
@@ -299,7 +300,7 @@ def test_a_saved_config_is_taken_or_refused(text, tmp_path_factory):
 # Through the command: what the validation lets pass and only timm, torch or the file system can judge.
 
 SMALL = ("experiment=debug", "trainer.max_steps=1", "data.max_train_images=32", "data.max_val_images=16")
-ANY_MODEL = " ".join(f"model.{dial}=null" for dial in ("stem", "width", "num_heads", "kernel_size"))
+ANY_MODEL = " ".join(f"model.{key}=null" for key in ("stem", "width", "num_heads", "kernel_size"))
 REACHING = (
     *("model.kernel_size=15", "model.kernel_size=301", "model.width=1e-9", "model.width=1e6", "model.width=0.02"),
     *("model.num_heads=3", "model.num_heads=1000000", "model.stem=x", "model.stage_ops=[]", "model.border=x"),
@@ -439,9 +440,9 @@ def test_a_saved_config_that_is_no_text_is_refused(tmp_path, monkeypatch, capsys
     assert train.run_command([f"resume={tmp_path}"]) == 2
     assert f"{tmp_path}/config.yaml: cannot be read" in capsys.readouterr().err
     assert train.run_command(["resume=" + "x" * 300]) == 2
-    assert "255 bytes a folder" in capsys.readouterr().err
+    assert "255 bytes per folder" in capsys.readouterr().err
     for text in (None, {"seed": 3}, b"seed: 3", "seed: 3\n" * 20_000):
-        with pytest.raises(ConfigError, match="a stranger's: is no config"):
+        with pytest.raises(ConfigError, match="a stranger's: is not a config"):
             load_config(text, source="a stranger's")
 
 

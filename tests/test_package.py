@@ -148,7 +148,8 @@ def test_what_tab_offers(folder, tmp_path_factory, line, offered):
 @needs("bash")
 def test_bash_completes(folder):
     line = "sasa-train model=hyb"
-    driver = f"{completion_script('bash')}\nCOMP_LINE='{line}'; COMP_POINT={len(line)}; _python_argcomplete__sasa_train sasa-train; "
+    driver = f"{completion_script('bash')}\nCOMP_LINE='{line}'; COMP_POINT={len(line)}; "
+    driver += "_python_argcomplete__sasa_train sasa-train; "
     driver += "printf '%s|' \"${COMPREPLY[@]}\"; complete -p sasa-data"
     process = subprocess.run(["bash", "--norc", "-c", driver], capture_output=True, text=True, check=True)
     words = "".join(f"hybrid_resnet{depth}|" for depth in (26, 38, 50))

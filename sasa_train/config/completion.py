@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from sasa_train.config.groups import choices
 from sasa_train.config.keys import CHOICES, OWN_MODELS, key_table
 
-PATH_KEYS = ("data.root", "output_dir", "resume", "model.pretrained", "sweep.output_dir")
 WORDS = {**CHOICES, "model.name": OWN_MODELS, "resume": ("auto", "never"), "weights": ("ema", "raw")}
 
 

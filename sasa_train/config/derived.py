@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from sasa_train.config.keys import SMALL_IMAGE, AugmentConfig, DataConfig, TrainConfig, TrainerConfig
+from sasa_train.config.keys import DATA_SETS, SMALL_IMAGE, AugmentConfig, DataConfig, TrainConfig, TrainerConfig
 
 
 def crops_by_padding(data: DataConfig, augment: AugmentConfig) -> bool:
@@ -11,12 +11,17 @@ def crops_by_padding(data: DataConfig, augment: AugmentConfig) -> bool:
 
 
 def flips_images(data: DataConfig, augment: AugmentConfig) -> bool:
-    """Whether training mirrors half of the images: as `augment.hflip` says; left out, all but digits."""
-    return augment.hflip if augment.hflip is not None else data.name != "digits"
+    """Whether training mirrors half of the images: as `augment.hflip` says, or as suits the set."""
+    return augment.hflip if augment.hflip is not None else DATA_SETS[data.name].mirrored
 
 
 def resolved_image_size(data: DataConfig) -> int:
-    return data.image_size or {"digits": 8, "cifar10": 32, "cifar100": 32}.get(data.name, 224)
+    return data.image_size or DATA_SETS[data.name].image_size
+
+
+def expected_num_classes(config: TrainConfig) -> int | None:
+    """As the config says; of a set of one's own that it says nothing of, None."""
+    return config.model.num_classes or DATA_SETS[config.data.name].num_classes
 
 
 def micro_batch_size(trainer: TrainerConfig, world_size: int) -> int:

@@ -9,14 +9,14 @@ from sasa_train.config.keys import NOT_TRAJECTORY, TrainConfig, flatten
 
 
 def trajectory(config: TrainConfig) -> dict[str, Any]:
-    """The knobs that change what a run computes."""
+    """The keys that change what a run computes."""
     return {key: value for key, value in flatten(config).items() if key not in NOT_TRAJECTORY}
 
 
 def default_run_name(config: TrainConfig) -> str:
     """Readable and stable: model, data, epochs, seed, and 8 hex digits of the whole trajectory.
 
-    Of what differs from the defaults, so that a knob of a later version does not give all runs other names.
+    Of what differs from the defaults, so that a key of a later version does not give all runs other names.
     """
     defaults = flatten(TrainConfig())
     identity = {key: value for key, value in trajectory(config).items() if value != defaults[key]}
@@ -30,7 +30,7 @@ def default_run_name(config: TrainConfig) -> str:
 
 
 def differing_keys(old: TrainConfig, new: TrainConfig, same_world_size: bool = True) -> list[str]:
-    """The knobs that two configs set differently and that change what a run computes.
+    """The keys that two configs set differently and that change what a run computes.
 
     How the global batch is cut into micro-batches follows from the number of processes, so where that differs, it may.
     """

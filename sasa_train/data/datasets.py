@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision import datasets as tv
 
-from sasa_train.config.keys import NUM_CLASSES, DataConfig
+from sasa_train.config.keys import DATA_SETS, DataConfig
 from sasa_train.data.randomness import fixed_order
 from sasa_train.data.shards import TarMembers, find_shards, load_shards
 from sasa_train.refusal import ConfigError
@@ -32,15 +32,6 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # su
 
 PAUSES = (0.1, 1.0)  # seconds before a read that failed is tried again
 DIGITS_VAL_FRACTION = 0.2
-
-# Per-channel mean and std of the training images, of values in [0, 1].
-MEAN_STD = {
-    "digits": ((0.3050,) * 3, (0.3756,) * 3),
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "image_folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
 
 Shaped = TypeVar("Shaped")
 
@@ -153,8 +144,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def mean_std(config: DataConfig) -> tuple[Sequence[float], Sequence[float]]:
     """Per channel, of values in [0, 1]: the config's, or the set's own."""
-    own_mean, own_std = MEAN_STD[config.name]
-    return config.mean or own_mean, config.std or own_std
+    own = DATA_SETS[config.name]
+    return config.mean or own.mean, config.std or own.std
 
 
 def load_image_sets(config: DataConfig) -> tuple[ImageSet, ImageSet]:
@@ -178,7 +169,7 @@ def load_image_sets(config: DataConfig) -> tuple[ImageSet, ImageSet]:
 
 
 def _check_classes(config: DataConfig, classes: list[str]) -> None:
-    expected = NUM_CLASSES.get(config.name)
+    expected = DATA_SETS[config.name].num_classes
     if expected is None or len(classes) == expected:
         return
     if config.name == "imagenet" and all(re.fullmatch(r"n\d{8}", name) for name in classes):

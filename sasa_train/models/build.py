@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import sasa_train.models.resnet  # noqa: F401  (registers our models with timm)
-from sasa_train.config.keys import DIALS, ModelConfig
+from sasa_train.config.keys import MODEL_KEYS, ModelConfig
 from sasa_train.refusal import LIBRARY_ERRORS, ConfigError, shorten
 
 
@@ -20,7 +20,7 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
     """
     if not timm.is_model(config.name):
         raise ConfigError(_unknown(config.name))
-    kwargs = {dial: getattr(config, dial) for dial in DIALS if getattr(config, dial) is not None}
+    kwargs = {dial: getattr(config, dial) for dial in MODEL_KEYS if getattr(config, dial) is not None}
     if config.drop_path_rate:
         kwargs["drop_path_rate"] = config.drop_path_rate
     kwargs |= _sized(config.name, image_size)

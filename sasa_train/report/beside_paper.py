@@ -5,7 +5,7 @@ Depth, data and width may differ, so the numbers themselves cannot be compared, 
 
 from typing import Any
 
-from sasa_train.config.keys import DIALS, OWN_MODELS, TrainConfig
+from sasa_train.config.keys import MODEL_KEYS, OWN_MODELS, TrainConfig
 from sasa_train.paper import ROWS, Row
 
 VARIED = {
@@ -64,7 +64,7 @@ def settings(name: str, dials: dict[str, Any]) -> dict[str, Any]:
 
 def _dials(config: TrainConfig) -> dict[str, Any]:
     """Those that are set."""
-    return {dial: getattr(config.model, dial) for dial in DIALS if getattr(config.model, dial) is not None}
+    return {dial: getattr(config.model, dial) for dial in MODEL_KEYS if getattr(config.model, dial) is not None}
 
 
 def _same(one: dict[str, Any], other: dict[str, Any], keys: tuple[str, ...]) -> bool:

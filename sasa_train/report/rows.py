@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from sasa_train.config.derived import resolved_image_size
-from sasa_train.config.keys import NOT_TRAJECTORY, NUM_CLASSES, TrainConfig, flatten
+from sasa_train.config.derived import expected_num_classes, resolved_image_size
+from sasa_train.config.keys import NOT_TRAJECTORY, TrainConfig, flatten
 from sasa_train.config.overrides import as_written
 from sasa_train.paper import ROWS as PAPER_ROWS
 from sasa_train.paper import Row as PaperRow
@@ -220,7 +220,7 @@ def count_model(row: Row) -> tuple[int, int] | None:
     if row.config is None:
         return None
     config, size = row.config.model, resolved_image_size(row.config.data)
-    num_classes = config.num_classes or NUM_CLASSES.get(row.config.data.name) or _num_classes_of_runs(row)
+    num_classes = expected_num_classes(row.config) or _num_classes_of_runs(row)
     if num_classes is None:
         return None
     try:

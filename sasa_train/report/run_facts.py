@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from sasa_train.config.compose import compose_config
 from sasa_train.config.derived import resolved_image_size
-from sasa_train.config.keys import DIALS, TrainConfig, flatten, key_table
+from sasa_train.config.keys import MODEL_KEYS, TrainConfig, flatten, key_table
 from sasa_train.config.overrides import as_written
 from sasa_train.paper import Row as PaperRow
 from sasa_train.report.beside_paper import differing_dials, nearest_row
@@ -86,7 +86,7 @@ def _figure(value: Any, form: str) -> str:
 
 
 def _model(config: TrainConfig) -> str:
-    dials = {dial: getattr(config.model, dial) for dial in DIALS}
+    dials = {dial: getattr(config.model, dial) for dial in MODEL_KEYS}
     return ", ".join(
         [config.model.name] + [f"{key}={as_written(value)}" for key, value in dials.items() if value is not None]
     )

@@ -16,7 +16,7 @@ from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 from sasa_train.config.derived import resolved_image_size
-from sasa_train.config.keys import DIALS, PUBLISHED, TrainConfig
+from sasa_train.config.keys import MODEL_KEYS, PUBLISHED, TrainConfig
 from sasa_train.config.overrides import as_written
 from sasa_train.config.saved import load_config
 from sasa_train.models.build import build_published
@@ -132,7 +132,7 @@ def _dials(yaml_text: str) -> str | None:
         model = load_config(yaml_text).model
     except ConfigError:
         return None
-    given = {key: value for key in ("name", *DIALS) if (value := getattr(model, key)) is not None}
+    given = {key: value for key in ("name", *MODEL_KEYS) if (value := getattr(model, key)) is not None}
     return " ".join(f"model.{key}={as_written(value)}" for key, value in given.items())
 
 

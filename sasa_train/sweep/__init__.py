@@ -1,11 +1,11 @@
 """sasa-sweep: many runs from one command. The same command again skips what is done and goes on with the rest."""
 
-import dataclasses
-import json
 import shlex
 import signal
 import sys
 
+from sasa_train.config.bounds import print_keys
+from sasa_train.config.keys import key_table
 from sasa_train.files import lock_folder
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.ledger import FINISHED, Ledger, is_finished, note_metrics
@@ -59,10 +59,8 @@ def run_command(arguments: list[str]) -> int:
 
 def print_help() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends in peace
-    print(USAGE)
-    for knob in dataclasses.fields(SweepConfig):
-        empty = "[]" if knob.default is dataclasses.MISSING else json.dumps(knob.default)
-        print(f"  {f'sweep.{knob.name}={empty}':<30} {knob.metadata['help']}")
+    print(USAGE, end="")
+    print_keys(key_table(SweepConfig, "sweep."), column=33)
     print(f"\n{EXIT_CODES}")
 
 

@@ -1,6 +1,5 @@
 """What a sweep is, from a file in `configs/sweep/` and the command line: its jobs, their names, its folder."""
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -12,11 +11,13 @@ from typing import Any, cast
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
+from sasa_train.config.bounds import key
 from sasa_train.config.compose import compose_config
 from sasa_train.config.groups import choices, config_dir
 from sasa_train.config.identity import default_run_name
-from sasa_train.config.keys import NOT_TRAJECTORY, key
+from sasa_train.config.keys import NOT_TRAJECTORY, key_table
 from sasa_train.config.overrides import UNREADABLE, check_override_keys, expand, nearest, parse_overrides
+from sasa_train.config.rules import check_bounds
 from sasa_train.refusal import ConfigError, shorten
 
 # The sweep decides on these for each of its jobs.
@@ -25,7 +26,6 @@ SET_BY_SWEEP = {
     "run_name": "a job's name comes from its content",
     "resume": "a job's run goes on by itself",
 }
-PRUNERS = ("none", "median", "hyperband")
 
 
 @dataclass
@@ -34,14 +34,24 @@ class SweepConfig:
 
     overrides: list[str] = key([], "of every job; several values of a key multiply: a grid, or a search's space")
     rows: list[list[str]] = key([], "a list of jobs, each with overrides of its own; the grid multiplies it")
-    name: str | None = key(None, "of the folder; null: from the file, and from what is fixed and what varies")
-    output_dir: str = key("outputs", "the sweep's folder is made here; it holds the run folders of its jobs")
-    max_parallel: int | None = key(None, "jobs at a time; null: one for each GPU, or one where there is none")
-    devices_per_job: int = key(1, "GPUs of a job; where it is more than 1, each is a process under torchrun")
-    max_tries: int = key(3, "failed starts in a row after which a job counts as failed")
-    num_trials: int | None = key(None, "a search of so many trials (Optuna) instead of a grid")
-    pruner: str = key("median", "of a search: median or hyperband stop trials that look bad on val; none")
-    worker: str | None = key(None, "of a search: a name of its own for each sasa-sweep that shares the folder")
+    name: str | None = key(
+        None, "of the folder; null: from the file, and from what is fixed and what varies", name_length=151
+    )
+    output_dir: str = key(
+        "outputs", "the sweep's folder is made here; it holds the run folders of its jobs", is_path=True
+    )
+    max_parallel: int | None = key(None, "jobs at a time; null: one for each GPU, or one where there is none", above=0)
+    devices_per_job: int = key(1, "GPUs of a job; where it is more than 1, each is a process under torchrun", above=0)
+    max_tries: int = key(3, "failed starts in a row after which a job counts as failed", above=0)
+    num_trials: int | None = key(None, "a search of so many trials (Optuna) instead of a grid", above=0)
+    pruner: str = key(
+        "median",
+        "of a search: median and hyperband stop trials that look bad on val",
+        choices=("none", "median", "hyperband"),
+    )
+    worker: str | None = key(
+        None, "of a search: a name of its own for each sasa-sweep that shares the folder", name_length=151
+    )
     paper_table: int | None = key(None, "sasa-report sets this table of the paper beside ours")
 
 
@@ -132,7 +142,7 @@ def _read_config(ours: list[Override]) -> SweepConfig:
 
 
 def _merge(merged: Any, values: Any, where: str) -> Any:
-    known = [f.name for f in dataclasses.fields(SweepConfig)]
+    known = list(key_table(SweepConfig))
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: is no sweep: keys and values, {', '.join(known)}")
     for given in values:
@@ -155,16 +165,7 @@ def _sweep_file(name: str) -> Path:
 
 
 def _validate(config: SweepConfig) -> None:
-    for given in ("max_parallel", "devices_per_job", "max_tries", "num_trials"):
-        value = getattr(config, given)
-        if value is not None and value < 1:
-            raise ConfigError(f"sweep.{given}={value} must be positive")
-    if config.pruner not in PRUNERS:
-        raise ConfigError(f"sweep.pruner={config.pruner} must be one of {', '.join(PRUNERS)}")
-    for given in ("name", "worker"):
-        value = getattr(config, given)
-        if value is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.=,+-]{0,150}", value):
-            raise ConfigError(f"sweep.{given}={value} must be a plain folder name: letters, digits and _ . = , + -")
+    check_bounds(config, "sweep.")
     if config.worker is not None and config.num_trials is None:
         raise ConfigError(f"sweep.worker={config.worker}: only a search (sweep.num_trials) is shared by several")
 

@@ -7,8 +7,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sasa_train.config.derived import micro_batch_size, resolved_image_size, with_micro_batch_size
-from sasa_train.config.keys import NUM_CLASSES, TrainConfig
+from sasa_train.config.derived import (
+    expected_num_classes,
+    micro_batch_size,
+    resolved_image_size,
+    with_micro_batch_size,
+)
+from sasa_train.config.keys import TrainConfig
 from sasa_train.config.saved import load_config, load_config_file
 from sasa_train.device import autocast
 from sasa_train.machine import available_memory, is_out_of_memory, peak_memory, total_memory
@@ -130,8 +135,7 @@ def largest_micro_batch(config: TrainConfig, device: torch.device) -> int:
 
 
 def _build(config: TrainConfig) -> nn.Module:
-    num_classes = config.model.num_classes or NUM_CLASSES.get(config.data.name, 1000)
-    model = build_model(config.model, num_classes, resolved_image_size(config.data))
+    model = build_model(config.model, expected_num_classes(config) or 1000, resolved_image_size(config.data))
     if config.trainer.grad_checkpointing:
         enable_grad_checkpointing(model)
     return model

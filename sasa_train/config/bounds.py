@@ -1,0 +1,88 @@
+"""A key of the config: its default, its meaning, and the bounds that its values keep."""
+
+import json
+import math
+import re
+import shutil
+import textwrap
+from dataclasses import MISSING, Field, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a key takes beside null: numbers within limits (each of them, in a list), or texts of one form."""
+
+    above: float = -math.inf
+    at_least: float = -math.inf
+    below: float = math.inf
+    at_most: float = math.inf
+    is_range: bool = False  # [low, high]
+    choices: tuple[str, ...] = ()
+    is_path: bool = False
+    name_length: int = 0  # of a folder's plain name, at most
+
+    def hold(self, value: Any) -> bool:
+        if self.choices:
+            return value in self.choices
+        if self.name_length:
+            return len(value) <= self.name_length and bool(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.=,+-]*", value))
+        if self.is_path:
+            return max(len(name.encode()) for name in value.split("/")) <= 255 and len(value.encode()) < 4096
+        numbers = value if isinstance(value, list) else [value]
+        if self.is_range and not (len(numbers) == 2 and 0 < numbers[0] <= numbers[1]):
+            return False
+        return all(self.above < number < self.below and self.at_least <= number <= self.at_most for number in numbers)
+
+    def __str__(self) -> str:
+        """In words that follow "must be"."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        if self.name_length:
+            return f"a plain folder name: letters, digits and _ . = , + -, {self.name_length} at most"
+        if self.is_path:
+            return "a path: 255 bytes per folder and 4,095 in all"
+        if self.is_range:
+            return "[low, high] with 0 < low <= high" + (f" <= {self.at_most}" if self.at_most < math.inf else "")
+        if math.inf not in (-self.at_least, self.at_most):
+            return f"from {self.at_least} to {self.at_most}"
+        limits = {"above": self.above, "at least": self.at_least, "below": self.below, "at most": self.at_most}
+        words = [f"{word} {limit}" for word, limit in limits.items() if math.isfinite(limit)]
+        return " and ".join(words).replace("above 0", "positive")
+
+
+def key(default: Any, meaning: str, may_change: bool = False, **bounds: Any) -> Any:
+    """A key as a dataclass field; `bounds` as in `Bounds`."""
+    metadata = {"help": meaning, "may_change": may_change, "bounds": Bounds(**bounds) if bounds else None}
+    if isinstance(default, list | dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def local_key(default: Any, meaning: str, **bounds: Any) -> Any:
+    """A key that may differ between a run and its continuation: it says where and how fast to compute, not what."""
+    return key(default, meaning, may_change=True, **bounds)
+
+
+def written_default(key: Field) -> str:
+    """A key's default as it is written on the command line."""
+    default = key.default if key.default_factory is MISSING else key.default_factory()
+    return default if isinstance(default, str) else json.dumps(default, separators=(",", ":"))
+
+
+def print_keys(keys: dict[str, Field], column: int) -> None:
+    """Print each key with default, meaning and bounds, from `column` on; a blank line before each group."""
+    previous = None
+    for name, key in keys.items():
+        group = name.rpartition(".")[0]
+        if group != previous:
+            print()
+        previous = group
+        bounds = key.metadata["bounds"]
+        print_entry(f"{name}={written_default(key)}", key.metadata["help"] + (f" [{bounds}]" if bounds else ""), column)
+
+
+def print_entry(name: str, text: str, column: int) -> None:
+    """Print a name and, from `column` on, what it stands for, within the terminal's width."""
+    width = min(shutil.get_terminal_size((120, 24)).columns, 140)
+    print(textwrap.fill(text, width, initial_indent=f"  {name:<{column - 3}} ", subsequent_indent=" " * column))
