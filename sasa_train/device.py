@@ -1,19 +1,69 @@
-"""The device that a config asks for, its precision, and autocast."""
+"""What a config comes to here: the device, its precision, autocast, and this process's part of the work."""
 
 import contextlib
 import copy
 import dataclasses
 import os
+from dataclasses import dataclass, field
 
 import torch
 
-from sasa_train.config.derived import with_micro_batch_size
+from sasa_train.config.derived import (
+    accumulation,
+    micro_batch_size,
+    resolved_image_size,
+    total_steps,
+    with_micro_batch_size,
+)
 from sasa_train.config.keys import TrainConfig, TrainerConfig
 from sasa_train.processes import collectives
-from sasa_train.processes.ranks import world_size
+from sasa_train.processes.ranks import rank, world_size
 from sasa_train.refusal import ConfigError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a resolved config comes to in this process, decided once and passed on.
+
+    `steps_per_epoch` is 0 until the data are known.
+    """
+
+    config: TrainConfig
+    device: torch.device
+    rank: int = field(default_factory=rank)
+    world_size: int = field(default_factory=world_size)
+    steps_per_epoch: int = 0
+
+    @property
+    def trainer(self) -> TrainerConfig:
+        return self.config.trainer
+
+    @property
+    def image_size(self) -> int:
+        return resolved_image_size(self.config.data)
+
+    @property
+    def images_per_step(self) -> int:
+        """This process's share of the global batch."""
+        return self.trainer.global_batch_size // self.world_size
+
+    @property
+    def micro_batch_size(self) -> int:
+        return micro_batch_size(self.trainer, self.world_size)
+
+    @property
+    def grad_accum_steps(self) -> int:
+        return accumulation(self.trainer, self.world_size)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole run."""
+        return total_steps(self.config, self.steps_per_epoch)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return autocast(self.device, self.trainer.precision)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
@@ -56,6 +106,11 @@ def resolve_device(config: TrainerConfig) -> tuple[torch.device, TrainerConfig]:
 
 
 def resolve(config: TrainConfig) -> tuple[torch.device, TrainConfig]:
+    """`resolve_device` for a whole config; a micro-batch size that is given sets the accumulation too.
+
+    Raises:
+        ConfigError: as `resolve_device`.
+    """
     try:
         device, trainer = resolve_device(config.trainer)
     except ValueError as error:

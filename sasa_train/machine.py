@@ -15,7 +15,6 @@ from sasa_train.processes.ranks import local_world_size
 
 if TYPE_CHECKING:
     import torch
-import torch
 
 CGROUPS = Path("/sys/fs/cgroup")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h

@@ -14,12 +14,9 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import adaptive_clip_grad
 from torch import Tensor, nn
 
-from sasa_train.config.derived import accumulation
-from sasa_train.config.keys import TrainerConfig
 from sasa_train.data.randomness import seed_step
-from sasa_train.device import autocast
+from sasa_train.device import RunPlan
 from sasa_train.processes import collectives
-from sasa_train.processes.ranks import rank, world_size
 from sasa_train.training.batch_norm import frozen_running_stats
 from sasa_train.training.evaluation import Batches
 from sasa_train.training.losses import build_criterion
@@ -30,13 +27,13 @@ from sasa_train.training.state import TrainState
 class Stepper:
     """What a step needs and no checkpoint keeps: the compiled forward pass, the loss, the schedule.
 
-    `seed` is that of dropout where there are several processes: each draws its own, by (seed, step, rank) alone. One
-    process goes on with torch's generators, which the checkpoint has.
+    Of several processes each draws its own dropout, by (seed, step, rank) alone. One process goes on with torch's
+    generators, which the checkpoint has.
     """
 
-    def __init__(self, config: TrainerConfig, state: TrainState, schedule: Scheduler, seed: int = 0):
-        self.config, self.state, self.schedule, self.seed = config, state, schedule, seed
-        self.grad_accum_steps = accumulation(config, world_size())
+    def __init__(self, plan: RunPlan, state: TrainState, schedule: Scheduler):
+        self.plan, self.config, self.state, self.schedule = plan, plan.trainer, state, schedule
+        config = self.config
         self.shared = collectives.share_gradients(state.model)
         self.forward = torch.compile(self.shared) if config.compile else self.shared
         self.criterion = build_criterion(config)
@@ -52,20 +49,20 @@ class Stepper:
         Raises:
             NonFiniteError: a loss is not finite; the weights are those before the step.
         """
-        config, state = self.config, self.state
+        plan, config, state = self.plan, self.config, self.state
         self.schedule.step_update(state.step)
         state.optimizer.zero_grad()
-        if world_size() > 1:
-            seed_step(self.seed, state.step, rank())
-        for number in range(self.grad_accum_steps):
+        if plan.world_size > 1:
+            seed_step(plan.config.seed, state.step, plan.rank)
+        for number in range(plan.grad_accum_steps):
             images, labels = next(batches)
-            with self._gradients_stay_here() if number < self.grad_accum_steps - 1 else contextlib.nullcontext():
-                with autocast(state.device, config.precision):
+            with self._gradients_stay_here() if number < plan.grad_accum_steps - 1 else contextlib.nullcontext():
+                with plan.autocast():
                     logits = self.forward(images)
                     loss = self.criterion(logits.float(), labels)
                 self.loss_watch.begin(loss)
                 with frozen_running_stats(state.model) if config.grad_checkpointing else contextlib.nullcontext():
-                    state.scaler.scale(loss / self.grad_accum_steps).backward()
+                    state.scaler.scale(loss / plan.grad_accum_steps).backward()
             state.window.add(loss.detach(), logits.detach(), labels)
             if not self.loss_watch.is_finite():
                 raise NonFiniteError(f"the loss of step {state.step + 1} is not finite", number, images)
@@ -80,7 +77,7 @@ class Stepper:
         return grad_norm
 
     def _gradients_stay_here(self) -> contextlib.AbstractContextManager:
-        return self.shared.no_sync() if world_size() > 1 else contextlib.nullcontext()  # type: ignore[operator]
+        return self.shared.no_sync() if self.plan.world_size > 1 else contextlib.nullcontext()  # type: ignore[operator]
 
     def _clip(self) -> Tensor:
         self.state.scaler.unscale_(self.state.optimizer)  # a norm of scaled gradients means nothing
