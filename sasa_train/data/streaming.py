@@ -1,6 +1,5 @@
 """Images decoded and augmented in worker processes, a micro-batch at a time; uint8 until the device."""
 
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -127,8 +126,5 @@ class TrainReader:
 
 def _new_pixels(num_images: int, size: int) -> Tensor:
     """uint8 [B, S, S, 3]; in a worker it is memory that the main process sees, so that no batch is copied there."""
-    shape = (num_images, size, size, 3)
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    shared = torch.UntypedStorage._new_shared(math.prod(shape))
-    return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
+    pixels = torch.empty((num_images, size, size, 3), dtype=torch.uint8)
+    return pixels if get_worker_info() is None else pixels.share_memory_()

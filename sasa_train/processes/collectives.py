@@ -187,13 +187,11 @@ def copy_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def average_buffers(model: nn.Module) -> None:
-    """Average batch norm's running statistics over the processes."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for buffer in (buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)):
-        if world_size() > 1 and buffer is not None:
-            dist.all_reduce(buffer)
-            buffer /= world_size()
+def average(tensor: Tensor) -> None:
+    """Make a tensor, in place, the average of all processes' own."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+        tensor /= world_size()
 
 
 def stop_is_wanted(here: bool) -> bool:

@@ -10,11 +10,13 @@ from torch.optim.swa_utils import update_bn
 
 from sasa_train.processes import collectives
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
 
 @contextmanager
 def frozen_running_stats(model: nn.Module) -> Iterator[None]:
     """The recomputation of gradient checkpointing must not move batch norm's running statistics a second time."""
-    norms: list[Any] = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms: list[Any] = [m for m in model.modules() if isinstance(m, BATCH_NORMS)]
     momenta = [norm.momentum for norm in norms]
     counts = [norm.num_batches_tracked.clone() for norm in norms]
     for norm in norms:
@@ -34,4 +36,7 @@ def recalibrate(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], devi
     Processes give as many batches each, and all get the average over all.
     """
     update_bn(batches, model, device)
-    collectives.average_buffers(model)
+    for norm in (m for m in model.modules() if isinstance(m, BATCH_NORMS)):
+        for buffer in (norm.running_mean, norm.running_var):
+            if buffer is not None:
+                collectives.average(buffer)
