@@ -23,6 +23,7 @@ NAMES = [
     ("torch", torch.nn.Module, "_forward_pre_hooks", "models/stem_norm.py"),
     ("torch", torch.nn.Module, "_backward_hooks", "models/stem_norm.py"),
     ("torch", torch.nn.Module, "_backward_pre_hooks", "models/stem_norm.py"),
+    ("torch", lambda: torch.nn.modules.batchnorm, "_BatchNorm", "models/build.py"),
     ("torch", lambda: torch.empty(1).untyped_storage(), "_cdata", "models/counting.py"),
     ("torch", lambda: torch, "_ops", "attention/dispatch.py"),
     ("torch", lambda: torch, "_dynamo", "benchmark/contenders.py"),

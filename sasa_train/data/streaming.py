@@ -12,9 +12,8 @@ from sasa_train.data.mixing import Mixing
 from sasa_train.data.plan import BatchPlan, MicroBatch
 from sasa_train.data.quarantine import Quarantine
 from sasa_train.data.reading import Read, Unreadable, read_or_replace
-from sasa_train.data.shared_memory import queue_bytes
 from sasa_train.data.transforms import Augment, Normalize
-from sasa_train.data.workers import PlainReader, Workers
+from sasa_train.data.workers import PlainReader, Workers, queue_bytes
 
 Batch = tuple[Tensor, Tensor]
 

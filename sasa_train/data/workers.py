@@ -5,8 +5,11 @@ memory, the main process asks the worker that made it for a file descriptor, and
 """
 
 import atexit
+import math
 import multiprocessing.connection
+import shutil
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -22,6 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 from sasa_train.data.datasets import ImageSet
 from sasa_train.data.plan import MicroBatch
 from sasa_train.data.reading import Read, read_fitted
+from sasa_train.processes.ranks import local_world_size
+from sasa_train.refusal import ConfigError
 from sasa_train.signals import SIGNALS
 from sasa_train.terminal import printable
 
@@ -31,6 +36,7 @@ PATIENCE = 2.0  # seconds for workers to end by themselves, before they are kill
 DEATH_THROES = 0.5  # seconds at most between a worker's last answer and its exit code
 STATES = {"T": "stopped", "t": "stopped by a debugger", "D": "waiting for a disk or network"}  # of Linux
 REASONS = {signal.SIGKILL: ", perhaps for want of memory", signal.SIGBUS: ", perhaps for want of shared memory"}
+SHM = Path("/dev/shm")  # shared memory, where batches wait
 END = object()
 
 
@@ -221,6 +227,31 @@ def processes_of(iterator: Any) -> list[BaseProcess]:
 def shutdown_of(iterator: Any) -> Callable[[], None]:
     """What ends the workers of a DataLoader's iterator, else done when it is garbage."""
     return iterator._shutdown_workers
+
+
+def queue_bytes(num_workers: int, batch_size: int, num_images: int, size: int) -> int:
+    """Of the uint8 [B, S, S, 3] that wait, and of one under way, for each worker; never more than the whole set."""
+    return min(num_workers * (PREFETCH + 1) * batch_size, num_images) * 3 * size**2
+
+
+def check_shared_memory(needed: int, num_workers: int, remedy: str = "") -> None:
+    """Refuse `needed` bytes, for each process on this machine, that are not free: there a worker would die of SIGBUS.
+
+    A container may have little of it. Only Linux shows what is free.
+
+    Raises:
+        ConfigError: with `remedy` beside those that always help.
+    """
+    if not num_workers or sys.platform != "linux" or not SHM.is_dir():
+        return
+    free, needed = shutil.disk_usage(SHM).free, needed * local_world_size()
+    if needed > free:
+        gigabytes = math.ceil(1.5 * needed / 2**30)
+        raise ConfigError(
+            f"data.num_workers={num_workers}: their queues take up to {needed / 2**20:,.0f} MiB of shared memory, but "
+            f"{SHM} has {free / 2**20:,.0f} MiB free; give the container more (docker run --shm-size={gigabytes}g), "
+            f"or use data.num_workers={num_workers * free // needed}{remedy}"
+        )
 
 
 class _Handed:
