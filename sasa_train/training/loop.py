@@ -52,7 +52,7 @@ class Loop:
         self.profiler: Any = contextlib.nullcontext()
         self.profile_steps = 0 if is_silent else self.config.trainer.profile_steps
         if self.profile_steps:
-            self.profiler = build_profiler(self.profile_steps, run.path, self.state.device, say)
+            self.profiler = build_profiler(self.profile_steps, run.path, self.state.device)
         self._start_clock()
 
     def run(self) -> bool:

@@ -15,6 +15,7 @@ from sasa_train.training.nonfinite import NonFiniteError, not_finite
 from sasa_train.training.optim import build_optimizer
 
 HYPERPARAMETERS = ("initial_lr", "lr_scale", "weight_decay", "momentum", "betas", "eps")  # of a parameter group
+PROGRESS = ("step", "epoch", "evaluated_step", "best", "seconds")  # of TrainState, kept as they are
 
 
 class Window:
@@ -81,11 +82,7 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "window": self.window.state_dict(),
-            "step": self.step,
-            "epoch": self.epoch,
-            "evaluated_step": self.evaluated_step,
-            "best": self.best,
-            "seconds": self.seconds,
+            **{name: getattr(self, name) for name in PROGRESS},
             "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
         }
 
@@ -112,8 +109,8 @@ class TrainState:
             group.update(configured)
         self.scaler.load_state_dict(saved["scaler"])
         self.window.load_state_dict(saved["window"])
-        self.step, self.epoch, self.evaluated_step = saved["step"], saved["epoch"], saved["evaluated_step"]
-        self.best, self.seconds = saved["best"], saved["seconds"]
+        for name in PROGRESS:
+            setattr(self, name, saved[name])
         torch.set_rng_state(saved["rng"]["torch"])
         if self.device.type == "cuda" and saved["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(saved["rng"]["cuda"])
