@@ -9,7 +9,7 @@ from torch import nn
 
 from sasa_train.config.compose import compose_config
 from sasa_train.config.derived import total_steps
-from sasa_train.device import RunPlan, resolve_device
+from sasa_train.device import RunPlan, resolve
 from sasa_train.models import build_model
 from sasa_train.refusal import ConfigError
 from sasa_train.training.evaluation import evaluate
@@ -193,10 +193,10 @@ def test_timms_optimizers_take_a_step(name):
 
 def test_auto_precision_is_fp32_on_a_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    device, trainer = resolve_device(compose_config([]).trainer)
-    assert (device.type, trainer.precision) == ("cpu", "fp32")
-    with pytest.raises(ValueError, match="trainer.device=cuda, but torch sees no CUDA device"):
-        resolve_device(compose_config(["trainer.device=cuda"]).trainer)
+    device, config = resolve(compose_config([]))
+    assert (device.type, config.trainer.precision) == ("cpu", "fp32")
+    with pytest.raises(ConfigError, match="trainer.device=cuda, but torch sees no CUDA device"):
+        resolve(compose_config(["trainer.device=cuda"]))
 
 
 def test_a_compiled_run_has_the_same_state_dict(monkeypatch):

@@ -14,7 +14,7 @@ from test_commands import assert_equal_state, rows, run_in_process
 
 from sasa_train.config.compose import compose_config
 from sasa_train.config.saved import load_config
-from sasa_train.device import RunPlan
+from sasa_train.device import RunPlan, resolve
 from sasa_train.runs.checkpoint import Checkpoints, load_checkpoint
 from sasa_train.runs.folder import RunFolder
 from sasa_train.training.memory import largest_micro_batch, settle_auto
@@ -122,14 +122,12 @@ def test_auto_is_refused_where_not_one_image_fits(monkeypatch):
 @pytest.mark.parametrize("precision,allows", [("highest", False), ("high", True)])
 def test_one_key_rules_tf32_of_matrices_and_convolutions(precision, allows):
     """Else convolutions would run in TF32 and attention's projections not: no comparison would be fair."""
-    from sasa_train.device import resolve_device
-
     try:
-        resolve_device(compose_config([f"trainer.matmul_precision={precision}"]).trainer)
+        resolve(compose_config([f"trainer.matmul_precision={precision}"]))
         assert torch.get_float32_matmul_precision() == precision
         assert torch.backends.cudnn.allow_tf32 == allows
     finally:
-        resolve_device(compose_config([]).trainer)
+        resolve(compose_config([]))
 
 
 def test_recalibrated_statistics_are_in_the_checkpoint(tmp_path, monkeypatch, capsys):
