@@ -11,7 +11,7 @@ from sasa_train.config.compose import compose_config
 from sasa_train.device import RunPlan
 from sasa_train.models import build_model, enable_grad_checkpointing
 from sasa_train.refusal import ConfigError
-from sasa_train.training.batch_norm import recalibrate
+from sasa_train.training.evaluation import recalibrate
 from sasa_train.training.optim import build_schedule
 from sasa_train.training.state import build_state
 from sasa_train.training.step import Stepper

@@ -21,8 +21,7 @@ from sasa_train.runs.checkpoint import CheckpointError
 from sasa_train.runs.folder import RunFolder
 from sasa_train.signals import StopRequest
 from sasa_train.terminal import say, warn
-from sasa_train.training.batch_norm import recalibrate
-from sasa_train.training.evaluation import Batches, Evaluation, evaluate
+from sasa_train.training.evaluation import Batches, Evaluation, evaluate, recalibrate
 from sasa_train.training.log import RunLogger
 from sasa_train.training.nonfinite import NonFiniteError, find_origin
 from sasa_train.training.profiling import WAIT, WARMUP, build_profiler

@@ -6,20 +6,21 @@ at while the backward pass runs.
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import adaptive_clip_grad
 from torch import Tensor, nn
 
+from sasa_train.config.keys import TrainerConfig
 from sasa_train.data.randomness import seed_step
 from sasa_train.device import RunPlan
 from sasa_train.processes import collectives
-from sasa_train.training.batch_norm import frozen_running_stats
-from sasa_train.training.evaluation import Batches
-from sasa_train.training.losses import build_criterion
+from sasa_train.training.evaluation import Batches, batch_norms
 from sasa_train.training.nonfinite import LossWatch, NonFiniteError
 from sasa_train.training.state import TrainState
 
@@ -90,6 +91,41 @@ class Stepper:
         elif config.grad_clip_agc:
             adaptive_clip_grad(_without_classifier(self.state.model), config.grad_clip_agc)
         return grad_norm
+
+
+def build_criterion(config: TrainerConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    """The training loss of float32 logits and labels, which are int64 [B] or, mixed, float32 [B, num_classes]."""
+    if config.loss == "cross_entropy":
+        return nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+    return partial(binary_cross_entropy, label_smoothing=config.label_smoothing)
+
+
+def binary_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    """A sigmoid a class, averaged over classes and images, after "ResNet strikes back" (arXiv 2110.00476).
+
+    Smoothed as cross-entropy is, mixed labels too, and these keep their shares. (timm's class smooths labels that are
+    not mixed alone, and can make each mixed class a 1.)
+    """
+    if labels.ndim == 1:
+        labels = nn.functional.one_hot(labels, logits.shape[1])
+    labels = labels * (1 - label_smoothing) + label_smoothing / logits.shape[1]
+    return nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+
+@contextmanager
+def frozen_running_stats(model: nn.Module) -> Iterator[None]:
+    """The recomputation of gradient checkpointing must not move batch norm's running statistics a second time."""
+    norms = batch_norms(model)
+    momenta = [norm.momentum for norm in norms]
+    counts = [norm.num_batches_tracked.clone() for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum, count in zip(norms, momenta, counts, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
 
 
 def _without_classifier(model: nn.Module) -> list[nn.Parameter]:
