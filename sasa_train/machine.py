@@ -92,11 +92,10 @@ def _cgroup_limit(folder: Path) -> int:
 
 def _left_in_cgroup(folder: Path) -> int:
     try:
-        limit = (folder / "memory.max").read_text().strip()
         used = int((folder / "memory.current").read_text())
         statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         reclaimable = int(statistics.get("inactive_file", 0))  # files read once: given back when asked for
-        return sys.maxsize if limit == "max" else int(limit) - used + reclaimable
+        return _cgroup_limit(folder) - used + reclaimable
     except (OSError, ValueError):  # no such group, or another kind
         return sys.maxsize
 

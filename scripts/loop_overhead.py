@@ -22,17 +22,15 @@ import torch
 from torch import nn
 
 from sasa_train.config.compose import compose_config
-from sasa_train.config.derived import resolved_image_size
 from sasa_train.config.keys import TrainConfig
 from sasa_train.data.loader import build_loaders
-from sasa_train.device import autocast, resolve
+from sasa_train.device import RunPlan, resolve
 from sasa_train.models import build_model
 from sasa_train.runs.checkpoint import Checkpoints
 from sasa_train.runs.folder import RunFolder
 from sasa_train.signals import StopRequest
 from sasa_train.training.loop import Loop
-from sasa_train.training.optim import build_optimizer, build_schedule
-from sasa_train.training.state import build_state
+from sasa_train.training.run import build_stepper
 from sasa_train.training.step import Stepper
 
 RUN = [
@@ -78,20 +76,19 @@ def build_both(config: TrainConfig, folder: Path) -> tuple[Callable[[], None], C
     """One epoch of the bare loop, one of the trainer's, and the images of an epoch."""
     device, config = resolve(config)
     loaders = build_loaders(config, device)
-    plan = loaders.train.plan
+    plan = RunPlan(config, device, steps_per_epoch=loaders.train.plan.steps_per_epoch)
 
     def new_stepper() -> Stepper:
         torch.manual_seed(0)
-        model = build_model(config.model, len(loaders.classes), resolved_image_size(config.data))
-        state = build_state(config.trainer, model, lambda m: build_optimizer(config, m), device)
-        return Stepper(config.trainer, state, build_schedule(config, state.optimizer, plan.steps_per_epoch))
+        model = build_model(config.model, len(loaders.classes), plan.image_size)
+        return build_stepper(plan, model)
 
     plain, loop_stepper = new_stepper().state, new_stepper()
     (folder / "run").mkdir()
     run = RunFolder(folder / "run", io.StringIO(), Checkpoints(folder / "run/checkpoints", 0), None)
     stop = StopRequest()
     stop.begin_training()
-    loop = Loop(config, run, loaders, loop_stepper, stop)
+    loop = Loop(run, loaders, loop_stepper, stop)
     loop.save = lambda *_: True  # type: ignore[method-assign,assignment,misc]  # no part of a step's cost
     criterion = nn.CrossEntropyLoss()
     epochs = iter(range(10**6))
@@ -100,7 +97,7 @@ def build_both(config: TrainConfig, folder: Path) -> tuple[Callable[[], None], C
         plain.model.train()
         for images, labels in loaders.train.train_batches(next(epochs)):
             plain.optimizer.zero_grad()
-            with autocast(device, config.trainer.precision):
+            with plan.autocast():
                 loss = criterion(plain.model(images), labels)
             loss.backward()
             plain.optimizer.step()
@@ -113,7 +110,7 @@ def build_both(config: TrainConfig, folder: Path) -> tuple[Callable[[], None], C
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    return bare, trainer, plan.steps_per_epoch * plan.global_batch_size
+    return bare, trainer, plan.steps_per_epoch * plan.trainer.global_batch_size
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sasa_train.attention import cpu, stem
 from sasa_train.models import AttentionStem, ResNet
-from sasa_train.training.batch_norm import frozen_running_stats
+from sasa_train.training.step import frozen_running_stats
 
 
 def needs_compiler() -> str | None:

@@ -36,21 +36,20 @@ def _train(config: TrainConfig, stop: StopRequest) -> int:
         return REFUSED
     except (CheckpointError, ExpectedFailure) as error:
         tell(error)
-        return FAILED
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
         place = f" {error.filename}" if error.filename else ""
         tell(OSError(f"cannot write{place} ({error.strerror}); make room and run the same command again"))
-        return FAILED
     except (MemoryError, RuntimeError) as error:  # before the first step
-        if (reason := lost_partner(error)) is not None:
-            fail(RuntimeError(f"process {rank()}: stopped: {reason}"))  # not the first to, so no word for the others
-            return FAILED
-        if not is_out_of_memory(error):
+        if (reason := lost_partner(error)) is not None:  # not the first to fail, so no word for the others
+            fail(RuntimeError(f"process {rank()}: stopped: {reason}"))
+        elif is_out_of_memory(error):
+            advice = "use a smaller model, data.image_size or data.max_train_images"
+            tell(RuntimeError(f"out of memory ({error}); {advice}"))
+        else:
             raise
-        tell(RuntimeError(f"out of memory ({error}); use a smaller model, data.image_size or data.max_train_images"))
-        return FAILED
+    return FAILED
 
 
 def tell(error: Exception) -> None:

@@ -1,4 +1,4 @@
-"""Which query pixels to look at, and the window of each: its keys with their weights, and where they lie in the image.
+"""The window of one query: which keys it holds, with their weights, and where they lie in the image.
 
 A position of a map stands for the `reduction` x `reduction` pixels from (reduction * row, reduction * column) on, the
 last ones perhaps for less. What it has seen is more: the layers before it have looked around too.
