@@ -12,7 +12,8 @@ from test_data import CPU, assert_same, batches, config_for
 
 from sasa_train.data.datasets import ImageSet, UnreadableImage, load_image_sets, to_rgb
 from sasa_train.data.loader import build_loaders, check_evaluated
-from sasa_train.data.quarantine import Quarantine, read_or_replace
+from sasa_train.data.quarantine import Quarantine
+from sasa_train.data.reading import read_or_replace
 from sasa_train.refusal import ConfigError
 from sasa_train.training.run import note_unreadable
 

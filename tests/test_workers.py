@@ -15,7 +15,7 @@ from conftest import make_image_folder
 from test_data import CPU, config_for
 from test_quarantine import TINY
 
-from sasa_train.data import resident
+from sasa_train.data import reading
 from sasa_train.data.datasets import Files, ImageSet
 from sasa_train.data.loader import build_loaders
 from sasa_train.data.plan import BatchPlan
@@ -157,7 +157,7 @@ def test_signals_to_the_process_group_leave_workers_alone():
 
 
 def test_decoding_into_memory_is_watched_too(image_folder, monkeypatch):
-    monkeypatch.setattr(resident, "read_or_replace", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(reading, "read_or_replace", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
     overrides = ("data=image_folder", f"data.root={image_folder}", "data.image_size=16", "trainer.global_batch_size=9")
     with pytest.raises(DataWorkerError, match=r"train: data worker \d+ was killed .*/0.png"):
         build_loaders(config_for(*overrides, "data.num_workers=1"), CPU)

@@ -3,17 +3,13 @@
 import logging
 import math
 
-import numpy as np
-
-from sasa_train.data.datasets import ImageSet, UnreadableImage
-from sasa_train.data.transforms import Shape
+from sasa_train.data.reading import Unreadable
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import printable
 
 log = logging.getLogger("sasa_train")
 
 ALWAYS_ALLOWED = 10  # in a small set a handful is no sign of a broken disk
-Unreadable = tuple[str, str]  # name and reason
 
 
 class Quarantine:
@@ -55,21 +51,3 @@ class Quarantine:
     def lines(self) -> list[str]:
         """Name and reason of each, one line an image."""
         return [f"{printable(name)}: {printable(reason)}" for name, reason in self.found.items()]
-
-
-def read_or_replace(
-    images: ImageSet, index: int, shape: Shape, num_tries: int
-) -> tuple[np.ndarray | None, int, list[Unreadable]]:
-    """The pixels and label of image `index`, or of the next one of `num_tries` that can be read (None: there is none).
-
-    The next one, so that a replacement depends on the files alone: not on workers, order or interruptions. The third
-    is what could not be read, for the quarantine.
-    """
-    unreadable: list[Unreadable] = []
-    for candidate in range(index, index + num_tries):
-        at = candidate % len(images)
-        try:
-            return images.read(at, shape), int(images.labels[at]), unreadable
-        except UnreadableImage as error:
-            unreadable.append((error.name, error.reason))
-    return None, -1, unreadable

@@ -1,7 +1,6 @@
 """A whole set of small images, decoded once and kept on the device; a batch is gathered and augmented there."""
 
 from collections.abc import Iterator
-from functools import partial
 
 import numpy as np
 import torch
@@ -10,12 +9,12 @@ from tqdm import tqdm
 
 from sasa_train.data.datasets import ImageSet
 from sasa_train.data.mixing import Mixing
-from sasa_train.data.plan import BatchPlan, MicroBatch
+from sasa_train.data.plan import BatchPlan
 from sasa_train.data.policies import to_device
-from sasa_train.data.quarantine import Quarantine, Unreadable, read_or_replace
+from sasa_train.data.quarantine import Quarantine
 from sasa_train.data.shared_memory import check_shared_memory, queue_bytes
-from sasa_train.data.transforms import Augment, Normalize, fit
-from sasa_train.data.workers import Workers
+from sasa_train.data.transforms import Augment, Normalize
+from sasa_train.data.workers import PlainReader, Workers
 from sasa_train.processes.ranks import rank
 
 CHUNK = 256  # images a worker decodes at a time
@@ -65,41 +64,22 @@ def decode_all(
         ConfigError: more images cannot be read than `data.max_unreadable` allows, or shared memory is too small.
         DataWorkerError: a worker was killed, or hangs.
     """
-    is_good = np.ones(len(images), dtype=bool)
     if isinstance(images.source, Tensor) and images.source.shape[-2:] == (size, size):
-        return images.source[torch.from_numpy(images.positions)], images.labels, is_good
-    pixels, labels = torch.empty(len(images), 3, size, size, dtype=torch.uint8), images.labels.copy()
+        return images.source[torch.from_numpy(images.positions)], images.labels, np.ones(len(images), dtype=bool)
+    pixels, labels = torch.zeros(len(images), 3, size, size, dtype=torch.uint8), images.labels.copy()
+    is_good = np.zeros(len(images), dtype=bool)
     check_shared_memory(queue_bytes(num_workers, CHUNK, len(images), size), num_workers)
     chunks = BatchPlan(0, len(images), CHUNK, 1).all()
-    reader = _ChunkReader(images, size, quarantine.num_tries)
+    reader = PlainReader(images, size, quarantine.num_tries)
     workers = Workers(reader, quarantine.split, num_workers, worker_timeout)
     is_quiet = True if rank() else None  # None: where there is no terminal
     with tqdm(total=len(images), desc=f"decoding {quarantine.split}", unit="img", disable=is_quiet, leave=False) as bar:
         try:
-            for micro, (chunk, chunk_labels, good, unreadable) in workers.read(chunks):
-                quarantine.add(unreadable)
-                pixels[micro.indices] = chunk.permute(0, 3, 1, 2)
-                labels[micro.indices], is_good[micro.indices] = chunk_labels, good
-                bar.update(len(chunk))
+            for micro, read in workers.read(chunks):
+                quarantine.add(read.unreadable)
+                good = micro.indices[read.rows]
+                pixels[good], labels[good], is_good[good] = read.pixels, read.labels, True
+                bar.update(len(micro.indices))
         finally:
             workers.close()
     return pixels, labels, is_good
-
-
-class _ChunkReader:
-    """Images decoded: uint8 [n, S, S, 3], labels, which are good, and what could not be read."""
-
-    def __init__(self, images: ImageSet, size: int, num_tries: int):
-        self.images, self.size, self.num_tries = images, size, num_tries
-
-    def __call__(self, micro: MicroBatch) -> tuple[Tensor, np.ndarray, np.ndarray, list[Unreadable]]:
-        indices, shape = micro.indices, partial(fit, size=self.size)
-        pixels = np.zeros((len(indices), self.size, self.size, 3), dtype=np.uint8)
-        labels, good, unreadable = np.zeros(len(indices), dtype=np.int64), np.ones(len(indices), dtype=bool), list()
-        for row, index in enumerate(indices):
-            image, labels[row], met = read_or_replace(self.images, int(index), shape, self.num_tries)
-            unreadable += met
-            good[row] = image is not None
-            if image is not None:
-                pixels[row] = image
-        return torch.from_numpy(pixels), labels, good, unreadable

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from functools import partial
 
 import numpy as np
 import torch
@@ -12,13 +11,13 @@ from torch.utils.data import get_worker_info
 from sasa_train.data.datasets import ImageSet
 from sasa_train.data.mixing import Mixing
 from sasa_train.data.plan import BatchPlan, MicroBatch
-from sasa_train.data.quarantine import Quarantine, Unreadable, read_or_replace
+from sasa_train.data.quarantine import Quarantine
+from sasa_train.data.reading import Read, Unreadable, read_or_replace
 from sasa_train.data.shared_memory import queue_bytes
-from sasa_train.data.transforms import Augment, Normalize, fit
-from sasa_train.data.workers import Workers
+from sasa_train.data.transforms import Augment, Normalize
+from sasa_train.data.workers import PlainReader, Workers
 
 Batch = tuple[Tensor, Tensor]
-Read = tuple[Tensor, Tensor, list[Unreadable]]
 
 
 class StreamingLoader:
@@ -41,7 +40,9 @@ class StreamingLoader:
         self.queue_bytes = queue_bytes(num_workers, plan.micro_batch_size, plan.num_images, augment.size)
         is_train = quarantine.split == "train"
         self._workers = Workers(
-            TrainReader(images, augment, quarantine.num_tries) if is_train else _EvalReader(images, augment.size),
+            TrainReader(images, augment, quarantine.num_tries)
+            if is_train
+            else PlainReader(images, augment.size, quarantine.num_tries),
             quarantine.split,
             num_workers,
             worker_timeout,
@@ -93,9 +94,9 @@ class StreamingLoader:
         return micro, self.normalize(images), labels.to(self.device, non_blocking=True)
 
     def _read(self, keys: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
-        for micro, (images, labels, unreadable) in self._workers.read(keys):
-            self.quarantine.add(unreadable)
-            yield micro, images, labels
+        for micro, read in self._workers.read(keys):
+            self.quarantine.add(read.unreadable)
+            yield micro, read.pixels, read.labels
 
     def close(self) -> None:
         """End the worker processes."""
@@ -103,7 +104,7 @@ class StreamingLoader:
 
 
 class TrainReader:
-    """A micro-batch, augmented: uint8 [B, 3, S, S], labels, and what could not be read."""
+    """Reads a micro-batch for training, augmented."""
 
     def __init__(self, images: ImageSet, augment: Augment, num_tries: int):
         self.images, self.augment, self.num_tries = images, augment, num_tries
@@ -119,7 +120,7 @@ class TrainReader:
                 rows[row] = image
         images = self.augment.pad(pixels.permute(0, 3, 1, 2))
         augmented = self.augment.batch(images, np.arange(len(indices)), micro.epoch, indices)
-        return augmented, torch.from_numpy(labels), unreadable
+        return Read(augmented, torch.from_numpy(labels), np.arange(len(indices)), unreadable)
 
 
 def _new_pixels(num_images: int, size: int) -> Tensor:
@@ -129,21 +130,3 @@ def _new_pixels(num_images: int, size: int) -> Tensor:
         return torch.empty(shape, dtype=torch.uint8)
     shared = torch.UntypedStorage._new_shared(math.prod(shape))
     return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
-
-
-class _EvalReader:
-    """A batch as val sees it: uint8 [B, 3, S, S], labels, and what could not be read and is left out."""
-
-    def __init__(self, images: ImageSet, size: int):
-        self.images, self.shape, self.size = images, partial(fit, size=size), size
-
-    def __call__(self, micro: MicroBatch) -> Read:
-        pixels, labels, unreadable = list[np.ndarray](), list[int](), list[Unreadable]()
-        for index in micro.indices:
-            image, label, met = read_or_replace(self.images, int(index), self.shape, num_tries=1)
-            unreadable += met
-            if image is not None:
-                pixels.append(image)
-                labels.append(label)
-        stacked = np.stack(pixels) if pixels else np.empty((0, self.size, self.size, 3), dtype=np.uint8)
-        return torch.from_numpy(stacked).permute(0, 3, 1, 2), torch.tensor(labels, dtype=torch.int64), unreadable

@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from torch.utils.data._utils import signal_handling
 
 from sasa_train.data.datasets import ImageSet
 from sasa_train.data.plan import MicroBatch
+from sasa_train.data.reading import Read, read_fitted
 from sasa_train.signals import SIGNALS
 from sasa_train.terminal import printable
 
@@ -42,7 +44,19 @@ class Reader(Protocol):
 
     images: ImageSet
 
-    def __call__(self, micro: MicroBatch) -> Any: ...
+    def __call__(self, micro: MicroBatch) -> Read: ...
+
+
+@dataclass
+class PlainReader:
+    """Reads a micro-batch as val sees it; what cannot be read is left out, or replaced in `num_tries`."""
+
+    images: ImageSet
+    size: int
+    num_tries: int
+
+    def __call__(self, micro: MicroBatch) -> Read:
+        return read_fitted(self.images, micro.indices, self.size, self.num_tries)
 
 
 class Workers:

@@ -12,7 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sasa_train.data.datasets import ImageSet
-from sasa_train.data.quarantine import Quarantine, read_or_replace
+from sasa_train.data.quarantine import Quarantine
+from sasa_train.data.reading import read_or_replace
 from sasa_train.data.transforms import fit
 from sasa_train.device import autocast
 from sasa_train.trained import TrainedModel

@@ -1,0 +1,93 @@
+"""Images fitted to size as val sees them: for data workers, and for the commands that show or classify images."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sasa_train.data.datasets import Files, ImageSet, UnreadableImage
+from sasa_train.data.transforms import Shape, fit
+
+Unreadable = tuple[str, str]  # name and reason
+Found = tuple[np.ndarray | None, int, list[Unreadable]]
+
+
+class Read(NamedTuple):
+    """The images of a batch that could be read, uint8 [n, 3, S, S], and their labels, int64 [n].
+
+    `rows` int64 [n] are their places in the batch; `unreadable` has the name and the reason of each of the others.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    rows: np.ndarray
+    unreadable: list[Unreadable]
+
+
+def image_files(paths: Sequence[str]) -> ImageSet:
+    """Make image files without labels (all are 0) an image set, which names each by its path."""
+    return ImageSet([], np.zeros(len(paths), dtype=np.int64), np.arange(len(paths)), Files(list(paths)))
+
+
+def read_fitted(images: ImageSet, indices: Iterable[int], size: int, num_tries: int = 1) -> Read:
+    """Read images `indices` as val sees them: the shorter side resized, the centre cropped.
+
+    One that cannot be read is left out or, with more tries, replaced by the next image that can.
+    """
+    return _gather((read_or_replace(images, int(i), partial(fit, size=size), num_tries) for i in indices), size)
+
+
+def read_batches(batches: Iterable[ImageSet], size: int, num_threads: int = 1) -> Iterator[Read]:
+    """Read each of `batches` whole; threads read the next one while the caller works with this one.
+
+    Threads suffice, as Pillow decodes and resizes without Python's lock.
+    """
+    pool, waiting = ThreadPoolExecutor(max(1, num_threads)), deque[Iterator[Found]]()
+    try:
+        for images in batches:
+            waiting.append(
+                pool.map(partial(read_or_replace, images, shape=partial(fit, size=size)), range(len(images)))
+            )
+            if len(waiting) > 1:
+                yield _gather(waiting.popleft(), size)
+        for last in waiting:
+            yield _gather(last, size)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def in_batches(images: ImageSet, batch_size: int) -> Iterator[ImageSet]:
+    """Cut an image set into `batch_size` images at a time, in order."""
+    for start in range(0, len(images), batch_size):
+        yield images.subset(np.arange(start, min(start + batch_size, len(images))))
+
+
+def _gather(found: Iterable[Found], size: int) -> Read:
+    everything = list(found)
+    rows = np.array([row for row, (image, *_) in enumerate(everything) if image is not None], dtype=np.int64)
+    pixels, labels = np.empty((len(rows), size, size, 3), dtype=np.uint8), np.empty(len(rows), dtype=np.int64)
+    for to, row in enumerate(rows):
+        pixels[to], labels[to], _ = everything[row]
+    unreadable = [one for *_, met in everything for one in met]
+    return Read(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(labels), rows, unreadable)
+
+
+def read_or_replace(images: ImageSet, index: int, shape: Shape, num_tries: int = 1) -> Found:
+    """The pixels and label of image `index`, or of the next one of `num_tries` that can be read (None: there is none).
+
+    The next one, so that a replacement depends on the files alone: not on workers, order or interruptions. The third
+    is what could not be read, for the quarantine.
+    """
+    unreadable: list[Unreadable] = []
+    for candidate in range(index, index + num_tries):
+        at = candidate % len(images)
+        try:
+            return images.read(at, shape), int(images.labels[at]), unreadable
+        except UnreadableImage as error:
+            unreadable.append((error.name, error.reason))
+    return None, -1, unreadable
