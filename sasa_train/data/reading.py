@@ -30,8 +30,8 @@ class Read(NamedTuple):
 
 
 def image_files(paths: Sequence[str]) -> ImageSet:
-    """Make image files without labels (all are 0) an image set, which names each by its path."""
-    return ImageSet([], np.zeros(len(paths), dtype=np.int64), np.arange(len(paths)), Files(list(paths)))
+    """Make image files an image set without labels (they are -1), which names each by its path."""
+    return ImageSet([], np.full(len(paths), -1), np.arange(len(paths)), Files(list(paths)))
 
 
 def read_fitted(images: ImageSet, indices: Iterable[int], size: int, num_tries: int = 1) -> Read:
@@ -47,12 +47,10 @@ def read_batches(batches: Iterable[ImageSet], size: int, num_threads: int = 1) -
 
     Threads suffice, as Pillow decodes and resizes without Python's lock.
     """
-    pool, waiting = ThreadPoolExecutor(max(1, num_threads)), deque[Iterator[Found]]()
+    pool, waiting, shape = ThreadPoolExecutor(max(1, num_threads)), deque[Iterator[Found]](), partial(fit, size=size)
     try:
         for images in batches:
-            waiting.append(
-                pool.map(partial(read_or_replace, images, shape=partial(fit, size=size)), range(len(images)))
-            )
+            waiting.append(pool.map(partial(read_or_replace, images, shape=shape), range(len(images))))
             if len(waiting) > 1:
                 yield _gather(waiting.popleft(), size)
         for last in waiting:

@@ -38,11 +38,13 @@ class StreamingLoader:
         self.device = normalize.mean.device
         self.num_left_out = 0  # by the last evaluation, of this process's share
         self.queue_bytes = queue_bytes(num_workers, plan.micro_batch_size, plan.num_images, augment.size)
-        is_train = quarantine.split == "train"
-        self._workers = Workers(
+        reader = (
             TrainReader(images, augment, quarantine.num_tries)
-            if is_train
-            else PlainReader(images, augment.size, quarantine.num_tries),
+            if quarantine.split == "train"
+            else PlainReader(images, augment.size, quarantine.num_tries)
+        )
+        self._workers = Workers(
+            reader,
             quarantine.split,
             num_workers,
             worker_timeout,

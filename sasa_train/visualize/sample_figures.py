@@ -36,7 +36,7 @@ def augmented_samples(
     normalize = trained.normalize(torch.device("cpu"))
     augmented = []
     for epoch in range(num_epochs):
-        pixels, _, _ = read(MicroBatch(indices, epoch, epoch, 0))
+        pixels = read(MicroBatch(indices, epoch, epoch, 0)).pixels
         mixed, _ = mixing(normalize(pixels), labels, epoch, 0)
         augmented.append(normalize.undo(mixed))
     return plain, augmented
