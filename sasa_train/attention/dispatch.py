@@ -12,6 +12,7 @@ import importlib.util
 import logging
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -255,7 +256,7 @@ _local_attention_qkv = _define(
 )
 
 
-def plain_decompositions() -> dict[torch._ops.OpOverload, Callable]:
+def plain_decompositions() -> dict[Any, Callable]:
     """For `ExportedProgram.run_decompositions`: the layers' op as PyTorch's own, so that it runs without sasa_train."""
     from sasa_train.attention import plain
 

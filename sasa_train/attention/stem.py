@@ -127,12 +127,14 @@ class _Problem(ctypes.Structure):
 _Weights = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
-def _problem(x: Tensor, tables: Tensor, num_heads: int, num_channels: int) -> _Problem:
+def _problem(x: Tensor, weights: _Weights, num_heads: int) -> tuple[_Problem, Tensor]:
+    """With the tables that it points to: the caller keeps them alive."""
     batch, _, height, width = x.shape
-    problem = _Problem(batch, height, width, num_heads, num_channels // num_heads, torch.get_num_threads())
+    tables = _tables(weights, num_heads)
+    problem = _Problem(batch, height, width, num_heads, len(weights[1]) // num_heads, torch.get_num_threads())
     problem.x = _Image(x.data_ptr(), *x.stride())
     problem.tables = tables.data_ptr()
-    return problem
+    return problem, tables
 
 
 def _set_pooled(problem: _Problem, x: Tensor, pooled: Tensor, places: Tensor) -> None:
@@ -207,9 +209,8 @@ def _run_backward(problem: _Problem, x: Tensor, weights: _Weights, tables: Tenso
 
 
 def _forward(x, w_qk, w_v, mixture, rel_height, rel_width, num_heads) -> Tensor:
-    tables = _tables((w_qk, w_v, mixture, rel_height, rel_width), num_heads)
     output = _empty_map(x, w_qk, w_v)
-    problem = _problem(x, tables, num_heads, len(w_v))
+    problem, _tables_alive = _problem(x, (w_qk, w_v, mixture, rel_height, rel_width), num_heads)
     problem.map = output.data_ptr()
     cpu.run("attention_stem", x.shape[1], "forward", problem)
     return output
@@ -222,9 +223,8 @@ def _empty_map(x: Tensor, w_qk: Tensor, w_v: Tensor, *_) -> Tensor:
 
 def _backward(grad_output, x, w_qk, w_v, mixture, rel_height, rel_width, num_heads, needs_x) -> list[Tensor]:
     weights = (w_qk, w_v, mixture, rel_height, rel_width)
-    tables = _tables(weights, num_heads)
     grad_output = grad_output.contiguous(memory_format=torch.channels_last)
-    problem = _problem(x, tables, num_heads, len(w_v))
+    problem, tables = _problem(x, weights, num_heads)
     problem.map = grad_output.data_ptr()
     return _run_backward(problem, x, weights, tables, needs_x)
 
@@ -236,9 +236,8 @@ def _forward_pooled(
     x, w_qk, w_v, mixture, rel_height, rel_width, num_heads, sign
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The picked numbers, their places in their blocks (uint8 [C, number of blocks]), mean and variance."""
-    tables = _tables((w_qk, w_v, mixture, rel_height, rel_width), num_heads)
     outputs = picked, places, mean, variance = _empty_pooled(x, w_qk, w_v)
-    problem = _problem(x, tables, num_heads, len(w_v))
+    problem, _tables_alive = _problem(x, (w_qk, w_v, mixture, rel_height, rel_width), num_heads)
     _set_pooled(problem, x, picked, places)
     sign = sign.to(torch.float32).contiguous()
     problem.sign, problem.mean, problem.variance = sign.data_ptr(), mean.data_ptr(), variance.data_ptr()
@@ -247,7 +246,7 @@ def _forward_pooled(
 
 
 def _empty_pooled(x: Tensor, w_qk: Tensor, w_v: Tensor, *_) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, _, height, width = x.shape
+    batch, height, width = len(x), *x.shape[2:]
     shape = (batch, w_v.shape[0], height // SIDE, width // SIDE)
     picked = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
     places = x.new_empty((shape[1], batch * shape[2] * shape[3]), dtype=torch.uint8)
@@ -259,10 +258,9 @@ def _backward_pooled(
     x, w_qk, w_v, mixture, rel_height, rel_width, num_heads, needs_x,
 ) -> list[Tensor]:  # fmt: skip
     weights = (w_qk, w_v, mixture, rel_height, rel_width)
-    tables = _tables(weights, num_heads)
     grad_picked = grad_picked.contiguous(memory_format=_memory_format(x))
     grad_mean, grad_variance = grad_mean.contiguous(), grad_variance.contiguous()
-    problem = _problem(x, tables, num_heads, len(w_v))
+    problem, tables = _problem(x, weights, num_heads)
     _set_pooled(problem, x, grad_picked, places)
     problem.mean = mean.data_ptr()
     problem.grad_mean, problem.grad_variance = grad_mean.data_ptr(), grad_variance.data_ptr()
@@ -275,7 +273,7 @@ def _backward_pooled(
 def _forward_flops(x, w_qk, w_v, mixture, rel_height, *_, **__) -> int:
     """What the definition costs: projections, q.k, q.r, weights times values; the kernel gets by with less."""
     batch, in_channels, height, width = x
-    num_channels, num_mixtures, _ = w_v
+    num_channels, num_mixtures = w_v[:2]
     projections = (2 + num_mixtures) * in_channels * num_channels
     attention = (2 + (rel_height is not None)) * SIDE**2 * num_channels
     return 2 * (projections + attention) * batch * height * width

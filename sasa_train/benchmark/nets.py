@@ -50,16 +50,13 @@ class Setting:
 
 def measure(options: Namespace, device: torch.device) -> dict[str, Any]:
     """Rows, one a model, their ratios to the first."""
+    own = ("image_size", "num_classes", "memory_format", "grad_checkpointing", "compile")
     setting = Setting(
-        device.type,
-        options.dtype,
-        options.batch_size or BATCH_SIZES[device.type],
-        options.image_size,
-        options.num_classes,
-        options.memory_format,
-        options.grad_checkpointing,
-        options.compile,
-        torch.get_num_threads(),
+        device=device.type,
+        precision=options.dtype,
+        batch_size=options.batch_size or BATCH_SIZES[device.type],
+        num_threads=torch.get_num_threads(),
+        **{name: getattr(options, name) for name in own},
     )
     models = list(dict.fromkeys(options.models))
     for spec in models:
