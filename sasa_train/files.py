@@ -4,14 +4,16 @@ The lock of a run folder is POSIX's record lock, not flock: data workers, which 
 not inherit it. The operating system drops it when its process ends, however it ends.
 """
 
+import csv
 import fcntl
+import io
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from sasa_train.machine import now
 from sasa_train.refusal import ConfigError
@@ -36,6 +38,13 @@ def write_aside(path: Path, write: Callable[[BinaryIO], object]) -> Path:
         temporary.unlink(missing_ok=True)
         raise
     return temporary
+
+
+def csv_text(rows: Iterable[Iterable[Any]], quoting: Any = csv.QUOTE_MINIMAL) -> str:
+    """Write records, of which the first may be the names of the columns, as CSV with line ends of Unix."""
+    text = io.StringIO()
+    csv.writer(text, quoting=quoting, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def sync_folder(folder: Path) -> None:

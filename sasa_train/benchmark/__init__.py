@@ -8,7 +8,7 @@ import re
 import shlex
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sasa_train.commands import described, end_command, positive, run
 from sasa_train.extras import why_not
@@ -70,6 +70,8 @@ def _run(options: argparse.Namespace, command: str) -> int:
     else:
         from sasa_train.benchmark.nets import measure
     result = measure(options, device)
+    from sasa_train.benchmark.result_table import markdown
+
     print("\n".join(markdown(result)))
     if options.json:
         from sasa_train.files import write_atomic
@@ -138,74 +140,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "none"
-
-
-def markdown(result: dict[str, Any]) -> list[str]:
-    """The table, then the summary and what was left out."""
-    rows = {"attention": _op_row, "layers": _layer_row, "growth": _growth_row, "model": _model_row}[result["kind"]]
-    cells = [rows(row) for row in result["rows"]]
-    lines = []
-    if cells:
-        lines = [_join(cells[0].keys()), "|" + "---|" * len(cells[0]), *(_join(row.values()) for row in cells), ""]
-    notes = [*result["notes"], *(f"left out at {', '.join(at)}: {what}" for what, at in result["left_out"].items())]
-    return [*lines, *result["summary"], *(f"note: {note}" for note in notes)]
-
-
-def _join(cells: Any) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _op_row(row: dict[str, Any]) -> dict[str, str]:
-    cells = {"layer": f"{row['shape']}, batch {row['batch_size']}", "backend": row["backend"]}
-    cells["forward, ms"] = _spread(row["forward_seconds"], 1e3)
-    cells["forward+backward, ms"] = _spread(row["forward_backward_seconds"], 1e3)
-    if "forward_ratio" in row:
-        cells |= {"forward/conv": _ratio(row["forward_ratio"]), "both/conv": _ratio(row["forward_backward_ratio"])}
-    return cells | _memory(row)
-
-
-def _layer_row(row: dict[str, Any]) -> dict[str, str]:
-    cells = {"map": f"{row['shape']}, batch {row['batch_size']}", "layer": row["backend"]}
-    cells["forward+backward, ms"] = _spread(row["forward_backward_seconds"], 1e3)
-    return cells | {"both/conv": _ratio(row["forward_backward_ratio"])} | _memory(row)
-
-
-def _growth_row(row: dict[str, Any]) -> dict[str, str]:
-    cells = {"grows": row["axis"], "map": f"{row['side']}x{row['side']}x{row['channels']}, batch {row['batch_size']}"}
-    cells |= {"K": str(row["kernel_size"]), "backend": row["backend"]}
-    cells["forward+backward, ms an image"] = _spread(row["seconds_per_image"], 1e3)
-    if "memory_bytes_per_image" in row:
-        cells["peak extra MiB an image"] = f"{row['memory_bytes_per_image'] / 2**20:.2f}"
-    return cells
-
-
-def _model_row(row: dict[str, Any]) -> dict[str, str]:
-    cells = {"model": row["model"], "parameters": f"{row['parameters'] / 1e6:.2f} M"}
-    cells |= {"format": row["memory_format"], "batch": str(row["batch_size"])}
-    for what in ("training", "inference"):
-        cells[f"{what}, images/s"] = _spread(row[f"{what}_images_per_sec"], 1)
-        cells["ratio" if what == "training" else "ratio "] = _ratio(row[f"{what}_ratio"])
-    if "memory_bytes" in row:
-        cells["training's peak MiB"] = f"{row['memory_bytes'] / 2**20:,.0f}"
-    return cells
-
-
-def _memory(row: dict[str, Any]) -> dict[str, str]:
-    return {"peak extra MiB": f"{row['memory_bytes'] / 2**20:.1f}"} if "memory_bytes" in row else {}
-
-
-def _spread(found: dict[str, Any], unit: float) -> str:
-    return f"{_digits(found['median'] * unit)} ({_digits(found['min'] * unit)} to {_digits(found['max'] * unit)})"
-
-
-def _digits(number: float) -> str:
-    """Three or more of them."""
-    return f"{number:,.0f}" if number >= 1000 else f"{number:.1f}" if number >= 100 else f"{number:.3g}"
-
-
-def _ratio(found: dict[str, Any]) -> str:
-    middle, low, high = (f"{x:.3f}" if x < 10 else _digits(x) for x in (found["median"], *found["quartiles"]))
-    return f"{middle} ({low} to {high})"
 
 
 def build_parser() -> argparse.ArgumentParser:
