@@ -1,20 +1,35 @@
 """`python -m sasa_train` lists the commands; `python -m sasa_train train ...` is sasa-train, and so on.
 
-`python -m sasa_train completion bash`, zsh or fish prints what makes a shell complete all of them.
+`python -m sasa_train completion bash`, zsh or fish prints what makes a shell complete all of them, by argcomplete.
 """
 
+import argparse
 import importlib
+import os
+import shlex
 import sys
+from collections.abc import Callable, Iterable
+from dataclasses import Field
+from typing import Any
 
 from sasa_train import __version__
 from sasa_train.commands import COMMANDS
+from sasa_train.config.completion import complete_override
+from sasa_train.config.groups import GROUPS
+from sasa_train.config.keys import key_table
+from sasa_train.terminal import DONE, REFUSED
 
 USAGE = """usage: python -m sasa_train COMMAND ...   (sasa-COMMAND ... is the same; --help says more about each)
 """
 MORE = """
   completion   bash, zsh or fish: prints what to load there, as in  source <(python -m sasa_train completion bash)
   --version"""
-DONE, REFUSED = 0, 2
+# -P: a file in the current folder that is called like one of Python's own modules must not run because of a TAB.
+ANSWER = {
+    "fish": "function _sasa_train\n    {python} -P -m sasa_train complete\nend\n",
+    "bash": "_sasa_train() {{ {python} -P -m sasa_train complete; }}\n",
+}
+ANSWER["zsh"] = "(( $+functions[compdef] )) || {{ autoload -Uz compinit && compinit }}\n" + ANSWER["bash"]
 
 
 def main() -> None:
@@ -28,7 +43,7 @@ def main() -> None:
 
 
 def run_command(arguments: list[str]) -> int:
-    """What is none of the commands; returns the exit code."""
+    """Run what is none of the commands; returns the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         lines = [f"  {name:<12} {command.about}" for name, command in COMMANDS.items()]
         print("\n".join([USAGE, *lines]) + MORE)
@@ -36,17 +51,77 @@ def run_command(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         print(f"sasa_train {__version__}")
         return DONE
-    from sasa_train.config import completion
-
-    if arguments[0] == "complete":  # what the shells' scripts call
-        print(completion.answer(arguments[1], arguments[2:]))
-        return DONE
-    if arguments[0] == "completion" and len(arguments) == 2 and arguments[1] in completion.SCRIPTS:
-        print(completion.script(arguments[1]), end="")
+    if arguments == ["complete"]:  # what the shells' scripts call
+        complete()
+    if arguments[0] == "completion" and len(arguments) == 2 and arguments[1] in ANSWER:
+        print(completion_script(arguments[1]))
         return DONE
     what = "completion takes bash, zsh or fish" if arguments[0] == "completion" else f"there is no {arguments[0]}"
     print(f"sasa_train: {what}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
     return REFUSED
+
+
+def completion_script(shell: str) -> str:
+    """What makes `shell` complete our commands, by the Python that prints this."""
+    from argcomplete import shellcode
+
+    commands = [f"sasa-{name}" for name in COMMANDS]
+    ours = ANSWER[shell].format(python=shlex.quote(sys.executable))
+    return ours + shellcode(commands, use_defaults=False, shell=shell, argcomplete_script="_sasa_train")
+
+
+def complete() -> None:
+    """Answer a shell that completes the line in COMP_LINE, and exit."""
+    import argcomplete
+
+    name = os.path.basename(os.environ["COMP_LINE"].split()[0]).removeprefix("sasa-")
+    offer: Any = completer(name)
+    argcomplete.autocomplete(parser_of(name), always_complete_options=False, default_completer=offer)
+
+
+def parser_of(name: str) -> argparse.ArgumentParser:
+    """A command's own parser, or one with the few options of those that Hydra's grammar parses."""
+    command = COMMANDS[name]
+    if not command.options:
+        return importlib.import_module(command.module).build_parser()
+    parser = argparse.ArgumentParser(add_help=False)
+    for option in command.options:
+        parser.add_argument(*option.split(), action="store_true")
+    parser.add_argument("overrides", nargs="*")
+    return parser
+
+
+def completer(name: str) -> Callable[..., Iterable[str]]:
+    """What argcomplete asks for the words that a command's parser leaves open: files, overrides, or both."""
+    from argcomplete.completers import FilesCompleter
+
+    reads, keys, paths = COMMANDS[name].reads, keys_of(name), FilesCompleter()
+
+    def words(prefix: str, action: argparse.Action, parsed_args: argparse.Namespace, **_: object) -> Iterable[str]:
+        key, equals, value = prefix.partition("=")
+        bounds = keys[key].metadata["bounds"] if key in keys else None
+        if equals and bounds and bounds.is_path:
+            return [f"{key}={path}" for path in paths(value)]
+        is_file = action.option_strings or action.dest in ("source", "checkpoint")  # the run stands first
+        if is_file or reads in ("files", "nothing"):
+            return paths(prefix)
+        groups = () if reads == "runs" else (*GROUPS, "sweep") if name == "sweep" else GROUPS
+        is_sweep = name == "sweep" or getattr(parsed_args, "multirun", False)
+        meanings = {key: field.metadata["help"] for key, field in keys.items()}
+        if reads == "configs":
+            return complete_override(prefix, groups, meanings, is_sweep)
+        meanings["weights"] = "the average, or the model's own"
+        return dict.fromkeys(paths(prefix), "") | complete_override(prefix, groups, meanings)
+
+    return words
+
+
+def keys_of(name: str) -> dict[str, Field]:
+    if name != "sweep":
+        return key_table()
+    from sasa_train.sweep.planning import SweepConfig
+
+    return key_table() | key_table(SweepConfig, "sweep.")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""The commands: one table for `python -m sasa_train` and for shell completion, and how each of them ends."""
+"""The commands: one table of them, and what they share: parsers, and how each ends."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from sasa_train.terminal import FAILED, fail
+from sasa_train.refusal import CheckpointError, ConfigError, ExpectedFailure
+from sasa_train.terminal import DONE, FAILED, REFUSED, fail
 
 
 class Command(NamedTuple):
@@ -13,12 +15,14 @@ class Command(NamedTuple):
 
     module: str
     about: str
-    reads: str  # "configs": groups and knobs; "runs": files, and knobs over a run's config; "files"; "nothing"
+    reads: str  # "configs": groups and keys; "runs": files, and keys over a run's config; "files"; "nothing"
     options: tuple[str, ...] = ()  # where `module` has no build_parser()
 
 
 COMMANDS = {
-    "train": Command("sasa_train.train", "train a model, or go on", "configs", ("--multirun", "--help", "--version")),
+    "train": Command(
+        "sasa_train.train", "train a model, or go on", "configs", ("--multirun -m", "--help", "--version")
+    ),
     "evaluate": Command("sasa_train.evaluate", "top1, top5 and loss of a checkpoint on val", "runs"),
     "predict": Command("sasa_train.predict", "classes of image files, by a checkpoint", "runs"),
     "visualize": Command("sasa_train.visualize", "pictures of what a model attends to and gets wrong", "runs"),
@@ -29,6 +33,54 @@ COMMANDS = {
     "benchmark": Command("sasa_train.benchmark", "time and memory of attention and of models", "nothing"),
     "data": Command("sasa_train.dataset_tool", "check a data set, prepare ImageNet, pack shards", "files"),
 }
+
+
+def described(build: Callable[..., argparse.ArgumentParser], **texts: Any) -> argparse.ArgumentParser:
+    """A parser, or one of a subcommand, whose texts are printed as they stand."""
+    return build(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **texts)
+
+
+def positive(text: str) -> int:
+    """An option's type."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 1")
+    return int(text)
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    arguments: list[str],
+    work: Callable[[argparse.Namespace], int | None],
+    has_overrides: bool = False,
+    has_subcommands: bool = False,
+) -> int:
+    """Parse a command line, do the work, and turn each expected ending into a message; returns the exit code.
+
+    has_overrides: words that are overrides are kept from the parser and become `options.overrides`.
+    """
+    if not arguments:
+        parser.print_help()
+        return REFUSED
+    overrides: list[str] = []
+    if has_overrides:
+        from sasa_train.config.overrides import split_overrides
+
+        arguments, overrides = split_overrides(arguments)
+    try:
+        options = parser.parse_args(arguments) if has_subcommands else parser.parse_intermixed_args(arguments)
+    except SystemExit as stop:  # after --help or argparse's own refusal
+        return int(stop.code or DONE)
+    if has_overrides:
+        options.overrides = overrides
+    try:
+        return work(options) or DONE
+    except (ConfigError, CheckpointError) as error:
+        return fail(error)
+    except BrokenPipeError:  # see end_command
+        raise
+    except (ExpectedFailure, OSError) as error:  # a disk that fills up or fails, say
+        fail(error)
+        return FAILED
 
 
 def end_command(run_command: Callable[[list[str]], int]) -> NoReturn:

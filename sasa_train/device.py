@@ -1,19 +1,69 @@
-"""The device that a config asks for, its precision, and autocast."""
+"""What a config comes to here: the device, its precision, autocast, and this process's part of the work."""
 
 import contextlib
 import copy
 import dataclasses
 import os
+from dataclasses import dataclass, field
 
 import torch
 
-from sasa_train.config.derived import with_micro_batch_size
+from sasa_train.config.derived import (
+    accumulation,
+    micro_batch_size,
+    resolved_image_size,
+    total_steps,
+    with_micro_batch_size,
+)
 from sasa_train.config.keys import TrainConfig, TrainerConfig
 from sasa_train.processes import collectives
-from sasa_train.processes.ranks import world_size
+from sasa_train.processes.ranks import rank, world_size
 from sasa_train.refusal import ConfigError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a resolved config comes to in this process, decided once and passed on.
+
+    `steps_per_epoch` is 0 until the data are known.
+    """
+
+    config: TrainConfig
+    device: torch.device
+    rank: int = field(default_factory=rank)
+    world_size: int = field(default_factory=world_size)
+    steps_per_epoch: int = 0
+
+    @property
+    def trainer(self) -> TrainerConfig:
+        return self.config.trainer
+
+    @property
+    def image_size(self) -> int:
+        return resolved_image_size(self.config.data)
+
+    @property
+    def images_per_step(self) -> int:
+        """This process's share of the global batch."""
+        return self.trainer.global_batch_size // self.world_size
+
+    @property
+    def micro_batch_size(self) -> int:
+        return micro_batch_size(self.trainer, self.world_size)
+
+    @property
+    def grad_accum_steps(self) -> int:
+        return accumulation(self.trainer, self.world_size)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole run."""
+        return total_steps(self.config, self.steps_per_epoch)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return autocast(self.device, self.trainer.precision)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
@@ -22,44 +72,37 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, DTYPES[precision])
 
 
-def resolve_device(config: TrainerConfig) -> tuple[torch.device, TrainerConfig]:
-    """The device, and the config with `precision=auto` replaced by what it means there.
+def resolve(config: TrainConfig) -> tuple[torch.device, TrainConfig]:
+    """The device, and the config with what follows from it here: `precision=auto`, and accumulation.
+
+    Sets torch's switches for determinism and matrix precision, too.
 
     Raises:
-        ValueError: a CUDA device is asked for and there is none, or it has no bf16; or what only CUDA can do is asked
+        ConfigError: a CUDA device is asked for and there is none, or it has no bf16; or what only CUDA can do is asked
             of the CPU.
     """
-    has_cuda = torch.cuda.is_available()
-    if config.device == "cuda" and not has_cuda:
-        raise ValueError("trainer.device=cuda, but torch sees no CUDA device; use trainer.device=auto or cpu")
-    device = torch.device("cuda" if has_cuda and config.device != "cpu" else "cpu")
+    trainer, has_cuda = copy.copy(config.trainer), torch.cuda.is_available()
+    if trainer.device == "cuda" and not has_cuda:
+        raise ConfigError("trainer.device=cuda, but torch sees no CUDA device; use trainer.device=auto or cpu")
+    device = torch.device("cuda" if has_cuda and trainer.device != "cpu" else "cpu")
     if world_size() > 1 and device.type == "cuda":
         collectives.use_own_device()
-    if config.sync_batch_norm and device.type == "cpu":
-        raise ValueError(
+    if trainer.sync_batch_norm and device.type == "cpu":
+        raise ConfigError(
             "trainer.sync_batch_norm=true, but PyTorch has it on CUDA alone; leave it out on the CPU: batch norm then "
             "sees each process's own micro-batches"
         )
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if config.precision == "bf16" and device.type == "cuda" and not has_bf16:
-        raise ValueError(f"trainer.precision=bf16, but {torch.cuda.get_device_name()} has none; use fp16 or fp32")
-    config = copy.copy(config)
-    if config.precision == "auto":
-        config.precision = "bf16" if has_bf16 else "fp32"
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses cuBLAS without it
-        torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(config.deterministic)
-    torch.set_float32_matmul_precision(config.matmul_precision)
-    torch.backends.cudnn.allow_tf32 = config.matmul_precision != "highest"  # convolutions and attention alike
-    return device, config
-
-
-def resolve(config: TrainConfig) -> tuple[torch.device, TrainConfig]:
-    try:
-        device, trainer = resolve_device(config.trainer)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    if trainer.precision == "bf16" and device.type == "cuda" and not has_bf16:
+        raise ConfigError(f"trainer.precision=bf16, but {torch.cuda.get_device_name()} has none; use fp16 or fp32")
+    if trainer.precision == "auto":
+        trainer.precision = "bf16" if has_bf16 else "fp32"
     if isinstance(trainer.micro_batch_size, int):
         trainer = with_micro_batch_size(trainer, trainer.micro_batch_size)
+    if trainer.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses cuBLAS without it
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(trainer.deterministic)
+    torch.set_float32_matmul_precision(trainer.matmul_precision)
+    torch.backends.cudnn.allow_tf32 = trainer.matmul_precision != "highest"  # convolutions and attention alike
     return device, dataclasses.replace(config, trainer=trainer)

@@ -15,7 +15,6 @@ from sasa_train.processes.ranks import local_world_size
 
 if TYPE_CHECKING:
     import torch
-import torch
 
 CGROUPS = Path("/sys/fs/cgroup")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
@@ -93,11 +92,10 @@ def _cgroup_limit(folder: Path) -> int:
 
 def _left_in_cgroup(folder: Path) -> int:
     try:
-        limit = (folder / "memory.max").read_text().strip()
         used = int((folder / "memory.current").read_text())
         statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         reclaimable = int(statistics.get("inactive_file", 0))  # files read once: given back when asked for
-        return sys.maxsize if limit == "max" else int(limit) - used + reclaimable
+        return _cgroup_limit(folder) - used + reclaimable
     except (OSError, ValueError):  # no such group, or another kind
         return sys.maxsize
 

@@ -10,7 +10,6 @@ from torch import nn
 
 from sasa_train.config.derived import resolved_image_size
 from sasa_train.config.keys import DataConfig, TrainConfig
-from sasa_train.config.overrides import split_weights
 from sasa_train.data.datasets import mean_std
 from sasa_train.data.fingerprint import differences
 from sasa_train.data.transforms import Normalize
@@ -67,7 +66,9 @@ def load_trained(source: Path, overrides: Sequence[str] = ()) -> TrainedModel:
         ConfigError: an override is refused, or makes another model than the checkpoint's; or this is one of several
             processes, which would all do the same.
     """
-    from sasa_train.config.saved import load_config  # here, for Hydra's import takes a tenth of a second
+    # Here, because Hydra's import takes a tenth of a second.
+    from sasa_train.config.overrides import split_weights
+    from sasa_train.config.saved import load_config
 
     if world_size() > 1:
         raise ConfigError(f"WORLD_SIZE={world_size()}: this is one process's work; run it without torchrun")

@@ -5,7 +5,7 @@ and the main process, so that the figure is images/s per core. Resident (--resid
 and flip of whole batches on all cores, beside torchvision DataLoaders that take one sample at a time in 2 workers: from
 the files, and from an array in memory.
 
-All loaders deliver the same number of images in turn, in random order, after a warm-up epoch each; printed are the
+All loaders deliver the same number of images in turn, in alternating order, after a warm-up; printed are the
 median, the range and the ratio of the pairs.
 
 usage: python scripts/loader_throughput.py ROOT --size 224 [--images 1280] [--rounds 7]
@@ -17,11 +17,10 @@ import argparse
 import itertools
 import os
 import random
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +31,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from sasa_train.benchmark.timing import progress_bar, ratio, spread, time_in_turn
 from sasa_train.config.compose import compose_config
 from sasa_train.data.loader import build_loaders
 
@@ -66,7 +66,7 @@ def main() -> int:
                 "timm": timm_loader(folder, options.size),
                 "torchvision": per_sample_loader(folder, v2.RandomResizedCrop(options.size), num_workers=1),
             }
-        report(measure(loaders, options.rounds))
+        report(loaders, options.rounds)
     return 0
 
 
@@ -119,30 +119,24 @@ def per_sample_loader(folder: str, crop: torch.nn.Module, num_workers: int, in_m
     return lambda: loader
 
 
-def measure(loaders: dict[str, Epoch], num_rounds: int) -> dict[str, list[float]]:
-    """Images/s of each round; the first round is the warm-up."""
-    speeds: dict[str, list[float]] = {name: [] for name in loaders}
-    for round_number in range(num_rounds + 1):
-        for name, epoch in random.sample(list(loaders.items()), len(loaders)):
-            start, num_images = time.perf_counter(), 0
-            for images, _ in epoch():
-                assert images.dtype == torch.float32
-                num_images += len(images)
-            if round_number:
-                speeds[name].append(num_images / (time.perf_counter() - start))
-    return speeds
-
-
-def report(speeds: dict[str, list[float]]) -> None:
+def report(loaders: dict[str, Epoch], num_rounds: int) -> None:
+    num_images = {name: sum(len(images) for images, _ in epoch()) for name, epoch in loaders.items()}
+    with progress_bar(num_rounds, "rounds") as bar:
+        runs = {name: partial(deliver, epoch) for name, epoch in loaders.items()}
+        seconds = time_in_turn(runs, num_rounds, CPU, bar, num_warm_ups=0)
+    speeds = {name: [num_images[name] / s for s in values] for name, values in seconds.items()}
     for name, values in speeds.items():
-        print(f"{name:<12} {statistics.median(values):10,.0f} images/s (from {min(values):,.0f} to {max(values):,.0f})")
+        found = spread(values)
+        print(f"{name:<12} {found['median']:10,.0f} images/s (from {found['min']:,.0f} to {found['max']:,.0f})")
     for name in list(speeds)[1:]:
-        ratios = [ours / other for ours, other in zip(speeds["ours"], speeds[name], strict=True)]
-        quartiles = statistics.quantiles(ratios, n=4)
-        print(
-            f"ours/{name}, median of {len(ratios)} pairs: {statistics.median(ratios):.2f} "
-            f"(quartiles {quartiles[0]:.2f} to {quartiles[2]:.2f})"
-        )
+        found = ratio(speeds["ours"], speeds[name])
+        low, high = found["quartiles"]
+        print(f"ours/{name}, median of {num_rounds} pairs: {found['median']:.2f} (quartiles {low:.2f} to {high:.2f})")
+
+
+def deliver(epoch: Epoch) -> None:
+    for images, _ in epoch():
+        assert images.dtype == torch.float32
 
 
 if __name__ == "__main__":

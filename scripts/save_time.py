@@ -16,7 +16,6 @@ from sasa_train.config.compose import compose_config
 from sasa_train.config.saved import to_yaml
 from sasa_train.models import build_model
 from sasa_train.runs.checkpoint import Checkpoints
-from sasa_train.training.optim import build_optimizer
 from sasa_train.training.state import build_state
 
 
@@ -28,7 +27,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = compose_config([f"model.name={arguments.model}", "data=imagenet", "trainer.ema_decay=0.999"])
     model = build_model(config.model, 1000, 224)
-    state = build_state(config.trainer, model, lambda m: build_optimizer(config, m), torch.device("cpu"))
+    state = build_state(config, model, torch.device("cpu"))
     for parameter in model.parameters():  # so that the optimizer has its momentum
         parameter.grad = torch.zeros_like(parameter)
     state.optimizer.step()

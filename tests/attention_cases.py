@@ -1,6 +1,11 @@
 """Cases of local attention, and a backend's outputs and gradients on them against the reference in float64."""
 
 import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -95,3 +100,21 @@ def tolerance(backend: str, device: str, inputs: torch.dtype, result: torch.dtyp
     if inputs == torch.bfloat16:  # TF32 cuts weights and their gradients to 11 bits, 2^-10, before they are summed
         return unit / 2 + 2**-10, 2**-9
     return unit / 2 + 1e-5, 8e-5  # three TF32 products for one have 22 bits of float32's 24
+
+
+def assert_threads_change_no_bit(run: Callable[[], Sequence[Tensor | None]], counts: Sequence[int]) -> None:
+    results, before = [], torch.get_num_threads()
+    try:
+        for num_threads in counts:
+            torch.set_num_threads(num_threads)
+            results.append(run())
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+def run_narrower(capability: str, program: str) -> None:
+    """Run tests' code with fewer of the CPU's instructions: ATEN_CPU_CAPABILITY is read once a process."""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=Path(__file__).parent)

@@ -4,16 +4,12 @@ import functools
 import itertools
 import logging
 import multiprocessing
-import os
 import random
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from attention_cases import LAYOUTS, draw, outputs_and_grads
+from attention_cases import LAYOUTS, assert_threads_change_no_bit, draw, outputs_and_grads, run_narrower
 from attention_cases import assert_equals_reference as case_equals_reference
 
 from sasa_train.attention import cpu, dispatch, local_attention
@@ -117,16 +113,9 @@ def test_the_number_of_threads_changes_no_bit(shape):
     generator = torch.Generator().manual_seed(0)
     rel = [torch.randn(7, shape[-1] // 2, generator=generator) for _ in range(2)]
     case = [*draw(shape, "channels_last", torch.float32, generator), *rel]
-    results = []
-    before = torch.get_num_threads()
-    try:
-        for num_threads in (1, 2, 3, 5, 16):
-            torch.set_num_threads(num_threads)
-            results.append(outputs_and_grads("cpu", None, case, 7, True, "mask", torch.ones(shape)))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+    assert_threads_change_no_bit(
+        lambda: outputs_and_grads("cpu", None, case, 7, True, "mask", torch.ones(shape)), (1, 2, 3, 5, 16)
+    )
 
 
 def test_outputs_and_gradients_keep_the_inputs_order_of_strides():
@@ -140,17 +129,15 @@ def test_outputs_and_gradients_keep_the_inputs_order_of_strides():
 
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_narrower_instruction_sets(capability):
-    """ATEN_CPU_CAPABILITY is read once a process."""
-    program = (
+    run_narrower(
+        capability,
         "import torch\n"
         "from test_attention_cpu import LAYOUTS, assert_equals_reference\n"
         "for layout in LAYOUTS:\n"
         "    for d in (2, 4, 8, 18, 32):\n"
         "        assert_equals_reference((2, 5, 7, 9, d), 7, layout=layout)\n"
-        "assert_equals_reference((2, 3, 17, 19, 8), 7, torch.bfloat16, border='zero', rel='per head')\n"
+        "assert_equals_reference((2, 3, 17, 19, 8), 7, torch.bfloat16, border='zero', rel='per head')\n",
     )
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=Path(__file__).parent)
 
 
 def test_float64_and_large_windows_are_refused_by_name():

@@ -2,14 +2,11 @@
 
 import copy
 import logging
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
+from attention_cases import assert_threads_change_no_bit, run_narrower
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -17,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sasa_train.attention import cpu, stem
 from sasa_train.models import AttentionStem, ResNet
-from sasa_train.training.batch_norm import frozen_running_stats
+from sasa_train.training.step import frozen_running_stats
 
 
 def needs_compiler() -> str | None:
@@ -175,21 +172,15 @@ def test_the_number_of_threads_changes_no_bit(pool):
     """Of the ops, that is; torch's own sums around them do depend on it."""
     torch.manual_seed(0)
     arguments = op_arguments(build(), torch.randn(3, 3, 148, 92).requires_grad_())
-    inputs, results = [t for t in arguments if isinstance(t, Tensor)], []
-    before = torch.get_num_threads()
-    try:
-        for num_threads in (1, 2, 3, 4, 5):
-            torch.set_num_threads(num_threads)
-            if pool:
-                outputs = stem.attention_stem_pooled(*arguments, torch.ones(16))
-            else:
-                outputs = (stem.attention_stem(*arguments),)
-            grads = [torch.linspace(-1, 1, out.numel()).view_as(out) for out in outputs]
-            results.append([*outputs, *torch.autograd.grad(outputs, inputs, grads)])
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+    inputs = [t for t in arguments if isinstance(t, Tensor)]
+
+    def results() -> list[Tensor]:
+        pooled = stem.attention_stem_pooled(*arguments, torch.ones(16)) if pool else ()
+        outputs = pooled or (stem.attention_stem(*arguments),)
+        grads = [torch.linspace(-1, 1, out.numel()).view_as(out) for out in outputs]
+        return [*outputs, *torch.autograd.grad(outputs, inputs, grads)]
+
+    assert_threads_change_no_bit(results, (1, 2, 3, 4, 5))
 
 
 @pytest.mark.parametrize("momentum", [0.1, 1.0, None, 0.0])
@@ -317,17 +308,15 @@ def test_backends():
 
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_narrower_instruction_sets(capability):
-    """ATEN_CPU_CAPABILITY is read once a process."""
-    program = (
+    run_narrower(
+        capability,
         "import torch\n"
         "from test_attention_stem import assert_exact, build\n"
         "torch.manual_seed(0)\n"
         "for pool in (True, False):\n"
         "    for channels, num_heads in ((16, 4), (64, 4), (12, 3), (16, 2)):\n"
-        "        assert_exact(build(3, channels, num_heads=num_heads, pool=pool), torch.randn(3, 3, 12, 20))\n"
+        "        assert_exact(build(3, channels, num_heads=num_heads, pool=pool), torch.randn(3, 3, 12, 20))\n",
     )
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=Path(__file__).parent)
 
 
 def test_without_a_compiler_auto_says_so_once(tmp_path, monkeypatch, caplog):

@@ -8,10 +8,11 @@ from test_engine import CPU
 from torch import nn
 
 from sasa_train.config.compose import compose_config
+from sasa_train.device import RunPlan
 from sasa_train.models import build_model, enable_grad_checkpointing
 from sasa_train.refusal import ConfigError
-from sasa_train.training.batch_norm import recalibrate
-from sasa_train.training.optim import build_optimizer, build_schedule
+from sasa_train.training.evaluation import recalibrate
+from sasa_train.training.optim import build_schedule
 from sasa_train.training.state import build_state
 from sasa_train.training.step import Stepper
 
@@ -28,8 +29,8 @@ def trained(checkpointing: bool, steps: int = 2) -> Stepper:
     model = build_model(config.model, 5, 8)
     if checkpointing:
         enable_grad_checkpointing(model)
-    state = build_state(config.trainer, model, lambda m: build_optimizer(config, m), CPU)
-    stepper = Stepper(config.trainer, state, build_schedule(config, state.optimizer, 10))
+    state = build_state(config, model, CPU)
+    stepper = Stepper(RunPlan(config, CPU), state, build_schedule(config, state.optimizer, 10))
     generator = torch.Generator().manual_seed(1)
     given = (
         (torch.randn(4, 3, 8, 8, generator=generator), torch.randint(0, 5, (4,), generator=generator))

@@ -247,10 +247,10 @@ def test_another_number_of_processes_may_cut_the_batch_otherwise():
 
 
 def test_sync_batch_norm_is_refused_on_a_cpu():
-    from sasa_train.device import resolve_device
+    from sasa_train.device import resolve
 
-    with pytest.raises(ValueError, match="sync_batch_norm=true, but PyTorch has it on CUDA alone"):
-        resolve_device(compose_config(["trainer.sync_batch_norm=true", "trainer.device=cpu"]).trainer)
+    with pytest.raises(ConfigError, match="sync_batch_norm=true, but PyTorch has it on CUDA alone"):
+        resolve(compose_config(["trainer.sync_batch_norm=true", "trainer.device=cpu"]))
 
 
 def test_restarts_on_several_machines_need_a_variable(monkeypatch):

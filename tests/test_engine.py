@@ -9,7 +9,7 @@ from torch import nn
 
 from sasa_train.config.compose import compose_config
 from sasa_train.config.derived import total_steps
-from sasa_train.device import resolve_device
+from sasa_train.device import RunPlan, resolve
 from sasa_train.models import build_model
 from sasa_train.refusal import ConfigError
 from sasa_train.training.evaluation import evaluate
@@ -25,8 +25,8 @@ def setup(*overrides: str, model: nn.Module | None = None, steps_per_epoch: int 
     config = compose_config(["trainer.global_batch_size=8", "trainer.precision=fp32", *overrides])
     torch.manual_seed(0)
     model = model or nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 3))
-    state = build_state(config.trainer, model, lambda m: build_optimizer(config, m), CPU)
-    return Stepper(config.trainer, state, build_schedule(config, state.optimizer, steps_per_epoch))
+    state = build_state(config, model, CPU)
+    return Stepper(RunPlan(config, CPU), state, build_schedule(config, state.optimizer, steps_per_epoch))
 
 
 def batches(num: int, size: int = 8):
@@ -193,10 +193,10 @@ def test_timms_optimizers_take_a_step(name):
 
 def test_auto_precision_is_fp32_on_a_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    device, trainer = resolve_device(compose_config([]).trainer)
-    assert (device.type, trainer.precision) == ("cpu", "fp32")
-    with pytest.raises(ValueError, match="trainer.device=cuda, but torch sees no CUDA device"):
-        resolve_device(compose_config(["trainer.device=cuda"]).trainer)
+    device, config = resolve(compose_config([]))
+    assert (device.type, config.trainer.precision) == ("cpu", "fp32")
+    with pytest.raises(ConfigError, match="trainer.device=cuda, but torch sees no CUDA device"):
+        resolve(compose_config(["trainer.device=cuda"]))
 
 
 def test_a_compiled_run_has_the_same_state_dict(monkeypatch):

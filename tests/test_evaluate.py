@@ -101,7 +101,7 @@ def test_the_best_temperature_on_paper():
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
 def test_the_best_temperature_is_found_from_afar(scale):
-    """A model whose logits are in the hundreds must not send Newton's method off to infinity."""
+    """A model whose logits are in the hundreds must not send the search off to infinity."""
     generator = torch.Generator().manual_seed(0)
     true = torch.randn(500, 7, generator=generator)
     labels = torch.multinomial(true.softmax(1), 1, generator=generator)[:, 0]

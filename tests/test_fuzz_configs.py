@@ -26,9 +26,8 @@ from sasa_train import train
 from sasa_train.config import compose, groups
 from sasa_train.config.compose import as_overrides, compose_config, to_config
 from sasa_train.config.groups import config_dir
-from sasa_train.config.keys import CHOICES, TrainConfig, key_table
+from sasa_train.config.keys import CHOICES, FREE_KEYS, TrainConfig, key_table
 from sasa_train.config.overrides import (
-    FREE,
     UNREADABLE,
     check_override_keys,
     chooses_group,
@@ -152,7 +151,7 @@ def assert_refused_well(message: str, overrides: list[str]) -> None:
     assert 10 < len(message) < 6000, message
     keys = [override.partition("=")[0].lstrip("+~").partition("@")[0] for override in overrides]
     named = [key.rpartition(".")[2] for key in keys if key] + [override[:20] for override in overrides]
-    named += [free.rstrip(".") for free in FREE if any(key.startswith(free) for key in keys)]
+    named += [free for free in FREE_KEYS if any(key.startswith(free) for key in keys)]
     assert any(name in message for name in named), f"{overrides} -> {message}"
 
 
@@ -443,7 +442,7 @@ def test_a_saved_config_that_is_no_text_is_refused(tmp_path, monkeypatch, capsys
     assert train.run_command(["resume=" + "x" * 300]) == 2
     assert "255 bytes per folder" in capsys.readouterr().err
     for text in (None, {"seed": 3}, b"seed: 3", "seed: 3\n" * 20_000):
-        with pytest.raises(ConfigError, match="a stranger's: is no config"):
+        with pytest.raises(ConfigError, match="a stranger's: is not a config"):
             load_config(text, source="a stranger's")
 
 

@@ -14,6 +14,7 @@ from test_commands import assert_equal_state, rows, run_in_process
 
 from sasa_train.config.compose import compose_config
 from sasa_train.config.saved import load_config
+from sasa_train.device import RunPlan, resolve
 from sasa_train.runs.checkpoint import Checkpoints, load_checkpoint
 from sasa_train.runs.folder import RunFolder
 from sasa_train.training.memory import largest_micro_batch, settle_auto
@@ -78,14 +79,14 @@ def test_a_micro_batch_size_is_accumulation_by_another_name(tmp_path, monkeypatc
 def test_auto_takes_what_fits_and_a_resume_keeps_it(tmp_path, monkeypatch, capsys):
     """Another machine's memory must not change a run that has begun: batch norm sees micro-batches."""
     monkeypatch.setattr(
-        "sasa_train.micro_batch.available_memory", lambda _: 5_400_000
+        "sasa_train.training.memory.available_memory", lambda _: 5_400_000
     )  # 8 images, 16 with checkpointing
     arguments = (*RUN, "trainer.micro_batch_size=auto")
     assert run_in_process(tmp_path, monkeypatch, *arguments, "trainer.max_hours=1e-9") == 75
     said = capsys.readouterr().out
     found = int(said.partition("trainer.micro_batch_size=auto: ")[2].split()[0])
     assert 1 < found < 16 and f"16 = {16 // found} x {found} images a step" in said
-    monkeypatch.setattr("sasa_train.micro_batch.available_memory", lambda _: 10**12)
+    monkeypatch.setattr("sasa_train.training.memory.available_memory", lambda _: 10**12)
     assert run_in_process(tmp_path, monkeypatch, *arguments) == 0
     assert f"16 = {16 // found} x {found} images a step" in capsys.readouterr().out
     assert run_in_process(tmp_path, monkeypatch, *arguments) == 0
@@ -94,40 +95,39 @@ def test_auto_takes_what_fits_and_a_resume_keeps_it(tmp_path, monkeypatch, capsy
 
 def test_auto_counts_what_checkpointing_saves_and_a_run_killed_early_keeps_its_size(tmp_path, monkeypatch):
     """Killed before the first checkpoint, config.yaml is all that says what the run began with."""
-    monkeypatch.setattr("sasa_train.micro_batch.available_memory", lambda _: 5_400_000)
+    monkeypatch.setattr("sasa_train.training.memory.available_memory", lambda _: 5_400_000)
     config = compose_config([*RUN, "trainer.micro_batch_size=auto"])
-    assert largest_micro_batch(config, CPU) == 8
+    plan = RunPlan(config, CPU)
+    assert largest_micro_batch(plan) == 8
     config.trainer.grad_checkpointing = True
-    assert largest_micro_batch(config, CPU) == 16
+    assert largest_micro_batch(plan) == 16
     config.trainer.grad_checkpointing = False
     run = RunFolder(tmp_path, io.StringIO(), Checkpoints(tmp_path / "checkpoints", 0), None)
-    run.write_config(settle_auto(config, run, CPU))
-    monkeypatch.setattr("sasa_train.micro_batch.available_memory", lambda _: 10**12)
-    assert settle_auto(config, run, CPU).trainer.grad_accum_steps == 2
+    run.write_config(settle_auto(plan, run))
+    monkeypatch.setattr("sasa_train.training.memory.available_memory", lambda _: 10**12)
+    assert settle_auto(plan, run).trainer.grad_accum_steps == 2
     config.trainer.global_batch_size = 36  # another batch, which 8 does not divide
-    trainer = settle_auto(config, run, CPU).trainer
+    trainer = settle_auto(plan, run).trainer
     assert (trainer.micro_batch_size, trainer.grad_accum_steps) == (6, 6)
 
 
 def test_auto_is_refused_where_not_one_image_fits(monkeypatch):
-    monkeypatch.setattr("sasa_train.micro_batch.available_memory", lambda _: 1000)
+    monkeypatch.setattr("sasa_train.training.memory.available_memory", lambda _: 1000)
     from sasa_train.refusal import ConfigError
 
     with pytest.raises(ConfigError, match="not even one image of 224 pixels fits into the memory of cpu"):
-        largest_micro_batch(compose_config(["experiment=imagenet_sasa_resnet50"]), CPU)
+        largest_micro_batch(RunPlan(compose_config(["experiment=imagenet_sasa_resnet50"]), CPU))
 
 
 @pytest.mark.parametrize("precision,allows", [("highest", False), ("high", True)])
 def test_one_key_rules_tf32_of_matrices_and_convolutions(precision, allows):
     """Else convolutions would run in TF32 and attention's projections not: no comparison would be fair."""
-    from sasa_train.device import resolve_device
-
     try:
-        resolve_device(compose_config([f"trainer.matmul_precision={precision}"]).trainer)
+        resolve(compose_config([f"trainer.matmul_precision={precision}"]))
         assert torch.get_float32_matmul_precision() == precision
         assert torch.backends.cudnn.allow_tf32 == allows
     finally:
-        resolve_device(compose_config([]).trainer)
+        resolve(compose_config([]))
 
 
 def test_recalibrated_statistics_are_in_the_checkpoint(tmp_path, monkeypatch, capsys):

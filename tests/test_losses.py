@@ -9,7 +9,7 @@ from torch import nn
 
 from sasa_train.config.compose import compose_config
 from sasa_train.refusal import ConfigError
-from sasa_train.training.losses import build_criterion
+from sasa_train.training.step import build_criterion
 
 
 def criterion(*overrides: str):

@@ -1,5 +1,7 @@
 """The models are the paper's: counts to the digit, printed figures within their tolerance, and timm's API."""
 
+import itertools
+
 import pytest
 import timm
 import torch
@@ -159,20 +161,17 @@ def stem_oracle(stem: AttentionStem, x: torch.Tensor) -> torch.Tensor:
     w_q, w_k = stem.qk.weight[:, :, 0, 0].chunk(2)
     w_v = stem.value.weight[:, :, 0, 0].unflatten(1, (m, -1))  # [C', m, C]
     out = torch.zeros(batch, channels, height, width, dtype=x.dtype)
-    for b in range(batch):
-        for y in range(height):
-            for z in range(width):
-                q = (w_q @ x[b, :, y, z]).view(heads, d)
-                scores, values = [], []
-                for a in range(4):
-                    for c in range(4):
-                        pixel = x[b, :, y // 4 * 4 + a, z // 4 * 4 + c]
-                        p = ((stem.emb_row[a] + stem.emb_col[c]) @ stem.nu.T).softmax(0)
-                        values.append(sum(p[i] * (w_v[:, i] @ pixel) for i in range(m)).view(heads, d))
-                        r = torch.cat([stem.rel_height[a - y % 4 + 3], stem.rel_width[c - z % 4 + 3]])
-                        scores.append((q * (w_k @ pixel).view(heads, d)).sum(1) + q @ r)
-                weights = torch.stack(scores).softmax(0)  # [16, heads]
-                out[b, :, y, z] = (weights[..., None] * torch.stack(values)).sum(0).flatten()
+    for b, y, z in itertools.product(range(batch), range(height), range(width)):
+        q = (w_q @ x[b, :, y, z]).view(heads, d)
+        scores, values = [], []
+        for a, c in itertools.product(range(4), repeat=2):
+            pixel = x[b, :, y // 4 * 4 + a, z // 4 * 4 + c]
+            p = ((stem.emb_row[a] + stem.emb_col[c]) @ stem.nu.T).softmax(0)
+            values.append(sum(p[i] * (w_v[:, i] @ pixel) for i in range(m)).view(heads, d))
+            r = torch.cat([stem.rel_height[a - y % 4 + 3], stem.rel_width[c - z % 4 + 3]])
+            scores.append((q * (w_k @ pixel).view(heads, d)).sum(1) + q @ r)
+        weights = torch.stack(scores).softmax(0)  # [16, heads]
+        out[b, :, y, z] = (weights[..., None] * torch.stack(values)).sum(0).flatten()
     return out
 
 

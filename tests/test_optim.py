@@ -11,6 +11,7 @@ from timm.optim import list_optimizers
 from torch import nn
 
 from sasa_train.config.compose import compose_config
+from sasa_train.device import RunPlan
 from sasa_train.models import build_model
 from sasa_train.refusal import ConfigError
 from sasa_train.training.optim import build_optimizer, build_schedule
@@ -150,8 +151,8 @@ def test_adaptive_clipping_bounds_each_unit_and_spares_the_classifier():
     model = build_model(
         compose_config(["model=conv_resnet26", "model.width=0.125", "model.stem=conv_small"]).model, 3, 8
     )
-    state = build_state(config.trainer, model, lambda m: build_optimizer(config, m), CPU)
-    stepper = Stepper(config.trainer, state, build_schedule(config, state.optimizer, 10))
+    state = build_state(config, model, CPU)
+    stepper = Stepper(RunPlan(config, CPU), state, build_schedule(config, state.optimizer, 10))
     weight_norms = {name: p.detach().flatten(1).norm(dim=1) for name, p in model.named_parameters() if p.ndim == 4}
     classifier_norm = model.fc.weight.detach().norm(dim=1)
     images, labels = torch.randn(8, 3, 8, 8), torch.randint(0, 3, (8,))
@@ -191,9 +192,7 @@ def test_allowed_changes_of_arguments_and_layer_decay_reach_a_resumed_run():
 def test_short_runs_may_have_any_schedule():
     """The check before the data is loaded does not know how long an epoch is; it must not refuse what will fit."""
     for overrides in (["trainer.epochs=2"], ["trainer.epochs=10", "schedule.warmup_epochs=9"], ["trainer.max_steps=3"]):
-        check_buildable(
-            compose_config(["schedule.name=wsd", "trainer.precision=fp32", *overrides]), torch.device("cpu")
-        )
+        check_buildable(RunPlan(compose_config(["schedule.name=wsd", "trainer.precision=fp32", *overrides]), CPU))
     with pytest.raises(ConfigError, match="stable_timescale"):
         rates("schedule.name=rsqrt")
     assert rates("schedule.name=rsqrt", "schedule.args={stable_timescale:2}")[79] < 0.6

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +18,8 @@ from test_quarantine import BAD, spoil
 
 from sasa_train import evaluate, predict, train
 from sasa_train.data.loader import build_eval_loader
-from sasa_train.data.transforms import fit
 from sasa_train.predict.find_images import Found, find_images
-from sasa_train.predict.inference import Predictor, read_ahead
+from sasa_train.predict.inference import Predictor
 from sasa_train.predict.table import Row, as_csv, as_jsonl, as_table
 from sasa_train.refusal import ConfigError
 from sasa_train.trained import load_trained
@@ -241,11 +239,12 @@ def test_stdin_lists_names(tree, monkeypatch):
         listed(b"x" * 200_000)
 
 
-def test_no_more_is_read_than_the_next_batch(tree):
+def test_no_more_is_read_than_the_next_batch(run, tree):
     """A list of a million files must not be decoded into memory; so an endless one must give its first row."""
     num_taken = itertools.count()
     endless = (Found("a.gif") for _ in iter(lambda: next(num_taken), None))
-    assert next(read_ahead(endless, partial(fit, size=8), 3, num_ahead=7))[0].fault.startswith("cannot identify")
+    rows = next(Predictor(load_trained(Path(run)), 1).rows(endless, batch_size=4))
+    assert [row.error.startswith("cannot identify") for row in rows] == [True] * 4
     assert next(num_taken) == 8
 
 

@@ -12,13 +12,14 @@ import importlib.util
 import logging
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from sasa_train.attention import cpu, reference
+from sasa_train.attention.operators import define_operator
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 BORDERS = ("mask", "zero")
@@ -130,21 +131,6 @@ def _split(projections: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
     return projections[0], projections[1] if projections.shape[0] == 3 else None, projections[-1]
 
 
-@torch.library.custom_op("sasa_train::local_attention", mutates_args=())
-def _local_attention(
-    query: Tensor,
-    key: Tensor | None,
-    value: Tensor,
-    rel_height: Tensor | None,
-    rel_width: Tensor | None,
-    kernel_size: int,
-    border: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """The output, and what the CPU kernel keeps for its backward pass; from the others zeros."""
-    return _forward(backend, (query, key, value, rel_height, rel_width), kernel_size, border, 1)
-
-
 def _forward(backend: str, inputs: _Inputs, kernel_size: int, border: str, stride: int) -> tuple[Tensor, Tensor]:
     query, _, value, *_ = inputs
     module = _resolve(backend, query, kernel_size)
@@ -176,31 +162,6 @@ def _empty_statistics(value: Tensor) -> Tensor:
     return value.new_empty(cpu.statistics_shape(value) if value.device.type == "cpu" else 0, dtype=torch.float32)
 
 
-@_local_attention.register_fake
-def _(query, key, value, rel_height, rel_width, kernel_size, border, backend):
-    return torch.empty_like(value), _empty_statistics(value)
-
-
-@torch.library.custom_op("sasa_train::local_attention_backward", mutates_args=())
-def _local_attention_backward(
-    grad_output: Tensor,
-    statistics: Tensor,
-    query: Tensor,
-    key: Tensor | None,
-    value: Tensor,
-    rel_height: Tensor | None,
-    rel_width: Tensor | None,
-    kernel_size: int,
-    border: str,
-    backend: str,
-) -> list[Tensor]:
-    """Gradients of those of the five tensors that are there, in their order (an op cannot return None)."""
-    inputs = (query, key, value, rel_height, rel_width)
-    grads = (torch.empty_like(query), None if key is None else torch.empty_like(key), torch.empty_like(value))
-    grad_rel = _backward_into(backend, grads, grad_output, statistics, inputs, kernel_size, border, 1)
-    return [grad for grad in (*grads, *grad_rel) if grad is not None]
-
-
 def _backward_into(
     backend: str,
     grads: tuple[Tensor, Tensor | None, Tensor],
@@ -230,85 +191,6 @@ def _backward_into(
     return [torch.empty_like(rel).copy_(grad) for rel, grad in pairs if rel is not None and grad is not None]
 
 
-@_local_attention_backward.register_fake
-def _(grad_output, statistics, query, key, value, rel_height, rel_width, kernel_size, border, backend):
-    return [torch.empty_like(x) for x in (query, key, value, rel_height, rel_width) if x is not None]
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.kernel_size, ctx.border, ctx.backend = inputs
-    ctx.save_for_backward(output[1], *tensors)
-
-
-def _backward(ctx, grad_output, _):
-    tensors = ctx.saved_tensors
-    present = iter(_local_attention_backward(grad_output, *tensors, ctx.kernel_size, ctx.border, ctx.backend))
-    return (*(None if x is None else next(present) for x in tensors[1:]), None, None, None)
-
-
-_local_attention.register_autograd(_backward, setup_context=_setup_context)
-
-
-@torch.library.custom_op("sasa_train::local_attention_qkv", mutates_args=())
-def _local_attention_qkv(
-    projections: Tensor,
-    rel_height: Tensor | None,
-    rel_width: Tensor | None,
-    kernel_size: int,
-    border: str,
-    stride: int,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return _forward(backend, (*_split(projections), rel_height, rel_width), kernel_size, border, stride)
-
-
-@_local_attention_qkv.register_fake
-def _(projections, rel_height, rel_width, kernel_size, border, stride, backend):
-    return cpu.empty_output(projections[-1], stride), _empty_statistics(projections[-1])
-
-
-@torch.library.custom_op("sasa_train::local_attention_qkv_backward", mutates_args=())
-def _local_attention_qkv_backward(
-    grad_output: Tensor,
-    statistics: Tensor,
-    projections: Tensor,
-    rel_height: Tensor | None,
-    rel_width: Tensor | None,
-    kernel_size: int,
-    border: str,
-    stride: int,
-    backend: str,
-) -> list[Tensor]:
-    inputs = (*_split(projections), rel_height, rel_width)
-    grad_projections = torch.empty_like(projections)
-    grad_rel = _backward_into(
-        backend, _split(grad_projections), grad_output, statistics, inputs, kernel_size, border, stride
-    )
-    return [grad_projections, *grad_rel]
-
-
-@_local_attention_qkv_backward.register_fake
-def _(grad_output, statistics, projections, rel_height, rel_width, kernel_size, border, stride, backend):
-    return [torch.empty_like(x) for x in (projections, rel_height, rel_width) if x is not None]
-
-
-def _setup_context_qkv(ctx, inputs, output):
-    *tensors, ctx.kernel_size, ctx.border, ctx.stride, ctx.backend = inputs
-    ctx.save_for_backward(output[1], *tensors)
-
-
-def _backward_qkv(ctx, grad_output, _):
-    tensors = ctx.saved_tensors
-    present = iter(
-        _local_attention_qkv_backward(grad_output, *tensors, ctx.kernel_size, ctx.border, ctx.stride, ctx.backend)
-    )
-    return (*(None if x is None else next(present) for x in tensors[1:]), None, None, None, None)
-
-
-_local_attention_qkv.register_autograd(_backward_qkv, setup_context=_setup_context_qkv)
-
-
-@register_flop_formula(torch.ops.sasa_train.local_attention)
 def _forward_flops(query, key, value, rel_height, rel_width, kernel_size, *_, **__) -> int:
     """2*K*K*D a head and position for each of q.k, q.r and weights times values; every window counted full."""
     batch, num_heads, height, width, head_dim = query
@@ -316,24 +198,65 @@ def _forward_flops(query, key, value, rel_height, rel_width, kernel_size, *_, **
     return num_products * 2 * kernel_size**2 * head_dim * batch * num_heads * height * width
 
 
-@register_flop_formula(torch.ops.sasa_train.local_attention_backward)
-def _backward_flops(grad_output, statistics, *args, **kwargs) -> int:
-    """Each product has two gradients of its own cost; the scores computed again are not counted."""
-    return 2 * _forward_flops(*args)
-
-
-@register_flop_formula(torch.ops.sasa_train.local_attention_qkv)
 def _forward_flops_qkv(projections, rel_height, rel_width, kernel_size, *_, **__) -> int:
     query = projections[1:]
     return _forward_flops(query, query if projections[0] == 3 else None, query, rel_height, rel_width, kernel_size)
 
 
-@register_flop_formula(torch.ops.sasa_train.local_attention_qkv_backward)
-def _backward_flops_qkv(grad_output, statistics, *args, **kwargs) -> int:
-    return 2 * _forward_flops_qkv(*args)
+def _forward_separate(query, key, value, rel_height, rel_width, kernel_size, border, backend):
+    return _forward(backend, (query, key, value, rel_height, rel_width), kernel_size, border, 1)
 
 
-def plain_decompositions() -> dict[torch._ops.OpOverload, Callable]:
+def _backward_separate(
+    grad_output, statistics, query, key, value, rel_height, rel_width, kernel_size, border, backend
+) -> list[Tensor]:
+    inputs = (query, key, value, rel_height, rel_width)
+    grads = (torch.empty_like(query), None if key is None else torch.empty_like(key), torch.empty_like(value))
+    grad_rel = _backward_into(backend, grads, grad_output, statistics, inputs, kernel_size, border, 1)
+    return [grad for grad in (*grads, *grad_rel) if grad is not None]
+
+
+def _forward_qkv(projections, rel_height, rel_width, kernel_size, border, stride, backend):
+    return _forward(backend, (*_split(projections), rel_height, rel_width), kernel_size, border, stride)
+
+
+def _backward_qkv(
+    grad_output, statistics, projections, rel_height, rel_width, kernel_size, border, stride, backend
+) -> list[Tensor]:
+    inputs, grad = (*_split(projections), rel_height, rel_width), torch.empty_like(projections)
+    grad_rel = _backward_into(backend, _split(grad), grad_output, statistics, inputs, kernel_size, border, stride)
+    return [grad, *grad_rel]
+
+
+_define = functools.partial(  # of both ops the second output is what the CPU kernel keeps; from other backends zeros
+    define_operator, outputs="(Tensor, Tensor)", kept=(1,), backward_inputs="Tensor grad_output, Tensor statistics"
+)
+
+_local_attention = _define(
+    "local_attention",
+    "Tensor query, Tensor? key, Tensor value, Tensor? rel_height, Tensor? rel_width",
+    "SymInt kernel_size, str border, str backend",
+    forward=_forward_separate,
+    fake=lambda query, key, value, *_: (torch.empty_like(value), _empty_statistics(value)),
+    backward=_backward_separate,
+    flops=_forward_flops,
+)
+
+_local_attention_qkv = _define(
+    "local_attention_qkv",
+    "Tensor projections, Tensor? rel_height, Tensor? rel_width",
+    "SymInt kernel_size, str border, SymInt stride, str backend",
+    forward=_forward_qkv,
+    fake=lambda projections, rel_height, rel_width, kernel_size, border, stride, backend: (
+        cpu.empty_output(projections[-1], stride),
+        _empty_statistics(projections[-1]),
+    ),
+    backward=_backward_qkv,
+    flops=_forward_flops_qkv,
+)
+
+
+def plain_decompositions() -> dict[Any, Callable]:
     """For `ExportedProgram.run_decompositions`: the layers' op as PyTorch's own, so that it runs without sasa_train."""
     from sasa_train.attention import plain
 

@@ -11,9 +11,9 @@ import logging
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from sasa_train.attention import cpu
+from sasa_train.attention.operators import define_operator
 
 SIDE = 4  # of a block
 MAX_IN_CHANNELS = 8  # scores cost in_channels, not head_dim, multiplications: the fewer channels, the more is won
@@ -127,12 +127,14 @@ class _Problem(ctypes.Structure):
 _Weights = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
-def _problem(x: Tensor, tables: Tensor, num_heads: int, num_channels: int) -> _Problem:
+def _problem(x: Tensor, weights: _Weights, num_heads: int) -> tuple[_Problem, Tensor]:
+    """With the tables that it points to: the caller keeps them alive."""
     batch, _, height, width = x.shape
-    problem = _Problem(batch, height, width, num_heads, num_channels // num_heads, torch.get_num_threads())
+    tables = _tables(weights, num_heads)
+    problem = _Problem(batch, height, width, num_heads, len(weights[1]) // num_heads, torch.get_num_threads())
     problem.x = _Image(x.data_ptr(), *x.stride())
     problem.tables = tables.data_ptr()
-    return problem
+    return problem, tables
 
 
 def _set_pooled(problem: _Problem, x: Tensor, pooled: Tensor, places: Tensor) -> None:
@@ -206,102 +208,36 @@ def _run_backward(problem: _Problem, x: Tensor, weights: _Weights, tables: Tenso
 # ---- every position
 
 
-@torch.library.custom_op("sasa_train::attention_stem", mutates_args=(), device_types="cpu")
-def _attention_stem(
-    x: Tensor,
-    w_qk: Tensor,
-    w_v: Tensor,
-    mixture: Tensor,
-    rel_height: Tensor | None,
-    rel_width: Tensor | None,
-    num_heads: int,
-) -> Tensor:
-    tables = _tables((w_qk, w_v, mixture, rel_height, rel_width), num_heads)
-    output = _empty_map(x, w_v)
-    problem = _problem(x, tables, num_heads, len(w_v))
+def _forward(x, w_qk, w_v, mixture, rel_height, rel_width, num_heads) -> Tensor:
+    output = _empty_map(x, w_qk, w_v)
+    problem, _tables_alive = _problem(x, (w_qk, w_v, mixture, rel_height, rel_width), num_heads)
     problem.map = output.data_ptr()
     cpu.run("attention_stem", x.shape[1], "forward", problem)
     return output
 
 
-def _empty_map(x: Tensor, w_v: Tensor) -> Tensor:
+def _empty_map(x: Tensor, w_qk: Tensor, w_v: Tensor, *_) -> Tensor:
     shape = (x.shape[0], w_v.shape[0], *x.shape[2:])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-@_attention_stem.register_fake
-def _(x, w_qk, w_v, mixture, rel_height, rel_width, num_heads):
-    return _empty_map(x, w_v)
-
-
-@torch.library.custom_op("sasa_train::attention_stem_backward", mutates_args=(), device_types="cpu")
-def _attention_stem_backward(
-    grad_output: Tensor,
-    x: Tensor,
-    w_qk: Tensor,
-    w_v: Tensor,
-    mixture: Tensor,
-    rel_height: Tensor | None,
-    rel_width: Tensor | None,
-    num_heads: int,
-    needs_x: bool,
-) -> list[Tensor]:
+def _backward(grad_output, x, w_qk, w_v, mixture, rel_height, rel_width, num_heads, needs_x) -> list[Tensor]:
     weights = (w_qk, w_v, mixture, rel_height, rel_width)
-    tables = _tables(weights, num_heads)
     grad_output = grad_output.contiguous(memory_format=torch.channels_last)
-    problem = _problem(x, tables, num_heads, len(w_v))
+    problem, tables = _problem(x, weights, num_heads)
     problem.map = grad_output.data_ptr()
     return _run_backward(problem, x, weights, tables, needs_x)
-
-
-@_attention_stem_backward.register_fake
-def _(grad_output, x, w_qk, w_v, mixture, rel_height, rel_width, num_heads, needs_x):
-    return _empty_grads(needs_x, x, w_qk, w_v, mixture, rel_height, rel_width)
-
-
-def _empty_grads(needs_x, x, *weights):
-    return [torch.empty_like(t) for t in (x if needs_x else None, *weights) if t is not None]
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.num_heads = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, grad_output):
-    tensors = ctx.saved_tensors
-    grads = _attention_stem_backward(grad_output, *tensors, ctx.num_heads, ctx.needs_input_grad[0])
-    return (*_in_places(grads, ctx.needs_input_grad[0], tensors), None)
-
-
-def _in_places(grads, needs_x, tensors):
-    """The gradients at the places of their tensors, None for those that have none."""
-    present = iter(grads)
-    wanted = (needs_x, *(t is not None for t in tensors[1:]))
-    return tuple(next(present) if has_grad else None for has_grad in wanted)
-
-
-_attention_stem.register_autograd(_backward, setup_context=_setup_context)
 
 
 # ---- of each block the largest
 
 
-@torch.library.custom_op("sasa_train::attention_stem_pooled", mutates_args=(), device_types="cpu")
-def _attention_stem_pooled(
-    x: Tensor,
-    w_qk: Tensor,
-    w_v: Tensor,
-    mixture: Tensor,
-    rel_height: Tensor | None,
-    rel_width: Tensor | None,
-    num_heads: int,
-    sign: Tensor,
+def _forward_pooled(
+    x, w_qk, w_v, mixture, rel_height, rel_width, num_heads, sign
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The picked numbers, their places in their blocks (uint8 [C, number of blocks]), mean and variance."""
-    tables = _tables((w_qk, w_v, mixture, rel_height, rel_width), num_heads)
-    outputs = picked, places, mean, variance = _empty_pooled(x, w_v)
-    problem = _problem(x, tables, num_heads, len(w_v))
+    outputs = picked, places, mean, variance = _empty_pooled(x, w_qk, w_v)
+    problem, _tables_alive = _problem(x, (w_qk, w_v, mixture, rel_height, rel_width), num_heads)
     _set_pooled(problem, x, picked, places)
     sign = sign.to(torch.float32).contiguous()
     problem.sign, problem.mean, problem.variance = sign.data_ptr(), mean.data_ptr(), variance.data_ptr()
@@ -309,87 +245,66 @@ def _attention_stem_pooled(
     return outputs
 
 
-def _empty_pooled(x: Tensor, w_v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, _, height, width = x.shape
+def _empty_pooled(x: Tensor, w_qk: Tensor, w_v: Tensor, *_) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, height, width = len(x), *x.shape[2:]
     shape = (batch, w_v.shape[0], height // SIDE, width // SIDE)
     picked = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
     places = x.new_empty((shape[1], batch * shape[2] * shape[3]), dtype=torch.uint8)
     return picked, places, x.new_empty(shape[1]), x.new_empty(shape[1])
 
 
-@_attention_stem_pooled.register_fake
-def _(x, w_qk, w_v, mixture, rel_height, rel_width, num_heads, sign):
-    return _empty_pooled(x, w_v)
-
-
-@torch.library.custom_op("sasa_train::attention_stem_pooled_backward", mutates_args=(), device_types="cpu")
-def _attention_stem_pooled_backward(
-    grad_picked: Tensor,
-    grad_mean: Tensor,
-    grad_variance: Tensor,
-    places: Tensor,
-    mean: Tensor,
-    x: Tensor,
-    w_qk: Tensor,
-    w_v: Tensor,
-    mixture: Tensor,
-    rel_height: Tensor | None,
-    rel_width: Tensor | None,
-    num_heads: int,
-    needs_x: bool,
-) -> list[Tensor]:
+def _backward_pooled(
+    grad_picked, grad_mean, grad_variance, places, mean,
+    x, w_qk, w_v, mixture, rel_height, rel_width, num_heads, needs_x,
+) -> list[Tensor]:  # fmt: skip
     weights = (w_qk, w_v, mixture, rel_height, rel_width)
-    tables = _tables(weights, num_heads)
     grad_picked = grad_picked.contiguous(memory_format=_memory_format(x))
     grad_mean, grad_variance = grad_mean.contiguous(), grad_variance.contiguous()
-    problem = _problem(x, tables, num_heads, len(w_v))
+    problem, tables = _problem(x, weights, num_heads)
     _set_pooled(problem, x, grad_picked, places)
     problem.mean = mean.data_ptr()
     problem.grad_mean, problem.grad_variance = grad_mean.data_ptr(), grad_variance.data_ptr()
     return _run_backward(problem, x, weights, tables, needs_x)
 
 
-@_attention_stem_pooled_backward.register_fake
-def _(grad_picked, grad_mean, grad_variance, places, mean, *args):
-    *tensors, _, needs_x = args
-    return _empty_grads(needs_x, *tensors)
+# ---- the ops
 
 
-def _setup_context_pooled(ctx, inputs, output):
-    *tensors, ctx.num_heads, _ = inputs
-    _, places, mean, _ = output
-    ctx.save_for_backward(places, mean, *tensors)
-
-
-def _backward_pooled(ctx, grad_picked, _, grad_mean, grad_variance):
-    tensors = ctx.saved_tensors
-    needs_x = ctx.needs_input_grad[0]
-    grads = _attention_stem_pooled_backward(grad_picked, grad_mean, grad_variance, *tensors, ctx.num_heads, needs_x)
-    return (*_in_places(grads, needs_x, tensors[2:]), None, None)
-
-
-_attention_stem_pooled.register_autograd(_backward_pooled, setup_context=_setup_context_pooled)
-
-
-# ---- FLOPs
-
-
-@register_flop_formula([torch.ops.sasa_train.attention_stem, torch.ops.sasa_train.attention_stem_pooled])
 def _forward_flops(x, w_qk, w_v, mixture, rel_height, *_, **__) -> int:
     """What the definition costs: projections, q.k, q.r, weights times values; the kernel gets by with less."""
     batch, in_channels, height, width = x
-    num_channels, num_mixtures, _ = w_v
+    num_channels, num_mixtures = w_v[:2]
     projections = (2 + num_mixtures) * in_channels * num_channels
     attention = (2 + (rel_height is not None)) * SIDE**2 * num_channels
     return 2 * (projections + attention) * batch * height * width
 
 
-@register_flop_formula(torch.ops.sasa_train.attention_stem_backward)
-def _backward_flops(grad_output, *args, **kwargs) -> int:
-    """Each product has two gradients of its own cost; what is computed again is not counted."""
-    return 2 * _forward_flops(*args)
+_define = functools.partial(
+    define_operator,
+    tensors="Tensor x, Tensor w_qk, Tensor w_v, Tensor mixture, Tensor? rel_height, Tensor? rel_width",
+    options="SymInt num_heads",
+    skips_first=True,  # an image seldom needs a gradient
+    flops=_forward_flops,
+    device_types="cpu",
+)
 
+_attention_stem = _define(
+    "attention_stem",
+    outputs="Tensor",
+    forward=_forward,
+    fake=_empty_map,
+    backward=_backward,
+    backward_inputs="Tensor grad_output",
+)
 
-@register_flop_formula(torch.ops.sasa_train.attention_stem_pooled_backward)
-def _backward_flops_pooled(grad_picked, grad_mean, grad_variance, places, mean, *args, **kwargs) -> int:
-    return 2 * _forward_flops(*args)
+_attention_stem_pooled = _define(
+    "attention_stem_pooled",
+    outputs="(Tensor, Tensor, Tensor, Tensor)",
+    forward_only="Tensor sign",
+    forward=_forward_pooled,
+    fake=_empty_pooled,
+    backward=_backward_pooled,
+    backward_inputs="Tensor grad_picked, Tensor grad_mean, Tensor grad_variance, Tensor places, Tensor mean",
+    grads=(0, 2, 3),
+    kept=(1, 2),
+)

@@ -6,16 +6,15 @@ import json
 import platform
 import re
 import shlex
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sasa_train.commands import end_command
+from sasa_train.commands import described, end_command, positive, run
 from sasa_train.extras import why_not
 from sasa_train.machine import keep_freed_memory
 from sasa_train.refusal import ConfigError
-from sasa_train.terminal import fail
+from sasa_train.terminal import FAILED
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +48,6 @@ IMAGE_SIZES = (32, 224)
 DTYPES = ("fp32", "bf16", "fp16")
 BACKENDS = ("conv", "cpu", "triton", "reference", "flex", "natten")
 FORMATS = ("channels_last", "contiguous", "best")
-FAILED, REFUSED = 1, 2
 
 
 def main() -> None:
@@ -58,18 +56,8 @@ def main() -> None:
 
 def run_command(arguments: list[str]) -> int:
     """Run with command-line arguments; returns the exit code."""
-    parser = build_parser()
-    if not arguments:
-        parser.print_help()
-        return REFUSED
-    try:
-        options = parser.parse_args(arguments)
-    except SystemExit as stop:  # after --help or argparse's own refusal
-        return int(stop.code or 0)
-    try:
-        return _run(options, shlex.join(["sasa-benchmark", *arguments]))
-    except ConfigError as error:
-        return fail(error)
+    command = shlex.join(["sasa-benchmark", *arguments])
+    return run(build_parser(), arguments, lambda options: _run(options, command), has_subcommands=True)
 
 
 def _run(options: argparse.Namespace, command: str) -> int:
@@ -82,6 +70,8 @@ def _run(options: argparse.Namespace, command: str) -> int:
     else:
         from sasa_train.benchmark.nets import measure
     result = measure(options, device)
+    from sasa_train.benchmark.result_table import markdown
+
     print("\n".join(markdown(result)))
     if options.json:
         from sasa_train.files import write_atomic
@@ -152,78 +142,10 @@ def _version(package: str) -> str:
         return "none"
 
 
-def markdown(result: dict[str, Any]) -> list[str]:
-    """The table, then the summary and what was left out."""
-    rows = {"attention": _op_row, "layers": _layer_row, "growth": _growth_row, "model": _model_row}[result["kind"]]
-    cells = [rows(row) for row in result["rows"]]
-    lines = []
-    if cells:
-        lines = [_join(cells[0].keys()), "|" + "---|" * len(cells[0]), *(_join(row.values()) for row in cells), ""]
-    notes = [*result["notes"], *(f"left out at {', '.join(at)}: {what}" for what, at in result["left_out"].items())]
-    return [*lines, *result["summary"], *(f"note: {note}" for note in notes)]
-
-
-def _join(cells: Any) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _op_row(row: dict[str, Any]) -> dict[str, str]:
-    cells = {"layer": f"{row['shape']}, batch {row['batch_size']}", "backend": row["backend"]}
-    cells["forward, ms"] = _spread(row["forward_seconds"], 1e3)
-    cells["forward+backward, ms"] = _spread(row["forward_backward_seconds"], 1e3)
-    if "forward_ratio" in row:
-        cells |= {"forward/conv": _ratio(row["forward_ratio"]), "both/conv": _ratio(row["forward_backward_ratio"])}
-    return cells | _memory(row)
-
-
-def _layer_row(row: dict[str, Any]) -> dict[str, str]:
-    cells = {"map": f"{row['shape']}, batch {row['batch_size']}", "layer": row["backend"]}
-    cells["forward+backward, ms"] = _spread(row["forward_backward_seconds"], 1e3)
-    return cells | {"both/conv": _ratio(row["forward_backward_ratio"])} | _memory(row)
-
-
-def _growth_row(row: dict[str, Any]) -> dict[str, str]:
-    cells = {"grows": row["axis"], "map": f"{row['side']}x{row['side']}x{row['channels']}, batch {row['batch_size']}"}
-    cells |= {"K": str(row["kernel_size"]), "backend": row["backend"]}
-    cells["forward+backward, ms an image"] = _spread(row["seconds_per_image"], 1e3)
-    if "memory_bytes_per_image" in row:
-        cells["peak extra MiB an image"] = f"{row['memory_bytes_per_image'] / 2**20:.2f}"
-    return cells
-
-
-def _model_row(row: dict[str, Any]) -> dict[str, str]:
-    cells = {"model": row["model"], "parameters": f"{row['parameters'] / 1e6:.2f} M"}
-    cells |= {"format": row["memory_format"], "batch": str(row["batch_size"])}
-    for what in ("training", "inference"):
-        cells[f"{what}, images/s"] = _spread(row[f"{what}_images_per_sec"], 1)
-        cells["ratio" if what == "training" else "ratio "] = _ratio(row[f"{what}_ratio"])
-    if "memory_bytes" in row:
-        cells["training's peak MiB"] = f"{row['memory_bytes'] / 2**20:,.0f}"
-    return cells
-
-
-def _memory(row: dict[str, Any]) -> dict[str, str]:
-    return {"peak extra MiB": f"{row['memory_bytes'] / 2**20:.1f}"} if "memory_bytes" in row else {}
-
-
-def _spread(found: dict[str, Any], unit: float) -> str:
-    return f"{_digits(found['median'] * unit)} ({_digits(found['min'] * unit)} to {_digits(found['max'] * unit)})"
-
-
-def _digits(number: float) -> str:
-    """Three or more of them."""
-    return f"{number:,.0f}" if number >= 1000 else f"{number:.1f}" if number >= 100 else f"{number:.3g}"
-
-
-def _ratio(found: dict[str, Any]) -> str:
-    middle, low, high = (f"{x:.3f}" if x < 10 else _digits(x) for x in (found["median"], *found["quartiles"]))
-    return f"{middle} ({low} to {high})"
-
-
 def build_parser() -> argparse.ArgumentParser:
-    parser = _described(argparse.ArgumentParser, prog="sasa-benchmark", description=__doc__, epilog=EPILOG)
+    parser = described(argparse.ArgumentParser, prog="sasa-benchmark", description=__doc__, epilog=EPILOG)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    attention = _described(commands.add_parser, name="attention", help="the op and the layer", description=ATTENTION)
+    attention = described(commands.add_parser, name="attention", help="the op and the layer", description=ATTENTION)
     kind = attention.add_mutually_exclusive_group()
     kind.add_argument("--layers", action="store_true", help="whole layers, with projections, and timm's HaloAttn")
     kind.add_argument("--growth", action="store_true", help="over maps and windows, with fitted exponents")
@@ -235,22 +157,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     attention.add_argument("--backends", nargs="+", choices=BACKENDS, metavar="NAME", help=f"of {', '.join(BACKENDS)}")
     attention.add_argument("--kernel-size", type=_odd, default=7, metavar="K", help="the window (7)")
-    attention.add_argument("--num-heads", type=_positive, default=8, metavar="N", help="attention heads (8)")
-    attention.add_argument("--growth-sides", type=_positive, nargs="+", default=[32, 56, 80, 112, 160, 224],
+    attention.add_argument("--num-heads", type=positive, default=8, metavar="N", help="attention heads (8)")
+    attention.add_argument("--growth-sides", type=positive, nargs="+", default=[32, 56, 80, 112, 160, 224],
                            metavar="SIDE", help="square maps, pixels (32 to 224)")  # fmt: skip
     attention.add_argument("--growth-kernel-sizes", type=_odd, nargs="+", default=[3, 5, 7, 9, 11], metavar="K",
                            help="windows (3 to 11)")  # fmt: skip
     attention.add_argument(
-        "--growth-side", type=_positive, default=56, metavar="SIDE", help="the map on which windows grow (56)"
+        "--growth-side", type=positive, default=56, metavar="SIDE", help="the map on which windows grow (56)"
     )
     attention.add_argument(
-        "--growth-channels", type=_positive, default=64, metavar="C", help="channels of all these maps (64)"
+        "--growth-channels", type=positive, default=64, metavar="C", help="channels of all these maps (64)"
     )
 
-    model = _described(commands.add_parser, name="model", help="training steps and inference", description=MODEL)
+    model = described(commands.add_parser, name="model", help="training steps and inference", description=MODEL)
     model.add_argument("models", metavar="NAME[,dial=value...]", nargs="+", help="models; the first is the yardstick")
-    model.add_argument("--image-size", type=_positive, default=224, metavar="PIXELS", help="a side of the images (224)")
-    model.add_argument("--num-classes", type=_positive, default=1000, metavar="N", help="classes (1000)")
+    model.add_argument("--image-size", type=positive, default=224, metavar="PIXELS", help="a side of the images (224)")
+    model.add_argument("--num-classes", type=positive, default=1000, metavar="N", help="classes (1000)")
     model.add_argument("--memory-format", choices=FORMATS, default="channels_last",
                        help="best: each model's faster one (channels_last)")  # fmt: skip
     model.add_argument("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass")
@@ -263,34 +185,23 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--default-malloc", action="store_true",
                              help="on a CPU: give freed memory back between calls, as the C library does by itself; "
                              "sasa-train keeps it")  # fmt: skip
-        command.add_argument("--batch-size", type=_positive, metavar="B", help="images (the device's default)")
+        command.add_argument("--batch-size", type=positive, metavar="B", help="images (the device's default)")
         command.add_argument(
             "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one"
         )
         command.add_argument("--dtype", choices=DTYPES, default="fp32", help="of weights and images (fp32)")
         command.add_argument(
-            "--repeats", type=_positive, default=7, metavar="N", help="repetitions; 7 or more to publish (7)"
+            "--repeats", type=positive, default=7, metavar="N", help="repetitions; 7 or more to publish (7)"
         )
-        command.add_argument("--threads", type=_positive, metavar="N", help="the CPU's (torch's default)")
+        command.add_argument("--threads", type=positive, metavar="N", help="the CPU's (torch's default)")
         command.add_argument("--memory", action="store_true", help="peak memory too, each in a fresh process")
         command.add_argument("--json", type=Path, metavar="FILE", help="everything measured, with each repetition")
         command.add_argument("--plot", type=Path, metavar="FILE.png", help="a chart; needs matplotlib")
     return parser
 
 
-def _described(build: Callable[..., argparse.ArgumentParser], **texts: str) -> argparse.ArgumentParser:
-    """A parser whose texts are printed as they stand here."""
-    return build(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **texts)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 1")
-    return int(text)
-
-
 def _odd(text: str) -> int:
-    if _positive(text) % 2 == 0:
+    if positive(text) % 2 == 0:
         raise argparse.ArgumentTypeError(f"{text} must be odd, so that the window has a centre")
     return int(text)
 
@@ -299,7 +210,3 @@ def _shape(text: str) -> str:
     if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*(/2)?", text):
         raise argparse.ArgumentTypeError(f"{text} must be height x width x channels, as in 5x19x48 or 32x32x128/2")
     return text
-
-
-if __name__ == "__main__":
-    main()

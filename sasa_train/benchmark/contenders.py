@@ -264,13 +264,17 @@ def admitted(backends: Sequence[str], case: Case, by_name: bool, result: dict[st
     return contenders
 
 
-def new_result(kind: str) -> dict[str, Any]:
-    return {"kind": kind, "rows": [], "summary": [], "notes": [], "left_out": {}, "failed": False}
+def new_result(kind: str, notes: Sequence[str] = ()) -> dict[str, Any]:
+    return {"kind": kind, "rows": [], "summary": [], "notes": [*notes], "left_out": {}, "failed": False}
 
 
 def op_memory(backend: str, case: Case, num_threads: int) -> int:
+    small = dataclasses.replace(case, height=case.kernel_size, width=case.kernel_size, batch_size=1)
+    return first_pass_memory(lambda case: build_contender(backend, case), small, case, num_threads)
+
+
+def first_pass_memory(build: Callable[[Case], Contender], small: Case, case: Case, num_threads: int) -> int:
     """Peak extra memory of one forward and backward pass, in this process's first pass of that size."""
     torch.set_num_threads(num_threads)
-    small = dataclasses.replace(case, height=case.kernel_size, width=case.kernel_size, batch_size=1)
-    build_contender(backend, small).train()  # what is loaded once is not the pass's
-    return extra_memory(build_contender(backend, case).train, torch.device(case.device))
+    build(small).train()  # what is loaded once is not the pass's
+    return extra_memory(build(case).train, torch.device(case.device))

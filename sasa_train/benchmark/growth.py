@@ -11,14 +11,7 @@ from typing import Any
 import torch
 
 from sasa_train.benchmark.contenders import YARDSTICK, Case, admitted, new_result, op_memory
-from sasa_train.benchmark.timing import (
-    extra_memory,
-    fitted_exponent,
-    in_fresh_process,
-    progress_bar,
-    spread,
-    time_in_turn,
-)
+from sasa_train.benchmark.timing import fitted_exponent, peak_of, progress_bar, spread, time_in_turn
 
 CUDA_IMAGES = 16  # of the largest map, where a GPU needs more than one to be busy
 
@@ -49,11 +42,7 @@ def measure_growth(options: Namespace, backends: Sequence[str], device: torch.de
             runs = {label: contenders[key].train for label, key in labels.items()}
             seconds = time_in_turn(runs, options.repeats, device, bar)
             for label, (backend, case_) in labels.items():
-                memory = None
-                if device.type == "cuda":
-                    memory = extra_memory(runs[label], device)
-                elif options.memory:
-                    memory = in_fresh_process(op_memory, backend, case_, torch.get_num_threads())
+                memory = peak_of(runs[label], device, options.memory, op_memory, backend, case_)
                 result["rows"].append(_row(axis, backend, case_, seconds[label], memory))
     result["summary"] = fit(result["rows"])
     return result

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sasa_train.benchmark.contenders import new_result
 from sasa_train.benchmark.timing import (
     extra_memory,
     in_fresh_process,
@@ -49,16 +50,13 @@ class Setting:
 
 def measure(options: Namespace, device: torch.device) -> dict[str, Any]:
     """Rows, one a model, their ratios to the first."""
+    own = ("image_size", "num_classes", "memory_format", "grad_checkpointing", "compile")
     setting = Setting(
-        device.type,
-        options.dtype,
-        options.batch_size or BATCH_SIZES[device.type],
-        options.image_size,
-        options.num_classes,
-        options.memory_format,
-        options.grad_checkpointing,
-        options.compile,
-        torch.get_num_threads(),
+        device=device.type,
+        precision=options.dtype,
+        batch_size=options.batch_size or BATCH_SIZES[device.type],
+        num_threads=torch.get_num_threads(),
+        **{name: getattr(options, name) for name in own},
     )
     models = list(dict.fromkeys(options.models))
     for spec in models:
@@ -73,19 +71,19 @@ def measure(options: Namespace, device: torch.device) -> dict[str, Any]:
         for model in built.values():
             model.prepare_inference(options.fold_batch_norms)
         inference = time_in_turn({spec: model.infer for spec, model in built.items()}, options.repeats, device, bar)
-    rows = []
+    result = new_result("model")
     for spec, model in built.items():
         row: dict[str, Any] = {"model": spec, "memory_format": model.memory_format}
         row |= {"parameters": sum(p.numel() for p in model.module.parameters()), "batch_size": setting.batch_size}
         for what, seconds in (("training", training), ("inference", inference)):
             row[f"{what}_images_per_sec"] = spread([setting.batch_size / s for s in seconds[spec]])
             row[f"{what}_ratio"] = ratio(seconds[models[0]], seconds[spec])  # of speeds
-        rows.append(row)
+        result["rows"].append(row)
     if options.memory:
         del built
-        for row in rows:
+        for row in result["rows"]:
             row["memory_bytes"] = in_fresh_process(training_memory, row["model"], setting, row["memory_format"])
-    return {"kind": "model", "rows": rows, "summary": [], "notes": [], "left_out": {}, "failed": False}
+    return result
 
 
 def parse_model(spec: str, num_classes: int) -> ModelConfig:

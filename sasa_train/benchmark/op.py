@@ -3,7 +3,7 @@
 import dataclasses
 import statistics
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,20 +16,13 @@ from sasa_train.benchmark.contenders import (
     Contender,
     admitted,
     check,
+    first_pass_memory,
     missing,
     new_result,
     op_memory,
 )
 from sasa_train.benchmark.growth import measure_growth
-from sasa_train.benchmark.timing import (
-    Run,
-    extra_memory,
-    in_fresh_process,
-    progress_bar,
-    ratio,
-    spread,
-    time_in_turn,
-)
+from sasa_train.benchmark.timing import peak_of, progress_bar, ratio, spread, time_in_turn
 from sasa_train.device import autocast
 from sasa_train.models.layers import LocalSelfAttention2d
 from sasa_train.refusal import ConfigError
@@ -45,10 +38,22 @@ HALO_SIZE = 3
 def measure(options: Namespace, device: torch.device) -> dict[str, Any]:
     """Rows, summary lines, notes on what was left out, and whether a backend failed its gate."""
     if options.layers:
-        return _measure_layers(options, device)
+        result, passes = new_result("layers"), {"forward_backward": "train"}
+        return _measure_cases(
+            options, device, result, lambda case: layer_contenders(case, result), passes, layer_memory
+        )
     backends, notes = choose_backends(options.backends, device)
-    result = (measure_growth if options.growth else _measure_op)(options, backends, device)
-    return result | {"notes": [*notes, *result["notes"]]}
+    if options.growth:
+        result = measure_growth(options, backends, device)
+        return result | {"notes": [*notes, *result["notes"]]}
+    if "natten" in backends:
+        notes.append("natten: no relative terms, and another border")
+    result, passes = new_result("attention", notes), {"forward": "infer", "forward_backward": "train"}
+
+    def build(case: Case) -> dict[str, Contender]:
+        return admitted(backends, case, options.backends is not None, result)
+
+    return _measure_cases(options, device, result, build, passes, op_memory)
 
 
 def choose_backends(wanted: Sequence[str] | None, device: torch.device) -> tuple[list[str], list[str]]:
@@ -84,36 +89,36 @@ def build_cases(options: Namespace, device: torch.device) -> list[Case]:
     return cases
 
 
-def _measure_op(options: Namespace, backends: list[str], device: torch.device) -> dict[str, Any]:
-    result = new_result("attention")
-    if "natten" in backends:
-        result["notes"].append("natten: no relative terms, and another border")
-    cases = build_cases(options, device)
-    with progress_bar(2 * len(cases) * options.repeats, "attention") as bar:
+def _measure_cases(
+    options: Namespace,
+    device: torch.device,
+    result: dict[str, Any],
+    build: Callable[[Case], dict[str, Contender]],
+    passes: dict[str, str],
+    memory: Callable[[str, Case, int], int],
+) -> dict[str, Any]:
+    """Fill `result` with a row for each contender that `build` gives for a case: seconds, ratios to the yardstick.
+
+    passes: for each name in the rows a contender's method, to be timed. `memory`: peak of one in a fresh process.
+    """
+    cases, repeats = build_cases(options, device), options.repeats
+    with progress_bar(len(passes) * len(cases) * repeats, result["kind"]) as bar:
         for case in cases:
-            contenders = admitted(backends, case, options.backends is not None, result)
-            forward = time_in_turn({name: c.infer for name, c in contenders.items()}, options.repeats, device, bar)
-            both = time_in_turn({name: c.train for name, c in contenders.items()}, options.repeats, device, bar)
+            contenders, timings = build(case), {}
+            for what, method in passes.items():
+                runs = {name: getattr(each, method) for name, each in contenders.items()}
+                timings[what] = time_in_turn(runs, repeats, device, bar)
             for name in contenders:
-                row = {"backend": name, **_compare(name, {"forward": forward, "forward_backward": both})}
-                if device.type == "cuda":
-                    row["memory_bytes"] = extra_memory(contenders[name].train, device)
-                elif options.memory:
-                    row["memory_bytes"] = in_fresh_process(op_memory, name, case, torch.get_num_threads())
-                result["rows"].append({"shape": case.label, **dataclasses.asdict(case), **row})
-            del contenders
+                row = {"shape": case.label, **dataclasses.asdict(case), "backend": name}
+                for what, seconds in timings.items():
+                    row[f"{what}_seconds"] = spread(seconds[name])
+                    if YARDSTICK in seconds:
+                        row[f"{what}_ratio"] = ratio(seconds[name], seconds[YARDSTICK])
+                taken = peak_of(contenders[name].train, device, options.memory, memory, name, case)
+                result["rows"].append(row if taken is None else row | {"memory_bytes": taken})
+            del contenders, runs
     result["summary"] = summarize(result["rows"])
     return result
-
-
-def _compare(name: str, timings: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
-    """Seconds of each timing, and its ratio to the yardstick where that ran."""
-    row: dict[str, Any] = {}
-    for what, seconds in timings.items():
-        row[f"{what}_seconds"] = spread(seconds[name])
-        if YARDSTICK in seconds:
-            row[f"{what}_ratio"] = ratio(seconds[name], seconds[YARDSTICK])
-    return row
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -136,30 +141,17 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _measure_layers(options: Namespace, device: torch.device) -> dict[str, Any]:
-    result = new_result("layers")
-    cases = build_cases(options, device)
-    with progress_bar(len(cases) * options.repeats, "layers") as bar:
-        for case in cases:
-            problem = check("auto", case)
-            if problem:
-                result["failed"] = True
-                result["notes"].append(f"local attention at {case.label} is wrong and was not timed: {problem}")
-                continue
-            layers = build_layers(case)
-            if "halo" not in layers:
-                result["left_out"].setdefault("halo: neither 8 nor 7 divides the map", []).append(case.label)
-            contenders = {name: _train_layer(layer, case, device) for name, layer in layers.items()}
-            seconds = time_in_turn(contenders, options.repeats, device, bar)
-            for name in contenders:
-                row = {"backend": name, **_compare(name, {"forward_backward": seconds})}
-                if device.type == "cuda":
-                    row["memory_bytes"] = extra_memory(contenders[name], device)
-                elif options.memory:
-                    row["memory_bytes"] = in_fresh_process(layer_memory, name, case, torch.get_num_threads())
-                result["rows"].append({"shape": case.label, **dataclasses.asdict(case), **row})
-    result["summary"] = summarize(result["rows"])
-    return result
+def layer_contenders(case: Case, result: dict[str, Any]) -> dict[str, Contender]:
+    """Whole layers on a case, none where local attention is wrong there; what is left out goes to the notes."""
+    problem = check("auto", case)
+    if problem:
+        result["failed"] = True
+        result["notes"].append(f"local attention at {case.label} is wrong and was not timed: {problem}")
+        return {}
+    layers = build_layers(case)
+    if "halo" not in layers:
+        result["left_out"].setdefault("halo: neither 8 nor 7 divides the map", []).append(case.label)
+    return {name: _on_random_map(layer, case) for name, layer in layers.items()}
 
 
 def build_layers(case: Case) -> dict[str, nn.Module]:
@@ -178,11 +170,11 @@ def build_layers(case: Case) -> dict[str, nn.Module]:
     return {name: layer.to(case.device).to(memory_format=torch.channels_last) for name, layer in layers.items()}
 
 
-def _train_layer(layer: nn.Module, case: Case, device: torch.device) -> Run:
-    """Forward and backward, differentiated in the input and all weights; half precision as autocast has it."""
+def _on_random_map(layer: nn.Module, case: Case) -> Contender:
+    """A layer, differentiated in the input and all weights; half precision as autocast has it."""
+    device = torch.device(case.device)
     x = torch.randn(case.batch_size, case.channels, case.height, case.width, device=device)
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
-    leaves = [x, *layer.parameters()]
 
     def forward() -> Tensor:
         with autocast(device, case.dtype):
@@ -190,12 +182,11 @@ def _train_layer(layer: nn.Module, case: Case, device: torch.device) -> Run:
 
     dtype = DTYPES[case.dtype]  # what autocast makes of the output
     grad_output = torch.randn(case.output_shape, device=device).to(dtype, memory_format=torch.channels_last)
-    return Contender(forward, leaves, grad_output).train
+    return Contender(forward, [x, *layer.parameters()], grad_output)
 
 
 def layer_memory(name: str, case: Case, num_threads: int) -> int:
-    torch.set_num_threads(num_threads)
-    device = torch.device(case.device)
-    small = dataclasses.replace(case, height=8, width=8, batch_size=1)
-    _train_layer(build_layers(small)[name], small, device)()
-    return extra_memory(_train_layer(build_layers(case)[name], case, device), device)
+    def build(case: Case) -> Contender:
+        return _on_random_map(build_layers(case)[name], case)
+
+    return first_pass_memory(build, dataclasses.replace(case, height=8, width=8, batch_size=1), case, num_threads)

@@ -128,3 +128,12 @@ def in_fresh_process(function: Callable[..., int], *arguments: object) -> int:
     """What `function` returns in a process that has run nothing else."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def peak_of(
+    run: Run, device: torch.device, is_wanted: bool, in_fresh: Callable[..., int], *arguments: object
+) -> int | None:
+    """Peak extra memory: on CUDA of `run`; on a CPU, where wanted, `in_fresh(*arguments, threads)` of a new process."""
+    if device.type == "cuda":
+        return extra_memory(run, device)
+    return in_fresh_process(in_fresh, *arguments, torch.get_num_threads()) if is_wanted else None

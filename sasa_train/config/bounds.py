@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import shutil
+import textwrap
 from dataclasses import MISSING, Field, dataclass, field
 from typing import Any
 
@@ -68,7 +70,19 @@ def written_default(key: Field) -> str:
     return default if isinstance(default, str) else json.dumps(default, separators=(",", ":"))
 
 
-def described(key: Field) -> str:
-    """A key's meaning with its bounds."""
-    bounds = key.metadata["bounds"]
-    return f"{key.metadata['help']} [{bounds}]" if bounds else key.metadata["help"]
+def print_keys(keys: dict[str, Field], column: int) -> None:
+    """Print each key with default, meaning and bounds, from `column` on; a blank line before each group."""
+    previous = None
+    for name, key in keys.items():
+        group = name.rpartition(".")[0]
+        if group != previous:
+            print()
+        previous = group
+        bounds = key.metadata["bounds"]
+        print_entry(f"{name}={written_default(key)}", key.metadata["help"] + (f" [{bounds}]" if bounds else ""), column)
+
+
+def print_entry(name: str, text: str, column: int) -> None:
+    """Print a name and, from `column` on, what it stands for, within the terminal's width."""
+    width = min(shutil.get_terminal_size((120, 24)).columns, 140)
+    print(textwrap.fill(text, width, initial_indent=f"  {name:<{column - 3}} ", subsequent_indent=" " * column))

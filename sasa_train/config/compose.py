@@ -13,9 +13,9 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from sasa_train.config.groups import GROUPS, config_dir
+from sasa_train.config.groups import config_dir
 from sasa_train.config.keys import FREE_KEYS, TrainConfig, flatten, key_table
-from sasa_train.config.overrides import FREE, UNREADABLE, as_written, check_override_keys, nearest, with_free_keys
+from sasa_train.config.overrides import UNREADABLE, as_written, check_override_keys, unknown_key, with_free_keys
 from sasa_train.config.rules import validate
 from sasa_train.refusal import ConfigError, shorten
 
@@ -98,8 +98,6 @@ def explain(error: Exception) -> str:
     for link in chain:
         full_key = getattr(link, "full_key", None) or ""
         key = full_key.partition("[")[0]  # of data.mean[1]
-        if key and key not in key_table() and key not in GROUPS and not key.startswith(FREE):
-            return f"unknown key {shorten(key)!r}: {nearest(key, list(key_table()))}"
         if key:
-            return f"{shorten(full_key)}: {shorten(str(link).splitlines()[0])}"
+            return unknown_key(key) or f"{shorten(full_key)}: {shorten(str(link).splitlines()[0])}"
     return shorten(error).replace("Could not override", "cannot override")

@@ -54,13 +54,9 @@ class ModelConfig:
     content: bool | None = key(None, "q.k as part of the score (true)")
     border: str | None = key(None, "mask: positions outside the image take no part; zero: they do (mask)")
     drop_path_rate: float = key(0.0, "stochastic depth of the last block, linear from 0", at_least=0, below=1)
-    bn_momentum: float | None = key(
-        None, "batch norm's, in PyTorch's sense; null: the model's own (0.1)", at_least=0, below=1
-    )
+    bn_momentum: float | None = key(None, "in PyTorch's sense; null: the model's own (0.1)", at_least=0, below=1)
     pretrained: str | None = key(
-        None,
-        "weights to begin with: a checkpoint, run folder, .safetensors or hub folder; timm: its published ones",
-        is_path=True,
+        None, "initial weights: a checkpoint, run, .safetensors or hub folder; timm: its published ones", is_path=True
     )
 
 
@@ -76,9 +72,7 @@ class DataConfig:
         None, "decoding processes; 0: none; null: half of the processors, 8 at most", at_least=0, at_most=1024
     )
     worker_timeout: float = local_key(600.0, "seconds without a micro-batch from them that end the run", above=0)
-    resident: str = local_key(
-        "auto", "the whole set decoded in memory (images <= 64 px)", choices=("auto", "true", "false")
-    )
+    resident: str = local_key("auto", "the whole set in memory (<= 64 px)", choices=("auto", "true", "false"))
     max_train_images: int | None = key(None, "a fixed class-balanced subset, independent of the seed", above=0)
     max_val_images: int | None = key(None, "likewise for val", above=0)
     holdout_fraction: float = key(
@@ -102,7 +96,7 @@ class OptimizerConfig:
     momentum: float | None = key(None, "null: timm's default (0.9) where the optimizer has one", at_least=0)
     betas: list[float] | None = key(None, "null: the optimizer's default", at_least=0, below=1)
     eps: float | None = key(None, "null: the optimizer's default", at_least=0)
-    layer_decay: float | None = key(None, "a layer's lr by that of the next; null: one for all", above=0, at_most=1)
+    layer_decay: float | None = key(None, "each layer's lr over the next one's; null: one for all", above=0, at_most=1)
     args: dict[str, Any] = key({}, "the optimizer's own arguments, as in optimizer.args={rho:0.9}")
 
 
@@ -152,9 +146,7 @@ class AugmentConfig:
 class TrainerConfig:
     epochs: int = key(100, "passes over the training images; an epoch drops its incomplete last batch", above=0)
     max_steps: int | None = key(None, "ends the run, and its schedule, after so many steps", above=0)
-    max_hours: float | None = local_key(
-        None, "save and exit with code 75 after so many hours; run again to go on", above=0
-    )
+    max_hours: float | None = local_key(None, "then the run saves and exits with code 75; run again to go on", above=0)
     global_batch_size: int = key(256, "images per step, over all devices and accumulation", above=0, at_most=2**24)
     grad_accum_steps: int = key(1, "micro-batches per step, for each process; divides global_batch_size", above=0)
     micro_batch_size: int | str | None = key(
@@ -167,23 +159,17 @@ class TrainerConfig:
     )
     channels_last: bool = key(False, "channels-last memory format")
     matmul_precision: str = key(
-        "highest",
-        "of fp32; high and medium allow TF32 on CUDA, convolutions too",
-        choices=("highest", "high", "medium"),
+        "highest", "of fp32; else TF32 on CUDA, in convolutions too", choices=("highest", "high", "medium")
     )
     compile: bool = key(False, "torch.compile the training forward pass")
     deterministic: bool = key(False, "bit-identical runs on CUDA too, slower; the CPU is deterministic anyway")
     grad_clip_norm: float | None = key(None, "clip the gradient's global L2 norm; null: no clipping", above=0)
     grad_clip_value: float | None = key(None, "clip each number of the gradient instead", above=0)
     grad_clip_agc: float | None = key(
-        None,
-        "adaptive clipping instead: of each unit to this part of its weight's norm, not in the classifier",
-        above=0,
+        None, "adaptive: each unit's gradient to this part of its weight's norm, not in the classifier", above=0
     )
     grad_checkpointing: bool = local_key(False, "recompute activations in the backward pass: less memory, more time")
-    ema_decay: float | None = key(
-        None, "moving average of the weights; val and best then use it; null: none", above=0, below=1
-    )
+    ema_decay: float | None = key(None, "average of the weights, which val and best use; null: none", above=0, below=1)
     ema_warmup: bool = key(True, "let the decay grow to ema_decay: min(ema_decay, 1 - step^(-2/3))")
     loss: str = key("cross_entropy", "bce: a sigmoid per class", choices=("cross_entropy", "bce"))
     label_smoothing: float = key(0.0, "of the training loss", at_least=0, below=1)

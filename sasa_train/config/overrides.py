@@ -7,7 +7,6 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
@@ -18,14 +17,13 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from sasa_train.config.groups import GROUPS, choices
-from sasa_train.config.keys import key_table
+from sasa_train.config.keys import FREE_KEYS, key_table
 from sasa_train.refusal import ConfigError, shorten
 
 MAX_JOBS = 1000  # of a sweep: each one's config is composed before the first begins
 MAX_TEXT = 2**16  # characters of a saved config or an override; ours have 4,000, and parsers take long over more
 # What Hydra, OmegaConf and PyYAML raise over what they are given: an int of 5,000 digits, or 2,000 lists in one another
 UNREADABLE = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError)
-FREE = ("optimizer.args.", "schedule.args.")  # timm knows what is under these; optim.py checks it
 WORDS = ("null", "true", "false", "nan", "inf")  # what Hydra reads as no text
 
 
@@ -43,7 +41,7 @@ def as_written(value: Any) -> str:
 
 def with_free_keys(overrides: Sequence[str]) -> list[str]:
     """Hydra takes keys that no dataclass names with ++ alone."""
-    return [f"++{o}" if o.startswith(("optimizer.args", "schedule.args")) else o for o in overrides]
+    return [f"++{o}" if o.startswith(FREE_KEYS) else o for o in overrides]
 
 
 def chooses_group(overrides: Sequence[str]) -> bool:
@@ -96,7 +94,6 @@ def check_override_keys(overrides: Sequence[str], is_sweep: bool = False) -> Non
 
     Hydra's own keys have a meaning in a sweep alone.
     """
-    known = set(key_table())
     for override in parse_overrides(overrides):
         key = override.key_or_group
         if override.package is not None:
@@ -111,14 +108,21 @@ def check_override_keys(overrides: Sequence[str], is_sweep: bool = False) -> Non
             continue
         if not key:
             raise ConfigError(f"{override.input_line}: has no key; an override is key=value, as in trainer.epochs=10")
-        if key not in known and key not in GROUPS and not key.startswith(FREE):
-            raise ConfigError(f"unknown key {shorten(key)!r}: {nearest(key, [*known, *GROUPS])}")
+        if wrong := unknown_key(key):
+            raise ConfigError(wrong)
         if override.is_add() or override.is_force_add() or override.is_delete():
             raise ConfigError(f"{override.input_line}: every key exists already; write {key}=... without + or ~")
         if is_group(override):
             _check_choice(override)
         elif key in GROUPS:
             raise ConfigError(f"{override.input_line}: set its keys one by one, as in {key}.name=...")
+
+
+def unknown_key(key: str) -> str:
+    """The message for what is neither a key, nor a group, nor an argument in one of FREE_KEYS; else an empty text."""
+    known = [*key_table(), *GROUPS]
+    is_known = key in known or key.startswith(tuple(f"{free}." for free in FREE_KEYS))
+    return "" if is_known else f"unknown key {shorten(key)!r}: {nearest(key, known)}"
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
@@ -166,7 +170,7 @@ def split_weights(overrides: Sequence[str]) -> tuple[str | None, list[str]]:
     """
     others = [text for text in overrides if not text.startswith("weights=")]
     for key in (text.partition("=")[0] for text in others):
-        if key not in key_table() and get_close_matches(key, ["weights"]):
+        if key not in key_table() and difflib.get_close_matches(key, ["weights"]):
             raise ConfigError(f"unknown key {key!r}: did you mean weights?")
     wanted = [text.removeprefix("weights=") for text in overrides if text not in others]
     if wrong := [word for word in wanted if word not in WEIGHTS]:

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sasa_train.config.compose import explain, schema, to_config
-from sasa_train.config.keys import MAX_DEPTH, TrainConfig
+from sasa_train.config.keys import TrainConfig
 from sasa_train.config.overrides import MAX_TEXT, UNREADABLE, check_override_keys, is_group, parse_overrides
 from sasa_train.refusal import ConfigError, shorten
 
@@ -50,33 +50,26 @@ def load_config_file(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
 def _read_saved(yaml_text: str, source: str) -> DictConfig:
     """The saved values over the defaults. The text may be a stranger's."""
     if not isinstance(yaml_text, str) or len(yaml_text) > MAX_TEXT:
-        raise ConfigError(f"{source}: is no config: a text of up to {MAX_TEXT:,} characters")
+        raise ConfigError(f"{source}: is not a config: expected a text of at most {MAX_TEXT:,} characters")
     try:
-        _check_plain_yaml(yaml_text)
-        content = OmegaConf.create(yaml_text)
-        return cast(DictConfig, OmegaConf.merge(schema(), content))
+        _check_plain_yaml(yaml_text, source)
+        return cast(DictConfig, OmegaConf.merge(schema(), OmegaConf.create(yaml_text)))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {explain(error)}") from error
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from error
     except (*UNREADABLE, AttributeError, AssertionError, TypeError) as error:
-        raise ConfigError(f"{source}: is no YAML of keys and values ({shorten(error)})") from error
+        raise ConfigError(f"{source}: is not YAML of keys and values ({shorten(error)})") from error
 
 
-def _check_plain_yaml(text: str) -> None:
-    """Refuse what we never write and what does more than to hold a value: aliases, tags, interpolations."""
-    depth = 0
+def _check_plain_yaml(text: str, source: str) -> None:
+    """Refuse what we never write and what does more than to hold a value."""
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        where = f"line {event.start_mark.line + 1}"
-        if depth > MAX_DEPTH + 2:  # within a group of the config
-            raise ConfigError(f"{where}: more than {MAX_DEPTH + 2} lists and groups in one another")
-        if getattr(event, "anchor", None) is not None:
-            raise ConfigError(f"{where}: YAML's anchors and aliases (&{event.anchor}) are not taken; write the values")
-        if getattr(event, "tag", None) is not None:
-            raise ConfigError(f"{where}: YAML's tags ({shorten(event.tag)}) are not taken; write plain values")
-        if isinstance(event, yaml.ScalarEvent) and ("${" in event.value or event.value == "???"):
-            raise ConfigError(f"{where}: interpolations ({shorten(event.value)}) are not taken; write the values")
+        value = event.value if isinstance(event, yaml.ScalarEvent) else ""
+        marks = getattr(event, "anchor", None) or getattr(event, "tag", None)
+        if marks or "${" in value or value == "???":
+            raise ConfigError(
+                f"{source}: line {event.start_mark.line + 1}: YAML's anchors, aliases and tags, and interpolations "
+                f"({shorten(marks or value)}) are not taken; write the values"
+            )
 
 
 def _forget_the_other_batch_key(saved: DictConfig, given: set[str]) -> None:

@@ -32,6 +32,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # su
 
 PAUSES = (0.1, 1.0)  # seconds before a read that failed is tried again
 DIGITS_VAL_FRACTION = 0.2
+MAX_NAMES = 5  # shown of a long list
 
 Shaped = TypeVar("Shaped")
 
@@ -247,8 +248,8 @@ def _load_from_disk(config: DataConfig) -> tuple[ImageSet, ImageSet]:
         only_train = sorted(set(train.classes) - set(val.classes))
         only_val = sorted(set(val.classes) - set(train.classes))
         raise ConfigError(
-            f"data.root={root}: train and val must hold the same classes; only in train: {_some(only_train)}; "
-            f"only in val: {_some(only_val)}"
+            f"data.root={root}: train and val must hold the same classes; only in train: {some(only_train)}; "
+            f"only in val: {some(only_val)}"
         )
     return train, val
 
@@ -292,5 +293,7 @@ def load_shard_set(root: Path, split: str) -> ImageSet:
     return ImageSet(classes, labels, np.arange(len(labels)), members)
 
 
-def _some(names: Sequence[str]) -> str:
-    return (", ".join(map(printable, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")) or "none"
+def some(names: Sequence[str], separator: str = ", ") -> str:
+    """The first MAX_NAMES of some names, escaped, and how many more there are."""
+    rest = len(names) - MAX_NAMES
+    return separator.join(map(printable, names[:MAX_NAMES])) + (f" and {rest:,} more" if rest > 0 else "") or "none"

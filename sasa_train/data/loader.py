@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sasa_train.config.derived import accumulation, crops_by_padding, resolved_image_size, total_steps
+from sasa_train.config.derived import crops_by_padding, resolved_image_size, total_steps
 from sasa_train.config.keys import TrainConfig
 from sasa_train.data.datasets import ImageSet, load_image_sets, mean_std
 from sasa_train.data.fingerprint import fingerprint
@@ -21,11 +21,12 @@ from sasa_train.data.mixing import Mixing
 from sasa_train.data.plan import BatchPlan
 from sasa_train.data.quarantine import Quarantine
 from sasa_train.data.resident import ResidentLoader, decode_all
-from sasa_train.data.shared_memory import check_shared_memory
 from sasa_train.data.streaming import StreamingLoader
 from sasa_train.data.transforms import Augment, Normalize
+from sasa_train.data.workers import check_shared_memory
+from sasa_train.device import RunPlan
 from sasa_train.machine import available_memory, usable_processors
-from sasa_train.processes.ranks import local_rank, local_world_size, rank, world_size
+from sasa_train.processes.ranks import local_rank, local_world_size, world_size
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import printable
 
@@ -43,7 +44,7 @@ class Loaders:
     train: Loader
     val: Loader
     train_set: ImageSet
-    fingerprint: dict[str, Any]  # of each split
+    fingerprint: dict[str, Any]
 
     @property
     def classes(self) -> list[str]:
@@ -85,12 +86,7 @@ def build_loaders(config: TrainConfig, device: torch.device, memory: int | None 
     train = _build_loader(config, train_set, device, is_resident, split="train")
     val = _build_loader(config, val_set, device, is_resident, split="val")
     _check_queues(config, train, val)
-    return Loaders(
-        train,
-        val,
-        train_set,
-        {"train": fingerprint(train_set), "val": fingerprint(val_set)},
-    )
+    return Loaders(train, val, train_set, {"train": fingerprint(train_set), "val": fingerprint(val_set)})
 
 
 def build_eval_loader(config: TrainConfig, device: torch.device) -> tuple[Loader, ImageSet]:
@@ -103,24 +99,23 @@ def build_eval_loader(config: TrainConfig, device: torch.device) -> tuple[Loader
 
 
 def _build_loader(config: TrainConfig, images: ImageSet, device: torch.device, is_resident: bool, split: str) -> Loader:
-    trainer = config.trainer
-    num_accumulated = accumulation(trainer, world_size())
-    plan = BatchPlan(config.seed, len(images), trainer.global_batch_size, num_accumulated, rank(), world_size())
+    run, batch_size = RunPlan(config, device), config.trainer.global_batch_size
+    plan = BatchPlan(config.seed, len(images), batch_size, run.grad_accum_steps, run.rank, run.world_size)
     mean, std = mean_std(config.data)
-    normalize = Normalize(mean, std, device, trainer.channels_last)
+    normalize = Normalize(mean, std, device, config.trainer.channels_last)
     augment = Augment(config.data, config.augment, config.seed, mean)
     mixed_steps = total_steps(config, plan.steps_per_epoch) - config.augment.mix_off_epochs * plan.steps_per_epoch
     mixing = Mixing(config.augment, len(images.classes), config.seed, mixed_steps)
     quarantine = Quarantine(split, len(images), config.data.max_unreadable)
     if split == "val":
-        plan = dataclasses.replace(plan, global_batch_size=plan.micro_batch_size * world_size(), grad_accum_steps=1)
+        plan = dataclasses.replace(plan, global_batch_size=plan.micro_batch_size * run.world_size, grad_accum_steps=1)
     num_workers, timeout = resolved_num_workers(config), config.data.worker_timeout
     if not is_resident:
         return StreamingLoader(images, plan, augment, normalize, mixing, quarantine, num_workers, timeout)
     pixels, labels, is_good = decode_all(images, augment.size, num_workers, timeout, quarantine)
     if split == "train":
         pixels = augment.pad(pixels)
-    return ResidentLoader(pixels.to(device), labels, is_good, plan, augment, normalize, mixing, quarantine)
+    return ResidentLoader(pixels.to(device), labels.to(device), is_good, plan, augment, normalize, mixing, quarantine)
 
 
 def _check_queues(config: TrainConfig, *loaders: Loader) -> None:

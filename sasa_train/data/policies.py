@@ -64,21 +64,20 @@ class Policy:
 
     def _apply(self, image: Any, operation: Operation) -> Any:
         name, magnitude = operation
-        return self.transform._apply_image_or_video_transform(
-            image, name, magnitude, interpolation=self.transform.interpolation, fill=self.transform._fill
-        )
+        return apply_operation(self.transform, image, name, magnitude)
 
     def _rand(self, draws: np.ndarray, size: int) -> list[Operation]:
-        names, magnitude = list(self.transform._AUGMENTATION_SPACE), self.config.policy_magnitude
+        names, magnitude = list(table_of(self.transform)), self.config.policy_magnitude
         pairs = draws[: 2 * self.config.policy_ops].reshape(-1, 2)
         return [self._signed(names[int(name * len(names))], magnitude, 31, sign, size) for name, sign in pairs]
 
     def _trivial(self, draws: np.ndarray, size: int) -> list[Operation]:
-        names = list(self.transform._AUGMENTATION_SPACE)
+        names = list(table_of(self.transform))
         return [self._signed(names[int(draws[0] * len(names))], int(draws[1] * 31), 31, draws[2], size)]
 
     def _auto(self, draws: np.ndarray, size: int) -> list[Operation]:
-        policy = self.transform._policies[int(draws[0] * len(self.transform._policies))]
+        policies = policies_of(self.transform)
+        policy = policies[int(draws[0] * len(policies))]
         return [
             self._signed(name, magnitude_bin, 10, draws[2 * i + 2], size)
             for i, (name, probability, magnitude_bin) in enumerate(policy)
@@ -86,12 +85,28 @@ class Policy:
         ]
 
     def _signed(self, name: str, magnitude_bin: int, num_bins: int, sign: float, size: int) -> Operation:
-        magnitudes_of, is_signed = self.transform._AUGMENTATION_SPACE[name]
+        magnitudes_of, is_signed = table_of(self.transform)[name]
         magnitudes = magnitudes_of(num_bins, size, size)
         if magnitudes is None:
             return name, 0.0
         magnitude = float(magnitudes[magnitude_bin])
         return name, -magnitude if is_signed and sign <= 0.5 else magnitude
+
+
+def table_of(transform: Any) -> dict[str, tuple[Callable[..., Any], bool]]:
+    """torchvision's operations: for each name its magnitudes by (bins, height, width), and whether they have a sign."""
+    return transform._AUGMENTATION_SPACE
+
+
+def policies_of(auto_augment: Any) -> list[tuple[tuple[str, float, Any], ...]]:
+    """AutoAugment's learned policies: operations with their probability and the bin of their magnitude."""
+    return auto_augment._policies
+
+
+def apply_operation(transform: Any, image: Any, name: str, magnitude: float) -> Any:
+    """Transform an image, or a batch, by one operation of the table."""
+    how = {"interpolation": transform.interpolation, "fill": transform._fill}
+    return transform._apply_image_or_video_transform(image, name, magnitude, **how)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:

@@ -1,6 +1,7 @@
 """A whole set of small images, decoded once and kept on the device; a batch is gathered and augmented there."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,32 +13,30 @@ from sasa_train.data.mixing import Mixing
 from sasa_train.data.plan import BatchPlan
 from sasa_train.data.policies import to_device
 from sasa_train.data.quarantine import Quarantine
-from sasa_train.data.shared_memory import check_shared_memory, queue_bytes
 from sasa_train.data.transforms import Augment, Normalize
-from sasa_train.data.workers import PlainReader, Workers
+from sasa_train.data.workers import PlainReader, Workers, check_shared_memory, queue_bytes
 from sasa_train.processes.ranks import rank
 
 CHUNK = 256  # images a worker decodes at a time
 
 
+@dataclass
 class ResidentLoader:
     """Images uint8 [n, 3, S, S] (train's are padded for the crop) and labels [n]; val leaves out what is not good."""
 
-    def __init__(
-        self,
-        images: Tensor,
-        labels: np.ndarray,
-        is_good: np.ndarray,
-        plan: BatchPlan,
-        augment: Augment,
-        normalize: Normalize,
-        mixing: Mixing,
-        quarantine: Quarantine,
-    ):
-        self.images, self.labels = images, torch.from_numpy(labels).to(images.device)
-        self.is_good, self.plan, self.normalize, self.quarantine = is_good, plan, normalize, quarantine
-        self.augment, self.mixing = augment, mixing
-        self.num_left_out = int((~is_good[plan.share]).sum())
+    images: Tensor
+    labels: Tensor
+    is_good: np.ndarray
+    plan: BatchPlan
+    augment: Augment
+    normalize: Normalize
+    mixing: Mixing
+    quarantine: Quarantine
+
+    @property
+    def num_left_out(self) -> int:
+        """Images of this process's share that no evaluation sees."""
+        return int((~self.is_good[self.plan.share]).sum())
 
     def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         for micro in self.plan.train(epoch, first_step):
@@ -57,7 +56,7 @@ class ResidentLoader:
 
 def decode_all(
     images: ImageSet, size: int, num_workers: int, worker_timeout: float, quarantine: Quarantine
-) -> tuple[Tensor, np.ndarray, np.ndarray]:
+) -> tuple[Tensor, Tensor, np.ndarray]:
     """Decode a whole set of small images, with a progress bar: uint8 [n, 3, size, size], labels, and which are good.
 
     Raises:
@@ -65,8 +64,9 @@ def decode_all(
         DataWorkerError: a worker was killed, or hangs.
     """
     if isinstance(images.source, Tensor) and images.source.shape[-2:] == (size, size):
-        return images.source[torch.from_numpy(images.positions)], images.labels, np.ones(len(images), dtype=bool)
-    pixels, labels = torch.zeros(len(images), 3, size, size, dtype=torch.uint8), images.labels.copy()
+        pixels = images.source[torch.from_numpy(images.positions)]
+        return pixels, torch.from_numpy(images.labels), np.ones(len(images), dtype=bool)
+    pixels, labels = torch.zeros(len(images), 3, size, size, dtype=torch.uint8), torch.tensor(images.labels)
     is_good = np.zeros(len(images), dtype=bool)
     check_shared_memory(queue_bytes(num_workers, CHUNK, len(images), size), num_workers)
     chunks = BatchPlan(0, len(images), CHUNK, 1).all()

@@ -1,7 +1,7 @@
 """Images decoded and augmented in worker processes, a micro-batch at a time; uint8 until the device."""
 
-import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,9 +13,8 @@ from sasa_train.data.mixing import Mixing
 from sasa_train.data.plan import BatchPlan, MicroBatch
 from sasa_train.data.quarantine import Quarantine
 from sasa_train.data.reading import Read, Unreadable, read_or_replace
-from sasa_train.data.shared_memory import queue_bytes
 from sasa_train.data.transforms import Augment, Normalize
-from sasa_train.data.workers import PlainReader, Workers
+from sasa_train.data.workers import PlainReader, Reader, Workers, queue_bytes
 
 Batch = tuple[Tensor, Tensor]
 
@@ -38,33 +37,22 @@ class StreamingLoader:
         self.device = normalize.mean.device
         self.num_left_out = 0  # by the last evaluation, of this process's share
         self.queue_bytes = queue_bytes(num_workers, plan.micro_batch_size, plan.num_images, augment.size)
-        reader = (
-            TrainReader(images, augment, quarantine.num_tries)
-            if quarantine.split == "train"
-            else PlainReader(images, augment.size, quarantine.num_tries)
-        )
-        self._workers = Workers(
-            reader,
-            quarantine.split,
-            num_workers,
-            worker_timeout,
-            pin_memory=self.device.type == "cuda",
-        )
+        reader: Reader = PlainReader(images, augment.size, quarantine.num_tries)
+        if quarantine.split == "train":
+            reader = TrainReader(images, augment, quarantine.num_tries)
+        is_cuda = self.device.type == "cuda"
+        self._workers = Workers(reader, quarantine.split, num_workers, worker_timeout, pin_memory=is_cuda)
 
     def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         for micro, images, labels in self._on_device(self.plan.train(epoch, first_step)):
             yield self.mixing(images, labels, micro.step, micro.number)
 
     def eval_batches(self) -> Iterator[Batch]:
-        seen, self.num_left_out = np.zeros(self.plan.num_images, dtype=np.int64), 0
+        self.num_left_out = 0
         for micro, images, labels in self._on_device(self.plan.all()):
-            seen[micro.indices] += 1
             self.num_left_out += len(micro.indices) - len(labels)
             if len(labels):
                 yield images, labels
-        seen = seen[self.plan.share]
-        if not (seen == 1).all():
-            raise RuntimeError(f"evaluation saw an image {seen.max()} times and another {seen.min()} times")
 
     def _on_device(self, keys: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
         """On CUDA the next batch is copied and normalised on a side stream while this one is computed with."""
@@ -105,11 +93,13 @@ class StreamingLoader:
         self._workers.close()
 
 
+@dataclass
 class TrainReader:
     """Reads a micro-batch for training, augmented."""
 
-    def __init__(self, images: ImageSet, augment: Augment, num_tries: int):
-        self.images, self.augment, self.num_tries = images, augment, num_tries
+    images: ImageSet
+    augment: Augment
+    num_tries: int
 
     def __call__(self, micro: MicroBatch) -> Read:
         indices, size = micro.indices, self.augment.size
@@ -127,8 +117,5 @@ class TrainReader:
 
 def _new_pixels(num_images: int, size: int) -> Tensor:
     """uint8 [B, S, S, 3]; in a worker it is memory that the main process sees, so that no batch is copied there."""
-    shape = (num_images, size, size, 3)
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    shared = torch.UntypedStorage._new_shared(math.prod(shape))
-    return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
+    pixels = torch.empty((num_images, size, size, 3), dtype=torch.uint8)
+    return pixels if get_worker_info() is None else pixels.share_memory_()

@@ -5,11 +5,14 @@ memory, the main process asks the worker that made it for a file descriptor, and
 """
 
 import atexit
+import math
 import multiprocessing.connection
+import shutil
 import signal
+import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -18,11 +21,12 @@ from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.data._utils import signal_handling
 
 from sasa_train.data.datasets import ImageSet
 from sasa_train.data.plan import MicroBatch
 from sasa_train.data.reading import Read, read_fitted
+from sasa_train.processes.ranks import local_world_size
+from sasa_train.refusal import ConfigError, ExpectedFailure
 from sasa_train.signals import SIGNALS
 from sasa_train.terminal import printable
 
@@ -32,10 +36,11 @@ PATIENCE = 2.0  # seconds for workers to end by themselves, before they are kill
 DEATH_THROES = 0.5  # seconds at most between a worker's last answer and its exit code
 STATES = {"T": "stopped", "t": "stopped by a debugger", "D": "waiting for a disk or network"}  # of Linux
 REASONS = {signal.SIGKILL: ", perhaps for want of memory", signal.SIGBUS: ", perhaps for want of shared memory"}
+SHM = Path("/dev/shm")  # shared memory, where batches wait
 END = object()
 
 
-class DataWorkerError(Exception):
+class DataWorkerError(ExpectedFailure):
     """A data worker was killed or hangs: which one, what was waited for, and what to do. Exit code 1."""
 
 
@@ -63,23 +68,15 @@ class Workers:
     """`num_workers` processes (0: none) that `reader` runs in, made at the first `read` and kept until `close`."""
 
     def __init__(self, reader: Reader, split: str, num_workers: int, timeout: float, pin_memory: bool = False):
-        self.images, self.split, self.num_workers, self.timeout = reader.images, split, num_workers, timeout
+        self.reader, self.pin_memory = reader, pin_memory
+        self.split, self.num_workers, self.timeout = split, num_workers, timeout
         self._keys: Iterator[MicroBatch] = iter(())
         self._handed: deque[MicroBatch] = deque()  # to workers, and not back yet
+        self._num_read = 0  # micro-batches of this pass
         self._num_waits, self._is_waiting, self._is_closed = 0, False, threading.Event()
         self._cause = ""  # why a wait was ended
-        self._loader = DataLoader(
-            _Stamped(reader),
-            sampler=_Handed(self),
-            batch_size=None,  # a key is a micro-batch
-            collate_fn=unchanged,
-            num_workers=num_workers,
-            prefetch_factor=PREFETCH if num_workers else None,
-            persistent_workers=num_workers > 0,
-            pin_memory=pin_memory,
-            worker_init_fn=ignore_signals,
-            generator=torch.Generator(),  # else it would draw from the global one, which dropout uses
-        )
+        self._loader: Any = None
+        self._results: Any = None  # its iterator, while there are workers
         atexit.register(self._kill)  # Python waits for them at its end
 
     def read(self, keys: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, Any]]:
@@ -88,28 +85,40 @@ class Workers:
         Raises:
             DataWorkerError: a worker was killed, or gave nothing for `timeout` seconds.
         """
-        self._keys = keys
+        self._keys, self._num_read = keys, 0
         self._handed.clear()
         results = self._start()
         while (result := self._next(results)) is not END:
             micro, (first, content) = self._handed.popleft(), result
+            self._num_read += 1
             if first != micro.indices[0]:
                 raise RuntimeError(f"image {first} came out of the data workers instead of {micro.indices[0]}")
             yield micro, content
 
     def _start(self) -> Iterator[Any]:
-        if self._iterator is not None:
+        if self._results is not None:
             with self._watched():
                 return iter(self._loader)  # which waits until all workers are through with what was left
-        results: Any = iter(self._loader)
-        if self.num_workers:
-            # PyTorch's handler of SIGCHLD would raise wherever the main process is; here a wait ends within seconds.
-            signal_handling._remove_worker_pids(id(results))
-            results._worker_pids_set = False
-            self._cause = ""
-            self._is_closed.clear()
-            threading.Thread(target=self._limit_waits, daemon=True).start()
-        return results
+        self._loader = DataLoader(
+            _Stamped(self.reader),
+            sampler=_Handed(self),
+            batch_size=None,  # a key is a micro-batch
+            collate_fn=unchanged,
+            num_workers=self.num_workers,
+            prefetch_factor=PREFETCH if self.num_workers else None,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self.pin_memory,
+            worker_init_fn=ignore_signals,
+            generator=torch.Generator(),  # else it would draw from the global one, which dropout uses
+        )
+        if not self.num_workers:
+            return iter(self._loader)
+        with _without_child_handler():
+            self._results = iter(self._loader)
+        self._cause = ""
+        self._is_closed.clear()
+        threading.Thread(target=self._limit_waits, daemon=True).start()
+        return self._results
 
     def _next(self, results: Iterator[Any]) -> Any:
         if not self.num_workers:
@@ -119,26 +128,21 @@ class Workers:
 
     def close(self) -> None:
         """End the worker processes; those that ignore even that are killed."""
-        iterator = self._iterator
-        if iterator is not None:
-            ending = threading.Thread(target=iterator._shutdown_workers, daemon=True)
+        if self._results is not None:
+            ending = threading.Thread(target=shutdown_of(self._results), daemon=True)
             ending.start()
             ending.join(PATIENCE)
         self._kill()
         self._is_closed.set()
-        self._loader._iterator = None
+        self._results = None
         atexit.unregister(self._kill)
 
     def _kill(self) -> None:
         for worker in self._processes():
             worker.kill()
 
-    @property
-    def _iterator(self) -> Any:
-        return self._loader._iterator if self.num_workers else None
-
     def _processes(self) -> list[BaseProcess]:
-        return [] if self._iterator is None else self._iterator._workers
+        return [] if self._results is None else processes_of(self._results)
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -172,11 +176,10 @@ class Workers:
 
     def _suspects(self) -> str:
         """The workers that are stopped, or else the one whose micro-batch is waited for."""
-        iterator, workers = self._iterator, self._processes()
+        workers = self._processes()
         suspects = [worker for worker in workers if _state(worker).startswith("stopped")]
-        awaited = iterator._task_info.get(iterator._rcvd_idx)
-        if not suspects and awaited:
-            suspects = [workers[awaited[0]]]
+        if not suspects and self._handed:
+            suspects = [workers[self._num_read % len(workers)]]  # micro-batches go round
         return ", ".join(f"data worker {worker.pid} is {_state(worker)}" for worker in suspects or workers)
 
     def _death(self) -> str:
@@ -192,13 +195,62 @@ class Workers:
         waited_for = ""
         if self._handed:
             indices = self._handed[0].indices
-            names = ", ".join(printable(self.images.name(int(i))) for i in indices[:NUM_NAMES])
+            names = ", ".join(printable(self.reader.images.name(int(i))) for i in indices[:NUM_NAMES])
             rest = len(indices) - NUM_NAMES
             waited_for = f" while {names}{f' and {rest:,} more' if rest > 0 else ''} were waited for"
         fewer, longer = f"data.num_workers={self.num_workers // 2}", f"data.worker_timeout={2 * self.timeout:g}"
         return (
             f"{self.split}: {cause}{waited_for}. Where memory is short, use {fewer} or a smaller micro-batch "
             f"(trainer.micro_batch_size); where the disk is slow, {longer}. Run the same command again to continue"
+        )
+
+
+@contextmanager
+def _without_child_handler() -> Iterator[None]:
+    """Start workers without the DataLoader's handler of SIGCHLD, which would raise wherever the main process is.
+
+    Its waits notice a dead worker within seconds, here where that is expected.
+    """
+    before = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():  # elsewhere the DataLoader sets none
+            signal.signal(signal.SIGCHLD, before)
+
+
+def processes_of(iterator: Any) -> list[BaseProcess]:
+    """The worker processes of a DataLoader's iterator, which has no public name for them."""
+    return iterator._workers
+
+
+def shutdown_of(iterator: Any) -> Callable[[], None]:
+    """What ends the workers of a DataLoader's iterator, else done when it is garbage."""
+    return iterator._shutdown_workers
+
+
+def queue_bytes(num_workers: int, batch_size: int, num_images: int, size: int) -> int:
+    """Of the uint8 [B, S, S, 3] that wait, and of one under way, for each worker; never more than the whole set."""
+    return min(num_workers * (PREFETCH + 1) * batch_size, num_images) * 3 * size**2
+
+
+def check_shared_memory(needed: int, num_workers: int, remedy: str = "") -> None:
+    """Refuse `needed` bytes, for each process on this machine, that are not free: there a worker would die of SIGBUS.
+
+    A container may have little of it. Only Linux shows what is free.
+
+    Raises:
+        ConfigError: with `remedy` beside those that always help.
+    """
+    if not num_workers or sys.platform != "linux" or not SHM.is_dir():
+        return
+    free, needed = shutil.disk_usage(SHM).free, needed * local_world_size()
+    if needed > free:
+        gigabytes = math.ceil(1.5 * needed / 2**30)
+        raise ConfigError(
+            f"data.num_workers={num_workers}: their queues take up to {needed / 2**20:,.0f} MiB of shared memory, but "
+            f"{SHM} has {free / 2**20:,.0f} MiB free; give the container more (docker run --shm-size={gigabytes}g), "
+            f"or use data.num_workers={num_workers * free // needed}{remedy}"
         )
 
 

@@ -2,12 +2,12 @@
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
+from sasa_train.commands import described, positive, run
 from sasa_train.machine import usable_processors
 from sasa_train.refusal import ConfigError
-from sasa_train.terminal import fail, printable
+from sasa_train.terminal import INTERRUPTED, fail
 
 EPILOG = """examples:
   sasa-data verify data/flowers                           every image decoded: what is there, and what is wrong with it
@@ -35,7 +35,6 @@ SHARD = """Copy class folders, ROOT/train and ROOT/val (or ROOT/test), to tar sh
 DEST is the same data set: the same images in the same order, byte by byte. Classes are mixed within a shard."""
 
 IMAGES_PER_SHARD = 1000  # 100 MB of ImageNet
-FAILED, REFUSED, INTERRUPTED = 1, 2, 75
 
 
 def main() -> None:
@@ -44,27 +43,14 @@ def main() -> None:
 
 def run_command(arguments: list[str]) -> int:
     """Run with command-line arguments; returns the exit code."""
-    parser = build_parser()
-    if not arguments:
-        parser.print_help()
-        return REFUSED
     try:
-        options = parser.parse_args(arguments)
-    except SystemExit as stop:  # after --help or argparse's own refusal
-        return int(stop.code or 0)
-    try:
-        return _run(options)
-    except ConfigError as error:
-        return fail(error)
-    except OSError as error:  # a disk that fills up or fails
-        print(f"sasa-data: {printable(str(error))}", file=sys.stderr)
-        return FAILED
+        return run(build_parser(), arguments, work, has_subcommands=True)
     except KeyboardInterrupt:
-        print("sasa-data: stopped; run the same command again", file=sys.stderr)
+        fail(RuntimeError("stopped; run the same command again"))
         return INTERRUPTED
 
 
-def _run(options: argparse.Namespace) -> int:
+def work(options: argparse.Namespace) -> int:
     if options.command == "verify":
         from sasa_train.dataset_tool.verify import verify
 
@@ -80,15 +66,15 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _described(argparse.ArgumentParser, prog="sasa-data", description=__doc__, epilog=EPILOG)
+    parser = described(argparse.ArgumentParser, prog="sasa-data", description=__doc__, epilog=EPILOG)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    verify = _described(commands.add_parser, name="verify", help="decode and check every image", description=VERIFY)
+    verify = described(commands.add_parser, name="verify", help="decode and check every image", description=VERIFY)
     verify.add_argument("root", metavar="ROOT", type=_path, help="the data set's folder")
-    verify.add_argument("--workers", metavar="N", type=_positive, help="processes (one a processor)")
+    verify.add_argument("--workers", metavar="N", type=positive, help="processes (one a processor)")
     verify.add_argument("--all-classes", action="store_true", help="a line a class, even for more than 50 classes")
 
-    prepare = _described(commands.add_parser, name="prepare", help="from archives to a data set", description=PREPARE)
+    prepare = described(commands.add_parser, name="prepare", help="from archives to a data set", description=PREPARE)
     prepare.add_argument(
         "dataset", metavar="imagenet", choices=["imagenet"], help="the data set, of which there is one"
     )
@@ -96,39 +82,24 @@ def build_parser() -> argparse.ArgumentParser:
     prepare.add_argument("dest", metavar="DEST", type=_path, help="the data set's folder, made where it is not there")
     prepare.add_argument("--shards", action="store_true", help="write tar shards, not class folders")
     prepare.add_argument(
-        "--images-per-shard", metavar="N", type=_positive, help=f"images of a shard, with --shards ({IMAGES_PER_SHARD})"
+        "--images-per-shard", metavar="N", type=positive, help=f"images of a shard, with --shards ({IMAGES_PER_SHARD})"
     )
     prepare.add_argument(
         "--no-checksums", dest="checksums", action="store_false", help="trust the archives: MD5 takes minutes"
     )
 
-    shard = _described(commands.add_parser, name="shard", help="from class folders to tar shards", description=SHARD)
+    shard = described(commands.add_parser, name="shard", help="from class folders to tar shards", description=SHARD)
     shard.add_argument("root", metavar="ROOT", type=_path, help="the data set's folder")
     shard.add_argument("dest", metavar="DEST", type=_path, help="the shards' folder, made where it is not there")
     shard.add_argument(
         "--images-per-shard",
         metavar="N",
-        type=_positive,
+        type=positive,
         default=IMAGES_PER_SHARD,
         help=f"images ({IMAGES_PER_SHARD})",
     )
     return parser
 
 
-def _described(build: Callable[..., argparse.ArgumentParser], **texts: str) -> argparse.ArgumentParser:
-    """A parser whose texts are printed as they stand here."""
-    return build(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **texts)
-
-
 def _path(text: str) -> Path:
     return Path(text).expanduser()
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 1")
-    return int(text)
-
-
-if __name__ == "__main__":
-    main()

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import signal
 from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -16,13 +15,13 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from sasa_train.data.datasets import Files, ImageSet, UnreadableImage, load_shard_set, to_rgb
+from sasa_train.data.datasets import Files, ImageSet, UnreadableImage, load_shard_set, some, to_rgb
 from sasa_train.data.shards import find_shards
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import printable
 
 MAX_TABLE = 50  # classes with a line of their own
-MAX_ACROSS, MAX_WITHIN, MAX_NAMES = 20, 5, 5  # groups of duplicates shown, and names shown of a long list
+MAX_ACROSS, MAX_WITHIN = 20, 5  # groups of duplicates shown
 LEVELS = np.arange(256) / 255
 
 Look = tuple[str, tuple[int, int], bytes, np.ndarray]  # mode, width and height, digest, moments
@@ -252,7 +251,7 @@ def print_classes(contents: Contents, all_classes: bool) -> None:
     for fault in contents.faults:
         say("class", fault)
     if contents.unused:
-        names = [printable(os.path.relpath(path, contents.root)) for path in contents.unused]
+        names = [os.path.relpath(path, contents.root) for path in contents.unused]
         say("not read", f"{counted(len(names), 'file')}, no image in a class folder: {some(names)}")
 
 
@@ -267,7 +266,7 @@ def print_survey(contents: Contents, survey: Survey) -> None:
     if survey.modes:
         say("modes", ", ".join(f"{number:,} {mode}" for mode, number in survey.modes.most_common()))
     for index, reason in survey.unreadable.items():
-        say("unreadable", f"{contents.name(index)}: {printable(reason.partition(' <_io.')[0])}")
+        say("unreadable", f"{contents.name(index)}: {printable(reason)}")
 
 
 def print_duplicates(contents: Contents, survey: Survey) -> int:
@@ -311,8 +310,3 @@ def say(label: str, text: str) -> None:
 
 def counted(number: int, singular: str, plural: str = "") -> str:
     return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
-
-
-def some(names: Sequence[str], separator: str = ", ") -> str:
-    rest = len(names) - MAX_NAMES
-    return separator.join(names[:MAX_NAMES]) + (f" and {rest:,} more" if rest > 0 else "")

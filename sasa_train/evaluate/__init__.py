@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sasa_train.commands import end_command
+from sasa_train.commands import described, end_command, run
 from sasa_train.evaluate.outputs import check_outputs, write_outputs
 from sasa_train.evaluate.sections import (
     lines_of_calibration,
@@ -17,7 +17,7 @@ from sasa_train.evaluate.sections import (
     lines_of_real,
 )
 from sasa_train.refusal import ConfigError
-from sasa_train.terminal import fail, printable
+from sasa_train.terminal import printable
 
 if TYPE_CHECKING:
     from sasa_train.evaluate.val_pass import Answers, Val
@@ -41,34 +41,15 @@ def main() -> None:
 
 def run_command(arguments: list[str]) -> int:
     """Run with command-line arguments; returns the exit code."""
-    parser = build_parser()
-    if not arguments:
-        parser.print_help()
-        return 2
-    try:
-        options = parser.parse_intermixed_args(arguments)
-    except SystemExit as stop:  # after --help or argparse's own refusal
-        return int(stop.code or 0)
-    from sasa_train.data.workers import DataWorkerError
-    from sasa_train.runs.checkpoint import CheckpointError
-
-    try:
-        evaluate_checkpoint(options)
-    except (ConfigError, CheckpointError) as error:
-        return fail(error)
-    except (DataWorkerError, OSError) as error:
-        fail(error)
-        return 1
-    return 0
+    return run(build_parser(), arguments, evaluate_checkpoint)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "sasa-evaluate",
+    parser = described(
+        argparse.ArgumentParser,
+        prog="sasa-evaluate",
         description=__doc__,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "source",
@@ -246,7 +227,3 @@ def compare_with(other_val: "Val", answers: "Answers", options: argparse.Namespa
 
 def print_section(lines: list[str]) -> None:
     print("\n" + "\n".join(lines))
-
-
-if __name__ == "__main__":
-    main()

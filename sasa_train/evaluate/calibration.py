@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.optimize import brentq
 from torch import Tensor
 
 NUM_BINS = 15  # as in the paper
 CHUNK = 4096  # images whose probabilities are in memory at a time, in float64
-MAX_STEPS = 200  # of Newton's method, which takes about ten
 
 
 @dataclass(frozen=True)
@@ -115,22 +115,15 @@ def proper_scores(logits: Tensor, labels: Tensor, inverse_temperature: float = 1
 def best_temperature(logits: Tensor, labels: Tensor) -> float | None:
     """The temperature with the least NLL; None where that falls for ever, as the logits grow or vanish.
 
-    NLL is convex in the inverse temperature, so Newton's method finds its one minimum; a bracket keeps it on the way.
+    NLL is convex in the inverse temperature, so its slope rises through 0 once.
     """
     of_label = logits.gather(1, labels[:, None])[:, 0]
-    if bool((of_label == logits.max(1).values).all()) or _slope(logits, labels, 0.0)[0] >= 0:
+    if bool((of_label == logits.max(1).values).all()) or not _slope(0.0, logits, labels) < 0:
         return None
-    low, high, inverse = 0.0, float("inf"), 1.0
-    for _ in range(MAX_STEPS):
-        slope, curvature = _slope(logits, labels, inverse)
-        low, high = (low, inverse) if slope > 0 else (inverse, high)
-        step = inverse - slope / curvature if curvature > 0 else high
-        if not low < step < high:
-            step = (low + high) / 2 if high < float("inf") else 2 * inverse
-        if abs(step - inverse) <= 1e-12 * inverse:
-            break
-        inverse = step
-    return 1 / inverse
+    high = 1.0
+    while _slope(high, logits, labels) < 0:
+        high *= 2
+    return 1 / brentq(_slope, 0.0, high, (logits, labels), xtol=1e-12 * high, rtol=1e-12)
 
 
 def _tempered(logits: Tensor, labels: Tensor, predictions: Tensor, num_bins: int) -> Temperature | None:
@@ -142,15 +135,13 @@ def _tempered(logits: Tensor, labels: Tensor, predictions: Tensor, num_bins: int
     return Temperature(value, proper_scores(logits, labels, 1 / value)[0], expected_error(bins))
 
 
-def _slope(logits: Tensor, labels: Tensor, inverse: float) -> tuple[float, float]:
-    """First and second derivative of the NLL's sum by the inverse temperature: E[z] - z_label, and Var[z]."""
-    slope = curvature = 0.0
+def _slope(inverse: float, logits: Tensor, labels: Tensor) -> float:
+    """The derivative of the NLL's sum by the inverse temperature: E[z] - z_label."""
+    slope = 0.0
     for z, y in _chunks(logits, labels):
-        probabilities = _probabilities(z, inverse)
-        mean = (probabilities * z).sum(1, keepdim=True)
+        mean = (_probabilities(z, inverse) * z).sum(1, keepdim=True)
         slope += (mean - z.gather(1, y[:, None])).sum().item()
-        curvature += (probabilities * (z - mean).square()).sum().item()
-    return slope, curvature
+    return slope
 
 
 def _chunks(logits: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,9 +1,7 @@
 """What sasa-evaluate writes: predictions, all figures as JSON, the reliability diagram."""
 
 import argparse
-import csv
 import dataclasses
-import io
 import json
 import os
 from collections.abc import Iterator
@@ -47,13 +45,16 @@ def write_outputs(
     Raises:
         OSError: a file that cannot be written; the message names it.
     """
-    from sasa_train.files import write_atomic
+    from sasa_train.files import csv_text, write_atomic
 
     contents: list[tuple[Path, bytes]] = []
     if options.predictions and answers is not None:
         rows = list(prediction_rows(answers, images))
-        is_csv = options.predictions.suffix.lower() == ".csv"
-        contents.append((options.predictions, (as_csv(rows) if is_csv else as_json_lines(rows)).encode()))
+        if options.predictions.suffix.lower() == ".csv":
+            text = csv_text([rows[0], *(row.values() for row in rows)])
+        else:
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+        contents.append((options.predictions, text.encode()))
     if options.json:
         contents.append((options.json, json.dumps(figures, indent=1, default=dataclasses.asdict).encode() + b"\n"))
     if options.plot:
@@ -82,18 +83,6 @@ def prediction_rows(answers: "Answers", images: "ImageSet") -> Iterator[dict[str
             "probability": probabilities[i],
             "label_probability": of_labels[i],
         }
-
-
-def as_csv(rows: list[dict[str, Any]]) -> str:
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
-
-
-def as_json_lines(rows: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def draw(figures: dict[str, Any], kind: str) -> bytes:

@@ -36,13 +36,9 @@ class Answers:
     def predictions(self) -> Tensor:
         return self.ranked[:, 0]
 
-    @cached_property
-    def is_right(self) -> Tensor:
-        return self.predictions == self.labels
-
     @property
     def top1(self) -> float:
-        return 100 * self.is_right.double().mean().item()
+        return 100 * (self.predictions == self.labels).double().mean().item()
 
     @property
     def top5(self) -> float:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sasa_train.commands import end_command
+from sasa_train.commands import described, end_command, run
 from sasa_train.extras import why_not
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import fail, printable
@@ -34,32 +34,16 @@ def main() -> None:
 
 def run_command(arguments: list[str]) -> int:
     """Run with command-line arguments; returns the exit code."""
-    parser = build_parser()
-    if {"-h", "--help"} & set(arguments):
-        parser.print_help()
-        return 0
-    from sasa_train.config.overrides import split_overrides
-    from sasa_train.runs.checkpoint import CheckpointError
-
-    words, overrides = split_overrides(arguments)
-    try:
-        options = parser.parse_intermixed_args(words)
-    except SystemExit as stop:  # argparse's own refusal
-        return int(stop.code or 0)
-    try:
-        return export(options, overrides + options.misspelt)
-    except (ConfigError, CheckpointError) as error:
-        return fail(error)
+    return run(build_parser(), arguments, export, has_overrides=True)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "sasa-export",
+    parser = described(
+        argparse.ArgumentParser,
+        prog="sasa-export",
         usage="sasa-export CHECKPOINT [--formats FORMAT ...] [--out DIR] [--images FOLDER] [key=value ...]",
         description=__doc__,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a run folder or a checkpoint file")
     parser.add_argument("misspelt", nargs="*", help=argparse.SUPPRESS)  # refused as a key, with the nearest right one
@@ -69,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def export(options: argparse.Namespace, overrides: list[str]) -> int:
+def export(options: argparse.Namespace) -> int:
     """Load, measure PyTorch, then make, check and put in place one format after the other; returns the exit code.
 
     Raises:
@@ -84,7 +68,7 @@ def export(options: argparse.Namespace, overrides: list[str]) -> int:
     from sasa_train.terminal import say
     from sasa_train.trained import load_trained
 
-    trained = load_trained(options.checkpoint, overrides)
+    trained = load_trained(options.checkpoint, options.overrides + options.misspelt)
     images, of_what = load_images(trained, options.images)
     folder = options.out or output_folder(trained.path)
     source, exit_code = Source(trained), 0
@@ -152,7 +136,3 @@ def check_writable(folder: Path) -> None:
 def check_finite(trained: "TrainedModel", expected: "Measured") -> None:
     if not all(bool(logits.isfinite().all()) for logits in expected.logits):
         raise ConfigError(f"{trained.path}: its logits are not finite; there is nothing to compare an export with")
-
-
-if __name__ == "__main__":
-    main()

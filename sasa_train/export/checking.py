@@ -3,15 +3,14 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sasa_train.data.datasets import Files, ImageSet, UnreadableImage, load_image_sets
-from sasa_train.data.transforms import fit
+from sasa_train.data.datasets import ImageSet, load_image_sets
+from sasa_train.data.reading import image_files, read_fitted
 from sasa_train.predict.find_images import find_images
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import printable
@@ -44,16 +43,11 @@ def load_images(trained: TrainedModel, folder: Path | None) -> tuple[Tensor, str
         ConfigError: there are none.
     """
     images, name = _val(trained) if folder is None else _folder(folder)
-    pixels = []
-    for index in np.linspace(0, len(images) - 1, min(NUM_IMAGES, len(images)), dtype=int):
-        try:
-            pixels.append(images.read(int(index), partial(fit, size=trained.image_size)))
-        except UnreadableImage:
-            continue
-    if not pixels:
+    indices = np.linspace(0, len(images) - 1, min(NUM_IMAGES, len(images)), dtype=int)
+    pixels = read_fitted(images, indices, trained.image_size).pixels
+    if not len(pixels):
         raise ConfigError(f"none of the images of {name} can be read; give a folder of images with --images")
-    batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
-    return trained.normalize(torch.device("cpu"))(batch).contiguous(), f"{len(pixels)} images of {name}"
+    return trained.normalize(torch.device("cpu"))(pixels).contiguous(), f"{len(pixels)} images of {name}"
 
 
 def _val(trained: TrainedModel) -> tuple[ImageSet, str]:
@@ -71,8 +65,7 @@ def _folder(folder: Path) -> tuple[ImageSet, str]:
     paths = [one.path for one in found if not one.fault]
     if not paths:
         raise ConfigError(f"--images {printable(found[0].path)}: {found[0].fault}")
-    labels = np.zeros(len(paths), dtype=np.int64)
-    return ImageSet([], labels, np.arange(len(paths)), Files(paths)), printable(str(folder))
+    return image_files(paths), printable(str(folder))
 
 
 @torch.inference_mode()

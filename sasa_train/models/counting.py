@@ -33,8 +33,6 @@ def count_params(model: nn.Module) -> int:
 
 def count_flops(model: nn.Module, image_size: int) -> int:
     """FLOPs of one forward pass of one RGB image, in eval mode."""
-    import torch
-
     device = next(model.parameters()).device
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.eval()(torch.empty(1, 3, image_size, image_size, device=device))
@@ -65,17 +63,22 @@ def count_layers(model: nn.Module, image_size: int) -> list[Layer]:
     return [*layers.values(), total]
 
 
+def _identity(tensor: Tensor) -> int:
+    """Of its storage; on the meta device storages have no address."""
+    return tensor.untyped_storage()._cdata
+
+
 @contextmanager
 def _saved_bytes(model: nn.Module, layers: dict[str, Layer], total: Layer) -> Iterator[None]:
     """While it is open, note each layer's output shape and the bytes that autograd saves for the backward pass."""
     running: list[Layer] = []
-    known = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
+    known = {_identity(p) for p in [*model.parameters(), *model.buffers()]}
     keep = []  # storages stay alive, so that none of their addresses is used twice
 
     def save(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            known.add(storage._cdata)
+        if _identity(tensor) not in known:
+            known.add(_identity(tensor))
+            storage = tensor.untyped_storage()
             keep.append(storage)
             for layer in (*running[-1:], total):
                 layer.activation_bytes += storage.nbytes()

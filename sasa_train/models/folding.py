@@ -46,11 +46,7 @@ def _fold(layer: nn.Module, norm: nn.Module) -> nn.Module:
     weight, bias = fuse_conv_bn_weights(
         conv.weight[num_kept:],
         None if conv.bias is None else conv.bias[num_kept:],
-        norm.running_mean,
-        norm.running_var,
-        norm.eps,
-        norm.weight,
-        norm.bias,
+        *(norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias),
     )
     kept_bias = weight.new_zeros(num_kept) if conv.bias is None else conv.bias[:num_kept]
     conv.weight = nn.Parameter(torch.cat([conv.weight[:num_kept], weight]), requires_grad=False)

@@ -4,6 +4,7 @@ Feature maps are BCHW here; attention itself speaks [B, N, H, W, D].
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,46 +82,28 @@ class LocalSelfAttention2d(nn.Module):
         head_dim = out_channels // num_heads
         # One convolution for all projections: query, [key,] value, each `out_channels` wide and dense.
         self.qkv = PointwiseConv2d(in_channels, (3 if content else 2) * out_channels, math.inf)
-        if position == "relative":
-            shape = (kernel_size, head_dim // 2) if share_rel else (num_heads, kernel_size, head_dim // 2)
-            self.rel_height: nn.Parameter | None = nn.Parameter(torch.empty(shape))
-            self.rel_width: nn.Parameter | None = nn.Parameter(torch.empty(shape))
-        else:
-            self.rel_height = self.rel_width = None
+        shape = (kernel_size, head_dim // 2) if share_rel else (num_heads, kernel_size, head_dim // 2)
+        self.rel_height, self.rel_width = _relative_embeddings(shape if position == "relative" else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.qkv.weight, std=self.qkv.in_channels**-0.5)
-        if self.rel_height is not None and self.rel_width is not None:
-            head_dim = 2 * self.rel_height.shape[-1]
-            nn.init.normal_(self.rel_height, std=head_dim**-0.5)
-            nn.init.normal_(self.rel_width, std=head_dim**-0.5)
+        _init_relative(self.rel_height, self.rel_width)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = local_attention_qkv(
-            self._projections(x),
-            self.rel_height,
-            self.rel_width,
-            kernel_size=self.kernel_size,
-            content=self.content,
-            border=self.border,
-            stride=self.stride,
-            backend=self.backend,
-        )
+        rel = (self.rel_height, self.rel_width)
+        options = {"stride": self.stride, "backend": self.backend, **self._options()}
+        out = local_attention_qkv(self._projections(x), *rel, **options)
         return out.permute(0, 1, 4, 2, 3).flatten(1, 2)
 
     def attention_weights(self, x: Tensor) -> Tensor:
         """What `forward` weights the values with, before a stride's pool: [B, N, H, W, K*K], sums to 1."""
-        projections = self._projections(x)
-        return attention_weights(
-            projections[0],
-            projections[1] if self.content else None,
-            self.rel_height,
-            self.rel_width,
-            kernel_size=self.kernel_size,
-            content=self.content,
-            border=self.border,
-        )
+        query, *key, _ = self._projections(x)
+        rel = (self.rel_height, self.rel_width)
+        return attention_weights(query, key[0] if key else None, *rel, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        return {"kernel_size": self.kernel_size, "content": self.content, "border": self.border}
 
     def relative_scores(self, x: Tensor) -> Tensor | None:
         """q.r at each place of the window, mean over the images and positions of x: [N, K, K]; None without r."""
@@ -215,12 +198,8 @@ class AttentionStem(nn.Module):
             self.emb_row = nn.Parameter(torch.empty(BLOCK_SIZE, out_channels))
             self.emb_col = nn.Parameter(torch.empty(BLOCK_SIZE, out_channels))
             self.nu = nn.Parameter(torch.empty(num_mixtures, out_channels))
-        if relative:
-            shape = (2 * BLOCK_SIZE - 1, out_channels // num_heads // 2)
-            self.rel_height: nn.Parameter | None = nn.Parameter(torch.empty(shape))
-            self.rel_width: nn.Parameter | None = nn.Parameter(torch.empty(shape))
-        else:
-            self.rel_height = self.rel_width = None
+        shape = (2 * BLOCK_SIZE - 1, out_channels // num_heads // 2)
+        self.rel_height, self.rel_width = _relative_embeddings(shape if relative else None)
         self.bn = nn.BatchNorm2d(out_channels)
         self.pool = nn.MaxPool2d(BLOCK_SIZE) if pool else nn.Identity()
         self.reset_parameters()
@@ -235,9 +214,7 @@ class AttentionStem(nn.Module):
             nn.init.normal_(self.emb_row)
             nn.init.normal_(self.emb_col)
             nn.init.normal_(self.nu, std=out_channels**-0.5)
-        if self.rel_height is not None and self.rel_width is not None:
-            nn.init.normal_(self.rel_height, std=(out_channels // self.num_heads) ** -0.5)
-            nn.init.normal_(self.rel_width, std=(out_channels // self.num_heads) ** -0.5)
+        _init_relative(self.rel_height, self.rel_width)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
@@ -347,6 +324,20 @@ def sinusoid(channels: int, length: int, device: torch.device | None = None) -> 
     frequencies = 10_000.0 ** -(torch.arange(0, channels, 2, device=device) / channels)
     angles = frequencies[:, None] * torch.arange(length, device=device)
     return torch.cat([angles.sin(), angles.cos()])
+
+
+def _relative_embeddings(shape: tuple[int, ...] | None) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+    """`rel_height` and `rel_width` of that shape, [..., K, D/2]; two None without."""
+    if shape is None:
+        return None, None
+    return nn.Parameter(torch.empty(shape)), nn.Parameter(torch.empty(shape))
+
+
+def _init_relative(*embeddings: nn.Parameter | None) -> None:
+    """N(0, 1/head_dim)."""
+    for embedding in embeddings:
+        if embedding is not None:
+            nn.init.normal_(embedding, std=(2 * embedding.shape[-1]) ** -0.5)
 
 
 def _mean_relative_scores(query: Tensor, rel_height: Tensor | None, rel_width: Tensor | None) -> Tensor | None:

@@ -98,14 +98,8 @@ class ResNet(nn.Module):
             raise ValueError(
                 f"width={width} makes {STEM_CHANNELS * width:g} channels of the first layer's {STEM_CHANNELS}"
             )
-        attention = {
-            "kernel_size": kernel_size,
-            "num_heads": num_heads,
-            "position": position,
-            "content": content,
-            "border": border,
-            "backend": backend,
-        }
+        attention = {"kernel_size": kernel_size, "num_heads": num_heads, "position": position, "content": content}
+        attention |= {"border": border, "backend": backend}
         self.num_classes, self.drop_rate, self.grad_checkpointing = num_classes, drop_rate, False
         channels = round(STEM_CHANNELS * width)
         self.stem, reduction = build_stem(stem, in_chans, channels, backend)

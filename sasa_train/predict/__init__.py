@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from tqdm import tqdm
 
+from sasa_train.commands import described, positive, run
 from sasa_train.files import sync_folder, write_aside
 from sasa_train.predict.find_images import LISTED, NUL, SEPARATOR, Found, find_images
 from sasa_train.predict.table import FORMATS, Row
-from sasa_train.refusal import ConfigError
-from sasa_train.terminal import fail, printable, warn
+from sasa_train.refusal import ConfigError, ExpectedFailure
+from sasa_train.terminal import DONE, FAILED, fail, printable, warn
 
 if TYPE_CHECKING:
     from sasa_train.predict.inference import Predictor
@@ -42,8 +43,6 @@ that read images).
 
 Exit codes: 0 every image was predicted; 1 one could not be, or failed; 2 refused, or no image was found at all."""
 
-DONE, FAILED = 0, 1
-
 
 def main() -> None:
     if hasattr(signal, "SIGPIPE"):
@@ -54,52 +53,40 @@ def main() -> None:
 def run_command(arguments: list[str]) -> int:
     """Run with command-line arguments; returns the exit code."""
     try:
-        options = build_parser().parse_intermixed_args(arguments)
-    except SystemExit as stop:  # after --help or argparse's own refusal
-        return int(stop.code or 0)
-    from sasa_train.machine import is_out_of_memory
-    from sasa_train.runs.checkpoint import CheckpointError
-
-    try:
-        return predict_command(options)
-    except (ConfigError, CheckpointError) as error:
-        return fail(error)
-    except OSError as error:  # a disk that fills up or fails
-        fail(error)
-        return FAILED
+        return run(build_parser(), arguments, predict_or_advise)
     except KeyboardInterrupt:
         fail(RuntimeError("stopped"))
         return FAILED
+
+
+def predict_or_advise(options: argparse.Namespace) -> int:
+    """`predict_command`, with what to set where memory did not suffice."""
+    from sasa_train.machine import is_out_of_memory
+
+    try:
+        return predict_command(options)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        fail(RuntimeError(f"out of memory; use less than --batch-size {options.batch_size} ({error})"))
-        return FAILED
+        raise ExpectedFailure(f"out of memory; use less than --batch-size {options.batch_size} ({error})") from error
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "sasa-predict",
+    parser = described(
+        argparse.ArgumentParser,
+        prog="sasa-predict",
         usage=USAGE,
         description=__doc__,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=Path, help="a run folder or a checkpoint file")
     parser.add_argument("words", metavar="PATH", nargs="+", help="images, as described below")
-    parser.add_argument("--top-k", metavar="K", type=_positive, default=5, help="classes an image, the best first (5)")
+    parser.add_argument("--top-k", metavar="K", type=positive, default=5, help="classes an image, the best first (5)")
     parser.add_argument("--format", choices=list(FORMATS), default="table", help="(table)")
     parser.add_argument("--output", metavar="FILE", type=Path, help="written whole at the end; left out: stdout")
-    parser.add_argument("--batch-size", metavar="N", type=_positive, default=64, help="images at a time (64)")
+    parser.add_argument("--batch-size", metavar="N", type=positive, default=64, help="images at a time (64)")
     parser.add_argument("-0", "--null", action="store_true", help="names on stdin end in NUL, as find -print0 has them")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 1")
-    return int(text)
 
 
 def predict_command(options: argparse.Namespace) -> int:
@@ -218,7 +205,3 @@ def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
         raise ConfigError(f"--output {printable(str(path))}: cannot be written ({error.strerror})") from error
     os.replace(temporary, path)
     sync_folder(path.parent)
-
-
-if __name__ == "__main__":
-    main()

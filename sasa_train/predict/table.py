@@ -4,11 +4,11 @@ Each of `FORMATS` turns batches of rows into pieces of text, one a batch, so tha
 """
 
 import csv
-import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from sasa_train.files import csv_text
 from sasa_train.terminal import printable
 
 DIGITS = 6  # of a probability that a program reads; the last ones of float32 depend on the batch
@@ -57,9 +57,7 @@ def as_csv(batches: Batches, top_k: int) -> Iterator[str]:
         for row in rows:
             cells = [cell for name, share in row.best for cell in (name, _rounded(share))]
             records.append([row.path, *(cells or [""] * 2 * top_k), row.error])
-        text = io.StringIO()
-        csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").writerows(records)
-        yield text.getvalue()
+        yield csv_text(records, csv.QUOTE_NONNUMERIC)
         records = []
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sasa_train.processes.ranks import local_rank, max_restarts, num_machines, num_restarts, rank, world_size
+from sasa_train.refusal import ConfigError
 
 Result = TypeVar("Result")
 Error = type[Exception]
@@ -60,10 +61,10 @@ def use_own_device() -> None:
     """Make this process's CUDA device the current one.
 
     Raises:
-        ValueError: the machine has fewer devices than processes.
+        ConfigError: the machine has fewer devices than processes.
     """
     if local_rank() >= torch.cuda.device_count():
-        raise ValueError(
+        raise ConfigError(
             f"LOCAL_RANK={local_rank()}, but torch sees {torch.cuda.device_count()} CUDA devices; use torchrun "
             f"--nproc-per-node={torch.cuda.device_count()}, or trainer.device=cpu"
         )
@@ -187,13 +188,11 @@ def copy_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def average_buffers(model: nn.Module) -> None:
-    """Average batch norm's running statistics over the processes."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for buffer in (buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)):
-        if world_size() > 1 and buffer is not None:
-            dist.all_reduce(buffer)
-            buffer /= world_size()
+def average(tensor: Tensor) -> None:
+    """Make a tensor, in place, the average of all processes' own."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+        tensor /= world_size()
 
 
 def stop_is_wanted(here: bool) -> bool:

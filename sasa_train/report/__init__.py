@@ -4,9 +4,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sasa_train.commands import end_command
+from sasa_train.commands import described, end_command, positive, run
+from sasa_train.paper import VARIED
 from sasa_train.refusal import ConfigError
-from sasa_train.terminal import fail, say, warn
+from sasa_train.terminal import say, warn
 
 if TYPE_CHECKING:
     from sasa_train.report.jobs import Job
@@ -30,33 +31,17 @@ def main() -> None:
 
 def run_command(arguments: list[str]) -> int:
     """Run with command-line arguments; returns the exit code."""
-    parser = build_parser()
-    try:
-        options = parser.parse_intermixed_args(arguments)
-    except SystemExit as stop:  # after --help or argparse's own refusal
-        return int(stop.code or 0)
-    from sasa_train.config.overrides import split_overrides
-
-    sources, options.overrides = split_overrides(options.sources)
-    options.sources = [Path(source) for source in sources]
-    try:
-        if not sources:
-            raise ConfigError("no sweep or run folder is given")
-        report(options)
-    except ConfigError as error:
-        return fail(error)
-    return 0
+    return run(build_parser(), arguments, report, has_overrides=True)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "sasa-report",
+    parser = described(
+        argparse.ArgumentParser,
+        prog="sasa-report",
         description=__doc__,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    parser.add_argument("sources", nargs="+", metavar="SWEEP_OR_RUN", help="sweep or run folders")
+    parser.add_argument("sources", nargs="*", type=Path, metavar="SWEEP_OR_RUN", help="sweep or run folders")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; left out: report/ in the one folder")
     parser.add_argument(
         "--reference", metavar="ROW", help="the row to compare with: its label, a part of it, its number"
@@ -64,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--paper-table",
         type=int,
-        choices=(1, 3, 4, 5, 6, 7),
+        choices=tuple(VARIED),
         help="the paper's table to set beside; left out: the sweep's",
     )
     parser.add_argument("--quick", action="store_true", help="of a run: without what needs its model and images")
@@ -76,12 +61,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="of a run: val images, at most, of the figures by class (%(default)s)",
     )
     return parser
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} must be a whole number from 1 on")
-    return int(text)
 
 
 def report(options: argparse.Namespace) -> None:
@@ -96,6 +75,8 @@ def report(options: argparse.Namespace) -> None:
     from sasa_train.report.tables import as_csv, as_json, markdown
     from sasa_train.terminal import printable_lines
 
+    if not options.sources:
+        raise ConfigError("no sweep or run folder is given")
     folder = output_folder(options)
     found = find_jobs(options.sources)
     table = options.paper_table or (min(found.paper_tables) if len(found.paper_tables) == 1 else None)
@@ -166,7 +147,3 @@ def write_files(folder: Path, files: dict[str, bytes]) -> None:
             write_atomic(folder / name, content)
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written ({error.strerror}); give another place with --out") from error
-
-
-if __name__ == "__main__":
-    main()

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 import torch
 
 from sasa_train.files import sync_folder, write_aside, write_atomic
+from sasa_train.refusal import CheckpointError
 
 FORMAT_VERSION = 2
 # Parts that every checkpoint has, and their types where a stranger's file could be mistaken for one.
@@ -32,10 +33,6 @@ REQUIRED = {
     "config": str, "rng": dict, "best": dict | None, "classes": list, "finished": bool, "metrics": str,
     "fingerprint": dict, "provenance": dict,
 }  # fmt: skip
-
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be written or read; the message names the file and the remedy."""
 
 
 class DamagedCheckpointError(CheckpointError):

@@ -4,7 +4,7 @@ import shlex
 import signal
 import sys
 
-from sasa_train.config.bounds import described, written_default
+from sasa_train.config.bounds import print_keys
 from sasa_train.config.keys import key_table
 from sasa_train.files import lock_folder
 from sasa_train.refusal import ConfigError
@@ -59,9 +59,8 @@ def run_command(arguments: list[str]) -> int:
 
 def print_help() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends in peace
-    print(USAGE)
-    for key, field in key_table(SweepConfig, "sweep.").items():
-        print(f"  {f'{key}={written_default(field)}':<30} {described(field)}")
+    print(USAGE, end="")
+    print_keys(key_table(SweepConfig, "sweep."), column=33)
     print(f"\n{EXIT_CODES}")
 
 
@@ -148,7 +147,3 @@ def exit_code(ledger: Ledger, stop: StopRequest) -> int:
     if stop.requested() or states & {"interrupted", "waiting"}:
         return INTERRUPTED
     return FAILED if states & {"failed", "refused"} else DONE
-
-
-if __name__ == "__main__":
-    main()

@@ -5,16 +5,14 @@
 
 import logging
 import os
-import shutil
 import signal
 import sys
-import textwrap
 import time
 import traceback
 from pathlib import Path
 
 from sasa_train import __version__
-from sasa_train.config.bounds import described, written_default
+from sasa_train.config.bounds import print_entry, print_keys
 from sasa_train.config.compose import compose_config
 from sasa_train.config.groups import GROUPS, choices
 from sasa_train.config.keys import TrainConfig, key_table
@@ -159,28 +157,13 @@ def train_together(arguments: list[str]) -> int:
         return FAILED
 
 
-if __name__ == "__main__":
-    main()
-
-
 def print_help(command: str, usage: str) -> None:
     """Usage, the groups with their choices, and every key with default, meaning and bounds."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends in peace
-    width = min(shutil.get_terminal_size((120, 24)).columns, 140)
-
-    def entry(name: str, text: str, column: int) -> str:
-        indent = " " * column
-        return textwrap.fill(text, width, initial_indent=f"  {name:<{column - 3}} ", subsequent_indent=indent)
-
     print(f"usage: {command} {usage}\n")
     print("Config groups (group=choice; the files are in configs/; an experiment chooses in all groups at once):")
     for group in GROUPS:
-        print(entry(group, ", ".join(choices(group)), column=14))
+        print_entry(group, ", ".join(choices(group)), column=14)
     print("\nKeys (key=value; with the defaults that hold where no group's file says otherwise; null: not set):")
-    group = ""
-    for key, field in key_table().items():
-        if key.rpartition(".")[0] != group:
-            group = key.rpartition(".")[0]
-            print()
-        print(entry(f"{key}={written_default(field)}", described(field), column=42))
+    print_keys(key_table(), column=42)
     print("\nExit codes: 0 done, 75 stopped and ready to continue (run the same command), 2 refused, 1 failed.")

@@ -3,20 +3,20 @@
 from pathlib import Path
 from typing import Any
 
-from sasa_train.config.derived import resolved_image_size
 from sasa_train.config.keys import TrainConfig
 from sasa_train.data.loader import Loaders
+from sasa_train.device import RunPlan
 from sasa_train.machine import peak_memory
 from sasa_train.terminal import duration
 from sasa_train.training.optim import peak_lr
 from sasa_train.training.state import TrainState
 
 
-def describe_plan(config: TrainConfig, loaders: Loaders, state: TrainState, num_steps: int) -> str:
+def describe_plan(plan: RunPlan, loaders: Loaders, state: TrainState) -> str:
     """What was derived from the config: device, sizes, batch, learning rate, and where the run goes on."""
-    plan, val = loaders.train.plan, loaders.val.plan
+    config, train, val = plan.config, loaders.train.plan, loaders.val.plan
     num_parameters = sum(p.numel() for p in state.model.parameters())
-    batch = f"{plan.global_batch_size}"
+    batch = f"{config.trainer.global_batch_size}"
     if plan.world_size > 1:
         batch += f" = {plan.world_size} processes x {plan.grad_accum_steps} x {plan.micro_batch_size}"
     elif plan.grad_accum_steps > 1:
@@ -24,9 +24,9 @@ def describe_plan(config: TrainConfig, loaders: Loaders, state: TrainState, num_
     lines = {
         "device": f"{state.device}, {config.trainer.precision}",
         "model": f"{config.model.name}, {num_parameters:,} parameters",
-        "data": f"{config.data.name}, {plan.num_images:,} train and {val.num_images:,} val images of "
-        f"{resolved_image_size(config.data)} pixels, {len(loaders.classes)} classes, {loaders.kind}",
-        "batch": f"{batch} images a step, {plan.steps_per_epoch:,} steps an epoch, {num_steps:,} in all",
+        "data": f"{config.data.name}, {train.num_images:,} train and {val.num_images:,} val images of "
+        f"{plan.image_size} pixels, {len(loaders.classes)} classes, {loaders.kind}",
+        "batch": f"{batch} images a step, {plan.steps_per_epoch:,} steps an epoch, {plan.num_steps:,} in all",
         "lr": f"{peak_lr(config):g} at its peak ({config.optimizer.lr:g} {config.optimizer.lr_basis})",
     }
     if config.augment.mixup or config.augment.cutmix:

@@ -5,7 +5,7 @@ import sys
 
 from sasa_train.config.keys import TrainConfig
 from sasa_train.processes.ranks import rank, world_size
-from sasa_train.refusal import ConfigError
+from sasa_train.refusal import CheckpointError, ConfigError, ExpectedFailure
 from sasa_train.signals import Interrupted, StopRequest
 from sasa_train.terminal import DONE, FAILED, INTERRUPTED, REFUSED, fail
 
@@ -25,12 +25,8 @@ def train_safely(config: TrainConfig, stop: StopRequest | None = None) -> int:
 
 
 def _train(config: TrainConfig, stop: StopRequest) -> int:
-    from sasa_train.data.workers import DataWorkerError
     from sasa_train.machine import is_out_of_memory
     from sasa_train.processes.collectives import lost_partner
-    from sasa_train.runs.checkpoint import CheckpointError
-    from sasa_train.training.memory import OutOfMemoryError
-    from sasa_train.training.nonfinite import NonFiniteError
     from sasa_train.training.run import train
 
     try:
@@ -38,25 +34,22 @@ def _train(config: TrainConfig, stop: StopRequest) -> int:
     except ConfigError as error:
         tell(error)
         return REFUSED
-    except (CheckpointError, DataWorkerError, NonFiniteError, OutOfMemoryError) as error:
+    except (CheckpointError, ExpectedFailure) as error:
         tell(error)
-        return FAILED
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
         place = f" {error.filename}" if error.filename else ""
         tell(OSError(f"cannot write{place} ({error.strerror}); make room and run the same command again"))
-        return FAILED
     except (MemoryError, RuntimeError) as error:  # before the first step
-        if (reason := lost_partner(error)) is not None:
-            fail(
-                RuntimeError(f"process {rank()}: stopped: {reason}")
-            )  # not the first to fail, so no word for the others
-            return FAILED
-        if not is_out_of_memory(error):
+        if (reason := lost_partner(error)) is not None:  # not the first to fail, so no word for the others
+            fail(RuntimeError(f"process {rank()}: stopped: {reason}"))
+        elif is_out_of_memory(error):
+            advice = "use a smaller model, data.image_size or data.max_train_images"
+            tell(RuntimeError(f"out of memory ({error}); {advice}"))
+        else:
             raise
-        tell(RuntimeError(f"out of memory ({error}); use a smaller model, data.image_size or data.max_train_images"))
-        return FAILED
+    return FAILED
 
 
 def tell(error: Exception) -> None:

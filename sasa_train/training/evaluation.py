@@ -1,13 +1,15 @@
-"""One evaluation: loss, top1, top5 and the confusion matrix over all images, each once.
+"""One evaluation: loss, top1, top5 and the confusion matrix over all images, each once; batch norm anew before it.
 
 Under torchrun each process takes its share of the images; what comes out is of all of them.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from sasa_train.device import autocast
 from sasa_train.processes import collectives
@@ -78,3 +80,21 @@ def evaluate(
 def rank_classes(logits: Tensor) -> Tensor:
     """int64 [B, 5], or as many as there are classes: the best first, which is the prediction."""
     return logits.topk(min(5, logits.shape[1]), dim=1).indices
+
+
+def batch_norms(model: nn.Module) -> list[Any]:
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
+def recalibrate(model: nn.Module, batches: Batches, device: torch.device) -> None:
+    """Take batch norm's running statistics anew, as the plain average over `batches`; weights stay as they are.
+
+    What precise statistics do for a model whose weights are themselves an average: arXiv 1803.05407, section 3.2.
+    Processes give as many batches each, and all get the average over all.
+    """
+    update_bn(batches, model, device)
+    for norm in batch_norms(model):
+        for buffer in (norm.running_mean, norm.running_var):
+            if buffer is not None:
+                collectives.average(buffer)

@@ -132,10 +132,11 @@ def _hand_over(stop: StopRequest) -> None:
 
 
 def _exit_code(job: JobReturn) -> int:
-    if job.status == JobStatus.COMPLETED:
+    try:
         return job.return_value
-    print(f"a job was lost: {job._return_value}", file=sys.stderr)
-    return FAILED
+    except Exception as error:  # which it raises, as it failed
+        print(f"a job was lost: {error}", file=sys.stderr)
+        return FAILED
 
 
 @contextmanager
@@ -157,7 +158,7 @@ def _deaths_as_results() -> Iterator[None]:
             returned = wait(job)[0]  # of its first task, as its launcher does
         except UncompletedJobError as error:
             returned = JobReturn(status=JobStatus.FAILED)
-            returned.return_value = "\n".join(str(error).splitlines()[:2])
+            returned.return_value = RuntimeError("\n".join(str(error).splitlines()[:2]))
         if returned.status != JobStatus.COMPLETED or returned.return_value in (FAILED, REFUSED):
             log = (job.stderr() or "").splitlines()[-LOG_LINES:]
             print("\n".join([f"the end of {job.paths.stderr}:", *log]), file=sys.stderr)

@@ -10,28 +10,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from sasa_train.config.derived import total_steps
 from sasa_train.config.identity import trajectory
-from sasa_train.config.keys import TrainConfig
 from sasa_train.config.saved import to_yaml
 from sasa_train.data.loader import Loaders, check_evaluated
 from sasa_train.data.randomness import recalibration_rng
-from sasa_train.device import autocast
 from sasa_train.machine import peak_memory
 from sasa_train.processes import collectives
-from sasa_train.processes.ranks import rank, world_size
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.checkpoint import CheckpointError
 from sasa_train.runs.folder import RunFolder
 from sasa_train.signals import StopRequest
 from sasa_train.terminal import say, warn
-from sasa_train.training.batch_norm import recalibrate
-from sasa_train.training.evaluation import Batches, Evaluation, evaluate
+from sasa_train.training.evaluation import Batches, Evaluation, evaluate, recalibrate
 from sasa_train.training.log import RunLogger
 from sasa_train.training.nonfinite import NonFiniteError, find_origin
 from sasa_train.training.profiling import WAIT, WARMUP, build_profiler
 from sasa_train.training.snapshots import confusion_picture, contact_sheet, embedding_pictures
-from sasa_train.training.state import TrainState
 from sasa_train.training.step import Stepper, StepReport, train_one_epoch
 
 NUM_NAMED = 8  # images named in an error
@@ -43,20 +37,21 @@ class Loop:
     Under torchrun all processes go through it in step; the first one writes and shows.
     """
 
-    def __init__(self, config: TrainConfig, run: RunFolder, loaders: Loaders, stepper: Stepper, stop: StopRequest):
-        self.config, self.run_folder, self.loaders, self.stepper, self.stop = config, run, loaders, stepper, stop
-        self.state: TrainState = stepper.state
-        self.steps_per_epoch = loaders.train.plan.steps_per_epoch
-        self.num_steps = total_steps(config, self.steps_per_epoch)
-        self.logger = RunLogger(run.path, run.metrics, self.state.step, self.num_steps, is_silent=rank() > 0)
+    def __init__(self, run: RunFolder, loaders: Loaders, stepper: Stepper, stop: StopRequest):
+        self.run_folder, self.loaders, self.stepper, self.stop = run, loaders, stepper, stop
+        self.plan, self.state = stepper.plan, stepper.state
+        self.config, self.steps_per_epoch = self.plan.config, self.plan.steps_per_epoch
+        self.num_steps = self.plan.num_steps
+        is_silent = self.plan.rank > 0
+        self.logger = RunLogger(run.path, run.metrics, self.state.step, self.num_steps, is_silent)
         self.last_val: dict[str, Any] = {}
         self.num_left_out = 0  # unreadable images, in the last evaluation
         self._saved: tuple[int, int] | None = None  # step and evaluated_step of what was saved last
         self.eval_seconds = self.logger.eval_seconds  # of the last evaluation, before a resume too
         self.profiler: Any = contextlib.nullcontext()
-        self.profile_steps = config.trainer.profile_steps if rank() == 0 else 0
+        self.profile_steps = 0 if is_silent else self.config.trainer.profile_steps
         if self.profile_steps:
-            self.profiler = build_profiler(self.profile_steps, run.path, self.state.device, say)
+            self.profiler = build_profiler(self.profile_steps, run.path, self.state.device)
         self._start_clock()
 
     def run(self) -> bool:
@@ -115,7 +110,7 @@ class Loop:
 
     def stop_is_agreed(self) -> bool:
         """Whether any process was asked to stop: the same answer for all, after the same step."""
-        if world_size() == 1:
+        if self.plan.world_size == 1:
             return self.stop.requested()
         asked = int(collectives.largest(self.stop.asked))
         self.stop.hear(asked)
@@ -131,12 +126,11 @@ class Loop:
         """Name the module and the images that `error` began with, and write them down."""
         state, text = self.state, str(error)
         names = self.loaders.train_names(state.step if error.images is not None else state.step - 1, error.number)
-        if error.images is not None and self.config.trainer.sync_batch_norm and world_size() > 1:
+        if error.images is not None and self.config.trainer.sync_batch_norm and self.plan.world_size > 1:
             text += "; the module is not looked for with trainer.sync_batch_norm, which needs all processes"
         elif error.images is not None:
             try:
-                precision = autocast(state.device, self.config.trainer.precision)
-                origin, rows = find_origin(state.model, error.images, precision)
+                origin, rows = find_origin(state.model, error.images, self.plan.autocast())
             except RuntimeError as another:  # out of memory, say
                 origin, rows = f"its origin could not be found ({str(another).splitlines()[0]})", []
             text += f": {origin}"
@@ -246,10 +240,10 @@ class Loop:
         num_batches = self.config.trainer.bn_recalibration_batches
         if not num_batches:
             return
-        state, config = self.state, self.config
+        state = self.state
         first = itertools.islice(self.loaders.train.train_batches(self.epoch_number() - 1), num_batches)
         batches = itertools.takewhile(lambda _: not self.stop_is_agreed(), first)
-        with recalibration_rng(config.seed, state.step, state.device), autocast(state.device, config.trainer.precision):
+        with recalibration_rng(self.config.seed, state.step, state.device), self.plan.autocast():
             recalibrate(model, batches, state.device)
 
     def copy_buffers(self) -> None:
@@ -320,7 +314,7 @@ class Loop:
         Raises:
             ConfigError: on all, where it is more than `data.max_unreadable` allows.
         """
-        if world_size() == 1:
+        if self.plan.world_size == 1:
             return
         for loader in (self.loaders.train, self.loaders.val):
             for found in collectives.gather(loader.quarantine.found):

@@ -15,14 +15,12 @@ from sasa_train.config.derived import (
 )
 from sasa_train.config.keys import TrainConfig
 from sasa_train.config.saved import load_config, load_config_file
-from sasa_train.device import autocast
+from sasa_train.device import RunPlan
 from sasa_train.machine import available_memory, is_out_of_memory, peak_memory, total_memory
 from sasa_train.models import build_model, enable_grad_checkpointing
 from sasa_train.models.counting import count_layers
-from sasa_train.processes.ranks import world_size
-from sasa_train.refusal import LIBRARY_ERRORS, ConfigError, shorten
+from sasa_train.refusal import LIBRARY_ERRORS, ConfigError, ExpectedFailure, shorten
 from sasa_train.runs.folder import RunFolder
-from sasa_train.training.optim import build_optimizer
 from sasa_train.training.state import build_state
 
 SHARE = 0.5  # of the CPU's free memory that activations may take: gradients and temporaries need the rest
@@ -31,7 +29,7 @@ CUDA_SHARE = 0.9  # of the device's memory, after a step that fitted: fragmentat
 TOO_LARGE = ("32-bit index", "CUDNN_STATUS_NOT_SUPPORTED", "unable to find an engine", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
-def check_memory(config: TrainConfig, model: nn.Module, device: torch.device) -> None:
+def check_memory(plan: RunPlan, model: nn.Module) -> None:
     """Refuse what cannot be held at all: weights with gradients, and one layer's output. A step needs more than that.
 
     Args:
@@ -41,11 +39,9 @@ def check_memory(config: TrainConfig, model: nn.Module, device: torch.device) ->
         ConfigError: that alone is more than the device, or the CPU's machine, has; or the model cannot be trained
             on such micro-batches, as batch norm on a single number a channel.
     """
-    trainer, size = config.trainer, resolved_image_size(config.data)
-    micro_batch = micro_batch_size(trainer, world_size())
-    if trainer.micro_batch_size == "auto":
-        micro_batch = min(2, micro_batch)
-    what = f"model.name={config.model.name} on micro-batches of {micro_batch:,} images of {size} pixels"
+    trainer, size, device = plan.trainer, plan.image_size, plan.device
+    micro_batch = min(2, plan.micro_batch_size) if trainer.micro_batch_size == "auto" else plan.micro_batch_size
+    what = f"model.name={plan.config.model.name} on micro-batches of {micro_batch:,} images of {size} pixels"
     remedy = (
         "; change data.image_size, model.width or num_classes, or trainer.global_batch_size, micro_batch_size or "
         "grad_accum_steps"
@@ -81,7 +77,7 @@ def largest_output(model: nn.Module, images: torch.Tensor) -> int:
     return largest
 
 
-def settle_auto(config: TrainConfig, run: RunFolder, device: torch.device) -> TrainConfig:
+def settle_auto(plan: RunPlan, run: RunFolder) -> TrainConfig:
     """Replace `auto` by what the run began with, or by what fits now.
 
     What it began with is in its checkpoint or, before the first, in config.yaml: another start, when other programs
@@ -90,19 +86,17 @@ def settle_auto(config: TrainConfig, run: RunFolder, device: torch.device) -> Tr
     Raises:
         ConfigError: not even one image fits.
     """
-    trainer = config.trainer
-    if trainer.micro_batch_size != "auto":
-        return config
-    began_with = _saved_size(run)
-    if began_with:
-        found = next(n for n in divisors(trainer.global_batch_size // world_size()) if n <= began_with)
+    if plan.trainer.micro_batch_size != "auto":
+        return plan.config
+    if began_with := _saved_size(run, plan.world_size):
+        found = next(n for n in divisors(plan.images_per_step) if n <= began_with)
     else:
-        found = largest_micro_batch(config, device)
+        found = largest_micro_batch(plan)
         print(f"trainer.micro_batch_size=auto: {found} images fit")
-    return dataclasses.replace(config, trainer=with_micro_batch_size(trainer, found))
+    return dataclasses.replace(plan.config, trainer=with_micro_batch_size(plan.trainer, found))
 
 
-def _saved_size(run: RunFolder) -> int | None:
+def _saved_size(run: RunFolder, world_size: int) -> int | None:
     config_file = run.path / "config.yaml"
     if run.checkpoint is not None:
         saved = load_config(run.checkpoint["config"]).trainer
@@ -110,28 +104,32 @@ def _saved_size(run: RunFolder) -> int | None:
         saved = load_config_file(config_file).trainer
     else:
         return None
-    return None if saved.micro_batch_size == "auto" else micro_batch_size(saved, world_size())
+    return None if saved.micro_batch_size == "auto" else micro_batch_size(saved, world_size)
 
 
-def largest_micro_batch(config: TrainConfig, device: torch.device) -> int:
+def largest_micro_batch(plan: RunPlan) -> int:
     """The largest divisor of a process's share of the global batch that fits.
 
     Tried on CUDA; counted on the CPU, which would swap.
     """
-    fits = _fits_cuda if device.type == "cuda" else _fits_cpu
+    fits = _fits_cuda if plan.device.type == "cuda" else _fits_cpu
     try:
-        for size in divisors(config.trainer.global_batch_size // world_size()):
-            if fits(config, size, device):
+        for size in divisors(plan.images_per_step):
+            if fits(plan, size):
                 return size
     finally:
-        if device.type == "cuda":  # what was tried is no part of the run's memory
-            gc.collect()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
+        if plan.device.type == "cuda":  # what was tried is no part of the run's memory
+            _forget_peak(plan.device)
     raise ConfigError(
-        f"trainer.micro_batch_size=auto: not even one image of {resolved_image_size(config.data)} pixels fits into the "
-        f"memory of {device}; use trainer.grad_checkpointing=true, a smaller model or data.image_size"
+        f"trainer.micro_batch_size=auto: not even one image of {plan.image_size} pixels fits into the memory of "
+        f"{plan.device}; use trainer.grad_checkpointing=true, a smaller model or data.image_size"
     )
+
+
+def _forget_peak(device: torch.device) -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
 
 
 def _build(config: TrainConfig) -> nn.Module:
@@ -141,25 +139,23 @@ def _build(config: TrainConfig) -> nn.Module:
     return model
 
 
-def _fits_cpu(config: TrainConfig, num_images: int, device: torch.device) -> bool:
+def _fits_cpu(plan: RunPlan, num_images: int) -> bool:
     with torch.device("meta"):
-        total = count_layers(_build(config), resolved_image_size(config.data))[-1]
+        total = count_layers(_build(plan.config), plan.image_size)[-1]
     weights = 4 * 4 * total.params  # with gradient, momentum and average
-    return num_images * total.activation_bytes <= SHARE * (available_memory(device) - weights)
+    return num_images * total.activation_bytes <= SHARE * (available_memory(plan.device) - weights)
 
 
-def _fits_cuda(config: TrainConfig, num_images: int, device: torch.device) -> bool:
+def _fits_cuda(plan: RunPlan, num_images: int) -> bool:
     """Whether a training step of `num_images` leaves a tenth of the device's memory free."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    size = resolved_image_size(config.data)
+    device, size = plan.device, plan.image_size
+    _forget_peak(device)
     try:
-        state = build_state(config.trainer, _build(config), lambda model: build_optimizer(config, model), device)
-        layout = torch.channels_last if config.trainer.channels_last else torch.contiguous_format
+        state = build_state(plan.config, _build(plan.config), device)
+        layout = torch.channels_last if plan.trainer.channels_last else torch.contiguous_format
         images = torch.zeros(num_images, 3, size, size, device=device).to(memory_format=layout)
         labels = torch.zeros(num_images, dtype=torch.int64, device=device)
-        with autocast(device, config.trainer.precision):
+        with plan.autocast():
             loss = nn.functional.cross_entropy(state.model.train()(images).float(), labels)
         loss.backward()
         state.optimizer.step()
@@ -170,20 +166,20 @@ def _fits_cuda(config: TrainConfig, num_images: int, device: torch.device) -> bo
     return torch.cuda.max_memory_reserved(device) <= CUDA_SHARE * torch.cuda.mem_get_info(device)[1]
 
 
-class OutOfMemoryError(Exception):
+class OutOfMemoryError(ExpectedFailure):
     """Memory did not suffice; the message has the numbers and what to set."""
 
 
-def memory_advice(config: TrainConfig, device: torch.device, run_dir: Path, error: BaseException) -> str:
-    trainer = config.trainer
-    micro = micro_batch_size(trainer, world_size())
-    smaller = next((n for n in divisors(trainer.global_batch_size // world_size()) if n <= micro / 2), None)
+def memory_advice(plan: RunPlan, run_dir: Path, error: BaseException) -> str:
+    """What was in use, and what to set so that it fits."""
+    trainer, device, micro = plan.trainer, plan.device, plan.micro_batch_size
+    smaller = next((n for n in divisors(plan.images_per_step) if n <= micro / 2), None)
     ways = [f"trainer.micro_batch_size={smaller} (the same global batch)"] if smaller else []
     ways += [] if trainer.grad_checkpointing else ["trainer.grad_checkpointing=true"]
     ways += ["trainer.precision=bf16"] if device.type == "cuda" and trainer.precision == "fp32" else []
     ways += ["a smaller data.image_size"]
     return (
-        f"{device} is out of memory with micro-batches of {micro} images of {resolved_image_size(config.data)} pixels: "
+        f"{device} is out of memory with micro-batches of {micro} images of {plan.image_size} pixels: "
         f"{peak_memory(device) / 2**20:,.0f} MiB were in use at most, {available_memory(device) / 2**20:,.0f} MiB are "
         f"free now ({str(error).partition(chr(10))[0]}). Try {', or '.join(ways)}. Where there is a checkpoint, go on "
         f"with sasa-train resume={run_dir} trainer.micro_batch_size=... "

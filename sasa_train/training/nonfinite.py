@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sasa_train.refusal import ExpectedFailure
 
-class NonFiniteError(Exception):
+
+class NonFiniteError(ExpectedFailure):
     """The loss or the weights are NaN or infinite; the message names the step.
 
     `images` [B, C, H, W] are those of micro-batch `number` of the step, where a loss showed it; the weights are then

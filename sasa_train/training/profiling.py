@@ -1,16 +1,17 @@
 """trainer.profile_steps: a Chrome trace and a table of the top operators, in the run folder."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from sasa_train.terminal import say
+
 WAIT, WARMUP = 5, 2  # steps after the start that are not recorded: first calls are slower
 NUM_ROWS = 30
 
 
-def build_profiler(num_steps: int, run_dir: Path, device: torch.device, say: Callable[[str], None]) -> profile:
+def build_profiler(num_steps: int, run_dir: Path, device: torch.device) -> profile:
     """Call its `step()` after each training step; it writes `profile/trace.json` and `profile/operators.txt`."""
 
     def write(profiler: profile) -> None:

@@ -1,4 +1,8 @@
-"""A whole run, from a config to a finished run folder; the order of events is the order of `train`."""
+"""A whole run, from a config to a finished run folder: `train`, and then `train_in_folder`, in the order of events.
+
+Several processes go through it in step; each call of `collectives`, here or in a function `..._together`, is an
+exchange that all of them take part in.
+"""
 
 import contextlib
 import dataclasses
@@ -12,19 +16,17 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from sasa_train.config.derived import resolved_image_size
 from sasa_train.config.identity import default_run_name
 from sasa_train.config.keys import TrainConfig
 from sasa_train.config.saved import to_yaml
 from sasa_train.data.fingerprint import differences
 from sasa_train.data.loader import Loaders, build_loaders, fetch_once
 from sasa_train.data.workers import DataWorkerError
-from sasa_train.device import resolve
+from sasa_train.device import RunPlan, resolve
 from sasa_train.files import write_atomic
 from sasa_train.machine import available_memory, is_out_of_memory, keep_freed_memory
 from sasa_train.models import build_model, check_model, enable_grad_checkpointing
 from sasa_train.processes import collectives
-from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints
 from sasa_train.runs.folder import RunFolder, check_data, is_finished, open_run
@@ -50,78 +52,120 @@ def train(config: TrainConfig, stop: StopRequest) -> bool:
         OutOfMemoryError: with what to set so that it fits.
     """
     run_name = config.run_name or default_run_name(config)
-    device, config = collectives.everywhere(lambda: resolve_buildable(config), ConfigError)
-    run = open_together(config, run_name)
+    plan = collectives.everywhere(lambda: plan_buildable(config), ConfigError)
+    run = open_together(plan.config, run_name)
     with run.lock or contextlib.nullcontext():
-        config = collectives.from_first(lambda: settle_auto(config, run, device), ConfigError)
+        plan = settle_together(plan, run)
         if run.is_new:
-            run.write_config(config)  # with what auto was settled to, before anything can stop the run
-        elif run.checkpoint is not None and is_finished(run.checkpoint, config):
+            run.write_config(plan.config)  # with what auto was settled to, before anything can stop the run
+        elif run.checkpoint is not None and is_finished(run.checkpoint, plan.config):
             run.write_end(run.checkpoint)  # a kill may have come between its last checkpoint and this
             say(describe_finished(run.path, run.checkpoint))
             return True
-        return train_in_folder(config, device, run, stop)
+        return train_in_folder(plan, run, stop)
 
 
-def train_in_folder(config: TrainConfig, device: torch.device, run: RunFolder, stop: StopRequest) -> bool:
+def train_in_folder(plan: RunPlan, run: RunFolder, stop: StopRequest) -> bool:
     """`train`, once the folder is ours and what it continues from is known."""
     if warning := collectives.restart_warning():
         warn(warning)
-    say(f"{to_yaml(config)}\nrun folder  {run.path}")
-    stop.set_max_hours(config.trainer.max_hours)
-    if device.type == "cpu":
+    say(f"{to_yaml(plan.config)}\nrun folder  {run.path}")
+    stop.set_max_hours(plan.trainer.max_hours)
+    if plan.device.type == "cpu":
         keep_freed_memory()
-    weights = None
-    if run.checkpoint is None and config.model.pretrained is not None:  # else the checkpoint has what they became
-        weights = collectives.from_first(lambda: read_weights(config), ConfigError)
-    collectives.everywhere(lambda: fetch_once(config), ConfigError)
-    memory = min(collectives.gather(available_memory(device)))
-    loaders = collectives.everywhere(lambda: build_loaders(config, device, memory), ConfigError, DataWorkerError)
-    check_same_images(config, loaders)
-    run.provenance, difference = provenance(config)
-    if run.checkpoint is not None:
-        checkpoint = run.checkpoint
-        collectives.everywhere(lambda: check_data(checkpoint, loaders.fingerprint, config), ConfigError)
-        for change in describe_changes(run.checkpoint["provenance"], run.provenance):
-            warn(f"changed since the checkpoint was written: {change}")
-    torch.manual_seed(config.seed)
-    model = build_model(config.model, len(loaders.classes), resolved_image_size(config.data))
-    begin_with(weights, model, loaders.classes, run, config)
+    weights = read_weights_together(plan.config, run)
+    loaders = load_together(plan, run)
+    plan = dataclasses.replace(plan, steps_per_epoch=loaders.train.plan.steps_per_epoch)
+    difference = note_provenance(plan.config, run)
+    torch.manual_seed(plan.config.seed)
+    model = build_model(plan.config.model, len(loaders.classes), plan.image_size)
+    begin_with(weights, model, loaders.classes, run, plan.config)
     del weights  # another model's worth of memory
-    if config.trainer.grad_checkpointing:
-        enable_grad_checkpointing(model)
-    if config.trainer.sync_batch_norm and world_size() > 1:
-        model = convert_sync_batchnorm(model)
-    state = build_state(config.trainer, model, lambda m: build_optimizer(config, m), device)
-    state.hyperparameters += tuple(config.optimizer.args)
-    steps_per_epoch = loaders.train.plan.steps_per_epoch
-    stepper = Stepper(config.trainer, state, build_schedule(config, state.optimizer, steps_per_epoch), config.seed)
-    collectives.everywhere(lambda: continue_from(run, state, config), ConfigError)
-    loop = Loop(config, run, loaders, stepper, stop)
-    say(describe_plan(config, loaders, state, loop.num_steps))
-    run.write_start(difference, state.step)
+    stepper = build_stepper(plan, model)
+    collectives.everywhere(lambda: continue_from(run, stepper.state, plan.config), ConfigError)
+    loop = Loop(run, loaders, stepper, stop)
+    say(describe_plan(plan, loaders, stepper.state))
+    run.write_start(difference, stepper.state.step)
+    return run_to_the_end(loop)
 
+
+def run_to_the_end(loop: Loop) -> bool:
+    """Take all steps, and leave the folder and the terminal saying how that ended; True when the run is finished."""
+    plan, run, state = loop.plan, loop.run_folder, loop.state
     try:
         with logging_redirect_tqdm():  # log lines go above the progress bar
             finished = loop.run()
     except BaseException as error:
         run.try_write_info(status="interrupted" if isinstance(error, Interrupted) else "failed")
         if is_out_of_memory(error):
-            raise OutOfMemoryError(memory_advice(config, device, run.path, error)) from error
+            raise OutOfMemoryError(memory_advice(plan, run.path, error)) from error
         raise
     finally:
         loop.logger.close()
-        loaders.close()
-        num_unreadable = note_unreadable(run.path / "unreadable.txt", loaders) if run.lock else 0
+        loop.loaders.close()
+        num_unreadable = note_unreadable(run.path / "unreadable.txt", loop.loaders) if run.lock else 0
     if finished:
         run.write_info(status="finished", best=state.best, seconds=round(state.seconds, 1))
-        say(describe_end(config, run.path, state, loop.last_val, num_unreadable))
+        say(describe_end(plan.config, run.path, state, loop.last_val, num_unreadable))
     else:
         run.write_info(status="interrupted")
-        how = "sasa-train" if config.resume == "never" else "the same command again, or sasa-train"
-        say(f"{stop.reason}: saved at step {state.step}; to continue: {how} resume={run.path}")
+        how = "sasa-train" if plan.config.resume == "never" else "the same command again, or sasa-train"
+        say(f"{loop.stop.reason}: saved at step {state.step}; to continue: {how} resume={run.path}")
     collectives.wait_for_all()  # torchrun ends all when one has ended with 75
     return finished
+
+
+def plan_buildable(config: TrainConfig) -> RunPlan:
+    """Resolve a config, and refuse one whose model, optimizer or schedule cannot be built."""
+    device, config = resolve(config)
+    plan = RunPlan(config, device)
+    check_buildable(plan)
+    return plan
+
+
+def settle_together(plan: RunPlan, run: RunFolder) -> RunPlan:
+    """Settle `auto` on the first process, which alone sees the run's folder."""
+    config = collectives.from_first(lambda: settle_auto(plan, run), ConfigError)
+    return dataclasses.replace(plan, config=config)
+
+
+def read_weights_together(config: TrainConfig, run: RunFolder) -> Weights | None:
+    """The weights of `model.pretrained`, read by the first process; a checkpoint has what they became."""
+    if run.checkpoint is not None or config.model.pretrained is None:
+        return None
+    return collectives.from_first(lambda: read_weights(config), ConfigError)
+
+
+def load_together(plan: RunPlan, run: RunFolder) -> Loaders:
+    """Load the images on all processes, and refuse those that differ between machines or from the checkpoint's."""
+    config, checkpoint = plan.config, run.checkpoint
+    collectives.everywhere(lambda: fetch_once(config), ConfigError)
+    memory = min(collectives.gather(available_memory(plan.device)))
+    loaders = collectives.everywhere(lambda: build_loaders(config, plan.device, memory), ConfigError, DataWorkerError)
+    first = collectives.from_first(lambda: loaders.fingerprint)
+    collectives.everywhere(lambda: check_same_images(config, first, loaders.fingerprint), ConfigError)
+    if checkpoint is not None:
+        collectives.everywhere(lambda: check_data(checkpoint, loaders.fingerprint, config), ConfigError)
+    return loaders
+
+
+def note_provenance(config: TrainConfig, run: RunFolder) -> str:
+    """Note what runs now, and warn of what has changed; returns the code's difference from its commit."""
+    run.provenance, difference = provenance(config)
+    if run.checkpoint is not None:
+        for change in describe_changes(run.checkpoint["provenance"], run.provenance):
+            warn(f"changed since the checkpoint was written: {change}")
+    return difference
+
+
+def build_stepper(plan: RunPlan, model: nn.Module) -> Stepper:
+    """All that a step needs, around the model."""
+    if plan.trainer.grad_checkpointing:
+        enable_grad_checkpointing(model)
+    if plan.trainer.sync_batch_norm and plan.world_size > 1:
+        model = convert_sync_batchnorm(model)
+    state = build_state(plan.config, model, plan.device)
+    return Stepper(plan, state, build_schedule(plan.config, state.optimizer, plan.steps_per_epoch))
 
 
 def begin_with(
@@ -152,20 +196,15 @@ def open_together(config: TrainConfig, run_name: str) -> RunFolder:
     return opened[0] if opened else RunFolder(path, None, Checkpoints(path, 0), checkpoint, is_new)
 
 
-def check_same_images(config: TrainConfig, loaders: Loaders) -> None:
-    """Refuse machines whose images are not those of the first process."""
-    first = collectives.from_first(lambda: loaders.fingerprint)
-
-    def check() -> None:
-        found = [line for split in first for line in differences(first[split], loaders.fingerprint[split], split)]
-        if found:
-            changes = "\n".join(f"  {line}" for line in found)
-            raise ConfigError(
-                f"data.root={config.data.root}: the images on {platform.node()} are not the first process's:\n"
-                f"{changes}\ngive every machine the same ones"
-            )
-
-    collectives.everywhere(check, ConfigError)
+def check_same_images(config: TrainConfig, first: dict[str, Any], here: dict[str, Any]) -> None:
+    """Refuse a machine whose images are not those of the first process."""
+    found = [line for split in first for line in differences(first[split], here[split], split)]
+    if found:
+        changes = "\n".join(f"  {line}" for line in found)
+        raise ConfigError(
+            f"data.root={config.data.root}: the images on {platform.node()} are not the first process's:\n"
+            f"{changes}\ngive every machine the same ones"
+        )
 
 
 def note_unreadable(path: Path, loaders: Loaders) -> int:
@@ -192,18 +231,13 @@ def continue_from(run: RunFolder, state: TrainState, config: TrainConfig) -> Non
     run.write_config(config)
 
 
-def resolve_buildable(config: TrainConfig) -> tuple[torch.device, TrainConfig]:
-    device, config = resolve(config)
-    check_buildable(config, device)
-    return device, config
-
-
-def check_buildable(config: TrainConfig, device: torch.device) -> None:
+def check_buildable(plan: RunPlan) -> None:
     """Build model, optimizer and schedule without weights, so that they are refused before any data is loaded."""
-    model = check_model(config.model, resolved_image_size(config.data))
-    check_memory(config, model, device)
+    config = plan.config
+    model = check_model(config.model, plan.image_size)
+    check_memory(plan, model)
     if config.trainer.grad_checkpointing:
         enable_grad_checkpointing(model)
     whole = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, max_steps=None))
     check_schedule(whole, build_optimizer(config, model), steps_per_epoch=1000)  # as if: the data set is not known yet
-    try_optimizer(config, device)
+    try_optimizer(config, plan.device)

@@ -1,7 +1,6 @@
 """What a run carries from step to step, and what of it a checkpoint keeps."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +8,14 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from sasa_train.config.keys import TrainerConfig
+from sasa_train.config.keys import TrainConfig
 from sasa_train.processes import collectives
 from sasa_train.processes.ranks import rank, world_size
 from sasa_train.training.nonfinite import NonFiniteError, not_finite
+from sasa_train.training.optim import build_optimizer
 
 HYPERPARAMETERS = ("initial_lr", "lr_scale", "weight_decay", "momentum", "betas", "eps")  # of a parameter group
+PROGRESS = ("step", "epoch", "evaluated_step", "best", "seconds")  # of TrainState, kept as they are
 
 
 class Window:
@@ -81,11 +82,7 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "window": self.window.state_dict(),
-            "step": self.step,
-            "epoch": self.epoch,
-            "evaluated_step": self.evaluated_step,
-            "best": self.best,
-            "seconds": self.seconds,
+            **{name: getattr(self, name) for name in PROGRESS},
             "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
         }
 
@@ -112,8 +109,8 @@ class TrainState:
             group.update(configured)
         self.scaler.load_state_dict(saved["scaler"])
         self.window.load_state_dict(saved["window"])
-        self.step, self.epoch, self.evaluated_step = saved["step"], saved["epoch"], saved["evaluated_step"]
-        self.best, self.seconds = saved["best"], saved["seconds"]
+        for name in PROGRESS:
+            setattr(self, name, saved[name])
         torch.set_rng_state(saved["rng"]["torch"])
         if self.device.type == "cuda" and saved["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(saved["rng"]["cuda"])
@@ -123,18 +120,15 @@ class TrainState:
         return self.window.sums.device
 
 
-def build_state(
-    config: TrainerConfig,
-    model: nn.Module,
-    build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
-    device: torch.device,
-) -> TrainState:
+def build_state(config: TrainConfig, model: nn.Module, device: torch.device) -> TrainState:
     """Put the model on the device and build around it what `config` asks for."""
-    model.to(device).to(memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
+    trainer = config.trainer
+    model.to(device).to(memory_format=torch.channels_last if trainer.channels_last else torch.preserve_format)
     return TrainState(
         model,
-        build_optimizer(model),
-        torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
+        build_optimizer(config, model),
+        torch.amp.GradScaler(device.type, enabled=trainer.precision == "fp16"),
         Window(device),
-        ModelEmaV3(model, decay=config.ema_decay, use_warmup=config.ema_warmup) if config.ema_decay else None,
+        ModelEmaV3(model, decay=trainer.ema_decay, use_warmup=trainer.ema_warmup) if trainer.ema_decay else None,
+        hyperparameters=(*HYPERPARAMETERS, *config.optimizer.args),
     )

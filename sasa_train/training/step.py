@@ -6,23 +6,21 @@ at while the backward pass runs.
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import adaptive_clip_grad
 from torch import Tensor, nn
 
-from sasa_train.config.derived import accumulation
 from sasa_train.config.keys import TrainerConfig
 from sasa_train.data.randomness import seed_step
-from sasa_train.device import autocast
+from sasa_train.device import RunPlan
 from sasa_train.processes import collectives
-from sasa_train.processes.ranks import rank, world_size
-from sasa_train.training.batch_norm import frozen_running_stats
-from sasa_train.training.evaluation import Batches
-from sasa_train.training.losses import build_criterion
+from sasa_train.training.evaluation import Batches, batch_norms
 from sasa_train.training.nonfinite import LossWatch, NonFiniteError
 from sasa_train.training.state import TrainState
 
@@ -30,13 +28,13 @@ from sasa_train.training.state import TrainState
 class Stepper:
     """What a step needs and no checkpoint keeps: the compiled forward pass, the loss, the schedule.
 
-    `seed` is that of dropout where there are several processes: each draws its own, by (seed, step, rank) alone. One
-    process goes on with torch's generators, which the checkpoint has.
+    Of several processes each draws its own dropout, by (seed, step, rank) alone. One process goes on with torch's
+    generators, which the checkpoint has.
     """
 
-    def __init__(self, config: TrainerConfig, state: TrainState, schedule: Scheduler, seed: int = 0):
-        self.config, self.state, self.schedule, self.seed = config, state, schedule, seed
-        self.grad_accum_steps = accumulation(config, world_size())
+    def __init__(self, plan: RunPlan, state: TrainState, schedule: Scheduler):
+        self.plan, self.config, self.state, self.schedule = plan, plan.trainer, state, schedule
+        config = self.config
         self.shared = collectives.share_gradients(state.model)
         self.forward = torch.compile(self.shared) if config.compile else self.shared
         self.criterion = build_criterion(config)
@@ -52,20 +50,20 @@ class Stepper:
         Raises:
             NonFiniteError: a loss is not finite; the weights are those before the step.
         """
-        config, state = self.config, self.state
+        plan, config, state = self.plan, self.config, self.state
         self.schedule.step_update(state.step)
         state.optimizer.zero_grad()
-        if world_size() > 1:
-            seed_step(self.seed, state.step, rank())
-        for number in range(self.grad_accum_steps):
+        if plan.world_size > 1:
+            seed_step(plan.config.seed, state.step, plan.rank)
+        for number in range(plan.grad_accum_steps):
             images, labels = next(batches)
-            with self._gradients_stay_here() if number < self.grad_accum_steps - 1 else contextlib.nullcontext():
-                with autocast(state.device, config.precision):
+            with self._gradients_stay_here() if number < plan.grad_accum_steps - 1 else contextlib.nullcontext():
+                with plan.autocast():
                     logits = self.forward(images)
                     loss = self.criterion(logits.float(), labels)
                 self.loss_watch.begin(loss)
                 with frozen_running_stats(state.model) if config.grad_checkpointing else contextlib.nullcontext():
-                    state.scaler.scale(loss / self.grad_accum_steps).backward()
+                    state.scaler.scale(loss / plan.grad_accum_steps).backward()
             state.window.add(loss.detach(), logits.detach(), labels)
             if not self.loss_watch.is_finite():
                 raise NonFiniteError(f"the loss of step {state.step + 1} is not finite", number, images)
@@ -80,7 +78,7 @@ class Stepper:
         return grad_norm
 
     def _gradients_stay_here(self) -> contextlib.AbstractContextManager:
-        return self.shared.no_sync() if world_size() > 1 else contextlib.nullcontext()  # type: ignore[operator]
+        return self.shared.no_sync() if self.plan.world_size > 1 else contextlib.nullcontext()  # type: ignore[operator]
 
     def _clip(self) -> Tensor:
         self.state.scaler.unscale_(self.state.optimizer)  # a norm of scaled gradients means nothing
@@ -93,6 +91,41 @@ class Stepper:
         elif config.grad_clip_agc:
             adaptive_clip_grad(_without_classifier(self.state.model), config.grad_clip_agc)
         return grad_norm
+
+
+def build_criterion(config: TrainerConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    """The training loss of float32 logits and labels, which are int64 [B] or, mixed, float32 [B, num_classes]."""
+    if config.loss == "cross_entropy":
+        return nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+    return partial(binary_cross_entropy, label_smoothing=config.label_smoothing)
+
+
+def binary_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    """A sigmoid a class, averaged over classes and images, after "ResNet strikes back" (arXiv 2110.00476).
+
+    Smoothed as cross-entropy is, mixed labels too, and these keep their shares. (timm's class smooths labels that are
+    not mixed alone, and can make each mixed class a 1.)
+    """
+    if labels.ndim == 1:
+        labels = nn.functional.one_hot(labels, logits.shape[1])
+    labels = labels * (1 - label_smoothing) + label_smoothing / logits.shape[1]
+    return nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+
+@contextmanager
+def frozen_running_stats(model: nn.Module) -> Iterator[None]:
+    """The recomputation of gradient checkpointing must not move batch norm's running statistics a second time."""
+    norms = batch_norms(model)
+    momenta = [norm.momentum for norm in norms]
+    counts = [norm.num_batches_tracked.clone() for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum, count in zip(norms, momenta, counts, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
 
 
 def _without_classifier(model: nn.Module) -> list[nn.Parameter]:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sasa_train.commands import end_command
+from sasa_train.commands import described, end_command, positive, run
 from sasa_train.extras import why_not
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import fail
@@ -38,41 +38,23 @@ def main() -> None:
 
 def run_command(arguments: list[str]) -> int:
     """Run with command-line arguments; returns the exit code."""
-    parser = build_parser()
-    if not arguments or {"-h", "--help"} & set(arguments):
-        parser.print_help()
-        return 0 if arguments else 2
-    from sasa_train.config.overrides import split_overrides
-    from sasa_train.runs.checkpoint import CheckpointError
-    from sasa_train.visualize.capture import WeightsError
+    return run(build_parser(), arguments, draw, has_overrides=True)
 
-    words, overrides = split_overrides(arguments)
-    try:
-        options = parser.parse_intermixed_args(words)
-    except SystemExit as stop:  # argparse's own refusal
-        return int(stop.code or 0)
-    try:
-        if reason := why_not("sasa-visualize", "plots"):
-            raise ConfigError(reason)
-        sources, names = split_words(options.words)
-        if len(sources) > 1:
-            return visualize_several(sources, names, overrides, options)
-        return visualize(sources[0], names, overrides, options)
-    except (ConfigError, CheckpointError) as error:
-        return fail(error)
-    except WeightsError as error:
-        fail(error)
-        return 1
+
+def draw(options: argparse.Namespace) -> int:
+    if reason := why_not("sasa-visualize", "plots"):
+        raise ConfigError(reason)
+    sources, names = split_words(options.words)
+    return visualize_several(sources, names, options) if len(sources) > 1 else visualize(sources[0], names, options)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "sasa-visualize",
+    parser = described(
+        argparse.ArgumentParser,
+        prog="sasa-visualize",
         usage="sasa-visualize RUN [RUN ...] [FIGURE ...] [options] [key=value ...]",
         description=__doc__,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "words", nargs="*", metavar="RUN [FIGURE] [key=value]", help="run folders or one checkpoint, figures, knobs"
@@ -93,12 +75,6 @@ def build_parser() -> argparse.ArgumentParser:
                         help="layers of the attention maps; left out: the last one of each stage")  # fmt: skip
     parser.add_argument("--heads", type=split_numbers, metavar="N,...", help="heads of attention_heads, from 0")
     return parser
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} must be a number of images, at least 1")
-    return int(text)
 
 
 def split_numbers(text: str) -> list[int]:
@@ -132,7 +108,7 @@ def split_words(words: list[str]) -> tuple[list[Path], list[str]]:
     return sources, names
 
 
-def visualize(source: Path, names: list[str], overrides: list[str], options: argparse.Namespace) -> int:
+def visualize(source: Path, names: list[str], options: argparse.Namespace) -> int:
     """Draw one run; returns the exit code.
 
     Raises:
@@ -144,7 +120,7 @@ def visualize(source: Path, names: list[str], overrides: list[str], options: arg
     from sasa_train.trained import load_trained
     from sasa_train.visualize.drawing import draw_run, not_drawable
 
-    trained = load_trained(source, overrides)
+    trained = load_trained(source, options.overrides)
     run_dir = run_folder_of(trained.path)
     folder, board_dir = output_folders(run_dir, options.out)
     reasons = not_drawable(trained, run_dir)
@@ -168,7 +144,7 @@ def visualize(source: Path, names: list[str], overrides: list[str], options: arg
     return 0
 
 
-def visualize_several(sources: list[Path], names: list[str], overrides: list[str], options: argparse.Namespace) -> int:
+def visualize_several(sources: list[Path], names: list[str], options: argparse.Namespace) -> int:
     """Overlay the curves of several runs, from their logs.
 
     Raises:
@@ -180,8 +156,9 @@ def visualize_several(sources: list[Path], names: list[str], overrides: list[str
 
     if others := [name for name in names if name not in OF_SEVERAL]:
         raise ConfigError(f"{', '.join(others)}: of one run; several are overlaid in {' and '.join(OF_SEVERAL)}")
-    if overrides:
-        raise ConfigError(f"{' '.join(overrides)}: the curves of several runs are their logs', which no knob changes")
+    if options.overrides:
+        given = " ".join(options.overrides)
+        raise ConfigError(f"{given}: the curves of several runs are their logs', which no key changes")
     if options.out is None:
         raise ConfigError(f"{len(sources)} runs are given: say with --out DIR where to write")
     runs = {}
@@ -247,7 +224,3 @@ def write_figure(
             write_to_board(board_dir, name, png, step)
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written ({error.strerror}); give another place with --out") from error
-
-
-if __name__ == "__main__":
-    main()

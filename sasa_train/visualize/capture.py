@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from sasa_train.models import AttentionStem, LocalSelfAttention2d
+from sasa_train.refusal import ExpectedFailure
 
 AttentionLayer = LocalSelfAttention2d | AttentionStem
 SUM_TOLERANCE = 1e-4  # a float32 softmax over some hundred places is within 1e-5
 
 
-class WeightsError(Exception):
+class WeightsError(ExpectedFailure):
     """Attention weights of a query that do not sum to one, as where an activation is not finite."""
 
 

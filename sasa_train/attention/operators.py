@@ -1,0 +1,84 @@
+"""A differentiable torch.library op and its backward op: schemas, fake tensors, autograd and FLOPs, registered once.
+
+Tensors that may be missing are None in an op's arguments; an op cannot return None, so a backward op returns the
+gradients of those tensors that are there.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+
+def define_operator(
+    name: str,
+    tensors: str,
+    options: str,
+    outputs: str,
+    *,
+    forward: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., list[Tensor]],
+    backward_inputs: str,
+    flops: Callable[..., int],
+    grads: Sequence[int] = (0,),
+    kept: Sequence[int] = (),
+    forward_only: str = "",
+    skips_first: bool = False,
+    device_types: str | None = None,
+) -> Callable[..., Any]:
+    """Register `sasa_train::{name}` and `sasa_train::{name}_backward`; return the first.
+
+    Args:
+        tensors, options: the arguments in the schema's language; of `tensors` gradients are computed.
+        forward_only: further arguments that the backward op does not get.
+        outputs: what `forward` returns. `grads` are the outputs whose gradients the backward op gets, `kept` those that
+            it gets themselves, and `backward_inputs` is what it calls both; `tensors` and `options` follow.
+        fake: the outputs of `forward` without their values.
+        skips_first: whether the backward op has an argument `needs_x` at its end, and leaves out the first tensor's
+            gradient where that is false.
+        flops: of a forward pass, given the arguments with shapes in place of tensors.
+    """
+    num_before, num_tensors = len(grads) + len(kept), tensors.count(",") + 1
+    num_options, num_others = options.count(",") + 1, forward_only.count("Tensor")
+    schemas = {
+        name: f"({', '.join(filter(None, (tensors, options, forward_only)))}) -> {outputs}",
+        f"{name}_backward": f"({backward_inputs}, {tensors}, {options}{', bool needs_x' * skips_first}) -> Tensor[]",
+    }
+    op, backward_op = (
+        torch.library.custom_op(
+            f"sasa_train::{each}", function, mutates_args=(), schema=schema, device_types=device_types
+        )
+        for (each, schema), function in zip(schemas.items(), (forward, backward), strict=True)
+    )
+    op.register_fake(fake)
+
+    @backward_op.register_fake
+    def _(*arguments):
+        first, *others = arguments[num_before : num_before + num_tensors]
+        given = others if skips_first and not arguments[-1] else (first, *others)
+        return [torch.empty_like(x) for x in given if x is not None]
+
+    def setup_context(ctx, inputs, output):
+        found = output if isinstance(output, tuple) else (output,)
+        ctx.options = inputs[num_tensors : num_tensors + num_options]
+        ctx.save_for_backward(*(found[i] for i in kept), *inputs[:num_tensors])
+
+    def run_backward(ctx, *grad_outputs):
+        saved, needs_first = ctx.saved_tensors, ctx.needs_input_grad[0] or not skips_first
+        flags = (needs_first,) if skips_first else ()
+        present = iter(backward_op(*(grad_outputs[i] for i in grads), *saved, *ctx.options, *flags))
+        has_grad = (needs_first, *(x is not None for x in saved[len(kept) + 1 :]))
+        return (*(next(present) if has else None for has in has_grad), *[None] * (num_options + num_others))
+
+    op.register_autograd(run_backward, setup_context=setup_context)
+    register_flop_formula(getattr(torch.ops.sasa_train, name))(flops)
+
+    @register_flop_formula(getattr(torch.ops.sasa_train, f"{name}_backward"))
+    def _(*arguments, **_kwargs) -> int:
+        """Each product has two gradients of its own cost; what is computed again is not counted."""
+        return 2 * flops(*arguments[num_before:])
+
+    return op
