@@ -194,7 +194,7 @@ def test_overrides_that_nobody_reads_are_refused(run_dir, sweep_page, capsys):
         ([str(run_dir), "data.image_size=-1"], "data.image_size=-1"),
         ([str(sweep_page.path.parents[1]), "data.root=x"], "several are given"),
         (["data.root=x"], "no sweep or run"),
-        ([str(run_dir), "--num-images", "0"], "from 1 on"),
+        ([str(run_dir), "--num-images", "0"], "at least 1"),
     ):
         assert command.run_command(arguments) == 2 and reason in capsys.readouterr().err
 

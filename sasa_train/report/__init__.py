@@ -31,7 +31,7 @@ def main() -> None:
 
 def run_command(arguments: list[str]) -> int:
     """Run with command-line arguments; returns the exit code."""
-    return run(build_parser(), arguments, report, has_overrides=True)
+    return run(build_parser(), arguments, report)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         epilog=EPILOG,
     )
-    parser.add_argument("sources", nargs="*", type=Path, metavar="SWEEP_OR_RUN", help="sweep or run folders")
+    parser.add_argument("sources", nargs="*", metavar="SWEEP_OR_RUN", help="sweep or run folders")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; left out: report/ in the one folder")
     parser.add_argument(
         "--reference", metavar="ROW", help="the row to compare with: its label, a part of it, its number"
@@ -69,13 +69,17 @@ def report(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: what cannot be read or written, or is not there.
     """
+    from sasa_train.config.overrides import split_overrides
     from sasa_train.report.jobs import find_jobs
     from sasa_train.report.page import PAGE, Section, sweep_page, the_run
     from sasa_train.report.rows import build_report
     from sasa_train.report.tables import as_csv, as_json, markdown
     from sasa_train.terminal import printable_lines
 
-    if not options.sources:
+    # Only now, for --reference kernel_size=7 is no override.
+    sources, options.overrides = split_overrides(options.sources)
+    options.sources = [Path(source) for source in sources]
+    if not sources:
         raise ConfigError("no sweep or run folder is given")
     folder = output_folder(options)
     found = find_jobs(options.sources)
