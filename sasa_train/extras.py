@@ -11,7 +11,3 @@ def why_not(what: str, extra: str) -> str | None:
     return (
         f"{what} needs {', '.join(missing)}, not installed here: pip install 'sasa_train[{extra}]'" if missing else None
     )
-
-
-def has_matplotlib() -> bool:
-    return why_not("", "plots") is None

@@ -17,7 +17,7 @@ from PIL import Image
 from sasa_train import __version__
 from sasa_train.config.derived import resolved_image_size
 from sasa_train.config.saved import to_yaml
-from sasa_train.extras import has_matplotlib
+from sasa_train.extras import why_not
 from sasa_train.machine import now
 from sasa_train.report import facts
 from sasa_train.report.jobs import Job
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 PAGE = "report.html"
 MAX_NAMES = 3  # of folders in a title
-NO_PLOTS = "No plots: matplotlib is not installed here: pip install 'sasa_train[plots]'"
 MAX_BYTES = 300_000  # of a picture without loss
 COMMANDS = (("command", "Command"), ("reproduce", "The same in full"))
 OF_A_START = ("started", "step", "commit", "host", "world_size", "command")
@@ -85,9 +84,9 @@ class Section:
 
     def can_draw(self) -> bool:
         """Whether matplotlib is there; that it is not is said in the section."""
-        if not (found := has_matplotlib()):
-            self.missing.append(NO_PLOTS)
-        return found
+        reason = why_not("A plot", "plots")
+        self.missing += [reason] if reason else []
+        return reason is None
 
 
 def the_run(report: Report) -> Job | None:
@@ -154,22 +153,16 @@ def _described(row: Row, number: int, folder: Path) -> dict[str, Any]:
     top1 = f"top1 {row.top1.mean:.2f}" if row.top1 else "no top1"
     return {
         "title": f"{number}. {row.label}: {top1}, {len(jobs)} of {row.num_jobs} seeds",
-        "runs": [_linked(job, folder) for job in jobs],
+        "runs": [(job, *_links(job, folder)) for job in jobs],
         "command": str(jobs[0].info.get("reproduce") or "") if jobs else "",
     }
 
 
-def _linked(job: Job, folder: Path) -> dict[str, str]:
+def _links(job: Job, folder: Path) -> tuple[str, str]:
+    """To a run's folder, and to its own page where it has one."""
     assert job.run_dir is not None
     page = job.run_dir / "report" / PAGE
-    return {
-        "name": job.name,
-        "href": facts.href(job.run_dir, folder),
-        "seed": str(job.seed),
-        "last": f"{job.last:.2f}",
-        "best": f"{job.best:.2f}",
-        "page": facts.href(page, folder) if page.is_file() else "",
-    }
+    return facts.href(job.run_dir, folder), facts.href(page, folder) if page.is_file() else ""
 
 
 def _render(template: str, **values: Any) -> str:
