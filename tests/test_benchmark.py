@@ -202,13 +202,6 @@ def test_without_matplotlib_a_chart_is_refused_before_anything_is_measured(monke
     assert "pip install 'sasa_train[plots]'" in capsys.readouterr().err
 
 
-def test_help_is_quick(command):
-    code = "import sasa_train.benchmark, sys; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "torch" not in done.stdout.split()
-    assert "HxWxC/2 where a stage begins" in command("benchmark", "attention", "--help").stdout
-
-
 def gpu_check(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(GPU_CHECK), str(folder), "--dry-run", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=250)

@@ -71,7 +71,8 @@ import contextlib, importlib, io, sys
 def run(module, arguments):
     with contextlib.redirect_stdout(io.StringIO()) as out:
         code = module.run_command([*arguments, "--help"])
-    print(module.__name__, arguments, code, "torch" in sys.modules, "usage: sasa-" in out.getvalue())
+    is_heavy = bool({"torch", "matplotlib"} & set(sys.modules))
+    print(module.__name__, arguments, code, is_heavy, "usage: sasa-" in out.getvalue())
 for name in sys.argv[1:]:
     module = importlib.import_module(name)
     parts = {"sasa_train.benchmark": ("attention", "model"), "sasa_train.dataset_tool": ("verify", "prepare", "shard")}

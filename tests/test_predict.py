@@ -304,11 +304,8 @@ def test_too_little_memory_and_outputs_that_are_not_finite(run, root, predicted,
     assert {row["error"] for row in found} == {"the model's output is not finite in fp32"}
 
 
-def test_head_ends_it_in_peace_and_help_is_light(run, root):
+def test_head_ends_it_in_peace(run, root):
     """Rows are flushed one batch after another; a reader that went away is no error."""
-    code = "import sys, sasa_train.predict as p; p.run_command(['--help']); print('torch' in sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "--top-k" in out and out.endswith("False\n") and max(map(len, out.splitlines())) <= 120
     line = '"$0" -m sasa_train.predict "$1" "$2"/train "$2"/train "$2"/train --batch-size 1 | head -n 2'
     done = subprocess.run(["sh", "-c", line, sys.executable, run, str(root)], capture_output=True, text=True)
     assert done.stdout.splitlines()[1].startswith(f"{root}/train/blue/0.png")
