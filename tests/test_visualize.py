@@ -389,4 +389,5 @@ def test_without_matplotlib_the_extra_is_named(trained, capsys, monkeypatch):
 
 def test_help_names_the_figures(capsys):
     assert command.run_command(["--help"]) == 0
-    assert all(name in help_text for help_text in [capsys.readouterr().out] for name in NAMES)
+    help_text = capsys.readouterr().out
+    assert all(name in help_text for name in NAMES)
