@@ -264,7 +264,7 @@ def test_the_curves_are_the_seeds_mean_and_range(tmp_path):
 def jobs_of(*arguments: str) -> tuple[int | None, list[list[str]]]:
     """The paper's table and each job's overrides, as sasa-sweep takes them."""
     plan = read_plan(list(arguments))
-    assert not any(job.refusal for job in plan.jobs)
+    assert not any(job.reason for job in plan.jobs)
     return plan.config.paper_table, [job.overrides for job in plan.jobs]
 
 
