@@ -8,7 +8,7 @@ import fcntl
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, BinaryIO
@@ -36,6 +36,21 @@ def write_aside(path: Path, write: Callable[[BinaryIO], object]) -> Path:
         temporary.unlink(missing_ok=True)
         raise
     return temporary
+
+
+def write_outputs(folder: Path, files: Mapping[str, bytes], option: str = "--out") -> None:
+    """Write files, each whole or not at all, into a folder that is made where it is not there.
+
+    Raises:
+        ConfigError: they cannot be written; it names the `option` that gives another place.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            write_atomic(folder / name, content)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"{folder}: cannot be written ({reason}); give another place with {option}") from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -184,7 +184,7 @@ def test_plain_run_folders_need_no_ledger(tmp_path, capsys, without_matplotlib):
     "text,reason",
     [
         ("{", "cannot be read as a ledger"),
-        ("[1]", "format_version=None"),
+        ("[1]", "is damaged"),
         ('{"format_version": 2, "jobs": {}}', "format_version=2"),
         ('{"format_version": 1, "sweep": {"paper_table": 2}, "jobs": {}}', "paper_table=2"),
         ('{"format_version": 1, "jobs": {"a": {"state": "done"}}}', "is damaged"),

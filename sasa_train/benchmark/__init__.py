@@ -84,9 +84,10 @@ def _run(options: argparse.Namespace, command: str) -> int:
     result = measure(options, device)
     print("\n".join(markdown(result)))
     if options.json:
-        from sasa_train.files import write_atomic
+        from sasa_train.files import write_outputs
 
-        write_atomic(options.json, json.dumps({"header": header, **result}, indent=1).encode())
+        content = json.dumps({"header": header, **result}, indent=1).encode()
+        write_outputs(options.json.parent, {options.json.name: content}, "--json")
     if options.plot and result["rows"]:
         from sasa_train.benchmark.plots import draw_chart
 

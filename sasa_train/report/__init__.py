@@ -91,6 +91,7 @@ def report(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: what cannot be read or written, or is not there.
     """
+    from sasa_train.files import write_outputs
     from sasa_train.report.jobs import find_jobs
     from sasa_train.report.page import PAGE, the_run
     from sasa_train.report.pictures import NO_PLOTS
@@ -113,10 +114,10 @@ def report(options: argparse.Namespace) -> None:
         charts = draw_charts(built)
     else:
         warn(NO_PLOTS)
-    write_files(folder, files | charts)  # before what takes long
+    write_outputs(folder, files | charts)  # before what takes long
     say(text)
     page = sweep_page_of(built, options, charts, folder) if job is None else run_page_of(built, job, options, folder)
-    write_files(folder, {PAGE: page.encode()})
+    write_outputs(folder, {PAGE: page.encode()})
     say(f"{folder}: {', '.join([*files, *charts, PAGE])}")
 
 
@@ -163,17 +164,6 @@ def output_folder(options: argparse.Namespace) -> Path:
     if len(options.sources) > 1:
         raise ConfigError(f"{len(options.sources)} folders are given: say with --out DIR where to write")
     return options.sources[0] / "report"
-
-
-def write_files(folder: Path, files: dict[str, bytes]) -> None:
-    from sasa_train.files import write_atomic
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            write_atomic(folder / name, content)
-    except OSError as error:
-        raise ConfigError(f"{folder}: cannot be written ({error.strerror}); give another place with --out") from error
 
 
 if __name__ == "__main__":

@@ -75,11 +75,14 @@ class Ledger:
 
     def __init__(self, path: Path, about: dict[str, Any]):
         self.path, self.about = path, about
-        self.jobs: dict[str, Job] = {}
         self.asked: set[str] = set()  # names of the jobs that this command is about; the ledger may know others
-        if path.exists():
-            known = _read_or_set_aside(path)
-            self.jobs = {job.name: job for job in known.values() if job.tries or job.state != "refused"}
+        try:
+            known = read_ledger(path)[1] if path.exists() else {}
+        except DamagedLedgerError as error:
+            aside, known = path.with_name(f"{path.name}.damaged"), {}
+            path.replace(aside)
+            warn(f"{error}; it is kept as {aside.name}, and what is done is read from the run folders")
+        self.jobs = {job.name: job for job in known.values() if job.tries or job.state != "refused"}
         for job in self.jobs.values():
             if job.state == "running":  # the sweep was killed; its jobs were then told to save and stop
                 job.end("interrupted", "the sweep ended before it did")
@@ -114,17 +117,6 @@ class DamagedLedgerError(ConfigError):
     """The file is not what a sweep wrote."""
 
 
-def _read_or_set_aside(path: Path) -> dict[str, Job]:
-    """The jobs in the file. One that is damaged is kept aside: the run folders tell what is done."""
-    try:
-        return read_ledger(path)[1]
-    except DamagedLedgerError as error:
-        aside = path.with_name(f"{path.name}.damaged")
-        path.replace(aside)
-        warn(f"{error}; it is kept as {aside.name}, and what is done is read from the run folders")
-        return {}
-
-
 def read_ledger(path: Path) -> tuple[dict[str, Any], dict[str, Job]]:
     """What a sweep says about itself (its command, say), and its jobs by name.
 
@@ -134,26 +126,18 @@ def read_ledger(path: Path) -> tuple[dict[str, Any], dict[str, Job]]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if (version := content.get("format_version")) != FORMAT_VERSION:
+            raise ConfigError(f"{path}: is no ledger of format {FORMAT_VERSION} (format_version={version!r})")
+        known = {f.name for f in dataclasses.fields(Job)}
+        jobs = [Job(name, **{k: v for k, v in job.items() if k in known}) for name, job in content["jobs"].items()]
+        if not all(_is_whole(job) for job in jobs):
+            raise ValueError("a job without overrides, state or tries")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read as a ledger ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise DamagedLedgerError(f"{path}: is damaged, and cannot be read as a ledger ({error})") from error
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION:
-        kind = ConfigError if isinstance(version, int) else DamagedLedgerError
-        raise kind(f"{path}: is no ledger of format {FORMAT_VERSION} (format_version={version!r})")
-    try:
-        known = {f.name for f in dataclasses.fields(Job)}
-        jobs = {
-            name: Job(name, **{k: v for k, v in job.items() if k in known}) for name, job in content["jobs"].items()
-        }
-        is_whole = all(_is_whole(job) for job in jobs.values())
-    except (KeyError, TypeError, AttributeError):
-        is_whole = False
-    if not is_whole:
-        raise DamagedLedgerError(f"{path}: is damaged: its jobs are not names with overrides, a state and tries")
     about = content.get("sweep")
-    return about if isinstance(about, dict) else {}, jobs
+    return about if isinstance(about, dict) else {}, {job.name: job for job in jobs}
 
 
 def _is_whole(job: Job) -> bool:
