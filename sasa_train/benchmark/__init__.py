@@ -84,10 +84,9 @@ def _run(options: argparse.Namespace, command: str) -> int:
     result = measure(options, device)
     print("\n".join(markdown(result)))
     if options.json:
-        from sasa_train.files import write_outputs
+        from sasa_train.files import write_atomic
 
-        content = json.dumps({"header": header, **result}, indent=1).encode()
-        write_outputs(options.json.parent, {options.json.name: content}, "--json")
+        write_atomic(options.json, json.dumps({"header": header, **result}, indent=1).encode())
     if options.plot and result["rows"]:
         from sasa_train.benchmark.plots import draw_chart
 
