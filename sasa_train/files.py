@@ -10,7 +10,7 @@ import io
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -45,6 +45,21 @@ def csv_text(rows: Iterable[Iterable[Any]], quoting: Any = csv.QUOTE_MINIMAL) ->
     text = io.StringIO()
     csv.writer(text, quoting=quoting, lineterminator="\n").writerows(rows)
     return text.getvalue()
+
+
+def write_outputs(folder: Path, files: Mapping[str, bytes], option: str = "--out") -> None:
+    """Write files, each whole or not at all, into a folder that is made where it is not there.
+
+    Raises:
+        ConfigError: they cannot be written; it names the `option` that gives another place.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            write_atomic(folder / name, content)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"{folder}: cannot be written ({reason}); give another place with {option}") from error
 
 
 def sync_folder(folder: Path) -> None:

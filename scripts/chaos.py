@@ -30,6 +30,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,68 +40,40 @@ from PIL import Image
 from sasa_train.config.compose import compose_config
 from sasa_train.data.datasets import load_image_sets
 from sasa_train.dataset_tool.prepare import shard
+from sasa_train.refusal import ConfigError
 from sasa_train.runs.checkpoint import load_checkpoint
+from sasa_train.runs.info import has_finished
+from sasa_train.runs.metrics import read_metrics
 
 RUN = [
-    "experiment=debug",
-    "data=image_folder",
-    "data.image_size=8",
-    "data.max_train_images=1000",
-    "data.max_val_images=null",
-    "model.width=0.25",
-    "model.drop_path_rate=0.2",
-    "trainer.ema_decay=0.99",
-    "augment.mixup=0.2",
-    "augment.cutmix=1.0",
-    "augment.mix_off_epochs=1",
-    "trainer.epochs=6",
-    "trainer.max_steps=null",
-    "trainer.global_batch_size=40",
-    "trainer.grad_accum_steps=2",
+    "experiment=debug", "data=image_folder", "data.image_size=8", "data.max_train_images=1000",
+    "data.max_val_images=null", "model.width=0.25", "model.drop_path_rate=0.2", "augment.mixup=0.2",
+    "augment.cutmix=1.0", "augment.mix_off_epochs=1", "trainer.epochs=6", "trainer.max_steps=null",
+    "trainer.global_batch_size=40", "trainer.grad_accum_steps=2", "trainer.ema_decay=0.99",
     "trainer.checkpoint_every_steps=4",
-]
-RECIPES = {
-    "rand": [
-        "augment.policy=rand_augment",
-        "optimizer=adamw",
-        "optimizer.layer_decay=0.8",
-        "trainer.label_smoothing=0.1",
-        "trainer.grad_clip_norm=1.0",
-        "trainer.bn_recalibration_batches=3",
-    ],
-    "trivial": [
-        "augment.policy=trivial_augment",
-        "augment.erasing_prob=0.5",
-        "augment.brightness=0.3",
-        "augment.hue=0.2",
-        "optimizer.name=lookahead_sgd",
-        "schedule.name=wsd",
-        "trainer.loss=bce",
-        "trainer.label_smoothing=0.1",
-        "trainer.grad_clip_agc=0.05",
-        "trainer.grad_checkpointing=true",
-    ],
-    "large": [  # random-resized crops of images above 64 pixels
-        "data.image_size=72",
-        "model.stem=attention",
-        "augment.policy=auto_augment_imagenet",
-        "augment.erasing_prob=0.5",
-        "augment.saturation=0.3",
-        "optimizer.name=muon",
-        "trainer.grad_clip_value=0.1",
-    ],
+]  # fmt: skip
+RECIPES = {  # overrides, separated by spaces
+    "rand": """
+        augment.policy=rand_augment optimizer=adamw optimizer.layer_decay=0.8 trainer.label_smoothing=0.1
+        trainer.grad_clip_norm=1.0 trainer.bn_recalibration_batches=3
+    """,
+    "trivial": """
+        augment.policy=trivial_augment augment.erasing_prob=0.5 augment.brightness=0.3 augment.hue=0.2
+        optimizer.name=lookahead_sgd schedule.name=wsd trainer.loss=bce trainer.label_smoothing=0.1
+        trainer.grad_clip_agc=0.05 trainer.grad_checkpointing=true
+    """,
+    "large": """
+        data.image_size=72 model.stem=attention augment.policy=auto_augment_imagenet augment.erasing_prob=0.5
+        augment.saturation=0.3 optimizer.name=muon trainer.grad_clip_value=0.1
+    """,  # random-resized crops of images above 64 pixels
 }
 RESIDENT = ["data.resident=auto", "data.num_workers=0"]  # large images stream all the same
 STREAMED = [["data.resident=false", f"data.num_workers={n}"] for n in (0, 1, 3)]
 Mode = tuple[str, list[str]]
 MODES: list[Mode] = [
-    ("folders", RESIDENT),
-    ("folders", STREAMED[1]),
-    ("shards", STREAMED[2]),
-    ("shards", RESIDENT),
-    ("folders", STREAMED[2]),
-    ("shards", STREAMED[0]),
-]
+    ("folders", RESIDENT), ("folders", STREAMED[1]), ("shards", STREAMED[2]),
+    ("shards", RESIDENT), ("folders", STREAMED[2]), ("shards", STREAMED[0]),
+]  # fmt: skip
 TIMINGS = {"images_per_sec", "data_wait_fraction", "memory_mib", "seconds"}
 # Of a checkpoint: timings, and where and how it was made.
 NOT_COMPARED = {"seconds", "config", "metrics", "provenance", "fingerprint"}
@@ -166,7 +139,7 @@ class Chaos:
         path = self.broken / "metrics.jsonl"
         state = (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else (0, 0)
         if state != self._rows_state:
-            self._rows_state, self._rows = state, read_rows(self.broken)
+            self._rows_state, self._rows = state, read_rows(self.broken, skip_damaged=True)
         return self._rows
 
     def wait(self, process: subprocess.Popen, moment: str, num_rows: int) -> bool:
@@ -195,7 +168,8 @@ class Chaos:
 
     # Faults of processes
 
-    def signal_at(self, number: signal.Signals, moment: str) -> str:
+    def signalled(self, number: signal.Signals) -> str:
+        moment = self.random.choice(MOMENTS)
         process, start = self.start(), time.monotonic()
         if self.wait(process, moment, self.random.randint(1, 10)):
             process.send_signal(number)
@@ -206,21 +180,6 @@ class Chaos:
         if code == 75:
             self.seconds_to_end[moment].append(time.monotonic() - start)
         return moment
-
-    def kill(self) -> str:
-        return self.signal_at(signal.SIGKILL, self.random.choice(MOMENTS))
-
-    def terminate(self) -> str:
-        return self.signal_at(signal.SIGTERM, self.random.choice(MOMENTS))
-
-    def interrupt(self) -> str:
-        return self.signal_at(signal.SIGINT, self.random.choice(MOMENTS))
-
-    def usr1(self) -> str:
-        return self.signal_at(signal.SIGUSR1, self.random.choice(MOMENTS))
-
-    def usr2(self) -> str:
-        return self.signal_at(signal.SIGUSR2, self.random.choice(MOMENTS))
 
     def interrupt_twice(self) -> str:
         process = self.start()
@@ -287,12 +246,6 @@ class Chaos:
             raise Failure(f"{time.monotonic() - start:.0f} s until the run ended")
         return ""
 
-    def worker_killed(self) -> str:
-        return self.worker(signal.SIGKILL, "data worker")
-
-    def worker_hangs(self) -> str:
-        return self.worker(signal.SIGSTOP, "data.worker_timeout")
-
     # Faults of disks and files
 
     def disk_full(self, *more: str) -> str:
@@ -315,21 +268,12 @@ class Chaos:
     def is_at_the_end(self) -> bool:
         return "step 150/150" in self.log.read_text()
 
-    def after_damage(self, path: Path, damage: Callable[[Path], object], message: str) -> str:
-        damage(path)
+    def after_damage(self, name: str, damage: Callable[..., object], message: str = "", at_least: int = 1) -> str:
+        """Damage a file of the run, once it has `at_least` checkpoints: it goes on, and says `message`."""
+        self.need_checkpoints(at_least)
+        path = self.broken / name
+        damage(self, next(path.iterdir()) if path.is_dir() else path)
         return self.go_on(self.start(), message)
-
-    def last_truncated(self) -> str:
-        self.need_checkpoints(2)
-        return self.after_damage(self.checkpoints / "last.pt", self.cut, "skipping a damaged checkpoint")
-
-    def last_flipped(self) -> str:
-        self.need_checkpoints(2)
-        return self.after_damage(self.checkpoints / "last.pt", self.flip, "skipping a damaged checkpoint")
-
-    def last_deleted(self) -> str:
-        self.need_checkpoints(2)
-        return self.after_damage(self.checkpoints / "last.pt", Path.unlink, "the newest good one")
 
     def last_hostile(self) -> str:
         self.need_checkpoints(2)
@@ -342,14 +286,10 @@ class Chaos:
             raise Failure("a checkpoint ran code")
         return ""
 
-    def manifest_damaged(self) -> str:
-        self.need_checkpoints(2)
-        return self.after_damage(self.checkpoints / "last.pt.json", self.cut, "skipping a damaged checkpoint")
-
     def half_written(self) -> str:
-        self.need_checkpoints(1)
-        path = self.checkpoints / "last.pt.0123abcd.tmp"
-        return self.after_damage(path, lambda p: p.write_bytes(self.random.randbytes(9999)), "")
+        return self.after_damage(
+            "checkpoints/last.pt.0123abcd.tmp", lambda self, path: path.write_bytes(self.random.randbytes(9999))
+        )
 
     def every_checkpoint_damaged(self) -> str:
         self.need_checkpoints(2)
@@ -363,16 +303,15 @@ class Chaos:
         return ""
 
     def metrics_damaged(self) -> str:
-        self.need_checkpoints(1)
-        damage = self.random.choice((self.cut, self.flip, Path.unlink))
-        return self.after_damage(self.broken / "metrics.jsonl", damage, "")
+        return self.after_damage("metrics.jsonl", self.random.choice((Chaos.cut, Chaos.flip, Chaos.delete)))
 
     def other_files_damaged(self) -> str:
-        self.need_checkpoints(1)
         name = self.random.choice(("config.yaml", "run.json", ".lock", "tensorboard"))
-        path, damage = self.broken / name, self.random.choice((self.cut, self.flip))
-        self.after_damage(next(path.iterdir()) if path.is_dir() else path, damage, "")
+        self.after_damage(name, self.random.choice((Chaos.cut, Chaos.flip)))
         return name
+
+    def delete(self, path: Path) -> None:
+        path.unlink()
 
     def cut(self, path: Path) -> None:
         os.truncate(path, self.random.randrange(path.stat().st_size))
@@ -425,26 +364,28 @@ class Hostile:
         return os.mkdir, (str(self.trap),)
 
 
+LAST, SKIPPED = "checkpoints/last.pt", "skipping a damaged checkpoint"
+NEWEST = partial(Chaos.after_damage, name=LAST, at_least=2)  # with an older one to go on from
 KINDS: dict[str, Callable[[Chaos], str]] = {
-    "SIGKILL": Chaos.kill,
-    "SIGTERM": Chaos.terminate,
-    "SIGINT": Chaos.interrupt,
-    "SIGUSR1": Chaos.usr1,
-    "SIGUSR2": Chaos.usr2,
+    "SIGKILL": partial(Chaos.signalled, number=signal.SIGKILL),
+    "SIGTERM": partial(Chaos.signalled, number=signal.SIGTERM),
+    "SIGINT": partial(Chaos.signalled, number=signal.SIGINT),
+    "SIGUSR1": partial(Chaos.signalled, number=signal.SIGUSR1),
+    "SIGUSR2": partial(Chaos.signalled, number=signal.SIGUSR2),
     "SIGINT twice": Chaos.interrupt_twice,
     "SIGSTOP and SIGCONT": Chaos.pause,
     "time limit": Chaos.time_limit,
     "second run in the folder": Chaos.second_run,
     "two starts at once": Chaos.race,
-    "data worker killed": Chaos.worker_killed,
-    "data worker hangs": Chaos.worker_hangs,
+    "data worker killed": partial(Chaos.worker, number=signal.SIGKILL, message="data worker"),
+    "data worker hangs": partial(Chaos.worker, number=signal.SIGSTOP, message="data.worker_timeout"),
     "disk full": Chaos.disk_full,
     "disk full and on_failed_save=continue": Chaos.disk_full_go_on,
-    "last.pt truncated": Chaos.last_truncated,
-    "bit flipped in last.pt": Chaos.last_flipped,
-    "last.pt deleted": Chaos.last_deleted,
+    "last.pt truncated": partial(NEWEST, damage=Chaos.cut, message=SKIPPED),
+    "bit flipped in last.pt": partial(NEWEST, damage=Chaos.flip, message=SKIPPED),
+    "last.pt deleted": partial(NEWEST, damage=Chaos.delete, message="the newest good one"),
     "last.pt with code in it": Chaos.last_hostile,
-    "manifest damaged": Chaos.manifest_damaged,
+    "manifest damaged": partial(NEWEST, name=f"{LAST}.json", damage=Chaos.cut, message=SKIPPED),
     "half-written file left": Chaos.half_written,
     "every checkpoint damaged": Chaos.every_checkpoint_damaged,
     "metrics.jsonl damaged": Chaos.metrics_damaged,
@@ -469,7 +410,7 @@ def main() -> int:
         parser.error(f"--kinds {', '.join(unknown)}: none of {', '.join(KINDS)}")
     folder = arguments.keep or Path(tempfile.mkdtemp(prefix="chaos."))
     folder.mkdir(parents=True, exist_ok=True)
-    chaos = Chaos(folder, [*RECIPES[arguments.recipe], *overrides], arguments.seed)
+    chaos = Chaos(folder, [*RECIPES[arguments.recipe].split(), *overrides], arguments.seed)
     tried, failed = disturb(chaos, kinds, arguments.faults)
     print_table(tried, failed)
     for moment, seconds in chaos.seconds_to_end.items():
@@ -491,7 +432,7 @@ def disturb(chaos: Chaos, kinds: list[str], num_faults: int) -> tuple[Counter, C
     order: list[str] = []
     try:
         for number in range(1, num_faults + 1):
-            if is_finished(chaos.broken):
+            if has_finished(chaos.broken):
                 num_runs += compare(chaos)
             order = order or chaos.random.sample(kinds, len(kinds))
             kind = order.pop()
@@ -500,10 +441,10 @@ def disturb(chaos: Chaos, kinds: list[str], num_faults: int) -> tuple[Counter, C
             told = KINDS[kind](chaos)
             at = f"{len(chaos.rows())} rows, {time.monotonic() - start:.0f} s"
             print(f"{number:>4}  {kind}{': ' if told else ''}{told}  ({at})", flush=True)
-        while not is_finished(chaos.broken):
+        while not has_finished(chaos.broken):
             chaos.end(chaos.start(), (0,))
         num_runs += compare(chaos)
-    except Failure as failure:
+    except (Failure, ConfigError) as failure:
         failed[kind] += 1  # of a difference at the end: the last one before it was seen
         print(f"FAILED  {kind}: {failure}\nwhat is left is in {chaos.folder}")
     print(
@@ -553,22 +494,10 @@ def children(process: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
-def is_finished(run_dir: Path) -> bool:
-    try:
-        return json.loads((run_dir / "run.json").read_text())["status"] == "finished"
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def read_rows(run_dir: Path) -> list[dict[str, Any]]:
+def read_rows(run_dir: Path, skip_damaged: bool = False) -> list[dict[str, Any]]:
     """Whole rows of metrics.jsonl, without timings."""
-    path, rows = run_dir / "metrics.jsonl", []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            rows.append({key: value for key, value in json.loads(line).items() if key not in TIMINGS})
-        except ValueError:
-            break  # being written
-    return rows
+    rows = read_metrics(run_dir / "metrics.jsonl", skip_damaged)
+    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
 
 
 def compare(chaos: Chaos) -> int:

@@ -158,7 +158,7 @@ def test_commands_that_are_only_shown_are_ones_that_would_be_taken(block: Block)
                 compose_config(overrides)
             elif "sasa-sweep" in line and "TABLE" not in line:
                 plan = read_plan(overrides)
-                assert [job.refusal for job in plan.jobs if job.refusal] == []
+                assert [job.reason for job in plan.jobs if job.reason] == []
         except ConfigError as error:
             pytest.fail(f"{line}\n{error}")
 

@@ -83,11 +83,12 @@ def test_the_log_comes_back_from_the_checkpoint_whatever_happened_to_it(tmp_path
 def test_rows_wait_while_the_disk_is_full(tmp_path, capsys):
     logger = RunLogger(tmp_path, "", step=0, total_steps=8)
     logger.write(row("train", 1))
-    real, logger._file = logger._file, FullDisk(logger._file)
+    file = logger._file
+    real, file._file = file._file, FullDisk(file._file)
     logger.write(row("train", 2))
     logger.write(row("train", 3))
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1  # no half row
-    logger._file = real
+    file._file = real
     logger.write(row("train", 4))
     logger.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -97,10 +98,11 @@ def test_rows_wait_while_the_disk_is_full(tmp_path, capsys):
 
 def test_rows_that_waited_are_written_at_the_end(tmp_path):
     logger = RunLogger(tmp_path, "", step=0, total_steps=8)
-    real, logger._file = logger._file, FullDisk(logger._file)
-    logger._file.calls = 1
+    file = logger._file
+    real, file._file = file._file, FullDisk(file._file)
+    file._file.calls = 1
     logger.write(row("train", 1))
-    logger._file = real
+    file._file = real
     logger.close()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
 

@@ -166,7 +166,7 @@ def test_of_two_starts_at_once_exactly_one_takes_the_folder(tmp_path):
     code = f"""
 import sys, time
 from pathlib import Path
-from sasa_train.config import ConfigError
+from sasa_train.refusal import ConfigError
 from sasa_train.files import lock_folder
 for number in range(20):
     folder = Path({str(tmp_path)!r}) / str(number)
@@ -362,7 +362,7 @@ def test_somebody_elses_checkout_is_not_ours(tmp_path):
     """An environment in a folder of another project's repository is inside of its checkout."""
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     shutil.copytree(Path(sasa_train.__file__).parent, tmp_path / "site/sasa_train")
-    code = "from sasa_train import provenance; print(provenance._git('status'))"
+    code = "from sasa_train.runs import provenance; print(provenance._git('status'))"
     run = subprocess.run([sys.executable, "-P", "-c", code], env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
                          capture_output=True, text=True, check=True)  # fmt: skip
     assert run.stdout == "None\n"
@@ -444,15 +444,15 @@ def test_memory_that_does_not_suffice_ends_with_what_to_set(tmp_path):
     """A process that may have 600 MB more than it has is given a step that needs gigabytes."""
     code = f"""
 import resource, sys
-import sasa_train.run, torch
+import sasa_train.training.run as run
 from sasa_train.train import run_command
 from sasa_train.data import loader
-def limited(*arguments, real=sasa_train.run.build_loaders):
+def limited(*arguments, real=run.build_loaders):
     loaders = real(*arguments)
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 600 * 2**20, resource.RLIM_INFINITY))
     return loaders
-sasa_train.run.build_loaders = limited
+run.build_loaders = limited
 sys.exit(run_command({[*RUN, "data.image_size=64", "model.width=1.0", "model.stem=conv_small"]!r}))
 """
     process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=200)

@@ -168,7 +168,7 @@ def test_plain_run_folders_need_no_ledger(tmp_path, capsys, without_matplotlib):
     "text,reason",
     [
         ("{", "cannot be read as a ledger"),
-        ("[1]", "format_version=None"),
+        ("[1]", "is damaged"),
         ('{"format_version": 2, "jobs": {}}', "format_version=2"),
         ('{"format_version": 1, "sweep": {"paper_table": 2}, "jobs": {}}', "paper_table=2"),
         ('{"format_version": 1, "jobs": {"a": {"state": "done"}}}', "is damaged"),
@@ -242,7 +242,7 @@ def test_the_curves_are_the_seeds_mean_and_range(tmp_path):
 def jobs_of(*arguments: str) -> tuple[int | None, list[list[str]]]:
     """The paper's table and each job's overrides, as sasa-sweep takes them."""
     plan = read_plan(list(arguments))
-    assert not any(job.refusal for job in plan.jobs)
+    assert not any(job.reason for job in plan.jobs)
     return plan.config.paper_table, [job.overrides for job in plan.jobs]
 
 

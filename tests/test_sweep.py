@@ -15,9 +15,9 @@ from conftest import TINY
 from sasa_train import sweep as command_line
 from sasa_train.config.overrides import parse_overrides
 from sasa_train.refusal import ConfigError
-from sasa_train.runs.ledger import Entry, Ledger
+from sasa_train.runs.ledger import Job, Ledger
 from sasa_train.signals import StopRequest
-from sasa_train.sweep.planning import Job, read_plan
+from sasa_train.sweep.planning import read_plan
 from sasa_train.sweep.scheduler import JobList, Processes, behind_torchrun, finish, job_arguments
 
 SMALL = [argument for argument in TINY if not argument.startswith("output_dir")]
@@ -261,7 +261,7 @@ def test_a_run_that_somebody_holds_is_waited_for(tmp_path):
     code = "import sys, pathlib, sasa_train.files as l; f = l.lock_folder(pathlib.Path(sys.argv[1])); input()"
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "held")], stdin=subprocess.PIPE)
     wait_for(lambda: (tmp_path / "held/.lock").exists() and (tmp_path / "held/.lock").read_text())
-    jobs = JobList([Entry("held", [], ""), Entry("free", [], "")], tmp_path)
+    jobs = JobList([Job("held", [], ""), Job("free", [], "")], tmp_path)
     first = jobs.next()
     assert first is not None and first.name == "free"
     assert jobs.next() is None and jobs.has_more()
@@ -288,7 +288,7 @@ def test_a_damaged_ledger_is_kept_aside_and_made_again_from_the_run_folders(tmp_
 
 
 def test_states_follow_exit_codes(tmp_path):
-    entry = Entry("a", [], "")
+    entry = Job("a", [], "")
     for code, state in ((75, "interrupted"), (1, "waiting"), (75, "interrupted"), (1, "waiting")):
         entry.begin()
         finish(entry, tmp_path, code, 1.0, max_tries=2, said="said")
@@ -316,13 +316,13 @@ def test_what_is_no_longer_asked_for_does_not_decide_the_exit_code(tmp_path):
     ledger.save()
     again = Ledger(ledger.path, {})
     again.add(Job("asked", [], ""))
-    assert command_line.exit_code(again, stop) == 0 and again.entries.keys() == {"left", "asked"}
+    assert command_line.exit_code(again, stop) == 0 and again.jobs.keys() == {"left", "asked"}
 
 
 @pytest.mark.parametrize("name", ["plain", "a b", "it's", 'say "hi"', "1,2", "k=v", "o é", "back\\slash", "${x}"])
 def test_a_jobs_folder_is_the_sweeps_whatever_its_name(name):
     """A job that trains elsewhere would never be seen to be done, and be started for ever."""
-    (override,) = parse_overrides(job_arguments(Entry("a", [], ""), Path(name)))
+    (override,) = parse_overrides(job_arguments(Job("a", [], ""), Path(name)))
     assert str(override.value()) == name
 
 
@@ -335,7 +335,7 @@ def test_a_bad_trial_is_given_up_and_a_good_one_is_not(tmp_path):
     plan.folder.mkdir(parents=True)
     search = Search(plan, Ledger(plan.folder / "ledger.json", {}))
 
-    def evaluate(entry: Entry, top1: float, epochs: range) -> list[bool]:
+    def evaluate(entry: Job, top1: float, epochs: range) -> list[bool]:
         given_up = []
         for epoch in epochs:
             entry.last = {"top1": top1, "epoch": epoch}
@@ -381,5 +381,5 @@ def test_every_sweep_that_is_shipped_composes(tmp_path, monkeypatch):
 
     for name in choices("sweep"):
         plan = read_plan([f"sweep={name}"])
-        refused = [job.refusal for job in plan.jobs if job.refusal]
+        refused = [job.reason for job in plan.jobs if job.reason]
         assert not refused and (plan.jobs or plan.space), (name, refused)

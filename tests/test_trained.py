@@ -92,7 +92,7 @@ def test_words_are_overrides_unless_they_are_files(tmp_path, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("name", ["evaluate", "predict", "visualize.__main__", "export.__main__", "report.__main__"])
+@pytest.mark.parametrize("name", ["evaluate", "predict", "visualize", "export", "report"])
 def test_every_command_that_reads_a_run_refuses_a_misspelt_key_alike(run_dir, name, capsys, monkeypatch):
     """One took it for a figure, one for a run, and one for an argument too many."""
     command = importlib.import_module(f"sasa_train.{name}").run_command
@@ -100,6 +100,6 @@ def test_every_command_that_reads_a_run_refuses_a_misspelt_key_alike(run_dir, na
     assert command(words) == 2
     assert "unknown key 'trainer.devise': did you mean trainer.device?" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
-    if name != "report.__main__":  # a table of runs is made all the same
+    if name != "report":  # a table of runs is made all the same
         assert command(words[:-1]) == 2
         assert "WORLD_SIZE=2: this is one process's work" in capsys.readouterr().err

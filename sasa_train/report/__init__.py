@@ -70,6 +70,7 @@ def report(options: argparse.Namespace) -> None:
         ConfigError: what cannot be read or written, or is not there.
     """
     from sasa_train.config.overrides import split_overrides
+    from sasa_train.files import write_outputs
     from sasa_train.report.jobs import find_jobs
     from sasa_train.report.page import PAGE, Section, sweep_page, the_run
     from sasa_train.report.rows import build_report
@@ -98,10 +99,10 @@ def report(options: argparse.Namespace) -> None:
         files |= {f"{picture.name}.png": picture.png for picture in plots.pictures}
     else:
         warn(*plots.missing)
-    write_files(folder, files)  # before what takes long
+    write_outputs(folder, files)  # before what takes long
     say(text)
     page = run_page_of(built, job, options, folder) if job else sweep_page(built, options.sources, plots, folder)
-    write_files(folder, {PAGE: page.encode()})
+    write_outputs(folder, {PAGE: page.encode()})
     say(f"{folder}: {', '.join([*files, PAGE])}")
 
 
@@ -140,14 +141,3 @@ def output_folder(options: argparse.Namespace) -> Path:
     if len(options.sources) > 1:
         raise ConfigError(f"{len(options.sources)} folders are given: say with --out DIR where to write")
     return options.sources[0] / "report"
-
-
-def write_files(folder: Path, files: dict[str, bytes]) -> None:
-    from sasa_train.files import write_atomic
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            write_atomic(folder / name, content)
-    except OSError as error:
-        raise ConfigError(f"{folder}: cannot be written ({error.strerror}); give another place with --out") from error

@@ -1,6 +1,5 @@
 """What ran: the jobs of sweeps (their ledgers beside the run folders), or run folders alone."""
 
-import json
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +10,11 @@ from sasa_train.config.keys import TrainConfig
 from sasa_train.config.saved import load_config_file
 from sasa_train.paper import VARIED
 from sasa_train.refusal import ConfigError
+from sasa_train.runs.info import read_info
+from sasa_train.runs.ledger import Job as LedgerJob
+from sasa_train.runs.ledger import read_ledger
 from sasa_train.runs.metrics import read_metrics
 
-LEDGER_VERSION = 1
 STATES = {"finished": "done"}  # what run.json calls otherwise than a ledger
 
 
@@ -64,7 +65,7 @@ def find_jobs(sources: list[Path]) -> Found:
     found = Found()
     for source in sources:
         if ledgers := sorted(source.glob("ledger*.json")):
-            _add_sweep(found, source, [read_ledger(path) for path in ledgers])
+            _add_sweep(found, source, ledgers)
         elif is_run(source):
             found.jobs.append(_run_job(source))
         elif inside := sorted(folder for folder in source.glob("*") if is_run(folder) or is_sweep(folder)):
@@ -88,60 +89,45 @@ def is_run(folder: Path) -> bool:
     return (folder / "config.yaml").is_file()
 
 
-def read_ledger(path: Path) -> dict[str, Any]:
-    """A sweep's ledger as it was written.
+def _read_ledgers(paths: list[Path]) -> tuple[list[dict[str, Any]], dict[str, LedgerJob]]:
+    """What one sweep's ledgers, of several workers perhaps, say of it, and its jobs.
+
+    Of a job that two of them know, the one that has it done.
 
     Raises:
-        ConfigError: it cannot be read, is damaged, or of another version.
+        ConfigError: one cannot be read, is damaged, of another version, or names no table of the paper.
     """
-    remedy = "run the sweep's command again, or give its run folders one by one"
-    try:
-        ledger = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read as a ledger ({error}); {remedy}") from error
-    version = ledger.get("format_version") if isinstance(ledger, dict) else None
-    if version != LEDGER_VERSION:
-        raise ConfigError(f"{path}: is no ledger of format {LEDGER_VERSION} (format_version={version!r}); {remedy}")
-    sweep, jobs = ledger.get("sweep"), ledger.get("jobs")
-    table = sweep.get("paper_table") if isinstance(sweep, dict) else None
-    if table is not None and table not in list(VARIED):
-        raise ConfigError(f"{path}: paper_table={table!r} must be one of {', '.join(map(str, VARIED))}, or null")
-    if not isinstance(jobs, dict) or not all(_is_entry(entry) for entry in jobs.values()):
-        raise ConfigError(f"{path}: is damaged: its jobs are not names with overrides and a state; {remedy}")
-    return ledger
+    abouts, jobs = [], dict[str, LedgerJob]()
+    for path in paths:
+        try:
+            about, found = read_ledger(path)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; run the sweep's command again, or give its run folders one by one") from error
+        table = about.get("paper_table")
+        if table is not None and table not in list(VARIED):
+            raise ConfigError(f"{path}: paper_table={table!r} must be one of {', '.join(map(str, VARIED))}, or null")
+        abouts.append(about)
+        jobs |= {name: job for name, job in found.items() if name not in jobs or job.state == "done"}
+    return abouts, jobs
 
 
-def _is_entry(entry: Any) -> bool:
-    overrides = entry.get("overrides") if isinstance(entry, dict) else None
-    is_list = isinstance(overrides, list) and all(isinstance(o, str) and "=" in o for o in overrides)
-    return is_list and isinstance(entry.get("state"), str)
+def _add_sweep(found: Found, folder: Path, paths: list[Path]) -> None:
+    abouts, jobs = _read_ledgers(paths)
+    found.paper_tables |= {about["paper_table"] for about in abouts if about.get("paper_table") is not None}
+    commands = [str(about["command"]) for about in abouts if about.get("command")]
+    found.commands += [command for command in dict.fromkeys(commands) if command not in found.commands]
+    found.jobs += [_sweep_job(folder / name, job) for name, job in jobs.items()]
 
 
-def _add_sweep(found: Found, folder: Path, ledgers: list[dict[str, Any]]) -> None:
-    """One ledger, or those of several workers: of a job that two of them know, the one that has it done."""
-    entries: dict[str, dict[str, Any]] = {}
-    for ledger in ledgers:
-        sweep = ledger.get("sweep")
-        sweep = sweep if isinstance(sweep, dict) else {}
-        if (table := sweep.get("paper_table")) is not None:
-            found.paper_tables.add(table)
-        if (command := sweep.get("command")) and command not in found.commands:
-            found.commands.append(str(command))
-        for name, entry in ledger["jobs"].items():
-            if name not in entries or entry["state"] == "done":
-                entries[name] = entry
-    found.jobs += [_sweep_job(folder / name, entry) for name, entry in entries.items()]
-
-
-def _sweep_job(run_dir: Path, entry: dict[str, Any]) -> Job:
-    overrides = dict(text.split("=", 1) for text in entry["overrides"])
-    job = Job(run_dir.name, entry["state"], str(entry.get("reason") or ""), overrides)
+def _sweep_job(run_dir: Path, planned: LedgerJob) -> Job:
+    overrides = dict(text.split("=", 1) for text in planned.overrides)
+    job = Job(run_dir.name, planned.state, str(planned.reason or ""), overrides)
     if is_run(run_dir):
         _read_run(job, run_dir)
     elif job.state == "done":
         job.state, job.reason = "gone", "done, but its run folder is not there"
     if job.config is None:
-        job.config = _compose_or_none(entry["overrides"])
+        job.config = _compose_or_none(planned.overrides)
     return job
 
 
@@ -173,9 +159,5 @@ def _read_run(job: Job, run_dir: Path) -> None:
     job.val = [row for row in rows if row["split"] == "val"]
     speeds = [row["images_per_sec"] for row in rows if row.get("images_per_sec")]
     job.images_per_sec = statistics.median(speeds) if speeds else None
-    try:
-        info = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return
-    job.info = info if isinstance(info, dict) else {}
+    job.info = read_info(run_dir)
     job.seconds = job.info.get("seconds") if isinstance(job.info.get("seconds"), int | float) else None

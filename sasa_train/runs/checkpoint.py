@@ -75,7 +75,7 @@ class Checkpoints:
                 _put(_linked(temporary, self.folder / "best.pt"), self.folder / "best.pt", manifest)
             if self.keep and self._last_step not in (None, content["step"]):
                 numbered = self.folder / f"step-{self._last_step:08d}.pt"
-                _put(_linked(last, numbered), numbered, _bytes_of(manifest_of(last)))
+                _put(_linked(last, numbered), numbered, bytes_of(manifest_of(last)))
             self._last_step = None  # until it is there
             _put(temporary, last, manifest)
             self._last_step = content["step"]
@@ -102,7 +102,7 @@ class Checkpoints:
                 content = load_checkpoint(path)
             except DamagedCheckpointError as error:
                 warn(f"skipping a damaged checkpoint: {error}")
-                _put(path, path.with_name(f"{path.name}.damaged"), _bytes_of(manifest_of(path)))
+                _put(path, path.with_name(f"{path.name}.damaged"), bytes_of(manifest_of(path)))
                 manifest_of(path).unlink(missing_ok=True)
                 continue
             if path.name == "last.pt":
@@ -123,7 +123,7 @@ class Checkpoints:
         steps[self.folder / "last.pt"] = sys.maxsize
         for path in steps:
             with contextlib.suppress(ValueError):
-                steps[path] = _parse_manifest(_bytes_of(manifest_of(path)) or b"")["step"]
+                steps[path] = _parse_manifest(bytes_of(manifest_of(path)) or b"")["step"]
         newest_last = sorted(steps, key=lambda path: steps[path])  # at the same step last.pt comes last
         return [path for path in reversed(newest_last) if path.exists()]
 
@@ -165,7 +165,7 @@ def _is(value: Any, kind: Any) -> bool:
 def _read(path: Path) -> Any:
     """The file's content, checked. A run may put the next checkpoint there meanwhile: then once more."""
     while True:
-        manifest = _bytes_of(manifest_of(path))
+        manifest = bytes_of(manifest_of(path))
         try:
             with path.open("rb") as file:
                 check_content(file, manifest)
@@ -176,7 +176,7 @@ def _read(path: Path) -> Any:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: zipfile's wrong seek
                 raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-            if manifest == _bytes_of(manifest_of(path)):
+            if manifest == bytes_of(manifest_of(path)):
                 raise DamagedCheckpointError(f"{path}: cannot be read as a checkpoint ({reason})") from error
 
 
@@ -208,7 +208,8 @@ def _parse_manifest(manifest: bytes) -> dict[str, Any]:
         raise ValueError("its manifest is damaged") from error
 
 
-def _bytes_of(path: Path) -> bytes | None:
+def bytes_of(path: Path) -> bytes | None:
+    """The file's content; None where it cannot be read."""
     try:
         return path.read_bytes()
     except OSError:

@@ -1,7 +1,6 @@
 """A run's folder: which one, who holds it, what it says about itself."""
 
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from sasa_train.files import lock_folder, write_atomic
 from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, load_checkpoint
+from sasa_train.runs.info import read_info, update_info
 from sasa_train.runs.weights import sha256_of, weights_file
 from sasa_train.terminal import printable, warn
 
@@ -44,7 +44,8 @@ class RunFolder:
 
     def write_info(self, **changes: Any) -> None:
         """Update run.json."""
-        self.write("run.json", json.dumps(_read_info(self.path) | changes, indent=2).encode())
+        if self.lock is not None:
+            update_info(self.path, changes)
 
     def write_start(self, difference: str, step: int) -> None:
         """Note in run.json what runs now, and in its `starts` every time the run was started or continued.
@@ -56,7 +57,7 @@ class RunFolder:
             self.write(now["difference"], f"{difference}\n".encode(errors="surrogateescape"))
         keys = ("started", "command", "commit", "difference", "host", "world_size")
         start = {key: now.get(key) for key in keys} | {"step": step}
-        self.write_info(**now, starts=[*_read_info(self.path).get("starts", []), start], status="running")
+        self.write_info(**now, starts=[*read_info(self.path).get("starts", []), start], status="running")
 
     def note_checkpoint(self) -> None:
         """Remember that there is one, for the day when all are gone."""
@@ -98,7 +99,7 @@ def open_run(config: TrainConfig, run_name: str) -> RunFolder:
         if own is not None:
             check_trajectory(own, config, path)
             return RunFolder(path, lock, checkpoints, own, is_new=False)
-        if _read_info(path).get("has_checkpoint"):
+        if read_info(path).get("has_checkpoint"):
             raise CheckpointError(
                 f"{path}: this run had checkpoints, and they are gone; bring them back, or start a new run with "
                 "resume=never"
@@ -255,15 +256,6 @@ def _folder_started_from(wanted: Path, resume: str) -> Path | None:
         except ConfigError:
             continue
     raise AssertionError("unreachable")
-
-
-def _read_info(path: Path) -> dict[str, Any]:
-    """run.json; empty where it is not there yet or damaged: the next write makes it anew."""
-    try:
-        info = json.loads((path / "run.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return info if isinstance(info, dict) else {}
 
 
 def refuse_links(path: Path) -> None:

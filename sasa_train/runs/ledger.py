@@ -1,6 +1,5 @@
 """A sweep's ledger: each job's overrides, state, tries, why it ended, and its metrics. One JSON file, written whole."""
 
-import contextlib
 import dataclasses
 import json
 from dataclasses import dataclass, field
@@ -10,7 +9,8 @@ from typing import Any
 from sasa_train.files import write_atomic
 from sasa_train.machine import now
 from sasa_train.refusal import ConfigError
-from sasa_train.sweep.planning import Job
+from sasa_train.runs.info import has_finished
+from sasa_train.runs.metrics import read_metrics
 from sasa_train.terminal import INTERRUPTED, REFUSED, warn
 
 FORMAT_VERSION = 1
@@ -18,8 +18,10 @@ FINISHED = "finished"
 
 
 @dataclass
-class Entry:
-    """One job. `best` and `last` are the evaluation with the highest top1, and the newest.
+class Job:
+    """A run to be, and what came of it: sasa-train's overrides, and the run folder's name, which they alone decide.
+
+    `best` and `last` are the evaluation with the highest top1, and the newest.
 
     state: waiting (to be started, perhaps again), running, done, interrupted (stopped in between: the same command goes
     on with it), failed (as often in a row as sweep.max_tries), refused (its config or its data; each command tries it
@@ -28,7 +30,7 @@ class Entry:
 
     name: str
     overrides: list[str]
-    label: str
+    label: str = ""  # what it differs in from the sweep's other jobs
     epochs: int = 0
     state: str = "waiting"
     reason: str = ""
@@ -55,35 +57,55 @@ class Entry:
             count += 1
         return count
 
+    def note_metrics(self, run_dir: Path) -> bool:
+        """Bring `best` and `last` up to the run's metrics.jsonl; True where there is an evaluation more."""
+        rows: list[dict[str, Any]] = [
+            {key: row.get(key) for key in ("top1", "top5", "loss", "step", "epoch")}
+            for row in read_metrics(run_dir / "metrics.jsonl", skip_damaged=True)
+            if row["split"] == "val"
+        ]
+        if not rows or rows[-1] == self.last:
+            return False
+        self.last, self.best = rows[-1], max(rows, key=lambda row: row["top1"])
+        return True
+
 
 class Ledger:
     """The jobs of a sweep in the order in which they were first asked for; `save` after each change."""
 
     def __init__(self, path: Path, about: dict[str, Any]):
         self.path, self.about = path, about
-        self.entries: dict[str, Entry] = {}
         self.asked: set[str] = set()  # names of the jobs that this command is about; the ledger may know others
-        if path.exists():
-            self.entries = {entry.name: entry for entry in _read(path) if entry.tries or entry.state != "refused"}
-        for entry in self.entries.values():
-            if entry.state == "running":  # the sweep was killed; its jobs were then told to save and stop
-                entry.end("interrupted", "the sweep ended before it did")
+        try:
+            known = read_ledger(path)[1] if path.exists() else {}
+        except DamagedLedgerError as error:
+            aside, known = path.with_name(f"{path.name}.damaged"), {}
+            path.replace(aside)
+            warn(f"{error}; it is kept as {aside.name}, and what is done is read from the run folders")
+        self.jobs = {job.name: job for job in known.values() if job.tries or job.state != "refused"}
+        for job in self.jobs.values():
+            if job.state == "running":  # the sweep was killed; its jobs were then told to save and stop
+                job.end("interrupted", "the sweep ended before it did")
 
-    def add(self, job: Job) -> Entry:
-        """The job's entry, as it was or new."""
-        if job.name not in self.entries:
-            self.entries[job.name] = Entry(job.name, job.overrides, job.label)
-        entry = self.entries[job.name]
+    def add(self, planned: Job) -> Job:
+        """The job with its history here; refused where its config is, done where its run folder says so."""
+        job = self.jobs.setdefault(planned.name, planned)
         self.asked.add(job.name)
-        entry.overrides, entry.label, entry.epochs = job.overrides, job.label, job.epochs
-        return entry
+        job.overrides, job.label, job.epochs = planned.overrides, planned.label, planned.epochs
+        run_dir = self.path.parent / job.name
+        if planned.state == "refused":
+            job.end("refused", planned.reason)
+        elif job.state != "done" and has_finished(run_dir):
+            job.note_metrics(run_dir)
+            job.end("done", FINISHED)
+        return job
 
-    def asked_for(self) -> list[Entry]:
-        return [entry for entry in self.entries.values() if entry.name in self.asked]
+    def asked_for(self) -> list[Job]:
+        return [job for job in self.jobs.values() if job.name in self.asked]
 
     def save(self) -> None:
         """Write it; a full disk does not end the jobs: the next save has everything."""
-        jobs = {name: {k: v for k, v in vars(e).items() if k != "name"} for name, e in self.entries.items()}
+        jobs = {name: {k: v for k, v in vars(job).items() if k != "name"} for name, job in self.jobs.items()}
         content = {"format_version": FORMAT_VERSION, "sweep": self.about, "jobs": jobs}
         try:
             write_atomic(self.path, (json.dumps(content, indent=1) + "\n").encode())
@@ -91,45 +113,33 @@ class Ledger:
             warn(f"{self.path} cannot be written ({error.strerror}); the jobs go on, and the next change is written")
 
 
-def _read(path: Path) -> list[Entry]:
-    """What is in the file. One that is damaged is kept aside: the run folders tell what is done."""
+class DamagedLedgerError(ConfigError):
+    """The file is not what a sweep wrote."""
+
+
+def read_ledger(path: Path) -> tuple[dict[str, Any], dict[str, Job]]:
+    """What a sweep says about itself (its command, say), and its jobs by name.
+
+    Raises:
+        DamagedLedgerError: the file is not what a sweep wrote.
+        ConfigError: it cannot be read, or is of another version.
+    """
     try:
-        content = json.loads(path.read_text())
-        version = content["format_version"]
-        if version != FORMAT_VERSION:
-            raise ConfigError(f"{path}: has format {version}, and this sasa_train reads {FORMAT_VERSION}")
-        known = {f.name for f in dataclasses.fields(Entry)}
-        entries = [Entry(name, **{k: v for k, v in job.items() if k in known}) for name, job in content["jobs"].items()]
-        if not all(isinstance(part, list) for e in entries for part in (e.overrides, e.tries, e.trials)):
-            raise ValueError("a job without overrides or tries")
-        return entries
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        aside = path.with_name(f"{path.name}.damaged")
-        path.replace(aside)
-        warn(f"{path} is damaged ({error}) and kept as {aside.name}; what is done is read from the run folders")
-        return []
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if (version := content.get("format_version")) != FORMAT_VERSION:
+            raise ConfigError(f"{path}: is no ledger of format {FORMAT_VERSION} (format_version={version!r})")
+        known = {f.name for f in dataclasses.fields(Job)}
+        jobs = [Job(name, **{k: v for k, v in job.items() if k in known}) for name, job in content["jobs"].items()]
+        if not all(_is_whole(job) for job in jobs):
+            raise ValueError("a job without overrides, state or tries")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read as a ledger ({error.strerror})") from error
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedLedgerError(f"{path}: is damaged, and cannot be read as a ledger ({error})") from error
+    about = content.get("sweep")
+    return about if isinstance(about, dict) else {}, {job.name: job for job in jobs}
 
 
-def note_metrics(entry: Entry, run_dir: Path) -> bool:
-    """Bring `best` and `last` up to the run's metrics.jsonl; True where there is an evaluation more."""
-    keys = ("top1", "top5", "loss", "step", "epoch")
-    rows = []
-    with contextlib.suppress(OSError):
-        for line in (run_dir / "metrics.jsonl").read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError):  # a line that is being written
-                rows.append(json.loads(line))
-    rows = [row for row in rows if isinstance(row, dict) and row.get("split") == "val" and row.get("top1") is not None]
-    rows = [{key: row.get(key) for key in keys} for row in rows]
-    if not rows or rows[-1] == entry.last:
-        return False
-    entry.last, entry.best = rows[-1], max(rows, key=lambda row: row["top1"])
-    return True
-
-
-def is_finished(run_dir: Path) -> bool:
-    """Whether the run says that it came to its end, and has its last checkpoint still."""
-    try:
-        info = json.loads((run_dir / "run.json").read_text())
-        return info["status"] == "finished" and (run_dir / "checkpoints/last.pt").exists()
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+def _is_whole(job: Job) -> bool:
+    overrides = isinstance(job.overrides, list) and all(isinstance(o, str) and "=" in o for o in job.overrides)
+    return overrides and isinstance(job.state, str) and isinstance(job.tries, list) and isinstance(job.trials, list)

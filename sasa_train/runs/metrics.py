@@ -1,31 +1,89 @@
-"""metrics.jsonl as it is read again; logger.py writes it."""
+"""metrics.jsonl: one row for each log step and evaluation, written as one clean series whatever interrupts the run."""
 
+import contextlib
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
+from sasa_train.files import write_atomic
 from sasa_train.refusal import ConfigError
+from sasa_train.terminal import warn
+
+NAME = "metrics.jsonl"
+DAMAGE = (ValueError, TypeError, LookupError, RecursionError)  # raised by a line that is not one of ours
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+class MetricsFile:
+    """The file while a run writes it: the rows that the checkpoint holds (`text`), then what the run adds.
+
+    It begins as the checkpoint's copy, so that it is whole again whatever happened to it. `run_dir` None writes
+    nothing: of several processes, all but the first.
+    """
+
+    def __init__(self, run_dir: Path | None, text: str):
+        self.path = Path(os.devnull) if run_dir is None else run_dir / NAME
+        self._lines = text.splitlines(keepends=True)
+        if run_dir is not None:
+            write_atomic(self.path, text.encode())
+        self._file = self.path.open("ab", buffering=0)
+        self._num_written, self._size = len(self._lines), self.path.stat().st_size
+
+    @property
+    def text(self) -> str:
+        """All rows, as in the file, for the checkpoint."""
+        return "".join(self._lines)
+
+    def write(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Append a row at once; numbers that JSON has not become null. Returns the row as it is written."""
+        row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+        self._lines.append(json.dumps(row) + "\n")
+        self._flush()
+        return row
+
+    def _flush(self) -> None:
+        """Append what is not in the file yet: whole rows or nothing; the checkpoints have them too."""
+        data = "".join(self._lines[self._num_written :]).encode()
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self._file.truncate(self._size)
+            warn(f"{self.path} cannot be written ({error.strerror}); its rows wait for room")
+            return
+        self._num_written, self._size = len(self._lines), self._size + len(data)
+
+    def close(self) -> None:
+        self._flush()
+        self._file.close()
+
+
+def read_metrics(path: Path, skip_damaged: bool = False) -> list[dict[str, Any]]:
     """Every row; of a run that goes on, the last line may be half there.
 
     Raises:
-        ConfigError: the file is damaged.
+        ConfigError: the file is damaged; with `skip_damaged` the rows that are whole are returned instead.
     """
     if not path.exists():  # it ended, or was stopped, before its first row
         return []
+    rows = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        whole = all(_is_row(row) for row in rows)
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        raise ConfigError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
-    if not whole:
-        raise ConfigError(f"{path}: a row without split, step and epoch, or a val row without top1")
+        text = path.read_text(encoding="utf-8", errors="replace" if skip_damaged else "strict")
+        for line in text.splitlines(keepends=True):
+            if line.endswith("\n"):
+                with contextlib.suppress(*DAMAGE if skip_damaged else ()):
+                    rows.append(_parsed(line))
+    except (OSError, *DAMAGE) as error:
+        if not skip_damaged:
+            raise ConfigError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
     return rows
 
 
-def _is_row(row: Any) -> bool:
-    keys = ("step", "epoch", "top1") if row["split"] == "val" else ("step", "epoch")
-    return all(isinstance(row[key], int | float) for key in keys)
+def _parsed(line: str) -> dict[str, Any]:
+    row = json.loads(line)
+    numbers = ("step", "epoch", "top1") if row["split"] == "val" else ("step", "epoch")
+    if not all(isinstance(row[key], int | float) for key in numbers):
+        raise ValueError("a row without split, step and epoch, or a val row without top1")
+    return row

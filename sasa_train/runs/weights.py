@@ -22,7 +22,7 @@ from sasa_train.config.saved import load_config
 from sasa_train.models.build import build_published
 from sasa_train.models.pretrained import PretrainedReport, StateDict, load_pretrained
 from sasa_train.refusal import ConfigError, shorten
-from sasa_train.runs.checkpoint import check_content, find_checkpoint, load_checkpoint, manifest_of
+from sasa_train.runs.checkpoint import bytes_of, check_content, find_checkpoint, load_checkpoint, manifest_of
 from sasa_train.terminal import printable
 
 # Where training programs keep the weights, the averaged ones first, as sasa_train and timm prefer them.
@@ -141,12 +141,12 @@ def _of_safetensors(path: Path) -> Weights:
     with safe_open(path, framework="pt") as file:
         described = file.metadata() or {}
         state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
-    classes = _class_names(described.get("classes", "")) or _class_names(_text(path.with_name("config.json")))
+    classes = _class_names(described.get("classes", "")) or _class_names(bytes_of(path.with_name("config.json")) or "")
     dials = _dials(described["config"]) if "config" in described else None
     return Weights(_tensors(clean_state_dict(state_dict)), classes, dials)
 
 
-def _class_names(text: str) -> list[str] | None:
+def _class_names(text: str | bytes) -> list[str] | None:
     """Of a list in JSON, or of the `label_names` in timm's config.json; None where it is anything else."""
     try:
         found = json.loads(text)
@@ -154,13 +154,6 @@ def _class_names(text: str) -> list[str] | None:
         return None
     names = found.get("label_names") if isinstance(found, dict) else found
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return ""
 
 
 def _named(content: dict[Any, Any]) -> dict[str, Any]:

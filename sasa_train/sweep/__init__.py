@@ -8,11 +8,12 @@ from sasa_train.config.bounds import print_keys
 from sasa_train.config.keys import key_table
 from sasa_train.files import lock_folder
 from sasa_train.refusal import ConfigError
-from sasa_train.runs.ledger import FINISHED, Ledger, is_finished, note_metrics
+from sasa_train.runs.info import has_finished
+from sasa_train.runs.ledger import Ledger
 from sasa_train.signals import Interrupted, StopRequest, ignore_until_the_end
 from sasa_train.sweep.display import Display, counts, final_table
 from sasa_train.sweep.planning import SweepConfig, SweepPlan, read_plan
-from sasa_train.sweep.scheduler import JobList, Processes, Source, finish, job_arguments
+from sasa_train.sweep.scheduler import JobList, Processes, finish, job_arguments
 from sasa_train.terminal import DONE, FAILED, INTERRUPTED, fail, say
 
 USAGE = """usage: sasa-sweep [sweep=NAME] [key=value,value ...] [sweep.KEY=value ...]
@@ -96,7 +97,7 @@ def sweep(plan: SweepPlan, arguments: list[str], stop: StopRequest) -> int:
         return exit_code(ledger, stop)
 
 
-def hand_over(plan: SweepPlan, ledger: Ledger, source: Source) -> None:
+def hand_over(plan: SweepPlan, ledger: Ledger, source: JobList) -> None:
     """Give all jobs that are left to the Hydra launcher that was asked for, a cluster's say, and wait for them.
 
     Raises:
@@ -106,44 +107,39 @@ def hand_over(plan: SweepPlan, ledger: Ledger, source: Source) -> None:
         raise ConfigError(f"{' '.join(plan.hydra)}: a search starts its own jobs; start a sasa-sweep on each machine")
     from sasa_train.training.hydra_launch import launch
 
-    entries = list(iter(source.next, None))
-    for entry in entries:
-        entry.begin()
+    jobs = list(iter(source.next, None))
+    for job in jobs:
+        job.begin()
     ledger.save()
-    codes = launch([job_arguments(entry, plan.folder) for entry in entries], plan.hydra, plan.folder / "hydra")
-    for entry, code in zip(entries, codes, strict=True):
-        finish(entry, plan.folder, code, None, plan.config.max_tries, f"see {plan.folder / 'hydra'}")
-        source.ended(entry)
+    codes = launch([job_arguments(job, plan.folder) for job in jobs], plan.hydra, plan.folder / "hydra")
+    for job, code in zip(jobs, codes, strict=True):
+        finish(job, plan.folder, code, None, plan.config.max_tries, f"see {plan.folder / 'hydra'}")
+        source.ended(job)
     ledger.save()
 
 
-def job_source(plan: SweepPlan, ledger: Ledger) -> Source:
+def job_source(plan: SweepPlan, ledger: Ledger) -> JobList:
     if plan.config.num_trials is not None:
         from sasa_train.sweep.search import Search
 
         return Search(plan, ledger)
-    entries = []
-    for job in plan.jobs:
-        entry = ledger.add(job)
-        run_dir = plan.folder / entry.name
-        if job.refusal:
-            entry.end("refused", job.refusal)
+    jobs = []
+    for planned in plan.jobs:
+        job = ledger.add(planned)
+        if planned.state == "refused":
             continue
-        if is_finished(run_dir) and entry.state != "done":
-            note_metrics(entry, run_dir)
-            entry.end("done", FINISHED)
-        elif entry.state == "done" and not is_finished(run_dir):
-            entry.end("waiting", "its run folder is gone")
-        elif entry.state == "failed" and entry.failures_in_a_row() < plan.config.max_tries:
-            entry.state = "waiting"
-        entries.append(entry)
-    if not entries:
-        raise ConfigError("no job can be started:\n" + "\n".join(f"  {job.label}: {job.refusal}" for job in plan.jobs))
-    return JobList(entries, plan.folder)
+        if job.state == "done" and not has_finished(plan.folder / job.name):
+            job.end("waiting", "its run folder is gone")
+        elif job.state == "failed" and job.failures_in_a_row() < plan.config.max_tries:
+            job.state = "waiting"
+        jobs.append(job)
+    if not jobs:
+        raise ConfigError("no job can be started:\n" + "\n".join(f"  {job.label}: {job.reason}" for job in plan.jobs))
+    return JobList(jobs, plan.folder)
 
 
 def exit_code(ledger: Ledger, stop: StopRequest) -> int:
-    states = {entry.state for entry in ledger.asked_for()}
+    states = {job.state for job in ledger.asked_for()}
     if stop.requested() or states & {"interrupted", "waiting"}:
         return INTERRUPTED
     return FAILED if states & {"failed", "refused"} else DONE

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 
-from sasa_train.runs.ledger import Entry, Ledger
+from sasa_train.runs.ledger import Job, Ledger
 from sasa_train.sweep.scheduler import Processes
 from sasa_train.terminal import duration, printable
 
@@ -51,39 +51,39 @@ def table_of(processes: Processes) -> list[str]:
     parts += [f"best {top.last['top1']:.2f} {top.label}"] if (top := best(processes.ledger)) and top.last else []
     lines = ["", "  ".join(parts)]
     for running in processes.running[: size.lines - 4]:
-        entry = running.entry
-        epoch, top1 = (entry.last["epoch"], f"{entry.last['top1']:6.2f}") if entry.last else (0, f"{'-':>6}")
+        job = running.job
+        epoch, top1 = (job.last["epoch"], f"{job.last['top1']:6.2f}") if job.last else (0, f"{'-':>6}")
         clock = duration(time.monotonic() - running.started)
         where = f"  GPU {','.join(gpus)}" if (gpus := processes.places[running.place]) else ""
-        number = f"  try {len(entry.tries)}" if len(entry.tries) > 1 else ""
-        lines.append(f"  epoch {epoch:>3}/{entry.epochs:<3}  top1 {top1}  {clock:>12}{where}{number}  {entry.label}")
+        number = f"  try {len(job.tries)}" if len(job.tries) > 1 else ""
+        lines.append(f"  epoch {epoch:>3}/{job.epochs:<3}  top1 {top1}  {clock:>12}{where}{number}  {job.label}")
     return [printable(line)[: size.columns - 1] for line in lines]
 
 
 def counts(ledger: Ledger) -> str:
     """ "12 jobs: 5 done, 2 running, 5 waiting"."""
-    found = Counter(entry.state for entry in ledger.asked_for())
+    found = Counter(job.state for job in ledger.asked_for())
     states = ", ".join(f"{number} {state}" for state, number in found.most_common())
     return f"{found.total()} jobs: {states}" if states else "no job yet"
 
 
-def best(ledger: Ledger) -> Entry | None:
+def best(ledger: Ledger) -> Job | None:
     """The job whose last evaluation has the highest top1."""
-    measured = [entry for entry in ledger.asked_for() if entry.last]
+    measured = [job for job in ledger.asked_for() if job.last]
     return max(measured, key=_top1, default=None)
 
 
-def _top1(entry: Entry) -> float:
-    return entry.last["top1"] if entry.last else float("-inf")
+def _top1(job: Job) -> float:
+    return job.last["top1"] if job.last else float("-inf")
 
 
-def final_table(entries: Iterable[Entry]) -> str:
+def final_table(jobs: Iterable[Job]) -> str:
     """All jobs, the best first, with what came of them."""
     rows = []
-    for entry in sorted(entries, key=_top1, reverse=True):
-        last, top = (f"{row['top1']:.2f}" if row else "-" for row in (entry.last, entry.best))
-        reason = "" if entry.state == "done" else f"  {entry.reason}"
-        rows.append((last, top, entry.state, str(len(entry.tries)), entry.label + reason))
+    for job in sorted(jobs, key=_top1, reverse=True):
+        last, top = (f"{row['top1']:.2f}" if row else "-" for row in (job.last, job.best))
+        reason = "" if job.state == "done" else f"  {job.reason}"
+        rows.append((last, top, job.state, str(len(job.tries)), job.label + reason))
     head = ("top1", "best", "state", "tries", "job")
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(4)]
     lines = [[*(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=False)), row[4]] for row in (head, *rows)]

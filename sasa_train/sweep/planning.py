@@ -19,6 +19,7 @@ from sasa_train.config.keys import NOT_TRAJECTORY, key_table
 from sasa_train.config.overrides import UNREADABLE, check_override_keys, expand, nearest, parse_overrides
 from sasa_train.config.rules import check_bounds
 from sasa_train.refusal import ConfigError, shorten
+from sasa_train.runs.ledger import Job
 
 # The sweep decides on these for each of its jobs.
 SET_BY_SWEEP = {
@@ -53,17 +54,6 @@ class SweepConfig:
         None, "of a search: a name of its own for each sasa-sweep that shares the folder", name_length=151
     )
     paper_table: int | None = key(None, "sasa-report sets this table of the paper beside ours")
-
-
-@dataclass
-class Job:
-    """A run to be: what sasa-train is given, and the name of its run folder, which its content alone decides."""
-
-    name: str
-    overrides: list[str]
-    label: str  # what it differs in from the sweep's other jobs
-    epochs: int = 0
-    refusal: str = ""  # why its config is refused; it is then never started
 
 
 @dataclass
@@ -201,7 +191,7 @@ def build_job(overrides: list[str], fixed_keys: set[str]) -> Job:
         return Job(default_run_name(config), overrides, label, config.trainer.epochs)
     except ConfigError as error:
         digest = hashlib.sha256(json.dumps(overrides).encode()).hexdigest()[:8]
-        return Job(f"refused-{digest}", overrides, label, refusal=str(error))
+        return Job(f"refused-{digest}", overrides, label, state="refused", reason=str(error))
 
 
 def _key(override: str) -> str:

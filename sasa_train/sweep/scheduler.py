@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from sasa_train.config.overrides import as_written
 from sasa_train.files import holder
 from sasa_train.machine import usable_processors
 from sasa_train.refusal import ConfigError
-from sasa_train.runs.ledger import FINISHED, Entry, Ledger, is_finished, note_metrics
+from sasa_train.runs.info import has_finished
+from sasa_train.runs.ledger import FINISHED, Job, Ledger
 from sasa_train.signals import StopRequest
 from sasa_train.sweep.planning import SweepConfig
 from sasa_train.terminal import DONE, FAILED, INTERRUPTED, REFUSED, printable_lines
@@ -29,30 +29,53 @@ NUM_LOG_LINES = 30  # of a failed job's log that are shown
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
 
-class Source(Protocol):
-    """Where jobs come from: a list, or a search."""
+class JobList:
+    """Where jobs come from: what was stopped in between goes first, what failed goes last, what ended is left alone."""
 
-    def next(self) -> Entry | None:
-        """The next job to start, or None where there is none now."""
+    def __init__(self, jobs: Iterable[Job], folder: Path):
+        self.folder = folder
+        order = {"interrupted": 0, "waiting": 1, "refused": 2}
+        self.queue = sorted((job for job in jobs if job.state in order), key=lambda job: order[job.state])
+        self.num_running = 0
+
+    def next(self) -> Job | None:
+        """The next job to start: the first whose run folder nobody holds. None where there is none now.
+
+        A job of an earlier command may still be saving.
+        """
+        for job in self.queue:
+            holding = holder(self.folder / job.name)
+            job.reason = f"its folder is in use by {holding}" if holding else job.reason
+            if not holding:
+                self.queue.remove(job)
+                self.num_running += 1
+                return job
+        return None
 
     def has_more(self) -> bool:
         """Whether there may be one later, once a running one has ended."""
+        return self.num_running > 0 or self.num_waiting() > 0
 
     def num_waiting(self) -> int:
         """Jobs that are still to be started."""
+        return len(self.queue)
 
-    def look(self, entry: Entry) -> bool:
+    def look(self, job: Job) -> bool:
         """Take note of a running job's new evaluation; True where the job is to be given up."""
+        return False
 
-    def ended(self, entry: Entry) -> None:
+    def ended(self, job: Job) -> None:
         """Take note of how a job ended."""
+        self.num_running -= 1
+        if job.state == "waiting":
+            self.queue.append(job)
 
 
 @dataclass
 class Running:
     """A job's process."""
 
-    entry: Entry
+    job: Job
     process: subprocess.Popen
     place: int
     log: Path
@@ -75,7 +98,7 @@ class Running:
 class Processes:
     """The jobs of a sweep while they run: `run` starts, watches and ends them, and the ledger has it all."""
 
-    def __init__(self, config: SweepConfig, folder: Path, ledger: Ledger, source: Source, stop: StopRequest):
+    def __init__(self, config: SweepConfig, folder: Path, ledger: Ledger, source: JobList, stop: StopRequest):
         self.config, self.folder, self.ledger, self.source, self.stop = config, folder, ledger, source, stop
         self.places = list(device_groups(config))
         self.running: list[Running] = []
@@ -85,9 +108,9 @@ class Processes:
         """From how long jobs took so far, or the running ones' epochs; None where neither is known."""
         now, estimates = time.monotonic(), list(self.seconds)
         for running in self.running if not estimates else []:
-            entry = running.entry
-            if entry.last and len(entry.tries) == 1 and entry.epochs:
-                estimates.append((now - running.started) * entry.epochs / max(1, entry.last["epoch"]))
+            job = running.job
+            if job.last and len(job.tries) == 1 and job.epochs:
+                estimates.append((now - running.started) * job.epochs / max(1, job.last["epoch"]))
         if not estimates:
             return None
         each = sum(estimates) / len(estimates)
@@ -112,25 +135,25 @@ class Processes:
     def _start(self) -> Iterator[str]:
         """Fill the free places, unless a stop was asked for."""
         while not self.stop.requested() and (free := self._free_place()) is not None:
-            entry = self.source.next()
-            if entry is None:
+            job = self.source.next()
+            if job is None:
                 return
-            yield self._begin(entry, free)
+            yield self._begin(job, free)
 
     def _free_place(self) -> int | None:
         taken = {running.place for running in self.running}
         return next((n for n in range(len(self.places)) if n not in taken), None)
 
-    def _begin(self, entry: Entry, place: int) -> str:
-        entry.begin()
+    def _begin(self, job: Job, place: int) -> str:
+        job.begin()
         self.ledger.save()  # first: a kill in between leaves a job too many in the ledger, not one too few
-        log = self.folder / "logs" / "-".join([entry.name, *filter(None, [self.config.worker])])
+        log = self.folder / "logs" / "-".join([job.name, *filter(None, [self.config.worker])])
         log = log.with_name(f"{log.name}.log")
         log.parent.mkdir(exist_ok=True)
         with log.open("ab") as output:
             log_start = output.tell()
             process = subprocess.Popen(
-                self._command(entry),
+                self._command(job),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -138,15 +161,15 @@ class Processes:
                 start_new_session=True,  # a Ctrl-C is the sweep's to pass on
                 preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
-        self.running.append(Running(entry, process, place, log, log_start))
-        return f"started     {entry.label}"
+        self.running.append(Running(job, process, place, log, log_start))
+        return f"started     {job.label}"
 
-    def _command(self, entry: Entry) -> list[str]:
+    def _command(self, job: Job) -> list[str]:
         program = [sys.executable]
         if self.config.devices_per_job > 1:
             launcher = ["--standalone", f"--nproc-per-node={self.config.devices_per_job}"]
             program += ["-m", "torch.distributed.run", *launcher]
-        return [*program, "-m", "sasa_train.train", *job_arguments(entry, self.folder)]
+        return [*program, "-m", "sasa_train.train", *job_arguments(job, self.folder)]
 
     def _environment(self, place: int) -> dict[str, str]:
         threads = max(1, usable_processors() // (len(self.places) * self.config.devices_per_job))
@@ -162,101 +185,66 @@ class Processes:
             if time.monotonic() - running.looked < LOOK:
                 continue
             running.looked = time.monotonic()
-            has_more = note_metrics(running.entry, self.folder / running.entry.name)
-            if has_more and self.source.look(running.entry):
+            has_more = running.job.note_metrics(self.folder / running.job.name)
+            if has_more and self.source.look(running.job):
                 running.is_pruned = True
                 running.ask_to_stop()
-                yield f"gives up    {running.entry.label}"
+                yield f"gives up    {running.job.label}"
 
     def _reap(self) -> Iterator[str]:
         for running in list(self.running):
             if (code := running.process.poll()) is None:
                 continue
             self.running.remove(running)
-            entry, seconds = running.entry, time.monotonic() - running.started
+            job, seconds = running.job, time.monotonic() - running.started
             said = tail(running.log, running.log_start)
             if self.config.devices_per_job > 1:
                 code, said = behind_torchrun(code, said)
             if running.asked is not None and code < 0:
                 code = INTERRUPTED  # before it could save, or it took too long to
-            finish(entry, self.folder, code, seconds, self.config.max_tries, said[-1] if said else "")
-            if running.is_pruned and entry.state == "interrupted":
-                entry.end("pruned", "given up: others were better by then")
-                entry.tries[-1]["reason"] = entry.reason
-            if entry.state in ("done", "pruned"):
+            finish(job, self.folder, code, seconds, self.config.max_tries, said[-1] if said else "")
+            if running.is_pruned and job.state == "interrupted":
+                job.end("pruned", "given up: others were better by then")
+                job.tries[-1]["reason"] = job.reason
+            if job.state in ("done", "pruned"):
                 self.seconds.append(seconds)
             self.ledger.save()  # before a search tells its study, which forgets what it was told of
-            self.source.ended(entry)
-            yield describe_end(entry, seconds)
-            if entry.state in ("failed", "refused") or code not in (DONE, INTERRUPTED):
+            self.source.ended(job)
+            yield describe_end(job, seconds)
+            if job.state in ("failed", "refused") or code not in (DONE, INTERRUPTED):
                 yield f"{running.log}:\n" + "\n".join(f"  | {line}" for line in said[-NUM_LOG_LINES:])
 
 
-class JobList:
-    """A grid or a list: what was stopped in between goes first, what failed goes last, what ended is left alone."""
-
-    def __init__(self, entries: Iterable[Entry], folder: Path):
-        self.folder = folder
-        order = {"interrupted": 0, "waiting": 1, "refused": 2}
-        self.queue = sorted((e for e in entries if e.state in order), key=lambda e: order[e.state])
-        self.num_running = 0
-
-    def next(self) -> Entry | None:
-        """The first whose run folder nobody holds: a job of an earlier command may still be saving."""
-        for entry in self.queue:
-            holding = holder(self.folder / entry.name)
-            entry.reason = f"its folder is in use by {holding}" if holding else entry.reason
-            if not holding:
-                self.queue.remove(entry)
-                self.num_running += 1
-                return entry
-        return None
-
-    def has_more(self) -> bool:
-        return bool(self.queue) or self.num_running > 0
-
-    def num_waiting(self) -> int:
-        return len(self.queue)
-
-    def look(self, entry: Entry) -> bool:
-        return False
-
-    def ended(self, entry: Entry) -> None:
-        self.num_running -= 1
-        if entry.state == "waiting":
-            self.queue.append(entry)
-
-
-def job_arguments(entry: Entry, folder: Path) -> list[str]:
+def job_arguments(job: Job, folder: Path) -> list[str]:
     """What sasa-train is given for a job."""
-    return [*entry.overrides, f"output_dir={as_written(str(folder))}"]
+    return [*job.overrides, f"output_dir={as_written(str(folder))}"]
 
 
-def finish(entry: Entry, folder: Path, code: int, seconds: float | None, max_tries: int, said: str) -> None:
-    """Bring the entry to the state that its process ended in; `said` is its last line.
+def finish(job: Job, folder: Path, code: int, seconds: float | None, max_tries: int, said: str) -> None:
+    """Bring the job to the state that its process ended in; `said` is its last line.
 
     The run folder has the last word: a signal may have come after the end.
     """
-    note_metrics(entry, folder / entry.name)
-    if is_finished(folder / entry.name):
-        entry.end("done", FINISHED, code, seconds)
+    job.note_metrics(folder / job.name)
+    if has_finished(folder / job.name):
+        job.end("done", FINISHED, code, seconds)
     elif code == INTERRUPTED:
-        entry.end("interrupted", said.partition("; to continue")[0] or "stopped", INTERRUPTED, seconds)
+        job.end("interrupted", said.partition("; to continue")[0] or "stopped", INTERRUPTED, seconds)
     elif code == REFUSED and "is in use by" in said:  # another got its lock first
-        entry.end("waiting", said, code, seconds)
+        job.end("waiting", said, code, seconds)
     elif code == REFUSED:
-        entry.end("refused", said, code, seconds)
+        job.end("refused", said, code, seconds)
     else:
         reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}: {said}"
-        entry.end("waiting", reason, code, seconds)
-        if entry.failures_in_a_row() >= max_tries:
-            entry.state = "failed"
+        job.end("waiting", reason, code, seconds)
+        if job.failures_in_a_row() >= max_tries:
+            job.state = "failed"
 
 
-def describe_end(entry: Entry, seconds: float) -> str:
-    word = "tries again" if entry.state == "waiting" else entry.state
-    result = f"top1 {entry.last['top1']:.2f}" if entry.last and entry.state in ("done", "pruned") else entry.reason
-    return f"{word:<11} {entry.label}  {printable_lines(result)}  ({seconds:.0f} s)"
+def describe_end(job: Job, seconds: float) -> str:
+    word = "tries again" if job.state == "waiting" else job.state
+    result = f"top1 {job.last['top1']:.2f}" if job.last and job.state in ("done", "pruned") else job.reason
+    return f"{word:<11} {job.label}  {printable_lines(result)}  ({seconds:.0f} s)"
 
 
 def tail(path: Path, start: int) -> list[str]:

@@ -11,10 +11,10 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
 from sasa_train.config.overrides import parse_overrides
 from sasa_train.extras import why_not
-from sasa_train.files import holder
 from sasa_train.refusal import ConfigError
-from sasa_train.runs.ledger import FINISHED, Entry, Ledger, is_finished, note_metrics
+from sasa_train.runs.ledger import Job, Ledger
 from sasa_train.sweep.planning import SweepPlan, build_job
+from sasa_train.sweep.scheduler import JobList
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -27,7 +27,7 @@ NUM_WHOLE = 4  # trials that run to their end before any is pruned
 FIRST_THIRD = 1 / 3  # of a run, in which none is pruned: warm-up says little
 
 
-class Search:
+class Search(JobList):
     """The next job is the study's next trial; its value is top1 (percent) of its last evaluation.
 
     Raises:
@@ -69,49 +69,36 @@ class Search:
             raise ConfigError(
                 f"{journal}: was begun with another space ({error}); give this one sweep.name=..."
             ) from error
-        self.num_running = 0
-        self.begun: list[Entry] = []
-        ended = [entry for entry in ledger.entries.values() if entry.state not in ("waiting", "interrupted")]
-        known = {number for entry in ended for number in entry.trials}
-        ledger.asked |= {name for name, entry in ledger.entries.items() if entry.trials}
+        super().__init__([], plan.folder)
+        ended = [job for job in ledger.jobs.values() if job.state not in ("waiting", "interrupted")]
+        known = {number for job in ended for number in job.trials}
+        ledger.asked |= {name for name, job in ledger.jobs.items() if job.trials}
         for trial in self.study.get_trials():
             is_own = trial.user_attrs.get(WORKER, "nobody") == plan.config.worker
             if is_own and (trial.state == self.states.RUNNING or trial.number not in known):
                 self._take_on(trial)
 
-    def next(self) -> Entry | None:
+    def next(self) -> Job | None:
         """A trial that was begun before, or a new one, until there are `sweep.num_trials`."""
-        while True:
-            for entry in self.begun:
-                if holder(self.plan.folder / entry.name) is None:  # else a run of before is still saving
-                    self.begun.remove(entry)
-                    self.num_running += 1
-                    return entry
-            if self._num_left() <= 0:
-                return None
+        while (job := super().next()) is None and self._num_left() > 0:
             trial = self.study.ask(self.space)
             trial.set_user_attr(WORKER, self.plan.config.worker)  # last: a trial without was cut off by a kill
             self._take_on(trial)
-
-    def has_more(self) -> bool:
-        return self.num_running > 0 or self.num_waiting() > 0
+        return job
 
     def num_waiting(self) -> int:
-        return len(self.begun) + max(0, self._num_left())
+        return len(self.queue) + max(0, self._num_left())
 
-    def look(self, entry: Entry) -> bool:
+    def look(self, job: Job) -> bool:
         """Report a new evaluation; True where the study's pruner gives the trial up."""
-        assert entry.last is not None
-        trial = self.trial_class(self.study, self.study.get_trials(deepcopy=False)[entry.trials[0]]._trial_id)
-        trial.report(entry.last["top1"], entry.last["epoch"])
-        return FIRST_THIRD * entry.epochs <= entry.last["epoch"] < entry.epochs and trial.should_prune()
+        assert job.last is not None
+        trial = self.trial_class(self.study, self.study.get_trials(deepcopy=False)[job.trials[0]]._trial_id)
+        trial.report(job.last["top1"], job.last["epoch"])
+        return FIRST_THIRD * job.epochs <= job.last["epoch"] < job.epochs and trial.should_prune()
 
-    def ended(self, entry: Entry) -> None:
-        self.num_running -= 1
-        if entry.state == "waiting":
-            self.begun.append(entry)
-        else:
-            self._tell(entry)
+    def ended(self, job: Job) -> None:
+        super().ended(job)
+        self._tell(job)
 
     def _num_left(self) -> int:
         return self.num_trials - sum(WORKER in t.user_attrs for t in self.study.get_trials(deepcopy=False))
@@ -119,33 +106,27 @@ class Search:
     def _take_on(self, trial: "Trial | FrozenTrial") -> None:
         """Queue the trial's job, unless it has ended: before a kill, by another worker, or as an equal trial's."""
         values = [f"{key}={value}" for key, value in trial.params.items()]
-        job = build_job([*self.plan.fixed, *values], self.fixed_keys)
-        entry = self.ledger.add(job)
-        if trial.number not in entry.trials:
-            entry.trials.append(trial.number)
-        run_dir = self.plan.folder / entry.name
+        job = self.ledger.add(build_job([*self.plan.fixed, *values], self.fixed_keys))
+        if trial.number not in job.trials:
+            job.trials.append(trial.number)
         state = getattr(trial, "state", None)  # a trial that was only just asked for has none
-        if job.refusal:
-            entry.end("refused", job.refusal)
-        elif entry.state != "done" and is_finished(run_dir):
-            note_metrics(entry, run_dir)
-            entry.end("done", FINISHED)
-        elif state is not None and state.is_finished():  # the ledger does not know, it was lost or could not be written
-            note_metrics(entry, run_dir)
-            entry.end("pruned" if state == self.states.PRUNED else "failed", "as the study has it")
-        if entry.state in ("waiting", "interrupted") and entry not in self.begun:
-            self.begun.append(entry)
-        self._tell(entry)
+        if job.state in ("waiting", "interrupted"):
+            if state is not None and state.is_finished():  # the ledger was lost, or could not be written
+                job.note_metrics(self.folder / job.name)
+                job.end("pruned" if state == self.states.PRUNED else "failed", "as the study has it")
+            elif job not in self.queue:
+                self.queue.append(job)
+        self._tell(job)
         self.ledger.save()
 
-    def _tell(self, entry: Entry) -> None:
+    def _tell(self, job: Job) -> None:
         """Tell the study what came of the trials, if it is known."""
-        for number in entry.trials:
-            if entry.state == "done" and entry.last:
-                self.study.tell(number, entry.last["top1"], skip_if_finished=True)
-            elif entry.state == "pruned":
+        for number in job.trials:
+            if job.state == "done" and job.last:
+                self.study.tell(number, job.last["top1"], skip_if_finished=True)
+            elif job.state == "pruned":
                 self.study.tell(number, state=self.states.PRUNED, skip_if_finished=True)
-            elif entry.state in ("failed", "refused"):
+            elif job.state in ("failed", "refused"):
                 self.study.tell(number, state=self.states.FAIL, skip_if_finished=True)
 
 

@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
 from sasa_train.files import write_atomic
+from sasa_train.runs.metrics import MetricsFile
 from sasa_train.terminal import duration, say, warn
 
 # Keys of a row -> TensorBoard tags; loss, top1, top5 and top1_raw go under the split's name.
@@ -29,21 +29,15 @@ TAGS = {
 
 
 class RunLogger:
-    """One series of rows: those that the checkpoint holds, then what the run adds.
+    """One series of rows: those that the checkpoint holds (`metrics`, its copy of metrics.jsonl), then what it adds.
 
-    `metrics` is the checkpoint's copy of metrics.jsonl, so that the file is whole again whatever happened to it. One
-    that `is_silent` writes and shows nothing: of several processes, that of all but the first.
+    One that `is_silent` writes and shows nothing: of several processes, that of all but the first.
     """
 
     def __init__(self, run_dir: Path, metrics: str, step: int, total_steps: int, is_silent: bool = False):
-        self._path = Path(os.devnull) if is_silent else run_dir / "metrics.jsonl"
         self._is_silent = is_silent
-        self._lines = metrics.splitlines(keepends=True)
-        if not is_silent:
-            write_atomic(self._path, self.metrics.encode())
-        self._file = self._path.open("ab", buffering=0)
-        self._num_written, self._size = len(self._lines), self._path.stat().st_size
-        rows = [json.loads(line) for line in self._lines]
+        self._file = MetricsFile(None if is_silent else run_dir, metrics)
+        rows = [json.loads(line) for line in metrics.splitlines()]
         self.eval_seconds = next((row.get("seconds", 0.0) for row in reversed(rows) if row["split"] == "val"), 0.0)
         # TensorBoard forgets all steps from purge_step on, so those of this step are said again.
         self._board: SummaryWriter | None = None
@@ -61,28 +55,12 @@ class RunLogger:
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl, at once, and to TensorBoard; numbers that JSON has not become null."""
-        row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-        self._lines.append(json.dumps(row) + "\n")
-        self._write_lines()
-        self._write_board(row)
+        self._write_board(self._file.write(row))
 
     @property
     def metrics(self) -> str:
         """All rows, as in metrics.jsonl, for the checkpoint."""
-        return "".join(self._lines)
-
-    def _write_lines(self) -> None:
-        """Append what is not in the file yet: whole rows or nothing; the checkpoints have them too."""
-        data = "".join(self._lines[self._num_written :]).encode()
-        try:
-            rest = memoryview(data)
-            while rest:
-                rest = rest[self._file.write(rest) :]
-        except OSError as error:
-            self._file.truncate(self._size)
-            warn(f"{self._path} cannot be written ({error.strerror}); its rows wait for room")
-            return
-        self._num_written, self._size = len(self._lines), self._size + len(data)
+        return self._file.text
 
     def show_train(self, row: dict[str, Any], seconds_left: float) -> None:
         """On the bar where there is a terminal, else a plain line."""
@@ -134,7 +112,6 @@ class RunLogger:
 
     def close(self) -> None:
         self._bar.close()
-        self._write_lines()
         self._file.close()
         with self._board_may_fail() as board:
             if board:

@@ -212,15 +212,10 @@ def write_figure(
     figure: "Figure", name: str, folder: Path, formats: list[str], board_dir: Path | None = None, step: int = 0
 ) -> None:
     from sasa_train.figures import rendered
-    from sasa_train.files import write_atomic
+    from sasa_train.files import write_outputs
     from sasa_train.visualize.board import write_to_board
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        png = rendered(figure, "png")
-        for kind in formats:
-            write_atomic(folder / f"{name}.{kind}", png if kind == "png" else rendered(figure, kind))
-        if board_dir is not None:
-            write_to_board(board_dir, name, png, step)
-    except OSError as error:
-        raise ConfigError(f"{folder}: cannot be written ({error.strerror}); give another place with --out") from error
+    png = rendered(figure)
+    write_outputs(folder, {f"{name}.{kind}": png if kind == "png" else rendered(figure, kind) for kind in formats})
+    if board_dir is not None:
+        write_to_board(board_dir, name, png, step)

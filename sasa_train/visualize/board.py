@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from sasa_train.files import write_atomic
+from sasa_train.files import write_outputs
 
 FOLDER = "figures"  # a TensorBoard run of its own, within the run's folder
 
@@ -20,11 +20,9 @@ def write_to_board(board_dir: Path, name: str, png: bytes, step: int) -> None:
     what a living run still writes; and a run that goes on makes TensorBoard forget the steps after its checkpoint. A
     file for each name and step, so that another command replaces what it draws again and leaves the rest.
     """
-    folder = board_dir / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
     pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
     with tempfile.TemporaryDirectory() as aside:
         with SummaryWriter(aside) as writer:
             writer.add_image(f"figures/{name}", pixels, step, dataformats="HWC")
         (events,) = Path(aside).iterdir()
-        write_atomic(folder / f"events.out.tfevents.{step:010d}.{name}", events.read_bytes())
+        write_outputs(board_dir / FOLDER, {f"events.out.tfevents.{step:010d}.{name}": events.read_bytes()})

@@ -1,0 +1,27 @@
+"""run.json: what a run says about itself: its command, code, machine and status. Only the run itself writes it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sasa_train.files import write_atomic
+
+NAME = "run.json"
+
+
+def read_info(run_dir: Path) -> dict[str, Any]:
+    """run.json; empty where it is not there yet or damaged: the next write makes it anew."""
+    try:
+        info = json.loads((run_dir / NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return info if isinstance(info, dict) else {}
+
+
+def update_info(run_dir: Path, changes: dict[str, Any]) -> None:
+    write_atomic(run_dir / NAME, json.dumps(read_info(run_dir) | changes, indent=2).encode())
+
+
+def has_finished(run_dir: Path) -> bool:
+    """Whether the run says that it came to its end, and has its last checkpoint still."""
+    return read_info(run_dir).get("status") == "finished" and (run_dir / "checkpoints/last.pt").exists()
