@@ -41,8 +41,8 @@ def define_operator(
             gradient where that is false.
         flops: of a forward pass, given the arguments with shapes in place of tensors.
     """
-    num_before, num_tensors = len(grads) + len(kept), tensors.count(",") + 1
-    num_options, num_others = options.count(",") + 1, forward_only.count("Tensor")
+    num_before, num_tensors, num_options = len(grads) + len(kept), tensors.count(",") + 1, options.count(",") + 1
+    num_others = forward_only.count("Tensor")
     schemas = {
         name: f"({', '.join(filter(None, (tensors, options, forward_only)))}) -> {outputs}",
         f"{name}_backward": f"({backward_inputs}, {tensors}, {options}{', bool needs_x' * skips_first}) -> Tensor[]",
@@ -55,11 +55,7 @@ def define_operator(
     )
     op.register_fake(fake)
 
-    @backward_op.register_fake
-    def _(*arguments):
-        first, *others = arguments[num_before : num_before + num_tensors]
-        given = others if skips_first and not arguments[-1] else (first, *others)
-        return [torch.empty_like(x) for x in given if x is not None]
+    backward_op.register_fake(_fake_gradients(num_before, num_tensors, skips_first))
 
     def setup_context(ctx, inputs, output):
         found = output if isinstance(output, tuple) else (output,)
@@ -74,11 +70,23 @@ def define_operator(
         return (*(next(present) if has else None for has in has_grad), *[None] * (num_options + num_others))
 
     op.register_autograd(run_backward, setup_context=setup_context)
+    _register_flops(name, flops, num_before)
+    return op
+
+
+def _fake_gradients(num_before: int, num_tensors: int, skips_first: bool) -> Callable[..., list[Tensor]]:
+    def fake(*arguments):
+        first, *others = arguments[num_before : num_before + num_tensors]
+        given = others if skips_first and not arguments[-1] else (first, *others)
+        return [torch.empty_like(x) for x in given if x is not None]
+
+    return fake
+
+
+def _register_flops(name: str, flops: Callable[..., int], num_before: int) -> None:
     register_flop_formula(getattr(torch.ops.sasa_train, name))(flops)
 
     @register_flop_formula(getattr(torch.ops.sasa_train, f"{name}_backward"))
     def _(*arguments, **_kwargs) -> int:
         """Each product has two gradients of its own cost; what is computed again is not counted."""
         return 2 * flops(*arguments[num_before:])
-
-    return op
