@@ -72,13 +72,7 @@ def predict_or_advise(options: argparse.Namespace) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = described(
-        argparse.ArgumentParser,
-        prog="sasa-predict",
-        usage=USAGE,
-        description=__doc__,
-        epilog=EPILOG,
-    )
+    parser = described(argparse.ArgumentParser, prog="sasa-predict", usage=USAGE, description=__doc__, epilog=EPILOG)
     parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=Path, help="a run folder or a checkpoint file")
     parser.add_argument("words", metavar="PATH", nargs="+", help="images, as described below")
     parser.add_argument("--top-k", metavar="K", type=positive, default=5, help="classes an image, the best first (5)")
@@ -140,11 +134,7 @@ def write_rows(
     options: argparse.Namespace,
     tally: Tally,
 ) -> None:
-    """Find, predict, write, a batch at a time.
-
-    Raises:
-        ConfigError: there was no image; or stdin holds no list.
-    """
+    """Find, predict, write, a batch at a time; ConfigError where there was no image, or stdin holds no list."""
     find = partial(find_images, words, NUL if options.null else SEPARATOR)
     with progress_bar(find, words) as bar:
         rows = predictor.rows(counted(find(), tally), options.batch_size)
@@ -170,12 +160,11 @@ def counted(found: Iterator[Found], tally: Tally) -> Iterator[Found]:
 def reported(batches: Iterator[list[Row]], tally: Tally, bar: tqdm) -> Iterator[list[Row]]:
     """Name what could not be predicted, and count."""
     for rows in batches:
-        for row in rows:
-            if row.error:
-                warn(f"{printable(row.path)}: {printable(row.error)}")
-        bad = sum(1 for row in rows if row.error)
-        tally.bad += bad
-        tally.good += len(rows) - bad
+        bad = [row for row in rows if row.error]
+        for row in bad:
+            warn(f"{printable(row.path)}: {printable(row.error)}")
+        tally.bad += len(bad)
+        tally.good += len(rows) - len(bad)
         bar.update(len(rows))
         yield rows
 
@@ -193,12 +182,7 @@ def progress_bar(find: Callable[[], Iterator[Found]], words: list[str]) -> tqdm:
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """`write` a file that appears under its name when it is complete.
-
-    Raises:
-        ConfigError: it cannot be made there.
-        OSError: it cannot be filled.
-    """
+    """`write` a file that appears under its name when it is complete; ConfigError where none can be made there."""
     try:
         temporary = write_aside(path, write)
     except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
