@@ -66,6 +66,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
         OSError: a file that cannot be written after all.
     """
     check_outputs(options)
+    options.calibration |= options.plot is not None or options.bins is not None
     from sasa_train.evaluate.val_pass import open_val
     from sasa_train.trained import load_trained
 
@@ -76,7 +77,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
     real_sets = load_real_sets(options.real, val) if options.real else None
 
     answers: Answers | None = None
-    if is_per_image(options):
+    if any((options.calibration, options.tta, options.real, options.compare, options.predictions)):
         result, answers = val.evaluate_keeping_answers(with_mirrored=options.tta == "hflip")
     else:
         result = val.evaluate()
@@ -86,16 +87,6 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
         figures |= evaluate_further(options, val, answers, result, real_sets, other_val)
     for path in write_outputs(options, figures, answers, val.images):
         print(f"wrote {printable(str(path))}")
-
-
-def is_per_image(options: argparse.Namespace) -> bool:
-    """Whether sums over val do not do."""
-    wanted = (options.tta, options.real, options.compare, options.predictions)
-    return wants_calibration(options) or any(wanted)
-
-
-def wants_calibration(options: argparse.Namespace) -> bool:
-    return options.calibration or options.plot is not None or options.bins is not None
 
 
 def load_other(options: argparse.Namespace, trained: "TrainedModel") -> "TrainedModel":
@@ -176,7 +167,7 @@ def evaluate_further(
         nll, _ = proper_scores(answers.logits, answers.labels)
         figures["tta"] = {"views": ["plain", "hflip"], "loss": nll, "top1": answers.top1, "top5": answers.top5}
         print_section(sections.lines_of_mirrored(figures["tta"], plain, val.trained.config))
-    if wants_calibration(options):
+    if options.calibration:
         num_bins = NUM_BINS if options.bins is None else options.bins
         figures["calibration"] = calibrate(answers.logits, answers.labels, answers.predictions, num_bins)
         print_section(sections.lines_of_calibration(figures["calibration"]))

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from tqdm import tqdm
 
-from sasa_train.commands import described, positive, run
+from sasa_train.commands import described, end_command, positive, run
 from sasa_train.files import sync_folder, write_aside
 from sasa_train.predict.find_images import LISTED, NUL, SEPARATOR, Found, find_images
 from sasa_train.predict.table import FORMATS, Row
 from sasa_train.refusal import ConfigError, ExpectedFailure
-from sasa_train.terminal import DONE, FAILED, fail, printable, warn
+from sasa_train.terminal import DONE, FAILED, printable, warn
 
 if TYPE_CHECKING:
     from sasa_train.predict.inference import Predictor
@@ -47,16 +47,12 @@ Exit codes: 0 every image was predicted; 1 one could not be, or failed; 2 refuse
 def main() -> None:
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `sasa-predict ... | head` ends in peace
-    sys.exit(run_command(sys.argv[1:]))
+    end_command(run_command)
 
 
 def run_command(arguments: list[str]) -> int:
     """Run with command-line arguments; returns the exit code."""
-    try:
-        return run(build_parser(), arguments, predict_or_advise)
-    except KeyboardInterrupt:
-        fail(RuntimeError("stopped"))
-        return FAILED
+    return run(build_parser(), arguments, predict_or_advise)
 
 
 def predict_or_advise(options: argparse.Namespace) -> int:
@@ -98,12 +94,14 @@ def predict_command(options: argparse.Namespace) -> int:
     words, overrides = split_overrides(options.words)
     if not words:
         raise ConfigError("no PATH is given; give files, folders, patterns, or - for a list on stdin")
-    check_output(options.output)
+    out = options.output
+    if out is not None and out.exists() and not out.is_file():  # a device must not be replaced, nor a folder be met
+        raise ConfigError(f"--output {printable(str(out))}: is there and no file; give a file, or leave it out")
     predictor, tally = Predictor(load_trained(options.checkpoint, overrides), options.top_k), Tally()
-    if options.output is None:
+    if out is None:
         write_rows(show, predictor, words, options, tally)
     else:
-        write_whole(options.output, lambda file: write_rows(file.write, predictor, words, options, tally))
+        write_whole(out, lambda file: write_rows(file.write, predictor, words, options, tally))
     print(tally.summary(), file=sys.stderr)
     return FAILED if tally.bad else DONE
 
@@ -119,12 +117,6 @@ class Tally:
     def summary(self) -> str:
         bad = f"; {self.bad:,} could not be, for the reasons above" if self.bad else ""
         return f"{self.good:,} {'image' if self.good == 1 else 'images'} predicted{bad}"
-
-
-def check_output(path: Path | None) -> None:
-    """Before the work: a device must not be replaced by a file, nor a folder be met at the end."""
-    if path is not None and path.exists() and not path.is_file():
-        raise ConfigError(f"--output {printable(str(path))}: is there and no file; give a file, or leave it out")
 
 
 def write_rows(
