@@ -51,7 +51,7 @@ def _draw_counts(axis: Axes, bins: Sequence[Bin]) -> None:
     counts = [each.num_images for each in bins]
     bars = axis.bar(places, counts, width, color=STYLES[0][0], **OUTLINE)
     if len(bins) <= 20:
-        axis.bar_label(bars, [f"{count:,}" if count else "" for count in counts], padding=2, fontsize=6)
+        axis.bar_label(bars, [f"{count:,}" if count else "" for count in counts], fontsize=6)
     axis.margins(y=0.2)
     axis.set_ylabel("images")
     axis.set_xlabel("confidence of the prediction, percent")
