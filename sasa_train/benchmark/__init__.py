@@ -6,7 +6,8 @@ import json
 import platform
 import re
 import shlex
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,13 +66,10 @@ def _run(options: argparse.Namespace, command: str) -> int:
     device = _set_up(options)
     header = describe_machine(device, command)
     print("\n".join(f"{name}: {text}" for name, text in header.items()) + "\n", flush=True)
-    if options.command == "attention":
-        from sasa_train.benchmark.op import measure
-    else:
-        from sasa_train.benchmark.nets import measure
-    result = measure(options, device)
+    from sasa_train.benchmark import nets, op
     from sasa_train.benchmark.result_table import markdown
 
+    result = (op if options.command == "attention" else nets).measure(options, device)
     print("\n".join(markdown(result)))
     if options.json:
         from sasa_train.files import write_atomic
@@ -117,8 +115,8 @@ def describe_machine(device: "torch.device", command: str) -> dict[str, str]:
     hardware = f"{_processor()}, {num_threads} thread{'s' if num_threads > 1 else ''}"
     if device.type == "cuda":
         hardware = f"{torch.cuda.get_device_name()}; {hardware}"
-    packages = ["torch", "timm", *(["triton"] if device.type == "cuda" else [])]
-    versions = [f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in packages)]
+    packages = ["torch", "timm", *(["triton"] if device.type == "cuda" and find_spec("triton") else [])]
+    versions = [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)]
     header = {"date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC", "hardware": hardware}
     header |= {"versions": ", ".join(versions), "command": command}
     if device.type == "cuda":
@@ -135,13 +133,6 @@ def _processor() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = described(argparse.ArgumentParser, prog="sasa-benchmark", description=__doc__, epilog=EPILOG)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -149,54 +140,40 @@ def build_parser() -> argparse.ArgumentParser:
     kind = attention.add_mutually_exclusive_group()
     kind.add_argument("--layers", action="store_true", help="whole layers, with projections, and timm's HaloAttn")
     kind.add_argument("--growth", action="store_true", help="over maps and windows, with fitted exponents")
-    attention.add_argument(
-        "--image-size", type=int, nargs="+", choices=IMAGE_SIZES, default=[*IMAGE_SIZES], help="whose shapes (both)"
-    )
-    attention.add_argument(
-        "--shapes", type=_shape, nargs="+", metavar="HxWxC", help="own shapes; HxWxC/2 where a stage begins"
-    )
-    attention.add_argument("--backends", nargs="+", choices=BACKENDS, metavar="NAME", help=f"of {', '.join(BACKENDS)}")
-    attention.add_argument("--kernel-size", type=_odd, default=7, metavar="K", help="the window (7)")
-    attention.add_argument("--num-heads", type=positive, default=8, metavar="N", help="attention heads (8)")
-    attention.add_argument("--growth-sides", type=positive, nargs="+", default=[32, 56, 80, 112, 160, 224],
-                           metavar="SIDE", help="square maps, pixels (32 to 224)")  # fmt: skip
-    attention.add_argument("--growth-kernel-sizes", type=_odd, nargs="+", default=[3, 5, 7, 9, 11], metavar="K",
-                           help="windows (3 to 11)")  # fmt: skip
-    attention.add_argument(
-        "--growth-side", type=positive, default=56, metavar="SIDE", help="the map on which windows grow (56)"
-    )
-    attention.add_argument(
-        "--growth-channels", type=positive, default=64, metavar="C", help="channels of all these maps (64)"
-    )
+    add, sizes = attention.add_argument, [*IMAGE_SIZES]
+    add("--image-size", type=int, nargs="+", choices=IMAGE_SIZES, default=sizes, help="whose shapes (both)")
+    add("--shapes", type=_shape, nargs="+", metavar="HxWxC", help="own shapes; HxWxC/2 where a stage begins")
+    add("--backends", nargs="+", choices=BACKENDS, metavar="NAME", help=f"of {', '.join(BACKENDS)}")
+    add("--kernel-size", type=_odd, default=7, metavar="K", help="the window (7)")
+    add("--num-heads", type=positive, default=8, metavar="N", help="attention heads (8)")
+    sides, kernel_sizes = [32, 56, 80, 112, 160, 224], [3, 5, 7, 9, 11]
+    add("--growth-sides", type=positive, nargs="+", default=sides, metavar="SIDE", help="maps, pixels (32 to 224)")
+    add("--growth-kernel-sizes", type=_odd, nargs="+", default=kernel_sizes, metavar="K", help="windows (3 to 11)")
+    add("--growth-side", type=positive, default=56, metavar="SIDE", help="the map on which windows grow (56)")
+    add("--growth-channels", type=positive, default=64, metavar="C", help="channels of all these maps (64)")
 
     model = described(commands.add_parser, name="model", help="training steps and inference", description=MODEL)
-    model.add_argument("models", metavar="NAME[,dial=value...]", nargs="+", help="models; the first is the yardstick")
-    model.add_argument("--image-size", type=positive, default=224, metavar="PIXELS", help="a side of the images (224)")
-    model.add_argument("--num-classes", type=positive, default=1000, metavar="N", help="classes (1000)")
-    model.add_argument("--memory-format", choices=FORMATS, default="channels_last",
-                       help="best: each model's faster one (channels_last)")  # fmt: skip
-    model.add_argument("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass")
-    model.add_argument(
-        "--fold-batch-norms", action="store_true", help="fold them into what is before them, in inference"
-    )
-    model.add_argument("--compile", action="store_true", help="through torch.compile")
+    add, layout = model.add_argument, "channels_last"
+    add("models", metavar="NAME[,dial=value...]", nargs="+", help="models; the first is the yardstick")
+    add("--image-size", type=positive, default=224, metavar="PIXELS", help="a side of the images (224)")
+    add("--num-classes", type=positive, default=1000, metavar="N", help="classes (1000)")
+    add("--memory-format", choices=FORMATS, default=layout, help=f"best: each model's faster one ({layout})")
+    add("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass")
+    add("--fold-batch-norms", action="store_true", help="fold them into what is before them, in inference")
+    add("--compile", action="store_true", help="through torch.compile")
 
     for command in (attention, model):
-        command.add_argument("--default-malloc", action="store_true",
-                             help="on a CPU: give freed memory back between calls, as the C library does by itself; "
-                             "sasa-train keeps it")  # fmt: skip
-        command.add_argument("--batch-size", type=positive, metavar="B", help="images (the device's default)")
-        command.add_argument(
-            "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one"
-        )
-        command.add_argument("--dtype", choices=DTYPES, default="fp32", help="of weights and images (fp32)")
-        command.add_argument(
-            "--repeats", type=positive, default=7, metavar="N", help="repetitions; 7 or more to publish (7)"
-        )
-        command.add_argument("--threads", type=positive, metavar="N", help="the CPU's (torch's default)")
-        command.add_argument("--memory", action="store_true", help="peak memory too, each in a fresh process")
-        command.add_argument("--json", type=Path, metavar="FILE", help="everything measured, with each repetition")
-        command.add_argument("--plot", type=Path, metavar="FILE.png", help="a chart; needs matplotlib")
+        add = command.add_argument
+        add("--default-malloc", action="store_true", help="on a CPU: give freed memory back between calls, as the C "
+            "library does by itself; sasa-train keeps it")  # fmt: skip
+        add("--batch-size", type=positive, metavar="B", help="images (the device's default)")
+        add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one")
+        add("--dtype", choices=DTYPES, default="fp32", help="of weights and images (fp32)")
+        add("--repeats", type=positive, default=7, metavar="N", help="repetitions; 7 or more to publish (7)")
+        add("--threads", type=positive, metavar="N", help="the CPU's (torch's default)")
+        add("--memory", action="store_true", help="peak memory too, each in a fresh process")
+        add("--json", type=Path, metavar="FILE", help="everything measured, with each repetition")
+        add("--plot", type=Path, metavar="FILE.png", help="a chart; needs matplotlib")
     return parser
 
 

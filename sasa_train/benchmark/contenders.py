@@ -170,10 +170,8 @@ def _natten(case: Case) -> Attend:
 
 def missing(backend: str, device: torch.device) -> str | None:
     """Why a backend cannot be asked for on this machine, or None where it can; shapes may still leave it out."""
-    if backend == "natten" and importlib.util.find_spec("natten") is None:
-        return "natten is not installed"
-    if backend == "triton" and importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
+    if backend in ("natten", "triton") and importlib.util.find_spec(backend) is None:
+        return f"{backend} is not installed"
     if backend == "triton" and device.type == "cpu":
         from sasa_train.attention import triton_kernels
 
@@ -211,8 +209,7 @@ def check(backend: str, case: Case) -> str | None:
     for name, ours, theirs in zip(names, _results(contender), _results(exact), strict=True):
         # an embedding's gradient adds terms of size 1 whose true sum may be 0
         size = max(1.0, float(theirs.abs().max()), num_positions**0.5 if "rel" in name else 0.0)
-        problem = _error(name, ours, theirs, size, case)
-        if problem:
+        if problem := _error(name, ours, theirs, size, case):
             return problem
     return None
 
@@ -245,7 +242,7 @@ def _error(name: str, ours: Tensor, theirs: Tensor, size: float, case: Case) -> 
     return f"{of} differs from the reference by {error:.1e} of its size; {TOLERANCE[case.dtype]:.1e} is allowed"
 
 
-def admitted(backends: Sequence[str], case: Case, by_name: bool, result: dict[str, Any]) -> dict[str, Contender]:
+def admitted(backends: Sequence[str], by_name: bool, result: dict[str, Any], case: Case) -> dict[str, Contender]:
     """The contenders that can run this case and pass the gate; why others are left out goes to the notes."""
     contenders = {}
     for backend in backends:

@@ -33,17 +33,14 @@ def measure_growth(options: Namespace, backends: Sequence[str], device: torch.de
         for axis, cases in over.items():
             # a 3x3 convolution has no window to grow
             grown = [backend for backend in backends if axis == "map" or backend != YARDSTICK]
-            contenders = {
-                (backend, case): contender
+            runs = {
+                (backend, case): contender.train
                 for case in cases
-                for backend, contender in admitted(grown, case, options.backends is not None, result).items()
+                for backend, contender in admitted(grown, options.backends is not None, result, case).items()
             }
-            labels = {f"{backend} {case.label} {case.kernel_size}": (backend, case) for backend, case in contenders}
-            runs = {label: contenders[key].train for label, key in labels.items()}
-            seconds = time_in_turn(runs, options.repeats, device, bar)
-            for label, (backend, case_) in labels.items():
-                memory = peak_of(runs[label], device, options.memory, op_memory, backend, case_)
-                result["rows"].append(_row(axis, backend, case_, seconds[label], memory))
+            for (backend, each), seconds in time_in_turn(runs, options.repeats, device, bar).items():
+                memory = peak_of(runs[backend, each], device, options.memory, op_memory, backend, each)
+                result["rows"].append(_row(axis, backend, each, seconds, memory))
     result["summary"] = fit(result["rows"])
     return result
 

@@ -1,10 +1,8 @@
 """`sasa-benchmark model`: images/s of training steps and of inference, and a training step's peak memory."""
 
-import dataclasses
 import re
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,31 +31,10 @@ NUM_WARM_UPS = 8  # the heap of a CPU's process settles in some steps; until the
 NUM_MEMORY_STEPS = 2  # the momentum is there from the second on
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What a model is measured under; `memory_format` may be "best"."""
-
-    device: str
-    precision: str
-    batch_size: int
-    image_size: int
-    num_classes: int
-    memory_format: str
-    grad_checkpointing: bool
-    compile: bool
-    num_threads: int
-
-
 def measure(options: Namespace, device: torch.device) -> dict[str, Any]:
     """Rows, one a model, their ratios to the first."""
-    own = ("image_size", "num_classes", "memory_format", "grad_checkpointing", "compile")
-    setting = Setting(
-        device=device.type,
-        precision=options.dtype,
-        batch_size=options.batch_size or BATCH_SIZES[device.type],
-        num_threads=torch.get_num_threads(),
-        **{name: getattr(options, name) for name in own},
-    )
+    settled = {"device": device.type, "batch_size": options.batch_size or BATCH_SIZES[device.type]}
+    setting = Namespace(**vars(options) | settled | {"threads": torch.get_num_threads()})
     models = list(dict.fromkeys(options.models))
     for spec in models:
         checked = check_model(parse_model(spec, setting.num_classes), setting.image_size)
@@ -104,18 +81,17 @@ def parse_model(spec: str, num_classes: int) -> ModelConfig:
 class BenchmarkedModel:
     """A model on random images and labels, with plain SGD with momentum."""
 
-    def __init__(self, spec: str, setting: Setting):
+    def __init__(self, spec: str, setting: Namespace):
         self.setting, self.device = setting, torch.device(setting.device)
         torch.manual_seed(0)
-        self.module: nn.Module = build_model(
-            parse_model(spec, setting.num_classes), setting.num_classes, setting.image_size
-        )
+        config = parse_model(spec, setting.num_classes)
+        self.module: nn.Module = build_model(config, setting.num_classes, setting.image_size)
         if setting.grad_checkpointing:
             enable_grad_checkpointing(self.module)
         self.module.to(self.device).train()
         self.forward: Callable = torch.compile(self.module) if setting.compile else self.module
         self.optimizer = torch.optim.SGD(self.module.parameters(), lr=1e-3, momentum=0.9)
-        self.scaler = torch.amp.GradScaler(setting.device, enabled=setting.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(setting.device, enabled=setting.dtype == "fp16")
         size = (setting.batch_size, 3, setting.image_size, setting.image_size)
         self.images = torch.randn(size, device=self.device)
         self.labels = torch.randint(setting.num_classes, size[:1], device=self.device)
@@ -127,17 +103,17 @@ class BenchmarkedModel:
         self.images = self.images.contiguous(memory_format=FORMATS[name])
 
     def _faster_format(self) -> str:
-        seconds = {}
-        for name in FORMATS:
+        def seconds(name: str) -> float:
             self.use_format(name)
             self.train()
-            seconds[name] = min(time_calls(self.train, 1, self.device) for _ in range(2))
-        return min(seconds, key=lambda name: seconds[name])
+            return min(time_calls(self.train, 1, self.device) for _ in range(2))
+
+        return min(FORMATS, key=seconds)
 
     def train(self) -> None:
         """One step: forward, cross entropy, backward, update."""
         self.optimizer.zero_grad()
-        with autocast(self.device, self.setting.precision):
+        with autocast(self.device, self.setting.dtype):
             loss = F.cross_entropy(self.forward(self.images), self.labels)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
@@ -151,17 +127,17 @@ class BenchmarkedModel:
         self.module.eval()
 
     def infer(self) -> torch.Tensor:
-        with torch.inference_mode(), autocast(self.device, self.setting.precision):
+        with torch.inference_mode(), autocast(self.device, self.setting.dtype):
             return self.forward(self.images)
 
 
-def training_memory(spec: str, setting: Setting, memory_format: str) -> int:
+def training_memory(spec: str, setting: Namespace, memory_format: str) -> int:
     """Peak of a model's first steps above what was there before it was built: weights and all."""
-    torch.set_num_threads(setting.num_threads)
-    fixed = dataclasses.replace(setting, memory_format=memory_format)
+    torch.set_num_threads(setting.threads)
+    setting.memory_format = memory_format  # of this process's own copy
 
     def run() -> None:
-        model = BenchmarkedModel(spec, fixed)
+        model = BenchmarkedModel(spec, setting)
         for _ in range(NUM_MEMORY_STEPS):
             model.train()
 

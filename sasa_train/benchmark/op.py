@@ -3,7 +3,8 @@
 import dataclasses
 import statistics
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,27 +34,41 @@ SHAPES = {
 }
 BATCH_SIZES = {("cpu", 32): 32, ("cpu", 224): 8, ("cuda", 32): 512, ("cuda", 224): 128}
 HALO_SIZE = 3
+PASSES = {"forward": "infer", "forward_backward": "train"}  # names in the rows, and a contender's methods
 
 
 def measure(options: Namespace, device: torch.device) -> dict[str, Any]:
     """Rows, summary lines, notes on what was left out, and whether a backend failed its gate."""
     if options.layers:
-        result, passes = new_result("layers"), {"forward_backward": "train"}
-        return _measure_cases(
-            options, device, result, lambda case: layer_contenders(case, result), passes, layer_memory
-        )
-    backends, notes = choose_backends(options.backends, device)
-    if options.growth:
-        result = measure_growth(options, backends, device)
-        return result | {"notes": [*notes, *result["notes"]]}
-    if "natten" in backends:
-        notes.append("natten: no relative terms, and another border")
-    result, passes = new_result("attention", notes), {"forward": "infer", "forward_backward": "train"}
-
-    def build(case: Case) -> dict[str, Contender]:
-        return admitted(backends, case, options.backends is not None, result)
-
-    return _measure_cases(options, device, result, build, passes, op_memory)
+        result, memory, passes = new_result("layers"), layer_memory, {"forward_backward": "train"}
+        build = partial(layer_contenders, result)
+    else:
+        backends, notes = choose_backends(options.backends, device)
+        if options.growth:
+            result = measure_growth(options, backends, device)
+            return result | {"notes": [*notes, *result["notes"]]}
+        if "natten" in backends:
+            notes.append("natten: no relative terms, and another border")
+        result, memory, passes = new_result("attention", notes), op_memory, PASSES
+        build = partial(admitted, backends, options.backends is not None, result)
+    cases, repeats = build_cases(options, device), options.repeats
+    with progress_bar(len(passes) * len(cases) * repeats, result["kind"]) as bar:
+        for case in cases:
+            contenders, timings = build(case), {}
+            for what, method in passes.items():
+                runs = {name: getattr(each, method) for name, each in contenders.items()}
+                timings[what] = time_in_turn(runs, repeats, device, bar)
+            for name in contenders:
+                row = {"shape": case.label, **dataclasses.asdict(case), "backend": name}
+                for what, seconds in timings.items():
+                    row[f"{what}_seconds"] = spread(seconds[name])
+                    if YARDSTICK in seconds:
+                        row[f"{what}_ratio"] = ratio(seconds[name], seconds[YARDSTICK])
+                taken = peak_of(contenders[name].train, device, options.memory, memory, name, case)
+                result["rows"].append(row if taken is None else row | {"memory_bytes": taken})
+            del contenders, runs
+    result["summary"] = summarize(result["rows"])
+    return result
 
 
 def choose_backends(wanted: Sequence[str] | None, device: torch.device) -> tuple[list[str], list[str]]:
@@ -77,7 +92,7 @@ def build_cases(options: Namespace, device: torch.device) -> list[Case]:
         texts = [(text, 32) for text in options.shapes]
     cases = []
     for text, image_size in sorted(texts, key=lambda pair: pair[0].endswith("/2")):
-        height, width, channels = (int(number) for number in text.removesuffix("/2").split("x"))
+        height, width, channels = map(int, text.removesuffix("/2").split("x"))
         if channels % (2 * options.num_heads):
             raise ConfigError(
                 f"--num-heads {options.num_heads} must divide the {channels} channels of {text} into even head_dims"
@@ -87,38 +102,6 @@ def build_cases(options: Namespace, device: torch.device) -> list[Case]:
         rest = (begins_stage, batch_size, options.num_heads, options.kernel_size, options.dtype, device.type)
         cases.append(Case(height, width, channels, *rest))
     return cases
-
-
-def _measure_cases(
-    options: Namespace,
-    device: torch.device,
-    result: dict[str, Any],
-    build: Callable[[Case], dict[str, Contender]],
-    passes: dict[str, str],
-    memory: Callable[[str, Case, int], int],
-) -> dict[str, Any]:
-    """Fill `result` with a row for each contender that `build` gives for a case: seconds, ratios to the yardstick.
-
-    passes: for each name in the rows a contender's method, to be timed. `memory`: peak of one in a fresh process.
-    """
-    cases, repeats = build_cases(options, device), options.repeats
-    with progress_bar(len(passes) * len(cases) * repeats, result["kind"]) as bar:
-        for case in cases:
-            contenders, timings = build(case), {}
-            for what, method in passes.items():
-                runs = {name: getattr(each, method) for name, each in contenders.items()}
-                timings[what] = time_in_turn(runs, repeats, device, bar)
-            for name in contenders:
-                row = {"shape": case.label, **dataclasses.asdict(case), "backend": name}
-                for what, seconds in timings.items():
-                    row[f"{what}_seconds"] = spread(seconds[name])
-                    if YARDSTICK in seconds:
-                        row[f"{what}_ratio"] = ratio(seconds[name], seconds[YARDSTICK])
-                taken = peak_of(contenders[name].train, device, options.memory, memory, name, case)
-                result["rows"].append(row if taken is None else row | {"memory_bytes": taken})
-            del contenders, runs
-    result["summary"] = summarize(result["rows"])
-    return result
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -133,18 +116,15 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[str]:
             if row["backend"] == backend and "forward_backward_ratio" in row
         }
         if backend != YARDSTICK and ratios:
-            worst = max(ratios, key=lambda shape: ratios[shape])
-            lines.append(
-                f"{backend}/{YARDSTICK}, forward+backward, {scope}: geometric mean "
-                f"{statistics.geometric_mean(ratios.values()):.3f}, worst {ratios[worst]:.3f} ({worst})"
-            )
+            worst, mean = max(ratios, key=lambda shape: ratios[shape]), statistics.geometric_mean(ratios.values())
+            words = f"forward+backward, {scope}: geometric mean {mean:.3f}, worst {ratios[worst]:.3f} ({worst})"
+            lines.append(f"{backend}/{YARDSTICK}, {words}")
     return lines
 
 
-def layer_contenders(case: Case, result: dict[str, Any]) -> dict[str, Contender]:
+def layer_contenders(result: dict[str, Any], case: Case) -> dict[str, Contender]:
     """Whole layers on a case, none where local attention is wrong there; what is left out goes to the notes."""
-    problem = check("auto", case)
-    if problem:
+    if problem := check("auto", case):
         result["failed"] = True
         result["notes"].append(f"local attention at {case.label} is wrong and was not timed: {problem}")
         return {}
@@ -158,8 +138,7 @@ def build_layers(case: Case) -> dict[str, nn.Module]:
     """The 3x3 convolution, ours, and timm's HaloAttn where its blocks of 8, or 7, tile the map."""
     from timm.layers.halo_attn import HaloAttn
 
-    stride = 2 if case.begins_stage else 1
-    dim, heads = case.channels, case.num_heads
+    dim, heads, stride = case.channels, case.num_heads, case.stride
     layers: dict[str, nn.Module] = {
         YARDSTICK: nn.Conv2d(dim, dim, 3, stride, padding=1, bias=False),
         "attention": LocalSelfAttention2d(dim, dim, case.kernel_size, heads, stride),
@@ -185,8 +164,6 @@ def _on_random_map(layer: nn.Module, case: Case) -> Contender:
     return Contender(forward, [x, *layer.parameters()], grad_output)
 
 
-def layer_memory(name: str, case: Case, num_threads: int) -> int:
-    def build(case: Case) -> Contender:
-        return _on_random_map(build_layers(case)[name], case)
-
-    return first_pass_memory(build, dataclasses.replace(case, height=8, width=8, batch_size=1), case, num_threads)
+def layer_memory(backend: str, case: Case, num_threads: int) -> int:
+    small = dataclasses.replace(case, height=8, width=8, batch_size=1)
+    return first_pass_memory(lambda case: _on_random_map(build_layers(case)[backend], case), small, case, num_threads)

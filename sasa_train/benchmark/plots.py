@@ -9,6 +9,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from sasa_train.figures import DPI, GRID, STYLES, new_figure
 
+BAR: dict[str, Any] = {"edgecolor": "black", "lw": 0.6, "error_kw": {"lw": 1, "capsize": 2, "ecolor": "black"}}
 NAMES = ("conv", "cpu", "triton", "attention", "flex", "halo", "reference", "natten")
 
 
@@ -37,13 +38,11 @@ def _draw_shapes(rows: list[dict[str, Any]]) -> Figure:
     figure, (axis,) = new_figure(1, 1, 4.2)
     width = 0.8 / len(names)
     for i, name in enumerate(names):
-        for row in (row for row in shown if row["backend"] == name):
-            middle, low, high = _ratio(row) if is_ratio else _milliseconds(row)
-            place = shapes.index(row["shape"]) + (i - (len(names) - 1) / 2) * width
-            color, hatch, *_ = styles[name]
-            label = name if shapes.index(row["shape"]) == _first(shown, name, shapes) else None
-            axis.bar(place, middle, width * 0.92, color=color, hatch=hatch, edgecolor="black", lw=0.6, label=label)
-            axis.errorbar(place, middle, [[middle - low], [high - middle]], color="black", lw=1, capsize=2)
+        mine = [row for row in shown if row["backend"] == name]
+        places = [shapes.index(row["shape"]) + (i - (len(names) - 1) / 2) * width for row in mine]
+        middles, *errors = zip(*(_with_errors(row, is_ratio) for row in mine), strict=True)
+        color, hatch, *_ = styles[name]
+        axis.bar(places, middles, width * 0.92, yerr=errors, color=color, hatch=hatch, label=name, **BAR)
     if is_ratio:
         axis.axhline(1, color="black", lw=1.2, ls="--", label="3x3 convolution")
     axis.set_ylabel("time / 3x3 convolution's, forward + backward" if is_ratio else "ms, forward + backward")
@@ -55,18 +54,12 @@ def _draw_shapes(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _first(rows: list[dict[str, Any]], name: str, shapes: list[str]) -> int:
-    return min(shapes.index(row["shape"]) for row in rows if row["backend"] == name)
-
-
-def _ratio(row: dict[str, Any]) -> tuple[float, float, float]:
-    found = row["forward_backward_ratio"]
-    return found["median"], *found["quartiles"]
-
-
-def _milliseconds(row: dict[str, Any]) -> tuple[float, float, float]:
-    found = row["forward_backward_seconds"]
-    return 1e3 * found["median"], 1e3 * found["min"], 1e3 * found["max"]
+def _with_errors(row: dict[str, Any], is_ratio: bool) -> tuple[float, float, float]:
+    """The median, and how far below and above it the bar's error reaches."""
+    found = row["forward_backward_ratio" if is_ratio else "forward_backward_seconds"]
+    low, high = found["quartiles"] if is_ratio else (found["min"], found["max"])
+    unit, middle = 1 if is_ratio else 1e3, found["median"]
+    return unit * middle, unit * (middle - low), unit * (high - middle)
 
 
 def _draw_growth(rows: list[dict[str, Any]]) -> Figure:
@@ -79,10 +72,11 @@ def _draw_growth(rows: list[dict[str, Any]]) -> Figure:
     figure, axes = new_figure(len(quantities), 2, 0.4 + 3.3 * len(quantities))
     for panel, (axis_name, key, label, unit) in zip(axes, panels, strict=True):
         by_map = axis_name == "map"
+        size = "side" if by_map else "kernel_size"
         mine = [row for row in rows if row["axis"] == axis_name]
         for name, (color, _, marker, line) in styles.items():
             points = sorted(
-                (row["side" if by_map else "kernel_size"] ** 2, _median(row[key]) * unit)
+                (row[size] ** 2, (row[key]["median"] if isinstance(row[key], dict) else row[key]) * unit)
                 for row in mine
                 if row["backend"] == name
             )
@@ -97,18 +91,14 @@ def _draw_growth(rows: list[dict[str, Any]]) -> Figure:
             panel.yaxis.set_minor_locator(NullLocator())
         else:
             panel.set_ylim(bottom=0)
-        sizes = sorted({row["side" if by_map else "kernel_size"] for row in mine})
-        panel.set_xticks([size**2 for size in sizes], [f"{size}²" for size in sizes])
+        sizes = sorted({row[size] for row in mine})
+        panel.set_xticks([n**2 for n in sizes], [f"{n}²" for n in sizes])
         panel.xaxis.set_minor_locator(NullLocator())
         panel.set_xlabel("pixels" if by_map else "positions in the window, K²")
         panel.set_ylabel(label)
         panel.grid(color=GRID, lw=0.6, which="both")
         panel.legend(frameon=False, fontsize=8)
     return figure
-
-
-def _median(value: Any) -> float:
-    return value["median"] if isinstance(value, dict) else value
 
 
 def _draw_models(rows: list[dict[str, Any]]) -> Figure:
@@ -118,8 +108,7 @@ def _draw_models(rows: list[dict[str, Any]]) -> Figure:
         for i, row in enumerate(rows):
             found, (color, hatch, *_) = row[f"{what}_images_per_sec"], STYLES[i % len(STYLES)]
             error = [[found["median"] - found["min"]], [found["max"] - found["median"]]]
-            axis.barh(i, found["median"], 0.7, color=color, hatch=hatch, edgecolor="black", lw=0.6)
-            axis.errorbar(found["median"], i, xerr=error, color="black", lw=1, capsize=2)
+            axis.barh(i, found["median"], 0.7, xerr=error, color=color, hatch=hatch, **BAR)
             text = f"{found['median']:.{max(0, 2 - int(math.log10(max(found['median'], 1))))}f}"
             axis.annotate(text, (found["max"], i), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
         axis.margins(x=0.18)

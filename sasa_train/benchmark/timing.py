@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -21,6 +21,7 @@ MAX_CALLS = 1000
 NUM_WARM_UPS = 2
 
 Run = Callable[[], object]
+Key = TypeVar("Key")
 
 
 def progress_bar(total: int, description: str) -> tqdm:
@@ -29,8 +30,8 @@ def progress_bar(total: int, description: str) -> tqdm:
 
 
 def time_in_turn(
-    contenders: Mapping[str, Run], repeats: int, device: torch.device, bar: tqdm, num_warm_ups: int = NUM_WARM_UPS
-) -> dict[str, list[float]]:
+    contenders: Mapping[Key, Run], repeats: int, device: torch.device, bar: tqdm, num_warm_ups: int = NUM_WARM_UPS
+) -> dict[Key, list[float]]:
     """Seconds of a call of each contender, one for each repetition.
 
     Every repetition times all of them, in alternating order and after a warm-up, so that what happens to the machine
@@ -40,7 +41,7 @@ def time_in_turn(
         for run in contenders.values():
             run()
     num_calls = {name: _num_calls(run, device) for name, run in contenders.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds: dict[Key, list[float]] = {name: [] for name in contenders}
     for repetition in range(repeats):
         for name in list(contenders)[:: -1 if repetition % 2 else 1]:
             seconds[name].append(time_calls(contenders[name], num_calls[name], device))

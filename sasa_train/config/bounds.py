@@ -1,5 +1,6 @@
 """A key of the config: its default, its meaning, and the bounds that its values keep."""
 
+import itertools
 import json
 import math
 import re
@@ -72,14 +73,11 @@ def written_default(key: Field) -> str:
 
 def print_keys(keys: dict[str, Field], column: int) -> None:
     """Print each key with default, meaning and bounds, from `column` on; a blank line before each group."""
-    previous = None
-    for name, key in keys.items():
-        group = name.rpartition(".")[0]
-        if group != previous:
-            print()
-        previous = group
-        bounds = key.metadata["bounds"]
-        print_entry(f"{name}={written_default(key)}", key.metadata["help"] + (f" [{bounds}]" if bounds else ""), column)
+    for _, group in itertools.groupby(keys.items(), lambda item: item[0].rpartition(".")[0]):
+        print()
+        for name, key in group:
+            bounds = f" [{key.metadata['bounds']}]" if key.metadata["bounds"] else ""
+            print_entry(f"{name}={written_default(key)}", key.metadata["help"] + bounds, column)
 
 
 def print_entry(name: str, text: str, column: int) -> None:

@@ -35,7 +35,6 @@ def differing_keys(old: TrainConfig, new: TrainConfig, same_world_size: bool = T
     How the global batch is cut into micro-batches follows from the number of processes, so where that differs, it may.
     """
     before, after = trajectory(old), trajectory(new)
-    if new.trainer.micro_batch_size == "auto" or not same_world_size:  # auto goes on with what the run began with
-        for key in ("trainer.micro_batch_size", "trainer.grad_accum_steps"):
-            before.pop(key), after.pop(key)
-    return sorted(key for key in after.keys() | before.keys() if before.get(key) != after.get(key))
+    may_differ = new.trainer.micro_batch_size == "auto" or not same_world_size  # auto goes on with what it began with
+    ignored = ("trainer.micro_batch_size", "trainer.grad_accum_steps") if may_differ else ()
+    return sorted(key for key in before if before[key] != after[key] and key not in ignored)

@@ -35,11 +35,7 @@ def load_config(yaml_text: str, overrides: Sequence[str] = (), source: str = "th
 
 
 def load_config_file(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """`load_config` of a file.
-
-    Raises:
-        ConfigError: as `load_config`, or the file cannot be read as text.
-    """
+    """`load_config` of a file; ConfigError, too, where it cannot be read as text."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

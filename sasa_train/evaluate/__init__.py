@@ -8,14 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sasa_train.commands import described, end_command, run
+from sasa_train.evaluate import sections
 from sasa_train.evaluate.outputs import check_outputs, write_outputs
-from sasa_train.evaluate.sections import (
-    lines_of_calibration,
-    lines_of_classes,
-    lines_of_comparison,
-    lines_of_mirrored,
-    lines_of_real,
-)
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import printable
 
@@ -45,26 +39,13 @@ def run_command(arguments: list[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = described(
-        argparse.ArgumentParser,
-        prog="sasa-evaluate",
-        description=__doc__,
-        epilog=EPILOG,
-    )
-    parser.add_argument(
-        "source",
-        type=Path,
-        metavar="RUN_OR_CHECKPOINT",
-        help="a run folder (its best.pt, or last.pt where there is no best) or a checkpoint file",
-    )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="knobs over the checkpoint's config, as in data.root=/elsewhere; weights=raw for the model's own weights, "
-        "where the run kept an exponential moving average (the default then)",
-    )
+    parser = described(argparse.ArgumentParser, prog="sasa-evaluate", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
+    add("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run folder (its best.pt, or last.pt where there is "
+        "no best) or a checkpoint file")  # fmt: skip
+    add("overrides", nargs="*", metavar="key=value", help="keys over the checkpoint's config, as in "
+        "data.root=/elsewhere; weights=raw for the model's own weights, where the run kept an exponential moving "
+        "average (the default then)")  # fmt: skip
     add("--calibration", action="store_true", help="calibration error, Brier score, the temperature that would be best")
     add("--bins", type=int, metavar="N", help="of confidence, for --calibration (implied); left out: 15")
     add("--plot", type=Path, metavar="FILE", help="reliability diagram, .png, .svg or .pdf (implies --calibration)")
@@ -85,6 +66,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
         OSError: a file that cannot be written after all.
     """
     check_outputs(options)
+    options.calibration |= options.plot is not None or options.bins is not None
     from sasa_train.evaluate.val_pass import open_val
     from sasa_train.trained import load_trained
 
@@ -95,7 +77,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
     real_sets = load_real_sets(options.real, val) if options.real else None
 
     answers: Answers | None = None
-    if is_per_image(options):
+    if any((options.calibration, options.tta, options.real, options.compare, options.predictions)):
         result, answers = val.evaluate_keeping_answers(with_mirrored=options.tta == "hflip")
     else:
         result = val.evaluate()
@@ -105,16 +87,6 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
         figures |= evaluate_further(options, val, answers, result, real_sets, other_val)
     for path in write_outputs(options, figures, answers, val.images):
         print(f"wrote {printable(str(path))}")
-
-
-def is_per_image(options: argparse.Namespace) -> bool:
-    """Whether sums over val do not do."""
-    wanted = (options.tta, options.real, options.compare, options.predictions)
-    return wants_calibration(options) or any(wanted)
-
-
-def wants_calibration(options: argparse.Namespace) -> bool:
-    return options.calibration or options.plot is not None or options.bins is not None
 
 
 def load_other(options: argparse.Namespace, trained: "TrainedModel") -> "TrainedModel":
@@ -137,11 +109,9 @@ def open_other(val: "Val", other: "TrainedModel") -> "Val":
 
     opened = open_val(other)
     if changes := differences(val.fingerprint, opened.fingerprint, "val"):
-        raise ConfigError(
-            f"--compare {other.path}: its config names other images:\n"
-            + "\n".join(f"  {line}" for line in changes)
-            + "\na paired test needs the same; data.root=, data.max_val_images=, ... on the command line are for both"
-        )
+        told = "\n  ".join([f"--compare {other.path}: its config names other images:", *changes])
+        remedy = "a paired test needs the same; data.root=, data.max_val_images=, ... on the command line are for both"
+        raise ConfigError(f"{told}\n{remedy}")
     return opened
 
 
@@ -157,9 +127,9 @@ def print_evaluation(val: "Val", result: "Evaluation") -> None:
     trained = val.trained
     kind = "EMA" if trained.weights == "ema" else "raw"
     print(f"{printable(str(trained.path))}: step {trained.checkpoint['step']:,}, {kind} weights\n")
-    for line in val.changes():
+    for line in trained.changes(val.fingerprint):
         print(f"not the images that the run was evaluated on: {line}")
-    print("\n".join(lines_of_classes(val.images.classes, result.class_hits, result.class_images)))
+    print("\n".join(sections.lines_of_classes(val.images.classes, result.class_hits, result.class_images)))
     if lines := val.loader.quarantine.lines():
         print(f"\n{len(lines)} images could not be read and are left out:\n" + "\n".join(lines))
     print(f"\nimages {result.num_images}\nloss   {result.loss!r}\ntop1   {result.top1!r}\ntop5   {result.top5!r}")
@@ -196,20 +166,20 @@ def evaluate_further(
     if options.tta:
         nll, _ = proper_scores(answers.logits, answers.labels)
         figures["tta"] = {"views": ["plain", "hflip"], "loss": nll, "top1": answers.top1, "top5": answers.top5}
-        print_section(lines_of_mirrored(figures["tta"], plain, val.trained.config))
-    if wants_calibration(options):
+        print_section(sections.lines_of_mirrored(figures["tta"], plain, val.trained.config))
+    if options.calibration:
         num_bins = NUM_BINS if options.bins is None else options.bins
         figures["calibration"] = calibrate(answers.logits, answers.labels, answers.predictions, num_bins)
-        print_section(lines_of_calibration(figures["calibration"]))
+        print_section(sections.lines_of_calibration(figures["calibration"]))
     if real_sets is not None:
         from sasa_train.evaluate.imagenet_real import evaluate_real
 
         sets = [real_sets[i] for i in answers.indices]
         figures["real"] = evaluate_real(sets, answers.predictions.tolist(), answers.labels.tolist())
-        print_section(lines_of_real(figures["real"], len(val.images.classes)))
+        print_section(sections.lines_of_real(figures["real"], len(val.images.classes)))
     if other_val is not None:
         figures["compare"] = compare_with(other_val, answers, options)
-        print_section(lines_of_comparison(figures["compare"], val.trained, other_val.trained))
+        print_section(sections.lines_of_comparison(figures["compare"], val.trained, other_val.trained))
     return figures
 
 

@@ -95,14 +95,10 @@ def _read(source: str) -> list[list[int]]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--real {source}: cannot be read ({error}); give real.json, or timm for its copy") from error
-    is_list = isinstance(found, list) and len(found) == NUM_IMAGES
-    if not is_list or not all(isinstance(item, list) and all(map(_is_class, item)) for item in found):
+    is_list = isinstance(found, list) and len(found) == NUM_IMAGES and all(isinstance(item, list) for item in found)
+    if not is_list or not all(type(n) is int and 0 <= n < NUM_CLASSES for item in found for n in item):
         raise ConfigError(
             f"--real {source}: must be a list of {NUM_IMAGES:,} lists of numbers from 0 to {NUM_CLASSES - 1}, as "
             "real.json of github.com/google-research/reassessed-imagenet is"
         )
     return found
-
-
-def _is_class(value: object) -> bool:
-    return type(value) is int and 0 <= value < NUM_CLASSES

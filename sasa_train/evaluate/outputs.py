@@ -58,7 +58,12 @@ def write_outputs(
     if options.json:
         contents.append((options.json, json.dumps(figures, indent=1, default=dataclasses.asdict).encode() + b"\n"))
     if options.plot:
-        contents.append((options.plot, draw(figures, options.plot.suffix.lower()[1:])))
+        from sasa_train.evaluate.reliability_diagram import draw_reliability
+        from sasa_train.figures import rendered
+
+        views = ", averaged with the mirror image" if "tta" in figures else ""
+        figure = draw_reliability(figures["calibration"].bins, f"val, {figures['num_images']:,} images{views}")
+        contents.append((options.plot, rendered(figure, options.plot.suffix.lower()[1:])))
     for path, content in contents:
         try:
             write_atomic(path, content)
@@ -83,12 +88,3 @@ def prediction_rows(answers: "Answers", images: "ImageSet") -> Iterator[dict[str
             "probability": probabilities[i],
             "label_probability": of_labels[i],
         }
-
-
-def draw(figures: dict[str, Any], kind: str) -> bytes:
-    from sasa_train.evaluate.reliability_diagram import draw_reliability
-    from sasa_train.figures import rendered
-
-    views = ", averaged with the mirror image" if "tta" in figures else ""
-    figure = draw_reliability(figures["calibration"].bins, f"val, {figures['num_images']:,} images{views}")
-    return rendered(figure, kind)

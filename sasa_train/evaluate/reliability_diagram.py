@@ -1,6 +1,7 @@
 """The reliability diagram: accuracy over confidence, and how many images there are of each."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -10,6 +11,7 @@ from sasa_train.evaluate.calibration import Bin, expected_error
 from sasa_train.figures import GRID, STYLES
 
 ACCURACY, GAP = STYLES[1], STYLES[2]
+OUTLINE: dict[str, Any] = {"edgecolor": "black", "lw": 0.6}
 SIDE, COUNTS_SHARE = 5.6, 3.0  # inches; the diagram is so many times as high as the counts below it
 
 
@@ -32,12 +34,10 @@ def _draw_accuracy(axis: Axes, bins: Sequence[Bin]) -> None:
     places, width = [(each.low + each.high) / 2 for each in filled], 100 / len(bins)
     accuracies, gaps = [each.top1 or 0.0 for each in filled], [each.gap for each in filled]
     color, hatch, *_ = ACCURACY
-    axis.bar(places, accuracies, width, color=color, hatch=hatch, edgecolor="black", lw=0.6, label="accuracy")
+    axis.bar(places, accuracies, width, color=color, hatch=hatch, label="accuracy", **OUTLINE)
     color, hatch, *_ = GAP
     label = "gap to the mean confidence"
-    axis.bar(
-        places, gaps, 0.7 * width, bottom=accuracies, color=color, hatch=hatch, edgecolor="black", lw=0.6, label=label
-    )
+    axis.bar(places, gaps, 0.7 * width, bottom=accuracies, color=color, hatch=hatch, label=label, **OUTLINE)
     outline = [Stroke(linewidth=3.5, foreground="white"), Normal()]  # else the line is lost on dark bars
     axis.plot([0, 100], [0, 100], color="black", lw=1.3, label="as confident as accurate", path_effects=outline)
     axis.set_xlim(0, 100)
@@ -49,11 +49,9 @@ def _draw_accuracy(axis: Axes, bins: Sequence[Bin]) -> None:
 def _draw_counts(axis: Axes, bins: Sequence[Bin]) -> None:
     places, width = [(each.low + each.high) / 2 for each in bins], 100 / len(bins)
     counts = [each.num_images for each in bins]
-    axis.bar(places, counts, width, color=STYLES[0][0], edgecolor="black", lw=0.6)
-    for place, count in zip(places, counts, strict=True):
-        if count and len(bins) <= 20:
-            axis.annotate(f"{count:,}", (place, count), xytext=(0, 2), textcoords="offset points", ha="center",
-                          fontsize=6)  # fmt: skip
+    bars = axis.bar(places, counts, width, color=STYLES[0][0], **OUTLINE)
+    if len(bins) <= 20:
+        axis.bar_label(bars, [f"{count:,}" if count else "" for count in counts], fontsize=6)
     axis.margins(y=0.2)
     axis.set_ylabel("images")
     axis.set_xlabel("confidence of the prediction, percent")

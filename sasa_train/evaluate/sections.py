@@ -7,7 +7,7 @@ from sasa_train.config.keys import TrainConfig
 from sasa_train.terminal import printable
 
 if TYPE_CHECKING:
-    from sasa_train.evaluate.calibration import Bin, Calibration
+    from sasa_train.evaluate.calibration import Calibration
     from sasa_train.evaluate.imagenet_real import RealResult
     from sasa_train.evaluate.significance import Comparison
     from sasa_train.trained import TrainedModel
@@ -26,20 +26,21 @@ def lines_of_classes(classes: list[str], hits: list[int], images: list[int]) -> 
 
 def lines_of_mirrored(mirrored: dict[str, Any], plain: "Evaluation", config: TrainConfig) -> list[str]:
     lines = ["with the mirror image, probabilities averaged over both views; in brackets the change from above"]
-    lines += [f"{key:<6} {mirrored[key]!r} ({mirrored[key] - getattr(plain, key):+.4f})" for key in ("loss", "top1")]
-    lines.append(f"top5   {mirrored['top5']!r} ({mirrored['top5'] - plain.top5:+.4f})")
+    for key in ("loss", "top1", "top5"):
+        lines.append(f"{key:<6} {mirrored[key]!r} ({mirrored[key] - getattr(plain, key):+.4f})")
     if not flips_images(config.data, config.augment):
         lines.append("the training never mirrored an image (augment.hflip): the second view is new to this model")
     return lines
 
 
 def lines_of_calibration(found: "Calibration") -> list[str]:
-    over = found.confidence - found.top1
+    over, worst = found.confidence - found.top1, max(found.bins, key=lambda each: abs(each.gap))
+    images = "1 image" if worst.num_images == 1 else f"{worst.num_images:,} images"
     verdict = f"{'over' if over > 0 else 'under'}confident by {abs(over):.2f} points"
     lines = [
         f"calibration, {len(found.bins)} bins of equal width",
         f"ECE         {found.ece:.2f} %",
-        f"MCE         {found.mce:.2f} % {_worst(found.bins)}",
+        f"MCE         {found.mce:.2f} % in the bin from {worst.low:.1f} to {worst.high:.1f} %, with {images}",
         f"confidence  {found.confidence:.2f} % on average at top1 {found.top1:.2f} %: {verdict}",
         f"NLL         {found.nll:.4f}",
         f"Brier       {found.brier:.4f} (0 to 2)",
@@ -48,12 +49,6 @@ def lines_of_calibration(found: "Calibration") -> list[str]:
         return [*lines, "temperature none is best: the NLL falls as far as the logits are stretched, or shrunk"]
     text = f"{best.value:.3f} would be best: NLL {best.nll:.4f}, ECE {best.ece:.2f} %; fitted on these very images"
     return [*lines, f"temperature {text}"]
-
-
-def _worst(bins: "list[Bin]") -> str:
-    worst = max(bins, key=lambda each: abs(each.gap))
-    images = "1 image" if worst.num_images == 1 else f"{worst.num_images:,} images"
-    return f"in the bin from {worst.low:.1f} to {worst.high:.1f} %, with {images}"
 
 
 def lines_of_real(found: "RealResult", num_classes: int) -> list[str]:

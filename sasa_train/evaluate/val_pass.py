@@ -62,10 +62,6 @@ class Val:
     def fingerprint(self) -> dict[str, Any]:
         return fingerprint(self.images)
 
-    def changes(self) -> list[str]:
-        """How the images differ from those that the training was evaluated on."""
-        return self.trained.changes(self.fingerprint)
-
     def evaluate(self, answering: "Answering | None" = None) -> Evaluation:
         """The training log's figures, to the last digit; `answering` keeps on the way what the model says."""
         model, num_classes = answering or self.trained.model, len(self.images.classes)

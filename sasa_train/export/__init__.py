@@ -38,13 +38,8 @@ def run_command(arguments: list[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = described(
-        argparse.ArgumentParser,
-        prog="sasa-export",
-        usage="sasa-export CHECKPOINT [--formats FORMAT ...] [--out DIR] [--images FOLDER] [key=value ...]",
-        description=__doc__,
-        epilog=EPILOG,
-    )
+    usage = "sasa-export CHECKPOINT [--formats FORMAT ...] [--out DIR] [--images FOLDER] [key=value ...]"
+    parser = described(argparse.ArgumentParser, prog="sasa-export", usage=usage, description=__doc__, epilog=EPILOG)
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a run folder or a checkpoint file")
     parser.add_argument("misspelt", nargs="*", help=argparse.SUPPRESS)  # refused as a key, with the nearest right one
     parser.add_argument("--formats", nargs="+", choices=FORMAT_NAMES, metavar="FORMAT", help=", ".join(FORMAT_NAMES))
@@ -73,10 +68,12 @@ def export(options: argparse.Namespace) -> int:
     folder = options.out or output_folder(trained.path)
     source, exit_code = Source(trained), 0
     with locked(folder, f"--out {folder}"):
-        check_writable(folder)
+        if not os.access(folder, os.W_OK):
+            raise ConfigError(f"--out {folder}: cannot be written; give another folder")
         sweep(folder)
         expected = measure(trained.model, images)
-        check_finite(trained, expected)
+        if not all(logits.isfinite().all() for logits in expected.logits):
+            raise ConfigError(f"{trained.path}: its logits are not finite; there is nothing to compare an export with")
         print_head(trained, of_what, expected)
         for name in names:
             try:
@@ -112,27 +109,15 @@ def row(name: str, size: float, speeds: list[float], rest: str) -> str:
 def available_formats(asked: list[str] | None) -> list[str]:
     """Those asked for, or all whose packages are there."""
     reason = why_not("onnx", "export")
-    if reason is None:
-        return asked or list(FORMAT_NAMES)
-    if asked and "onnx" in asked:
+    if reason and "onnx" in (asked or ()):
         raise ConfigError(reason)
-    if not asked:
-        print(f"left out: {reason}", file=sys.stderr)
-    return asked or [name for name in FORMAT_NAMES if name != "onnx"]
+    if asked or not reason:
+        return asked or list(FORMAT_NAMES)
+    print(f"left out: {reason}", file=sys.stderr)
+    return [name for name in FORMAT_NAMES if name != "onnx"]
 
 
 def output_folder(checkpoint: Path) -> Path:
     """export/ in the run's folder, or beside a checkpoint that lies elsewhere."""
     folder = checkpoint.parent
     return (folder.parent if folder.name == "checkpoints" else folder) / "export"
-
-
-def check_writable(folder: Path) -> None:
-    """Before the work."""
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"--out {folder}: cannot be written; give another folder")
-
-
-def check_finite(trained: "TrainedModel", expected: "Measured") -> None:
-    if not all(bool(logits.isfinite().all()) for logits in expected.logits):
-        raise ConfigError(f"{trained.path}: its logits are not finite; there is nothing to compare an export with")

@@ -8,8 +8,8 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,8 +69,7 @@ def onnx_program(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgra
     return made
 
 
-@dataclass(frozen=True)
-class Format:
+class Format(NamedTuple):
     """`target` is the file's or folder's name; `tolerance` how far logits may be from PyTorch's, 0 being not a bit."""
 
     target: str
@@ -143,11 +142,7 @@ def load_onnx(path: Path) -> Run:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()  # a fair race
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-    def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
-
-    return run
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
 @contextlib.contextmanager

@@ -28,21 +28,15 @@ def sweep(folder: Path) -> None:
 
 
 def make(how: Format, source: Source, folder: Path, images: Tensor, expected: Measured) -> Measured:
-    """Make `folder`/`how.target`; what was there before stays until the new one is found right.
-
-    Raises:
-        ExportError: see there.
-    """
+    """Make `folder`/`how.target` or raise ExportError; what was there stays until the new one is found right."""
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=ASIDE) as aside:
             path = Path(aside) / how.target
             found = _make_aside(how, source, path, images)
             difference = found.difference(expected)
             if not difference <= how.tolerance:  # NaN is no success
-                raise ExportError(
-                    f"its logits differ from PyTorch's by {difference:.1e} of the largest, where {how.tolerance:.0e} "
-                    "is allowed; it is not written"
-                )
+                by = f"{difference:.1e} of the largest, where {how.tolerance:.0e} is allowed"
+                raise ExportError(f"its logits differ from PyTorch's by {by}; it is not written")
             _put(path, folder / how.target)
     except OSError as error:
         reason = error.strerror or error

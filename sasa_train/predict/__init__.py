@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from tqdm import tqdm
 
-from sasa_train.commands import described, positive, run
+from sasa_train.commands import described, end_command, positive, run
 from sasa_train.files import sync_folder, write_aside
 from sasa_train.predict.find_images import LISTED, NUL, SEPARATOR, Found, find_images
 from sasa_train.predict.table import FORMATS, Row
 from sasa_train.refusal import ConfigError, ExpectedFailure
-from sasa_train.terminal import DONE, FAILED, fail, printable, warn
+from sasa_train.terminal import DONE, FAILED, printable, warn
 
 if TYPE_CHECKING:
     from sasa_train.predict.inference import Predictor
@@ -47,16 +47,12 @@ Exit codes: 0 every image was predicted; 1 one could not be, or failed; 2 refuse
 def main() -> None:
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `sasa-predict ... | head` ends in peace
-    sys.exit(run_command(sys.argv[1:]))
+    end_command(run_command)
 
 
 def run_command(arguments: list[str]) -> int:
     """Run with command-line arguments; returns the exit code."""
-    try:
-        return run(build_parser(), arguments, predict_or_advise)
-    except KeyboardInterrupt:
-        fail(RuntimeError("stopped"))
-        return FAILED
+    return run(build_parser(), arguments, predict_or_advise)
 
 
 def predict_or_advise(options: argparse.Namespace) -> int:
@@ -72,13 +68,7 @@ def predict_or_advise(options: argparse.Namespace) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = described(
-        argparse.ArgumentParser,
-        prog="sasa-predict",
-        usage=USAGE,
-        description=__doc__,
-        epilog=EPILOG,
-    )
+    parser = described(argparse.ArgumentParser, prog="sasa-predict", usage=USAGE, description=__doc__, epilog=EPILOG)
     parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=Path, help="a run folder or a checkpoint file")
     parser.add_argument("words", metavar="PATH", nargs="+", help="images, as described below")
     parser.add_argument("--top-k", metavar="K", type=positive, default=5, help="classes an image, the best first (5)")
@@ -104,12 +94,14 @@ def predict_command(options: argparse.Namespace) -> int:
     words, overrides = split_overrides(options.words)
     if not words:
         raise ConfigError("no PATH is given; give files, folders, patterns, or - for a list on stdin")
-    check_output(options.output)
+    out = options.output
+    if out is not None and out.exists() and not out.is_file():  # a device must not be replaced, nor a folder be met
+        raise ConfigError(f"--output {printable(str(out))}: is there and no file; give a file, or leave it out")
     predictor, tally = Predictor(load_trained(options.checkpoint, overrides), options.top_k), Tally()
-    if options.output is None:
+    if out is None:
         write_rows(show, predictor, words, options, tally)
     else:
-        write_whole(options.output, lambda file: write_rows(file.write, predictor, words, options, tally))
+        write_whole(out, lambda file: write_rows(file.write, predictor, words, options, tally))
     print(tally.summary(), file=sys.stderr)
     return FAILED if tally.bad else DONE
 
@@ -127,12 +119,6 @@ class Tally:
         return f"{self.good:,} {'image' if self.good == 1 else 'images'} predicted{bad}"
 
 
-def check_output(path: Path | None) -> None:
-    """Before the work: a device must not be replaced by a file, nor a folder be met at the end."""
-    if path is not None and path.exists() and not path.is_file():
-        raise ConfigError(f"--output {printable(str(path))}: is there and no file; give a file, or leave it out")
-
-
 def write_rows(
     write: Callable[[bytes], object],
     predictor: "Predictor",
@@ -140,11 +126,7 @@ def write_rows(
     options: argparse.Namespace,
     tally: Tally,
 ) -> None:
-    """Find, predict, write, a batch at a time.
-
-    Raises:
-        ConfigError: there was no image; or stdin holds no list.
-    """
+    """Find, predict, write, a batch at a time; ConfigError where there was no image, or stdin holds no list."""
     find = partial(find_images, words, NUL if options.null else SEPARATOR)
     with progress_bar(find, words) as bar:
         rows = predictor.rows(counted(find(), tally), options.batch_size)
@@ -170,12 +152,11 @@ def counted(found: Iterator[Found], tally: Tally) -> Iterator[Found]:
 def reported(batches: Iterator[list[Row]], tally: Tally, bar: tqdm) -> Iterator[list[Row]]:
     """Name what could not be predicted, and count."""
     for rows in batches:
-        for row in rows:
-            if row.error:
-                warn(f"{printable(row.path)}: {printable(row.error)}")
-        bad = sum(1 for row in rows if row.error)
-        tally.bad += bad
-        tally.good += len(rows) - bad
+        bad = [row for row in rows if row.error]
+        for row in bad:
+            warn(f"{printable(row.path)}: {printable(row.error)}")
+        tally.bad += len(bad)
+        tally.good += len(rows) - len(bad)
         bar.update(len(rows))
         yield rows
 
@@ -193,12 +174,7 @@ def progress_bar(find: Callable[[], Iterator[Found]], words: list[str]) -> tqdm:
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """`write` a file that appears under its name when it is complete.
-
-    Raises:
-        ConfigError: it cannot be made there.
-        OSError: it cannot be filled.
-    """
+    """`write` a file that appears under its name when it is complete; ConfigError where none can be made there."""
     try:
         temporary = write_aside(path, write)
     except (FileNotFoundError, NotADirectoryError, PermissionError) as error:

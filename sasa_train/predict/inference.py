@@ -1,6 +1,7 @@
 """A trained model on its device, from files to their best classes: images as val sees them, a batch at a time."""
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -45,13 +46,13 @@ class Predictor:
         rows = []
         for one in batch:
             answer = None if one.fault else best.get(next(places))
-            rows.append(self._row(one.path, answer) if answer else Row(one.path, error=one.fault or reasons[one.path]))
+            if not answer:
+                rows.append(Row(one.path, error=one.fault or reasons[one.path]))
+            elif any(math.isnan(share) for _, share in answer):
+                rows.append(Row(one.path, error=f"the model's output is not finite in {self.precision}"))
+            else:
+                rows.append(Row(one.path, answer))
         return rows
-
-    def _row(self, path: str, best: list[tuple[str, float]]) -> Row:
-        if any(share != share for _, share in best):
-            return Row(path, error=f"the model's output is not finite in {self.precision}")
-        return Row(path, best)
 
     @torch.inference_mode()
     def best(self, pixels: Tensor) -> list[list[tuple[str, float]]]:

@@ -58,16 +58,10 @@ def leave(code: int, may_wait: bool) -> None:
 
 
 def use_own_device() -> None:
-    """Make this process's CUDA device the current one.
-
-    Raises:
-        ConfigError: the machine has fewer devices than processes.
-    """
-    if local_rank() >= torch.cuda.device_count():
-        raise ConfigError(
-            f"LOCAL_RANK={local_rank()}, but torch sees {torch.cuda.device_count()} CUDA devices; use torchrun "
-            f"--nproc-per-node={torch.cuda.device_count()}, or trainer.device=cpu"
-        )
+    """Make this process's CUDA device the current one; ConfigError where there are fewer than processes."""
+    if local_rank() >= (count := torch.cuda.device_count()):
+        remedy = f"use torchrun --nproc-per-node={count}, or trainer.device=cpu"
+        raise ConfigError(f"LOCAL_RANK={local_rank()}, but torch sees {count} CUDA devices; {remedy}")
     torch.cuda.set_device(local_rank())
 
 

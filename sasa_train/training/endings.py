@@ -4,6 +4,7 @@ import errno
 import sys
 
 from sasa_train.config.keys import TrainConfig
+from sasa_train.machine import is_out_of_memory
 from sasa_train.processes.ranks import rank, world_size
 from sasa_train.refusal import CheckpointError, ConfigError, ExpectedFailure
 from sasa_train.signals import Interrupted, StopRequest
@@ -25,7 +26,6 @@ def train_safely(config: TrainConfig, stop: StopRequest | None = None) -> int:
 
 
 def _train(config: TrainConfig, stop: StopRequest) -> int:
-    from sasa_train.machine import is_out_of_memory
     from sasa_train.processes.collectives import lost_partner
     from sasa_train.training.run import train
 

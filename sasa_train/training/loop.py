@@ -207,16 +207,9 @@ class Loop:
             self.stop_is_agreed()  # so that the first process can say why
             self.save(is_best=False, must_succeed=True)
             return False
-        row = {
-            "split": "val",
-            "step": state.step,
-            "epoch": self.epoch_number(),
-            "loss": result.loss,
-            "top1": result.top1,
-            "top5": result.top5,
-            **({"top1_raw": raw.top1} if raw else {}),
-            "seconds": seconds,
-        }
+        row: dict[str, Any] = {"split": "val", "step": state.step, "epoch": self.epoch_number()}
+        row |= {"loss": result.loss, "top1": result.top1, "top5": result.top5}
+        row |= ({"top1_raw": raw.top1} if raw else {}) | {"seconds": seconds}
         if self.num_left_out:
             row |= {"num_images": result.num_images, "unreadable": self.num_left_out}
         best_before, is_best = state.best, state.best is None or result.top1 > state.best["top1"]
@@ -309,11 +302,7 @@ class Loop:
         return True
 
     def share_unreadable(self) -> None:
-        """Let all processes know, and the first one name, what any of them could not read.
-
-        Raises:
-            ConfigError: on all, where it is more than `data.max_unreadable` allows.
-        """
+        """Let all processes know what any could not read; ConfigError where `data.max_unreadable` allows less."""
         if self.plan.world_size == 1:
             return
         for loader in (self.loaders.train, self.loaders.val):

@@ -6,13 +6,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
-from sasa_train.config.derived import (
-    expected_num_classes,
-    micro_batch_size,
-    resolved_image_size,
-    with_micro_batch_size,
-)
+from sasa_train.config.derived import expected_num_classes, micro_batch_size, resolved_image_size, with_micro_batch_size
 from sasa_train.config.keys import TrainConfig
 from sasa_train.config.saved import load_config, load_config_file
 from sasa_train.device import RunPlan
@@ -69,11 +65,8 @@ def largest_output(model: nn.Module, images: torch.Tensor) -> int:
         if isinstance(output, torch.Tensor):
             largest = max(largest, output.numel())
 
-    handles = [module.register_forward_hook(note) for module in model.modules()]
-    with torch.no_grad():
+    with torch.no_grad(), register_module_forward_hook(note):
         model.train()(images)
-    for handle in handles:
-        handle.remove()
     return largest
 
 
@@ -97,10 +90,9 @@ def settle_auto(plan: RunPlan, run: RunFolder) -> TrainConfig:
 
 
 def _saved_size(run: RunFolder, world_size: int) -> int | None:
-    config_file = run.path / "config.yaml"
     if run.checkpoint is not None:
         saved = load_config(run.checkpoint["config"]).trainer
-    elif config_file.exists():
+    elif (config_file := run.path / "config.yaml").exists():
         saved = load_config_file(config_file).trainer
     else:
         return None

@@ -1,12 +1,12 @@
 """Where a number that is not finite came from: the first module of a forward pass, and its images."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from sasa_train.refusal import ExpectedFailure
 
@@ -27,23 +27,19 @@ class LossWatch:
     """Whether a loss is finite, without making a CUDA device wait: looked at once the backward pass is queued."""
 
     def __init__(self, device: torch.device):
-        self._on_host, self._is_there = None, None
-        if device.type == "cuda":
-            self._on_host = torch.empty((), pin_memory=True)
-            self._is_there = torch.cuda.Event()
+        self._is_there = torch.cuda.Event() if device.type == "cuda" else None
+        self._on_host = torch.empty((), pin_memory=self._is_there is not None)
 
     def begin(self, loss: Tensor) -> None:
         """Ask for `loss`, a scalar."""
         if self._is_there is None:
             self._on_host = loss.detach()
         else:
-            assert self._on_host is not None
             self._on_host.copy_(loss.detach(), non_blocking=True)
             self._is_there.record()
 
     def is_finite(self) -> bool:
         """Of the loss that was asked for last."""
-        assert self._on_host is not None
         if self._is_there is not None:
             self._is_there.synchronize()
         return bool(self._on_host.isfinite())
@@ -62,9 +58,15 @@ def find_origin(model: nn.Module, images: Tensor, autocast: contextlib.AbstractC
     """
     if wrong := not_finite(model.named_parameters()):  # the statistics have already seen the images
         return f"the weights were not finite before the step, {wrong[0]} first of {len(wrong)}", []
-    model.train()
-    with _watched(model) as found, autocast:
-        model(images)
+    names = {module: name or "the model" for name, module in model.named_modules()}
+    found: list[tuple[str, Tensor]] = []  # in the order in which they ended
+
+    def look(module: nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and not output.isfinite().all():
+            found.append((names.get(module, type(module).__name__), output))
+
+    with register_module_forward_hook(look), autocast:
+        model.train()(images)
     if not found:
         return "every module's output was finite when this was looked at; the loss alone was not", []
     name, output = found[0]
@@ -72,22 +74,3 @@ def find_origin(model: nn.Module, images: Tensor, autocast: contextlib.AbstractC
     if output.ndim > 1 and len(output) == len(images):
         rows = (~output.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
     return f"the first output that was not finite is that of module {name}", rows
-
-
-@contextmanager
-def _watched(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
-    """The (name, output) of the modules whose output is not finite, in the order in which they ended."""
-    found: list[tuple[str, Tensor]] = []
-    hooks = []
-    for name, module in model.named_modules():
-
-        def look(_module: nn.Module, _inputs: Any, output: Any, name: str = name) -> None:
-            if isinstance(output, Tensor) and not output.isfinite().all():
-                found.append((name or "the model", output))
-
-        hooks.append(module.register_forward_hook(look))
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -1,6 +1,5 @@
 """Optimizer and schedule from timm's factories; the learning rate is a pure function of the step."""
 
-import dataclasses
 import inspect
 from difflib import get_close_matches
 from typing import Any
@@ -42,9 +41,9 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimi
     names = [str(name) for name in list_optimizers()]
     if base not in names:
         close = get_close_matches(base, names, n=1)
-        hint = f"did you mean {close[0]}? It " if close else "it "
+        hint = f"did you mean {close[0]}? It" if close else "it"
         raise ConfigError(
-            f"optimizer.name={optimizer.name}: {hint}must be one of {', '.join(names)}; or lookahead_ and one"
+            f"optimizer.name={optimizer.name}: {hint} must be one of {', '.join(names)}; or lookahead_ and one"
         )
     try:
         arguments = _arguments(optimizer, base)
@@ -64,11 +63,7 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimi
 
 
 def try_optimizer(config: TrainConfig, device: torch.device) -> None:
-    """Take one step with a tiny model: what an optimizer cannot work with often shows there alone.
-
-    Raises:
-        ConfigError: as `build_optimizer`, or the step fails.
-    """
+    """Take one step with a tiny model, or raise ConfigError: what an optimizer cannot work with often shows there."""
     tiny = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 5)).to(device)
     optimizer = build_optimizer(config, tiny)
     for parameter in tiny.parameters():
@@ -82,12 +77,8 @@ def try_optimizer(config: TrainConfig, device: torch.device) -> None:
 def _described(group: OptimizerConfig | ScheduleConfig) -> str:
     """What was asked for: the name, and the keys that differ from their defaults."""
     prefix, usual = ("optimizer" if isinstance(group, OptimizerConfig) else "schedule"), type(group)()
-    keys = [
-        f.name
-        for f in dataclasses.fields(group)
-        if f.name == "name" or getattr(group, f.name) != getattr(usual, f.name)
-    ]
-    return " ".join(f"{prefix}.{key}={shorten(getattr(group, key))}" for key in keys)
+    shown = {key: value for key, value in vars(group).items() if key == "name" or value != getattr(usual, key)}
+    return " ".join(f"{prefix}.{key}={shorten(value)}" for key, value in shown.items())
 
 
 def _arguments(config: OptimizerConfig, base: str) -> dict[str, Any]:
@@ -125,11 +116,7 @@ def _check_kind(where: str, value: Any, parameter: inspect.Parameter) -> None:
 
 
 def check_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> None:
-    """`build_schedule`, and the learning rate at some steps from the first to the last.
-
-    Raises:
-        ConfigError: as `build_schedule`, or the learning rate is none.
-    """
+    """Raise ConfigError where there is no schedule, or no learning rate at some step from the first to the last."""
     scheduler = build_schedule(config, optimizer, steps_per_epoch)
     last = total_steps(config, steps_per_epoch) - 1
     for step in sorted({last * part // 16 for part in range(17)}):
@@ -156,14 +143,15 @@ def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_
     parameters = inspect.signature(create_scheduler_v2).parameters
     accepted = parameters.keys() - SET_BY_US
     if unknown := schedule.args.keys() - accepted:
-        raise ConfigError(
-            f"schedule.args={schedule.args}: timm's schedules take no {', '.join(unknown)}; they take "
-            + ", ".join(sorted(accepted))
-        )
+        what = f"timm's schedules take no {', '.join(unknown)}; they take {', '.join(sorted(accepted))}"
+        raise ConfigError(f"schedule.args={schedule.args}: {what}")
     for name, value in schedule.args.items():
         _check_kind(f"schedule.args.{name}={value}", value, parameters[name])
     warmup_steps = min(round(schedule.warmup_epochs * steps_per_epoch), steps - 1)
+    arguments = dict(schedule.args)
     try:
+        if "stable_timescale" in arguments:  # of rsqrt, in epochs as everything else
+            arguments["stable_timescale"] *= steps_per_epoch
         scheduler, _ = create_scheduler_v2(
             optimizer,
             sched=schedule.name,
@@ -180,18 +168,11 @@ def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_
                 for epoch in schedule.decay_milestones
             ],
             decay_rate=schedule.decay_rate,
-            **schedule.args | _timescale(schedule, steps_per_epoch),
+            **arguments,
         )
     except (*LIBRARY_ERRORS, UnboundLocalError) as error:
         raise ConfigError(f"{_described(schedule)}: {error}") from error
     return scheduler
-
-
-def _timescale(schedule: ScheduleConfig, steps_per_epoch: int) -> dict[str, float]:
-    """rsqrt's `stable_timescale`, which is in epochs as everything else, in steps."""
-    if "stable_timescale" not in schedule.args:
-        return {}
-    return {"stable_timescale": schedule.args["stable_timescale"] * steps_per_epoch}
 
 
 def _cycle_steps(schedule: ScheduleConfig, steps: int) -> int:

@@ -118,8 +118,7 @@ def run_to_the_end(loop: Loop) -> bool:
 def plan_buildable(config: TrainConfig) -> RunPlan:
     """Resolve a config, and refuse one whose model, optimizer or schedule cannot be built."""
     device, config = resolve(config)
-    plan = RunPlan(config, device)
-    check_buildable(plan)
+    check_buildable(plan := RunPlan(config, device))
     return plan
 
 
@@ -198,13 +197,9 @@ def open_together(config: TrainConfig, run_name: str) -> RunFolder:
 
 def check_same_images(config: TrainConfig, first: dict[str, Any], here: dict[str, Any]) -> None:
     """Refuse a machine whose images are not those of the first process."""
-    found = [line for split in first for line in differences(first[split], here[split], split)]
-    if found:
-        changes = "\n".join(f"  {line}" for line in found)
-        raise ConfigError(
-            f"data.root={config.data.root}: the images on {platform.node()} are not the first process's:\n"
-            f"{changes}\ngive every machine the same ones"
-        )
+    if found := [line for split in first for line in differences(first[split], here[split], split)]:
+        where = f"data.root={config.data.root}: the images on {platform.node()} are not the first process's:"
+        raise ConfigError("\n  ".join([where, *found]) + "\ngive every machine the same ones")
 
 
 def note_unreadable(path: Path, loaders: Loaders) -> int:

@@ -8,8 +8,8 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from timm.scheduler.scheduler import Scheduler
@@ -33,8 +33,8 @@ class Stepper:
     """
 
     def __init__(self, plan: RunPlan, state: TrainState, schedule: Scheduler):
-        self.plan, self.config, self.state, self.schedule = plan, plan.trainer, state, schedule
-        config = self.config
+        self.plan, self.state, self.schedule = plan, state, schedule
+        self.config = config = plan.trainer
         self.shared = collectives.share_gradients(state.model)
         self.forward = torch.compile(self.shared) if config.compile else self.shared
         self.criterion = build_criterion(config)
@@ -57,7 +57,8 @@ class Stepper:
             seed_step(plan.config.seed, state.step, plan.rank)
         for number in range(plan.grad_accum_steps):
             images, labels = next(batches)
-            with self._gradients_stay_here() if number < plan.grad_accum_steps - 1 else contextlib.nullcontext():
+            is_last = number == plan.grad_accum_steps - 1
+            with contextlib.nullcontext() if is_last or plan.world_size == 1 else self.shared.no_sync():  # type: ignore[operator]
                 with plan.autocast():
                     logits = self.forward(images)
                     loss = self.criterion(logits.float(), labels)
@@ -76,9 +77,6 @@ class Stepper:
         if state.ema:
             state.ema.update(state.model, step=state.step)
         return grad_norm
-
-    def _gradients_stay_here(self) -> contextlib.AbstractContextManager:
-        return self.shared.no_sync() if self.plan.world_size > 1 else contextlib.nullcontext()  # type: ignore[operator]
 
     def _clip(self) -> Tensor:
         self.state.scaler.unscale_(self.state.optimizer)  # a norm of scaled gradients means nothing
@@ -136,8 +134,7 @@ def _without_classifier(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if id(p) not in last]
 
 
-@dataclass
-class StepReport:
+class StepReport(NamedTuple):
     """After a step: the gradient's norm where it was taken, and the seconds it waited for data."""
 
     grad_norm: Tensor | None
@@ -147,25 +144,19 @@ class StepReport:
 def train_one_epoch(stepper: Stepper, batches: Batches, num_steps: int, log_every_steps: int) -> Iterator[StepReport]:
     """Take `num_steps` steps and report after each; what happens between steps is the caller's."""
     stepper.state.model.train()
-    timed = _Timed(batches)
+    waits: list[float] = []
+    timed = _timed(batches, waits)
     for _ in range(num_steps):
-        timed.seconds = 0.0
+        waits.clear()
         is_logged = (stepper.state.step + 1) % log_every_steps == 0
         grad_norm = stepper.train_step(timed, want_grad_norm=is_logged)
-        yield StepReport(grad_norm, timed.seconds)
+        yield StepReport(grad_norm, sum(waits))
 
 
-class _Timed:
-    """An iterator that counts the seconds its caller waits for the next batch."""
-
-    def __init__(self, batches: Batches):
-        self.batches, self.seconds = iter(batches), 0.0
-
-    def __iter__(self) -> "_Timed":
-        return self
-
-    def __next__(self) -> tuple[Tensor, Tensor]:
+def _timed(batches: Batches, waits: list[float]) -> Batches:
+    """The same batches; the seconds that each was waited for go to `waits`."""
+    start = time.perf_counter()
+    for batch in batches:
+        waits.append(time.perf_counter() - start)
+        yield batch
         start = time.perf_counter()
-        batch = next(self.batches)
-        self.seconds += time.perf_counter() - start
-        return batch
