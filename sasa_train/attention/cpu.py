@@ -41,8 +41,6 @@ OPENMP = ((("-fopenmp",), ()), (("-fopenmp",), ("-fopenmp",)), ((), ()))
 COMPILERS = ("g++", "c++", "clang++")
 BUILD_SECONDS = 300
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # others are converted
-
-
 _TENSORS = ("query", "key", "value", "output", "grad_output", "grad_query", "grad_key", "grad_value")
 
 
@@ -167,13 +165,8 @@ def local_attention_backward(
 
 
 def _problem(query: Tensor, border: str, stride: int, statistics: Tensor) -> _Problem:
-    problem = _Problem(*query.shape)
-    problem.stride = stride
-    problem.statistics = statistics.data_ptr()
-    problem.zero_border = border == "zero"
-    problem.dtype = DTYPES[query.dtype]
-    problem.num_threads = torch.get_num_threads()
-    return problem
+    fields = {"zero_border": border == "zero", "dtype": DTYPES[query.dtype], "num_threads": torch.get_num_threads()}
+    return _Problem(*query.shape, **fields, stride=stride, statistics=statistics.data_ptr())
 
 
 def _strided(tensor: Tensor | None) -> _Strided:

@@ -41,7 +41,8 @@ def fingerprint(images: ImageSet) -> dict[str, Any]:
         {"name": name, "num_images": len(of_class), "names": _digest(_names(images, name, of_class)), **content}
         for name, of_class, content in zip(images.classes, members, contents, strict=True)
     ]
-    return {"source": _kind(images), "labels": _digest([images.labels.astype("<i8").tobytes()]), "classes": classes}
+    kind = "memory" if isinstance(images.source, Tensor) else "files" if isinstance(images.source, Files) else "shards"
+    return {"source": kind, "labels": _digest([images.labels.astype("<i8").tobytes()]), "classes": classes}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], split: str) -> list[str]:
@@ -154,12 +155,6 @@ def _names(images: ImageSet, class_name: str, members: np.ndarray) -> Iterable[b
     else:
         names = (NUMBER.sub(r"\1", str(source.names[position])) for position in positions)
     return (name.encode(errors="surrogateescape") + b"\0" for name in names)
-
-
-def _kind(images: ImageSet) -> str:
-    if isinstance(images.source, Tensor):
-        return "memory"
-    return "files" if isinstance(images.source, Files) else "shards"
 
 
 def _digest(parts: Iterable[bytes]) -> str:

@@ -81,7 +81,8 @@ class LocalSelfAttention2d(nn.Module):
         self.position, self.content, self.border, self.backend = position, content, border, backend
         head_dim = out_channels // num_heads
         # One convolution for all projections: query, [key,] value, each `out_channels` wide and dense.
-        self.qkv = PointwiseConv2d(in_channels, (3 if content else 2) * out_channels, math.inf)
+        self._num_projections = 3 if content else 2
+        self.qkv = PointwiseConv2d(in_channels, self._num_projections * out_channels, math.inf)
         shape = (kernel_size, head_dim // 2) if share_rel else (num_heads, kernel_size, head_dim // 2)
         self.rel_height, self.rel_width = _relative_embeddings(shape if position == "relative" else None)
         self.reset_parameters()
@@ -117,10 +118,6 @@ class LocalSelfAttention2d(nn.Module):
         # [B, C', H, W] -> [3 or 2, B, N, H, W, D], a strided view
         heads = qkv.unflatten(1, (-1, self.num_heads, qkv.shape[1] // self._num_projections // self.num_heads))
         return heads.permute(1, 0, 2, 4, 5, 3)
-
-    @property
-    def _num_projections(self) -> int:
-        return 3 if self.content else 2
 
     def _projected_sinusoid(self, x: Tensor) -> Tensor:
         """What the sinusoid adds to the projections, [1, C', H, W]: W_Q and W_K read it, W_V does not.
