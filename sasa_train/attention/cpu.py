@@ -83,13 +83,6 @@ def statistics_shape(query: Tensor) -> tuple[int, int, int, int]:
     return (batch * num_heads + MAX_LANES - 1) // MAX_LANES * MAX_LANES, height, 2, width
 
 
-def empty_statistics(query: Tensor) -> Tensor:
-    """Room for them."""
-    shape = statistics_shape(query)
-    full = query.shape[0] * query.shape[1] == shape[0]  # else some lanes are never written
-    return (query.new_empty if full else query.new_zeros)(shape, dtype=torch.float32)
-
-
 def local_attention_forward(
     query: Tensor,
     key: Tensor | None,
@@ -104,7 +97,7 @@ def local_attention_forward(
 
     With a stride of 2 each 2 x 2 of them is averaged, those at an odd side's end alone: weights first, then values.
 
-    That is the largest score of each window and 1 / sum(exp(score - largest)), as `empty_statistics` and the kernel
+    That is the largest score of each window and 1 / sum(exp(score - largest)), as `statistics_shape` and the kernel
     have it.
     """
     if query.dtype not in DTYPES:
@@ -112,10 +105,10 @@ def local_attention_forward(
         exact, statistics = local_attention_forward(*inputs, kernel_size, border, stride)
         return empty_output(value, stride).copy_(exact), statistics
     output = empty_output(value, stride)
-    statistics = empty_statistics(query)
+    is_full = query.shape[0] * query.shape[1] % MAX_LANES == 0  # else some lanes are never written
+    statistics = (query.new_empty if is_full else query.new_zeros)(statistics_shape(query), dtype=torch.float32)
     problem = _problem(query, border, stride, statistics)
-    problem.query, problem.value, problem.output = _strided(query), _strided(value), _strided(output)
-    problem.key = _strided(key)
+    problem.query, problem.key, problem.value, problem.output = map(_strided, (query, key, value, output))
     tables = _set_rel(problem, rel_height, rel_width)
     run("local_attention", kernel_size, "forward", problem)
     del tables  # alive until here
