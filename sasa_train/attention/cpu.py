@@ -126,35 +126,34 @@ def local_attention_backward(
     kernel_size: int,
     border: str,
     stride: int,
-    grads: tuple[Tensor, Tensor | None, Tensor] | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """The gradients of query, key, value, rel_height and rel_width, strides ordered as theirs; statistics from forward.
+    grads: tuple[Tensor, Tensor | None, Tensor],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Write the gradients of query, key and value to `grads`, and return those of rel_height and rel_width.
 
-    The first three are written to `grads` where that is given.
+    `statistics` are from forward.
     """
-    if grads is None:
-        grads = (torch.empty_like(query), None if key is None else torch.empty_like(key), torch.empty_like(value))
+    grad_query, grad_key, grad_value = grads
     if query.dtype not in DTYPES:
         inputs = (query.float(), None if key is None else key.float(), value.float(), rel_height, rel_width)
-        exact = local_attention_backward(grad_output.float(), statistics, *inputs, kernel_size, border, stride)
-        for grad, x in zip(grads, exact, strict=False):
+        exact = (grad_query.float(), None if grad_key is None else grad_key.float(), grad_value.float())
+        options = (kernel_size, border, stride, exact)
+        grad_rel = local_attention_backward(grad_output.float(), statistics, *inputs, *options)
+        for grad, x in zip(grads, exact, strict=True):
             if grad is not None and x is not None:
                 grad.copy_(x)
-        return *grads, *exact[3:]
-    grad_query, grad_key, grad_value = grads
+        return grad_rel
     problem = _problem(query, border, stride, statistics)
     problem.query, problem.key, problem.value = _strided(query), _strided(key), _strided(value)
     problem.grad_output = _strided(grad_output)
-    problem.grad_query, problem.grad_key, problem.grad_value = map(_strided, (grad_query, grad_key, grad_value))
+    problem.grad_query, problem.grad_key, problem.grad_value = map(_strided, grads)
     tables = _set_rel(problem, rel_height, rel_width)
     grad_tables = [torch.empty_like(table) for table in tables]
     if grad_tables:
         problem.grad_rel_height, problem.grad_rel_width = (grad.data_ptr() for grad in grad_tables)
     run("local_attention", kernel_size, "backward", problem)
     if rel_height is None or rel_width is None:
-        return grad_query, grad_key, grad_value, None, None
-    grad_rel_height, grad_rel_width = map(_like, grad_tables, (rel_height, rel_width))
-    return grad_query, grad_key, grad_value, grad_rel_height, grad_rel_width
+        return None, None
+    return _like(grad_tables[0], rel_height), _like(grad_tables[1], rel_width)
 
 
 def _problem(query: Tensor, border: str, stride: int, statistics: Tensor) -> _Problem:

@@ -17,6 +17,7 @@ from sasa_train.data.transforms import Augment, Normalize
 from sasa_train.data.workers import PlainReader, Reader, Workers, queue_bytes
 
 Batch = tuple[Tensor, Tensor]
+Moved = tuple[MicroBatch, Tensor, Tensor]  # images and labels on the device
 
 
 class StreamingLoader:
@@ -54,7 +55,7 @@ class StreamingLoader:
             if len(labels):
                 yield images, labels
 
-    def _on_device(self, keys: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
+    def _on_device(self, keys: Iterator[MicroBatch]) -> Iterator[Moved]:
         """On CUDA the next batch is copied and normalised on a side stream while this one is computed with."""
         if self.device.type != "cuda":
             yield from map(self._move, self._workers.read(keys))
@@ -69,16 +70,14 @@ class StreamingLoader:
         if ahead is not None:
             yield self._hand_over(*ahead)
 
-    def _hand_over(
-        self, moved: tuple[MicroBatch, Tensor, Tensor], is_there: torch.cuda.Event
-    ) -> tuple[MicroBatch, Tensor, Tensor]:
+    def _hand_over(self, moved: Moved, is_there: torch.cuda.Event) -> Moved:
         current = torch.cuda.current_stream(self.device)
         current.wait_event(is_there)
         for tensor in moved[1:]:
             tensor.record_stream(current)  # else its memory is given away while it is still in use
         return moved
 
-    def _move(self, came: tuple[MicroBatch, Read]) -> tuple[MicroBatch, Tensor, Tensor]:
+    def _move(self, came: tuple[MicroBatch, Read]) -> Moved:
         micro, read = came
         self.quarantine.add(read.unreadable)
         images, labels = (tensor.to(self.device, non_blocking=True) for tensor in (read.pixels, read.labels))
