@@ -41,8 +41,6 @@ OPENMP = ((("-fopenmp",), ()), (("-fopenmp",), ("-fopenmp",)), ((), ()))
 COMPILERS = ("g++", "c++", "clang++")
 BUILD_SECONDS = 300
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # others are converted
-
-
 _TENSORS = ("query", "key", "value", "output", "grad_output", "grad_query", "grad_key", "grad_value")
 
 
@@ -85,13 +83,6 @@ def statistics_shape(query: Tensor) -> tuple[int, int, int, int]:
     return (batch * num_heads + MAX_LANES - 1) // MAX_LANES * MAX_LANES, height, 2, width
 
 
-def empty_statistics(query: Tensor) -> Tensor:
-    """Room for them."""
-    shape = statistics_shape(query)
-    full = query.shape[0] * query.shape[1] == shape[0]  # else some lanes are never written
-    return (query.new_empty if full else query.new_zeros)(shape, dtype=torch.float32)
-
-
 def local_attention_forward(
     query: Tensor,
     key: Tensor | None,
@@ -106,7 +97,7 @@ def local_attention_forward(
 
     With a stride of 2 each 2 x 2 of them is averaged, those at an odd side's end alone: weights first, then values.
 
-    That is the largest score of each window and 1 / sum(exp(score - largest)), as `empty_statistics` and the kernel
+    That is the largest score of each window and 1 / sum(exp(score - largest)), as `statistics_shape` and the kernel
     have it.
     """
     if query.dtype not in DTYPES:
@@ -114,10 +105,10 @@ def local_attention_forward(
         exact, statistics = local_attention_forward(*inputs, kernel_size, border, stride)
         return empty_output(value, stride).copy_(exact), statistics
     output = empty_output(value, stride)
-    statistics = empty_statistics(query)
+    is_full = query.shape[0] * query.shape[1] % MAX_LANES == 0  # else some lanes are never written
+    statistics = (query.new_empty if is_full else query.new_zeros)(statistics_shape(query), dtype=torch.float32)
     problem = _problem(query, border, stride, statistics)
-    problem.query, problem.value, problem.output = _strided(query), _strided(value), _strided(output)
-    problem.key = _strided(key)
+    problem.query, problem.key, problem.value, problem.output = map(_strided, (query, key, value, output))
     tables = _set_rel(problem, rel_height, rel_width)
     run("local_attention", kernel_size, "forward", problem)
     del tables  # alive until here
@@ -135,45 +126,39 @@ def local_attention_backward(
     kernel_size: int,
     border: str,
     stride: int,
-    grads: tuple[Tensor, Tensor | None, Tensor] | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """The gradients of query, key, value, rel_height and rel_width, strides ordered as theirs; statistics from forward.
+    grads: tuple[Tensor, Tensor | None, Tensor],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Write the gradients of query, key and value to `grads`, and return those of rel_height and rel_width.
 
-    The first three are written to `grads` where that is given.
+    `statistics` are from forward.
     """
-    if grads is None:
-        grads = (torch.empty_like(query), None if key is None else torch.empty_like(key), torch.empty_like(value))
+    grad_query, grad_key, grad_value = grads
     if query.dtype not in DTYPES:
         inputs = (query.float(), None if key is None else key.float(), value.float(), rel_height, rel_width)
-        exact = local_attention_backward(grad_output.float(), statistics, *inputs, kernel_size, border, stride)
-        for grad, x in zip(grads, exact, strict=False):
+        exact = (grad_query.float(), None if grad_key is None else grad_key.float(), grad_value.float())
+        options = (kernel_size, border, stride, exact)
+        grad_rel = local_attention_backward(grad_output.float(), statistics, *inputs, *options)
+        for grad, x in zip(grads, exact, strict=True):
             if grad is not None and x is not None:
                 grad.copy_(x)
-        return *grads, *exact[3:]
-    grad_query, grad_key, grad_value = grads
+        return grad_rel
     problem = _problem(query, border, stride, statistics)
     problem.query, problem.key, problem.value = _strided(query), _strided(key), _strided(value)
     problem.grad_output = _strided(grad_output)
-    problem.grad_query, problem.grad_key, problem.grad_value = map(_strided, (grad_query, grad_key, grad_value))
+    problem.grad_query, problem.grad_key, problem.grad_value = map(_strided, grads)
     tables = _set_rel(problem, rel_height, rel_width)
     grad_tables = [torch.empty_like(table) for table in tables]
     if grad_tables:
         problem.grad_rel_height, problem.grad_rel_width = (grad.data_ptr() for grad in grad_tables)
     run("local_attention", kernel_size, "backward", problem)
     if rel_height is None or rel_width is None:
-        return grad_query, grad_key, grad_value, None, None
-    grad_rel_height, grad_rel_width = map(_like, grad_tables, (rel_height, rel_width))
-    return grad_query, grad_key, grad_value, grad_rel_height, grad_rel_width
+        return None, None
+    return _like(grad_tables[0], rel_height), _like(grad_tables[1], rel_width)
 
 
 def _problem(query: Tensor, border: str, stride: int, statistics: Tensor) -> _Problem:
-    problem = _Problem(*query.shape)
-    problem.stride = stride
-    problem.statistics = statistics.data_ptr()
-    problem.zero_border = border == "zero"
-    problem.dtype = DTYPES[query.dtype]
-    problem.num_threads = torch.get_num_threads()
-    return problem
+    fields = {"zero_border": border == "zero", "dtype": DTYPES[query.dtype], "num_threads": torch.get_num_threads()}
+    return _Problem(*query.shape, **fields, stride=stride, statistics=statistics.data_ptr())
 
 
 def _strided(tensor: Tensor | None) -> _Strided:

@@ -177,17 +177,16 @@ def _backward_into(
     if stride == 2 and module is not cpu:
         grad_output = _spread(grad_output, *inputs[0].shape[2:4])
     if module is cpu:
-        *_, grad_height, grad_width = cpu.local_attention_backward(
-            grad_output, statistics, *inputs, kernel_size, border, stride, grads
-        )
+        grad_rel = cpu.local_attention_backward(grad_output, statistics, *inputs, kernel_size, border, stride, grads)
     elif module is reference:
-        *exact, grad_height, grad_width = reference.local_attention_backward(grad_output, *inputs, kernel_size, border)
-        for grad, x in zip(grads, exact, strict=True):
+        exact = reference.local_attention_backward(grad_output, *inputs, kernel_size, border)
+        grad_rel = exact[3:]
+        for grad, x in zip(grads, exact[:3], strict=True):
             if grad is not None and x is not None:
                 grad.copy_(x)
     else:
-        *_, grad_height, grad_width = module.local_attention_backward(grad_output, *inputs, kernel_size, border, grads)
-    pairs = zip(inputs[3:], (grad_height, grad_width), strict=True)
+        grad_rel = module.local_attention_backward(grad_output, *inputs, kernel_size, border, grads)
+    pairs = zip(inputs[3:], grad_rel, strict=True)
     return [torch.empty_like(rel).copy_(grad) for rel, grad in pairs if rel is not None and grad is not None]
 
 

@@ -54,7 +54,6 @@ def define_operator(
         for (each, schema), function in zip(schemas.items(), (forward, backward), strict=True)
     )
     op.register_fake(fake)
-
     backward_op.register_fake(_fake_gradients(num_before, num_tensors, skips_first))
 
     def setup_context(ctx, inputs, output):

@@ -29,7 +29,9 @@ def local_attention_forward(
     tile = math.ceil(width / num_tiles)
     surplus = num_tiles * tile - width  # columns of zeros, cut off again
     q = F.pad(query, (0, 0, 0, surplus)).unflatten(3, (num_tiles, tile))  # [B, N, H, tiles, tile, D]
-    column = _window_column(tile, kernel_size, query.device)
+    # [tile, span]: which column of a query's window each column of the span is; from 0 to K - 1 inside it.
+    span = torch.arange(tile + kernel_size - 1, device=query.device)
+    column = span - torch.arange(tile, device=query.device).view(-1, 1)
     scores = None if key is None else q @ _windows(key, num_tiles, tile, kernel_size).mT
     if rel_height is not None and rel_width is not None:
         relative = _relative(q, rel_height, rel_width, column.clamp(0, kernel_size - 1))
@@ -59,12 +61,6 @@ def _relative(q: Tensor, rel_height: Tensor, rel_width: Tensor, column: Tensor) 
     rows = torch.einsum("bnhtqd,nkd->bnhtqk", q_top, rel_height.expand(num_heads, -1, -1))
     cols = torch.einsum("bnhtqd,nqsd->bnhtqs", q_bottom, rel_width.expand(num_heads, -1, -1)[:, column])
     return (rows.unsqueeze(-1) + cols.unsqueeze(-2)).flatten(-2)
-
-
-def _window_column(tile: int, kernel_size: int, device: torch.device) -> Tensor:
-    """[tile, span]: which column of a query's window each column of the span is; from 0 to K - 1 inside it."""
-    span = tile + kernel_size - 1
-    return torch.arange(span, device=device) - torch.arange(tile, device=device).view(-1, 1)
 
 
 def _inside(index: Tensor, size: int) -> Tensor:

@@ -419,11 +419,8 @@ def local_attention_backward(
     kernel_size: int,
     border: str,
     grads: tuple[Tensor, Tensor | None, Tensor],
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """As the reference's: the gradients of query, key, value, rel_height and rel_width, strides ordered as theirs.
-
-    The first three are written to `grads`.
-    """
+) -> tuple[Tensor | None, Tensor | None]:
+    """Write the gradients of query, key and value to `grads`, and return those of rel_height and rel_width."""
     grad_query, grad_key, grad_value = grads
     batch, num_heads, height, width, head_dim = query.shape
     relative = rel_height is not None
@@ -443,10 +440,9 @@ def local_attention_backward(
     )
     _run(_backward_keys_kernel, kernel_size, border, (*inputs, grad_key, grad_value), (), lambda num_programs: kept)
     if partial_rel is None or rel_height is None or rel_width is None:
-        return grad_query, grad_key, grad_value, None, None
+        return None, None
     by_head = partial_rel.unflatten(0, (-1, num_heads)).sum(0, dtype=torch.float64)  # [N, 2, K, D/2]
-    grad_rel_height, grad_rel_width = map(_like, by_head.unbind(1), (rel_height, rel_width))
-    return grad_query, grad_key, grad_value, grad_rel_height, grad_rel_width
+    return _like(by_head[:, 0], rel_height), _like(by_head[:, 1], rel_width)
 
 
 def _like(grad: Tensor, rel: Tensor) -> Tensor:

@@ -99,7 +99,11 @@ class ImageSet:
             return shape(Image.fromarray(self.source[position].permute(1, 2, 0).numpy()))
         try:
             with self._open_patiently(position) as file, Image.open(file, formats=FORMATS) as image:
-                _check_size(image)
+                most = Image.MAX_IMAGE_PIXELS
+                if most is not None and image.width * image.height > most:
+                    raise ValueError(
+                        f"{image.width} x {image.height} pixels exceed the limit of {most:,} (MAX_IMAGE_PIXELS)"
+                    )
                 return shape(image)
         except MemoryError:
             raise
@@ -127,12 +131,6 @@ class ImageSet:
 
     def subset(self, indices: np.ndarray) -> "ImageSet":
         return dataclasses.replace(self, labels=self.labels[indices], positions=self.positions[indices])
-
-
-def _check_size(image: Image.Image) -> None:
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and image.width * image.height > limit:
-        raise ValueError(f"{image.width} x {image.height} pixels exceed the limit of {limit:,} (MAX_IMAGE_PIXELS)")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -216,8 +214,8 @@ def _load_digits() -> tuple[ImageSet, ImageSet]:
     with resources.files("sasa_train.data").joinpath("digits.npz").open("rb") as file, np.load(file) as arrays:
         images, labels = arrays["images"], arrays["labels"].astype(np.int64)
     pixels = torch.from_numpy(np.round(images * (255 / 16)).astype(np.uint8))
-    digits = _in_memory([str(d) for d in range(10)], labels, pixels[:, None].repeat(1, 3, 1, 1))
-    return split(digits, DIGITS_VAL_FRACTION)
+    pixels = pixels[:, None].repeat(1, 3, 1, 1)
+    return split(ImageSet(list("0123456789"), labels, np.arange(len(labels)), pixels), DIGITS_VAL_FRACTION)
 
 
 def _load_cifar(config: DataConfig, train: bool) -> ImageSet:
@@ -230,11 +228,7 @@ def _load_cifar(config: DataConfig, train: bool) -> ImageSet:
             "is a network, or give a root with train/ and test/ class folders"
         ) from error
     pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
-    return _in_memory(list(cifar.classes), np.array(cifar.targets), pixels)
-
-
-def _in_memory(classes: list[str], labels: np.ndarray, pixels: Tensor) -> ImageSet:
-    return ImageSet(classes, labels, np.arange(len(labels)), pixels)
+    return ImageSet(list(cifar.classes), np.array(cifar.targets), np.arange(len(pixels)), pixels)
 
 
 def _load_from_disk(config: DataConfig) -> tuple[ImageSet, ImageSet]:
@@ -284,10 +278,8 @@ def load_shard_set(root: Path, split: str) -> ImageSet:
     if not shards:
         raise ConfigError(f"data.root={root}: shards for train, but none for {split}; or use data.holdout_fraction")
     members, labels = load_shards(shards, split)
-    names = root / "classes.txt"
-    classes = [str(i) for i in range(int(labels.max()) + 1)]
-    if names.exists():
-        classes = names.read_text(encoding="utf-8").splitlines()
+    names, numbers = root / "classes.txt", [str(i) for i in range(int(labels.max()) + 1)]
+    classes = names.read_text(encoding="utf-8").splitlines() if names.exists() else numbers
     if labels.min() < 0 or labels.max() >= len(classes):
         raise ConfigError(f"{names}: names {len(classes)} classes, but labels go from {labels.min()} to {labels.max()}")
     return ImageSet(classes, labels, np.arange(len(labels)), members)

@@ -41,7 +41,8 @@ def fingerprint(images: ImageSet) -> dict[str, Any]:
         {"name": name, "num_images": len(of_class), "names": _digest(_names(images, name, of_class)), **content}
         for name, of_class, content in zip(images.classes, members, contents, strict=True)
     ]
-    return {"source": _kind(images), "labels": _digest([images.labels.astype("<i8").tobytes()]), "classes": classes}
+    kind = "memory" if isinstance(images.source, Tensor) else "files" if isinstance(images.source, Files) else "shards"
+    return {"source": kind, "labels": _digest([images.labels.astype("<i8").tobytes()]), "classes": classes}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], split: str) -> list[str]:
@@ -100,24 +101,19 @@ def _by_name(classes: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def _in_memory(images: ImageSet, members: list[np.ndarray]) -> list[dict[str, Any]]:
     assert isinstance(images.source, Tensor)
-    contents = []
-    for of_class in members:
-        pixels = images.source[images.positions[of_class]].numpy()
-        digest = _digest([str(pixels.shape).encode(), pixels.tobytes()])
-        contents.append({"num_read": len(of_class), "num_unreadable": 0, "content": digest})
-    return contents
+    arrays = (images.source[images.positions[of_class]].numpy() for of_class in members)
+    digests = (_digest([str(pixels.shape).encode(), pixels.tobytes()]) for pixels in arrays)
+    return [{"num_read": len(m), "num_unreadable": 0, "content": d} for m, d in zip(members, digests, strict=True)]
 
 
 def _on_disk(images: ImageSet, members: list[np.ndarray]) -> list[dict[str, Any]]:
     samples = _samples(members)
     with ThreadPoolExecutor(NUM_READERS) as pool:
         digests = iter(list(pool.map(lambda index: _file_digest(images, index), np.concatenate(samples).tolist())))
-    contents = []
-    for sample in samples:
-        own = [next(digests) for _ in sample]
-        num_unreadable = own.count(UNREADABLE)
-        contents.append({"num_read": len(own), "num_unreadable": num_unreadable, "content": _digest(own)})
-    return contents
+    of_classes = [[next(digests) for _ in sample] for sample in samples]
+    return [
+        {"num_read": len(own), "num_unreadable": own.count(UNREADABLE), "content": _digest(own)} for own in of_classes
+    ]
 
 
 def _samples(members: list[np.ndarray]) -> list[np.ndarray]:
@@ -154,12 +150,6 @@ def _names(images: ImageSet, class_name: str, members: np.ndarray) -> Iterable[b
     else:
         names = (NUMBER.sub(r"\1", str(source.names[position])) for position in positions)
     return (name.encode(errors="surrogateescape") + b"\0" for name in names)
-
-
-def _kind(images: ImageSet) -> str:
-    if isinstance(images.source, Tensor):
-        return "memory"
-    return "files" if isinstance(images.source, Files) else "shards"
 
 
 def _digest(parts: Iterable[bytes]) -> str:

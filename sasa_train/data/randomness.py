@@ -5,7 +5,7 @@ one sample in a worker as for a whole batch.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 
 import numpy as np
@@ -34,18 +34,14 @@ def sample_draws(seed: int, epoch: int, indices: np.ndarray, num_draws: int, pur
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-@contextmanager
-def sample_rng(seed: int, epoch: int, index: int) -> Iterator[None]:
+def sample_rng(seed: int, epoch: int, index: int) -> AbstractContextManager[None]:
     """Torch's CPU generator seeded for one sample, and afterwards as it was: for torchvision's transforms."""
-    with _seeded(_hash(_key(seed, epoch) ^ LIBRARY, np.array([index]))[0]):
-        yield
+    return _seeded(_hash(_key(seed, epoch) ^ LIBRARY, np.array([index]))[0])
 
 
-@contextmanager
-def batch_rng(seed: int, step: int, micro_batch: int) -> Iterator[None]:
+def batch_rng(seed: int, step: int, micro_batch: int) -> AbstractContextManager[None]:
     """Likewise for one micro-batch of a step: for mixup and cutmix."""
-    with _seeded(_hash(_key(seed, step) ^ MIXING, np.array([micro_batch]))[0]):
-        yield
+    return _seeded(_hash(_key(seed, step) ^ MIXING, np.array([micro_batch]))[0])
 
 
 @contextmanager
@@ -63,12 +59,9 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 @contextmanager
 def _seeded(value: np.uint64) -> Iterator[None]:
-    before = torch.default_generator.get_state()
-    torch.default_generator.manual_seed(int(value))
-    try:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(value))
         yield
-    finally:
-        torch.default_generator.set_state(before)
 
 
 @lru_cache(maxsize=8)

@@ -1,6 +1,7 @@
 """A whole set of small images, decoded once and kept on the device; a batch is gathered and augmented there."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,15 +72,12 @@ def decode_all(
     check_shared_memory(queue_bytes(num_workers, CHUNK, len(images), size), num_workers)
     chunks = BatchPlan(0, len(images), CHUNK, 1).all()
     reader = PlainReader(images, size, quarantine.num_tries)
-    workers = Workers(reader, quarantine.split, num_workers, worker_timeout)
     is_quiet = True if rank() else None  # None: where there is no terminal
-    with tqdm(total=len(images), desc=f"decoding {quarantine.split}", unit="img", disable=is_quiet, leave=False) as bar:
-        try:
-            for micro, read in workers.read(chunks):
-                quarantine.add(read.unreadable)
-                good = micro.indices[read.rows]
-                pixels[good], labels[good], is_good[good] = read.pixels, read.labels, True
-                bar.update(len(micro.indices))
-        finally:
-            workers.close()
+    bar = tqdm(total=len(images), desc=f"decoding {quarantine.split}", unit="img", disable=is_quiet, leave=False)
+    with bar, closing(Workers(reader, quarantine.split, num_workers, worker_timeout)) as workers:
+        for micro, read in workers.read(chunks):
+            quarantine.add(read.unreadable)
+            good = micro.indices[read.rows]
+            pixels[good], labels[good], is_good[good] = read.pixels, read.labels, True
+            bar.update(len(micro.indices))
     return pixels, labels, is_good

@@ -129,13 +129,9 @@ def _scan(shards: Sequence[Path]) -> dict[str, np.ndarray]:
     if not rows:
         raise ConfigError(f"{shards[0].parent}: its shards hold no image; expected KEY.jpg beside KEY.cls")
     label, _, archive_number, offset, size, names = zip(*sorted(rows), strict=True)
-    return {
-        "labels": np.array(label, dtype=np.int64),
-        "archive": np.array(archive_number, dtype=np.int32),
-        "offset": np.array(offset, dtype=np.int64),
-        "size": np.array(size, dtype=np.int64),
-        "names": np.array(names),
-    }
+    numbers = {"labels": label, "offset": offset, "size": size}
+    arrays = {name: np.array(column, dtype=np.int64) for name, column in numbers.items()}
+    return arrays | {"archive": np.array(archive_number, dtype=np.int32), "names": np.array(names)}
 
 
 def write_shards(

@@ -17,6 +17,7 @@ from sasa_train.data.transforms import Augment, Normalize
 from sasa_train.data.workers import PlainReader, Reader, Workers, queue_bytes
 
 Batch = tuple[Tensor, Tensor]
+Moved = tuple[MicroBatch, Tensor, Tensor]  # images and labels on the device
 
 
 class StreamingLoader:
@@ -54,13 +55,13 @@ class StreamingLoader:
             if len(labels):
                 yield images, labels
 
-    def _on_device(self, keys: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
+    def _on_device(self, keys: Iterator[MicroBatch]) -> Iterator[Moved]:
         """On CUDA the next batch is copied and normalised on a side stream while this one is computed with."""
         if self.device.type != "cuda":
-            yield from map(self._move, self._read(keys))
+            yield from map(self._move, self._workers.read(keys))
             return
         side, ahead = torch.cuda.Stream(self.device), None
-        for read in self._read(keys):
+        for read in self._workers.read(keys):
             with torch.cuda.stream(side):
                 following = self._move(read), side.record_event()
             if ahead is not None:
@@ -69,24 +70,18 @@ class StreamingLoader:
         if ahead is not None:
             yield self._hand_over(*ahead)
 
-    def _hand_over(
-        self, moved: tuple[MicroBatch, Tensor, Tensor], is_there: torch.cuda.Event
-    ) -> tuple[MicroBatch, Tensor, Tensor]:
+    def _hand_over(self, moved: Moved, is_there: torch.cuda.Event) -> Moved:
         current = torch.cuda.current_stream(self.device)
         current.wait_event(is_there)
         for tensor in moved[1:]:
             tensor.record_stream(current)  # else its memory is given away while it is still in use
         return moved
 
-    def _move(self, read: tuple[MicroBatch, Tensor, Tensor]) -> tuple[MicroBatch, Tensor, Tensor]:
-        micro, images, labels = read
-        images = images.to(self.device, non_blocking=True)
-        return micro, self.normalize(images), labels.to(self.device, non_blocking=True)
-
-    def _read(self, keys: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
-        for micro, read in self._workers.read(keys):
-            self.quarantine.add(read.unreadable)
-            yield micro, read.pixels, read.labels
+    def _move(self, came: tuple[MicroBatch, Read]) -> Moved:
+        micro, read = came
+        self.quarantine.add(read.unreadable)
+        images, labels = (tensor.to(self.device, non_blocking=True) for tensor in (read.pixels, read.labels))
+        return micro, self.normalize(images), labels
 
     def close(self) -> None:
         """End the worker processes."""
@@ -103,7 +98,9 @@ class TrainReader:
 
     def __call__(self, micro: MicroBatch) -> Read:
         indices, size = micro.indices, self.augment.size
-        pixels, labels = _new_pixels(len(indices), size), np.empty(len(indices), dtype=np.int64)
+        pixels, labels = torch.empty((len(indices), size, size, 3), dtype=torch.uint8), np.empty(len(indices), np.int64)
+        if get_worker_info() is not None:
+            pixels.share_memory_()  # the main process sees it, so that no batch is copied there
         rows, unreadable = pixels.numpy(), list[Unreadable]()
         for row, shape in enumerate(self.augment.shapes(micro.epoch, indices)):
             image, labels[row], met = read_or_replace(self.images, int(indices[row]), shape, self.num_tries)
@@ -113,9 +110,3 @@ class TrainReader:
         images = self.augment.pad(pixels.permute(0, 3, 1, 2))
         augmented = self.augment.batch(images, np.arange(len(indices)), micro.epoch, indices)
         return Read(augmented, torch.from_numpy(labels), np.arange(len(indices)), unreadable)
-
-
-def _new_pixels(num_images: int, size: int) -> Tensor:
-    """uint8 [B, S, S, 3]; in a worker it is memory that the main process sees, so that no batch is copied there."""
-    pixels = torch.empty((num_images, size, size, 3), dtype=torch.uint8)
-    return pixels if get_worker_info() is None else pixels.share_memory_()

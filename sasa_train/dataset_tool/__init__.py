@@ -92,11 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     shard.add_argument("root", metavar="ROOT", type=_path, help="the data set's folder")
     shard.add_argument("dest", metavar="DEST", type=_path, help="the shards' folder, made where it is not there")
     shard.add_argument(
-        "--images-per-shard",
-        metavar="N",
-        type=positive,
-        default=IMAGES_PER_SHARD,
-        help=f"images ({IMAGES_PER_SHARD})",
+        "--images-per-shard", metavar="N", type=positive, default=IMAGES_PER_SHARD, help=f"images ({IMAGES_PER_SHARD})"
     )
     return parser
 

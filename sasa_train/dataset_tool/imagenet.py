@@ -91,13 +91,10 @@ def _originals(path: Path, classes: list[str], rows: list[tuple[str, str, int, i
     for row, following in pairwise(rows):
         if row[:2] == following[:2]:
             raise ConfigError(f"{path}: {row[1]} is there twice; fetch it again")
-    wnids, names, offsets, sizes = zip(*rows, strict=True)
-    count = len(rows)
-    labels = np.searchsorted(classes, wnids)
-    source = TarMembers(
-        [str(path)], np.zeros(count, dtype=np.int32), np.array(offsets), np.array(sizes), np.array(names)
-    )
-    return Originals(ImageSet(classes, labels, np.arange(count), source), list(names), source.size)
+    wnids, names, offsets, sizes = map(np.array, zip(*rows, strict=True))
+    source = TarMembers([str(path)], np.zeros(len(rows), dtype=np.int32), offsets, sizes, names)
+    images = ImageSet(classes, np.searchsorted(classes, wnids), np.arange(len(rows)), source)
+    return Originals(images, names.tolist(), sizes)
 
 
 @contextmanager

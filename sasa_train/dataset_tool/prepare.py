@@ -37,7 +37,7 @@ def shard(root: Path, dest: Path, images_per_shard: int) -> int:
                 f"ROOT={root}: train and val must hold the same classes, but {printable(min(differing))} is in one"
             )
     for name in classes:
-        if not _fits_a_line(name):
+        if name.encode(errors="ignore").decode().splitlines() != [name]:  # line ends, or bytes that are no UTF-8
             raise ConfigError(
                 f"{root}: the class {printable(name)} must fit a line of UTF-8 text in classes.txt; rename it"
             )
@@ -52,13 +52,6 @@ def _from_folders(root: Path, split: str) -> Originals:
     assert isinstance(images.source, Files)
     sizes = np.array([os.path.getsize(path) for path in images.source.paths], dtype=np.int64)
     return Originals(images, [os.path.basename(path) for path in images.source.paths], sizes)
-
-
-def _fits_a_line(name: str) -> bool:
-    try:
-        return name.encode().decode().splitlines() == [name]
-    except UnicodeEncodeError:  # a file name of bytes that are no UTF-8
-        return False
 
 
 def prepare_imagenet(archives: Path, dest: Path, images_per_shard: int | None, checksums: bool) -> int:

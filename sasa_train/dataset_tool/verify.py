@@ -124,11 +124,8 @@ def find_splits(root: Path) -> dict[str, Path]:
     held_out = next((name for name in ("val", "test") if (root / name).is_dir()), None)
     folders = {name: root / name for name in ("train", held_out) if name and (root / name).is_dir()}
     # A class may be called train or test: alone, and without folders inside, it is no split.
-    return folders if len(folders) == 2 or any(_has_folders(folder) for folder in folders.values()) else {"all": root}
-
-
-def _has_folders(folder: Path) -> bool:
-    return any(entry.is_dir() for entry in folder.iterdir())
+    has_folders = any(entry.is_dir() for folder in folders.values() for entry in folder.iterdir())
+    return folders if len(folders) == 2 or has_folders else {"all": root}
 
 
 def read_class_folders(folder: Path) -> tuple[dict[str, list[str]], list[str]]:

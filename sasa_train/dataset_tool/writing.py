@@ -110,9 +110,7 @@ def write_all_shards(
         return
     before()
     for name, split in splits.items():
-        write_shards(
-            dest / name, name, split.names, split.images.labels, split.read, orders[name], images_per_shard
-        )  # fmt: skip
+        write_shards(dest / name, name, split.names, split.images.labels, split.read, orders[name], images_per_shard)
 
 
 def _claim(dest: Path, splits: dict[str, Originals], images_per_shard: int) -> None:

@@ -19,7 +19,9 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
         ConfigError: an unknown name, or dials that cannot go together.
     """
     if not timm.is_model(config.name):
-        raise ConfigError(_unknown(config.name))
+        close = get_close_matches(config.name, timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
+        raise ConfigError(f"model.name={config.name} is not in timm's registry: {hint}")
     kwargs = {dial: getattr(config, dial) for dial in MODEL_KEYS if getattr(config, dial) is not None}
     if config.drop_path_rate:
         kwargs["drop_path_rate"] = config.drop_path_rate
@@ -88,9 +90,3 @@ def check_model(config: ModelConfig, image_size: int) -> nn.Module:
                 "data.image_size or model"
             ) from error
     return model
-
-
-def _unknown(name: str) -> str:
-    close = get_close_matches(name, timm.list_models(), n=3)
-    hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
-    return f"model.name={name} is not in timm's registry: {hint}"

@@ -81,7 +81,8 @@ class LocalSelfAttention2d(nn.Module):
         self.position, self.content, self.border, self.backend = position, content, border, backend
         head_dim = out_channels // num_heads
         # One convolution for all projections: query, [key,] value, each `out_channels` wide and dense.
-        self.qkv = PointwiseConv2d(in_channels, (3 if content else 2) * out_channels, math.inf)
+        self._num_projections = 3 if content else 2
+        self.qkv = PointwiseConv2d(in_channels, self._num_projections * out_channels, math.inf)
         shape = (kernel_size, head_dim // 2) if share_rel else (num_heads, kernel_size, head_dim // 2)
         self.rel_height, self.rel_width = _relative_embeddings(shape if position == "relative" else None)
         self.reset_parameters()
@@ -118,20 +119,14 @@ class LocalSelfAttention2d(nn.Module):
         heads = qkv.unflatten(1, (-1, self.num_heads, qkv.shape[1] // self._num_projections // self.num_heads))
         return heads.permute(1, 0, 2, 4, 5, 3)
 
-    @property
-    def _num_projections(self) -> int:
-        return 3 if self.content else 2
-
     def _projected_sinusoid(self, x: Tensor) -> Tensor:
         """What the sinusoid adds to the projections, [1, C', H, W]: W_Q and W_K read it, W_V does not.
 
         The projection is linear and the sinusoid is a row code beside a column code, so each is projected alone.
         """
         num_reading = self.qkv.out_channels // self._num_projections * (self._num_projections - 1)
-        weight = self.qkv.weight[:num_reading, :, 0, 0]
-        of_row, of_column = weight.chunk(2, dim=1)
-        rows = of_row @ sinusoid(x.shape[1] // 2, x.shape[2], x.device).to(weight.dtype)
-        cols = of_column @ sinusoid(x.shape[1] // 2, x.shape[3], x.device).to(weight.dtype)
+        halves = zip(self.qkv.weight[:num_reading, :, 0, 0].chunk(2, dim=1), x.shape[2:], strict=True)
+        rows, cols = (half @ sinusoid(x.shape[1] // 2, side, x.device).to(half.dtype) for half, side in halves)
         projected = rows[:, :, None] + cols[:, None, :]
         return nn.functional.pad(projected, (0, 0, 0, 0, 0, self.qkv.out_channels - num_reading))[None]
 
@@ -299,11 +294,9 @@ class AttentionStem(nn.Module):
         assert self.rel_height is not None and self.rel_width is not None
         place = torch.arange(BLOCK_SIZE, device=self.rel_height.device)
         offset = place[None, :] - place[:, None] + BLOCK_SIZE - 1  # [query, key]
-        rows = self.rel_height[offset]  # [4, 4, D/2]
-        cols = self.rel_width[offset]
-        size = BLOCK_SIZE
-        rows = rows[:, None, :, None].expand(size, size, size, size, -1)
-        cols = cols[None, :, None, :].expand(size, size, size, size, -1)
+        rows, cols = self.rel_height[offset], self.rel_width[offset]  # [4, 4, D/2]
+        rows = rows[:, None, :, None].expand(*[BLOCK_SIZE] * 4, -1)
+        cols = cols[None, :, None, :].expand(*[BLOCK_SIZE] * 4, -1)
         return torch.cat([rows, cols], dim=-1).flatten(2, 3).flatten(0, 1).to(dtype)
 
     def _blocks(self, x: Tensor) -> Tensor:

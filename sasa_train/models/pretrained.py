@@ -189,19 +189,18 @@ def _check_finite(tensors: StateDict) -> None:
 
 def _by_value(texts: dict[str, str]) -> dict[str, list[str]]:
     """{name: text} -> {text: names}."""
+    return _grouped((text, name) for name, text in texts.items())
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for name, text in texts.items():
-        found.setdefault(text, []).append(name)
+    for key, value in pairs:
+        found.setdefault(key, []).append(value)
     return found
 
 
 def _by_layer(names: Iterable[str]) -> str:
     """`rel_height, rel_width of layer1.0.conv2, layer2.0.conv2; weight, bias of fc`."""
-    leaves: dict[str, list[str]] = {}
-    for name in names:
-        layer, _, leaf = name.rpartition(".")
-        leaves.setdefault(layer, []).append(leaf)
-    layers: dict[str, list[str]] = {}
-    for layer, found in leaves.items():
-        layers.setdefault(", ".join(found), []).append(layer)
+    leaves = _grouped(name.rpartition(".")[::2] for name in names)
+    layers = _grouped((", ".join(found), layer) for layer, found in leaves.items())
     return "; ".join(f"{found} of {', '.join(where)}" if any(where) else found for found, where in layers.items())

@@ -124,7 +124,8 @@ class ResNet(nn.Module):
 
     def _init_weights(self) -> None:
         """Kaiming fan-out for convolutions, 0 for the last BN's weight of each block; attention initialises itself."""
-        own_init = {m for layer in self.modules() if isinstance(layer, OWN_INIT) for m in layer.modules()}
+        attention = [m for m in self.modules() if isinstance(m, LocalSelfAttention2d | AttentionStem)]
+        own_init = {module for layer in attention for module in layer.modules()}
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and module not in own_init:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -172,9 +173,6 @@ class ResNet(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         return {"stem": r"^stem", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
-
-
-OWN_INIT = (LocalSelfAttention2d, AttentionStem)
 
 
 def build_stem(stem: str, in_chans: int, channels: int, backend: str = "auto") -> tuple[nn.Module, int]:

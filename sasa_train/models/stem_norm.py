@@ -22,19 +22,15 @@ def normalise_picked(norm: nn.BatchNorm2d, picked: Tensor, mean: Tensor, varianc
     """
     assert norm.running_mean is not None and norm.running_var is not None
     if norm.training:
-        _move_running_stats(norm, mean.detach(), variance.detach() * (count / (count - 1)))
+        assert norm.num_batches_tracked is not None
+        norm.num_batches_tracked.add_(1)
+        factor = norm.momentum if norm.momentum is not None else 1.0 / norm.num_batches_tracked.to(mean.dtype)
+        if norm.momentum != 0.0:
+            norm.running_mean.lerp_(mean.detach().to(norm.running_mean.dtype), factor)
+            unbiased = variance.detach() * (count / (count - 1))
+            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), factor)
     else:
         mean, variance = norm.running_mean, norm.running_var
     scale = norm.weight * torch.rsqrt(variance + norm.eps)
     shift = norm.bias - mean * scale
     return torch.addcmul(shift[:, None, None], picked, scale[:, None, None])
-
-
-def _move_running_stats(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
-    assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
-    norm.num_batches_tracked.add_(1)
-    if norm.momentum == 0.0:
-        return
-    factor = norm.momentum if norm.momentum is not None else 1.0 / norm.num_batches_tracked.to(mean.dtype)
-    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
-    norm.running_var.lerp_(variance.to(norm.running_var.dtype), factor)
