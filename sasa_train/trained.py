@@ -59,7 +59,7 @@ def load_trained(source: Path, overrides: Sequence[str] = ()) -> TrainedModel:
     """Load a run folder's best.pt (last.pt where there is no best) or a checkpoint file.
 
     overrides: `weights=raw` for the model's own weights, where the run kept a moving average (the default then); others
-        are knobs over the checkpoint's config.
+        are keys over the checkpoint's config.
 
     Raises:
         CheckpointError: `source` holds no checkpoint that can be read.
@@ -74,10 +74,10 @@ def load_trained(source: Path, overrides: Sequence[str] = ()) -> TrainedModel:
         raise ConfigError(f"WORLD_SIZE={world_size()}: this is one process's work; run it without torchrun")
     path = find_checkpoint(source)
     checkpoint = load_checkpoint(path)
-    wanted, knobs = split_weights(overrides)
-    if any(text.startswith("data.name=") for text in knobs):
-        knobs = _own_preprocessing(load_config(checkpoint["config"], source=str(path)).data) + knobs
-    config = load_config(checkpoint["config"], knobs, source=str(path))
+    wanted, others = split_weights(overrides)
+    if any(text.startswith("data.name=") for text in others):
+        others = _own_preprocessing(load_config(checkpoint["config"], source=str(path)).data) + others
+    config = load_config(checkpoint["config"], others, source=str(path))
     weights = wanted or ("ema" if checkpoint["ema"] is not None else "raw")
     if weights == "ema" and checkpoint["ema"] is None:
         raise ConfigError(f"weights=ema: {path} has no moving average; it was trained with trainer.ema_decay=null")

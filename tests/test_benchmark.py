@@ -176,7 +176,7 @@ def test_models_under_autocast_with_checkpointing(dtype, tmp_path):
     [
         (["model", "hybrid_resnet27"], "hybrid_resnet26"),
         (["model", "conv_resnet26,stam=conv"], "stem"),
-        (["model", "conv_resnet26,stem"], "dial=value"),
+        (["model", "conv_resnet26,stem"], "key=value"),
         (["model", "sasa_resnet26", "--image-size=30"], "32 x 32"),
         (["attention", "--shapes", "5x19"], "height x width x channels"),
         (["attention", "--shapes", "5x19x12"], "--num-heads 8"),

@@ -41,7 +41,7 @@ count; on the CPU, with --memory, the growth of the resident set in a fresh proc
 
 MODEL = """Time training steps (forward, cross entropy, backward, SGD with momentum) and inference of timm models.
 
-A model is its name in timm's registry, ours among them, with dials: hybrid_resnet26,stem=conv_small,width=0.5.
+A model is its name in timm's registry, ours among them, with keys: hybrid_resnet26,stem=conv_small,width=0.5.
 Ratios are to the first. --memory: the peak of a model's first two steps, weights and momentum included, in a fresh
 process; on the CPU of its resident set, above what it was before the model was built."""
 
@@ -154,7 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     model = described(commands.add_parser, name="model", help="training steps and inference", description=MODEL)
     add, layout = model.add_argument, "channels_last"
-    add("models", metavar="NAME[,dial=value...]", nargs="+", help="models; the first is the yardstick")
+    add("models", metavar="NAME[,key=value...]", nargs="+", help="models; the first is the yardstick")
     add("--image-size", type=positive, default=224, metavar="PIXELS", help="a side of the images (224)")
     add("--num-classes", type=positive, default=1000, metavar="N", help="classes (1000)")
     add("--memory-format", choices=FORMATS, default=layout, help=f"best: each model's faster one ({layout})")

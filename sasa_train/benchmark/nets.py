@@ -64,16 +64,16 @@ def measure(options: Namespace, device: torch.device) -> dict[str, Any]:
 
 
 def parse_model(spec: str, num_classes: int) -> ModelConfig:
-    """`name,dial=value,...`, where a list stands in brackets: `hybrid_resnet26,stage_ops=[conv,conv,conv,attention]`.
+    """`name,key=value,...`, where a list stands in brackets: `hybrid_resnet26,stage_ops=[conv,conv,conv,attention]`.
 
     Raises:
-        ConfigError: an unknown dial or a wrong value; an unknown name is found when the model is built.
+        ConfigError: an unknown key or a wrong value; an unknown name is found when the model is built.
     """
-    name, *dials = re.split(r",(?![^\[]*\])", spec)
-    for dial in dials:
-        if "=" not in dial:
-            raise ConfigError(f"{spec}: {dial!r} must be dial=value, as in {name},stem=conv_small")
-    overrides = [f"model.{dial}" for dial in dials]
+    name, *keys = re.split(r",(?![^\[]*\])", spec)
+    for key in keys:
+        if "=" not in key:
+            raise ConfigError(f"{spec}: {key!r} must be key=value, as in {name},stem=conv_small")
+    overrides = [f"model.{key}" for key in keys]
     config = compose_config(["model=timm", f"model.name={name}", f"model.num_classes={num_classes}", *overrides])
     return config.model
 

@@ -21,7 +21,7 @@ EPILOG = """examples:
   sasa-export FILE.pt --formats onnx --out exported --images photos
   sasa-export outputs/RUN_NAME weights=raw data.root=/elsewhere
 
-key=value are knobs over the checkpoint's config; weights=raw takes the model's own weights, where the run kept an
+key=value are keys over the checkpoint's config; weights=raw takes the model's own weights, where the run kept an
 exponential moving average (the default then). A format is written aside, read again, run on real images (the run's val,
 or --images) and put in its place only where its logits are PyTorch's: to the bit, or to 1e-5 of the largest for onnx
 and torch_export, whose sums are in another order.

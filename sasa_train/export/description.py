@@ -32,7 +32,7 @@ model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # or "hf-
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 ```
 
-`config.json` has the architecture with its dials, the preprocessing and the names of the classes; the metadata of
+`config.json` has the architecture with its keys, the preprocessing and the names of the classes; the metadata of
 `model.safetensors` the whole training config. No licence is given here: add yours, and the terms of the data.
 
 Trained by:

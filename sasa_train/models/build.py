@@ -16,13 +16,13 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
     """Build `config.name` for square RGB images of `image_size` pixels and `num_classes` classes.
 
     Raises:
-        ConfigError: an unknown name, or dials that cannot go together.
+        ConfigError: an unknown name, or keys that cannot go together.
     """
     if not timm.is_model(config.name):
         close = get_close_matches(config.name, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
         raise ConfigError(f"model.name={config.name} is not in timm's registry: {hint}")
-    kwargs = {dial: getattr(config, dial) for dial in MODEL_KEYS if getattr(config, dial) is not None}
+    kwargs = {key: getattr(config, key) for key in MODEL_KEYS if getattr(config, key) is not None}
     if config.drop_path_rate:
         kwargs["drop_path_rate"] = config.drop_path_rate
     kwargs |= _sized(config.name, image_size)

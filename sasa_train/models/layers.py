@@ -59,7 +59,7 @@ class LocalSelfAttention2d(nn.Module):
         share_rel: one pair of relative embeddings for all heads, or one a head.
 
     Raises:
-        ValueError: dials that cannot go together.
+        ValueError: keys that cannot go together.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""One ResNet whose dials give the paper's attention nets, its hybrids and its convolutional baselines.
+"""One ResNet whose keys give the paper's attention nets, its hybrids and its convolutional baselines.
 
 Registered with timm: `{sasa,hybrid,conv}_resnet{26,38,50}`. The paper's block counts differ from timm's: R26 is
 [1, 2, 4, 1] and R38 [2, 3, 5, 2] (R50's [3, 4, 6, 3] less 2 or 1 a stage). A stride sits in the 3x3 convolution, or
@@ -70,7 +70,7 @@ class ResNet(nn.Module):
         drop_path_rate: of the last block; it grows linearly from 0 at the first.
 
     Raises:
-        ValueError: dials that cannot go together; the message names the dial, its value and the rule.
+        ValueError: keys that cannot go together; the message names the key, its value and the rule.
     """
 
     def __init__(

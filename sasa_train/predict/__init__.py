@@ -38,7 +38,7 @@ examples:
   find photos -name '*.jpg' -print0 | sasa-predict outputs/RUN - --null --format jsonl trainer.device=cuda
 
 weights=raw takes the model's own weights, where the run kept an exponential moving average (the default then); other
-words key=value are knobs over the checkpoint's config: trainer.device, trainer.precision, data.num_workers (threads
+words key=value are keys over the checkpoint's config: trainer.device, trainer.precision, data.num_workers (threads
 that read images).
 
 Exit codes: 0 every image was predicted; 1 one could not be, or failed; 2 refused, or no image was found at all."""

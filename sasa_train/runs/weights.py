@@ -91,7 +91,7 @@ def load_into(model: nn.Module, weights: Weights, classes: list[str], source: st
     """`load_pretrained`; the classifier too where its classes have the same names, or where nobody knows them.
 
     Raises:
-        ConfigError: as `load_pretrained`, with the dials of the file's model where they are known.
+        ConfigError: as `load_pretrained`, with the keys of the file's model where they are known.
     """
     try:
         return load_pretrained(model, weights.state_dict, weights.classes in (None, classes))
@@ -127,7 +127,7 @@ def _of_checkpoint(checkpoint: dict[str, Any]) -> Weights:
 
 
 def _dials(yaml_text: str) -> str | None:
-    """The model of a saved config, as one would ask for it; None where a later version's knobs are in it."""
+    """The model of a saved config, as one would ask for it; None where a later version's keys are in it."""
     try:
         model = load_config(yaml_text).model
     except ConfigError:

@@ -25,7 +25,7 @@ examples:
   sasa-visualize outputs/RUN_NAME                                       all, in outputs/RUN_NAME/figures/
   sasa-visualize outputs/RUN_NAME confusion_matrix mistakes --formats png svg
   sasa-visualize outputs/RUN_NAME attention_maps attention_heads --images cat.jpg dog.jpg --pixels 30,40 50,60
-  sasa-visualize outputs/RUN_NAME data.root=/elsewhere weights=raw      key=value: knobs over the checkpoint's config
+  sasa-visualize outputs/RUN_NAME data.root=/elsewhere weights=raw      key=value: keys over the checkpoint's config
   sasa-visualize outputs/RUN_1 outputs/RUN_2 --out compared             curves and learning rates of several, overlaid
 
 Exit codes: 0 done, 2 refused and nothing drawn, 1 some figures could not be drawn, as where the data is not there."""
@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
     )
     parser.add_argument(
-        "words", nargs="*", metavar="RUN [FIGURE] [key=value]", help="run folders or one checkpoint, figures, knobs"
+        "words", nargs="*", metavar="RUN [FIGURE] [key=value]", help="run folders or one checkpoint, figures, keys"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; left out: figures/ in the run folder, "
                         "and its TensorBoard")  # fmt: skip
