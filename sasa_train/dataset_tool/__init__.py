@@ -28,7 +28,7 @@ PREPARE = """Make a data set from its archives, without unpacking anything on th
 
 imagenet: ARCHIVES holds ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, which
 image-net.org hands out to those who accept its terms. DEST becomes train/ and val/ with one folder a class, named by
-its WordNet id, or with --shards tar shards, which a network disk reads much faster. Needs scipy."""
+its WordNet id, or with --shards tar shards, which a network disk reads much faster."""
 
 SHARD = """Copy class folders, ROOT/train and ROOT/val (or ROOT/test), to tar shards in DEST.
 

@@ -36,10 +36,8 @@ def check_md5(path: Path, expected: str) -> None:
 
 def read_devkit(path: Path) -> tuple[list[str], list[str]]:
     """The sorted WordNet ids of the classes, and those of the val images in the order of their names."""
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise ConfigError("prepare imagenet reads the devkit's meta.mat with scipy: pip install scipy") from error
+    from scipy.io import loadmat
+
     try:
         with tarfile.open(path, "r:gz") as archive:
             meta, truth = (archive.extractfile(name).read() for name in (META, GROUND_TRUTH))  # type: ignore[union-attr]
