@@ -51,7 +51,7 @@ def run_command(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         print(f"sasa_train {__version__}")
         return DONE
-    if arguments == ["complete"]:  # what the shells' scripts call
+    if arguments == ["complete"] and "COMP_LINE" in os.environ:  # what the shells' scripts call
         complete()
     if arguments[0] == "completion" and len(arguments) == 2 and arguments[1] in ANSWER:
         print(completion_script(arguments[1]))

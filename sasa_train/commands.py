@@ -41,7 +41,7 @@ def described(build: Callable[..., argparse.ArgumentParser], **texts: Any) -> ar
 
 
 def positive(text: str) -> int:
-    """An option's type."""
+    """Return an option's value as a number; argparse.ArgumentTypeError where it is not one from 1 on."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 1")
     return int(text)

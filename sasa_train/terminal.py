@@ -12,6 +12,9 @@ from tqdm import tqdm
 
 from sasa_train.processes.ranks import rank
 
+# Done, or done before; anything unexpected; a config or input; stopped and ready to continue.
+DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75
+
 
 def printable(text: str) -> str:
     """`text` with control characters and what no terminal can show escaped: a file's name must not move the cursor."""
@@ -50,12 +53,8 @@ def duration(seconds: float) -> str:
 
 
 def fail(error: Exception) -> int:
-    """Print a refusal the way every command does, with what it quotes from a disk escaped; returns exit code 2."""
+    """Print a refusal the way every command does, with what it quotes from a disk escaped; returns REFUSED."""
     path = Path(sys.argv[0])
     command = path.parent.name if path.stem == "__main__" else path.stem
     print(printable_lines(f"{command}: {error}"), file=sys.stderr)
-    return 2
-
-
-# Done, or done before; anything unexpected; a config or input; stopped and ready to continue.
-DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75
+    return REFUSED

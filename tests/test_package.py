@@ -91,6 +91,7 @@ def test_python_m_lists_and_runs_the_commands(capsys):
     assert run_command(["--version"]) == 0
     assert capsys.readouterr().out == f"sasa_train {sasa_train.__version__}\n"
     assert run_command(["trian"]) == 2 and "there is no trian; the commands are train" in capsys.readouterr().err
+    assert run_command(["complete"]) == 2 and "there is no complete" in capsys.readouterr().err  # by hand
     assert run_command(["completion", "csh"]) == 2 and "bash, zsh or fish" in capsys.readouterr().err
     process = subprocess.run(
         [sys.executable, "-m", "sasa_train", "train", "trainer.epoch=3"], capture_output=True, text=True

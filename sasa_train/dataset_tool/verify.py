@@ -18,7 +18,7 @@ from tqdm import tqdm
 from sasa_train.data.datasets import Files, ImageSet, UnreadableImage, load_shard_set, some, to_rgb
 from sasa_train.data.shards import find_shards
 from sasa_train.refusal import ConfigError
-from sasa_train.terminal import printable
+from sasa_train.terminal import DONE, FAILED, printable
 
 MAX_TABLE = 50  # classes with a line of their own
 MAX_ACROSS, MAX_WITHIN = 20, 5  # groups of duplicates shown
@@ -88,9 +88,9 @@ def verify(root: Path, num_workers: int, all_classes: bool) -> int:
     problems = [text for text, number in found.items() if number]
     if problems:
         print(f"\n{counted(sum(found.values()), 'problem')}: {', '.join(problems)}")
-        return 1
+        return FAILED
     print(f"\n{counted(len(contents.labels), 'image')}, nothing wrong")
-    return 0
+    return DONE
 
 
 def read_contents(root: Path) -> Contents:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sasa_train.commands import described, end_command, run
 from sasa_train.extras import why_not
 from sasa_train.refusal import ConfigError
-from sasa_train.terminal import fail, printable
+from sasa_train.terminal import DONE, FAILED, fail, printable
 
 if TYPE_CHECKING:
     from sasa_train.export.checking import Measured
@@ -66,7 +66,7 @@ def export(options: argparse.Namespace) -> int:
     trained = load_trained(options.checkpoint, options.overrides + options.misspelt)
     images, of_what = load_images(trained, options.images)
     folder = options.out or output_folder(trained.path)
-    source, exit_code = Source(trained), 0
+    source, exit_code = Source(trained), DONE
     with locked(folder, f"--out {folder}"):
         if not os.access(folder, os.W_OK):
             raise ConfigError(f"--out {folder}: cannot be written; give another folder")
@@ -80,7 +80,7 @@ def export(options: argparse.Namespace) -> int:
                 found = make(FORMATS[name], source, folder, images, expected)
             except ExportError as error:
                 fail(ExportError(f"{name}: {error}"))
-                exit_code = 1
+                exit_code = FAILED
                 continue
             path = folder / FORMATS[name].target
             difference = f"{found.difference(expected):.1e}  {printable(str(path))}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from sasa_train.commands import described, end_command, positive, run
 from sasa_train.extras import why_not
 from sasa_train.refusal import ConfigError
-from sasa_train.terminal import fail
+from sasa_train.terminal import FAILED, fail
 from sasa_train.visualize.names import FIGURES, NAMES, OF_SEVERAL
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def visualize(source: Path, names: list[str], options: argparse.Namespace) -> in
         if not drawn:
             raise
         fail(ConfigError(f"not drawn: {', '.join(name for name in wanted if name not in drawn)}: {error}"))
-        return 1
+        return FAILED
     for reason in dict.fromkeys(reasons.values()) if not names else ():
         say(f"not drawn: {', '.join(name for name in reasons if reasons[name] == reason)}: {reason}")
     return 0
