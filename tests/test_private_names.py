@@ -19,6 +19,9 @@ AUTO = v2.AutoAugment()
 NAMES = [
     ("torch", lambda: iter(DataLoader([0], num_workers=1)), "_workers", "data/workers.py"),
     ("torch", lambda: iter(DataLoader([0], num_workers=1)), "_shutdown_workers", "data/workers.py"),
+    ("torch", lambda: iter(DataLoader([0], num_workers=1)), "_worker_pids_set", "data/workers.py"),
+    ("torch", lambda: torch.utils.data, "_utils", "data/workers.py"),
+    ("torch", lambda: torch.utils.data._utils.signal_handling, "_remove_worker_pids", "data/workers.py"),
     ("torch", torch.nn.Module, "_forward_hooks", "models/stem_norm.py"),
     ("torch", torch.nn.Module, "_forward_pre_hooks", "models/stem_norm.py"),
     ("torch", torch.nn.Module, "_backward_hooks", "models/stem_norm.py"),

@@ -14,6 +14,7 @@ import torch
 from conftest import make_image_folder
 from test_data import CPU, config_for
 from test_quarantine import TINY
+from torch.utils.data import DataLoader
 
 from sasa_train.data import reading
 from sasa_train.data.datasets import Files, ImageSet
@@ -118,6 +119,9 @@ def test_a_worker_stopped_after_its_work_is_noticed_too():
 
 
 def test_a_worker_that_died_while_nobody_waited_is_found_at_the_next_start():
+    """Another DataLoader of the process, of a test or of a user, may have set PyTorch's handler of SIGCHLD before."""
+    list(DataLoader([0], num_workers=1))
+    assert signal.getsignal(signal.SIGCHLD) is not signal.SIG_DFL
     workers = Workers(Reader(lambda: None), "val", 2, TIMEOUT)
     list(workers.read(keys()))
     os.kill(workers._processes()[1].pid, signal.SIGKILL)

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from sasa_train.data.datasets import ImageSet
 from sasa_train.data.plan import MicroBatch
@@ -113,8 +114,7 @@ class Workers:
         )
         if not self.num_workers:
             return iter(self._loader)
-        with _without_child_handler():
-            self._results = iter(self._loader)
+        self._results = unreported(iter(self._loader))
         self._cause = ""
         self._is_closed.clear()
         threading.Thread(target=self._limit_waits, daemon=True).start()
@@ -205,18 +205,14 @@ class Workers:
         )
 
 
-@contextmanager
-def _without_child_handler() -> Iterator[None]:
-    """Start workers without the DataLoader's handler of SIGCHLD, which would raise wherever the main process is.
+def unreported(iterator: Any) -> Any:
+    """A DataLoader's iterator whose dead workers its own waits alone notice, within seconds.
 
-    Its waits notice a dead worker within seconds, here where that is expected.
+    The DataLoader's handler of SIGCHLD would raise wherever the main process is, perhaps while it writes a checkpoint.
     """
-    before = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():  # elsewhere the DataLoader sets none
-            signal.signal(signal.SIGCHLD, before)
+    signal_handling._remove_worker_pids(id(iterator))
+    iterator._worker_pids_set = False  # else it would remove them once more at its end
+    return iterator
 
 
 def processes_of(iterator: Any) -> list[BaseProcess]:
