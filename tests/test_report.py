@@ -192,7 +192,7 @@ def test_a_row_of_metrics_without_what_is_drawn_is_damage(tmp_path):
 
 
 def test_what_cannot_be_reported_is_refused(tmp_path, capsys):
-    assert command.run_command([str(tmp_path / "none")]) == 2 and "is no sweep" in capsys.readouterr().err
+    assert command.run_command([str(tmp_path / "none")]) == 2 and "is not a sweep" in capsys.readouterr().err
     sweep = write_sweep(tmp_path / "s", {(("model.kernel_size=3",), 0): [1.0], (("model.kernel_size=5",), 0): [2.0]})
     for wrong in ("9", "kernel_size", "width"):
         assert command.run_command([str(sweep), "--reference", wrong]) == 2

@@ -192,7 +192,7 @@ def test_overrides_that_nobody_reads_are_refused(run_dir, sweep_page, capsys):
     for arguments, reason in (
         ([str(run_dir), "weights=both"], "weights=both must be ema or raw"),
         ([str(run_dir), "data.image_size=-1"], "data.image_size=-1"),
-        ([str(sweep_page.path.parents[1]), "data.root=x"], "several are given"),
+        ([str(sweep_page.path.parents[1]), "data.root=x"], "several runs are given"),
         (["data.root=x"], "no sweep or run"),
         ([str(run_dir), "--num-images", "0"], "at least 1"),
     ):

@@ -220,7 +220,7 @@ def test_a_file_and_what_the_command_line_puts_in_its_place(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sweep=digits_gird"], "sweep=digits_gird is none of cifar10_models"),
+        (["sweep=digits_gird"], "sweep=digits_gird must be one of cifar10_models"),
         (["sweep.max_paralel=2", "seed=0,1"], "did you mean max_parallel"),
         (["sweep.max_parallel=0", "seed=0,1"], "sweep.max_parallel=0 must be positive"),
         (["sweep.max_parallel=many", "seed=0,1"], "max_parallel"),

@@ -34,7 +34,7 @@ ATTENTION = """Time local attention against the 3x3 convolution of the same widt
 
 Each backend's output and five gradients are compared with the reference in float64 first; one that fails is not timed.
 Backends: conv (the yardstick), cpu, triton, reference (plain PyTorch, slow), flex (torch's FlexAttention), natten
-(where installed; a window without relative terms). Left out, all that can run on the device but the reference.
+(where installed; a window without relative terms). Default: all that can run on the device, without the reference.
 Where a stage begins (32x32x128/2) attention runs on the larger map and is pooled; the convolution has stride 2.
 Peak extra memory is what a forward and backward pass takes beyond its inputs and weights: on CUDA the allocator's
 count; on the CPU, with --memory, the growth of the resident set in a fresh process."""
@@ -83,12 +83,12 @@ def _run(options: argparse.Namespace, command: str) -> int:
 
 
 def check_outputs(options: argparse.Namespace) -> None:
-    """Refuse before anything is measured what could not be written afterwards."""
+    """Refuse an output that could not be written, before anything is measured."""
     if options.plot and (reason := why_not("--plot", "plots")):
         raise ConfigError(reason)
     for option, path in (("--json", options.json), ("--plot", options.plot)):
         if path and not path.parent.is_dir():
-            raise ConfigError(f"{option} {path}: there is no folder {path.parent}; make it first")
+            raise ConfigError(f"{option} {path}: the folder {path.parent} does not exist; make it first")
 
 
 def _set_up(options: argparse.Namespace) -> "torch.device":
@@ -100,7 +100,7 @@ def _set_up(options: argparse.Namespace) -> "torch.device":
     if options.threads:
         torch.set_num_threads(options.threads)
     if has_cuda and options.device != "cpu":
-        torch.backends.cudnn.benchmark = True  # convolutions at their best
+        torch.backends.cudnn.benchmark = True  # the fastest convolutions, for a fair comparison
         return torch.device("cuda")
     if not options.default_malloc:
         keep_freed_memory()
@@ -108,7 +108,7 @@ def _set_up(options: argparse.Namespace) -> "torch.device":
 
 
 def describe_machine(device: "torch.device", command: str) -> dict[str, str]:
-    """What a published figure must name."""
+    """Return what a published figure must name."""
     import torch
 
     num_threads = torch.get_num_threads()
@@ -172,7 +172,7 @@ def build_parser() -> argparse.ArgumentParser:
         add("--repeats", type=positive, default=7, metavar="N", help="repetitions; 7 or more to publish (7)")
         add("--threads", type=positive, metavar="N", help="the CPU's (torch's default)")
         add("--memory", action="store_true", help="peak memory too, each in a fresh process")
-        add("--json", type=Path, metavar="FILE", help="everything measured, with each repetition")
+        add("--json", type=Path, metavar="FILE", help="write all measurements, with each repetition")
         add("--plot", type=Path, metavar="FILE.png", help="a chart; needs matplotlib")
     return parser
 

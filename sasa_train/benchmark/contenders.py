@@ -1,7 +1,7 @@
-"""What `sasa-benchmark attention` compares: a shape, the contenders on it, and the gate that each must pass.
+"""The subjects of `sasa-benchmark attention`: a shape, the contenders on it, and the check that each must pass.
 
-Those that compute attention start from one projection, channels_last, as the layer makes it, and are differentiated in
-all five tensors. None is timed before its output and gradients agree with the reference in float64.
+Attention contenders start from one channels_last projection, as the layer makes it, and are differentiated in all five
+tensors. None is timed before its output and gradients agree with the reference in float64.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ YARDSTICK = "conv"
 OWN_BACKENDS = ("cpu", "triton", "reference")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Largest error, as part of the result's size, that the gate lets through. Scores reach 40, so their rounding is
+# Largest error, relative to the result's size, that passes the check. Scores reach 40, so their rounding is
 # 40 x 2^-24 in float32 and 40 x 2^-22 where three TF32 products stand for one, and that is the weights' relative
 # error. Half precision: weights and their gradients are rounded to 8 or 11 bits before they are summed, and results
 # once more. A wrong sign, border or embedding is off by the result's own size.
@@ -36,7 +36,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One layer's shape; where a stage begins, attention is pooled 2x2 afterwards and the convolution is strided."""
+    """A layer's shape; where a stage begins, attention is pooled 2x2 afterwards and the convolution is strided."""
 
     height: int
     width: int
@@ -58,7 +58,7 @@ class Case:
 
     @property
     def output_shape(self) -> tuple[int, int, int, int]:
-        """[B, C, H, W]; an odd side is halved upwards."""
+        """The output's [B, C, H, W]; an odd side is halved upwards."""
         return self.batch_size, self.channels, -(-self.height // self.stride), -(-self.width // self.stride)
 
 
@@ -73,12 +73,12 @@ class Contender:
             return self.forward()
 
     def train(self) -> tuple[Tensor, ...]:
-        """Forward and backward: the gradients of the leaves."""
+        """Run forward and backward; return the gradients of the leaves."""
         return torch.autograd.grad(self.forward(), self.leaves, self.grad_output)
 
 
 def build_contender(backend: str, case: Case, arithmetic: torch.dtype | None = None) -> Contender:
-    """`backend` on random inputs that are the same for all, in the case's dtype; `arithmetic` widens them after."""
+    """Build `backend` on random inputs in the case's dtype, the same for all; `arithmetic` widens them afterwards."""
     dtype, generator = DTYPES[case.dtype], torch.Generator(case.device).manual_seed(0)
 
     def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -118,10 +118,10 @@ def _attend(backend: str, case: Case) -> Attend:
 
 
 def _flex(case: Case) -> Attend:
-    """FlexAttention: q.rel as terms of its score_mod, the window as its block mask; compiled on CUDA.
+    """Build FlexAttention: q.rel as terms of its score_mod, the window as its block mask; compiled on CUDA.
 
-    q.rel is computed in float32, since scores rounded to half precision would fail the gate. Heads narrower than its
-    kernels take are padded with zeros.
+    q.rel is computed in float32, since scores rounded to half precision would fail the check. Heads that are
+    too narrow for its kernels are padded with zeros.
     """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -153,12 +153,12 @@ def _flex(case: Case) -> Attend:
 
     if case.device == "cpu":
         return attend
-    torch._dynamo.config.recompile_limit = 1000  # one compilation a shape; beyond the limit it would run unfused
+    torch._dynamo.config.recompile_limit = 1000  # one compilation per shape; beyond the limit it would run unfused
     return torch.compile(attend, dynamic=False)
 
 
 def _natten(case: Case) -> Attend:
-    """NATTEN's window: without relative terms, and moved inwards at the border instead of cut off."""
+    """Build NATTEN: no relative terms, and windows are moved inwards at the border instead of cut off."""
     from natten import na2d
 
     def attend(heads: Tensor, rel_height: Tensor, rel_width: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ def _natten(case: Case) -> Attend:
 
 
 def missing(backend: str, device: torch.device) -> str | None:
-    """Why a backend cannot be asked for on this machine, or None where it can; shapes may still leave it out."""
+    """Return why a backend cannot run on this machine, or None; some shapes may still exclude it."""
     if backend in ("natten", "triton") and importlib.util.find_spec(backend) is None:
         return f"{backend} is not installed"
     if backend == "triton" and device.type == "cpu":
@@ -180,7 +180,7 @@ def missing(backend: str, device: torch.device) -> str | None:
         return "it needs --device cpu"
     if backend == "flex" and device.type == "cpu":
         try:
-            with warnings.catch_warnings(action="ignore"):  # that it runs unfused here
+            with warnings.catch_warnings(action="ignore"):  # it warns that it runs unfused here
                 build_contender("flex", Case(4, 4, 32, False, 1, 2, 3, "fp32", "cpu")).train()
         except NotImplementedError as error:
             return str(error)
@@ -188,12 +188,12 @@ def missing(backend: str, device: torch.device) -> str | None:
 
 
 def check(backend: str, case: Case) -> str | None:
-    """Compare with the reference in float64: what is wrong, or None.
+    """Compare a backend with the reference in float64; return what is wrong, or None.
 
-    On the CPU on two images. On CUDA on all: that is the compiled code, and the launch, that will be timed. (Triton's
-    launches are measured for the first batch that comes; two images would choose those of another problem.)
+    The CPU checks two images. CUDA checks the whole batch, so that the checked code and launch are those to be timed.
+    (Triton's launches are tuned on the first batch; two images would tune another problem.)
 
-    NATTEN is another function: its output alone is compared, without relative terms, where no border is in reach.
+    NATTEN is another function: only its output is compared, without relative terms, where no border is in reach.
 
     Raises:
         RuntimeError, NotImplementedError, ValueError: the backend cannot run this.
@@ -215,7 +215,7 @@ def check(backend: str, case: Case) -> str | None:
 
 
 def _results(contender: Contender) -> list[Tensor]:
-    """Output, and the gradients of query, key, value, rel_height and rel_width."""
+    """Return the output and the gradients of query, key, value, rel_height and rel_width."""
     of_fused, *of_rel = contender.train()
     return [contender.infer(), *of_fused.chunk(3, dim=1), *of_rel]
 
@@ -236,14 +236,14 @@ def _check_inside(contender: Contender, case: Case) -> str | None:
 
 def _error(name: str, ours: Tensor, theirs: Tensor, size: float, case: Case) -> str | None:
     error = float((ours.detach().double() - theirs).abs().max()) / size
-    if error <= TOLERANCE[case.dtype]:  # not so for NaN
+    if error <= TOLERANCE[case.dtype]:  # false for NaN
         return None
     of = name if name == "output" else f"the gradient of {name}"
     return f"{of} differs from the reference by {error:.1e} of its size; {TOLERANCE[case.dtype]:.1e} is allowed"
 
 
 def admitted(backends: Sequence[str], by_name: bool, result: dict[str, Any], case: Case) -> dict[str, Contender]:
-    """The contenders that can run this case and pass the gate; why others are left out goes to the notes."""
+    """Return the contenders that can run this case and pass the check; the notes say why others are left out."""
     contenders = {}
     for backend in backends:
         try:
@@ -271,7 +271,7 @@ def op_memory(backend: str, case: Case, num_threads: int) -> int:
 
 
 def first_pass_memory(build: Callable[[Case], Contender], small: Case, case: Case, num_threads: int) -> int:
-    """Peak extra memory of one forward and backward pass, in this process's first pass of that size."""
+    """Return the peak extra memory of one forward and backward pass, the process's first of that size."""
     torch.set_num_threads(num_threads)
-    build(small).train()  # what is loaded once is not the pass's
+    build(small).train()  # loads libraries, whose memory does not count
     return extra_memory(build(case).train, torch.device(case.device))

@@ -1,7 +1,7 @@
 """`sasa-benchmark attention --growth`: how time and memory grow with the map and with the window.
 
-Maps are square; the batch is chosen so that all hold about equally many pixels. All sizes are timed in turn, forward
-and backward, and given for one image. The exponents are the slopes in the logarithms: 1 over a map's pixels is linear.
+Maps are square, and the batch is chosen so that all sizes hold about the same number of pixels. All are timed
+in turn, forward and backward, and reported per image. Exponents are slopes of the logarithms: 1 means linear in the pixels.
 """
 
 from argparse import Namespace
@@ -53,7 +53,7 @@ def _row(axis: str, backend: str, case: Case, seconds: list[float], memory: int 
 
 
 def fit(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The fitted exponents, a line a backend and axis."""
+    """Return the fitted exponents, one line per backend and axis."""
     lines = []
     for axis, unit in (("map", "pixels"), ("window", "K")):
         for backend in dict.fromkeys(row["backend"] for row in rows):

@@ -27,12 +27,12 @@ from sasa_train.refusal import ConfigError
 
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 BATCH_SIZES = {"cpu": 32, "cuda": 128}
-NUM_WARM_UPS = 8  # the heap of a CPU's process settles in some steps; until then each takes fresh pages
-NUM_MEMORY_STEPS = 2  # the momentum is there from the second on
+NUM_WARM_UPS = 8  # on a CPU the heap settles within some steps; until then each step takes fresh pages
+NUM_MEMORY_STEPS = 2  # momentum exists from the second step on
 
 
 def measure(options: Namespace, device: torch.device) -> dict[str, Any]:
-    """Rows, one a model, their ratios to the first."""
+    """Measure models; return one row per model, with ratios to the first."""
     settled = {"device": device.type, "batch_size": options.batch_size or BATCH_SIZES[device.type]}
     setting = Namespace(**vars(options) | settled | {"threads": torch.get_num_threads()})
     models = list(dict.fromkeys(options.models))
@@ -64,10 +64,10 @@ def measure(options: Namespace, device: torch.device) -> dict[str, Any]:
 
 
 def parse_model(spec: str, num_classes: int) -> ModelConfig:
-    """`name,key=value,...`, where a list stands in brackets: `hybrid_resnet26,stage_ops=[conv,conv,conv,attention]`.
+    """Parse `name,key=value,...`, with lists in brackets: `hybrid_resnet26,stage_ops=[conv,conv,conv,attention]`.
 
     Raises:
-        ConfigError: an unknown key or a wrong value; an unknown name is found when the model is built.
+        ConfigError: an unknown key or an invalid value; an unknown name is found when the model is built.
     """
     name, *keys = re.split(r",(?![^\[]*\])", spec)
     for key in keys:
@@ -111,7 +111,7 @@ class BenchmarkedModel:
         return min(FORMATS, key=seconds)
 
     def train(self) -> None:
-        """One step: forward, cross entropy, backward, update."""
+        """Run one step: forward, cross entropy, backward, update."""
         self.optimizer.zero_grad()
         with autocast(self.device, self.setting.dtype):
             loss = F.cross_entropy(self.forward(self.images), self.labels)
@@ -132,9 +132,9 @@ class BenchmarkedModel:
 
 
 def training_memory(spec: str, setting: Namespace, memory_format: str) -> int:
-    """Peak of a model's first steps above what was there before it was built: weights and all."""
+    """Return the peak memory of a model's first steps above that before it was built, weights included."""
     torch.set_num_threads(setting.threads)
-    setting.memory_format = memory_format  # of this process's own copy
+    setting.memory_format = memory_format  # changes this process's copy alone
 
     def run() -> None:
         model = BenchmarkedModel(spec, setting)

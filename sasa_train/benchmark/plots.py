@@ -1,4 +1,4 @@
-"""The charts of `sasa-benchmark --plot`, from its rows: one style, told apart in grey and by the colour-blind."""
+"""The charts of `sasa-benchmark --plot`, from its rows: one style, readable in grey and by the colour-blind."""
 
 import math
 from pathlib import Path
@@ -24,12 +24,12 @@ def draw_chart(result: dict[str, Any], title: str, path: Path) -> None:
 
 def _style(names: list[str]) -> dict[str, tuple]:
     ordered = sorted(names, key=lambda name: NAMES.index(name) if name in NAMES else len(NAMES))
-    offset = 0 if "conv" in ordered else 1  # grey is the convolution's
+    offset = 0 if "conv" in ordered else 1  # grey is for the convolution
     return {name: STYLES[(i + offset) % len(STYLES)] for i, name in enumerate(ordered)}
 
 
 def _draw_shapes(rows: list[dict[str, Any]]) -> Figure:
-    """Bars a shape: the ratio to the convolution with quartiles, or where that is left out milliseconds with range."""
+    """Draw bars per shape: the ratio to the convolution with quartiles, or without it milliseconds with the range."""
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     is_ratio = all("forward_backward_ratio" in row for row in rows)
     shown = [row for row in rows if not (is_ratio and row["backend"] == "conv")] or rows
@@ -55,7 +55,7 @@ def _draw_shapes(rows: list[dict[str, Any]]) -> Figure:
 
 
 def _with_errors(row: dict[str, Any], is_ratio: bool) -> tuple[float, float, float]:
-    """The median, and how far below and above it the bar's error reaches."""
+    """Return the median, and the error's reach below and above it."""
     found = row["forward_backward_ratio" if is_ratio else "forward_backward_seconds"]
     low, high = found["quartiles"] if is_ratio else (found["min"], found["max"])
     unit, middle = 1 if is_ratio else 1e3, found["median"]
@@ -63,10 +63,10 @@ def _with_errors(row: dict[str, Any], is_ratio: bool) -> tuple[float, float, flo
 
 
 def _draw_growth(rows: list[dict[str, Any]]) -> Figure:
-    """Time an image over pixels, in logarithms, and over the window; and memory where it was measured."""
-    quantities = [("seconds_per_image", "ms an image, forward + backward", 1e3)]
+    """Draw time per image over pixels (logarithmic) and over the window, and memory if it was measured."""
+    quantities = [("seconds_per_image", "ms per image, forward + backward", 1e3)]
     if all("memory_bytes_per_image" in row for row in rows):
-        quantities.append(("memory_bytes_per_image", "MiB an image at the peak", 2**-20))
+        quantities.append(("memory_bytes_per_image", "MiB per image at the peak", 2**-20))
     panels = [(axis, *quantity) for quantity in quantities for axis in ("map", "window")]
     styles = _style(list(dict.fromkeys(row["backend"] for row in rows)))
     figure, axes = new_figure(len(quantities), 2, 0.4 + 3.3 * len(quantities))
@@ -102,7 +102,7 @@ def _draw_growth(rows: list[dict[str, Any]]) -> Figure:
 
 
 def _draw_models(rows: list[dict[str, Any]]) -> Figure:
-    """Bars of images/s with the range, training beside inference."""
+    """Draw bars of images/s with the range, training beside inference."""
     figure, axes = new_figure(1, 2, 1.6 + 0.45 * len(rows))
     for axis, what in zip(axes, ("training", "inference"), strict=True):
         for i, row in enumerate(rows):

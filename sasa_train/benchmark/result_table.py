@@ -2,7 +2,7 @@
 
 from typing import Any
 
-# For each kind of result the keys of its rows that are shown, and what the column is called.
+# For each kind of result: the keys of its rows that are shown, and the titles of their columns.
 COLUMNS = {
     "attention": {
         "layer": "layer", "backend": "backend", "forward_seconds": "forward, ms",
@@ -15,7 +15,7 @@ COLUMNS = {
     },
     "growth": {
         "axis": "grows", "layer": "map", "kernel_size": "K", "backend": "backend",
-        "seconds_per_image": "forward+backward, ms an image", "memory_bytes_per_image": "peak extra MiB an image",
+        "seconds_per_image": "forward+backward, ms per image", "memory_bytes_per_image": "peak extra MiB per image",
     },
     "model": {
         "model": "model", "parameters": "parameters", "memory_format": "format", "batch_size": "batch",
@@ -27,7 +27,7 @@ COLUMNS = {
 
 
 def markdown(result: dict[str, Any]) -> list[str]:
-    """The table, then the summary and what was left out."""
+    """Return the table, then the summary and notes on what was left out."""
     rows = [{"layer": _layer(row), **row} for row in result["rows"]]
     shown = {key: title for key, title in COLUMNS[result["kind"]].items() if any(key in row for row in rows)}
     lines = []
@@ -44,7 +44,7 @@ def _layer(row: dict[str, Any]) -> str:
 
 
 def _text(key: str, value: Any) -> str:
-    """A ratio with its quartiles, a time (ms) or speed with its range, memory in MiB, or the value itself."""
+    """Format a ratio with quartiles, a time (ms) or speed with its range, memory in MiB, or any other value."""
     if key.endswith("_ratio"):
         middle, low, high = (f"{x:.3f}" if x < 10 else _digits(x) for x in (value["median"], *value["quartiles"]))
         return f"{middle} ({low} to {high})"
@@ -58,7 +58,7 @@ def _text(key: str, value: Any) -> str:
 
 
 def _digits(number: float) -> str:
-    """Three or more of them."""
+    """Format a number with three or more digits."""
     return f"{number:,.0f}" if number >= 1000 else f"{number:.1f}" if number >= 100 else f"{number:.3g}"
 
 

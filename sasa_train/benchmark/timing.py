@@ -1,4 +1,4 @@
-"""What `sasa-benchmark` measures with: contenders timed in turn, their ratios, and peak memory (bytes)."""
+"""The measurements of `sasa-benchmark`: contenders timed in turn, their ratios, and peak memory (bytes)."""
 
 import ctypes
 import math
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from sasa_train.machine import peak_memory
 
-SHORTEST_SECONDS = 0.02  # of one measurement: a call that is quicker is repeated within it, and the time divided
+SHORTEST_SECONDS = 0.02  # of one measurement: shorter calls are repeated within it, and the time is divided
 MAX_CALLS = 1000
 NUM_WARM_UPS = 2
 
@@ -25,17 +25,17 @@ Key = TypeVar("Key")
 
 
 def progress_bar(total: int, description: str) -> tqdm:
-    """On stderr, with the time that is left."""
+    """A progress bar on stderr, with an ETA."""
     return tqdm(total=total, desc=description, file=sys.stderr, leave=False)
 
 
 def time_in_turn(
     contenders: Mapping[Key, Run], repeats: int, device: torch.device, bar: tqdm, num_warm_ups: int = NUM_WARM_UPS
 ) -> dict[Key, list[float]]:
-    """Seconds of a call of each contender, one for each repetition.
+    """Return the seconds per call of each contender, one value per repetition.
 
-    Every repetition times all of them, in alternating order and after a warm-up, so that what happens to the machine
-    meanwhile happens to all.
+    Every repetition times all of them, in alternating order and after a warm-up, so that whatever disturbs the machine
+    disturbs all.
     """
     for _ in range(num_warm_ups):
         for run in contenders.values():
@@ -55,7 +55,7 @@ def _num_calls(run: Run, device: torch.device) -> int:
 
 
 def time_calls(run: Run, num_calls: int, device: torch.device) -> float:
-    """Seconds a call; on CUDA between two events in the stream."""
+    """Return the seconds per call; on CUDA between two events in the stream."""
     if device.type != "cuda":
         start = time.perf_counter()
         for _ in range(num_calls):
@@ -76,22 +76,22 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, Any]:
-    """The median of the repetitions' own ratios, with quartiles."""
+    """Return the median of the ratios of each repetition, with quartiles."""
     ratios = [a / b for a, b in zip(numerators, denominators, strict=True)]
     quartiles = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else [ratios[0]] * 3
     return {"median": statistics.median(ratios), "quartiles": [quartiles[0], quartiles[2]]}
 
 
 def fitted_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """e of `values` ~ `sizes`**e: the slope of the line through the logarithms."""
+    """Fit e in `values` ~ `sizes`**e: the slope of the line through the logarithms."""
     return statistics.linear_regression([math.log(s) for s in sizes], [math.log(v) for v in values]).slope
 
 
 def extra_memory(run: Run, device: torch.device) -> int:
-    """What a call takes at its peak above what was held before it.
+    """Return a call's peak memory above that before it, in bytes.
 
-    On CUDA the allocator's count. On the CPU the resident set's, which also sees what libraries take for themselves;
-    for that the process must be fresh, since memory that was taken and freed before is not counted again.
+    On CUDA the allocator counts. On the CPU the resident set does, which includes the libraries' own memory; the
+    process must then be fresh, because memory that was freed before is reused without being counted.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -106,10 +106,10 @@ def extra_memory(run: Run, device: torch.device) -> int:
 
 
 def _forget_peak(device: torch.device) -> int:
-    """Linux: the peak becomes what is resident now. Elsewhere it stays, and is what later peaks are compared with."""
+    """Reset the peak to the resident memory (Linux alone); return the value that later peaks are compared with."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
-        trim(0)  # freed memory that the C library kept would be used again unseen
+        trim(0)  # memory that the C library kept would be reused without being counted
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -126,7 +126,7 @@ def _peak_resident(device: torch.device) -> int:
 
 
 def in_fresh_process(function: Callable[..., int], *arguments: object) -> int:
-    """What `function` returns in a process that has run nothing else."""
+    """Call `function` in a process that has run nothing else."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -134,7 +134,7 @@ def in_fresh_process(function: Callable[..., int], *arguments: object) -> int:
 def peak_of(
     run: Run, device: torch.device, is_wanted: bool, in_fresh: Callable[..., int], *arguments: object
 ) -> int | None:
-    """Peak extra memory: on CUDA of `run`; on a CPU, where wanted, `in_fresh(*arguments, threads)` of a new process."""
+    """Return peak extra memory: of `run` on CUDA; on a CPU, if wanted, of `in_fresh(*arguments, threads)`."""
     if device.type == "cuda":
         return extra_memory(run, device)
     return in_fresh_process(in_fresh, *arguments, torch.get_num_threads()) if is_wanted else None

@@ -20,8 +20,8 @@ EPILOG = """examples:
   sasa-report outputs                                every run in the folder, as sasa-train -m leaves them
   sasa-report outputs/RUN data.root=/elsewhere       one run: its report.html also shows classes and attention
 
-A row is what differs in its seed alone: mean top1 of the last epoch with the 95 % confidence interval over seeds, and
-the difference to a reference row, paired by seed. Jobs that are not done are listed below the table.
+A row groups the jobs that differ only in their seed: mean top1 of the last epoch with the 95 % confidence interval over
+seeds, and the difference to a reference row, paired by seed. Unfinished jobs are listed below the table.
 Exit codes: 0 done, 2 refused."""
 
 
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
     )
     parser.add_argument("sources", nargs="*", metavar="SWEEP_OR_RUN", help="sweep or run folders")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; left out: report/ in the one folder")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: report/ in the given folder)")
     parser.add_argument(
         "--reference", metavar="ROW", help="the row to compare with: its label, a part of it, its number"
     )
@@ -50,15 +50,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--paper-table",
         type=int,
         choices=tuple(VARIED),
-        help="the paper's table to set beside; left out: the sweep's",
+        help="the paper's table to compare with (default: the sweep's)",
     )
-    parser.add_argument("--quick", action="store_true", help="of a run: without what needs its model and images")
+    parser.add_argument("--quick", action="store_true", help="for one run: skip the pictures that need its model")
     parser.add_argument(
         "--num-images",
         type=positive,
         default=10_000,
         metavar="N",
-        help="of a run: val images, at most, of the figures by class (%(default)s)",
+        help="for one run: the most val images for the figures by class (%(default)s)",
     )
     return parser
 
@@ -67,7 +67,7 @@ def report(options: argparse.Namespace) -> None:
     """Read, compute, write, print.
 
     Raises:
-        ConfigError: what cannot be read or written, or is not there.
+        ConfigError: a folder or file that is missing, or cannot be read or written.
     """
     from sasa_train.config.overrides import split_overrides
     from sasa_train.files import write_outputs
@@ -77,7 +77,7 @@ def report(options: argparse.Namespace) -> None:
     from sasa_train.report.tables import as_csv, as_json, markdown
     from sasa_train.terminal import printable_lines
 
-    # Only now, for --reference kernel_size=7 is no override.
+    # Only now: in `--reference kernel_size=7` the value is not an override.
     sources, options.overrides = split_overrides(options.sources)
     options.sources = [Path(source) for source in sources]
     if not sources:
@@ -107,20 +107,22 @@ def report(options: argparse.Namespace) -> None:
 
 
 def check_overrides(overrides: list[str], job: "Job | None") -> None:
-    """Refuse them before any work; they are for what is drawn of one run's model."""
+    """Check overrides before any work; they apply only to the pictures of one run."""
     from sasa_train.config.overrides import check_override_keys, split_weights
     from sasa_train.config.saved import load_config_file
 
     _, of_config = split_weights(overrides)
     check_override_keys(of_config)
     if overrides and job is None:
-        raise ConfigError(f"{' '.join(overrides)}: is for the pictures of one run's model; several are given")
+        raise ConfigError(
+            f"{' '.join(overrides)}: applies to the pictures of one run's model, but several runs are given"
+        )
     if job is not None and job.run_dir is not None:
         load_config_file(job.run_dir / "config.yaml", of_config)
 
 
 def run_page_of(report: "Report", job: "Job", options: argparse.Namespace, folder: Path) -> str:
-    """With what its model does on its data, unless --quick; what cannot be drawn is also said on stderr."""
+    """Build the page of one run, with pictures of its model unless --quick; stderr names missing pictures."""
     from sasa_train.report.illustrations import curves_section, model_sections
     from sasa_train.report.page import run_page
     from sasa_train.terminal import printable_lines

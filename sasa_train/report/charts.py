@@ -1,4 +1,4 @@
-"""The report's plots, in the style of the benchmarks' charts: told apart in grey and by the colour-blind."""
+"""The report's plots, in the style of the benchmarks' charts: readable in grey and by the colour-blind."""
 
 import re
 from typing import Any
@@ -11,14 +11,14 @@ from sasa_train.report.intervals import Interval
 from sasa_train.report.page import Picture
 from sasa_train.report.rows import Report, Row, paired_difference
 
-MAX_ROWS, MAX_PANELS = 24, 12  # of more rows, as a search has, the best alone are drawn
+MAX_ROWS, MAX_PANELS = 24, 12  # of more rows, as in a search, only the best are drawn
 MAX_LABEL = 48
 OURS = "#0072B2"
 PAPER: dict[str, Any] = {"color": "#E69F00", "marker": "D", "mec": "black", "mew": 0.6}
-CAPTIONS = {  # what kind of chart it is, and what is seen in it
+CAPTIONS = {  # the kind of chart, and what it shows
     "accuracy": (
         "Two charts of top1 over GFLOPs and over million parameters, a numbered point for each row of the table",
-        "top1 of the last epoch over GFLOPs an image and over parameters, with 95 % intervals over seeds. Numbers are "
+        "top1 of the last epoch over GFLOPs per image and over parameters, with 95 % intervals over seeds. Numbers are "
         "those of the table.",
     ),
     "curves": (
@@ -39,7 +39,7 @@ CAPTIONS = {  # what kind of chart it is, and what is seen in it
 
 
 def draw_charts(report: Report) -> list[Picture]:
-    """Draw what there is to draw."""
+    """Draw every chart that has data."""
     rows = best([row for row in report.rows if row.jobs], MAX_ROWS)
     if not rows:
         return []
@@ -54,19 +54,19 @@ def draw_charts(report: Report) -> list[Picture]:
 
 
 def best(rows: list[Row], count: int) -> list[Row]:
-    """Those with the highest top1, in their old order."""
+    """Return the `count` rows with the highest top1, in their original order."""
     chosen = sorted(rows, key=lambda row: -_top1(row).mean)[:count]
     return [row for row in rows if row in chosen]
 
 
 def short(label: str) -> str:
-    """Without the keys' groups, and not too long for a legend."""
+    """Shorten a label for a legend: without the keys' groups, at most MAX_LABEL characters."""
     text = ", ".join(re.sub(r"^[a-z_.]+\.([a-z_0-9]+=)", r"\1", part) for part in label.split(", "))
     return as_label(text if len(text) <= MAX_LABEL else text[: MAX_LABEL - 1] + "…")
 
 
 def limits(intervals: list[Interval]) -> tuple[float, float]:
-    """Room for all means and for the intervals; those of two seeds (t = 12.7) may run out of the picture."""
+    """Return axis limits for all means and intervals; intervals of two seeds (t = 12.7) may be cut off."""
     trusted = [i for i in intervals if i.n > 2] or intervals
     ends = [i.mean + sign * (i.half_width or 0) for i in trusted for sign in (-1, 1)]
     ends += [i.mean for i in intervals]
@@ -80,11 +80,11 @@ def _top1(row: Row) -> Interval:
 
 
 def _draw_accuracy(rows: list[tuple[int, Row]]) -> Figure:
-    """top1 of the last epoch over FLOPs and over parameters, with the interval over seeds; numbers are the table's."""
+    """Draw last-epoch top1 over FLOPs and over parameters, with intervals over seeds, numbered as in the table."""
     counted = [(number, row) for number, row in rows if row.flops and row.params]
     figure, axes = new_figure(1, 2, 3.6 + 0.22 * ((len(counted) + 1) // 2), "both")
     for axis, label, key, unit in (
-        (axes[0], "GFLOPs an image, forward", "flops", 1e9),
+        (axes[0], "GFLOPs per image, forward", "flops", 1e9),
         (axes[1], "million parameters", "params", 1e6),
     ):
         sizes = [getattr(row, key) / unit for _, row in counted]
@@ -99,7 +99,7 @@ def _draw_accuracy(rows: list[tuple[int, Row]]) -> Figure:
             axis.annotate(f"{number}", (x, found.mean), xytext=(6, 3), textcoords="offset points", fontsize=7)
         axis.set_xlabel(label)
         axis.locator_params(axis="x", nbins=5)
-        around = max(0.1 * (max(sizes) - min(sizes)), 0.05 * max(sizes))  # all but the same size is to look so
+        around = max(0.1 * (max(sizes) - min(sizes)), 0.05 * max(sizes))  # nearly equal sizes are to look nearly equal
         axis.set_xlim(min(sizes) - around, max(sizes) + around)
         axis.set_ylim(limits([_top1(row) for _, row in counted]))
     axes[0].set_ylabel("top1 of the last epoch, percent")
@@ -108,7 +108,7 @@ def _draw_accuracy(rows: list[tuple[int, Row]]) -> Figure:
 
 
 def _draw_curves(rows: list[Row]) -> Figure:
-    """val top1 over epochs: a panel a row, mean and range of the seeds, the reference's mean dashed beside it."""
+    """Draw val top1 over epochs, one panel per row: mean and range of the seeds, and the reference's mean dashed."""
     shown = best(rows, MAX_PANELS)
     num_columns = min(3, len(shown))
     num_rows = -(-len(shown) // num_columns)
@@ -138,7 +138,7 @@ def _draw_curves(rows: list[Row]) -> Figure:
 
 
 def _late_floor(rows: list[Row]) -> float:
-    """Below all curves but their first quarter, so that what tells them apart has the room."""
+    """Return a lower limit that cuts off the curves' first quarter, so that their differences are visible."""
     late = []
     for row in rows:
         _, _, low, high = curve(row)
@@ -147,7 +147,7 @@ def _late_floor(rows: list[Row]) -> float:
 
 
 def curve(row: Row) -> tuple[list[int], list[float], list[float], list[float]]:
-    """Epochs that every seed has evaluated, with the mean, lowest and highest top1."""
+    """Return the epochs that every seed has evaluated, with the mean, lowest and highest top1."""
     by_epoch = [{val["epoch"]: val["top1"] for val in job.val} for job in row.jobs.values()]
     epochs = sorted(set.intersection(*(set(seed) for seed in by_epoch)))
     values = [[seed[epoch] for seed in by_epoch] for epoch in epochs]
@@ -155,7 +155,7 @@ def curve(row: Row) -> tuple[list[int], list[float], list[float], list[float]]:
 
 
 def _draw_differences(rows: list[Row]) -> Figure:
-    """Each row's paired difference to its reference with the interval, and the paper's beside it."""
+    """Draw each row's paired difference to its reference with the interval, and the paper's beside it."""
     shown = [(row, row.difference) for row in rows if row.difference is not None]
     figure, (axis,) = new_figure(1, 1, 1.5 + 0.4 * len(shown), "x")
     places = range(len(shown))
@@ -177,14 +177,14 @@ def _draw_differences(rows: list[Row]) -> Figure:
 
 
 def _ours_first(axis: Axes) -> tuple[list[Any], list[str]]:
-    """matplotlib puts error bars last."""
+    """Return the legend with our entries first; matplotlib puts error bars last."""
     handles, labels = axis.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda i: not labels[i].startswith("ours"))
     return [handles[i] for i in order], [labels[i] for i in order]
 
 
 def window_lines(rows: list[Row]) -> dict[str, list[tuple[int, Row]]]:
-    """Rows that differ in kernel_size alone, by what else is set; each line by rising kernel_size."""
+    """Group rows that differ only in kernel_size, by their other settings; each line by rising kernel_size."""
     lines: dict[str, list[tuple[int, Row]]] = {}
     for row in rows:
         rest = ", ".join(f"{k}={v}" for k, v in row.settings.items() if k != "model.kernel_size")
@@ -194,7 +194,7 @@ def window_lines(rows: list[Row]) -> dict[str, list[tuple[int, Row]]]:
 
 
 def _draw_windows(lines: dict[str, list[tuple[int, Row]]]) -> Figure:
-    """The paired difference to each line's own reference over the window; the paper's Table 4 beside it."""
+    """Draw the paired difference to each line's own reference over the window, and the paper's Table 4."""
     figure, (axis,) = new_figure(1, 1, 3.8, "both")
     references = {rest: window_reference(line) for rest, line in lines.items()}
     for i, (rest, line) in enumerate(lines.items()):
@@ -220,5 +220,5 @@ def _draw_windows(lines: dict[str, list[tuple[int, Row]]]) -> Figure:
 
 
 def window_reference(line: list[tuple[int, Row]]) -> tuple[int, Row]:
-    """The point of kernel_size 7, the paper's default, or else of the smallest."""
+    """Return the point of kernel_size 7, the paper's default, or else of the smallest."""
     return next((point for point in line if point[0] == 7), line[0])

@@ -1,4 +1,4 @@
-"""What a run's folder says about the run, as names and texts for the page; its files may be anybody's, and damaged."""
+"""Facts from a run's folder, as names and texts for the page; its files may come from anybody, and be damaged."""
 
 import os
 from collections.abc import Iterator
@@ -16,36 +16,36 @@ from sasa_train.report.rows import Row
 from sasa_train.report.tables import held_out_note, in_billions, in_millions, shown, split_of
 from sasa_train.terminal import duration
 
-MAX_LINES = 10  # of a file that is quoted
+MAX_LINES = 10  # quoted of a file
 ARTEFACTS = (
     ("config.yaml", "the resolved config"),
-    ("metrics.jsonl", "one JSON object a line: loss, top1, lr, speed"),
+    ("metrics.jsonl", "one JSON object per line: loss, top1, lr, speed"),
     ("run.json", "command, commit, versions, hardware, status"),
     ("checkpoints/*.pt", "checkpoint"),
     ("tensorboard", "curves: tensorboard --logdir on the folder"),
     ("augmented.png", "the first batch as the model saw it"),
-    ("changes-*.diff", "what was not committed when it was started"),
+    ("changes-*.diff", "uncommitted changes at the start"),
     ("unreadable.txt", "images that could not be read"),
-    ("nonfinite.txt", "where a loss that was not finite came from"),
+    ("nonfinite.txt", "the origin of a loss that was not finite"),
     ("profile", "a trace and the top operators"),
 )
 
 
 def headline(job: Job) -> list[tuple[str, str, str]]:
-    """Name, figure and what to know about it."""
+    """Return the name and value of each headline figure, with a note on it."""
     if not job.val:
         return []
     last, best = job.val[-1], max(job.val, key=lambda row: row["top1"])
     assert job.config is not None
     use = "the figure to publish" if job.state == "done" else "the run is not finished"
     of_last = f"after epoch {last['epoch']} of {job.config.trainer.epochs}; {use}"
-    of_best = f"after epoch {best['epoch']}; chosen on val, so it flatters"
+    of_best = f"after epoch {best['epoch']}; selected on val, so it is optimistic"
     notes = (("last", last, of_last), ("best", best, of_best))
     return [(f"top1, {which} epoch", f"{row['top1']:.2f} %", note) for which, row, note in notes]
 
 
 def key_facts(job: Job, row: Row) -> list[tuple[str, str]]:
-    """One line each; what the folder does not tell is left out."""
+    """Return one line per fact; unknown facts are left out."""
     config, info = job.config, job.info
     assert config is not None
     last = job.val[-1] if job.val else {}
@@ -84,13 +84,13 @@ def _device(job: Job) -> str:
 
 
 def starts(info: dict[str, Any]) -> list[dict[str, Any]]:
-    """The times that the run was started or went on, as far as run.json has what we write."""
+    """Return the starts and restarts in run.json, without entries that are damaged."""
     found = info.get("starts")
     return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
 
 
 def environment(job: Job) -> list[tuple[str, str]]:
-    """Machine, code and packages."""
+    """Return the machine, code and package versions."""
     info = job.info
     keys = ("started", "host", "platform", "processors", "threads", "world_size", "gpu", "directory", "commit")
     names = {"world_size": "processes", "gpu": "GPU"}
@@ -106,7 +106,7 @@ def environment(job: Job) -> list[tuple[str, str]]:
 
 
 def changed_keys(config: TrainConfig) -> list[tuple[str, str, str, str]]:
-    """Key, value, default and meaning of each key that is not at its default."""
+    """Return key, value, default and meaning of each key that is not at its default."""
     defaults, meanings = flatten(compose_config([])), key_table()
     return [
         (key, as_written(value), as_written(defaults[key]), meanings[key].metadata["help"])
@@ -116,7 +116,7 @@ def changed_keys(config: TrainConfig) -> list[tuple[str, str, str, str]]:
 
 
 def artefacts(run_dir: Path, folder: Path) -> list[tuple[str, str, str, str]]:
-    """What is in the run's folder: name, link from a page in `folder`, size in words (none of a folder), meaning."""
+    """List the run's files: name, link from a page in `folder`, size in words (empty for a folder), meaning."""
     found = [(path, meaning) for pattern, meaning in ARTEFACTS for path in sorted(run_dir.glob(pattern))]
     return [
         (str(path.relative_to(run_dir)) + "/" * path.is_dir(), href(path, folder), _size(path), meaning)
@@ -126,7 +126,7 @@ def artefacts(run_dir: Path, folder: Path) -> list[tuple[str, str, str, str]]:
 
 
 def href(path: Path, folder: Path) -> str:
-    """From a page in `folder`; escaped, so that no name is read as an address elsewhere."""
+    """Return a link from a page in `folder`; escaped, so that no name is read as an address elsewhere."""
     return quote(os.fsencode(os.path.relpath(path, folder))) + "/" * path.is_dir()
 
 
@@ -136,7 +136,7 @@ def _size(path: Path) -> str:
 
 
 def warnings(job: Job) -> Iterator[tuple[str, list[str]]]:
-    """What must be known before a figure is believed: a sentence, and lines quoted."""
+    """Yield what a reader must know before trusting a figure: a sentence, and quoted lines."""
     run_dir, config = job.run_dir, job.config
     assert run_dir is not None and config is not None
     if job.state != "done":
@@ -167,8 +167,8 @@ def _lines(path: Path) -> list[str]:
 def beside_paper(job: Job, row: Row) -> dict[str, Any] | None:
     """Set a run beside the paper's row of the report's table, else the one whose model is nearest.
 
-    None for other models than ours. `differing` names keys as "width=0.25 (the paper's 1.0)"; `held_out` is a sentence
-    or nothing.
+    Return None for models other than ours. `differing` names keys as "width=0.25 (the paper's 1.0)"; `held_out` is a
+    sentence, or empty.
     """
     config = job.config
     assert config is not None

@@ -1,4 +1,4 @@
-"""What the page shows of one run: curves from its log, classes and attention from its checkpoint and data."""
+"""The pictures of one run on its page: curves from its log, classes and attention from its checkpoint and data."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,12 +21,12 @@ from sasa_train.visualize.val_sample import ValSample, look_at_val, which_images
 
 
 def curves_section(job: Job) -> Section:
-    """From metrics.jsonl alone."""
+    """Draw the curves, from metrics.jsonl alone."""
     section = Section("curves", "Curves")
     assert job.run_dir is not None
     rows = [] if job.state == "damaged" else read_metrics(job.run_dir / "metrics.jsonl")
     if not rows:
-        section.missing.append("There are no rows of metrics to draw.")
+        section.missing.append("There are no metrics to draw.")
     elif section.can_draw():
         from sasa_train.visualize.curve_figures import draw_curves
 
@@ -35,11 +35,11 @@ def curves_section(job: Job) -> Section:
 
 
 def model_sections(run_dir: Path, overrides: Sequence[str], num_images: int) -> list[Section]:
-    """What needs the checkpoint and the images; where one of them is not there, a section that says so.
+    """Draw what needs the checkpoint and the images; if one of them is missing, return a section that says so.
 
     Args:
         overrides: as for `load_trained`.
-        num_images: of val at most, a class-balanced, fixed part, for what is counted by class.
+        num_images: the most val images, a fixed class-balanced part, for figures by class.
     """
     last = run_dir / "checkpoints/last.pt"  # its figures are those to publish
     try:
@@ -60,7 +60,7 @@ def model_sections(run_dir: Path, overrides: Sequence[str], num_images: int) -> 
 
 def _load_val(trained: TrainedModel) -> ImageSet:
     data = trained.config.data
-    if not _is_there(data):  # it may be where another directory was the current one; and a report downloads nothing
+    if not _is_there(data):  # a relative path may belong to another directory; and a report downloads nothing
         what = f"holds no whole {data.name}" if data.name in ("cifar10", "cifar100") else "is not there"
         raise ConfigError(f"data.root={data.root} {what}; say where with data.root=...")
     _, val = load_image_sets(data)
@@ -69,7 +69,7 @@ def _load_val(trained: TrainedModel) -> ImageSet:
 
 
 def _is_there(data: DataConfig) -> bool:
-    """Whether the set is on the disk; of CIFAR's archive whole, as a damaged one would be fetched again."""
+    """Whether the data set is on the disk; CIFAR's archive must be whole, because a damaged one would be downloaded."""
     root, archive = Path(data.root), {"cifar10": CIFAR10, "cifar100": CIFAR100}.get(data.name)
     if archive is None or (root / "train").is_dir():
         return data.name == "digits" or root.is_dir()
@@ -81,7 +81,7 @@ def _is_there(data: DataConfig) -> bool:
 
 
 def _fill(section: Section, add: Callable[[], None]) -> None:
-    """What cannot be drawn is said in its place; the rest of the page is worth having."""
+    """Add pictures, or the reason why they cannot be drawn: the rest of the page is still useful."""
     try:
         add()
     except (ConfigError, WeightsError, OSError) as error:
@@ -110,7 +110,7 @@ def _add_classes(section: Section, trained: TrainedModel, val: ImageSet, num_ima
 
 
 def class_rows(found: ValSample, classes: list[str]) -> list[dict[str, str]]:
-    """Return a line for each class, the worst first and those without images last."""
+    """Return a line for each class, the worst first, those without images last."""
     rows = []
     for label, (name, counts) in enumerate(zip(classes, found.confusion.tolist(), strict=True)):
         images, hits = sum(counts), counts[label]

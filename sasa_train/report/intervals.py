@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.special import stdtrit  # what scipy.stats.t.ppf calls, without the second that importing scipy.stats takes
+from scipy.special import stdtrit  # scipy.stats.t.ppf without importing scipy.stats, which takes a second
 
 CONFIDENCE = 0.95
 FEW = 5  # below so many seeds the interval rests more on the normal assumption than on the seeds
@@ -12,7 +12,7 @@ FEW = 5  # below so many seeds the interval rests more on the normal assumption 
 
 @dataclass(frozen=True)
 class Interval:
-    """`mean` +- `half_width` over `n` values; no half width where one value, or none, says nothing about the spread."""
+    """The interval `mean` +- `half_width` over `n` values; `half_width` is None for fewer than two values."""
 
     mean: float
     half_width: float | None
@@ -24,7 +24,7 @@ class Interval:
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """The mean of at least one value and its 95 % confidence interval: t x s / sqrt(n), s with n - 1."""
+    """Return the mean of at least one value with its 95 % confidence interval: t x s / sqrt(n), s with n - 1."""
     n = len(values)
     mean = math.fsum(values) / n
     if n == 1:

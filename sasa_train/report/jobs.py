@@ -1,4 +1,4 @@
-"""What ran: the jobs of sweeps (their ledgers beside the run folders), or run folders alone."""
+"""The jobs to report on: those of sweeps, by their ledgers, or run folders alone."""
 
 import statistics
 from dataclasses import dataclass, field
@@ -15,19 +15,19 @@ from sasa_train.runs.ledger import Job as LedgerJob
 from sasa_train.runs.ledger import read_ledger
 from sasa_train.runs.metrics import read_metrics
 
-STATES = {"finished": "done"}  # what run.json calls otherwise than a ledger
+STATES = {"finished": "done"}  # a state in run.json -> the ledger's word for it
 
 
 @dataclass
 class Job:
-    """One job of a sweep, or one run folder. `val` and what follows are empty where it left nothing to read."""
+    """One job of a sweep, or one run folder. `val` and the fields after it are empty if it left nothing to read."""
 
     name: str
     state: str  # done, or why it does not count: waiting, running, failed, refused, interrupted, pruned, ...
     reason: str = ""
-    overrides: dict[str, str] | None = None  # key -> value as written; None: no sweep's job
+    overrides: dict[str, str] | None = None  # key -> value as written; None: not a sweep's job
     run_dir: Path | None = None
-    config: TrainConfig | None = None  # None where it is refused or damaged
+    config: TrainConfig | None = None  # None: refused or damaged
     val: list[dict[str, Any]] = field(default_factory=list)  # the val rows of metrics.jsonl
     images_per_sec: float | None = None  # median of the train rows
     seconds: float | None = None  # of training, over all restarts
@@ -49,7 +49,7 @@ class Job:
 
 @dataclass
 class Found:
-    """All jobs of the given folders; `paper_table` where one sweep's file names one."""
+    """All jobs of the given folders, and the tables of the paper that their sweeps name."""
 
     jobs: list[Job] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
@@ -57,10 +57,10 @@ class Found:
 
 
 def find_jobs(sources: list[Path]) -> Found:
-    """The jobs of sweep folders, run folders, and folders that hold run folders.
+    """Find the jobs of sweep folders, run folders, and folders that hold run folders.
 
     Raises:
-        ConfigError: a source that is none of these, or a ledger that cannot be read.
+        ConfigError: a source is none of these, or a ledger cannot be read.
     """
     found = Found()
     for source in sources:
@@ -75,8 +75,8 @@ def find_jobs(sources: list[Path]) -> Found:
             found.paper_tables |= within.paper_tables
         else:
             raise ConfigError(
-                f"{source}: is no sweep (with ledger.json), no run (with config.yaml) and holds no runs; give what "
-                "sasa-sweep or sasa-train wrote"
+                f"{source}: is not a sweep (with ledger.json), not a run (with config.yaml), and holds no runs; give a "
+                "folder that sasa-sweep or sasa-train wrote"
             )
     return found
 
@@ -90,12 +90,12 @@ def is_run(folder: Path) -> bool:
 
 
 def _read_ledgers(paths: list[Path]) -> tuple[list[dict[str, Any]], dict[str, LedgerJob]]:
-    """What one sweep's ledgers, of several workers perhaps, say of it, and its jobs.
+    """Read one sweep's ledgers, perhaps of several workers: what they say about it, and its jobs.
 
-    Of a job that two of them know, the one that has it done.
+    If two ledgers know a job, the one that has it as done counts.
 
     Raises:
-        ConfigError: one cannot be read, is damaged, of another version, or names no table of the paper.
+        ConfigError: a ledger cannot be read, is damaged or of another version, or names no table of the paper.
     """
     abouts, jobs = [], dict[str, LedgerJob]()
     for path in paths:
@@ -148,7 +148,7 @@ def _run_job(run_dir: Path) -> Job:
 
 
 def _read_run(job: Job, run_dir: Path) -> None:
-    """Fill in what the folder holds."""
+    """Fill in the job from its run folder."""
     job.run_dir = run_dir
     try:
         job.config = load_config_file(run_dir / "config.yaml")

@@ -1,7 +1,7 @@
-"""The report as one HTML page that needs nothing but itself: of a run all that its folder tells, of several the table.
+"""The report as one self-contained HTML page: all facts of a single run, or the table of several.
 
-Names of runs, classes and files come from disks, so jinja2 escapes whatever enters the page, and `printable_lines` what
-no page can show.
+Names of runs, classes and files come from disks, so jinja2 escapes everything that enters the page, and
+`printable_lines` the characters that no page can show.
 """
 
 import base64
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE = "report.html"
-MAX_NAMES = 3  # of folders in a title
-MAX_BYTES = 300_000  # of a picture without loss
+MAX_NAMES = 3  # folders named in a title
+MAX_BYTES = 300_000  # of a lossless picture
 COMMANDS = (("command", "Command"), ("reproduce", "The same in full"))
 OF_A_START = ("started", "step", "commit", "host", "world_size", "command")
 
 
 @dataclass
 class Picture:
-    """`alt` says what kind of picture it is, `caption` what is seen in it; `size` is in CSS pixels, 96 per inch."""
+    """A picture: `alt` names its kind, `caption` describes it; `size` is in CSS pixels, 96 per inch."""
 
     name: str
     png: bytes
@@ -54,7 +54,7 @@ class Picture:
 
     @property
     def webp(self) -> str:
-        """In base64: without loss a third of a chart's PNG, and with loss where photographs would take more."""
+        """Base64 WebP: lossless, a third of a chart's PNG; lossy where photographs would exceed MAX_BYTES."""
         image, file, small = Image.open(io.BytesIO(self.png)).convert("RGB"), io.BytesIO(), io.BytesIO()
         image.save(file, "webp", lossless=True)
         if file.tell() > MAX_BYTES:
@@ -64,7 +64,7 @@ class Picture:
 
 @dataclass
 class Section:
-    """Pictures of one kind; `missing` are sentences on those that could not be drawn, `rows` a table below them."""
+    """Pictures of one kind; `missing` says why others could not be drawn, `rows` is a table below them."""
 
     id: str
     title: str
@@ -75,7 +75,7 @@ class Section:
     rows_title: str = ""
 
     def add(self, drawn: "Iterable[tuple[str, Figure, str]]") -> None:
-        """Add figures that sasa-visualize draws too, with its captions."""
+        """Add figures of sasa-visualize, with its captions."""
         from sasa_train.figures import rendered
 
         for name, figure, caption in drawn:
@@ -83,20 +83,20 @@ class Section:
             self.pictures.append(Picture(name, rendered(figure), alt, caption))
 
     def can_draw(self) -> bool:
-        """Whether matplotlib is there; that it is not is said in the section."""
+        """Whether matplotlib is installed; if not, the section says so."""
         reason = why_not("A plot", "plots")
         self.missing += [reason] if reason else []
         return reason is None
 
 
 def the_run(report: Report) -> Job | None:
-    """The one run that the report is about, or None where it is about several jobs, or about one without a folder."""
+    """Return the run of a report on one run; None for several jobs, or for a job without a folder."""
     jobs = report.all_jobs + [job for job, _ in report.not_counted]
     return jobs[0] if len(jobs) == 1 and jobs[0].run_dir is not None and jobs[0].config is not None else None
 
 
 def run_page(report: Report, job: Job, sections: list[Section], folder: Path) -> str:
-    """The page of one run; `folder` is where it will lie."""
+    """Render the page of one run; `folder` is where it will be written."""
     (row,) = report.rows
     config, run_dir = job.config, job.run_dir
     assert config is not None and run_dir is not None
@@ -124,7 +124,7 @@ def run_page(report: Report, job: Job, sections: list[Section], folder: Path) ->
 
 
 def sweep_page(report: Report, sources: list[Path], plots: Section, folder: Path) -> str:
-    """The page of several runs."""
+    """Render the page of several runs."""
     names = [source.resolve().name for source in sources]
     left_out = len(names) - MAX_NAMES
     listed = not_counted(report)
@@ -148,7 +148,7 @@ def sweep_page(report: Report, sources: list[Path], plots: Section, folder: Path
 
 
 def _described(row: Row, number: int, folder: Path) -> dict[str, Any]:
-    """A row's runs with links, and the command in full of its first."""
+    """Describe a row: its runs with links, and the full command of the first."""
     jobs = [job for _, job in sorted(row.jobs.items())]
     top1 = f"top1 {row.top1.mean:.2f}" if row.top1 else "no top1"
     return {
@@ -159,7 +159,7 @@ def _described(row: Row, number: int, folder: Path) -> dict[str, Any]:
 
 
 def _links(job: Job, folder: Path) -> tuple[str, str]:
-    """To a run's folder, and to its own page where it has one."""
+    """Return links to a run's folder and to its own page (empty if it has none)."""
     assert job.run_dir is not None
     page = job.run_dir / "report" / PAGE
     return facts.href(job.run_dir, folder), facts.href(page, folder) if page.is_file() else ""

@@ -15,12 +15,12 @@ from sasa_train.report.jobs import Job
 
 @dataclass(eq=False)  # rows refer to one another
 class Row:
-    """`settings` are the keys that differ between the rows, with their values as written."""
+    """A row of the report; `settings` are the keys that differ between rows, with their values as written."""
 
     settings: dict[str, str]
     label: str = ""
-    jobs: dict[int, Job] = field(default_factory=dict)  # by seed, those that count
-    num_jobs: int = 0  # with those that do not
+    jobs: dict[int, Job] = field(default_factory=dict)  # by seed, without those that do not count
+    num_jobs: int = 0  # all, also those that do not count
     config: TrainConfig | None = None
     paper: PaperRow | None = None
     reference: "Row | None" = None  # itself, for the reference row
@@ -28,23 +28,23 @@ class Row:
     flops: int | None = None  # of one image, forward
 
     def mean(self, figure: str) -> Interval | None:
-        """The mean over seeds of the jobs' `last`, `best`, `images_per_sec` or `seconds`; None where no job has it."""
+        """The mean over seeds of the jobs' `last`, `best`, `images_per_sec` or `seconds`; None if no job has it."""
         values = [value for job in self.jobs.values() if (value := getattr(job, figure)) is not None]
         return mean_interval(values) if values else None
 
     @property
     def top1(self) -> Interval | None:
-        """Of the last epoch, in percent."""
+        """The mean top1 of the last epoch, in percent."""
         return self.mean("last")
 
     @property
     def difference(self) -> Interval | None:
-        """top1 above the reference row's, over the seeds that both have; None for the reference itself."""
+        """The difference in top1 to the reference row, over common seeds; None for the reference itself."""
         return None if self.reference in (None, self) else paired_difference(self, self.reference)
 
     @property
     def paper_difference(self) -> float | None:
-        """The same difference as the paper prints it."""
+        """The same difference in the paper's figures."""
         if self.reference in (None, self) or self.paper is None or self.reference.paper is None:
             return None
         return self.paper.top1 - self.reference.paper.top1
@@ -63,16 +63,16 @@ class Report:
 
 
 def paired_difference(row: Row, reference: Row) -> Interval | None:
-    """Seed by seed, so that what a seed does to both cancels out; None where they have no seed in common."""
+    """Compare two rows seed by seed, so that a seed's effect on both cancels; None without common seeds."""
     pairs = [(job.last, reference.jobs[seed].last) for seed, job in row.jobs.items() if seed in reference.jobs]
     return mean_interval([ours - its for ours, its in pairs]) if pairs else None
 
 
 def build_report(jobs: list[Job], table: int | None, reference: str | None, commands: list[str]) -> Report:
-    """Group the jobs, name the rows, choose what each is compared with, count parameters and FLOPs.
+    """Group the jobs, name the rows, choose their references, count parameters and FLOPs.
 
     Raises:
-        ConfigError: `reference` names no row or several; or there is no job whose settings are known.
+        ConfigError: `reference` names no row or several, or no job has known settings.
     """
     rows, not_counted = _group(jobs, table)
     if not rows:
@@ -112,7 +112,7 @@ def _group(jobs: list[Job], table: int | None) -> tuple[list[Row], list[tuple[Jo
 
 
 def _settings(job: Job, by_overrides: bool) -> dict[str, str] | None:
-    """What tells a job's row from others: its overrides, or every key that changes what it computes; not the seed."""
+    """Return what identifies a job's row: its overrides, or every key that changes its results, without the seed."""
     if by_overrides:
         assert job.overrides is not None
         given = job.overrides
@@ -127,7 +127,7 @@ def _settings(job: Job, by_overrides: bool) -> dict[str, str] | None:
 
 
 def _why_not(job: Job, row: Row) -> tuple[str, str] | None:
-    """State and reason of a job that is no part of the mean."""
+    """Return state and reason of a job that does not count in the mean, else None."""
     if job.state != "done":
         return job.state, job.reason
     if not job.val:
@@ -138,7 +138,7 @@ def _why_not(job: Job, row: Row) -> tuple[str, str] | None:
 
 
 def _name(rows: list[Row]) -> None:
-    """The paper's label where the row is the paper's; where several are, what tells them apart as well."""
+    """Label rows: by the paper's label where one fits, and by the keys that tell rows apart."""
     for row in rows:
         same = [other for other in rows if other.paper is row.paper]
         apart = {
@@ -151,7 +151,7 @@ def _name(rows: list[Row]) -> None:
 
 
 def _order(row: Row) -> tuple:
-    """The paper's order; else by settings, numbers as numbers."""
+    """Return the sort key: the paper's order, then settings, with numbers sorted as numbers."""
     place = PAPER_ROWS.index(row.paper) if row.paper else len(PAPER_ROWS)
     return (place, [(key, _sortable(value)) for key, value in row.settings.items()])
 
@@ -164,7 +164,7 @@ def _sortable(value: str) -> tuple[int, float, str]:
 
 
 def _choose_references(rows: list[Row], reference: str | None) -> None:
-    """The row that is asked for; else the paper's default where rows are the paper's, or the first."""
+    """Set each row's reference: the requested row, else the paper's default, else the first row."""
     chosen = find_row(rows, reference) if reference is not None else None
     if chosen is None and not any(row.paper for row in rows):
         chosen = rows[0]
@@ -173,16 +173,16 @@ def _choose_references(rows: list[Row], reference: str | None) -> None:
 
 
 def _papers_default(row: Row, rows: list[Row]) -> Row | None:
-    """Our row that stands for the paper's default: of several, the one most like this row."""
+    """Return our row for the paper's default; of several, the one most similar to this row."""
     candidates = [other for other in rows if row.paper and other.paper is reference_row(row.paper)]
     return max(candidates, key=lambda other: len(other.settings.items() & row.settings.items()), default=None)
 
 
 def find_row(rows: list[Row], text: str) -> Row:
-    """By number (from 1), whole label, or a part that one label alone has.
+    """Find a row by number (from 1), by label, or by a part that only one label has.
 
     Raises:
-        ConfigError: none or several.
+        ConfigError: no row or several rows match.
     """
     if text.isdecimal() and 1 <= int(text) <= len(rows):
         return rows[int(text) - 1]
@@ -195,9 +195,9 @@ def find_row(rows: list[Row], text: str) -> Row:
 
 
 def _count_models(rows: list[Row]) -> None:
-    """Parameters and forward FLOPs of the model that ran, at its image size, counted once where several rows share it.
+    """Count parameters and forward FLOPs of each row's model at its image size, once per distinct model.
 
-    Both stay None where the number of classes is not known, or all jobs of the row were refused.
+    Both stay None if the number of classes is unknown, or all jobs of the row were refused.
     """
     counted: dict[str, tuple[int, int] | None] = {}
     for row in rows:
@@ -222,7 +222,7 @@ def _count_model(config: TrainConfig, jobs: list[Job]) -> tuple[int, int] | None
 
 
 def _num_classes_of(jobs: list[Job]) -> int | None:
-    """Of a set of one's own: as the first checkpoint that can be read says."""
+    """Return the number of classes of a user's own data, from the first readable checkpoint."""
     from sasa_train.runs.checkpoint import CheckpointError, load_checkpoint
 
     for job in jobs:

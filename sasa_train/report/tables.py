@@ -38,7 +38,7 @@ def not_counted(report: Report) -> list[dict[str, str]]:
 
 
 def cells(report: Report, number: int, row: Row) -> dict[str, str]:
-    """One line of the table, by column."""
+    """Return one line of the table, by column."""
     seconds, difference, papers = row.mean("seconds"), row.difference, row.paper
     top1, mparams, gflops = (papers.top1, papers.mparams, papers.gflops) if papers else (None, None, None)
     found = {
@@ -62,7 +62,7 @@ def cells(report: Report, number: int, row: Row) -> dict[str, str]:
 
 
 def shown(number: Any, form: str, otherwise: str = "-") -> str:
-    """A number as text; `otherwise` where there is none, or a damaged file has something else in its place."""
+    """Return a number as text; `otherwise` if it is missing, or a damaged file holds something else."""
     return form.format(number) if isinstance(number, int | float) else otherwise
 
 
@@ -75,7 +75,7 @@ def in_billions(flops: int | None) -> str:
 
 
 def _grid(rows: list[dict[str, str]]) -> list[str]:
-    """Markdown's table, its columns aligned."""
+    """Return a Markdown table with aligned columns."""
     lines = [list(rows[0]), *([text.replace("|", "\\|") for text in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     head, *body = (
@@ -92,15 +92,15 @@ def _interval(interval: Interval | None, sign: str = "") -> str:
 
 
 def _difference(row: Row) -> str:
-    """With the number of pairs where some seeds have no partner."""
+    """Return the difference as text, with the number of pairs if some seeds have no partner."""
     found = row.difference
     pairs = f" ({found.n} pairs)" if found is not None and 1 < found.n < len(row.jobs) else ""
     return _interval(found, sign="+") + pairs
 
 
 def notes(report: Report) -> list[str]:
-    """What one must know to read the figures."""
-    found = ["top1 in percent, of the last epoch (the best epoch is chosen on val, so its figure flatters)"]
+    """Return notes on how to read the figures."""
+    found = ["top1 in percent, of the last epoch (the best epoch is selected on val, so its figure is optimistic)"]
     configs = [row.config for row in report.rows if row.config is not None]
     splits = list(dict.fromkeys(split_of(config) for config in configs))
     found.append(f"val is {'; or '.join(splits)}" + ("" if len(splits) == 1 else ": rows differ in it"))
@@ -138,7 +138,7 @@ def _paper_notes(table: int, configs: list[TrainConfig]) -> list[str]:
 
 
 def held_out_note(table: int, configs: list[TrainConfig]) -> str:
-    """A sentence where ours and the paper's top1 are not both on val, or both held out of train; else nothing."""
+    """Return a sentence if one top1 (ours or the paper's) is on val and the other on held-out images; else ""."""
     papers_is = table in HELD_OUT_TABLES
     if all((config.data.holdout_fraction > 0) == papers_is for config in configs):
         return ""
@@ -148,7 +148,7 @@ def held_out_note(table: int, configs: list[TrainConfig]) -> str:
 
 
 def split_of(config: TrainConfig) -> str:
-    """What val is, in words."""
+    """Describe in words what val is."""
     data = config.data
     part = "" if data.max_val_images is None else f", {data.max_val_images:,} images of it at most"
     size = f"{data.name} at {resolved_image_size(data)} pixels"
@@ -160,7 +160,7 @@ def split_of(config: TrainConfig) -> str:
 
 
 def as_json(report: Report) -> str:
-    """Everything, seed by seed."""
+    """Return the whole report as JSON, seed by seed."""
     content = {
         "format_version": 1,
         "commands": report.commands,
@@ -182,7 +182,7 @@ def as_csv(report: Report) -> str:
 
 
 def _record(number: int, row: Row) -> dict[str, Any]:
-    """The row's figures as plain values; None where there is none."""
+    """Return the row's figures as plain values; None if missing."""
     difference, papers = row.difference, row.paper
     return {
         "number": number,

@@ -25,9 +25,9 @@ Train many models from one command: each combination of the values, in a run fol
   sasa-sweep sweep=digits_search                                 a search with pruning (needs sasa_train[search])
   sasa-sweep sweep=paper_table4 hydra/launcher=submitit_slurm    on Slurm (needs sasa_train[slurm])
 
-Overrides are sasa-train's; several values of a key multiply. One process a job; the sweep's folder holds the ledger,
-and a log and a run folder for each job. The same command again skips what is done, goes on with what was interrupted,
-tries again what failed, and starts what the grid has more than before. More in docs/sweeps.md.
+Overrides are sasa-train's; several values of a key multiply. One process per job; the sweep's folder holds the
+ledger, and a log and a run folder for each job. The same command again skips finished jobs, continues interrupted
+ones, retries failed ones, and starts those that were added to the grid. More in docs/sweeps.md.
 """
 EXIT_CODES = "Exit codes: 0 all done, 75 stopped (run it again), 2 refused, 1 a job failed or was refused."
 
@@ -59,7 +59,7 @@ def run_command(arguments: list[str]) -> int:
 
 
 def print_help() -> None:
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends in peace
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends without a traceback
     print(USAGE, end="")
     print_keys(key_table(SweepConfig, "sweep."), column=33)
     print(f"\n{EXIT_CODES}")
@@ -69,7 +69,7 @@ def sweep(plan: SweepPlan, arguments: list[str], stop: StopRequest) -> int:
     """Run the sweep to its end, or to a stop request; returns the exit code.
 
     Raises:
-        ConfigError: another sasa-sweep works in the folder, or what it needs is not there.
+        ConfigError: another sasa-sweep works in the folder, or something that it needs is missing.
     """
     suffix = f"-{plan.config.worker}" if plan.config.worker else ""
     try:
@@ -85,10 +85,10 @@ def sweep(plan: SweepPlan, arguments: list[str], stop: StopRequest) -> int:
         ledger.save()
         say(f"sweep folder  {plan.folder}\n{counts(ledger)}")
         if plan.hydra:
-            stop.restore()  # a launcher's jobs see to signals themselves
+            stop.restore()  # a launcher's jobs handle signals themselves
             hand_over(plan, ledger, source)
         else:
-            stop.begin_training()  # from here on a signal is passed on to the jobs, which save
+            stop.begin_training()  # from here on signals are passed to the jobs, which save
             display = Display()
             Processes(plan.config, plan.folder, ledger, source, stop).run(display)
             display.clear()
@@ -98,10 +98,10 @@ def sweep(plan: SweepPlan, arguments: list[str], stop: StopRequest) -> int:
 
 
 def hand_over(plan: SweepPlan, ledger: Ledger, source: JobList) -> None:
-    """Give all jobs that are left to the Hydra launcher that was asked for, a cluster's say, and wait for them.
+    """Give all remaining jobs to the requested Hydra launcher, such as a cluster's, and wait for them.
 
     Raises:
-        ConfigError: there is no such launcher, or the sweep is a search, whose jobs depend on those before.
+        ConfigError: the launcher does not exist, or the sweep is a search, whose jobs depend on earlier ones.
     """
     if plan.config.num_trials is not None:
         raise ConfigError(f"{' '.join(plan.hydra)}: a search starts its own jobs; start a sasa-sweep on each machine")

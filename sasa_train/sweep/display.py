@@ -1,4 +1,4 @@
-"""A sweep as one sees it: a live table where there is a terminal, a line for each event, and the table at the end."""
+"""The display of a sweep: a live table on a terminal, a line for each event, and a table at the end."""
 
 import contextlib
 import shutil
@@ -15,7 +15,7 @@ REFRESH = 0.5  # seconds
 
 
 class Display:
-    """Called with each event of a sweep's processes, and with "" in between."""
+    """Shows a sweep: called with each event of its processes, and with "" in between."""
 
     def __init__(self) -> None:
         self.is_terminal = sys.stdout.isatty()
@@ -32,19 +32,19 @@ class Display:
             self.num_lines, self.drawn = len(lines), time.monotonic()
 
     def clear(self) -> None:
-        """Take the table away."""
+        """Erase the table."""
         if self.num_lines:
             _write(f"\x1b[{self.num_lines}F\x1b[J", end="")
         self.num_lines = 0
 
 
 def _write(text: str, end: str = "\n") -> None:
-    with contextlib.suppress(OSError):  # a reader that went away does not end a sweep
+    with contextlib.suppress(OSError):  # a closed pipe does not end a sweep
         print(text, end=end, flush=True)
 
 
 def table_of(processes: Processes) -> list[str]:
-    """Head line, and a line for each running job; no wider than the terminal."""
+    """Return a headline and a line for each running job, no wider than the terminal."""
     size = shutil.get_terminal_size((120, 24))
     left = processes.seconds_left()
     parts = [counts(processes.ledger), f"ETA {duration(left)}" if left is not None else "ETA -"]
@@ -61,10 +61,10 @@ def table_of(processes: Processes) -> list[str]:
 
 
 def counts(ledger: Ledger) -> str:
-    """ "12 jobs: 5 done, 2 running, 5 waiting"."""
+    """Count jobs by state, as in "12 jobs: 5 done, 2 running, 5 waiting"."""
     found = Counter(job.state for job in ledger.asked_for())
     states = ", ".join(f"{number} {state}" for state, number in found.most_common())
-    return f"{found.total()} jobs: {states}" if states else "no job yet"
+    return f"{found.total()} jobs: {states}" if states else "no jobs yet"
 
 
 def best(ledger: Ledger) -> Job | None:
@@ -78,7 +78,7 @@ def _top1(job: Job) -> float:
 
 
 def final_table(jobs: Iterable[Job]) -> str:
-    """All jobs, the best first, with what came of them."""
+    """Return all jobs with their results, the best first."""
     rows = []
     for job in sorted(jobs, key=_top1, reverse=True):
         last, top = (f"{row['top1']:.2f}" if row else "-" for row in (job.last, job.best))

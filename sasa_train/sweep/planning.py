@@ -1,4 +1,4 @@
-"""What a sweep is, from a file in `configs/sweep/` and the command line: its jobs, their names, its folder."""
+"""The plan of a sweep, from a file in `configs/sweep/` and the command line: its jobs, their names, its folder."""
 
 import hashlib
 import json
@@ -67,12 +67,12 @@ class SweepPlan:
 
 
 def read_plan(overrides: Sequence[str]) -> SweepPlan:
-    """The sweep that a command line describes: `sweep=NAME`, `sweep.KEY=value`, and overrides of its jobs.
+    """Read a command line: `sweep=NAME`, `sweep.KEY=value`, and overrides of the jobs.
 
-    An override of a job takes the place of those of the same key in the file.
+    An override on the command line replaces the file's overrides of the same key.
 
     Raises:
-        ConfigError: a file or key that is not there, a value that makes no sense, or a grid that is too large.
+        ConfigError: an unknown file or key, an invalid value, or a grid that is too large.
     """
     parsed = parse_overrides(overrides)
     ours = [o for o in parsed if o.key_or_group == "sweep" or o.key_or_group.startswith("sweep.")]
@@ -102,7 +102,7 @@ def read_plan(overrides: Sequence[str]) -> SweepPlan:
 
 
 def _launcher_keys(parsed: list[Override]) -> list[str]:
-    """Hydra's own keys, which choose a launcher and set it up."""
+    """Return Hydra's own keys, which choose a launcher and configure it."""
     keys = [str(o.input_line) for o in parsed if o.key_or_group.startswith("hydra")]
     if keys and not any(o.startswith("hydra/launcher=") for o in keys):
         raise ConfigError(f"{' '.join(keys)}: has a meaning with hydra/launcher=... alone")
@@ -134,7 +134,7 @@ def _read_config(ours: list[Override]) -> SweepConfig:
 def _merge(merged: Any, values: Any, where: str) -> Any:
     known = list(key_table(SweepConfig))
     if not isinstance(values, dict):
-        raise ConfigError(f"{where}: is no sweep: keys and values, {', '.join(known)}")
+        raise ConfigError(f"{where}: is not a sweep file; it must hold keys and values of {', '.join(known)}")
     for given in values:
         if given not in known:
             raise ConfigError(f"{where}: unknown key {given!r}: {nearest(str(given), known)}")
@@ -145,13 +145,13 @@ def _merge(merged: Any, values: Any, where: str) -> Any:
 
 
 def _sweep_file(name: str) -> Path:
-    """`configs/sweep/NAME.yaml`, or a file of the user's own."""
+    """Return `configs/sweep/NAME.yaml`, or the user's own file."""
     path = config_dir() / "sweep" / f"{name}.yaml"
     if path.is_file():
         return path
     if name.endswith((".yaml", ".yml")) and Path(name).is_file():
         return Path(name)
-    raise ConfigError(f"sweep={name} is none of {', '.join(choices('sweep'))}, nor a .yaml file that is there")
+    raise ConfigError(f"sweep={name} must be one of {', '.join(choices('sweep'))}, or an existing .yaml file")
 
 
 def _validate(config: SweepConfig) -> None:
@@ -161,7 +161,7 @@ def _validate(config: SweepConfig) -> None:
 
 
 def _default_name(stem: str | None, fixed: list[str], swept: list[str]) -> str:
-    """Readable, and the same where the values of what varies, or the seeds, become more: the grid grows in place."""
+    """Return a readable name that stays the same when values or seeds are added: the grid grows in place."""
     named = {_key(o): str(parse_overrides([o])[0].value()) for o in fixed}
     parts = [part for part in (stem, named.get("experiment") or named.get("model")) if part] or ["sweep"]
     shaping = sorted(o for o in fixed if _key(o) not in NOT_TRAJECTORY - {"data.root"} and _key(o) != "seed")
@@ -171,7 +171,7 @@ def _default_name(stem: str | None, fixed: list[str], swept: list[str]) -> str:
 
 
 def _jobs(rows: list[list[str]], fixed_keys: set[str]) -> list[Job]:
-    """The jobs of all rows, each once."""
+    """Return the jobs of all rows, each once."""
     grids = [expand(row) for row in rows]
     jobs: dict[str, Job] = {}
     for job in (build_job(list(overrides), fixed_keys) for grid in grids for overrides in grid):
@@ -184,7 +184,7 @@ def _jobs(rows: list[list[str]], fixed_keys: set[str]) -> list[Job]:
 
 
 def build_job(overrides: list[str], fixed_keys: set[str]) -> Job:
-    """The job with its name; one whose config is refused says so, and the others may go on."""
+    """Return the named job; one with an invalid config is marked as refused, so that the others can run."""
     label = " ".join(o for o in overrides if _key(o) not in fixed_keys) or "all as given"
     try:
         config = compose_config(overrides)

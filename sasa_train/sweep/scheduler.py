@@ -1,4 +1,4 @@
-"""One process a job, on devices of its own, as many at a time as there are places; no job waits for another."""
+"""One process per job, on its own devices, as many at a time as there are places; no job waits for another."""
 
 import ctypes
 import os
@@ -25,12 +25,12 @@ from sasa_train.terminal import DONE, FAILED, INTERRUPTED, REFUSED, printable_li
 POLL = 0.2  # seconds between looks at the jobs
 LOOK = 1.0  # seconds between looks at one's metrics
 PATIENCE = 300.0  # seconds for a job to save and end, before it is killed
-NUM_LOG_LINES = 30  # of a failed job's log that are shown
+NUM_LOG_LINES = 30  # lines shown of a failed job's log
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
 
 class JobList:
-    """Where jobs come from: what was stopped in between goes first, what failed goes last, what ended is left alone."""
+    """The queue of jobs: interrupted ones go first, failed ones last, and ended ones are left alone."""
 
     def __init__(self, jobs: Iterable[Job], folder: Path):
         self.folder = folder
@@ -39,9 +39,9 @@ class JobList:
         self.num_running = 0
 
     def next(self) -> Job | None:
-        """The next job to start: the first whose run folder nobody holds. None where there is none now.
+        """Return the next job to start, the first whose run folder is not locked, or None.
 
-        A job of an earlier command may still be saving.
+        A folder may be locked by a job of an earlier command that is still saving.
         """
         for job in self.queue:
             holding = holder(self.folder / job.name)
@@ -53,19 +53,19 @@ class JobList:
         return None
 
     def has_more(self) -> bool:
-        """Whether there may be one later, once a running one has ended."""
+        """Whether a job may become available once a running one has ended."""
         return self.num_running > 0 or self.num_waiting() > 0
 
     def num_waiting(self) -> int:
-        """Jobs that are still to be started."""
+        """Return the number of jobs that are still to be started."""
         return len(self.queue)
 
     def look(self, job: Job) -> bool:
-        """Take note of a running job's new evaluation; True where the job is to be given up."""
+        """Record a running job's new evaluation; return True if the job is to be pruned."""
         return False
 
     def ended(self, job: Job) -> None:
-        """Take note of how a job ended."""
+        """Record how a job ended."""
         self.num_running -= 1
         if job.state == "waiting":
             self.queue.append(job)
@@ -73,13 +73,13 @@ class JobList:
 
 @dataclass
 class Running:
-    """A job's process."""
+    """The process of a job."""
 
     job: Job
     process: subprocess.Popen
     place: int
     log: Path
-    log_start: int  # bytes of earlier tries
+    log_start: int  # bytes written by earlier tries
     started: float = field(default_factory=time.monotonic)
     looked: float = 0.0
     is_pruned: bool = False
@@ -96,16 +96,16 @@ class Running:
 
 
 class Processes:
-    """The jobs of a sweep while they run: `run` starts, watches and ends them, and the ledger has it all."""
+    """The running jobs of a sweep: `run` starts, watches and ends them, and records everything in the ledger."""
 
     def __init__(self, config: SweepConfig, folder: Path, ledger: Ledger, source: JobList, stop: StopRequest):
         self.config, self.folder, self.ledger, self.source, self.stop = config, folder, ledger, source, stop
         self.places = list(device_groups(config))
         self.running: list[Running] = []
-        self.seconds: list[float] = []  # of the jobs that this command has brought to their end
+        self.seconds: list[float] = []  # duration of each job that this command has finished
 
     def seconds_left(self) -> float | None:
-        """From how long jobs took so far, or the running ones' epochs; None where neither is known."""
+        """Estimate the seconds left from finished jobs, or from the running ones' epochs; None if neither is known."""
         now, estimates = time.monotonic(), list(self.seconds)
         for running in self.running if not estimates else []:
             job = running.job
@@ -118,7 +118,7 @@ class Processes:
         return (sum(of_running) + each * self.source.num_waiting()) / len(self.places)
 
     def run(self, show: Callable[["Processes", str], None]) -> None:
-        """Until no job is left, or a stop request was served; `show` is given each event, and "" in between."""
+        """Run until no job is left, or a stop was requested; `show` gets each event, and "" in between."""
         was_said = False
         while True:
             for event in [*self._reap(), *self._look(), *self._start()]:
@@ -133,7 +133,7 @@ class Processes:
             time.sleep(POLL)
 
     def _start(self) -> Iterator[str]:
-        """Fill the free places, unless a stop was asked for."""
+        """Fill the free places, unless a stop was requested."""
         while not self.stop.requested() and (free := self._free_place()) is not None:
             job = self.source.next()
             if job is None:
@@ -158,7 +158,7 @@ class Processes:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=self._environment(place),
-                start_new_session=True,  # a Ctrl-C is the sweep's to pass on
+                start_new_session=True,  # so that Ctrl-C reaches the sweep alone, which passes it on
                 preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
         self.running.append(Running(job, process, place, log, log_start))
@@ -201,7 +201,7 @@ class Processes:
             if self.config.devices_per_job > 1:
                 code, said = behind_torchrun(code, said)
             if running.asked is not None and code < 0:
-                code = INTERRUPTED  # before it could save, or it took too long to
+                code = INTERRUPTED  # it was stopped before it could save, or took too long to
             finish(job, self.folder, code, seconds, self.config.max_tries, said[-1] if said else "")
             if running.is_pruned and job.state == "interrupted":
                 job.end("pruned", "given up: others were better by then")
@@ -216,7 +216,7 @@ class Processes:
 
 
 def job_arguments(job: Job, folder: Path) -> list[str]:
-    """What sasa-train is given for a job."""
+    """Return the arguments that sasa-train gets for a job."""
     return [*job.overrides, f"output_dir={as_written(str(folder))}"]
 
 
@@ -230,7 +230,7 @@ def finish(job: Job, folder: Path, code: int, seconds: float | None, max_tries: 
         job.end("done", FINISHED, code, seconds)
     elif code == INTERRUPTED:
         job.end("interrupted", said.partition("; to continue")[0] or "stopped", INTERRUPTED, seconds)
-    elif code == REFUSED and "is in use by" in said:  # another got its lock first
+    elif code == REFUSED and "is in use by" in said:  # another process got its lock first
         job.end("waiting", said, code, seconds)
     elif code == REFUSED:
         job.end("refused", said, code, seconds)
@@ -248,7 +248,7 @@ def describe_end(job: Job, seconds: float) -> str:
 
 
 def tail(path: Path, start: int) -> list[str]:
-    """The last lines of a log, from byte `start` on, as a terminal may show them."""
+    """Return the last lines of a log, from byte `start` on, safe to print."""
     try:
         with path.open("rb") as file:
             file.seek(max(start, path.stat().st_size - 2**16))
@@ -259,7 +259,7 @@ def tail(path: Path, start: int) -> list[str]:
 
 
 def behind_torchrun(code: int, said: list[str]) -> tuple[int, list[str]]:
-    """The exit code of the processes, which torchrun makes 1 of, and what they said, without its own account."""
+    """Return the exit code of the processes, which torchrun replaces by 1, and their output without torchrun's own."""
     if saved := [line for line in said if ": saved at step" in line]:
         return INTERRUPTED, saved
     codes = [int(found[1]) for line in said if (found := re.search(r"exitcode\s*: (-?\d+)", line))]
@@ -269,10 +269,10 @@ def behind_torchrun(code: int, said: list[str]) -> tuple[int, list[str]]:
 
 
 def device_groups(config: SweepConfig) -> Iterator[list[str]]:
-    """The GPUs of each place for a job; where there are fewer GPUs than places, places share them.
+    """Yield the GPUs of each place for a job; where there are fewer GPUs than places, places share them.
 
     Raises:
-        ConfigError: `devices_per_job` is more than there are.
+        ConfigError: `devices_per_job` exceeds the number of GPUs.
     """
     gpus, each = visible_gpus(), config.devices_per_job
     if each > max(1, len(gpus)):
@@ -283,7 +283,7 @@ def device_groups(config: SweepConfig) -> Iterator[list[str]]:
 
 
 def visible_gpus() -> list[str]:
-    """Names for CUDA_VISIBLE_DEVICES, without a CUDA context in this process."""
+    """Return names for CUDA_VISIBLE_DEVICES, without creating a CUDA context in this process."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         return [name.strip() for name in chosen.split(",") if name.strip() not in ("", "-1")]
@@ -294,5 +294,5 @@ def visible_gpus() -> list[str]:
 
 
 def _end_with_parent() -> None:
-    """In the child: where the sweep is killed, its jobs save and stop, instead of going on unseen."""
+    """Runs in the child: if the sweep is killed, its jobs save and stop, instead of going on unseen."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,8 +1,8 @@
 """A search with Optuna: trials are jobs, pruned on their evaluations; the study is a file beside the ledger.
 
-What a trial tries is in the study, how its run went is in the ledger and the run folder: a search that was stopped or
-killed goes on with the trials that it had begun, from their checkpoints. Several sasa-sweep share a study, each with a
-ledger of its own (`sweep.worker`).
+The study holds what a trial tries; the ledger and the run folder hold how its run went. A search that was stopped or
+killed continues its unfinished trials from their checkpoints. Several sasa-sweep processes can share a study, each with
+its own ledger (`sweep.worker`).
 """
 
 from typing import TYPE_CHECKING
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from optuna.pruners import BasePruner
     from optuna.trial import FrozenTrial, Trial
 
-WORKER = "worker"  # an attribute of each trial: whose it is
+WORKER = "worker"  # the attribute of a trial that names its worker
 NUM_RANDOM = 8  # trials drawn at random before the sampler learns from them
 NUM_WHOLE = 4  # trials that run to their end before any is pruned
-FIRST_THIRD = 1 / 3  # of a run, in which none is pruned: warm-up says little
+FIRST_THIRD = 1 / 3  # of a run, in which nothing is pruned: warm-up says little
 
 
 class Search(JobList):
-    """The next job is the study's next trial; its value is top1 (percent) of its last evaluation.
+    """A queue whose next job is the study's next trial; its value is top1 (percent) of its last evaluation.
 
     Raises:
-        ConfigError: Optuna is not installed, or the space is none.
+        ConfigError: Optuna is not installed, or the space is not valid.
     """
 
     def __init__(self, plan: SweepPlan, ledger: Ledger):
@@ -57,10 +57,8 @@ class Search(JobList):
                 sampler=optuna.samplers.TPESampler(n_startup_trials=NUM_RANDOM, constant_liar=True),
                 pruner=build_pruner(plan.config.pruner),
             )
-        except ValueError as error:  # json's: a full disk or a power cut left half a line
-            raise ConfigError(
-                f"{journal}: is damaged ({error}); delete its last line, if that is no whole one"
-            ) from error
+        except ValueError as error:  # from json: a full disk or a power cut left half a line
+            raise ConfigError(f"{journal}: is damaged ({error}); delete its last line if it is incomplete") from error
         try:
             for trial in self.study.get_trials(deepcopy=False):
                 for key in trial.distributions.keys() & self.space.keys():
@@ -79,10 +77,10 @@ class Search(JobList):
                 self._take_on(trial)
 
     def next(self) -> Job | None:
-        """A trial that was begun before, or a new one, until there are `sweep.num_trials`."""
+        """Return an unfinished trial's job, or a new trial's, until there are `sweep.num_trials`."""
         while (job := super().next()) is None and self._num_left() > 0:
             trial = self.study.ask(self.space)
-            trial.set_user_attr(WORKER, self.plan.config.worker)  # last: a trial without was cut off by a kill
+            trial.set_user_attr(WORKER, self.plan.config.worker)  # last: without it, a kill cut it off
             self._take_on(trial)
         return job
 
@@ -90,7 +88,7 @@ class Search(JobList):
         return len(self.queue) + max(0, self._num_left())
 
     def look(self, job: Job) -> bool:
-        """Report a new evaluation; True where the study's pruner gives the trial up."""
+        """Report a new evaluation; return True if the study's pruner stops the trial."""
         assert job.last is not None
         trial = self.trial_class(self.study, self.study.get_trials(deepcopy=False)[job.trials[0]]._trial_id)
         trial.report(job.last["top1"], job.last["epoch"])
@@ -109,7 +107,7 @@ class Search(JobList):
         job = self.ledger.add(build_job([*self.plan.fixed, *values], self.fixed_keys))
         if trial.number not in job.trials:
             job.trials.append(trial.number)
-        state = getattr(trial, "state", None)  # a trial that was only just asked for has none
+        state = getattr(trial, "state", None)  # a new trial has none
         if job.state in ("waiting", "interrupted"):
             if state is not None and state.is_finished():  # the ledger was lost, or could not be written
                 job.note_metrics(self.folder / job.name)
@@ -120,7 +118,7 @@ class Search(JobList):
         self.ledger.save()
 
     def _tell(self, job: Job) -> None:
-        """Tell the study what came of the trials, if it is known."""
+        """Tell the study the results of the trials, if they are known."""
         for number in job.trials:
             if job.state == "done" and job.last:
                 self.study.tell(number, job.last["top1"], skip_if_finished=True)
@@ -131,12 +129,12 @@ class Search(JobList):
 
 
 def distribution(override: Override) -> "BaseDistribution":
-    """What Hydra's grammar says of a key's values: interval(a,b), int(...), tag(log,...), range(a,b), or a list.
+    """Translate a key's values in Hydra's grammar: interval(a,b), int(...), tag(log,...), range(a,b), or a list.
 
-    Choices are kept as they are written, so that a trial's parameter is an override's value.
+    Choices are kept as written, so that a trial's parameter is an override's value.
 
     Raises:
-        ConfigError: the bounds are none.
+        ConfigError: the bounds are not valid.
     """
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -153,11 +151,11 @@ def distribution(override: Override) -> "BaseDistribution":
             return IntDistribution(int(values[0]), int(values[-1]), step=sweep.step)
         return CategoricalDistribution(values)
     except (ValueError, LookupError) as error:
-        raise ConfigError(f"{override.input_line}: is no space to search ({error})") from error
+        raise ConfigError(f"{override.input_line}: is not a search space ({error})") from error
 
 
 def build_pruner(name: str) -> "BasePruner":
-    """median: gives up what is below the median of earlier trials at that epoch (Golovin et al. 2017, section 3.3)."""
+    """Build a pruner; "median" stops trials below the median of earlier ones (Golovin et al. 2017, section 3.3)."""
     import optuna
 
     if name == "median":

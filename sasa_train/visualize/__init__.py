@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("png", "svg")
 EPILOG = (
-    """figures (left out: all that the run can have):
+    """figures (default: all that the run can have):
 """
     + "".join(f"  {name:<20} {meaning}\n" for name, meaning in FIGURES.items())
     + """
@@ -28,7 +28,7 @@ examples:
   sasa-visualize outputs/RUN_NAME data.root=/elsewhere weights=raw      key=value: keys over the checkpoint's config
   sasa-visualize outputs/RUN_1 outputs/RUN_2 --out compared             curves and learning rates of several, overlaid
 
-Exit codes: 0 done, 2 refused and nothing drawn, 1 some figures could not be drawn, as where the data is not there."""
+Exit codes: 0 done, 2 refused and nothing drawn, 1 some figures could not be drawn, as without data."""
 )
 
 
@@ -59,20 +59,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "words", nargs="*", metavar="RUN [FIGURE] [key=value]", help="run folders or one checkpoint, figures, keys"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; left out: figures/ in the run folder, "
-                        "and its TensorBoard")  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: figures/ in the run folder, "
+                        "and its TensorBoard)")  # fmt: skip
     parser.add_argument(
         "--formats", nargs="+", default=["png"], choices=FORMATS, metavar="FORMAT", help="png, svg (png)"
     )
     parser.add_argument("--num-images", default=512, type=positive, metavar="N",
                         help="val images to count and average over, at most (512)")  # fmt: skip
     parser.add_argument("--images", nargs="+", default=[], metavar="FILE",
-                        help="images for the attention maps; left out: three of val's")  # fmt: skip
+                        help="images for the attention maps (default: three of val)")  # fmt: skip
     parser.add_argument("--pixels", nargs="+", type=split_pixel, metavar="ROW,COLUMN",
-                        help="query pixels, in the image as the model sees it; left out: the centre, and the strongest "
-                        "contrast away from it")  # fmt: skip
+                        help="query pixels, in the image as the model sees it (default: the centre, and the strongest "
+                        "contrast away from it)")  # fmt: skip
     parser.add_argument("--layers", type=lambda text: text.split(","), metavar="NAME,...",
-                        help="layers of the attention maps; left out: the last one of each stage")  # fmt: skip
+                        help="layers of the attention maps (default: the last of each stage)")  # fmt: skip
     parser.add_argument("--heads", type=split_numbers, metavar="N,...", help="heads of attention_heads, from 0")
     return parser
 
@@ -91,10 +91,10 @@ def split_pixel(text: str) -> tuple[int, int]:
 
 
 def split_words(words: list[str]) -> tuple[list[Path], list[str]]:
-    """Runs and names of figures; what names a figure is one, but where it is there as a file.
+    """Split words into runs and names of figures; an existing file or folder is a run even if its name is a figure's.
 
     Raises:
-        ConfigError: no run, or what is neither.
+        ConfigError: no run, or a word that is neither.
     """
     from sasa_train.config.overrides import nearest
 
@@ -102,7 +102,7 @@ def split_words(words: list[str]) -> tuple[list[Path], list[str]]:
     sources = [Path(word) for word in words if word not in names]
     for source in sources[1:]:
         if not source.exists():
-            raise ConfigError(f"{source}: is no file, and no figure: {nearest(str(source), NAMES)}")
+            raise ConfigError(f"{source}: is neither a file nor a figure: {nearest(str(source), NAMES)}")
     if not sources:
         raise ConfigError("give a run folder or a checkpoint, as in sasa-visualize outputs/RUN_NAME")
     return sources, names
@@ -113,8 +113,8 @@ def visualize(source: Path, names: list[str], options: argparse.Namespace) -> in
 
     Raises:
         WeightsError: attention weights that do not sum to one.
-        CheckpointError: `source` holds no checkpoint that can be read.
-        ConfigError: what is refused before anything is drawn.
+        CheckpointError: `source` holds no readable checkpoint.
+        ConfigError: something is refused before anything is drawn.
     """
     from sasa_train.terminal import printable, say
     from sasa_train.trained import load_trained
@@ -148,7 +148,7 @@ def visualize_several(sources: list[Path], names: list[str], options: argparse.N
     """Overlay the curves of several runs, from their logs.
 
     Raises:
-        ConfigError: a source that is no run folder, or what takes one run alone.
+        ConfigError: a source is not a run folder, or an option takes one run alone.
     """
     from sasa_train.runs.metrics import read_metrics
     from sasa_train.terminal import printable, say
@@ -180,8 +180,8 @@ def choice_of(options: argparse.Namespace) -> "Choice":
 
 
 def run_folder_of(checkpoint: Path) -> Path | None:
-    """The run folder that a checkpoint lies in, if it does."""
-    if not checkpoint.parent.name:  # it lies in the current folder
+    """Return the run folder that holds the checkpoint, or None."""
+    if not checkpoint.parent.name:  # in the current folder
         checkpoint = checkpoint.absolute()
     run_dir = checkpoint.parent.parent
     is_run = checkpoint.parent.name == "checkpoints" and (run_dir / "config.yaml").is_file()
@@ -189,17 +189,17 @@ def run_folder_of(checkpoint: Path) -> Path | None:
 
 
 def output_folders(run_dir: Path | None, out: Path | None) -> tuple[Path, Path | None]:
-    """Where figures go, and the run's TensorBoard folder (None: not there, as with --out).
+    """Return the folder for figures, and the run's TensorBoard folder (None: no TensorBoard, as with --out).
 
     Raises:
-        ConfigError: there is no run folder to write into, or it has links that lead out of it.
+        ConfigError: the checkpoint is not in a run folder, or the folder has links that lead out of it.
     """
     from sasa_train.runs.folder import refuse_links
 
     if out is not None:
         return out, None
     if run_dir is None:
-        raise ConfigError("the checkpoint lies in no run folder: say with --out DIR where to write")
+        raise ConfigError("the checkpoint is not in a run folder: say with --out DIR where to write")
     refuse_links(run_dir)
     return run_dir / "figures", run_dir / "tensorboard"
 

@@ -1,4 +1,4 @@
-"""Figures into a run's TensorBoard folder, beside its series."""
+"""Figures in a run's TensorBoard folder, beside its curves."""
 
 import io
 import tempfile
@@ -14,12 +14,10 @@ FOLDER = "figures"  # a TensorBoard run of its own, within the run's folder
 
 
 def write_to_board(board_dir: Path, name: str, png: bytes, step: int) -> None:
-    """An image with the tag `figures/NAME` at `step`; one drawn before at this step is replaced.
-
-    In a folder of its own: TensorBoard reads one file of a folder after another, and a second writer's file would hide
-    what a living run still writes; and a run that goes on makes TensorBoard forget the steps after its checkpoint. A
-    file for each name and step, so that another command replaces what it draws again and leaves the rest.
-    """
+    """Write an image with the tag `figures/NAME` at `step`; it replaces one drawn before at this step."""
+    # In its own folder, because TensorBoard reads the files of a folder one after another: a second file would hide
+    # what a living run still writes, and a resumed run makes TensorBoard forget the steps after its checkpoint.
+    # One file per name and step, so that a later command replaces what it draws again and leaves the rest.
     pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
     with tempfile.TemporaryDirectory() as aside:
         with SummaryWriter(aside) as writer:

@@ -1,4 +1,4 @@
-"""Attention weights out of a model while it runs, computed by its own layers from what they are given."""
+"""Attention weights of a running model, computed by its own layers from their inputs."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,16 +14,16 @@ SUM_TOLERANCE = 1e-4  # a float32 softmax over some hundred places is within 1e-
 
 
 class WeightsError(ExpectedFailure):
-    """Attention weights of a query that do not sum to one, as where an activation is not finite."""
+    """The attention weights of a query do not sum to one, for example because an activation is not finite."""
 
 
 def attention_layers(model: nn.Module) -> dict[str, AttentionLayer]:
-    """The layers with local self-attention by name, in the order of the model."""
+    """Return the layers with local self-attention by name, in the order of the model."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, AttentionLayer)}
 
 
 def checked_weights(name: str, layer: AttentionLayer, x: Tensor) -> Tensor:
-    """`layer.attention_weights(x)`.
+    """Return `layer.attention_weights(x)`, checked.
 
     Raises:
         WeightsError: the weights of a query do not sum to one.
@@ -39,7 +39,7 @@ def checked_weights(name: str, layer: AttentionLayer, x: Tensor) -> Tensor:
 def watching(
     model: nn.Module, layers: Sequence[str], look: Callable[[str, AttentionLayer, Tensor], None]
 ) -> Iterator[None]:
-    """While it is open, `look(name, layer, x)` sees the input of each of `layers` whenever the model runs."""
+    """Within this context, `look(name, layer, x)` sees the input of each of `layers` whenever the model runs."""
     found = attention_layers(model)
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -57,10 +57,10 @@ def watching(
 def attention_of(
     model: nn.Module, images: Tensor, layers: Sequence[str] | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Run the model once: its logits, and by layer name the attention weights, checked to sum to one.
+    """Run the model once; return its logits, and attention weights by layer name, checked to sum to one.
 
     Args:
-        images: as the model takes them, [B, 3, S, S] normalised.
+        images: normalised, [B, 3, S, S].
         layers: names of `attention_layers(model)`; None: all of them. Each has weights [B, N, H, W, K*K] (of an
             attention stem [B, N, blocks, 16, 16]): K*K numbers per head and position, so name those that are needed.
 

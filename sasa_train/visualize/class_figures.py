@@ -1,4 +1,4 @@
-"""Figures of what a model gets right and wrong, class by class."""
+"""Figures of a model's hits and mistakes, class by class."""
 
 import numpy as np
 from matplotlib.colors import PowerNorm
@@ -9,19 +9,19 @@ from sasa_train.figures import SOLID, as_label, new_figure
 from sasa_train.terminal import printable
 from sasa_train.visualize.val_sample import Prediction
 
-MAX_BARS = 40  # classes; of more the worst and the best half of them
+MAX_BARS = 40  # classes; of more, the worst and the best are shown, half each
 MAX_NUMBERS, MAX_NAMES = 20, 40  # classes of a confusion matrix with numbers in it, and with names beside it
 MISTAKES_A_ROW = 6
 
 
 def short_name(name: str) -> str:
-    """As figures show it."""
+    """Shorten a class name for a figure."""
     text = printable(name)
     return as_label(text if len(text) <= 20 else f"{text[:19]}…")
 
 
 def draw_class_accuracy(confusion: Tensor, classes: list[str]) -> Figure:
-    """Bars of top1 a class, the worst first, with hits / images; of many classes the two ends."""
+    """Draw bars of top1 per class, the worst first, with hits / images; of many classes the two ends."""
     counts = confusion.numpy()
     hits, images = counts.diagonal(), counts.sum(1)
     seen = [label for label in range(len(classes)) if images[label]]
@@ -46,9 +46,9 @@ def draw_class_accuracy(confusion: Tensor, classes: list[str]) -> Figure:
 
 
 def draw_confusion(confusion: Tensor, classes: list[str]) -> Figure:
-    """Labels by predictions, in percent of the label's images; counts in the cells where there is room.
+    """Draw labels by predictions, in percent of the label's images, with counts in the cells if there is room.
 
-    The colours go by the square root, so that rare confusions are seen beside what is right.
+    Colours scale with the square root, so that rare confusions stay visible.
     """
     counts = confusion.numpy()
     parts = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -72,7 +72,7 @@ def draw_confusion(confusion: Tensor, classes: list[str]) -> Figure:
 
 
 def draw_mistakes(mistakes: list[Prediction], num_images: int, num_wrong: int) -> Figure:
-    """The images that are wrong with the highest probability, the surest first."""
+    """Draw the wrong predictions with the highest probability, the most confident first."""
     num_rows = max(1, -(-len(mistakes) // MISTAKES_A_ROW))
     figure, axes = new_figure(num_rows, MISTAKES_A_ROW, 0.3 + 1.75 * num_rows)
     for axis in axes:

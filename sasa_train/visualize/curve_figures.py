@@ -1,4 +1,4 @@
-"""Figures of how runs went: loss and top1, learning rate."""
+"""Figures of a run's course: loss and top1, learning rate."""
 
 import itertools
 import math
@@ -14,17 +14,17 @@ from sasa_train.refusal import ConfigError
 from sasa_train.visualize.names import FIGURES, OF_SEVERAL
 
 Rows = list[dict[str, Any]]  # of metrics.jsonl
-Drawn = tuple[str, Figure, str]  # name, figure, and one sentence on what is seen
-MAX_RUNS = 10  # two ways to draw each of the five styles' lines
+Drawn = tuple[str, Figure, str]  # name, figure, and a one-sentence caption
+MAX_RUNS = 10  # two kinds of lines for each of the five styles
 TRAIN_COLOR = "#555555"
 LINES = ("-", "--", "-.")
 
 
 def draw_curves(runs: dict[str, Rows], names: Sequence[str] = OF_SEVERAL) -> Iterator[Drawn]:
-    """Draw those of OF_SEVERAL that are named, of one run or of several by name.
+    """Draw the named figures among OF_SEVERAL, for one run or several by name.
 
     Raises:
-        ConfigError: more runs than can be told apart.
+        ConfigError: too many runs to tell apart.
     """
     if len(runs) > MAX_RUNS:
         raise ConfigError(
@@ -39,7 +39,7 @@ def draw_curves(runs: dict[str, Rows], names: Sequence[str] = OF_SEVERAL) -> Ite
 
 
 def draw_training_curves(runs: dict[str, Rows]) -> Figure:
-    """Loss and top1 over epochs, of one run or several by name: val as a strong line, train as a faint one."""
+    """Draw loss and top1 over epochs, for one run or several by name: val as a strong line, train as a faint one."""
     figure, (of_loss, of_top1) = new_figure(1, 2, 3.6 + 0.2 * math.ceil(len(runs) / 2), "both")
     for (name, rows), (color, style) in zip(runs.items(), _styles(), strict=False):
         for axis, key in ((of_loss, "loss"), (of_top1, "top1")):
@@ -54,7 +54,7 @@ def draw_training_curves(runs: dict[str, Rows]) -> Figure:
 
 
 def draw_lr_schedule(runs: dict[str, Rows]) -> Figure:
-    """The learning rate as it was logged, the highest of the parameter groups."""
+    """Draw the learning rate as logged, the highest of the parameter groups."""
     figure, (axis,) = new_figure(1, 1, 3.2 + 0.2 * math.ceil(len(runs) / 2), "both")
     for (name, rows), (_, style) in zip(runs.items(), _styles(), strict=False):
         _plot(axis, rows, "train", "lr", style, 20, as_label(name))
@@ -66,7 +66,7 @@ def draw_lr_schedule(runs: dict[str, Rows]) -> Figure:
 
 
 def _styles() -> list[tuple[str, dict[str, Any]]]:
-    """Colour and line of each run: the second five have other lines. Dotted ones are train's."""
+    """Return each run's colour and line; the second five have other lines. Dotted lines are left for train."""
     return [
         (color, {"color": color, "marker": marker, "ls": LINES[(i + shift) % len(LINES)]})
         for shift, (i, (color, _, marker, _)) in itertools.product((0, 1), enumerate(SOLID))
@@ -79,14 +79,14 @@ def _plot(axis: Axes, rows: Rows, split: str, key: str, style: dict[str, Any], n
 
 
 def _series(rows: Rows, split: str, key: str) -> tuple[list[float], list[float]]:
-    """Epochs, from steps, and values; what was not finite leaves a gap."""
+    """Return epochs, from steps, and values; a value that was not finite leaves a gap."""
     per_epoch = steps_per_epoch(rows)
     found = [(row["step"] / per_epoch, row.get(key)) for row in rows if row["split"] == split]
     return [x for x, _ in found], [math.nan if y is None else y for _, y in found]
 
 
 def steps_per_epoch(rows: Rows) -> float:
-    """By the first evaluation, which an epoch's end brings; 1, and so steps themselves, before there was one."""
+    """Return the steps per epoch, from the first evaluation, which ends an epoch; 1 before any evaluation."""
     first = next((row for row in rows if row["split"] == "val" and row["epoch"]), None)
     return 1.0 if first is None else first["step"] / first["epoch"]
 

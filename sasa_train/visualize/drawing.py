@@ -1,4 +1,4 @@
-"""All figures of one run, drawn one after another; what the command and the report page share."""
+"""All figures of one run, drawn one after another, for the command and the report page."""
 
 import json
 import logging
@@ -34,14 +34,14 @@ from sasa_train.visualize.val_sample import Prediction, ValSample, look_at_val, 
 
 log = logging.getLogger("sasa_train")
 
-NUM_IMAGES = 512  # of val, for figures that count or average
+NUM_IMAGES = 512  # of val, for figures with counts or means
 NUM_MAP_IMAGES, NUM_AUGMENTED, NUM_EPOCHS = 3, 4, 7
 MAPS, MEANS = OF_ATTENTION[:2], OF_ATTENTION[2:]
 
 
 @dataclass
 class Choice:
-    """What attention maps show; left out, a few val images, the last layer of each stage, and all heads.
+    """The subject of attention maps; by default a few val images, the last layer of each stage, and all heads.
 
     `pixels` are (row, column) of the image as the model sees it.
     """
@@ -59,17 +59,17 @@ def draw_run(
     num_images: int = NUM_IMAGES,
     choice: Choice | None = None,
 ) -> Iterator[Drawn]:
-    """Draw those of the named figures that this run can have (`not_drawable` says why others cannot).
+    """Draw the named figures that this run can have (`not_drawable` says why others cannot).
 
-    What needs no data comes first, so that a caller has it where the data is not there.
+    Figures that need no data come first, so that a caller gets them even if the data is missing.
 
     Args:
-        run_dir: where metrics.jsonl is; None: what the checkpoint holds of it.
-        num_images: of val at most, a class-balanced, fixed part.
+        run_dir: the folder of metrics.jsonl; None: the checkpoint's copy is used.
+        num_images: the most val images, a fixed class-balanced part.
 
     Raises:
         WeightsError: attention weights that do not sum to one.
-        ConfigError: data or a choice that is refused.
+        ConfigError: the data or a choice is refused.
     """
     choice = choice or Choice()
     wanted = [name for name in names if name not in not_drawable(trained, run_dir)]
@@ -102,7 +102,7 @@ def draw_run(
 
 
 def not_drawable(trained: TrainedModel, run_dir: Path | None) -> dict[str, str]:
-    """By the figure's name why this run cannot have it."""
+    """Map each unavailable figure to the reason."""
     reasons: dict[str, str] = {}
     layers = attention_layers(trained.model)
     if not layers:
@@ -111,12 +111,12 @@ def not_drawable(trained: TrainedModel, run_dir: Path | None) -> dict[str, str]:
     elif all(layer.rel_height is None for layer in layers.values()):
         reasons["relative_embeddings"] = "its layers have no relative embeddings"
     if not read_rows(trained, run_dir):
-        reasons |= dict.fromkeys(OF_SEVERAL, "it has no rows of metrics")
+        reasons |= dict.fromkeys(OF_SEVERAL, "it has no metrics")
     return reasons
 
 
 def read_rows(trained: TrainedModel, run_dir: Path | None) -> Rows:
-    """Of the run's metrics.jsonl, or where that is not there the checkpoint's copy, which ends with the checkpoint."""
+    """Read metrics.jsonl, or if it is missing the checkpoint's copy, which ends with the checkpoint."""
     rows = [] if run_dir is None else read_metrics(run_dir / "metrics.jsonl")
     return rows or [json.loads(line) for line in trained.checkpoint["metrics"].splitlines()]
 
@@ -138,10 +138,10 @@ def check_choice(trained: TrainedModel, choice: Choice) -> None:
 
 
 def read_files(files: Sequence[str], size: int) -> tuple[Tensor, Tensor]:
-    """Images of the user's own, uint8 [B, 3, size, size], and labels -1.
+    """Read the user's own images as uint8 [B, 3, size, size], with labels -1.
 
     Raises:
-        ConfigError: one cannot be read.
+        ConfigError: an image cannot be read.
     """
     found = read_fitted(image_files(files), range(len(files)), size)
     for name, reason in found.unreadable:
@@ -150,7 +150,7 @@ def read_files(files: Sequence[str], size: int) -> tuple[Tensor, Tensor]:
 
 
 def read_first(trained: TrainedModel, val: ImageSet) -> tuple[Tensor, Tensor]:
-    """A few of val's images, of different classes, with their labels.
+    """Read a few val images of different classes, with their labels.
 
     Raises:
         ConfigError: none of them can be read.
@@ -164,7 +164,7 @@ def read_first(trained: TrainedModel, val: ImageSet) -> tuple[Tensor, Tensor]:
 
 
 def default_layers(trained: TrainedModel) -> list[str]:
-    """The last attention layer of the stem and of each stage."""
+    """Return the last attention layer of the stem and of each stage."""
     return list({name.partition(".")[0]: name for name in attention_layers(trained.model)}.values())
 
 
@@ -186,7 +186,7 @@ def _draw_maps(
 
 
 def look_at_images(trained: TrainedModel, images: Tensor, labels: Tensor, choice: Choice) -> list[View]:
-    """Images uint8 [B, 3, S, S], labels [B] (-1: not known) -> a view for each query pixel of each image."""
+    """Return a view for each query pixel of each image, of images uint8 [B, 3, S, S], labels [B] (-1: unknown)."""
     layers = list(choice.layers or default_layers(trained))
     device, config = resolve(trained.config)
     model, normalize = trained.model.to(device), trained.normalize(device)
@@ -221,7 +221,7 @@ def _draw_means(trained: TrainedModel, names: Sequence[str], found: ValSample, i
 def draw_classes(
     found: ValSample, classes: list[str], num_all: int, names: Sequence[str] = OF_CLASSES
 ) -> Iterator[Drawn]:
-    """What was right and wrong, class by class; `num_all` is how many images val has."""
+    """Draw hits and mistakes class by class; `num_all` is the number of images in val."""
     images, num_wrong = which_images(found, num_all), found.num_images - found.num_right
     top1 = f"top1 {100 * found.num_right / found.num_images:.2f} % over {images}"
     if "class_accuracy" in names:
@@ -236,7 +236,7 @@ def draw_classes(
 
 
 def embedding_norms(layer: AttentionLayer) -> Tensor:
-    """The length of r at each offset, [K, K], mean over the heads where each has its own."""
+    """Return the length of r at each offset, [K, K], averaged over heads if each has its own."""
     assert layer.rel_height is not None and layer.rel_width is not None
     rows, columns = (rel.detach().cpu().double().square().sum(-1) for rel in (layer.rel_height, layer.rel_width))
     norms = (rows[..., :, None] + columns[..., None, :]).sqrt()

@@ -1,10 +1,10 @@
-"""Where attention lies in the image: the window of a query, which queries to look at, and how far they reach.
+"""The geometry of attention in the image: the window of a query, which queries to look at, and how far they reach.
 
-A position of a map stands for the `reduction` x `reduction` pixels from (reduction * row, reduction * column) on, the
-last ones perhaps for less. What it has seen is more: the layers before it have looked around too.
+A position of a map covers `reduction` x `reduction` pixels from (reduction * row, reduction * column) on; the last
+positions may cover fewer. Its receptive field is larger, because the layers before it have looked around too.
 
-Distances are Euclidean, between the centres of positions (arXiv 2010.11929, Fig. 7). "Uniform" is what equal weights on
-all keys that take part would give, at the same borders.
+Distances are Euclidean, between the centres of positions (arXiv 2010.11929, Fig. 7). "Uniform" is the distance for
+equal weights on all keys inside the same borders.
 """
 
 import math
@@ -23,9 +23,9 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 @dataclass
 class Window:
-    """`weights` [N, h, w] of the keys inside the image, by head; the first key is at (`top`, `left`) of the map.
+    """The window of a query: `weights` [N, h, w] of the keys inside the image; the first key is at (`top`, `left`).
 
-    `query` is the query's own position, (row, column).
+    `query` is the query's own position on the map, (row, column).
     """
 
     query: tuple[int, int]
@@ -36,7 +36,7 @@ class Window:
 
     @property
     def box(self) -> Box:
-        """The window in pixels, clipped at the map's border, which may lie up to a position beyond the image's."""
+        """The window in pixels, clipped at the map's border, which may exceed the image's by less than a position."""
         return self._pixels(self.top, self.left, *self.weights.shape[1:])
 
     @property
@@ -58,17 +58,17 @@ class Distances:
 
 
 def is_stems(weights: Tensor) -> bool:
-    """Whether weights are an attention stem's, [..., blocks, 16, 16], and no layer's, [..., H, W, K*K], K odd."""
+    """Whether weights are those of an attention stem, [..., blocks, 16, 16], not of a layer, [..., H, W, K*K]."""
     return weights.shape[-1] == BLOCK_SIZE**2
 
 
 def reduction_of(map_side: int, image_side: int) -> int:
-    """How many pixels lie from a position to the next: a power of two, for each stride halves the side, rounded up."""
+    """Return the pixels from one position to the next, a power of two: each stride halves the side, rounded up."""
     return 2 ** math.ceil(math.log2(image_side / map_side))
 
 
 def window_at(weights: Tensor, pixel: tuple[int, int], size: int) -> Window:
-    """Take out of one image's weights those of the query that pixel (row, column) of `size` x `size` belongs to.
+    """Return the window of the query that holds pixel (row, column) of a `size` x `size` image.
 
     weights: [N, H, W, K*K] of a layer, or [N, blocks, 16, 16] of an attention stem on the image itself.
     """
@@ -87,9 +87,9 @@ def window_at(weights: Tensor, pixel: tuple[int, int], size: int) -> Window:
 
 
 def default_pixels(image: np.ndarray) -> list[tuple[int, int]]:
-    """The centre of uint8 [S, S, 3], and the place of the strongest contrast a quarter of the image away from it.
+    """Return the centre of uint8 [S, S, 3], and the strongest contrast at least a quarter of the side away from it.
 
-    Contrast is the length of the grey value's gradient, mean over a square of about an eighth of the side.
+    Contrast is the length of the grey value's gradient, averaged over a square of about an eighth of the side.
     """
     size, reach = len(image), len(image) // 16
     padded = np.pad(np.hypot(*np.gradient(image.mean(2))), reach)
@@ -101,7 +101,7 @@ def default_pixels(image: np.ndarray) -> list[tuple[int, int]]:
 
 
 def mean_distances(weights: Tensor) -> Tensor:
-    """Weights [B, N, H, W, K*K], or a stem's [B, N, blocks, 16, 16] -> mean distance of each head in positions, [N]."""
+    """Return each head's mean distance in positions, [N], of weights [B, N, H, W, K*K] or [B, N, blocks, 16, 16]."""
     if is_stems(weights):
         distances = block_distances(weights.device)
     else:
@@ -112,15 +112,15 @@ def mean_distances(weights: Tensor) -> Tensor:
 
 
 def block_distances(device: torch.device | None = None) -> Tensor:
-    """Between the positions of a 4x4 block, [16, 16]."""
+    """Return the distances between the positions of a 4x4 block, [16, 16]."""
     place = torch.cartesian_prod(*[torch.arange(BLOCK_SIZE, device=device)] * 2).float()
     return torch.cdist(place, place)
 
 
 def uniform_distance(layer: AttentionLayer, height: int, width: int) -> float:
-    """In positions, over all queries of a map of height x width: the distance where every key weighs the same."""
+    """Return the mean distance in positions if all keys weigh the same, over all queries of the map."""
     if isinstance(layer, AttentionStem):
         return block_distances().mean().item()
-    zero = torch.zeros(1, 1, height, width, 1)  # its scores are equal
+    zero = torch.zeros(1, 1, height, width, 1)  # equal scores
     weights = attention_weights(zero, zero, kernel_size=layer.kernel_size, border=layer.border)
     return mean_distances(weights).item()

@@ -1,4 +1,4 @@
-"""A figure of what training sees: images of train beside what the run's own augmentation makes of them."""
+"""A figure of training's inputs: train images beside their augmented versions."""
 
 import torch
 from matplotlib.figure import Figure
@@ -20,9 +20,9 @@ from sasa_train.trained import TrainedModel
 def augmented_samples(
     trained: TrainedModel, train: ImageSet, num_images: int, num_epochs: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """uint8 [B, 3, S, S]: some train images as val would see them, and as each of the run's first epochs augments them.
+    """Return train images, uint8 [B, 3, S, S], as val would see them, and as each of the first epochs augments them.
 
-    Mixup and cutmix mix them with one another, where the run has them; there they meet others.
+    If the run uses mixup or cutmix, they are mixed among themselves; in training they meet other images.
 
     Raises:
         ConfigError: more images cannot be read than `data.max_unreadable` allows.
@@ -44,7 +44,7 @@ def augmented_samples(
 
 
 def draw_augmented(plain: Tensor, augmented: list[Tensor], config: TrainConfig) -> Figure:
-    """A row an image: as it is, then augmented, a column an epoch."""
+    """Draw one row per image: unchanged, then augmented, one column per epoch."""
     num_columns = 1 + len(augmented)
     figure, axes = new_figure(len(plain), num_columns, 0.7 + len(plain) * 8.0 / (num_columns + 0.3))
     columns = [plain, *augmented]

@@ -1,4 +1,4 @@
-"""One pass over a sample of val: what the figures need of it, and no more than that in memory."""
+"""One pass over a sample of val, keeping in memory only what the figures need."""
 
 from dataclasses import dataclass, field
 
@@ -16,12 +16,12 @@ from sasa_train.visualize.capture import AttentionLayer, attention_layers, check
 from sasa_train.visualize.geometry import Distances, mean_distances, reduction_of, uniform_distance
 
 NUM_MISTAKES = 18
-BATCH_SIZE = 16  # a layer has K*K weights a head and position: 80 MB of the paper's first stage at 224 pixels
+BATCH_SIZE = 16  # K*K weights per head and position: 80 MB in the paper's first stage at 224 pixels
 
 
 @dataclass
 class Prediction:
-    """One image, uint8 [S, S, 3], the label (None: not known) and what the model says with which probability."""
+    """One image, uint8 [S, S, 3], its label (None: unknown), the model's prediction and its probability."""
 
     image: np.ndarray
     label: str | None
@@ -31,11 +31,11 @@ class Prediction:
 
 @dataclass
 class ValSample:
-    """What was seen of `num_images` images.
+    """The results over `num_images` images.
 
     `confusion` int64 [num_classes, num_classes] counts images by label (row) and prediction; `mistakes` are the
-    NUM_MISTAKES most confident ones, first the surest; `distances` and `relative_scores` ([N, K, K] by layer) are empty
-    where they were not asked for.
+    NUM_MISTAKES most confident ones, in order; `distances` and `relative_scores` ([N, K, K] by layer) are empty
+    if they were not requested.
     """
 
     num_images: int
@@ -50,13 +50,13 @@ class ValSample:
 
 
 def which_images(found: ValSample, num_all: int) -> str:
-    """For captions; `num_all` is how many images val has."""
+    """Describe the sample for captions; `num_all` is the number of images in val."""
     is_all = found.num_images == num_all
     return f"all {num_all:,} val images" if is_all else f"{found.num_images:,} of val's {num_all:,} images"
 
 
 class AttentionMeans:
-    """Sums over images of what each layer's attention does."""
+    """Sums over images of each layer's attention statistics."""
 
     def __init__(self, image_size: int):
         self.image_size = image_size
@@ -85,7 +85,7 @@ class AttentionMeans:
 def look_at_val(trained: TrainedModel, images: ImageSet, with_attention: bool = False) -> ValSample:
     """Run the model over `images` once, on the config's device, to which it is moved.
 
-    What cannot be read is named and left out. A progress bar is shown where there is a terminal.
+    Unreadable images are named and left out. A terminal shows a progress bar.
 
     Raises:
         WeightsError: attention weights that do not sum to one.
