@@ -207,7 +207,7 @@ def _describe(view: View) -> list[str]:
 
 
 def _layer_title(name: str, window: Window) -> str:
-    return f"{name}\n{window.reduction} px a position"
+    return f"{name}\n{window.reduction} px per position"
 
 
 def _show_offsets(axis: Axes, values: np.ndarray, low: float, high: float) -> AxesImage:
