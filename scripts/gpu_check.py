@@ -54,7 +54,8 @@ TRAINING = [  # a fast version of the CIFAR-10 recipe
 ]  # fmt: skip
 TINY_TRAINING = [
     "experiment=cifar10_hybrid_resnet26", "data=digits", "model.width=0.125", "model.num_heads=2",
-    "data.max_train_images=300", "data.max_val_images=60", "augment.mix_off_epochs=0", "trainer.global_batch_size=16", "trainer.device=cpu",
+    "data.max_train_images=300", "data.max_val_images=60", "trainer.global_batch_size=16", "trainer.device=cpu",
+    "augment.mix_off_epochs=0",
 ]  # fmt: skip
 MAX_BYTES = 15 * 2**20  # of a file with weights, so that it can be sent anywhere
 TENSOR_PASSES = 12  # forward reads q, k, v and writes out; backward reads those and the gradient, writes three
