@@ -20,19 +20,18 @@ from sasa_train.sweep.planning import SweepConfig
 
 HEAD = """# Every key
 
-*Made by `python scripts/config_reference.py > docs/config.md`; a test compares.* The same keys hold on the command line
-(`sasa-train trainer.epochs=10`), in `configs/` and in a run's `config.yaml`; `sasa-train --help` prints them too. A
-misspelt key, a wrong type and values that cannot go together are refused before anything is loaded, with exit code 2.
+Look up a key, its default and its meaning. *Made by `python scripts/config_reference.py > docs/config.md`; a test
+compares.* Keys are the same on the command line (`sasa-train trainer.epochs=10`), in `configs/` and in a run's
+`config.yaml`; `sasa-train --help` prints them too. Misspelt keys, wrong types and values that cannot go together are
+refused before anything is loaded, with exit code 2.
 
-- The default holds where no file of a chosen group says otherwise. `null` means: as the meaning says.
-- A key with a star may differ between a run and its continuation; all others shape what is computed, and are compared
-  when a run resumes (`allow_config_change=[trainer.epochs]` lets one differ).
-- Lists are written `[a,b]`, arguments of {free} `{{name:value}}`. Texts with
-  other signs than a plain word's are quoted.
-- A choice is a file in `configs/<group>/` that sets some of these keys: `model=sasa_resnet50`. Later words win:
-  experiment files over groups, the command line over all.
+- A choice is a file in `configs/<group>/` that sets some of these keys: `model=sasa_resnet50`. Experiment files
+  override groups, the command line overrides both; the defaults here hold where neither sets a key.
+- A key with a star may change when a run resumes; all others may only with `allow_config_change=[trainer.epochs]`.
+- Lists are written `[a,b]`, arguments of {free} `{{name:value}}`. Quote texts with special signs.
+- A path has at most 255 bytes per folder and 4,095 in all. A name has letters, digits and `_ . = , + -`.
 """
-WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false", types.NoneType: "null"}
+WORDS = {int: "integer", float: "number", str: "text", bool: "true/false", types.NoneType: "null"}
 
 
 def main() -> None:
@@ -58,15 +57,26 @@ def reference() -> str:
 
 
 def keys(fields: dict[str, dataclasses.Field]) -> str:
-    return table(("key", "type and bounds", "default", "meaning"), [row(key, field) for key, field in fields.items()])
+    return table(("key=default", "type and bounds", "meaning"), [row(key, field) for key, field in fields.items()])
 
 
 def row(key: str, field: dataclasses.Field) -> tuple[str, ...]:
-    bounds = field.metadata["bounds"]
-    words = type_in_words(field.type) + (f", {bounds}" if bounds else "")
     star = "\\*" if field.metadata["may_change"] else ""
     meaning = field.metadata["help"].replace("*", "\\*").replace("|", "\\|")
-    return f"`{key}`{star}", words, f"`{written_default(field)}`", meaning
+    return f"`{key}={written_default(field)}`{star}", type_and_bounds(field), meaning
+
+
+def type_and_bounds(field: dataclasses.Field) -> str:
+    """In words; the page's head has the rules of paths and names."""
+    bounds = field.metadata["bounds"]
+    kind = type_in_words(field.type)
+    if bounds is None:
+        return kind
+    if bounds.is_path:
+        return kind.replace("text", "path")
+    if bounds.name_length:
+        return kind.replace("text", f"name of at most {bounds.name_length} signs")
+    return f"{kind}, {bounds}"
 
 
 def type_in_words(kind: typing.Any) -> str:
@@ -80,11 +90,15 @@ def type_in_words(kind: typing.Any) -> str:
 
 
 def choice_table(group: str) -> str:
-    found = {f"`{group}={name}`": describe(config_dir() / group / f"{name}.yaml") for name in choices(group)}
-    by_name = [choice for choice, words in found.items() if not words]
-    sentence = f"Choices that set the name alone: {', '.join(by_name)}.\n" if by_name else ""
-    rows = [(choice, words) for choice, words in found.items() if words]
-    return "\n".join(part for part in (sentence, table(("choice", "is"), rows) if rows else "") if part)
+    """One row per description: choices that differ only in the net's depth share it."""
+    words = {f"`{group}={name}`": describe(config_dir() / group / f"{name}.yaml") for name in choices(group)}
+    alike: dict[str, list[str]] = {}
+    for choice, description in words.items():
+        alike.setdefault(re.sub(r"ResNet-\d+", "ResNet", description), []).append(choice)
+    by_name = alike.pop("", [])
+    sentence = f"Choices that only set the name: {', '.join(by_name)}.\n" if by_name else ""
+    rows = [(", ".join(row), words[row[0]] if len(row) == 1 else shared) for shared, row in alike.items()]
+    return "\n".join(part for part in (sentence, table(("choice", "content"), rows) if rows else "") if part)
 
 
 def describe(path: Path) -> str:
@@ -100,8 +114,8 @@ def describe(path: Path) -> str:
 
 
 def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    first, *others = (f"| {' | '.join(line)} |\n" for line in (head, *rows))
+    return "".join((first, f"|{'---|' * len(head)}\n", *others))
 
 
 if __name__ == "__main__":
