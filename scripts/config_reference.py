@@ -28,7 +28,8 @@ refused before anything is loaded, with exit code 2.
 - A choice is a file in `configs/<group>/` that sets some of these keys: `model=sasa_resnet50`. Experiment files
   override groups, the command line overrides both; the defaults here hold where neither sets a key.
 - A key with a star may change when a run resumes; all others may only with `allow_config_change=[trainer.epochs]`.
-- Lists are written `[a,b]`, arguments of {free} `{{name:value}}`. Quote texts with special signs.
+- Keys with the default null take null too. Lists are written `[a,b]`, arguments of {free}
+  `{{name:value}}`. Quote texts with special signs.
 - A path has at most 255 bytes per folder and 4,095 in all. A name has letters, digits and `_ . = , + -`.
 """
 WORDS = {int: "integer", float: "number", str: "text", bool: "true/false", types.NoneType: "null"}
@@ -45,33 +46,37 @@ def reference() -> str:
         parts.append(f"## {group or 'Top level'}\n")
         parts.append(keys({key: field for key, field in key_table().items() if key.rpartition(".")[0] == group}))
         if group in GROUPS:
-            parts.append(choice_table(group))
+            parts.append(choice_list(group))
     parts.append("## experiment\n\nA whole recipe: the command is `sasa-train experiment=NAME`.\n")
-    parts.append(choice_table("experiment"))
+    parts.append(choice_list("experiment"))
     parts.append(
         "## sweep\n\nThe keys of `sasa-sweep` and of the files in `configs/sweep/`, see [sweeps.md](sweeps.md).\n"
     )
     parts.append(keys(key_table(SweepConfig, "sweep.")))
-    parts.append(choice_table("sweep"))
+    parts.append(choice_list("sweep"))
     return "\n".join(parts)
 
 
 def keys(fields: dict[str, dataclasses.Field]) -> str:
-    return table(("key=default", "type and bounds", "meaning"), [row(key, field) for key, field in fields.items()])
+    return table(("key=default", "meaning [type and bounds]"), [row(key, field) for key, field in fields.items()])
 
 
 def row(key: str, field: dataclasses.Field) -> tuple[str, ...]:
     star = "\\*" if field.metadata["may_change"] else ""
     meaning = field.metadata["help"].replace("*", "\\*").replace("|", "\\|")
-    return f"`{key}={written_default(field)}`{star}", type_and_bounds(field), meaning
+    return f"`{key}={written_default(field)}`{star}", f"{meaning} [{type_and_bounds(field)}]"
 
 
 def type_and_bounds(field: dataclasses.Field) -> str:
-    """In words; the page's head has the rules of paths and names."""
+    """In words; the page's head has the rules of paths and names, and says that a default of null is allowed."""
     bounds = field.metadata["bounds"]
     kind = type_in_words(field.type)
+    if field.default is None:
+        kind = kind.removesuffix(" or null")
     if bounds is None:
         return kind
+    if bounds.choices:
+        return kind.replace("text", str(bounds))
     if bounds.is_path:
         return kind.replace("text", "path")
     if bounds.name_length:
@@ -89,16 +94,17 @@ def type_in_words(kind: typing.Any) -> str:
     return "arguments" if typing.get_origin(kind) is dict else WORDS[kind]
 
 
-def choice_table(group: str) -> str:
-    """One row per description: choices that differ only in the net's depth share it."""
+def choice_list(group: str) -> str:
+    """One line per description: choices that differ only in the net's depth share it."""
     words = {f"`{group}={name}`": describe(config_dir() / group / f"{name}.yaml") for name in choices(group)}
     alike: dict[str, list[str]] = {}
     for choice, description in words.items():
         alike.setdefault(re.sub(r"ResNet-\d+", "ResNet", description), []).append(choice)
-    by_name = alike.pop("", [])
-    sentence = f"Choices that only set the name: {', '.join(by_name)}.\n" if by_name else ""
-    rows = [(", ".join(row), words[row[0]] if len(row) == 1 else shared) for shared, row in alike.items()]
-    return "\n".join(part for part in (sentence, table(("choice", "content"), rows) if rows else "") if part)
+    lines = []
+    for shared, found in alike.items():
+        description = words[found[0]] if len(found) == 1 else shared
+        lines.append(f"- {', '.join(found)}: {description or 'nothing but the name'}\n")
+    return "".join(lines)
 
 
 def describe(path: Path) -> str:
