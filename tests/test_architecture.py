@@ -78,6 +78,12 @@ def imported(path: Path) -> set[str]:
     return found & known - {dotted(path)}
 
 
+def test_no_test_module_imports_another():
+    """Not even in a program that it starts: what several need stands in a module whose name says what it does."""
+    for path in (ROOT / "tests").glob("*.py"):
+        assert not re.search(r"^[\s'\"]*(from|import) test_", path.read_text(encoding="utf-8"), re.MULTILINE), path.name
+
+
 def test_the_page_lists_the_rooms_and_modules_that_there_are():
     rows = re.findall(r"^\| `(\w+)/` \|.*\| (.*) \|$", PAGE, re.MULTILINE)
     assert {room: sorted(re.findall(r"`(\w+)`", cell)) for room, cell in rows} == {

@@ -4,12 +4,19 @@ import functools
 import itertools
 import logging
 import multiprocessing
-import random
 import shutil
 
 import pytest
 import torch
-from attention_cases import LAYOUTS, assert_threads_change_no_bit, draw, outputs_and_grads, run_narrower
+from attention_cases import (
+    LAYOUTS,
+    assert_extremes_are_kept,
+    assert_random_cases_equal_reference,
+    assert_threads_change_no_bit,
+    draw,
+    outputs_and_grads,
+    run_narrower,
+)
 from attention_cases import assert_equals_reference as case_equals_reference
 
 from sasa_train.attention import cpu, dispatch, local_attention
@@ -63,20 +70,12 @@ def test_the_pool_of_a_stage_begin():
 
 
 def test_cases_drawn_at_random():
-    rng = random.Random(1)
-    for seed in range(60):
-        rel = rng.choice(["shared", "per head", None])
-        assert_equals_reference(
-            (rng.randint(1, 3), rng.randint(1, 9), rng.randint(1, 19), rng.randint(1, 35), 2 * rng.randint(1, 12)),
-            rng.choice([1, 3, 5, 7, 9, 11]),
-            rng.choice([torch.float32, torch.bfloat16]),
-            rng.choice(LAYOUTS),
-            rng.choice(["mask", "zero"]),
-            content=rel is None or rng.random() < 0.7,
-            rel=rel,
-            seed=seed,
-            stride=rng.choice([1, 1, 2]),
-        )
+    dtypes, rels = (torch.float32, torch.bfloat16), ("shared", "per head", None)
+    assert_random_cases_equal_reference(60, (3, 9, 19, 35, 12), dtypes, rels, strides=(1, 1, 2), backend="cpu")
+
+
+def test_huge_scores_stay_finite_and_a_nan_is_not_swallowed():
+    assert_extremes_are_kept("cpu")
 
 
 def test_what_scratch_held_before_does_not_matter():
@@ -91,20 +90,6 @@ def test_what_scratch_held_before_does_not_matter():
 def test_one_embedding_shared_and_one_a_head(rel):
     for seed in range(5):
         assert_equals_reference((2, 3, 4, 5, 4), 3, rel=rel, seed=seed)
-
-
-def test_huge_scores_stay_finite():
-    q, key, v = draw((1, 2, 5, 6, 8), "contiguous", torch.float32, torch.Generator().manual_seed(0))
-    grads = outputs_and_grads("cpu", None, (300 * q, 300 * key, v, None, None), 3, True, "mask", torch.ones_like(v))
-    assert all(x is None or x.isfinite().all() for x in grads)
-
-
-def test_a_nan_is_not_swallowed():
-    q, key, v = draw((1, 2, 5, 6, 8), "contiguous", torch.float32, torch.Generator().manual_seed(0))
-    key[0, 1, 2, 3, 0] = float("nan")
-    out = local_attention(q, key, v, kernel_size=3, backend="cpu")
-    reached = out.isnan().any(-1)
-    assert reached[0, 1, 1:4, 2:5].all() and reached.sum() == 9
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 40, 9, 8), (5, 7, 19, 5, 4)])
@@ -132,11 +117,12 @@ def test_narrower_instruction_sets(capability):
     run_narrower(
         capability,
         "import torch\n"
-        "from test_attention_cpu import LAYOUTS, assert_equals_reference\n"
+        "from attention_cases import LAYOUTS, assert_equals_reference\n"
         "for layout in LAYOUTS:\n"
         "    for d in (2, 4, 8, 18, 32):\n"
-        "        assert_equals_reference((2, 5, 7, 9, d), 7, layout=layout)\n"
-        "assert_equals_reference((2, 3, 17, 19, 8), 7, torch.bfloat16, border='zero', rel='per head')\n",
+        "        assert_equals_reference((2, 5, 7, 9, d), 7, layout=layout, backend='cpu')\n"
+        "case = ((2, 3, 17, 19, 8), 7, torch.bfloat16)\n"
+        "assert_equals_reference(*case, border='zero', rel='per head', backend='cpu')\n",
     )
 
 

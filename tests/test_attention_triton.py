@@ -4,13 +4,19 @@ import functools
 import importlib.util
 import logging
 import os
-import random
 import subprocess
 import sys
 
 import pytest
 import torch
-from attention_cases import LAYOUTS, NAMES, draw, outputs_and_grads
+from attention_cases import (
+    LAYOUTS,
+    NAMES,
+    assert_extremes_are_kept,
+    assert_random_cases_equal_reference,
+    draw,
+    outputs_and_grads,
+)
 from attention_cases import assert_equals_reference as case_equals_reference
 
 from sasa_train.attention import dispatch, local_attention, local_attention_qkv
@@ -92,39 +98,13 @@ def test_odd_head_dims_without_embeddings():
 
 
 def test_cases_drawn_at_random():
-    rng = random.Random(1)
-    tallest, widest, num_cases = (7, 13, 10) if DEVICE == "cpu" else (40, 70, 60)
-    for seed in range(num_cases):
-        rel = rng.choice(["shared", "per head", "mixed", None])
-        assert_equals_reference(
-            (
-                rng.randint(1, 2),
-                rng.randint(1, 3),
-                rng.randint(1, tallest),
-                rng.randint(1, widest),
-                2 * rng.randint(1, 20),
-            ),
-            rng.choice([1, 3, 5, 7, 9, 11]),
-            rng.choice([torch.float32, BF16, FP16]),
-            rng.choice(LAYOUTS),
-            rng.choice(["mask", "zero"]),
-            content=rel is None or rng.random() < 0.7,
-            rel=rel,
-            seed=seed,
-        )
+    num_cases, largest = (10, (2, 3, 7, 13, 20)) if DEVICE == "cpu" else (60, (2, 3, 40, 70, 20))
+    dtypes, rels = (torch.float32, BF16, FP16), ("shared", "per head", "mixed", None)
+    assert_random_cases_equal_reference(num_cases, largest, dtypes, rels, backend="triton", device=DEVICE)
 
 
-def test_huge_scores_stay_finite():
-    q, key, v = (x.to(DEVICE) for x in draw((1, 1, 3, 4, 8), "contiguous", torch.float32, torch.Generator()))
-    grads = outputs_and_grads("triton", None, (300 * q, 300 * key, v, None, None), 3, True, "mask", torch.ones_like(v))
-    assert all(x is None or x.isfinite().all() for x in grads)
-
-
-def test_a_nan_is_not_swallowed():
-    q, key, v = (x.to(DEVICE) for x in draw((1, 1, 5, 6, 8), "contiguous", torch.float32, torch.Generator()))
-    key[0, 0, 2, 3, 0] = float("nan")
-    reached = local_attention(q, key, v, kernel_size=3, backend="triton").isnan().any(-1)
-    assert reached[0, 0, 1:4, 2:5].all()
+def test_huge_scores_stay_finite_and_a_nan_is_not_swallowed():
+    assert_extremes_are_kept("triton", DEVICE)
 
 
 def test_the_same_to_the_bit_whatever_memory_held():

@@ -118,16 +118,14 @@ def test_growth_fits_its_own_rows(tmp_path):
         tmp_path, "attention", "--growth", "--num-heads=2", "--kernel-size=3", "--device=cpu", "--repeats=2",
         "--backends", "conv", "cpu", *sizes, f"--plot={picture}",
     )  # fmt: skip
-    found = [
-        (row["axis"], row["backend"], row["side"], row["kernel_size"], row["batch_size"]) for row in result["rows"]
-    ]
+    columns = ("axis", "backend", "side", "kernel_size", "batch_size")
+    found = [tuple(row[column] for column in columns) for row in result["rows"]]
     assert found == [
         ("map", "conv", 3, 3, 4), ("map", "cpu", 3, 3, 4), ("map", "conv", 6, 3, 1), ("map", "cpu", 6, 3, 1),
         ("window", "cpu", 6, 3, 1), ("window", "cpu", 6, 7, 1),
     ]  # fmt: skip
-    assert [line.split("^")[0] for line in result["summary"]] == [
-        "conv: time ~ pixels", "cpu: time ~ pixels", "cpu: time ~ K"
-    ]  # fmt: skip
+    fitted = [line.split("^")[0] for line in result["summary"]]
+    assert fitted == ["conv: time ~ pixels", "cpu: time ~ pixels", "cpu: time ~ K"]
     with Image.open(picture) as image:
         assert image.format == "PNG"
 

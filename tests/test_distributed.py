@@ -1,19 +1,17 @@
 """One run by several processes, started by real torchrun on gloo: the same images, the same numbers, one voice."""
 
+import functools
 import json
-import os
 import shutil
 import socket
-import subprocess
-import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_image_folder
-from test_commands import assert_equal_state, rows
+from making_data import make_image_folder
+from running_commands import assert_equal_state, last, launch, rows
 
 from sasa_train.config.compose import compose_config
 from sasa_train.config.derived import accumulation, micro_batch_size
@@ -21,11 +19,11 @@ from sasa_train.config.identity import differing_keys
 from sasa_train.config.rules import check_world_size
 from sasa_train.data.plan import BatchPlan
 from sasa_train.data.randomness import seed_step
+from sasa_train.device import resolve
 from sasa_train.processes.collectives import restart_warning
 from sasa_train.refusal import ConfigError
-from sasa_train.runs.checkpoint import load_checkpoint
+from sasa_train.train import read_config
 
-WORKER = Path(__file__).with_name("torchrun_worker.py")
 # 38 digits and batches of 12 are 3 steps an epoch, 6 in all; no batch statistics, and augmentation of every kind.
 RUN = (
     "model=timm", "model.name=convnext_atto", "data=digits", "data.image_size=32", "data.max_train_images=38",
@@ -33,22 +31,6 @@ RUN = (
     "trainer.global_batch_size=12", "trainer.grad_accum_steps=2", "trainer.epochs=2", "trainer.ema_decay=0.9",
     "trainer.log_every_steps=1", "trainer.checkpoint_every_steps=1", "data.num_workers=0", "output_dir=out",
 )  # fmt: skip
-
-
-def launch(folder: Path, num_processes: int, *arguments: str, options=("--standalone",), **env: str) -> tuple[int, str]:
-    """The worker by torchrun, or alone where it is one process: exit code, and all that was said."""
-    torchrun = ["-m", "torch.distributed.run", *options, f"--nproc-per-node={num_processes}"]
-    process = subprocess.run(
-        [sys.executable, *(torchrun if num_processes > 1 or "--nnodes=2" in options else []), WORKER, *arguments],
-        cwd=folder,
-        # The last one is sasa-train's own, too late here, where torch is imported before.
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} | env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=280,
-    )
-    return process.returncode, process.stdout
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +54,6 @@ def noted(folder: Path, num_processes: int, kind: str) -> dict[str, list[str]]:
     """By step, over all processes in their order."""
     parts = [json.loads((folder / f"notes/{num_processes}/{n}.json").read_text())[kind] for n in range(num_processes)]
     return {step: [entry for part in parts for entry in part.get(step, [])] for step in parts[0]}
-
-
-def last(run: Path) -> dict:
-    return load_checkpoint(run / "checkpoints/last.pt")
 
 
 @pytest.mark.parametrize("num_processes", [2, 3])
@@ -137,14 +115,11 @@ def test_two_torchruns_as_two_machines_make_one_run(folder, undisturbed):
     (folder / "other").mkdir()
     options = ("--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=1", f"--rdzv-endpoint=127.0.0.1:{free_port()}")
     options += ("--local-addr=127.0.0.1",)
-    others: list[tuple[int, str]] = []
-    second = threading.Thread(
-        target=lambda: others.append(launch(folder / "other", 1, *RUN, "run_name=nodes", options=options))
-    )
-    second.start()
-    code, said = launch(folder, 1, *RUN, "run_name=nodes", options=options)
-    second.join()
-    assert (code, others[0][0]) == (0, 0), said + others[0][1]
+    with ThreadPoolExecutor() as pool:
+        together = functools.partial(pool.submit, launch, options=options)
+        starts = [together(at, 1, *RUN, "run_name=nodes") for at in (folder, folder / "other")]
+    ended = [start.result() for start in starts]
+    assert [code for code, _ in ended] == [0, 0], ended
     run = next(path for path in (undisturbed / "nodes", folder / "other/out/nodes") if path.exists())
     assert_equal_state(last(run), last(undisturbed / "2"))
     assert len([path for path in (folder / "out/nodes", folder / "other/out") if path.exists()]) == 1
@@ -227,9 +202,8 @@ def test_micro_batches_are_each_processs_and_a_config_means_the_same_to_any_numb
     config = compose_config(["trainer.global_batch_size=24", "trainer.micro_batch_size=4"])
     trainer = config.trainer
     assert [(micro_batch_size(trainer, n), accumulation(trainer, n)) for n in (1, 2, 3)] == [(4, 6), (4, 3), (4, 2)]
-    with pytest.raises(
-        ConfigError, match=r"=24 must be divisible by 4 processes x trainer.micro_batch_size=4; .* 16 and 32"
-    ):
+    rule = r"=24 must be divisible by 4 processes x trainer.micro_batch_size=4; .* 16 and 32"
+    with pytest.raises(ConfigError, match=rule):
         check_world_size(config, 4)
 
 
@@ -247,8 +221,6 @@ def test_another_number_of_processes_may_cut_the_batch_otherwise():
 
 
 def test_sync_batch_norm_is_refused_on_a_cpu():
-    from sasa_train.device import resolve
-
     with pytest.raises(ConfigError, match="sync_batch_norm=true, but PyTorch has it on CUDA alone"):
         resolve(compose_config(["trainer.sync_batch_norm=true", "trainer.device=cpu"]))
 
@@ -264,8 +236,6 @@ def test_restarts_on_several_machines_need_a_variable(monkeypatch):
 
 def test_restarts_never_begin_anew(monkeypatch):
     """With resume=never each restart would make the next numbered folder."""
-    from sasa_train.train import read_config
-
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     assert read_config(["experiment=debug"]).resume == "auto"
     with pytest.raises(ConfigError, match="resume=never with torchrun --max-restarts=3"):

@@ -70,9 +70,7 @@ SOURCE = re.sub(
     "",
     "".join(path.read_text(encoding="utf-8") for path in (ROOT / "sasa_train").rglob("*.py")),
 )
-RUN_PAGES = [
-    page for page in PAGES if any(b.page == page and b.language in ("sh", "python", "console") for b in BLOCKS)
-]
+RUN_PAGES = [page for page in PAGES if any(b.language in ("sh", "python", "console") for b in blocks_of(page))]
 
 
 def name(page: Path) -> str:
@@ -177,11 +175,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("page", RUN_PAGES, ids=name)
 def test_what_a_page_shows_runs(
-    page: Path,
-    quickstart: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    page: Path, quickstart: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     shutil.copytree(quickstart, tmp_path, dirs_exist_ok=True)
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")  # pages name them as in a checkout
@@ -227,21 +221,16 @@ def check_message(block: Block, folder: Path, monkeypatch: pytest.MonkeyPatch, c
 
 def run_shell(commands: str, folder: Path) -> None:
     """Run as a reader does who types them into a shell with the environment active; what they print is pytest's."""
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-    }
-    process = subprocess.run(
-        ["bash", "-euxo", "pipefail", "-c", commands], cwd=folder, env=environment, capture_output=True, text=True
-    )
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
+    bash = ["bash", "-euxo", "pipefail", "-c", commands]
+    process = subprocess.run(bash, cwd=folder, env=environment, capture_output=True, text=True)
     print(process.stdout, process.stderr)
     assert process.returncode == 0, f"exit {process.returncode} of\n{commands}\n{process.stdout}\n{process.stderr}"
 
 
 def test_the_config_reference_is_what_its_script_prints() -> None:
-    printed = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "config_reference.py"], capture_output=True, text=True, check=True
-    ).stdout
+    command = [sys.executable, ROOT / "scripts" / "config_reference.py"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
     assert page == printed, "run python scripts/config_reference.py > docs/config.md"

@@ -14,12 +14,12 @@ from tensorboard import context
 from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
 from tensorboard.plugins import base_plugin
 from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
+from writing_runs import BASE, write_run, write_sweep
 
 from sasa_train import report as command
 from sasa_train import train
 from sasa_train.config.compose import compose_config
 from sasa_train.config.groups import config_dir
-from sasa_train.config.saved import to_yaml
 from sasa_train.models import build_model, check_model
 from sasa_train.models.counting import count_params, meta_model
 from sasa_train.paper import ROWS, matching_row, reference_row
@@ -31,34 +31,6 @@ from sasa_train.runs.metrics import read_metrics
 from sasa_train.sweep.planning import read_plan
 
 SWEEPS = sorted(path.stem for path in (config_dir() / "sweep").glob("*table*.yaml"))
-BASE = ("experiment=debug",)
-
-
-def write_run(folder: Path, overrides, top1s, **info) -> None:
-    """A run folder as sasa-train leaves it, with one val row an epoch."""
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(to_yaml(compose_config(overrides)))
-    of_train, rows = {"split": "train", "loss": 1.0, "top1": 9.0, "images_per_sec": 100.0}, []
-    for epoch, top1 in enumerate(top1s, 1):
-        val = {"split": "val", "loss": None, "top1": top1, "top5": 99.0}
-        rows += [row | {"step": epoch, "epoch": epoch} for row in (of_train, val)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "run.json").write_text(json.dumps({"status": "finished", "seconds": 60.0} | info))
-
-
-def write_sweep(folder: Path, results: dict, table=None, name="ledger.json", base=BASE) -> Path:
-    """`results`: (overrides, seed) -> val top1s of a job that is done, or its (state, reason)."""
-    jobs = {}
-    for i, ((overrides, seed), found) in enumerate(results.items()):
-        job, all_overrides = f"{name[:-5]}-{i}", [*base, *overrides, f"seed={seed}"]
-        state, reason = ("done", "finished") if isinstance(found, list) else found
-        jobs[job] = {"overrides": all_overrides, "state": state, "reason": reason, "tries": []}
-        if isinstance(found, list):
-            write_run(folder / job, all_overrides, found)
-    folder.mkdir(parents=True, exist_ok=True)
-    sweep = {"name": folder.name, "command": "sasa-sweep ...", "paper_table": table, "overrides": list(base)}
-    (folder / name).write_text(json.dumps({"format_version": 1, "sweep": sweep, "jobs": jobs}))
-    return folder
 
 
 @pytest.fixture
@@ -285,9 +257,8 @@ def test_the_papers_figures_stand_beside_ours(tmp_path):
         ops = ",".join({"a": "attention", "c": "conv"}[letter] for letter in letters)
         results |= {((f"model.stage_ops=[{ops}]",), seed): [top1] for seed, top1 in enumerate(top1s)}
     rows = report_of(write_sweep(tmp_path / "s", results, table=3)).rows
-    assert [(row.label, row.paper.top1) for row in rows] == [
-        ("attention in stages 1 2 3 4", 80.2), ("convolution in 1 2", 80.7),
-    ]  # fmt: skip
+    of_paper = [(row.label, row.paper.top1) for row in rows]
+    assert of_paper == [("attention in stages 1 2 3 4", 80.2), ("convolution in 1 2", 80.7)]
     assert rows[1].difference.mean == pytest.approx(1.75) and rows[1].paper_difference == pytest.approx(0.5)
 
 
@@ -300,10 +271,8 @@ def test_table_1_compares_within_a_depth():
 
 
 def test_other_models_are_no_row_of_the_paper():
-    for overrides, table in (
-        (["model=timm", "model.name=resnet50"], 1),
-        (["model=hybrid_resnet26", "model.kernel_size=13"], 4),
-    ):
+    wider = ["model=hybrid_resnet26", "model.kernel_size=13"]
+    for overrides, table in ((["model=timm", "model.name=resnet50"], 1), (wider, 4)):
         assert matching_row(vars(compose_config(overrides).model), table) is None
 
 

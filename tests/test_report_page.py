@@ -11,8 +11,9 @@ from urllib.parse import unquote
 
 import pytest
 import torch
-from conftest import TINY, make_image_folder
-from test_report import write_run, write_sweep
+from making_data import make_image_folder
+from running_commands import TINY
+from writing_runs import write_run, write_sweep
 
 from sasa_train import report as command
 from sasa_train import train

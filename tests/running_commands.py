@@ -1,0 +1,113 @@
+"""Run the commands, in this process or in one of their own, and read what they leave behind."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sasa_train import train
+from sasa_train.runs.checkpoint import load_checkpoint
+
+# A run of seconds: a tiny attention net on a part of the digits.
+TINY = (
+    "experiment=debug",
+    "data.max_train_images=70",
+    "data.max_val_images=30",
+    "trainer.global_batch_size=16",
+    "trainer.max_steps=null",
+    "trainer.epochs=3",
+    "trainer.log_every_steps=1",
+    "output_dir=out",
+)
+
+TIMINGS = ("images_per_sec", "data_wait_fraction", "memory_mib", "seconds")
+
+
+def rows(run_dir: Path) -> list[dict]:
+    """The metrics without what depends on the clock."""
+    parsed = (json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in parsed]
+
+
+def assert_equal_state(one, other, path="checkpoint"):
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one.keys() - {"seconds", "config", "metrics", "provenance"}:
+            assert_equal_state(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_equal_state(a, b, f"{path}[{i}]")
+    else:
+        assert one == other, path
+
+
+def board(folder: Path) -> EventAccumulator:
+    """What TensorBoard shows of a folder of events."""
+    return EventAccumulator(str(folder), size_guidance={"images": 0, "histograms": 0}).Reload()
+
+
+def run_in_process(tmp_path, monkeypatch, *arguments: str) -> int:
+    monkeypatch.chdir(tmp_path)
+    return train.run_command(list(arguments))
+
+
+def start(folder: Path, *arguments: str, command: str = "train") -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", f"sasa_train.{command}", *arguments],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(found: Callable[[], Any], what: str = "it", seconds: float = 240.0) -> Any:
+    """Return what `found()` gives once that is true."""
+    end = time.monotonic() + seconds
+    while not (result := found()):
+        assert time.monotonic() < end, f"not within {seconds:.0f} s: {what}"
+        time.sleep(0.02)
+    return result
+
+
+def wait_for_rows(run_dir: Path, count: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if (run_dir / "metrics.jsonl").exists() and len((run_dir / "metrics.jsonl").read_text().splitlines()) >= count:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"no {count} rows; exit code {process.poll()}\n{process.communicate()[0]}")
+
+
+WORKER = Path(__file__).with_name("torchrun_worker.py")
+
+
+def launch(folder: Path, num_processes: int, *arguments: str, options=("--standalone",), **env: str) -> tuple[int, str]:
+    """The worker by torchrun, or alone where it is one process: exit code, and all that was said."""
+    torchrun = ["-m", "torch.distributed.run", *options, f"--nproc-per-node={num_processes}"]
+    process = subprocess.run(
+        [sys.executable, *(torchrun if num_processes > 1 or "--nnodes=2" in options else []), WORKER, *arguments],
+        cwd=folder,
+        # The last one is sasa-train's own, too late here, where torch is imported before.
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=280,
+    )
+    return process.returncode, process.stdout
+
+
+def last(run: Path) -> dict:
+    return load_checkpoint(run / "checkpoints/last.pt")
