@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # as many threads as processors in all: more would wait for each other
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
-pytest.register_assert_rewrite("attention_cases", "making_data", "running_commands", "stem_cases")
+pytest.register_assert_rewrite("attention_cases", "making_data", "reading_runs", "running_commands", "stem_cases")
 
 Command = Callable[..., subprocess.CompletedProcess]
 

@@ -1,6 +1,5 @@
 """Run the commands, in this process or in one of their own, and read what they leave behind."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,11 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
 from sasa_train import train
-from sasa_train.runs.checkpoint import load_checkpoint
 
 # A run of seconds: a tiny attention net on a part of the digits.
 TINY = (
@@ -26,34 +21,6 @@ TINY = (
     "trainer.log_every_steps=1",
     "output_dir=out",
 )
-
-TIMINGS = ("images_per_sec", "data_wait_fraction", "memory_mib", "seconds")
-
-
-def rows(run_dir: Path) -> list[dict]:
-    """The metrics without what depends on the clock."""
-    parsed = (json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in parsed]
-
-
-def assert_equal_state(one, other, path="checkpoint"):
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), path
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), path
-        for key in one.keys() - {"seconds", "config", "metrics", "provenance"}:
-            assert_equal_state(one[key], other[key], f"{path}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), path
-        for i, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_equal_state(a, b, f"{path}[{i}]")
-    else:
-        assert one == other, path
-
-
-def board(folder: Path) -> EventAccumulator:
-    """What TensorBoard shows of a folder of events."""
-    return EventAccumulator(str(folder), size_guidance={"images": 0, "histograms": 0}).Reload()
 
 
 def run_in_process(tmp_path, monkeypatch, *arguments: str) -> int:
@@ -107,7 +74,3 @@ def launch(folder: Path, num_processes: int, *arguments: str, options=("--standa
         timeout=280,
     )
     return process.returncode, process.stdout
-
-
-def last(run: Path) -> dict:
-    return load_checkpoint(run / "checkpoints/last.pt")

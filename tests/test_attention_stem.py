@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from attention_cases import assert_threads_change_no_bit, run_narrower
+from marking import slow_but_for
 from stem_cases import assert_exact, build, run
 from torch import Tensor
 from torch.nn import functional
@@ -252,7 +253,7 @@ def test_backends():
         assert ResNet(26, stem=name, width=0.25, num_heads=2, backend="reference").stem.backend == "reference"
 
 
-@pytest.mark.parametrize("capability", ["avx2", "default"])
+@pytest.mark.parametrize("capability", slow_but_for(["avx2"], ["avx2", "default"]))
 def test_narrower_instruction_sets(capability):
     run_narrower(
         capability,

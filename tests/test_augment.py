@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from making_data import CPU, assert_same, batches, config_for
+from marking import slow_but_for
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -19,6 +20,7 @@ from sasa_train.data.transforms import Augment, decode_box, fit, random_resized_
 from sasa_train.refusal import ConfigError
 
 POLICIES = ("rand_augment", "trivial_augment", "auto_augment_imagenet", "auto_augment_cifar10", "auto_augment_svhn")
+policies = pytest.mark.parametrize("policy", slow_but_for(POLICIES[:3], POLICIES))
 EVERYTHING = (
     "augment.hflip=true", "augment.erasing_prob=0.5", "augment.brightness=0.3", "augment.contrast=0.3",
     "augment.saturation=0.3", "augment.hue=0.1", "augment.mixup=0.4", "augment.cutmix=1.0", "data.max_train_images=100",
@@ -36,8 +38,8 @@ def photo(size: int = 32) -> torch.Tensor:
     return torch.stack([x.expand(size, -1), x.expand(size, -1).T, (x + x[:, None]) / 2]).to(torch.uint8)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("num_workers", [0, 3])
+@policies
+@pytest.mark.parametrize("num_workers", slow_but_for([3], [0, 3]))
 def test_with_everything_on_streamed_equals_resident(policy, num_workers):
     """Else where the images are kept would change what is learned, and a resume elsewhere would not be a resume."""
     overrides = (*EVERYTHING, f"augment.policy={policy}")
@@ -47,7 +49,7 @@ def test_with_everything_on_streamed_equals_resident(policy, num_workers):
     assert resident[0][1].shape == (32, 10)  # mixed
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@policies
 def test_a_batch_is_transformed_as_its_images_are_one_by_one_by_torchvision(policy):
     """The groups of equal operations must come out as torchvision's own calls, and as a Pillow image does, nearly."""
     augment = compose_config([f"augment.policy={policy}"]).augment
@@ -67,7 +69,7 @@ def test_a_batch_is_transformed_as_its_images_are_one_by_one_by_torchvision(poli
     assert changed > 25
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@policies
 def test_policies_draw_what_torchvisions_classes_draw(policy):
     """The share of each operation, and how many of the signed magnitudes are negative, within sampling error."""
     ours = Policy(compose_config([f"augment.policy={policy}"]).augment)

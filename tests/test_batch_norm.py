@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from running_commands import assert_equal_state
+from reading_runs import assert_equal_state
 from taking_steps import CPU, setup
 from torch import nn
 

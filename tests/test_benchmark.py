@@ -205,6 +205,7 @@ def gpu_check(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=250)
 
 
+@pytest.mark.slow
 def test_gpu_check_goes_on_after_a_failed_part(tmp_path):
     """A GPU is lent for minutes: one part's failure must not cost the others, nor a second try what is done."""
     (tmp_path / "flex_fp32.json").mkdir()  # cannot be written

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from making_data import make_image_folder
-from running_commands import TINY, assert_equal_state, rows, run_in_process, start, wait_for, wait_for_rows
+from marking import slow_but_for
+from reading_runs import assert_same_run, rows
+from running_commands import TINY, run_in_process, start, wait_for, wait_for_rows
 
 from sasa_train import summary, train
 from sasa_train.config.groups import config_dir
@@ -19,9 +21,10 @@ from sasa_train.dataset_tool import prepare
 from sasa_train.runs.checkpoint import Checkpoints, load_checkpoint
 
 EXPERIMENTS = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
+FAST = ("debug", "overfit", "quickstart", "cifar10_hybrid_resnet26", "imagenet_sasa_resnet26")
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", slow_but_for(FAST, EXPERIMENTS))
 def test_every_experiment_takes_two_steps(name, tmp_path, monkeypatch, image_folder):
     """On tiny data and a narrow model; everything else is the preset's own."""
     data = ["data=image_folder", f"data.root={image_folder}", "data.image_size=16"] if "cifar" in name else []
@@ -35,7 +38,7 @@ def test_every_experiment_takes_two_steps(name, tmp_path, monkeypatch, image_fol
     assert all(isinstance(row["loss"], float) and 0 <= row["top1"] <= 100 for row in found)
 
 
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if "imagenet" in name])
+@pytest.mark.parametrize("name", slow_but_for(FAST, [name for name in EXPERIMENTS if "imagenet" in name]))
 def test_imagenet_presets_read_tar_shards(name, tmp_path, monkeypatch):
     """The same two steps from shards as from folders, to the last digit."""
     folders, shards = imagenet_root(tmp_path), tmp_path / "shards"
@@ -109,10 +112,7 @@ def test_killed_and_stopped_runs_end_as_one_never_touched(in_process, tmp_path):
             assert f"{number.name}: saved at step" in output
             assert json.loads((tmp_path / "out/broken/run.json").read_text())["status"] == "interrupted"
     in_process("train", *run, "run_name=broken", "data.num_workers=2")
-    assert rows(tmp_path / "out/broken") == rows(tmp_path / "out/whole")
-    for kind in ("last", "best"):
-        paths = (tmp_path / f"out/{name}/checkpoints/{kind}.pt" for name in ("broken", "whole"))
-        assert_equal_state(*map(load_checkpoint, paths))
+    assert_same_run(tmp_path / "out/broken", tmp_path / "out/whole")
 
 
 def test_a_stop_before_training_leaves_nothing_half_done(tmp_path):

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from marking import slow_but_for
 
 from sasa_train.config.compose import compose_config
 from sasa_train.refusal import ConfigError
@@ -71,6 +72,7 @@ SOURCE = re.sub(
     "".join(path.read_text(encoding="utf-8") for path in (ROOT / "sasa_train").rglob("*.py")),
 )
 RUN_PAGES = [page for page in PAGES if any(b.language in ("sh", "python", "console") for b in blocks_of(page))]
+FAST = [ROOT / "docs" / page for page in ("api.md", "predict.md", "troubleshooting.md")]
 
 
 def name(page: Path) -> str:
@@ -173,7 +175,8 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", RUN_PAGES, ids=name)
+@pytest.mark.xdist_group("docs")  # they share a run
+@pytest.mark.parametrize("page", slow_but_for(FAST, RUN_PAGES), ids=name)
 def test_what_a_page_shows_runs(
     page: Path, quickstart: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

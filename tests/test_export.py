@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from making_data import make_image_folder
+from marking import slow_but_for
 from PIL import Image
 from running_commands import TINY
 from torch import nn
@@ -29,6 +30,8 @@ from sasa_train.export.description import model_card, timm_data_config
 from sasa_train.files import locked
 from sasa_train.models import AttentionStem, LocalSelfAttention2d
 from sasa_train.trained import load_trained
+
+pytestmark = pytest.mark.xdist_group("export")  # they share a run
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +88,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", slow_but_for(["stride 2 of odd sides", "stem"], LAYERS))
 def test_layers_become_programs_of_common_operators_for_any_batch(name):
     torch.manual_seed(0)
     layer = LAYERS[name]().eval()

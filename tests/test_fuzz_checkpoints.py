@@ -8,7 +8,7 @@ import random
 
 import torch
 from mutating import mutated
-from running_commands import assert_equal_state
+from reading_runs import assert_equal_state
 from writing_runs import content
 
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, load_checkpoint, manifest_of

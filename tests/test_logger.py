@@ -4,7 +4,7 @@ import errno
 import json
 
 import pytest
-from running_commands import board
+from reading_runs import board
 
 from sasa_train.terminal import duration
 from sasa_train.training.log import RunLogger

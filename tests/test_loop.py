@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running_commands import TINY, assert_equal_state, board, rows, run_in_process
+from reading_runs import assert_same_run, board, rows
+from running_commands import TINY, run_in_process
 
 from sasa_train import evaluate
 from sasa_train.config.compose import compose_config
@@ -31,9 +32,7 @@ def test_an_hour_limit_saves_and_the_same_command_goes_on(tmp_path, monkeypatch,
     assert "trainer.max_hours: saved at step 1; to continue" in capsys.readouterr().out
     assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
     assert run_in_process(tmp_path, monkeypatch, *RUN, "run_name=whole") == 0
-    one, whole = (load_checkpoint(tmp_path / f"out/{name}/checkpoints/last.pt") for name in ("run", "whole"))
-    assert_equal_state(one, whole)
-    assert rows(tmp_path / "out/run") == rows(tmp_path / "out/whole")
+    assert_same_run(tmp_path / "out/run", tmp_path / "out/whole")
 
 
 def test_tensorboard_and_the_run_folder_hold_the_pictures(tmp_path, monkeypatch):

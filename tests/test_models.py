@@ -207,9 +207,11 @@ def test_build_model_refuses_before_training(dials, message):
         check_model(config, 30)
 
 
-def test_an_unknown_model_is_refused_with_the_nearest():
+def test_an_unknown_model_and_one_that_cannot_take_the_size_are_refused():
     with pytest.raises(ConfigError, match="did you mean .*resnet50"):
         build_model(ModelConfig(name="sasa_resnet5"), 10, 32)
+    with pytest.raises(ConfigError, match="model.name=halonet26t cannot take images of 32 pixels"):
+        check_model(ModelConfig(name="halonet26t"), 32)
 
 
 @pytest.mark.parametrize(
@@ -228,11 +230,6 @@ def test_timms_models_take_the_data_sets_size(name, size):
     with torch.no_grad():
         assert model.eval()(torch.randn(1, 3, size, size)).shape == (1, 10)
     assert all(m.momentum == 0.01 for m in model.modules() if isinstance(m, nn.BatchNorm2d))
-
-
-def test_a_timm_model_that_cannot_take_the_size_is_refused():
-    with pytest.raises(ConfigError, match="model.name=halonet26t cannot take images of 32 pixels"):
-        check_model(ModelConfig(name="halonet26t"), 32)
 
 
 def test_drop_path_grows_along_the_blocks_and_keeps_the_expectation():

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from making_data import CPU
+from marking import slow_but_for
 from taking_steps import batches, setup, weights
 from timm.optim import list_optimizers
 
@@ -22,7 +23,7 @@ ELSEWHERE = ("bnb", "fused", "adahessian")
 OPTIMIZERS = [name for name in map(str, list_optimizers()) if not name.startswith(ELSEWHERE)]
 
 
-@pytest.mark.parametrize("name", [*OPTIMIZERS, "lookahead_adamw"])
+@pytest.mark.parametrize("name", slow_but_for(["adamw", "sgd", "lamb", "muon"], [*OPTIMIZERS, "lookahead_adamw"]))
 def test_every_optimizer_of_timm_steps_and_resumes_exactly(name):
     """Saved after 2 steps, loaded elsewhere, 2 more: the weights of 4 steps, to the last bit."""
     overrides = (f"optimizer.name={name}", "optimizer.lr=0.01", "optimizer.lr_basis=absolute")

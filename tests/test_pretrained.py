@@ -12,7 +12,8 @@ import huggingface_hub.constants
 import pytest
 import timm
 import torch
-from running_commands import TINY, assert_equal_state, launch, rows, run_in_process, start, wait_for_rows
+from reading_runs import assert_equal_state, assert_same_run, last, rows
+from running_commands import TINY, launch, run_in_process, start, wait_for_rows
 from safetensors.torch import save_file
 
 import sasa_train.models
@@ -293,11 +294,10 @@ def test_a_killed_fine_tuning_ends_as_one_never_touched_and_needs_the_file_no_mo
     assert run_in_process(tmp_path, monkeypatch, *run, "run_name=whole") == 0
     shutil.rmtree(tmp_path / "source")
     assert run_in_process(tmp_path, monkeypatch, *run, "run_name=broken") == 0
-    assert rows(tmp_path / "out/broken") == rows(tmp_path / "out/whole")
-    broken, whole = (load_checkpoint(tmp_path / f"out/{name}/checkpoints/last.pt") for name in ("broken", "whole"))
-    assert_equal_state(broken, whole)
+    assert_same_run(tmp_path / "out/broken", tmp_path / "out/whole")
+    broken, whole = (last(tmp_path / f"out/{name}")["provenance"] for name in ("broken", "whole"))
     for note in ("pretrained_sha256", "pretrained_report"):
-        assert broken["provenance"][note] == whole["provenance"][note]
+        assert broken[note] == whole[note]
     info = json.loads((tmp_path / "out/broken/run.json").read_text())
     manifest = json.loads((tiny_run / "checkpoints/best.pt.json").read_text())
     assert info["pretrained_sha256"] == manifest["sha256"]
@@ -338,6 +338,7 @@ def test_a_model_that_the_file_does_not_fit_is_told_the_files_own_dials(tiny_run
     assert "of ResNet's parameters outside the classifier fit" in said and "its own model: model.name=sasa" in said
 
 
+@pytest.mark.slow
 def test_all_processes_begin_with_the_same_weights(tmp_path, monkeypatch):
     """The first one alone reads the file, and each evaluates its share of val with its own moving average."""
     torch.manual_seed(1)

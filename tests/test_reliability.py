@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from running_commands import TINY, assert_equal_state, rows, run_in_process, start, wait_for_rows
+from reading_runs import assert_same_run, rows
+from running_commands import TINY, run_in_process, start, wait_for_rows
 from taking_steps import batches, setup
 from torch import nn
 
@@ -142,8 +143,7 @@ def test_a_signal_in_any_phase_saves_and_the_run_ends_as_one_undisturbed(tmp_pat
         assert run_in_process(tmp_path, monkeypatch, *run, "run_name=a") == 75
     assert json.loads((tmp_path / "out/a/run.json").read_text())["status"] == "interrupted"
     assert run_in_process(tmp_path, monkeypatch, *run, "run_name=a") == 0
-    assert rows(tmp_path / "out/a") == rows(tmp_path / "out/whole")
-    assert_equal_state(*(load_checkpoint(tmp_path / f"out/{name}/checkpoints/last.pt") for name in ("a", "whole")))
+    assert_same_run(tmp_path / "out/a", tmp_path / "out/whole")
 
 
 # One writer
@@ -224,8 +224,7 @@ def test_when_a_checkpoint_cannot_be_written_the_run_stops_or_goes_on_as_configu
         assert run_in_process(tmp_path, monkeypatch, *RUN, "run_name=b", "trainer.on_failed_save=continue") == 0
         assert "tries again at the next checkpoint" in capsys.readouterr().err
     assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
-    assert rows(tmp_path / "out/a") == rows(tmp_path / "out/b")
-    assert_equal_state(*(load_checkpoint(tmp_path / f"out/{name}/checkpoints/last.pt") for name in "ab"))
+    assert_same_run(tmp_path / "out/a", tmp_path / "out/b", ["last"])
 
 
 def test_a_best_model_that_was_not_saved_is_not_the_best(tmp_path, monkeypatch):
@@ -420,6 +419,7 @@ def test_the_origin_is_the_first_module_and_its_images():
     assert find_origin(model, images, NO_AUTOCAST)[0].startswith("the weights were not finite before the step, 0.bias")
 
 
+@pytest.mark.slow
 def test_memory_that_does_not_suffice_ends_with_what_to_set(tmp_path):
     """A process that may have 600 MB more than it has is given a step that needs gigabytes."""
     code = f"""

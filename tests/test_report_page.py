@@ -22,6 +22,8 @@ from sasa_train.paper import differing_keys, nearest_row
 from sasa_train.report.illustrations import class_rows
 from sasa_train.visualize.val_sample import ValSample
 
+pytestmark = pytest.mark.xdist_group("report_page")  # they share a run
+
 HOSTILE = '<script>alert("1")</script>'
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -256,6 +258,7 @@ addEventListener("message", event => { found.textContent += JSON.stringify(event
 </script>"""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium to look at the page with")
 def test_a_browser_shows_the_pages_on_a_phone_and_on_a_screen(run_page, sweep_page, tmp_path):
     """At 360 and 1280 pixels: nothing sticks out, wide tables scroll in their boxes, every picture is there."""

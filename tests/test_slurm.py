@@ -11,15 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from running_commands import TINY, assert_equal_state, rows, wait_for
+from reading_runs import assert_same_run
+from running_commands import TINY, wait_for
 
-from sasa_train.runs.checkpoint import load_checkpoint
 from sasa_train.signals import StopRequest
 from sasa_train.train import run_command
 
 SLURM = Path(__file__).parents[1] / "scripts" / "slurm"
 PATIENCE = 240  # seconds
 needs_slurm = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("slurm"),
     pytest.mark.slurm,
     pytest.mark.skipif(
         shutil.which("slurmctld") is None or os.geteuid() != 0,
@@ -178,10 +180,7 @@ class TestOnSlurm:
         log = cluster.log(overdue)
         assert job["JobState"] == "COMPLETED" and int(job["Restarts"]) >= 2, log
         assert log.count("SIGUSR2: saved at step") >= 2, log
-        whole, other = (cluster.folder / name / "a" for name in ("whole", "overdue"))
-        assert rows(whole) == rows(other)
-        for name in ("last.pt", "best.pt"):
-            assert_equal_state(*(load_checkpoint(run / "checkpoints" / name) for run in (whole, other)))
+        assert_same_run(cluster.folder / "overdue/a", cluster.folder / "whole/a")
 
 
 def make_lost_run(run_dir: Path) -> None:
@@ -201,6 +200,7 @@ print(json.dumps(launch({jobs}, {launcher}, Path("hydra"))))"""
     return subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=environment, **pipes)
 
 
+@pytest.mark.slow
 def test_every_job_here_ends_with_its_own_code(tmp_path):
     make_lost_run(tmp_path / "out/lost")
     run = [*TINY, "trainer.epochs=1"]

@@ -54,6 +54,7 @@ def running_jobs(folder: Path) -> list[tuple[int, str]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_sweep_survives_kills_and_a_broken_config(tmp_path):
     """Twelve jobs, one of them broken; two jobs and then the sweep are killed: lost hours, were any of it lost."""
     broken = tmp_path / "twelve.yaml"
@@ -102,6 +103,7 @@ def test_a_sweep_survives_kills_and_a_broken_config(tmp_path):
     assert before == [p.stat().st_mtime_ns for p in sorted(tmp_path.glob("outputs/*/digits-*/checkpoints/last.pt"))]
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_saves_its_jobs_and_a_grid_grows_in_place(tmp_path):
     """Ctrl-C on a sweep of days must lose nothing, and a sixth seed must not cost the five before it."""
     arguments = [*SMALL, "trainer.epochs=15", "sweep.max_parallel=2"]
@@ -125,6 +127,7 @@ def test_a_stopped_sweep_saves_its_jobs_and_a_grid_grows_in_place(tmp_path):
     assert {job["state"] for job in grown.values()} == {"done"}
 
 
+@pytest.mark.slow
 def test_a_failing_job_shows_its_traceback_and_is_tried_three_times(tmp_path):
     """A job that cannot work must not take the others with it, nor be started for ever."""
     sweep = start_sweep(tmp_path, *SMALL, "trainer.epochs=1", "optimizer.lr=0.1,1e30", "trainer.grad_clip_norm=null")
@@ -135,6 +138,7 @@ def test_a_failing_job_shows_its_traceback_and_is_tried_three_times(tmp_path):
     assert output.count("  | ") >= 3 and "not finite" in output
 
 
+@pytest.mark.slow
 def test_a_search_prunes_stops_and_goes_on(tmp_path):
     """A search of a night that is stopped must end with the trials it was asked for, none lost and none done twice."""
     pytest.importorskip("optuna")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running_commands import board
+from reading_runs import board
 from tensorboard import context
 from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
 from torch.nn import functional
@@ -317,6 +317,7 @@ def test_without_the_data_what_needs_none_is_drawn_and_the_rest_named(run_dir, c
     assert command.run_command([str(run_dir), "mistakes", *gone]) == 2
 
 
+@pytest.mark.slow
 def test_a_model_without_attention_says_so(tmp_path, capsys):
     arguments = ["experiment=debug", "model=conv_resnet26", "model.stem=conv_small", "model.width=0.125"]
     dials = ["model.num_heads=null", "model.kernel_size=null", f"output_dir={tmp_path}", "run_name=conv"]
@@ -369,7 +370,6 @@ def test_without_matplotlib_the_extra_is_named(tiny_run, capsys, monkeypatch):
     assert "pip install 'sasa_train[plots]'" in capsys.readouterr().err
 
 
-def test_help_names_the_figures(capsys):
-    assert command.run_command(["--help"]) == 0
-    help_text = capsys.readouterr().out
+def test_help_names_the_figures(in_process):
+    help_text = in_process("visualize", "--help").stdout
     assert all(name in help_text for name in NAMES)
