@@ -48,19 +48,9 @@ def outputs_and_grads(backend, dtype, inputs, kernel_size, content, border, grad
 
 
 def assert_equals_reference(
-    shape,
-    kernel_size,
-    dtype=torch.float32,
-    layout="contiguous",
-    border="mask",
-    content=True,
-    rel="shared",
-    seed=0,
-    stride=1,
-    *,
-    backend: str,
-    device: str = "cpu",
-) -> None:
+    shape, kernel_size, dtype=torch.float32, layout="contiguous", border="mask", content=True, rel="shared",
+    seed=0, stride=1, *, backend: str, device: str = "cpu",
+) -> None:  # fmt: skip
     """Output and gradients against the reference in float64, on the same (rounded) inputs.
 
     `rel`: "shared", "per head", "mixed" (rel_height shared, rel_width one a head), "swapped" (the reverse) or None.
@@ -103,24 +93,15 @@ def tolerance(backend: str, device: str, inputs: torch.dtype, result: torch.dtyp
     return unit / 2 + 1e-5, 8e-5  # three TF32 products for one have 22 bits of float32's 24
 
 
-def assert_random_cases_equal_reference(num_cases, largest, dtypes, rels, strides=(1,), **where) -> None:
+def assert_random_cases(num_cases, largest, dtypes, rels, strides=(1,), **where) -> None:
     """`largest` of B, N, H, W and D / 2."""
     rng = random.Random(1)
     for seed in range(num_cases):
         rel = rng.choice(rels)
         *shape, half_dim = (rng.randint(1, size) for size in largest)
-        assert_equals_reference(
-            (*shape, 2 * half_dim),
-            rng.choice([1, 3, 5, 7, 9, 11]),
-            rng.choice(dtypes),
-            rng.choice(LAYOUTS),
-            rng.choice(["mask", "zero"]),
-            content=rel is None or rng.random() < 0.7,
-            rel=rel,
-            seed=seed,
-            stride=rng.choice(strides),
-            **where,
-        )
+        choices = [[1, 3, 5, 7, 9, 11], dtypes, LAYOUTS, ["mask", "zero"]]
+        case = ((*shape, 2 * half_dim), *map(rng.choice, choices), rel is None or rng.random() < 0.7, rel, seed)
+        assert_equals_reference(*case, rng.choice(strides), **where)
 
 
 def assert_extremes_are_kept(backend: str, device: str = "cpu") -> None:

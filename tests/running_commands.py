@@ -12,15 +12,10 @@ from sasa_train import train
 
 # A run of seconds: a tiny attention net on a part of the digits.
 TINY = (
-    "experiment=debug",
-    "data.max_train_images=70",
-    "data.max_val_images=30",
-    "trainer.global_batch_size=16",
-    "trainer.max_steps=null",
-    "trainer.epochs=3",
-    "trainer.log_every_steps=1",
-    "output_dir=out",
-)
+    "experiment=debug", "data.max_train_images=70", "data.max_val_images=30", "trainer.global_batch_size=16",
+    "trainer.max_steps=null", "trainer.epochs=3", "trainer.log_every_steps=1", "output_dir=out",
+)  # fmt: skip
+TOGETHER = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 
 
 def run_in_process(tmp_path, monkeypatch, *arguments: str) -> int:
@@ -29,14 +24,8 @@ def run_in_process(tmp_path, monkeypatch, *arguments: str) -> int:
 
 
 def start(folder: Path, *arguments: str, command: str = "train") -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", f"sasa_train.{command}", *arguments],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    words = [sys.executable, "-m", f"sasa_train.{command}", *arguments]
+    return subprocess.Popen(words, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, **TOGETHER)
 
 
 def wait_for(found: Callable[[], Any], what: str = "it", seconds: float = 240.0) -> Any:
@@ -63,14 +52,9 @@ WORKER = Path(__file__).with_name("torchrun_worker.py")
 def launch(folder: Path, num_processes: int, *arguments: str, options=("--standalone",), **env: str) -> tuple[int, str]:
     """The worker by torchrun, or alone where it is one process: exit code, and all that was said."""
     torchrun = ["-m", "torch.distributed.run", *options, f"--nproc-per-node={num_processes}"]
-    process = subprocess.run(
-        [sys.executable, *(torchrun if num_processes > 1 or "--nnodes=2" in options else []), WORKER, *arguments],
-        cwd=folder,
-        # The last one is sasa-train's own, too late here, where torch is imported before.
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} | env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=280,
-    )
+    is_alone = num_processes == 1 and "--nnodes=2" not in options
+    words = [sys.executable, *([] if is_alone else torchrun), WORKER, *arguments]
+    # The last one is sasa-train's own, too late here, where torch is imported before.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} | env
+    process = subprocess.run(words, cwd=folder, env=environment, timeout=280, **TOGETHER)
     return process.returncode, process.stdout

@@ -6,18 +6,10 @@ import logging
 import multiprocessing
 import shutil
 
+import attention_cases as cases
 import pytest
 import torch
-from attention_cases import (
-    LAYOUTS,
-    assert_extremes_are_kept,
-    assert_random_cases_equal_reference,
-    assert_threads_change_no_bit,
-    draw,
-    outputs_and_grads,
-    run_narrower,
-)
-from attention_cases import assert_equals_reference as case_equals_reference
+from attention_cases import LAYOUTS, draw, outputs_and_grads
 from marking import slow_but_for
 
 from sasa_train.attention import cpu, dispatch, local_attention
@@ -28,7 +20,7 @@ def needs_compiler() -> str | None:
 
 
 pytestmark = pytest.mark.skipif(needs_compiler() is not None, reason=f"no compiled kernel: {needs_compiler()}")
-assert_equals_reference = functools.partial(case_equals_reference, backend="cpu")
+assert_equals_reference = functools.partial(cases.assert_equals_reference, backend="cpu")
 
 
 @pytest.mark.parametrize("kernel_size", slow_but_for([1, 3, 7], range(1, 17, 2)))
@@ -74,11 +66,11 @@ def test_the_pool_of_a_stage_begin():
 @pytest.mark.slow
 def test_cases_drawn_at_random():
     dtypes, rels = (torch.float32, torch.bfloat16), ("shared", "per head", None)
-    assert_random_cases_equal_reference(60, (3, 9, 19, 35, 12), dtypes, rels, strides=(1, 1, 2), backend="cpu")
+    cases.assert_random_cases(60, (3, 9, 19, 35, 12), dtypes, rels, strides=(1, 1, 2), backend="cpu")
 
 
 def test_huge_scores_stay_finite_and_a_nan_is_not_swallowed():
-    assert_extremes_are_kept("cpu")
+    cases.assert_extremes_are_kept("cpu")
 
 
 def test_what_scratch_held_before_does_not_matter():
@@ -101,7 +93,7 @@ def test_the_number_of_threads_changes_no_bit(shape):
     generator = torch.Generator().manual_seed(0)
     rel = [torch.randn(7, shape[-1] // 2, generator=generator) for _ in range(2)]
     case = [*draw(shape, "channels_last", torch.float32, generator), *rel]
-    assert_threads_change_no_bit(
+    cases.assert_threads_change_no_bit(
         lambda: outputs_and_grads("cpu", None, case, 7, True, "mask", torch.ones(shape)), (1, 2, 3, 5, 16)
     )
 
@@ -117,7 +109,7 @@ def test_outputs_and_gradients_keep_the_inputs_order_of_strides():
 
 @pytest.mark.parametrize("capability", slow_but_for(["avx2"], ["avx2", "default"]))
 def test_narrower_instruction_sets(capability):
-    run_narrower(
+    cases.run_narrower(
         capability,
         "import torch\n"
         "from attention_cases import LAYOUTS, assert_equals_reference\n"

@@ -7,17 +7,10 @@ import os
 import subprocess
 import sys
 
+import attention_cases as cases
 import pytest
 import torch
-from attention_cases import (
-    LAYOUTS,
-    NAMES,
-    assert_extremes_are_kept,
-    assert_random_cases_equal_reference,
-    draw,
-    outputs_and_grads,
-)
-from attention_cases import assert_equals_reference as case_equals_reference
+from attention_cases import LAYOUTS, draw, outputs_and_grads
 from marking import slow_but_for
 
 from sasa_train.attention import dispatch, local_attention, local_attention_qkv
@@ -30,7 +23,7 @@ from sasa_train.attention.triton_kernels import CONFIGS, Config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
-assert_equals_reference = functools.partial(case_equals_reference, backend="triton", device=DEVICE)
+assert_equals_reference = functools.partial(cases.assert_equals_reference, backend="triton", device=DEVICE)
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
@@ -103,11 +96,11 @@ def test_odd_head_dims_without_embeddings():
 def test_cases_drawn_at_random():
     num_cases, largest = (10, (2, 3, 7, 13, 20)) if DEVICE == "cpu" else (60, (2, 3, 40, 70, 20))
     dtypes, rels = (torch.float32, BF16, FP16), ("shared", "per head", "mixed", None)
-    assert_random_cases_equal_reference(num_cases, largest, dtypes, rels, backend="triton", device=DEVICE)
+    cases.assert_random_cases(num_cases, largest, dtypes, rels, backend="triton", device=DEVICE)
 
 
 def test_huge_scores_stay_finite_and_a_nan_is_not_swallowed():
-    assert_extremes_are_kept("triton", DEVICE)
+    cases.assert_extremes_are_kept("triton", DEVICE)
 
 
 def test_the_same_to_the_bit_whatever_memory_held():
@@ -115,7 +108,7 @@ def test_the_same_to_the_bit_whatever_memory_held():
     inputs = [x.to(DEVICE) for x in draw((1, 2, 5, 6, 4), "channels_last", torch.float32, torch.Generator())]
     case = ([*inputs, *torch.randn(2, 5, 2, device=DEVICE)], 5, True, "zero", torch.ones_like(inputs[0]))
     first, second = (outputs_and_grads("triton", None, *case) for _ in range(2))
-    for name, x, y in zip(NAMES, first, second, strict=True):
+    for name, x, y in zip(cases.NAMES, first, second, strict=True):
         assert torch.equal(x, y), name
 
 

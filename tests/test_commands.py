@@ -153,7 +153,7 @@ def test_a_truncated_checkpoint_is_named_and_the_run_goes_on(in_process, tmp_pat
         assert "restore one from a copy, or start a new run" in in_process("train", *run, expect=1).stderr
 
 
-def test_resume_never_folder_and_checkpoint(tmp_path, monkeypatch, capsys):
+def test_resume_never_folder_and_checkpoint(tmp_path, monkeypatch, capsys, in_process):
     run = [*TINY, "run_name=a", "trainer.checkpoint_every_steps=5"]
     assert run_in_process(tmp_path, monkeypatch, *run, "resume=never") == 0
     out = tmp_path / "out"
@@ -166,19 +166,14 @@ def test_resume_never_folder_and_checkpoint(tmp_path, monkeypatch, capsys):
     assert rows(out / "a-3") == [row for row in rows(out / "a") if row["step"] > 5]
     assert (out / "a/checkpoints/last.pt").read_bytes() == before
     # A folder, in place; without a group choice its own config is the base.
-    capsys.readouterr()
-    assert run_in_process(tmp_path, monkeypatch, "resume=out/a") == 0
-    assert "out/a is finished" in capsys.readouterr().out
-    assert run_in_process(tmp_path, monkeypatch, "resume=out/a", "model.kernel_size=5") == 2
-    assert "model.kernel_size: 3 -> 5" in capsys.readouterr().err
+    assert "out/a is finished" in in_process("train", "resume=out/a").stdout
+    assert "model.kernel_size: 3 -> 5" in in_process("train", "resume=out/a", "model.kernel_size=5", expect=2).stderr
     longer = ["resume=out/a", "trainer.epochs=4", "allow_config_change=[trainer.epochs]"]
     assert run_in_process(tmp_path, monkeypatch, *longer) == 0
     assert rows(out / "a")[-1]["epoch"] == 4
     assert run_in_process(tmp_path, monkeypatch, *run, "resume=nowhere") == 2
     # What one continuation was allowed, the next is not; and finished is finished.
-    capsys.readouterr()
-    assert run_in_process(tmp_path, monkeypatch, "resume=out/a") == 0
-    assert "out/a is finished" in capsys.readouterr().out
+    assert "out/a is finished" in in_process("train", "resume=out/a").stdout
     assert run_in_process(tmp_path, monkeypatch, "resume=out/a", "trainer.epochs=5") == 2
     assert run_in_process(tmp_path, monkeypatch, *run, "resume=out/a/checkpoints/last.pt", "trainer.epochs=4") == 2
     assert "last.pt is finished" in capsys.readouterr().err
@@ -186,12 +181,11 @@ def test_resume_never_folder_and_checkpoint(tmp_path, monkeypatch, capsys):
     assert [start["step"] for start in starts] == [0, 12]
 
 
-def test_an_allowed_change_that_cannot_be_is_refused_and_leaves_the_run_as_it_was(tmp_path, monkeypatch, capsys):
+def test_an_allowed_change_that_cannot_be_is_refused_and_leaves_the_run_as_it_was(tmp_path, monkeypatch, in_process):
     assert run_in_process(tmp_path, monkeypatch, *TINY, "run_name=a") == 0
     before = (tmp_path / "out/a/config.yaml").read_text()
     wider = ["resume=out/a", "model.width=0.25", "allow_config_change=[model.width]"]
-    assert run_in_process(tmp_path, monkeypatch, *wider) == 2
-    assert "allow_config_change=['model.width'] asks too much" in capsys.readouterr().err
+    assert "allow_config_change=['model.width'] asks too much" in in_process("train", *wider, expect=2).stderr
     assert (tmp_path / "out/a/config.yaml").read_text() == before
     (tmp_path / "out/a/config.yaml").write_text(before[: len(before) // 2] + "\n  - [")
     assert run_in_process(tmp_path, monkeypatch, "resume=out/a") == 0  # the checkpoint's own config is whole
@@ -213,12 +207,11 @@ def test_evaluations_and_saves_are_not_training_time(tmp_path, monkeypatch):
     assert 0 < seconds < elapsed - 6 * 0.3  # three epochs' ends, each saved before and after its evaluation
 
 
-def test_another_trajectory_in_the_same_folder_is_refused(tmp_path, monkeypatch, capsys):
+def test_another_trajectory_in_the_same_folder_is_refused(tmp_path, monkeypatch, in_process):
     assert run_in_process(tmp_path, monkeypatch, *TINY, "run_name=a", "trainer.epochs=1") == 0
     kept = (tmp_path / "out/a/checkpoints/last.pt").read_bytes()
     changed = ["trainer.epochs=1", "seed=1", "optimizer.lr=0.3", "trainer.log_every_steps=2"]
-    assert run_in_process(tmp_path, monkeypatch, *TINY, "run_name=a", *changed) == 2
-    message = capsys.readouterr().err
+    message = in_process("train", *TINY, "run_name=a", *changed, expect=2).stderr
     assert "optimizer.lr: 0.1 -> 0.3" in message and "seed: 0 -> 1" in message and "log_every" not in message
     assert "allow_config_change=[optimizer.lr,seed]" in message
     assert (tmp_path / "out/a/checkpoints/last.pt").read_bytes() == kept
@@ -241,16 +234,13 @@ def test_help_lists_every_key(in_process):
     assert max(len(line) for line in out.splitlines()) <= 120
 
 
-def test_the_summary_command(capsys):
-    assert summary.run_command([]) == 0
-    out = capsys.readouterr().out
+def test_the_summary_command(capsys, in_process):
+    out = in_process("summary").stdout
     assert len(re.findall(r"^1 ", out, re.M)) == 9
     assert re.search(r"full attention, R50 +7\.15 +7\.2 +18\.01 +18\.0 +77\.6", out)
-    assert summary.run_command(["model=hybrid_resnet50"]) == 0
-    out = capsys.readouterr().out
+    out = in_process("summary", "model=hybrid_resnet50").stdout
     assert "18.02 M parameters, 6.97 GFLOPs" in out and "77.4 % top1 in the paper's Table 1" in out
-    assert summary.run_command(["experiment=quickstart"]) == 0
-    out = capsys.readouterr().out
+    out = in_process("summary", "experiment=quickstart").stdout
     assert "10 classes, 8 x 8 pixels" in out and "paper" not in out
     assert summary.run_command(["model.widht=2"]) == 2
     assert summary.run_command(["model=hybrid_resnet26", "data.image_size=256"]) == 0

@@ -285,29 +285,9 @@ REACHING = (
 SLOW = ("trainer.compile", "data.num_workers", "data.image_size", "data.name")  # it would compile, fork, download
 SLOW_TO_COMPILE = ("kron", "kronc", "kronw")  # half a minute in torch.compile
 OPTIMIZERS = [name for name in list_optimizers() if name not in SLOW_TO_COMPILE]
-OPTIMIZER_ARGS = [
-    "nesterov",
-    "foreach",
-    "amsgrad",
-    "eps",
-    "betas",
-    "rho",
-    "decoupled",
-    "ns_steps",
-    "delta",
-    "alpha",
-]
+OPTIMIZER_ARGS = ["nesterov", "foreach", "amsgrad", "eps", "betas", "rho", "decoupled", "ns_steps", "delta", "alpha"]
 SCHEDULES = ("cosine", "step", "multistep", "poly", "tanh", "wsd", "rsqrt", "constant", "plateau", "none", "x")
-SCHEDULE_ARGS = [
-    "k_decay",
-    "cycle_limit",
-    "cycle_mul",
-    "cycle_decay",
-    "noise",
-    "noise_pct",
-    "stable_timescale",
-    "x",
-]
+SCHEDULE_ARGS = ["k_decay", "cycle_limit", "cycle_mul", "cycle_decay", "noise", "noise_pct", "stable_timescale", "x"]
 ARGUMENT_VALUES = st.sampled_from(
     ["0", "1", "-1", "2", "1e38", "1e-38", "0.5", "1000000000", "x", "true", "null", "[]", "[1,2]"]
 )

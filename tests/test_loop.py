@@ -68,20 +68,17 @@ def test_a_micro_batch_size_is_accumulation_by_another_name(tmp_path, monkeypatc
     assert saved.grad_accum_steps == 4 and saved.global_batch_size == 16
 
 
-def test_auto_takes_what_fits_and_a_resume_keeps_it(tmp_path, monkeypatch, capsys):
+def test_auto_takes_what_fits_and_a_resume_keeps_it(monkeypatch, in_process):
     """Another machine's memory must not change a run that has begun: batch norm sees micro-batches."""
     memory = 5_400_000  # of 8 images, of 16 with checkpointing
     monkeypatch.setattr("sasa_train.training.memory.available_memory", lambda _: memory)
     arguments = (*RUN, "trainer.micro_batch_size=auto")
-    assert run_in_process(tmp_path, monkeypatch, *arguments, "trainer.max_hours=1e-9") == 75
-    said = capsys.readouterr().out
+    said = in_process("train", *arguments, "trainer.max_hours=1e-9", expect=75).stdout
     found = int(said.partition("trainer.micro_batch_size=auto: ")[2].split()[0])
     assert 1 < found < 16 and f"16 = {16 // found} x {found} images a step" in said
     monkeypatch.setattr("sasa_train.training.memory.available_memory", lambda _: 10**12)
-    assert run_in_process(tmp_path, monkeypatch, *arguments) == 0
-    assert f"16 = {16 // found} x {found} images a step" in capsys.readouterr().out
-    assert run_in_process(tmp_path, monkeypatch, *arguments) == 0
-    assert "is finished" in capsys.readouterr().out
+    assert f"16 = {16 // found} x {found} images a step" in in_process("train", *arguments).stdout
+    assert "is finished" in in_process("train", *arguments).stdout
 
 
 def test_auto_counts_what_checkpointing_saves_and_a_run_killed_early_keeps_its_size(tmp_path, monkeypatch):

@@ -271,9 +271,8 @@ def test_what_is_refused(words, message, run, root, capsys, monkeypatch):
     assert message in capsys.readouterr().err and sorted(root.iterdir()) == before
 
 
-def test_no_checkpoint_is_refused(root, capsys):
-    assert predict.run_command([str(root), str(root / "val")]) == 2
-    assert "last.pt" in capsys.readouterr().err
+def test_no_checkpoint_is_refused(root, in_process):
+    assert "last.pt" in in_process("predict", str(root), str(root / "val"), expect=2).stderr
 
 
 def test_an_output_is_whole_or_not_there(run, root, tmp_path, monkeypatch):

@@ -332,9 +332,8 @@ def test_a_run_that_began_with_other_content_is_not_taken_for_it(tiny_run, tmp_p
     assert run_in_process(tmp_path, monkeypatch, *run, "model.width=0.25") == 2
 
 
-def test_a_model_that_the_file_does_not_fit_is_told_the_files_own_dials(tiny_run, tmp_path, monkeypatch, capsys):
-    assert run_in_process(tmp_path, monkeypatch, *TINY, f"model.pretrained={tiny_run}", "model.width=0.25") == 2
-    said = capsys.readouterr().err
+def test_a_model_that_the_file_does_not_fit_is_told_the_files_own_dials(tiny_run, in_process):
+    said = in_process("train", *TINY, f"model.pretrained={tiny_run}", "model.width=0.25", expect=2).stderr
     assert "of ResNet's parameters outside the classifier fit" in said and "its own model: model.name=sasa" in said
 
 

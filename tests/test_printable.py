@@ -41,10 +41,9 @@ def test_names_are_escaped_from_training_to_evaluation(hostile_folder, tmp_path,
     ]
 
 
-def test_refusals_quote_names_escaped(hostile_folder, capsys):
+def test_refusals_quote_names_escaped(hostile_folder, capsys, in_process):
     arguments = ["data=image_folder", f"data.root={hostile_folder}", "data.image_size=16", "model.stem=conv_small"]
-    assert train.run_command([*arguments, "model.num_classes=7"]) == 2
-    refusals = capsys.readouterr().err
+    refusals = in_process("train", *arguments, "model.num_classes=7", expect=2).stderr
     (hostile_folder / "val" / HOSTILE).rename(hostile_folder / "val" / "green")
     assert train.run_command(arguments) == 2
     refusals += capsys.readouterr().err

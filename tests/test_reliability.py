@@ -71,12 +71,11 @@ def test_a_second_ctrl_c_ends_a_run_that_does_not_get_to_its_next_step(tmp_path)
     assert process.returncode == 130 and process.stdout == "still here\n"
 
 
-def test_a_signal_in_the_first_step_ends_the_run_at_once(tmp_path, monkeypatch, capsys):
+def test_a_signal_in_the_first_step_ends_the_run_at_once(tmp_path, monkeypatch, in_process):
     """It may be an hour of compilation; nothing is lost, as nothing was trained."""
     with monkeypatch.context() as patch:
         patch.setattr(Stepper, "train_step", lambda *_, **__: signal.raise_signal(signal.SIGUSR1))
-        assert run_in_process(tmp_path, monkeypatch, *RUN) == 75
-    assert "stopped before training began" in capsys.readouterr().err
+        assert "stopped before training began" in in_process("train", *RUN, expect=75).stderr
     assert not list((tmp_path / "out/a").glob("checkpoints/*"))
     assert json.loads((tmp_path / "out/a/run.json").read_text())["status"] == "interrupted"
     assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
@@ -189,15 +188,14 @@ for number in range(20):
 
 
 @pytest.mark.parametrize("name", [".lock", "checkpoints", "tensorboard/events", "metrics.jsonl"])
-def test_a_link_in_a_run_folder_does_not_lead_out_of_it(tmp_path, monkeypatch, capsys, name):
+def test_a_link_in_a_run_folder_does_not_lead_out_of_it(tmp_path, name, in_process):
     """A run folder may come from a stranger: continuing it must not empty a file elsewhere."""
     victim = tmp_path / "victim"
     victim.write_text("precious")
     link = tmp_path / "out/a" / name
     link.parent.mkdir(parents=True)
     link.symlink_to(victim)
-    assert run_in_process(tmp_path, monkeypatch, *RUN) == 2
-    assert f"out/a/{name} is a symbolic link" in capsys.readouterr().err
+    assert f"out/a/{name} is a symbolic link" in in_process("train", *RUN, expect=2).stderr
     assert victim.read_text() == "precious"
 
 
@@ -215,14 +213,13 @@ def fail_to_write(monkeypatch, steps: set[int]) -> None:
     monkeypatch.setattr(Checkpoints, "save", save)
 
 
-def test_when_a_checkpoint_cannot_be_written_the_run_stops_or_goes_on_as_configured(tmp_path, monkeypatch, capsys):
+def test_when_a_checkpoint_cannot_be_written_a_run_stops_or_goes_on_as_configured(tmp_path, monkeypatch, in_process):
     with monkeypatch.context() as patch:
         fail_to_write(patch, {5, 6})
-        assert run_in_process(tmp_path, monkeypatch, *RUN) == 1
-        assert "step 5: cannot write" in capsys.readouterr().err
+        assert "step 5: cannot write" in in_process("train", *RUN, expect=1).stderr
         assert load_checkpoint(tmp_path / "out/a/checkpoints/last.pt")["step"] == 4
-        assert run_in_process(tmp_path, monkeypatch, *RUN, "run_name=b", "trainer.on_failed_save=continue") == 0
-        assert "tries again at the next checkpoint" in capsys.readouterr().err
+        to_go_on = (*RUN, "run_name=b", "trainer.on_failed_save=continue")
+        assert "tries again at the next checkpoint" in in_process("train", *to_go_on).stderr
     assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
     assert_same_run(tmp_path / "out/a", tmp_path / "out/b", ["last"])
 
@@ -236,13 +233,12 @@ def test_a_best_model_that_was_not_saved_is_not_the_best(tmp_path, monkeypatch):
     assert last["best"] == best["best"] and best["best"]["step"] == best["step"] > 4
 
 
-def test_checkpoints_that_were_taken_away_are_missed(tmp_path, monkeypatch, capsys):
+def test_checkpoints_that_were_taken_away_are_missed(tmp_path, monkeypatch, in_process):
     """A scratch disk's purge must not look like a run that never was."""
     assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
     metrics = (tmp_path / "out/a/metrics.jsonl").read_bytes()
     shutil.rmtree(tmp_path / "out/a/checkpoints")
-    assert run_in_process(tmp_path, monkeypatch, *RUN) == 1
-    assert "this run had checkpoints, and they are gone" in capsys.readouterr().err
+    assert "this run had checkpoints, and they are gone" in in_process("train", *RUN, expect=1).stderr
     assert (tmp_path / "out/a/metrics.jsonl").read_bytes() == metrics
 
 
@@ -303,7 +299,7 @@ def on_images(root: Path) -> list[str]:
 
 
 def test_a_resume_on_changed_images_is_refused_by_name_and_elsewhere_they_may_lie(
-    tmp_path, monkeypatch, capsys, image_folder
+    tmp_path, monkeypatch, capsys, image_folder, in_process
 ):
     run = on_images(image_folder)
     assert run_in_process(tmp_path, monkeypatch, *run, "trainer.max_hours=1e-9") == 75
@@ -315,8 +311,7 @@ def test_a_resume_on_changed_images_is_refused_by_name_and_elsewhere_they_may_li
     capsys.readouterr()
     assert evaluate.run_command(["out/a/checkpoints/last.pt"]) == 0
     assert "not the images that the run was evaluated on: val: the content of class 'red'" in capsys.readouterr().out
-    assert run_in_process(tmp_path, monkeypatch, *run) == 2
-    message = capsys.readouterr().err
+    message = in_process("train", *run, expect=2).stderr
     assert "train: class 'red' had 7 images, now 8" in message and "val: the content of class 'red' changed" in message
     assert run_in_process(tmp_path, monkeypatch, *run, "allow_config_change=[data.root]") == 0
     assert "WARNING: the images are not those that this run began with" in capsys.readouterr().err
@@ -353,13 +348,11 @@ def test_somebody_elses_checkout_is_not_ours(tmp_path):
     assert run.stdout == "None\n"
 
 
-def test_other_code_or_packages_are_named_on_resume(tmp_path, monkeypatch, capsys):
+def test_other_code_or_packages_are_named_on_resume(tmp_path, monkeypatch, in_process):
     assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.max_hours=1e-9") == 75
     monkeypatch.setattr(provenance, "_git", lambda *arguments: "0123456" if "rev-parse" in arguments else None)
     monkeypatch.setattr(provenance, "_version", lambda package: "99.9")
-    capsys.readouterr()
-    assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
-    message = capsys.readouterr().err
+    message = in_process("train", *RUN).stderr
     assert "changed since the checkpoint was written: the code: commit" in message and "-> 0123456" in message
     assert "changed since the checkpoint was written: timm: " in message and "-> 99.9" in message
 
@@ -376,10 +369,9 @@ def test_run_json_has_a_command_that_makes_the_run_again(tmp_path, monkeypatch):
 # Numbers and memory
 
 
-def test_a_non_finite_loss_names_the_module_and_the_images(tmp_path, monkeypatch, capsys):
+def test_a_non_finite_loss_names_the_module_and_the_images(tmp_path, in_process):
     run = (*RUN, "optimizer.lr=1e30", "optimizer.lr_basis=absolute")
-    assert run_in_process(tmp_path, monkeypatch, *run) == 1
-    message = capsys.readouterr().err
+    message = in_process("train", *run, expect=1).stderr
     assert "the loss of step 2 is not finite: the first output that was not finite is that of module stem" in message
     listed = (tmp_path / "out/a/nonfinite.txt").read_text().splitlines()
     assert listed[0] in message and len(listed[2:]) == 16 and all(line.startswith("image ") for line in listed[2:])
@@ -387,7 +379,7 @@ def test_a_non_finite_loss_names_the_module_and_the_images(tmp_path, monkeypatch
     assert json.loads((tmp_path / "out/a/run.json").read_text())["status"] == "failed"
 
 
-def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, capsys):
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, in_process):
     """The loss was finite, its gradient was not: the step's update broke the weights."""
     real = Stepper.train_step
 
@@ -399,8 +391,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, caps
         return grad_norm
 
     monkeypatch.setattr(Stepper, "train_step", train_step)
-    assert run_in_process(tmp_path, monkeypatch, *RUN) == 1
-    message = capsys.readouterr().err
+    message = in_process("train", *RUN, expect=1).stderr
     assert "the weights after step 3 are not finite, fc.weight first of 1; the images that it came from" in message
     assert len((tmp_path / "out/a/nonfinite.txt").read_text().splitlines()) == 2 + 16
     assert load_checkpoint(tmp_path / "out/a/checkpoints/last.pt")["step"] == 2

@@ -80,7 +80,7 @@ def test_a_paired_difference_solved_by_hand(tmp_path):
 # From folders to rows
 
 
-def test_every_job_is_in_the_figures_or_listed_with_its_reason(tmp_path, capsys, without_matplotlib):
+def test_every_job_is_in_the_figures_or_listed_with_its_reason(tmp_path, without_matplotlib, in_process):
     """A sweep that hides its failures shows the mean of the lucky ones."""
     k3, k5, k7 = (("model.kernel_size=3",), ("model.kernel_size=5",), ("model.kernel_size=7",))
     results = {(k3, 0): [50.0, 60.0, 58.0], (k3, 1): [50.0, 54.0, 54.0], (k5, 0): [61.0], (k7, 0): ("waiting", "")}
@@ -91,8 +91,7 @@ def test_every_job_is_in_the_figures_or_listed_with_its_reason(tmp_path, capsys,
     (sweep / "ledger-b-0/metrics.jsonl").write_text('{"split": "val"')  # of a job that went on elsewhere: half a row
     write_sweep(sweep, {(k7, 1): [1.0]}, name="ledger-c.json")
     (sweep / "ledger-c-0/config.yaml").unlink()
-    assert command.run_command([str(sweep), "--reference", "kernel_size=3"]) == 0
-    text = capsys.readouterr().out
+    text = in_process("report", str(sweep), "--reference", "kernel_size=3").stdout
     saved = json.loads((sweep / "report/table.json").read_text())
     assert {job["job"]: job["state"] for job in saved["not_counted"]} == {
         "ledger-3": "waiting", "ledger-4": "failed", "ledger-5": "pruned", "ledger-b-0": "no val",
@@ -164,12 +163,11 @@ def test_a_row_of_metrics_without_what_is_drawn_is_damage(tmp_path):
     assert command.run_command([str(tmp_path / "run"), "--quick"]) == 0
 
 
-def test_what_cannot_be_reported_is_refused(tmp_path, capsys):
+def test_what_cannot_be_reported_is_refused(tmp_path, capsys, in_process):
     assert command.run_command([str(tmp_path / "none")]) == 2 and "is no sweep" in capsys.readouterr().err
     sweep = write_sweep(tmp_path / "s", {(("model.kernel_size=3",), 0): [1.0], (("model.kernel_size=5",), 0): [2.0]})
     for wrong in ("9", "kernel_size", "width"):
-        assert command.run_command([str(sweep), "--reference", wrong]) == 2
-        assert "model.kernel_size=5" in capsys.readouterr().err
+        assert "model.kernel_size=5" in in_process("report", str(sweep), "--reference", wrong, expect=2).stderr
     assert report_of(sweep, "2").rows[0].reference.label == "model.kernel_size=5"
     write_sweep(tmp_path / "empty", {})
     assert command.run_command([str(tmp_path / "empty")]) == 2 and "no jobs" in capsys.readouterr().err

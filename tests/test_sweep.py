@@ -235,13 +235,12 @@ def hold(folder: Path) -> subprocess.Popen:
     return process
 
 
-def test_two_sweeps_in_one_folder_are_refused(tmp_path, monkeypatch, capsys):
+def test_two_sweeps_in_one_folder_are_refused(tmp_path, monkeypatch, in_process):
     """Two of them would start every job twice."""
     monkeypatch.chdir(tmp_path)
     plan = read_plan(["experiment=debug", "seed=0,1"])
     other = hold(plan.folder)
-    assert command_line.run_command(["experiment=debug", "seed=0,1"]) == 2
-    assert f"in use by process {other.pid}" in capsys.readouterr().err
+    assert f"in use by process {other.pid}" in in_process("sweep", "experiment=debug", "seed=0,1", expect=2).stderr
     other.communicate(b"\n")
 
 
@@ -275,15 +274,10 @@ def test_a_damaged_ledger_is_kept_aside_and_made_again_from_the_run_folders(tmp_
 
 def test_states_follow_exit_codes(tmp_path):
     entry, refusal = Job("a", [], ""), "seed=-1 must not be negative"
-    for code, said, state, reason in (
-        (75, "", "interrupted", None),
-        (1, "", "waiting", None),
-        (75, "", "interrupted", None),
-        (1, "", "waiting", None),
-        (-9, "", "failed", "killed by SIGKILL"),
-        (2, refusal, "refused", refusal),
-        (2, "train: out/a is in use by process 7 on host, which ...", "waiting", None),
-    ):
+    cases = [(75, "", "interrupted", None), (1, "", "waiting", None)] * 2
+    cases += [(-9, "", "failed", "killed by SIGKILL"), (2, refusal, "refused", refusal)]
+    cases += [(2, "train: out/a is in use by process 7 on host, which ...", "waiting", None)]
+    for code, said, state, reason in cases:
         entry.begin()
         finish(entry, tmp_path, code, 1.0, max_tries=2, said=said)
         assert entry.state == state and reason in (None, entry.reason)

@@ -22,18 +22,12 @@ from sasa_train.figures import rendered
 from sasa_train.models import AttentionStem, LocalSelfAttention2d, ResNet
 from sasa_train.refusal import ConfigError
 from sasa_train.trained import load_trained
+from sasa_train.visualize import geometry
 from sasa_train.visualize.attention_figures import draw_distances
 from sasa_train.visualize.capture import WeightsError, attention_layers, attention_of
 from sasa_train.visualize.class_figures import draw_confusion
 from sasa_train.visualize.curve_figures import draw_curves, draw_training_curves
-from sasa_train.visualize.geometry import (
-    Distances,
-    block_distances,
-    default_pixels,
-    mean_distances,
-    uniform_distance,
-    window_at,
-)
+from sasa_train.visualize.geometry import Distances, default_pixels, mean_distances, uniform_distance, window_at
 from sasa_train.visualize.names import NAMES, OF_SEVERAL
 from sasa_train.visualize.sample_figures import augmented_samples
 
@@ -160,7 +154,7 @@ def test_distance_of_attention_to_one_key():
     weights[:, 0, ..., 12] = 1
     weights[:, 1, ..., 5] = 1
     assert mean_distances(weights).tolist() == pytest.approx([0, math.sqrt(5)])
-    assert block_distances()[0, 15].item() == pytest.approx(3 * math.sqrt(2))
+    assert geometry.block_distances()[0, 15].item() == pytest.approx(3 * math.sqrt(2))
     assert mean_distances(torch.eye(16).expand(1, 1, 6, 16, 16)).item() == 0
 
 
@@ -238,10 +232,9 @@ def board_images(folder: Path) -> dict[str, list[int]]:
     return {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
 
 
-def test_all_figures_into_the_run_folder_and_tensorboard(run_dir, capsys):
+def test_all_figures_into_the_run_folder_and_tensorboard(run_dir, in_process):
     before = board(run_dir / "tensorboard")
-    assert command.run_command([str(run_dir), "--num-images", "20", "trainer.device=cpu"]) == 0
-    said = capsys.readouterr().out
+    said = in_process("visualize", str(run_dir), "--num-images", "20", "trainer.device=cpu").stdout
     assert "over 20 of val's 30 images" in said and "not drawn" not in said
     assert sorted(path.name for path in (run_dir / "figures").iterdir()) == sorted(f"{name}.png" for name in NAMES)
     step = torch.load(run_dir / "checkpoints/best.pt", weights_only=True)["step"]
@@ -350,24 +343,21 @@ def test_several_runs_are_overlaid_in_their_curves(tiny_run, run_dir, tmp_path, 
         (["model.width=0.25"], "make another model"),
     ],
 )
-def test_refused_before_anything_is_drawn(tiny_run, arguments, says, capsys):
-    assert command.run_command([str(tiny_run), *arguments]) == 2
-    assert says in capsys.readouterr().err
+def test_refused_before_anything_is_drawn(tiny_run, arguments, says, in_process):
+    assert says in in_process("visualize", str(tiny_run), *arguments, expect=2).stderr
     assert not (tiny_run / "figures").exists()
 
 
-def test_links_out_of_a_run_folder_are_refused(run_dir, tmp_path, capsys):
+def test_links_out_of_a_run_folder_are_refused(run_dir, tmp_path, in_process):
     (tmp_path / "elsewhere").mkdir()
     (run_dir / "figures").symlink_to(tmp_path / "elsewhere")
-    assert command.run_command([str(run_dir), "lr_schedule"]) == 2
-    assert "is a symbolic link" in capsys.readouterr().err
+    assert "is a symbolic link" in in_process("visualize", str(run_dir), "lr_schedule", expect=2).stderr
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
-def test_without_matplotlib_the_extra_is_named(tiny_run, capsys, monkeypatch):
+def test_without_matplotlib_the_extra_is_named(tiny_run, monkeypatch, in_process):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert command.run_command([str(tiny_run)]) == 2
-    assert "pip install 'sasa_train[plots]'" in capsys.readouterr().err
+    assert "pip install 'sasa_train[plots]'" in in_process("visualize", str(tiny_run), expect=2).stderr
 
 
 def test_help_names_the_figures(in_process):
