@@ -185,6 +185,7 @@ def _attend_in_a_process(_) -> float:
     return float(local_attention(q, q, q, kernel_size=1, backend="cpu").sum())
 
 
+@pytest.mark.slow
 def test_processes_that_build_at_once_do_no_harm(fresh_cache):
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         assert pool.map(_attend_in_a_process, range(2), chunksize=1) == [18.0, 18.0]
