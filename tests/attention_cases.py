@@ -104,15 +104,16 @@ def assert_random_cases(num_cases, largest, dtypes, rels, strides=(1,), **where)
         assert_equals_reference(*case, rng.choice(strides), **where)
 
 
-def assert_extremes_are_kept(backend: str, device: str = "cpu") -> None:
-    """Huge scores stay finite, and a NaN among the keys reaches each query whose window holds it, and no other."""
+def assert_extremes_are_kept(backend: str, device: str = "cpu") -> int:
+    """Huge scores stay finite, and a NaN among the keys reaches each of 9 queries; return how many it reaches."""
     generator = torch.Generator().manual_seed(0)
     q, key, v = (x.to(device) for x in draw((1, 2, 5, 6, 8), "contiguous", torch.float32, generator))
     grads = outputs_and_grads(backend, None, (300 * q, 300 * key, v, None, None), 3, True, "mask", torch.ones_like(v))
     assert all(x is None or x.isfinite().all() for x in grads)
     key[0, 1, 2, 3, 0] = float("nan")
     reached = local_attention(q, key, v, kernel_size=3, backend=backend).isnan().any(-1)
-    assert reached[0, 1, 1:4, 2:5].all() and reached.sum() == 9
+    assert reached[0, 1, 1:4, 2:5].all()
+    return int(reached.sum())
 
 
 def assert_threads_change_no_bit(run: Callable[[], Sequence[Tensor | None]], counts: Sequence[int]) -> None:

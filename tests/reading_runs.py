@@ -43,5 +43,5 @@ def last(run: Path) -> dict:
 
 
 def board(folder: Path) -> EventAccumulator:
-    """What TensorBoard shows of a folder of events."""
+    """The events of a folder as TensorBoard reads them."""
     return EventAccumulator(str(folder), size_guidance={"images": 0, "histograms": 0}).Reload()

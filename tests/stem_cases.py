@@ -17,9 +17,9 @@ TOLERANCE = 3e-5
 FLOOR = 0.05
 
 
-def build(in_channels: int = 3, channels: int = 16, **dials) -> AttentionStem:
-    """With batch norm weights of both signs and a zero, and running statistics that are not those of the start."""
-    module = AttentionStem(in_channels, channels, **{"num_heads": 2, "backend": "cpu"} | dials)
+def build(in_channels: int = 3, channels: int = 16, **keys) -> AttentionStem:
+    """A stem with batch norm weights of both signs and a zero, and running statistics unlike a new module's."""
+    module = AttentionStem(in_channels, channels, **{"num_heads": 2, "backend": "cpu"} | keys)
     nn.init.normal_(module.bn.weight)
     nn.init.normal_(module.bn.bias)
     nn.init.zeros_(module.bn.weight[1:2].detach())

@@ -311,7 +311,7 @@ def test_fused_projections_must_be_three():
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 7), (1, 4), (3, 1)])
 def test_stride_is_the_average_pool_of_the_output(size):
-    """At an odd side's end the average is of the positions that are there."""
+    """At the end of an odd side the average takes the existing positions alone."""
     projections = torch.randn(3, 2, 3, *size, 4, dtype=torch.float64, requires_grad=True)
     out = local_attention_qkv(projections, kernel_size=3, stride=2, backend="reference")
     whole = local_attention_qkv(projections, kernel_size=3, backend="reference")

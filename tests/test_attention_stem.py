@@ -27,8 +27,8 @@ pytestmark = pytest.mark.skipif(needs_compiler() is not None, reason=f"no compil
 
 
 @pytest.mark.parametrize("pool", [True, False])
-@pytest.mark.parametrize("dials", [{}, {"values": "plain"}, {"relative": False}, {"num_mixtures": 3}], ids=str)
-def test_outputs_gradients_and_statistics(dials, pool):
+@pytest.mark.parametrize("keys", [{}, {"values": "plain"}, {"relative": False}, {"num_mixtures": 3}], ids=str)
+def test_outputs_gradients_and_statistics(keys, pool):
     """Fewer blocks than lanes, whole groups and parts of them, images that share a group; heads of 2 to 32 numbers."""
     torch.manual_seed(0)
     for batch, in_channels, channels, num_heads, height, width in [
@@ -41,7 +41,7 @@ def test_outputs_gradients_and_statistics(dials, pool):
         (2, 3, 20, 2, 12, 12),
         (1, 3, 16, 8, 28, 4),
     ]:
-        module = build(in_channels, channels, num_heads=num_heads, pool=pool, **dials)
+        module = build(in_channels, channels, num_heads=num_heads, pool=pool, **keys)
         for layout in (torch.contiguous_format, torch.channels_last):
             for is_training in (True, False):
                 x = torch.randn(batch, in_channels, height, width).contiguous(memory_format=layout)
@@ -83,7 +83,7 @@ def op_arguments(module: AttentionStem, x: Tensor) -> tuple:
 
 
 def test_picks_what_torchs_max_pool_picks():
-    """And of equal numbers the first: with a zero image (or weight) all 16 are equal."""
+    """The first of equal numbers is picked: with a zero image (or weight) all 16 are equal."""
     torch.manual_seed(0)
     module, x = build(num_heads=4), torch.randn(3, 3, 12, 20)
     x[1, :, 4:8] = 0
@@ -116,7 +116,7 @@ def test_variance_far_from_zero():
 
 @pytest.mark.parametrize("pool", [True, False])
 def test_the_number_of_threads_changes_no_bit(pool):
-    """Of the ops, that is; torch's own sums around them do depend on it."""
+    """This holds for the ops; torch's own sums around them depend on the number of threads."""
     torch.manual_seed(0)
     arguments = op_arguments(build(), torch.randn(3, 3, 148, 92).requires_grad_())
     inputs = [t for t in arguments if isinstance(t, Tensor)]
@@ -224,11 +224,11 @@ def test_who_listens_to_batch_norm_hears_the_whole_map():
     assert shapes == [(2, 16, 8, 12)]
 
 
-@pytest.mark.parametrize("dials", [{}, {"values": "plain"}, {"relative": False}, {"pool": False}], ids=str)
-def test_flops_are_those_of_the_definition(dials):
+@pytest.mark.parametrize("keys", [{}, {"values": "plain"}, {"relative": False}, {"pool": False}], ids=str)
+def test_flops_are_those_of_the_definition(keys):
     counts = []
     for backend in ("cpu", "reference"):
-        module = build(backend=backend, **dials)
+        module = build(backend=backend, **keys)
         with FlopCounterMode(display=False) as counter:
             module(torch.randn(2, 3, 8, 12))
         counts.append(counter.get_total_flops())
@@ -236,7 +236,7 @@ def test_flops_are_those_of_the_definition(dials):
 
 
 def test_backends():
-    """What was asked for by name runs or is an error; auto goes the old way where the kernel cannot."""
+    """A backend that is named runs or raises; auto falls back to PyTorch where the kernel cannot run."""
     x = torch.randn(1, 3, 4, 4)
     for module, image, message in [
         (build().double(), x.double(), "the weights are torch.float64"),

@@ -41,7 +41,7 @@ def photo(size: int = 32) -> torch.Tensor:
 @policies
 @pytest.mark.parametrize("num_workers", slow_but_for([3], [0, 3]))
 def test_with_everything_on_streamed_equals_resident(policy, num_workers):
-    """Else where the images are kept would change what is learned, and a resume elsewhere would not be a resume."""
+    """The place where images are kept must not change what is learned, nor what a resume elsewhere continues."""
     overrides = (*EVERYTHING, f"augment.policy={policy}")
     resident = batches(config_for(*overrides), epoch=2)
     streamed = batches(config_for(*overrides, "data.resident=false", f"data.num_workers={num_workers}"), epoch=2)

@@ -34,7 +34,7 @@ def trained(checkpointing: bool, steps: int = 2) -> Stepper:
 
 
 def test_gradient_checkpointing_changes_nothing():
-    """Not the weights, not batch norm's statistics (which a plain recomputation moves twice), not the generator."""
+    """Weights, batch norm's statistics (which a plain recomputation moves twice) and the generator stay the same."""
     plain = trained(False)
     after = torch.rand(1)
     recomputed = trained(True)

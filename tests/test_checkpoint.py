@@ -168,7 +168,7 @@ def failing(real, calls, number: int):
 
 @pytest.mark.parametrize("call", ["unlink", "replace", "fsync", "open"])
 def test_a_failure_of_any_call_leaves_each_checkpoint_under_its_own_step(tmp_path, monkeypatch, call):
-    """And a run that goes on all the same writes the next one."""
+    """A run that goes on all the same writes the next one."""
     reached, is_done = 0, False
     while not is_done:
         folder = tmp_path / f"{call}{reached}"
@@ -196,7 +196,7 @@ def test_a_damaged_manifest_counts_as_a_damaged_checkpoint(tmp_path):
 
 
 def test_a_checkpoint_without_its_manifest_is_judged_by_its_own_checksums(tmp_path):
-    """As one is that was copied from elsewhere."""
+    """It may have been copied from elsewhere."""
     filled(tmp_path)
     os.rename(tmp_path / "last.pt", tmp_path / "copy.pt")
     assert load_checkpoint(tmp_path / "copy.pt")["step"] == 5

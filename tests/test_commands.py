@@ -30,9 +30,9 @@ def test_every_experiment_takes_two_steps(name, tmp_path, monkeypatch, image_fol
     data = ["data=image_folder", f"data.root={image_folder}", "data.image_size=16"] if "cifar" in name else []
     if "imagenet" in name:
         data = [f"data.root={imagenet_root(tmp_path)}", "data.image_size=96", "data.max_val_images=8"]
-    dials = ["model.width=0.125", "model.num_heads=2"]
+    keys = ["model.width=0.125", "model.num_heads=2"]
     small = ["trainer.global_batch_size=8", "trainer.max_steps=2", "trainer.log_every_steps=1"]
-    assert run_in_process(tmp_path, monkeypatch, f"experiment={name}", *data, *dials, *small, "run_name=two") == 0
+    assert run_in_process(tmp_path, monkeypatch, f"experiment={name}", *data, *keys, *small, "run_name=two") == 0
     found = rows(tmp_path / "outputs/two")
     assert [row["step"] for row in found if row["split"] == "train"] == [1, 2]
     assert all(isinstance(row["loss"], float) and 0 <= row["top1"] <= 100 for row in found)

@@ -1,4 +1,4 @@
-"""What a config may say: typed, checked, refused with the remedy before anything is loaded."""
+"""Configs are typed and checked, and refused with the remedy before anything is loaded."""
 
 import re
 

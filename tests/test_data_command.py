@@ -239,7 +239,7 @@ def jpeg(seed: int) -> bytes:
 
 
 def devkit() -> bytes:
-    """As the real one: synsets of leaves and of inner nodes, whose ids are not in the order of the WordNet ids."""
+    """A devkit like the real one: synsets of leaves and inner nodes, with ids in another order than the WordNet ids."""
     savemat = pytest.importorskip("scipy.io", reason="scikit-learn, in the extra dev, brings scipy").savemat
     fields = ["ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children", "wordnet_height"]
     rows = [(3, "n00000002", "a, b", "-", 0, [], 0), (1, "n00000011", "c", "-", 0, [], 0)]

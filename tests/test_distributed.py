@@ -59,7 +59,7 @@ def undisturbed(folder) -> Callable[[int], Path]:
 
 
 def noted(run: Path, kind: str) -> dict[str, list[str]]:
-    """By step, over all processes in their order."""
+    """The notes by step, over all processes in their order."""
     paths = sorted((run.parents[1] / "notes" / run.name).iterdir())
     parts = [json.loads(path.read_text())[kind] for path in paths]
     return {step: [entry for part in parts for entry in part.get(step, [])] for step in parts[0]}
@@ -127,7 +127,7 @@ def test_a_signal_to_one_process_stops_all_and_any_number_goes_on(folder, undist
 
 @pytest.mark.slow
 def test_two_torchruns_as_two_machines_make_one_run(folder, undisturbed):
-    """In folders of their own, so that they share no disk: the second one's stays empty."""
+    """Each has a folder of its own, so that they share no disk: the second one's stays empty."""
     (folder / "other").mkdir()
     options = ("--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=1", f"--rdzv-endpoint=127.0.0.1:{free_port()}")
     options += ("--local-addr=127.0.0.1",)

@@ -1,6 +1,6 @@
-"""What README.md and docs/ say holds: links lead somewhere, pictures are shown, commands and snippets run.
+"""README.md and docs/ tell the truth: links lead somewhere, pictures are shown, commands and snippets run.
 
-Of a page's fenced blocks `sh` and `python` are run, in their order, in a folder of the page's own that holds a finished
+A page's fenced blocks `sh` and `python` are run, in their order, in a folder of the page's own that holds a finished
 quickstart run; an `output` block is what the python block before it prints. Blocks without a language are shown only.
 A `console` block has a message after the `$ command` that brings it about; without a command its words are looked for
 in the source. `...` in it stands for anything.
@@ -92,7 +92,7 @@ def links(page: Path) -> Iterator[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """What GitHub calls the page's headings; a second one of a name gets a number."""
+    """GitHub's anchors of the page's headings; a second heading of the same name gets a number."""
     found: list[str] = []
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     for heading in re.findall(r"^#{1,6} +(.*?)\s*$", text, re.MULTILINE):

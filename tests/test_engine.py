@@ -162,7 +162,7 @@ def test_auto_precision_is_fp32_on_a_cpu(monkeypatch):
 
 
 def test_a_compiled_run_has_the_same_state_dict(monkeypatch):
-    """With a backend that needs no C++ compiler; that torch.compile was used at all is counted."""
+    """The backend needs no C++ compiler; a counter shows that torch.compile was used."""
     compiled, real = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or real(model, backend="aot_eager"))
     stepper = setup("trainer.compile=true")

@@ -1,4 +1,4 @@
-"""What evaluation says beyond top1: each figure solved on paper first, then through the command on one small run."""
+"""Evaluation beyond top1: each figure is solved on paper first, then asked of the command on one small run."""
 
 import csv
 import json
@@ -54,7 +54,7 @@ def run_dir(tmp_path_factory) -> Path:
 
 
 def run(capsys, *arguments: object, expect: int = 0) -> str:
-    """What the command prints, or complains of."""
+    """Return what the command prints, or its complaint."""
     capsys.readouterr()
     assert evaluate.run_command(list(map(str, arguments))) == expect
     captured = capsys.readouterr()
@@ -349,7 +349,7 @@ def test_without_matplotlib_a_plot_is_refused_and_the_rest_goes_on(run_dir, caps
 
 
 def test_logits_are_kept_as_the_model_gave_them(run_dir):
-    """In float32 and of every readable image once, with the label of its file."""
+    """Logits are float32, one row per readable image, with the label of its file."""
     val = open_val(load_trained(run_dir))
     result, answers = val.evaluate_keeping_answers()
     assert answers.logits.shape == (3 * NUM_VAL - 1, 3) and answers.logits.dtype == torch.float32

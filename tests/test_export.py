@@ -1,4 +1,4 @@
-"""What leaves the project is the model that was trained: bit for bit, or to the rounding of another order of sums."""
+"""Exported models are the trained model: bit for bit, or to the rounding of another order of sums."""
 
 import importlib.util
 import json
@@ -189,7 +189,7 @@ def test_onnx_says_what_it_needs(exported):
 
 
 def test_a_format_that_differs_is_not_written(run_dir, tmp_path, monkeypatch, capsys):
-    """What is there of an earlier export stays; the other formats are made."""
+    """Files of an earlier export stay; the other formats are made."""
     (tmp_path / "model.safetensors").write_text("an earlier one")
     right = formats.load_safetensors
 

@@ -17,7 +17,7 @@ NUM_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "400"))
 
 
 def test_a_mutated_checkpoint_is_refused_or_loaded_whole(tmp_path):
-    """With its manifest, and without, as a copy that somebody sent."""
+    """Half of them lie beside their manifest, half are without one, like a copy that somebody sent."""
     rng, path = random.Random(0), tmp_path / "last.pt"
     original = content(7) | {"ema": {"weight": torch.arange(50.0)}, "optimizer": {"state": {0: {"step": 3}}}}
     Checkpoints(tmp_path, 0).save(original, is_best=False)

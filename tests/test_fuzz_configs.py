@@ -148,7 +148,7 @@ def assert_refused_well(message: str, overrides: list[str]) -> None:
 
 
 def assert_kept(config: TrainConfig) -> None:
-    """What is accepted is the same when it was saved, and when it is written as a command."""
+    """An accepted config is the same after it was saved, and after it was written as a command."""
     assert load_config(to_yaml(config)) == config
     with mock.patch.object(compose, "compose_config", lambda _: DEFAULT_CONFIG):
         written = as_overrides(config)
@@ -171,7 +171,7 @@ def test_a_config_is_taken_or_refused(overrides):
 @examples(few=25, many=EXAMPLES // 100)
 @given(overrides=OVERRIDES)
 def test_the_command_line_is_taken_or_refused(overrides):
-    """Through Hydra's own composition; which also shows that the quick way does the same."""
+    """Hydra's own composition decides; the quick way must decide the same."""
 
     def outcome(compose_it):
         try:

@@ -65,7 +65,7 @@ def crop(image: Image.Image, number: int) -> np.ndarray:
 
 
 def judge(path: str, number: int) -> str:
-    """As val reads it, or as training does, in turns: "decoded" or "refused", or what else came."""
+    """Read the file as val and as training do, in turns: "decoded", "refused", or what else came."""
     try:
         out = one_image(path).read(0, lambda image: fit(image, SIZE) if number % 2 else crop(image, number))
     except UnreadableImage:
@@ -77,7 +77,7 @@ def judge(path: str, number: int) -> str:
 
 
 def judge_all(path: str, results) -> None:
-    """In a process of its own, as a decoder may crash: (number, verdict, seconds) of each example that was begun."""
+    """Send (number, verdict, seconds) per example begun, from a process of its own: a decoder may crash."""
     if sys.platform == "linux":
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))

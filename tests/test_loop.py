@@ -1,4 +1,4 @@
-"""What a run does beside its steps: limits, profile, pictures, memory; each looked for where a user would look."""
+"""A run beside its steps: limits, profile, pictures, memory; each looked for where a user would look."""
 
 import io
 import json
@@ -27,7 +27,7 @@ RUN = (*TINY, "run_name=run", "data.max_train_images=70")
 
 
 def test_an_hour_limit_saves_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
-    """At 75 the run can continue, and it ends as one that had all the time it needed."""
+    """Exit code 75: the run can continue, and it ends as one that had all the time it needed."""
     assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.max_hours=1e-9") == 75
     assert "trainer.max_hours: saved at step 1; to continue" in capsys.readouterr().out
     assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
@@ -107,7 +107,7 @@ def test_auto_is_refused_where_not_one_image_fits(monkeypatch):
 
 @pytest.mark.parametrize("precision,allows", [("highest", False), ("high", True)])
 def test_one_key_rules_tf32_of_matrices_and_convolutions(precision, allows):
-    """Else convolutions would run in TF32 and attention's projections not: no comparison would be fair."""
+    """With two keys, convolutions could run in TF32 and attention's projections not: an unfair comparison."""
     try:
         resolve(compose_config([f"trainer.matmul_precision={precision}"]))
         assert torch.get_float32_matmul_precision() == precision

@@ -71,8 +71,8 @@ def test_every_printed_figure_is_met():
 @pytest.mark.parametrize("name", OWN_MODELS)
 def test_timm_users_find_their_api(name):
     stem = "conv_small" if name.startswith("conv") else "attention_small"
-    dials = TINY | ({} if name.startswith("conv") else {"drop_path_rate": 0.1})
-    model = timm.create_model(name, stem=stem, **dials)
+    keys = TINY | ({} if name.startswith("conv") else {"drop_path_rate": 0.1})
+    model = timm.create_model(name, stem=stem, **keys)
     images = torch.randn(2, 3, 16, 16)
     features = model.forward_features(images)
     assert features.shape == (2, model.num_features, 2, 2)
@@ -190,7 +190,7 @@ def test_attention_stems_name_the_next_size():
 
 
 @pytest.mark.parametrize(
-    "dials,message",
+    "keys,message",
     [
         ({"num_heads": 7}, "num_heads=7 must divide the layer's 16 channels"),
         ({"num_heads": 16}, "leaves head_dim=1; relative positions need it even"),
@@ -201,8 +201,8 @@ def test_attention_stems_name_the_next_size():
         ({"stem": "attention"}, "image of 30 x 30: the attention stem needs sides that 4 divides"),
     ],
 )
-def test_build_model_refuses_before_training(dials, message):
-    config = ModelConfig(name="sasa_resnet26", **({"width": 0.25, "num_heads": 2, "stem": "conv_small"} | dials))
+def test_build_model_refuses_before_training(keys, message):
+    config = ModelConfig(name="sasa_resnet26", **({"width": 0.25, "num_heads": 2, "stem": "conv_small"} | keys))
     with pytest.raises(ConfigError, match=message):
         check_model(config, 30)
 

@@ -66,8 +66,8 @@ def test_arguments_reach_the_optimizer_and_others_are_refused():
 def test_layer_decay_lowers_the_early_layers_rates(model_name):
     """0.5 a layer: the classifier learns at the full rate, the last block at half of it, the stem least."""
     config = compose_config(["optimizer.name=adamw", "optimizer.layer_decay=0.5"])
-    dials = {"width": 0.125, "num_heads": 2} if model_name.startswith("sasa") else {}
-    model = timm.create_model(model_name, num_classes=3, **dials)
+    keys = {"width": 0.125, "num_heads": 2} if model_name.startswith("sasa") else {}
+    model = timm.create_model(model_name, num_classes=3, **keys)
     optimizer = build_optimizer(config, model)
     scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
     of = {name: scales[id(parameter)] for name, parameter in model.named_parameters()}

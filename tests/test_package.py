@@ -1,4 +1,4 @@
-"""What is around the commands: one table of them, quick imports, what TAB offers, versions that agree."""
+"""The package around its commands: one table of them, quick imports, completion by TAB, versions that agree."""
 
 import os
 import pty

@@ -24,12 +24,12 @@ from sasa_train.refusal import ConfigError
 from sasa_train.runs.checkpoint import load_checkpoint
 from sasa_train.runs.weights import load_into, read_weights
 
-DIALS = {"width": 0.125, "num_heads": 2, "stem": "conv_small", "kernel_size": 5}
+KEYS = {"width": 0.125, "num_heads": 2, "stem": "conv_small", "kernel_size": 5}
 
 
-def build(num_classes: int = 3, name: str = "hybrid_resnet26", seed: int = 0, **dials) -> torch.nn.Module:
+def build(num_classes: int = 3, name: str = "hybrid_resnet26", seed: int = 0, **keys) -> torch.nn.Module:
     torch.manual_seed(seed)
-    return timm.create_model(name, num_classes=num_classes, **DIALS | dials)
+    return timm.create_model(name, num_classes=num_classes, **KEYS | keys)
 
 
 def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -47,7 +47,7 @@ def given() -> dict[str, torch.Tensor]:
 
 
 def test_each_offset_keeps_its_embedding():
-    """From 3 offsets to 5 and to 1, and a table a head: solved by hand."""
+    """3 offsets become 5 and 1, with one table per head too: solved by hand."""
     table = torch.tensor([[-1.0, 10.0], [0.0, 20.0], [1.0, 40.0]])
     wider = torch.tensor([[-1.0, 10.0], [-1.0, 10.0], [0.0, 20.0], [1.0, 40.0], [1.0, 40.0]])
     assert torch.equal(resize_window(table, 5), wider)
@@ -100,9 +100,9 @@ def test_other_heads_keep_their_own_embeddings(given):
     assert report.left["layer1.0.conv2.rel_width"] == "[5, 2] in the file, [5, 4] here"
 
 
-@pytest.mark.parametrize("dials", [{"width": 0.25}, {"name": "conv_resnet26", "width": 0.25}])
-def test_another_models_file_is_refused_and_changes_nothing(given, dials):
-    model = build(**dials)
+@pytest.mark.parametrize("keys", [{"width": 0.25}, {"name": "conv_resnet26", "width": 0.25}])
+def test_another_models_file_is_refused_and_changes_nothing(given, keys):
+    model = build(**keys)
     before = state_of(model)
     with pytest.raises(ConfigError, match=r"only 0.0 % of ResNet's parameters outside the classifier fit"):
         load_pretrained(model, given)
@@ -135,7 +135,7 @@ def test_one_channel_into_an_attention_stem_gives_what_three_equal_ones_gave(ste
 
 
 def test_a_vit_keeps_its_position_embeddings_at_another_size():
-    """By timm's own filter: a constant embedding stays constant on the larger grid."""
+    """timm's own filter resizes them: a constant embedding stays constant on the larger grid."""
     torch.manual_seed(0)
     small, large = (timm.create_model("test_vit", img_size=size, num_classes=3) for size in (32, 64))
     state_dict = state_of(small)
@@ -305,7 +305,7 @@ def test_a_killed_fine_tuning_ends_as_one_never_touched_and_needs_the_file_no_mo
 
 
 def test_the_first_step_and_the_average_start_from_the_loaded_weights(tiny_run, tmp_path, monkeypatch, capsys):
-    """At a learning rate of next to nothing, the run is the source."""
+    """The learning rate is next to nothing, so the run stays the source."""
     still = [*TINY, f"model.pretrained={tiny_run}", "optimizer.lr=1e-30", "trainer.ema_decay=0.9", "trainer.epochs=1"]
     assert run_in_process(tmp_path, monkeypatch, *still, "run_name=still") == 0
     paths = (tmp_path / "out/still/checkpoints/last.pt", tiny_run / "checkpoints/best.pt")
@@ -332,7 +332,7 @@ def test_a_run_that_began_with_other_content_is_not_taken_for_it(tiny_run, tmp_p
     assert run_in_process(tmp_path, monkeypatch, *run, "model.width=0.25") == 2
 
 
-def test_a_model_that_the_file_does_not_fit_is_told_the_files_own_dials(tiny_run, in_process):
+def test_a_model_that_the_file_does_not_fit_is_told_the_files_own_keys(tiny_run, in_process):
     said = in_process("train", *TINY, f"model.pretrained={tiny_run}", "model.width=0.25", expect=2).stderr
     assert "of ResNet's parameters outside the classifier fit" in said and "its own model: model.name=sasa" in said
 

@@ -1,4 +1,4 @@
-"""What docs/reliability.md promises of a run, through the command: stops, locks, disks, data, numbers that fail."""
+"""The promises of docs/reliability.md, asked of the command: stops, locks, disks, data, numbers that fail."""
 
 import json
 import os

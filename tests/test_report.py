@@ -36,7 +36,7 @@ SWEEPS = sorted(path.stem for path in (config_dir() / "sweep").glob("*table*.yam
 
 @pytest.fixture
 def without_matplotlib(monkeypatch):
-    """As where the extra `plots` is not installed; and seconds faster."""
+    """The extra `plots` seems not to be installed. This is also seconds faster."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
 
@@ -119,7 +119,7 @@ def test_a_seed_that_ran_twice_counts_once(tmp_path):
 
 
 def test_plain_run_folders_need_no_ledger(tmp_path, capsys, without_matplotlib):
-    """What `sasa-train -m` leaves: states come from run.json, settings from config.yaml."""
+    """`sasa-train -m` leaves such folders: states come from run.json, keys from config.yaml."""
     for width, seed in itertools.product((0.125, 0.25), (0, 1)):
         overrides = [*BASE, f"model.width={width}", f"seed={seed}"]
         write_run(tmp_path / f"outputs/w{width}-{seed}", overrides, [50.0 + 8 * width + seed])
@@ -219,7 +219,7 @@ def jobs_of(*arguments: str) -> tuple[int | None, list[list[str]]]:
 
 @pytest.mark.parametrize("sweep", slow_but_for(["paper_table5", "paper_table7"], SWEEPS))
 def test_every_row_of_the_papers_table_is_one_job(sweep):
-    """Of its parameters on ImageNet, and at 32 pixels by another experiment alone."""
+    """It has the row's parameters on ImageNet, and trains at 32 pixels with no more than another experiment."""
     table, jobs = jobs_of(f"sweep={sweep}")
     wanted = [row for row in ROWS if row.table == table]
     configs = [compose_config(job) for job in jobs]
@@ -249,7 +249,7 @@ def test_the_six_tables_are_there_with_their_commands():
 
 
 def test_the_papers_figures_stand_beside_ours(tmp_path):
-    """As differences to the same row, at another depth and on other data too."""
+    """Both stand as differences to the same row, at another depth and on other data too."""
     stages = {"aaaa": [50.0, 51.0], "ccaa": [52.0, 52.5]}
     results = {}
     for letters, top1s in stages.items():

@@ -83,7 +83,7 @@ def test_a_truncated_shard_is_named(shards):
 
 
 def test_an_image_cut_off_after_indexing_is_quarantined(shards):
-    """As an image file that is truncated: the run goes on with the next one."""
+    """The run goes on with the next image, just as after a truncated image file."""
     config = config_for("data=image_folder", f"data.root={shards}", "data.image_size=16", "data.num_workers=0")
     config.trainer.global_batch_size = 9
     load_image_sets(config.data)  # makes the index

@@ -85,7 +85,7 @@ def num_rows(run_dir: Path) -> int:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """With eight processors, more than there are: here jobs wait more than they compute."""
+    """A cluster with eight processors, more than this machine has: jobs wait more than they compute."""
     folder = tmp_path_factory.mktemp("slurm")
     script = str(SLURM / "local_cluster.sh")
     exports = subprocess.run([script, "up", str(folder / "slurm"), "8"], check=True, stdout=subprocess.PIPE, text=True)

@@ -169,7 +169,7 @@ def test_a_search_prunes_stops_and_goes_on(tmp_path):
 
 
 def test_names_come_from_content():
-    """Else the same job in another order of words would be another run."""
+    """The same job in another order of words must not be another run."""
     one = read_plan(["experiment=debug", "seed=0,1", "model.kernel_size=3"])
     other = read_plan(["model.kernel_size=3", "seed=0,1", "experiment=debug"])
     grown = read_plan(["experiment=debug", "seed=range(5)", "model.kernel_size=3"])
@@ -286,7 +286,7 @@ def test_states_follow_exit_codes(tmp_path):
 
 
 def test_what_is_no_longer_asked_for_does_not_decide_the_exit_code(tmp_path):
-    """Else a loop that gives the command again until it is done would never end."""
+    """A loop that repeats the command until it is done would otherwise never end."""
     ledger, stop = Ledger(tmp_path / "ledger.json", {}), StopRequest()
     stop.restore()
     left, asked = ledger.add(Job("left", [], "")), ledger.add(Job("asked", [], ""))

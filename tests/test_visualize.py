@@ -258,7 +258,7 @@ def test_all_figures_into_the_run_folder_and_tensorboard(run_dir, in_process):
 
 
 def test_augmented_samples_are_those_of_the_runs_epochs(tiny_run):
-    """To the pixel: what is drawn of an image depends on its number in train, which a part of it would lose."""
+    """They agree to the pixel: an image's draws depend on its number in train, which a subset would lose."""
     run = load_trained(tiny_run, ["augment.policy=trivial_augment", "augment.hflip=true"])
     loaders = build_loaders(run.config, torch.device("cpu"))
     _, augmented = augmented_samples(run, loaders.train_set, 3, 2)
@@ -313,8 +313,8 @@ def test_without_the_data_what_needs_none_is_drawn_and_the_rest_named(run_dir, c
 @pytest.mark.slow
 def test_a_model_without_attention_says_so(tmp_path, capsys):
     arguments = ["experiment=debug", "model=conv_resnet26", "model.stem=conv_small", "model.width=0.125"]
-    dials = ["model.num_heads=null", "model.kernel_size=null", f"output_dir={tmp_path}", "run_name=conv"]
-    assert train.run_command([*arguments, *dials]) == 0
+    keys = ["model.num_heads=null", "model.kernel_size=null", f"output_dir={tmp_path}", "run_name=conv"]
+    assert train.run_command([*arguments, *keys]) == 0
     assert command.run_command([str(tmp_path / "conv"), "attention_maps"]) == 2
     assert "attention_maps cannot be drawn: conv_resnet26 has no local self-attention" in capsys.readouterr().err
     assert command.run_command([str(tmp_path / "conv")]) == 0
