@@ -1,6 +1,6 @@
 """Whatever bytes a file holds, it is an image of the right shape or unreadable: no other error, no crash, no waste.
 
-FUZZ_EXAMPLES=10000 pytest tests/test_fuzz_images.py -s looks longer. Example n is the same at any number of them.
+FUZZ_EXAMPLES=10000 pytest -n 0 -s tests/test_fuzz_images.py looks longer. Example n is the same at any number of them.
 """
 
 import multiprocessing

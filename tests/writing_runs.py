@@ -14,7 +14,7 @@ BASE = ("experiment=debug",)
 
 
 def write_run(folder: Path, overrides, top1s, **info) -> None:
-    """A run folder as sasa-train leaves it, with one val row an epoch."""
+    """A run folder as sasa-train leaves it, with one val row per epoch."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(compose_config(overrides)))
     of_train, rows = {"split": "train", "loss": 1.0, "top1": 9.0, "images_per_sec": 100.0}, []
