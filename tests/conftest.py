@@ -56,6 +56,7 @@ def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
     def run(module: str, *arguments: str, expect: int = 0):
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [module])  # what a message calls the command
         capsys.readouterr()
         code = importlib.import_module(f"sasa_train.{module}").run_command(list(arguments))
         out, err = capsys.readouterr()
