@@ -27,7 +27,6 @@ from sasa_train.processes.collectives import restart_warning
 from sasa_train.refusal import ConfigError
 from sasa_train.train import read_config
 
-pytestmark = pytest.mark.xdist_group("distributed")
 # 38 digits and batches of 12 are 3 steps an epoch, 6 in all; no batch statistics, and augmentation of every kind.
 RUN = (
     "model=timm", "model.name=convnext_atto", "data=digits", "data.image_size=32", "data.max_train_images=38",

@@ -175,7 +175,6 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.xdist_group("docs")  # they share a run
 @pytest.mark.parametrize("page", slow_but_for(FAST, RUN_PAGES), ids=name)
 def test_what_a_page_shows_runs(
     page: Path, quickstart: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture

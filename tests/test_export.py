@@ -31,8 +31,6 @@ from sasa_train.files import locked
 from sasa_train.models import AttentionStem, LocalSelfAttention2d
 from sasa_train.trained import load_trained
 
-pytestmark = pytest.mark.xdist_group("export")  # they share a run
-
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory) -> Path:

@@ -23,8 +23,6 @@ from sasa_train.predict.table import Row, as_csv, as_jsonl, as_table
 from sasa_train.refusal import ConfigError
 from sasa_train.trained import load_trained
 
-pytestmark = pytest.mark.xdist_group("predict")  # they share a run
-
 HOSTILE = "a\nb\r\"c',\x1b[2J\udcff.png"  # line breaks, quotes, an escape sequence, a byte that is no UTF-8
 RUNS = {
     "ours": ("model=hybrid_resnet26", "model.width=0.125", "model.num_heads=2", "data.image_size=72"),

@@ -22,8 +22,6 @@ from sasa_train.paper import differing_keys, nearest_row
 from sasa_train.report.illustrations import class_rows
 from sasa_train.visualize.val_sample import ValSample
 
-pytestmark = pytest.mark.xdist_group("report_page")  # they share a run
-
 HOSTILE = '<script>alert("1")</script>'
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VOID = {"meta", "img", "br", "hr", "link", "input"}

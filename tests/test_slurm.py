@@ -21,7 +21,6 @@ SLURM = Path(__file__).parents[1] / "scripts" / "slurm"
 PATIENCE = 240  # seconds
 needs_slurm = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("slurm"),
     pytest.mark.slurm,
     pytest.mark.skipif(
         shutil.which("slurmctld") is None or os.geteuid() != 0,
