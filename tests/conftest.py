@@ -14,8 +14,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # as many threads as processors in all: more would wait for each other
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+# As many threads as processors in all, here and in the processes that tests start: more would wait for each other.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    num_threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    torch.set_num_threads(num_threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(num_threads))
 
 pytest.register_assert_rewrite("attention_cases", "making_data", "reading_runs", "running_commands", "stem_cases")
 
