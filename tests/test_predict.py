@@ -121,7 +121,7 @@ def test_bad_images_are_named_and_skipped_in_their_place(run, tmp_path, predicte
     bad = {Path(row["path"]).name: row["error"] for row in found if "error" in row}
     assert list(bad) == [*BAD, "g-pipe.png", "h-zero.png", "i-loop.png", "j-large.png", "k-bare", "missing.png"]
     assert "truncated" in bad["b-truncated.jpg"] and "cannot identify" in bad["c-empty.jpg"]
-    assert bad["g-pipe.png"] == bad["h-zero.png"] == "is no regular file" and "limit" in bad["j-large.png"]
+    assert bad["g-pipe.png"] == bad["h-zero.png"] == "is not a regular file" and "limit" in bad["j-large.png"]
     assert "symbolic links" in bad["i-loop.png"] and bad["missing.png"] == "is not there"
     assert bad["k-bare"].startswith("holds no file that ends in .apng, .bmp, .gif")
     for name, reason in bad.items():
