@@ -257,7 +257,7 @@ def test_no_more_is_read_than_the_next_batch(run, tree):
         (["trainer.device=cpu"], "no PATH is given"),
         (["val", "trainer.devise=cpu"], "unknown key 'trainer.devise': did you mean trainer.device?"),
         (["val", "model=sasa_resnet26"], "chooses a config group"),
-        (["val", "--output", "/dev/null"], "--output /dev/null: is there and no file"),
+        (["val", "--output", "/dev/null"], "--output /dev/null: is not a file"),
         (["val", "--output", "nowhere/x.csv"], "--output nowhere/x.csv: cannot be written (No such file"),
         (["nowhere", "none*.png", "--output", "x.csv"], "no image was found"),
         (["val", "--top-k", "0"], "0 must be a whole number, at least 1"),
