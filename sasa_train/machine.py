@@ -40,7 +40,7 @@ def peak_memory(device: "torch.device") -> int:
 
 
 def available_memory(device: "torch.device") -> int:
-    """Return the free memory of the device, or of the machine or its container, without what would be swapped out."""
+    """Return the memory that is free without pushing anything out: the device's, the machine's or its container's."""
     if device.type == "cuda":
         import torch
 
@@ -54,7 +54,7 @@ def available_memory(device: "torch.device") -> int:
 
 
 def total_memory(device: "torch.device") -> int:
-    """Return all memory, free or not, of the device, or of the machine or its container."""
+    """Return all memory, free or not, of the device, the machine or its container."""
     if device.type == "cuda":
         import torch
 

@@ -30,7 +30,7 @@ class Interrupted(BaseException):
 
 
 class StopRequest:
-    """Remembers a signal; before `begin_training`, when there is nothing to save, it raises Interrupted instead."""
+    """Remembers the first signal. Before `begin_training` there is nothing to save, so it also raises Interrupted."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None  # the first that came

@@ -35,7 +35,7 @@ def load_config(yaml_text: str, overrides: Sequence[str] = (), source: str = "th
 
 
 def load_config_file(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Do `load_config` with a file; ConfigError, too, where it cannot be read as text."""
+    """Read a file by `load_config`; raise ConfigError, too, where it cannot be read as text."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -70,7 +70,7 @@ def _check_plain_yaml(text: str, source: str) -> None:
 
 
 def _forget_the_other_batch_key(saved: DictConfig, given: set[str]) -> None:
-    """Where an override gives micro_batch_size or grad_accum_steps, drop the saved other, which followed from it."""
+    """Drop the saved micro_batch_size or grad_accum_steps where only the other is given: it would contradict."""
     if "trainer.micro_batch_size" in given and "trainer.grad_accum_steps" not in given:
         saved.trainer.grad_accum_steps = 1
     elif "trainer.grad_accum_steps" in given and "trainer.micro_batch_size" not in given:

@@ -1,4 +1,4 @@
-"""The data sets: where the images are, their labels and classes, and fixed, balanced parts of them."""
+"""The data sets: the places of their images, labels, classes, and fixed, balanced parts."""
 
 import dataclasses
 import io
@@ -25,12 +25,12 @@ from sasa_train.data.shards import TarMembers, find_shards, load_shards
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import printable
 
-# What torchvision's IMG_EXTENSIONS stand for, and GIF, which lies under other names in real sets (MPO opens as JPEG).
-# Nothing else is tried: EPS would start Ghostscript, and each further decoder is a further way in for a hostile file.
+# The formats of torchvision's IMG_EXTENSIONS, and GIF, which real sets hold under other names (MPO opens as JPEG).
+# No other is tried: EPS would start Ghostscript, and each further decoder is one more way in for a hostile file.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # such images are refused here
 
-PAUSES = (0.1, 1.0)  # seconds before a read that failed is tried again
+PAUSES = (0.1, 1.0)  # seconds before a failed read is tried again
 DIGITS_VAL_FRACTION = 0.2
 MAX_NAMES = 5  # shown of a long list
 
@@ -41,7 +41,7 @@ class UnreadableImage(Exception):
     """A file that is missing, truncated, damaged or not an image: its `name`, and the `reason`."""
 
     def __init__(self, name: str, reason: str):
-        super().__init__(name, reason)  # both, so that it survives the way out of a worker process
+        super().__init__(name, reason)  # both, so that it can be pickled on its way out of a worker process
         self.name, self.reason = name, reason
 
 
@@ -265,7 +265,7 @@ def load_class_folders(root: Path, split: str) -> ImageSet:
         )
     try:
         found = tv.ImageFolder(str(folder))
-    except FileNotFoundError as error:  # torchvision names the empty classes, or says that there is none
+    except FileNotFoundError as error:  # torchvision's text names the empty classes, or says that no class was found
         raise ConfigError(f"{folder}: {printable(error)}") from error
     paths, labels = zip(*found.samples, strict=True)
     return ImageSet(

@@ -30,13 +30,13 @@ from sasa_train.processes.ranks import local_rank, local_world_size, world_size
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import printable
 
-RESIDENT_SHARE = 0.25  # of the memory that is free: a set larger than that streams, unless data.resident=true
+RESIDENT_SHARE = 0.25  # of the free memory: a larger set streams, unless data.resident=true
 Loader = ResidentLoader | StreamingLoader
 
 
 @dataclass
 class Loaders:
-    """The data for training: `train` and `val` are both resident or both streamed, `fingerprint` is of both."""
+    """The data for training: `train` and `val` are both resident or both streamed; `fingerprint`: {"train", "val"}."""
 
     train: Loader
     val: Loader
@@ -52,7 +52,7 @@ class Loaders:
         return "resident" if isinstance(self.train, ResidentLoader) else "streamed"
 
     def train_names(self, step: int, number: int | None = None) -> list[str]:
-        """Name, escaped, this process's images in the run's step `step`, from 0, or in one micro-batch of it."""
+        """Return escaped names of this process's images in the run's step `step`, from 0, or in one micro-batch of it."""
         epoch, first_step = divmod(step, self.train.plan.steps_per_epoch)
         micros = itertools.islice(self.train.plan.train(epoch, first_step), self.train.plan.grad_accum_steps)
         chosen = [micro.indices for position, micro in enumerate(micros) if number in (None, position)]

@@ -24,7 +24,7 @@ class Quarantine:
         self.rule = f"data.max_unreadable={max_unreadable:g} allows {self.allowed} of {num_images:,} images"
 
     def add(self, unreadable: list[Unreadable]) -> None:
-        """Note them, then check.
+        """Note unreadable images, then check.
 
         Raises:
             ConfigError: there are more than `data.max_unreadable` allows; the message lists them.

@@ -58,7 +58,7 @@ class Calibration:
 
 
 def calibrate(logits: Tensor, labels: Tensor, predictions: Tensor, num_bins: int = NUM_BINS) -> Calibration:
-    """Measure logits [n, num_classes] by labels int64 [n]; predictions int64 [n]: the highest logit, ties settled."""
+    """Measure logits [n, num_classes] against labels int64 [n]; predictions int64 [n]: the highest logits' classes."""
     is_right = (predictions == labels).numpy()
     confidences = confidences_of(logits, predictions)
     bins = bin_by_confidence(confidences, is_right, num_bins)

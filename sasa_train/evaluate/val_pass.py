@@ -74,7 +74,7 @@ class Val:
         return result
 
     def evaluate_keeping_answers(self, with_mirrored: bool = False) -> tuple[Evaluation, Answers]:
-        """Do `evaluate`; return also the answer for each image, or for it and its mirror image together."""
+        """Return what `evaluate` does, and the answer for each image, or for it and its mirror image together."""
         answering = Answering(self.trained.model, with_mirrored)
         result = self.evaluate(answering)
         unreadable = self.loader.quarantine.found
@@ -111,7 +111,7 @@ def mean_over_views(logits: list[Tensor]) -> Tensor:
 
 
 def open_val(trained: TrainedModel) -> Val:
-    """Find val and plan its batches as in the training; moves the model to the device.
+    """Find val, plan its batches as in the training, and move the model to the device.
 
     Raises:
         ConfigError: the data are refused, or have other classes than the checkpoint.

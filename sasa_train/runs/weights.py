@@ -84,7 +84,7 @@ def sha256_of(path: Path) -> str:
 
 
 def load_into(model: nn.Module, weights: Weights, classes: list[str], source: str) -> PretrainedReport:
-    """Do `load_pretrained`, also for the classifier where its classes have the same names or are not known.
+    """Load weights by `load_pretrained`; the classifier too where its classes have the same names or are not known.
 
     Raises:
         ConfigError: as `load_pretrained`, with the keys of the file's model where they are known.
