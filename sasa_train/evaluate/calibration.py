@@ -63,16 +63,10 @@ def calibrate(logits: Tensor, labels: Tensor, predictions: Tensor, num_bins: int
     confidences = confidences_of(logits, predictions)
     bins = bin_by_confidence(confidences, is_right, num_bins)
     nll, brier = proper_scores(logits, labels)
-    return Calibration(
-        expected_error(bins),
-        max(abs(each.gap) for each in bins),
-        100 * float(confidences.mean()),
-        100 * float(is_right.mean()),
-        nll,
-        brier,
-        _tempered(logits, labels, predictions, num_bins),
-        bins,
-    )
+    ece, mce = expected_error(bins), max(abs(each.gap) for each in bins)
+    confidence, top1 = 100 * float(confidences.mean()), 100 * float(is_right.mean())
+    temperature = _tempered(logits, labels, predictions, num_bins)
+    return Calibration(ece, mce, confidence, top1, nll, brier, temperature, bins)
 
 
 def confidences_of(logits: Tensor, predictions: Tensor, inverse_temperature: float = 1.0) -> np.ndarray:
