@@ -91,7 +91,7 @@ class Checkpoints:
     def newest(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
         """Return the newest checkpoint that can be read, or None where there never was one.
 
-        Damaged ones are told to `warn` and get the ending .damaged, so that they are neither tried nor counted again.
+        Damaged ones go to `warn` and get the ending .damaged, so that they are neither tried nor counted again.
 
         Raises:
             CheckpointError: there are or were checkpoints and none is good, or one cannot be read now.
