@@ -267,5 +267,5 @@ def test_a_hostile_pickle_does_not_run(tmp_path):
 
 def test_another_programs_file_is_no_checkpoint(tmp_path):
     torch.save({"weights": torch.zeros(2)}, tmp_path / "x.pt")
-    with pytest.raises(CheckpointError, match="is no checkpoint of sasa_train"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint of sasa_train"):
         load_checkpoint(tmp_path / "x.pt")

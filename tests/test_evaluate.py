@@ -309,7 +309,7 @@ def test_real_through_the_command(run_dir, tmp_path, capsys):
     real = json.loads((tmp_path / "f.json").read_text())["real"]
     assert (real["num_images"], real["num_left_out"]) == (len(rows), 3)
     assert real["top1"] == 100 * sum(row["prediction"] == WNIDS[1] for row in rows) / len(rows)
-    assert "not to be set beside published figures" in printed
+    assert "not comparable with published figures" in printed
 
 
 def test_a_digits_run_is_refused_by_real_before_it_is_evaluated(run_dir, tmp_path, capsys):

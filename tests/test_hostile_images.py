@@ -91,5 +91,5 @@ def test_pipes_and_devices_are_no_one_image(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "zero.png").symlink_to("/dev/zero")
     for name in ("pipe.png", "zero.png"):
-        with pytest.raises(UnreadableImage, match="is no regular file"):
+        with pytest.raises(UnreadableImage, match="is not a regular file"):
             one_image(tmp_path / name).read(0, to_rgb)

@@ -120,7 +120,7 @@ def test_bad_images_are_named_and_skipped_in_their_place(run, tmp_path, predicte
     bad = {Path(row["path"]).name: row["error"] for row in found if "error" in row}
     assert list(bad) == [*BAD, "g-pipe.png", "h-zero.png", "i-loop.png", "j-large.png", "k-bare", "missing.png"]
     assert "truncated" in bad["b-truncated.jpg"] and "cannot identify" in bad["c-empty.jpg"]
-    assert bad["g-pipe.png"] == bad["h-zero.png"] == "is no regular file" and "limit" in bad["j-large.png"]
+    assert bad["g-pipe.png"] == bad["h-zero.png"] == "is not a regular file" and "limit" in bad["j-large.png"]
     assert "symbolic links" in bad["i-loop.png"] and bad["missing.png"] == "is not there"
     assert bad["k-bare"].startswith("holds no file that ends in .apng, .bmp, .gif")
     for name, reason in bad.items():
@@ -256,7 +256,7 @@ def test_no_more_is_read_than_the_next_batch(run, tree):
         (["trainer.device=cpu"], "no PATH is given"),
         (["val", "trainer.devise=cpu"], "unknown key 'trainer.devise': did you mean trainer.device?"),
         (["val", "model=sasa_resnet26"], "chooses a config group"),
-        (["val", "--output", "/dev/null"], "--output /dev/null: is there and no file"),
+        (["val", "--output", "/dev/null"], "--output /dev/null: is not a file"),
         (["val", "--output", "nowhere/x.csv"], "--output nowhere/x.csv: cannot be written (No such file"),
         (["nowhere", "none*.png", "--output", "x.csv"], "no image was found"),
         (["val", "--top-k", "0"], "0 must be a whole number, at least 1"),

@@ -184,7 +184,7 @@ def test_every_source_gives_the_averaged_weights(tiny_run, tmp_path):
         knows_classes = kind in ("run", "checkpoint", "copied", "exported", "hub")
         assert weights.classes == (expected["classes"] if knows_classes else None), kind
         knows_model = knows_classes and kind != "hub"
-        assert ("model.width=0.125" in (weights.dials or "")) == knows_model, kind
+        assert ("model.width=0.125" in (weights.model_overrides or "")) == knows_model, kind
     assert not torch.equal(expected["ema"]["fc.weight"], expected["model"]["fc.weight"])
 
 
@@ -230,8 +230,8 @@ def damaged(folder: Path, checkpoint: Path) -> list[tuple[Path, str]]:
         (folder / "odd.pt", "holds no weights"),
         (folder / "packed.pt", "compressed"),
         (folder / "folder", "has no checkpoints and no model.safetensors"),
-        (folder / "nowhere.pt", "is no file"),
-        (Path("/dev/zero"), "is no file"),
+        (folder / "nowhere.pt", "is not a file"),
+        (Path("/dev/zero"), "is not a file"),
     ]
 
 

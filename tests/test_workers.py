@@ -76,7 +76,7 @@ def test_a_killed_or_stopped_worker_ends_the_run_with_its_name(number, told):
     pids = [process.pid for process in workers._processes()]
     assert message.startswith("train: ") and f"data worker {pids[1]} {told}" in message
     assert ("data.worker_timeout=2 seconds" in message) == (number == signal.SIGSTOP)
-    assert "while f5\\n.png, g6\\n.png, h7\\n.png and 2 more were waited for" in message
+    assert "while f5\\n.png, g6\\n.png, h7\\n.png, i8\\n.png, j9\\n.png were waited for" in message
     for remedy in ("data.num_workers=1", "trainer.micro_batch_size", "data.worker_timeout=4", "same command again"):
         assert remedy in message
     assert_closes_at_once(workers)

@@ -1,7 +1,7 @@
 """Automatic augmentation policies: torchvision's operations and magnitudes, our own draws, whole batches at once.
 
 Images that draw the same operation and magnitude are transformed together, so that a resident batch costs a few dozen
-calls instead of one an image; a single Pillow image takes the same way.
+calls instead of one per image. A single Pillow image takes the same path.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from sasa_train.config.keys import AugmentConfig
 
 Operation = tuple[str, float]  # torchvision's name of it, and the magnitude
 Chooser = Callable[[np.ndarray, int], list[Operation]]
-NUM_DRAWS = 16  # a sample: eight operations of RandAugment
+NUM_DRAWS = 16  # per sample: eight operations of RandAugment
 AUTO_POLICIES = {
     "auto_augment_imagenet": v2.AutoAugmentPolicy.IMAGENET,
     "auto_augment_cifar10": v2.AutoAugmentPolicy.CIFAR10,
@@ -28,9 +28,12 @@ AUTO_POLICIES = {
 class Policy:
     """One of `augment.policy`, for square images.
 
-    RandAugment (arXiv 1909.13719), TrivialAugment (2103.10158), AutoAugment (1805.09501), as torchvision has them. Of
-    its classes we use the table of operations, the policies and the call of one operation, which have no public names.
+    RandAugment (arXiv 1909.13719), TrivialAugment (2103.10158), AutoAugment (1805.09501), as torchvision has them.
     """
+
+    # torchvision has no public names for what we use of its classes: _AUGMENTATION_SPACE, the operations with their
+    # magnitudes by (bins, height, width) and whether they have a sign; _policies, AutoAugment's learned lists of
+    # operations with probability and bin of the magnitude; and the call of one operation.
 
     def __init__(self, config: AugmentConfig):
         self.config = config
@@ -44,7 +47,7 @@ class Policy:
             self.transform, self.choose = v2.AutoAugment(AUTO_POLICIES[config.policy]), self._auto
 
     def batch(self, images: Tensor, draws: np.ndarray) -> Tensor:
-        """uint8 [B, 3, S, S]; `draws` uniform numbers [B, NUM_DRAWS]."""
+        """Transform uint8 [B, 3, S, S] by uniform numbers `draws` [B, NUM_DRAWS]."""
         chosen = [self.choose(row, images.shape[-1]) for row in draws]
         images = images.clone()
         for slot in range(max(len(operations) for operations in chosen)):
@@ -63,20 +66,20 @@ class Policy:
         return image
 
     def _apply(self, image: Any, operation: Operation) -> Any:
-        name, magnitude = operation
-        return apply_operation(self.transform, image, name, magnitude)
+        how = {"interpolation": self.transform.interpolation, "fill": self.transform._fill}
+        return self.transform._apply_image_or_video_transform(image, *operation, **how)
 
     def _rand(self, draws: np.ndarray, size: int) -> list[Operation]:
-        names, magnitude = list(table_of(self.transform)), self.config.policy_magnitude
+        names, magnitude = list(self.transform._AUGMENTATION_SPACE), self.config.policy_magnitude
         pairs = draws[: 2 * self.config.policy_ops].reshape(-1, 2)
         return [self._signed(names[int(name * len(names))], magnitude, 31, sign, size) for name, sign in pairs]
 
     def _trivial(self, draws: np.ndarray, size: int) -> list[Operation]:
-        names = list(table_of(self.transform))
+        names = list(self.transform._AUGMENTATION_SPACE)
         return [self._signed(names[int(draws[0] * len(names))], int(draws[1] * 31), 31, draws[2], size)]
 
     def _auto(self, draws: np.ndarray, size: int) -> list[Operation]:
-        policies = policies_of(self.transform)
+        policies = self.transform._policies
         policy = policies[int(draws[0] * len(policies))]
         return [
             self._signed(name, magnitude_bin, 10, draws[2 * i + 2], size)
@@ -85,7 +88,7 @@ class Policy:
         ]
 
     def _signed(self, name: str, magnitude_bin: int, num_bins: int, sign: float, size: int) -> Operation:
-        magnitudes_of, is_signed = table_of(self.transform)[name]
+        magnitudes_of, is_signed = self.transform._AUGMENTATION_SPACE[name]
         magnitudes = magnitudes_of(num_bins, size, size)
         if magnitudes is None:
             return name, 0.0
@@ -93,23 +96,7 @@ class Policy:
         return name, -magnitude if is_signed and sign <= 0.5 else magnitude
 
 
-def table_of(transform: Any) -> dict[str, tuple[Callable[..., Any], bool]]:
-    """torchvision's operations: for each name its magnitudes by (bins, height, width), and whether they have a sign."""
-    return transform._AUGMENTATION_SPACE
-
-
-def policies_of(auto_augment: Any) -> list[tuple[tuple[str, float, Any], ...]]:
-    """AutoAugment's learned policies: operations with their probability and the bin of their magnitude."""
-    return auto_augment._policies
-
-
-def apply_operation(transform: Any, image: Any, name: str, magnitude: float) -> Any:
-    """Transform an image, or a batch, by one operation of the table."""
-    how = {"interpolation": transform.interpolation, "fill": transform._fill}
-    return transform._apply_image_or_video_transform(image, name, magnitude, **how)
-
-
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """Copy without waiting for a CUDA device."""
+    """Copy to the device, without waiting for it where it is CUDA."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
