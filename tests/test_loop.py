@@ -85,10 +85,10 @@ def test_auto_takes_what_fits_and_a_resume_keeps_it(tmp_path, monkeypatch, capsy
     assert run_in_process(tmp_path, monkeypatch, *arguments, "trainer.max_hours=1e-9") == 75
     said = capsys.readouterr().out
     found = int(said.partition("trainer.micro_batch_size=auto: ")[2].split()[0])
-    assert 1 < found < 16 and f"16 = {16 // found} x {found} images a step" in said
+    assert 1 < found < 16 and f"16 = {16 // found} x {found} images per step" in said
     monkeypatch.setattr("sasa_train.training.memory.available_memory", lambda _: 10**12)
     assert run_in_process(tmp_path, monkeypatch, *arguments) == 0
-    assert f"16 = {16 // found} x {found} images a step" in capsys.readouterr().out
+    assert f"16 = {16 // found} x {found} images per step" in capsys.readouterr().out
     assert run_in_process(tmp_path, monkeypatch, *arguments) == 0
     assert "is finished" in capsys.readouterr().out
 

@@ -196,7 +196,7 @@ def test_every_source_gives_the_averaged_weights(trained, tmp_path):
         knows_classes = kind in ("run", "checkpoint", "copied", "exported", "hub")
         assert weights.classes == (expected["classes"] if knows_classes else None), kind
         knows_model = knows_classes and kind != "hub"
-        assert ("model.width=0.125" in (weights.dials or "")) == knows_model, kind
+        assert ("model.width=0.125" in (weights.overrides or "")) == knows_model, kind
     assert not torch.equal(expected["ema"]["fc.weight"], expected["model"]["fc.weight"])
 
 

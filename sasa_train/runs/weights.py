@@ -32,11 +32,11 @@ SOURCES = "a checkpoint, a run folder, a .safetensors file, a hub folder (model.
 
 @dataclass
 class Weights:
-    """`classes` and `dials` (the overrides that make its model) where the source knows them."""
+    """`classes` and `overrides` (for the model that they belong to) are None where the source does not know them."""
 
     state_dict: StateDict
     classes: list[str] | None = None
-    dials: str | None = None
+    overrides: str | None = None
     sha256: str = ""  # of the file; of the tensors where timm has them from somewhere
 
 
@@ -96,7 +96,7 @@ def load_into(model: nn.Module, weights: Weights, classes: list[str], source: st
     try:
         return load_pretrained(model, weights.state_dict, weights.classes in (None, classes))
     except ConfigError as error:
-        remedy = f"; its own model: {weights.dials}" if weights.dials else ""
+        remedy = f"; its own model: {weights.overrides}" if weights.overrides else ""
         raise ConfigError(f"model.pretrained={printable(source)}: {error}{remedy}") from error
 
 
@@ -123,11 +123,11 @@ def _load(path: Path) -> dict[Any, Any]:
 
 def _of_checkpoint(checkpoint: dict[str, Any]) -> Weights:
     averaged = checkpoint["ema"] if checkpoint["ema"] is not None else checkpoint["model"]
-    return Weights(_tensors(averaged), checkpoint["classes"], _dials(checkpoint["config"]))
+    return Weights(_tensors(averaged), checkpoint["classes"], _model_overrides(checkpoint["config"]))
 
 
-def _dials(yaml_text: str) -> str | None:
-    """The model of a saved config, as one would ask for it; None where a later version's keys are in it."""
+def _model_overrides(yaml_text: str) -> str | None:
+    """The overrides that ask for a saved config's model; None where the config has keys of a later version."""
     try:
         model = load_config(yaml_text).model
     except ConfigError:
@@ -142,8 +142,8 @@ def _of_safetensors(path: Path) -> Weights:
         described = file.metadata() or {}
         state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
     classes = _class_names(described.get("classes", "")) or _class_names(bytes_of(path.with_name("config.json")) or "")
-    dials = _dials(described["config"]) if "config" in described else None
-    return Weights(_tensors(clean_state_dict(state_dict)), classes, dials)
+    overrides = _model_overrides(described["config"]) if "config" in described else None
+    return Weights(_tensors(clean_state_dict(state_dict)), classes, overrides)
 
 
 def _class_names(text: str | bytes) -> list[str] | None:
