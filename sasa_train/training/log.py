@@ -86,17 +86,19 @@ class RunLogger:
         self._to_board(lambda board: board.add_image(tag, picture, step))
 
     def write_histograms(self, model: nn.Module, step: int) -> None:
-        for name, parameter in model.named_parameters():
-            tag = f"weights/{name}"
-            self._to_board(lambda board, tag=tag, values=parameter: board.add_histogram(tag, values, step))
+        def write(board: SummaryWriter) -> None:
+            for name, parameter in model.named_parameters():
+                board.add_histogram(f"weights/{name}", parameter, step)
+
+        self._to_board(write)
 
     def write_hparams(self, config: dict[str, Any]) -> None:
         """Write the config to TensorBoard's HParams page, which shows it beside the last metrics."""
         shown = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in config.items()}
         # The first summary would declare this run's keys as those of a whole sweep. Without it, TensorBoard gathers
         # the keys from all runs and knows which differ. (add_hparams would make a run of its own.)
-        for summary in hparams(shown, {})[1:]:
-            self._to_board(lambda board, summary=summary: board._get_file_writer().add_summary(summary))
+        _, start, end = hparams(shown, {})
+        self._to_board(lambda board: [board._get_file_writer().add_summary(summary) for summary in (start, end)])
 
     def advance(self) -> None:
         self._bar.update()
@@ -107,10 +109,13 @@ class RunLogger:
         self._to_board(lambda board: board.close())
 
     def _write_board(self, row: dict[str, Any]) -> None:
-        for key, value in row.items():
-            if key in TAGS or key in ("loss", "top1", "top5", "top1_raw"):
-                tag, number = TAGS.get(key, f"{row['split']}/{key}"), math.nan if value is None else value
-                self._to_board(lambda board, tag=tag, number=number: board.add_scalar(tag, number, row["step"]))
+        def write(board: SummaryWriter) -> None:
+            for key, value in row.items():
+                if key in TAGS or key in ("loss", "top1", "top5", "top1_raw"):
+                    tag = TAGS.get(key, f"{row['split']}/{key}")
+                    board.add_scalar(tag, math.nan if value is None else value, row["step"])
+
+        self._to_board(write)
 
     def _to_board(self, write: Callable[[SummaryWriter], object]) -> None:
         try:
