@@ -155,7 +155,7 @@ def _spread(grad_output: Tensor, height: int, width: int) -> Tensor:
 
 
 def _empty_statistics(value: Tensor) -> Tensor:
-    """What the CPU kernel would keep for the backward pass; empty on other devices."""
+    """A tensor for the numbers that the CPU kernel keeps for the backward pass; empty on other devices."""
     # The fake implementation calls this too. A question about the batch size would fix it in an exported program.
     return value.new_empty(cpu.statistics_shape(value) if value.device.type == "cpu" else 0, dtype=torch.float32)
 

@@ -7,7 +7,7 @@ with a b running over the K x K window centred on i j:
     output_ij = sum_ab softmax_ab(score) v_ab
 
 Conventions, which differ between public implementations:
-- The scores are sums over the head's D channels (one map of weights a head) and are **not** divided by sqrt(D).
+- The scores are sums over the head's D channels (one map of weights per head) and are **not** divided by sqrt(D).
 - The first half of a head's channels is multiplied with the row embedding, the second half with the column embedding.
 - `rel_height[K//2 + dy]` belongs to the key `dy` rows *below* the query, `rel_width[K//2 + dx]` to the key `dx` columns
   to its *right*.

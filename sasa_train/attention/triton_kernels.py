@@ -434,7 +434,7 @@ def local_attention_backward(
         return (*kept, scratch(num_programs, 2, kernel_size, head_dim // 2) if relative else None)
 
     images, tables = (grad_output, query, key, value), (rel_height, rel_width)
-    # The order matters: pass 2 reads what pass 1 leaves in `kept`.
+    # The order matters: pass 2 reads `kept`, which pass 1 fills.
     *_, partial_rel = _run(
         _backward_queries_kernel, kernel_size, border, (*images, grad_query), tables, with_partial_rel
     )

@@ -75,7 +75,7 @@ def _build_launcher(overrides: Sequence[str], folder: Path) -> Iterator[tuple[La
                 f"{' '.join(overrides)}: {shorten(error)}\n(submitit's launchers: pip install 'sasa_train[slurm]'; "
                 "every key of a launcher is one of hydra.launcher.*)"
             ) from error
-        configure_log(config.hydra.hydra_logging, config.hydra.verbose)  # it says what it launches
+        configure_log(config.hydra.hydra_logging, config.hydra.verbose)  # the launcher logs each job that it launches
         yield launcher, ended
 
 
@@ -83,13 +83,13 @@ def _launch(launcher: Launcher, jobs: list[list[str]], ended: list[int]) -> list
     try:
         with _deaths_as_results():
             codes = [_exit_code(job) for job in launcher.launch(jobs, initial_job_idx=0)]
-    except SystemExit:  # a job here was stopped by a signal, and so is the sweep
+    except SystemExit:  # a signal stopped a job in this process, and with it the sweep
         codes = ended
     except KeyboardInterrupt:
         print("the sweep is no longer waited for; jobs that a cluster has been given go on there", file=sys.stderr)
         codes = ended
     except Exception as error:
-        if not ended:  # no job's doing
+        if not ended:  # the launcher's own failure, not a job's
             traceback.print_exc()
             raise ConfigError(f"the launcher failed ({shorten(error)}); jobs that it had started may go on") from error
         codes = ended + [FAILED] * (len(jobs) - len(ended))
@@ -108,7 +108,7 @@ def _train_job(ended: list[int], composed: DictConfig) -> int:
     except ConfigError as error:
         code = fail(error)
     except Exception:
-        traceback.print_exc()  # now and here: a traceback does not survive the way back
+        traceback.print_exc()  # printed here: a traceback does not survive the way back to the launcher
     finally:
         stop.restore()
     ended.append(code)
@@ -136,7 +136,7 @@ def _hand_over(stop: StopRequest) -> None:
 def _exit_code(job: JobReturn) -> int:
     try:
         return job.return_value
-    except Exception as error:  # which it raises, as it failed
+    except Exception as error:  # a failed job's return_value raises its error
         print(f"a job was lost: {error}", file=sys.stderr)
         return FAILED
 

@@ -201,7 +201,7 @@ class Loop:
         with self._off_the_clock():
             start = time.perf_counter()
             averaged = state.ema.module if state.ema else state.model
-            # First the first process's statistics on all: those are what the checkpoint will hold.
+            # Before the evaluation all get the first process's statistics, which the checkpoint will hold.
             self.copy_buffers()
             self.recalibrate(averaged)
             result = self.evaluate_model(averaged)

@@ -53,7 +53,7 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
 
 @torch.no_grad()
 def find_origin(model: nn.Module, images: Tensor, autocast: contextlib.AbstractContextManager) -> tuple[str, list[int]]:
-    """Describe what was not finite first, and list for which of the images [B, C, H, W] (none: for no image alone).
+    """Describe the first thing that was not finite, and list the images [B, C, H, W] concerned, by row; maybe none.
 
     Makes a forward pass as in training, which changes batch norm's running statistics.
     """

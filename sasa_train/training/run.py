@@ -58,7 +58,7 @@ def train(config: TrainConfig, stop: StopRequest) -> bool:
         # `auto` is settled by the first process, which alone sees the run's folder.
         config = collectives.from_first(lambda: settle_auto(plan, run), ConfigError)
         plan = dataclasses.replace(plan, config=config)
-        # The config is written with what auto was settled to, before anything can stop the run.
+        # Written with the settled value of `auto`, before anything can stop the run.
         if run.is_new:
             run.write_config(plan.config)
         # A kill may have come between the last checkpoint and the note of the end, so the end is noted again.

@@ -48,8 +48,8 @@ class Stepper:
         plan, config, state = self.plan, self.config, self.state
         self.schedule.step_update(state.step)
         state.optimizer.zero_grad()
-        # Each of several processes draws its own dropout, by (seed, step, rank) alone. One process goes on with torch's
-        # generators, which the checkpoint has.
+        # Several processes each draw their own dropout, by (seed, step, rank) alone. A single process goes on with
+        # torch's generators, which the checkpoint holds.
         if plan.world_size > 1:
             seed_step(plan.config.seed, state.step, plan.rank)
         for number in range(plan.grad_accum_steps):
