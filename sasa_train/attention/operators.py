@@ -69,13 +69,7 @@ def define_operator(
         return (*(next(present) if has else None for has in has_grad), *[None] * (num_options + num_others))
 
     op.register_autograd(run_backward, setup_context=setup_context)
-    register_flop_formula(getattr(torch.ops.sasa_train, name))(flops)
-
-    # Each product has two gradients of the same cost; what is computed again is not counted.
-    @register_flop_formula(getattr(torch.ops.sasa_train, f"{name}_backward"))
-    def _(*arguments, **_kwargs) -> int:
-        return 2 * flops(*arguments[num_before:])
-
+    _register_flops(name, flops, num_before)
     return op
 
 
@@ -86,3 +80,12 @@ def _fake_gradients(num_before: int, num_tensors: int, skips_first: bool) -> Cal
         return [torch.empty_like(x) for x in given if x is not None]
 
     return fake
+
+
+def _register_flops(name: str, flops: Callable[..., int], num_before: int) -> None:
+    register_flop_formula(getattr(torch.ops.sasa_train, name))(flops)
+
+    # Each product has two gradients of the same cost; what is computed again is not counted.
+    @register_flop_formula(getattr(torch.ops.sasa_train, f"{name}_backward"))
+    def _(*arguments, **_kwargs) -> int:
+        return 2 * flops(*arguments[num_before:])
