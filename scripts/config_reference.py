@@ -1,4 +1,4 @@
-"""docs/config.md from what it describes: the dataclasses in sasa_train/config/keys.py and the files in configs/.
+"""Generate docs/config.md from the dataclasses in sasa_train/config/keys.py and the files in configs/.
 
 usage: python scripts/config_reference.py > docs/config.md
 """
@@ -108,7 +108,7 @@ def choice_list(group: str) -> str:
 
 
 def describe(path: Path) -> str:
-    """The first sentence of the file's own words; of a file without any, what it sets beside the name."""
+    """The first sentence of the file's comments; without comments, the values that it sets beside the name."""
     text = path.read_text(encoding="utf-8")
     comments = re.findall(r"^# ?(.*)$", text, re.MULTILINE)
     is_command = re.compile(r"@package|sasa-|  ")

@@ -1,8 +1,8 @@
-"""Everything that only a GPU can show, in one command: tests on the device, the op's and the models' speed.
+"""Run everything that needs a GPU in one command: tests on the device, the speed of the op and of models.
 
-Each part is a process of its own and goes into FOLDER as PART.json, PART.md, PART.png where it makes a chart, and
-PART.log; a part that fails or runs out of time leaves the others alone. summary.md and summary.json gather all. The
-same command again runs what is not done yet; --only runs its parts in any case. Ten minutes at most.
+Each part is a process of its own and writes PART.json, PART.md, PART.log and, if it makes a chart, PART.png to FOLDER.
+A part that fails or runs out of time does not affect the others. summary.md and summary.json gather all results. The
+same command again runs the parts that are not done; --only runs its parts in any case. It takes ten minutes at most.
 
 usage: python scripts/gpu_check.py FOLDER [--only PART ...] [--dry-run]   (--dry-run: tiny, on a CPU, interpreted)
 """
@@ -69,7 +69,7 @@ def run_part(part: str, folder: Path, dry_run: bool) -> None:
 def part_command(part: str, folder: Path, dry_run: bool) -> list[str]:
     """Python's arguments."""
     if part == "tests":
-        # without a GPU there is nothing to run: the marked tests are found, that is all
+        # Without a GPU there is nothing to run, so the marked tests are only collected.
         chosen = ["-m", "gpu", "--collect-only"] if dry_run else []
         files = {path for path in (ROOT / "tests").glob("test_*.py") if "pytest.mark.gpu" in path.read_text()}
         files |= {ROOT / "tests/test_attention.py", ROOT / "tests/test_attention_triton.py"}
@@ -86,7 +86,7 @@ def _full(kind: str, dtype: str) -> list[str]:
     if kind == "models":
         models = ["conv_resnet50", "hybrid_resnet50", "--image-size=224", "--batch-size=128", "--compile"]
         return ["model", *models, "--memory-format=channels_last", "--repeats=7"]
-    # FlexAttention compiles anew for every shape, forward and backward, so it gets a few
+    # FlexAttention compiles anew for every shape, forward and backward, so it gets only a few.
     shapes = ["56x56x64", "28x28x128", "14x14x256"] if dtype == "bf16" else ["56x56x64"]
     return ["attention", "--repeats=9"] + {
         "op": ["--backends", "conv", "triton"],
@@ -108,7 +108,7 @@ def _tiny(kind: str) -> list[str]:
 
 
 def measure_roofline(folder: Path, dry_run: bool) -> int:
-    """How far the op is from what the device can copy and multiply, both measured here."""
+    """Compare the op with the device's speed of copying and of multiplying, both measured here."""
     import torch
 
     from sasa_train.benchmark.contenders import DTYPES, Case, build_contender, check
@@ -159,14 +159,11 @@ def _fractions(case: Any, seconds: float, bandwidth: float, rate: float) -> dict
 
 
 def gather(folder: Path) -> int:
-    """Write the summaries; 0 where every part is done."""
+    """Write the summaries; return 0 if every part is done."""
     statuses = {part: _status(folder, part) for part in SECONDS}
-    results = {part: folder / f"{part}.json" for part in SECONDS if _is_done(folder, part)}
-    summary = {
-        "parts": statuses,
-        "results": {part: json.loads(path.read_text()) for part, path in results.items() if path.exists()},
-    }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+    paths = {part: folder / f"{part}.json" for part in SECONDS if _is_done(folder, part)}
+    results = {part: json.loads(path.read_text()) for part, path in paths.items() if path.exists()}
+    (folder / "summary.json").write_text(json.dumps({"parts": statuses, "results": results}, indent=1))
     sections = []
     for part, status in statuses.items():
         state = "not run" if status is None else f"exit code {status['exit_code']}, {status['seconds']} s"

@@ -75,9 +75,9 @@ def test_auto_takes_what_fits_and_a_resume_keeps_it(monkeypatch, in_process):
     arguments = (*RUN, "trainer.micro_batch_size=auto")
     said = in_process("train", *arguments, "trainer.max_hours=1e-9", expect=75).stdout
     found = int(said.partition("trainer.micro_batch_size=auto: ")[2].split()[0])
-    assert 1 < found < 16 and f"16 = {16 // found} x {found} images a step" in said
+    assert 1 < found < 16 and f"16 = {16 // found} x {found} images per step" in said
     monkeypatch.setattr("sasa_train.training.memory.available_memory", lambda _: 10**12)
-    assert f"16 = {16 // found} x {found} images a step" in in_process("train", *arguments).stdout
+    assert f"16 = {16 // found} x {found} images per step" in in_process("train", *arguments).stdout
     assert "is finished" in in_process("train", *arguments).stdout
 
 
