@@ -1,6 +1,6 @@
 """`python -m sasa_train` lists the commands; `python -m sasa_train train ...` is sasa-train, and so on.
 
-`python -m sasa_train completion bash`, zsh or fish prints what makes a shell complete all of them, by argcomplete.
+`python -m sasa_train completion bash` (or zsh, fish) prints the script by which a shell completes all of them.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def run_command(arguments: list[str]) -> int:
-    """Run what is none of the commands; returns the exit code."""
+    """Run everything but the commands themselves; return the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         lines = [f"  {name:<12} {command.about}" for name, command in COMMANDS.items()]
         print("\n".join([USAGE, *lines]) + MORE)
@@ -62,7 +62,7 @@ def run_command(arguments: list[str]) -> int:
 
 
 def completion_script(shell: str) -> str:
-    """What makes `shell` complete our commands, by the Python that prints this."""
+    """Return the script that makes `shell` complete our commands by this very Python."""
     from argcomplete import shellcode
 
     commands = [f"sasa-{name}" for name in COMMANDS]
@@ -80,7 +80,7 @@ def complete() -> None:
 
 
 def parser_of(name: str) -> argparse.ArgumentParser:
-    """A command's own parser, or one with the few options of those that Hydra's grammar parses."""
+    """Return a command's own parser or, for commands with Hydra's grammar, one with their few options."""
     command = COMMANDS[name]
     if not command.options:
         return importlib.import_module(command.module).build_parser()
@@ -92,7 +92,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
 
 
 def completer(name: str) -> Callable[..., Iterable[str]]:
-    """What argcomplete asks for the words that a command's parser leaves open: files, overrides, or both."""
+    """Return argcomplete's function for words that a command's parser leaves open: files, overrides, or both."""
     from argcomplete.completers import FilesCompleter
 
     reads, keys, paths = COMMANDS[name].reads, keys_of(name), FilesCompleter()

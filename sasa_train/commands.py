@@ -1,4 +1,4 @@
-"""The commands: one table of them, and what they share: parsers, and how each ends."""
+"""The table of commands, and what they share: parsers and endings."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ from sasa_train.terminal import DONE, FAILED, REFUSED, fail
 
 
 class Command(NamedTuple):
-    """Where a command is, what it does, and what a shell completes for it besides what its parser says."""
+    """A command's module and description, and what a shell completes for it besides its parser's options."""
 
     module: str
     about: str
@@ -36,12 +36,12 @@ COMMANDS = {
 
 
 def described(build: Callable[..., argparse.ArgumentParser], **texts: Any) -> argparse.ArgumentParser:
-    """A parser, or one of a subcommand, whose texts are printed as they stand."""
+    """Build a parser, or a subcommand's, whose texts are printed as they stand."""
     return build(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **texts)
 
 
 def positive(text: str) -> int:
-    """Return an option's value as a number; argparse.ArgumentTypeError where it is not one from 1 on."""
+    """Return an option's value as a whole number from 1 on; raise argparse.ArgumentTypeError for another."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 1")
     return int(text)
@@ -54,9 +54,9 @@ def run(
     has_overrides: bool = False,
     has_subcommands: bool = False,
 ) -> int:
-    """Parse a command line, do the work, and turn each expected ending into a message; returns the exit code.
+    """Parse a command line, do the work, turn each expected ending into a message, and return the exit code.
 
-    has_overrides: words that are overrides are kept from the parser and become `options.overrides`.
+    has_overrides: words that are overrides become `options.overrides`; the parser does not see them.
     """
     if not arguments:
         parser.print_help()
@@ -84,7 +84,7 @@ def run(
 
 
 def end_command(run_command: Callable[[list[str]], int]) -> NoReturn:
-    """Run a command that has no checkpoints to save, and exit; Ctrl-C and a closed pipe are no errors in the code."""
+    """Run a command that has no checkpoints to save, and exit, without a traceback for Ctrl-C or a closed pipe."""
     try:
         code = run_command(sys.argv[1:])
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""What a config comes to here: the device, its precision, autocast, and this process's part of the work."""
+"""A config on this machine: the device, its precision, autocast, and this process's part of the work."""
 
 import contextlib
 import copy
@@ -25,16 +25,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a resolved config comes to in this process, decided once and passed on.
-
-    `steps_per_epoch` is 0 until the data are known.
-    """
+    """A resolved config and the sizes that follow from it in this process, decided once and passed on."""
 
     config: TrainConfig
     device: torch.device
     rank: int = field(default_factory=rank)
     world_size: int = field(default_factory=world_size)
-    steps_per_epoch: int = 0
+    steps_per_epoch: int = 0  # until the data are known
 
     @property
     def trainer(self) -> TrainerConfig:
@@ -73,13 +70,13 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 
 def resolve(config: TrainConfig) -> tuple[torch.device, TrainConfig]:
-    """The device, and the config with what follows from it here: `precision=auto`, and accumulation.
+    """Return the device, and the config with `precision=auto` and the accumulation settled for it.
 
-    Sets torch's switches for determinism and matrix precision, too.
+    Also sets torch's switches for determinism and matrix precision.
 
     Raises:
-        ConfigError: a CUDA device is asked for and there is none, or it has no bf16; or what only CUDA can do is asked
-            of the CPU.
+        ConfigError: a CUDA device is asked for and there is none, or it has no bf16; or the CPU is asked for what only
+            CUDA can do.
     """
     trainer, has_cuda = copy.copy(config.trainer), torch.cuda.is_available()
     if trainer.device == "cuda" and not has_cuda:

@@ -1,4 +1,4 @@
-"""Optional packages: what is missing is said in the same words by every command, with the extra that brings it."""
+"""Optional packages: every command names missing ones in the same words, with the extra that installs them."""
 
 import importlib.util
 
@@ -6,7 +6,7 @@ EXTRAS = {"plots": ("matplotlib",), "search": ("optuna",), "export": ("onnx", "o
 
 
 def why_not(what: str, extra: str) -> str | None:
-    """What `what` needs and is not installed, with the remedy; None where all is."""
+    """Tell which packages `what` needs that are not installed, with the remedy; None where all are."""
     missing = [package for package in EXTRAS[extra] if importlib.util.find_spec(package) is None]
     return (
         f"{what} needs {', '.join(missing)}, not installed here: pip install 'sasa_train[{extra}]'" if missing else None

@@ -1,4 +1,4 @@
-"""One style for every chart: told apart in grey and by the colour-blind."""
+"""One style for every chart, readable in grey and by colour-blind people."""
 
 import io
 
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from sasa_train.terminal import printable
 
-# Of Okabe and Ito's colours those whose grey differs, each with its own hatch and marker.
+# Those of Okabe and Ito's colours that differ in grey too, each with its own hatch and marker.
 STYLES = (
     ("#B8B8B8", "", "o", "-"),
     ("#0072B2", "", "s", "-"),
@@ -24,7 +24,7 @@ WIDTH, DPI = 8.0, 150
 
 
 def new_figure(num_rows: int, num_columns: int, height: float, grid: str = "") -> tuple[Figure, list[Axes]]:
-    """A figure of WIDTH x `height` inches and its axes, row by row, with grid lines across "x", "y" or "both"."""
+    """Make a figure of WIDTH x `height` inches and its axes, row by row; `grid`: lines across "x", "y" or "both"."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
     for axis in axes:
@@ -36,22 +36,20 @@ def new_figure(num_rows: int, num_columns: int, height: float, grid: str = "") -
 
 
 def legend_below(figure: Figure, axis: Axes, num_columns: int = 2) -> None:
-    """One legend for all axes, with what is labelled in `axis`."""
+    """Put one legend for all axes below the figure, with the labels of `axis`."""
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=num_columns, frameon=False, fontsize=8)
 
 
 def as_label(name: str) -> str:
-    """A name from a disk as matplotlib shows it to the letter.
-
-    A dollar would begin a formula, and an underscore at the front keep it out of legends.
-    """
+    """Return a name from a disk as text that matplotlib shows unchanged."""
+    # A dollar would begin a formula, and an underscore at the front would keep a name out of legends.
     text = printable(name).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 
 
 def rendered(figure: Figure, kind: str = "png") -> bytes:
-    """As PNG, SVG or PDF; the same picture gives the same file: no date, and no random ids."""
+    """Return a figure as PNG, SVG or PDF; the same picture gives the same file, without date and random ids."""
     file = io.BytesIO()
     metadata: dict[str, dict[str, None]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
     with rc_context({"svg.hashsalt": "sasa_train"}):

@@ -1,8 +1,4 @@
-"""Files that appear whole or not at all, whenever the process or the machine dies; and one writer per folder.
-
-The lock of a run folder is POSIX's record lock, not flock: data workers, which may outlive a killed run by seconds, do
-not inherit it. The operating system drops it when its process ends, however it ends.
-"""
+"""Files that appear whole or not at all, whenever the process or the machine dies; and one writer per folder."""
 
 import csv
 import fcntl
@@ -19,15 +15,15 @@ from sasa_train.machine import now
 from sasa_train.refusal import ConfigError
 
 
-def write_atomic(path: Path, data: bytes | memoryview) -> None:
-    """Write a file so that a crash at any instruction leaves the old content or the new one."""
-    os.replace(write_aside(path, lambda file: file.write(data)), path)
+def write_atomic(path: Path, data: bytes | memoryview | Callable[[BinaryIO], object]) -> None:
+    """Write `data`, or what it writes, so that a crash at any instruction leaves the old content or the new one."""
+    os.replace(write_aside(path, data if callable(data) else lambda file: file.write(data)), path)
     sync_folder(path.parent)
 
 
 def write_aside(path: Path, write: Callable[[BinaryIO], object]) -> Path:
-    """Let `write` fill a file on disk beside `path`, ready to be renamed to it; nothing is left where that fails."""
-    # A name of its own, as several runs may make one index; a new file, so that no link leads elsewhere.
+    """Let `write` fill a file on disk beside `path`, ready to be renamed to it; leave nothing where that fails."""
+    # A random name, as several runs may write one index at once; a new file, so that no link leads elsewhere.
     temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -41,17 +37,17 @@ def write_aside(path: Path, write: Callable[[BinaryIO], object]) -> Path:
 
 
 def csv_text(rows: Iterable[Iterable[Any]], quoting: Any = csv.QUOTE_MINIMAL) -> str:
-    """Write records, of which the first may be the names of the columns, as CSV with line ends of Unix."""
+    """Return records, the first of which may be the columns' names, as CSV with Unix's line ends."""
     text = io.StringIO()
     csv.writer(text, quoting=quoting, lineterminator="\n").writerows(rows)
     return text.getvalue()
 
 
 def write_outputs(folder: Path, files: Mapping[str, bytes], option: str = "--out") -> None:
-    """Write files, each whole or not at all, into a folder that is made where it is not there.
+    """Write files, each whole or not at all, into a folder that is made where it is missing.
 
     Raises:
-        ConfigError: they cannot be written; it names the `option` that gives another place.
+        ConfigError: they cannot be written; it names the `option` for another place.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,11 +71,13 @@ LOCK = ".lock"
 
 
 def lock_folder(path: Path, name: str = LOCK, other: str = "another run_name") -> IO[str]:
-    """Take the folder's lock, which is ours while the file stays open; `other` is what to use instead, in an error.
+    """Take the folder's lock, which is ours while the file stays open; `other` is what an error advises instead.
 
     Raises:
         ConfigError: another process has it, or the folder's disk has no locks.
     """
+    # POSIX's record lock, not flock: data workers, which may outlive a killed run by seconds, do not inherit it. The
+    # operating system drops it when its process ends, however it ends.
     file = _open(path / name)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,7 +95,8 @@ def lock_folder(path: Path, name: str = LOCK, other: str = "another run_name") -
 
 
 def holder(path: Path) -> str | None:
-    """Who has the folder's lock, or None where nobody has. (Not for a lock of one's own: closing the file drops it.)"""
+    """Tell who holds the folder's lock; None where nobody does."""
+    # Not for our own lock, which closing the file would drop.
     if not (path / LOCK).exists():
         return None
     with _open(path / LOCK) as file:
@@ -110,10 +109,9 @@ def holder(path: Path) -> str | None:
 
 @contextmanager
 def locked(folder: Path, name: str) -> Iterator[None]:
-    """A folder, made where it is not there, is ours: two commands would take away each other's unfinished files.
-
-    No lock file is left in what people pass on. `name` is what the folder is in an error, with the option it came by.
-    """
+    """Make the folder, where it is missing, and lock it; `name` is what errors call it, with the option it came by."""
+    # Two commands in one folder would delete each other's unfinished files. flock needs no lock file, which would be
+    # left in a folder that people pass on.
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
@@ -141,5 +139,5 @@ def _described(file: IO[str]) -> str:
     try:
         holder = json.load(file)
         return f"process {holder['process']} on {holder['host']}, which started at {holder['started']}"
-    except (ValueError, KeyError, TypeError):  # it has only just taken the lock
+    except (ValueError, KeyError, TypeError):  # it has taken the lock this moment, and not written yet
         return "another run"

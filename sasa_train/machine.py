@@ -1,6 +1,6 @@
-"""What the machine has: a clock, processors, memory (bytes throughout), and how much of it was used.
+"""The machine's clock, processors and memory, in bytes throughout.
 
-Of a machine's own memory each of torchrun's processes there counts its part.
+Each of torchrun's processes on a machine counts its share of the machine's own memory.
 """
 
 import ctypes
@@ -25,12 +25,12 @@ def now() -> str:
 
 
 def usable_processors() -> int:
-    """Those that this process may use."""
+    """Count the processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_memory(device: "torch.device") -> int:
-    """At the highest so far: the allocator's on CUDA, the process's on the CPU."""
+    """Return the peak memory so far: the CUDA allocator's, or the process's on a CPU."""
     if device.type == "cuda":
         import torch
 
@@ -40,7 +40,7 @@ def peak_memory(device: "torch.device") -> int:
 
 
 def available_memory(device: "torch.device") -> int:
-    """What can still be taken without pushing anything out: the device's, or the machine's or its container's."""
+    """Return the memory that is free without pushing anything out: the device's, the machine's or its container's."""
     if device.type == "cuda":
         import torch
 
@@ -54,7 +54,7 @@ def available_memory(device: "torch.device") -> int:
 
 
 def total_memory(device: "torch.device") -> int:
-    """All that there is, taken or not: the device's, or the machine's or its container's."""
+    """Return all memory, free or not, of the device, the machine or its container."""
     if device.type == "cuda":
         import torch
 
@@ -64,11 +64,9 @@ def total_memory(device: "torch.device") -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what is freed for the next step, instead of giving it back to the system.
-
-    Large tensors would otherwise be fresh pages in every step, each filled by the system at its first touch: up to a
-    tenth of a step on a CPU. Only glibc knows these settings; elsewhere nothing happens.
-    """
+    """Let the C library keep freed memory for the next step, instead of giving it back to the system."""
+    # Otherwise large tensors are fresh pages in every step, which the system fills at the first touch: up to a tenth of
+    # a step on a CPU. Only glibc knows these settings; elsewhere nothing happens.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)  # nothing outside the heap, where a free gives pages back at once
@@ -76,7 +74,8 @@ def keep_freed_memory() -> None:
 
 
 def _own_cgroup() -> Path:
-    """Of version 2, where a scheduler puts its jobs; a container sees its own as the root."""
+    """Return this process's cgroup (version 2), where a scheduler limits its jobs."""
+    # A container sees its own group as the root.
     try:
         return CGROUPS / Path("/proc/self/cgroup").read_text().partition("0::/")[2].strip()
     except OSError:
@@ -94,13 +93,13 @@ def _left_in_cgroup(folder: Path) -> int:
     try:
         used = int((folder / "memory.current").read_text())
         statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        reclaimable = int(statistics.get("inactive_file", 0))  # files read once: given back when asked for
+        reclaimable = int(statistics.get("inactive_file", 0))  # cached files, which the system gives back on demand
         return _cgroup_limit(folder) - used + reclaimable
     except (OSError, ValueError):  # no such group, or another kind
         return sys.maxsize
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Python's, CUDA's and the CPU allocator's ways to say so."""
+    """Whether an error is Python's, CUDA's or the CPU allocator's for a lack of memory."""
     texts = ("out of memory", "can't allocate memory", "DefaultCPUAllocator: not enough memory")
     return isinstance(error, MemoryError) or any(text in str(error) for text in texts)

@@ -1,14 +1,14 @@
 """The figures that arXiv 1906.05909 prints for ImageNet, and which printed row a model of ours stands for.
 
-A model is given as its config's keys, `name` among them; None is a key that is left out. Depth, data and width of ours
-may differ from the paper's, so the figures themselves cannot be compared, only differences within a table.
+A model is given as the keys of its config, `name` among them; a key left out is None. Our depth, data and width may
+differ from the paper's, so only differences within a table can be compared, not the figures themselves.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# By what a model of ours is one of a table's rows.
+# The keys that a table varies: they decide which of its rows a model of ours is.
 VARIED = {
     1: ("family", "depth"),
     3: ("stage_ops",),
@@ -17,12 +17,12 @@ VARIED = {
     6: ("content",),
     7: ("stem",),
 }
-HELD_OUT_TABLES = (3, 5)  # on 4 % held out of train: their top1 cannot be set beside the other tables'
+HELD_OUT_TABLES = (3, 5)  # evaluated on 4 % held out of train: their top1 cannot be compared with other tables'
 
 
 @dataclass(frozen=True)
 class Row:
-    """A printed row: the model of ours it describes, and GFLOPs, million parameters and top1 (percent) as printed."""
+    """A printed row: our model that it describes, and GFLOPs, million parameters and top1 (percent) as printed."""
 
     table: int
     label: str
@@ -74,7 +74,7 @@ MODELS = frozenset(row.model for row in ROWS)
 
 
 def matching_row(keys: Mapping[str, Any], table: int) -> Row | None:
-    """The table's row with the same value of what it varies; None for another model, or a value it does not have."""
+    """The table's row with our model's values of the varied keys; None for another model, or a value it has not."""
     if keys["name"] not in MODELS:
         return None
     ours = all_keys(keys)
@@ -83,24 +83,24 @@ def matching_row(keys: Mapping[str, Any], table: int) -> Row | None:
 
 
 def reference_row(row: Row) -> Row:
-    """The row that this one is compared with: its table's first of its depth where every key is as the name implies."""
+    """The row to compare with: the table's first one of the same depth whose keys are all as its name implies."""
     rows = (other for other in ROWS if other.table == row.table and _keys_of(other) == all_keys({"name": other.model}))
     return next(other for other in rows if _keys_of(other)["depth"] == _keys_of(row)["depth"])
 
 
 def nearest_row(keys: Mapping[str, Any]) -> Row | None:
-    """The first row whose model differs in the fewest keys; None for another model than ours."""
+    """The first row whose model differs in the fewest keys; None if the model is not one of ours."""
     return min(ROWS, key=lambda row: len(differing_keys(row, keys))) if keys["name"] in MODELS else None
 
 
 def differing_keys(row: Row, keys: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The keys in which a model of ours is another than the row's -> (the row's, ours)."""
+    """The keys in which a model of ours differs from the row's -> (the row's value, ours)."""
     papers, ours = _keys_of(row), all_keys(keys)
     return {key: (papers[key], ours[key]) for key in ours if papers[key] != ours[key]}
 
 
 def all_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes one of our models, with the keys that its name implies."""
+    """The keys that define one of our models, with those that its name implies."""
     family, _, depth = keys["name"].partition("_resnet")
     implied = {
         "family": family,

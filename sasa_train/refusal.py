@@ -1,4 +1,4 @@
-"""What refuses a config or an input: ConfigError, and what libraries raise in its place."""
+"""The errors that refuse a config or an input, and those that libraries raise in their place."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ class CheckpointError(Exception):
 
 
 class ExpectedFailure(Exception):
-    """An end that was foreseen, not refused: the message says what to do. Exit code 1."""
+    """An expected failure of something accepted: the message says what to do. Exit code 1."""
 
 
-# What timm, torch and their like raise over values that cannot be, or only then where they are used.
+# timm, torch and others raise these for impossible values, perhaps only where the values are used.
 LIBRARY_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
@@ -25,6 +25,6 @@ def require(holds: bool, key: str, value: Any, rule: str) -> None:
 
 
 def shorten(value: Any) -> str:
-    """A value as messages show it: its beginning is enough."""
+    """Return a value as messages show it; of a long one its beginning is enough."""
     text = str(value)
     return text if len(text) <= 200 else f"{text[:200]}... ({len(text):,} characters)"

@@ -10,15 +10,13 @@ import sys
 import time
 from types import FrameType
 
-TIME_LIMIT = 1  # what `asked` says of a time limit; no signal of SIGNALS has this number
+TIME_LIMIT = 1  # `asked` for a time limit; no signal of SIGNALS has this number
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def ignore_until_the_end() -> None:
-    """From now on Python takes itself apart, for a second or two: a signal must not change the exit code any more.
-
-    Ignored, not handled: Python takes its own handlers away before the last destructors have run.
-    """
+    """Ignore signals while Python ends, for a second or two, so that none changes the exit code any more."""
+    # Ignored, not handled: Python removes its own handlers before the last destructors have run.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     try:
@@ -28,11 +26,11 @@ def ignore_until_the_end() -> None:
 
 
 class Interrupted(BaseException):
-    """A stop was asked for while there was nothing to save yet."""
+    """A stop was requested while there was nothing to save yet."""
 
 
 class StopRequest:
-    """Remembers that a signal came. Before `begin_training()` there is nothing to save, so it raises Interrupted."""
+    """Remembers the first signal. Before `begin_training` there is nothing to save, so it also raises Interrupted."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None  # the first that came
@@ -44,11 +42,11 @@ class StopRequest:
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
 
     def begin_training(self) -> None:
-        """From now on there is something to save: a step, or an evaluation."""
+        """Note that there is something to save from now on: a step, or an evaluation."""
         self._is_training = True
 
     def set_max_hours(self, hours: float | None) -> None:
-        """Ask for a stop so many hours after this process began."""
+        """Request a stop so many hours after this process began."""
         self.deadline = math.inf if hours is None else self._start + 3600 * hours
 
     def requested(self) -> bool:
@@ -56,11 +54,11 @@ class StopRequest:
 
     @property
     def asked(self) -> int:
-        """What asked for a stop: a signal's number, TIME_LIMIT, or 0 for nothing yet."""
+        """The number of the signal that requested a stop, TIME_LIMIT, or 0 for none yet."""
         return int(self.signal or (TIME_LIMIT if self.requested() else 0))
 
     def hear(self, asked: int) -> None:
-        """Take over what another process was asked."""
+        """Take over another process's request, its `asked`."""
         if asked == TIME_LIMIT:
             self.deadline = -math.inf
         elif asked:
@@ -75,9 +73,9 @@ class StopRequest:
             signal.signal(number, handler)
 
     def hand_on(self) -> bool:
-        """Give the signal that stopped the run to the handler before ours, if it is not Python's own.
+        """Give the signal that stopped the run to the handler before ours; return whether it was a launcher's.
 
-        That is a launcher's, which may requeue its job and end the process. Returns whether there was one.
+        A launcher's handler may requeue its job and end the process. Python's own handlers do not count.
         """
         if self.signal is None:
             return False

@@ -20,7 +20,7 @@ sasa-summary model=sasa_resnet50    layers: parameters, FLOPs, activation memory
                                     data=... or experiment=... says otherwise)
 
 Everything is counted on the meta device: no weights, no data. A multiplication and an addition are two FLOPs.
-Activation memory is what the backward pass keeps of one image, in float32.
+Activation memory is what the backward pass keeps per image, in float32.
 Exit codes: 0 done, 2 refused."""
 
 
@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def run_command(arguments: list[str]) -> int:
-    """Run with command-line arguments; returns the exit code."""
+    """Run with command-line arguments; return the exit code."""
     if {"-h", "--help"} & set(arguments):
         print(USAGE)
         return 0

@@ -1,4 +1,4 @@
-"""What a terminal shows: messages through the first process, names escaped, exit codes.
+"""Messages of the first process on a terminal, escaped names, exit codes.
 
 Names of files and classes come from disks and archives, and may hold anything. A full disk, or a reader that went away,
 does not end a run.
@@ -7,6 +7,7 @@ does not end a run.
 import contextlib
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -16,35 +17,31 @@ from sasa_train.processes.ranks import rank
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75
 
 
-def printable(text: str) -> str:
-    """`text` with control characters and what no terminal can show escaped: a file's name must not move the cursor."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def printable(value: object) -> str:
+    """Escape control characters and what no terminal can show: a file's name must not move the cursor."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
 
 
 def printable_lines(text: str) -> str:
-    """Likewise, but for a message's own line breaks: names must be `printable` before they enter one."""
+    """Escape all but a message's own line breaks: names must be `printable` before they enter a message."""
     return "\n".join(printable(line) for line in text.split("\n"))
 
 
-def say(text: str) -> None:
-    """On stdout, above a progress bar."""
-    if rank() != 0:
-        return
-    with contextlib.suppress(OSError):
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print on stdout, or into `file`, above a progress bar."""
+    if rank() == 0:
+        with contextlib.suppress(OSError):
+            tqdm.write(text, file=file or sys.stdout)
+            (file or sys.stdout).flush()
 
 
 def warn(text: str) -> None:
-    """On stderr, above a progress bar."""
-    if rank() != 0:
-        return
-    with contextlib.suppress(OSError):
-        tqdm.write(f"WARNING: {text}", file=sys.stderr)
+    """Print on stderr, above a progress bar."""
+    say(f"WARNING: {text}", sys.stderr)
 
 
 def duration(seconds: float) -> str:
-    """1 h 02 min, 3 min 04 s or 5 s."""
+    """Write seconds as 1 h 02 min, 3 min 04 s or 5 s."""
     minutes, secs = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -53,7 +50,7 @@ def duration(seconds: float) -> str:
 
 
 def fail(error: Exception) -> int:
-    """Print a refusal the way every command does, with what it quotes from a disk escaped; returns REFUSED."""
+    """Print a refusal as every command does, with quoted names escaped; return REFUSED."""
     path = Path(sys.argv[0])
     command = path.parent.name if path.stem == "__main__" else path.stem
     print(printable_lines(f"{command}: {error}"), file=sys.stderr)

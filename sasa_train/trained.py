@@ -1,4 +1,4 @@
-"""A trained model out of its checkpoint, with what it takes to use it: classes, image size, normalisation."""
+"""A trained model from its checkpoint, with what its use needs: classes, image size, normalisation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from sasa_train.runs.checkpoint import find_checkpoint, load_checkpoint
 
 @dataclass
 class TrainedModel:
-    """`model` is on the CPU, in eval mode; `weights` says which of the checkpoint's it has, "ema" or "raw"."""
+    """A `model` on the CPU, in eval mode, with the checkpoint's "ema" or "raw" `weights`."""
 
     path: Path
     checkpoint: dict[str, Any]
@@ -31,16 +31,16 @@ class TrainedModel:
 
     @property
     def classes(self) -> list[str]:
-        """The names, in the order of the logits."""
+        """The class names, in the order of the logits."""
         return self.checkpoint["classes"]
 
     @property
     def image_size(self) -> int:
-        """Pixels a side of what the model is given."""
+        """Pixels per side of the model's images."""
         return resolved_image_size(self.config.data)
 
     def normalize(self, device: torch.device) -> Normalize:
-        """uint8 [B, 3, H, W] as `fit` (data/transforms.py) makes them -> what the model was trained on."""
+        """Return the transform of uint8 [B, 3, H, W], as `fit` makes them, to what the model was trained on."""
         return Normalize(*mean_std(self.config.data), device, self.config.trainer.channels_last)
 
     def check_classes(self, classes: list[str]) -> None:
@@ -50,7 +50,7 @@ class TrainedModel:
             raise ConfigError(f"data.root={root}: its {len(classes)} classes are not the checkpoint's")
 
     def changes(self, val: dict[str, Any]) -> list[str]:
-        """How val's images, by their fingerprint, differ from those that the training was evaluated on."""
+        """List how val's images, by their fingerprint, differ from those that the training was evaluated on."""
         before = self.checkpoint["fingerprint"]
         return differences(before["val"], val, "val") if before else []
 
@@ -58,15 +58,15 @@ class TrainedModel:
 def load_trained(source: Path, overrides: Sequence[str] = ()) -> TrainedModel:
     """Load a run folder's best.pt (last.pt where there is no best) or a checkpoint file.
 
-    overrides: `weights=raw` for the model's own weights, where the run kept a moving average (the default then); others
-        are keys over the checkpoint's config.
+    overrides: keys over the checkpoint's config; and `weights=raw` for the model's own weights, where the run kept a
+        moving average, which is the default then.
 
     Raises:
         CheckpointError: `source` holds no checkpoint that can be read.
         ConfigError: an override is refused, or makes another model than the checkpoint's; or this is one of several
             processes, which would all do the same.
     """
-    # Here, because Hydra's import takes a tenth of a second.
+    # Imported here, because Hydra takes a tenth of a second.
     from sasa_train.config.overrides import split_weights
     from sasa_train.config.saved import load_config
 
@@ -86,7 +86,7 @@ def load_trained(source: Path, overrides: Sequence[str] = ()) -> TrainedModel:
 
 
 def _own_preprocessing(data: DataConfig) -> list[str]:
-    """As overrides: on other images a model still reads what it was trained to read, not what another set's would."""
+    """Return overrides that keep image size and normalisation as trained, whatever data set the model now reads."""
     mean, std = mean_std(data)
     return [f"data.image_size={resolved_image_size(data)}", f"data.mean={list(mean)}", f"data.std={list(std)}"]
 

@@ -1,14 +1,14 @@
 """Disturb runs in every way a machine can, continue them by the same command, and compare with a run never disturbed.
 
 Processes are killed, signalled, stopped and raced, disks fill up, files are cut, flipped and deleted, images and
-configs change between starts; at seeded random moments. Each fault must end as documented (docs/reliability.md): the
-run goes on, or stops with the error that belongs to it. In the end every tensor of last.pt and best.pt and every row of
-metrics.jsonl (but its timings) must be equal to those of the run never disturbed, or a silent difference is reported.
+configs change between starts, all at seeded random moments. Each fault must end as documented (docs/reliability.md):
+the run goes on, or stops with the error that belongs to it. In the end every tensor of last.pt and best.pt and every
+row of metrics.jsonl (except its timings) must equal those of the run never disturbed; any difference is reported.
 
-The embedded digits are written as class folders and as tar shards. The disturbed runs keep them resident or stream them
-at 0, 1 and 3 workers, from folders and from shards, in turn; the undisturbed one is in the first of these modes. Three
-recipes share the framework's augmentations, losses and optimizers out among them; all have a moving average, drop path,
-accumulation and mixing.
+The embedded digits are written as class folders and as tar shards. The disturbed runs in turn keep them resident or
+stream them with 0, 1 and 3 workers, from folders and from shards; the undisturbed run uses the first of these modes.
+Three recipes cover the framework's augmentations, losses and optimizers between them; all have a moving average, drop
+path, accumulation and mixing.
 
 usage: python scripts/chaos.py [--faults 20] [--kinds KIND,...] [--recipe rand|trivial|large] [--seed 0]
                                [--tally FILE.json] [--keep FOLDER] [key=value ...]
@@ -75,7 +75,7 @@ MODES: list[Mode] = [
     ("shards", RESIDENT), ("folders", STREAMED[2]), ("shards", STREAMED[0]),
 ]  # fmt: skip
 TIMINGS = {"images_per_sec", "data_wait_fraction", "memory_mib", "seconds"}
-# Of a checkpoint: timings, and where and how it was made.
+# Parts of a checkpoint: timings, and where and how it was made.
 NOT_COMPARED = {"seconds", "config", "metrics", "provenance", "fingerprint"}
 STEPS_PER_EPOCH = 25
 PATIENCE = 300  # seconds for a run to reach a moment, or to end
@@ -124,18 +124,18 @@ class Chaos:
             raise Failure(f"exit code {code} instead of {codes}, or no {message!r}:\n{text[-3000:]}")
         return code
 
-    def go_on(self, process: subprocess.Popen, message: str = "") -> str:
-        """Let it make a few rows, then stop it; it must have said `message`."""
+    def go_on(self, process: subprocess.Popen, message: str = "") -> None:
+        """Let the run write a few rows, then stop it; it must have said `message`."""
         self.wait(process, "mid-epoch", self.random.randint(1, 4))
         process.send_signal(signal.SIGTERM)
         self.end(process, (0, 75), message)
-        return ""
 
     def refused(self, message: str, *more: str, code: int = 2, mode: Mode | None = None) -> None:
         self.end(self.start(*more, mode=mode), (code,), message)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Read when the file has changed, so that looking out for a moment does not take a processor."""
+        """The disturbed run's rows."""
+        # Read only when the file has changed: waiting for a moment must not take a whole processor.
         path = self.broken / "metrics.jsonl"
         state = (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else (0, 0)
         if state != self._rows_state:
@@ -143,7 +143,7 @@ class Chaos:
         return self._rows
 
     def wait(self, process: subprocess.Popen, moment: str, num_rows: int) -> bool:
-        """Until `num_rows` more rows are there and it is the moment; False where the run ended before."""
+        """Wait until the run has `num_rows` more rows and is at the moment; False if it ended before."""
         first_row, deadline = len(self.rows()) + num_rows, time.monotonic() + PATIENCE
         if moment == "start-up":
             time.sleep(self.random.uniform(0, 6))
@@ -155,14 +155,14 @@ class Chaos:
                 raise Failure(f"it did not reach {moment} within {PATIENCE} s")
             rows = self.rows()
             if len(rows) >= first_row and not begun:
-                begun = "ETA" in self.log.read_text(errors="replace")  # its own rows, not those it found
+                begun = "ETA" in self.log.read_text(errors="replace")  # this start's own rows, not earlier ones
             if begun and len(rows) >= first_row and is_moment(self.broken, rows, moment):
                 return True
             time.sleep(0.0005)
         return False
 
     def need_checkpoints(self, count: int) -> None:
-        """Go on until the run has so many checkpoints beside best.pt."""
+        """Go on until the run has `count` checkpoints beside best.pt."""
         while len(list(self.checkpoints.glob("[ls]*.pt"))) < count:
             self.go_on(self.start())
 
@@ -174,7 +174,7 @@ class Chaos:
         if self.wait(process, moment, self.random.randint(1, 10)):
             process.send_signal(number)
             start = time.monotonic()
-        # Before the command's first lines ran, a signal does what it does to any process: nothing was begun.
+        # Before the command's first lines ran, a signal ends it like any process: nothing was begun.
         codes = (0, -number) if number == signal.SIGKILL or moment == "start-up" else (0,)
         code = self.end(process, codes if number == signal.SIGKILL else (*codes, 75))
         if code == 75:
@@ -191,31 +191,30 @@ class Chaos:
         self.end(process, (0, 75, 130))
         return moment
 
-    def pause(self) -> str:
+    def pause(self) -> None:
         process = self.start()
         if self.wait(process, "mid-epoch", self.random.randint(1, 4)):
             process.send_signal(signal.SIGSTOP)
             time.sleep(1)
             process.send_signal(signal.SIGCONT)
-        return self.go_on(process)
+        self.go_on(process)
 
-    def time_limit(self) -> str:
+    def time_limit(self) -> None:
         self.end(self.start(f"trainer.max_hours={self.random.uniform(5, 9) / 3600}"), (0, 75))
-        return ""
 
-    def second_run(self) -> str:
+    def second_run(self) -> None:
         process, log = self.start(), self.folder / "second.txt"
         if self.wait(process, "mid-epoch", 1):
-            process.send_signal(signal.SIGSTOP)  # so that it is still there when the second has started
+            process.send_signal(signal.SIGSTOP)  # so that it still runs when the second has started
             second = self.start(log=log)
             try:
                 self.end(second, (2,), f"is in use by process {process.pid} on ", log)
             finally:
                 process.send_signal(signal.SIGCONT)
-        return self.go_on(process)
+        self.go_on(process)
 
-    def race(self) -> str:
-        """Two starts at once: one is refused, the other goes on."""
+    def race(self) -> None:
+        """Start two at once: one is refused, the other goes on."""
         logs = [self.log, self.folder / "second.txt"]
         runners = [self.start("trainer.log_every_steps=1", log=log) for log in logs]
         deadline = time.monotonic() + PATIENCE
@@ -229,27 +228,26 @@ class Chaos:
         runners[winner].send_signal(signal.SIGTERM)
         self.end(runners[loser], (2,), "is in use by ", logs[loser])
         self.end(runners[winner], (0, 75), "", logs[winner])
-        return ""
 
-    def worker(self, number: signal.Signals, message: str) -> str:
+    def worker(self, number: signal.Signals, message: str) -> str | None:
         process = self.start(f"data.worker_timeout={WORKER_TIMEOUT}", mode=("folders", STREAMED[2]))
         if not self.wait(process, "mid-epoch", self.random.randint(1, 6)):
             self.end(process, (0,))
             return "too late"
-        workers = children(process.pid)
-        os.kill(self.random.choice(workers), number)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(self.random.choice(workers)), number)
         start = time.monotonic()
         code = self.end(process, (0, 1))  # 0: the run ended without this worker
         if code == 1:
             self.end(process, (1,), message)
         if time.monotonic() - start > WORKER_TIMEOUT + WORKER_GRACE:
             raise Failure(f"{time.monotonic() - start:.0f} s until the run ended")
-        return ""
+        return None
 
     # Faults of disks and files
 
-    def disk_full(self, *more: str) -> str:
-        """A limit on the size of files stands in for it: the write itself fails."""
+    def disk_full(self, *more: str) -> None:
+        # A limit on the size of files stands in for a full disk: the write itself fails.
         self.need_checkpoints(1)
         size = int((self.checkpoints / "last.pt").stat().st_size * self.random.uniform(0.1, 0.9))
         size = max(size, 2 * (self.broken / "metrics.jsonl").stat().st_size)
@@ -257,25 +255,21 @@ class Chaos:
         if more and self.wait(process, "mid-epoch", 12):
             process.send_signal(signal.SIGTERM)
         self.end(process, (1,), "cannot write")
-        return ""
 
-    def disk_full_go_on(self) -> str:
+    def disk_full_go_on(self) -> None:
         self.disk_full("trainer.on_failed_save=continue")
-        if "tries again at the next checkpoint" not in self.log.read_text() and not self.is_at_the_end():
-            raise Failure(f"it did not go on:\n{self.log.read_text()[-2000:]}")
-        return ""
+        log = self.log.read_text()
+        if "tries again at the next checkpoint" not in log and "step 150/150" not in log:
+            raise Failure(f"it did not go on:\n{log[-2000:]}")
 
-    def is_at_the_end(self) -> bool:
-        return "step 150/150" in self.log.read_text()
-
-    def after_damage(self, name: str, damage: Callable[..., object], message: str = "", at_least: int = 1) -> str:
+    def after_damage(self, name: str, damage: Callable[..., object], message: str = "", at_least: int = 1) -> None:
         """Damage a file of the run, once it has `at_least` checkpoints: it goes on, and says `message`."""
         self.need_checkpoints(at_least)
         path = self.broken / name
         damage(self, next(path.iterdir()) if path.is_dir() else path)
-        return self.go_on(self.start(), message)
+        self.go_on(self.start(), message)
 
-    def last_hostile(self) -> str:
+    def last_hostile(self) -> None:
         self.need_checkpoints(2)
         trap = self.folder / "code ran"
         hostile = load_checkpoint(self.checkpoints / "last.pt") | {"trap": Hostile(trap)}
@@ -284,14 +278,8 @@ class Chaos:
         self.go_on(self.start(), "skipping a damaged checkpoint")
         if trap.exists():
             raise Failure("a checkpoint ran code")
-        return ""
 
-    def half_written(self) -> str:
-        return self.after_damage(
-            "checkpoints/last.pt.0123abcd.tmp", lambda self, path: path.write_bytes(self.random.randbytes(9999))
-        )
-
-    def every_checkpoint_damaged(self) -> str:
+    def every_checkpoint_damaged(self) -> None:
         self.need_checkpoints(2)
         copy = self.folder / "copy"
         shutil.copytree(self.checkpoints, copy)
@@ -300,10 +288,9 @@ class Chaos:
         self.refused("restore one from a copy, or start a new run with resume=never", code=1)
         shutil.rmtree(self.checkpoints)
         copy.rename(self.checkpoints)
-        return ""
 
-    def metrics_damaged(self) -> str:
-        return self.after_damage("metrics.jsonl", self.random.choice((Chaos.cut, Chaos.flip, Chaos.delete)))
+    def metrics_damaged(self) -> None:
+        self.after_damage("metrics.jsonl", self.random.choice((Chaos.cut, Chaos.flip, Chaos.delete)))
 
     def other_files_damaged(self) -> str:
         name = self.random.choice(("config.yaml", "run.json", ".lock", "tensorboard"))
@@ -315,6 +302,9 @@ class Chaos:
 
     def cut(self, path: Path) -> None:
         os.truncate(path, self.random.randrange(path.stat().st_size))
+
+    def scribble(self, path: Path) -> None:
+        path.write_bytes(self.random.randbytes(9999))
 
     def flip(self, path: Path) -> None:
         data = bytearray(path.read_bytes())
@@ -331,8 +321,7 @@ class Chaos:
 
     def config_misspelt(self) -> str:
         wrong = self.random.choice(("trainer.epoch=6", "+trainer.epoch=6", "optimiser.lr=0.1", "trainer.epochs=six"))
-        key = wrong.strip("+").partition("=")[0]
-        self.refused(key, wrong)
+        self.refused(wrong.strip("+").partition("=")[0], wrong)
         return wrong
 
     def images_changed(self) -> str:
@@ -365,13 +354,10 @@ class Hostile:
 
 
 LAST, SKIPPED = "checkpoints/last.pt", "skipping a damaged checkpoint"
-NEWEST = partial(Chaos.after_damage, name=LAST, at_least=2)  # with an older one to go on from
-KINDS: dict[str, Callable[[Chaos], str]] = {
-    "SIGKILL": partial(Chaos.signalled, number=signal.SIGKILL),
-    "SIGTERM": partial(Chaos.signalled, number=signal.SIGTERM),
-    "SIGINT": partial(Chaos.signalled, number=signal.SIGINT),
-    "SIGUSR1": partial(Chaos.signalled, number=signal.SIGUSR1),
-    "SIGUSR2": partial(Chaos.signalled, number=signal.SIGUSR2),
+NEWEST = partial(Chaos.after_damage, name=LAST, at_least=2)  # with an older checkpoint to go on from
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+KINDS: dict[str, Callable[[Chaos], str | None]] = {
+    **{number.name: partial(Chaos.signalled, number=number) for number in SIGNALS},
     "SIGINT twice": Chaos.interrupt_twice,
     "SIGSTOP and SIGCONT": Chaos.pause,
     "time limit": Chaos.time_limit,
@@ -386,7 +372,7 @@ KINDS: dict[str, Callable[[Chaos], str]] = {
     "last.pt deleted": partial(NEWEST, damage=Chaos.delete, message="the newest good one"),
     "last.pt with code in it": Chaos.last_hostile,
     "manifest damaged": partial(NEWEST, name=f"{LAST}.json", damage=Chaos.cut, message=SKIPPED),
-    "half-written file left": Chaos.half_written,
+    "half-written file left": partial(Chaos.after_damage, name=f"{LAST}.0123abcd.tmp", damage=Chaos.scribble),
     "every checkpoint damaged": Chaos.every_checkpoint_damaged,
     "metrics.jsonl damaged": Chaos.metrics_damaged,
     "another file of the run damaged": Chaos.other_files_damaged,
@@ -424,7 +410,7 @@ def main() -> int:
 
 
 def disturb(chaos: Chaos, kinds: list[str], num_faults: int) -> tuple[Counter, Counter]:
-    """`num_faults` faults, each kind in turn, in as many runs as that takes; returns tried and failed by kind."""
+    """Make `num_faults` faults, each kind in turn, in as many runs as that takes; return tried and failed by kind."""
     write_digits(chaos.folder)
     chaos.end(chaos.start(name="whole", mode=MODES[0]), (0,))
     print(f"a run never disturbed: {len(read_rows(chaos.whole))} rows", flush=True)
@@ -440,12 +426,12 @@ def disturb(chaos: Chaos, kinds: list[str], num_faults: int) -> tuple[Counter, C
             start = time.monotonic()
             told = KINDS[kind](chaos)
             at = f"{len(chaos.rows())} rows, {time.monotonic() - start:.0f} s"
-            print(f"{number:>4}  {kind}{': ' if told else ''}{told}  ({at})", flush=True)
+            print(f"{number:>4}  {kind}{f': {told}' if told else ''}  ({at})", flush=True)
         while not has_finished(chaos.broken):
             chaos.end(chaos.start(), (0,))
         num_runs += compare(chaos)
     except (Failure, ConfigError) as failure:
-        failed[kind] += 1  # of a difference at the end: the last one before it was seen
+        failed[kind] += 1  # a difference at the end of a run counts for its last fault
         print(f"FAILED  {kind}: {failure}\nwhat is left is in {chaos.folder}")
     print(
         f"{num_runs} runs, {tried.total()} faults: every tensor of last.pt and best.pt and every row of metrics.jsonl"
@@ -470,7 +456,7 @@ def add_to_tally(path: Path, tried: Counter, failed: Counter) -> None:
 
 
 def write_digits(folder: Path) -> None:
-    """The embedded digits as PNG in class folders, and as tar shards."""
+    """Write the embedded digits as PNG in class folders, and as tar shards."""
     if (folder / "shards").exists():
         return
     for split, images in zip(("train", "val"), load_image_sets(compose_config([]).data), strict=True):
@@ -484,14 +470,9 @@ def write_digits(folder: Path) -> None:
 def is_moment(run_dir: Path, rows: list[dict[str, Any]], moment: str) -> bool:
     if moment == "a save":
         return any((run_dir / "checkpoints").glob("*.tmp"))
-    if moment == "evaluation":  # the epoch's last train row is there, its val row is not yet
+    if moment == "evaluation":  # the epoch's last train row is written, its val row is not yet
         return rows[-1]["split"] == "train" and rows[-1]["step"] % STEPS_PER_EPOCH == 0
     return rows[-1]["step"] % STEPS_PER_EPOCH != 0
-
-
-def children(process: int) -> list[int]:
-    """Of a process, by its id: the data workers of a run."""
-    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 def read_rows(run_dir: Path, skip_damaged: bool = False) -> list[dict[str, Any]]:
@@ -501,7 +482,7 @@ def read_rows(run_dir: Path, skip_damaged: bool = False) -> list[dict[str, Any]]
 
 
 def compare(chaos: Chaos) -> int:
-    """Raise Failure naming the first difference; the disturbed run is then taken away. Returns 1."""
+    """Raise Failure with the first difference; where there is none, delete the disturbed run and return 1."""
     rows, other_rows = read_rows(chaos.whole), read_rows(chaos.broken)
     for row, other_row in itertools.zip_longest(rows, other_rows):
         if row != other_row:

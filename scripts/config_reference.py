@@ -1,4 +1,4 @@
-"""docs/config.md from what it describes: the dataclasses in sasa_train/config/keys.py and the files in configs/.
+"""Generate docs/config.md from the dataclasses in sasa_train/config/keys.py and the files in configs/.
 
 usage: python scripts/config_reference.py > docs/config.md
 """
@@ -20,19 +20,19 @@ from sasa_train.sweep.planning import SweepConfig
 
 HEAD = """# Every key
 
-*Made by `python scripts/config_reference.py > docs/config.md`; a test compares.* The same keys hold on the command line
-(`sasa-train trainer.epochs=10`), in `configs/` and in a run's `config.yaml`; `sasa-train --help` prints them too. A
-misspelt key, a wrong type and values that cannot go together are refused before anything is loaded, with exit code 2.
+Look up a key, its default and its meaning. *Made by `python scripts/config_reference.py > docs/config.md`; a test
+compares.* Keys are the same on the command line (`sasa-train trainer.epochs=10`), in `configs/` and in a run's
+`config.yaml`; `sasa-train --help` prints them too. Misspelt keys, wrong types and values that cannot go together are
+refused before anything is loaded, with exit code 2.
 
-- The default holds where no file of a chosen group says otherwise. `null` means: as the meaning says.
-- A key with a star may differ between a run and its continuation; all others shape what is computed, and are compared
-  when a run resumes (`allow_config_change=[trainer.epochs]` lets one differ).
-- Lists are written `[a,b]`, arguments of {free} `{{name:value}}`. Texts with
-  other signs than a plain word's are quoted.
-- A choice is a file in `configs/<group>/` that sets some of these keys: `model=sasa_resnet50`. Later words win:
-  experiment files over groups, the command line over all.
+- A choice is a file in `configs/<group>/` that sets some of these keys: `model=sasa_resnet50`. Experiment files
+  override groups, the command line overrides both; the defaults here hold where neither sets a key.
+- A key with a star may change when a run resumes; all others may only with `allow_config_change=[trainer.epochs]`.
+- Keys with the default null take null too. Lists are written `[a,b]`, arguments of {free}
+  `{{name:value}}`. Quote texts with special signs.
+- A path has at most 255 bytes per folder and 4,095 in all. A name has letters, digits and `_ . = , + -`.
 """
-WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false", types.NoneType: "null"}
+WORDS = {int: "integer", float: "number", str: "text", bool: "true/false", types.NoneType: "null"}
 
 
 def main() -> None:
@@ -46,27 +46,42 @@ def reference() -> str:
         parts.append(f"## {group or 'Top level'}\n")
         parts.append(keys({key: field for key, field in key_table().items() if key.rpartition(".")[0] == group}))
         if group in GROUPS:
-            parts.append(choice_table(group))
+            parts.append(choice_list(group))
     parts.append("## experiment\n\nA whole recipe: the command is `sasa-train experiment=NAME`.\n")
-    parts.append(choice_table("experiment"))
+    parts.append(choice_list("experiment"))
     parts.append(
         "## sweep\n\nThe keys of `sasa-sweep` and of the files in `configs/sweep/`, see [sweeps.md](sweeps.md).\n"
     )
     parts.append(keys(key_table(SweepConfig, "sweep.")))
-    parts.append(choice_table("sweep"))
+    parts.append(choice_list("sweep"))
     return "\n".join(parts)
 
 
 def keys(fields: dict[str, dataclasses.Field]) -> str:
-    return table(("key", "type and bounds", "default", "meaning"), [row(key, field) for key, field in fields.items()])
+    return table(("key=default", "meaning [type and bounds]"), [row(key, field) for key, field in fields.items()])
 
 
 def row(key: str, field: dataclasses.Field) -> tuple[str, ...]:
-    bounds = field.metadata["bounds"]
-    words = type_in_words(field.type) + (f", {bounds}" if bounds else "")
     star = "\\*" if field.metadata["may_change"] else ""
     meaning = field.metadata["help"].replace("*", "\\*").replace("|", "\\|")
-    return f"`{key}`{star}", words, f"`{written_default(field)}`", meaning
+    return f"`{key}={written_default(field)}`{star}", f"{meaning} [{type_and_bounds(field)}]"
+
+
+def type_and_bounds(field: dataclasses.Field) -> str:
+    """In words; the page's head has the rules of paths and names, and says that a default of null is allowed."""
+    bounds = field.metadata["bounds"]
+    kind = type_in_words(field.type)
+    if field.default is None:
+        kind = kind.removesuffix(" or null")
+    if bounds is None:
+        return kind
+    if bounds.choices:
+        return kind.replace("text", str(bounds))
+    if bounds.is_path:
+        return kind.replace("text", "path")
+    if bounds.name_length:
+        return kind.replace("text", f"name of at most {bounds.name_length} signs")
+    return f"{kind}, {bounds}"
 
 
 def type_in_words(kind: typing.Any) -> str:
@@ -79,16 +94,21 @@ def type_in_words(kind: typing.Any) -> str:
     return "arguments" if typing.get_origin(kind) is dict else WORDS[kind]
 
 
-def choice_table(group: str) -> str:
-    found = {f"`{group}={name}`": describe(config_dir() / group / f"{name}.yaml") for name in choices(group)}
-    by_name = [choice for choice, words in found.items() if not words]
-    sentence = f"Choices that set the name alone: {', '.join(by_name)}.\n" if by_name else ""
-    rows = [(choice, words) for choice, words in found.items() if words]
-    return "\n".join(part for part in (sentence, table(("choice", "is"), rows) if rows else "") if part)
+def choice_list(group: str) -> str:
+    """One line per description: choices that differ only in the net's depth share it."""
+    words = {f"`{group}={name}`": describe(config_dir() / group / f"{name}.yaml") for name in choices(group)}
+    alike: dict[str, list[str]] = {}
+    for choice, description in words.items():
+        alike.setdefault(re.sub(r"ResNet-\d+", "ResNet", description), []).append(choice)
+    lines = []
+    for shared, found in alike.items():
+        description = words[found[0]] if len(found) == 1 else shared
+        lines.append(f"- {', '.join(found)}: {description or 'nothing but the name'}\n")
+    return "".join(lines)
 
 
 def describe(path: Path) -> str:
-    """The first sentence of the file's own words; of a file without any, what it sets beside the name."""
+    """The first sentence of the file's comments; without comments, the values that it sets beside the name."""
     text = path.read_text(encoding="utf-8")
     comments = re.findall(r"^# ?(.*)$", text, re.MULTILINE)
     is_command = re.compile(r"@package|sasa-|  ")
@@ -100,8 +120,8 @@ def describe(path: Path) -> str:
 
 
 def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    first, *others = (f"| {' | '.join(line)} |\n" for line in (head, *rows))
+    return "".join((first, f"|{'---|' * len(head)}\n", *others))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/attention.md anew, by the code that the page shows beside them."""
+"""Draw the pictures of docs/attention.md anew, with the code that the page shows beside them."""
 
 import os
 import re

@@ -1,12 +1,12 @@
-"""Images a second of our loaders beside timm's `create_loader` and a plain torchvision loader, on the same files.
+"""Images per second of our loaders, timm's `create_loader` and a plain torchvision loader, on the same files.
 
-Streamed: random-resized crop (bilinear), flip, normalised float32 batches. Everything runs on one core, the one worker
-and the main process, so that the figure is images/s per core. Resident (--resident): the set decoded once, pad-and-crop
-and flip of whole batches on all cores, beside torchvision DataLoaders that take one sample at a time in 2 workers: from
-the files, and from an array in memory.
+Streamed: random-resized crop (bilinear), flip, normalised float32 batches. The worker and the main process share one
+core, so that the figure is images/s per core. Resident (--resident): the set is decoded once, with pad-and-crop and
+flip of whole batches on all cores; the others are torchvision DataLoaders that take one sample at a time in 2 workers,
+from the files and from an array in memory.
 
-All loaders deliver the same number of images in turn, in alternating order, after a warm-up; printed are the
-median, the range and the ratio of the pairs.
+After a warm-up all loaders deliver the same number of images in turn, in alternating order. Prints the median, the
+range and the ratio of the pairs.
 
 usage: python scripts/loader_throughput.py ROOT --size 224 [--images 1280] [--rounds 7]
        python scripts/loader_throughput.py ROOT --size 32 --resident
@@ -45,7 +45,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path)
     parser.add_argument("--size", type=int, required=True, help="pixels of the crops")
-    parser.add_argument("--images", type=int, default=1280, help="delivered in a round by each loader")
+    parser.add_argument("--images", type=int, default=1280, help="images that each loader delivers per round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--resident", action="store_true")
     options = parser.parse_args()
@@ -71,7 +71,7 @@ def main() -> int:
 
 
 def link_images(root: Path, folder: Path, num_images: int) -> None:
-    """A data set of `num_images` links to the images of `root`, in train/ and a single batch of them in val/."""
+    """Make a data set of `num_images` links to the images of `root`: all in train/, one of each image in val/ too."""
     found = ImageFolder(str(root / "train" if (root / "train").is_dir() else root))
     random.seed(0)
     samples = random.sample(found.samples, len(found.samples))

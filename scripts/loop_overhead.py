@@ -1,8 +1,8 @@
-"""What the trainer costs beside a bare loop: the same model, optimizer and resident batches, with and without it.
+"""Compare the trainer with a bare loop: the same model, optimizer and resident batches, with and without it.
 
-The bare loop is forward, loss, backward, update. The trainer's adds the schedule, sums for the log, the non-finite
-guard, a log row every --log-every steps (metrics.jsonl, TensorBoard, console) and polling for signals. Both train for
-an epoch in turn, in alternating order, after a warm-up; printed are the median images/s, the spread and the ratio.
+The bare loop is forward, loss, backward, update. The trainer adds the schedule, sums for the log, the non-finite guard,
+a log row every --log-every steps (metrics.jsonl, TensorBoard, console) and polling for signals. After a warm-up both
+train for an epoch in turn, in alternating order. Prints the median images/s, the spread and the ratio.
 
 usage: python scripts/loop_overhead.py [--rounds 40] [--log-every 50] [key=value ...]   (overrides of the run's config)
 """
@@ -32,15 +32,9 @@ from sasa_train.training.run import build_stepper
 from sasa_train.training.step import Stepper
 
 RUN = [
-    "model=conv_resnet26",
-    "model.stem=conv_small",
-    "model.width=0.25",
-    "data=digits",
-    "data.resident=true",
-    "trainer.global_batch_size=64",
-    "trainer.epochs=1000",
-    "trainer.eval_every_epochs=1000",
-]
+    "model=conv_resnet26", "model.stem=conv_small", "model.width=0.25", "data=digits", "data.resident=true",
+    "trainer.global_batch_size=64", "trainer.epochs=1000", "trainer.eval_every_epochs=1000",
+]  # fmt: skip
 
 
 def main() -> int:
@@ -58,15 +52,13 @@ def main() -> int:
         print(f"{name:<8} {speed['median']:8.1f} images/s (from {speed['min']:.1f} to {speed['max']:.1f})")
     found = ratio(seconds["bare"], seconds["trainer"])  # of speeds
     low, high = found["quartiles"]
-    print(
-        f"ratio trainer/bare, median of {arguments.rounds} pairs: {found['median']:.4f} "
-        f"(quartiles {low:.4f} to {high:.4f})"
-    )
+    median = f"median of {arguments.rounds} pairs: {found['median']:.4f}"
+    print(f"ratio trainer/bare, {median} (quartiles {low:.4f} to {high:.4f})")
     return 0
 
 
 def build_both(config: TrainConfig, folder: Path) -> tuple[dict[str, Callable[[], None]], torch.device, int]:
-    """One epoch of the bare loop and one of the trainer's, the device, and the images of an epoch."""
+    """One epoch of the bare loop and one of the trainer's, the device, and the number of images per epoch."""
     device, config = resolve(config)
     loaders = build_loaders(config, device)
     plan = RunPlan(config, device, steps_per_epoch=loaders.train.plan.steps_per_epoch)

@@ -1,4 +1,4 @@
-"""How long a checkpoint pauses training: a whole training state of a model, saved to disk again and again.
+"""Measure how long a checkpoint pauses training: the whole training state of a model, saved to disk repeatedly.
 
 usage: python scripts/save_time.py [--model sasa_resnet50] [--repeats 15] [--folder FOLDER on the disk in question]
 """
@@ -44,9 +44,8 @@ def main() -> None:
     shutil.rmtree(folder)
     print(f"{arguments.model} with momentum and moving average, {size:.0f} MB, {arguments.repeats} saves of each kind")
     for is_best, taken in seconds.items():
-        name = "last.pt and best.pt" if is_best else "last.pt"
-        low, high = min(taken), max(taken)
-        print(f"{name:<20} median {statistics.median(taken):.2f} s, from {low:.2f} to {high:.2f}")
+        name, median = "last.pt and best.pt" if is_best else "last.pt", statistics.median(taken)
+        print(f"{name:<20} median {median:.2f} s, from {min(taken):.2f} to {max(taken):.2f}")
 
 
 if __name__ == "__main__":

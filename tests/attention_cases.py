@@ -2,6 +2,7 @@
 
 import math
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -47,19 +48,9 @@ def outputs_and_grads(backend, dtype, inputs, kernel_size, content, border, grad
 
 
 def assert_equals_reference(
-    shape,
-    kernel_size,
-    dtype=torch.float32,
-    layout="contiguous",
-    border="mask",
-    content=True,
-    rel="shared",
-    seed=0,
-    stride=1,
-    *,
-    backend: str,
-    device: str = "cpu",
-) -> None:
+    shape, kernel_size, dtype=torch.float32, layout="contiguous", border="mask", content=True, rel="shared",
+    seed=0, stride=1, *, backend: str, device: str = "cpu",
+) -> None:  # fmt: skip
     """Output and gradients against the reference in float64, on the same (rounded) inputs.
 
     `rel`: "shared", "per head", "mixed" (rel_height shared, rel_width one a head), "swapped" (the reverse) or None.
@@ -100,6 +91,29 @@ def tolerance(backend: str, device: str, inputs: torch.dtype, result: torch.dtyp
     if inputs == torch.bfloat16:  # TF32 cuts weights and their gradients to 11 bits, 2^-10, before they are summed
         return unit / 2 + 2**-10, 2**-9
     return unit / 2 + 1e-5, 8e-5  # three TF32 products for one have 22 bits of float32's 24
+
+
+def assert_random_cases(num_cases, largest, dtypes, rels, strides=(1,), **where) -> None:
+    """`largest` of B, N, H, W and D / 2."""
+    rng = random.Random(1)
+    for seed in range(num_cases):
+        rel = rng.choice(rels)
+        *shape, half_dim = (rng.randint(1, size) for size in largest)
+        choices = [[1, 3, 5, 7, 9, 11], dtypes, LAYOUTS, ["mask", "zero"]]
+        case = ((*shape, 2 * half_dim), *map(rng.choice, choices), rel is None or rng.random() < 0.7, rel, seed)
+        assert_equals_reference(*case, rng.choice(strides), **where)
+
+
+def assert_extremes_are_kept(backend: str, device: str = "cpu") -> int:
+    """Huge scores stay finite, and a NaN among the keys reaches each of 9 queries; return how many it reaches."""
+    generator = torch.Generator().manual_seed(0)
+    q, key, v = (x.to(device) for x in draw((1, 2, 5, 6, 8), "contiguous", torch.float32, generator))
+    grads = outputs_and_grads(backend, None, (300 * q, 300 * key, v, None, None), 3, True, "mask", torch.ones_like(v))
+    assert all(x is None or x.isfinite().all() for x in grads)
+    key[0, 1, 2, 3, 0] = float("nan")
+    reached = local_attention(q, key, v, kernel_size=3, backend=backend).isnan().any(-1)
+    assert reached[0, 1, 1:4, 2:5].all()
+    return int(reached.sum())
 
 
 def assert_threads_change_no_bit(run: Callable[[], Sequence[Tensor | None]], counts: Sequence[int]) -> None:

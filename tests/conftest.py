@@ -1,18 +1,26 @@
-"""Small real things to test with: images on disk, and the commands run as users run them."""
+"""Fixtures that many test modules use: a folder of images, and the commands run as users run them."""
 
+import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
+# Before Triton is imported, which our own modules do: its kernels are then tested without a GPU.
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: the kernels are then tested without a GPU
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# As many threads as processors in all, here and in the processes that tests start: more would wait for each other.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    num_threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    torch.set_num_threads(num_threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(num_threads))
+
+pytest.register_assert_rewrite("attention_cases", "making_data", "reading_runs", "running_commands", "stem_cases")
 
 Command = Callable[..., subprocess.CompletedProcess]
 
@@ -21,11 +29,11 @@ Command = Callable[..., subprocess.CompletedProcess]
 def command(tmp_path: Path) -> Command:
     """command("train", "key=value", ...) runs `python -m sasa_train.train ...` in an empty folder."""
 
-    def run(module: str, *arguments: str, expect: int = 0, env: dict[str, str] | None = None):
+    def run(module: str, *arguments: str, expect: int = 0):
         process = subprocess.run(
             [sys.executable, "-m", f"sasa_train.{module}", *arguments],
             cwd=tmp_path,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             timeout=280,
@@ -37,32 +45,45 @@ def command(tmp_path: Path) -> Command:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums in the order in which `command` and `start` sum: another number of threads has another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, one_thread) -> Command:
+    """The same as `command`, without the seconds that a new interpreter takes to import torch."""
+
+    def run(module: str, *arguments: str, expect: int = 0):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [module])  # what a message calls the command
+        capsys.readouterr()
+        code = importlib.import_module(f"sasa_train.{module}").run_command(list(arguments))
+        out, err = capsys.readouterr()
+        assert code == expect, f"exit {code}\n{out}\n{err}"
+        return subprocess.CompletedProcess(arguments, code, out, err)
+
+    return run
+
+
+@pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
     """Two classes, red and blue, of 11 + 7 training and 3 + 5 val images of odd sizes, as PNG."""
+    from making_data import make_image_folder
+
     return make_image_folder(tmp_path / "images")
 
 
-def make_image_folder(root: Path, size: tuple[int, int] = (19, 17)) -> Path:
-    rng = np.random.default_rng(0)
-    for split, counts in (("train", (11, 7)), ("val", (3, 5))):
-        for label, name in enumerate(("blue", "red")):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(counts[label]):
-                pixels = rng.integers(0, 80, (size[1], size[0], 3), dtype=np.uint8)
-                pixels[..., 0 if name == "red" else 2] += 150
-                Image.fromarray(pixels).save(folder / f"{i}.png")
-    return root
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> Path:
+    """A finished run with attention in stem and stages and a moving average: copy it before you change it."""
+    from running_commands import TINY
 
+    from sasa_train import train
 
-# A run of seconds: a tiny attention net on a part of the digits.
-TINY = (
-    "experiment=debug",
-    "data.max_train_images=70",
-    "data.max_val_images=30",
-    "trainer.global_batch_size=16",
-    "trainer.max_steps=null",
-    "trainer.epochs=3",
-    "trainer.log_every_steps=1",
-    "output_dir=out",
-)
+    folder = tmp_path_factory.mktemp("tiny_run")
+    assert train.run_command([*TINY, f"output_dir={folder}", "run_name=tiny", "trainer.ema_decay=0.5"]) == 0
+    return folder / "tiny"

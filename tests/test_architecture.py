@@ -51,7 +51,7 @@ def test_no_function_is_longer_than_60_lines_but_kernels(folder):
 
 
 def test_no_imports_run_in_a_circle():
-    """Not even inside functions. (The order of the rooms is import-linter's contract, in pyproject.toml.)"""
+    """Imports inside functions count too. (The order of the rooms is import-linter's contract, in pyproject.toml.)"""
     graph = {dotted(path): imported(path) for path in MODULES}
     list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
 
@@ -76,6 +76,12 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return found & known - {dotted(path)}
+
+
+def test_no_test_module_imports_another():
+    """Shared code stands in a module whose name says what it does. Programs that tests start follow the same rule."""
+    for path in (ROOT / "tests").glob("*.py"):
+        assert not re.search(r"^[\s'\"]*(from|import) test_", path.read_text(encoding="utf-8"), re.MULTILINE), path.name
 
 
 def test_the_page_lists_the_rooms_and_modules_that_there_are():

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from timm.layers.halo_attn import HaloAttn
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -67,9 +68,8 @@ CASES = [
 def test_matches_the_loop_oracle(kernel_size, content, relative, shared, border):
     q, key, v, rel_height, rel_width = tensors(k=kernel_size, shared=shared)
     rel = (rel_height, rel_width) if relative else (None, None)
-    ours = local_attention(
-        q, key if content else None, v, *rel, kernel_size=kernel_size, content=content, border=border
-    )
+    key_or_none = key if content else None
+    ours = local_attention(q, key_or_none, v, *rel, kernel_size=kernel_size, content=content, border=border)
     expected = loop_oracle(q, key, v, *rel, kernel_size, content, border)
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
@@ -155,11 +155,6 @@ def test_transposing_the_image_transposes_the_output():
     torch.testing.assert_close(turn(turned), out)
 
 
-def test_a_window_of_one_returns_the_values():
-    q, key, v, rel_height, rel_width = tensors(k=1)
-    torch.testing.assert_close(local_attention(q, key, v, rel_height, rel_width, kernel_size=1), v)
-
-
 def test_a_zero_query_takes_the_mean_of_the_window():
     q, key, v, rel_height, rel_width = tensors()
     out = local_attention(torch.zeros_like(q), key, v, rel_height, rel_width, kernel_size=K)
@@ -169,8 +164,6 @@ def test_a_zero_query_takes_the_mean_of_the_window():
 
 def test_content_term_agrees_with_timms_halo_attention():
     """A second oracle: HaloAttn with blocks of 1 and a halo of 3 is a 7x7 window with a zero border, scaled."""
-    from timm.layers.halo_attn import HaloAttn
-
     halo = HaloAttn(12, num_heads=3, dim_head=4, block_size=1, halo_size=3).double().eval()
     with torch.no_grad():
         for parameter in halo.pos_embed.parameters():  # content alone
@@ -178,10 +171,8 @@ def test_content_term_agrees_with_timms_halo_attention():
         x = torch.randn(2, 12, 5, 7, dtype=torch.float64)
         kv = halo.kv(x).unflatten(1, (3, 8))  # a head's keys and values lie side by side
         q = halo.q(x).unflatten(1, (3, 4)) * 4**-0.5  # HaloAttn scales, we do not
-        bnhwd = (0, 1, 3, 4, 2)
-        ours = local_attention(
-            q.permute(bnhwd), kv[:, :, :4].permute(bnhwd), kv[:, :, 4:].permute(bnhwd), kernel_size=7, border="zero"
-        )
+        key, value = kv.permute(0, 1, 3, 4, 2).split(4, -1)
+        ours = local_attention(q.permute(0, 1, 3, 4, 2), key, value, kernel_size=7, border="zero")
         torch.testing.assert_close(ours.permute(0, 1, 4, 2, 3).flatten(1, 2), halo(x))
 
 
@@ -249,6 +240,10 @@ def test_flops_are_the_papers(content, relative, products):
     with FlopCounterMode(display=False) as counter:
         out.sum().backward()
     assert counter.get_total_flops() == 2 * forward
+    if content:
+        with FlopCounterMode(display=False) as counter:
+            local_attention_qkv(fused().to("meta").requires_grad_(), *rel, kernel_size=K).sum().backward()
+        assert counter.get_total_flops() == 3 * forward
 
 
 @pytest.mark.parametrize(
@@ -270,12 +265,6 @@ def test_refusals_name_the_argument_and_the_rule(change, message):
     arguments = dict(zip(names, tensors(torch.float32), strict=True)) | {"kernel_size": K} | change
     with pytest.raises(ValueError, match=message):
         local_attention(**arguments)
-
-
-def test_a_backend_asked_for_by_name_never_falls_back():
-    for backend in ("cpu", "triton"):
-        with pytest.raises(RuntimeError, match=f"backend='{backend}' cannot run: the tensors are torch.float64"):
-            local_attention(*tensors(torch.float64), kernel_size=K, backend=backend)
 
 
 def fused(content=True, dtype=torch.float32) -> Tensor:
@@ -315,14 +304,6 @@ def test_the_fused_op_is_a_well_behaved_library_op(content, stride, backend):
     torch.library.opcheck(torch.ops.sasa_train.local_attention_qkv.default, arguments)
 
 
-def test_flops_of_fused_projections():
-    projections = fused().to("meta").requires_grad_()
-    rel = [t.to("meta").requires_grad_() for t in tensors()[3:]]
-    with FlopCounterMode(display=False) as counter:
-        local_attention_qkv(projections, *rel, kernel_size=K).sum().backward()
-    assert counter.get_total_flops() == 3 * 3 * 2 * K * K * D * B * N * H * W
-
-
 def test_fused_projections_must_be_three():
     with pytest.raises(ValueError, match=r"projections must be \[3, B, N, H, W, D\] with content=True; got \[2, "):
         local_attention_qkv(fused(content=False), kernel_size=K)
@@ -330,7 +311,7 @@ def test_fused_projections_must_be_three():
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 7), (1, 4), (3, 1)])
 def test_stride_is_the_average_pool_of_the_output(size):
-    """At an odd side's end the average is of the positions that are there."""
+    """At the end of an odd side the average takes the existing positions alone."""
     projections = torch.randn(3, 2, 3, *size, 4, dtype=torch.float64, requires_grad=True)
     out = local_attention_qkv(projections, kernel_size=3, stride=2, backend="reference")
     whole = local_attention_qkv(projections, kernel_size=3, backend="reference")
@@ -338,8 +319,7 @@ def test_stride_is_the_average_pool_of_the_output(size):
     pooled = pooled.unflatten(1, (3, 4)).permute(0, 1, 3, 4, 2)
     torch.testing.assert_close(out, pooled)
     grad_output = torch.randn_like(out)
-    torch.testing.assert_close(
-        torch.autograd.grad(out, projections, grad_output), torch.autograd.grad(pooled, projections, grad_output)
-    )
+    ours, expected = (torch.autograd.grad(x, projections, grad_output) for x in (out, pooled))
+    torch.testing.assert_close(ours, expected)
     with pytest.raises(ValueError, match="stride=3 must be 1 or 2"):
         local_attention_qkv(projections, kernel_size=3, stride=3)

@@ -7,7 +7,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 from attention_cases import assert_threads_change_no_bit, run_narrower
-from torch import Tensor, nn
+from marking import slow_but_for
+from stem_cases import assert_exact, build, run
+from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,65 +25,10 @@ def needs_compiler() -> str | None:
 
 pytestmark = pytest.mark.skipif(needs_compiler() is not None, reason=f"no compiled kernel: {needs_compiler()}")
 
-# Float32 against float64: sums of up to a few thousand products of independent signs, each to 6e-8, leave some 1e-6 of
-# a tensor's largest number; ten times that. A gradient that batch norm nearly cancels (that of W_V of a map of a few
-# positions is almost along W_V, to whose length the output is blind) is as exact as what cancels in it: hence `FLOOR`
-# of the largest of all gradients.
-TOLERANCE = 3e-5
-FLOOR = 0.05
-
-
-def build(in_channels: int = 3, channels: int = 16, **dials) -> AttentionStem:
-    """With batch norm weights of both signs and a zero, and running statistics that are not those of the start."""
-    module = AttentionStem(in_channels, channels, **{"num_heads": 2, "backend": "cpu"} | dials)
-    nn.init.normal_(module.bn.weight)
-    nn.init.normal_(module.bn.bias)
-    nn.init.zeros_(module.bn.weight[1:2].detach())
-    module.bn.running_mean.normal_()
-    module.bn.running_var.uniform_(0.5, 2)
-    return module
-
-
-def run(module: nn.Module, x: Tensor, weight: Tensor | float = 1.0) -> dict[str, Tensor]:
-    """Output, gradients (of an output gradient drawn from a seed, times `weight`) and buffers after the step."""
-    x = x.detach().requires_grad_()
-    module.zero_grad()
-    out = module(x)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)) * weight
-    out.backward(grad.to(out.dtype))
-    results = {"out": out.detach(), "grad x": x.grad}
-    results |= {f"grad {name}": p.grad for name, p in module.named_parameters()}
-    return results | {name: buffer.clone() for name, buffer in module.named_buffers()}
-
-
-def clear_of_near_ties(exact_module: AttentionStem, x: Tensor) -> Tensor | float:
-    """1 where the largest of a window is the largest in float32 too (or all are equal), else 0."""
-    if not isinstance(exact_module.pool, nn.MaxPool2d):
-        return 1.0
-    seen, module = [], copy.deepcopy(exact_module)
-    module.pool.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
-    module(x)
-    windows = seen[0].unfold(2, 4, 4).unfold(3, 4, 4).flatten(4)
-    first, second = windows.topk(2).values.unbind(-1)
-    return ((first - second > 1e-5) | (first == second)).float()
-
-
-def assert_exact(module: AttentionStem, x: Tensor) -> None:
-    exact_module = copy.deepcopy(module).double()
-    exact_module.backend = "reference"
-    weight = clear_of_near_ties(exact_module, x.double())
-    ours, exact = run(module, x, weight), run(exact_module, x.double(), weight)
-    largest = max(float(value.abs().max()) for name, value in exact.items() if name.startswith("grad"))
-    for name, value in exact.items():
-        scale = max(float(value.abs().max()), FLOOR * largest if name.startswith("grad") else 0)
-        torch.testing.assert_close(
-            ours[name].double(), value.double(), rtol=0, atol=TOLERANCE * scale, msg=lambda text, n=name: f"{n}: {text}"
-        )
-
 
 @pytest.mark.parametrize("pool", [True, False])
-@pytest.mark.parametrize("dials", [{}, {"values": "plain"}, {"relative": False}, {"num_mixtures": 3}], ids=str)
-def test_outputs_gradients_and_statistics(dials, pool):
+@pytest.mark.parametrize("keys", [{}, {"values": "plain"}, {"relative": False}, {"num_mixtures": 3}], ids=str)
+def test_outputs_gradients_and_statistics(keys, pool):
     """Fewer blocks than lanes, whole groups and parts of them, images that share a group; heads of 2 to 32 numbers."""
     torch.manual_seed(0)
     for batch, in_channels, channels, num_heads, height, width in [
@@ -94,7 +41,7 @@ def test_outputs_gradients_and_statistics(dials, pool):
         (2, 3, 20, 2, 12, 12),
         (1, 3, 16, 8, 28, 4),
     ]:
-        module = build(in_channels, channels, num_heads=num_heads, pool=pool, **dials)
+        module = build(in_channels, channels, num_heads=num_heads, pool=pool, **keys)
         for layout in (torch.contiguous_format, torch.channels_last):
             for is_training in (True, False):
                 x = torch.randn(batch, in_channels, height, width).contiguous(memory_format=layout)
@@ -136,7 +83,7 @@ def op_arguments(module: AttentionStem, x: Tensor) -> tuple:
 
 
 def test_picks_what_torchs_max_pool_picks():
-    """And of equal numbers the first: with a zero image (or weight) all 16 are equal."""
+    """The first of equal numbers is picked: with a zero image (or weight) all 16 are equal."""
     torch.manual_seed(0)
     module, x = build(num_heads=4), torch.randn(3, 3, 12, 20)
     x[1, :, 4:8] = 0
@@ -169,7 +116,7 @@ def test_variance_far_from_zero():
 
 @pytest.mark.parametrize("pool", [True, False])
 def test_the_number_of_threads_changes_no_bit(pool):
-    """Of the ops, that is; torch's own sums around them do depend on it."""
+    """This holds for the ops; torch's own sums around them depend on the number of threads."""
     torch.manual_seed(0)
     arguments = op_arguments(build(), torch.randn(3, 3, 148, 92).requires_grad_())
     inputs = [t for t in arguments if isinstance(t, Tensor)]
@@ -277,11 +224,11 @@ def test_who_listens_to_batch_norm_hears_the_whole_map():
     assert shapes == [(2, 16, 8, 12)]
 
 
-@pytest.mark.parametrize("dials", [{}, {"values": "plain"}, {"relative": False}, {"pool": False}], ids=str)
-def test_flops_are_those_of_the_definition(dials):
+@pytest.mark.parametrize("keys", [{}, {"values": "plain"}, {"relative": False}, {"pool": False}], ids=str)
+def test_flops_are_those_of_the_definition(keys):
     counts = []
     for backend in ("cpu", "reference"):
-        module = build(backend=backend, **dials)
+        module = build(backend=backend, **keys)
         with FlopCounterMode(display=False) as counter:
             module(torch.randn(2, 3, 8, 12))
         counts.append(counter.get_total_flops())
@@ -289,7 +236,7 @@ def test_flops_are_those_of_the_definition(dials):
 
 
 def test_backends():
-    """What was asked for by name runs or is an error; auto goes the old way where the kernel cannot."""
+    """A backend that is named runs or raises; auto falls back to PyTorch where the kernel cannot run."""
     x = torch.randn(1, 3, 4, 4)
     for module, image, message in [
         (build().double(), x.double(), "the weights are torch.float64"),
@@ -306,12 +253,12 @@ def test_backends():
         assert ResNet(26, stem=name, width=0.25, num_heads=2, backend="reference").stem.backend == "reference"
 
 
-@pytest.mark.parametrize("capability", ["avx2", "default"])
+@pytest.mark.parametrize("capability", slow_but_for(["avx2"], ["avx2", "default"]))
 def test_narrower_instruction_sets(capability):
     run_narrower(
         capability,
         "import torch\n"
-        "from test_attention_stem import assert_exact, build\n"
+        "from stem_cases import assert_exact, build\n"
         "torch.manual_seed(0)\n"
         "for pool in (True, False):\n"
         "    for channels, num_heads in ((16, 4), (64, 4), (12, 3), (16, 2)):\n"

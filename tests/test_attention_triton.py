@@ -4,14 +4,14 @@ import functools
 import importlib.util
 import logging
 import os
-import random
 import subprocess
 import sys
 
+import attention_cases as cases
 import pytest
 import torch
-from attention_cases import LAYOUTS, NAMES, draw, outputs_and_grads
-from attention_cases import assert_equals_reference as case_equals_reference
+from attention_cases import LAYOUTS, draw, outputs_and_grads
+from marking import slow_but_for
 
 from sasa_train.attention import dispatch, local_attention, local_attention_qkv
 
@@ -23,7 +23,7 @@ from sasa_train.attention.triton_kernels import CONFIGS, Config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
-assert_equals_reference = functools.partial(case_equals_reference, backend="triton", device=DEVICE)
+assert_equals_reference = functools.partial(cases.assert_equals_reference, backend="triton", device=DEVICE)
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
@@ -41,7 +41,7 @@ def configure(monkeypatch, config: Config) -> None:
     monkeypatch.setattr(triton_kernels, "_by_rule", lambda head_dim: config)
 
 
-@pytest.mark.parametrize("kernel_size", [1, 3, 5, 7, 9, 11, 13, 15])
+@pytest.mark.parametrize("kernel_size", slow_but_for([1, 7], range(1, 17, 2)))
 def test_every_window_and_map(kernel_size):
     """1x1 to maps larger than a tile, some smaller than the window."""
     border = "zero" if kernel_size % 4 == 3 else "mask"
@@ -49,7 +49,7 @@ def test_every_window_and_map(kernel_size):
         assert_equals_reference((1, 1 if h * w > 30 else 2, h, w, 4), kernel_size, border=border)
 
 
-@pytest.mark.parametrize("config", [*CONFIGS, Config(128, 4, 2)])
+@pytest.mark.parametrize("config", slow_but_for(CONFIGS[:1], [*CONFIGS, Config(128, 4, 2)]))
 def test_every_configuration(config, monkeypatch):
     """How the map is cut changes rounding alone; tiles that are not full, at two edges."""
     configure(monkeypatch, config)
@@ -60,11 +60,12 @@ def test_every_configuration(config, monkeypatch):
             assert_equals_reference((3, 5, 17, 23, head_dim), kernel_size, dtype, "fused channels_last")
 
 
+@pytest.mark.slow
 def test_a_large_odd_map():
     assert_equals_reference((1, 1, 33, 57, 2), 3, layout="planar")
 
 
-@pytest.mark.parametrize("head_dim", [2, 6, 8, 16, 20, 32, 64, 128])
+@pytest.mark.parametrize("head_dim", slow_but_for([2, 20], [2, 6, 8, 16, 20, 32, 64, 128]))
 def test_every_head_dim(head_dim):
     for layout in LAYOUTS if DEVICE == "cuda" else ("fused channels_last",):
         assert_equals_reference((1, 2, 3, 5, head_dim), 5, layout=layout)
@@ -91,40 +92,15 @@ def test_odd_head_dims_without_embeddings():
         assert_equals_reference((1, 2, 3, 4, head_dim), 3, rel=None)
 
 
+@pytest.mark.slow
 def test_cases_drawn_at_random():
-    rng = random.Random(1)
-    tallest, widest, num_cases = (7, 13, 10) if DEVICE == "cpu" else (40, 70, 60)
-    for seed in range(num_cases):
-        rel = rng.choice(["shared", "per head", "mixed", None])
-        assert_equals_reference(
-            (
-                rng.randint(1, 2),
-                rng.randint(1, 3),
-                rng.randint(1, tallest),
-                rng.randint(1, widest),
-                2 * rng.randint(1, 20),
-            ),
-            rng.choice([1, 3, 5, 7, 9, 11]),
-            rng.choice([torch.float32, BF16, FP16]),
-            rng.choice(LAYOUTS),
-            rng.choice(["mask", "zero"]),
-            content=rel is None or rng.random() < 0.7,
-            rel=rel,
-            seed=seed,
-        )
+    num_cases, largest = (10, (2, 3, 7, 13, 20)) if DEVICE == "cpu" else (60, (2, 3, 40, 70, 20))
+    dtypes, rels = (torch.float32, BF16, FP16), ("shared", "per head", "mixed", None)
+    cases.assert_random_cases(num_cases, largest, dtypes, rels, backend="triton", device=DEVICE)
 
 
-def test_huge_scores_stay_finite():
-    q, key, v = (x.to(DEVICE) for x in draw((1, 1, 3, 4, 8), "contiguous", torch.float32, torch.Generator()))
-    grads = outputs_and_grads("triton", None, (300 * q, 300 * key, v, None, None), 3, True, "mask", torch.ones_like(v))
-    assert all(x is None or x.isfinite().all() for x in grads)
-
-
-def test_a_nan_is_not_swallowed():
-    q, key, v = (x.to(DEVICE) for x in draw((1, 1, 5, 6, 8), "contiguous", torch.float32, torch.Generator()))
-    key[0, 0, 2, 3, 0] = float("nan")
-    reached = local_attention(q, key, v, kernel_size=3, backend="triton").isnan().any(-1)
-    assert reached[0, 0, 1:4, 2:5].all()
+def test_huge_scores_stay_finite_and_a_nan_is_not_swallowed():
+    cases.assert_extremes_are_kept("triton", DEVICE)
 
 
 def test_the_same_to_the_bit_whatever_memory_held():
@@ -132,7 +108,7 @@ def test_the_same_to_the_bit_whatever_memory_held():
     inputs = [x.to(DEVICE) for x in draw((1, 2, 5, 6, 4), "channels_last", torch.float32, torch.Generator())]
     case = ([*inputs, *torch.randn(2, 5, 2, device=DEVICE)], 5, True, "zero", torch.ones_like(inputs[0]))
     first, second = (outputs_and_grads("triton", None, *case) for _ in range(2))
-    for name, x, y in zip(NAMES, first, second, strict=True):
+    for name, x, y in zip(cases.NAMES, first, second, strict=True):
         assert torch.equal(x, y), name
 
 

@@ -4,33 +4,24 @@ import copy
 
 import pytest
 import torch
-from test_engine import CPU
+from reading_runs import assert_equal_state
+from taking_steps import CPU, setup
 from torch import nn
 
 from sasa_train.config.compose import compose_config
-from sasa_train.device import RunPlan
 from sasa_train.models import build_model, enable_grad_checkpointing
 from sasa_train.refusal import ConfigError
 from sasa_train.training.evaluation import recalibrate
-from sasa_train.training.optim import build_schedule
-from sasa_train.training.state import build_state
 from sasa_train.training.step import Stepper
 
 
 def trained(checkpointing: bool, steps: int = 2) -> Stepper:
-    config = compose_config(
-        [
-            "trainer.precision=fp32", "trainer.global_batch_size=8", "trainer.grad_accum_steps=2",
-            f"trainer.grad_checkpointing={checkpointing}", "model.width=0.125", "model.num_heads=2",
-            "model.stem=attention_small", "model.drop_path_rate=0.5",
-        ]
-    )  # fmt: skip
+    model_keys = ("model.width=0.125", "model.num_heads=2", "model.stem=attention_small", "model.drop_path_rate=0.5")
     torch.manual_seed(0)
-    model = build_model(config.model, 5, 8)
+    model = build_model(compose_config([*model_keys]).model, 5, 8)
     if checkpointing:
         enable_grad_checkpointing(model)
-    state = build_state(config, model, CPU)
-    stepper = Stepper(RunPlan(config, CPU), state, build_schedule(config, state.optimizer, 10))
+    stepper = setup("trainer.grad_accum_steps=2", f"trainer.grad_checkpointing={checkpointing}", model=model)
     generator = torch.Generator().manual_seed(1)
     given = (
         (torch.randn(4, 3, 8, 8, generator=generator), torch.randint(0, 5, (4,), generator=generator))
@@ -43,15 +34,12 @@ def trained(checkpointing: bool, steps: int = 2) -> Stepper:
 
 
 def test_gradient_checkpointing_changes_nothing():
-    """Not the weights, not batch norm's statistics (which a plain recomputation moves twice), not the generator."""
+    """Weights, batch norm's statistics (which a plain recomputation moves twice) and the generator stay the same."""
     plain = trained(False)
     after = torch.rand(1)
     recomputed = trained(True)
     assert torch.equal(torch.rand(1), after)
-    for (name, one), other in zip(
-        plain.state.model.state_dict().items(), recomputed.state.model.state_dict().values(), strict=True
-    ):
-        assert torch.equal(one, other), name
+    assert_equal_state(plain.state.model.state_dict(), recomputed.state.model.state_dict())
 
 
 def test_gradient_checkpointing_keeps_less():

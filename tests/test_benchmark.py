@@ -118,16 +118,14 @@ def test_growth_fits_its_own_rows(tmp_path):
         tmp_path, "attention", "--growth", "--num-heads=2", "--kernel-size=3", "--device=cpu", "--repeats=2",
         "--backends", "conv", "cpu", *sizes, f"--plot={picture}",
     )  # fmt: skip
-    found = [
-        (row["axis"], row["backend"], row["side"], row["kernel_size"], row["batch_size"]) for row in result["rows"]
-    ]
+    columns = ("axis", "backend", "side", "kernel_size", "batch_size")
+    found = [tuple(row[column] for column in columns) for row in result["rows"]]
     assert found == [
         ("map", "conv", 3, 3, 4), ("map", "cpu", 3, 3, 4), ("map", "conv", 6, 3, 1), ("map", "cpu", 6, 3, 1),
         ("window", "cpu", 6, 3, 1), ("window", "cpu", 6, 7, 1),
     ]  # fmt: skip
-    assert [line.split("^")[0] for line in result["summary"]] == [
-        "conv: time ~ pixels", "cpu: time ~ pixels", "cpu: time ~ K"
-    ]  # fmt: skip
+    fitted = [line.split("^")[0] for line in result["summary"]]
+    assert fitted == ["conv: time ~ pixels", "cpu: time ~ pixels", "cpu: time ~ K"]
     with Image.open(picture) as image:
         assert image.format == "PNG"
 
@@ -207,6 +205,7 @@ def gpu_check(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=250)
 
 
+@pytest.mark.slow
 def test_gpu_check_goes_on_after_a_failed_part(tmp_path):
     """A GPU is lent for minutes: one part's failure must not cost the others, nor a second try what is done."""
     (tmp_path / "flex_fp32.json").mkdir()  # cannot be written

@@ -4,66 +4,41 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, make_image_folder
+from making_data import make_image_folder
+from marking import slow_but_for
+from reading_runs import assert_same_run, rows
+from running_commands import TINY, run_in_process, start, wait_for, wait_for_rows
 
-from sasa_train import train
+from sasa_train import summary, train
 from sasa_train.config.groups import config_dir
 from sasa_train.config.keys import key_table
 from sasa_train.dataset_tool import prepare
-from sasa_train.runs.checkpoint import load_checkpoint
+from sasa_train.runs.checkpoint import Checkpoints, load_checkpoint
 
 EXPERIMENTS = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
-TIMINGS = ("images_per_sec", "data_wait_fraction", "memory_mib", "seconds")
+FAST = ("debug", "overfit", "quickstart", "cifar10_hybrid_resnet26", "imagenet_sasa_resnet26")
 
 
-def rows(run_dir: Path) -> list[dict]:
-    """The metrics without what depends on the clock."""
-    parsed = (json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in parsed]
-
-
-def assert_equal_state(one, other, path="checkpoint"):
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), path
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), path
-        for key in one.keys() - {"seconds", "config", "metrics", "provenance"}:
-            assert_equal_state(one[key], other[key], f"{path}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), path
-        for i, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_equal_state(a, b, f"{path}[{i}]")
-    else:
-        assert one == other, path
-
-
-def run_in_process(tmp_path, monkeypatch, *arguments: str) -> int:
-    monkeypatch.chdir(tmp_path)
-    return train.run_command(list(arguments))
-
-
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", slow_but_for(FAST, EXPERIMENTS))
 def test_every_experiment_takes_two_steps(name, tmp_path, monkeypatch, image_folder):
     """On tiny data and a narrow model; everything else is the preset's own."""
     data = ["data=image_folder", f"data.root={image_folder}", "data.image_size=16"] if "cifar" in name else []
     if "imagenet" in name:
         data = [f"data.root={imagenet_root(tmp_path)}", "data.image_size=96", "data.max_val_images=8"]
-    dials = ["model.width=0.125", "model.num_heads=2"]
+    keys = ["model.width=0.125", "model.num_heads=2"]
     small = ["trainer.global_batch_size=8", "trainer.max_steps=2", "trainer.log_every_steps=1"]
-    assert run_in_process(tmp_path, monkeypatch, f"experiment={name}", *data, *dials, *small, "run_name=two") == 0
+    assert run_in_process(tmp_path, monkeypatch, f"experiment={name}", *data, *keys, *small, "run_name=two") == 0
     found = rows(tmp_path / "outputs/two")
     assert [row["step"] for row in found if row["split"] == "train"] == [1, 2]
     assert all(isinstance(row["loss"], float) and 0 <= row["top1"] <= 100 for row in found)
 
 
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if "imagenet" in name])
+@pytest.mark.parametrize("name", slow_but_for(FAST, [name for name in EXPERIMENTS if "imagenet" in name]))
 def test_imagenet_presets_read_tar_shards(name, tmp_path, monkeypatch):
     """The same two steps from shards as from folders, to the last digit."""
     folders, shards = imagenet_root(tmp_path), tmp_path / "shards"
@@ -92,8 +67,9 @@ def test_every_preset_says_how_to_run_it_and_what_to_expect():
         assert f"sasa-train experiment={name}" in head and "top1" in head and re.search(r"GPU|CPU", head), name
 
 
-def test_a_run_leaves_what_the_readme_promises(command, tmp_path):
-    out = command("train", *TINY, "run_name=first", "trainer.ema_decay=0.9", "trainer.checkpoint_every_steps=1").stdout
+def test_a_run_leaves_what_the_readme_promises(command, in_process, tmp_path):
+    run_of = (*TINY, "run_name=first", "trainer.ema_decay=0.9", "trainer.checkpoint_every_steps=1")
+    out = command("train", *run_of).stdout
     run = tmp_path / "out/first"
     names = {p.relative_to(run).as_posix() for p in run.rglob("*.*")}
     assert {"config.yaml", "metrics.jsonl", "run.json", "checkpoints/last.pt", "checkpoints/best.pt"} <= names
@@ -111,42 +87,20 @@ def test_a_run_leaves_what_the_readme_promises(command, tmp_path):
     assert [row["epoch"] for row in val] == [1, 2, 3] and all("top1_raw" in row for row in val)
     assert saved["best"]["top1"] == max(row["top1"] for row in val)
     assert "sasa-evaluate" in out and "step 12/12" in out and "ETA" in out and "\r" not in out
-    again = command(
-        "train", *TINY, "run_name=first", "trainer.ema_decay=0.9", "trainer.checkpoint_every_steps=1"
-    ).stdout
+    again = in_process("train", *run_of).stdout
     assert "is finished: 12 steps, best" in again and rows(run) == found
     for weights, key in (("ema", "top1"), ("raw", "top1_raw")):
-        printed = command("evaluate", "out/first", f"weights={weights}").stdout
+        printed = in_process("evaluate", "out/first", f"weights={weights}").stdout
         best = next(row for row in val if row["step"] == saved["best"]["step"])
         assert f"top1   {best[key]!r}\n" in printed
-    assert f"loss   {best['loss']!r}\n" in command("evaluate", "out/first/checkpoints/best.pt").stdout
+    assert f"loss   {best['loss']!r}\n" in in_process("evaluate", "out/first/checkpoints/best.pt").stdout
 
 
-def start(tmp_path, *arguments) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "sasa_train.train", *arguments],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def wait_for_rows(run_dir: Path, count: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if (run_dir / "metrics.jsonl").exists() and len((run_dir / "metrics.jsonl").read_text().splitlines()) >= count:
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"no {count} rows; exit code {process.poll()}\n{process.communicate()[0]}")
-
-
-def test_killed_and_stopped_runs_end_as_one_never_touched(command, tmp_path):
+def test_killed_and_stopped_runs_end_as_one_never_touched(in_process, tmp_path):
     """Mid-epoch: a SIGKILL, a SIGTERM (75) and a SIGINT (75), each followed by the same command at other workers."""
     run = [*TINY, "trainer.epochs=6", "trainer.ema_decay=0.9", "model.drop_path_rate=0.2", "data.resident=false"]
     run += ["trainer.checkpoint_every_steps=3"]
-    command("train", *run, "run_name=whole", "data.num_workers=0")
+    in_process("train", *run, "run_name=whole", "data.num_workers=0")
     process = None
     for workers, number, seen in ((1, signal.SIGKILL, 5), (0, signal.SIGTERM, 9), (3, signal.SIGINT, 14)):
         process = start(tmp_path, *run, "run_name=broken", f"data.num_workers={workers}")
@@ -157,19 +111,13 @@ def test_killed_and_stopped_runs_end_as_one_never_touched(command, tmp_path):
         if number != signal.SIGKILL:
             assert f"{number.name}: saved at step" in output
             assert json.loads((tmp_path / "out/broken/run.json").read_text())["status"] == "interrupted"
-    command("train", *run, "run_name=broken", "data.num_workers=2")
-    assert rows(tmp_path / "out/broken") == rows(tmp_path / "out/whole")
-    last = [load_checkpoint(tmp_path / f"out/{name}/checkpoints/last.pt") for name in ("broken", "whole")]
-    assert_equal_state(*last)
-    best = [load_checkpoint(tmp_path / f"out/{name}/checkpoints/best.pt") for name in ("broken", "whole")]
-    assert_equal_state(*best)
+    in_process("train", *run, "run_name=broken", "data.num_workers=2")
+    assert_same_run(tmp_path / "out/broken", tmp_path / "out/whole")
 
 
 def test_a_stop_before_training_leaves_nothing_half_done(tmp_path):
     process = start(tmp_path, *TINY, "run_name=early")
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "out/early/.lock").exists() and time.monotonic() < deadline:
-        time.sleep(0.002)
+    wait_for(lambda: (tmp_path / "out/early/.lock").exists())
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 75, output
@@ -184,30 +132,30 @@ def test_a_stop_before_training_leaves_nothing_half_done(tmp_path):
         (["model.num_classes=11"], "model.num_classes=11, but digits has 10 classes"),
     ],
 )
-def test_the_real_command_refuses_with_exit_code_2(command, arguments, message):
-    process = command("train", *TINY, *arguments, expect=2)
+def test_refusals_have_exit_code_2(in_process, arguments, message):
+    process = in_process("train", *TINY, *arguments, expect=2)
     assert message in process.stderr and "Traceback" not in process.stderr
 
 
-def test_a_truncated_checkpoint_is_named_and_the_run_goes_on(command, tmp_path):
+def test_a_truncated_checkpoint_is_named_and_the_run_goes_on(in_process, tmp_path):
     run = [*TINY, "run_name=cut", "trainer.checkpoint_every_steps=2"]
-    command("train", *run)
+    in_process("train", *run)
     expected = rows(tmp_path / "out/cut")
     last = tmp_path / "out/cut/checkpoints/last.pt"
     os.truncate(last, 1000)
-    process = command("train", *run)
+    process = in_process("train", *run)
     assert "WARNING: skipping a damaged checkpoint: " in process.stderr and "last.pt" in process.stderr
     assert "continues   at step" in process.stdout and rows(tmp_path / "out/cut") == expected
     for path in last.parent.glob("*.pt"):
         path.write_bytes(path.read_bytes()[:1000])
-    assert "cannot be read as a checkpoint" in command("evaluate", "out/cut", expect=2).stderr
+    assert "cannot be read as a checkpoint" in in_process("evaluate", "out/cut", expect=2).stderr
     for _ in range(2):
-        assert "restore one from a copy, or start a new run" in command("train", *run, expect=1).stderr
+        assert "restore one from a copy, or start a new run" in in_process("train", *run, expect=1).stderr
 
 
-def test_resume_never_folder_and_checkpoint(tmp_path, monkeypatch, capsys):
+def test_resume_never_folder_and_checkpoint(tmp_path, monkeypatch, capsys, in_process):
     run = [*TINY, "run_name=a", "trainer.checkpoint_every_steps=5"]
-    assert run_in_process(tmp_path, monkeypatch, *run) == 0
+    assert run_in_process(tmp_path, monkeypatch, *run, "resume=never") == 0
     out = tmp_path / "out"
     assert run_in_process(tmp_path, monkeypatch, *run, "resume=never") == 0
     assert rows(out / "a-2") == rows(out / "a")
@@ -218,19 +166,14 @@ def test_resume_never_folder_and_checkpoint(tmp_path, monkeypatch, capsys):
     assert rows(out / "a-3") == [row for row in rows(out / "a") if row["step"] > 5]
     assert (out / "a/checkpoints/last.pt").read_bytes() == before
     # A folder, in place; without a group choice its own config is the base.
-    capsys.readouterr()
-    assert run_in_process(tmp_path, monkeypatch, "resume=out/a") == 0
-    assert "out/a is finished" in capsys.readouterr().out
-    assert run_in_process(tmp_path, monkeypatch, "resume=out/a", "model.kernel_size=5") == 2
-    assert "model.kernel_size: 3 -> 5" in capsys.readouterr().err
+    assert "out/a is finished" in in_process("train", "resume=out/a").stdout
+    assert "model.kernel_size: 3 -> 5" in in_process("train", "resume=out/a", "model.kernel_size=5", expect=2).stderr
     longer = ["resume=out/a", "trainer.epochs=4", "allow_config_change=[trainer.epochs]"]
     assert run_in_process(tmp_path, monkeypatch, *longer) == 0
     assert rows(out / "a")[-1]["epoch"] == 4
     assert run_in_process(tmp_path, monkeypatch, *run, "resume=nowhere") == 2
     # What one continuation was allowed, the next is not; and finished is finished.
-    capsys.readouterr()
-    assert run_in_process(tmp_path, monkeypatch, "resume=out/a") == 0
-    assert "out/a is finished" in capsys.readouterr().out
+    assert "out/a is finished" in in_process("train", "resume=out/a").stdout
     assert run_in_process(tmp_path, monkeypatch, "resume=out/a", "trainer.epochs=5") == 2
     assert run_in_process(tmp_path, monkeypatch, *run, "resume=out/a/checkpoints/last.pt", "trainer.epochs=4") == 2
     assert "last.pt is finished" in capsys.readouterr().err
@@ -238,21 +181,11 @@ def test_resume_never_folder_and_checkpoint(tmp_path, monkeypatch, capsys):
     assert [start["step"] for start in starts] == [0, 12]
 
 
-def test_the_same_command_finds_the_run_it_started_from_a_checkpoint(tmp_path, monkeypatch):
-    run = [*TINY, "trainer.checkpoint_every_steps=5"]
-    assert run_in_process(tmp_path, monkeypatch, *run, "run_name=a") == 0
-    again = [*run, "run_name=a", "resume=out/a/checkpoints/step-00000005.pt"]
-    assert [run_in_process(tmp_path, monkeypatch, *again) for _ in range(2)] == [0, 0]
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "a-2"]
-    assert json.loads((tmp_path / "out/a-2/run.json").read_text())["versions"]["torch"]
-
-
-def test_an_allowed_change_that_cannot_be_is_refused_and_leaves_the_run_as_it_was(tmp_path, monkeypatch, capsys):
+def test_an_allowed_change_that_cannot_be_is_refused_and_leaves_the_run_as_it_was(tmp_path, monkeypatch, in_process):
     assert run_in_process(tmp_path, monkeypatch, *TINY, "run_name=a") == 0
     before = (tmp_path / "out/a/config.yaml").read_text()
     wider = ["resume=out/a", "model.width=0.25", "allow_config_change=[model.width]"]
-    assert run_in_process(tmp_path, monkeypatch, *wider) == 2
-    assert "allow_config_change=['model.width'] asks too much" in capsys.readouterr().err
+    assert "allow_config_change=['model.width'] asks too much" in in_process("train", *wider, expect=2).stderr
     assert (tmp_path / "out/a/config.yaml").read_text() == before
     (tmp_path / "out/a/config.yaml").write_text(before[: len(before) // 2] + "\n  - [")
     assert run_in_process(tmp_path, monkeypatch, "resume=out/a") == 0  # the checkpoint's own config is whole
@@ -266,8 +199,6 @@ def test_the_defaults_train(tmp_path, monkeypatch):
 
 def test_evaluations_and_saves_are_not_training_time(tmp_path, monkeypatch):
     """A save that takes 0.3 s, four times: neither the speed nor the training time may show it."""
-    from sasa_train.runs.checkpoint import Checkpoints
-
     real = Checkpoints.save
     monkeypatch.setattr(Checkpoints, "save", lambda *a, **k: (time.sleep(0.3), real(*a, **k))[1])
     start = time.perf_counter()
@@ -276,47 +207,40 @@ def test_evaluations_and_saves_are_not_training_time(tmp_path, monkeypatch):
     assert 0 < seconds < elapsed - 6 * 0.3  # three epochs' ends, each saved before and after its evaluation
 
 
-def test_another_trajectory_in_the_same_folder_is_refused(tmp_path, monkeypatch, capsys):
+def test_another_trajectory_in_the_same_folder_is_refused(tmp_path, monkeypatch, in_process):
     assert run_in_process(tmp_path, monkeypatch, *TINY, "run_name=a", "trainer.epochs=1") == 0
     kept = (tmp_path / "out/a/checkpoints/last.pt").read_bytes()
     changed = ["trainer.epochs=1", "seed=1", "optimizer.lr=0.3", "trainer.log_every_steps=2"]
-    assert run_in_process(tmp_path, monkeypatch, *TINY, "run_name=a", *changed) == 2
-    message = capsys.readouterr().err
+    message = in_process("train", *TINY, "run_name=a", *changed, expect=2).stderr
     assert "optimizer.lr: 0.1 -> 0.3" in message and "seed: 0 -> 1" in message and "log_every" not in message
     assert "allow_config_change=[optimizer.lr,seed]" in message
     assert (tmp_path / "out/a/checkpoints/last.pt").read_bytes() == kept
 
 
-def test_hydras_sweep_makes_a_run_folder_a_job(command, tmp_path):
+def test_hydras_sweep_makes_a_run_folder_a_job(command, in_process, tmp_path):
     out = command("train", *TINY, "trainer.epochs=1", "seed=0,1", "-m").stdout
     found = [json.loads((p / "run.json").read_text())["status"] for p in (tmp_path / "out").glob("digits-*")]
     assert found == ["finished"] * 2, out
-    process = command("train", *TINY, "trainer.epoch=1,2", "-m", expect=2)
+    process = in_process("train", *TINY, "trainer.epoch=1,2", "-m", expect=2)
     assert "did you mean trainer.epochs?" in process.stderr
-    process = command("train", *TINY, "trainer.epochs=1,0", "-m", expect=2)  # refused before the first job begins
+    process = in_process("train", *TINY, "trainer.epochs=1,0", "-m", expect=2)  # refused before the first job begins
     assert process.stderr == "train: trainer.epochs=0 must be positive\n"
 
 
-def test_help_lists_every_key(command):
-    out = command("train", "--help").stdout
+def test_help_lists_every_key(in_process):
+    out = in_process("train", "--help").stdout
     assert all(f"  {key}=" in out for key in key_table()) and "quickstart" in out
     assert "model.drop_path_rate=0.0 " in out and "trainer.grad_accum_steps=1 " in out
     assert max(len(line) for line in out.splitlines()) <= 120
 
 
-def test_the_summary_command(capsys):
-    from sasa_train import summary
-
-    assert summary.run_command([]) == 0
-    out = capsys.readouterr().out
-    assert len(re.findall(r"^1 ", out, re.M)) == 9 and re.search(
-        r"full attention, R50 +7\.15 +7\.2 +18\.01 +18\.0 +77\.6", out
-    )
-    assert summary.run_command(["model=hybrid_resnet50"]) == 0
-    out = capsys.readouterr().out
+def test_the_summary_command(capsys, in_process):
+    out = in_process("summary").stdout
+    assert len(re.findall(r"^1 ", out, re.M)) == 9
+    assert re.search(r"full attention, R50 +7\.15 +7\.2 +18\.01 +18\.0 +77\.6", out)
+    out = in_process("summary", "model=hybrid_resnet50").stdout
     assert "18.02 M parameters, 6.97 GFLOPs" in out and "77.4 % top1 in the paper's Table 1" in out
-    assert summary.run_command(["experiment=quickstart"]) == 0
-    out = capsys.readouterr().out
+    out = in_process("summary", "experiment=quickstart").stdout
     assert "10 classes, 8 x 8 pixels" in out and "paper" not in out
     assert summary.run_command(["model.widht=2"]) == 2
     assert summary.run_command(["model=hybrid_resnet26", "data.image_size=256"]) == 0

@@ -1,11 +1,11 @@
 """A sample is what (seed, epoch, index) makes it, whoever reads it; and bad folders are refused by name."""
 
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from making_data import CPU, assert_same, batches, config_for
 from PIL import Image
 from torchvision import datasets as tv
 from torchvision.transforms import v2
@@ -13,31 +13,11 @@ from torchvision.transforms import v2
 from sasa_train.config.compose import compose_config
 from sasa_train.data.datasets import Files, ImageSet, load_image_sets, split, to_rgb
 from sasa_train.data.loader import build_eval_loader, build_loaders
-from sasa_train.data.randomness import epoch_order, sample_draws, sample_rng
+from sasa_train.data.randomness import epoch_order, sample_draws
 from sasa_train.data.resident import ResidentLoader
 from sasa_train.data.streaming import StreamingLoader
 from sasa_train.data.transforms import Augment
 from sasa_train.refusal import ConfigError
-
-CPU = torch.device("cpu")
-
-
-def config_for(*overrides: str):
-    return compose_config(["data=digits", "trainer.global_batch_size=32", *overrides])
-
-
-def batches(config, epoch=0, first_step=0):
-    loaders = build_loaders(config, CPU)
-    found = [(images.clone(), labels.clone()) for images, labels in loaders.train.train_batches(epoch, first_step)]
-    loaders.close()
-    return found
-
-
-def assert_same(one, other):
-    assert len(one) == len(other) > 0
-    for (images, labels), (other_images, other_labels) in zip(one, other, strict=True):
-        assert torch.equal(labels, other_labels) and torch.equal(images, other_images)
-
 
 FLIPS = ("augment.hflip=true", "augment.crop_padding=2", "data.max_train_images=100")
 
@@ -204,49 +184,23 @@ def test_a_failed_download_says_what_to_do(monkeypatch, tmp_path):
         load_image_sets(compose_config(["data=cifar10", f"data.root={tmp_path}"]).data)
 
 
-def broken(root: Path, case: str) -> None:
-    if case == "no train":
-        (root / "train").rename(root / "training")
-    elif case == "no val":
-        (root / "val").rename(root / "validation")
-    elif case == "empty class":
-        for file in (root / "train/red").iterdir():
-            file.unlink()
-    elif case == "other classes":
-        (root / "val/red").rename(root / "val/green")
-
-
 @pytest.mark.parametrize(
-    "case,overrides,message",
+    "renamed,overrides,message",
     [
-        ("no train", [], "there is no folder .*train; expected train/ and val/"),
-        ("no val", [], "there is no folder .*test; expected train/ and val/"),
-        ("empty class", [], "train: Found no valid file for the classes red"),
-        ("other classes", [], "only in train: red; only in val: green"),
-        ("", ["model.num_classes=3"], r"model.num_classes=3, but image_folder has 2 classes \(blue, red\)"),
-        ("", ["trainer.global_batch_size=19"], "global_batch_size=19 exceeds the 18 training images"),
-        ("", ["data=imagenet"], "imagenet has 1000 classes, but 2 are there; use data=image_folder"),
+        (("train", "training"), [], "there is no folder .*train; expected train/ and val/"),
+        (("val", "validation"), [], "there is no folder .*test; expected train/ and val/"),
+        (("train/red/*", "red-*"), [], "train: Found no valid file for the classes red"),
+        (("val/red", "val/green"), [], "only in train: red; only in val: green"),
+        (None, ["model.num_classes=3"], r"model.num_classes=3, but image_folder has 2 classes \(blue, red\)"),
+        (None, ["trainer.global_batch_size=19"], "global_batch_size=19 exceeds the 18 training images"),
+        (None, ["data=imagenet"], "imagenet has 1000 classes, but 2 are there; use data=image_folder"),
     ],
 )
-def test_bad_folders_are_refused_before_training(image_folder, case, overrides, message):
-    broken(image_folder, case)
-    config = compose_config(
-        [
-            "data=image_folder",
-            "data.image_size=16",
-            "trainer.global_batch_size=9",
-            *overrides,
-            f"data.root={image_folder}",
-        ]
-    )
+def test_bad_folders_are_refused_before_training(image_folder, renamed, overrides, message):
+    old, new = renamed or ("nothing", "")
+    for path in image_folder.glob(old):
+        path.rename(image_folder / new.replace("*", path.name))
+    small = ["data=image_folder", "data.image_size=16", "trainer.global_batch_size=9"]
+    config = compose_config([*small, *overrides, f"data.root={image_folder}"])
     with pytest.raises(ConfigError, match=message):
         build_loaders(config, CPU)
-
-
-def test_the_generator_is_restored_after_a_sample():
-    torch.manual_seed(1)
-    expected = torch.rand(3)
-    torch.manual_seed(1)
-    with sample_rng(0, 0, 0):
-        torch.rand(10)
-    assert torch.equal(torch.rand(3), expected)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_image_folder
+from making_data import encoded, make_image_folder, tar_of
 from PIL import Image
 
 from sasa_train.config.compose import compose_config
@@ -19,11 +19,8 @@ from sasa_train.data.datasets import load_image_sets, to_rgb
 from sasa_train.dataset_tool import imagenet, prepare, run_command, writing
 from sasa_train.terminal import printable
 
-ARCHIVES = {
-    "train": "ILSVRC2012_img_train.tar",
-    "val": "ILSVRC2012_img_val.tar",
-    "devkit": "ILSVRC2012_devkit_t12.tar.gz",
-}
+ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
+ARCHIVES["devkit"] = "ILSVRC2012_devkit_t12.tar.gz"
 WNIDS = {"n00000002": 5, "n00000003": 3, "n00000011": 2}  # and how many training images
 VAL_WNIDS = ["n00000011", "n00000002", "n00000003", "n00000002"]
 
@@ -88,9 +85,8 @@ def test_sizes_and_modes_are_listed(image_folder, capsys):
 def test_broken_files_are_named(image_folder, capsys):
     """Training met the first of them after hours; here each is named with its reason."""
     folder = image_folder / "train" / "red"
-    whole = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (67, 67, 3), dtype=np.uint8)).save(whole, "JPEG")
-    (folder / "cut.jpg").write_bytes(whole.getvalue()[:1500])
+    pixels = np.random.default_rng(0).integers(0, 256, (67, 67, 3), dtype=np.uint8)
+    (folder / "cut.jpg").write_bytes(encoded(Image.fromarray(pixels), "JPEG")[:1500])
     (folder / "empty.png").touch()
     (folder / "text.jpg").write_text("404 not found")
     (folder / "notes.txt").write_text("not an image, and not called one")
@@ -238,23 +234,12 @@ def test_places_that_shards_may_not_go_to(image_folder, tmp_path, capsys, monkey
 
 
 def jpeg(seed: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (11, 13, 3), dtype=np.uint8)).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def tar_of(files: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:") as archive:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return buffer.getvalue()
+    pixels = np.random.default_rng(seed).integers(0, 256, (11, 13, 3), dtype=np.uint8)
+    return encoded(Image.fromarray(pixels), "JPEG")
 
 
 def devkit() -> bytes:
-    """As the real one: synsets of leaves and of inner nodes, whose ids are not in the order of the WordNet ids."""
+    """A devkit like the real one: synsets of leaves and inner nodes, with ids in another order than the WordNet ids."""
     savemat = pytest.importorskip("scipy.io", reason="scikit-learn, in the extra dev, brings scipy").savemat
     fields = ["ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children", "wordnet_height"]
     rows = [(3, "n00000002", "a, b", "-", 0, [], 0), (1, "n00000011", "c", "-", 0, [], 0)]
@@ -264,12 +249,16 @@ def devkit() -> bytes:
     savemat(meta, {"synsets": synsets})
     ids = {wnid: number for number, wnid, *_ in rows}
     truth = "".join(f"{ids[wnid]}\n" for wnid in VAL_WNIDS).encode()
-    return gzip.compress(tar_of({imagenet.META: meta.getvalue(), imagenet.GROUND_TRUTH: truth}))
+    return gzip.compress(tar_of([(imagenet.META, meta.getvalue()), (imagenet.GROUND_TRUTH, truth)]))
 
 
 def train_files() -> dict[str, dict[str, bytes]]:
     """wnid -> name -> JPEG, in no order, as in the real archive."""
     return {w: {f"{w}_{n}.JPEG": jpeg(100 * n + int(w[1:])) for n in range(WNIDS[w])[::-1]} for w in list(WNIDS)[::-1]}
+
+
+def train_archive(files: dict[str, dict[str, bytes]]) -> bytes:
+    return tar_of((f"{wnid}.tar", tar_of(inside.items())) for wnid, inside in files.items())
 
 
 @pytest.fixture
@@ -278,8 +267,8 @@ def archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "archives"
     folder.mkdir()
     contents = {
-        "train": tar_of({f"{wnid}.tar": tar_of(files) for wnid, files in train_files().items()}),
-        "val": tar_of({f"ILSVRC2012_val_{i + 1:08d}.JPEG": jpeg(7000 + i) for i in (2, 0, 3, 1)}),
+        "train": train_archive(train_files()),
+        "val": tar_of((f"ILSVRC2012_val_{i + 1:08d}.JPEG", jpeg(7000 + i)) for i in (2, 0, 3, 1)),
         "devkit": devkit(),
     }
     for part, data in contents.items():
@@ -312,10 +301,9 @@ def test_imagenet_as_shards_is_the_same_data_set(archives, tmp_path, capsys):
     assert prepare_imagenet(archives, tmp_path / "shards", "--shards", "--images-per-shard=3") == 0
     assert_same_sets(tmp_path / "folders", tmp_path / "shards")
     capsys.readouterr()
-    assert "images_per_shard: 3 there, 1000 here" in refused(
-        capsys, "prepare", "imagenet", archives, tmp_path / "shards", "--shards"
-    )
-    assert "holds tar shards already" in refused(capsys, "prepare", "imagenet", archives, tmp_path / "shards")
+    again = ("prepare", "imagenet", archives, tmp_path / "shards")
+    assert "images_per_shard: 3 there, 1000 here" in refused(capsys, *again, "--shards")
+    assert "holds tar shards already" in refused(capsys, *again)
 
 
 @pytest.mark.parametrize("arguments", [(), ("--shards", "--images-per-shard=3")], ids=["folders", "shards"])
@@ -357,7 +345,7 @@ def test_hostile_names_are_refused(archives, tmp_path, capsys, name):
     dest = tmp_path / "imagenet"
     files = train_files()
     files["n00000003"][name] = jpeg(1)
-    (archives / ARCHIVES["train"]).write_bytes(tar_of({f"{w}.tar": tar_of(inside) for w, inside in files.items()}))
+    (archives / ARCHIVES["train"]).write_bytes(train_archive(files))
     assert repr(name) in refused(capsys, "prepare", "imagenet", archives, dest, "--no-checksums")
     assert not dest.exists() and not (tmp_path / "evil.JPEG").exists()
 

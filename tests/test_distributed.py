@@ -1,19 +1,20 @@
 """One run by several processes, started by real torchrun on gloo: the same images, the same numbers, one voice."""
 
+import functools
 import json
-import os
 import shutil
 import socket
-import subprocess
-import sys
-import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_image_folder
-from test_commands import assert_equal_state, rows
+from making_data import make_image_folder
+from marking import slow_but_for
+from reading_runs import assert_same_run, last, rows
+from running_commands import launch
 
 from sasa_train.config.compose import compose_config
 from sasa_train.config.derived import accumulation, micro_batch_size
@@ -21,11 +22,11 @@ from sasa_train.config.identity import differing_keys
 from sasa_train.config.rules import check_world_size
 from sasa_train.data.plan import BatchPlan
 from sasa_train.data.randomness import seed_step
+from sasa_train.device import resolve
 from sasa_train.processes.collectives import restart_warning
 from sasa_train.refusal import ConfigError
-from sasa_train.runs.checkpoint import load_checkpoint
+from sasa_train.train import read_config
 
-WORKER = Path(__file__).with_name("torchrun_worker.py")
 # 38 digits and batches of 12 are 3 steps an epoch, 6 in all; no batch statistics, and augmentation of every kind.
 RUN = (
     "model=timm", "model.name=convnext_atto", "data=digits", "data.image_size=32", "data.max_train_images=38",
@@ -35,58 +36,47 @@ RUN = (
 )  # fmt: skip
 
 
-def launch(folder: Path, num_processes: int, *arguments: str, options=("--standalone",), **env: str) -> tuple[int, str]:
-    """The worker by torchrun, or alone where it is one process: exit code, and all that was said."""
-    torchrun = ["-m", "torch.distributed.run", *options, f"--nproc-per-node={num_processes}"]
-    process = subprocess.run(
-        [sys.executable, *(torchrun if num_processes > 1 or "--nnodes=2" in options else []), WORKER, *arguments],
-        cwd=folder,
-        # The last one is sasa-train's own, too late here, where torch is imported before.
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} | env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=280,
-    )
-    return process.returncode, process.stdout
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(folder) -> Path:
-    """`out/1`, `out/2` and `out/3` are the same run by so many processes; what the model was given is in `notes/`."""
-    for n in (1, 2, 3):
+def undisturbed(folder) -> Callable[[int], Path]:
+    """undisturbed(n) is the folder of one and the same run by n processes; `notes/n` has what the model was given."""
+
+    @functools.cache
+    def run_by(n: int) -> Path:
         code, said = launch(folder, n, *RUN, f"run_name={n}", NOTES=f"notes/{n}")
         assert code == 0, said
         assert said.count("step 6/6") == 1 and said.count("next        sasa-evaluate out/") == 1, said
         cut = "12 = 2 x 6 images" if n == 1 else f"12 = {n} processes x 2 x {6 // n} images"
         assert cut in said and "arning" not in said, said
-    return folder / "out"
+        return folder / f"out/{n}"
+
+    return run_by
 
 
-def noted(folder: Path, num_processes: int, kind: str) -> dict[str, list[str]]:
-    """By step, over all processes in their order."""
-    parts = [json.loads((folder / f"notes/{num_processes}/{n}.json").read_text())[kind] for n in range(num_processes)]
+def noted(run: Path, kind: str) -> dict[str, list[str]]:
+    """The notes by step, over all processes in their order."""
+    paths = sorted((run.parents[1] / "notes" / run.name).iterdir())
+    parts = [json.loads(path.read_text())[kind] for path in paths]
     return {step: [entry for part in parts for entry in part.get(step, [])] for step in parts[0]}
 
 
-def last(run: Path) -> dict:
-    return load_checkpoint(run / "checkpoints/last.pt")
+several_processes = pytest.mark.parametrize("num_processes", slow_but_for([2], [2, 3]))
 
 
-@pytest.mark.parametrize("num_processes", [2, 3])
-def test_each_global_batch_has_the_same_images_augmented_the_same(folder, undisturbed, num_processes):
-    assert noted(folder, num_processes, "train") == noted(folder, 1, "train")
-    assert all(len(set(images)) == 12 for images in noted(folder, 1, "train").values())
+@several_processes
+def test_each_global_batch_has_the_same_images_augmented_the_same(undisturbed, num_processes):
+    one = noted(undisturbed(1), "train")
+    assert noted(undisturbed(num_processes), "train") == one
+    assert all(len(set(images)) == 12 for images in one.values())
 
 
-@pytest.mark.parametrize("num_processes", [2, 3])
+@several_processes
 def test_rows_are_those_of_one_process(undisturbed, num_processes):
-    assert_close_rows(undisturbed / f"{num_processes}", undisturbed / "1")
+    assert_close_rows(undisturbed(num_processes), undisturbed(1))
 
 
 def assert_close_rows(run: Path, expected_run: Path) -> None:
@@ -96,57 +86,57 @@ def assert_close_rows(run: Path, expected_run: Path) -> None:
     assert found == [pytest.approx(row, rel=1e-3) for row in expected]
 
 
-@pytest.mark.parametrize("num_processes", [2, 3])
-def test_an_evaluation_sees_every_image_once(folder, undisturbed, num_processes):
+@several_processes
+def test_an_evaluation_sees_every_image_once(undisturbed, num_processes):
     """31 val images, which neither number divides; weights with and without average, in two evaluations."""
-    one, several = noted(folder, 1, "val"), noted(folder, num_processes, "val")
+    one, several = noted(undisturbed(1), "val"), noted(undisturbed(num_processes), "val")
     assert one.keys() == several.keys() == {"3", "6"}
     assert all(len(set(images)) == 31 and sorted(images) == sorted(several[step]) for step, images in one.items())
 
 
 def test_gradients_are_added_once_a_step(folder, undisturbed):
     """After the first of two micro-batches each process has its own, after the second all have the same."""
+    undisturbed(2)
     one, other = (json.loads((folder / f"notes/2/{rank}.json").read_text())["grad"] for rank in (0, 1))
     for step in one:
         (after_first, after_step), (others_after_first, others_after_step) = one[step], other[step]
         assert after_first != others_after_first and after_step == others_after_step
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_restarted_by_torchrun_and_nothing_is_lost(folder, undisturbed):
     """Without a key of its own for each attempt, the processes would not find each other (pytorch issue 135712)."""
     options = ("--standalone", "--max-restarts=1")
     code, said = launch(folder, 2, *RUN, "run_name=killed", options=options, DISTURB="SIGKILL:1:4")
     assert code == 0 and "continues   at step 3" in said, said
-    assert_equal_state(last(undisturbed / "killed"), last(undisturbed / "2"))
-    assert rows(undisturbed / "killed") == rows(undisturbed / "2")
+    assert_same_run(folder / "out/killed", undisturbed(2))
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_and_any_number_goes_on(folder, undisturbed):
     code, said = launch(folder, 2, *RUN, "run_name=stopped", DISTURB="SIGUSR1:1:2")
     assert code == 1 and said.count("SIGUSR1: saved at step 2; to continue") == 1 and "exitcode  : 75" in said, said
-    assert last(undisturbed / "stopped")["step"] == 2
-    shutil.copytree(undisturbed / "stopped", undisturbed / "stopped3")
+    assert last(folder / "out/stopped")["step"] == 2
+    shutil.copytree(folder / "out/stopped", folder / "out/stopped3")
     for n, name in ((1, "stopped"), (3, "stopped3")):
         code, said = launch(folder, n, *RUN, f"run_name={name}")
         assert code == 0 and f"processes: 2 -> {n}" in said and "continues   at step 2" in said, said
-        assert_close_rows(undisturbed / name, undisturbed / "1")
+        assert_close_rows(folder / "out" / name, undisturbed(1))
 
 
+@pytest.mark.slow
 def test_two_torchruns_as_two_machines_make_one_run(folder, undisturbed):
-    """In folders of their own, so that they share no disk: the second one's stays empty."""
+    """Each has a folder of its own, so that they share no disk: the second one's stays empty."""
     (folder / "other").mkdir()
     options = ("--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=1", f"--rdzv-endpoint=127.0.0.1:{free_port()}")
     options += ("--local-addr=127.0.0.1",)
-    others: list[tuple[int, str]] = []
-    second = threading.Thread(
-        target=lambda: others.append(launch(folder / "other", 1, *RUN, "run_name=nodes", options=options))
-    )
-    second.start()
-    code, said = launch(folder, 1, *RUN, "run_name=nodes", options=options)
-    second.join()
-    assert (code, others[0][0]) == (0, 0), said + others[0][1]
-    run = next(path for path in (undisturbed / "nodes", folder / "other/out/nodes") if path.exists())
-    assert_equal_state(last(run), last(undisturbed / "2"))
+    with ThreadPoolExecutor() as pool:
+        together = functools.partial(pool.submit, launch, options=options)
+        starts = [together(at, 1, *RUN, "run_name=nodes") for at in (folder, folder / "other")]
+    ended = [start.result() for start in starts]
+    assert [code for code, _ in ended] == [0, 0], ended
+    run = next(path for path in (folder / "out/nodes", folder / "other/out/nodes") if path.exists())
+    assert_same_run(run, undisturbed(2))
     assert len([path for path in (folder / "out/nodes", folder / "other/out") if path.exists()]) == 1
 
 
@@ -156,6 +146,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_a_refusal_is_said_once_and_ends_all_with_2(folder):
     code, said = launch(folder, 2, *RUN, "trainer.global_batch_size=10")
     rule = "trainer.global_batch_size=10 must be divisible by 2 processes x trainer.grad_accum_steps=2; the nearest"
@@ -164,6 +155,7 @@ def test_a_refusal_is_said_once_and_ends_all_with_2(folder):
     assert code == 1 and said.count("-m under torchrun") == 1 and "exitcode  : 2" in said, said
 
 
+@pytest.mark.slow
 def test_a_failure_of_one_process_ends_all_and_says_which(folder):
     """Within the timeout of `launch`; gloo alone would wait for half an hour."""
     code, said = launch(folder, 2, *RUN, "run_name=nan", DISTURB="NAN:1:2")
@@ -174,6 +166,7 @@ def test_a_failure_of_one_process_ends_all_and_says_which(folder):
     assert last(folder / "out/nan")["step"] == 1
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_named_once_and_counted_over_all(tmp_path):
     """Streamed by a worker of each process; the last val image is the second process's."""
     root = make_image_folder(tmp_path / "images")
@@ -227,9 +220,8 @@ def test_micro_batches_are_each_processs_and_a_config_means_the_same_to_any_numb
     config = compose_config(["trainer.global_batch_size=24", "trainer.micro_batch_size=4"])
     trainer = config.trainer
     assert [(micro_batch_size(trainer, n), accumulation(trainer, n)) for n in (1, 2, 3)] == [(4, 6), (4, 3), (4, 2)]
-    with pytest.raises(
-        ConfigError, match=r"=24 must be divisible by 4 processes x trainer.micro_batch_size=4; .* 16 and 32"
-    ):
+    rule = r"=24 must be divisible by 4 processes x trainer.micro_batch_size=4; .* 16 and 32"
+    with pytest.raises(ConfigError, match=rule):
         check_world_size(config, 4)
 
 
@@ -247,8 +239,6 @@ def test_another_number_of_processes_may_cut_the_batch_otherwise():
 
 
 def test_sync_batch_norm_is_refused_on_a_cpu():
-    from sasa_train.device import resolve
-
     with pytest.raises(ConfigError, match="sync_batch_norm=true, but PyTorch has it on CUDA alone"):
         resolve(compose_config(["trainer.sync_batch_norm=true", "trainer.device=cpu"]))
 
@@ -264,8 +254,6 @@ def test_restarts_on_several_machines_need_a_variable(monkeypatch):
 
 def test_restarts_never_begin_anew(monkeypatch):
     """With resume=never each restart would make the next numbered folder."""
-    from sasa_train.train import read_config
-
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     assert read_config(["experiment=debug"]).resume == "auto"
     with pytest.raises(ConfigError, match="resume=never with torchrun --max-restarts=3"):

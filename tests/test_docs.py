@@ -1,6 +1,6 @@
-"""What README.md and docs/ say holds: links lead somewhere, pictures are shown, commands and snippets run.
+"""README.md and docs/ tell the truth: links lead somewhere, pictures are shown, commands and snippets run.
 
-Of a page's fenced blocks `sh` and `python` are run, in their order, in a folder of the page's own that holds a finished
+A page's fenced blocks `sh` and `python` are run, in their order, in a folder of the page's own that holds a finished
 quickstart run; an `output` block is what the python block before it prints. Blocks without a language are shown only.
 A `console` block has a message after the `$ command` that brings it about; without a command its words are looked for
 in the source. `...` in it stands for anything.
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from marking import slow_but_for
 
 from sasa_train.config.compose import compose_config
 from sasa_train.refusal import ConfigError
@@ -70,9 +71,8 @@ SOURCE = re.sub(
     "",
     "".join(path.read_text(encoding="utf-8") for path in (ROOT / "sasa_train").rglob("*.py")),
 )
-RUN_PAGES = [
-    page for page in PAGES if any(b.page == page and b.language in ("sh", "python", "console") for b in BLOCKS)
-]
+RUN_PAGES = [page for page in PAGES if any(b.language in ("sh", "python", "console") for b in blocks_of(page))]
+FAST = [ROOT / "docs" / page for page in ("api.md", "predict.md", "troubleshooting.md")]
 
 
 def name(page: Path) -> str:
@@ -92,7 +92,7 @@ def links(page: Path) -> Iterator[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """What GitHub calls the page's headings; a second one of a name gets a number."""
+    """GitHub's anchors of the page's headings; a second heading of the same name gets a number."""
     found: list[str] = []
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     for heading in re.findall(r"^#{1,6} +(.*?)\s*$", text, re.MULTILINE):
@@ -175,13 +175,9 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", RUN_PAGES, ids=name)
+@pytest.mark.parametrize("page", slow_but_for(FAST, RUN_PAGES), ids=name)
 def test_what_a_page_shows_runs(
-    page: Path,
-    quickstart: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    page: Path, quickstart: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     shutil.copytree(quickstart, tmp_path, dirs_exist_ok=True)
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")  # pages name them as in a checkout
@@ -227,21 +223,16 @@ def check_message(block: Block, folder: Path, monkeypatch: pytest.MonkeyPatch, c
 
 def run_shell(commands: str, folder: Path) -> None:
     """Run as a reader does who types them into a shell with the environment active; what they print is pytest's."""
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-    }
-    process = subprocess.run(
-        ["bash", "-euxo", "pipefail", "-c", commands], cwd=folder, env=environment, capture_output=True, text=True
-    )
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
+    bash = ["bash", "-euxo", "pipefail", "-c", commands]
+    process = subprocess.run(bash, cwd=folder, env=environment, capture_output=True, text=True)
     print(process.stdout, process.stderr)
     assert process.returncode == 0, f"exit {process.returncode} of\n{commands}\n{process.stdout}\n{process.stderr}"
 
 
 def test_the_config_reference_is_what_its_script_prints() -> None:
-    printed = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "config_reference.py"], capture_output=True, text=True, check=True
-    ).stdout
+    command = [sys.executable, ROOT / "scripts" / "config_reference.py"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
     assert page == printed, "run python scripts/config_reference.py > docs/config.md"

@@ -1,4 +1,4 @@
-"""What evaluation says beyond top1: each figure solved on paper first, then through the command on one small run."""
+"""Evaluation beyond top1: each figure is solved on paper first, then asked of the command on one small run."""
 
 import csv
 import json
@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import ImageNetInfo
 
 from sasa_train import evaluate, train
+from sasa_train.data.transforms import fit
 from sasa_train.evaluate.calibration import best_temperature, bin_by_confidence, calibrate, expected_error
 from sasa_train.evaluate.imagenet_real import RealLabels, evaluate_real, load_real_labels
 from sasa_train.evaluate.reliability_diagram import draw_reliability
@@ -44,19 +46,13 @@ def run_dir(tmp_path_factory) -> Path:
     (folder / "images/val" / WNIDS[0] / BAD).write_text("no image")
     small = ("model.stem=conv_small", "model.width=0.125", "model.num_heads=2", "model.kernel_size=3")
     data = ("data=imagenet", f"data.root={folder / 'images'}", "data.image_size=16", "data.num_workers=0")
-    rest = (
-        "trainer.global_batch_size=15",
-        "optimizer.lr=2",
-        "trainer.epochs=4",
-        "run_name=run",
-        f"output_dir={folder / 'out'}",
-    )
-    assert train.run_command([*small, *data, *rest]) == 0
+    rest = ("trainer.global_batch_size=15", "optimizer.lr=2", "trainer.epochs=4", "run_name=run")
+    assert train.run_command([*small, *data, *rest, f"output_dir={folder / 'out'}"]) == 0
     return folder / "out/run"
 
 
 def run(capsys, *arguments: object, expect: int = 0) -> str:
-    """What the command prints, or complains of."""
+    """Return what the command prints, or its complaint."""
     capsys.readouterr()
     assert evaluate.run_command(list(map(str, arguments))) == expect
     captured = capsys.readouterr()
@@ -177,16 +173,13 @@ def test_real_counts_every_label_and_leaves_out_what_has_none():
 
 def test_reals_own_labels():
     """The paper's: 46,837 of the 50,000 images have a label. Indices become the model's, however its classes sort."""
-    from timm.data import ImageNetInfo
-
     wnids = ImageNetInfo().label_names()
     labels = load_real_labels("timm", wnids)
     assert sum(map(bool, labels.sets)) == 46_837
     mirrored = load_real_labels("timm", wnids[::-1])
     assert mirrored.sets[1] == {999 - label for label in labels.sets[1]} != set()
-    assert labels.of(["/x/n0/ILSVRC2012_val_00000002.JPEG", "val-0.tar:00000007-ILSVRC2012_val_00050000.jpg"]) == [
-        labels.sets[1], labels.sets[49_999]
-    ]  # fmt: skip
+    names = ["/x/n0/ILSVRC2012_val_00000002.JPEG", "val-0.tar:00000007-ILSVRC2012_val_00050000.jpg"]
+    assert labels.of(names) == [labels.sets[1], labels.sets[49_999]]
 
 
 @pytest.mark.parametrize(
@@ -206,10 +199,9 @@ def test_real_refuses_other_files(tmp_path, content, said):
 def test_real_refuses_other_classes_and_names():
     with pytest.raises(ConfigError, match="1 of 2 classes are none of ImageNet's 1,000, as cat"):
         load_real_labels("timm", [WNIDS[0], "cat"])
-    with pytest.raises(
-        ConfigError, match="1 of 2 images are none of ImageNet's val, as a/ILSVRC2012_val_00050001.JPEG"
-    ):
-        load_real_labels("timm", WNIDS).of(["ILSVRC2012_val_00000001.JPEG", "a/ILSVRC2012_val_00050001.JPEG"])
+    other = "a/ILSVRC2012_val_00050001.JPEG"
+    with pytest.raises(ConfigError, match=f"1 of 2 images are none of ImageNet's val, as {other}"):
+        load_real_labels("timm", WNIDS).of(["ILSVRC2012_val_00000001.JPEG", other])
 
 
 # The command
@@ -221,10 +213,8 @@ def test_plain_figures_do_not_depend_on_what_else_is_asked(run_dir, tmp_path, ca
     logged = [row for row in map(json.loads, (run_dir / "metrics.jsonl").open()) if row["split"] == "val"][-1]
     assert plain.endswith(f"loss   {logged['loss']!r}\ntop1   {logged['top1']!r}\ntop5   {logged['top5']!r}\n")
     assert "1 images could not be read" in plain and f"images {3 * NUM_VAL - 1}\n" in plain
-    other, files = (
-        min(run_dir.glob("checkpoints/step-*.pt")),
-        [tmp_path / name for name in ("a.csv", "a.json", "a.png")],
-    )
+    other = min(run_dir.glob("checkpoints/step-*.pt"))
+    files = [tmp_path / name for name in ("a.csv", "a.json", "a.png")]
     (tmp_path / "real.json").write_text(json.dumps([[1]] * 50_000))
     for option in ("--tta=hflip", "--calibration", f"--compare={other}", f"--real={tmp_path / 'real.json'}"):
         assert plain + "\n" in run(capsys, run_dir / "checkpoints/last.pt", option), option
@@ -251,19 +241,15 @@ def test_predictions_are_those_of_the_images_they_name(run_dir, tmp_path, capsys
         assert row["prediction"] == WNIDS[probabilities.argmax()]
         assert row["probability"] == pytest.approx(probabilities.max().item(), rel=1e-4)
         assert row["label_probability"] == pytest.approx(probabilities[WNIDS.index(row["label"])].item(), rel=1e-4)
-    run(
-        capsys, run_dir, "--predictions", tmp_path / "p.csv", "data.resident=false"
-    )  # another loader, in the same order
+    another_loader = "data.resident=false"  # in the same order
+    run(capsys, run_dir, "--predictions", tmp_path / "p.csv", another_loader)
     written = list(csv.DictReader((tmp_path / "p.csv").open()))
-    assert [{**row, "probability": float(row["probability"])} for row in written] == [
-        {**row, "label_probability": str(row["label_probability"])} for row in rows
-    ]
+    numbers = {"probability": float, "label_probability": float}
+    assert [{name: numbers.get(name, str)(text) for name, text in row.items()} for row in written] == rows
 
 
 def answer(trained, path: str, is_mirrored: bool = False) -> torch.Tensor:
     """Probabilities [num_classes] for a file, without the evaluation's own way to them."""
-    from sasa_train.data.transforms import fit
-
     pixels = torch.from_numpy(fit(Image.open(path), trained.image_size).copy()).permute(2, 0, 1)[None]
     images = trained.normalize(torch.device("cpu"))(pixels.flip(3) if is_mirrored else pixels)
     with torch.no_grad():
@@ -323,7 +309,7 @@ def test_real_through_the_command(run_dir, tmp_path, capsys):
     real = json.loads((tmp_path / "f.json").read_text())["real"]
     assert (real["num_images"], real["num_left_out"]) == (len(rows), 3)
     assert real["top1"] == 100 * sum(row["prediction"] == WNIDS[1] for row in rows) / len(rows)
-    assert "not to be set beside published figures" in printed
+    assert "not comparable with published figures" in printed
 
 
 def test_a_digits_run_is_refused_by_real_before_it_is_evaluated(run_dir, tmp_path, capsys):
@@ -361,7 +347,7 @@ def test_without_matplotlib_a_plot_is_refused_and_the_rest_goes_on(run_dir, caps
 
 
 def test_logits_are_kept_as_the_model_gave_them(run_dir):
-    """In float32 and of every readable image once, with the label of its file."""
+    """Logits are float32, one row per readable image, with the label of its file."""
     val = open_val(load_trained(run_dir))
     result, answers = val.evaluate_keeping_answers()
     assert answers.logits.shape == (3 * NUM_VAL - 1, 3) and answers.logits.dtype == torch.float32

@@ -7,40 +7,17 @@ import os
 import random
 
 import torch
-from test_checkpoint import content
-from test_commands import assert_equal_state
+from mutating import mutated
+from reading_runs import assert_equal_state
+from writing_runs import content
 
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, load_checkpoint, manifest_of
 
 NUM_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "400"))
 
 
-def mutate(data: bytes, rng: random.Random) -> bytes:
-    """One of: bits flipped, cut, a block overwritten, moved, repeated or taken out, bytes put in."""
-    changed, at = bytearray(data), rng.randrange(len(data))
-    size = min(rng.choice((1, 2, 8, 64, 600)), len(data) - at)
-    kind = rng.randrange(7)
-    if kind == 0:
-        for _ in range(rng.choice((1, 1, 2, 16))):
-            changed[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    elif kind == 1:
-        del changed[at:]
-    elif kind == 2:
-        changed[at : at + size] = rng.randbytes(size)
-    elif kind == 3:
-        other = rng.randrange(len(data) - size + 1)
-        changed[at : at + size] = data[other : other + size]
-    elif kind == 4:
-        changed[at:at] = data[at : at + size]
-    elif kind == 5:
-        del changed[at : at + size]
-    else:
-        changed[at:at] = rng.randbytes(size)
-    return bytes(changed)
-
-
 def test_a_mutated_checkpoint_is_refused_or_loaded_whole(tmp_path):
-    """With its manifest, and without, as a copy that somebody sent."""
+    """Half of them lie beside their manifest, half are without one, like a copy that somebody sent."""
     rng, path = random.Random(0), tmp_path / "last.pt"
     original = content(7) | {"ema": {"weight": torch.arange(50.0)}, "optimizer": {"state": {0: {"step": 3}}}}
     Checkpoints(tmp_path, 0).save(original, is_best=False)
@@ -49,10 +26,10 @@ def test_a_mutated_checkpoint_is_refused_or_loaded_whole(tmp_path):
     refused = {True: 0, False: 0}
     for number in range(NUM_EXAMPLES):
         has_manifest = number % 2 == 0
-        mutant = mutate(data, rng)
+        mutant = mutated(data, rng, [data])
         path.write_bytes(mutant)
         if has_manifest:
-            manifest_of(path).write_bytes(manifest if number % 8 else mutate(manifest, rng))
+            manifest_of(path).write_bytes(manifest if number % 8 else mutated(manifest, rng, [manifest]))
         else:
             manifest_of(path).unlink(missing_ok=True)
         try:

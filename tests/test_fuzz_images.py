@@ -1,28 +1,28 @@
 """Whatever bytes a file holds, it is an image of the right shape or unreadable: no other error, no crash, no waste.
 
-FUZZ_EXAMPLES=10000 pytest tests/test_fuzz_images.py -s looks longer. Example n is the same at any number of them.
+FUZZ_EXAMPLES=10000 pytest -n 0 -s tests/test_fuzz_images.py looks longer. Example n is the same at any number of them.
 """
 
-import io
 import multiprocessing
 import os
+import random
 import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from making_data import encoded, one_image
+from mutating import mutated
 from PIL import Image
 
-from sasa_train.data.datasets import Files, ImageSet, UnreadableImage
+from sasa_train.data.datasets import UnreadableImage
 from sasa_train.data.transforms import decode_box, fit, random_resized_box
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "300"))
 SIZE = 72
 MEMORY = 4 * 2**30  # bytes an example may ask for: the largest image allowed, in RGB, is 270 MB
-EXTREMES = (b"\0", b"\xff", b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\xff\xff")
 
 
 def whole_files() -> dict[str, bytes]:
@@ -47,60 +47,15 @@ def whole_files() -> dict[str, bytes]:
         "gif": (image.convert("P"), "GIF", {}),
         "ppm": (image, "PPM", {}),
     }
-    files = {}
-    for name, (picture, kind, options) in kinds.items():
-        buffer = io.BytesIO()
-        picture.save(buffer, kind, **options)
-        files[name] = buffer.getvalue()
-    return files
+    return {name: encoded(picture, kind, **options) for name, (picture, kind, options) in kinds.items()}
 
 
-def mutated(files: list[bytes], number: int) -> bytes:
-    """Example `number`: one to three changes of one of the files."""
-    rng = np.random.default_rng((7, number))
-    data = files[number % len(files)]
-    for _ in range(rng.integers(1, 4)):
-        change = CHANGES[rng.integers(len(CHANGES))]
-        data = change(data, rng, files)
+def example(files: list[bytes], number: int) -> bytes:
+    """One to three changes of one of the files."""
+    rng, data = random.Random(number), files[number % len(files)]
+    for _ in range(rng.randint(1, 3)):
+        data = mutated(data, rng, files)
     return data
-
-
-def flip_bytes(data: bytes, rng: np.random.Generator, _files: list[bytes]) -> bytes:
-    changed = bytearray(data)
-    for place in rng.integers(0, max(len(data), 1), rng.integers(1, 20)) if data else ():
-        changed[place] = rng.integers(256)
-    return bytes(changed)
-
-
-def change_header(data: bytes, rng: np.random.Generator, _files: list[bytes]) -> bytes:
-    """Sizes, counts and offsets are there."""
-    place, value = int(rng.integers(64)), EXTREMES[rng.integers(len(EXTREMES))]
-    return data[:place] + value + data[place + len(value) :]
-
-
-def flip_bit(data: bytes, rng: np.random.Generator, _files: list[bytes]) -> bytes:
-    changed = bytearray(data)
-    if data:
-        changed[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
-    return bytes(changed)
-
-
-def cut(data: bytes, rng: np.random.Generator, _files: list[bytes]) -> bytes:
-    return data[: rng.integers(len(data) + 1)]
-
-
-def insert(data: bytes, rng: np.random.Generator, _files: list[bytes]) -> bytes:
-    place = int(rng.integers(len(data) + 1))
-    return data[:place] + rng.bytes(rng.integers(1, 300)) + data[place:]
-
-
-def splice(data: bytes, rng: np.random.Generator, files: list[bytes]) -> bytes:
-    other = files[rng.integers(len(files))]
-    return data[: rng.integers(len(data) + 1)] + other[rng.integers(len(other) + 1) :]
-
-
-Change = Callable[[bytes, np.random.Generator, list[bytes]], bytes]
-CHANGES: tuple[Change, ...] = (flip_bytes, flip_bit, change_header, cut, insert, splice)
 
 
 def crop(image: Image.Image, number: int) -> np.ndarray:
@@ -110,10 +65,9 @@ def crop(image: Image.Image, number: int) -> np.ndarray:
 
 
 def judge(path: str, number: int) -> str:
-    """As val reads it, or as training does, in turns: "decoded" or "refused", or what else came."""
-    images = ImageSet(["a"], np.zeros(1, dtype=np.int64), np.arange(1), Files([path]))
+    """Read the file as val and as training do, in turns: "decoded", "refused", or what else came."""
     try:
-        out = images.read(0, lambda image: fit(image, SIZE) if number % 2 else crop(image, number))
+        out = one_image(path).read(0, lambda image: fit(image, SIZE) if number % 2 else crop(image, number))
     except UnreadableImage:
         return "refused"
     except BaseException as error:
@@ -123,7 +77,7 @@ def judge(path: str, number: int) -> str:
 
 
 def judge_all(path: str, results) -> None:
-    """In a process of its own, as a decoder may crash: (number, verdict, seconds) of each example that was begun."""
+    """Send (number, verdict, seconds) per example begun, from a process of its own: a decoder may crash."""
     if sys.platform == "linux":
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
@@ -131,7 +85,7 @@ def judge_all(path: str, results) -> None:
     files = list(whole_files().values())
     for number in range(EXAMPLES):
         with open(path, "wb") as file:
-            file.write(mutated(files, number))
+            file.write(example(files, number))
         results.send((number, "crashed", 0.0))
         start = time.perf_counter()
         results.send((number, judge(path, number), time.perf_counter() - start))

@@ -1,6 +1,5 @@
 """Files made to harm whoever opens them: each is quarantined, quickly, and in no more memory than an image takes."""
 
-import io
 import os
 import resource
 import struct
@@ -9,9 +8,10 @@ import zlib
 
 import numpy as np
 import pytest
+from making_data import encoded, one_image
 from PIL import Image
 
-from sasa_train.data.datasets import FORMATS, Files, ImageSet, UnreadableImage, to_rgb
+from sasa_train.data.datasets import FORMATS, UnreadableImage, to_rgb
 from sasa_train.data.transforms import fit
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 5\n%%EndComments\n(%pipe%touch /tmp/owned) (w) file\n"
@@ -31,21 +31,11 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 TEXT_BOMB = chunk(b"zTXt", b"key\0\0" + zlib.compress(bytes(50_000_000)))
 
 
-def saved(image: Image.Image, *arguments, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, *arguments, **options)
-    return buffer.getvalue()
-
-
-def images(path) -> ImageSet:
-    return ImageSet(["a"], np.zeros(1, dtype=np.int64), np.arange(1), Files([str(path)]))
-
-
 @pytest.mark.parametrize(
     "content,reason",
     [
         (EPS, "cannot identify"),
-        (saved(Image.new("RGB", (5, 3)), "TGA"), "cannot identify"),
+        (encoded(Image.new("RGB", (5, 3)), "TGA"), "cannot identify"),
         (png(before=TEXT_BOMB), "too large"),
         (png(after=TEXT_BOMB), "too large"),
         (png(before=chunk(b"iCCP", b"key\0\0" + zlib.compress(bytes(50_000_000)))), "too large"),
@@ -61,7 +51,7 @@ def test_a_hostile_file_is_unreadable_and_says_why(tmp_path, content, reason):
     (tmp_path / "x.jpg").write_bytes(content)
     with warnings.catch_warnings(), pytest.raises(UnreadableImage, match=reason):
         warnings.simplefilter("ignore")  # as everywhere but in pytest: datasets.py says so
-        images(tmp_path / "x.jpg").read(0, to_rgb)
+        one_image(tmp_path / "x.jpg").read(0, to_rgb)
 
 
 def test_the_limit_of_pixels_is_pillows(tmp_path, monkeypatch):
@@ -69,9 +59,9 @@ def test_the_limit_of_pixels_is_pillows(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 34)
     with pytest.raises(UnreadableImage, match="7 x 5 pixels exceed the limit of 34"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        images(tmp_path / "x.png").read(0, to_rgb)
+        one_image(tmp_path / "x.png").read(0, to_rgb)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    assert images(tmp_path / "x.png").read(0, to_rgb).size == (7, 5)
+    assert one_image(tmp_path / "x.png").read(0, to_rgb).size == (7, 5)
 
 
 @pytest.mark.parametrize("name", [*FORMATS, "MPO"])
@@ -79,8 +69,8 @@ def test_formats_of_real_sets_are_read_under_any_name(tmp_path, name):
     """A camera's .jpg may be MPO, and one from the web PNG, GIF or WEBP."""
     image = Image.new("RGB", (7, 5), (200, 10, 10))
     options = {"save_all": True, "append_images": [image]} if name == "MPO" else {}
-    (tmp_path / "x.jpg").write_bytes(saved(image, name, **options))
-    assert images(tmp_path / "x.jpg").read(0, to_rgb).size == (7, 5)
+    (tmp_path / "x.jpg").write_bytes(encoded(image, name, **options))
+    assert one_image(tmp_path / "x.jpg").read(0, to_rgb).size == (7, 5)
 
 
 @pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1)])
@@ -90,16 +80,16 @@ def test_a_very_long_image_shows_its_middle_without_filling_memory(tmp_path, siz
     pixels[30_000:] = 255
     Image.fromarray(pixels if size[0] == 1 else pixels.transpose(1, 0, 2)).save(tmp_path / "x.png")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    out = images(tmp_path / "x.png").read(0, lambda image: fit(image, 224))
+    out = one_image(tmp_path / "x.png").read(0, lambda image: fit(image, 224))
     assert out.shape == (224, 224, 3) and 100 < out.mean() < 155
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
 
 
-def test_pipes_and_devices_are_no_images(tmp_path, monkeypatch):
+def test_pipes_and_devices_are_no_one_image(tmp_path, monkeypatch):
     """To open a pipe is to wait for its writer: a run would hang before its first step."""
     monkeypatch.setattr("sasa_train.data.datasets.PAUSES", ())
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "zero.png").symlink_to("/dev/zero")
     for name in ("pipe.png", "zero.png"):
-        with pytest.raises(UnreadableImage, match="is no regular file"):
-            images(tmp_path / name).read(0, to_rgb)
+        with pytest.raises(UnreadableImage, match="is not a regular file"):
+            one_image(tmp_path / name).read(0, to_rgb)

@@ -4,6 +4,7 @@ import errno
 import json
 
 import pytest
+from reading_runs import board
 
 from sasa_train.terminal import duration
 from sasa_train.training.log import RunLogger
@@ -14,11 +15,7 @@ def row(split: str, step: int, **more) -> dict:
 
 
 def board_steps(run_dir, tag: str) -> list[int]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    board = EventAccumulator(str(run_dir / "tensorboard"))
-    board.Reload()
-    return [event.step for event in board.Scalars(tag)]
+    return [event.step for event in board(run_dir / "tensorboard").Scalars(tag)]
 
 
 def test_the_log_is_one_clean_series_after_a_crash(tmp_path):

@@ -1,22 +1,24 @@
-"""What a run does beside its steps: limits, profile, pictures, memory; each looked for where a user would look."""
+"""A run beside its steps: limits, profile, pictures, memory; each looked for where a user would look."""
 
 import io
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_commands import assert_equal_state, rows, run_in_process
+from reading_runs import assert_same_run, board, rows
+from running_commands import TINY, run_in_process
 
+from sasa_train import evaluate
 from sasa_train.config.compose import compose_config
 from sasa_train.config.saved import load_config
 from sasa_train.device import RunPlan, resolve
+from sasa_train.models import LocalSelfAttention2d
+from sasa_train.refusal import ConfigError
 from sasa_train.runs.checkpoint import Checkpoints, load_checkpoint
 from sasa_train.runs.folder import RunFolder
+from sasa_train.training.log import RunLogger
 from sasa_train.training.memory import largest_micro_batch, settle_auto
 from sasa_train.training.snapshots import confusion_picture, contact_sheet, embedding_pictures
 
@@ -25,20 +27,12 @@ RUN = (*TINY, "run_name=run", "data.max_train_images=70")
 
 
 def test_an_hour_limit_saves_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
-    """At 75 the run can continue, and it ends as one that had all the time it needed."""
+    """Exit code 75: the run can continue, and it ends as one that had all the time it needed."""
     assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.max_hours=1e-9") == 75
     assert "trainer.max_hours: saved at step 1; to continue" in capsys.readouterr().out
     assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
     assert run_in_process(tmp_path, monkeypatch, *RUN, "run_name=whole") == 0
-    one, whole = (load_checkpoint(tmp_path / f"out/{name}/checkpoints/last.pt") for name in ("run", "whole"))
-    assert_equal_state(one, whole)
-    assert rows(tmp_path / "out/run") == rows(tmp_path / "out/whole")
-
-
-def board(run_dir: Path) -> EventAccumulator:
-    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"images": 0, "histograms": 0})
-    events.Reload()
-    return events
+    assert_same_run(tmp_path / "out/run", tmp_path / "out/whole")
 
 
 def test_tensorboard_and_the_run_folder_hold_the_pictures(tmp_path, monkeypatch):
@@ -46,7 +40,7 @@ def test_tensorboard_and_the_run_folder_hold_the_pictures(tmp_path, monkeypatch)
     run = tmp_path / "out/run"
     sheet = Image.open(run / "augmented.png")
     assert sheet.size == (4 * 66 + 2, 4 * 66 + 2)  # 16 images of 8 pixels, enlarged to 64
-    events = board(run)
+    events = board(run / "tensorboard")
     tags = events.Tags()
     assert {"augmented", "val/confusion_best"} <= set(tags["images"])
     assert "rel_embeddings/layer1.0.conv2" in tags["images"] and len(tags["images"]) == 2 + 9  # the stem, 8 blocks
@@ -64,9 +58,7 @@ def test_a_profile_names_the_attention(tmp_path, monkeypatch):
     profile = tmp_path / "out/run/profile"
     assert "sasa_train::local_attention" in (profile / "operators.txt").read_text()
     names = {event.get("name") for event in json.loads((profile / "trace.json").read_text())["traceEvents"]}
-    assert (
-        "sasa_train::local_attention" in names and "aten::convolution_backward" in " ".join(map(str, names))
-    ) or names
+    assert "sasa_train::local_attention" in names
 
 
 @pytest.mark.parametrize("given", ["trainer.micro_batch_size=4", "trainer.grad_accum_steps=4"])
@@ -76,21 +68,17 @@ def test_a_micro_batch_size_is_accumulation_by_another_name(tmp_path, monkeypatc
     assert saved.grad_accum_steps == 4 and saved.global_batch_size == 16
 
 
-def test_auto_takes_what_fits_and_a_resume_keeps_it(tmp_path, monkeypatch, capsys):
+def test_auto_takes_what_fits_and_a_resume_keeps_it(monkeypatch, in_process):
     """Another machine's memory must not change a run that has begun: batch norm sees micro-batches."""
-    monkeypatch.setattr(
-        "sasa_train.training.memory.available_memory", lambda _: 5_400_000
-    )  # 8 images, 16 with checkpointing
+    memory = 5_400_000  # of 8 images, of 16 with checkpointing
+    monkeypatch.setattr("sasa_train.training.memory.available_memory", lambda _: memory)
     arguments = (*RUN, "trainer.micro_batch_size=auto")
-    assert run_in_process(tmp_path, monkeypatch, *arguments, "trainer.max_hours=1e-9") == 75
-    said = capsys.readouterr().out
+    said = in_process("train", *arguments, "trainer.max_hours=1e-9", expect=75).stdout
     found = int(said.partition("trainer.micro_batch_size=auto: ")[2].split()[0])
-    assert 1 < found < 16 and f"16 = {16 // found} x {found} images a step" in said
+    assert 1 < found < 16 and f"16 = {16 // found} x {found} images per step" in said
     monkeypatch.setattr("sasa_train.training.memory.available_memory", lambda _: 10**12)
-    assert run_in_process(tmp_path, monkeypatch, *arguments) == 0
-    assert f"16 = {16 // found} x {found} images a step" in capsys.readouterr().out
-    assert run_in_process(tmp_path, monkeypatch, *arguments) == 0
-    assert "is finished" in capsys.readouterr().out
+    assert f"16 = {16 // found} x {found} images per step" in in_process("train", *arguments).stdout
+    assert "is finished" in in_process("train", *arguments).stdout
 
 
 def test_auto_counts_what_checkpointing_saves_and_a_run_killed_early_keeps_its_size(tmp_path, monkeypatch):
@@ -113,15 +101,13 @@ def test_auto_counts_what_checkpointing_saves_and_a_run_killed_early_keeps_its_s
 
 def test_auto_is_refused_where_not_one_image_fits(monkeypatch):
     monkeypatch.setattr("sasa_train.training.memory.available_memory", lambda _: 1000)
-    from sasa_train.refusal import ConfigError
-
     with pytest.raises(ConfigError, match="not even one image of 224 pixels fits into the memory of cpu"):
         largest_micro_batch(RunPlan(compose_config(["experiment=imagenet_sasa_resnet50"]), CPU))
 
 
 @pytest.mark.parametrize("precision,allows", [("highest", False), ("high", True)])
 def test_one_key_rules_tf32_of_matrices_and_convolutions(precision, allows):
-    """Else convolutions would run in TF32 and attention's projections not: no comparison would be fair."""
+    """With two keys, convolutions could run in TF32 and attention's projections not: an unfair comparison."""
     try:
         resolve(compose_config([f"trainer.matmul_precision={precision}"]))
         assert torch.get_float32_matmul_precision() == precision
@@ -132,8 +118,6 @@ def test_one_key_rules_tf32_of_matrices_and_convolutions(precision, allows):
 
 def test_recalibrated_statistics_are_in_the_checkpoint(tmp_path, monkeypatch, capsys):
     """Evaluation must find the statistics that the logged figure was made with."""
-    from sasa_train import evaluate
-
     arguments = (*RUN, "trainer.bn_recalibration_batches=2", "trainer.ema_decay=0.99", "model.drop_path_rate=0.3")
     assert run_in_process(tmp_path, monkeypatch, *arguments) == 0
     last = [row for row in rows(tmp_path / "out/run") if row["split"] == "val"][-1]
@@ -158,8 +142,6 @@ def test_the_confusion_picture_darkens_with_the_part_of_the_row():
 
 
 def test_embeddings_are_blue_below_and_red_above_zero():
-    from sasa_train.models import LocalSelfAttention2d
-
     layer = LocalSelfAttention2d(8, 8, kernel_size=3, num_heads=2)
     with torch.no_grad():
         layer.rel_height.fill_(1.0)
@@ -176,8 +158,6 @@ def test_a_run_too_short_for_its_profile_says_so(tmp_path, monkeypatch, capsys):
 
 def test_the_time_left_counts_evaluations_before_a_resume_too(tmp_path, monkeypatch):
     """70 images in batches of 16 are 4 steps an epoch; after 2 epochs of 3, 4 steps and one evaluation are left."""
-    from sasa_train.training.log import RunLogger
-
     assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
     last = [row for row in map(json.loads, (tmp_path / "out/run/metrics.jsonl").open()) if row["split"] == "val"][-1]
     metrics = (tmp_path / "out/run/metrics.jsonl").read_text()

@@ -1,4 +1,4 @@
-"""What is around the commands: one table of them, quick imports, what TAB offers, versions that agree."""
+"""The package around its commands: one table of them, quick imports, completion by TAB, versions that agree."""
 
 import os
 import pty
@@ -93,9 +93,8 @@ def test_python_m_lists_and_runs_the_commands(capsys):
     assert run_command(["trian"]) == 2 and "there is no trian; the commands are train" in capsys.readouterr().err
     assert run_command(["complete"]) == 2 and "there is no complete" in capsys.readouterr().err  # by hand
     assert run_command(["completion", "csh"]) == 2 and "bash, zsh or fish" in capsys.readouterr().err
-    process = subprocess.run(
-        [sys.executable, "-m", "sasa_train", "train", "trainer.epoch=3"], capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "sasa_train", "train", "trainer.epoch=3"]
+    process = subprocess.run(command, capture_output=True, text=True)
     assert (process.returncode, process.stdout) == (2, "")
     assert process.stderr == "sasa-train: unknown key 'trainer.epoch': did you mean trainer.epochs?\n"
 
@@ -198,9 +197,8 @@ def wait_for(terminal: int, text: str, seconds: float = 60) -> None:
 @pytest.mark.parametrize("arguments", [["sweep", "--help"], ["summary", "--help"]])
 def test_a_reader_that_went_away_is_no_error_in_the_code(arguments):
     """`sasa-sweep --help | head` ended in a traceback."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sasa_train", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    command = [sys.executable, "-m", "sasa_train", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.stderr.read() == b""
     process.wait()

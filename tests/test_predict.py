@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_image_folder
+from making_data import BAD, make_image_folder, spoil
 from PIL import Image
-from test_quarantine import BAD, spoil
 
 from sasa_train import evaluate, predict, train
 from sasa_train.data.loader import build_eval_loader
@@ -40,9 +39,9 @@ def root(tmp_path_factory) -> Path:
 def runs(root) -> dict[str, Path]:
     """One of our models from streamed images, and one of timm's from a resident set; both with a moving average."""
     for name, model in RUNS.items():
-        knobs = [f"data.root={root}", f"output_dir={root.parent}", f"run_name={name}", "data.num_workers=0"]
-        knobs += ["trainer.global_batch_size=6", "trainer.epochs=1", "trainer.ema_decay=0.5", "optimizer.lr=1.0"]
-        assert train.run_command(["data=image_folder", *model, *knobs]) == 0
+        keys = [f"data.root={root}", f"output_dir={root.parent}", f"run_name={name}", "data.num_workers=0"]
+        keys += ["trainer.global_batch_size=6", "trainer.epochs=1", "trainer.ema_decay=0.5", "optimizer.lr=1.0"]
+        assert train.run_command(["data=image_folder", *model, *keys]) == 0
     return {name: root.parent / name for name in RUNS}
 
 
@@ -121,7 +120,7 @@ def test_bad_images_are_named_and_skipped_in_their_place(run, tmp_path, predicte
     bad = {Path(row["path"]).name: row["error"] for row in found if "error" in row}
     assert list(bad) == [*BAD, "g-pipe.png", "h-zero.png", "i-loop.png", "j-large.png", "k-bare", "missing.png"]
     assert "truncated" in bad["b-truncated.jpg"] and "cannot identify" in bad["c-empty.jpg"]
-    assert bad["g-pipe.png"] == bad["h-zero.png"] == "is no regular file" and "limit" in bad["j-large.png"]
+    assert bad["g-pipe.png"] == bad["h-zero.png"] == "is not a regular file" and "limit" in bad["j-large.png"]
     assert "symbolic links" in bad["i-loop.png"] and bad["missing.png"] == "is not there"
     assert bad["k-bare"].startswith("holds no file that ends in .apng, .bmp, .gif")
     for name, reason in bad.items():
@@ -257,7 +256,7 @@ def test_no_more_is_read_than_the_next_batch(run, tree):
         (["trainer.device=cpu"], "no PATH is given"),
         (["val", "trainer.devise=cpu"], "unknown key 'trainer.devise': did you mean trainer.device?"),
         (["val", "model=sasa_resnet26"], "chooses a config group"),
-        (["val", "--output", "/dev/null"], "--output /dev/null: is there and no file"),
+        (["val", "--output", "/dev/null"], "--output /dev/null: is not a file"),
         (["val", "--output", "nowhere/x.csv"], "--output nowhere/x.csv: cannot be written (No such file"),
         (["nowhere", "none*.png", "--output", "x.csv"], "no image was found"),
         (["val", "--top-k", "0"], "0 must be a whole number, at least 1"),
@@ -270,9 +269,8 @@ def test_what_is_refused(words, message, run, root, capsys, monkeypatch):
     assert message in capsys.readouterr().err and sorted(root.iterdir()) == before
 
 
-def test_no_checkpoint_is_refused(root, capsys):
-    assert predict.run_command([str(root), str(root / "val")]) == 2
-    assert "last.pt" in capsys.readouterr().err
+def test_no_checkpoint_is_refused(root, in_process):
+    assert "last.pt" in in_process("predict", str(root), str(root / "val"), expect=2).stderr
 
 
 def test_an_output_is_whole_or_not_there(run, root, tmp_path, monkeypatch):

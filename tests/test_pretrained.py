@@ -12,10 +12,9 @@ import huggingface_hub.constants
 import pytest
 import timm
 import torch
-from conftest import TINY
+from reading_runs import assert_equal_state, assert_same_run, last, rows
+from running_commands import TINY, launch, run_in_process, start, wait_for_rows
 from safetensors.torch import save_file
-from test_commands import assert_equal_state, rows, run_in_process, start, wait_for_rows
-from test_distributed import launch
 
 import sasa_train.models
 from sasa_train.config.compose import compose_config
@@ -24,14 +23,13 @@ from sasa_train.models.pretrained import load_pretrained, resize_window
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.checkpoint import load_checkpoint
 from sasa_train.runs.weights import load_into, read_weights
-from sasa_train.training.optim import build_optimizer
 
-DIALS = {"width": 0.125, "num_heads": 2, "stem": "conv_small", "kernel_size": 5}
+KEYS = {"width": 0.125, "num_heads": 2, "stem": "conv_small", "kernel_size": 5}
 
 
-def build(num_classes: int = 3, name: str = "hybrid_resnet26", seed: int = 0, **dials) -> torch.nn.Module:
+def build(num_classes: int = 3, name: str = "hybrid_resnet26", seed: int = 0, **keys) -> torch.nn.Module:
     torch.manual_seed(seed)
-    return timm.create_model(name, num_classes=num_classes, **DIALS | dials)
+    return timm.create_model(name, num_classes=num_classes, **KEYS | keys)
 
 
 def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -49,7 +47,7 @@ def given() -> dict[str, torch.Tensor]:
 
 
 def test_each_offset_keeps_its_embedding():
-    """From 3 offsets to 5 and to 1, and a table a head: solved by hand."""
+    """3 offsets become 5 and 1, with one table per head too: solved by hand."""
     table = torch.tensor([[-1.0, 10.0], [0.0, 20.0], [1.0, 40.0]])
     wider = torch.tensor([[-1.0, 10.0], [-1.0, 10.0], [0.0, 20.0], [1.0, 40.0], [1.0, 40.0]])
     assert torch.equal(resize_window(table, 5), wider)
@@ -102,9 +100,9 @@ def test_other_heads_keep_their_own_embeddings(given):
     assert report.left["layer1.0.conv2.rel_width"] == "[5, 2] in the file, [5, 4] here"
 
 
-@pytest.mark.parametrize("dials", [{"width": 0.25}, {"name": "conv_resnet26", "width": 0.25}])
-def test_another_models_file_is_refused_and_changes_nothing(given, dials):
-    model = build(**dials)
+@pytest.mark.parametrize("keys", [{"width": 0.25}, {"name": "conv_resnet26", "width": 0.25}])
+def test_another_models_file_is_refused_and_changes_nothing(given, keys):
+    model = build(**keys)
     before = state_of(model)
     with pytest.raises(ConfigError, match=r"only 0.0 % of ResNet's parameters outside the classifier fit"):
         load_pretrained(model, given)
@@ -137,7 +135,7 @@ def test_one_channel_into_an_attention_stem_gives_what_three_equal_ones_gave(ste
 
 
 def test_a_vit_keeps_its_position_embeddings_at_another_size():
-    """By timm's own filter: a constant embedding stays constant on the larger grid."""
+    """timm's own filter resizes them: a constant embedding stays constant on the larger grid."""
     torch.manual_seed(0)
     small, large = (timm.create_model("test_vit", img_size=size, num_classes=3) for size in (32, 64))
     state_dict = state_of(small)
@@ -174,34 +172,24 @@ def save_all(folder: Path, checkpoint: Path) -> dict[str, Path]:
     }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """A run folder, of a tiny attention net with a moving average, on digits."""
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        run = [*TINY, "trainer.epochs=1", "trainer.ema_decay=0.5", "run_name=source"]
-        assert run_in_process(folder, patch, *run) == 0
-    return folder / "out/source"
-
-
 def read(source: Path | str):
     return read_weights(compose_config([*TINY, f"model.pretrained='{source}'"]))
 
 
-def test_every_source_gives_the_averaged_weights(trained, tmp_path):
-    expected = load_checkpoint(trained / "checkpoints/best.pt")
-    for kind, source in save_all(tmp_path, trained / "checkpoints/best.pt").items():
+def test_every_source_gives_the_averaged_weights(tiny_run, tmp_path):
+    expected = load_checkpoint(tiny_run / "checkpoints/best.pt")
+    for kind, source in save_all(tmp_path, tiny_run / "checkpoints/best.pt").items():
         weights = read(source)
         assert_equal_state(dict(weights.state_dict), expected["ema"], kind)
         knows_classes = kind in ("run", "checkpoint", "copied", "exported", "hub")
         assert weights.classes == (expected["classes"] if knows_classes else None), kind
         knows_model = knows_classes and kind != "hub"
-        assert ("model.width=0.125" in (weights.dials or "")) == knows_model, kind
+        assert ("model.width=0.125" in (weights.model_overrides or "")) == knows_model, kind
     assert not torch.equal(expected["ema"]["fc.weight"], expected["model"]["fc.weight"])
 
 
-def test_the_classifier_is_loaded_for_the_same_classes_alone(trained):
-    weights = read(trained)
+def test_the_classifier_is_loaded_for_the_same_classes_alone(tiny_run):
+    weights = read(tiny_run)
     digits = weights.classes
     config = compose_config([*TINY])
     for classes, is_loaded in ((digits, True), ([f"{name}th" for name in digits], False), (digits[::-1], False)):
@@ -242,14 +230,14 @@ def damaged(folder: Path, checkpoint: Path) -> list[tuple[Path, str]]:
         (folder / "odd.pt", "holds no weights"),
         (folder / "packed.pt", "compressed"),
         (folder / "folder", "has no checkpoints and no model.safetensors"),
-        (folder / "nowhere.pt", "is no file"),
-        (Path("/dev/zero"), "is no file"),
+        (folder / "nowhere.pt", "is not a file"),
+        (Path("/dev/zero"), "is not a file"),
     ]
 
 
-def test_damaged_and_hostile_files_are_refused(trained, tmp_path, monkeypatch):
+def test_damaged_and_hostile_files_are_refused(tiny_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for path, said in damaged(tmp_path, trained / "checkpoints/best.pt"):
+    for path, said in damaged(tmp_path, tiny_run / "checkpoints/best.pt"):
         with pytest.raises(ConfigError) as refused:
             read(path)
         assert str(refused.value).startswith(f"model.pretrained={path}") and said in str(refused.value), refused.value
@@ -295,18 +283,9 @@ def finetuning(source: Path) -> list[str]:
     return [*TINY, f"model.pretrained={source}", "model.kernel_size=5", "trainer.ema_decay=0.9", "optimizer.lr=0.02"]
 
 
-@pytest.fixture
-def one_thread():
-    """As `start` gives its process: another number sums in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("one_thread")
-def test_a_killed_fine_tuning_ends_as_one_never_touched_and_needs_the_file_no_more(trained, tmp_path, monkeypatch):
-    shutil.copytree(trained, tmp_path / "source")
+def test_a_killed_fine_tuning_ends_as_one_never_touched_and_needs_the_file_no_more(tiny_run, tmp_path, monkeypatch):
+    shutil.copytree(tiny_run, tmp_path / "source")
     run = [*finetuning(Path("source")), "trainer.checkpoint_every_steps=3"]
     process = start(tmp_path, *run, "run_name=broken")
     wait_for_rows(tmp_path / "out/broken", 6, process)
@@ -315,40 +294,36 @@ def test_a_killed_fine_tuning_ends_as_one_never_touched_and_needs_the_file_no_mo
     assert run_in_process(tmp_path, monkeypatch, *run, "run_name=whole") == 0
     shutil.rmtree(tmp_path / "source")
     assert run_in_process(tmp_path, monkeypatch, *run, "run_name=broken") == 0
-    assert rows(tmp_path / "out/broken") == rows(tmp_path / "out/whole")
-    broken, whole = (load_checkpoint(tmp_path / f"out/{name}/checkpoints/last.pt") for name in ("broken", "whole"))
-    assert_equal_state(broken, whole)
+    assert_same_run(tmp_path / "out/broken", tmp_path / "out/whole")
+    broken, whole = (last(tmp_path / f"out/{name}")["provenance"] for name in ("broken", "whole"))
     for note in ("pretrained_sha256", "pretrained_report"):
-        assert broken["provenance"][note] == whole["provenance"][note]
+        assert broken[note] == whole[note]
     info = json.loads((tmp_path / "out/broken/run.json").read_text())
-    manifest = json.loads((trained / "checkpoints/best.pt.json").read_text())
-    assert (
-        info["pretrained_sha256"] == manifest["sha256"]
-        and "adapted, window 3 -> 5: rel_height" in info["pretrained_report"]
-    )
+    manifest = json.loads((tiny_run / "checkpoints/best.pt.json").read_text())
+    assert info["pretrained_sha256"] == manifest["sha256"]
+    assert "adapted, window 3 -> 5: rel_height" in info["pretrained_report"]
 
 
-def test_the_first_step_starts_from_the_loaded_weights_and_so_does_their_average(
-    trained, tmp_path, monkeypatch, capsys
-):
-    """At a learning rate of next to nothing, the run is the source."""
-    still = [*TINY, f"model.pretrained={trained}", "optimizer.lr=1e-30", "trainer.ema_decay=0.9", "trainer.epochs=1"]
+def test_the_first_step_and_the_average_start_from_the_loaded_weights(tiny_run, tmp_path, monkeypatch, capsys):
+    """The learning rate is next to nothing, so the run stays the source."""
+    still = [*TINY, f"model.pretrained={tiny_run}", "optimizer.lr=1e-30", "trainer.ema_decay=0.9", "trainer.epochs=1"]
     assert run_in_process(tmp_path, monkeypatch, *still, "run_name=still") == 0
-    saved, source = (load_checkpoint(run / "checkpoints/last.pt") for run in (tmp_path / "out/still", trained))
+    paths = (tmp_path / "out/still/checkpoints/last.pt", tiny_run / "checkpoints/best.pt")
+    saved, source = map(load_checkpoint, paths)
     for name in ("layer1.0.conv2.rel_height", "fc.weight", "stem.qk.weight"):
         assert torch.equal(saved["model"][name], source["ema"][name])
         assert torch.allclose(saved["ema"][name], source["ema"][name], rtol=1e-6)  # an average of equal numbers
     assert "100.0 % of the parameters" in capsys.readouterr().out
 
 
-def test_a_run_that_began_with_other_content_is_not_taken_for_it(trained, tmp_path, monkeypatch, capsys):
+def test_a_run_that_began_with_other_content_is_not_taken_for_it(tiny_run, tmp_path, monkeypatch, capsys):
     """The source was trained again in the meantime: its old fine-tuning must not pass for the new one."""
-    shutil.copytree(trained, tmp_path / "source")
+    shutil.copytree(tiny_run, tmp_path / "source")
     run = [*finetuning(Path("source")), "trainer.epochs=1", "run_name=a"]
     assert run_in_process(tmp_path, monkeypatch, *run) == 0
     shutil.rmtree(tmp_path / "source/checkpoints")
     assert run_in_process(tmp_path, monkeypatch, *run) == 0
-    torch.save(load_checkpoint(trained / "checkpoints/last.pt")["model"], tmp_path / "raw.pt")
+    torch.save(load_checkpoint(tiny_run / "checkpoints/last.pt")["model"], tmp_path / "raw.pt")
     (tmp_path / "source/checkpoints").mkdir()
     (tmp_path / "raw.pt").rename(tmp_path / "source/checkpoints/best.pt")
     assert run_in_process(tmp_path, monkeypatch, *run) == 2
@@ -357,38 +332,22 @@ def test_a_run_that_began_with_other_content_is_not_taken_for_it(trained, tmp_pa
     assert run_in_process(tmp_path, monkeypatch, *run, "model.width=0.25") == 2
 
 
-def test_a_model_that_the_file_does_not_fit_is_told_the_files_own_dials(trained, tmp_path, monkeypatch, capsys):
-    assert run_in_process(tmp_path, monkeypatch, *TINY, f"model.pretrained={trained}", "model.width=0.25") == 2
-    said = capsys.readouterr().err
+def test_a_model_that_the_file_does_not_fit_is_told_the_files_own_keys(tiny_run, in_process):
+    said = in_process("train", *TINY, f"model.pretrained={tiny_run}", "model.width=0.25", expect=2).stderr
     assert "of ResNet's parameters outside the classifier fit" in said and "its own model: model.name=sasa" in said
 
 
+@pytest.mark.slow
 def test_all_processes_begin_with_the_same_weights(tmp_path, monkeypatch):
     """The first one alone reads the file, and each evaluates its share of val with its own moving average."""
     torch.manual_seed(1)
     torch.save(timm.create_model("test_convnext", num_classes=10).state_dict(), tmp_path / "given.pt")
-    run = [
-        "model=timm",
-        "model.name=test_convnext",
-        "model.pretrained=given.pt",
-        "data.image_size=32",
-        "output_dir=out",
-    ]
+    run = ["model=timm", "model.name=test_convnext", "model.pretrained=given.pt", "data.image_size=32"]
     run += ["data.max_train_images=12", "data.max_val_images=31", "data.num_workers=0", "trainer.global_batch_size=12"]
     run += ["trainer.epochs=1", "optimizer.lr=1e-30", "trainer.ema_decay=0.9", "trainer.log_every_steps=1"]
+    run += ["output_dir=out"]
     code, said = launch(tmp_path, 2, *run, "run_name=two")
     assert code == 0 and said.count("loaded 101 of 101 tensors, 100.0 %") == 1, said
     assert run_in_process(tmp_path, monkeypatch, *run, "run_name=one") == 0
     for one, two in zip(rows(tmp_path / "out/one"), rows(tmp_path / "out/two"), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-6) and two["top1"] == one["top1"]
-
-
-def test_layer_decay_gives_early_layers_the_smaller_rates():
-    config = compose_config(["experiment=quickstart", "optimizer.layer_decay=0.5"])
-    model = sasa_train.models.build_model(config.model, 10, 8)
-    scales = {
-        id(p): group["lr_scale"] for group in build_optimizer(config, model).param_groups for p in group["params"]
-    }
-    of = {name: scales[id(parameter)] for name, parameter in model.named_parameters()}
-    assert of["fc.weight"] == 1 and of["layer4.0.conv2.rel_height"] == of["layer4.0.conv1.weight"] == 0.5
-    assert of["stem.0.weight"] == 0.5 ** (1 + 2 + 4 + 1 + 1)  # blocks of R26, the stem

@@ -3,7 +3,7 @@
 import logging
 
 import pytest
-from test_quarantine import TINY
+from making_data import SMALL_RUN
 
 from sasa_train import evaluate, train
 from sasa_train.refusal import ConfigError
@@ -27,7 +27,7 @@ def test_names_are_escaped_from_training_to_evaluation(hostile_folder, tmp_path,
     """A name that clears the screen would hide a warning, and one with a newline would make two lines of a list."""
     monkeypatch.chdir(tmp_path)
     data = ["data=image_folder", f"data.root={hostile_folder}", "data.image_size=16", "model.stem=conv_small"]
-    assert train.run_command([*data, "data.num_workers=0", *TINY]) == 0
+    assert train.run_command([*data, "data.num_workers=0", *SMALL_RUN]) == 0
     assert evaluate.run_command(["out/bad"]) == 0
     out, err = capfd.readouterr()
     assert f"\n{ESCAPED}  " in out  # the table of classes
@@ -41,10 +41,9 @@ def test_names_are_escaped_from_training_to_evaluation(hostile_folder, tmp_path,
     ]
 
 
-def test_refusals_quote_names_escaped(hostile_folder, capsys):
+def test_refusals_quote_names_escaped(hostile_folder, capsys, in_process):
     arguments = ["data=image_folder", f"data.root={hostile_folder}", "data.image_size=16", "model.stem=conv_small"]
-    assert train.run_command([*arguments, "model.num_classes=7"]) == 2
-    refusals = capsys.readouterr().err
+    refusals = in_process("train", *arguments, "model.num_classes=7", expect=2).stderr
     (hostile_folder / "val" / HOSTILE).rename(hostile_folder / "val" / "green")
     assert train.run_command(arguments) == 2
     refusals += capsys.readouterr().err

@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_image_folder
+from making_data import BAD, CPU, SMALL_RUN, assert_same, batches, config_for, make_image_folder, spoil
 from PIL import Image
-from test_data import CPU, assert_same, batches, config_for
 
 from sasa_train.data.datasets import ImageSet, UnreadableImage, load_image_sets, to_rgb
 from sasa_train.data.loader import build_loaders, check_evaluated
@@ -17,37 +16,17 @@ from sasa_train.data.reading import read_or_replace
 from sasa_train.refusal import ConfigError
 from sasa_train.training.run import note_unreadable
 
-TINY = (
-    "model.width=0.125", "model.num_heads=2", "model.kernel_size=3", "trainer.global_batch_size=4", "output_dir=out",
-    "trainer.epochs=2", "run_name=bad", "trainer.log_every_steps=1",
-)  # fmt: skip
-
-
-def spoil(folder: Path) -> None:
-    """One of each kind that people meet; the last two are readable, but in no mode that models take."""
-    noise = Image.effect_noise((40, 30), 80)
-    noise.convert("RGB").save(folder / "a-whole.jpg")
-    content = (folder / "a-whole.jpg").read_bytes()
-    (folder / "b-truncated.jpg").write_bytes(content[: len(content) // 2])
-    (folder / "c-empty.jpg").write_bytes(b"")
-    (folder / "d-text.jpg").write_text("this is no image")
-    noise.convert("CMYK").save(folder / "e-cmyk.jpg")
-    Image.fromarray(np.linspace(0, 65535, 1200, dtype=np.uint16).reshape(30, 40)).save(folder / "f-16-bit.png")
-
-
-BAD = ("b-truncated.jpg", "c-empty.jpg", "d-text.jpg")
-
 
 @pytest.mark.parametrize(
     "size", ["data.image_size=16", "data.image_size=72"], ids=["resident", "streamed"]
 )  # fmt: skip
-def test_training_and_evaluation_go_on_and_name_each_bad_image_once(command, tmp_path, size):
+def test_training_and_evaluation_go_on_and_name_each_bad_image_once(in_process, tmp_path, size):
     root = make_image_folder(tmp_path / "images")
     for split in ("train", "val"):
         spoil(root / split / "red")
     stem = "model.stem=conv_small" if "16" in size else "model.stem=attention"
     data = ("data=image_folder", f"data.root={root}", size, stem, "data.num_workers=1")
-    trained = command("train", *data, *TINY)
+    trained = in_process("train", *data, *SMALL_RUN)
     said = trained.stdout + trained.stderr
     for name in BAD:
         assert said.count(f"train/red/{name}: cannot be read as an image") == 1
@@ -57,20 +36,20 @@ def test_training_and_evaluation_go_on_and_name_each_bad_image_once(command, tmp
     assert len((run / "unreadable.txt").read_text().splitlines()) == 6
     val = [row for row in map(json.loads, (run / "metrics.jsonl").open()) if row["split"] == "val"]
     assert [(row["num_images"], row["unreadable"]) for row in val] == [(8 + 3, 3)] * 2
-    evaluated = command("evaluate", str(run)).stdout
+    evaluated = in_process("evaluate", str(run)).stdout
     assert "3 images could not be read and are left out" in evaluated and "images 11" in evaluated
     assert f"top1   {max(row['top1'] for row in val)!r}" in evaluated
 
 
 @pytest.mark.parametrize("size", [16, 72])
-def test_too_many_stop_the_run_with_the_list(command, tmp_path, size):
+def test_too_many_stop_the_run_with_the_list(in_process, tmp_path, size):
     root = make_image_folder(tmp_path / "images")
     for i in range(7):
         for name in ("red", "blue"):
             (root / f"train/{name}/{i}.png").write_bytes(b"not an image")
     stem = "model.stem=conv_small" if size == 16 else "model.stem=attention"
     data = ("data=image_folder", f"data.root={root}", f"data.image_size={size}", stem, "data.num_workers=1")
-    refused = command("train", *data, *TINY, expect=2).stderr
+    refused = in_process("train", *data, *SMALL_RUN, expect=2).stderr
     assert "data.max_unreadable=0.001 allows 10 of 18 images" in refused
     assert sum(line.startswith(f"{root}/train/") for line in refused.splitlines()) >= 11
     if size == 72:  # met while training; resident images are decoded before

@@ -1,26 +1,32 @@
-"""What docs/reliability.md promises of a run, through the command: stops, locks, disks, data, numbers that fail."""
+"""The promises of docs/reliability.md, asked of the command: stops, locks, disks, data, numbers that fail."""
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
-from test_commands import assert_equal_state, rows, run_in_process, start, wait_for_rows
+from reading_runs import assert_same_run, rows
+from running_commands import TINY, run_in_process, start, wait_for_rows
+from taking_steps import batches, setup
 from torch import nn
 
 import sasa_train
 from sasa_train import evaluate
 from sasa_train.config.compose import compose_config
 from sasa_train.config.saved import to_yaml
+from sasa_train.runs import provenance
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, load_checkpoint
 from sasa_train.signals import SIGNALS, StopRequest
+from sasa_train.training import loop
 from sasa_train.training.nonfinite import find_origin
+from sasa_train.training.step import Stepper
 
 RUN = (*TINY, "run_name=a", "trainer.checkpoint_every_steps=1")
 LONG = (*RUN, "trainer.epochs=400", "trainer.keep_checkpoints=1")
@@ -40,19 +46,22 @@ def test_a_schedulers_warning_is_served_as_sigterm_is(tmp_path, number):
     assert process.returncode == 75 and f"{number.name}: saved at step" in output
 
 
-def test_before_the_first_step_a_signal_ends_a_run_at_once_and_later_it_waits_for_the_step():
-    stop = StopRequest()
-    try:
-        for number in SIGNALS:
-            with pytest.raises(BaseException, match="^$") as caught:
-                signal.raise_signal(number)
-            assert type(caught.value).__name__ == "Interrupted"
-            stop.signal = None
-        stop.begin_training()
-        signal.raise_signal(signal.SIGUSR2)
-        assert stop.requested() and stop.reason == "SIGUSR2"
-    finally:
-        stop.restore()
+@pytest.fixture
+def stop() -> Iterator[StopRequest]:
+    request = StopRequest()
+    yield request
+    request.restore()
+
+
+def test_before_the_first_step_a_signal_ends_a_run_at_once_and_later_it_waits_for_the_step(stop):
+    for number in SIGNALS:
+        with pytest.raises(BaseException, match="^$") as caught:
+            signal.raise_signal(number)
+        assert type(caught.value).__name__ == "Interrupted"
+        stop.signal = None
+    stop.begin_training()
+    signal.raise_signal(signal.SIGUSR2)
+    assert stop.requested() and stop.reason == "SIGUSR2"
 
 
 def test_a_second_ctrl_c_ends_a_run_that_does_not_get_to_its_next_step(tmp_path):
@@ -62,14 +71,11 @@ def test_a_second_ctrl_c_ends_a_run_that_does_not_get_to_its_next_step(tmp_path)
     assert process.returncode == 130 and process.stdout == "still here\n"
 
 
-def test_a_signal_in_the_first_step_ends_the_run_at_once(tmp_path, monkeypatch, capsys):
+def test_a_signal_in_the_first_step_ends_the_run_at_once(tmp_path, monkeypatch, in_process):
     """It may be an hour of compilation; nothing is lost, as nothing was trained."""
-    from sasa_train.training.step import Stepper
-
     with monkeypatch.context() as patch:
         patch.setattr(Stepper, "train_step", lambda *_, **__: signal.raise_signal(signal.SIGUSR1))
-        assert run_in_process(tmp_path, monkeypatch, *RUN) == 75
-    assert "stopped before training began" in capsys.readouterr().err
+        assert "stopped before training began" in in_process("train", *RUN, expect=75).stderr
     assert not list((tmp_path / "out/a").glob("checkpoints/*"))
     assert json.loads((tmp_path / "out/a/run.json").read_text())["status"] == "interrupted"
     assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
@@ -92,16 +98,12 @@ def test_a_signal_between_two_looks_is_served_after_a_save(tmp_path, monkeypatch
     assert stopped["step"] == json.loads((tmp_path / "out/a/metrics.jsonl").read_text().splitlines()[-1])["step"]
 
 
-def test_sigterm_and_then_ctrl_c_still_saves(tmp_path):
+def test_sigterm_and_then_ctrl_c_still_saves(stop):
     """Schedulers and impatient people together: only a second Ctrl-C means at once."""
-    stop = StopRequest()
-    try:
-        stop.begin_training()
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGINT)
-        assert stop.reason == "SIGTERM"
-    finally:
-        stop.restore()
+    stop.begin_training()
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGINT)
+    assert stop.reason == "SIGTERM"
 
 
 def test_a_signal_after_the_end_does_not_change_what_the_run_ended_with():
@@ -124,8 +126,6 @@ t.main()
 @pytest.mark.parametrize("phase", ["evaluate", "recalibrate", "save"])
 def test_a_signal_in_any_phase_saves_and_the_run_ends_as_one_undisturbed(tmp_path, monkeypatch, phase):
     """The signal comes in the middle of the second evaluation, recalibration or save."""
-    from sasa_train.training import loop
-
     run = (*TINY, "trainer.bn_recalibration_batches=2", "trainer.ema_decay=0.9")
     assert run_in_process(tmp_path, monkeypatch, *run, "run_name=whole") == 0
     owner = Checkpoints if phase == "save" else loop
@@ -142,23 +142,22 @@ def test_a_signal_in_any_phase_saves_and_the_run_ends_as_one_undisturbed(tmp_pat
         assert run_in_process(tmp_path, monkeypatch, *run, "run_name=a") == 75
     assert json.loads((tmp_path / "out/a/run.json").read_text())["status"] == "interrupted"
     assert run_in_process(tmp_path, monkeypatch, *run, "run_name=a") == 0
-    assert rows(tmp_path / "out/a") == rows(tmp_path / "out/whole")
-    assert_equal_state(*(load_checkpoint(tmp_path / f"out/{name}/checkpoints/last.pt") for name in ("a", "whole")))
+    assert_same_run(tmp_path / "out/a", tmp_path / "out/whole")
 
 
 # One writer
 
 
-def test_a_second_run_is_told_who_holds_the_folder_and_a_dead_ones_lock_is_taken_over(tmp_path, command):
+def test_a_second_run_is_told_who_holds_the_folder_and_a_dead_ones_lock_is_taken_over(tmp_path, in_process):
     process = start(tmp_path, *LONG)
     wait_for_rows(tmp_path / "out/a", 1, process)
-    refused = command("train", *LONG, expect=2)
+    refused = in_process("train", *LONG, expect=2)
     assert f"out/a is in use by process {process.pid} on " in refused.stderr and "started at" in refused.stderr
     process.kill()
     process.communicate()
     held = json.loads((tmp_path / "out/a/.lock").read_text())
     assert held["process"] == process.pid
-    command("train", *LONG, "trainer.max_hours=1e-9", expect=75)
+    in_process("train", *LONG, "trainer.max_hours=1e-9", expect=75)
 
 
 def test_of_two_starts_at_once_exactly_one_takes_the_folder(tmp_path):
@@ -188,21 +187,15 @@ for number in range(20):
     assert sorted(map(int, refused)) == list(range(20))
 
 
-def test_new_runs_started_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
-    assert [run_in_process(tmp_path, monkeypatch, *RUN, "resume=never") for _ in range(2)] == [0, 0]
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "a-2"]
-
-
 @pytest.mark.parametrize("name", [".lock", "checkpoints", "tensorboard/events", "metrics.jsonl"])
-def test_a_link_in_a_run_folder_does_not_lead_out_of_it(tmp_path, monkeypatch, capsys, name):
+def test_a_link_in_a_run_folder_does_not_lead_out_of_it(tmp_path, name, in_process):
     """A run folder may come from a stranger: continuing it must not empty a file elsewhere."""
     victim = tmp_path / "victim"
     victim.write_text("precious")
     link = tmp_path / "out/a" / name
     link.parent.mkdir(parents=True)
     link.symlink_to(victim)
-    assert run_in_process(tmp_path, monkeypatch, *RUN) == 2
-    assert f"out/a/{name} is a symbolic link" in capsys.readouterr().err
+    assert f"out/a/{name} is a symbolic link" in in_process("train", *RUN, expect=2).stderr
     assert victim.read_text() == "precious"
 
 
@@ -220,17 +213,15 @@ def fail_to_write(monkeypatch, steps: set[int]) -> None:
     monkeypatch.setattr(Checkpoints, "save", save)
 
 
-def test_when_a_checkpoint_cannot_be_written_the_run_stops_or_goes_on_as_configured(tmp_path, monkeypatch, capsys):
+def test_when_a_checkpoint_cannot_be_written_a_run_stops_or_goes_on_as_configured(tmp_path, monkeypatch, in_process):
     with monkeypatch.context() as patch:
         fail_to_write(patch, {5, 6})
-        assert run_in_process(tmp_path, monkeypatch, *RUN) == 1
-        assert "step 5: cannot write" in capsys.readouterr().err
+        assert "step 5: cannot write" in in_process("train", *RUN, expect=1).stderr
         assert load_checkpoint(tmp_path / "out/a/checkpoints/last.pt")["step"] == 4
-        assert run_in_process(tmp_path, monkeypatch, *RUN, "run_name=b", "trainer.on_failed_save=continue") == 0
-        assert "tries again at the next checkpoint" in capsys.readouterr().err
+        to_go_on = (*RUN, "run_name=b", "trainer.on_failed_save=continue")
+        assert "tries again at the next checkpoint" in in_process("train", *to_go_on).stderr
     assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
-    assert rows(tmp_path / "out/a") == rows(tmp_path / "out/b")
-    assert_equal_state(*(load_checkpoint(tmp_path / f"out/{name}/checkpoints/last.pt") for name in "ab"))
+    assert_same_run(tmp_path / "out/a", tmp_path / "out/b", ["last"])
 
 
 def test_a_best_model_that_was_not_saved_is_not_the_best(tmp_path, monkeypatch):
@@ -242,13 +233,12 @@ def test_a_best_model_that_was_not_saved_is_not_the_best(tmp_path, monkeypatch):
     assert last["best"] == best["best"] and best["best"]["step"] == best["step"] > 4
 
 
-def test_checkpoints_that_were_taken_away_are_missed(tmp_path, monkeypatch, capsys):
+def test_checkpoints_that_were_taken_away_are_missed(tmp_path, monkeypatch, in_process):
     """A scratch disk's purge must not look like a run that never was."""
     assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
     metrics = (tmp_path / "out/a/metrics.jsonl").read_bytes()
     shutil.rmtree(tmp_path / "out/a/checkpoints")
-    assert run_in_process(tmp_path, monkeypatch, *RUN) == 1
-    assert "this run had checkpoints, and they are gone" in capsys.readouterr().err
+    assert "this run had checkpoints, and they are gone" in in_process("train", *RUN, expect=1).stderr
     assert (tmp_path / "out/a/metrics.jsonl").read_bytes() == metrics
 
 
@@ -268,7 +258,9 @@ def test_a_run_that_started_from_a_checkpoint_goes_on_without_it(tmp_path, monke
     assert run_in_process(tmp_path, monkeypatch, *again, "trainer.max_hours=1e-9") == 75
     source.unlink()
     assert run_in_process(tmp_path, monkeypatch, *again) == 0
+    assert run_in_process(tmp_path, monkeypatch, *again) == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "a-2"]
+    assert json.loads((tmp_path / "out/a-2/run.json").read_text())["versions"]["torch"]
     assert run_in_process(tmp_path, monkeypatch, *RUN, "resume=out/a/checkpoints/step-00000008.pt") == 2
 
 
@@ -307,7 +299,7 @@ def on_images(root: Path) -> list[str]:
 
 
 def test_a_resume_on_changed_images_is_refused_by_name_and_elsewhere_they_may_lie(
-    tmp_path, monkeypatch, capsys, image_folder
+    tmp_path, monkeypatch, capsys, image_folder, in_process
 ):
     run = on_images(image_folder)
     assert run_in_process(tmp_path, monkeypatch, *run, "trainer.max_hours=1e-9") == 75
@@ -319,8 +311,7 @@ def test_a_resume_on_changed_images_is_refused_by_name_and_elsewhere_they_may_li
     capsys.readouterr()
     assert evaluate.run_command(["out/a/checkpoints/last.pt"]) == 0
     assert "not the images that the run was evaluated on: val: the content of class 'red'" in capsys.readouterr().out
-    assert run_in_process(tmp_path, monkeypatch, *run) == 2
-    message = capsys.readouterr().err
+    message = in_process("train", *run, expect=2).stderr
     assert "train: class 'red' had 7 images, now 8" in message and "val: the content of class 'red' changed" in message
     assert run_in_process(tmp_path, monkeypatch, *run, "allow_config_change=[data.root]") == 0
     assert "WARNING: the images are not those that this run began with" in capsys.readouterr().err
@@ -333,24 +324,13 @@ def test_a_checkpoint_says_what_made_it(tmp_path, monkeypatch):
     assert run_in_process(tmp_path, monkeypatch, *RUN, "seed=3") == 0
     saved = load_checkpoint(tmp_path / "out/a/checkpoints/last.pt")
     made = saved["provenance"]
-    assert {
-        "command",
-        "reproduce",
-        "commit",
-        "dirty",
-        "difference",
-        "versions",
-        "host",
-        "gpu",
-        "threads",
-    } <= made.keys()
+    names = {"command", "reproduce", "commit", "dirty", "difference", "versions", "host", "gpu", "threads"}
+    assert names <= made.keys()
     assert made["seed"] == 3 and made["versions"]["torch"] == str(torch.__version__)
     assert saved["fingerprint"]["train"]["classes"][0]["num_images"] == 7
 
 
 def test_what_was_not_committed_is_kept_beside_the_run(tmp_path, monkeypatch):
-    from sasa_train.runs import provenance
-
     monkeypatch.setattr(provenance, "_git", lambda *arguments: "diff --git" if "diff" in arguments else "0123456")
     assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
     made = json.loads((tmp_path / "out/a/run.json").read_text())
@@ -368,22 +348,16 @@ def test_somebody_elses_checkout_is_not_ours(tmp_path):
     assert run.stdout == "None\n"
 
 
-def test_other_code_or_packages_are_named_on_resume(tmp_path, monkeypatch, capsys):
-    from sasa_train.runs import provenance
-
+def test_other_code_or_packages_are_named_on_resume(tmp_path, monkeypatch, in_process):
     assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.max_hours=1e-9") == 75
     monkeypatch.setattr(provenance, "_git", lambda *arguments: "0123456" if "rev-parse" in arguments else None)
     monkeypatch.setattr(provenance, "_version", lambda package: "99.9")
-    capsys.readouterr()
-    assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
-    message = capsys.readouterr().err
+    message = in_process("train", *RUN).stderr
     assert "changed since the checkpoint was written: the code: commit" in message and "-> 0123456" in message
     assert "changed since the checkpoint was written: timm: " in message and "-> 99.9" in message
 
 
 def test_run_json_has_a_command_that_makes_the_run_again(tmp_path, monkeypatch):
-    import shlex
-
     assert run_in_process(tmp_path, monkeypatch, *RUN, "optimizer=adamw", "data.mean=[0.5,0.5,0.5]") == 0
     again = shlex.split(json.loads((tmp_path / "out/a/run.json").read_text())["reproduce"])
     assert again[0] == "sasa-train" and "experiment=debug" not in again
@@ -395,10 +369,9 @@ def test_run_json_has_a_command_that_makes_the_run_again(tmp_path, monkeypatch):
 # Numbers and memory
 
 
-def test_a_non_finite_loss_names_the_module_and_the_images(tmp_path, monkeypatch, capsys):
+def test_a_non_finite_loss_names_the_module_and_the_images(tmp_path, in_process):
     run = (*RUN, "optimizer.lr=1e30", "optimizer.lr_basis=absolute")
-    assert run_in_process(tmp_path, monkeypatch, *run) == 1
-    message = capsys.readouterr().err
+    message = in_process("train", *run, expect=1).stderr
     assert "the loss of step 2 is not finite: the first output that was not finite is that of module stem" in message
     listed = (tmp_path / "out/a/nonfinite.txt").read_text().splitlines()
     assert listed[0] in message and len(listed[2:]) == 16 and all(line.startswith("image ") for line in listed[2:])
@@ -406,10 +379,8 @@ def test_a_non_finite_loss_names_the_module_and_the_images(tmp_path, monkeypatch
     assert json.loads((tmp_path / "out/a/run.json").read_text())["status"] == "failed"
 
 
-def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, capsys):
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, in_process):
     """The loss was finite, its gradient was not: the step's update broke the weights."""
-    from sasa_train.training.step import Stepper
-
     real = Stepper.train_step
 
     def train_step(self, *arguments, **options):
@@ -420,8 +391,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, caps
         return grad_norm
 
     monkeypatch.setattr(Stepper, "train_step", train_step)
-    assert run_in_process(tmp_path, monkeypatch, *RUN) == 1
-    message = capsys.readouterr().err
+    message = in_process("train", *RUN, expect=1).stderr
     assert "the weights after step 3 are not finite, fc.weight first of 1; the images that it came from" in message
     assert len((tmp_path / "out/a/nonfinite.txt").read_text().splitlines()) == 2 + 16
     assert load_checkpoint(tmp_path / "out/a/checkpoints/last.pt")["step"] == 2
@@ -440,6 +410,7 @@ def test_the_origin_is_the_first_module_and_its_images():
     assert find_origin(model, images, NO_AUTOCAST)[0].startswith("the weights were not finite before the step, 0.bias")
 
 
+@pytest.mark.slow
 def test_memory_that_does_not_suffice_ends_with_what_to_set(tmp_path):
     """A process that may have 600 MB more than it has is given a step that needs gigabytes."""
     code = f"""
@@ -458,9 +429,8 @@ sys.exit(run_command({[*RUN, "data.image_size=64", "model.width=1.0", "model.ste
     process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert process.returncode == 1, process.stderr
     assert "cpu is out of memory with micro-batches of 16 images of 64 pixels" in process.stderr
-    assert (
-        "Try trainer.micro_batch_size=8 (the same global batch), or trainer.grad_checkpointing=true" in process.stderr
-    )
+    remedy = "Try trainer.micro_batch_size=8 (the same global batch), or trainer.grad_checkpointing=true"
+    assert remedy in process.stderr
 
 
 # Defects that other frameworks had
@@ -474,11 +444,11 @@ def test_seed_zero_is_a_seed(tmp_path, monkeypatch):
     assert one == two != three
 
 
-def test_a_job_of_a_sweep_is_the_run_alone(tmp_path, command):
+def test_a_job_of_a_sweep_is_the_run_alone(tmp_path, command, in_process):
     """Hydra runs all jobs in one process: generators, threads and caches of one must not reach the next."""
     run = [*TINY, "model.drop_path_rate=0.2"]
     command("train", *run, "trainer.epochs=1", "seed=5,6", "-m")
-    command("train", *run, "trainer.epochs=1", "seed=6", "output_dir=alone")
+    in_process("train", *run, "trainer.epochs=1", "seed=6", "output_dir=alone")
     (alone,) = (tmp_path / "alone").iterdir()
     assert rows(alone) == rows(tmp_path / "out" / alone.name)
 
@@ -488,8 +458,6 @@ def test_a_resumed_run_remembers_its_best(tmp_path, monkeypatch):
     run = (*TINY, "run_name=a", "trainer.checkpoint_every_steps=1")
     with monkeypatch.context() as patch:
         top1s = iter((90.0, 10.0, 20.0))
-        import sasa_train.training.loop as loop
-
         real = loop.Loop.evaluate_model
 
         def evaluate_model(self, model):
@@ -508,8 +476,6 @@ def test_a_resumed_run_remembers_its_best(tmp_path, monkeypatch):
 
 def test_gradients_are_clipped_once_and_before_the_one_update(monkeypatch):
     """An old reference script clipped after the update, and updated twice under mixed precision."""
-    from test_engine import batches, setup
-
     stepper, events = setup("trainer.grad_clip_norm=1.0"), []
     stepper.state.scaler = torch.amp.GradScaler("cpu")
     real = stepper.state.optimizer.step

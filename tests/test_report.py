@@ -9,17 +9,18 @@ from pathlib import Path
 
 import pytest
 import timm
+from marking import slow_but_for
 from PIL import Image
 from tensorboard import context
 from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
 from tensorboard.plugins import base_plugin
 from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
+from writing_runs import BASE, write_run, write_sweep
 
 from sasa_train import report as command
 from sasa_train import train
 from sasa_train.config.compose import compose_config
 from sasa_train.config.groups import config_dir
-from sasa_train.config.saved import to_yaml
 from sasa_train.models import build_model, check_model
 from sasa_train.models.counting import count_params, meta_model
 from sasa_train.paper import ROWS, matching_row, reference_row
@@ -31,39 +32,11 @@ from sasa_train.runs.metrics import read_metrics
 from sasa_train.sweep.planning import read_plan
 
 SWEEPS = sorted(path.stem for path in (config_dir() / "sweep").glob("*table*.yaml"))
-BASE = ("experiment=debug",)
-
-
-def write_run(folder: Path, overrides, top1s, **info) -> None:
-    """A run folder as sasa-train leaves it, with one val row an epoch."""
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(to_yaml(compose_config(overrides)))
-    of_train, rows = {"split": "train", "loss": 1.0, "top1": 9.0, "images_per_sec": 100.0}, []
-    for epoch, top1 in enumerate(top1s, 1):
-        val = {"split": "val", "loss": None, "top1": top1, "top5": 99.0}
-        rows += [row | {"step": epoch, "epoch": epoch} for row in (of_train, val)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "run.json").write_text(json.dumps({"status": "finished", "seconds": 60.0} | info))
-
-
-def write_sweep(folder: Path, results: dict, table=None, name="ledger.json", base=BASE) -> Path:
-    """`results`: (overrides, seed) -> val top1s of a job that is done, or its (state, reason)."""
-    jobs = {}
-    for i, ((overrides, seed), found) in enumerate(results.items()):
-        job, all_overrides = f"{name[:-5]}-{i}", [*base, *overrides, f"seed={seed}"]
-        state, reason = ("done", "finished") if isinstance(found, list) else found
-        jobs[job] = {"overrides": all_overrides, "state": state, "reason": reason, "tries": []}
-        if isinstance(found, list):
-            write_run(folder / job, all_overrides, found)
-    folder.mkdir(parents=True, exist_ok=True)
-    sweep = {"name": folder.name, "command": "sasa-sweep ...", "paper_table": table, "overrides": list(base)}
-    (folder / name).write_text(json.dumps({"format_version": 1, "sweep": sweep, "jobs": jobs}))
-    return folder
 
 
 @pytest.fixture
 def without_matplotlib(monkeypatch):
-    """As where the extra `plots` is not installed; and seconds faster."""
+    """The extra `plots` seems not to be installed. This is also seconds faster."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
 
@@ -107,7 +80,7 @@ def test_a_paired_difference_solved_by_hand(tmp_path):
 # From folders to rows
 
 
-def test_every_job_is_in_the_figures_or_listed_with_its_reason(tmp_path, capsys, without_matplotlib):
+def test_every_job_is_in_the_figures_or_listed_with_its_reason(tmp_path, without_matplotlib, in_process):
     """A sweep that hides its failures shows the mean of the lucky ones."""
     k3, k5, k7 = (("model.kernel_size=3",), ("model.kernel_size=5",), ("model.kernel_size=7",))
     results = {(k3, 0): [50.0, 60.0, 58.0], (k3, 1): [50.0, 54.0, 54.0], (k5, 0): [61.0], (k7, 0): ("waiting", "")}
@@ -118,8 +91,7 @@ def test_every_job_is_in_the_figures_or_listed_with_its_reason(tmp_path, capsys,
     (sweep / "ledger-b-0/metrics.jsonl").write_text('{"split": "val"')  # of a job that went on elsewhere: half a row
     write_sweep(sweep, {(k7, 1): [1.0]}, name="ledger-c.json")
     (sweep / "ledger-c-0/config.yaml").unlink()
-    assert command.run_command([str(sweep), "--reference", "kernel_size=3"]) == 0
-    text = capsys.readouterr().out
+    text = in_process("report", str(sweep), "--reference", "kernel_size=3").stdout
     saved = json.loads((sweep / "report/table.json").read_text())
     assert {job["job"]: job["state"] for job in saved["not_counted"]} == {
         "ledger-3": "waiting", "ledger-4": "failed", "ledger-5": "pruned", "ledger-b-0": "no val",
@@ -147,7 +119,7 @@ def test_a_seed_that_ran_twice_counts_once(tmp_path):
 
 
 def test_plain_run_folders_need_no_ledger(tmp_path, capsys, without_matplotlib):
-    """What `sasa-train -m` leaves: states come from run.json, settings from config.yaml."""
+    """`sasa-train -m` leaves such folders: states come from run.json, keys from config.yaml."""
     for width, seed in itertools.product((0.125, 0.25), (0, 1)):
         overrides = [*BASE, f"model.width={width}", f"seed={seed}"]
         write_run(tmp_path / f"outputs/w{width}-{seed}", overrides, [50.0 + 8 * width + seed])
@@ -191,12 +163,11 @@ def test_a_row_of_metrics_without_what_is_drawn_is_damage(tmp_path):
     assert command.run_command([str(tmp_path / "run"), "--quick"]) == 0
 
 
-def test_what_cannot_be_reported_is_refused(tmp_path, capsys):
+def test_what_cannot_be_reported_is_refused(tmp_path, capsys, in_process):
     assert command.run_command([str(tmp_path / "none")]) == 2 and "is not a sweep" in capsys.readouterr().err
     sweep = write_sweep(tmp_path / "s", {(("model.kernel_size=3",), 0): [1.0], (("model.kernel_size=5",), 0): [2.0]})
     for wrong in ("9", "kernel_size", "width"):
-        assert command.run_command([str(sweep), "--reference", wrong]) == 2
-        assert "model.kernel_size=5" in capsys.readouterr().err
+        assert "model.kernel_size=5" in in_process("report", str(sweep), "--reference", wrong, expect=2).stderr
     assert report_of(sweep, "2").rows[0].reference.label == "model.kernel_size=5"
     write_sweep(tmp_path / "empty", {})
     assert command.run_command([str(tmp_path / "empty")]) == 2 and "no jobs" in capsys.readouterr().err
@@ -246,9 +217,9 @@ def jobs_of(*arguments: str) -> tuple[int | None, list[list[str]]]:
     return plan.config.paper_table, [job.overrides for job in plan.jobs]
 
 
-@pytest.mark.parametrize("sweep", SWEEPS)
+@pytest.mark.parametrize("sweep", slow_but_for(["paper_table5", "paper_table7"], SWEEPS))
 def test_every_row_of_the_papers_table_is_one_job(sweep):
-    """Of its parameters on ImageNet, and at 32 pixels by another experiment alone."""
+    """It has the row's parameters on ImageNet, and trains at 32 pixels with no more than another experiment."""
     table, jobs = jobs_of(f"sweep={sweep}")
     wanted = [row for row in ROWS if row.table == table]
     configs = [compose_config(job) for job in jobs]
@@ -278,16 +249,15 @@ def test_the_six_tables_are_there_with_their_commands():
 
 
 def test_the_papers_figures_stand_beside_ours(tmp_path):
-    """As differences to the same row, at another depth and on other data too."""
+    """Both stand as differences to the same row, at another depth and on other data too."""
     stages = {"aaaa": [50.0, 51.0], "ccaa": [52.0, 52.5]}
     results = {}
     for letters, top1s in stages.items():
         ops = ",".join({"a": "attention", "c": "conv"}[letter] for letter in letters)
         results |= {((f"model.stage_ops=[{ops}]",), seed): [top1] for seed, top1 in enumerate(top1s)}
     rows = report_of(write_sweep(tmp_path / "s", results, table=3)).rows
-    assert [(row.label, row.paper.top1) for row in rows] == [
-        ("attention in stages 1 2 3 4", 80.2), ("convolution in 1 2", 80.7),
-    ]  # fmt: skip
+    of_paper = [(row.label, row.paper.top1) for row in rows]
+    assert of_paper == [("attention in stages 1 2 3 4", 80.2), ("convolution in 1 2", 80.7)]
     assert rows[1].difference.mean == pytest.approx(1.75) and rows[1].paper_difference == pytest.approx(0.5)
 
 
@@ -300,10 +270,8 @@ def test_table_1_compares_within_a_depth():
 
 
 def test_other_models_are_no_row_of_the_paper():
-    for overrides, table in (
-        (["model=timm", "model.name=resnet50"], 1),
-        (["model=hybrid_resnet26", "model.kernel_size=13"], 4),
-    ):
+    wider = ["model=hybrid_resnet26", "model.kernel_size=13"]
+    for overrides, table in ((["model=timm", "model.name=resnet50"], 1), (wider, 4)):
         assert matching_row(vars(compose_config(overrides).model), table) is None
 
 
@@ -343,5 +311,3 @@ def test_a_refused_config_is_still_a_row(tmp_path):
     sweep = write_sweep(tmp_path / "s", {(("model.kernel_size=4",), 0): ("refused", "odd"), ((), 0): [50.0]})
     refused = next(row for row in report_of(sweep).rows if row.settings)
     assert (refused.config, refused.params, refused.num_jobs) == (None, None, 1)
-    with pytest.raises(ConfigError):
-        compose_config(["model.kernel_size=4"])

@@ -11,8 +11,9 @@ from urllib.parse import unquote
 
 import pytest
 import torch
-from conftest import TINY, make_image_folder
-from test_report import write_run, write_sweep
+from making_data import make_image_folder
+from running_commands import TINY
+from writing_runs import write_run, write_sweep
 
 from sasa_train import report as command
 from sasa_train import train
@@ -27,7 +28,7 @@ VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
 class Page(HTMLParser):
-    """What is in a page: its tags must be balanced, as a browser would mend them in silence."""
+    """The content of a page. Its tags must be balanced: a browser would mend them in silence."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -56,7 +57,7 @@ class Page(HTMLParser):
 
 
 def check_whole(page: Page) -> None:
-    """What must hold of every page of ours."""
+    """Check the rules for every page of ours."""
     names = {tag for tag, _ in page.tags}
     assert not names & {"script", "link", "iframe", "object", "base", "form"}
     assert page.all("html")[0]["lang"] == "en" and len(page.all("h1")) == len(page.all("main")) == 1
@@ -200,7 +201,7 @@ def test_overrides_that_nobody_reads_are_refused(run_dir, sweep_page, capsys):
 
 
 def test_what_one_must_know_of_a_run_stands_above_its_figures(tmp_path):
-    """Of run.json and the like anything may be there."""
+    """run.json and the other files may hold anything."""
     run_dir = tmp_path / "run"
     write_run(run_dir, ["experiment=debug", "trainer.max_steps=null", "trainer.epochs=9"], [20.0, 40.0, 30.0])
     info = {"status": "interrupted", "starts": [{"step": 0}, {"step": 7}, 5], "versions": 3, "dirty": True}
@@ -255,6 +256,7 @@ addEventListener("message", event => { found.textContent += JSON.stringify(event
 </script>"""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium to look at the page with")
 def test_a_browser_shows_the_pages_on_a_phone_and_on_a_screen(run_page, sweep_page, tmp_path):
     """At 360 and 1280 pixels: nothing sticks out, wide tables scroll in their boxes, every picture is there."""

@@ -1,13 +1,13 @@
 """Tar shards are the data set that the class folders are, and an index never outlives what it describes."""
 
-import io
 import os
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_data import assert_same, batches, config_for
+from making_data import assert_same, batches, config_for, tar_of
 
 from sasa_train.data.datasets import load_image_sets
 from sasa_train.data.shards import find_shards, load_shards
@@ -29,14 +29,10 @@ def test_shards_give_the_batches_of_their_folders(image_folder, shards, size):
     assert_same(from_folders, batches(config_for(*overrides, f"data.root={shards}"), epoch=1))
 
 
-def write_webdataset(folder, name, samples):
-    """As other people's tools write it: KEY.jpg, KEY.cls and whatever else, in any order."""
+def write_webdataset(folder: Path, name: str, samples: list[tuple[str, bytes]]) -> None:
+    """KEY.jpg, KEY.cls and whatever else, in any order, as other people's tools write it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(folder / name, "w") as archive:
-        for member, data in samples:
-            info = tarfile.TarInfo(member)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
+    (folder / name).write_bytes(tar_of(samples))
 
 
 def test_other_peoples_shards_are_read(image_folder, tmp_path):
@@ -87,7 +83,7 @@ def test_a_truncated_shard_is_named(shards):
 
 
 def test_an_image_cut_off_after_indexing_is_quarantined(shards):
-    """As an image file that is truncated: the run goes on with the next one."""
+    """The run goes on with the next image, just as after a truncated image file."""
     config = config_for("data=image_folder", f"data.root={shards}", "data.image_size=16", "data.num_workers=0")
     config.trainer.global_batch_size = 9
     load_image_sets(config.data)  # makes the index

@@ -5,7 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from test_data import CPU, config_for
+from making_data import CPU, config_for
 
 from sasa_train.data.loader import build_eval_loader, build_loaders
 from sasa_train.refusal import ConfigError

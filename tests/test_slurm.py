@@ -7,23 +7,20 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from reading_runs import assert_same_run
+from running_commands import TINY, wait_for
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from chaos import first_difference, read_rows
-
-from sasa_train.runs.checkpoint import load_checkpoint
 from sasa_train.signals import StopRequest
 from sasa_train.train import run_command
 
 SLURM = Path(__file__).parents[1] / "scripts" / "slurm"
 PATIENCE = 240  # seconds
 needs_slurm = [
+    pytest.mark.slow,
     pytest.mark.slurm,
     pytest.mark.skipif(
         shutil.which("slurmctld") is None or os.geteuid() != 0,
@@ -61,10 +58,8 @@ class Cluster:
         self.folder, self.environment = folder, environment
 
     def call(self, *command: str, **more: str) -> str:
-        environment = self.environment | more
-        return subprocess.run(
-            command, cwd=self.folder, env=environment, check=True, capture_output=True, text=True
-        ).stdout
+        options = {"cwd": self.folder, "env": self.environment | more, "check": True}
+        return subprocess.run(command, capture_output=True, text=True, **options).stdout
 
     def submit(self, *options: str, num_stops: int = 0, run: tuple[str, ...] = RUN) -> str:
         command = ("sbatch", "--parsable", "--cpus-per-task=1", *options, str(SLURM / "train.sbatch"), *run)
@@ -78,15 +73,8 @@ class Cluster:
         return path.read_text() if path.exists() else ""
 
     def wait(self, number: str, *states: str) -> dict[str, str]:
-        wait_until(lambda: self.job(number)["JobState"] in states, f"job {number} is {states}")
+        wait_for(lambda: self.job(number)["JobState"] in states, what=f"job {number} is {states}")
         return self.job(number)
-
-
-def wait_until(is_so: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not is_so():
-        assert time.monotonic() < deadline, f"not within {PATIENCE} s: {what}"
-        time.sleep(0.2)
 
 
 def num_rows(run_dir: Path) -> int:
@@ -96,7 +84,7 @@ def num_rows(run_dir: Path) -> int:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """With eight processors, more than there are: here jobs wait more than they compute."""
+    """A cluster with eight processors, more than this machine has: jobs wait more than they compute."""
     folder = tmp_path_factory.mktemp("slurm")
     script = str(SLURM / "local_cluster.sh")
     exports = subprocess.run([script, "up", str(folder / "slurm"), "8"], check=True, stdout=subprocess.PIPE, text=True)
@@ -130,15 +118,15 @@ class TestOnSlurm:
     def test_a_preempted_run_goes_on_and_a_cancelled_one_does_not(self, cluster, overdue):
         run = (*RUN, "output_dir=preempted")
         number = cluster.submit(num_stops=9, run=run)
-        wait_until(lambda: num_rows(cluster.folder / "preempted/a") >= 1, "the first row")
+        wait_for(lambda: num_rows(cluster.folder / "preempted/a") >= 1, what="the first row")
         cluster.call("sbatch", "--partition=high", "--cpus-per-task=7", "--wrap=true")
-        wait_until(lambda: "SIGTERM: saved at step" in cluster.log(number), "the run was preempted")
+        wait_for(lambda: "SIGTERM: saved at step" in cluster.log(number), what="the run was preempted")
         saved = int(re.findall(r"SIGTERM: saved at step (\d+)", cluster.log(number))[-1])
-        wait_until(lambda: num_rows(cluster.folder / "preempted/a") > saved, "a row after the restart")
+        wait_for(lambda: num_rows(cluster.folder / "preempted/a") > saved, what="a row after the restart")
         assert cluster.job(number)["Restarts"] == "1"
 
         cluster.call("scancel", number)
-        wait_until(lambda: cluster.log(number).count("SIGTERM: saved at step") == 2, "the run was cancelled")
+        wait_for(lambda: cluster.log(number).count("SIGTERM: saved at step") == 2, what="the run was cancelled")
         assert cluster.wait(number, "CANCELLED", "PENDING")["JobState"] == "CANCELLED"
         starts = json.loads((cluster.folder / "preempted/a/run.json").read_text())["starts"]
         assert [start["step"] for start in starts] == [0, saved]
@@ -172,7 +160,7 @@ class TestOnSlurm:
         process = start_launch(jobs, launcher, cluster.folder, cluster.environment)
         try:
             for name in names[-2:]:
-                wait_until(lambda name=name: num_rows(cluster.folder / "codes" / name) > 2, f"{name} trains")
+                wait_for(lambda name=name: num_rows(cluster.folder / "codes" / name) > 2, what=f"{name} trains")
             (array,) = {path.name.split("_")[0] for path in (cluster.folder / "hydra/.submitit").glob("[0-9]*_*")}
             cluster.call("scancel", f"{array}_3")  # its number among those that were not refused
             cluster.call("scancel", "--signal=USR2", f"{array}_4")  # as Slurm does before the time limit
@@ -191,11 +179,7 @@ class TestOnSlurm:
         log = cluster.log(overdue)
         assert job["JobState"] == "COMPLETED" and int(job["Restarts"]) >= 2, log
         assert log.count("SIGUSR2: saved at step") >= 2, log
-        whole, other = (cluster.folder / name / "a" for name in ("whole", "overdue"))
-        assert read_rows(whole) == read_rows(other)
-        for name in ("last.pt", "best.pt"):
-            states = (load_checkpoint(run / "checkpoints" / name) for run in (whole, other))
-            assert first_difference(*states, name) is None
+        assert_same_run(cluster.folder / "overdue/a", cluster.folder / "whole/a")
 
 
 def make_lost_run(run_dir: Path) -> None:
@@ -215,6 +199,7 @@ print(json.dumps(launch({jobs}, {launcher}, Path("hydra"))))"""
     return subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=environment, **pipes)
 
 
+@pytest.mark.slow
 def test_every_job_here_ends_with_its_own_code(tmp_path):
     make_lost_run(tmp_path / "out/lost")
     run = [*TINY, "trainer.epochs=1"]
@@ -230,7 +215,7 @@ def test_a_signal_ends_a_sweep_here_and_the_same_command_goes_on(tmp_path):
     command = [sys.executable, "-m", "sasa_train.train", "-m", *TINY, "seed=0,1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*command, "trainer.epochs=300"], cwd=tmp_path, env=environment)
-    wait_until(lambda: any(num_rows(path) for path in tmp_path.glob("out/digits-*")), "the first row")
+    wait_for(lambda: any(num_rows(path) for path in tmp_path.glob("out/digits-*")), what="the first row")
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE) == 75
     (run_dir,) = tmp_path.glob("out/digits-*")

@@ -1,18 +1,19 @@
 """Sweeps as people run them: jobs killed, the sweep killed, a broken config; the same command finishes it, once."""
 
+import functools
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from running_commands import TINY, start, wait_for
 
 from sasa_train import sweep as command_line
+from sasa_train.config.groups import choices
 from sasa_train.config.overrides import parse_overrides
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.ledger import Job, Ledger
@@ -21,17 +22,7 @@ from sasa_train.sweep.planning import read_plan
 from sasa_train.sweep.scheduler import JobList, Processes, behind_torchrun, finish, job_arguments
 
 SMALL = [argument for argument in TINY if not argument.startswith("output_dir")]
-
-
-def start(folder: Path, *arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "sasa_train.sweep", *arguments],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+start_sweep = functools.partial(start, command="sweep")
 
 
 def finished(process: subprocess.Popen, expect: int) -> str:
@@ -51,15 +42,6 @@ def status(folder: Path, name: str) -> str:
     return json.loads(path.read_text())["status"]
 
 
-def wait_for(found, seconds: float = 120.0):
-    """What `found()` gives once it is something."""
-    end = time.monotonic() + seconds
-    while not (result := found()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-    return result
-
-
 def running_jobs(folder: Path) -> list[tuple[int, str]]:
     """Process and run folder of the jobs that hold one and have begun to train."""
     found = []
@@ -72,6 +54,7 @@ def running_jobs(folder: Path) -> list[tuple[int, str]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_sweep_survives_kills_and_a_broken_config(tmp_path):
     """Twelve jobs, one of them broken; two jobs and then the sweep are killed: lost hours, were any of it lost."""
     broken = tmp_path / "twelve.yaml"
@@ -80,7 +63,7 @@ def test_a_sweep_survives_kills_and_a_broken_config(tmp_path):
         "rows:\n" + "".join(f"  - [seed={n}]\n" for n in range(11)) + "  - [seed=11, model.kernel_size=4]\n"
     )
     arguments = ["sweep=twelve.yaml", "sweep.max_parallel=4"]
-    sweep = start(tmp_path, *arguments)
+    sweep = start_sweep(tmp_path, *arguments)
     killed = []
     for _ in range(2):
         process, name = wait_for(lambda: [job for job in running_jobs(tmp_path) if job[1] not in killed])[0]
@@ -95,7 +78,7 @@ def test_a_sweep_survives_kills_and_a_broken_config(tmp_path):
     # Its jobs save and stop, instead of going on unseen.
     wait_for(lambda: all(status(tmp_path, name) in ("interrupted", "finished") for name in at_work))
 
-    output = finished(start(tmp_path, *arguments), expect=1)  # one job is refused
+    output = finished(start_sweep(tmp_path, *arguments), expect=1)  # one job is refused
     jobs = read_ledger(tmp_path)["jobs"]
     states = [job["state"] for job in jobs.values()]
     assert states.count("done") == 11 and states.count("refused") == 1, output
@@ -115,21 +98,22 @@ def test_a_sweep_survives_kills_and_a_broken_config(tmp_path):
     assert all(job["last"]["epoch"] == 6 for job in jobs.values() if job["state"] == "done")
 
     before = [p.stat().st_mtime_ns for p in sorted(tmp_path.glob("outputs/*/digits-*/checkpoints/last.pt"))]
-    output = finished(start(tmp_path, *arguments), expect=1)
+    output = finished(start_sweep(tmp_path, *arguments), expect=1)
     assert "started" not in output
     assert before == [p.stat().st_mtime_ns for p in sorted(tmp_path.glob("outputs/*/digits-*/checkpoints/last.pt"))]
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_saves_its_jobs_and_a_grid_grows_in_place(tmp_path):
     """Ctrl-C on a sweep of days must lose nothing, and a sixth seed must not cost the five before it."""
     arguments = [*SMALL, "trainer.epochs=15", "sweep.max_parallel=2"]
-    sweep = start(tmp_path, *arguments, "seed=0,1")
+    sweep = start_sweep(tmp_path, *arguments, "seed=0,1")
     wait_for(lambda: [job["state"] for job in read_ledger(tmp_path)["jobs"].values()] == ["running"] * 2)
     sweep.send_signal(signal.SIGINT)  # while the jobs are being started
     finished(sweep, expect=75)
     assert {job["state"] for job in read_ledger(tmp_path)["jobs"].values()} == {"interrupted"}
 
-    sweep = start(tmp_path, *arguments, "seed=0,1")
+    sweep = start_sweep(tmp_path, *arguments, "seed=0,1")
     wait_for(lambda: len(running_jobs(tmp_path)) == 2)
     sweep.send_signal(signal.SIGINT)
     output = finished(sweep, expect=75)
@@ -137,15 +121,16 @@ def test_a_stopped_sweep_saves_its_jobs_and_a_grid_grows_in_place(tmp_path):
     assert {job["state"] for job in jobs.values()} == {"interrupted"}, output
     assert all("saved at step" in job["reason"] for job in jobs.values())
 
-    finished(start(tmp_path, *arguments, "seed=0,1,2"), expect=0)
+    finished(start_sweep(tmp_path, *arguments, "seed=0,1,2"), expect=0)
     grown = read_ledger(tmp_path)["jobs"]
     assert [len(job["tries"]) for job in grown.values()] == [3, 3, 1] and list(grown)[:2] == list(jobs)
     assert {job["state"] for job in grown.values()} == {"done"}
 
 
+@pytest.mark.slow
 def test_a_failing_job_shows_its_traceback_and_is_tried_three_times(tmp_path):
     """A job that cannot work must not take the others with it, nor be started for ever."""
-    sweep = start(tmp_path, *SMALL, "trainer.epochs=1", "optimizer.lr=0.1,1e30", "trainer.grad_clip_norm=null")
+    sweep = start_sweep(tmp_path, *SMALL, "trainer.epochs=1", "optimizer.lr=0.1,1e30", "trainer.grad_clip_norm=null")
     output = finished(sweep, expect=1)
     good, failed = read_ledger(tmp_path)["jobs"].values()
     assert good["state"] == "done" and failed["label"] == "optimizer.lr=1e+30"
@@ -153,18 +138,19 @@ def test_a_failing_job_shows_its_traceback_and_is_tried_three_times(tmp_path):
     assert output.count("  | ") >= 3 and "not finite" in output
 
 
+@pytest.mark.slow
 def test_a_search_prunes_stops_and_goes_on(tmp_path):
     """A search of a night that is stopped must end with the trials it was asked for, none lost and none done twice."""
     pytest.importorskip("optuna")
     arguments = [*SMALL, "trainer.epochs=4", "optimizer.lr=tag(log,interval(1e-4,1))", "model.kernel_size=3,5"]
     arguments += ["sweep.num_trials=9", "sweep.max_parallel=2"]
-    sweep = start(tmp_path, *arguments)
+    sweep = start_sweep(tmp_path, *arguments)
     wait_for(lambda: sum(job["state"] == "done" for job in read_ledger(tmp_path)["jobs"].values()) >= 2)
     sweep.send_signal(signal.SIGTERM)
     finished(sweep, expect=75)
     begun = read_ledger(tmp_path)["jobs"]
     assert len(begun) < 9
-    output = finished(start(tmp_path, *arguments), expect=0)
+    output = finished(start_sweep(tmp_path, *arguments), expect=0)
     jobs = read_ledger(tmp_path)["jobs"]
     assert sorted(number for job in jobs.values() for number in job["trials"]) == list(range(9)), output
     assert begun.keys() <= jobs.keys() and {job["state"] for job in jobs.values()} <= {"done", "pruned"}
@@ -172,20 +158,18 @@ def test_a_search_prunes_stops_and_goes_on(tmp_path):
     from optuna.storages.journal import JournalFileBackend
 
     (journal,) = tmp_path.glob("outputs/*/optuna.journal")
-    study = optuna.load_study(
-        study_name="sasa_train", storage=optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
-    )
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
+    study = optuna.load_study(study_name="sasa_train", storage=storage)
     values = {trial.number: trial.value for trial in study.trials if trial.state.name == "COMPLETE"}
-    assert values and all(
-        values[n] == job["last"]["top1"] for job in jobs.values() for n in job["trials"] if n in values
-    )
+    top1s = {number: job["last"]["top1"] for job in jobs.values() for number in job["trials"]}
+    assert values and all(top1s[number] == value for number, value in values.items())
     assert {t.state.name for t in study.trials} <= {"COMPLETE", "PRUNED"}
-    finished(start(tmp_path, *arguments), expect=0)
+    finished(start_sweep(tmp_path, *arguments), expect=0)
     assert read_ledger(tmp_path)["jobs"] == jobs
 
 
 def test_names_come_from_content():
-    """Else the same job in another order of words would be another run."""
+    """The same job in another order of words must not be another run."""
     one = read_plan(["experiment=debug", "seed=0,1", "model.kernel_size=3"])
     other = read_plan(["model.kernel_size=3", "seed=0,1", "experiment=debug"])
     grown = read_plan(["experiment=debug", "seed=range(5)", "model.kernel_size=3"])
@@ -242,25 +226,27 @@ def test_what_makes_no_sense_is_refused_before_anything_begins(arguments, messag
     assert not list(tmp_path.glob("outputs/*/logs"))
 
 
-def test_two_sweeps_in_one_folder_are_refused(tmp_path, monkeypatch, capsys):
+def hold(folder: Path) -> subprocess.Popen:
+    """A process that holds the folder until it is given a line."""
+    folder.mkdir(parents=True)
+    code = "import sys, pathlib, sasa_train.files as l; f = l.lock_folder(pathlib.Path(sys.argv[1])); input()"
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE)
+    wait_for(lambda: (folder / ".lock").exists() and (folder / ".lock").read_text())
+    return process
+
+
+def test_two_sweeps_in_one_folder_are_refused(tmp_path, monkeypatch, in_process):
     """Two of them would start every job twice."""
     monkeypatch.chdir(tmp_path)
     plan = read_plan(["experiment=debug", "seed=0,1"])
-    plan.folder.mkdir(parents=True)
-    code = "import sys, pathlib, sasa_train.files as l; f = l.lock_folder(pathlib.Path(sys.argv[1])); input()"
-    other = subprocess.Popen([sys.executable, "-c", code, str(plan.folder)], stdin=subprocess.PIPE)
-    wait_for(lambda: (plan.folder / ".lock").exists() and (plan.folder / ".lock").read_text())
-    assert command_line.run_command(["experiment=debug", "seed=0,1"]) == 2
-    assert f"in use by process {other.pid}" in capsys.readouterr().err
+    other = hold(plan.folder)
+    assert f"in use by process {other.pid}" in in_process("sweep", "experiment=debug", "seed=0,1", expect=2).stderr
     other.communicate(b"\n")
 
 
 def test_a_run_that_somebody_holds_is_waited_for(tmp_path):
     """A job of a killed sweep may still be saving: a second start of it would be refused, and count as broken."""
-    (tmp_path / "held").mkdir()
-    code = "import sys, pathlib, sasa_train.files as l; f = l.lock_folder(pathlib.Path(sys.argv[1])); input()"
-    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "held")], stdin=subprocess.PIPE)
-    wait_for(lambda: (tmp_path / "held/.lock").exists() and (tmp_path / "held/.lock").read_text())
+    other = hold(tmp_path / "held")
     jobs = JobList([Job("held", [], ""), Job("free", [], "")], tmp_path)
     first = jobs.next()
     assert first is not None and first.name == "free"
@@ -272,7 +258,7 @@ def test_a_run_that_somebody_holds_is_waited_for(tmp_path):
 
 def test_a_damaged_ledger_is_kept_aside_and_made_again_from_the_run_folders(tmp_path, monkeypatch, capsys):
     arguments = [*SMALL, "trainer.epochs=1", "seed=0,1"]
-    finished(start(tmp_path, *arguments), expect=0)
+    finished(start_sweep(tmp_path, *arguments), expect=0)
     (path,) = tmp_path.glob("outputs/*/ledger.json")
     good = json.loads(path.read_text())["jobs"]
     path.write_text(path.read_text()[:100])
@@ -281,33 +267,26 @@ def test_a_damaged_ledger_is_kept_aside_and_made_again_from_the_run_folders(tmp_
     captured = capsys.readouterr()
     assert "is damaged" in captured.err and "started" not in captured.out
     again = json.loads(path.read_text())["jobs"]
-    assert {n: (job["state"], job["last"]) for n, job in again.items()} == {
-        n: ("done", job["last"]) for n, job in good.items()
-    }
+    assert {job["state"] for job in again.values()} == {"done"}
+    assert {n: job["last"] for n, job in again.items()} == {n: job["last"] for n, job in good.items()}
     assert path.with_name("ledger.json.damaged").exists()
 
 
 def test_states_follow_exit_codes(tmp_path):
-    entry = Job("a", [], "")
-    for code, state in ((75, "interrupted"), (1, "waiting"), (75, "interrupted"), (1, "waiting")):
+    entry, refusal = Job("a", [], ""), "seed=-1 must not be negative"
+    cases = [(75, "", "interrupted", None), (1, "", "waiting", None)] * 2
+    cases += [(-9, "", "failed", "killed by SIGKILL"), (2, refusal, "refused", refusal)]
+    cases += [(2, "train: out/a is in use by process 7 on host, which ...", "waiting", None)]
+    for code, said, state, reason in cases:
         entry.begin()
-        finish(entry, tmp_path, code, 1.0, max_tries=2, said="said")
-        assert entry.state == state
-    entry.begin()
-    finish(entry, tmp_path, -9, 1.0, max_tries=2, said="said")
-    assert entry.state == "failed" and entry.reason == "killed by SIGKILL"
-    entry.begin()
-    finish(entry, tmp_path, 2, 1.0, max_tries=2, said="seed=-1 must not be negative")
-    assert entry.state == "refused" and entry.reason == "seed=-1 must not be negative"
-    entry.begin()
-    finish(entry, tmp_path, 2, 1.0, max_tries=2, said="train: out/a is in use by process 7 on host, which ...")
-    assert entry.state == "waiting"
+        finish(entry, tmp_path, code, 1.0, max_tries=2, said=said)
+        assert entry.state == state and reason in (None, entry.reason)
     torchrun = ["train: data.root=x: no such folder", "  exitcode  : 2 (pid: 7)", "=" * 60]
     assert behind_torchrun(1, torchrun) == (2, torchrun[:1]) and behind_torchrun(-9, []) == (-9, [])
 
 
 def test_what_is_no_longer_asked_for_does_not_decide_the_exit_code(tmp_path):
-    """Else a loop that gives the command again until it is done would never end."""
+    """A loop that repeats the command until it is done would otherwise never end."""
     ledger, stop = Ledger(tmp_path / "ledger.json", {}), StopRequest()
     stop.restore()
     left, asked = ledger.add(Job("left", [], "")), ledger.add(Job("asked", [], ""))
@@ -377,8 +356,6 @@ def test_each_place_has_devices_of_its_own(tmp_path, monkeypatch):
 
 
 def test_every_sweep_that_is_shipped_composes(tmp_path, monkeypatch):
-    from sasa_train.config.groups import choices
-
     for name in choices("sweep"):
         plan = read_plan([f"sweep={name}"])
         refused = [job.reason for job in plan.jobs if job.reason]

@@ -6,27 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
 
-from sasa_train import train
 from sasa_train.config.overrides import split_overrides
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.checkpoint import find_checkpoint
 from sasa_train.trained import load_trained
 
 
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory) -> Path:
-    """A tiny run that kept a moving average."""
-    folder = tmp_path_factory.mktemp("trained")
-    arguments = (*TINY, f"output_dir={folder}", "run_name=run", "trainer.ema_decay=0.5")
-    assert train.run_command(list(arguments)) == 0
-    return folder / "run"
-
-
-def test_the_moving_average_is_the_default_and_raw_the_models_own(run_dir):
+def test_the_moving_average_is_the_default_and_raw_the_models_own(tiny_run):
     """A user who gets the other weights publishes another figure than the log's."""
-    averaged, raw = load_trained(run_dir), load_trained(run_dir, ["weights=raw"])
+    averaged, raw = load_trained(tiny_run), load_trained(tiny_run, ["weights=raw"])
     assert (averaged.weights, raw.weights) == ("ema", "raw")
     name = "layer1.0.conv1.weight"
     assert torch.equal(averaged.model.state_dict()[name], averaged.checkpoint["ema"][name])
@@ -35,26 +24,26 @@ def test_the_moving_average_is_the_default_and_raw_the_models_own(run_dir):
     assert not averaged.model.training
 
 
-def test_preprocessing_is_that_of_the_runs_data(run_dir):
+def test_preprocessing_is_that_of_the_runs_data(tiny_run):
     """The digits' own mean and std; a mean of the config's goes first."""
     pixels = torch.full((1, 3, 8, 8), 255, dtype=torch.uint8)
-    trained = load_trained(run_dir)
+    trained = load_trained(tiny_run)
     assert trained.image_size == 8 and trained.classes == [str(digit) for digit in range(10)]
     found = trained.normalize(torch.device("cpu"))(pixels)
     assert torch.allclose(found, torch.full_like(found, (1 - 0.3050) / 0.3756), atol=1e-6)
-    other = load_trained(run_dir, ["data.mean=[0.5,0.5,0.5]", "data.std=[0.25,0.25,0.25]"])
+    other = load_trained(tiny_run, ["data.mean=[0.5,0.5,0.5]", "data.std=[0.25,0.25,0.25]"])
     assert torch.equal(other.normalize(torch.device("cpu"))(pixels), torch.full((1, 3, 8, 8), 2.0))
 
 
-def test_other_images_are_prepared_as_the_models_own_were(run_dir):
+def test_other_images_are_prepared_as_the_models_own_were(tiny_run):
     """data.name chooses files; it once brought that set's mean, std and size along, and predictions changed unsaid."""
     elsewhere = ["data.name=image_folder", "data.root=photos", "model.num_classes=10"]
-    own, other = load_trained(run_dir), load_trained(run_dir, elsewhere)
+    own, other = load_trained(tiny_run), load_trained(tiny_run, elsewhere)
     assert other.image_size == own.image_size == 8
     pixels = torch.arange(192, dtype=torch.uint8).view(1, 3, 8, 8)
     cpu = torch.device("cpu")
     assert torch.equal(other.normalize(cpu)(pixels), own.normalize(cpu)(pixels))
-    asked = load_trained(run_dir, [*elsewhere, "data.image_size=16", "data.mean=[0.5,0.5,0.5]"])
+    asked = load_trained(tiny_run, [*elsewhere, "data.image_size=16", "data.mean=[0.5,0.5,0.5]"])
     assert asked.image_size == 16 and asked.config.data.mean == [0.5] * 3
 
 
@@ -63,21 +52,18 @@ def test_other_images_are_prepared_as_the_models_own_were(run_dir):
     [
         (["weights=best"], "weights=best must be ema or raw"),
         (["weight=raw"], "unknown key 'weight': did you mean weights?"),
-        (
-            ["model.width=0.25"],
-            r"^the overrides make another model than the checkpoint's: size [^\n]* more like it$",
-        ),
+        (["model.width=0.25"], r"^the overrides make another model than the checkpoint's: size [^\n]* more like it$"),
         (["model.widht=0.25"], "did you mean model.width"),
     ],
 )
-def test_overrides_that_make_no_sense_are_refused(run_dir, overrides, message):
+def test_overrides_that_make_no_sense_are_refused(tiny_run, overrides, message):
     with pytest.raises(ConfigError, match=message):
-        load_trained(run_dir, overrides)
+        load_trained(tiny_run, overrides)
 
 
-def test_a_run_folder_its_checkpoints_and_a_file_name_the_same(run_dir):
-    best = run_dir / "checkpoints/best.pt"
-    assert find_checkpoint(run_dir) == find_checkpoint(run_dir / "checkpoints") == find_checkpoint(best) == best
+def test_a_run_folder_its_checkpoints_and_a_file_name_the_same(tiny_run):
+    best = tiny_run / "checkpoints/best.pt"
+    assert find_checkpoint(tiny_run) == find_checkpoint(tiny_run / "checkpoints") == find_checkpoint(best) == best
 
 
 def test_words_are_overrides_unless_they_are_files(tmp_path, monkeypatch):
@@ -93,10 +79,10 @@ def test_words_are_overrides_unless_they_are_files(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["evaluate", "predict", "visualize", "export", "report"])
-def test_every_command_that_reads_a_run_refuses_a_misspelt_key_alike(run_dir, name, capsys, monkeypatch):
+def test_every_command_that_reads_a_run_refuses_a_misspelt_key_alike(tiny_run, name, capsys, monkeypatch):
     """One took it for a figure, one for a run, and one for an argument too many."""
     command = importlib.import_module(f"sasa_train.{name}").run_command
-    words = [str(run_dir), *([str(run_dir / "augmented.png")] if name == "predict" else []), "trainer.devise=cpu"]
+    words = [str(tiny_run), *([str(tiny_run / "augmented.png")] if name == "predict" else []), "trainer.devise=cpu"]
     assert command(words) == 2
     assert "unknown key 'trainer.devise': did you mean trainer.device?" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")

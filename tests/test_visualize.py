@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
 from PIL import Image
+from reading_runs import board
 from tensorboard import context
 from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional
 
 from sasa_train import train
@@ -23,37 +22,25 @@ from sasa_train.figures import rendered
 from sasa_train.models import AttentionStem, LocalSelfAttention2d, ResNet
 from sasa_train.refusal import ConfigError
 from sasa_train.trained import load_trained
+from sasa_train.visualize import geometry
 from sasa_train.visualize.attention_figures import draw_distances
 from sasa_train.visualize.capture import WeightsError, attention_layers, attention_of
 from sasa_train.visualize.class_figures import draw_confusion
 from sasa_train.visualize.curve_figures import draw_curves, draw_training_curves
-from sasa_train.visualize.geometry import (
-    Distances,
-    block_distances,
-    default_pixels,
-    mean_distances,
-    uniform_distance,
-    window_at,
-)
+from sasa_train.visualize.geometry import Distances, default_pixels, mean_distances, uniform_distance, window_at
 from sasa_train.visualize.names import NAMES, OF_SEVERAL
 from sasa_train.visualize.sample_figures import augmented_samples
 
 # Float64 all through: sums of some hundred products, each to 1e-16, of numbers around 1.
 EXACT = {"rtol": 0, "atol": 1e-12}
 HEIGHT, WIDTH, HEADS, KERNEL = 5, 7, 2, 3
-DIALS = [
-    {},
-    {"position": "absolute"},
-    {"position": "none"},
-    {"content": False},
-    {"border": "zero", "share_rel": False},
-    {"stride": 2},
-]
+KEYS = [{}, {"position": "absolute"}, {"position": "none"}, {"content": False}, {"stride": 2}]
+KEYS += [{"border": "zero", "share_rel": False}]
 
 
-def build_layer(**dials) -> LocalSelfAttention2d:
+def build_layer(**keys) -> LocalSelfAttention2d:
     torch.manual_seed(0)
-    layer = LocalSelfAttention2d(8, 12, KERNEL, HEADS, backend="reference", **dials)
+    layer = LocalSelfAttention2d(8, 12, KERNEL, HEADS, backend="reference", **keys)
     return layer.double()
 
 
@@ -67,10 +54,10 @@ def windows_of(maps: torch.Tensor) -> torch.Tensor:
 # ---- weights
 
 
-@pytest.mark.parametrize("dials", DIALS, ids=str)
-def test_weights_times_values_are_the_layers_output(dials):
+@pytest.mark.parametrize("keys", KEYS, ids=str)
+def test_weights_times_values_are_the_layers_output(keys):
     """A map of attention that is not what the model computed would be a picture of nothing."""
-    layer, x = build_layer(**dials), torch.randn(3, 8, HEIGHT, WIDTH, dtype=torch.float64)
+    layer, x = build_layer(**keys), torch.randn(3, 8, HEIGHT, WIDTH, dtype=torch.float64)
     weights = layer.attention_weights(x)
     assert weights.shape == (3, HEADS, HEIGHT, WIDTH, KERNEL**2)
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]), **EXACT)
@@ -167,7 +154,7 @@ def test_distance_of_attention_to_one_key():
     weights[:, 0, ..., 12] = 1
     weights[:, 1, ..., 5] = 1
     assert mean_distances(weights).tolist() == pytest.approx([0, math.sqrt(5)])
-    assert block_distances()[0, 15].item() == pytest.approx(3 * math.sqrt(2))
+    assert geometry.block_distances()[0, 15].item() == pytest.approx(3 * math.sqrt(2))
     assert mean_distances(torch.eye(16).expand(1, 1, 6, 16, 16)).item() == 0
 
 
@@ -235,29 +222,19 @@ def test_runs_that_cannot_be_told_apart_are_refused():
 # ---- the command
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """A finished tiny run with attention in stem and stages."""
-    folder = tmp_path_factory.mktemp("visualize")
-    arguments = [argument for argument in TINY if not argument.startswith("output_dir")]
-    assert train.run_command([*arguments, f"output_dir={folder}", "run_name=tiny"]) == 0
-    return folder / "tiny"
-
-
 @pytest.fixture
-def run_dir(trained, tmp_path) -> Path:
-    return Path(shutil.copytree(trained, tmp_path / "tiny"))
+def run_dir(tiny_run, tmp_path) -> Path:
+    return Path(shutil.copytree(tiny_run, tmp_path / "tiny"))
 
 
 def board_images(folder: Path) -> dict[str, list[int]]:
-    events = EventAccumulator(str(folder)).Reload()
+    events = board(folder)
     return {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
 
 
-def test_all_figures_into_the_run_folder_and_tensorboard(run_dir, capsys):
-    before = EventAccumulator(str(run_dir / "tensorboard")).Reload()
-    assert command.run_command([str(run_dir), "--num-images", "20", "trainer.device=cpu"]) == 0
-    said = capsys.readouterr().out
+def test_all_figures_into_the_run_folder_and_tensorboard(run_dir, in_process):
+    before = board(run_dir / "tensorboard")
+    said = in_process("visualize", str(run_dir), "--num-images", "20", "trainer.device=cpu").stdout
     assert "over 20 of val's 30 images" in said and "not drawn" not in said
     assert sorted(path.name for path in (run_dir / "figures").iterdir()) == sorted(f"{name}.png" for name in NAMES)
     step = torch.load(run_dir / "checkpoints/best.pt", weights_only=True)["step"]
@@ -268,23 +245,21 @@ def test_all_figures_into_the_run_folder_and_tensorboard(run_dir, capsys):
     assert command.run_command([str(run_dir), "lr_schedule", "--formats", "png", "svg"]) == 0
     assert (run_dir / "figures/lr_schedule.svg").read_bytes().startswith(b"<?xml")
     more = ["trainer.epochs=4", "allow_config_change=[trainer.epochs]"]
-    arguments = [argument for argument in TINY if not argument.startswith(("output_dir", "trainer.epochs"))]
-    assert train.run_command([*arguments, *more, f"output_dir={run_dir.parent}", "run_name=tiny"]) == 0
+    assert train.run_command([f"resume={run_dir}", *more]) == 0
     assert board_images(run_dir / "tensorboard/figures") == expected
-    after = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    after = board(run_dir / "tensorboard")
     steps = [[event.step for event in events.Scalars("val/top1")] for events in (before, after)]
     assert steps[1] == [*steps[0], steps[0][-1] // 3 * 4]
     boards = plugin_event_multiplexer.EventMultiplexer().AddRunsFromDirectory(str(run_dir)).Reload()
-    shown = data_provider.MultiplexerDataProvider(boards, str(run_dir)).list_blob_sequences(
-        context.RequestContext(), experiment_id="", plugin_name="images"
-    )
+    provider = data_provider.MultiplexerDataProvider(boards, str(run_dir))
+    shown = provider.list_blob_sequences(context.RequestContext(), experiment_id="", plugin_name="images")
     assert set(shown["tensorboard/figures"]) == set(expected)
     assert not set(shown["tensorboard"]) & set(expected)
 
 
-def test_augmented_samples_are_those_of_the_runs_epochs(trained):
-    """To the pixel: what is drawn of an image depends on its number in train, which a part of it would lose."""
-    run = load_trained(trained, ["augment.policy=trivial_augment", "augment.hflip=true"])
+def test_augmented_samples_are_those_of_the_runs_epochs(tiny_run):
+    """They agree to the pixel: an image's draws depend on its number in train, which a subset would lose."""
+    run = load_trained(tiny_run, ["augment.policy=trivial_augment", "augment.hflip=true"])
     loaders = build_loaders(run.config, torch.device("cpu"))
     _, augmented = augmented_samples(run, loaders.train_set, 3, 2)
     undo, compared = run.normalize(torch.device("cpu")).undo, 0
@@ -335,10 +310,11 @@ def test_without_the_data_what_needs_none_is_drawn_and_the_rest_named(run_dir, c
     assert command.run_command([str(run_dir), "mistakes", *gone]) == 2
 
 
+@pytest.mark.slow
 def test_a_model_without_attention_says_so(tmp_path, capsys):
     arguments = ["experiment=debug", "model=conv_resnet26", "model.stem=conv_small", "model.width=0.125"]
-    dials = ["model.num_heads=null", "model.kernel_size=null", f"output_dir={tmp_path}", "run_name=conv"]
-    assert train.run_command([*arguments, *dials]) == 0
+    keys = ["model.num_heads=null", "model.kernel_size=null", f"output_dir={tmp_path}", "run_name=conv"]
+    assert train.run_command([*arguments, *keys]) == 0
     assert command.run_command([str(tmp_path / "conv"), "attention_maps"]) == 2
     assert "attention_maps cannot be drawn: conv_resnet26 has no local self-attention" in capsys.readouterr().err
     assert command.run_command([str(tmp_path / "conv")]) == 0
@@ -347,8 +323,8 @@ def test_a_model_without_attention_says_so(tmp_path, capsys):
     assert len(list((tmp_path / "conv/figures").iterdir())) == len(NAMES) - 4
 
 
-def test_several_runs_are_overlaid_in_their_curves(trained, run_dir, tmp_path, capsys):
-    runs = [str(trained), str(run_dir)]
+def test_several_runs_are_overlaid_in_their_curves(tiny_run, run_dir, tmp_path, capsys):
+    runs = [str(tiny_run), str(run_dir)]
     assert command.run_command(runs) == 2
     assert "--out DIR" in capsys.readouterr().err
     assert command.run_command([*runs, "mistakes", "--out", str(tmp_path / "both")]) == 2
@@ -367,27 +343,23 @@ def test_several_runs_are_overlaid_in_their_curves(trained, run_dir, tmp_path, c
         (["model.width=0.25"], "make another model"),
     ],
 )
-def test_refused_before_anything_is_drawn(trained, arguments, says, capsys):
-    assert command.run_command([str(trained), *arguments]) == 2
-    assert says in capsys.readouterr().err
-    assert not (trained / "figures").exists()
+def test_refused_before_anything_is_drawn(tiny_run, arguments, says, in_process):
+    assert says in in_process("visualize", str(tiny_run), *arguments, expect=2).stderr
+    assert not (tiny_run / "figures").exists()
 
 
-def test_links_out_of_a_run_folder_are_refused(run_dir, tmp_path, capsys):
+def test_links_out_of_a_run_folder_are_refused(run_dir, tmp_path, in_process):
     (tmp_path / "elsewhere").mkdir()
     (run_dir / "figures").symlink_to(tmp_path / "elsewhere")
-    assert command.run_command([str(run_dir), "lr_schedule"]) == 2
-    assert "is a symbolic link" in capsys.readouterr().err
+    assert "is a symbolic link" in in_process("visualize", str(run_dir), "lr_schedule", expect=2).stderr
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
-def test_without_matplotlib_the_extra_is_named(trained, capsys, monkeypatch):
+def test_without_matplotlib_the_extra_is_named(tiny_run, monkeypatch, in_process):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert command.run_command([str(trained)]) == 2
-    assert "pip install 'sasa_train[plots]'" in capsys.readouterr().err
+    assert "pip install 'sasa_train[plots]'" in in_process("visualize", str(tiny_run), expect=2).stderr
 
 
-def test_help_names_the_figures(capsys):
-    assert command.run_command(["--help"]) == 0
-    help_text = capsys.readouterr().out
+def test_help_names_the_figures(in_process):
+    help_text = in_process("visualize", "--help").stdout
     assert all(name in help_text for name in NAMES)

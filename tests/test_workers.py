@@ -8,41 +8,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import make_image_folder
-from test_data import CPU, config_for
-from test_quarantine import TINY
+from making_data import CPU, SMALL_RUN, Reader, config_for, keys, make_image_folder
+from running_commands import start, wait_for
 from torch.utils.data import DataLoader
 
 from sasa_train.data import reading
-from sasa_train.data.datasets import Files, ImageSet
 from sasa_train.data.loader import build_loaders
-from sasa_train.data.plan import BatchPlan
 from sasa_train.data.workers import DataWorkerError, Workers
 from sasa_train.refusal import ConfigError
 
 TIMEOUT = 2.0  # seconds
 SLACK = 7.0  # PyTorch looks every 5 seconds whether its workers live
-
-
-class Reader:
-    """Reads micro-batches of 5 of 35 images; before the second one `accident()` happens, in the worker."""
-
-    def __init__(self, accident: Callable[[], object]):
-        names = [f"{chr(97 + i % 26)}{i}\n.png" for i in range(35)]
-        self.images = ImageSet(["a"], np.zeros(35, dtype=np.int64), np.arange(35), Files(names))
-        self.accident = accident
-
-    def __call__(self, micro):
-        if micro.indices[0] == 5:
-            self.accident()
-        return torch.from_numpy(micro.indices + 100)
-
-
-def keys():
-    return BatchPlan(0, 35, 5, 1).all()
 
 
 def suicide(number: signal.Signals) -> Callable[[], None]:
@@ -98,7 +76,7 @@ def test_a_killed_or_stopped_worker_ends_the_run_with_its_name(number, told):
     pids = [process.pid for process in workers._processes()]
     assert message.startswith("train: ") and f"data worker {pids[1]} {told}" in message
     assert ("data.worker_timeout=2 seconds" in message) == (number == signal.SIGSTOP)
-    assert "while f5\\n.png, g6\\n.png, h7\\n.png and 2 more were waited for" in message
+    assert "while f5\\n.png, g6\\n.png, h7\\n.png, i8\\n.png, j9\\n.png were waited for" in message
     for remedy in ("data.num_workers=1", "trainer.micro_batch_size", "data.worker_timeout=4", "same command again"):
         assert remedy in message
     assert_closes_at_once(workers)
@@ -170,7 +148,8 @@ def test_decoding_into_memory_is_watched_too(image_folder, monkeypatch):
 SUSPENDED = """
 import sys, time
 sys.path.insert(0, "tests")
-from test_workers import Reader, Workers, keys
+from making_data import Reader, keys
+from sasa_train.data.workers import Workers
 workers = Workers(Reader(lambda: time.sleep(1.5)), "train", 1, timeout=3.0)
 for _ in workers.read(keys()):
     print("read", flush=True)
@@ -195,28 +174,15 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-def test_a_run_whose_worker_is_killed_fails_cleanly_and_goes_on_with_the_same_command(tmp_path, command):
+def test_a_run_whose_worker_is_killed_fails_cleanly_and_goes_on_with_the_same_command(tmp_path, in_process):
     root = make_image_folder(tmp_path / "images")
-    run = ("data=image_folder", f"data.root={root}", "data.image_size=72", "model.stem=attention", *TINY)
+    run = ("data=image_folder", f"data.root={root}", "data.image_size=72", "model.stem=attention", *SMALL_RUN)
     run = (*run, "trainer.epochs=40", "data.num_workers=1", "trainer.checkpoint_every_steps=2")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sasa_train.train", *run],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start(tmp_path, *run)
     wait_for(lambda: (tmp_path / "out/bad/checkpoints/last.pt").exists())
     for pid in children(process.pid):
         os.kill(pid, signal.SIGKILL)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=60)[0]
     assert process.returncode == 1 and "Traceback" not in said
     assert "was killed by SIGKILL" in said and "Run the same command again to continue" in said
-    assert "continues" in command("train", *run[:-3], "trainer.epochs=40", "data.num_workers=0").stdout
+    assert "continues" in in_process("train", *run[:-3], "trainer.epochs=40", "data.num_workers=0").stdout

@@ -1,13 +1,8 @@
-"""The compiled CPU kernels: built from `csrc/*.cpp` at first use, kept in a cache, called by ctypes.
+"""The compiled CPU kernels: `csrc/*.cpp`, built at first use, kept in a cache, called through ctypes.
 
-Called here is `csrc/local_attention.cpp`; stem.py calls `csrc/attention_stem.cpp`. One library a kernel_size (for the
-stem: a number of input channels) and instruction set (AVX-512, AVX2, baseline; whatever this CPU runs), a few seconds
-each. Its name holds a hash of the sources, the flags and the compiler, so that nothing stale is loaded, and the hash of
-its own bytes, so that nothing damaged is. It appears by a rename: processes that build at once do the same work twice
-and no harm. `$SASA_TRAIN_CACHE` moves the folder, `$CXX` names the compiler.
-
-OpenMP: the library is linked without a runtime of its own and takes the one that torch has loaded; a second one would
-keep a second pool of threads spinning beside torch's.
+This module calls `csrc/local_attention.cpp`; stem.py calls `csrc/attention_stem.cpp`. There is one library per
+kernel_size (for the stem: per number of input channels) and instruction set (AVX-512, AVX2 or baseline, whatever this
+CPU runs); each is built in a few seconds. `$SASA_TRAIN_CACHE` moves the cache, `$CXX` names the compiler.
 """
 
 import ctypes
@@ -25,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sasa_train.attention.reference import Grads, Inputs, table_gradient
+
 SOURCES = Path(__file__).with_name("csrc")
 HEADER = SOURCES / "vectors.h"
 SIZES = {"local_attention": "KERNEL_SIZE", "attention_stem": "IN_CHANNELS"}  # what each source is compiled for
@@ -36,7 +33,9 @@ INSTRUCTION_SETS = {
     "avx2": ("-mavx2", "-mfma"),
     "baseline": (),
 }
-# (flags to compile, flags to link), first that builds and loads: torch's OpenMP, the compiler's own, one thread.
+# Pairs of compile and link flags; the first pair that builds and loads is used: torch's OpenMP, the compiler's own, one
+# thread. The library is linked without an OpenMP of its own and takes the one that torch has loaded: a second one would
+# keep a second pool of threads spinning beside torch's.
 OPENMP = ((("-fopenmp",), ()), (("-fopenmp",), ("-fopenmp",)), ((), ()))
 COMPILERS = ("g++", "c++", "clang++")
 BUILD_SECONDS = 300
@@ -62,7 +61,7 @@ class _Problem(ctypes.Structure):
 
 
 def unavailable(query: Tensor, kernel_size: int) -> str | None:
-    """Why the kernel cannot run on these tensors, or None where it can; builds it where it is not built yet."""
+    """The reason why the kernel cannot run on these tensors, or None where it can; builds it where necessary."""
     if query.device.type != "cpu":
         return f"the tensors are on {query.device.type}"
     if query.dtype not in (*DTYPES, torch.float16):
@@ -78,122 +77,95 @@ def empty_output(value: Tensor, stride: int) -> Tensor:
 
 
 def statistics_shape(query: Tensor) -> tuple[int, int, int, int]:
-    """Two float32 numbers a head and position, [planes, H, 2, W], in the order of the kernel's lanes."""
+    """Two float32 numbers per head and position, [planes, H, 2, W], in the order of the kernel's lanes."""
     batch, num_heads, height, width, _ = query.shape
     return (batch * num_heads + MAX_LANES - 1) // MAX_LANES * MAX_LANES, height, 2, width
 
 
-def local_attention_forward(
-    query: Tensor,
-    key: Tensor | None,
-    value: Tensor,
-    rel_height: Tensor | None,
-    rel_width: Tensor | None,
-    kernel_size: int,
-    border: str,
-    stride: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """The attended values, [B, N, H, W, D], dtype and order of strides as `value`; and what the backward pass keeps.
+def local_attention_forward(inputs: Inputs, kernel_size: int, border: str, stride: int = 1) -> tuple[Tensor, Tensor]:
+    """Return the attended values, dtype and order of strides as `value`, and the statistics for the backward pass.
 
-    With a stride of 2 each 2 x 2 of them is averaged, those at an odd side's end alone: weights first, then values.
-
-    That is the largest score of each window and 1 / sum(exp(score - largest)), as `statistics_shape` and the kernel
-    have it.
+    The values are [B, N, H, W, D]; with a stride of 2 they are averaged over 2 x 2 positions, at an odd side's end over
+    fewer. The statistics of a window are its largest score and 1 / sum(exp(score - largest)), see `statistics_shape`.
     """
+    query, value = inputs.query, inputs.value
     if query.dtype not in DTYPES:
-        inputs = (query.float(), None if key is None else key.float(), value.float(), rel_height, rel_width)
-        exact, statistics = local_attention_forward(*inputs, kernel_size, border, stride)
+        exact, statistics = local_attention_forward(_float32(inputs), kernel_size, border, stride)
         return empty_output(value, stride).copy_(exact), statistics
     output = empty_output(value, stride)
-    is_full = query.shape[0] * query.shape[1] % MAX_LANES == 0  # else some lanes are never written
+    # Lanes beyond the last plane are never written, so they are zeroed first.
+    is_full = query.shape[0] * query.shape[1] % MAX_LANES == 0
     statistics = (query.new_empty if is_full else query.new_zeros)(statistics_shape(query), dtype=torch.float32)
-    problem = _problem(query, border, stride, statistics)
-    problem.query, problem.key, problem.value, problem.output = map(_strided, (query, key, value, output))
-    tables = _set_rel(problem, rel_height, rel_width)
+    problem, _tables_alive = _problem(inputs, border, stride, statistics)
+    problem.output = _strided(output)
     run("local_attention", kernel_size, "forward", problem)
-    del tables  # alive until here
     return output, statistics
 
 
 def local_attention_backward(
-    grad_output: Tensor,
-    statistics: Tensor,
-    query: Tensor,
-    key: Tensor | None,
-    value: Tensor,
-    rel_height: Tensor | None,
-    rel_width: Tensor | None,
-    kernel_size: int,
-    border: str,
-    stride: int,
-    grads: tuple[Tensor, Tensor | None, Tensor],
+    grad_output: Tensor, statistics: Tensor, inputs: Inputs, kernel_size: int, border: str, stride: int, grads: Grads
 ) -> tuple[Tensor | None, Tensor | None]:
     """Write the gradients of query, key and value to `grads`, and return those of rel_height and rel_width.
 
     `statistics` are from forward.
     """
-    grad_query, grad_key, grad_value = grads
-    if query.dtype not in DTYPES:
-        inputs = (query.float(), None if key is None else key.float(), value.float(), rel_height, rel_width)
-        exact = (grad_query.float(), None if grad_key is None else grad_key.float(), grad_value.float())
+    if inputs.query.dtype not in DTYPES:
+        exact = (grads[0].float(), None if grads[1] is None else grads[1].float(), grads[2].float())
         options = (kernel_size, border, stride, exact)
-        grad_rel = local_attention_backward(grad_output.float(), statistics, *inputs, *options)
+        grad_rel = local_attention_backward(grad_output.float(), statistics, _float32(inputs), *options)
         for grad, x in zip(grads, exact, strict=True):
             if grad is not None and x is not None:
                 grad.copy_(x)
         return grad_rel
-    problem = _problem(query, border, stride, statistics)
-    problem.query, problem.key, problem.value = _strided(query), _strided(key), _strided(value)
+    problem, tables = _problem(inputs, border, stride, statistics)
     problem.grad_output = _strided(grad_output)
     problem.grad_query, problem.grad_key, problem.grad_value = map(_strided, grads)
-    tables = _set_rel(problem, rel_height, rel_width)
     grad_tables = [torch.empty_like(table) for table in tables]
     if grad_tables:
         problem.grad_rel_height, problem.grad_rel_width = (grad.data_ptr() for grad in grad_tables)
     run("local_attention", kernel_size, "backward", problem)
-    if rel_height is None or rel_width is None:
+    if inputs.rel_height is None or inputs.rel_width is None:
         return None, None
-    return _like(grad_tables[0], rel_height), _like(grad_tables[1], rel_width)
+    return table_gradient(grad_tables[0], inputs.rel_height), table_gradient(grad_tables[1], inputs.rel_width)
 
 
-def _problem(query: Tensor, border: str, stride: int, statistics: Tensor) -> _Problem:
+def _float32(inputs: Inputs) -> Inputs:
+    query, key, value = inputs[:3]
+    return inputs._replace(query=query.float(), key=None if key is None else key.float(), value=value.float())
+
+
+def _problem(inputs: Inputs, border: str, stride: int, statistics: Tensor) -> tuple[_Problem, list[Tensor]]:
+    """The problem, and the embeddings as the kernel reads them, contiguous float32: the caller keeps these alive."""
+    query, key, value, rel_height, rel_width = inputs
     fields = {"zero_border": border == "zero", "dtype": DTYPES[query.dtype], "num_threads": torch.get_num_threads()}
-    return _Problem(*query.shape, **fields, stride=stride, statistics=statistics.data_ptr())
+    problem = _Problem(*query.shape, **fields, stride=stride, statistics=statistics.data_ptr())
+    problem.query, problem.key, problem.value = map(_strided, (query, key, value))
+    if rel_height is None or rel_width is None:
+        return problem, []
+    tables = [rel.to(torch.float32) for rel in (rel_height, rel_width)]
+    if tables[0].dim() != tables[1].dim():  # the kernel takes two shared tables or two of one per head
+        tables = [rel.expand(problem.num_heads, -1, -1) for rel in tables]
+    tables = [rel.contiguous() for rel in tables]
+    problem.rel_per_head = tables[0].dim() == 3
+    problem.rel_height, problem.rel_width = (rel.data_ptr() for rel in tables)
+    return problem, tables
 
 
 def _strided(tensor: Tensor | None) -> _Strided:
     return _Strided() if tensor is None else _Strided(tensor.data_ptr(), *tensor.stride())
 
 
-def _set_rel(problem: _Problem, rel_height: Tensor | None, rel_width: Tensor | None) -> list[Tensor]:
-    """The tables as the kernel reads them, contiguous float32; the caller keeps them alive."""
-    if rel_height is None or rel_width is None:
-        return []
-    tables = [rel.to(torch.float32) for rel in (rel_height, rel_width)]
-    if tables[0].dim() != tables[1].dim():  # one shared, one a head: the kernel knows one of the two
-        tables = [rel.expand(problem.num_heads, -1, -1) for rel in tables]
-    tables = [rel.contiguous() for rel in tables]
-    problem.rel_per_head = tables[0].dim() == 3
-    problem.rel_height, problem.rel_width = (rel.data_ptr() for rel in tables)
-    return tables
-
-
-def _like(grad: Tensor, rel: Tensor) -> Tensor:
-    """The gradient of a table that the kernel read one a head, shared or in half precision."""
-    return (grad if grad.dim() == rel.dim() else grad.sum(0)).to(rel.dtype)
-
-
 # ---- running, building and loading a source
 
 
 def why_not_built(source: str, size: int) -> str | None:
-    """Why there is no library of a source for this size, or None; builds it where it is not built yet."""
+    """The reason why a source has no library for this size, or None; builds it where it is not built yet."""
     library = _library(source, size, _instruction_set())
     return library if isinstance(library, str) else None
 
 
 def run(source: str, size: int, function: str, problem: Any) -> None:
-    """Call `sasa_forward` or `sasa_backward` of a source, with the workspace that it asks for."""
+    """Call `sasa_forward` or `sasa_backward` of a source, with the scratch memory that it asks for."""
     library = _library(source, size, _instruction_set())
     if isinstance(library, str):
         raise RuntimeError(f"backend='cpu' cannot run: {library}")
@@ -205,14 +177,15 @@ _kept = threading.local()
 
 
 def _workspace(num_bytes: int) -> int:
-    """The address of scratch that a thread keeps: some MB a core, fresh pages for which would cost more than a call."""
+    """The address of at least `num_bytes` of scratch memory, which the calling thread keeps for its next call."""
+    # Some MB per core: the system's fresh pages would cost more time than the kernel itself.
     if getattr(_kept, "scratch", None) is None or len(_kept.scratch) < num_bytes:
         _kept.scratch = torch.empty(num_bytes, dtype=torch.uint8)
     return _kept.scratch.data_ptr()
 
 
 def _instruction_set() -> str:
-    """The widest that both this CPU and its operating system support, as torch finds it (ATEN_CPU_CAPABILITY too)."""
+    """The widest set that CPU and operating system support, as torch finds it (and ATEN_CPU_CAPABILITY limits it)."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return "baseline"
     capability = torch.backends.cpu.get_cpu_capability()
@@ -246,10 +219,14 @@ def _load(path: Path) -> ctypes.CDLL:
 
 def _built(source: str, compiler: str, flags: tuple[str, ...], link_flags: tuple[str, ...]) -> Path:
     """The path of the library in the cache; compiled where it is missing or damaged."""
+    # The name holds a hash of the sources, the flags and the compiler, so that nothing stale is loaded, and a hash of
+    # the library's own bytes, so that nothing damaged is.
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     path = SOURCES / f"{source}.cpp"
     key = _digest("\0".join([path.read_text(), HEADER.read_text(), version, *flags, "", *link_flags]).encode())
-    folder = _cache_folder()
+    root = os.environ.get("SASA_TRAIN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sasa_train"
+    folder = Path(root).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
     for kept in folder.glob(f"{source}-{key}-*.so"):
         if kept.stem.endswith(_digest(kept.read_bytes())):
             return kept
@@ -260,17 +237,11 @@ def _built(source: str, compiler: str, flags: tuple[str, ...], link_flags: tuple
         command = [compiler, *flags, str(path), "-o", aside, *link_flags]
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=BUILD_SECONDS)
         built = folder / f"{source}-{key}-{_digest(Path(aside).read_bytes())}.so"
+        # Two processes that build at once do the same work twice; by the rename neither loads half a file.
         os.replace(aside, built)
     finally:
         Path(aside).unlink(missing_ok=True)
     return built
-
-
-def _cache_folder() -> Path:
-    root = os.environ.get("SASA_TRAIN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sasa_train"
-    folder = Path(root).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _digest(data: bytes) -> str:

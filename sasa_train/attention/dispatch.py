@@ -1,10 +1,9 @@
-"""`local_attention`, and `local_attention_qkv` for layers. Argument checks, then a torch.library op picks the backend.
+"""`local_attention`, and `local_attention_qkv` for layers: argument checks, then an op that picks a backend.
 
-`attention_weights`, to be looked at, is the reference's alone: the backends never hold them.
-
-Backends: `reference` (plain PyTorch, every device and dtype), `cpu` (compiled at first use) and `triton` (NVIDIA GPUs);
-those two for float32 and half precision. `auto` takes `triton` for tensors on a GPU and `cpu` for others where that can
-run, else `reference`.
+Backends: `reference` (plain PyTorch, every device and dtype), `cpu` (compiled at first use) and `triton` (NVIDIA GPUs),
+the last two for float32 and half precision. `auto` takes `triton` for tensors on a GPU and `cpu` for others, and
+`reference` where that backend cannot run. `attention_weights` uses the reference alone: the other backends never hold
+the weights.
 """
 
 import functools
@@ -20,14 +19,12 @@ from torch import Tensor
 
 from sasa_train.attention import cpu, reference
 from sasa_train.attention.operators import define_operator
+from sasa_train.attention.reference import Grads, Inputs
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 BORDERS = ("mask", "zero")
 
 log = logging.getLogger(__name__)
-
-# query, key, value, rel_height, rel_width
-_Inputs = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]
 
 
 def local_attention(
@@ -54,11 +51,11 @@ def local_attention(
         kernel_size: K, odd: the side of the window.
         content: whether q.k is part of the score.
         border: "mask" (positions outside the image take no part) or "zero" (they take part with key 0 and value 0).
-        backend: "auto", "reference", "cpu" or "triton". One asked for by name that cannot run is an error.
+        backend: "auto", "reference", "cpu" or "triton". A backend asked for by name that cannot run is an error.
 
     Returns:
-        [B, N, H, W, D], dtype and order of strides as `value`. Differentiable in all five tensors; deterministic but
-        for `triton`'s choice among launches, and that too under `torch.use_deterministic_algorithms(True)`.
+        [B, N, H, W, D], dtype and order of strides as `value`. Differentiable in all five tensors. Deterministic, but
+        `triton` measures which launch is fastest; `torch.use_deterministic_algorithms(True)` fixes that choice too.
 
     Raises:
         ValueError: an argument breaks a rule above; the message names it, its value and the rule.
@@ -79,9 +76,9 @@ def attention_weights(
     content: bool = True,
     border: str = "mask",
 ) -> Tensor:
-    """The weights that `local_attention` gives to the window of each position, by the reference on every device.
+    """The weights that `local_attention` gives to the window of each position, computed by the reference.
 
-    Args: as `local_attention`'s; there are no values in it.
+    The arguments are those of `local_attention`, without the values.
 
     Returns:
         [B, N, H, W, K*K], row by row of the window, float32 (float64 where `query` is). Sums to 1 over the last
@@ -105,15 +102,15 @@ def local_attention_qkv(
     stride: int = 1,
     backend: str = "auto",
 ) -> Tensor:
-    """`local_attention` on queries, keys and values that are one tensor, [3, B, N, H, W, D], any strides.
+    """`local_attention` on queries, keys and values in one tensor, with an optional pool; for layers.
 
-    Their gradient is then one tensor with the strides of `projections`. Three gradients would be stacked and copied
-    back into the layout of the projection that made them, which took longer than the attention. `[2, ...]`, queries
-    and values, where `content=False`.
-
-    stride: with 2, the 2x2 average pool of the output, [B, N, ceil(H / 2), ceil(W / 2), D]; at an odd side's end the
-        average is of the positions that are there.
+    Args:
+        projections: [3, B, N, H, W, D], any strides; [2, B, N, H, W, D], queries and values, with `content=False`.
+        stride: 2 returns the 2x2 average pool of the output, [B, N, ceil(H / 2), ceil(W / 2), D]; at an odd side's end
+            the average is over the existing positions.
     """
+    # One tensor, so that its gradient is one tensor with the same strides. Three gradients would be stacked and copied
+    # back into the layout of the projection that made them, which took longer than the attention.
     if projections.dim() != 6 or projections.shape[0] != (3 if content else 2):
         raise ValueError(
             f"projections must be [{3 if content else 2}, B, N, H, W, D] with content={content}; "
@@ -127,21 +124,21 @@ def local_attention_qkv(
 
 
 def _split(projections: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Query, key (None where there are two) and value."""
+    """Query, key (None where there are two projections) and value."""
     return projections[0], projections[1] if projections.shape[0] == 3 else None, projections[-1]
 
 
-def _forward(backend: str, inputs: _Inputs, kernel_size: int, border: str, stride: int) -> tuple[Tensor, Tensor]:
-    query, _, value, *_ = inputs
-    module = _resolve(backend, query, kernel_size)
+def _forward(inputs: Inputs, kernel_size: int, border: str, stride: int, backend: str) -> tuple[Tensor, Tensor]:
+    module = _resolve(backend, inputs.query, kernel_size)
     if module is cpu:
-        return cpu.local_attention_forward(*inputs, kernel_size, border, stride)
+        return cpu.local_attention_forward(inputs, kernel_size, border, stride)
     output = module.local_attention_forward(*inputs, kernel_size, border)
     if stride == 2:
         output = _pool(output)
-    if module is reference or stride == 2:  # value's order of strides, as the fake implementation promises
-        output = cpu.empty_output(value, stride).copy_(output)
-    return output, _empty_statistics(value).zero_()
+    # The fake implementation promises the order of strides of `value`.
+    if module is reference or stride == 2:
+        output = cpu.empty_output(inputs.value, stride).copy_(output)
+    return output, _empty_statistics(inputs.value).zero_()
 
 
 def _pool(output: Tensor) -> Tensor:
@@ -150,7 +147,7 @@ def _pool(output: Tensor) -> Tensor:
 
 
 def _spread(grad_output: Tensor, height: int, width: int) -> Tensor:
-    """The backward of `_pool`: each of the (at most four) positions of a pool gets its share."""
+    """The backward of `_pool`: each of the (at most four) positions of a pool gets an equal share."""
     rows, cols = (torch.arange(side, device=grad_output.device) // 2 for side in (height, width))
     num_rows, num_cols = ((2 * rows + 2).clamp(max=height) - 2 * rows, (2 * cols + 2).clamp(max=width) - 2 * cols)
     count = num_rows[:, None] * num_cols[None, :]
@@ -158,40 +155,37 @@ def _spread(grad_output: Tensor, height: int, width: int) -> Tensor:
 
 
 def _empty_statistics(value: Tensor) -> Tensor:
-    """Of a fake implementation too, so no question about the batch size: an exported program would insist on it."""
+    """A tensor for the numbers that the CPU kernel keeps for the backward pass; empty on other devices."""
+    # The fake implementation calls this too. A question about the batch size would fix it in an exported program.
     return value.new_empty(cpu.statistics_shape(value) if value.device.type == "cpu" else 0, dtype=torch.float32)
 
 
 def _backward_into(
-    backend: str,
-    grads: tuple[Tensor, Tensor | None, Tensor],
-    grad_output: Tensor,
-    statistics: Tensor,
-    inputs: _Inputs,
-    kernel_size: int,
-    border: str,
-    stride: int,
+    grads: Grads, grad_output: Tensor, statistics: Tensor, inputs: Inputs, kernel_size, border, stride, backend
 ) -> list[Tensor]:
-    """Write the gradients of query, key and value; return those of the embeddings, if there are any."""
-    module = _resolve(backend, inputs[0], kernel_size)
+    """Write the gradients of query, key and value to `grads`; return those of the embeddings, if there are any."""
+    module = _resolve(backend, inputs.query, kernel_size)
     if stride == 2 and module is not cpu:
-        grad_output = _spread(grad_output, *inputs[0].shape[2:4])
+        grad_output = _spread(grad_output, *inputs.query.shape[2:4])
     if module is cpu:
-        grad_rel = cpu.local_attention_backward(grad_output, statistics, *inputs, kernel_size, border, stride, grads)
+        grad_rel = cpu.local_attention_backward(grad_output, statistics, inputs, kernel_size, border, stride, grads)
     elif module is reference:
-        exact = reference.local_attention_backward(grad_output, *inputs, kernel_size, border)
-        grad_rel = exact[3:]
-        for grad, x in zip(grads, exact[:3], strict=True):
+        *exact, grad_rel_height, grad_rel_width = reference.local_attention_backward(
+            grad_output, inputs, kernel_size, border
+        )
+        grad_rel = grad_rel_height, grad_rel_width
+        for grad, x in zip(grads, exact, strict=True):
             if grad is not None and x is not None:
                 grad.copy_(x)
     else:
-        grad_rel = module.local_attention_backward(grad_output, *inputs, kernel_size, border, grads)
+        grad_rel = module.local_attention_backward(grad_output, inputs, kernel_size, border, grads)
+    # New tensors, with the strides that the fake implementation promises.
     pairs = zip(inputs[3:], grad_rel, strict=True)
     return [torch.empty_like(rel).copy_(grad) for rel, grad in pairs if rel is not None and grad is not None]
 
 
 def _forward_flops(query, key, value, rel_height, rel_width, kernel_size, *_, **__) -> int:
-    """2*K*K*D a head and position for each of q.k, q.r and weights times values; every window counted full."""
+    """2*K*K*D per head and position for each of q.k, q.r and weights times values; each window counts as full."""
     batch, num_heads, height, width, head_dim = query
     num_products = 1 + (key is not None) + (rel_height is not None)
     return num_products * 2 * kernel_size**2 * head_dim * batch * num_heads * height * width
@@ -202,32 +196,22 @@ def _forward_flops_qkv(projections, rel_height, rel_width, kernel_size, *_, **__
     return _forward_flops(query, query if projections[0] == 3 else None, query, rel_height, rel_width, kernel_size)
 
 
-def _forward_separate(query, key, value, rel_height, rel_width, kernel_size, border, backend):
-    return _forward(backend, (query, key, value, rel_height, rel_width), kernel_size, border, 1)
-
-
 def _backward_separate(
     grad_output, statistics, query, key, value, rel_height, rel_width, kernel_size, border, backend
 ) -> list[Tensor]:
-    inputs = (query, key, value, rel_height, rel_width)
+    inputs = Inputs(query, key, value, rel_height, rel_width)
     grads = (torch.empty_like(query), None if key is None else torch.empty_like(key), torch.empty_like(value))
-    grad_rel = _backward_into(backend, grads, grad_output, statistics, inputs, kernel_size, border, 1)
+    grad_rel = _backward_into(grads, grad_output, statistics, inputs, kernel_size, border, 1, backend)
     return [grad for grad in (*grads, *grad_rel) if grad is not None]
 
 
-def _forward_qkv(projections, rel_height, rel_width, kernel_size, border, stride, backend):
-    return _forward(backend, (*_split(projections), rel_height, rel_width), kernel_size, border, stride)
+def _backward_qkv(grad_output, statistics, projections, rel_height, rel_width, *options) -> list[Tensor]:
+    inputs, grad = Inputs(*_split(projections), rel_height, rel_width), torch.empty_like(projections)
+    return [grad, *_backward_into(_split(grad), grad_output, statistics, inputs, *options)]
 
 
-def _backward_qkv(
-    grad_output, statistics, projections, rel_height, rel_width, kernel_size, border, stride, backend
-) -> list[Tensor]:
-    inputs, grad = (*_split(projections), rel_height, rel_width), torch.empty_like(projections)
-    grad_rel = _backward_into(backend, _split(grad), grad_output, statistics, inputs, kernel_size, border, stride)
-    return [grad, *grad_rel]
-
-
-_define = functools.partial(  # of both ops the second output is what the CPU kernel keeps; from other backends zeros
+# The second output of both ops is what the CPU kernel keeps for the backward pass; other backends give zeros.
+_define = functools.partial(
     define_operator, outputs="(Tensor, Tensor)", kept=(1,), backward_inputs="Tensor grad_output, Tensor statistics"
 )
 
@@ -235,7 +219,9 @@ _local_attention = _define(
     "local_attention",
     "Tensor query, Tensor? key, Tensor value, Tensor? rel_height, Tensor? rel_width",
     "SymInt kernel_size, str border, str backend",
-    forward=_forward_separate,
+    forward=lambda query, key, value, rel_height, rel_width, kernel_size, border, backend: _forward(
+        Inputs(query, key, value, rel_height, rel_width), kernel_size, border, 1, backend
+    ),
     fake=lambda query, key, value, *_: (torch.empty_like(value), _empty_statistics(value)),
     backward=_backward_separate,
     flops=_forward_flops,
@@ -245,7 +231,9 @@ _local_attention_qkv = _define(
     "local_attention_qkv",
     "Tensor projections, Tensor? rel_height, Tensor? rel_width",
     "SymInt kernel_size, str border, SymInt stride, str backend",
-    forward=_forward_qkv,
+    forward=lambda projections, rel_height, rel_width, *options: _forward(
+        Inputs(*_split(projections), rel_height, rel_width), *options
+    ),
     fake=lambda projections, rel_height, rel_width, kernel_size, border, stride, backend: (
         cpu.empty_output(projections[-1], stride),
         _empty_statistics(projections[-1]),
@@ -256,7 +244,7 @@ _local_attention_qkv = _define(
 
 
 def plain_decompositions() -> dict[Any, Callable]:
-    """For `ExportedProgram.run_decompositions`: the layers' op as PyTorch's own, so that it runs without sasa_train."""
+    """For `ExportedProgram.run_decompositions`: the layers' op in PyTorch's own, so that it runs without sasa_train."""
     from sasa_train.attention import plain
 
     def local_attention_qkv(projections, rel_height, rel_width, kernel_size, border, stride, backend):
@@ -268,7 +256,7 @@ def plain_decompositions() -> dict[Any, Callable]:
 
 
 def _resolve(backend: str, query: Tensor, kernel_size: int) -> ModuleType:
-    """The backend that runs: its module. Called inside the op, where tensors are real."""
+    """The module of the backend that runs. Called inside the op, where tensors are real."""
     if backend == "reference":
         return reference
     name = backend if backend != "auto" else "triton" if query.is_cuda else "cpu"
@@ -282,9 +270,10 @@ def _resolve(backend: str, query: Tensor, kernel_size: int) -> ModuleType:
 
 
 def _module(name: str) -> ModuleType | str:
-    """The module of a compiled backend, or why there is none; importing Triton takes a second, so only here."""
+    """The module of a compiled backend, or the reason why there is none."""
     if name == "cpu":
         return cpu
+    # Importing Triton takes a second, so it is imported where it is needed.
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     from sasa_train.attention import triton_kernels

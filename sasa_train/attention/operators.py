@@ -1,7 +1,7 @@
 """A differentiable torch.library op and its backward op: schemas, fake tensors, autograd and FLOPs, registered once.
 
-Tensors that may be missing are None in an op's arguments; an op cannot return None, so a backward op returns the
-gradients of those tensors that are there.
+Optional tensors are None in an op's arguments. An op cannot return None, so a backward op returns the gradients of the
+given tensors alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,14 +32,14 @@ def define_operator(
     """Register `sasa_train::{name}` and `sasa_train::{name}_backward`; return the first.
 
     Args:
-        tensors, options: the arguments in the schema's language; of `tensors` gradients are computed.
+        tensors, options: the arguments in the schema's language; gradients are computed for `tensors`.
         forward_only: further arguments that the backward op does not get.
-        outputs: what `forward` returns. `grads` are the outputs whose gradients the backward op gets, `kept` those that
-            it gets themselves, and `backward_inputs` is what it calls both; `tensors` and `options` follow.
-        fake: the outputs of `forward` without their values.
+        outputs: what `forward` returns. The backward op gets the gradients of the outputs `grads`, then the outputs
+            `kept` themselves, under the names in `backward_inputs`; `tensors` and `options` follow.
+        fake: returns the outputs of `forward` without their values.
         skips_first: whether the backward op has an argument `needs_x` at its end, and leaves out the first tensor's
             gradient where that is false.
-        flops: of a forward pass, given the arguments with shapes in place of tensors.
+        flops: counts a forward pass, given the arguments with shapes in place of tensors.
     """
     num_before, num_tensors, num_options = len(grads) + len(kept), tensors.count(",") + 1, options.count(",") + 1
     num_others = forward_only.count("Tensor")
@@ -85,7 +85,7 @@ def _fake_gradients(num_before: int, num_tensors: int, skips_first: bool) -> Cal
 def _register_flops(name: str, flops: Callable[..., int], num_before: int) -> None:
     register_flop_formula(getattr(torch.ops.sasa_train, name))(flops)
 
+    # Each product has two gradients of the same cost; what is computed again is not counted.
     @register_flop_formula(getattr(torch.ops.sasa_train, f"{name}_backward"))
     def _(*arguments, **_kwargs) -> int:
-        """Each product has two gradients of its own cost; what is computed again is not counted."""
         return 2 * flops(*arguments[num_before:])

@@ -1,8 +1,6 @@
 """Local attention as a few matrix products, for exported programs: no operator of ours, no loop over the window.
 
-Each row of queries meets K whole rows of keys, all but the window's columns masked out. That multiplies much in vain,
-so a wide row is cut into tiles; but onnxruntime is faster with it than with the reference's K*K shifted windows, and
-the graph has a tenth of the nodes (docs/export.md has the numbers).
+Each row of queries is multiplied with K whole rows of keys; all but the window's columns are masked out.
 """
 
 import math
@@ -11,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Most products are masked out, so a wide row is cut into tiles. onnxruntime is still faster with this than with the
+# reference's K*K shifted windows, and the graph has a tenth of the nodes (docs/export.md has the numbers).
 TILE = 16  # queries of a row at most; each tile reads K - 1 columns of its neighbours
 
 
@@ -23,13 +23,13 @@ def local_attention_forward(
     kernel_size: int,
     border: str,
 ) -> Tensor:
-    """As the reference's, in the inputs' own dtype (float32 or float64), without anything in place."""
+    """The same as the reference's, in the inputs' own dtype (float32 or float64), without in-place operations."""
     height, width = query.shape[2:4]
     num_tiles = math.ceil(width / TILE)
     tile = math.ceil(width / num_tiles)
     surplus = num_tiles * tile - width  # columns of zeros, cut off again
     q = F.pad(query, (0, 0, 0, surplus)).unflatten(3, (num_tiles, tile))  # [B, N, H, tiles, tile, D]
-    # [tile, span]: which column of a query's window each column of the span is; from 0 to K - 1 inside it.
+    # [tile, span]: the column of a query's window that each column of the span is, 0 to K - 1 inside the window.
     span = torch.arange(tile + kernel_size - 1, device=query.device)
     column = span - torch.arange(tile, device=query.device).view(-1, 1)
     scores = None if key is None else q @ _windows(key, num_tiles, tile, kernel_size).mT
@@ -40,14 +40,14 @@ def local_attention_forward(
     mask = _inside(column, kernel_size).unsqueeze(1).expand(-1, kernel_size, -1)  # [tile, K, span]
     if border == "mask":
         mask = mask & _inside_image(height, width, num_tiles, tile, kernel_size, query.device)
-    # Not -inf, whose softmax is NaN where a surplus query sees nothing.
+    # Not -inf: a surplus query may see no key at all, and a softmax over -inf alone is NaN.
     attn_weights = torch.where(mask.flatten(-2), scores, torch.finfo(scores.dtype).min).softmax(-1)
     output = attn_weights @ _windows(value, num_tiles, tile, kernel_size)
     return output.flatten(3, 4).narrow(3, 0, width)
 
 
 def _windows(x: Tensor, num_tiles: int, tile: int, kernel_size: int) -> Tensor:
-    """[B, N, H, W, D] -> [B, N, H, tiles, K * span, D]: for each tile of a row what its queries may look at."""
+    """[B, N, H, W, D] -> [B, N, H, tiles, K * span, D]: the keys or values in reach of each tile of a row."""
     radius, height, span = kernel_size // 2, x.shape[2], tile + kernel_size - 1
     padded = F.pad(x, (0, 0, radius, radius + num_tiles * tile - x.shape[3], radius, radius))
     tiles = torch.stack([padded.narrow(3, i * tile, span) for i in range(num_tiles)], 3)
@@ -55,7 +55,7 @@ def _windows(x: Tensor, num_tiles: int, tile: int, kernel_size: int) -> Tensor:
 
 
 def _relative(q: Tensor, rel_height: Tensor, rel_width: Tensor, column: Tensor) -> Tensor:
-    """q.r, [B, N, H, tiles, tile, K * span]; where `column` was outside the window some value, to be masked out."""
+    """q.r, [B, N, H, tiles, tile, K * span]; arbitrary where `column` was outside the window, which is masked out."""
     num_heads = q.shape[1]
     q_top, q_bottom = q.chunk(2, dim=-1)
     rows = torch.einsum("bnhtqd,nkd->bnhtqk", q_top, rel_height.expand(num_heads, -1, -1))

@@ -1,4 +1,4 @@
-"""THE definition of local self-attention, in plain PyTorch; every other backend is judged by it.
+"""THE definition of local self-attention, in plain PyTorch; all other backends are tested against it.
 
 Stand-Alone Self-Attention (Ramachandran et al. 2019, arXiv 1906.05909, Eq. 3). For each image, head and position i j,
 with a b running over the K x K window centred on i j:
@@ -6,9 +6,9 @@ with a b running over the K x K window centred on i j:
     score_ab  = q_ij . k_ab  +  q_ij[:D/2] . rel_height[a - i + K//2]  +  q_ij[D/2:] . rel_width[b - j + K//2]
     output_ij = sum_ab softmax_ab(score) v_ab
 
-Conventions, where public codes disagree:
-- The scores are sums over the head's D channels (one map of weights a head) and are **not** divided by sqrt(D).
-- The first half of a head's channels meets the row embedding, the second half the column embedding.
+Conventions, which differ between public implementations:
+- The scores are sums over the head's D channels (one map of weights per head) and are **not** divided by sqrt(D).
+- The first half of a head's channels is multiplied with the row embedding, the second half with the column embedding.
 - `rel_height[K//2 + dy]` belongs to the key `dy` rows *below* the query, `rel_width[K//2 + dx]` to the key `dx` columns
   to its *right*.
 - Embeddings enter the scores alone, never the values.
@@ -17,15 +17,27 @@ Conventions, where public codes disagree:
 - Half-precision inputs are computed in float32 and rounded once at the end.
 
 Shapes: query, key, value and output are [B, N, H, W, D] (batch, heads, height, width, head_dim) with any strides; the
-embeddings are [K, D/2], shared by the heads, or [N, K, D/2]. Inside, the batch comes last ([N, D, H, W, B]), so that
-the K*K shifted windows stay long contiguous runs.
+embeddings are [K, D/2], shared by the heads, or [N, K, D/2].
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Grads = tuple[Tensor, Tensor | None, Tensor]  # of query, key and value
+
+
+class Inputs(NamedTuple):
+    """The tensors that attention reads, see above; `key` is None without q.k, the embeddings without q.r."""
+
+    query: Tensor
+    key: Tensor | None
+    value: Tensor
+    rel_height: Tensor | None
+    rel_width: Tensor | None
 
 
 def local_attention_forward(
@@ -59,20 +71,14 @@ def attention_weights(
 
 
 def local_attention_backward(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor | None,
-    value: Tensor,
-    rel_height: Tensor | None,
-    rel_width: Tensor | None,
-    kernel_size: int,
-    border: str,
+    grad_output: Tensor, inputs: Inputs, kernel_size: int, border: str
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """Return the gradients of query, key, value, rel_height and rel_width (None where the input is None).
 
-    The chain rule of the definition above, written out so that nothing of size K*K is kept between forward and
-    backward: the weights are computed again. `tests/test_attention.py` checks it with gradcheck.
+    This is the chain rule of the definition above; `tests/test_attention.py` checks it with gradcheck.
     """
+    query, key, value, rel_height, rel_width = inputs
+    # Computed again, so that nothing of size K*K is kept between forward and backward.
     attn_weights = _attn_weights(query, key, rel_height, rel_width, kernel_size, border)
     grad, q, v = _batch_last(grad_output), _batch_last(query), _batch_last(value)
 
@@ -83,6 +89,7 @@ def local_attention_backward(
     for j, (v_window, grad_v_window) in enumerate(windows):
         grad_attn_weights[j] = (grad * v_window).sum(1)
         grad_v_window.addcmul_(attn_weights[j, :, None], grad)
+    # The softmax's gradient: dS = P (dP - sum P dP).
     grad_scores = attn_weights * (grad_attn_weights - (attn_weights * grad_attn_weights).sum(0))
 
     grad_q = torch.zeros_like(q)
@@ -135,9 +142,15 @@ def _relative_backward(grad_scores: Tensor, q_half: Tensor, rel: Tensor) -> tupl
     """Gradients of one half of q [N, D/2, H, W, B] and of its embedding, from grad_scores [K, N, H, W, B]."""
     grad_q_half = torch.einsum("knhwb,nkd->ndhwb", grad_scores, _per_head(rel, q_half))
     grad_rel = torch.einsum("knhwb,ndhwb->nkd", grad_scores, q_half)
-    return grad_q_half, (grad_rel if rel.dim() == 3 else grad_rel.sum(0)).to(rel.dtype)
+    return grad_q_half, table_gradient(grad_rel, rel)
 
 
+def table_gradient(grad: Tensor, rel: Tensor) -> Tensor:
+    """The gradient of an embedding, summed over the heads where `grad` is [N, K, D/2] and `rel` is shared."""
+    return (grad if grad.dim() == rel.dim() else grad.sum(0)).to(rel.dtype)
+
+
+# Inside, the batch comes last, so that the K*K shifted windows stay long contiguous runs.
 def _batch_last(tensor: Tensor) -> Tensor:
     """[B, N, H, W, D] -> contiguous [N, D, H, W, B] in float32, or float64 where the input is."""
     arithmetic = torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -1,8 +1,8 @@
 """The attention stem as two torch.library ops on the compiled kernel, `csrc/attention_stem.cpp`; float32, on the CPU.
 
-The definition, and what runs everywhere else, is `AttentionStem` in sasa_train/models/layers.py, which calls
-`attention_stem` (every position) or, where batch norm and max pool follow, `attention_stem_pooled` (of each block its
-largest number, of each channel mean and variance).
+The definition is `AttentionStem` in sasa_train/models/layers.py, which also runs everywhere else. It calls
+`attention_stem` (all positions) or, where batch norm and max pool follow, `attention_stem_pooled` (the largest number
+of each block, mean and variance of each channel).
 """
 
 import ctypes
@@ -16,7 +16,8 @@ from sasa_train.attention import cpu
 from sasa_train.attention.operators import define_operator
 
 SIDE = 4  # of a block
-MAX_IN_CHANNELS = 8  # scores cost in_channels, not head_dim, multiplications: the fewer channels, the more is won
+# A score costs in_channels multiplications here instead of head_dim: the fewer channels, the larger the gain.
+MAX_IN_CHANNELS = 8
 LOG2_E = 1.4426950408889634  # the kernel's exponential is to the base 2
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ def can_run(
 ) -> bool:
     """Whether the kernel runs on such an image and weights; builds it at first use.
 
-    `backend` is "cpu", which must not fail, or "auto", which says once why a CPU goes the slow way.
+    `backend` is "cpu", which must not fail, or "auto", which says once why a CPU runs PyTorch instead.
 
     Raises:
         RuntimeError: "cpu" cannot run.
@@ -88,14 +89,14 @@ def attention_stem_pooled(
     num_heads: int,
     sign: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What an affine map of each channel and a 4x4 max pool need of `attention_stem`.
+    """The numbers of `attention_stem` that an affine map of each channel and then a 4x4 max pool need.
 
     Args:
         sign: [C]: 1 where the map is increasing, -1 where it is decreasing, 0 where it is constant.
 
     Returns:
-        [B, C, H/4, W/4], each block's largest number (its smallest, its first), strides ordered as those of x; and of
-        each channel the mean and the biased variance over all positions, [C].
+        [B, C, H/4, W/4], the largest number of each block (for sign -1 the smallest, for 0 the first), strides ordered
+        as those of x; and the mean and biased variance [C] of each channel over all positions.
     """
     picked, _, mean, variance = _attention_stem_pooled(
         x.float(), w_qk, w_v, mixture, rel_height, rel_width, num_heads, sign
@@ -128,7 +129,7 @@ _Weights = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def _problem(x: Tensor, weights: _Weights, num_heads: int) -> tuple[_Problem, Tensor]:
-    """With the tables that it points to: the caller keeps them alive."""
+    """The problem, and the tables that it points to: the caller keeps these alive."""
     batch, _, height, width = x.shape
     tables = _tables(weights, num_heads)
     problem = _Problem(batch, height, width, num_heads, len(weights[1]) // num_heads, torch.get_num_threads())
@@ -149,6 +150,7 @@ def _memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if is_channels_last else torch.contiguous_format
 
 
+# The products of weights below are made in double and rounded once: their error would be in every score.
 def _heads(w_qk: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     """W_Q and W_K, [N, D, C_in], in double."""
     w_q, w_k = w_qk.double().unflatten(0, (2, num_heads, -1))
@@ -156,7 +158,7 @@ def _heads(w_qk: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
 
 
 def _tables(weights: _Weights, num_heads: int) -> Tensor:
-    """What the kernel reads of the weights: M, row and col of each head (see its source), and W_V of each place."""
+    """The weights as the kernel reads them: M, row and col of each head (see its source), and W_V of each place."""
     w_qk, w_v, mixture, rel_height, rel_width = weights
     w_q, w_k = _heads(w_qk, num_heads)
     form = torch.einsum("ndi,ndj->nij", w_q, w_k)
@@ -170,7 +172,7 @@ def _tables(weights: _Weights, num_heads: int) -> Tensor:
 
 
 def _tables_backward(grad: Tensor, weights: _Weights, num_heads: int) -> list[Tensor]:
-    """Gradients of those of the five weights that are there, from those of the tables (without log2(e))."""
+    """Gradients of the given ones of the five weights, from the gradients of the tables (without log2(e))."""
     w_qk, w_v, mixture, rel_height, rel_width = weights
     w_q, w_k = _heads(w_qk, num_heads)
     in_channels, num_offsets = w_qk.shape[1], 2 * SIDE - 1
@@ -195,7 +197,7 @@ def _tables_backward(grad: Tensor, weights: _Weights, num_heads: int) -> list[Te
 
 
 def _run_backward(problem: _Problem, x: Tensor, weights: _Weights, tables: Tensor, needs_x: bool) -> list[Tensor]:
-    """Gradients of x (if wanted) and the weights; `problem` knows of the output's."""
+    """Gradients of x (if wanted) and the weights; `problem` holds those of the output."""
     grad_tables = torch.empty_like(tables)
     problem.grad_tables = grad_tables.data_ptr()
     grads = [torch.empty_like(x)] if needs_x else []
@@ -229,13 +231,13 @@ def _backward(grad_output, x, w_qk, w_v, mixture, rel_height, rel_width, num_hea
     return _run_backward(problem, x, weights, tables, needs_x)
 
 
-# ---- of each block the largest
+# ---- the largest number of each block
 
 
 def _forward_pooled(
     x, w_qk, w_v, mixture, rel_height, rel_width, num_heads, sign
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The picked numbers, their places in their blocks (uint8 [C, number of blocks]), mean and variance."""
+    """Return the picked numbers, their places in their blocks (uint8 [C, number of blocks]), mean and variance."""
     outputs = picked, places, mean, variance = _empty_pooled(x, w_qk, w_v)
     problem, _tables_alive = _problem(x, (w_qk, w_v, mixture, rel_height, rel_width), num_heads)
     _set_pooled(problem, x, picked, places)
@@ -271,7 +273,7 @@ def _backward_pooled(
 
 
 def _forward_flops(x, w_qk, w_v, mixture, rel_height, *_, **__) -> int:
-    """What the definition costs: projections, q.k, q.r, weights times values; the kernel gets by with less."""
+    """The definition's cost: projections, q.k, q.r, weights times values; the kernel needs fewer."""
     batch, in_channels, height, width = x
     num_channels, num_mixtures = w_v[:2]
     projections = (2 + num_mixtures) * in_channels * num_channels

@@ -1,7 +1,7 @@
 """`sasa-benchmark attention --growth`: how time and memory grow with the map and with the window.
 
-Maps are square, and the batch is chosen so that all sizes hold about the same number of pixels. All are timed
-in turn, forward and backward, and reported per image. Exponents are slopes of the logarithms: 1 means linear in the pixels.
+Maps are square, and the batch is chosen so that all sizes hold about the same number of pixels. All are timed in turn,
+forward and backward, and reported per image. Exponents are slopes of the logarithms: 1 means linear in the pixels.
 """
 
 from argparse import Namespace

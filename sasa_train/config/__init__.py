@@ -1,4 +1,4 @@
-"""The config: its keys and their rules, what follows from them, and how Hydra composes them."""
+"""The config: its keys, their rules, derived values, and composition by Hydra."""
 
 from sasa_train.config.keys import (
     AugmentConfig,

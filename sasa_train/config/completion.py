@@ -1,4 +1,4 @@
-"""What TAB offers where an override may stand: groups and their choices, keys and their values. No Hydra, no torch."""
+"""Completion of overrides at TAB: groups and their choices, keys and their values. No Hydra, no torch."""
 
 import typing
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ WORDS = {**CHOICES, "model.name": OWN_MODELS, "resume": ("auto", "never"), "weig
 def complete_override(
     current: str, groups: Sequence[str], meanings: dict[str, str], is_sweep: bool = False
 ) -> dict[str, str]:
-    """Words that `current` may become, with meanings: `model=` and `trainer.`, then `trainer.epochs=`, then values.
+    """Map what `current` may become to meanings: `model=` and `trainer.`, then `trainer.epochs=`, then values.
 
-    In a sweep a value is offered after each comma. What ends in `=` or `.` goes on.
+    In a sweep a value is offered after each comma. Words that end in `=` or `.` can be completed further.
     """
     key, equals, value = current.partition("=")
     if equals:

@@ -1,4 +1,4 @@
-"""From the command line to one validated TrainConfig: Hydra composes `configs/train.yaml` and the overrides.
+"""One validated TrainConfig from the command line: Hydra composes `configs/train.yaml` and the overrides.
 
 Hydra composes inside our own functions, not in front of them, so that a refusal is a message and exit code 2.
 """
@@ -29,7 +29,7 @@ def compose_config(overrides: Sequence[str]) -> TrainConfig:
         ConfigError: an unknown key or group, a value of the wrong type, or values that cannot go together.
     """
     check_override_keys(overrides)
-    of_sweep = GlobalHydra.instance().hydra  # in a job of -m, which goes on with it
+    of_sweep = GlobalHydra.instance().hydra  # in a job of -m, which needs it afterwards
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
@@ -42,9 +42,10 @@ def compose_config(overrides: Sequence[str]) -> TrainConfig:
 
 
 def to_config(composed: DictConfig) -> TrainConfig:
-    """DictConfig -> validated dataclasses. (Merged anew: to_object alone drops stray keys in silence.)"""
+    """Turn a DictConfig into validated dataclasses."""
     try:
-        # As plain values, or what an interpolation gives would keep its own type.
+        # Plain values, because an interpolation's result would keep its own type. Merged anew, because to_object alone
+        # drops stray keys in silence.
         values = cast(dict, OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))
         _check_dicts(values)
         merged = OmegaConf.merge(schema(), values)
@@ -61,14 +62,14 @@ def to_config(composed: DictConfig) -> TrainConfig:
 
 
 def _with_interpolations(text: str, composed: DictConfig) -> str:
-    """The error with the keys that hold interpolations, where it names none: OmegaConf forgets it in a list."""
+    """Add to an error that names no key, as OmegaConf's in a list, the keys that hold interpolations."""
     raw = flatten(cast(dict, OmegaConf.to_container(composed, resolve=False)))
     holders = [key for key, value in raw.items() if "${" in str(value)]
     return text if not holders or any(key in text for key in raw) else f"{', '.join(holders)}: {text.splitlines()[0]}"
 
 
 def _check_dicts(values: dict[str, Any]) -> None:
-    """Refuse a dict in place of anything else, which OmegaConf does without a word about where."""
+    """Refuse a dict in place of anything else, and name the key, which OmegaConf does not."""
     for key in key_table():
         group, _, name = key.rpartition(".")
         value = values[group][name] if group else values[name]
@@ -79,18 +80,18 @@ def _check_dicts(values: dict[str, Any]) -> None:
 
 @cache
 def schema() -> DictConfig:
-    """Every key with type and default; `merge` copies it."""
+    """Return every key with type and default; `merge` copies it."""
     return OmegaConf.structured(TrainConfig)
 
 
 def as_overrides(config: TrainConfig) -> list[str]:
-    """The shortest command line that composes this very config: `compose_config(as_overrides(config)) == config`."""
+    """Return the shortest command line for a config: `compose_config(as_overrides(config)) == config`."""
     defaults = flatten(compose_config([]))
     return [f"{key}={as_written(value)}" for key, value in flatten(config).items() if value != defaults[key]]
 
 
 def explain(error: Exception) -> str:
-    """Hydra's and OmegaConf's errors in one or two lines: the key, and the nearest right one."""
+    """Explain Hydra's and OmegaConf's errors in one or two lines: the key, and the nearest right one."""
     chain: list[BaseException] = [error]
     # OmegaConf raises some errors from one another in a ring.
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and all(cause is not c for c in chain):

@@ -6,7 +6,7 @@ GROUPS = ("model", "data", "optimizer", "schedule", "augment", "experiment")
 
 
 def config_dir() -> Path:
-    """`configs/`: inside the package where it was installed from a wheel, beside it in a checkout."""
+    """Return `configs/`: inside the package where it was installed from a wheel, beside it in a checkout."""
     inside = Path(__file__).parents[1] / "configs"
     return inside if inside.is_dir() else Path(__file__).parents[2] / "configs"
 

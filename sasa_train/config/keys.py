@@ -11,21 +11,21 @@ from typing import Any, NamedTuple, cast
 from sasa_train.config.bounds import key, local_key
 
 OWN_MODELS = tuple(f"{family}_resnet{depth}" for family in ("sasa", "hybrid", "conv") for depth in (26, 38, 50))
-PUBLISHED = "timm"  # as model.pretrained
-SMALL_IMAGE = 64  # pixels: up to here images take the small transforms and may be resident
+PUBLISHED = "timm"  # a value of model.pretrained
+SMALL_IMAGE = 64  # pixels: images up to this size take the small transforms and may be resident
 POLICIES = (
     "none", "rand_augment", "trivial_augment", "auto_augment_imagenet", "auto_augment_cifar10", "auto_augment_svhn",
 )  # fmt: skip
 
 
 class DataSet(NamedTuple):
-    """What is known of a data set before it is read; `mean` and `std` per channel, of train's values in [0, 1]."""
+    """Facts about a data set before it is read; `mean` and `std` per channel, of train's values in [0, 1]."""
 
     num_classes: int | None
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    mirrored: bool = True  # in training, where augment.hflip does not say
+    mirrored: bool = True  # in training, where augment.hflip is null
 
 
 IMAGENET = DataSet(1000, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -42,7 +42,7 @@ DATA_SETS = {
 class ModelConfig:
     name: str = key("sasa_resnet26", "a name in timm's registry: {sasa,hybrid,conv}_resnet{26,38,50} or any timm model")
     num_classes: int | None = key(None, "null: from the data set", above=0)
-    # The keys of our own models alone; null: as the name says.
+    # Keys of our own models alone; null: as the name says.
     stem: str | None = key(
         None, "conv, attention; for images <= 64 px conv_small, attention_small; attention_plain, attention_convvalues"
     )
@@ -53,8 +53,8 @@ class ModelConfig:
     position: str | None = key(None, "relative, absolute or none (relative)")
     content: bool | None = key(None, "q.k as part of the score (true)")
     border: str | None = key(None, "mask: positions outside the image take no part; zero: they do (mask)")
-    drop_path_rate: float = key(0.0, "stochastic depth of the last block, linear from 0", at_least=0, below=1)
-    bn_momentum: float | None = key(None, "in PyTorch's sense; null: the model's own (0.1)", at_least=0, below=1)
+    drop_path_rate: float = key(0.0, "stochastic depth: the last block's rate, linear from 0", at_least=0, below=1)
+    bn_momentum: float | None = key(None, "as in PyTorch; null: the model's own (0.1)", at_least=0, below=1)
     pretrained: str | None = key(
         None, "initial weights: a checkpoint, run, .safetensors or hub folder; timm: its published ones", is_path=True
     )
@@ -71,17 +71,17 @@ class DataConfig:
     num_workers: int | None = local_key(
         None, "decoding processes; 0: none; null: half of the processors, 8 at most", at_least=0, at_most=1024
     )
-    worker_timeout: float = local_key(600.0, "seconds without a micro-batch from them that end the run", above=0)
+    worker_timeout: float = local_key(600.0, "seconds without a micro-batch, which end the run", above=0)
     resident: str = local_key("auto", "the whole set in memory (<= 64 px)", choices=("auto", "true", "false"))
     max_train_images: int | None = key(None, "a fixed class-balanced subset, independent of the seed", above=0)
-    max_val_images: int | None = key(None, "likewise for val", above=0)
+    max_val_images: int | None = key(None, "the same for val", above=0)
     holdout_fraction: float = key(
         0.0, "> 0: val is this stratified, fixed part of train (0.04 in the paper's Table 3)", at_least=0, below=1
     )
     mean: list[float] | None = key(
         None, "per channel, of [0, 1] values; null: the set's own (image_folder: ImageNet's)", at_least=0, at_most=1
     )
-    std: list[float] | None = key(None, "likewise", above=0)
+    std: list[float] | None = key(None, "the same", above=0)
     max_unreadable: float = local_key(
         0.001, "part of a split's images that may be unreadable; 10 always may, unless it is 0", at_least=0, at_most=1
     )
@@ -121,7 +121,7 @@ class AugmentConfig:
     crop_scale: list[float] = key(
         [0.08, 1.0], "crop_mode=resized: area of the crop, as a part of the image", is_range=True, at_most=1
     )
-    crop_ratio: list[float] = key([0.75, 1.3333], "its aspect ratio", is_range=True)
+    crop_ratio: list[float] = key([0.75, 1.3333], "crop_mode=resized: its aspect ratio", is_range=True)
     crop_mode: str = key(
         "auto", "auto: padded for images <= 64 px, resized for larger ones", choices=("auto", "padded", "resized")
     )
@@ -130,25 +130,25 @@ class AugmentConfig:
     policy_ops: int = key(2, "operations per image, rand_augment", at_least=0, at_most=8)
     policy_magnitude: int = key(9, "their magnitude, rand_augment", at_least=0, at_most=30)
     brightness: float = key(0.0, "colour jitter: factors from 1 - x to 1 + x", at_least=0)
-    contrast: float = key(0.0, "likewise", at_least=0)
-    saturation: float = key(0.0, "likewise", at_least=0)
+    contrast: float = key(0.0, "the same", at_least=0)
+    saturation: float = key(0.0, "the same", at_least=0)
     hue: float = key(0.0, "colour jitter: shift from -x to x of the circle", at_least=0, at_most=0.5)
-    erasing_prob: float = key(0.0, "random erasing: probability for an image", at_least=0, at_most=1)
-    erasing_scale: list[float] = key([0.02, 0.33], "its area, as a part of the image", is_range=True, at_most=1)
+    erasing_prob: float = key(0.0, "random erasing: probability per image", at_least=0, at_most=1)
+    erasing_scale: list[float] = key([0.02, 0.33], "the erased part of the image", is_range=True, at_most=1)
     mixup: float = key(0.0, "mixup's alpha; 0: none", at_least=0)
     cutmix: float = key(0.0, "cutmix's alpha; 0: none", at_least=0)
     mix_prob: float = key(1.0, "probability of mixing a micro-batch at all", at_least=0, at_most=1)
-    mix_switch_prob: float = key(0.5, "of cutmix, where both are on", at_least=0, at_most=1)
-    mix_off_epochs: int = key(0, "the last epochs go without mixup and cutmix", at_least=0)
+    mix_switch_prob: float = key(0.5, "probability of cutmix, where both are on", at_least=0, at_most=1)
+    mix_off_epochs: int = key(0, "number of last epochs without mixup and cutmix", at_least=0)
 
 
 @dataclass
 class TrainerConfig:
     epochs: int = key(100, "passes over the training images; an epoch drops its incomplete last batch", above=0)
     max_steps: int | None = key(None, "ends the run, and its schedule, after so many steps", above=0)
-    max_hours: float | None = local_key(None, "then the run saves and exits with code 75; run again to go on", above=0)
+    max_hours: float | None = local_key(None, "after so many hours the run saves and exits with code 75", above=0)
     global_batch_size: int = key(256, "images per step, over all devices and accumulation", above=0, at_most=2**24)
-    grad_accum_steps: int = key(1, "micro-batches per step, for each process; divides global_batch_size", above=0)
+    grad_accum_steps: int = key(1, "micro-batches per step and process; divides global_batch_size", above=0)
     micro_batch_size: int | str | None = key(
         None, "images of a process's micro-batch; auto: the most that fit into memory; null: from grad_accum_steps"
     )
@@ -159,12 +159,12 @@ class TrainerConfig:
     )
     channels_last: bool = key(False, "channels-last memory format")
     matmul_precision: str = key(
-        "highest", "of fp32; else TF32 on CUDA, in convolutions too", choices=("highest", "high", "medium")
+        "highest", "of fp32; high and medium: TF32 on CUDA, in convolutions too", choices=("highest", "high", "medium")
     )
     compile: bool = key(False, "torch.compile the training forward pass")
     deterministic: bool = key(False, "bit-identical runs on CUDA too, slower; the CPU is deterministic anyway")
     grad_clip_norm: float | None = key(None, "clip the gradient's global L2 norm; null: no clipping", above=0)
-    grad_clip_value: float | None = key(None, "clip each number of the gradient instead", above=0)
+    grad_clip_value: float | None = key(None, "clip each element of the gradient instead", above=0)
     grad_clip_agc: float | None = key(
         None, "adaptive: each unit's gradient to this part of its weight's norm, not in the classifier", above=0
     )
@@ -174,7 +174,7 @@ class TrainerConfig:
     loss: str = key("cross_entropy", "bce: a sigmoid per class", choices=("cross_entropy", "bce"))
     label_smoothing: float = key(0.0, "of the training loss", at_least=0, below=1)
     bn_recalibration_batches: int = key(
-        0, "before each evaluation, take batch norm's statistics anew from so many training micro-batches", at_least=0
+        0, "training micro-batches for new statistics of batch norm before each evaluation; 0: none", at_least=0
     )
     log_every_steps: int = local_key(50, "steps between train rows in metrics.jsonl", above=0)
     checkpoint_every_steps: int | None = local_key(None, "null: at the end of each epoch alone", above=0)
@@ -182,7 +182,7 @@ class TrainerConfig:
         "stop", "when a checkpoint cannot be written; continue: try the next", choices=("stop", "continue")
     )
     log_histograms: bool = local_key(False, "histograms of all weights in TensorBoard at each evaluation")
-    profile_steps: int = local_key(0, "profile so many steps soon after a start, into the run folder", at_least=0)
+    profile_steps: int = local_key(0, "profile so many steps, soon after a start, into the run folder", at_least=0)
     keep_checkpoints: int = local_key(3, "step-numbered checkpoints kept beside last and best", at_least=0)
     device: str = local_key("auto", "auto: cuda where there is a GPU", choices=("auto", "cpu", "cuda"))
 
@@ -195,7 +195,7 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    seed: int = key(0, "of initialisation, order, crops and flips", at_least=0)
+    seed: int = key(0, "seed of initialisation, order, crops and flips", at_least=0)
     run_name: str | None = local_key(None, "null: readable, from the keys that change the trajectory", name_length=200)
     output_dir: str = local_key("outputs", "run folders are made here", is_path=True)
     resume: str = local_key(
@@ -204,14 +204,14 @@ class TrainConfig:
     allow_config_change: list[str] = local_key([], "keys that may differ from the checkpoint's on resume")
 
 
-FREE_KEYS = ("optimizer.args", "schedule.args")  # what is in these, timm knows: one key each, whatever it holds
+FREE_KEYS = ("optimizer.args", "schedule.args")  # dicts with timm's arguments: one key each, whatever it holds
 MAX_DEPTH = 5  # of lists and dicts in one another, in such an argument
-# What Hydra reads as a text in {name:value}.
+# The names that Hydra reads as texts in {name:value}.
 ARGUMENT_NAME = re.compile(r"(?!(?:true|false|null|nan|inf)$)[a-z_][a-z0-9_]*", re.IGNORECASE | re.ASCII)
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """{"trainer.epochs": 100, ...} of a (nested) dataclass or dict."""
+    """Flatten a (nested) dataclass or dict to {"trainer.epochs": 100, ...}."""
     items = config if isinstance(config, dict) else dataclasses.asdict(config)
     flat: dict[str, Any] = {}
     for name, value in items.items():
@@ -221,7 +221,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def key_table(config: type = TrainConfig, prefix: str = "") -> dict[str, dataclasses.Field]:
-    """Each dotted key of a config and its dataclass field, in order; those in no group last."""
+    """Map each dotted key of a config to its dataclass field, in order; keys without a group come last."""
     table: dict[str, dataclasses.Field] = {}
     groups = [f for f in dataclasses.fields(config) if dataclasses.is_dataclass(f.type)]
     for group in groups:
@@ -233,5 +233,5 @@ CHOICES = {
     name: bounds.choices for name, f in key_table().items() if (bounds := f.metadata["bounds"]) and bounds.choices
 }
 NOT_TRAJECTORY = {name for name, f in key_table().items() if f.metadata["may_change"]}
-# Of our own models alone; timm's take none of them.
+# Keys of our own models alone; timm's models take none of them.
 MODEL_KEYS = ("stem", "stage_ops", "kernel_size", "num_heads", "width", "position", "content", "border")

@@ -1,4 +1,4 @@
-"""Overrides on the command line: parsed, expanded, and refused where no key has that name, with the nearest."""
+"""Overrides on the command line: parsed, expanded, and refused for an unknown key, with the nearest right one."""
 
 import difflib
 import itertools
@@ -20,15 +20,15 @@ from sasa_train.config.groups import GROUPS, choices
 from sasa_train.config.keys import FREE_KEYS, key_table
 from sasa_train.refusal import ConfigError, shorten
 
-MAX_JOBS = 1000  # of a sweep: each one's config is composed before the first begins
-MAX_TEXT = 2**16  # characters of a saved config or an override; ours have 4,000, and parsers take long over more
-# What Hydra, OmegaConf and PyYAML raise over what they are given: an int of 5,000 digits, or 2,000 lists in one another
+MAX_JOBS = 1000  # of a sweep: every job's config is composed before the first begins
+MAX_TEXT = 2**16  # characters of a saved config or an override; ours have 4,000, and parsers are slow with more
+# Hydra, OmegaConf and PyYAML raise these, for example over an int of 5,000 digits or 2,000 lists in one another.
 UNREADABLE = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError)
-WORDS = ("null", "true", "false", "nan", "inf")  # what Hydra reads as no text
+WORDS = ("null", "true", "false", "nan", "inf")  # Hydra does not read these as texts
 
 
 def as_written(value: Any) -> str:
-    """A value in Hydra's grammar."""
+    """Write a value in Hydra's grammar."""
     if isinstance(value, dict):
         return "{" + ",".join(f"{name}:{as_written(part)}" for name, part in value.items()) + "}"
     if isinstance(value, list):
@@ -40,7 +40,7 @@ def as_written(value: Any) -> str:
 
 
 def with_free_keys(overrides: Sequence[str]) -> list[str]:
-    """Hydra takes keys that no dataclass names with ++ alone."""
+    """Put ++ before keys that no dataclass names, as Hydra demands."""
     return [f"++{o}" if o.startswith(FREE_KEYS) else o for o in overrides]
 
 
@@ -53,7 +53,7 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
 
 
 def expand(overrides: Sequence[str]) -> list[tuple[str, ...]]:
-    """Every job of a grid: `a=1,2 b=range(2)` -> (a=1, b=0), (a=1, b=1), (a=2, b=0), (a=2, b=1).
+    """List every job of a grid: `a=1,2 b=range(2)` -> (a=1, b=0), (a=1, b=1), (a=2, b=0), (a=2, b=1).
 
     Raises:
         ConfigError: a value that cannot be enumerated, or more than MAX_JOBS jobs.
@@ -65,13 +65,13 @@ def expand(overrides: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _sweep_values(override: Override) -> list[str]:
-    """`seed=0,1` -> seed=0 and seed=1; one more than MAX_JOBS at most."""
+    """Split `seed=0,1` into seed=0 and seed=1; one more than MAX_JOBS at most."""
     if not override.is_sweep_override():
         return [str(override.input_line)]
     try:
         values = list(itertools.islice(override.sweep_string_iterator(), MAX_JOBS + 1))
     except (HydraException, ArithmeticError, ValueError) as error:
-        reason = "no range of numbers" if isinstance(error, ArithmeticError) else error
+        reason = "not a range of numbers" if isinstance(error, ArithmeticError) else error
         raise ConfigError(f"{override.input_line}: cannot be swept over ({reason}); write key=a,b,c") from error
     return [f"{override.key_or_group}={value}" for value in values]
 
@@ -90,10 +90,7 @@ def _parse(override: str) -> Override:
 
 
 def check_override_keys(overrides: Sequence[str], is_sweep: bool = False) -> None:
-    """Refuse keys that do not exist, with the nearest that does; `+key`, `++key` and `~key` too.
-
-    Hydra's own keys have a meaning in a sweep alone.
-    """
+    """Refuse unknown keys, with the nearest known one, `+key`, `++key`, `~key`, and Hydra's own without a sweep."""
     for override in parse_overrides(overrides):
         key = override.key_or_group
         if override.package is not None:
@@ -119,15 +116,15 @@ def check_override_keys(overrides: Sequence[str], is_sweep: bool = False) -> Non
 
 
 def unknown_key(key: str) -> str:
-    """The message for what is neither a key, nor a group, nor an argument in one of FREE_KEYS; else an empty text."""
+    """Return the message for a word that is not a key, a group or an argument in one of FREE_KEYS; else ""."""
     known = [*key_table(), *GROUPS]
     is_known = key in known or key.startswith(tuple(f"{free}." for free in FREE_KEYS))
     return "" if is_known else f"unknown key {shorten(key)!r}: {nearest(key, known)}"
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
-    """'did you mean ...?', or where to look."""
-    # A right name under the wrong group is nearer than any spelling.
+    """Return 'did you mean ...?', or where to look."""
+    # A right name in the wrong group is nearer than any similar spelling.
     found = [w for w in words if w.rpartition(".")[2] == word.rpartition(".")[2]]
     found = found or difflib.get_close_matches(word, words, n=1, cutoff=0.6)
     return f"did you mean {' or '.join(found)}?" if found else "sasa-train --help lists every key"
@@ -144,7 +141,7 @@ def _check_choice(override: Override) -> None:
 
 
 def is_group(override: Override) -> bool:
-    """`model=...`, `experiment=...`; for an object in place of a choice (`model={...}`) the answer is no."""
+    """Whether an override chooses from a group (`model=...`, `experiment=...`) and is not an object (`model={}`)."""
     return override.key_or_group in GROUPS and not isinstance(override.value(), dict)
 
 
@@ -153,20 +150,20 @@ OVERRIDE = re.compile(r"[+~]*[a-z_]+(\.[a-z0-9_]+)*=")
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Of a command line's words those that name files, and those that are overrides: `weights=...` or a key's.
+    """Split a command line's words into names of files and overrides (`weights=...` or a key's).
 
-    What is there as a file is a file, however it is called; what is none and looks like an override is one, so that a
-    misspelt key is refused with the nearest right one.
+    A word that names an existing file is a file, however it is called. Any other that looks like an override is one, so
+    that a misspelt key is refused with the nearest right one.
     """
     overrides = [text for text in arguments if OVERRIDE.match(text) and not os.path.lexists(text)]
     return [text for text in arguments if text not in overrides], overrides
 
 
 def split_weights(overrides: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The last `weights=`, if there is one, and the other overrides.
+    """Return the last `weights=`, if there is one, and the other overrides.
 
     Raises:
-        ConfigError: weights that there are not, or `weights` misspelt.
+        ConfigError: unknown weights, or `weights` misspelt.
     """
     others = [text for text in overrides if not text.startswith("weights=")]
     for key in (text.partition("=")[0] for text in others):

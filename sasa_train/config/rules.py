@@ -1,4 +1,4 @@
-"""The rules that values must keep, alone and together; what breaks one is refused before data is loaded."""
+"""Rules for values, alone and together; values that break one are refused before data is loaded."""
 
 import itertools
 import unicodedata
@@ -25,7 +25,7 @@ Rules = Iterator[tuple[bool, str, str]]  # whether it is kept, the key, the rule
 
 
 def validate(config: TrainConfig) -> None:
-    """Raise ConfigError for values that break a rule or cannot go together; nothing is loaded yet."""
+    """Raise ConfigError for values that break a rule or cannot go together."""
     for key, value in flatten(config).items():
         _check_content(key, value, value)
     check_bounds(config)
@@ -38,7 +38,7 @@ def validate(config: TrainConfig) -> None:
 
 
 def check_bounds(config: Any, prefix: str = "") -> None:
-    """Raise ConfigError for a value outside the bounds that stand beside its key."""
+    """Raise ConfigError for a value outside its key's bounds."""
     values = flatten(config, prefix)
     for key, field in key_table(type(config), prefix).items():
         bounds, value = field.metadata["bounds"], values[key]
@@ -47,7 +47,7 @@ def check_bounds(config: Any, prefix: str = "") -> None:
 
 
 def _check_content(key: str, value: Any, part: Any, depth: int = 0) -> None:
-    """Refuse what makes sense in no key, or in no list or argument of one; `part` is `depth` levels inside `value`."""
+    """Refuse what no key, nor a list or argument in one, may hold; `part` is `depth` levels inside `value`."""
     if isinstance(part, dict | list):
         limit = MAX_DEPTH if key in FREE_KEYS else 1
         require(depth < limit, key, value, f"must not have more than {limit} lists or dicts in one another")
@@ -59,7 +59,7 @@ def _check_content(key: str, value: Any, part: Any, depth: int = 0) -> None:
     elif isinstance(part, str):
         require(part != "", key, repr(value), "must not be an empty text")
         is_plain = all(unicodedata.category(char) not in ("Cc", "Cs") for char in part)
-        require(is_plain, key, ascii(value), "must be text without control characters or bytes that are no text")
+        require(is_plain, key, ascii(value), "must be text without control characters or bytes that are not text")
         require("${" not in part, key, value, "must not hold ${ once it is composed; write the value itself")
     elif isinstance(part, float):
         fits = part == 0 or 1e-38 <= abs(part) <= 1e38
@@ -127,10 +127,8 @@ def _of_epochs(config: TrainConfig) -> Rules:
 
 
 def check_world_size(config: TrainConfig, world_size: int) -> None:
-    """Refuse a global batch that so many processes cannot share.
-
-    Not part of `validate`: a saved config may have been another number's.
-    """
+    """Refuse a global batch that so many processes cannot share."""
+    # Not part of `validate`, as a saved config may come from another number of processes.
     trainer = config.trainer
     key = "micro_batch_size" if isinstance(trainer.micro_batch_size, int) else "grad_accum_steps"
     images, per_process = trainer.global_batch_size, getattr(trainer, key)

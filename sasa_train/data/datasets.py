@@ -1,4 +1,4 @@
-"""The data sets: where the images are, their labels and classes, and fixed, balanced parts of them."""
+"""The data sets: the places of their images, labels, classes, and fixed, balanced parts."""
 
 import dataclasses
 import io
@@ -25,12 +25,12 @@ from sasa_train.data.shards import TarMembers, find_shards, load_shards
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import printable
 
-# What torchvision's IMG_EXTENSIONS stand for, and GIF, which lies under other names in real sets (MPO opens as JPEG).
-# Nothing else is tried: EPS would start Ghostscript, and each further decoder is a further way in for a hostile file.
+# The formats of torchvision's IMG_EXTENSIONS, and GIF, which real sets hold under other names (MPO opens as JPEG).
+# No other is tried: EPS would start Ghostscript, and each further decoder is one more way in for a hostile file.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # such images are refused here
 
-PAUSES = (0.1, 1.0)  # seconds before a read that failed is tried again
+PAUSES = (0.1, 1.0)  # seconds before a failed read is tried again
 DIGITS_VAL_FRACTION = 0.2
 MAX_NAMES = 5  # shown of a long list
 
@@ -38,16 +38,16 @@ Shaped = TypeVar("Shaped")
 
 
 class UnreadableImage(Exception):
-    """An image file that is missing, truncated, damaged or none at all; `name` says which, the message why."""
+    """A file that is missing, truncated, damaged or not an image: its `name`, and the `reason`."""
 
     def __init__(self, name: str, reason: str):
-        super().__init__(name, reason)  # both, so that it survives the way out of a worker process
+        super().__init__(name, reason)  # both, so that it can be pickled on its way out of a worker process
         self.name, self.reason = name, reason
 
 
 @dataclass
 class Files:
-    """Image files by path; `folder` holds their class folders."""
+    """Image files by path; `folder` holds the class folders."""
 
     paths: list[str]
     folder: str = ""
@@ -60,11 +60,11 @@ class Files:
 
 
 def _open_regular(path: str, flags: int) -> int:
-    """A pipe called x.png would be waited for, and a device never ends."""
+    # Opening a pipe called x.png would wait for a writer, and a device never ends.
     descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError("is no regular file")
+        raise OSError("is not a regular file")
     return descriptor
 
 
@@ -88,11 +88,11 @@ class ImageSet:
         return f"image {position}" if isinstance(self.source, Tensor) else self.source.name(position)
 
     def read(self, index: int, shape: Callable[[Image.Image], Shaped]) -> Shaped:
-        """`shape(image)` for one image, which is not decoded yet: `shape` may ask for less than all of it.
+        """Return `shape(image)` for one image. It is not decoded yet, so `shape` may ask for less than all of it.
 
         Raises:
-            UnreadableImage: the file is missing, is no image of FORMATS, has more than Image.MAX_IMAGE_PIXELS, or fails
-                while it is decoded or converted.
+            UnreadableImage: the file is missing, is not an image of FORMATS, has more than Image.MAX_IMAGE_PIXELS, or
+                fails while it is decoded or converted.
         """
         position = int(self.positions[index])
         if isinstance(self.source, Tensor):
@@ -112,13 +112,14 @@ class ImageSet:
             raise UnreadableImage(self.name(index), reason) from error
 
     def read_bytes(self, index: int) -> bytes:
-        """The file of one image as it is; OSError where it cannot be read."""
+        """Return one image's file, undecoded; raise OSError where it cannot be read."""
         with self._open_patiently(int(self.positions[index])) as file:
             return file.read()
 
     def _open_patiently(self, position: int) -> BinaryIO:
-        """The whole file; a disk or network that fails for a moment must not cost an image."""
+        """Return the whole file, in memory."""
         assert not isinstance(self.source, Tensor)
+        # A disk or network that fails for a moment must not cost an image.
         for pause in PAUSES:
             try:
                 with self.source.open(position) as file:
@@ -134,7 +135,7 @@ class ImageSet:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode an image of any mode to RGB, 8 bits a channel."""
+    """Decode an image of any mode to RGB, 8 bits per channel."""
     image.load()
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow's own conversion cuts off at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257 + 0.5).astype(np.uint8))
@@ -142,7 +143,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def mean_std(config: DataConfig) -> tuple[Sequence[float], Sequence[float]]:
-    """Per channel, of values in [0, 1]: the config's, or the set's own."""
+    """Return the config's mean and std per channel, of values in [0, 1], or the data set's own."""
     own = DATA_SETS[config.name]
     return config.mean or own.mean, config.std or own.std
 
@@ -181,7 +182,7 @@ def _check_classes(config: DataConfig, classes: list[str]) -> None:
 
 
 def split(images: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
-    """Split off a stratified, fixed part (at least one image a class): train without it, and the part as val."""
+    """Split off a stratified, fixed part, at least one image per class; return the rest as train, the part as val."""
     held_out = []
     for members in _by_class(images):
         if len(members) < 2:
@@ -192,12 +193,12 @@ def split(images: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
 
 
 def limit(images: ImageSet, count: int | None) -> ImageSet:
-    """A fixed subset, `balanced`; all images where they are no more."""
+    """Return a fixed, `balanced` subset of `count` images, or all of them where there are not more."""
     return images if count is None or count >= len(images) else images.subset(balanced(images, count))
 
 
 def balanced(images: ImageSet, count: int) -> np.ndarray:
-    """Indices of a fixed subset as balanced as the set allows: each class gives one image, then another, and so on."""
+    """Return the indices of a fixed subset, as balanced as possible: each class gives one image, then another, ..."""
     rank = np.empty(len(images), dtype=np.int64)
     for members in _by_class(images):
         rank[members] = np.arange(len(members))
@@ -205,7 +206,7 @@ def balanced(images: ImageSet, count: int) -> np.ndarray:
 
 
 def _by_class(images: ImageSet) -> list[np.ndarray]:
-    """For each class its images' indices, in an order that is fixed and looks random."""
+    """List each class's images, in an order that is fixed and looks random."""
     order = fixed_order(len(images))
     return [order[images.labels[order] == label] for label in range(len(images.classes))]
 
@@ -249,7 +250,7 @@ def _load_from_disk(config: DataConfig) -> tuple[ImageSet, ImageSet]:
 
 
 def load_class_folders(root: Path, split: str) -> ImageSet:
-    """The images of `root/train` (or `root/val` or `root/test`), one folder a class, in the order of their paths.
+    """Find the images of `root/train` (or `root/val` or `root/test`), one folder per class, ordered by path.
 
     Raises:
         ConfigError: there is no such folder, or a class without images.
@@ -259,13 +260,13 @@ def load_class_folders(root: Path, split: str) -> ImageSet:
         folder = root / "test"
     if not folder.is_dir():
         raise ConfigError(
-            f"data.root={root}: there is no folder {folder}; expected train/ and val/ (or test/) with one folder a "
+            f"data.root={root}: there is no folder {folder}; expected train/ and val/ (or test/) with one folder per "
             "class or tar shards, or train/ alone with data.holdout_fraction"
         )
     try:
         found = tv.ImageFolder(str(folder))
-    except FileNotFoundError as error:  # torchvision names the empty classes, or says that there is none
-        raise ConfigError(f"{folder}: {printable(str(error))}") from error
+    except FileNotFoundError as error:  # torchvision's text names the empty classes, or says that no class was found
+        raise ConfigError(f"{folder}: {printable(error)}") from error
     paths, labels = zip(*found.samples, strict=True)
     return ImageSet(
         found.classes, np.array(labels, dtype=np.int64), np.arange(len(labels)), Files(list(paths), str(folder))
@@ -273,7 +274,7 @@ def load_class_folders(root: Path, split: str) -> ImageSet:
 
 
 def load_shard_set(root: Path, split: str) -> ImageSet:
-    """As `load_class_folders`, from tar shards; `root/classes.txt` names the classes, one a line."""
+    """Find the images in a split's tar shards; `root/classes.txt` names the classes, one per line."""
     shards = find_shards(root, split)
     if not shards:
         raise ConfigError(f"data.root={root}: shards for train, but none for {split}; or use data.holdout_fraction")
@@ -286,6 +287,6 @@ def load_shard_set(root: Path, split: str) -> ImageSet:
 
 
 def some(names: Sequence[str], separator: str = ", ") -> str:
-    """The first MAX_NAMES of some names, escaped, and how many more there are."""
+    """Quote the first MAX_NAMES names, escaped, and the number of the others."""
     rest = len(names) - MAX_NAMES
     return separator.join(map(printable, names[:MAX_NAMES])) + (f" and {rest:,} more" if rest > 0 else "") or "none"

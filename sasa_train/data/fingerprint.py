@@ -1,6 +1,6 @@
-"""What a data set looked like when a run began, so that a change before it goes on is noticed, and named.
+"""Fingerprints of data sets, so that a run which continues notices, and names, what changed since it began.
 
-Counts, names and order of all images, and the bytes of some: seconds for ImageNet, whose files are not all looked at.
+They hold counts, names and order of all images, and digests of the bytes of some: for ImageNet this takes seconds.
 """
 
 import hashlib
@@ -18,35 +18,35 @@ from torch import Tensor
 from sasa_train.data.datasets import Files, ImageSet
 from sasa_train.terminal import printable
 
-MAX_READ = 2000  # files of a set whose bytes are looked at
+MAX_READ = 2000  # files per set whose bytes are looked at
 MAX_LINES = 10  # differences that are named
-NUM_READERS = 8  # threads: a network disk takes milliseconds for each file
+NUM_READERS = 8  # threads: a network disk takes milliseconds per file
 UNREADABLE = b"unreadable"
-NUMBER = re.compile(r"(^|/)\d{8}-")  # which `sasa-data shard` puts before a name, for the order: no part of it
+NUMBER = re.compile(r"(^|/)\d{8}-")  # put before a name by `sasa-data shard`, for the order; not part of the name
 
 SOURCES = {"files": "in class folders", "shards": "in tar shards", "memory": "in memory"}
 
 
 def fingerprint(images: ImageSet) -> dict[str, Any]:
-    """Of plain values: {"source", "labels": a digest of them in order, "classes": [{"name", "num_images", ...}, ...]}.
+    """Describe a set by plain values: {"source", "labels": a digest, "classes": [{"name", "num_images", ...}, ...]}.
 
-    `content` is a digest of `num_read` images of the class: the bytes of a sample of files, or of all pixels of a set
-    in memory. Files and the tar shards made of them have the same content.
+    `content` is a digest of `num_read` images of the class: the bytes of a sample of files, or all pixels of a set in
+    memory. Files and the tar shards made from them have the same content.
     """
     by_label = np.argsort(images.labels, kind="stable")
     counts = np.bincount(images.labels, minlength=len(images.classes))
     members = np.split(by_label, np.cumsum(counts)[:-1])
     contents = _in_memory(images, members) if isinstance(images.source, Tensor) else _on_disk(images, members)
     classes = [
-        {"name": name, "num_images": len(of_class), "names": _digest(_names(images, name, of_class)), **content}
+        {"name": name, "num_images": len(of_class), "names": digest_of(_names(images, name, of_class)), **content}
         for name, of_class, content in zip(images.classes, members, contents, strict=True)
     ]
     kind = "memory" if isinstance(images.source, Tensor) else "files" if isinstance(images.source, Files) else "shards"
-    return {"source": kind, "labels": _digest([images.labels.astype("<i8").tobytes()]), "classes": classes}
+    return {"source": kind, "labels": digest_of([images.labels.astype("<i8").tobytes()]), "classes": classes}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], split: str) -> list[str]:
-    """What changed between two fingerprints of `split`, as lines for people, MAX_LINES at most; none: nothing did."""
+    """List what changed between two fingerprints of `split`, as at most MAX_LINES lines of text."""
     lines = _set_differences(old, new)
     rest = len(lines) - MAX_LINES
     return [f"{split}: {line}" for line in lines[:MAX_LINES]] + ([f"{split}: and {rest:,} more"] if rest > 0 else [])
@@ -73,7 +73,7 @@ def _set_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _class_differences(name: str, old: dict[str, Any], new: dict[str, Any], is_same_kind: bool) -> list[str]:
-    if old["num_images"] != new["num_images"]:  # then the others tell nothing more
+    if old["num_images"] != new["num_images"]:  # then the digests differ too
         return [f"class {name} had {old['num_images']:,} images, now {new['num_images']:,}"]
     lines = []
     if is_same_kind and old["names"] != new["names"]:
@@ -89,7 +89,7 @@ def _class_differences(name: str, old: dict[str, Any], new: dict[str, Any], is_s
 
 
 def _by_name(classes: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By names to be printed, in the order of the labels; ImageNet has two cranes in English."""
+    """Map the classes' printable names, all different, to them; ImageNet has two classes that are called crane."""
     seen: Counter[str] = Counter()
     found = {}
     for entry in classes:
@@ -102,7 +102,7 @@ def _by_name(classes: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def _in_memory(images: ImageSet, members: list[np.ndarray]) -> list[dict[str, Any]]:
     assert isinstance(images.source, Tensor)
     arrays = (images.source[images.positions[of_class]].numpy() for of_class in members)
-    digests = (_digest([str(pixels.shape).encode(), pixels.tobytes()]) for pixels in arrays)
+    digests = (digest_of([str(pixels.shape).encode(), pixels.tobytes()]) for pixels in arrays)
     return [{"num_read": len(m), "num_unreadable": 0, "content": d} for m, d in zip(members, digests, strict=True)]
 
 
@@ -112,15 +112,15 @@ def _on_disk(images: ImageSet, members: list[np.ndarray]) -> list[dict[str, Any]
         digests = iter(list(pool.map(lambda index: _file_digest(images, index), np.concatenate(samples).tolist())))
     of_classes = [[next(digests) for _ in sample] for sample in samples]
     return [
-        {"num_read": len(own), "num_unreadable": own.count(UNREADABLE), "content": _digest(own)} for own in of_classes
+        {"num_read": len(own), "num_unreadable": own.count(UNREADABLE), "content": digest_of(own)} for own in of_classes
     ]
 
 
 def _samples(members: list[np.ndarray]) -> list[np.ndarray]:
-    """For each class the images to be read, evenly spread.
+    """List each class's images to be read, evenly spread.
 
-    Which ones depends on the class's size and the number of classes alone, so that what one class gains or loses does
-    not look like a change of the others.
+    They depend on the class's size and the number of classes alone, so that what one class gains or loses does not look
+    like a change of the others.
     """
     if sum(map(len, members)) <= MAX_READ:
         return members
@@ -140,7 +140,7 @@ def _file_digest(images: ImageSet, index: int) -> bytes:
 
 
 def _names(images: ImageSet, class_name: str, members: np.ndarray) -> Iterable[bytes]:
-    """A file's path from its class folder, a shard's member without its number; images in memory have none."""
+    """Name files by their path in the class folder, shards' members without their number; in memory there are none."""
     source, positions = images.source, images.positions[members].tolist()
     if isinstance(source, Tensor):
         return []
@@ -152,8 +152,6 @@ def _names(images: ImageSet, class_name: str, members: np.ndarray) -> Iterable[b
     return (name.encode(errors="surrogateescape") + b"\0" for name in names)
 
 
-def _digest(parts: Iterable[bytes]) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
+def digest_of(parts: Iterable[bytes]) -> str:
+    """Return 16 hex digits that stand for the parts, one after the other."""
+    return hashlib.blake2b(b"".join(parts), digest_size=8).hexdigest()

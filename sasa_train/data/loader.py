@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sasa_train.config.derived import crops_by_padding, resolved_image_size, total_steps
 from sasa_train.config.keys import TrainConfig
-from sasa_train.data.datasets import ImageSet, load_image_sets, mean_std
+from sasa_train.data.datasets import ImageSet, load_image_sets, mean_std, some
 from sasa_train.data.fingerprint import fingerprint
 from sasa_train.data.mixing import Mixing
 from sasa_train.data.plan import BatchPlan
@@ -31,16 +31,13 @@ from sasa_train.processes.ranks import local_rank, local_world_size, world_size
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import printable
 
-RESIDENT_SHARE = 0.25  # of the memory that is free: a set larger than that streams, unless data.resident=true
+RESIDENT_SHARE = 0.25  # of the free memory: a larger set streams, unless data.resident=true
 Loader = ResidentLoader | StreamingLoader
 
 
 @dataclass
 class Loaders:
-    """What training needs of the data. `train` and `val` are either both resident or both streamed.
-
-    `fingerprint`: of both splits, {"train": ..., "val": ...}.
-    """
+    """The data for training: `train` and `val` are both resident or both streamed; `fingerprint`: {"train", "val"}."""
 
     train: Loader
     val: Loader
@@ -56,7 +53,7 @@ class Loaders:
         return "resident" if isinstance(self.train, ResidentLoader) else "streamed"
 
     def train_names(self, step: int, number: int | None = None) -> list[str]:
-        """Of this process's images of the run's step `step`, from 0, or of one micro-batch of it; to be printed."""
+        """Return escaped names of this process's images in the run's step `step`, from 0, or in one micro-batch."""
         epoch, first_step = divmod(step, self.train.plan.steps_per_epoch)
         micros = itertools.islice(self.train.plan.train(epoch, first_step), self.train.plan.grad_accum_steps)
         chosen = [micro.indices for position, micro in enumerate(micros) if number in (None, position)]
@@ -69,7 +66,7 @@ class Loaders:
         return images
 
     def unreadable(self) -> Iterator[str]:
-        """Name and reason of each image that could not be read so far."""
+        """Yield name and reason of each image that could not be read so far."""
         for loader in (self.train, self.val):
             yield from loader.quarantine.lines()
 
@@ -79,13 +76,13 @@ class Loaders:
 
 
 def build_loaders(config: TrainConfig, device: torch.device, memory: int | None = None) -> Loaders:
-    """Load the data that `config` names, resident where it fits into `memory` (bytes), and plan its batches.
+    """Load the data that `config` names, resident where they fit into `memory` (bytes), and plan the batches.
 
-    Several processes must decide alike, so they give the least that one of them has; left out, it is looked up.
+    memory: looked up where it is left out. Several processes must decide alike, so each gives the least of theirs.
 
     Raises:
-        ConfigError: whatever is wrong with the folders, a set smaller than one batch, a class count that is not the
-            model's, `data.resident=true` for images that memory cannot hold, or too little shared memory.
+        ConfigError: bad folders, a set smaller than one batch, a class count that is not the model's,
+            `data.resident=true` for images that memory cannot hold, or too little shared memory.
     """
     train_set, val_set = load_image_sets(config.data)
     _check_counts(config, train_set)
@@ -97,7 +94,7 @@ def build_loaders(config: TrainConfig, device: torch.device, memory: int | None 
 
 
 def build_eval_loader(config: TrainConfig, device: torch.device) -> tuple[Loader, ImageSet]:
-    """The val loader of `build_loaders`, with the same batches, and val's images."""
+    """Build the val loader of `build_loaders`, with the same batches; return it with val's images."""
     _, val_set = load_image_sets(config.data)
     is_resident = _is_resident(config, len(val_set), device)
     val = _build_loader(config, val_set, device, is_resident, split="val")
@@ -126,27 +123,27 @@ def _build_loader(config: TrainConfig, images: ImageSet, device: torch.device, i
 
 
 def _check_queues(config: TrainConfig, *loaders: Loader) -> None:
-    """The workers of all loaders have theirs at the same time, where a run ends within an epoch."""
+    # Where a run ends within an epoch, the workers of all loaders have their queues at the same time.
     needed = sum(loader.queue_bytes for loader in loaders if isinstance(loader, StreamingLoader))
     check_shared_memory(needed, resolved_num_workers(config), ", or a smaller micro-batch (trainer.micro_batch_size)")
 
 
 def check_evaluated(loader: Loader, num_images: int, num_left_out: int) -> None:
-    """Raise RuntimeError unless the evaluation that just ended counted every image but those that were left out."""
+    """Raise RuntimeError unless the evaluation that just ended counted every image that was not left out."""
     expected = loader.plan.num_images - num_left_out
     if num_images != expected:
         raise RuntimeError(f"evaluation saw {num_images} images instead of {expected}")
 
 
 def resolved_num_workers(config: TrainConfig) -> int:
-    """`data.num_workers`, or half of the processors that are this process's, 8 at most."""
+    """Return `data.num_workers` or, where it is null, half of this process's share of the processors, 8 at most."""
     if config.data.num_workers is not None:
         return config.data.num_workers
     return min(8, usable_processors() // (2 * local_world_size()))
 
 
 def fetch_once(config: TrainConfig) -> None:
-    """Load a set that may have to be downloaded, in one process on each machine: the others find it there."""
+    """Download a set, if need be, in one process per machine: the others find it there."""
     if world_size() > 1 and local_rank() == 0 and config.data.name in ("cifar10", "cifar100"):
         load_image_sets(config.data)
 
@@ -168,10 +165,9 @@ def _is_resident(config: TrainConfig, num_images: int, device: torch.device, mem
 def _check_counts(config: TrainConfig, train_set: ImageSet) -> None:
     num_classes, batch = len(train_set.classes), config.trainer.global_batch_size
     if config.model.num_classes not in (None, num_classes):
-        names = ", ".join(map(printable, train_set.classes[:5])) + (", ..." if num_classes > 5 else "")
         raise ConfigError(
             f"model.num_classes={config.model.num_classes}, but {config.data.name} has {num_classes} classes "
-            f"({names}); leave model.num_classes=null"
+            f"({some(train_set.classes)}); leave model.num_classes=null"
         )
     if len(train_set) < batch:
         set_keys = [f"data.{key}" for key in ("max_train_images", "holdout_fraction") if getattr(config.data, key)]

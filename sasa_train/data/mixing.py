@@ -13,8 +13,8 @@ from sasa_train.data.randomness import batch_rng
 class Mixing:
     """Mixes each image with its neighbour in the micro-batch, and their labels (arXiv 1710.09412, 1905.04899).
 
-    Every choice is made on the CPU's generator, so it is the same on any device. `last_step` is the first step that is
-    not mixed any more, for `augment.mix_off_epochs`.
+    Every choice is made by the CPU's generator, so it is the same on any device. From step `last_step` on nothing is
+    mixed (`augment.mix_off_epochs`).
     """
 
     def __init__(self, config: AugmentConfig, num_classes: int, seed: int, last_step: int):
@@ -23,7 +23,7 @@ class Mixing:
         self.mixes = [mix(alpha=alpha, num_classes=num_classes) for mix, alpha in kinds if alpha]
 
     def __call__(self, images: Tensor, labels: Tensor, step: int, micro_batch: int) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, H, W] and int64 [B] -> images and float [B, num_classes], or both as they were."""
+        """Mix images [B, 3, H, W]; labels int64 [B] become float [B, num_classes]. Or return both as they were."""
         if step >= self.last_step or not self.mixes:
             return images, labels
         mix, numbers = self.draw(images, step, micro_batch)

@@ -1,7 +1,6 @@
-"""Which images are in which micro-batch, for every epoch: a function of (seed, epoch).
+"""The plan of batches: which images are in which micro-batch of an epoch, as a function of (seed, epoch).
 
-Each process takes its contiguous share of every global batch, so which images make it up is the same for any number of
-processes.
+Each process takes a contiguous share of every global batch, whose images are thus the same for any number of processes.
 """
 
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from sasa_train.data.randomness import epoch_order
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """`indices` of the set's images, and where in the run they belong."""
+    """The `indices` of some images of the set, and their place in the run."""
 
     indices: np.ndarray
     epoch: int
@@ -43,12 +42,12 @@ class BatchPlan:
 
     @property
     def share(self) -> slice:
-        """Which of the set's images are this process's to evaluate; none, where there are fewer than processes."""
+        """The set's images that this process evaluates; none, where there are fewer images than processes."""
         bounds = (self.num_images * n // self.world_size for n in (self.rank, self.rank + 1))
         return slice(*bounds)
 
     def train(self, epoch: int, first_step: int) -> Iterator[MicroBatch]:
-        """The micro-batches of an epoch, from its step `first_step` on."""
+        """Yield the micro-batches of an epoch, from its step `first_step` on."""
         order = epoch_order(self.seed, epoch, self.num_images)
         for step in range(first_step, self.steps_per_epoch):
             images = order[step * self.global_batch_size : (step + 1) * self.global_batch_size]
@@ -58,6 +57,6 @@ class BatchPlan:
                 yield MicroBatch(indices, epoch, epoch * self.steps_per_epoch + step, number)
 
     def all(self) -> Iterator[MicroBatch]:
-        """Every image of this process's share once, in order."""
+        """Yield every image of this process's share once, in order."""
         for start in range(self.share.start, self.share.stop, self.micro_batch_size):
             yield MicroBatch(np.arange(start, min(start + self.micro_batch_size, self.share.stop)), 0, 0, 0)

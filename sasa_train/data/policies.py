@@ -113,7 +113,7 @@ def apply_operation(transform: Any, image: Any, name: str, magnitude: float) -> 
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """Copy without waiting for a CUDA device."""
+    """Copy to the device, without waiting for it where it is CUDA."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 

@@ -1,4 +1,4 @@
-"""Images that cannot be read: named once, counted, replaced or left out, and too many of them end the run."""
+"""Images that cannot be read are named once, counted, replaced or left out; too many of them end the run."""
 
 import logging
 import math
@@ -9,11 +9,11 @@ from sasa_train.terminal import printable
 
 log = logging.getLogger("sasa_train")
 
-ALWAYS_ALLOWED = 10  # in a small set a handful is no sign of a broken disk
+ALWAYS_ALLOWED = 10  # in a small set a handful does not mean that the disk is broken
 
 
 class Quarantine:
-    """The unreadable images of one split, as far as they were met."""
+    """The unreadable images of one split that were met so far."""
 
     def __init__(self, split: str, num_images: int, max_unreadable: float):
         self.split, self.found = split, dict[str, str]()
@@ -24,7 +24,7 @@ class Quarantine:
         self.rule = f"data.max_unreadable={max_unreadable:g} allows {self.allowed} of {num_images:,} images"
 
     def add(self, unreadable: list[Unreadable]) -> None:
-        """Name what is new.
+        """Note unreadable images, then check.
 
         Raises:
             ConfigError: there are more than `data.max_unreadable` allows; the message lists them.
@@ -33,6 +33,7 @@ class Quarantine:
         self.check()
 
     def note(self, unreadable: list[Unreadable]) -> None:
+        """Remember images, and log those that are new."""
         for name, reason in unreadable:
             if name not in self.found:
                 self.found[name] = reason
@@ -49,5 +50,5 @@ class Quarantine:
             )
 
     def lines(self) -> list[str]:
-        """Name and reason of each, one line an image."""
+        """Return name and reason, escaped, of each image."""
         return [f"{printable(name)}: {printable(reason)}" for name, reason in self.found.items()]

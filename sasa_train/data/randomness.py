@@ -1,10 +1,10 @@
-"""What is random about a sample depends on (seed, epoch, index) alone: not on workers, batches, interruptions, ranks.
+"""Random numbers per sample, from (seed, epoch, index) alone: not from workers, batches, interruptions or ranks.
 
-A counter-based hash (splitmix64's finaliser, Steele et al. 2014), so that any sample's numbers are had directly, for
-one sample in a worker as for a whole batch.
+They come from a counter-based hash (splitmix64's finaliser, Steele et al. 2014), so that any sample's numbers can be
+computed directly, for one sample in a worker as for a whole batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 
@@ -13,43 +13,41 @@ import torch
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
-# What numbers are drawn for: each purpose has its own, so that none changes with what else is switched on.
+# Each purpose has its own numbers, so that none changes with what else is switched on.
 CROP, LIBRARY, POLICY, ERASING, MIXING, RECALIBRATION, STEP = (np.uint64(n) for n in range(1, 8))
 
 
 def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
-    """The permutation of the images in this epoch."""
+    """Return the permutation of the images in this epoch."""
     return np.argsort(_hash(_key(seed, epoch), np.arange(num_images)), kind="stable")
 
 
 def fixed_order(num_images: int) -> np.ndarray:
-    """A permutation that no seed changes, for subsets and hold-outs."""
+    """Return a permutation that no seed changes, for subsets and hold-outs."""
     return epoch_order(0x5A5A, 0, num_images)
 
 
 def sample_draws(seed: int, epoch: int, indices: np.ndarray, num_draws: int, purpose: np.uint64 = CROP) -> np.ndarray:
-    """Uniform numbers in [0, 1), float64 [len(indices), num_draws]."""
+    """Draw uniform numbers in [0, 1), float64 [len(indices), num_draws]."""
     state = _hash(_key(seed, epoch) ^ purpose, indices)  # apart from the numbers of the order, whose purpose is 0
     bits = _mix(state[:, None] + np.arange(1, num_draws + 1, dtype=np.uint64) * GOLDEN)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> AbstractContextManager[None]:
-    """Torch's CPU generator seeded for one sample, and afterwards as it was: for torchvision's transforms."""
+    """Seed torch's CPU generator for one sample, and restore it afterwards: for torchvision's transforms."""
     return _seeded(_hash(_key(seed, epoch) ^ LIBRARY, np.array([index]))[0])
 
 
 def batch_rng(seed: int, step: int, micro_batch: int) -> AbstractContextManager[None]:
-    """Likewise for one micro-batch of a step: for mixup and cutmix."""
+    """Seed torch's CPU generator for one micro-batch of a step, and restore it afterwards: for mixup and cutmix."""
     return _seeded(_hash(_key(seed, step) ^ MIXING, np.array([micro_batch]))[0])
 
 
-@contextmanager
-def recalibration_rng(seed: int, step: int, device: torch.device) -> Iterator[None]:
-    """Torch's generators, the device's too, seeded for what is done between two steps, and afterwards as they were."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(int(_hash(_key(seed, step) ^ RECALIBRATION, np.array([0]))[0]))
-        yield
+def recalibration_rng(seed: int, step: int, device: torch.device) -> AbstractContextManager[None]:
+    """Seed torch's generators, the device's too, for work between two steps, and restore them afterwards."""
+    value = _hash(_key(seed, step) ^ RECALIBRATION, np.array([0]))[0]
+    return _seeded(value, [device] if device.type == "cuda" else [])
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -58,9 +56,9 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 @contextmanager
-def _seeded(value: np.uint64) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(value))
+def _seeded(value: np.uint64, devices: Sequence[torch.device] = ()) -> Iterator[None]:
+    with torch.random.fork_rng(devices):
+        (torch.manual_seed if devices else torch.default_generator.manual_seed)(int(value))
         yield
 
 

@@ -1,17 +1,20 @@
-"""Images fitted to size as val sees them: for data workers, and for the commands that show or classify images."""
+"""Reading images, in data workers and in the commands that show or classify images."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from sasa_train.data.datasets import Files, ImageSet, UnreadableImage
-from sasa_train.data.transforms import Shape, fit
+from sasa_train.data.plan import MicroBatch
+from sasa_train.data.transforms import Augment, Shape, fit
 
 Unreadable = tuple[str, str]  # name and reason
 Found = tuple[np.ndarray | None, int, list[Unreadable]]
@@ -20,7 +23,7 @@ Found = tuple[np.ndarray | None, int, list[Unreadable]]
 class Read(NamedTuple):
     """The images of a batch that could be read, uint8 [n, 3, S, S], and their labels, int64 [n].
 
-    `rows` int64 [n] are their places in the batch; `unreadable` has the name and the reason of each of the others.
+    `rows` int64 [n] are their places in the batch; `unreadable` holds name and reason of each of the others.
     """
 
     pixels: Tensor
@@ -30,23 +33,21 @@ class Read(NamedTuple):
 
 
 def image_files(paths: Sequence[str]) -> ImageSet:
-    """Make image files an image set without labels (they are -1), which names each by its path."""
+    """Make an image set of files, which are named by their paths; every label is -1."""
     return ImageSet([], np.full(len(paths), -1), np.arange(len(paths)), Files(list(paths)))
 
 
 def read_fitted(images: ImageSet, indices: Iterable[int], size: int, num_tries: int = 1) -> Read:
     """Read images `indices` as val sees them: the shorter side resized, the centre cropped.
 
-    One that cannot be read is left out or, with more tries, replaced by the next image that can.
+    An unreadable image is left out or, with more tries, replaced by the next readable one.
     """
     return _gather((read_or_replace(images, int(i), partial(fit, size=size), num_tries) for i in indices), size)
 
 
 def read_batches(batches: Iterable[ImageSet], size: int, num_threads: int = 1) -> Iterator[Read]:
-    """Read each of `batches` whole; threads read the next one while the caller works with this one.
-
-    Threads suffice, as Pillow decodes and resizes without Python's lock.
-    """
+    """Read each of `batches` whole; threads read the next one while the caller works with this one."""
+    # Threads suffice, as Pillow decodes and resizes without Python's lock.
     pool, waiting, shape = ThreadPoolExecutor(max(1, num_threads)), deque[Iterator[Found]](), partial(fit, size=size)
     try:
         for images in batches:
@@ -60,7 +61,7 @@ def read_batches(batches: Iterable[ImageSet], size: int, num_threads: int = 1) -
 
 
 def in_batches(images: ImageSet, batch_size: int) -> Iterator[ImageSet]:
-    """Cut an image set into `batch_size` images at a time, in order."""
+    """Cut an image set into parts of `batch_size` images, in order."""
     for start in range(0, len(images), batch_size):
         yield images.subset(np.arange(start, min(start + batch_size, len(images))))
 
@@ -76,12 +77,12 @@ def _gather(found: Iterable[Found], size: int) -> Read:
 
 
 def read_or_replace(images: ImageSet, index: int, shape: Shape, num_tries: int = 1) -> Found:
-    """The pixels and label of image `index`, or of the next one of `num_tries` that can be read (None: there is none).
+    """Return pixels and label of the first readable image from `index` on, within `num_tries` (pixels None: none is).
 
-    The next one, so that a replacement depends on the files alone: not on workers, order or interruptions. The third
-    is what could not be read, for the quarantine.
+    The third part lists what could not be read, for the quarantine.
     """
     unreadable: list[Unreadable] = []
+    # The next image, so that a replacement depends on the files alone: not on workers, order or interruptions.
     for candidate in range(index, index + num_tries):
         at = candidate % len(images)
         try:
@@ -89,3 +90,30 @@ def read_or_replace(images: ImageSet, index: int, shape: Shape, num_tries: int =
         except UnreadableImage as error:
             unreadable.append((error.name, error.reason))
     return None, -1, unreadable
+
+
+@dataclass
+class Reader:
+    """Reads micro-batches, in a worker: augmented for training or, where `augment` is None, as val sees them."""
+
+    images: ImageSet
+    size: int
+    num_tries: int
+    augment: Augment | None = None
+
+    def __call__(self, micro: MicroBatch) -> Read:
+        indices, size = micro.indices, self.size
+        if self.augment is None:
+            return read_fitted(self.images, indices, size, self.num_tries)
+        pixels, labels = torch.empty((len(indices), size, size, 3), dtype=torch.uint8), np.empty(len(indices), np.int64)
+        if get_worker_info() is not None:
+            pixels.share_memory_()  # the main process sees it, so that no batch is copied there
+        rows, unreadable = pixels.numpy(), list[Unreadable]()
+        for row, shape in enumerate(self.augment.shapes(micro.epoch, indices)):
+            image, labels[row], met = read_or_replace(self.images, int(indices[row]), shape, self.num_tries)
+            unreadable += met
+            if image is not None:  # else the quarantine ends the run
+                rows[row] = image
+        images = self.augment.pad(pixels.permute(0, 3, 1, 2))
+        augmented = self.augment.batch(images, np.arange(len(indices)), micro.epoch, indices)
+        return Read(augmented, torch.from_numpy(labels), np.arange(len(indices)), unreadable)

@@ -14,16 +14,17 @@ from sasa_train.data.mixing import Mixing
 from sasa_train.data.plan import BatchPlan
 from sasa_train.data.policies import to_device
 from sasa_train.data.quarantine import Quarantine
+from sasa_train.data.reading import Reader
 from sasa_train.data.transforms import Augment, Normalize
-from sasa_train.data.workers import PlainReader, Workers, check_shared_memory, queue_bytes
+from sasa_train.data.workers import Workers, check_shared_memory, queue_bytes
 from sasa_train.processes.ranks import rank
 
-CHUNK = 256  # images a worker decodes at a time
+CHUNK = 256  # images that a worker decodes at a time
 
 
 @dataclass
 class ResidentLoader:
-    """Images uint8 [n, 3, S, S] (train's are padded for the crop) and labels [n]; val leaves out what is not good."""
+    """Images uint8 [n, 3, S, S] (train's are padded for the crop), labels [n]; val takes those that are `is_good`."""
 
     images: Tensor
     labels: Tensor
@@ -36,7 +37,7 @@ class ResidentLoader:
 
     @property
     def num_left_out(self) -> int:
-        """Images of this process's share that no evaluation sees."""
+        """The images of this process's share that no evaluation sees."""
         return int((~self.is_good[self.plan.share]).sum())
 
     def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -58,7 +59,7 @@ class ResidentLoader:
 def decode_all(
     images: ImageSet, size: int, num_workers: int, worker_timeout: float, quarantine: Quarantine
 ) -> tuple[Tensor, Tensor, np.ndarray]:
-    """Decode a whole set of small images, with a progress bar: uint8 [n, 3, size, size], labels, and which are good.
+    """Decode a set of small images, with a progress bar: uint8 [n, 3, size, size], labels, and which could be read.
 
     Raises:
         ConfigError: more images cannot be read than `data.max_unreadable` allows, or shared memory is too small.
@@ -71,7 +72,7 @@ def decode_all(
     is_good = np.zeros(len(images), dtype=bool)
     check_shared_memory(queue_bytes(num_workers, CHUNK, len(images), size), num_workers)
     chunks = BatchPlan(0, len(images), CHUNK, 1).all()
-    reader = PlainReader(images, size, quarantine.num_tries)
+    reader = Reader(images, size, quarantine.num_tries)
     is_quiet = True if rank() else None  # None: where there is no terminal
     bar = tqdm(total=len(images), desc=f"decoding {quarantine.split}", unit="img", disable=is_quiet, leave=False)
     with bar, closing(Workers(reader, quarantine.split, num_workers, worker_timeout)) as workers:

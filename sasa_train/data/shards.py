@@ -1,8 +1,8 @@
-"""Tar shards in the webdataset layout, read in place: one open file a shard instead of one an image.
+"""Tar shards in the webdataset layout, read in place: one open file per shard instead of one per image.
 
 A sample is an image `KEY.jpg` and its label `KEY.cls`. An index of offsets, kept beside the shards, makes any image one
-`pread`, so that order, workers and resume are what they are for class folders. Images are ordered by label and key:
-shards written here from class folders are the same data set as those folders, image by image.
+`pread`, so that order, workers and resume are as for class folders. Images are ordered by label and key: shards that
+sasa-data makes from class folders are the same data set as those folders, image by image.
 """
 
 import io
@@ -12,7 +12,7 @@ import resource
 import tarfile
 import threading
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,7 +31,7 @@ SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "test")}
 
 @dataclass
 class TarMembers:
-    """Files inside uncompressed tar archives: for each its archive, offset and size in bytes, and name."""
+    """Files in uncompressed tar archives: each one's archive, offset and size in bytes, and name."""
 
     archives: list[str]
     archive: np.ndarray
@@ -40,7 +40,7 @@ class TarMembers:
     names: np.ndarray
 
     def open(self, position: int) -> BinaryIO:
-        """The member's bytes; fewer than `size` where the archive is cut off."""
+        """Open the member's bytes, which are fewer than `size` where the archive is cut off."""
         with _opening:
             file = _opened(self.archives[self.archive[position]])
         return io.BytesIO(os.pread(file.fileno(), int(self.size[position]), int(self.offset[position])))
@@ -54,7 +54,7 @@ _opening = threading.Lock()
 
 @cache
 def _opened(path: str) -> BinaryIO:
-    """Shared by all readers, as pread keeps no position; ImageNet may come in more shards than a process may open."""
+    # All readers share the file, as pread keeps no position. ImageNet may come in more shards than a process may open.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -62,11 +62,11 @@ def _opened(path: str) -> BinaryIO:
 
 
 def find_shards(root: Path, split: str) -> list[Path]:
-    """`root/train/*.tar`, or `root/*train*.tar`; for val also under the names validation and test."""
+    """Find `root/train/*.tar`, or `root/*train*.tar`; for val also under the names validation and test."""
     for name in SPLIT_NAMES[split]:
         found = sorted((root / name).glob("*.tar"))
-        if not found and not (root / name).is_dir():  # where class folders are, ImageNet's archives may lie beside them
-            word = re.compile(rf"(^|[^a-z]){name}([^a-z]|$)")  # so that interval-train is no val
+        if not found and not (root / name).is_dir():  # beside class folders there may be ImageNet's archives
+            word = re.compile(rf"(^|[^a-z]){name}([^a-z]|$)")  # so that interval-train does not count as val
             found = sorted(path for path in root.glob("*.tar") if word.search(path.stem.lower()))
         if found:
             return found
@@ -74,12 +74,12 @@ def find_shards(root: Path, split: str) -> list[Path]:
 
 
 def load_shards(shards: Sequence[Path], split: str) -> tuple[TarMembers, np.ndarray]:
-    """The images of a split's shards and their labels, int64, in the order of (label, key).
+    """Return the images of a split's shards and their labels, int64, in the order of (label, key).
 
     The index is read from `SPLIT.index.npz` beside the shards, or made, and kept there where the folder can be written.
 
     Raises:
-        ConfigError: a shard that is no whole tar, an image without a label, or no image at all.
+        ConfigError: a shard that is not a whole tar, an image without a label, or no image at all.
     """
     index = shards[0].with_name(f"{split}.index.npz")
     identity = np.array([f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in shards])
@@ -112,7 +112,7 @@ def _scan(shards: Sequence[Path]) -> dict[str, np.ndarray]:
                     folder, _, base = member.name.rpartition("/")
                     stem, _, extension = base.partition(".")
                     key = f"{folder}/{stem}"
-                    if member.isfile() and f".{extension.lower()}" in IMG_EXTENSIONS:  # so KEY.seg.png is none
+                    if member.isfile() and f".{extension.lower()}" in IMG_EXTENSIONS:  # so KEY.seg.png does not count
                         if key in images:
                             raise ValueError(f"{images[key].name} and {member.name} are two images of one sample")
                         images[key] = member
@@ -120,7 +120,7 @@ def _scan(shards: Sequence[Path]) -> dict[str, np.ndarray]:
                         labels[key] = int(archive.extractfile(member).read())  # type: ignore[union-attr]
         except (tarfile.TarError, OSError, ValueError) as error:
             raise ConfigError(
-                f"{path}: cannot be read as a shard ({printable(str(error))}); fetch or make it again"
+                f"{path}: cannot be read as a shard ({printable(error)}); fetch or make it again"
             ) from error
         if without := sorted(images.keys() - labels.keys()):
             name = printable(images[without[0]].name)
@@ -132,46 +132,3 @@ def _scan(shards: Sequence[Path]) -> dict[str, np.ndarray]:
     numbers = {"labels": label, "offset": offset, "size": size}
     arrays = {name: np.array(column, dtype=np.int64) for name, column in numbers.items()}
     return arrays | {"archive": np.array(archive_number, dtype=np.int32), "names": np.array(names)}
-
-
-def write_shards(
-    folder: Path,
-    split: str,
-    keys: Sequence[str],
-    labels: np.ndarray,
-    read: Callable[[int], bytes],
-    order: np.ndarray,
-    images_per_shard: int,
-) -> None:
-    """Write `folder/SPLIT-000000.tar`, ...: image i under `keys[i]` (its name with the extension), in `order`.
-
-    Keys are numbered by i, so that they sort as the images do. A shard that is already there is left as it is: a
-    command that was stopped goes on where it was.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    chunks = [order[start : start + images_per_shard] for start in range(0, len(order), images_per_shard)]
-    with tqdm(total=len(order), desc=f"writing {split}", unit="img", disable=None) as bar:
-        for number, chunk in enumerate(chunks):
-            path = shard_path(folder, split, number)
-            if not path.exists():
-                aside = path.with_name(f"{path.name}.tmp")
-                with tarfile.open(aside, "w:") as archive:
-                    for i in chunk:
-                        stem, _, extension = keys[i].rpartition(".")
-                        key = f"{i:08d}-{re.sub(r'[^A-Za-z0-9_-]', '_', stem)}"
-                        _add(archive, f"{key}.{extension}", read(int(i)))
-                        _add(archive, f"{key}.cls", str(labels[i]).encode())
-                with aside.open("rb") as file:
-                    os.fsync(file.fileno())
-                os.replace(aside, path)
-            bar.update(len(chunk))
-
-
-def shard_path(folder: Path, split: str, number: int) -> Path:
-    return folder / f"{split}-{number:06d}.tar"
-
-
-def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    archive.addfile(member, io.BytesIO(data))

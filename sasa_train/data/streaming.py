@@ -1,20 +1,17 @@
-"""Images decoded and augmented in worker processes, a micro-batch at a time; uint8 until the device."""
+"""Images decoded and augmented in worker processes, one micro-batch at a time; uint8 until the device."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from sasa_train.data.datasets import ImageSet
 from sasa_train.data.mixing import Mixing
 from sasa_train.data.plan import BatchPlan, MicroBatch
 from sasa_train.data.quarantine import Quarantine
-from sasa_train.data.reading import Read, Unreadable, read_or_replace
+from sasa_train.data.reading import Read, Reader
 from sasa_train.data.transforms import Augment, Normalize
-from sasa_train.data.workers import PlainReader, Reader, Workers, queue_bytes
+from sasa_train.data.workers import Workers, queue_bytes
 
 Batch = tuple[Tensor, Tensor]
 Moved = tuple[MicroBatch, Tensor, Tensor]  # images and labels on the device
@@ -36,11 +33,9 @@ class StreamingLoader:
     ):
         self.plan, self.normalize, self.mixing, self.quarantine = plan, normalize, mixing, quarantine
         self.device = normalize.mean.device
-        self.num_left_out = 0  # by the last evaluation, of this process's share
+        self.num_left_out = 0  # images of this process's share that the last evaluation left out
         self.queue_bytes = queue_bytes(num_workers, plan.micro_batch_size, plan.num_images, augment.size)
-        reader: Reader = PlainReader(images, augment.size, quarantine.num_tries)
-        if quarantine.split == "train":
-            reader = TrainReader(images, augment, quarantine.num_tries)
+        reader = Reader(images, augment.size, quarantine.num_tries, augment if quarantine.split == "train" else None)
         is_cuda = self.device.type == "cuda"
         self._workers = Workers(reader, quarantine.split, num_workers, worker_timeout, pin_memory=is_cuda)
 
@@ -56,10 +51,11 @@ class StreamingLoader:
                 yield images, labels
 
     def _on_device(self, keys: Iterator[MicroBatch]) -> Iterator[Moved]:
-        """On CUDA the next batch is copied and normalised on a side stream while this one is computed with."""
+        """Yield the batches on the device."""
         if self.device.type != "cuda":
             yield from map(self._move, self._workers.read(keys))
             return
+        # The next batch is copied and normalised on a side stream while the device computes with this one.
         side, ahead = torch.cuda.Stream(self.device), None
         for read in self._workers.read(keys):
             with torch.cuda.stream(side):
@@ -74,7 +70,7 @@ class StreamingLoader:
         current = torch.cuda.current_stream(self.device)
         current.wait_event(is_there)
         for tensor in moved[1:]:
-            tensor.record_stream(current)  # else its memory is given away while it is still in use
+            tensor.record_stream(current)  # else the allocator gives its memory away while it is still in use
         return moved
 
     def _move(self, came: tuple[MicroBatch, Read]) -> Moved:
@@ -86,27 +82,3 @@ class StreamingLoader:
     def close(self) -> None:
         """End the worker processes."""
         self._workers.close()
-
-
-@dataclass
-class TrainReader:
-    """Reads a micro-batch for training, augmented."""
-
-    images: ImageSet
-    augment: Augment
-    num_tries: int
-
-    def __call__(self, micro: MicroBatch) -> Read:
-        indices, size = micro.indices, self.augment.size
-        pixels, labels = torch.empty((len(indices), size, size, 3), dtype=torch.uint8), np.empty(len(indices), np.int64)
-        if get_worker_info() is not None:
-            pixels.share_memory_()  # the main process sees it, so that no batch is copied there
-        rows, unreadable = pixels.numpy(), list[Unreadable]()
-        for row, shape in enumerate(self.augment.shapes(micro.epoch, indices)):
-            image, labels[row], met = read_or_replace(self.images, int(indices[row]), shape, self.num_tries)
-            unreadable += met
-            if image is not None:  # else the quarantine ends the run
-                rows[row] = image
-        images = self.augment.pad(pixels.permute(0, 3, 1, 2))
-        augmented = self.augment.batch(images, np.arange(len(indices)), micro.epoch, indices)
-        return Read(augmented, torch.from_numpy(labels), np.arange(len(indices)), unreadable)

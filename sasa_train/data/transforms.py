@@ -1,8 +1,7 @@
-"""From an image on disk to the pixels a model sees: uint8 throughout; normalisation is the device's work.
+"""Transforms from an image on disk to the pixels that a model sees: uint8 throughout; the device normalises.
 
-Small images (up to 64 pixels) are cropped after padding, flipped and so on by functions of whole batches, for a
-resident set as for streamed images, so that both give the same pixels. Larger ones are cropped and resized one by one
-while they are decoded.
+Small images (up to 64 pixels) are cropped after padding, flipped and so on by functions of whole batches, resident or
+streamed, so that both give the same pixels. Larger ones are cropped and resized one by one while they are decoded.
 """
 
 import math
@@ -24,8 +23,8 @@ from sasa_train.data.policies import NUM_DRAWS, Policy, to_device
 from sasa_train.data.randomness import CROP, ERASING, POLICY, sample_draws, sample_rng
 
 VAL_CROP_FRACTION = 0.875  # large images: 224 pixels from a shorter side of 256
-MAX_ASPECT = 64  # of an image whose centre is cropped; its ends are not looked at
-CROP_TRIES = 10  # of the random-resized crop, as torchvision's
+MAX_ASPECT = 64  # of an image whose centre is cropped; longer ends are cut off first
+CROP_TRIES = 10  # of the random-resized crop, as in torchvision
 Shape = Callable[[Image.Image], np.ndarray]  # an image, not decoded yet -> uint8 [S, S, 3]
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
@@ -45,12 +44,12 @@ class Augment:
         self.mean = torch.tensor(mean).mul(255).round().to(torch.uint8)[:, None, None]
 
     def pad(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, S, S] -> what `batch` takes: padded with zeros where it crops."""
+        """Prepare uint8 [B, 3, S, S] for `batch`: padded with zeros where it crops."""
         return F.pad(images, [self.padding] * 4) if self.by_batch and self.padding else images
 
     def batch(self, padded: Tensor, where: np.ndarray, epoch: int, indices: np.ndarray) -> Tensor:
         """Augment rows `where` of padded images, which are the images `indices` of the set; uint8 [B, 3, S, S]."""
-        if not self.by_batch:  # streamed, so `padded` is the batch; the rest was done while it was decoded
+        if not self.by_batch:  # streamed, so `padded` is the batch; all else was done in decoding it
             return self._erase(padded, epoch, indices)
         rows = to_device(where, padded.device)
         images = self._crop_and_flip(padded, rows, sample_draws(self.seed, epoch, indices, 3, CROP))
@@ -72,7 +71,7 @@ class Augment:
         return images
 
     def shapes(self, epoch: int, indices: np.ndarray) -> list[Shape]:
-        """For each image of a batch what is done to it while it is decoded: all that is not the work of `batch`."""
+        """Return each image's transform in decoding it: all that `batch` does not do."""
         if self.by_batch:
             return [partial(fit, size=self.size)] * len(indices)
         draws = sample_draws(self.seed, epoch, indices, 3 + 2 * CROP_TRIES, CROP)
@@ -102,13 +101,13 @@ class Augment:
             return self.jitter(image)
 
     def _erase(self, images: Tensor, epoch: int, indices: np.ndarray) -> Tensor:
-        """Random erasing (arXiv 1708.04896): a rectangle of the mean colour, which normalisation makes 0."""
+        """Erase at random (arXiv 1708.04896): a rectangle gets the mean colour, which normalisation makes 0."""
         if not self.config.erasing_prob:
             return images
         draws = sample_draws(self.seed, epoch, indices, 5, ERASING)
         low, high = self.config.erasing_scale
         area = (low + draws[:, 1] * (high - low)) * self.size**2
-        ratio = np.exp((2 * draws[:, 2] - 1) * math.log(3.3))  # the paper's 0.3 to 3.3, even in its logarithm
+        ratio = np.exp((2 * draws[:, 2] - 1) * math.log(3.3))  # the paper's 0.3 to 3.3, uniform in its logarithm
         sides = np.stack([np.sqrt(area * ratio), np.sqrt(area / ratio)], 1).round().clip(1, self.size)
         sides *= draws[:, :1] < self.config.erasing_prob
         start = np.floor(draws[:, 3:] * (self.size - sides + 1))
@@ -121,11 +120,9 @@ class Augment:
 
 
 def crop_all(padded: Tensor, rows: Tensor, offsets: Tensor, size: int) -> Tensor:
-    """uint8 [B, 3, S, S]: of image `rows[i]` the crop from `offsets[i]`, its first row and column.
-
-    One long run of bytes is gathered for each image, from the crop's first pixel to its last, and what lies between is
-    left out by strides: seven times as fast as an index for each pixel.
-    """
+    """Crop image `rows[i]` at `offsets[i]`, the crop's first row and column, to uint8 [B, 3, S, S]."""
+    # One long run of bytes per image is gathered, from the crop's first pixel to its last, and strides leave out what
+    # lies between: seven times as fast as one index per pixel.
     side = padded.shape[-1]
     step, run = 3 * side**2, 3 * side**2 - (side - size) * (side + 1)
     flat = padded.contiguous().view(-1)
@@ -138,9 +135,9 @@ def crop_all(padded: Tensor, rows: Tensor, offsets: Tensor, size: int) -> Tensor
 def random_resized_box(
     width: int, height: int, draws: np.ndarray, scale: Sequence[float], ratio: Sequence[float]
 ) -> Box:
-    """torchvision's RandomResizedCrop: area and aspect ratio at random, ten tries, else the largest central box.
+    """Choose a box as torchvision's RandomResizedCrop: random area and aspect, ten tries, else the largest central box.
 
-    `draws`: 3 uniform numbers (the place; one unused), then two for each try.
+    `draws`: 3 uniform numbers (the place; one unused), then two per try.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for u_area, u_ratio in draws[3:].reshape(-1, 2):
@@ -159,7 +156,7 @@ def random_resized_box(
 def decode_box(image: Image.Image, box: Box, size: int) -> Image.Image:
     """Decode `box` of an image and resize it to size x size, RGB.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the box still has `size` pixels then.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the box then still has `size` pixels.
     """
     full_width, full_height = image.size
     shrink = min(box[2] - box[0], box[3] - box[1]) // size
@@ -172,12 +169,12 @@ def decode_box(image: Image.Image, box: Box, size: int) -> Image.Image:
 
 
 def fit(image: Image.Image, size: int) -> np.ndarray:
-    """Nothing random: resize the shorter side, crop the centre; uint8 [size, size, 3]. What val sees."""
+    """Fit an image as val sees it, uint8 [size, size, 3]: resize the shorter side, crop the centre; nothing random."""
     return np.asarray(_fit_image(image, size))
 
 
 def shorter_side(size: int) -> int:
-    """Pixels to which val images are resized before the centre of `size` pixels is cropped."""
+    """Return the pixels to which val images are resized before the centre of `size` pixels is cropped."""
     return size if size <= SMALL_IMAGE else math.ceil(size / VAL_CROP_FRACTION)
 
 
@@ -191,7 +188,8 @@ def _fit_image(image: Image.Image, size: int) -> Image.Image:
 
 
 def _without_ends(image: Image.Image) -> Image.Image:
-    """The middle of a very long image: enlarged as a whole, one of 1 x 100,000 pixels would take 20 GB."""
+    """Return the middle of a very long image."""
+    # Enlarged as a whole, an image of 1 x 100,000 pixels would take 20 GB.
     width, height = image.size
     longest = MAX_ASPECT * min(image.size)
     if max(image.size) <= longest:
@@ -201,7 +199,7 @@ def _without_ends(image: Image.Image) -> Image.Image:
 
 
 class Normalize:
-    """uint8 [B, 3, H, W] -> float32 on the same device, mean 0 and std 1 a channel over the training images."""
+    """Turns uint8 [B, 3, H, W] into float32 with mean 0 and std 1 per channel over the training images."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device, channels_last: bool):
         self.mean = torch.tensor(mean, device=device)[:, None, None] * 255
@@ -212,5 +210,5 @@ class Normalize:
         return images.to(torch.float32, memory_format=self.memory_format).sub_(self.mean).div_(self.std)
 
     def undo(self, images: Tensor) -> Tensor:
-        """Normalised images as uint8, to be looked at."""
+        """Turn normalised images into uint8 again, to be looked at."""
         return (images * self.std + self.mean).round().clamp(0, 255).to(torch.uint8)

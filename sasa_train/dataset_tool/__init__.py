@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from sasa_train.commands import described, positive, run
@@ -20,14 +21,14 @@ Exit codes: 0 done, and for verify nothing is wrong; 1 verify found problems, or
 
 VERIFY = """Decode every image of ROOT and report classes, sizes, modes, unreadable files, duplicates, mean and std.
 
-ROOT holds train/ and val/ (or test/) with one folder a class, or tar shards, or class folders alone. Duplicates are
+ROOT holds train/ and val/ (or test/) with one folder per class, or tar shards, or class folders alone. Duplicates are
 images with the same decoded pixels, whatever their files look like.
 Problems are unreadable files, duplicates across splits, and classes that are empty or that one split lacks."""
 
 PREPARE = """Make a data set from its archives, without unpacking anything on the way.
 
 imagenet: ARCHIVES holds ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, which
-image-net.org hands out to those who accept its terms. DEST becomes train/ and val/ with one folder a class, named by
+image-net.org hands out to those who accept its terms. DEST becomes train/ and val/ with one folder per class, named by
 its WordNet id, or with --shards tar shards, which a network disk reads much faster."""
 
 SHARD = """Copy class folders, ROOT/train and ROOT/val (or ROOT/test), to tar shards in DEST.
@@ -42,7 +43,7 @@ def main() -> None:
 
 
 def run_command(arguments: list[str]) -> int:
-    """Run with command-line arguments; returns the exit code."""
+    """Run with command-line arguments; return the exit code."""
     try:
         return run(build_parser(), arguments, work, has_subcommands=True)
     except KeyboardInterrupt:
@@ -69,31 +70,27 @@ def build_parser() -> argparse.ArgumentParser:
     parser = described(argparse.ArgumentParser, prog="sasa-data", description=__doc__, epilog=EPILOG)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    verify = described(commands.add_parser, name="verify", help="decode and check every image", description=VERIFY)
-    verify.add_argument("root", metavar="ROOT", type=_path, help="the data set's folder")
-    verify.add_argument("--workers", metavar="N", type=positive, help="processes (one a processor)")
-    verify.add_argument("--all-classes", action="store_true", help="a line a class, even for more than 50 classes")
+    def add_to(name: str, about: str, description: str) -> Callable[..., argparse.Action]:
+        return described(commands.add_parser, name=name, help=about, description=description).add_argument
 
-    prepare = described(commands.add_parser, name="prepare", help="from archives to a data set", description=PREPARE)
-    prepare.add_argument(
-        "dataset", metavar="imagenet", choices=["imagenet"], help="the data set, of which there is one"
-    )
-    prepare.add_argument("archives", metavar="ARCHIVES", type=_path, help="the folder that holds the archives")
-    prepare.add_argument("dest", metavar="DEST", type=_path, help="the data set's folder, made where it is not there")
-    prepare.add_argument("--shards", action="store_true", help="write tar shards, not class folders")
-    prepare.add_argument(
-        "--images-per-shard", metavar="N", type=positive, help=f"images of a shard, with --shards ({IMAGES_PER_SHARD})"
-    )
-    prepare.add_argument(
-        "--no-checksums", dest="checksums", action="store_false", help="trust the archives: MD5 takes minutes"
-    )
+    add = add_to("verify", "decode and check every image", VERIFY)
+    add("root", metavar="ROOT", type=_path, help="the data set's folder")
+    add("--workers", metavar="N", type=positive, help="processes (one per processor)")
+    add("--all-classes", action="store_true", help="one line per class, even for more than 50 classes")
 
-    shard = described(commands.add_parser, name="shard", help="from class folders to tar shards", description=SHARD)
-    shard.add_argument("root", metavar="ROOT", type=_path, help="the data set's folder")
-    shard.add_argument("dest", metavar="DEST", type=_path, help="the shards' folder, made where it is not there")
-    shard.add_argument(
-        "--images-per-shard", metavar="N", type=positive, default=IMAGES_PER_SHARD, help=f"images ({IMAGES_PER_SHARD})"
-    )
+    add = add_to("prepare", "from archives to a data set", PREPARE)
+    add("dataset", metavar="imagenet", choices=["imagenet"], help="the only data set so far")
+    add("archives", metavar="ARCHIVES", type=_path, help="the folder that holds the archives")
+    add("dest", metavar="DEST", type=_path, help="the data set's folder, made where it is not there")
+    add("--shards", action="store_true", help="write tar shards, not class folders")
+    add("--images-per-shard", metavar="N", type=positive, help=f"images per shard, with --shards ({IMAGES_PER_SHARD})")
+    add("--no-checksums", dest="checksums", action="store_false", help="trust the archives: MD5 takes minutes")
+
+    add = add_to("shard", "from class folders to tar shards", SHARD)
+    add("root", metavar="ROOT", type=_path, help="the data set's folder")
+    add("dest", metavar="DEST", type=_path, help="the shards' folder, made where it is not there")
+    number = f"images per shard ({IMAGES_PER_SHARD})"
+    add("--images-per-shard", metavar="N", type=positive, default=IMAGES_PER_SHARD, help=number)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""ImageNet's official archives, read where they lie: classes, labels, and where each image's bytes are."""
+"""ImageNet's official archives, read in place: classes, labels, and where each image's bytes are."""
 
 import hashlib
 import io
@@ -35,7 +35,7 @@ def check_md5(path: Path, expected: str) -> None:
 
 
 def read_devkit(path: Path) -> tuple[list[str], list[str]]:
-    """The sorted WordNet ids of the classes, and those of the val images in the order of their names."""
+    """Return the classes' WordNet ids, sorted, and those of the val images, in the order of their names."""
     from scipy.io import loadmat
 
     try:
@@ -48,12 +48,12 @@ def read_devkit(path: Path) -> tuple[list[str], list[str]]:
     except (tarfile.TarError, OSError, EOFError, KeyError, ValueError, AttributeError) as error:
         raise ConfigError(f"{path}: cannot be read as ImageNet's devkit ({error}); fetch it again") from error
     if wrong := [wnid for wnid in wnids.values() if not re.fullmatch(WNID, wnid)]:
-        raise ConfigError(f"{path}: {wrong[0]!r} is no WordNet id; fetch it again")
+        raise ConfigError(f"{path}: {wrong[0]!r} is not a WordNet id; fetch it again")
     return sorted(wnids.values()), val_wnids
 
 
 def index_train(path: Path, classes: list[str]) -> Originals:
-    """The images in the tars in the train archive, by their offsets in the outer one."""
+    """Find the images in the tars in the train archive, by their offsets in the outer one."""
     rows: list[tuple[str, str, int, int]] = []  # wnid, name, offset, size
     with _tar(path) as outer, _bytes_bar(path, "indexing") as bar:
         for inner in outer:
@@ -72,7 +72,7 @@ def index_train(path: Path, classes: list[str]) -> Originals:
 
 
 def index_val(path: Path, classes: list[str], wnids: list[str]) -> Originals:
-    """The images in the val archive; the devkit labels them in the order of their names."""
+    """Find the images in the val archive; the devkit labels them in the order of their names."""
     with _tar(path) as archive:
         members = archive.getmembers()
     for member in members:
@@ -109,7 +109,7 @@ def _check_image(path: Path, member: tarfile.TarInfo) -> None:
 
 
 def _check_member(path: Path, member: tarfile.TarInfo, pattern: str) -> None:
-    """Plain files with plain names alone: no folder, link, device, absolute path, or way out of DEST through `..`."""
+    """Refuse all but plain files with plain names: folders, links, devices, absolute paths, a way out by `..`."""
     is_plain = member.isreg() and not member.issparse()
     if not is_plain or not re.fullmatch(pattern, member.name, re.ASCII):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""`sasa-data prepare` and `sasa-data shard`: ImageNet's archives or class folders -> class folders or tar shards."""
+"""`sasa-data prepare` and `sasa-data shard`: class folders or tar shards from ImageNet's archives or class folders."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,7 @@ from sasa_train.terminal import printable
 
 
 def shard(root: Path, dest: Path, images_per_shard: int) -> int:
-    """Class folders -> tar shards of the same images in the same order; returns 0.
+    """Copy class folders to tar shards of the same images in the same order; return 0.
 
     Raises:
         ConfigError: folders that training would refuse too, a `dest` inside `root` or with other contents, a full disk.
@@ -37,7 +37,7 @@ def shard(root: Path, dest: Path, images_per_shard: int) -> int:
                 f"ROOT={root}: train and val must hold the same classes, but {printable(min(differing))} is in one"
             )
     for name in classes:
-        if name.encode(errors="ignore").decode().splitlines() != [name]:  # line ends, or bytes that are no UTF-8
+        if name.encode(errors="ignore").decode().splitlines() != [name]:  # line ends, or bytes that are not UTF-8
             raise ConfigError(
                 f"{root}: the class {printable(name)} must fit a line of UTF-8 text in classes.txt; rename it"
             )
@@ -55,7 +55,7 @@ def _from_folders(root: Path, split: str) -> Originals:
 
 
 def prepare_imagenet(archives: Path, dest: Path, images_per_shard: int | None, checksums: bool) -> int:
-    """ImageNet's three archives -> class folders, or tar shards of `images_per_shard`; returns 0.
+    """Make class folders, or tar shards of `images_per_shard`, of ImageNet's three archives; return 0.
 
     Raises:
         ConfigError: an archive that is missing or not the original, a `dest` with other contents, a full disk.

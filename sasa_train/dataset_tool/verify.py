@@ -1,10 +1,10 @@
-"""`sasa-data verify`: what a data set holds, and what is wrong with it, from decoding every image once."""
+"""`sasa-data verify`: decode every image once, and report what a data set holds and what is wrong with it."""
 
 import hashlib
 import multiprocessing
 import os
 import signal
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ Look = tuple[str, tuple[int, int], bytes, np.ndarray]  # mode, width and height,
 
 @dataclass
 class Contents:
-    """A data set as it lies there, its splits one after the other: image i is of `split_of[i]` and `labels[i]`.
+    """A data set as found, its splits one after the other: image i has split `split_of[i]` and label `labels[i]`.
 
     `faults`: classes without images in a split; `unused`: files that nobody reads.
     """
@@ -53,23 +53,21 @@ class Contents:
         return printable(name.removeprefix(f"{self.root}{os.sep}"))
 
 
-@dataclass
 class Survey:
-    """What decoding showed of n images.
+    """The findings about n decoded images.
 
-    sizes int64 [n, 2], width and height, 0 where unreadable; digests uint64 [n, 2]; moments float64 [n, 2, 3], each
-    channel's mean and mean of squares, of values in [0, 1]; `unreadable`: index -> reason.
+    sizes int64 [n, 2]: width and height, 0 where unreadable; moments float64 [n, 2, 3]: each channel's mean and mean of
+    squares, of values in [0, 1]; `alike`: digest of the pixels -> indices; `unreadable`: index -> reason.
     """
 
-    sizes: np.ndarray
-    digests: np.ndarray
-    moments: np.ndarray
-    modes: Counter[str]
-    unreadable: dict[int, str]
+    def __init__(self, num_images: int):
+        self.sizes, self.moments = np.zeros((num_images, 2), dtype=np.int64), np.zeros((num_images, 2, 3))
+        self.alike: defaultdict[bytes, list[int]] = defaultdict(list)
+        self.modes, self.unreadable = Counter[str](), dict[int, str]()
 
 
 def verify(root: Path, num_workers: int, all_classes: bool) -> int:
-    """Print the report; returns 0 where nothing is wrong, else 1.
+    """Print the report; return DONE where nothing is wrong, else FAILED.
 
     Raises:
         ConfigError: `root` is not there or holds no classes.
@@ -94,7 +92,7 @@ def verify(root: Path, num_workers: int, all_classes: bool) -> int:
 
 
 def read_contents(root: Path) -> Contents:
-    """What `root` holds, found where training finds it; what training refuses is a fault here.
+    """Find what `root` holds, as training does; what training refuses is a fault here.
 
     Raises:
         ConfigError: there is no such folder, or no class in it.
@@ -112,7 +110,7 @@ def read_contents(root: Path) -> Contents:
     classes = sorted(set().union(*found.values()))
     if not classes:
         raise ConfigError(
-            f"ROOT={root} must hold train/ and val/ (or test/) with one folder a class, or tar shards, or class "
+            f"ROOT={root} must hold train/ and val/ (or test/) with one folder per class, or tar shards, or class "
             "folders; there is no class folder"
         )
     splits = {split: _image_set(classes, folders) for split, folders in found.items()}
@@ -120,16 +118,16 @@ def read_contents(root: Path) -> Contents:
 
 
 def find_splits(root: Path) -> dict[str, Path]:
-    """The folders of train and of val or test; where `root` itself holds the classes, it is the split "all"."""
+    """Return the folders of train and of val or test; where `root` itself holds the classes, it is the split "all"."""
     held_out = next((name for name in ("val", "test") if (root / name).is_dir()), None)
     folders = {name: root / name for name in ("train", held_out) if name and (root / name).is_dir()}
-    # A class may be called train or test: alone, and without folders inside, it is no split.
+    # A class may be called train or test: alone, and without folders inside, it is not a split.
     has_folders = any(entry.is_dir() for folder in folders.values() for entry in folder.iterdir())
     return folders if len(folders) == 2 or has_folders else {"all": root}
 
 
 def read_class_folders(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """Each class's image files, in torchvision's order, and the files that are none or lie beside the classes."""
+    """Return each class's image files, in torchvision's order, and the files that are not in a class or not images."""
     classes: dict[str, list[str]] = {}
     unused: list[str] = []
     for entry in sorted(folder.iterdir()):
@@ -159,19 +157,13 @@ def _faults(classes: list[str], splits: dict[str, ImageSet], folders: dict[str, 
     return faults
 
 
-_sets: list[ImageSet] = []  # a worker's
+_sets: list[ImageSet] = []  # in a worker
 
 
 def look_at_all(contents: Contents, num_workers: int) -> Survey:
     """Decode every image, in `num_workers` processes, with a progress bar."""
     num_images = len(contents.labels)
-    survey = Survey(
-        np.zeros((num_images, 2), dtype=np.int64),
-        np.zeros((num_images, 2), dtype=np.uint64),
-        np.zeros((num_images, 2, 3)),
-        Counter(),
-        {},
-    )
+    survey = Survey(num_images)
     # Forked, so that the sets are there without being pickled. A pool of futures notices a worker that is killed.
     workers = ProcessPoolExecutor(
         num_workers, multiprocessing.get_context("fork"), _start_worker, (list(contents.splits.values()),)
@@ -184,7 +176,7 @@ def look_at_all(contents: Contents, num_workers: int) -> Survey:
                 survey.unreadable[i] = look
             else:
                 mode, survey.sizes[i], digest, survey.moments[i] = look
-                survey.digests[i] = np.frombuffer(digest, dtype=np.uint64)
+                survey.alike[digest].append(i)
                 survey.modes[mode] += 1
     except BrokenProcessPool as error:
         raise ConfigError(
@@ -209,7 +201,7 @@ def _look(split: int, index: int) -> Look | str:
 
 
 def measure(image: Image.Image) -> Look:
-    """Mode, size, hash of size and RGB pixels, and float64 [2, 3]: mean and mean of squares per channel."""
+    """Return mode, size, hash of size and RGB pixels, and float64 [2, 3]: mean and mean of squares per channel."""
     mode, rgb = image.mode, to_rgb(image)
     digest = hashlib.blake2b(f"{rgb.width} x {rgb.height}".encode(), digest_size=16)
     digest.update(rgb.tobytes())
@@ -217,18 +209,9 @@ def measure(image: Image.Image) -> Look:
     return mode, rgb.size, digest.digest(), np.stack([(shares * LEVELS).sum(1), (shares * LEVELS**2).sum(1)])
 
 
-def duplicate_groups(digests: np.ndarray) -> list[np.ndarray]:
-    """Indices of equal rows, ascending, for each row that is there twice or more."""
-    order = np.lexsort((digests[:, 1], digests[:, 0]))
-    is_new = (digests[order][1:] != digests[order][:-1]).any(axis=1)
-    ends = np.append(np.flatnonzero(is_new) + 1, len(order))
-    starts = np.append(0, ends[:-1])
-    return [order[start:end] for start, end in zip(starts, ends, strict=True) if end - start > 1]
-
-
 def print_classes(contents: Contents, all_classes: bool) -> None:
     counts = [np.bincount(images.labels, minlength=len(contents.classes)) for images in contents.splits.values()]
-    print(f"{printable(str(contents.root))}: {contents.kind}, {len(contents.classes):,} classes\n")
+    print(f"{printable(contents.root)}: {contents.kind}, {len(contents.classes):,} classes\n")
     if len(contents.classes) <= MAX_TABLE or all_classes:
         names = [printable(name) for name in contents.classes]
         width = max(len("class"), *(len(name) for name in names))
@@ -239,7 +222,7 @@ def print_classes(contents: Contents, all_classes: bool) -> None:
     else:
         for split, of_class in zip(contents.splits, counts, strict=True):
             low, median, high = of_class.min(), np.median(of_class), of_class.max()
-            say("a class", f"min {low:,}, median {median:,.10g}, max {high:,} images in {split}")
+            say("per class", f"min {low:,}, median {median:,.10g}, max {high:,} images in {split}")
     say("images", ", ".join(f"{len(images):,} {split}" for split, images in contents.splits.items()))
     if list(contents.splits) == ["train"]:
         say("", "no val/ or test/: training needs data.holdout_fraction")
@@ -267,10 +250,8 @@ def print_survey(contents: Contents, survey: Survey) -> None:
 
 
 def print_duplicates(contents: Contents, survey: Survey) -> int:
-    """Groups of images with the same pixels; returns the number of those across splits."""
-    readable = np.flatnonzero(survey.sizes[:, 0])
-    groups = [readable[group] for group in duplicate_groups(survey.digests[readable])]
-    groups.sort(key=lambda group: group[0])
+    """Print groups of images with the same pixels; return the number of groups across splits."""
+    groups = [group for group in survey.alike.values() if len(group) > 1]
     across = [group for group in groups if len(set(contents.split_of[group])) > 1]
     if len(contents.splits) > 1:
         _print_groups(contents, f"across {' and '.join(contents.splits)}", across, MAX_ACROSS)
@@ -280,10 +261,10 @@ def print_duplicates(contents: Contents, survey: Survey) -> int:
     return len(across)
 
 
-def _print_groups(contents: Contents, where: str, groups: list[np.ndarray], limit: int) -> None:
-    contradicting = [group for group in groups if len(set(contents.labels[group])) > 1]
-    shown = contradicting + [group for group in groups if len(set(contents.labels[group])) == 1]
-    labels = f", {len(contradicting):,} with different labels" if contradicting else ""
+def _print_groups(contents: Contents, where: str, groups: list[list[int]], limit: int) -> None:
+    shown = sorted(groups, key=lambda group: len(set(contents.labels[group])) == 1)  # contradicting labels first
+    num_contradicting = sum(len(set(contents.labels[group])) > 1 for group in groups)
+    labels = f", {num_contradicting:,} with different labels" if num_contradicting else ""
     say("duplicates", f"{counted(len(groups), 'group')} {where}{labels}" if groups else f"none {where}")
     for group in shown[:limit]:
         say("", "  " + some([contents.name(index) for index in group], " = "))
@@ -292,7 +273,7 @@ def _print_groups(contents: Contents, where: str, groups: list[np.ndarray], limi
 
 
 def print_mean_std(contents: Contents, survey: Survey) -> None:
-    """Of the first split (train or all), every image with the same weight, ready for the command line."""
+    """Print mean and std of the first split (train or all), every image weighted alike, ready for the command line."""
     first = (survey.sizes[:, 0] > 0) & (contents.split_of == 0)
     if first.any():
         mean, square = survey.moments[first].mean(axis=0)

@@ -1,10 +1,11 @@
-"""Class folders and tar shards, each whole or not there at all, so that a stopped command goes on with the rest."""
+"""Class folders and tar shards, each written whole or not at all, so that a stopped command goes on with the rest."""
 
-import hashlib
+import io
 import json
 import os
 import re
 import shutil
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,19 +14,21 @@ import numpy as np
 from tqdm import tqdm
 
 from sasa_train.data.datasets import Files, ImageSet
+from sasa_train.data.fingerprint import digest_of
 from sasa_train.data.randomness import fixed_order
-from sasa_train.data.shards import TarMembers, find_shards, shard_path, write_shards
+from sasa_train.data.shards import TarMembers, find_shards
 from sasa_train.files import sync_folder, write_atomic
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import printable
 
 WNID = r"n[0-9]{8}"
-OVERHEAD = 2048  # bytes an image takes beside its own: tar headers and label, or half a disk block and an inode
+OVERHEAD = 2048  # bytes per image beside its own: tar headers and label, or half a disk block and an inode
+Missing = dict[Path, np.ndarray]  # a folder or shard that is to be written -> its images
 
 
 @dataclass
 class Originals:
-    """A split's image files, in the order of label and name: image i is `names[i]`, of `sizes[i]` bytes."""
+    """A split's image files, ordered by label and name: image i is `names[i]`, of `sizes[i]` bytes."""
 
     images: ImageSet
     names: list[str]
@@ -44,35 +47,26 @@ class Originals:
 
 
 def write_folders(dest: Path, splits: dict[str, Originals], before: Callable[[], None]) -> None:
-    """DEST/SPLIT/CLASS/NAME for every image whose class folder is not there; `before()` is called before the first."""
+    """Write DEST/SPLIT/CLASS/NAME for every image whose class folder is missing; call `before` before the first."""
     if find_shards(dest, "train") or find_shards(dest, "val"):
         raise ConfigError(f"DEST={dest} holds tar shards already, which training would read; give another folder")
     for path in dest.iterdir():
-        if re.fullmatch(rf"(train|val)-{WNID}\.tmp", path.name):  # of a command that was stopped
+        if re.fullmatch(rf"(train|val)-{WNID}\.tmp", path.name):  # left by a stopped command
             shutil.rmtree(path)
     missing = {name: _missing_classes(dest / name, split) for name, split in splits.items()}
-    if not _is_to_write(dest, splits, {name: np.concatenate(of_class) for name, of_class in missing.items()}):
-        return
-    before()
-    for name, split in splits.items():
-        done = len(split.names) - sum(len(members) for members in missing[name])
-        with tqdm(total=len(split.names), initial=done, desc=f"writing {name}", unit="img", disable=None) as bar:
-            for members in missing[name]:
-                if len(members):
-                    _write_class(dest, name, split, members)
-                    bar.update(len(members))
+    _write_missing(dest, splits, missing, _write_class, before)
 
 
-def _missing_classes(folder: Path, split: Originals) -> list[np.ndarray]:
-    """For each class its images, or none where its folder is there."""
+def _missing_classes(folder: Path, split: Originals) -> Missing:
     starts = np.searchsorted(split.images.labels, np.arange(len(split.images.classes) + 1))
-    missing = []
+    missing = {}
     present = {path.name: path for path in folder.iterdir()} if folder.is_dir() else {}
     for name, start, end in zip(split.images.classes, starts, starts[1:], strict=False):
         path = present.pop(name, None)
-        if path is not None and len(os.listdir(path)) != end - start:
+        if path is None and end > start:
+            missing[folder / name] = np.arange(start, end)
+        elif path is not None and len(os.listdir(path)) != end - start:
             raise ConfigError(f"{path}: holds {len(os.listdir(path))} files, the archive {end - start}; remove it")
-        missing.append(np.arange(start, start if path else end))
     if present:
         raise ConfigError(
             f"{folder} must hold the archive's classes alone, but {printable(min(present))} is there; remove it"
@@ -80,41 +74,57 @@ def _missing_classes(folder: Path, split: Originals) -> list[np.ndarray]:
     return missing
 
 
-def _write_class(dest: Path, name: str, split: Originals, members: np.ndarray) -> None:
-    """A class folder, whole or not at all; aside is outside of DEST/SPLIT, where it would be taken for a class."""
-    wnid = split.images.classes[split.images.labels[members[0]]]
-    aside = dest / f"{name}-{wnid}.tmp"
+def _write_class(path: Path, split: Originals, members: np.ndarray) -> None:
+    # Aside is outside of DEST/SPLIT, where it would be taken for a class.
+    aside = path.parents[1] / f"{path.parent.name}-{path.name}.tmp"
     aside.mkdir()
     for i in members:
         (aside / split.names[i]).write_bytes(split.read(int(i)))
-    os.sync()  # once a class; a sync of every file would take longer than writing it
-    (dest / name).mkdir(exist_ok=True)
-    aside.rename(dest / name / wnid)
-    sync_folder(dest / name)
+    os.sync()  # once per class; a sync of every file would take longer than writing it
+    path.parent.mkdir(exist_ok=True)
+    aside.rename(path)
+    sync_folder(path.parent)
 
 
 def write_all_shards(
     dest: Path, splits: dict[str, Originals], images_per_shard: int, before: Callable[[], None] = lambda: None
 ) -> None:
-    """DEST/SPLIT/SPLIT-000000.tar, ..., those that are not there; `before()` is called before the first."""
+    """Write those of DEST/SPLIT/SPLIT-000000.tar, ... that are missing; call `before` before the first.
+
+    Image i is called i, in eight digits, and its name, so that shards sort as the images do.
+    """
     classes = splits["train"].images.classes
     _claim(dest, splits, images_per_shard)
     write_atomic(dest / "classes.txt", "".join(f"{name}\n" for name in classes).encode())
-    orders = {name: fixed_order(len(split.names)) for name, split in splits.items()}
-    missing = {}
-    for name, order in orders.items():
-        shards = np.arange(len(order)) // images_per_shard
-        is_there = np.array([shard_path(dest / name, name, n).exists() for n in range(shards[-1] + 1)])
-        missing[name] = order[~is_there[shards]]
-    if not _is_to_write(dest, splits, missing):
-        return
-    before()
+    missing: dict[str, Missing] = {name: {} for name in splits}
     for name, split in splits.items():
-        write_shards(dest / name, name, split.names, split.images.labels, split.read, orders[name], images_per_shard)
+        order = fixed_order(len(split.names))
+        for number, start in enumerate(range(0, len(order), images_per_shard)):
+            path = dest / name / f"{name}-{number:06d}.tar"
+            if not path.exists():
+                missing[name][path] = order[start : start + images_per_shard]
+    _write_missing(dest, splits, missing, _write_shard, before)
+
+
+def _write_shard(path: Path, split: Originals, members: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.tmp")
+    with tarfile.open(aside, "w:") as archive:
+        for i in members:
+            stem, _, extension = split.names[i].rpartition(".")
+            key = f"{i:08d}-{re.sub(r'[^A-Za-z0-9_-]', '_', stem)}"
+            label = str(split.images.labels[i]).encode()
+            for name, data in ((f"{key}.{extension}", split.read(int(i))), (f"{key}.cls", label)):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    with aside.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(aside, path)
 
 
 def _claim(dest: Path, splits: dict[str, Originals], images_per_shard: int) -> None:
-    """Refuse a DEST whose contents have another origin; DEST/shards.json says where its shards are from."""
+    """Refuse a DEST whose contents have another origin; DEST/shards.json tells where its shards come from."""
     for name in splits:
         if any(path.is_dir() for path in (dest / name).glob("*")):
             raise ConfigError(f"DEST={dest} holds class folders already; give another folder for the shards")
@@ -139,25 +149,37 @@ def _claim(dest: Path, splits: dict[str, Originals], images_per_shard: int) -> N
 
 
 def _fingerprint(split: Originals) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for label, name, size in zip(split.images.labels, split.names, split.sizes, strict=True):
-        digest.update(f"{split.images.classes[label]}/{name} {size}\n".encode(errors="surrogateescape"))
-    return f"{len(split.names)} images, names and sizes {digest.hexdigest()}"
+    rows = zip(split.images.labels, split.names, split.sizes, strict=True)
+    lines = (f"{split.images.classes[label]}/{name} {size}\n" for label, name, size in rows)
+    digest = digest_of(line.encode(errors="surrogateescape") for line in lines)
+    return f"{len(split.names)} images, names and sizes {digest}"
 
 
-def _is_to_write(dest: Path, splits: dict[str, Originals], missing: dict[str, np.ndarray]) -> bool:
-    """Whether any of the images is missing, and said so; there must be room for those that are."""
+def _write_missing(
+    dest: Path,
+    splits: dict[str, Originals],
+    missing: dict[str, Missing],
+    write: Callable[[Path, Originals, np.ndarray], None],
+    before: Callable[[], None],
+) -> None:
+    """Write each split's missing folders or shards, with a progress bar, where there is room for them."""
     counts = " and ".join(f"{len(split.names):,} {name}" for name, split in splits.items())
     print(f"{dest}: {counts} images of {len(splits['train'].images.classes):,} classes")
-    num_missing = sum(len(members) for members in missing.values())
-    if not num_missing:
+    parts = [(splits[name], members) for name in splits for members in missing[name].values()]
+    if not parts:
         print("they are all there already; nothing to do")
-        return False
-    needed = sum(int(splits[name].sizes[members].sum()) for name, members in missing.items()) + num_missing * OVERHEAD
+        return
+    needed = sum(int(split.sizes[members].sum()) + len(members) * OVERHEAD for split, members in parts)
     free = shutil.disk_usage(dest).free
     if needed > free:
         raise ConfigError(
             f"DEST={dest}: {needed / 1e9:,.2f} GB are to be written, but only {free / 1e9:,.2f} GB are free; make "
             "room, or give a folder on another disk"
         )
-    return True
+    before()
+    for name, split in splits.items():
+        done = len(split.names) - sum(len(members) for members in missing[name].values())
+        with tqdm(total=len(split.names), initial=done, desc=f"writing {name}", unit="img", disable=None) as bar:
+            for path, members in missing[name].items():
+                write(path, split, members)
+                bar.update(len(members))

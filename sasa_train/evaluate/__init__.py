@@ -1,4 +1,4 @@
-"""sasa-evaluate: a checkpoint's top1, top5, loss and classes on val; the training log's number to the last digit.
+"""sasa-evaluate: a checkpoint's top1, top5, loss and classes on val, equal to the training log to the last digit.
 
 On request also its calibration, averages over mirrored views, ImageNet-ReaL, and a paired test against another model.
 """
@@ -25,7 +25,7 @@ EPILOG = """examples:
   sasa-evaluate outputs/RUN --compare outputs/OTHER_RUN
   sasa-evaluate outputs/RUN --tta hflip --predictions val.csv --json val.json
 
-With --tta the plain figures come first; all that is asked for beyond them is of the averaged probabilities.
+With --tta the plain figures come first; all further ones are computed from the averaged probabilities.
 Exit codes: 0 done, 2 refused, 1 failed."""
 
 
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def run_command(arguments: list[str]) -> int:
-    """Run with command-line arguments; returns the exit code."""
+    """Run with command-line arguments; return the exit code."""
     return run(build_parser(), arguments, evaluate_checkpoint)
 
 
@@ -47,13 +47,13 @@ def build_parser() -> argparse.ArgumentParser:
         "data.root=/elsewhere; weights=raw for the model's own weights, where the run kept an exponential moving "
         "average (the default then)")  # fmt: skip
     add("--calibration", action="store_true", help="calibration error, Brier score, the temperature that would be best")
-    add("--bins", type=int, metavar="N", help="of confidence, for --calibration (implied); left out: 15")
+    add("--bins", type=int, metavar="N", help="bins of confidence for --calibration (implied); left out: 15")
     add("--plot", type=Path, metavar="FILE", help="reliability diagram, .png, .svg or .pdf (implies --calibration)")
     add("--tta", choices=("hflip",), help="average the probabilities of each image and its mirror image")
     add("--real", metavar="FILE", help="accuracy by ImageNet-ReaL's labels: its real.json, or timm for timm's copy")
     add("--compare", type=Path, metavar="OTHER", help="another run or checkpoint, on the same images: McNemar's test")
-    add("--predictions", type=Path, metavar="FILE", help="what is predicted for each image, as .csv or .jsonl")
-    add("--json", type=Path, metavar="FILE", help="all figures")
+    add("--predictions", type=Path, metavar="FILE", help="the prediction for each image, as .csv or .jsonl")
+    add("--json", type=Path, metavar="FILE", help="all figures, as .json")
     return parser
 
 
@@ -62,8 +62,8 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
 
     Raises:
         CheckpointError: there is no checkpoint that can be read.
-        ConfigError: options, overrides or data that are refused.
-        OSError: a file that cannot be written after all.
+        ConfigError: options, overrides or data are refused.
+        OSError: a file cannot be written after all.
     """
     check_outputs(options)
     options.calibration |= options.plot is not None or options.bins is not None
@@ -86,11 +86,11 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
     if answers is not None:
         figures |= evaluate_further(options, val, answers, result, real_sets, other_val)
     for path in write_outputs(options, figures, answers, val.images):
-        print(f"wrote {printable(str(path))}")
+        print(f"wrote {printable(path)}")
 
 
 def load_other(options: argparse.Namespace, trained: "TrainedModel") -> "TrainedModel":
-    """The checkpoint to compare with, under the same overrides."""
+    """Load the checkpoint to compare with, under the same overrides."""
     from sasa_train.trained import load_trained
 
     other = load_trained(options.compare, options.overrides)
@@ -103,7 +103,7 @@ def load_other(options: argparse.Namespace, trained: "TrainedModel") -> "Trained
 
 
 def open_other(val: "Val", other: "TrainedModel") -> "Val":
-    """The same images as that model sees them: by its own image size and normalisation."""
+    """Open the same images for that model, by its own image size and normalisation."""
     from sasa_train.data.fingerprint import differences
     from sasa_train.evaluate.val_pass import open_val
 
@@ -116,7 +116,7 @@ def open_other(val: "Val", other: "TrainedModel") -> "Val":
 
 
 def load_real_sets(source: str, val: "Val") -> list[frozenset[int]]:
-    """ImageNet-ReaL's classes of each of val's images."""
+    """Load ImageNet-ReaL's classes of each of val's images."""
     from sasa_train.evaluate.imagenet_real import load_real_labels
 
     names = [val.images.name(i) for i in range(len(val.images))]
@@ -126,7 +126,7 @@ def load_real_sets(source: str, val: "Val") -> list[frozenset[int]]:
 def print_evaluation(val: "Val", result: "Evaluation") -> None:
     trained = val.trained
     kind = "EMA" if trained.weights == "ema" else "raw"
-    print(f"{printable(str(trained.path))}: step {trained.checkpoint['step']:,}, {kind} weights\n")
+    print(f"{printable(trained.path)}: step {trained.checkpoint['step']:,}, {kind} weights\n")
     for line in trained.changes(val.fingerprint):
         print(f"not the images that the run was evaluated on: {line}")
     print("\n".join(sections.lines_of_classes(val.images.classes, result.class_hits, result.class_images)))
@@ -136,7 +136,7 @@ def print_evaluation(val: "Val", result: "Evaluation") -> None:
 
 
 def figures_of(val: "Val", result: "Evaluation") -> dict[str, Any]:
-    """For --json: plain values; percent where design says so, as in metrics.jsonl."""
+    """Return plain values for --json; top1 and top5 in percent, as in metrics.jsonl."""
     counts = zip(val.images.classes, result.class_images, result.class_hits, strict=True)
     return {
         "checkpoint": str(val.trained.path),
@@ -159,7 +159,7 @@ def evaluate_further(
     real_sets: "list[frozenset[int]] | None",
     other_val: "Val | None",
 ) -> dict[str, Any]:
-    """Compute and print a section for each option that asks for one; returns what --json writes."""
+    """Compute and print a section for each option that asks for one; return the values for --json."""
     from sasa_train.evaluate.calibration import NUM_BINS, calibrate, proper_scores
 
     figures: dict[str, Any] = {}
@@ -184,7 +184,7 @@ def evaluate_further(
 
 
 def compare_with(other_val: "Val", answers: "Answers", options: argparse.Namespace) -> Any:
-    """The paired comparison over the images that both could read."""
+    """Compare both models over the images that both could read."""
     import numpy as np
 
     from sasa_train.evaluate.significance import compare

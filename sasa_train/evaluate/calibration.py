@@ -1,6 +1,6 @@
-"""How far a classifier's probabilities can be believed: calibration error, Brier score, the best temperature.
+"""Trust in a classifier's probabilities: calibration error, Brier score, the best temperature.
 
-Calibration is of the top-1 confidence, in bins of equal width, as in Guo et al. 2017 (arXiv 1706.04599).
+Calibration is measured on the top-1 confidence, in bins of equal width, as in Guo et al. 2017 (arXiv 1706.04599).
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ CHUNK = 4096  # images whose probabilities are in memory at a time, in float64
 
 @dataclass(frozen=True)
 class Bin:
-    """Images whose confidence is above `low` and at most `high`; all in percent. Means are None where there is none."""
+    """Images with a confidence above `low` and at most `high`, all in percent; an empty bin's means are None."""
 
     low: float
     high: float
@@ -27,13 +27,13 @@ class Bin:
 
     @property
     def gap(self) -> float:
-        """Percentage points by which the confidence exceeds the accuracy; 0 of an empty bin."""
+        """Percentage points by which the confidence exceeds the accuracy; 0 for an empty bin."""
         return 0.0 if self.confidence is None or self.top1 is None else self.confidence - self.top1
 
 
 @dataclass(frozen=True)
 class Temperature:
-    """What the logits are to be divided by for the least NLL, and what NLL and ECE (percent) are then."""
+    """The divisor of the logits with the least NLL, and the NLL and ECE (percent) that it gives."""
 
     value: float
     nll: float
@@ -44,7 +44,7 @@ class Temperature:
 class Calibration:
     """`ece`, `mce`, `confidence` (its mean) and `top1` in percent; `nll` in nats; `brier` from 0 to 2.
 
-    `temperature` is None where no temperature is best: every image is right, or the logits say less than nothing.
+    `temperature` is None where no temperature is best: every image is right, or uniform probabilities do better.
     """
 
     ece: float
@@ -58,36 +58,29 @@ class Calibration:
 
 
 def calibrate(logits: Tensor, labels: Tensor, predictions: Tensor, num_bins: int = NUM_BINS) -> Calibration:
-    """logits [n, num_classes], labels and predictions int64 [n] (the highest logit, however a tie was settled)."""
+    """Measure logits [n, num_classes] against labels int64 [n]; predictions int64 [n]: the highest logits' classes."""
     is_right = (predictions == labels).numpy()
     confidences = confidences_of(logits, predictions)
     bins = bin_by_confidence(confidences, is_right, num_bins)
     nll, brier = proper_scores(logits, labels)
-    return Calibration(
-        expected_error(bins),
-        max(abs(each.gap) for each in bins),
-        100 * float(confidences.mean()),
-        100 * float(is_right.mean()),
-        nll,
-        brier,
-        _tempered(logits, labels, predictions, num_bins),
-        bins,
-    )
+    ece, mce = expected_error(bins), max(abs(each.gap) for each in bins)
+    confidence, top1 = 100 * float(confidences.mean()), 100 * float(is_right.mean())
+    temperature = _tempered(logits, labels, predictions, num_bins)
+    return Calibration(ece, mce, confidence, top1, nll, brier, temperature, bins)
 
 
 def confidences_of(logits: Tensor, predictions: Tensor, inverse_temperature: float = 1.0) -> np.ndarray:
-    """Probabilities of `predictions`, float64 [n]."""
-    chunks = zip(logits.split(CHUNK), predictions.split(CHUNK), strict=True)
-    found = [_probabilities(z, inverse_temperature).gather(1, rows[:, None])[:, 0] for z, rows in chunks]
-    return torch.cat(found).numpy()
+    """Return the probabilities of `predictions`, float64 [n]."""
+    chunks = _chunks(logits, predictions)
+    return torch.cat([(inverse_temperature * z).softmax(1).gather(1, y[:, None])[:, 0] for z, y in chunks]).numpy()
 
 
 def bin_by_confidence(confidences: np.ndarray, is_right: np.ndarray, num_bins: int) -> list[Bin]:
-    """`num_bins` bins of equal width from 0 to 100 %; a confidence on an edge is in the bin below it."""
+    """Sort images into bins of equal width from 0 to 100 %; a confidence on an edge is in the bin below it."""
     edges = np.linspace(0, 1, num_bins + 1)
     places = np.clip(np.searchsorted(edges, confidences, side="left") - 1, 0, num_bins - 1)
     counts = np.bincount(places, minlength=num_bins)
-    with np.errstate(invalid="ignore"):  # of empty bins
+    with np.errstate(invalid="ignore"):  # empty bins divide 0 by 0
         means = 100 * np.bincount(places, weights=confidences, minlength=num_bins) / counts
         hits = 100 * np.bincount(places, weights=is_right, minlength=num_bins) / counts
     return [
@@ -97,12 +90,12 @@ def bin_by_confidence(confidences: np.ndarray, is_right: np.ndarray, num_bins: i
 
 
 def expected_error(bins: Sequence[Bin]) -> float:
-    """ECE in percent: the gap between confidence and accuracy, averaged over images."""
+    """Return the ECE in percent: the gap between confidence and accuracy, averaged over images."""
     return sum(each.num_images * abs(each.gap) for each in bins) / sum(each.num_images for each in bins)
 
 
 def proper_scores(logits: Tensor, labels: Tensor, inverse_temperature: float = 1.0) -> tuple[float, float]:
-    """NLL, and the Brier score: squared errors summed over all classes (0 to 2), averaged over images."""
+    """Return NLL and Brier score: squared errors summed over all classes (0 to 2), averaged over images."""
     nll = brier = 0.0
     for z, y in _chunks(logits, labels):
         log_probabilities = (inverse_temperature * z).log_softmax(1)
@@ -113,10 +106,8 @@ def proper_scores(logits: Tensor, labels: Tensor, inverse_temperature: float = 1
 
 
 def best_temperature(logits: Tensor, labels: Tensor) -> float | None:
-    """The temperature with the least NLL; None where that falls for ever, as the logits grow or vanish.
-
-    NLL is convex in the inverse temperature, so its slope rises through 0 once.
-    """
+    """Return the temperature with the least NLL; None where the NLL falls for ever, as the logits grow or vanish."""
+    # NLL is convex in the inverse temperature, so its slope rises through 0 once.
     of_label = logits.gather(1, labels[:, None])[:, 0]
     if bool((of_label == logits.max(1).values).all()) or not _slope(0.0, logits, labels) < 0:
         return None
@@ -136,10 +127,10 @@ def _tempered(logits: Tensor, labels: Tensor, predictions: Tensor, num_bins: int
 
 
 def _slope(inverse: float, logits: Tensor, labels: Tensor) -> float:
-    """The derivative of the NLL's sum by the inverse temperature: E[z] - z_label."""
+    """Return the derivative of the NLL's sum by the inverse temperature: E[z] - z_label."""
     slope = 0.0
     for z, y in _chunks(logits, labels):
-        mean = (_probabilities(z, inverse) * z).sum(1, keepdim=True)
+        mean = ((inverse * z).softmax(1) * z).sum(1, keepdim=True)
         slope += (mean - z.gather(1, y[:, None])).sum().item()
     return slope
 
@@ -147,7 +138,3 @@ def _slope(inverse: float, logits: Tensor, labels: Tensor) -> float:
 def _chunks(logits: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     for z, y in zip(logits.split(CHUNK), labels.split(CHUNK), strict=True):
         yield z.double(), y
-
-
-def _probabilities(logits: Tensor, inverse_temperature: float) -> Tensor:
-    return (inverse_temperature * logits.double()).softmax(1)

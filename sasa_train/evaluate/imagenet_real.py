@@ -1,4 +1,4 @@
-"""ImageNet-ReaL (Beyer et al. 2020, arXiv 2006.07159): for each val image every class that is in it, or none.
+"""ImageNet-ReaL (Beyer et al. 2020, arXiv 2006.07159): every class that is in each val image, perhaps none.
 
 A prediction is right if it is one of them; images without any are left out.
 """
@@ -22,15 +22,15 @@ VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+$")
 
 @dataclass(frozen=True)
 class RealLabels:
-    """`sets[i]`: of val image i, counted from 0, the positions of its classes among the model's, perhaps none."""
+    """`sets[i]`: val image i's classes, from 0, by their positions among the model's classes; perhaps none."""
 
     sets: list[frozenset[int]]
 
     def of(self, names: Sequence[str]) -> list[frozenset[int]]:
-        """The classes of images by their file names.
+        """Return the classes of images by their file names.
 
         Raises:
-            ConfigError: a name that is none of ImageNet's val images, or no image with a label.
+            ConfigError: a name that is not of an ImageNet val image, or no image with a label.
         """
         found = [VAL_NAME.search(name) for name in names]
         numbers = [int(match[1]) if match else 0 for match in found]
@@ -58,7 +58,7 @@ class RealResult:
 def load_real_labels(source: str, classes: Sequence[str]) -> RealLabels:
     """Read real.json, or timm's copy where `source` is "timm", for a model of `classes`.
 
-    Of a model of some of ImageNet's classes, the others' labels are dropped.
+    For a model of some of ImageNet's classes, the other classes' labels are dropped.
 
     Raises:
         ConfigError: classes that are not ImageNet's, or a file that is not real.json.
@@ -70,13 +70,12 @@ def load_real_labels(source: str, classes: Sequence[str]) -> RealLabels:
             f"{printable(foreign[0])}; ReaL is for models of ImageNet, with classes named n01440764, ..."
         )
     position = {name: i for i, name in enumerate(classes)}
-    by_index = [position.get(wnid) for wnid in wnids]
-    sets = [frozenset(by_index[i] for i in of_image if by_index[i] is not None) for of_image in _read(source)]
-    return RealLabels(sets)  # type: ignore[arg-type]
+    found = ([wnids[i] for i in of_image] for of_image in _read(source))
+    return RealLabels([frozenset(position[wnid] for wnid in of_image if wnid in position) for of_image in found])
 
 
 def evaluate_real(sets: Sequence[frozenset[int]], predictions: Sequence[int], labels: Sequence[int]) -> RealResult:
-    """Raises ConfigError where no image has a label."""
+    """Compare predictions with the sets; raise ConfigError where no image has a label."""
     _check_any(sets)
     rows = [row for row in zip(sets, predictions, labels, strict=True) if row[0]]
     hits = sum(prediction in of_image for of_image, prediction, _ in rows)

@@ -1,4 +1,4 @@
-"""What sasa-evaluate writes: predictions, all figures as JSON, the reliability diagram."""
+"""The files of sasa-evaluate: predictions, all figures as JSON, the reliability diagram."""
 
 import argparse
 import dataclasses
@@ -20,7 +20,7 @@ SUFFIXES = {"predictions": (".csv", ".jsonl"), "json": (".json",), "plot": (".pn
 
 
 def check_outputs(options: argparse.Namespace) -> None:
-    """Refuse before anything is evaluated what could not be written afterwards."""
+    """Refuse files that could not be written, before anything is evaluated."""
     if options.bins is not None and options.bins < 1:
         raise ConfigError(f"--bins {options.bins}: must be 1 or more")
     if options.plot and (reason := why_not("--plot", "plots")):
@@ -40,7 +40,7 @@ def check_outputs(options: argparse.Namespace) -> None:
 def write_outputs(
     options: argparse.Namespace, figures: dict[str, Any], answers: "Answers | None", images: "ImageSet"
 ) -> Iterator[Path]:
-    """Write what the options ask for, each file whole or not at all; yields their paths.
+    """Write the files that the options ask for, each whole or not at all; yield their paths.
 
     Raises:
         OSError: a file that cannot be written; the message names it.
@@ -73,7 +73,7 @@ def write_outputs(
 
 
 def prediction_rows(answers: "Answers", images: "ImageSet") -> Iterator[dict[str, Any]]:
-    """One for each image that could be read, in val's order; probabilities from 0 to 1."""
+    """Yield a row for each image that could be read, in val's order; probabilities from 0 to 1."""
     from sasa_train.evaluate.calibration import confidences_of
 
     names = [printable(name) for name in images.classes]

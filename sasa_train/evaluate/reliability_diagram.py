@@ -1,4 +1,4 @@
-"""The reliability diagram: accuracy over confidence, and how many images there are of each."""
+"""The reliability diagram: accuracy over confidence, and the number of images at each."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +12,11 @@ from sasa_train.figures import GRID, STYLES
 
 ACCURACY, GAP = STYLES[1], STYLES[2]
 OUTLINE: dict[str, Any] = {"edgecolor": "black", "lw": 0.6}
-SIDE, COUNTS_SHARE = 5.6, 3.0  # inches; the diagram is so many times as high as the counts below it
+SIDE, COUNTS_SHARE = 5.6, 3.0  # inches; and how many times the diagram is as high as the counts below it
 
 
 def draw_reliability(bins: Sequence[Bin], title: str) -> Figure:
-    """Above, bars of accuracy with the gap to the mean confidence; below, the number of images in each bin."""
+    """Draw bars of accuracy with the gap to the mean confidence and, below, the number of images in each bin."""
     figure = Figure(figsize=(SIDE, SIDE * 1.25), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(COUNTS_SHARE, 1))
     _draw_accuracy(upper, bins)
@@ -38,7 +38,7 @@ def _draw_accuracy(axis: Axes, bins: Sequence[Bin]) -> None:
     color, hatch, *_ = GAP
     label = "gap to the mean confidence"
     axis.bar(places, gaps, 0.7 * width, bottom=accuracies, color=color, hatch=hatch, label=label, **OUTLINE)
-    outline = [Stroke(linewidth=3.5, foreground="white"), Normal()]  # else the line is lost on dark bars
+    outline = [Stroke(linewidth=3.5, foreground="white"), Normal()]  # else the line would be lost on dark bars
     axis.plot([0, 100], [0, 100], color="black", lw=1.3, label="as confident as accurate", path_effects=outline)
     axis.set_xlim(0, 100)
     axis.set_ylim(0, 102)

@@ -1,4 +1,4 @@
-"""What sasa-evaluate says, as lines for people."""
+"""The printed report of sasa-evaluate, line by line."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -57,13 +57,13 @@ def lines_of_real(found: "RealResult", num_classes: int) -> list[str]:
         f"top1   {found.top1!r}, by ImageNet's own labels on the same images {found.top1_original!r}",
     ]
     if num_classes < 1000:
-        lines.append(f"of {num_classes} classes, the labels of others dropped: not to be set beside published figures")
+        lines.append(f"of {num_classes} classes, the labels of others dropped: not comparable with published figures")
     return lines
 
 
 def lines_of_comparison(found: "Comparison", first: "TrainedModel", other: "TrainedModel") -> list[str]:
     counts = found.counts
-    names = [f"{printable(str(each.path))}, step {each.checkpoint['step']:,}" for each in (first, other)]
+    names = [f"{printable(each.path)}, step {each.checkpoint['step']:,}" for each in (first, other)]
     return [
         f"compared on {counts.num_images:,} images",
         f"first       {names[0]}: top1 {found.top1[0]!r}",

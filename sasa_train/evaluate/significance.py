@@ -1,4 +1,4 @@
-"""Two classifiers on the same images: whether they differ by more than chance in the images explains."""
+"""Two classifiers on the same images: do they differ by more than the chance choice of images explains?"""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class PairedCounts:
-    """Images by which of the two is right."""
+    """Numbers of images by which of the two classifiers is right."""
 
     both: int
     only_first: int
@@ -24,14 +24,16 @@ class PairedCounts:
 
     @property
     def num_right(self) -> tuple[int, int]:
-        """By the first, by the other."""
+        """Images that the first, and the other, has right."""
         return self.both + self.only_first, self.both + self.only_other
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All but `counts` and `p` in percent or percentage points: `difference` is the first's top1 less the other's, with
-    its 95 % interval from `low` to `high`; `agreement` the images with the same prediction, right or wrong.
+    """Figures in percent or percentage points, but for `counts` and `p`.
+
+    `difference` is the first's top1 less the other's, `low` to `high` its 95 % interval; `agreement` is the part of the
+    images with the same prediction, right or wrong.
     """
 
     counts: PairedCounts
@@ -44,7 +46,7 @@ class Comparison:
 
 
 def compare(first: np.ndarray, other: np.ndarray, labels: np.ndarray) -> Comparison:
-    """Two classifiers' predictions for the same images in the same order, int64 [n] each."""
+    """Compare two classifiers' predictions for the same images in the same order, int64 [n] each."""
     first_is_right, other_is_right = first == labels, other == labels
     groups = (
         first_is_right & other_is_right, first_is_right & ~other_is_right,
@@ -57,13 +59,13 @@ def compare(first: np.ndarray, other: np.ndarray, labels: np.ndarray) -> Compari
 
 
 def mcnemar(counts: PairedCounts) -> float:
-    """McNemar's exact two-sided p: of the images that one alone has right, each is either's with probability 1/2."""
+    """Return McNemar's exact two-sided p: an image that one alone has right is either's with probability 1/2."""
     fewer, discordant = min(counts.only_first, counts.only_other), counts.only_first + counts.only_other
     return min(1.0, 2 * float(binom.cdf(fewer, discordant, 0.5)))
 
 
 def paired_difference(counts: PairedCounts) -> tuple[float, float, float]:
-    """Accuracy of the first less the other's, and its 95 % interval, in percentage points.
+    """Return the first's accuracy less the other's, and its 95 % interval, in percentage points.
 
     Newcombe 1998 (Statistics in Medicine 17, 2635), method 10: Wilson's interval of each accuracy, and their
     correlation. Unlike the normal approximation it also holds for few images and accuracies near 100 %.
@@ -83,7 +85,7 @@ def paired_difference(counts: PairedCounts) -> tuple[float, float, float]:
 
 
 def _correlation(counts: PairedCounts) -> float:
-    """phi of the 2 x 2 table, where it is positive with Newcombe's correction for continuity."""
+    """Return phi of the 2 x 2 table; where it is positive, with Newcombe's correction for continuity."""
     product = math.prod(right * (counts.num_images - right) for right in counts.num_right)
     if product == 0:
         return 0.0

@@ -24,7 +24,7 @@ EPILOG = """examples:
 key=value are keys over the checkpoint's config; weights=raw takes the model's own weights, where the run kept an
 exponential moving average (the default then). A format is written aside, read again, run on real images (the run's val,
 or --images) and put in its place only where its logits are PyTorch's: to the bit, or to 1e-5 of the largest for onnx
-and torch_export, whose sums are in another order.
+and torch_export, which sum in another order.
 Exit codes: 0 done, 2 refused, 1 a format failed."""
 
 
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def run_command(arguments: list[str]) -> int:
-    """Run with command-line arguments; returns the exit code."""
+    """Run with command-line arguments; return the exit code."""
     return run(build_parser(), arguments, export, has_overrides=True)
 
 
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     usage = "sasa-export CHECKPOINT [--formats FORMAT ...] [--out DIR] [--images FOLDER] [key=value ...]"
     parser = described(argparse.ArgumentParser, prog="sasa-export", usage=usage, description=__doc__, epilog=EPILOG)
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a run folder or a checkpoint file")
-    parser.add_argument("misspelt", nargs="*", help=argparse.SUPPRESS)  # refused as a key, with the nearest right one
+    parser.add_argument("misspelt", nargs="*", help=argparse.SUPPRESS)  # refused as keys, with the nearest right one
     parser.add_argument("--formats", nargs="+", choices=FORMAT_NAMES, metavar="FORMAT", help=", ".join(FORMAT_NAMES))
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; left out: export/ in the run's folder")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="images to check on; left out: the run's val")
@@ -49,11 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def export(options: argparse.Namespace) -> int:
-    """Load, measure PyTorch, then make, check and put in place one format after the other; returns the exit code.
+    """Load, measure PyTorch, then make, check and put in place one format after the other; return the exit code.
 
     Raises:
         CheckpointError: there is no checkpoint that can be read.
-        ConfigError: what is refused: overrides, images or packages that are not there, a folder that cannot be written.
+        ConfigError: overrides are refused, images or packages are missing, or the folder cannot be written.
     """
     names = available_formats(options.formats)
     from sasa_train.export.checking import load_images, measure
@@ -83,7 +83,7 @@ def export(options: argparse.Namespace) -> int:
                 exit_code = FAILED
                 continue
             path = folder / FORMATS[name].target
-            difference = f"{found.difference(expected):.1e}  {printable(str(path))}"
+            difference = f"{found.difference(expected):.1e}  {printable(path)}"
             say(row(name, megabytes(path), found.images_per_second, difference))
     return exit_code
 
@@ -95,7 +95,7 @@ def print_head(trained: "TrainedModel", of_what: str, expected: "Measured") -> N
     from sasa_train.export.making import megabytes
     from sasa_train.terminal import say
 
-    say(f"{printable(str(trained.path))}: {trained.config.model.name}, {trained.weights} weights")
+    say(f"{printable(trained.path)}: {trained.config.model.name}, {trained.weights} weights")
     say(f"checked on {of_what}; images/s with {torch.get_num_threads()} CPU threads of this machine\n")
     batches = "".join(f"{f'batch {size}':>11}" for size in BATCH_SIZES)
     say(f"{'format':<13}{'MB':>8}{batches}  largest difference, file")
@@ -107,7 +107,7 @@ def row(name: str, size: float, speeds: list[float], rest: str) -> str:
 
 
 def available_formats(asked: list[str] | None) -> list[str]:
-    """Those asked for, or all whose packages are there."""
+    """Return the formats asked for, or all whose packages are installed."""
     reason = why_not("onnx", "export")
     if reason and "onnx" in (asked or ()):
         raise ConfigError(reason)
@@ -118,6 +118,6 @@ def available_formats(asked: list[str] | None) -> list[str]:
 
 
 def output_folder(checkpoint: Path) -> Path:
-    """export/ in the run's folder, or beside a checkpoint that lies elsewhere."""
+    """Return export/ in the run's folder, or beside a checkpoint that lies elsewhere."""
     folder = checkpoint.parent
     return (folder.parent if folder.name == "checkpoints" else folder) / "export"

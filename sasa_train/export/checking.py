@@ -1,4 +1,4 @@
-"""Real images through a model and through what was made of it: how far apart the logits are, how fast each is."""
+"""Real images through a model and through its export: how far apart the logits are, and how fast each is."""
 
 import time
 from collections.abc import Callable
@@ -23,21 +23,19 @@ Run = Callable[[Tensor], Tensor]  # normalised images [B, 3, S, S] -> logits [B,
 
 @dataclass
 class Measured:
-    """For each of BATCH_SIZES the logits of all images, and images a second (the median batch)."""
+    """The logits of all images, and images per second (the median batch), for each of BATCH_SIZES."""
 
     logits: list[Tensor]
     images_per_second: list[float]
 
     def difference(self, expected: "Measured") -> float:
-        """The largest, as a part of the largest expected logit; NaN where a logit is."""
+        """Return the largest difference, relative to the largest expected logit; NaN where a logit is NaN."""
         pairs = zip(self.logits, expected.logits, strict=True)
         return float(np.max([float((got - want).abs().max() / want.abs().max()) for got, want in pairs]))
 
 
 def load_images(trained: TrainedModel, folder: Path | None) -> tuple[Tensor, str]:
-    """Up to NUM_IMAGES real images as the model takes them, [n, 3, S, S], spread over the set; and what they are.
-
-    folder: images to take in place of the run's val.
+    """Load up to NUM_IMAGES normalised images [n, 3, S, S], spread over val or `folder`, and describe them in words.
 
     Raises:
         ConfigError: there are none.
@@ -65,12 +63,12 @@ def _folder(folder: Path) -> tuple[ImageSet, str]:
     paths = [one.path for one in found if not one.fault]
     if not paths:
         raise ConfigError(f"--images {printable(found[0].path)}: {found[0].fault}")
-    return image_files(paths), printable(str(folder))
+    return image_files(paths), printable(folder)
 
 
 @torch.inference_mode()
 def measure(run: Run, images: Tensor) -> Measured:
-    """All images in batches of each of BATCH_SIZES; the first batch twice, as warming up."""
+    """Run all images in batches of each of BATCH_SIZES; the first batch runs twice, to warm up."""
     measured = Measured([], [])
     for batch_size in BATCH_SIZES:
         batches = images.split(batch_size)

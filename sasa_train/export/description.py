@@ -1,4 +1,4 @@
-"""What a model's user must know beside its weights: classes, preprocessing, where it comes from."""
+"""The description that goes with exported weights: classes, preprocessing, origin."""
 
 import json
 import math
@@ -44,7 +44,7 @@ Trained by:
 
 
 def describe(trained: TrainedModel) -> dict[str, str]:
-    """As texts, for the metadata of a file; lists are JSON. `resize` is the shorter side before the central crop."""
+    """Return texts for a file's metadata; lists are JSON. `resize` is the shorter side before the central crop."""
     mean, std = mean_std(trained.config.data)
     return {
         "sasa_train": sasa_train.__version__,
@@ -62,7 +62,7 @@ def describe(trained: TrainedModel) -> dict[str, str]:
 
 
 def timm_data_config(trained: TrainedModel) -> dict[str, Any]:
-    """The preprocessing in timm's terms, so that its `create_transform` gives the pixels that val has."""
+    """Return the preprocessing in timm's terms, so that its `create_transform` gives val's pixels."""
     mean, std = mean_std(trained.config.data)
     size, shorter = trained.image_size, shorter_side(trained.image_size)
     exact = math.floor(size / (size / shorter)) == shorter  # timm's way back, which rounding may cost a pixel
@@ -77,7 +77,7 @@ def timm_data_config(trained: TrainedModel) -> dict[str, Any]:
 
 
 def model_card(trained: TrainedModel) -> str:
-    """Of the training as it was: overrides of the export are no part of it."""
+    """Write the model card, about the training as it was, without the export's overrides."""
     saved = load_config(trained.checkpoint["config"])
     return CARD.format(
         name=trained.config.model.name,
@@ -91,7 +91,7 @@ def model_card(trained: TrainedModel) -> str:
 
 
 def _measured(trained: TrainedModel, saved: TrainConfig) -> str:
-    """The val row that the run logged at the checkpoint's step, in words."""
+    """Put into words the val row that the run logged at the checkpoint's step."""
     rows = [json.loads(line) for line in trained.checkpoint["metrics"].splitlines()]
     at_step = [row for row in rows if row["split"] == "val" and row["step"] == trained.checkpoint["step"]]
     row = at_step[-1] if at_step else {}
@@ -101,15 +101,15 @@ def _measured(trained: TrainedModel, saved: TrainConfig) -> str:
     best = trained.checkpoint["best"]
     text = f"Top1 on val ({saved.data.name}): {top1:.2f} % at step {row['step']:,}."
     if best and best["step"] == row["step"]:
-        text += " This checkpoint was chosen on val, which flatters."
-    was, now = _dials(saved), _dials(trained.config)
+        text += " This checkpoint was selected on val, so the figure is optimistic."
+    was, now = _keys_of_logits(saved), _keys_of_logits(trained.config)
     if changed := [f"{key}={'null' if value is None else value}" for key, value in was.items() if now[key] != value]:
         text += f" It was trained and evaluated with {', '.join(changed)}, which is not so here."
     return text
 
 
-def _dials(config: TrainConfig) -> dict[str, Any]:
-    """What the logits depend on beside weights and files."""
+def _keys_of_logits(config: TrainConfig) -> dict[str, Any]:
+    """Return the keys on which logits depend, beside weights and files, and their values."""
     mean, std = mean_std(config.data)
     data = {"data.image_size": resolved_image_size(config.data), "data.mean": list(mean), "data.std": list(std)}
     model = {f"model.{key}": value for key, value in vars(config.model).items()}

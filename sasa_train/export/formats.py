@@ -1,4 +1,4 @@
-"""The formats: how each is written, and how it is read again to be checked. Inputs are images, outputs logits."""
+"""The formats: writing each, and reading it again for the check. Inputs are images, outputs are logits."""
 
 import contextlib
 import copy
@@ -19,16 +19,17 @@ from sasa_train.config.saved import load_config
 from sasa_train.export.checking import Run
 from sasa_train.export.description import describe, model_card, timm_data_config
 from sasa_train.models import AttentionStem, LocalSelfAttention2d, build_model
+from sasa_train.runs.weights import read_safetensors
 from sasa_train.trained import TrainedModel
 
-ROUNDING = 1e-5  # of the largest logit: float32 sums in another order, through all layers
+ROUNDING = 1e-5  # relative to the largest logit: float32 sums in another order, through all layers
 OPSET = 18  # the version whose operators torch.onnx writes without converting
-# What timm says of the weights that it has for an architecture.
+# timm's descriptions of its own weights for an architecture.
 OF_OTHER_WEIGHTS = ("tag", "license", "description", "origin_url", "notes")
 
 
 class Source:
-    """A trained model, and the program that two of the formats are made of."""
+    """A trained model, and the program from which two of the formats are made."""
 
     def __init__(self, trained: TrainedModel):
         self.trained = trained
@@ -40,7 +41,7 @@ class Source:
 
 
 def plain_program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
-    """`model` in PyTorch's own operators alone, for any number of such images; without the paths of source files."""
+    """Export `model` in PyTorch's own operators, for any number of such images, without paths of source files."""
     model = copy.deepcopy(model)
     for module in model.modules():
         if isinstance(module, AttentionStem | LocalSelfAttention2d):
@@ -54,7 +55,7 @@ def plain_program(model: nn.Module, images: Tensor) -> torch.export.ExportedProg
 
 
 def onnx_program(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:
-    """`images` [batch, 3, S, S] -> `logits`."""
+    """Turn a program into ONNX: `images` [batch, 3, S, S] -> `logits`."""
     with quiet():
         made = torch.onnx.export(
             program,
@@ -70,7 +71,7 @@ def onnx_program(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgra
 
 
 class Format(NamedTuple):
-    """`target` is the file's or folder's name; `tolerance` how far logits may be from PyTorch's, 0 being not a bit."""
+    """`target`: the file's or folder's name; `tolerance`: how far logits may be from PyTorch's, 0 for equal bits."""
 
     target: str
     write: Callable[[Source, Path], None]
@@ -85,11 +86,8 @@ def write_safetensors(source: Source, path: Path) -> None:
 
 
 def load_safetensors(path: Path) -> nn.Module:
-    """The model again, from nothing but the file."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        described, state_dict = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    """Build the model again, from nothing but the file."""
+    described, state_dict = read_safetensors(path)
     config = load_config(described["config"], [], source=str(path))
     model = build_model(config.model, len(json.loads(described["classes"])), int(described["image_size"]))
     model.load_state_dict(state_dict)
@@ -97,18 +95,18 @@ def load_safetensors(path: Path) -> nn.Module:
 
 
 def write_hub(source: Source, path: Path) -> None:
-    """A folder as timm makes them: config.json, model.safetensors, README.md."""
+    """Write a folder as timm does: config.json, model.safetensors, README.md."""
     from timm.models import save_for_hf
 
     trained = source.trained
     labels, preprocessing = {"label_names": trained.classes}, timm_data_config(trained)
     save_for_hf(trained.model, str(path), model_config=labels, data_config=preprocessing, safe_serialization=True)
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    config["model_args"].pop("num_classes", None)  # it is said above them, and transformers would pass it twice
+    config["model_args"].pop("num_classes", None)  # it stands above them too, and transformers would pass it twice
     for key in OF_OTHER_WEIGHTS:
         config["pretrained_cfg"].pop(key, None)
     (path / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    (path / "model.safetensors").unlink()  # without metadata, and often for its owner's eyes alone (mode 0600)
+    (path / "model.safetensors").unlink()  # timm's has no metadata, and often only its owner may read it (mode 0600)
     write_safetensors(source, path / "model.safetensors")
     (path / "README.md").write_text(model_card(trained), encoding="utf-8")
 
@@ -121,7 +119,7 @@ def load_hub(path: Path) -> nn.Module:
 
 def write_torch_export(source: Source, path: Path) -> None:
     described = json.dumps(describe(source.trained))
-    content = io.BytesIO()  # where a disk fills up, torch's own writer ends the process
+    content = io.BytesIO()  # torch's own writer ends the process where a disk fills up
     torch.export.save(source.program, content, extra_files={"sasa_train.json": described})
     path.write_bytes(content.getbuffer())
 
@@ -140,14 +138,14 @@ def load_onnx(path: Path) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()  # a fair race
+    options.intra_op_num_threads = torch.get_num_threads()  # as many as PyTorch, for a fair comparison
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without what torch's exporters say of their own insides."""
+    """Silence torch's exporters, which report on their own internals."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         previous = logging.root.manager.disable

@@ -1,4 +1,4 @@
-"""One format, made aside, read again, checked, and only then put in its place."""
+"""Making one format: aside, read again, checked, and only then put in its place."""
 
 import os
 import shutil
@@ -11,15 +11,15 @@ from sasa_train.export.checking import Measured, measure
 from sasa_train.export.formats import Format, Source
 from sasa_train.files import sync_folder
 
-ASIDE, OLD = ".making-", ".old"  # a folder's name begins, and ends, like this
+ASIDE, OLD = ".making-", ".old"  # the beginning, and the end, of a folder's name
 
 
 class ExportError(Exception):
-    """A format that cannot be made or written, or whose logits are not PyTorch's; nothing of it is left."""
+    """A format cannot be made or written, or its logits are not PyTorch's; nothing of it is left."""
 
 
 def sweep(folder: Path) -> None:
-    """Delete what a killed export left; a folder of its target's that it had already put aside goes back first."""
+    """Delete what a killed export left; first put back an old target folder that it had moved aside."""
     for aside in folder.glob(f"{ASIDE}*"):
         for old in aside.glob(f"*{OLD}"):
             if not (folder / old.stem).exists():
@@ -28,13 +28,13 @@ def sweep(folder: Path) -> None:
 
 
 def make(how: Format, source: Source, folder: Path, images: Tensor, expected: Measured) -> Measured:
-    """Make `folder`/`how.target` or raise ExportError; what was there stays until the new one is found right."""
+    """Make `folder`/`how.target` or raise ExportError; the old one stays until the new one has passed the check."""
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=ASIDE) as aside:
             path = Path(aside) / how.target
             found = _make_aside(how, source, path, images)
             difference = found.difference(expected)
-            if not difference <= how.tolerance:  # NaN is no success
+            if not difference <= how.tolerance:  # also where it is NaN
                 by = f"{difference:.1e} of the largest, where {how.tolerance:.0e} is allowed"
                 raise ExportError(f"its logits differ from PyTorch's by {by}; it is not written")
             _put(path, folder / how.target)
@@ -47,7 +47,7 @@ def make(how: Format, source: Source, folder: Path, images: Tensor, expected: Me
 def _make_aside(how: Format, source: Source, path: Path, images: Tensor) -> Measured:
     try:
         how.write(source, path)
-        if len(list(path.parent.iterdir())) > 1:  # ONNX of more than 2 GB; what is put in its place is one
+        if len(list(path.parent.iterdir())) > 1:  # ONNX of more than 2 GB; only one file is put in place
             raise RuntimeError("it does not fit into one file")
         return measure(how.load(path), images)
     except OSError:
@@ -59,7 +59,7 @@ def _make_aside(how: Format, source: Source, path: Path, images: Tensor) -> Meas
 
 
 def _put(path: Path, target: Path) -> None:
-    """Rename, on disk; a folder that was there goes into the one of `path`, to be deleted with it."""
+    """Sync and rename; an old target folder moves beside `path`, to be deleted with the temporary folder."""
     for file in _files(path):
         with file.open("rb") as written:
             os.fsync(written.fileno())

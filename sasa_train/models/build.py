@@ -38,10 +38,10 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
 
 
 def build_published(name: str, image_size: int) -> nn.Module:
-    """timm's model with the weights published for it, and with their own classes; torch's generator is left as it was.
+    """Build timm's model with its published weights and their own classes; torch's generator keeps its state.
 
     Raises:
-        ConfigError: there are no such weights, or they are neither in a cache nor to be had from the network.
+        ConfigError: there are no such weights, or neither a cache nor the network has them.
     """
     if not timm.is_model_pretrained(name):
         raise ConfigError(f"model.pretrained=timm: timm has no weights of {name}: see timm.list_pretrained()")
@@ -57,7 +57,8 @@ def build_published(name: str, image_size: int) -> nn.Module:
 
 
 def _sized(name: str, image_size: int) -> dict[str, Any]:
-    """vit, swin and their kin are built for one size. (A model of the user's may have no configuration of timm's.)"""
+    """Arguments of models that are built for one image size, such as vit and swin."""
+    # A model that the user has registered may have no configuration of timm's.
     return {"img_size": image_size} if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False) else {}
 
 
@@ -77,7 +78,7 @@ def check_model(config: ModelConfig, image_size: int) -> nn.Module:
     """Build the model on the meta device and run it there, which needs neither weights nor data; return it.
 
     Raises:
-        ConfigError: as `build_model`, or the model cannot take images of this size.
+        ConfigError: `build_model` refuses, or the model cannot take images of this size.
     """
     with torch.device("meta"), torch.no_grad():
         model = build_model(config, config.num_classes or 10, image_size)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass
 class Layer:
-    """Counts of one row of the table; `shape` is the output's, without the batch."""
+    """One row of the table; `shape` is the output's, without the batch."""
 
     name: str
     kind: str
@@ -22,7 +22,7 @@ class Layer:
 
 
 def meta_model(build: Callable[[], nn.Module]) -> nn.Module:
-    """What `build()` returns, on the meta device: shapes without weights."""
+    """Call `build()` on the meta device: shapes without weights."""
     with torch.device("meta"):
         return build()
 
@@ -40,8 +40,8 @@ def count_flops(model: nn.Module, image_size: int) -> int:
 
 
 def count_layers(model: nn.Module, image_size: int) -> list[Layer]:
-    """A row for each block of a stage and for what stands outside the stages, and a total last."""
-    num_images = 2  # batch norm in train mode refuses a single value a channel
+    """Return one row per block of a stage and per module outside the stages, and a total last."""
+    num_images = 2  # batch norm in train mode refuses a single value per channel
     layers: dict[str, Layer] = {}
     for name, child in model.named_children():
         is_sequence = isinstance(child, nn.Sequential | nn.ModuleList)
@@ -64,16 +64,16 @@ def count_layers(model: nn.Module, image_size: int) -> list[Layer]:
 
 
 def _identity(tensor: Tensor) -> int:
-    """Of its storage; on the meta device storages have no address."""
+    """The identity of the tensor's storage; on the meta device storages have no address."""
     return tensor.untyped_storage()._cdata
 
 
 @contextmanager
 def _saved_bytes(model: nn.Module, layers: dict[str, Layer], total: Layer) -> Iterator[None]:
-    """While it is open, note each layer's output shape and the bytes that autograd saves for the backward pass."""
+    """Inside, note each layer's output shape and the bytes that autograd saves for the backward pass."""
     running: list[Layer] = []
     known = {_identity(p) for p in [*model.parameters(), *model.buffers()]}
-    keep = []  # storages stay alive, so that none of their addresses is used twice
+    keep = []  # storages stay alive: a freed one's address could be used again
 
     def save(tensor: Tensor) -> Tensor:
         if _identity(tensor) not in known:

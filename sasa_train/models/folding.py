@@ -11,10 +11,9 @@ from sasa_train.models.resnet import Bottleneck, ResNet
 
 
 def fold_batch_norms(model: ResNet) -> ResNet:
-    """A copy of `model` in eval mode whose batch norms are part of the convolutions and value projections before them.
+    """Return a copy of `model` in eval mode with batch norms folded into the convolutions or value projections before.
 
-    Attention passes a scale and a bias of its values through, because its weights sum to 1; with `border="zero"` they
-    do not inside the image, and those norms stay, as do those of attention stems. Outputs agree to rounding; the
+    Norms after attention with `border="zero"`, and those of attention stems, stay. Outputs agree to rounding; the
     running statistics are gone, so the copy is not for training.
     """
     model = copy.deepcopy(model).eval()
@@ -31,18 +30,18 @@ def fold_batch_norms(model: ResNet) -> ResNet:
 
 @torch.no_grad()
 def _fold(layer: nn.Module, norm: nn.Module) -> nn.Module:
-    """Put `norm` into `layer`, if that can be; return what stands in its place."""
+    """Fold `norm` into `layer` where possible; return the module that takes the norm's place."""
     if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None or norm.running_var is None:
         return norm
-    if isinstance(layer, LocalSelfAttention2d):
-        if layer.border != "mask":
-            return norm
+    # Attention passes a scale and a bias of its values through, because its weights sum to 1. With border="zero" the
+    # weights inside the image do not.
+    if isinstance(layer, LocalSelfAttention2d) and layer.border == "mask":
         conv: nn.Conv2d = layer.qkv
-        num_kept = layer.qkv.out_channels - norm.num_features  # queries and keys stay
     elif isinstance(layer, nn.Conv2d):
-        conv, num_kept = layer, 0
+        conv = layer
     else:
         return norm
+    num_kept = conv.out_channels - norm.num_features  # queries and keys stay
     weight, bias = fuse_conv_bn_weights(
         conv.weight[num_kept:],
         None if conv.bias is None else conv.bias[num_kept:],

@@ -20,13 +20,11 @@ STEM_NUM_MIXTURES = 4  # the paper leaves it open; 4 is the fewest that meets it
 STEM_VALUES = ("mixture", "plain", "conv")
 
 
+# As a matrix product, forward and backward take 0.70 (7 x 7 maps) to 1.0 (28 x 28) of the convolution's time, and 1.05
+# at 56 x 56, but 0.95 there with three times as many channels out as in (8 images, float32, AVX-512, oneDNN and MKL of
+# torch 2.15).
 class PointwiseConv2d(nn.Conv2d):
-    """A 1x1 convolution, made without bias; on a CPU a matrix product where that is the faster of the two.
-
-    That is on channels_last maps of up to `max_positions` pixels. Forward and backward take 0.70 (7 x 7 maps) to 1.0
-    (28 x 28) of the convolution's time, and 1.05 at 56 x 56, but 0.95 there with three times as many channels out as
-    in (8 images, float32, AVX-512, oneDNN and MKL of torch 2.15).
-    """
+    """A 1x1 convolution without bias; on a CPU a matrix product, on channels_last maps of up to `max_positions`."""
 
     def __init__(self, in_channels: int, out_channels: int, max_positions: float = 28 * 28):
         super().__init__(in_channels, out_channels, 1, bias=False)
@@ -45,18 +43,18 @@ class LocalSelfAttention2d(nn.Module):
     Dense query, key and value projections without bias, split into heads; no output projection; then, with
     `stride=2`, a 2x2 average pool, so that attention runs at the input's resolution. BCHW in, BCHW out.
 
-    Initialisation: projections N(0, 1/in_channels) and embeddings N(0, 1/head_dim), as Axial-DeepLab's code has it
-    (the paper gives none): with unscaled scores the safer start.
+    Initialisation: projections N(0, 1/in_channels) and embeddings N(0, 1/head_dim), as in Axial-DeepLab's code; the
+    paper gives none. With unscaled scores this is the safer start.
 
     Args:
         in_channels, out_channels: `out_channels` is split over the heads.
         kernel_size: the window, odd.
         num_heads: must divide `out_channels`; with relative positions head_dim must be even.
-        stride: 1, or 2 for the pool; an odd side is halved upwards, as the shortcut's strided 1x1 convolution does it.
+        stride: 1, or 2 for the pool; half an odd side is rounded up, as by the shortcut's strided 1x1 convolution.
         position: "relative"; "absolute" (a sinusoid added to what the query and key projections read); "none".
         content: whether q.k is part of the score; without it there is no key projection.
         border: "mask" or "zero", see `local_attention`.
-        share_rel: one pair of relative embeddings for all heads, or one a head.
+        share_rel: one pair of relative embeddings for all heads, or one per head.
 
     Raises:
         ValueError: keys that cannot go together.
@@ -76,7 +74,7 @@ class LocalSelfAttention2d(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
-        _check_dials(in_channels, out_channels, kernel_size, num_heads, stride, position, content)
+        _check_keys(in_channels, out_channels, kernel_size, num_heads, stride, position, content)
         self.num_heads, self.kernel_size, self.stride = num_heads, kernel_size, stride
         self.position, self.content, self.border, self.backend = position, content, border, backend
         head_dim = out_channels // num_heads
@@ -98,7 +96,7 @@ class LocalSelfAttention2d(nn.Module):
         return out.permute(0, 1, 4, 2, 3).flatten(1, 2)
 
     def attention_weights(self, x: Tensor) -> Tensor:
-        """What `forward` weights the values with, before a stride's pool: [B, N, H, W, K*K], sums to 1."""
+        """The weights of the values in `forward`, before a stride's pool: [B, N, H, W, K*K]; they sum to 1."""
         query, *key, _ = self._projections(x)
         rel = (self.rel_height, self.rel_width)
         return attention_weights(query, key[0] if key else None, *rel, **self._options())
@@ -107,7 +105,7 @@ class LocalSelfAttention2d(nn.Module):
         return {"kernel_size": self.kernel_size, "content": self.content, "border": self.border}
 
     def relative_scores(self, x: Tensor) -> Tensor | None:
-        """q.r at each place of the window, mean over the images and positions of x: [N, K, K]; None without r."""
+        """q.r at each place of the window, its mean over images and positions: [N, K, K]; None without embeddings."""
         return _mean_relative_scores(self._projections(x)[0], self.rel_height, self.rel_width)
 
     def _projections(self, x: Tensor) -> Tensor:
@@ -120,10 +118,8 @@ class LocalSelfAttention2d(nn.Module):
         return heads.permute(1, 0, 2, 4, 5, 3)
 
     def _projected_sinusoid(self, x: Tensor) -> Tensor:
-        """What the sinusoid adds to the projections, [1, C', H, W]: W_Q and W_K read it, W_V does not.
-
-        The projection is linear and the sinusoid is a row code beside a column code, so each is projected alone.
-        """
+        """The sinusoid's part of the projections, [1, C', H, W]: W_Q and W_K read the sinusoid, W_V does not."""
+        # The projection is linear, and the sinusoid is a row code beside a column code: each is projected alone.
         num_reading = self.qkv.out_channels // self._num_projections * (self._num_projections - 1)
         halves = zip(self.qkv.weight[:num_reading, :, 0, 0].chunk(2, dim=1), x.shape[2:], strict=True)
         rows, cols = (half @ sinusoid(x.shape[1] // 2, side, x.device).to(half.dtype) for half, side in halves)
@@ -140,8 +136,8 @@ class LocalSelfAttention2d(nn.Module):
 class AttentionStem(nn.Module):
     """The paper's stem (section 3.2, Eq. 8-9): attention inside aligned 4x4 blocks, BN, 4x4 max pool; no ReLU.
 
-    Queries, keys and values of a block see each other alone. Values are a mixture whose weights depend on the
-    position (a, b) inside the block: v_ab = sum_m p(a, b, m) W_V^m x_ab with
+    A query sees the keys and values of its own block alone. Values are a mixture whose weights depend on the position
+    (a, b) inside the block: v_ab = sum_m p(a, b, m) W_V^m x_ab with
     p(a, b, m) = softmax_m((emb_row(a) + emb_col(b)) . nu_m), shared by the heads.
 
     BCHW in; out [B, out_channels, H/4, W/4], or H x W with `pool=False`.
@@ -152,13 +148,12 @@ class AttentionStem(nn.Module):
         pool: whether the 4x4 max pool follows; without it the stem suits images of 64 pixels and less.
         num_heads, num_mixtures: the paper's 4 heads; 4 mixtures (its number is not given).
         relative: whether q.r is part of the score.
-        backend: "auto": the compiled kernel (sasa_train/attention/stem.py) where it can run, which is on a CPU in
-            float32 and not for values="conv", else PyTorch; "cpu": the kernel, or an error; "reference", "triton":
-            PyTorch.
+        backend: "auto": the compiled kernel (sasa_train/attention/stem.py) where it can run (on a CPU, in float32, not
+            with values="conv"), else PyTorch; "cpu": the kernel, or an error; "reference" and "triton": PyTorch.
 
     Raises:
         RuntimeError: backend="cpu" cannot run.
-        ValueError: `num_heads` does not fit `out_channels`; in forward, an image whose sides 4 does not divide.
+        ValueError: `num_heads` does not fit `out_channels`; in forward, 4 does not divide the image's sides.
     """
 
     def __init__(
@@ -174,7 +169,7 @@ class AttentionStem(nn.Module):
     ):
         super().__init__()
         position = "relative" if relative else "none"
-        _check_dials(in_channels, out_channels, 2 * BLOCK_SIZE - 1, num_heads, 1, position, content=True)
+        _check_keys(in_channels, out_channels, 2 * BLOCK_SIZE - 1, num_heads, 1, position, content=True)
         if values not in STEM_VALUES:
             raise ValueError(f"values={values!r} must be one of {', '.join(STEM_VALUES)}")
         if backend not in BACKENDS:
@@ -222,9 +217,9 @@ class AttentionStem(nn.Module):
         return self.pool(self.bn(self._unblock(out, height, width)))
 
     def attention_weights(self, x: Tensor) -> Tensor:
-        """What `forward` weights the values of each block with: [B, N, blocks, 16, 16], query by key, sums to 1.
+        """The weights of the values in `forward`: [B, N, blocks, 16, 16], query by key; they sum to 1 over the keys.
 
-        Blocks, and positions inside one, row by row. By PyTorch in float32 or float64, as `_attend`.
+        Blocks, and positions inside a block, are in row-major order. Computed by PyTorch in float32 or float64.
         """
         _check_sides(*x.shape[-2:])
         query, key = self._queries_and_keys(x)
@@ -233,7 +228,7 @@ class AttentionStem(nn.Module):
             return self._attn_weights(query.to(dtype), key.to(dtype))
 
     def relative_scores(self, x: Tensor) -> Tensor | None:
-        """q.r at each offset inside a block, -3 to 3, mean over all queries of x: [N, 7, 7]; None without r."""
+        """q.r at each offset inside a block, -3 to 3, its mean over all queries: [N, 7, 7]; None without embeddings."""
         return _mean_relative_scores(self._queries_and_keys(x)[0], self.rel_height, self.rel_width)
 
     def _queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,13 +246,15 @@ class AttentionStem(nn.Module):
         return stem.can_run(self.backend, x.device.type, x.dtype, x.shape[1], weight.dtype, autocast)
 
     def _forward_kernel(self, x: Tensor) -> Tensor:
-        """The same in float32 on the compiled kernel; under autocast the result has its dtype, as in `_attend`."""
+        """Run the compiled kernel, in float32; under autocast the result has autocast's dtype, as in `_attend`."""
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         with torch.autocast("cpu", enabled=False):
             mixture = self.mixture_weights() if self.values == "mixture" else x.new_ones(1, BLOCK_SIZE, BLOCK_SIZE)
             assert isinstance(self.value, nn.Conv2d)
             w_v = self.value.weight.flatten(1).unflatten(1, (len(mixture), -1))
             inputs = (x, self.qk.weight.flatten(1), w_v, mixture, self.rel_height, self.rel_width, self.num_heads)
+            # Batch norm is an affine map, so the pool keeps the largest number of each block or, under a negative
+            # weight, the smallest: the kernel picks it, and the map at full resolution is never written.
             if is_plain(self.pool, nn.MaxPool2d) and can_normalise_picked(self.bn):
                 picked, mean, variance = stem.attention_stem_pooled(*inputs, self.bn.weight.detach().sign())
                 count = x.shape[0] * x.shape[2] * x.shape[3]
@@ -266,7 +263,7 @@ class AttentionStem(nn.Module):
         return self.pool(self.bn(out))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Full attention inside each block, [B, N, blocks, 16, D]; as `local_attention`, half precision in float32."""
+        """Full attention inside each block, [B, N, blocks, 16, D]; half precision is computed in float32."""
         if query.dtype in (torch.bfloat16, torch.float16):
             with torch.autocast(query.device.type, enabled=False):
                 return self._attend(query.float(), key.float(), value.float()).to(value.dtype)
@@ -284,13 +281,13 @@ class AttentionStem(nn.Module):
         return torch.einsum("abc,mc->mab", position, self.nu).softmax(0)
 
     def _mix(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, m*C, H, W]: x weighted with p of each mixture at its place in the block."""
+        """[B, C, H, W] -> [B, m*C, H, W]: x times the weight p of each mixture at x's place in the block."""
         tiles = (1, x.shape[2] // BLOCK_SIZE, x.shape[3] // BLOCK_SIZE)
         weights = self.mixture_weights().to(x.dtype).repeat(tiles)
         return (weights[None, :, None] * x[:, None]).flatten(1, 2)
 
     def _relative(self, dtype: torch.dtype) -> Tensor:
-        """r for each query i and key j of a block, [16, 16, D]: rows in the first half of D, columns in the second."""
+        """r for each query and key of a block, [16, 16, D]: rows in the first half of D, columns in the second."""
         assert self.rel_height is not None and self.rel_width is not None
         place = torch.arange(BLOCK_SIZE, device=self.rel_height.device)
         offset = place[None, :] - place[:, None] + BLOCK_SIZE - 1  # [query, key]
@@ -320,7 +317,7 @@ def sinusoid(channels: int, length: int, device: torch.device | None = None) -> 
 
 
 def _relative_embeddings(shape: tuple[int, ...] | None) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-    """`rel_height` and `rel_width` of that shape, [..., K, D/2]; two None without."""
+    """`rel_height` and `rel_width` of this shape, [..., K, D/2]; None twice for None."""
     if shape is None:
         return None, None
     return nn.Parameter(torch.empty(shape)), nn.Parameter(torch.empty(shape))
@@ -334,9 +331,10 @@ def _init_relative(*embeddings: nn.Parameter | None) -> None:
 
 
 def _mean_relative_scores(query: Tensor, rel_height: Tensor | None, rel_width: Tensor | None) -> Tensor | None:
-    """Queries [B, N, ..., D] -> [N, K, K]. q.r is linear in q, so the mean query has the mean score."""
+    """Queries [B, N, ..., D] -> the mean of q.r, [N, K, K]."""
     if rel_height is None or rel_width is None:
         return None
+    # q.r is linear in q, so the mean query has the mean score.
     mean = query.transpose(0, 1).flatten(1, -2).to(torch.promote_types(query.dtype, torch.float32)).mean(1)  # [N, D]
     top, bottom = mean[:, None].chunk(2, dim=-1)
     rows, cols = (top * rel_height).sum(-1), (bottom * rel_width).sum(-1)  # [N, K] each
@@ -352,7 +350,7 @@ def _check_sides(height: int, width: int) -> None:
         )
 
 
-def _check_dials(
+def _check_keys(
     in_channels: int, channels: int, kernel_size: int, num_heads: int, stride: int, position: str, content: bool
 ) -> None:
     if channels % num_heads:

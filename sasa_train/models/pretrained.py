@@ -1,4 +1,4 @@
-"""Weights of another training put into a model: what fits is loaded, another window is adapted, the rest is named."""
+"""Load the weights of another training into a model: what fits is loaded or adapted, the rest is named."""
 
 import contextlib
 import sys
@@ -17,21 +17,21 @@ from sasa_train.terminal import printable
 StateDict = dict[str, Tensor]
 
 MAX_LINE = 4000  # characters of a report's line: a ResNet-50's names have 3,000
-MIN_SHARE = 0.1  # of the parameters outside the classifier: with less than that it is another model's file
+MIN_SHARE = 0.1  # of the parameters outside the classifier: with less, the file is another model's
 
 
 @dataclass
 class PretrainedReport:
-    """What `load_pretrained` did, tensor by tensor; `share` is the part of the model's parameters that was loaded."""
+    """The result of `load_pretrained` for each tensor; `share` is the loaded part of the model's parameters."""
 
     loaded: list[str]
-    adapted: dict[str, str]  # those of them that had another shape -> "window 7 -> 5", say
-    left: dict[str, str]  # those at their initialisation -> why
-    unused: list[str]  # of the file
+    adapted: dict[str, str]  # the loaded ones that had another shape -> how, as "window 7 -> 5"
+    left: dict[str, str]  # those left at their initialisation -> why
+    unused: list[str]  # in the file, not in the model
     share: float
 
     def describe(self) -> str:
-        """Several lines, the tensors by the layers they are in."""
+        """Several lines of text, the tensors grouped by layer."""
         num_all = len(self.loaded) + len(self.left)
         lines = [f"loaded {len(self.loaded)} of {num_all} tensors, {100 * self.share:.1f} % of the parameters"]
         lines += [f"adapted, {how}: {_by_layer(names)}" for how, names in _by_value(self.adapted).items()]
@@ -44,17 +44,17 @@ class PretrainedReport:
 
 @torch.no_grad()
 def load_pretrained(model: nn.Module, state_dict: StateDict, keep_classifier: bool = True) -> PretrainedReport:
-    """Put what fits of `state_dict` into the model: tensors of the same name and shape, or those that can be adapted.
+    """Load the tensors of `state_dict` that have the same name and shape in the model, or can be adapted.
 
-    That is done by the `checkpoint_filter_fn` that the model's module has, as timm's do: position embeddings to another
-    image size, and our own to another window. The first convolution is adapted to another number of channels.
+    The `checkpoint_filter_fn` of the model's module adapts, in timm's models position embeddings to another image size,
+    in ours relative embeddings to another window. The first convolution is adapted to another number of channels.
 
     Args:
         keep_classifier: False leaves the classifier at its initialisation, even where its shape fits.
 
     Raises:
         ConfigError: less than a tenth of the parameters outside the classifier fit, or what fits is not finite; the
-            model is as it was.
+            model is unchanged.
     """
     own = model.state_dict()
     given = _adapt_first_conv(model, _filtered(model, state_dict))
@@ -71,6 +71,7 @@ def load_pretrained(model: nn.Module, state_dict: StateDict, keep_classifier: bo
     loaded = [name for name in own if name not in left]
     _check_enough(model, loaded, classifier, left)
     _check_finite({name: given[name] for name in loaded})
+    # All checks come before the first copy, so that a refused file changes nothing.
     for name in loaded:
         own[name].copy_(given[name])
     return PretrainedReport(
@@ -87,7 +88,7 @@ def load_pretrained(model: nn.Module, state_dict: StateDict, keep_classifier: bo
 
 
 def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
-    """For our own models, by the name that timm looks for: relative embeddings to the model's window."""
+    """Adapt relative embeddings to the window of a model of ours; timm looks for a function of this name."""
     own = model.state_dict()
     return {
         name: resize_window(tensor, own[name].shape[-2]) if _is_other_window(name, tensor, own) else tensor
@@ -108,12 +109,10 @@ def _is_other_window(name: str, tensor: Tensor, own: dict[str, Any]) -> bool:
 
 
 def resize_window(table: Tensor, kernel_size: int) -> Tensor:
-    """Relative embeddings [..., K, D/2] of another window -> [..., kernel_size, D/2].
-
-    An embedding is about an offset in positions, so each offset keeps its own: a smaller window forgets the outer
-    ones, a larger one goes on with the outermost. Stretching the table over the window, as Swin's is, was measured to
-    be worse at 5 of 6 windows, also where the image grew as much (docs/finetune.md).
-    """
+    """Relative embeddings [..., K, D/2] of another window -> [..., kernel_size, D/2]."""
+    # Each offset in positions keeps its embedding: a smaller window drops the outer ones, a larger one repeats the
+    # outermost. Stretching the table over the window, as Swin does, was measured to be worse at 5 of 6 windows, also
+    # where the image grew as much (docs/finetune.md).
     num_offsets = table.shape[-2]
     offsets = torch.arange(kernel_size) + (num_offsets - kernel_size) // 2
     return table[..., offsets.clamp(0, num_offsets - 1), :]
@@ -133,7 +132,7 @@ def _filtered(model: nn.Module, state_dict: StateDict) -> StateDict:
 
 
 def _adapt_first_conv(model: nn.Module, given: StateDict) -> StateDict:
-    """Three input channels in the file, another number in the model: as timm does it."""
+    """Adapt a first convolution of three input channels to the model's number, as timm does."""
     names = getattr(model, "pretrained_cfg", {}).get("first_conv") or ()
     own = model.state_dict()
     for name in (f"{name}.weight" for name in ((names,) if isinstance(names, str) else names)):
@@ -166,7 +165,7 @@ def _classifier_names(model: nn.Module) -> list[str]:
 
 
 def _share(parameters: Mapping[str, Tensor], loaded: Iterable[str]) -> float:
-    """Of the parameters' numbers."""
+    """The part of all parameters' numbers that `loaded` names."""
     count = sum(p.numel() for p in parameters.values())
     return sum(parameters[name].numel() for name in loaded if name in parameters) / max(count, 1)
 

@@ -1,7 +1,7 @@
 """One ResNet whose keys give the paper's attention nets, its hybrids and its convolutional baselines.
 
 Registered with timm: `{sasa,hybrid,conv}_resnet{26,38,50}`. The paper's block counts differ from timm's: R26 is
-[1, 2, 4, 1] and R38 [2, 3, 5, 2] (R50's [3, 4, 6, 3] less 2 or 1 a stage). A stride sits in the 3x3 convolution, or
+[1, 2, 4, 1] and R38 [2, 3, 5, 2] (R50's [3, 4, 6, 3] less 2 or 1 per stage). The stride is in the 3x3 convolution, or
 in the pool after attention; shortcuts keep their strided 1x1 convolution.
 """
 
@@ -31,7 +31,7 @@ class Bottleneck(nn.Module):
         out_channels = channels * EXPANSION
         self.conv1 = PointwiseConv2d(in_channels, channels)
         self.bn1 = nn.BatchNorm2d(channels)
-        # Attention runs at the input's resolution and is pooled afterwards: 6.97 GFLOPs for R50, as the paper has it.
+        # Attention runs at the input's resolution and is pooled afterwards: so R50 has the paper's 6.97 GFLOPs.
         self.conv2: nn.Module = (
             nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False)
             if op == "conv"
@@ -67,7 +67,7 @@ class ResNet(nn.Module):
         stage_ops: "conv" or "attention" for each of the four stages.
         kernel_size, num_heads, position, content, border: see `LocalSelfAttention2d`.
         width: factor on every layer's channels.
-        drop_path_rate: of the last block; it grows linearly from 0 at the first.
+        drop_path_rate: the last block's rate; it grows linearly from 0 at the first block.
 
     Raises:
         ValueError: keys that cannot go together; the message names the key, its value and the rule.
@@ -166,7 +166,7 @@ class ResNet(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Position embeddings, and the stem's mixture embeddings; timm leaves out norms and biases by itself."""
+        """Names of the position embeddings and the stem's mixture embeddings; timm itself spares norms and biases."""
         names = ("rel_height", "rel_width", "emb_row", "emb_col", "nu")
         return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in names}
 
@@ -176,7 +176,7 @@ class ResNet(nn.Module):
 
 
 def build_stem(stem: str, in_chans: int, channels: int, backend: str = "auto") -> tuple[nn.Module, int]:
-    """Return the stem and its reduction (input pixels an output position)."""
+    """Return the stem and its reduction (input pixels per output position, along a side)."""
     if stem == "conv":
         conv = nn.Conv2d(in_chans, channels, 7, 2, padding=3, bias=False)
         return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, padding=1)), 4
@@ -193,15 +193,14 @@ def build_stem(stem: str, in_chans: int, channels: int, backend: str = "auto") -
 
 def _register(family: str, depth: int, stem: str, op: str) -> None:
     def create(pretrained: bool = False, **kwargs) -> ResNet:
-        dials = {"stem": stem, "stage_ops": (op,) * 4, **kwargs, "depth": depth}
-        # pretrained=True is for folders of sasa-export (local-dir:, hf-hub:); for others timm says that there is none.
+        # pretrained=True is for folders of sasa-export (local-dir:, hf-hub:); for others timm says that it has none.
         return build_model_with_cfg(
             ResNet,
             f"{family}_resnet{depth}",
             pretrained,
             feature_cfg={"flatten_sequential": False},
             pretrained_filter_fn=checkpoint_filter_fn,
-            **dials,
+            **{"stem": stem, "stage_ops": (op,) * 4, **kwargs, "depth": depth},
         )
 
     create.__name__ = f"{family}_resnet{depth}"
@@ -222,7 +221,7 @@ default_cfgs = generate_default_cfgs(
             "mean": (0.485, 0.456, 0.406),
             "std": (0.229, 0.224, 0.225),
             "classifier": "fc",
-            "first_conv": ("stem.0", "stem.qk", "stem.value", "stem.value.1"),  # whichever the stem has
+            "first_conv": ("stem.0", "stem.qk", "stem.value", "stem.value.1"),  # those that the stem has
         }
         for family in ("sasa", "hybrid", "conv")
         for depth in BLOCK_COUNTS

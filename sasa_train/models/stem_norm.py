@@ -5,18 +5,18 @@ from torch import Tensor, nn
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is of this very kind and nobody listens to it, so that what it does may be done elsewhere."""
+    """Whether a module is exactly of this kind and has no hooks, so that its work may be done elsewhere."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return type(module) is kind and not any(hooks)
 
 
 def can_normalise_picked(norm: nn.Module) -> bool:
-    """Whether `normalise_picked` can stand for it: not for one synchronised between processes or with rare options."""
+    """Whether `normalise_picked` can replace `norm`: not where it is synchronised, or without weights or statistics."""
     return is_plain(norm, nn.BatchNorm2d) and None not in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
 
 
 def normalise_picked(norm: nn.BatchNorm2d, picked: Tensor, mean: Tensor, variance: Tensor, count: int) -> Tensor:
-    """Batch norm of some positions of a map, given the mean and biased variance of each channel over all `count`.
+    """Batch norm of some positions of a map, given mean and biased variance [C] over all its `count` positions.
 
     Moves the running statistics as `nn.BatchNorm2d` does; in eval mode it normalises with them.
     """

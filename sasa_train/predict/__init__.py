@@ -1,8 +1,7 @@
-"""sasa-predict: what a trained model takes images for: the best classes of each file, with their probabilities."""
+"""sasa-predict: a trained model's best classes for each image file, with their probabilities."""
 
 import argparse
 import contextlib
-import os
 import signal
 import sys
 import threading
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from tqdm import tqdm
 
 from sasa_train.commands import described, end_command, positive, run
-from sasa_train.files import sync_folder, write_aside
+from sasa_train.files import write_atomic
 from sasa_train.predict.find_images import LISTED, NUL, SEPARATOR, Found, find_images
 from sasa_train.predict.table import FORMATS, Row
 from sasa_train.refusal import ConfigError, ExpectedFailure
@@ -26,8 +25,8 @@ if TYPE_CHECKING:
 
 USAGE = "sasa-predict RUN_OR_CHECKPOINT PATH... [options] [weights=ema|raw] [key=value ...]"
 
-EPILOG = """PATH is a file, however it is called; a folder, searched with all its folders for what is called an image; a
-quoted pattern ('photos/**/*.jpg'); or - for files and folders from stdin, one a line. Rows come in this order.
+EPILOG = """PATH is a file, however it is called; a folder, searched with all its folders for files named as images; a
+quoted pattern ('photos/**/*.jpg'); or - for files and folders from stdin, one per line. Rows come in this order.
 
 Images are prepared as val was in training. One that cannot be read is named on stderr with the reason and has no line
 in the table; in CSV and JSON lines its row has an `error`.
@@ -51,12 +50,12 @@ def main() -> None:
 
 
 def run_command(arguments: list[str]) -> int:
-    """Run with command-line arguments; returns the exit code."""
+    """Run with command-line arguments; return the exit code."""
     return run(build_parser(), arguments, predict_or_advise)
 
 
 def predict_or_advise(options: argparse.Namespace) -> int:
-    """`predict_command`, with what to set where memory did not suffice."""
+    """Run `predict_command`; where memory does not suffice, advise a smaller batch."""
     from sasa_train.machine import is_out_of_memory
 
     try:
@@ -71,9 +70,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = described(argparse.ArgumentParser, prog="sasa-predict", usage=USAGE, description=__doc__, epilog=EPILOG)
     parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=Path, help="a run folder or a checkpoint file")
     parser.add_argument("words", metavar="PATH", nargs="+", help="images, as described below")
-    parser.add_argument("--top-k", metavar="K", type=positive, default=5, help="classes an image, the best first (5)")
+    parser.add_argument("--top-k", metavar="K", type=positive, default=5, help="classes per image, the best first (5)")
     parser.add_argument("--format", choices=list(FORMATS), default="table", help="(table)")
-    parser.add_argument("--output", metavar="FILE", type=Path, help="written whole at the end; left out: stdout")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="written whole, at the end; left out: stdout")
     parser.add_argument("--batch-size", metavar="N", type=positive, default=64, help="images at a time (64)")
     parser.add_argument("-0", "--null", action="store_true", help="names on stdin end in NUL, as find -print0 has them")
     return parser
@@ -95,8 +94,8 @@ def predict_command(options: argparse.Namespace) -> int:
     if not words:
         raise ConfigError("no PATH is given; give files, folders, patterns, or - for a list on stdin")
     out = options.output
-    if out is not None and out.exists() and not out.is_file():  # a device must not be replaced, nor a folder be met
-        raise ConfigError(f"--output {printable(str(out))}: is there and no file; give a file, or leave it out")
+    if out is not None and out.exists() and not out.is_file():  # a device must not be replaced
+        raise ConfigError(f"--output {printable(out)}: is not a file; give a file, or leave it out")
     predictor, tally = Predictor(load_trained(options.checkpoint, overrides), options.top_k), Tally()
     if out is None:
         write_rows(show, predictor, words, options, tally)
@@ -108,7 +107,7 @@ def predict_command(options: argparse.Namespace) -> int:
 
 @dataclass
 class Tally:
-    """Of all that was asked for: what names a file, what was predicted, what was not."""
+    """Counts of the files that were found, predicted (`good`) and not predicted (`bad`)."""
 
     found: int = 0
     good: int = 0
@@ -126,7 +125,7 @@ def write_rows(
     options: argparse.Namespace,
     tally: Tally,
 ) -> None:
-    """Find, predict, write, a batch at a time; ConfigError where there was no image, or stdin holds no list."""
+    """Find, predict and write, batch by batch; ConfigError where there is no image, or stdin holds no list."""
     find = partial(find_images, words, NUL if options.null else SEPARATOR)
     with progress_bar(find, words) as bar:
         rows = predictor.rows(counted(find(), tally), options.batch_size)
@@ -137,7 +136,8 @@ def write_rows(
 
 
 def show(text: bytes) -> None:
-    """On stdout at once, so that what was printed is there however this ends; above the bar where that is there too."""
+    """Write to stdout at once, above the progress bar where that is on the same terminal."""
+    # Flushed, so that what was predicted is there however this ends.
     with tqdm.external_write_mode(sys.stdout) if sys.stdout.isatty() else contextlib.nullcontext():
         sys.stdout.buffer.write(text)
         sys.stdout.buffer.flush()
@@ -150,7 +150,7 @@ def counted(found: Iterator[Found], tally: Tally) -> Iterator[Found]:
 
 
 def reported(batches: Iterator[list[Row]], tally: Tally, bar: tqdm) -> Iterator[list[Row]]:
-    """Name what could not be predicted, and count."""
+    """Name the files that could not be predicted, and count all."""
     for rows in batches:
         bad = [row for row in rows if row.error]
         for row in bad:
@@ -162,7 +162,8 @@ def reported(batches: Iterator[list[Row]], tally: Tally, bar: tqdm) -> Iterator[
 
 
 def progress_bar(find: Callable[[], Iterator[Found]], words: list[str]) -> tqdm:
-    """Where stderr is a terminal. Files are counted beside the work, so that a large folder's rows begin at once."""
+    """Make the progress bar, shown where stderr is a terminal."""
+    # Files are counted in a thread, so that a large folder's first rows come at once.
     bar = tqdm(desc="predicting", unit="img", disable=None, leave=False)
 
     def count() -> None:
@@ -174,10 +175,8 @@ def progress_bar(find: Callable[[], Iterator[Found]], words: list[str]) -> tqdm:
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """`write` a file that appears under its name when it is complete; ConfigError where none can be made there."""
+    """Let `write` fill a file that appears when it is complete; ConfigError where none can be made there."""
     try:
-        temporary = write_aside(path, write)
+        write_atomic(path, write)
     except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        raise ConfigError(f"--output {printable(str(path))}: cannot be written ({error.strerror})") from error
-    os.replace(temporary, path)
-    sync_folder(path.parent)
+        raise ConfigError(f"--output {printable(path)}: cannot be written ({error.strerror})") from error

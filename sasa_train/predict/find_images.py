@@ -1,6 +1,6 @@
 """Image files from the words of a command line: files, folders, patterns, and a list on stdin, one after another.
 
-Memory is that of the names in one folder, or of those that match one pattern, however many files there are.
+Memory holds the names of one folder, or those that match one pattern, however many files there are.
 """
 
 import errno
@@ -18,24 +18,24 @@ from sasa_train.terminal import printable
 
 LISTED = "-"  # the word for a list on stdin
 SEPARATOR, NUL = b"\n", b"\0"
-MAX_NAME = 2**16  # bytes of a listed name; no system has names of a tenth of it
+MAX_NAME = 2**16  # bytes of a listed name; no system allows a tenth of it
 
 
 class Found(NamedTuple):
-    """A file to be read as an image; or, where there is a `fault`, what was asked for and leads to none, and why."""
+    """A file to be read as an image; or a word that leads to none, and the reason in `fault`."""
 
     path: str
     fault: str = ""
 
 
 def find_images(words: Sequence[str], separator: bytes = SEPARATOR) -> Iterator[Found]:
-    """Whatever is named as a file is taken, however it is called; of a folder's files those that are called images.
+    """Find the files, however they are called, and the folders' files that are named as images.
 
     words: files; folders, searched with all their folders, in the order of their names; quoted patterns (*, ?, [], **),
         sorted; `-`: files and folders from stdin, each followed by `separator`.
 
     Raises:
-        ConfigError: what comes from stdin is no list of names.
+        ConfigError: stdin does not hold a list of names.
     """
     for word in words:
         if word == LISTED:
@@ -49,7 +49,7 @@ def find_images(words: Sequence[str], separator: bytes = SEPARATOR) -> Iterator[
 
 @cache
 def image_extensions() -> tuple[str, ...]:
-    """Endings of the formats that the data sets read, in lower case: .jpg, .png, ..."""
+    """Return the endings of the formats that the data sets read, in lower case: .jpg, .png, ..."""
     from PIL import Image
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -69,7 +69,7 @@ def _at(path: str) -> Iterator[Found]:
 
 
 def _matching(pattern: str) -> Iterator[Found]:
-    """What matches, as if each had been given; with ** files alone, as their folders match too."""
+    """Yield what matches, as if each had been given; with ** files alone, as their folders match too."""
     matches = sorted(glob.iglob(os.path.expanduser(pattern), recursive=True))
     if "**" in pattern:
         comes_round = cache(_comes_round)
@@ -81,7 +81,7 @@ def _matching(pattern: str) -> Iterator[Found]:
 
 
 def _comes_round(folder: str) -> bool:
-    """Whether a link on the way to `folder` leads to where the way has been: ** follows such links forty times."""
+    """Whether a link on the way to `folder` leads back to an earlier folder; ** follows such links forty times."""
     way = [folder, *map(str, Path(folder).parents)]
     return any(
         os.path.islink(step) and any(os.path.samefile(step, earlier) for earlier in way[number + 1 :])
@@ -96,8 +96,8 @@ def _within(top: str) -> Iterator[Found]:
 
 
 def _walk(top: str) -> Iterator[Found]:
-    """A folder's images, then those of its folders; links to folders are followed, but for those that lead back."""
-    folders: list[tuple[str, frozenset]] = [(top, frozenset())]  # with what identifies the folders above
+    """Yield a folder's images, then those of its folders; links to folders are followed unless they lead back."""
+    folders: list[tuple[str, frozenset]] = [(top, frozenset())]  # with the identities of the folders above
     while folders:
         folder, above = folders.pop()
         try:
@@ -114,11 +114,11 @@ def _walk(top: str) -> Iterator[Found]:
 
 
 def _listing(folder: str) -> tuple[list[str], list[str]]:
-    """The names of a folder's images and of its folders, each sorted."""
+    """Return the names of a folder's images and of its folders, both sorted."""
     names, inner = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
-            # Links are looked at by themselves: entry.is_dir() raises where one leads in a circle.
+            # Links are looked at separately, because entry.is_dir() raises where one leads in a circle.
             if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
                 inner.append(entry.name)
             elif entry.name.lower().endswith(image_extensions()):
@@ -127,7 +127,7 @@ def _listing(folder: str) -> tuple[list[str], list[str]]:
 
 
 def _listed(separator: bytes) -> Iterator[str]:
-    """The names that stdin holds, as they come; empty ones are passed over."""
+    """Yield the names on stdin as they come, but not empty ones."""
     rest, is_open = b"", True
     while is_open:
         chunk = os.read(sys.stdin.fileno(), MAX_NAME)
@@ -140,12 +140,12 @@ def _listed(separator: bytes) -> Iterator[str]:
             if name:
                 yield os.fsdecode(name)
         if len(rest) > MAX_NAME:
-            raise ConfigError(f"stdin: no list of file names, one has more than {MAX_NAME:,} bytes")
+            raise ConfigError(f"stdin: not a list of file names, one has more than {MAX_NAME:,} bytes")
 
 
 def _check_text(name: bytes) -> None:
     if NUL in name:
         raise ConfigError(
-            f"stdin: no list of file names, one a line: '{printable(os.fsdecode(name[:20]))}' has a NUL byte in it. "
+            f"stdin: not a list of file names, one per line: '{printable(os.fsdecode(name[:20]))}' has a NUL byte. "
             "Where NUL separates the names (find -print0), add --null; an image itself is given as a file"
         )

@@ -1,4 +1,4 @@
-"""A trained model on its device, from files to their best classes: images as val sees them, a batch at a time."""
+"""A trained model on its device, from files to their best classes: images as val sees them, batch by batch."""
 
 import itertools
 import math
@@ -16,14 +16,14 @@ from sasa_train.trained import TrainedModel
 
 
 class Predictor:
-    """`top_k`: classes an image, at most all of the model's.
+    """Predicts `top_k` classes per image, at most all of the model's.
 
     Raises:
-        ConfigError: the device or the precision that the config asks for is not there.
+        ConfigError: the config's device or precision does not exist here.
     """
 
     def __init__(self, trained: TrainedModel, top_k: int):
-        trained.config.trainer.sync_batch_norm = False  # of training alone
+        trained.config.trainer.sync_batch_norm = False  # for training alone
         self.device, config = resolve(trained.config)
         self.precision, self.num_threads = config.trainer.precision, resolved_num_workers(config)
         self.normalize = trained.normalize(self.device)
@@ -32,7 +32,7 @@ class Predictor:
         self.image_size = trained.image_size
 
     def rows(self, found: Iterable[Found], batch_size: int) -> Iterator[list[Row]]:
-        """A row for each of `found`, in their order; `batch_size` at a time, while the next ones are read."""
+        """Yield a row for each of `found`, in their order, `batch_size` at a time, while the next ones are read."""
         iterator = iter(found)
         named, to_read = itertools.tee(iter(lambda: list(itertools.islice(iterator, batch_size)), []))
         files = (image_files([one.path for one in batch if not one.fault]) for batch in to_read)
@@ -40,7 +40,7 @@ class Predictor:
             yield self._predict(batch, read)
 
     def _predict(self, batch: list[Found], read: Read) -> list[Row]:
-        """`read` has those of `batch` that are files, or says why it has not."""
+        """Return the batch's rows; `read` has its files, or the reason why one could not be read."""
         best = dict(zip(read.rows.tolist(), self.best(read.pixels) if len(read.rows) else (), strict=True))
         reasons, places = dict(read.unreadable), itertools.count()
         rows = []
@@ -56,7 +56,7 @@ class Predictor:
 
     @torch.inference_mode()
     def best(self, pixels: Tensor) -> list[list[tuple[str, float]]]:
-        """uint8 [B, 3, S, S] as `fit` makes them -> of each image the best classes with their softmax probabilities."""
+        """Return each image's best classes with softmax probabilities, for uint8 [B, 3, S, S] as `fit` makes them."""
         with autocast(self.device, self.precision):
             logits = self.model(self.normalize(pixels.to(self.device)))
         logits = logits.float()

@@ -1,6 +1,6 @@
 """Predictions as text: a table for people, CSV and JSON lines for programs.
 
-Each of `FORMATS` turns batches of rows into pieces of text, one a batch, so that a million rows stream.
+Each of `FORMATS` turns batches of rows into pieces of text, one per batch, so that a million rows stream.
 """
 
 import csv
@@ -16,7 +16,7 @@ DIGITS = 6  # of a probability that a program reads; the last ones of float32 de
 
 @dataclass
 class Row:
-    """What one image was taken for: the best classes with their probabilities, or why it could not be predicted."""
+    """One image's best classes with their probabilities, or the reason why it could not be predicted."""
 
     path: str
     best: list[tuple[str, float]] = field(default_factory=list)
@@ -27,7 +27,7 @@ Batches = Iterator[list[Row]]
 
 
 def as_table(batches: Batches, top_k: int) -> Iterator[str]:
-    """Columns as wide as what came so far needs; what cannot be read has no line. Probabilities in percent."""
+    """Yield columns as wide as needed so far, probabilities in percent; an unreadable image has no line."""
     head = ["file", *(text for rank in range(1, top_k + 1) for text in (f"top{rank}", "%"))]
     widths = [len(text) for text in head]
     lines = [head]
@@ -41,7 +41,7 @@ def as_table(batches: Batches, top_k: int) -> Iterator[str]:
 
 
 def _aligned(cells: list[str], widths: list[int]) -> str:
-    """Names to the left, numbers to the right."""
+    """Align names to the left, numbers to the right."""
     padded = [
         cell.rjust(width) if column and column % 2 == 0 else cell.ljust(width)
         for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
@@ -50,7 +50,7 @@ def _aligned(cells: list[str], widths: list[int]) -> str:
 
 
 def as_csv(batches: Batches, top_k: int) -> Iterator[str]:
-    """One record an image, with a head; texts are quoted, as a file's name may hold line breaks of any kind."""
+    """Yield one record per image, after a head; texts are quoted, as a file's name may hold any line break."""
     ranks = range(1, top_k + 1)
     records: list[list] = [["path", *(text for n in ranks for text in (f"class{n}", f"probability{n}")), "error"]]
     for rows in batches:
@@ -62,7 +62,7 @@ def as_csv(batches: Batches, top_k: int) -> Iterator[str]:
 
 
 def as_jsonl(batches: Batches, _top_k: int) -> Iterator[str]:
-    """One object a line, in ASCII; of a name that is no UTF-8 the bytes are lone surrogates (\\udc80 to \\udcff)."""
+    """Yield one object per line, in ASCII; bytes of a name that is not UTF-8 become surrogates (\\udc80 to \\udcff)."""
     for rows in batches:
         yield "".join(json.dumps(_as_object(row)) + "\n" for row in rows)
 

@@ -1,4 +1,4 @@
-"""What the processes of a run under torchrun tell each other. Where there is one process, nothing here does anything.
+"""The exchanges between the processes of a run under torchrun. With one process, nothing here does anything.
 
 Gradients take NCCL on CUDA. Everything else goes through the CPU (gloo), so that no device is waited for. A process
 whose partner has ended gets an error from gloo within moments, whatever it was waiting for there.
@@ -24,20 +24,20 @@ from sasa_train.refusal import ConfigError
 Result = TypeVar("Result")
 Error = type[Exception]
 
-TIMEOUT = datetime.timedelta(minutes=30)  # of one wait: longer than a save, a download or data.worker_timeout
+TIMEOUT = datetime.timedelta(minutes=30)  # per wait: longer than a save, a download or data.worker_timeout
 STOP, FAILURE = "stop", "failure"  # keys of the store
 STORE_FIX = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-# What gloo, NCCL and the store say where another process is gone.
+# Words in the errors of gloo, NCCL and the store when another process has ended.
 LOST = ("gloo", "NCCL", "TCPStore", "Connection closed", "Connection reset", "Connection refused", "Broken pipe")
 
 _store: dist.Store | None = None
 
 
 def join() -> None:
-    """Meet the other processes; returns when all are there."""
+    """Join the other processes; returns when all have joined."""
     global _store
     store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    # torchrun may keep its store over restarts: keys of the last attempt must not be taken for this one's.
+    # torchrun may keep its store over restarts: keys of an earlier attempt must not be taken for this one's.
     _store = dist.PrefixStore(f"sasa_train/{num_restarts()}", store)
     has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group(
@@ -47,18 +47,19 @@ def join() -> None:
 
 
 def leave(code: int, may_wait: bool) -> None:
-    """End this process; where something failed at once, because Python's own end may wait for what never comes."""
+    """Leave the group; unless `may_wait`, end this process at once with `code`."""
     if may_wait:
         if dist.is_initialized():
             dist.destroy_process_group()
         return
+    # After a failure Python's own exit may wait for a message that never comes.
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)
 
 
 def use_own_device() -> None:
-    """Make this process's CUDA device the current one; ConfigError where there are fewer than processes."""
+    """Make this process's CUDA device the current one; ConfigError if there are fewer devices than processes."""
     if local_rank() >= (count := torch.cuda.device_count()):
         remedy = f"use torchrun --nproc-per-node={count}, or trainer.device=cpu"
         raise ConfigError(f"LOCAL_RANK={local_rank()}, but torch sees {count} CUDA devices; {remedy}")
@@ -66,7 +67,7 @@ def use_own_device() -> None:
 
 
 def restart_warning() -> str | None:
-    """What is wrong with the restarts of several torchruns, if anything."""
+    """A warning if restarts of several torchruns may fail, else None."""
     if num_machines() == 1 or not max_restarts() or os.environ.get(STORE_FIX) == "1":
         return None
     return (
@@ -76,7 +77,7 @@ def restart_warning() -> str | None:
 
 
 def from_first(function: Callable[[], Result], *errors: Error) -> Result:
-    """What `function` returns or raises (one of `errors`) on the first process, on all; the others do not call it."""
+    """Call `function` on the first process alone; return its result, or raise its error (one of `errors`), on all."""
     if world_size() == 1:
         return function()
     outcome: list[Any] = [None, None]
@@ -92,12 +93,10 @@ def from_first(function: Callable[[], Result], *errors: Error) -> Result:
 
 
 def everywhere(function: Callable[[], Result], *errors: Error) -> Result:
-    """`function()` on all processes; where it raises one of `errors` on one, that is raised on all.
-
-    `function` must not speak to the other processes.
-    """
+    """Call `function` on all processes; where it raises one of `errors` on one of them, raise that on all."""
     if world_size() == 1:
         return function()
+    # `function` must not exchange anything itself: where it fails on one process, the others would wait for its part.
     result, error = None, None
     try:
         result = function()
@@ -116,7 +115,7 @@ def _shared(error: Exception) -> Exception:
 
 
 def describe(error: BaseException) -> str | None:
-    """An error's text, with the process that it comes from; None where the first process says it for all."""
+    """An error's text, with the process that it comes from; None where the first process prints it for all."""
     source = getattr(error, "process", rank())
     if getattr(error, "is_shared", False):
         if rank() != 0:
@@ -126,7 +125,7 @@ def describe(error: BaseException) -> str | None:
 
 
 def gather(value: Any) -> list[Any]:
-    """Each process's `value`, by rank."""
+    """All processes' values, by rank."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -135,7 +134,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def total(tensor: Tensor) -> Tensor:
-    """The sum over all processes, on the CPU where there are several."""
+    """The sum over all processes; a tensor on the CPU where there are several."""
     if world_size() == 1:
         return tensor
     summed = tensor.cpu()
@@ -144,7 +143,7 @@ def total(tensor: Tensor) -> Tensor:
 
 
 def largest(number: float) -> float:
-    """Of all processes."""
+    """The largest number of all processes."""
     if world_size() == 1:
         return number
     tensor = torch.tensor(number, dtype=torch.float64)
@@ -153,23 +152,22 @@ def largest(number: float) -> float:
 
 
 def wait_for_all() -> None:
-    """On the CPU, whatever else the processes compute with."""
+    """Wait, on the CPU, until all processes have come here."""
     largest(0.0)
 
 
 def share_gradients(model: nn.Module) -> nn.Module:
-    """The model with gradients averaged over the processes, in the backward pass; itself where there is one.
-
-    `find_unused_parameters` keeps the buckets of gradients as they are from the first step on. Without it they are
-    arranged anew after the first step of each start, and more than two numbers are then added in another order: with
-    three processes, a run resumed after its first step ended 1e-6 away from one never stopped.
-    """
+    """Wrap the model so that the backward pass averages gradients over the processes; with one process, return it."""
     if world_size() == 1:
         return model
-    wait_for_all()  # gloo tells where one has failed on its way here; NCCL's first call would wait for it
+    # gloo reports a process that has failed on its way here; NCCL's first call would wait for it.
+    wait_for_all()
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # they are copied, in 1x1 maps
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the new name of broadcast_buffers is not in older versions
+        # `find_unused_parameters` keeps the buckets of gradients as they are from the first step on. Without it they
+        # are arranged anew after the first step of each start, and more than two numbers are then added in another
+        # order: with three processes, a run resumed after its first step ended 1e-6 away from one never stopped.
         return DistributedDataParallel(
             model, broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True
         )
@@ -196,14 +194,15 @@ def copy_buffers(model: nn.Module) -> None:
 
 
 def average(tensor: Tensor) -> None:
-    """Make a tensor, in place, the average of all processes' own."""
+    """Replace a tensor, in place, by the average over all processes."""
     if world_size() > 1:
         dist.all_reduce(tensor)
         tensor /= world_size()
 
 
 def stop_is_wanted(here: bool) -> bool:
-    """Whether this process or another that asked the same was to stop: for work that all may leave at any point."""
+    """Whether this process, or another one that asked this, must stop."""
+    # Answers may differ between processes at one moment: this is for work that each may leave at any point.
     if _store is None or world_size() == 1:
         return here
     if here:
@@ -212,14 +211,14 @@ def stop_is_wanted(here: bool) -> bool:
 
 
 def tell_failure(text: str) -> None:
-    """Leave word for the others of why this process ends, if it is the first to."""
+    """Leave the reason why this process ends for the others, if it is the first to end."""
     if _store is not None:
         with contextlib.suppress(RuntimeError):  # torchrun itself is gone
             _store.compare_set(FAILURE, "", text)
 
 
 def lost_partner(error: BaseException) -> str | None:
-    """What is known of the process whose end made this `error`; None where it is another error."""
+    """The reason why a process ended, if its end caused this `error`; None for any other error."""
     if world_size() == 1 or not (isinstance(error, dist.DistError) or any(text in str(error) for text in LOST)):
         return None
     with contextlib.suppress(RuntimeError):

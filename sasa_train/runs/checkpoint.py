@@ -1,11 +1,12 @@
-"""Checkpoints that appear whole or not at all, are checked when they are read, and the newest good one.
+"""Checkpoints: written whole or not at all, checked when they are read; the newest good one is found.
 
-`last.pt` is the newest; when the next one is written it becomes `step-<step>.pt`, of which the newest few are kept;
-`best.pt` is a link to the file that was last then, so that it costs neither time nor room. Each file is written aside,
-fsynced and renamed, so that a kill at any instruction leaves a whole file behind. Its manifest, `last.pt.json` and so
-on, is written last: size, SHA-256 and step. A file whose manifest a kill has prevented, or which was copied without it,
-is judged by the checksums in it. Of a checkpoint's content this module knows the names of the parts, no more.
+`last.pt` is the newest. When the next one is written, it becomes `step-<step>.pt`, of which the newest few are kept.
+`best.pt` is a link to the file that was last when it was best. Beside each file lies its manifest, `last.pt.json` and
+so on: size, SHA-256 and step. This module knows the names of a checkpoint's parts, no more.
 """
+
+# Each file is written aside, synced to disk and renamed, so that a kill at any instruction leaves a whole file. The
+# manifest comes last: a file without one (a kill came first, or it was copied alone) is judged by its own checksums.
 
 import contextlib
 import errno
@@ -16,7 +17,7 @@ import re
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,7 +28,7 @@ from sasa_train.files import sync_folder, write_aside, write_atomic
 from sasa_train.refusal import CheckpointError
 
 FORMAT_VERSION = 2
-# Parts that every checkpoint has, and their types where a stranger's file could be mistaken for one.
+# The parts of every checkpoint, and their types, so that no other program's file is mistaken for one.
 REQUIRED = {
     "format_version": int, "model": dict, "ema": dict | None, "optimizer": dict, "step": int, "epoch": int,
     "config": str, "rng": dict, "best": dict | None, "classes": list, "finished": bool, "metrics": str,
@@ -40,17 +41,17 @@ class DamagedCheckpointError(CheckpointError):
 
 
 class Checkpoints:
-    """The checkpoints of one run: `folder` holds them, `keep` step-numbered ones stay beside last and best."""
+    """The checkpoints of one run in `folder`; `keep` step-numbered ones stay beside last and best."""
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep
-        self._last_step: int | None = None  # of last.pt, where that is known to be good
+        self._last_step: int | None = None  # of last.pt, where it is known to be good
 
     def save(self, content: dict[str, Any], is_best: bool) -> None:
         """Write last.pt, and best.pt where `is_best`.
 
         Raises:
-            CheckpointError: the files cannot be written (a full disk, say); what was last.pt is there still.
+            CheckpointError: the files cannot be written (a full disk, say); the old last.pt is still there.
         """
         size = _num_bytes(content)
         try:
@@ -71,7 +72,9 @@ class Checkpoints:
         described = {"step": content["step"], "size": temporary.stat().st_size, "sha256": hashed.digest.hexdigest()}
         manifest = json.dumps(described | {"format_version": FORMAT_VERSION}).encode()
         try:
-            if is_best:  # before last.pt, whose content says that there is a best
+            # best.pt is a link, which costs neither time nor room. It comes before last.pt, whose content says that
+            # there is a best.
+            if is_best:
                 _put(_linked(temporary, self.folder / "best.pt"), self.folder / "best.pt", manifest)
             if self.keep and self._last_step not in (None, content["step"]):
                 numbered = self.folder / f"step-{self._last_step:08d}.pt"
@@ -86,14 +89,14 @@ class Checkpoints:
             old.unlink()
 
     def newest(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
-        """The newest checkpoint that can be read, or None where there never was one; damaged ones go to `warn`.
+        """Return the newest checkpoint that can be read, or None where there never was one.
 
-        Those get the ending .damaged, so that they are neither tried nor counted again.
+        Damaged ones go to `warn` and get the ending .damaged, so that they are neither tried nor counted again.
 
         Raises:
-            CheckpointError: there are or were checkpoints and none is good: a run never begins anew in silence. Or one
-                cannot be read for another reason than damage: the disk may come back.
+            CheckpointError: there are or were checkpoints and none is good, or one cannot be read now.
         """
+        # A run never begins anew in silence. And a disk that fails may come back, so that is not taken for damage.
         for stale in self.folder.glob("*.tmp"):
             stale.unlink()
         left = sorted(path.name for path in self.folder.glob("*.pt*"))  # manifests and damaged ones too
@@ -118,17 +121,17 @@ class Checkpoints:
         return None
 
     def _candidates(self) -> list[Path]:
-        """The newest first, as far as manifests and names tell the step."""
+        """List the files, newest first, as far as manifests and names tell the step."""
         steps = {self.folder / "best.pt": -1} | {path: int(path.stem[5:]) for path in reversed(self.numbered())}
         steps[self.folder / "last.pt"] = sys.maxsize
         for path in steps:
             with contextlib.suppress(ValueError):
                 steps[path] = _parse_manifest(bytes_of(manifest_of(path)) or b"")["step"]
-        newest_last = sorted(steps, key=lambda path: steps[path])  # at the same step last.pt comes last
+        newest_last = sorted(steps, key=lambda path: steps[path])  # last.pt comes last among equal steps
         return [path for path in reversed(newest_last) if path.exists()]
 
     def numbered(self) -> list[Path]:
-        """step-<step>.pt, newest first."""
+        """List step-<step>.pt, newest first."""
         found = ((re.fullmatch(r"step-(\d+)\.pt", path.name), path) for path in self.folder.glob("step-*.pt"))
         return [path for _, path in sorted(((int(m[1]), path) for m, path in found if m), reverse=True)]
 
@@ -141,9 +144,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; no code in it can run (`weights_only=True`).
 
     Raises:
-        DamagedCheckpointError: the file is truncated, altered (not what its manifest or its own checksums say) or no
-            checkpoint.
-        CheckpointError: it is missing or cannot be read now, or is of a format that this version does not know.
+        DamagedCheckpointError: the file is truncated, altered (not what its manifest or its own checksums say) or not
+            a checkpoint.
+        CheckpointError: it is missing or cannot be read now, or its format is unknown to this version.
     """
     content = _read(path)
     content = content if isinstance(content, dict) else {}
@@ -154,7 +157,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             "that wrote it (its run.json names the commit), or start a new run with resume=never"
         )
     if wrong := [key for key, kind in REQUIRED.items() if key not in content or not _is(content[key], kind)]:
-        raise DamagedCheckpointError(f"{path}: is no checkpoint of sasa_train (wrong or missing: {', '.join(wrong)})")
+        raise DamagedCheckpointError(
+            f"{path}: is not a checkpoint of sasa_train (wrong or missing: {', '.join(wrong)})"
+        )
     return content
 
 
@@ -163,7 +168,9 @@ def _is(value: Any, kind: Any) -> bool:
 
 
 def _read(path: Path) -> Any:
-    """The file's content, checked. A run may put the next checkpoint there meanwhile: then once more."""
+    """Return the file's content, checked."""
+    # A run may put its next checkpoint there between the manifest and the file: then the manifest has changed too, and
+    # both are read once more.
     while True:
         manifest = bytes_of(manifest_of(path))
         try:
@@ -174,7 +181,8 @@ def _read(path: Path) -> Any:
             raise
         except Exception as error:  # zipfile's, torch's and pickle's errors have no common class
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: zipfile's wrong seek
+            # EINVAL means damage: zipfile seeks before the start of a file that is too short.
+            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
                 raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
             if manifest == bytes_of(manifest_of(path)):
                 raise DamagedCheckpointError(f"{path}: cannot be read as a checkpoint ({reason})") from error
@@ -193,14 +201,15 @@ def check_content(file: BufferedReader, manifest: bytes | None) -> None:
     with zipfile.ZipFile(file) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise ValueError("compressed, which no checkpoint is: it could grow without limit")
-        damaged = archive.testzip() if manifest is None else None  # torch.load does not look at the checksums
+        # torch.load does not look at the checksums.
+        damaged = archive.testzip() if manifest is None else None
     if damaged is not None:
         raise ValueError(f"damaged: the checksum of {damaged} does not match")
     file.seek(0)
 
 
 def _parse_manifest(manifest: bytes) -> dict[str, Any]:
-    """Its step, size and sha256, or ValueError."""
+    """Return its step, size and sha256; raise ValueError where it has none."""
     try:
         parsed = json.loads(manifest)
         return {"step": int(parsed["step"]), "size": int(parsed["size"]), "sha256": str(parsed["sha256"])}
@@ -209,7 +218,7 @@ def _parse_manifest(manifest: bytes) -> dict[str, Any]:
 
 
 def bytes_of(path: Path) -> bytes | None:
-    """The file's content; None where it cannot be read."""
+    """Return the file's content, or None where it cannot be read."""
     try:
         return path.read_bytes()
     except OSError:
@@ -217,7 +226,7 @@ def bytes_of(path: Path) -> bytes | None:
 
 
 class _Hashed:
-    """torch.save with the SHA-256 of what it writes, on the way."""
+    """A file for torch.save that computes the SHA-256 of what is written."""
 
     def __init__(self) -> None:
         self.digest = hashlib.sha256()
@@ -227,7 +236,8 @@ class _Hashed:
         self._file = file
         try:
             torch.save(content, self)  # type: ignore[arg-type]  # it asks for write and flush alone
-        except RuntimeError:  # torch's, of a position that is not what it expects
+        # Where a write fails, torch raises its own error about a wrong position: ours says what happened.
+        except RuntimeError:
             if self._error is not None:
                 raise self._error from None
             raise
@@ -245,7 +255,8 @@ class _Hashed:
 
 
 def _put(temporary: Path, path: Path, manifest: bytes | None) -> None:
-    """Rename, then the manifest: never one beside a file that it does not describe."""
+    """Rename a file, then write its manifest."""
+    # The old manifest goes first: it must never lie beside a file that it does not describe.
     manifest_of(path).unlink(missing_ok=True)
     os.replace(temporary, path)
     sync_folder(path.parent)
@@ -254,7 +265,7 @@ def _put(temporary: Path, path: Path, manifest: bytes | None) -> None:
 
 
 def _linked(path: Path, beside: Path) -> Path:
-    """Another name for the file, ready to be renamed to `beside`; a copy where the file system has no links."""
+    """Give the file another name, ready to be renamed to `beside`; copy it where the file system has no links."""
     linked = beside.with_name(f"{beside.name}.{os.urandom(4).hex()}.tmp")
     try:
         os.link(path, linked)
@@ -265,21 +276,15 @@ def _linked(path: Path, beside: Path) -> Path:
 
 
 def _num_bytes(content: Any) -> int:
-    """Of all tensors and texts, which is a checkpoint's size but for a few KB."""
-    return sum(part.nbytes if isinstance(part, torch.Tensor) else len(part) for part in _parts(content))
-
-
-def _parts(content: Any) -> Iterator[torch.Tensor | str]:
-    if isinstance(content, torch.Tensor | str):
-        yield content
-    elif isinstance(content, dict | list | tuple):
-        for part in content.values() if isinstance(content, dict) else content:
-            yield from _parts(part)
+    """Return the bytes of all tensors and texts: a checkpoint's size but for a few KB."""
+    if isinstance(content, dict | list | tuple):
+        return sum(map(_num_bytes, content.values() if isinstance(content, dict) else content))
+    return content.nbytes if isinstance(content, torch.Tensor) else len(content) if isinstance(content, str) else 0
 
 
 def find_checkpoint(source: Path) -> Path:
-    """The file itself, or a run folder's best.pt, or its last.pt."""
-    if not os.path.isdir(source):  # which takes a name that no file system does for none
+    """Return a checkpoint file itself, or a run folder's best.pt, or its last.pt."""
+    if not os.path.isdir(source):  # also for a name that no file system takes
         return source
     folder = source if source.name == "checkpoints" else source / "checkpoints"
     return folder / "best.pt" if (folder / "best.pt").exists() else folder / "last.pt"

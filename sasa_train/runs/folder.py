@@ -1,5 +1,6 @@
-"""A run's folder: which one, who holds it, what it says about itself."""
+"""A run's folder: finding or making it, holding it, and the files in which it describes itself."""
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,9 +22,9 @@ from sasa_train.terminal import printable, warn
 
 @dataclass
 class RunFolder:
-    """`path` is ours alone while `lock` is open; `checkpoint` is where to go on from, or None at the beginning.
+    """A folder that is ours alone while `lock` is open; `checkpoint` is where the run goes on, None at its beginning.
 
-    Of several processes the first one has the lock, and writes; the others have None, and write nothing.
+    Of several processes the first has the lock and writes; the others' lock is None, and they write nothing.
     """
 
     path: Path
@@ -32,7 +33,7 @@ class RunFolder:
     checkpoint: dict[str, Any] | None
     is_new: bool = True  # it has no checkpoint of its own
     metrics: str = ""  # metrics.jsonl as the checkpoint knows it
-    provenance: dict[str, Any] = field(default_factory=dict)  # of what runs now
+    provenance: dict[str, Any] = field(default_factory=dict)  # of the current start
 
     def write(self, name: str, data: bytes) -> None:
         """Put a file into the folder, whole or not at all."""
@@ -48,9 +49,9 @@ class RunFolder:
             update_info(self.path, changes)
 
     def write_start(self, difference: str, step: int) -> None:
-        """Note in run.json what runs now, and in its `starts` every time the run was started or continued.
+        """Note in run.json what runs now, and add this start to its `starts`.
 
-        The `difference` of the code from its last commit is kept beside it.
+        The `difference` of the code from its last commit is kept in a file beside it.
         """
         now = self.provenance
         if difference:
@@ -60,12 +61,12 @@ class RunFolder:
         self.write_info(**now, starts=[*read_info(self.path).get("starts", []), start], status="running")
 
     def note_checkpoint(self) -> None:
-        """Remember that there is one, for the day when all are gone."""
+        """Remember that there is one, so that a later start notices where all are gone."""
         if self.is_new:
             self.is_new = not self.try_write_info(has_checkpoint=True)
 
     def try_write_info(self, **changes: Any) -> bool:
-        """As `write_info`, where a full disk must not hide or stop what matters more; False where it did not work."""
+        """Update run.json where a full disk must not stop what matters more; return whether it worked."""
         try:
             self.write_info(**changes)
         except OSError as error:
@@ -74,7 +75,7 @@ class RunFolder:
         return True
 
     def write_end(self, checkpoint: dict[str, Any]) -> None:
-        """What is left to write of a finished run, or was damaged since."""
+        """Write what is missing of a finished run, or was damaged since."""
         self.write_info(status="finished", best=checkpoint["best"])
         metrics, path = checkpoint["metrics"].encode(), self.path / "metrics.jsonl"
         if not path.exists() or path.read_bytes() != metrics:
@@ -94,7 +95,7 @@ def open_run(config: TrainConfig, run_name: str) -> RunFolder:
     try:
         checkpoints = Checkpoints(path / "checkpoints", config.trainer.keep_checkpoints)
         own = checkpoints.newest(warn)
-        for stale in path.glob("*.tmp"):  # of a start that was killed
+        for stale in path.glob("*.tmp"):  # left by a start that was killed
             stale.unlink()
         if own is not None:
             check_trajectory(own, config, path)
@@ -109,7 +110,8 @@ def open_run(config: TrainConfig, run_name: str) -> RunFolder:
         if given is None and Path(config.resume).is_file():  # an earlier start ended before its first checkpoint
             given = _load_given(config)
         run = RunFolder(path, lock, checkpoints, given)
-        run.write_config(config)  # from here on another start finds it
+        # From here on another start of the same command finds this folder.
+        run.write_config(config)
         return run
     except BaseException:
         lock.close()
@@ -117,7 +119,7 @@ def open_run(config: TrainConfig, run_name: str) -> RunFolder:
 
 
 def _choose_folder(config: TrainConfig, wanted: Path) -> tuple[Path, dict[str, Any] | None]:
-    """The folder to run in, made where it is not there, and the checkpoint that a new one starts from."""
+    """Return the folder to run in, made where it is not there, and the checkpoint that a new one starts from."""
     source = Path(config.resume)
     try:
         if config.resume == "auto":
@@ -129,14 +131,14 @@ def _choose_folder(config: TrainConfig, wanted: Path) -> tuple[Path, dict[str, A
             return source, None
         if (path := _folder_started_from(wanted, config.resume)) is not None:
             return path, None
-        given = _load_given(config)  # before a folder is made that a refusal would leave empty
+        given = _load_given(config)  # first, so that a refusal leaves no empty folder
         return _new_folder(wanted), given
     except OSError as error:
         raise ConfigError(f"output_dir={config.output_dir}: {wanted} cannot be made ({error.strerror})") from error
 
 
 def _load_given(config: TrainConfig) -> dict[str, Any]:
-    """The checkpoint that `resume` names; its best.pt and log stay in their folder."""
+    """Load the checkpoint that `resume` names; its best.pt and log stay in their folder."""
     source = Path(config.resume)
     if not source.is_file():
         raise ConfigError(f"resume={config.resume} must be auto, never, a run folder or a checkpoint; it is not there")
@@ -150,10 +152,9 @@ def _load_given(config: TrainConfig) -> dict[str, Any]:
 
 
 def load_saved_config(path: Path, overrides: Sequence[str]) -> TrainConfig:
-    """A run folder's config: its last checkpoint's; config.yaml may be damaged, or of a start that ended early.
+    """Return a run folder's config; ConfigError as in `load_config`.
 
-    Raises:
-        ConfigError: as `load_config`.
+    The last checkpoint's comes first: config.yaml may be damaged, or left by a start that ended early.
     """
     last = path / "checkpoints/last.pt"
     try:
@@ -163,7 +164,7 @@ def load_saved_config(path: Path, overrides: Sequence[str]) -> TrainConfig:
 
 
 def check_trajectory(checkpoint: dict[str, Any], config: TrainConfig, path: Path) -> None:
-    """Refuse to continue a checkpoint with a config that would have led elsewhere, but where the user allows it."""
+    """Refuse to continue a checkpoint with a config that would have led elsewhere, unless the user allows it."""
     saved = load_config(checkpoint["config"], source=f"the config in the checkpoint of {path}")
     same = has_same_world_size(checkpoint)
     keys = [key for key in differing_keys(saved, config, same) if key not in config.allow_config_change]
@@ -179,7 +180,8 @@ def check_trajectory(checkpoint: dict[str, Any], config: TrainConfig, path: Path
 
 
 def check_pretrained(checkpoint: dict[str, Any], config: TrainConfig, path: Path) -> None:
-    """Refuse to take a run that began with other weights for the one asked for; that they are gone does not matter."""
+    """Refuse to continue a run that began with other weights than those that `model.pretrained` names now."""
+    # Weights that are gone are not compared: the run does not need them any more.
     source, before = config.model.pretrained, checkpoint["provenance"].get("pretrained_sha256")
     if source in (None, PUBLISHED) or before is None or "model.pretrained" in config.allow_config_change:
         return
@@ -195,11 +197,7 @@ def check_pretrained(checkpoint: dict[str, Any], config: TrainConfig, path: Path
 
 
 def check_data(checkpoint: dict[str, Any], fingerprints: dict[str, Any], config: TrainConfig) -> None:
-    """Refuse to continue a checkpoint on other images than those it was trained with, but where the user allows it.
-
-    Raises:
-        ConfigError: what changed, by class.
-    """
+    """Raise ConfigError, naming the changes, for other images than the checkpoint's, unless the user allows them."""
     saved = checkpoint["fingerprint"]
     found = [line for split in saved for line in differences(saved[split], fingerprints[split], split)]
     if not found:
@@ -216,7 +214,7 @@ def check_data(checkpoint: dict[str, Any], fingerprints: dict[str, Any], config:
 
 
 def is_finished(checkpoint: dict[str, Any], config: TrainConfig) -> bool:
-    """Finished under this very config; an allowed change (more epochs, say) trains it further."""
+    """Whether a run finished under this very config; an allowed change (more epochs, say) trains it further."""
     saved = load_config(checkpoint["config"])
     return checkpoint["finished"] and not differing_keys(saved, config, has_same_world_size(checkpoint))
 
@@ -230,42 +228,34 @@ def _allow(keys: list[str]) -> str:
 
 
 def _numbered(wanted: Path) -> Iterator[Path]:
-    """`wanted`, `wanted-2`, `wanted-3`, ..."""
+    """Yield `wanted`, `wanted-2`, `wanted-3`, ..."""
     return (wanted if n == 1 else wanted.with_name(f"{wanted.name}-{n}") for n in itertools.count(1))
 
 
 def _new_folder(wanted: Path) -> Path:
-    """The first numbered folder that does not exist, made here and now, so that no other run takes it too."""
+    """Make the first numbered folder that does not exist, so that no other run takes it too."""
     for path in _numbered(wanted):
-        try:
+        with contextlib.suppress(FileExistsError):
             path.mkdir(parents=True)
             return path
-        except FileExistsError:
-            continue
     raise AssertionError("unreachable")
 
 
 def _folder_started_from(wanted: Path, resume: str) -> Path | None:
-    """The numbered folder that the same command made before."""
-    for path in _numbered(wanted):
-        if not path.exists():
-            return None
-        try:
+    """Return the numbered folder that the same command made before."""
+    for path in itertools.takewhile(Path.exists, _numbered(wanted)):
+        with contextlib.suppress(ConfigError):
             if load_config_file(path / "config.yaml").resume == resume:
                 return path
-        except ConfigError:
-            continue
-    raise AssertionError("unreachable")
+    return None
 
 
 def refuse_links(path: Path) -> None:
-    """A run folder may come from a stranger: nothing in it may lead writes out of it."""
-    folders = [
-        path,
-        *(path / name for name in ("checkpoints", "tensorboard", "tensorboard/figures", "figures", "profile")),
-    ]
-    for entry in (entry for folder in folders if folder.is_dir() for entry in folder.iterdir()):
-        if entry.is_symlink():
+    """Refuse a run folder with symbolic links."""
+    # It may come from a stranger, and nothing in it may lead our writes out of it.
+    for name in ("", "checkpoints", "tensorboard", "tensorboard/figures", "figures", "profile"):
+        folder = path / name
+        for entry in filter(Path.is_symlink, folder.iterdir() if folder.is_dir() else ()):
             raise ConfigError(
                 f"{entry} is a symbolic link, and a run writes inside its folder alone: put there what it links to, "
                 "or move the whole run with output_dir=..."

@@ -1,4 +1,4 @@
-"""A sweep's ledger: each job's overrides, state, tries, why it ended, and its metrics. One JSON file, written whole."""
+"""A sweep's ledger: each job's overrides, state, tries, reason of its end and metrics. One JSON file, written whole."""
 
 import dataclasses
 import json
@@ -19,25 +19,25 @@ FINISHED = "finished"
 
 @dataclass
 class Job:
-    """A run to be, and what came of it: sasa-train's overrides, and the run folder's name, which they alone decide.
+    """A planned run and its history: sasa-train's overrides, and the run folder's name, which follows from them alone.
 
     `best` and `last` are the evaluation with the highest top1, and the newest.
 
-    state: waiting (to be started, perhaps again), running, done, interrupted (stopped in between: the same command goes
-    on with it), failed (as often in a row as sweep.max_tries), refused (its config or its data; each command tries it
+    state: waiting (to be started, perhaps again), running, done, interrupted (stopped before its end: the same command
+    continues it), failed (as often in a row as sweep.max_tries), refused (its config or its data; each command tries it
     once), pruned (a search gave it up).
     """
 
     name: str
     overrides: list[str]
-    label: str = ""  # what it differs in from the sweep's other jobs
+    label: str = ""  # how it differs from the sweep's other jobs
     epochs: int = 0
     state: str = "waiting"
     reason: str = ""
     tries: list[dict[str, Any]] = field(default_factory=list)  # started, seconds, exit_code, reason
     best: dict[str, Any] | None = None
     last: dict[str, Any] | None = None
-    trials: list[int] = field(default_factory=list)  # of a search: the numbers of those that it stands for
+    trials: list[int] = field(default_factory=list)  # in a search: the numbers of the trials that it stands for
 
     def begin(self) -> None:
         self.state, self.reason = "running", ""
@@ -49,7 +49,7 @@ class Job:
             self.tries[-1] |= {"seconds": seconds and round(seconds, 1), "exit_code": exit_code, "reason": reason}
 
     def failures_in_a_row(self) -> int:
-        """Tries that ended by themselves and not well, since the last that was stopped or got to the end."""
+        """Count the tries that failed by themselves since the last one that was stopped or finished."""
         count = 0
         for one in reversed(self.tries):
             if one["exit_code"] in (None, REFUSED, INTERRUPTED) or one["reason"] == FINISHED:
@@ -58,7 +58,7 @@ class Job:
         return count
 
     def note_metrics(self, run_dir: Path) -> bool:
-        """Bring `best` and `last` up to the run's metrics.jsonl; True where there is an evaluation more."""
+        """Bring `best` and `last` up to the run's metrics.jsonl; return whether there is a new evaluation."""
         rows: list[dict[str, Any]] = [
             {key: row.get(key) for key in ("top1", "top5", "loss", "step", "epoch")}
             for row in read_metrics(run_dir / "metrics.jsonl", skip_damaged=True)
@@ -71,11 +71,11 @@ class Job:
 
 
 class Ledger:
-    """The jobs of a sweep in the order in which they were first asked for; `save` after each change."""
+    """The jobs of a sweep, in the order in which they were first asked for; `save` it after each change."""
 
     def __init__(self, path: Path, about: dict[str, Any]):
         self.path, self.about = path, about
-        self.asked: set[str] = set()  # names of the jobs that this command is about; the ledger may know others
+        self.asked: set[str] = set()  # names of this command's jobs; the ledger may know others
         try:
             known = read_ledger(path)[1] if path.exists() else {}
         except DamagedLedgerError as error:
@@ -88,7 +88,7 @@ class Ledger:
                 job.end("interrupted", "the sweep ended before it did")
 
     def add(self, planned: Job) -> Job:
-        """The job with its history here; refused where its config is, done where its run folder says so."""
+        """Return the job with its history; it is refused where its config is, done where its run folder says so."""
         job = self.jobs.setdefault(planned.name, planned)
         self.asked.add(job.name)
         job.overrides, job.label, job.epochs = planned.overrides, planned.label, planned.epochs
@@ -104,7 +104,7 @@ class Ledger:
         return [job for job in self.jobs.values() if job.name in self.asked]
 
     def save(self) -> None:
-        """Write it; a full disk does not end the jobs: the next save has everything."""
+        """Write the ledger; a full disk does not end the jobs: the next save has everything."""
         jobs = {name: {k: v for k, v in vars(job).items() if k != "name"} for name, job in self.jobs.items()}
         content = {"format_version": FORMAT_VERSION, "sweep": self.about, "jobs": jobs}
         try:
@@ -118,7 +118,7 @@ class DamagedLedgerError(ConfigError):
 
 
 def read_ledger(path: Path) -> tuple[dict[str, Any], dict[str, Job]]:
-    """What a sweep says about itself (its command, say), and its jobs by name.
+    """Return a sweep's description (its command, say), and its jobs by name.
 
     Raises:
         DamagedLedgerError: the file is not what a sweep wrote.
@@ -127,7 +127,7 @@ def read_ledger(path: Path) -> tuple[dict[str, Any], dict[str, Job]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if (version := content.get("format_version")) != FORMAT_VERSION:
-            raise ConfigError(f"{path}: is no ledger of format {FORMAT_VERSION} (format_version={version!r})")
+            raise ConfigError(f"{path}: is not a ledger of format {FORMAT_VERSION} (format_version={version!r})")
         known = {f.name for f in dataclasses.fields(Job)}
         jobs = [Job(name, **{k: v for k, v in job.items() if k in known}) for name, job in content["jobs"].items()]
         if not all(_is_whole(job) for job in jobs):

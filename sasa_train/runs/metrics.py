@@ -1,4 +1,4 @@
-"""metrics.jsonl: one row for each log step and evaluation, written as one clean series whatever interrupts the run."""
+"""metrics.jsonl: one row per log step and evaluation, written as one clean series whatever interrupts the run."""
 
 import contextlib
 import json
@@ -18,8 +18,8 @@ DAMAGE = (ValueError, TypeError, LookupError, RecursionError)  # raised by a lin
 class MetricsFile:
     """The file while a run writes it: the rows that the checkpoint holds (`text`), then what the run adds.
 
-    It begins as the checkpoint's copy, so that it is whole again whatever happened to it. `run_dir` None writes
-    nothing: of several processes, all but the first.
+    It begins as the checkpoint's copy, so that it is whole again whatever happened to it. All processes but the first
+    give None as `run_dir`, which writes nothing.
     """
 
     def __init__(self, run_dir: Path | None, text: str):
@@ -32,18 +32,18 @@ class MetricsFile:
 
     @property
     def text(self) -> str:
-        """All rows, as in the file, for the checkpoint."""
+        """All rows as in the file, for the checkpoint."""
         return "".join(self._lines)
 
     def write(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Append a row at once; numbers that JSON has not become null. Returns the row as it is written."""
+        """Append a row at once, with null for numbers that JSON does not have; return the row as written."""
         row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         self._lines.append(json.dumps(row) + "\n")
         self._flush()
         return row
 
     def _flush(self) -> None:
-        """Append what is not in the file yet: whole rows or nothing; the checkpoints have them too."""
+        """Append the rows that are not in the file yet, all or none; the checkpoints have them too."""
         data = "".join(self._lines[self._num_written :]).encode()
         try:
             rest = memoryview(data)
@@ -61,7 +61,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path, skip_damaged: bool = False) -> list[dict[str, Any]]:
-    """Every row; of a run that goes on, the last line may be half there.
+    """Return every row, but not a last line that a running run has written only half.
 
     Raises:
         ConfigError: the file is damaged; with `skip_damaged` the rows that are whole are returned instead.

@@ -1,4 +1,4 @@
-"""What made a run: the command, the code with what is not committed, packages, the machine."""
+"""The provenance of a run: its command, the code with what is not committed, packages, the machine."""
 
 import hashlib
 import os
@@ -21,7 +21,7 @@ PACKAGES = ("torchvision", "timm", "hydra-core", "omegaconf", "numpy", "sasa_tra
 
 
 def provenance(config: TrainConfig) -> tuple[dict[str, Any], str]:
-    """Plain values for run.json and checkpoints, and what the code differs in from its last commit.
+    """Return plain values for run.json and checkpoints, and the difference of the code from its last commit.
 
     `reproduce` is the command in full, whatever presets, sweep or script the config came from.
     """
@@ -58,7 +58,7 @@ def _launcher() -> list[str]:
 
 
 def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs in code, packages and machine since a checkpoint, as far as it may show in the numbers."""
+    """List what changed in code, packages and machine since a checkpoint and may show in the numbers."""
     lines = []
     if before.get("commit") != now["commit"]:
         lines.append(f"the code: commit {before.get('commit')} -> {now['commit']}")
@@ -77,7 +77,8 @@ def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _git(*arguments: str) -> str | None:
-    """Of the checkout this code is in; None where it is in none, as in an environment inside somebody's checkout."""
+    """Return git's answer about the checkout that this code is in, or None where it is in none."""
+    # An environment may lie inside somebody else's checkout, so git must know this very file.
     here = Path(__file__)
     try:
         for command in (["ls-files", "--error-unmatch", here.name], arguments):

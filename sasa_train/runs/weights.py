@@ -1,4 +1,4 @@
-"""Weights to begin a training with, from wherever `model.pretrained` says: our own files, exports, timm's."""
+"""Initial weights, from wherever `model.pretrained` says: our own checkpoints and exports, timm's files and names."""
 
 import argparse
 import hashlib
@@ -25,23 +25,23 @@ from sasa_train.refusal import ConfigError, shorten
 from sasa_train.runs.checkpoint import bytes_of, check_content, find_checkpoint, load_checkpoint, manifest_of
 from sasa_train.terminal import printable
 
-# Where training programs keep the weights, the averaged ones first, as sasa_train and timm prefer them.
+# The names under which training programs save weights; the averaged ones first, as sasa_train and timm prefer them.
 WEIGHT_KEYS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model")
 SOURCES = "a checkpoint, a run folder, a .safetensors file, a hub folder (model.safetensors) or timm"
 
 
 @dataclass
 class Weights:
-    """`classes` and `dials` (the overrides that make its model) where the source knows them."""
+    """Weights, with `classes` and `model_overrides` (which make their model) where the source knows them."""
 
     state_dict: StateDict
     classes: list[str] | None = None
-    dials: str | None = None
-    sha256: str = ""  # of the file; of the tensors where timm has them from somewhere
+    model_overrides: str | None = None
+    sha256: str = ""  # of the file, or of the tensors of timm's published weights
 
 
 def read_weights(config: TrainConfig) -> Weights:
-    """Read what `model.pretrained` names; the averaged weights, where there are both. No code in a file can run.
+    """Read what `model.pretrained` names, the averaged weights where there are both; no code in a file can run.
 
     Raises:
         ConfigError: there is no such file, or it is damaged, or holds no weights.
@@ -66,19 +66,15 @@ def read_weights(config: TrainConfig) -> Weights:
 
 
 def weights_file(source: str) -> Path:
-    """The file in which `source` keeps its weights.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Return the file that holds the weights of `source`; ConfigError where there is none."""
     path, where = Path(source), f"model.pretrained={printable(source)}"
-    if os.path.isdir(path):  # which takes a name that no file system does for none
+    if os.path.isdir(path):  # also for a name that no file system takes
         exported = path / "model.safetensors"
         path = exported if os.path.isfile(exported) else find_checkpoint(path)
         if not os.path.isfile(path):
             raise ConfigError(f"{where}: the folder has no checkpoints and no model.safetensors; name {SOURCES}")
     if not os.path.isfile(path):
-        raise ConfigError(f"{where} is no file; name {SOURCES}")
+        raise ConfigError(f"{where} is not a file; name {SOURCES}")
     return path
 
 
@@ -88,7 +84,7 @@ def sha256_of(path: Path) -> str:
 
 
 def load_into(model: nn.Module, weights: Weights, classes: list[str], source: str) -> PretrainedReport:
-    """`load_pretrained`; the classifier too where its classes have the same names, or where nobody knows them.
+    """Load weights by `load_pretrained`; the classifier too where its classes have the same names or are not known.
 
     Raises:
         ConfigError: as `load_pretrained`, with the keys of the file's model where they are known.
@@ -96,7 +92,7 @@ def load_into(model: nn.Module, weights: Weights, classes: list[str], source: st
     try:
         return load_pretrained(model, weights.state_dict, weights.classes in (None, classes))
     except ConfigError as error:
-        remedy = f"; its own model: {weights.dials}" if weights.dials else ""
+        remedy = f"; its own model: {weights.model_overrides}" if weights.model_overrides else ""
         raise ConfigError(f"model.pretrained={printable(source)}: {error}{remedy}") from error
 
 
@@ -123,11 +119,11 @@ def _load(path: Path) -> dict[Any, Any]:
 
 def _of_checkpoint(checkpoint: dict[str, Any]) -> Weights:
     averaged = checkpoint["ema"] if checkpoint["ema"] is not None else checkpoint["model"]
-    return Weights(_tensors(averaged), checkpoint["classes"], _dials(checkpoint["config"]))
+    return Weights(_tensors(averaged), checkpoint["classes"], _model_overrides(checkpoint["config"]))
 
 
-def _dials(yaml_text: str) -> str | None:
-    """The model of a saved config, as one would ask for it; None where a later version's keys are in it."""
+def _model_overrides(yaml_text: str) -> str | None:
+    """Return the overrides that ask for a saved config's model, or None where it has keys of a later version."""
     try:
         model = load_config(yaml_text).model
     except ConfigError:
@@ -136,18 +132,22 @@ def _dials(yaml_text: str) -> str | None:
     return " ".join(f"model.{key}={as_written(value)}" for key, value in given.items())
 
 
-def _of_safetensors(path: Path) -> Weights:
-    """With what sasa-export puts into the file's metadata, or the class names in a hub folder's config.json."""
+def read_safetensors(path: Path) -> tuple[dict[str, str], StateDict]:
+    """Return the metadata and the tensors of a .safetensors file."""
     with safe_open(path, framework="pt") as file:
-        described = file.metadata() or {}
-        state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+        return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _of_safetensors(path: Path) -> Weights:
+    # Classes and config are in the metadata that sasa-export writes; a hub folder's config.json has class names too.
+    described, state_dict = read_safetensors(path)
     classes = _class_names(described.get("classes", "")) or _class_names(bytes_of(path.with_name("config.json")) or "")
-    dials = _dials(described["config"]) if "config" in described else None
-    return Weights(_tensors(clean_state_dict(state_dict)), classes, dials)
+    overrides = _model_overrides(described["config"]) if "config" in described else None
+    return Weights(_tensors(clean_state_dict(state_dict)), classes, overrides)
 
 
 def _class_names(text: str | bytes) -> list[str] | None:
-    """Of a list in JSON, or of the `label_names` in timm's config.json; None where it is anything else."""
+    """Read a list in JSON, or the `label_names` in timm's config.json; None for anything else."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -161,7 +161,7 @@ def _named(content: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _tensors(content: dict[Any, Any]) -> StateDict:
-    """Only what a model could take: named tensors with numbers in them."""
+    """Keep what a model could take: named tensors of plain numbers."""
     return {name: value for name, value in _named(content).items() if isinstance(value, Tensor) and _is_plain(value)}
 
 

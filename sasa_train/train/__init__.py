@@ -1,4 +1,4 @@
-"""sasa-train: from the command line to a run; the run itself is in loop.py, so that `--help` needs no torch.
+"""sasa-train: from the command line to a run. The run itself is in training/, so that `--help` needs no torch.
 
 `torchrun --nproc-per-node=N -m sasa_train.train` takes the same arguments.
 """
@@ -30,7 +30,7 @@ Train an image classifier into a folder of its own in outputs/. The same command
 
   sasa-train experiment=quickstart                                    a first run, two minutes on a CPU
   sasa-train model=hybrid_resnet26 data=cifar10 trainer.epochs=100
-  sasa-train data=image_folder data.root=/path/to/images              your own: train/ and val/, a folder a class
+  sasa-train data=image_folder data.root=/path/to/images              your own: train/ and val/, one folder per class
   sasa-train resume=outputs/RUN_NAME                                  go on with this run
   sasa-train experiment=quickstart seed=0,1,2 -m                      a plain Hydra sweep; sasa-sweep can do more
   torchrun --nproc-per-node=8 -m sasa_train.train ...                 the same on several GPUs"""
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def end(code: int) -> None:
-    """End this process with `code`, whatever signals come."""
+    """End this process with `code`, whatever signals arrive."""
     ignore_until_the_end()
     if world_size() > 1:
         from sasa_train.processes.collectives import leave
@@ -51,7 +51,7 @@ def end(code: int) -> None:
 
 
 def run_command(arguments: list[str]) -> int:
-    """Run with command-line arguments; returns the exit code."""
+    """Run with command-line arguments; return the exit code."""
     if {"-h", "--help"} & set(arguments):
         if rank() == 0:
             print_help("sasa-train", USAGE)
@@ -72,7 +72,7 @@ def run_command(arguments: list[str]) -> int:
 
 
 class PrintableFormatter(logging.Formatter):
-    """The message alone, without what would command the terminal."""
+    """The message alone, without control characters for the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable_lines(super().format(record))
@@ -86,17 +86,17 @@ def set_up_logging() -> None:
 
 
 def read_config(arguments: list[str]) -> TrainConfig:
-    """The composed config; `resume=<run folder>` without a group choice starts from that run's own config.
+    """Compose the config; `resume=<run folder>` without a group choice starts from that run's own config.
 
     Raises:
-        ConfigError: what the command line or a file gets wrong.
+        ConfigError: an error in the command line or a file.
     """
     resume = [o.value() for o in parse_overrides(arguments) if o.key_or_group == "resume"]
     folder = Path(str(resume[-1])) if resume else None
     if folder is not None and os.path.isfile(folder / "config.yaml") and not chooses_group(arguments):
         from sasa_train.runs.folder import load_saved_config
 
-        # What one continuation was allowed to change, the next is not.
+        # A permission to change keys holds for one continuation only.
         config = load_saved_config(folder, ["allow_config_change=[]", *arguments])
     else:
         config = compose_config(arguments)
@@ -110,10 +110,10 @@ def read_config(arguments: list[str]) -> TrainConfig:
 
 
 def multirun(arguments: list[str]) -> int:
-    """A sweep by one of Hydra's launchers: one run folder a job. Every job's config is checked before the first begins.
+    """Run a sweep by one of Hydra's launchers, with one run folder per job; return the first exit code that is not 0.
 
     Raises:
-        ConfigError: a job's config is refused.
+        ConfigError: a job's config is refused; all are checked before the first job begins.
     """
     from sasa_train.training.hydra_launch import launch
 
@@ -130,13 +130,13 @@ def multirun(arguments: list[str]) -> int:
 
 
 def train_together(arguments: list[str]) -> int:
-    """As one of the processes that torchrun started: the first one reads the config for all."""
+    """Train as one of the processes that torchrun started; the first one reads the config for all."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         raise ConfigError(
             f"WORLD_SIZE={world_size()}, but torchrun did not start this process; several are started by "
             "torchrun --nproc-per-node=N -m sasa_train.train ..., and one without WORLD_SIZE"
         )
-    # C++ warnings: of an option of DDP, from each process, that is meant.
+    # Silences C++ warnings: each process would warn of an option of DDP that is set on purpose.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from sasa_train.processes import collectives
 
@@ -158,8 +158,8 @@ def train_together(arguments: list[str]) -> int:
 
 
 def print_help(command: str, usage: str) -> None:
-    """Usage, the groups with their choices, and every key with default, meaning and bounds."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends in peace
+    """Print the usage, the groups with their choices, and every key with default, meaning and bounds."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `--help | head` ends without an error
     print(f"usage: {command} {usage}\n")
     print("Config groups (group=choice; the files are in configs/; an experiment chooses in all groups at once):")
     for group in GROUPS:

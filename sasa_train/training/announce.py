@@ -1,4 +1,4 @@
-"""What a run says before its first step and after its last, as text."""
+"""The texts that a run prints before its first step and after its last."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from sasa_train.training.state import TrainState
 
 
 def describe_plan(plan: RunPlan, loaders: Loaders, state: TrainState) -> str:
-    """What was derived from the config: device, sizes, batch, learning rate, and where the run goes on."""
+    """The values derived from the config: device, sizes, batch, learning rate, and where the run goes on."""
     config, train, val = plan.config, loaders.train.plan, loaders.val.plan
     num_parameters = sum(p.numel() for p in state.model.parameters())
     batch = f"{config.trainer.global_batch_size}"
@@ -26,7 +26,7 @@ def describe_plan(plan: RunPlan, loaders: Loaders, state: TrainState) -> str:
         "model": f"{config.model.name}, {num_parameters:,} parameters",
         "data": f"{config.data.name}, {train.num_images:,} train and {val.num_images:,} val images of "
         f"{plan.image_size} pixels, {len(loaders.classes)} classes, {loaders.kind}",
-        "batch": f"{batch} images a step, {plan.steps_per_epoch:,} steps an epoch, {plan.num_steps:,} in all",
+        "batch": f"{batch} images per step, {plan.steps_per_epoch:,} steps per epoch, {plan.num_steps:,} in all",
         "lr": f"{peak_lr(config):g} at its peak ({config.optimizer.lr:g} {config.optimizer.lr_basis})",
     }
     if config.augment.mixup or config.augment.cutmix:
@@ -39,7 +39,7 @@ def describe_plan(plan: RunPlan, loaders: Loaders, state: TrainState) -> str:
 def describe_end(
     config: TrainConfig, run_dir: Path, state: TrainState, last_val: dict[str, Any], num_unreadable: int
 ) -> str:
-    """The closing table: top1, time, images/s, peak memory, where things are, what to do next."""
+    """The closing table: top1, time, images/s, peak memory, the files, and the next commands."""
     images = state.step * config.trainer.global_batch_size
     last = f"{last_val['top1']:.2f}" if last_val else "see metrics.jsonl"
     lines = {

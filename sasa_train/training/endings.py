@@ -1,4 +1,4 @@
-"""Every expected ending of a training run, as a message and an exit code. No torch before a run begins."""
+"""Every expected ending of a training run, as a message and an exit code. Imports no torch before a run begins."""
 
 import errno
 import sys
@@ -14,7 +14,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def train_safely(config: TrainConfig, stop: StopRequest | None = None) -> int:
-    """Train with every expected ending turned into a message and an exit code, from the first import on."""
+    """Train, and turn every expected ending into a message and an exit code, from the first import on."""
     stop = stop or StopRequest()
     try:
         return _train(config, stop)
@@ -26,6 +26,7 @@ def train_safely(config: TrainConfig, stop: StopRequest | None = None) -> int:
 
 
 def _train(config: TrainConfig, stop: StopRequest) -> int:
+    # Imported here: the import of torch takes seconds, in which a signal must already count as a stop request.
     from sasa_train.processes.collectives import lost_partner
     from sasa_train.training.run import train
 
@@ -41,9 +42,11 @@ def _train(config: TrainConfig, stop: StopRequest) -> int:
             raise
         place = f" {error.filename}" if error.filename else ""
         tell(OSError(f"cannot write{place} ({error.strerror}); make room and run the same command again"))
-    except (MemoryError, RuntimeError) as error:  # before the first step
-        if (reason := lost_partner(error)) is not None:  # not the first to fail, so no word for the others
+    except (MemoryError, RuntimeError) as error:
+        # A lost partner is asked for first: this process did not fail itself, so it leaves no word for the others.
+        if (reason := lost_partner(error)) is not None:
             fail(RuntimeError(f"process {rank()}: stopped: {reason}"))
+        # Only before the first step: later the run itself makes an OutOfMemoryError of it.
         elif is_out_of_memory(error):
             advice = "use a smaller model, data.image_size or data.max_train_images"
             tell(RuntimeError(f"out of memory ({error}); {advice}"))
@@ -53,7 +56,7 @@ def _train(config: TrainConfig, stop: StopRequest) -> int:
 
 
 def tell(error: Exception) -> None:
-    """`fail`, in one voice where there are several processes."""
+    """`fail`, but where several processes have the same error, one prints it."""
     if world_size() == 1:
         fail(error)
         return

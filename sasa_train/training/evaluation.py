@@ -1,6 +1,6 @@
-"""One evaluation: loss, top1, top5 and the confusion matrix over all images, each once; batch norm anew before it.
+"""One evaluation: loss, top1, top5 and the confusion matrix over all images; batch norm's statistics before it.
 
-Under torchrun each process takes its share of the images; what comes out is of all of them.
+Under torchrun each process takes its share of the images; the results are over all of them.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 
 @dataclass
 class Evaluation:
-    """Metrics over every image once: mean cross-entropy, top1 and top5 in percent.
+    """Metrics over each image once: mean cross-entropy, top1 and top5 in percent.
 
     `confusion` int64 [num_classes, num_classes] counts images by label (row) and prediction (column).
     """
@@ -48,11 +48,11 @@ def evaluate(
     precision: str,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
-    """Evaluate `model` in eval mode over `batches`; None where `stop_requested()` became true on the way.
+    """Evaluate `model` in eval mode over `batches`; None if `stop_requested()` became true on the way.
 
-    Each process gives its share of the batches, perhaps none, and gets the numbers of all. Never compiled, so that the
-    number does not depend on `trainer.compile`.
+    Each process gives its share of the batches, perhaps none, and gets the metrics over all.
     """
+    # Never compiled, so that the metrics do not depend on `trainer.compile`.
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, top5 hits
     confusion = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
@@ -78,7 +78,7 @@ def evaluate(
 
 
 def rank_classes(logits: Tensor) -> Tensor:
-    """int64 [B, 5], or as many as there are classes: the best first, which is the prediction."""
+    """The classes by logit, int64 [B, 5] or as many as there are; the first is the prediction."""
     return logits.topk(min(5, logits.shape[1]), dim=1).indices
 
 
@@ -88,10 +88,9 @@ def batch_norms(model: nn.Module) -> list[Any]:
 
 
 def recalibrate(model: nn.Module, batches: Batches, device: torch.device) -> None:
-    """Take batch norm's running statistics anew, as the plain average over `batches`; weights stay as they are.
+    """Replace batch norm's running statistics by the plain average over `batches` (arXiv 1803.05407, section 3.2).
 
-    What precise statistics do for a model whose weights are themselves an average: arXiv 1803.05407, section 3.2.
-    Processes give as many batches each, and all get the average over all.
+    Each process gives the same number of batches, and all get the average over all.
     """
     update_bn(batches, model, device)
     for norm in batch_norms(model):

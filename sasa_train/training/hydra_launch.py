@@ -29,17 +29,17 @@ from sasa_train.signals import StopRequest
 from sasa_train.terminal import DONE, FAILED, INTERRUPTED, REFUSED, fail
 from sasa_train.training.endings import train_safely
 
-LOG_LINES = 20  # shown of a job that ended badly elsewhere
+LOG_LINES = 20  # lines shown of the log of a job that ended badly elsewhere
 
 
 def launch(jobs: list[list[str]], hydra_overrides: list[str], folder: Path) -> list[int]:
-    """Run each job, a list of what `sasa-train` takes, by the launcher that `hydra_overrides` choose, and wait for all.
+    """Run each job, a list of arguments of `sasa-train`, by the launcher in `hydra_overrides`, and wait for all.
 
-    Returns each job's exit code, as `sasa-train` gives it; 1 for one that died. Its error is printed. What the launcher
-    writes itself goes to `folder`.
+    Returns each job's exit code, as `sasa-train` gives it: 1 for a job that died (its error is printed), 2 for a job
+    that is refused. The launcher writes its own files to `folder`.
 
     Raises:
-        ConfigError: the launcher is not there, or one of its keys is wrong. (A job that is refused is a code, 2.)
+        ConfigError: there is no such launcher, or one of its keys is wrong.
     """
     refusals = [_refusal(job) for job in jobs]
     accepted = [with_free_keys(job) for job, code in zip(jobs, refusals, strict=True) if code == DONE]
@@ -49,7 +49,8 @@ def launch(jobs: list[list[str]], hydra_overrides: list[str], folder: Path) -> l
 
 
 def _refusal(job: Sequence[str]) -> int:
-    """Looked for here, because a launcher that meets one composing its jobs gives up all of them."""
+    """The exit code of a job that is refused, or DONE."""
+    # Checked before the launch: a launcher that meets a refused config while it composes its jobs gives up all of them.
     try:
         compose_config(job)
     except ConfigError as error:
@@ -59,7 +60,7 @@ def _refusal(job: Sequence[str]) -> int:
 
 @contextmanager
 def _build_launcher(overrides: Sequence[str], folder: Path) -> Iterator[tuple[Launcher, list[int]]]:
-    """The launcher, and the codes of those of its jobs that have ended in this process."""
+    """The launcher, and a list to which each job that ends in this process adds its exit code."""
     ended: list[int] = []
     sweep_dir = QuotedString(str(folder), Quote.single).with_quotes()
     GlobalHydra.instance().clear()
@@ -74,7 +75,7 @@ def _build_launcher(overrides: Sequence[str], folder: Path) -> Iterator[tuple[La
                 f"{' '.join(overrides)}: {shorten(error)}\n(submitit's launchers: pip install 'sasa_train[slurm]'; "
                 "every key of a launcher is one of hydra.launcher.*)"
             ) from error
-        configure_log(config.hydra.hydra_logging, config.hydra.verbose)  # it says what it launches
+        configure_log(config.hydra.hydra_logging, config.hydra.verbose)  # the launcher logs each job that it launches
         yield launcher, ended
 
 
@@ -82,13 +83,13 @@ def _launch(launcher: Launcher, jobs: list[list[str]], ended: list[int]) -> list
     try:
         with _deaths_as_results():
             codes = [_exit_code(job) for job in launcher.launch(jobs, initial_job_idx=0)]
-    except SystemExit:  # a job here was stopped by a signal, and so is the sweep
+    except SystemExit:  # a signal stopped a job in this process, and with it the sweep
         codes = ended
     except KeyboardInterrupt:
         print("the sweep is no longer waited for; jobs that a cluster has been given go on there", file=sys.stderr)
         codes = ended
     except Exception as error:
-        if not ended:  # no job's doing
+        if not ended:  # the launcher's own failure, not a job's
             traceback.print_exc()
             raise ConfigError(f"the launcher failed ({shorten(error)}); jobs that it had started may go on") from error
         codes = ended + [FAILED] * (len(jobs) - len(ended))
@@ -96,9 +97,9 @@ def _launch(launcher: Launcher, jobs: list[list[str]], ended: list[int]) -> list
 
 
 def _train_job(ended: list[int], composed: DictConfig) -> int:
-    """What a launcher runs, here or in a process of its own, to which it is pickled: one run; returns its exit code."""
+    """Train one run, here or in a process of its own to which a launcher has pickled this; return its exit code."""
     is_here = HydraConfig.get().launcher._target_.endswith(".BasicLauncher")
-    if not is_here:  # what errors and run.json call the command is the job's
+    if not is_here:  # errors and run.json name sys.argv as the command
         sys.argv = ["sasa-train", *(o.removeprefix("++") for o in HydraConfig.get().overrides.task)]
     stop = StopRequest()
     code = FAILED
@@ -107,7 +108,7 @@ def _train_job(ended: list[int], composed: DictConfig) -> int:
     except ConfigError as error:
         code = fail(error)
     except Exception:
-        traceback.print_exc()  # now and here: a traceback does not survive the way back
+        traceback.print_exc()  # printed here: a traceback does not survive the way back to the launcher
     finally:
         stop.restore()
     ended.append(code)
@@ -119,32 +120,31 @@ def _train_job(ended: list[int], composed: DictConfig) -> int:
 
 
 def _hand_over(stop: StopRequest) -> None:
-    """Leave a stopped job to those who stopped it."""
+    """Pass the signal that stopped a job on to the launcher's own handler."""
+    # Upon USR2 submitit requeues the job, and ends this process here and now.
     try:
-        was_handled = stop.hand_on()  # submitit requeues the job upon USR2, and ends it here and now
-    except Exception as error:  # it was requeued as often as it may be
+        was_handled = stop.hand_on()
+    except Exception as error:  # it was requeued as often as is allowed
         print(error, file=sys.stderr)
         return
+    # SIGTERM, which submitit ignores: Slurm preempts the job and requeues it itself, or was told to cancel it. Either
+    # way there is no result to return yet.
     if was_handled:
-        # SIGTERM, which submitit ignores: Slurm preempts the job, and requeues it itself, or was told to cancel it. So
-        # there is no result yet.
         sys.exit(INTERRUPTED)
 
 
 def _exit_code(job: JobReturn) -> int:
     try:
         return job.return_value
-    except Exception as error:  # which it raises, as it failed
+    except Exception as error:  # a failed job's return_value raises its error
         print(f"a job was lost: {error}", file=sys.stderr)
         return FAILED
 
 
 @contextmanager
 def _deaths_as_results() -> Iterator[None]:
-    """Let submitit return a job that died like any other: its launcher would give up all for it.
-
-    Of those that ended badly the end of their log is printed.
-    """
+    """Inside, submitit returns a job that died like any other, and the end of a failed job's log is printed."""
+    # Without this its launcher would give up all jobs for one that died.
     try:
         from submitit import Job
         from submitit.core.utils import UncompletedJobError

@@ -1,10 +1,9 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard and the console. Knows nothing of models or data."""
+"""A run's numbers in metrics.jsonl, in TensorBoard and on the console."""
 
 import io
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,9 @@ TAGS = {
 
 
 class RunLogger:
-    """One series of rows: those that the checkpoint holds (`metrics`, its copy of metrics.jsonl), then what it adds.
+    """One series of rows: those of the checkpoint (`metrics`, its copy of metrics.jsonl), then the run's own.
 
-    One that `is_silent` writes and shows nothing: of several processes, that of all but the first.
+    With `is_silent` nothing is written or shown: so on all processes but the first.
     """
 
     def __init__(self, run_dir: Path, metrics: str, step: int, total_steps: int, is_silent: bool = False):
@@ -39,22 +38,19 @@ class RunLogger:
         self._file = MetricsFile(None if is_silent else run_dir, metrics)
         rows = [json.loads(line) for line in metrics.splitlines()]
         self.eval_seconds = next((row.get("seconds", 0.0) for row in reversed(rows) if row["split"] == "val"), 0.0)
-        # TensorBoard forgets all steps from purge_step on, so those of this step are said again.
-        self._board: SummaryWriter | None = None
-        if not is_silent:
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step)
+        self._board = None if is_silent else SummaryWriter(str(run_dir / "tensorboard"), purge_step=step)
+        # TensorBoard forgets all steps from purge_step on, so the rows of this step are written again.
         for row in rows:
             if row["step"] == step:
                 self._write_board(row)
-        # disable=None: where there is no terminal
-        disable = True if is_silent else None
+        disable = True if is_silent else None  # None: disabled where there is no terminal
         self._bar = tqdm(
             total=total_steps, initial=step, desc="training", unit="step", disable=disable, dynamic_ncols=True
         )
         self._total_steps = total_steps
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a row to metrics.jsonl, at once, and to TensorBoard; numbers that JSON has not become null."""
+        """Append a row to metrics.jsonl, at once, and to TensorBoard; NaN and infinities become null."""
         self._write_board(self._file.write(row))
 
     @property
@@ -79,7 +75,7 @@ class RunLogger:
         say(f"val  epoch {row['epoch']}  step {row['step']}  {numbers}{'  best so far' if is_best else ''}")
 
     def write_picture(self, tag: str, picture: Tensor, step: int, path: Path | None = None) -> None:
-        """A picture, uint8 [3, H, W], for TensorBoard, and as PNG where a path is given."""
+        """Write a picture, uint8 [3, H, W], to TensorBoard, and as PNG if a path is given."""
         if path is not None and not self._is_silent:
             png = io.BytesIO()
             to_pil_image(picture).save(png, "PNG")
@@ -87,25 +83,22 @@ class RunLogger:
                 write_atomic(path, png.getbuffer())
             except OSError as error:
                 warn(f"{path} cannot be written ({error.strerror})")
-        with self._board_may_fail() as board:
-            if board:
-                board.add_image(tag, picture, step)
+        self._to_board(lambda board: board.add_image(tag, picture, step))
 
     def write_histograms(self, model: nn.Module, step: int) -> None:
-        with self._board_may_fail() as board:
-            if board is not None:
-                for name, parameter in model.named_parameters():
-                    board.add_histogram(f"weights/{name}", parameter, step)
+        def write(board: SummaryWriter) -> None:
+            for name, parameter in model.named_parameters():
+                board.add_histogram(f"weights/{name}", parameter, step)
+
+        self._to_board(write)
 
     def write_hparams(self, config: dict[str, Any]) -> None:
-        """The config, for TensorBoard's HParams page, which sets it beside the last metrics."""
+        """Write the config to TensorBoard's HParams page, which shows it beside the last metrics."""
         shown = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in config.items()}
-        with self._board_may_fail() as board:
-            if board is not None:
-                # The first summary would declare this run's keys as those of a whole sweep; left out, TensorBoard
-                # gathers them from all runs and knows which differ. (add_hparams would make a run of its own.)
-                for summary in hparams(shown, {})[1:]:
-                    board._get_file_writer().add_summary(summary)
+        # The first summary would declare this run's keys as those of a whole sweep. Without it, TensorBoard gathers
+        # the keys from all runs and knows which differ. (add_hparams would make a run of its own.)
+        _, start, end = hparams(shown, {})
+        self._to_board(lambda board: [board._get_file_writer().add_summary(summary) for summary in (start, end)])
 
     def advance(self) -> None:
         self._bar.update()
@@ -113,24 +106,22 @@ class RunLogger:
     def close(self) -> None:
         self._bar.close()
         self._file.close()
-        with self._board_may_fail() as board:
-            if board:
-                board.close()
+        self._to_board(lambda board: board.close())
 
     def _write_board(self, row: dict[str, Any]) -> None:
-        with self._board_may_fail() as board:
-            if board is None:
-                return
+        def write(board: SummaryWriter) -> None:
             for key, value in row.items():
                 if key in TAGS or key in ("loss", "top1", "top5", "top1_raw"):
                     tag = TAGS.get(key, f"{row['split']}/{key}")
                     board.add_scalar(tag, math.nan if value is None else value, row["step"])
 
-    @contextmanager
-    def _board_may_fail(self) -> Iterator[SummaryWriter | None]:
-        """TensorBoard's files are a copy of metrics.jsonl: where they cannot be written, the run goes on without."""
+        self._to_board(write)
+
+    def _to_board(self, write: Callable[[SummaryWriter], object]) -> None:
         try:
-            yield self._board
+            if self._board:
+                write(self._board)
+        # TensorBoard's files are a copy of metrics.jsonl: where they cannot be written, the run goes on without them.
         except OSError as error:
             self._board = None
             warn(f"no more TensorBoard curves for this run ({error}); metrics.jsonl goes on")

@@ -34,7 +34,7 @@ NUM_NAMED = 8  # images named in an error
 class Loop:
     """Steps, log rows, evaluations and checkpoints in their order, until the last step or a stop request.
 
-    Under torchrun all processes go through it in step; the first one writes and shows.
+    Under torchrun all processes go through it in step; the first one writes and prints.
     """
 
     def __init__(self, run: RunFolder, loaders: Loaders, stepper: Stepper, stop: StopRequest):
@@ -46,7 +46,7 @@ class Loop:
         self.logger = RunLogger(run.path, run.metrics, self.state.step, self.num_steps, is_silent)
         self.last_val: dict[str, Any] = {}
         self.num_left_out = 0  # unreadable images, in the last evaluation
-        self._saved: tuple[int, int] | None = None  # step and evaluated_step of what was saved last
+        self._saved: tuple[int, int] | None = None  # step and evaluated_step of the last checkpoint
         self.eval_seconds = self.logger.eval_seconds  # of the last evaluation, before a resume too
         self.profiler: Any = contextlib.nullcontext()
         self.profile_steps = 0 if is_silent else self.config.trainer.profile_steps
@@ -55,7 +55,7 @@ class Loop:
         self._start_clock()
 
     def run(self) -> bool:
-        """Go on from where the state is; True at the end, False after a stop request was served."""
+        """Go on from the state's step; return True at the end, False after a stop request."""
         with self.profiler:
             finished = self.run_epochs()
         if self.profile_steps and self.profiler.step_num <= WAIT + WARMUP:
@@ -65,6 +65,7 @@ class Loop:
         return finished
 
     def run_epochs(self) -> bool:
+        # The state alone decides what comes next, so a resumed run takes the same turn as one never stopped.
         while True:
             if self.evaluation_is_due():
                 may_go_on = self.evaluate()
@@ -95,8 +96,8 @@ class Loop:
         for report in self.steps(batches, end - state.step):
             state.epoch = state.step // self.steps_per_epoch
             self.count(report)
-            # Asked once, as a signal may come between two looks; and before anything waits for the device, and with it
-            # for the other processes: where one is gone, this notices.
+            # Asked once per step: a signal may come between two looks. And asked before anything waits for the device,
+            # and with it for the other processes: if one of them has ended, this call notices.
             stopping = self.stop_is_agreed()
             if state.step % trainer.log_every_steps == 0:
                 self.log_train(report)
@@ -123,7 +124,7 @@ class Loop:
             raise NonFiniteError(self.explain(error), error.step, error.number) from None
 
     def explain(self, error: NonFiniteError) -> str:
-        """Name the module and the images that `error` began with, and write them down."""
+        """Name the module and the images with which `error` began, and write them down."""
         text, names = str(error), self.loaders.train_names(error.step, error.number)
         if error.number is not None and self.config.trainer.sync_batch_norm and self.plan.world_size > 1:
             text += "; the module is not looked for with trainer.sync_batch_norm, which needs all processes"
@@ -131,7 +132,7 @@ class Loop:
             try:
                 images = self.loaders.train_images(error.step, error.number)
                 origin, rows = find_origin(self.state.model, images, self.plan.autocast())
-            except (RuntimeError, ExpectedFailure) as another:  # out of memory, say
+            except (RuntimeError, ExpectedFailure) as another:  # out of memory, for instance
                 origin, rows = f"its origin could not be found ({str(another).splitlines()[0]})", []
             text += f": {origin}"
             if rows:
@@ -150,7 +151,7 @@ class Loop:
         )
 
     def show_first(self, batches: Batches) -> Batches:
-        """Put the first batch that the model sees on a contact sheet, augmented as it is."""
+        """Put the first batch that the model sees, with its augmentation, on a contact sheet."""
         images, labels = next(batches)
         sheet = contact_sheet(self.loaders.train.normalize.undo(images).cpu())
         self.logger.write_picture("augmented", sheet, 0, self.run_folder.path / "augmented.png")
@@ -169,7 +170,8 @@ class Loop:
         state = self.state
         self.check_finite()
         loss, top1 = state.window.averages()
-        self._lap()  # after the device is done with these steps
+        # After `averages`, which waits for the device: only then are these steps done.
+        self._lap()
         elapsed = self._clock_seconds
         row = {
             "split": "train",
@@ -193,19 +195,20 @@ class Loop:
         return steps * seconds_per_step + evaluations * self.eval_seconds
 
     def evaluate(self) -> bool:
-        """Evaluate on val, log, keep the best, save; False where a stop request came first (it is redone on resume)."""
+        """Evaluate on val, log, keep the best, save; False after a stop request (it is done again on resume)."""
         state = self.state
         self.check_finite()
         with self._off_the_clock():
             start = time.perf_counter()
             averaged = state.ema.module if state.ema else state.model
+            # Before the evaluation all get the first process's statistics, which the checkpoint will hold.
             self.copy_buffers()
             self.recalibrate(averaged)
             result = self.evaluate_model(averaged)
             raw = self.evaluate_model(state.model) if state.ema and result else None
             seconds = round(time.perf_counter() - start, 4)
         if result is None or (state.ema and raw is None):
-            self.stop_is_agreed()  # so that the first process can say why
+            self.stop_is_agreed()  # so that the first process can give the reason
             self.save(is_best=False, must_succeed=True)
             return False
         row: dict[str, Any] = {"split": "val", "step": state.step, "epoch": self.epoch_number()}
@@ -226,28 +229,29 @@ class Loop:
         if self.config.trainer.log_histograms:
             self.logger.write_histograms(averaged, state.step)
         if not self.save(is_best) and is_best:
-            state.best = best_before  # best.pt is still the one before
+            state.best = best_before  # best.pt still holds the one before
         return True
 
     def recalibrate(self, model: nn.Module) -> None:
-        """Batch norm's statistics anew, from the first micro-batches of the epoch; nothing random is used up."""
+        """Compute batch norm's statistics anew, from the first micro-batches of the epoch."""
         num_batches = self.config.trainer.bn_recalibration_batches
         if not num_batches:
             return
         state = self.state
         first = itertools.islice(self.loaders.train.train_batches(self.epoch_number() - 1), num_batches)
         batches = itertools.takewhile(lambda _: not self.stop_is_agreed(), first)
+        # With random numbers of its own: the run's generators must not move, or a resumed run would differ.
         with recalibration_rng(self.config.seed, state.step, state.device), self.plan.autocast():
             recalibrate(model, batches, state.device)
 
     def copy_buffers(self) -> None:
-        """Batch norm's running statistics are the first process's, as they are in the checkpoint."""
+        """Give all processes the first one's running statistics of batch norm, which the checkpoint holds."""
         collectives.copy_buffers(self.state.model)
         if self.state.ema:
             collectives.copy_buffers(self.state.ema.module)
 
     def epoch_number(self) -> int:
-        """Of the epoch that the last step was in, from 1."""
+        """The epoch of the last step, counted from 1."""
         return (self.state.step - 1) // self.steps_per_epoch + 1
 
     def evaluate_model(self, model: nn.Module) -> Evaluation | None:
@@ -265,14 +269,16 @@ class Loop:
         return result
 
     def save(self, is_best: bool, must_succeed: bool = False) -> bool:
-        """Write a checkpoint, never one with numbers that are not finite; False where that failed and may.
+        """Write a checkpoint, never with numbers that are not finite; return False if it failed and the run may go on.
 
         Raises:
-            CheckpointError: it failed and the run is to stop then, or would count as saved or finished without it.
+            CheckpointError: it failed, and the run must stop or would otherwise count as saved or finished.
         """
-        self.stop.begin_training()  # from here on a signal waits until this is done
+        # From here on a signal waits until the checkpoint is written.
+        self.stop.begin_training()
         state = self.state
         with self._off_the_clock():
+            # All processes take part in these three; only the first one writes below.
             self.copy_buffers()
             self.check_finite()
             self.share_unreadable()
@@ -303,7 +309,7 @@ class Loop:
         return True
 
     def share_unreadable(self) -> None:
-        """Let all processes know what any could not read; ConfigError where `data.max_unreadable` allows less."""
+        """Tell all processes which images any could not read; ConfigError if they exceed `data.max_unreadable`."""
         if self.plan.world_size == 1:
             return
         for loader in (self.loaders.train, self.loaders.val):
@@ -326,7 +332,7 @@ class Loop:
         self._clock_steps, self._wait_seconds = 0, 0.0
 
     def _lap(self) -> None:
-        """Count the time since the clock's start as training."""
+        """Count the time since the clock's start as training time, and start it again."""
         now = time.perf_counter()
         self._clock_seconds += now - self._clock_start
         self.state.seconds += now - self._clock_start
@@ -334,9 +340,10 @@ class Loop:
 
     @contextmanager
     def _off_the_clock(self) -> Iterator[None]:
-        """Evaluations and checkpoints count neither as training time nor in images_per_sec."""
+        """Stop the clock inside: evaluations and checkpoints count neither as training time nor in images_per_sec."""
+        # Steps that are still queued are training time.
         if self.state.device.type == "cuda":
-            torch.cuda.synchronize()  # steps still queued are training
+            torch.cuda.synchronize()
         self._lap()
         yield
         self._clock_start = time.perf_counter()

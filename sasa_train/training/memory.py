@@ -1,4 +1,4 @@
-"""Memory: micro-batches that fit (trainer.micro_batch_size=auto), and what to set where a step did not."""
+"""Micro-batches that fit into memory (trainer.micro_batch_size=auto), and advice where a step did not fit."""
 
 import dataclasses
 import gc
@@ -21,19 +21,19 @@ from sasa_train.training.state import build_state
 
 SHARE = 0.5  # of the CPU's free memory that activations may take: gradients and temporaries need the rest
 CUDA_SHARE = 0.9  # of the device's memory, after a step that fitted: fragmentation grows
-# What libraries say of a batch that is too large, beside "out of memory".
+# Words in libraries' errors about a batch that is too large, beside "out of memory".
 TOO_LARGE = ("32-bit index", "CUDNN_STATUS_NOT_SUPPORTED", "unable to find an engine", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def check_memory(plan: RunPlan, model: nn.Module) -> None:
-    """Refuse what cannot be held at all: weights with gradients, and one layer's output. A step needs more than that.
+    """Refuse a model whose weights, gradients and largest output do not fit into memory. A step needs more than that.
 
     Args:
         model: on the meta device.
 
     Raises:
-        ConfigError: that alone is more than the device, or the CPU's machine, has; or the model cannot be trained
-            on such micro-batches, as batch norm on a single number a channel.
+        ConfigError: these alone need more than the device, or the CPU's machine, has; or the model cannot be trained
+            on such micro-batches, as with batch norm on a single number per channel.
     """
     trainer, size, device = plan.trainer, plan.image_size, plan.device
     micro_batch = min(2, plan.micro_batch_size) if trainer.micro_batch_size == "auto" else plan.micro_batch_size
@@ -48,7 +48,8 @@ def check_memory(plan: RunPlan, model: nn.Module) -> None:
         raise ConfigError(f"{what}: {shorten(error)}{remedy}") from error
     weights = 2 * 4 * sum(p.numel() for p in model.parameters())
     needed = weights + outputs * (4 if trainer.precision == "fp32" else 2)
-    there = total_memory(device)  # not what is free: a cache that gives way counts as taken
+    # Not the free memory: a file cache that would give way counts as taken.
+    there = total_memory(device)
     if needed > there:
         raise ConfigError(
             f"{what} needs more than {needed / 2**30:,.1f} GiB ({weights / 2**30:,.1f} for weights and gradients), but "
@@ -57,7 +58,7 @@ def check_memory(plan: RunPlan, model: nn.Module) -> None:
 
 
 def largest_output(model: nn.Module, images: torch.Tensor) -> int:
-    """How many numbers the largest output of any layer has, or the images; in train mode, nothing is kept."""
+    """The number of elements of the largest output of any layer, or of the images; in train mode, without gradients."""
     largest = images.numel()
 
     def note(_module: nn.Module, _inputs: object, output: object) -> None:
@@ -71,10 +72,7 @@ def largest_output(model: nn.Module, images: torch.Tensor) -> int:
 
 
 def settle_auto(plan: RunPlan, run: RunFolder) -> TrainConfig:
-    """Replace `auto` by what the run began with, or by what fits now.
-
-    What it began with is in its checkpoint or, before the first, in config.yaml: another start, when other programs
-    take other memory, must not make it another run.
+    """Replace `auto` by the size with which the run began, or by the largest that fits now.
 
     Raises:
         ConfigError: not even one image fits.
@@ -89,6 +87,8 @@ def settle_auto(plan: RunPlan, run: RunFolder) -> TrainConfig:
     return dataclasses.replace(plan.config, trainer=with_micro_batch_size(plan.trainer, found))
 
 
+# The size is in the run's checkpoint or, before the first, in config.yaml. Another start, when other programs take
+# other memory, must not make it another run.
 def _saved_size(run: RunFolder, world_size: int) -> int | None:
     if run.checkpoint is not None:
         saved = load_config(run.checkpoint["config"]).trainer
@@ -100,17 +100,15 @@ def _saved_size(run: RunFolder, world_size: int) -> int | None:
 
 
 def largest_micro_batch(plan: RunPlan) -> int:
-    """The largest divisor of a process's share of the global batch that fits.
-
-    Tried on CUDA; counted on the CPU, which would swap.
-    """
+    """The largest divisor of a process's share of the global batch that fits."""
+    # Tried on CUDA; computed on a CPU, where a trial would swap.
     fits = _fits_cuda if plan.device.type == "cuda" else _fits_cpu
     try:
         for size in divisors(plan.images_per_step):
             if fits(plan, size):
                 return size
     finally:
-        if plan.device.type == "cuda":  # what was tried is no part of the run's memory
+        if plan.device.type == "cuda":  # the trials must not count as the run's peak memory
             _forget_peak(plan.device)
     raise ConfigError(
         f"trainer.micro_batch_size=auto: not even one image of {plan.image_size} pixels fits into the memory of "
@@ -159,11 +157,11 @@ def _fits_cuda(plan: RunPlan, num_images: int) -> bool:
 
 
 class OutOfMemoryError(ExpectedFailure):
-    """Memory did not suffice; the message has the numbers and what to set."""
+    """The memory did not suffice; the message has the numbers and the keys to change."""
 
 
 def memory_advice(plan: RunPlan, run_dir: Path, error: BaseException) -> str:
-    """What was in use, and what to set so that it fits."""
+    """The text of an OutOfMemoryError: the memory in use, and the keys that reduce it."""
     trainer, device, micro = plan.trainer, plan.device, plan.micro_batch_size
     smaller = next((n for n in divisors(plan.images_per_step) if n <= micro / 2), None)
     ways = [f"trainer.micro_batch_size={smaller} (the same global batch)"] if smaller else []
@@ -180,5 +178,5 @@ def memory_advice(plan: RunPlan, run_dir: Path, error: BaseException) -> str:
 
 
 def divisors(number: int) -> list[int]:
-    """Descending."""
+    """All divisors, in descending order."""
     return [n for n in range(number, 0, -1) if number % n == 0]

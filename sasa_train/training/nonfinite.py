@@ -1,4 +1,4 @@
-"""Where a number that is not finite came from: the first module of a forward pass, and its images."""
+"""Numbers that are not finite: the first module of a forward pass that gave one, and for which images."""
 
 import contextlib
 from collections.abc import Iterable
@@ -59,17 +59,18 @@ class LossWatch:
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """The names of those that are not finite."""
+    """The names of the tensors that are not finite."""
     return [name for name, tensor in tensors if not tensor.isfinite().all()]
 
 
 @torch.no_grad()
 def find_origin(model: nn.Module, images: Tensor, autocast: contextlib.AbstractContextManager) -> tuple[str, list[int]]:
-    """What was not finite first, in words, and at which of the images [B, C, H, W] (empty: at none in particular).
+    """Describe the first thing that was not finite, and list the images [B, C, H, W] concerned, by row; maybe none.
 
-    A forward pass as in training is made for it, which changes batch norm's running statistics.
+    Makes a forward pass as in training, which changes batch norm's running statistics.
     """
-    if wrong := not_finite(model.named_parameters()):  # the statistics have already seen the images
+    # Parameters only: the running statistics have already seen the images.
+    if wrong := not_finite(model.named_parameters()):
         return f"the weights were not finite before the step, {wrong[0]} first of {len(wrong)}", []
     names = {module: name or "the model" for name, module in model.named_modules()}
     found: list[tuple[str, Tensor]] = []  # in the order in which they ended
@@ -81,7 +82,7 @@ def find_origin(model: nn.Module, images: Tensor, autocast: contextlib.AbstractC
     with register_module_forward_hook(look), autocast:
         model.train()(images)
     if not found:
-        return "every module's output was finite when this was looked at; the loss alone was not", []
+        return "every module's output was finite in a second forward pass; only the loss was not", []
     name, output = found[0]
     rows = []
     if output.ndim > 1 and len(output) == len(images):

@@ -26,16 +26,16 @@ SET_BY_US = {
 
 
 def peak_lr(config: TrainConfig) -> float:
-    """The learning rate after warm-up: `optimizer.lr` itself, or for each 256 images of the global batch."""
+    """The learning rate after warm-up: `optimizer.lr` itself, or that per 256 images of the global batch."""
     scale = config.trainer.global_batch_size / 256 if config.optimizer.lr_basis == "per_256" else 1.0
     return config.optimizer.lr * scale
 
 
 def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """timm's optimizer; no weight decay on norms, biases and what `model.no_weight_decay()` names.
+    """Build timm's optimizer, without weight decay on norms, biases and what `model.no_weight_decay()` names.
 
     Raises:
-        ConfigError: a name that timm has not, an argument that the optimizer does not take, or one that cannot work.
+        ConfigError: timm has no such name, the optimizer takes no such argument, or the optimizer cannot work.
     """
     optimizer = config.optimizer
     base = optimizer.name.removeprefix("lookahead_")
@@ -67,7 +67,8 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimi
 
 
 def try_optimizer(config: TrainConfig, device: torch.device) -> None:
-    """Take one step with a tiny model, or raise ConfigError: what an optimizer cannot work with often shows there."""
+    """Take one step with a tiny model; raise ConfigError where the optimizer cannot."""
+    # What an optimizer cannot work with often shows in its first step.
     tiny = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 5)).to(device)
     optimizer = build_optimizer(config, tiny)
     for parameter in tiny.parameters():
@@ -79,14 +80,14 @@ def try_optimizer(config: TrainConfig, device: torch.device) -> None:
 
 
 def _described(group: OptimizerConfig | ScheduleConfig) -> str:
-    """What was asked for: the name, and the keys that differ from their defaults."""
+    """The keys of a group as written: its name, and those that differ from their defaults."""
     prefix, usual = ("optimizer" if isinstance(group, OptimizerConfig) else "schedule"), type(group)()
     shown = {key: value for key, value in vars(group).items() if key == "name" or value != getattr(usual, key)}
     return " ".join(f"{prefix}.{key}={shorten(value)}" for key, value in shown.items())
 
 
 def _arguments(config: OptimizerConfig, base: str) -> dict[str, Any]:
-    """What is set, checked against the optimizer's signature."""
+    """The arguments that are set, checked against the optimizer's signature."""
     given = {"momentum": config.momentum, "betas": config.betas, "eps": config.eps}
     given = {name: value for name, value in given.items() if value is not None}
     if twice := given.keys() & config.args.keys():
@@ -107,7 +108,8 @@ def _parameters_of(base: str) -> Mapping[str, inspect.Parameter]:
 
 
 def _check_kind(where: str, value: Any, parameter: inspect.Parameter) -> None:
-    """Refuse what is of another kind than the argument's default or annotation: timm and torch often take it."""
+    """Refuse a value of another kind than the argument's default or annotation."""
+    # timm and torch often take such a value without a word.
     default, hint = parameter.default, parameter.annotation
     if value is None:
         return
@@ -124,7 +126,7 @@ def _check_kind(where: str, value: Any, parameter: inspect.Parameter) -> None:
 
 
 def check_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> None:
-    """Raise ConfigError where there is no schedule, or no learning rate at some step from the first to the last."""
+    """Raise ConfigError if there is no such schedule, or no learning rate at one of 17 steps from first to last."""
     scheduler = build_schedule(config, optimizer, steps_per_epoch)
     last = total_steps(config, steps_per_epoch) - 1
     for step in sorted({last * part // 16 for part in range(17)}):
@@ -138,10 +140,10 @@ def check_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_
 
 
 def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
-    """timm's schedule over all steps of the run; call `step_update(step)` before each step.
+    """Build timm's schedule over all steps of the run; call its `step_update(step)` before each step.
 
     Raises:
-        ConfigError: a name or an argument that timm has not, or a schedule that is no function of the step.
+        ConfigError: timm has no such name or argument, or the schedule is not a function of the step.
     """
     schedule, steps = config.schedule, total_steps(config, steps_per_epoch)
     if schedule.name in ("plateau", "none"):
@@ -160,10 +162,11 @@ def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_
     try:
         if "stable_timescale" in arguments:  # of rsqrt, in epochs as everything else
             arguments["stable_timescale"] *= steps_per_epoch
+        # Everything is in steps: timm's "epoch" is one update.
         scheduler, _ = create_scheduler_v2(
             optimizer,
             sched=schedule.name,
-            num_epochs=_cycle_steps(schedule, steps - warmup_steps),  # all in steps: an "epoch" of one update
+            num_epochs=_cycle_steps(schedule, steps - warmup_steps),
             updates_per_epoch=1,
             step_on_epochs=False,
             warmup_epochs=warmup_steps,
@@ -171,10 +174,8 @@ def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_
             warmup_lr=schedule.warmup_lr,
             min_lr=schedule.min_lr,
             decay_epochs=_decay_steps(schedule, steps_per_epoch),
-            decay_milestones=[
-                round(epoch * steps_per_epoch) - warmup_steps + 1  # timm takes the decay of the update after this one
-                for epoch in schedule.decay_milestones
-            ],
+            # + 1: timm takes the decay of the update after this one.
+            decay_milestones=[round(n * steps_per_epoch) - warmup_steps + 1 for n in schedule.decay_milestones],
             decay_rate=schedule.decay_rate,
             **arguments,
         )
@@ -184,11 +185,12 @@ def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_
 
 
 def _cycle_steps(schedule: ScheduleConfig, steps: int) -> int:
-    """Steps of the first cycle, so that all cycles together end with the run."""
+    """The steps of the first cycle, such that all cycles together end with the run."""
     growth, num_cycles = schedule.args.get("cycle_mul", 1.0), schedule.args.get("cycle_limit", 1)
     if not isinstance(num_cycles, int) or num_cycles < 1:
         raise ValueError(f"cycle_limit={num_cycles} must be a whole number, at least 1")
-    first_cycles = num_cycles if growth == 1 else (growth**num_cycles - 1) / (growth - 1)  # all cycles, in first ones
+    # The length of all cycles together, in lengths of the first: a geometric series.
+    first_cycles = num_cycles if growth == 1 else (growth**num_cycles - 1) / (growth - 1)
     return max(1, round(steps / first_cycles))
 
 

@@ -7,12 +7,12 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from sasa_train.terminal import say
 
-WAIT, WARMUP = 5, 2  # steps after the start that are not recorded: first calls are slower
+WAIT, WARMUP = 5, 2  # the first steps after the start are not recorded: they are slower
 NUM_ROWS = 30
 
 
 def build_profiler(num_steps: int, run_dir: Path, device: torch.device) -> profile:
-    """Call its `step()` after each training step; it writes `profile/trace.json` and `profile/operators.txt`."""
+    """A profiler that writes `profile/trace.json` and `profile/operators.txt`; call `step()` after each step."""
 
     def write(profiler: profile) -> None:
         folder = run_dir / "profile"

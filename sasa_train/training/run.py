@@ -1,7 +1,7 @@
-"""A whole run, from a config to a finished run folder: `train`, and then `train_in_folder`, in the order of events.
+"""A whole run, from a config to a finished run folder: `train`, then `train_in_folder`, in the order of events.
 
-Several processes go through it in step; each call of `collectives`, here or in a function `..._together`, is an
-exchange that all of them take part in.
+Several processes go through it in step. Each call of `collectives`, here or in a function `..._together`, is an
+exchange in which all of them must take part.
 """
 
 import contextlib
@@ -43,30 +43,34 @@ from sasa_train.training.step import Stepper
 
 
 def train(config: TrainConfig, stop: StopRequest) -> bool:
-    """Train one config; True when it is finished (or was before), False when a signal stopped it at a safe place.
+    """Train one config; return True when it is (or was) finished, False when a signal stopped it at a safe place.
 
     Raises:
-        ConfigError: a refused config or input, before training starts.
-        CheckpointError: no good checkpoint to continue from, or one that cannot be written.
-        NonFiniteError: naming the step, the module and the images; such weights are never saved.
-        OutOfMemoryError: with what to set so that it fits.
+        ConfigError: a config or input is refused, before training starts.
+        CheckpointError: there is no good checkpoint to continue from, or one cannot be written.
+        NonFiniteError: names the step, the module and the images; such weights are never saved.
+        OutOfMemoryError: names the keys to change so that it fits.
     """
     run_name = config.run_name or default_run_name(config)
     plan = collectives.everywhere(lambda: plan_buildable(config), ConfigError)
     run = open_together(plan.config, run_name)
     with run.lock or contextlib.nullcontext():
-        plan = settle_together(plan, run)
+        # `auto` is settled by the first process, which alone sees the run's folder.
+        config = collectives.from_first(lambda: settle_auto(plan, run), ConfigError)
+        plan = dataclasses.replace(plan, config=config)
+        # Written with the settled value of `auto`, before anything can stop the run.
         if run.is_new:
-            run.write_config(plan.config)  # with what auto was settled to, before anything can stop the run
+            run.write_config(plan.config)
+        # A kill may have come between the last checkpoint and the note of the end, so the end is noted again.
         elif run.checkpoint is not None and is_finished(run.checkpoint, plan.config):
-            run.write_end(run.checkpoint)  # a kill may have come between its last checkpoint and this
+            run.write_end(run.checkpoint)
             say(describe_finished(run.path, run.checkpoint))
             return True
         return train_in_folder(plan, run, stop)
 
 
 def train_in_folder(plan: RunPlan, run: RunFolder, stop: StopRequest) -> bool:
-    """`train`, once the folder is ours and what it continues from is known."""
+    """Train, once the folder is ours and the checkpoint to continue from is known."""
     if warning := collectives.restart_warning():
         warn(warning)
     say(f"{to_yaml(plan.config)}\nrun folder  {run.path}")
@@ -77,10 +81,11 @@ def train_in_folder(plan: RunPlan, run: RunFolder, stop: StopRequest) -> bool:
     loaders = load_together(plan, run)
     plan = dataclasses.replace(plan, steps_per_epoch=loaders.train.plan.steps_per_epoch)
     difference = note_provenance(plan.config, run)
+    # Seeded here, so that the initial weights do not depend on what was drawn before.
     torch.manual_seed(plan.config.seed)
     model = build_model(plan.config.model, len(loaders.classes), plan.image_size)
     begin_with(weights, model, loaders.classes, run, plan.config)
-    del weights  # another model's worth of memory
+    del weights  # they take as much memory as the model
     stepper = build_stepper(plan, model)
     collectives.everywhere(lambda: continue_from(run, stepper.state, plan.config), ConfigError)
     loop = Loop(run, loaders, stepper, stop)
@@ -90,7 +95,7 @@ def train_in_folder(plan: RunPlan, run: RunFolder, stop: StopRequest) -> bool:
 
 
 def run_to_the_end(loop: Loop) -> bool:
-    """Take all steps, and leave the folder and the terminal saying how that ended; True when the run is finished."""
+    """Take all steps, then note and print how the run ended; return True when it is finished."""
     plan, run, state = loop.plan, loop.run_folder, loop.state
     try:
         with logging_redirect_tqdm():  # log lines go above the progress bar
@@ -111,7 +116,8 @@ def run_to_the_end(loop: Loop) -> bool:
         run.write_info(status="interrupted")
         how = "sasa-train" if plan.config.resume == "never" else "the same command again, or sasa-train"
         say(f"{loop.stop.reason}: saved at step {state.step}; to continue: {how} resume={run.path}")
-    collectives.wait_for_all()  # torchrun ends all when one has ended with 75
+    # torchrun ends all processes as soon as one has ended with 75.
+    collectives.wait_for_all()
     return finished
 
 
@@ -122,14 +128,9 @@ def plan_buildable(config: TrainConfig) -> RunPlan:
     return plan
 
 
-def settle_together(plan: RunPlan, run: RunFolder) -> RunPlan:
-    """Settle `auto` on the first process, which alone sees the run's folder."""
-    config = collectives.from_first(lambda: settle_auto(plan, run), ConfigError)
-    return dataclasses.replace(plan, config=config)
-
-
 def read_weights_together(config: TrainConfig, run: RunFolder) -> Weights | None:
-    """The weights of `model.pretrained`, read by the first process; a checkpoint has what they became."""
+    """The weights of `model.pretrained`, read by the first process; None where none are needed."""
+    # A checkpoint holds what they became.
     if run.checkpoint is not None or config.model.pretrained is None:
         return None
     return collectives.from_first(lambda: read_weights(config), ConfigError)
@@ -149,7 +150,7 @@ def load_together(plan: RunPlan, run: RunFolder) -> Loaders:
 
 
 def note_provenance(config: TrainConfig, run: RunFolder) -> str:
-    """Note what runs now, and warn of what has changed; returns the code's difference from its commit."""
+    """Note code, versions and hardware, and warn of changes; return the code's difference from its commit."""
     run.provenance, difference = provenance(config)
     if run.checkpoint is not None:
         for change in describe_changes(run.checkpoint["provenance"], run.provenance):
@@ -158,7 +159,7 @@ def note_provenance(config: TrainConfig, run: RunFolder) -> str:
 
 
 def build_stepper(plan: RunPlan, model: nn.Module) -> Stepper:
-    """All that a step needs, around the model."""
+    """Build everything that a step needs around the model."""
     if plan.trainer.grad_checkpointing:
         enable_grad_checkpointing(model)
     if plan.trainer.sync_batch_norm and plan.world_size > 1:
@@ -170,7 +171,7 @@ def build_stepper(plan: RunPlan, model: nn.Module) -> Stepper:
 def begin_with(
     weights: Weights | None, model: nn.Module, classes: list[str], run: RunFolder, config: TrainConfig
 ) -> None:
-    """Load the weights of `model.pretrained`, say what fitted, and note their SHA-256; a resumed run keeps its note."""
+    """Load the weights of `model.pretrained`, report what fitted, note their SHA-256; a resumed run keeps its note."""
     if weights is not None:
         source = printable(str(config.model.pretrained))
         loaded = collectives.everywhere(lambda: load_into(model, weights, classes, source), ConfigError)
@@ -183,7 +184,7 @@ def begin_with(
 
 
 def open_together(config: TrainConfig, run_name: str) -> RunFolder:
-    """`open_run` by the first process, which sends the others the checkpoint: they need not see its disk."""
+    """Open the run on the first process, which sends the others the checkpoint: they need not see its disk."""
     opened: list[RunFolder] = []
 
     def opening() -> tuple[Path, dict[str, Any] | None, bool]:
@@ -196,14 +197,14 @@ def open_together(config: TrainConfig, run_name: str) -> RunFolder:
 
 
 def check_same_images(config: TrainConfig, first: dict[str, Any], here: dict[str, Any]) -> None:
-    """Refuse a machine whose images are not those of the first process."""
+    """Refuse a machine whose images differ from the first process's."""
     if found := [line for split in first for line in differences(first[split], here[split], split)]:
         where = f"data.root={config.data.root}: the images on {platform.node()} are not the first process's:"
         raise ConfigError("\n  ".join([where, *found]) + "\ngive every machine the same ones")
 
 
 def note_unreadable(path: Path, loaders: Loaders) -> int:
-    """Add what could not be read to the run's list; returns how many lines that has now."""
+    """Add the images that could not be read to the run's list; return its number of lines."""
     before = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     lines = dict.fromkeys([*before, *loaders.unreadable()])
     if len(lines) > len(before):
@@ -212,7 +213,7 @@ def note_unreadable(path: Path, loaders: Loaders) -> int:
 
 
 def continue_from(run: RunFolder, state: TrainState, config: TrainConfig) -> None:
-    """Load the checkpoint that the run continues from, if there is one, and let go of all but its metrics."""
+    """Load the checkpoint that the run continues from, if there is one, and free all of it but its metrics."""
     if run.checkpoint is None:
         return
     try:
@@ -233,6 +234,7 @@ def check_buildable(plan: RunPlan) -> None:
     check_memory(plan, model)
     if config.trainer.grad_checkpointing:
         enable_grad_checkpointing(model)
+    # The data set is not known yet, so an epoch of 1000 steps stands in.
     whole = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, max_steps=None))
-    check_schedule(whole, build_optimizer(config, model), steps_per_epoch=1000)  # as if: the data set is not known yet
+    check_schedule(whole, build_optimizer(config, model), steps_per_epoch=1000)
     try_optimizer(config, plan.device)

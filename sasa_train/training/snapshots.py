@@ -6,25 +6,25 @@ import torch
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-SHEET_IMAGES, SHEET_PIXELS = 64, 64  # images on a contact sheet; small ones are enlarged to about so many pixels
+SHEET_IMAGES, SHEET_PIXELS = 64, 64  # images on a contact sheet; small images are enlarged to about this side
 MATRIX_PIXELS = 400
 BLUE, RED = (8, 48, 107), (165, 15, 21)
 
 
 def contact_sheet(images: Tensor) -> Tensor:
-    """uint8 images [B, 3, S, S] side by side, the first 64 of them."""
+    """The first 64 of uint8 images [B, 3, S, S], side by side."""
     images = enlarge(images[:SHEET_IMAGES], SHEET_PIXELS)
     return make_grid(images, nrow=math.ceil(math.sqrt(len(images))), padding=2, pad_value=255)
 
 
 def confusion_picture(confusion: Tensor) -> Tensor:
-    """Counts [C, C] by label (row) and prediction (column): the darker, the larger the part of the row."""
+    """Counts [C, C] by label (row) and prediction (column): darker means a larger part of the row."""
     parts = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     return enlarge(_tint(parts, BLUE)[None], MATRIX_PIXELS)[0]
 
 
 def embedding_pictures(model: nn.Module) -> dict[str, Tensor]:
-    """For each attention layer its relative embeddings [K, D]: rows' left, columns' right; blue below 0, red above."""
+    """Each attention layer's relative embeddings [K, D]: left the rows', right the columns'; blue < 0, red > 0."""
     pictures = {}
     for name, module in model.named_modules():
         halves = [getattr(module, half, None) for half in ("rel_height", "rel_width")]
@@ -37,7 +37,7 @@ def embedding_pictures(model: nn.Module) -> dict[str, Tensor]:
 
 
 def enlarge(images: Tensor, pixels: int) -> Tensor:
-    """[..., H, W] by a whole factor, so that the shorter side has about `pixels`."""
+    """Enlarge [..., H, W] by a whole factor, so that the shorter side has about `pixels`."""
     factor = max(1, round(pixels / min(images.shape[-2:])))
     return images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
 

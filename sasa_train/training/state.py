@@ -1,4 +1,4 @@
-"""What a run carries from step to step, and what of it a checkpoint keeps."""
+"""The state that a run carries from step to step and that a checkpoint keeps."""
 
 import math
 from dataclasses import dataclass
@@ -15,31 +15,31 @@ from sasa_train.training.nonfinite import NonFiniteError, not_finite
 from sasa_train.training.optim import build_optimizer
 
 HYPERPARAMETERS = ("initial_lr", "lr_scale", "weight_decay", "momentum", "betas", "eps", "fused")  # of a group
-PROGRESS = ("step", "epoch", "evaluated_step", "best", "seconds")  # of TrainState, kept as they are
+PROGRESS = ("step", "epoch", "evaluated_step", "best", "seconds")  # fields of TrainState that are kept unchanged
 
 
 class Window:
-    """Sums on the device since the last train row, over this process's images."""
+    """Sums over this process's images since the last train row, kept on the device."""
 
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, hits
         self.num_images = 0
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Of mixed labels [B, num_classes] the larger share counts for top1."""
+        """Add a micro-batch; with mixed labels [B, num_classes] the larger share counts for top1."""
         hits = (logits.argmax(1) == (labels if labels.ndim == 1 else labels.argmax(1))).sum()
         self.sums += torch.stack([loss.double() * len(labels), hits.double()])
         self.num_images += len(labels)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where there are several processes, a row of `sums` and a number for each."""
+        """The sums and the number of images; from several processes one row and one number each."""
         if world_size() == 1:
             return {"sums": self.sums, "num_images": self.num_images}
         sums, num_images = zip(*collectives.gather((self.sums.cpu(), self.num_images)), strict=True)
         return {"sums": torch.stack(sums), "num_images": list(num_images)}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Each process takes its own part; where they were another number, the first one takes all."""
+        """Take this process's own part; if there were another number of processes, the first one takes all."""
         sums, counts = saved["sums"].reshape(-1, 2), saved["num_images"]
         counts = counts if isinstance(counts, list) else [counts]
         if len(counts) != world_size():
@@ -49,7 +49,7 @@ class Window:
             self.num_images = counts[rank()]
 
     def averages(self) -> tuple[float, float]:
-        """Loss and top1 in percent over all processes since the last call; starts anew. Waits for the device."""
+        """Return loss and top1 in percent over all processes since the last call, and reset. Waits for the device."""
         num_images = int(collectives.total(torch.tensor(self.num_images)))
         loss, hits = (collectives.total(self.sums) / num_images).tolist()
         self.sums.zero_()
@@ -59,7 +59,7 @@ class Window:
 
 @dataclass
 class TrainState:
-    """What must survive a restart; everything else is made anew from the config."""
+    """Everything that must survive a restart; the rest is built anew from the config."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -71,10 +71,10 @@ class TrainState:
     evaluated_step: int = 0  # the step of the last evaluation
     best: dict[str, Any] | None = None  # {"top1", "step", "epoch"} of the best evaluation
     seconds: float = 0.0  # of training, over all restarts
-    hyperparameters: tuple[str, ...] = HYPERPARAMETERS  # keys of a parameter group that are the config's
+    hyperparameters: tuple[str, ...] = HYPERPARAMETERS  # entries of a parameter group that the config decides
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values alone, so that `torch.load(..., weights_only=True)` reads it."""
+        """Tensors and plain values only, so that `torch.load(..., weights_only=True)` reads it."""
         cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
         return {
             "model": self.model.state_dict(),
@@ -87,7 +87,8 @@ class TrainState:
         }
 
     def check(self) -> None:
-        """Raise NonFiniteError where the weights, statistics or averages are not finite. Waits for the device."""
+        """Raise NonFiniteError if the weights, statistics or averages are not finite. Waits for the device."""
+        # One norm over all tensors: a check of each tensor would wait for the device as many times.
         parts = {"": self.model} | ({"the average's ": self.ema.module} if self.ema else {})
         for whose, module in parts.items():
             floats = [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
@@ -102,9 +103,9 @@ class TrainState:
         self.model.load_state_dict(saved["model"])
         if self.ema:
             self.ema.module.load_state_dict(saved["ema"] or saved["model"])
-        # Hyperparameters are the config's: they differ from the checkpoint's only where the user allowed it. What else
-        # a group holds is its optimizer's state.
-        # Before it is loaded, because where a fused optimizer keeps its state depends on them.
+        # Hyperparameters are taken from the config: they differ from the checkpoint's only where the user allowed it.
+        # The other entries of a group are the optimizer's state. They are put in before loading, because `fused`
+        # decides on which device an optimizer keeps its state.
         configured = [{k: g[k] for k in self.hyperparameters if k in g} for g in self.optimizer.param_groups]
         pairs = zip(saved["optimizer"]["param_groups"], configured, strict=True)
         groups = [group | ours for group, ours in pairs]
@@ -123,7 +124,7 @@ class TrainState:
 
 
 def build_state(config: TrainConfig, model: nn.Module, device: torch.device) -> TrainState:
-    """Put the model on the device and build around it what `config` asks for."""
+    """Put the model on the device and build the rest of the state around it."""
     trainer = config.trainer
     model.to(device).to(memory_format=torch.channels_last if trainer.channels_last else torch.preserve_format)
     return TrainState(

@@ -1,7 +1,7 @@
 """One training step and one epoch: tensors in, numbers out. No files, no printing, no Hydra.
 
-Nothing in a step leaves the device without work: sums stay there until a log row asks for them, and the loss is looked
-at while the backward pass runs.
+A step never leaves the device idle: sums stay there until a log row asks for them, and the loss is checked while the
+backward pass runs.
 """
 
 import contextlib
@@ -26,11 +26,7 @@ from sasa_train.training.state import TrainState
 
 
 class Stepper:
-    """What a step needs and no checkpoint keeps: the compiled forward pass, the loss, the schedule.
-
-    Of several processes each draws its own dropout, by (seed, step, rank) alone. One process goes on with torch's
-    generators, which the checkpoint has.
-    """
+    """The parts of a step that no checkpoint keeps: the compiled forward pass, the loss, the schedule."""
 
     def __init__(self, plan: RunPlan, state: TrainState, schedule: Scheduler):
         self.plan, self.state, self.schedule = plan, state, schedule
@@ -43,10 +39,9 @@ class Stepper:
         self.clips = config.grad_clip_norm or config.grad_clip_value or config.grad_clip_agc
 
     def train_step(self, batches: Batches, want_grad_norm: bool = False) -> Tensor | None:
-        """One optimizer update from `grad_accum_steps` micro-batches; returns the gradient's L2 norm before clipping.
+        """Update the weights once, from `grad_accum_steps` micro-batches; return the gradient's norm before clipping.
 
-        The norm is None where nobody asked for it and nothing clips. Processes add their gradients in the backward pass
-        of the last micro-batch alone.
+        The L2 norm is None where it is not wanted and nothing clips.
 
         Raises:
             NonFiniteError: a loss, perhaps of the step before, is not finite; the weights are those before that step.
@@ -55,12 +50,15 @@ class Stepper:
         self.loss_watch.check()
         self.schedule.step_update(state.step)
         state.optimizer.zero_grad()
+        # Several processes each draw their own dropout, by (seed, step, rank) alone. A single process goes on with
+        # torch's generators, which the checkpoint holds.
         if plan.world_size > 1:
             seed_step(plan.config.seed, state.step, plan.rank)
         losses = []
         for number in range(plan.grad_accum_steps):
             images, labels = next(batches)
             is_last = number == plan.grad_accum_steps - 1
+            # Processes add their gradients once per step, in the backward pass of the last micro-batch.
             with contextlib.nullcontext() if is_last or plan.world_size == 1 else self.shared.no_sync():  # type: ignore[operator]
                 with plan.autocast():
                     logits = self.forward(images)
@@ -73,7 +71,8 @@ class Stepper:
             if not self.loss_watch.is_late:
                 self.loss_watch.check()
         grad_norm = self._clip() if want_grad_norm or self.clips else None
-        if state.scaler.is_enabled():  # it waits for the device, and with it for all processes: see that they are there
+        # The scaler waits for the device, and with it for all processes: see first, on the CPU, that all still run.
+        if state.scaler.is_enabled():
             collectives.wait_for_all()
         elif self.loss_watch.is_late:
             state.optimizer.found_inf = collectives.any_of((~torch.stack(losses).isfinite()).any())  # type: ignore[attr-defined]
@@ -105,11 +104,9 @@ def build_criterion(config: TrainerConfig) -> Callable[[Tensor, Tensor], Tensor]
 
 
 def binary_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-    """A sigmoid a class, averaged over classes and images, after "ResNet strikes back" (arXiv 2110.00476).
-
-    Smoothed as cross-entropy is, mixed labels too, and these keep their shares. (timm's class smooths labels that are
-    not mixed alone, and can make each mixed class a 1.)
-    """
+    """A sigmoid per class, averaged over classes and images, after "ResNet strikes back" (arXiv 2110.00476)."""
+    # Mixed labels keep their shares and are smoothed as for cross-entropy. (timm's class smooths only labels that are
+    # not mixed, and can make each mixed class a 1.)
     if labels.ndim == 1:
         labels = nn.functional.one_hot(labels, logits.shape[1])
     labels = labels * (1 - label_smoothing) + label_smoothing / logits.shape[1]
@@ -118,7 +115,8 @@ def binary_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float)
 
 @contextmanager
 def frozen_running_stats(model: nn.Module) -> Iterator[None]:
-    """The recomputation of gradient checkpointing must not move batch norm's running statistics a second time."""
+    """Keep batch norm's running statistics as they are inside."""
+    # Gradient checkpointing runs the forward pass a second time, which would move them a second time.
     norms = batch_norms(model)
     momenta = [norm.momentum for norm in norms]
     counts = [norm.num_batches_tracked.clone() for norm in norms]
@@ -133,7 +131,7 @@ def frozen_running_stats(model: nn.Module) -> Iterator[None]:
 
 
 def _without_classifier(model: nn.Module) -> list[nn.Parameter]:
-    """Adaptive clipping spares the last layer (arXiv 2102.06171, section 4.1)."""
+    """The parameters but the last layer's, which adaptive clipping spares (arXiv 2102.06171, section 4.1)."""
     classifier = model.get_classifier()  # type: ignore[operator]
     heads = classifier if isinstance(classifier, tuple) else (classifier,)  # distilled models have two
     last = {id(p) for head in heads for p in head.parameters()}
@@ -141,14 +139,14 @@ def _without_classifier(model: nn.Module) -> list[nn.Parameter]:
 
 
 class StepReport(NamedTuple):
-    """After a step: the gradient's norm where it was taken, and the seconds it waited for data."""
+    """The gradient's norm, where the step took it, and the seconds that the step waited for data."""
 
     grad_norm: Tensor | None
     wait_seconds: float
 
 
 def train_one_epoch(stepper: Stepper, batches: Batches, num_steps: int, log_every_steps: int) -> Iterator[StepReport]:
-    """Take `num_steps` steps and report after each; what happens between steps is the caller's."""
+    """Take `num_steps` steps and yield a report after each; the caller decides what happens between steps."""
     stepper.state.model.train()
     waits: list[float] = []
     timed = _timed(batches, waits)
@@ -160,7 +158,7 @@ def train_one_epoch(stepper: Stepper, batches: Batches, num_steps: int, log_ever
 
 
 def _timed(batches: Batches, waits: list[float]) -> Batches:
-    """The same batches; the seconds that each was waited for go to `waits`."""
+    """Yield the same batches, and append the seconds that each was waited for to `waits`."""
     start = time.perf_counter()
     for batch in batches:
         waits.append(time.perf_counter() - start)

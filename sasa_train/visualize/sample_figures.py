@@ -10,8 +10,7 @@ from sasa_train.data.datasets import ImageSet, balanced, mean_std
 from sasa_train.data.mixing import Mixing
 from sasa_train.data.plan import MicroBatch
 from sasa_train.data.quarantine import Quarantine
-from sasa_train.data.reading import read_fitted
-from sasa_train.data.streaming import TrainReader
+from sasa_train.data.reading import Reader, read_fitted
 from sasa_train.data.transforms import Augment
 from sasa_train.figures import new_figure
 from sasa_train.trained import TrainedModel
@@ -32,7 +31,8 @@ def augmented_samples(
     plain, labels, _, unreadable = read_fitted(train, indices, trained.image_size, quarantine.num_tries)
     quarantine.add(unreadable)
     mean, _ = mean_std(config.data)
-    read = TrainReader(train, Augment(config.data, config.augment, config.seed, mean), quarantine.num_tries)
+    augment = Augment(config.data, config.augment, config.seed, mean)
+    read = Reader(train, augment.size, quarantine.num_tries, augment)
     mixing = Mixing(config.augment, len(trained.classes), config.seed, last_step=num_epochs)
     normalize = trained.normalize(torch.device("cpu"))
     augmented = []

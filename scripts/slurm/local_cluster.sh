@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A real Slurm on this one machine, to try job scripts and sweeps on. Needs root, and neither systemd nor a database.
+# Start a real Slurm on this one machine, to try job scripts and sweeps. Needs root, but no systemd and no database.
 #
 #   apt-get update && apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge
 #   eval "$(scripts/slurm/local_cluster.sh up /tmp/slurm [CPUS])"     # CPUS: as many as the node claims to have
 #   sinfo
 #   scripts/slurm/local_cluster.sh down /tmp/slurm
 #
-# Two partitions: low (the default), whose jobs are requeued where one of high needs their place. A killed job has five
-# seconds, and a requeued one waits as long; on real clusters these are 30 and 120 seconds.
+# Two partitions: low (the default) and high; a job of low is requeued when one of high needs its place. A killed job has
+# five seconds to end, and a requeued one waits as long; on real clusters these are 30 and 120 seconds.
 set -euo pipefail
 
 usage() {
@@ -45,7 +45,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
 KillWait=5
-# what has ended stays in squeue, where sacct (beside this script) looks
+# ended jobs stay in squeue, where sacct (beside this script) looks
 MinJobAge=3600
 ReturnToService=2
 AccountingStorageType=accounting_storage/none
@@ -113,7 +113,7 @@ end() {
   kill -KILL "$process" 2> /dev/null || true
 }
 
-# In a container nobody may wait for a daemon that has ended: it stays as a zombie.
+# In a container there may be no process that waits for a daemon: after its end it stays as a zombie.
 is_alive() {
   [ -e "/proc/$1/status" ] && ! grep -q '^State:[[:space:]]*Z' "/proc/$1/status" 2> /dev/null
 }

@@ -1,31 +1,34 @@
-// The attention stem on the CPU, forward and backward: attention inside aligned 4x4 blocks of the image, and its 4x4 max
-// pool. The definition is AttentionStem in ../../models/layers.py; ../stem.py calls this.
+// The attention stem on the CPU, forward and backward: attention inside aligned 4x4 blocks of the image, and its 4x4
+// max pool. The definition is AttentionStem in ../../models/layers.py; ../stem.py calls this.
 //
-// Method. One vector lane is one block: V blocks ("a group") are walked in step, head after head, and all that lies
-// between the image and the result stays in L1. Scores take no queries and keys: with q_i = W_Q x_i, k_j = W_K x_j,
+// Method. One vector lane is one block. V blocks ("a group") are walked in step, head after head, and everything
+// between the image and the result stays in the L1 cache. Scores need no queries and keys: with q_i = W_Q x_i, k_j =
+// W_K x_j,
 //
 //   q_i . (k_j + r_ij) = x_i . (M x_j + row[a' - a] + col[b' - b]),   M = W_Q^T W_K,  row = rel_height W_Q, col alike,
 //
-// where i is place (a, b), j is (a', b') and x has 3 numbers instead of a head's 16. M, row and col are made in stem.py
-// from the weights, as is W_V of each place from the mixture. Everything else is a product of small matrices of vectors:
+// where i is place (a, b), j is (a', b') and x has 3 numbers instead of a head's 16. stem.py makes M, row and col from
+// the weights, and W_V of each place from the mixture. Everything else is a product of small matrices of vectors:
 //
 //   forward    U = x M^T,  S = x U^T + row + col,  P = softmax(S),  V_j = W_V(j) x_j,  Y = P V
 //   backward   the same again;  T = dY V^T,  dS = P (T - sum P T),  dV = P^T dY,  dU = dS^T x,
 //              dM = dU^T x,  drow, dcol = sums of dS times x,  dW_V(j) = dV_j x_j^T;  dx where it is wanted.
 //
-// Two kinds of result. The map: all positions, [B, H, W, C], streamed to memory. Pooled: batch norm is an affine map of
-// each channel and the pool's windows are the blocks, so of a block only its largest number is needed (its smallest where
-// the channel's weight is negative) with its place; and of a channel its mean and variance. The full map, 100 MB of a
-// batch of 8 at 224 pixels, is never written. Going back, dL/dy = (g where picked) + dmean / n + dvar 2 (y - mean) / n.
+// There are two kinds of result. The map has all positions, [B, H, W, C], and is streamed to memory. The pooled result
+// uses that batch norm is an affine map of each channel and that the pool's windows are the blocks: it needs only the
+// largest number of each block (the smallest where the channel's weight is negative) with its place, and the mean and
+// variance of each channel. The full map, 100 MB for a batch of 8 at 224 pixels, is then never written. Backward,
+// dL/dy = (g where picked) + dmean / n + dvar 2 (y - mean) / n.
 //
-// Sums over positions: variance about the lane's first number in float32 over a run of groups, then over lanes and runs
-// in double (Chan's formula); weight gradients in float32 a lane over a run, then over lanes and runs in double. Runs
-// are of one length and in order whatever the number of threads, so that no result depends on it.
+// Sums over positions. The variance is summed about the lane's first number, in float32 over a run of groups, then over
+// lanes and runs in double (Chan's formula). Weight gradients are summed in float32 per lane over a run, then over
+// lanes and runs in double. All runs have one length and are added in order, whatever the number of threads: so no
+// result depends on that number.
 //
 // Arithmetic. A position and head costs 2 (backward 4 more) products of 16 D multiply-adds and one exponential for each
-// of its 16 scores: at D = 16, about 750 vector instructions forward and 1,400 backward. At B = 8, 224 pixels, 4 heads on
-// 16 lanes that is 216 million, two a cycle at best; two cores measured 12 + 28 ms, about half of that speed. dW_V has
-// 16 C C_in numbers a lane, 200 KB: dV of GROUPS groups is kept, so that these are fetched and written once for all.
+// of its 16 scores: at D = 16, about 750 vector instructions forward and 1,400 backward. For B = 8, 224 pixels, 4 heads
+// on 16 lanes that is 216 million, at best two per cycle; two cores measured 12 + 28 ms, about half of that speed. dW_V
+// has 16 C C_in numbers per lane, 200 KB: dV of GROUPS groups is kept, so that these are read and written once for all.
 
 #include "vectors.h"
 
@@ -36,7 +39,8 @@
 constexpr int CI = IN_CHANNELS;
 constexpr int SIDE = 4, PLACES = SIDE * SIDE, OFFSETS = 2 * SIDE - 1;
 constexpr int GROUPS = 8;
-constexpr int RUNS = 96;  // as many as this, or runs of one to MAX_RUN times GROUPS; changing them changes rounding alone
+// About RUNS runs, each of one to MAX_RUN times GROUPS groups. Changing these changes rounding alone.
+constexpr int RUNS = 96;
 constexpr int MAX_RUN = 4;
 constexpr float LN_2 = 0.6931471805599453f;
 
@@ -53,12 +57,12 @@ struct Problem {
     int64_t batch, height, width, num_heads, head_dim, num_threads;
     Image x, grad_x;              // grad_x.data is null where it is not wanted
     const float* tables;          // M [N, CI, CI], row [N, 7, CI], col [N, 7, CI], all times log2(e); W_V [N, 16, D, CI]
-    float* grad_tables;           // of M, row, col (without the factor) and W_V
+    float* grad_tables;           // gradients of M, row, col (without the factor) and W_V
     float* map;                   // [B, H, W, C], or null; backward: its gradient
     float* pooled;                // [B, C, H/4, W/4] with the strides below (p: along H/4 * W/4); backward: its gradient
     int64_t pooled_b, pooled_c, pooled_p;
     uint8_t* places;              // [C, B * H/4 * W/4]: which of a block's 16 was picked
-    const float* sign;            // [C]: of batch norm's weight; where it is 0 all places are equal and the first is picked
+    const float* sign;            // [C]: of batch norm's weight; 0 makes all places equal, and the first is picked
     float *mean, *variance;       // [C], biased; backward reads the mean
     const float *grad_mean, *grad_variance;
     void* workspace;              // sasa_forward_bytes() or sasa_backward_bytes(), any alignment
@@ -134,12 +138,12 @@ struct Sizes {
     }
 };
 
-// Where the V blocks of a group lie; those beyond the last repeat it and count for nothing.
+// The places of the V blocks of a group in the batch. Lanes beyond the last block repeat it and count for nothing.
 template <int V>
 struct Blocks {
     int64_t first, batch[V], y[V], x[V];
     int count;
-    bool one_image;  // V blocks of one image, one after the other
+    bool one_image;  // all V blocks exist, in one image, so they lie side by side
     Blocks() = default;
     Blocks(const Sizes& s, int64_t group) : first(group * V), count(int(least(V, s.num_blocks - group * V))) {
         for (int l = 0; l < V; ++l) {
@@ -160,14 +164,14 @@ class Worker {
     typedef uint8_t Bytes __attribute__((vector_size(V)));
     const Problem& p;
     const Sizes s;
-    Vec *x;                          // [16][CI], of GROUPS groups in the backward pass
+    Vec *x;                          // [16][CI]; in the backward pass of GROUPS groups
     Vec *form, *row, *col;           // M [CI][CI], row and col [7][CI]
     Vec *keys, *value;               // U [16][CI], V [16][D]
-    Vec *bias_height, *bias_width;   // of 4 queries: x_i . row [4][4] and x_i . col [4][4]; backward: then their gradients
-    Vec *weights;                    // of 4 queries: S, then P [4][16]
+    Vec *bias_height, *bias_width;   // for 4 queries: x_i . row [4][4] and x_i . col [4][4]; backward: then their gradients
+    Vec *weights;                    // for 4 queries: S, then P [4][16]
     Vec *output;                     // Y [16][D]
-    Vec *shift, *sum, *square;       // [C]: of y - shift
-    Vec *grad_output, *grad_scores;  // dY [16][D]; of 4 queries dS [4][16]
+    Vec *shift, *sum, *square;       // [C]: sums of y - shift and of its square
+    Vec *grad_output, *grad_scores;  // dY [16][D]; for 4 queries dS [4][16]
     Vec *grad_keys, *grad_values;    // dU [16][CI]; dV [GROUPS][16][D]
     Vec *grad_x, *grad_x_scores;     // [GROUPS][16][CI]; its part from the scores [16][CI]
     Vec *picked;                     // gradients of the pooled numbers [D]
@@ -196,7 +200,7 @@ class Worker {
         picked = take(s.D), grads = take(s.num_tables);
     }
 
-    // `statistics`: mean and sum of squares about it of each channel over this run, [C][2].
+    // `statistics`: for each channel the mean over this run and the sum of squares about it, [C][2].
     void forward(int64_t first, int64_t end, double* statistics) {
         Blocks<V> blocks;
         for (int64_t group = first; group < end; ++group) {
@@ -213,7 +217,8 @@ class Worker {
         if (p.places) finish_statistics(end - first, blocks.count, statistics);
     }
 
-    // `partial`: the tables' gradients over this run.
+    // `partial`: the tables' gradients over this run. GROUPS groups at a time, head by head: so the gradients of one
+    // head's W_V, too large for the L1 cache, are touched once for all these groups.
     void backward(int64_t first, int64_t end, double* partial) {
         memset(grads, 0, s.num_tables * sizeof(Vec));
         Blocks<V> blocks[GROUPS];
@@ -245,7 +250,7 @@ class Worker {
    private:
     // ---- tables and images
 
-    // Where table `which` (M, row, col, W_V) of head n begins.
+    // The index at which table `which` (M, row, col, W_V) of head n begins.
     int64_t table_begin(int which, int64_t n) const {
         const int64_t size[4] = {CI * CI, OFFSETS * CI, OFFSETS * CI, PLACES * s.D * CI};
         int64_t begin = n * size[which];
@@ -276,7 +281,8 @@ class Worker {
         }
     }
 
-    // [16][D] of head n, out to the map or in from its gradient. P channels at a time, so V / P neighbours in a row.
+    // Copies [16][D] of head n out to the map or in from its gradient. P channels at a time, so V / P neighbours in a
+    // row.
     template <bool OUT>
     void copy_map(Vec* rows, const Blocks<V>& blocks, int64_t n) const {
         if (s.D % V == 0) return copy_runs<V, OUT>(rows, blocks, n);
@@ -315,7 +321,7 @@ class Worker {
 
     // ---- forward
 
-    // U and V of a head.
+    // Computes U and V of a head.
     void prepare(const Vec* x, int64_t n) {
         multiply<V, false>({keys, CI, 1}, {const_cast<Vec*>(x), CI, 1}, {form, 1, CI}, PLACES, CI, CI);
         const float* weight = table(3, n);
@@ -332,7 +338,7 @@ class Worker {
         }
     }
 
-    // P and Y of the 4 queries in row a of their block.
+    // Computes P and Y of the 4 queries in row a of their block.
     INLINE void attend(Vec* x, int a) {
         View<V> queries = {x + a * SIDE * CI, CI, 1};
         multiply<V, false>({bias_height, SIDE, 1}, queries, {row + (SIDE - 1 - a) * CI, 1, CI}, SIDE, SIDE, CI);
@@ -348,7 +354,8 @@ class Worker {
         multiply<V, false>({output + a * SIDE * s.D, s.D, 1}, {weights, PLACES, 1}, {value, s.D, 1}, SIDE, s.D, PLACES);
     }
 
-    // Of 16 scores to the base 2.
+    // Softmax of 16 scores, to the base 2. The largest is subtracted first, so that no exponential overflows; four
+    // sums, so that an addition need not wait for the one before.
     static INLINE void softmax(Vec* scores) {
         Vec top = scores[0], sums[4] = {};
         UNROLL
@@ -363,13 +370,14 @@ class Worker {
         for (int j = 0; j < PLACES; ++j) scores[j] *= inverse;
     }
 
-    // The picked number and its place, and the sums for mean and variance, of the channels of head n.
+    // Stores the picked number and its place, and adds to the sums for mean and variance, for the channels of head n.
     void pool(const Blocks<V>& blocks, int64_t n, bool first) {
         Vec valid;  // 0 in lanes beyond the last block
         for (int l = 0; l < V; ++l) valid[l] = l < blocks.count;
         for (int64_t d = 0; d < s.D; ++d) {
             int64_t c = n * s.D + d;
             const Vec* y = output + d;
+            // About the lane's first number: a sum of squares about 0 would lose the variance of a large mean.
             if (first) shift[c] = y[0], sum[c] = square[c] = Vec{};
             Vec of_y = {}, of_square = {}, origin = shift[c];
             UNROLL
@@ -388,7 +396,7 @@ class Worker {
         }
     }
 
-    // Of equal ones the first is kept, as torch's max pool does; a NaN is taken.
+    // Keeps the first of equal numbers, as torch's max pool does; a NaN is always taken.
     template <typename Keep>
     INLINE void pick(const Vec* y, Vec& best, Ints& place, Keep keep) const {
         UNROLL
@@ -426,7 +434,8 @@ class Worker {
     }
 
    public:
-    // Count, mean and sum of squares about it of two samples together (Chan, Golub, LeVeque 1979).
+    // Adds a second sample to a first, each as count, mean and sum of squares about the mean (Chan, Golub, LeVeque
+    // 1979).
     static void combine(double& count, double& mean, double& squares, double n, double of_mean, double of_squares) {
         double difference = of_mean - mean, total = count + n;
         mean += difference * n / total;
@@ -465,7 +474,7 @@ class Worker {
         if (p.grad_x.data) inputs_backward(grad_x, grad_value, n);
     }
 
-    // dY of the picked places; what mean and variance add needs Y.
+    // dY from the picked places. The parts from mean and variance need Y; add_statistics adds them later.
     void load_picked(const Blocks<V>& blocks, int64_t n) {
         for (int64_t d = 0; d < s.D; ++d) {
             int64_t c = n * s.D + d;
@@ -502,7 +511,8 @@ class Worker {
             for (int l = blocks.count; l < V; ++l) grad_output[e][l] = 0;
     }
 
-    // dS = P (T - sum P T) in the place of T, with sum P T = dY . Y; and its sums over the rows and columns of the keys.
+    // Writes dS = P (T - sum P T) in the place of T, with sum P T = dY . Y, and its sums over rows and columns of the
+    // keys.
     INLINE void softmax_backward(int a, int q) {
         const Vec *weight = weights + q * PLACES, *y = output + (a * SIDE + q) * s.D, *dy = grad_output + (a * SIDE + q) * s.D;
         Vec *grad = grad_scores + q * PLACES, mean = {};
@@ -524,7 +534,7 @@ class Worker {
         for (int b = 0; b < SIDE; ++b) bias_width[q * SIDE + b] = of_column[b];
     }
 
-    // The scores' part of dx as queries, times log2(e).
+    // The part of dx that comes from the scores by x as queries, times log2(e).
     void queries_backward(int a) {
         View<V> to = {grad_x_scores + a * SIDE * CI, CI, 1};
         multiply<V, false>(to, {grad_scores, PLACES, 1}, {keys, CI, 1}, SIDE, CI, PLACES);
@@ -532,7 +542,7 @@ class Worker {
         for (int b = 0; b < SIDE; ++b)
             multiply<V, true>(to.from(b, 0), {bias_width + b * SIDE, SIDE, 1}, {col + (SIDE - 1 - b) * CI, CI, 1}, 1, CI, SIDE);
     }
-    // ... as keys, and the values' part.
+    // The part by x as keys, and the part from the values.
     void inputs_backward(Vec* grad_x, const Vec* grad_value, int64_t n) {
         multiply<V, true>({grad_x_scores, CI, 1}, {grad_keys, CI, 1}, {form, CI, 1}, PLACES, CI, CI);
         const float* weight = table(3, n);
@@ -553,7 +563,7 @@ int64_t share(const Problem& p, bool backward) {
     return round_up(Worker<V>::num_vectors(p, backward) * sizeof(F<V>));
 }
 
-// Numbers in double of a run: two a channel, or the tables' gradients.
+// The number of doubles that a run keeps: two per channel, or the tables' gradients.
 template <int V>
 int64_t num_partial(const Problem& p, bool backward) {
     Sizes s = Sizes::of<V>(p);
@@ -587,6 +597,8 @@ void finish_backward(const Problem& p, const Sizes& s, double* partial) {
 template <int V>
 void run(const Problem& p, bool backward) {
     Sizes s = Sizes::of<V>(p);
+    // Runs go to threads as these become free, each into its own place of `partial`; they are added in order
+    // afterwards.
     char* memory = (char*)round_up((int64_t)p.workspace);
     double* partial = (double*)(memory + p.num_threads * share<V>(p, backward));
     int64_t size = num_partial<V>(p, backward);

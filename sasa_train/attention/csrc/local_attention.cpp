@@ -1,40 +1,45 @@
-// Local self-attention on the CPU, forward and backward. The definition is ../reference.py; cpu.py builds and calls this.
+// Local self-attention on the CPU, forward and backward. The definition is ../reference.py; cpu.py builds and calls
+// this.
 //
-// Method. One vector lane is one plane (one head of one image): V planes are walked in step, so every lane sits at the
+// Method. One vector lane is one plane (one head of one image). V planes are walked in step, so all lanes are at the
 // same pixel. Borders are then loop bounds that all lanes share, any height and width fill the lanes, no load is
-// unaligned or masked, and small maps need no method of their own. A row of V planes is packed into
-// scratch as [channel][column] vectors with K/2 zero columns on either side ("band"), read straight from the strided
-// tensors by a V x V transposition in registers and converted from bfloat16 on the way.
+// unaligned or masked, and small maps need no method of their own. A row of V planes is packed into scratch memory as
+// [channel][column] vectors with K/2 zero columns on either side ("band"). It is read straight from the strided
+// tensors, transposed V x V in registers and converted from bfloat16 on the way.
 //
 //   forward, a query row i:  S[dy][x][dx] = q.k + q.r        band_product: 3 queries x K keys, all in registers
-//                            E = exp(S - max)                one polynomial, K*K vectors a position
+//                            E = exp(S - max)                one polynomial, K*K vectors per position
 //                            out[x] = sum E v / sum E        band_apply: 3 queries x 8 channels in registers
 //   backward, a query row i: S again,  P = exp(S - max) / sum E,  T = g.v,  dS = P (T - sum P T),  and with band_apply
 //                            dq[x]  += dS k,    dk[y][x'] += dS q,    dv[y][x'] += P g.
 //
-// Of the forward pass max and 1 / sum E of each position are kept, nothing of size K*K. dk and dv of the key rows in
-// reach live in a ring; a row leaves it when the last query row that sees it is done: no atomics, one order of
-// summation, whatever the number of threads. q.r is q[:D/2].rel_height[dy] + q[D/2:].rel_width[dx]: 2K numbers a position, not K*K; its gradients are summed in float32
-// over BLOCK_ROWS rows, and over those blocks, planes and images in double and in order.
+// The forward pass keeps max and 1 / sum E of each position, nothing of size K*K. dk and dv of the key rows in reach
+// live in a ring. A row leaves the ring when the last query row that sees it is done: no atomics, one order of
+// summation, whatever the number of threads. q.r is q[:D/2].rel_height[dy] + q[D/2:].rel_width[dx]: 2K numbers per
+// position, not K*K. Its gradients are summed in float32 over BLOCK_ROWS rows, and over those blocks, planes and images
+// in double and in order.
 //
-// Arithmetic. A position and head costs 7 products of K*K*D multiply-adds (2 forward, 5 backward) and 2 K*K exponentials
-// of 10 instructions. At K = 7, D = 8 on 16 lanes with two multiply-add units: 1,372 + 490 cycles for 16 planes. Measured
-// is about half of that speed: rows and scores come from L2 (a key row of 16 planes is 64 W D bytes, K rows of keys,
-// values and their two gradients 460 KB at W = 32, D = 8), where a core reads 0.6 vectors a cycle beside its
-// multiply-adds and writes 0.26. Hence three queries side by side for each key that is read, and no score written twice
-// in the backward pass. A quarter of the time goes into reading and writing the tensors.
+// Arithmetic. A position and head costs 7 products of K*K*D multiply-adds (2 forward, 5 backward) and 2 K*K
+// exponentials of 10 instructions. At K = 7, D = 8 on 16 lanes with two multiply-add units that is 1,372 + 490 cycles
+// for 16 planes. About half of that speed was measured: rows and scores come from the L2 cache (a key row of 16 planes
+// is 64 W D bytes, K rows of keys, values and their two gradients are 460 KB at W = 32, D = 8), where a core reads 0.6
+// vectors per cycle beside its multiply-adds and writes 0.26. Hence three queries side by side for each key that is
+// read, and no score is written twice in the backward pass. A quarter of the time goes into reading and writing the
+// tensors.
 
 #include "vectors.h"
 
 #ifndef KERNEL_SIZE
-#define KERNEL_SIZE 7  // cpu.py builds one library a kernel_size: all of them at once would take a minute
+#define KERNEL_SIZE 7  // cpu.py builds one library per kernel_size: all of them at once would take a minute
 #endif
 
-// Sizes that fit the caches; the results do not depend on tiles. Changing BLOCK_ROWS changes rounding alone.
-// Query columns worked on at a time, K*K scores each: forward, and backward, where a tile's margins are gathered twice.
+// These sizes fit the caches. The results do not depend on tiles; changing BLOCK_ROWS changes rounding alone.
+//
+// MAX_TILE: query columns worked on at a time, K*K scores each, forward and backward. Backward it is larger, because a
+// tile's margins are gathered twice.
 constexpr int MAX_TILE[2] = {12, 32};
 constexpr int BLOCK_ROWS = 8;  // query rows summed in float32 for the embeddings' gradients; threads split there
-constexpr int64_t PIXELS_AHEAD = 3;  // read while these are on their way from memory
+constexpr int64_t PIXELS_AHEAD = 3;  // pixels that are on their way from memory while one is read
 
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1 };
 
@@ -61,7 +66,8 @@ struct Problem {
 
 namespace {
 
-// V planes of a tensor: where each begins, and how many are there (those beyond repeat the last and are not written).
+// V planes of a tensor: the place of each, and the count of existing ones. Lanes beyond repeat the last plane, and are
+// not written.
 template <int V>
 struct Planes {
     int64_t batch_index[V], head[V];
@@ -77,7 +83,7 @@ struct Planes {
     }
 };
 
-// One image row of V planes of a tensor beside its scratch [D][pitch] vectors.
+// Copies one image row of V planes between a tensor and scratch memory, [D][pitch] vectors.
 template <int V, typename E>
 struct RowCopy {
     E* line[V];
@@ -91,7 +97,8 @@ struct RowCopy {
             line[l] = (E*)t.data + planes.batch_index[l] * t.b + planes.head[l] * t.n + y * t.h;
     }
 
-    // V numbers from each plane at (x, c): runs of P, `step` apart in memory; in scratch `run_pitch` apart, `pitch` inside.
+    // V numbers of each plane at (x, c), in runs of P: `step` apart in memory, `run_pitch` apart in scratch, and
+    // `pitch` inside a run.
     template <int P, bool OUT>
     INLINE void block(F<V>* row, int64_t x, int64_t c, int64_t step, int64_t run_pitch, int64_t pitch) const {
         F<V> t[V];
@@ -128,7 +135,8 @@ struct RowCopy {
         }
     }
 
-    // Pixels x .. x + num - 1 into the cache. Beyond the row's end it is the next row, soon wanted, or nothing: no fault.
+    // Fetch pixels x .. x + num - 1 into the cache. Beyond the row's end lies the next row, which is wanted soon, or
+    // nothing: a prefetch of an invalid address is no fault.
     INLINE void prefetch(int64_t x, int64_t num, int64_t head_dim) const {
         if (d != 1) return;
         int64_t per_cache_line = 64 / sizeof(E), heads_step = most(1, per_cache_line / head_dim);
@@ -200,8 +208,8 @@ INLINE void band_product(F<V> (&acc)[R][K], const F<V>* a, const F<V>* b, int64_
     }
 }
 
-// acc[r][c] += sum_j weight(r, j) * b[c][STRIDE r + j], with weight(r, j) = weights[r][j]; or, REVERSED, the weight that
-// the position r + j - K/2 gives to r: weights[r + j][K - 1 - j].
+// acc[r][c] += sum_j weight(r, j) * b[c][STRIDE r + j], with weight(r, j) = weights[r][j]; or, REVERSED, the weight
+// that the position r + j - K/2 gives to r: weights[r + j][K - 1 - j].
 template <int V, int K, int R, int C, bool REVERSED, int STRIDE = 1>
 INLINE void band_apply(F<V> (&acc)[R][C], const F<V>* weights, const F<V>* b, int64_t pitch) {
     UNROLL
@@ -221,7 +229,7 @@ INLINE void band_apply(F<V> (&acc)[R][C], const F<V>* weights, const F<V>* b, in
     }
 }
 
-// How many queries side by side fit the registers.
+// The number of queries side by side that fit the registers.
 constexpr int queries_at_once(int K) {
     if (NUM_REGISTERS == 32) return K <= 3 ? 4 : K <= 7 ? 3 : K <= 13 ? 2 : 1;
     return K <= 5 ? 2 : 1;
@@ -239,7 +247,7 @@ struct Sizes {
         Sizes s;
         s.H = p.height, s.W = p.width, s.D = p.head_dim, s.half = p.head_dim / 2;
         s.out_width = ceil_div(s.W, p.stride);
-        // What the windows of a row reach, those of two neighbours together; odd, so that channels do not share cache sets.
+        // The columns in reach of a row's windows, or of a pool's two. Odd, so that channels do not share cache sets.
         s.pitch = (s.W + K - 2 + p.stride) | 1;
         s.row = s.pitch * s.D;
         s.tile = ceil_div(ceil_div(s.W, ceil_div(s.W, MAX_TILE[backward])), p.stride) * p.stride;
@@ -259,19 +267,19 @@ class Worker {
     const Sizes s;
     const int64_t group;
     const Planes<V> planes;
-    // rings of K + 1 rows, which the windows of a pool's two query rows reach; the tile's scores or weights and their gradients [K][tile_pitch][K]
+    // Rings of K + 1 rows: so many are in reach of the windows of a pool's two query rows.
     Vec *key_rows, *value_rows, *grad_key_rows, *grad_value_rows;
     Vec *query_rows, *grad_query_rows;       // rings of HALF + 2 rows
-    Vec *query_row, *grad_query_row;         // the present one of them
+    Vec *query_row, *grad_query_row;         // the present row of these rings
     Vec *output_row, *grad_output_row;
-    Vec *weights, *grad_scores;
-    Vec *tiles[2], *pooled;                  // with a pool: the weights of two query rows, and theirs together
+    Vec *weights, *grad_scores;              // [K][tile_pitch][K]: the tile's scores or weights, and their gradients
+    Vec *tiles[2], *pooled;                  // with a pool: the weights of its two query rows, and both together
     Vec *bias_height, *bias_width;           // [tile][K]: q.rel_height[dy] and q.rel_width[dx]; then their gradients
     Vec *top, *inverse_sum;                  // [W]: the largest score and 1 / sum E of the present query row
-    Vec *statistic_rows;                     // theirs: [stride][2][W]
+    Vec *statistic_rows;                     // top and inverse_sum of a pool's rows: [stride][2][W]
     Vec *delta;                              // [W]: sum P T
     Vec *rel_height, *rel_width;             // [D/2][K]
-    Vec *grad_rel_height, *grad_rel_width;   // [D/2][K] of the present block of rows
+    Vec *grad_rel_height, *grad_rel_width;   // [D/2][K], over the present block of rows
 
    public:
     static int64_t num_vectors(const Problem& p, bool backward) {
@@ -316,7 +324,8 @@ class Worker {
         int64_t next_key = most(0, first - HALF);
         for (int64_t i = first; i < end; ++i) {
             for (; next_key < least(s.H, i + HALF + 1); ++next_key) load<E>(next_key, next_key >= first && next_key < end);
-            if (p.stride == 2 && i % 2 == 0 && i + 1 < s.H) continue;  // the two query rows of a pooled one are one step
+            // With a pool, two query rows are one step: work waits for the second, or the image's end.
+            if (p.stride == 2 && i % 2 == 0 && i + 1 < s.H) continue;
             int64_t i0 = p.stride == 2 ? i / 2 * 2 : i;
             for (int64_t x0 = 0; x0 < s.W; x0 += s.tile) {
                 int64_t width = least(s.tile, s.W - x0);
@@ -341,8 +350,9 @@ class Worker {
         }
     }
 
-    // Gradients of the query rows and of the key rows first .. end - 1. The HALF query rows on either side are computed
-    // again for the sake of those key rows. `partial`: [num_blocks][2][D/2][K], the embeddings' gradients block by block.
+    // Gradients of the query rows and of the key rows first .. end - 1. Those key rows are also in reach of the HALF
+    // query rows on either side, which are therefore computed again. `partial`: [num_blocks][2][D/2][K], the
+    // embeddings' gradients block by block.
     template <typename E>
     void backward(int64_t first, int64_t end, Vec* partial) {
         int64_t query_first = most(0, first - HALF), query_end = least(s.H, end + HALF);
@@ -380,7 +390,7 @@ class Worker {
     int64_t end_dy(int64_t i) const { return least(K, s.H + HALF - i); }
     Vec* tile_row(Vec* tile, int64_t dy) const { return tile + (dy * s.tile_pitch + K - 1) * K; }
 
-    // The columns that no load writes: outside the image, and what makes the pitch odd.
+    // Zeros in the columns that no load writes: those outside the image, and the one that makes the pitch odd.
     void clear_pads(Vec* rows, int64_t num_rows) const {
         for (int64_t c = 0; c < num_rows * s.D; ++c, rows += s.pitch) {
             memset(rows, 0, HALF * sizeof(Vec));
@@ -388,14 +398,14 @@ class Worker {
         }
     }
 
-    // The weights of the K - 1 queries on either side of a tile, where gathering reads zeros.
+    // Zeros as the weights of the K - 1 queries on either side of a tile, which gathering reads.
     void clear_margins(Vec* tile, int64_t dy) const {
         memset(tile_row(tile, dy) - (K - 1) * K, 0, (K - 1) * K * sizeof(Vec));
         memset(tile_row(tile, dy) + s.tile * K, 0, (K - 1) * K * sizeof(Vec));
     }
 
-    // Row y of N tensors. Queries, keys and values are most often parts of one tensor, beside each other at every pixel:
-    // they are walked together, so that memory is read and written in its own order.
+    // Copies row y of N tensors. Queries, keys and values are most often parts of one tensor, beside each other at
+    // every pixel: they are walked together, so that memory is read and written in its own order.
     template <bool OUT, typename E, int N>
     void copy_rows(Vec* const (&rows)[N], const Strided* const (&tensors)[N], int64_t y, int64_t width) const {
         RowCopy<V, E> copies[N];
@@ -442,7 +452,7 @@ class Worker {
         memset(grad_rel_width, 0, size);
     }
 
-    // weights of the tile from query_row: E, the largest of a window 1; top and inverse_sum.
+    // Computes the tile's weights from query_row: E, 1 for the largest of a window, and top and inverse_sum.
     void attend(int64_t i, int64_t x0, int64_t width) {
         in_groups<R>(0, width, [&](auto Q, int64_t x) { bias<Q>(x0, x); });
         for (int64_t x = 0; x < width; ++x) top[x0 + x] = Vec{} - __builtin_inff();
@@ -454,13 +464,13 @@ class Worker {
         for (int64_t x = 0; x < width; ++x) exponentials(x0, x, begin, end);
     }
 
-    // The row of a ring at window row dy; null outside the image.
+    // The row of a ring at window row dy, or null outside the image.
     const Vec* row_in_reach(const Vec* rows, int64_t i, int64_t dy) const {
         return dy >= first_dy(i) && dy < end_dy(i) ? rows + slot(i + dy - HALF) : nullptr;
     }
 
-    // The part of the scores that K + K numbers a position hold. Columns outside the image get -infinity here, which
-    // no product with a zero key changes.
+    // The part of the scores that K + K numbers per position hold. Columns outside the image get -infinity here, which
+    // the product with a zero key does not change.
     template <int Q>
     INLINE void bias(int64_t x0, int64_t x) {
         Vec by_row[Q][K] = {}, by_column[Q][K] = {};
@@ -517,7 +527,8 @@ class Worker {
         }
     }
 
-    // exp(S - max) of position x over window rows begin .. end - 1, in place; K sums, so that none waits for another.
+    // exp(S - max) of position x over window rows begin .. end - 1, in place. K sums, so that no addition waits for
+    // another.
     INLINE void exponentials(int64_t x0, int64_t x, int64_t begin, int64_t end) {
         Vec shift = top[x0 + x] * LOG2_E, sums[K] = {};
         for (int64_t dy = begin; dy < end; ++dy) {
@@ -539,8 +550,8 @@ class Worker {
         return sum;
     }
 
-    // pooled[dy][x / 2][dx], windows of K + 1 from the first query's on: the weights that the average of the 2 x 2 queries
-    // of rows i0 and i1 at columns x, x + 1 gives, those of them that are inside the image.
+    // pooled[dy][x / 2][dx], windows of K + 1 from the first query's on: the averaged weights of the 2 x 2 queries of
+    // rows i0 and i1 at columns x, x + 1, as far as these are inside the image.
     void pool(int64_t i0, int64_t i1, int64_t x0, int64_t width) {
         for (int64_t dy = first_dy(i0); dy < least(K + 1, s.H + HALF - i0); ++dy)
             for (int64_t x = 0; x < width; x += 2) {
@@ -672,7 +683,7 @@ class Worker {
         for (int64_t c = 0; c < s.D; ++c) memset(row + c * s.pitch + HALF + x0, 0, width * sizeof(Vec));
     }
 
-    // A narrower last tile leaves the previous one's weights on its right, where gathering reads zeros.
+    // A narrower last tile has the previous tile's weights on its right, where gathering must read zeros.
     void clear_beyond(int64_t width) const {
         if (width == s.tile) return;
         for (int64_t dy = 0; dy < K; ++dy) {
@@ -681,7 +692,7 @@ class Worker {
         }
     }
 
-    // P and T of Q queries and one key row, and their part of delta.
+    // Computes P and T of Q queries and one key row, and adds their part of delta.
     template <int Q>
     INLINE void grad_weight(const Vec* keys, const Vec* values, int64_t x0, int64_t x, int64_t dy) {
         Vec acc[Q][K];
@@ -709,8 +720,8 @@ class Worker {
         }
     }
 
-    // dS = P (T - delta) in the place of T, over window rows begin .. end - 1; and its sums over the window's rows and
-    // columns in the place of the scores' parts.
+    // Writes dS = P (T - delta) in the place of T, over window rows begin .. end - 1, and its sums over the window's
+    // rows and columns in the place of the scores' parts.
     INLINE void grad_score(int64_t x0, int64_t x, int64_t begin, int64_t end) {
         Vec sums[K] = {}, mean = delta[x0 + x];
         for (int64_t dy = 0; dy < K; ++dy) {
@@ -781,7 +792,8 @@ class Worker {
 
 // ---- the threads -----------------------------------------------------------------------------------------------------
 
-// Where there are few groups of planes, their rows are split too, at multiples of BLOCK_ROWS. The result is the same.
+// Few groups of planes would leave threads idle, so their rows are split too, at multiples of BLOCK_ROWS. The result is
+// the same.
 int64_t num_chunks(int64_t num_groups, int64_t num_blocks, int64_t num_threads) {
     if (num_groups % num_threads == 0 || num_groups >= 4 * num_threads) return 1;
     return most(1, least(num_blocks, ceil_div(2 * num_threads, num_groups)));
@@ -798,7 +810,7 @@ int64_t workspace(const Problem& p, bool backward) {
     return threads + round_up(partial) + round_up(sums) + 256;
 }
 
-// Blocks, planes and images in their order, in double.
+// Sums the embeddings' gradients over blocks, planes and images, in this order and in double.
 template <int V, int K>
 void sum_rel(const Problem& p, const F<V>* partial, double* sums) {
     Sizes s = Sizes::of<K>(p, true);
@@ -862,7 +874,7 @@ int64_t do_job(const Problem& p, Job job) {
     return 0;
 }
 
-// Few planes (an image at a time) would leave most of a wide vector's lanes idle.
+// Few planes (one image at a time) would leave most of a wide vector's lanes idle.
 int64_t dispatch(const Problem& p, Job job) {
 #if MAX_LANES == 16
     if (p.batch * p.num_heads <= 8) return do_job<8, KERNEL_SIZE>(p, job);

@@ -1,7 +1,7 @@
-// Vectors of V floats, one number a lane: arithmetic, exponential, transposition in registers, loads and stores.
+// Vectors of V floats, one number per lane: arithmetic, exponential, transposition in registers, loads and stores.
 //
-// GCC's (and clang's) vector extension, so that one source gives every variant; the flags are
-// -O3 -fno-math-errno -ffp-contract=fast. -ffast-math would break fast_exp2's rounding.
+// They are GCC's (and clang's) vector extension, so that one source gives every variant. The flags are
+// -O3 -fno-math-errno -ffp-contract=fast; -ffast-math would break fast_exp2's rounding.
 
 #pragma once
 
@@ -30,14 +30,14 @@
 #define NUM_REGISTERS 16
 #endif
 #if defined(__clang__) || __GNUC__ >= 12
-#define HAS_SHUFFLE 1  // __builtin_shufflevector; older GCCs move single numbers, right and slower
+#define HAS_SHUFFLE 1  // __builtin_shufflevector; with older GCCs single numbers are moved, correct but slower
 #else
 #define HAS_SHUFFLE 0
 #endif
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 32")
 
-constexpr int64_t STREAM_NUMBERS = 1 << 20;  // results of more numbers than this do not stay in a core's caches
+constexpr int64_t STREAM_NUMBERS = 1 << 20;  // results larger than this do not stay in a core's caches
 constexpr float LOG2_E = 1.4426950408889634f;
 
 namespace {
@@ -57,7 +57,7 @@ INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 INLINE int64_t round_up(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 
-// body(Q, x) over x = from .. end - 1, Q of them at a time: as many as there are, at most MOST.
+// Call body(Q, x) over x = from .. end - 1, Q of them at a time: MOST where so many are left, then fewer.
 template <int MOST, typename Body>
 INLINE void in_groups(int64_t from, int64_t end, Body body) {
     for (; from + MOST <= end; from += MOST) body(std::integral_constant<int, MOST>{}, from);
@@ -81,8 +81,9 @@ INLINE F<V> larger(F<V> a, F<V> b) {
     return a > b ? a : b;
 }
 
-// 2^t for t <= 0, to 2 units in the last place, exact at 0; below 2^-100 it stays there, so that no denormal slows what
-// follows. The polynomials have the least relative error of those of degree 5 that are 1 at 0.
+// 2^t for t <= 0, to 2 units in the last place, exact at 0. Below t = -100 it stays at 2^-100: denormal numbers would
+// slow down everything that follows. The polynomials have the least relative error of those of degree 5 that are 1 at
+// 0.
 template <int V>
 INLINE F<V> fast_exp2(F<V> t) {
     t = larger<V>(F<V>{} - 100.0f, t);
@@ -108,7 +109,7 @@ INLINE F<V> fast_exp2(F<V> t) {
     return (F<V>)((typename Lanes<V>::i)p + (((typename Lanes<V>::i)shifted) << 23));
 }
 
-// What is loaded to be used several times stays in its register; GCC would fold the load into each use.
+// Keeps a number that is used several times in its register: GCC would fold the load into each use.
 template <typename T>
 INLINE T loaded(T x) {
 #if defined(__AVX512F__)
@@ -121,7 +122,7 @@ INLINE T loaded(T x) {
 
 // ---- rows in and out of scratch: transposition of V planes ------------------------------------------------------
 
-// a and b by turns, of their lower or upper halves; both one after the other; one half.
+// interleave: numbers of a and b in turn, from their lower or upper halves; join: a, then b; half_of: one half.
 #if HAS_SHUFFLE
 template <int V>
 INLINE F<V> interleave(F<V> a, F<V> b, bool upper) {
@@ -224,7 +225,8 @@ INLINE void store(uint16_t* p, F<V> x) {
     memcpy(p, &out, sizeof out);
 }
 
-// Past the caches, where a whole line is written: what is larger than they are would only be read to be overwritten.
+// With `stream`, past the caches where a whole cache line is written: a result larger than they are would be read into
+// them only to be overwritten.
 template <int V, typename E>
 INLINE void store(E* p, F<V> x, bool stream) {
 #if defined(__AVX512F__)
@@ -234,7 +236,7 @@ INLINE void store(E* p, F<V> x, bool stream) {
     store<V>(p, x);
 }
 
-// V numbers in V / P runs of P, `step` apart: several pixels of a head narrower than a vector.
+// V numbers in V / P runs of P, `step` apart in memory: several pixels of a head narrower than a vector.
 template <int V, int P, typename E>
 INLINE F<V> load_runs(const E* p, int64_t step) {
     if constexpr (P == V) {

@@ -1,0 +1,109 @@
+"""Make images and data sets to test with, good and bad, and read their batches."""
+
+import io
+import tarfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sasa_train.config.compose import compose_config
+from sasa_train.data.datasets import Files, ImageSet
+from sasa_train.data.loader import build_loaders
+from sasa_train.data.plan import BatchPlan
+
+CPU = torch.device("cpu")
+
+
+def config_for(*overrides: str):
+    return compose_config(["data=digits", "trainer.global_batch_size=32", *overrides])
+
+
+def batches(config, epoch=0, first_step=0):
+    loaders = build_loaders(config, CPU)
+    found = [(images.clone(), labels.clone()) for images, labels in loaders.train.train_batches(epoch, first_step)]
+    loaders.close()
+    return found
+
+
+def assert_same(one, other):
+    assert len(one) == len(other) > 0
+    for (images, labels), (other_images, other_labels) in zip(one, other, strict=True):
+        assert torch.equal(labels, other_labels) and torch.equal(images, other_images)
+
+
+# A run of seconds on such a folder.
+SMALL_RUN = (
+    "model.width=0.125", "model.num_heads=2", "model.kernel_size=3", "trainer.global_batch_size=4", "output_dir=out",
+    "trainer.epochs=2", "run_name=bad", "trainer.log_every_steps=1",
+)  # fmt: skip
+
+
+def make_image_folder(root: Path, size: tuple[int, int] = (19, 17)) -> Path:
+    rng = np.random.default_rng(0)
+    for split, counts in (("train", (11, 7)), ("val", (3, 5))):
+        for label, name in enumerate(("blue", "red")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(counts[label]):
+                pixels = rng.integers(0, 80, (size[1], size[0], 3), dtype=np.uint8)
+                pixels[..., 0 if name == "red" else 2] += 150
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+def spoil(folder: Path) -> None:
+    """One of each kind that people meet; the last two are readable, but in no mode that models take."""
+    noise = Image.effect_noise((40, 30), 80)
+    noise.convert("RGB").save(folder / "a-whole.jpg")
+    content = (folder / "a-whole.jpg").read_bytes()
+    (folder / "b-truncated.jpg").write_bytes(content[: len(content) // 2])
+    (folder / "c-empty.jpg").write_bytes(b"")
+    (folder / "d-text.jpg").write_text("this is no image")
+    noise.convert("CMYK").save(folder / "e-cmyk.jpg")
+    Image.fromarray(np.linspace(0, 65535, 1200, dtype=np.uint16).reshape(30, 40)).save(folder / "f-16-bit.png")
+
+
+BAD = ("b-truncated.jpg", "c-empty.jpg", "d-text.jpg")
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    """The bytes of a file of this kind."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def tar_of(files: Iterable[tuple[str, bytes]]) -> bytes:
+    """A tar archive of files by their names, in this order."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:") as archive:
+        for name, data in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def one_image(path: Path | str) -> ImageSet:
+    return ImageSet(["a"], np.zeros(1, dtype=np.int64), np.arange(1), Files([str(path)]))
+
+
+class Reader:
+    """Reads micro-batches of 5 of 35 images; before the second one `accident()` happens, in the worker."""
+
+    def __init__(self, accident: Callable[[], object]):
+        names = [f"{chr(97 + i % 26)}{i}\n.png" for i in range(35)]
+        self.images = ImageSet(["a"], np.zeros(35, dtype=np.int64), np.arange(35), Files(names))
+        self.accident = accident
+
+    def __call__(self, micro):
+        if micro.indices[0] == 5:
+            self.accident()
+        return torch.from_numpy(micro.indices + 100)
+
+
+def keys():
+    return BatchPlan(0, 35, 5, 1).all()
