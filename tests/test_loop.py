@@ -58,7 +58,7 @@ def test_a_profile_names_the_attention(tmp_path, monkeypatch):
     profile = tmp_path / "out/run/profile"
     assert "sasa_train::local_attention" in (profile / "operators.txt").read_text()
     names = {event.get("name") for event in json.loads((profile / "trace.json").read_text())["traceEvents"]}
-    assert "sasa_train::local_attention" in names
+    assert any("sasa_train::local_attention" in str(name) for name in names)
 
 
 @pytest.mark.parametrize("given", ["trainer.micro_batch_size=4", "trainer.grad_accum_steps=4"])
