@@ -105,7 +105,7 @@ class LocalSelfAttention2d(nn.Module):
         return {"kernel_size": self.kernel_size, "content": self.content, "border": self.border}
 
     def relative_scores(self, x: Tensor) -> Tensor | None:
-        """Return q.r at each place of the window, mean over images and positions, [N, K, K]; None without embeddings."""
+        """Return q.r at each place of the window, mean over images and places, [N, K, K]; None without embeddings."""
         return _mean_relative_scores(self._projections(x)[0], self.rel_height, self.rel_width)
 
     def _projections(self, x: Tensor) -> Tensor:
