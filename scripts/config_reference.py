@@ -68,7 +68,7 @@ def row(key: str, field: dataclasses.Field) -> tuple[str, ...]:
 
 
 def type_and_bounds(field: dataclasses.Field) -> str:
-    """In words; the page's head has the rules of paths and names, and says that a default of null is allowed."""
+    """Describe a key's type and bounds in words; the head of the page has the rules of paths and names."""
     bounds = field.metadata["bounds"]
     kind = type_in_words(field.type)
     if field.default is None:
@@ -85,7 +85,7 @@ def type_and_bounds(field: dataclasses.Field) -> str:
 
 
 def type_in_words(kind: typing.Any) -> str:
-    """`list[float] | None` -> "list of numbers or null"."""
+    """Write a type in words: `list[float] | None` as "list of numbers or null"."""
     if isinstance(kind, types.UnionType):
         return " or ".join(type_in_words(part) for part in typing.get_args(kind))
     if typing.get_origin(kind) is list:

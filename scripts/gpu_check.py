@@ -322,7 +322,7 @@ def measure_roofline(options: argparse.Namespace) -> int:
 
 
 def _fractions(case: Any, seconds: float, bandwidth: float, rate: float) -> dict[str, Any]:
-    """`bandwidth` in bytes/s, `rate` in FLOP/s. FLOPs by the paper's formula: three products, thrice with gradients."""
+    """Return a row; `bandwidth` in bytes/s, `rate` in FLOP/s. FLOPs: three products, thrice with gradients."""
     num_values = case.batch_size * case.channels * case.height * case.width
     bytes_per_sec = TENSOR_PASSES * num_values * (4 if case.dtype == "fp32" else 2) / seconds
     flops_per_sec = 3 * 3 * 2 * case.kernel_size**2 * num_values / seconds

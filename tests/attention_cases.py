@@ -53,7 +53,7 @@ def assert_equals_reference(
 ) -> None:  # fmt: skip
     """Output and gradients against the reference in float64, on the same (rounded) inputs.
 
-    `rel`: "shared", "per head", "mixed" (rel_height shared, rel_width one a head), "swapped" (the reverse) or None.
+    `rel`: "shared", "per head", "mixed" (rel_height shared, rel_width one per head), "swapped" (the reverse) or None.
     """
     generator = torch.Generator().manual_seed(seed)
     qkv = draw(shape, layout, dtype, generator)

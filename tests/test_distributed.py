@@ -27,7 +27,7 @@ from sasa_train.processes.collectives import restart_warning
 from sasa_train.refusal import ConfigError
 from sasa_train.train import read_config
 
-# 38 digits and batches of 12 are 3 steps an epoch, 6 in all; no batch statistics, and augmentation of every kind.
+# 38 digits and batches of 12 are 3 steps per epoch, 6 in all; no batch statistics, and augmentation of every kind.
 RUN = (
     "model=timm", "model.name=convnext_atto", "data=digits", "data.image_size=32", "data.max_train_images=38",
     "data.max_val_images=31", "augment.policy=trivial_augment", "augment.brightness=0.3", "augment.erasing_prob=0.5",

@@ -25,7 +25,7 @@ from sasa_train.runs.checkpoint import load_checkpoint
 from sasa_train.trained import load_trained
 
 WNIDS = ("n01440764", "n01443537", "n02102040")  # ImageNet's classes 0, 1 and 217
-NUM_VAL = 17  # images a class
+NUM_VAL = 17  # images per class
 BAD = "ILSVRC2012_val_00000005.JPEG"  # of the first class; no image
 
 

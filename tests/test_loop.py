@@ -58,7 +58,7 @@ def test_a_profile_names_the_attention(tmp_path, monkeypatch):
     profile = tmp_path / "out/run/profile"
     assert "sasa_train::local_attention" in (profile / "operators.txt").read_text()
     names = {event.get("name") for event in json.loads((profile / "trace.json").read_text())["traceEvents"]}
-    assert "sasa_train::local_attention" in names
+    assert any("sasa_train::local_attention" in str(name) for name in names)
 
 
 @pytest.mark.parametrize("given", ["trainer.micro_batch_size=4", "trainer.grad_accum_steps=4"])
@@ -157,7 +157,7 @@ def test_a_run_too_short_for_its_profile_says_so(tmp_path, monkeypatch, capsys):
 
 
 def test_the_time_left_counts_evaluations_before_a_resume_too(tmp_path, monkeypatch):
-    """70 images in batches of 16 are 4 steps an epoch; after 2 epochs of 3, 4 steps and one evaluation are left."""
+    """70 images in batches of 16 are 4 steps per epoch; after 2 epochs of 3, 4 steps and one evaluation are left."""
     assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
     last = [row for row in map(json.loads, (tmp_path / "out/run/metrics.jsonl").open()) if row["split"] == "val"][-1]
     metrics = (tmp_path / "out/run/metrics.jsonl").read_text()

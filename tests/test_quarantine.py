@@ -17,16 +17,14 @@ from sasa_train.refusal import ConfigError
 from sasa_train.training.run import note_unreadable
 
 
-@pytest.mark.parametrize(
-    "size", ["data.image_size=16", "data.image_size=72"], ids=["resident", "streamed"]
-)  # fmt: skip
-def test_training_and_evaluation_go_on_and_name_each_bad_image_once(in_process, tmp_path, size):
+@pytest.mark.parametrize("size", ["data.image_size=16", "data.image_size=72"], ids=["resident", "streamed"])
+def test_training_and_evaluation_go_on_and_name_each_bad_image_once(command, in_process, tmp_path, size):
     root = make_image_folder(tmp_path / "images")
     for split in ("train", "val"):
         spoil(root / split / "red")
     stem = "model.stem=conv_small" if "16" in size else "model.stem=attention"
     data = ("data=image_folder", f"data.root={root}", size, stem, "data.num_workers=1")
-    trained = in_process("train", *data, *SMALL_RUN)
+    trained = command("train", *data, *SMALL_RUN)
     said = trained.stdout + trained.stderr
     for name in BAD:
         assert said.count(f"train/red/{name}: cannot be read as an image") == 1

@@ -159,7 +159,7 @@ def test_distance_of_attention_to_one_key():
 
 
 def test_a_window_is_drawn_where_it_lies_and_ends_at_the_border():
-    """5 x 5 positions of an 8 x 8 map in an image of 32 pixels: 4 pixels a position."""
+    """5 x 5 positions of an 8 x 8 map in an image of 32 pixels: 4 pixels per position."""
     weights = torch.arange(2 * 8 * 8 * 25.0).view(2, 8, 8, 25)
     inside = window_at(weights, (13, 18), 32)
     assert (inside.query, inside.box, inside.query_box) == ((3, 4), (8, 4, 28, 24), (16, 12, 20, 16))

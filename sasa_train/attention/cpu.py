@@ -48,7 +48,7 @@ class _Strided(ctypes.Structure):
 
 
 class _Problem(ctypes.Structure):
-    """`Problem` of the C++ source, field by field."""
+    """The struct `Problem` of the C++ source, field by field."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("batch", "num_heads", "height", "width", "head_dim")),
@@ -72,7 +72,7 @@ def unavailable(query: Tensor, kernel_size: int) -> str | None:
 
 
 def empty_output(value: Tensor, stride: int) -> Tensor:
-    """[B, N, ceil(H / stride), ceil(W / stride), D], order of strides as `value`."""
+    """Return [B, N, ceil(H / stride), ceil(W / stride), D], with its strides ordered as those of `value`."""
     return torch.empty_like(value[:, :, ::stride, ::stride])
 
 

@@ -185,7 +185,7 @@ def _backward_into(
 
 
 def _forward_flops(query, key, value, rel_height, rel_width, kernel_size, *_, **__) -> int:
-    """2*K*K*D per head and position for each of q.k, q.r and weights times values; each window counts as full."""
+    """Count 2*K*K*D per head and position for each of q.k, q.r and weights times values; windows count as full."""
     batch, num_heads, height, width, head_dim = query
     num_products = 1 + (key is not None) + (rel_height is not None)
     return num_products * 2 * kernel_size**2 * head_dim * batch * num_heads * height * width
@@ -244,7 +244,7 @@ _local_attention_qkv = _define(
 
 
 def plain_decompositions() -> dict[Any, Callable]:
-    """For `ExportedProgram.run_decompositions`: the layers' op in PyTorch's own, so that it runs without sasa_train."""
+    """Return decompositions for `ExportedProgram.run_decompositions`, so that a program runs without sasa_train."""
     from sasa_train.attention import plain
 
     def local_attention_qkv(projections, rel_height, rel_width, kernel_size, border, stride, backend):

@@ -47,7 +47,7 @@ def local_attention_forward(
 
 
 def _windows(x: Tensor, num_tiles: int, tile: int, kernel_size: int) -> Tensor:
-    """[B, N, H, W, D] -> [B, N, H, tiles, K * span, D]: the keys or values in reach of each tile of a row."""
+    """Gather [B, N, H, W, D] to [B, N, H, tiles, K * span, D]: keys or values in reach of each tile of a row."""
     radius, height, span = kernel_size // 2, x.shape[2], tile + kernel_size - 1
     padded = F.pad(x, (0, 0, radius, radius + num_tiles * tile - x.shape[3], radius, radius))
     tiles = torch.stack([padded.narrow(3, i * tile, span) for i in range(num_tiles)], 3)
@@ -55,7 +55,7 @@ def _windows(x: Tensor, num_tiles: int, tile: int, kernel_size: int) -> Tensor:
 
 
 def _relative(q: Tensor, rel_height: Tensor, rel_width: Tensor, column: Tensor) -> Tensor:
-    """q.r, [B, N, H, tiles, tile, K * span]; arbitrary where `column` was outside the window, which is masked out."""
+    """Return q.r, [B, N, H, tiles, tile, K * span]; arbitrary outside the window, where it is masked out."""
     num_heads = q.shape[1]
     q_top, q_bottom = q.chunk(2, dim=-1)
     rows = torch.einsum("bnhtqd,nkd->bnhtqk", q_top, rel_height.expand(num_heads, -1, -1))
@@ -68,7 +68,7 @@ def _inside(index: Tensor, size: int) -> Tensor:
 
 
 def _inside_image(height: int, width: int, num_tiles: int, tile: int, kernel_size: int, device: torch.device) -> Tensor:
-    """[H, tiles, 1, K, span]: True where the image has such a row and such a column."""
+    """Return [H, tiles, 1, K, span]: True where the row and the column are inside the image."""
     radius, num_columns = kernel_size // 2, num_tiles * tile
     rows = torch.arange(height, device=device).view(-1, 1) + torch.arange(-radius, radius + 1, device=device)
     starts = torch.arange(0, num_columns, tile, device=device).view(-1, 1)

@@ -152,7 +152,7 @@ def table_gradient(grad: Tensor, rel: Tensor) -> Tensor:
 
 # Inside, the batch comes last, so that the K*K shifted windows stay long contiguous runs.
 def _batch_last(tensor: Tensor) -> Tensor:
-    """[B, N, H, W, D] -> contiguous [N, D, H, W, B] in float32, or float64 where the input is."""
+    """Return [B, N, H, W, D] as contiguous [N, D, H, W, B] in float32, or float64 if the input is."""
     arithmetic = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     return tensor.permute(1, 4, 2, 3, 0).to(arithmetic).contiguous()
 
@@ -163,7 +163,7 @@ def _batch_first(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _per_head(rel: Tensor, like: Tensor) -> Tensor:
-    """[K, D/2] or [N, K, D/2] -> [N, K, D/2] in the arithmetic's dtype."""
+    """Return a table [K, D/2] or [N, K, D/2] as [N, K, D/2] in the arithmetic's dtype."""
     return rel.to(like.dtype).expand(like.shape[0], -1, -1)
 
 
@@ -186,6 +186,6 @@ def _windows(padded: Tensor, kernel_size: int) -> Iterator[Tensor]:
 
 
 def _inside(height: int, width: int, kernel_size: int, device: torch.device) -> Tensor:
-    """[K*K, H, W]: True where the window's position lies inside the image."""
+    """Return [K*K, H, W]: True where the window's position lies inside the image."""
     ones = _pad(torch.ones(height, width, 1, device=device), kernel_size)
     return torch.stack([window[..., 0] > 0 for window in _windows(ones, kernel_size)])

@@ -89,7 +89,7 @@ def attention_stem_pooled(
     num_heads: int,
     sign: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The numbers of `attention_stem` that an affine map of each channel and then a 4x4 max pool need.
+    """Compute what an affine map of each channel and then a 4x4 max pool need of `attention_stem`'s result.
 
     Args:
         sign: [C]: 1 where the map is increasing, -1 where it is decreasing, 0 where it is constant.
@@ -112,7 +112,7 @@ class _Image(ctypes.Structure):
 
 
 class _Problem(ctypes.Structure):
-    """`Problem` of the C++ source, field by field."""
+    """The struct `Problem` of the C++ source, field by field."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("batch", "height", "width", "num_heads", "head_dim", "num_threads")),
@@ -152,7 +152,7 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 
 # The products of weights below are made in double and rounded once: their error would be in every score.
 def _heads(w_qk: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """W_Q and W_K, [N, D, C_in], in double."""
+    """Return W_Q and W_K, [N, D, C_in], in double."""
     w_q, w_k = w_qk.double().unflatten(0, (2, num_heads, -1))
     return w_q, w_k
 

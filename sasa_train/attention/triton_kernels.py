@@ -109,7 +109,7 @@ def _at(strides, rows, columns, D_PADDED: tl.constexpr, ALIGN: tl.constexpr):
 
 @triton.jit
 def _load(head, strides, rows, columns, exists, D: tl.constexpr, D_PADDED: tl.constexpr, ALIGN: tl.constexpr):
-    """[positions, channels] in their own dtype; 0 where a position or a channel does not exist."""
+    """Load [positions, channels] in their own dtype; 0 where a position or a channel does not exist."""
     mask = exists[:, None] & (tl.arange(0, D_PADDED) < D)[None, :]
     return tl.load(head + _at(strides, rows, columns, D_PADDED, ALIGN), mask=mask, other=0.0)
 
@@ -137,7 +137,7 @@ def _table(pointer, strides, n, K: tl.constexpr, D: tl.constexpr, D_PADDED: tl.c
 
 @triton.jit
 def _product(a, b, start, PRECISION: tl.constexpr):
-    """start + a b^T of inputs in their own dtype, [positions, channels] each."""
+    """Return start + a b^T for inputs [positions, channels] in their own dtype."""
     if CAST:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, tl.trans(b), start, input_precision=PRECISION)
@@ -145,7 +145,7 @@ def _product(a, b, start, PRECISION: tl.constexpr):
 
 @triton.jit
 def _per_column(by_width, dx, in_reach):
-    """[P, TABLE_ROWS] by offset, or None -> [P, W] by key column, -inf out of reach."""
+    """Spread [P, TABLE_ROWS] by offset, or None, to [P, W] by key column; -inf out of reach."""
     found = tl.zeros(dx.shape, tl.float32)
     if by_width is not None:
         found = tl.gather(by_width, tl.minimum(tl.maximum(dx, 0), TABLE_ROWS - 1), 1)
@@ -154,7 +154,7 @@ def _per_column(by_width, dx, in_reach):
 
 @triton.jit
 def _bias(by_height, per_column, dy, K: tl.constexpr):
-    """[P, W], to be added to q.k for the key row dy - K // 2 below each query: q.r, and -inf outside the windows."""
+    """Return [P, W] to add to q.k for the key row dy - K // 2 below each query: q.r, or -inf outside the windows."""
     per_row = tl.zeros(dy.shape, tl.float32)
     if by_height is not None:
         per_row = tl.sum(tl.where(tl.arange(0, TABLE_ROWS)[None, :] == dy[:, None], by_height, 0.0), 1)

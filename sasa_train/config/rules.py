@@ -127,7 +127,7 @@ def _of_epochs(config: TrainConfig) -> Rules:
 
 
 def check_world_size(config: TrainConfig, world_size: int) -> None:
-    """Refuse a global batch that so many processes cannot share."""
+    """Refuse a global batch that does not divide among this number of processes."""
     # Not part of `validate`, as a saved config may come from another number of processes.
     trainer = config.trainer
     key = "micro_batch_size" if isinstance(trainer.micro_batch_size, int) else "grad_accum_steps"

@@ -42,7 +42,7 @@ class Temperature:
 
 @dataclass(frozen=True)
 class Calibration:
-    """`ece`, `mce`, `confidence` (its mean) and `top1` in percent; `nll` in nats; `brier` from 0 to 2.
+    """The measures: `ece`, `mce`, mean `confidence` and `top1` in percent; `nll` in nats; `brier` from 0 to 2.
 
     `temperature` is None where no temperature is best: every image is right, or uniform probabilities do better.
     """

@@ -22,7 +22,7 @@ VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+$")
 
 @dataclass(frozen=True)
 class RealLabels:
-    """`sets[i]`: val image i's classes, from 0, by their positions among the model's classes; perhaps none."""
+    """The ReaL labels: `sets[i]` are the classes of val image i, as indices of the model's classes; it may be empty."""
 
     sets: list[frozenset[int]]
 
@@ -47,7 +47,7 @@ class RealLabels:
 
 @dataclass(frozen=True)
 class RealResult:
-    """`top1` over the images that have a label, in percent; `top1_original` by ImageNet's own labels on the same."""
+    """Percentages over the images with a ReaL label: `top1` by these, `top1_original` by ImageNet's own labels."""
 
     top1: float
     top1_original: float

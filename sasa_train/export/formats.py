@@ -71,7 +71,7 @@ def onnx_program(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgra
 
 
 class Format(NamedTuple):
-    """`target`: the file's or folder's name; `tolerance`: how far logits may be from PyTorch's, 0 for equal bits."""
+    """A format: `target` is the file's or folder's name, `tolerance` the allowed distance from PyTorch's logits."""
 
     target: str
     write: Callable[[Source, Path], None]

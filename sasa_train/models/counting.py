@@ -32,7 +32,7 @@ def count_params(model: nn.Module) -> int:
 
 
 def count_flops(model: nn.Module, image_size: int) -> int:
-    """FLOPs of one forward pass of one RGB image, in eval mode."""
+    """Count the FLOPs of one forward pass of one RGB image, in eval mode."""
     device = next(model.parameters()).device
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.eval()(torch.empty(1, 3, image_size, image_size, device=device))

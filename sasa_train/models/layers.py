@@ -105,7 +105,7 @@ class LocalSelfAttention2d(nn.Module):
         return {"kernel_size": self.kernel_size, "content": self.content, "border": self.border}
 
     def relative_scores(self, x: Tensor) -> Tensor | None:
-        """q.r at each place of the window, its mean over images and positions: [N, K, K]; None without embeddings."""
+        """Return q.r at each place of the window, mean over images and places, [N, K, K]; None without embeddings."""
         return _mean_relative_scores(self._projections(x)[0], self.rel_height, self.rel_width)
 
     def _projections(self, x: Tensor) -> Tensor:
@@ -228,7 +228,7 @@ class AttentionStem(nn.Module):
             return self._attn_weights(query.to(dtype), key.to(dtype))
 
     def relative_scores(self, x: Tensor) -> Tensor | None:
-        """q.r at each offset inside a block, -3 to 3, its mean over all queries: [N, 7, 7]; None without embeddings."""
+        """Return q.r at each offset in a block, -3 to 3, mean over queries, [N, 7, 7]; None without embeddings."""
         return _mean_relative_scores(self._queries_and_keys(x)[0], self.rel_height, self.rel_width)
 
     def _queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -276,18 +276,18 @@ class AttentionStem(nn.Module):
         return scores.softmax(-1)
 
     def mixture_weights(self) -> Tensor:
-        """p(a, b, m), [m, 4, 4]; sums to 1 over m."""
+        """Return p(a, b, m), [m, 4, 4], which sums to 1 over m."""
         position = self.emb_row[:, None] + self.emb_col[None, :]
         return torch.einsum("abc,mc->mab", position, self.nu).softmax(0)
 
     def _mix(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, m*C, H, W]: x times the weight p of each mixture at x's place in the block."""
+        """Return [B, m*C, H, W]: x [B, C, H, W] times the weight p of each mixture at its place in the block."""
         tiles = (1, x.shape[2] // BLOCK_SIZE, x.shape[3] // BLOCK_SIZE)
         weights = self.mixture_weights().to(x.dtype).repeat(tiles)
         return (weights[None, :, None] * x[:, None]).flatten(1, 2)
 
     def _relative(self, dtype: torch.dtype) -> Tensor:
-        """r for each query and key of a block, [16, 16, D]: rows in the first half of D, columns in the second."""
+        """Return r by query and key of a block, [16, 16, D]: rows in the first half of D, columns in the second."""
         assert self.rel_height is not None and self.rel_width is not None
         place = torch.arange(BLOCK_SIZE, device=self.rel_height.device)
         offset = place[None, :] - place[:, None] + BLOCK_SIZE - 1  # [query, key]
@@ -297,7 +297,7 @@ class AttentionStem(nn.Module):
         return torch.cat([rows, cols], dim=-1).flatten(2, 3).flatten(0, 1).to(dtype)
 
     def _blocks(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, N, number of blocks, 16, D]."""
+        """Cut [B, C, H, W] into blocks, [B, N, number of blocks, 16, D]."""
         batch, channels, height, width = x.shape
         size = BLOCK_SIZE
         x = x.view(batch, self.num_heads, channels // self.num_heads, height // size, size, width // size, size)
@@ -317,14 +317,14 @@ def sinusoid(channels: int, length: int, device: torch.device | None = None) -> 
 
 
 def _relative_embeddings(shape: tuple[int, ...] | None) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-    """`rel_height` and `rel_width` of this shape, [..., K, D/2]; None twice for None."""
+    """Return `rel_height` and `rel_width` of this shape, [..., K, D/2], or None and None."""
     if shape is None:
         return None, None
     return nn.Parameter(torch.empty(shape)), nn.Parameter(torch.empty(shape))
 
 
 def _init_relative(*embeddings: nn.Parameter | None) -> None:
-    """N(0, 1/head_dim)."""
+    """Draw an embedding from N(0, 1/head_dim)."""
     for embedding in embeddings:
         if embedding is not None:
             nn.init.normal_(embedding, std=(2 * embedding.shape[-1]) ** -0.5)

@@ -187,7 +187,7 @@ def _check_finite(tensors: StateDict) -> None:
 
 
 def _by_value(texts: dict[str, str]) -> dict[str, list[str]]:
-    """{name: text} -> {text: names}."""
+    """Group the names of {name: text} by their text."""
     return _grouped((text, name) for name, text in texts.items())
 
 
@@ -199,7 +199,7 @@ def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 
 
 def _by_layer(names: Iterable[str]) -> str:
-    """`rel_height, rel_width of layer1.0.conv2, layer2.0.conv2; weight, bias of fc`."""
+    """Group names by layer, as in `rel_height, rel_width of layer1.0.conv2, layer2.0.conv2; weight, bias of fc`."""
     leaves = _grouped(name.rpartition(".")[::2] for name in names)
     layers = _grouped((", ".join(found), layer) for layer, found in leaves.items())
     return "; ".join(f"{found} of {', '.join(where)}" if any(where) else found for found, where in layers.items())

@@ -59,7 +59,7 @@ def key_facts(job: Job, row: Row) -> list[tuple[str, str]]:
         "speed": shown(job.images_per_sec, "{:,.0f} images/s in training, median of the train rows", ""),
         "training time": "" if job.seconds is None else f"{duration(job.seconds)}, without evaluations",
         "device": _device(job),
-        "batch": f"{config.trainer.global_batch_size} images a step",
+        "batch": f"{config.trainer.global_batch_size} images per step",
         "seed": str(config.seed),
         "status": job.state,
         "restarts": str(max(len(starts(info)) - 1, 0) or ""),

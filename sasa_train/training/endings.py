@@ -56,7 +56,7 @@ def _train(config: TrainConfig, stop: StopRequest) -> int:
 
 
 def tell(error: Exception) -> None:
-    """`fail`, but where several processes have the same error, one prints it."""
+    """Print an error as `fail` does; if several processes have the same one, only one prints it."""
     if world_size() == 1:
         fail(error)
         return

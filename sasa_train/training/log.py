@@ -59,7 +59,7 @@ class RunLogger:
         return self._file.text
 
     def show_train(self, row: dict[str, Any], seconds_left: float) -> None:
-        """On the bar where there is a terminal, else a plain line."""
+        """Show a row on the progress bar of a terminal, else as a plain line."""
         speed = f"{row['images_per_sec']:,.0f} img/s  data wait {100 * row['data_wait_fraction']:.0f} %"
         memory = f"{row['memory_mib']:,} MiB"
         if self._bar.disable:

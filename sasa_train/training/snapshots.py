@@ -43,6 +43,6 @@ def enlarge(images: Tensor, pixels: int) -> Tensor:
 
 
 def _tint(parts: Tensor, color: tuple[int, int, int]) -> Tensor:
-    """[H, W] from 0 (white) to 1 (`color`) -> uint8 [3, H, W]."""
+    """Color [H, W], from 0 (white) to 1 (`color`), as uint8 [3, H, W]."""
     shade = 255 - parts * (255 - torch.tensor(color, dtype=torch.float32)[:, None, None])
     return shade.round().clamp(0, 255).to(torch.uint8)

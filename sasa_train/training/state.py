@@ -32,14 +32,14 @@ class Window:
         self.num_images += len(labels)
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums and the number of images; from several processes one row and one number each."""
+        """Return the sums and the number of images; of several processes, one row and one number for each."""
         if world_size() == 1:
             return {"sums": self.sums, "num_images": self.num_images}
         sums, num_images = zip(*collectives.gather((self.sums.cpu(), self.num_images)), strict=True)
         return {"sums": torch.stack(sums), "num_images": list(num_images)}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take this process's own part; if there were another number of processes, the first one takes all."""
+        """Load this process's own part; if the number of processes has changed, the first one takes everything."""
         sums, counts = saved["sums"].reshape(-1, 2), saved["num_images"]
         counts = counts if isinstance(counts, list) else [counts]
         if len(counts) != world_size():

@@ -27,32 +27,24 @@ SlurmctldPidFile=$folder/slurmctld.pid
 SlurmdPidFile=$folder/slurmd.pid
 SlurmctldLogFile=$folder/slurmctld.log
 SlurmdLogFile=$folder/slurmd.log
-AuthType=auth/munge
 # how long a requeued job waits, in seconds
 AuthInfo=cred_expire=5
 # nothing listens outside of this machine
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 # no cgroups: a container has none to give
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
 # more processors than there are, if the caller says so
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
-SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0,bf_interval=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-JobRequeue=1
 KillWait=5
 # ended jobs stay in squeue, where sacct (beside this script) looks
 MinJobAge=3600
 ReturnToService=2
-AccountingStorageType=accounting_storage/none
-JobAcctGatherType=jobacct_gather/none
-JobCompType=jobcomp/none
-MpiDefault=none
-NodeName=$host NodeAddr=127.0.0.1 CPUs=$cpus RealMemory=$memory State=UNKNOWN
+NodeName=$host NodeAddr=127.0.0.1 CPUs=$cpus RealMemory=$(awk '/^MemTotal/ { print int($2 / 1024) }' /proc/meminfo) State=UNKNOWN
 PartitionName=low Nodes=ALL Default=YES MaxTime=01:00:00 PriorityTier=1 PreemptMode=REQUEUE
 PartitionName=high Nodes=ALL MaxTime=01:00:00 PriorityTier=10 PreemptMode=OFF
 CONF
@@ -123,7 +115,6 @@ host=$(hostname -s)
 [ $# -ge 2 ] || usage
 folder=$2
 cpus=${3:-$(nproc)}
-memory=$(awk '/^MemTotal/ { print int($2 / 1024) }' /proc/meminfo) # MiB
 case $1 in
   up) up ;;
   down) down ;;
