@@ -98,8 +98,9 @@ def resolve(config: TrainConfig) -> tuple[torch.device, TrainConfig]:
         trainer = with_micro_batch_size(trainer, trainer.micro_batch_size)
     if trainer.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses cuBLAS without it
-        torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.benchmark = not trainer.deterministic  # it measures, and may choose otherwise each time
     torch.use_deterministic_algorithms(trainer.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # else every scratch buffer is filled with NaN
     torch.set_float32_matmul_precision(trainer.matmul_precision)
     torch.backends.cudnn.allow_tf32 = trainer.matmul_precision != "highest"  # convolutions and attention alike
     return device, dataclasses.replace(config, trainer=trainer)

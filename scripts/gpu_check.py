@@ -1,31 +1,63 @@
-"""Run everything that needs a GPU in one command: tests on the device, the speed of the op and of models.
+"""Everything that only a GPU can show, in two calls of minutes: is it right and fast, then does it train.
 
-Each part is a process of its own and writes PART.json, PART.md, PART.log and, if it makes a chart, PART.png to FOLDER.
-A part that fails or runs out of time does not affect the others. summary.md and summary.json gather all results. The
-same command again runs the parts that are not done; --only runs its parts in any case. It takes ten minutes at most.
+Each part is a process of its own with a limit of time, and writes into FOLDER as it goes: PART.md, PART.json, PART.png
+where it makes a chart, and PART.log. The first call begins with `right`, and ends there if a kernel is wrong; any other
+part that fails or runs out of time leaves the others alone. summary.md and summary.json gather all. The same command
+again runs what is not done yet; --only runs its parts in any case.
 
-usage: python scripts/gpu_check.py FOLDER [--only PART ...] [--dry-run]   (--dry-run: tiny, on a CPU, interpreted)
+usage: python scripts/gpu_check.py FOLDER --call 1
+       python scripts/gpu_check.py FOLDER --call 2 --data CIFAR10     (class folders, train/ and test/)
+       python scripts/gpu_check.py FOLDER --dry-run                   (both calls, tiny, on a CPU, interpreted)
 """
 
 import argparse
+import itertools
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
-SECONDS = {
-    "tests": 150,
-    "op_bf16": 70,
-    "op_fp32": 70,
-    "flex_bf16": 80,
-    "flex_fp32": 30,
-    "roofline": 40,
-    "models_bf16": 160,
+
+
+class Part(NamedTuple):
+    call: int
+    seconds: int
+    what: str
+
+
+PARTS = {  # in the order of their worth
+    "right": Part(1, 30, "forward and gradients of two shapes against float64"),
+    "compile": Part(1, 130, "all kernels and nets of this call, at once in many processes"),
+    "tests": Part(1, 60, "the tests marked gpu, until the first that fails"),
+    "op_bf16": Part(1, 60, "the op beside a convolution, at the paper's shapes"),
+    "models_bf16": Part(1, 80, "training images/s of three ResNet-50"),
+    "resume": Part(1, 60, "40 steps on CIFAR-10, a kill and a resume bit for bit, and a profile"),
+    "train": Part(2, 240, "a hybrid ResNet-26 of full width on CIFAR-10"),
+    "op_fp32": Part(2, 40, "the op in float32"),
+    "flex_bf16": Part(2, 40, "the op beside FlexAttention"),
+    "roofline": Part(2, 20, "the op beside a copy and a matrix product"),
 }
+SHAPES = ("56x56x64", "28x28x128", "14x14x256", "7x7x512", "56x56x128/2", "28x28x256/2", "14x14x512/2")
+MODELS = ("conv_resnet50", "hybrid_resnet50", "hybrid_resnet50,stage_ops=[conv,conv,attention,attention]")
+TINY_SHAPES = ("3x5x8", "4x4x8/2")
+TINY_MODELS = tuple(f"{family}_resnet26,stem=conv_small,width=0.125,num_heads=2" for family in ("conv", "hybrid"))
+TRAINING = [  # a fast version of the CIFAR-10 recipe
+    "experiment=cifar10_hybrid_resnet26", "trainer.global_batch_size=512", "trainer.eval_every_epochs=5",
+]  # fmt: skip
+TINY_TRAINING = [
+    "experiment=cifar10_hybrid_resnet26", "data=digits", "model.width=0.125", "model.num_heads=2",
+    "data.max_train_images=300", "data.max_val_images=60", "trainer.global_batch_size=16", "trainer.device=cpu",
+    "augment.mix_off_epochs=0",
+]  # fmt: skip
+MAX_BYTES = 15 * 2**20  # of a file with weights, so that it can be sent anywhere
 TENSOR_PASSES = 12  # forward reads q, k, v and writes out; backward reads those and the gradient, writes three
 FULL_SHAPES = ((56, 64), (28, 128), (14, 256), (32, 64))  # map's side, channels
 COPY_BYTES, MATMUL_SIDE = 2**30, 8192
@@ -34,86 +66,229 @@ COPY_BYTES, MATMUL_SIDE = 2**30, 8192
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="FOLDER", type=Path)
-    parser.add_argument("--only", metavar="PART", nargs="+", choices=SECONDS, help=", ".join(SECONDS))
+    parser.add_argument("--call", type=int, choices=(1, 2), help="both where it is left out")
+    parser.add_argument("--only", metavar="PART", nargs="+", choices=PARTS, help=", ".join(PARTS))
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="CIFAR-10 as class folders; else digits are used")
+    parser.add_argument("--epochs", type=int, default=35, help="of the part train (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU")
-    parser.add_argument("--measure-roofline", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=PARTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.measure_roofline:
-        return measure_roofline(options.folder, options.dry_run)
     options.folder.mkdir(parents=True, exist_ok=True)
-    folder = options.folder.resolve()
-    for part in options.only or [part for part in SECONDS if not _is_done(folder, part)]:
-        run_part(part, folder, options.dry_run)
-    return gather(folder)
+    options.folder = options.folder.resolve()
+    if options.measure:
+        return MEASURES[options.measure](options)
+    chosen = options.only or [p for p in PARTS if options.call in (None, PARTS[p].call) and not _is_done(options, p)]
+    print_plan(chosen)
+    for part in chosen:
+        if not run_part(part, options) and part == "right":
+            print("the kernels are wrong: nothing else is worth its time")
+            break
+    return gather(options)
 
 
-def run_part(part: str, folder: Path, dry_run: bool) -> None:
+def print_plan(chosen: list[str]) -> None:
+    for call, parts in itertools.groupby(PARTS, lambda part: PARTS[part].call):
+        names = list(parts)
+        print(f"call {call}: {sum(PARTS[part].seconds for part in names)} s at most")
+        for part in names:
+            print(
+                f"  {part:<12} {PARTS[part].seconds:>4} s  {PARTS[part].what}{'' if part in chosen else ' (not now)'}"
+            )
+
+
+def run_part(part: str, options: argparse.Namespace) -> bool:
+    """Run a part within its time; whether it succeeded is written down."""
     print(f"{part} ...", end=" ", flush=True)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    if dry_run:
+    if options.dry_run:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    start = time.perf_counter()
+    start, folder = time.perf_counter(), options.folder
+    limit = PARTS[part].seconds * (4 if options.dry_run else 1)  # an interpreter on a loaded machine
     with (folder / f"{part}.md").open("w") as out, (folder / f"{part}.log").open("w") as log:
+        command = [sys.executable, *part_command(part, options)]
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=log, start_new_session=True)
         try:
-            command = [sys.executable, *part_command(part, folder, dry_run)]
-            code: int | str = subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=out, stderr=log, timeout=SECONDS[part]
-            ).returncode
+            code: int | str = process.wait(limit)
         except subprocess.TimeoutExpired:
             code = "timeout"
-    status = {"exit_code": code, "seconds": round(time.perf_counter() - start, 1), "dry_run": dry_run}
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
+            process.wait()
+    status = {"exit_code": code, "seconds": round(time.perf_counter() - start, 1), "dry_run": options.dry_run}
     (folder / f"{part}.status.json").write_text(json.dumps(status))
     print(f"{'done' if code == 0 else f'failed ({code}, see {part}.log and {part}.md)'}, {status['seconds']} s")
+    return code == 0
 
 
-def part_command(part: str, folder: Path, dry_run: bool) -> list[str]:
-    """Return the arguments of Python for a part."""
+def part_command(part: str, options: argparse.Namespace) -> list[str]:
+    """Python's arguments for a part."""
     if part == "tests":
-        # Without a GPU there is nothing to run, so the marked tests are only collected.
-        chosen = ["-m", "gpu", "--collect-only"] if dry_run else []
-        files = {path for path in (ROOT / "tests").glob("test_*.py") if "pytest.mark.gpu" in path.read_text()}
-        files |= {ROOT / "tests/test_attention.py", ROOT / "tests/test_attention_triton.py"}
-        return ["-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, *map(str, sorted(files))]
-    if part == "roofline":
-        return [str(Path(__file__).resolve()), str(folder), "--measure-roofline", *(["--dry-run"] if dry_run else [])]
+        # Without a GPU there is nothing to run: the marked tests are found, and that is all.
+        chosen = ["--collect-only"] if options.dry_run else ["-x"]
+        return ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "gpu", *chosen, str(ROOT / "tests")]
+    if part in MEASURES:
+        more = [f"--data={options.data}"] if options.data else []
+        more += ["--dry-run"] if options.dry_run else []
+        return [
+            str(Path(__file__).resolve()),
+            str(options.folder),
+            "--measure",
+            part,
+            f"--epochs={options.epochs}",
+            *more,
+        ]
     kind, dtype = part.split("_")
-    written = [f"--json={folder / part}.json", f"--plot={folder / part}.png", f"--dtype={dtype}"]
-    device = "--device=cpu" if dry_run else "--device=cuda"
-    return ["-m", "sasa_train.benchmark", *(_tiny(kind) if dry_run else _full(kind, dtype)), *written, device]
+    written = [f"--json={options.folder / part}.json", f"--plot={options.folder / part}.png"]
+    return [*benchmark(kind, dtype, options.dry_run), *written]
 
 
-def _full(kind: str, dtype: str) -> list[str]:
+def benchmark(kind: str, dtype: str, dry_run: bool, only: str | None = None, repeats: int = 9) -> list[str]:
+    """Python's arguments for sasa-benchmark, of all its shapes or models or of one."""
+    device = ["-m", "sasa_train.benchmark", *(["model"] if kind == "models" else ["attention"])]
+    rest = [f"--dtype={dtype}", f"--repeats={1 if dry_run else repeats}", f"--device={'cpu' if dry_run else 'cuda'}"]
     if kind == "models":
-        models = ["conv_resnet50", "hybrid_resnet50", "--image-size=224", "--batch-size=128", "--compile"]
-        return ["model", *models, "--memory-format=channels_last", "--repeats=7"]
-    # FlexAttention compiles anew for every shape, forward and backward, so it gets only a few.
-    shapes = ["56x56x64", "28x28x128", "14x14x256"] if dtype == "bf16" else ["56x56x64"]
-    return ["attention", "--repeats=9"] + {
-        "op": ["--backends", "conv", "triton"],
-        "flex": ["--backends", "conv", "triton", "flex", "--batch-size=128", "--shapes", *shapes],
-    }[kind]
+        models = [only] if only else [*(TINY_MODELS if dry_run else MODELS)]
+        size = ["--image-size=8", "--batch-size=2", "--num-classes=5"]
+        full = ["--image-size=224", "--batch-size=128", "--compile", "--memory-format=channels_last"]
+        return [*device, *models, *(size if dry_run else full), *rest]
+    # FlexAttention compiles anew for every shape, forward and backward, so it gets a few.
+    shapes = [only] if only else list(TINY_SHAPES if dry_run else SHAPES[:2] if kind == "flex" else SHAPES)
+    backends = ["conv", "triton"] + (["cpu" if dry_run else "flex"] if kind == "flex" else [])
+    tiny = ["--num-heads=2", "--kernel-size=3", "--batch-size=1"]
+    return [*device, "--backends", *backends, "--shapes", *shapes, *(tiny if dry_run else ["--batch-size=128"]), *rest]
 
 
-def _tiny(kind: str) -> list[str]:
-    if kind == "models":
-        models = [f"{family}_resnet26,stem=conv_small,width=0.125,{heads}" for family, heads in (
-            ("conv", "num_heads=2"), ("hybrid", "num_heads=2"))]  # fmt: skip
-        return ["model", *models, "--image-size=8", "--batch-size=2", "--num-classes=5", "--repeats=1"]
-    small = ["--num-heads=2", "--kernel-size=3", "--repeats=1", "--batch-size=1"]
-    shapes = ["--shapes", "3x5x8", "4x4x8/2"]
-    return ["attention", *small] + {
-        "op": ["--backends", "conv", "triton", *shapes],
-        "flex": ["--backends", "conv", "cpu", *shapes],
-    }[kind]  # fmt: skip
+def measure_right(options: argparse.Namespace) -> int:
+    """Compare output and gradients with float64, and stop at the first difference."""
+    import torch
+
+    from sasa_train.benchmark.contenders import Case, check
+
+    device = torch.device("cpu" if options.dry_run else "cuda")
+    print(
+        f"torch {torch.__version__}, {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU, interpreted'}\n"
+    )
+    for side, channels in ((3, 16),) if options.dry_run else ((56, 64), (14, 256)):
+        for dtype in ("bf16", "fp32", "fp16"):
+            kernel_size, batch_size = (3, 1) if options.dry_run else (7, 4)
+            case = Case(side, side, channels, False, batch_size, 8, kernel_size, dtype, device.type)
+            problem = check("triton", case)
+            print(f"- {case.label}, {dtype}: {problem or 'right'}", flush=True)
+            if problem:
+                return 1
+    return 0
 
 
-def measure_roofline(folder: Path, dry_run: bool) -> int:
-    """Compare the op with the device's speed of copying and of multiplying, both measured here."""
+def measure_compile(options: argparse.Namespace) -> int:
+    """Run every benchmark of this call once, each shape and net in a process of its own, to fill the caches on disk."""
+    whole = [("op", shape) for shape in SHAPES] + [("models", model) for model in MODELS]
+    tiny = [("op", TINY_SHAPES[0]), ("models", TINY_MODELS[1])]
+    started = {}
+    for kind, only in tiny if options.dry_run else whole:
+        command = [sys.executable, *benchmark(kind, "bf16", options.dry_run, only, repeats=1)]
+        started[only] = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    start, code = time.perf_counter(), 0
+    for only, process in started.items():
+        failed = process.wait()
+        print(f"- {only}: {'failed' if failed else 'done'} by {time.perf_counter() - start:.0f} s", flush=True)
+        code = code or failed
+    return code
+
+
+def training(options: argparse.Namespace, out: Path, *more: str) -> list[str]:
+    """Return the command of a training run into `out`."""
+    overrides = TINY_TRAINING if options.dry_run else TRAINING
+    if not options.dry_run:
+        overrides = [*overrides, f"data.root={options.data}"] if options.data else [*overrides, "data=digits"]
+    return [sys.executable, "-m", "sasa_train.train", *overrides, f"output_dir={out}", *more]
+
+
+def measure_resume(options: argparse.Namespace) -> int:
+    """Train 40 steps twice, one run killed in between, and compare; then profile."""
+    import torch
+
+    num_steps = 6 if options.dry_run else 40
+    out = Path(tempfile.mkdtemp())
+    exact = [
+        f"trainer.max_steps={num_steps}",
+        "trainer.deterministic=true",
+        f"trainer.checkpoint_every_steps={num_steps // 2}",
+    ]
+    subprocess.run(training(options, out, *exact, "run_name=whole"), check=True, stdout=subprocess.DEVNULL)
+    killed = subprocess.Popen(training(options, out, *exact, "run_name=killed"), stdout=subprocess.DEVNULL)
+    while killed.poll() is None and not (out / "killed/checkpoints/last.pt").exists():
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    subprocess.run(training(options, out, *exact, "run_name=killed"), check=True, stdout=subprocess.DEVNULL)
+    states = [torch.load(out / name / "checkpoints/last.pt", map_location="cpu") for name in ("whole", "killed")]
+    differing = [
+        f"{kind}.{name}"
+        for kind in ("model", "ema")
+        for name, tensor in states[0][kind].items()
+        if not torch.equal(tensor, states[1][kind][name])
+    ]
+    print(
+        f"- killed and resumed with trainer.deterministic=true: {len(differing)} tensors differ {differing[:3]}",
+        flush=True,
+    )
+    profile = [
+        "run_name=profiled",
+        f"trainer.profile_steps={2 if options.dry_run else 20}",
+        f"trainer.max_steps={2 * num_steps}",
+    ]
+    subprocess.run(training(options, out, *profile), check=True, stdout=subprocess.DEVNULL)
+    for table in (out / "profiled/profile").glob("*.txt"):
+        print(f"\n```\n{table.read_text()}\n```")
+    shutil.copy(out / "profiled/metrics.jsonl", options.folder / "resume.metrics.jsonl")
+    shutil.rmtree(out)
+    return 1 if differing else 0
+
+
+def measure_train(options: argparse.Namespace) -> int:
+    """Train, and keep the run's small files and its averaged weights in half precision."""
+    out = Path(tempfile.mkdtemp())
+    epochs = 1 if options.dry_run else options.epochs
+    code = subprocess.run(training(options, out, "run_name=train", f"trainer.epochs={epochs}"), check=False).returncode
+    run = out / "train"
+    for path in (
+        *(run / name for name in ("metrics.jsonl", "run.json", "config.yaml")),
+        *run.glob("tensorboard/events*"),
+    ):
+        if path.exists():
+            shutil.copy(path, options.folder / f"train.{path.name}")
+    if (run / "checkpoints/last.pt").exists():
+        for number, piece in enumerate(half_pieces(run / "checkpoints/last.pt")):
+            import torch
+
+            torch.save(piece, options.folder / f"train.weights-{number}.pt")
+    shutil.rmtree(out)
+    return code
+
+
+def half_pieces(checkpoint: Path) -> Iterator[dict[str, Any]]:
+    """Yield the averaged weights in half precision, in pieces of MAX_BYTES."""
+    import torch
+
+    piece: dict[str, Any] = {}
+    size = 0
+    for name, tensor in torch.load(checkpoint, map_location="cpu")["ema"].items():
+        half = tensor.half() if tensor.is_floating_point() else tensor
+        if size + half.nbytes > MAX_BYTES:
+            yield piece
+            piece, size = {}, 0
+        piece[name] = half
+        size += half.nbytes
+    yield piece
+
+
+def measure_roofline(options: argparse.Namespace) -> int:
+    """Compare the op with what the device can copy and multiply, both measured here."""
     import torch
 
     from sasa_train.benchmark.contenders import DTYPES, Case, build_contender, check
     from sasa_train.benchmark.timing import progress_bar, time_in_turn
 
+    folder, dry_run = options.folder, options.dry_run
     device = torch.device("cpu" if dry_run else "cuda")
     backend, repeats = ("cpu", 1) if dry_run else ("triton", 9)
     num_copied, side = (2**16, 64) if dry_run else (COPY_BYTES, MATMUL_SIDE)
@@ -158,32 +333,47 @@ def _fractions(case: Any, seconds: float, bandwidth: float, rate: float) -> dict
     }  # fmt: skip
 
 
-def gather(folder: Path) -> int:
-    """Write the summaries; return 0 if every part is done."""
-    statuses = {part: _status(folder, part) for part in SECONDS}
-    paths = {part: folder / f"{part}.json" for part in SECONDS if _is_done(folder, part)}
-    results = {part: json.loads(path.read_text()) for part, path in paths.items() if path.exists()}
-    (folder / "summary.json").write_text(json.dumps({"parts": statuses, "results": results}, indent=1))
+def gather(options: argparse.Namespace) -> int:
+    """Write the summaries; 0 if every part of the chosen call is done."""
+    folder = options.folder
+    statuses = {part: _status(options, part) for part in PARTS}
+    results = {part: folder / f"{part}.json" for part in PARTS if _is_done(options, part)}
+    summary = {
+        "parts": statuses,
+        "results": {part: json.loads(path.read_text()) for part, path in results.items() if path.exists()},
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1))
     sections = []
     for part, status in statuses.items():
         state = "not run" if status is None else f"exit code {status['exit_code']}, {status['seconds']} s"
         text = (folder / f"{part}.md").read_text() if status else ""
         chart = f"\n![{part}]({part}.png)\n" if (folder / f"{part}.png").exists() else ""
-        sections.append(f"## {part} ({state})\n\n{text}{chart}")
+        sections.append(f"## {part}: {PARTS[part].what} ({state})\n\n{text}{chart}")
     (folder / "summary.md").write_text("# GPU check\n\n" + "\n".join(sections))
-    print(f"{sum(_is_done(folder, part) for part in SECONDS)} of {len(SECONDS)} parts done: {folder}/summary.md")
-    return 0 if all(_is_done(folder, part) for part in SECONDS) else 1
+    wanted = [part for part in PARTS if options.call in (None, PARTS[part].call)]
+    num_done = sum(_is_done(options, part) for part in wanted)
+    print(f"{num_done} of {len(wanted)} parts done: {folder}/summary.md")
+    return 0 if num_done == len(wanted) else 1
 
 
-def _status(folder: Path, part: str) -> dict[str, Any] | None:
-    path = folder / f"{part}.status.json"
+def _status(options: argparse.Namespace, part: str) -> dict[str, Any] | None:
+    path = options.folder / f"{part}.status.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def _is_done(folder: Path, part: str) -> bool:
-    status = _status(folder, part)
-    return status is not None and status["exit_code"] == 0
+def _is_done(options: argparse.Namespace, part: str) -> bool:
+    """Whether a part ended well, at the sizes that are asked for now."""
+    status = _status(options, part)
+    return status is not None and status["exit_code"] == 0 and status["dry_run"] == options.dry_run
 
+
+MEASURES = {
+    "right": measure_right,
+    "compile": measure_compile,
+    "resume": measure_resume,
+    "train": measure_train,
+    "roofline": measure_roofline,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

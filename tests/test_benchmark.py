@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,6 @@ from sasa_train.benchmark.contenders import Case, build_contender, check
 
 SMALL = ["--num-heads=2", "--kernel-size=3", "--batch-size=1", "--device=cpu"]
 SHAPES = ["--shapes", "3x5x8", "4x6x8/2"]
-GPU_CHECK = Path(__file__).parents[1] / "scripts/gpu_check.py"
 
 
 @pytest.fixture(autouse=True)
@@ -198,33 +195,3 @@ def test_without_matplotlib_a_chart_is_refused_before_anything_is_measured(monke
     monkeypatch.setattr(benchmark, "_set_up", lambda options: pytest.fail("went on to measure"))
     assert benchmark.run_command(["attention", "--plot=chart.png"]) == 2
     assert "pip install 'sasa_train[plots]'" in capsys.readouterr().err
-
-
-def gpu_check(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(GPU_CHECK), str(folder), "--dry-run", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=250)
-
-
-@pytest.mark.slow
-def test_gpu_check_goes_on_after_a_failed_part(tmp_path):
-    """A GPU is lent for minutes: one part's failure must not cost the others, nor a second try what is done."""
-    (tmp_path / "flex_fp32.json").mkdir()  # cannot be written
-    process = gpu_check(tmp_path, "--only", "flex_fp32", "roofline")
-    assert process.returncode == 1 and "flex_fp32 ... failed (1" in process.stdout
-    assert "roofline ... done" in process.stdout and "1 of 7 parts done" in process.stdout
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["parts"]["op_bf16"] is None and summary["parts"]["roofline"]["exit_code"] == 0
-    for row in summary["results"]["roofline"]["rows"]:
-        passes = 12 * 16 * 16 * (4 if row["dtype"] == "fp32" else 2)  # bytes of a 4x4x16 map
-        assert row["bytes_per_sec"] * row["seconds"] == pytest.approx(passes)
-        assert row["of_copy"] == pytest.approx(row["bytes_per_sec"] / row["copy_bytes_per_sec"])
-    assert "## roofline (exit code 0" in (tmp_path / "summary.md").read_text()
-
-
-@pytest.mark.slow
-def test_gpu_check_runs_every_part(tmp_path):
-    process = gpu_check(tmp_path)
-    assert process.returncode == 0, process.stdout
-    charts = {path.stem for path in tmp_path.glob("*.png")}
-    assert charts == {"op_bf16", "op_fp32", "flex_bf16", "flex_fp32", "models_bf16"}
-    assert gpu_check(tmp_path).stdout.startswith("7 of 7 parts done")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sasa_train.config.derived import crops_by_padding, resolved_image_size, total_steps
 from sasa_train.config.keys import TrainConfig
@@ -57,6 +58,12 @@ class Loaders:
         micros = itertools.islice(self.train.plan.train(epoch, first_step), self.train.plan.grad_accum_steps)
         chosen = [micro.indices for position, micro in enumerate(micros) if number in (None, position)]
         return [printable(self.train_set.name(int(index))) for indices in chosen for index in indices]
+
+    def train_images(self, step: int, number: int) -> Tensor:
+        """Read once more the images [B, 3, S, S] of micro-batch `number` of the run's step `step`, from 0."""
+        epoch, first_step = divmod(step, self.train.plan.steps_per_epoch)
+        images, _ = next(itertools.islice(self.train.train_batches(epoch, first_step), number, None))
+        return images
 
     def unreadable(self) -> Iterator[str]:
         """Yield name and reason of each image that could not be read so far."""

@@ -1,5 +1,7 @@
 """Mixup and cutmix: whole micro-batches, on the device, random by (seed, step) alone."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
@@ -16,7 +18,7 @@ class Mixing:
     """
 
     def __init__(self, config: AugmentConfig, num_classes: int, seed: int, last_step: int):
-        self.config, self.seed, self.last_step = config, seed, last_step
+        self.config, self.num_classes, self.seed, self.last_step = config, num_classes, seed, last_step
         kinds = ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix))
         self.mixes = [mix(alpha=alpha, num_classes=num_classes) for mix, alpha in kinds if alpha]
 
@@ -24,6 +26,18 @@ class Mixing:
         """Mix images [B, 3, H, W]; labels int64 [B] become float [B, num_classes]. Or return both as they were."""
         if step >= self.last_step or not self.mixes:
             return images, labels
+        mix, numbers = self.draw(images, step, micro_batch)
+        if mix is None:
+            return images, labels
+        # Not torch's one_hot, which looks at the labels' range: on a CUDA device it would wait for them.
+        one_hot = images.new_zeros(len(labels), self.num_classes, dtype=torch.float32)
+        one_hot.scatter_(1, labels[:, None], 1.0)
+        numbers |= {"labels": one_hot, "batch_size": len(labels)}
+        return mix.transform(images, numbers), mix.transform(one_hot, numbers)
+
+    def draw(self, images: Tensor, step: int, micro_batch: int) -> tuple[v2.Transform | None, dict[str, Any]]:
+        """Choose how a micro-batch is mixed (None: not at all), and the numbers for it."""
         with batch_rng(self.seed, step, micro_batch):
             is_mixed, is_cut = torch.rand(2) < torch.tensor([self.config.mix_prob, self.config.mix_switch_prob])
-            return self.mixes[-1 if is_cut else 0](images, labels) if is_mixed else (images, labels)
+            mix = self.mixes[-1 if is_cut else 0]
+            return (mix, mix.make_params([images])) if is_mixed else (None, {})

@@ -1,14 +1,19 @@
 """Automatic augmentation policies: torchvision's operations and magnitudes, our own draws, whole batches at once.
 
-Images that draw the same operation and magnitude are transformed together, so that a resident batch costs a few dozen
-calls instead of one per image. A single Pillow image takes the same path.
+A batch is sorted by operation, and each operation is applied to all of its images together, whatever their magnitudes:
+a few device calls per operation, none of which waits for the device. The results equal those of torchvision's own
+calls, bit for bit. A single Pillow image goes through torchvision itself.
 """
 
+import math
 from collections.abc import Callable
+from functools import cache
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
@@ -18,6 +23,7 @@ from sasa_train.config.keys import AugmentConfig
 Operation = tuple[str, float]  # torchvision's name of it, and the magnitude
 Chooser = Callable[[np.ndarray, int], list[Operation]]
 NUM_DRAWS = 16  # per sample: eight operations of RandAugment
+NUM_PARAMETERS = 6  # of an operation on one image
 AUTO_POLICIES = {
     "auto_augment_imagenet": v2.AutoAugmentPolicy.IMAGENET,
     "auto_augment_cifar10": v2.AutoAugmentPolicy.CIFAR10,
@@ -31,10 +37,6 @@ class Policy:
     RandAugment (arXiv 1909.13719), TrivialAugment (2103.10158), AutoAugment (1805.09501), as torchvision has them.
     """
 
-    # torchvision has no public names for what we use of its classes: _AUGMENTATION_SPACE, the operations with their
-    # magnitudes by (bins, height, width) and whether they have a sign; _policies, AutoAugment's learned lists of
-    # operations with probability and bin of the magnitude; and the call of one operation.
-
     def __init__(self, config: AugmentConfig):
         self.config = config
         self.transform: Any
@@ -45,41 +47,36 @@ class Policy:
             self.transform, self.choose = v2.TrivialAugmentWide(), self._trivial
         else:
             self.transform, self.choose = v2.AutoAugment(AUTO_POLICIES[config.policy]), self._auto
+        self._tables: dict[tuple[int, int], dict[str, list[float] | None]] = {}  # by bins and size: name -> magnitudes
 
     def batch(self, images: Tensor, draws: np.ndarray) -> Tensor:
         """Transform uint8 [B, 3, S, S] by uniform numbers `draws` [B, NUM_DRAWS]."""
-        chosen = [self.choose(row, images.shape[-1]) for row in draws]
-        images = images.clone()
+        size, images = images.shape[-1], images.clone()
+        chosen = [self.choose(row, size) for row in draws]
         for slot in range(max(len(operations) for operations in chosen)):
-            groups: dict[Operation, list[int]] = {}
-            for i, operations in enumerate(chosen):
-                if slot < len(operations):
-                    groups.setdefault(operations[slot], []).append(i)
-            for operation, members in groups.items():
-                where = to_device(np.array(members), images.device)
-                images[where] = self._apply(images[where], operation)
+            members = [i for i, operations in enumerate(chosen) if slot < len(operations)]
+            members.sort(key=lambda i: chosen[i][slot][0])
+            rows = to_device(np.array(members), images.device)
+            images[rows] = apply_all([chosen[i][slot] for i in members], images[rows])
         return images
 
     def one(self, image: Image.Image, draws: np.ndarray) -> Image.Image:
-        for operation in self.choose(draws, image.size[0]):
-            image = self._apply(image, operation)
+        """Transform a single image by uniform numbers `draws` [NUM_DRAWS]."""
+        for name, magnitude in self.choose(draws, image.size[0]):
+            image = apply_operation(self.transform, image, name, magnitude)
         return image
 
-    def _apply(self, image: Any, operation: Operation) -> Any:
-        how = {"interpolation": self.transform.interpolation, "fill": self.transform._fill}
-        return self.transform._apply_image_or_video_transform(image, *operation, **how)
-
     def _rand(self, draws: np.ndarray, size: int) -> list[Operation]:
-        names, magnitude = list(self.transform._AUGMENTATION_SPACE), self.config.policy_magnitude
+        names, magnitude = list(table_of(self.transform)), self.config.policy_magnitude
         pairs = draws[: 2 * self.config.policy_ops].reshape(-1, 2)
         return [self._signed(names[int(name * len(names))], magnitude, 31, sign, size) for name, sign in pairs]
 
     def _trivial(self, draws: np.ndarray, size: int) -> list[Operation]:
-        names = list(self.transform._AUGMENTATION_SPACE)
+        names = list(table_of(self.transform))
         return [self._signed(names[int(draws[0] * len(names))], int(draws[1] * 31), 31, draws[2], size)]
 
     def _auto(self, draws: np.ndarray, size: int) -> list[Operation]:
-        policies = self.transform._policies
+        policies = policies_of(self.transform)
         policy = policies[int(draws[0] * len(policies))]
         return [
             self._signed(name, magnitude_bin, 10, draws[2 * i + 2], size)
@@ -88,15 +85,144 @@ class Policy:
         ]
 
     def _signed(self, name: str, magnitude_bin: int, num_bins: int, sign: float, size: int) -> Operation:
-        magnitudes_of, is_signed = self.transform._AUGMENTATION_SPACE[name]
-        magnitudes = magnitudes_of(num_bins, size, size)
+        table = table_of(self.transform)
+        if (num_bins, size) not in self._tables:
+            found = {key: magnitudes_of(num_bins, size, size) for key, (magnitudes_of, _) in table.items()}
+            self._tables[num_bins, size] = {key: x if x is None else x.tolist() for key, x in found.items()}
+        magnitudes = self._tables[num_bins, size][name]
         if magnitudes is None:
             return name, 0.0
         magnitude = float(magnitudes[magnitude_bin])
-        return name, -magnitude if is_signed and sign <= 0.5 else magnitude
+        return name, -magnitude if table[name][1] and sign <= 0.5 else magnitude
+
+
+def table_of(transform: Any) -> dict[str, tuple[Callable[..., Any], bool]]:
+    """Return torchvision's operations: by name, magnitudes by (bins, height, width), and whether they have a sign."""
+    return transform._AUGMENTATION_SPACE
+
+
+def policies_of(auto_augment: Any) -> list[tuple[tuple[str, float, Any], ...]]:
+    """Return AutoAugment's learned policies: operations with their probability and the bin of their magnitude."""
+    return auto_augment._policies
+
+
+def apply_operation(transform: Any, image: Any, name: str, magnitude: float) -> Any:
+    """Transform an image by torchvision's own call of one operation."""
+    how = {"interpolation": transform.interpolation, "fill": transform._fill}
+    return transform._apply_image_or_video_transform(image, name, magnitude, **how)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """Copy to the device, without waiting for it where it is CUDA."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def apply_all(operations: list[Operation], images: Tensor) -> Tensor:
+    """Transform uint8 [B, 3, S, S], each image by its own operation; these are sorted by name."""
+    found = np.array([parameters_of(name, magnitude, images.shape[-1]) for name, magnitude in operations])
+    parameters = to_device(found, images.device)
+    counts = {name: len(list(group)) for name, group in groupby(name for name, _ in operations)}
+    parts = zip(counts, images.split([*counts.values()]), parameters.split([*counts.values()]), strict=True)
+    return torch.cat([OPERATIONS[name](part, numbers) for name, part, numbers in parts])
+
+
+@cache
+def parameters_of(name: str, magnitude: float, size: int) -> np.ndarray:
+    """Return the numbers that an operation needs for an image of `size` pixels, float32 [NUM_PARAMETERS].
+
+    Geometric operations: the map from output to input positions, [3, 2], in units of half the side. Posterize: the mask
+    of the bits that stay. Solarize: the threshold. Others: the factor, and 1 minus the factor.
+    """
+    # As torchvision computes them, in Python's floats, and rounded once: else pixels would differ.
+    found = np.zeros(NUM_PARAMETERS, dtype=np.float32)
+    if name in GEOMETRIC:
+        found[:] = inverse_map(name, magnitude, size)
+        found = (found.reshape(2, 3) / np.float32(0.5 * size)).T.ravel()
+    elif name == "Posterize":
+        found[0] = 256 - 2 ** (8 - int(magnitude))
+    elif name == "Solarize":
+        found[0] = 255 * magnitude
+    else:
+        found[:2] = 1.0 + magnitude, 1.0 - (1.0 + magnitude)
+    return found
+
+
+def inverse_map(name: str, magnitude: float, size: int) -> list[float]:
+    """Return the affine map from output to input pixels, [2, 3] row by row, from the image's centre."""
+    if name == "Rotate":
+        angle = math.radians(-(magnitude % 360))
+        return [math.cos(angle), math.sin(angle), 0.0, -math.sin(angle), math.cos(angle), 0.0]
+    if name in ("TranslateX", "TranslateY"):
+        shift = -float(int(magnitude))
+        return [1.0, 0.0, shift, 0.0, 1.0, 0.0] if name == "TranslateX" else [1.0, 0.0, 0.0, 0.0, 1.0, shift]
+    # Shears leave the image's first row or column where it is.
+    shear = math.tan(math.radians(math.degrees(math.atan(magnitude))))
+    shift = shear * 0.5 * size
+    return [1.0, shear, shift, 0.0, 1.0, 0.0] if name == "ShearX" else [1.0, 0.0, 0.0, shear, 1.0, shift]
+
+
+@cache
+def positions_of(size: int, device: torch.device) -> Tensor:
+    """Return x and y of each pixel from the image's centre, and a 1: [1, S*S, 3]."""
+    line = torch.linspace((1.0 - size) * 0.5, (size - 1.0) * 0.5, size, device=device)
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    return torch.stack([x, y, torch.ones_like(x)], -1).view(1, -1, 3)
+
+
+def warp(images: Tensor, parameters: Tensor) -> Tensor:
+    """Move the pixels of each image by its own map: the nearest pixel, black outside."""
+    size = images.shape[-1]
+    positions = positions_of(size, images.device).expand(len(images), -1, -1)
+    grid = positions.bmm(parameters.view(-1, 3, 2)).view(-1, size, size, 2)
+    return F.grid_sample(images.float(), grid, mode="nearest", align_corners=False).to(torch.uint8)
+
+
+def blend(images: Tensor, others: Tensor, parameters: Tensor) -> Tensor:
+    """Return factor * image + (1 - factor) * other."""
+    factor, rest = parameters[:, :2].T[..., None, None, None]
+    # addcmul rounds as torchvision's add_(other, alpha=...) does: once or twice, as the processor has it.
+    return torch.addcmul(images * factor, others, rest).clamp_(0, 255).to(torch.uint8)
+
+
+def grey(images: Tensor) -> Tensor:
+    return v2.functional.rgb_to_grayscale(images).float()
+
+
+@cache
+def smoothing_kernel(device: torch.device) -> Tensor:
+    """Return Pillow's 3x3 smoothing, for each of three channels."""
+    kernel = torch.full((3, 3), 1.0 / 13.0, device=device)
+    kernel[1, 1].fill_(5.0 / 13.0)
+    return kernel.expand(3, 1, 3, 3)
+
+
+def sharpen(images: Tensor, parameters: Tensor) -> Tensor:
+    """Blend each image with its smoothed self; pixels at the border stay."""
+    if images.shape[-1] <= 2:
+        return images
+    out = images.float()
+    smooth, inside = F.conv2d(out, smoothing_kernel(images.device), groups=3).round_(), out[..., 1:-1, 1:-1]
+    inside.addcmul_(smooth.sub_(inside), first_of(parameters[:, 1:]))
+    return out.clamp_(0, 255).to(torch.uint8)
+
+
+def first_of(parameters: Tensor) -> Tensor:
+    """Return each image's first parameter, [B, 1, 1, 1]."""
+    return parameters[:, :1, None, None]
+
+
+GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    **dict.fromkeys(GEOMETRIC, warp),
+    "Identity": lambda images, _: images,
+    "Brightness": lambda images, numbers: (images * first_of(numbers)).clamp_(0, 255).to(torch.uint8),
+    "Color": lambda images, numbers: blend(images, grey(images), numbers),
+    "Contrast": lambda images, numbers: blend(images, grey(images).mean((1, 2, 3), keepdim=True), numbers),
+    "Sharpness": sharpen,
+    "Posterize": lambda images, numbers: images & first_of(numbers).to(torch.uint8),
+    "Solarize": lambda images, numbers: torch.where(images >= first_of(numbers), 255 - images, images),
+    "AutoContrast": lambda images, _: v2.functional.autocontrast(images),
+    "Equalize": lambda images, _: v2.functional.equalize(images),
+    "Invert": lambda images, _: v2.functional.invert(images),
+}

@@ -114,7 +114,8 @@ class Augment:
         place = np.arange(self.size)
         inside = (place >= start[..., None]) & (place < (start + sides)[..., None])  # [B, 2, S]
         mask = to_device(inside[:, 0, :, None] & inside[:, 1, None, :], images.device)
-        self.mean = self.mean.to(images.device)
+        if self.mean.device != images.device:
+            self.mean = self.mean.to(images.device)
         return torch.where(mask[:, None], self.mean, images)
 
 

@@ -173,11 +173,24 @@ def share_gradients(model: nn.Module) -> nn.Module:
         )
 
 
-def copy_buffers(model: nn.Module) -> None:
-    """Give all processes the first one's buffers: their running statistics of batch norm differ."""
+def any_of(flag: Tensor) -> Tensor:
+    """Return 1.0 on the flag's device if any process's is set, else 0.0; nothing waits for the device."""
+    flag = flag.float()
     if world_size() > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return flag
+
+
+def copy_buffers(model: nn.Module) -> None:
+    """Give all processes the first one's buffers, in one message: batch norm's running statistics differ."""
+    buffers = list(model.buffers())
+    if world_size() == 1 or not buffers:
+        return
+    as_bytes = [buffer.reshape(-1).view(torch.uint8) for buffer in buffers]
+    message = torch.cat(as_bytes)
+    dist.broadcast(message, src=0)
+    for buffer, part in zip(buffers, message.split([len(each) for each in as_bytes]), strict=True):
+        buffer.copy_(part.view(buffer.dtype).view(buffer.shape))
 
 
 def average(tensor: Tensor) -> None:

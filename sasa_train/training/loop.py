@@ -16,7 +16,7 @@ from sasa_train.data.loader import Loaders, check_evaluated
 from sasa_train.data.randomness import recalibration_rng
 from sasa_train.machine import peak_memory
 from sasa_train.processes import collectives
-from sasa_train.refusal import ConfigError
+from sasa_train.refusal import ConfigError, ExpectedFailure
 from sasa_train.runs.checkpoint import CheckpointError
 from sasa_train.runs.folder import RunFolder
 from sasa_train.signals import StopRequest
@@ -121,19 +121,18 @@ class Loop:
         try:
             yield from train_one_epoch(self.stepper, batches, num_steps, self.config.trainer.log_every_steps)
         except NonFiniteError as error:
-            raise NonFiniteError(self.explain(error)) from None
+            raise NonFiniteError(self.explain(error), error.step, error.number) from None
 
     def explain(self, error: NonFiniteError) -> str:
         """Name the module and the images with which `error` began, and write them down."""
-        # An error of a loss has images, and comes before the update; an error of the weights comes after it.
-        state, text = self.state, str(error)
-        names = self.loaders.train_names(state.step if error.images is not None else state.step - 1, error.number)
-        if error.images is not None and self.config.trainer.sync_batch_norm and self.plan.world_size > 1:
+        text, names = str(error), self.loaders.train_names(error.step, error.number)
+        if error.number is not None and self.config.trainer.sync_batch_norm and self.plan.world_size > 1:
             text += "; the module is not looked for with trainer.sync_batch_norm, which needs all processes"
-        elif error.images is not None:
+        elif error.number is not None:
             try:
-                origin, rows = find_origin(state.model, error.images, self.plan.autocast())
-            except RuntimeError as another:  # out of memory, for instance
+                images = self.loaders.train_images(error.step, error.number)
+                origin, rows = find_origin(self.state.model, images, self.plan.autocast())
+            except (RuntimeError, ExpectedFailure) as another:  # out of memory, for instance
                 origin, rows = f"its origin could not be found ({str(another).splitlines()[0]})", []
             text += f": {origin}"
             if rows:
@@ -198,6 +197,7 @@ class Loop:
     def evaluate(self) -> bool:
         """Evaluate on val, log, keep the best, save; False after a stop request (it is done again on resume)."""
         state = self.state
+        self.check_finite()
         with self._off_the_clock():
             start = time.perf_counter()
             averaged = state.ema.module if state.ema else state.model
@@ -320,9 +320,10 @@ class Loop:
     def check_finite(self) -> None:
         def check() -> None:
             try:
+                self.stepper.loss_watch.check()
                 self.state.check()
             except NonFiniteError as error:
-                raise NonFiniteError(self.explain(error)) from None
+                raise NonFiniteError(self.explain(error), error.step, error.number) from None
 
         collectives.everywhere(check, NonFiniteError)
 

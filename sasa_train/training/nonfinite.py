@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -14,36 +15,47 @@ from sasa_train.refusal import ExpectedFailure
 class NonFiniteError(ExpectedFailure):
     """The loss or the weights are NaN or infinite; the message names the step.
 
-    Where a loss showed it, `images` [B, C, H, W] are those of micro-batch `number` of the step, and the weights are
-    still those before the step.
+    `step` counts from 0. `number` is the micro-batch of the step whose loss was not finite; the weights are then those
+    before the step. It is None where the weights themselves are not finite.
     """
 
-    def __init__(self, message: str, number: int | None = None, images: Tensor | None = None):
+    def __init__(self, message: str, step: int, number: int | None = None):
         super().__init__(message)
-        self.number, self.images = number, images
+        self.step, self.number = step, number
 
 
 class LossWatch:
-    """Whether a loss is finite, without making a CUDA device wait."""
+    """Ends a run at a loss that is not finite, before it changes the weights, without making a CUDA device wait.
 
-    def __init__(self, device: torch.device):
-        self._is_there = torch.cuda.Event() if device.type == "cuda" else None
-        self._on_host = torch.empty((), pin_memory=self._is_there is not None)
+    `is_late`: the losses of a step are looked at when the next one begins, or before anything is logged, evaluated or
+    saved, and the device itself leaves out the update. That needs an optimizer that takes `found_inf`, as fused ones do
+    for GradScaler. Otherwise each loss is looked at once its backward pass is queued.
+    """
 
-    def begin(self, loss: Tensor) -> None:
-        """Copy `loss`, a scalar, to the host as soon as the device has it."""
-        # The copy is queued before the backward pass, so it is there while the device works on that.
-        if self._is_there is None:
-            self._on_host = loss.detach()
-        else:
-            self._on_host.copy_(loss.detach(), non_blocking=True)
-            self._is_there.record()
+    def __init__(self, device: torch.device, num_losses: int, is_late: bool):
+        self.is_late = is_late
+        self._are_there = torch.cuda.Event() if device.type == "cuda" else None
+        # The host reads them through numpy: an operator of torch would wait for the device.
+        self._on_host = torch.zeros(num_losses, pin_memory=self._are_there is not None)
+        self._losses = self._on_host.numpy()
+        self._step: int | None = None  # whose losses were not looked at yet
 
-    def is_finite(self) -> bool:
-        """Whether the last loss was finite."""
-        if self._is_there is not None:
-            self._is_there.synchronize()
-        return bool(self._on_host.isfinite())
+    def begin(self, loss: Tensor, step: int, number: int) -> None:
+        """Ask for the scalar loss of micro-batch `number` of a step."""
+        self._on_host[number].copy_(loss.detach(), non_blocking=True)
+        if self._are_there is not None:
+            self._are_there.record()
+        self._step = step
+
+    def check(self) -> None:
+        """Raise NonFiniteError if a loss asked for since the last call is not finite."""
+        if self._step is None:
+            return
+        if self._are_there is not None:
+            self._are_there.synchronize()
+        step, self._step = self._step, None
+        for number in np.flatnonzero(~np.isfinite(self._losses)):
+            raise NonFiniteError(f"the loss of step {step + 1} is not finite", step, int(number))
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:

@@ -1,6 +1,7 @@
 """Optimizer and schedule from timm's factories; the learning rate is a pure function of the step."""
 
 import inspect
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -47,6 +48,9 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimi
         )
     try:
         arguments = _arguments(optimizer, base)
+        is_on_cuda = any(parameter.is_cuda for parameter in model.parameters())
+        if is_on_cuda and "fused" in _parameters_of(base) and not {"fused", "foreach"} & arguments.keys():
+            arguments["fused"] = True  # one kernel, and an update that the device itself can leave out: nonfinite.py
         built = create_optimizer_v2(
             model,
             opt=optimizer.name,
@@ -88,15 +92,19 @@ def _arguments(config: OptimizerConfig, base: str) -> dict[str, Any]:
     given = {name: value for name, value in given.items() if value is not None}
     if twice := given.keys() & config.args.keys():
         raise ConfigError(f"optimizer.args={config.args}: {', '.join(twice)} is also set as a key of its own")
-    signature = inspect.signature(get_optimizer_class(base, bind_defaults=False))
-    accepted = signature.parameters.keys() - {"params", "lr", "weight_decay"} | GROUP_ARGUMENTS
+    parameters = _parameters_of(base)
+    accepted = parameters.keys() - {"params", "lr", "weight_decay"} | GROUP_ARGUMENTS
     for name, value in (given | config.args).items():
         if name not in accepted:
             where = f"optimizer.{name}={value}" if name in given else f"optimizer.args={config.args}"
             raise ConfigError(f"{where}: {config.name} takes no {name}; it takes {', '.join(sorted(accepted))}")
         key = f"optimizer.{name}" if name in given else f"optimizer.args.{name}"
-        _check_kind(f"{key}={value}", value, signature.parameters[name])
+        _check_kind(f"{key}={value}", value, parameters[name])
     return {k: tuple(v) if isinstance(v, list) else v for k, v in (given | config.args).items()}
+
+
+def _parameters_of(base: str) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(get_optimizer_class(base, bind_defaults=False)).parameters
 
 
 def _check_kind(where: str, value: Any, parameter: inspect.Parameter) -> None:

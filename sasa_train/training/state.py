@@ -14,7 +14,7 @@ from sasa_train.processes.ranks import rank, world_size
 from sasa_train.training.nonfinite import NonFiniteError, not_finite
 from sasa_train.training.optim import build_optimizer
 
-HYPERPARAMETERS = ("initial_lr", "lr_scale", "weight_decay", "momentum", "betas", "eps")  # of a parameter group
+HYPERPARAMETERS = ("initial_lr", "lr_scale", "weight_decay", "momentum", "betas", "eps", "fused")  # of a group
 PROGRESS = ("step", "epoch", "evaluated_step", "best", "seconds")  # fields of TrainState that are kept unchanged
 
 
@@ -95,7 +95,8 @@ class TrainState:
             if not nn.utils.get_total_norm(floats, norm_type=math.inf).isfinite():
                 wrong = not_finite(module.state_dict().items())
                 raise NonFiniteError(
-                    f"the weights after step {self.step} are not finite, {whose}{wrong[0]} first of {len(wrong)}"
+                    f"the weights after step {self.step} are not finite, {whose}{wrong[0]} first of {len(wrong)}",
+                    self.step - 1,
                 )
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -103,11 +104,12 @@ class TrainState:
         if self.ema:
             self.ema.module.load_state_dict(saved["ema"] or saved["model"])
         # Hyperparameters are taken from the config: they differ from the checkpoint's only where the user allowed it.
-        # The other entries of a group are the optimizer's state.
-        groups = [{k: g[k] for k in self.hyperparameters if k in g} for g in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(saved["optimizer"])
-        for group, configured in zip(self.optimizer.param_groups, groups, strict=True):
-            group.update(configured)
+        # The other entries of a group are the optimizer's state. They are put in before loading, because `fused`
+        # decides on which device an optimizer keeps its state.
+        configured = [{k: g[k] for k in self.hyperparameters if k in g} for g in self.optimizer.param_groups]
+        pairs = zip(saved["optimizer"]["param_groups"], configured, strict=True)
+        groups = [group | ours for group, ours in pairs]
+        self.optimizer.load_state_dict(saved["optimizer"] | {"param_groups": groups})
         self.scaler.load_state_dict(saved["scaler"])
         self.window.load_state_dict(saved["window"])
         for name in PROGRESS:

@@ -21,7 +21,7 @@ from sasa_train.data.randomness import seed_step
 from sasa_train.device import RunPlan
 from sasa_train.processes import collectives
 from sasa_train.training.evaluation import Batches, batch_norms
-from sasa_train.training.nonfinite import LossWatch, NonFiniteError
+from sasa_train.training.nonfinite import LossWatch
 from sasa_train.training.state import TrainState
 
 
@@ -34,7 +34,8 @@ class Stepper:
         self.shared = collectives.share_gradients(state.model)
         self.forward = torch.compile(self.shared) if config.compile else self.shared
         self.criterion = build_criterion(config)
-        self.loss_watch = LossWatch(state.device)
+        is_late = plan.device.type == "cuda" and bool(state.optimizer.defaults.get("fused"))
+        self.loss_watch = LossWatch(state.device, plan.grad_accum_steps, is_late)
         self.clips = config.grad_clip_norm or config.grad_clip_value or config.grad_clip_agc
 
     def train_step(self, batches: Batches, want_grad_norm: bool = False) -> Tensor | None:
@@ -43,15 +44,17 @@ class Stepper:
         The L2 norm is None where it is not wanted and nothing clips.
 
         Raises:
-            NonFiniteError: a loss is not finite; the weights are those before the step.
+            NonFiniteError: a loss, perhaps of the step before, is not finite; the weights are those before that step.
         """
         plan, config, state = self.plan, self.config, self.state
+        self.loss_watch.check()
         self.schedule.step_update(state.step)
         state.optimizer.zero_grad()
         # Several processes each draw their own dropout, by (seed, step, rank) alone. A single process goes on with
         # torch's generators, which the checkpoint holds.
         if plan.world_size > 1:
             seed_step(plan.config.seed, state.step, plan.rank)
+        losses = []
         for number in range(plan.grad_accum_steps):
             images, labels = next(batches)
             is_last = number == plan.grad_accum_steps - 1
@@ -60,17 +63,19 @@ class Stepper:
                 with plan.autocast():
                     logits = self.forward(images)
                     loss = self.criterion(logits.float(), labels)
-                self.loss_watch.begin(loss)
+                self.loss_watch.begin(loss, state.step, number)
+                losses.append(loss.detach())
                 with frozen_running_stats(state.model) if config.grad_checkpointing else contextlib.nullcontext():
                     state.scaler.scale(loss / plan.grad_accum_steps).backward()
             state.window.add(loss.detach(), logits.detach(), labels)
-            # Looked at only now: the loss was copied to the host while the backward pass was queued.
-            if not self.loss_watch.is_finite():
-                raise NonFiniteError(f"the loss of step {state.step + 1} is not finite", number, images)
+            if not self.loss_watch.is_late:
+                self.loss_watch.check()
         grad_norm = self._clip() if want_grad_norm or self.clips else None
         # The scaler waits for the device, and with it for all processes: see first, on the CPU, that all still run.
         if state.scaler.is_enabled():
             collectives.wait_for_all()
+        elif self.loss_watch.is_late:
+            state.optimizer.found_inf = collectives.any_of((~torch.stack(losses).isfinite()).any())  # type: ignore[attr-defined]
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.step += 1
