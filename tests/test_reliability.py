@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marking import slow_but_for
 from reading_runs import assert_same_run, rows
 from running_commands import TINY, run_in_process, start, wait_for_rows
 from taking_steps import batches, setup
@@ -36,7 +37,7 @@ NO_AUTOCAST = torch.autocast("cpu", enabled=False)
 # Signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize("number", slow_but_for([signal.SIGUSR1], [signal.SIGUSR1, signal.SIGUSR2]))
 def test_a_schedulers_warning_is_served_as_sigterm_is(tmp_path, number):
     """Slurm and submitit send these before they kill; their default is to end a process on the spot."""
     process = start(tmp_path, *LONG)
