@@ -167,6 +167,22 @@ def test_a_failure_of_one_process_ends_all_and_says_which(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("checkpoint_every_steps", ["1", "null"])
+def test_a_loss_that_is_checked_late_changes_no_weights_and_is_never_saved(folder, checkpoint_every_steps):
+    """It is found before the step's checkpoint, or when the next step begins."""
+    name = f"late{checkpoint_every_steps}"
+    late = (
+        f"run_name={name}",
+        "optimizer.args={fused:true}",
+        f"trainer.checkpoint_every_steps={checkpoint_every_steps}",
+    )
+    code, said = launch(folder, 2, *RUN, *late, "trainer.log_every_steps=50", DISTURB="LATE_NAN:1:2")
+    assert code == 1 and "process 1" in said and "the loss of step 2 is not finite" in said, said
+    checkpoint = folder / f"out/{name}/checkpoints/last.pt"
+    assert last(folder / f"out/{name}")["step"] == 1 if checkpoint_every_steps == "1" else not checkpoint.exists()
+
+
+@pytest.mark.slow
 def test_unreadable_images_are_named_once_and_counted_over_all(tmp_path):
     """Streamed by a worker of each process; the last val image is the second process's."""
     root = make_image_folder(tmp_path / "images")

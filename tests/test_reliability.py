@@ -26,7 +26,7 @@ from sasa_train.runs import provenance
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, load_checkpoint
 from sasa_train.signals import SIGNALS, StopRequest
 from sasa_train.training import loop
-from sasa_train.training.nonfinite import find_origin
+from sasa_train.training.nonfinite import LossWatch, find_origin
 from sasa_train.training.step import Stepper
 
 RUN = (*TINY, "run_name=a", "trainer.checkpoint_every_steps=1")
@@ -370,8 +370,12 @@ def test_run_json_has_a_command_that_makes_the_run_again(tmp_path, monkeypatch):
 # Numbers and memory
 
 
-def test_a_non_finite_loss_names_the_module_and_the_images(tmp_path, in_process):
-    run = (*RUN, "optimizer.lr=1e30", "optimizer.lr_basis=absolute")
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_non_finite_loss_names_the_module_and_the_images(tmp_path, monkeypatch, in_process, is_late):
+    """A GPU's losses are checked one step late; the checkpoint of the bad step is still not written."""
+    if is_late:
+        monkeypatch.setattr(LossWatch, "is_late", property(lambda _: True, lambda _, value: None), raising=False)
+    run = (*RUN, "optimizer.lr=1e30", "optimizer.lr_basis=absolute", "optimizer.args={fused:true}")
     message = in_process("train", *run, expect=1).stderr
     assert "the loss of step 2 is not finite: the first output that was not finite is that of module stem" in message
     listed = (tmp_path / "out/a/nonfinite.txt").read_text().splitlines()

@@ -2,7 +2,8 @@
 
 NOTES=folder: each process writes `<rank>.json` there at its end: by step, SHA-256 of each training image that it gave
 to the model, of each val image, and of the gradient after the first micro-batches and after the step.
-DISTURB=SIGKILL:1:3: process 1 gets this before its step 3, once; NAN instead of a signal spoils its images.
+DISTURB=SIGKILL:1:3: process 1 gets this before its step 3, once; NAN instead of a signal spoils its images,
+and LATE_NAN too, with losses checked one step late.
 """
 
 import hashlib
@@ -47,8 +48,10 @@ def watched_step(stepper: Stepper, batches, want_grad_norm: bool = False):
     model = stepper.state.model
     if not model._forward_pre_hooks:
         model.register_forward_pre_hook(look)
+    if KIND == "LATE_NAN":  # as on a GPU
+        stepper.loss_watch.is_late = True
     if IS_FIRST_START and (int(AT_RANK), int(AT_STEP)) == (RANK, step):
-        if KIND == "NAN":
+        if KIND in ("NAN", "LATE_NAN"):
             batches = ((images * float("nan"), labels) for images, labels in batches)
         else:
             os.kill(os.getpid(), signal.Signals[KIND])

@@ -23,6 +23,9 @@ class NonFiniteError(ExpectedFailure):
         super().__init__(message)
         self.step, self.number = step, number
 
+    def __reduce__(self) -> tuple[type, tuple[str, int, int | None]]:
+        return type(self), (str(self), self.step, self.number)  # processes send it to one another
+
 
 class LossWatch:
     """Ends a run at a loss that is not finite, before it changes the weights, without making a CUDA device wait.

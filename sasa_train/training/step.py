@@ -34,7 +34,9 @@ class Stepper:
         self.shared = collectives.share_gradients(state.model)
         self.forward = torch.compile(self.shared) if config.compile else self.shared
         self.criterion = build_criterion(config)
-        is_late = plan.device.type == "cuda" and bool(state.optimizer.defaults.get("fused"))
+        # Only torch's fused optimizers take `found_inf`; timm's lookahead just copies the defaults of the one inside.
+        is_torchs = type(state.optimizer).__module__.startswith("torch.optim.")
+        is_late = plan.device.type == "cuda" and is_torchs and bool(state.optimizer.defaults.get("fused"))
         self.loss_watch = LossWatch(state.device, plan.grad_accum_steps, is_late)
         self.clips = config.grad_clip_norm or config.grad_clip_value or config.grad_clip_agc
 
