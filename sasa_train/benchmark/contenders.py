@@ -78,7 +78,7 @@ class Contender:
 
 
 def build_contender(backend: str, case: Case, arithmetic: torch.dtype | None = None) -> Contender:
-    """Build `backend` on the same random inputs for all, in the case's dtype; then convert them to `arithmetic`."""
+    """Build `backend` with random inputs, the same for every backend, in the case's dtype and then in `arithmetic`."""
     dtype, generator = DTYPES[case.dtype], torch.Generator(case.device).manual_seed(0)
 
     def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
