@@ -79,7 +79,7 @@ def imported(path: Path) -> set[str]:
 
 
 def test_no_test_module_imports_another():
-    """Shared code belongs in helper modules named after what they do, which also goes for programs that tests start."""
+    """Shared code belongs in helper modules named after their purpose; so does code shared by test subprocesses."""
     for path in (ROOT / "tests").glob("*.py"):
         assert not re.search(r"^[\s'\"]*(from|import) test_", path.read_text(encoding="utf-8"), re.MULTILINE), path.name
 

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(needs_compiler() is not None, reason=f"no compil
 @pytest.mark.parametrize("pool", [True, False])
 @pytest.mark.parametrize("keys", [{}, {"values": "plain"}, {"relative": False}, {"num_mixtures": 3}], ids=str)
 def test_outputs_gradients_and_statistics(keys, pool):
-    """Cases have fewer blocks than lanes, full or partial groups, groups of several images, and 2 to 32 channels."""
+    """Cases include fewer blocks than lanes, partial groups, groups that span images, and heads of 2 to 32 channels."""
     torch.manual_seed(0)
     for batch, in_channels, channels, num_heads, height, width in [
         (1, 1, 8, 2, 4, 4),

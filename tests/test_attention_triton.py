@@ -29,7 +29,7 @@ BF16, FP16 = torch.bfloat16, torch.float16
 
 @pytest.fixture(autouse=True)
 def one_configuration(monkeypatch):
-    """Disable autotuning; on the interpreter, whose time depends on the number of programs, use large tiles."""
+    """Disable autotuning; use large tiles on the interpreter, because its time depends on the number of programs."""
     if DEVICE == "cpu":
         configure(monkeypatch, Config(64, 4, 2))
     torch.use_deterministic_algorithms(True)

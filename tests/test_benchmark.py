@@ -1,4 +1,4 @@
-"""Check that `sasa-benchmark` reports what it measured, times no wrong backend, and validates before it measures."""
+"""Check that `sasa-benchmark` reports what it measured, skips incorrect backends, and validates options first."""
 
 import importlib.util
 import json
@@ -72,7 +72,7 @@ def test_a_wrong_backend_is_not_timed(what, tmp_path, monkeypatch, capsys):
 
     def wrong(*arguments):
         result = right(*arguments)
-        (result[0] if what == "output" else arguments[-1][1]).mul_(1.01)  # of the gradients, the key's
+        (result[0] if what == "output" else arguments[-1][1]).mul_(1.01)  # the output, or the gradient of key
         return result
 
     monkeypatch.setattr(cpu, name, wrong)
@@ -85,7 +85,7 @@ def test_a_wrong_backend_is_not_timed(what, tmp_path, monkeypatch, capsys):
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("begins_stage", [False, True])
 def test_flex_attention_is_the_same_function(begins_stage, monkeypatch):
-    """Run uncompiled and without the CPU check, score_mod and the block mask compute the same function as our op."""
+    """Uncompiled and without the CPU check, score_mod and the block mask must compute the same function as our op."""
     from torch.nn.attention import flex_attention
 
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)

@@ -152,7 +152,7 @@ def test_a_kill_between_any_two_calls_leaves_a_good_newest_checkpoint(tmp_path, 
 
 
 def dies(work, call: str, num_calls: int) -> bool:
-    """Do `work` in a process that exits silently before call `num_calls` of os.`call`; return True if it got there."""
+    """Do `work` in a process that exits silently before call `num_calls` of os.`call`; return True if it does so."""
     process = os.fork()
     if process == 0:
         real, calls = getattr(os, call), itertools.count()

@@ -88,7 +88,7 @@ def assert_close_rows(run: Path, expected_run: Path) -> None:
 
 @several_processes
 def test_an_evaluation_sees_every_image_once(undisturbed, num_processes):
-    """The 31 val images are not divisible by either number; averaged and raw weights are evaluated separately."""
+    """No number of processes divides the 31 val images; averaged and raw weights are evaluated separately."""
     one, several = noted(undisturbed(1), "val"), noted(undisturbed(num_processes), "val")
     assert one.keys() == several.keys() == {"3", "6"}
     assert all(len(set(images)) == 31 and sorted(images) == sorted(several[step]) for step, images in one.items())

@@ -301,7 +301,7 @@ def test_models_of_other_classes_or_images_are_not_compared(run_dir, tmp_path, c
 
 
 def test_real_through_the_command(run_dir, tmp_path, capsys):
-    """Every image has the labels 1 and one that is unknown to the model, except the first three, which have none."""
+    """Every image is labelled with class 1 and one unknown to the model; the first three have no known label."""
     (tmp_path / "real.json").write_text(json.dumps([[], [], [999], *[[1, 999]] * 49_997]))
     files = ("--predictions", tmp_path / "p.csv", "--json", tmp_path / "f.json")
     printed = run(capsys, run_dir, "--real", tmp_path / "real.json", *files)

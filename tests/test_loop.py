@@ -1,4 +1,4 @@
-"""Check what a run does besides its steps (limits, profile, pictures, memory) through the files that users see."""
+"""Check features around the training steps (limits, profile, pictures, memory) through the files that users see."""
 
 import io
 import json

@@ -412,7 +412,7 @@ def test_the_origin_is_the_first_module_and_its_images():
 
 @pytest.mark.slow
 def test_memory_that_does_not_suffice_ends_with_what_to_set(tmp_path):
-    """The process may use 600 MB more than it has, but the step requires gigabytes."""
+    """The process may allocate 600 MB more than it already uses, but the step requires gigabytes."""
     code = f"""
 import resource, sys
 import sasa_train.training.run as run

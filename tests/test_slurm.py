@@ -27,7 +27,7 @@ needs_slurm = [
         reason="needs root, and: apt-get install slurmctld slurmd slurm-client munge",
     ),
 ]
-# A replacement for sasa-train whose steps are slow enough to be interrupted until its job has been stopped so often.
+# A replacement for sasa-train: until its job has been stopped often enough, its steps are slow enough to interrupt.
 SLOW = """
 import os, time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Check that a killed, stopped or broken data worker ends the run within seconds and that the message helps."""
+"""Check that a killed, stopped or broken data worker ends the run in seconds, with a message that says what to do."""
 
 import os
 import signal

@@ -140,7 +140,7 @@ def _flex(case: Case) -> Attend:
         by_row, by_column = top @ rel_height.T, bottom @ rel_width.T  # [B, N, H*W, K]
 
         def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            # The kernel also evaluates pairs that the mask excludes and whose offset is outside the window.
+            # The kernel also evaluates pairs that the mask excludes; clamping keeps their indices valid.
             row = (k // width - q // width + reach).clamp(0, 2 * reach)
             column = (k % width - q % width + reach).clamp(0, 2 * reach)
             return score + by_row[b, h, q, row] + by_column[b, h, q, column]

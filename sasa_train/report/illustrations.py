@@ -41,7 +41,7 @@ def model_sections(run_dir: Path, overrides: Sequence[str], num_images: int) -> 
         overrides: see `load_trained`.
         num_images: maximum number of val images (a fixed, class-balanced subset) for the per-class figures.
     """
-    last = run_dir / "checkpoints/last.pt"  # the checkpoint whose results are to be published
+    last = run_dir / "checkpoints/last.pt"  # results for publication come from this checkpoint
     try:
         trained = load_trained(last if last.exists() else run_dir, overrides)
         val = _load_val(trained)

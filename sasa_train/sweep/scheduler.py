@@ -1,4 +1,4 @@
-"""The scheduler: one process per job on its own devices, with a limit on concurrent jobs and no wait between them."""
+"""The scheduler: each job runs in its own process on its own devices, and starts as soon as a slot is free."""
 
 import ctypes
 import os

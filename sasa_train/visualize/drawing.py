@@ -41,7 +41,7 @@ MAPS, MEANS = OF_ATTENTION[:2], OF_ATTENTION[2:]
 
 @dataclass
 class Choice:
-    """The images, layers and heads of the attention maps; default: some val images, each stage's last layer, all heads.
+    """Selects what attention maps show; by default a few val images, the last layer of each stage, and all heads.
 
     `pixels` are (row, column) in the image as the model receives it.
     """
