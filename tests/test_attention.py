@@ -104,7 +104,7 @@ def test_two_heads_on_paper():
 
 
 def test_scores_are_not_scaled():
-    """With q.k = 4 ln 3 over D=4 channels, scaling by 1/sqrt(D) would change the odds from 81 to 9."""
+    """Scores are q.k = 4 ln 3 over D=4 channels; scaling them by 1/sqrt(D) would change the odds from 81 to 9."""
     q = torch.full((1, 1, 1, 2, 4), math.log(3), dtype=torch.float64)
     key = torch.tensor([1.0, 0.0], dtype=torch.float64)[None, None, None, :, None].expand(1, 1, 1, 2, 4)
     weights = attention_weights(q, key, None, None, 3, "mask")[0, 0, 0, 0]
@@ -123,7 +123,7 @@ def test_weights_sum_to_one_with_one_map_a_head(border):
 
 
 def test_a_head_depends_on_its_own_query_alone():
-    """Some public implementations share one softmax between the heads."""
+    """Check that heads have separate softmaxes; some public implementations share one between the heads."""
     q, key, v, rel_height, rel_width = tensors()
     before = local_attention(q, key, v, rel_height, rel_width, kernel_size=K)
     q[:, 1] += 1
@@ -133,7 +133,7 @@ def test_a_head_depends_on_its_own_query_alone():
 
 
 def test_every_head_reaches_both_embeddings():
-    """Some public implementations use rows only in the first heads and columns only in the last."""
+    """Check that all heads use rows and columns; some public implementations split them between the heads."""
     q, key, v, rel_height, rel_width = tensors(shared=False)
     rel_height.requires_grad_(), rel_width.requires_grad_()
     local_attention(q, key, v, rel_height, rel_width, kernel_size=K).pow(2).sum().backward()

@@ -104,7 +104,7 @@ def test_huge_scores_stay_finite_and_a_nan_is_not_swallowed():
 
 
 def test_the_same_to_the_bit_whatever_memory_held():
-    """The kernels use no atomics, and scratch memory is written before it is read."""
+    """Check that results are bit-identical: the kernels use no atomics and write scratch memory before reading it."""
     inputs = [x.to(DEVICE) for x in draw((1, 2, 5, 6, 4), "channels_last", torch.float32, torch.Generator())]
     case = ([*inputs, *torch.randn(2, 5, 2, device=DEVICE)], 5, True, "zero", torch.ones_like(inputs[0]))
     first, second = (outputs_and_grads("triton", None, *case) for _ in range(2))
@@ -140,7 +140,7 @@ def test_the_tile_walks_few_key_rows_and_covers_the_map():
 @gpu
 @pytest.mark.gpu
 def test_more_programs_than_a_grid_has_rows():
-    """The second and third dimension of a grid are limited to 65,535."""
+    """Check a launch with more programs than 65,535, the limit of a grid's second and third dimension."""
     assert_equals_reference((9000, 8, 2, 3, 4), 3)
 
 
@@ -170,7 +170,7 @@ def test_the_search_keeps_a_configuration_a_problem_and_auto_says_so(monkeypatch
 
 
 def test_without_a_gpu_or_an_interpreter_it_is_an_error_that_says_so():
-    """Triton chooses its mode when it is imported; auto on the CPU does not import it."""
+    """Check the error message without a GPU or interpreter; auto on the CPU does not import Triton."""
     program = (
         "import sys, torch\n"
         "from sasa_train.attention import local_attention\n"

@@ -132,7 +132,7 @@ def test_fitted_exponent_of_a_power_law():
 
 
 def test_memory_is_the_peak_of_a_fresh_process():
-    """Each measurement starts from zero; otherwise, memory freed by an earlier contender would hide the next peak."""
+    """Each peak starts from zero; otherwise, memory freed by an earlier contender would hide the next peak."""
     found = timing.in_fresh_process(_take_and_free, 50)
     assert 49 * 2**20 <= found <= 60 * 2**20
 
@@ -189,7 +189,7 @@ def test_refusals_name_the_remedy(arguments, message, capsys):
 
 
 def test_without_matplotlib_a_chart_is_refused_before_anything_is_measured(monkeypatch, capsys):
-    """An hour of measurements must not end in an ImportError."""
+    """Check that --plot is refused early, so that an hour of measurements cannot end in an ImportError."""
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else found(name, *a))
     monkeypatch.setattr(benchmark, "_set_up", lambda options: pytest.fail("went on to measure"))

@@ -1,4 +1,4 @@
-"""Checkpoints are written atomically; untrusted ones are refused by name, and no code in them is executed."""
+"""Check that checkpoints are written atomically, untrusted ones are refused by name, and no code in them runs."""
 
 import errno
 import itertools
@@ -133,7 +133,7 @@ def test_best_is_a_copy_where_the_disk_has_no_links(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("call", ["unlink", "replace", "fsync", "open", "link"])
 def test_a_kill_between_any_two_calls_leaves_a_good_newest_checkpoint(tmp_path, call):
-    """The process is killed at each call that changes the folder in turn, and the next process continues the run."""
+    """Kill the process at each call that changes the folder in turn; the next process must continue the run."""
     reached, is_done = 0, False
     while not is_done:
         folder = tmp_path / f"{call}{reached}"
@@ -168,7 +168,7 @@ def failing(real, calls, number: int):
 
 @pytest.mark.parametrize("call", ["unlink", "replace", "fsync", "open"])
 def test_a_failure_of_any_call_leaves_each_checkpoint_under_its_own_step(tmp_path, monkeypatch, call):
-    """A run that continues after the failure still writes the next checkpoint."""
+    """Check that a run that continues after a failed save still writes its next checkpoint."""
     reached, is_done = 0, False
     while not is_done:
         folder = tmp_path / f"{call}{reached}"
@@ -196,7 +196,7 @@ def test_a_damaged_manifest_counts_as_a_damaged_checkpoint(tmp_path):
 
 
 def test_a_checkpoint_without_its_manifest_is_judged_by_its_own_checksums(tmp_path):
-    """The checkpoint may have been copied from elsewhere without its manifest."""
+    """Check that a checkpoint that was copied without its manifest is verified by its own checksums."""
     filled(tmp_path)
     os.rename(tmp_path / "last.pt", tmp_path / "copy.pt")
     assert load_checkpoint(tmp_path / "copy.pt")["step"] == 5
@@ -215,7 +215,7 @@ def test_another_format_is_refused_and_no_reason_to_go_back(tmp_path, version):
 
 
 def test_a_disk_that_cannot_be_read_now_is_no_damage(tmp_path):
-    """Falling back to an older checkpoint would lose work that is available again once the disk recovers."""
+    """Check that a temporary read error is not treated as damage, because an older checkpoint would lose work."""
     filled(tmp_path)
     (tmp_path / "last.pt").unlink()
     (tmp_path / "last.pt").mkdir()
@@ -238,14 +238,14 @@ def test_damaged_checkpoints_are_kept_aside_and_do_not_push_out_new_ones(tmp_pat
 
 
 def test_the_newest_is_the_one_of_the_highest_step(tmp_path):
-    """last.pt has been lost, and best.pt is newer than every numbered checkpoint."""
+    """Check that the checkpoint of the highest step is used if last.pt is lost and best.pt is the newest file."""
     filled(tmp_path, steps=(1, 2, 3), keep=1, best=(3,))
     (tmp_path / "last.pt").unlink()
     assert newest_step(tmp_path)[0] == 3
 
 
 def test_a_compressed_file_is_refused_unread(tmp_path):
-    """A compressed file of several KB could expand to terabytes in memory."""
+    """Check that compressed files are refused unread, because several KB could expand to terabytes in memory."""
     torch.save(content(1), tmp_path / "x.pt")
     with zipfile.ZipFile(tmp_path / "x.pt") as plain, zipfile.ZipFile(tmp_path / "bomb.pt", "w") as bomb:
         for entry in plain.infolist():

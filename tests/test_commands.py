@@ -40,7 +40,7 @@ def test_every_experiment_takes_two_steps(name, tmp_path, monkeypatch, image_fol
 
 @pytest.mark.parametrize("name", slow_but_for(FAST, [name for name in EXPERIMENTS if "imagenet" in name]))
 def test_imagenet_presets_read_tar_shards(name, tmp_path, monkeypatch):
-    """Two steps on shards give exactly the same numbers as two steps on folders."""
+    """Check that two steps on shards give exactly the same numbers as two steps on folders."""
     folders, shards = imagenet_root(tmp_path), tmp_path / "shards"
     assert prepare.shard(folders, shards, images_per_shard=9) == 0
     small = ["model.width=0.125", "model.num_heads=2", "trainer.global_batch_size=8", "trainer.max_steps=2"]
@@ -250,7 +250,7 @@ def test_the_summary_command(capsys, in_process):
 
 
 def test_several_processes_are_refused_without_torchrun(monkeypatch, capsys):
-    """With environment variables left over from another job, the run would wait for processes that nobody starts."""
+    """Check that environment variables left by another job are refused; the run would wait for missing processes."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert train.run_command(["experiment=debug"]) == 2
     assert "WORLD_SIZE=2, but torchrun did not start this process" in capsys.readouterr().err

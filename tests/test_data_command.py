@@ -83,7 +83,7 @@ def test_sizes_and_modes_are_listed(image_folder, capsys):
 
 
 def test_broken_files_are_named(image_folder, capsys):
-    """Otherwise, training would fail at the first broken file only after hours; each is reported with its reason."""
+    """Check that each broken file is reported with its reason; training would fail at the first one after hours."""
     folder = image_folder / "train" / "red"
     pixels = np.random.default_rng(0).integers(0, 256, (67, 67, 3), dtype=np.uint8)
     (folder / "cut.jpg").write_bytes(encoded(Image.fromarray(pixels), "JPEG")[:1500])
@@ -98,7 +98,7 @@ def test_broken_files_are_named(image_folder, capsys):
 
 
 def test_duplicates_are_found_by_their_pixels(image_folder, capsys):
-    """A val image that is also in train inflates top1, regardless of the format and name of the copy."""
+    """Check that a val image that is also in train is found in any format, because it would inflate top1."""
     train, val = image_folder / "train", image_folder / "val"
     shutil.copy(train / "blue" / "2.png", val / "blue" / "copy.png")
     Image.open(train / "red" / "3.png").save(val / "blue" / "other_format.bmp")
@@ -113,7 +113,7 @@ def test_duplicates_are_found_by_their_pixels(image_folder, capsys):
 
 
 def test_many_duplicates_are_cut_short(tmp_path, capsys):
-    """If every val image is a copy, 20 groups are listed and the others are counted."""
+    """Check that 20 groups of duplicates are listed and the others are counted if every val image is a copy."""
     for i in range(23):
         for split in ("train", "val"):
             (tmp_path / split / "a").mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ def test_many_duplicates_are_cut_short(tmp_path, capsys):
 
 
 def test_mean_and_std_weigh_every_image_the_same(tmp_path, capsys):
-    """With images of different sizes, a mean over pixels would give large images more weight."""
+    """Check that every image has the same weight, whereas a mean over pixels would favour large images."""
     rng = np.random.default_rng(1)
     images = [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) // (1, 2, 3) for h, w in ((3, 5), (31, 29), (7, 11))]
     for i, pixels in enumerate(images):
@@ -138,7 +138,7 @@ def test_mean_and_std_weigh_every_image_the_same(tmp_path, capsys):
 
 
 def test_classes_without_images_are_problems(image_folder, capsys):
-    """torchvision rejects the whole set at the first such class, whereas the report lists all of them."""
+    """Check that all empty classes are listed, whereas torchvision rejects the data set at the first one."""
     shutil.rmtree(image_folder / "val" / "red")
     (image_folder / "train" / "green").mkdir()
     out = verify(capsys, image_folder, expect=1)
@@ -148,7 +148,7 @@ def test_classes_without_images_are_problems(image_folder, capsys):
 
 
 def test_class_folders_without_splits(image_folder, capsys):
-    """A folder of classes is a single split, even if one class is called train."""
+    """Check that a folder of classes is a single split, even if one class is called train."""
     (image_folder / "train" / "red").rename(image_folder / "train" / "train")
     out = verify(capsys, image_folder / "train")
     assert "18 all" in out and last_line(out) == "18 images, nothing wrong"
@@ -182,7 +182,7 @@ def test_roots_that_are_refused(tmp_path, capsys):
 
 
 def test_names_cannot_write_on_the_terminal(tmp_path, capsys):
-    """A class name that contains a terminal escape could clear the screen or hide the line above it."""
+    """Check that class names are escaped, because a terminal escape could clear the screen or hide lines."""
     folder = tmp_path / "train" / "\x1b[2Jcat"
     folder.mkdir(parents=True)
     (folder / "a\rb.png").write_text("no image")
@@ -219,7 +219,7 @@ def test_shards_of_two_sources_are_not_mixed(image_folder, tmp_path, capsys):
 
 
 def test_places_that_shards_may_not_go_to(image_folder, tmp_path, capsys, monkeypatch):
-    """Shards in the source would be read as part of it; shards among class folders would hide the folders."""
+    """Check that shards cannot be written into the source, which would include them, or among class folders."""
     assert "must not be inside" in refused(capsys, "shard", image_folder, image_folder / "train" / "shards")
     other = make_image_folder(tmp_path / "other")
     assert "holds class folders already" in refused(capsys, "shard", image_folder, other)
@@ -331,7 +331,7 @@ def test_a_stopped_command_goes_on(archives, tmp_path, capsys, monkeypatch, argu
 
 
 def test_class_folders_of_something_else_are_refused(archives, tmp_path, capsys):
-    """A folder left by another program would be mistaken for a finished class or would add an extra class."""
+    """Check that foreign class folders are refused: they could be mistaken for finished ones or add classes."""
     dest = tmp_path / "imagenet"
     (dest / "train" / "n00000002").mkdir(parents=True)
     assert "holds 0 files, the archive 5" in refused(capsys, "prepare", "imagenet", archives, dest)
@@ -341,7 +341,7 @@ def test_class_folders_of_something_else_are_refused(archives, tmp_path, capsys)
 
 @pytest.mark.parametrize("name", ["../evil.JPEG", "/tmp/evil.JPEG", "a/b.JPEG", "..\\evil.JPEG", "a..JPEG", "evil.sh"])
 def test_hostile_names_are_refused(archives, tmp_path, capsys, name):
-    """An untrusted archive must not write outside DEST."""
+    """Check that an untrusted archive cannot write outside DEST."""
     dest = tmp_path / "imagenet"
     files = train_files()
     files["n00000003"][name] = jpeg(1)
@@ -359,7 +359,7 @@ def test_links_are_refused(archives, tmp_path, capsys):
 
 
 def test_archives_that_are_not_the_original(archives, tmp_path, capsys, monkeypatch):
-    """A wrong checksum, truncated download, missing archive or full disk is reported before anything is written."""
+    """Check that a wrong checksum, truncated download, missing archive or full disk is reported before writing."""
     command = ("prepare", "imagenet", archives, tmp_path / "imagenet")
     with monkeypatch.context() as patch:
         patch.setattr(writing.shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(1000))

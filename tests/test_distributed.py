@@ -105,7 +105,7 @@ def test_gradients_are_added_once_a_step(folder, undisturbed):
 
 @pytest.mark.slow
 def test_a_killed_process_is_restarted_by_torchrun_and_nothing_is_lost(folder, undisturbed):
-    """Without a separate key for each attempt, the processes would not find each other (pytorch issue 135712)."""
+    """Check that a killed process is restarted; this needs a separate store key per attempt (pytorch issue 135712)."""
     options = ("--standalone", "--max-restarts=1")
     code, said = launch(folder, 2, *RUN, "run_name=killed", options=options, DISTURB="SIGKILL:1:4")
     assert code == 0 and "continues   at step 3" in said, said
@@ -253,7 +253,7 @@ def test_restarts_on_several_machines_need_a_variable(monkeypatch):
 
 
 def test_restarts_never_begin_anew(monkeypatch):
-    """With resume=never, each restart would create the next numbered folder."""
+    """Check that resume=never is refused with restarts, because each would create the next numbered folder."""
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     assert read_config(["experiment=debug"]).resume == "auto"
     with pytest.raises(ConfigError, match="resume=never with torchrun --max-restarts=3"):

@@ -168,7 +168,7 @@ def test_auto_precision_is_fp32_on_a_cpu(monkeypatch):
 
 
 def test_a_compiled_run_has_the_same_state_dict(monkeypatch):
-    """The backend needs no C++ compiler; a counter shows that torch.compile was used."""
+    """Check the state dict of a compiled run with a backend that needs no C++ compiler and counts its uses."""
     compiled, real = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or real(model, backend="aot_eager"))
     stepper = setup("trainer.compile=true")

@@ -96,7 +96,7 @@ def test_the_best_temperature_on_paper():
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
 def test_the_best_temperature_is_found_from_afar(scale):
-    """Logits in the hundreds must not make the search diverge."""
+    """Check that the search for the temperature does not diverge for logits in the hundreds."""
     generator = torch.Generator().manual_seed(0)
     true = torch.randn(500, 7, generator=generator)
     labels = torch.multinomial(true.softmax(1), 1, generator=generator)[:, 0]
@@ -228,7 +228,7 @@ def test_plain_figures_do_not_depend_on_what_else_is_asked(run_dir, tmp_path, ca
 
 
 def test_predictions_are_those_of_the_images_they_name(run_dir, tmp_path, capsys):
-    """If rows were counted instead of looked up, one skipped image would shift every later row to the wrong image."""
+    """Check that each row belongs to its image; if rows were counted, a skipped image would shift all later ones."""
     printed = run(capsys, run_dir, "--predictions", tmp_path / "p.jsonl", "--json", tmp_path / "f.json")
     rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert len(rows) == 3 * NUM_VAL - 1 and not any(row["image"].endswith(BAD) for row in rows)
@@ -289,7 +289,7 @@ def test_two_checkpoints_are_compared_image_by_image(run_dir, tmp_path, capsys):
 
 
 def test_models_of_other_classes_or_images_are_not_compared(run_dir, tmp_path, capsys):
-    """Pairing rows of different images would still give a p-value, but a meaningless one."""
+    """Check that models with other classes or images are refused, since their p-value would be meaningless."""
     content = load_checkpoint(run_dir / "checkpoints/last.pt")
     torch.save(content | {"classes": [*WNIDS[:2], "cat"]}, tmp_path / "classes.pt")
     fewer = content["config"].replace("max_val_images: null", "max_val_images: 12")

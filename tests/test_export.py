@@ -187,7 +187,7 @@ def test_onnx_says_what_it_needs(exported):
 
 
 def test_a_format_that_differs_is_not_written(run_dir, tmp_path, monkeypatch, capsys):
-    """Files from an earlier export are kept, and the other formats are still written."""
+    """Check that files from an earlier export are kept and the other formats are still written."""
     (tmp_path / "model.safetensors").write_text("an earlier one")
     right = formats.load_safetensors
 
@@ -219,7 +219,7 @@ def test_an_export_again_replaces_the_one_before(run_dir, tmp_path):
 
 
 def test_what_a_killed_export_left_is_swept_up(run_dir, tmp_path):
-    """The export had moved the old folder aside and was killed before the new one was in place."""
+    """Check the cleanup after an export was killed between moving the old folder aside and moving in the new one."""
     aside = tmp_path / ".making-killed"
     (aside / "hub").mkdir(parents=True)
     (aside / "hub.old").mkdir()
@@ -230,7 +230,7 @@ def test_what_a_killed_export_left_is_swept_up(run_dir, tmp_path):
 
 
 def test_two_exports_do_not_write_into_one_folder(run_dir, tmp_path, capsys):
-    """Each would mistake the other's unfinished files for those of a killed export."""
+    """Check that a second export is refused, because each would mistake the other's unfinished files for leftovers."""
     with locked(tmp_path, "the first"):
         assert command.run_command([str(run_dir), "--formats", "safetensors", "--out", str(tmp_path)]) == 2
     assert f"--out {tmp_path} is being written by another command" in capsys.readouterr().err

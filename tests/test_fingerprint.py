@@ -46,7 +46,7 @@ def swap(red: Path) -> None:
     ],
 )
 def test_a_change_is_named_and_nothing_else(image_folder, change, expected):
-    """A run that silently continued with other images would match neither the old run nor a new one."""
+    """Check that each change is described; a run that silently continued would be neither the old one nor a new one."""
     before = of(image_folder)
     assert differences(before, of(image_folder), "train") == []
     change(image_folder / "train/red")
@@ -71,7 +71,7 @@ def test_files_that_cannot_be_read_are_counted_not_raised(image_folder):
 
 
 def test_shards_are_the_data_set_of_their_folders(image_folder, tmp_path):
-    """Continuing on shards of the same folders is allowed, but shards of other images are detected as different."""
+    """Check that a run may continue on shards of the same folders, and that shards of other images are detected."""
     before = of(image_folder)
     shard(image_folder, tmp_path / "shards", images_per_shard=5)
     packed = fingerprint(load_shard_set(tmp_path / "shards", "train"))

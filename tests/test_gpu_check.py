@@ -41,7 +41,7 @@ def test_a_part_that_takes_too_long_is_killed_with_its_children_and_the_next_one
 
 
 def test_a_wrong_kernel_ends_the_call_at_once(check, tmp_path, monkeypatch, capsys):
-    """Measurements made with a wrong kernel would be worthless."""
+    """Check that the call ends after a failed kernel check, because later measurements would be worthless."""
     monkeypatch.setattr(check, "part_command", lambda *_: ["-c", "raise SystemExit(1)"])
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", str(tmp_path), "--call", "1"])
     assert check.main() == 1
@@ -50,7 +50,7 @@ def test_a_wrong_kernel_ends_the_call_at_once(check, tmp_path, monkeypatch, caps
 
 
 def test_weights_come_back_in_pieces(check, tmp_path):
-    """Each piece of a weights file must fit the size limit for returned files."""
+    """Check that each piece of a weights file fits the size limit for returned files."""
     import torch
 
     ema = {"a": torch.arange(1000.0), "b": torch.arange(1000.0), "c": torch.tensor(3)}

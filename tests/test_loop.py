@@ -27,7 +27,7 @@ RUN = (*TINY, "run_name=run", "data.max_train_images=70")
 
 
 def test_an_hour_limit_saves_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
-    """Exit code 75 means that the run can continue; it must end like one that was given enough time."""
+    """Check that a run stopped by its time limit (exit code 75) continues and ends like an uninterrupted run."""
     assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.max_hours=1e-9") == 75
     assert "trainer.max_hours: saved at step 1; to continue" in capsys.readouterr().out
     assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
@@ -69,7 +69,7 @@ def test_a_micro_batch_size_is_accumulation_by_another_name(tmp_path, monkeypatc
 
 
 def test_auto_takes_what_fits_and_a_resume_keeps_it(monkeypatch, in_process):
-    """The memory of another machine must not change a started run: batch norm depends on the micro-batch size."""
+    """Check that a resumed run keeps its micro-batch size on another machine, because batch norm depends on it."""
     memory = 5_400_000  # enough for 8 images, or 16 with checkpointing
     monkeypatch.setattr("sasa_train.training.memory.available_memory", lambda _: memory)
     arguments = (*RUN, "trainer.micro_batch_size=auto")
@@ -82,7 +82,7 @@ def test_auto_takes_what_fits_and_a_resume_keeps_it(monkeypatch, in_process):
 
 
 def test_auto_counts_what_checkpointing_saves_and_a_run_killed_early_keeps_its_size(tmp_path, monkeypatch):
-    """If a run is killed before its first checkpoint, only config.yaml records the size that it started with."""
+    """Check that a run killed before its first checkpoint keeps the size in config.yaml, its only record."""
     monkeypatch.setattr("sasa_train.training.memory.available_memory", lambda _: 5_400_000)
     config = compose_config([*RUN, "trainer.micro_batch_size=auto"])
     plan = RunPlan(config, CPU)
@@ -107,7 +107,7 @@ def test_auto_is_refused_where_not_one_image_fits(monkeypatch):
 
 @pytest.mark.parametrize("precision,allows", [("highest", False), ("high", True)])
 def test_one_key_rules_tf32_of_matrices_and_convolutions(precision, allows):
-    """With two keys, convolutions could use TF32 while attention projections do not, an unfair comparison."""
+    """Check that one key sets TF32 for convolutions and attention projections, so that comparisons are fair."""
     try:
         resolve(compose_config([f"trainer.matmul_precision={precision}"]))
         assert torch.get_float32_matmul_precision() == precision
@@ -117,7 +117,7 @@ def test_one_key_rules_tf32_of_matrices_and_convolutions(precision, allows):
 
 
 def test_recalibrated_statistics_are_in_the_checkpoint(tmp_path, monkeypatch, capsys):
-    """Evaluation must use the same statistics as the logged result."""
+    """Check that evaluation uses the same batch norm statistics as the logged result."""
     arguments = (*RUN, "trainer.bn_recalibration_batches=2", "trainer.ema_decay=0.99", "model.drop_path_rate=0.3")
     assert run_in_process(tmp_path, monkeypatch, *arguments) == 0
     last = [row for row in rows(tmp_path / "out/run") if row["split"] == "val"][-1]

@@ -46,7 +46,7 @@ def test_the_extras_that_messages_name_bring_what_is_missing():
 
 
 def test_types_are_shipped():
-    """Without this file, a user's type checker treats everything in the package as Any."""
+    """Check that py.typed is shipped; without it, type checkers treat everything in the package as Any."""
     files = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     assert "py.typed" in files["sasa_train"] and (Path(sasa_train.__file__).parent / "py.typed").is_file()
 
@@ -166,7 +166,7 @@ def test_fish_completes(folder):
 
 @needs("zsh")
 def test_zsh_completes(folder):
-    """zsh completion works only in a terminal, so the test provides one."""
+    """Check zsh completion in a pseudo-terminal, which it requires."""
     (folder / "completion.zsh").write_text(completion_script("zsh"))
     process, terminal = pty.fork()
     if process == 0:
@@ -196,7 +196,7 @@ def wait_for(terminal: int, text: str, seconds: float = 60) -> None:
 
 @pytest.mark.parametrize("arguments", [["sweep", "--help"], ["summary", "--help"]])
 def test_a_reader_that_went_away_is_no_error_in_the_code(arguments):
-    """`sasa-sweep --help | head` used to end in a traceback."""
+    """Check that `sasa-sweep --help | head` does not end in a traceback."""
     command = [sys.executable, "-m", "sasa_train", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()

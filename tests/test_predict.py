@@ -70,7 +70,7 @@ def best(row: dict) -> list[float]:
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("weights", ["ema", "raw"])
 def test_predictions_are_evaluations(name, weights, runs, root, predicted, capsysbinary):
-    """A slightly different crop or normalisation costs accuracy points and would be hard to find here."""
+    """Check that predictions match evaluation, since a slightly different crop or normalisation would cost accuracy."""
     trained = load_trained(runs[name], [f"weights={weights}", "data.num_workers=0"])
     loader, images = build_eval_loader(trained.config, torch.device("cpu"))
     with torch.inference_mode():
@@ -152,7 +152,7 @@ def test_every_kind_of_image_is_seen_as_in_training(run, tmp_path, predicted):
 
 
 def test_names_reach_programs_unchanged_and_terminals_escaped(run, root, tmp_path, capsysbinary):
-    """A file name may contain cursor movements, or a line break that would make two rows of a table."""
+    """Check that file names are escaped on terminals, since they may move the cursor or contain line breaks."""
     path = str(tmp_path / HOSTILE)
     os.link(root / "val/red/0.png", path)
     outputs = {}
@@ -215,7 +215,7 @@ def test_files_folders_and_patterns_are_found_in_order(tree):
 
 
 def test_a_folder_that_cannot_be_listed_is_a_fault(tree, monkeypatch):
-    """os.walk would silently skip it."""
+    """Check that a folder that cannot be listed is an error, whereas os.walk would silently skip it."""
     real = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: real("a.gif") if path == "b/a" else real(path))
     assert [found for found in find_images(["b"]) if found.fault] == [Found("b/a", "Not a directory")]
@@ -239,7 +239,7 @@ def test_stdin_lists_names(tree, monkeypatch):
 
 
 def test_no_more_is_read_than_the_next_batch(run, tree):
-    """A list of a million files must not be decoded into memory, so an endless list must still give its first rows."""
+    """Check that an endless list gives its first rows, so that a list of a million files is not decoded into memory."""
     num_taken = itertools.count()
     endless = (Found("a.gif") for _ in iter(lambda: next(num_taken), None))
     rows = next(Predictor(load_trained(Path(run)), 1).rows(endless, batch_size=4))
@@ -303,7 +303,7 @@ def test_too_little_memory_and_outputs_that_are_not_finite(run, root, predicted,
 
 
 def test_head_ends_it_in_peace(run, root):
-    """Rows are flushed batch by batch, and a reader that has gone away is not an error."""
+    """Check that rows are flushed batch by batch and that a reader that has gone away is not an error."""
     line = '"$0" -m sasa_train.predict "$1" "$2"/train "$2"/train "$2"/train --batch-size 1 | head -n 2'
     done = subprocess.run(["sh", "-c", line, sys.executable, run, str(root)], capture_output=True, text=True)
     assert done.stdout.splitlines()[1].startswith(f"{root}/train/blue/0.png")

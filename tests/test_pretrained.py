@@ -135,7 +135,7 @@ def test_one_channel_into_an_attention_stem_gives_what_three_equal_ones_gave(ste
 
 
 def test_a_vit_keeps_its_position_embeddings_at_another_size():
-    """timm's own filter resizes them, so a constant embedding stays constant on the larger grid."""
+    """Check that timm's filter resizes position embeddings: a constant embedding is constant on a larger grid."""
     torch.manual_seed(0)
     small, large = (timm.create_model("test_vit", img_size=size, num_classes=3) for size in (32, 64))
     state_dict = state_of(small)
@@ -317,7 +317,7 @@ def test_the_first_step_and_the_average_start_from_the_loaded_weights(tiny_run, 
 
 
 def test_a_run_that_began_with_other_content_is_not_taken_for_it(tiny_run, tmp_path, monkeypatch, capsys):
-    """If the source has since been retrained, the old fine-tuning run must not be mistaken for the new one."""
+    """Check that a fine-tuning run whose source has since been retrained is not continued as if nothing had changed."""
     shutil.copytree(tiny_run, tmp_path / "source")
     run = [*finetuning(Path("source")), "trainer.epochs=1", "run_name=a"]
     assert run_in_process(tmp_path, monkeypatch, *run) == 0

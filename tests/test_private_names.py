@@ -48,7 +48,7 @@ def test_the_library_still_has_the_name(library, owner, name, module):
 
 
 def test_torchvisions_operations_are_still_called_the_same():
-    """Each operation of the three tables is applied to a batch at its middle magnitude."""
+    """Apply each operation of the three tables to a batch at its middle magnitude."""
     images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     for transform in (AUTO, v2.RandAugment(), v2.TrivialAugmentWide()):
         for name, (magnitudes_of, is_signed) in transform._AUGMENTATION_SPACE.items():
@@ -69,7 +69,7 @@ def test_hydra_still_gives_a_launcher_its_callbacks():
 
 
 def test_submitit_still_waits_for_a_job_in_results():
-    """Jobs that died are made to return (training/hydra_launch.py); the launcher calls `results()[0]` on each job."""
+    """Check that submitit calls `results()[0]` on each job, since training/hydra_launch.py makes dead jobs return."""
     import inspect
 
     from hydra_plugins.hydra_submitit_launcher.submitit_launcher import BaseSubmititLauncher
@@ -90,7 +90,7 @@ def private_names(path: Path) -> set[str]:
 
 
 def test_every_private_name_that_we_use_is_listed_here():
-    """An unlisted name would be noticed only when a user runs into the problem."""
+    """Check that all private names in use are listed; an unlisted one would break only at a user's site."""
     root, listed = Path(sasa_train.__file__).parent, {(module, name) for *_, name, module in NAMES}
     for path in root.rglob("*.py"):
         module = path.relative_to(root).as_posix()

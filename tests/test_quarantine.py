@@ -70,7 +70,7 @@ def test_the_allowance_is_one_in_a_thousand_but_ten_at_least_and_never_all():
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
 def test_replacements_are_the_same_at_any_number_of_workers_resident_or_streamed(image_folder, num_workers):
-    """If a replacement depended on which worker found the bad image first, runs would differ."""
+    """Check that replacements do not depend on which worker finds a bad image first, so that runs are identical."""
     (image_folder / "train/blue/10.png").write_bytes(b"")  # in torchvision's order, 10 comes before 2
     (image_folder / "train/red/6.png").unlink()
     (image_folder / "train/red/6.png").mkdir()  # a folder named .png is not an image; torchvision lists only files
@@ -108,7 +108,7 @@ def test_a_failure_while_converting_counts_too(image_folder):
 
 
 def test_every_mode_becomes_rgb(tmp_path):
-    """16-bit grey keeps its shades, whereas Pillow's conversion would make almost all of them white."""
+    """Check that 16-bit grey keeps its shades, whereas Pillow's conversion would make almost all of them white."""
     spoil(tmp_path)
     Image.new("L", (5, 4), 77).save(tmp_path / "grey.png")
     Image.new("RGBA", (5, 4), (255, 0, 0, 10)).save(tmp_path / "alpha.png")
@@ -130,7 +130,7 @@ def test_images_in_memory_cannot_be_unreadable():
 
 
 def test_a_val_image_that_comes_back_is_counted_again(image_folder):
-    """If a brief network failure removes an image from one evaluation, the next one must not end the run."""
+    """Check that an image missing from one evaluation, after a network failure, may be back in the next one."""
     overrides = ("data=image_folder", f"data.root={image_folder}", "data.image_size=16", "data.resident=false")
     config = config_for(*overrides, "data.num_workers=0", "trainer.global_batch_size=9")
     path = image_folder / "val/red/1.png"

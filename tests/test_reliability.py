@@ -38,7 +38,7 @@ NO_AUTOCAST = torch.autocast("cpu", enabled=False)
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
 def test_a_schedulers_warning_is_served_as_sigterm_is(tmp_path, number):
-    """Slurm and submitit send these signals before a kill; by default, they end a process immediately."""
+    """Check signals that Slurm and submitit send before a kill and that end a process by default."""
     process = start(tmp_path, *LONG)
     wait_for_rows(tmp_path / "out/a", 3, process)
     process.send_signal(number)
@@ -72,7 +72,7 @@ def test_a_second_ctrl_c_ends_a_run_that_does_not_get_to_its_next_step(tmp_path)
 
 
 def test_a_signal_in_the_first_step_ends_the_run_at_once(tmp_path, monkeypatch, in_process):
-    """The first step may include an hour of compilation; nothing is lost because nothing has been trained."""
+    """Check that a signal in the first step, which may include an hour of compilation, ends the run immediately."""
     with monkeypatch.context() as patch:
         patch.setattr(Stepper, "train_step", lambda *_, **__: signal.raise_signal(signal.SIGUSR1))
         assert "stopped before training began" in in_process("train", *RUN, expect=75).stderr
@@ -82,7 +82,7 @@ def test_a_signal_in_the_first_step_ends_the_run_at_once(tmp_path, monkeypatch, 
 
 
 def test_a_signal_between_two_looks_is_served_after_a_save(tmp_path, monkeypatch):
-    """An earlier check that found no signal decided not to save, so the next check must save before the run ends."""
+    """Check that a signal right after a check that found none leads to a save before the run ends."""
     real, looks = StopRequest.requested, []
 
     def requested(self):
@@ -99,7 +99,7 @@ def test_a_signal_between_two_looks_is_served_after_a_save(tmp_path, monkeypatch
 
 
 def test_sigterm_and_then_ctrl_c_still_saves(stop):
-    """Schedulers and impatient users may both send signals; only a second Ctrl-C ends the run immediately."""
+    """Check that only a second Ctrl-C ends a run immediately, not a Ctrl-C after a scheduler's SIGTERM."""
     stop.begin_training()
     signal.raise_signal(signal.SIGTERM)
     signal.raise_signal(signal.SIGINT)
@@ -107,7 +107,7 @@ def test_sigterm_and_then_ctrl_c_still_saves(stop):
 
 
 def test_a_signal_after_the_end_does_not_change_what_the_run_ended_with():
-    """Interpreter shutdown takes seconds, during which a signal would make a finished run count as killed."""
+    """Check that a signal during interpreter shutdown, which takes seconds, does not change the exit code."""
     code = """
 import atexit, os, signal, sys, sasa_train.train as t
 
@@ -189,7 +189,7 @@ for number in range(20):
 
 @pytest.mark.parametrize("name", [".lock", "checkpoints", "tensorboard/events", "metrics.jsonl"])
 def test_a_link_in_a_run_folder_does_not_lead_out_of_it(tmp_path, name, in_process):
-    """A run folder may come from an untrusted source, and continuing it must not empty a file elsewhere."""
+    """Check that continuing a run folder from an untrusted source cannot empty a file elsewhere through a link."""
     victim = tmp_path / "victim"
     victim.write_text("precious")
     link = tmp_path / "out/a" / name
@@ -225,7 +225,7 @@ def test_when_a_checkpoint_cannot_be_written_a_run_stops_or_goes_on_as_configure
 
 
 def test_a_best_model_that_was_not_saved_is_not_the_best(tmp_path, monkeypatch):
-    """Otherwise, best.pt would be missing or would be from another step than the one recorded in the checkpoint."""
+    """Check that a best model that was not saved is not recorded, so that best.pt matches the checkpoint's record."""
     with monkeypatch.context() as patch:
         fail_to_write(patch, {4})
         assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.on_failed_save=continue") == 0
@@ -234,7 +234,7 @@ def test_a_best_model_that_was_not_saved_is_not_the_best(tmp_path, monkeypatch):
 
 
 def test_checkpoints_that_were_taken_away_are_missed(tmp_path, monkeypatch, in_process):
-    """A run purged from a scratch disk must not look like a run that never existed."""
+    """Check that a run purged from a scratch disk is not mistaken for a run that never existed."""
     assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
     metrics = (tmp_path / "out/a/metrics.jsonl").read_bytes()
     shutil.rmtree(tmp_path / "out/a/checkpoints")
@@ -251,7 +251,7 @@ def test_a_console_on_a_full_disk_does_not_end_a_run(tmp_path):
 
 
 def test_a_run_that_started_from_a_checkpoint_goes_on_without_it(tmp_path, monkeypatch):
-    """The parent run also continues, and it keeps only the most recent checkpoints."""
+    """Check that a run continues without its source, which its parent run may delete as it saves newer checkpoints."""
     assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
     source = tmp_path / "out/a/checkpoints/step-00000009.pt"
     again = [*RUN, "resume=out/a/checkpoints/step-00000009.pt"]
@@ -265,7 +265,7 @@ def test_a_run_that_started_from_a_checkpoint_goes_on_without_it(tmp_path, monke
 
 
 def test_a_run_folder_is_continued_with_its_checkpoints_config(tmp_path, monkeypatch):
-    """Otherwise, a config.yaml truncated by a full disk would give default values."""
+    """Check that a run continues with its checkpoint's config if a full disk has truncated config.yaml."""
     assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.keep_checkpoints=7", "trainer.max_hours=1e-9") == 75
     path = tmp_path / "out/a/config.yaml"
     path.write_text(path.read_text().split("  keep_checkpoints")[0])
@@ -339,7 +339,7 @@ def test_what_was_not_committed_is_kept_beside_the_run(tmp_path, monkeypatch):
 
 
 def test_somebody_elses_checkout_is_not_ours(tmp_path):
-    """An environment inside another project's repository is part of that project's checkout."""
+    """Check that an environment inside another project's repository is not recorded as part of that repository."""
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     shutil.copytree(Path(sasa_train.__file__).parent, tmp_path / "site/sasa_train")
     code = "from sasa_train.runs import provenance; print(provenance._git('status'))"
@@ -380,7 +380,7 @@ def test_a_non_finite_loss_names_the_module_and_the_images(tmp_path, in_process)
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, in_process):
-    """The loss was finite but its gradient was not, so the update corrupted the weights."""
+    """Check that weights are not saved if the loss was finite but its gradient was not."""
     real = Stepper.train_step
 
     def train_step(self, *arguments, **options):
@@ -412,7 +412,7 @@ def test_the_origin_is_the_first_module_and_its_images():
 
 @pytest.mark.slow
 def test_memory_that_does_not_suffice_ends_with_what_to_set(tmp_path):
-    """The process may allocate 600 MB more than it already uses, but the step requires gigabytes."""
+    """Check the advice in the error message if a step needs gigabytes and the process may allocate only 600 MB more."""
     code = f"""
 import resource, sys
 import sasa_train.training.run as run
@@ -437,7 +437,7 @@ sys.exit(run_command({[*RUN, "data.image_size=64", "model.width=1.0", "model.ste
 
 
 def test_seed_zero_is_a_seed(tmp_path, monkeypatch):
-    """One template treated `seed: 0` as no seed."""
+    """Check that `seed: 0` is used as a seed; one template treated it as no seed."""
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
         assert run_in_process(tmp_path, monkeypatch, *TINY, f"run_name={name}", f"seed={seed}") == 0
     one, two, three = (rows(tmp_path / "out" / name) for name in ("one", "two", "three"))
@@ -445,7 +445,7 @@ def test_seed_zero_is_a_seed(tmp_path, monkeypatch):
 
 
 def test_a_job_of_a_sweep_is_the_run_alone(tmp_path, command, in_process):
-    """Hydra runs all jobs in one process, so generators, threads and caches of one job must not affect the next."""
+    """Check that a job of a sweep is unaffected by earlier ones, although Hydra runs all jobs in one process."""
     run = [*TINY, "model.drop_path_rate=0.2"]
     command("train", *run, "trainer.epochs=1", "seed=5,6", "-m")
     in_process("train", *run, "trainer.epochs=1", "seed=6", "output_dir=alone")
@@ -454,7 +454,7 @@ def test_a_job_of_a_sweep_is_the_run_alone(tmp_path, command, in_process):
 
 
 def test_a_resumed_run_remembers_its_best(tmp_path, monkeypatch):
-    """In one framework, a resume forgot the best metric, and a worse checkpoint replaced the best one."""
+    """Check that a resume remembers the best metric; in one framework, a worse checkpoint replaced the best one."""
     run = (*TINY, "run_name=a", "trainer.checkpoint_every_steps=1")
     with monkeypatch.context() as patch:
         top1s = iter((90.0, 10.0, 20.0))
@@ -475,7 +475,7 @@ def test_a_resumed_run_remembers_its_best(tmp_path, monkeypatch):
 
 
 def test_gradients_are_clipped_once_and_before_the_one_update(monkeypatch):
-    """An old reference script clipped after the update, and updated twice with mixed precision."""
+    """Check the order of clipping and update; an old script clipped after the update, and updated twice in AMP."""
     stepper, events = setup("trainer.grad_clip_norm=1.0"), []
     stepper.state.scaler = torch.amp.GradScaler("cpu")
     real = stepper.state.optimizer.step

@@ -50,7 +50,7 @@ def report_of(folder: Path, reference: str | None = None):
 
 
 def test_students_t_is_the_printed_tables():
-    """A wrong quantile would make every interval in every report wrong."""
+    """Check quantiles of Student's t, because a wrong one would make every interval in every report wrong."""
     printed = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 10: 2.228, 30: 2.042, 120: 1.980}
     for degrees, t in printed.items():
         n, spread = degrees + 1, [0.0] * (degrees - 1) + [-1.0, 1.0]
@@ -81,7 +81,7 @@ def test_a_paired_difference_solved_by_hand(tmp_path):
 
 
 def test_every_job_is_in_the_figures_or_listed_with_its_reason(tmp_path, without_matplotlib, in_process):
-    """A sweep that hides its failures would show the mean of the lucky runs."""
+    """Check that failed jobs are listed; a sweep that hides them would show the mean of the lucky runs."""
     k3, k5, k7 = (("model.kernel_size=3",), ("model.kernel_size=5",), ("model.kernel_size=7",))
     results = {(k3, 0): [50.0, 60.0, 58.0], (k3, 1): [50.0, 54.0, 54.0], (k5, 0): [61.0], (k7, 0): ("waiting", "")}
     results |= {(k5, 1): ("failed", "exit code 1: OutOfMemoryError\nTraceback"), (k5, 2): ("pruned", "step 3")}
@@ -154,7 +154,7 @@ def test_a_damaged_ledger_is_refused_by_its_path(text, reason, tmp_path, capsys)
 
 
 def test_a_row_of_metrics_without_what_is_drawn_is_damage(tmp_path):
-    """The log of another program, or an edited one, is reported on the page without a traceback from the curves."""
+    """Check that another program's log, or an edited one, is reported on the page without a traceback."""
     write_run(tmp_path / "run", ["experiment=debug"], [20.0])
     log = tmp_path / "run/metrics.jsonl"
     log.write_text(log.read_text().replace('"epoch"', '"round"'))
@@ -249,7 +249,7 @@ def test_the_six_tables_are_there_with_their_commands():
 
 
 def test_the_papers_figures_stand_beside_ours(tmp_path):
-    """Both are shown as differences to the same row, also at another depth and on other data."""
+    """Check that our results and the paper's are shown as differences to the same row, also at another depth."""
     stages = {"aaaa": [50.0, 51.0], "ccaa": [52.0, 52.5]}
     results = {}
     for letters, top1s in stages.items():
@@ -279,7 +279,7 @@ def test_other_models_are_no_row_of_the_paper():
 
 
 def test_tensorboard_shows_the_sweep(tmp_path, monkeypatch):
-    """Each run is one session, and only keys that differ are marked; otherwise seventy equal columns would be shown."""
+    """Check that each run is one session and that only differing keys are shown, instead of seventy equal columns."""
     monkeypatch.chdir(tmp_path)
     tiny = ["experiment=debug", "output_dir=sweep", "trainer.max_steps=1"]
     for kernel_size in ("3", "null"):
@@ -307,7 +307,7 @@ def test_tensorboard_shows_the_sweep(tmp_path, monkeypatch):
 
 
 def test_a_refused_config_is_still_a_row(tmp_path):
-    """Only the overrides of such a job are known."""
+    """Check that a job with a refused config, of which only the overrides are known, is listed as a row."""
     sweep = write_sweep(tmp_path / "s", {(("model.kernel_size=4",), 0): ("refused", "odd"), ((), 0): [50.0]})
     refused = next(row for row in report_of(sweep).rows if row.settings)
     assert (refused.config, refused.params, refused.num_jobs) == (None, None, 1)

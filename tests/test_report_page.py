@@ -142,7 +142,7 @@ def test_the_page_of_a_sweep_has_each_job_or_its_reason(sweep_page):
 
 
 def test_a_page_is_written_without_checkpoint_data_or_matplotlib(run_dir, tmp_path, monkeypatch, capsys):
-    """Each section says what is missing and how to provide it."""
+    """Check that each section without its data or packages says what is missing and how to provide it."""
 
     def write(*arguments: str) -> Page:
         assert command.run_command([str(run_dir), "--out", str(tmp_path), *arguments]) == 0
@@ -164,7 +164,7 @@ def test_a_page_is_written_without_checkpoint_data_or_matplotlib(run_dir, tmp_pa
 
 
 def test_a_class_table_has_who_is_taken_for_whom():
-    """A data set may have only one class, for example in a first trial."""
+    """Check the table for two classes and for a single one, as in a first trial."""
     found = ValSample(4, torch.tensor([[1, 2], [0, 1]]), [])
     assert [(row["class"], row["top1"], row["most often taken for"]) for row in class_rows(found, ["a", "b"])] == [
         ("a", "33.33", "b (2)"),
@@ -201,7 +201,7 @@ def test_overrides_that_nobody_reads_are_refused(run_dir, sweep_page, capsys):
 
 
 def test_what_one_must_know_of_a_run_stands_above_its_figures(tmp_path):
-    """run.json and the other files may contain anything."""
+    """Check the warnings for damaged or unusual content of run.json and other files."""
     run_dir = tmp_path / "run"
     write_run(run_dir, ["experiment=debug", "trainer.max_steps=null", "trainer.epochs=9"], [20.0, 40.0, 30.0])
     info = {"status": "interrupted", "starts": [{"step": 0}, {"step": 7}, 5], "versions": 3, "dirty": True}

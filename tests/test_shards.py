@@ -83,7 +83,7 @@ def test_a_truncated_shard_is_named(shards):
 
 
 def test_an_image_cut_off_after_indexing_is_quarantined(shards):
-    """The run continues with the next image, as it does after a truncated image file."""
+    """Check that the run continues with the next image, as it does after a truncated image file."""
     config = config_for("data=image_folder", f"data.root={shards}", "data.image_size=16", "data.num_workers=0")
     config.trainer.global_batch_size = 9
     load_image_sets(config.data)  # creates the index

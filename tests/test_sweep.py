@@ -105,7 +105,7 @@ def test_a_sweep_survives_kills_and_a_broken_config(tmp_path):
 
 @pytest.mark.slow
 def test_a_stopped_sweep_saves_its_jobs_and_a_grid_grows_in_place(tmp_path):
-    """Ctrl-C on a sweep of several days must lose nothing, and a sixth seed must not rerun the first five."""
+    """Check that Ctrl-C on a sweep loses nothing, and that a sixth seed does not rerun the first five."""
     arguments = [*SMALL, "trainer.epochs=15", "sweep.max_parallel=2"]
     sweep = start_sweep(tmp_path, *arguments, "seed=0,1")
     wait_for(lambda: [job["state"] for job in read_ledger(tmp_path)["jobs"].values()] == ["running"] * 2)
@@ -129,7 +129,7 @@ def test_a_stopped_sweep_saves_its_jobs_and_a_grid_grows_in_place(tmp_path):
 
 @pytest.mark.slow
 def test_a_failing_job_shows_its_traceback_and_is_tried_three_times(tmp_path):
-    """A job that cannot work must neither stop the others nor be restarted forever."""
+    """Check that a job that cannot work neither stops the others nor is restarted forever."""
     sweep = start_sweep(tmp_path, *SMALL, "trainer.epochs=1", "optimizer.lr=0.1,1e30", "trainer.grad_clip_norm=null")
     output = finished(sweep, expect=1)
     good, failed = read_ledger(tmp_path)["jobs"].values()
@@ -140,7 +140,7 @@ def test_a_failing_job_shows_its_traceback_and_is_tried_three_times(tmp_path):
 
 @pytest.mark.slow
 def test_a_search_prunes_stops_and_goes_on(tmp_path):
-    """A search that was stopped must end with the requested number of trials, none of them lost or repeated."""
+    """Check that a stopped search ends with the requested number of trials, none of them lost or repeated."""
     pytest.importorskip("optuna")
     arguments = [*SMALL, "trainer.epochs=4", "optimizer.lr=tag(log,interval(1e-4,1))", "model.kernel_size=3,5"]
     arguments += ["sweep.num_trials=9", "sweep.max_parallel=2"]
@@ -169,7 +169,7 @@ def test_a_search_prunes_stops_and_goes_on(tmp_path):
 
 
 def test_names_come_from_content():
-    """The same job with its overrides in another order must not become another run."""
+    """Check that the same job with its overrides in another order does not become another run."""
     one = read_plan(["experiment=debug", "seed=0,1", "model.kernel_size=3"])
     other = read_plan(["model.kernel_size=3", "seed=0,1", "experiment=debug"])
     grown = read_plan(["experiment=debug", "seed=range(5)", "model.kernel_size=3"])
@@ -236,7 +236,7 @@ def hold(folder: Path) -> subprocess.Popen:
 
 
 def test_two_sweeps_in_one_folder_are_refused(tmp_path, monkeypatch, in_process):
-    """Both sweeps would start every job."""
+    """Check that a second sweep in a folder is refused, because both would start every job."""
     monkeypatch.chdir(tmp_path)
     plan = read_plan(["experiment=debug", "seed=0,1"])
     other = hold(plan.folder)
@@ -245,7 +245,7 @@ def test_two_sweeps_in_one_folder_are_refused(tmp_path, monkeypatch, in_process)
 
 
 def test_a_run_that_somebody_holds_is_waited_for(tmp_path):
-    """A job of a killed sweep may still be saving; starting it again would be refused and count as a failure."""
+    """Check that a run locked by a job of a killed sweep is awaited, because a second start would be refused."""
     other = hold(tmp_path / "held")
     jobs = JobList([Job("held", [], ""), Job("free", [], "")], tmp_path)
     first = jobs.next()
@@ -286,7 +286,7 @@ def test_states_follow_exit_codes(tmp_path):
 
 
 def test_what_is_no_longer_asked_for_does_not_decide_the_exit_code(tmp_path):
-    """Otherwise, a loop that repeats the command until it succeeds would never end."""
+    """Check that the exit code ignores jobs that are no longer requested, so that a loop until success can end."""
     ledger, stop = Ledger(tmp_path / "ledger.json", {}), StopRequest()
     stop.restore()
     left, asked = ledger.add(Job("left", [], "")), ledger.add(Job("asked", [], ""))
@@ -300,7 +300,7 @@ def test_what_is_no_longer_asked_for_does_not_decide_the_exit_code(tmp_path):
 
 @pytest.mark.parametrize("name", ["plain", "a b", "it's", 'say "hi"', "1,2", "k=v", "o é", "back\\slash", "${x}"])
 def test_a_jobs_folder_is_the_sweeps_whatever_its_name(name):
-    """A job that trained in another folder would never be recognised as done and would be restarted forever."""
+    """Check that any folder name is passed on unchanged; a job in another folder would never be recognised as done."""
     (override,) = parse_overrides(job_arguments(Job("a", [], ""), Path(name)))
     assert str(override.value()) == name
 
@@ -331,7 +331,7 @@ def test_a_bad_trial_is_given_up_and_a_good_one_is_not(tmp_path):
 
 
 def test_each_place_has_devices_of_its_own(tmp_path, monkeypatch):
-    """Two jobs on one GPU next to an idle GPU would waste half of the time."""
+    """Check that jobs use different GPUs, because two jobs on one GPU next to an idle one would waste time."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2,5,7")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     ledger, stop = Ledger(tmp_path / "ledger.json", {}), StopRequest()

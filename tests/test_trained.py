@@ -14,7 +14,7 @@ from sasa_train.trained import load_trained
 
 
 def test_the_moving_average_is_the_default_and_raw_the_models_own(tiny_run):
-    """With the other weights, a user would publish a result that differs from the log."""
+    """Check the choice of weights; with the other ones, a published result would differ from the log."""
     averaged, raw = load_trained(tiny_run), load_trained(tiny_run, ["weights=raw"])
     assert (averaged.weights, raw.weights) == ("ema", "raw")
     name = "layer1.0.conv1.weight"
@@ -36,7 +36,7 @@ def test_preprocessing_is_that_of_the_runs_data(tiny_run):
 
 
 def test_other_images_are_prepared_as_the_models_own_were(tiny_run):
-    """data.name only selects files; it once also changed mean, std and size, which silently changed predictions."""
+    """Check that data.name only selects files; it once also changed mean, std and size, and thus predictions."""
     elsewhere = ["data.name=image_folder", "data.root=photos", "model.num_classes=10"]
     own, other = load_trained(tiny_run), load_trained(tiny_run, elsewhere)
     assert other.image_size == own.image_size == 8
@@ -80,7 +80,7 @@ def test_words_are_overrides_unless_they_are_files(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["evaluate", "predict", "visualize", "export", "report"])
 def test_every_command_that_reads_a_run_refuses_a_misspelt_key_alike(tiny_run, name, capsys, monkeypatch):
-    """Commands used to interpret it differently: as a figure, as a run, or as an extra argument."""
+    """Check the message for a misspelt key, which commands used to interpret as a figure, run or extra argument."""
     command = importlib.import_module(f"sasa_train.{name}").run_command
     words = [str(tiny_run), *([str(tiny_run / "augmented.png")] if name == "predict" else []), "trainer.devise=cpu"]
     assert command(words) == 2

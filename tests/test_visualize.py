@@ -56,7 +56,7 @@ def windows_of(maps: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("keys", KEYS, ids=str)
 def test_weights_times_values_are_the_layers_output(keys):
-    """An attention map that differs from what the model computed would be meaningless."""
+    """Check that attention maps are what the model computed; they would be meaningless otherwise."""
     layer, x = build_layer(**keys), torch.randn(3, 8, HEIGHT, WIDTH, dtype=torch.float64)
     weights = layer.attention_weights(x)
     assert weights.shape == (3, HEADS, HEIGHT, WIDTH, KERNEL**2)
@@ -180,7 +180,7 @@ def test_a_map_whose_side_was_rounded_up_lies_where_its_strides_put_it():
 
 
 def test_a_layer_whose_queries_have_one_key_has_no_distance():
-    """This happens with a kernel_size of 1, or on a 1x1 map as in the last blocks of a ResNet-38 on digits."""
+    """Check a layer with a kernel_size of 1 or a 1x1 map, as in the last blocks of a ResNet-38 on digits."""
     layers = [Distances("layer1", [2.0, 3.0], 2.5), Distances("layer4", [0.0, 0.0], 0.0)]
     figure = draw_distances(layers, 30)
     heads = [dict(zip(*axis.lines[0].get_data(), strict=True)) for axis in figure.axes]
@@ -190,7 +190,7 @@ def test_a_layer_whose_queries_have_one_key_has_no_distance():
 
 
 def test_names_are_shown_to_the_letter():
-    """A class folder named $5 or \\frac$ is not a formula, and a run named _1 must appear in the legend."""
+    """Check that a class named $5 or \\frac$ is not shown as a formula, and that a run named _1 is in the legend."""
     names = ["$5 or \\frac$", "_under", "a\nb"]
     figure = draw_confusion(torch.eye(3, dtype=torch.int64), names)
     rendered(figure)  # parses the labels
@@ -258,7 +258,7 @@ def test_all_figures_into_the_run_folder_and_tensorboard(run_dir, in_process):
 
 
 def test_augmented_samples_are_those_of_the_runs_epochs(tiny_run):
-    """They must match exactly, because an image's draws depend on its index in train, which a subset would lose."""
+    """Check that augmented samples match training exactly; an image's draws depend on its index in all of train."""
     run = load_trained(tiny_run, ["augment.policy=trivial_augment", "augment.hflip=true"])
     loaders = build_loaders(run.config, torch.device("cpu"))
     _, augmented = augmented_samples(run, loaders.train_set, 3, 2)
@@ -288,7 +288,7 @@ def test_a_checkpoint_in_the_current_folder_is_its_runs(run_dir, monkeypatch, ca
 
 
 def test_maps_of_ones_own_images_pixels_layers_and_heads(run_dir, tmp_path, capsys):
-    """No data set is required, so its root folder may be missing."""
+    """Check attention maps of the user's own images, which require no data set."""
     Image.new("RGB", (50, 40), "orange").save(tmp_path / "mine.png")
     choice = ["--images", str(tmp_path / "mine.png"), "--pixels", "1,2", "0,7", "--layers", "layer1.0.conv2"]
     gone = ["data.name=image_folder", "data.root=gone", "data.image_size=8"]

@@ -70,7 +70,7 @@ def test_everything_is_read_once_in_order_and_again(num_workers):
     ],
 )
 def test_a_killed_or_stopped_worker_ends_the_run_with_its_name(number, told):
-    """Without a timeout, a run with a worker that hangs on a failed disk would block forever without an explanation."""
+    """Check that a worker that hangs, for example on a failed disk, ends the run after a timeout with its name."""
     workers = Workers(Reader(suicide(number)), "train", 2, TIMEOUT)
     message = read_until_error(workers)
     pids = [process.pid for process in workers._processes()]
@@ -83,7 +83,7 @@ def test_a_killed_or_stopped_worker_ends_the_run_with_its_name(number, told):
 
 
 def test_a_worker_stopped_after_its_work_is_noticed_too():
-    """Its batch is in the queue, but removing it needs a reply from the worker, a wait without a timeout."""
+    """Check that a worker stopped after its work is noticed, since taking its batch from the queue needs its reply."""
     workers = Workers(Reader(lambda: None), "val", 1, TIMEOUT)
     results = workers.read(keys())
     next(results)
@@ -97,7 +97,7 @@ def test_a_worker_stopped_after_its_work_is_noticed_too():
 
 
 def test_a_worker_that_died_while_nobody_waited_is_found_at_the_next_start():
-    """Another DataLoader in the process, in a test or in user code, may have installed PyTorch's SIGCHLD handler."""
+    """Check that a dead worker is found even if another DataLoader has installed PyTorch's SIGCHLD handler."""
     list(DataLoader([0], num_workers=1))
     assert signal.getsignal(signal.SIGCHLD) is not signal.SIG_DFL
     workers = Workers(Reader(lambda: None), "val", 2, TIMEOUT)
@@ -127,7 +127,7 @@ def test_other_exceptions_keep_their_meaning():
 
 
 def test_signals_to_the_process_group_leave_workers_alone():
-    """Slurm's --signal=USR1 reaches every process; a worker that died of it would end the run without a checkpoint."""
+    """Check that workers ignore Slurm's --signal=USR1; if one died, the run would end without a checkpoint."""
 
     def accident():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
@@ -158,7 +158,7 @@ workers.close()
 
 
 def test_a_job_that_was_suspended_as_a_whole_goes_on():
-    """Schedulers may suspend a job for hours to let another one run; its workers have not hung."""
+    """Check that a job that was suspended for hours by a scheduler continues, because its workers have not hung."""
     root = Path(__file__).parents[1]
     command = [sys.executable, "-c", SUSPENDED]
     process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True, start_new_session=True)
