@@ -89,7 +89,7 @@ def test_one_embedding_shared_and_one_a_head(rel):
 
 @pytest.mark.parametrize("shape", [(1, 1, 40, 9, 8), (5, 7, 19, 5, 4)])
 def test_the_number_of_threads_changes_no_bit(shape):
-    """Check cases with few planes, in which rows are split among threads and halo rows are computed in both of them."""
+    """Check cases with few planes, in which rows are split among threads and each computes its own halo rows."""
     generator = torch.Generator().manual_seed(0)
     rel = [torch.randn(7, shape[-1] // 2, generator=generator) for _ in range(2)]
     case = [*draw(shape, "channels_last", torch.float32, generator), *rel]
