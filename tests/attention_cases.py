@@ -1,4 +1,4 @@
-"""Cases of local attention, and a backend's outputs and gradients on them against the reference in float64."""
+"""Test cases for local attention, and comparison of a backend's outputs and gradients with the float64 reference."""
 
 import math
 import os
@@ -18,7 +18,7 @@ LAYOUTS = ("contiguous", "channels_last", "fused channels_last", "planar", "scat
 
 
 def draw(shape, layout: str, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
-    """Query, key and value, [B, N, H, W, D], with the strides that the name says."""
+    """Return query, key and value, each [B, N, H, W, D], with the strides of the named layout."""
     b, n, h, w, d = shape
 
     def randn(*size):
@@ -51,7 +51,7 @@ def assert_equals_reference(
     shape, kernel_size, dtype=torch.float32, layout="contiguous", border="mask", content=True, rel="shared",
     seed=0, stride=1, *, backend: str, device: str = "cpu",
 ) -> None:  # fmt: skip
-    """Output and gradients against the reference in float64, on the same (rounded) inputs.
+    """Compare output and gradients with the float64 reference on the same (rounded) inputs.
 
     `rel`: "shared", "per head", "mixed" (rel_height shared, rel_width one per head), "swapped" (the reverse) or None.
     """
@@ -77,24 +77,24 @@ def assert_equals_reference(
 
 
 def tolerance(backend: str, device: str, inputs: torch.dtype, result: torch.dtype) -> tuple[float, float]:
-    """Relative, and absolute for a result of size 1.
+    """Return the relative tolerance, and the absolute tolerance for a result of size 1.
 
-    float32: scores reach 20 to 40, their rounding (2e-6) is the weights' relative error, and a gradient adds terms of
-    size 1 and more (B N H W of them for an embedding) whose true sum may be 0. Half precision adds half a unit of the
-    number itself, once; Triton's interpreter cuts bfloat16 where a GPU rounds, a whole unit.
+    float32: scores reach 20 to 40; their rounding error (2e-6) is the weights' relative error, and a gradient adds up
+    terms of size 1 or more (B N H W terms for an embedding) that may cancel. Half precision adds half a unit of the
+    value itself, once; Triton's interpreter truncates bfloat16, an error of a whole unit, while a GPU rounds.
     """
     unit = 0.0 if result == torch.float32 else torch.finfo(result).eps
     if backend != "triton":
         return unit / 2 + 1e-5, 2e-5
     if device == "cpu":
         return unit * (1 if result == torch.bfloat16 else 0.5) + 1e-5, 2e-5
-    if inputs == torch.bfloat16:  # TF32 cuts weights and their gradients to 11 bits, 2^-10, before they are summed
+    if inputs == torch.bfloat16:  # TF32 truncates weights and their gradients to 11 bits, 2^-10, before they are summed
         return unit / 2 + 2**-10, 2**-9
-    return unit / 2 + 1e-5, 8e-5  # three TF32 products for one have 22 bits of float32's 24
+    return unit / 2 + 1e-5, 8e-5  # three TF32 products represent 22 of float32's 24 bits
 
 
 def assert_random_cases(num_cases, largest, dtypes, rels, strides=(1,), **where) -> None:
-    """`largest` of B, N, H, W and D / 2."""
+    """Compare random cases with the reference; `largest` gives the maxima of B, N, H, W and D / 2."""
     rng = random.Random(1)
     for seed in range(num_cases):
         rel = rng.choice(rels)
@@ -105,7 +105,7 @@ def assert_random_cases(num_cases, largest, dtypes, rels, strides=(1,), **where)
 
 
 def assert_extremes_are_kept(backend: str, device: str = "cpu") -> int:
-    """Huge scores stay finite, and a NaN among the keys reaches each of 9 queries; return how many it reaches."""
+    """Check that huge scores stay finite and that a NaN key reaches its 9 queries; return how many it reaches."""
     generator = torch.Generator().manual_seed(0)
     q, key, v = (x.to(device) for x in draw((1, 2, 5, 6, 8), "contiguous", torch.float32, generator))
     grads = outputs_and_grads(backend, None, (300 * q, 300 * key, v, None, None), 3, True, "mask", torch.ones_like(v))
@@ -129,6 +129,6 @@ def assert_threads_change_no_bit(run: Callable[[], Sequence[Tensor | None]], cou
 
 
 def run_narrower(capability: str, program: str) -> None:
-    """Run tests' code with fewer of the CPU's instructions: ATEN_CPU_CAPABILITY is read once a process."""
+    """Run test code with a narrower CPU instruction set, in a new process because ATEN_CPU_CAPABILITY is read once."""
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=Path(__file__).parent)

@@ -1,4 +1,4 @@
-"""Fixtures that many test modules use: a folder of images, and the commands run as users run them."""
+"""Shared fixtures: a folder of images, and helpers that run the commands as users run them."""
 
 import importlib
 import os
@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-# Before Triton is imported, which our own modules do: its kernels are then tested without a GPU.
+# Set before Triton is imported, which the package does, so that its kernels can be tested without a GPU.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# As many threads as processors in all, here and in the processes that tests start: more would wait for each other.
+# The total number of threads, here and in processes that tests start, equals the number of processors: more would wait.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     num_threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     torch.set_num_threads(num_threads)
@@ -27,7 +27,7 @@ Command = Callable[..., subprocess.CompletedProcess]
 
 @pytest.fixture
 def command(tmp_path: Path) -> Command:
-    """command("train", "key=value", ...) runs `python -m sasa_train.train ...` in an empty folder."""
+    """Return a function: command("train", "key=value", ...) runs `python -m sasa_train.train` in an empty folder."""
 
     def run(module: str, *arguments: str, expect: int = 0):
         process = subprocess.run(
@@ -46,7 +46,7 @@ def command(tmp_path: Path) -> Command:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Sums in the order in which `command` and `start` sum: another number of threads has another order."""
+    """Use one thread, as `command` and `start` do, because another number of threads sums in another order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -55,11 +55,11 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, one_thread) -> Command:
-    """The same as `command`, without the seconds that a new interpreter takes to import torch."""
+    """Do the same as `command`, but without the seconds that a new interpreter needs to import torch."""
 
     def run(module: str, *arguments: str, expect: int = 0):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [module])  # what a message calls the command
+        monkeypatch.setattr(sys, "argv", [module])  # the program name used in messages
         capsys.readouterr()
         code = importlib.import_module(f"sasa_train.{module}").run_command(list(arguments))
         out, err = capsys.readouterr()
@@ -71,7 +71,7 @@ def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
-    """Two classes, red and blue, of 11 + 7 training and 3 + 5 val images of odd sizes, as PNG."""
+    """Create two classes, red and blue, with 11 + 7 train and 3 + 5 val images (PNG) of odd sizes."""
     from making_data import make_image_folder
 
     return make_image_folder(tmp_path / "images")
@@ -79,7 +79,7 @@ def image_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> Path:
-    """A finished run with attention in stem and stages and a moving average: copy it before you change it."""
+    """Return a finished run with attention in the stem and stages and a moving average; copy it before changing it."""
     from running_commands import TINY
 
     from sasa_train import train

@@ -1,4 +1,4 @@
-"""Make images and data sets to test with, good and bad, and read their batches."""
+"""Create valid and damaged images and data sets for tests, and read batches from them."""
 
 import io
 import tarfile
@@ -34,7 +34,7 @@ def assert_same(one, other):
         assert torch.equal(labels, other_labels) and torch.equal(images, other_images)
 
 
-# A run of seconds on such a folder.
+# A run on such a folder that takes seconds.
 SMALL_RUN = (
     "model.width=0.125", "model.num_heads=2", "model.kernel_size=3", "trainer.global_batch_size=4", "output_dir=out",
     "trainer.epochs=2", "run_name=bad", "trainer.log_every_steps=1",
@@ -55,7 +55,7 @@ def make_image_folder(root: Path, size: tuple[int, int] = (19, 17)) -> Path:
 
 
 def spoil(folder: Path) -> None:
-    """One of each kind that people meet; the last two are readable, but in no mode that models take."""
+    """Add one example of each common defect; the last two are readable, but have a mode that models do not accept."""
     noise = Image.effect_noise((40, 30), 80)
     noise.convert("RGB").save(folder / "a-whole.jpg")
     content = (folder / "a-whole.jpg").read_bytes()
@@ -70,14 +70,14 @@ BAD = ("b-truncated.jpg", "c-empty.jpg", "d-text.jpg")
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    """The bytes of a file of this kind."""
+    """Return the bytes of an image file of this kind."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def tar_of(files: Iterable[tuple[str, bytes]]) -> bytes:
-    """A tar archive of files by their names, in this order."""
+    """Return a tar archive that contains the given (name, bytes) files in this order."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:") as archive:
         for name, data in files:
@@ -92,7 +92,7 @@ def one_image(path: Path | str) -> ImageSet:
 
 
 class Reader:
-    """Reads micro-batches of 5 of 35 images; before the second one `accident()` happens, in the worker."""
+    """Reads micro-batches of 5 from 35 images; the worker calls `accident()` before the second one."""
 
     def __init__(self, accident: Callable[[], object]):
         names = [f"{chr(97 + i % 26)}{i}\n.png" for i in range(35)]

@@ -1,4 +1,4 @@
-"""Marks for parametrize."""
+"""Helpers that mark cases for `pytest.mark.parametrize`."""
 
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -7,5 +7,5 @@ import pytest
 
 
 def slow_but_for(fast: Collection, cases: Iterable) -> list[Any]:
-    """All of the cases; those that are not in `fast` are marked slow."""
+    """Return all cases, with those that are not in `fast` marked as slow."""
     return [case if case in fast else pytest.param(case, marks=pytest.mark.slow) for case in cases]

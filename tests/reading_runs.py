@@ -1,4 +1,4 @@
-"""Read what a run leaves behind, and compare two runs."""
+"""Read the files of a run, and compare two runs."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ TIMINGS = ("images_per_sec", "data_wait_fraction", "memory_mib", "seconds")
 
 
 def rows(run_dir: Path) -> list[dict]:
-    """The metrics without what depends on the clock."""
+    """Return the rows of metrics.jsonl without the values that depend on the clock."""
     parsed = (json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines())
     return [{key: value for key, value in row.items() if key not in TIMINGS} for row in parsed]
 
@@ -43,5 +43,5 @@ def last(run: Path) -> dict:
 
 
 def board(folder: Path) -> EventAccumulator:
-    """The events of a folder as TensorBoard reads them."""
+    """Load the events in a folder as TensorBoard does."""
     return EventAccumulator(str(folder), size_guidance={"images": 0, "histograms": 0}).Reload()

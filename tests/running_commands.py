@@ -1,4 +1,4 @@
-"""Run the commands, in this process or in one of their own, and read what they leave behind."""
+"""Run the commands in this process or in a new one, and read the files they write."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ from typing import Any
 
 from sasa_train import train
 
-# A run of seconds: a tiny attention net on a part of the digits.
+# A run that takes seconds: a tiny attention network on a subset of the digits.
 TINY = (
     "experiment=debug", "data.max_train_images=70", "data.max_val_images=30", "trainer.global_batch_size=16",
     "trainer.max_steps=null", "trainer.epochs=3", "trainer.log_every_steps=1", "output_dir=out",
@@ -29,7 +29,7 @@ def start(folder: Path, *arguments: str, command: str = "train") -> subprocess.P
 
 
 def wait_for(found: Callable[[], Any], what: str = "it", seconds: float = 240.0) -> Any:
-    """Return what `found()` gives once that is true."""
+    """Wait until `found()` returns a true value, and return that value."""
     end = time.monotonic() + seconds
     while not (result := found()):
         assert time.monotonic() < end, f"not within {seconds:.0f} s: {what}"
@@ -50,11 +50,11 @@ WORKER = Path(__file__).with_name("torchrun_worker.py")
 
 
 def launch(folder: Path, num_processes: int, *arguments: str, options=("--standalone",), **env: str) -> tuple[int, str]:
-    """The worker by torchrun, or alone where it is one process: exit code, and all that was said."""
+    """Run the worker under torchrun, or directly if there is one process; return the exit code and all output."""
     torchrun = ["-m", "torch.distributed.run", *options, f"--nproc-per-node={num_processes}"]
     is_alone = num_processes == 1 and "--nnodes=2" not in options
     words = [sys.executable, *([] if is_alone else torchrun), WORKER, *arguments]
-    # The last one is sasa-train's own, too late here, where torch is imported before.
+    # The last variable is normally set by sasa-train, which is too late here because torch has already been imported.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} | env
     process = subprocess.run(words, cwd=folder, env=environment, timeout=280, **TOGETHER)
     return process.returncode, process.stdout

@@ -1,4 +1,4 @@
-"""The attention stem's kernel against the module's own PyTorch in float64: output, gradients and statistics."""
+"""Compare the attention stem's kernel with its PyTorch module in float64: output, gradients and statistics."""
 
 import copy
 
@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from sasa_train.models import AttentionStem
 
-# Float32 against float64: sums of up to a few thousand products of independent signs, each to 6e-8, leave some 1e-6 of
-# a tensor's largest number; ten times that. A gradient that batch norm nearly cancels (that of W_V of a map of a few
-# positions is almost along W_V, to whose length the output is blind) is as exact as what cancels in it: hence `FLOOR`
-# of the largest of all gradients.
+# Float32 against float64: sums of up to several thousand products with independent signs, each accurate to 6e-8, have
+# an error of about 1e-6 of the tensor's maximum; the tolerance is ten times that. A gradient that batch norm nearly
+# cancels (on a map of few positions, that of W_V is almost parallel to W_V, whose length does not affect the output) is
+# only as accurate as the terms that cancel, so `FLOOR` is relative to the largest of all gradients.
 TOLERANCE = 3e-5
 
 
@@ -18,7 +18,7 @@ FLOOR = 0.05
 
 
 def build(in_channels: int = 3, channels: int = 16, **keys) -> AttentionStem:
-    """A stem with batch norm weights of both signs and a zero, and running statistics unlike a new module's."""
+    """Build a stem with positive, negative and zero batch norm weights and running statistics unlike a new module's."""
     module = AttentionStem(in_channels, channels, **{"num_heads": 2, "backend": "cpu"} | keys)
     nn.init.normal_(module.bn.weight)
     nn.init.normal_(module.bn.bias)
@@ -29,7 +29,7 @@ def build(in_channels: int = 3, channels: int = 16, **keys) -> AttentionStem:
 
 
 def run(module: nn.Module, x: Tensor, weight: Tensor | float = 1.0) -> dict[str, Tensor]:
-    """Output, gradients (of an output gradient drawn from a seed, times `weight`) and buffers after the step."""
+    """Return the output, the gradients for a seeded random output gradient times `weight`, and the updated buffers."""
     x = x.detach().requires_grad_()
     module.zero_grad()
     out = module(x)
@@ -41,7 +41,7 @@ def run(module: nn.Module, x: Tensor, weight: Tensor | float = 1.0) -> dict[str,
 
 
 def clear_of_near_ties(exact_module: AttentionStem, x: Tensor) -> Tensor | float:
-    """1 where the largest of a window is the largest in float32 too (or all are equal), else 0."""
+    """Return 1 for windows whose two largest values are equal or clearly different, 0 if rounding may swap them."""
     if not isinstance(exact_module.pool, nn.MaxPool2d):
         return 1.0
     seen, module = [], copy.deepcopy(exact_module)

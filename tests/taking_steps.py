@@ -1,4 +1,4 @@
-"""A small model with its optimizer and schedule, and batches to take steps with."""
+"""A small model with its optimizer and schedule, and batches for training steps."""
 
 import torch
 from making_data import CPU

@@ -1,4 +1,4 @@
-"""The house stays one in which a stranger finds the room: docs/architecture.md tells the truth, and the rules hold."""
+"""Check that the package layout matches docs/architecture.md and follows the rules that keep it easy to navigate."""
 
 import ast
 import re
@@ -16,7 +16,7 @@ ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 
 
 def stem(name: str) -> str:
-    """The part of a name that its relatives share: evaluate and evaluation, predict and prediction, run and runs."""
+    """Return the part that related names share, as in evaluate and evaluation, predict and prediction, run and runs."""
     return re.sub(r"(ions?|ings?|ed|es|e|s)$", "", name)
 
 
@@ -29,7 +29,7 @@ def test_the_root_holds_14_modules_at_most():
 
 
 def test_no_two_neighbours_share_a_stem():
-    """`train` (the command), `training` (what it runs) and `trained` (the public door) are the one exception."""
+    """Only `train` (the command), `training` (what it runs) and `trained` (the public interface) may share a stem."""
     root = Counter(stem(name) for name in [*names(PACKAGE), *ROOMS])
     assert {shared: count for shared, count in root.items() if count > 1} == {"train": 3}
     for room in ROOMS:
@@ -51,9 +51,9 @@ def test_no_function_is_longer_than_60_lines_but_kernels(folder):
 
 
 def test_no_imports_run_in_a_circle():
-    """Imports inside functions count too. (The order of the rooms is import-linter's contract, in pyproject.toml.)"""
+    """Imports inside functions count too. (The import order of the subpackages is checked by import-linter.)"""
     graph = {dotted(path): imported(path) for path in MODULES}
-    list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+    list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the cycle
 
 
 def dotted(path: Path) -> str:
@@ -61,7 +61,7 @@ def dotted(path: Path) -> str:
 
 
 def imported(path: Path) -> set[str]:
-    """The modules of ours that a file imports anywhere, but for the sake of types alone."""
+    """Return the project's modules that a file imports anywhere, excluding imports used only for type checking."""
     known = {dotted(module) for module in MODULES}
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for_types = [node for node in tree.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
@@ -79,7 +79,7 @@ def imported(path: Path) -> set[str]:
 
 
 def test_no_test_module_imports_another():
-    """Shared code stands in a module whose name says what it does. Programs that tests start follow the same rule."""
+    """Shared code belongs in helper modules named after their purpose; so does code shared by test subprocesses."""
     for path in (ROOT / "tests").glob("*.py"):
         assert not re.search(r"^[\s'\"]*(from|import) test_", path.read_text(encoding="utf-8"), re.MULTILINE), path.name
 

@@ -1,4 +1,4 @@
-"""The reference is the specification, so it is checked against arithmetic that shares no code with it."""
+"""Check the reference, which serves as the specification, against arithmetic that shares no code with it."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sasa_train.attention import local_attention, local_attention_qkv
 from sasa_train.attention.reference import attention_weights
 
-B, N, H, W, D, K = 2, 3, 5, 7, 4, 3  # all different, so that swapped dimensions show
+B, N, H, W, D, K = 2, 3, 5, 7, 4, 3  # all different, so that swapped dimensions are noticed
 
 
 def tensors(dtype=torch.float64, shared=True, n=N, h=H, w=W, d=D, k=K, b=B, seed=0):
@@ -24,7 +24,7 @@ def tensors(dtype=torch.float64, shared=True, n=N, h=H, w=W, d=D, k=K, b=B, seed
 
 
 def loop_oracle(q, key, v, rel_height, rel_width, kernel_size, content=True, border="mask") -> Tensor:
-    """Equation 3 with Python floats, one number at a time."""
+    """Compute equation 3 with Python floats, one element at a time."""
     b_, n_, h_, w_, d_ = q.shape
     p, half = kernel_size // 2, d_ // 2
     out = torch.zeros_like(v)
@@ -87,16 +87,16 @@ def test_gradients_match_finite_differences(kernel_size, content, relative, shar
 
 
 def test_two_heads_on_paper():
-    """One row of two pixels, K=3, D=2, two heads, solved by hand.
+    """Check one row of two pixels with K=3, D=2 and two heads against a result computed by hand.
 
-    Head 0: q=(1, 0) left, k = 0, so only rel_height[1] = 2 for the row both keys lie in: equal scores, the mean of v.
-    Head 1: q=(0, 1): rel_width gives 0 for itself and ln 3 for the right neighbour, so the left pixel weighs its
-    neighbour 3/4; the right pixel has its neighbour on the left with rel_width[0] = ln 2: 2/3.
+    Head 0: q=(1, 0) left, k = 0; both keys are in the same row, so only rel_height[1] = 2 counts: equal scores, mean v.
+    Head 1: q=(0, 1): rel_width is 0 for the pixel itself and ln 3 for its right neighbour, so the left pixel gives its
+    neighbour weight 3/4; the right pixel's neighbour is on the left, with rel_width[0] = ln 2 and weight 2/3.
     """
     q = torch.tensor([[[[[1.0, 0.0], [1.0, 0.0]]], [[[0.0, 1.0], [0.0, 1.0]]]]], dtype=torch.float64)
     key = torch.zeros_like(q)
     v = torch.tensor([[[[[4.0, 0.0], [8.0, 0.0]]], [[[4.0, 0.0], [8.0, 0.0]]]]], dtype=torch.float64)
-    rel_height = torch.tensor([[5.0], [2.0], [7.0]], dtype=torch.float64)  # 5 and 7 belong to rows outside
+    rel_height = torch.tensor([[5.0], [2.0], [7.0]], dtype=torch.float64)  # 5 and 7 belong to rows outside the map
     rel_width = torch.tensor([[math.log(2)], [0.0], [math.log(3)]], dtype=torch.float64)
     out = local_attention(q, key, v, rel_height, rel_width, kernel_size=3)[0, :, 0, :, 0]
     expected = torch.tensor([[6.0, 6.0], [4 / 4 + 8 * 3 / 4, 4 * 2 / 3 + 8 / 3]], dtype=torch.float64)
@@ -104,7 +104,7 @@ def test_two_heads_on_paper():
 
 
 def test_scores_are_not_scaled():
-    """q.k = 4 ln 3 over D=4 channels: a 1/sqrt(D) would make the odds 9 instead of 81."""
+    """Scores are q.k = 4 ln 3 over D=4 channels; scaling them by 1/sqrt(D) would change the odds from 81 to 9."""
     q = torch.full((1, 1, 1, 2, 4), math.log(3), dtype=torch.float64)
     key = torch.tensor([1.0, 0.0], dtype=torch.float64)[None, None, None, :, None].expand(1, 1, 1, 2, 4)
     weights = attention_weights(q, key, None, None, 3, "mask")[0, 0, 0, 0]
@@ -123,7 +123,7 @@ def test_weights_sum_to_one_with_one_map_a_head(border):
 
 
 def test_a_head_depends_on_its_own_query_alone():
-    """Public codes share one softmax between the heads."""
+    """Check that heads have separate softmaxes; some public implementations share one between the heads."""
     q, key, v, rel_height, rel_width = tensors()
     before = local_attention(q, key, v, rel_height, rel_width, kernel_size=K)
     q[:, 1] += 1
@@ -133,7 +133,7 @@ def test_a_head_depends_on_its_own_query_alone():
 
 
 def test_every_head_reaches_both_embeddings():
-    """Public codes give rows to the first heads and columns to the last."""
+    """Check that all heads use rows and columns; some public implementations split them between the heads."""
     q, key, v, rel_height, rel_width = tensors(shared=False)
     rel_height.requires_grad_(), rel_width.requires_grad_()
     local_attention(q, key, v, rel_height, rel_width, kernel_size=K).pow(2).sum().backward()
@@ -141,7 +141,7 @@ def test_every_head_reaches_both_embeddings():
 
 
 def test_transposing_the_image_transposes_the_output():
-    """Rows and columns are treated alike: swap the image, the embeddings and the halves of q and k."""
+    """Rows and columns are treated alike: the image, the embeddings and the halves of q and k are swapped."""
     q, key, v, rel_height, rel_width = tensors()
 
     def turn(t):
@@ -158,19 +158,19 @@ def test_transposing_the_image_transposes_the_output():
 def test_a_zero_query_takes_the_mean_of_the_window():
     q, key, v, rel_height, rel_width = tensors()
     out = local_attention(torch.zeros_like(q), key, v, rel_height, rel_width, kernel_size=K)
-    torch.testing.assert_close(out[:, :, 2, 3], v[:, :, 1:4, 2:5].mean((2, 3)))  # inside
-    torch.testing.assert_close(out[:, :, 0, 0], v[:, :, :2, :2].mean((2, 3)))  # a corner: what is there
+    torch.testing.assert_close(out[:, :, 2, 3], v[:, :, 1:4, 2:5].mean((2, 3)))  # inside the map
+    torch.testing.assert_close(out[:, :, 0, 0], v[:, :, :2, :2].mean((2, 3)))  # a corner: only existing positions
 
 
 def test_content_term_agrees_with_timms_halo_attention():
-    """A second oracle: HaloAttn with blocks of 1 and a halo of 3 is a 7x7 window with a zero border, scaled."""
+    """HaloAttn is a second oracle: with blocks of 1 and a halo of 3 it is a scaled 7x7 window with a zero border."""
     halo = HaloAttn(12, num_heads=3, dim_head=4, block_size=1, halo_size=3).double().eval()
     with torch.no_grad():
-        for parameter in halo.pos_embed.parameters():  # content alone
+        for parameter in halo.pos_embed.parameters():  # use only the content term
             parameter.zero_()
         x = torch.randn(2, 12, 5, 7, dtype=torch.float64)
-        kv = halo.kv(x).unflatten(1, (3, 8))  # a head's keys and values lie side by side
-        q = halo.q(x).unflatten(1, (3, 4)) * 4**-0.5  # HaloAttn scales, we do not
+        kv = halo.kv(x).unflatten(1, (3, 8))  # the keys and values of a head are adjacent
+        q = halo.q(x).unflatten(1, (3, 4)) * 4**-0.5  # HaloAttn scales the query, local_attention does not
         key, value = kv.permute(0, 1, 3, 4, 2).split(4, -1)
         ours = local_attention(q.permute(0, 1, 3, 4, 2), key, value, kernel_size=7, border="zero")
         torch.testing.assert_close(ours.permute(0, 1, 4, 2, 3).flatten(1, 2), halo(x))
@@ -179,14 +179,14 @@ def test_content_term_agrees_with_timms_halo_attention():
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32_and_rounded_once(dtype, backend):
-    """Inputs that the dtype holds exactly, so the one difference is the last rounding, half a unit."""
+    """The inputs are exact in the dtype, so the only difference is the final rounding of half a unit."""
     inputs = [t.to(dtype) for t in tensors(torch.float32)]
-    embeddings = [t.float() for t in inputs[3:]]  # float32 beside half-precision q, k, v
+    embeddings = [t.float() for t in inputs[3:]]  # float32 embeddings with half-precision q, k and v
     out = local_attention(*inputs[:3], *embeddings, kernel_size=K, backend=backend)
     exact = local_attention(*(t.double() for t in inputs), kernel_size=K)
     assert out.dtype == dtype
     eps = torch.finfo(dtype).eps
-    # half a unit of rounding, and some float32 units of arithmetic
+    # half a unit of rounding plus float32 rounding errors
     torch.testing.assert_close(out.double(), exact, rtol=eps / 2 + 4e-6, atol=4e-6 if dtype == torch.float32 else 1e-6)
 
 
@@ -208,7 +208,7 @@ def test_any_strides_give_the_same_numbers_and_gradients():
 @pytest.mark.parametrize("backend", ["reference", "cpu", "auto"])
 @pytest.mark.parametrize("content,shared", [(True, True), (False, False)])
 def test_the_op_is_a_well_behaved_library_op(content, shared, backend):
-    """Schema, fake tensors, autograd registration and compilation, as torch checks them."""
+    """Check the schema, fake tensors, autograd registration and compilation with torch.library.opcheck."""
     q, key, v, rel_height, rel_width = (t.requires_grad_() for t in tensors(torch.float32, shared=shared))
     arguments = (q, key if content else None, v, rel_height, rel_width, K, "mask", backend)
     torch.library.opcheck(torch.ops.sasa_train.local_attention.default, arguments)
@@ -268,7 +268,7 @@ def test_refusals_name_the_argument_and_the_rule(change, message):
 
 
 def fused(content=True, dtype=torch.float32) -> Tensor:
-    """[3 or 2, B, N, H, W, D] as a channels_last projection makes it, [B, H, W, 3 or 2, N, D] in memory."""
+    """Return a tensor [3 or 2, B, N, H, W, D] laid out as a channels_last projection, [B, H, W, 3 or 2, N, D]."""
     q, key, v, *_ = tensors(dtype)
     stacked = torch.stack([q, key, v] if content else [q, v])
     return stacked.permute(1, 3, 4, 0, 2, 5).contiguous().permute(3, 0, 4, 1, 2, 5)
@@ -279,7 +279,7 @@ def fused(content=True, dtype=torch.float32) -> Tensor:
 )
 @pytest.mark.parametrize("content,relative", [(True, True), (False, True), (True, False)])
 def test_fused_projections_give_the_same_and_one_gradient(content, relative, backend, dtype):
-    """Without the gradient's strides, the projection's backward copies it, for longer than the attention takes."""
+    """Without matching gradient strides, the projection's backward pass makes a copy that costs more than attention."""
     rel = [t.requires_grad_() for t in tensors(dtype)[3:]] if relative else [None, None]
     projections = fused(content, dtype).requires_grad_()
     options = {"kernel_size": K, "content": content, "backend": backend}
@@ -311,7 +311,7 @@ def test_fused_projections_must_be_three():
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 7), (1, 4), (3, 1)])
 def test_stride_is_the_average_pool_of_the_output(size):
-    """At the end of an odd side the average takes the existing positions alone."""
+    """At the end of an odd side, the average covers only existing positions."""
     projections = torch.randn(3, 2, 3, *size, 4, dtype=torch.float64, requires_grad=True)
     out = local_attention_qkv(projections, kernel_size=3, stride=2, backend="reference")
     whole = local_attention_qkv(projections, kernel_size=3, backend="reference")

@@ -1,4 +1,4 @@
-"""The compiled kernel against the reference in float64: a grid of odd cases, cases drawn at random; its building."""
+"""Compare the compiled kernel with the float64 reference on a grid of edge cases and random cases; test its build."""
 
 import functools
 import itertools
@@ -25,7 +25,7 @@ assert_equals_reference = functools.partial(cases.assert_equals_reference, backe
 
 @pytest.mark.parametrize("kernel_size", slow_but_for([1, 3, 7], range(1, 17, 2)))
 def test_every_window_and_map(kernel_size):
-    """1x1 to maps larger than a tile, some smaller than the window."""
+    """Maps range from 1x1 to larger than a tile; some are smaller than the window."""
     for h, w in [(1, 1), (1, 7), (7, 1), (2, 3), (4, 4), (8, 8), (5, 19), (17, 9)]:
         assert_equals_reference((2, 3, h, w, 4), kernel_size)
 
@@ -39,7 +39,7 @@ def test_a_large_odd_map():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("head_dim", slow_but_for([4, 10, 16], [2, 4, 6, 8, 10, 16, 20, 32, 48, 64]))
 def test_every_head_dim_and_layout(head_dim, layout):
-    """Whole vectors, parts of them and what is left over, on the way in and on the way out."""
+    """Head dimensions cover whole vectors, partial vectors and remainders, for both loads and stores."""
     assert_equals_reference((3, 7, 5, 9, head_dim), 5, layout=layout)
 
 
@@ -56,7 +56,7 @@ def test_odd_head_dims_without_embeddings():
 
 
 def test_the_pool_of_a_stage_begin():
-    """Odd sides, whose last averages are of one or two positions; tiles, and rows split among threads."""
+    """Odd sides end in averages over one or two positions; larger maps have several tiles and rows split by thread."""
     for h, w in [(1, 1), (1, 7), (8, 1), (5, 8), (8, 5), (20, 35), (33, 14)]:
         for kernel_size in (1, 3, 7):
             assert_equals_reference((2, 5, h, w, 6), kernel_size, border="zero" if h == 8 else "mask", stride=2)
@@ -74,7 +74,7 @@ def test_huge_scores_stay_finite_and_a_nan_is_not_swallowed():
 
 
 def test_what_scratch_held_before_does_not_matter():
-    """Scratch is kept between calls and cleared only where zeros are read; here it begins as NaNs."""
+    """Scratch memory is kept between calls and cleared only where zeros are read; here it starts as NaNs."""
     for border, shape in itertools.product(("mask", "zero"), [(2, 9, 5, 35, 6), (1, 3, 11, 4, 8), (1, 1, 1, 1, 2)]):
         local_attention(*draw(shape, "planar", torch.float32, torch.Generator()), kernel_size=7, backend="cpu")
         cpu._kept.scratch.fill_(255)
@@ -89,7 +89,7 @@ def test_one_embedding_shared_and_one_a_head(rel):
 
 @pytest.mark.parametrize("shape", [(1, 1, 40, 9, 8), (5, 7, 19, 5, 4)])
 def test_the_number_of_threads_changes_no_bit(shape):
-    """Rows are split among threads where planes are few; halo rows are computed twice, never shared."""
+    """Check cases with few planes, in which rows are split among threads and each computes its own halo rows."""
     generator = torch.Generator().manual_seed(0)
     rel = [torch.randn(7, shape[-1] // 2, generator=generator) for _ in range(2)]
     case = [*draw(shape, "channels_last", torch.float32, generator), *rel]
@@ -99,7 +99,7 @@ def test_the_number_of_threads_changes_no_bit(shape):
 
 
 def test_outputs_and_gradients_keep_the_inputs_order_of_strides():
-    """A channels_last projection in, channels_last out: the layer's pool and permute copy nothing."""
+    """A channels_last projection gives channels_last output, so the layer's pool and permute copy nothing."""
     q, key, v = draw((2, 3, 4, 5, 8), "fused channels_last", torch.float32, torch.Generator().manual_seed(0))
     inputs = [x.requires_grad_() for x in (q, key, v)]
     out = local_attention(*inputs, kernel_size=3, backend="cpu")
@@ -172,7 +172,7 @@ def test_the_library_is_kept_and_a_damaged_one_is_built_again(fresh_cache, monke
     assert list(fresh_cache.iterdir()) == [library]
     damaged = bytearray(built)
     damaged[len(damaged) // 2] ^= 1
-    library.unlink()  # the loaded one keeps its bytes
+    library.unlink()  # the loaded library stays in memory
     library.write_bytes(damaged)
     cpu._library.cache_clear()
     local_attention(q, q, q, kernel_size=1, backend="cpu")
@@ -189,7 +189,7 @@ def _attend_in_a_process(_) -> float:
 def test_processes_that_build_at_once_do_no_harm(fresh_cache):
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         assert pool.map(_attend_in_a_process, range(2), chunksize=1) == [18.0, 18.0]
-    libraries = list(fresh_cache.iterdir())  # one or two, both good, and nothing left behind
+    libraries = list(fresh_cache.iterdir())  # one or two, both valid, and no temporary files
     assert libraries
     assert all(path.stem.endswith(cpu._digest(path.read_bytes())) for path in libraries)
 
@@ -204,7 +204,7 @@ class _Attending(torch.utils.data.Dataset):
 
 
 def test_loader_workers_forked_after_a_parallel_call_go_on():
-    """A second OpenMP pool, or ours used by a forked child, would hang here."""
+    """A second OpenMP pool, or using the existing pool in a forked child, would hang here."""
     q = torch.randn(4, 8, 9, 9, 8)
     local_attention(q, q, q, kernel_size=3, backend="cpu")
     loader = torch.utils.data.DataLoader(_Attending(), num_workers=2, multiprocessing_context="fork", timeout=60)

@@ -1,4 +1,4 @@
-"""The attention stem's compiled kernel against the module's own PyTorch in float64, with batch norm and max pool."""
+"""Compare the attention stem's compiled kernel, with batch norm and max pool, with the float64 PyTorch module."""
 
 import copy
 import logging
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(needs_compiler() is not None, reason=f"no compil
 @pytest.mark.parametrize("pool", [True, False])
 @pytest.mark.parametrize("keys", [{}, {"values": "plain"}, {"relative": False}, {"num_mixtures": 3}], ids=str)
 def test_outputs_gradients_and_statistics(keys, pool):
-    """Fewer blocks than lanes, whole groups and parts of them, images that share a group; heads of 2 to 32 numbers."""
+    """Cases include fewer blocks than lanes, partial groups, groups that span images, and heads of 2 to 32 channels."""
     torch.manual_seed(0)
     for batch, in_channels, channels, num_heads, height, width in [
         (1, 1, 8, 2, 4, 4),
@@ -50,7 +50,7 @@ def test_outputs_gradients_and_statistics(keys, pool):
 
 @pytest.mark.parametrize("pool", [True, False])
 def test_runs_of_many_groups(pool):
-    """More than one run, and a last one that is not whole."""
+    """The work is split into more than one run, and the last run is incomplete."""
     torch.manual_seed(0)
     assert_exact(build(pool=pool, num_heads=4), torch.randn(3, 3, 148, 92))
 
@@ -63,7 +63,7 @@ def test_any_strides(pool):
         assert_exact(module, view)
     assert_exact(module, torch.randn(1, 1, 8, 12).expand(2, 3, 8, 12))
     out = torch.randn(2, 16, *((2, 3) if pool else (8, 12)))
-    module(x[:, :3, :8, :4].repeat(1, 1, 1, 3)).backward(out[:, :, :1, :1].expand_as(out))  # a gradient of strides 0
+    module(x[:, :3, :8, :4].repeat(1, 1, 1, 3)).backward(out[:, :, :1, :1].expand_as(out))  # a gradient with stride 0
 
 
 @pytest.mark.parametrize("pool", [True, False])
@@ -83,7 +83,7 @@ def op_arguments(module: AttentionStem, x: Tensor) -> tuple:
 
 
 def test_picks_what_torchs_max_pool_picks():
-    """The first of equal numbers is picked: with a zero image (or weight) all 16 are equal."""
+    """The first of several equal values is picked: with a zero image (or weight), all 16 are equal."""
     torch.manual_seed(0)
     module, x = build(num_heads=4), torch.randn(3, 3, 12, 20)
     x[1, :, 4:8] = 0
@@ -102,7 +102,7 @@ def test_picks_what_torchs_max_pool_picks():
 
 
 def test_variance_far_from_zero():
-    """Values of 1,000 that differ by 1: the sum of squares about 0 would leave of the variance one digit."""
+    """Values near 1,000 differ by 1; a sum of squares about 0 would leave the variance with only one correct digit."""
     torch.manual_seed(0)
     module = build(values="plain", relative=False)
     x = torch.randn(2, 3, 32, 32) * 1e-3 + 1
@@ -116,7 +116,7 @@ def test_variance_far_from_zero():
 
 @pytest.mark.parametrize("pool", [True, False])
 def test_the_number_of_threads_changes_no_bit(pool):
-    """This holds for the ops; torch's own sums around them depend on the number of threads."""
+    """Only the ops are checked, because torch's own sums around them depend on the number of threads."""
     torch.manual_seed(0)
     arguments = op_arguments(build(), torch.randn(3, 3, 148, 92).requires_grad_())
     inputs = [t for t in arguments if isinstance(t, Tensor)]
@@ -175,7 +175,7 @@ def test_compiles_and_exports_as_one_graph(pool):
     compiled = copy.deepcopy(module)
     compiled.compile(fullgraph=True, backend="aot_eager")
     ours, theirs = run(compiled, x), run(copy.deepcopy(module), x)
-    for name, value in theirs.items():  # the same kernels; torch's sums may be put together differently
+    for name, value in theirs.items():  # the kernels are the same, but torch may sum in another order
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-4)
     exported = torch.export.export(module.eval(), (x,)).module()
     torch.testing.assert_close(exported(x), module(x))
@@ -192,7 +192,7 @@ def test_under_autocast_the_result_alone_is_rounded(pool):
         with torch.autocast("cpu", torch.bfloat16):
             out = module(image)
         assert out.dtype == torch.bfloat16
-        # each number is rounded by at most 2^-8 of itself: the result, and the map before batch norm
+        # each value is rounded by at most 2^-8 of itself, in the result and in the map before batch norm
         torch.testing.assert_close(out.float(), exact, rtol=2**-6, atol=2**-5)
         out.sum().backward()
 
@@ -236,7 +236,7 @@ def test_flops_are_those_of_the_definition(keys):
 
 
 def test_backends():
-    """A backend that is named runs or raises; auto falls back to PyTorch where the kernel cannot run."""
+    """A backend requested by name runs or raises; auto falls back to PyTorch if the kernel cannot run."""
     x = torch.randn(1, 3, 4, 4)
     for module, image, message in [
         (build().double(), x.double(), "the weights are torch.float64"),

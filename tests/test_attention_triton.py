@@ -1,4 +1,4 @@
-"""The Triton kernels against the reference in float64: on the GPU, or small cases on Triton's interpreter."""
+"""Compare the Triton kernels with the float64 reference on the GPU, or with small cases on Triton's interpreter."""
 
 import functools
 import importlib.util
@@ -29,7 +29,7 @@ BF16, FP16 = torch.bfloat16, torch.float16
 
 @pytest.fixture(autouse=True)
 def one_configuration(monkeypatch):
-    """No search; on the interpreter, whose time goes by programs, large tiles."""
+    """Disable autotuning; use large tiles on the interpreter, because its time depends on the number of programs."""
     if DEVICE == "cpu":
         configure(monkeypatch, Config(64, 4, 2))
     torch.use_deterministic_algorithms(True)
@@ -43,7 +43,7 @@ def configure(monkeypatch, config: Config) -> None:
 
 @pytest.mark.parametrize("kernel_size", slow_but_for([1, 7], range(1, 17, 2)))
 def test_every_window_and_map(kernel_size):
-    """1x1 to maps larger than a tile, some smaller than the window."""
+    """Maps range from 1x1 to larger than a tile; some are smaller than the window."""
     border = "zero" if kernel_size % 4 == 3 else "mask"
     for h, w in [(1, 1), (1, 7), (5, 2), (9, 11)] if DEVICE == "cpu" else [(1, 1), (7, 1), (8, 8), (5, 19), (33, 57)]:
         assert_equals_reference((1, 1 if h * w > 30 else 2, h, w, 4), kernel_size, border=border)
@@ -51,7 +51,7 @@ def test_every_window_and_map(kernel_size):
 
 @pytest.mark.parametrize("config", slow_but_for(CONFIGS[:1], [*CONFIGS, Config(128, 4, 2)]))
 def test_every_configuration(config, monkeypatch):
-    """How the map is cut changes rounding alone; tiles that are not full, at two edges."""
+    """The choice of tiles affects only rounding; the cases include partial tiles at two edges."""
     configure(monkeypatch, config)
     assert_equals_reference((1, 1, 5, 9, 6), 5)
     assert_equals_reference((1, 1, 5, 9, 6), 5, stride=2)
@@ -104,7 +104,7 @@ def test_huge_scores_stay_finite_and_a_nan_is_not_swallowed():
 
 
 def test_the_same_to_the_bit_whatever_memory_held():
-    """No atomics; scratch is written before it is read."""
+    """Check that results are bit-identical: the kernels use no atomics and write scratch memory before reading it."""
     inputs = [x.to(DEVICE) for x in draw((1, 2, 5, 6, 4), "channels_last", torch.float32, torch.Generator())]
     case = ([*inputs, *torch.randn(2, 5, 2, device=DEVICE)], 5, True, "zero", torch.ones_like(inputs[0]))
     first, second = (outputs_and_grads("triton", None, *case) for _ in range(2))
@@ -113,7 +113,7 @@ def test_the_same_to_the_bit_whatever_memory_held():
 
 
 def test_outputs_and_gradients_keep_the_inputs_order_of_strides():
-    """A channels_last projection in, channels_last out, and one gradient for the three."""
+    """A channels_last projection gives channels_last output and a single gradient for the three."""
     stacked = torch.randn(2, 3, 4, 3, 2, 8, device=DEVICE).permute(3, 0, 4, 1, 2, 5).requires_grad_()
     out = local_attention_qkv(stacked, kernel_size=3, backend="triton")
     (grad,) = torch.autograd.grad(out.sum(), stacked)
@@ -125,7 +125,7 @@ def test_outputs_and_gradients_keep_the_inputs_order_of_strides():
 
 
 def test_the_tile_walks_few_key_rows_and_covers_the_map():
-    """7 columns and 4 rows where 10 columns would fit: three rows at a time would walk more."""
+    """A tile of 7 columns and 4 rows is chosen although 10 columns fit, because 10 x 3 would visit more key rows."""
     assert triton_kernels._tile(56, 56, 7, 32) == (4, 8, 98)
     assert triton_kernels._tile(7, 7, 7, 64) == (7, 7, 1)
     for height in (1, 2, 5, 14, 33):
@@ -140,7 +140,7 @@ def test_the_tile_walks_few_key_rows_and_covers_the_map():
 @gpu
 @pytest.mark.gpu
 def test_more_programs_than_a_grid_has_rows():
-    """65,535 is the limit of a grid's second and third dimension."""
+    """Check a launch with more programs than 65,535, the limit of a grid's second and third dimension."""
     assert_equals_reference((9000, 8, 2, 3, 4), 3)
 
 
@@ -170,7 +170,7 @@ def test_the_search_keeps_a_configuration_a_problem_and_auto_says_so(monkeypatch
 
 
 def test_without_a_gpu_or_an_interpreter_it_is_an_error_that_says_so():
-    """Triton decides when it is imported; auto on the CPU does not import it."""
+    """Check the error message without a GPU or interpreter; auto on the CPU does not import Triton."""
     program = (
         "import sys, torch\n"
         "from sasa_train.attention import local_attention\n"

@@ -1,4 +1,4 @@
-"""Every augmentation does what it says, whoever asks for it: one image in a worker, or a resident batch."""
+"""Check that each augmentation does what it claims, for a single image in a worker and for a resident batch."""
 
 import functools
 import itertools
@@ -33,7 +33,7 @@ def augment_for(*overrides: str, mean=(0.5, 0.5, 0.5)) -> Augment:
 
 
 def photo(size: int = 32) -> torch.Tensor:
-    """Smooth colours, so that every operation moves some pixel."""
+    """Return an image of smooth colours, so that every operation changes some pixel."""
     x = torch.linspace(0, 255, size)
     return torch.stack([x.expand(size, -1), x.expand(size, -1).T, (x + x[:, None]) / 2]).to(torch.uint8)
 
@@ -41,17 +41,17 @@ def photo(size: int = 32) -> torch.Tensor:
 @policies
 @pytest.mark.parametrize("num_workers", slow_but_for([3], [0, 3]))
 def test_with_everything_on_streamed_equals_resident(policy, num_workers):
-    """The place where images are kept must not change what is learned, nor what a resume elsewhere continues."""
+    """Where images are kept must change neither what is learned nor how a run resumes elsewhere."""
     overrides = (*EVERYTHING, f"augment.policy={policy}")
     resident = batches(config_for(*overrides), epoch=2)
     streamed = batches(config_for(*overrides, "data.resident=false", f"data.num_workers={num_workers}"), epoch=2)
     assert_same(resident, streamed)
-    assert resident[0][1].shape == (32, 10)  # mixed
+    assert resident[0][1].shape == (32, 10)  # labels are mixed
 
 
 @policies
 def test_a_batch_is_transformed_as_its_images_are_one_by_one_by_torchvision(policy):
-    """The groups of equal operations must come out as torchvision's own calls, and as a Pillow image does, nearly."""
+    """Grouped operations must match torchvision's own calls exactly and Pillow's results approximately."""
     augment = compose_config([f"augment.policy={policy}"]).augment
     ours, images = Policy(augment), photo().expand(60, -1, -1, -1)
     draws = sample_draws(3, 0, np.arange(60), NUM_DRAWS, POLICY)
@@ -65,13 +65,13 @@ def test_a_batch_is_transformed_as_its_images_are_one_by_one_by_torchvision(poli
         assert torch.equal(image, expected)
         changed += not torch.equal(image, images[0])
         pillow = v2.functional.pil_to_tensor(ours.one(v2.functional.to_pil_image(images[0]), row))
-        assert (pillow.float() - image.float()).abs().median() <= 3  # Pillow rounds and samples otherwise
+        assert (pillow.float() - image.float()).abs().median() <= 3  # Pillow rounds and samples differently
     assert changed > 25
 
 
 @policies
 def test_policies_draw_what_torchvisions_classes_draw(policy):
-    """The share of each operation, and how many of the signed magnitudes are negative, within sampling error."""
+    """The frequency of each operation and of negative magnitudes must agree within sampling error."""
     ours = Policy(compose_config([f"augment.policy={policy}"]).augment)
     counts: dict[str, list[float]] = {}
     for row in sample_draws(0, 0, np.arange(4000), NUM_DRAWS, POLICY):
@@ -91,7 +91,7 @@ def test_policies_draw_what_torchvisions_classes_draw(policy):
     ours.transform._apply_image_or_video_transform = apply
     assert counts.keys() == theirs.keys()
     for name, magnitudes in counts.items():
-        # Two counts of about n differ by 5 sqrt(2 n) in one of a million cases; the numbers are fixed.
+        # Two counts of about n differ by 5 sqrt(2 n) in one of a million cases; the seeds are fixed.
         assert abs(len(magnitudes) - len(theirs[name])) < 5 * (2 * len(theirs[name])) ** 0.5, name
         assert set(np.abs(np.round(magnitudes, 5))) == set(np.abs(np.round(theirs[name], 5))), name
         tolerance = 5 * (2 / len(theirs[name])) ** 0.5
@@ -106,14 +106,14 @@ def test_erasing_fills_a_rectangle_with_the_mean_colour():
     assert out.permute(0, 2, 3, 1)[is_erased].unique(dim=0).tolist() == [[51, 102, 153]]
     areas = is_erased.sum((1, 2))
     rows, columns = is_erased.any(2).sum(1), is_erased.any(1).sum(1)
-    assert torch.equal(areas, rows * columns)  # rectangles
+    assert torch.equal(areas, rows * columns)  # each erased area is a rectangle
     erased = areas[areas > 0] / 32**2
     assert 0.46 < len(erased) / 2000 < 0.54 and 0.01 < erased.min() < 0.04 and 0.28 < erased.max() < 0.36
     assert (rows / columns)[areas > 0].min() > 0.3 / 1.35 and (rows / columns)[areas > 0].max() < 3.3 * 1.35
 
 
 def test_jitter_stays_within_its_factors():
-    """brightness=0.3 on mid grey: from 128 x 0.7 to 128 x 1.3, all over that range."""
+    """brightness=0.3 on mid grey gives values across the whole range from 128 x 0.7 to 128 x 1.3."""
     augment = augment_for("augment.crop=false", "augment.brightness=0.3")
     images = torch.full((300, 3, 32, 32), 128, dtype=torch.uint8)
     levels = augment.batch(images, np.arange(300), 0, np.arange(300))[:, 0, 0, 0].float()
@@ -121,7 +121,7 @@ def test_jitter_stays_within_its_factors():
 
 
 def test_random_resized_boxes_are_torchvisions():
-    """Area and ratio within their ranges, boxes inside the image, and the mean area of torchvision's."""
+    """Area and ratio are in range, boxes are inside the image, and the mean area is the same as torchvision's."""
     config = compose_config([]).augment
     draws = sample_draws(0, 0, np.arange(3000), 23)
     boxes = np.array([random_resized_box(500, 375, d, config.crop_scale, config.crop_ratio) for d in draws])
@@ -134,12 +134,12 @@ def test_random_resized_boxes_are_torchvisions():
     theirs = [crop.make_params([blank]) for _ in range(3000)]
     expected = np.mean([p["height"] * p["width"] for p in theirs]) / (500 * 375)
     assert abs(areas.mean() - expected) < 0.02
-    narrow = random_resized_box(10, 1000, np.full(23, 0.999), [0.9, 1.0], [0.75, 1.3333])  # no try can succeed
+    narrow = random_resized_box(10, 1000, np.full(23, 0.999), [0.9, 1.0], [0.75, 1.3333])  # no attempt can succeed
     assert narrow == (0, 493, 10, 506)
 
 
 def test_a_box_is_what_cropping_and_resizing_gives(tmp_path):
-    """Decoded whole it is crop-and-resize but for the edges, where it sees past the box; a JPEG at a half is near."""
+    """A PNG equals crop-and-resize except near edges, which sample outside the box; a half-size JPEG is close to it."""
     generator = np.random.default_rng(0)
     coarse = Image.fromarray(generator.integers(0, 255, (24, 32, 3), dtype=np.uint8)).resize((1024, 768))
     coarse.save(tmp_path / "a.png")
@@ -150,14 +150,14 @@ def test_a_box_is_what_cropping_and_resizing_gives(tmp_path):
     assert np.array_equal(ours[2:-2, 2:-2], plain[2:-2, 2:-2]) and np.abs(ours.astype(float) - plain).max() < 8
     with Image.open(tmp_path / "a.jpg") as image:
         drafted = np.asarray(decode_box(image, large, 224)).astype(float)
-        assert image.size == (512, 384)  # decoded at a half: the box has 492 x 360 pixels there, at a quarter too few
+        assert image.size == (512, 384)  # half size: the box has 492 x 360 pixels; a quarter has too few
     with Image.open(tmp_path / "a.jpg") as image:
         whole = np.asarray(image.crop(large).resize((224, 224), 2)).astype(float)
     assert np.abs(drafted - whole).mean() < 1.0
 
 
 def test_val_never_takes_a_shortcut(tmp_path):
-    """Published figures come from val: decoded whole, shorter side 256, central 224, as everybody does."""
+    """Published figures come from val, which decodes the whole image, resizes the short side to 256 and crops 224."""
     Image.effect_noise((1200, 900), 60).convert("RGB").save(tmp_path / "a.jpg")
     theirs = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224)])
     with Image.open(tmp_path / "a.jpg") as image:
@@ -177,7 +177,7 @@ def mix(*overrides: str, step: int = 0, micro: int = 0):
 
 
 def test_mixup_mixes_images_and_labels_alike():
-    """Image k is lam k + (1 - lam) (k - 1): its labels must say the same lam, whoever asks, at any time."""
+    """Image k is lam k + (1 - lam) (k - 1), and its label must use the same lam in every worker and at any time."""
     images, labels = mix("augment.mixup=0.4")
     lam = labels[1, 1].item()
     assert 0 < lam < 1
@@ -212,7 +212,7 @@ def test_mixing_is_switched_and_ends():
 
 
 def test_the_mixed_steps_are_the_runs_not_the_epochs():
-    """A resume in the middle of an epoch must go on with the same mixtures."""
+    """A run resumed in the middle of an epoch must continue with the same mixtures."""
     config = config_for("augment.mixup=1.0", "data.max_train_images=100", "trainer.grad_accum_steps=2")
     assert_same(batches(config, epoch=1)[2:], batches(config, epoch=1, first_step=1))
 

@@ -1,4 +1,4 @@
-"""Batch norm's running statistics under gradient checkpointing and recalibration."""
+"""Check batch norm's running statistics under gradient checkpointing and recalibration."""
 
 import copy
 
@@ -34,7 +34,7 @@ def trained(checkpointing: bool, steps: int = 2) -> Stepper:
 
 
 def test_gradient_checkpointing_changes_nothing():
-    """Weights, batch norm's statistics (which a plain recomputation moves twice) and the generator stay the same."""
+    """Weights, batch norm statistics (which naive recomputation would update twice) and the generator are unchanged."""
     plain = trained(False)
     after = torch.rand(1)
     recomputed = trained(True)
@@ -43,7 +43,7 @@ def test_gradient_checkpointing_changes_nothing():
 
 
 def test_gradient_checkpointing_keeps_less():
-    """Bytes that autograd holds between forward and backward, counted as they are saved."""
+    """The bytes that autograd holds between forward and backward passes are counted as they are saved."""
 
     def saved(checkpointing: bool) -> int:
         model = trained(checkpointing, steps=1).state.model

@@ -1,4 +1,4 @@
-"""`sasa-benchmark`: what it writes is what it measured, it times nothing wrong, and it refuses before it works."""
+"""Check that `sasa-benchmark` reports what it measured, skips incorrect backends, and validates options first."""
 
 import importlib.util
 import json
@@ -20,7 +20,7 @@ SHAPES = ["--shapes", "3x5x8", "4x6x8/2"]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Times are not judged here, and the C library's settings would outlive the test."""
+    """Shorten the measurements, because times are not checked, and skip C library settings that outlive the test."""
     monkeypatch.setattr(timing, "SHORTEST_SECONDS", 1e-9)
     monkeypatch.setattr(benchmark, "keep_freed_memory", lambda: None)
 
@@ -39,7 +39,7 @@ def assert_consistent(ratio: dict, numerators: list[float], denominators: list[f
 
 
 def test_attention_writes_what_it_measured(tmp_path, capsys):
-    """The published table, JSON and chart come from one set of repetitions."""
+    """The published table, JSON file and chart come from the same repetitions."""
     picture = tmp_path / "chart.png"
     result = run(tmp_path, "attention", *SMALL, *SHAPES, "--repeats=3", f"--plot={picture}")
     rows = {(row["shape"], row["backend"]): row for row in result["rows"]}
@@ -66,13 +66,13 @@ def test_attention_writes_what_it_measured(tmp_path, capsys):
 
 @pytest.mark.parametrize("what", ["output", "gradient"])
 def test_a_wrong_backend_is_not_timed(what, tmp_path, monkeypatch, capsys):
-    """A fast kernel that computes something else must never make it into a table."""
+    """A fast kernel that computes something else must never appear in a table."""
     name = f"local_attention_{'forward' if what == 'output' else 'backward'}"
     right = getattr(cpu, name)
 
     def wrong(*arguments):
         result = right(*arguments)
-        (result[0] if what == "output" else arguments[-1][1]).mul_(1.01)  # of the gradients the key's
+        (result[0] if what == "output" else arguments[-1][1]).mul_(1.01)  # the output, or the gradient of key
         return result
 
     monkeypatch.setattr(cpu, name, wrong)
@@ -85,7 +85,7 @@ def test_a_wrong_backend_is_not_timed(what, tmp_path, monkeypatch, capsys):
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("begins_stage", [False, True])
 def test_flex_attention_is_the_same_function(begins_stage, monkeypatch):
-    """Uncompiled and with its check for the CPU out of the way: score_mod and block mask say what ours computes."""
+    """Uncompiled and without the CPU check, score_mod and the block mask must compute the same function as our op."""
     from torch.nn.attention import flex_attention
 
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
@@ -132,7 +132,7 @@ def test_fitted_exponent_of_a_power_law():
 
 
 def test_memory_is_the_peak_of_a_fresh_process():
-    """Each figure starts from zero: what an earlier contender took and freed would otherwise hide the next one's."""
+    """Each peak starts from zero; otherwise, memory freed by an earlier contender would hide the next peak."""
     found = timing.in_fresh_process(_take_and_free, 50)
     assert 49 * 2**20 <= found <= 60 * 2**20
 
@@ -189,7 +189,7 @@ def test_refusals_name_the_remedy(arguments, message, capsys):
 
 
 def test_without_matplotlib_a_chart_is_refused_before_anything_is_measured(monkeypatch, capsys):
-    """An hour of measuring must not end in an ImportError."""
+    """Check that --plot is refused early, so that an hour of measurements cannot end in an ImportError."""
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else found(name, *a))
     monkeypatch.setattr(benchmark, "_set_up", lambda options: pytest.fail("went on to measure"))

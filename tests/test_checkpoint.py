@@ -1,4 +1,4 @@
-"""A checkpoint appears whole or not at all; what cannot be trusted is named, and no code in it runs."""
+"""Check that checkpoints are written atomically, untrusted ones are refused by name, and no code in them runs."""
 
 import errno
 import itertools
@@ -97,7 +97,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 
 
 def test_a_disk_that_ends_in_the_middle_of_a_file_is_named(tmp_path):
-    """A limit on the size of files stands in for it: the write itself fails, inside torch.save."""
+    """A file size limit simulates a full disk: the write itself fails, inside torch.save."""
     code = f"""
 import resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -133,7 +133,7 @@ def test_best_is_a_copy_where_the_disk_has_no_links(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("call", ["unlink", "replace", "fsync", "open", "link"])
 def test_a_kill_between_any_two_calls_leaves_a_good_newest_checkpoint(tmp_path, call):
-    """Every call that changes the folder is in turn the last one that a process makes, and the next one goes on."""
+    """Kill the process at each call that changes the folder in turn; the next process must continue the run."""
     reached, is_done = 0, False
     while not is_done:
         folder = tmp_path / f"{call}{reached}"
@@ -152,7 +152,7 @@ def test_a_kill_between_any_two_calls_leaves_a_good_newest_checkpoint(tmp_path, 
 
 
 def dies(work, call: str, num_calls: int) -> bool:
-    """Do `work` in a process that ends, without a word, before call `num_calls` of os.`call`; whether it got there."""
+    """Do `work` in a process that exits silently before call `num_calls` of os.`call`; return True if it does so."""
     process = os.fork()
     if process == 0:
         real, calls = getattr(os, call), itertools.count()
@@ -168,7 +168,7 @@ def failing(real, calls, number: int):
 
 @pytest.mark.parametrize("call", ["unlink", "replace", "fsync", "open"])
 def test_a_failure_of_any_call_leaves_each_checkpoint_under_its_own_step(tmp_path, monkeypatch, call):
-    """A run that goes on all the same writes the next one."""
+    """Check that a run that continues after a failed save still writes its next checkpoint."""
     reached, is_done = 0, False
     while not is_done:
         folder = tmp_path / f"{call}{reached}"
@@ -179,7 +179,7 @@ def test_a_failure_of_any_call_leaves_each_checkpoint_under_its_own_step(tmp_pat
                 checkpoints.save(content(4), is_best=True)
             except CheckpointError:
                 pass
-            except OSError as error:  # of sweeping up, which the run does not survive
+            except OSError as error:  # raised during cleanup, which ends the run
                 assert error.errno == errno.ENOSPC
             is_done = next(calls) <= reached
         checkpoints.save(content(5), is_best=False)
@@ -196,7 +196,7 @@ def test_a_damaged_manifest_counts_as_a_damaged_checkpoint(tmp_path):
 
 
 def test_a_checkpoint_without_its_manifest_is_judged_by_its_own_checksums(tmp_path):
-    """It may have been copied from elsewhere."""
+    """Check that a checkpoint that was copied without its manifest is verified by its own checksums."""
     filled(tmp_path)
     os.rename(tmp_path / "last.pt", tmp_path / "copy.pt")
     assert load_checkpoint(tmp_path / "copy.pt")["step"] == 5
@@ -215,7 +215,7 @@ def test_another_format_is_refused_and_no_reason_to_go_back(tmp_path, version):
 
 
 def test_a_disk_that_cannot_be_read_now_is_no_damage(tmp_path):
-    """Going back would lose work that comes back with the disk."""
+    """Check that a temporary read error is not treated as damage, because an older checkpoint would lose work."""
     filled(tmp_path)
     (tmp_path / "last.pt").unlink()
     (tmp_path / "last.pt").mkdir()
@@ -238,14 +238,14 @@ def test_damaged_checkpoints_are_kept_aside_and_do_not_push_out_new_ones(tmp_pat
 
 
 def test_the_newest_is_the_one_of_the_highest_step(tmp_path):
-    """last.pt was lost, and best.pt is newer than every numbered one."""
+    """Check that the checkpoint of the highest step is used if last.pt is lost and best.pt is the newest file."""
     filled(tmp_path, steps=(1, 2, 3), keep=1, best=(3,))
     (tmp_path / "last.pt").unlink()
     assert newest_step(tmp_path)[0] == 3
 
 
 def test_a_compressed_file_is_refused_unread(tmp_path):
-    """A few KB of it could be terabytes in memory."""
+    """Check that compressed files are refused unread, because several KB could expand to terabytes in memory."""
     torch.save(content(1), tmp_path / "x.pt")
     with zipfile.ZipFile(tmp_path / "x.pt") as plain, zipfile.ZipFile(tmp_path / "bomb.pt", "w") as bomb:
         for entry in plain.infolist():

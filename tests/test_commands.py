@@ -1,4 +1,4 @@
-"""The commands as users run them: what they leave behind, what they refuse, and that nothing is lost on the way."""
+"""Run the commands as users do: check their output files, what they refuse, and that nothing is lost on the way."""
 
 import json
 import os
@@ -26,7 +26,7 @@ FAST = ("debug", "overfit", "quickstart", "cifar10_hybrid_resnet26", "imagenet_s
 
 @pytest.mark.parametrize("name", slow_but_for(FAST, EXPERIMENTS))
 def test_every_experiment_takes_two_steps(name, tmp_path, monkeypatch, image_folder):
-    """On tiny data and a narrow model; everything else is the preset's own."""
+    """Each experiment runs on tiny data with a narrow model; all other settings are those of the preset."""
     data = ["data=image_folder", f"data.root={image_folder}", "data.image_size=16"] if "cifar" in name else []
     if "imagenet" in name:
         data = [f"data.root={imagenet_root(tmp_path)}", "data.image_size=96", "data.max_val_images=8"]
@@ -40,7 +40,7 @@ def test_every_experiment_takes_two_steps(name, tmp_path, monkeypatch, image_fol
 
 @pytest.mark.parametrize("name", slow_but_for(FAST, [name for name in EXPERIMENTS if "imagenet" in name]))
 def test_imagenet_presets_read_tar_shards(name, tmp_path, monkeypatch):
-    """The same two steps from shards as from folders, to the last digit."""
+    """Check that two steps on shards give exactly the same numbers as two steps on folders."""
     folders, shards = imagenet_root(tmp_path), tmp_path / "shards"
     assert prepare.shard(folders, shards, images_per_shard=9) == 0
     small = ["model.width=0.125", "model.num_heads=2", "trainer.global_batch_size=8", "trainer.max_steps=2"]
@@ -52,7 +52,7 @@ def test_imagenet_presets_read_tar_shards(name, tmp_path, monkeypatch):
 
 
 def imagenet_root(tmp_path: Path) -> Path:
-    """Images arranged as ImageNet's: real ones where TINY_IMAGENET names such a folder, else made up."""
+    """Return images arranged like ImageNet's: real ones from the TINY_IMAGENET folder if it is set, else synthetic."""
     if "TINY_IMAGENET" in os.environ:
         return Path(os.environ["TINY_IMAGENET"])
     if not (tmp_path / "imagenet").exists():
@@ -97,7 +97,7 @@ def test_a_run_leaves_what_the_readme_promises(command, in_process, tmp_path):
 
 
 def test_killed_and_stopped_runs_end_as_one_never_touched(in_process, tmp_path):
-    """Mid-epoch: a SIGKILL, a SIGTERM (75) and a SIGINT (75), each followed by the same command at other workers."""
+    """In mid-epoch, SIGKILL, SIGTERM (exit code 75) and SIGINT (75) are each followed by a rerun with other workers."""
     run = [*TINY, "trainer.epochs=6", "trainer.ema_decay=0.9", "model.drop_path_rate=0.2", "data.resident=false"]
     run += ["trainer.checkpoint_every_steps=3"]
     in_process("train", *run, "run_name=whole", "data.num_workers=0")
@@ -159,20 +159,20 @@ def test_resume_never_folder_and_checkpoint(tmp_path, monkeypatch, capsys, in_pr
     out = tmp_path / "out"
     assert run_in_process(tmp_path, monkeypatch, *run, "resume=never") == 0
     assert rows(out / "a-2") == rows(out / "a")
-    # A checkpoint: the rest of the run in a new folder, the old one left alone.
+    # A checkpoint as the source: the rest of the run goes to a new folder, and the old one is unchanged.
     before = (out / "a/checkpoints/last.pt").read_bytes()
     middle = "out/a/checkpoints/step-00000005.pt"
     assert run_in_process(tmp_path, monkeypatch, *run, f"resume={middle}") == 0
     assert rows(out / "a-3") == [row for row in rows(out / "a") if row["step"] > 5]
     assert (out / "a/checkpoints/last.pt").read_bytes() == before
-    # A folder, in place; without a group choice its own config is the base.
+    # A run folder as the source: continued in place; without a group choice, its own config is the base.
     assert "out/a is finished" in in_process("train", "resume=out/a").stdout
     assert "model.kernel_size: 3 -> 5" in in_process("train", "resume=out/a", "model.kernel_size=5", expect=2).stderr
     longer = ["resume=out/a", "trainer.epochs=4", "allow_config_change=[trainer.epochs]"]
     assert run_in_process(tmp_path, monkeypatch, *longer) == 0
     assert rows(out / "a")[-1]["epoch"] == 4
     assert run_in_process(tmp_path, monkeypatch, *run, "resume=nowhere") == 2
-    # What one continuation was allowed, the next is not; and finished is finished.
+    # A permission given to one continuation does not apply to the next, and a finished run stays finished.
     assert "out/a is finished" in in_process("train", "resume=out/a").stdout
     assert run_in_process(tmp_path, monkeypatch, "resume=out/a", "trainer.epochs=5") == 2
     assert run_in_process(tmp_path, monkeypatch, *run, "resume=out/a/checkpoints/last.pt", "trainer.epochs=4") == 2
@@ -188,23 +188,23 @@ def test_an_allowed_change_that_cannot_be_is_refused_and_leaves_the_run_as_it_wa
     assert "allow_config_change=['model.width'] asks too much" in in_process("train", *wider, expect=2).stderr
     assert (tmp_path / "out/a/config.yaml").read_text() == before
     (tmp_path / "out/a/config.yaml").write_text(before[: len(before) // 2] + "\n  - [")
-    assert run_in_process(tmp_path, monkeypatch, "resume=out/a") == 0  # the checkpoint's own config is whole
+    assert run_in_process(tmp_path, monkeypatch, "resume=out/a") == 0  # the checkpoint's own config is complete
 
 
 def test_the_defaults_train(tmp_path, monkeypatch):
-    """`sasa-train` with nothing chosen: the paper's stem and four stages on 8x8 digits, down to one position."""
+    """Run `sasa-train` with its defaults: the paper's stem and four stages on 8x8 digits, reduced to one position."""
     small = ["trainer.max_steps=1", "trainer.global_batch_size=2", "data.max_val_images=10", "model.width=0.125"]
     assert run_in_process(tmp_path, monkeypatch, *small, "model.num_heads=2", "data.max_train_images=10") == 0
 
 
 def test_evaluations_and_saves_are_not_training_time(tmp_path, monkeypatch):
-    """A save that takes 0.3 s, four times: neither the speed nor the training time may show it."""
+    """Each save is slowed by 0.3 s, which must affect neither the reported speed nor the training time."""
     real = Checkpoints.save
     monkeypatch.setattr(Checkpoints, "save", lambda *a, **k: (time.sleep(0.3), real(*a, **k))[1])
     start = time.perf_counter()
     assert run_in_process(tmp_path, monkeypatch, *TINY, "run_name=a", "trainer.checkpoint_every_steps=4") == 0
     elapsed, seconds = time.perf_counter() - start, load_checkpoint(tmp_path / "out/a/checkpoints/last.pt")["seconds"]
-    assert 0 < seconds < elapsed - 6 * 0.3  # three epochs' ends, each saved before and after its evaluation
+    assert 0 < seconds < elapsed - 6 * 0.3  # three epochs, each saved before and after its evaluation
 
 
 def test_another_trajectory_in_the_same_folder_is_refused(tmp_path, monkeypatch, in_process):
@@ -223,7 +223,7 @@ def test_hydras_sweep_makes_a_run_folder_a_job(command, in_process, tmp_path):
     assert found == ["finished"] * 2, out
     process = in_process("train", *TINY, "trainer.epoch=1,2", "-m", expect=2)
     assert "did you mean trainer.epochs?" in process.stderr
-    process = in_process("train", *TINY, "trainer.epochs=1,0", "-m", expect=2)  # refused before the first job begins
+    process = in_process("train", *TINY, "trainer.epochs=1,0", "-m", expect=2)  # refused before the first job starts
     assert process.stderr == "train: trainer.epochs=0 must be positive\n"
 
 
@@ -250,7 +250,7 @@ def test_the_summary_command(capsys, in_process):
 
 
 def test_several_processes_are_refused_without_torchrun(monkeypatch, capsys):
-    """A leftover of another job's environment, say: the run would wait for processes that nobody starts."""
+    """Check that environment variables left by another job are refused; the run would wait for missing processes."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert train.run_command(["experiment=debug"]) == 2
     assert "WORLD_SIZE=2, but torchrun did not start this process" in capsys.readouterr().err

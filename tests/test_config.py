@@ -1,4 +1,4 @@
-"""Configs are typed and checked, and refused with the remedy before anything is loaded."""
+"""Check that configs are typed and validated, and that invalid ones are refused with a remedy before data is loaded."""
 
 import re
 
@@ -100,7 +100,7 @@ def test_every_key_has_a_meaning():
 
 
 def test_arguments_of_an_optimizer_are_one_key():
-    """Named as one where two configs differ, replaced as one in a saved config, and so removable."""
+    """The arguments are reported and replaced as a single key, so arguments in a saved config can be removed."""
     old = compose_config(["optimizer.name=adamw", "optimizer.args={amsgrad:true}"])
     new = compose_config(["optimizer.name=adamw", "optimizer.args={amsgrad:false,maximize:true}"])
     assert differing_keys(old, new) == ["optimizer.args"]

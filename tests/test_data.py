@@ -1,4 +1,4 @@
-"""A sample is what (seed, epoch, index) makes it, whoever reads it; and bad folders are refused by name."""
+"""Check that a sample depends only on (seed, epoch, index), not on its reader, and that bad folders are refused."""
 
 import itertools
 
@@ -42,7 +42,7 @@ def test_accumulation_only_cuts_the_batches_smaller():
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_large_images_are_streamed_with_their_own_randomness(image_folder, num_workers):
-    """Random-resized crops come from torchvision, whose randomness is torch's generator: left as it was."""
+    """Random-resized crops use torchvision, which draws from torch's global generator; its state must not change."""
     overrides = ("data=image_folder", f"data.root={image_folder}", "data.image_size=72", "trainer.global_batch_size=4")
     torch.manual_seed(5)
     first = batches(config_for(*overrides, f"data.num_workers={num_workers}"))
@@ -66,13 +66,13 @@ def test_draws_are_uniform_and_independent_of_the_batch():
     draws = sample_draws(7, 2, np.arange(40_000), 3)
     counts = np.stack([np.histogram(column, bins=16, range=(0, 1))[0] for column in draws.T])
     chi_square = ((counts - 2500) ** 2 / 2500).sum(1)
-    assert (chi_square < 40).all()  # 15 degrees of freedom: 40 is passed once in 2,000 draws; the numbers are fixed
+    assert (chi_square < 40).all()  # 15 degrees of freedom: 40 is exceeded once in 2,000; seeds are fixed
     assert abs(np.corrcoef(draws.T) - np.eye(3)).max() < 0.02
     assert np.array_equal(sample_draws(7, 2, np.array([123, 5]), 3), draws[[123, 5]])
 
 
 def test_small_crops_are_torchvisions():
-    """Every crop is one that pad-and-crop can give, each offset and both flips occur, and images differ in theirs."""
+    """Each crop is a possible pad-and-crop result, every offset and both flips occur, and images' draws differ."""
     config = compose_config(["data=cifar10", "augment.crop_padding=1"])
     augment = Augment(config.data, config.augment, 0, (0.5,) * 3)
     image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
@@ -160,7 +160,7 @@ def test_cifar_is_read_from_class_folders_where_they_are(tmp_path):
 
 
 class FakeCifar:
-    """Stands in for torchvision's class, whose files are on the network."""
+    """Stands in for torchvision's class, which would download its files."""
 
     def __init__(self, root, train, download):
         assert download

@@ -1,4 +1,4 @@
-"""sasa-data: a report that misses nothing planted, and data sets that are written whole, resumed and never mixed."""
+"""Check that sasa-data reports every planted defect, and that data sets are written fully, resumed and never mixed."""
 
 import gzip
 import hashlib
@@ -21,7 +21,7 @@ from sasa_train.terminal import printable
 
 ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 ARCHIVES["devkit"] = "ILSVRC2012_devkit_t12.tar.gz"
-WNIDS = {"n00000002": 5, "n00000003": 3, "n00000011": 2}  # and how many training images
+WNIDS = {"n00000002": 5, "n00000003": 3, "n00000011": 2}  # class -> number of train images
 VAL_WNIDS = ["n00000011", "n00000002", "n00000003", "n00000002"]
 
 
@@ -40,7 +40,7 @@ def last_line(text: str) -> str:
 
 
 def assert_same_sets(root: Path, other: Path) -> None:
-    """Same classes, labels and decoded pixels, image by image."""
+    """Check that the data sets have the same classes, labels and decoded pixels, image by image."""
     for expected, images in zip(*(load(r) for r in (root, other)), strict=True):
         assert images.classes == expected.classes
         assert np.array_equal(images.labels, expected.labels)
@@ -83,7 +83,7 @@ def test_sizes_and_modes_are_listed(image_folder, capsys):
 
 
 def test_broken_files_are_named(image_folder, capsys):
-    """Training met the first of them after hours; here each is named with its reason."""
+    """Check that each broken file is reported with its reason; training would fail at the first one after hours."""
     folder = image_folder / "train" / "red"
     pixels = np.random.default_rng(0).integers(0, 256, (67, 67, 3), dtype=np.uint8)
     (folder / "cut.jpg").write_bytes(encoded(Image.fromarray(pixels), "JPEG")[:1500])
@@ -98,7 +98,7 @@ def test_broken_files_are_named(image_folder, capsys):
 
 
 def test_duplicates_are_found_by_their_pixels(image_folder, capsys):
-    """A val image that is in train too flatters top1, whatever format and name it was copied to."""
+    """Check that a val image that is also in train is found in any format, because it would inflate top1."""
     train, val = image_folder / "train", image_folder / "val"
     shutil.copy(train / "blue" / "2.png", val / "blue" / "copy.png")
     Image.open(train / "red" / "3.png").save(val / "blue" / "other_format.bmp")
@@ -113,7 +113,7 @@ def test_duplicates_are_found_by_their_pixels(image_folder, capsys):
 
 
 def test_many_duplicates_are_cut_short(tmp_path, capsys):
-    """Every val image is a copy: 20 groups are named and the rest is counted."""
+    """Check that 20 groups of duplicates are listed and the others are counted if every val image is a copy."""
     for i in range(23):
         for split in ("train", "val"):
             (tmp_path / split / "a").mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ def test_many_duplicates_are_cut_short(tmp_path, capsys):
 
 
 def test_mean_and_std_weigh_every_image_the_same(tmp_path, capsys):
-    """On images of different sizes a mean over pixels would let the large ones decide."""
+    """Check that every image has the same weight, whereas a mean over pixels would favour large images."""
     rng = np.random.default_rng(1)
     images = [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) // (1, 2, 3) for h, w in ((3, 5), (31, 29), (7, 11))]
     for i, pixels in enumerate(images):
@@ -133,12 +133,12 @@ def test_mean_and_std_weigh_every_image_the_same(tmp_path, capsys):
     mean = np.mean([(image / 255).mean((0, 1)) for image in images], axis=0)
     std = np.sqrt(np.mean([((image / 255) ** 2).mean((0, 1)) for image in images], axis=0) - mean**2)
     overrides = next(line for line in out.splitlines() if line.startswith("mean, std")).split()[2:]
-    data = compose_config(overrides).data  # as pasted
+    data = compose_config(overrides).data  # as a user would paste them
     assert data.mean == pytest.approx(mean, abs=6e-5) and data.std == pytest.approx(std, abs=6e-5)
 
 
 def test_classes_without_images_are_problems(image_folder, capsys):
-    """torchvision refuses the whole set at the first of them; the report names them all."""
+    """Check that all empty classes are listed, whereas torchvision rejects the data set at the first one."""
     shutil.rmtree(image_folder / "val" / "red")
     (image_folder / "train" / "green").mkdir()
     out = verify(capsys, image_folder, expect=1)
@@ -148,7 +148,7 @@ def test_classes_without_images_are_problems(image_folder, capsys):
 
 
 def test_class_folders_without_splits(image_folder, capsys):
-    """A folder of classes, one of which is called train, is one split."""
+    """Check that a folder of classes is a single split, even if one class is called train."""
     (image_folder / "train" / "red").rename(image_folder / "train" / "train")
     out = verify(capsys, image_folder / "train")
     assert "18 all" in out and last_line(out) == "18 images, nothing wrong"
@@ -182,7 +182,7 @@ def test_roots_that_are_refused(tmp_path, capsys):
 
 
 def test_names_cannot_write_on_the_terminal(tmp_path, capsys):
-    """A class named by a terminal escape would clear the screen, or hide the line above it."""
+    """Check that class names are escaped, because a terminal escape could clear the screen or hide lines."""
     folder = tmp_path / "train" / "\x1b[2Jcat"
     folder.mkdir(parents=True)
     (folder / "a\rb.png").write_text("no image")
@@ -196,7 +196,7 @@ def test_names_cannot_write_on_the_terminal(tmp_path, capsys):
 
 
 def test_shards_are_the_same_data_set(image_folder, tmp_path, capsys):
-    """Labels, order and pixels are those of the folders, so a run on either is the same run."""
+    """Labels, order and pixels match those of the folders, so a run gives the same results on either."""
     shards = tmp_path / "shards"
     assert run_command(["shard", str(image_folder), str(shards), "--images-per-shard=7"]) == 0
     assert sorted(p.name for p in (shards / "train").glob("*.tar")) == [f"train-00000{i}.tar" for i in range(3)]
@@ -219,7 +219,7 @@ def test_shards_of_two_sources_are_not_mixed(image_folder, tmp_path, capsys):
 
 
 def test_places_that_shards_may_not_go_to(image_folder, tmp_path, capsys, monkeypatch):
-    """Inside the source they would be read as part of it; among class folders they would hide them."""
+    """Check that shards cannot be written into the source, which would include them, or among class folders."""
     assert "must not be inside" in refused(capsys, "shard", image_folder, image_folder / "train" / "shards")
     other = make_image_folder(tmp_path / "other")
     assert "holds class folders already" in refused(capsys, "shard", image_folder, other)
@@ -239,7 +239,7 @@ def jpeg(seed: int) -> bytes:
 
 
 def devkit() -> bytes:
-    """A devkit like the real one: synsets of leaves and inner nodes, with ids in another order than the WordNet ids."""
+    """Return a devkit like the real one: leaf and inner synsets, with ids in a different order than the WordNet ids."""
     savemat = pytest.importorskip("scipy.io", reason="scikit-learn, in the extra dev, brings scipy").savemat
     fields = ["ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children", "wordnet_height"]
     rows = [(3, "n00000002", "a, b", "-", 0, [], 0), (1, "n00000011", "c", "-", 0, [], 0)]
@@ -253,7 +253,7 @@ def devkit() -> bytes:
 
 
 def train_files() -> dict[str, dict[str, bytes]]:
-    """wnid -> name -> JPEG, in no order, as in the real archive."""
+    """Map wnid -> name -> JPEG, unsorted as in the real archive."""
     return {w: {f"{w}_{n}.JPEG": jpeg(100 * n + int(w[1:])) for n in range(WNIDS[w])[::-1]} for w in list(WNIDS)[::-1]}
 
 
@@ -263,7 +263,7 @@ def train_archive(files: dict[str, dict[str, bytes]]) -> bytes:
 
 @pytest.fixture
 def archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The three archives of an ImageNet of three classes, and its checksums in the place of the real ones."""
+    """Create the three archives of a three-class ImageNet, and replace the expected checksums with theirs."""
     folder = tmp_path / "archives"
     folder.mkdir()
     contents = {
@@ -275,7 +275,7 @@ def archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / ARCHIVES[part]).write_bytes(data)
     sums = {part: (ARCHIVES[part], hashlib.md5(data).hexdigest()) for part, data in contents.items()}
     monkeypatch.setattr(prepare, "ARCHIVE_META", sums)
-    monkeypatch.setattr(writing.os, "sync", lambda: None)  # of the whole machine
+    monkeypatch.setattr(writing.os, "sync", lambda: None)  # it would sync the whole machine
     return folder
 
 
@@ -284,7 +284,7 @@ def prepare_imagenet(archives: Path, dest: Path, *more: str) -> int:
 
 
 def test_imagenet_as_class_folders(archives, tmp_path, capsys):
-    """Every image is where its label says, byte by byte; a wrong offset or a shifted val label would be seen here."""
+    """Every image is stored byte for byte under its label, which a wrong offset or shifted val labels would violate."""
     dest = tmp_path / "imagenet"
     assert prepare_imagenet(archives, dest) == 0
     assert f"data=imagenet data.root={dest}" in capsys.readouterr().out
@@ -308,7 +308,7 @@ def test_imagenet_as_shards_is_the_same_data_set(archives, tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments", [(), ("--shards", "--images-per-shard=3")], ids=["folders", "shards"])
 def test_a_stopped_command_goes_on(archives, tmp_path, capsys, monkeypatch, arguments):
-    """Stopped within the second class or shard; the end is that of a command never stopped, the first kept as it is."""
+    """A command stopped at the second class or shard resumes, keeps the first unchanged, and gives the same result."""
     dest, whole = tmp_path / "imagenet", tmp_path / "whole"
     reads, read = [], writing.Originals.read
 
@@ -331,7 +331,7 @@ def test_a_stopped_command_goes_on(archives, tmp_path, capsys, monkeypatch, argu
 
 
 def test_class_folders_of_something_else_are_refused(archives, tmp_path, capsys):
-    """A folder left by another program would be taken for done, or make a class too many."""
+    """Check that foreign class folders are refused: they could be mistaken for finished ones or add classes."""
     dest = tmp_path / "imagenet"
     (dest / "train" / "n00000002").mkdir(parents=True)
     assert "holds 0 files, the archive 5" in refused(capsys, "prepare", "imagenet", archives, dest)
@@ -341,7 +341,7 @@ def test_class_folders_of_something_else_are_refused(archives, tmp_path, capsys)
 
 @pytest.mark.parametrize("name", ["../evil.JPEG", "/tmp/evil.JPEG", "a/b.JPEG", "..\\evil.JPEG", "a..JPEG", "evil.sh"])
 def test_hostile_names_are_refused(archives, tmp_path, capsys, name):
-    """An archive from elsewhere must not write outside of DEST."""
+    """Check that an untrusted archive cannot write outside DEST."""
     dest = tmp_path / "imagenet"
     files = train_files()
     files["n00000003"][name] = jpeg(1)
@@ -359,14 +359,14 @@ def test_links_are_refused(archives, tmp_path, capsys):
 
 
 def test_archives_that_are_not_the_original(archives, tmp_path, capsys, monkeypatch):
-    """A wrong checksum, a download cut off, a missing archive, a full disk: refused before anything is written."""
+    """Check that a wrong checksum, truncated download, missing archive or full disk is reported before writing."""
     command = ("prepare", "imagenet", archives, tmp_path / "imagenet")
     with monkeypatch.context() as patch:
         patch.setattr(writing.shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(1000))
         assert "are to be written" in refused(capsys, *command)
     train = archives / ARCHIVES["train"]
     data = bytearray(train.read_bytes())
-    data[1700] ^= 1  # in an image
+    data[1700] ^= 1  # inside an image
     train.write_bytes(data)
     assert "its MD5 is" in refused(capsys, *command)
     train.write_bytes(data[:9000])

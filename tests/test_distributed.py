@@ -1,4 +1,4 @@
-"""One run by several processes, started by real torchrun on gloo: the same images, the same numbers, one voice."""
+"""Check that one run by several processes, started by torchrun with gloo, gives the same results and a single log."""
 
 import functools
 import json
@@ -27,7 +27,7 @@ from sasa_train.processes.collectives import restart_warning
 from sasa_train.refusal import ConfigError
 from sasa_train.train import read_config
 
-# 38 digits and batches of 12 are 3 steps per epoch, 6 in all; no batch statistics, and augmentation of every kind.
+# With 38 digits, batches of 12 give 3 steps per epoch and 6 in all; no batch statistics, all kinds of augmentation.
 RUN = (
     "model=timm", "model.name=convnext_atto", "data=digits", "data.image_size=32", "data.max_train_images=38",
     "data.max_val_images=31", "augment.policy=trivial_augment", "augment.brightness=0.3", "augment.erasing_prob=0.5",
@@ -43,7 +43,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(folder) -> Callable[[int], Path]:
-    """undisturbed(n) is the folder of one and the same run by n processes; `notes/n` has what the model was given."""
+    """Return a function: undisturbed(n) is the folder of the same run by n processes; `notes/n` has model inputs."""
 
     @functools.cache
     def run_by(n: int) -> Path:
@@ -58,7 +58,7 @@ def undisturbed(folder) -> Callable[[int], Path]:
 
 
 def noted(run: Path, kind: str) -> dict[str, list[str]]:
-    """The notes by step, over all processes in their order."""
+    """Return the recorded notes by step, concatenated over all processes in rank order."""
     paths = sorted((run.parents[1] / "notes" / run.name).iterdir())
     parts = [json.loads(path.read_text())[kind] for path in paths]
     return {step: [entry for part in parts for entry in part.get(step, [])] for step in parts[0]}
@@ -80,7 +80,7 @@ def test_rows_are_those_of_one_process(undisturbed, num_processes):
 
 
 def assert_close_rows(run: Path, expected_run: Path) -> None:
-    """Sums are added in another order, no more: seen were differences of 1e-7."""
+    """Compare metrics with a tolerance for the order of summation; observed differences are 1e-7."""
     found, expected = rows(run), rows(expected_run)
     assert len(expected) == 6 + 2 and [row.pop("split") for row in found] == [row.pop("split") for row in expected]
     assert found == [pytest.approx(row, rel=1e-3) for row in expected]
@@ -88,14 +88,14 @@ def assert_close_rows(run: Path, expected_run: Path) -> None:
 
 @several_processes
 def test_an_evaluation_sees_every_image_once(undisturbed, num_processes):
-    """31 val images, which neither number divides; weights with and without average, in two evaluations."""
+    """No number of processes divides the 31 val images; averaged and raw weights are evaluated separately."""
     one, several = noted(undisturbed(1), "val"), noted(undisturbed(num_processes), "val")
     assert one.keys() == several.keys() == {"3", "6"}
     assert all(len(set(images)) == 31 and sorted(images) == sorted(several[step]) for step, images in one.items())
 
 
 def test_gradients_are_added_once_a_step(folder, undisturbed):
-    """After the first of two micro-batches each process has its own, after the second all have the same."""
+    """After the first of two micro-batches the gradients of the processes differ; after the second they are equal."""
     undisturbed(2)
     one, other = (json.loads((folder / f"notes/2/{rank}.json").read_text())["grad"] for rank in (0, 1))
     for step in one:
@@ -105,7 +105,7 @@ def test_gradients_are_added_once_a_step(folder, undisturbed):
 
 @pytest.mark.slow
 def test_a_killed_process_is_restarted_by_torchrun_and_nothing_is_lost(folder, undisturbed):
-    """Without a key of its own for each attempt, the processes would not find each other (pytorch issue 135712)."""
+    """Check that a killed process is restarted; this needs a separate store key per attempt (pytorch issue 135712)."""
     options = ("--standalone", "--max-restarts=1")
     code, said = launch(folder, 2, *RUN, "run_name=killed", options=options, DISTURB="SIGKILL:1:4")
     assert code == 0 and "continues   at step 3" in said, said
@@ -126,7 +126,7 @@ def test_a_signal_to_one_process_stops_all_and_any_number_goes_on(folder, undist
 
 @pytest.mark.slow
 def test_two_torchruns_as_two_machines_make_one_run(folder, undisturbed):
-    """Each has a folder of its own, so that they share no disk: the second one's stays empty."""
+    """Each machine has its own folder to simulate separate disks, and the second one's folder stays empty."""
     (folder / "other").mkdir()
     options = ("--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=1", f"--rdzv-endpoint=127.0.0.1:{free_port()}")
     options += ("--local-addr=127.0.0.1",)
@@ -157,7 +157,7 @@ def test_a_refusal_is_said_once_and_ends_all_with_2(folder):
 
 @pytest.mark.slow
 def test_a_failure_of_one_process_ends_all_and_says_which(folder):
-    """Within the timeout of `launch`; gloo alone would wait for half an hour."""
+    """The run must end within the timeout of `launch`, whereas gloo would wait for half an hour."""
     code, said = launch(folder, 2, *RUN, "run_name=nan", DISTURB="NAN:1:2")
     assert code == 1 and "the loss of step 2 is not finite" in said, said
     failed = [line for line in said.splitlines() if "the loss of step 2" in line]
@@ -184,7 +184,7 @@ def test_a_loss_that_is_checked_late_changes_no_weights_and_is_never_saved(folde
 
 @pytest.mark.slow
 def test_unreadable_images_are_named_once_and_counted_over_all(tmp_path):
-    """Streamed by a worker of each process; the last val image is the second process's."""
+    """Images are streamed by one worker per process; the last val image belongs to the second process."""
     root = make_image_folder(tmp_path / "images")
     broken = [root / "train/blue/3.png", root / "val/red/4.png"]
     for path in broken:
@@ -269,7 +269,7 @@ def test_restarts_on_several_machines_need_a_variable(monkeypatch):
 
 
 def test_restarts_never_begin_anew(monkeypatch):
-    """With resume=never each restart would make the next numbered folder."""
+    """Check that resume=never is refused with restarts, because each would create the next numbered folder."""
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     assert read_config(["experiment=debug"]).resume == "auto"
     with pytest.raises(ConfigError, match="resume=never with torchrun --max-restarts=3"):

@@ -1,9 +1,9 @@
-"""README.md and docs/ tell the truth: links lead somewhere, pictures are shown, commands and snippets run.
+"""Check that README.md and docs/ are correct: links and figures resolve, and commands and code snippets run.
 
-A page's fenced blocks `sh` and `python` are run, in their order, in a folder of the page's own that holds a finished
-quickstart run; an `output` block is what the python block before it prints. Blocks without a language are shown only.
-A `console` block has a message after the `$ command` that brings it about; without a command its words are looked for
-in the source. `...` in it stands for anything.
+The `sh` and `python` blocks of a page run in order, in a separate folder that contains a finished quickstart run; an
+`output` block must match what the preceding python block prints. Blocks without a language are not run. A `console`
+block shows the message printed by its `$ command`; without a command, its words must occur in the source code. There,
+`...` matches any text.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [*sorted(ROOT.glob("*.md")), *DOCS]
 RUN = "outputs/digits-hybrid_resnet26-e20-s0-b4dbb30e"
 COMMAND = re.compile(r"^\s*(?:sasa-\w+|python3?|torchrun|sbatch|pip|tensorboard)\b", re.MULTILINE)
-# Why a block with commands is shown and not run; each of them says so in what it shows.
+# Reasons why a block of commands is displayed but not run, keyed by a pattern that occurs in the block.
 NOT_RUN = {
     r"^python3 -m venv": "an environment of its own; .ci/run runs it",
     r"/path/to/|/data/": "the reader's own images",
@@ -49,7 +49,7 @@ NOT_RUN = {
 @dataclass
 class Block:
     page: Path
-    line: int  # of its first line, from 1
+    line: int  # line number of its first line, from 1
     language: str
     text: str
 
@@ -65,7 +65,7 @@ def blocks_of(page: Path) -> list[Block]:
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 COMMANDS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
-# The source with texts that go over several lines made whole.
+# The source code, with string literals that span several lines joined.
 SOURCE = re.sub(
     r"\"\s*\n\s*(?:\+ )?f?\"",
     "",
@@ -80,19 +80,19 @@ def name(page: Path) -> str:
 
 
 def prose(page: Path) -> str:
-    """A page without what is code."""
+    """Return a page without its code."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     return re.sub(r"`[^`\n]*`", "", text)
 
 
 def links(page: Path) -> Iterator[str]:
-    """The targets of links and pictures."""
+    """Yield the targets of links and images."""
     for match in re.finditer(r"\]\(([^)\s]+)[^)]*\)|^\[[^\]]+\]:\s*(\S+)|(?:href|src)=\"([^\"]+)", prose(page), re.M):
         yield match[1] or match[2] or match[3]
 
 
 def anchors(page: Path) -> set[str]:
-    """GitHub's anchors of the page's headings; a second heading of the same name gets a number."""
+    """Return GitHub's anchors for the headings of a page; repeated headings get a numeric suffix."""
     found: list[str] = []
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     for heading in re.findall(r"^#{1,6} +(.*?)\s*$", text, re.MULTILINE):
@@ -127,7 +127,7 @@ def test_the_index_names_every_page() -> None:
 
 
 def test_pages_and_tests_that_are_named_are_there() -> None:
-    """Comments and messages name pages, and pages name the tests that hold their promises."""
+    """Comments and messages refer to pages, and pages refer to the tests that check their claims."""
     sources = [path for folder in ("sasa_train", "scripts", "configs", "tests") for path in (ROOT / folder).rglob("*")]
     for path in [*PAGES, *(path for path in sources if path.suffix in (".py", ".yaml", ".sh", ".sbatch"))]:
         text = path.read_text(encoding="utf-8")
@@ -147,7 +147,7 @@ def test_a_block_is_run_or_says_why_not(block: Block) -> None:
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "" and COMMAND.search(b.text)], ids=str)
 def test_commands_that_are_only_shown_are_ones_that_would_be_taken(block: Block) -> None:
-    """Misspelt keys, and choices that are not there, in what no test can run."""
+    """Commands that no test can run must not contain misspelt keys or unknown choices."""
     for line in block.text.replace("\\\n", " ").splitlines():
         words = [word.strip("'\"") for word in re.sub(r"\s#.*|\.\.\.", "", line).split()]
         overrides = [word for word in words if "=" in word.strip("=-") and not word.startswith("-")]
@@ -165,7 +165,7 @@ def test_commands_that_are_only_shown_are_ones_that_would_be_taken(block: Block)
 
 @pytest.fixture(scope="session")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the run of the README's first command: the checkout's own where there is one, else a new one."""
+    """Return a folder with the run of the README's first command, copied from the checkout if it has one."""
     folder = tmp_path_factory.mktemp("quickstart")
     if (ROOT / RUN / "checkpoints" / "best.pt").exists():
         shutil.copytree(ROOT / RUN, folder / RUN)
@@ -180,7 +180,7 @@ def test_what_a_page_shows_runs(
     page: Path, quickstart: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     shutil.copytree(quickstart, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "scripts").symlink_to(ROOT / "scripts")  # pages name them as in a checkout
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")  # pages refer to scripts by their path in the checkout
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
     printed = ""
@@ -191,7 +191,7 @@ def test_what_a_page_shows_runs(
         elif block.language == "console":
             check_message(block, tmp_path, monkeypatch, capsys)
         elif block.language == "python":
-            code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")  # so that errors name the line
+            code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")  # gives errors the right line
             with contextlib.redirect_stdout(io.StringIO()) as stdout:
                 exec(code, namespace)
             printed = stdout.getvalue()
@@ -215,14 +215,14 @@ def check_message(block: Block, folder: Path, monkeypatch: pytest.MonkeyPatch, c
     name, *arguments = shlex.split(commands[-1])
     monkeypatch.setattr(sys, "argv", [name])
     capsys.readouterr()
-    run_command = importlib.import_module(COMMANDS[name].partition(":")[0]).run_command  # in-process: no imports anew
+    run_command = importlib.import_module(COMMANDS[name].partition(":")[0]).run_command  # in-process: no second import
     run_command(arguments)
     said = "".join(capsys.readouterr())
     assert re.search(re.escape(message).replace(r"\.\.\.", ".*"), said, re.DOTALL), f"{block}: it said\n{said}"
 
 
 def run_shell(commands: str, folder: Path) -> None:
-    """Run as a reader does who types them into a shell with the environment active; what they print is pytest's."""
+    """Run commands as if typed into a shell with the environment active; pytest captures their output."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
     bash = ["bash", "-euxo", "pipefail", "-c", commands]

@@ -1,4 +1,4 @@
-"""A step, an evaluation and the optimizer around them, on models small enough to check by hand."""
+"""Check a training step, an evaluation and the optimizer on models small enough to verify by hand."""
 
 import copy
 import math
@@ -37,12 +37,12 @@ def test_clipping_bounds_the_update_and_reports_the_norm_before_it():
     stepper.schedule.base_values = [1.0] * len(stepper.schedule.base_values)
     norm = stepper.train_step(batches(1))
     assert norm is not None and norm > 0.1
-    assert (weights(stepper) - before).norm() == pytest.approx(0.01, rel=0.02)  # and a little weight decay
+    assert (weights(stepper) - before).norm() == pytest.approx(0.01, rel=0.02)  # plus a small weight decay
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_precisions_agree_on_loss_and_gradient_norm(precision):
-    """fp16's gradients are scaled by 65,536: a norm taken before unscaling would show it. bf16 has 8 bits: 2 %."""
+    """fp16 gradients are scaled by 65,536, so a norm computed before unscaling would differ; bf16 has 8 bits (2 %)."""
     stepper, plain = setup(f"trainer.precision={precision}"), setup()
     norm = stepper.train_step(batches(1), want_grad_norm=True)
     expected = plain.train_step(batches(1), want_grad_norm=True)
@@ -53,9 +53,9 @@ def test_precisions_agree_on_loss_and_gradient_norm(precision):
 @pytest.mark.parametrize("is_late", [False, True])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_non_finite_loss_ends_its_step_with_the_weights_before_it(optimizer, is_late):
-    """Step 2 of 4, its second micro-batch: the module and the image can then still be found.
+    """The loss is NaN in the second micro-batch of step 2 of 4; the module and image must still be identifiable.
 
-    On a GPU it is seen a step late (here without one), and the update of a fused optimizer does nothing by itself.
+    On a GPU this is detected a step late (simulated here without one), and a fused optimizer skips the update itself.
     """
     stepper = setup("trainer.grad_accum_steps=2", f"optimizer.name={optimizer}", "optimizer.args={fused:true}")
     stepper.loss_watch.is_late, before = is_late, torch.empty(0)
@@ -69,7 +69,7 @@ def test_a_non_finite_loss_ends_its_step_with_the_weights_before_it(optimizer, i
 
 
 def test_the_moving_average_follows_its_formula_and_counts_its_steps():
-    """Warm-up: 1 - step^(-2/3) passes 0.9 at step 32; from then on the decay is what was asked for."""
+    """Warm-up: 1 - step^(-2/3) exceeds 0.9 at step 32; from then on, the decay is the requested value."""
     stepper = setup("trainer.ema_decay=0.9", "trainer.ema_warmup=true")
     expected = None
     for step, batch in enumerate(batches(36), start=1):
@@ -86,7 +86,7 @@ def test_state_survives_a_round_trip_with_its_generators(optimizer):
     stepper = setup("trainer.ema_decay=0.9", f"optimizer.name={optimizer}")
     for _ in range(3):
         stepper.train_step(batches(1))
-    saved, expected = copy.deepcopy(stepper.state.state_dict()), torch.rand(2)  # as a file would be: no shared tensors
+    saved, expected = copy.deepcopy(stepper.state.state_dict()), torch.rand(2)  # no shared tensors, as from a file
     other = setup("trainer.ema_decay=0.9", f"optimizer.name={optimizer}")
     other.state.load_state_dict(saved)
     assert torch.equal(torch.rand(2), expected)
@@ -104,7 +104,7 @@ def test_an_allowed_change_of_hyperparameters_is_not_undone_by_the_checkpoint():
 
 
 def test_evaluation_counts_every_image_once():
-    """Seven images in batches of 4 and 3, six classes, logits by hand: 3 first places, 6 in the first five."""
+    """Seven images in batches of 4 and 3, six classes, logits set by hand: 3 are correct in top1 and 6 in top5."""
     logits = torch.zeros(7, 6)
     labels = torch.tensor([0, 1, 2, 3, 4, 5, 5])
     for i, ranking in enumerate(["0", "1", "2", "03", "014", "01234", "0123"]):
@@ -125,7 +125,7 @@ def test_an_evaluation_stops_when_asked():
 
 
 def test_the_learning_rate_is_a_function_of_the_step():
-    """Peak 0.1 x 8/256; two epochs of linear warm-up from 0, then a cosine over the other 80 steps to min_lr."""
+    """The peak is 0.1 x 8/256: two epochs of linear warm-up from 0, then 80 steps of cosine decay to min_lr."""
     stepper = setup("trainer.epochs=10", "schedule.warmup_epochs=2", "schedule.min_lr=0.0001")
     peak = 0.1 * 8 / 256
 
@@ -136,7 +136,7 @@ def test_the_learning_rate_is_a_function_of_the_step():
     assert lr_at(0) == 0 and lr_at(5) == pytest.approx(peak / 4) and lr_at(10) == pytest.approx(peak / 2)
     assert lr_at(20) == pytest.approx(peak) and lr_at(60) == pytest.approx((peak + 0.0001) / 2)
     assert lr_at(99) == pytest.approx(0.0001 + (peak - 0.0001) * (1 + math.cos(79 / 80 * math.pi)) / 2)
-    assert lr_at(10) == pytest.approx(peak / 2)  # whatever came before
+    assert lr_at(10) == pytest.approx(peak / 2)  # independent of earlier calls
 
 
 def test_lr_basis_and_max_steps():
@@ -168,7 +168,7 @@ def test_auto_precision_is_fp32_on_a_cpu(monkeypatch):
 
 
 def test_a_compiled_run_has_the_same_state_dict(monkeypatch):
-    """The backend needs no C++ compiler; a counter shows that torch.compile was used."""
+    """Check the state dict of a compiled run with a backend that needs no C++ compiler and counts its uses."""
     compiled, real = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or real(model, backend="aot_eager"))
     stepper = setup("trainer.compile=true")

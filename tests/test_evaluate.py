@@ -1,4 +1,4 @@
-"""Evaluation beyond top1: each figure is solved on paper first, then asked of the command on one small run."""
+"""Check metrics beyond top1, each computed by hand first and then by the command on a small run."""
 
 import csv
 import json
@@ -26,12 +26,12 @@ from sasa_train.trained import load_trained
 
 WNIDS = ("n01440764", "n01443537", "n02102040")  # ImageNet's classes 0, 1 and 217
 NUM_VAL = 17  # images per class
-BAD = "ILSVRC2012_val_00000005.JPEG"  # of the first class; no image
+BAD = "ILSVRC2012_val_00000005.JPEG"  # in the first class; it is not an image
 
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory) -> Path:
-    """A run of four epochs on three of ImageNet's classes, hardly to be told apart, so that it is often wrong."""
+    """Return a four-epoch run on three ImageNet classes that are hard to tell apart, so that it makes many mistakes."""
     folder = tmp_path_factory.mktemp("evaluated")
     rng, number = np.random.default_rng(0), 0
     for split, count in (("train", 20), ("val", NUM_VAL)):
@@ -40,7 +40,7 @@ def run_dir(tmp_path_factory) -> Path:
             for i in range(count):
                 number += split == "val"
                 pixels = rng.integers(0, 200, (13, 16, 3), dtype=np.uint8)
-                pixels[:, : 2 + 4 * label] //= 3  # not the same as its mirror image
+                pixels[:, : 2 + 4 * label] //= 3  # unlike its mirror image
                 name = f"ILSVRC2012_val_{number:08d}.JPEG" if split == "val" else f"{wnid}_{i}.JPEG"
                 Image.fromarray(pixels).save(folder / "images" / split / wnid / name)
     (folder / "images/val" / WNIDS[0] / BAD).write_text("no image")
@@ -52,7 +52,7 @@ def run_dir(tmp_path_factory) -> Path:
 
 
 def run(capsys, *arguments: object, expect: int = 0) -> str:
-    """Return what the command prints, or its complaint."""
+    """Return the command's output, or its error message."""
     capsys.readouterr()
     assert evaluate.run_command(list(map(str, arguments))) == expect
     captured = capsys.readouterr()
@@ -63,7 +63,7 @@ def run(capsys, *arguments: object, expect: int = 0) -> str:
 
 
 def test_ece_and_mce_on_paper():
-    """(25, 50]: 40 % and 50 %, one of two right: gap -5. (50, 75]: 60 %, wrong: 60. (75, 100]: 80, 100, right: -10."""
+    """(25, 50]: 40 and 50 %, one right: gap -5. (50, 75]: 60 %, wrong: 60. (75, 100]: 80 and 100 %, right: gap -10."""
     confidences, is_right = np.array([0.4, 0.5, 0.6, 0.8, 1.0]), np.array([True, False, False, True, True])
     bins = bin_by_confidence(confidences, is_right, 4)
     assert [each.num_images for each in bins] == [0, 2, 1, 2]  # 0.5 belongs to the bin below the edge, as in the paper
@@ -73,7 +73,7 @@ def test_ece_and_mce_on_paper():
 
 
 def test_brier_nll_and_confidence_on_paper():
-    """Two images with probabilities (0.7, 0.2, 0.1) and (0.3, 0.6, 0.1), both of class 0."""
+    """The two images have probabilities (0.7, 0.2, 0.1) and (0.3, 0.6, 0.1) and are both of class 0."""
     logits, labels = torch.tensor([[0.7, 0.2, 0.1], [0.3, 0.6, 0.1]]).log(), torch.tensor([0, 0])
     found = calibrate(logits, labels, logits.argmax(1))
     assert found.brier == pytest.approx((0.09 + 0.04 + 0.01 + 0.49 + 0.36 + 0.01) / 2, rel=1e-6)
@@ -83,20 +83,20 @@ def test_brier_nll_and_confidence_on_paper():
 
 
 def test_the_best_temperature_on_paper():
-    """Odds of 9 : 1 where three of four are right, odds of 3 : 1: logits half as large say that, so T = 2."""
+    """The odds are 9 : 1, but with three of four correct they should be 3 : 1, which halves the logits, so T = 2."""
     logits = torch.tensor([[math.log(9.0), 0.0]] * 8)
     labels = torch.tensor([0, 0, 0, 1] * 2)
     found = calibrate(logits, labels, logits.argmax(1)).temperature
     assert found is not None and found.value == pytest.approx(2, rel=1e-6)
     assert found.nll == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)), rel=1e-6)
     assert found.ece == pytest.approx(0, abs=1e-4)
-    assert best_temperature(logits, torch.zeros_like(labels)) is None  # all are right: the colder the better
-    assert best_temperature(logits, torch.ones_like(labels)) is None  # all are wrong: the hotter the better
+    assert best_temperature(logits, torch.zeros_like(labels)) is None  # all correct: colder is always better
+    assert best_temperature(logits, torch.ones_like(labels)) is None  # all wrong: hotter is always better
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
 def test_the_best_temperature_is_found_from_afar(scale):
-    """A model whose logits are in the hundreds must not send the search off to infinity."""
+    """Check that the search for the temperature does not diverge for logits in the hundreds."""
     generator = torch.Generator().manual_seed(0)
     true = torch.randn(500, 7, generator=generator)
     labels = torch.multinomial(true.softmax(1), 1, generator=generator)[:, 0]
@@ -117,7 +117,7 @@ def test_the_diagram_shows_the_bins():
 
 
 def test_views_are_averaged_as_probabilities():
-    """(0.9, 0.1) and (0.2, 0.8) are (0.55, 0.45) together; their logits' mean would say 0.6 : 0.4."""
+    """The mean of (0.9, 0.1) and (0.2, 0.8) is (0.55, 0.45); the mean of their logits would give 0.6 : 0.4."""
     views = [torch.tensor([[0.9, 0.1]]).log(), torch.tensor([[0.2, 0.8]]).log() + 5]
     torch.testing.assert_close(mean_over_views(views).exp(), torch.tensor([[0.55, 0.45]]))
 
@@ -126,7 +126,7 @@ def test_views_are_averaged_as_probabilities():
 
 
 def test_mcnemar_on_paper():
-    """1 against 7: P(at most 1 of 8) = 9 / 256, twice that."""
+    """For 1 against 7, the p-value is twice P(at most 1 of 8) = 9 / 256."""
     for table in ((1, 1, 7, 12), (500, 7, 1, 0)):
         assert mcnemar(PairedCounts(*table)) == pytest.approx(18 / 256, rel=1e-12)
     assert mcnemar(PairedCounts(3, 4, 4, 0)) == mcnemar(PairedCounts(3, 0, 0, 2)) == 1
@@ -147,7 +147,7 @@ def test_newcombes_interval_is_the_published_one(table, published):
 
 
 def test_newcombes_interval_without_a_single_mistake():
-    """The normal approximation would have no width: 20 of 20 each, Wilson's lower end is 83.9 %."""
+    """A normal approximation would have zero width; for 20 of 20 in each, Wilson's lower bound is 83.9 %."""
     difference, low, high = paired_difference(PairedCounts(20, 0, 0, 0))
     assert difference == 0 and low == pytest.approx(-16.1, abs=0.05) and high == pytest.approx(16.1, abs=0.05)
 
@@ -172,7 +172,7 @@ def test_real_counts_every_label_and_leaves_out_what_has_none():
 
 
 def test_reals_own_labels():
-    """The paper's: 46,837 of the 50,000 images have a label. Indices become the model's, however its classes sort."""
+    """As in the paper, 46,837 of 50,000 images have labels; indices are mapped to the model's class order."""
     wnids = ImageNetInfo().label_names()
     labels = load_real_labels("timm", wnids)
     assert sum(map(bool, labels.sets)) == 46_837
@@ -208,7 +208,7 @@ def test_real_refuses_other_classes_and_names():
 
 
 def test_plain_figures_do_not_depend_on_what_else_is_asked(run_dir, tmp_path, capsys):
-    """One pass with everything switched on must print the training log's numbers all the same."""
+    """One pass with all options enabled must still print exactly the values of the training log."""
     plain = run(capsys, run_dir / "checkpoints/last.pt")
     logged = [row for row in map(json.loads, (run_dir / "metrics.jsonl").open()) if row["split"] == "val"][-1]
     assert plain.endswith(f"loss   {logged['loss']!r}\ntop1   {logged['top1']!r}\ntop5   {logged['top5']!r}\n")
@@ -228,13 +228,13 @@ def test_plain_figures_do_not_depend_on_what_else_is_asked(run_dir, tmp_path, ca
 
 
 def test_predictions_are_those_of_the_images_they_name(run_dir, tmp_path, capsys):
-    """With an image left out, every later row would be another's if rows were counted instead of looked up."""
+    """Check that each row belongs to its image; if rows were counted, a skipped image would shift all later ones."""
     printed = run(capsys, run_dir, "--predictions", tmp_path / "p.jsonl", "--json", tmp_path / "f.json")
     rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert len(rows) == 3 * NUM_VAL - 1 and not any(row["image"].endswith(BAD) for row in rows)
     assert all(Path(row["image"]).parent.name == row["label"] for row in rows)
     top1 = 100 * sum(row["label"] == row["prediction"] for row in rows) / len(rows)
-    assert f"top1   {top1!r}\n" in printed and top1 < 100  # else nothing is shown about the wrong ones
+    assert f"top1   {top1!r}\n" in printed and top1 < 100  # otherwise the wrong predictions would not be tested
     trained = load_trained(run_dir)
     for row in rows[:: NUM_VAL // 2]:
         probabilities = answer(trained, row["image"])
@@ -249,7 +249,7 @@ def test_predictions_are_those_of_the_images_they_name(run_dir, tmp_path, capsys
 
 
 def answer(trained, path: str, is_mirrored: bool = False) -> torch.Tensor:
-    """Probabilities [num_classes] for a file, without the evaluation's own way to them."""
+    """Return the probabilities [num_classes] for a file, computed without the evaluation code."""
     pixels = torch.from_numpy(fit(Image.open(path), trained.image_size).copy()).permute(2, 0, 1)[None]
     images = trained.normalize(torch.device("cpu"))(pixels.flip(3) if is_mirrored else pixels)
     with torch.no_grad():
@@ -283,13 +283,13 @@ def test_two_checkpoints_are_compared_image_by_image(run_dir, tmp_path, capsys):
     found = json.loads((tmp_path / "f.json").read_text())["compare"]
     only_first, only_other = int((right[0] & ~right[1]).sum()), int((~right[0] & right[1]).sum())
     assert (found["counts"]["only_first"], found["counts"]["only_other"]) == (only_first, only_other)
-    assert only_first + only_other > 0  # else the order of the two would not matter
+    assert only_first + only_other > 0  # otherwise the order of the two would not matter
     assert found["difference"] == pytest.approx(100 * (only_first - only_other) / len(right[0]))
     assert f"McNemar     p = {found['p']:.3g} " in printed and "another seed gives other weights" in printed
 
 
 def test_models_of_other_classes_or_images_are_not_compared(run_dir, tmp_path, capsys):
-    """Pairing rows of different images would give a p-value all the same, and it would mean nothing."""
+    """Check that models with other classes or images are refused, since their p-value would be meaningless."""
     content = load_checkpoint(run_dir / "checkpoints/last.pt")
     torch.save(content | {"classes": [*WNIDS[:2], "cat"]}, tmp_path / "classes.pt")
     fewer = content["config"].replace("max_val_images: null", "max_val_images: 12")
@@ -301,7 +301,7 @@ def test_models_of_other_classes_or_images_are_not_compared(run_dir, tmp_path, c
 
 
 def test_real_through_the_command(run_dir, tmp_path, capsys):
-    """Every image is said to hold class 1 and one that the model does not know, and the first three nothing."""
+    """Every image is labelled with class 1 and one unknown to the model; the first three have no known label."""
     (tmp_path / "real.json").write_text(json.dumps([[], [], [999], *[[1, 999]] * 49_997]))
     files = ("--predictions", tmp_path / "p.csv", "--json", tmp_path / "f.json")
     printed = run(capsys, run_dir, "--real", tmp_path / "real.json", *files)
@@ -347,10 +347,10 @@ def test_without_matplotlib_a_plot_is_refused_and_the_rest_goes_on(run_dir, caps
 
 
 def test_logits_are_kept_as_the_model_gave_them(run_dir):
-    """Logits are float32, one row per readable image, with the label of its file."""
+    """Logits are float32, with one row per readable image and the label of its file."""
     val = open_val(load_trained(run_dir))
     result, answers = val.evaluate_keeping_answers()
     assert answers.logits.shape == (3 * NUM_VAL - 1, 3) and answers.logits.dtype == torch.float32
-    assert 4 not in answers.indices and len(set(answers.indices)) == len(answers.logits)  # BAD is val's fifth
+    assert 4 not in answers.indices and len(set(answers.indices)) == len(answers.logits)  # BAD is the fifth val image
     assert answers.top1 == result.top1 and answers.top5 == 100
     assert np.array_equal(answers.labels.numpy(), val.images.labels[answers.indices])

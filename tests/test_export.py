@@ -1,4 +1,4 @@
-"""Exported models are the trained model: bit for bit, or to the rounding of another order of sums."""
+"""Check that exported models match the trained model, exactly or up to rounding from another summation order."""
 
 import importlib.util
 import json
@@ -34,7 +34,7 @@ from sasa_train.trained import load_trained
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory) -> Path:
-    """A tiny net with attention in its stem and in two stages (an export takes time for each), trained for a moment."""
+    """Return a briefly trained tiny net with attention in its stem and two stages (an export takes time for each)."""
     out = tmp_path_factory.mktemp("out")
     model = "model.stage_ops=[conv,attention,conv,attention]"
     assert train.run_command([*TINY, model, "trainer.epochs=1", f"output_dir={out}", "run_name=tiny"]) == 0
@@ -43,21 +43,21 @@ def run_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(run_dir) -> Path:
-    """All formats of it."""
+    """Export the run in all formats."""
     assert command.run_command([str(run_dir)]) == 0
     return run_dir / "export"
 
 
 @pytest.fixture(scope="module")
 def logits(run_dir):
-    """images, and what the trained model says of them."""
+    """Return images and the trained model's outputs for them."""
     trained = load_trained(run_dir)
     images, _ = load_images(trained, None)
     with torch.inference_mode():
         return images, trained.model(images)
 
 
-# height, width, K: one column, one tile, tiles of unequal need, a window larger than the map
+# height, width, K: one column, one tile, tiles with unequal work, a window larger than the map
 @pytest.mark.parametrize(
     ("height", "width", "kernel_size"), [(5, 1, 3), (7, 13, 5), (3, 37, 7), (2, 3, 11), (2, 19, 1)]
 )
@@ -108,7 +108,7 @@ def test_one_command_makes_every_format(exported):
     in_hub = sorted(path.name for path in (exported / "hub").iterdir())
     assert in_hub == ["README.md", "config.json", "model.safetensors"]
     modes = {path.stat().st_mode & 0o777 for path in exported.rglob("*") if path.is_file()}
-    assert modes == {(exported.parent / "config.yaml").stat().st_mode & 0o777}  # others may read one as much as another
+    assert modes == {(exported.parent / "config.yaml").stat().st_mode & 0o777}  # the run's permissions
     assert "images of 8 x 8 pixels" in (exported / "hub" / "README.md").read_text()
 
 
@@ -120,7 +120,7 @@ def test_safetensors_holds_what_it_takes_to_build_the_model(exported, logits):
 
 
 def test_timm_loads_the_hub_folder_to_the_bit(exported, logits, tmp_path, monkeypatch):
-    """From the folder, and from a cache as the Hub's client leaves it."""
+    """The model loads from the folder and from a cache laid out as the Hub client does."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "models--someone--digits"
     shutil.copytree(exported / "hub", repository / "snapshots" / commit)
@@ -145,7 +145,7 @@ def test_pretrained_without_a_source_is_refused():
 
 @pytest.mark.parametrize("size", [8, 64, 65, 224, 817])
 def test_timms_transform_gives_the_pixels_of_val(run_dir, size):
-    """817 of 934 pixels: timm takes floor(817 / (817 / 934)), which is 933 in floating point."""
+    """With 817 of 934 pixels, timm computes floor(817 / (817 / 934)), which is 933 in floating point."""
     trained = load_trained(run_dir)
     trained.config.data.image_size = size
     transform = timm.data.create_transform(**timm_data_config(trained))
@@ -154,7 +154,7 @@ def test_timms_transform_gives_the_pixels_of_val(run_dir, size):
     for shape in ((size, size), (71, 97), (307, 211)):
         image = Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8))
         ours = normalize(torch.from_numpy(fit(image, size).copy()).permute(2, 0, 1)[None])[0]
-        torch.testing.assert_close(transform(image), ours, rtol=0, atol=1e-6)  # normalised in another order
+        torch.testing.assert_close(transform(image), ours, rtol=0, atol=1e-6)  # normalisation in another order
 
 
 def test_a_torch_export_program_runs_without_this_package(exported, logits, tmp_path):
@@ -187,7 +187,7 @@ def test_onnx_says_what_it_needs(exported):
 
 
 def test_a_format_that_differs_is_not_written(run_dir, tmp_path, monkeypatch, capsys):
-    """Files of an earlier export stay; the other formats are made."""
+    """Check that files from an earlier export are kept and the other formats are still written."""
     (tmp_path / "model.safetensors").write_text("an earlier one")
     right = formats.load_safetensors
 
@@ -219,7 +219,7 @@ def test_an_export_again_replaces_the_one_before(run_dir, tmp_path):
 
 
 def test_what_a_killed_export_left_is_swept_up(run_dir, tmp_path):
-    """It had put the old folder aside, and died before the new one was in its place."""
+    """Check the cleanup after an export was killed between moving the old folder aside and moving in the new one."""
     aside = tmp_path / ".making-killed"
     (aside / "hub").mkdir(parents=True)
     (aside / "hub.old").mkdir()
@@ -230,7 +230,7 @@ def test_what_a_killed_export_left_is_swept_up(run_dir, tmp_path):
 
 
 def test_two_exports_do_not_write_into_one_folder(run_dir, tmp_path, capsys):
-    """Each would take the other's unfinished files for those of a killed one."""
+    """Check that a second export is refused, because each would mistake the other's unfinished files for leftovers."""
     with locked(tmp_path, "the first"):
         assert command.run_command([str(run_dir), "--formats", "safetensors", "--out", str(tmp_path)]) == 2
     assert f"--out {tmp_path} is being written by another command" in capsys.readouterr().err

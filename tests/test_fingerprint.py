@@ -1,4 +1,4 @@
-"""A data set that changed between two starts of a run is noticed, and what changed is said."""
+"""Check that a change in the data set between two starts of a run is detected and described."""
 
 import io
 import json
@@ -46,7 +46,7 @@ def swap(red: Path) -> None:
     ],
 )
 def test_a_change_is_named_and_nothing_else(image_folder, change, expected):
-    """A run that went on with other images in silence would be neither the old run nor a new one."""
+    """Check that each change is described; a run that silently continued would be neither the old one nor a new one."""
     before = of(image_folder)
     assert differences(before, of(image_folder), "train") == []
     change(image_folder / "train/red")
@@ -71,7 +71,7 @@ def test_files_that_cannot_be_read_are_counted_not_raised(image_folder):
 
 
 def test_shards_are_the_data_set_of_their_folders(image_folder, tmp_path):
-    """Continuing on the shards of one's folders is allowed; shards of other images are not the same."""
+    """Check that a run may continue on shards of the same folders, and that shards of other images are detected."""
     before = of(image_folder)
     shard(image_folder, tmp_path / "shards", images_per_shard=5)
     packed = fingerprint(load_shard_set(tmp_path / "shards", "train"))
@@ -95,7 +95,7 @@ def test_images_in_memory_are_compared_by_every_pixel_and_their_order():
     one_pixel.source = one_pixel.source.clone()
     one_pixel.source[3, 2, 4, 6] += 1
     assert differences(before, fingerprint(one_pixel), "val") == ["val: the content of class 'b' changed"]
-    order = fingerprint(in_memory([1, 0, 0, 1], [11, 10, 12, 13]))  # within each class it is as before
+    order = fingerprint(in_memory([1, 0, 0, 1], [11, 10, 12, 13]))  # the order within each class is unchanged
     assert differences(before, order, "val") == ["val: the order of the images changed"]
     labels = fingerprint(in_memory([0, 0, 1, 1], [10, 11, 12, 13]))
     assert [line.rpartition(" ")[2] for line in differences(before, labels, "val")] == ["changed"] * 2
@@ -108,7 +108,7 @@ def test_pixels_are_not_files(image_folder):
 
 
 class Recorder:
-    """Stands in for `ImageSet.read_bytes` of files that are not there; remembers which were read."""
+    """Stands in for `ImageSet.read_bytes` of files that do not exist, and records which were read."""
 
     def __init__(self, monkeypatch):
         self.read: list[int] = []
@@ -126,7 +126,7 @@ def named_set(counts: list[int]) -> ImageSet:
 
 
 def test_of_a_large_set_a_sample_is_read_that_other_classes_do_not_move(monkeypatch):
-    """The price for ImageNet is 2,000 files; and a class that grew must not make all the others look changed."""
+    """ImageNet costs 2,000 file reads, and a class that has grown must not make all others appear changed."""
     recorder = Recorder(monkeypatch)
     before = fingerprint(named_set([1009, 601, 997, 11]))
     assert len(recorder.read) == 500 + 500 + 500 + 11

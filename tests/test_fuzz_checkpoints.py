@@ -1,6 +1,6 @@
-"""Damaged checkpoints: each is refused with its name, or loaded whole; never loaded with other values.
+"""Check that damaged checkpoints are refused by name or loaded completely, and never loaded with altered values.
 
-FUZZ_EXAMPLES=10000 tries as many; fewer otherwise.
+FUZZ_EXAMPLES=10000 sets the number of attempts; the default is lower.
 """
 
 import os
@@ -17,7 +17,7 @@ NUM_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "400"))
 
 
 def test_a_mutated_checkpoint_is_refused_or_loaded_whole(tmp_path):
-    """Half of them lie beside their manifest, half are without one, like a copy that somebody sent."""
+    """Half of the checkpoints have a manifest; the other half do not, like a copy received from elsewhere."""
     rng, path = random.Random(0), tmp_path / "last.pt"
     original = content(7) | {"ema": {"weight": torch.arange(50.0)}, "optimizer": {"state": {0: {"step": 3}}}}
     Checkpoints(tmp_path, 0).save(original, is_best=False)
@@ -48,7 +48,7 @@ WRONG = (None, 3, -1, 1.5, "text", True, [], {}, [None], {"weight": 1}, torch.ze
 
 
 def test_a_strangers_checkpoint_with_other_parts_is_refused_or_has_all_of_them(tmp_path):
-    """Every part replaced by something else or left out: what is loaded has the types that the rest relies on."""
+    """Parts are replaced or removed at random; whatever is loaded must have the types that other code expects."""
     rng, num_refused = random.Random(0), 0
     for number in range(max(100, NUM_EXAMPLES // 50)):
         whole = content(7) | {"format_version": 2}

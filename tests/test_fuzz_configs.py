@@ -1,7 +1,7 @@
-"""Whatever a config says: it is taken and survives being saved, or it is refused in words that name the key.
+"""Check that any config is either accepted and can be saved, or refused with a message that names the key.
 
-FUZZ_EXAMPLES=25000 draws so many configs instead of a few, FUZZ_COMMANDS=200 so many runs of the command, and
-FUZZ_SEED=1 other ones: 50 configs and one run a second, so with pytest's --timeout=0.
+FUZZ_EXAMPLES=25000 draws this many configs instead of a few, FUZZ_COMMANDS=200 this many runs of the command, and
+FUZZ_SEED=1 selects different ones. As 50 configs or one run take a second, also set pytest's --timeout=0.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ INTERNALS = re.compile(r"Traceback|<class|<function|object at 0x|Error\(|, line 
 
 
 def examples(few: int, many: int = EXAMPLES):
-    """The same few examples each time, or many from FUZZ_SEED on."""
+    """Use a few fixed examples, or many that depend on FUZZ_SEED."""
     quiet = settings(
         max_examples=many or few,
         deadline=None,
@@ -49,7 +49,7 @@ def examples(few: int, many: int = EXAMPLES):
     return lambda test: quiet(seed(int(os.environ["FUZZ_SEED"]))(test) if "FUZZ_SEED" in os.environ else test)
 
 
-# What is drawn: overrides, as they stand on a command line.
+# Strategies for overrides, written as on a command line.
 
 NONSENSE = (
     *("nan", "inf", "-inf", "1e999", "1e-320", "-1", "-0.5", "0", "1", "2.5", "3", "1e300", "1000000000000", "-0.0"),
@@ -69,7 +69,7 @@ ALL_KEYS = key_table()
 
 
 def mistype(word: str, place: int) -> str:
-    """One letter left out, doubled or changed."""
+    """Omit, double or change one letter."""
     at = place % len(word)
     return word[:at] + ("", word[at] * 2, "x")[place % 3] + word[at + 1 :]
 
@@ -126,7 +126,7 @@ DEFAULT_CONFIG = to_config(DEFAULTS)
 
 
 def compose_quickly(overrides: list[str]) -> TrainConfig:
-    """`compose_config` with Hydra's own way of setting values, but over defaults that it composed once."""
+    """Do the same as `compose_config` with Hydra's own way of setting values, but compose the defaults only once."""
     check_override_keys(overrides)
     if chooses_group(overrides):
         return compose_config(overrides)
@@ -148,7 +148,7 @@ def assert_refused_well(message: str, overrides: list[str]) -> None:
 
 
 def assert_kept(config: TrainConfig) -> None:
-    """An accepted config is the same after it was saved, and after it was written as a command."""
+    """Check that an accepted config is unchanged after saving it and after writing it as a command."""
     assert load_config(to_yaml(config)) == config
     with mock.patch.object(compose, "compose_config", lambda _: DEFAULT_CONFIG):
         written = as_overrides(config)
@@ -171,7 +171,7 @@ def test_a_config_is_taken_or_refused(overrides):
 @examples(few=25, many=EXAMPLES // 100)
 @given(overrides=OVERRIDES)
 def test_the_command_line_is_taken_or_refused(overrides):
-    """Hydra's own composition decides; the quick way must decide the same."""
+    """The fast composition must give the same result as Hydra's own."""
 
     def outcome(compose_it):
         try:
@@ -197,7 +197,7 @@ def test_the_command_that_makes_a_config_again_is_short():
     assert "schedule.decay_milestones=[]" in as_overrides(odd) and compose_config(as_overrides(odd)) == odd
 
 
-# Saved configs: of our own, damaged; and of strangers.
+# Saved configs: damaged ones of our own, and untrusted ones.
 
 LINES = (
     *("x: !!python/object/apply:os.system ['touch {bait}']", "seed: !!python/object/new:os.system ['touch {bait}']"),
@@ -249,7 +249,7 @@ def test_a_saved_config_is_taken_or_refused(text, tmp_path_factory):
     assert not bait.exists()
 
 
-# Through the command: what the validation lets pass and only timm, torch or the file system can judge.
+# Through the command: errors that validation cannot detect, but that timm, torch or the file system report.
 
 SMALL = ("experiment=debug", "trainer.max_steps=1", "data.max_train_images=32", "data.max_val_images=16")
 ANY_MODEL = " ".join(f"model.{key}=null" for key in ("stem", "width", "num_heads", "kernel_size"))
@@ -282,8 +282,8 @@ REACHING = (
     *("augment.crop_padding=8", "augment.crop_padding=9", "augment.erasing_prob=1 augment.erasing_scale=[1e-38,1]"),
     *("output_dir=/dev/null", "output_dir=/proc/x", "resume=/proc", "resume=/dev/null", "run_name=.."),
 )  # fmt: skip
-SLOW = ("trainer.compile", "data.num_workers", "data.image_size", "data.name")  # it would compile, fork, download
-SLOW_TO_COMPILE = ("kron", "kronc", "kronw")  # half a minute in torch.compile
+SLOW = ("trainer.compile", "data.num_workers", "data.image_size", "data.name")  # would compile, fork or download
+SLOW_TO_COMPILE = ("kron", "kronc", "kronw")  # torch.compile takes half a minute
 OPTIMIZERS = [name for name in list_optimizers() if name not in SLOW_TO_COMPILE]
 OPTIMIZER_ARGS = ["nesterov", "foreach", "amsgrad", "eps", "betas", "rho", "decoupled", "ns_steps", "delta", "alpha"]
 SCHEDULES = ("cosine", "step", "multistep", "poly", "tanh", "wsd", "rsqrt", "constant", "plateau", "none", "x")

@@ -1,6 +1,6 @@
-"""Whatever bytes a file holds, it is an image of the right shape or unreadable: no other error, no crash, no waste.
+"""Check that any file is decoded into the right shape or refused as unreadable, without crashing or wasting memory.
 
-FUZZ_EXAMPLES=10000 pytest -n 0 -s tests/test_fuzz_images.py looks longer. Example n is the same at any number of them.
+For a longer search: FUZZ_EXAMPLES=10000 pytest -n 0 -s tests/test_fuzz_images.py. Example n never depends on the total.
 """
 
 import multiprocessing
@@ -22,15 +22,15 @@ from sasa_train.data.transforms import decode_box, fit, random_resized_box
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "300"))
 SIZE = 72
-MEMORY = 4 * 2**30  # bytes an example may ask for: the largest image allowed, in RGB, is 270 MB
+MEMORY = 4 * 2**30  # bytes that an example may allocate; the largest allowed image takes 270 MB in RGB
 
 
 def whole_files() -> dict[str, bytes]:
-    """One of each kind, 37 x 29 pixels of noise."""
+    """Return one file of each format with 37 x 29 pixels of noise."""
     pixels = np.random.default_rng(0).integers(0, 256, (29, 37, 3), dtype=np.uint8)
     image, deep = Image.fromarray(pixels), Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
     exif = Image.Exif()
-    exif[274] = 6  # turned by 90 degrees
+    exif[274] = 6  # rotated by 90 degrees
     kinds: dict[str, tuple[Image.Image, str, dict]] = {
         "jpeg": (image, "JPEG", {}),
         "progressive jpeg": (image, "JPEG", {"progressive": True, "exif": exif}),
@@ -51,7 +51,7 @@ def whole_files() -> dict[str, bytes]:
 
 
 def example(files: list[bytes], number: int) -> bytes:
-    """One to three changes of one of the files."""
+    """Apply one to three changes to one of the files."""
     rng, data = random.Random(number), files[number % len(files)]
     for _ in range(rng.randint(1, 3)):
         data = mutated(data, rng, files)
@@ -65,7 +65,7 @@ def crop(image: Image.Image, number: int) -> np.ndarray:
 
 
 def judge(path: str, number: int) -> str:
-    """Read the file as val and as training do, in turns: "decoded", "refused", or what else came."""
+    """Read the file alternately as val and as train; return "decoded", "refused", or a description of the failure."""
     try:
         out = one_image(path).read(0, lambda image: fit(image, SIZE) if number % 2 else crop(image, number))
     except UnreadableImage:
@@ -77,11 +77,11 @@ def judge(path: str, number: int) -> str:
 
 
 def judge_all(path: str, results) -> None:
-    """Send (number, verdict, seconds) per example begun, from a process of its own: a decoder may crash."""
+    """Send (number, verdict, seconds) for each example from a separate process, because a decoder may crash."""
     if sys.platform == "linux":
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff's complaints
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # suppresses libtiff's messages
     files = list(whole_files().values())
     for number in range(EXAMPLES):
         with open(path, "wb") as file:
@@ -93,7 +93,7 @@ def judge_all(path: str, results) -> None:
 
 
 def test_mutated_files_decode_or_are_refused(tmp_path):
-    """A decoder's rare error that is not taken for a bad image would end a run of days at one file of a million."""
+    """A rare decoder error that is not handled as a bad image would end a run of days at one file in a million."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=judge_all, args=(str(tmp_path / "x.img"), sender))

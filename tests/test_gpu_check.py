@@ -1,4 +1,4 @@
-"""A GPU is lent for minutes: scripts/gpu_check.py must bring back all that its parts found, whatever fails."""
+"""Check that scripts/gpu_check.py returns all results even if a part fails, since GPU time is limited to minutes."""
 
 import importlib.util
 import json
@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).parents[1] / "scripts/gpu_check.py"
 
 @pytest.fixture
 def check():
-    """The script as a module."""
+    """Import the script as a module."""
     spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -41,7 +41,7 @@ def test_a_part_that_takes_too_long_is_killed_with_its_children_and_the_next_one
 
 
 def test_a_wrong_kernel_ends_the_call_at_once(check, tmp_path, monkeypatch, capsys):
-    """What it would measure afterwards is worth nothing."""
+    """Check that the call ends after a failed kernel check, because later measurements would be worthless."""
     monkeypatch.setattr(check, "part_command", lambda *_: ["-c", "raise SystemExit(1)"])
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", str(tmp_path), "--call", "1"])
     assert check.main() == 1
@@ -50,7 +50,7 @@ def test_a_wrong_kernel_ends_the_call_at_once(check, tmp_path, monkeypatch, caps
 
 
 def test_weights_come_back_in_pieces(check, tmp_path):
-    """A file of them has to fit into what a borrowed machine gives back."""
+    """Check that each piece of a weights file fits the size limit for returned files."""
     import torch
 
     ema = {"a": torch.arange(1000.0), "b": torch.arange(1000.0), "c": torch.tensor(3)}
@@ -70,7 +70,7 @@ def test_a_failed_part_leaves_the_others(tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["parts"]["op_bf16"] is None and summary["parts"]["roofline"]["exit_code"] == 0
     for row in summary["results"]["roofline"]["rows"]:
-        passes = 12 * 16 * 16 * (4 if row["dtype"] == "fp32" else 2)  # bytes of a 4x4x16 map
+        passes = 12 * 16 * 16 * (4 if row["dtype"] == "fp32" else 2)  # bytes in a 4x4x16 map
         assert row["bytes_per_sec"] * row["seconds"] == pytest.approx(passes)
         assert row["of_copy"] == pytest.approx(row["bytes_per_sec"] / row["copy_bytes_per_sec"])
 

@@ -1,4 +1,4 @@
-"""Files made to harm whoever opens them: each is quarantined, quickly, and in no more memory than an image takes."""
+"""Check that malicious image files are quarantined quickly, using no more memory than an image requires."""
 
 import os
 import resource
@@ -47,10 +47,10 @@ TEXT_BOMB = chunk(b"zTXt", b"key\0\0" + zlib.compress(bytes(50_000_000)))
     ids=["eps", "tga", "text-before", "text-after", "profile", "900-mpx", "100-mpx", "cut", "short"],
 )
 def test_a_hostile_file_is_unreadable_and_says_why(tmp_path, content, reason):
-    """Without the list of formats an EPS file called .jpg would be handed to Ghostscript, a whole program."""
+    """Check that only known formats are opened: an EPS file named .jpg would otherwise be passed to Ghostscript."""
     (tmp_path / "x.jpg").write_bytes(content)
     with warnings.catch_warnings(), pytest.raises(UnreadableImage, match=reason):
-        warnings.simplefilter("ignore")  # as everywhere but in pytest: datasets.py says so
+        warnings.simplefilter("ignore")  # as outside pytest; see datasets.py
         one_image(tmp_path / "x.jpg").read(0, to_rgb)
 
 
@@ -66,7 +66,7 @@ def test_the_limit_of_pixels_is_pillows(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", [*FORMATS, "MPO"])
 def test_formats_of_real_sets_are_read_under_any_name(tmp_path, name):
-    """A camera's .jpg may be MPO, and one from the web PNG, GIF or WEBP."""
+    """Check that formats are recognised by content: a camera's .jpg may be MPO, and one from the web may be PNG."""
     image = Image.new("RGB", (7, 5), (200, 10, 10))
     options = {"save_all": True, "append_images": [image]} if name == "MPO" else {}
     (tmp_path / "x.jpg").write_bytes(encoded(image, name, **options))
@@ -75,7 +75,7 @@ def test_formats_of_real_sets_are_read_under_any_name(tmp_path, name):
 
 @pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1)])
 def test_a_very_long_image_shows_its_middle_without_filling_memory(tmp_path, size):
-    """Its shorter side enlarged to 256 pixels, it would be 12 GB, from a file of 200 bytes."""
+    """Check that a long image is cropped before resizing, which would take 12 GB for a file of 200 bytes."""
     pixels = np.zeros((60_000, 1, 3), dtype=np.uint8)
     pixels[30_000:] = 255
     Image.fromarray(pixels if size[0] == 1 else pixels.transpose(1, 0, 2)).save(tmp_path / "x.png")
@@ -86,7 +86,7 @@ def test_a_very_long_image_shows_its_middle_without_filling_memory(tmp_path, siz
 
 
 def test_pipes_and_devices_are_no_one_image(tmp_path, monkeypatch):
-    """To open a pipe is to wait for its writer: a run would hang before its first step."""
+    """Check that pipes are refused, because opening one waits for its writer and would block the run."""
     monkeypatch.setattr("sasa_train.data.datasets.PAUSES", ())
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "zero.png").symlink_to("/dev/zero")

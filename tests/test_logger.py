@@ -1,4 +1,4 @@
-"""A run's log is one clean series, whatever interrupted it."""
+"""Check that a run's log stays one consistent series after any interruption."""
 
 import errno
 import json
@@ -19,12 +19,12 @@ def board_steps(run_dir, tag: str) -> list[int]:
 
 
 def test_the_log_is_one_clean_series_after_a_crash(tmp_path):
-    """A run logged to step 6, evaluated there and was killed in the middle of a line; its checkpoint is of step 4."""
+    """The run was logged up to step 6, evaluated, and killed in the middle of a line; its checkpoint is from step 4."""
     logger = RunLogger(tmp_path, "", step=0, total_steps=8)
     for step in range(1, 7):
         logger.write(row("train", step, grad_norm=float("inf")))
         if step == 4:
-            saved = logger.metrics  # in the checkpoint of step 4, before its evaluation
+            saved = logger.metrics  # saved in the checkpoint of step 4, before its evaluation
         if step % 2 == 0:
             logger.write(row("val", step))
     logger.close()
@@ -67,7 +67,7 @@ def test_a_full_disk_costs_the_curves_and_not_the_run(tmp_path, capsys, monkeypa
 
 @pytest.mark.parametrize("damage", [b"", b'{"split": "train", "step": 9', None])
 def test_the_log_comes_back_from_the_checkpoint_whatever_happened_to_it(tmp_path, damage):
-    """A flipped digit in a row that was written long ago would otherwise never be noticed."""
+    """Check that the log is restored from the checkpoint, even if only a digit in an old row was flipped."""
     logger = RunLogger(tmp_path, "", step=0, total_steps=8)
     logger.write(row("train", 1))
     logger.close()
@@ -84,7 +84,7 @@ def test_rows_wait_while_the_disk_is_full(tmp_path, capsys):
     real, file._file = file._file, FullDisk(file._file)
     logger.write(row("train", 2))
     logger.write(row("train", 3))
-    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1  # no half row
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1  # no partial row
     file._file = real
     logger.write(row("train", 4))
     logger.close()
@@ -105,7 +105,7 @@ def test_rows_that_waited_are_written_at_the_end(tmp_path):
 
 
 class FullDisk:
-    """A file that takes three bytes and then no more."""
+    """A file that accepts three bytes and then raises an error."""
 
     def __init__(self, file):
         self.file, self.truncate, self.calls = file, file.truncate, 0

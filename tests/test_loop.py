@@ -1,4 +1,4 @@
-"""A run beside its steps: limits, profile, pictures, memory; each looked for where a user would look."""
+"""Check features around the training steps (limits, profile, pictures, memory) through the files that users see."""
 
 import io
 import json
@@ -27,7 +27,7 @@ RUN = (*TINY, "run_name=run", "data.max_train_images=70")
 
 
 def test_an_hour_limit_saves_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
-    """Exit code 75: the run can continue, and it ends as one that had all the time it needed."""
+    """Check that a run stopped by its time limit (exit code 75) continues and ends like an uninterrupted run."""
     assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.max_hours=1e-9") == 75
     assert "trainer.max_hours: saved at step 1; to continue" in capsys.readouterr().out
     assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
@@ -43,11 +43,11 @@ def test_tensorboard_and_the_run_folder_hold_the_pictures(tmp_path, monkeypatch)
     events = board(run / "tensorboard")
     tags = events.Tags()
     assert {"augmented", "val/confusion_best"} <= set(tags["images"])
-    assert "rel_embeddings/layer1.0.conv2" in tags["images"] and len(tags["images"]) == 2 + 9  # the stem, 8 blocks
+    assert "rel_embeddings/layer1.0.conv2" in tags["images"] and len(tags["images"]) == 2 + 9  # the stem and 8 blocks
     best = max((row for row in rows(run) if row["split"] == "val"), key=lambda row: row["top1"])
     assert events.Images("val/confusion_best")[-1].step == best["step"]
     assert "weights/fc.weight" in tags["distributions"] + tags["histograms"]
-    assert len(events.Histograms("weights/fc.weight")) == 3  # one an evaluation
+    assert len(events.Histograms("weights/fc.weight")) == 3  # one per evaluation
     assert {"perf/memory_mib", "perf/data_wait_fraction"} <= set(tags["scalars"])
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     assert b"optimizer.lr" in content and b"model.kernel_size" in content
@@ -69,8 +69,8 @@ def test_a_micro_batch_size_is_accumulation_by_another_name(tmp_path, monkeypatc
 
 
 def test_auto_takes_what_fits_and_a_resume_keeps_it(monkeypatch, in_process):
-    """Another machine's memory must not change a run that has begun: batch norm sees micro-batches."""
-    memory = 5_400_000  # of 8 images, of 16 with checkpointing
+    """Check that a resumed run keeps its micro-batch size on another machine, because batch norm depends on it."""
+    memory = 5_400_000  # enough for 8 images, or 16 with checkpointing
     monkeypatch.setattr("sasa_train.training.memory.available_memory", lambda _: memory)
     arguments = (*RUN, "trainer.micro_batch_size=auto")
     said = in_process("train", *arguments, "trainer.max_hours=1e-9", expect=75).stdout
@@ -82,7 +82,7 @@ def test_auto_takes_what_fits_and_a_resume_keeps_it(monkeypatch, in_process):
 
 
 def test_auto_counts_what_checkpointing_saves_and_a_run_killed_early_keeps_its_size(tmp_path, monkeypatch):
-    """Killed before the first checkpoint, config.yaml is all that says what the run began with."""
+    """Check that a run killed before its first checkpoint keeps the size in config.yaml, its only record."""
     monkeypatch.setattr("sasa_train.training.memory.available_memory", lambda _: 5_400_000)
     config = compose_config([*RUN, "trainer.micro_batch_size=auto"])
     plan = RunPlan(config, CPU)
@@ -94,7 +94,7 @@ def test_auto_counts_what_checkpointing_saves_and_a_run_killed_early_keeps_its_s
     run.write_config(settle_auto(plan, run))
     monkeypatch.setattr("sasa_train.training.memory.available_memory", lambda _: 10**12)
     assert settle_auto(plan, run).trainer.grad_accum_steps == 2
-    config.trainer.global_batch_size = 36  # another batch, which 8 does not divide
+    config.trainer.global_batch_size = 36  # another batch size, not divisible by 8
     trainer = settle_auto(plan, run).trainer
     assert (trainer.micro_batch_size, trainer.grad_accum_steps) == (6, 6)
 
@@ -107,7 +107,7 @@ def test_auto_is_refused_where_not_one_image_fits(monkeypatch):
 
 @pytest.mark.parametrize("precision,allows", [("highest", False), ("high", True)])
 def test_one_key_rules_tf32_of_matrices_and_convolutions(precision, allows):
-    """With two keys, convolutions could run in TF32 and attention's projections not: an unfair comparison."""
+    """Check that one key sets TF32 for convolutions and attention projections, so that comparisons are fair."""
     try:
         resolve(compose_config([f"trainer.matmul_precision={precision}"]))
         assert torch.get_float32_matmul_precision() == precision
@@ -117,7 +117,7 @@ def test_one_key_rules_tf32_of_matrices_and_convolutions(precision, allows):
 
 
 def test_recalibrated_statistics_are_in_the_checkpoint(tmp_path, monkeypatch, capsys):
-    """Evaluation must find the statistics that the logged figure was made with."""
+    """Check that evaluation uses the same batch norm statistics as the logged result."""
     arguments = (*RUN, "trainer.bn_recalibration_batches=2", "trainer.ema_decay=0.99", "model.drop_path_rate=0.3")
     assert run_in_process(tmp_path, monkeypatch, *arguments) == 0
     last = [row for row in rows(tmp_path / "out/run") if row["split"] == "val"][-1]
@@ -157,7 +157,7 @@ def test_a_run_too_short_for_its_profile_says_so(tmp_path, monkeypatch, capsys):
 
 
 def test_the_time_left_counts_evaluations_before_a_resume_too(tmp_path, monkeypatch):
-    """70 images in batches of 16 are 4 steps per epoch; after 2 epochs of 3, 4 steps and one evaluation are left."""
+    """70 images in batches of 16 give 4 steps per epoch; after 2 of 3 epochs, 4 steps and one evaluation remain."""
     assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
     last = [row for row in map(json.loads, (tmp_path / "out/run/metrics.jsonl").open()) if row["split"] == "val"][-1]
     metrics = (tmp_path / "out/run/metrics.jsonl").read_text()

@@ -1,4 +1,4 @@
-"""Training losses against known values, and for labels that are mixed."""
+"""Check training losses against known values, including losses for mixed labels."""
 
 import math
 
@@ -16,13 +16,13 @@ def criterion(*overrides: str):
 
 
 def test_cross_entropy_with_smoothing_by_hand():
-    """Logits (0, ln 3) are probabilities 1/4 and 3/4; smoothing 0.2 makes the label (0.1, 0.9)."""
+    """Logits (0, ln 3) give probabilities 1/4 and 3/4; smoothing of 0.2 turns the label into (0.1, 0.9)."""
     loss = criterion("trainer.label_smoothing=0.2")(torch.tensor([[0.0, math.log(3)]]), torch.tensor([1]))
     assert loss.item() == pytest.approx(-0.1 * math.log(0.25) - 0.9 * math.log(0.75))
 
 
 def test_bce_by_hand_and_as_timms():
-    """Logits (0, ln 3) are sigmoids 1/2 and 3/4; without smoothing the label is (0, 1)."""
+    """Logits (0, ln 3) give sigmoids 1/2 and 3/4; without smoothing, the label is (0, 1)."""
     loss = criterion("trainer.loss=bce")(torch.tensor([[0.0, math.log(3)]]), torch.tensor([1]))
     assert loss.item() == pytest.approx((-math.log(0.5) - math.log(0.75)) / 2)
     torch.manual_seed(0)
@@ -33,7 +33,7 @@ def test_bce_by_hand_and_as_timms():
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "bce"])
 def test_mixed_labels_cost_the_mixture_of_their_losses(loss):
-    """Both losses are linear in the label, smoothed or not: 0.3 of one and 0.7 of the other."""
+    """Both losses are linear in the label, with or without smoothing; the labels are mixed 0.3 to 0.7."""
     torch.manual_seed(0)
     logits, one, other = torch.randn(6, 5), torch.randint(0, 5, (6,)), torch.randint(0, 5, (6,))
     build = criterion(f"trainer.loss={loss}", "trainer.label_smoothing=0.1")

@@ -1,4 +1,4 @@
-"""The models are the paper's: counts to the digit, printed figures within their tolerance, and timm's API."""
+"""Check that the models match the paper: exact parameter counts, published figures within tolerance, and timm's API."""
 
 import itertools
 
@@ -33,7 +33,7 @@ def test_parameters_equal_the_paper_to_the_digit(name, params):
     assert count_params(meta_model(lambda: timm.create_model(name))) == params
 
 
-# The cells that an exact count does not round to; docs/paper.md gives the reason.
+# Table cells that our exact count does not match when rounded; docs/paper.md explains why.
 NOT_ROUNDED = {
     (1, "baseline, R38", "gflops"),
     (1, "conv stem + attention, R38", "mparams"),
@@ -51,7 +51,7 @@ NOT_ROUNDED = {
 
 
 def test_every_printed_figure_is_met():
-    """Within 0.11 GFLOPs and 0.1 M; and where ours does not round to the printed figure, it is listed."""
+    """Figures are within 0.11 GFLOPs and 0.1 M parameters, and those that differ after rounding must be listed."""
     missed = set()
     for row in ROWS:
         model = meta_model(lambda row=row: timm.create_model(row.model, **row.keys))
@@ -60,7 +60,7 @@ def test_every_printed_figure_is_met():
             printed = getattr(row, figure)
             if printed is None:
                 continue
-            # Table 5's "none" is printed 6.9 and counts 6.78 here as in every count we know of.
+            # Table 5 gives 6.9 for "none", but all implementations that we know of, including ours, give 6.78.
             if (row.table, row.label) != (5, "position none"):
                 assert abs(ours[figure] - printed) <= tolerance, (row, ours)
             if round(ours[figure], 1) != printed:
@@ -93,19 +93,19 @@ def test_features_only_gives_the_stem_and_four_stages():
 
 
 def test_every_parameter_is_trained():
-    """A parameter without gradient is a part of the paper that was built and not connected."""
+    """A parameter without a gradient belongs to a part of the paper that was built but not connected."""
     for stem in ("attention_small", "attention", "attention_convvalues"):
         model = timm.create_model("sasa_resnet26", stem=stem, **TINY)
         for block in model.modules():
             if hasattr(block, "bn3"):
-                nn.init.ones_(block.bn3.weight)  # zero at the start, it would hide the rest of its block
+                nn.init.ones_(block.bn3.weight)  # its initial value of zero would hide the rest of the block
         model(torch.randn(4, 3, 32, 32)).square().sum().backward()
         assert not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
 
 
 @pytest.mark.parametrize("position", ["relative", "absolute", "none"])
 def test_positions(position):
-    """Without a position the layer cannot tell a map from its mirror image; with one it can."""
+    """Only a layer with a position encoding can distinguish a map from its mirror image."""
     torch.manual_seed(0)
     layer = LocalSelfAttention2d(8, 8, kernel_size=3, num_heads=2, position=position).double()
     x = torch.randn(1, 8, 5, 6, dtype=torch.float64)
@@ -114,7 +114,7 @@ def test_positions(position):
 
 
 def test_absolute_positions_are_what_the_projections_read():
-    """The shortcut through the projections equals adding the sinusoid to the input of W_Q and W_K alone."""
+    """The shortcut through the projections must equal adding the sinusoid to the inputs of W_Q and W_K only."""
     torch.manual_seed(0)
     layer = LocalSelfAttention2d(8, 12, kernel_size=3, num_heads=2, position="absolute").double()
     x = torch.randn(2, 8, 5, 6, dtype=torch.float64)
@@ -133,7 +133,7 @@ def test_odd_maps_are_halved_upwards_like_the_shortcut(name):
 
 
 def stem_oracle(stem: AttentionStem, x: torch.Tensor) -> torch.Tensor:
-    """Equations 8 and 9 position by position, before BN and pooling."""
+    """Compute equations 8 and 9 position by position, before batch norm and pooling."""
     batch, _, height, width = x.shape
     channels, heads, m = stem.bn.num_features, stem.num_heads, stem.nu.shape[0]
     d = channels // heads
@@ -156,7 +156,7 @@ def stem_oracle(stem: AttentionStem, x: torch.Tensor) -> torch.Tensor:
 
 def test_the_stem_matches_its_equations():
     torch.manual_seed(0)
-    stem = AttentionStem(3, 16, pool=False).double().eval()  # BN in eval mode at the start: x / sqrt(1 + eps)
+    stem = AttentionStem(3, 16, pool=False).double().eval()  # initial BN in eval mode: x / sqrt(1 + eps)
     x = torch.randn(2, 3, 8, 4, dtype=torch.float64)
     torch.testing.assert_close(stem(x) * (1 + stem.bn.eps) ** 0.5, stem_oracle(stem, x))
     torch.testing.assert_close(stem.mixture_weights().sum(0), torch.ones(4, 4, dtype=torch.float64))
@@ -233,7 +233,7 @@ def test_timms_models_take_the_data_sets_size(name, size):
 
 
 def test_drop_path_grows_along_the_blocks_and_keeps_the_expectation():
-    """0.35 over the 8 blocks of R26: 0, 0.05, ..., 0.35; a block is dropped for a whole image or not at all."""
+    """A rate of 0.35 over R26's 8 blocks gives 0, 0.05, ..., 0.35; a block is dropped for a whole image or kept."""
     model = timm.create_model("hybrid_resnet26", **TINY, drop_path_rate=0.35)
     drops = [m for m in model.modules() if isinstance(m, DropPath)]
     assert [round(m.drop_prob, 6) for m in drops] == [round(0.05 * i, 6) for i in range(1, 8)]
@@ -260,7 +260,7 @@ def test_folded_batch_norms_change_nothing_but_speed(name, border):
     folded = fold_batch_norms(model)
     torch.testing.assert_close(folded(images), model(images))
     left = sum(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
-    blocks = 8  # with attention under a zero border
+    blocks = 8  # with attention and a zero border
     assert left == (stem == "attention") + (blocks if border == "zero" and name != "conv_resnet26" else 0)
 
 

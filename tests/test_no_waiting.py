@@ -1,4 +1,4 @@
-"""A training step gives a GPU its work and reads nothing back: each read would make the host wait, and then the GPU."""
+"""Check that a training step reads nothing back from a GPU, since each read makes the host wait, and then the GPU."""
 
 from collections import Counter
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ HOST = {torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators that compute, and among them those that read values back, as `.item()` and `bool()` do."""
+    """Counts operators that compute, and separately those that read values back, such as `.item()` and `bool()`."""
 
     def __init__(self):
         super().__init__()
@@ -39,14 +39,14 @@ class Operators(TorchDispatchMode):
 
 
 class HostCopies(TorchFunctionMode):
-    """Counts `.cpu()` and the like, which do nothing on a CPU tensor that an operator would show."""
+    """Counts calls such as `.cpu()`, which do nothing on a CPU tensor and are therefore invisible to `Operators`."""
 
     def __init__(self, operators: Operators):
         super().__init__()
         self.operators, self.copies = operators, Counter()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        # The test's device is called cpu:0, to be told from the host.
+        # The test's device is cpu:0, which can be distinguished from the host.
         to_host = func is torch.Tensor.to and "cpu" in map(str, [*args[1:], *(kwargs or {}).values()])
         if (func in HOST or to_host) and not self.operators.is_paused:
             self.copies[func.__name__] += 1
@@ -55,7 +55,7 @@ class HostCopies(TorchFunctionMode):
 
 @contextmanager
 def counted(monkeypatch):
-    """Count everything but the draws of mixup and cutmix, which are made on the host's generator on any device."""
+    """Count everything except the draws of mixup and cutmix, which use the host's generator on any device."""
     operators, draw = Operators(), Mixing.draw
     copies = HostCopies(operators)
 
@@ -72,7 +72,7 @@ def counted(monkeypatch):
 
 
 def recipes(folder) -> dict[str, list[str]]:
-    """Each experiment at a small width: digits of 32 pixels kept in memory, and photographs of 72 streamed."""
+    """Return each experiment with a narrow model, on resident 32-pixel digits or on streamed 72-pixel photographs."""
     small = ["model.width=0.125", "model.num_heads=2", "trainer.precision=fp32", "augment.policy=trivial_augment"]
     return {
         "cifar10_hybrid_resnet26": [*small, "data=digits", "data.image_size=32", "trainer.global_batch_size=16"],
@@ -86,18 +86,18 @@ def recipes(folder) -> dict[str, list[str]]:
 @pytest.mark.parametrize("experiment", ["cifar10_hybrid_resnet26", "imagenet_hybrid_resnet50"])
 @pytest.mark.parametrize("planted", [False, True])
 def test_a_training_step_reads_nothing_back(experiment, planted, tmp_path, monkeypatch):
-    """A `.cpu()` that is planted in the model's forward pass is found."""
+    """The counters must also detect a `.cpu()` call planted in the model's forward pass."""
     config = compose_config([f"experiment={experiment}", *recipes(tmp_path / "images")[experiment]])
     _, config = resolve(config)
     device = torch.device("cpu:0")
     loaders = build_loaders(config, device)
-    loaders.train.device = device  # where a streaming loader puts batches
+    loaders.train.device = device  # device of a streaming loader's batches
     plan = RunPlan(config, device, steps_per_epoch=loaders.train.plan.steps_per_epoch)
     model = build_model(config.model, len(loaders.classes), plan.image_size)
     stepper = build_stepper(plan, model)
     batches = loaders.train.train_batches(0)
     model.train()
-    stepper.train_step(batches)  # what is made once may read: tables, the CPU kernels
+    stepper.train_step(batches)  # one-time setup may read values: tables, the CPU kernels
     if planted:
         model.register_forward_hook(lambda _module, _inputs, logits: logits.cpu())
     with counted(monkeypatch) as (operators, copies):
@@ -125,7 +125,7 @@ def test_a_training_step_does_not_make_a_gpu_wait(monkeypatch):
 
 
 def test_trivial_augment_makes_few_calls_whatever_the_batch(monkeypatch):
-    """2,251 calls for 128 images were 66 ms of the host, which no GPU could hide."""
+    """An earlier version made 2,251 calls for 128 images, 66 ms of host time that no GPU could hide."""
     policy = Policy(compose_config(["augment.policy=trivial_augment"]).augment)
     images = torch.randint(0, 256, (512, 3, 32, 32), dtype=torch.uint8)
     draws = sample_draws(0, 0, np.arange(512), NUM_DRAWS, POLICY)
@@ -138,14 +138,14 @@ def test_trivial_augment_makes_few_calls_whatever_the_batch(monkeypatch):
 @pytest.mark.parametrize("size", [8, 31, 32])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_operation_on_a_batch_is_torchvisions_on_each_image(name, size):
-    """Bit for bit, at each magnitude of the widest table, both signs; and in at most 20 calls."""
+    """Results must be bit-identical for every magnitude of the widest table and both signs, in at most 20 calls."""
     transform = v2.TrivialAugmentWide()
     magnitudes_of, is_signed = (table_of(transform) | {"Invert": (lambda *_: None, False)})[name]
     table = magnitudes_of(31, size, size)
     magnitudes = [0.0] if table is None else [float(m) * sign for m in table for sign in (1, -1)[: 1 + is_signed]]
     torch.manual_seed(0)
     images = torch.randint(0, 256, (len(magnitudes), 3, size, size), dtype=torch.uint8)
-    images[::3] = images[::3] // 8 + 60  # of low contrast
+    images[::3] = images[::3] // 8 + 60  # low contrast
     parameters = torch.from_numpy(np.array([parameters_of(name, magnitude, size) for magnitude in magnitudes]))
     OPERATIONS[name](images, parameters)
     with Operators() as operators:

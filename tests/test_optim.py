@@ -1,4 +1,4 @@
-"""timm's optimizers and schedules by name: arguments checked, learning rates a function of the step."""
+"""Check timm's optimizers and schedules by name: arguments are checked, and rates depend only on the step."""
 
 import copy
 
@@ -18,14 +18,14 @@ from sasa_train.training.optim import build_optimizer, build_schedule
 from sasa_train.training.run import check_buildable
 from sasa_train.training.step import _without_classifier
 
-# Those that need a package that is no dependency of ours, or second derivatives.
+# Optimizers that need second derivatives or a package that is not a dependency.
 ELSEWHERE = ("bnb", "fused", "adahessian")
 OPTIMIZERS = [name for name in map(str, list_optimizers()) if not name.startswith(ELSEWHERE)]
 
 
 @pytest.mark.parametrize("name", slow_but_for(["adamw", "sgd", "lamb", "muon"], [*OPTIMIZERS, "lookahead_adamw"]))
 def test_every_optimizer_of_timm_steps_and_resumes_exactly(name):
-    """Saved after 2 steps, loaded elsewhere, 2 more: the weights of 4 steps, to the last bit."""
+    """Saving after 2 steps, loading elsewhere and taking 2 more must give exactly the weights of 4 steps."""
     overrides = (f"optimizer.name={name}", "optimizer.lr=0.01", "optimizer.lr_basis=absolute")
     stepper, start = setup(*overrides), weights(setup(*overrides))
     given = list(batches(4))
@@ -36,7 +36,7 @@ def test_every_optimizer_of_timm_steps_and_resumes_exactly(name):
     other.state.load_state_dict(saved)
     for batch in given[2:]:
         stepper.train_step(iter([batch]))
-        torch.manual_seed(stepper.state.step)  # kron draws numbers; each of the two continues with the same
+        torch.manual_seed(stepper.state.step)  # kron draws random numbers; both continue with the same ones
         torch.set_rng_state(saved["rng"]["torch"])
     torch.set_rng_state(saved["rng"]["torch"])
     for batch in given[2:]:
@@ -64,7 +64,7 @@ def test_arguments_reach_the_optimizer_and_others_are_refused():
 
 @pytest.mark.parametrize("model_name", ["sasa_resnet26", "resnet18", "vit_tiny_patch16_224"])
 def test_layer_decay_lowers_the_early_layers_rates(model_name):
-    """0.5 a layer: the classifier learns at the full rate, the last block at half of it, the stem least."""
+    """With a decay of 0.5 per layer, the classifier has the full rate, the last block half, and the stem the least."""
     config = compose_config(["optimizer.name=adamw", "optimizer.layer_decay=0.5"])
     keys = {"width": 0.125, "num_heads": 2} if model_name.startswith("sasa") else {}
     model = timm.create_model(model_name, num_classes=3, **keys)
@@ -74,7 +74,7 @@ def test_layer_decay_lowers_the_early_layers_rates(model_name):
     assert len(scales) == len(of) and {scales[id(p)] for p in model.get_classifier().parameters()} == {1.0}
     first, before_last = next(iter(of.values())), sorted(set(of.values()))[-2]
     assert before_last == 0.5 and first == min(of.values())
-    if model_name.startswith("sasa"):  # blocks of R26, the stem
+    if model_name.startswith("sasa"):  # the blocks of R26 and the stem
         assert of["layer4.0.conv2.rel_height"] == of["layer4.0.conv1.weight"] == 0.5
         assert first == 0.5 ** (1 + 2 + 4 + 1 + 1)
     schedule = build_schedule(config, optimizer, steps_per_epoch=10)
@@ -84,7 +84,7 @@ def test_layer_decay_lowers_the_early_layers_rates(model_name):
 
 
 def rates(*overrides: str) -> list[float]:
-    """lr at each step of ten epochs of 10 steps, relative to the peak."""
+    """Return the learning rate at each step of ten 10-step epochs, relative to the peak."""
     stepper = setup("trainer.epochs=10", "optimizer.lr=1", "optimizer.lr_basis=absolute", *overrides)
     found = []
     for step in range(100):
@@ -110,7 +110,7 @@ def test_schedules_count_in_epochs_of_the_run():
 
 
 def test_cycles_end_with_the_run():
-    """Two cycles of a cosine, the second at a tenth: the second begins in the middle and ends with the run."""
+    """The second of two cosine cycles, at a tenth of the rate, starts halfway through the run and ends with it."""
     found = rates("schedule.args={cycle_limit:2,cycle_decay:0.1}")
     assert found[0] == 1 and found[49] < 0.01 and found[50] == pytest.approx(0.1) and found[99] < 0.001
     longer = rates("schedule.args={cycle_limit:2,cycle_mul:3,cycle_decay:1}")
@@ -142,7 +142,7 @@ def test_value_clipping_bounds_each_number():
 
 
 def test_adaptive_clipping_bounds_each_unit_and_spares_the_classifier():
-    """arXiv 2102.06171: a unit's gradient norm is at most the factor times its weight norm (0.001 at least)."""
+    """Check that a unit's gradient norm is at most the factor times its weight norm or 0.001 (arXiv 2102.06171)."""
     torch.manual_seed(0)
     conv = compose_config(["model=conv_resnet26", "model.width=0.125", "model.stem=conv_small"]).model
     model = build_model(conv, 3, 8)
@@ -159,7 +159,7 @@ def test_adaptive_clipping_bounds_each_unit_and_spares_the_classifier():
 
 
 def test_allowed_changes_of_arguments_and_layer_decay_reach_a_resumed_run():
-    """A checkpoint's groups hold them too: loading must not bring the old ones back under the new config's name."""
+    """Check that loading a checkpoint, which also stores these values in its parameter groups, keeps the new ones."""
     saved = setup("optimizer.name=lamb", "optimizer.args={trust_clip:false}")
     for group in saved.state.optimizer.param_groups:
         group["lr_scale"] = 0.1
@@ -172,7 +172,7 @@ def test_allowed_changes_of_arguments_and_layer_decay_reach_a_resumed_run():
 
 
 def test_short_runs_may_have_any_schedule():
-    """The check before the data is loaded does not know how long an epoch is; it must not refuse what will fit."""
+    """The check before data is loaded does not know the epoch length, so it must accept any schedule that may fit."""
     for overrides in (["trainer.epochs=2"], ["trainer.epochs=10", "schedule.warmup_epochs=9"], ["trainer.max_steps=3"]):
         check_buildable(RunPlan(compose_config(["schedule.name=wsd", "trainer.precision=fp32", *overrides]), CPU))
     with pytest.raises(ConfigError, match="stable_timescale"):

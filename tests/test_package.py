@@ -1,4 +1,4 @@
-"""The package around its commands: one table of them, quick imports, completion by TAB, versions that agree."""
+"""Check the package around its commands: a single command table, fast imports, tab completion, matching versions."""
 
 import os
 import pty
@@ -46,13 +46,13 @@ def test_the_extras_that_messages_name_bring_what_is_missing():
 
 
 def test_types_are_shipped():
-    """Without this file a user's type checker takes everything of ours for Any."""
+    """Check that py.typed is shipped; without it, type checkers treat everything in the package as Any."""
     files = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     assert "py.typed" in files["sasa_train"] and (Path(sasa_train.__file__).parent / "py.typed").is_file()
 
 
 def test_importing_the_package_costs_little_beyond_torch_and_timm():
-    """Judged by what is imported: these took most of a second together where someone only wanted the models."""
+    """Check which modules are imported: those listed took most of a second even if only the models were needed."""
     heavy = ["hydra", "matplotlib", "tensorboard", "triton", "sklearn", "scipy", "onnx", "onnxruntime", "optuna"]
     code = f"""
 import sys, sasa_train
@@ -65,7 +65,7 @@ print(sorted((set(sys.modules) - before) & set({heavy})))"""
 
 
 def test_no_help_imports_torch():
-    """Every command's, and of every part of a command: torch alone takes seconds, which nobody waits for."""
+    """The check covers every command and subcommand, because importing torch would delay the help by seconds."""
     code = """
 import contextlib, importlib, io, sys
 def run(module, arguments):
@@ -91,7 +91,7 @@ def test_python_m_lists_and_runs_the_commands(capsys):
     assert run_command(["--version"]) == 0
     assert capsys.readouterr().out == f"sasa_train {sasa_train.__version__}\n"
     assert run_command(["trian"]) == 2 and "there is no trian; the commands are train" in capsys.readouterr().err
-    assert run_command(["complete"]) == 2 and "there is no complete" in capsys.readouterr().err  # by hand
+    assert run_command(["complete"]) == 2 and "there is no complete" in capsys.readouterr().err  # typed by hand
     assert run_command(["completion", "csh"]) == 2 and "bash, zsh or fish" in capsys.readouterr().err
     command = [sys.executable, "-m", "sasa_train", "train", "trainer.epoch=3"]
     process = subprocess.run(command, capture_output=True, text=True)
@@ -101,7 +101,7 @@ def test_python_m_lists_and_runs_the_commands(capsys):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Holds a run, a file, and a folder with a name that a shell would take apart."""
+    """Create a folder with a run, a file, and a folder whose name a shell would split."""
     (tmp_path / "outputs/first run:1").mkdir(parents=True)
     (tmp_path / "outputs/table.md").touch()
     monkeypatch.chdir(tmp_path)
@@ -115,8 +115,8 @@ def folder(tmp_path, monkeypatch):
         ("sasa-train sch", ["schedule=", "schedule."]),
         ("path/to/sasa-train model=sasa", [f"model=sasa_resnet{n}" for n in (26, 38, 50)]),
         ("sasa-train optimizer.lr_basis=", ["optimizer.lr_basis=absolute", "optimizer.lr_basis=per_256"]),
-        ("sasa-train augment.hflip=", ["augment.hflip=true", "augment.hflip=false"]),  # may be null, too
-        ("sasa-train model=conv_resnet26,h", []),  # several values are a sweep, which needs -m
+        ("sasa-train augment.hflip=", ["augment.hflip=true", "augment.hflip=false"]),  # null is also valid
+        ("sasa-train model=conv_resnet26,h", []),  # several values are a sweep, which requires -m
         ("sasa-train -m model=timm,sasa_resnet2", ["model=timm,sasa_resnet26"]),
         ("sasa-train --m", ["--multirun"]),
         ("sasa-sweep sweep=paper_table4 schedule=step,con", ["schedule=step,constant"]),
@@ -126,7 +126,7 @@ def folder(tmp_path, monkeypatch):
         ("sasa-evaluate ", ["outputs/"]),
         ("sasa-evaluate outputs/", ["outputs/first run:1/", "outputs/table.md"]),
         ("sasa-evaluate outputs weights=", ["weights=ema", "weights=raw"]),
-        ("sasa-evaluate outputs exp", []),  # a saved config is complete: no group can be chosen
+        ("sasa-evaluate outputs exp", []),  # a saved config is complete, so no group can be chosen
         ("sasa-data prepare --im", ["--images-per-shard"]),
         ("sasa-data prepare ima", ["imagenet"]),
         ("sasa-benchmark attention --dtype ", ["fp32", "bf16", "fp16"]),
@@ -135,7 +135,7 @@ def folder(tmp_path, monkeypatch):
     ],
 )
 def test_what_tab_offers(folder, tmp_path_factory, line, offered):
-    """Asked as argcomplete's code for fish asks, whose answers are bare words with their meanings."""
+    """Request completions as argcomplete's fish code does, which receives plain words with descriptions."""
     answer = tmp_path_factory.mktemp("answer") / "words"
     environment = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "", "_ARGCOMPLETE": "1"}
     environment |= {"_ARGCOMPLETE_SHELL": "fish", "_ARGCOMPLETE_DFS": "\t", "_ARGCOMPLETE_IFS": "\n"}
@@ -166,7 +166,7 @@ def test_fish_completes(folder):
 
 @needs("zsh")
 def test_zsh_completes(folder):
-    """Its completion works at a terminal alone, so it is given one."""
+    """Check zsh completion in a pseudo-terminal, which it requires."""
     (folder / "completion.zsh").write_text(completion_script("zsh"))
     process, terminal = pty.fork()
     if process == 0:
@@ -196,7 +196,7 @@ def wait_for(terminal: int, text: str, seconds: float = 60) -> None:
 
 @pytest.mark.parametrize("arguments", [["sweep", "--help"], ["summary", "--help"]])
 def test_a_reader_that_went_away_is_no_error_in_the_code(arguments):
-    """`sasa-sweep --help | head` ended in a traceback."""
+    """Check that `sasa-sweep --help | head` does not end in a traceback."""
     command = [sys.executable, "-m", "sasa_train", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()

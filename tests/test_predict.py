@@ -1,4 +1,4 @@
-"""sasa-predict: evaluation's own predictions, in the order asked for, whatever the files are and are called."""
+"""Check that sasa-predict matches evaluation's predictions, in the requested order, for any file type and name."""
 
 import csv
 import io
@@ -23,7 +23,7 @@ from sasa_train.predict.table import Row, as_csv, as_jsonl, as_table
 from sasa_train.refusal import ConfigError
 from sasa_train.trained import load_trained
 
-HOSTILE = "a\nb\r\"c',\x1b[2J\udcff.png"  # line breaks, quotes, an escape sequence, a byte that is no UTF-8
+HOSTILE = "a\nb\r\"c',\x1b[2J\udcff.png"  # line breaks, quotes, an escape sequence and a byte that is not UTF-8
 RUNS = {
     "ours": ("model=hybrid_resnet26", "model.width=0.125", "model.num_heads=2", "data.image_size=72"),
     "timm": ("model=timm", "model.name=test_resnet", "data.image_size=32"),
@@ -37,7 +37,7 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(root) -> dict[str, Path]:
-    """One of our models from streamed images, and one of timm's from a resident set; both with a moving average."""
+    """Return one of our models on streamed images and a timm model on resident ones, both with a moving average."""
     for name, model in RUNS.items():
         keys = [f"data.root={root}", f"output_dir={root.parent}", f"run_name={name}", "data.num_workers=0"]
         keys += ["trainer.global_batch_size=6", "trainer.epochs=1", "trainer.ema_decay=0.5", "optimizer.lr=1.0"]
@@ -52,7 +52,7 @@ def run(runs) -> str:
 
 @pytest.fixture
 def predicted(capsysbinary, tmp_path):
-    """predicted(RUN, word, ...) -> the objects of --format jsonl, and stderr."""
+    """Return a function: predicted(RUN, word, ...) gives the objects printed by --format jsonl, and stderr."""
 
     def call(*words: str, expect: int = 0) -> tuple[list[dict], str]:
         capsysbinary.readouterr()
@@ -70,7 +70,7 @@ def best(row: dict) -> list[float]:
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("weights", ["ema", "raw"])
 def test_predictions_are_evaluations(name, weights, runs, root, predicted, capsysbinary):
-    """A crop or a normalisation that differs by a little costs points of accuracy that nobody would look for here."""
+    """Check that predictions match evaluation, since a slightly different crop or normalisation would cost accuracy."""
     trained = load_trained(runs[name], [f"weights={weights}", "data.num_workers=0"])
     loader, images = build_eval_loader(trained.config, torch.device("cpu"))
     with torch.inference_mode():
@@ -99,7 +99,7 @@ def test_a_row_does_not_depend_on_its_batch_or_on_threads(run, root, capsys):
     assert len(texts[0]) == 18 and [row["path"] for row in texts[0]] == [row["path"] for row in texts[1]]
     for one, other in zip(*texts, strict=True):
         assert one["class1"] == other["class1"]
-        # Sums of float32 in another order.
+        # Float32 sums in a different order.
         assert float(one["probability1"]) == pytest.approx(float(other["probability1"]), abs=1e-5)
 
 
@@ -132,7 +132,7 @@ def test_bad_images_are_named_and_skipped_in_their_place(run, tmp_path, predicte
 
 
 def test_every_kind_of_image_is_seen_as_in_training(run, tmp_path, predicted):
-    """Grey, palette, 16 bits, moving; and a camera's note that it was turned is passed over, as training does."""
+    """Grey, palette, 16-bit and animated images are covered; EXIF rotation is ignored, as in training."""
     noise = Image.effect_noise((90, 80), 80)
     exif = Image.Exif()
     exif[274] = 6
@@ -152,7 +152,7 @@ def test_every_kind_of_image_is_seen_as_in_training(run, tmp_path, predicted):
 
 
 def test_names_reach_programs_unchanged_and_terminals_escaped(run, root, tmp_path, capsysbinary):
-    """A file's name may be made to move the cursor, or to be two rows of a table."""
+    """Check that file names are escaped on terminals, since they may move the cursor or contain line breaks."""
     path = str(tmp_path / HOSTILE)
     os.link(root / "val/red/0.png", path)
     outputs = {}
@@ -184,7 +184,7 @@ def test_the_formats_solved_by_hand():
     )
 
 
-# What is found
+# Finding files
 
 
 IN_B = ["b/1.JPG", "b/2.png", "b/again.png", "b/a/3.webp"]
@@ -192,7 +192,7 @@ IN_B = ["b/1.JPG", "b/2.png", "b/again.png", "b/a/3.webp"]
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch) -> None:
-    """The current folder: images in folders, one that is called otherwise, and links that lead in circles."""
+    """Fill the current folder with images in subfolders, one with an unusual name, and with links that form a cycle."""
     monkeypatch.chdir(tmp_path)
     for name in ("b/2.png", "b/1.JPG", "b/notes.txt", "b/a/3.webp", "a.gif", "odd [1].png", "c/x.dat"):
         Path(name).parent.mkdir(exist_ok=True)
@@ -208,14 +208,14 @@ def paths(*words: str, **options) -> list[str]:
 def test_files_folders_and_patterns_are_found_in_order(tree):
     assert paths("c/x.dat", "b", "a.gif") == ["c/x.dat", *IN_B, "a.gif"]
     assert paths("*.gif", "b/[12].*", "odd [1].png") == ["a.gif", "b/1.JPG", "b/2.png", "odd [1].png"]
-    assert paths("[bc]") == IN_B  # c holds no image
-    assert paths("b/**/*.webp", "c/**") == ["b/a/3.webp", "c/x.dat"]  # not by b/a/up/a
+    assert paths("[bc]") == IN_B  # c contains no image
+    assert paths("b/**/*.webp", "c/**") == ["b/a/3.webp", "c/x.dat"]  # not through b/a/up/a
     faults = {found.path: found.fault for found in find_images(["b", "c", "none", "no*"]) if found.fault}
     assert faults.keys() == {"b/a/up", "c", "none", "no*"} and "a folder that it lies in" in faults["b/a/up"]
 
 
 def test_a_folder_that_cannot_be_listed_is_a_fault(tree, monkeypatch):
-    """os.walk would pass it over in silence."""
+    """Check that a folder that cannot be listed is an error, whereas os.walk would silently skip it."""
     real = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: real("a.gif") if path == "b/a" else real(path))
     assert [found for found in find_images(["b"]) if found.fault] == [Found("b/a", "Not a directory")]
@@ -239,7 +239,7 @@ def test_stdin_lists_names(tree, monkeypatch):
 
 
 def test_no_more_is_read_than_the_next_batch(run, tree):
-    """A list of a million files must not be decoded into memory; so an endless one must give its first row."""
+    """Check that an endless list gives its first rows, so that a list of a million files is not decoded into memory."""
     num_taken = itertools.count()
     endless = (Found("a.gif") for _ in iter(lambda: next(num_taken), None))
     rows = next(Predictor(load_trained(Path(run)), 1).rows(endless, batch_size=4))
@@ -247,7 +247,7 @@ def test_no_more_is_read_than_the_next_batch(run, tree):
     assert next(num_taken) == 8
 
 
-# What is refused, and how it ends
+# Errors and exit codes
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_too_little_memory_and_outputs_that_are_not_finite(run, root, predicted,
 
 
 def test_head_ends_it_in_peace(run, root):
-    """Rows are flushed one batch after another; a reader that went away is no error."""
+    """Check that rows are flushed batch by batch and that a reader that has gone away is not an error."""
     line = '"$0" -m sasa_train.predict "$1" "$2"/train "$2"/train "$2"/train --batch-size 1 | head -n 2'
     done = subprocess.run(["sh", "-c", line, sys.executable, run, str(root)], capture_output=True, text=True)
     assert done.stdout.splitlines()[1].startswith(f"{root}/train/blue/0.png")

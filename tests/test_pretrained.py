@@ -1,4 +1,4 @@
-"""Fine-tuning: what fits of other weights is loaded, what does not is named, and a damaged file is refused."""
+"""Check fine-tuning: matching weights are loaded, others are reported by name, and damaged files are refused."""
 
 import argparse
 import json
@@ -38,7 +38,7 @@ def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def given() -> dict[str, torch.Tensor]:
-    """A trained model's weights, as far as tests can tell: batch norm's statistics differ from a new model's."""
+    """Return weights that look trained to the tests: the batch norm statistics differ from those of a new model."""
     state_dict = state_of(build(seed=1))
     for name, tensor in state_dict.items():
         if name.endswith("running_mean"):
@@ -47,7 +47,7 @@ def given() -> dict[str, torch.Tensor]:
 
 
 def test_each_offset_keeps_its_embedding():
-    """3 offsets become 5 and 1, with one table per head too: solved by hand."""
+    """3 offsets become 5 and 1, with shared tables and with one per head; expected values are computed by hand."""
     table = torch.tensor([[-1.0, 10.0], [0.0, 20.0], [1.0, 40.0]])
     wider = torch.tensor([[-1.0, 10.0], [-1.0, 10.0], [0.0, 20.0], [1.0, 40.0], [1.0, 40.0]])
     assert torch.equal(resize_window(table, 5), wider)
@@ -58,7 +58,7 @@ def test_each_offset_keeps_its_embedding():
 
 @pytest.mark.parametrize("kernel_size", [3, 5, 9])
 def test_another_window_that_sees_the_same_positions_gives_the_same_logits(given, kernel_size):
-    """Maps of 2 x 2 positions: every window from 3 on holds them all, and no offset is larger than 1."""
+    """Maps have 2 x 2 positions, so every window of 3 or more covers them and no offset exceeds 1."""
     images = torch.rand(4, 3, 2, 2)
     source, model = build().eval(), build(kernel_size=kernel_size).eval()
     load_pretrained(source, given)
@@ -117,7 +117,7 @@ def test_weights_that_are_not_finite_are_refused(given):
 
 
 def test_one_channel_in_takes_the_sum_of_three(given):
-    """timm's way: a grey image gives what its three equal channels gave."""
+    """As in timm, a grey image must give the same output as three identical channels did."""
     model = build(in_chans=1)
     report = load_pretrained(model, given)
     assert torch.allclose(model.stem[0].weight, given["stem.0.weight"].sum(1, keepdim=True))
@@ -126,7 +126,7 @@ def test_one_channel_in_takes_the_sum_of_three(given):
 
 @pytest.mark.parametrize("stem", ["attention", "attention_plain", "attention_convvalues"])
 def test_one_channel_into_an_attention_stem_gives_what_three_equal_ones_gave(stem):
-    """Queries, keys, and the values of each mixture: with one of them left at random the stem would be another."""
+    """Queries, keys and the values of each mixture must all be adapted; one left at random would change the output."""
     grey = torch.rand(2, 1, 8, 8)
     source, model = (build(name="sasa_resnet26", stem=stem, in_chans=in_chans).eval() for in_chans in (3, 1))
     report = load_pretrained(model, state_of(source))
@@ -135,7 +135,7 @@ def test_one_channel_into_an_attention_stem_gives_what_three_equal_ones_gave(ste
 
 
 def test_a_vit_keeps_its_position_embeddings_at_another_size():
-    """timm's own filter resizes them: a constant embedding stays constant on the larger grid."""
+    """Check that timm's filter resizes position embeddings: a constant embedding is constant on a larger grid."""
     torch.manual_seed(0)
     small, large = (timm.create_model("test_vit", img_size=size, num_classes=3) for size in (32, 64))
     state_dict = state_of(small)
@@ -145,11 +145,11 @@ def test_a_vit_keeps_its_position_embeddings_at_another_size():
     assert list(report.adapted) == ["pos_embed"] and not report.left and report.share == 1
 
 
-# Where weights come from.
+# Sources of weights.
 
 
 def save_all(folder: Path, checkpoint: Path) -> dict[str, Path]:
-    """The averaged weights of `checkpoint` in every kind of file."""
+    """Save the averaged weights of `checkpoint` in every supported file format."""
     saved = load_checkpoint(checkpoint)
     averaged, raw = saved["ema"], saved["model"]
     bare = folder / "copied.pt"
@@ -205,7 +205,7 @@ class Bait:
 
 
 def damaged(folder: Path, checkpoint: Path) -> list[tuple[Path, str]]:
-    """Files that nothing can be learnt from, and what is said of each."""
+    """Return unusable files and the expected message for each."""
     content = checkpoint.read_bytes()
     files = {
         "cut.pt": (content[: len(content) // 2], "cannot be read"),
@@ -246,7 +246,7 @@ def test_damaged_and_hostile_files_are_refused(tiny_run, tmp_path, monkeypatch):
 
 
 def test_weights_of_timm_come_from_its_cache(tmp_path, monkeypatch):
-    """The hub's cache laid out by hand and no network: timm's own classifier stays behind, ours is the seed's."""
+    """The Hub cache is laid out by hand without a network; timm's classifier is left out, ours comes from the seed."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     overrides = ["model=timm", "model.name=test_vit", "data.image_size=64", "model.pretrained=timm"]
@@ -271,7 +271,7 @@ def test_weights_of_timm_come_from_its_cache(tmp_path, monkeypatch):
         read_weights(compose_config([*overrides, "model.name=resnet10t.nowhere"]))
 
 
-# Runs that begin with them.
+# Runs that start from pretrained weights.
 
 
 def test_a_run_is_named_after_what_it_begins_with():
@@ -305,19 +305,19 @@ def test_a_killed_fine_tuning_ends_as_one_never_touched_and_needs_the_file_no_mo
 
 
 def test_the_first_step_and_the_average_start_from_the_loaded_weights(tiny_run, tmp_path, monkeypatch, capsys):
-    """The learning rate is next to nothing, so the run stays the source."""
+    """The learning rate is almost zero, so the weights stay those of the source."""
     still = [*TINY, f"model.pretrained={tiny_run}", "optimizer.lr=1e-30", "trainer.ema_decay=0.9", "trainer.epochs=1"]
     assert run_in_process(tmp_path, monkeypatch, *still, "run_name=still") == 0
     paths = (tmp_path / "out/still/checkpoints/last.pt", tiny_run / "checkpoints/best.pt")
     saved, source = map(load_checkpoint, paths)
     for name in ("layer1.0.conv2.rel_height", "fc.weight", "stem.qk.weight"):
         assert torch.equal(saved["model"][name], source["ema"][name])
-        assert torch.allclose(saved["ema"][name], source["ema"][name], rtol=1e-6)  # an average of equal numbers
+        assert torch.allclose(saved["ema"][name], source["ema"][name], rtol=1e-6)  # an average of equal values
     assert "100.0 % of the parameters" in capsys.readouterr().out
 
 
 def test_a_run_that_began_with_other_content_is_not_taken_for_it(tiny_run, tmp_path, monkeypatch, capsys):
-    """The source was trained again in the meantime: its old fine-tuning must not pass for the new one."""
+    """Check that a fine-tuning run whose source has since been retrained is not continued as if nothing had changed."""
     shutil.copytree(tiny_run, tmp_path / "source")
     run = [*finetuning(Path("source")), "trainer.epochs=1", "run_name=a"]
     assert run_in_process(tmp_path, monkeypatch, *run) == 0
@@ -339,7 +339,7 @@ def test_a_model_that_the_file_does_not_fit_is_told_the_files_own_keys(tiny_run,
 
 @pytest.mark.slow
 def test_all_processes_begin_with_the_same_weights(tmp_path, monkeypatch):
-    """The first one alone reads the file, and each evaluates its share of val with its own moving average."""
+    """Only the first process reads the file, and each evaluates its share of val with its own moving average."""
     torch.manual_seed(1)
     torch.save(timm.create_model("test_convnext", num_classes=10).state_dict(), tmp_path / "given.pt")
     run = ["model=timm", "model.name=test_convnext", "model.pretrained=given.pt", "data.image_size=32"]

@@ -1,4 +1,4 @@
-"""A class folder or a file may be called anything: names reach terminals and lists escaped, one line each."""
+"""Check that hostile class and file names are escaped and kept on one line in terminal output and lists."""
 
 import logging
 
@@ -16,7 +16,7 @@ ESCAPED = "\\x1b[31mred\\n<script>"
 
 @pytest.fixture
 def hostile_folder(image_folder):
-    """`image_folder` with its red class under a hostile name, and in it a file under another that is no image."""
+    """Give the red class of `image_folder` a hostile name, and add a file with another one that is not an image."""
     for split in ("train", "val"):
         (image_folder / split / "red").rename(image_folder / split / HOSTILE)
         (image_folder / split / HOSTILE / "bad\r\u2028\udcff.png").write_bytes(b"no image")
@@ -24,7 +24,7 @@ def hostile_folder(image_folder):
 
 
 def test_names_are_escaped_from_training_to_evaluation(hostile_folder, tmp_path, capfd, caplog, monkeypatch):
-    """A name that clears the screen would hide a warning, and one with a newline would make two lines of a list."""
+    """A name that clears the screen could hide a warning, and one with a newline could split a line of a list."""
     monkeypatch.chdir(tmp_path)
     data = ["data=image_folder", f"data.root={hostile_folder}", "data.image_size=16", "model.stem=conv_small"]
     assert train.run_command([*data, "data.num_workers=0", *SMALL_RUN]) == 0

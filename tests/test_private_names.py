@@ -1,4 +1,4 @@
-"""Names of libraries that are not public, on which we lean: which one changed, said before a run fails of it."""
+"""Check the private names of other libraries that the package uses, so that a renamed one is reported by name."""
 
 import ast
 import importlib
@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 import sasa_train
 
 AUTO = v2.AutoAugment()
-# The library, the object that has the name (or how to make it), the name, and the module of ours that leans on it.
+# The library, the object that has the name (or a function that makes it), the name, and the module that uses it.
 NAMES = [
     ("torch", lambda: iter(DataLoader([0], num_workers=1)), "_workers", "data/workers.py"),
     ("torch", lambda: iter(DataLoader([0], num_workers=1)), "_shutdown_workers", "data/workers.py"),
@@ -39,7 +39,7 @@ NAMES = [
     ("optuna", lambda: create_trial(value=0.0), "_trial_id", "sweep/search.py"),
     ("tensorboard", lambda: SummaryWriter, "_get_file_writer", "training/log.py"),
 ]
-NOT_PRIVATE = {"_exit", "_replace", "_target_"}  # documented all the same: of os, of named tuples, of Hydra
+NOT_PRIVATE = {"_exit", "_replace", "_target_"}  # public despite the underscore: in os, named tuples and Hydra
 
 
 @pytest.mark.parametrize("library,owner,name,module", NAMES, ids=lambda x: x if isinstance(x, str) else "")
@@ -48,7 +48,7 @@ def test_the_library_still_has_the_name(library, owner, name, module):
 
 
 def test_torchvisions_operations_are_still_called_the_same():
-    """Every operation of the three tables, at its middle magnitude, on a batch."""
+    """Apply each operation of the three tables to a batch at its middle magnitude."""
     images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     for transform in (AUTO, v2.RandAugment(), v2.TrivialAugmentWide()):
         for name, (magnitudes_of, is_signed) in transform._AUGMENTATION_SPACE.items():
@@ -69,7 +69,7 @@ def test_hydra_still_gives_a_launcher_its_callbacks():
 
 
 def test_submitit_still_waits_for_a_job_in_results():
-    """We let it return jobs that died (training/hydra_launch.py); its launcher asks each for `results()[0]`."""
+    """Check that submitit calls `results()[0]` on each job, since training/hydra_launch.py makes dead jobs return."""
     import inspect
 
     from hydra_plugins.hydra_submitit_launcher.submitit_launcher import BaseSubmititLauncher
@@ -80,7 +80,7 @@ def test_submitit_still_waits_for_a_job_in_results():
 
 
 def private_names(path: Path) -> set[str]:
-    """Those that a module takes from other libraries: attributes that it does not have itself, and parts of imports."""
+    """Return the private names that a module uses from other libraries, as foreign attributes or in imports."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
     attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
     own = {node.attr for node in attributes if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")}
@@ -90,7 +90,7 @@ def private_names(path: Path) -> set[str]:
 
 
 def test_every_private_name_that_we_use_is_listed_here():
-    """One that is not listed would be noticed only by those who run into it."""
+    """Check that all private names in use are listed; an unlisted one would break only at a user's site."""
     root, listed = Path(sasa_train.__file__).parent, {(module, name) for *_, name, module in NAMES}
     for path in root.rglob("*.py"):
         module = path.relative_to(root).as_posix()

@@ -1,4 +1,4 @@
-"""Bad images are named, counted and replaced, and too many end the run: through the commands, as users meet them."""
+"""Run the commands on bad images: they are reported, counted and replaced, and too many of them end the run."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_too_many_stop_the_run_with_the_list(in_process, tmp_path, size):
     refused = in_process("train", *data, *SMALL_RUN, expect=2).stderr
     assert "data.max_unreadable=0.001 allows 10 of 18 images" in refused
     assert sum(line.startswith(f"{root}/train/") for line in refused.splitlines()) >= 11
-    if size == 72:  # met while training; resident images are decoded before
+    if size == 72:  # found during training; resident images are decoded earlier
         assert json.loads((tmp_path / "out/bad/run.json").read_text())["status"] == "failed"
 
 
@@ -70,10 +70,10 @@ def test_the_allowance_is_one_in_a_thousand_but_ten_at_least_and_never_all():
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
 def test_replacements_are_the_same_at_any_number_of_workers_resident_or_streamed(image_folder, num_workers):
-    """A replacement that depended on who met the bad image first would make runs differ."""
-    (image_folder / "train/blue/10.png").write_bytes(b"")  # in torchvision's order 10 comes before 2
+    """Check that replacements do not depend on which worker finds a bad image first, so that runs are identical."""
+    (image_folder / "train/blue/10.png").write_bytes(b"")  # in torchvision's order, 10 comes before 2
     (image_folder / "train/red/6.png").unlink()
-    (image_folder / "train/red/6.png").mkdir()  # a folder called .png is no image; torchvision lists files alone
+    (image_folder / "train/red/6.png").mkdir()  # a folder named .png is not an image; torchvision lists only files
     (image_folder / "train/red/5.png").write_bytes(b"gone bad")
     overrides = ("data=image_folder", f"data.root={image_folder}", "data.image_size=16", "trainer.global_batch_size=8")
     resident = batches(config_for(*overrides, "data.num_workers=0"))
@@ -82,7 +82,7 @@ def test_replacements_are_the_same_at_any_number_of_workers_resident_or_streamed
 
 
 def test_the_next_readable_image_replaces_with_its_own_label(image_folder):
-    (image_folder / "train/blue/9.png").write_bytes(b"")  # the last blue one: the next is red
+    (image_folder / "train/blue/9.png").write_bytes(b"")  # the last blue image, so the next one is red
     train, _ = load_image_sets(config_for("data=image_folder", f"data.root={image_folder}").data)
     pixels, label, unreadable = read_or_replace(train, 10, lambda image: np.asarray(to_rgb(image)), num_tries=2)
     assert label == 1 and np.array_equal(pixels, train.read(11, lambda image: np.asarray(to_rgb(image))))
@@ -108,7 +108,7 @@ def test_a_failure_while_converting_counts_too(image_folder):
 
 
 def test_every_mode_becomes_rgb(tmp_path):
-    """16 bits of grey keep their shades (Pillow's conversion would make nearly all of them white)."""
+    """Check that 16-bit grey keeps its shades, whereas Pillow's conversion would make almost all of them white."""
     spoil(tmp_path)
     Image.new("L", (5, 4), 77).save(tmp_path / "grey.png")
     Image.new("RGBA", (5, 4), (255, 0, 0, 10)).save(tmp_path / "alpha.png")
@@ -130,7 +130,7 @@ def test_images_in_memory_cannot_be_unreadable():
 
 
 def test_a_val_image_that_comes_back_is_counted_again(image_folder):
-    """A network that fails for a moment leaves an image out of one evaluation; the next must not end the run."""
+    """Check that an image missing from one evaluation, after a network failure, may be back in the next one."""
     overrides = ("data=image_folder", f"data.root={image_folder}", "data.image_size=16", "data.resident=false")
     config = config_for(*overrides, "data.num_workers=0", "trainer.global_batch_size=9")
     path = image_folder / "val/red/1.png"

@@ -1,4 +1,4 @@
-"""The promises of docs/reliability.md, asked of the command: stops, locks, disks, data, numbers that fail."""
+"""Check the guarantees in docs/reliability.md by running the command: signals, locks, disks, data, bad numbers."""
 
 import json
 import os
@@ -39,7 +39,7 @@ NO_AUTOCAST = torch.autocast("cpu", enabled=False)
 
 @pytest.mark.parametrize("number", slow_but_for([signal.SIGUSR1], [signal.SIGUSR1, signal.SIGUSR2]))
 def test_a_schedulers_warning_is_served_as_sigterm_is(tmp_path, number):
-    """Slurm and submitit send these before they kill; their default is to end a process on the spot."""
+    """Check signals that Slurm and submitit send before a kill and that end a process by default."""
     process = start(tmp_path, *LONG)
     wait_for_rows(tmp_path / "out/a", 3, process)
     process.send_signal(number)
@@ -73,7 +73,7 @@ def test_a_second_ctrl_c_ends_a_run_that_does_not_get_to_its_next_step(tmp_path)
 
 
 def test_a_signal_in_the_first_step_ends_the_run_at_once(tmp_path, monkeypatch, in_process):
-    """It may be an hour of compilation; nothing is lost, as nothing was trained."""
+    """Check that a signal in the first step, which may include an hour of compilation, ends the run immediately."""
     with monkeypatch.context() as patch:
         patch.setattr(Stepper, "train_step", lambda *_, **__: signal.raise_signal(signal.SIGUSR1))
         assert "stopped before training began" in in_process("train", *RUN, expect=75).stderr
@@ -83,7 +83,7 @@ def test_a_signal_in_the_first_step_ends_the_run_at_once(tmp_path, monkeypatch, 
 
 
 def test_a_signal_between_two_looks_is_served_after_a_save(tmp_path, monkeypatch):
-    """The look that found nothing decided not to save; the next one must not end the run then."""
+    """Check that a signal right after a check that found none leads to a save before the run ends."""
     real, looks = StopRequest.requested, []
 
     def requested(self):
@@ -100,7 +100,7 @@ def test_a_signal_between_two_looks_is_served_after_a_save(tmp_path, monkeypatch
 
 
 def test_sigterm_and_then_ctrl_c_still_saves(stop):
-    """Schedulers and impatient people together: only a second Ctrl-C means at once."""
+    """Check that only a second Ctrl-C ends a run immediately, not a Ctrl-C after a scheduler's SIGTERM."""
     stop.begin_training()
     signal.raise_signal(signal.SIGTERM)
     signal.raise_signal(signal.SIGINT)
@@ -108,7 +108,7 @@ def test_sigterm_and_then_ctrl_c_still_saves(stop):
 
 
 def test_a_signal_after_the_end_does_not_change_what_the_run_ended_with():
-    """While Python takes itself apart, which takes seconds, a finished run would otherwise count as killed."""
+    """Check that a signal during interpreter shutdown, which takes seconds, does not change the exit code."""
     code = """
 import atexit, os, signal, sys, sasa_train.train as t
 
@@ -126,7 +126,7 @@ t.main()
 
 @pytest.mark.parametrize("phase", ["evaluate", "recalibrate", "save"])
 def test_a_signal_in_any_phase_saves_and_the_run_ends_as_one_undisturbed(tmp_path, monkeypatch, phase):
-    """The signal comes in the middle of the second evaluation, recalibration or save."""
+    """The signal arrives in the middle of the second evaluation, recalibration or save."""
     run = (*TINY, "trainer.bn_recalibration_batches=2", "trainer.ema_decay=0.9")
     assert run_in_process(tmp_path, monkeypatch, *run, "run_name=whole") == 0
     owner = Checkpoints if phase == "save" else loop
@@ -146,7 +146,7 @@ def test_a_signal_in_any_phase_saves_and_the_run_ends_as_one_undisturbed(tmp_pat
     assert_same_run(tmp_path / "out/a", tmp_path / "out/whole")
 
 
-# One writer
+# Locks
 
 
 def test_a_second_run_is_told_who_holds_the_folder_and_a_dead_ones_lock_is_taken_over(tmp_path, in_process):
@@ -162,7 +162,7 @@ def test_a_second_run_is_told_who_holds_the_folder_and_a_dead_ones_lock_is_taken
 
 
 def test_of_two_starts_at_once_exactly_one_takes_the_folder(tmp_path):
-    """Twenty pairs; the commands themselves are raced by scripts/chaos.py."""
+    """Twenty pairs are started; scripts/chaos.py tests such races with the commands themselves."""
     code = f"""
 import sys, time
 from pathlib import Path
@@ -190,7 +190,7 @@ for number in range(20):
 
 @pytest.mark.parametrize("name", [".lock", "checkpoints", "tensorboard/events", "metrics.jsonl"])
 def test_a_link_in_a_run_folder_does_not_lead_out_of_it(tmp_path, name, in_process):
-    """A run folder may come from a stranger: continuing it must not empty a file elsewhere."""
+    """Check that continuing a run folder from an untrusted source cannot empty a file elsewhere through a link."""
     victim = tmp_path / "victim"
     victim.write_text("precious")
     link = tmp_path / "out/a" / name
@@ -226,7 +226,7 @@ def test_when_a_checkpoint_cannot_be_written_a_run_stops_or_goes_on_as_configure
 
 
 def test_a_best_model_that_was_not_saved_is_not_the_best(tmp_path, monkeypatch):
-    """best.pt would otherwise be missing, or be of another step than the checkpoint says."""
+    """Check that a best model that was not saved is not recorded, so that best.pt matches the checkpoint's record."""
     with monkeypatch.context() as patch:
         fail_to_write(patch, {4})
         assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.on_failed_save=continue") == 0
@@ -235,7 +235,7 @@ def test_a_best_model_that_was_not_saved_is_not_the_best(tmp_path, monkeypatch):
 
 
 def test_checkpoints_that_were_taken_away_are_missed(tmp_path, monkeypatch, in_process):
-    """A scratch disk's purge must not look like a run that never was."""
+    """Check that a run purged from a scratch disk is not mistaken for a run that never existed."""
     assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
     metrics = (tmp_path / "out/a/metrics.jsonl").read_bytes()
     shutil.rmtree(tmp_path / "out/a/checkpoints")
@@ -252,7 +252,7 @@ def test_a_console_on_a_full_disk_does_not_end_a_run(tmp_path):
 
 
 def test_a_run_that_started_from_a_checkpoint_goes_on_without_it(tmp_path, monkeypatch):
-    """Its parent goes on, too, and keeps the newest few checkpoints alone."""
+    """Check that a run continues without its source, which its parent run may delete as it saves newer checkpoints."""
     assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
     source = tmp_path / "out/a/checkpoints/step-00000009.pt"
     again = [*RUN, "resume=out/a/checkpoints/step-00000009.pt"]
@@ -266,7 +266,7 @@ def test_a_run_that_started_from_a_checkpoint_goes_on_without_it(tmp_path, monke
 
 
 def test_a_run_folder_is_continued_with_its_checkpoints_config(tmp_path, monkeypatch):
-    """config.yaml, cut off by a full disk long ago, would otherwise give defaults."""
+    """Check that a run continues with its checkpoint's config if a full disk has truncated config.yaml."""
     assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.keep_checkpoints=7", "trainer.max_hours=1e-9") == 75
     path = tmp_path / "out/a/config.yaml"
     path.write_text(path.read_text().split("  keep_checkpoints")[0])
@@ -306,7 +306,7 @@ def test_a_resume_on_changed_images_is_refused_by_name_and_elsewhere_they_may_li
     assert run_in_process(tmp_path, monkeypatch, *run, "trainer.max_hours=1e-9") == 75
     shutil.move(image_folder, tmp_path / "moved")
     run = on_images(tmp_path / "moved")
-    assert run_in_process(tmp_path, monkeypatch, *run, "trainer.max_hours=1e-9") == 75  # another place, the same images
+    assert run_in_process(tmp_path, monkeypatch, *run, "trainer.max_hours=1e-9") == 75  # moved, same images
     shutil.copy(tmp_path / "moved/train/red/0.png", tmp_path / "moved/train/red/7.png")
     shutil.copy(tmp_path / "moved/val/red/0.png", tmp_path / "moved/val/red/1.png")
     capsys.readouterr()
@@ -340,7 +340,7 @@ def test_what_was_not_committed_is_kept_beside_the_run(tmp_path, monkeypatch):
 
 
 def test_somebody_elses_checkout_is_not_ours(tmp_path):
-    """An environment in a folder of another project's repository is inside of its checkout."""
+    """Check that an environment inside another project's repository is not recorded as part of that repository."""
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     shutil.copytree(Path(sasa_train.__file__).parent, tmp_path / "site/sasa_train")
     code = "from sasa_train.runs import provenance; print(provenance._git('status'))"
@@ -385,7 +385,7 @@ def test_a_non_finite_loss_names_the_module_and_the_images(tmp_path, monkeypatch
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, in_process):
-    """The loss was finite, its gradient was not: the step's update broke the weights."""
+    """Check that weights are not saved if the loss was finite but its gradient was not."""
     real = Stepper.train_step
 
     def train_step(self, *arguments, **options):
@@ -403,7 +403,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, in_p
 
 
 def test_the_origin_is_the_first_module_and_its_images():
-    """Image 2 overflows in the second layer; the batch norm behind it spreads that over all images."""
+    """Image 2 overflows in the second layer, and the following batch norm spreads that to all images."""
     model = nn.Sequential(nn.Conv2d(3, 5, 1), nn.Conv2d(5, 7, 1), nn.BatchNorm2d(7), nn.Flatten(), nn.Linear(7, 2))
     images = torch.ones(4, 3, 1, 1)
     images[2] = 1e20
@@ -417,7 +417,7 @@ def test_the_origin_is_the_first_module_and_its_images():
 
 @pytest.mark.slow
 def test_memory_that_does_not_suffice_ends_with_what_to_set(tmp_path):
-    """A process that may have 600 MB more than it has is given a step that needs gigabytes."""
+    """Check the advice in the error message if a step needs gigabytes and the process may allocate only 600 MB more."""
     code = f"""
 import resource, sys
 import sasa_train.training.run as run
@@ -438,11 +438,11 @@ sys.exit(run_command({[*RUN, "data.image_size=64", "model.width=1.0", "model.ste
     assert remedy in process.stderr
 
 
-# Defects that other frameworks had
+# Bugs known from other frameworks
 
 
 def test_seed_zero_is_a_seed(tmp_path, monkeypatch):
-    """In one template `seed: 0` was taken for none."""
+    """Check that `seed: 0` is used as a seed; one template treated it as no seed."""
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
         assert run_in_process(tmp_path, monkeypatch, *TINY, f"run_name={name}", f"seed={seed}") == 0
     one, two, three = (rows(tmp_path / "out" / name) for name in ("one", "two", "three"))
@@ -450,7 +450,7 @@ def test_seed_zero_is_a_seed(tmp_path, monkeypatch):
 
 
 def test_a_job_of_a_sweep_is_the_run_alone(tmp_path, command, in_process):
-    """Hydra runs all jobs in one process: generators, threads and caches of one must not reach the next."""
+    """Check that a job of a sweep is unaffected by earlier ones, although Hydra runs all jobs in one process."""
     run = [*TINY, "model.drop_path_rate=0.2"]
     command("train", *run, "trainer.epochs=1", "seed=5,6", "-m")
     in_process("train", *run, "trainer.epochs=1", "seed=6", "output_dir=alone")
@@ -459,7 +459,7 @@ def test_a_job_of_a_sweep_is_the_run_alone(tmp_path, command, in_process):
 
 
 def test_a_resumed_run_remembers_its_best(tmp_path, monkeypatch):
-    """In one framework a resume forgot the best metric, and the best checkpoint was overwritten by a worse one."""
+    """Check that a resume remembers the best metric; in one framework, a worse checkpoint replaced the best one."""
     run = (*TINY, "run_name=a", "trainer.checkpoint_every_steps=1")
     with monkeypatch.context() as patch:
         top1s = iter((90.0, 10.0, 20.0))
@@ -480,7 +480,7 @@ def test_a_resumed_run_remembers_its_best(tmp_path, monkeypatch):
 
 
 def test_gradients_are_clipped_once_and_before_the_one_update(monkeypatch):
-    """An old reference script clipped after the update, and updated twice under mixed precision."""
+    """Check the order of clipping and update; an old script clipped after the update, and updated twice in AMP."""
     stepper, events = setup("trainer.grad_clip_norm=1.0"), []
     stepper.state.scaler = torch.amp.GradScaler("cpu")
     real = stepper.state.optimizer.step

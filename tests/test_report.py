@@ -1,4 +1,4 @@
-"""sasa-report: figures solved by hand, jobs that must not get lost, and the paper's tables as sweeps."""
+"""Check sasa-report: figures computed by hand, jobs that must not be lost, and the paper's tables as sweeps."""
 
 import csv
 import importlib.util
@@ -36,7 +36,7 @@ SWEEPS = sorted(path.stem for path in (config_dir() / "sweep").glob("*table*.yam
 
 @pytest.fixture
 def without_matplotlib(monkeypatch):
-    """The extra `plots` seems not to be installed. This is also seconds faster."""
+    """Simulate that the extra `plots` is not installed, which also saves seconds."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
 
@@ -50,7 +50,7 @@ def report_of(folder: Path, reference: str | None = None):
 
 
 def test_students_t_is_the_printed_tables():
-    """A wrong quantile makes every interval of every report wrong."""
+    """Check quantiles of Student's t, because a wrong one would make every interval in every report wrong."""
     printed = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 10: 2.228, 30: 2.042, 120: 1.980}
     for degrees, t in printed.items():
         n, spread = degrees + 1, [0.0] * (degrees - 1) + [-1.0, 1.0]
@@ -66,10 +66,10 @@ def test_a_mean_and_its_interval_solved_by_hand():
 
 
 def test_a_paired_difference_solved_by_hand(tmp_path):
-    """Seeds move both rows by 10 points; their difference is 1, 2, 3, so 2 +- 2.484."""
+    """The seeds shift both rows by 10 points; the differences are 1, 2 and 3, so the result is 2 +- 2.484."""
     k3, k5 = ("model.kernel_size=3",), ("model.kernel_size=5",)
     results = {(k3, 0): [40.0], (k3, 1): [50.0], (k3, 2): [60.0], (k5, 0): [41.0], (k5, 2): [63.0], (k5, 1): [52.0]}
-    results[k5, 4] = [99.0]  # without a partner
+    results[k5, 4] = [99.0]  # a seed without a counterpart
     first, second = report_of(write_sweep(tmp_path / "s", results)).rows
     difference = paired_difference(second, first)
     assert (difference.mean, difference.n) == (2.0, 3)
@@ -81,14 +81,14 @@ def test_a_paired_difference_solved_by_hand(tmp_path):
 
 
 def test_every_job_is_in_the_figures_or_listed_with_its_reason(tmp_path, without_matplotlib, in_process):
-    """A sweep that hides its failures shows the mean of the lucky ones."""
+    """Check that failed jobs are listed; a sweep that hides them would show the mean of the lucky runs."""
     k3, k5, k7 = (("model.kernel_size=3",), ("model.kernel_size=5",), ("model.kernel_size=7",))
     results = {(k3, 0): [50.0, 60.0, 58.0], (k3, 1): [50.0, 54.0, 54.0], (k5, 0): [61.0], (k7, 0): ("waiting", "")}
     results |= {(k5, 1): ("failed", "exit code 1: OutOfMemoryError\nTraceback"), (k5, 2): ("pruned", "step 3")}
     sweep = write_sweep(tmp_path / "s", results)
     more = {(k3, 2): [70.0], (("model.width=0.3",), 0): ("refused", "width")}
     write_sweep(sweep, more, name="ledger-b.json")
-    (sweep / "ledger-b-0/metrics.jsonl").write_text('{"split": "val"')  # of a job that went on elsewhere: half a row
+    (sweep / "ledger-b-0/metrics.jsonl").write_text('{"split": "val"')  # a job that continued elsewhere left half a row
     write_sweep(sweep, {(k7, 1): [1.0]}, name="ledger-c.json")
     (sweep / "ledger-c-0/config.yaml").unlink()
     text = in_process("report", str(sweep), "--reference", "kernel_size=3").stdout
@@ -119,7 +119,7 @@ def test_a_seed_that_ran_twice_counts_once(tmp_path):
 
 
 def test_plain_run_folders_need_no_ledger(tmp_path, capsys, without_matplotlib):
-    """`sasa-train -m` leaves such folders: states come from run.json, keys from config.yaml."""
+    """`sasa-train -m` creates such folders: states come from run.json and keys from config.yaml."""
     for width, seed in itertools.product((0.125, 0.25), (0, 1)):
         overrides = [*BASE, f"model.width={width}", f"seed={seed}"]
         write_run(tmp_path / f"outputs/w{width}-{seed}", overrides, [50.0 + 8 * width + seed])
@@ -154,7 +154,7 @@ def test_a_damaged_ledger_is_refused_by_its_path(text, reason, tmp_path, capsys)
 
 
 def test_a_row_of_metrics_without_what_is_drawn_is_damage(tmp_path):
-    """Another program's log, or an edited one: named on the page, and no traceback of the curves."""
+    """Check that another program's log, or an edited one, is reported on the page without a traceback."""
     write_run(tmp_path / "run", ["experiment=debug"], [20.0])
     log = tmp_path / "run/metrics.jsonl"
     log.write_text(log.read_text().replace('"epoch"', '"round"'))
@@ -211,7 +211,7 @@ def test_the_curves_are_the_seeds_mean_and_range(tmp_path):
 
 
 def jobs_of(*arguments: str) -> tuple[int | None, list[list[str]]]:
-    """The paper's table and each job's overrides, as sasa-sweep takes them."""
+    """Return the paper's table and the overrides of each job, as sasa-sweep interprets the arguments."""
     plan = read_plan(list(arguments))
     assert not any(job.reason for job in plan.jobs)
     return plan.config.paper_table, [job.overrides for job in plan.jobs]
@@ -219,7 +219,7 @@ def jobs_of(*arguments: str) -> tuple[int | None, list[list[str]]]:
 
 @pytest.mark.parametrize("sweep", slow_but_for(["paper_table5", "paper_table7"], SWEEPS))
 def test_every_row_of_the_papers_table_is_one_job(sweep):
-    """It has the row's parameters on ImageNet, and trains at 32 pixels with no more than another experiment."""
+    """Each job has the row's parameter count on ImageNet, and trains at 32 pixels if only the experiment is changed."""
     table, jobs = jobs_of(f"sweep={sweep}")
     wanted = [row for row in ROWS if row.table == table]
     configs = [compose_config(job) for job in jobs]
@@ -249,7 +249,7 @@ def test_the_six_tables_are_there_with_their_commands():
 
 
 def test_the_papers_figures_stand_beside_ours(tmp_path):
-    """Both stand as differences to the same row, at another depth and on other data too."""
+    """Check that our results and the paper's are shown as differences to the same row, also at another depth."""
     stages = {"aaaa": [50.0, 51.0], "ccaa": [52.0, 52.5]}
     results = {}
     for letters, top1s in stages.items():
@@ -279,7 +279,7 @@ def test_other_models_are_no_row_of_the_paper():
 
 
 def test_tensorboard_shows_the_sweep(tmp_path, monkeypatch):
-    """One session a run, and those keys marked that differ: else the page shows seventy columns of the same."""
+    """Check that each run is one session and that only differing keys are shown, instead of seventy equal columns."""
     monkeypatch.chdir(tmp_path)
     tiny = ["experiment=debug", "output_dir=sweep", "trainer.max_steps=1"]
     for kernel_size in ("3", "null"):
@@ -307,7 +307,7 @@ def test_tensorboard_shows_the_sweep(tmp_path, monkeypatch):
 
 
 def test_a_refused_config_is_still_a_row(tmp_path):
-    """Its overrides alone are known."""
+    """Check that a job with a refused config, of which only the overrides are known, is listed as a row."""
     sweep = write_sweep(tmp_path / "s", {(("model.kernel_size=4",), 0): ("refused", "odd"), ((), 0): [50.0]})
     refused = next(row for row in report_of(sweep).rows if row.settings)
     assert (refused.config, refused.params, refused.num_jobs) == (None, None, 1)

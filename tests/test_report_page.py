@@ -1,4 +1,4 @@
-"""The report's HTML page: whole, self-contained, safe from names on disks, and looked at in a real browser."""
+"""Check that the report's HTML page is valid, self-contained and safe from untrusted names, also in a real browser."""
 
 import json
 import math
@@ -28,7 +28,7 @@ VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
 class Page(HTMLParser):
-    """The content of a page. Its tags must be balanced: a browser would mend them in silence."""
+    """Parses a page and requires balanced tags, which a browser would silently repair."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -57,7 +57,7 @@ class Page(HTMLParser):
 
 
 def check_whole(page: Page) -> None:
-    """Check the rules for every page of ours."""
+    """Check the rules that apply to every page of the report."""
     names = {tag for tag, _ in page.tags}
     assert not names & {"script", "link", "iframe", "object", "base", "form"}
     assert page.all("html")[0]["lang"] == "en" and len(page.all("h1")) == len(page.all("main")) == 1
@@ -78,7 +78,7 @@ def check_whole(page: Page) -> None:
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory) -> Path:
-    """A real run on images whose class names, like its own, are a stranger's."""
+    """Return a real run on images whose class names, like its own name, are hostile."""
     folder = tmp_path_factory.mktemp("page")
     images = make_image_folder(folder / "images", size=(19, 17))
     for split in ("train", "val"):
@@ -98,7 +98,7 @@ def run_page(run_dir) -> Page:
 
 @pytest.fixture(scope="module")
 def sweep_page(tmp_path_factory) -> Page:
-    """Three rows, one of them without a job that is done, and all that can go wrong with a job."""
+    """Return a page with three rows, one of them without a finished job, and every kind of problem a job can have."""
     k3, k5, k7 = (("model.kernel_size=3",), ("model.kernel_size=5",), ("model.kernel_size=7",))
     results = {(k3, 0): [50.0, 58.0], (k3, 1): [50.0, 54.0], (k5, 0): [61.0, 60.0], (k5, 1): [59.0, 63.0]}
     results |= {(k7, 0): ("failed", f"exit code 1: {HOSTILE}\nTraceback"), (k7, 1): ("waiting", "")}
@@ -142,7 +142,7 @@ def test_the_page_of_a_sweep_has_each_job_or_its_reason(sweep_page):
 
 
 def test_a_page_is_written_without_checkpoint_data_or_matplotlib(run_dir, tmp_path, monkeypatch, capsys):
-    """Each says in its place what is not there, and how to have it."""
+    """Check that each section without its data or packages says what is missing and how to provide it."""
 
     def write(*arguments: str) -> Page:
         assert command.run_command([str(run_dir), "--out", str(tmp_path), *arguments]) == 0
@@ -164,7 +164,7 @@ def test_a_page_is_written_without_checkpoint_data_or_matplotlib(run_dir, tmp_pa
 
 
 def test_a_class_table_has_who_is_taken_for_whom():
-    """A set may have one class alone, as where only one is there to try."""
+    """Check the table for two classes and for a single one, as in a first trial."""
     found = ValSample(4, torch.tensor([[1, 2], [0, 1]]), [])
     assert [(row["class"], row["top1"], row["most often taken for"]) for row in class_rows(found, ["a", "b"])] == [
         ("a", "33.33", "b (2)"),
@@ -179,14 +179,14 @@ def test_the_page_of_a_model_that_is_not_finite_says_so_in_place_of_its_attentio
     checkpoints = tmp_path / "run/checkpoints"
     state = torch.load(checkpoints / "last.pt", weights_only=True)
     state["model"]["layer1.0.conv2.qkv.weight"].fill_(math.nan)
-    for path in checkpoints.iterdir():  # the digests beside them too
+    for path in checkpoints.iterdir():  # including the digests
         path.unlink()
     torch.save(state, checkpoints / "last.pt")
     monkeypatch.chdir(tmp_path / "run")
     assert command.run_command(["."]) == 0
     page = Page(tmp_path / "run/report/report.html")
     assert "is the model finite?" in page.text and "all 8 val images" in page.text
-    assert "<title>run</title>" in page.source  # of a folder that is given as "."
+    assert "<title>run</title>" in page.source  # the name of the folder given as "."
 
 
 def test_overrides_that_nobody_reads_are_refused(run_dir, sweep_page, capsys):
@@ -201,7 +201,7 @@ def test_overrides_that_nobody_reads_are_refused(run_dir, sweep_page, capsys):
 
 
 def test_what_one_must_know_of_a_run_stands_above_its_figures(tmp_path):
-    """run.json and the other files may hold anything."""
+    """Check the warnings for damaged or unusual content of run.json and other files."""
     run_dir = tmp_path / "run"
     write_run(run_dir, ["experiment=debug", "trainer.max_steps=null", "trainer.epochs=9"], [20.0, 40.0, 30.0])
     info = {"status": "interrupted", "starts": [{"step": 0}, {"step": 7}, 5], "versions": 3, "dirty": True}
@@ -259,7 +259,7 @@ addEventListener("message", event => { found.textContent += JSON.stringify(event
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium to look at the page with")
 def test_a_browser_shows_the_pages_on_a_phone_and_on_a_screen(run_page, sweep_page, tmp_path):
-    """At 360 and 1280 pixels: nothing sticks out, wide tables scroll in their boxes, every picture is there."""
+    """At 360 and 1280 pixels, nothing overflows, wide tables scroll inside their boxes, and every picture loads."""
     frames = FRAMES
     for page in (run_page, sweep_page):
         name = f"{page.path.parents[1].name == 'a sweep'}.html"

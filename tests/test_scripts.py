@@ -1,4 +1,4 @@
-"""The scripts that measure run and print what they promise; what they measure is not judged here."""
+"""Check that the measurement scripts run and print what they promise; the measured values are not checked."""
 
 import re
 import subprocess

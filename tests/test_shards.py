@@ -1,4 +1,4 @@
-"""Tar shards are the data set that the class folders are, and an index never outlives what it describes."""
+"""Check that tar shards yield the same data set as class folders, and that an index is discarded if files change."""
 
 import os
 import tarfile
@@ -23,14 +23,14 @@ def shards(image_folder, tmp_path):
 
 @pytest.mark.parametrize("size", [16, 72])
 def test_shards_give_the_batches_of_their_folders(image_folder, shards, size):
-    """Resident and streamed: the same images in the same order, augmented the same way."""
+    """The same images come in the same order with the same augmentation, resident and streamed."""
     overrides = ("data=image_folder", f"data.image_size={size}", "trainer.global_batch_size=4", "data.num_workers=1")
     from_folders = batches(config_for(*overrides, f"data.root={image_folder}"), epoch=1)
     assert_same(from_folders, batches(config_for(*overrides, f"data.root={shards}"), epoch=1))
 
 
 def write_webdataset(folder: Path, name: str, samples: list[tuple[str, bytes]]) -> None:
-    """KEY.jpg, KEY.cls and whatever else, in any order, as other people's tools write it."""
+    """Write KEY.jpg, KEY.cls and other files in any order, as third-party tools do."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(tar_of(samples))
 
@@ -52,7 +52,7 @@ def test_the_index_is_used_again_and_made_anew_when_a_shard_changes(image_folder
     paths = find_shards(shards, "train")
     before, labels = load_shards(paths, "train")
     with monkeypatch.context() as patched:
-        patched.setattr(tarfile, "open", None)  # nobody may look into the tars
+        patched.setattr(tarfile, "open", None)  # makes reading the tars an error
         again, same_labels = load_shards(paths, "train")
     assert np.array_equal(before.offset, again.offset) and np.array_equal(labels, same_labels)
     png = (image_folder / "train/red/0.png").read_bytes()
@@ -83,10 +83,10 @@ def test_a_truncated_shard_is_named(shards):
 
 
 def test_an_image_cut_off_after_indexing_is_quarantined(shards):
-    """The run goes on with the next image, just as after a truncated image file."""
+    """Check that the run continues with the next image, as it does after a truncated image file."""
     config = config_for("data=image_folder", f"data.root={shards}", "data.image_size=16", "data.num_workers=0")
     config.trainer.global_batch_size = 9
-    load_image_sets(config.data)  # makes the index
+    load_image_sets(config.data)  # creates the index
     path = find_shards(shards, "train")[1]
     times = path.stat()
     with path.open("r+b") as file:

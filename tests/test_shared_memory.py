@@ -1,4 +1,4 @@
-"""Docker gives a container 64 MiB of shared memory: a run that needs more is refused, before a worker dies of it."""
+"""Check that a run that needs more shared memory than Docker's 64 MiB is refused before a worker dies of it."""
 
 import shutil
 import sys
@@ -11,7 +11,7 @@ from sasa_train.data.loader import build_eval_loader, build_loaders
 from sasa_train.refusal import ConfigError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/dev/shm is Linux's")
-TRAIN, VAL = 18 * 3 * 72**2, 8 * 3 * 72**2  # bytes of all images: the queues could hold more, but there are no more
+TRAIN, VAL = 18 * 3 * 72**2, 8 * 3 * 72**2  # bytes of all images, which is less than the queues could hold
 
 
 @pytest.fixture
@@ -30,12 +30,12 @@ def test_the_queues_of_train_and_val_must_fit(config, monkeypatch):
     leave(monkeypatch, TRAIN + VAL - 1)
     with pytest.raises(ConfigError, match=r"data.num_workers=2: .* --shm-size=1g.* data.num_workers=1, or a smaller"):
         build_loaders(config(), CPU)
-    build_eval_loader(config(), CPU)[0].close()  # needs val's alone
+    build_eval_loader(config(), CPU)[0].close()  # needs only val's share
     build_loaders(config("data.num_workers=0"), CPU).close()
 
 
 def test_three_micro_batches_a_worker_are_counted(config, monkeypatch):
-    queued = (3 * 4 + 8) * 3 * 72**2  # val has no more images
+    queued = (3 * 4 + 8) * 3 * 72**2  # val has only 8 images
     leave(monkeypatch, queued)
     build_loaders(config("data.num_workers=1"), CPU).close()
     leave(monkeypatch, queued - 3 * 72**2)

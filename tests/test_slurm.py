@@ -1,4 +1,4 @@
-"""Runs and sweeps on a real Slurm, brought up on this machine: past their time limit, preempted, cancelled, refused."""
+"""Run jobs and sweeps on a real local Slurm, including time limits, preemption, cancellation and refusal."""
 
 import json
 import os
@@ -27,7 +27,7 @@ needs_slurm = [
         reason="needs root, and: apt-get install slurmctld slurmd slurm-client munge",
     ),
 ]
-# Stands in for sasa-train: until its job was stopped so many times, its steps take long enough to be stopped at.
+# A replacement for sasa-train: until its job has been stopped often enough, its steps are slow enough to interrupt.
 SLOW = """
 import os, time
 from pathlib import Path
@@ -52,7 +52,7 @@ RUN = (*TINY, "trainer.epochs=20", "run_name=a")
 
 
 class Cluster:
-    """A Slurm, with a folder that jobs run in."""
+    """A Slurm cluster with a folder in which its jobs run."""
 
     def __init__(self, folder: Path, environment: dict[str, str]):
         self.folder, self.environment = folder, environment
@@ -84,7 +84,7 @@ def num_rows(run_dir: Path) -> int:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A cluster with eight processors, more than this machine has: jobs wait more than they compute."""
+    """Start a cluster with eight CPUs, more than this machine has, because jobs wait more than they compute."""
     folder = tmp_path_factory.mktemp("slurm")
     script = str(SLURM / "local_cluster.sh")
     exports = subprocess.run([script, "up", str(folder / "slurm"), "8"], check=True, stdout=subprocess.PIPE, text=True)
@@ -103,10 +103,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def overdue(cluster: Cluster) -> str:
-    """A run that passes its time limit twice; it does so while the other tests run.
+    """Submit a run that exceeds its time limit twice while the other tests run.
 
-    Where nothing preempts it. Slurm looks every 30 seconds whom to warn, here once 30 to 60 seconds are gone; a limit
-    of a minute would leave a busy machine too little to start in.
+    No other job can preempt it. Slurm checks every 30 seconds which jobs to warn, here 30 to 60 seconds after a start;
+    a limit of one minute would leave too little time to start on a busy machine.
     """
     limits = ("--partition=high", "--time=2", "--signal=B:USR2@30")
     return cluster.submit(*limits, num_stops=2, run=(*RUN, "output_dir=overdue"))
@@ -151,7 +151,7 @@ class TestOnSlurm:
         assert [info["status"] for info in found] == ["finished"] * 4
 
     def test_every_job_ends_with_its_own_code(self, cluster, overdue):
-        """One that is cancelled, or warned and requeued, takes nothing from the others, and no error is hidden."""
+        """A job that is cancelled, or warned and requeued, does not affect the others, and no error is hidden."""
         make_lost_run(cluster.folder / "codes/lost")
         names = ("done", "misspelt", "missing", "lost", "cancelled", "warned")
         endings = (["trainer.epochs=1"], ["trainer.epoch=1"], ["data=image_folder"], [], *[["trainer.epochs=60"]] * 2)
@@ -162,8 +162,8 @@ class TestOnSlurm:
             for name in names[-2:]:
                 wait_for(lambda name=name: num_rows(cluster.folder / "codes" / name) > 2, what=f"{name} trains")
             (array,) = {path.name.split("_")[0] for path in (cluster.folder / "hydra/.submitit").glob("[0-9]*_*")}
-            cluster.call("scancel", f"{array}_3")  # its number among those that were not refused
-            cluster.call("scancel", "--signal=USR2", f"{array}_4")  # as Slurm does before the time limit
+            cluster.call("scancel", f"{array}_3")  # its index among the jobs that were not refused
+            cluster.call("scancel", "--signal=USR2", f"{array}_4")  # as Slurm sends before the time limit
             out, err = process.communicate(timeout=PATIENCE)
         finally:
             process.kill()
@@ -183,13 +183,13 @@ class TestOnSlurm:
 
 
 def make_lost_run(run_dir: Path) -> None:
-    """A run that had checkpoints, and they are gone: it fails with exit code 1."""
+    """Write a run that fails with exit code 1 because its checkpoints have been deleted."""
     run_dir.mkdir(parents=True)
     (run_dir / "run.json").write_text('{"has_checkpoint": true}')
 
 
 def start_launch(jobs: list[list[str]], launcher: list[str], folder: Path, environment: dict[str, str]):
-    """`launch` in a process of its own, which prints the exit codes."""
+    """Call `launch` in a new process that prints the exit codes."""
     code = f"""
 import json
 from pathlib import Path
@@ -239,7 +239,7 @@ def test_other_sweepers_are_refused_rather_than_ignored(capsys):
 
 
 def test_a_signal_is_handed_on_to_a_launchers_handler_alone():
-    """submitit requeues a job in its handler of USR2, which must wait for our save. Python's own handlers end it."""
+    """submitit requeues a job in its USR2 handler, which must run after our save; Python's own handlers are skipped."""
     handed = []
     before = signal.signal(signal.SIGUSR2, lambda number, _frame: handed.append(number))
     try:

@@ -1,4 +1,4 @@
-"""Sweeps as people run them: jobs killed, the sweep killed, a broken config; the same command finishes it, once."""
+"""Run sweeps with killed jobs, a killed sweep or a broken config; rerunning the command finishes each job once."""
 
 import functools
 import json
@@ -32,7 +32,7 @@ def finished(process: subprocess.Popen, expect: int) -> str:
 
 
 def read_ledger(folder: Path) -> dict:
-    """The one ledger there, or an empty one where it is not there yet."""
+    """Return the ledger in the folder, or an empty one if it does not exist yet."""
     found = list(folder.glob("outputs/*/ledger.json"))
     return json.loads(found[0].read_text()) if found else {"jobs": {}}
 
@@ -43,7 +43,7 @@ def status(folder: Path, name: str) -> str:
 
 
 def running_jobs(folder: Path) -> list[tuple[int, str]]:
-    """Process and run folder of the jobs that hold one and have begun to train."""
+    """Return the process and run folder of each job that has locked its folder and started training."""
     found = []
     for lock in folder.glob("outputs/*/digits-*/.lock"):
         metrics = lock.with_name("metrics.jsonl")
@@ -56,7 +56,7 @@ def running_jobs(folder: Path) -> list[tuple[int, str]]:
 
 @pytest.mark.slow
 def test_a_sweep_survives_kills_and_a_broken_config(tmp_path):
-    """Twelve jobs, one of them broken; two jobs and then the sweep are killed: lost hours, were any of it lost."""
+    """One of twelve jobs is broken; two jobs and then the sweep are killed, and no completed work may be lost."""
     broken = tmp_path / "twelve.yaml"
     broken.write_text(
         "overrides: [" + ", ".join(f'"{a}"' for a in SMALL) + ", trainer.epochs=6, trainer.checkpoint_every_steps=2]\n"
@@ -75,7 +75,7 @@ def test_a_sweep_survives_kills_and_a_broken_config(tmp_path):
     sweep.kill()
     finished(sweep, -signal.SIGKILL)
     done_before = {n for n, job in read_ledger(tmp_path)["jobs"].items() if job["state"] == "done"}
-    # Its jobs save and stop, instead of going on unseen.
+    # The jobs save and stop instead of running on unnoticed.
     wait_for(lambda: all(status(tmp_path, name) in ("interrupted", "finished") for name in at_work))
 
     output = finished(start_sweep(tmp_path, *arguments), expect=1)  # one job is refused
@@ -87,11 +87,11 @@ def test_a_sweep_survives_kills_and_a_broken_config(tmp_path):
     for name in killed:
         reasons = [one["reason"] for one in jobs[name]["tries"]]
         assert "killed by SIGKILL" in reasons and reasons[-1] == "finished", reasons
-    for job in jobs.values():  # none at all where the run ended just as the sweep was killed
+    for job in jobs.values():  # none if the run ended just when the sweep was killed
         assert [one["reason"] for one in job["tries"]].count("finished") <= 1
     reasons = [one["reason"] for job in jobs.values() for one in job["tries"]]
     assert "the sweep ended before it did" in reasons
-    for name in done_before:  # it was not touched again
+    for name in done_before:  # it was not run again
         assert all(one["exit_code"] is not None for one in jobs[name]["tries"])
         starts = json.loads(next(tmp_path.glob(f"outputs/*/{name}/run.json")).read_text())["starts"]
         assert len(starts) == sum(one["reason"] != "refused" for one in jobs[name]["tries"])
@@ -105,11 +105,11 @@ def test_a_sweep_survives_kills_and_a_broken_config(tmp_path):
 
 @pytest.mark.slow
 def test_a_stopped_sweep_saves_its_jobs_and_a_grid_grows_in_place(tmp_path):
-    """Ctrl-C on a sweep of days must lose nothing, and a sixth seed must not cost the five before it."""
+    """Check that Ctrl-C on a sweep loses nothing, and that a sixth seed does not rerun the first five."""
     arguments = [*SMALL, "trainer.epochs=15", "sweep.max_parallel=2"]
     sweep = start_sweep(tmp_path, *arguments, "seed=0,1")
     wait_for(lambda: [job["state"] for job in read_ledger(tmp_path)["jobs"].values()] == ["running"] * 2)
-    sweep.send_signal(signal.SIGINT)  # while the jobs are being started
+    sweep.send_signal(signal.SIGINT)  # while jobs are being started
     finished(sweep, expect=75)
     assert {job["state"] for job in read_ledger(tmp_path)["jobs"].values()} == {"interrupted"}
 
@@ -129,7 +129,7 @@ def test_a_stopped_sweep_saves_its_jobs_and_a_grid_grows_in_place(tmp_path):
 
 @pytest.mark.slow
 def test_a_failing_job_shows_its_traceback_and_is_tried_three_times(tmp_path):
-    """A job that cannot work must not take the others with it, nor be started for ever."""
+    """Check that a job that cannot work neither stops the others nor is restarted forever."""
     sweep = start_sweep(tmp_path, *SMALL, "trainer.epochs=1", "optimizer.lr=0.1,1e30", "trainer.grad_clip_norm=null")
     output = finished(sweep, expect=1)
     good, failed = read_ledger(tmp_path)["jobs"].values()
@@ -140,7 +140,7 @@ def test_a_failing_job_shows_its_traceback_and_is_tried_three_times(tmp_path):
 
 @pytest.mark.slow
 def test_a_search_prunes_stops_and_goes_on(tmp_path):
-    """A search of a night that is stopped must end with the trials it was asked for, none lost and none done twice."""
+    """Check that a stopped search ends with the requested number of trials, none of them lost or repeated."""
     pytest.importorskip("optuna")
     arguments = [*SMALL, "trainer.epochs=4", "optimizer.lr=tag(log,interval(1e-4,1))", "model.kernel_size=3,5"]
     arguments += ["sweep.num_trials=9", "sweep.max_parallel=2"]
@@ -169,7 +169,7 @@ def test_a_search_prunes_stops_and_goes_on(tmp_path):
 
 
 def test_names_come_from_content():
-    """The same job in another order of words must not be another run."""
+    """Check that the same job with its overrides in another order does not become another run."""
     one = read_plan(["experiment=debug", "seed=0,1", "model.kernel_size=3"])
     other = read_plan(["model.kernel_size=3", "seed=0,1", "experiment=debug"])
     grown = read_plan(["experiment=debug", "seed=range(5)", "model.kernel_size=3"])
@@ -227,7 +227,7 @@ def test_what_makes_no_sense_is_refused_before_anything_begins(arguments, messag
 
 
 def hold(folder: Path) -> subprocess.Popen:
-    """A process that holds the folder until it is given a line."""
+    """Start a process that locks the folder until it receives a line."""
     folder.mkdir(parents=True)
     code = "import sys, pathlib, sasa_train.files as l; f = l.lock_folder(pathlib.Path(sys.argv[1])); input()"
     process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE)
@@ -236,7 +236,7 @@ def hold(folder: Path) -> subprocess.Popen:
 
 
 def test_two_sweeps_in_one_folder_are_refused(tmp_path, monkeypatch, in_process):
-    """Two of them would start every job twice."""
+    """Check that a second sweep in a folder is refused, because both would start every job."""
     monkeypatch.chdir(tmp_path)
     plan = read_plan(["experiment=debug", "seed=0,1"])
     other = hold(plan.folder)
@@ -245,7 +245,7 @@ def test_two_sweeps_in_one_folder_are_refused(tmp_path, monkeypatch, in_process)
 
 
 def test_a_run_that_somebody_holds_is_waited_for(tmp_path):
-    """A job of a killed sweep may still be saving: a second start of it would be refused, and count as broken."""
+    """Check that a run locked by a job of a killed sweep is awaited, because a second start would be refused."""
     other = hold(tmp_path / "held")
     jobs = JobList([Job("held", [], ""), Job("free", [], "")], tmp_path)
     first = jobs.next()
@@ -286,7 +286,7 @@ def test_states_follow_exit_codes(tmp_path):
 
 
 def test_what_is_no_longer_asked_for_does_not_decide_the_exit_code(tmp_path):
-    """A loop that repeats the command until it is done would otherwise never end."""
+    """Check that the exit code ignores jobs that are no longer requested, so that a loop until success can end."""
     ledger, stop = Ledger(tmp_path / "ledger.json", {}), StopRequest()
     stop.restore()
     left, asked = ledger.add(Job("left", [], "")), ledger.add(Job("asked", [], ""))
@@ -300,7 +300,7 @@ def test_what_is_no_longer_asked_for_does_not_decide_the_exit_code(tmp_path):
 
 @pytest.mark.parametrize("name", ["plain", "a b", "it's", 'say "hi"', "1,2", "k=v", "o é", "back\\slash", "${x}"])
 def test_a_jobs_folder_is_the_sweeps_whatever_its_name(name):
-    """A job that trains elsewhere would never be seen to be done, and be started for ever."""
+    """Check that any folder name is passed on unchanged; a job in another folder would never be recognised as done."""
     (override,) = parse_overrides(job_arguments(Job("a", [], ""), Path(name)))
     assert str(override.value()) == name
 
@@ -323,15 +323,15 @@ def test_a_bad_trial_is_given_up_and_a_good_one_is_not(tmp_path):
 
     for top1 in (50.0, 60.0, 70.0, 80.0):
         entry = search.next()
-        assert evaluate(entry, top1, range(1, 10)) == [False] * 9  # too few to compare with
+        assert evaluate(entry, top1, range(1, 10)) == [False] * 9  # too few trials to compare with
         entry.end("done", "finished")
         search.ended(entry)
     assert evaluate(search.next(), 75.0, range(1, 10)) == [False] * 9
-    assert evaluate(search.next(), 40.0, range(1, 4)) == [False, False, True]  # not in its first third
+    assert evaluate(search.next(), 40.0, range(1, 4)) == [False, False, True]  # not in the first third of the run
 
 
 def test_each_place_has_devices_of_its_own(tmp_path, monkeypatch):
-    """Two jobs on one GPU while another idles would cost half of the night."""
+    """Check that jobs use different GPUs, because two jobs on one GPU next to an idle one would waste time."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2,5,7")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     ledger, stop = Ledger(tmp_path / "ledger.json", {}), StopRequest()

@@ -1,4 +1,4 @@
-"""A trained model out of its run folder: the weights and preprocessing that evaluation, prediction and export share."""
+"""Check loading a trained model from its run folder: weights and preprocessing for evaluation, prediction, export."""
 
 import importlib
 import os
@@ -14,7 +14,7 @@ from sasa_train.trained import load_trained
 
 
 def test_the_moving_average_is_the_default_and_raw_the_models_own(tiny_run):
-    """A user who gets the other weights publishes another figure than the log's."""
+    """Check the choice of weights; with the other ones, a published result would differ from the log."""
     averaged, raw = load_trained(tiny_run), load_trained(tiny_run, ["weights=raw"])
     assert (averaged.weights, raw.weights) == ("ema", "raw")
     name = "layer1.0.conv1.weight"
@@ -25,7 +25,7 @@ def test_the_moving_average_is_the_default_and_raw_the_models_own(tiny_run):
 
 
 def test_preprocessing_is_that_of_the_runs_data(tiny_run):
-    """The digits' own mean and std; a mean of the config's goes first."""
+    """The digits' own mean and std are used unless the config sets a mean."""
     pixels = torch.full((1, 3, 8, 8), 255, dtype=torch.uint8)
     trained = load_trained(tiny_run)
     assert trained.image_size == 8 and trained.classes == [str(digit) for digit in range(10)]
@@ -36,7 +36,7 @@ def test_preprocessing_is_that_of_the_runs_data(tiny_run):
 
 
 def test_other_images_are_prepared_as_the_models_own_were(tiny_run):
-    """data.name chooses files; it once brought that set's mean, std and size along, and predictions changed unsaid."""
+    """Check that data.name only selects files; it once also changed mean, std and size, and thus predictions."""
     elsewhere = ["data.name=image_folder", "data.root=photos", "model.num_classes=10"]
     own, other = load_trained(tiny_run), load_trained(tiny_run, elsewhere)
     assert other.image_size == own.image_size == 8
@@ -67,7 +67,7 @@ def test_a_run_folder_its_checkpoints_and_a_file_name_the_same(tiny_run):
 
 
 def test_words_are_overrides_unless_they_are_files(tmp_path, monkeypatch):
-    """A photograph may be called seed=3; a misspelt key is no photograph that is missing."""
+    """A photograph may be named seed=3, and a misspelt key must not be reported as a missing photograph."""
     monkeypatch.chdir(tmp_path)
     Path("seed=3").touch()
     os.symlink("nowhere", "weights=raw")
@@ -80,12 +80,12 @@ def test_words_are_overrides_unless_they_are_files(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["evaluate", "predict", "visualize", "export", "report"])
 def test_every_command_that_reads_a_run_refuses_a_misspelt_key_alike(tiny_run, name, capsys, monkeypatch):
-    """One took it for a figure, one for a run, and one for an argument too many."""
+    """Check the message for a misspelt key, which commands used to interpret as a figure, run or extra argument."""
     command = importlib.import_module(f"sasa_train.{name}").run_command
     words = [str(tiny_run), *([str(tiny_run / "augmented.png")] if name == "predict" else []), "trainer.devise=cpu"]
     assert command(words) == 2
     assert "unknown key 'trainer.devise': did you mean trainer.device?" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
-    if name != "report":  # a table of runs is made all the same
+    if name != "report":  # the table of runs is still written
         assert command(words[:-1]) == 2
         assert "WORLD_SIZE=2: this is one process's work" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""sasa-visualize: attention weights that are the layers' own, distances and windows solved by hand, and the command."""
+"""Check that sasa-visualize shows the layers' own weights, and correct distances and windows; test the command."""
 
 import math
 import shutil
@@ -31,7 +31,7 @@ from sasa_train.visualize.geometry import Distances, default_pixels, mean_distan
 from sasa_train.visualize.names import NAMES, OF_SEVERAL
 from sasa_train.visualize.sample_figures import augmented_samples
 
-# Float64 all through: sums of some hundred products, each to 1e-16, of numbers around 1.
+# All values are float64: sums of several hundred products near 1, each accurate to 1e-16.
 EXACT = {"rtol": 0, "atol": 1e-12}
 HEIGHT, WIDTH, HEADS, KERNEL = 5, 7, 2, 3
 KEYS = [{}, {"position": "absolute"}, {"position": "none"}, {"content": False}, {"stride": 2}]
@@ -45,7 +45,7 @@ def build_layer(**keys) -> LocalSelfAttention2d:
 
 
 def windows_of(maps: torch.Tensor) -> torch.Tensor:
-    """[B, C, H, W] -> [B, N, H, W, K*K, D], zeros outside, by torch's own unfold."""
+    """Map [B, C, H, W] to [B, N, H, W, K*K, D] with torch's own unfold, with zeros outside the map."""
     columns = functional.unfold(maps, KERNEL, padding=KERNEL // 2)  # [B, C * K * K, H * W]
     split = columns.unflatten(1, (HEADS, -1, KERNEL**2)).unflatten(-1, maps.shape[-2:])  # [B, N, D, K*K, H, W]
     return split.permute(0, 1, 4, 5, 3, 2)
@@ -56,7 +56,7 @@ def windows_of(maps: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("keys", KEYS, ids=str)
 def test_weights_times_values_are_the_layers_output(keys):
-    """A map of attention that is not what the model computed would be a picture of nothing."""
+    """Check that attention maps are what the model computed; they would be meaningless otherwise."""
     layer, x = build_layer(**keys), torch.randn(3, 8, HEIGHT, WIDTH, dtype=torch.float64)
     weights = layer.attention_weights(x)
     assert weights.shape == (3, HEADS, HEIGHT, WIDTH, KERNEL**2)
@@ -87,7 +87,7 @@ def test_weights_times_values_are_the_stems_output():
 
 
 def test_equal_scores_share_the_weight_among_the_keys_that_take_part():
-    """A corner of a 3 x 3 window has 4 keys inside; with border=zero the 5 others take their part."""
+    """At a corner, a 3 x 3 window has 4 keys inside; with border=zero, the 5 others also receive weight."""
     zero = torch.zeros(1, 1, 4, 4, 2)
     corner = attention_weights(zero, zero, kernel_size=3)[0, 0, 0, 0]
     assert corner.tolist() == [0, 0, 0, 0, 0.25, 0.25, 0, 0.25, 0.25]
@@ -114,7 +114,7 @@ def test_relative_scores_are_the_mean_of_every_querys_own(share_rel):
 
 
 def test_weights_are_captured_in_one_pass_and_checked():
-    """Only what was asked for, without a trace left in the model; weights that are no weights are an error."""
+    """Only the requested layers are captured, the model is left unchanged, and invalid weights raise an error."""
     torch.manual_seed(0)
     model = ResNet(26, 5, stem="attention_small", width=0.125, num_heads=2, kernel_size=3).eval()
     images, passes = torch.randn(2, 3, 8, 8), []
@@ -136,7 +136,7 @@ def test_weights_are_captured_in_one_pass_and_checked():
 
 
 def test_distance_of_uniform_attention_by_hand():
-    """3 x 3 windows on a 3 x 3 map: nine keys in the centre, six at an edge, four in a corner."""
+    """With 3 x 3 windows on a 3 x 3 map, there are nine keys at the centre, six at an edge and four in a corner."""
     layer, root = build_layer(), math.sqrt(2)
     centre, edge, corner = (4 + 4 * root) / 9, (3 + 2 * root) / 6, (2 + root) / 4
     zero = torch.zeros(1, 1, 3, 3, 1)
@@ -149,7 +149,7 @@ def test_distance_of_uniform_attention_by_hand():
 
 
 def test_distance_of_attention_to_one_key():
-    """Head 0 looks at itself, head 1 two columns to the left and one row up."""
+    """Head 0 attends to its own position, and head 1 to two columns to the left and one row up."""
     weights = torch.zeros(1, 2, 4, 4, 25)
     weights[:, 0, ..., 12] = 1
     weights[:, 1, ..., 5] = 1
@@ -159,7 +159,7 @@ def test_distance_of_attention_to_one_key():
 
 
 def test_a_window_is_drawn_where_it_lies_and_ends_at_the_border():
-    """5 x 5 positions of an 8 x 8 map in an image of 32 pixels: 4 pixels per position."""
+    """A query on an 8 x 8 map of a 32-pixel image has a 5 x 5 window and 4 pixels per position."""
     weights = torch.arange(2 * 8 * 8 * 25.0).view(2, 8, 8, 25)
     inside = window_at(weights, (13, 18), 32)
     assert (inside.query, inside.box, inside.query_box) == ((3, 4), (8, 4, 28, 24), (16, 12, 20, 16))
@@ -172,7 +172,7 @@ def test_a_window_is_drawn_where_it_lies_and_ends_at_the_border():
 
 
 def test_a_map_whose_side_was_rounded_up_lies_where_its_strides_put_it():
-    """50 pixels, 25, 13, 7: the seven positions are 8 pixels apart, not 50 / 7; the last one has two pixels."""
+    """Sides of 50, 25, 13 and 7 put the seven positions 8 pixels apart, not 50 / 7; the last one has two pixels."""
     weights = torch.arange(1 * 7 * 7 * 9.0).view(1, 7, 7, 9)
     window = window_at(weights, (39, 49), 50)
     assert (window.query, window.reduction, window.box) == ((4, 6), 8, (40, 24, 56, 48))
@@ -180,7 +180,7 @@ def test_a_map_whose_side_was_rounded_up_lies_where_its_strides_put_it():
 
 
 def test_a_layer_whose_queries_have_one_key_has_no_distance():
-    """A kernel_size of 1, or a map of one position, as in the last blocks of a ResNet-38 on digits."""
+    """Check a layer with a kernel_size of 1 or a 1x1 map, as in the last blocks of a ResNet-38 on digits."""
     layers = [Distances("layer1", [2.0, 3.0], 2.5), Distances("layer4", [0.0, 0.0], 0.0)]
     figure = draw_distances(layers, 30)
     heads = [dict(zip(*axis.lines[0].get_data(), strict=True)) for axis in figure.axes]
@@ -190,10 +190,10 @@ def test_a_layer_whose_queries_have_one_key_has_no_distance():
 
 
 def test_names_are_shown_to_the_letter():
-    """A class folder called $5 or \\frac$ is no formula; a run called _1 has its place in the legend."""
+    """Check that a class named $5 or \\frac$ is not shown as a formula, and that a run named _1 is in the legend."""
     names = ["$5 or \\frac$", "_under", "a\nb"]
     figure = draw_confusion(torch.eye(3, dtype=torch.int64), names)
-    rendered(figure)  # parses them
+    rendered(figure)  # parses the labels
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["\\$5 or \\frac\\$", " _under", "a\\nb"]
     rows = [{"split": "val", "step": 5, "epoch": 1, "loss": 1.0, "top1": 50.0}]
     legend = draw_training_curves({"_1": rows, "$x_{$": rows}).legends[0]
@@ -241,7 +241,7 @@ def test_all_figures_into_the_run_folder_and_tensorboard(run_dir, in_process):
     expected = {f"figures/{name}": [step] for name in NAMES}
     assert board_images(run_dir / "tensorboard/figures") == expected
 
-    # Drawn again, a figure replaces itself; the run's own series is what it was, and goes on over a resume.
+    # When drawn again, a figure replaces itself; the run's own series is unchanged and continues after a resume.
     assert command.run_command([str(run_dir), "lr_schedule", "--formats", "png", "svg"]) == 0
     assert (run_dir / "figures/lr_schedule.svg").read_bytes().startswith(b"<?xml")
     more = ["trainer.epochs=4", "allow_config_change=[trainer.epochs]"]
@@ -258,7 +258,7 @@ def test_all_figures_into_the_run_folder_and_tensorboard(run_dir, in_process):
 
 
 def test_augmented_samples_are_those_of_the_runs_epochs(tiny_run):
-    """They agree to the pixel: an image's draws depend on its number in train, which a subset would lose."""
+    """Check that augmented samples match training exactly; an image's draws depend on its index in all of train."""
     run = load_trained(tiny_run, ["augment.policy=trivial_augment", "augment.hflip=true"])
     loaders = build_loaders(run.config, torch.device("cpu"))
     _, augmented = augmented_samples(run, loaders.train_set, 3, 2)
@@ -271,7 +271,7 @@ def test_augmented_samples_are_those_of_the_runs_epochs(tiny_run):
                 if index in chosen:
                     assert torch.equal(image, augmented[epoch][chosen.index(index)])
                     compared += 1
-    assert compared >= 4 and not torch.equal(*augmented)  # an epoch leaves out its last, incomplete batch
+    assert compared >= 4 and not torch.equal(*augmented)  # an epoch drops its last, incomplete batch
 
 
 def test_figures_of_other_images_than_the_runs_say_so(run_dir, tmp_path, caplog):
@@ -288,7 +288,7 @@ def test_a_checkpoint_in_the_current_folder_is_its_runs(run_dir, monkeypatch, ca
 
 
 def test_maps_of_ones_own_images_pixels_layers_and_heads(run_dir, tmp_path, capsys):
-    """No data set is needed then: its root may be gone."""
+    """Check attention maps of the user's own images, which require no data set."""
     Image.new("RGB", (50, 40), "orange").save(tmp_path / "mine.png")
     choice = ["--images", str(tmp_path / "mine.png"), "--pixels", "1,2", "0,7", "--layers", "layer1.0.conv2"]
     gone = ["data.name=image_folder", "data.root=gone", "data.image_size=8"]

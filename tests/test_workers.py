@@ -1,4 +1,4 @@
-"""A data worker that is killed, stopped or broken ends the run in seconds, with a message that says what to do."""
+"""Check that a killed, stopped or broken data worker ends the run in seconds, with a message that says what to do."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ from sasa_train.data.workers import DataWorkerError, Workers
 from sasa_train.refusal import ConfigError
 
 TIMEOUT = 2.0  # seconds
-SLACK = 7.0  # PyTorch looks every 5 seconds whether its workers live
+SLACK = 7.0  # PyTorch checks every 5 seconds whether its workers are alive
 
 
 def suicide(number: signal.Signals) -> Callable[[], None]:
@@ -41,7 +41,7 @@ def assert_closes_at_once(workers: Workers) -> None:
     assert time.monotonic() - start < 7
     for process in processes:
         deadline = time.monotonic() + 1
-        # The loader's thread waits for it too: between its waitpid and its note of it, is_alive() is wrong here.
+        # The loader's thread waits for it too; between its waitpid and recording the result, is_alive() is wrong here.
         while process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.001)
         assert not process.is_alive()
@@ -70,7 +70,7 @@ def test_everything_is_read_once_in_order_and_again(num_workers):
     ],
 )
 def test_a_killed_or_stopped_worker_ends_the_run_with_its_name(number, told):
-    """Without a bound a run whose worker hangs on a dead disk stays for ever, and nobody knows why."""
+    """Check that a worker that hangs, for example on a failed disk, ends the run after a timeout with its name."""
     workers = Workers(Reader(suicide(number)), "train", 2, TIMEOUT)
     message = read_until_error(workers)
     pids = [process.pid for process in workers._processes()]
@@ -83,7 +83,7 @@ def test_a_killed_or_stopped_worker_ends_the_run_with_its_name(number, told):
 
 
 def test_a_worker_stopped_after_its_work_is_noticed_too():
-    """Its batch is in the queue, but taking it out needs an answer from the worker: a wait that no timeout ends."""
+    """Check that a worker stopped after its work is noticed, since taking its batch from the queue needs its reply."""
     workers = Workers(Reader(lambda: None), "val", 1, TIMEOUT)
     results = workers.read(keys())
     next(results)
@@ -97,13 +97,13 @@ def test_a_worker_stopped_after_its_work_is_noticed_too():
 
 
 def test_a_worker_that_died_while_nobody_waited_is_found_at_the_next_start():
-    """Another DataLoader of the process, of a test or of a user, may have set PyTorch's handler of SIGCHLD before."""
+    """Check that a dead worker is found even if another DataLoader has installed PyTorch's SIGCHLD handler."""
     list(DataLoader([0], num_workers=1))
     assert signal.getsignal(signal.SIGCHLD) is not signal.SIG_DFL
     workers = Workers(Reader(lambda: None), "val", 2, TIMEOUT)
     list(workers.read(keys()))
     os.kill(workers._processes()[1].pid, signal.SIGKILL)
-    time.sleep(0.5)  # where PyTorch would have raised: in the middle of something else
+    time.sleep(0.5)  # when PyTorch would have raised, in unrelated code
     assert f"data worker {workers._processes()[1].pid} was killed by SIGKILL" in read_until_error(workers)
     assert_closes_at_once(workers)
 
@@ -127,7 +127,7 @@ def test_other_exceptions_keep_their_meaning():
 
 
 def test_signals_to_the_process_group_leave_workers_alone():
-    """Slurm's --signal=USR1 reaches every process; a worker that died of it would end the run without a checkpoint."""
+    """Check that workers ignore Slurm's --signal=USR1; if one died, the run would end without a checkpoint."""
 
     def accident():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
@@ -158,7 +158,7 @@ workers.close()
 
 
 def test_a_job_that_was_suspended_as_a_whole_goes_on():
-    """Schedulers stop a job for hours to let another run; the workers did not hang then."""
+    """Check that a job that was suspended for hours by a scheduler continues, because its workers have not hung."""
     root = Path(__file__).parents[1]
     command = [sys.executable, "-c", SUSPENDED]
     process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True, start_new_session=True)

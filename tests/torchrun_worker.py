@@ -1,9 +1,9 @@
-"""sasa-train as test_distributed.py starts it: it notes what the model is given, and is disturbed where DISTURB says.
+"""Run sasa-train for test_distributed.py, record the model's inputs, and inject a fault if DISTURB is set.
 
-NOTES=folder: each process writes `<rank>.json` there at its end: by step, SHA-256 of each training image that it gave
-to the model, of each val image, and of the gradient after the first micro-batches and after the step.
-DISTURB=SIGKILL:1:3: process 1 gets this before its step 3, once; NAN instead of a signal spoils its images,
-and LATE_NAN too, with losses checked one step late.
+NOTES=folder: at exit, each process writes `<rank>.json` to this folder. For each step, it contains the SHA-256 of each
+training image given to the model, of each val image, and of the gradient after the first micro-batches and the step.
+DISTURB=SIGKILL:1:3: process 1 receives this signal before its step 3, once; NAN corrupts its images instead,
+and so does LATE_NAN, with losses checked one step late.
 """
 
 import hashlib

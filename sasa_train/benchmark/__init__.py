@@ -1,4 +1,4 @@
-"""sasa-benchmark: time and memory of local attention, and of whole models, side by side in one process."""
+"""sasa-benchmark: compare time and memory of local attention and of whole models, side by side in one process."""
 
 import argparse
 import datetime
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def run_command(arguments: list[str]) -> int:
-    """Run with command-line arguments; returns the exit code."""
+    """Run the command with the given arguments and return its exit code."""
     command = shlex.join(["sasa-benchmark", *arguments])
     return run(build_parser(), arguments, lambda options: _run(options, command), has_subcommands=True)
 
@@ -83,7 +83,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
 
 
 def check_outputs(options: argparse.Namespace) -> None:
-    """Refuse an output that could not be written, before anything is measured."""
+    """Reject output paths that cannot be written, before anything is measured."""
     if options.plot and (reason := why_not("--plot", "plots")):
         raise ConfigError(reason)
     for option, path in (("--json", options.json), ("--plot", options.plot)):
@@ -100,7 +100,7 @@ def _set_up(options: argparse.Namespace) -> "torch.device":
     if options.threads:
         torch.set_num_threads(options.threads)
     if has_cuda and options.device != "cpu":
-        torch.backends.cudnn.benchmark = True  # the fastest convolutions, for a fair comparison
+        torch.backends.cudnn.benchmark = True  # selects the fastest convolutions, for a fair comparison
         return torch.device("cuda")
     if not options.default_malloc:
         keep_freed_memory()
@@ -108,7 +108,7 @@ def _set_up(options: argparse.Namespace) -> "torch.device":
 
 
 def describe_machine(device: "torch.device", command: str) -> dict[str, str]:
-    """Return what a published figure must name."""
+    """Return the details of the machine and command that must accompany a published figure."""
     import torch
 
     num_threads = torch.get_num_threads()
@@ -128,7 +128,7 @@ def describe_machine(device: "torch.device", command: str) -> dict[str, str]:
 def _processor() -> str:
     try:
         found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:  # not Linux
+    except OSError:  # not on Linux
         found = None
     return found[1] if found else platform.processor() or platform.machine()
 

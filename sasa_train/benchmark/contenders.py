@@ -1,7 +1,7 @@
-"""The subjects of `sasa-benchmark attention`: a shape, the contenders on it, and the check that each must pass.
+"""The contenders of `sasa-benchmark attention`, the shapes they run on, and the check that each must pass.
 
-Attention contenders start from one channels_last projection, as the layer makes it, and are differentiated in all five
-tensors. None is timed before its output and gradients agree with the reference in float64.
+Attention contenders take a single channels_last projection, as the layer produces it, and compute the gradients of all
+five tensors. A contender is timed only after its output and gradients agree with the float64 reference.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ YARDSTICK = "conv"
 OWN_BACKENDS = ("cpu", "triton", "reference")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Largest error, relative to the result's size, that passes the check. Scores reach 40, so their rounding is
-# 40 x 2^-24 in float32 and 40 x 2^-22 where three TF32 products stand for one, and that is the weights' relative
-# error. Half precision: weights and their gradients are rounded to 8 or 11 bits before they are summed, and results
-# once more. A wrong sign, border or embedding is off by the result's own size.
+# Maximum error, relative to the size of the result, that passes the check. Scores reach 40, so their rounding error,
+# and therefore the relative error of the weights, is 40 x 2^-24 in float32 and 40 x 2^-22 if three TF32 products
+# replace one float32 product. In half precision, weights and their gradients are rounded to 8 or 11 bits before they
+# are summed, and results are rounded again. A wrong sign, border or embedding causes an error of the result's own size.
 TOLERANCE = {"fp32": 1e-4, "bf16": 2**-6, "fp16": 2**-9}
 FLEX_MIN_HEAD_DIM = 16
 
@@ -36,7 +36,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """A layer's shape; where a stage begins, attention is pooled 2x2 afterwards and the convolution is strided."""
+    """A layer's shape; at the start of a stage, a 2x2 pool follows attention and the convolution has stride 2."""
 
     height: int
     width: int
@@ -58,7 +58,7 @@ class Case:
 
     @property
     def output_shape(self) -> tuple[int, int, int, int]:
-        """The output's [B, C, H, W]; an odd side is halved upwards."""
+        """The output shape [B, C, H, W]; an odd side is halved and rounded up."""
         return self.batch_size, self.channels, -(-self.height // self.stride), -(-self.width // self.stride)
 
 
@@ -73,12 +73,12 @@ class Contender:
             return self.forward()
 
     def train(self) -> tuple[Tensor, ...]:
-        """Run forward and backward; return the gradients of the leaves."""
+        """Run the forward and backward passes and return the gradients of the leaves."""
         return torch.autograd.grad(self.forward(), self.leaves, self.grad_output)
 
 
 def build_contender(backend: str, case: Case, arithmetic: torch.dtype | None = None) -> Contender:
-    """Build `backend` on random inputs in the case's dtype, the same for all; `arithmetic` widens them afterwards."""
+    """Build `backend` with random inputs, the same for every backend, in the case's dtype and then in `arithmetic`."""
     dtype, generator = DTYPES[case.dtype], torch.Generator(case.device).manual_seed(0)
 
     def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -118,10 +118,10 @@ def _attend(backend: str, case: Case) -> Attend:
 
 
 def _flex(case: Case) -> Attend:
-    """Build FlexAttention: q.rel as terms of its score_mod, the window as its block mask; compiled on CUDA.
+    """Build FlexAttention with q.rel in its score_mod and the window as its block mask; it is compiled on CUDA.
 
-    q.rel is computed in float32, since scores rounded to half precision would fail the check. Heads that are
-    too narrow for its kernels are padded with zeros.
+    q.rel is computed in float32 because scores rounded to half precision would fail the check. Heads that are too
+    narrow for the kernels are padded with zeros.
     """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -140,7 +140,7 @@ def _flex(case: Case) -> Attend:
         by_row, by_column = top @ rel_height.T, bottom @ rel_width.T  # [B, N, H*W, K]
 
         def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            # The kernel also evaluates pairs that the mask takes out, whose place in the window is none.
+            # The kernel also evaluates pairs that the mask excludes; clamping keeps their indices valid.
             row = (k // width - q // width + reach).clamp(0, 2 * reach)
             column = (k % width - q % width + reach).clamp(0, 2 * reach)
             return score + by_row[b, h, q, row] + by_column[b, h, q, column]
@@ -153,12 +153,12 @@ def _flex(case: Case) -> Attend:
 
     if case.device == "cpu":
         return attend
-    torch._dynamo.config.recompile_limit = 1000  # one compilation per shape; beyond the limit it would run unfused
+    torch._dynamo.config.recompile_limit = 1000  # one compilation per shape; past the limit it runs unfused
     return torch.compile(attend, dynamic=False)
 
 
 def _natten(case: Case) -> Attend:
-    """Build NATTEN: no relative terms, and windows are moved inwards at the border instead of cut off."""
+    """Build NATTEN, which has no relative terms and shifts windows inwards at the border instead of clipping them."""
     from natten import na2d
 
     def attend(heads: Tensor, rel_height: Tensor, rel_width: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ def _natten(case: Case) -> Attend:
 
 
 def missing(backend: str, device: torch.device) -> str | None:
-    """Return why a backend cannot run on this machine, or None; some shapes may still exclude it."""
+    """Return the reason why a backend cannot run on this machine, or None; some shapes may still be unsupported."""
     if backend in ("natten", "triton") and importlib.util.find_spec(backend) is None:
         return f"{backend} is not installed"
     if backend == "triton" and device.type == "cpu":
@@ -180,7 +180,7 @@ def missing(backend: str, device: torch.device) -> str | None:
         return "it needs --device cpu"
     if backend == "flex" and device.type == "cpu":
         try:
-            with warnings.catch_warnings(action="ignore"):  # it warns that it runs unfused here
+            with warnings.catch_warnings(action="ignore"):  # FlexAttention warns that it runs unfused here
                 build_contender("flex", Case(4, 4, 32, False, 1, 2, 3, "fp32", "cpu")).train()
         except NotImplementedError as error:
             return str(error)
@@ -188,15 +188,15 @@ def missing(backend: str, device: torch.device) -> str | None:
 
 
 def check(backend: str, case: Case) -> str | None:
-    """Compare a backend with the reference in float64; return what is wrong, or None.
+    """Compare a backend with the float64 reference and return a description of the problem, or None.
 
-    The CPU checks two images. CUDA checks the whole batch, so that the checked code and launch are those to be timed.
-    (Triton's launches are tuned on the first batch; two images would tune another problem.)
+    On the CPU, two images are checked. On CUDA, the whole batch is checked, so that the checked code and launch
+    parameters are those that are timed. (Triton tunes launches on the first batch; two images would tune another case.)
 
-    NATTEN is another function: only its output is compared, without relative terms, where no border is in reach.
+    NATTEN computes a different function, so only its output without relative terms is compared, away from the border.
 
     Raises:
-        RuntimeError, NotImplementedError, ValueError: the backend cannot run this.
+        RuntimeError, NotImplementedError, ValueError: the backend does not support this case.
     """
     if case.device == "cpu":
         case = dataclasses.replace(case, batch_size=min(2, case.batch_size))
@@ -207,7 +207,7 @@ def check(backend: str, case: Case) -> str | None:
     num_positions = case.batch_size * case.num_heads * case.height * case.width
     names = ("output", "query", "key", "value", "rel_height", "rel_width")
     for name, ours, theirs in zip(names, _results(contender), _results(exact), strict=True):
-        # an embedding's gradient adds terms of size 1 whose true sum may be 0
+        # an embedding's gradient adds terms of size 1 and may itself be 0
         size = max(1.0, float(theirs.abs().max()), num_positions**0.5 if "rel" in name else 0.0)
         if problem := _error(name, ours, theirs, size, case):
             return problem
@@ -225,7 +225,7 @@ def _check_inside(contender: Contender, case: Case) -> str | None:
     if min(case.height, case.width) < case.kernel_size:
         raise ValueError("its window does not fit into the map")
     if case.begins_stage:
-        return None  # pooled positions mix; the same kernel is compared on the other shapes
+        return None  # pooling mixes positions; the same kernel is compared on the other shapes
     heads = contender.leaves[0].detach().double().unflatten(1, (3, case.num_heads, -1)).permute(1, 0, 2, 4, 5, 3)
     exact = local_attention_qkv(heads, kernel_size=case.kernel_size, backend="reference")
     exact = exact.permute(0, 1, 4, 2, 3).flatten(1, 2)
@@ -243,7 +243,7 @@ def _error(name: str, ours: Tensor, theirs: Tensor, size: float, case: Case) -> 
 
 
 def admitted(backends: Sequence[str], by_name: bool, result: dict[str, Any], case: Case) -> dict[str, Contender]:
-    """Return the contenders that can run this case and pass the check; the notes say why others are left out."""
+    """Return the contenders that support this case and pass the check; the notes explain why others are excluded."""
     contenders = {}
     for backend in backends:
         try:
@@ -271,7 +271,7 @@ def op_memory(backend: str, case: Case, num_threads: int) -> int:
 
 
 def first_pass_memory(build: Callable[[Case], Contender], small: Case, case: Case, num_threads: int) -> int:
-    """Return the peak extra memory of one forward and backward pass, the process's first of that size."""
+    """Return the peak extra memory of a forward and backward pass, the first of its size in this process."""
     torch.set_num_threads(num_threads)
-    build(small).train()  # loads libraries, whose memory does not count
+    build(small).train()  # loads libraries, so that their memory is not counted
     return extra_memory(build(case).train, torch.device(case.device))

@@ -1,7 +1,7 @@
-"""`sasa-benchmark attention --growth`: how time and memory grow with the map and with the window.
+"""`sasa-benchmark attention --growth`: how time and memory scale with the map size and the window size.
 
-Maps are square, and the batch is chosen so that all sizes hold about the same number of pixels. All are timed in turn,
-forward and backward, and reported per image. Exponents are slopes of the logarithms: 1 means linear in the pixels.
+Maps are square, and the batch size is chosen so that all sizes have about the same number of pixels. All contenders are
+timed in turn, forward and backward, and results are per image. Exponents are log-log slopes: 1 means linear.
 """
 
 from argparse import Namespace
@@ -13,7 +13,7 @@ import torch
 from sasa_train.benchmark.contenders import YARDSTICK, Case, admitted, new_result, op_memory
 from sasa_train.benchmark.timing import fitted_exponent, peak_of, progress_bar, spread, time_in_turn
 
-CUDA_IMAGES = 16  # of the largest map, where a GPU needs more than one to be busy
+CUDA_IMAGES = 16  # for the largest map; a GPU needs more than one image to be fully used
 
 
 def measure_growth(options: Namespace, backends: Sequence[str], device: torch.device) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def measure_growth(options: Namespace, backends: Sequence[str], device: torch.de
     }
     with progress_bar(len(over) * options.repeats, "growth") as bar:
         for axis, cases in over.items():
-            # a 3x3 convolution has no window to grow
+            # the window of a 3x3 convolution does not grow
             grown = [backend for backend in backends if axis == "map" or backend != YARDSTICK]
             runs = {
                 (backend, case): contender.train
@@ -53,7 +53,7 @@ def _row(axis: str, backend: str, case: Case, seconds: list[float], memory: int 
 
 
 def fit(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the fitted exponents, one line per backend and axis."""
+    """Return the fitted exponents as one line per backend and axis."""
     lines = []
     for axis, unit in (("map", "pixels"), ("window", "K")):
         for backend in dict.fromkeys(row["backend"] for row in rows):

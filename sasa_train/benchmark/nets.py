@@ -1,4 +1,4 @@
-"""`sasa-benchmark model`: images/s of training steps and of inference, and a training step's peak memory."""
+"""`sasa-benchmark model`: images/s in training and inference, and the peak memory of a training step."""
 
 import re
 from argparse import Namespace
@@ -27,12 +27,12 @@ from sasa_train.refusal import ConfigError
 
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 BATCH_SIZES = {"cpu": 32, "cuda": 128}
-NUM_WARM_UPS = 8  # on a CPU the heap settles within some steps; until then each step takes fresh pages
-NUM_MEMORY_STEPS = 2  # momentum exists from the second step on
+NUM_WARM_UPS = 8  # on a CPU the heap settles within several steps; before that, each step allocates new pages
+NUM_MEMORY_STEPS = 2  # momentum buffers exist from the second step on
 
 
 def measure(options: Namespace, device: torch.device) -> dict[str, Any]:
-    """Measure models; return one row per model, with ratios to the first."""
+    """Measure the models and return one row per model, with ratios to the first model."""
     settled = {"device": device.type, "batch_size": options.batch_size or BATCH_SIZES[device.type]}
     setting = Namespace(**vars(options) | settled | {"threads": torch.get_num_threads()})
     models = list(dict.fromkeys(options.models))
@@ -54,7 +54,7 @@ def measure(options: Namespace, device: torch.device) -> dict[str, Any]:
         row |= {"parameters": sum(p.numel() for p in model.module.parameters()), "batch_size": setting.batch_size}
         for what, seconds in (("training", training), ("inference", inference)):
             row[f"{what}_images_per_sec"] = spread([setting.batch_size / s for s in seconds[spec]])
-            row[f"{what}_ratio"] = ratio(seconds[models[0]], seconds[spec])  # of speeds
+            row[f"{what}_ratio"] = ratio(seconds[models[0]], seconds[spec])  # ratio of speeds
         result["rows"].append(row)
     if options.memory:
         del built
@@ -67,7 +67,7 @@ def parse_model(spec: str, num_classes: int) -> ModelConfig:
     """Parse `name,key=value,...`, with lists in brackets: `hybrid_resnet26,stage_ops=[conv,conv,conv,attention]`.
 
     Raises:
-        ConfigError: an unknown key or an invalid value; an unknown name is found when the model is built.
+        ConfigError: a key is unknown or a value is invalid; an unknown name is detected when the model is built.
     """
     name, *keys = re.split(r",(?![^\[]*\])", spec)
     for key in keys:
@@ -79,7 +79,7 @@ def parse_model(spec: str, num_classes: int) -> ModelConfig:
 
 
 class BenchmarkedModel:
-    """A model on random images and labels, with plain SGD with momentum."""
+    """A model with random images and labels, trained by SGD with momentum."""
 
     def __init__(self, spec: str, setting: Namespace):
         self.setting, self.device = setting, torch.device(setting.device)
@@ -111,7 +111,7 @@ class BenchmarkedModel:
         return min(FORMATS, key=seconds)
 
     def train(self) -> None:
-        """Run one step: forward, cross entropy, backward, update."""
+        """Run one training step: forward pass, cross entropy, backward pass, update."""
         self.optimizer.zero_grad()
         with autocast(self.device, self.setting.dtype):
             loss = F.cross_entropy(self.forward(self.images), self.labels)
@@ -132,9 +132,9 @@ class BenchmarkedModel:
 
 
 def training_memory(spec: str, setting: Namespace, memory_format: str) -> int:
-    """Return the peak memory of a model's first steps above that before it was built, weights included."""
+    """Return the peak memory of a model's first steps, weights included, minus the memory before it was built."""
     torch.set_num_threads(setting.threads)
-    setting.memory_format = memory_format  # changes this process's copy alone
+    setting.memory_format = memory_format  # changes only this process's copy
 
     def run() -> None:
         model = BenchmarkedModel(spec, setting)

@@ -1,4 +1,4 @@
-"""`sasa-benchmark attention`: the op, whole layers (`--layers`), and how time and memory grow (`--growth`)."""
+"""`sasa-benchmark attention`: the operation, whole layers (`--layers`), and scaling of time and memory (`--growth`)."""
 
 import dataclasses
 import statistics
@@ -34,11 +34,11 @@ SHAPES = {
 }
 BATCH_SIZES = {("cpu", 32): 32, ("cpu", 224): 8, ("cuda", 32): 512, ("cuda", 224): 128}
 HALO_SIZE = 3
-PASSES = {"forward": "infer", "forward_backward": "train"}  # names in the rows, and a contender's methods
+PASSES = {"forward": "infer", "forward_backward": "train"}  # names in the rows -> methods of a contender
 
 
 def measure(options: Namespace, device: torch.device) -> dict[str, Any]:
-    """Measure; return rows, summary lines, notes on what was left out, and whether a backend failed its check."""
+    """Run the measurements; return rows, summary lines, notes on what was left out, and whether a check failed."""
     if options.layers:
         result, memory, passes = new_result("layers"), layer_memory, {"forward_backward": "train"}
         build = partial(layer_contenders, result)
@@ -72,9 +72,9 @@ def measure(options: Namespace, device: torch.device) -> dict[str, Any]:
 
 
 def choose_backends(wanted: Sequence[str] | None, device: torch.device) -> tuple[list[str], list[str]]:
-    """Return the requested backends, or all that can run on the device, with notes on those left out.
+    """Return the requested backends, or all that can run on the device, and notes on those left out.
 
-    The reference is slow, so it runs only by name.
+    The reference is slow, so it runs only if it is requested by name.
     """
     named = wanted or ("conv", "cpu" if device.type == "cpu" else "triton", "flex", "natten")
     reasons = {backend: missing(backend, device) for backend in named}
@@ -86,7 +86,7 @@ def choose_backends(wanted: Sequence[str] | None, device: torch.device) -> tuple
 
 
 def build_cases(options: Namespace, device: torch.device) -> list[Case]:
-    """Return the requested shapes, or those of the paper's ResNets; stage beginnings last."""
+    """Return the requested shapes, or those of the paper's ResNets, with stage beginnings last."""
     texts = [(text, size) for size in options.image_size for text in SHAPES[size]]
     if options.shapes:
         texts = [(text, 32) for text in options.shapes]
@@ -105,7 +105,7 @@ def build_cases(options: Namespace, device: torch.device) -> list[Case]:
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return each backend's geometric mean and worst ratio; stage beginnings count only if there is nothing else."""
+    """Return the geometric mean and worst ratio per backend; stage beginnings count only if nothing else was timed."""
     lines = []
     inner = [row for row in rows if not row["begins_stage"]] or rows
     scope = "all shapes" if len(inner) == len(rows) else "shapes at which no stage begins"
@@ -123,7 +123,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def layer_contenders(result: dict[str, Any], case: Case) -> dict[str, Contender]:
-    """Return whole layers on a case, none if local attention is wrong there; the notes name what is left out."""
+    """Return whole layers for a case, or none if local attention is wrong; the notes name what was left out."""
     if problem := check("auto", case):
         result["failed"] = True
         result["notes"].append(f"local attention at {case.label} is wrong and was not timed: {problem}")
@@ -135,7 +135,7 @@ def layer_contenders(result: dict[str, Any], case: Case) -> dict[str, Contender]
 
 
 def build_layers(case: Case) -> dict[str, nn.Module]:
-    """Build the 3x3 convolution, our layer, and timm's HaloAttn if its blocks of 8, or 7, tile the map."""
+    """Build the 3x3 convolution, our layer, and timm's HaloAttn if its blocks of 8 or 7 divide the map evenly."""
     from timm.layers.halo_attn import HaloAttn
 
     dim, heads, stride = case.channels, case.num_heads, case.stride
@@ -150,7 +150,7 @@ def build_layers(case: Case) -> dict[str, nn.Module]:
 
 
 def _on_random_map(layer: nn.Module, case: Case) -> Contender:
-    """Wrap a layer, differentiated in the input and all weights; half precision by autocast."""
+    """Wrap a layer that is differentiated with respect to its input and all weights; half precision uses autocast."""
     device = torch.device(case.device)
     x = torch.randn(case.batch_size, case.channels, case.height, case.width, device=device)
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -159,7 +159,7 @@ def _on_random_map(layer: nn.Module, case: Case) -> Contender:
         with autocast(device, case.dtype):
             return layer(x)
 
-    dtype = DTYPES[case.dtype]  # autocast's dtype of the output
+    dtype = DTYPES[case.dtype]  # the dtype that autocast gives the output
     grad_output = torch.randn(case.output_shape, device=device).to(dtype, memory_format=torch.channels_last)
     return Contender(forward, [x, *layer.parameters()], grad_output)
 

@@ -1,4 +1,4 @@
-"""The charts of `sasa-benchmark --plot`, from its rows: one style, readable in grey and by the colour-blind."""
+"""The charts of `sasa-benchmark --plot`, in one style that is readable in greyscale and by colour-blind readers."""
 
 import math
 from pathlib import Path
@@ -14,7 +14,7 @@ NAMES = ("conv", "cpu", "triton", "attention", "flex", "halo", "reference", "nat
 
 
 def draw_chart(result: dict[str, Any], title: str, path: Path) -> None:
-    """Write a PNG."""
+    """Draw the chart for the kind of result and write it as a PNG file."""
     rows = result["rows"]
     draw = {"model": _draw_models, "growth": _draw_growth}.get(result["kind"], _draw_shapes)
     figure = draw(rows)
@@ -24,12 +24,12 @@ def draw_chart(result: dict[str, Any], title: str, path: Path) -> None:
 
 def _style(names: list[str]) -> dict[str, tuple]:
     ordered = sorted(names, key=lambda name: NAMES.index(name) if name in NAMES else len(NAMES))
-    offset = 0 if "conv" in ordered else 1  # grey is for the convolution
+    offset = 0 if "conv" in ordered else 1  # grey is reserved for the convolution
     return {name: STYLES[(i + offset) % len(STYLES)] for i, name in enumerate(ordered)}
 
 
 def _draw_shapes(rows: list[dict[str, Any]]) -> Figure:
-    """Draw bars per shape: the ratio to the convolution with quartiles, or without it milliseconds with the range."""
+    """Draw bars per shape: ratios to the convolution with quartiles, or milliseconds with ranges if there is none."""
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     is_ratio = all("forward_backward_ratio" in row for row in rows)
     shown = [row for row in rows if not (is_ratio and row["backend"] == "conv")] or rows
@@ -55,7 +55,7 @@ def _draw_shapes(rows: list[dict[str, Any]]) -> Figure:
 
 
 def _with_errors(row: dict[str, Any], is_ratio: bool) -> tuple[float, float, float]:
-    """Return the median, and the error's reach below and above it."""
+    """Return the median and the lengths of the error bar below and above it."""
     found = row["forward_backward_ratio" if is_ratio else "forward_backward_seconds"]
     low, high = found["quartiles"] if is_ratio else (found["min"], found["max"])
     unit, middle = 1 if is_ratio else 1e3, found["median"]
@@ -63,7 +63,7 @@ def _with_errors(row: dict[str, Any], is_ratio: bool) -> tuple[float, float, flo
 
 
 def _draw_growth(rows: list[dict[str, Any]]) -> Figure:
-    """Draw time per image over pixels (logarithmic) and over the window, and memory if it was measured."""
+    """Draw time per image against pixels (log scale) and against the window size, and memory if it was measured."""
     quantities = [("seconds_per_image", "ms per image, forward + backward", 1e3)]
     if all("memory_bytes_per_image" in row for row in rows):
         quantities.append(("memory_bytes_per_image", "MiB per image at the peak", 2**-20))
@@ -102,7 +102,7 @@ def _draw_growth(rows: list[dict[str, Any]]) -> Figure:
 
 
 def _draw_models(rows: list[dict[str, Any]]) -> Figure:
-    """Draw bars of images/s with the range, training beside inference."""
+    """Draw images/s as bars with ranges, with training next to inference."""
     figure, axes = new_figure(1, 2, 1.6 + 0.45 * len(rows))
     for axis, what in zip(axes, ("training", "inference"), strict=True):
         for i, row in enumerate(rows):

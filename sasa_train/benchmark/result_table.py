@@ -1,8 +1,8 @@
-"""A benchmark's rows as a Markdown table, and the lines below it."""
+"""Benchmark results as a Markdown table with a summary and notes below it."""
 
 from typing import Any
 
-# For each kind of result: the keys of its rows that are shown, and the titles of their columns.
+# For each kind of result, the row keys to show and their column titles.
 COLUMNS = {
     "attention": {
         "layer": "layer", "backend": "backend", "forward_seconds": "forward, ms",
@@ -27,7 +27,7 @@ COLUMNS = {
 
 
 def markdown(result: dict[str, Any]) -> list[str]:
-    """Return the table, then the summary and notes on what was left out."""
+    """Return the lines of the table, the summary, and the notes on what was left out."""
     rows = [{"layer": _layer(row), **row} for row in result["rows"]]
     shown = {key: title for key, title in COLUMNS[result["kind"]].items() if any(key in row for row in rows)}
     lines = []

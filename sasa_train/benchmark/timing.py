@@ -1,4 +1,4 @@
-"""The measurements of `sasa-benchmark`: contenders timed in turn, their ratios, and peak memory (bytes)."""
+"""Measurement functions for `sasa-benchmark`: contenders timed in turn, their ratios, and peak memory in bytes."""
 
 import ctypes
 import math
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from sasa_train.machine import peak_memory
 
-SHORTEST_SECONDS = 0.02  # of one measurement: shorter calls are repeated within it, and the time is divided
+SHORTEST_SECONDS = 0.02  # minimum duration of a measurement; shorter calls are repeated and the time is divided
 MAX_CALLS = 1000
 NUM_WARM_UPS = 2
 
@@ -25,17 +25,17 @@ Key = TypeVar("Key")
 
 
 def progress_bar(total: int, description: str) -> tqdm:
-    """A progress bar on stderr, with an ETA."""
+    """Return a progress bar on stderr that shows an ETA."""
     return tqdm(total=total, desc=description, file=sys.stderr, leave=False)
 
 
 def time_in_turn(
     contenders: Mapping[Key, Run], repeats: int, device: torch.device, bar: tqdm, num_warm_ups: int = NUM_WARM_UPS
 ) -> dict[Key, list[float]]:
-    """Return the seconds per call of each contender, one value per repetition.
+    """Return the seconds per call for each contender, one value per repetition.
 
-    Every repetition times all of them, in alternating order and after a warm-up, so that whatever disturbs the machine
-    disturbs all.
+    After a warm-up, each repetition times all contenders in alternating order, so that any disturbance of the machine
+    affects all of them.
     """
     for _ in range(num_warm_ups):
         for run in contenders.values():
@@ -55,7 +55,7 @@ def _num_calls(run: Run, device: torch.device) -> int:
 
 
 def time_calls(run: Run, num_calls: int, device: torch.device) -> float:
-    """Return the seconds per call; on CUDA between two events in the stream."""
+    """Return the seconds per call, measured on CUDA between two events in the stream."""
     if device.type != "cuda":
         start = time.perf_counter()
         for _ in range(num_calls):
@@ -76,22 +76,22 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, Any]:
-    """Return the median of the ratios of each repetition, with quartiles."""
+    """Return the median and quartiles of the per-repetition ratios."""
     ratios = [a / b for a, b in zip(numerators, denominators, strict=True)]
     quartiles = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else [ratios[0]] * 3
     return {"median": statistics.median(ratios), "quartiles": [quartiles[0], quartiles[2]]}
 
 
 def fitted_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """Fit e in `values` ~ `sizes`**e: the slope of the line through the logarithms."""
+    """Fit e in `values` ~ `sizes`**e as the slope of a line through the logarithms."""
     return statistics.linear_regression([math.log(s) for s in sizes], [math.log(v) for v in values]).slope
 
 
 def extra_memory(run: Run, device: torch.device) -> int:
-    """Return a call's peak memory above that before it, in bytes.
+    """Return the peak memory of a call minus the memory before it, in bytes.
 
-    On CUDA the allocator counts. On the CPU the resident set does, which includes the libraries' own memory; the
-    process must then be fresh, because memory that was freed before is reused without being counted.
+    CUDA values come from the allocator. CPU values are based on the resident set, which includes the libraries' own
+    memory; the process must be fresh, because memory freed earlier is reused without being counted.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -106,10 +106,10 @@ def extra_memory(run: Run, device: torch.device) -> int:
 
 
 def _forget_peak(device: torch.device) -> int:
-    """Reset the peak to the resident memory (Linux alone); return the value that later peaks are compared with."""
+    """Reset the peak to the resident memory (Linux only); return the value with which later peaks are compared."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
-        trim(0)  # memory that the C library kept would be reused without being counted
+        trim(0)  # memory kept by the C library would be reused without being counted
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -126,7 +126,7 @@ def _peak_resident(device: torch.device) -> int:
 
 
 def in_fresh_process(function: Callable[..., int], *arguments: object) -> int:
-    """Call `function` in a process that has run nothing else."""
+    """Call `function` in a new process that has run nothing else."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -134,7 +134,7 @@ def in_fresh_process(function: Callable[..., int], *arguments: object) -> int:
 def peak_of(
     run: Run, device: torch.device, is_wanted: bool, in_fresh: Callable[..., int], *arguments: object
 ) -> int | None:
-    """Return peak extra memory: of `run` on CUDA; on a CPU, if wanted, of `in_fresh(*arguments, threads)`."""
+    """Return the peak extra memory: of `run` on CUDA or, if requested on a CPU, of `in_fresh(*arguments, threads)`."""
     if device.type == "cuda":
         return extra_memory(run, device)
     return in_fresh_process(in_fresh, *arguments, torch.get_num_threads()) if is_wanted else None

@@ -1,4 +1,4 @@
-"""sasa-report: a sweep's jobs as a table with confidence intervals, beside the paper's numbers, as plots and a page."""
+"""sasa-report: a table of a sweep's jobs with confidence intervals and the paper's numbers, plots, and a page."""
 
 import argparse
 from pathlib import Path
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def run_command(arguments: list[str]) -> int:
-    """Run with command-line arguments; returns the exit code."""
+    """Run the command with the given arguments and return its exit code."""
     return run(build_parser(), arguments, report)
 
 
@@ -64,10 +64,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def report(options: argparse.Namespace) -> None:
-    """Read, compute, write, print.
+    """Read the runs, compute the statistics, write the files and print the table.
 
     Raises:
-        ConfigError: a folder or file that is missing, or cannot be read or written.
+        ConfigError: a folder or file is missing or cannot be read or written.
     """
     from sasa_train.config.overrides import split_overrides
     from sasa_train.files import write_outputs
@@ -77,7 +77,7 @@ def report(options: argparse.Namespace) -> None:
     from sasa_train.report.tables import as_csv, as_json, markdown
     from sasa_train.terminal import printable_lines
 
-    # Only now: in `--reference kernel_size=7` the value is not an override.
+    # Evaluated only now because in `--reference kernel_size=7` the value is not an override.
     sources, options.overrides = split_overrides(options.sources)
     options.sources = [Path(source) for source in sources]
     if not sources:
@@ -99,7 +99,7 @@ def report(options: argparse.Namespace) -> None:
         files |= {f"{picture.name}.png": picture.png for picture in plots.pictures}
     else:
         warn(*plots.missing)
-    write_outputs(folder, files)  # before what takes long
+    write_outputs(folder, files)  # write these first; the page takes longer
     say(text)
     page = run_page_of(built, job, options, folder) if job else sweep_page(built, options.sources, plots, folder)
     write_outputs(folder, {PAGE: page.encode()})
@@ -107,7 +107,7 @@ def report(options: argparse.Namespace) -> None:
 
 
 def check_overrides(overrides: list[str], job: "Job | None") -> None:
-    """Check overrides before any work; they apply only to the pictures of one run."""
+    """Check the overrides before any work is done; they apply only to the figures of a single run."""
     from sasa_train.config.overrides import check_override_keys, split_weights
     from sasa_train.config.saved import load_config_file
 
@@ -122,7 +122,7 @@ def check_overrides(overrides: list[str], job: "Job | None") -> None:
 
 
 def run_page_of(report: "Report", job: "Job", options: argparse.Namespace, folder: Path) -> str:
-    """Build the page of one run, with pictures of its model unless --quick; stderr names missing pictures."""
+    """Build the page of one run, with figures of its model unless --quick; report missing figures on stderr."""
     from sasa_train.report.illustrations import curves_section, model_sections
     from sasa_train.report.page import run_page
     from sasa_train.terminal import printable_lines

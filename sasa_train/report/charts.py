@@ -1,4 +1,4 @@
-"""The report's plots, in the style of the benchmarks' charts: readable in grey and by the colour-blind."""
+"""The report's plots, in the same style as the benchmark charts: readable in greyscale and by colour-blind readers."""
 
 import re
 from typing import Any
@@ -11,11 +11,11 @@ from sasa_train.report.intervals import Interval
 from sasa_train.report.page import Picture
 from sasa_train.report.rows import Report, Row, paired_difference
 
-MAX_ROWS, MAX_PANELS = 24, 12  # of more rows, as in a search, only the best are drawn
+MAX_ROWS, MAX_PANELS = 24, 12  # if there are more rows, as in a search, only the best are drawn
 MAX_LABEL = 48
 OURS = "#0072B2"
 PAPER: dict[str, Any] = {"color": "#E69F00", "marker": "D", "mec": "black", "mew": 0.6}
-CAPTIONS = {  # the kind of chart, and what it shows
+CAPTIONS = {  # kind of chart -> description
     "accuracy": (
         "Two charts of top1 over GFLOPs and over million parameters, a numbered point for each row of the table",
         "top1 of the last epoch over GFLOPs per image and over parameters, with 95 % intervals over seeds. Numbers are "
@@ -39,7 +39,7 @@ CAPTIONS = {  # the kind of chart, and what it shows
 
 
 def draw_charts(report: Report) -> list[Picture]:
-    """Draw every chart that has data."""
+    """Draw every chart for which there is data."""
     rows = best([row for row in report.rows if row.jobs], MAX_ROWS)
     if not rows:
         return []
@@ -60,13 +60,13 @@ def best(rows: list[Row], count: int) -> list[Row]:
 
 
 def short(label: str) -> str:
-    """Shorten a label for a legend: without the keys' groups, at most MAX_LABEL characters."""
+    """Shorten a label for a legend: drop the key groups and truncate to MAX_LABEL characters."""
     text = ", ".join(re.sub(r"^[a-z_.]+\.([a-z_0-9]+=)", r"\1", part) for part in label.split(", "))
     return as_label(text if len(text) <= MAX_LABEL else text[: MAX_LABEL - 1] + "…")
 
 
 def limits(intervals: list[Interval]) -> tuple[float, float]:
-    """Return axis limits for all means and intervals; intervals of two seeds (t = 12.7) may be cut off."""
+    """Return axis limits that include all means and intervals, except that two-seed intervals (t = 12.7) may be cut."""
     trusted = [i for i in intervals if i.n > 2] or intervals
     ends = [i.mean + sign * (i.half_width or 0) for i in trusted for sign in (-1, 1)]
     ends += [i.mean for i in intervals]
@@ -80,7 +80,7 @@ def _top1(row: Row) -> Interval:
 
 
 def _draw_accuracy(rows: list[tuple[int, Row]]) -> Figure:
-    """Draw last-epoch top1 over FLOPs and over parameters, with intervals over seeds, numbered as in the table."""
+    """Plot last-epoch top1 against FLOPs and parameters, with intervals over seeds and the row numbers of the table."""
     counted = [(number, row) for number, row in rows if row.flops and row.params]
     figure, axes = new_figure(1, 2, 3.6 + 0.22 * ((len(counted) + 1) // 2), "both")
     for axis, label, key, unit in (
@@ -99,7 +99,7 @@ def _draw_accuracy(rows: list[tuple[int, Row]]) -> Figure:
             axis.annotate(f"{number}", (x, found.mean), xytext=(6, 3), textcoords="offset points", fontsize=7)
         axis.set_xlabel(label)
         axis.locator_params(axis="x", nbins=5)
-        around = max(0.1 * (max(sizes) - min(sizes)), 0.05 * max(sizes))  # nearly equal sizes are to look nearly equal
+        around = max(0.1 * (max(sizes) - min(sizes)), 0.05 * max(sizes))  # nearly equal sizes should look nearly equal
         axis.set_xlim(min(sizes) - around, max(sizes) + around)
         axis.set_ylim(limits([_top1(row) for _, row in counted]))
     axes[0].set_ylabel("top1 of the last epoch, percent")
@@ -108,7 +108,7 @@ def _draw_accuracy(rows: list[tuple[int, Row]]) -> Figure:
 
 
 def _draw_curves(rows: list[Row]) -> Figure:
-    """Draw val top1 over epochs, one panel per row: mean and range of the seeds, and the reference's mean dashed."""
+    """Plot val top1 by epoch, one panel per row: mean and range over seeds, with the reference's mean dashed."""
     shown = best(rows, MAX_PANELS)
     num_columns = min(3, len(shown))
     num_rows = -(-len(shown) // num_columns)
@@ -138,7 +138,7 @@ def _draw_curves(rows: list[Row]) -> Figure:
 
 
 def _late_floor(rows: list[Row]) -> float:
-    """Return a lower limit that cuts off the curves' first quarter, so that their differences are visible."""
+    """Return a lower limit that cuts off the first quarter of the curves, so that their differences are visible."""
     late = []
     for row in rows:
         _, _, low, high = curve(row)
@@ -147,7 +147,7 @@ def _late_floor(rows: list[Row]) -> float:
 
 
 def curve(row: Row) -> tuple[list[int], list[float], list[float], list[float]]:
-    """Return the epochs that every seed has evaluated, with the mean, lowest and highest top1."""
+    """Return the epochs evaluated for every seed, with the mean, minimum and maximum top1."""
     by_epoch = [{val["epoch"]: val["top1"] for val in job.val} for job in row.jobs.values()]
     epochs = sorted(set.intersection(*(set(seed) for seed in by_epoch)))
     values = [[seed[epoch] for seed in by_epoch] for epoch in epochs]
@@ -155,7 +155,7 @@ def curve(row: Row) -> tuple[list[int], list[float], list[float], list[float]]:
 
 
 def _draw_differences(rows: list[Row]) -> Figure:
-    """Draw each row's paired difference to its reference with the interval, and the paper's beside it."""
+    """Plot each row's paired difference to its reference, with its interval, next to the paper's difference."""
     shown = [(row, row.difference) for row in rows if row.difference is not None]
     figure, (axis,) = new_figure(1, 1, 1.5 + 0.4 * len(shown), "x")
     places = range(len(shown))
@@ -177,14 +177,14 @@ def _draw_differences(rows: list[Row]) -> Figure:
 
 
 def _ours_first(axis: Axes) -> tuple[list[Any], list[str]]:
-    """Return the legend with our entries first; matplotlib puts error bars last."""
+    """Return the legend entries with ours first, because matplotlib puts error bars last."""
     handles, labels = axis.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda i: not labels[i].startswith("ours"))
     return [handles[i] for i in order], [labels[i] for i in order]
 
 
 def window_lines(rows: list[Row]) -> dict[str, list[tuple[int, Row]]]:
-    """Group rows that differ only in kernel_size, by their other settings; each line by rising kernel_size."""
+    """Group rows that differ only in kernel_size by their other settings, each group sorted by kernel_size."""
     lines: dict[str, list[tuple[int, Row]]] = {}
     for row in rows:
         rest = ", ".join(f"{k}={v}" for k, v in row.settings.items() if k != "model.kernel_size")
@@ -194,7 +194,7 @@ def window_lines(rows: list[Row]) -> dict[str, list[tuple[int, Row]]]:
 
 
 def _draw_windows(lines: dict[str, list[tuple[int, Row]]]) -> Figure:
-    """Draw the paired difference to each line's own reference over the window, and the paper's Table 4."""
+    """Plot paired differences to each line's own reference by window size, together with the paper's Table 4."""
     figure, (axis,) = new_figure(1, 1, 3.8, "both")
     references = {rest: window_reference(line) for rest, line in lines.items()}
     for i, (rest, line) in enumerate(lines.items()):
@@ -220,5 +220,5 @@ def _draw_windows(lines: dict[str, list[tuple[int, Row]]]) -> Figure:
 
 
 def window_reference(line: list[tuple[int, Row]]) -> tuple[int, Row]:
-    """Return the point of kernel_size 7, the paper's default, or else of the smallest."""
+    """Return the point with kernel_size 7, the paper's default, or the smallest one if there is none."""
     return next((point for point in line if point[0] == 7), line[0])

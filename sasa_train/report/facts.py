@@ -1,4 +1,4 @@
-"""Facts from a run's folder, as names and texts for the page; its files may come from anybody, and be damaged."""
+"""Facts from a run folder, as labelled strings for the page; the files are untrusted and may be damaged."""
 
 import os
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from sasa_train.report.rows import Row
 from sasa_train.report.tables import held_out_note, in_billions, in_millions, shown, split_of
 from sasa_train.terminal import duration
 
-MAX_LINES = 10  # quoted of a file
+MAX_LINES = 10  # maximum number of lines quoted from a file
 ARTEFACTS = (
     ("config.yaml", "the resolved config"),
     ("metrics.jsonl", "one JSON object per line: loss, top1, lr, speed"),
@@ -32,7 +32,7 @@ ARTEFACTS = (
 
 
 def headline(job: Job) -> list[tuple[str, str, str]]:
-    """Return the name and value of each headline figure, with a note on it."""
+    """Return the name, value and a note for each headline figure."""
     if not job.val:
         return []
     last, best = job.val[-1], max(job.val, key=lambda row: row["top1"])
@@ -45,7 +45,7 @@ def headline(job: Job) -> list[tuple[str, str, str]]:
 
 
 def key_facts(job: Job, row: Row) -> list[tuple[str, str]]:
-    """Return one line per fact; unknown facts are left out."""
+    """Return one line per fact, omitting unknown facts."""
     config, info = job.config, job.info
     assert config is not None
     last = job.val[-1] if job.val else {}
@@ -84,13 +84,13 @@ def _device(job: Job) -> str:
 
 
 def starts(info: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the starts and restarts in run.json, without entries that are damaged."""
+    """Return the starts and restarts in run.json, skipping damaged entries."""
     found = info.get("starts")
     return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
 
 
 def environment(job: Job) -> list[tuple[str, str]]:
-    """Return the machine, code and package versions."""
+    """Return the machine, the code version and the package versions."""
     info = job.info
     keys = ("started", "host", "platform", "processors", "threads", "world_size", "gpu", "directory", "commit")
     names = {"world_size": "processes", "gpu": "GPU"}
@@ -106,7 +106,7 @@ def environment(job: Job) -> list[tuple[str, str]]:
 
 
 def changed_keys(config: TrainConfig) -> list[tuple[str, str, str, str]]:
-    """Return key, value, default and meaning of each key that is not at its default."""
+    """Return the key, value, default and description of each key that is not at its default."""
     defaults, meanings = flatten(compose_config([])), key_table()
     return [
         (key, as_written(value), as_written(defaults[key]), meanings[key].metadata["help"])
@@ -116,7 +116,7 @@ def changed_keys(config: TrainConfig) -> list[tuple[str, str, str, str]]:
 
 
 def artefacts(run_dir: Path, folder: Path) -> list[tuple[str, str, str, str]]:
-    """List the run's files: name, link from a page in `folder`, size in words (empty for a folder), meaning."""
+    """List the run's files as (name, link from a page in `folder`, readable size or "" for a folder, description)."""
     found = [(path, meaning) for pattern, meaning in ARTEFACTS for path in sorted(run_dir.glob(pattern))]
     return [
         (str(path.relative_to(run_dir)) + "/" * path.is_dir(), href(path, folder), _size(path), meaning)
@@ -126,7 +126,7 @@ def artefacts(run_dir: Path, folder: Path) -> list[tuple[str, str, str, str]]:
 
 
 def href(path: Path, folder: Path) -> str:
-    """Return a link from a page in `folder`; escaped, so that no name is read as an address elsewhere."""
+    """Return an escaped link from a page in `folder`, so that no file name is interpreted as an external URL."""
     return quote(os.fsencode(os.path.relpath(path, folder))) + "/" * path.is_dir()
 
 
@@ -136,7 +136,7 @@ def _size(path: Path) -> str:
 
 
 def warnings(job: Job) -> Iterator[tuple[str, list[str]]]:
-    """Yield what a reader must know before trusting a figure: a sentence, and quoted lines."""
+    """Yield a sentence and quoted lines for everything a reader must know before trusting a figure."""
     run_dir, config = job.run_dir, job.config
     assert run_dir is not None and config is not None
     if job.state != "done":
@@ -165,10 +165,10 @@ def _lines(path: Path) -> list[str]:
 
 
 def beside_paper(job: Job, row: Row) -> dict[str, Any] | None:
-    """Set a run beside the paper's row of the report's table, else the one whose model is nearest.
+    """Compare a run with the paper's row in the report's table, or else with the row of the most similar model.
 
-    Return None for models other than ours. `differing` names keys as "width=0.25 (the paper's 1.0)"; `held_out` is a
-    sentence, or empty.
+    Return None for models that are not from the paper. `differing` lists keys as "width=0.25 (the paper's 1.0)";
+    `held_out` is a sentence or an empty string.
     """
     config = job.config
     assert config is not None
@@ -179,7 +179,7 @@ def beside_paper(job: Job, row: Row) -> dict[str, Any] | None:
     differing = ", ".join(
         f"{key}={as_written(ours)} (the paper's {as_written(papers)})"
         for key, (papers, ours) in differing_keys(paper, keys).items()
-        if key != "family"  # a name for what stem and stage_ops say
+        if key != "family"  # redundant: it names a combination of stem and stage_ops
     )
     size = resolved_image_size(config.data)
     columns = ("whose", "model", "data", "top1, last epoch", "M params", "GFLOPs")

@@ -1,4 +1,4 @@
-"""The pictures of one run on its page: curves from its log, classes and attention from its checkpoint and data."""
+"""The figures on a run's page: curves from its log; classes and attention from its checkpoint and data."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,7 +21,7 @@ from sasa_train.visualize.val_sample import ValSample, look_at_val, which_images
 
 
 def curves_section(job: Job) -> Section:
-    """Draw the curves, from metrics.jsonl alone."""
+    """Draw the curves, using only metrics.jsonl."""
     section = Section("curves", "Curves")
     assert job.run_dir is not None
     rows = [] if job.state == "damaged" else read_metrics(job.run_dir / "metrics.jsonl")
@@ -35,13 +35,13 @@ def curves_section(job: Job) -> Section:
 
 
 def model_sections(run_dir: Path, overrides: Sequence[str], num_images: int) -> list[Section]:
-    """Draw what needs the checkpoint and the images; if one of them is missing, return a section that says so.
+    """Draw the figures that require the checkpoint and images; if either is missing, return a section that says so.
 
     Args:
-        overrides: as for `load_trained`.
-        num_images: the most val images, a fixed class-balanced part, for figures by class.
+        overrides: see `load_trained`.
+        num_images: maximum number of val images (a fixed, class-balanced subset) for the per-class figures.
     """
-    last = run_dir / "checkpoints/last.pt"  # its figures are those to publish
+    last = run_dir / "checkpoints/last.pt"  # results for publication come from this checkpoint
     try:
         trained = load_trained(last if last.exists() else run_dir, overrides)
         val = _load_val(trained)
@@ -60,7 +60,7 @@ def model_sections(run_dir: Path, overrides: Sequence[str], num_images: int) -> 
 
 def _load_val(trained: TrainedModel) -> ImageSet:
     data = trained.config.data
-    if not _is_there(data):  # a relative path may belong to another directory; and a report downloads nothing
+    if not _is_there(data):  # a relative path may refer to another directory, and a report downloads nothing
         what = f"holds no whole {data.name}" if data.name in ("cifar10", "cifar100") else "is not there"
         raise ConfigError(f"data.root={data.root} {what}; say where with data.root=...")
     _, val = load_image_sets(data)
@@ -69,7 +69,7 @@ def _load_val(trained: TrainedModel) -> ImageSet:
 
 
 def _is_there(data: DataConfig) -> bool:
-    """Whether the data set is on the disk; CIFAR's archive must be whole, because a damaged one would be downloaded."""
+    """Check that the data set is on disk; CIFAR's archive must be complete, since a damaged one would be downloaded."""
     root, archive = Path(data.root), {"cifar10": CIFAR10, "cifar100": CIFAR100}.get(data.name)
     if archive is None or (root / "train").is_dir():
         return data.name == "digits" or root.is_dir()
@@ -81,7 +81,7 @@ def _is_there(data: DataConfig) -> bool:
 
 
 def _fill(section: Section, add: Callable[[], None]) -> None:
-    """Add pictures, or the reason why they cannot be drawn: the rest of the page is still useful."""
+    """Add figures, or the reason why they cannot be drawn, since the rest of the page is still useful."""
     try:
         add()
     except (ConfigError, WeightsError, OSError) as error:
@@ -110,12 +110,12 @@ def _add_classes(section: Section, trained: TrainedModel, val: ImageSet, num_ima
 
 
 def class_rows(found: ValSample, classes: list[str]) -> list[dict[str, str]]:
-    """Return a line for each class, the worst first, those without images last."""
+    """Return one line per class, the worst class first and classes without images last."""
     rows = []
     for label, (name, counts) in enumerate(zip(classes, found.confusion.tolist(), strict=True)):
         images, hits = sum(counts), counts[label]
         others = ((count, other) for other, count in enumerate(counts) if other != label)
-        most, other = max(others, default=(0, label))  # of a set with one class
+        most, other = max(others, default=(0, label))  # the default is for data sets with a single class
         row = {
             "class": name,
             "images": str(images),

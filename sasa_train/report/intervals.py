@@ -1,4 +1,4 @@
-"""The confidence interval of a mean over seeds, by Student's t."""
+"""Confidence intervals for a mean over seeds, based on Student's t distribution."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from scipy.special import stdtrit  # scipy.stats.t.ppf without importing scipy.stats, which takes a second
 
 CONFIDENCE = 0.95
-FEW = 5  # below so many seeds the interval rests more on the normal assumption than on the seeds
+FEW = 5  # with fewer seeds, the interval relies more on the normality assumption than on the data
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Interval:
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Return the mean of at least one value with its 95 % confidence interval: t x s / sqrt(n), s with n - 1."""
+    """Return the mean of one or more values and its 95 % confidence interval, t x s / sqrt(n), where s uses n - 1."""
     n = len(values)
     mean = math.fsum(values) / n
     if n == 1:

@@ -1,4 +1,4 @@
-"""The jobs to report on: those of sweeps, by their ledgers, or run folders alone."""
+"""The jobs to report on, found through the ledgers of sweeps or as individual run folders."""
 
 import statistics
 from dataclasses import dataclass, field
@@ -15,23 +15,23 @@ from sasa_train.runs.ledger import Job as LedgerJob
 from sasa_train.runs.ledger import read_ledger
 from sasa_train.runs.metrics import read_metrics
 
-STATES = {"finished": "done"}  # a state in run.json -> the ledger's word for it
+STATES = {"finished": "done"}  # state in run.json -> state in the ledger
 
 
 @dataclass
 class Job:
-    """One job of a sweep, or one run folder. `val` and the fields after it are empty if it left nothing to read."""
+    """A job of a sweep, or a single run folder. `val` and the fields after it are empty if nothing could be read."""
 
     name: str
-    state: str  # done, or why it does not count: waiting, running, failed, refused, interrupted, pruned, ...
+    state: str  # done, or the reason why it does not count: waiting, running, failed, refused, interrupted, pruned, ...
     reason: str = ""
-    overrides: dict[str, str] | None = None  # key -> value as written; None: not a sweep's job
+    overrides: dict[str, str] | None = None  # key -> value as written; None if the job is not part of a sweep
     run_dir: Path | None = None
-    config: TrainConfig | None = None  # None: refused or damaged
+    config: TrainConfig | None = None  # None if the config was refused or is damaged
     val: list[dict[str, Any]] = field(default_factory=list)  # the val rows of metrics.jsonl
     images_per_sec: float | None = None  # median of the train rows
     seconds: float | None = None  # of training, over all restarts
-    info: dict[str, Any] = field(default_factory=dict)  # run.json, empty where it cannot be read
+    info: dict[str, Any] = field(default_factory=dict)  # run.json; empty if it cannot be read
 
     @property
     def seed(self) -> int | None:
@@ -49,7 +49,7 @@ class Job:
 
 @dataclass
 class Found:
-    """All jobs of the given folders, and the tables of the paper that their sweeps name."""
+    """All jobs in the given folders, and the paper tables named by their sweeps."""
 
     jobs: list[Job] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Found:
 
 
 def find_jobs(sources: list[Path]) -> Found:
-    """Find the jobs of sweep folders, run folders, and folders that hold run folders.
+    """Find the jobs in sweep folders, run folders and folders that contain run folders.
 
     Raises:
         ConfigError: a source is none of these, or a ledger cannot be read.
@@ -90,12 +90,12 @@ def is_run(folder: Path) -> bool:
 
 
 def _read_ledgers(paths: list[Path]) -> tuple[list[dict[str, Any]], dict[str, LedgerJob]]:
-    """Read one sweep's ledgers, perhaps of several workers: what they say about it, and its jobs.
+    """Read the ledgers of one sweep, one per worker, and return their headers and their jobs.
 
-    If two ledgers know a job, the one that has it as done counts.
+    If a job is in two ledgers, the entry that is done takes precedence.
 
     Raises:
-        ConfigError: a ledger cannot be read, is damaged or of another version, or names no table of the paper.
+        ConfigError: a ledger cannot be read, is damaged, has another version, or names an unknown table of the paper.
     """
     abouts, jobs = [], dict[str, LedgerJob]()
     for path in paths:
@@ -139,7 +139,7 @@ def _compose_or_none(overrides: list[str]) -> TrainConfig | None:
 
 
 def _run_job(run_dir: Path) -> Job:
-    job = Job(run_dir.resolve().name, "began")  # "." has none
+    job = Job(run_dir.resolve().name, "began")  # "." has no name
     _read_run(job, run_dir)
     if job.state != "damaged":
         status = str(job.info.get("status", "began"))
@@ -148,7 +148,7 @@ def _run_job(run_dir: Path) -> Job:
 
 
 def _read_run(job: Job, run_dir: Path) -> None:
-    """Fill in the job from its run folder."""
+    """Fill in the job's fields from its run folder."""
     job.run_dir = run_dir
     try:
         job.config = load_config_file(run_dir / "config.yaml")

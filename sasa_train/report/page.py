@@ -1,7 +1,7 @@
-"""The report as one self-contained HTML page: all facts of a single run, or the table of several.
+"""The report as one self-contained HTML page: all facts about a single run, or a table of several runs.
 
-Names of runs, classes and files come from disks, so jinja2 escapes everything that enters the page, and
-`printable_lines` the characters that no page can show.
+The names of runs, classes and files are untrusted, so jinja2 escapes everything that is inserted into the page, and
+`printable_lines` escapes characters that no page can display.
 """
 
 import base64
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE = "report.html"
-MAX_NAMES = 3  # folders named in a title
-MAX_BYTES = 300_000  # of a lossless picture
+MAX_NAMES = 3  # maximum number of folders named in a title
+MAX_BYTES = 300_000  # maximum size of a lossless picture
 COMMANDS = (("command", "Command"), ("reproduce", "The same in full"))
 OF_A_START = ("started", "step", "commit", "host", "world_size", "command")
 
 
 @dataclass
 class Picture:
-    """A picture: `alt` names its kind, `caption` describes it; `size` is in CSS pixels, 96 per inch."""
+    """A picture: `alt` names its kind, `caption` describes it, and `size` is in CSS pixels (96 per inch)."""
 
     name: str
     png: bytes
@@ -47,14 +47,14 @@ class Picture:
 
     @property
     def size(self) -> tuple[int, int]:
-        from sasa_train.figures import DPI  # which needs matplotlib, as every picture does
+        from sasa_train.figures import DPI  # requires matplotlib, as does every picture
 
         width, height = Image.open(io.BytesIO(self.png)).size
         return width * 96 // DPI, height * 96 // DPI
 
     @property
     def webp(self) -> str:
-        """Base64 WebP: lossless, a third of a chart's PNG; lossy where photographs would exceed MAX_BYTES."""
+        """Base64 WebP: lossless (a third the size of a chart's PNG), or lossy if lossless would exceed MAX_BYTES."""
         image, file, small = Image.open(io.BytesIO(self.png)).convert("RGB"), io.BytesIO(), io.BytesIO()
         image.save(file, "webp", lossless=True)
         if file.tell() > MAX_BYTES:
@@ -64,7 +64,7 @@ class Picture:
 
 @dataclass
 class Section:
-    """Pictures of one kind; `missing` says why others could not be drawn, `rows` is a table below them."""
+    """Pictures of one kind; `missing` explains why others could not be drawn, and `rows` is a table below them."""
 
     id: str
     title: str
@@ -75,7 +75,7 @@ class Section:
     rows_title: str = ""
 
     def add(self, drawn: "Iterable[tuple[str, Figure, str]]") -> None:
-        """Add figures of sasa-visualize, with its captions."""
+        """Add figures drawn by sasa-visualize, with their captions."""
         from sasa_train.figures import rendered
 
         for name, figure, caption in drawn:
@@ -83,20 +83,20 @@ class Section:
             self.pictures.append(Picture(name, rendered(figure), alt, caption))
 
     def can_draw(self) -> bool:
-        """Whether matplotlib is installed; if not, the section says so."""
+        """True if matplotlib is installed; otherwise the section says that it is missing."""
         reason = why_not("A plot", "plots")
         self.missing += [reason] if reason else []
         return reason is None
 
 
 def the_run(report: Report) -> Job | None:
-    """Return the run of a report on one run; None for several jobs, or for a job without a folder."""
+    """Return the run of a single-run report, or None if there are several jobs or the job has no folder."""
     jobs = report.all_jobs + [job for job, _ in report.not_counted]
     return jobs[0] if len(jobs) == 1 and jobs[0].run_dir is not None and jobs[0].config is not None else None
 
 
 def run_page(report: Report, job: Job, sections: list[Section], folder: Path) -> str:
-    """Render the page of one run; `folder` is where it will be written."""
+    """Render the page of one run; `folder` is where the page will be written."""
     (row,) = report.rows
     config, run_dir = job.config, job.run_dir
     assert config is not None and run_dir is not None
@@ -148,7 +148,7 @@ def sweep_page(report: Report, sources: list[Path], plots: Section, folder: Path
 
 
 def _described(row: Row, number: int, folder: Path) -> dict[str, Any]:
-    """Describe a row: its runs with links, and the full command of the first."""
+    """Describe a row: links to its runs, and the full command of the first run."""
     jobs = [job for _, job in sorted(row.jobs.items())]
     top1 = f"top1 {row.top1.mean:.2f}" if row.top1 else "no top1"
     return {
@@ -159,7 +159,7 @@ def _described(row: Row, number: int, folder: Path) -> dict[str, Any]:
 
 
 def _links(job: Job, folder: Path) -> tuple[str, str]:
-    """Return links to a run's folder and to its own page (empty if it has none)."""
+    """Return links to a run's folder and to its own page (an empty string if it has none)."""
     assert job.run_dir is not None
     page = job.run_dir / "report" / PAGE
     return facts.href(job.run_dir, folder), facts.href(page, folder) if page.is_file() else ""
@@ -178,4 +178,4 @@ def _render(template: str, **values: Any) -> str:
 
 
 def _shown(value: Any) -> Any:
-    return printable_lines(value) if type(value) is str else value  # Markup is the templates' own
+    return printable_lines(value) if type(value) is str else value  # Markup comes only from the templates

@@ -1,4 +1,4 @@
-"""Jobs that differ in their seed alone are one row: its label, its figures, its difference to a reference row."""
+"""Report rows, which group jobs that differ only in their seed: label, figures, difference to a reference row."""
 
 from dataclasses import dataclass, field
 
@@ -15,20 +15,20 @@ from sasa_train.report.jobs import Job
 
 @dataclass(eq=False)  # rows refer to one another
 class Row:
-    """A row of the report; `settings` are the keys that differ between rows, with their values as written."""
+    """A row of the report; `settings` maps the keys that differ between rows to their values as written."""
 
     settings: dict[str, str]
     label: str = ""
-    jobs: dict[int, Job] = field(default_factory=dict)  # by seed, without those that do not count
-    num_jobs: int = 0  # all, also those that do not count
+    jobs: dict[int, Job] = field(default_factory=dict)  # by seed, excluding jobs that do not count
+    num_jobs: int = 0  # total, including jobs that do not count
     config: TrainConfig | None = None
     paper: PaperRow | None = None
-    reference: "Row | None" = None  # itself, for the reference row
+    reference: "Row | None" = None  # the reference row refers to itself
     params: int | None = None
-    flops: int | None = None  # of one image, forward
+    flops: int | None = None  # for a forward pass on one image
 
     def mean(self, figure: str) -> Interval | None:
-        """The mean over seeds of the jobs' `last`, `best`, `images_per_sec` or `seconds`; None if no job has it."""
+        """Return the mean of the jobs' `last`, `best`, `images_per_sec` or `seconds`; None if no job has a value."""
         values = [value for job in self.jobs.values() if (value := getattr(job, figure)) is not None]
         return mean_interval(values) if values else None
 
@@ -39,12 +39,12 @@ class Row:
 
     @property
     def difference(self) -> Interval | None:
-        """The difference in top1 to the reference row, over common seeds; None for the reference itself."""
+        """The difference in top1 to the reference row over their common seeds; None for the reference row itself."""
         return None if self.reference in (None, self) else paired_difference(self, self.reference)
 
     @property
     def paper_difference(self) -> float | None:
-        """The same difference in the paper's figures."""
+        """The difference in top1 to the reference row according to the paper."""
         if self.reference in (None, self) or self.paper is None or self.reference.paper is None:
             return None
         return self.paper.top1 - self.reference.paper.top1
@@ -53,8 +53,8 @@ class Row:
 @dataclass
 class Report:
     rows: list[Row]
-    not_counted: list[tuple[Job, str]]  # with the label of the row, or ""
-    table: int | None  # of the paper
+    not_counted: list[tuple[Job, str]]  # each with the label of its row, or ""
+    table: int | None  # number of the paper's table
     commands: list[str]
 
     @property
@@ -63,16 +63,16 @@ class Report:
 
 
 def paired_difference(row: Row, reference: Row) -> Interval | None:
-    """Compare two rows seed by seed, so that a seed's effect on both cancels; None without common seeds."""
+    """Compare two rows seed by seed, which cancels the effect of the seed; None if they have no seed in common."""
     pairs = [(job.last, reference.jobs[seed].last) for seed, job in row.jobs.items() if seed in reference.jobs]
     return mean_interval([ours - its for ours, its in pairs]) if pairs else None
 
 
 def build_report(jobs: list[Job], table: int | None, reference: str | None, commands: list[str]) -> Report:
-    """Group the jobs, name the rows, choose their references, count parameters and FLOPs.
+    """Group the jobs into rows, label the rows, choose their references, and count parameters and FLOPs.
 
     Raises:
-        ConfigError: `reference` names no row or several, or no job has known settings.
+        ConfigError: `reference` matches no row or several rows, or the settings of all jobs are unknown.
     """
     rows, not_counted = _group(jobs, table)
     if not rows:
@@ -112,7 +112,7 @@ def _group(jobs: list[Job], table: int | None) -> tuple[list[Row], list[tuple[Jo
 
 
 def _settings(job: Job, by_overrides: bool) -> dict[str, str] | None:
-    """Return what identifies a job's row: its overrides, or every key that changes its results, without the seed."""
+    """Return the settings that define a job's row: its overrides, or all keys that affect results, without the seed."""
     if by_overrides:
         assert job.overrides is not None
         given = job.overrides
@@ -127,7 +127,7 @@ def _settings(job: Job, by_overrides: bool) -> dict[str, str] | None:
 
 
 def _why_not(job: Job, row: Row) -> tuple[str, str] | None:
-    """Return state and reason of a job that does not count in the mean, else None."""
+    """Return the state and reason of a job that is excluded from the mean, or None if the job counts."""
     if job.state != "done":
         return job.state, job.reason
     if not job.val:
@@ -138,7 +138,7 @@ def _why_not(job: Job, row: Row) -> tuple[str, str] | None:
 
 
 def _name(rows: list[Row]) -> None:
-    """Label rows: by the paper's label where one fits, and by the keys that tell rows apart."""
+    """Label the rows with the paper's label, if there is one, and the keys that distinguish the rows."""
     for row in rows:
         same = [other for other in rows if other.paper is row.paper]
         apart = {
@@ -151,7 +151,7 @@ def _name(rows: list[Row]) -> None:
 
 
 def _order(row: Row) -> tuple:
-    """Return the sort key: the paper's order, then settings, with numbers sorted as numbers."""
+    """Return the sort key: the paper's order first, then the settings, with numbers in numerical order."""
     place = PAPER_ROWS.index(row.paper) if row.paper else len(PAPER_ROWS)
     return (place, [(key, _sortable(value)) for key, value in row.settings.items()])
 
@@ -164,7 +164,7 @@ def _sortable(value: str) -> tuple[int, float, str]:
 
 
 def _choose_references(rows: list[Row], reference: str | None) -> None:
-    """Set each row's reference: the requested row, else the paper's default, else the first row."""
+    """Set each row's reference: the requested row, or the paper's default, or the first row."""
     chosen = find_row(rows, reference) if reference is not None else None
     if chosen is None and not any(row.paper for row in rows):
         chosen = rows[0]
@@ -173,16 +173,16 @@ def _choose_references(rows: list[Row], reference: str | None) -> None:
 
 
 def _papers_default(row: Row, rows: list[Row]) -> Row | None:
-    """Return our row for the paper's default; of several, the one most similar to this row."""
+    """Return the row that matches the paper's default; if there are several, the one most similar to `row`."""
     candidates = [other for other in rows if row.paper and other.paper is reference_row(row.paper)]
     return max(candidates, key=lambda other: len(other.settings.items() & row.settings.items()), default=None)
 
 
 def find_row(rows: list[Row], text: str) -> Row:
-    """Find a row by number (from 1), by label, or by a part that only one label has.
+    """Find a row by its number (from 1), its label, or a substring that occurs in only one label.
 
     Raises:
-        ConfigError: no row or several rows match.
+        ConfigError: no row or more than one row matches.
     """
     if text.isdecimal() and 1 <= int(text) <= len(rows):
         return rows[int(text) - 1]
@@ -197,7 +197,7 @@ def find_row(rows: list[Row], text: str) -> Row:
 def _count_models(rows: list[Row]) -> None:
     """Count parameters and forward FLOPs of each row's model at its image size, once per distinct model.
 
-    Both stay None if the number of classes is unknown, or all jobs of the row were refused.
+    Both remain None if the number of classes is unknown or if all jobs of the row were refused.
     """
     counted: dict[str, tuple[int, int] | None] = {}
     for row in rows:
@@ -222,7 +222,7 @@ def _count_model(config: TrainConfig, jobs: list[Job]) -> tuple[int, int] | None
 
 
 def _num_classes_of(jobs: list[Job]) -> int | None:
-    """Return the number of classes of a user's own data, from the first readable checkpoint."""
+    """Return the number of classes in a user's own data set, read from the first readable checkpoint."""
     from sasa_train.runs.checkpoint import CheckpointError, load_checkpoint
 
     for job in jobs:

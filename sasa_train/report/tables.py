@@ -30,7 +30,7 @@ def title(report: Report) -> str:
 
 
 def not_counted(report: Report) -> list[dict[str, str]]:
-    """Return a line for each job that is not in the figures."""
+    """Return one line for each job that is excluded from the figures."""
     return [
         {"job": job.name, "row": label, "state": job.state, "reason": job.reason.partition("\n")[0]}
         for job, label in report.not_counted
@@ -38,7 +38,7 @@ def not_counted(report: Report) -> list[dict[str, str]]:
 
 
 def cells(report: Report, number: int, row: Row) -> dict[str, str]:
-    """Return one line of the table, by column."""
+    """Return one line of the table as a mapping from column to text."""
     seconds, difference, papers = row.mean("seconds"), row.difference, row.paper
     top1, mparams, gflops = (papers.top1, papers.mparams, papers.gflops) if papers else (None, None, None)
     found = {
@@ -62,7 +62,7 @@ def cells(report: Report, number: int, row: Row) -> dict[str, str]:
 
 
 def shown(number: Any, form: str, otherwise: str = "-") -> str:
-    """Return a number as text; `otherwise` if it is missing, or a damaged file holds something else."""
+    """Format a number; return `otherwise` if it is missing or if a damaged file contains something else."""
     return form.format(number) if isinstance(number, int | float) else otherwise
 
 
@@ -92,14 +92,14 @@ def _interval(interval: Interval | None, sign: str = "") -> str:
 
 
 def _difference(row: Row) -> str:
-    """Return the difference as text, with the number of pairs if some seeds have no partner."""
+    """Format the difference, with the number of pairs if some seeds have no counterpart."""
     found = row.difference
     pairs = f" ({found.n} pairs)" if found is not None and 1 < found.n < len(row.jobs) else ""
     return _interval(found, sign="+") + pairs
 
 
 def notes(report: Report) -> list[str]:
-    """Return notes on how to read the figures."""
+    """Return notes that explain how to read the figures."""
     found = ["top1 in percent, of the last epoch (the best epoch is selected on val, so its figure is optimistic)"]
     configs = [row.config for row in report.rows if row.config is not None]
     splits = list(dict.fromkeys(split_of(config) for config in configs))
@@ -138,7 +138,7 @@ def _paper_notes(table: int, configs: list[TrainConfig]) -> list[str]:
 
 
 def held_out_note(table: int, configs: list[TrainConfig]) -> str:
-    """Return a sentence if one top1 (ours or the paper's) is on val and the other on held-out images; else ""."""
+    """Return a sentence if only one of the two top1 values (ours and the paper's) is on val, otherwise ""."""
     papers_is = table in HELD_OUT_TABLES
     if all((config.data.holdout_fraction > 0) == papers_is for config in configs):
         return ""
@@ -148,7 +148,7 @@ def held_out_note(table: int, configs: list[TrainConfig]) -> str:
 
 
 def split_of(config: TrainConfig) -> str:
-    """Describe in words what val is."""
+    """Describe the val split in words."""
     data = config.data
     part = "" if data.max_val_images is None else f", {data.max_val_images:,} images of it at most"
     size = f"{data.name} at {resolved_image_size(data)} pixels"
@@ -160,7 +160,7 @@ def split_of(config: TrainConfig) -> str:
 
 
 def as_json(report: Report) -> str:
-    """Return the whole report as JSON, seed by seed."""
+    """Return the whole report as JSON, with results for each seed."""
     content = {
         "format_version": 1,
         "commands": report.commands,
@@ -182,7 +182,7 @@ def as_csv(report: Report) -> str:
 
 
 def _record(number: int, row: Row) -> dict[str, Any]:
-    """Return the row's figures as plain values; None if missing."""
+    """Return the row's figures as plain values, None for missing ones."""
     difference, papers = row.difference, row.paper
     return {
         "number": number,

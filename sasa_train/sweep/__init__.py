@@ -1,4 +1,4 @@
-"""sasa-sweep: many runs from one command. The same command again skips what is done and goes on with the rest."""
+"""sasa-sweep: start many runs with one command. Running it again skips finished jobs and continues the others."""
 
 import shlex
 import signal
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def run_command(arguments: list[str]) -> int:
-    """Run with command-line arguments; returns the exit code."""
+    """Run the command with the given arguments and return its exit code."""
     if {"-h", "--help"} & set(arguments):
         print_help()
         return DONE
@@ -66,10 +66,10 @@ def print_help() -> None:
 
 
 def sweep(plan: SweepPlan, arguments: list[str], stop: StopRequest) -> int:
-    """Run the sweep to its end, or to a stop request; returns the exit code.
+    """Run the sweep until it is complete or a stop is requested, and return the exit code.
 
     Raises:
-        ConfigError: another sasa-sweep works in the folder, or something that it needs is missing.
+        ConfigError: another sasa-sweep is using the folder, or a required package or file is missing.
     """
     suffix = f"-{plan.config.worker}" if plan.config.worker else ""
     try:
@@ -88,7 +88,7 @@ def sweep(plan: SweepPlan, arguments: list[str], stop: StopRequest) -> int:
             stop.restore()  # a launcher's jobs handle signals themselves
             hand_over(plan, ledger, source)
         else:
-            stop.begin_training()  # from here on signals are passed to the jobs, which save
+            stop.begin_training()  # from here on, signals are forwarded to the jobs, which save a checkpoint
             display = Display()
             Processes(plan.config, plan.folder, ledger, source, stop).run(display)
             display.clear()
@@ -98,10 +98,10 @@ def sweep(plan: SweepPlan, arguments: list[str], stop: StopRequest) -> int:
 
 
 def hand_over(plan: SweepPlan, ledger: Ledger, source: JobList) -> None:
-    """Give all remaining jobs to the requested Hydra launcher, such as a cluster's, and wait for them.
+    """Submit all remaining jobs to the requested Hydra launcher, such as a cluster's, and wait for them.
 
     Raises:
-        ConfigError: the launcher does not exist, or the sweep is a search, whose jobs depend on earlier ones.
+        ConfigError: the launcher does not exist, or the sweep is a search, in which jobs depend on earlier results.
     """
     if plan.config.num_trials is not None:
         raise ConfigError(f"{' '.join(plan.hydra)}: a search starts its own jobs; start a sasa-sweep on each machine")

@@ -1,4 +1,4 @@
-"""The display of a sweep: a live table on a terminal, a line for each event, and a table at the end."""
+"""The progress display of a sweep: a live table on a terminal, one line per event, and a final table."""
 
 import contextlib
 import shutil
@@ -15,7 +15,7 @@ REFRESH = 0.5  # seconds
 
 
 class Display:
-    """Shows a sweep: called with each event of its processes, and with "" in between."""
+    """Displays a sweep's progress; called with each event of its processes, and with "" between events."""
 
     def __init__(self) -> None:
         self.is_terminal = sys.stdout.isatty()
@@ -32,19 +32,19 @@ class Display:
             self.num_lines, self.drawn = len(lines), time.monotonic()
 
     def clear(self) -> None:
-        """Erase the table."""
+        """Erase the live table."""
         if self.num_lines:
             _write(f"\x1b[{self.num_lines}F\x1b[J", end="")
         self.num_lines = 0
 
 
 def _write(text: str, end: str = "\n") -> None:
-    with contextlib.suppress(OSError):  # a closed pipe does not end a sweep
+    with contextlib.suppress(OSError):  # a closed pipe must not end the sweep
         print(text, end=end, flush=True)
 
 
 def table_of(processes: Processes) -> list[str]:
-    """Return a headline and a line for each running job, no wider than the terminal."""
+    """Return a headline and one line per running job, no wider than the terminal."""
     size = shutil.get_terminal_size((120, 24))
     left = processes.seconds_left()
     parts = [counts(processes.ledger), f"ETA {duration(left)}" if left is not None else "ETA -"]
@@ -68,7 +68,7 @@ def counts(ledger: Ledger) -> str:
 
 
 def best(ledger: Ledger) -> Job | None:
-    """The job whose last evaluation has the highest top1."""
+    """Return the job with the highest top1 at its last evaluation."""
     measured = [job for job in ledger.asked_for() if job.last]
     return max(measured, key=_top1, default=None)
 
@@ -78,7 +78,7 @@ def _top1(job: Job) -> float:
 
 
 def final_table(jobs: Iterable[Job]) -> str:
-    """Return all jobs with their results, the best first."""
+    """Return a table of all jobs with their results, the best first."""
     rows = []
     for job in sorted(jobs, key=_top1, reverse=True):
         last, top = (f"{row['top1']:.2f}" if row else "-" for row in (job.last, job.best))

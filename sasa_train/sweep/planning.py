@@ -1,4 +1,4 @@
-"""The plan of a sweep, from a file in `configs/sweep/` and the command line: its jobs, their names, its folder."""
+"""The plan of a sweep (jobs, names, folder), built from a file in `configs/sweep/` and the command line."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from sasa_train.config.rules import check_bounds
 from sasa_train.refusal import ConfigError, shorten
 from sasa_train.runs.ledger import Job
 
-# The sweep decides on these for each of its jobs.
+# The sweep sets these keys itself for each of its jobs.
 SET_BY_SWEEP = {
     "output_dir": "a job's run folder lies in the sweep's; sweep.output_dir moves that",
     "run_name": "a job's name comes from its content",
@@ -31,7 +31,7 @@ SET_BY_SWEEP = {
 
 @dataclass
 class SweepConfig:
-    """The keys of a file in `configs/sweep/`; on the command line with `sweep.` before them."""
+    """The keys of a file in `configs/sweep/`, prefixed with `sweep.` on the command line."""
 
     overrides: list[str] = key([], "of every job; several values of a key multiply: a grid, or a search's space")
     rows: list[list[str]] = key([], "a list of jobs, each with overrides of its own; the grid multiplies it")
@@ -60,19 +60,19 @@ class SweepConfig:
 class SweepPlan:
     config: SweepConfig
     folder: Path
-    fixed: list[str]  # overrides of every job
-    space: list[str]  # of a search: overrides with several values
-    jobs: list[Job]  # of a grid or list
-    hydra: list[str]  # Hydra's own keys: which launcher starts the jobs
+    fixed: list[str]  # overrides that apply to every job
+    space: list[str]  # for a search: overrides with several values
+    jobs: list[Job]  # for a grid or list
+    hydra: list[str]  # Hydra's own keys, which select the launcher
 
 
 def read_plan(overrides: Sequence[str]) -> SweepPlan:
-    """Read a command line: `sweep=NAME`, `sweep.KEY=value`, and overrides of the jobs.
+    """Parse a command line: `sweep=NAME`, `sweep.KEY=value`, and overrides for the jobs.
 
     An override on the command line replaces the file's overrides of the same key.
 
     Raises:
-        ConfigError: an unknown file or key, an invalid value, or a grid that is too large.
+        ConfigError: a file or key is unknown, a value is invalid, or the grid is too large.
     """
     parsed = parse_overrides(overrides)
     ours = [o for o in parsed if o.key_or_group == "sweep" or o.key_or_group.startswith("sweep.")]
@@ -102,7 +102,7 @@ def read_plan(overrides: Sequence[str]) -> SweepPlan:
 
 
 def _launcher_keys(parsed: list[Override]) -> list[str]:
-    """Return Hydra's own keys, which choose a launcher and configure it."""
+    """Return Hydra's own keys, which select and configure a launcher."""
     keys = [str(o.input_line) for o in parsed if o.key_or_group.startswith("hydra")]
     if keys and not any(o.startswith("hydra/launcher=") for o in keys):
         raise ConfigError(f"{' '.join(keys)}: has a meaning with hydra/launcher=... alone")
@@ -145,7 +145,7 @@ def _merge(merged: Any, values: Any, where: str) -> Any:
 
 
 def _sweep_file(name: str) -> Path:
-    """Return `configs/sweep/NAME.yaml`, or the user's own file."""
+    """Return the path of `configs/sweep/NAME.yaml` or of the user's own file."""
     path = config_dir() / "sweep" / f"{name}.yaml"
     if path.is_file():
         return path
@@ -161,7 +161,7 @@ def _validate(config: SweepConfig) -> None:
 
 
 def _default_name(stem: str | None, fixed: list[str], swept: list[str]) -> str:
-    """Return a readable name that stays the same when values or seeds are added: the grid grows in place."""
+    """Return a readable name that does not depend on the values or seeds, so that a grid can be extended in place."""
     named = {_key(o): str(parse_overrides([o])[0].value()) for o in fixed}
     parts = [part for part in (stem, named.get("experiment") or named.get("model")) if part] or ["sweep"]
     shaping = sorted(o for o in fixed if _key(o) not in NOT_TRAJECTORY - {"data.root"} and _key(o) != "seed")
@@ -171,7 +171,7 @@ def _default_name(stem: str | None, fixed: list[str], swept: list[str]) -> str:
 
 
 def _jobs(rows: list[list[str]], fixed_keys: set[str]) -> list[Job]:
-    """Return the jobs of all rows, each once."""
+    """Return the jobs of all rows without duplicates."""
     grids = [expand(row) for row in rows]
     jobs: dict[str, Job] = {}
     for job in (build_job(list(overrides), fixed_keys) for grid in grids for overrides in grid):
@@ -184,7 +184,7 @@ def _jobs(rows: list[list[str]], fixed_keys: set[str]) -> list[Job]:
 
 
 def build_job(overrides: list[str], fixed_keys: set[str]) -> Job:
-    """Return the named job; one with an invalid config is marked as refused, so that the others can run."""
+    """Build and name a job; if its config is invalid, mark it as refused so that the others can still run."""
     label = " ".join(o for o in overrides if _key(o) not in fixed_keys) or "all as given"
     try:
         config = compose_config(overrides)

@@ -1,4 +1,4 @@
-"""One process per job, on its own devices, as many at a time as there are places; no job waits for another."""
+"""The scheduler: each job runs in its own process on its own devices, and starts as soon as a slot is free."""
 
 import ctypes
 import os
@@ -22,15 +22,15 @@ from sasa_train.signals import StopRequest
 from sasa_train.sweep.planning import SweepConfig
 from sasa_train.terminal import DONE, FAILED, INTERRUPTED, REFUSED, printable_lines
 
-POLL = 0.2  # seconds between looks at the jobs
-LOOK = 1.0  # seconds between looks at one's metrics
-PATIENCE = 300.0  # seconds for a job to save and end, before it is killed
-NUM_LOG_LINES = 30  # lines shown of a failed job's log
-PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
+POLL = 0.2  # seconds between polls of the jobs
+LOOK = 1.0  # seconds between reads of a job's metrics
+PATIENCE = 300.0  # seconds that a job has to save and exit before it is killed
+NUM_LOG_LINES = 30  # number of lines shown from a failed job's log
+PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 
 
 class JobList:
-    """The queue of jobs: interrupted ones go first, failed ones last, and ended ones are left alone."""
+    """The queue of jobs: interrupted jobs come first, failed ones last, and ended ones are not run again."""
 
     def __init__(self, jobs: Iterable[Job], folder: Path):
         self.folder = folder
@@ -39,9 +39,9 @@ class JobList:
         self.num_running = 0
 
     def next(self) -> Job | None:
-        """Return the next job to start, the first whose run folder is not locked, or None.
+        """Return the next job to start (the first one with an unlocked run folder), or None.
 
-        A folder may be locked by a job of an earlier command that is still saving.
+        A folder may be locked by a job of an earlier command that is still saving its checkpoint.
         """
         for job in self.queue:
             holding = holder(self.folder / job.name)
@@ -53,15 +53,15 @@ class JobList:
         return None
 
     def has_more(self) -> bool:
-        """Whether a job may become available once a running one has ended."""
+        """Return True if a job may become available when a running one ends."""
         return self.num_running > 0 or self.num_waiting() > 0
 
     def num_waiting(self) -> int:
-        """Return the number of jobs that are still to be started."""
+        """Return the number of jobs that have not been started yet."""
         return len(self.queue)
 
     def look(self, job: Job) -> bool:
-        """Record a running job's new evaluation; return True if the job is to be pruned."""
+        """Record a running job's latest evaluation and return True if the job should be pruned."""
         return False
 
     def ended(self, job: Job) -> None:
@@ -73,17 +73,17 @@ class JobList:
 
 @dataclass
 class Running:
-    """The process of a job."""
+    """The process of a running job."""
 
     job: Job
     process: subprocess.Popen
     place: int
     log: Path
-    log_start: int  # bytes written by earlier tries
+    log_start: int  # bytes already in the log from earlier attempts
     started: float = field(default_factory=time.monotonic)
     looked: float = 0.0
     is_pruned: bool = False
-    asked: float | None = None  # when it was asked to stop
+    asked: float | None = None  # time at which it was told to stop
 
     def ask_to_stop(self) -> None:
         if self.asked is None:
@@ -96,16 +96,16 @@ class Running:
 
 
 class Processes:
-    """The running jobs of a sweep: `run` starts, watches and ends them, and records everything in the ledger."""
+    """The running jobs of a sweep. `run` starts, watches and ends them, and records every change in the ledger."""
 
     def __init__(self, config: SweepConfig, folder: Path, ledger: Ledger, source: JobList, stop: StopRequest):
         self.config, self.folder, self.ledger, self.source, self.stop = config, folder, ledger, source, stop
         self.places = list(device_groups(config))
         self.running: list[Running] = []
-        self.seconds: list[float] = []  # duration of each job that this command has finished
+        self.seconds: list[float] = []  # duration of each job completed by this command
 
     def seconds_left(self) -> float | None:
-        """Estimate the seconds left from finished jobs, or from the running ones' epochs; None if neither is known."""
+        """Estimate the remaining seconds from finished jobs or running jobs' epochs; None if neither is available."""
         now, estimates = time.monotonic(), list(self.seconds)
         for running in self.running if not estimates else []:
             job = running.job
@@ -118,7 +118,7 @@ class Processes:
         return (sum(of_running) + each * self.source.num_waiting()) / len(self.places)
 
     def run(self, show: Callable[["Processes", str], None]) -> None:
-        """Run until no job is left, or a stop was requested; `show` gets each event, and "" in between."""
+        """Run until no job is left or a stop is requested; `show` receives each event, and "" between events."""
         was_said = False
         while True:
             for event in [*self._reap(), *self._look(), *self._start()]:
@@ -133,7 +133,7 @@ class Processes:
             time.sleep(POLL)
 
     def _start(self) -> Iterator[str]:
-        """Fill the free places, unless a stop was requested."""
+        """Start jobs in the free slots, unless a stop has been requested."""
         while not self.stop.requested() and (free := self._free_place()) is not None:
             job = self.source.next()
             if job is None:
@@ -146,7 +146,7 @@ class Processes:
 
     def _begin(self, job: Job, place: int) -> str:
         job.begin()
-        self.ledger.save()  # first: a kill in between leaves a job too many in the ledger, not one too few
+        self.ledger.save()  # saved first: a kill before the start leaves an extra job in the ledger, not a missing one
         log = self.folder / "logs" / "-".join([job.name, *filter(None, [self.config.worker])])
         log = log.with_name(f"{log.name}.log")
         log.parent.mkdir(exist_ok=True)
@@ -158,7 +158,7 @@ class Processes:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=self._environment(place),
-                start_new_session=True,  # so that Ctrl-C reaches the sweep alone, which passes it on
+                start_new_session=True,  # so that Ctrl-C reaches only the sweep, which forwards it
                 preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
         self.running.append(Running(job, process, place, log, log_start))
@@ -201,14 +201,14 @@ class Processes:
             if self.config.devices_per_job > 1:
                 code, said = behind_torchrun(code, said)
             if running.asked is not None and code < 0:
-                code = INTERRUPTED  # it was stopped before it could save, or took too long to
+                code = INTERRUPTED  # it was stopped before it could save, or it took too long
             finish(job, self.folder, code, seconds, self.config.max_tries, said[-1] if said else "")
             if running.is_pruned and job.state == "interrupted":
                 job.end("pruned", "given up: others were better by then")
                 job.tries[-1]["reason"] = job.reason
             if job.state in ("done", "pruned"):
                 self.seconds.append(seconds)
-            self.ledger.save()  # before a search tells its study, which forgets what it was told of
+            self.ledger.save()  # before a search reports to its study, which does not repeat a result
             self.source.ended(job)
             yield describe_end(job, seconds)
             if job.state in ("failed", "refused") or code not in (DONE, INTERRUPTED):
@@ -216,21 +216,21 @@ class Processes:
 
 
 def job_arguments(job: Job, folder: Path) -> list[str]:
-    """Return the arguments that sasa-train gets for a job."""
+    """Return the sasa-train arguments for a job."""
     return [*job.overrides, f"output_dir={as_written(str(folder))}"]
 
 
 def finish(job: Job, folder: Path, code: int, seconds: float | None, max_tries: int, said: str) -> None:
-    """Bring the job to the state that its process ended in; `said` is its last line.
+    """Set the job's state from its exit code and run folder; `said` is the last line of its output.
 
-    The run folder has the last word: a signal may have come after the end.
+    The run folder takes precedence, because a signal may have arrived after the run had finished.
     """
     job.note_metrics(folder / job.name)
     if has_finished(folder / job.name):
         job.end("done", FINISHED, code, seconds)
     elif code == INTERRUPTED:
         job.end("interrupted", said.partition("; to continue")[0] or "stopped", INTERRUPTED, seconds)
-    elif code == REFUSED and "is in use by" in said:  # another process got its lock first
+    elif code == REFUSED and "is in use by" in said:  # another process acquired the lock first
         job.end("waiting", said, code, seconds)
     elif code == REFUSED:
         job.end("refused", said, code, seconds)
@@ -248,7 +248,7 @@ def describe_end(job: Job, seconds: float) -> str:
 
 
 def tail(path: Path, start: int) -> list[str]:
-    """Return the last lines of a log, from byte `start` on, safe to print."""
+    """Return the last lines of a log from byte `start` on, escaped for printing."""
     try:
         with path.open("rb") as file:
             file.seek(max(start, path.stat().st_size - 2**16))
@@ -259,7 +259,7 @@ def tail(path: Path, start: int) -> list[str]:
 
 
 def behind_torchrun(code: int, said: list[str]) -> tuple[int, list[str]]:
-    """Return the exit code of the processes, which torchrun replaces by 1, and their output without torchrun's own."""
+    """Return the processes' own exit code, which torchrun replaces with 1, and their output without torchrun's."""
     if saved := [line for line in said if ": saved at step" in line]:
         return INTERRUPTED, saved
     codes = [int(found[1]) for line in said if (found := re.search(r"exitcode\s*: (-?\d+)", line))]
@@ -269,7 +269,7 @@ def behind_torchrun(code: int, said: list[str]) -> tuple[int, list[str]]:
 
 
 def device_groups(config: SweepConfig) -> Iterator[list[str]]:
-    """Yield the GPUs of each place for a job; where there are fewer GPUs than places, places share them.
+    """Yield the GPUs for each concurrent job; jobs share GPUs if there are not enough of them.
 
     Raises:
         ConfigError: `devices_per_job` exceeds the number of GPUs.
@@ -283,7 +283,7 @@ def device_groups(config: SweepConfig) -> Iterator[list[str]]:
 
 
 def visible_gpus() -> list[str]:
-    """Return names for CUDA_VISIBLE_DEVICES, without creating a CUDA context in this process."""
+    """Return device names for CUDA_VISIBLE_DEVICES, without creating a CUDA context in this process."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         return [name.strip() for name in chosen.split(",") if name.strip() not in ("", "-1")]
@@ -294,5 +294,5 @@ def visible_gpus() -> list[str]:
 
 
 def _end_with_parent() -> None:
-    """Runs in the child: if the sweep is killed, its jobs save and stop, instead of going on unseen."""
+    """Run in the child process, so that its job saves and stops if the sweep is killed, instead of running on."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,8 +1,8 @@
-"""A search with Optuna: trials are jobs, pruned on their evaluations; the study is a file beside the ledger.
+"""Hyperparameter search with Optuna: each trial is a job that may be pruned; the study is a file next to the ledger.
 
-The study holds what a trial tries; the ledger and the run folder hold how its run went. A search that was stopped or
-killed continues its unfinished trials from their checkpoints. Several sasa-sweep processes can share a study, each with
-its own ledger (`sweep.worker`).
+The study records the parameters of a trial; the ledger and the run folder record how its run went. A search that was
+stopped or killed continues its unfinished trials from their checkpoints. Several sasa-sweep processes can share a
+study, each with its own ledger (`sweep.worker`).
 """
 
 from typing import TYPE_CHECKING
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from optuna.pruners import BasePruner
     from optuna.trial import FrozenTrial, Trial
 
-WORKER = "worker"  # the attribute of a trial that names its worker
-NUM_RANDOM = 8  # trials drawn at random before the sampler learns from them
-NUM_WHOLE = 4  # trials that run to their end before any is pruned
-FIRST_THIRD = 1 / 3  # of a run, in which nothing is pruned: warm-up says little
+WORKER = "worker"  # the trial attribute that holds the name of its worker
+NUM_RANDOM = 8  # number of random trials before the sampler uses their results
+NUM_WHOLE = 4  # number of trials that run to completion before any trial is pruned
+FIRST_THIRD = 1 / 3  # the part of a run in which nothing is pruned, because warm-up is not informative
 
 
 class Search(JobList):
-    """A queue whose next job is the study's next trial; its value is top1 (percent) of its last evaluation.
+    """A queue that takes its next job from the study's next trial; a trial's value is the last top1, in percent.
 
     Raises:
-        ConfigError: Optuna is not installed, or the space is not valid.
+        ConfigError: Optuna is not installed, or the search space is invalid.
     """
 
     def __init__(self, plan: SweepPlan, ledger: Ledger):
@@ -57,7 +57,7 @@ class Search(JobList):
                 sampler=optuna.samplers.TPESampler(n_startup_trials=NUM_RANDOM, constant_liar=True),
                 pruner=build_pruner(plan.config.pruner),
             )
-        except ValueError as error:  # from json: a full disk or a power cut left half a line
+        except ValueError as error:  # raised by json if a full disk or a power failure left an incomplete line
             raise ConfigError(f"{journal}: is damaged ({error}); delete its last line if it is incomplete") from error
         try:
             for trial in self.study.get_trials(deepcopy=False):
@@ -77,10 +77,10 @@ class Search(JobList):
                 self._take_on(trial)
 
     def next(self) -> Job | None:
-        """Return an unfinished trial's job, or a new trial's, until there are `sweep.num_trials`."""
+        """Return the job of an unfinished or new trial, until `sweep.num_trials` trials have been started."""
         while (job := super().next()) is None and self._num_left() > 0:
             trial = self.study.ask(self.space)
-            trial.set_user_attr(WORKER, self.plan.config.worker)  # last: without it, a kill cut it off
+            trial.set_user_attr(WORKER, self.plan.config.worker)  # last: a trial without it was cut off by a kill
             self._take_on(trial)
         return job
 
@@ -88,7 +88,7 @@ class Search(JobList):
         return len(self.queue) + max(0, self._num_left())
 
     def look(self, job: Job) -> bool:
-        """Report a new evaluation; return True if the study's pruner stops the trial."""
+        """Report a new evaluation and return True if the study's pruner stops the trial."""
         assert job.last is not None
         trial = self.trial_class(self.study, self.study.get_trials(deepcopy=False)[job.trials[0]]._trial_id)
         trial.report(job.last["top1"], job.last["epoch"])
@@ -102,14 +102,14 @@ class Search(JobList):
         return self.num_trials - sum(WORKER in t.user_attrs for t in self.study.get_trials(deepcopy=False))
 
     def _take_on(self, trial: "Trial | FrozenTrial") -> None:
-        """Queue the trial's job, unless it has ended: before a kill, by another worker, or as an equal trial's."""
+        """Queue the trial's job, unless it has ended: before a kill, in another worker, or in an identical trial."""
         values = [f"{key}={value}" for key, value in trial.params.items()]
         job = self.ledger.add(build_job([*self.plan.fixed, *values], self.fixed_keys))
         if trial.number not in job.trials:
             job.trials.append(trial.number)
-        state = getattr(trial, "state", None)  # a new trial has none
+        state = getattr(trial, "state", None)  # a new trial has no state
         if job.state in ("waiting", "interrupted"):
-            if state is not None and state.is_finished():  # the ledger was lost, or could not be written
+            if state is not None and state.is_finished():  # the ledger was lost or could not be written
                 job.note_metrics(self.folder / job.name)
                 job.end("pruned" if state == self.states.PRUNED else "failed", "as the study has it")
             elif job not in self.queue:
@@ -118,7 +118,7 @@ class Search(JobList):
         self.ledger.save()
 
     def _tell(self, job: Job) -> None:
-        """Tell the study the results of the trials, if they are known."""
+        """Report the results of the job's trials to the study, if they are known."""
         for number in job.trials:
             if job.state == "done" and job.last:
                 self.study.tell(number, job.last["top1"], skip_if_finished=True)
@@ -129,12 +129,12 @@ class Search(JobList):
 
 
 def distribution(override: Override) -> "BaseDistribution":
-    """Translate a key's values in Hydra's grammar: interval(a,b), int(...), tag(log,...), range(a,b), or a list.
+    """Convert a key's values in Hydra's syntax: interval(a,b), int(...), tag(log,...), range(a,b), or a list.
 
-    Choices are kept as written, so that a trial's parameter is an override's value.
+    Choices are kept as written, so that a trial's parameter can be used as the value of an override.
 
     Raises:
-        ConfigError: the bounds are not valid.
+        ConfigError: the bounds are invalid.
     """
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 

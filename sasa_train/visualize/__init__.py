@@ -1,4 +1,4 @@
-"""sasa-visualize: what a run learnt and what its attention looks at, as pictures and in TensorBoard."""
+"""sasa-visualize: figures of what a run has learned and what its attention looks at, as files and in TensorBoard."""
 
 import argparse
 from pathlib import Path
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def run_command(arguments: list[str]) -> int:
-    """Run with command-line arguments; returns the exit code."""
+    """Run the command with the given arguments and return its exit code."""
     return run(build_parser(), arguments, draw, has_overrides=True)
 
 
@@ -91,10 +91,10 @@ def split_pixel(text: str) -> tuple[int, int]:
 
 
 def split_words(words: list[str]) -> tuple[list[Path], list[str]]:
-    """Split words into runs and names of figures; an existing file or folder is a run even if its name is a figure's.
+    """Split words into runs and figure names; an existing file or folder is a run even if a figure has the same name.
 
     Raises:
-        ConfigError: no run, or a word that is neither.
+        ConfigError: there is no run, or a word is neither a run nor the name of a figure.
     """
     from sasa_train.config.overrides import nearest
 
@@ -109,12 +109,12 @@ def split_words(words: list[str]) -> tuple[list[Path], list[str]]:
 
 
 def visualize(source: Path, names: list[str], options: argparse.Namespace) -> int:
-    """Draw one run; returns the exit code.
+    """Draw the figures of one run and return the exit code.
 
     Raises:
-        WeightsError: attention weights that do not sum to one.
-        CheckpointError: `source` holds no readable checkpoint.
-        ConfigError: something is refused before anything is drawn.
+        WeightsError: the attention weights of a query do not sum to one.
+        CheckpointError: `source` contains no readable checkpoint.
+        ConfigError: something is invalid; nothing has been drawn yet.
     """
     from sasa_train.terminal import printable, say
     from sasa_train.trained import load_trained
@@ -145,10 +145,10 @@ def visualize(source: Path, names: list[str], options: argparse.Namespace) -> in
 
 
 def visualize_several(sources: list[Path], names: list[str], options: argparse.Namespace) -> int:
-    """Overlay the curves of several runs, from their logs.
+    """Overlay the curves of several runs, read from their logs.
 
     Raises:
-        ConfigError: a source is not a run folder, or an option takes one run alone.
+        ConfigError: a source is not a run folder, or an option applies only to a single run.
     """
     from sasa_train.runs.metrics import read_metrics
     from sasa_train.terminal import printable, say
@@ -180,8 +180,8 @@ def choice_of(options: argparse.Namespace) -> "Choice":
 
 
 def run_folder_of(checkpoint: Path) -> Path | None:
-    """Return the run folder that holds the checkpoint, or None."""
-    if not checkpoint.parent.name:  # in the current folder
+    """Return the run folder that contains the checkpoint, or None."""
+    if not checkpoint.parent.name:  # the checkpoint is in the current folder
         checkpoint = checkpoint.absolute()
     run_dir = checkpoint.parent.parent
     is_run = checkpoint.parent.name == "checkpoints" and (run_dir / "config.yaml").is_file()
@@ -189,10 +189,10 @@ def run_folder_of(checkpoint: Path) -> Path | None:
 
 
 def output_folders(run_dir: Path | None, out: Path | None) -> tuple[Path, Path | None]:
-    """Return the folder for figures, and the run's TensorBoard folder (None: no TensorBoard, as with --out).
+    """Return the output folder for figures and the run's TensorBoard folder, which is None if --out is given.
 
     Raises:
-        ConfigError: the checkpoint is not in a run folder, or the folder has links that lead out of it.
+        ConfigError: the checkpoint is not in a run folder, or the folder contains links that point outside it.
     """
     from sasa_train.runs.folder import refuse_links
 

@@ -1,4 +1,4 @@
-"""Figures of attention: maps over images, distances, relative embeddings."""
+"""Figures of attention: maps over images, attention distances and relative embeddings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,16 +18,16 @@ from sasa_train.visualize.class_figures import short_name
 from sasa_train.visualize.geometry import Distances, Window
 from sasa_train.visualize.val_sample import Prediction
 
-MIN_CELL = 1.25  # inches; more cells than fit side by side make the figure wider
+MIN_CELL = 1.25  # in inches; if the cells do not fit side by side, the figure becomes wider
 OVERLAY_ALPHA = 0.85
-SMALL_WINDOW = 0.2  # of the image's side; a smaller one is enlarged as well
+SMALL_WINDOW = 0.2  # as a fraction of the image size; smaller windows are also shown enlarged
 DOT: dict[str, Any] = {"marker": "o", "mfc": "white", "mec": "black", "mew": 0.8, "ms": 4, "ls": ""}
-OUTLINE = [withStroke(linewidth=2.2, foreground="white")]  # makes black lines visible on dark images
+OUTLINE = [withStroke(linewidth=2.2, foreground="white")]  # keeps black lines visible on dark images
 
 
 @dataclass
 class View:
-    """One query in one image: its pixel (row, column), and the window around it in each layer."""
+    """A query in an image: its pixel (row, column) and the window around it in each layer."""
 
     prediction: Prediction
     pixel: tuple[int, int]
@@ -35,7 +35,7 @@ class View:
 
 
 def draw_attention_maps(views: list[View]) -> Figure:
-    """Draw one row per query, one column per layer: the weights' mean over heads, on the window drawn to scale."""
+    """Draw one row per query and one column per layer: the mean weights over heads, on the window drawn to scale."""
     layers = list(views[0].windows)
     figure, cells = _grid(len(views), 1 + len(layers))
     means = [{name: window.weights.mean(0).numpy() for name, window in view.windows.items()} for view in views]
@@ -57,7 +57,7 @@ def draw_attention_maps(views: list[View]) -> Figure:
 
 
 def draw_attention_heads(view: View, heads: Sequence[int] | None = None) -> Figure:
-    """Draw one query: one row per layer, one column per head (`heads` None: all of them)."""
+    """Draw one query with one row per layer and one column per head; `heads=None` selects all heads."""
     chosen = {
         name: [head for head in range(len(window.weights)) if heads is None or head in heads]
         for name, window in view.windows.items()
@@ -83,9 +83,9 @@ def draw_attention_heads(view: View, heads: Sequence[int] | None = None) -> Figu
 
 
 def draw_distances(layers: list[Distances], num_images: int) -> Figure:
-    """Draw mean attention distance by layer and head, in pixels and relative to that of uniform attention.
+    """Draw the mean attention distance by layer and head, in pixels and relative to that of uniform attention.
 
-    A layer whose queries have a single key, as on a map of one position, gets a place but no points.
+    A layer whose queries have a single key, as on a 1x1 map, is listed on the axis but has no points.
     """
     figure, (in_pixels, in_parts) = new_figure(1, 2, 3.8, "both")
     names = [layer.layer if layer.uniform else f"{layer.layer} (one key)" for layer in layers]
@@ -100,7 +100,7 @@ def draw_distances(layers: list[Distances], num_images: int) -> Figure:
         axis.plot(places, [layers[at].uniform / unit[at] for at in places], color="#777777", lw=1.2, ls="--",
                   label="uniform attention")  # fmt: skip
         axis.set_xticks(range(len(layers)), names, rotation=45, ha="right", fontsize=7)
-    if places:  # without points a logarithmic axis fails
+    if places:  # a logarithmic axis fails without points
         in_pixels.set_yscale("log")
         in_pixels.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         in_pixels.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -114,9 +114,9 @@ def draw_distances(layers: list[Distances], num_images: int) -> Figure:
 
 
 def draw_relative_embeddings(norms: dict[str, Tensor], scores: dict[str, Tensor], num_images: int) -> Figure:
-    """Draw K x K maps by layer: the norm of r, and for each head the mean of q.r over images, minus its mean.
+    """Draw K x K maps per layer: the norm of r, and for each head the mean of q.r over images, minus its mean.
 
-    norms: [K, K]; scores: [N, K, K]. A softmax ignores a constant added to all places, so the mean is subtracted.
+    norms: [K, K]; scores: [N, K, K]. The mean is subtracted because a softmax ignores an added constant.
     """
     figure, cells = _grid(len(scores), 1 + max(len(found) for found in scores.values()))
     for line, (name, by_head) in zip(cells, scores.items(), strict=True):
@@ -124,7 +124,7 @@ def draw_relative_embeddings(norms: dict[str, Tensor], scores: dict[str, Tensor]
         _show_offsets(line[0], norm, float(norm.min()), float(norm.max()))
         line[0].set_xlabel(f"{norm.min():.2g} to {norm.max():.2g}", fontsize=7)
         line[0].set_ylabel(name, fontsize=7)
-        largest = float(np.abs(centred).max()) or 1.0  # 0 where there is one place alone
+        largest = float(np.abs(centred).max()) or 1.0  # 0 if there is only one position
         for axis, values in zip(line[1:], centred, strict=False):
             shown = _show_offsets(axis, values, -largest, largest)
         for axis in line[1 + len(centred) :]:
@@ -158,7 +158,7 @@ def _show_query(axis: Axes, view: View, window: Window | None = None) -> None:
 
 
 def _show_weights(axis: Axes, view: View, window: Window, weights: np.ndarray, largest: float) -> AxesImage:
-    """Show the weights over the image in faint grey; a small window is also enlarged in a corner."""
+    """Show the weights over a faint grey image; a small window is also shown enlarged in a corner."""
     image = view.prediction.image
     grey = image @ np.array([0.299, 0.587, 0.114])
     extent = (0, image.shape[1], image.shape[0], 0)
@@ -175,7 +175,7 @@ def _show_weights(axis: Axes, view: View, window: Window, weights: np.ndarray, l
         inset.imshow(weights, extent=(left, right, bottom, top), **colors)
         inset.spines[:].set_path_effects(OUTLINE)
         _dot(inset, window)
-    if (outside := 1 - float(weights.sum())) > 0.005:  # border=zero: keys outside the image draw weight
+    if (outside := 1 - float(weights.sum())) > 0.005:  # border=zero: keys outside the image also receive weight
         axis.set_xlabel(f"{100 * outside:.0f} % outside", fontsize=7)
     return shown
 
@@ -195,7 +195,7 @@ def _mark(axis: Axes, view: View, window: Window | None, with_dot: bool = True) 
 
 
 def _dot(axis: Axes, window: Window) -> None:
-    """Draw a dot in the middle of the query's position."""
+    """Draw a dot at the centre of the query's position."""
     left, top, right, bottom = window.query_box
     axis.plot((left + right) / 2, (top + bottom) / 2, **DOT)
 
@@ -220,7 +220,7 @@ def _show_offsets(axis: Axes, values: np.ndarray, low: float, high: float) -> Ax
 def _color_bar(figure: Figure, shown: AxesImage, axes: list[Axes], side: str) -> None:
     bar = figure.colorbar(shown, ax=axes, location=side, fraction=0.06, pad=0.02, aspect=15)
     bar.ax.tick_params(labelsize=7)
-    if bar.solids is not None:  # the colour bar would take the overlay's alpha
+    if bar.solids is not None:  # otherwise the colour bar would inherit the overlay's alpha
         bar.solids.set_alpha(1)
     low, high = shown.get_clim()
     bar.set_ticks([low, (low + high) / 2, high], labels=[f"{v:.2g}" for v in (low, (low + high) / 2, high)])

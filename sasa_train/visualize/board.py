@@ -1,4 +1,4 @@
-"""Figures in a run's TensorBoard folder, beside its curves."""
+"""Figures written to a run's TensorBoard folder, next to its curves."""
 
 import io
 import tempfile
@@ -10,14 +10,14 @@ from torch.utils.tensorboard import SummaryWriter
 
 from sasa_train.files import write_outputs
 
-FOLDER = "figures"  # a TensorBoard run of its own, within the run's folder
+FOLDER = "figures"  # a separate TensorBoard run inside the run's folder
 
 
 def write_to_board(board_dir: Path, name: str, png: bytes, step: int) -> None:
-    """Write an image with the tag `figures/NAME` at `step`; it replaces one drawn before at this step."""
-    # In its own folder, because TensorBoard reads the files of a folder one after another: a second file would hide
-    # what a living run still writes, and a resumed run makes TensorBoard forget the steps after its checkpoint.
-    # One file per name and step, so that a later command replaces what it draws again and leaves the rest.
+    """Write an image with the tag `figures/NAME` at `step`, replacing any earlier image at the same step."""
+    # The folder is separate because TensorBoard reads the files of a folder one after another: a second file would hide
+    # what an active run still writes, and a resumed run makes TensorBoard discard the steps after its checkpoint.
+    # With one file per name and step, a later command replaces only the figures that it draws again.
     pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
     with tempfile.TemporaryDirectory() as aside:
         with SummaryWriter(aside) as writer:

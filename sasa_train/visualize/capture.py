@@ -10,27 +10,27 @@ from sasa_train.models import AttentionStem, LocalSelfAttention2d
 from sasa_train.refusal import ExpectedFailure
 
 AttentionLayer = LocalSelfAttention2d | AttentionStem
-SUM_TOLERANCE = 1e-4  # a float32 softmax over some hundred places is within 1e-5
+SUM_TOLERANCE = 1e-4  # the sum of a float32 softmax over several hundred positions is within 1e-5
 
 
 class WeightsError(ExpectedFailure):
-    """The attention weights of a query do not sum to one, for example because an activation is not finite."""
+    """Raised if a query's attention weights do not sum to one, for example because an activation is not finite."""
 
 
 def attention_layers(model: nn.Module) -> dict[str, AttentionLayer]:
-    """Return the layers with local self-attention by name, in the order of the model."""
+    """Return the local self-attention layers by name, in model order."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, AttentionLayer)}
 
 
 def checked_weights(name: str, layer: AttentionLayer, x: Tensor) -> Tensor:
-    """Return `layer.attention_weights(x)`, checked.
+    """Return `layer.attention_weights(x)` after checking that the weights of each query sum to one.
 
     Raises:
         WeightsError: the weights of a query do not sum to one.
     """
     weights = layer.attention_weights(x)
     worst = (weights.sum(-1) - 1).abs().max().item()
-    if not worst <= SUM_TOLERANCE:  # NaN too
+    if not worst <= SUM_TOLERANCE:  # also true for NaN
         raise WeightsError(f"{name}: attention weights are off by {worst:.3g} from a sum of one; is the model finite?")
     return weights
 
@@ -39,7 +39,7 @@ def checked_weights(name: str, layer: AttentionLayer, x: Tensor) -> Tensor:
 def watching(
     model: nn.Module, layers: Sequence[str], look: Callable[[str, AttentionLayer, Tensor], None]
 ) -> Iterator[None]:
-    """Within this context, `look(name, layer, x)` sees the input of each of `layers` whenever the model runs."""
+    """Call `look(name, layer, x)` with the input of each of `layers` whenever the model runs within this context."""
     found = attention_layers(model)
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -57,15 +57,15 @@ def watching(
 def attention_of(
     model: nn.Module, images: Tensor, layers: Sequence[str] | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Run the model once; return its logits, and attention weights by layer name, checked to sum to one.
+    """Run the model once and return its logits and the attention weights by layer name, checked to sum to one.
 
     Args:
         images: normalised, [B, 3, S, S].
-        layers: names of `attention_layers(model)`; None: all of them. Each has weights [B, N, H, W, K*K] (of an
-            attention stem [B, N, blocks, 16, 16]): K*K numbers per head and position, so name those that are needed.
+        layers: names from `attention_layers(model)`, or None for all. The weights of a layer are [B, N, H, W, K*K], and
+            those of an attention stem [B, N, blocks, 16, 16]. They are large, so name only the layers that are needed.
 
     Raises:
-        WeightsError: weights that do not sum to one.
+        WeightsError: the attention weights of a query do not sum to one.
     """
     kept: dict[str, Tensor] = {}
 

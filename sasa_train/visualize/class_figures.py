@@ -1,4 +1,4 @@
-"""Figures of a model's hits and mistakes, class by class."""
+"""Figures of a model's correct and wrong predictions, class by class."""
 
 import numpy as np
 from matplotlib.colors import PowerNorm
@@ -9,19 +9,19 @@ from sasa_train.figures import SOLID, as_label, new_figure
 from sasa_train.terminal import printable
 from sasa_train.visualize.val_sample import Prediction
 
-MAX_BARS = 40  # classes; of more, the worst and the best are shown, half each
-MAX_NUMBERS, MAX_NAMES = 20, 40  # classes of a confusion matrix with numbers in it, and with names beside it
+MAX_BARS = 40  # if there are more classes, the worst and the best are shown, half each
+MAX_NUMBERS, MAX_NAMES = 20, 40  # maximum number of classes for counts in a confusion matrix, and for class names
 MISTAKES_A_ROW = 6
 
 
 def short_name(name: str) -> str:
-    """Shorten a class name for a figure."""
+    """Shorten a class name to fit into a figure."""
     text = printable(name)
     return as_label(text if len(text) <= 20 else f"{text[:19]}…")
 
 
 def draw_class_accuracy(confusion: Tensor, classes: list[str]) -> Figure:
-    """Draw bars of top1 per class, the worst first, with hits / images; of many classes the two ends."""
+    """Draw top1 per class as bars, worst first, labelled correct / images; of many classes only both ends are shown."""
     counts = confusion.numpy()
     hits, images = counts.diagonal(), counts.sum(1)
     seen = [label for label in range(len(classes)) if images[label]]
@@ -37,7 +37,7 @@ def draw_class_accuracy(confusion: Tensor, classes: list[str]) -> Figure:
     axis.axvline(overall, color="black", lw=1, ls="--")
     axis.set_yticks(range(len(shown)), [short_name(classes[label]) for label in shown], fontsize=7)
     axis.set_ylim(len(shown) - 0.4, -0.6)
-    axis.set_xlim(0, 120)  # room for the figures beside the bars
+    axis.set_xlim(0, 120)  # leaves room for the numbers next to the bars
     axis.set_xticks(range(0, 101, 20))
     axis.set_xlabel(f"top1, percent; dashed: all {images.sum():,} images, {overall:.2f}")
     some = f", the worst and best {MAX_BARS // 2} of {len(order)} classes" if len(shown) < len(order) else ""
@@ -46,9 +46,9 @@ def draw_class_accuracy(confusion: Tensor, classes: list[str]) -> Figure:
 
 
 def draw_confusion(confusion: Tensor, classes: list[str]) -> Figure:
-    """Draw labels by predictions, in percent of the label's images, with counts in the cells if there is room.
+    """Draw labels against predictions in percent of each label's images, with counts in the cells if they fit.
 
-    Colours scale with the square root, so that rare confusions stay visible.
+    The colour scale is a square root, so that rare confusions stay visible.
     """
     counts = confusion.numpy()
     parts = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -72,7 +72,7 @@ def draw_confusion(confusion: Tensor, classes: list[str]) -> Figure:
 
 
 def draw_mistakes(mistakes: list[Prediction], num_images: int, num_wrong: int) -> Figure:
-    """Draw the wrong predictions with the highest probability, the most confident first."""
+    """Draw the wrong predictions with the highest probabilities, the most confident first."""
     num_rows = max(1, -(-len(mistakes) // MISTAKES_A_ROW))
     figure, axes = new_figure(num_rows, MISTAKES_A_ROW, 0.3 + 1.75 * num_rows)
     for axis in axes:

@@ -1,4 +1,4 @@
-"""Figures of a run's course: loss and top1, learning rate."""
+"""Figures of training progress: loss, top1 and learning rate."""
 
 import itertools
 import math
@@ -13,18 +13,18 @@ from sasa_train.figures import SOLID, as_label, legend_below, new_figure
 from sasa_train.refusal import ConfigError
 from sasa_train.visualize.names import FIGURES, OF_SEVERAL
 
-Rows = list[dict[str, Any]]  # of metrics.jsonl
-Drawn = tuple[str, Figure, str]  # name, figure, and a one-sentence caption
-MAX_RUNS = 10  # two kinds of lines for each of the five styles
+Rows = list[dict[str, Any]]  # the rows of metrics.jsonl
+Drawn = tuple[str, Figure, str]  # name, figure and one-sentence caption
+MAX_RUNS = 10  # two line types for each of the five styles
 TRAIN_COLOR = "#555555"
 LINES = ("-", "--", "-.")
 
 
 def draw_curves(runs: dict[str, Rows], names: Sequence[str] = OF_SEVERAL) -> Iterator[Drawn]:
-    """Draw the named figures among OF_SEVERAL, for one run or several by name.
+    """Draw the named figures that are in OF_SEVERAL, for one run or for several runs by name.
 
     Raises:
-        ConfigError: too many runs to tell apart.
+        ConfigError: there are too many runs to tell apart.
     """
     if len(runs) > MAX_RUNS:
         raise ConfigError(
@@ -39,7 +39,7 @@ def draw_curves(runs: dict[str, Rows], names: Sequence[str] = OF_SEVERAL) -> Ite
 
 
 def draw_training_curves(runs: dict[str, Rows]) -> Figure:
-    """Draw loss and top1 over epochs, for one run or several by name: val as a strong line, train as a faint one."""
+    """Draw loss and top1 by epoch for one or more runs: strong lines for val, faint lines for train."""
     figure, (of_loss, of_top1) = new_figure(1, 2, 3.6 + 0.2 * math.ceil(len(runs) / 2), "both")
     for (name, rows), (color, style) in zip(runs.items(), _styles(), strict=False):
         for axis, key in ((of_loss, "loss"), (of_top1, "top1")):
@@ -54,7 +54,7 @@ def draw_training_curves(runs: dict[str, Rows]) -> Figure:
 
 
 def draw_lr_schedule(runs: dict[str, Rows]) -> Figure:
-    """Draw the learning rate as logged, the highest of the parameter groups."""
+    """Draw the logged learning rate, which is the maximum over the parameter groups."""
     figure, (axis,) = new_figure(1, 1, 3.2 + 0.2 * math.ceil(len(runs) / 2), "both")
     for (name, rows), (_, style) in zip(runs.items(), _styles(), strict=False):
         _plot(axis, rows, "train", "lr", style, 20, as_label(name))
@@ -66,7 +66,7 @@ def draw_lr_schedule(runs: dict[str, Rows]) -> Figure:
 
 
 def _styles() -> list[tuple[str, dict[str, Any]]]:
-    """Return each run's colour and line; the second five have other lines. Dotted lines are left for train."""
+    """Return the colour and line type of each run; runs 6 to 10 use other line types. Dotted lines are for train."""
     return [
         (color, {"color": color, "marker": marker, "ls": LINES[(i + shift) % len(LINES)]})
         for shift, (i, (color, _, marker, _)) in itertools.product((0, 1), enumerate(SOLID))
@@ -79,14 +79,14 @@ def _plot(axis: Axes, rows: Rows, split: str, key: str, style: dict[str, Any], n
 
 
 def _series(rows: Rows, split: str, key: str) -> tuple[list[float], list[float]]:
-    """Return epochs, from steps, and values; a value that was not finite leaves a gap."""
+    """Return the epochs, computed from steps, and the values; a value that was not finite leaves a gap."""
     per_epoch = steps_per_epoch(rows)
     found = [(row["step"] / per_epoch, row.get(key)) for row in rows if row["split"] == split]
     return [x for x, _ in found], [math.nan if y is None else y for _, y in found]
 
 
 def steps_per_epoch(rows: Rows) -> float:
-    """Return the steps per epoch, from the first evaluation, which ends an epoch; 1 before any evaluation."""
+    """Return the steps per epoch, derived from the first evaluation, or 1 if there has been no evaluation."""
     first = next((row for row in rows if row["split"] == "val" and row["epoch"]), None)
     return 1.0 if first is None else first["step"] / first["epoch"]
 

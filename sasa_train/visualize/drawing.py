@@ -1,4 +1,4 @@
-"""All figures of one run, drawn one after another, for the command and the report page."""
+"""All figures of one run, drawn one at a time for the command and for the report page."""
 
 import json
 import logging
@@ -34,16 +34,16 @@ from sasa_train.visualize.val_sample import Prediction, ValSample, look_at_val, 
 
 log = logging.getLogger("sasa_train")
 
-NUM_IMAGES = 512  # of val, for figures with counts or means
+NUM_IMAGES = 512  # val images used for figures that show counts or means
 NUM_MAP_IMAGES, NUM_AUGMENTED, NUM_EPOCHS = 3, 4, 7
 MAPS, MEANS = OF_ATTENTION[:2], OF_ATTENTION[2:]
 
 
 @dataclass
 class Choice:
-    """The subject of attention maps; by default a few val images, the last layer of each stage, and all heads.
+    """Selects what attention maps show; by default a few val images, the last layer of each stage, and all heads.
 
-    `pixels` are (row, column) of the image as the model sees it.
+    `pixels` are (row, column) in the image as the model receives it.
     """
 
     files: Sequence[str] = ()
@@ -59,17 +59,17 @@ def draw_run(
     num_images: int = NUM_IMAGES,
     choice: Choice | None = None,
 ) -> Iterator[Drawn]:
-    """Draw the named figures that this run can have (`not_drawable` says why others cannot).
+    """Draw the named figures that are available for this run (`not_drawable` explains why others are not).
 
-    Figures that need no data come first, so that a caller gets them even if the data is missing.
+    Figures that need no data come first, so that the caller receives them even if the data is missing.
 
     Args:
-        run_dir: the folder of metrics.jsonl; None: the checkpoint's copy is used.
-        num_images: the most val images, a fixed class-balanced part.
+        run_dir: the folder that contains metrics.jsonl; None uses the copy in the checkpoint.
+        num_images: maximum number of val images (a fixed, class-balanced subset).
 
     Raises:
-        WeightsError: attention weights that do not sum to one.
-        ConfigError: the data or a choice is refused.
+        WeightsError: the attention weights of a query do not sum to one.
+        ConfigError: the data or the choice is invalid.
     """
     choice = choice or Choice()
     wanted = [name for name in names if name not in not_drawable(trained, run_dir)]
@@ -102,7 +102,7 @@ def draw_run(
 
 
 def not_drawable(trained: TrainedModel, run_dir: Path | None) -> dict[str, str]:
-    """Map each unavailable figure to the reason."""
+    """Return the reason for each figure that cannot be drawn."""
     reasons: dict[str, str] = {}
     layers = attention_layers(trained.model)
     if not layers:
@@ -116,7 +116,7 @@ def not_drawable(trained: TrainedModel, run_dir: Path | None) -> dict[str, str]:
 
 
 def read_rows(trained: TrainedModel, run_dir: Path | None) -> Rows:
-    """Read metrics.jsonl, or if it is missing the checkpoint's copy, which ends with the checkpoint."""
+    """Read metrics.jsonl or, if it is missing, the copy in the checkpoint, which ends at the checkpoint's step."""
     rows = [] if run_dir is None else read_metrics(run_dir / "metrics.jsonl")
     return rows or [json.loads(line) for line in trained.checkpoint["metrics"].splitlines()]
 
@@ -138,7 +138,7 @@ def check_choice(trained: TrainedModel, choice: Choice) -> None:
 
 
 def read_files(files: Sequence[str], size: int) -> tuple[Tensor, Tensor]:
-    """Read the user's own images as uint8 [B, 3, size, size], with labels -1.
+    """Read the user's own images as uint8 [B, 3, size, size], with all labels set to -1.
 
     Raises:
         ConfigError: an image cannot be read.
@@ -150,10 +150,10 @@ def read_files(files: Sequence[str], size: int) -> tuple[Tensor, Tensor]:
 
 
 def read_first(trained: TrainedModel, val: ImageSet) -> tuple[Tensor, Tensor]:
-    """Read a few val images of different classes, with their labels.
+    """Read a few val images of different classes and their labels.
 
     Raises:
-        ConfigError: none of them can be read.
+        ConfigError: none of the images can be read.
     """
     first = limit(val, NUM_MAP_IMAGES)
     found = read_fitted(first, range(len(first)), trained.image_size)
@@ -164,7 +164,7 @@ def read_first(trained: TrainedModel, val: ImageSet) -> tuple[Tensor, Tensor]:
 
 
 def default_layers(trained: TrainedModel) -> list[str]:
-    """Return the last attention layer of the stem and of each stage."""
+    """Return the name of the last attention layer in the stem and in each stage."""
     return list({name.partition(".")[0]: name for name in attention_layers(trained.model)}.values())
 
 
@@ -186,7 +186,7 @@ def _draw_maps(
 
 
 def look_at_images(trained: TrainedModel, images: Tensor, labels: Tensor, choice: Choice) -> list[View]:
-    """Return a view for each query pixel of each image, of images uint8 [B, 3, S, S], labels [B] (-1: unknown)."""
+    """Return a view for each query pixel of each image; images: uint8 [B, 3, S, S], labels: [B], -1 if unknown."""
     layers = list(choice.layers or default_layers(trained))
     device, config = resolve(trained.config)
     model, normalize = trained.model.to(device), trained.normalize(device)
@@ -221,7 +221,7 @@ def _draw_means(trained: TrainedModel, names: Sequence[str], found: ValSample, i
 def draw_classes(
     found: ValSample, classes: list[str], num_all: int, names: Sequence[str] = OF_CLASSES
 ) -> Iterator[Drawn]:
-    """Draw hits and mistakes class by class; `num_all` is the number of images in val."""
+    """Draw correct and wrong predictions class by class; `num_all` is the number of images in val."""
     images, num_wrong = which_images(found, num_all), found.num_images - found.num_right
     top1 = f"top1 {100 * found.num_right / found.num_images:.2f} % over {images}"
     if "class_accuracy" in names:
@@ -236,7 +236,7 @@ def draw_classes(
 
 
 def embedding_norms(layer: AttentionLayer) -> Tensor:
-    """Return the length of r at each offset, [K, K], averaged over heads if each has its own."""
+    """Return the norm of r at each offset, [K, K]; if each head has its own embeddings, the mean over heads."""
     assert layer.rel_height is not None and layer.rel_width is not None
     rows, columns = (rel.detach().cpu().double().square().sum(-1) for rel in (layer.rel_height, layer.rel_width))
     norms = (rows[..., :, None] + columns[..., None, :]).sqrt()

@@ -1,10 +1,10 @@
-"""The geometry of attention in the image: the window of a query, which queries to look at, and how far they reach.
+"""The geometry of attention in the image: a query's window, the choice of queries, and attention distances.
 
-A position of a map covers `reduction` x `reduction` pixels from (reduction * row, reduction * column) on; the last
-positions may cover fewer. Its receptive field is larger, because the layers before it have looked around too.
+A position of a map covers `reduction` x `reduction` pixels starting at (reduction * row, reduction * column); the last
+positions may cover fewer. Its receptive field is larger, because earlier layers have already combined its neighbours.
 
-Distances are Euclidean, between the centres of positions (arXiv 2010.11929, Fig. 7). "Uniform" is the distance for
-equal weights on all keys inside the same borders.
+Distances are Euclidean, between the centres of positions (arXiv 2010.11929, Fig. 7). "Uniform" is the distance if all
+keys inside the same borders have equal weights.
 """
 
 import math
@@ -23,9 +23,9 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 @dataclass
 class Window:
-    """The window of a query: `weights` [N, h, w] of the keys inside the image; the first key is at (`top`, `left`).
+    """A query's window: `weights` [N, h, w] of the keys inside the image; the first key is at (`top`, `left`).
 
-    `query` is the query's own position on the map, (row, column).
+    `query` is the position of the query on the map as (row, column).
     """
 
     query: tuple[int, int]
@@ -36,7 +36,7 @@ class Window:
 
     @property
     def box(self) -> Box:
-        """The window in pixels, clipped at the map's border, which may exceed the image's by less than a position."""
+        """The window in pixels, clipped at the map border, which may exceed the image's by less than a position."""
         return self._pixels(self.top, self.left, *self.weights.shape[1:])
 
     @property
@@ -50,7 +50,7 @@ class Window:
 
 @dataclass
 class Distances:
-    """A layer's mean distances between query and key in input pixels: each head's, and that of uniform attention."""
+    """A layer's mean query-key distances in input pixels, for each head and for uniform attention."""
 
     layer: str
     heads: list[float]
@@ -58,19 +58,19 @@ class Distances:
 
 
 def is_stems(weights: Tensor) -> bool:
-    """Whether weights are those of an attention stem, [..., blocks, 16, 16], not of a layer, [..., H, W, K*K]."""
+    """Return True for weights of an attention stem [..., blocks, 16, 16], False for a layer's [..., H, W, K*K]."""
     return weights.shape[-1] == BLOCK_SIZE**2
 
 
 def reduction_of(map_side: int, image_side: int) -> int:
-    """Return the pixels from one position to the next, a power of two: each stride halves the side, rounded up."""
+    """Return the pixels per position, a power of two because each stride halves the side and rounds up."""
     return 2 ** math.ceil(math.log2(image_side / map_side))
 
 
 def window_at(weights: Tensor, pixel: tuple[int, int], size: int) -> Window:
-    """Return the window of the query that holds pixel (row, column) of a `size` x `size` image.
+    """Return the window of the query that contains pixel (row, column) of a `size` x `size` image.
 
-    weights: [N, H, W, K*K] of a layer, or [N, blocks, 16, 16] of an attention stem on the image itself.
+    weights: [N, H, W, K*K] for a layer, or [N, blocks, 16, 16] for an attention stem on the image itself.
     """
     if is_stems(weights):
         (row, row_in_block), (column, column_in_block) = (divmod(at, BLOCK_SIZE) for at in pixel)
@@ -87,9 +87,9 @@ def window_at(weights: Tensor, pixel: tuple[int, int], size: int) -> Window:
 
 
 def default_pixels(image: np.ndarray) -> list[tuple[int, int]]:
-    """Return the centre of uint8 [S, S, 3], and the strongest contrast at least a quarter of the side away from it.
+    """Return the centre of a uint8 [S, S, 3] image and the highest-contrast pixel at least S / 4 away from it.
 
-    Contrast is the length of the grey value's gradient, averaged over a square of about an eighth of the side.
+    Contrast is the gradient magnitude of the grey values, averaged over a square of about an eighth of the side.
     """
     size, reach = len(image), len(image) // 16
     padded = np.pad(np.hypot(*np.gradient(image.mean(2))), reach)
@@ -101,7 +101,7 @@ def default_pixels(image: np.ndarray) -> list[tuple[int, int]]:
 
 
 def mean_distances(weights: Tensor) -> Tensor:
-    """Return each head's mean distance in positions, [N], of weights [B, N, H, W, K*K] or [B, N, blocks, 16, 16]."""
+    """Return the mean distance of each head in positions, [N]; weights: [B, N, H, W, K*K] or [B, N, blocks, 16, 16]."""
     if is_stems(weights):
         distances = block_distances(weights.device)
     else:
@@ -118,7 +118,7 @@ def block_distances(device: torch.device | None = None) -> Tensor:
 
 
 def uniform_distance(layer: AttentionLayer, height: int, width: int) -> float:
-    """Return the mean distance in positions if all keys weigh the same, over all queries of the map."""
+    """Return the mean distance in positions over all queries of the map if all keys have equal weights."""
     if isinstance(layer, AttentionStem):
         return block_distances().mean().item()
     zero = torch.zeros(1, 1, height, width, 1)  # equal scores

@@ -1,4 +1,4 @@
-"""The figures by name, in drawing order; nothing is imported here, so that `--help` is instant."""
+"""Names of the figures in drawing order; this module imports nothing, so that `--help` is instant."""
 
 FIGURES = {
     "training_curves": "loss and top1 over epochs, train and val",
@@ -13,6 +13,6 @@ FIGURES = {
     "mistakes": "the most confident mistakes",
 }
 NAMES = tuple(FIGURES)
-OF_SEVERAL = ("training_curves", "lr_schedule")  # figures that overlay several runs
+OF_SEVERAL = ("training_curves", "lr_schedule")  # figures that can overlay several runs
 OF_ATTENTION = ("attention_maps", "attention_heads", "attention_distance", "relative_embeddings")
 OF_CLASSES = ("class_accuracy", "confusion_matrix", "mistakes")

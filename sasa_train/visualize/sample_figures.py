@@ -1,4 +1,4 @@
-"""A figure of training's inputs: train images beside their augmented versions."""
+"""A figure of the training inputs, with train images next to their augmented versions."""
 
 import torch
 from matplotlib.figure import Figure
@@ -19,12 +19,12 @@ from sasa_train.trained import TrainedModel
 def augmented_samples(
     trained: TrainedModel, train: ImageSet, num_images: int, num_epochs: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return train images, uint8 [B, 3, S, S], as val would see them, and as each of the first epochs augments them.
+    """Return train images, uint8 [B, 3, S, S], as val preprocesses them and as each of the first epochs augments them.
 
-    If the run uses mixup or cutmix, they are mixed among themselves; in training they meet other images.
+    With mixup or cutmix, they are mixed with one another; in training they are mixed with other images.
 
     Raises:
-        ConfigError: more images cannot be read than `data.max_unreadable` allows.
+        ConfigError: more images are unreadable than `data.max_unreadable` allows.
     """
     config, indices = trained.config, balanced(train, num_images)
     quarantine = Quarantine("train", len(train), config.data.max_unreadable)
@@ -44,7 +44,7 @@ def augmented_samples(
 
 
 def draw_augmented(plain: Tensor, augmented: list[Tensor], config: TrainConfig) -> Figure:
-    """Draw one row per image: unchanged, then augmented, one column per epoch."""
+    """Draw one row per image: the original in the first column, then one augmented version per epoch."""
     num_columns = 1 + len(augmented)
     figure, axes = new_figure(len(plain), num_columns, 0.7 + len(plain) * 8.0 / (num_columns + 0.3))
     columns = [plain, *augmented]

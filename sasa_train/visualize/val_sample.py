@@ -1,4 +1,4 @@
-"""One pass over a sample of val, keeping in memory only what the figures need."""
+"""A single pass over a sample of val that keeps in memory only what the figures require."""
 
 from dataclasses import dataclass, field
 
@@ -16,12 +16,12 @@ from sasa_train.visualize.capture import AttentionLayer, attention_layers, check
 from sasa_train.visualize.geometry import Distances, mean_distances, reduction_of, uniform_distance
 
 NUM_MISTAKES = 18
-BATCH_SIZE = 16  # K*K weights per head and position: 80 MB in the paper's first stage at 224 pixels
+BATCH_SIZE = 16  # K*K weights per head and position take 80 MB in the paper's first stage at 224 pixels
 
 
 @dataclass
 class Prediction:
-    """One image, uint8 [S, S, 3], its label (None: unknown), the model's prediction and its probability."""
+    """An image, uint8 [S, S, 3], with its label (None if unknown), the model's prediction and its probability."""
 
     image: np.ndarray
     label: str | None
@@ -31,9 +31,9 @@ class Prediction:
 
 @dataclass
 class ValSample:
-    """The results over `num_images` images.
+    """The results for `num_images` images.
 
-    `confusion` int64 [num_classes, num_classes] counts images by label (row) and prediction; `mistakes` are the
+    `confusion`, int64 [num_classes, num_classes], counts images by label (row) and prediction; `mistakes` are the
     NUM_MISTAKES most confident ones, in order; `distances` and `relative_scores` ([N, K, K] by layer) are empty
     if they were not requested.
     """
@@ -56,13 +56,13 @@ def which_images(found: ValSample, num_all: int) -> str:
 
 
 class AttentionMeans:
-    """Sums over images of each layer's attention statistics."""
+    """Accumulates the attention statistics of each layer as sums over images."""
 
     def __init__(self, image_size: int):
         self.image_size = image_size
         self.distances: dict[str, Tensor] = {}  # in positions, summed over images
         self.scores: dict[str, Tensor] = {}
-        self.layers: dict[str, tuple[AttentionLayer, int, int]] = {}  # with height and width of its map
+        self.layers: dict[str, tuple[AttentionLayer, int, int]] = {}  # each with the height and width of its map
 
     def look(self, name: str, layer: AttentionLayer, x: Tensor) -> None:
         num_images = len(x)
@@ -83,13 +83,13 @@ class AttentionMeans:
 
 @torch.no_grad()
 def look_at_val(trained: TrainedModel, images: ImageSet, with_attention: bool = False) -> ValSample:
-    """Run the model over `images` once, on the config's device, to which it is moved.
+    """Run the model over `images` once, after moving it to the config's device.
 
-    Unreadable images are named and left out. A terminal shows a progress bar.
+    Unreadable images are reported and skipped. On a terminal, a progress bar is shown.
 
     Raises:
-        WeightsError: attention weights that do not sum to one.
-        ConfigError: more images cannot be read than `data.max_unreadable` allows.
+        WeightsError: the attention weights of a query do not sum to one.
+        ConfigError: more images are unreadable than `data.max_unreadable` allows.
     """
     device, config = resolve(trained.config)
     model, classes, normalize = trained.model.to(device), trained.classes, trained.normalize(device)
