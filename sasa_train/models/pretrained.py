@@ -44,17 +44,17 @@ class PretrainedReport:
 
 @torch.no_grad()
 def load_pretrained(model: nn.Module, state_dict: StateDict, keep_classifier: bool = True) -> PretrainedReport:
-    """Load the tensors of `state_dict` that have the same name and shape in the model, or can be adapted.
+    """Load the tensors of `state_dict` that have the same name and shape in the model or can be adapted.
 
-    The `checkpoint_filter_fn` of the model's module adapts, in timm's models position embeddings to another image size,
-    in ours relative embeddings to another window. The first convolution is adapted to another number of channels.
+    The `checkpoint_filter_fn` of the model's module adapts position embeddings to another image size (timm's models) or
+    relative embeddings to another window (ours). The first convolution is adapted to another number of channels.
 
     Args:
-        keep_classifier: False leaves the classifier at its initialisation, even where its shape fits.
+        keep_classifier: if False, the classifier keeps its initial weights even if the shapes match.
 
     Raises:
-        ConfigError: less than a tenth of the parameters outside the classifier fit, or what fits is not finite; the
-            model is unchanged.
+        ConfigError: less than a tenth of the parameters outside the classifier match, or a matching tensor is not
+            finite; the model is unchanged.
     """
     own = model.state_dict()
     given = _adapt_first_conv(model, _filtered(model, state_dict))
@@ -71,7 +71,7 @@ def load_pretrained(model: nn.Module, state_dict: StateDict, keep_classifier: bo
     loaded = [name for name in own if name not in left]
     _check_enough(model, loaded, classifier, left)
     _check_finite({name: given[name] for name in loaded})
-    # All checks come before the first copy, so that a refused file changes nothing.
+    # All checks precede the first copy, so that a refused file leaves the model unchanged.
     for name in loaded:
         own[name].copy_(given[name])
     return PretrainedReport(
