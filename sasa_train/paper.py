@@ -17,12 +17,12 @@ VARIED = {
     6: ("content",),
     7: ("stem",),
 }
-HELD_OUT_TABLES = (3, 5)  # evaluated on 4 % of train; top1 is not comparable with other tables
+HELD_OUT_TABLES = (3, 5)  # evaluated on a held-out 4 % of train; top1 is not comparable with other tables
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: the name of our corresponding model, and the published GFLOPs, Mparams and top1 (percent)."""
+    """A table row: our corresponding model, and the published GFLOPs, millions of parameters and top1 (percent)."""
 
     table: int
     label: str
@@ -83,7 +83,7 @@ def matching_row(keys: Mapping[str, Any], table: int) -> Row | None:
 
 
 def reference_row(row: Row) -> Row:
-    """Return the baseline of a row: the table's first row of that depth whose keys are all the defaults of its name."""
+    """Return the baseline of a row: the table's first row of that depth whose keys are all implied by its name."""
     rows = (other for other in ROWS if other.table == row.table and _keys_of(other) == all_keys({"name": other.model}))
     return next(other for other in rows if _keys_of(other)["depth"] == _keys_of(row)["depth"])
 

@@ -100,7 +100,7 @@ class Chaos:
         self.seconds_to_end: dict[str, list[float]] = defaultdict(list)  # after a signal, by moment
         self.log = folder / "log.txt"  # output of the last start
 
-    # Starting and ending
+    # Starting and stopping runs
 
     def start(self, *more: str, name: str = "broken", mode: Mode | None = None, **options: Any) -> subprocess.Popen:
         data, how = mode or next(self.modes)
@@ -166,7 +166,7 @@ class Chaos:
         while len(list(self.checkpoints.glob("[ls]*.pt"))) < count:
             self.go_on(self.start())
 
-    # Faults of processes
+    # Process faults
 
     def signalled(self, number: signal.Signals) -> str:
         moment = self.random.choice(MOMENTS)
@@ -244,7 +244,7 @@ class Chaos:
             raise Failure(f"{time.monotonic() - start:.0f} s until the run ended")
         return None
 
-    # Faults of disks and files
+    # Disk and file faults
 
     def disk_full(self, *more: str) -> None:
         # A file size limit simulates a full disk, because writing fails in both cases.
@@ -311,7 +311,7 @@ class Chaos:
         data[self.random.randrange(len(data))] ^= 1 << self.random.randrange(8)
         path.write_bytes(data)
 
-    # Faults of people
+    # User errors
 
     def config_changed(self) -> str:
         self.need_checkpoints(1)
@@ -410,7 +410,7 @@ def main() -> int:
 
 
 def disturb(chaos: Chaos, kinds: list[str], num_faults: int) -> tuple[Counter, Counter]:
-    """Inject `num_faults` faults, cycling through the kinds, in as many runs as needed; count tried and failed ones."""
+    """Inject `num_faults` faults, cycling through the kinds, in as many runs as needed; return counts by kind."""
     write_digits(chaos.folder)
     chaos.end(chaos.start(name="whole", mode=MODES[0]), (0,))
     print(f"a run never disturbed: {len(read_rows(chaos.whole))} rows", flush=True)

@@ -103,7 +103,7 @@ def run_part(part: str, options: argparse.Namespace) -> bool:
     if options.dry_run:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     start, folder = time.perf_counter(), options.folder
-    limit = PARTS[part].seconds * (4 if options.dry_run else 1)  # the interpreter is slow
+    limit = PARTS[part].seconds * (4 if options.dry_run else 1)  # the interpreter is slow, and the machine may be busy
     with (folder / f"{part}.md").open("w") as out, (folder / f"{part}.log").open("w") as log:
         command = [sys.executable, *part_command(part, options)]
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=log, start_new_session=True)

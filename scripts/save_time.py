@@ -1,6 +1,6 @@
 """Measure how long saving a checkpoint pauses training, by saving a model's complete training state repeatedly.
 
-usage: python scripts/save_time.py [--model sasa_resnet50] [--repeats 15] [--folder FOLDER on the disk in question]
+usage: python scripts/save_time.py [--model sasa_resnet50] [--repeats 15] [--folder FOLDER]   (on the disk to measure)
 """
 
 import argparse

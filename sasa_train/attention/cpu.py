@@ -72,7 +72,7 @@ def unavailable(query: Tensor, kernel_size: int) -> str | None:
 
 
 def empty_output(value: Tensor, stride: int) -> Tensor:
-    """Return an empty [B, N, ceil(H / stride), ceil(W / stride), D] with the stride order of `value`."""
+    """Return an empty tensor [B, N, ceil(H / stride), ceil(W / stride), D] with the stride order of `value`."""
     return torch.empty_like(value[:, :, ::stride, ::stride])
 
 

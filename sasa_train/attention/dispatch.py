@@ -147,7 +147,7 @@ def _pool(output: Tensor) -> Tensor:
 
 
 def _spread(grad_output: Tensor, height: int, width: int) -> Tensor:
-    """Compute the gradient of `_pool`, which each of a pool's (at most four) positions shares equally."""
+    """Backpropagate through `_pool`, dividing each gradient equally among the pool's (at most four) positions."""
     rows, cols = (torch.arange(side, device=grad_output.device) // 2 for side in (height, width))
     num_rows, num_cols = ((2 * rows + 2).clamp(max=height) - 2 * rows, (2 * cols + 2).clamp(max=width) - 2 * cols)
     count = num_rows[:, None] * num_cols[None, :]

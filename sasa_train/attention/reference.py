@@ -6,7 +6,7 @@ position (i, j), where (a, b) runs over the K x K window centred on (i, j):
     score_ab  = q_ij . k_ab  +  q_ij[:D/2] . rel_height[a - i + K//2]  +  q_ij[D/2:] . rel_width[b - j + K//2]
     output_ij = sum_ab softmax_ab(score) v_ab
 
-Public implementations differ in the following conventions. The ones used here are:
+Public implementations differ in their conventions. This one uses the following:
 - Scores are summed over the head's D channels (one weight map per head) and are **not** divided by sqrt(D).
 - The first half of a head's channels is multiplied by the row embedding, the second half by the column embedding.
 - `rel_height[K//2 + dy]` is the embedding of the key `dy` rows *below* the query, and `rel_width[K//2 + dx]` that of
@@ -31,7 +31,7 @@ Grads = tuple[Tensor, Tensor | None, Tensor]  # gradients of query, key and valu
 
 
 class Inputs(NamedTuple):
-    """Input tensors of attention, with the shapes above. `key` is None without q.k, the embeddings without q.r."""
+    """Input tensors of attention, with the shapes above. `key` may be None (no q.k), as may the embeddings (no q.r)."""
 
     query: Tensor
     key: Tensor | None

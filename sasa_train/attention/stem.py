@@ -207,7 +207,7 @@ def _run_backward(problem: _Problem, x: Tensor, weights: _Weights, tables: Tenso
     return [*grads, *_tables_backward(grad_tables, weights, problem.num_heads)]
 
 
-# ---- every position
+# ---- all positions
 
 
 def _forward(x, w_qk, w_v, mixture, rel_height, rel_width, num_heads) -> Tensor:
@@ -285,7 +285,7 @@ _define = functools.partial(
     define_operator,
     tensors="Tensor x, Tensor w_qk, Tensor w_v, Tensor mixture, Tensor? rel_height, Tensor? rel_width",
     options="SymInt num_heads",
-    skips_first=True,  # an image seldom needs a gradient
+    skips_first=True,  # images rarely need gradients
     flops=_forward_flops,
     device_types="cpu",
 )

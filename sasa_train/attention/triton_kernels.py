@@ -123,7 +123,7 @@ def _store(head, strides, rows, columns, exists, x, D: tl.constexpr, D_PADDED: t
 
 @triton.jit
 def _table_at(strides, K: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, FIRST: tl.constexpr):
-    """Return offsets [TABLE_ROWS, D_PADDED] in a table [K, D/2] whose channels start at FIRST, and their validity."""
+    """Return offsets [TABLE_ROWS, D_PADDED] in a table [K, D/2] whose channels start at FIRST, and their mask."""
     # A product needs 16 rows and all D channels, so the rows from K on and the other half of the channels are zero.
     j, d = tl.arange(0, TABLE_ROWS), tl.arange(0, D_PADDED) - FIRST
     mask = (j < K)[:, None] & ((d >= 0) & (d < D // 2))[None, :]
@@ -155,7 +155,7 @@ def _per_column(by_width, dx, in_reach):
 
 @triton.jit
 def _bias(by_height, per_column, dy, K: tl.constexpr):
-    """Return the bias [P, W] of q.k for the key row dy - K // 2 below each query: q.r, or -inf outside the window."""
+    """Return the bias [P, W] added to q.k for the key row dy - K // 2 below each query: q.r, or -inf outside windows."""
     per_row = tl.zeros(dy.shape, tl.float32)
     if by_height is not None:
         per_row = tl.sum(tl.where(tl.arange(0, TABLE_ROWS)[None, :] == dy[:, None], by_height, 0.0), 1)
@@ -380,7 +380,7 @@ def _backward_keys_kernel(
         _store(grad_key, grad_key_strides, rows, columns, exists, dk, D, D_PADDED, ALIGN)
 
 
-# ---- calling them
+# ---- launching the kernels
 
 
 def unavailable(query: Tensor, kernel_size: int) -> str | None:

@@ -11,7 +11,7 @@ from sasa_train.models.resnet import Bottleneck, ResNet
 
 
 def fold_batch_norms(model: ResNet) -> ResNet:
-    """Return a copy of `model` in eval mode whose batch norms are folded into the preceding convolution or values.
+    """Return a copy of `model` in eval mode with batch norms folded into preceding convolutions or value projections.
 
     Norms after attention with `border="zero"` and norms of attention stems are kept. Outputs agree up to rounding. The
     copy has no running statistics and cannot be trained further.

@@ -17,7 +17,7 @@ from sasa_train.terminal import printable
 StateDict = dict[str, Tensor]
 
 MAX_LINE = 4000  # maximum characters in a line of the report; the names of a ResNet-50 take 3,000
-MIN_SHARE = 0.1  # of the parameters outside the classifier; if fewer match, the file belongs to another model
+MIN_SHARE = 0.1  # minimum matching fraction of the parameters outside the classifier; below, the file is refused
 
 
 @dataclass

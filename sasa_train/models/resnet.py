@@ -1,8 +1,8 @@
 """A configurable ResNet that covers the paper's attention models, hybrids and convolutional baselines.
 
 It is registered with timm as `{sasa,hybrid,conv}_resnet{26,38,50}`. The paper's block counts differ from timm's: R26
-has [1, 2, 4, 1] and R38 [2, 3, 5, 2] blocks (R50's [3, 4, 6, 3] minus 2 or 1 per stage). The 3x3 convolution has the
-stride, or the pool after attention does; shortcuts keep their strided 1x1 convolution.
+has [1, 2, 4, 1] and R38 [2, 3, 5, 2] blocks (R50's [3, 4, 6, 3] minus 2 or 1 per stage). The stride is applied in the
+3x3 convolution or in the pool after attention; shortcuts keep their strided 1x1 convolution.
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ class Bottleneck(nn.Module):
         out = self.act(self.bn1(self.conv1(x)))
         out = self.act(self.bn2(self.conv2(out)))
         out = self.drop_path(self.bn3(self.conv3(out)))
-        out += self.downsample(x)  # in place: batch norm does not need its output
+        out += self.downsample(x)  # in place, because batch norm does not need its output
         return self.act(out)
 
 

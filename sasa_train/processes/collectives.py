@@ -1,4 +1,4 @@
-"""Communication between the processes of a run under torchrun. With a single process, all functions are no-ops.
+"""Communication between the processes of a run under torchrun. With a single process, nothing is exchanged.
 
 Gradients are exchanged with NCCL on CUDA. Everything else uses the CPU (gloo), so that nothing waits for a device. If a
 process ends, the processes that wait for it in gloo receive an error within moments.

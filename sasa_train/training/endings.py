@@ -1,4 +1,4 @@
-"""Report every expected ending of a training run with a message and an exit code. torch is imported only on demand."""
+"""Report every expected ending of a training run as a message and an exit code. This module imports torch lazily."""
 
 import errno
 import sys

@@ -132,7 +132,7 @@ class Loop:
             try:
                 images = self.loaders.train_images(error.step, error.number)
                 origin, rows = find_origin(self.state.model, images, self.plan.autocast())
-            except (RuntimeError, ExpectedFailure) as another:  # out of memory, for instance
+            except (RuntimeError, ExpectedFailure) as another:  # e.g. out of memory
                 origin, rows = f"its origin could not be found ({str(another).splitlines()[0]})", []
             text += f": {origin}"
             if rows:
@@ -141,7 +141,7 @@ class Loop:
         if self.run_folder.lock is None:
             text += f"; its images began with {', '.join(names[:NUM_NAMED])}"
         else:
-            with contextlib.suppress(OSError):  # a full disk must not hide the error
+            with contextlib.suppress(OSError):  # a full disk must not mask the error
                 self.run_folder.write("nonfinite.txt", "".join(f"{line}\n" for line in (text, "", *names)).encode())
                 text += f"; the images that it came from are in {self.run_folder.path}/nonfinite.txt"
         return (

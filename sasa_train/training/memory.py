@@ -19,8 +19,8 @@ from sasa_train.refusal import LIBRARY_ERRORS, ConfigError, ExpectedFailure, sho
 from sasa_train.runs.folder import RunFolder
 from sasa_train.training.state import build_state
 
-SHARE = 0.5  # of the free CPU memory is for activations; gradients and temporaries need the rest
-CUDA_SHARE = 0.9  # of the device's memory that a trial step may use, because fragmentation grows later
+SHARE = 0.5  # fraction of the free CPU memory for activations; gradients and temporaries need the rest
+CUDA_SHARE = 0.9  # fraction of the device's memory that a trial step may use, because fragmentation grows later
 # Phrases, besides "out of memory", in libraries' errors about a batch that is too large.
 TOO_LARGE = ("32-bit index", "CUDNN_STATUS_NOT_SUPPORTED", "unable to find an engine", "CUBLAS_STATUS_ALLOC_FAILED")
 

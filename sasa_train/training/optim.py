@@ -26,7 +26,7 @@ SET_BY_US = {
 
 
 def peak_lr(config: TrainConfig) -> float:
-    """Return the learning rate after warm-up: `optimizer.lr`, possibly scaled per 256 images of the global batch."""
+    """Return the learning rate after warm-up: `optimizer.lr`, times global batch size / 256 if lr_basis is per_256."""
     scale = config.trainer.global_batch_size / 256 if config.optimizer.lr_basis == "per_256" else 1.0
     return config.optimizer.lr * scale
 
