@@ -61,9 +61,9 @@ CONFIGS = (Config(16, 1, 2), Config(16, 2, 2), Config(16, 4, 2), Config(32, 2, 2
 # Relative terms: q.r is by_height[p, dy] + by_width[p, dx], i.e. 2K values per query, which two products with the
 # tables compute before the loop. For a key row, each position needs one column of by_height, which is selected by
 # comparison. by_width[p, x - column(p)] is the same for every key row, so it is gathered once into [P, W]. The backward
-# pass does the reverse: dS summed along a key row is added to that column of by_height, and dS summed over the key rows
-# is gathered back to offsets. Pass 1 stores the 2K values for pass 2, which iterates over keys and reads them by
-# address.
+# pass does the reverse: dS summed along a key row is added to the matching column of by_height's gradient, and dS
+# summed over the key rows is gathered back to offsets. Pass 1 stores the 2K values for pass 2, whose positions are keys
+# and which reads the values by address.
 
 
 @triton.jit
@@ -155,7 +155,7 @@ def _per_column(by_width, dx, in_reach):
 
 @triton.jit
 def _bias(by_height, per_column, dy, K: tl.constexpr):
-    """Return the bias [P, W] added to q.k for the key row dy - K // 2 below each query: q.r, or -inf outside windows."""
+    """Return the bias [P, W] for the key row dy - K // 2 below each query, to be added to q.k: q.r, or -inf outside."""
     per_row = tl.zeros(dy.shape, tl.float32)
     if by_height is not None:
         per_row = tl.sum(tl.where(tl.arange(0, TABLE_ROWS)[None, :] == dy[:, None], by_height, 0.0), 1)
