@@ -795,8 +795,7 @@ class Worker {
     }
 };
 
-// ---- the threads
-// -----------------------------------------------------------------------------------------------------
+// ---- the threads -----------------------------------------------------------------------------------------------------
 
 // If there are too few groups of planes for the threads, their rows are also split, at multiples of BLOCK_ROWS. The
 // result is the same.
