@@ -1,4 +1,4 @@
-"""A config on this machine: the device, its precision, autocast, and this process's part of the work."""
+"""Apply a config to this machine: device, precision, autocast and this process's share of the work."""
 
 import contextlib
 import copy
@@ -25,13 +25,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A resolved config and the sizes that follow from it in this process, decided once and passed on."""
+    """A resolved config and the sizes derived from it for this process."""
 
     config: TrainConfig
     device: torch.device
     rank: int = field(default_factory=rank)
     world_size: int = field(default_factory=world_size)
-    steps_per_epoch: int = 0  # until the data are known
+    steps_per_epoch: int = 0  # 0 until the data set is known
 
     @property
     def trainer(self) -> TrainerConfig:
@@ -43,7 +43,7 @@ class RunPlan:
 
     @property
     def images_per_step(self) -> int:
-        """This process's share of the global batch."""
+        """Images of the global batch that this process handles."""
         return self.trainer.global_batch_size // self.world_size
 
     @property
@@ -56,7 +56,7 @@ class RunPlan:
 
     @property
     def num_steps(self) -> int:
-        """Steps of the whole run."""
+        """Total number of steps in the run."""
         return total_steps(self.config, self.steps_per_epoch)
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -70,13 +70,13 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 
 def resolve(config: TrainConfig) -> tuple[torch.device, TrainConfig]:
-    """Return the device, and the config with `precision=auto` and the accumulation settled for it.
+    """Return the device, and the config with `precision=auto` and the accumulation resolved for it.
 
-    Also sets torch's switches for determinism and matrix precision.
+    This also sets torch's options for determinism and matrix precision.
 
     Raises:
-        ConfigError: a CUDA device is asked for and there is none, or it has no bf16; or the CPU is asked for what only
-            CUDA can do.
+        ConfigError: a CUDA device is requested but missing or without bf16, or a feature that only CUDA supports is
+            requested on the CPU.
     """
     trainer, has_cuda = copy.copy(config.trainer), torch.cuda.is_available()
     if trainer.device == "cuda" and not has_cuda:
@@ -97,10 +97,10 @@ def resolve(config: TrainConfig) -> tuple[torch.device, TrainConfig]:
     if isinstance(trainer.micro_batch_size, int):
         trainer = with_micro_batch_size(trainer, trainer.micro_batch_size)
     if trainer.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses cuBLAS without it
-    torch.backends.cudnn.benchmark = not trainer.deterministic  # it measures, and may choose otherwise each time
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch requires it for cuBLAS
+    torch.backends.cudnn.benchmark = not trainer.deterministic  # it times algorithms, and its choice may vary
     torch.use_deterministic_algorithms(trainer.deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # else every scratch buffer is filled with NaN
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # otherwise every scratch buffer is filled with NaN
     torch.set_float32_matmul_precision(trainer.matmul_precision)
-    torch.backends.cudnn.allow_tf32 = trainer.matmul_precision != "highest"  # convolutions and attention alike
+    torch.backends.cudnn.allow_tf32 = trainer.matmul_precision != "highest"  # the same for convolutions and attention
     return device, dataclasses.replace(config, trainer=trainer)

@@ -1,14 +1,14 @@
-"""The figures that arXiv 1906.05909 prints for ImageNet, and which printed row a model of ours stands for.
+"""ImageNet results published in arXiv 1906.05909, and the mapping from our models to the rows of its tables.
 
-A model is given as the keys of its config, `name` among them; a key left out is None. Our depth, data and width may
-differ from the paper's, so only differences within a table can be compared, not the figures themselves.
+A model is described by the keys of its config, including `name`; missing keys count as None. Our depth, data and width
+may differ from the paper's, so compare only differences within a table, not the values themselves.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# The keys that a table varies: they decide which of its rows a model of ours is.
+# Keys that each table varies. They determine which of its rows corresponds to one of our models.
 VARIED = {
     1: ("family", "depth"),
     3: ("stage_ops",),
@@ -17,12 +17,12 @@ VARIED = {
     6: ("content",),
     7: ("stem",),
 }
-HELD_OUT_TABLES = (3, 5)  # evaluated on 4 % held out of train: their top1 cannot be compared with other tables'
+HELD_OUT_TABLES = (3, 5)  # evaluated on a held-out 4 % of train; top1 is not comparable with other tables
 
 
 @dataclass(frozen=True)
 class Row:
-    """A printed row: our model that it describes, and GFLOPs, million parameters and top1 (percent) as printed."""
+    """A table row: our corresponding model, and the published GFLOPs, millions of parameters and top1 (percent)."""
 
     table: int
     label: str
@@ -34,7 +34,7 @@ class Row:
 
 
 def _ops(stages: str) -> dict[str, Any]:
-    """ "ccaa" -> convolution in stages 1 and 2, attention in 3 and 4."""
+    """Expand a code such as "ccaa" (convolution in stages 1 and 2, attention in 3 and 4)."""
     return {"stage_ops": [{"c": "conv", "a": "attention"}[letter] for letter in stages]}
 
 
@@ -74,7 +74,7 @@ MODELS = frozenset(row.model for row in ROWS)
 
 
 def matching_row(keys: Mapping[str, Any], table: int) -> Row | None:
-    """The table's row with our model's values of the varied keys; None for another model, or a value it has not."""
+    """Return the table's row with the same values of the varied keys, or None (also if the model is not ours)."""
     if keys["name"] not in MODELS:
         return None
     ours = all_keys(keys)
@@ -83,24 +83,24 @@ def matching_row(keys: Mapping[str, Any], table: int) -> Row | None:
 
 
 def reference_row(row: Row) -> Row:
-    """The row to compare with: the table's first one of the same depth whose keys are all as its name implies."""
+    """Return the baseline of a row: the table's first row of that depth whose keys are all implied by its name."""
     rows = (other for other in ROWS if other.table == row.table and _keys_of(other) == all_keys({"name": other.model}))
     return next(other for other in rows if _keys_of(other)["depth"] == _keys_of(row)["depth"])
 
 
 def nearest_row(keys: Mapping[str, Any]) -> Row | None:
-    """The first row whose model differs in the fewest keys; None if the model is not one of ours."""
+    """Return the first row whose model differs in the fewest keys, or None if the model is not ours."""
     return min(ROWS, key=lambda row: len(differing_keys(row, keys))) if keys["name"] in MODELS else None
 
 
 def differing_keys(row: Row, keys: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The keys in which a model of ours differs from the row's -> (the row's value, ours)."""
+    """Return {key: (the row's value, our value)} for the keys in which one of our models differs from the row's."""
     papers, ours = _keys_of(row), all_keys(keys)
     return {key: (papers[key], ours[key]) for key in ours if papers[key] != ours[key]}
 
 
 def all_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that define one of our models, with those that its name implies."""
+    """Return all keys that define one of our models, including those implied by its name."""
     family, _, depth = keys["name"].partition("_resnet")
     implied = {
         "family": family,

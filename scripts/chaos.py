@@ -1,18 +1,18 @@
-"""Disturb runs in every way a machine can, continue them by the same command, and compare with a run never disturbed.
+"""Inject faults into runs, continue them with the same command, and compare them with an undisturbed run.
 
-Processes are killed, signalled, stopped and raced, disks fill up, files are cut, flipped and deleted, images and
-configs change between starts, all at seeded random moments. Each fault must end as documented (docs/reliability.md):
-the run goes on, or stops with the error that belongs to it. In the end every tensor of last.pt and best.pt and every
-row of metrics.jsonl (except its timings) must equal those of the run never disturbed; any difference is reported.
+Processes are killed, signalled, stopped and raced, disks fill up, files are truncated, corrupted and deleted, and
+images and configs change between starts, all at seeded random moments. Each fault must end as documented in
+docs/reliability.md: the run either continues or stops with the documented error. At the end, every tensor of last.pt
+and best.pt and every row of metrics.jsonl (except timings) must be identical to those of the undisturbed run.
 
-The embedded digits are written as class folders and as tar shards. The disturbed runs in turn keep them resident or
-stream them with 0, 1 and 3 workers, from folders and from shards; the undisturbed run uses the first of these modes.
-Three recipes cover the framework's augmentations, losses and optimizers between them; all have a moving average, drop
-path, accumulation and mixing.
+The embedded digits are written as class folders and as tar shards. The disturbed runs alternate between resident data
+and streaming with 0, 1 or 3 workers, from folders and from shards; the undisturbed run uses the first of these modes.
+Three recipes together cover the framework's augmentations, losses and optimizers. All of them use a moving average,
+drop path, accumulation and mixing.
 
 usage: python scripts/chaos.py [--faults 20] [--kinds KIND,...] [--recipe rand|trivial|large] [--seed 0]
                                [--tally FILE.json] [--keep FOLDER] [key=value ...]
---tally adds the counts to those of earlier calls. Further overrides go to every run. Exit code 0 when all is well.
+--tally adds the counts to those of earlier calls. Overrides apply to every run. The exit code is 0 if all checks pass.
 """
 
 import argparse
@@ -65,9 +65,9 @@ RECIPES = {  # overrides, separated by spaces
     "large": """
         data.image_size=72 model.stem=attention augment.policy=auto_augment_imagenet augment.erasing_prob=0.5
         augment.saturation=0.3 optimizer.name=muon trainer.grad_clip_value=0.1
-    """,  # random-resized crops of images above 64 pixels
+    """,  # images above 64 pixels use random-resized crops
 }
-RESIDENT = ["data.resident=auto", "data.num_workers=0"]  # large images stream all the same
+RESIDENT = ["data.resident=auto", "data.num_workers=0"]  # large images are still streamed
 STREAMED = [["data.resident=false", f"data.num_workers={n}"] for n in (0, 1, 3)]
 Mode = tuple[str, list[str]]
 MODES: list[Mode] = [
@@ -75,21 +75,21 @@ MODES: list[Mode] = [
     ("shards", RESIDENT), ("folders", STREAMED[2]), ("shards", STREAMED[0]),
 ]  # fmt: skip
 TIMINGS = {"images_per_sec", "data_wait_fraction", "memory_mib", "seconds"}
-# Parts of a checkpoint: timings, and where and how it was made.
+# Parts of a checkpoint that contain timings, or where and how it was written.
 NOT_COMPARED = {"seconds", "config", "metrics", "provenance", "fingerprint"}
 STEPS_PER_EPOCH = 25
-PATIENCE = 300  # seconds for a run to reach a moment, or to end
+PATIENCE = 300  # maximum time in seconds for a run to reach a moment or to end
 WORKER_TIMEOUT = 4  # seconds
-WORKER_GRACE = 15  # seconds: 5 to notice, 2 for each loader's workers to end, and the end of the process
+WORKER_GRACE = 15  # seconds: 5 to detect it, 2 for each loader's workers to end, the rest for the process to end
 MOMENTS = ("start-up", "mid-epoch", "a save", "evaluation")
 
 
 class Failure(Exception):
-    """A lost run, a silent difference, or an end that is not the documented one."""
+    """Raised if a run is lost, differs silently or does not end as documented."""
 
 
 class Chaos:
-    """One disturbed run after another in `folder`; each method that `KINDS` names is a fault."""
+    """A series of disturbed runs in `folder`; each method listed in `KINDS` injects a fault."""
 
     def __init__(self, folder: Path, overrides: list[str], seed: int):
         self.folder, self.overrides, self.random = folder, overrides, random.Random(seed)
@@ -97,23 +97,23 @@ class Chaos:
         self.checkpoints = self.broken / "checkpoints"
         self.modes = itertools.cycle(MODES)
         self._rows_state, self._rows = (-1, -1), list[dict[str, Any]]()
-        self.seconds_to_end: dict[str, list[float]] = defaultdict(list)  # from a signal on, by moment
-        self.log = folder / "log.txt"  # of the last start
+        self.seconds_to_end: dict[str, list[float]] = defaultdict(list)  # after a signal, by moment
+        self.log = folder / "log.txt"  # output of the last start
 
-    # Starting and ending
+    # Starting and stopping runs
 
     def start(self, *more: str, name: str = "broken", mode: Mode | None = None, **options: Any) -> subprocess.Popen:
         data, how = mode or next(self.modes)
         place = [f"data.root={self.folder / data}", f"output_dir={self.folder}", f"run_name={name}"]
         command = [sys.executable, "-m", "sasa_train.train", *RUN, *self.overrides, *place, *how, *more]
-        # One thread, so that sums are added up in one order on every machine.
+        # A single thread makes the order of summation the same on every machine.
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         log = options.pop("log", self.log)
         with log.open("w") as output:
             return subprocess.Popen(command, stdout=output, stderr=output, env=environment, **options)
 
     def end(self, process: subprocess.Popen, codes: tuple[int, ...], message: str = "", log: Path | None = None) -> int:
-        """Wait for the process, which must end with one of `codes` and say `message`."""
+        """Wait for the process to end, and check that it exits with one of `codes` and prints `message`."""
         try:
             code = process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
@@ -125,7 +125,7 @@ class Chaos:
         return code
 
     def go_on(self, process: subprocess.Popen, message: str = "") -> None:
-        """Let the run write a few rows, then stop it; it must have said `message`."""
+        """Let the run write a few rows, stop it, and check that it has printed `message`."""
         self.wait(process, "mid-epoch", self.random.randint(1, 4))
         process.send_signal(signal.SIGTERM)
         self.end(process, (0, 75), message)
@@ -134,8 +134,8 @@ class Chaos:
         self.end(self.start(*more, mode=mode), (code,), message)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The disturbed run's rows."""
-        # Read only when the file has changed: waiting for a moment must not take a whole processor.
+        """Return the rows of the disturbed run."""
+        # The file is read only if it has changed, so that waiting for a moment does not occupy a whole processor.
         path = self.broken / "metrics.jsonl"
         state = (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else (0, 0)
         if state != self._rows_state:
@@ -143,7 +143,7 @@ class Chaos:
         return self._rows
 
     def wait(self, process: subprocess.Popen, moment: str, num_rows: int) -> bool:
-        """Wait until the run has `num_rows` more rows and is at the moment; False if it ended before."""
+        """Wait until the run has `num_rows` more rows and is at the given moment; return False if it ends before."""
         first_row, deadline = len(self.rows()) + num_rows, time.monotonic() + PATIENCE
         if moment == "start-up":
             time.sleep(self.random.uniform(0, 6))
@@ -155,18 +155,18 @@ class Chaos:
                 raise Failure(f"it did not reach {moment} within {PATIENCE} s")
             rows = self.rows()
             if len(rows) >= first_row and not begun:
-                begun = "ETA" in self.log.read_text(errors="replace")  # this start's own rows, not earlier ones
+                begun = "ETA" in self.log.read_text(errors="replace")  # rows of this start, not of earlier ones
             if begun and len(rows) >= first_row and is_moment(self.broken, rows, moment):
                 return True
             time.sleep(0.0005)
         return False
 
     def need_checkpoints(self, count: int) -> None:
-        """Go on until the run has `count` checkpoints beside best.pt."""
+        """Continue the run until it has `count` checkpoints besides best.pt."""
         while len(list(self.checkpoints.glob("[ls]*.pt"))) < count:
             self.go_on(self.start())
 
-    # Faults of processes
+    # Process faults
 
     def signalled(self, number: signal.Signals) -> str:
         moment = self.random.choice(MOMENTS)
@@ -174,7 +174,7 @@ class Chaos:
         if self.wait(process, moment, self.random.randint(1, 10)):
             process.send_signal(number)
             start = time.monotonic()
-        # Before the command's first lines ran, a signal ends it like any process: nothing was begun.
+        # Before the command's first lines have run, a signal ends it like any other process; no work is lost.
         codes = (0, -number) if number == signal.SIGKILL or moment == "start-up" else (0,)
         code = self.end(process, codes if number == signal.SIGKILL else (*codes, 75))
         if code == 75:
@@ -205,7 +205,7 @@ class Chaos:
     def second_run(self) -> None:
         process, log = self.start(), self.folder / "second.txt"
         if self.wait(process, "mid-epoch", 1):
-            process.send_signal(signal.SIGSTOP)  # so that it still runs when the second has started
+            process.send_signal(signal.SIGSTOP)  # so that it is still running when the second starts
             second = self.start(log=log)
             try:
                 self.end(second, (2,), f"is in use by process {process.pid} on ", log)
@@ -214,7 +214,7 @@ class Chaos:
         self.go_on(process)
 
     def race(self) -> None:
-        """Start two at once: one is refused, the other goes on."""
+        """Start two runs at the same time, and check that one is refused and the other continues."""
         logs = [self.log, self.folder / "second.txt"]
         runners = [self.start("trainer.log_every_steps=1", log=log) for log in logs]
         deadline = time.monotonic() + PATIENCE
@@ -244,10 +244,10 @@ class Chaos:
             raise Failure(f"{time.monotonic() - start:.0f} s until the run ended")
         return None
 
-    # Faults of disks and files
+    # Disk and file faults
 
     def disk_full(self, *more: str) -> None:
-        # A limit on the size of files stands in for a full disk: the write itself fails.
+        # A file size limit simulates a full disk, because writing fails in both cases.
         self.need_checkpoints(1)
         size = int((self.checkpoints / "last.pt").stat().st_size * self.random.uniform(0.1, 0.9))
         size = max(size, 2 * (self.broken / "metrics.jsonl").stat().st_size)
@@ -263,7 +263,7 @@ class Chaos:
             raise Failure(f"it did not go on:\n{log[-2000:]}")
 
     def after_damage(self, name: str, damage: Callable[..., object], message: str = "", at_least: int = 1) -> None:
-        """Damage a file of the run, once it has `at_least` checkpoints: it goes on, and says `message`."""
+        """Damage a file of a run with `at_least` checkpoints; check that the run continues and prints `message`."""
         self.need_checkpoints(at_least)
         path = self.broken / name
         damage(self, next(path.iterdir()) if path.is_dir() else path)
@@ -311,7 +311,7 @@ class Chaos:
         data[self.random.randrange(len(data))] ^= 1 << self.random.randrange(8)
         path.write_bytes(data)
 
-    # Faults of people
+    # User errors
 
     def config_changed(self) -> str:
         self.need_checkpoints(1)
@@ -354,7 +354,7 @@ class Hostile:
 
 
 LAST, SKIPPED = "checkpoints/last.pt", "skipping a damaged checkpoint"
-NEWEST = partial(Chaos.after_damage, name=LAST, at_least=2)  # with an older checkpoint to go on from
+NEWEST = partial(Chaos.after_damage, name=LAST, at_least=2)  # with an older checkpoint to continue from
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 KINDS: dict[str, Callable[[Chaos], str | None]] = {
     **{number.name: partial(Chaos.signalled, number=number) for number in SIGNALS},
@@ -410,7 +410,7 @@ def main() -> int:
 
 
 def disturb(chaos: Chaos, kinds: list[str], num_faults: int) -> tuple[Counter, Counter]:
-    """Make `num_faults` faults, each kind in turn, in as many runs as that takes; return tried and failed by kind."""
+    """Inject `num_faults` faults, cycling through the kinds, in as many runs as needed; return counts by kind."""
     write_digits(chaos.folder)
     chaos.end(chaos.start(name="whole", mode=MODES[0]), (0,))
     print(f"a run never disturbed: {len(read_rows(chaos.whole))} rows", flush=True)
@@ -431,7 +431,7 @@ def disturb(chaos: Chaos, kinds: list[str], num_faults: int) -> tuple[Counter, C
             chaos.end(chaos.start(), (0,))
         num_runs += compare(chaos)
     except (Failure, ConfigError) as failure:
-        failed[kind] += 1  # a difference at the end of a run counts for its last fault
+        failed[kind] += 1  # a difference at the end of a run is attributed to its last fault
         print(f"FAILED  {kind}: {failure}\nwhat is left is in {chaos.folder}")
     print(
         f"{num_runs} runs, {tried.total()} faults: every tensor of last.pt and best.pt and every row of metrics.jsonl"
@@ -456,7 +456,7 @@ def add_to_tally(path: Path, tried: Counter, failed: Counter) -> None:
 
 
 def write_digits(folder: Path) -> None:
-    """Write the embedded digits as PNG in class folders, and as tar shards."""
+    """Write the embedded digits as PNG files in class folders and as tar shards."""
     if (folder / "shards").exists():
         return
     for split, images in zip(("train", "val"), load_image_sets(compose_config([]).data), strict=True):
@@ -470,19 +470,19 @@ def write_digits(folder: Path) -> None:
 def is_moment(run_dir: Path, rows: list[dict[str, Any]], moment: str) -> bool:
     if moment == "a save":
         return any((run_dir / "checkpoints").glob("*.tmp"))
-    if moment == "evaluation":  # the epoch's last train row is written, its val row is not yet
+    if moment == "evaluation":  # the epoch's last train row has been written, its val row has not
         return rows[-1]["split"] == "train" and rows[-1]["step"] % STEPS_PER_EPOCH == 0
     return rows[-1]["step"] % STEPS_PER_EPOCH != 0
 
 
 def read_rows(run_dir: Path, skip_damaged: bool = False) -> list[dict[str, Any]]:
-    """Whole rows of metrics.jsonl, without timings."""
+    """Return the complete rows of metrics.jsonl without timings."""
     rows = read_metrics(run_dir / "metrics.jsonl", skip_damaged)
     return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
 
 
 def compare(chaos: Chaos) -> int:
-    """Raise Failure with the first difference; where there is none, delete the disturbed run and return 1."""
+    """Raise Failure with the first difference; if there is none, delete the disturbed run and return 1."""
     rows, other_rows = read_rows(chaos.whole), read_rows(chaos.broken)
     for row, other_row in itertools.zip_longest(rows, other_rows):
         if row != other_row:

@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def reference() -> str:
-    """The page, as Markdown."""
+    """Return the page as Markdown."""
     parts = [HEAD.format(free=" and ".join(f"`{key}`" for key in FREE_KEYS))]
     for group in ("model", "data", "optimizer", "schedule", "augment", "trainer", ""):
         parts.append(f"## {group or 'Top level'}\n")
@@ -68,7 +68,7 @@ def row(key: str, field: dataclasses.Field) -> tuple[str, ...]:
 
 
 def type_and_bounds(field: dataclasses.Field) -> str:
-    """Describe a key's type and bounds in words; the head of the page has the rules of paths and names."""
+    """Describe a key's type and bounds in words. The rules for paths and names are at the top of the page."""
     bounds = field.metadata["bounds"]
     kind = type_in_words(field.type)
     if field.default is None:
@@ -85,7 +85,7 @@ def type_and_bounds(field: dataclasses.Field) -> str:
 
 
 def type_in_words(kind: typing.Any) -> str:
-    """Write a type in words: `list[float] | None` as "list of numbers or null"."""
+    """Describe a type in words, e.g. `list[float] | None` as "list of numbers or null"."""
     if isinstance(kind, types.UnionType):
         return " or ".join(type_in_words(part) for part in typing.get_args(kind))
     if typing.get_origin(kind) is list:
@@ -95,7 +95,7 @@ def type_in_words(kind: typing.Any) -> str:
 
 
 def choice_list(group: str) -> str:
-    """One line per description: choices that differ only in the net's depth share it."""
+    """List the choices of a group, with a single line for choices that differ only in the model's depth."""
     words = {f"`{group}={name}`": describe(config_dir() / group / f"{name}.yaml") for name in choices(group)}
     alike: dict[str, list[str]] = {}
     for choice, description in words.items():
@@ -108,7 +108,7 @@ def choice_list(group: str) -> str:
 
 
 def describe(path: Path) -> str:
-    """The first sentence of the file's comments; without comments, the values that it sets beside the name."""
+    """Return the first sentence of the file's comments or, if it has none, the values that it sets besides the name."""
     text = path.read_text(encoding="utf-8")
     comments = re.findall(r"^# ?(.*)$", text, re.MULTILINE)
     is_command = re.compile(r"@package|sasa-|  ")

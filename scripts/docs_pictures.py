@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/attention.md anew, with the code that the page shows beside them."""
+"""Regenerate the figures in docs/attention.md with the code shown on that page."""
 
 import os
 import re

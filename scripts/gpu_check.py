@@ -1,9 +1,9 @@
-"""Everything that only a GPU can show, in two calls of minutes: is it right and fast, then does it train.
+"""Run all checks that need a GPU, in two calls of a few minutes: correctness and speed, then training.
 
-Each part is a process of its own with a limit of time, and writes into FOLDER as it goes: PART.md, PART.json, PART.png
-where it makes a chart, and PART.log. The first call begins with `right`, and ends there if a kernel is wrong; any other
-part that fails or runs out of time leaves the others alone. summary.md and summary.json gather all. The same command
-again runs what is not done yet; --only runs its parts in any case.
+Each part runs in a separate process with a time limit and writes PART.md, PART.json, PART.log and, if it draws a chart,
+PART.png to FOLDER as it proceeds. The first call starts with `right` and stops if a kernel is wrong. If any other part
+fails or times out, the rest still run. summary.md and summary.json collect all results. Running the same command again
+runs the parts that are not done yet; --only always runs the given parts.
 
 usage: python scripts/gpu_check.py FOLDER --call 1
        python scripts/gpu_check.py FOLDER --call 2 --data CIFAR10     (class folders, train/ and test/)
@@ -33,7 +33,7 @@ class Part(NamedTuple):
     what: str
 
 
-PARTS = {  # in the order of their worth
+PARTS = {  # most important first
     "right": Part(1, 30, "forward and gradients of two shapes against float64"),
     "compile": Part(1, 130, "all kernels and nets of this call, at once in many processes"),
     "tests": Part(1, 60, "the tests marked gpu, until the first that fails"),
@@ -49,7 +49,7 @@ SHAPES = ("56x56x64", "28x28x128", "14x14x256", "7x7x512", "56x56x128/2", "28x28
 MODELS = ("conv_resnet50", "hybrid_resnet50", "hybrid_resnet50,stage_ops=[conv,conv,attention,attention]")
 TINY_SHAPES = ("3x5x8", "4x4x8/2")
 TINY_MODELS = tuple(f"{family}_resnet26,stem=conv_small,width=0.125,num_heads=2" for family in ("conv", "hybrid"))
-TRAINING = [  # a fast version of the CIFAR-10 recipe
+TRAINING = [  # a short version of the CIFAR-10 recipe
     "experiment=cifar10_hybrid_resnet26", "trainer.global_batch_size=512", "trainer.eval_every_epochs=5",
 ]  # fmt: skip
 TINY_TRAINING = [
@@ -57,9 +57,9 @@ TINY_TRAINING = [
     "data.max_train_images=300", "data.max_val_images=60", "trainer.global_batch_size=16", "trainer.device=cpu",
     "augment.mix_off_epochs=0",
 ]  # fmt: skip
-MAX_BYTES = 15 * 2**20  # of a file with weights, so that it can be sent anywhere
-TENSOR_PASSES = 12  # forward reads q, k, v and writes out; backward reads those and the gradient, writes three
-FULL_SHAPES = ((56, 64), (28, 128), (14, 256), (32, 64))  # map's side, channels
+MAX_BYTES = 15 * 2**20  # per file of weights, small enough for most file transfers
+TENSOR_PASSES = 12  # forward reads q, k, v and writes the output; backward reads these and its gradient, writes three
+FULL_SHAPES = ((56, 64), (28, 128), (14, 256), (32, 64))  # map size, channels
 COPY_BYTES, MATMUL_SIDE = 2**30, 8192
 
 
@@ -97,13 +97,13 @@ def print_plan(chosen: list[str]) -> None:
 
 
 def run_part(part: str, options: argparse.Namespace) -> bool:
-    """Run a part within its time; whether it succeeded is written down."""
+    """Run a part within its time limit and record whether it succeeded."""
     print(f"{part} ...", end=" ", flush=True)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     if options.dry_run:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     start, folder = time.perf_counter(), options.folder
-    limit = PARTS[part].seconds * (4 if options.dry_run else 1)  # an interpreter on a loaded machine
+    limit = PARTS[part].seconds * (4 if options.dry_run else 1)  # the interpreter is slow, and the machine may be busy
     with (folder / f"{part}.md").open("w") as out, (folder / f"{part}.log").open("w") as log:
         command = [sys.executable, *part_command(part, options)]
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=log, start_new_session=True)
@@ -111,7 +111,7 @@ def run_part(part: str, options: argparse.Namespace) -> bool:
             code: int | str = process.wait(limit)
         except subprocess.TimeoutExpired:
             code = "timeout"
-            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
+            os.killpg(process.pid, signal.SIGKILL)  # including the processes that it started
             process.wait()
     status = {"exit_code": code, "seconds": round(time.perf_counter() - start, 1), "dry_run": options.dry_run}
     (folder / f"{part}.status.json").write_text(json.dumps(status))
@@ -120,9 +120,9 @@ def run_part(part: str, options: argparse.Namespace) -> bool:
 
 
 def part_command(part: str, options: argparse.Namespace) -> list[str]:
-    """Python's arguments for a part."""
+    """Return the arguments of the Python command that runs a part."""
     if part == "tests":
-        # Without a GPU there is nothing to run: the marked tests are found, and that is all.
+        # Without a GPU, the marked tests are only collected, not run.
         chosen = ["--collect-only"] if options.dry_run else ["-x"]
         return ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "gpu", *chosen, str(ROOT / "tests")]
     if part in MEASURES:
@@ -142,7 +142,7 @@ def part_command(part: str, options: argparse.Namespace) -> list[str]:
 
 
 def benchmark(kind: str, dtype: str, dry_run: bool, only: str | None = None, repeats: int = 9) -> list[str]:
-    """Python's arguments for sasa-benchmark, of all its shapes or models or of one."""
+    """Return the Python arguments for sasa-benchmark, for all its shapes or models or for one of them."""
     device = ["-m", "sasa_train.benchmark", *(["model"] if kind == "models" else ["attention"])]
     rest = [f"--dtype={dtype}", f"--repeats={1 if dry_run else repeats}", f"--device={'cpu' if dry_run else 'cuda'}"]
     if kind == "models":
@@ -150,7 +150,7 @@ def benchmark(kind: str, dtype: str, dry_run: bool, only: str | None = None, rep
         size = ["--image-size=8", "--batch-size=2", "--num-classes=5"]
         full = ["--image-size=224", "--batch-size=128", "--compile", "--memory-format=channels_last"]
         return [*device, *models, *(size if dry_run else full), *rest]
-    # FlexAttention compiles anew for every shape, forward and backward, so it gets a few.
+    # FlexAttention compiles again for every shape, forward and backward, so it is run on only a few.
     shapes = [only] if only else list(TINY_SHAPES if dry_run else SHAPES[:2] if kind == "flex" else SHAPES)
     backends = ["conv", "triton"] + (["cpu" if dry_run else "flex"] if kind == "flex" else [])
     tiny = ["--num-heads=2", "--kernel-size=3", "--batch-size=1"]
@@ -158,7 +158,7 @@ def benchmark(kind: str, dtype: str, dry_run: bool, only: str | None = None, rep
 
 
 def measure_right(options: argparse.Namespace) -> int:
-    """Compare output and gradients with float64, and stop at the first difference."""
+    """Compare output and gradients with float64 results, and stop at the first difference."""
     import torch
 
     from sasa_train.benchmark.contenders import Case, check
@@ -179,7 +179,7 @@ def measure_right(options: argparse.Namespace) -> int:
 
 
 def measure_compile(options: argparse.Namespace) -> int:
-    """Run every benchmark of this call once, each shape and net in a process of its own, to fill the caches on disk."""
+    """Fill the caches on disk by running each benchmark of this call once, with a process per shape and model."""
     whole = [("op", shape) for shape in SHAPES] + [("models", model) for model in MODELS]
     tiny = [("op", TINY_SHAPES[0]), ("models", TINY_MODELS[1])]
     started = {}
@@ -195,7 +195,7 @@ def measure_compile(options: argparse.Namespace) -> int:
 
 
 def training(options: argparse.Namespace, out: Path, *more: str) -> list[str]:
-    """Return the command of a training run into `out`."""
+    """Return the command for a training run that writes to `out`."""
     overrides = TINY_TRAINING if options.dry_run else TRAINING
     if not options.dry_run:
         overrides = [*overrides, f"data.root={options.data}"] if options.data else [*overrides, "data=digits"]
@@ -203,7 +203,7 @@ def training(options: argparse.Namespace, out: Path, *more: str) -> list[str]:
 
 
 def measure_resume(options: argparse.Namespace) -> int:
-    """Train 40 steps twice, one run killed in between, and compare; then profile."""
+    """Train for 40 steps twice, killing and resuming one of the runs, and compare them; then profile."""
     import torch
 
     num_steps = 6 if options.dry_run else 40
@@ -245,7 +245,7 @@ def measure_resume(options: argparse.Namespace) -> int:
 
 
 def measure_train(options: argparse.Namespace) -> int:
-    """Train, and keep the run's small files and its averaged weights in half precision."""
+    """Train, and save the run's small files and its averaged weights in half precision."""
     out = Path(tempfile.mkdtemp())
     epochs = 1 if options.dry_run else options.epochs
     code = subprocess.run(training(options, out, "run_name=train", f"trainer.epochs={epochs}"), check=False).returncode
@@ -266,7 +266,7 @@ def measure_train(options: argparse.Namespace) -> int:
 
 
 def half_pieces(checkpoint: Path) -> Iterator[dict[str, Any]]:
-    """Yield the averaged weights in half precision, in pieces of MAX_BYTES."""
+    """Yield the averaged weights in half precision, in pieces of at most MAX_BYTES."""
     import torch
 
     piece: dict[str, Any] = {}
@@ -282,7 +282,7 @@ def half_pieces(checkpoint: Path) -> Iterator[dict[str, Any]]:
 
 
 def measure_roofline(options: argparse.Namespace) -> int:
-    """Compare the op with what the device can copy and multiply, both measured here."""
+    """Compare the op's throughput with the device's measured copy and matrix-multiply throughput."""
     import torch
 
     from sasa_train.benchmark.contenders import DTYPES, Case, build_contender, check
@@ -322,7 +322,7 @@ def measure_roofline(options: argparse.Namespace) -> int:
 
 
 def _fractions(case: Any, seconds: float, bandwidth: float, rate: float) -> dict[str, Any]:
-    """Return a row; `bandwidth` in bytes/s, `rate` in FLOP/s. FLOPs: three products, thrice with gradients."""
+    """Return a row, given `bandwidth` in bytes/s and `rate` in FLOP/s. Counts three products, times 3 with backward."""
     num_values = case.batch_size * case.channels * case.height * case.width
     bytes_per_sec = TENSOR_PASSES * num_values * (4 if case.dtype == "fp32" else 2) / seconds
     flops_per_sec = 3 * 3 * 2 * case.kernel_size**2 * num_values / seconds
@@ -334,7 +334,7 @@ def _fractions(case: Any, seconds: float, bandwidth: float, rate: float) -> dict
 
 
 def gather(options: argparse.Namespace) -> int:
-    """Write the summaries; 0 if every part of the chosen call is done."""
+    """Write the summaries; return 0 if every part of the chosen call is done."""
     folder = options.folder
     statuses = {part: _status(options, part) for part in PARTS}
     results = {part: folder / f"{part}.json" for part in PARTS if _is_done(options, part)}
@@ -362,7 +362,7 @@ def _status(options: argparse.Namespace, part: str) -> dict[str, Any] | None:
 
 
 def _is_done(options: argparse.Namespace, part: str) -> bool:
-    """Whether a part ended well, at the sizes that are asked for now."""
+    """Return whether a part has succeeded with the currently requested sizes."""
     status = _status(options, part)
     return status is not None and status["exit_code"] == 0 and status["dry_run"] == options.dry_run
 

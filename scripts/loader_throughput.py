@@ -1,16 +1,16 @@
-"""Images per second of our loaders, timm's `create_loader` and a plain torchvision loader, on the same files.
+"""Measure images/s of our loaders, timm's `create_loader` and a plain torchvision loader on the same files.
 
-Streamed: random-resized crop (bilinear), flip, normalised float32 batches. The worker and the main process share one
-core, so that the figure is images/s per core. Resident (--resident): the set is decoded once, with pad-and-crop and
-flip of whole batches on all cores; the others are torchvision DataLoaders that take one sample at a time in 2 workers,
-from the files and from an array in memory.
+By default, loaders stream: random-resized crop (bilinear), flip, normalised float32 batches. The worker and the main
+process share one core, so that the result is images/s per core. With --resident, our loader decodes the data set once,
+then pads, crops and flips whole batches on all cores; it is compared with torchvision DataLoaders that process single
+samples in 2 workers, from files and from an array in memory.
 
-After a warm-up all loaders deliver the same number of images in turn, in alternating order. Prints the median, the
+After a warm-up, all loaders deliver the same number of images in alternating order. The script prints the median, the
 range and the ratio of the pairs.
 
 usage: python scripts/loader_throughput.py ROOT --size 224 [--images 1280] [--rounds 7]
        python scripts/loader_throughput.py ROOT --size 32 --resident
-ROOT holds class folders, or train/ with class folders; a small set is repeated until it has --images.
+ROOT contains class folders, or train/ with class folders. A small data set is repeated until it has --images images.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def main() -> int:
 
 
 def link_images(root: Path, folder: Path, num_images: int) -> None:
-    """Make a data set of `num_images` links to the images of `root`: all in train/, one of each image in val/ too."""
+    """Create a data set of `num_images` links to the images in `root`: all in train/, and one per image in val/ too."""
     found = ImageFolder(str(root / "train" if (root / "train").is_dir() else root))
     random.seed(0)
     samples = random.sample(found.samples, len(found.samples))
@@ -97,7 +97,7 @@ def timm_loader(folder: str, size: int) -> Epoch:
         input_size=size,
         batch_size=BATCH,
         is_training=True,
-        color_jitter=0.0,  # the same work as ours
+        color_jitter=0.0,  # the same operations as ours
         interpolation="bilinear",
         mean=MEAN,
         std=STD,
@@ -112,7 +112,7 @@ def per_sample_loader(folder: str, crop: torch.nn.Module, num_workers: int, in_m
     to_float = v2.ToDtype(torch.float32, scale=True)
     transform = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor(), to_float, v2.Normalize(MEAN, STD)])
     images = ImageFolder(f"{folder}/train", transform)
-    if in_memory:  # as torchvision's CIFAR10 keeps them
+    if in_memory:  # like torchvision's CIFAR10
         decoded = {path: np.asarray(images.loader(path)) for path, _ in images.samples}
         images.loader = lambda path: Image.fromarray(decoded[path])
     loader = DataLoader(images, BATCH, shuffle=True, drop_last=True, num_workers=num_workers, persistent_workers=True)

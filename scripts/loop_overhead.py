@@ -1,8 +1,8 @@
-"""Compare the trainer with a bare loop: the same model, optimizer and resident batches, with and without it.
+"""Measure the overhead of the trainer compared with a bare loop on the same model, optimizer and resident batches.
 
-The bare loop is forward, loss, backward, update. The trainer adds the schedule, sums for the log, the non-finite guard,
-a log row every --log-every steps (metrics.jsonl, TensorBoard, console) and polling for signals. After a warm-up both
-train for an epoch in turn, in alternating order. Prints the median images/s, the spread and the ratio.
+The bare loop runs forward, loss, backward and update. The trainer adds the schedule, sums for the log, the non-finite
+check, a log row every --log-every steps (metrics.jsonl, TensorBoard, console) and polling for signals. After a warm-up,
+the two train for one epoch each in alternating order. The script prints the median images/s, the range and the ratio.
 
 usage: python scripts/loop_overhead.py [--rounds 40] [--log-every 50] [key=value ...]   (overrides of the run's config)
 """
@@ -50,7 +50,7 @@ def main() -> int:
     for name, values in seconds.items():
         speed = spread([images / s for s in values])
         print(f"{name:<8} {speed['median']:8.1f} images/s (from {speed['min']:.1f} to {speed['max']:.1f})")
-    found = ratio(seconds["bare"], seconds["trainer"])  # of speeds
+    found = ratio(seconds["bare"], seconds["trainer"])  # of the speeds
     low, high = found["quartiles"]
     median = f"median of {arguments.rounds} pairs: {found['median']:.4f}"
     print(f"ratio trainer/bare, {median} (quartiles {low:.4f} to {high:.4f})")
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def build_both(config: TrainConfig, folder: Path) -> tuple[dict[str, Callable[[], None]], torch.device, int]:
-    """One epoch of the bare loop and one of the trainer's, the device, and the number of images per epoch."""
+    """Return functions that train one epoch (bare loop and trainer), the device and the number of images per epoch."""
     device, config = resolve(config)
     loaders = build_loaders(config, device)
     plan = RunPlan(config, device, steps_per_epoch=loaders.train.plan.steps_per_epoch)
@@ -74,7 +74,7 @@ def build_both(config: TrainConfig, folder: Path) -> tuple[dict[str, Callable[[]
     stop = StopRequest()
     stop.begin_training()
     loop = Loop(run, loaders, loop_stepper, stop)
-    loop.save = lambda *_, **__: True  # type: ignore[method-assign,assignment,misc]  # no part of a step's cost
+    loop.save = lambda *_, **__: True  # type: ignore[method-assign,assignment,misc]  # not part of a step's cost
     criterion = nn.CrossEntropyLoss()
     epochs = iter(range(10**6))
 

@@ -1,6 +1,6 @@
-"""Measure how long a checkpoint pauses training: the whole training state of a model, saved to disk repeatedly.
+"""Measure how long saving a checkpoint pauses training, by saving a model's complete training state repeatedly.
 
-usage: python scripts/save_time.py [--model sasa_resnet50] [--repeats 15] [--folder FOLDER on the disk in question]
+usage: python scripts/save_time.py [--model sasa_resnet50] [--repeats 15] [--folder FOLDER]   (on the disk to measure)
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main() -> None:
     config = compose_config([f"model.name={arguments.model}", "data=imagenet", "trainer.ema_decay=0.999"])
     model = build_model(config.model, 1000, 224)
     state = build_state(config, model, torch.device("cpu"))
-    for parameter in model.parameters():  # so that the optimizer has its momentum
+    for parameter in model.parameters():  # so that the optimizer has momentum buffers
         parameter.grad = torch.zeros_like(parameter)
     state.optimizer.step()
     content = state.state_dict() | {"config": to_yaml(config), "classes": [""] * 1000, "finished": False}

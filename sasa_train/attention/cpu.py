@@ -1,8 +1,8 @@
-"""The compiled CPU kernels: `csrc/*.cpp`, built at first use, kept in a cache, called through ctypes.
+"""Compiled CPU kernels, `csrc/*.cpp`, which are built at first use, cached on disk and called through ctypes.
 
 This module calls `csrc/local_attention.cpp`; stem.py calls `csrc/attention_stem.cpp`. There is one library per
-kernel_size (for the stem: per number of input channels) and instruction set (AVX-512, AVX2 or baseline, whatever this
-CPU runs); each is built in a few seconds. `$SASA_TRAIN_CACHE` moves the cache, `$CXX` names the compiler.
+kernel_size (for the stem, per number of input channels) and instruction set (AVX-512, AVX2 or baseline, depending on
+the CPU). Each takes a few seconds to build. `$SASA_TRAIN_CACHE` sets the cache folder and `$CXX` the compiler.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ from sasa_train.attention.reference import Grads, Inputs, table_gradient
 
 SOURCES = Path(__file__).with_name("csrc")
 HEADER = SOURCES / "vectors.h"
-SIZES = {"local_attention": "KERNEL_SIZE", "attention_stem": "IN_CHANNELS"}  # what each source is compiled for
+SIZES = {"local_attention": "KERNEL_SIZE", "attention_stem": "IN_CHANNELS"}  # macro of each source
 MAX_KERNEL_SIZE = 15
 MAX_LANES = 16
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared", "-fno-exceptions", "-w")
@@ -33,13 +33,13 @@ INSTRUCTION_SETS = {
     "avx2": ("-mavx2", "-mfma"),
     "baseline": (),
 }
-# Pairs of compile and link flags; the first pair that builds and loads is used: torch's OpenMP, the compiler's own, one
-# thread. The library is linked without an OpenMP of its own and takes the one that torch has loaded: a second one would
-# keep a second pool of threads spinning beside torch's.
+# Pairs of compile and link flags, for torch's OpenMP, the compiler's own OpenMP and a single thread. The first pair
+# that builds and loads is used. The library is preferably linked without OpenMP and uses the one that torch has loaded,
+# because a second OpenMP runtime would keep a second thread pool spinning alongside torch's.
 OPENMP = ((("-fopenmp",), ()), (("-fopenmp",), ("-fopenmp",)), ((), ()))
 COMPILERS = ("g++", "c++", "clang++")
 BUILD_SECONDS = 300
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # others are converted
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # other dtypes are converted
 _TENSORS = ("query", "key", "value", "output", "grad_output", "grad_query", "grad_key", "grad_value")
 
 
@@ -48,7 +48,7 @@ class _Strided(ctypes.Structure):
 
 
 class _Problem(ctypes.Structure):
-    """The struct `Problem` of the C++ source, field by field."""
+    """Mirror of the struct `Problem` in the C++ source, field by field."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("batch", "num_heads", "height", "width", "head_dim")),
@@ -61,7 +61,7 @@ class _Problem(ctypes.Structure):
 
 
 def unavailable(query: Tensor, kernel_size: int) -> str | None:
-    """The reason why the kernel cannot run on these tensors, or None where it can; builds it where necessary."""
+    """Return why the kernel cannot run on these tensors, or None if it can; build it if necessary."""
     if query.device.type != "cpu":
         return f"the tensors are on {query.device.type}"
     if query.dtype not in (*DTYPES, torch.float16):
@@ -72,28 +72,28 @@ def unavailable(query: Tensor, kernel_size: int) -> str | None:
 
 
 def empty_output(value: Tensor, stride: int) -> Tensor:
-    """Return [B, N, ceil(H / stride), ceil(W / stride), D], with its strides ordered as those of `value`."""
+    """Return an empty tensor [B, N, ceil(H / stride), ceil(W / stride), D] with the stride order of `value`."""
     return torch.empty_like(value[:, :, ::stride, ::stride])
 
 
 def statistics_shape(query: Tensor) -> tuple[int, int, int, int]:
-    """Two float32 numbers per head and position, [planes, H, 2, W], in the order of the kernel's lanes."""
+    """Return the shape [planes, H, 2, W] of two float32 values per head and position, in the kernel's lane order."""
     batch, num_heads, height, width, _ = query.shape
     return (batch * num_heads + MAX_LANES - 1) // MAX_LANES * MAX_LANES, height, 2, width
 
 
 def local_attention_forward(inputs: Inputs, kernel_size: int, border: str, stride: int = 1) -> tuple[Tensor, Tensor]:
-    """Return the attended values, dtype and order of strides as `value`, and the statistics for the backward pass.
+    """Return the output, with the dtype and stride order of `value`, and the statistics for the backward pass.
 
-    The values are [B, N, H, W, D]; with a stride of 2 they are averaged over 2 x 2 positions, at an odd side's end over
-    fewer. The statistics of a window are its largest score and 1 / sum(exp(score - largest)), see `statistics_shape`.
+    The output is [B, N, H, W, D]. A stride of 2 averages it over 2 x 2 positions, or fewer at the end of an odd
+    dimension. A window's statistics are its largest score and 1 / sum(exp(score - largest)); see `statistics_shape`.
     """
     query, value = inputs.query, inputs.value
     if query.dtype not in DTYPES:
         exact, statistics = local_attention_forward(_float32(inputs), kernel_size, border, stride)
         return empty_output(value, stride).copy_(exact), statistics
     output = empty_output(value, stride)
-    # Lanes beyond the last plane are never written, so they are zeroed first.
+    # The kernel never writes the lanes beyond the last plane, so they are set to zero first.
     is_full = query.shape[0] * query.shape[1] % MAX_LANES == 0
     statistics = (query.new_empty if is_full else query.new_zeros)(statistics_shape(query), dtype=torch.float32)
     problem, _tables_alive = _problem(inputs, border, stride, statistics)
@@ -107,7 +107,7 @@ def local_attention_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Write the gradients of query, key and value to `grads`, and return those of rel_height and rel_width.
 
-    `statistics` are from forward.
+    `statistics` is the second output of the forward pass.
     """
     if inputs.query.dtype not in DTYPES:
         exact = (grads[0].float(), None if grads[1] is None else grads[1].float(), grads[2].float())
@@ -135,7 +135,7 @@ def _float32(inputs: Inputs) -> Inputs:
 
 
 def _problem(inputs: Inputs, border: str, stride: int, statistics: Tensor) -> tuple[_Problem, list[Tensor]]:
-    """The problem, and the embeddings as the kernel reads them, contiguous float32: the caller keeps these alive."""
+    """Return the problem and the embeddings as contiguous float32 tensors, which the caller must keep alive."""
     query, key, value, rel_height, rel_width = inputs
     fields = {"zero_border": border == "zero", "dtype": DTYPES[query.dtype], "num_threads": torch.get_num_threads()}
     problem = _Problem(*query.shape, **fields, stride=stride, statistics=statistics.data_ptr())
@@ -143,7 +143,7 @@ def _problem(inputs: Inputs, border: str, stride: int, statistics: Tensor) -> tu
     if rel_height is None or rel_width is None:
         return problem, []
     tables = [rel.to(torch.float32) for rel in (rel_height, rel_width)]
-    if tables[0].dim() != tables[1].dim():  # the kernel takes two shared tables or two of one per head
+    if tables[0].dim() != tables[1].dim():  # the kernel needs both shared or both per head
         tables = [rel.expand(problem.num_heads, -1, -1) for rel in tables]
     tables = [rel.contiguous() for rel in tables]
     problem.rel_per_head = tables[0].dim() == 3
@@ -159,13 +159,13 @@ def _strided(tensor: Tensor | None) -> _Strided:
 
 
 def why_not_built(source: str, size: int) -> str | None:
-    """The reason why a source has no library for this size, or None; builds it where it is not built yet."""
+    """Return why the library of a source cannot be built for this size, or None; build it if necessary."""
     library = _library(source, size, _instruction_set())
     return library if isinstance(library, str) else None
 
 
 def run(source: str, size: int, function: str, problem: Any) -> None:
-    """Call `sasa_forward` or `sasa_backward` of a source, with the scratch memory that it asks for."""
+    """Call `sasa_forward` or `sasa_backward` of a source with the scratch memory that it requires."""
     library = _library(source, size, _instruction_set())
     if isinstance(library, str):
         raise RuntimeError(f"backend='cpu' cannot run: {library}")
@@ -177,15 +177,15 @@ _kept = threading.local()
 
 
 def _workspace(num_bytes: int) -> int:
-    """The address of at least `num_bytes` of scratch memory, which the calling thread keeps for its next call."""
-    # Some MB per core: the system's fresh pages would cost more time than the kernel itself.
+    """Return the address of `num_bytes` or more of scratch memory, which the calling thread keeps for later calls."""
+    # A kernel needs a few MB per core. Getting new pages from the system would take longer than the kernel itself.
     if getattr(_kept, "scratch", None) is None or len(_kept.scratch) < num_bytes:
         _kept.scratch = torch.empty(num_bytes, dtype=torch.uint8)
     return _kept.scratch.data_ptr()
 
 
 def _instruction_set() -> str:
-    """The widest set that CPU and operating system support, as torch finds it (and ATEN_CPU_CAPABILITY limits it)."""
+    """Return the widest set that CPU and OS support, as detected by torch (and limited by ATEN_CPU_CAPABILITY)."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return "baseline"
     capability = torch.backends.cpu.get_cpu_capability()
@@ -194,7 +194,7 @@ def _instruction_set() -> str:
 
 @functools.cache
 def _library(source: str, size: int, instruction_set: str) -> ctypes.CDLL | str:
-    """The loaded library, or the reason why there is none."""
+    """Return the loaded library, or the reason why it cannot be built or loaded."""
     compiler = os.environ.get("CXX") or next((name for name in COMPILERS if shutil.which(name)), None)
     if compiler is None:
         return "no C++ compiler found (install g++, or name one in $CXX)"
@@ -218,9 +218,9 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 def _built(source: str, compiler: str, flags: tuple[str, ...], link_flags: tuple[str, ...]) -> Path:
-    """The path of the library in the cache; compiled where it is missing or damaged."""
-    # The name holds a hash of the sources, the flags and the compiler, so that nothing stale is loaded, and a hash of
-    # the library's own bytes, so that nothing damaged is.
+    """Return the path of the library in the cache, after compiling it if it is missing or damaged."""
+    # The file name contains a hash of the sources, flags and compiler, so that no stale library is loaded, and a hash
+    # of the library's own bytes, so that no damaged library is loaded.
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     path = SOURCES / f"{source}.cpp"
     key = _digest("\0".join([path.read_text(), HEADER.read_text(), version, *flags, "", *link_flags]).encode())
@@ -237,7 +237,8 @@ def _built(source: str, compiler: str, flags: tuple[str, ...], link_flags: tuple
         command = [compiler, *flags, str(path), "-o", aside, *link_flags]
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=BUILD_SECONDS)
         built = folder / f"{source}-{key}-{_digest(Path(aside).read_bytes())}.so"
-        # Two processes that build at once do the same work twice; by the rename neither loads half a file.
+        # If two processes build at the same time, the work is done twice, but the rename keeps both from loading a
+        # partial file.
         os.replace(aside, built)
     finally:
         Path(aside).unlink(missing_ok=True)

@@ -1,9 +1,9 @@
-"""`local_attention`, and `local_attention_qkv` for layers: argument checks, then an op that picks a backend.
+"""`local_attention`, and `local_attention_qkv` for layers; both check arguments and call an op that picks a backend.
 
-Backends: `reference` (plain PyTorch, every device and dtype), `cpu` (compiled at first use) and `triton` (NVIDIA GPUs),
-the last two for float32 and half precision. `auto` takes `triton` for tensors on a GPU and `cpu` for others, and
-`reference` where that backend cannot run. `attention_weights` uses the reference alone: the other backends never hold
-the weights.
+The backends are `reference` (plain PyTorch, all devices and dtypes), `cpu` (compiled at first use) and `triton` (NVIDIA
+GPUs). The last two support float32 and half precision. `auto` selects `triton` for tensors on a GPU and `cpu` for
+others, and falls back to `reference` if that backend cannot run. `attention_weights` always uses the reference, because
+the other backends never materialise the weights.
 """
 
 import functools
@@ -46,20 +46,20 @@ def local_attention(
     Args:
         query, key, value: [B, N, H, W, D] (batch, heads, height, width, head_dim), one floating dtype, any strides.
             `key` may be None when `content=False`.
-        rel_height, rel_width: relative embeddings [K, D/2], shared by the heads, or [N, K, D/2]; both or neither.
-            They may be float32 beside half-precision q, k, v.
-        kernel_size: K, odd: the side of the window.
-        content: whether q.k is part of the score.
-        border: "mask" (positions outside the image take no part) or "zero" (they take part with key 0 and value 0).
-        backend: "auto", "reference", "cpu" or "triton". A backend asked for by name that cannot run is an error.
+        rel_height, rel_width: relative embeddings [K, D/2], shared by the heads, or [N, K, D/2]; give both or neither.
+            They may be float32 even if q, k and v are in half precision.
+        kernel_size: the window size K, an odd number.
+        content: whether the scores include q.k.
+        border: "mask" (exclude positions outside the image) or "zero" (include them with zero keys and values).
+        backend: "auto", "reference", "cpu" or "triton". A backend requested by name raises an error if it cannot run.
 
     Returns:
-        [B, N, H, W, D], dtype and order of strides as `value`. Differentiable in all five tensors. Deterministic, but
-        `triton` measures which launch is fastest; `torch.use_deterministic_algorithms(True)` fixes that choice too.
+        [B, N, H, W, D], with the dtype and stride order of `value`; differentiable in all five tensors. Deterministic,
+        except that `triton` times its launches to pick one; `torch.use_deterministic_algorithms(True)` avoids this.
 
     Raises:
-        ValueError: an argument breaks a rule above; the message names it, its value and the rule.
-        RuntimeError: the backend asked for by name cannot run here.
+        ValueError: an argument is invalid; the message states its name, its value and the rule that it breaks.
+        RuntimeError: the requested backend cannot run here.
     """
     _check(query, key, value, rel_height, rel_width, kernel_size, content, border, backend)
     key = key if content else None
@@ -76,16 +76,16 @@ def attention_weights(
     content: bool = True,
     border: str = "mask",
 ) -> Tensor:
-    """The weights that `local_attention` gives to the window of each position, computed by the reference.
+    """Compute the weights that `local_attention` assigns to each position's window, using the reference backend.
 
-    The arguments are those of `local_attention`, without the values.
+    The arguments are those of `local_attention`, without `value` and `backend`.
 
     Returns:
-        [B, N, H, W, K*K], row by row of the window, float32 (float64 where `query` is). Sums to 1 over the last
-        dimension; with `border="mask"` positions outside the image have exactly 0. Differentiable.
+        [B, N, H, W, K*K] in row-major window order, float32 (float64 if `query` is float64), differentiable. The last
+        dimension sums to 1; with `border="mask"`, positions outside the image have a weight of exactly 0.
 
     Raises:
-        ValueError: an argument breaks a rule of `local_attention`.
+        ValueError: an argument is invalid for `local_attention`.
     """
     _check(query, key, None, rel_height, rel_width, kernel_size, content, border, "reference")
     return reference.attention_weights(query, key if content else None, rel_height, rel_width, kernel_size, border)
@@ -102,15 +102,15 @@ def local_attention_qkv(
     stride: int = 1,
     backend: str = "auto",
 ) -> Tensor:
-    """`local_attention` on queries, keys and values in one tensor, with an optional pool; for layers.
+    """Apply `local_attention` to queries, keys and values stacked in one tensor, with optional average pooling.
 
     Args:
         projections: [3, B, N, H, W, D], any strides; [2, B, N, H, W, D], queries and values, with `content=False`.
-        stride: 2 returns the 2x2 average pool of the output, [B, N, ceil(H / 2), ceil(W / 2), D]; at an odd side's end
-            the average is over the existing positions.
+        stride: 2 returns the output after 2x2 average pooling, [B, N, ceil(H / 2), ceil(W / 2), D]; at the end of an
+            odd dimension, the average is over the existing positions.
     """
-    # One tensor, so that its gradient is one tensor with the same strides. Three gradients would be stacked and copied
-    # back into the layout of the projection that made them, which took longer than the attention.
+    # A single input tensor has a single gradient tensor with the same strides. Three separate gradients would have to
+    # be stacked and copied back into the layout of the projection, which took longer than the attention.
     if projections.dim() != 6 or projections.shape[0] != (3 if content else 2):
         raise ValueError(
             f"projections must be [{3 if content else 2}, B, N, H, W, D] with content={content}; "
@@ -124,7 +124,7 @@ def local_attention_qkv(
 
 
 def _split(projections: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Query, key (None where there are two projections) and value."""
+    """Return query, key (None if there are only two projections) and value."""
     return projections[0], projections[1] if projections.shape[0] == 3 else None, projections[-1]
 
 
@@ -135,7 +135,7 @@ def _forward(inputs: Inputs, kernel_size: int, border: str, stride: int, backend
     output = module.local_attention_forward(*inputs, kernel_size, border)
     if stride == 2:
         output = _pool(output)
-    # The fake implementation promises the order of strides of `value`.
+    # The fake implementation promises the stride order of `value`.
     if module is reference or stride == 2:
         output = cpu.empty_output(inputs.value, stride).copy_(output)
     return output, _empty_statistics(inputs.value).zero_()
@@ -147,7 +147,7 @@ def _pool(output: Tensor) -> Tensor:
 
 
 def _spread(grad_output: Tensor, height: int, width: int) -> Tensor:
-    """The backward of `_pool`: each of the (at most four) positions of a pool gets an equal share."""
+    """Backpropagate through `_pool`, dividing each gradient equally among the pool's (at most four) positions."""
     rows, cols = (torch.arange(side, device=grad_output.device) // 2 for side in (height, width))
     num_rows, num_cols = ((2 * rows + 2).clamp(max=height) - 2 * rows, (2 * cols + 2).clamp(max=width) - 2 * cols)
     count = num_rows[:, None] * num_cols[None, :]
@@ -155,15 +155,15 @@ def _spread(grad_output: Tensor, height: int, width: int) -> Tensor:
 
 
 def _empty_statistics(value: Tensor) -> Tensor:
-    """A tensor for the numbers that the CPU kernel keeps for the backward pass; empty on other devices."""
-    # The fake implementation calls this too. A question about the batch size would fix it in an exported program.
+    """Allocate a tensor for the values that the CPU kernel saves for backward; it is empty on other devices."""
+    # The fake implementation calls this too. A branch on the batch size would fix that size in an exported program.
     return value.new_empty(cpu.statistics_shape(value) if value.device.type == "cpu" else 0, dtype=torch.float32)
 
 
 def _backward_into(
     grads: Grads, grad_output: Tensor, statistics: Tensor, inputs: Inputs, kernel_size, border, stride, backend
 ) -> list[Tensor]:
-    """Write the gradients of query, key and value to `grads`; return those of the embeddings, if there are any."""
+    """Write the gradients of query, key and value to `grads`; return those of the embeddings, if present."""
     module = _resolve(backend, inputs.query, kernel_size)
     if stride == 2 and module is not cpu:
         grad_output = _spread(grad_output, *inputs.query.shape[2:4])
@@ -179,13 +179,13 @@ def _backward_into(
                 grad.copy_(x)
     else:
         grad_rel = module.local_attention_backward(grad_output, inputs, kernel_size, border, grads)
-    # New tensors, with the strides that the fake implementation promises.
+    # These are new tensors with the strides that the fake implementation promises.
     pairs = zip(inputs[3:], grad_rel, strict=True)
     return [torch.empty_like(rel).copy_(grad) for rel, grad in pairs if rel is not None and grad is not None]
 
 
 def _forward_flops(query, key, value, rel_height, rel_width, kernel_size, *_, **__) -> int:
-    """Count 2*K*K*D per head and position for each of q.k, q.r and weights times values; windows count as full."""
+    """Count 2*K*K*D per head and position for each of q.k, q.r and weights times values, with full windows."""
     batch, num_heads, height, width, head_dim = query
     num_products = 1 + (key is not None) + (rel_height is not None)
     return num_products * 2 * kernel_size**2 * head_dim * batch * num_heads * height * width
@@ -210,7 +210,7 @@ def _backward_qkv(grad_output, statistics, projections, rel_height, rel_width, *
     return [grad, *_backward_into(_split(grad), grad_output, statistics, inputs, *options)]
 
 
-# The second output of both ops is what the CPU kernel keeps for the backward pass; other backends give zeros.
+# The second output of both ops holds the values that the CPU kernel saves for backward; other backends return zeros.
 _define = functools.partial(
     define_operator, outputs="(Tensor, Tensor)", kept=(1,), backward_inputs="Tensor grad_output, Tensor statistics"
 )
@@ -244,7 +244,7 @@ _local_attention_qkv = _define(
 
 
 def plain_decompositions() -> dict[Any, Callable]:
-    """Return decompositions for `ExportedProgram.run_decompositions`, so that a program runs without sasa_train."""
+    """Return decompositions for `ExportedProgram.run_decompositions` that let a program run without sasa_train."""
     from sasa_train.attention import plain
 
     def local_attention_qkv(projections, rel_height, rel_width, kernel_size, border, stride, backend):
@@ -256,7 +256,7 @@ def plain_decompositions() -> dict[Any, Callable]:
 
 
 def _resolve(backend: str, query: Tensor, kernel_size: int) -> ModuleType:
-    """The module of the backend that runs. Called inside the op, where tensors are real."""
+    """Return the module of the backend to run. This is called inside the op, where tensors are real."""
     if backend == "reference":
         return reference
     name = backend if backend != "auto" else "triton" if query.is_cuda else "cpu"
@@ -270,10 +270,10 @@ def _resolve(backend: str, query: Tensor, kernel_size: int) -> ModuleType:
 
 
 def _module(name: str) -> ModuleType | str:
-    """The module of a compiled backend, or the reason why there is none."""
+    """Return the module of a compiled backend, or the reason why it is unavailable."""
     if name == "cpu":
         return cpu
-    # Importing Triton takes a second, so it is imported where it is needed.
+    # Importing Triton takes a second, so it is imported only when it is needed.
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     from sasa_train.attention import triton_kernels

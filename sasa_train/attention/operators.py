@@ -1,7 +1,7 @@
-"""A differentiable torch.library op and its backward op: schemas, fake tensors, autograd and FLOPs, registered once.
+"""Registration of a differentiable torch.library op and its backward op: schemas, fake tensors, autograd and FLOPs.
 
-Optional tensors are None in an op's arguments. An op cannot return None, so a backward op returns the gradients of the
-given tensors alone.
+Absent optional tensors are passed as None. An op cannot return None, so a backward op returns gradients only for the
+tensors that are not None.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,14 +32,14 @@ def define_operator(
     """Register `sasa_train::{name}` and `sasa_train::{name}_backward`; return the first.
 
     Args:
-        tensors, options: the arguments in the schema's language; gradients are computed for `tensors`.
-        forward_only: further arguments that the backward op does not get.
-        outputs: what `forward` returns. The backward op gets the gradients of the outputs `grads`, then the outputs
-            `kept` themselves, under the names in `backward_inputs`; `tensors` and `options` follow.
+        tensors, options: arguments in torch's schema language; gradients are computed for `tensors`.
+        forward_only: additional arguments that are not passed to the backward op.
+        outputs: the outputs of `forward`. The backward op receives the gradients of the outputs `grads`, then the
+            outputs `kept` themselves, under the names in `backward_inputs`, followed by `tensors` and `options`.
         fake: returns the outputs of `forward` without their values.
-        skips_first: whether the backward op has an argument `needs_x` at its end, and leaves out the first tensor's
-            gradient where that is false.
-        flops: counts a forward pass, given the arguments with shapes in place of tensors.
+        skips_first: whether the backward op has a last argument `needs_x` and omits the gradient of the first tensor
+            if it is false.
+        flops: counts the FLOPs of a forward pass; takes the same arguments with shapes in place of tensors.
     """
     num_before, num_tensors, num_options = len(grads) + len(kept), tensors.count(",") + 1, options.count(",") + 1
     num_others = forward_only.count("Tensor")
@@ -85,7 +85,7 @@ def _fake_gradients(num_before: int, num_tensors: int, skips_first: bool) -> Cal
 def _register_flops(name: str, flops: Callable[..., int], num_before: int) -> None:
     register_flop_formula(getattr(torch.ops.sasa_train, name))(flops)
 
-    # Each product has two gradients of the same cost; what is computed again is not counted.
+    # Each product has two gradients of the same cost; recomputation is not counted.
     @register_flop_formula(getattr(torch.ops.sasa_train, f"{name}_backward"))
     def _(*arguments, **_kwargs) -> int:
         return 2 * flops(*arguments[num_before:])

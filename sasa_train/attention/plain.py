@@ -1,6 +1,6 @@
-"""Local attention as a few matrix products, for exported programs: no operator of ours, no loop over the window.
+"""Local attention as a few matrix products, for exported programs. It needs no custom operator and no window loop.
 
-Each row of queries is multiplied with K whole rows of keys; all but the window's columns are masked out.
+Each row of queries is multiplied by K whole rows of keys, and all columns outside the window are masked out.
 """
 
 import math
@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Most products are masked out, so a wide row is cut into tiles. onnxruntime is still faster with this than with the
-# reference's K*K shifted windows, and the graph has a tenth of the nodes (docs/export.md has the numbers).
-TILE = 16  # queries of a row at most; each tile reads K - 1 columns of its neighbours
+# Most products are masked out, so wide rows are split into tiles. onnxruntime still runs this faster than the
+# reference's K*K shifted windows, and the graph has a tenth of the nodes (see docs/export.md for measurements).
+TILE = 16  # maximum number of queries in a tile; each tile also reads K - 1 columns of its neighbours
 
 
 def local_attention_forward(
@@ -23,13 +23,13 @@ def local_attention_forward(
     kernel_size: int,
     border: str,
 ) -> Tensor:
-    """The same as the reference's, in the inputs' own dtype (float32 or float64), without in-place operations."""
+    """Compute the reference's forward pass in the inputs' dtype (float32 or float64) without in-place operations."""
     height, width = query.shape[2:4]
     num_tiles = math.ceil(width / TILE)
     tile = math.ceil(width / num_tiles)
-    surplus = num_tiles * tile - width  # columns of zeros, cut off again
+    surplus = num_tiles * tile - width  # zero columns, removed from the output
     q = F.pad(query, (0, 0, 0, surplus)).unflatten(3, (num_tiles, tile))  # [B, N, H, tiles, tile, D]
-    # [tile, span]: the column of a query's window that each column of the span is, 0 to K - 1 inside the window.
+    # [tile, span]: the index of each span column in the query's window, 0 to K - 1 if it is inside the window.
     span = torch.arange(tile + kernel_size - 1, device=query.device)
     column = span - torch.arange(tile, device=query.device).view(-1, 1)
     scores = None if key is None else q @ _windows(key, num_tiles, tile, kernel_size).mT
@@ -40,14 +40,14 @@ def local_attention_forward(
     mask = _inside(column, kernel_size).unsqueeze(1).expand(-1, kernel_size, -1)  # [tile, K, span]
     if border == "mask":
         mask = mask & _inside_image(height, width, num_tiles, tile, kernel_size, query.device)
-    # Not -inf: a surplus query may see no key at all, and a softmax over -inf alone is NaN.
+    # The mask value is not -inf, because a surplus query may see no key, and a softmax over only -inf is NaN.
     attn_weights = torch.where(mask.flatten(-2), scores, torch.finfo(scores.dtype).min).softmax(-1)
     output = attn_weights @ _windows(value, num_tiles, tile, kernel_size)
     return output.flatten(3, 4).narrow(3, 0, width)
 
 
 def _windows(x: Tensor, num_tiles: int, tile: int, kernel_size: int) -> Tensor:
-    """Gather [B, N, H, W, D] to [B, N, H, tiles, K * span, D]: keys or values in reach of each tile of a row."""
+    """Gather the keys or values that each tile of a row can reach, [B, N, H, W, D] -> [B, N, H, tiles, K * span, D]."""
     radius, height, span = kernel_size // 2, x.shape[2], tile + kernel_size - 1
     padded = F.pad(x, (0, 0, radius, radius + num_tiles * tile - x.shape[3], radius, radius))
     tiles = torch.stack([padded.narrow(3, i * tile, span) for i in range(num_tiles)], 3)
@@ -55,7 +55,7 @@ def _windows(x: Tensor, num_tiles: int, tile: int, kernel_size: int) -> Tensor:
 
 
 def _relative(q: Tensor, rel_height: Tensor, rel_width: Tensor, column: Tensor) -> Tensor:
-    """Return q.r, [B, N, H, tiles, tile, K * span]; arbitrary outside the window, where it is masked out."""
+    """Return q.r, [B, N, H, tiles, tile, K * span]; values outside the window are arbitrary and masked out later."""
     num_heads = q.shape[1]
     q_top, q_bottom = q.chunk(2, dim=-1)
     rows = torch.einsum("bnhtqd,nkd->bnhtqk", q_top, rel_height.expand(num_heads, -1, -1))
@@ -68,7 +68,7 @@ def _inside(index: Tensor, size: int) -> Tensor:
 
 
 def _inside_image(height: int, width: int, num_tiles: int, tile: int, kernel_size: int, device: torch.device) -> Tensor:
-    """Return [H, tiles, 1, K, span]: True where the row and the column are inside the image."""
+    """Return a mask [H, tiles, 1, K, span] that is True if both row and column are inside the image."""
     radius, num_columns = kernel_size // 2, num_tiles * tile
     rows = torch.arange(height, device=device).view(-1, 1) + torch.arange(-radius, radius + 1, device=device)
     starts = torch.arange(0, num_columns, tile, device=device).view(-1, 1)

@@ -1,23 +1,23 @@
-"""THE definition of local self-attention, in plain PyTorch; all other backends are tested against it.
+"""The definition of local self-attention in plain PyTorch. All other backends are tested against it.
 
-Stand-Alone Self-Attention (Ramachandran et al. 2019, arXiv 1906.05909, Eq. 3). For each image, head and position i j,
-with a b running over the K x K window centred on i j:
+It follows Stand-Alone Self-Attention (Ramachandran et al. 2019, arXiv 1906.05909, Eq. 3). For each image, head and
+position (i, j), where (a, b) runs over the K x K window centred on (i, j):
 
     score_ab  = q_ij . k_ab  +  q_ij[:D/2] . rel_height[a - i + K//2]  +  q_ij[D/2:] . rel_width[b - j + K//2]
     output_ij = sum_ab softmax_ab(score) v_ab
 
-Conventions, which differ between public implementations:
-- The scores are sums over the head's D channels (one map of weights per head) and are **not** divided by sqrt(D).
-- The first half of a head's channels is multiplied with the row embedding, the second half with the column embedding.
-- `rel_height[K//2 + dy]` belongs to the key `dy` rows *below* the query, `rel_width[K//2 + dx]` to the key `dx` columns
-  to its *right*.
-- Embeddings enter the scores alone, never the values.
-- `border="mask"`: positions outside the image take no part in the softmax. `border="zero"`: they take part with key 0
-  and value 0; their relative term stays, so they draw weight away from the image.
+Public implementations differ in their conventions. This one uses the following:
+- Scores are summed over the head's D channels (one weight map per head) and are **not** divided by sqrt(D).
+- The first half of a head's channels is multiplied by the row embedding, the second half by the column embedding.
+- `rel_height[K//2 + dy]` is the embedding of the key `dy` rows *below* the query, and `rel_width[K//2 + dx]` that of
+  the key `dx` columns to its *right*.
+- Embeddings are added to the scores only, never to the values.
+- With `border="mask"`, the softmax excludes positions outside the image. With `border="zero"`, it includes them with
+  zero keys and values; they keep their relative term and therefore take weight away from the image.
 - Half-precision inputs are computed in float32 and rounded once at the end.
 
-Shapes: query, key, value and output are [B, N, H, W, D] (batch, heads, height, width, head_dim) with any strides; the
-embeddings are [K, D/2], shared by the heads, or [N, K, D/2].
+Query, key, value and output have shape [B, N, H, W, D] (batch, heads, height, width, head_dim) and any strides. The
+embeddings have shape [K, D/2] if the heads share them, otherwise [N, K, D/2].
 """
 
 from collections.abc import Iterator
@@ -27,11 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Grads = tuple[Tensor, Tensor | None, Tensor]  # of query, key and value
+Grads = tuple[Tensor, Tensor | None, Tensor]  # gradients of query, key and value
 
 
 class Inputs(NamedTuple):
-    """The tensors that attention reads, see above; `key` is None without q.k, the embeddings without q.r."""
+    """Input tensors of attention, with the shapes above. `key` may be None (no q.k), as may the embeddings (no q.r)."""
 
     query: Tensor
     key: Tensor | None
@@ -49,7 +49,7 @@ def local_attention_forward(
     kernel_size: int,
     border: str,
 ) -> Tensor:
-    """Return the attended values, [B, N, H, W, D] in value's dtype. The q.k term is left out where `key` is None."""
+    """Return the attention output [B, N, H, W, D] in value's dtype. The scores omit q.k if `key` is None."""
     attn_weights = _attn_weights(query, key, rel_height, rel_width, kernel_size, border)
     v = _batch_last(value)
     output = torch.zeros_like(v)
@@ -66,19 +66,19 @@ def attention_weights(
     kernel_size: int,
     border: str,
 ) -> Tensor:
-    """Return the softmax weights [B, N, H, W, K*K], row by row of the window; they sum to 1 over the last dimension."""
+    """Return the softmax weights [B, N, H, W, K*K] in row-major window order; the last dimension sums to 1."""
     return _attn_weights(query, key, rel_height, rel_width, kernel_size, border).permute(4, 1, 2, 3, 0)
 
 
 def local_attention_backward(
     grad_output: Tensor, inputs: Inputs, kernel_size: int, border: str
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """Return the gradients of query, key, value, rel_height and rel_width (None where the input is None).
+    """Return the gradients of query, key, value, rel_height and rel_width (None for each input that is None).
 
-    This is the chain rule of the definition above; `tests/test_attention.py` checks it with gradcheck.
+    They follow from the definition above by the chain rule; `tests/test_attention.py` checks them with gradcheck.
     """
     query, key, value, rel_height, rel_width = inputs
-    # Computed again, so that nothing of size K*K is kept between forward and backward.
+    # The weights are recomputed, so that no tensor of size K*K is kept between forward and backward.
     attn_weights = _attn_weights(query, key, rel_height, rel_width, kernel_size, border)
     grad, q, v = _batch_last(grad_output), _batch_last(query), _batch_last(value)
 
@@ -89,7 +89,7 @@ def local_attention_backward(
     for j, (v_window, grad_v_window) in enumerate(windows):
         grad_attn_weights[j] = (grad * v_window).sum(1)
         grad_v_window.addcmul_(attn_weights[j, :, None], grad)
-    # The softmax's gradient: dS = P (dP - sum P dP).
+    # Gradient of the softmax: dS = P (dP - sum P dP).
     grad_scores = attn_weights * (grad_attn_weights - (attn_weights * grad_attn_weights).sum(0))
 
     grad_q = torch.zeros_like(q)
@@ -120,7 +120,7 @@ def _attn_weights(
     kernel_size: int,
     border: str,
 ) -> Tensor:
-    """The softmax weights, [K*K, N, H, W, B]."""
+    """Return the softmax weights, [K*K, N, H, W, B]."""
     q = _batch_last(query)
     num_heads, _, height, width, batch = q.shape
     scores = q.new_zeros(kernel_size, kernel_size, num_heads, height, width, batch)
@@ -139,18 +139,18 @@ def _attn_weights(
 
 
 def _relative_backward(grad_scores: Tensor, q_half: Tensor, rel: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of one half of q [N, D/2, H, W, B] and of its embedding, from grad_scores [K, N, H, W, B]."""
+    """Return the gradients of one half of q [N, D/2, H, W, B] and its embedding, given grad_scores [K, N, H, W, B]."""
     grad_q_half = torch.einsum("knhwb,nkd->ndhwb", grad_scores, _per_head(rel, q_half))
     grad_rel = torch.einsum("knhwb,ndhwb->nkd", grad_scores, q_half)
     return grad_q_half, table_gradient(grad_rel, rel)
 
 
 def table_gradient(grad: Tensor, rel: Tensor) -> Tensor:
-    """The gradient of an embedding, summed over the heads where `grad` is [N, K, D/2] and `rel` is shared."""
+    """Return the gradient of an embedding, summed over the heads if `grad` is [N, K, D/2] and `rel` is shared."""
     return (grad if grad.dim() == rel.dim() else grad.sum(0)).to(rel.dtype)
 
 
-# Inside, the batch comes last, so that the K*K shifted windows stay long contiguous runs.
+# Internally the batch is the last dimension, so that the K*K shifted windows consist of long contiguous runs.
 def _batch_last(tensor: Tensor) -> Tensor:
     """Return [B, N, H, W, D] as contiguous [N, D, H, W, B] in float32, or float64 if the input is."""
     arithmetic = torch.float64 if tensor.dtype == torch.float64 else torch.float32
@@ -158,17 +158,17 @@ def _batch_last(tensor: Tensor) -> Tensor:
 
 
 def _batch_first(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of `_batch_last`, rounded to `dtype`."""
+    """Undo `_batch_last` and round to `dtype`."""
     return tensor.permute(4, 0, 2, 3, 1).to(dtype)
 
 
 def _per_head(rel: Tensor, like: Tensor) -> Tensor:
-    """Return a table [K, D/2] or [N, K, D/2] as [N, K, D/2] in the arithmetic's dtype."""
+    """Return an embedding [K, D/2] or [N, K, D/2] as [N, K, D/2] in the dtype of `like`."""
     return rel.to(like.dtype).expand(like.shape[0], -1, -1)
 
 
 def _pad(tensor: Tensor, kernel_size: int) -> Tensor:
-    """Zeros around height and width of [..., H, W, B]."""
+    """Pad the height and width of [..., H, W, B] with zeros."""
     return F.pad(tensor, (0, 0, *[kernel_size // 2] * 4))
 
 
@@ -178,7 +178,7 @@ def _unpad(padded: Tensor, kernel_size: int) -> Tensor:
 
 
 def _windows(padded: Tensor, kernel_size: int) -> Iterator[Tensor]:
-    """Yield the K*K shifted views [..., H, W, B] of a padded tensor, row by row of the window."""
+    """Yield the K*K shifted views [..., H, W, B] of a padded tensor, in row-major window order."""
     height, width = padded.shape[-3] - kernel_size + 1, padded.shape[-2] - kernel_size + 1
     for dy in range(kernel_size):
         for dx in range(kernel_size):
@@ -186,6 +186,6 @@ def _windows(padded: Tensor, kernel_size: int) -> Iterator[Tensor]:
 
 
 def _inside(height: int, width: int, kernel_size: int, device: torch.device) -> Tensor:
-    """Return [K*K, H, W]: True where the window's position lies inside the image."""
+    """Return a mask [K*K, H, W] that is True for window positions inside the image."""
     ones = _pad(torch.ones(height, width, 1, device=device), kernel_size)
     return torch.stack([window[..., 0] > 0 for window in _windows(ones, kernel_size)])

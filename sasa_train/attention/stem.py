@@ -1,8 +1,8 @@
-"""The attention stem as two torch.library ops on the compiled kernel, `csrc/attention_stem.cpp`; float32, on the CPU.
+"""Two torch.library ops that run the attention stem with the compiled float32 CPU kernel, `csrc/attention_stem.cpp`.
 
-The definition is `AttentionStem` in sasa_train/models/layers.py, which also runs everywhere else. It calls
-`attention_stem` (all positions) or, where batch norm and max pool follow, `attention_stem_pooled` (the largest number
-of each block, mean and variance of each channel).
+The stem is defined by `AttentionStem` in sasa_train/models/layers.py, which also runs on all other devices. It calls
+`attention_stem` (all positions) or, if batch norm and max pooling follow, `attention_stem_pooled` (the maximum of each
+block, and the mean and variance of each channel).
 """
 
 import ctypes
@@ -15,10 +15,10 @@ from torch import Tensor
 from sasa_train.attention import cpu
 from sasa_train.attention.operators import define_operator
 
-SIDE = 4  # of a block
-# A score costs in_channels multiplications here instead of head_dim: the fewer channels, the larger the gain.
+SIDE = 4  # height and width of a block
+# A score costs in_channels multiplications here instead of head_dim, so the gain is larger for fewer channels.
 MAX_IN_CHANNELS = 8
-LOG2_E = 1.4426950408889634  # the kernel's exponential is to the base 2
+LOG2_E = 1.4426950408889634  # the kernel computes exponentials in base 2
 
 log = logging.getLogger(__name__)
 
@@ -27,12 +27,12 @@ log = logging.getLogger(__name__)
 def can_run(
     backend: str, device: str, dtype: torch.dtype, in_channels: int, weights: torch.dtype, autocast: bool
 ) -> bool:
-    """Whether the kernel runs on such an image and weights; builds it at first use.
+    """Return whether the kernel supports this image and these weights, building it at first use.
 
-    `backend` is "cpu", which must not fail, or "auto", which says once why a CPU runs PyTorch instead.
+    If it does not, `backend="cpu"` raises an error, and "auto" logs once why PyTorch runs on the CPU instead.
 
     Raises:
-        RuntimeError: "cpu" cannot run.
+        RuntimeError: `backend="cpu"` cannot run.
     """
     reason = _unavailable(device, dtype, in_channels, weights, autocast)
     if backend == "cpu" and reason is not None:
@@ -68,12 +68,12 @@ def attention_stem(
     rel_width: Tensor | None,
     num_heads: int,
 ) -> Tensor:
-    """Full attention inside each 4x4 block, [B, C, H, W] in channels_last memory, float32.
+    """Compute full attention inside each 4x4 block; return float32 [B, C, H, W] in channels_last memory format.
 
     Args:
-        x: the image [B, C_in, H, W], any strides, 4 divides H and W.
-        w_qk: [2C, C_in], queries above keys.
-        w_v, mixture: [C, m, C_in] and [m, 4, 4]: values of place (a, b) are sum_m mixture[m, a, b] w_v[:, m] x.
+        x: the image [B, C_in, H, W], any strides; H and W are divisible by 4.
+        w_qk: [2C, C_in], the query weights followed by the key weights.
+        w_v, mixture: [C, m, C_in] and [m, 4, 4]; values at (a, b) in a block are sum_m mixture[m, a, b] w_v[:, m] x.
         rel_height, rel_width: [7, D/2], or both None.
     """
     return _attention_stem(x.float(), w_qk, w_v, mixture, rel_height, rel_width, num_heads)
@@ -89,14 +89,14 @@ def attention_stem_pooled(
     num_heads: int,
     sign: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute what an affine map of each channel and then a 4x4 max pool need of `attention_stem`'s result.
+    """Compute only those parts of `attention_stem`'s output that a per-channel affine map and 4x4 max pooling require.
 
     Args:
-        sign: [C]: 1 where the map is increasing, -1 where it is decreasing, 0 where it is constant.
+        sign: [C], 1 for channels whose affine map is increasing, -1 for decreasing and 0 for constant.
 
     Returns:
-        [B, C, H/4, W/4], the largest number of each block (for sign -1 the smallest, for 0 the first), strides ordered
-        as those of x; and the mean and biased variance [C] of each channel over all positions.
+        The maximum of each block (the minimum if sign is -1, the first value if 0), [B, C, H/4, W/4] in the stride
+        order of x; and the mean and biased variance [C] of each channel over all positions.
     """
     picked, _, mean, variance = _attention_stem_pooled(
         x.float(), w_qk, w_v, mixture, rel_height, rel_width, num_heads, sign
@@ -112,7 +112,7 @@ class _Image(ctypes.Structure):
 
 
 class _Problem(ctypes.Structure):
-    """The struct `Problem` of the C++ source, field by field."""
+    """Mirror of the struct `Problem` in the C++ source, field by field."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("batch", "height", "width", "num_heads", "head_dim", "num_threads")),
@@ -129,7 +129,7 @@ _Weights = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def _problem(x: Tensor, weights: _Weights, num_heads: int) -> tuple[_Problem, Tensor]:
-    """The problem, and the tables that it points to: the caller keeps these alive."""
+    """Return the problem and the tables that it points to, which the caller must keep alive."""
     batch, _, height, width = x.shape
     tables = _tables(weights, num_heads)
     problem = _Problem(batch, height, width, num_heads, len(weights[1]) // num_heads, torch.get_num_threads())
@@ -150,15 +150,15 @@ def _memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if is_channels_last else torch.contiguous_format
 
 
-# The products of weights below are made in double and rounded once: their error would be in every score.
+# The products of weights below are computed in float64 and rounded once, because their error affects every score.
 def _heads(w_qk: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """Return W_Q and W_K, [N, D, C_in], in double."""
+    """Return W_Q and W_K, [N, D, C_in], in float64."""
     w_q, w_k = w_qk.double().unflatten(0, (2, num_heads, -1))
     return w_q, w_k
 
 
 def _tables(weights: _Weights, num_heads: int) -> Tensor:
-    """The weights as the kernel reads them: M, row and col of each head (see its source), and W_V of each place."""
+    """Convert the weights to the kernel's tables: M, row and col per head (see its source), W_V per block position."""
     w_qk, w_v, mixture, rel_height, rel_width = weights
     w_q, w_k = _heads(w_qk, num_heads)
     form = torch.einsum("ndi,ndj->nij", w_q, w_k)
@@ -172,7 +172,7 @@ def _tables(weights: _Weights, num_heads: int) -> Tensor:
 
 
 def _tables_backward(grad: Tensor, weights: _Weights, num_heads: int) -> list[Tensor]:
-    """Gradients of the given ones of the five weights, from the gradients of the tables (without log2(e))."""
+    """Return the gradients of those weights that are not None, given the tables' gradients (without log2(e))."""
     w_qk, w_v, mixture, rel_height, rel_width = weights
     w_q, w_k = _heads(w_qk, num_heads)
     in_channels, num_offsets = w_qk.shape[1], 2 * SIDE - 1
@@ -197,7 +197,7 @@ def _tables_backward(grad: Tensor, weights: _Weights, num_heads: int) -> list[Te
 
 
 def _run_backward(problem: _Problem, x: Tensor, weights: _Weights, tables: Tensor, needs_x: bool) -> list[Tensor]:
-    """Gradients of x (if wanted) and the weights; `problem` holds those of the output."""
+    """Return the gradients of x (if `needs_x`) and of the weights; `problem` holds those of the output."""
     grad_tables = torch.empty_like(tables)
     problem.grad_tables = grad_tables.data_ptr()
     grads = [torch.empty_like(x)] if needs_x else []
@@ -207,7 +207,7 @@ def _run_backward(problem: _Problem, x: Tensor, weights: _Weights, tables: Tenso
     return [*grads, *_tables_backward(grad_tables, weights, problem.num_heads)]
 
 
-# ---- every position
+# ---- all positions
 
 
 def _forward(x, w_qk, w_v, mixture, rel_height, rel_width, num_heads) -> Tensor:
@@ -231,13 +231,13 @@ def _backward(grad_output, x, w_qk, w_v, mixture, rel_height, rel_width, num_hea
     return _run_backward(problem, x, weights, tables, needs_x)
 
 
-# ---- the largest number of each block
+# ---- the maximum of each block
 
 
 def _forward_pooled(
     x, w_qk, w_v, mixture, rel_height, rel_width, num_heads, sign
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the picked numbers, their places in their blocks (uint8 [C, number of blocks]), mean and variance."""
+    """Return the picked values, their positions in their blocks (uint8 [C, number of blocks]), mean and variance."""
     outputs = picked, places, mean, variance = _empty_pooled(x, w_qk, w_v)
     problem, _tables_alive = _problem(x, (w_qk, w_v, mixture, rel_height, rel_width), num_heads)
     _set_pooled(problem, x, picked, places)
@@ -273,7 +273,7 @@ def _backward_pooled(
 
 
 def _forward_flops(x, w_qk, w_v, mixture, rel_height, *_, **__) -> int:
-    """The definition's cost: projections, q.k, q.r, weights times values; the kernel needs fewer."""
+    """Count the FLOPs of the definition (projections, q.k, q.r, weights times values); the kernel needs fewer."""
     batch, in_channels, height, width = x
     num_channels, num_mixtures = w_v[:2]
     projections = (2 + num_mixtures) * in_channels * num_channels
@@ -285,7 +285,7 @@ _define = functools.partial(
     define_operator,
     tensors="Tensor x, Tensor w_qk, Tensor w_v, Tensor mixture, Tensor? rel_height, Tensor? rel_width",
     options="SymInt num_heads",
-    skips_first=True,  # an image seldom needs a gradient
+    skips_first=True,  # images rarely need gradients
     flops=_forward_flops,
     device_types="cpu",
 )

@@ -1,18 +1,18 @@
-"""The Triton kernels of local self-attention, forward and backward. The definition is reference.py.
+"""Triton kernels of local self-attention, forward and backward. reference.py contains the definition.
 
-One program computes a tile of `tile_h` x `tile_w` positions of one head of one image, flattened to P rows of a matrix
-(16 to 64; position p is row p // tile_w, column p % tile_w). All windows of the tile lie in `tile_w + K - 1` columns,
-padded to W = 16, and `tile_h + K - 1` rows. The program walks these rows one at a time, so that every product is a
-small matrix product for the tensor cores, [P, D] x [D, W] or [P, W] x [W, D]:
+One program computes a tile of `tile_h` x `tile_w` positions of one head of one image, flattened to the P rows of a
+matrix (16 to 64; position p is row p // tile_w, column p % tile_w). All windows of the tile fit in `tile_w + K - 1`
+columns, padded to W = 16, and `tile_h + K - 1` rows. The program iterates over these rows one at a time, so that every
+product is a small matrix product for the tensor cores, [P, D] x [D, W] or [P, W] x [W, D]:
 
-  forward, a tile of queries:      S = q k^T + q.r, masked to the windows; softmax online; out += exp(S - max) v
-  backward, 1, a tile of queries:  once over the key rows for logsumexp and delta = sum(weight T), T = dout v^T; once
-                                   more for dS = weight (T - delta),  dq += dS k  and the embeddings' gradients
-  backward, 2, a tile of keys:     over the query rows in reach, from what 1 kept: dv += weight^T dout, dk += dS^T q
+  forward, query tiles:     S = q k^T + q.r, masked to the windows; online softmax; out += exp(S - max) v
+  backward 1, query tiles:  one loop over the key rows computes logsumexp and delta = sum(weight T), T = dout v^T; a
+                            second computes dS = weight (T - delta), dq += dS k and the gradients of the embeddings
+  backward 2, key tiles:    a loop over the query rows in reach, using pass 1: dv += weight^T dout, dk += dS^T q
 
-Each result is written by one program: no atomics, one order of summation. Nothing of the forward pass is kept, and
-nothing of size K*K is stored. A NaN reaches all queries of a tile that has it in reach, a few more than the queries
-whose windows hold it.
+Each result is written by a single program, without atomics and with a fixed order of summation. No forward result is
+saved, and nothing of size K*K is stored. A NaN affects all queries of any tile that reads it, which are slightly more
+than the queries that have it in their window.
 """
 
 import functools
@@ -31,22 +31,22 @@ from sasa_train.attention.reference import Grads, Inputs, table_gradient
 
 MAX_KERNEL_SIZE = 15  # the tables' rows are padded to 16
 MAX_HEAD_DIM = 128
-WINDOW_COLUMNS = 16  # W: the columns in reach of a tile, padded; for 16 positions 32 is more work, whatever K
+WINDOW_COLUMNS = 16  # W: padded number of columns that a tile reads; for 16 positions, 32 is more work for any K
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton decides at the decorators below
-CAST = tl.constexpr(INTERPRETED)  # the interpreter's product of bfloat16 is garbage
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads this when the decorators below run
+CAST = tl.constexpr(INTERPRETED)  # the interpreter computes wrong bfloat16 products
 TABLE_ROWS = tl.constexpr(16)
 LOG2_E = tl.constexpr(1.4426950408889634)  # 2^x is one instruction
 
 
-# Why small tiles. W (tile_h + K - 1) P / (tile_h tile_w) scores are computed per query, and K K of them count: at K = 7
-# and 8 columns, 49 of 128 with two rows of queries, of 160 with four, of 224 with eight, while a key is read 7, 4.4 and
-# 3 times. The limit is the work of a warp on a score besides the products, about 10 instructions, and there small tiles
-# and one warp are best. Compiled for an H100 (D = 16, bfloat16), a query costs 137 instructions of a warp forward and
-# 278 + 171 backward with P = 16 and one warp, 242 and 481 + 322 with P = 64 and four. Many channels need more warps:
-# they fill the registers of one.
+# Small tiles are faster for the following reason. Each query computes W (tile_h + K - 1) P / (tile_h tile_w) scores, of
+# which K K are used. At K = 7 and 8 columns, these are 49 of 128 with two query rows, of 160 with four and of 224 with
+# eight, while each key is read 7, 4.4 and 3 times. The bottleneck is the work of a warp on a score besides the
+# products, about 10 instructions, which small tiles and a single warp minimise. Compiled for an H100 (D = 16,
+# bfloat16), a query costs 137 warp instructions forward and 278 + 171 backward with P = 16 and one warp, but 242 and
+# 481 + 322 with P = 64 and four. Many channels need more warps because they fill the registers of one.
 class Config(NamedTuple):
-    """A way to launch a kernel: positions per program (P; a power of two, at least 16), warps, stages of the loop."""
+    """Launch parameters of a kernel: positions per program (P; a power of two, at least 16), warps, loop stages."""
 
     positions: int
     num_warps: int
@@ -58,20 +58,21 @@ CONFIGS = (Config(16, 1, 2), Config(16, 2, 2), Config(16, 4, 2), Config(32, 2, 2
 
 # ---- pieces of the kernels
 #
-# Relative terms. q.r is by_height[p, dy] + by_width[p, dx]: 2K numbers per query, made by two products with the tables
-# before the walk. A key row needs one column of by_height per position, which is chosen by comparison.
-# by_width[p, x - column(p)] is the same for every key row, so it is gathered once into [P, W]. Backward is the mirror:
-# dS summed along a key row goes to by_height's column, and dS summed over the key rows is gathered back to offsets.
-# Pass 1 stores the 2K numbers for pass 2, whose positions are keys and which reads them by address.
+# Relative terms: q.r is by_height[p, dy] + by_width[p, dx], i.e. 2K values per query, which two products with the
+# tables compute before the loop. For a key row, each position needs one column of by_height, which is selected by
+# comparison. by_width[p, x - column(p)] is the same for every key row, so it is gathered once into [P, W]. The backward
+# pass does the reverse: dS summed along a key row is added to the matching column of by_height's gradient, and dS
+# summed over the key rows is gathered back to offsets. Pass 1 stores the 2K values for pass 2, whose positions are keys
+# and which reads the values by address.
 
 
 @triton.jit
 def _place(num_heads, height, width, tile_h, tile_w, P: tl.constexpr):
-    """This program's image and head, its tile's first row and column, its positions' rows, columns and existence."""
+    """Return this program's image and head, its tile's first row and column, and its positions' rows, columns, mask."""
     tiles_w = tl.cdiv(width, tile_w)
     num_tiles = tiles_w * tl.cdiv(height, tile_h)
     pid = tl.program_id(0)
-    # The heads of a tile run together: in channels_last memory they lie in the same cache lines.
+    # The heads of a tile run together, because they share cache lines in channels_last memory.
     n = pid % num_heads
     tile = pid // num_heads % num_tiles
     b = pid // num_heads // num_tiles
@@ -84,7 +85,7 @@ def _place(num_heads, height, width, tile_h, tile_w, P: tl.constexpr):
 
 @triton.jit
 def _reach(row0, column0, height, width, tile_h, K: tl.constexpr, W: tl.constexpr, CLIP: tl.constexpr):
-    """The first and the last + 1 of the rows in reach of a tile, its columns in reach [W], and which of them exist."""
+    """Return the first and the last + 1 row that a tile reaches, the columns [W] that it reaches, and their mask."""
     first, last = row0 - K // 2, tl.minimum(row0 + tile_h, height) + K // 2
     if CLIP:
         first, last = tl.maximum(first, 0), tl.minimum(last, height)
@@ -94,22 +95,22 @@ def _reach(row0, column0, height, width, tile_h, K: tl.constexpr, W: tl.constexp
 
 @triton.jit
 def _head(pointer, strides, b, n, ALIGN: tl.constexpr):
-    """The address of a head."""
-    # All strides but the channels' are in units of ALIGN elements: so the compiler knows which loads it can join.
+    """Return the address of a head."""
+    # All strides except the channel stride are in units of ALIGN elements, so that the compiler can vectorise loads.
     return pointer + (b * strides[0] + n * strides[1]) * ALIGN
 
 
 @triton.jit
 def _at(strides, rows, columns, D_PADDED: tl.constexpr, ALIGN: tl.constexpr):
-    """Offsets [positions, channels] within a head."""
-    # 64 bits: a large image has more elements than 32 bits can count.
+    """Return offsets [positions, channels] within a head."""
+    # The offsets have 64 bits, because a large image has more elements than 32 bits can count.
     positions = (rows.to(tl.int64) * strides[2] + columns.to(tl.int64) * strides[3]) * ALIGN
     return positions[:, None] + tl.arange(0, D_PADDED).to(tl.int64)[None, :] * strides[4]
 
 
 @triton.jit
 def _load(head, strides, rows, columns, exists, D: tl.constexpr, D_PADDED: tl.constexpr, ALIGN: tl.constexpr):
-    """Load [positions, channels] in their own dtype; 0 where a position or a channel does not exist."""
+    """Load [positions, channels] in their own dtype, with 0 for positions and channels that do not exist."""
     mask = exists[:, None] & (tl.arange(0, D_PADDED) < D)[None, :]
     return tl.load(head + _at(strides, rows, columns, D_PADDED, ALIGN), mask=mask, other=0.0)
 
@@ -122,8 +123,8 @@ def _store(head, strides, rows, columns, exists, x, D: tl.constexpr, D_PADDED: t
 
 @triton.jit
 def _table_at(strides, K: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, FIRST: tl.constexpr):
-    """Offsets [TABLE_ROWS, D_PADDED] in a table [K, D/2] for the channels from FIRST on, and which of them exist."""
-    # A product needs 16 rows and all D channels: zeros fill the rows from K on and the half that the table has not.
+    """Return offsets [TABLE_ROWS, D_PADDED] in a table [K, D/2] whose channels start at FIRST, and their mask."""
+    # A product needs 16 rows and all D channels, so the rows from K on and the other half of the channels are zero.
     j, d = tl.arange(0, TABLE_ROWS), tl.arange(0, D_PADDED) - FIRST
     mask = (j < K)[:, None] & ((d >= 0) & (d < D // 2))[None, :]
     return j[:, None] * strides[1] + d[None, :] * strides[2], mask
@@ -145,7 +146,7 @@ def _product(a, b, start, PRECISION: tl.constexpr):
 
 @triton.jit
 def _per_column(by_width, dx, in_reach):
-    """Spread [P, TABLE_ROWS] by offset, or None, to [P, W] by key column; -inf out of reach."""
+    """Gather `by_width` (by offset, [P, TABLE_ROWS], or None) into [P, W] by key column, with -inf out of reach."""
     found = tl.zeros(dx.shape, tl.float32)
     if by_width is not None:
         found = tl.gather(by_width, tl.minimum(tl.maximum(dx, 0), TABLE_ROWS - 1), 1)
@@ -154,7 +155,7 @@ def _per_column(by_width, dx, in_reach):
 
 @triton.jit
 def _bias(by_height, per_column, dy, K: tl.constexpr):
-    """Return [P, W] to add to q.k for the key row dy - K // 2 below each query: q.r, or -inf outside the windows."""
+    """Return the bias [P, W] for the key row dy - K // 2 below each query, to be added to q.k: q.r, or -inf outside."""
     per_row = tl.zeros(dy.shape, tl.float32)
     if by_height is not None:
         per_row = tl.sum(tl.where(tl.arange(0, TABLE_ROWS)[None, :] == dy[:, None], by_height, 0.0), 1)
@@ -163,7 +164,7 @@ def _bias(by_height, per_column, dy, K: tl.constexpr):
 
 @triton.jit
 def _online(s, largest, total):
-    """Add a key row to the softmax: the new largest and total, the row's numerators, the factor on earlier sums."""
+    """Add a key row to the softmax; return the new maximum and total, the row's numerators, the factor on old sums."""
     larger = tl.maximum(largest, tl.max(s, 1) * LOG2_E)
     shrink = tl.exp2(largest - larger)
     e = tl.exp2(s * LOG2_E - larger[:, None])
@@ -203,7 +204,8 @@ def _forward_kernel(
         by_width = tl.dot(q.to(tl.float32), tl.trans(table_w), input_precision="tf32x3")
     per_column = _per_column(by_width, dx, in_reach)
 
-    # In units of ln 2. Finite, because -inf - (-inf) is NaN: a first key row out of reach must change nothing.
+    # The maximum is in units of ln 2. It starts finite, because -inf - (-inf) would be NaN if the first key row is out
+    # of reach.
     largest = tl.full([P], -1e38, tl.float32)
     total = tl.zeros([P], tl.float32)
     out = tl.zeros([P, D_PADDED], tl.float32)
@@ -217,7 +219,7 @@ def _forward_kernel(
         largest, total, e, shrink = _online(s, largest, total)
         v = _load(value, value_strides, key_rows, key_columns, keys_exist, D, D_PADDED, ALIGN)
         out = tl.dot(e, v.to(tl.float32), out * shrink[:, None], input_precision=COMPUTED)
-    # Padded positions may have no key in reach: 1 keeps them from dividing by 0.
+    # Padded positions may have no key in reach; a total of 1 avoids division by zero.
     total = tl.where(exists, total, 1.0)
     _store(output, output_strides, rows, columns, exists, out / total[:, None], D, D_PADDED, ALIGN)
 
@@ -246,7 +248,7 @@ def _backward_queries_kernel(
 
     q = _load(query, query_strides, rows, columns, exists, D, D_PADDED, ALIGN)
     grad = _load(grad_output, grad_output_strides, rows, columns, exists, D, D_PADDED, ALIGN)
-    position = ((b * num_heads + n) * height + rows) * width + columns  # in the results kept for the second pass
+    position = ((b * num_heads + n) * height + rows) * width + columns  # index into the results for pass 2
     j = tl.arange(0, TABLE_ROWS)
     by_height = None
     by_width = None
@@ -261,7 +263,7 @@ def _backward_queries_kernel(
         tl.store(stored + K, by_width, mask=mask)
     per_column = _per_column(by_width, dx, in_reach)
 
-    # The first walk, for the softmax's logsumexp and delta.
+    # The first loop computes logsumexp and delta of the softmax.
     largest = tl.full([P], -1e38, tl.float32)
     total = tl.zeros([P], tl.float32)
     mean = tl.zeros([P], tl.float32)  # delta times `total`
@@ -281,7 +283,7 @@ def _backward_queries_kernel(
     tl.store(logsumexp + position, lse, mask=exists)
     tl.store(delta + position, mean, mask=exists)
 
-    # The second walk, for the gradients: the scores are computed again instead of stored.
+    # The second loop computes the gradients. The scores are recomputed instead of stored.
     dq = tl.zeros([P, D_PADDED], tl.float32)
     grad_by_height = tl.zeros([P, TABLE_ROWS], tl.float32)
     grad_per_column = tl.zeros([P, W], tl.float32)
@@ -302,16 +304,17 @@ def _backward_queries_kernel(
             grad_by_height += tl.where(j[None, :] == dy[:, None], tl.sum(grad_s, 1)[:, None], 0.0)
             grad_per_column += grad_s
 
-    # The tables are read again here: kept, they would fill registers during the walks.
+    # The tables are loaded again here, because keeping them would occupy registers during the loops.
     if rel_height is not None:
         table_h = _table(rel_height, rel_height_strides, n, K, D, D_PADDED, 0)
         table_w = _table(rel_width, rel_width_strides, n, K, D, D_PADDED, D // 2)
-        from_offset = j[None, :] + (columns - column0)[:, None]  # the key column at offset j, counted in the tile
+        from_offset = j[None, :] + (columns - column0)[:, None]  # the key column at offset j, relative to the tile
         grad_by_width = tl.gather(grad_per_column, tl.minimum(from_offset, W - 1), 1)
         grad_by_width = tl.where((j < K)[None, :], grad_by_width, 0.0)
         dq = tl.dot(grad_by_height, table_h, dq, input_precision=COMPUTED)
         dq = tl.dot(grad_by_width, table_w, dq, input_precision=COMPUTED)
-        # Each program has its own part of the tables' gradients, summed afterwards in one order: no atomics.
+        # Each program writes its own part of the tables' gradients. The parts are summed later in a fixed order,
+        # without atomics.
         partial = partial_rel + tl.program_id(0).to(tl.int64) * (2 * K * (D // 2))
         q = q.to(tl.float32)
         offsets, mask = _table_at((0, D // 2, 1), K, D, D_PADDED, 0)
@@ -332,7 +335,7 @@ def _backward_keys_kernel(
 ):  # fmt: skip
     b, n, row0, column0, rows, columns, exists = _place(num_heads, height, width, tile_h, tile_w, P)
     first, last, query_columns, columns_exist = _reach(row0, column0, height, width, tile_h, K, W, True)
-    # [W, P], transposed: a thread then reads for one key, from addresses that differ by constants.
+    # [W, P] is transposed, so that a thread reads for one key, from addresses that differ by constants.
     dx = columns[None, :] - query_columns[:, None] + K // 2
     in_reach = (dx >= 0) & (dx < K) & columns_exist[:, None]
     x = tl.arange(0, W).to(tl.int64)[:, None]
@@ -354,7 +357,7 @@ def _backward_keys_kernel(
         query_rows = tl.zeros([W], tl.int32) + y
         q = _load(query, query_strides, query_rows, query_columns, columns_exist, D, D_PADDED, ALIGN)
         grad = _load(grad_output, grad_output_strides, query_rows, query_columns, columns_exist, D, D_PADDED, ALIGN)
-        row = ((b * num_heads + n) * height + y) * width  # where the row begins in the first pass's results
+        row = ((b * num_heads + n) * height + y) * width  # start of the row in the results of pass 1
         lse = tl.load(logsumexp + row + query_columns, mask=columns_exist, other=0.0)
         mean = tl.load(delta + row + query_columns, mask=columns_exist, other=0.0)
         dy = (rows - y + K // 2)[None, :]
@@ -377,11 +380,11 @@ def _backward_keys_kernel(
         _store(grad_key, grad_key_strides, rows, columns, exists, dk, D, D_PADDED, ALIGN)
 
 
-# ---- calling them
+# ---- launching the kernels
 
 
 def unavailable(query: Tensor, kernel_size: int) -> str | None:
-    """The reason why the kernels cannot run on these tensors, or None where they can."""
+    """Return why the kernels cannot run on these tensors, or None if they can."""
     if query.dtype not in DTYPES:
         return f"the tensors are {query.dtype}; the kernels compute in float32"
     if kernel_size > MAX_KERNEL_SIZE:
@@ -408,7 +411,7 @@ def local_attention_forward(
     kernel_size: int,
     border: str,
 ) -> Tensor:
-    """The same as the reference's: the attended values, [B, N, H, W, D], dtype and order of strides as `value`."""
+    """Return the same output as the reference, [B, N, H, W, D], with the dtype and stride order of `value`."""
     output = torch.empty_like(value)
     tables = (rel_height, rel_width)
     _run(_forward_kernel, kernel_size, border, (query, key, value, output), tables, lambda num_programs: ())
@@ -434,7 +437,7 @@ def local_attention_backward(
         return (*kept, scratch(num_programs, 2, kernel_size, head_dim // 2) if relative else None)
 
     images, tables = (grad_output, query, key, value), (rel_height, rel_width)
-    # The order matters: pass 2 reads `kept`, which pass 1 fills.
+    # The order matters, because pass 2 reads `kept`, which pass 1 fills.
     *_, partial_rel = _run(
         _backward_queries_kernel, kernel_size, border, (*images, grad_query), tables, with_partial_rel
     )
@@ -453,16 +456,17 @@ def _run(
     tables: tuple[Tensor | None, ...],
     scratch: Callable[[int], tuple[Tensor | None, ...]],
 ) -> tuple[Tensor | None, ...]:
-    """Launch on [B, N, H, W, D] tensors, tables and `scratch(num_programs)`; return that scratch."""
+    """Launch a kernel on [B, N, H, W, D] tensors, tables and `scratch(num_programs)`; return the scratch tensors."""
     query = next(x for x in images if x is not None)  # all images have one shape and dtype
     batch, num_heads, height, width, head_dim = query.shape
     align = math.gcd(16 // query.itemsize, *(s for x in images if x is not None for s in x.stride()[:4]))
     image_strides = (x if x is None else (*(s // align for s in x.stride()[:4]), x.stride(4)) for x in images)
     table_strides = (x if x is None else (0, *x.stride())[-3:] for x in tables)
     sizes = (num_heads, height, width)
-    # Precision. Sums, softmax and everything computed are float32. Products of half-precision inputs are exact. A
-    # product with something computed (weights, dS) is three TF32 products (`tf32x3`, 22 bits of float32's 24) where the
-    # inputs are float32 or float16. With bfloat16 it is one: a weight cut to 11 bits in a sum that is rounded to 8.
+    # Precision: sums, the softmax and all intermediate values are float32. Products of half-precision inputs are exact.
+    # For float32 and float16 inputs, a product with an intermediate value (weights, dS) is three TF32 products
+    # (`tf32x3`, 22 of float32's 24 bits). For bfloat16 it is one TF32 product, so a weight is rounded to 11 bits in a
+    # sum that is itself rounded to 8.
     constants = {
         "K": kernel_size,
         "D": head_dim,
@@ -487,8 +491,8 @@ def _run(
         return buffers
 
     with torch.cuda.device_of(query):
-        # Measuring would make the choice, and with it the order of summation, differ between runs; a stream that is
-        # being captured cannot be measured at all.
+        # With measurements, the choice of launch and therefore the order of summation could differ between runs. A
+        # stream that is being captured cannot be measured at all.
         if INTERPRETED or torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing():
             return launch(_by_rule(head_dim))
         given = (x is not None for x in (*images, *tables))
@@ -498,7 +502,7 @@ def _run(
         return launch(_fastest[problem])
 
 
-_fastest: dict[tuple, Config] = {}  # by problem, whatever its batch size; measured when the problem first comes
+_fastest: dict[tuple, Config] = {}  # by problem, regardless of batch size; measured at the first call
 
 
 def _milliseconds(run: Callable[[], Any]) -> float:
@@ -509,14 +513,14 @@ def _milliseconds(run: Callable[[], Any]) -> float:
 
 
 def _by_rule(head_dim: int) -> Config:
-    """One choice without measuring."""
-    # Another choice would sum in another order, and a resumed run must not.
+    """Choose a launch configuration without measuring."""
+    # The choice must not vary, because a resumed run must sum in the same order.
     return CONFIGS[0 if head_dim <= 32 else 1 if head_dim <= 64 else 2]
 
 
 @functools.cache
 def _tile(height: int, width: int, kernel_size: int, positions: int) -> tuple[int, int, int]:
-    """Rows and columns of a tile, and tiles per map: the tile that walks the fewest key rows, among those that fit."""
+    """Return rows and columns of a tile and tiles per map, for the fitting tile that reads the fewest key rows."""
 
     def cut(columns: int) -> tuple[int, int, int]:
         tiles_w = triton.cdiv(width, columns)

@@ -1,4 +1,4 @@
-"""The models, with timm's model API; importing this package registers them with timm."""
+"""Models with timm's model API. Importing this package registers them with timm."""
 
 from sasa_train.models.build import build_model, check_model, enable_grad_checkpointing
 from sasa_train.models.folding import fold_batch_norms

@@ -1,4 +1,4 @@
-"""From the model's config to a model: ours or any of timm's, checked against the data before training starts."""
+"""Build a model (ours or any of timm's) from its config, and check it against the data before training starts."""
 
 from difflib import get_close_matches
 from typing import Any
@@ -16,7 +16,7 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
     """Build `config.name` for square RGB images of `image_size` pixels and `num_classes` classes.
 
     Raises:
-        ConfigError: an unknown name, or keys that cannot go together.
+        ConfigError: the name is unknown or the keys are incompatible.
     """
     if not timm.is_model(config.name):
         close = get_close_matches(config.name, timm.list_models(), n=3)
@@ -38,17 +38,17 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
 
 
 def build_published(name: str, image_size: int) -> nn.Module:
-    """Build timm's model with its published weights and their own classes; torch's generator keeps its state.
+    """Build timm's model with its published weights and classes. The state of torch's generator is left unchanged.
 
     Raises:
-        ConfigError: there are no such weights, or neither a cache nor the network has them.
+        ConfigError: there are no such weights, or they are neither cached nor downloadable.
     """
     if not timm.is_model_pretrained(name):
         raise ConfigError(f"model.pretrained=timm: timm has no weights of {name}: see timm.list_pretrained()")
     try:
         with torch.random.fork_rng(devices=[]):
             return timm.create_model(name, pretrained=True, **_sized(name, image_size))
-    except Exception as error:  # urllib's, httpx's and huggingface_hub's have no common class
+    except Exception as error:  # the errors of urllib, httpx and huggingface_hub have no common base class
         reason = shorten((str(error).splitlines() or [""])[0])
         raise ConfigError(
             f"model.pretrained=timm: the weights of {name} cannot be had ({type(error).__name__}: {reason}); they come "
@@ -57,16 +57,16 @@ def build_published(name: str, image_size: int) -> nn.Module:
 
 
 def _sized(name: str, image_size: int) -> dict[str, Any]:
-    """Arguments of models that are built for one image size, such as vit and swin."""
-    # A model that the user has registered may have no configuration of timm's.
+    """Return the extra arguments of models that are built for one image size, such as vit and swin."""
+    # A model that the user has registered may have no timm configuration.
     return {"img_size": image_size} if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False) else {}
 
 
 def enable_grad_checkpointing(model: nn.Module) -> None:
-    """Recompute activations in the backward pass.
+    """Enable gradient checkpointing, which recomputes activations in the backward pass.
 
     Raises:
-        ConfigError: the model has no such switch.
+        ConfigError: the model does not support gradient checkpointing.
     """
     try:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
@@ -75,10 +75,10 @@ def enable_grad_checkpointing(model: nn.Module) -> None:
 
 
 def check_model(config: ModelConfig, image_size: int) -> nn.Module:
-    """Build the model on the meta device and run it there, which needs neither weights nor data; return it.
+    """Build the model and run it on the meta device, which needs neither weights nor data; return the model.
 
     Raises:
-        ConfigError: `build_model` refuses, or the model cannot take images of this size.
+        ConfigError: `build_model` raises it, or the model does not accept images of this size.
     """
     with torch.device("meta"), torch.no_grad():
         model = build_model(config, config.num_classes or 10, image_size)

@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and activation memory of a model, counted on the meta device: no weights, no data."""
+"""Count a model's parameters, FLOPs and activation memory on the meta device, without weights or data."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass
 class Layer:
-    """One row of the table; `shape` is the output's, without the batch."""
+    """A row of the table. `shape` is the output shape without the batch dimension."""
 
     name: str
     kind: str
@@ -22,7 +22,7 @@ class Layer:
 
 
 def meta_model(build: Callable[[], nn.Module]) -> nn.Module:
-    """Call `build()` on the meta device: shapes without weights."""
+    """Call `build()` on the meta device, where tensors have shapes but no data."""
     with torch.device("meta"):
         return build()
 
@@ -32,7 +32,7 @@ def count_params(model: nn.Module) -> int:
 
 
 def count_flops(model: nn.Module, image_size: int) -> int:
-    """Count the FLOPs of one forward pass of one RGB image, in eval mode."""
+    """Count the FLOPs of one forward pass of a single RGB image in eval mode."""
     device = next(model.parameters()).device
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.eval()(torch.empty(1, 3, image_size, image_size, device=device))
@@ -40,8 +40,8 @@ def count_flops(model: nn.Module, image_size: int) -> int:
 
 
 def count_layers(model: nn.Module, image_size: int) -> list[Layer]:
-    """Return one row per block of a stage and per module outside the stages, and a total last."""
-    num_images = 2  # batch norm in train mode refuses a single value per channel
+    """Return one row per block of each stage, one per module outside the stages, and finally the total."""
+    num_images = 2  # in train mode, batch norm rejects a single value per channel
     layers: dict[str, Layer] = {}
     for name, child in model.named_children():
         is_sequence = isinstance(child, nn.Sequential | nn.ModuleList)
@@ -64,16 +64,16 @@ def count_layers(model: nn.Module, image_size: int) -> list[Layer]:
 
 
 def _identity(tensor: Tensor) -> int:
-    """The identity of the tensor's storage; on the meta device storages have no address."""
+    """Return a unique number for the tensor's storage, since storages on the meta device have no address."""
     return tensor.untyped_storage()._cdata
 
 
 @contextmanager
 def _saved_bytes(model: nn.Module, layers: dict[str, Layer], total: Layer) -> Iterator[None]:
-    """Inside, note each layer's output shape and the bytes that autograd saves for the backward pass."""
+    """Context manager that records each layer's output shape and the bytes that autograd saves for backward."""
     running: list[Layer] = []
     known = {_identity(p) for p in [*model.parameters(), *model.buffers()]}
-    keep = []  # storages stay alive: a freed one's address could be used again
+    keep = []  # keeps storages alive, because the address of a freed one could be reused
 
     def save(tensor: Tensor) -> Tensor:
         if _identity(tensor) not in known:

@@ -1,4 +1,4 @@
-"""Batch norm folded into the layer before it, for inference."""
+"""Fold batch norms into the preceding layers for inference."""
 
 import copy
 
@@ -11,10 +11,10 @@ from sasa_train.models.resnet import Bottleneck, ResNet
 
 
 def fold_batch_norms(model: ResNet) -> ResNet:
-    """Return a copy of `model` in eval mode with batch norms folded into the convolutions or value projections before.
+    """Return a copy of `model` in eval mode with batch norms folded into preceding convolutions or value projections.
 
-    Norms after attention with `border="zero"`, and those of attention stems, stay. Outputs agree to rounding; the
-    running statistics are gone, so the copy is not for training.
+    Norms after attention with `border="zero"` and norms of attention stems are kept. Outputs agree up to rounding. The
+    copy has no running statistics and cannot be trained further.
     """
     model = copy.deepcopy(model).eval()
     for module in model.modules():
@@ -30,18 +30,18 @@ def fold_batch_norms(model: ResNet) -> ResNet:
 
 @torch.no_grad()
 def _fold(layer: nn.Module, norm: nn.Module) -> nn.Module:
-    """Fold `norm` into `layer` where possible; return the module that takes the norm's place."""
+    """Fold `norm` into `layer` if possible, and return the module that replaces the norm."""
     if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None or norm.running_var is None:
         return norm
-    # Attention passes a scale and a bias of its values through, because its weights sum to 1. With border="zero" the
-    # weights inside the image do not.
+    # A scale and a bias of the values carry over to attention's output, because its weights sum to 1. With
+    # border="zero", the weights inside the image do not sum to 1.
     if isinstance(layer, LocalSelfAttention2d) and layer.border == "mask":
         conv: nn.Conv2d = layer.qkv
     elif isinstance(layer, nn.Conv2d):
         conv = layer
     else:
         return norm
-    num_kept = conv.out_channels - norm.num_features  # queries and keys stay
+    num_kept = conv.out_channels - norm.num_features  # queries and keys are unchanged
     weight, bias = fuse_conv_bn_weights(
         conv.weight[num_kept:],
         None if conv.bias is None else conv.bias[num_kept:],

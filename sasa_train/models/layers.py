@@ -1,6 +1,6 @@
-"""The two attention layers of arXiv 1906.05909: the one that replaces a 3x3 convolution, and the stem.
+"""The two attention layers of arXiv 1906.05909: the replacement for a 3x3 convolution, and the attention stem.
 
-Feature maps are BCHW here; attention itself speaks [B, N, H, W, D].
+Feature maps have the layout BCHW here; the attention functions use [B, N, H, W, D].
 """
 
 import math
@@ -14,17 +14,17 @@ from sasa_train.attention.dispatch import BACKENDS
 from sasa_train.models.stem_norm import can_normalise_picked, is_plain, normalise_picked
 
 POSITIONS = ("relative", "absolute", "none")
-BLOCK_SIZE = 4  # the attention stem's blocks, and its max pool
+BLOCK_SIZE = 4  # of the attention stem's blocks and of its max pool
 STEM_NUM_HEADS = 4
-STEM_NUM_MIXTURES = 4  # the paper leaves it open; 4 is the fewest that meets its FLOPs (docs/paper.md)
+STEM_NUM_MIXTURES = 4  # not given in the paper; 4 is the smallest value that matches its FLOPs (docs/paper.md)
 STEM_VALUES = ("mixture", "plain", "conv")
 
 
-# As a matrix product, forward and backward take 0.70 (7 x 7 maps) to 1.0 (28 x 28) of the convolution's time, and 1.05
-# at 56 x 56, but 0.95 there with three times as many channels out as in (8 images, float32, AVX-512, oneDNN and MKL of
-# torch 2.15).
+# As a matrix product, forward and backward take 0.70 (7 x 7 maps) to 1.0 (28 x 28) times as long as the convolution. At
+# 56 x 56 the factor is 1.05, or 0.95 with three times as many output as input channels (measured with 8 images,
+# float32, AVX-512, and oneDNN and MKL of torch 2.15).
 class PointwiseConv2d(nn.Conv2d):
-    """A 1x1 convolution without bias; on a CPU a matrix product, on channels_last maps of up to `max_positions`."""
+    """A 1x1 convolution without bias. On a CPU, channels_last maps of up to `max_positions` use a matrix product."""
 
     def __init__(self, in_channels: int, out_channels: int, max_positions: float = 28 * 28):
         super().__init__(in_channels, out_channels, 1, bias=False)
@@ -38,26 +38,26 @@ class PointwiseConv2d(nn.Conv2d):
 
 
 class LocalSelfAttention2d(nn.Module):
-    """Self-attention over a K x K window around each position, in place of a K x K convolution (Eq. 3).
+    """Self-attention over a K x K window around each position, a replacement for a K x K convolution (Eq. 3).
 
-    Dense query, key and value projections without bias, split into heads; no output projection; then, with
-    `stride=2`, a 2x2 average pool, so that attention runs at the input's resolution. BCHW in, BCHW out.
+    Query, key and value projections are dense, have no bias and are split into heads. There is no output projection.
+    With `stride=2`, attention runs at the input's resolution and a 2x2 average pool follows. Input and output are BCHW.
 
-    Initialisation: projections N(0, 1/in_channels) and embeddings N(0, 1/head_dim), as in Axial-DeepLab's code; the
-    paper gives none. With unscaled scores this is the safer start.
+    Projections are initialised from N(0, 1/in_channels) and embeddings from N(0, 1/head_dim), as in Axial-DeepLab's
+    code, since the paper specifies no initialisation. It is a safe choice because the scores are not scaled.
 
     Args:
-        in_channels, out_channels: `out_channels` is split over the heads.
-        kernel_size: the window, odd.
-        num_heads: must divide `out_channels`; with relative positions head_dim must be even.
-        stride: 1, or 2 for the pool; half an odd side is rounded up, as by the shortcut's strided 1x1 convolution.
-        position: "relative"; "absolute" (a sinusoid added to what the query and key projections read); "none".
-        content: whether q.k is part of the score; without it there is no key projection.
+        in_channels, out_channels: numbers of channels; `out_channels` is divided among the heads.
+        kernel_size: the window size, an odd number.
+        num_heads: must divide `out_channels`; with relative positions, head_dim must be even.
+        stride: 1, or 2 to add the pool; odd sizes are rounded up, like the shortcut's strided 1x1 convolution.
+        position: "relative", "absolute" (a sinusoid added to the input of the query and key projections) or "none".
+        content: whether the scores include q.k; if not, there is no key projection.
         border: "mask" or "zero", see `local_attention`.
-        share_rel: one pair of relative embeddings for all heads, or one per head.
+        share_rel: whether all heads share one pair of relative embeddings instead of having one each.
 
     Raises:
-        ValueError: keys that cannot go together.
+        ValueError: the arguments are incompatible.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class LocalSelfAttention2d(nn.Module):
         self.num_heads, self.kernel_size, self.stride = num_heads, kernel_size, stride
         self.position, self.content, self.border, self.backend = position, content, border, backend
         head_dim = out_channels // num_heads
-        # One convolution for all projections: query, [key,] value, each `out_channels` wide and dense.
+        # A single convolution computes all projections: query, [key,] value, each dense with `out_channels` channels.
         self._num_projections = 3 if content else 2
         self.qkv = PointwiseConv2d(in_channels, self._num_projections * out_channels, math.inf)
         shape = (kernel_size, head_dim // 2) if share_rel else (num_heads, kernel_size, head_dim // 2)
@@ -96,7 +96,7 @@ class LocalSelfAttention2d(nn.Module):
         return out.permute(0, 1, 4, 2, 3).flatten(1, 2)
 
     def attention_weights(self, x: Tensor) -> Tensor:
-        """The weights of the values in `forward`, before a stride's pool: [B, N, H, W, K*K]; they sum to 1."""
+        """Return the attention weights of `forward` before pooling, [B, N, H, W, K*K]; the last dimension sums to 1."""
         query, *key, _ = self._projections(x)
         rel = (self.rel_height, self.rel_width)
         return attention_weights(query, key[0] if key else None, *rel, **self._options())
@@ -105,11 +105,11 @@ class LocalSelfAttention2d(nn.Module):
         return {"kernel_size": self.kernel_size, "content": self.content, "border": self.border}
 
     def relative_scores(self, x: Tensor) -> Tensor | None:
-        """Return q.r at each place of the window, mean over images and places, [N, K, K]; None without embeddings."""
+        """Return q.r per window position, averaged over images and queries, [N, K, K]; None without embeddings."""
         return _mean_relative_scores(self._projections(x)[0], self.rel_height, self.rel_width)
 
     def _projections(self, x: Tensor) -> Tensor:
-        """Queries, keys (where content is part of the score) and values of all heads, [3 or 2, B, N, H, W, D]."""
+        """Return queries, keys (if the scores include content) and values of all heads, [3 or 2, B, N, H, W, D]."""
         qkv = self.qkv(x)
         if self.position == "absolute":
             qkv = qkv + self._projected_sinusoid(x)
@@ -118,8 +118,9 @@ class LocalSelfAttention2d(nn.Module):
         return heads.permute(1, 0, 2, 4, 5, 3)
 
     def _projected_sinusoid(self, x: Tensor) -> Tensor:
-        """The sinusoid's part of the projections, [1, C', H, W]: W_Q and W_K read the sinusoid, W_V does not."""
-        # The projection is linear, and the sinusoid is a row code beside a column code: each is projected alone.
+        """Return the sinusoid's part of the projections, [1, C', H, W]; it is added for W_Q and W_K, not for W_V."""
+        # The projection is linear and the sinusoid concatenates a row code and a column code, so each is projected
+        # separately.
         num_reading = self.qkv.out_channels // self._num_projections * (self._num_projections - 1)
         halves = zip(self.qkv.weight[:num_reading, :, 0, 0].chunk(2, dim=1), x.shape[2:], strict=True)
         rows, cols = (half @ sinusoid(x.shape[1] // 2, side, x.device).to(half.dtype) for half, side in halves)
@@ -134,26 +135,26 @@ class LocalSelfAttention2d(nn.Module):
 
 
 class AttentionStem(nn.Module):
-    """The paper's stem (section 3.2, Eq. 8-9): attention inside aligned 4x4 blocks, BN, 4x4 max pool; no ReLU.
+    """The paper's stem (section 3.2, Eq. 8-9): attention inside aligned 4x4 blocks, BN and a 4x4 max pool, no ReLU.
 
-    A query sees the keys and values of its own block alone. Values are a mixture whose weights depend on the position
+    A query attends only to keys and values of its own block. Values are a mixture whose weights depend on the position
     (a, b) inside the block: v_ab = sum_m p(a, b, m) W_V^m x_ab with
     p(a, b, m) = softmax_m((emb_row(a) + emb_col(b)) . nu_m), shared by the heads.
 
-    BCHW in; out [B, out_channels, H/4, W/4], or H x W with `pool=False`.
+    The input is BCHW; the output is [B, out_channels, H/4, W/4], or H x W with `pool=False`.
 
     Args:
-        in_channels, out_channels: `out_channels` is split over the heads.
-        values: "mixture"; or the ablations of Table 7: "plain" (one W_V) and "conv" (a 4x4 convolution).
-        pool: whether the 4x4 max pool follows; without it the stem suits images of 64 pixels and less.
-        num_heads, num_mixtures: the paper's 4 heads; 4 mixtures (its number is not given).
-        relative: whether q.r is part of the score.
-        backend: "auto": the compiled kernel (sasa_train/attention/stem.py) where it can run (on a CPU, in float32, not
-            with values="conv"), else PyTorch; "cpu": the kernel, or an error; "reference" and "triton": PyTorch.
+        in_channels, out_channels: numbers of channels; `out_channels` is divided among the heads.
+        values: "mixture", or for the ablations of Table 7 "plain" (a single W_V) or "conv" (a 4x4 convolution).
+        pool: whether to apply the 4x4 max pool; without it, the stem suits images of up to 64 pixels.
+        num_heads, num_mixtures: 4 heads as in the paper, and 4 mixtures, a number that the paper does not give.
+        relative: whether the scores include q.r.
+        backend: "auto" uses the compiled kernel (sasa_train/attention/stem.py) if it can run (on a CPU, in float32, not
+            with values="conv"), otherwise PyTorch; "cpu" requires the kernel; "reference" and "triton" use PyTorch.
 
     Raises:
         RuntimeError: backend="cpu" cannot run.
-        ValueError: `num_heads` does not fit `out_channels`; in forward, 4 does not divide the image's sides.
+        ValueError: `out_channels` and `num_heads` are incompatible; in forward, H or W is not divisible by 4.
     """
 
     def __init__(
@@ -182,7 +183,7 @@ class AttentionStem(nn.Module):
             )
         else:
             num_mixtures = num_mixtures if values == "mixture" else 1
-            # W_V^1 .. W_V^m side by side: sum_m p_m W_V^m x is one projection of (p_1 x, .., p_m x).
+            # W_V^1 .. W_V^m are concatenated, so that sum_m p_m W_V^m x is one projection of (p_1 x, .., p_m x).
             self.value = nn.Conv2d(num_mixtures * in_channels, out_channels, 1, bias=False)
         if values == "mixture":
             self.emb_row = nn.Parameter(torch.empty(BLOCK_SIZE, out_channels))
@@ -197,7 +198,7 @@ class AttentionStem(nn.Module):
     def reset_parameters(self) -> None:
         in_channels, out_channels = self.qk.in_channels, self.qk.out_channels // 2
         nn.init.normal_(self.qk.weight, std=in_channels**-0.5)
-        # Each W_V^m is N(0, 1/in_channels); the 4x4 convolution's fan-in counts its 16 taps.
+        # Each W_V^m is drawn from N(0, 1/in_channels); the fan-in of the 4x4 convolution includes its 16 positions.
         num_taps = BLOCK_SIZE**2 if self.values == "conv" else 1
         nn.init.normal_(next(self.value.parameters()), std=(in_channels * num_taps) ** -0.5)
         if self.values == "mixture":
@@ -217,9 +218,9 @@ class AttentionStem(nn.Module):
         return self.pool(self.bn(self._unblock(out, height, width)))
 
     def attention_weights(self, x: Tensor) -> Tensor:
-        """The weights of the values in `forward`: [B, N, blocks, 16, 16], query by key; they sum to 1 over the keys.
+        """Return the attention weights of `forward`, [B, N, blocks, 16 queries, 16 keys]; they sum to 1 over the keys.
 
-        Blocks, and positions inside a block, are in row-major order. Computed by PyTorch in float32 or float64.
+        Blocks and positions inside a block are in row-major order. PyTorch computes the weights in float32 or float64.
         """
         _check_sides(*x.shape[-2:])
         query, key = self._queries_and_keys(x)
@@ -228,7 +229,7 @@ class AttentionStem(nn.Module):
             return self._attn_weights(query.to(dtype), key.to(dtype))
 
     def relative_scores(self, x: Tensor) -> Tensor | None:
-        """Return q.r at each offset in a block, -3 to 3, mean over queries, [N, 7, 7]; None without embeddings."""
+        """Return q.r at each offset from -3 to 3, averaged over queries, [N, 7, 7]; None without embeddings."""
         return _mean_relative_scores(self._queries_and_keys(x)[0], self.rel_height, self.rel_width)
 
     def _queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,15 +247,15 @@ class AttentionStem(nn.Module):
         return stem.can_run(self.backend, x.device.type, x.dtype, x.shape[1], weight.dtype, autocast)
 
     def _forward_kernel(self, x: Tensor) -> Tensor:
-        """Run the compiled kernel, in float32; under autocast the result has autocast's dtype, as in `_attend`."""
+        """Run the compiled kernel in float32. Under autocast, the result has autocast's dtype, as in `_attend`."""
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         with torch.autocast("cpu", enabled=False):
             mixture = self.mixture_weights() if self.values == "mixture" else x.new_ones(1, BLOCK_SIZE, BLOCK_SIZE)
             assert isinstance(self.value, nn.Conv2d)
             w_v = self.value.weight.flatten(1).unflatten(1, (len(mixture), -1))
             inputs = (x, self.qk.weight.flatten(1), w_v, mixture, self.rel_height, self.rel_width, self.num_heads)
-            # Batch norm is an affine map, so the pool keeps the largest number of each block or, under a negative
-            # weight, the smallest: the kernel picks it, and the map at full resolution is never written.
+            # Batch norm is an affine map, so the pool keeps the maximum of each block or, if the norm's weight is
+            # negative, the minimum. The kernel selects this value and never writes the map at full resolution.
             if is_plain(self.pool, nn.MaxPool2d) and can_normalise_picked(self.bn):
                 picked, mean, variance = stem.attention_stem_pooled(*inputs, self.bn.weight.detach().sign())
                 count = x.shape[0] * x.shape[2] * x.shape[3]
@@ -263,7 +264,7 @@ class AttentionStem(nn.Module):
         return self.pool(self.bn(out))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Full attention inside each block, [B, N, blocks, 16, D]; half precision is computed in float32."""
+        """Compute full attention inside each block, [B, N, blocks, 16, D]; half precision is computed in float32."""
         if query.dtype in (torch.bfloat16, torch.float16):
             with torch.autocast(query.device.type, enabled=False):
                 return self._attend(query.float(), key.float(), value.float()).to(value.dtype)
@@ -276,18 +277,18 @@ class AttentionStem(nn.Module):
         return scores.softmax(-1)
 
     def mixture_weights(self) -> Tensor:
-        """Return p(a, b, m), [m, 4, 4], which sums to 1 over m."""
+        """Return the mixture weights p(a, b, m) as [m, 4, 4]; they sum to 1 over m."""
         position = self.emb_row[:, None] + self.emb_col[None, :]
         return torch.einsum("abc,mc->mab", position, self.nu).softmax(0)
 
     def _mix(self, x: Tensor) -> Tensor:
-        """Return [B, m*C, H, W]: x [B, C, H, W] times the weight p of each mixture at its place in the block."""
+        """Multiply x [B, C, H, W] by each mixture's weight p at its position in the block; return [B, m*C, H, W]."""
         tiles = (1, x.shape[2] // BLOCK_SIZE, x.shape[3] // BLOCK_SIZE)
         weights = self.mixture_weights().to(x.dtype).repeat(tiles)
         return (weights[None, :, None] * x[:, None]).flatten(1, 2)
 
     def _relative(self, dtype: torch.dtype) -> Tensor:
-        """Return r by query and key of a block, [16, 16, D]: rows in the first half of D, columns in the second."""
+        """Return r for each query and key of a block, [16, 16, D], with rows in the first half of D, then columns."""
         assert self.rel_height is not None and self.rel_width is not None
         place = torch.arange(BLOCK_SIZE, device=self.rel_height.device)
         offset = place[None, :] - place[:, None] + BLOCK_SIZE - 1  # [query, key]
@@ -297,41 +298,41 @@ class AttentionStem(nn.Module):
         return torch.cat([rows, cols], dim=-1).flatten(2, 3).flatten(0, 1).to(dtype)
 
     def _blocks(self, x: Tensor) -> Tensor:
-        """Cut [B, C, H, W] into blocks, [B, N, number of blocks, 16, D]."""
+        """Split [B, C, H, W] into blocks, [B, N, number of blocks, 16, D]."""
         batch, channels, height, width = x.shape
         size = BLOCK_SIZE
         x = x.view(batch, self.num_heads, channels // self.num_heads, height // size, size, width // size, size)
         return x.permute(0, 1, 3, 5, 4, 6, 2).flatten(4, 5).flatten(2, 3)
 
     def _unblock(self, blocks: Tensor, height: int, width: int) -> Tensor:
-        """The inverse of `_blocks`."""
+        """Undo `_blocks`."""
         x = blocks.unflatten(3, (BLOCK_SIZE, BLOCK_SIZE)).unflatten(2, (height // BLOCK_SIZE, width // BLOCK_SIZE))
         return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(x.shape[0], -1, height, width)
 
 
 def sinusoid(channels: int, length: int, device: torch.device | None = None) -> Tensor:
-    """The Transformer's absolute positions, [channels, length]: sines in the first half, cosines in the second."""
+    """Return the Transformer's position encoding [channels, length], with sines in the first half, then cosines."""
     frequencies = 10_000.0 ** -(torch.arange(0, channels, 2, device=device) / channels)
     angles = frequencies[:, None] * torch.arange(length, device=device)
     return torch.cat([angles.sin(), angles.cos()])
 
 
 def _relative_embeddings(shape: tuple[int, ...] | None) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-    """Return `rel_height` and `rel_width` of this shape, [..., K, D/2], or None and None."""
+    """Return the parameters `rel_height` and `rel_width` of shape [..., K, D/2], or None and None."""
     if shape is None:
         return None, None
     return nn.Parameter(torch.empty(shape)), nn.Parameter(torch.empty(shape))
 
 
 def _init_relative(*embeddings: nn.Parameter | None) -> None:
-    """Draw an embedding from N(0, 1/head_dim)."""
+    """Initialise an embedding from N(0, 1/head_dim)."""
     for embedding in embeddings:
         if embedding is not None:
             nn.init.normal_(embedding, std=(2 * embedding.shape[-1]) ** -0.5)
 
 
 def _mean_relative_scores(query: Tensor, rel_height: Tensor | None, rel_width: Tensor | None) -> Tensor | None:
-    """Queries [B, N, ..., D] -> the mean of q.r, [N, K, K]."""
+    """Return the mean of q.r, [N, K, K], over queries [B, N, ..., D]."""
     if rel_height is None or rel_width is None:
         return None
     # q.r is linear in q, so the mean query has the mean score.

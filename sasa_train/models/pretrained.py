@@ -1,4 +1,4 @@
-"""Load the weights of another training into a model: what fits is loaded or adapted, the rest is named."""
+"""Load pretrained weights into a model. Matching tensors are loaded or adapted, and all others are reported."""
 
 import contextlib
 import sys
@@ -16,22 +16,22 @@ from sasa_train.terminal import printable
 
 StateDict = dict[str, Tensor]
 
-MAX_LINE = 4000  # characters of a report's line: a ResNet-50's names have 3,000
-MIN_SHARE = 0.1  # of the parameters outside the classifier: with less, the file is another model's
+MAX_LINE = 4000  # maximum characters in a line of the report; the names of a ResNet-50 take 3,000
+MIN_SHARE = 0.1  # minimum matching fraction of the parameters outside the classifier; below, the file is refused
 
 
 @dataclass
 class PretrainedReport:
-    """The result of `load_pretrained` for each tensor; `share` is the loaded part of the model's parameters."""
+    """Result of `load_pretrained` for each tensor. `share` is the loaded fraction of the model's parameters."""
 
     loaded: list[str]
-    adapted: dict[str, str]  # the loaded ones that had another shape -> how, as "window 7 -> 5"
-    left: dict[str, str]  # those left at their initialisation -> why
-    unused: list[str]  # in the file, not in the model
+    adapted: dict[str, str]  # loaded tensors whose shape was changed -> the change, e.g. "window 7 -> 5"
+    left: dict[str, str]  # tensors left at their initial values -> the reason
+    unused: list[str]  # tensors in the file but not in the model
     share: float
 
     def describe(self) -> str:
-        """Several lines of text, the tensors grouped by layer."""
+        """Format the report as several lines of text, with the tensors grouped by layer."""
         num_all = len(self.loaded) + len(self.left)
         lines = [f"loaded {len(self.loaded)} of {num_all} tensors, {100 * self.share:.1f} % of the parameters"]
         lines += [f"adapted, {how}: {_by_layer(names)}" for how, names in _by_value(self.adapted).items()]
@@ -44,17 +44,17 @@ class PretrainedReport:
 
 @torch.no_grad()
 def load_pretrained(model: nn.Module, state_dict: StateDict, keep_classifier: bool = True) -> PretrainedReport:
-    """Load the tensors of `state_dict` that have the same name and shape in the model, or can be adapted.
+    """Load the tensors of `state_dict` that have the same name and shape in the model or can be adapted.
 
-    The `checkpoint_filter_fn` of the model's module adapts, in timm's models position embeddings to another image size,
-    in ours relative embeddings to another window. The first convolution is adapted to another number of channels.
+    The `checkpoint_filter_fn` of the model's module adapts position embeddings to another image size (timm's models) or
+    relative embeddings to another window (ours). The first convolution is adapted to another number of channels.
 
     Args:
-        keep_classifier: False leaves the classifier at its initialisation, even where its shape fits.
+        keep_classifier: if False, the classifier keeps its initial weights even if the shapes match.
 
     Raises:
-        ConfigError: less than a tenth of the parameters outside the classifier fit, or what fits is not finite; the
-            model is unchanged.
+        ConfigError: less than a tenth of the parameters outside the classifier match, or a matching tensor is not
+            finite; the model is unchanged.
     """
     own = model.state_dict()
     given = _adapt_first_conv(model, _filtered(model, state_dict))
@@ -71,7 +71,7 @@ def load_pretrained(model: nn.Module, state_dict: StateDict, keep_classifier: bo
     loaded = [name for name in own if name not in left]
     _check_enough(model, loaded, classifier, left)
     _check_finite({name: given[name] for name in loaded})
-    # All checks come before the first copy, so that a refused file changes nothing.
+    # All checks precede the first copy, so that a refused file leaves the model unchanged.
     for name in loaded:
         own[name].copy_(given[name])
     return PretrainedReport(
@@ -88,7 +88,7 @@ def load_pretrained(model: nn.Module, state_dict: StateDict, keep_classifier: bo
 
 
 def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
-    """Adapt relative embeddings to the window of a model of ours; timm looks for a function of this name."""
+    """Adapt relative embeddings to the window size of one of our models; timm looks for a function of this name."""
     own = model.state_dict()
     return {
         name: resize_window(tensor, own[name].shape[-2]) if _is_other_window(name, tensor, own) else tensor
@@ -101,7 +101,7 @@ def _is_relative(name: str) -> bool:
 
 
 def _is_other_window(name: str, tensor: Tensor, own: dict[str, Any]) -> bool:
-    """Whether an embedding [K, D/2] or [N, K, D/2] differs from the model's in K alone."""
+    """Return whether an embedding [K, D/2] or [N, K, D/2] differs from the model's only in K."""
     if not _is_relative(name) or name not in own:
         return False
     here, there = own[name].shape, tensor.shape
@@ -109,10 +109,10 @@ def _is_other_window(name: str, tensor: Tensor, own: dict[str, Any]) -> bool:
 
 
 def resize_window(table: Tensor, kernel_size: int) -> Tensor:
-    """Relative embeddings [..., K, D/2] of another window -> [..., kernel_size, D/2]."""
-    # Each offset in positions keeps its embedding: a smaller window drops the outer ones, a larger one repeats the
-    # outermost. Stretching the table over the window, as Swin does, was measured to be worse at 5 of 6 windows, also
-    # where the image grew as much (docs/finetune.md).
+    """Convert relative embeddings [..., K, D/2] to another window size, [..., kernel_size, D/2]."""
+    # Each offset keeps its embedding. A smaller window drops the outer embeddings, and a larger one repeats the
+    # outermost. Interpolating the table, as Swin does, was less accurate at 5 of 6 window sizes, even if the image grew
+    # by the same factor (docs/finetune.md).
     num_offsets = table.shape[-2]
     offsets = torch.arange(kernel_size) + (num_offsets - kernel_size) // 2
     return table[..., offsets.clamp(0, num_offsets - 1), :]
@@ -132,16 +132,16 @@ def _filtered(model: nn.Module, state_dict: StateDict) -> StateDict:
 
 
 def _adapt_first_conv(model: nn.Module, given: StateDict) -> StateDict:
-    """Adapt a first convolution of three input channels to the model's number, as timm does."""
+    """Adapt the weights of a three-channel first convolution to the model's number of input channels, as timm does."""
     names = getattr(model, "pretrained_cfg", {}).get("first_conv") or ()
     own = model.state_dict()
     for name in (f"{name}.weight" for name in ((names,) if isinstance(names, str) else names)):
         if name in own and name in given and own[name].ndim == given[name].ndim == 4:
             here, there = own[name].shape, given[name].shape
-            # The attention stem's values have 3 channels for each of their mixtures.
+            # The values of the attention stem have 3 input channels per mixture.
             in_chans, rest = divmod(3 * here[1], there[1])
             if here[1] != there[1] and there[1] % 3 == rest == 0 and here[0] == there[0] and here[2:] == there[2:]:
-                with contextlib.suppress(NotImplementedError):  # then it is left, and named
+                with contextlib.suppress(NotImplementedError):  # then the tensor is reported as not loaded
                     given[name] = adapt_input_conv(in_chans, given[name])
     return given
 
@@ -165,7 +165,7 @@ def _classifier_names(model: nn.Module) -> list[str]:
 
 
 def _share(parameters: Mapping[str, Tensor], loaded: Iterable[str]) -> float:
-    """The part of all parameters' numbers that `loaded` names."""
+    """Return the fraction of the model's parameters that belong to the tensors in `loaded`."""
     count = sum(p.numel() for p in parameters.values())
     return sum(parameters[name].numel() for name in loaded if name in parameters) / max(count, 1)
 
@@ -187,7 +187,7 @@ def _check_finite(tensors: StateDict) -> None:
 
 
 def _by_value(texts: dict[str, str]) -> dict[str, list[str]]:
-    """Group the names of {name: text} by their text."""
+    """Group the keys of {name: text} by text."""
     return _grouped((text, name) for name, text in texts.items())
 
 
@@ -199,7 +199,7 @@ def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 
 
 def _by_layer(names: Iterable[str]) -> str:
-    """Group names by layer, as in `rel_height, rel_width of layer1.0.conv2, layer2.0.conv2; weight, bias of fc`."""
+    """Group names by layer, e.g. `rel_height, rel_width of layer1.0.conv2, layer2.0.conv2; weight, bias of fc`."""
     leaves = _grouped(name.rpartition(".")[::2] for name in names)
     layers = _grouped((", ".join(found), layer) for layer, found in leaves.items())
     return "; ".join(f"{found} of {', '.join(where)}" if any(where) else found for found, where in layers.items())

@@ -1,8 +1,8 @@
-"""One ResNet whose keys give the paper's attention nets, its hybrids and its convolutional baselines.
+"""A configurable ResNet that covers the paper's attention models, hybrids and convolutional baselines.
 
-Registered with timm: `{sasa,hybrid,conv}_resnet{26,38,50}`. The paper's block counts differ from timm's: R26 is
-[1, 2, 4, 1] and R38 [2, 3, 5, 2] (R50's [3, 4, 6, 3] less 2 or 1 per stage). The stride is in the 3x3 convolution, or
-in the pool after attention; shortcuts keep their strided 1x1 convolution.
+It is registered with timm as `{sasa,hybrid,conv}_resnet{26,38,50}`. The paper's block counts differ from timm's: R26
+has [1, 2, 4, 1] and R38 [2, 3, 5, 2] blocks (R50's [3, 4, 6, 3] minus 2 or 1 per stage). The stride is applied in the
+3x3 convolution or in the pool after attention; shortcuts keep their strided 1x1 convolution.
 """
 
 from collections.abc import Sequence
@@ -24,14 +24,14 @@ STAGE_OPS = ("conv", "attention")
 
 
 class Bottleneck(nn.Module):
-    """1x1-BN-ReLU, 3x3 convolution or local attention, BN-ReLU, 1x1-BN, plus the shortcut, ReLU."""
+    """Bottleneck block: 1x1-BN-ReLU, 3x3 convolution or local attention, BN-ReLU, 1x1-BN, plus the shortcut, ReLU."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, op: str, drop_path: float, attention: dict):
         super().__init__()
         out_channels = channels * EXPANSION
         self.conv1 = PointwiseConv2d(in_channels, channels)
         self.bn1 = nn.BatchNorm2d(channels)
-        # Attention runs at the input's resolution and is pooled afterwards: so R50 has the paper's 6.97 GFLOPs.
+        # Attention runs at the input's resolution and is pooled afterwards, which gives R50 the paper's 6.97 GFLOPs.
         self.conv2: nn.Module = (
             nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False)
             if op == "conv"
@@ -52,25 +52,25 @@ class Bottleneck(nn.Module):
         out = self.act(self.bn1(self.conv1(x)))
         out = self.act(self.bn2(self.conv2(out)))
         out = self.drop_path(self.bn3(self.conv3(out)))
-        out += self.downsample(x)  # in place: batch norm does not need its output
+        out += self.downsample(x)  # in place, because batch norm does not need its output
         return self.act(out)
 
 
 class ResNet(nn.Module):
-    """Stem, four stages of bottlenecks, global average pool, classifier. Images [B, in_chans, H, W] -> logits.
+    """ResNet with a stem, four stages of bottlenecks, a global average pool and a classifier.
 
     Args:
         depth: 26, 38 or 50.
         stem: "conv" (7x7/2, BN, ReLU, 3x3/2 max pool), "attention" (4x4 blocks, value mixture, BN, 4x4 max pool);
-            for images of 64 pixels and less "conv_small" (3x3/1, no pool) and "attention_small" (no pool); for the
-            paper's Table 7 "attention_plain" and "attention_convvalues".
+            for images of up to 64 pixels, "conv_small" (3x3/1, no pool) and "attention_small" (no pool); for the
+            paper's Table 7, "attention_plain" and "attention_convvalues".
         stage_ops: "conv" or "attention" for each of the four stages.
         kernel_size, num_heads, position, content, border: see `LocalSelfAttention2d`.
-        width: factor on every layer's channels.
-        drop_path_rate: the last block's rate; it grows linearly from 0 at the first block.
+        width: multiplier for the number of channels of every layer.
+        drop_path_rate: stochastic depth rate of the last block; the rates increase linearly from 0 at the first block.
 
     Raises:
-        ValueError: keys that cannot go together; the message names the key, its value and the rule.
+        ValueError: arguments are incompatible; the message states the argument, its value and the rule.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class ResNet(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """Kaiming fan-out for convolutions, 0 for the last BN's weight of each block; attention initialises itself."""
+        """Initialise convolutions (Kaiming, fan-out) and each block's last BN weight (0); attention does it itself."""
         attention = [m for m in self.modules() if isinstance(m, LocalSelfAttention2d | AttentionStem)]
         own_init = {module for layer in attention for module in layer.modules()}
         for module in self.modules():
@@ -166,7 +166,7 @@ class ResNet(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of the position embeddings and the stem's mixture embeddings; timm itself spares norms and biases."""
+        """Return the names of position and stem mixture embeddings; timm itself excludes norms and biases."""
         names = ("rel_height", "rel_width", "emb_row", "emb_col", "nu")
         return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in names}
 
@@ -176,7 +176,7 @@ class ResNet(nn.Module):
 
 
 def build_stem(stem: str, in_chans: int, channels: int, backend: str = "auto") -> tuple[nn.Module, int]:
-    """Return the stem and its reduction (input pixels per output position, along a side)."""
+    """Return the stem and its reduction (input pixels per output position in each dimension)."""
     if stem == "conv":
         conv = nn.Conv2d(in_chans, channels, 7, 2, padding=3, bias=False)
         return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, padding=1)), 4
@@ -193,7 +193,8 @@ def build_stem(stem: str, in_chans: int, channels: int, backend: str = "auto") -
 
 def _register(family: str, depth: int, stem: str, op: str) -> None:
     def create(pretrained: bool = False, **kwargs) -> ResNet:
-        # pretrained=True is for folders of sasa-export (local-dir:, hf-hub:); for others timm says that it has none.
+        # pretrained=True works with folders from sasa-export (local-dir:, hf-hub:); otherwise timm reports that it has
+        # no weights.
         return build_model_with_cfg(
             ResNet,
             f"{family}_resnet{depth}",
@@ -221,7 +222,7 @@ default_cfgs = generate_default_cfgs(
             "mean": (0.485, 0.456, 0.406),
             "std": (0.229, 0.224, 0.225),
             "classifier": "fc",
-            "first_conv": ("stem.0", "stem.qk", "stem.value", "stem.value.1"),  # those that the stem has
+            "first_conv": ("stem.0", "stem.qk", "stem.value", "stem.value.1"),  # names that exist in the stem are used
         }
         for family in ("sasa", "hybrid", "conv")
         for depth in BLOCK_COUNTS

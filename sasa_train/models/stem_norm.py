@@ -1,24 +1,24 @@
-"""Batch norm of a stem's picked positions, with the statistics that the stem's kernel gives."""
+"""Batch norm of a stem's selected positions, using the statistics computed by the stem's kernel."""
 
 import torch
 from torch import Tensor, nn
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is exactly of this kind and has no hooks, so that its work may be done elsewhere."""
+    """Return whether a module has exactly this type and no hooks, so that other code can do its work."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return type(module) is kind and not any(hooks)
 
 
 def can_normalise_picked(norm: nn.Module) -> bool:
-    """Whether `normalise_picked` can replace `norm`: not where it is synchronised, or without weights or statistics."""
+    """Return whether `normalise_picked` can replace `norm`, an unsynchronised norm with weights and statistics."""
     return is_plain(norm, nn.BatchNorm2d) and None not in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
 
 
 def normalise_picked(norm: nn.BatchNorm2d, picked: Tensor, mean: Tensor, variance: Tensor, count: int) -> Tensor:
-    """Batch norm of some positions of a map, given mean and biased variance [C] over all its `count` positions.
+    """Batch-normalise some positions of a map, given the mean and biased variance [C] over all its `count` positions.
 
-    Moves the running statistics as `nn.BatchNorm2d` does; in eval mode it normalises with them.
+    The running statistics are updated as in `nn.BatchNorm2d` and used for normalisation in eval mode.
     """
     assert norm.running_mean is not None and norm.running_var is not None
     if norm.training:

@@ -1,1 +1,1 @@
-"""The processes of a run under torchrun: which one this is, and what they tell each other."""
+"""The processes of a run under torchrun: their ranks and the communication between them."""

@@ -1,7 +1,7 @@
-"""The exchanges between the processes of a run under torchrun. With one process, nothing here does anything.
+"""Communication between the processes of a run under torchrun. With a single process, nothing is exchanged.
 
-Gradients take NCCL on CUDA. Everything else goes through the CPU (gloo), so that no device is waited for. A process
-whose partner has ended gets an error from gloo within moments, whatever it was waiting for there.
+Gradients are exchanged with NCCL on CUDA. Everything else uses the CPU (gloo), so that nothing waits for a device. If a
+process ends, the processes that wait for it in gloo receive an error within moments.
 """
 
 import contextlib
@@ -24,20 +24,20 @@ from sasa_train.refusal import ConfigError
 Result = TypeVar("Result")
 Error = type[Exception]
 
-TIMEOUT = datetime.timedelta(minutes=30)  # per wait: longer than a save, a download or data.worker_timeout
+TIMEOUT = datetime.timedelta(minutes=30)  # per wait; longer than a save, a download or data.worker_timeout
 STOP, FAILURE = "stop", "failure"  # keys of the store
 STORE_FIX = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-# Words in the errors of gloo, NCCL and the store when another process has ended.
+# Phrases in the errors that gloo, NCCL and the store raise when another process has ended.
 LOST = ("gloo", "NCCL", "TCPStore", "Connection closed", "Connection reset", "Connection refused", "Broken pipe")
 
 _store: dist.Store | None = None
 
 
 def join() -> None:
-    """Join the other processes; returns when all have joined."""
+    """Join the process group, waiting until all processes have joined."""
     global _store
     store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    # torchrun may keep its store over restarts: keys of an earlier attempt must not be taken for this one's.
+    # torchrun may keep its store across restarts, so the prefix separates the keys of this attempt from earlier ones.
     _store = dist.PrefixStore(f"sasa_train/{num_restarts()}", store)
     has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group(
@@ -47,19 +47,19 @@ def join() -> None:
 
 
 def leave(code: int, may_wait: bool) -> None:
-    """Leave the group; unless `may_wait`, end this process at once with `code`."""
+    """Leave the process group; unless `may_wait`, exit this process immediately with `code`."""
     if may_wait:
         if dist.is_initialized():
             dist.destroy_process_group()
         return
-    # After a failure Python's own exit may wait for a message that never comes.
+    # After a failure, Python's normal exit may wait for a message that never arrives.
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)
 
 
 def use_own_device() -> None:
-    """Make this process's CUDA device the current one; ConfigError if there are fewer devices than processes."""
+    """Select this process's CUDA device; raise ConfigError if there are fewer devices than processes."""
     if local_rank() >= (count := torch.cuda.device_count()):
         remedy = f"use torchrun --nproc-per-node={count}, or trainer.device=cpu"
         raise ConfigError(f"LOCAL_RANK={local_rank()}, but torch sees {count} CUDA devices; {remedy}")
@@ -67,7 +67,7 @@ def use_own_device() -> None:
 
 
 def restart_warning() -> str | None:
-    """A warning if restarts of several torchruns may fail, else None."""
+    """Return a warning if restarts may fail with several torchrun instances, otherwise None."""
     if num_machines() == 1 or not max_restarts() or os.environ.get(STORE_FIX) == "1":
         return None
     return (
@@ -77,7 +77,7 @@ def restart_warning() -> str | None:
 
 
 def from_first(function: Callable[[], Result], *errors: Error) -> Result:
-    """Call `function` on the first process alone; return its result, or raise its error (one of `errors`), on all."""
+    """Call `function` only on the first process; return its result or raise its error (one of `errors`) on all."""
     if world_size() == 1:
         return function()
     outcome: list[Any] = [None, None]
@@ -93,10 +93,10 @@ def from_first(function: Callable[[], Result], *errors: Error) -> Result:
 
 
 def everywhere(function: Callable[[], Result], *errors: Error) -> Result:
-    """Call `function` on all processes; where it raises one of `errors` on one of them, raise that on all."""
+    """Call `function` on all processes; if it raises one of `errors` on any of them, raise that error on all."""
     if world_size() == 1:
         return function()
-    # `function` must not exchange anything itself: where it fails on one process, the others would wait for its part.
+    # `function` must not communicate itself: if it failed on one process, the others would wait for that process.
     result, error = None, None
     try:
         result = function()
@@ -115,7 +115,7 @@ def _shared(error: Exception) -> Exception:
 
 
 def describe(error: BaseException) -> str | None:
-    """An error's text, with the process that it comes from; None where the first process prints it for all."""
+    """Return an error's message including its process, or None if the first process prints it for all."""
     source = getattr(error, "process", rank())
     if getattr(error, "is_shared", False):
         if rank() != 0:
@@ -125,7 +125,7 @@ def describe(error: BaseException) -> str | None:
 
 
 def gather(value: Any) -> list[Any]:
-    """All processes' values, by rank."""
+    """Return the values of all processes, ordered by rank."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -134,7 +134,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def total(tensor: Tensor) -> Tensor:
-    """The sum over all processes; a tensor on the CPU where there are several."""
+    """Return the sum over all processes, which is a CPU tensor if there are several."""
     if world_size() == 1:
         return tensor
     summed = tensor.cpu()
@@ -143,7 +143,7 @@ def total(tensor: Tensor) -> Tensor:
 
 
 def largest(number: float) -> float:
-    """The largest number of all processes."""
+    """Return the maximum over all processes."""
     if world_size() == 1:
         return number
     tensor = torch.tensor(number, dtype=torch.float64)
@@ -152,29 +152,29 @@ def largest(number: float) -> float:
 
 
 def wait_for_all() -> None:
-    """Wait, on the CPU, until all processes have come here."""
+    """Block on the CPU until all processes have reached this call."""
     largest(0.0)
 
 
 def share_gradients(model: nn.Module) -> nn.Module:
-    """Wrap the model so that the backward pass averages gradients over the processes; with one process, return it."""
+    """Wrap the model so that backward averages gradients over the processes; a single process gets it unchanged."""
     if world_size() == 1:
         return model
-    # gloo reports a process that has failed on its way here; NCCL's first call would wait for it.
+    # If a process has failed before this call, gloo reports it, while NCCL's first call would wait for it.
     wait_for_all()
-    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # they are copied, in 1x1 maps
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # copied for 1x1 maps
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # the new name of broadcast_buffers is not in older versions
-        # `find_unused_parameters` keeps the buckets of gradients as they are from the first step on. Without it they
-        # are arranged anew after the first step of each start, and more than two numbers are then added in another
-        # order: with three processes, a run resumed after its first step ended 1e-6 away from one never stopped.
+        warnings.simplefilter("ignore", FutureWarning)  # older versions lack the new name of broadcast_buffers
+        # `find_unused_parameters` keeps the gradient buckets unchanged from the first step on. Without it, they are
+        # rearranged after the first step of each start, which changes the order of summation of more than two values:
+        # with three processes, a run resumed after its first step differed by 1e-6 from an uninterrupted one.
         return DistributedDataParallel(
             model, broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True
         )
 
 
 def any_of(flag: Tensor) -> Tensor:
-    """Return 1.0 on the flag's device if any process's is set, else 0.0; nothing waits for the device."""
+    """Return 1.0 if the flag is set on any process, otherwise 0.0, on the flag's device and without waiting for it."""
     flag = flag.float()
     if world_size() > 1:
         dist.all_reduce(flag, dist.ReduceOp.MAX)
@@ -182,7 +182,7 @@ def any_of(flag: Tensor) -> Tensor:
 
 
 def copy_buffers(model: nn.Module) -> None:
-    """Give all processes the first one's buffers, in one message: batch norm's running statistics differ."""
+    """Copy the first process's buffers to all in one message, because batch norm's running statistics differ."""
     buffers = list(model.buffers())
     if world_size() == 1 or not buffers:
         return
@@ -194,15 +194,15 @@ def copy_buffers(model: nn.Module) -> None:
 
 
 def average(tensor: Tensor) -> None:
-    """Replace a tensor, in place, by the average over all processes."""
+    """Average a tensor over all processes, in place."""
     if world_size() > 1:
         dist.all_reduce(tensor)
         tensor /= world_size()
 
 
 def stop_is_wanted(here: bool) -> bool:
-    """Whether this process, or another one that asked this, must stop."""
-    # Answers may differ between processes at one moment: this is for work that each may leave at any point.
+    """Return whether this process, or another one that called this, must stop."""
+    # The answers of processes may differ at a given moment, so use this only for work that can be aborted at any point.
     if _store is None or world_size() == 1:
         return here
     if here:
@@ -211,14 +211,14 @@ def stop_is_wanted(here: bool) -> bool:
 
 
 def tell_failure(text: str) -> None:
-    """Leave the reason why this process ends for the others, if it is the first to end."""
+    """Store the reason why this process ends for the others, if it is the first to end."""
     if _store is not None:
-        with contextlib.suppress(RuntimeError):  # torchrun itself is gone
+        with contextlib.suppress(RuntimeError):  # torchrun itself has ended
             _store.compare_set(FAILURE, "", text)
 
 
 def lost_partner(error: BaseException) -> str | None:
-    """The reason why a process ended, if its end caused this `error`; None for any other error."""
+    """Return why another process ended if that caused this `error`, or None for any other error."""
     if world_size() == 1 or not (isinstance(error, dist.DistError) or any(text in str(error) for text in LOST)):
         return None
     with contextlib.suppress(RuntimeError):

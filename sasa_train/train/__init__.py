@@ -1,6 +1,6 @@
-"""sasa-train: from the command line to a run. The run itself is in training/, so that `--help` needs no torch.
+"""The command line of sasa-train. The run itself is implemented in training/, so that `--help` does not import torch.
 
-`torchrun --nproc-per-node=N -m sasa_train.train` takes the same arguments.
+`torchrun --nproc-per-node=N -m sasa_train.train` accepts the same arguments.
 """
 
 import logging
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def end(code: int) -> None:
-    """End this process with `code`, whatever signals arrive."""
+    """Exit this process with `code` and ignore any signals that arrive."""
     ignore_until_the_end()
     if world_size() > 1:
         from sasa_train.processes.collectives import leave
@@ -51,7 +51,7 @@ def end(code: int) -> None:
 
 
 def run_command(arguments: list[str]) -> int:
-    """Run with command-line arguments; return the exit code."""
+    """Run sasa-train with command-line arguments and return the exit code."""
     if {"-h", "--help"} & set(arguments):
         if rank() == 0:
             print_help("sasa-train", USAGE)
@@ -72,7 +72,7 @@ def run_command(arguments: list[str]) -> int:
 
 
 class PrintableFormatter(logging.Formatter):
-    """The message alone, without control characters for the terminal."""
+    """Formatter that removes terminal control characters from messages."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable_lines(super().format(record))
@@ -86,17 +86,17 @@ def set_up_logging() -> None:
 
 
 def read_config(arguments: list[str]) -> TrainConfig:
-    """Compose the config; `resume=<run folder>` without a group choice starts from that run's own config.
+    """Compose the config. `resume=<run folder>` without a group choice starts from that run's own config.
 
     Raises:
-        ConfigError: an error in the command line or a file.
+        ConfigError: the command line or a config file is invalid.
     """
     resume = [o.value() for o in parse_overrides(arguments) if o.key_or_group == "resume"]
     folder = Path(str(resume[-1])) if resume else None
     if folder is not None and os.path.isfile(folder / "config.yaml") and not chooses_group(arguments):
         from sasa_train.runs.folder import load_saved_config
 
-        # A permission to change keys holds for one continuation only.
+        # Permission to change keys applies to a single continuation only.
         config = load_saved_config(folder, ["allow_config_change=[]", *arguments])
     else:
         config = compose_config(arguments)
@@ -110,10 +110,10 @@ def read_config(arguments: list[str]) -> TrainConfig:
 
 
 def multirun(arguments: list[str]) -> int:
-    """Run a sweep by one of Hydra's launchers, with one run folder per job; return the first exit code that is not 0.
+    """Run a sweep with one of Hydra's launchers and one run folder per job; return the first nonzero exit code or 0.
 
     Raises:
-        ConfigError: a job's config is refused; all are checked before the first job begins.
+        ConfigError: a job's config is refused; all configs are checked before the first job starts.
     """
     from sasa_train.training.hydra_launch import launch
 
@@ -130,13 +130,13 @@ def multirun(arguments: list[str]) -> int:
 
 
 def train_together(arguments: list[str]) -> int:
-    """Train as one of the processes that torchrun started; the first one reads the config for all."""
+    """Train as one of the processes started by torchrun. The first process reads the config for all of them."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         raise ConfigError(
             f"WORLD_SIZE={world_size()}, but torchrun did not start this process; several are started by "
             "torchrun --nproc-per-node=N -m sasa_train.train ..., and one without WORLD_SIZE"
         )
-    # Silences C++ warnings: each process would warn of an option of DDP that is set on purpose.
+    # This silences C++ warnings: each process would warn about a DDP option that is set intentionally.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from sasa_train.processes import collectives
 
@@ -158,7 +158,7 @@ def train_together(arguments: list[str]) -> int:
 
 
 def print_help(command: str, usage: str) -> None:
-    """Print the usage, the groups with their choices, and every key with default, meaning and bounds."""
+    """Print the usage, the groups with their choices, and every key with its default, meaning and bounds."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `--help | head` ends without an error
     print(f"usage: {command} {usage}\n")
     print("Config groups (group=choice; the files are in configs/; an experiment chooses in all groups at once):")

@@ -1,1 +1,1 @@
-"""A training run, from a config to a finished run folder; run.py tells the order of events."""
+"""A training run, from a config to a finished run folder. run.py contains the sequence of steps."""

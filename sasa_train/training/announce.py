@@ -1,4 +1,4 @@
-"""The texts that a run prints before its first step and after its last."""
+"""Format the summaries that a run prints before its first step and after its last."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from sasa_train.training.state import TrainState
 
 
 def describe_plan(plan: RunPlan, loaders: Loaders, state: TrainState) -> str:
-    """The values derived from the config: device, sizes, batch, learning rate, and where the run goes on."""
+    """Format the values derived from the config: device, sizes, batch, learning rate and, if resumed, the step."""
     config, train, val = plan.config, loaders.train.plan, loaders.val.plan
     num_parameters = sum(p.numel() for p in state.model.parameters())
     batch = f"{config.trainer.global_batch_size}"
@@ -39,7 +39,7 @@ def describe_plan(plan: RunPlan, loaders: Loaders, state: TrainState) -> str:
 def describe_end(
     config: TrainConfig, run_dir: Path, state: TrainState, last_val: dict[str, Any], num_unreadable: int
 ) -> str:
-    """The closing table: top1, time, images/s, peak memory, the files, and the next commands."""
+    """Format the final summary: top1, time, images/s, peak memory, files and suggested next commands."""
     images = state.step * config.trainer.global_batch_size
     last = f"{last_val['top1']:.2f}" if last_val else "see metrics.jsonl"
     lines = {

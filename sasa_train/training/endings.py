@@ -1,4 +1,4 @@
-"""Every expected ending of a training run, as a message and an exit code. Imports no torch before a run begins."""
+"""Report every expected ending of a training run as a message and an exit code. This module imports torch lazily."""
 
 import errno
 import sys
@@ -14,7 +14,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def train_safely(config: TrainConfig, stop: StopRequest | None = None) -> int:
-    """Train, and turn every expected ending into a message and an exit code, from the first import on."""
+    """Train and convert every expected ending into a message and an exit code, including during the imports."""
     stop = stop or StopRequest()
     try:
         return _train(config, stop)
@@ -26,7 +26,7 @@ def train_safely(config: TrainConfig, stop: StopRequest | None = None) -> int:
 
 
 def _train(config: TrainConfig, stop: StopRequest) -> int:
-    # Imported here: the import of torch takes seconds, in which a signal must already count as a stop request.
+    # Importing torch takes seconds. It is imported here, so that a signal during the import counts as a stop request.
     from sasa_train.processes.collectives import lost_partner
     from sasa_train.training.run import train
 
@@ -43,10 +43,11 @@ def _train(config: TrainConfig, stop: StopRequest) -> int:
         place = f" {error.filename}" if error.filename else ""
         tell(OSError(f"cannot write{place} ({error.strerror}); make room and run the same command again"))
     except (MemoryError, RuntimeError) as error:
-        # A lost partner is asked for first: this process did not fail itself, so it leaves no word for the others.
+        # Check for a lost partner first. In that case this process did not fail itself, so it does not report a failure
+        # to the others.
         if (reason := lost_partner(error)) is not None:
             fail(RuntimeError(f"process {rank()}: stopped: {reason}"))
-        # Only before the first step: later the run itself makes an OutOfMemoryError of it.
+        # This happens only before the first step; later, the run itself converts the error to an OutOfMemoryError.
         elif is_out_of_memory(error):
             advice = "use a smaller model, data.image_size or data.max_train_images"
             tell(RuntimeError(f"out of memory ({error}); {advice}"))
@@ -56,7 +57,7 @@ def _train(config: TrainConfig, stop: StopRequest) -> int:
 
 
 def tell(error: Exception) -> None:
-    """Print an error as `fail` does; if several processes have the same one, only one prints it."""
+    """Print an error as `fail` does. If several processes have the same error, only one of them prints it."""
     if world_size() == 1:
         fail(error)
         return

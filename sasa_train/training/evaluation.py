@@ -1,6 +1,6 @@
-"""One evaluation: loss, top1, top5 and the confusion matrix over all images; batch norm's statistics before it.
+"""Evaluate a model (loss, top1, top5 and confusion matrix), optionally after recomputing batch norm's statistics.
 
-Under torchrun each process takes its share of the images; the results are over all of them.
+Under torchrun, each process evaluates its share of the images, and the results cover all of them.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,9 +19,9 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 
 @dataclass
 class Evaluation:
-    """Metrics over each image once: mean cross-entropy, top1 and top5 in percent.
+    """Metrics in which each image counts once: mean cross-entropy, and top1 and top5 in percent.
 
-    `confusion` int64 [num_classes, num_classes] counts images by label (row) and prediction (column).
+    `confusion`, int64 [num_classes, num_classes], counts images by label (row) and prediction (column).
     """
 
     loss: float
@@ -48,11 +48,11 @@ def evaluate(
     precision: str,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
-    """Evaluate `model` in eval mode over `batches`; None if `stop_requested()` became true on the way.
+    """Evaluate `model` in eval mode over `batches`; return None if `stop_requested()` became true meanwhile.
 
-    Each process gives its share of the batches, perhaps none, and gets the metrics over all.
+    Each process passes its share of the batches, which may be empty, and receives the metrics over all of them.
     """
-    # Never compiled, so that the metrics do not depend on `trainer.compile`.
+    # The model is never compiled here, so that the metrics do not depend on `trainer.compile`.
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, top5 hits
     confusion = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
@@ -78,7 +78,7 @@ def evaluate(
 
 
 def rank_classes(logits: Tensor) -> Tensor:
-    """The classes by logit, int64 [B, 5] or as many as there are; the first is the prediction."""
+    """Return the classes with the largest logits, int64 [B, min(5, num_classes)]; the first is the prediction."""
     return logits.topk(min(5, logits.shape[1]), dim=1).indices
 
 
@@ -88,9 +88,9 @@ def batch_norms(model: nn.Module) -> list[Any]:
 
 
 def recalibrate(model: nn.Module, batches: Batches, device: torch.device) -> None:
-    """Replace batch norm's running statistics by the plain average over `batches` (arXiv 1803.05407, section 3.2).
+    """Replace batch norm's running statistics with the plain average over `batches` (arXiv 1803.05407, section 3.2).
 
-    Each process gives the same number of batches, and all get the average over all.
+    All processes must pass the same number of batches, and all receive the average over all batches.
     """
     update_bn(batches, model, device)
     for norm in batch_norms(model):

@@ -1,6 +1,6 @@
-"""Training runs through one of Hydra's launchers: here, one after another (basic), or as jobs of Slurm, Ray and others.
+"""Launch training runs with one of Hydra's launchers: sequentially (basic), or as jobs of Slurm, Ray and others.
 
-Every launcher runs the same job: what `sasa-train` does with the same overrides.
+With every launcher, a job does the same as `sasa-train` with the same overrides.
 """
 
 import sys
@@ -29,17 +29,17 @@ from sasa_train.signals import StopRequest
 from sasa_train.terminal import DONE, FAILED, INTERRUPTED, REFUSED, fail
 from sasa_train.training.endings import train_safely
 
-LOG_LINES = 20  # lines shown of the log of a job that ended badly elsewhere
+LOG_LINES = 20  # number of log lines shown for a job that failed elsewhere
 
 
 def launch(jobs: list[list[str]], hydra_overrides: list[str], folder: Path) -> list[int]:
-    """Run each job, a list of arguments of `sasa-train`, by the launcher in `hydra_overrides`, and wait for all.
+    """Run each job, a list of `sasa-train` arguments, with the launcher in `hydra_overrides`, and wait for all jobs.
 
-    Returns each job's exit code, as `sasa-train` gives it: 1 for a job that died (its error is printed), 2 for a job
-    that is refused. The launcher writes its own files to `folder`.
+    Returns each job's exit code, with the same meaning as for `sasa-train`: 1 for a job that died (its error is
+    printed), 2 for a job that was refused. The launcher writes its own files to `folder`.
 
     Raises:
-        ConfigError: there is no such launcher, or one of its keys is wrong.
+        ConfigError: there is no such launcher, or one of its keys is invalid.
     """
     refusals = [_refusal(job) for job in jobs]
     accepted = [with_free_keys(job) for job, code in zip(jobs, refusals, strict=True) if code == DONE]
@@ -49,8 +49,8 @@ def launch(jobs: list[list[str]], hydra_overrides: list[str], folder: Path) -> l
 
 
 def _refusal(job: Sequence[str]) -> int:
-    """The exit code of a job that is refused, or DONE."""
-    # Checked before the launch: a launcher that meets a refused config while it composes its jobs gives up all of them.
+    """Return the exit code for a job whose config is refused, otherwise DONE."""
+    # This is checked before the launch, because a launcher drops all jobs if composing one of their configs fails.
     try:
         compose_config(job)
     except ConfigError as error:
@@ -60,7 +60,7 @@ def _refusal(job: Sequence[str]) -> int:
 
 @contextmanager
 def _build_launcher(overrides: Sequence[str], folder: Path) -> Iterator[tuple[Launcher, list[int]]]:
-    """The launcher, and a list to which each job that ends in this process adds its exit code."""
+    """Yield the launcher and a list to which each job that ends in this process appends its exit code."""
     ended: list[int] = []
     sweep_dir = QuotedString(str(folder), Quote.single).with_quotes()
     GlobalHydra.instance().clear()
@@ -75,7 +75,7 @@ def _build_launcher(overrides: Sequence[str], folder: Path) -> Iterator[tuple[La
                 f"{' '.join(overrides)}: {shorten(error)}\n(submitit's launchers: pip install 'sasa_train[slurm]'; "
                 "every key of a launcher is one of hydra.launcher.*)"
             ) from error
-        configure_log(config.hydra.hydra_logging, config.hydra.verbose)  # the launcher logs each job that it launches
+        configure_log(config.hydra.hydra_logging, config.hydra.verbose)  # the launcher logs each job
         yield launcher, ended
 
 
@@ -83,7 +83,7 @@ def _launch(launcher: Launcher, jobs: list[list[str]], ended: list[int]) -> list
     try:
         with _deaths_as_results():
             codes = [_exit_code(job) for job in launcher.launch(jobs, initial_job_idx=0)]
-    except SystemExit:  # a signal stopped a job in this process, and with it the sweep
+    except SystemExit:  # a signal stopped a job in this process, which also stops the sweep
         codes = ended
     except KeyboardInterrupt:
         print("the sweep is no longer waited for; jobs that a cluster has been given go on there", file=sys.stderr)
@@ -97,9 +97,9 @@ def _launch(launcher: Launcher, jobs: list[list[str]], ended: list[int]) -> list
 
 
 def _train_job(ended: list[int], composed: DictConfig) -> int:
-    """Train one run, here or in a process of its own to which a launcher has pickled this; return its exit code."""
+    """Train a run, either here or in a separate process to which a launcher pickled the call; return its exit code."""
     is_here = HydraConfig.get().launcher._target_.endswith(".BasicLauncher")
-    if not is_here:  # errors and run.json name sys.argv as the command
+    if not is_here:  # errors and run.json show sys.argv as the command
         sys.argv = ["sasa-train", *(o.removeprefix("++") for o in HydraConfig.get().overrides.task)]
     stop = StopRequest()
     code = FAILED
@@ -108,27 +108,27 @@ def _train_job(ended: list[int], composed: DictConfig) -> int:
     except ConfigError as error:
         code = fail(error)
     except Exception:
-        traceback.print_exc()  # printed here: a traceback does not survive the way back to the launcher
+        traceback.print_exc()  # printed here because the launcher does not receive the traceback
     finally:
         stop.restore()
     ended.append(code)
     if code == INTERRUPTED and is_here:
-        sys.exit(INTERRUPTED)  # ends the sweep; the same command goes on where it stopped
+        sys.exit(INTERRUPTED)  # ends the sweep; running the same command again continues it
     if code == INTERRUPTED:
         _hand_over(stop)
     return code
 
 
 def _hand_over(stop: StopRequest) -> None:
-    """Pass the signal that stopped a job on to the launcher's own handler."""
-    # Upon USR2 submitit requeues the job, and ends this process here and now.
+    """Pass the signal that stopped a job to the launcher's own handler."""
+    # On USR2, submitit requeues the job and ends this process immediately.
     try:
         was_handled = stop.hand_on()
-    except Exception as error:  # it was requeued as often as is allowed
+    except Exception as error:  # it has been requeued the maximum number of times
         print(error, file=sys.stderr)
         return
-    # SIGTERM, which submitit ignores: Slurm preempts the job and requeues it itself, or was told to cancel it. Either
-    # way there is no result to return yet.
+    # submitit ignores SIGTERM, with which Slurm either preempts a job and requeues it itself, or cancels it. In both
+    # cases there is no result to return yet.
     if was_handled:
         sys.exit(INTERRUPTED)
 
@@ -136,15 +136,15 @@ def _hand_over(stop: StopRequest) -> None:
 def _exit_code(job: JobReturn) -> int:
     try:
         return job.return_value
-    except Exception as error:  # a failed job's return_value raises its error
+    except Exception as error:  # return_value raises the error of a failed job
         print(f"a job was lost: {error}", file=sys.stderr)
         return FAILED
 
 
 @contextmanager
 def _deaths_as_results() -> Iterator[None]:
-    """Inside, submitit returns a job that died like any other, and the end of a failed job's log is printed."""
-    # Without this its launcher would give up all jobs for one that died.
+    """Context manager that makes submitit return dead jobs like any other and prints the end of failed jobs' logs."""
+    # Without this, submitit's launcher would drop all jobs if one of them died.
     try:
         from submitit import Job
         from submitit.core.utils import UncompletedJobError
@@ -155,7 +155,7 @@ def _deaths_as_results() -> Iterator[None]:
 
     def results(job: Job) -> list[JobReturn]:
         try:
-            returned = wait(job)[0]  # of its first task, as its launcher does
+            returned = wait(job)[0]  # the result of the first task, as in submitit's launcher
         except UncompletedJobError as error:
             returned = JobReturn(status=JobStatus.FAILED)
             returned.return_value = RuntimeError("\n".join(str(error).splitlines()[:2]))

@@ -1,4 +1,4 @@
-"""A run's numbers in metrics.jsonl, in TensorBoard and on the console."""
+"""Log a run's metrics to metrics.jsonl, TensorBoard and the console."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from sasa_train.files import write_atomic
 from sasa_train.runs.metrics import MetricsFile
 from sasa_train.terminal import duration, say, warn
 
-# Keys of a row -> TensorBoard tags; loss, top1, top5 and top1_raw go under the split's name.
+# Mapping from a row's keys to TensorBoard tags. loss, top1, top5 and top1_raw are tagged with the name of their split.
 TAGS = {
     "lr": "optim/lr",
     "grad_norm": "optim/grad_norm",
@@ -28,9 +28,9 @@ TAGS = {
 
 
 class RunLogger:
-    """One series of rows: those of the checkpoint (`metrics`, its copy of metrics.jsonl), then the run's own.
+    """Logger of a series of rows, starting with those of the checkpoint (`metrics`, its copy of metrics.jsonl).
 
-    With `is_silent` nothing is written or shown: so on all processes but the first.
+    With `is_silent`, nothing is written or shown; this is used on all processes except the first.
     """
 
     def __init__(self, run_dir: Path, metrics: str, step: int, total_steps: int, is_silent: bool = False):
@@ -39,27 +39,27 @@ class RunLogger:
         rows = [json.loads(line) for line in metrics.splitlines()]
         self.eval_seconds = next((row.get("seconds", 0.0) for row in reversed(rows) if row["split"] == "val"), 0.0)
         self._board = None if is_silent else SummaryWriter(str(run_dir / "tensorboard"), purge_step=step)
-        # TensorBoard forgets all steps from purge_step on, so the rows of this step are written again.
+        # TensorBoard discards all steps from purge_step on, so the rows of this step are written again.
         for row in rows:
             if row["step"] == step:
                 self._write_board(row)
-        disable = True if is_silent else None  # None: disabled where there is no terminal
+        disable = True if is_silent else None  # None disables it if there is no terminal
         self._bar = tqdm(
             total=total_steps, initial=step, desc="training", unit="step", disable=disable, dynamic_ncols=True
         )
         self._total_steps = total_steps
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a row to metrics.jsonl, at once, and to TensorBoard; NaN and infinities become null."""
+        """Append a row to metrics.jsonl (immediately) and TensorBoard; NaN and infinities become null."""
         self._write_board(self._file.write(row))
 
     @property
     def metrics(self) -> str:
-        """All rows, as in metrics.jsonl, for the checkpoint."""
+        """All rows in the format of metrics.jsonl, for the checkpoint."""
         return self._file.text
 
     def show_train(self, row: dict[str, Any], seconds_left: float) -> None:
-        """Show a row on the progress bar of a terminal, else as a plain line."""
+        """Show a row on the progress bar if there is a terminal, otherwise print it as a line."""
         speed = f"{row['images_per_sec']:,.0f} img/s  data wait {100 * row['data_wait_fraction']:.0f} %"
         memory = f"{row['memory_mib']:,} MiB"
         if self._bar.disable:
@@ -75,7 +75,7 @@ class RunLogger:
         say(f"val  epoch {row['epoch']}  step {row['step']}  {numbers}{'  best so far' if is_best else ''}")
 
     def write_picture(self, tag: str, picture: Tensor, step: int, path: Path | None = None) -> None:
-        """Write a picture, uint8 [3, H, W], to TensorBoard, and as PNG if a path is given."""
+        """Write a picture, uint8 [3, H, W], to TensorBoard and, if a path is given, to a PNG file."""
         if path is not None and not self._is_silent:
             png = io.BytesIO()
             to_pil_image(picture).save(png, "PNG")
@@ -93,10 +93,10 @@ class RunLogger:
         self._to_board(write)
 
     def write_hparams(self, config: dict[str, Any]) -> None:
-        """Write the config to TensorBoard's HParams page, which shows it beside the last metrics."""
+        """Write the config to TensorBoard's HParams page, which shows it next to the last metrics."""
         shown = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in config.items()}
-        # The first summary would declare this run's keys as those of a whole sweep. Without it, TensorBoard gathers
-        # the keys from all runs and knows which differ. (add_hparams would make a run of its own.)
+        # The first summary would declare this run's keys as those of a whole sweep. Without it, TensorBoard collects
+        # the keys from all runs and detects which differ. (add_hparams would create a separate run.)
         _, start, end = hparams(shown, {})
         self._to_board(lambda board: [board._get_file_writer().add_summary(summary) for summary in (start, end)])
 
@@ -121,7 +121,7 @@ class RunLogger:
         try:
             if self._board:
                 write(self._board)
-        # TensorBoard's files are a copy of metrics.jsonl: where they cannot be written, the run goes on without them.
+        # TensorBoard's files only duplicate metrics.jsonl, so the run continues if they cannot be written.
         except OSError as error:
             self._board = None
             warn(f"no more TensorBoard curves for this run ({error}); metrics.jsonl goes on")

@@ -1,4 +1,4 @@
-"""A run's steps, log rows, evaluations and checkpoints, in their order."""
+"""The training loop, which runs steps, log rows, evaluations and checkpoints in order."""
 
 import contextlib
 import itertools
@@ -28,13 +28,13 @@ from sasa_train.training.profiling import WAIT, WARMUP, build_profiler
 from sasa_train.training.snapshots import confusion_picture, contact_sheet, embedding_pictures
 from sasa_train.training.step import Stepper, StepReport, train_one_epoch
 
-NUM_NAMED = 8  # images named in an error
+NUM_NAMED = 8  # maximum number of images named in an error
 
 
 class Loop:
-    """Steps, log rows, evaluations and checkpoints in their order, until the last step or a stop request.
+    """Training loop that runs steps, logs, evaluates and saves checkpoints until the last step or a stop request.
 
-    Under torchrun all processes go through it in step; the first one writes and prints.
+    Under torchrun, all processes run it in lockstep, and the first one writes and prints.
     """
 
     def __init__(self, run: RunFolder, loaders: Loaders, stepper: Stepper, stop: StopRequest):
@@ -45,9 +45,9 @@ class Loop:
         is_silent = self.plan.rank > 0
         self.logger = RunLogger(run.path, run.metrics, self.state.step, self.num_steps, is_silent)
         self.last_val: dict[str, Any] = {}
-        self.num_left_out = 0  # unreadable images, in the last evaluation
+        self.num_left_out = 0  # unreadable images in the last evaluation
         self._saved: tuple[int, int] | None = None  # step and evaluated_step of the last checkpoint
-        self.eval_seconds = self.logger.eval_seconds  # of the last evaluation, before a resume too
+        self.eval_seconds = self.logger.eval_seconds  # of the last evaluation, possibly before a resume
         self.profiler: Any = contextlib.nullcontext()
         self.profile_steps = 0 if is_silent else self.config.trainer.profile_steps
         if self.profile_steps:
@@ -55,7 +55,7 @@ class Loop:
         self._start_clock()
 
     def run(self) -> bool:
-        """Go on from the state's step; return True at the end, False after a stop request."""
+        """Train from the state's step; return True at the end, False after a stop request."""
         with self.profiler:
             finished = self.run_epochs()
         if self.profile_steps and self.profiler.step_num <= WAIT + WARMUP:
@@ -65,7 +65,7 @@ class Loop:
         return finished
 
     def run_epochs(self) -> bool:
-        # The state alone decides what comes next, so a resumed run takes the same turn as one never stopped.
+        # The next action depends only on the state, so a resumed run proceeds exactly like an uninterrupted one.
         while True:
             if self.evaluation_is_due():
                 may_go_on = self.evaluate()
@@ -86,7 +86,7 @@ class Loop:
         return state.step == self.num_steps or (rest == 0 and epoch % self.config.trainer.eval_every_epochs == 0)
 
     def train_epoch(self) -> bool:
-        """Train to the end of the epoch the state is in; False after a stop request."""
+        """Train to the end of the current epoch; return False after a stop request."""
         trainer, state = self.config.trainer, self.state
         epoch, first_step = divmod(state.step, self.steps_per_epoch)
         end = min((epoch + 1) * self.steps_per_epoch, self.num_steps)
@@ -96,8 +96,8 @@ class Loop:
         for report in self.steps(batches, end - state.step):
             state.epoch = state.step // self.steps_per_epoch
             self.count(report)
-            # Asked once per step: a signal may come between two looks. And asked before anything waits for the device,
-            # and with it for the other processes: if one of them has ended, this call notices.
+            # This is checked once per step, because a signal may arrive between two checks. It is checked before
+            # anything waits for the device and therefore for other processes, because it detects if one has ended.
             stopping = self.stop_is_agreed()
             if state.step % trainer.log_every_steps == 0:
                 self.log_train(report)
@@ -110,7 +110,7 @@ class Loop:
         return True
 
     def stop_is_agreed(self) -> bool:
-        """Whether any process was asked to stop: the same answer for all, after the same step."""
+        """Return whether any process has been asked to stop; all processes get the same answer after the same step."""
         if self.plan.world_size == 1:
             return self.stop.requested()
         asked = int(collectives.largest(self.stop.asked))
@@ -124,7 +124,7 @@ class Loop:
             raise NonFiniteError(self.explain(error), error.step, error.number) from None
 
     def explain(self, error: NonFiniteError) -> str:
-        """Name the module and the images with which `error` began, and write them down."""
+        """Describe the module and the images that caused `error`, and write them to a file."""
         text, names = str(error), self.loaders.train_names(error.step, error.number)
         if error.number is not None and self.config.trainer.sync_batch_norm and self.plan.world_size > 1:
             text += "; the module is not looked for with trainer.sync_batch_norm, which needs all processes"
@@ -132,7 +132,7 @@ class Loop:
             try:
                 images = self.loaders.train_images(error.step, error.number)
                 origin, rows = find_origin(self.state.model, images, self.plan.autocast())
-            except (RuntimeError, ExpectedFailure) as another:  # out of memory, for instance
+            except (RuntimeError, ExpectedFailure) as another:  # e.g. out of memory
                 origin, rows = f"its origin could not be found ({str(another).splitlines()[0]})", []
             text += f": {origin}"
             if rows:
@@ -141,7 +141,7 @@ class Loop:
         if self.run_folder.lock is None:
             text += f"; its images began with {', '.join(names[:NUM_NAMED])}"
         else:
-            with contextlib.suppress(OSError):  # a full disk must not hide the error
+            with contextlib.suppress(OSError):  # a full disk must not mask the error
                 self.run_folder.write("nonfinite.txt", "".join(f"{line}\n" for line in (text, "", *names)).encode())
                 text += f"; the images that it came from are in {self.run_folder.path}/nonfinite.txt"
         return (
@@ -151,7 +151,7 @@ class Loop:
         )
 
     def show_first(self, batches: Batches) -> Batches:
-        """Put the first batch that the model sees, with its augmentation, on a contact sheet."""
+        """Write a contact sheet of the first batch that the model sees, including its augmentation."""
         images, labels = next(batches)
         sheet = contact_sheet(self.loaders.train.normalize.undo(images).cpu())
         self.logger.write_picture("augmented", sheet, 0, self.run_folder.path / "augmented.png")
@@ -170,7 +170,7 @@ class Loop:
         state = self.state
         self.check_finite()
         loss, top1 = state.window.averages()
-        # After `averages`, which waits for the device: only then are these steps done.
+        # The steps are complete only after `averages`, which waits for the device.
         self._lap()
         elapsed = self._clock_seconds
         row = {
@@ -179,10 +179,10 @@ class Loop:
             "epoch": self.epoch_number(),
             "loss": loss,
             "top1": top1,
-            "lr": max(group["lr"] for group in state.optimizer.param_groups),  # layer_decay lowers the others
+            "lr": max(group["lr"] for group in state.optimizer.param_groups),  # layer_decay reduces the others
             "grad_norm": None if report.grad_norm is None else report.grad_norm.item(),
             "images_per_sec": self._clock_steps * self.config.trainer.global_batch_size / elapsed,
-            "data_wait_fraction": collectives.largest(self._wait_seconds / elapsed),  # all wait for the slowest
+            "data_wait_fraction": collectives.largest(self._wait_seconds / elapsed),  # all wait for the slowest one
             "memory_mib": round(collectives.largest(peak_memory(state.device)) / 2**20),
         }
         self.logger.write(row)
@@ -195,20 +195,20 @@ class Loop:
         return steps * seconds_per_step + evaluations * self.eval_seconds
 
     def evaluate(self) -> bool:
-        """Evaluate on val, log, keep the best, save; False after a stop request (it is done again on resume)."""
+        """Evaluate on val, log and save; return False after a stop request (resuming repeats the evaluation)."""
         state = self.state
         self.check_finite()
         with self._off_the_clock():
             start = time.perf_counter()
             averaged = state.ema.module if state.ema else state.model
-            # Before the evaluation all get the first process's statistics, which the checkpoint will hold.
+            # All processes evaluate with the first process's statistics, which the checkpoint will contain.
             self.copy_buffers()
             self.recalibrate(averaged)
             result = self.evaluate_model(averaged)
             raw = self.evaluate_model(state.model) if state.ema and result else None
             seconds = round(time.perf_counter() - start, 4)
         if result is None or (state.ema and raw is None):
-            self.stop_is_agreed()  # so that the first process can give the reason
+            self.stop_is_agreed()  # so that the first process can report the reason
             self.save(is_best=False, must_succeed=True)
             return False
         row: dict[str, Any] = {"split": "val", "step": state.step, "epoch": self.epoch_number()}
@@ -229,29 +229,30 @@ class Loop:
         if self.config.trainer.log_histograms:
             self.logger.write_histograms(averaged, state.step)
         if not self.save(is_best) and is_best:
-            state.best = best_before  # best.pt still holds the one before
+            state.best = best_before  # best.pt still contains the previous best
         return True
 
     def recalibrate(self, model: nn.Module) -> None:
-        """Compute batch norm's statistics anew, from the first micro-batches of the epoch."""
+        """Recompute batch norm's statistics from the first micro-batches of the epoch."""
         num_batches = self.config.trainer.bn_recalibration_batches
         if not num_batches:
             return
         state = self.state
         first = itertools.islice(self.loaders.train.train_batches(self.epoch_number() - 1), num_batches)
         batches = itertools.takewhile(lambda _: not self.stop_is_agreed(), first)
-        # With random numbers of its own: the run's generators must not move, or a resumed run would differ.
+        # This uses separate random numbers, because the run's generators must not advance, or a resumed run would
+        # differ.
         with recalibration_rng(self.config.seed, state.step, state.device), self.plan.autocast():
             recalibrate(model, batches, state.device)
 
     def copy_buffers(self) -> None:
-        """Give all processes the first one's running statistics of batch norm, which the checkpoint holds."""
+        """Copy the first process's batch norm statistics, which the checkpoint contains, to all processes."""
         collectives.copy_buffers(self.state.model)
         if self.state.ema:
             collectives.copy_buffers(self.state.ema.module)
 
     def epoch_number(self) -> int:
-        """The epoch of the last step, counted from 1."""
+        """Return the epoch of the last step, counted from 1."""
         return (self.state.step - 1) // self.steps_per_epoch + 1
 
     def evaluate_model(self, model: nn.Module) -> Evaluation | None:
@@ -269,16 +270,16 @@ class Loop:
         return result
 
     def save(self, is_best: bool, must_succeed: bool = False) -> bool:
-        """Write a checkpoint, never with numbers that are not finite; return False if it failed and the run may go on.
+        """Write a checkpoint, never with non-finite values; return False if writing failed but the run may continue.
 
         Raises:
-            CheckpointError: it failed, and the run must stop or would otherwise count as saved or finished.
+            CheckpointError: writing failed and the run must stop, or would otherwise count as saved or finished.
         """
-        # From here on a signal waits until the checkpoint is written.
+        # From here on, a signal takes effect only after the checkpoint is written.
         self.stop.begin_training()
         state = self.state
         with self._off_the_clock():
-            # All processes take part in these three; only the first one writes below.
+            # All processes take part in the next three calls; only the first one writes below.
             self.copy_buffers()
             self.check_finite()
             self.share_unreadable()
@@ -309,7 +310,7 @@ class Loop:
         return True
 
     def share_unreadable(self) -> None:
-        """Tell all processes which images any could not read; ConfigError if they exceed `data.max_unreadable`."""
+        """Share the list of unreadable images among all processes; raise ConfigError if over `data.max_unreadable`."""
         if self.plan.world_size == 1:
             return
         for loader in (self.loaders.train, self.loaders.val):
@@ -332,7 +333,7 @@ class Loop:
         self._clock_steps, self._wait_seconds = 0, 0.0
 
     def _lap(self) -> None:
-        """Count the time since the clock's start as training time, and start it again."""
+        """Add the time since the clock was started to the training time, and restart the clock."""
         now = time.perf_counter()
         self._clock_seconds += now - self._clock_start
         self.state.seconds += now - self._clock_start
@@ -340,8 +341,8 @@ class Loop:
 
     @contextmanager
     def _off_the_clock(self) -> Iterator[None]:
-        """Stop the clock inside: evaluations and checkpoints count neither as training time nor in images_per_sec."""
-        # Steps that are still queued are training time.
+        """Context manager that stops the clock, to exclude evaluations and saves from training time and throughput."""
+        # Steps that are still queued count as training time.
         if self.state.device.type == "cuda":
             torch.cuda.synchronize()
         self._lap()

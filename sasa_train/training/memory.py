@@ -1,4 +1,4 @@
-"""Micro-batches that fit into memory (trainer.micro_batch_size=auto), and advice where a step did not fit."""
+"""Choose micro-batches that fit in memory (trainer.micro_batch_size=auto), and give advice if a step does not fit."""
 
 import dataclasses
 import gc
@@ -19,21 +19,21 @@ from sasa_train.refusal import LIBRARY_ERRORS, ConfigError, ExpectedFailure, sho
 from sasa_train.runs.folder import RunFolder
 from sasa_train.training.state import build_state
 
-SHARE = 0.5  # of the CPU's free memory that activations may take: gradients and temporaries need the rest
-CUDA_SHARE = 0.9  # of the device's memory, after a step that fitted: fragmentation grows
-# Words in libraries' errors about a batch that is too large, beside "out of memory".
+SHARE = 0.5  # fraction of the free CPU memory for activations; gradients and temporaries need the rest
+CUDA_SHARE = 0.9  # fraction of the device's memory that a trial step may use, because fragmentation grows later
+# Phrases, besides "out of memory", in libraries' errors about a batch that is too large.
 TOO_LARGE = ("32-bit index", "CUDNN_STATUS_NOT_SUPPORTED", "unable to find an engine", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def check_memory(plan: RunPlan, model: nn.Module) -> None:
-    """Refuse a model whose weights, gradients and largest output do not fit into memory. A step needs more than that.
+    """Check that the weights, gradients and largest output fit in memory. A training step needs more than that.
 
     Args:
-        model: on the meta device.
+        model: the model on the meta device.
 
     Raises:
-        ConfigError: these alone need more than the device, or the CPU's machine, has; or the model cannot be trained
-            on such micro-batches, as with batch norm on a single number per channel.
+        ConfigError: these tensors exceed the memory of the device, or of the machine for a CPU; or the model cannot be
+            trained on such micro-batches, e.g. because batch norm gets a single value per channel.
     """
     trainer, size, device = plan.trainer, plan.image_size, plan.device
     micro_batch = min(2, plan.micro_batch_size) if trainer.micro_batch_size == "auto" else plan.micro_batch_size
@@ -48,7 +48,7 @@ def check_memory(plan: RunPlan, model: nn.Module) -> None:
         raise ConfigError(f"{what}: {shorten(error)}{remedy}") from error
     weights = 2 * 4 * sum(p.numel() for p in model.parameters())
     needed = weights + outputs * (4 if trainer.precision == "fp32" else 2)
-    # Not the free memory: a file cache that would give way counts as taken.
+    # This is not the free memory, because the file cache counts as used although the system would release it.
     there = total_memory(device)
     if needed > there:
         raise ConfigError(
@@ -58,7 +58,7 @@ def check_memory(plan: RunPlan, model: nn.Module) -> None:
 
 
 def largest_output(model: nn.Module, images: torch.Tensor) -> int:
-    """The number of elements of the largest output of any layer, or of the images; in train mode, without gradients."""
+    """Return the size in elements of the largest layer output or input, in train mode without gradients."""
     largest = images.numel()
 
     def note(_module: nn.Module, _inputs: object, output: object) -> None:
@@ -72,10 +72,10 @@ def largest_output(model: nn.Module, images: torch.Tensor) -> int:
 
 
 def settle_auto(plan: RunPlan, run: RunFolder) -> TrainConfig:
-    """Replace `auto` by the size with which the run began, or by the largest that fits now.
+    """Replace `auto` with the size with which the run started, or else with the largest size that fits now.
 
     Raises:
-        ConfigError: not even one image fits.
+        ConfigError: not even a single image fits.
     """
     if plan.trainer.micro_batch_size != "auto":
         return plan.config
@@ -87,8 +87,8 @@ def settle_auto(plan: RunPlan, run: RunFolder) -> TrainConfig:
     return dataclasses.replace(plan.config, trainer=with_micro_batch_size(plan.trainer, found))
 
 
-# The size is in the run's checkpoint or, before the first, in config.yaml. Another start, when other programs take
-# other memory, must not make it another run.
+# The size is stored in the run's checkpoint or, before the first checkpoint, in config.yaml. It must not change at a
+# restart, when other programs may use a different amount of memory, because that would change the run.
 def _saved_size(run: RunFolder, world_size: int) -> int | None:
     if run.checkpoint is not None:
         saved = load_config(run.checkpoint["config"]).trainer
@@ -100,15 +100,15 @@ def _saved_size(run: RunFolder, world_size: int) -> int | None:
 
 
 def largest_micro_batch(plan: RunPlan) -> int:
-    """The largest divisor of a process's share of the global batch that fits."""
-    # Tried on CUDA; computed on a CPU, where a trial would swap.
+    """Return the largest divisor of a process's share of the global batch that fits in memory."""
+    # Sizes are tried on CUDA, but computed on a CPU, where a trial would cause swapping.
     fits = _fits_cuda if plan.device.type == "cuda" else _fits_cpu
     try:
         for size in divisors(plan.images_per_step):
             if fits(plan, size):
                 return size
     finally:
-        if plan.device.type == "cuda":  # the trials must not count as the run's peak memory
+        if plan.device.type == "cuda":  # the trials must not count toward the run's peak memory
             _forget_peak(plan.device)
     raise ConfigError(
         f"trainer.micro_batch_size=auto: not even one image of {plan.image_size} pixels fits into the memory of "
@@ -132,12 +132,12 @@ def _build(config: TrainConfig) -> nn.Module:
 def _fits_cpu(plan: RunPlan, num_images: int) -> bool:
     with torch.device("meta"):
         total = count_layers(_build(plan.config), plan.image_size)[-1]
-    weights = 4 * 4 * total.params  # with gradient, momentum and average
+    weights = 4 * 4 * total.params  # including gradient, momentum and average
     return num_images * total.activation_bytes <= SHARE * (available_memory(plan.device) - weights)
 
 
 def _fits_cuda(plan: RunPlan, num_images: int) -> bool:
-    """Whether a training step of `num_images` leaves a tenth of the device's memory free."""
+    """Return whether a training step with `num_images` leaves a tenth of the device's memory free."""
     device, size = plan.device, plan.image_size
     _forget_peak(device)
     try:
@@ -149,7 +149,7 @@ def _fits_cuda(plan: RunPlan, num_images: int) -> bool:
             loss = nn.functional.cross_entropy(state.model.train()(images).float(), labels)
         loss.backward()
         state.optimizer.step()
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
+    except RuntimeError as error:  # includes torch.OutOfMemoryError
         if is_out_of_memory(error) or any(text in str(error) for text in TOO_LARGE):
             return False
         raise
@@ -157,11 +157,11 @@ def _fits_cuda(plan: RunPlan, num_images: int) -> bool:
 
 
 class OutOfMemoryError(ExpectedFailure):
-    """The memory did not suffice; the message has the numbers and the keys to change."""
+    """Raised if training runs out of memory; the message states the memory in use and the keys to change."""
 
 
 def memory_advice(plan: RunPlan, run_dir: Path, error: BaseException) -> str:
-    """The text of an OutOfMemoryError: the memory in use, and the keys that reduce it."""
+    """Format the message of an OutOfMemoryError: the memory in use and the keys that reduce it."""
     trainer, device, micro = plan.trainer, plan.device, plan.micro_batch_size
     smaller = next((n for n in divisors(plan.images_per_step) if n <= micro / 2), None)
     ways = [f"trainer.micro_batch_size={smaller} (the same global batch)"] if smaller else []
@@ -178,5 +178,5 @@ def memory_advice(plan: RunPlan, run_dir: Path, error: BaseException) -> str:
 
 
 def divisors(number: int) -> list[int]:
-    """All divisors, in descending order."""
+    """Return all divisors in descending order."""
     return [n for n in range(number, 0, -1) if number % n == 0]

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: the first module of a forward pass that gave one, and for which images."""
+"""Detect non-finite values, and find the first module and the images that produced one."""
 
 import contextlib
 from collections.abc import Iterable
@@ -13,10 +13,10 @@ from sasa_train.refusal import ExpectedFailure
 
 
 class NonFiniteError(ExpectedFailure):
-    """The loss or the weights are NaN or infinite; the message names the step.
+    """Raised if the loss or the weights are NaN or infinite; the message names the step.
 
-    `step` counts from 0. `number` is the micro-batch of the step whose loss was not finite; the weights are then those
-    before the step. It is None where the weights themselves are not finite.
+    `step` counts from 0. `number` is the index of the micro-batch with a non-finite loss, in which case the weights are
+    those before the step, or None if the weights themselves are not finite.
     """
 
     def __init__(self, message: str, step: int, number: int | None = None):
@@ -28,30 +28,30 @@ class NonFiniteError(ExpectedFailure):
 
 
 class LossWatch:
-    """Ends a run at a loss that is not finite, before it changes the weights, without making a CUDA device wait.
+    """Stops a run if a loss is not finite, before it affects the weights, and without making a CUDA device wait.
 
-    `is_late`: the losses of a step are looked at when the next one begins, or before anything is logged, evaluated or
-    saved, and the device itself leaves out the update. That needs an optimizer that takes `found_inf`, as fused ones do
-    for GradScaler. Otherwise each loss is looked at once its backward pass is queued.
+    With `is_late`, the losses of a step are checked when the next step begins or before anything is logged, evaluated
+    or saved, and the device itself skips the update. This requires an optimizer that supports `found_inf`, as fused
+    ones do for GradScaler. Otherwise, each loss is checked as soon as its backward pass is queued.
     """
 
     def __init__(self, device: torch.device, num_losses: int, is_late: bool):
         self.is_late = is_late
         self._are_there = torch.cuda.Event() if device.type == "cuda" else None
-        # The host reads them through numpy: an operator of torch would wait for the device.
+        # The host reads the losses through numpy, because a torch operator would wait for the device.
         self._on_host = torch.zeros(num_losses, pin_memory=self._are_there is not None)
         self._losses = self._on_host.numpy()
-        self._step: int | None = None  # whose losses were not looked at yet
+        self._step: int | None = None  # step whose losses have not been checked yet
 
     def begin(self, loss: Tensor, step: int, number: int) -> None:
-        """Ask for the scalar loss of micro-batch `number` of a step."""
+        """Start copying the scalar loss of micro-batch `number` of a step to the host."""
         self._on_host[number].copy_(loss.detach(), non_blocking=True)
         if self._are_there is not None:
             self._are_there.record()
         self._step = step
 
     def check(self) -> None:
-        """Raise NonFiniteError if a loss asked for since the last call is not finite."""
+        """Raise NonFiniteError if a loss passed to `begin` since the last call is not finite."""
         if self._step is None:
             return
         if self._are_there is not None:
@@ -62,21 +62,21 @@ class LossWatch:
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """The names of the tensors that are not finite."""
+    """Return the names of the tensors with non-finite values."""
     return [name for name, tensor in tensors if not tensor.isfinite().all()]
 
 
 @torch.no_grad()
 def find_origin(model: nn.Module, images: Tensor, autocast: contextlib.AbstractContextManager) -> tuple[str, list[int]]:
-    """Describe the first thing that was not finite, and list the images [B, C, H, W] concerned, by row; maybe none.
+    """Describe the first non-finite tensor, and return the indices (possibly none) of the images [B, C, H, W] affected.
 
-    Makes a forward pass as in training, which changes batch norm's running statistics.
+    This runs a forward pass in train mode, which changes batch norm's running statistics.
     """
-    # Parameters only: the running statistics have already seen the images.
+    # Only parameters are checked, because the running statistics already include the images.
     if wrong := not_finite(model.named_parameters()):
         return f"the weights were not finite before the step, {wrong[0]} first of {len(wrong)}", []
     names = {module: name or "the model" for name, module in model.named_modules()}
-    found: list[tuple[str, Tensor]] = []  # in the order in which they ended
+    found: list[tuple[str, Tensor]] = []  # in the order in which the modules finished
 
     def look(module: nn.Module, _inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor) and not output.isfinite().all():

@@ -1,4 +1,4 @@
-"""Optimizer and schedule from timm's factories; the learning rate is a pure function of the step."""
+"""Build the optimizer and schedule with timm's factories. The learning rate depends only on the step."""
 
 import inspect
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from sasa_train.refusal import LIBRARY_ERRORS, ConfigError, shorten
 
 # Arguments of timm's factory that split the parameters into groups.
 GROUP_ARGUMENTS = {"layer_decay_min_scale", "layer_decay_no_opt_scale", "fallback_list", "fallback_no_weight_decay"}
-# Arguments of create_scheduler_v2 that have keys of their own, count in other units, or need a metric.
+# Arguments of create_scheduler_v2 that have their own config keys, use other units or need a metric.
 SET_BY_US = {
     "optimizer", "sched", "num_epochs", "updates_per_epoch", "step_on_epochs", "warmup_epochs", "warmup_prefix",
     "warmup_lr", "min_lr", "decay_epochs", "decay_milestones", "decay_rate", "cooldown_epochs", "patience_epochs",
@@ -26,16 +26,16 @@ SET_BY_US = {
 
 
 def peak_lr(config: TrainConfig) -> float:
-    """The learning rate after warm-up: `optimizer.lr` itself, or that per 256 images of the global batch."""
+    """Return the learning rate after warm-up: `optimizer.lr`, times global batch size / 256 if lr_basis is per_256."""
     scale = config.trainer.global_batch_size / 256 if config.optimizer.lr_basis == "per_256" else 1.0
     return config.optimizer.lr * scale
 
 
 def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Build timm's optimizer, without weight decay on norms, biases and what `model.no_weight_decay()` names.
+    """Build timm's optimizer, without weight decay for norms, biases and the names in `model.no_weight_decay()`.
 
     Raises:
-        ConfigError: timm has no such name, the optimizer takes no such argument, or the optimizer cannot work.
+        ConfigError: timm does not know the name, an argument is not accepted, or the optimizer does not work.
     """
     optimizer = config.optimizer
     base = optimizer.name.removeprefix("lookahead_")
@@ -50,7 +50,7 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimi
         arguments = _arguments(optimizer, base)
         is_on_cuda = any(parameter.is_cuda for parameter in model.parameters())
         if is_on_cuda and "fused" in _parameters_of(base) and not {"fused", "foreach"} & arguments.keys():
-            arguments["fused"] = True  # one kernel, and an update that the device itself can leave out: nonfinite.py
+            arguments["fused"] = True  # one kernel; the device can skip the update (see nonfinite.py)
         built = create_optimizer_v2(
             model,
             opt=optimizer.name,
@@ -67,8 +67,8 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimi
 
 
 def try_optimizer(config: TrainConfig, device: torch.device) -> None:
-    """Take one step with a tiny model; raise ConfigError where the optimizer cannot."""
-    # What an optimizer cannot work with often shows in its first step.
+    """Run one step with a tiny model; raise ConfigError if it fails."""
+    # Many optimizers reject unsuitable arguments only in their first step.
     tiny = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 5)).to(device)
     optimizer = build_optimizer(config, tiny)
     for parameter in tiny.parameters():
@@ -80,14 +80,14 @@ def try_optimizer(config: TrainConfig, device: torch.device) -> None:
 
 
 def _described(group: OptimizerConfig | ScheduleConfig) -> str:
-    """The keys of a group as written: its name, and those that differ from their defaults."""
+    """Format the keys of a group: its name, and all keys that differ from their defaults."""
     prefix, usual = ("optimizer" if isinstance(group, OptimizerConfig) else "schedule"), type(group)()
     shown = {key: value for key, value in vars(group).items() if key == "name" or value != getattr(usual, key)}
     return " ".join(f"{prefix}.{key}={shorten(value)}" for key, value in shown.items())
 
 
 def _arguments(config: OptimizerConfig, base: str) -> dict[str, Any]:
-    """The arguments that are set, checked against the optimizer's signature."""
+    """Return the arguments that are set, after checking them against the optimizer's signature."""
     given = {"momentum": config.momentum, "betas": config.betas, "eps": config.eps}
     given = {name: value for name, value in given.items() if value is not None}
     if twice := given.keys() & config.args.keys():
@@ -108,8 +108,8 @@ def _parameters_of(base: str) -> Mapping[str, inspect.Parameter]:
 
 
 def _check_kind(where: str, value: Any, parameter: inspect.Parameter) -> None:
-    """Refuse a value of another kind than the argument's default or annotation."""
-    # timm and torch often take such a value without a word.
+    """Raise ConfigError if the type of a value differs from the argument's default or annotation."""
+    # timm and torch often accept such values silently.
     default, hint = parameter.default, parameter.annotation
     if value is None:
         return
@@ -126,7 +126,7 @@ def _check_kind(where: str, value: Any, parameter: inspect.Parameter) -> None:
 
 
 def check_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> None:
-    """Raise ConfigError if there is no such schedule, or no learning rate at one of 17 steps from first to last."""
+    """Raise ConfigError if there is no such schedule or it has no valid learning rate at any of 17 steps of the run."""
     scheduler = build_schedule(config, optimizer, steps_per_epoch)
     last = total_steps(config, steps_per_epoch) - 1
     for step in sorted({last * part // 16 for part in range(17)}):
@@ -140,10 +140,10 @@ def check_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_
 
 
 def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
-    """Build timm's schedule over all steps of the run; call its `step_update(step)` before each step.
+    """Build timm's schedule for all steps of the run; `step_update(step)` must be called before each step.
 
     Raises:
-        ConfigError: timm has no such name or argument, or the schedule is not a function of the step.
+        ConfigError: timm does not know the name or an argument, or the schedule does not depend only on the step.
     """
     schedule, steps = config.schedule, total_steps(config, steps_per_epoch)
     if schedule.name in ("plateau", "none"):
@@ -160,9 +160,9 @@ def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_
     warmup_steps = min(round(schedule.warmup_epochs * steps_per_epoch), steps - 1)
     arguments = dict(schedule.args)
     try:
-        if "stable_timescale" in arguments:  # of rsqrt, in epochs as everything else
+        if "stable_timescale" in arguments:  # for rsqrt, in epochs like all other keys
             arguments["stable_timescale"] *= steps_per_epoch
-        # Everything is in steps: timm's "epoch" is one update.
+        # All values are in steps, so timm's "epoch" is one update.
         scheduler, _ = create_scheduler_v2(
             optimizer,
             sched=schedule.name,
@@ -170,11 +170,11 @@ def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_
             updates_per_epoch=1,
             step_on_epochs=False,
             warmup_epochs=warmup_steps,
-            warmup_prefix=True,  # the decay begins where warm-up ends, so that the peak is reached
+            warmup_prefix=True,  # the decay begins when warm-up ends, so that the peak is reached
             warmup_lr=schedule.warmup_lr,
             min_lr=schedule.min_lr,
             decay_epochs=_decay_steps(schedule, steps_per_epoch),
-            # + 1: timm takes the decay of the update after this one.
+            # 1 is added because timm uses the decay of the next update.
             decay_milestones=[round(n * steps_per_epoch) - warmup_steps + 1 for n in schedule.decay_milestones],
             decay_rate=schedule.decay_rate,
             **arguments,
@@ -185,16 +185,16 @@ def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_
 
 
 def _cycle_steps(schedule: ScheduleConfig, steps: int) -> int:
-    """The steps of the first cycle, such that all cycles together end with the run."""
+    """Return the number of steps of the first cycle, chosen such that the last cycle ends with the run."""
     growth, num_cycles = schedule.args.get("cycle_mul", 1.0), schedule.args.get("cycle_limit", 1)
     if not isinstance(num_cycles, int) or num_cycles < 1:
         raise ValueError(f"cycle_limit={num_cycles} must be a whole number, at least 1")
-    # The length of all cycles together, in lengths of the first: a geometric series.
+    # The total length of all cycles, relative to the first, is a geometric series.
     first_cycles = num_cycles if growth == 1 else (growth**num_cycles - 1) / (growth - 1)
     return max(1, round(steps / first_cycles))
 
 
 def _decay_steps(schedule: ScheduleConfig, steps_per_epoch: int) -> float:
     if schedule.decay_epochs is None and schedule.name in ("wsd", "rsqrt"):
-        return 0.2  # timm's own default, a part of the whole
+        return 0.2  # timm's default, a fraction of the run
     return max(1, round((schedule.decay_epochs or 30) * steps_per_epoch))

@@ -1,4 +1,4 @@
-"""trainer.profile_steps: a Chrome trace and a table of the top operators, in the run folder."""
+"""Profiling for trainer.profile_steps, which writes a Chrome trace and a table of top operators to the run folder."""
 
 from pathlib import Path
 
@@ -7,12 +7,12 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from sasa_train.terminal import say
 
-WAIT, WARMUP = 5, 2  # the first steps after the start are not recorded: they are slower
+WAIT, WARMUP = 5, 2  # the first steps are slower and not recorded
 NUM_ROWS = 30
 
 
 def build_profiler(num_steps: int, run_dir: Path, device: torch.device) -> profile:
-    """A profiler that writes `profile/trace.json` and `profile/operators.txt`; call `step()` after each step."""
+    """Build a profiler that writes `profile/trace.json` and `profile/operators.txt`; call `step()` after each step."""
 
     def write(profiler: profile) -> None:
         folder = run_dir / "profile"

@@ -1,7 +1,7 @@
-"""A whole run, from a config to a finished run folder: `train`, then `train_in_folder`, in the order of events.
+"""A complete run, from a config to a finished run folder: `train` calls `train_in_folder`, both in order of execution.
 
-Several processes go through it in step. Each call of `collectives`, here or in a function `..._together`, is an
-exchange in which all of them must take part.
+With several processes, all run this code in lockstep. Each call of `collectives`, here or in a function `..._together`,
+is an exchange in which all processes must take part.
 """
 
 import contextlib
@@ -43,25 +43,25 @@ from sasa_train.training.step import Stepper
 
 
 def train(config: TrainConfig, stop: StopRequest) -> bool:
-    """Train one config; return True when it is (or was) finished, False when a signal stopped it at a safe place.
+    """Train a config; return True if the run is (or was already) finished, False if it was stopped and saved.
 
     Raises:
-        ConfigError: a config or input is refused, before training starts.
-        CheckpointError: there is no good checkpoint to continue from, or one cannot be written.
-        NonFiniteError: names the step, the module and the images; such weights are never saved.
-        OutOfMemoryError: names the keys to change so that it fits.
+        ConfigError: the config or an input is refused before training starts.
+        CheckpointError: there is no intact checkpoint to continue from, or a checkpoint cannot be written.
+        NonFiniteError: a loss or weight is not finite; names the step, module and images. Such weights are never saved.
+        OutOfMemoryError: a step does not fit in memory; names the keys to change.
     """
     run_name = config.run_name or default_run_name(config)
     plan = collectives.everywhere(lambda: plan_buildable(config), ConfigError)
     run = open_together(plan.config, run_name)
     with run.lock or contextlib.nullcontext():
-        # `auto` is settled by the first process, which alone sees the run's folder.
+        # The first process resolves `auto`, because only it accesses the run folder.
         config = collectives.from_first(lambda: settle_auto(plan, run), ConfigError)
         plan = dataclasses.replace(plan, config=config)
-        # Written with the settled value of `auto`, before anything can stop the run.
+        # The config is written with the resolved value of `auto`, before anything can stop the run.
         if run.is_new:
             run.write_config(plan.config)
-        # A kill may have come between the last checkpoint and the note of the end, so the end is noted again.
+        # The run may have been killed between the last checkpoint and the record of its end, so it is recorded again.
         elif run.checkpoint is not None and is_finished(run.checkpoint, plan.config):
             run.write_end(run.checkpoint)
             say(describe_finished(run.path, run.checkpoint))
@@ -70,7 +70,7 @@ def train(config: TrainConfig, stop: StopRequest) -> bool:
 
 
 def train_in_folder(plan: RunPlan, run: RunFolder, stop: StopRequest) -> bool:
-    """Train, once the folder is ours and the checkpoint to continue from is known."""
+    """Train in a run folder that has been opened and locked, continuing from its checkpoint if there is one."""
     if warning := collectives.restart_warning():
         warn(warning)
     say(f"{to_yaml(plan.config)}\nrun folder  {run.path}")
@@ -81,7 +81,7 @@ def train_in_folder(plan: RunPlan, run: RunFolder, stop: StopRequest) -> bool:
     loaders = load_together(plan, run)
     plan = dataclasses.replace(plan, steps_per_epoch=loaders.train.plan.steps_per_epoch)
     difference = note_provenance(plan.config, run)
-    # Seeded here, so that the initial weights do not depend on what was drawn before.
+    # The seed is set here, so that the initial weights do not depend on random numbers drawn earlier.
     torch.manual_seed(plan.config.seed)
     model = build_model(plan.config.model, len(loaders.classes), plan.image_size)
     begin_with(weights, model, loaders.classes, run, plan.config)
@@ -95,10 +95,10 @@ def train_in_folder(plan: RunPlan, run: RunFolder, stop: StopRequest) -> bool:
 
 
 def run_to_the_end(loop: Loop) -> bool:
-    """Take all steps, then note and print how the run ended; return True when it is finished."""
+    """Run all steps, then record and print how the run ended; return True if it is finished."""
     plan, run, state = loop.plan, loop.run_folder, loop.state
     try:
-        with logging_redirect_tqdm():  # log lines go above the progress bar
+        with logging_redirect_tqdm():  # log lines appear above the progress bar
             finished = loop.run()
     except BaseException as error:
         run.try_write_info(status="interrupted" if isinstance(error, Interrupted) else "failed")
@@ -116,28 +116,28 @@ def run_to_the_end(loop: Loop) -> bool:
         run.write_info(status="interrupted")
         how = "sasa-train" if plan.config.resume == "never" else "the same command again, or sasa-train"
         say(f"{loop.stop.reason}: saved at step {state.step}; to continue: {how} resume={run.path}")
-    # torchrun ends all processes as soon as one has ended with 75.
+    # torchrun terminates all processes as soon as one exits with 75.
     collectives.wait_for_all()
     return finished
 
 
 def plan_buildable(config: TrainConfig) -> RunPlan:
-    """Resolve a config, and refuse one whose model, optimizer or schedule cannot be built."""
+    """Resolve a config; raise ConfigError if its model, optimizer or schedule cannot be built."""
     device, config = resolve(config)
     check_buildable(plan := RunPlan(config, device))
     return plan
 
 
 def read_weights_together(config: TrainConfig, run: RunFolder) -> Weights | None:
-    """The weights of `model.pretrained`, read by the first process; None where none are needed."""
-    # A checkpoint holds what they became.
+    """Return the weights of `model.pretrained`, read by the first process, or None if they are not needed."""
+    # If there is a checkpoint, its weights are used instead.
     if run.checkpoint is not None or config.model.pretrained is None:
         return None
     return collectives.from_first(lambda: read_weights(config), ConfigError)
 
 
 def load_together(plan: RunPlan, run: RunFolder) -> Loaders:
-    """Load the images on all processes, and refuse those that differ between machines or from the checkpoint's."""
+    """Load the images on all processes; raise ConfigError if they differ between machines or from the checkpoint's."""
     config, checkpoint = plan.config, run.checkpoint
     collectives.everywhere(lambda: fetch_once(config), ConfigError)
     memory = min(collectives.gather(available_memory(plan.device)))
@@ -150,7 +150,7 @@ def load_together(plan: RunPlan, run: RunFolder) -> Loaders:
 
 
 def note_provenance(config: TrainConfig, run: RunFolder) -> str:
-    """Note code, versions and hardware, and warn of changes; return the code's difference from its commit."""
+    """Record code, versions and hardware and warn of changes; return the diff between the code and its commit."""
     run.provenance, difference = provenance(config)
     if run.checkpoint is not None:
         for change in describe_changes(run.checkpoint["provenance"], run.provenance):
@@ -159,7 +159,7 @@ def note_provenance(config: TrainConfig, run: RunFolder) -> str:
 
 
 def build_stepper(plan: RunPlan, model: nn.Module) -> Stepper:
-    """Build everything that a step needs around the model."""
+    """Build the training state and the stepper for a model."""
     if plan.trainer.grad_checkpointing:
         enable_grad_checkpointing(model)
     if plan.trainer.sync_batch_norm and plan.world_size > 1:
@@ -171,7 +171,7 @@ def build_stepper(plan: RunPlan, model: nn.Module) -> Stepper:
 def begin_with(
     weights: Weights | None, model: nn.Module, classes: list[str], run: RunFolder, config: TrainConfig
 ) -> None:
-    """Load the weights of `model.pretrained`, report what fitted, note their SHA-256; a resumed run keeps its note."""
+    """Load the weights of `model.pretrained`, and record a report and their SHA-256; a resumed run keeps its record."""
     if weights is not None:
         source = printable(str(config.model.pretrained))
         loaded = collectives.everywhere(lambda: load_into(model, weights, classes, source), ConfigError)
@@ -184,7 +184,7 @@ def begin_with(
 
 
 def open_together(config: TrainConfig, run_name: str) -> RunFolder:
-    """Open the run on the first process, which sends the others the checkpoint: they need not see its disk."""
+    """Open the run on the first process and send the checkpoint to the others, which may not share its disk."""
     opened: list[RunFolder] = []
 
     def opening() -> tuple[Path, dict[str, Any] | None, bool]:
@@ -197,14 +197,14 @@ def open_together(config: TrainConfig, run_name: str) -> RunFolder:
 
 
 def check_same_images(config: TrainConfig, first: dict[str, Any], here: dict[str, Any]) -> None:
-    """Refuse a machine whose images differ from the first process's."""
+    """Raise ConfigError if this machine's images differ from the first process's."""
     if found := [line for split in first for line in differences(first[split], here[split], split)]:
         where = f"data.root={config.data.root}: the images on {platform.node()} are not the first process's:"
         raise ConfigError("\n  ".join([where, *found]) + "\ngive every machine the same ones")
 
 
 def note_unreadable(path: Path, loaders: Loaders) -> int:
-    """Add the images that could not be read to the run's list; return its number of lines."""
+    """Add the unreadable images to the run's list, and return its number of lines."""
     before = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     lines = dict.fromkeys([*before, *loaders.unreadable()])
     if len(lines) > len(before):
@@ -213,7 +213,7 @@ def note_unreadable(path: Path, loaders: Loaders) -> int:
 
 
 def continue_from(run: RunFolder, state: TrainState, config: TrainConfig) -> None:
-    """Load the checkpoint that the run continues from, if there is one, and free all of it but its metrics."""
+    """Load the checkpoint that the run continues from, if there is one, and free everything except its metrics."""
     if run.checkpoint is None:
         return
     try:
@@ -228,13 +228,13 @@ def continue_from(run: RunFolder, state: TrainState, config: TrainConfig) -> Non
 
 
 def check_buildable(plan: RunPlan) -> None:
-    """Build model, optimizer and schedule without weights, so that they are refused before any data is loaded."""
+    """Build model, optimizer and schedule without weights, so that invalid ones are refused before data is loaded."""
     config = plan.config
     model = check_model(config.model, plan.image_size)
     check_memory(plan, model)
     if config.trainer.grad_checkpointing:
         enable_grad_checkpointing(model)
-    # The data set is not known yet, so an epoch of 1000 steps stands in.
+    # The data set is not known yet, so an epoch of 1000 steps is assumed.
     whole = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, max_steps=None))
     check_schedule(whole, build_optimizer(config, model), steps_per_epoch=1000)
     try_optimizer(config, plan.device)

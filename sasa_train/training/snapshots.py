@@ -1,4 +1,4 @@
-"""Pictures for TensorBoard and the run folder, as uint8 tensors [3, H, W]."""
+"""Create pictures for TensorBoard and the run folder as uint8 tensors [3, H, W]."""
 
 import math
 
@@ -6,25 +6,25 @@ import torch
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-SHEET_IMAGES, SHEET_PIXELS = 64, 64  # images on a contact sheet; small images are enlarged to about this side
+SHEET_IMAGES, SHEET_PIXELS = 64, 64  # images on a contact sheet; approximate size to which small images are enlarged
 MATRIX_PIXELS = 400
 BLUE, RED = (8, 48, 107), (165, 15, 21)
 
 
 def contact_sheet(images: Tensor) -> Tensor:
-    """The first 64 of uint8 images [B, 3, S, S], side by side."""
+    """Arrange the first 64 of the uint8 images [B, 3, S, S] in a grid."""
     images = enlarge(images[:SHEET_IMAGES], SHEET_PIXELS)
     return make_grid(images, nrow=math.ceil(math.sqrt(len(images))), padding=2, pad_value=255)
 
 
 def confusion_picture(confusion: Tensor) -> Tensor:
-    """Counts [C, C] by label (row) and prediction (column): darker means a larger part of the row."""
+    """Draw counts [C, C] by label (row) and prediction (column); darker cells are a larger fraction of their row."""
     parts = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     return enlarge(_tint(parts, BLUE)[None], MATRIX_PIXELS)[0]
 
 
 def embedding_pictures(model: nn.Module) -> dict[str, Tensor]:
-    """Each attention layer's relative embeddings [K, D]: left the rows', right the columns'; blue < 0, red > 0."""
+    """Draw each attention layer's relative embeddings [K, D]: rows left, columns right; blue < 0, red > 0."""
     pictures = {}
     for name, module in model.named_modules():
         halves = [getattr(module, half, None) for half in ("rel_height", "rel_width")]
@@ -37,12 +37,12 @@ def embedding_pictures(model: nn.Module) -> dict[str, Tensor]:
 
 
 def enlarge(images: Tensor, pixels: int) -> Tensor:
-    """Enlarge [..., H, W] by a whole factor, so that the shorter side has about `pixels`."""
+    """Enlarge [..., H, W] by an integer factor, so that the shorter side has about `pixels` pixels."""
     factor = max(1, round(pixels / min(images.shape[-2:])))
     return images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
 
 
 def _tint(parts: Tensor, color: tuple[int, int, int]) -> Tensor:
-    """Color [H, W], from 0 (white) to 1 (`color`), as uint8 [3, H, W]."""
+    """Map [H, W] with values from 0 (white) to 1 (`color`) to a uint8 picture [3, H, W]."""
     shade = 255 - parts * (255 - torch.tensor(color, dtype=torch.float32)[:, None, None])
     return shade.round().clamp(0, 255).to(torch.uint8)

@@ -1,4 +1,4 @@
-"""The state that a run carries from step to step and that a checkpoint keeps."""
+"""The training state, which is saved in checkpoints."""
 
 import math
 from dataclasses import dataclass
@@ -15,31 +15,31 @@ from sasa_train.training.nonfinite import NonFiniteError, not_finite
 from sasa_train.training.optim import build_optimizer
 
 HYPERPARAMETERS = ("initial_lr", "lr_scale", "weight_decay", "momentum", "betas", "eps", "fused")  # of a group
-PROGRESS = ("step", "epoch", "evaluated_step", "best", "seconds")  # fields of TrainState that are kept unchanged
+PROGRESS = ("step", "epoch", "evaluated_step", "best", "seconds")  # fields of TrainState that are saved unchanged
 
 
 class Window:
-    """Sums over this process's images since the last train row, kept on the device."""
+    """Running sums over this process's images since the last train row, kept on the device."""
 
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, hits
         self.num_images = 0
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Add a micro-batch; with mixed labels [B, num_classes] the larger share counts for top1."""
+        """Add a micro-batch; for mixed labels [B, num_classes], top1 uses the class with the larger weight."""
         hits = (logits.argmax(1) == (labels if labels.ndim == 1 else labels.argmax(1))).sum()
         self.sums += torch.stack([loss.double() * len(labels), hits.double()])
         self.num_images += len(labels)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums and the number of images; of several processes, one row and one number for each."""
+        """Return the sums and the number of images; with several processes, one row and one number per process."""
         if world_size() == 1:
             return {"sums": self.sums, "num_images": self.num_images}
         sums, num_images = zip(*collectives.gather((self.sums.cpu(), self.num_images)), strict=True)
         return {"sums": torch.stack(sums), "num_images": list(num_images)}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Load this process's own part; if the number of processes has changed, the first one takes everything."""
+        """Load this process's part; if the number of processes has changed, the first one receives everything."""
         sums, counts = saved["sums"].reshape(-1, 2), saved["num_images"]
         counts = counts if isinstance(counts, list) else [counts]
         if len(counts) != world_size():
@@ -59,22 +59,22 @@ class Window:
 
 @dataclass
 class TrainState:
-    """Everything that must survive a restart; the rest is built anew from the config."""
+    """Everything that must be preserved across restarts; the rest is rebuilt from the config."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     window: Window
     ema: ModelEmaV3 | None = None
-    step: int = 0  # optimizer updates done
-    epoch: int = 0  # whole epochs trained
+    step: int = 0  # number of optimizer updates
+    epoch: int = 0  # number of complete epochs
     evaluated_step: int = 0  # the step of the last evaluation
     best: dict[str, Any] | None = None  # {"top1", "step", "epoch"} of the best evaluation
     seconds: float = 0.0  # of training, over all restarts
-    hyperparameters: tuple[str, ...] = HYPERPARAMETERS  # entries of a parameter group that the config decides
+    hyperparameters: tuple[str, ...] = HYPERPARAMETERS  # entries of a parameter group that come from the config
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values only, so that `torch.load(..., weights_only=True)` reads it."""
+        """Return only tensors and plain values, so that `torch.load(..., weights_only=True)` can read them."""
         cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
         return {
             "model": self.model.state_dict(),
@@ -88,7 +88,7 @@ class TrainState:
 
     def check(self) -> None:
         """Raise NonFiniteError if the weights, statistics or averages are not finite. Waits for the device."""
-        # One norm over all tensors: a check of each tensor would wait for the device as many times.
+        # A single norm over all tensors is used, because checking each tensor would wait for the device every time.
         parts = {"": self.model} | ({"the average's ": self.ema.module} if self.ema else {})
         for whose, module in parts.items():
             floats = [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
@@ -103,9 +103,9 @@ class TrainState:
         self.model.load_state_dict(saved["model"])
         if self.ema:
             self.ema.module.load_state_dict(saved["ema"] or saved["model"])
-        # Hyperparameters are taken from the config: they differ from the checkpoint's only where the user allowed it.
-        # The other entries of a group are the optimizer's state. They are put in before loading, because `fused`
-        # decides on which device an optimizer keeps its state.
+        # Hyperparameters come from the config and differ from the checkpoint's only if the user allowed it. The other
+        # entries of a group are optimizer state. The hyperparameters are inserted before loading, because `fused`
+        # determines on which device an optimizer keeps its state.
         configured = [{k: g[k] for k in self.hyperparameters if k in g} for g in self.optimizer.param_groups]
         pairs = zip(saved["optimizer"]["param_groups"], configured, strict=True)
         groups = [group | ours for group, ours in pairs]
@@ -124,7 +124,7 @@ class TrainState:
 
 
 def build_state(config: TrainConfig, model: nn.Module, device: torch.device) -> TrainState:
-    """Put the model on the device and build the rest of the state around it."""
+    """Move the model to the device and build the rest of the state."""
     trainer = config.trainer
     model.to(device).to(memory_format=torch.channels_last if trainer.channels_last else torch.preserve_format)
     return TrainState(

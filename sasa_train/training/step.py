@@ -1,7 +1,7 @@
-"""One training step and one epoch: tensors in, numbers out. No files, no printing, no Hydra.
+"""Training steps and epochs. This module neither accesses files nor prints, and does not use Hydra.
 
-A step never leaves the device idle: sums stay there until a log row asks for them, and the loss is checked while the
-backward pass runs.
+A step never leaves the device idle: sums stay on the device until a log row needs them, and the loss is checked during
+the backward pass.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from sasa_train.training.state import TrainState
 
 
 class Stepper:
-    """The parts of a step that no checkpoint keeps: the compiled forward pass, the loss, the schedule."""
+    """The parts of a step that are not saved in checkpoints: compiled forward pass, loss and schedule."""
 
     def __init__(self, plan: RunPlan, state: TrainState, schedule: Scheduler):
         self.plan, self.state, self.schedule = plan, state, schedule
@@ -41,26 +41,26 @@ class Stepper:
         self.clips = config.grad_clip_norm or config.grad_clip_value or config.grad_clip_agc
 
     def train_step(self, batches: Batches, want_grad_norm: bool = False) -> Tensor | None:
-        """Update the weights once, from `grad_accum_steps` micro-batches; return the gradient's norm before clipping.
+        """Update the weights once, using `grad_accum_steps` micro-batches; return the gradient norm before clipping.
 
-        The L2 norm is None where it is not wanted and nothing clips.
+        The L2 norm is None if `want_grad_norm` is false and no clipping is configured.
 
         Raises:
-            NonFiniteError: a loss, perhaps of the step before, is not finite; the weights are those before that step.
+            NonFiniteError: a loss of this or the previous step is not finite; the weights are those before that step.
         """
         plan, config, state = self.plan, self.config, self.state
         self.loss_watch.check()
         self.schedule.step_update(state.step)
         state.optimizer.zero_grad()
-        # Several processes each draw their own dropout, by (seed, step, rank) alone. A single process goes on with
-        # torch's generators, which the checkpoint holds.
+        # With several processes, each draws its own dropout, which depends only on (seed, step, rank). A single process
+        # uses torch's generators, whose state is saved in the checkpoint.
         if plan.world_size > 1:
             seed_step(plan.config.seed, state.step, plan.rank)
         losses = []
         for number in range(plan.grad_accum_steps):
             images, labels = next(batches)
             is_last = number == plan.grad_accum_steps - 1
-            # Processes add their gradients once per step, in the backward pass of the last micro-batch.
+            # Gradients are averaged over the processes once per step, in the backward pass of the last micro-batch.
             with contextlib.nullcontext() if is_last or plan.world_size == 1 else self.shared.no_sync():  # type: ignore[operator]
                 with plan.autocast():
                     logits = self.forward(images)
@@ -73,7 +73,8 @@ class Stepper:
             if not self.loss_watch.is_late:
                 self.loss_watch.check()
         grad_norm = self._clip() if want_grad_norm or self.clips else None
-        # The scaler waits for the device, and with it for all processes: see first, on the CPU, that all still run.
+        # The scaler waits for the device and therefore for all processes. First make sure on the CPU that all still
+        # run.
         if state.scaler.is_enabled():
             collectives.wait_for_all()
         elif self.loss_watch.is_late:
@@ -86,7 +87,7 @@ class Stepper:
         return grad_norm
 
     def _clip(self) -> Tensor:
-        self.state.scaler.unscale_(self.state.optimizer)  # a norm of scaled gradients means nothing
+        self.state.scaler.unscale_(self.state.optimizer)  # the norm of scaled gradients is meaningless
         config, parameters = self.config, list(self.state.model.parameters())
         if config.grad_clip_norm:
             return nn.utils.clip_grad_norm_(parameters, config.grad_clip_norm)
@@ -99,16 +100,16 @@ class Stepper:
 
 
 def build_criterion(config: TrainerConfig) -> Callable[[Tensor, Tensor], Tensor]:
-    """The training loss of float32 logits and labels, which are int64 [B] or, mixed, float32 [B, num_classes]."""
+    """Build the training loss of float32 logits and labels (int64 [B], or float32 [B, num_classes] if mixed)."""
     if config.loss == "cross_entropy":
         return nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     return partial(binary_cross_entropy, label_smoothing=config.label_smoothing)
 
 
 def binary_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-    """A sigmoid per class, averaged over classes and images, after "ResNet strikes back" (arXiv 2110.00476)."""
-    # Mixed labels keep their shares and are smoothed as for cross-entropy. (timm's class smooths only labels that are
-    # not mixed, and can make each mixed class a 1.)
+    """Compute the mean binary cross-entropy over classes and images, as in "ResNet strikes back" (arXiv 2110.00476)."""
+    # Mixed labels keep their weights and are smoothed as for cross-entropy. (timm's loss class smooths only labels that
+    # are not mixed, and can set each mixed class to 1.)
     if labels.ndim == 1:
         labels = nn.functional.one_hot(labels, logits.shape[1])
     labels = labels * (1 - label_smoothing) + label_smoothing / logits.shape[1]
@@ -117,8 +118,8 @@ def binary_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float)
 
 @contextmanager
 def frozen_running_stats(model: nn.Module) -> Iterator[None]:
-    """Keep batch norm's running statistics as they are inside."""
-    # Gradient checkpointing runs the forward pass a second time, which would move them a second time.
+    """Context manager that leaves batch norm's running statistics unchanged."""
+    # Gradient checkpointing runs the forward pass a second time, which would update the statistics twice.
     norms = batch_norms(model)
     momenta = [norm.momentum for norm in norms]
     counts = [norm.num_batches_tracked.clone() for norm in norms]
@@ -133,7 +134,7 @@ def frozen_running_stats(model: nn.Module) -> Iterator[None]:
 
 
 def _without_classifier(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters but the last layer's, which adaptive clipping spares (arXiv 2102.06171, section 4.1)."""
+    """Return all parameters except the last layer's, which adaptive clipping omits (arXiv 2102.06171, section 4.1)."""
     classifier = model.get_classifier()  # type: ignore[operator]
     heads = classifier if isinstance(classifier, tuple) else (classifier,)  # distilled models have two
     last = {id(p) for head in heads for p in head.parameters()}
@@ -141,14 +142,14 @@ def _without_classifier(model: nn.Module) -> list[nn.Parameter]:
 
 
 class StepReport(NamedTuple):
-    """The gradient's norm, where the step took it, and the seconds that the step waited for data."""
+    """The gradient norm, if it was computed, and the time in seconds that the step waited for data."""
 
     grad_norm: Tensor | None
     wait_seconds: float
 
 
 def train_one_epoch(stepper: Stepper, batches: Batches, num_steps: int, log_every_steps: int) -> Iterator[StepReport]:
-    """Take `num_steps` steps and yield a report after each; the caller decides what happens between steps."""
+    """Run `num_steps` steps and yield a report after each one, so that the caller can act between steps."""
     stepper.state.model.train()
     waits: list[float] = []
     timed = _timed(batches, waits)
@@ -160,7 +161,7 @@ def train_one_epoch(stepper: Stepper, batches: Batches, num_steps: int, log_ever
 
 
 def _timed(batches: Batches, waits: list[float]) -> Batches:
-    """Yield the same batches, and append the seconds that each was waited for to `waits`."""
+    """Yield the same batches and append the waiting time for each batch, in seconds, to `waits`."""
     start = time.perf_counter()
     for batch in batches:
         waits.append(time.perf_counter() - start)

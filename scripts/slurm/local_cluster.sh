@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Start a real Slurm on this one machine, to try job scripts and sweeps. Needs root, but no systemd and no database.
+# Start a real Slurm cluster on a single machine to test job scripts and sweeps. Needs root, but no systemd or database.
 #
 #   apt-get update && apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge
-#   eval "$(scripts/slurm/local_cluster.sh up /tmp/slurm [CPUS])"     # CPUS: as many as the node claims to have
+#   eval "$(scripts/slurm/local_cluster.sh up /tmp/slurm [CPUS])"     # CPUS: number of CPUs that the node reports
 #   sinfo
 #   scripts/slurm/local_cluster.sh down /tmp/slurm
 #
-# Two partitions: low (the default) and high; a job of low is requeued when one of high needs its place. A killed job has
-# five seconds to end, and a requeued one waits as long; on real clusters these are 30 and 120 seconds.
+# There are two partitions, low (the default) and high. A job in low is requeued if a job in high needs its resources. A
+# killed job has five seconds to end, and a requeued job waits five seconds; on real clusters these are 30 and 120.
 set -euo pipefail
 
 usage() {
@@ -27,13 +27,13 @@ SlurmctldPidFile=$folder/slurmctld.pid
 SlurmdPidFile=$folder/slurmd.pid
 SlurmctldLogFile=$folder/slurmctld.log
 SlurmdLogFile=$folder/slurmd.log
-# how long a requeued job waits, in seconds
+# time in seconds that a requeued job waits
 AuthInfo=cred_expire=5
-# nothing listens outside of this machine
+# do not listen on external addresses
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
-# no cgroups: a container has none to give
+# no cgroups, because a container does not provide them
 ProctrackType=proctrack/linuxproc
-# more processors than there are, if the caller says so
+# allow more processors than the machine has, if the caller requests it
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
@@ -41,7 +41,7 @@ SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0,bf
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 KillWait=5
-# ended jobs stay in squeue, where sacct (beside this script) looks
+# ended jobs remain in squeue, which the sacct next to this script queries
 MinJobAge=3600
 ReturnToService=2
 NodeName=$host NodeAddr=127.0.0.1 CPUs=$cpus RealMemory=$(awk '/^MemTotal/ { print int($2 / 1024) }' /proc/meminfo) State=UNKNOWN
@@ -78,7 +78,7 @@ up() {
 down() {
   export SLURM_CONF=$folder/slurm.conf
   if scancel --user="$(id -un)" 2> /dev/null; then
-    for _ in $(seq 100); do # or their processes would stay
+    for _ in $(seq 100); do # otherwise their processes would keep running
       [ -n "$(squeue --noheader)" ] || break
       sleep 0.1
     done
@@ -92,7 +92,7 @@ down() {
   fi
 }
 
-# End the process of a pid file and wait until it is gone.
+# Terminate the process of a PID file and wait until it has ended.
 end() {
   local process
   [ -s "$1" ] || return 0
@@ -105,7 +105,7 @@ end() {
   kill -KILL "$process" 2> /dev/null || true
 }
 
-# In a container there may be no process that waits for a daemon: after its end it stays as a zombie.
+# In a container, there may be no parent process that reaps a daemon, which then remains as a zombie.
 is_alive() {
   [ -e "/proc/$1/status" ] && ! grep -q '^State:[[:space:]]*Z' "/proc/$1/status" 2> /dev/null
 }

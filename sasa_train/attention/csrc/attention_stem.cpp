@@ -1,34 +1,36 @@
-// The attention stem on the CPU, forward and backward: attention inside aligned 4x4 blocks of the image, and its 4x4
-// max pool. The definition is AttentionStem in ../../models/layers.py; ../stem.py calls this.
+// Forward and backward pass of the attention stem on the CPU: attention inside aligned 4x4 blocks of the image, and its
+// 4x4 max pool. The definition is AttentionStem in ../../models/layers.py; ../stem.py calls this code.
 //
-// Method. One vector lane is one block. V blocks ("a group") are walked in step, head after head, and everything
-// between the image and the result stays in the L1 cache. Scores need no queries and keys: with q_i = W_Q x_i, k_j =
-// W_K x_j,
+// Method: each vector lane holds one block. V blocks ("a group") are processed in lockstep, head by head, and all
+// intermediate values stay in the L1 cache. The scores can be computed without queries and keys: with q_i = W_Q x_i and
+// k_j = W_K x_j,
 //
 //   q_i . (k_j + r_ij) = x_i . (M x_j + row[a' - a] + col[b' - b]),   M = W_Q^T W_K,  row = rel_height W_Q, col alike,
 //
-// where i is place (a, b), j is (a', b') and x has 3 numbers instead of a head's 16. stem.py makes M, row and col from
-// the weights, and W_V of each place from the mixture. Everything else is a product of small matrices of vectors:
+// where i is position (a, b), j is (a', b') and x has 3 values instead of a head's 16. stem.py computes M, row and col
+// from the weights, and W_V of each position from the mixture. All other steps are products of small matrices of
+// vectors:
 //
 //   forward    U = x M^T,  S = x U^T + row + col,  P = softmax(S),  V_j = W_V(j) x_j,  Y = P V
-//   backward   the same again;  T = dY V^T,  dS = P (T - sum P T),  dV = P^T dY,  dU = dS^T x,
-//              dM = dU^T x,  drow, dcol = sums of dS times x,  dW_V(j) = dV_j x_j^T;  dx where it is wanted.
+//   backward   forward again;   T = dY V^T,  dS = P (T - sum P T),  dV = P^T dY,  dU = dS^T x,
+//              dM = dU^T x,  drow, dcol = sums of dS times x,  dW_V(j) = dV_j x_j^T;  dx if requested.
 //
-// There are two kinds of result. The map has all positions, [B, H, W, C], and is streamed to memory. The pooled result
-// uses that batch norm is an affine map of each channel and that the pool's windows are the blocks: it needs only the
-// largest number of each block (the smallest where the channel's weight is negative) with its place, and the mean and
-// variance of each channel. The full map, 100 MB for a batch of 8 at 224 pixels, is then never written. Backward,
-// dL/dy = (g where picked) + dmean / n + dvar 2 (y - mean) / n.
+// There are two kinds of output. The map contains all positions, [B, H, W, C], and is streamed to memory. The pooled
+// output relies on batch norm being an affine map of each channel and on the pool's windows being the blocks. It needs
+// only the maximum of each block (the minimum if the channel's weight is negative) with its position, and the mean and
+// variance of each channel, so the full map, 100 MB for a batch of 8 at 224 pixels, is never written. In the backward
+// pass, dL/dy = (g at picked positions) + dmean / n + dvar 2 (y - mean) / n.
 //
-// Sums over positions. The variance is summed about the lane's first number, in float32 over a run of groups, then over
-// lanes and runs in double (Chan's formula). Weight gradients are summed in float32 per lane over a run, then over
-// lanes and runs in double. All runs have one length and are added in order, whatever the number of threads: so no
-// result depends on that number.
+// Sums over positions: the variance is computed relative to the lane's first value, summed in float32 over a run of
+// groups, then over lanes and runs in float64 (Chan's formula). Weight gradients are summed in float32 per lane over a
+// run, then over lanes and runs in float64. All runs have the same length and are added in order for any number of
+// threads, so the results do not depend on the number of threads.
 //
-// Arithmetic. A position and head costs 2 (backward 4 more) products of 16 D multiply-adds and one exponential for each
-// of its 16 scores: at D = 16, about 750 vector instructions forward and 1,400 backward. For B = 8, 224 pixels, 4 heads
-// on 16 lanes that is 216 million, at best two per cycle; two cores measured 12 + 28 ms, about half of that speed. dW_V
-// has 16 C C_in numbers per lane, 200 KB: dV of GROUPS groups is kept, so that these are read and written once for all.
+// Cost: each position and head needs 2 (backward: 4 more) products of 16 D multiply-adds, and one exponential for each
+// of its 16 scores. At D = 16, these are about 750 vector instructions forward and 1,400 backward. For B = 8, 224
+// pixels and 4 heads on 16 lanes, the total is 216 million, at most two per cycle. Two cores took 12 + 28 ms, which is
+// about half of that speed. dW_V has 16 C C_in values per lane (200 KB), so dV of GROUPS groups is kept, and dW_V is
+// read and written once for all of them.
 
 #include "vectors.h"
 
@@ -39,30 +41,30 @@
 constexpr int CI = IN_CHANNELS;
 constexpr int SIDE = 4, PLACES = SIDE * SIDE, OFFSETS = 2 * SIDE - 1;
 constexpr int GROUPS = 8;
-// About RUNS runs, each of one to MAX_RUN times GROUPS groups. Changing these changes rounding alone.
+// There are about RUNS runs, each of one to MAX_RUN times GROUPS groups. Changing these values affects only rounding.
 constexpr int RUNS = 96;
 constexpr int MAX_RUN = 4;
 constexpr float LN_2 = 0.6931471805599453f;
 
 extern "C" {
 
-// A [B, C, H, W] tensor; strides in elements.
+// A [B, C, H, W] tensor with strides in elements.
 struct Image {
     float* data;
     int64_t b, c, h, w;
 };
 
-// Mirrored field by field in stem.py.
+// stem.py mirrors this struct field by field.
 struct Problem {
     int64_t batch, height, width, num_heads, head_dim, num_threads;
-    Image x, grad_x;              // grad_x.data is null where it is not wanted
+    Image x, grad_x;              // grad_x.data is null if it is not requested
     const float* tables;          // M [N, CI, CI], row [N, 7, CI], col [N, 7, CI], all times log2(e); W_V [N, 16, D, CI]
     float* grad_tables;           // gradients of M, row, col (without the factor) and W_V
     float* map;                   // [B, H, W, C], or null; backward: its gradient
     float* pooled;                // [B, C, H/4, W/4] with the strides below (p: along H/4 * W/4); backward: its gradient
     int64_t pooled_b, pooled_c, pooled_p;
-    uint8_t* places;              // [C, B * H/4 * W/4]: which of a block's 16 was picked
-    const float* sign;            // [C]: of batch norm's weight; 0 makes all places equal, and the first is picked
+    uint8_t* places;              // [C, B * H/4 * W/4]: index of the picked position, 0 to 15
+    const float* sign;            // [C]: sign of batch norm's weight; for 0 all positions are equal and the first is picked
     float *mean, *variance;       // [C], biased; backward reads the mean
     const float *grad_mean, *grad_variance;
     void* workspace;              // sasa_forward_bytes() or sasa_backward_bytes(), any alignment
@@ -138,12 +140,12 @@ struct Sizes {
     }
 };
 
-// The places of the V blocks of a group in the batch. Lanes beyond the last block repeat it and count for nothing.
+// Positions in the batch of the V blocks of a group. Lanes beyond the last block repeat it and are ignored.
 template <int V>
 struct Blocks {
     int64_t first, batch[V], y[V], x[V];
     int count;
-    bool one_image;  // all V blocks exist, in one image, so they lie side by side
+    bool one_image;  // all V blocks exist and are in one image, so they are contiguous
     Blocks() = default;
     Blocks(const Sizes& s, int64_t group) : first(group * V), count(int(least(V, s.num_blocks - group * V))) {
         for (int l = 0; l < V; ++l) {
@@ -164,7 +166,7 @@ class Worker {
     typedef uint8_t Bytes __attribute__((vector_size(V)));
     const Problem& p;
     const Sizes s;
-    Vec *x;                          // [16][CI]; in the backward pass of GROUPS groups
+    Vec *x;                          // [16][CI]; in the backward pass for GROUPS groups
     Vec *form, *row, *col;           // M [CI][CI], row and col [7][CI]
     Vec *keys, *value;               // U [16][CI], V [16][D]
     Vec *bias_height, *bias_width;   // for 4 queries: x_i . row [4][4] and x_i . col [4][4]; backward: then their gradients
@@ -174,8 +176,8 @@ class Worker {
     Vec *grad_output, *grad_scores;  // dY [16][D]; for 4 queries dS [4][16]
     Vec *grad_keys, *grad_values;    // dU [16][CI]; dV [GROUPS][16][D]
     Vec *grad_x, *grad_x_scores;     // [GROUPS][16][CI]; its part from the scores [16][CI]
-    Vec *picked;                     // gradients of the pooled numbers [D]
-    Vec *grads;                      // of the tables
+    Vec *picked;                     // gradients of the pooled values [D]
+    Vec *grads;                      // gradients of the tables
 
    public:
     static int64_t num_vectors(const Problem& p, bool backward) {
@@ -200,7 +202,7 @@ class Worker {
         picked = take(s.D), grads = take(s.num_tables);
     }
 
-    // `statistics`: for each channel the mean over this run and the sum of squares about it, [C][2].
+    // `statistics` is [C][2]: for each channel, the mean over this run and the sum of squared deviations from it.
     void forward(int64_t first, int64_t end, double* statistics) {
         Blocks<V> blocks;
         for (int64_t group = first; group < end; ++group) {
@@ -217,8 +219,8 @@ class Worker {
         if (p.places) finish_statistics(end - first, blocks.count, statistics);
     }
 
-    // `partial`: the tables' gradients over this run. GROUPS groups at a time, head by head: so the gradients of one
-    // head's W_V, too large for the L1 cache, are touched once for all these groups.
+    // `partial` receives the tables' gradients over this run. GROUPS groups are processed at a time, head by head, so
+    // that the gradients of a head's W_V, which exceed the L1 cache, are accessed once for all these groups.
     void backward(int64_t first, int64_t end, double* partial) {
         memset(grads, 0, s.num_tables * sizeof(Vec));
         Blocks<V> blocks[GROUPS];
@@ -250,7 +252,7 @@ class Worker {
    private:
     // ---- tables and images
 
-    // The index at which table `which` (M, row, col, W_V) of head n begins.
+    // Returns the start index of table `which` (M, row, col, W_V) of head n.
     int64_t table_begin(int which, int64_t n) const {
         const int64_t size[4] = {CI * CI, OFFSETS * CI, OFFSETS * CI, PLACES * s.D * CI};
         int64_t begin = n * size[which];
@@ -281,8 +283,7 @@ class Worker {
         }
     }
 
-    // Copies [16][D] of head n out to the map or in from its gradient. P channels at a time, so V / P neighbours in a
-    // row.
+    // Copies [16][D] of head n to the map or from its gradient, P channels and therefore V / P neighbours at a time.
     template <bool OUT>
     void copy_map(Vec* rows, const Blocks<V>& blocks, int64_t n) const {
         if (s.D % V == 0) return copy_runs<V, OUT>(rows, blocks, n);
@@ -354,8 +355,8 @@ class Worker {
         multiply<V, false>({output + a * SIDE * s.D, s.D, 1}, {weights, PLACES, 1}, {value, s.D, 1}, SIDE, s.D, PLACES);
     }
 
-    // Softmax of 16 scores, to the base 2. The largest is subtracted first, so that no exponential overflows; four
-    // sums, so that an addition need not wait for the one before.
+    // Computes the base-2 softmax of 16 scores. The maximum is subtracted first, so that no exponential overflows. Four
+    // sums are used, so that an addition need not wait for the previous one.
     static INLINE void softmax(Vec* scores) {
         Vec top = scores[0], sums[4] = {};
         UNROLL
@@ -370,14 +371,15 @@ class Worker {
         for (int j = 0; j < PLACES; ++j) scores[j] *= inverse;
     }
 
-    // Stores the picked number and its place, and adds to the sums for mean and variance, for the channels of head n.
+    // Stores the picked values and their positions for the channels of head n, and updates the sums for mean and
+    // variance.
     void pool(const Blocks<V>& blocks, int64_t n, bool first) {
         Vec valid;  // 0 in lanes beyond the last block
         for (int l = 0; l < V; ++l) valid[l] = l < blocks.count;
         for (int64_t d = 0; d < s.D; ++d) {
             int64_t c = n * s.D + d;
             const Vec* y = output + d;
-            // About the lane's first number: a sum of squares about 0 would lose the variance of a large mean.
+            // Squares are relative to the lane's first value; relative to 0, a large mean would swamp the variance.
             if (first) shift[c] = y[0], sum[c] = square[c] = Vec{};
             Vec of_y = {}, of_square = {}, origin = shift[c];
             UNROLL
@@ -396,7 +398,7 @@ class Worker {
         }
     }
 
-    // Keeps the first of equal numbers, as torch's max pool does; a NaN is always taken.
+    // Keeps the first of several equal values, as torch's max pool does, but always selects a NaN.
     template <typename Keep>
     INLINE void pick(const Vec* y, Vec& best, Ints& place, Keep keep) const {
         UNROLL
@@ -434,8 +436,7 @@ class Worker {
     }
 
    public:
-    // Adds a second sample to a first, each as count, mean and sum of squares about the mean (Chan, Golub, LeVeque
-    // 1979).
+    // Combines two samples, each given as count, mean and sum of squared deviations (Chan, Golub, LeVeque 1979).
     static void combine(double& count, double& mean, double& squares, double n, double of_mean, double of_squares) {
         double difference = of_mean - mean, total = count + n;
         mean += difference * n / total;
@@ -474,7 +475,8 @@ class Worker {
         if (p.grad_x.data) inputs_backward(grad_x, grad_value, n);
     }
 
-    // dY from the picked places. The parts from mean and variance need Y; add_statistics adds them later.
+    // Computes dY from the picked positions. The parts from mean and variance require Y, so add_statistics adds them
+    // later.
     void load_picked(const Blocks<V>& blocks, int64_t n) {
         for (int64_t d = 0; d < s.D; ++d) {
             int64_t c = n * s.D + d;
@@ -511,8 +513,8 @@ class Worker {
             for (int l = blocks.count; l < V; ++l) grad_output[e][l] = 0;
     }
 
-    // Writes dS = P (T - sum P T) in the place of T, with sum P T = dY . Y, and its sums over rows and columns of the
-    // keys.
+    // Overwrites T with dS = P (T - sum P T), where sum P T = dY . Y, and computes its sums over the rows and columns
+    // of the keys.
     INLINE void softmax_backward(int a, int q) {
         const Vec *weight = weights + q * PLACES, *y = output + (a * SIDE + q) * s.D, *dy = grad_output + (a * SIDE + q) * s.D;
         Vec *grad = grad_scores + q * PLACES, mean = {};
@@ -534,7 +536,7 @@ class Worker {
         for (int b = 0; b < SIDE; ++b) bias_width[q * SIDE + b] = of_column[b];
     }
 
-    // The part of dx that comes from the scores by x as queries, times log2(e).
+    // Computes the part of dx that comes from the scores through x as queries, times log2(e).
     void queries_backward(int a) {
         View<V> to = {grad_x_scores + a * SIDE * CI, CI, 1};
         multiply<V, false>(to, {grad_scores, PLACES, 1}, {keys, CI, 1}, SIDE, CI, PLACES);
@@ -542,7 +544,7 @@ class Worker {
         for (int b = 0; b < SIDE; ++b)
             multiply<V, true>(to.from(b, 0), {bias_width + b * SIDE, SIDE, 1}, {col + (SIDE - 1 - b) * CI, CI, 1}, 1, CI, SIDE);
     }
-    // The part by x as keys, and the part from the values.
+    // Computes the part of dx through x as keys, and the part from the values.
     void inputs_backward(Vec* grad_x, const Vec* grad_value, int64_t n) {
         multiply<V, true>({grad_x_scores, CI, 1}, {grad_keys, CI, 1}, {form, CI, 1}, PLACES, CI, CI);
         const float* weight = table(3, n);
@@ -563,7 +565,7 @@ int64_t share(const Problem& p, bool backward) {
     return round_up(Worker<V>::num_vectors(p, backward) * sizeof(F<V>));
 }
 
-// The number of doubles that a run keeps: two per channel, or the tables' gradients.
+// Returns the number of doubles that a run stores: two per channel, or the tables' gradients.
 template <int V>
 int64_t num_partial(const Problem& p, bool backward) {
     Sizes s = Sizes::of<V>(p);
@@ -597,7 +599,7 @@ void finish_backward(const Problem& p, const Sizes& s, double* partial) {
 template <int V>
 void run(const Problem& p, bool backward) {
     Sizes s = Sizes::of<V>(p);
-    // Runs go to threads as these become free, each into its own place of `partial`; they are added in order
+    // Runs are assigned to threads dynamically and write to separate parts of `partial`, which are added in order
     // afterwards.
     char* memory = (char*)round_up((int64_t)p.workspace);
     double* partial = (double*)(memory + p.num_threads * share<V>(p, backward));
@@ -613,7 +615,7 @@ void run(const Problem& p, bool backward) {
         if (backward) worker.backward(first, end, partial + run * size);
         else worker.forward(first, end, partial + run * size);
 #if defined(__x86_64__)
-        _mm_sfence();  // streamed stores are seen before the run counts as done
+        _mm_sfence();  // streamed stores become visible before the run counts as done
 #endif
     }
     if (backward) finish_backward(p, s, partial);

@@ -1,11 +1,11 @@
-// Local self-attention on the CPU, forward and backward. The definition is ../reference.py; cpu.py builds and calls
-// this.
+// Forward and backward pass of local self-attention on the CPU. ../reference.py contains the definition; cpu.py builds
+// and calls this code.
 //
-// Method. One vector lane is one plane (one head of one image). V planes are walked in step, so all lanes are at the
-// same pixel. Borders are then loop bounds that all lanes share, any height and width fill the lanes, no load is
-// unaligned or masked, and small maps need no method of their own. A row of V planes is packed into scratch memory as
-// [channel][column] vectors with K/2 zero columns on either side ("band"). It is read straight from the strided
-// tensors, transposed V x V in registers and converted from bfloat16 on the way.
+// Method: each vector lane holds one plane (one head of one image). V planes are processed in lockstep, so that all
+// lanes are at the same pixel. All lanes then share the loop bounds at the borders, any height and width fills the
+// lanes, no load is unaligned or masked, and small maps need no special case. A row of V planes is packed into scratch
+// memory as [channel][column] vectors with K/2 zero columns on either side ("band"). It is read directly from the
+// strided tensors, transposed V x V in registers and converted from bfloat16 in the process.
 //
 //   forward, a query row i:  S[dy][x][dx] = q.k + q.r        band_product: 3 queries x K keys, all in registers
 //                            E = exp(S - max)                one polynomial, K*K vectors per position
@@ -13,61 +13,61 @@
 //   backward, a query row i: S again,  P = exp(S - max) / sum E,  T = g.v,  dS = P (T - sum P T),  and with band_apply
 //                            dq[x]  += dS k,    dk[y][x'] += dS q,    dv[y][x'] += P g.
 //
-// The forward pass keeps max and 1 / sum E of each position, nothing of size K*K. dk and dv of the key rows in reach
-// live in a ring. A row leaves the ring when the last query row that sees it is done: no atomics, one order of
-// summation, whatever the number of threads. q.r is q[:D/2].rel_height[dy] + q[D/2:].rel_width[dx]: 2K numbers per
-// position, not K*K. Its gradients are summed in float32 over BLOCK_ROWS rows, and over those blocks, planes and images
-// in double and in order.
+// The forward pass saves max and 1 / sum E of each position, but nothing of size K*K. dk and dv of the key rows in
+// reach are kept in a ring buffer. A row is written out when the last query row that sees it is done, so there are no
+// atomics, and the order of summation is the same for any number of threads. q.r is
+// q[:D/2].rel_height[dy] + q[D/2:].rel_width[dx], i.e. 2K values per position instead of K*K. Its gradients are summed
+// in float32 over BLOCK_ROWS rows, then in order and in float64 over these blocks, planes and images.
 //
-// Arithmetic. A position and head costs 7 products of K*K*D multiply-adds (2 forward, 5 backward) and 2 K*K
-// exponentials of 10 instructions. At K = 7, D = 8 on 16 lanes with two multiply-add units that is 1,372 + 490 cycles
-// for 16 planes. About half of that speed was measured: rows and scores come from the L2 cache (a key row of 16 planes
-// is 64 W D bytes, K rows of keys, values and their two gradients are 460 KB at W = 32, D = 8), where a core reads 0.6
-// vectors per cycle beside its multiply-adds and writes 0.26. Hence three queries side by side for each key that is
-// read, and no score is written twice in the backward pass. A quarter of the time goes into reading and writing the
-// tensors.
+// Cost: each position and head needs 7 products of K*K*D multiply-adds (2 forward, 5 backward) and 2 K*K exponentials
+// of 10 instructions. At K = 7 and D = 8, on 16 lanes with two multiply-add units, these take 1,372 + 490 cycles for 16
+// planes. The measured speed is about half of that, because rows and scores come from the L2 cache (a key row of 16
+// planes has 64 W D bytes; K rows of keys, values and their two gradients have 460 KB at W = 32, D = 8). In addition to
+// its multiply-adds, a core reads 0.6 vectors per cycle from it and writes 0.26. For this reason each key that is read
+// is used for three adjacent queries, and the backward pass never writes a score twice. A quarter of the time is spent
+// reading and writing the tensors.
 
 #include "vectors.h"
 
 #ifndef KERNEL_SIZE
-#define KERNEL_SIZE 7  // cpu.py builds one library per kernel_size: all of them at once would take a minute
+#define KERNEL_SIZE 7  // cpu.py builds one library per kernel_size, since building all of them would take a minute
 #endif
 
-// These sizes fit the caches. The results do not depend on tiles; changing BLOCK_ROWS changes rounding alone.
+// These sizes suit the caches. The results do not depend on the tile size; changing BLOCK_ROWS affects only rounding.
 //
-// MAX_TILE: query columns worked on at a time, K*K scores each, forward and backward. Backward it is larger, because a
-// tile's margins are gathered twice.
+// MAX_TILE is the number of query columns processed at a time, with K*K scores each, forward and backward. It is larger
+// for the backward pass, because a tile's margins are gathered twice.
 constexpr int MAX_TILE[2] = {12, 32};
-constexpr int BLOCK_ROWS = 8;  // query rows summed in float32 for the embeddings' gradients; threads split there
-constexpr int64_t PIXELS_AHEAD = 3;  // pixels that are on their way from memory while one is read
+constexpr int BLOCK_ROWS = 8;  // query rows summed in float32 for the embeddings' gradients; work is split at multiples
+constexpr int64_t PIXELS_AHEAD = 3;  // number of pixels that are prefetched
 
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1 };
 
 extern "C" {
 
-// A [B, N, H, W, D] tensor; strides in elements.
+// A [B, N, H, W, D] tensor with strides in elements.
 struct Strided {
     void* data;
     int64_t b, n, h, w, d;
 };
 
-// Mirrored field by field in cpu.py.
+// cpu.py mirrors this struct field by field.
 struct Problem {
     int64_t batch, num_heads, height, width, head_dim;
     int64_t zero_border, dtype, num_threads, rel_per_head, stride;
-    Strided query, key, value, output;  // key.data is null without content; output and its gradient are pooled
+    Strided query, key, value, output;  // key.data is null without content; output and its gradient are after pooling
     Strided grad_output, grad_query, grad_key, grad_value;
-    float* statistics;                          // from forward to backward: [B N rounded up to 16][H][2][W], lanes innermost
+    float* statistics;                          // forward to backward: [B N rounded up to 16][H][2][W], lanes innermost
     const float *rel_height, *rel_width;        // [K, D/2] or [N, K, D/2], contiguous; null without embeddings
-    float *grad_rel_height, *grad_rel_width;    // like them
+    float *grad_rel_height, *grad_rel_width;    // same shapes
     void* workspace;                            // sasa_forward_bytes() or sasa_backward_bytes(), any alignment
 };
 }
 
 namespace {
 
-// V planes of a tensor: the place of each, and the count of existing ones. Lanes beyond repeat the last plane, and are
-// not written.
+// V planes of a tensor: the position of each plane, and the number of existing planes. Further lanes repeat the last
+// plane and are not written.
 template <int V>
 struct Planes {
     int64_t batch_index[V], head[V];
@@ -97,8 +97,8 @@ struct RowCopy {
             line[l] = (E*)t.data + planes.batch_index[l] * t.b + planes.head[l] * t.n + y * t.h;
     }
 
-    // V numbers of each plane at (x, c), in runs of P: `step` apart in memory, `run_pitch` apart in scratch, and
-    // `pitch` inside a run.
+    // Copies V values of each plane at (x, c) in runs of P, which are `step` apart in memory and `run_pitch` apart in
+    // scratch, with a stride of `pitch` inside a run.
     template <int P, bool OUT>
     INLINE void block(F<V>* row, int64_t x, int64_t c, int64_t step, int64_t run_pitch, int64_t pitch) const {
         F<V> t[V];
@@ -122,7 +122,7 @@ struct RowCopy {
             for (int l = 0; l < V; ++l) {
                 if (l >= count) break;
                 if constexpr (P * 2 == V) {
-                    if (l + 1 < count && line[l + 1] == line[l] + P) {  // two heads side by side are one vector
+                    if (l + 1 < count && line[l + 1] == line[l] + P) {  // two adjacent heads form one vector
                         F<V> other = t[l + 1];
                         store<V>(line[l] + offset, join(half_of(t[l], false), half_of(other, false)), stream);
                         store<V>(line[l] + offset + step, join(half_of(t[l], true), half_of(other, true)), stream);
@@ -135,8 +135,8 @@ struct RowCopy {
         }
     }
 
-    // Fetch pixels x .. x + num - 1 into the cache. Beyond the row's end lies the next row, which is wanted soon, or
-    // nothing: a prefetch of an invalid address is no fault.
+    // Prefetches pixels x .. x + num - 1 into the cache. After the end of the row comes either the next row, which is
+    // needed soon, or an invalid address, whose prefetch does not fault.
     INLINE void prefetch(int64_t x, int64_t num, int64_t head_dim) const {
         if (d != 1) return;
         int64_t per_cache_line = 64 / sizeof(E), heads_step = most(1, per_cache_line / head_dim);
@@ -157,7 +157,7 @@ struct RowCopy {
             for (int l = count; l < V; ++l) (*place)[l] = (*place)[count - 1];
     }
 
-    // Heads of P channels, P < V: V / P pixels at a time.
+    // Handles heads of P < V channels, V / P pixels at a time.
     template <int P, bool OUT>
     void narrow(F<V>* row, int64_t x, int64_t end, int64_t pitch) const {
         for (; x + V / P <= end; x += V / P) block<P, OUT>(row + x, x, 0, w, 1, pitch);
@@ -165,14 +165,14 @@ struct RowCopy {
             for (int64_t c = 0; c < P; ++c) single<OUT>(row + c * pitch + x, x, c);
     }
 
-    // Columns from .. end - 1 of the row.
+    // Copies columns from .. end - 1 of the row.
     template <bool OUT>
     __attribute__((noinline)) void run(F<V>* row, int64_t from, int64_t end, int64_t head_dim, int64_t pitch) const {
         if constexpr (V > 4)
             if (d == 1 && head_dim * 2 == V) return narrow<V / 2, OUT>(row, from, end, pitch);
         if constexpr (V > 8)
             if (d == 1 && head_dim * 4 == V) return narrow<V / 4, OUT>(row, from, end, pitch);
-        if (w == 1) {  // planar: along the row
+        if (w == 1) {  // planar layout: copy along the row
             for (int64_t c = 0; c < head_dim; ++c) {
                 int64_t x = from;
                 for (; x + V <= end; x += V) block<V, OUT>(row + c * pitch + x, x, c, 0, 0, 1);
@@ -189,9 +189,9 @@ struct RowCopy {
     }
 };
 
-// ---- the two pieces everything is made of -------------------------------------------------------------------------
+// ---- the two basic operations -------------------------------------------------------------------------------------
 
-// acc[r][j] += sum_c a[c][r] * b[c][r + j]: R neighbouring queries, each against its K keys of one row.
+// Computes acc[r][j] += sum_c a[c][r] * b[c][r + j] for R adjacent queries, each with its K keys of one row.
 template <int V, int K, int R>
 INLINE void band_product(F<V> (&acc)[R][K], const F<V>* a, const F<V>* b, int64_t head_dim, int64_t pitch) {
     for (int64_t c = 0; c < head_dim; ++c, a += pitch, b += pitch) {
@@ -208,8 +208,8 @@ INLINE void band_product(F<V> (&acc)[R][K], const F<V>* a, const F<V>* b, int64_
     }
 }
 
-// acc[r][c] += sum_j weight(r, j) * b[c][STRIDE r + j], with weight(r, j) = weights[r][j]; or, REVERSED, the weight
-// that the position r + j - K/2 gives to r: weights[r + j][K - 1 - j].
+// Computes acc[r][c] += sum_j weight(r, j) * b[c][STRIDE r + j] with weight(r, j) = weights[r][j]. If REVERSED, it uses
+// the weight that position r + j - K/2 assigns to r, weights[r + j][K - 1 - j].
 template <int V, int K, int R, int C, bool REVERSED, int STRIDE = 1>
 INLINE void band_apply(F<V> (&acc)[R][C], const F<V>* weights, const F<V>* b, int64_t pitch) {
     UNROLL
@@ -229,7 +229,7 @@ INLINE void band_apply(F<V> (&acc)[R][C], const F<V>* weights, const F<V>* b, in
     }
 }
 
-// The number of queries side by side that fit the registers.
+// The number of adjacent queries that fit in the registers.
 constexpr int queries_at_once(int K) {
     if (NUM_REGISTERS == 32) return K <= 3 ? 4 : K <= 7 ? 3 : K <= 13 ? 2 : 1;
     return K <= 5 ? 2 : 1;
@@ -241,19 +241,20 @@ constexpr int CHANNELS_AT_ONCE = NUM_REGISTERS == 32 ? 8 : 4;
 
 struct Sizes {
     int64_t H, W, D, half, pitch, row, tile, tile_pitch, num_blocks, out_width;
-    bool stream;  // whether the results are stored past the caches
+    bool stream;  // whether the results bypass the caches
     template <int K>
     static Sizes of(const Problem& p, bool backward) {
         Sizes s;
         s.H = p.height, s.W = p.width, s.D = p.head_dim, s.half = p.head_dim / 2;
         s.out_width = ceil_div(s.W, p.stride);
-        // The columns in reach of a row's windows, or of a pool's two. Odd, so that channels do not share cache sets.
+        // Number of columns that the windows of one row, or of a pool's two rows, can reach. It is odd, so that
+        // channels do not share cache sets.
         s.pitch = (s.W + K - 2 + p.stride) | 1;
         s.row = s.pitch * s.D;
         s.tile = ceil_div(ceil_div(s.W, ceil_div(s.W, MAX_TILE[backward])), p.stride) * p.stride;
-        s.tile_pitch = s.tile + 2 * (K - 1);  // gathering reaches K - 1 queries beyond the tile: zeros
+        s.tile_pitch = s.tile + 2 * (K - 1);  // gathering reads K - 1 queries beyond the tile, which are zero
         s.num_blocks = ceil_div(s.H, BLOCK_ROWS);
-        int64_t numbers = p.batch * p.num_heads * s.H * s.W * s.D;  // of one tensor at the queries' resolution
+        int64_t numbers = p.batch * p.num_heads * s.H * s.W * s.D;  // in one tensor at the queries' resolution
         s.stream = (backward ? 3 * numbers : numbers / (p.stride * p.stride)) > STREAM_NUMBERS;
         return s;
     }
@@ -267,19 +268,19 @@ class Worker {
     const Sizes s;
     const int64_t group;
     const Planes<V> planes;
-    // Rings of K + 1 rows: so many are in reach of the windows of a pool's two query rows.
+    // Ring buffers of K + 1 rows, which is the number of rows that the windows of a pool's two query rows can reach.
     Vec *key_rows, *value_rows, *grad_key_rows, *grad_value_rows;
-    Vec *query_rows, *grad_query_rows;       // rings of HALF + 2 rows
-    Vec *query_row, *grad_query_row;         // the present row of these rings
+    Vec *query_rows, *grad_query_rows;       // ring buffers of HALF + 2 rows
+    Vec *query_row, *grad_query_row;         // the current row of these ring buffers
     Vec *output_row, *grad_output_row;
     Vec *weights, *grad_scores;              // [K][tile_pitch][K]: the tile's scores or weights, and their gradients
-    Vec *tiles[2], *pooled;                  // with a pool: the weights of its two query rows, and both together
+    Vec *tiles[2], *pooled;                  // with a pool: the weights of its two query rows, and their combination
     Vec *bias_height, *bias_width;           // [tile][K]: q.rel_height[dy] and q.rel_width[dx]; then their gradients
-    Vec *top, *inverse_sum;                  // [W]: the largest score and 1 / sum E of the present query row
+    Vec *top, *inverse_sum;                  // [W]: maximum score and 1 / sum E of the current query row
     Vec *statistic_rows;                     // top and inverse_sum of a pool's rows: [stride][2][W]
     Vec *delta;                              // [W]: sum P T
     Vec *rel_height, *rel_width;             // [D/2][K]
-    Vec *grad_rel_height, *grad_rel_width;   // [D/2][K], over the present block of rows
+    Vec *grad_rel_height, *grad_rel_width;   // [D/2][K], over the current block of rows
 
    public:
     static int64_t num_vectors(const Problem& p, bool backward) {
@@ -304,7 +305,7 @@ class Worker {
             load_rel(rel_height, p.rel_height);
             load_rel(rel_width, p.rel_width);
         }
-        clear_pads(key_rows, 2 * (K + 1) + HALF + 2);  // keys, values and queries lie side by side
+        clear_pads(key_rows, 2 * (K + 1) + HALF + 2);  // keys, values and queries are contiguous
         if (!backward) return;
         grad_key_rows = take((K + 1) * s.row), grad_value_rows = take((K + 1) * s.row);
         grad_query_rows = take((HALF + 2) * s.row), grad_output_row = take(s.row);
@@ -324,7 +325,8 @@ class Worker {
         int64_t next_key = most(0, first - HALF);
         for (int64_t i = first; i < end; ++i) {
             for (; next_key < least(s.H, i + HALF + 1); ++next_key) load<E>(next_key, next_key >= first && next_key < end);
-            // With a pool, two query rows are one step: work waits for the second, or the image's end.
+            // With a pool, two query rows are processed together, once the second row or the end of the image is
+            // reached.
             if (p.stride == 2 && i % 2 == 0 && i + 1 < s.H) continue;
             int64_t i0 = p.stride == 2 ? i / 2 * 2 : i;
             for (int64_t x0 = 0; x0 < s.W; x0 += s.tile) {
@@ -350,9 +352,9 @@ class Worker {
         }
     }
 
-    // Gradients of the query rows and of the key rows first .. end - 1. Those key rows are also in reach of the HALF
-    // query rows on either side, which are therefore computed again. `partial`: [num_blocks][2][D/2][K], the
-    // embeddings' gradients block by block.
+    // Computes the gradients of the query rows and key rows first .. end - 1. These key rows are also in reach of the
+    // HALF query rows on either side, which are therefore recomputed. `partial`, [num_blocks][2][D/2][K], receives the
+    // embeddings' gradients per block.
     template <typename E>
     void backward(int64_t first, int64_t end, Vec* partial) {
         int64_t query_first = most(0, first - HALF), query_end = least(s.H, end + HALF);
@@ -390,7 +392,7 @@ class Worker {
     int64_t end_dy(int64_t i) const { return least(K, s.H + HALF - i); }
     Vec* tile_row(Vec* tile, int64_t dy) const { return tile + (dy * s.tile_pitch + K - 1) * K; }
 
-    // Zeros in the columns that no load writes: those outside the image, and the one that makes the pitch odd.
+    // Clears the columns that no load writes: those outside the image, and the one that makes the pitch odd.
     void clear_pads(Vec* rows, int64_t num_rows) const {
         for (int64_t c = 0; c < num_rows * s.D; ++c, rows += s.pitch) {
             memset(rows, 0, HALF * sizeof(Vec));
@@ -398,14 +400,14 @@ class Worker {
         }
     }
 
-    // Zeros as the weights of the K - 1 queries on either side of a tile, which gathering reads.
+    // Clears the weights of the K - 1 queries on either side of a tile, which gathering reads.
     void clear_margins(Vec* tile, int64_t dy) const {
         memset(tile_row(tile, dy) - (K - 1) * K, 0, (K - 1) * K * sizeof(Vec));
         memset(tile_row(tile, dy) + s.tile * K, 0, (K - 1) * K * sizeof(Vec));
     }
 
-    // Copies row y of N tensors. Queries, keys and values are most often parts of one tensor, beside each other at
-    // every pixel: they are walked together, so that memory is read and written in its own order.
+    // Copies row y of N tensors. Queries, keys and values are usually parts of one tensor and adjacent at every pixel,
+    // so they are copied together to access memory sequentially.
     template <bool OUT, typename E, int N>
     void copy_rows(Vec* const (&rows)[N], const Strided* const (&tensors)[N], int64_t y, int64_t width) const {
         RowCopy<V, E> copies[N];
@@ -434,7 +436,7 @@ class Worker {
                            {&p.grad_query, &p.grad_key, &p.grad_value}, y, s.W);
     }
 
-    // Row y of the statistics: two rows of vectors.
+    // Returns row y of the statistics, which consists of two rows of vectors.
     float* statistics(int64_t y) const { return p.statistics + (group * s.H + y) * 2 * s.W * V; }
 
     void load_rel(Vec* rel, const float* table) const {
@@ -452,7 +454,7 @@ class Worker {
         memset(grad_rel_width, 0, size);
     }
 
-    // Computes the tile's weights from query_row: E, 1 for the largest of a window, and top and inverse_sum.
+    // Computes the tile's weights E (1 for the maximum of a window), top and inverse_sum from query_row.
     void attend(int64_t i, int64_t x0, int64_t width) {
         in_groups<R>(0, width, [&](auto Q, int64_t x) { bias<Q>(x0, x); });
         for (int64_t x = 0; x < width; ++x) top[x0 + x] = Vec{} - __builtin_inff();
@@ -464,13 +466,13 @@ class Worker {
         for (int64_t x = 0; x < width; ++x) exponentials(x0, x, begin, end);
     }
 
-    // The row of a ring at window row dy, or null outside the image.
+    // Returns the row of a ring buffer at window row dy, or null outside the image.
     const Vec* row_in_reach(const Vec* rows, int64_t i, int64_t dy) const {
         return dy >= first_dy(i) && dy < end_dy(i) ? rows + slot(i + dy - HALF) : nullptr;
     }
 
-    // The part of the scores that K + K numbers per position hold. Columns outside the image get -infinity here, which
-    // the product with a zero key does not change.
+    // Computes the part of the scores that is given by K + K values per position. Columns outside the image are set to
+    // -infinity here, which the product with a zero key does not change.
     template <int Q>
     INLINE void bias(int64_t x0, int64_t x) {
         Vec by_row[Q][K] = {}, by_column[Q][K] = {};
@@ -527,8 +529,8 @@ class Worker {
         }
     }
 
-    // exp(S - max) of position x over window rows begin .. end - 1, in place. K sums, so that no addition waits for
-    // another.
+    // Computes exp(S - max) of position x over window rows begin .. end - 1, in place. K sums are used, so that no
+    // addition waits for another.
     INLINE void exponentials(int64_t x0, int64_t x, int64_t begin, int64_t end) {
         Vec shift = top[x0 + x] * LOG2_E, sums[K] = {};
         for (int64_t dy = begin; dy < end; ++dy) {
@@ -550,8 +552,8 @@ class Worker {
         return sum;
     }
 
-    // pooled[dy][x / 2][dx], windows of K + 1 from the first query's on: the averaged weights of the 2 x 2 queries of
-    // rows i0 and i1 at columns x, x + 1, as far as these are inside the image.
+    // Computes pooled[dy][x / 2][dx], the averaged weights of those of the 2 x 2 queries in rows i0 and i1 and columns
+    // x and x + 1 that are inside the image. Their windows have size K + 1 and start with the first query's window.
     void pool(int64_t i0, int64_t i1, int64_t x0, int64_t width) {
         for (int64_t dy = first_dy(i0); dy < least(K + 1, s.H + HALF - i0); ++dy)
             for (int64_t x = 0; x < width; x += 2) {
@@ -596,13 +598,13 @@ class Worker {
         });
     }
 
-    // row[x] *= inverse_sum[x]
+    // Computes row[x] *= inverse_sum[x].
     void scale(Vec* row, int64_t x0, int64_t width) const {
         for (int64_t c = 0; c < s.D; ++c)
             for (int64_t x = 0; x < width; ++x) row[c * s.pitch + HALF + x0 + x] *= inverse_sum[x0 + x];
     }
 
-    // to[x] = sum over the window of tile[dy][x][dx] * rows[dy][x + dx].
+    // Computes to[x] = sum over the window of tile[dy][x][dx] * rows[dy][x + dx].
     void apply(Vec* to, const Vec* rows, Vec* tile, int64_t i, int64_t x0, int64_t width) {
         int64_t c = 0;
         for (; c + C <= s.D; c += C) apply_channels<C>(to, rows, tile, i, x0, width, c);
@@ -641,7 +643,7 @@ class Worker {
         }
     }
 
-    // `own`: whether query row i's own gradients are wanted; key rows key_first .. key_end - 1 gather theirs.
+    // Computes the gradients of query row i if `own` is true, and adds to those of key rows key_first .. key_end - 1.
     void backward_tile(int64_t i, int64_t x0, int64_t width, bool own, int64_t key_first, int64_t key_end) {
         in_groups<R>(0, width, [&](auto Q, int64_t x) { bias<Q>(x0, x); });
         int64_t begin = p.zero_border ? 0 : first_dy(i), end = p.zero_border ? K : end_dy(i);
@@ -669,7 +671,7 @@ class Worker {
         }
     }
 
-    // grad_output_row of query row i from the pooled one, which every query of a pool shares.
+    // Computes grad_output_row of query row i from the pooled gradient, which all queries of a pool share.
     void spread(int64_t i) {
         float rows = i / 2 * 2 + 1 < s.H ? 2.0f : 1.0f;
         for (int64_t c = 0; c < s.D; ++c) {
@@ -683,7 +685,8 @@ class Worker {
         for (int64_t c = 0; c < s.D; ++c) memset(row + c * s.pitch + HALF + x0, 0, width * sizeof(Vec));
     }
 
-    // A narrower last tile has the previous tile's weights on its right, where gathering must read zeros.
+    // If the last tile is narrower, the previous tile's weights on its right are cleared, because gathering must read
+    // zeros there.
     void clear_beyond(int64_t width) const {
         if (width == s.tile) return;
         for (int64_t dy = 0; dy < K; ++dy) {
@@ -692,7 +695,7 @@ class Worker {
         }
     }
 
-    // Computes P and T of Q queries and one key row, and adds their part of delta.
+    // Computes P and T of Q queries and one key row, and adds their contribution to delta.
     template <int Q>
     INLINE void grad_weight(const Vec* keys, const Vec* values, int64_t x0, int64_t x, int64_t dy) {
         Vec acc[Q][K];
@@ -720,8 +723,8 @@ class Worker {
         }
     }
 
-    // Writes dS = P (T - delta) in the place of T, over window rows begin .. end - 1, and its sums over the window's
-    // rows and columns in the place of the scores' parts.
+    // Overwrites T with dS = P (T - delta) over window rows begin .. end - 1, and the bias terms of the scores with the
+    // sums of dS over the window's rows and columns.
     INLINE void grad_score(int64_t x0, int64_t x, int64_t begin, int64_t end) {
         Vec sums[K] = {}, mean = delta[x0 + x];
         for (int64_t dy = 0; dy < K; ++dy) {
@@ -743,7 +746,8 @@ class Worker {
         for (int dx = 0; dx < K; ++dx) bias_width[x * K + dx] = sums[dx];
     }
 
-    // One half of the channels: grad_q += sum_d grad_bias[x][d] rel[d], grad_rel[d] += sum_x grad_bias[x][d] q[x].
+    // For one half of the channels, computes grad_q += sum_d grad_bias[x][d] rel[d] and
+    // grad_rel[d] += sum_x grad_bias[x][d] q[x].
     void grad_rel(Vec* grad_q, const Vec* q, const Vec* rel, Vec* grad_rel, const Vec* grad_bias, int64_t x0, int64_t width) {
         for (int64_t c = 0; c < s.half; ++c, rel += K, grad_rel += K) {
             const Vec* q_here = q + c * s.pitch + HALF + x0;
@@ -766,7 +770,8 @@ class Worker {
         }
     }
 
-    // to[x'] += sum over the tile's queries x in reach of tile[x][x' - x] * from_row[x], for x' = from .. end - 1.
+    // Computes to[x'] += sum over the tile's queries x in reach of tile[x][x' - x] * from_row[x], for
+    // x' = from .. end - 1.
     void gather(Vec* to, const Vec* source, const Vec* tile, int64_t x0, int64_t from, int64_t end) {
         int64_t c = 0;
         for (; c + C <= s.D; c += C) gather_channels<C>(to, source, tile, x0, from, end, c);
@@ -784,7 +789,7 @@ class Worker {
         Vec acc[Q][CH];
         Vec* place = to + c * s.pitch + HALF + x;
         load_acc<Q, CH>(place, acc);
-        // source column x - HALF lies at index x of the padded row
+        // source column x - HALF is at index x of the padded row
         band_apply<V, K, Q, CH, true>(acc, tile + (x - HALF - x0) * K, source + c * s.pitch + x, s.pitch);
         store_acc<Q, CH>(place, acc);
     }
@@ -792,8 +797,8 @@ class Worker {
 
 // ---- the threads -----------------------------------------------------------------------------------------------------
 
-// Few groups of planes would leave threads idle, so their rows are split too, at multiples of BLOCK_ROWS. The result is
-// the same.
+// If there are too few groups of planes for the threads, their rows are also split, at multiples of BLOCK_ROWS. The
+// result is the same.
 int64_t num_chunks(int64_t num_groups, int64_t num_blocks, int64_t num_threads) {
     if (num_groups % num_threads == 0 || num_groups >= 4 * num_threads) return 1;
     return most(1, least(num_blocks, ceil_div(2 * num_threads, num_groups)));
@@ -810,7 +815,7 @@ int64_t workspace(const Problem& p, bool backward) {
     return threads + round_up(partial) + round_up(sums) + 256;
 }
 
-// Sums the embeddings' gradients over blocks, planes and images, in this order and in double.
+// Sums the embeddings' gradients over blocks, planes and images, in this order and in float64.
 template <int V, int K>
 void sum_rel(const Problem& p, const F<V>* partial, double* sums) {
     Sizes s = Sizes::of<K>(p, true);
@@ -858,14 +863,14 @@ void run(const Problem& p, bool backward) {
         if (backward && p.dtype == FLOAT32) worker.template backward<float>(first, end, partial + group * partial_size);
         if (backward && p.dtype == BFLOAT16) worker.template backward<uint16_t>(first, end, partial + group * partial_size);
 #if defined(__x86_64__)
-        _mm_sfence();  // streamed stores are seen before the task counts as done
+        _mm_sfence();  // streamed stores become visible before the task counts as done
 #endif
     }
     if (backward && p.rel_height)
         sum_rel<V, K>(p, partial, (double*)((char*)partial + round_up(num_groups * partial_size * sizeof(Vec))));
 }
 
-enum Job { FORWARD, BACKWARD, FORWARD_BYTES, BACKWARD_BYTES };  // the last two: of workspace
+enum Job { FORWARD, BACKWARD, FORWARD_BYTES, BACKWARD_BYTES };  // the last two: size of the workspace
 
 template <int V, int K>
 int64_t do_job(const Problem& p, Job job) {
@@ -874,7 +879,7 @@ int64_t do_job(const Problem& p, Job job) {
     return 0;
 }
 
-// Few planes (one image at a time) would leave most of a wide vector's lanes idle.
+// With few planes (e.g. a single image), most lanes of a wide vector would be idle, so narrower vectors are used.
 int64_t dispatch(const Problem& p, Job job) {
 #if MAX_LANES == 16
     if (p.batch * p.num_heads <= 8) return do_job<8, KERNEL_SIZE>(p, job);

@@ -1,7 +1,7 @@
-// Vectors of V floats, one number per lane: arithmetic, exponential, transposition in registers, loads and stores.
+// Vectors of V floats, one per lane: arithmetic, exponential, transposition in registers, loads and stores.
 //
-// They are GCC's (and clang's) vector extension, so that one source gives every variant. The flags are
-// -O3 -fno-math-errno -ffp-contract=fast; -ffast-math would break fast_exp2's rounding.
+// They use the vector extension of GCC and clang, so that a single source supports every instruction set. The flags are
+// -O3 -fno-math-errno -ffp-contract=fast; -ffast-math would break the rounding in fast_exp2.
 
 #pragma once
 
@@ -30,7 +30,7 @@
 #define NUM_REGISTERS 16
 #endif
 #if defined(__clang__) || __GNUC__ >= 12
-#define HAS_SHUFFLE 1  // __builtin_shufflevector; with older GCCs single numbers are moved, correct but slower
+#define HAS_SHUFFLE 1  // __builtin_shufflevector; older GCCs move single values, which is correct but slower
 #else
 #define HAS_SHUFFLE 0
 #endif
@@ -57,7 +57,7 @@ INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 INLINE int64_t round_up(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 
-// Call body(Q, x) over x = from .. end - 1, Q of them at a time: MOST where so many are left, then fewer.
+// Calls body(Q, x) for x = from .. end - 1 in groups of Q: MOST as long as that many are left, then fewer.
 template <int MOST, typename Body>
 INLINE void in_groups(int64_t from, int64_t end, Body body) {
     for (; from + MOST <= end; from += MOST) body(std::integral_constant<int, MOST>{}, from);
@@ -66,7 +66,7 @@ INLINE void in_groups(int64_t from, int64_t end, Body body) {
 
 // ---- arithmetic on vectors -------------------------------------------------------------------------------------
 
-// The larger of a and b; b where either is NaN.
+// Returns the larger of a and b, or b if either is NaN.
 template <int V>
 INLINE F<V> larger(F<V> a, F<V> b) {
 #if defined(__AVX512F__)
@@ -81,9 +81,9 @@ INLINE F<V> larger(F<V> a, F<V> b) {
     return a > b ? a : b;
 }
 
-// 2^t for t <= 0, to 2 units in the last place, exact at 0. Below t = -100 it stays at 2^-100: denormal numbers would
-// slow down everything that follows. The polynomials have the least relative error of those of degree 5 that are 1 at
-// 0.
+// Returns 2^t for t <= 0, accurate to 2 units in the last place and exact at 0. Below t = -100 the result is 2^-100,
+// because denormal numbers would slow down all subsequent operations. The polynomials have the smallest relative error
+// among those of degree 5 that are 1 at 0.
 template <int V>
 INLINE F<V> fast_exp2(F<V> t) {
     t = larger<V>(F<V>{} - 100.0f, t);
@@ -109,7 +109,7 @@ INLINE F<V> fast_exp2(F<V> t) {
     return (F<V>)((typename Lanes<V>::i)p + (((typename Lanes<V>::i)shifted) << 23));
 }
 
-// Keeps a number that is used several times in its register: GCC would fold the load into each use.
+// Keeps a value that is used several times in a register; otherwise GCC would fold the load into each use.
 template <typename T>
 INLINE T loaded(T x) {
 #if defined(__AVX512F__)
@@ -122,7 +122,8 @@ INLINE T loaded(T x) {
 
 // ---- rows in and out of scratch: transposition of V planes ------------------------------------------------------
 
-// interleave: numbers of a and b in turn, from their lower or upper halves; join: a, then b; half_of: one half.
+// interleave alternates the values of the lower or upper halves of a and b; join concatenates a and b; half_of returns
+// one half.
 #if HAS_SHUFFLE
 template <int V>
 INLINE F<V> interleave(F<V> a, F<V> b, bool upper) {
@@ -169,7 +170,7 @@ INLINE F<sizeof(Whole) / 8> half_of(Whole x, bool upper) {
 }
 #endif
 
-// V x V numbers, rows to columns: log2(V) perfect shuffles.
+// Transposes V x V values with log2(V) perfect shuffles.
 template <int V>
 INLINE void transpose(F<V> (&rows)[V]) {
     UNROLL
@@ -193,7 +194,7 @@ INLINE float load_one(const uint16_t* p) {
     return x;
 }
 INLINE void store_one(float* p, float x) { *p = x; }
-INLINE void store_one(uint16_t* p, float x) {  // to the nearest, ties to even
+INLINE void store_one(uint16_t* p, float x) {  // rounds to nearest, ties to even
     uint32_t bits;
     memcpy(&bits, &x, 4);
     *p = x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -225,8 +226,8 @@ INLINE void store(uint16_t* p, F<V> x) {
     memcpy(p, &out, sizeof out);
 }
 
-// With `stream`, past the caches where a whole cache line is written: a result larger than they are would be read into
-// them only to be overwritten.
+// With `stream`, whole cache lines are written past the caches, because a result larger than the caches would be read
+// into them only to be overwritten.
 template <int V, typename E>
 INLINE void store(E* p, F<V> x, bool stream) {
 #if defined(__AVX512F__)
@@ -236,7 +237,8 @@ INLINE void store(E* p, F<V> x, bool stream) {
     store<V>(p, x);
 }
 
-// V numbers in V / P runs of P, `step` apart in memory: several pixels of a head narrower than a vector.
+// Loads or stores V values in V / P runs of P, `step` apart in memory, for several pixels of a head narrower than a
+// vector.
 template <int V, int P, typename E>
 INLINE F<V> load_runs(const E* p, int64_t step) {
     if constexpr (P == V) {
