@@ -42,7 +42,7 @@ class BatchPlan:
 
     @property
     def share(self) -> slice:
-        """The slice of images that this process evaluates, which may be empty if there are fewer images than processes."""
+        """The slice of images that this process evaluates, possibly empty if there are fewer images than processes."""
         bounds = (self.num_images * n // self.world_size for n in (self.rank, self.rank + 1))
         return slice(*bounds)
 

@@ -71,7 +71,7 @@ class Augment:
         return images
 
     def shapes(self, epoch: int, indices: np.ndarray) -> list[Shape]:
-        """Return, for each image, the transform to apply during decoding, which covers everything but `batch`."""
+        """Return the transform to apply to each image during decoding, before `batch`."""
         if self.by_batch:
             return [partial(fit, size=self.size)] * len(indices)
         draws = sample_draws(self.seed, epoch, indices, 3 + 2 * CROP_TRIES, CROP)

@@ -139,7 +139,7 @@ class Workers:
 
     def _limit_waits(self) -> None:
         """Kill the workers if a wait exceeds `timeout` seconds; runs in a thread."""
-        # One-second ticks are counted, so that an hour during which the whole job was suspended counts as a single tick.
+        # One-second ticks are counted, so that an hour during which the whole job was suspended counts as one tick.
         tick = min(1.0, self.timeout / 4)
         wait, num_ticks = 0, 0
         while num_ticks * tick < self.timeout:
@@ -190,7 +190,7 @@ def unreported(iterator: Any) -> Any:
 
 
 def queue_bytes(num_workers: int, batch_size: int, num_images: int, size: int) -> int:
-    """Return the bytes of all queued uint8 batches [B, S, S, 3], including one in progress per worker."""
+    """Return the bytes of the workers' uint8 batches [B, S, S, 3], queued or in progress; at most the whole set."""
     return min(num_workers * (PREFETCH + 1) * batch_size, num_images) * 3 * size**2
 
 
@@ -200,8 +200,7 @@ def check_shared_memory(needed: int, num_workers: int, remedy: str = "") -> None
     Raises:
         ConfigError: it has not; the message suggests `remedy` in addition to the general ones.
     """
-    # If shared memory is full, which happens easily in a container, a worker is killed by SIGBUS. Its size is only known
-    # on Linux.
+    # Containers often have little shared memory, and a worker that fills it is killed by SIGBUS. Only Linux shows it.
     if not num_workers or sys.platform != "linux" or not SHM.is_dir():
         return
     free, needed = shutil.disk_usage(SHM).free, needed * local_world_size()
@@ -229,8 +228,8 @@ class _Handed:
 class _Stamped(Dataset):
     """The DataLoader's dataset, which returns a micro-batch's first index and the reader's result."""
 
-    # All indices would make the message too long: a pipe only writes messages of up to a few kilobytes atomically if the
-    # worker is killed meanwhile.
+    # Only the first index, because a pipe writes just messages of up to a few kilobytes atomically, and a worker may be
+    # killed during the write.
 
     def __init__(self, reader: Reader):
         self.reader = reader

@@ -1,4 +1,4 @@
-"""sasa-data: check a data set, prepare ImageNet from its archives, pack class folders into tar shards."""
+"""sasa-data: check a data set, prepare ImageNet from its archives, or pack class folders into tar shards."""
 
 import argparse
 import sys
