@@ -1,4 +1,4 @@
-"""sasa-summary: a model's layers with parameters, FLOPs and activation memory, and the paper's tables beside ours."""
+"""sasa-summary: print a model's layers with parameters, FLOPs and activation memory, or compare with the paper."""
 
 from functools import partial
 
