@@ -110,8 +110,8 @@ def holder(path: Path) -> str | None:
 @contextmanager
 def locked(folder: Path, name: str) -> Iterator[None]:
     """Create a folder if necessary and lock it; `name` is how errors refer to it, with the option that set it."""
-    # Two commands in one folder would delete each other's unfinished files. flock needs no lock file, which would stay in
-    # a folder that users share.
+    # Two commands in one folder would delete each other's unfinished files. flock needs no lock file, which would
+    # remain in a folder that users share.
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)

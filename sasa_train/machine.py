@@ -65,8 +65,8 @@ def total_memory(device: "torch.device") -> int:
 
 def keep_freed_memory() -> None:
     """Make the C library keep freed memory for the next step instead of returning it to the system."""
-    # Otherwise large tensors get new pages in every step, which the system fills at the first access. This takes up to a
-    # tenth of a step on a CPU. Only glibc has these settings; on other systems, nothing happens.
+    # Otherwise large tensors get new pages in every step, which the system fills at the first access. This takes up to
+    # a tenth of a step on a CPU. Only glibc has these settings; on other systems, nothing happens.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)  # no mmap, whose pages are returned immediately when freed

@@ -1,4 +1,4 @@
-"""Data sets: where their images are stored, labels, classes, and fixed class-balanced subsets."""
+"""Data sets, with their images on disk or in memory, labels, classes, and fixed class-balanced subsets."""
 
 import dataclasses
 import io

@@ -190,7 +190,7 @@ def unreported(iterator: Any) -> Any:
 
 
 def queue_bytes(num_workers: int, batch_size: int, num_images: int, size: int) -> int:
-    """Return the bytes of the workers' uint8 batches [B, S, S, 3], queued or in progress; at most the whole set."""
+    """Return the bytes of the workers' uint8 batches [B, S, S, 3], queued or in progress (at most the data set)."""
     return min(num_workers * (PREFETCH + 1) * batch_size, num_images) * 3 * size**2
 
 
