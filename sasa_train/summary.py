@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def run_command(arguments: list[str]) -> int:
-    """Run with command-line arguments; return the exit code."""
+    """Run the command with the given arguments; return the exit code."""
     if {"-h", "--help"} & set(arguments):
         print(USAGE)
         return 0

@@ -36,7 +36,7 @@ class Bounds:
         return all(self.above < number < self.below and self.at_least <= number <= self.at_most for number in numbers)
 
     def __str__(self) -> str:
-        """Describe the bounds in words that complete "must be ..."."""
+        """Return the bounds in words, as in "must be ..."."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         if self.name_length:

@@ -46,7 +46,7 @@ def fingerprint(images: ImageSet) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], split: str) -> list[str]:
-    """List what changed between two fingerprints of `split`, as at most MAX_LINES lines of text."""
+    """List the changes between two fingerprints of `split` in at most MAX_LINES lines of text."""
     lines = _set_differences(old, new)
     rest = len(lines) - MAX_LINES
     return [f"{split}: {line}" for line in lines[:MAX_LINES]] + ([f"{split}: and {rest:,} more"] if rest > 0 else [])
@@ -140,7 +140,7 @@ def _file_digest(images: ImageSet, index: int) -> bytes:
 
 
 def _names(images: ImageSet, class_name: str, members: np.ndarray) -> Iterable[bytes]:
-    """Return file paths within the class folder or shard member names without prefix; none for a set in memory."""
+    """Return file paths within the class folder or shard member names without prefix; nothing for images in memory."""
     source, positions = images.source, images.positions[members].tolist()
     if isinstance(source, Tensor):
         return []

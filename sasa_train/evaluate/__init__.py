@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def run_command(arguments: list[str]) -> int:
-    """Run with command-line arguments; return the exit code."""
+    """Run the command with the given arguments; return the exit code."""
     return run(build_parser(), arguments, evaluate_checkpoint)
 
 

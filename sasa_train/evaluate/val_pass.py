@@ -118,7 +118,7 @@ def open_val(trained: TrainedModel) -> Val:
     """
     checkpoint, config = trained.checkpoint, trained.config
     config.trainer.sync_batch_norm = False  # only used in training
-    if config.trainer.micro_batch_size is None:  # as in each process of the training run
+    if config.trainer.micro_batch_size is None:  # use the per-process batches of the training run
         num_processes = checkpoint["provenance"].get("world_size", 1)
         config.trainer.micro_batch_size = micro_batch_size(config.trainer, num_processes)
         config.trainer.grad_accum_steps = 1

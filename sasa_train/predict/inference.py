@@ -60,7 +60,7 @@ class Predictor:
         with autocast(self.device, self.precision):
             logits = self.model(self.normalize(pixels.to(self.device)))
         logits = logits.float()
-        labels = logits.topk(self.top_k, dim=1).indices  # not of probabilities, which may tie at 1
+        labels = logits.topk(self.top_k, dim=1).indices  # logits, because probabilities may tie at 1
         shares = logits.softmax(1).gather(1, labels)
         return [
             [(self.classes[label], share) for label, share in zip(*pair, strict=True)]
