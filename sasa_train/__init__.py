@@ -1,6 +1,6 @@
-"""Train image classifiers built from stand-alone self-attention (SASA), and compare them with convolutions.
+"""Training of image classifiers with stand-alone self-attention (SASA), and comparison with convolutional models.
 
-Nothing is imported here, so that `--help` is instant; `import sasa_train.models` registers the models with timm.
+This module imports nothing, so that `--help` is fast; `import sasa_train.models` registers the models with timm.
 """
 
 __version__ = "0.1.0"

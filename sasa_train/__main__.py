@@ -1,6 +1,6 @@
-"""`python -m sasa_train` lists the commands; `python -m sasa_train train ...` is sasa-train, and so on.
+"""`python -m sasa_train`, which lists the commands and runs them: `python -m sasa_train train ...` is sasa-train.
 
-`python -m sasa_train completion bash` (or zsh, fish) prints the script by which a shell completes all of them.
+`python -m sasa_train completion bash` (or zsh, fish) prints the shell script that enables completion for all commands.
 """
 
 import argparse
@@ -24,7 +24,7 @@ USAGE = """usage: python -m sasa_train COMMAND ...   (sasa-COMMAND ... is the sa
 MORE = """
   completion   bash, zsh or fish: prints what to load there, as in  source <(python -m sasa_train completion bash)
   --version"""
-# -P: a file in the current folder that is called like one of Python's own modules must not run because of a TAB.
+# -P: pressing TAB must not run a file in the current folder that is named like a standard library module.
 ANSWER = {
     "fish": "function _sasa_train\n    {python} -P -m sasa_train complete\nend\n",
     "bash": "_sasa_train() {{ {python} -P -m sasa_train complete; }}\n",
@@ -34,7 +34,7 @@ ANSWER["zsh"] = "(( $+functions[compdef] )) || {{ autoload -Uz compinit && compi
 
 def main() -> None:
     if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
-        # From here on all is as if it had been called by its own name: messages, run.json, exit codes.
+        # Messages, run.json and exit codes are then the same as if the command had been called by its own name.
         name = sys.argv[1]
         sys.argv = [f"sasa-{name}", *sys.argv[2:]]
         importlib.import_module(COMMANDS[name].module).main()
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def run_command(arguments: list[str]) -> int:
-    """Run everything but the commands themselves; return the exit code."""
+    """Handle everything except the commands themselves; return the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         lines = [f"  {name:<12} {command.about}" for name, command in COMMANDS.items()]
         print("\n".join([USAGE, *lines]) + MORE)
@@ -51,7 +51,7 @@ def run_command(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         print(f"sasa_train {__version__}")
         return DONE
-    if arguments == ["complete"] and "COMP_LINE" in os.environ:  # what the shells' scripts call
+    if arguments == ["complete"] and "COMP_LINE" in os.environ:  # called by the shell scripts
         complete()
     if arguments[0] == "completion" and len(arguments) == 2 and arguments[1] in ANSWER:
         print(completion_script(arguments[1]))
@@ -62,7 +62,7 @@ def run_command(arguments: list[str]) -> int:
 
 
 def completion_script(shell: str) -> str:
-    """Return the script that makes `shell` complete our commands by this very Python."""
+    """Return the script that makes `shell` complete the commands with the current Python interpreter."""
     from argcomplete import shellcode
 
     commands = [f"sasa-{name}" for name in COMMANDS]
@@ -71,7 +71,7 @@ def completion_script(shell: str) -> str:
 
 
 def complete() -> None:
-    """Answer a shell that completes the line in COMP_LINE, and exit."""
+    """Print shell completions for the command line in COMP_LINE, then exit."""
     import argcomplete
 
     name = os.path.basename(os.environ["COMP_LINE"].split()[0]).removeprefix("sasa-")
@@ -80,7 +80,7 @@ def complete() -> None:
 
 
 def parser_of(name: str) -> argparse.ArgumentParser:
-    """Return a command's own parser or, for commands with Hydra's grammar, one with their few options."""
+    """Return a command's own parser or, for commands with Hydra's grammar, a parser for their few options."""
     command = COMMANDS[name]
     if not command.options:
         return importlib.import_module(command.module).build_parser()
@@ -92,7 +92,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
 
 
 def completer(name: str) -> Callable[..., Iterable[str]]:
-    """Return argcomplete's function for words that a command's parser leaves open: files, overrides, or both."""
+    """Return the argcomplete completer for a command's free arguments, which are files, overrides or both."""
     from argcomplete.completers import FilesCompleter
 
     reads, keys, paths = COMMANDS[name].reads, keys_of(name), FilesCompleter()
@@ -102,7 +102,7 @@ def completer(name: str) -> Callable[..., Iterable[str]]:
         bounds = keys[key].metadata["bounds"] if key in keys else None
         if equals and bounds and bounds.is_path:
             return [f"{key}={path}" for path in paths(value)]
-        is_file = action.option_strings or action.dest in ("source", "checkpoint")  # the run stands first
+        is_file = action.option_strings or action.dest in ("source", "checkpoint")  # the run is the first argument
         if is_file or reads in ("files", "nothing"):
             return paths(prefix)
         groups = () if reads == "runs" else (*GROUPS, "sweep") if name == "sweep" else GROUPS

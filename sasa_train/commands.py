@@ -1,4 +1,4 @@
-"""The table of commands, and what they share: parsers and endings."""
+"""The table of commands, and their common argument parsing and error handling."""
 
 import argparse
 import os
@@ -11,12 +11,12 @@ from sasa_train.terminal import DONE, FAILED, REFUSED, fail
 
 
 class Command(NamedTuple):
-    """A command's module and description, and what a shell completes for it besides its parser's options."""
+    """A command's module, description and completions in addition to its parser's options."""
 
     module: str
     about: str
     reads: str  # "configs": groups and keys; "runs": files, and keys over a run's config; "files"; "nothing"
-    options: tuple[str, ...] = ()  # where `module` has no build_parser()
+    options: tuple[str, ...] = ()  # for a module without build_parser()
 
 
 COMMANDS = {
@@ -36,12 +36,12 @@ COMMANDS = {
 
 
 def described(build: Callable[..., argparse.ArgumentParser], **texts: Any) -> argparse.ArgumentParser:
-    """Build a parser, or a subcommand's, whose texts are printed as they stand."""
+    """Create a parser or subparser that prints its description and epilog unchanged."""
     return build(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **texts)
 
 
 def positive(text: str) -> int:
-    """Return an option's value as a whole number from 1 on; raise argparse.ArgumentTypeError for another."""
+    """Convert an option's value to a positive integer; raise argparse.ArgumentTypeError if it is not one."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 1")
     return int(text)
@@ -54,9 +54,9 @@ def run(
     has_overrides: bool = False,
     has_subcommands: bool = False,
 ) -> int:
-    """Parse a command line, do the work, turn each expected ending into a message, and return the exit code.
+    """Parse a command line and call `work`; print a message for each expected error, and return the exit code.
 
-    has_overrides: words that are overrides become `options.overrides`; the parser does not see them.
+    has_overrides: collect arguments that are overrides in `options.overrides`, without passing them to the parser.
     """
     if not arguments:
         parser.print_help()
@@ -68,7 +68,7 @@ def run(
         arguments, overrides = split_overrides(arguments)
     try:
         options = parser.parse_args(arguments) if has_subcommands else parser.parse_intermixed_args(arguments)
-    except SystemExit as stop:  # after --help or argparse's own refusal
+    except SystemExit as stop:  # after --help or an argparse error
         return int(stop.code or DONE)
     if has_overrides:
         options.overrides = overrides
@@ -78,20 +78,20 @@ def run(
         return fail(error)
     except BrokenPipeError:  # see end_command
         raise
-    except (ExpectedFailure, OSError) as error:  # a disk that fills up or fails, say
+    except (ExpectedFailure, OSError) as error:  # for example, a full or failing disk
         fail(error)
         return FAILED
 
 
 def end_command(run_command: Callable[[list[str]], int]) -> NoReturn:
-    """Run a command that has no checkpoints to save, and exit, without a traceback for Ctrl-C or a closed pipe."""
+    """Run a command without checkpoints to save, then exit; Ctrl-C or a closed pipe gives no traceback."""
     try:
         code = run_command(sys.argv[1:])
         sys.stdout.flush()
     except KeyboardInterrupt:
         fail(RuntimeError("stopped"))
         code = FAILED
-    except BrokenPipeError:  # as in `sasa-summary | head`; Python flushes once more at its end
+    except BrokenPipeError:  # as in `sasa-summary | head`; Python flushes again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = FAILED
     sys.exit(code)

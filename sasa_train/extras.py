@@ -1,4 +1,4 @@
-"""Optional packages: every command names missing ones in the same words, with the extra that installs them."""
+"""Optional packages, with a common message that names the extra that installs the missing ones."""
 
 import importlib.util
 
@@ -6,7 +6,7 @@ EXTRAS = {"plots": ("matplotlib",), "search": ("optuna",), "export": ("onnx", "o
 
 
 def why_not(what: str, extra: str) -> str | None:
-    """Tell which packages `what` needs that are not installed, with the remedy; None where all are."""
+    """Return a message about the missing packages that `what` needs, or None if all are installed."""
     missing = [package for package in EXTRAS[extra] if importlib.util.find_spec(package) is None]
     return (
         f"{what} needs {', '.join(missing)}, not installed here: pip install 'sasa_train[{extra}]'" if missing else None

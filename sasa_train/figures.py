@@ -1,4 +1,4 @@
-"""One style for every chart, readable in grey and by colour-blind people."""
+"""The common style of all charts, which is readable in greyscale and by colour-blind people."""
 
 import io
 
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from sasa_train.terminal import printable
 
-# Those of Okabe and Ito's colours that differ in grey too, each with its own hatch and marker.
+# Colours of Okabe and Ito that also differ in greyscale, each with its own hatch and marker.
 STYLES = (
     ("#B8B8B8", "", "o", "-"),
     ("#0072B2", "", "s", "-"),
@@ -18,13 +18,13 @@ STYLES = (
     ("#F0E442", "xx", "P", "--"),
 )
 SOLID = STYLES[1:]  # points and lines need more contrast than grey bars
-MAGNITUDES = "cividis"  # a colour map whose grey rises evenly with the value, for normal and colour-blind eyes alike
+MAGNITUDES = "cividis"  # a colour map with uniformly increasing lightness, also for colour-blind people
 GRID = "#DDDDDD"
 WIDTH, DPI = 8.0, 150
 
 
 def new_figure(num_rows: int, num_columns: int, height: float, grid: str = "") -> tuple[Figure, list[Axes]]:
-    """Make a figure of WIDTH x `height` inches and its axes, row by row; `grid`: lines across "x", "y" or "both"."""
+    """Create a figure of WIDTH x `height` inches and its axes, row by row; `grid` is "", "x", "y" or "both"."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
     for axis in axes:
@@ -36,20 +36,20 @@ def new_figure(num_rows: int, num_columns: int, height: float, grid: str = "") -
 
 
 def legend_below(figure: Figure, axis: Axes, num_columns: int = 2) -> None:
-    """Put one legend for all axes below the figure, with the labels of `axis`."""
+    """Add one legend for all axes below the figure, with the labels of `axis`."""
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=num_columns, frameon=False, fontsize=8)
 
 
 def as_label(name: str) -> str:
-    """Return a name from a disk as text that matplotlib shows unchanged."""
-    # A dollar would begin a formula, and an underscore at the front would keep a name out of legends.
+    """Return a file or class name, escaped so that matplotlib shows it unchanged."""
+    # A dollar sign starts a formula, and a leading underscore excludes a name from legends.
     text = printable(name).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 
 
 def rendered(figure: Figure, kind: str = "png") -> bytes:
-    """Return a figure as PNG, SVG or PDF; the same picture gives the same file, without date and random ids."""
+    """Render a figure as PNG, SVG or PDF; the file is reproducible, without date and random ids."""
     file = io.BytesIO()
     metadata: dict[str, dict[str, None]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
     with rc_context({"svg.hashsalt": "sasa_train"}):

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, whenever the process or the machine dies; and one writer per folder."""
+"""Atomic file writing, which survives a crash of the process or machine, and locks for a single writer per folder."""
 
 import csv
 import fcntl
@@ -16,14 +16,14 @@ from sasa_train.refusal import ConfigError
 
 
 def write_atomic(path: Path, data: bytes | memoryview | Callable[[BinaryIO], object]) -> None:
-    """Write `data`, or what it writes, so that a crash at any instruction leaves the old content or the new one."""
+    """Write bytes, or the output of a function, such that a crash at any point leaves the old or the new content."""
     os.replace(write_aside(path, data if callable(data) else lambda file: file.write(data)), path)
     sync_folder(path.parent)
 
 
 def write_aside(path: Path, write: Callable[[BinaryIO], object]) -> Path:
-    """Let `write` fill a file on disk beside `path`, ready to be renamed to it; leave nothing where that fails."""
-    # A random name, as several runs may write one index at once; a new file, so that no link leads elsewhere.
+    """Write a temporary file beside `path` with `write`, ready to be renamed; delete it if writing fails."""
+    # The name is random, because several runs may write the same index at once; the file is new, so it is never a link.
     temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -37,17 +37,17 @@ def write_aside(path: Path, write: Callable[[BinaryIO], object]) -> Path:
 
 
 def csv_text(rows: Iterable[Iterable[Any]], quoting: Any = csv.QUOTE_MINIMAL) -> str:
-    """Return records, the first of which may be the columns' names, as CSV with Unix's line ends."""
+    """Return records, optionally starting with a header, as CSV with Unix line endings."""
     text = io.StringIO()
     csv.writer(text, quoting=quoting, lineterminator="\n").writerows(rows)
     return text.getvalue()
 
 
 def write_outputs(folder: Path, files: Mapping[str, bytes], option: str = "--out") -> None:
-    """Write files, each whole or not at all, into a folder that is made where it is missing.
+    """Write files atomically to a folder, which is created if necessary.
 
     Raises:
-        ConfigError: they cannot be written; it names the `option` for another place.
+        ConfigError: a file cannot be written; the message names the `option` that selects another folder.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def write_outputs(folder: Path, files: Mapping[str, bytes], option: str = "--out
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` outlive a power cut."""
+    """Make renames in `folder` durable, so that they survive a power failure."""
     directory = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -71,13 +71,13 @@ LOCK = ".lock"
 
 
 def lock_folder(path: Path, name: str = LOCK, other: str = "another run_name") -> IO[str]:
-    """Take the folder's lock, which is ours while the file stays open; `other` is what an error advises instead.
+    """Lock a folder for as long as the returned file is open; `other` is the alternative suggested in errors.
 
     Raises:
-        ConfigError: another process has it, or the folder's disk has no locks.
+        ConfigError: another process holds the lock, or the disk does not support locks.
     """
-    # POSIX's record lock, not flock: data workers, which may outlive a killed run by seconds, do not inherit it. The
-    # operating system drops it when its process ends, however it ends.
+    # A POSIX record lock instead of flock, because data workers, which may outlive a killed run by seconds, do not
+    # inherit it. The operating system releases it when the process ends for any reason.
     file = _open(path / name)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -95,8 +95,8 @@ def lock_folder(path: Path, name: str = LOCK, other: str = "another run_name") -
 
 
 def holder(path: Path) -> str | None:
-    """Tell who holds the folder's lock; None where nobody does."""
-    # Not for our own lock, which closing the file would drop.
+    """Describe the process that holds the folder's lock, or return None if it is not locked."""
+    # Must not be called for a lock of this process, because closing the file would release it.
     if not (path / LOCK).exists():
         return None
     with _open(path / LOCK) as file:
@@ -109,9 +109,9 @@ def holder(path: Path) -> str | None:
 
 @contextmanager
 def locked(folder: Path, name: str) -> Iterator[None]:
-    """Make the folder, where it is missing, and lock it; `name` is what errors call it, with the option it came by."""
-    # Two commands in one folder would delete each other's unfinished files. flock needs no lock file, which would be
-    # left in a folder that people pass on.
+    """Create a folder if necessary and lock it; `name` is how errors refer to it, with the option that set it."""
+    # Two commands in one folder would delete each other's unfinished files. flock needs no lock file, which would
+    # remain in a folder that users share.
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
@@ -139,5 +139,5 @@ def _described(file: IO[str]) -> str:
     try:
         holder = json.load(file)
         return f"process {holder['process']} on {holder['host']}, which started at {holder['started']}"
-    except (ValueError, KeyError, TypeError):  # it has taken the lock this moment, and not written yet
+    except (ValueError, KeyError, TypeError):  # it has just taken the lock and not written its details yet
         return "another run"

@@ -1,6 +1,6 @@
-"""The machine's clock, processors and memory, in bytes throughout.
+"""The machine's clock, processors and memory (in bytes).
 
-Each of torchrun's processes on a machine counts its share of the machine's own memory.
+Each torchrun process on a machine counts only its share of the machine's memory.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 CGROUPS = Path("/sys/fs/cgroup")
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 
 
 def now() -> str:
@@ -25,12 +25,12 @@ def now() -> str:
 
 
 def usable_processors() -> int:
-    """Count the processors that this process may use."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_memory(device: "torch.device") -> int:
-    """Return the peak memory so far: the CUDA allocator's, or the process's on a CPU."""
+    """Return the peak memory so far, from the CUDA allocator or, on the CPU, of the process."""
     if device.type == "cuda":
         import torch
 
@@ -40,7 +40,7 @@ def peak_memory(device: "torch.device") -> int:
 
 
 def available_memory(device: "torch.device") -> int:
-    """Return the memory that is free without pushing anything out: the device's, the machine's or its container's."""
+    """Return the memory of the device, machine or container that is available without swapping."""
     if device.type == "cuda":
         import torch
 
@@ -54,7 +54,7 @@ def available_memory(device: "torch.device") -> int:
 
 
 def total_memory(device: "torch.device") -> int:
-    """Return all memory, free or not, of the device, the machine or its container."""
+    """Return the total memory of the device, machine or container."""
     if device.type == "cuda":
         import torch
 
@@ -64,18 +64,18 @@ def total_memory(device: "torch.device") -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep freed memory for the next step, instead of giving it back to the system."""
-    # Otherwise large tensors are fresh pages in every step, which the system fills at the first touch: up to a tenth of
-    # a step on a CPU. Only glibc knows these settings; elsewhere nothing happens.
+    """Make the C library keep freed memory for the next step instead of returning it to the system."""
+    # Otherwise large tensors get new pages in every step, which the system fills at the first access. This takes up to
+    # a tenth of a step on a CPU. Only glibc has these settings; on other systems, nothing happens.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)  # nothing outside the heap, where a free gives pages back at once
-        mallopt(M_TRIM_THRESHOLD, -1)  # and the heap is never cut
+        mallopt(M_MMAP_MAX, 0)  # no mmap, whose pages are returned immediately when freed
+        mallopt(M_TRIM_THRESHOLD, -1)  # never shrink the heap
 
 
 def _own_cgroup() -> Path:
-    """Return this process's cgroup (version 2), where a scheduler limits its jobs."""
-    # A container sees its own group as the root.
+    """Return the folder of this process's cgroup (version 2), with which schedulers limit jobs."""
+    # Inside a container, its own group is the root.
     try:
         return CGROUPS / Path("/proc/self/cgroup").read_text().partition("0::/")[2].strip()
     except OSError:
@@ -85,7 +85,7 @@ def _own_cgroup() -> Path:
 def _cgroup_limit(folder: Path) -> int:
     try:
         return int((folder / "memory.max").read_text())
-    except (OSError, ValueError):  # no such group, or "max"
+    except (OSError, ValueError):  # the group does not exist, or the limit is "max"
         return sys.maxsize
 
 
@@ -93,13 +93,13 @@ def _left_in_cgroup(folder: Path) -> int:
     try:
         used = int((folder / "memory.current").read_text())
         statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        reclaimable = int(statistics.get("inactive_file", 0))  # cached files, which the system gives back on demand
+        reclaimable = int(statistics.get("inactive_file", 0))  # cached files, which the system frees on demand
         return _cgroup_limit(folder) - used + reclaimable
-    except (OSError, ValueError):  # no such group, or another kind
+    except (OSError, ValueError):  # the group does not exist or has another version
         return sys.maxsize
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is Python's, CUDA's or the CPU allocator's for a lack of memory."""
+    """Whether an error is an out-of-memory error of Python, CUDA or the CPU allocator."""
     texts = ("out of memory", "can't allocate memory", "DefaultCPUAllocator: not enough memory")
     return isinstance(error, MemoryError) or any(text in str(error) for text in texts)

@@ -1,21 +1,21 @@
-"""The errors that refuse a config or an input, and those that libraries raise in their place."""
+"""Exceptions for invalid configs and inputs, and the exceptions that libraries raise for invalid values."""
 
 from typing import Any
 
 
 class ConfigError(Exception):
-    """A refused config or input: the message names the key, its value, the rule and the remedy. Exit code 2."""
+    """Raised for an invalid config or input; the message names key, value, rule and remedy. Exit code 2."""
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be written or read; the message names the file and the remedy."""
+    """Raised if a checkpoint cannot be written or read; the message names the file and a remedy."""
 
 
 class ExpectedFailure(Exception):
-    """An expected failure of something accepted: the message says what to do. Exit code 1."""
+    """Raised for a foreseeable failure after the input was accepted; the message says what to do. Exit code 1."""
 
 
-# timm, torch and others raise these for impossible values, perhaps only where the values are used.
+# timm, torch and others raise these for invalid values, perhaps only when the values are used.
 LIBRARY_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
@@ -25,6 +25,6 @@ def require(holds: bool, key: str, value: Any, rule: str) -> None:
 
 
 def shorten(value: Any) -> str:
-    """Return a value as messages show it; of a long one its beginning is enough."""
+    """Convert a value to a string for messages and truncate it if it is long."""
     text = str(value)
     return text if len(text) <= 200 else f"{text[:200]}... ({len(text):,} characters)"

@@ -1,6 +1,6 @@
-"""SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and a time limit ask a run to stop at the next safe place.
+"""Stop requests by SIGTERM, SIGINT, SIGUSR1, SIGUSR2 or a time limit, which stop a run at the next safe point.
 
-Schedulers warn with any of the first, third and fourth. A second SIGINT ends the run at once.
+Schedulers send SIGTERM, SIGUSR1 or SIGUSR2 as a warning. A second SIGINT ends the run immediately.
 """
 
 import math
@@ -10,30 +10,30 @@ import sys
 import time
 from types import FrameType
 
-TIME_LIMIT = 1  # `asked` for a time limit; no signal of SIGNALS has this number
+TIME_LIMIT = 1  # the value of `asked` for a time limit; none of SIGNALS has this number
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def ignore_until_the_end() -> None:
-    """Ignore signals while Python ends, for a second or two, so that none changes the exit code any more."""
-    # Ignored, not handled: Python removes its own handlers before the last destructors have run.
+    """Ignore signals while Python exits, for a second or two, so that they cannot change the exit code."""
+    # Ignored instead of handled, because Python removes its own handlers before the last destructors run.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     try:
         sys.stdout.flush()
-    except OSError:  # a full disk, or a reader that went away: Python would make it exit code 120
+    except OSError:  # a full disk or a closed pipe, for which Python would exit with code 120
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Interrupted(BaseException):
-    """A stop was requested while there was nothing to save yet."""
+    """Raised if a stop is requested before there is anything to save."""
 
 
 class StopRequest:
-    """Remembers the first signal. Before `begin_training` there is nothing to save, so it also raises Interrupted."""
+    """Records the first signal; before `begin_training`, when there is nothing to save, it also raises Interrupted."""
 
     def __init__(self) -> None:
-        self.signal: signal.Signals | None = None  # the first that came
+        self.signal: signal.Signals | None = None  # the first signal received
         self._num_interrupts = 0
         self.deadline = math.inf
         self._start = time.monotonic()
@@ -42,11 +42,11 @@ class StopRequest:
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
 
     def begin_training(self) -> None:
-        """Note that there is something to save from now on: a step, or an evaluation."""
+        """Record that from now on there is something to save (a step or an evaluation)."""
         self._is_training = True
 
     def set_max_hours(self, hours: float | None) -> None:
-        """Request a stop so many hours after this process began."""
+        """Request a stop `hours` after this process started."""
         self.deadline = math.inf if hours is None else self._start + 3600 * hours
 
     def requested(self) -> bool:
@@ -54,11 +54,11 @@ class StopRequest:
 
     @property
     def asked(self) -> int:
-        """The number of the signal that requested a stop, TIME_LIMIT, or 0 for none yet."""
+        """The number of the signal that requested a stop, TIME_LIMIT, or 0 if no stop was requested."""
         return int(self.signal or (TIME_LIMIT if self.requested() else 0))
 
     def hear(self, asked: int) -> None:
-        """Take over another process's request, its `asked`."""
+        """Adopt the stop request of another process, given as its `asked` value."""
         if asked == TIME_LIMIT:
             self.deadline = -math.inf
         elif asked:
@@ -73,9 +73,9 @@ class StopRequest:
             signal.signal(number, handler)
 
     def hand_on(self) -> bool:
-        """Give the signal that stopped the run to the handler before ours; return whether it was a launcher's.
+        """Pass the signal that stopped the run to the previous handler; return whether it was a launcher's handler.
 
-        A launcher's handler may requeue its job and end the process. Python's own handlers do not count.
+        A launcher's handler may requeue its job and end the process. Python's default handlers are not called.
         """
         if self.signal is None:
             return False
@@ -86,7 +86,7 @@ class StopRequest:
         return True
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a data worker, forked before it learnt to ignore signals
+        if os.getpid() != self._process:  # a forked data worker that does not ignore signals yet
             return
         self._num_interrupts += number == signal.SIGINT
         if self._num_interrupts > 1:

@@ -1,4 +1,4 @@
-"""sasa-summary: a model's layers with parameters, FLOPs and activation memory, and the paper's tables beside ours."""
+"""sasa-summary: print a model's layers with parameters, FLOPs and activation memory, or compare with the paper."""
 
 from functools import partial
 
@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def run_command(arguments: list[str]) -> int:
-    """Run with command-line arguments; return the exit code."""
+    """Run the command with the given arguments; return the exit code."""
     if {"-h", "--help"} & set(arguments):
         print(USAGE)
         return 0

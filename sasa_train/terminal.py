@@ -1,7 +1,7 @@
-"""Messages of the first process on a terminal, escaped names, exit codes.
+"""Terminal messages of the first process, escaping of names, and exit codes.
 
-Names of files and classes come from disks and archives, and may hold anything. A full disk, or a reader that went away,
-does not end a run.
+File and class names come from disks and archives and may contain any characters. Output errors, such as a full disk or
+a closed pipe, do not stop a run.
 """
 
 import contextlib
@@ -13,22 +13,22 @@ from tqdm import tqdm
 
 from sasa_train.processes.ranks import rank
 
-# Done, or done before; anything unexpected; a config or input; stopped and ready to continue.
+# Done now or before; failed; refused config or input; stopped and ready to continue.
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75
 
 
 def printable(value: object) -> str:
-    """Escape control characters and what no terminal can show: a file's name must not move the cursor."""
+    """Escape control and other unprintable characters, so that a file name cannot move the cursor."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
 
 
 def printable_lines(text: str) -> str:
-    """Escape all but a message's own line breaks: names must be `printable` before they enter a message."""
+    """Apply `printable` to each line of a message; names in it must already be escaped."""
     return "\n".join(printable(line) for line in text.split("\n"))
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """Print on stdout, or into `file`, above a progress bar."""
+    """Print to stdout, or to `file`, above a progress bar."""
     if rank() == 0:
         with contextlib.suppress(OSError):
             tqdm.write(text, file=file or sys.stdout)
@@ -36,12 +36,12 @@ def say(text: str, file: TextIO | None = None) -> None:
 
 
 def warn(text: str) -> None:
-    """Print on stderr, above a progress bar."""
+    """Print a warning to stderr, above a progress bar."""
     say(f"WARNING: {text}", sys.stderr)
 
 
 def duration(seconds: float) -> str:
-    """Write seconds as 1 h 02 min, 3 min 04 s or 5 s."""
+    """Format seconds as 1 h 02 min, 3 min 04 s or 5 s."""
     minutes, secs = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -50,7 +50,7 @@ def duration(seconds: float) -> str:
 
 
 def fail(error: Exception) -> int:
-    """Print a refusal as every command does, with quoted names escaped; return REFUSED."""
+    """Print an error to stderr in the format of all commands, with unprintable characters escaped; return REFUSED."""
     path = Path(sys.argv[0])
     command = path.parent.name if path.stem == "__main__" else path.stem
     print(printable_lines(f"{command}: {error}"), file=sys.stderr)

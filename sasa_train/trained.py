@@ -1,4 +1,4 @@
-"""A trained model from its checkpoint, with what its use needs: classes, image size, normalisation."""
+"""A trained model loaded from a checkpoint, with its classes, image size and normalisation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from sasa_train.runs.checkpoint import find_checkpoint, load_checkpoint
 
 @dataclass
 class TrainedModel:
-    """A `model` on the CPU, in eval mode, with the checkpoint's "ema" or "raw" `weights`."""
+    """A `model` in eval mode on the CPU, with the checkpoint's "ema" or "raw" `weights`."""
 
     path: Path
     checkpoint: dict[str, Any]
@@ -36,37 +36,37 @@ class TrainedModel:
 
     @property
     def image_size(self) -> int:
-        """Pixels per side of the model's images."""
+        """The side length of the model's input images in pixels."""
         return resolved_image_size(self.config.data)
 
     def normalize(self, device: torch.device) -> Normalize:
-        """Return the transform of uint8 [B, 3, H, W], as `fit` makes them, to what the model was trained on."""
+        """Return the normalisation of uint8 images [B, 3, H, W] from `fit` that the model was trained with."""
         return Normalize(*mean_std(self.config.data), device, self.config.trainer.channels_last)
 
     def check_classes(self, classes: list[str]) -> None:
-        """Raise ConfigError unless a data set's classes are the checkpoint's, in the same order."""
+        """Raise ConfigError unless a data set has the checkpoint's classes in the same order."""
         if classes != self.classes:
             root = self.config.data.root
             raise ConfigError(f"data.root={root}: its {len(classes)} classes are not the checkpoint's")
 
     def changes(self, val: dict[str, Any]) -> list[str]:
-        """List how val's images, by their fingerprint, differ from those that the training was evaluated on."""
+        """List the differences between the fingerprint `val` and that of the val images used in training."""
         before = self.checkpoint["fingerprint"]
         return differences(before["val"], val, "val") if before else []
 
 
 def load_trained(source: Path, overrides: Sequence[str] = ()) -> TrainedModel:
-    """Load a run folder's best.pt (last.pt where there is no best) or a checkpoint file.
+    """Load a checkpoint file or a run folder's best.pt (last.pt if there is no best.pt).
 
-    overrides: keys over the checkpoint's config; and `weights=raw` for the model's own weights, where the run kept a
-        moving average, which is the default then.
+    overrides: overrides of the checkpoint's config, and `weights=raw` for the model's own weights; if the run kept a
+        moving average, the default is that average.
 
     Raises:
-        CheckpointError: `source` holds no checkpoint that can be read.
-        ConfigError: an override is refused, or makes another model than the checkpoint's; or this is one of several
-            processes, which would all do the same.
+        CheckpointError: `source` contains no readable checkpoint.
+        ConfigError: an override is invalid or changes the model, or this is one of several processes, which would all
+            do the same work.
     """
-    # Imported here, because Hydra takes a tenth of a second.
+    # Imported here, because importing Hydra takes a tenth of a second.
     from sasa_train.config.overrides import split_weights
     from sasa_train.config.saved import load_config
 
@@ -86,7 +86,7 @@ def load_trained(source: Path, overrides: Sequence[str] = ()) -> TrainedModel:
 
 
 def _own_preprocessing(data: DataConfig) -> list[str]:
-    """Return overrides that keep image size and normalisation as trained, whatever data set the model now reads."""
+    """Return overrides that keep the trained image size and normalisation when the data set changes."""
     mean, std = mean_std(data)
     return [f"data.image_size={resolved_image_size(data)}", f"data.mean={list(mean)}", f"data.std={list(std)}"]
 

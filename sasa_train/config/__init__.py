@@ -1,4 +1,4 @@
-"""The config: its keys, their rules, derived values, and composition by Hydra."""
+"""The training config: its keys, validation rules, derived values and composition with Hydra."""
 
 from sasa_train.config.keys import (
     AugmentConfig,

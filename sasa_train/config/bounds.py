@@ -1,4 +1,4 @@
-"""Declaration of a key: its default, its meaning, and bounds for its values."""
+"""Declaration of config keys, with default, meaning and bounds."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Bounds:
-    """A key's values beside null: numbers within limits (also each number of a list), or texts of one form."""
+    """The values that a key accepts besides null: numbers within limits (also in lists), or strings of a given form."""
 
     above: float = -math.inf
     at_least: float = -math.inf
@@ -21,7 +21,7 @@ class Bounds:
     is_range: bool = False  # [low, high]
     choices: tuple[str, ...] = ()
     is_path: bool = False
-    name_length: int = 0  # at most, of a folder's plain name
+    name_length: int = 0  # maximum length of a plain folder name
 
     def hold(self, value: Any) -> bool:
         if self.choices:
@@ -36,7 +36,7 @@ class Bounds:
         return all(self.above < number < self.below and self.at_least <= number <= self.at_most for number in numbers)
 
     def __str__(self) -> str:
-        """Describe the bounds in words that follow "must be"."""
+        """Return the bounds in words, as in "must be ..."."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         if self.name_length:
@@ -53,7 +53,7 @@ class Bounds:
 
 
 def key(default: Any, meaning: str, may_change: bool = False, **bounds: Any) -> Any:
-    """Declare a key as a dataclass field; `bounds` as in `Bounds`."""
+    """Declare a key as a dataclass field; `bounds` are passed to `Bounds`."""
     metadata = {"help": meaning, "may_change": may_change, "bounds": Bounds(**bounds) if bounds else None}
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
@@ -61,18 +61,18 @@ def key(default: Any, meaning: str, may_change: bool = False, **bounds: Any) -> 
 
 
 def local_key(default: Any, meaning: str, **bounds: Any) -> Any:
-    """Declare a key that may differ between a run and its continuation: it says where and how fast, not what."""
+    """Declare a key that may change when a run resumes, because it does not affect what the run computes."""
     return key(default, meaning, may_change=True, **bounds)
 
 
 def written_default(key: Field) -> str:
-    """Return a key's default as it is written on the command line."""
+    """Return a key's default in command-line notation."""
     default = key.default if key.default_factory is MISSING else key.default_factory()
     return default if isinstance(default, str) else json.dumps(default, separators=(",", ":"))
 
 
 def print_keys(keys: dict[str, Field], column: int) -> None:
-    """Print each key with default, meaning and bounds, from `column` on; a blank line before each group."""
+    """Print each key with its default, meaning and bounds, with a blank line before each group."""
     for _, group in itertools.groupby(keys.items(), lambda item: item[0].rpartition(".")[0]):
         print()
         for name, key in group:
@@ -81,6 +81,6 @@ def print_keys(keys: dict[str, Field], column: int) -> None:
 
 
 def print_entry(name: str, text: str, column: int) -> None:
-    """Print a name and, from `column` on, its meaning, within the terminal's width."""
+    """Print a name followed by its meaning, which starts at `column` and wraps at the terminal's width."""
     width = min(shutil.get_terminal_size((120, 24)).columns, 140)
     print(textwrap.fill(text, width, initial_indent=f"  {name:<{column - 3}} ", subsequent_indent=" " * column))

@@ -1,4 +1,4 @@
-"""Completion of overrides at TAB: groups and their choices, keys and their values. No Hydra, no torch."""
+"""Shell completion of overrides (groups, choices, keys and values), without importing Hydra or torch."""
 
 import typing
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ WORDS = {**CHOICES, "model.name": OWN_MODELS, "resume": ("auto", "never"), "weig
 def complete_override(
     current: str, groups: Sequence[str], meanings: dict[str, str], is_sweep: bool = False
 ) -> dict[str, str]:
-    """Map what `current` may become to meanings: `model=` and `trainer.`, then `trainer.epochs=`, then values.
+    """Map the completions of `current` to their meanings: `model=` and `trainer.`, then `trainer.epochs=`, then values.
 
-    In a sweep a value is offered after each comma. Words that end in `=` or `.` can be completed further.
+    In a sweep, values are offered after each comma. Completions that end in `=` or `.` can be completed further.
     """
     key, equals, value = current.partition("=")
     if equals:

@@ -1,6 +1,6 @@
-"""One validated TrainConfig from the command line: Hydra composes `configs/train.yaml` and the overrides.
+"""Composition of `configs/train.yaml` and command-line overrides into a validated TrainConfig, using Hydra.
 
-Hydra composes inside our own functions, not in front of them, so that a refusal is a message and exit code 2.
+Hydra's compose API is called instead of its decorator, so that an invalid config gives a message and exit code 2.
 """
 
 import os
@@ -23,13 +23,13 @@ ConfigStore.instance().store(name="schema", node=TrainConfig)
 
 
 def compose_config(overrides: Sequence[str]) -> TrainConfig:
-    """Compose `configs/train.yaml` with Hydra overrides.
+    """Compose `configs/train.yaml` with Hydra overrides and validate the result.
 
     Raises:
-        ConfigError: an unknown key or group, a value of the wrong type, or values that cannot go together.
+        ConfigError: a key or group is unknown, a value has the wrong type, or values are incompatible.
     """
     check_override_keys(overrides)
-    of_sweep = GlobalHydra.instance().hydra  # in a job of -m, which needs it afterwards
+    of_sweep = GlobalHydra.instance().hydra  # a job of -m needs it again afterwards
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
@@ -42,18 +42,18 @@ def compose_config(overrides: Sequence[str]) -> TrainConfig:
 
 
 def to_config(composed: DictConfig) -> TrainConfig:
-    """Turn a DictConfig into validated dataclasses."""
+    """Convert a DictConfig to validated dataclasses."""
     try:
-        # Plain values, because an interpolation's result would keep its own type. Merged anew, because to_object alone
-        # drops stray keys in silence.
+        # Converted to plain values, because the result of an interpolation would keep its own type, and merged again,
+        # because to_object silently drops unknown keys.
         values = cast(dict, OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))
         _check_dicts(values)
         merged = OmegaConf.merge(schema(), values)
         config = cast(TrainConfig, OmegaConf.to_object(merged))
     except UNREADABLE as error:
         raise ConfigError(_with_interpolations(explain(error), composed)) from error
-    config.data.resident = config.data.resident.lower()  # YAML's true becomes the word 'True' in a text field
-    config.data.root = os.path.expanduser(config.data.root)  # no shell expands the ~ in data.root=~/images
+    config.data.resident = config.data.resident.lower()  # YAML's true becomes the string 'True' in a string field
+    config.data.root = os.path.expanduser(config.data.root)  # the shell does not expand the ~ in data.root=~/images
     config.output_dir = os.path.expanduser(config.output_dir)
     if config.model.pretrained is not None:
         config.model.pretrained = os.path.expanduser(config.model.pretrained)
@@ -62,14 +62,14 @@ def to_config(composed: DictConfig) -> TrainConfig:
 
 
 def _with_interpolations(text: str, composed: DictConfig) -> str:
-    """Add to an error that names no key, as OmegaConf's in a list, the keys that hold interpolations."""
+    """Add the keys with interpolations to an error that names no key, such as OmegaConf's errors in lists."""
     raw = flatten(cast(dict, OmegaConf.to_container(composed, resolve=False)))
     holders = [key for key, value in raw.items() if "${" in str(value)]
     return text if not holders or any(key in text for key in raw) else f"{', '.join(holders)}: {text.splitlines()[0]}"
 
 
 def _check_dicts(values: dict[str, Any]) -> None:
-    """Refuse a dict in place of anything else, and name the key, which OmegaConf does not."""
+    """Raise ConfigError, naming the key (which OmegaConf does not), if a dict replaces another type or vice versa."""
     for key in key_table():
         group, _, name = key.rpartition(".")
         value = values[group][name] if group else values[name]
@@ -80,25 +80,25 @@ def _check_dicts(values: dict[str, Any]) -> None:
 
 @cache
 def schema() -> DictConfig:
-    """Return every key with type and default; `merge` copies it."""
+    """Return the schema, with the type and default of every key; `merge` copies it."""
     return OmegaConf.structured(TrainConfig)
 
 
 def as_overrides(config: TrainConfig) -> list[str]:
-    """Return the shortest command line for a config: `compose_config(as_overrides(config)) == config`."""
+    """Return the shortest overrides such that `compose_config(as_overrides(config)) == config`."""
     defaults = flatten(compose_config([]))
     return [f"{key}={as_written(value)}" for key, value in flatten(config).items() if value != defaults[key]]
 
 
 def explain(error: Exception) -> str:
-    """Explain Hydra's and OmegaConf's errors in one or two lines: the key, and the nearest right one."""
+    """Summarise an error of Hydra or OmegaConf in one or two lines, with the key and the nearest valid one."""
     chain: list[BaseException] = [error]
-    # OmegaConf raises some errors from one another in a ring.
+    # OmegaConf chains some errors in a cycle.
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and all(cause is not c for c in chain):
         chain.append(cause)
     for link in chain:
         full_key = getattr(link, "full_key", None) or ""
-        key = full_key.partition("[")[0]  # of data.mean[1]
+        key = full_key.partition("[")[0]  # "data.mean" for data.mean[1]
         if key:
             return unknown_key(key) or f"{shorten(full_key)}: {shorten(str(link).splitlines()[0])}"
     return shorten(error).replace("Could not override", "cannot override")

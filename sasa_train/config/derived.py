@@ -1,4 +1,4 @@
-"""Values that follow from the keys: image size, crops, micro-batches, steps."""
+"""Values derived from the keys: image size, crops, micro-batches and steps."""
 
 import dataclasses
 
@@ -6,12 +6,12 @@ from sasa_train.config.keys import DATA_SETS, SMALL_IMAGE, AugmentConfig, DataCo
 
 
 def crops_by_padding(data: DataConfig, augment: AugmentConfig) -> bool:
-    """Whether images are fitted to size once and then cropped after padding, which can be done to whole batches."""
+    """Whether images are resized once and then padded and cropped, which works on whole batches."""
     return resolved_image_size(data) <= SMALL_IMAGE and augment.crop_mode != "resized"
 
 
 def flips_images(data: DataConfig, augment: AugmentConfig) -> bool:
-    """Whether training mirrors half of the images: `augment.hflip`, or what suits the set."""
+    """Whether training mirrors half of the images, from `augment.hflip` or else from the data set's default."""
     return augment.hflip if augment.hflip is not None else DATA_SETS[data.name].mirrored
 
 
@@ -20,19 +20,19 @@ def resolved_image_size(data: DataConfig) -> int:
 
 
 def expected_num_classes(config: TrainConfig) -> int | None:
-    """Return the number of classes; None where neither the config nor the data set's name tells it."""
+    """Return the number of classes, or None if neither the config nor the data set's name determines it."""
     return config.model.num_classes or DATA_SETS[config.data.name].num_classes
 
 
 def micro_batch_size(trainer: TrainerConfig, world_size: int) -> int:
-    """Return the images of each process's micro-batch; `auto`, before it is settled, counts as no accumulation."""
+    """Return the number of images per micro-batch; an unresolved `auto` is treated as if unset."""
     if isinstance(trainer.micro_batch_size, int):
         return trainer.micro_batch_size
     return trainer.global_batch_size // (world_size * trainer.grad_accum_steps)
 
 
 def accumulation(trainer: TrainerConfig, world_size: int) -> int:
-    """Return the micro-batches of each process in a step."""
+    """Return the number of micro-batches per step in each process."""
     return trainer.global_batch_size // (world_size * micro_batch_size(trainer, world_size))
 
 
@@ -42,7 +42,7 @@ def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
 
 
 def with_micro_batch_size(trainer: TrainerConfig, micro_batch_size: int) -> TrainerConfig:
-    """Set both keys: the micro-batch, and the accumulation that follows from it for one process."""
-    # For one process, whatever their number now, so that a config means the same to any number of them.
+    """Set the micro-batch size and the number of accumulation steps that it implies for one process."""
+    # For one process even if there are several now, so that a config's meaning does not depend on their number.
     steps = trainer.global_batch_size // micro_batch_size
     return dataclasses.replace(trainer, micro_batch_size=micro_batch_size, grad_accum_steps=steps)

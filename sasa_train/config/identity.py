@@ -1,4 +1,4 @@
-"""The keys that shape what a run computes, and the name of its folder, which follows from them."""
+"""The keys that determine what a run computes, and the run folder's name, which is derived from them."""
 
 import hashlib
 import json
@@ -9,13 +9,13 @@ from sasa_train.config.keys import NOT_TRAJECTORY, TrainConfig, flatten
 
 
 def trajectory(config: TrainConfig) -> dict[str, Any]:
-    """Return the keys that change what a run computes, and their values."""
+    """Return the keys that affect what a run computes, with their values."""
     return {key: value for key, value in flatten(config).items() if key not in NOT_TRAJECTORY}
 
 
 def default_run_name(config: TrainConfig) -> str:
-    """Return a readable, stable name: model, data, epochs, seed, and 8 hex digits of the whole trajectory."""
-    # Only what differs from the defaults counts, so that a later version's new key does not rename all runs.
+    """Return a readable, stable name made of data, model, epochs, seed and 8 hex digits for the whole trajectory."""
+    # Only values that differ from the defaults are included, so that a new key in a later version does not rename runs.
     defaults = flatten(TrainConfig())
     identity = {key: value for key, value in trajectory(config).items() if value != defaults[key]}
     if config.data.name != "digits":
@@ -28,9 +28,9 @@ def default_run_name(config: TrainConfig) -> str:
 
 
 def differing_keys(old: TrainConfig, new: TrainConfig, same_world_size: bool = True) -> list[str]:
-    """List the keys that two configs set differently and that change what a run computes."""
-    # How the global batch is cut into micro-batches follows from the number of processes; with another, it may differ.
+    """List the keys that affect what a run computes and differ between two configs."""
+    # The split into micro-batches depends on the number of processes, so it may differ if that number has changed.
     before, after = trajectory(old), trajectory(new)
-    may_differ = new.trainer.micro_batch_size == "auto" or not same_world_size  # auto goes on with what it began with
+    may_differ = new.trainer.micro_batch_size == "auto" or not same_world_size  # auto keeps the saved size
     ignored = ("trainer.micro_batch_size", "trainer.grad_accum_steps") if may_differ else ()
     return sorted(key for key in before if before[key] != after[key] and key not in ignored)

@@ -1,4 +1,4 @@
-"""Overrides on the command line: parsed, expanded, and refused for an unknown key, with the nearest right one."""
+"""Command-line overrides: parsing, sweep expansion, and rejection of unknown keys with a suggestion."""
 
 import difflib
 import itertools
@@ -20,15 +20,15 @@ from sasa_train.config.groups import GROUPS, choices
 from sasa_train.config.keys import FREE_KEYS, key_table
 from sasa_train.refusal import ConfigError, shorten
 
-MAX_JOBS = 1000  # of a sweep: every job's config is composed before the first begins
-MAX_TEXT = 2**16  # characters of a saved config or an override; ours have 4,000, and parsers are slow with more
-# Hydra, OmegaConf and PyYAML raise these, for example over an int of 5,000 digits or 2,000 lists in one another.
+MAX_JOBS = 1000  # in a sweep, because every job's config is composed before the first job starts
+MAX_TEXT = 2**16  # characters in a saved config (normally 4,000) or override; parsing more is slow
+# Hydra, OmegaConf and PyYAML raise these, for example for an int of 5,000 digits or 2,000 nested lists.
 UNREADABLE = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError)
-WORDS = ("null", "true", "false", "nan", "inf")  # Hydra does not read these as texts
+WORDS = ("null", "true", "false", "nan", "inf")  # Hydra does not parse these as strings
 
 
 def as_written(value: Any) -> str:
-    """Write a value in Hydra's grammar."""
+    """Format a value in Hydra's override grammar."""
     if isinstance(value, dict):
         return "{" + ",".join(f"{name}:{as_written(part)}" for name, part in value.items()) + "}"
     if isinstance(value, list):
@@ -40,7 +40,7 @@ def as_written(value: Any) -> str:
 
 
 def with_free_keys(overrides: Sequence[str]) -> list[str]:
-    """Put ++ before keys that no dataclass names, as Hydra demands."""
+    """Prefix keys that are in no dataclass with ++, as Hydra requires."""
     return [f"++{o}" if o.startswith(FREE_KEYS) else o for o in overrides]
 
 
@@ -53,10 +53,10 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
 
 
 def expand(overrides: Sequence[str]) -> list[tuple[str, ...]]:
-    """List every job of a grid: `a=1,2 b=range(2)` -> (a=1, b=0), (a=1, b=1), (a=2, b=0), (a=2, b=1).
+    """List the jobs of a grid: `a=1,2 b=range(2)` -> (a=1, b=0), (a=1, b=1), (a=2, b=0), (a=2, b=1).
 
     Raises:
-        ConfigError: a value that cannot be enumerated, or more than MAX_JOBS jobs.
+        ConfigError: a value cannot be enumerated, or there are more than MAX_JOBS jobs.
     """
     values = [_sweep_values(override) for override in parse_overrides(overrides)]
     if math.prod(len(v) for v in values) > MAX_JOBS:
@@ -65,7 +65,7 @@ def expand(overrides: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _sweep_values(override: Override) -> list[str]:
-    """Split `seed=0,1` into seed=0 and seed=1; one more than MAX_JOBS at most."""
+    """Split `seed=0,1` into seed=0 and seed=1, into at most MAX_JOBS + 1 values."""
     if not override.is_sweep_override():
         return [str(override.input_line)]
     try:
@@ -90,7 +90,7 @@ def _parse(override: str) -> Override:
 
 
 def check_override_keys(overrides: Sequence[str], is_sweep: bool = False) -> None:
-    """Refuse unknown keys, with the nearest known one, `+key`, `++key`, `~key`, and Hydra's own without a sweep."""
+    """Raise ConfigError for unknown keys, `+key`, `++key`, `~key` and, outside sweeps, Hydra's own keys."""
     for override in parse_overrides(overrides):
         key = override.key_or_group
         if override.package is not None:
@@ -116,15 +116,15 @@ def check_override_keys(overrides: Sequence[str], is_sweep: bool = False) -> Non
 
 
 def unknown_key(key: str) -> str:
-    """Return the message for a word that is not a key, a group or an argument in one of FREE_KEYS; else ""."""
+    """Return an error message if `key` is not a key, a group or an argument in FREE_KEYS, otherwise ""."""
     known = [*key_table(), *GROUPS]
     is_known = key in known or key.startswith(tuple(f"{free}." for free in FREE_KEYS))
     return "" if is_known else f"unknown key {shorten(key)!r}: {nearest(key, known)}"
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
-    """Return 'did you mean ...?', or where to look."""
-    # A right name in the wrong group is nearer than any similar spelling.
+    """Return 'did you mean ...?', or a pointer to the help if no word is similar."""
+    # The same name in another group is preferred to a similar spelling.
     found = [w for w in words if w.rpartition(".")[2] == word.rpartition(".")[2]]
     found = found or difflib.get_close_matches(word, words, n=1, cutoff=0.6)
     return f"did you mean {' or '.join(found)}?" if found else "sasa-train --help lists every key"
@@ -141,7 +141,7 @@ def _check_choice(override: Override) -> None:
 
 
 def is_group(override: Override) -> bool:
-    """Whether an override chooses from a group (`model=...`, `experiment=...`) and is not an object (`model={}`)."""
+    """Whether an override selects a choice in a group (`model=...`, `experiment=...`) and not a dict (`model={}`)."""
     return override.key_or_group in GROUPS and not isinstance(override.value(), dict)
 
 
@@ -150,20 +150,20 @@ OVERRIDE = re.compile(r"[+~]*[a-z_]+(\.[a-z0-9_]+)*=")
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split a command line's words into names of files and overrides (`weights=...` or a key's).
+    """Split command-line arguments into file names and overrides (of `weights` or a config key).
 
-    A word that names an existing file is a file, however it is called. Any other that looks like an override is one, so
-    that a misspelt key is refused with the nearest right one.
+    An argument that names an existing file is always a file. Any other argument that looks like an override is treated
+    as one, so that a misspelt key is rejected with a suggestion.
     """
     overrides = [text for text in arguments if OVERRIDE.match(text) and not os.path.lexists(text)]
     return [text for text in arguments if text not in overrides], overrides
 
 
 def split_weights(overrides: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Return the last `weights=`, if there is one, and the other overrides.
+    """Return the value of the last `weights=`, or None, and the remaining overrides.
 
     Raises:
-        ConfigError: unknown weights, or `weights` misspelt.
+        ConfigError: the value is unknown, or `weights` is misspelt.
     """
     others = [text for text in overrides if not text.startswith("weights=")]
     for key in (text.partition("=")[0] for text in others):

@@ -1,4 +1,4 @@
-"""Rules for values, alone and together; values that break one are refused before data is loaded."""
+"""Validation rules for single values and combinations of values, checked before any data is loaded."""
 
 import itertools
 import unicodedata
@@ -21,11 +21,11 @@ from sasa_train.config.keys import (
 )
 from sasa_train.refusal import require
 
-Rules = Iterator[tuple[bool, str, str]]  # whether it is kept, the key, the rule
+Rules = Iterator[tuple[bool, str, str]]  # whether the rule holds, the key, and the rule in words
 
 
 def validate(config: TrainConfig) -> None:
-    """Raise ConfigError for values that break a rule or cannot go together."""
+    """Raise ConfigError for values that violate a rule or are incompatible."""
     for key, value in flatten(config).items():
         _check_content(key, value, value)
     check_bounds(config)
@@ -38,7 +38,7 @@ def validate(config: TrainConfig) -> None:
 
 
 def check_bounds(config: Any, prefix: str = "") -> None:
-    """Raise ConfigError for a value outside its key's bounds."""
+    """Raise ConfigError if a value is outside its key's bounds."""
     values = flatten(config, prefix)
     for key, field in key_table(type(config), prefix).items():
         bounds, value = field.metadata["bounds"], values[key]
@@ -47,7 +47,7 @@ def check_bounds(config: Any, prefix: str = "") -> None:
 
 
 def _check_content(key: str, value: Any, part: Any, depth: int = 0) -> None:
-    """Refuse what no key, nor a list or argument in one, may hold; `part` is `depth` levels inside `value`."""
+    """Raise ConfigError for content that no key accepts; `part` is nested `depth` levels inside `value`."""
     if isinstance(part, dict | list):
         limit = MAX_DEPTH if key in FREE_KEYS else 1
         require(depth < limit, key, value, f"must not have more than {limit} lists or dicts in one another")
@@ -127,8 +127,8 @@ def _of_epochs(config: TrainConfig) -> Rules:
 
 
 def check_world_size(config: TrainConfig, world_size: int) -> None:
-    """Refuse a global batch that does not divide among this number of processes."""
-    # Not part of `validate`, as a saved config may come from another number of processes.
+    """Raise ConfigError if the global batch cannot be divided among `world_size` processes."""
+    # Not part of `validate`, because a saved config may come from a run with another number of processes.
     trainer = config.trainer
     key = "micro_batch_size" if isinstance(trainer.micro_batch_size, int) else "grad_accum_steps"
     images, per_process = trainer.global_batch_size, getattr(trainer, key)

@@ -1,4 +1,4 @@
-"""Saved configs (config.yaml, or the text in a checkpoint): written, and read with overrides on top."""
+"""Reading and writing of saved configs (config.yaml, or the text in a checkpoint), with overrides on top."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +15,10 @@ from sasa_train.refusal import ConfigError, shorten
 
 
 def load_config(yaml_text: str, overrides: Sequence[str] = (), source: str = "the saved config") -> TrainConfig:
-    """Read a saved config and put value overrides on top; group choices need a composition and are refused.
+    """Parse a saved config and apply value overrides; group choices are refused because they need a composition.
 
     Raises:
-        ConfigError: as `compose_config`; the message names `source` where the text itself is at fault.
+        ConfigError: as in `compose_config`; the message names `source` if the text itself is invalid.
     """
     check_override_keys(overrides)
     saved = _read_saved(yaml_text, source)
@@ -26,7 +26,7 @@ def load_config(yaml_text: str, overrides: Sequence[str] = (), source: str = "th
         for override in parse_overrides(overrides):
             if is_group(override):
                 raise ConfigError(f"{override.input_line} chooses a config group, but {source} is complete; set values")
-            # Replaced, not merged: else an optimizer's argument could never be removed.
+            # Replaced instead of merged, because otherwise an optimizer argument could never be removed.
             OmegaConf.update(saved, override.key_or_group, override.value(), merge=False)
         _forget_the_other_batch_key(saved, {o.key_or_group for o in parse_overrides(overrides)})
     except UNREADABLE as error:
@@ -35,7 +35,7 @@ def load_config(yaml_text: str, overrides: Sequence[str] = (), source: str = "th
 
 
 def load_config_file(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read a file by `load_config`; raise ConfigError, too, where it cannot be read as text."""
+    """Read a file with `load_config`; also raise ConfigError if it cannot be read as text."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -44,8 +44,8 @@ def load_config_file(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def _read_saved(yaml_text: str, source: str) -> DictConfig:
-    """Return the saved values over the defaults."""
-    # The text may be a stranger's.
+    """Return the saved values merged over the defaults."""
+    # The text may come from an untrusted source.
     if not isinstance(yaml_text, str) or len(yaml_text) > MAX_TEXT:
         raise ConfigError(f"{source}: is not a config: expected a text of at most {MAX_TEXT:,} characters")
     try:
@@ -58,7 +58,7 @@ def _read_saved(yaml_text: str, source: str) -> DictConfig:
 
 
 def _check_plain_yaml(text: str, source: str) -> None:
-    """Refuse YAML that does more than hold values, which we never write."""
+    """Raise ConfigError for anchors, aliases, tags and interpolations, which sasa_train never writes."""
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         value = event.value if isinstance(event, yaml.ScalarEvent) else ""
         marks = getattr(event, "anchor", None) or getattr(event, "tag", None)
@@ -70,7 +70,7 @@ def _check_plain_yaml(text: str, source: str) -> None:
 
 
 def _forget_the_other_batch_key(saved: DictConfig, given: set[str]) -> None:
-    """Drop the saved micro_batch_size or grad_accum_steps where only the other is given: it would contradict."""
+    """Drop the saved micro_batch_size or grad_accum_steps if only the other is given, because they would conflict."""
     if "trainer.micro_batch_size" in given and "trainer.grad_accum_steps" not in given:
         saved.trainer.grad_accum_steps = 1
     elif "trainer.grad_accum_steps" in given and "trainer.micro_batch_size" not in given:

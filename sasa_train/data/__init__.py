@@ -1,1 +1,1 @@
-"""Images on disk, in tar shards or embedded -> batches on the device."""
+"""Data loading: from images on disk, in tar shards or in the package to batches on the device."""

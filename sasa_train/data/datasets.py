@@ -1,4 +1,4 @@
-"""The data sets: the places of their images, labels, classes, and fixed, balanced parts."""
+"""Data sets, with their images on disk or in memory, labels, classes, and fixed class-balanced subsets."""
 
 import dataclasses
 import io
@@ -25,29 +25,29 @@ from sasa_train.data.shards import TarMembers, find_shards, load_shards
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import printable
 
-# The formats of torchvision's IMG_EXTENSIONS, and GIF, which real sets hold under other names (MPO opens as JPEG).
-# No other is tried: EPS would start Ghostscript, and each further decoder is one more way in for a hostile file.
+# The formats of torchvision's IMG_EXTENSIONS, plus GIF, which real data sets contain under other extensions (MPO opens
+# as JPEG). No other format is tried: EPS would start Ghostscript, and every decoder adds to the attack surface.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # such images are refused here
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `read` rejects such images
 
-PAUSES = (0.1, 1.0)  # seconds before a failed read is tried again
+PAUSES = (0.1, 1.0)  # seconds to wait before a failed read is retried
 DIGITS_VAL_FRACTION = 0.2
-MAX_NAMES = 5  # shown of a long list
+MAX_NAMES = 5  # shown from a long list
 
 Shaped = TypeVar("Shaped")
 
 
 class UnreadableImage(Exception):
-    """A file that is missing, truncated, damaged or not an image: its `name`, and the `reason`."""
+    """Raised for a file that is missing, truncated, damaged or not an image; has its `name` and the `reason`."""
 
     def __init__(self, name: str, reason: str):
-        super().__init__(name, reason)  # both, so that it can be pickled on its way out of a worker process
+        super().__init__(name, reason)  # both, so that a worker process can pickle the exception
         self.name, self.reason = name, reason
 
 
 @dataclass
 class Files:
-    """Image files by path; `folder` holds the class folders."""
+    """Image files given by their paths; `folder` contains the class folders."""
 
     paths: list[str]
     folder: str = ""
@@ -60,7 +60,7 @@ class Files:
 
 
 def _open_regular(path: str, flags: int) -> int:
-    # Opening a pipe called x.png would wait for a writer, and a device never ends.
+    # Opening a pipe named x.png would wait for a writer, and reading a device would never end.
     descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -70,9 +70,9 @@ def _open_regular(path: str, flags: int) -> int:
 
 @dataclass
 class ImageSet:
-    """Labelled images: files, members of tar shards, or uint8 [n, 3, H, W] in memory.
+    """Labelled images, stored as files, as members of tar shards, or in memory as uint8 [n, 3, H, W].
 
-    Image i is at `positions[i]` of `source`; `labels` is int64 [n].
+    Image i is stored at `positions[i]` in `source`; `labels` is int64 [n].
     """
 
     classes: list[str]
@@ -88,11 +88,11 @@ class ImageSet:
         return f"image {position}" if isinstance(self.source, Tensor) else self.source.name(position)
 
     def read(self, index: int, shape: Callable[[Image.Image], Shaped]) -> Shaped:
-        """Return `shape(image)` for one image. It is not decoded yet, so `shape` may ask for less than all of it.
+        """Return `shape(image)` for one image, which is not decoded yet, so that `shape` may decode only a part of it.
 
         Raises:
-            UnreadableImage: the file is missing, is not an image of FORMATS, has more than Image.MAX_IMAGE_PIXELS, or
-                fails while it is decoded or converted.
+            UnreadableImage: the file is missing, is not in one of FORMATS, has more than Image.MAX_IMAGE_PIXELS
+                pixels, or cannot be decoded or converted.
         """
         position = int(self.positions[index])
         if isinstance(self.source, Tensor):
@@ -107,19 +107,19 @@ class ImageSet:
                 return shape(image)
         except MemoryError:
             raise
-        except Exception as error:  # Pillow's decoders have no common error: OSError, SyntaxError, struct.error, ...
+        except Exception as error:  # Pillow's decoders have no common error class: OSError, SyntaxError, ...
             reason = str(error).partition(" <_io.")[0] or type(error).__name__  # without Pillow's file object
             raise UnreadableImage(self.name(index), reason) from error
 
     def read_bytes(self, index: int) -> bytes:
-        """Return one image's file, undecoded; raise OSError where it cannot be read."""
+        """Return the undecoded bytes of one image's file; raise OSError if it cannot be read."""
         with self._open_patiently(int(self.positions[index])) as file:
             return file.read()
 
     def _open_patiently(self, position: int) -> BinaryIO:
-        """Return the whole file, in memory."""
+        """Read the whole file into memory, with retries."""
         assert not isinstance(self.source, Tensor)
-        # A disk or network that fails for a moment must not cost an image.
+        # A temporary failure of the disk or network must not lose an image.
         for pause in PAUSES:
             try:
                 with self.source.open(position) as file:
@@ -137,22 +137,22 @@ class ImageSet:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Decode an image of any mode to RGB, 8 bits per channel."""
     image.load()
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow's own conversion cuts off at 255
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion clips at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257 + 0.5).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def mean_std(config: DataConfig) -> tuple[Sequence[float], Sequence[float]]:
-    """Return the config's mean and std per channel, of values in [0, 1], or the data set's own."""
+    """Return mean and std per channel for values in [0, 1], from the config or else from the data set."""
     own = DATA_SETS[config.name]
     return config.mean or own.mean, config.std or own.std
 
 
 def load_image_sets(config: DataConfig) -> tuple[ImageSet, ImageSet]:
-    """Return train and val as `config` says: data set, hold-out, balanced subsets.
+    """Return the train and val sets that `config` selects, after hold-out and subsetting.
 
     Raises:
-        ConfigError: a missing folder, an empty class, classes that differ between train and val, or too few of them.
+        ConfigError: a folder is missing, a class is empty, or train and val have different classes or too few.
     """
     if config.name == "digits":
         train, val = _load_digits()
@@ -182,7 +182,7 @@ def _check_classes(config: DataConfig, classes: list[str]) -> None:
 
 
 def split(images: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
-    """Split off a stratified, fixed part, at least one image per class; return the rest as train, the part as val."""
+    """Return (train, val), where val is a fixed, stratified part with at least one image per class."""
     held_out = []
     for members in _by_class(images):
         if len(members) < 2:
@@ -193,12 +193,12 @@ def split(images: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
 
 
 def limit(images: ImageSet, count: int | None) -> ImageSet:
-    """Return a fixed, `balanced` subset of `count` images, or all of them where there are not more."""
+    """Return a fixed, `balanced` subset of `count` images, or all images if there are no more than that."""
     return images if count is None or count >= len(images) else images.subset(balanced(images, count))
 
 
 def balanced(images: ImageSet, count: int) -> np.ndarray:
-    """Return the indices of a fixed subset, as balanced as possible: each class gives one image, then another, ..."""
+    """Return the indices of a fixed subset, filled round-robin over the classes to balance them."""
     rank = np.empty(len(images), dtype=np.int64)
     for members in _by_class(images):
         rank[members] = np.arange(len(members))
@@ -206,7 +206,7 @@ def balanced(images: ImageSet, count: int) -> np.ndarray:
 
 
 def _by_class(images: ImageSet) -> list[np.ndarray]:
-    """List each class's images, in an order that is fixed and looks random."""
+    """List the indices of each class's images in a fixed, pseudorandom order."""
     order = fixed_order(len(images))
     return [order[images.labels[order] == label] for label in range(len(images.classes))]
 
@@ -250,10 +250,10 @@ def _load_from_disk(config: DataConfig) -> tuple[ImageSet, ImageSet]:
 
 
 def load_class_folders(root: Path, split: str) -> ImageSet:
-    """Find the images of `root/train` (or `root/val` or `root/test`), one folder per class, ordered by path.
+    """Find the images in `root/train` (or `root/val` or `root/test`), one folder per class, ordered by path.
 
     Raises:
-        ConfigError: there is no such folder, or a class without images.
+        ConfigError: the folder does not exist, or a class has no images.
     """
     folder = root / split
     if split == "val" and not folder.is_dir():
@@ -265,7 +265,7 @@ def load_class_folders(root: Path, split: str) -> ImageSet:
         )
     try:
         found = tv.ImageFolder(str(folder))
-    except FileNotFoundError as error:  # torchvision's text names the empty classes, or says that no class was found
+    except FileNotFoundError as error:  # torchvision's message names the empty classes or reports that there are none
         raise ConfigError(f"{folder}: {printable(error)}") from error
     paths, labels = zip(*found.samples, strict=True)
     return ImageSet(
@@ -274,7 +274,7 @@ def load_class_folders(root: Path, split: str) -> ImageSet:
 
 
 def load_shard_set(root: Path, split: str) -> ImageSet:
-    """Find the images in a split's tar shards; `root/classes.txt` names the classes, one per line."""
+    """Find the images in a split's tar shards; `root/classes.txt` lists the class names, one per line."""
     shards = find_shards(root, split)
     if not shards:
         raise ConfigError(f"data.root={root}: shards for train, but none for {split}; or use data.holdout_fraction")
@@ -287,6 +287,6 @@ def load_shard_set(root: Path, split: str) -> ImageSet:
 
 
 def some(names: Sequence[str], separator: str = ", ") -> str:
-    """Quote the first MAX_NAMES names, escaped, and the number of the others."""
+    """List the first MAX_NAMES names, escaped, followed by the number of remaining names."""
     rest = len(names) - MAX_NAMES
     return separator.join(map(printable, names[:MAX_NAMES])) + (f" and {rest:,} more" if rest > 0 else "") or "none"

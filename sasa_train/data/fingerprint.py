@@ -1,6 +1,6 @@
-"""Fingerprints of data sets, so that a run which continues notices, and names, what changed since it began.
+"""Fingerprints of data sets, which let a resumed run detect and report changes to its data.
 
-They hold counts, names and order of all images, and digests of the bytes of some: for ImageNet this takes seconds.
+A fingerprint covers the count, names and order of all images and the bytes of a sample; ImageNet takes seconds.
 """
 
 import hashlib
@@ -18,20 +18,20 @@ from torch import Tensor
 from sasa_train.data.datasets import Files, ImageSet
 from sasa_train.terminal import printable
 
-MAX_READ = 2000  # files per set whose bytes are looked at
-MAX_LINES = 10  # differences that are named
-NUM_READERS = 8  # threads: a network disk takes milliseconds per file
+MAX_READ = 2000  # files per data set whose bytes are read
+MAX_LINES = 10  # differences that are reported
+NUM_READERS = 8  # threads, because a network disk takes milliseconds per file
 UNREADABLE = b"unreadable"
-NUMBER = re.compile(r"(^|/)\d{8}-")  # put before a name by `sasa-data shard`, for the order; not part of the name
+NUMBER = re.compile(r"(^|/)\d{8}-")  # ordering prefix added by `sasa-data shard`, not part of the name
 
 SOURCES = {"files": "in class folders", "shards": "in tar shards", "memory": "in memory"}
 
 
 def fingerprint(images: ImageSet) -> dict[str, Any]:
-    """Describe a set by plain values: {"source", "labels": a digest, "classes": [{"name", "num_images", ...}, ...]}.
+    """Return plain values for a data set: {"source", "labels" (a digest), "classes": [{"name", "num_images", ...}]}.
 
-    `content` is a digest of `num_read` images of the class: the bytes of a sample of files, or all pixels of a set in
-    memory. Files and the tar shards made from them have the same content.
+    Each class's `content` is a digest of `num_read` of its images: the bytes of a sample of its files or, for a data
+    set in memory, all pixels. Image files and tar shards made from them have the same content.
     """
     by_label = np.argsort(images.labels, kind="stable")
     counts = np.bincount(images.labels, minlength=len(images.classes))
@@ -46,7 +46,7 @@ def fingerprint(images: ImageSet) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], split: str) -> list[str]:
-    """List what changed between two fingerprints of `split`, as at most MAX_LINES lines of text."""
+    """List the changes between two fingerprints of `split` in at most MAX_LINES lines of text."""
     lines = _set_differences(old, new)
     rest = len(lines) - MAX_LINES
     return [f"{split}: {line}" for line in lines[:MAX_LINES]] + ([f"{split}: and {rest:,} more"] if rest > 0 else [])
@@ -54,7 +54,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], split: str) -> list[st
 
 def _set_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     kinds = old["source"], new["source"]
-    if kinds[0] != kinds[1] and "memory" in kinds:  # pixels and files have nothing to compare
+    if kinds[0] != kinds[1] and "memory" in kinds:  # pixels and files cannot be compared
         return [f"the images were {SOURCES[kinds[0]]}, now they are {SOURCES[kinds[1]]}"]
     before, after = _by_name(old["classes"]), _by_name(new["classes"])
     lines = []
@@ -73,12 +73,12 @@ def _set_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _class_differences(name: str, old: dict[str, Any], new: dict[str, Any], is_same_kind: bool) -> list[str]:
-    if old["num_images"] != new["num_images"]:  # then the digests differ too
+    if old["num_images"] != new["num_images"]:  # so the digests differ too
         return [f"class {name} had {old['num_images']:,} images, now {new['num_images']:,}"]
     lines = []
     if is_same_kind and old["names"] != new["names"]:
         lines.append(f"names changed in class {name}")
-    if old["num_read"] != new["num_read"]:  # because other classes came or went: another sample
+    if old["num_read"] != new["num_read"]:  # classes were added or removed, so the sample differs
         return lines
     if old["num_unreadable"] != new["num_unreadable"]:
         before, now = old["num_unreadable"], new["num_unreadable"]
@@ -89,7 +89,7 @@ def _class_differences(name: str, old: dict[str, Any], new: dict[str, Any], is_s
 
 
 def _by_name(classes: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Map the classes' printable names, all different, to them; ImageNet has two classes that are called crane."""
+    """Map unique printable names to the class entries (two of ImageNet's classes are named crane)."""
     seen: Counter[str] = Counter()
     found = {}
     for entry in classes:
@@ -117,10 +117,10 @@ def _on_disk(images: ImageSet, members: list[np.ndarray]) -> list[dict[str, Any]
 
 
 def _samples(members: list[np.ndarray]) -> list[np.ndarray]:
-    """List each class's images to be read, evenly spread.
+    """Select the images of each class to read, evenly spaced.
 
-    They depend on the class's size and the number of classes alone, so that what one class gains or loses does not look
-    like a change of the others.
+    The selection depends only on the class's size and the number of classes, so that adding or removing images in one
+    class does not appear as a change in the others.
     """
     if sum(map(len, members)) <= MAX_READ:
         return members
@@ -140,7 +140,7 @@ def _file_digest(images: ImageSet, index: int) -> bytes:
 
 
 def _names(images: ImageSet, class_name: str, members: np.ndarray) -> Iterable[bytes]:
-    """Name files by their path in the class folder, shards' members without their number; in memory there are none."""
+    """Return file paths within the class folder or shard member names without prefix; nothing for images in memory."""
     source, positions = images.source, images.positions[members].tolist()
     if isinstance(source, Tensor):
         return []
@@ -153,5 +153,5 @@ def _names(images: ImageSet, class_name: str, members: np.ndarray) -> Iterable[b
 
 
 def digest_of(parts: Iterable[bytes]) -> str:
-    """Return 16 hex digits that stand for the parts, one after the other."""
+    """Return a digest of the concatenated parts as 16 hex digits."""
     return hashlib.blake2b(b"".join(parts), digest_size=8).hexdigest()

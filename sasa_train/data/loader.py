@@ -1,8 +1,8 @@
-"""Batches on the device: from a resident set, augmented as whole tensors, or streamed through worker processes.
+"""Loaders that yield batches on the device, from a resident data set or streamed through worker processes.
 
-An epoch's order is a function of (seed, epoch), so a run that stopped at any step goes on at the next image without
-replaying anything. Both loaders yield (images, labels): normalised float32 [B, 3, H, W], and int64 [B] or, where mixup
-or cutmix mixed them, float32 [B, num_classes].
+An epoch's order is a function of (seed, epoch), so a run that was stopped at any step continues with the next image
+without replaying anything. Both loaders yield (images, labels): normalised float32 [B, 3, H, W] images, and int64 [B]
+labels or, if mixup or cutmix was applied, float32 [B, num_classes].
 """
 
 import dataclasses
@@ -31,13 +31,13 @@ from sasa_train.processes.ranks import local_rank, local_world_size, world_size
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import printable
 
-RESIDENT_SHARE = 0.25  # of the free memory: a larger set streams, unless data.resident=true
+RESIDENT_SHARE = 0.25  # of free memory; a larger data set is streamed unless data.resident=true
 Loader = ResidentLoader | StreamingLoader
 
 
 @dataclass
 class Loaders:
-    """The data for training: `train` and `val` are both resident or both streamed; `fingerprint`: {"train", "val"}."""
+    """The training data; `train` and `val` are either both resident or both streamed; `fingerprint` has both."""
 
     train: Loader
     val: Loader
@@ -53,20 +53,20 @@ class Loaders:
         return "resident" if isinstance(self.train, ResidentLoader) else "streamed"
 
     def train_names(self, step: int, number: int | None = None) -> list[str]:
-        """Return escaped names of this process's images in the run's step `step`, from 0, or in one micro-batch."""
+        """Return the escaped names of this process's images in step `step` (from 0), or in one of its micro-batches."""
         epoch, first_step = divmod(step, self.train.plan.steps_per_epoch)
         micros = itertools.islice(self.train.plan.train(epoch, first_step), self.train.plan.grad_accum_steps)
         chosen = [micro.indices for position, micro in enumerate(micros) if number in (None, position)]
         return [printable(self.train_set.name(int(index))) for indices in chosen for index in indices]
 
     def train_images(self, step: int, number: int) -> Tensor:
-        """Read once more the images [B, 3, S, S] of micro-batch `number` of the run's step `step`, from 0."""
+        """Reload the images [B, 3, S, S] of micro-batch `number` in the run's step `step` (from 0)."""
         epoch, first_step = divmod(step, self.train.plan.steps_per_epoch)
         images, _ = next(itertools.islice(self.train.train_batches(epoch, first_step), number, None))
         return images
 
     def unreadable(self) -> Iterator[str]:
-        """Yield name and reason of each image that could not be read so far."""
+        """Yield the name of each image that could not be read so far, with the reason."""
         for loader in (self.train, self.val):
             yield from loader.quarantine.lines()
 
@@ -76,13 +76,13 @@ class Loaders:
 
 
 def build_loaders(config: TrainConfig, device: torch.device, memory: int | None = None) -> Loaders:
-    """Load the data that `config` names, resident where they fit into `memory` (bytes), and plan the batches.
+    """Build the train and val loaders for `config`; data that fits into `memory` (bytes) is kept resident.
 
-    memory: looked up where it is left out. Several processes must decide alike, so each gives the least of theirs.
+    memory: queried if omitted. Several processes must make the same choice, so each passes the minimum over all.
 
     Raises:
-        ConfigError: bad folders, a set smaller than one batch, a class count that is not the model's,
-            `data.resident=true` for images that memory cannot hold, or too little shared memory.
+        ConfigError: the folders are invalid, the data set is smaller than one batch, its class count differs from the
+            model's, `data.resident=true` needs more memory than available, or shared memory is too small.
     """
     train_set, val_set = load_image_sets(config.data)
     _check_counts(config, train_set)
@@ -94,7 +94,7 @@ def build_loaders(config: TrainConfig, device: torch.device, memory: int | None 
 
 
 def build_eval_loader(config: TrainConfig, device: torch.device) -> tuple[Loader, ImageSet]:
-    """Build the val loader of `build_loaders`, with the same batches; return it with val's images."""
+    """Build the same val loader as `build_loaders`, with the same batches; return it and the val images."""
     _, val_set = load_image_sets(config.data)
     is_resident = _is_resident(config, len(val_set), device)
     val = _build_loader(config, val_set, device, is_resident, split="val")
@@ -123,27 +123,27 @@ def _build_loader(config: TrainConfig, images: ImageSet, device: torch.device, i
 
 
 def _check_queues(config: TrainConfig, *loaders: Loader) -> None:
-    # Where a run ends within an epoch, the workers of all loaders have their queues at the same time.
+    # If a run ends within an epoch, the workers of all loaders hold their queues at the same time.
     needed = sum(loader.queue_bytes for loader in loaders if isinstance(loader, StreamingLoader))
     check_shared_memory(needed, resolved_num_workers(config), ", or a smaller micro-batch (trainer.micro_batch_size)")
 
 
 def check_evaluated(loader: Loader, num_images: int, num_left_out: int) -> None:
-    """Raise RuntimeError unless the evaluation that just ended counted every image that was not left out."""
+    """Raise RuntimeError unless the evaluation counted every image that was not left out."""
     expected = loader.plan.num_images - num_left_out
     if num_images != expected:
         raise RuntimeError(f"evaluation saw {num_images} images instead of {expected}")
 
 
 def resolved_num_workers(config: TrainConfig) -> int:
-    """Return `data.num_workers` or, where it is null, half of this process's share of the processors, 8 at most."""
+    """Return `data.num_workers` or, if it is null, half of this process's share of the processors (at most 8)."""
     if config.data.num_workers is not None:
         return config.data.num_workers
     return min(8, usable_processors() // (2 * local_world_size()))
 
 
 def fetch_once(config: TrainConfig) -> None:
-    """Download a set, if need be, in one process per machine: the others find it there."""
+    """Download the data set if necessary, in one process per machine, so that the others find it on disk."""
     if world_size() > 1 and local_rank() == 0 and config.data.name in ("cifar10", "cifar100"):
         load_image_sets(config.data)
 
@@ -152,7 +152,7 @@ def _is_resident(config: TrainConfig, num_images: int, device: torch.device, mem
     size = resolved_image_size(config.data)
     if config.data.resident == "false" or not crops_by_padding(config.data, config.augment):
         return False
-    needed = num_images * 3 * (size + 2 * (size // 8)) ** 2  # padded
+    needed = num_images * 3 * (size + 2 * (size // 8)) ** 2  # including padding
     memory = available_memory(device) if memory is None else memory
     if config.data.resident == "true" and needed > memory:
         raise ConfigError(

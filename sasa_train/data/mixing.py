@@ -1,4 +1,4 @@
-"""Mixup and cutmix: whole micro-batches, on the device, random by (seed, step) alone."""
+"""Mixup and cutmix, applied to whole micro-batches on the device; the randomness depends only on (seed, step)."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ from sasa_train.data.randomness import batch_rng
 class Mixing:
     """Mixes each image with its neighbour in the micro-batch, and their labels (arXiv 1710.09412, 1905.04899).
 
-    Every choice is made by the CPU's generator, so it is the same on any device. From step `last_step` on nothing is
-    mixed (`augment.mix_off_epochs`).
+    All random numbers come from the CPU's generator, so they are the same on any device. Mixing stops at step
+    `last_step` (`augment.mix_off_epochs`).
     """
 
     def __init__(self, config: AugmentConfig, num_classes: int, seed: int, last_step: int):
@@ -23,20 +23,20 @@ class Mixing:
         self.mixes = [mix(alpha=alpha, num_classes=num_classes) for mix, alpha in kinds if alpha]
 
     def __call__(self, images: Tensor, labels: Tensor, step: int, micro_batch: int) -> tuple[Tensor, Tensor]:
-        """Mix images [B, 3, H, W]; labels int64 [B] become float [B, num_classes]. Or return both as they were."""
+        """Mix images [B, 3, H, W] and labels (int64 [B] -> float [B, num_classes]), or return both unchanged."""
         if step >= self.last_step or not self.mixes:
             return images, labels
         mix, numbers = self.draw(images, step, micro_batch)
         if mix is None:
             return images, labels
-        # Not torch's one_hot, which looks at the labels' range: on a CUDA device it would wait for them.
+        # torch's one_hot checks the range of the labels, which would synchronise with a CUDA device.
         one_hot = images.new_zeros(len(labels), self.num_classes, dtype=torch.float32)
         one_hot.scatter_(1, labels[:, None], 1.0)
         numbers |= {"labels": one_hot, "batch_size": len(labels)}
         return mix.transform(images, numbers), mix.transform(one_hot, numbers)
 
     def draw(self, images: Tensor, step: int, micro_batch: int) -> tuple[v2.Transform | None, dict[str, Any]]:
-        """Choose how a micro-batch is mixed (None: not at all), and the numbers for it."""
+        """Choose the transform for a micro-batch (None for no mixing) and draw its parameters."""
         with batch_rng(self.seed, step, micro_batch):
             is_mixed, is_cut = torch.rand(2) < torch.tensor([self.config.mix_prob, self.config.mix_switch_prob])
             mix = self.mixes[-1 if is_cut else 0]

@@ -1,6 +1,6 @@
-"""The plan of batches: which images are in which micro-batch of an epoch, as a function of (seed, epoch).
+"""The batch plan, which assigns images to the micro-batches of an epoch as a function of (seed, epoch).
 
-Each process takes a contiguous share of every global batch, whose images are thus the same for any number of processes.
+Each process takes a contiguous share of a global batch, which is the same for any number of processes.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from sasa_train.data.randomness import epoch_order
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The `indices` of some images of the set, and their place in the run."""
+    """The `indices` of a micro-batch's images in the data set, and the micro-batch's position in the run."""
 
     indices: np.ndarray
     epoch: int
@@ -23,7 +23,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The batches of one split, for process `rank` of `world_size`."""
+    """The batches of one split for process `rank` out of `world_size`."""
 
     seed: int
     num_images: int
@@ -42,12 +42,12 @@ class BatchPlan:
 
     @property
     def share(self) -> slice:
-        """The set's images that this process evaluates; none, where there are fewer images than processes."""
+        """The slice of images that this process evaluates, possibly empty if there are fewer images than processes."""
         bounds = (self.num_images * n // self.world_size for n in (self.rank, self.rank + 1))
         return slice(*bounds)
 
     def train(self, epoch: int, first_step: int) -> Iterator[MicroBatch]:
-        """Yield the micro-batches of an epoch, from its step `first_step` on."""
+        """Yield the micro-batches of an epoch, starting at its step `first_step`."""
         order = epoch_order(self.seed, epoch, self.num_images)
         for step in range(first_step, self.steps_per_epoch):
             images = order[step * self.global_batch_size : (step + 1) * self.global_batch_size]
@@ -57,6 +57,6 @@ class BatchPlan:
                 yield MicroBatch(indices, epoch, epoch * self.steps_per_epoch + step, number)
 
     def all(self) -> Iterator[MicroBatch]:
-        """Yield every image of this process's share once, in order."""
+        """Yield micro-batches that contain each image of this process's share once, in order."""
         for start in range(self.share.start, self.share.stop, self.micro_batch_size):
             yield MicroBatch(np.arange(start, min(start + self.micro_batch_size, self.share.stop)), 0, 0, 0)

@@ -1,8 +1,8 @@
-"""Automatic augmentation policies: torchvision's operations and magnitudes, our own draws, whole batches at once.
+"""Automatic augmentation policies for whole batches, with torchvision's operations and this project's random draws.
 
-A batch is sorted by operation, and each operation is applied to all of its images together, whatever their magnitudes:
-a few device calls per operation, none of which waits for the device. The results equal those of torchvision's own
-calls, bit for bit. A single Pillow image goes through torchvision itself.
+A batch is sorted by operation, and each operation is applied to all of its images at once, even if their magnitudes
+differ. This takes a few device calls per operation, none of which synchronises with the device. The results are
+bit-identical to those of torchvision's own calls. A single Pillow image is transformed by torchvision itself.
 """
 
 import math
@@ -20,10 +20,10 @@ from torchvision.transforms import v2
 
 from sasa_train.config.keys import AugmentConfig
 
-Operation = tuple[str, float]  # torchvision's name of it, and the magnitude
+Operation = tuple[str, float]  # torchvision's name for the operation, and its magnitude
 Chooser = Callable[[np.ndarray, int], list[Operation]]
-NUM_DRAWS = 16  # per sample: eight operations of RandAugment
-NUM_PARAMETERS = 6  # of an operation on one image
+NUM_DRAWS = 16  # per sample, enough for eight operations of RandAugment
+NUM_PARAMETERS = 6  # per operation and image
 AUTO_POLICIES = {
     "auto_augment_imagenet": v2.AutoAugmentPolicy.IMAGENET,
     "auto_augment_cifar10": v2.AutoAugmentPolicy.CIFAR10,
@@ -32,9 +32,9 @@ AUTO_POLICIES = {
 
 
 class Policy:
-    """One of `augment.policy`, for square images.
+    """The policy that `augment.policy` selects, for square images.
 
-    RandAugment (arXiv 1909.13719), TrivialAugment (2103.10158), AutoAugment (1805.09501), as torchvision has them.
+    RandAugment (arXiv 1909.13719), TrivialAugment (2103.10158) and AutoAugment (1805.09501), as in torchvision.
     """
 
     def __init__(self, config: AugmentConfig):
@@ -47,10 +47,10 @@ class Policy:
             self.transform, self.choose = v2.TrivialAugmentWide(), self._trivial
         else:
             self.transform, self.choose = v2.AutoAugment(AUTO_POLICIES[config.policy]), self._auto
-        self._tables: dict[tuple[int, int], dict[str, list[float] | None]] = {}  # by bins and size: name -> magnitudes
+        self._tables: dict[tuple[int, int], dict[str, list[float] | None]] = {}  # (bins, size) -> name -> magnitudes
 
     def batch(self, images: Tensor, draws: np.ndarray) -> Tensor:
-        """Transform uint8 [B, 3, S, S] by uniform numbers `draws` [B, NUM_DRAWS]."""
+        """Transform a uint8 batch [B, 3, S, S], given uniform random numbers `draws` [B, NUM_DRAWS]."""
         size, images = images.shape[-1], images.clone()
         chosen = [self.choose(row, size) for row in draws]
         for slot in range(max(len(operations) for operations in chosen)):
@@ -61,7 +61,7 @@ class Policy:
         return images
 
     def one(self, image: Image.Image, draws: np.ndarray) -> Image.Image:
-        """Transform a single image by uniform numbers `draws` [NUM_DRAWS]."""
+        """Transform a single image, given uniform random numbers `draws` [NUM_DRAWS]."""
         for name, magnitude in self.choose(draws, image.size[0]):
             image = apply_operation(self.transform, image, name, magnitude)
         return image
@@ -97,29 +97,29 @@ class Policy:
 
 
 def table_of(transform: Any) -> dict[str, tuple[Callable[..., Any], bool]]:
-    """Return torchvision's operations: by name, magnitudes by (bins, height, width), and whether they have a sign."""
+    """Return torchvision's operations as name -> (magnitudes by (bins, height, width), whether they are signed)."""
     return transform._AUGMENTATION_SPACE
 
 
 def policies_of(auto_augment: Any) -> list[tuple[tuple[str, float, Any], ...]]:
-    """Return AutoAugment's learned policies: operations with their probability and the bin of their magnitude."""
+    """Return AutoAugment's learned policies, which list operations with their probability and magnitude bin."""
     return auto_augment._policies
 
 
 def apply_operation(transform: Any, image: Any, name: str, magnitude: float) -> Any:
-    """Transform an image by torchvision's own call of one operation."""
+    """Apply one operation to an image with torchvision's own function."""
     how = {"interpolation": transform.interpolation, "fill": transform._fill}
     return transform._apply_image_or_video_transform(image, name, magnitude, **how)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """Copy to the device, without waiting for it where it is CUDA."""
+    """Copy an array to the device; the copy is asynchronous on CUDA."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def apply_all(operations: list[Operation], images: Tensor) -> Tensor:
-    """Transform uint8 [B, 3, S, S], each image by its own operation; these are sorted by name."""
+    """Transform uint8 [B, 3, S, S] by one operation per image; the operations must be sorted by name."""
     found = np.array([parameters_of(name, magnitude, images.shape[-1]) for name, magnitude in operations])
     parameters = to_device(found, images.device)
     counts = {name: len(list(group)) for name, group in groupby(name for name, _ in operations)}
@@ -129,12 +129,12 @@ def apply_all(operations: list[Operation], images: Tensor) -> Tensor:
 
 @cache
 def parameters_of(name: str, magnitude: float, size: int) -> np.ndarray:
-    """Return the numbers that an operation needs for an image of `size` pixels, float32 [NUM_PARAMETERS].
+    """Return an operation's parameters for an image of `size` pixels, float32 [NUM_PARAMETERS].
 
-    Geometric operations: the map from output to input positions, [3, 2], in units of half the side. Posterize: the mask
-    of the bits that stay. Solarize: the threshold. Others: the factor, and 1 minus the factor.
+    Geometric operations use the map from output to input positions, [3, 2], in units of half the image size; Posterize,
+    the mask of the bits to keep; Solarize, the threshold; all others, the factor and 1 minus the factor.
     """
-    # As torchvision computes them, in Python's floats, and rounded once: else pixels would differ.
+    # Computed in Python floats and rounded once, as in torchvision; otherwise pixels would differ.
     found = np.zeros(NUM_PARAMETERS, dtype=np.float32)
     if name in GEOMETRIC:
         found[:] = inverse_map(name, magnitude, size)
@@ -149,14 +149,14 @@ def parameters_of(name: str, magnitude: float, size: int) -> np.ndarray:
 
 
 def inverse_map(name: str, magnitude: float, size: int) -> list[float]:
-    """Return the affine map from output to input pixels, [2, 3] row by row, from the image's centre."""
+    """Return the affine map from output to input pixels, [2, 3] in row-major order, relative to the image's centre."""
     if name == "Rotate":
         angle = math.radians(-(magnitude % 360))
         return [math.cos(angle), math.sin(angle), 0.0, -math.sin(angle), math.cos(angle), 0.0]
     if name in ("TranslateX", "TranslateY"):
         shift = -float(int(magnitude))
         return [1.0, 0.0, shift, 0.0, 1.0, 0.0] if name == "TranslateX" else [1.0, 0.0, 0.0, 0.0, 1.0, shift]
-    # Shears leave the image's first row or column where it is.
+    # Shears do not move the first row or column of the image.
     shear = math.tan(math.radians(math.degrees(math.atan(magnitude))))
     shift = shear * 0.5 * size
     return [1.0, shear, shift, 0.0, 1.0, 0.0] if name == "ShearX" else [1.0, 0.0, 0.0, shear, 1.0, shift]
@@ -164,14 +164,14 @@ def inverse_map(name: str, magnitude: float, size: int) -> list[float]:
 
 @cache
 def positions_of(size: int, device: torch.device) -> Tensor:
-    """Return x and y of each pixel from the image's centre, and a 1: [1, S*S, 3]."""
+    """Return (x, y, 1) for each pixel, [1, S*S, 3], relative to the image's centre."""
     line = torch.linspace((1.0 - size) * 0.5, (size - 1.0) * 0.5, size, device=device)
     y, x = torch.meshgrid(line, line, indexing="ij")
     return torch.stack([x, y, torch.ones_like(x)], -1).view(1, -1, 3)
 
 
 def warp(images: Tensor, parameters: Tensor) -> Tensor:
-    """Move the pixels of each image by its own map: the nearest pixel, black outside."""
+    """Warp each image by its own map, with nearest-neighbour sampling and black outside the image."""
     size = images.shape[-1]
     positions = positions_of(size, images.device).expand(len(images), -1, -1)
     grid = positions.bmm(parameters.view(-1, 3, 2)).view(-1, size, size, 2)
@@ -181,7 +181,7 @@ def warp(images: Tensor, parameters: Tensor) -> Tensor:
 def blend(images: Tensor, others: Tensor, parameters: Tensor) -> Tensor:
     """Return factor * image + (1 - factor) * other."""
     factor, rest = parameters[:, :2].T[..., None, None, None]
-    # addcmul rounds as torchvision's add_(other, alpha=...) does: once or twice, as the processor has it.
+    # addcmul rounds once or twice depending on the processor, exactly as torchvision's add_(other, alpha=...) does.
     return torch.addcmul(images * factor, others, rest).clamp_(0, 255).to(torch.uint8)
 
 
@@ -191,14 +191,14 @@ def grey(images: Tensor) -> Tensor:
 
 @cache
 def smoothing_kernel(device: torch.device) -> Tensor:
-    """Return Pillow's 3x3 smoothing, for each of three channels."""
+    """Return Pillow's 3x3 smoothing kernel, repeated for three channels."""
     kernel = torch.full((3, 3), 1.0 / 13.0, device=device)
     kernel[1, 1].fill_(5.0 / 13.0)
     return kernel.expand(3, 1, 3, 3)
 
 
 def sharpen(images: Tensor, parameters: Tensor) -> Tensor:
-    """Blend each image with its smoothed self; pixels at the border stay."""
+    """Blend each image with a smoothed copy; border pixels remain unchanged."""
     if images.shape[-1] <= 2:
         return images
     out = images.float()
@@ -208,7 +208,7 @@ def sharpen(images: Tensor, parameters: Tensor) -> Tensor:
 
 
 def first_of(parameters: Tensor) -> Tensor:
-    """Return each image's first parameter, [B, 1, 1, 1]."""
+    """Return the first parameter of each image, [B, 1, 1, 1]."""
     return parameters[:, :1, None, None]
 
 

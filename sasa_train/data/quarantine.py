@@ -1,4 +1,4 @@
-"""Images that cannot be read are named once, counted, replaced or left out; too many of them end the run."""
+"""Handling of unreadable images, which are logged once, counted, and replaced or left out; too many stop the run."""
 
 import logging
 import math
@@ -9,31 +9,31 @@ from sasa_train.terminal import printable
 
 log = logging.getLogger("sasa_train")
 
-ALWAYS_ALLOWED = 10  # in a small set a handful does not mean that the disk is broken
+ALWAYS_ALLOWED = 10  # in a small data set, a few unreadable images do not indicate a broken disk
 
 
 class Quarantine:
-    """The unreadable images of one split that were met so far."""
+    """The unreadable images found so far in one split."""
 
     def __init__(self, split: str, num_images: int, max_unreadable: float):
         self.split, self.found = split, dict[str, str]()
         allowed = max(ALWAYS_ALLOWED, math.floor(max_unreadable * num_images)) if max_unreadable else 0
-        self.allowed = min(allowed, num_images - 1)  # never all of them
-        # Train looks for a replacement until there are more unreadable images than allowed; val never replaces.
+        self.allowed = min(allowed, num_images - 1)  # at least one image must be readable
+        # In train, the search for a replacement ends when more images are unreadable than allowed; val has none.
         self.num_tries = self.allowed + 1 if split == "train" else 1
         self.rule = f"data.max_unreadable={max_unreadable:g} allows {self.allowed} of {num_images:,} images"
 
     def add(self, unreadable: list[Unreadable]) -> None:
-        """Note unreadable images, then check.
+        """Record unreadable images, then check their number.
 
         Raises:
-            ConfigError: there are more than `data.max_unreadable` allows; the message lists them.
+            ConfigError: more images are unreadable than `data.max_unreadable` allows; the message lists them.
         """
         self.note(unreadable)
         self.check()
 
     def note(self, unreadable: list[Unreadable]) -> None:
-        """Remember images, and log those that are new."""
+        """Record unreadable images and log those not seen before."""
         for name, reason in unreadable:
             if name not in self.found:
                 self.found[name] = reason
@@ -41,7 +41,7 @@ class Quarantine:
                 log.warning(f"WARNING: {printable(name)}: cannot be read as an image ({printable(reason)}); {what}")
 
     def check(self) -> None:
-        """Raise ConfigError where there are more than `data.max_unreadable` allows."""
+        """Raise ConfigError if more images are unreadable than `data.max_unreadable` allows."""
         if len(self.found) > self.allowed:
             listing = "\n".join(self.lines())
             raise ConfigError(
@@ -50,5 +50,5 @@ class Quarantine:
             )
 
     def lines(self) -> list[str]:
-        """Return name and reason, escaped, of each image."""
+        """Return the escaped name and reason for each unreadable image."""
         return [f"{printable(name)}: {printable(reason)}" for name, reason in self.found.items()]

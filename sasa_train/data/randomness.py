@@ -1,7 +1,7 @@
-"""Random numbers per sample, from (seed, epoch, index) alone: not from workers, batches, interruptions or ranks.
+"""Per-sample random numbers that depend only on (seed, epoch, index), not on workers, batches, resumption or ranks.
 
-They come from a counter-based hash (splitmix64's finaliser, Steele et al. 2014), so that any sample's numbers can be
-computed directly, for one sample in a worker as for a whole batch.
+They come from a counter-based hash (the finaliser of splitmix64, Steele et al. 2014), so the numbers of any sample can
+be computed directly, for a single sample in a worker or for a whole batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,45 +13,45 @@ import torch
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
-# Each purpose has its own numbers, so that none changes with what else is switched on.
+# Each purpose has its own random numbers, so that enabling one feature does not change those of another.
 CROP, LIBRARY, POLICY, ERASING, MIXING, RECALIBRATION, STEP = (np.uint64(n) for n in range(1, 8))
 
 
 def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
-    """Return the permutation of the images in this epoch."""
+    """Return the permutation of the images for this epoch."""
     return np.argsort(_hash(_key(seed, epoch), np.arange(num_images)), kind="stable")
 
 
 def fixed_order(num_images: int) -> np.ndarray:
-    """Return a permutation that no seed changes, for subsets and hold-outs."""
+    """Return a permutation that is independent of the seed, for subsets and hold-outs."""
     return epoch_order(0x5A5A, 0, num_images)
 
 
 def sample_draws(seed: int, epoch: int, indices: np.ndarray, num_draws: int, purpose: np.uint64 = CROP) -> np.ndarray:
-    """Draw uniform numbers in [0, 1), float64 [len(indices), num_draws]."""
-    state = _hash(_key(seed, epoch) ^ purpose, indices)  # apart from the numbers of the order, whose purpose is 0
+    """Draw uniform random numbers in [0, 1), float64 [len(indices), num_draws]."""
+    state = _hash(_key(seed, epoch) ^ purpose, indices)  # independent of the order, whose purpose is 0
     bits = _mix(state[:, None] + np.arange(1, num_draws + 1, dtype=np.uint64) * GOLDEN)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> AbstractContextManager[None]:
-    """Seed torch's CPU generator for one sample, and restore it afterwards: for torchvision's transforms."""
+    """Seed torch's CPU generator for one sample's torchvision transforms and restore its state afterwards."""
     return _seeded(_hash(_key(seed, epoch) ^ LIBRARY, np.array([index]))[0])
 
 
 def batch_rng(seed: int, step: int, micro_batch: int) -> AbstractContextManager[None]:
-    """Seed torch's CPU generator for one micro-batch of a step, and restore it afterwards: for mixup and cutmix."""
+    """Seed torch's CPU generator for mixup and cutmix on one micro-batch and restore its state afterwards."""
     return _seeded(_hash(_key(seed, step) ^ MIXING, np.array([micro_batch]))[0])
 
 
 def recalibration_rng(seed: int, step: int, device: torch.device) -> AbstractContextManager[None]:
-    """Seed torch's generators, the device's too, for work between two steps, and restore them afterwards."""
+    """Seed torch's generators, including the device's, for work between steps and restore their state afterwards."""
     value = _hash(_key(seed, step) ^ RECALIBRATION, np.array([0]))[0]
     return _seeded(value, [device] if device.type == "cuda" else [])
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch's generators, the device's too, for one process's part of a step: for dropout and drop path."""
+    """Seed torch's generators, including the device's, for dropout and drop path in one process's part of a step."""
     torch.manual_seed(int(_hash(_key(seed, step) ^ STEP, np.array([rank]))[0]))
 
 

@@ -1,4 +1,4 @@
-"""Reading images, in data workers and in the commands that show or classify images."""
+"""Image reading, for data workers and for the commands that show or classify images."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,9 +21,9 @@ Found = tuple[np.ndarray | None, int, list[Unreadable]]
 
 
 class Read(NamedTuple):
-    """The images of a batch that could be read, uint8 [n, 3, S, S], and their labels, int64 [n].
+    """The readable images of a batch, uint8 [n, 3, S, S], and their labels, int64 [n].
 
-    `rows` int64 [n] are their places in the batch; `unreadable` holds name and reason of each of the others.
+    `rows`, int64 [n], gives their positions in the batch; `unreadable` lists the other images with the reasons.
     """
 
     pixels: Tensor
@@ -33,21 +33,21 @@ class Read(NamedTuple):
 
 
 def image_files(paths: Sequence[str]) -> ImageSet:
-    """Make an image set of files, which are named by their paths; every label is -1."""
+    """Create an image set from file paths; every label is -1."""
     return ImageSet([], np.full(len(paths), -1), np.arange(len(paths)), Files(list(paths)))
 
 
 def read_fitted(images: ImageSet, indices: Iterable[int], size: int, num_tries: int = 1) -> Read:
-    """Read images `indices` as val sees them: the shorter side resized, the centre cropped.
+    """Read the images at `indices` as for validation, with the shorter side resized and the centre cropped.
 
-    An unreadable image is left out or, with more tries, replaced by the next readable one.
+    An unreadable image is left out or, if `num_tries` exceeds 1, replaced by the next readable one.
     """
     return _gather((read_or_replace(images, int(i), partial(fit, size=size), num_tries) for i in indices), size)
 
 
 def read_batches(batches: Iterable[ImageSet], size: int, num_threads: int = 1) -> Iterator[Read]:
-    """Read each of `batches` whole; threads read the next one while the caller works with this one."""
-    # Threads suffice, as Pillow decodes and resizes without Python's lock.
+    """Read each image set of `batches` as one batch; threads read the next while the caller processes this one."""
+    # Threads suffice because Pillow releases the GIL while it decodes and resizes.
     pool, waiting, shape = ThreadPoolExecutor(max(1, num_threads)), deque[Iterator[Found]](), partial(fit, size=size)
     try:
         for images in batches:
@@ -61,7 +61,7 @@ def read_batches(batches: Iterable[ImageSet], size: int, num_threads: int = 1) -
 
 
 def in_batches(images: ImageSet, batch_size: int) -> Iterator[ImageSet]:
-    """Cut an image set into parts of `batch_size` images, in order."""
+    """Split an image set into consecutive parts of `batch_size` images."""
     for start in range(0, len(images), batch_size):
         yield images.subset(np.arange(start, min(start + batch_size, len(images))))
 
@@ -77,12 +77,12 @@ def _gather(found: Iterable[Found], size: int) -> Read:
 
 
 def read_or_replace(images: ImageSet, index: int, shape: Shape, num_tries: int = 1) -> Found:
-    """Return pixels and label of the first readable image from `index` on, within `num_tries` (pixels None: none is).
+    """Return (pixels, label, unreadable) for the first readable image among `num_tries` candidates from `index` on.
 
-    The third part lists what could not be read, for the quarantine.
+    If none is readable, the pixels are None; `unreadable` lists the skipped images for the quarantine.
     """
     unreadable: list[Unreadable] = []
-    # The next image, so that a replacement depends on the files alone: not on workers, order or interruptions.
+    # The next image is used so that a replacement depends only on the files, not on workers, order or interruptions.
     for candidate in range(index, index + num_tries):
         at = candidate % len(images)
         try:
@@ -94,7 +94,7 @@ def read_or_replace(images: ImageSet, index: int, shape: Shape, num_tries: int =
 
 @dataclass
 class Reader:
-    """Reads micro-batches, in a worker: augmented for training or, where `augment` is None, as val sees them."""
+    """Reads micro-batches in a worker, augmented for training or, if `augment` is None, as for validation."""
 
     images: ImageSet
     size: int
@@ -107,12 +107,12 @@ class Reader:
             return read_fitted(self.images, indices, size, self.num_tries)
         pixels, labels = torch.empty((len(indices), size, size, 3), dtype=torch.uint8), np.empty(len(indices), np.int64)
         if get_worker_info() is not None:
-            pixels.share_memory_()  # the main process sees it, so that no batch is copied there
+            pixels.share_memory_()  # shared with the main process, so that the batch is not copied
         rows, unreadable = pixels.numpy(), list[Unreadable]()
         for row, shape in enumerate(self.augment.shapes(micro.epoch, indices)):
             image, labels[row], met = read_or_replace(self.images, int(indices[row]), shape, self.num_tries)
             unreadable += met
-            if image is not None:  # else the quarantine ends the run
+            if image is not None:  # otherwise the quarantine stops the run
                 rows[row] = image
         images = self.augment.pad(pixels.permute(0, 3, 1, 2))
         augmented = self.augment.batch(images, np.arange(len(indices)), micro.epoch, indices)

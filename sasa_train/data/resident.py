@@ -1,4 +1,4 @@
-"""A whole set of small images, decoded once and kept on the device; a batch is gathered and augmented there."""
+"""Loader for small images that are decoded once and kept on the device, where batches are gathered and augmented."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -19,12 +19,12 @@ from sasa_train.data.transforms import Augment, Normalize
 from sasa_train.data.workers import Workers, check_shared_memory, queue_bytes
 from sasa_train.processes.ranks import rank
 
-CHUNK = 256  # images that a worker decodes at a time
+CHUNK = 256  # images that a worker decodes per task
 
 
 @dataclass
 class ResidentLoader:
-    """Images uint8 [n, 3, S, S] (train's are padded for the crop), labels [n]; val takes those that are `is_good`."""
+    """Batches from uint8 images [n, 3, S, S] (padded in train) and labels [n]; val uses only `is_good` images."""
 
     images: Tensor
     labels: Tensor
@@ -37,7 +37,7 @@ class ResidentLoader:
 
     @property
     def num_left_out(self) -> int:
-        """The images of this process's share that no evaluation sees."""
+        """The number of unreadable images in this process's share, which evaluations skip."""
         return int((~self.is_good[self.plan.share]).sum())
 
     def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -59,11 +59,11 @@ class ResidentLoader:
 def decode_all(
     images: ImageSet, size: int, num_workers: int, worker_timeout: float, quarantine: Quarantine
 ) -> tuple[Tensor, Tensor, np.ndarray]:
-    """Decode a set of small images, with a progress bar: uint8 [n, 3, size, size], labels, and which could be read.
+    """Decode small images to (uint8 [n, 3, size, size], labels [n], readable [n]), with a progress bar.
 
     Raises:
-        ConfigError: more images cannot be read than `data.max_unreadable` allows, or shared memory is too small.
-        DataWorkerError: a worker was killed, or hangs.
+        ConfigError: more images are unreadable than `data.max_unreadable` allows, or shared memory is too small.
+        DataWorkerError: a worker was killed or hangs.
     """
     if isinstance(images.source, Tensor) and images.source.shape[-2:] == (size, size):
         pixels = images.source[torch.from_numpy(images.positions)]
@@ -73,7 +73,7 @@ def decode_all(
     check_shared_memory(queue_bytes(num_workers, CHUNK, len(images), size), num_workers)
     chunks = BatchPlan(0, len(images), CHUNK, 1).all()
     reader = Reader(images, size, quarantine.num_tries)
-    is_quiet = True if rank() else None  # None: where there is no terminal
+    is_quiet = True if rank() else None  # None disables the bar unless stderr is a terminal
     bar = tqdm(total=len(images), desc=f"decoding {quarantine.split}", unit="img", disable=is_quiet, leave=False)
     with bar, closing(Workers(reader, quarantine.split, num_workers, worker_timeout)) as workers:
         for micro, read in workers.read(chunks):

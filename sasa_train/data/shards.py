@@ -1,8 +1,8 @@
-"""Tar shards in the webdataset layout, read in place: one open file per shard instead of one per image.
+"""Tar shards in the webdataset layout, read in place with one open file per shard instead of one per image.
 
-A sample is an image `KEY.jpg` and its label `KEY.cls`. An index of offsets, kept beside the shards, makes any image one
-`pread`, so that order, workers and resume are as for class folders. Images are ordered by label and key: shards that
-sasa-data makes from class folders are the same data set as those folders, image by image.
+A sample is an image `KEY.jpg` and its label `KEY.cls`. An index of offsets, kept beside the shards, lets a single
+`pread` fetch any image, so order, workers and resuming work as for class folders. Images are ordered by label and key,
+so shards that sasa-data creates from class folders yield the same images in the same order as those folders.
 """
 
 import io
@@ -31,7 +31,7 @@ SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "test")}
 
 @dataclass
 class TarMembers:
-    """Files in uncompressed tar archives: each one's archive, offset and size in bytes, and name."""
+    """Files in uncompressed tar archives, each given by its archive, offset and size in bytes, and name."""
 
     archives: list[str]
     archive: np.ndarray
@@ -40,7 +40,7 @@ class TarMembers:
     names: np.ndarray
 
     def open(self, position: int) -> BinaryIO:
-        """Open the member's bytes, which are fewer than `size` where the archive is cut off."""
+        """Read the member's bytes into memory; they are fewer than `size` if the archive is truncated."""
         with _opening:
             file = _opened(self.archives[self.archive[position]])
         return io.BytesIO(os.pread(file.fileno(), int(self.size[position]), int(self.offset[position])))
@@ -54,7 +54,8 @@ _opening = threading.Lock()
 
 @cache
 def _opened(path: str) -> BinaryIO:
-    # All readers share the file, as pread keeps no position. ImageNet may come in more shards than a process may open.
+    # All readers share the file because pread does not use the file position. ImageNet may have more shards than the
+    # default limit on open files.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -62,11 +63,11 @@ def _opened(path: str) -> BinaryIO:
 
 
 def find_shards(root: Path, split: str) -> list[Path]:
-    """Find `root/train/*.tar`, or `root/*train*.tar`; for val also under the names validation and test."""
+    """Find `root/train/*.tar` or `root/*train*.tar`; val may also be named validation or test."""
     for name in SPLIT_NAMES[split]:
         found = sorted((root / name).glob("*.tar"))
-        if not found and not (root / name).is_dir():  # beside class folders there may be ImageNet's archives
-            word = re.compile(rf"(^|[^a-z]){name}([^a-z]|$)")  # so that interval-train does not count as val
+        if not found and not (root / name).is_dir():  # ImageNet's archives may lie beside class folders
+            word = re.compile(rf"(^|[^a-z]){name}([^a-z]|$)")  # so that interval-train does not match val
             found = sorted(path for path in root.glob("*.tar") if word.search(path.stem.lower()))
         if found:
             return found
@@ -74,12 +75,12 @@ def find_shards(root: Path, split: str) -> list[Path]:
 
 
 def load_shards(shards: Sequence[Path], split: str) -> tuple[TarMembers, np.ndarray]:
-    """Return the images of a split's shards and their labels, int64, in the order of (label, key).
+    """Return the images in a split's shards and their int64 labels, ordered by (label, key).
 
-    The index is read from `SPLIT.index.npz` beside the shards, or made, and kept there where the folder can be written.
+    The index is read from `SPLIT.index.npz` beside the shards, or built and saved there if the folder is writable.
 
     Raises:
-        ConfigError: a shard that is not a whole tar, an image without a label, or no image at all.
+        ConfigError: a shard is not a complete tar file, an image has no label, or there are no images.
     """
     index = shards[0].with_name(f"{split}.index.npz")
     identity = np.array([f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in shards])
@@ -87,7 +88,7 @@ def load_shards(shards: Sequence[Path], split: str) -> tuple[TarMembers, np.ndar
         with np.load(index) as saved:
             table = dict(saved)
         is_current = np.array_equal(table.pop("identity"), identity)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there, or not whole
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # missing or incomplete
         is_current = False
     if not is_current:
         table = _scan(shards)
@@ -112,7 +113,7 @@ def _scan(shards: Sequence[Path]) -> dict[str, np.ndarray]:
                     folder, _, base = member.name.rpartition("/")
                     stem, _, extension = base.partition(".")
                     key = f"{folder}/{stem}"
-                    if member.isfile() and f".{extension.lower()}" in IMG_EXTENSIONS:  # so KEY.seg.png does not count
+                    if member.isfile() and f".{extension.lower()}" in IMG_EXTENSIONS:  # excludes KEY.seg.png
                         if key in images:
                             raise ValueError(f"{images[key].name} and {member.name} are two images of one sample")
                         images[key] = member

@@ -1,4 +1,4 @@
-"""Images decoded and augmented in worker processes, one micro-batch at a time; uint8 until the device."""
+"""Loader whose worker processes decode and augment one micro-batch at a time, as uint8 until it is on the device."""
 
 from collections.abc import Iterator
 
@@ -18,7 +18,7 @@ Moved = tuple[MicroBatch, Tensor, Tensor]  # images and labels on the device
 
 
 class StreamingLoader:
-    """Persistent workers read whole micro-batches; the device normalises and mixes them."""
+    """Reads micro-batches in persistent workers; the device normalises and mixes them."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class StreamingLoader:
     ):
         self.plan, self.normalize, self.mixing, self.quarantine = plan, normalize, mixing, quarantine
         self.device = normalize.mean.device
-        self.num_left_out = 0  # images of this process's share that the last evaluation left out
+        self.num_left_out = 0  # images in this process's share that the last evaluation left out
         self.queue_bytes = queue_bytes(num_workers, plan.micro_batch_size, plan.num_images, augment.size)
         reader = Reader(images, augment.size, quarantine.num_tries, augment if quarantine.split == "train" else None)
         is_cuda = self.device.type == "cuda"
@@ -51,11 +51,11 @@ class StreamingLoader:
                 yield images, labels
 
     def _on_device(self, keys: Iterator[MicroBatch]) -> Iterator[Moved]:
-        """Yield the batches on the device."""
+        """Yield the micro-batches after copying them to the device and normalising them."""
         if self.device.type != "cuda":
             yield from map(self._move, self._workers.read(keys))
             return
-        # The next batch is copied and normalised on a side stream while the device computes with this one.
+        # The next batch is copied and normalised on a side stream while the device computes on this one.
         side, ahead = torch.cuda.Stream(self.device), None
         for read in self._workers.read(keys):
             with torch.cuda.stream(side):
@@ -70,7 +70,7 @@ class StreamingLoader:
         current = torch.cuda.current_stream(self.device)
         current.wait_event(is_there)
         for tensor in moved[1:]:
-            tensor.record_stream(current)  # else the allocator gives its memory away while it is still in use
+            tensor.record_stream(current)  # otherwise the allocator reuses its memory while it is still in use
         return moved
 
     def _move(self, came: tuple[MicroBatch, Read]) -> Moved:
@@ -80,5 +80,5 @@ class StreamingLoader:
         return micro, self.normalize(images), labels
 
     def close(self) -> None:
-        """End the worker processes."""
+        """Terminate the worker processes."""
         self._workers.close()

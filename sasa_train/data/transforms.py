@@ -1,7 +1,7 @@
-"""Transforms from an image on disk to the pixels that a model sees: uint8 throughout; the device normalises.
+"""Transforms from an image on disk to the model's input, in uint8 up to the normalisation on the device.
 
-Small images (up to 64 pixels) are cropped after padding, flipped and so on by functions of whole batches, resident or
-streamed, so that both give the same pixels. Larger ones are cropped and resized one by one while they are decoded.
+Small images (up to 64 pixels) are padded, cropped, flipped and so on in whole batches, whether resident or streamed, so
+both kinds of loader give the same pixels. Larger images are cropped and resized one by one during decoding.
 """
 
 import math
@@ -22,15 +22,15 @@ from sasa_train.data.datasets import to_rgb
 from sasa_train.data.policies import NUM_DRAWS, Policy, to_device
 from sasa_train.data.randomness import CROP, ERASING, POLICY, sample_draws, sample_rng
 
-VAL_CROP_FRACTION = 0.875  # large images: 224 pixels from a shorter side of 256
-MAX_ASPECT = 64  # of an image whose centre is cropped; longer ends are cut off first
-CROP_TRIES = 10  # of the random-resized crop, as in torchvision
+VAL_CROP_FRACTION = 0.875  # for large images: a 224-pixel crop from a shorter side of 256
+MAX_ASPECT = 64  # of an image before its centre crop; longer ends are cut off first
+CROP_TRIES = 10  # for the random-resized crop, as in torchvision
 Shape = Callable[[Image.Image], np.ndarray]  # an image, not decoded yet -> uint8 [S, S, 3]
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
 class Augment:
-    """The training transforms of one config, for images of `size` pixels; all randomness from (seed, epoch, index)."""
+    """The training transforms of a config for images of `size` pixels; random draws depend on (seed, epoch, index)."""
 
     def __init__(self, data: DataConfig, augment: AugmentConfig, seed: int, mean: Sequence[float]):
         self.config, self.size, self.seed = augment, resolved_image_size(data), seed
@@ -44,12 +44,12 @@ class Augment:
         self.mean = torch.tensor(mean).mul(255).round().to(torch.uint8)[:, None, None]
 
     def pad(self, images: Tensor) -> Tensor:
-        """Prepare uint8 [B, 3, S, S] for `batch`: padded with zeros where it crops."""
+        """Pad uint8 images [B, 3, S, S] with zeros if `batch` will crop them."""
         return F.pad(images, [self.padding] * 4) if self.by_batch and self.padding else images
 
     def batch(self, padded: Tensor, where: np.ndarray, epoch: int, indices: np.ndarray) -> Tensor:
-        """Augment rows `where` of padded images, which are the images `indices` of the set; uint8 [B, 3, S, S]."""
-        if not self.by_batch:  # streamed, so `padded` is the batch; all else was done in decoding it
+        """Augment rows `where` of `padded` (images `indices` of the data set); return uint8 [B, 3, S, S]."""
+        if not self.by_batch:  # streamed, so `padded` is the batch, and decoding applied all other transforms
             return self._erase(padded, epoch, indices)
         rows = to_device(where, padded.device)
         images = self._crop_and_flip(padded, rows, sample_draws(self.seed, epoch, indices, 3, CROP))
@@ -71,7 +71,7 @@ class Augment:
         return images
 
     def shapes(self, epoch: int, indices: np.ndarray) -> list[Shape]:
-        """Return each image's transform in decoding it: all that `batch` does not do."""
+        """Return the transform to apply to each image during decoding, before `batch`."""
         if self.by_batch:
             return [partial(fit, size=self.size)] * len(indices)
         draws = sample_draws(self.seed, epoch, indices, 3 + 2 * CROP_TRIES, CROP)
@@ -101,13 +101,13 @@ class Augment:
             return self.jitter(image)
 
     def _erase(self, images: Tensor, epoch: int, indices: np.ndarray) -> Tensor:
-        """Erase at random (arXiv 1708.04896): a rectangle gets the mean colour, which normalisation makes 0."""
+        """Fill random rectangles (arXiv 1708.04896) with the mean colour, which becomes 0 after normalisation."""
         if not self.config.erasing_prob:
             return images
         draws = sample_draws(self.seed, epoch, indices, 5, ERASING)
         low, high = self.config.erasing_scale
         area = (low + draws[:, 1] * (high - low)) * self.size**2
-        ratio = np.exp((2 * draws[:, 2] - 1) * math.log(3.3))  # the paper's 0.3 to 3.3, uniform in its logarithm
+        ratio = np.exp((2 * draws[:, 2] - 1) * math.log(3.3))  # 0.3 to 3.3 as in the paper, log-uniform
         sides = np.stack([np.sqrt(area * ratio), np.sqrt(area / ratio)], 1).round().clip(1, self.size)
         sides *= draws[:, :1] < self.config.erasing_prob
         start = np.floor(draws[:, 3:] * (self.size - sides + 1))
@@ -120,9 +120,9 @@ class Augment:
 
 
 def crop_all(padded: Tensor, rows: Tensor, offsets: Tensor, size: int) -> Tensor:
-    """Crop image `rows[i]` at `offsets[i]`, the crop's first row and column, to uint8 [B, 3, S, S]."""
-    # One long run of bytes per image is gathered, from the crop's first pixel to its last, and strides leave out what
-    # lies between: seven times as fast as one index per pixel.
+    """Crop image `rows[i]` starting at row and column `offsets[i]`; return uint8 [B, 3, S, S]."""
+    # One contiguous run of bytes is gathered per image, from the first pixel of the crop to the last, and strides skip
+    # the pixels outside the crop. This is seven times as fast as one index per pixel.
     side = padded.shape[-1]
     step, run = 3 * side**2, 3 * side**2 - (side - size) * (side + 1)
     flat = padded.contiguous().view(-1)
@@ -135,9 +135,9 @@ def crop_all(padded: Tensor, rows: Tensor, offsets: Tensor, size: int) -> Tensor
 def random_resized_box(
     width: int, height: int, draws: np.ndarray, scale: Sequence[float], ratio: Sequence[float]
 ) -> Box:
-    """Choose a box as torchvision's RandomResizedCrop: random area and aspect, ten tries, else the largest central box.
+    """Choose a crop box as torchvision's RandomResizedCrop does; after ten failed tries, take the largest central box.
 
-    `draws`: 3 uniform numbers (the place; one unused), then two per try.
+    `draws` holds uniform random numbers, 3 for the position (one is unused) and 2 per try for area and aspect ratio.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for u_area, u_ratio in draws[3:].reshape(-1, 2):
@@ -154,9 +154,9 @@ def random_resized_box(
 
 
 def decode_box(image: Image.Image, box: Box, size: int) -> Image.Image:
-    """Decode `box` of an image and resize it to size x size, RGB.
+    """Decode the region `box` of an image and resize it to size x size, in RGB.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the box then still has `size` pixels.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the box then still has at least `size` pixels.
     """
     full_width, full_height = image.size
     shrink = min(box[2] - box[0], box[3] - box[1]) // size
@@ -169,12 +169,12 @@ def decode_box(image: Image.Image, box: Box, size: int) -> Image.Image:
 
 
 def fit(image: Image.Image, size: int) -> np.ndarray:
-    """Fit an image as val sees it, uint8 [size, size, 3]: resize the shorter side, crop the centre; nothing random."""
+    """Resize the shorter side and crop the centre, as for validation; return uint8 [size, size, 3]."""
     return np.asarray(_fit_image(image, size))
 
 
 def shorter_side(size: int) -> int:
-    """Return the pixels to which val images are resized before the centre of `size` pixels is cropped."""
+    """Return the length in pixels to which the shorter side is resized before the centre crop to `size`."""
     return size if size <= SMALL_IMAGE else math.ceil(size / VAL_CROP_FRACTION)
 
 
@@ -188,8 +188,8 @@ def _fit_image(image: Image.Image, size: int) -> Image.Image:
 
 
 def _without_ends(image: Image.Image) -> Image.Image:
-    """Return the middle of a very long image."""
-    # Enlarged as a whole, an image of 1 x 100,000 pixels would take 20 GB.
+    """Cut off the ends of a very long image."""
+    # Without this, resizing an image of 1 x 100,000 pixels would take 20 GB.
     width, height = image.size
     longest = MAX_ASPECT * min(image.size)
     if max(image.size) <= longest:
@@ -199,7 +199,7 @@ def _without_ends(image: Image.Image) -> Image.Image:
 
 
 class Normalize:
-    """Turns uint8 [B, 3, H, W] into float32 with mean 0 and std 1 per channel over the training images."""
+    """Converts uint8 [B, 3, H, W] to float32 with mean 0 and std 1 per channel over the training images."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device, channels_last: bool):
         self.mean = torch.tensor(mean, device=device)[:, None, None] * 255
@@ -210,5 +210,5 @@ class Normalize:
         return images.to(torch.float32, memory_format=self.memory_format).sub_(self.mean).div_(self.std)
 
     def undo(self, images: Tensor) -> Tensor:
-        """Turn normalised images into uint8 again, to be looked at."""
+        """Convert normalised images back to uint8 for display."""
         return (images * self.std + self.mean).round().clamp(0, 255).to(torch.uint8)

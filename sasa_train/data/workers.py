@@ -1,4 +1,4 @@
-"""Processes that read micro-batches, in order. One that is killed or hangs ends the run with a message, not a hang."""
+"""Worker processes that read micro-batches in order; if one is killed or hangs, the run stops with an error message."""
 
 import atexit
 import math
@@ -25,45 +25,46 @@ from sasa_train.processes.ranks import local_world_size
 from sasa_train.refusal import ConfigError, ExpectedFailure
 from sasa_train.signals import SIGNALS
 
-PREFETCH = 2  # micro-batches per worker that wait for the main process
-PATIENCE = 2.0  # seconds for workers to end by themselves, before they are killed
-DEATH_THROES = 0.5  # seconds at most between a worker's last answer and its exit code
-STATES = {"T": "stopped", "t": "stopped by a debugger", "D": "waiting for a disk or network"}  # Linux's letters
+PREFETCH = 2  # micro-batches that each worker prepares in advance
+PATIENCE = 2.0  # seconds for workers to exit before they are killed
+DEATH_THROES = 0.5  # maximum seconds between a worker's last answer and its exit code
+STATES = {"T": "stopped", "t": "stopped by a debugger", "D": "waiting for a disk or network"}  # Linux's state letters
 REASONS = {signal.SIGKILL: ", perhaps for want of memory", signal.SIGBUS: ", perhaps for want of shared memory"}
-SHM = Path("/dev/shm")  # shared memory, where batches wait
+SHM = Path("/dev/shm")  # shared memory, which holds the queued batches
 END = object()
 
 
 class DataWorkerError(ExpectedFailure):
-    """A data worker was killed or hangs: the message names it, its images and the remedy. Exit code 1."""
+    """Raised if a data worker was killed or hangs; the message names its images and a remedy. Exit code 1."""
 
 
 class Workers:
-    """`num_workers` processes that `reader` runs in (0: the main process), started by `read` and kept until `close`.
+    """Runs `reader` in `num_workers` processes (0: the main process), started by `read` and kept until `close`.
 
-    A thread kills them all where a wait for them takes too long.
+    A thread kills all workers if a wait for them takes too long.
     """
 
-    # To take a batch out of shared memory, the main process asks the worker that made it for a file descriptor, and a
-    # stopped worker never answers. Nothing but its end ends that wait, so the thread kills workers instead of raising.
+    # To take a batch out of shared memory, the main process requests a file descriptor from the worker that created it,
+    # and a stopped worker never answers. Only the worker's exit ends that wait, so the thread kills the workers instead
+    # of raising an exception.
 
     def __init__(self, reader: Reader, split: str, num_workers: int, timeout: float, pin_memory: bool = False):
         self.reader, self.pin_memory = reader, pin_memory
         self.split, self.num_workers, self.timeout = split, num_workers, timeout
         self._keys: Iterator[MicroBatch] = iter(())
-        self._handed: deque[MicroBatch] = deque()  # given to workers, and not back yet
-        self._num_read = 0  # micro-batches of this pass
+        self._handed: deque[MicroBatch] = deque()  # assigned to workers and not returned yet
+        self._num_read = 0  # micro-batches read in this pass
         self._num_waits, self._is_waiting, self._is_closed = 0, False, threading.Event()
-        self._cause = ""  # why a wait was ended
+        self._cause = ""  # why a wait was aborted
         self._loader: Any = None
-        self._results: Any = None  # its iterator, while there are workers
-        atexit.register(self._kill)  # at its end Python would wait for them
+        self._results: Any = None  # the loader's iterator, while workers are running
+        atexit.register(self._kill)  # Python would wait for the workers at exit
 
     def read(self, keys: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, Any]]:
-        """Yield each key with what the reader makes of it.
+        """Yield each key together with the reader's result for it.
 
         Raises:
-            DataWorkerError: a worker was killed, or gave nothing for `timeout` seconds.
+            DataWorkerError: a worker was killed or returned nothing for `timeout` seconds.
         """
         self._keys, self._num_read = keys, 0
         self._handed.clear()
@@ -82,7 +83,7 @@ class Workers:
     def _start(self) -> Iterator[Any]:
         if self._results is not None:
             with self._watched():
-                return iter(self._loader)  # waits until the workers have finished what an abandoned pass left
+                return iter(self._loader)  # waits until the workers have finished the tasks of an abandoned pass
         self._loader = DataLoader(
             _Stamped(self.reader),
             sampler=_Handed(self),
@@ -93,7 +94,7 @@ class Workers:
             persistent_workers=self.num_workers > 0,
             pin_memory=self.pin_memory,
             worker_init_fn=ignore_signals,
-            generator=torch.Generator(),  # else it would draw a seed from the global one, which dropout uses
+            generator=torch.Generator(),  # otherwise it would draw a seed from the global generator, which dropout uses
         )
         if not self.num_workers:
             return iter(self._loader)
@@ -104,9 +105,9 @@ class Workers:
         return self._results
 
     def close(self) -> None:
-        """End the worker processes, and kill those that ignore it."""
+        """Shut down the worker processes and kill those that do not exit."""
         if self._results is not None:
-            # In a thread, because the DataLoader may wait long for a stopped worker.
+            # In a thread, because the DataLoader may wait a long time for a stopped worker.
             ending = threading.Thread(target=self._results._shutdown_workers, daemon=True)
             ending.start()
             ending.join(PATIENCE)
@@ -124,7 +125,7 @@ class Workers:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """Limit a wait for the workers; an exception that dead or hanging workers caused becomes a DataWorkerError."""
+        """Limit a wait for the workers; convert exceptions caused by dead or hanging workers to DataWorkerError."""
         self._num_waits, self._is_waiting = self._num_waits + 1, True
         try:
             yield
@@ -137,8 +138,8 @@ class Workers:
             self._is_waiting = False
 
     def _limit_waits(self) -> None:
-        """Kill the workers after a wait of `timeout` seconds; runs in a thread."""
-        # Ticks of a second are counted, so that an hour for which the whole job was suspended is only one of them.
+        """Kill the workers if a wait exceeds `timeout` seconds; runs in a thread."""
+        # One-second ticks are counted, so that an hour during which the whole job was suspended counts as one tick.
         tick = min(1.0, self.timeout / 4)
         wait, num_ticks = 0, 0
         while num_ticks * tick < self.timeout:
@@ -151,17 +152,17 @@ class Workers:
         self._kill()
 
     def _suspects(self) -> str:
-        """Describe the workers that are stopped, or else the one whose micro-batch is waited for."""
+        """Describe the workers that are stopped or, if none is, the worker that should deliver next."""
         workers = self._processes()
         suspects = [worker for worker in workers if _state(worker).startswith("stopped")]
         if not suspects and self._handed:
-            suspects = [workers[self._num_read % len(workers)]]  # the DataLoader gives them micro-batches in turn
+            suspects = [workers[self._num_read % len(workers)]]  # the DataLoader assigns micro-batches round-robin
         return ", ".join(f"data worker {worker.pid} is {_state(worker)}" for worker in suspects or workers)
 
     def _death(self) -> str:
-        """Tell which workers died, and how; "" where all are alive."""
+        """Describe which workers died and how, or return "" if all are alive."""
         workers = self._processes()
-        # A worker's exit code comes a little later than the error that its end causes here.
+        # A worker's exit code becomes available slightly after the error that its death causes here.
         gone = multiprocessing.connection.wait([worker.sentinel for worker in workers], DEATH_THROES)
         dead = [worker for worker in workers if worker.sentinel in gone]
         for worker in dead:
@@ -181,25 +182,25 @@ class Workers:
 
 
 def unreported(iterator: Any) -> Any:
-    """Make a DataLoader's iterator notice dead workers in its own waits alone, within seconds."""
-    # The DataLoader's handler of SIGCHLD would raise wherever the main process is, perhaps in writing a checkpoint.
+    """Make a DataLoader's iterator detect dead workers only while it waits for them, within seconds."""
+    # The DataLoader's SIGCHLD handler would raise at any point, perhaps while the main process writes a checkpoint.
     signal_handling._remove_worker_pids(id(iterator))
-    iterator._worker_pids_set = False  # else it would remove them once more at its end
+    iterator._worker_pids_set = False  # otherwise it would remove them again at its end
     return iterator
 
 
 def queue_bytes(num_workers: int, batch_size: int, num_images: int, size: int) -> int:
-    """Return the bytes of each worker's waiting uint8 [B, S, S, 3] and of one in work; at most those of the set."""
+    """Return the bytes of the workers' uint8 batches [B, S, S, 3], queued or in progress (at most the data set)."""
     return min(num_workers * (PREFETCH + 1) * batch_size, num_images) * 3 * size**2
 
 
 def check_shared_memory(needed: int, num_workers: int, remedy: str = "") -> None:
-    """Refuse to start where shared memory has not `needed` bytes free for each process on this machine.
+    """Check that shared memory has `needed` bytes free for each process on this machine.
 
     Raises:
-        ConfigError: with `remedy` beside those that always help.
+        ConfigError: it has not; the message suggests `remedy` in addition to the general ones.
     """
-    # A worker that fills shared memory, of which a container may have little, dies of SIGBUS. Only Linux shows it.
+    # Containers often have little shared memory, and a worker that fills it is killed by SIGBUS. Only Linux shows it.
     if not num_workers or sys.platform != "linux" or not SHM.is_dir():
         return
     free, needed = shutil.disk_usage(SHM).free, needed * local_world_size()
@@ -213,7 +214,7 @@ def check_shared_memory(needed: int, num_workers: int, remedy: str = "") -> None
 
 
 class _Handed:
-    """The DataLoader's sampler: it hands out its owner's keys, and notes them."""
+    """The DataLoader's sampler, which yields its owner's keys and records them."""
 
     def __init__(self, owner: Workers):
         self.owner = owner
@@ -225,10 +226,10 @@ class _Handed:
 
 
 class _Stamped(Dataset):
-    """The DataLoader's dataset: what the reader makes of a micro-batch, with the first of its indices."""
+    """The DataLoader's dataset, which returns a micro-batch's first index and the reader's result."""
 
-    # Not with all indices: a pipe holds a message of a few kilobytes whole or not at all, even where the worker is
-    # killed while it writes.
+    # Only the first index, because a pipe writes just messages of up to a few kilobytes atomically, and a worker may be
+    # killed during the write.
 
     def __init__(self, reader: Reader):
         self.reader = reader
@@ -238,13 +239,13 @@ class _Stamped(Dataset):
 
 
 def unchanged(read: Any) -> Any:
-    """Serve as the DataLoader's collate function: batches are made where they are read."""
+    """Return `read` unchanged, as the DataLoader's collate function, because the reader already builds batches."""
     return read
 
 
 def ignore_signals(_worker: int) -> None:
-    """Prepare a worker: it ignores Ctrl-C and a scheduler's warning, which reach the whole process group."""
-    # The main process alone decides what follows.
+    """Make a worker ignore Ctrl-C and a scheduler's warning, which are sent to the whole process group."""
+    # Only the main process handles these signals.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -1,4 +1,4 @@
-"""sasa-data: check a data set, prepare ImageNet from its archives, pack class folders into tar shards."""
+"""sasa-data: check a data set, prepare ImageNet from its archives, or pack class folders into tar shards."""
 
 import argparse
 import sys
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def run_command(arguments: list[str]) -> int:
-    """Run with command-line arguments; return the exit code."""
+    """Run the command with the given arguments; return the exit code."""
     try:
         return run(build_parser(), arguments, work, has_subcommands=True)
     except KeyboardInterrupt:

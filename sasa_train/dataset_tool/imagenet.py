@@ -1,4 +1,4 @@
-"""ImageNet's official archives, read in place: classes, labels, and where each image's bytes are."""
+"""Reading ImageNet's official archives in place, for the classes, the labels and the location of each image."""
 
 import hashlib
 import io
@@ -35,7 +35,7 @@ def check_md5(path: Path, expected: str) -> None:
 
 
 def read_devkit(path: Path) -> tuple[list[str], list[str]]:
-    """Return the classes' WordNet ids, sorted, and those of the val images, in the order of their names."""
+    """Return the sorted WordNet ids of the classes, and the ids of the val images in file-name order."""
     from scipy.io import loadmat
 
     try:
@@ -53,7 +53,7 @@ def read_devkit(path: Path) -> tuple[list[str], list[str]]:
 
 
 def index_train(path: Path, classes: list[str]) -> Originals:
-    """Find the images in the tars in the train archive, by their offsets in the outer one."""
+    """Find the images in the train archive's nested tars; offsets are relative to the outer archive."""
     rows: list[tuple[str, str, int, int]] = []  # wnid, name, offset, size
     with _tar(path) as outer, _bytes_bar(path, "indexing") as bar:
         for inner in outer:
@@ -72,7 +72,7 @@ def index_train(path: Path, classes: list[str]) -> Originals:
 
 
 def index_val(path: Path, classes: list[str], wnids: list[str]) -> Originals:
-    """Find the images in the val archive; the devkit labels them in the order of their names."""
+    """Find the images in the val archive, which the devkit labels in file-name order."""
     with _tar(path) as archive:
         members = archive.getmembers()
     for member in members:
@@ -109,7 +109,7 @@ def _check_image(path: Path, member: tarfile.TarInfo) -> None:
 
 
 def _check_member(path: Path, member: tarfile.TarInfo, pattern: str) -> None:
-    """Refuse all but plain files with plain names: folders, links, devices, absolute paths, a way out by `..`."""
+    """Raise ConfigError unless a member is a regular file with a plain name (no link, absolute path or `..`)."""
     is_plain = member.isreg() and not member.issparse()
     if not is_plain or not re.fullmatch(pattern, member.name, re.ASCII):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""`sasa-data prepare` and `sasa-data shard`: class folders or tar shards from ImageNet's archives or class folders."""
+"""`sasa-data prepare` and `sasa-data shard`, which create class folders or tar shards from archives or folders."""
 
 import os
 from pathlib import Path
@@ -16,10 +16,10 @@ from sasa_train.terminal import printable
 
 
 def shard(root: Path, dest: Path, images_per_shard: int) -> int:
-    """Copy class folders to tar shards of the same images in the same order; return 0.
+    """Copy class folders to tar shards with the same images in the same order; return 0.
 
     Raises:
-        ConfigError: folders that training would refuse too, a `dest` inside `root` or with other contents, a full disk.
+        ConfigError: training would refuse the folders, `dest` is in `root` or has other contents, or the disk is full.
     """
     if dest.resolve().is_relative_to(root.resolve()):
         raise ConfigError(f"DEST={dest} must not be inside ROOT={root}; give a folder of its own")
@@ -55,10 +55,10 @@ def _from_folders(root: Path, split: str) -> Originals:
 
 
 def prepare_imagenet(archives: Path, dest: Path, images_per_shard: int | None, checksums: bool) -> int:
-    """Make class folders, or tar shards of `images_per_shard`, of ImageNet's three archives; return 0.
+    """Create class folders, or tar shards of `images_per_shard` images, from ImageNet's three archives; return 0.
 
     Raises:
-        ConfigError: an archive that is missing or not the original, a `dest` with other contents, a full disk.
+        ConfigError: an archive is missing or altered, `dest` has other contents, or the disk is full.
     """
     paths = {part: archives / name for part, (name, _) in ARCHIVE_META.items()}
     for path in paths.values():

@@ -1,4 +1,4 @@
-"""`sasa-data verify`: decode every image once, and report what a data set holds and what is wrong with it."""
+"""`sasa-data verify`, which decodes every image once and reports the contents and problems of a data set."""
 
 import hashlib
 import multiprocessing
@@ -20,8 +20,8 @@ from sasa_train.data.shards import find_shards
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import DONE, FAILED, printable
 
-MAX_TABLE = 50  # classes with a line of their own
-MAX_ACROSS, MAX_WITHIN = 20, 5  # groups of duplicates shown
+MAX_TABLE = 50  # maximum number of classes listed one per line
+MAX_ACROSS, MAX_WITHIN = 20, 5  # maximum number of duplicate groups shown
 LEVELS = np.arange(256) / 255
 
 Look = tuple[str, tuple[int, int], bytes, np.ndarray]  # mode, width and height, digest, moments
@@ -29,9 +29,9 @@ Look = tuple[str, tuple[int, int], bytes, np.ndarray]  # mode, width and height,
 
 @dataclass
 class Contents:
-    """A data set as found, its splits one after the other: image i has split `split_of[i]` and label `labels[i]`.
+    """The contents of a data set with its splits concatenated; image i has split `split_of[i]` and label `labels[i]`.
 
-    `faults`: classes without images in a split; `unused`: files that nobody reads.
+    `faults` lists classes without images in a split, and `unused` lists files that are never read.
     """
 
     root: Path
@@ -54,10 +54,10 @@ class Contents:
 
 
 class Survey:
-    """The findings about n decoded images.
+    """The results of decoding n images.
 
-    sizes int64 [n, 2]: width and height, 0 where unreadable; moments float64 [n, 2, 3]: each channel's mean and mean of
-    squares, of values in [0, 1]; `alike`: digest of the pixels -> indices; `unreadable`: index -> reason.
+    `sizes`, int64 [n, 2]: width and height, 0 if unreadable; `moments`, float64 [n, 2, 3]: mean and mean square of each
+    channel for values in [0, 1]; `alike`: pixel digest -> indices; `unreadable`: index -> reason.
     """
 
     def __init__(self, num_images: int):
@@ -67,10 +67,10 @@ class Survey:
 
 
 def verify(root: Path, num_workers: int, all_classes: bool) -> int:
-    """Print the report; return DONE where nothing is wrong, else FAILED.
+    """Print the report; return DONE if there are no problems, otherwise FAILED.
 
     Raises:
-        ConfigError: `root` is not there or holds no classes.
+        ConfigError: `root` does not exist or contains no classes.
     """
     contents = read_contents(root)
     print_classes(contents, all_classes)
@@ -92,10 +92,10 @@ def verify(root: Path, num_workers: int, all_classes: bool) -> int:
 
 
 def read_contents(root: Path) -> Contents:
-    """Find what `root` holds, as training does; what training refuses is a fault here.
+    """Find the splits and classes in `root` as training does, but record faults where training would refuse.
 
     Raises:
-        ConfigError: there is no such folder, or no class in it.
+        ConfigError: the folder does not exist or contains no classes.
     """
     if not root.is_dir():
         raise ConfigError(f"ROOT={root} must be a folder that is there; give the one that holds train/ and val/")
@@ -118,16 +118,16 @@ def read_contents(root: Path) -> Contents:
 
 
 def find_splits(root: Path) -> dict[str, Path]:
-    """Return the folders of train and of val or test; where `root` itself holds the classes, it is the split "all"."""
+    """Return the folders of train and of val or test, or {"all": root} if `root` itself contains the classes."""
     held_out = next((name for name in ("val", "test") if (root / name).is_dir()), None)
     folders = {name: root / name for name in ("train", held_out) if name and (root / name).is_dir()}
-    # A class may be called train or test: alone, and without folders inside, it is not a split.
+    # A class may be named train or test, so a single such folder without subfolders is not a split.
     has_folders = any(entry.is_dir() for folder in folders.values() for entry in folder.iterdir())
     return folders if len(folders) == 2 or has_folders else {"all": root}
 
 
 def read_class_folders(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """Return each class's image files, in torchvision's order, and the files that are not in a class or not images."""
+    """Return the image files of each class in torchvision's order, and all files that are not images of a class."""
     classes: dict[str, list[str]] = {}
     unused: list[str] = []
     for entry in sorted(folder.iterdir()):
@@ -157,14 +157,14 @@ def _faults(classes: list[str], splits: dict[str, ImageSet], folders: dict[str, 
     return faults
 
 
-_sets: list[ImageSet] = []  # in a worker
+_sets: list[ImageSet] = []  # set in each worker process
 
 
 def look_at_all(contents: Contents, num_workers: int) -> Survey:
-    """Decode every image, in `num_workers` processes, with a progress bar."""
+    """Decode every image in `num_workers` processes, with a progress bar."""
     num_images = len(contents.labels)
     survey = Survey(num_images)
-    # Forked, so that the sets are there without being pickled. A pool of futures notices a worker that is killed.
+    # Fork, so that the workers inherit the image sets without pickling. ProcessPoolExecutor detects killed workers.
     workers = ProcessPoolExecutor(
         num_workers, multiprocessing.get_context("fork"), _start_worker, (list(contents.splits.values()),)
     )
@@ -190,7 +190,7 @@ def look_at_all(contents: Contents, num_workers: int) -> Survey:
 def _start_worker(sets: list[ImageSet]) -> None:
     global _sets
     _sets = sets
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the parent handles Ctrl-C
 
 
 def _look(split: int, index: int) -> Look | str:
@@ -201,7 +201,7 @@ def _look(split: int, index: int) -> Look | str:
 
 
 def measure(image: Image.Image) -> Look:
-    """Return mode, size, hash of size and RGB pixels, and float64 [2, 3]: mean and mean of squares per channel."""
+    """Return mode, size, a hash of size and RGB pixels, and float64 [2, 3]: mean and mean square per channel."""
     mode, rgb = image.mode, to_rgb(image)
     digest = hashlib.blake2b(f"{rgb.width} x {rgb.height}".encode(), digest_size=16)
     digest.update(rgb.tobytes())
@@ -250,7 +250,7 @@ def print_survey(contents: Contents, survey: Survey) -> None:
 
 
 def print_duplicates(contents: Contents, survey: Survey) -> int:
-    """Print groups of images with the same pixels; return the number of groups across splits."""
+    """Print groups of images with identical pixels; return the number of groups that span several splits."""
     groups = [group for group in survey.alike.values() if len(group) > 1]
     across = [group for group in groups if len(set(contents.split_of[group])) > 1]
     if len(contents.splits) > 1:
@@ -273,7 +273,7 @@ def _print_groups(contents: Contents, where: str, groups: list[list[int]], limit
 
 
 def print_mean_std(contents: Contents, survey: Survey) -> None:
-    """Print mean and std of the first split (train or all), every image weighted alike, ready for the command line."""
+    """Print mean and std of the first split (train or all), averaged over images, in command-line form."""
     first = (survey.sizes[:, 0] > 0) & (contents.split_of == 0)
     if first.any():
         mean, square = survey.moments[first].mean(axis=0)

@@ -1,4 +1,4 @@
-"""Class folders and tar shards, each written whole or not at all, so that a stopped command goes on with the rest."""
+"""Atomic writing of class folders and tar shards, so that a stopped command can be resumed with the missing ones."""
 
 import io
 import json
@@ -22,13 +22,13 @@ from sasa_train.refusal import ConfigError
 from sasa_train.terminal import printable
 
 WNID = r"n[0-9]{8}"
-OVERHEAD = 2048  # bytes per image beside its own: tar headers and label, or half a disk block and an inode
-Missing = dict[Path, np.ndarray]  # a folder or shard that is to be written -> its images
+OVERHEAD = 2048  # bytes per image in addition to its file: tar headers and label, or half a disk block and an inode
+Missing = dict[Path, np.ndarray]  # path of a folder or shard to write -> its images
 
 
 @dataclass
 class Originals:
-    """A split's image files, ordered by label and name: image i is `names[i]`, of `sizes[i]` bytes."""
+    """The image files of a split, ordered by label and name; image i is `names[i]` and has `sizes[i]` bytes."""
 
     images: ImageSet
     names: list[str]
@@ -47,11 +47,11 @@ class Originals:
 
 
 def write_folders(dest: Path, splits: dict[str, Originals], before: Callable[[], None]) -> None:
-    """Write DEST/SPLIT/CLASS/NAME for every image whose class folder is missing; call `before` before the first."""
+    """Write DEST/SPLIT/CLASS/NAME for all images in missing class folders; call `before` once before writing."""
     if find_shards(dest, "train") or find_shards(dest, "val"):
         raise ConfigError(f"DEST={dest} holds tar shards already, which training would read; give another folder")
     for path in dest.iterdir():
-        if re.fullmatch(rf"(train|val)-{WNID}\.tmp", path.name):  # left by a stopped command
+        if re.fullmatch(rf"(train|val)-{WNID}\.tmp", path.name):  # left behind by a stopped command
             shutil.rmtree(path)
     missing = {name: _missing_classes(dest / name, split) for name, split in splits.items()}
     _write_missing(dest, splits, missing, _write_class, before)
@@ -75,12 +75,12 @@ def _missing_classes(folder: Path, split: Originals) -> Missing:
 
 
 def _write_class(path: Path, split: Originals, members: np.ndarray) -> None:
-    # Aside is outside of DEST/SPLIT, where it would be taken for a class.
+    # The temporary folder is outside DEST/SPLIT, where it would be mistaken for a class.
     aside = path.parents[1] / f"{path.parent.name}-{path.name}.tmp"
     aside.mkdir()
     for i in members:
         (aside / split.names[i]).write_bytes(split.read(int(i)))
-    os.sync()  # once per class; a sync of every file would take longer than writing it
+    os.sync()  # once per class, because syncing each file would take longer than writing it
     path.parent.mkdir(exist_ok=True)
     aside.rename(path)
     sync_folder(path.parent)
@@ -89,9 +89,9 @@ def _write_class(path: Path, split: Originals, members: np.ndarray) -> None:
 def write_all_shards(
     dest: Path, splits: dict[str, Originals], images_per_shard: int, before: Callable[[], None] = lambda: None
 ) -> None:
-    """Write those of DEST/SPLIT/SPLIT-000000.tar, ... that are missing; call `before` before the first.
+    """Write the missing shards among DEST/SPLIT/SPLIT-000000.tar, ...; call `before` once before writing.
 
-    Image i is called i, in eight digits, and its name, so that shards sort as the images do.
+    A member's name starts with the image's index in eight digits, so that members sort in the order of the images.
     """
     classes = splits["train"].images.classes
     _claim(dest, splits, images_per_shard)
@@ -124,7 +124,7 @@ def _write_shard(path: Path, split: Originals, members: np.ndarray) -> None:
 
 
 def _claim(dest: Path, splits: dict[str, Originals], images_per_shard: int) -> None:
-    """Refuse a DEST whose contents have another origin; DEST/shards.json tells where its shards come from."""
+    """Raise ConfigError if DEST has other contents; DEST/shards.json records the source of its shards."""
     for name in splits:
         if any(path.is_dir() for path in (dest / name).glob("*")):
             raise ConfigError(f"DEST={dest} holds class folders already; give another folder for the shards")
@@ -162,7 +162,7 @@ def _write_missing(
     write: Callable[[Path, Originals, np.ndarray], None],
     before: Callable[[], None],
 ) -> None:
-    """Write each split's missing folders or shards, with a progress bar, where there is room for them."""
+    """Write the missing folders or shards of each split with a progress bar, after checking the disk space."""
     counts = " and ".join(f"{len(split.names):,} {name}" for name, split in splits.items())
     print(f"{dest}: {counts} images of {len(splits['train'].images.classes):,} classes")
     parts = [(splits[name], members) for name in splits for members in missing[name].values()]

@@ -1,6 +1,6 @@
-"""sasa-evaluate: a checkpoint's top1, top5, loss and classes on val, equal to the training log to the last digit.
+"""sasa-evaluate: compute a checkpoint's top1, top5, loss and per-class top1 on val, exactly as in the training log.
 
-On request also its calibration, averages over mirrored views, ImageNet-ReaL, and a paired test against another model.
+Options add calibration, averaging over mirrored views, ImageNet-ReaL, and a paired test against another model.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def run_command(arguments: list[str]) -> int:
-    """Run with command-line arguments; return the exit code."""
+    """Run the command with the given arguments; return the exit code."""
     return run(build_parser(), arguments, evaluate_checkpoint)
 
 
@@ -58,12 +58,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def evaluate_checkpoint(options: argparse.Namespace) -> None:
-    """Evaluate, print, write.
+    """Evaluate the checkpoint, print the results and write the requested files.
 
     Raises:
-        CheckpointError: there is no checkpoint that can be read.
-        ConfigError: options, overrides or data are refused.
-        OSError: a file cannot be written after all.
+        CheckpointError: there is no readable checkpoint.
+        ConfigError: options, overrides or data are invalid.
+        OSError: a file cannot be written despite the earlier check.
     """
     check_outputs(options)
     options.calibration |= options.plot is not None or options.bins is not None
@@ -90,7 +90,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
 
 
 def load_other(options: argparse.Namespace, trained: "TrainedModel") -> "TrainedModel":
-    """Load the checkpoint to compare with, under the same overrides."""
+    """Load the checkpoint to compare with, using the same overrides."""
     from sasa_train.trained import load_trained
 
     other = load_trained(options.compare, options.overrides)
@@ -103,7 +103,7 @@ def load_other(options: argparse.Namespace, trained: "TrainedModel") -> "Trained
 
 
 def open_other(val: "Val", other: "TrainedModel") -> "Val":
-    """Open the same images for that model, by its own image size and normalisation."""
+    """Open the same images for the other model, with its own image size and normalisation."""
     from sasa_train.data.fingerprint import differences
     from sasa_train.evaluate.val_pass import open_val
 
@@ -116,7 +116,7 @@ def open_other(val: "Val", other: "TrainedModel") -> "Val":
 
 
 def load_real_sets(source: str, val: "Val") -> list[frozenset[int]]:
-    """Load ImageNet-ReaL's classes of each of val's images."""
+    """Load the ImageNet-ReaL classes of each val image."""
     from sasa_train.evaluate.imagenet_real import load_real_labels
 
     names = [val.images.name(i) for i in range(len(val.images))]
@@ -136,7 +136,7 @@ def print_evaluation(val: "Val", result: "Evaluation") -> None:
 
 
 def figures_of(val: "Val", result: "Evaluation") -> dict[str, Any]:
-    """Return plain values for --json; top1 and top5 in percent, as in metrics.jsonl."""
+    """Return plain values for --json, with top1 and top5 in percent as in metrics.jsonl."""
     counts = zip(val.images.classes, result.class_images, result.class_hits, strict=True)
     return {
         "checkpoint": str(val.trained.path),
@@ -159,7 +159,7 @@ def evaluate_further(
     real_sets: "list[frozenset[int]] | None",
     other_val: "Val | None",
 ) -> dict[str, Any]:
-    """Compute and print a section for each option that asks for one; return the values for --json."""
+    """Compute and print the section of each requested option; return the values for --json."""
     from sasa_train.evaluate.calibration import NUM_BINS, calibrate, proper_scores
 
     figures: dict[str, Any] = {}
@@ -184,7 +184,7 @@ def evaluate_further(
 
 
 def compare_with(other_val: "Val", answers: "Answers", options: argparse.Namespace) -> Any:
-    """Compare both models over the images that both could read."""
+    """Compare both models on the images that both could read."""
     import numpy as np
 
     from sasa_train.evaluate.significance import compare

@@ -1,6 +1,6 @@
-"""Trust in a classifier's probabilities: calibration error, Brier score, the best temperature.
+"""Measures of how reliable a classifier's probabilities are: calibration error, Brier score, best temperature.
 
-Calibration is measured on the top-1 confidence, in bins of equal width, as in Guo et al. 2017 (arXiv 1706.04599).
+Calibration is measured on the top-1 confidence in bins of equal width, as in Guo et al. 2017 (arXiv 1706.04599).
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,12 +12,12 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 NUM_BINS = 15  # as in the paper
-CHUNK = 4096  # images whose probabilities are in memory at a time, in float64
+CHUNK = 4096  # images whose float64 probabilities are in memory at the same time
 
 
 @dataclass(frozen=True)
 class Bin:
-    """Images with a confidence above `low` and at most `high`, all in percent; an empty bin's means are None."""
+    """Images with confidence in (`low`, `high`]; all values are in percent, and the means of an empty bin are None."""
 
     low: float
     high: float
@@ -27,13 +27,13 @@ class Bin:
 
     @property
     def gap(self) -> float:
-        """Percentage points by which the confidence exceeds the accuracy; 0 for an empty bin."""
+        """The confidence minus the accuracy in percentage points, or 0 for an empty bin."""
         return 0.0 if self.confidence is None or self.top1 is None else self.confidence - self.top1
 
 
 @dataclass(frozen=True)
 class Temperature:
-    """The divisor of the logits with the least NLL, and the NLL and ECE (percent) that it gives."""
+    """The divisor of the logits that minimises the NLL, with the resulting NLL and ECE (percent)."""
 
     value: float
     nll: float
@@ -42,9 +42,9 @@ class Temperature:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The measures: `ece`, `mce`, mean `confidence` and `top1` in percent; `nll` in nats; `brier` from 0 to 2.
+    """Calibration measures; `ece`, `mce`, mean `confidence` and `top1` in percent, `nll` in nats, `brier` from 0 to 2.
 
-    `temperature` is None where no temperature is best: every image is right, or uniform probabilities do better.
+    `temperature` is None if none is optimal, because all predictions are right or uniform probabilities are better.
     """
 
     ece: float
@@ -58,7 +58,7 @@ class Calibration:
 
 
 def calibrate(logits: Tensor, labels: Tensor, predictions: Tensor, num_bins: int = NUM_BINS) -> Calibration:
-    """Measure logits [n, num_classes] against labels int64 [n]; predictions int64 [n]: the highest logits' classes."""
+    """Measure the calibration of logits [n, num_classes], given int64 labels [n] and predicted classes [n]."""
     is_right = (predictions == labels).numpy()
     confidences = confidences_of(logits, predictions)
     bins = bin_by_confidence(confidences, is_right, num_bins)
@@ -76,7 +76,7 @@ def confidences_of(logits: Tensor, predictions: Tensor, inverse_temperature: flo
 
 
 def bin_by_confidence(confidences: np.ndarray, is_right: np.ndarray, num_bins: int) -> list[Bin]:
-    """Sort images into bins of equal width from 0 to 100 %; a confidence on an edge is in the bin below it."""
+    """Group images into bins of equal width from 0 to 100 %; a confidence on an edge belongs to the lower bin."""
     edges = np.linspace(0, 1, num_bins + 1)
     places = np.clip(np.searchsorted(edges, confidences, side="left") - 1, 0, num_bins - 1)
     counts = np.bincount(places, minlength=num_bins)
@@ -90,12 +90,12 @@ def bin_by_confidence(confidences: np.ndarray, is_right: np.ndarray, num_bins: i
 
 
 def expected_error(bins: Sequence[Bin]) -> float:
-    """Return the ECE in percent: the gap between confidence and accuracy, averaged over images."""
+    """Return the ECE in percent, the absolute gap between confidence and accuracy averaged over images."""
     return sum(each.num_images * abs(each.gap) for each in bins) / sum(each.num_images for each in bins)
 
 
 def proper_scores(logits: Tensor, labels: Tensor, inverse_temperature: float = 1.0) -> tuple[float, float]:
-    """Return NLL and Brier score: squared errors summed over all classes (0 to 2), averaged over images."""
+    """Return the mean NLL and the mean Brier score, whose squared errors are summed over all classes (0 to 2)."""
     nll = brier = 0.0
     for z, y in _chunks(logits, labels):
         log_probabilities = (inverse_temperature * z).log_softmax(1)
@@ -106,8 +106,8 @@ def proper_scores(logits: Tensor, labels: Tensor, inverse_temperature: float = 1
 
 
 def best_temperature(logits: Tensor, labels: Tensor) -> float | None:
-    """Return the temperature with the least NLL; None where the NLL falls for ever, as the logits grow or vanish."""
-    # NLL is convex in the inverse temperature, so its slope rises through 0 once.
+    """Return the temperature that minimises the NLL, or None if the minimum is only reached at 0 or infinity."""
+    # The NLL is convex in the inverse temperature, so its slope crosses 0 at most once.
     of_label = logits.gather(1, labels[:, None])[:, 0]
     if bool((of_label == logits.max(1).values).all()) or not _slope(0.0, logits, labels) < 0:
         return None
@@ -127,7 +127,7 @@ def _tempered(logits: Tensor, labels: Tensor, predictions: Tensor, num_bins: int
 
 
 def _slope(inverse: float, logits: Tensor, labels: Tensor) -> float:
-    """Return the derivative of the NLL's sum by the inverse temperature: E[z] - z_label."""
+    """Return the derivative of the summed NLL with respect to the inverse temperature, E[z] - z_label per image."""
     slope = 0.0
     for z, y in _chunks(logits, labels):
         mean = ((inverse * z).softmax(1) * z).sum(1, keepdim=True)

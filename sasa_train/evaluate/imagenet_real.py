@@ -1,6 +1,6 @@
-"""ImageNet-ReaL (Beyer et al. 2020, arXiv 2006.07159): every class that is in each val image, perhaps none.
+"""Evaluation with ImageNet-ReaL (Beyer et al. 2020, arXiv 2006.07159), which lists all classes in each val image.
 
-A prediction is right if it is one of them; images without any are left out.
+A prediction is right if it is one of the image's classes; images without a class are left out.
 """
 
 import json
@@ -16,21 +16,21 @@ from sasa_train.refusal import ConfigError
 from sasa_train.terminal import printable
 
 NUM_IMAGES, NUM_CLASSES = 50_000, 1000
-TIMM = "timm"  # the word for the copy that timm ships
+TIMM = "timm"  # the value that selects the copy shipped with timm
 VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+$")
 
 
 @dataclass(frozen=True)
 class RealLabels:
-    """The ReaL labels: `sets[i]` are the classes of val image i, as indices of the model's classes; it may be empty."""
+    """The ReaL labels; `sets[i]` contains the classes of val image i as indices into the model's classes."""
 
     sets: list[frozenset[int]]
 
     def of(self, names: Sequence[str]) -> list[frozenset[int]]:
-        """Return the classes of images by their file names.
+        """Return the classes of images, given their file names.
 
         Raises:
-            ConfigError: a name that is not of an ImageNet val image, or no image with a label.
+            ConfigError: a name is not that of an ImageNet val image, or no image has a label.
         """
         found = [VAL_NAME.search(name) for name in names]
         numbers = [int(match[1]) if match else 0 for match in found]
@@ -47,7 +47,7 @@ class RealLabels:
 
 @dataclass(frozen=True)
 class RealResult:
-    """Percentages over the images with a ReaL label: `top1` by these, `top1_original` by ImageNet's own labels."""
+    """Accuracy in percent on images with a ReaL label, by ReaL (`top1`) and by ImageNet's labels (`top1_original`)."""
 
     top1: float
     top1_original: float
@@ -56,12 +56,12 @@ class RealResult:
 
 
 def load_real_labels(source: str, classes: Sequence[str]) -> RealLabels:
-    """Read real.json, or timm's copy where `source` is "timm", for a model of `classes`.
+    """Read real.json, or timm's copy if `source` is "timm", for a model with the given classes.
 
-    For a model of some of ImageNet's classes, the other classes' labels are dropped.
+    If the model has only some of ImageNet's classes, the labels of the other classes are dropped.
 
     Raises:
-        ConfigError: classes that are not ImageNet's, or a file that is not real.json.
+        ConfigError: a class is not one of ImageNet's, or the file is not real.json.
     """
     wnids = ImageNetInfo().label_names()
     if foreign := [name for name in classes if name not in set(wnids)]:
@@ -75,7 +75,7 @@ def load_real_labels(source: str, classes: Sequence[str]) -> RealLabels:
 
 
 def evaluate_real(sets: Sequence[frozenset[int]], predictions: Sequence[int], labels: Sequence[int]) -> RealResult:
-    """Compare predictions with the sets; raise ConfigError where no image has a label."""
+    """Compare predictions with the label sets; raise ConfigError if no image has a label."""
     _check_any(sets)
     rows = [row for row in zip(sets, predictions, labels, strict=True) if row[0]]
     hits = sum(prediction in of_image for of_image, prediction, _ in rows)

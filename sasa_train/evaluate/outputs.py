@@ -1,4 +1,4 @@
-"""The files of sasa-evaluate: predictions, all figures as JSON, the reliability diagram."""
+"""The output files of sasa-evaluate: predictions, all results as JSON, and the reliability diagram."""
 
 import argparse
 import dataclasses
@@ -20,7 +20,7 @@ SUFFIXES = {"predictions": (".csv", ".jsonl"), "json": (".json",), "plot": (".pn
 
 
 def check_outputs(options: argparse.Namespace) -> None:
-    """Refuse files that could not be written, before anything is evaluated."""
+    """Raise ConfigError for files that cannot be written, before anything is evaluated."""
     if options.bins is not None and options.bins < 1:
         raise ConfigError(f"--bins {options.bins}: must be 1 or more")
     if options.plot and (reason := why_not("--plot", "plots")):
@@ -40,10 +40,10 @@ def check_outputs(options: argparse.Namespace) -> None:
 def write_outputs(
     options: argparse.Namespace, figures: dict[str, Any], answers: "Answers | None", images: "ImageSet"
 ) -> Iterator[Path]:
-    """Write the files that the options ask for, each whole or not at all; yield their paths.
+    """Write the requested files, each atomically, and yield their paths.
 
     Raises:
-        OSError: a file that cannot be written; the message names it.
+        OSError: a file cannot be written; the message names it.
     """
     from sasa_train.files import csv_text, write_atomic
 
@@ -73,7 +73,7 @@ def write_outputs(
 
 
 def prediction_rows(answers: "Answers", images: "ImageSet") -> Iterator[dict[str, Any]]:
-    """Yield a row for each image that could be read, in val's order; probabilities from 0 to 1."""
+    """Yield a row for each readable image in the order of val, with probabilities from 0 to 1."""
     from sasa_train.evaluate.calibration import confidences_of
 
     names = [printable(name) for name in images.classes]

@@ -1,4 +1,4 @@
-"""The reliability diagram: accuracy over confidence, and the number of images at each."""
+"""The reliability diagram, which plots accuracy against confidence and the number of images per bin."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +12,11 @@ from sasa_train.figures import GRID, STYLES
 
 ACCURACY, GAP = STYLES[1], STYLES[2]
 OUTLINE: dict[str, Any] = {"edgecolor": "black", "lw": 0.6}
-SIDE, COUNTS_SHARE = 5.6, 3.0  # inches; and how many times the diagram is as high as the counts below it
+SIDE, COUNTS_SHARE = 5.6, 3.0  # width in inches; height of the diagram relative to the counts below it
 
 
 def draw_reliability(bins: Sequence[Bin], title: str) -> Figure:
-    """Draw bars of accuracy with the gap to the mean confidence and, below, the number of images in each bin."""
+    """Draw the accuracy of each bin with its gap to the mean confidence and, below it, the number of images."""
     figure = Figure(figsize=(SIDE, SIDE * 1.25), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(COUNTS_SHARE, 1))
     _draw_accuracy(upper, bins)
@@ -38,7 +38,7 @@ def _draw_accuracy(axis: Axes, bins: Sequence[Bin]) -> None:
     color, hatch, *_ = GAP
     label = "gap to the mean confidence"
     axis.bar(places, gaps, 0.7 * width, bottom=accuracies, color=color, hatch=hatch, label=label, **OUTLINE)
-    outline = [Stroke(linewidth=3.5, foreground="white"), Normal()]  # else the line would be lost on dark bars
+    outline = [Stroke(linewidth=3.5, foreground="white"), Normal()]  # keeps the line visible on dark bars
     axis.plot([0, 100], [0, 100], color="black", lw=1.3, label="as confident as accurate", path_effects=outline)
     axis.set_xlim(0, 100)
     axis.set_ylim(0, 102)

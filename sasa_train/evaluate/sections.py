@@ -1,4 +1,4 @@
-"""The printed report of sasa-evaluate, line by line."""
+"""The sections of the report that sasa-evaluate prints, as lists of lines."""
 
 from typing import TYPE_CHECKING, Any
 

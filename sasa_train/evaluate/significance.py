@@ -1,4 +1,4 @@
-"""Two classifiers on the same images: do they differ by more than the chance choice of images explains?"""
+"""Significance tests for the difference between two classifiers evaluated on the same images."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class PairedCounts:
-    """Numbers of images by which of the two classifiers is right."""
+    """The numbers of images that both, only one, or neither of two classifiers predicted correctly."""
 
     both: int
     only_first: int
@@ -24,16 +24,16 @@ class PairedCounts:
 
     @property
     def num_right(self) -> tuple[int, int]:
-        """Images that the first, and the other, has right."""
+        """The numbers of images that the first and the other classifier predicted correctly."""
         return self.both + self.only_first, self.both + self.only_other
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Figures in percent or percentage points, but for `counts` and `p`.
+    """The result of a comparison, in percent or percentage points except for `counts` and `p`.
 
-    `difference` is the first's top1 less the other's, `low` to `high` its 95 % interval; `agreement` is the part of the
-    images with the same prediction, right or wrong.
+    `difference` is the first top1 minus the other, with the 95 % confidence interval from `low` to `high`; `agreement`
+    is the share of images with identical predictions, right or wrong.
     """
 
     counts: PairedCounts
@@ -46,7 +46,7 @@ class Comparison:
 
 
 def compare(first: np.ndarray, other: np.ndarray, labels: np.ndarray) -> Comparison:
-    """Compare two classifiers' predictions for the same images in the same order, int64 [n] each."""
+    """Compare the int64 predictions [n] of two classifiers for the same images in the same order."""
     first_is_right, other_is_right = first == labels, other == labels
     groups = (
         first_is_right & other_is_right, first_is_right & ~other_is_right,
@@ -59,16 +59,16 @@ def compare(first: np.ndarray, other: np.ndarray, labels: np.ndarray) -> Compari
 
 
 def mcnemar(counts: PairedCounts) -> float:
-    """Return McNemar's exact two-sided p: an image that one alone has right is either's with probability 1/2."""
+    """Return the two-sided p of McNemar's exact test, a binomial test of the images that only one got right."""
     fewer, discordant = min(counts.only_first, counts.only_other), counts.only_first + counts.only_other
     return min(1.0, 2 * float(binom.cdf(fewer, discordant, 0.5)))
 
 
 def paired_difference(counts: PairedCounts) -> tuple[float, float, float]:
-    """Return the first's accuracy less the other's, and its 95 % interval, in percentage points.
+    """Return the first accuracy minus the other, and the limits of its 95 % interval, in percentage points.
 
-    Newcombe 1998 (Statistics in Medicine 17, 2635), method 10: Wilson's interval of each accuracy, and their
-    correlation. Unlike the normal approximation it also holds for few images and accuracies near 100 %.
+    Method 10 of Newcombe 1998 (Statistics in Medicine 17, 2635) combines the Wilson intervals of both accuracies with
+    their correlation. Unlike the normal approximation, it is valid for few images and for accuracies near 100 %.
     """
     n, rights = counts.num_images, counts.num_right
     p_1, p_2 = (right / n for right in rights)
@@ -85,7 +85,7 @@ def paired_difference(counts: PairedCounts) -> tuple[float, float, float]:
 
 
 def _correlation(counts: PairedCounts) -> float:
-    """Return phi of the 2 x 2 table; where it is positive, with Newcombe's correction for continuity."""
+    """Return phi of the 2 x 2 table, with Newcombe's continuity correction if it is positive."""
     product = math.prod(right * (counts.num_images - right) for right in counts.num_right)
     if product == 0:
         return 0.0

@@ -1,4 +1,4 @@
-"""One pass of a trained model over val: the figures that its training logged, and its answer for each image."""
+"""A pass of a trained model over val, which gives the metrics in the training log and the output for each image."""
 
 import math
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ from sasa_train.training.evaluation import Evaluation, evaluate, rank_classes
 
 @dataclass
 class Answers:
-    """A model's answers for the n val images that could be read, on the CPU.
+    """A model's outputs for the n readable val images, on the CPU.
 
-    `logits` float32 [n, num_classes], 200 MB for ImageNet: of one view, or log-probabilities averaged over several;
-    `ranked` int64 [n, 5] (or as many as there are classes), the best class first; `labels` int64 [n]; `indices` int64
-    [n] of the images in their set.
+    `logits`, float32 [n, num_classes] (200 MB for ImageNet), are from one view or the log of the mean probabilities;
+    `ranked`, int64 [n, 5] (or fewer if there are fewer classes), has the best class first; `labels`, int64 [n];
+    `indices`, int64 [n], are the images' positions in the data set.
     """
 
     logits: Tensor
@@ -50,7 +50,7 @@ class Answers:
 
 @dataclass
 class Val:
-    """A trained model on its device and its val images, which no pass has read yet."""
+    """A trained model on its device, with its val images, which have not been read yet."""
 
     trained: TrainedModel
     device: torch.device
@@ -63,7 +63,7 @@ class Val:
         return fingerprint(self.images)
 
     def evaluate(self, answering: "Answering | None" = None) -> Evaluation:
-        """Return the training log's figures, to the last digit; `answering` keeps the model's answers on the way."""
+        """Return exactly the metrics of the training log; `answering` records the model's outputs."""
         model, num_classes = answering or self.trained.model, len(self.images.classes)
         try:
             result = evaluate(model, self.loader.eval_batches(), num_classes, self.device, self.precision)
@@ -74,7 +74,7 @@ class Val:
         return result
 
     def evaluate_keeping_answers(self, with_mirrored: bool = False) -> tuple[Evaluation, Answers]:
-        """Return what `evaluate` does, and the answer for each image, or for it and its mirror image together."""
+        """Return the result of `evaluate` and the answers, optionally averaged over each image and its mirror image."""
         answering = Answering(self.trained.model, with_mirrored)
         result = self.evaluate(answering)
         unreadable = self.loader.quarantine.found
@@ -87,7 +87,7 @@ class Val:
 
 
 class Answering(nn.Module):
-    """A model that keeps its logits; with mirrored views it keeps the average of both views instead."""
+    """A wrapper that records a model's logits or, with mirrored views, the average over both views."""
 
     def __init__(self, model: nn.Module, with_mirrored: bool):
         super().__init__()
@@ -106,19 +106,19 @@ class Answering(nn.Module):
 
 
 def mean_over_views(logits: list[Tensor]) -> Tensor:
-    """Return the logarithms of the probabilities averaged over views: logits whose softmax is that average."""
+    """Return the logarithm of the probabilities averaged over views, whose softmax is that average."""
     return torch.stack([view.log_softmax(1) for view in logits]).logsumexp(0) - math.log(len(logits))
 
 
 def open_val(trained: TrainedModel) -> Val:
-    """Find val, plan its batches as in the training, and move the model to the device.
+    """Load val with the same batches as in training, and move the model to the device.
 
     Raises:
-        ConfigError: the data are refused, or have other classes than the checkpoint.
+        ConfigError: the data set is invalid or has other classes than the checkpoint.
     """
     checkpoint, config = trained.checkpoint, trained.config
-    config.trainer.sync_batch_norm = False  # for training alone
-    if config.trainer.micro_batch_size is None:  # the batches of each process that trained it, one after another
+    config.trainer.sync_batch_norm = False  # only used in training
+    if config.trainer.micro_batch_size is None:  # use the per-process batches of the training run
         num_processes = checkpoint["provenance"].get("world_size", 1)
         config.trainer.micro_batch_size = micro_batch_size(config.trainer, num_processes)
         config.trainer.grad_accum_steps = 1

@@ -1,4 +1,4 @@
-"""sasa-export: a trained model as safetensors, Hugging Face Hub folder, ONNX and torch.export program, each checked."""
+"""sasa-export: export a model to safetensors, a Hugging Face Hub folder, ONNX or torch.export, and verify each file."""
 
 import argparse
 import os
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def run_command(arguments: list[str]) -> int:
-    """Run with command-line arguments; return the exit code."""
+    """Run the command with the given arguments; return the exit code."""
     return run(build_parser(), arguments, export, has_overrides=True)
 
 
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     usage = "sasa-export CHECKPOINT [--formats FORMAT ...] [--out DIR] [--images FOLDER] [key=value ...]"
     parser = described(argparse.ArgumentParser, prog="sasa-export", usage=usage, description=__doc__, epilog=EPILOG)
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a run folder or a checkpoint file")
-    parser.add_argument("misspelt", nargs="*", help=argparse.SUPPRESS)  # refused as keys, with the nearest right one
+    parser.add_argument("misspelt", nargs="*", help=argparse.SUPPRESS)  # refused as unknown keys, with a suggestion
     parser.add_argument("--formats", nargs="+", choices=FORMAT_NAMES, metavar="FORMAT", help=", ".join(FORMAT_NAMES))
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; left out: export/ in the run's folder")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="images to check on; left out: the run's val")
@@ -49,11 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def export(options: argparse.Namespace) -> int:
-    """Load, measure PyTorch, then make, check and put in place one format after the other; return the exit code.
+    """Load the model, measure it in PyTorch, and export and verify each format in turn; return the exit code.
 
     Raises:
-        CheckpointError: there is no checkpoint that can be read.
-        ConfigError: overrides are refused, images or packages are missing, or the folder cannot be written.
+        CheckpointError: there is no readable checkpoint.
+        ConfigError: overrides are invalid, images or packages are missing, or the folder is not writable.
     """
     names = available_formats(options.formats)
     from sasa_train.export.checking import load_images, measure
@@ -107,7 +107,7 @@ def row(name: str, size: float, speeds: list[float], rest: str) -> str:
 
 
 def available_formats(asked: list[str] | None) -> list[str]:
-    """Return the formats asked for, or all whose packages are installed."""
+    """Return the requested formats or, if none are given, all formats whose packages are installed."""
     reason = why_not("onnx", "export")
     if reason and "onnx" in (asked or ()):
         raise ConfigError(reason)
@@ -118,6 +118,6 @@ def available_formats(asked: list[str] | None) -> list[str]:
 
 
 def output_folder(checkpoint: Path) -> Path:
-    """Return export/ in the run's folder, or beside a checkpoint that lies elsewhere."""
+    """Return export/ in the run folder, or beside the checkpoint if it is not in a run folder."""
     folder = checkpoint.parent
     return (folder.parent if folder.name == "checkpoints" else folder) / "export"

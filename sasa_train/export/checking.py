@@ -1,4 +1,4 @@
-"""Real images through a model and through its export: how far apart the logits are, and how fast each is."""
+"""Comparison of a model and its export on real images, in their logits and their speed."""
 
 import time
 from collections.abc import Callable
@@ -23,22 +23,22 @@ Run = Callable[[Tensor], Tensor]  # normalised images [B, 3, S, S] -> logits [B,
 
 @dataclass
 class Measured:
-    """The logits of all images, and images per second (the median batch), for each of BATCH_SIZES."""
+    """The logits of all images and the speed of the median batch in images per second, for each of BATCH_SIZES."""
 
     logits: list[Tensor]
     images_per_second: list[float]
 
     def difference(self, expected: "Measured") -> float:
-        """Return the largest difference, relative to the largest expected logit; NaN where a logit is NaN."""
+        """Return the largest difference relative to the largest expected logit, or NaN if a logit is NaN."""
         pairs = zip(self.logits, expected.logits, strict=True)
         return float(np.max([float((got - want).abs().max() / want.abs().max()) for got, want in pairs]))
 
 
 def load_images(trained: TrainedModel, folder: Path | None) -> tuple[Tensor, str]:
-    """Load up to NUM_IMAGES normalised images [n, 3, S, S], spread over val or `folder`, and describe them in words.
+    """Return up to NUM_IMAGES normalised images [n, 3, S, S], evenly spaced in val or `folder`, and their description.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: there are no readable images.
     """
     images, name = _val(trained) if folder is None else _folder(folder)
     indices = np.linspace(0, len(images) - 1, min(NUM_IMAGES, len(images)), dtype=int)
@@ -68,7 +68,7 @@ def _folder(folder: Path) -> tuple[ImageSet, str]:
 
 @torch.inference_mode()
 def measure(run: Run, images: Tensor) -> Measured:
-    """Run all images in batches of each of BATCH_SIZES; the first batch runs twice, to warm up."""
+    """Run all images once for each of BATCH_SIZES, after a warm-up with the first batch."""
     measured = Measured([], [])
     for batch_size in BATCH_SIZES:
         batches = images.split(batch_size)

@@ -1,4 +1,4 @@
-"""The description that goes with exported weights: classes, preprocessing, origin."""
+"""Metadata for exported weights, with classes, preprocessing and origin."""
 
 import json
 import math
@@ -44,7 +44,7 @@ Trained by:
 
 
 def describe(trained: TrainedModel) -> dict[str, str]:
-    """Return texts for a file's metadata; lists are JSON. `resize` is the shorter side before the central crop."""
+    """Return strings for a file's metadata (lists as JSON); `resize` is the shorter side before the centre crop."""
     mean, std = mean_std(trained.config.data)
     return {
         "sasa_train": sasa_train.__version__,
@@ -62,10 +62,10 @@ def describe(trained: TrainedModel) -> dict[str, str]:
 
 
 def timm_data_config(trained: TrainedModel) -> dict[str, Any]:
-    """Return the preprocessing in timm's terms, so that its `create_transform` gives val's pixels."""
+    """Return timm's data config, with which timm's `create_transform` gives the same pixels as validation."""
     mean, std = mean_std(trained.config.data)
     size, shorter = trained.image_size, shorter_side(trained.image_size)
-    exact = math.floor(size / (size / shorter)) == shorter  # timm's way back, which rounding may cost a pixel
+    exact = math.floor(size / (size / shorter)) == shorter  # timm inverts crop_pct, and rounding may lose a pixel
     return {
         "input_size": (3, size, size),
         "mean": tuple(mean),
@@ -77,7 +77,7 @@ def timm_data_config(trained: TrainedModel) -> dict[str, Any]:
 
 
 def model_card(trained: TrainedModel) -> str:
-    """Write the model card, about the training as it was, without the export's overrides."""
+    """Return the model card, which describes the training run without the overrides of the export."""
     saved = load_config(trained.checkpoint["config"])
     return CARD.format(
         name=trained.config.model.name,
@@ -91,7 +91,7 @@ def model_card(trained: TrainedModel) -> str:
 
 
 def _measured(trained: TrainedModel, saved: TrainConfig) -> str:
-    """Put into words the val row that the run logged at the checkpoint's step."""
+    """Describe the val metrics that the run logged at the checkpoint's step."""
     rows = [json.loads(line) for line in trained.checkpoint["metrics"].splitlines()]
     at_step = [row for row in rows if row["split"] == "val" and row["step"] == trained.checkpoint["step"]]
     row = at_step[-1] if at_step else {}
@@ -109,7 +109,7 @@ def _measured(trained: TrainedModel, saved: TrainConfig) -> str:
 
 
 def _keys_of_logits(config: TrainConfig) -> dict[str, Any]:
-    """Return the keys on which logits depend, beside weights and files, and their values."""
+    """Return the keys that affect the logits, apart from weights and files, with their values."""
     mean, std = mean_std(config.data)
     data = {"data.image_size": resolved_image_size(config.data), "data.mean": list(mean), "data.std": list(std)}
     model = {f"model.{key}": value for key, value in vars(config.model).items()}

@@ -1,4 +1,4 @@
-"""The formats: writing each, and reading it again for the check. Inputs are images, outputs are logits."""
+"""Export formats, with functions that write them and load them again for verification."""
 
 import contextlib
 import copy
@@ -22,14 +22,14 @@ from sasa_train.models import AttentionStem, LocalSelfAttention2d, build_model
 from sasa_train.runs.weights import read_safetensors
 from sasa_train.trained import TrainedModel
 
-ROUNDING = 1e-5  # relative to the largest logit: float32 sums in another order, through all layers
-OPSET = 18  # the version whose operators torch.onnx writes without converting
-# timm's descriptions of its own weights for an architecture.
+ROUNDING = 1e-5  # relative to the largest logit, because float32 sums in a different order in every layer
+OPSET = 18  # the version that torch.onnx writes without conversion
+# Fields with which timm describes its own weights for an architecture.
 OF_OTHER_WEIGHTS = ("tag", "license", "description", "origin_url", "notes")
 
 
 class Source:
-    """A trained model, and the program from which two of the formats are made."""
+    """A trained model and its exported program, which is the input of two formats."""
 
     def __init__(self, trained: TrainedModel):
         self.trained = trained
@@ -41,7 +41,7 @@ class Source:
 
 
 def plain_program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
-    """Export `model` in PyTorch's own operators, for any number of such images, without paths of source files."""
+    """Export `model` in PyTorch's own operators, with a dynamic batch size and without source file paths."""
     model = copy.deepcopy(model)
     for module in model.modules():
         if isinstance(module, AttentionStem | LocalSelfAttention2d):
@@ -55,7 +55,7 @@ def plain_program(model: nn.Module, images: Tensor) -> torch.export.ExportedProg
 
 
 def onnx_program(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:
-    """Turn a program into ONNX: `images` [batch, 3, S, S] -> `logits`."""
+    """Convert a program to ONNX, with input `images` [batch, 3, S, S] and output `logits`."""
     with quiet():
         made = torch.onnx.export(
             program,
@@ -71,7 +71,7 @@ def onnx_program(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgra
 
 
 class Format(NamedTuple):
-    """A format: `target` is the file's or folder's name, `tolerance` the allowed distance from PyTorch's logits."""
+    """A format; `target` is its file or folder name, `tolerance` the allowed relative difference in logits."""
 
     target: str
     write: Callable[[Source, Path], None]
@@ -86,7 +86,7 @@ def write_safetensors(source: Source, path: Path) -> None:
 
 
 def load_safetensors(path: Path) -> nn.Module:
-    """Build the model again, from nothing but the file."""
+    """Rebuild the model from the file only."""
     described, state_dict = read_safetensors(path)
     config = load_config(described["config"], [], source=str(path))
     model = build_model(config.model, len(json.loads(described["classes"])), int(described["image_size"]))
@@ -95,18 +95,18 @@ def load_safetensors(path: Path) -> nn.Module:
 
 
 def write_hub(source: Source, path: Path) -> None:
-    """Write a folder as timm does: config.json, model.safetensors, README.md."""
+    """Write a folder with config.json, model.safetensors and README.md, as timm does."""
     from timm.models import save_for_hf
 
     trained = source.trained
     labels, preprocessing = {"label_names": trained.classes}, timm_data_config(trained)
     save_for_hf(trained.model, str(path), model_config=labels, data_config=preprocessing, safe_serialization=True)
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    config["model_args"].pop("num_classes", None)  # it stands above them too, and transformers would pass it twice
+    config["model_args"].pop("num_classes", None)  # also stored at the top level, and transformers would pass it twice
     for key in OF_OTHER_WEIGHTS:
         config["pretrained_cfg"].pop(key, None)
     (path / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    (path / "model.safetensors").unlink()  # timm's has no metadata, and often only its owner may read it (mode 0600)
+    (path / "model.safetensors").unlink()  # timm's file has no metadata and often has mode 0600
     write_safetensors(source, path / "model.safetensors")
     (path / "README.md").write_text(model_card(trained), encoding="utf-8")
 
@@ -119,7 +119,7 @@ def load_hub(path: Path) -> nn.Module:
 
 def write_torch_export(source: Source, path: Path) -> None:
     described = json.dumps(describe(source.trained))
-    content = io.BytesIO()  # torch's own writer ends the process where a disk fills up
+    content = io.BytesIO()  # torch's own writer aborts the process if the disk is full
     torch.export.save(source.program, content, extra_files={"sasa_train.json": described})
     path.write_bytes(content.getbuffer())
 
@@ -138,14 +138,14 @@ def load_onnx(path: Path) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()  # as many as PyTorch, for a fair comparison
+    options.intra_op_num_threads = torch.get_num_threads()  # the same number as PyTorch, for a fair comparison
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence torch's exporters, which report on their own internals."""
+    """Suppress warnings and output of torch's exporters about their internals."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         previous = logging.root.manager.disable

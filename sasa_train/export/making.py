@@ -1,4 +1,4 @@
-"""Making one format: aside, read again, checked, and only then put in its place."""
+"""Export of one format, which is written to a temporary folder and only moved into place after verification."""
 
 import os
 import shutil
@@ -11,15 +11,15 @@ from sasa_train.export.checking import Measured, measure
 from sasa_train.export.formats import Format, Source
 from sasa_train.files import sync_folder
 
-ASIDE, OLD = ".making-", ".old"  # the beginning, and the end, of a folder's name
+ASIDE, OLD = ".making-", ".old"  # prefix and suffix of folder names
 
 
 class ExportError(Exception):
-    """A format cannot be made or written, or its logits are not PyTorch's; nothing of it is left."""
+    """Raised if a format cannot be written or its logits differ from PyTorch's; no partial files are left."""
 
 
 def sweep(folder: Path) -> None:
-    """Delete what a killed export left; first put back an old target folder that it had moved aside."""
+    """Delete the files of a killed export, after restoring old target folders that it had moved aside."""
     for aside in folder.glob(f"{ASIDE}*"):
         for old in aside.glob(f"*{OLD}"):
             if not (folder / old.stem).exists():
@@ -28,13 +28,13 @@ def sweep(folder: Path) -> None:
 
 
 def make(how: Format, source: Source, folder: Path, images: Tensor, expected: Measured) -> Measured:
-    """Make `folder`/`how.target` or raise ExportError; the old one stays until the new one has passed the check."""
+    """Write `folder`/`how.target` or raise ExportError; the old target is kept until the new one is verified."""
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=ASIDE) as aside:
             path = Path(aside) / how.target
             found = _make_aside(how, source, path, images)
             difference = found.difference(expected)
-            if not difference <= how.tolerance:  # also where it is NaN
+            if not difference <= how.tolerance:  # also true if it is NaN
                 by = f"{difference:.1e} of the largest, where {how.tolerance:.0e} is allowed"
                 raise ExportError(f"its logits differ from PyTorch's by {by}; it is not written")
             _put(path, folder / how.target)
@@ -47,19 +47,19 @@ def make(how: Format, source: Source, folder: Path, images: Tensor, expected: Me
 def _make_aside(how: Format, source: Source, path: Path, images: Tensor) -> Measured:
     try:
         how.write(source, path)
-        if len(list(path.parent.iterdir())) > 1:  # ONNX of more than 2 GB; only one file is put in place
+        if len(list(path.parent.iterdir())) > 1:  # ONNX models above 2 GB; only one file is moved into place
             raise RuntimeError("it does not fit into one file")
         return measure(how.load(path), images)
     except OSError:
         raise
-    except Exception as error:  # torch's exporters, onnxruntime and timm have no common class
+    except Exception as error:  # errors of torch's exporters, onnxruntime and timm have no common class
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         name = source.trained.config.model.name
         raise ExportError(f"cannot be made of {name} ({reason}); leave it out with --formats") from error
 
 
 def _put(path: Path, target: Path) -> None:
-    """Sync and rename; an old target folder moves beside `path`, to be deleted with the temporary folder."""
+    """Sync and rename `path`; an old target folder is moved beside it and deleted with the temporary folder."""
     for file in _files(path):
         with file.open("rb") as written:
             os.fsync(written.fileno())

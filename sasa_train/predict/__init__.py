@@ -1,4 +1,4 @@
-"""sasa-predict: a trained model's best classes for each image file, with their probabilities."""
+"""sasa-predict: predict the most probable classes of image files with a trained model."""
 
 import argparse
 import contextlib
@@ -45,17 +45,17 @@ Exit codes: 0 every image was predicted; 1 one could not be, or failed; 2 refuse
 
 def main() -> None:
     if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `sasa-predict ... | head` ends in peace
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `sasa-predict ... | head` ends without an error
     end_command(run_command)
 
 
 def run_command(arguments: list[str]) -> int:
-    """Run with command-line arguments; return the exit code."""
+    """Run the command with the given arguments; return the exit code."""
     return run(build_parser(), arguments, predict_or_advise)
 
 
 def predict_or_advise(options: argparse.Namespace) -> int:
-    """Run `predict_command`; where memory does not suffice, advise a smaller batch."""
+    """Run `predict_command`; if it runs out of memory, suggest a smaller batch size."""
     from sasa_train.machine import is_out_of_memory
 
     try:
@@ -79,11 +79,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def predict_command(options: argparse.Namespace) -> int:
-    """Load the model, find, predict, print.
+    """Load the model, find the images, and print or write the predictions.
 
     Raises:
-        CheckpointError: no checkpoint that can be read.
-        ConfigError: words, overrides or an output that are refused, or no image at all.
+        CheckpointError: there is no readable checkpoint.
+        ConfigError: a path, an override or the output is invalid, or there are no images.
         OSError: the rows cannot be written.
     """
     from sasa_train.config.overrides import split_overrides
@@ -94,7 +94,7 @@ def predict_command(options: argparse.Namespace) -> int:
     if not words:
         raise ConfigError("no PATH is given; give files, folders, patterns, or - for a list on stdin")
     out = options.output
-    if out is not None and out.exists() and not out.is_file():  # a device must not be replaced
+    if out is not None and out.exists() and not out.is_file():  # writing must not replace a device
         raise ConfigError(f"--output {printable(out)}: is not a file; give a file, or leave it out")
     predictor, tally = Predictor(load_trained(options.checkpoint, overrides), options.top_k), Tally()
     if out is None:
@@ -107,7 +107,7 @@ def predict_command(options: argparse.Namespace) -> int:
 
 @dataclass
 class Tally:
-    """Counts of the files that were found, predicted (`good`) and not predicted (`bad`)."""
+    """Counts of files that were found, predicted (`good`) and not predicted (`bad`)."""
 
     found: int = 0
     good: int = 0
@@ -125,7 +125,7 @@ def write_rows(
     options: argparse.Namespace,
     tally: Tally,
 ) -> None:
-    """Find, predict and write, batch by batch; ConfigError where there is no image, or stdin holds no list."""
+    """Find, predict and write batch by batch; raise ConfigError if there are no images or stdin holds no list."""
     find = partial(find_images, words, NUL if options.null else SEPARATOR)
     with progress_bar(find, words) as bar:
         rows = predictor.rows(counted(find(), tally), options.batch_size)
@@ -136,8 +136,8 @@ def write_rows(
 
 
 def show(text: bytes) -> None:
-    """Write to stdout at once, above the progress bar where that is on the same terminal."""
-    # Flushed, so that what was predicted is there however this ends.
+    """Write to stdout immediately, above the progress bar if it is on the same terminal."""
+    # Flushed, so that finished predictions are not lost if the command is stopped.
     with tqdm.external_write_mode(sys.stdout) if sys.stdout.isatty() else contextlib.nullcontext():
         sys.stdout.buffer.write(text)
         sys.stdout.buffer.flush()
@@ -150,7 +150,7 @@ def counted(found: Iterator[Found], tally: Tally) -> Iterator[Found]:
 
 
 def reported(batches: Iterator[list[Row]], tally: Tally, bar: tqdm) -> Iterator[list[Row]]:
-    """Name the files that could not be predicted, and count all."""
+    """Warn about files that could not be predicted, and count all files."""
     for rows in batches:
         bad = [row for row in rows if row.error]
         for row in bad:
@@ -162,8 +162,8 @@ def reported(batches: Iterator[list[Row]], tally: Tally, bar: tqdm) -> Iterator[
 
 
 def progress_bar(find: Callable[[], Iterator[Found]], words: list[str]) -> tqdm:
-    """Make the progress bar, shown where stderr is a terminal."""
-    # Files are counted in a thread, so that a large folder's first rows come at once.
+    """Create the progress bar, which is shown if stderr is a terminal."""
+    # Files are counted in a thread, so that the first rows of a large folder appear immediately.
     bar = tqdm(desc="predicting", unit="img", disable=None, leave=False)
 
     def count() -> None:
@@ -175,7 +175,7 @@ def progress_bar(find: Callable[[], Iterator[Found]], words: list[str]) -> tqdm:
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Let `write` fill a file that appears when it is complete; ConfigError where none can be made there."""
+    """Write a file atomically with `write`; raise ConfigError if it cannot be created."""
     try:
         write_atomic(path, write)
     except (FileNotFoundError, NotADirectoryError, PermissionError) as error:

@@ -1,6 +1,6 @@
-"""Image files from the words of a command line: files, folders, patterns, and a list on stdin, one after another.
+"""Image files given by command-line arguments, which are files, folders, patterns, or `-` for a list on stdin.
 
-Memory holds the names of one folder, or those that match one pattern, however many files there are.
+Only the names in one folder, or the matches of one pattern, are in memory at a time.
 """
 
 import errno
@@ -16,26 +16,26 @@ from typing import NamedTuple
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import printable
 
-LISTED = "-"  # the word for a list on stdin
+LISTED = "-"  # the argument for a list on stdin
 SEPARATOR, NUL = b"\n", b"\0"
-MAX_NAME = 2**16  # bytes of a listed name; no system allows a tenth of it
+MAX_NAME = 2**16  # bytes of a listed name, ten times what any system allows
 
 
 class Found(NamedTuple):
-    """A file to be read as an image; or a word that leads to none, and the reason in `fault`."""
+    """A file to read as an image, or an argument that yields no file, with the reason in `fault`."""
 
     path: str
     fault: str = ""
 
 
 def find_images(words: Sequence[str], separator: bytes = SEPARATOR) -> Iterator[Found]:
-    """Find the files, however they are called, and the folders' files that are named as images.
+    """Find all files in `words`, regardless of their names, and all files in folders that have an image extension.
 
-    words: files; folders, searched with all their folders, in the order of their names; quoted patterns (*, ?, [], **),
-        sorted; `-`: files and folders from stdin, each followed by `separator`.
+    words: files; folders, searched recursively in name order; quoted patterns (*, ?, [], **), expanded in sorted order;
+        `-` for files and folders read from stdin, each followed by `separator`.
 
     Raises:
-        ConfigError: stdin does not hold a list of names.
+        ConfigError: stdin does not contain a list of names.
     """
     for word in words:
         if word == LISTED:
@@ -49,7 +49,7 @@ def find_images(words: Sequence[str], separator: bytes = SEPARATOR) -> Iterator[
 
 @cache
 def image_extensions() -> tuple[str, ...]:
-    """Return the endings of the formats that the data sets read, in lower case: .jpg, .png, ..."""
+    """Return the lower-case extensions of all formats that data sets may use: .jpg, .png, ..."""
     from PIL import Image
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -69,7 +69,7 @@ def _at(path: str) -> Iterator[Found]:
 
 
 def _matching(pattern: str) -> Iterator[Found]:
-    """Yield what matches, as if each had been given; with ** files alone, as their folders match too."""
+    """Yield the matches as if each had been given; with **, only files, because their folders also match."""
     matches = sorted(glob.iglob(os.path.expanduser(pattern), recursive=True))
     if "**" in pattern:
         comes_round = cache(_comes_round)
@@ -81,7 +81,7 @@ def _matching(pattern: str) -> Iterator[Found]:
 
 
 def _comes_round(folder: str) -> bool:
-    """Whether a link on the way to `folder` leads back to an earlier folder; ** follows such links forty times."""
+    """Whether a link in the path `folder` leads back to one of its parents, which ** would follow forty times."""
     way = [folder, *map(str, Path(folder).parents)]
     return any(
         os.path.islink(step) and any(os.path.samefile(step, earlier) for earlier in way[number + 1 :])
@@ -96,8 +96,8 @@ def _within(top: str) -> Iterator[Found]:
 
 
 def _walk(top: str) -> Iterator[Found]:
-    """Yield a folder's images, then those of its folders; links to folders are followed unless they lead back."""
-    folders: list[tuple[str, frozenset]] = [(top, frozenset())]  # with the identities of the folders above
+    """Yield the images in a folder and then in its subfolders; links are followed unless they lead to a parent."""
+    folders: list[tuple[str, frozenset]] = [(top, frozenset())]  # with the identities of the parent folders
     while folders:
         folder, above = folders.pop()
         try:
@@ -114,11 +114,11 @@ def _walk(top: str) -> Iterator[Found]:
 
 
 def _listing(folder: str) -> tuple[list[str], list[str]]:
-    """Return the names of a folder's images and of its folders, both sorted."""
+    """Return the sorted names of a folder's images and of its subfolders."""
     names, inner = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
-            # Links are looked at separately, because entry.is_dir() raises where one leads in a circle.
+            # Links are handled separately, because entry.is_dir() raises an error for circular links.
             if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
                 inner.append(entry.name)
             elif entry.name.lower().endswith(image_extensions()):
@@ -127,7 +127,7 @@ def _listing(folder: str) -> tuple[list[str], list[str]]:
 
 
 def _listed(separator: bytes) -> Iterator[str]:
-    """Yield the names on stdin as they come, but not empty ones."""
+    """Yield the names on stdin as they arrive, without empty ones."""
     rest, is_open = b"", True
     while is_open:
         chunk = os.read(sys.stdin.fileno(), MAX_NAME)

@@ -1,4 +1,4 @@
-"""A trained model on its device, from files to their best classes: images as val sees them, batch by batch."""
+"""Batch prediction of image files with a trained model, using the preprocessing of validation."""
 
 import itertools
 import math
@@ -16,14 +16,14 @@ from sasa_train.trained import TrainedModel
 
 
 class Predictor:
-    """Predicts `top_k` classes per image, at most all of the model's.
+    """Predicts the `top_k` classes of each image, or all classes if the model has fewer.
 
     Raises:
-        ConfigError: the config's device or precision does not exist here.
+        ConfigError: the config's device or precision is not available.
     """
 
     def __init__(self, trained: TrainedModel, top_k: int):
-        trained.config.trainer.sync_batch_norm = False  # for training alone
+        trained.config.trainer.sync_batch_norm = False  # only used in training
         self.device, config = resolve(trained.config)
         self.precision, self.num_threads = config.trainer.precision, resolved_num_workers(config)
         self.normalize = trained.normalize(self.device)
@@ -32,7 +32,7 @@ class Predictor:
         self.image_size = trained.image_size
 
     def rows(self, found: Iterable[Found], batch_size: int) -> Iterator[list[Row]]:
-        """Yield a row for each of `found`, in their order, `batch_size` at a time, while the next ones are read."""
+        """Yield a row for each of `found` in order, `batch_size` at a time, while the next batch is being read."""
         iterator = iter(found)
         named, to_read = itertools.tee(iter(lambda: list(itertools.islice(iterator, batch_size)), []))
         files = (image_files([one.path for one in batch if not one.fault]) for batch in to_read)
@@ -40,7 +40,7 @@ class Predictor:
             yield self._predict(batch, read)
 
     def _predict(self, batch: list[Found], read: Read) -> list[Row]:
-        """Return the batch's rows; `read` has its files, or the reason why one could not be read."""
+        """Return the rows of a batch; `read` contains its images and the reasons for unreadable files."""
         best = dict(zip(read.rows.tolist(), self.best(read.pixels) if len(read.rows) else (), strict=True))
         reasons, places = dict(read.unreadable), itertools.count()
         rows = []
@@ -56,11 +56,11 @@ class Predictor:
 
     @torch.inference_mode()
     def best(self, pixels: Tensor) -> list[list[tuple[str, float]]]:
-        """Return each image's best classes with softmax probabilities, for uint8 [B, 3, S, S] as `fit` makes them."""
+        """Return the best classes of uint8 images [B, 3, S, S], preprocessed by `fit`, with softmax probabilities."""
         with autocast(self.device, self.precision):
             logits = self.model(self.normalize(pixels.to(self.device)))
         logits = logits.float()
-        labels = logits.topk(self.top_k, dim=1).indices  # ranked as evaluation does: probabilities may tie at 1
+        labels = logits.topk(self.top_k, dim=1).indices  # logits, because probabilities may tie at 1
         shares = logits.softmax(1).gather(1, labels)
         return [
             [(self.classes[label], share) for label, share in zip(*pair, strict=True)]

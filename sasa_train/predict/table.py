@@ -1,6 +1,6 @@
-"""Predictions as text: a table for people, CSV and JSON lines for programs.
+"""Output formats for predictions: a table for people, and CSV and JSON lines for programs.
 
-Each of `FORMATS` turns batches of rows into pieces of text, one per batch, so that a million rows stream.
+Each of `FORMATS` converts batches of rows to text, one piece per batch, so that millions of rows can be streamed.
 """
 
 import csv
@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from sasa_train.files import csv_text
 from sasa_train.terminal import printable
 
-DIGITS = 6  # of a probability that a program reads; the last ones of float32 depend on the batch
+DIGITS = 6  # significant digits of probabilities in CSV and JSON; further float32 digits depend on the batch
 
 
 @dataclass
 class Row:
-    """One image's best classes with their probabilities, or the reason why it could not be predicted."""
+    """The best classes of an image with their probabilities, or the reason why it could not be predicted."""
 
     path: str
     best: list[tuple[str, float]] = field(default_factory=list)
@@ -27,7 +27,7 @@ Batches = Iterator[list[Row]]
 
 
 def as_table(batches: Batches, top_k: int) -> Iterator[str]:
-    """Yield columns as wide as needed so far, probabilities in percent; an unreadable image has no line."""
+    """Yield a table whose columns widen as needed, with probabilities in percent and no line for unreadable images."""
     head = ["file", *(text for rank in range(1, top_k + 1) for text in (f"top{rank}", "%"))]
     widths = [len(text) for text in head]
     lines = [head]
@@ -41,7 +41,7 @@ def as_table(batches: Batches, top_k: int) -> Iterator[str]:
 
 
 def _aligned(cells: list[str], widths: list[int]) -> str:
-    """Align names to the left, numbers to the right."""
+    """Align names to the left and numbers to the right."""
     padded = [
         cell.rjust(width) if column and column % 2 == 0 else cell.ljust(width)
         for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
@@ -50,7 +50,7 @@ def _aligned(cells: list[str], widths: list[int]) -> str:
 
 
 def as_csv(batches: Batches, top_k: int) -> Iterator[str]:
-    """Yield one record per image, after a head; texts are quoted, as a file's name may hold any line break."""
+    """Yield a header and one record per image; strings are quoted because file names may contain line breaks."""
     ranks = range(1, top_k + 1)
     records: list[list] = [["path", *(text for n in ranks for text in (f"class{n}", f"probability{n}")), "error"]]
     for rows in batches:
@@ -62,7 +62,7 @@ def as_csv(batches: Batches, top_k: int) -> Iterator[str]:
 
 
 def as_jsonl(batches: Batches, _top_k: int) -> Iterator[str]:
-    """Yield one object per line, in ASCII; bytes of a name that is not UTF-8 become surrogates (\\udc80 to \\udcff)."""
+    """Yield one ASCII JSON object per line; bytes that are not UTF-8 become surrogates (\\udc80 to \\udcff)."""
     for rows in batches:
         yield "".join(json.dumps(_as_object(row)) + "\n" for row in rows)
 

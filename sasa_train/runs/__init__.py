@@ -1,1 +1,1 @@
-"""Run folders and sweep folders: each of their files is read and written by one module here."""
+"""Run folders and sweep folders; each kind of file in them is read and written by one module of this package."""

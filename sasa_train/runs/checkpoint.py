@@ -1,12 +1,13 @@
-"""Checkpoints: written whole or not at all, checked when they are read; the newest good one is found.
+"""Checkpoints, which are written atomically and verified on reading; damaged ones are skipped when a run resumes.
 
-`last.pt` is the newest. When the next one is written, it becomes `step-<step>.pt`, of which the newest few are kept.
-`best.pt` is a link to the file that was last when it was best. Beside each file lies its manifest, `last.pt.json` and
-so on: size, SHA-256 and step. This module knows the names of a checkpoint's parts, no more.
+`last.pt` is the newest. When the next checkpoint is written, it becomes `step-<step>.pt`, of which the newest few are
+kept. `best.pt` is a hard link to the checkpoint with the best evaluation. Each file has a manifest beside it, such as
+`last.pt.json`, with size, SHA-256 and step. This module knows a checkpoint's entries only by name and type.
 """
 
-# Each file is written aside, synced to disk and renamed, so that a kill at any instruction leaves a whole file. The
-# manifest comes last: a file without one (a kill came first, or it was copied alone) is judged by its own checksums.
+# Each file is written under a temporary name, synced to disk and renamed, so that a kill at any instruction leaves a
+# complete file. The manifest is written last; a file without one (because of a kill, or because it was copied without
+# it) is verified with its own checksums.
 
 import contextlib
 import errno
@@ -28,7 +29,7 @@ from sasa_train.files import sync_folder, write_aside, write_atomic
 from sasa_train.refusal import CheckpointError
 
 FORMAT_VERSION = 2
-# The parts of every checkpoint, and their types, so that no other program's file is mistaken for one.
+# The entries of every checkpoint and their types, so that another program's file is not mistaken for a checkpoint.
 REQUIRED = {
     "format_version": int, "model": dict, "ema": dict | None, "optimizer": dict, "step": int, "epoch": int,
     "config": str, "rng": dict, "best": dict | None, "classes": list, "finished": bool, "metrics": str,
@@ -37,21 +38,21 @@ REQUIRED = {
 
 
 class DamagedCheckpointError(CheckpointError):
-    """The file is not what was written."""
+    """Raised if a file is not what was written."""
 
 
 class Checkpoints:
-    """The checkpoints of one run in `folder`; `keep` step-numbered ones stay beside last and best."""
+    """The checkpoints of one run in `folder`; `keep` step-numbered ones are kept in addition to last and best."""
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep
-        self._last_step: int | None = None  # of last.pt, where it is known to be good
+        self._last_step: int | None = None  # of last.pt, if it is known to be intact
 
     def save(self, content: dict[str, Any], is_best: bool) -> None:
-        """Write last.pt, and best.pt where `is_best`.
+        """Write last.pt, and also best.pt if `is_best` is true.
 
         Raises:
-            CheckpointError: the files cannot be written (a full disk, say); the old last.pt is still there.
+            CheckpointError: the files cannot be written (for example, on a full disk); the old last.pt is kept.
         """
         size = _num_bytes(content)
         try:
@@ -72,14 +73,14 @@ class Checkpoints:
         described = {"step": content["step"], "size": temporary.stat().st_size, "sha256": hashed.digest.hexdigest()}
         manifest = json.dumps(described | {"format_version": FORMAT_VERSION}).encode()
         try:
-            # best.pt is a link, which costs neither time nor room. It comes before last.pt, whose content says that
-            # there is a best.
+            # best.pt is a link, which takes neither time nor disk space. It is written before last.pt, whose content
+            # states that a best checkpoint exists.
             if is_best:
                 _put(_linked(temporary, self.folder / "best.pt"), self.folder / "best.pt", manifest)
             if self.keep and self._last_step not in (None, content["step"]):
                 numbered = self.folder / f"step-{self._last_step:08d}.pt"
                 _put(_linked(last, numbered), numbered, bytes_of(manifest_of(last)))
-            self._last_step = None  # until it is there
+            self._last_step = None  # unknown until the file is in place
             _put(temporary, last, manifest)
             self._last_step = content["step"]
         finally:
@@ -89,17 +90,17 @@ class Checkpoints:
             old.unlink()
 
     def newest(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
-        """Return the newest checkpoint that can be read, or None where there never was one.
+        """Return the newest checkpoint that can be read, or None if there has never been one.
 
-        Damaged ones go to `warn` and get the ending .damaged, so that they are neither tried nor counted again.
+        Damaged ones are reported to `warn` and renamed with the suffix .damaged, so that they are not tried again.
 
         Raises:
-            CheckpointError: there are or were checkpoints and none is good, or one cannot be read now.
+            CheckpointError: there are or were checkpoints but none is intact, or one is temporarily unreadable.
         """
-        # A run never begins anew in silence. And a disk that fails may come back, so that is not taken for damage.
+        # A run must never silently start over. A disk error may be temporary and is not treated as damage.
         for stale in self.folder.glob("*.tmp"):
             stale.unlink()
-        left = sorted(path.name for path in self.folder.glob("*.pt*"))  # manifests and damaged ones too
+        left = sorted(path.name for path in self.folder.glob("*.pt*"))  # including manifests and damaged checkpoints
         for path in self._candidates():
             try:
                 content = load_checkpoint(path)
@@ -121,17 +122,17 @@ class Checkpoints:
         return None
 
     def _candidates(self) -> list[Path]:
-        """List the files, newest first, as far as manifests and names tell the step."""
+        """List the checkpoint files, newest first, by the steps in their manifests or names."""
         steps = {self.folder / "best.pt": -1} | {path: int(path.stem[5:]) for path in reversed(self.numbered())}
         steps[self.folder / "last.pt"] = sys.maxsize
         for path in steps:
             with contextlib.suppress(ValueError):
                 steps[path] = _parse_manifest(bytes_of(manifest_of(path)) or b"")["step"]
-        newest_last = sorted(steps, key=lambda path: steps[path])  # last.pt comes last among equal steps
+        newest_last = sorted(steps, key=lambda path: steps[path])  # at equal steps, last.pt sorts last
         return [path for path in reversed(newest_last) if path.exists()]
 
     def numbered(self) -> list[Path]:
-        """List step-<step>.pt, newest first."""
+        """List the step-<step>.pt files, newest first."""
         found = ((re.fullmatch(r"step-(\d+)\.pt", path.name), path) for path in self.folder.glob("step-*.pt"))
         return [path for _, path in sorted(((int(m[1]), path) for m, path in found if m), reverse=True)]
 
@@ -141,12 +142,12 @@ def manifest_of(path: Path) -> Path:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU; no code in it can run (`weights_only=True`).
+    """Load a checkpoint onto the CPU without executing any code in it (`weights_only=True`).
 
     Raises:
-        DamagedCheckpointError: the file is truncated, altered (not what its manifest or its own checksums say) or not
-            a checkpoint.
-        CheckpointError: it is missing or cannot be read now, or its format is unknown to this version.
+        DamagedCheckpointError: the file is truncated, altered (it does not match its manifest or its own checksums) or
+            not a checkpoint.
+        CheckpointError: the file is missing or cannot be read, or this version does not know its format.
     """
     content = _read(path)
     content = content if isinstance(content, dict) else {}
@@ -168,9 +169,9 @@ def _is(value: Any, kind: Any) -> bool:
 
 
 def _read(path: Path) -> Any:
-    """Return the file's content, checked."""
-    # A run may put its next checkpoint there between the manifest and the file: then the manifest has changed too, and
-    # both are read once more.
+    """Verify the file and return its content."""
+    # A run may replace the checkpoint after the manifest was read and before the file is opened. In that case the
+    # manifest has changed too, and both are read again.
     while True:
         manifest = bytes_of(manifest_of(path))
         try:
@@ -179,9 +180,9 @@ def _read(path: Path) -> Any:
                 return torch.load(file, map_location="cpu", weights_only=True)
         except MemoryError:
             raise
-        except Exception as error:  # zipfile's, torch's and pickle's errors have no common class
+        except Exception as error:  # errors of zipfile, torch and pickle have no common class
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            # EINVAL means damage: zipfile seeks before the start of a file that is too short.
+            # EINVAL means damage, because zipfile seeks before the start of a file that is too short.
             if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
                 raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
             if manifest == bytes_of(manifest_of(path)):
@@ -189,7 +190,7 @@ def _read(path: Path) -> Any:
 
 
 def check_content(file: BufferedReader, manifest: bytes | None) -> None:
-    """Raise ValueError where the file is not what its manifest says or, without one, its own checksums."""
+    """Raise ValueError if the file does not match its manifest or, without a manifest, its own checksums."""
     if manifest is not None:
         described = _parse_manifest(manifest)
         found = os.fstat(file.fileno()).st_size
@@ -201,7 +202,7 @@ def check_content(file: BufferedReader, manifest: bytes | None) -> None:
     with zipfile.ZipFile(file) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise ValueError("compressed, which no checkpoint is: it could grow without limit")
-        # torch.load does not look at the checksums.
+        # torch.load does not verify the checksums.
         damaged = archive.testzip() if manifest is None else None
     if damaged is not None:
         raise ValueError(f"damaged: the checksum of {damaged} does not match")
@@ -209,7 +210,7 @@ def check_content(file: BufferedReader, manifest: bytes | None) -> None:
 
 
 def _parse_manifest(manifest: bytes) -> dict[str, Any]:
-    """Return its step, size and sha256; raise ValueError where it has none."""
+    """Return the step, size and sha256 in a manifest; raise ValueError if any of them is missing."""
     try:
         parsed = json.loads(manifest)
         return {"step": int(parsed["step"]), "size": int(parsed["size"]), "sha256": str(parsed["sha256"])}
@@ -218,7 +219,7 @@ def _parse_manifest(manifest: bytes) -> dict[str, Any]:
 
 
 def bytes_of(path: Path) -> bytes | None:
-    """Return the file's content, or None where it cannot be read."""
+    """Return the file's content, or None if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError:
@@ -226,7 +227,7 @@ def bytes_of(path: Path) -> bytes | None:
 
 
 class _Hashed:
-    """A file for torch.save that computes the SHA-256 of what is written."""
+    """A file object for torch.save that computes the SHA-256 of the data written."""
 
     def __init__(self) -> None:
         self.digest = hashlib.sha256()
@@ -235,8 +236,8 @@ class _Hashed:
     def save(self, content: dict[str, Any], file: BinaryIO) -> None:
         self._file = file
         try:
-            torch.save(content, self)  # type: ignore[arg-type]  # it asks for write and flush alone
-        # Where a write fails, torch raises its own error about a wrong position: ours says what happened.
+            torch.save(content, self)  # type: ignore[arg-type]  # it only calls write and flush
+        # If a write fails, torch raises a misleading error about a wrong position, so the original error is raised.
         except RuntimeError:
             if self._error is not None:
                 raise self._error from None
@@ -255,8 +256,8 @@ class _Hashed:
 
 
 def _put(temporary: Path, path: Path, manifest: bytes | None) -> None:
-    """Rename a file, then write its manifest."""
-    # The old manifest goes first: it must never lie beside a file that it does not describe.
+    """Rename `temporary` to `path`, then write the manifest."""
+    # The old manifest is removed first, because it must never accompany a file that it does not describe.
     manifest_of(path).unlink(missing_ok=True)
     os.replace(temporary, path)
     sync_folder(path.parent)
@@ -265,7 +266,7 @@ def _put(temporary: Path, path: Path, manifest: bytes | None) -> None:
 
 
 def _linked(path: Path, beside: Path) -> Path:
-    """Give the file another name, ready to be renamed to `beside`; copy it where the file system has no links."""
+    """Create a link to the file, ready to be renamed to `beside`; copy it if the file system has no links."""
     linked = beside.with_name(f"{beside.name}.{os.urandom(4).hex()}.tmp")
     try:
         os.link(path, linked)
@@ -276,15 +277,15 @@ def _linked(path: Path, beside: Path) -> Path:
 
 
 def _num_bytes(content: Any) -> int:
-    """Return the bytes of all tensors and texts: a checkpoint's size but for a few KB."""
+    """Return the total bytes of all tensors and strings, which is a checkpoint's size to within a few KB."""
     if isinstance(content, dict | list | tuple):
         return sum(map(_num_bytes, content.values() if isinstance(content, dict) else content))
     return content.nbytes if isinstance(content, torch.Tensor) else len(content) if isinstance(content, str) else 0
 
 
 def find_checkpoint(source: Path) -> Path:
-    """Return a checkpoint file itself, or a run folder's best.pt, or its last.pt."""
-    if not os.path.isdir(source):  # also for a name that no file system takes
+    """Return `source` itself if it is a file, or a run folder's best.pt or, if it has none, last.pt."""
+    if not os.path.isdir(source):  # also for a name that is invalid on any file system
         return source
     folder = source if source.name == "checkpoints" else source / "checkpoints"
     return folder / "best.pt" if (folder / "best.pt").exists() else folder / "last.pt"

@@ -1,4 +1,4 @@
-"""A run's folder: finding or making it, holding it, and the files in which it describes itself."""
+"""The folder of a run, including its creation, its lock and the files that describe the run."""
 
 import contextlib
 import itertools
@@ -22,21 +22,21 @@ from sasa_train.terminal import printable, warn
 
 @dataclass
 class RunFolder:
-    """A folder that is ours alone while `lock` is open; `checkpoint` is where the run goes on, None at its beginning.
+    """A run folder, held exclusively while `lock` is open; `checkpoint` is the state to continue from, or None.
 
-    Of several processes the first has the lock and writes; the others' lock is None, and they write nothing.
+    Only the first process holds the lock and writes; in the other processes `lock` is None, and they write nothing.
     """
 
     path: Path
     lock: IO[str] | None
     checkpoints: Checkpoints
     checkpoint: dict[str, Any] | None
-    is_new: bool = True  # it has no checkpoint of its own
-    metrics: str = ""  # metrics.jsonl as the checkpoint knows it
+    is_new: bool = True  # the folder has no checkpoint yet
+    metrics: str = ""  # content of metrics.jsonl at the checkpoint
     provenance: dict[str, Any] = field(default_factory=dict)  # of the current start
 
     def write(self, name: str, data: bytes) -> None:
-        """Put a file into the folder, whole or not at all."""
+        """Write a file in the folder atomically."""
         if self.lock is not None:
             write_atomic(self.path / name, data)
 
@@ -49,9 +49,9 @@ class RunFolder:
             update_info(self.path, changes)
 
     def write_start(self, difference: str, step: int) -> None:
-        """Note in run.json what runs now, and add this start to its `starts`.
+        """Record the provenance of this start in run.json and append it to `starts`.
 
-        The `difference` of the code from its last commit is kept in a file beside it.
+        The code's `difference` from its last commit is saved in a separate file in the folder.
         """
         now = self.provenance
         if difference:
@@ -61,12 +61,12 @@ class RunFolder:
         self.write_info(**now, starts=[*read_info(self.path).get("starts", []), start], status="running")
 
     def note_checkpoint(self) -> None:
-        """Remember that there is one, so that a later start notices where all are gone."""
+        """Record that a checkpoint exists, so that a later start notices if all checkpoints are gone."""
         if self.is_new:
             self.is_new = not self.try_write_info(has_checkpoint=True)
 
     def try_write_info(self, **changes: Any) -> bool:
-        """Update run.json where a full disk must not stop what matters more; return whether it worked."""
+        """Update run.json, but only warn if that fails, for example on a full disk; return whether it succeeded."""
         try:
             self.write_info(**changes)
         except OSError as error:
@@ -75,7 +75,7 @@ class RunFolder:
         return True
 
     def write_end(self, checkpoint: dict[str, Any]) -> None:
-        """Write what is missing of a finished run, or was damaged since."""
+        """Complete a finished run's folder by updating run.json and restoring metrics.jsonl if it differs."""
         self.write_info(status="finished", best=checkpoint["best"])
         metrics, path = checkpoint["metrics"].encode(), self.path / "metrics.jsonl"
         if not path.exists() or path.read_bytes() != metrics:
@@ -83,11 +83,11 @@ class RunFolder:
 
 
 def open_run(config: TrainConfig, run_name: str) -> RunFolder:
-    """Find or make the run's folder, lock it, and load what it continues from.
+    """Find or create the run's folder, lock it, and load the checkpoint to continue from.
 
     Raises:
-        ConfigError: another live run holds the folder, `resume` names nothing, or the config has another trajectory.
-        CheckpointError: the folder has or had checkpoints and none is good, or the one named by `resume` is not.
+        ConfigError: a running process holds the folder, `resume` does not exist, or the trajectory differs.
+        CheckpointError: the folder has or had checkpoints but none is intact, or the one in `resume` is damaged.
     """
     path, given = _choose_folder(config, Path(config.output_dir) / run_name)
     refuse_links(path)
@@ -95,7 +95,7 @@ def open_run(config: TrainConfig, run_name: str) -> RunFolder:
     try:
         checkpoints = Checkpoints(path / "checkpoints", config.trainer.keep_checkpoints)
         own = checkpoints.newest(warn)
-        for stale in path.glob("*.tmp"):  # left by a start that was killed
+        for stale in path.glob("*.tmp"):  # left behind by a start that was killed
             stale.unlink()
         if own is not None:
             check_trajectory(own, config, path)
@@ -110,7 +110,7 @@ def open_run(config: TrainConfig, run_name: str) -> RunFolder:
         if given is None and Path(config.resume).is_file():  # an earlier start ended before its first checkpoint
             given = _load_given(config)
         run = RunFolder(path, lock, checkpoints, given)
-        # From here on another start of the same command finds this folder.
+        # From here on, running the same command again finds this folder.
         run.write_config(config)
         return run
     except BaseException:
@@ -119,7 +119,7 @@ def open_run(config: TrainConfig, run_name: str) -> RunFolder:
 
 
 def _choose_folder(config: TrainConfig, wanted: Path) -> tuple[Path, dict[str, Any] | None]:
-    """Return the folder to run in, made where it is not there, and the checkpoint that a new one starts from."""
+    """Return the run folder, created if necessary, and the checkpoint that a new run starts from, or None."""
     source = Path(config.resume)
     try:
         if config.resume == "auto":
@@ -131,14 +131,14 @@ def _choose_folder(config: TrainConfig, wanted: Path) -> tuple[Path, dict[str, A
             return source, None
         if (path := _folder_started_from(wanted, config.resume)) is not None:
             return path, None
-        given = _load_given(config)  # first, so that a refusal leaves no empty folder
+        given = _load_given(config)  # loaded first, so that an error leaves no empty folder
         return _new_folder(wanted), given
     except OSError as error:
         raise ConfigError(f"output_dir={config.output_dir}: {wanted} cannot be made ({error.strerror})") from error
 
 
 def _load_given(config: TrainConfig) -> dict[str, Any]:
-    """Load the checkpoint that `resume` names; its best.pt and log stay in their folder."""
+    """Load the checkpoint given by `resume`, without its best result and metrics, which stay in the old folder."""
     source = Path(config.resume)
     if not source.is_file():
         raise ConfigError(f"resume={config.resume} must be auto, never, a run folder or a checkpoint; it is not there")
@@ -152,9 +152,9 @@ def _load_given(config: TrainConfig) -> dict[str, Any]:
 
 
 def load_saved_config(path: Path, overrides: Sequence[str]) -> TrainConfig:
-    """Return a run folder's config; ConfigError as in `load_config`.
+    """Return a run folder's config with overrides applied; raise ConfigError as `load_config` does.
 
-    The last checkpoint's comes first: config.yaml may be damaged, or left by a start that ended early.
+    The last checkpoint's config takes precedence, because config.yaml may be damaged or from a start that failed early.
     """
     last = path / "checkpoints/last.pt"
     try:
@@ -164,7 +164,7 @@ def load_saved_config(path: Path, overrides: Sequence[str]) -> TrainConfig:
 
 
 def check_trajectory(checkpoint: dict[str, Any], config: TrainConfig, path: Path) -> None:
-    """Refuse to continue a checkpoint with a config that would have led elsewhere, unless the user allows it."""
+    """Raise ConfigError if keys that affect the results changed since the checkpoint, unless the user allows it."""
     saved = load_config(checkpoint["config"], source=f"the config in the checkpoint of {path}")
     same = has_same_world_size(checkpoint)
     keys = [key for key in differing_keys(saved, config, same) if key not in config.allow_config_change]
@@ -180,8 +180,8 @@ def check_trajectory(checkpoint: dict[str, Any], config: TrainConfig, path: Path
 
 
 def check_pretrained(checkpoint: dict[str, Any], config: TrainConfig, path: Path) -> None:
-    """Refuse to continue a run that began with other weights than those that `model.pretrained` names now."""
-    # Weights that are gone are not compared: the run does not need them any more.
+    """Raise ConfigError if the weights in `model.pretrained` are not those that the run started from."""
+    # Weights that no longer exist are not compared, because the run does not need them any more.
     source, before = config.model.pretrained, checkpoint["provenance"].get("pretrained_sha256")
     if source in (None, PUBLISHED) or before is None or "model.pretrained" in config.allow_config_change:
         return
@@ -197,7 +197,7 @@ def check_pretrained(checkpoint: dict[str, Any], config: TrainConfig, path: Path
 
 
 def check_data(checkpoint: dict[str, Any], fingerprints: dict[str, Any], config: TrainConfig) -> None:
-    """Raise ConfigError, naming the changes, for other images than the checkpoint's, unless the user allows them."""
+    """Raise ConfigError listing the changes if the images differ from the checkpoint's, unless the user allows it."""
     saved = checkpoint["fingerprint"]
     found = [line for split in saved for line in differences(saved[split], fingerprints[split], split)]
     if not found:
@@ -214,7 +214,7 @@ def check_data(checkpoint: dict[str, Any], fingerprints: dict[str, Any], config:
 
 
 def is_finished(checkpoint: dict[str, Any], config: TrainConfig) -> bool:
-    """Whether a run finished under this very config; an allowed change (more epochs, say) trains it further."""
+    """Whether a run finished with this config; an allowed change, such as more epochs, continues the training."""
     saved = load_config(checkpoint["config"])
     return checkpoint["finished"] and not differing_keys(saved, config, has_same_world_size(checkpoint))
 
@@ -233,7 +233,7 @@ def _numbered(wanted: Path) -> Iterator[Path]:
 
 
 def _new_folder(wanted: Path) -> Path:
-    """Make the first numbered folder that does not exist, so that no other run takes it too."""
+    """Create the first numbered folder that does not exist; `mkdir` ensures that no other run takes the same one."""
     for path in _numbered(wanted):
         with contextlib.suppress(FileExistsError):
             path.mkdir(parents=True)
@@ -242,7 +242,7 @@ def _new_folder(wanted: Path) -> Path:
 
 
 def _folder_started_from(wanted: Path, resume: str) -> Path | None:
-    """Return the numbered folder that the same command made before."""
+    """Return the numbered folder that an earlier start of the same command created, or None."""
     for path in itertools.takewhile(Path.exists, _numbered(wanted)):
         with contextlib.suppress(ConfigError):
             if load_config_file(path / "config.yaml").resume == resume:
@@ -251,8 +251,8 @@ def _folder_started_from(wanted: Path, resume: str) -> Path | None:
 
 
 def refuse_links(path: Path) -> None:
-    """Refuse a run folder with symbolic links."""
-    # It may come from a stranger, and nothing in it may lead our writes out of it.
+    """Raise ConfigError if a run folder contains symbolic links."""
+    # The folder may come from an untrusted source, and no link in it may redirect writes to another place.
     for name in ("", "checkpoints", "tensorboard", "tensorboard/figures", "figures", "profile"):
         folder = path / name
         for entry in filter(Path.is_symlink, folder.iterdir() if folder.is_dir() else ()):

@@ -1,4 +1,4 @@
-"""run.json: a run's command, code, machine and status. Only the run itself writes it."""
+"""run.json, which records a run's command, code, machine and status; only the run itself writes it."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ NAME = "run.json"
 
 
 def read_info(run_dir: Path) -> dict[str, Any]:
-    """Return run.json's content, {} where it is missing or damaged: the next write makes it anew."""
+    """Return the content of run.json, or {} if it is missing or damaged, in which case the next write recreates it."""
     try:
         info = json.loads((run_dir / NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -23,5 +23,5 @@ def update_info(run_dir: Path, changes: dict[str, Any]) -> None:
 
 
 def has_finished(run_dir: Path) -> bool:
-    """Whether the run says that it finished, and still has its last checkpoint."""
+    """Whether run.json reports the run as finished and its last checkpoint still exists."""
     return read_info(run_dir).get("status") == "finished" and (run_dir / "checkpoints/last.pt").exists()

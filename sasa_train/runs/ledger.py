@@ -1,4 +1,4 @@
-"""A sweep's ledger: each job's overrides, state, tries, reason of its end and metrics. One JSON file, written whole."""
+"""The ledger of a sweep, a JSON file with each job's overrides, state, tries, end reason and metrics."""
 
 import dataclasses
 import json
@@ -19,13 +19,13 @@ FINISHED = "finished"
 
 @dataclass
 class Job:
-    """A planned run and its history: sasa-train's overrides, and the run folder's name, which follows from them alone.
+    """A planned run and its history; the name of its run folder depends only on `overrides`, passed to sasa-train.
 
-    `best` and `last` are the evaluation with the highest top1, and the newest.
+    `best` is the evaluation with the highest top1, and `last` is the newest one.
 
-    state: waiting (to be started, perhaps again), running, done, interrupted (stopped before its end: the same command
-    continues it), failed (as often in a row as sweep.max_tries), refused (its config or its data; each command tries it
-    once), pruned (a search gave it up).
+    state: waiting (to start or restart), running, done, interrupted (stopped before its end; the same command continues
+    it), failed (sweep.max_tries times in a row), refused (because of its config or data; each command tries it once),
+    pruned (stopped early by a search).
     """
 
     name: str
@@ -37,7 +37,7 @@ class Job:
     tries: list[dict[str, Any]] = field(default_factory=list)  # started, seconds, exit_code, reason
     best: dict[str, Any] | None = None
     last: dict[str, Any] | None = None
-    trials: list[int] = field(default_factory=list)  # in a search: the numbers of the trials that it stands for
+    trials: list[int] = field(default_factory=list)  # in a search: the numbers of the trials with this config
 
     def begin(self) -> None:
         self.state, self.reason = "running", ""
@@ -49,7 +49,7 @@ class Job:
             self.tries[-1] |= {"seconds": seconds and round(seconds, 1), "exit_code": exit_code, "reason": reason}
 
     def failures_in_a_row(self) -> int:
-        """Count the tries that failed by themselves since the last one that was stopped or finished."""
+        """Count the failed tries since the last try that was stopped, refused or finished."""
         count = 0
         for one in reversed(self.tries):
             if one["exit_code"] in (None, REFUSED, INTERRUPTED) or one["reason"] == FINISHED:
@@ -58,7 +58,7 @@ class Job:
         return count
 
     def note_metrics(self, run_dir: Path) -> bool:
-        """Bring `best` and `last` up to the run's metrics.jsonl; return whether there is a new evaluation."""
+        """Update `best` and `last` from the run's metrics.jsonl; return whether there is a new evaluation."""
         rows: list[dict[str, Any]] = [
             {key: row.get(key) for key in ("top1", "top5", "loss", "step", "epoch")}
             for row in read_metrics(run_dir / "metrics.jsonl", skip_damaged=True)
@@ -71,11 +71,11 @@ class Job:
 
 
 class Ledger:
-    """The jobs of a sweep, in the order in which they were first asked for; `save` it after each change."""
+    """The jobs of a sweep, in the order in which they were first requested; call `save` after each change."""
 
     def __init__(self, path: Path, about: dict[str, Any]):
         self.path, self.about = path, about
-        self.asked: set[str] = set()  # names of this command's jobs; the ledger may know others
+        self.asked: set[str] = set()  # names of this command's jobs; the ledger may contain others
         try:
             known = read_ledger(path)[1] if path.exists() else {}
         except DamagedLedgerError as error:
@@ -84,11 +84,11 @@ class Ledger:
             warn(f"{error}; it is kept as {aside.name}, and what is done is read from the run folders")
         self.jobs = {job.name: job for job in known.values() if job.tries or job.state != "refused"}
         for job in self.jobs.values():
-            if job.state == "running":  # the sweep was killed; its jobs were then told to save and stop
+            if job.state == "running":  # the sweep was killed, and its jobs were told to save and stop
                 job.end("interrupted", "the sweep ended before it did")
 
     def add(self, planned: Job) -> Job:
-        """Return the job with its history; it is refused where its config is, done where its run folder says so."""
+        """Return the job with its history, marked as refused if its config is invalid or done if its run finished."""
         job = self.jobs.setdefault(planned.name, planned)
         self.asked.add(job.name)
         job.overrides, job.label, job.epochs = planned.overrides, planned.label, planned.epochs
@@ -104,7 +104,7 @@ class Ledger:
         return [job for job in self.jobs.values() if job.name in self.asked]
 
     def save(self) -> None:
-        """Write the ledger; a full disk does not end the jobs: the next save has everything."""
+        """Write the ledger; if the disk is full, only warn, because the next save contains everything."""
         jobs = {name: {k: v for k, v in vars(job).items() if k != "name"} for name, job in self.jobs.items()}
         content = {"format_version": FORMAT_VERSION, "sweep": self.about, "jobs": jobs}
         try:
@@ -114,15 +114,15 @@ class Ledger:
 
 
 class DamagedLedgerError(ConfigError):
-    """The file is not what a sweep wrote."""
+    """Raised if the file is not a ledger as written by a sweep."""
 
 
 def read_ledger(path: Path) -> tuple[dict[str, Any], dict[str, Job]]:
-    """Return a sweep's description (its command, say), and its jobs by name.
+    """Return a sweep's description (for example, its command) and its jobs by name.
 
     Raises:
-        DamagedLedgerError: the file is not what a sweep wrote.
-        ConfigError: it cannot be read, or is of another version.
+        DamagedLedgerError: the file is not a ledger as written by a sweep.
+        ConfigError: the file cannot be read or has another format version.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

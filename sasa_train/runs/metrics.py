@@ -1,4 +1,4 @@
-"""metrics.jsonl: one row per log step and evaluation, written as one clean series whatever interrupts the run."""
+"""metrics.jsonl, with one row per log step and evaluation and no gaps or duplicates after interruptions."""
 
 import contextlib
 import json
@@ -12,14 +12,14 @@ from sasa_train.refusal import ConfigError
 from sasa_train.terminal import warn
 
 NAME = "metrics.jsonl"
-DAMAGE = (ValueError, TypeError, LookupError, RecursionError)  # raised by a line that is not one of ours
+DAMAGE = (ValueError, TypeError, LookupError, RecursionError)  # raised for a line that is not a metrics row
 
 
 class MetricsFile:
-    """The file while a run writes it: the rows that the checkpoint holds (`text`), then what the run adds.
+    """Writer for metrics.jsonl, which starts with the rows saved in the checkpoint (`text`) and appends new ones.
 
-    It begins as the checkpoint's copy, so that it is whole again whatever happened to it. All processes but the first
-    give None as `run_dir`, which writes nothing.
+    The file is rewritten from the checkpoint's copy at the start, which repairs any damage. All processes but the first
+    pass None as `run_dir` and write nothing.
     """
 
     def __init__(self, run_dir: Path | None, text: str):
@@ -32,18 +32,18 @@ class MetricsFile:
 
     @property
     def text(self) -> str:
-        """All rows as in the file, for the checkpoint."""
+        """All rows in the format of the file, for the checkpoint."""
         return "".join(self._lines)
 
     def write(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Append a row at once, with null for numbers that JSON does not have; return the row as written."""
+        """Append a row immediately, with null for NaN and infinity; return the row as written."""
         row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         self._lines.append(json.dumps(row) + "\n")
         self._flush()
         return row
 
     def _flush(self) -> None:
-        """Append the rows that are not in the file yet, all or none; the checkpoints have them too."""
+        """Append all rows that are not in the file yet, or none; the checkpoints contain them too."""
         data = "".join(self._lines[self._num_written :]).encode()
         try:
             rest = memoryview(data)
@@ -61,12 +61,12 @@ class MetricsFile:
 
 
 def read_metrics(path: Path, skip_damaged: bool = False) -> list[dict[str, Any]]:
-    """Return every row, but not a last line that a running run has written only half.
+    """Return all rows except an incomplete last line, which a run may be writing.
 
     Raises:
-        ConfigError: the file is damaged; with `skip_damaged` the rows that are whole are returned instead.
+        ConfigError: the file is damaged; with `skip_damaged`, the intact rows are returned instead.
     """
-    if not path.exists():  # it ended, or was stopped, before its first row
+    if not path.exists():  # the run ended before its first row
         return []
     rows = []
     try:

@@ -1,4 +1,4 @@
-"""The provenance of a run: its command, the code with what is not committed, packages, the machine."""
+"""The provenance of a run: its command, code (including uncommitted changes), packages and machine."""
 
 import hashlib
 import os
@@ -21,9 +21,9 @@ PACKAGES = ("torchvision", "timm", "hydra-core", "omegaconf", "numpy", "sasa_tra
 
 
 def provenance(config: TrainConfig) -> tuple[dict[str, Any], str]:
-    """Return plain values for run.json and checkpoints, and the difference of the code from its last commit.
+    """Return plain values for run.json and checkpoints, and the code's difference from its last commit.
 
-    `reproduce` is the command in full, whatever presets, sweep or script the config came from.
+    `reproduce` is the complete command, even if the config came from presets, a sweep or a script.
     """
     difference = _git("diff", "HEAD", "--no-ext-diff", "--no-color", "--binary") or ""
     name = f"changes-{hashlib.sha256(difference.encode(errors='surrogateescape')).hexdigest()[:8]}.diff"
@@ -58,7 +58,7 @@ def _launcher() -> list[str]:
 
 
 def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """List what changed in code, packages and machine since a checkpoint and may show in the numbers."""
+    """List changes in code, packages and machine since a checkpoint that may affect the results."""
     lines = []
     if before.get("commit") != now["commit"]:
         lines.append(f"the code: commit {before.get('commit')} -> {now['commit']}")
@@ -77,8 +77,8 @@ def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _git(*arguments: str) -> str | None:
-    """Return git's answer about the checkout that this code is in, or None where it is in none."""
-    # An environment may lie inside somebody else's checkout, so git must know this very file.
+    """Return the output of a git command for the checkout of this code, or None if it is not in a checkout."""
+    # A virtual environment may lie inside another project's checkout, so git must track this file.
     here = Path(__file__)
     try:
         for command in (["ls-files", "--error-unmatch", here.name], arguments):

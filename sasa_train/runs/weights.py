@@ -1,4 +1,4 @@
-"""Initial weights, from wherever `model.pretrained` says: our own checkpoints and exports, timm's files and names."""
+"""Initial weights from the source in `model.pretrained`: a sasa_train checkpoint or export, or timm's weights."""
 
 import argparse
 import hashlib
@@ -25,14 +25,14 @@ from sasa_train.refusal import ConfigError, shorten
 from sasa_train.runs.checkpoint import bytes_of, check_content, find_checkpoint, load_checkpoint, manifest_of
 from sasa_train.terminal import printable
 
-# The names under which training programs save weights; the averaged ones first, as sasa_train and timm prefer them.
+# The names under which training programs save weights, averaged ones first, as sasa_train and timm prefer them.
 WEIGHT_KEYS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model")
 SOURCES = "a checkpoint, a run folder, a .safetensors file, a hub folder (model.safetensors) or timm"
 
 
 @dataclass
 class Weights:
-    """Weights, with `classes` and `model_overrides` (which make their model) where the source knows them."""
+    """Weights with `classes` and `model_overrides` (which build the matching model), if the source provides them."""
 
     state_dict: StateDict
     classes: list[str] | None = None
@@ -41,10 +41,10 @@ class Weights:
 
 
 def read_weights(config: TrainConfig) -> Weights:
-    """Read what `model.pretrained` names, the averaged weights where there are both; no code in a file can run.
+    """Read the weights in `model.pretrained`, preferring averaged ones, without executing any code in the file.
 
     Raises:
-        ConfigError: there is no such file, or it is damaged, or holds no weights.
+        ConfigError: the file does not exist, is damaged, or contains no weights.
     """
     source = str(config.model.pretrained)
     if source == PUBLISHED:
@@ -56,7 +56,7 @@ def read_weights(config: TrainConfig) -> Weights:
         changed = sha256_of(path) != digest
     except MemoryError:
         raise
-    except Exception as error:  # zipfile's, torch's, pickle's and safetensors' errors have no common class
+    except Exception as error:  # errors of zipfile, torch, pickle and safetensors have no common class
         raise ConfigError(f"model.pretrained={printable(source)}: cannot be read ({_reason(error)})") from error
     if changed:
         raise ConfigError(f"model.pretrained={printable(source)}: a run wrote its next checkpoint meanwhile; try again")
@@ -66,9 +66,9 @@ def read_weights(config: TrainConfig) -> Weights:
 
 
 def weights_file(source: str) -> Path:
-    """Return the file that holds the weights of `source`; ConfigError where there is none."""
+    """Return the file that contains the weights of `source`; raise ConfigError if there is none."""
     path, where = Path(source), f"model.pretrained={printable(source)}"
-    if os.path.isdir(path):  # also for a name that no file system takes
+    if os.path.isdir(path):  # also for a name that is invalid on any file system
         exported = path / "model.safetensors"
         path = exported if os.path.isfile(exported) else find_checkpoint(path)
         if not os.path.isfile(path):
@@ -84,10 +84,10 @@ def sha256_of(path: Path) -> str:
 
 
 def load_into(model: nn.Module, weights: Weights, classes: list[str], source: str) -> PretrainedReport:
-    """Load weights by `load_pretrained`; the classifier too where its classes have the same names or are not known.
+    """Load weights with `load_pretrained`, including the classifier if its class names match or are unknown.
 
     Raises:
-        ConfigError: as `load_pretrained`, with the keys of the file's model where they are known.
+        ConfigError: as in `load_pretrained`; the message adds the keys of the file's model if they are known.
     """
     try:
         return load_pretrained(model, weights.state_dict, weights.classes in (None, classes))
@@ -102,7 +102,7 @@ def _read(path: Path) -> Weights:
     if manifest_of(path).exists():
         return _of_checkpoint(load_checkpoint(path))
     content = _load(path)
-    if "format_version" in content:  # our own without its manifest
+    if "format_version" in content:  # a sasa_train checkpoint without its manifest
         return _of_checkpoint(load_checkpoint(path))
     nested = [content[key] for key in WEIGHT_KEYS if isinstance(content.get(key), dict)]
     return Weights(_tensors(clean_state_dict(_named(nested[0] if nested else content))))
@@ -111,8 +111,8 @@ def _read(path: Path) -> Weights:
 def _load(path: Path) -> dict[Any, Any]:
     if zipfile.is_zipfile(path):
         with path.open("rb") as file:
-            check_content(file, None)  # torch.load does not look at the checksums
-    with torch.serialization.safe_globals([argparse.Namespace]):  # timm's checkpoints hold their arguments as one
+            check_content(file, None)  # torch.load does not verify the checksums
+    with torch.serialization.safe_globals([argparse.Namespace]):  # timm's checkpoints contain one with their arguments
         content = torch.load(path, map_location="cpu", weights_only=True)
     return content if isinstance(content, dict) else {}
 
@@ -123,7 +123,7 @@ def _of_checkpoint(checkpoint: dict[str, Any]) -> Weights:
 
 
 def _model_overrides(yaml_text: str) -> str | None:
-    """Return the overrides that ask for a saved config's model, or None where it has keys of a later version."""
+    """Return the overrides that select a saved config's model, or None if it has keys of a later version."""
     try:
         model = load_config(yaml_text).model
     except ConfigError:
@@ -133,13 +133,13 @@ def _model_overrides(yaml_text: str) -> str | None:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, str], StateDict]:
-    """Return the metadata and the tensors of a .safetensors file."""
+    """Return the metadata and tensors of a .safetensors file."""
     with safe_open(path, framework="pt") as file:
         return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def _of_safetensors(path: Path) -> Weights:
-    # Classes and config are in the metadata that sasa-export writes; a hub folder's config.json has class names too.
+    # sasa-export writes classes and config to the metadata; a hub folder's config.json also contains class names.
     described, state_dict = read_safetensors(path)
     classes = _class_names(described.get("classes", "")) or _class_names(bytes_of(path.with_name("config.json")) or "")
     overrides = _model_overrides(described["config"]) if "config" in described else None
@@ -147,7 +147,7 @@ def _of_safetensors(path: Path) -> Weights:
 
 
 def _class_names(text: str | bytes) -> list[str] | None:
-    """Read a list in JSON, or the `label_names` in timm's config.json; None for anything else."""
+    """Parse class names from a JSON list or from `label_names` in timm's config.json; return None otherwise."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -161,7 +161,7 @@ def _named(content: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _tensors(content: dict[Any, Any]) -> StateDict:
-    """Keep what a model could take: named tensors of plain numbers."""
+    """Keep only the entries that a model could load, which are named, dense, real tensors."""
     return {name: value for name, value in _named(content).items() if isinstance(value, Tensor) and _is_plain(value)}
 
 

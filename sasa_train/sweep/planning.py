@@ -33,27 +33,27 @@ SET_BY_SWEEP = {
 class SweepConfig:
     """The keys of a file in `configs/sweep/`, prefixed with `sweep.` on the command line."""
 
-    overrides: list[str] = key([], "of every job; several values of a key multiply: a grid, or a search's space")
-    rows: list[list[str]] = key([], "a list of jobs, each with overrides of its own; the grid multiplies it")
+    overrides: list[str] = key([], "overrides of all jobs; keys with several values span a grid or the search space")
+    rows: list[list[str]] = key([], "a list of jobs with their own overrides; each is combined with the grid")
     name: str | None = key(
-        None, "of the folder; null: from the file, and from what is fixed and what varies", name_length=151
+        None, "name of the sweep's folder; null: derived from the file and the overrides", name_length=151
     )
     output_dir: str = key(
-        "outputs", "the sweep's folder is made here; it holds the run folders of its jobs", is_path=True
+        "outputs", "folder in which the sweep's folder, with its run folders, is created", is_path=True
     )
-    max_parallel: int | None = key(None, "jobs at a time; null: one for each GPU, or one where there is none", above=0)
-    devices_per_job: int = key(1, "GPUs of a job; where it is more than 1, each is a process under torchrun", above=0)
-    max_tries: int = key(3, "failed starts in a row after which a job counts as failed", above=0)
-    num_trials: int | None = key(None, "a search of so many trials (Optuna) instead of a grid", above=0)
+    max_parallel: int | None = key(None, "maximum parallel jobs; null: one per GPU, or one without a GPU", above=0)
+    devices_per_job: int = key(1, "GPUs per job; if more than 1, torchrun starts one process per GPU", above=0)
+    max_tries: int = key(3, "consecutive failed starts after which a job counts as failed", above=0)
+    num_trials: int | None = key(None, "run an Optuna search with this many trials instead of a grid", above=0)
     pruner: str = key(
         "median",
-        "of a search: median and hyperband stop trials that look bad on val",
+        "for a search: median and hyperband stop trials that do poorly on val",
         choices=("none", "median", "hyperband"),
     )
     worker: str | None = key(
-        None, "of a search: a name of its own for each sasa-sweep that shares the folder", name_length=151
+        None, "for a search: unique name of each sasa-sweep process that shares the folder", name_length=151
     )
-    paper_table: int | None = key(None, "sasa-report sets this table of the paper beside ours")
+    paper_table: int | None = key(None, "table of the paper that sasa-report shows next to the results")
 
 
 @dataclass
