@@ -55,7 +55,7 @@ TRAINING = [  # a short version of the CIFAR-10 recipe
 TINY_TRAINING = [
     "experiment=cifar10_hybrid_resnet26", "data=digits", "model.width=0.125", "model.num_heads=2",
     "data.max_train_images=300", "data.max_val_images=60", "trainer.global_batch_size=16", "trainer.device=cpu",
-    "augment.mix_off_epochs=0",
+    "augment.mix_off_epochs=0", "schedule.warmup_epochs=0",
 ]  # fmt: skip
 MAX_BYTES = 15 * 2**20  # per file of weights, small enough for most file transfers
 TENSOR_PASSES = 12  # forward reads q, k, v and writes the output; backward reads these and its gradient, writes three
