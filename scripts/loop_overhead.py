@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def build_both(config: TrainConfig, folder: Path) -> tuple[dict[str, Callable[[], None]], torch.device, int]:
-    """Return functions that train one epoch (bare loop and trainer), the device and the number of images per epoch."""
+    """Return two functions that train one epoch (bare loop and trainer), the device and the images per epoch."""
     device, config = resolve(config)
     loaders = build_loaders(config, device)
     plan = RunPlan(config, device, steps_per_epoch=loaders.train.plan.steps_per_epoch)
