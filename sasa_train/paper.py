@@ -94,7 +94,7 @@ def nearest_row(keys: Mapping[str, Any]) -> Row | None:
 
 
 def differing_keys(row: Row, keys: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the keys in which our model differs from the row's, each with the pair (row's value, our value)."""
+    """Return a dict from each key in which our model differs from the row's to the pair (row's value, our value)."""
     papers, ours = _keys_of(row), all_keys(keys)
     return {key: (papers[key], ours[key]) for key in ours if papers[key] != ours[key]}
 

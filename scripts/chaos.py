@@ -263,7 +263,7 @@ class Chaos:
             raise Failure(f"it did not go on:\n{log[-2000:]}")
 
     def after_damage(self, name: str, damage: Callable[..., object], message: str = "", at_least: int = 1) -> None:
-        """Damage a file of a run with `at_least` or more checkpoints; check that it continues and prints `message`."""
+        """Damage a file of a run with at least `at_least` checkpoints; check that it continues and prints `message`."""
         self.need_checkpoints(at_least)
         path = self.broken / name
         damage(self, next(path.iterdir()) if path.is_dir() else path)

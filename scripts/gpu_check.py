@@ -324,7 +324,7 @@ def measure_roofline(options: argparse.Namespace) -> int:
 
 
 def _fractions(case: Any, seconds: float, bandwidth: float, rate: float) -> dict[str, Any]:
-    """Return a row, given `bandwidth` in bytes/s and `rate` in FLOP/s; count three products, nine with backward."""
+    """Return a row for `bandwidth` in bytes/s and `rate` in FLOP/s, counting 3 products, or 9 with backward."""
     num_values = case.batch_size * case.channels * case.height * case.width
     bytes_per_sec = TENSOR_PASSES * num_values * (4 if case.dtype == "fp32" else 2) / seconds
     flops_per_sec = 3 * 3 * 2 * case.kernel_size**2 * num_values / seconds

@@ -5,8 +5,8 @@ batches. The worker and the main process share one core, so that the result is i
 --resident, our loader decodes the data set once, then pads, crops and flips whole batches on all cores; it is compared
 with torchvision DataLoaders that process single samples in 2 workers, from files and from an array in memory.
 
-After a warm-up, all loaders deliver the same number of images in alternating order. The script prints the median, the
-range and the ratio of the pairs.
+After a warm-up, all loaders deliver the same number of images in alternating order. The script prints the
+median and range of each speed, and the median ratio of our loader's speed to that of each other loader.
 
 usage: python scripts/loader_throughput.py ROOT --size 224 [--images 1280] [--rounds 7]
        python scripts/loader_throughput.py ROOT --size 32 --resident

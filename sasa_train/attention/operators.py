@@ -34,8 +34,8 @@ def define_operator(
     Args:
         tensors, options: arguments in torch's schema language; gradients are computed for `tensors`.
         forward_only: additional arguments that are not passed to the backward op.
-        outputs: the outputs of `forward`. The backward op receives the gradients of the outputs `grads`, then the
-            outputs `kept` themselves, under the names in `backward_inputs`, followed by `tensors` and `options`.
+        outputs: the outputs of `forward`. The backward op receives, under the names in `backward_inputs`, the gradients
+            of the outputs listed in `grads`, then the outputs listed in `kept`, followed by `tensors` and `options`.
         fake: a function that returns outputs like those of `forward`, but without values.
         skips_first: whether the backward op has a last argument `needs_x` and omits the gradient of the first tensor
             if it is false.

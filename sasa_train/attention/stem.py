@@ -172,7 +172,7 @@ def _tables(weights: _Weights, num_heads: int) -> Tensor:
 
 
 def _tables_backward(grad: Tensor, weights: _Weights, num_heads: int) -> list[Tensor]:
-    """Return the gradients of those weights that are not None, given the tables' (without the factor log2(e))."""
+    """Return the gradients of all weights that are not None, given those of the tables (without the factor log2(e))."""
     w_qk, w_v, mixture, rel_height, rel_width = weights
     w_q, w_k = _heads(w_qk, num_heads)
     in_channels, num_offsets = w_qk.shape[1], 2 * SIDE - 1

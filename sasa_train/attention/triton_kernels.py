@@ -8,7 +8,7 @@ product is a small matrix product for the tensor cores, [P, D] x [D, W] or [P, W
   forward, query tiles:     S = q k^T + q.r, masked to the windows; online softmax; out += exp(S - max) v
   backward 1, query tiles:  one loop over the key rows computes logsumexp and delta = sum(weight T), T = dout v^T; a
                             second computes dS = weight (T - delta), dq += dS k and the gradients of the embeddings
-  backward 2, key tiles:    a loop over the query rows in reach, using pass 1: dv += weight^T dout, dk += dS^T q
+  backward 2, key tiles:    a loop over the query rows in reach uses pass 1's results: dv += weight^T dout, dk += dS^T q
 
 Each result is written by a single program, without atomics and with a fixed order of summation. No forward result is
 saved, and nothing of size K*K is stored. A NaN affects all queries of every tile that reads it, i.e. slightly more
@@ -39,7 +39,7 @@ TABLE_ROWS = tl.constexpr(16)
 LOG2_E = tl.constexpr(1.4426950408889634)  # 2^x is one instruction
 
 
-# Small tiles are faster for the following reason. Each query computes W (tile_h + K - 1) P / (tile_h tile_w) scores, of
+# Small tiles are faster for this reason: each query computes W (tile_h + K - 1) P / (tile_h tile_w) scores, of
 # which K K are used. At K = 7 and 8 columns, these are 49 of 128 with two query rows, of 160 with four and of 224 with
 # eight, while each key is read 7, 4.4 and 3 times. The bottleneck is the work of a warp on a score besides the
 # products, about 10 instructions, which small tiles and a single warp minimise. Compiled for an H100 (D = 16,

@@ -105,7 +105,7 @@ class LocalSelfAttention2d(nn.Module):
         return {"kernel_size": self.kernel_size, "content": self.content, "border": self.border}
 
     def relative_scores(self, x: Tensor) -> Tensor | None:
-        """Return q.r per window position, averaged over images and queries, [N, K, K]; None without embeddings."""
+        """Return q.r at each window position, averaged over images and queries, [N, K, K]; None without embeddings."""
         return _mean_relative_scores(self._projections(x)[0], self.rel_height, self.rel_width)
 
     def _projections(self, x: Tensor) -> Tensor:
@@ -311,7 +311,7 @@ class AttentionStem(nn.Module):
 
 
 def sinusoid(channels: int, length: int, device: torch.device | None = None) -> Tensor:
-    """Return the Transformer's position encoding [channels, length], with sines in the first half, then cosines."""
+    """Return the Transformer's position encoding [channels, length], sines in the first half, cosines in the second."""
     frequencies = 10_000.0 ** -(torch.arange(0, channels, 2, device=device) / channels)
     angles = frequencies[:, None] * torch.arange(length, device=device)
     return torch.cat([angles.sin(), angles.cos()])

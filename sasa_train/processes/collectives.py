@@ -157,7 +157,7 @@ def wait_for_all() -> None:
 
 
 def share_gradients(model: nn.Module) -> nn.Module:
-    """Wrap the model so that the backward pass averages gradients over the processes; a single one needs no wrapper."""
+    """Wrap the model so that backward passes average gradients over the processes, unless there is only one process."""
     if world_size() == 1:
         return model
     # If a process has failed before this call, gloo reports it, while NCCL's first call would wait for it.

@@ -311,7 +311,7 @@ class Loop:
         return True
 
     def share_unreadable(self) -> None:
-        """Share the list of unreadable images among all processes; raise ConfigError if over the limit."""
+        """Share the unreadable images among all processes; raise ConfigError if they exceed `data.max_unreadable`."""
         if self.plan.world_size == 1:
             return
         for loader in (self.loaders.train, self.loaders.val):

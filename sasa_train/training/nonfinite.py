@@ -28,7 +28,7 @@ class NonFiniteError(ExpectedFailure):
 
 
 class LossWatch:
-    """Stops a run before a non-finite loss affects the weights, without making a CUDA device wait.
+    """Watcher that stops a run before a non-finite loss affects the weights, without making a CUDA device wait.
 
     With `is_late`, the losses of a step are checked when the next step begins or before anything is logged, evaluated
     or saved, and the device itself skips the update. This requires an optimizer that supports `found_inf`, as fused

@@ -49,7 +49,7 @@ class Window:
             self.num_images = counts[rank()]
 
     def averages(self) -> tuple[float, float]:
-        """Wait for the device, return loss and top1 (percent) over all processes since the last call, and reset."""
+        """Wait for the device, return the loss and top1 (percent) over all processes since the last call, and reset."""
         num_images = int(collectives.total(torch.tensor(self.num_images)))
         loss, hits = (collectives.total(self.sums) / num_images).tolist()
         self.sums.zero_()
