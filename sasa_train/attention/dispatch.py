@@ -186,7 +186,7 @@ def _backward_into(
 
 
 def _forward_flops(query, key, value, rel_height, rel_width, kernel_size, *_, **__) -> int:
-    """Count 2*K*K*D FLOPs per head and position for each of q.k, q.r and weights times values (full windows)."""
+    """Count 2*K*K*D FLOPs per head and position for each of q.k, q.r and weights times values, with full windows."""
     batch, num_heads, height, width, head_dim = query
     num_products = 1 + (key is not None) + (rel_height is not None)
     return num_products * 2 * kernel_size**2 * head_dim * batch * num_heads * height * width

@@ -1,4 +1,4 @@
-"""Local attention as a few matrix products, for exported programs: no custom operator and no loop over the window.
+"""Local attention as a few matrix products, for exported programs. It needs no custom operators or window loops.
 
 Each row of queries is multiplied by K whole rows of keys, and all columns outside the window are masked out.
 """

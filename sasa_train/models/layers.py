@@ -147,7 +147,7 @@ class AttentionStem(nn.Module):
         in_channels, out_channels: numbers of channels; `out_channels` is divided among the heads.
         values: "mixture" or, for the ablations of Table 7, "plain" (a single W_V) or "conv" (a 4x4 convolution).
         pool: whether to apply the 4x4 max pool; without it, the stem suits images of up to 64 pixels.
-        num_heads, num_mixtures: by default 4 heads, as in the paper, and 4 mixtures; the paper does not state how many.
+        num_heads, num_mixtures: by default 4 heads, as in the paper, and 4 mixtures (the paper does not give a number).
         relative: whether the scores include q.r.
         backend: "auto" uses the compiled kernel (sasa_train/attention/stem.py) if it can run (on a CPU, in float32, not
             with values="conv"), otherwise PyTorch; "cpu" requires the kernel; "reference" and "triton" use PyTorch.

@@ -11,7 +11,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def can_normalise_picked(norm: nn.Module) -> bool:
-    """Return whether `norm` is an unsynchronised batch norm with weights and statistics, for `normalise_picked`."""
+    """Return whether `normalise_picked` supports `norm`: an unsynchronised batch norm with weights and statistics."""
     return is_plain(norm, nn.BatchNorm2d) and None not in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
 
 
