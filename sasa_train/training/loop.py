@@ -34,7 +34,7 @@ NUM_NAMED = 8  # maximum number of images named in an error
 class Loop:
     """Training loop that runs steps, logs, evaluates and saves checkpoints until the last step or a stop request.
 
-    Under torchrun, all processes run it in lockstep, and the first one writes and prints.
+    Under torchrun, all processes run it in lockstep, and only the first one writes files and prints.
     """
 
     def __init__(self, run: RunFolder, loaders: Loaders, stepper: Stepper, stop: StopRequest):

@@ -185,7 +185,7 @@ def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_
 
 
 def _cycle_steps(schedule: ScheduleConfig, steps: int) -> int:
-    """Return the number of steps of the first cycle, chosen such that the last cycle ends with the run."""
+    """Return the number of steps in the first cycle, chosen so that the last cycle ends with the run."""
     growth, num_cycles = schedule.args.get("cycle_mul", 1.0), schedule.args.get("cycle_limit", 1)
     if not isinstance(num_cycles, int) or num_cycles < 1:
         raise ValueError(f"cycle_limit={num_cycles} must be a whole number, at least 1")
