@@ -32,7 +32,7 @@ class LossWatch:
 
     With `is_late`, the losses of a step are checked when the next step begins or before anything is logged, evaluated
     or saved, and the device itself skips the update if one is not finite. This requires an optimizer that supports
-    `found_inf`, as fused ones do for GradScaler. Otherwise, each loss is checked as soon as its backward pass is queued.
+    `found_inf`, as fused ones do for GradScaler. Otherwise, each loss is checked once its backward pass is queued.
     """
 
     def __init__(self, device: torch.device, num_losses: int, is_late: bool):
