@@ -274,7 +274,7 @@ class Loop:
 
         Raises:
             CheckpointError: writing failed, and the run must stop or would otherwise count as saved or finished.
-            NonFiniteError: a value is not finite; nothing is written.
+            NonFiniteError: a loss, weight, statistic or average is not finite; no checkpoint is written.
         """
         # From here on, a signal takes effect only after the checkpoint is written.
         self.stop.begin_training()
