@@ -1,4 +1,4 @@
-"""Apply a config to this machine: device, precision, autocast and this process's share of the work."""
+"""Apply a config to this machine: choose the device, precision, autocast and this process's share of the work."""
 
 import contextlib
 import copy
@@ -43,7 +43,7 @@ class RunPlan:
 
     @property
     def images_per_step(self) -> int:
-        """Images of the global batch that this process handles."""
+        """Number of images in the global batch that this process handles."""
         return self.trainer.global_batch_size // self.world_size
 
     @property
@@ -75,7 +75,7 @@ def resolve(config: TrainConfig) -> tuple[torch.device, TrainConfig]:
     This also sets torch's options for determinism and matrix precision.
 
     Raises:
-        ConfigError: a CUDA device is requested but missing or without bf16, or a feature that only CUDA supports is
+        ConfigError: a CUDA device is requested but is missing or lacks bf16, or a feature that only CUDA supports is
             requested on the CPU.
     """
     trainer, has_cuda = copy.copy(config.trainer), torch.cuda.is_available()

@@ -74,7 +74,7 @@ MODELS = frozenset(row.model for row in ROWS)
 
 
 def matching_row(keys: Mapping[str, Any], table: int) -> Row | None:
-    """Return the table's row with the same values of the varied keys, or None (also if the model is not ours)."""
+    """Return the table's row whose varied keys have the model's values, or None (also if the model is not ours)."""
     if keys["name"] not in MODELS:
         return None
     ours = all_keys(keys)
@@ -83,7 +83,7 @@ def matching_row(keys: Mapping[str, Any], table: int) -> Row | None:
 
 
 def reference_row(row: Row) -> Row:
-    """Return the baseline of a row: the table's first row of that depth whose keys are all implied by its name."""
+    """Return the baseline of a row: the table's first row of the same depth whose keys all follow from its name."""
     rows = (other for other in ROWS if other.table == row.table and _keys_of(other) == all_keys({"name": other.model}))
     return next(other for other in rows if _keys_of(other)["depth"] == _keys_of(row)["depth"])
 
@@ -94,7 +94,7 @@ def nearest_row(keys: Mapping[str, Any]) -> Row | None:
 
 
 def differing_keys(row: Row, keys: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return {key: (the row's value, our value)} for the keys in which one of our models differs from the row's."""
+    """Return a dict from each key in which our model differs from the row's to the pair (row's value, our value)."""
     papers, ours = _keys_of(row), all_keys(keys)
     return {key: (papers[key], ours[key]) for key in ours if papers[key] != ours[key]}
 

@@ -85,7 +85,7 @@ MOMENTS = ("start-up", "mid-epoch", "a save", "evaluation")
 
 
 class Failure(Exception):
-    """Raised if a run is lost, differs silently or does not end as documented."""
+    """Raised if a run is lost, silently differs or does not end as documented."""
 
 
 class Chaos:
@@ -143,7 +143,7 @@ class Chaos:
         return self._rows
 
     def wait(self, process: subprocess.Popen, moment: str, num_rows: int) -> bool:
-        """Wait until the run has `num_rows` more rows and is at the given moment; return False if it ends before."""
+        """Wait until the run has `num_rows` more rows and is at the given moment; return False if it ends first."""
         first_row, deadline = len(self.rows()) + num_rows, time.monotonic() + PATIENCE
         if moment == "start-up":
             time.sleep(self.random.uniform(0, 6))
@@ -263,7 +263,7 @@ class Chaos:
             raise Failure(f"it did not go on:\n{log[-2000:]}")
 
     def after_damage(self, name: str, damage: Callable[..., object], message: str = "", at_least: int = 1) -> None:
-        """Damage a file of a run with `at_least` checkpoints; check that the run continues and prints `message`."""
+        """Damage a file of a run with at least `at_least` checkpoints; check that it continues and prints `message`."""
         self.need_checkpoints(at_least)
         path = self.broken / name
         damage(self, next(path.iterdir()) if path.is_dir() else path)
@@ -410,7 +410,7 @@ def main() -> int:
 
 
 def disturb(chaos: Chaos, kinds: list[str], num_faults: int) -> tuple[Counter, Counter]:
-    """Inject `num_faults` faults, cycling through the kinds, in as many runs as needed; return counts by kind."""
+    """Inject `num_faults` faults, cycling through the kinds, in as many runs as needed; return the counts by kind."""
     write_digits(chaos.folder)
     chaos.end(chaos.start(name="whole", mode=MODES[0]), (0,))
     print(f"a run never disturbed: {len(read_rows(chaos.whole))} rows", flush=True)
@@ -476,13 +476,13 @@ def is_moment(run_dir: Path, rows: list[dict[str, Any]], moment: str) -> bool:
 
 
 def read_rows(run_dir: Path, skip_damaged: bool = False) -> list[dict[str, Any]]:
-    """Return the complete rows of metrics.jsonl without timings."""
+    """Return the complete rows of metrics.jsonl, without their timings."""
     rows = read_metrics(run_dir / "metrics.jsonl", skip_damaged)
     return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
 
 
 def compare(chaos: Chaos) -> int:
-    """Raise Failure with the first difference; if there is none, delete the disturbed run and return 1."""
+    """Raise Failure on the first difference; if there is none, delete the disturbed run and return 1."""
     rows, other_rows = read_rows(chaos.whole), read_rows(chaos.broken)
     for row, other_row in itertools.zip_longest(rows, other_rows):
         if row != other_row:

@@ -1,13 +1,13 @@
 """Run all checks that need a GPU, in two calls of a few minutes: correctness and speed, then training.
 
 Each part runs in a separate process with a time limit and writes PART.md, PART.json, PART.log and, if it draws a chart,
-PART.png to FOLDER as it proceeds. The first call starts with `right` and stops if a kernel is wrong. If any other part
-fails or times out, the rest still run. summary.md and summary.json collect all results. Running the same command again
-runs the parts that are not done yet; --only always runs the given parts.
+PART.png to FOLDER as it proceeds. The first call starts with `right` and stops if a kernel is wrong. If another part
+fails or times out, the remaining parts still run. summary.md and summary.json collect all results. Running the same
+command again runs the parts that are not done yet; --only always runs the given parts.
 
 usage: python scripts/gpu_check.py FOLDER --call 1
        python scripts/gpu_check.py FOLDER --call 2 --data CIFAR10     (class folders, train/ and test/)
-       python scripts/gpu_check.py FOLDER --dry-run                   (both calls, tiny, on a CPU, interpreted)
+       python scripts/gpu_check.py FOLDER --dry-run                   (both calls with tiny sizes on a CPU, interpreted)
 """
 
 import argparse
@@ -58,7 +58,7 @@ TINY_TRAINING = [
     "augment.mix_off_epochs=0", "schedule.warmup_epochs=0",
 ]  # fmt: skip
 MAX_BYTES = 15 * 2**20  # per file of weights, small enough for most file transfers
-TENSOR_PASSES = 12  # forward reads q, k, v and writes the output; backward reads these and its gradient, writes three
+TENSOR_PASSES = 12  # forward: read q, k, v, write the output; backward: read these and its gradient, write three
 FULL_SHAPES = ((56, 64), (28, 128), (14, 256), (32, 64))  # map size, channels
 COPY_BYTES, MATMUL_SIDE = 2**30, 8192
 
@@ -124,7 +124,7 @@ def part_command(part: str, options: argparse.Namespace) -> list[str]:
     if part == "tests":
         # Without a GPU, the marked tests are only collected, not run.
         chosen = ["--collect-only"] if options.dry_run else ["-x"]
-        # Only their modules, because others may need extras that this machine lacks.
+        # Only the modules with such tests are named, because others may need extras that this machine lacks.
         modules = [str(path) for path in (ROOT / "tests").glob("test_*.py") if "pytest.mark.gpu" in path.read_text()]
         return ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "gpu", *chosen, *sorted(modules)]
     if part in MEASURES:
@@ -144,7 +144,7 @@ def part_command(part: str, options: argparse.Namespace) -> list[str]:
 
 
 def benchmark(kind: str, dtype: str, dry_run: bool, only: str | None = None, repeats: int = 9) -> list[str]:
-    """Return the Python arguments for sasa-benchmark, for all its shapes or models or for one of them."""
+    """Return the Python arguments that run sasa-benchmark with all its shapes or models, or with one of them."""
     device = ["-m", "sasa_train.benchmark", *(["model"] if kind == "models" else ["attention"])]
     rest = [f"--dtype={dtype}", f"--repeats={1 if dry_run else repeats}", f"--device={'cpu' if dry_run else 'cuda'}"]
     if kind == "models":
@@ -160,7 +160,7 @@ def benchmark(kind: str, dtype: str, dry_run: bool, only: str | None = None, rep
 
 
 def measure_right(options: argparse.Namespace) -> int:
-    """Compare output and gradients with float64 results, and stop at the first difference."""
+    """Compare outputs and gradients with float64 results, and stop at the first difference."""
     import torch
 
     from sasa_train.benchmark.contenders import Case, check
@@ -181,7 +181,7 @@ def measure_right(options: argparse.Namespace) -> int:
 
 
 def measure_compile(options: argparse.Namespace) -> int:
-    """Fill the caches on disk by running each benchmark of this call once, with a process per shape and model."""
+    """Fill the caches on disk by running each benchmark of this call once, in a process per shape and model."""
     whole = [("op", shape) for shape in SHAPES] + [("models", model) for model in MODELS]
     tiny = [("op", TINY_SHAPES[0]), ("models", TINY_MODELS[1])]
     started = {}
@@ -205,7 +205,7 @@ def training(options: argparse.Namespace, out: Path, *more: str) -> list[str]:
 
 
 def measure_resume(options: argparse.Namespace) -> int:
-    """Train for 40 steps twice, killing and resuming one of the runs, and compare them; then profile."""
+    """Train twice for 40 steps, killing and resuming one of the runs, and compare the two; then profile a run."""
     import torch
 
     num_steps = 6 if options.dry_run else 40
@@ -324,7 +324,7 @@ def measure_roofline(options: argparse.Namespace) -> int:
 
 
 def _fractions(case: Any, seconds: float, bandwidth: float, rate: float) -> dict[str, Any]:
-    """Return a row, given `bandwidth` in bytes/s and `rate` in FLOP/s. Counts three products, times 3 with backward."""
+    """Return a row for `bandwidth` in bytes/s and `rate` in FLOP/s, counting 3 products, or 9 with backward."""
     num_values = case.batch_size * case.channels * case.height * case.width
     bytes_per_sec = TENSOR_PASSES * num_values * (4 if case.dtype == "fp32" else 2) / seconds
     flops_per_sec = 3 * 3 * 2 * case.kernel_size**2 * num_values / seconds

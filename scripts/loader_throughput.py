@@ -1,12 +1,12 @@
-"""Measure images/s of our loaders, timm's `create_loader` and a plain torchvision loader on the same files.
+"""Measure the images/s of our loaders, timm's `create_loader` and a plain torchvision loader on the same files.
 
-By default, loaders stream: random-resized crop (bilinear), flip, normalised float32 batches. The worker and the main
-process share one core, so that the result is images/s per core. With --resident, our loader decodes the data set once,
-then pads, crops and flips whole batches on all cores; it is compared with torchvision DataLoaders that process single
-samples in 2 workers, from files and from an array in memory.
+By default, the loaders stream the files: they crop (random-resized, bilinear), flip and return normalised float32
+batches. The worker and the main process share one core, so that the result is images/s per core. With
+--resident, our loader decodes the data set once, then pads, crops and flips whole batches on all cores; it is compared
+with torchvision DataLoaders that process single samples in 2 workers, from files and from an array in memory.
 
-After a warm-up, all loaders deliver the same number of images in alternating order. The script prints the median, the
-range and the ratio of the pairs.
+After a warm-up, all loaders deliver the same number of images in alternating order. The script prints the
+median and range of each speed, and the median ratio of our loader's speed to that of each other loader.
 
 usage: python scripts/loader_throughput.py ROOT --size 224 [--images 1280] [--rounds 7]
        python scripts/loader_throughput.py ROOT --size 32 --resident
@@ -71,7 +71,7 @@ def main() -> int:
 
 
 def link_images(root: Path, folder: Path, num_images: int) -> None:
-    """Create a data set of `num_images` links to the images in `root`: all in train/, and one per image in val/ too."""
+    """Create a data set of `num_images` links to the images in `root`: all in train/, plus one per image in val/."""
     found = ImageFolder(str(root / "train" if (root / "train").is_dir() else root))
     random.seed(0)
     samples = random.sample(found.samples, len(found.samples))

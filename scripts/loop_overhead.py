@@ -2,7 +2,7 @@
 
 The bare loop runs forward, loss, backward and update. The trainer adds the schedule, sums for the log, the non-finite
 check, a log row every --log-every steps (metrics.jsonl, TensorBoard, console) and polling for signals. After a warm-up,
-the two train for one epoch each in alternating order. The script prints the median images/s, the range and the ratio.
+the two train for one epoch each in turn. The script prints the median and range of the images/s, and the ratio.
 
 usage: python scripts/loop_overhead.py [--rounds 40] [--log-every 50] [key=value ...]   (overrides of the run's config)
 """
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def build_both(config: TrainConfig, folder: Path) -> tuple[dict[str, Callable[[], None]], torch.device, int]:
-    """Return functions that train one epoch (bare loop and trainer), the device and the number of images per epoch."""
+    """Return two functions that train one epoch (bare loop and trainer), the device and the images per epoch."""
     device, config = resolve(config)
     loaders = build_loaders(config, device)
     plan = RunPlan(config, device, steps_per_epoch=loaders.train.plan.steps_per_epoch)

@@ -77,7 +77,7 @@ def empty_output(value: Tensor, stride: int) -> Tensor:
 
 
 def statistics_shape(query: Tensor) -> tuple[int, int, int, int]:
-    """Return the shape [planes, H, 2, W] of two float32 values per head and position, in the kernel's lane order."""
+    """Return the statistics' shape [planes, H, 2, W]: two float32 values per head and position, in lane order."""
     batch, num_heads, height, width, _ = query.shape
     return (batch * num_heads + MAX_LANES - 1) // MAX_LANES * MAX_LANES, height, 2, width
 
@@ -85,8 +85,9 @@ def statistics_shape(query: Tensor) -> tuple[int, int, int, int]:
 def local_attention_forward(inputs: Inputs, kernel_size: int, border: str, stride: int = 1) -> tuple[Tensor, Tensor]:
     """Return the output, with the dtype and stride order of `value`, and the statistics for the backward pass.
 
-    The output is [B, N, H, W, D]. A stride of 2 averages it over 2 x 2 positions, or fewer at the end of an odd
-    dimension. A window's statistics are its largest score and 1 / sum(exp(score - largest)); see `statistics_shape`.
+    The output is [B, N, H, W, D]. With a stride of 2, it is averaged over 2 x 2 positions, or fewer at the end
+    of an odd dimension. A window's statistics are its largest score and 1 / sum(exp(score - largest)); see
+    `statistics_shape`.
     """
     query, value = inputs.query, inputs.value
     if query.dtype not in DTYPES:
@@ -135,7 +136,7 @@ def _float32(inputs: Inputs) -> Inputs:
 
 
 def _problem(inputs: Inputs, border: str, stride: int, statistics: Tensor) -> tuple[_Problem, list[Tensor]]:
-    """Return the problem and the embeddings as contiguous float32 tensors, which the caller must keep alive."""
+    """Return the problem, and the embeddings as contiguous float32 tensors, which the caller must keep alive."""
     query, key, value, rel_height, rel_width = inputs
     fields = {"zero_border": border == "zero", "dtype": DTYPES[query.dtype], "num_threads": torch.get_num_threads()}
     problem = _Problem(*query.shape, **fields, stride=stride, statistics=statistics.data_ptr())
@@ -159,7 +160,7 @@ def _strided(tensor: Tensor | None) -> _Strided:
 
 
 def why_not_built(source: str, size: int) -> str | None:
-    """Return why the library of a source cannot be built for this size, or None; build it if necessary."""
+    """Return why the library of a source cannot be built for this size, or None if it can; build it if necessary."""
     library = _library(source, size, _instruction_set())
     return library if isinstance(library, str) else None
 
@@ -177,7 +178,7 @@ _kept = threading.local()
 
 
 def _workspace(num_bytes: int) -> int:
-    """Return the address of `num_bytes` or more of scratch memory, which the calling thread keeps for later calls."""
+    """Return the address of at least `num_bytes` of scratch memory, which the calling thread keeps for later calls."""
     # A kernel needs a few MB per core. Getting new pages from the system would take longer than the kernel itself.
     if getattr(_kept, "scratch", None) is None or len(_kept.scratch) < num_bytes:
         _kept.scratch = torch.empty(num_bytes, dtype=torch.uint8)
@@ -185,7 +186,7 @@ def _workspace(num_bytes: int) -> int:
 
 
 def _instruction_set() -> str:
-    """Return the widest set that CPU and OS support, as detected by torch (and limited by ATEN_CPU_CAPABILITY)."""
+    """Return the widest instruction set available, as detected by torch and limited by ATEN_CPU_CAPABILITY."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return "baseline"
     capability = torch.backends.cpu.get_cpu_capability()
@@ -218,7 +219,7 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 def _built(source: str, compiler: str, flags: tuple[str, ...], link_flags: tuple[str, ...]) -> Path:
-    """Return the path of the library in the cache, after compiling it if it is missing or damaged."""
+    """Return the path of the library in the cache; compile it first if it is missing or damaged."""
     # The file name contains a hash of the sources, flags and compiler, so that no stale library is loaded, and a hash
     # of the library's own bytes, so that no damaged library is loaded.
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout

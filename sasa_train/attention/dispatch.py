@@ -1,4 +1,4 @@
-"""`local_attention`, and `local_attention_qkv` for layers; both check arguments and call an op that picks a backend.
+"""`local_attention` and its variant for layers. Both check their arguments and call an op that picks a backend.
 
 The backends are `reference` (plain PyTorch, all devices and dtypes), `cpu` (compiled at first use) and `triton` (NVIDIA
 GPUs). The last two support float32 and half precision. `auto` selects `triton` for tensors on a GPU and `cpu` for
@@ -54,8 +54,9 @@ def local_attention(
         backend: "auto", "reference", "cpu" or "triton". A backend requested by name raises an error if it cannot run.
 
     Returns:
-        [B, N, H, W, D], with the dtype and stride order of `value`; differentiable in all five tensors. Deterministic,
-        except that `triton` times its launches to pick one; `torch.use_deterministic_algorithms(True)` avoids this.
+        [B, N, H, W, D], with the dtype and stride order of `value`; differentiable in all five tensors. The result is
+        deterministic, except that `triton` picks its launch configuration by timing several of them;
+        `torch.use_deterministic_algorithms(True)` avoids this.
 
     Raises:
         ValueError: an argument is invalid; the message states its name, its value and the rule that it breaks.
@@ -105,9 +106,9 @@ def local_attention_qkv(
     """Apply `local_attention` to queries, keys and values stacked in one tensor, with optional average pooling.
 
     Args:
-        projections: [3, B, N, H, W, D], any strides; [2, B, N, H, W, D], queries and values, with `content=False`.
-        stride: 2 returns the output after 2x2 average pooling, [B, N, ceil(H / 2), ceil(W / 2), D]; at the end of an
-            odd dimension, the average is over the existing positions.
+        projections: [3, B, N, H, W, D] with any strides, or [2, B, N, H, W, D] (queries and values) if `content=False`.
+        stride: if 2, the output is average-pooled 2x2 to [B, N, ceil(H / 2), ceil(W / 2), D]; at the end of an odd
+            dimension, only the existing positions are averaged.
     """
     # A single input tensor has a single gradient tensor with the same strides. Three separate gradients would have to
     # be stacked and copied back into the layout of the projection, which took longer than the attention.
@@ -185,7 +186,7 @@ def _backward_into(
 
 
 def _forward_flops(query, key, value, rel_height, rel_width, kernel_size, *_, **__) -> int:
-    """Count 2*K*K*D per head and position for each of q.k, q.r and weights times values, with full windows."""
+    """Count 2*K*K*D FLOPs per head and position for each of q.k, q.r and weights times values, with full windows."""
     batch, num_heads, height, width, head_dim = query
     num_products = 1 + (key is not None) + (rel_height is not None)
     return num_products * 2 * kernel_size**2 * head_dim * batch * num_heads * height * width
@@ -256,7 +257,7 @@ def plain_decompositions() -> dict[Any, Callable]:
 
 
 def _resolve(backend: str, query: Tensor, kernel_size: int) -> ModuleType:
-    """Return the module of the backend to run. This is called inside the op, where tensors are real."""
+    """Return the module of the backend to run. This is called inside the op, where tensors have data."""
     if backend == "reference":
         return reference
     name = backend if backend != "auto" else "triton" if query.is_cuda else "cpu"
@@ -270,7 +271,7 @@ def _resolve(backend: str, query: Tensor, kernel_size: int) -> ModuleType:
 
 
 def _module(name: str) -> ModuleType | str:
-    """Return the module of a compiled backend, or the reason why it is unavailable."""
+    """Return the module of a compiled backend, or the reason why the backend is unavailable."""
     if name == "cpu":
         return cpu
     # Importing Triton takes a second, so it is imported only when it is needed.

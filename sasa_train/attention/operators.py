@@ -1,4 +1,4 @@
-"""Registration of a differentiable torch.library op and its backward op: schemas, fake tensors, autograd and FLOPs.
+"""Register a differentiable torch.library op and its backward op: schemas, fake tensors, autograd and FLOP counts.
 
 Absent optional tensors are passed as None. An op cannot return None, so a backward op returns gradients only for the
 tensors that are not None.
@@ -34,12 +34,12 @@ def define_operator(
     Args:
         tensors, options: arguments in torch's schema language; gradients are computed for `tensors`.
         forward_only: additional arguments that are not passed to the backward op.
-        outputs: the outputs of `forward`. The backward op receives the gradients of the outputs `grads`, then the
-            outputs `kept` themselves, under the names in `backward_inputs`, followed by `tensors` and `options`.
-        fake: returns the outputs of `forward` without their values.
+        outputs: the outputs of `forward`. The backward op receives, under the names in `backward_inputs`, the gradients
+            of the outputs listed in `grads`, then the outputs listed in `kept`, followed by `tensors` and `options`.
+        fake: a function that returns outputs like those of `forward`, but without values.
         skips_first: whether the backward op has a last argument `needs_x` and omits the gradient of the first tensor
             if it is false.
-        flops: counts the FLOPs of a forward pass; takes the same arguments with shapes in place of tensors.
+        flops: a function that counts the FLOPs of a forward pass, given the same arguments with shapes for tensors.
     """
     num_before, num_tensors, num_options = len(grads) + len(kept), tensors.count(",") + 1, options.count(",") + 1
     num_others = forward_only.count("Tensor")

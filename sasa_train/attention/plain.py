@@ -1,4 +1,4 @@
-"""Local attention as a few matrix products, for exported programs. It needs no custom operator and no window loop.
+"""Local attention as a few matrix products, for exported programs. It needs no custom operators or window loops.
 
 Each row of queries is multiplied by K whole rows of keys, and all columns outside the window are masked out.
 """
@@ -68,7 +68,7 @@ def _inside(index: Tensor, size: int) -> Tensor:
 
 
 def _inside_image(height: int, width: int, num_tiles: int, tile: int, kernel_size: int, device: torch.device) -> Tensor:
-    """Return a mask [H, tiles, 1, K, span] that is True if both row and column are inside the image."""
+    """Return a mask [H, tiles, 1, K, span] that is True if both the row and the column are inside the image."""
     radius, num_columns = kernel_size // 2, num_tiles * tile
     rows = torch.arange(height, device=device).view(-1, 1) + torch.arange(-radius, radius + 1, device=device)
     starts = torch.arange(0, num_columns, tile, device=device).view(-1, 1)

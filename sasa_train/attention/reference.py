@@ -31,7 +31,7 @@ Grads = tuple[Tensor, Tensor | None, Tensor]  # gradients of query, key and valu
 
 
 class Inputs(NamedTuple):
-    """Input tensors of attention, with the shapes above. `key` may be None (no q.k), as may the embeddings (no q.r)."""
+    """Input tensors of attention, shaped as above. `key` (without q.k) and the embeddings (without q.r) may be None."""
 
     query: Tensor
     key: Tensor | None
@@ -49,7 +49,7 @@ def local_attention_forward(
     kernel_size: int,
     border: str,
 ) -> Tensor:
-    """Return the attention output [B, N, H, W, D] in value's dtype. The scores omit q.k if `key` is None."""
+    """Return the attention output [B, N, H, W, D] in the dtype of `value`. The scores omit q.k if `key` is None."""
     attn_weights = _attn_weights(query, key, rel_height, rel_width, kernel_size, border)
     v = _batch_last(value)
     output = torch.zeros_like(v)
@@ -139,7 +139,7 @@ def _attn_weights(
 
 
 def _relative_backward(grad_scores: Tensor, q_half: Tensor, rel: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of one half of q [N, D/2, H, W, B] and its embedding, given grad_scores [K, N, H, W, B]."""
+    """Return the gradients of half of q [N, D/2, H, W, B] and of its embedding, given grad_scores [K, N, H, W, B]."""
     grad_q_half = torch.einsum("knhwb,nkd->ndhwb", grad_scores, _per_head(rel, q_half))
     grad_rel = torch.einsum("knhwb,ndhwb->nkd", grad_scores, q_half)
     return grad_q_half, table_gradient(grad_rel, rel)
@@ -152,7 +152,7 @@ def table_gradient(grad: Tensor, rel: Tensor) -> Tensor:
 
 # Internally the batch is the last dimension, so that the K*K shifted windows consist of long contiguous runs.
 def _batch_last(tensor: Tensor) -> Tensor:
-    """Return [B, N, H, W, D] as contiguous [N, D, H, W, B] in float32, or float64 if the input is."""
+    """Convert [B, N, H, W, D] to contiguous [N, D, H, W, B] in float32 (in float64 if the input is float64)."""
     arithmetic = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     return tensor.permute(1, 4, 2, 3, 0).to(arithmetic).contiguous()
 

@@ -92,10 +92,10 @@ def attention_stem_pooled(
     """Compute only those parts of `attention_stem`'s output that a per-channel affine map and 4x4 max pooling require.
 
     Args:
-        sign: [C], 1 for channels whose affine map is increasing, -1 for decreasing and 0 for constant.
+        sign: [C], 1 for channels whose affine map is increasing, -1 if it is decreasing and 0 if it is constant.
 
     Returns:
-        The maximum of each block (the minimum if sign is -1, the first value if 0), [B, C, H/4, W/4] in the stride
+        The maximum of each block (the minimum if its sign is -1, the first value if 0), [B, C, H/4, W/4] in the stride
         order of x; and the mean and biased variance [C] of each channel over all positions.
     """
     picked, _, mean, variance = _attention_stem_pooled(
@@ -158,7 +158,7 @@ def _heads(w_qk: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
 
 
 def _tables(weights: _Weights, num_heads: int) -> Tensor:
-    """Convert the weights to the kernel's tables: M, row and col per head (see its source), W_V per block position."""
+    """Convert weights to the kernel's tables: M, row and col per head (see its source), and W_V per block position."""
     w_qk, w_v, mixture, rel_height, rel_width = weights
     w_q, w_k = _heads(w_qk, num_heads)
     form = torch.einsum("ndi,ndj->nij", w_q, w_k)
@@ -172,7 +172,7 @@ def _tables(weights: _Weights, num_heads: int) -> Tensor:
 
 
 def _tables_backward(grad: Tensor, weights: _Weights, num_heads: int) -> list[Tensor]:
-    """Return the gradients of those weights that are not None, given the tables' gradients (without log2(e))."""
+    """Return the gradients of all weights that are not None, given those of the tables (without the factor log2(e))."""
     w_qk, w_v, mixture, rel_height, rel_width = weights
     w_q, w_k = _heads(w_qk, num_heads)
     in_channels, num_offsets = w_qk.shape[1], 2 * SIDE - 1
@@ -197,7 +197,7 @@ def _tables_backward(grad: Tensor, weights: _Weights, num_heads: int) -> list[Te
 
 
 def _run_backward(problem: _Problem, x: Tensor, weights: _Weights, tables: Tensor, needs_x: bool) -> list[Tensor]:
-    """Return the gradients of x (if `needs_x`) and of the weights; `problem` holds those of the output."""
+    """Return the gradients of x (if `needs_x`) and of the weights, given the output's gradients in `problem`."""
     grad_tables = torch.empty_like(tables)
     problem.grad_tables = grad_tables.data_ptr()
     grads = [torch.empty_like(x)] if needs_x else []

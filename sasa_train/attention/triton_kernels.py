@@ -8,11 +8,11 @@ product is a small matrix product for the tensor cores, [P, D] x [D, W] or [P, W
   forward, query tiles:     S = q k^T + q.r, masked to the windows; online softmax; out += exp(S - max) v
   backward 1, query tiles:  one loop over the key rows computes logsumexp and delta = sum(weight T), T = dout v^T; a
                             second computes dS = weight (T - delta), dq += dS k and the gradients of the embeddings
-  backward 2, key tiles:    a loop over the query rows in reach, using pass 1: dv += weight^T dout, dk += dS^T q
+  backward 2, key tiles:    a loop over the query rows in reach uses pass 1's results: dv += weight^T dout, dk += dS^T q
 
 Each result is written by a single program, without atomics and with a fixed order of summation. No forward result is
-saved, and nothing of size K*K is stored. A NaN affects all queries of any tile that reads it, which are slightly more
-than the queries that have it in their window.
+saved, and nothing of size K*K is stored. A NaN affects all queries of every tile that reads it, i.e. slightly more
+queries than those whose window contains it.
 """
 
 import functools
@@ -39,14 +39,14 @@ TABLE_ROWS = tl.constexpr(16)
 LOG2_E = tl.constexpr(1.4426950408889634)  # 2^x is one instruction
 
 
-# Small tiles are faster for the following reason. Each query computes W (tile_h + K - 1) P / (tile_h tile_w) scores, of
+# Small tiles are faster for this reason: each query computes W (tile_h + K - 1) P / (tile_h tile_w) scores, of
 # which K K are used. At K = 7 and 8 columns, these are 49 of 128 with two query rows, of 160 with four and of 224 with
 # eight, while each key is read 7, 4.4 and 3 times. The bottleneck is the work of a warp on a score besides the
 # products, about 10 instructions, which small tiles and a single warp minimise. Compiled for an H100 (D = 16,
 # bfloat16), a query costs 137 warp instructions forward and 278 + 171 backward with P = 16 and one warp, but 242 and
 # 481 + 322 with P = 64 and four. Many channels need more warps because they fill the registers of one.
 class Config(NamedTuple):
-    """Launch parameters of a kernel: positions per program (P; a power of two, at least 16), warps, loop stages."""
+    """Launch parameters of a kernel: positions per program (P, a power of two >= 16), warps and loop stages."""
 
     positions: int
     num_warps: int
@@ -68,7 +68,7 @@ CONFIGS = (Config(16, 1, 2), Config(16, 2, 2), Config(16, 4, 2), Config(32, 2, 2
 
 @triton.jit
 def _place(num_heads, height, width, tile_h, tile_w, P: tl.constexpr):
-    """Return this program's image and head, its tile's first row and column, and its positions' rows, columns, mask."""
+    """Return this program's image, head, first row and column, and the rows, columns and mask of its positions."""
     tiles_w = tl.cdiv(width, tile_w)
     num_tiles = tiles_w * tl.cdiv(height, tile_h)
     pid = tl.program_id(0)
@@ -85,7 +85,7 @@ def _place(num_heads, height, width, tile_h, tile_w, P: tl.constexpr):
 
 @triton.jit
 def _reach(row0, column0, height, width, tile_h, K: tl.constexpr, W: tl.constexpr, CLIP: tl.constexpr):
-    """Return the first and the last + 1 row that a tile reaches, the columns [W] that it reaches, and their mask."""
+    """Return the first row that a tile reaches, the row after the last, the columns [W] it reaches, and their mask."""
     first, last = row0 - K // 2, tl.minimum(row0 + tile_h, height) + K // 2
     if CLIP:
         first, last = tl.maximum(first, 0), tl.minimum(last, height)
@@ -95,7 +95,7 @@ def _reach(row0, column0, height, width, tile_h, K: tl.constexpr, W: tl.constexp
 
 @triton.jit
 def _head(pointer, strides, b, n, ALIGN: tl.constexpr):
-    """Return the address of a head."""
+    """Return the address of the head's first element."""
     # All strides except the channel stride are in units of ALIGN elements, so that the compiler can vectorise loads.
     return pointer + (b * strides[0] + n * strides[1]) * ALIGN
 
@@ -110,7 +110,7 @@ def _at(strides, rows, columns, D_PADDED: tl.constexpr, ALIGN: tl.constexpr):
 
 @triton.jit
 def _load(head, strides, rows, columns, exists, D: tl.constexpr, D_PADDED: tl.constexpr, ALIGN: tl.constexpr):
-    """Load [positions, channels] in their own dtype, with 0 for positions and channels that do not exist."""
+    """Load [positions, channels] in their own dtype, with zeros for positions and channels that do not exist."""
     mask = exists[:, None] & (tl.arange(0, D_PADDED) < D)[None, :]
     return tl.load(head + _at(strides, rows, columns, D_PADDED, ALIGN), mask=mask, other=0.0)
 
@@ -146,7 +146,7 @@ def _product(a, b, start, PRECISION: tl.constexpr):
 
 @triton.jit
 def _per_column(by_width, dx, in_reach):
-    """Gather `by_width` (by offset, [P, TABLE_ROWS], or None) into [P, W] by key column, with -inf out of reach."""
+    """Gather `by_width` ([P, TABLE_ROWS] by offset, or None) into [P, W] by key column (-inf if out of reach)."""
     found = tl.zeros(dx.shape, tl.float32)
     if by_width is not None:
         found = tl.gather(by_width, tl.minimum(tl.maximum(dx, 0), TABLE_ROWS - 1), 1)
@@ -155,7 +155,7 @@ def _per_column(by_width, dx, in_reach):
 
 @triton.jit
 def _bias(by_height, per_column, dy, K: tl.constexpr):
-    """Return the bias [P, W] for the key row dy - K // 2 below each query, to be added to q.k: q.r, or -inf outside."""
+    """Return the bias [P, W] that is added to q.k for key row dy - K // 2 below each query: q.r, or -inf outside."""
     per_row = tl.zeros(dy.shape, tl.float32)
     if by_height is not None:
         per_row = tl.sum(tl.where(tl.arange(0, TABLE_ROWS)[None, :] == dy[:, None], by_height, 0.0), 1)
@@ -164,7 +164,7 @@ def _bias(by_height, per_column, dy, K: tl.constexpr):
 
 @triton.jit
 def _online(s, largest, total):
-    """Add a key row to the softmax; return the new maximum and total, the row's numerators, the factor on old sums."""
+    """Add a key row to the softmax; return the new maximum and total, the row's numerators and the old sums' factor."""
     larger = tl.maximum(largest, tl.max(s, 1) * LOG2_E)
     shrink = tl.exp2(largest - larger)
     e = tl.exp2(s * LOG2_E - larger[:, None])
@@ -520,7 +520,7 @@ def _by_rule(head_dim: int) -> Config:
 
 @functools.cache
 def _tile(height: int, width: int, kernel_size: int, positions: int) -> tuple[int, int, int]:
-    """Return rows and columns of a tile and tiles per map, for the fitting tile that reads the fewest key rows."""
+    """Choose the fitting tile that reads the fewest key rows; return its rows and columns and the tiles per map."""
 
     def cut(columns: int) -> tuple[int, int, int]:
         tiles_w = triton.cdiv(width, columns)

@@ -1,4 +1,4 @@
-"""Build a model (ours or any of timm's) from its config, and check it against the data before training starts."""
+"""Build a model (one of ours or of timm's) from its config, and check it against the data before training starts."""
 
 from difflib import get_close_matches
 from typing import Any
@@ -13,7 +13,7 @@ from sasa_train.refusal import LIBRARY_ERRORS, ConfigError, shorten
 
 
 def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
-    """Build `config.name` for square RGB images of `image_size` pixels and `num_classes` classes.
+    """Build the model `config.name` for `num_classes` classes and square RGB images `image_size` pixels wide.
 
     Raises:
         ConfigError: the name is unknown or the keys are incompatible.
@@ -38,10 +38,10 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
 
 
 def build_published(name: str, image_size: int) -> nn.Module:
-    """Build timm's model with its published weights and classes. The state of torch's generator is left unchanged.
+    """Build a timm model with its published weights and classes, without changing the state of torch's generator.
 
     Raises:
-        ConfigError: there are no such weights, or they are neither cached nor downloadable.
+        ConfigError: the requested weights do not exist, or they are neither cached nor downloadable.
     """
     if not timm.is_model_pretrained(name):
         raise ConfigError(f"model.pretrained=timm: timm has no weights of {name}: see timm.list_pretrained()")
@@ -78,7 +78,7 @@ def check_model(config: ModelConfig, image_size: int) -> nn.Module:
     """Build the model and run it on the meta device, which needs neither weights nor data; return the model.
 
     Raises:
-        ConfigError: `build_model` raises it, or the model does not accept images of this size.
+        ConfigError: the model cannot be built, or it does not accept images of this size.
     """
     with torch.device("meta"), torch.no_grad():
         model = build_model(config, config.num_classes or 10, image_size)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass
 class Layer:
-    """A row of the table. `shape` is the output shape without the batch dimension."""
+    """A row of the per-layer table. `shape` is the output shape without the batch dimension."""
 
     name: str
     kind: str
@@ -40,7 +40,7 @@ def count_flops(model: nn.Module, image_size: int) -> int:
 
 
 def count_layers(model: nn.Module, image_size: int) -> list[Layer]:
-    """Return one row per block of each stage, one per module outside the stages, and finally the total."""
+    """Return one row per block of each stage, one per module outside the stages, and a final row with the totals."""
     num_images = 2  # in train mode, batch norm rejects a single value per channel
     layers: dict[str, Layer] = {}
     for name, child in model.named_children():

@@ -38,13 +38,13 @@ class PointwiseConv2d(nn.Conv2d):
 
 
 class LocalSelfAttention2d(nn.Module):
-    """Self-attention over a K x K window around each position, a replacement for a K x K convolution (Eq. 3).
+    """Self-attention over a K x K window around each position, which replaces a K x K convolution (Eq. 3).
 
     Query, key and value projections are dense, have no bias and are split into heads. There is no output projection.
     With `stride=2`, attention runs at the input's resolution and a 2x2 average pool follows. Input and output are BCHW.
 
     Projections are initialised from N(0, 1/in_channels) and embeddings from N(0, 1/head_dim), as in Axial-DeepLab's
-    code, since the paper specifies no initialisation. It is a safe choice because the scores are not scaled.
+    code, since the paper specifies no initialisation. The choice is safe because the scores are not scaled.
 
     Args:
         in_channels, out_channels: numbers of channels; `out_channels` is divided among the heads.
@@ -105,7 +105,7 @@ class LocalSelfAttention2d(nn.Module):
         return {"kernel_size": self.kernel_size, "content": self.content, "border": self.border}
 
     def relative_scores(self, x: Tensor) -> Tensor | None:
-        """Return q.r per window position, averaged over images and queries, [N, K, K]; None without embeddings."""
+        """Return q.r at each window position, averaged over images and queries, [N, K, K]; None without embeddings."""
         return _mean_relative_scores(self._projections(x)[0], self.rel_height, self.rel_width)
 
     def _projections(self, x: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class LocalSelfAttention2d(nn.Module):
         return heads.permute(1, 0, 2, 4, 5, 3)
 
     def _projected_sinusoid(self, x: Tensor) -> Tensor:
-        """Return the sinusoid's part of the projections, [1, C', H, W]; it is added for W_Q and W_K, not for W_V."""
+        """Return the sinusoid's part of the projections, [1, C', H, W]. It is added for W_Q and W_K but not for W_V."""
         # The projection is linear and the sinusoid concatenates a row code and a column code, so each is projected
         # separately.
         num_reading = self.qkv.out_channels // self._num_projections * (self._num_projections - 1)
@@ -145,9 +145,9 @@ class AttentionStem(nn.Module):
 
     Args:
         in_channels, out_channels: numbers of channels; `out_channels` is divided among the heads.
-        values: "mixture", or for the ablations of Table 7 "plain" (a single W_V) or "conv" (a 4x4 convolution).
+        values: "mixture" or, for the ablations of Table 7, "plain" (a single W_V) or "conv" (a 4x4 convolution).
         pool: whether to apply the 4x4 max pool; without it, the stem suits images of up to 64 pixels.
-        num_heads, num_mixtures: 4 heads as in the paper, and 4 mixtures, a number that the paper does not give.
+        num_heads, num_mixtures: by default 4 heads, as in the paper, and 4 mixtures (the paper does not give a number).
         relative: whether the scores include q.r.
         backend: "auto" uses the compiled kernel (sasa_train/attention/stem.py) if it can run (on a CPU, in float32, not
             with values="conv"), otherwise PyTorch; "cpu" requires the kernel; "reference" and "triton" use PyTorch.
@@ -288,7 +288,7 @@ class AttentionStem(nn.Module):
         return (weights[None, :, None] * x[:, None]).flatten(1, 2)
 
     def _relative(self, dtype: torch.dtype) -> Tensor:
-        """Return r for each query and key of a block, [16, 16, D], with rows in the first half of D, then columns."""
+        """Return r for each query and key of a block, [16, 16, D]: rows in D's first half, columns in the second."""
         assert self.rel_height is not None and self.rel_width is not None
         place = torch.arange(BLOCK_SIZE, device=self.rel_height.device)
         offset = place[None, :] - place[:, None] + BLOCK_SIZE - 1  # [query, key]
@@ -311,14 +311,14 @@ class AttentionStem(nn.Module):
 
 
 def sinusoid(channels: int, length: int, device: torch.device | None = None) -> Tensor:
-    """Return the Transformer's position encoding [channels, length], with sines in the first half, then cosines."""
+    """Return the Transformer's position encoding [channels, length], sines in the first half, cosines in the second."""
     frequencies = 10_000.0 ** -(torch.arange(0, channels, 2, device=device) / channels)
     angles = frequencies[:, None] * torch.arange(length, device=device)
     return torch.cat([angles.sin(), angles.cos()])
 
 
 def _relative_embeddings(shape: tuple[int, ...] | None) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-    """Return the parameters `rel_height` and `rel_width` of shape [..., K, D/2], or None and None."""
+    """Return the parameters `rel_height` and `rel_width` of shape [..., K, D/2], or (None, None)."""
     if shape is None:
         return None, None
     return nn.Parameter(torch.empty(shape)), nn.Parameter(torch.empty(shape))
@@ -332,7 +332,7 @@ def _init_relative(*embeddings: nn.Parameter | None) -> None:
 
 
 def _mean_relative_scores(query: Tensor, rel_height: Tensor | None, rel_width: Tensor | None) -> Tensor | None:
-    """Return the mean of q.r, [N, K, K], over queries [B, N, ..., D]."""
+    """Return q.r [N, K, K], averaged over all queries [B, N, ..., D]."""
     if rel_height is None or rel_width is None:
         return None
     # q.r is linear in q, so the mean query has the mean score.

@@ -44,10 +44,11 @@ class PretrainedReport:
 
 @torch.no_grad()
 def load_pretrained(model: nn.Module, state_dict: StateDict, keep_classifier: bool = True) -> PretrainedReport:
-    """Load the tensors of `state_dict` that have the same name and shape in the model or can be adapted.
+    """Load the tensors of `state_dict` whose names and shapes match the model's, and those that can be adapted to it.
 
-    The `checkpoint_filter_fn` of the model's module adapts position embeddings to another image size (timm's models) or
-    relative embeddings to another window (ours). The first convolution is adapted to another number of channels.
+    The `checkpoint_filter_fn` of the model's module adapts position embeddings to another image size (in timm's
+    models) or relative embeddings to another window size (in ours). The first convolution is adapted to another
+    number of channels.
 
     Args:
         keep_classifier: if False, the classifier keeps its initial weights even if the shapes match.
@@ -187,7 +188,7 @@ def _check_finite(tensors: StateDict) -> None:
 
 
 def _by_value(texts: dict[str, str]) -> dict[str, list[str]]:
-    """Group the keys of {name: text} by text."""
+    """Group the keys of a {name: text} dict by their text."""
     return _grouped((text, name) for name, text in texts.items())
 
 

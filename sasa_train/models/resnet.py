@@ -24,7 +24,7 @@ STAGE_OPS = ("conv", "attention")
 
 
 class Bottleneck(nn.Module):
-    """Bottleneck block: 1x1-BN-ReLU, 3x3 convolution or local attention, BN-ReLU, 1x1-BN, plus the shortcut, ReLU."""
+    """Bottleneck: 1x1-BN-ReLU, 3x3 convolution or local attention, BN-ReLU, 1x1-BN, addition of the shortcut, ReLU."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, op: str, drop_path: float, attention: dict):
         super().__init__()
@@ -123,7 +123,7 @@ class ResNet(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """Initialise convolutions (Kaiming, fan-out) and each block's last BN weight (0); attention does it itself."""
+        """Initialise convolutions (Kaiming, fan-out) and blocks' last BN weights (0); attention initialises itself."""
         attention = [m for m in self.modules() if isinstance(m, LocalSelfAttention2d | AttentionStem)]
         own_init = {module for layer in attention for module in layer.modules()}
         for module in self.modules():
@@ -166,7 +166,7 @@ class ResNet(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Return the names of position and stem mixture embeddings; timm itself excludes norms and biases."""
+        """Return the names of the position and stem mixture embeddings; timm itself excludes norms and biases."""
         names = ("rel_height", "rel_width", "emb_row", "emb_col", "nu")
         return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in names}
 

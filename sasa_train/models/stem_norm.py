@@ -1,17 +1,17 @@
-"""Batch norm of a stem's selected positions, using the statistics computed by the stem's kernel."""
+"""Batch-normalise the positions that a stem's kernel has selected, using the statistics that the kernel computes."""
 
 import torch
 from torch import Tensor, nn
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Return whether a module has exactly this type and no hooks, so that other code can do its work."""
+    """Return whether a module has exactly this type and no hooks, so that other code can replace its forward pass."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return type(module) is kind and not any(hooks)
 
 
 def can_normalise_picked(norm: nn.Module) -> bool:
-    """Return whether `normalise_picked` can replace `norm`, an unsynchronised norm with weights and statistics."""
+    """Return whether `normalise_picked` supports `norm`: an unsynchronised batch norm with weights and statistics."""
     return is_plain(norm, nn.BatchNorm2d) and None not in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
 
 

@@ -47,7 +47,7 @@ def join() -> None:
 
 
 def leave(code: int, may_wait: bool) -> None:
-    """Leave the process group; unless `may_wait`, exit this process immediately with `code`."""
+    """Leave the process group; unless `may_wait` is true, exit this process immediately with `code`."""
     if may_wait:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -67,7 +67,7 @@ def use_own_device() -> None:
 
 
 def restart_warning() -> str | None:
-    """Return a warning if restarts may fail with several torchrun instances, otherwise None."""
+    """Return a warning if there are several torchrun instances whose restarts may fail, otherwise None."""
     if num_machines() == 1 or not max_restarts() or os.environ.get(STORE_FIX) == "1":
         return None
     return (
@@ -77,7 +77,7 @@ def restart_warning() -> str | None:
 
 
 def from_first(function: Callable[[], Result], *errors: Error) -> Result:
-    """Call `function` only on the first process; return its result or raise its error (one of `errors`) on all."""
+    """Call `function` on the first process; return its result or raise its error (one of `errors`) on all processes."""
     if world_size() == 1:
         return function()
     outcome: list[Any] = [None, None]
@@ -115,7 +115,7 @@ def _shared(error: Exception) -> Exception:
 
 
 def describe(error: BaseException) -> str | None:
-    """Return an error's message including its process, or None if the first process prints it for all."""
+    """Return an error's message and the process it comes from, or None if the first process prints it for all."""
     source = getattr(error, "process", rank())
     if getattr(error, "is_shared", False):
         if rank() != 0:
@@ -134,7 +134,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def total(tensor: Tensor) -> Tensor:
-    """Return the sum over all processes, which is a CPU tensor if there are several."""
+    """Return the sum of a tensor over all processes, on the CPU if there are several processes."""
     if world_size() == 1:
         return tensor
     summed = tensor.cpu()
@@ -143,7 +143,7 @@ def total(tensor: Tensor) -> Tensor:
 
 
 def largest(number: float) -> float:
-    """Return the maximum over all processes."""
+    """Return the maximum of a number over all processes."""
     if world_size() == 1:
         return number
     tensor = torch.tensor(number, dtype=torch.float64)
@@ -157,7 +157,7 @@ def wait_for_all() -> None:
 
 
 def share_gradients(model: nn.Module) -> nn.Module:
-    """Wrap the model so that backward averages gradients over the processes; a single process gets it unchanged."""
+    """Wrap the model so that backward passes average gradients over the processes, unless there is only one process."""
     if world_size() == 1:
         return model
     # If a process has failed before this call, gloo reports it, while NCCL's first call would wait for it.
@@ -174,7 +174,7 @@ def share_gradients(model: nn.Module) -> nn.Module:
 
 
 def any_of(flag: Tensor) -> Tensor:
-    """Return 1.0 if the flag is set on any process, otherwise 0.0, on the flag's device and without waiting for it."""
+    """Return 1.0 on the flag's device if the flag is set on any process, else 0.0, without waiting for the device."""
     flag = flag.float()
     if world_size() > 1:
         dist.all_reduce(flag, dist.ReduceOp.MAX)
@@ -182,7 +182,7 @@ def any_of(flag: Tensor) -> Tensor:
 
 
 def copy_buffers(model: nn.Module) -> None:
-    """Copy the first process's buffers to all in one message, because batch norm's running statistics differ."""
+    """Copy the first process's buffers, such as batch norm's running statistics, to all processes in one message."""
     buffers = list(model.buffers())
     if world_size() == 1 or not buffers:
         return
@@ -201,7 +201,7 @@ def average(tensor: Tensor) -> None:
 
 
 def stop_is_wanted(here: bool) -> bool:
-    """Return whether this process, or another one that called this, must stop."""
+    """Return whether this process, or another one that has called this function, must stop."""
     # The answers of processes may differ at a given moment, so use this only for work that can be aborted at any point.
     if _store is None or world_size() == 1:
         return here
@@ -211,7 +211,7 @@ def stop_is_wanted(here: bool) -> bool:
 
 
 def tell_failure(text: str) -> None:
-    """Store the reason why this process ends for the others, if it is the first to end."""
+    """If this process is the first to end, store the reason so that the others can read it."""
     if _store is not None:
         with contextlib.suppress(RuntimeError):  # torchrun itself has ended
             _store.compare_set(FAILURE, "", text)

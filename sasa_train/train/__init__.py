@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def end(code: int) -> None:
-    """Exit this process with `code` and ignore any signals that arrive."""
+    """Exit this process with `code`, ignoring any signals that arrive meanwhile."""
     ignore_until_the_end()
     if world_size() > 1:
         from sasa_train.processes.collectives import leave
@@ -110,7 +110,7 @@ def read_config(arguments: list[str]) -> TrainConfig:
 
 
 def multirun(arguments: list[str]) -> int:
-    """Run a sweep with one of Hydra's launchers and one run folder per job; return the first nonzero exit code or 0.
+    """Run a sweep with one of Hydra's launchers and one run folder per job; return the first nonzero exit code, else 0.
 
     Raises:
         ConfigError: a job's config is refused; all configs are checked before the first job starts.

@@ -1,1 +1,1 @@
-"""A training run, from a config to a finished run folder. run.py contains the sequence of steps."""
+"""A training run, from a config to a finished run folder. run.py contains the overall sequence."""

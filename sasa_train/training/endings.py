@@ -14,7 +14,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def train_safely(config: TrainConfig, stop: StopRequest | None = None) -> int:
-    """Train and convert every expected ending into a message and an exit code, including during the imports."""
+    """Train, and convert every expected ending into a message and an exit code, even one during the imports."""
     stop = stop or StopRequest()
     try:
         return _train(config, stop)

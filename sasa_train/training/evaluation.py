@@ -19,7 +19,7 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 
 @dataclass
 class Evaluation:
-    """Metrics in which each image counts once: mean cross-entropy, and top1 and top5 in percent.
+    """Metrics that count each image once: the mean cross-entropy, and top1 and top5 in percent.
 
     `confusion`, int64 [num_classes, num_classes], counts images by label (row) and prediction (column).
     """
@@ -48,9 +48,9 @@ def evaluate(
     precision: str,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
-    """Evaluate `model` in eval mode over `batches`; return None if `stop_requested()` became true meanwhile.
+    """Evaluate `model` in eval mode over `batches`; return None if `stop_requested()` becomes true meanwhile.
 
-    Each process passes its share of the batches, which may be empty, and receives the metrics over all of them.
+    Each process passes its share of the batches, which may be empty, and receives the metrics over all batches.
     """
     # The model is never compiled here, so that the metrics do not depend on `trainer.compile`.
     model.eval()

@@ -49,7 +49,7 @@ def launch(jobs: list[list[str]], hydra_overrides: list[str], folder: Path) -> l
 
 
 def _refusal(job: Sequence[str]) -> int:
-    """Return the exit code for a job whose config is refused, otherwise DONE."""
+    """Return the exit code of a refusal if the job's config is refused, otherwise DONE."""
     # This is checked before the launch, because a launcher drops all jobs if composing one of their configs fails.
     try:
         compose_config(job)
@@ -97,7 +97,7 @@ def _launch(launcher: Launcher, jobs: list[list[str]], ended: list[int]) -> list
 
 
 def _train_job(ended: list[int], composed: DictConfig) -> int:
-    """Train a run, either here or in a separate process to which a launcher pickled the call; return its exit code."""
+    """Train a run, in this process or in one to which a launcher sends the pickled call; return the exit code."""
     is_here = HydraConfig.get().launcher._target_.endswith(".BasicLauncher")
     if not is_here:  # errors and run.json show sys.argv as the command
         sys.argv = ["sasa-train", *(o.removeprefix("++") for o in HydraConfig.get().overrides.task)]
@@ -143,7 +143,7 @@ def _exit_code(job: JobReturn) -> int:
 
 @contextmanager
 def _deaths_as_results() -> Iterator[None]:
-    """Context manager that makes submitit return dead jobs like any other and prints the end of failed jobs' logs."""
+    """Context manager that makes submitit return dead jobs like other jobs, and prints the end of failed jobs' logs."""
     # Without this, submitit's launcher would drop all jobs if one of them died.
     try:
         from submitit import Job

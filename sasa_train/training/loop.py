@@ -1,4 +1,4 @@
-"""The training loop, which runs steps, log rows, evaluations and checkpoints in order."""
+"""The training loop, which runs steps, writes log rows, evaluates and saves checkpoints in order."""
 
 import contextlib
 import itertools
@@ -34,7 +34,7 @@ NUM_NAMED = 8  # maximum number of images named in an error
 class Loop:
     """Training loop that runs steps, logs, evaluates and saves checkpoints until the last step or a stop request.
 
-    Under torchrun, all processes run it in lockstep, and the first one writes and prints.
+    Under torchrun, all processes run it in lockstep, and only the first one writes files and prints.
     """
 
     def __init__(self, run: RunFolder, loaders: Loaders, stepper: Stepper, stop: StopRequest):
@@ -55,7 +55,7 @@ class Loop:
         self._start_clock()
 
     def run(self) -> bool:
-        """Train from the state's step; return True at the end, False after a stop request."""
+        """Train from the state's current step to the last; return True when done, False after a stop request."""
         with self.profiler:
             finished = self.run_epochs()
         if self.profile_steps and self.profiler.step_num <= WAIT + WARMUP:
@@ -124,7 +124,7 @@ class Loop:
             raise NonFiniteError(self.explain(error), error.step, error.number) from None
 
     def explain(self, error: NonFiniteError) -> str:
-        """Describe the module and the images that caused `error`, and write them to a file."""
+        """Describe the module and images that caused `error`; write the description and the image names to a file."""
         text, names = str(error), self.loaders.train_names(error.step, error.number)
         if error.number is not None and self.config.trainer.sync_batch_norm and self.plan.world_size > 1:
             text += "; the module is not looked for with trainer.sync_batch_norm, which needs all processes"
@@ -151,7 +151,7 @@ class Loop:
         )
 
     def show_first(self, batches: Batches) -> Batches:
-        """Write a contact sheet of the first batch that the model sees, including its augmentation."""
+        """Write a contact sheet of the first batch, with its augmentation, as the model sees it."""
         images, labels = next(batches)
         sheet = contact_sheet(self.loaders.train.normalize.undo(images).cpu())
         self.logger.write_picture("augmented", sheet, 0, self.run_folder.path / "augmented.png")
@@ -195,7 +195,7 @@ class Loop:
         return steps * seconds_per_step + evaluations * self.eval_seconds
 
     def evaluate(self) -> bool:
-        """Evaluate on val, log and save; return False after a stop request (resuming repeats the evaluation)."""
+        """Evaluate on val, log and save; return False after a stop request (a resumed run evaluates again)."""
         state = self.state
         self.check_finite()
         with self._off_the_clock():
@@ -270,10 +270,11 @@ class Loop:
         return result
 
     def save(self, is_best: bool, must_succeed: bool = False) -> bool:
-        """Write a checkpoint, never with non-finite values; return False if writing failed but the run may continue.
+        """Write a checkpoint; return False if writing failed but the run may continue.
 
         Raises:
-            CheckpointError: writing failed and the run must stop, or would otherwise count as saved or finished.
+            CheckpointError: writing failed, and the run must stop or would otherwise count as saved or finished.
+            NonFiniteError: a loss, weight, statistic or average is not finite; no checkpoint is written.
         """
         # From here on, a signal takes effect only after the checkpoint is written.
         self.stop.begin_training()
@@ -310,7 +311,7 @@ class Loop:
         return True
 
     def share_unreadable(self) -> None:
-        """Share the list of unreadable images among all processes; raise ConfigError if over `data.max_unreadable`."""
+        """Share the unreadable images among all processes; raise ConfigError if they exceed `data.max_unreadable`."""
         if self.plan.world_size == 1:
             return
         for loader in (self.loaders.train, self.loaders.val):

@@ -1,4 +1,4 @@
-"""Choose micro-batches that fit in memory (trainer.micro_batch_size=auto), and give advice if a step does not fit."""
+"""Choose a micro-batch size that fits in memory (trainer.micro_batch_size=auto); give advice if a step does not."""
 
 import dataclasses
 import gc
@@ -21,7 +21,7 @@ from sasa_train.training.state import build_state
 
 SHARE = 0.5  # fraction of the free CPU memory for activations; gradients and temporaries need the rest
 CUDA_SHARE = 0.9  # fraction of the device's memory that a trial step may use, because fragmentation grows later
-# Phrases, besides "out of memory", in libraries' errors about a batch that is too large.
+# Phrases, besides "out of memory", with which libraries report that a batch is too large.
 TOO_LARGE = ("32-bit index", "CUDNN_STATUS_NOT_SUPPORTED", "unable to find an engine", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -32,7 +32,7 @@ def check_memory(plan: RunPlan, model: nn.Module) -> None:
         model: the model on the meta device.
 
     Raises:
-        ConfigError: these tensors exceed the memory of the device, or of the machine for a CPU; or the model cannot be
+        ConfigError: these tensors exceed the memory of the device (of the machine, for a CPU), or the model cannot be
             trained on such micro-batches, e.g. because batch norm gets a single value per channel.
     """
     trainer, size, device = plan.trainer, plan.image_size, plan.device
@@ -58,7 +58,7 @@ def check_memory(plan: RunPlan, model: nn.Module) -> None:
 
 
 def largest_output(model: nn.Module, images: torch.Tensor) -> int:
-    """Return the size in elements of the largest layer output or input, in train mode without gradients."""
+    """Return the number of elements in the largest layer input or output, in train mode without gradients."""
     largest = images.numel()
 
     def note(_module: nn.Module, _inputs: object, output: object) -> None:
@@ -72,7 +72,7 @@ def largest_output(model: nn.Module, images: torch.Tensor) -> int:
 
 
 def settle_auto(plan: RunPlan, run: RunFolder) -> TrainConfig:
-    """Replace `auto` with the size with which the run started, or else with the largest size that fits now.
+    """Replace `auto` with the size that the run started with or, for a new run, the largest size that fits now.
 
     Raises:
         ConfigError: not even a single image fits.
@@ -137,7 +137,7 @@ def _fits_cpu(plan: RunPlan, num_images: int) -> bool:
 
 
 def _fits_cuda(plan: RunPlan, num_images: int) -> bool:
-    """Return whether a training step with `num_images` leaves a tenth of the device's memory free."""
+    """Return whether a training step with `num_images` images leaves a tenth of the device's memory free."""
     device, size = plan.device, plan.image_size
     _forget_peak(device)
     try:
@@ -178,5 +178,5 @@ def memory_advice(plan: RunPlan, run_dir: Path, error: BaseException) -> str:
 
 
 def divisors(number: int) -> list[int]:
-    """Return all divisors in descending order."""
+    """Return all divisors of `number` in descending order."""
     return [n for n in range(number, 0, -1) if number % n == 0]

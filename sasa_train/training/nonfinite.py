@@ -28,11 +28,11 @@ class NonFiniteError(ExpectedFailure):
 
 
 class LossWatch:
-    """Stops a run if a loss is not finite, before it affects the weights, and without making a CUDA device wait.
+    """Watcher that stops a run before a non-finite loss affects the weights, without making a CUDA device wait.
 
     With `is_late`, the losses of a step are checked when the next step begins or before anything is logged, evaluated
-    or saved, and the device itself skips the update. This requires an optimizer that supports `found_inf`, as fused
-    ones do for GradScaler. Otherwise, each loss is checked as soon as its backward pass is queued.
+    or saved, and the device itself skips the update if one is not finite. This requires an optimizer that supports
+    `found_inf`, as fused ones do for GradScaler. Otherwise, each loss is checked once its backward pass is queued.
     """
 
     def __init__(self, device: torch.device, num_losses: int, is_late: bool):
@@ -68,7 +68,7 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
 
 @torch.no_grad()
 def find_origin(model: nn.Module, images: Tensor, autocast: contextlib.AbstractContextManager) -> tuple[str, list[int]]:
-    """Describe the first non-finite tensor, and return the indices (possibly none) of the images [B, C, H, W] affected.
+    """Return a description of the first non-finite tensor, and the indices of the affected images [B, C, H, W], if any.
 
     This runs a forward pass in train mode, which changes batch norm's running statistics.
     """

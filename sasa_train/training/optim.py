@@ -35,7 +35,7 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimi
     """Build timm's optimizer, without weight decay for norms, biases and the names in `model.no_weight_decay()`.
 
     Raises:
-        ConfigError: timm does not know the name, an argument is not accepted, or the optimizer does not work.
+        ConfigError: timm does not know the name, an argument is not accepted, or a trial step fails.
     """
     optimizer = config.optimizer
     base = optimizer.name.removeprefix("lookahead_")
@@ -80,7 +80,7 @@ def try_optimizer(config: TrainConfig, device: torch.device) -> None:
 
 
 def _described(group: OptimizerConfig | ScheduleConfig) -> str:
-    """Format the keys of a group: its name, and all keys that differ from their defaults."""
+    """Format a config group: its name, and all keys whose values differ from their defaults."""
     prefix, usual = ("optimizer" if isinstance(group, OptimizerConfig) else "schedule"), type(group)()
     shown = {key: value for key, value in vars(group).items() if key == "name" or value != getattr(usual, key)}
     return " ".join(f"{prefix}.{key}={shorten(value)}" for key, value in shown.items())
@@ -108,7 +108,7 @@ def _parameters_of(base: str) -> Mapping[str, inspect.Parameter]:
 
 
 def _check_kind(where: str, value: Any, parameter: inspect.Parameter) -> None:
-    """Raise ConfigError if the type of a value differs from the argument's default or annotation."""
+    """Raise ConfigError if a value's type does not match the argument's default or annotation."""
     # timm and torch often accept such values silently.
     default, hint = parameter.default, parameter.annotation
     if value is None:
@@ -126,7 +126,7 @@ def _check_kind(where: str, value: Any, parameter: inspect.Parameter) -> None:
 
 
 def check_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> None:
-    """Raise ConfigError if there is no such schedule or it has no valid learning rate at any of 17 steps of the run."""
+    """Raise ConfigError if the schedule is unknown or its learning rate is invalid at one of 17 steps of the run."""
     scheduler = build_schedule(config, optimizer, steps_per_epoch)
     last = total_steps(config, steps_per_epoch) - 1
     for step in sorted({last * part // 16 for part in range(17)}):
@@ -185,7 +185,7 @@ def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_
 
 
 def _cycle_steps(schedule: ScheduleConfig, steps: int) -> int:
-    """Return the number of steps of the first cycle, chosen such that the last cycle ends with the run."""
+    """Return the number of steps in the first cycle, chosen so that the last cycle ends with the run."""
     growth, num_cycles = schedule.args.get("cycle_mul", 1.0), schedule.args.get("cycle_limit", 1)
     if not isinstance(num_cycles, int) or num_cycles < 1:
         raise ValueError(f"cycle_limit={num_cycles} must be a whole number, at least 1")

@@ -1,4 +1,4 @@
-"""Profiling for trainer.profile_steps, which writes a Chrome trace and a table of top operators to the run folder."""
+"""Profile a run (trainer.profile_steps); write a Chrome trace and a table of the slowest operators to its folder."""
 
 from pathlib import Path
 

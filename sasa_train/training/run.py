@@ -1,7 +1,7 @@
-"""A complete run, from a config to a finished run folder: `train` calls `train_in_folder`, both in order of execution.
+"""A complete run, from a config to a finished run folder; `train` and `train_in_folder` show the order of execution.
 
-With several processes, all run this code in lockstep. Each call of `collectives`, here or in a function `..._together`,
-is an exchange in which all processes must take part.
+With several processes, all run this code in lockstep. Each call to `collectives`, here or in a function named
+`..._together`, is an exchange in which all processes must take part.
 """
 
 import contextlib
@@ -43,13 +43,14 @@ from sasa_train.training.step import Stepper
 
 
 def train(config: TrainConfig, stop: StopRequest) -> bool:
-    """Train a config; return True if the run is (or was already) finished, False if it was stopped and saved.
+    """Train as configured; return True if the run is (or was already) finished, False if it was stopped and saved.
 
     Raises:
         ConfigError: the config or an input is refused before training starts.
         CheckpointError: there is no intact checkpoint to continue from, or a checkpoint cannot be written.
-        NonFiniteError: a loss or weight is not finite; names the step, module and images. Such weights are never saved.
-        OutOfMemoryError: a step does not fit in memory; names the keys to change.
+        NonFiniteError: a loss or weight is not finite; the message names the step, the module and the images. Such
+            weights are never saved.
+        OutOfMemoryError: a step does not fit in memory; the message names the keys to change.
     """
     run_name = config.run_name or default_run_name(config)
     plan = collectives.everywhere(lambda: plan_buildable(config), ConfigError)
@@ -150,7 +151,7 @@ def load_together(plan: RunPlan, run: RunFolder) -> Loaders:
 
 
 def note_provenance(config: TrainConfig, run: RunFolder) -> str:
-    """Record code, versions and hardware and warn of changes; return the diff between the code and its commit."""
+    """Record code, versions and hardware, and warn of changes; return the code's diff from its commit."""
     run.provenance, difference = provenance(config)
     if run.checkpoint is not None:
         for change in describe_changes(run.checkpoint["provenance"], run.provenance):
@@ -197,14 +198,14 @@ def open_together(config: TrainConfig, run_name: str) -> RunFolder:
 
 
 def check_same_images(config: TrainConfig, first: dict[str, Any], here: dict[str, Any]) -> None:
-    """Raise ConfigError if this machine's images differ from the first process's."""
+    """Raise ConfigError if this machine's images differ from those of the first process."""
     if found := [line for split in first for line in differences(first[split], here[split], split)]:
         where = f"data.root={config.data.root}: the images on {platform.node()} are not the first process's:"
         raise ConfigError("\n  ".join([where, *found]) + "\ngive every machine the same ones")
 
 
 def note_unreadable(path: Path, loaders: Loaders) -> int:
-    """Add the unreadable images to the run's list, and return its number of lines."""
+    """Add the unreadable images to the run's list, and return the list's number of lines."""
     before = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     lines = dict.fromkeys([*before, *loaders.unreadable()])
     if len(lines) > len(before):
@@ -228,7 +229,7 @@ def continue_from(run: RunFolder, state: TrainState, config: TrainConfig) -> Non
 
 
 def check_buildable(plan: RunPlan) -> None:
-    """Build model, optimizer and schedule without weights, so that invalid ones are refused before data is loaded."""
+    """Build the model (without weights), optimizer and schedule, to refuse invalid ones before data is loaded."""
     config = plan.config
     model = check_model(config.model, plan.image_size)
     check_memory(plan, model)

@@ -18,13 +18,13 @@ def contact_sheet(images: Tensor) -> Tensor:
 
 
 def confusion_picture(confusion: Tensor) -> Tensor:
-    """Draw counts [C, C] by label (row) and prediction (column); darker cells are a larger fraction of their row."""
+    """Draw counts [C, C] by label (row) and prediction (column); a darker cell is a larger fraction of its row."""
     parts = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     return enlarge(_tint(parts, BLUE)[None], MATRIX_PIXELS)[0]
 
 
 def embedding_pictures(model: nn.Module) -> dict[str, Tensor]:
-    """Draw each attention layer's relative embeddings [K, D]: rows left, columns right; blue < 0, red > 0."""
+    """Draw each layer's relative embeddings [K, D] (left: rows, right: columns; blue: negative, red: positive)."""
     pictures = {}
     for name, module in model.named_modules():
         halves = [getattr(module, half, None) for half in ("rel_height", "rel_width")]
@@ -37,12 +37,12 @@ def embedding_pictures(model: nn.Module) -> dict[str, Tensor]:
 
 
 def enlarge(images: Tensor, pixels: int) -> Tensor:
-    """Enlarge [..., H, W] by an integer factor, so that the shorter side has about `pixels` pixels."""
+    """Enlarge images [..., H, W] by an integer factor, so that the shorter side has about `pixels` pixels."""
     factor = max(1, round(pixels / min(images.shape[-2:])))
     return images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
 
 
 def _tint(parts: Tensor, color: tuple[int, int, int]) -> Tensor:
-    """Map [H, W] with values from 0 (white) to 1 (`color`) to a uint8 picture [3, H, W]."""
+    """Convert values [H, W] between 0 (white) and 1 (`color`) to a uint8 picture [3, H, W]."""
     shade = 255 - parts * (255 - torch.tensor(color, dtype=torch.float32)[:, None, None])
     return shade.round().clamp(0, 255).to(torch.uint8)

@@ -49,7 +49,7 @@ class Window:
             self.num_images = counts[rank()]
 
     def averages(self) -> tuple[float, float]:
-        """Return loss and top1 in percent over all processes since the last call, and reset. Waits for the device."""
+        """Wait for the device, return the loss and top1 (percent) over all processes since the last call, and reset."""
         num_images = int(collectives.total(torch.tensor(self.num_images)))
         loss, hits = (collectives.total(self.sums) / num_images).tolist()
         self.sums.zero_()
@@ -87,7 +87,7 @@ class TrainState:
         }
 
     def check(self) -> None:
-        """Raise NonFiniteError if the weights, statistics or averages are not finite. Waits for the device."""
+        """Raise NonFiniteError if the weights, statistics or averages are not finite. This waits for the device."""
         # A single norm over all tensors is used, because checking each tensor would wait for the device every time.
         parts = {"": self.model} | ({"the average's ": self.ema.module} if self.ema else {})
         for whose, module in parts.items():

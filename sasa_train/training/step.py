@@ -26,7 +26,7 @@ from sasa_train.training.state import TrainState
 
 
 class Stepper:
-    """The parts of a step that are not saved in checkpoints: compiled forward pass, loss and schedule."""
+    """The parts of a training step that checkpoints do not contain: the compiled forward pass, loss and schedule."""
 
     def __init__(self, plan: RunPlan, state: TrainState, schedule: Scheduler):
         self.plan, self.state, self.schedule = plan, state, schedule
@@ -73,8 +73,8 @@ class Stepper:
             if not self.loss_watch.is_late:
                 self.loss_watch.check()
         grad_norm = self._clip() if want_grad_norm or self.clips else None
-        # The scaler waits for the device and therefore for all processes. First make sure on the CPU that all still
-        # run.
+        # The scaler waits for the device and therefore for all processes. First make sure on the CPU that all are
+        # still running.
         if state.scaler.is_enabled():
             collectives.wait_for_all()
         elif self.loss_watch.is_late:
@@ -161,7 +161,7 @@ def train_one_epoch(stepper: Stepper, batches: Batches, num_steps: int, log_ever
 
 
 def _timed(batches: Batches, waits: list[float]) -> Batches:
-    """Yield the same batches and append the waiting time for each batch, in seconds, to `waits`."""
+    """Yield the batches unchanged, and append the seconds spent waiting for each one to `waits`."""
     start = time.perf_counter()
     for batch in batches:
         waits.append(time.perf_counter() - start)

@@ -92,7 +92,7 @@ down() {
   fi
 }
 
-# Terminate the process of a PID file and wait until it has ended.
+# Terminate the process named in a PID file and wait until it has ended.
 end() {
   local process
   [ -s "$1" ] || return 0

@@ -21,11 +21,11 @@
 //
 // Cost: each position and head needs 7 products of K*K*D multiply-adds (2 forward, 5 backward) and 2 K*K exponentials
 // of 10 instructions. At K = 7 and D = 8, on 16 lanes with two multiply-add units, these take 1,372 + 490 cycles for 16
-// planes. The measured speed is about half of that, because rows and scores come from the L2 cache (a key row of 16
-// planes has 64 W D bytes; K rows of keys, values and their two gradients have 460 KB at W = 32, D = 8). In addition to
-// its multiply-adds, a core reads 0.6 vectors per cycle from it and writes 0.26. For this reason each key that is read
-// is used for three adjacent queries, and the backward pass never writes a score twice. A quarter of the time is spent
-// reading and writing the tensors.
+// planes. The measured speed is about half of this, because rows and scores come from the L2 cache (a key row of 16
+// planes takes 64 W D bytes; K rows of keys, values and their two gradients take 460 KB at W = 32, D = 8). In addition
+// to its multiply-adds, a core reads 0.6 vectors per cycle from this cache and writes 0.26. For this reason, each key
+// that is read is used for three adjacent queries, and the backward pass never writes a score twice. A quarter of the
+// time is spent reading and writing the tensors.
 
 #include "vectors.h"
 
