@@ -66,7 +66,7 @@ def find_shards(root: Path, split: str) -> list[Path]:
     """Find `root/train/*.tar` or `root/*train*.tar`; val may also be named validation or test."""
     for name in SPLIT_NAMES[split]:
         found = sorted((root / name).glob("*.tar"))
-        if not found and not (root / name).is_dir():  # ImageNet's archives may lie beside class folders
+        if not found and not (root / name).is_dir():  # ImageNet's archives may be beside class folders
             word = re.compile(rf"(^|[^a-z]){name}([^a-z]|$)")  # so that interval-train does not match val
             found = sorted(path for path in root.glob("*.tar") if word.search(path.stem.lower()))
         if found:
