@@ -1,6 +1,6 @@
 """Fingerprints of data sets, which let a resumed run detect and report changes to its data.
 
-A fingerprint covers the count, names and order of all images and the bytes of a sample; this takes seconds for ImageNet.
+A fingerprint covers the count, names and order of all images and the bytes of a sample. ImageNet takes a few seconds.
 """
 
 import hashlib

@@ -88,7 +88,7 @@ class Ledger:
                 job.end("interrupted", "the sweep ended before it did")
 
     def add(self, planned: Job) -> Job:
-        """Return the job with its history; mark it refused if its config is invalid, or done if its run has finished."""
+        """Return the job with its history; mark it refused if its config is invalid, or done if its run finished."""
         job = self.jobs.setdefault(planned.name, planned)
         self.asked.add(job.name)
         job.overrides, job.label, job.epochs = planned.overrides, planned.label, planned.epochs
