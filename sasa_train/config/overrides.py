@@ -53,7 +53,7 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
 
 
 def expand(overrides: Sequence[str]) -> list[tuple[str, ...]]:
-    """List the jobs of a grid: `a=1,2 b=range(2)` -> (a=1, b=0), (a=1, b=1), (a=2, b=0), (a=2, b=1).
+    """List the jobs of a grid; `a=1,2 b=range(2)` gives (a=1, b=0), (a=1, b=1), (a=2, b=0) and (a=2, b=1).
 
     Raises:
         ConfigError: a value cannot be enumerated, or there are more than MAX_JOBS jobs.
@@ -141,7 +141,7 @@ def _check_choice(override: Override) -> None:
 
 
 def is_group(override: Override) -> bool:
-    """Whether an override selects a choice in a group (`model=...`, `experiment=...`), not a dict (`model={}`)."""
+    """Whether an override selects a choice in a group (`experiment=...`) and does not set a dict (`model={}`)."""
     return override.key_or_group in GROUPS and not isinstance(override.value(), dict)
 
 

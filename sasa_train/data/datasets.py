@@ -199,7 +199,7 @@ def limit(images: ImageSet, count: int | None) -> ImageSet:
 
 
 def balanced(images: ImageSet, count: int) -> np.ndarray:
-    """Return the indices of a fixed subset, chosen round-robin from the classes so that these are balanced."""
+    """Return the indices of a fixed subset, balanced by choosing images round-robin from the classes."""
     rank = np.empty(len(images), dtype=np.int64)
     for members in _by_class(images):
         rank[members] = np.arange(len(members))

@@ -1,6 +1,7 @@
 """Fingerprints of data sets, which let a resumed run detect and report changes to its data.
 
-A fingerprint covers the count, names and order of all images and the bytes of a sample. ImageNet takes a few seconds.
+A fingerprint covers the count, names and order of all images and the bytes of a sample. For ImageNet, computing it
+takes a few seconds.
 """
 
 import hashlib

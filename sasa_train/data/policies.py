@@ -123,7 +123,7 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def apply_all(operations: list[Operation], images: Tensor) -> Tensor:
-    """Apply one operation to each image of uint8 [B, 3, S, S]; the operations must be sorted by name."""
+    """Apply one operation to each image of a uint8 batch [B, 3, S, S]; the operations must be sorted by name."""
     found = np.array([parameters_of(name, magnitude, images.shape[-1]) for name, magnitude in operations])
     parameters = to_device(found, images.device)
     counts = {name: len(list(group)) for name, group in groupby(name for name, _ in operations)}

@@ -46,7 +46,7 @@ def read_fitted(images: ImageSet, indices: Iterable[int], size: int, num_tries: 
 
 
 def read_batches(batches: Iterable[ImageSet], size: int, num_threads: int = 1) -> Iterator[Read]:
-    """Read each image set of `batches` as one batch; threads read the next one while the caller processes this one."""
+    """Read each image set of `batches` as one batch; threads read one batch ahead of the caller."""
     # Threads suffice because Pillow releases the GIL while it decodes and resizes.
     pool, waiting, shape = ThreadPoolExecutor(max(1, num_threads)), deque[Iterator[Found]](), partial(fit, size=size)
     try:
@@ -94,7 +94,7 @@ def read_or_replace(images: ImageSet, index: int, shape: Shape, num_tries: int =
 
 @dataclass
 class Reader:
-    """Reads micro-batches in a worker, and augments them for training unless `augment` is None (in validation)."""
+    """Reads micro-batches in a worker, and augments them for training unless `augment` is None (for validation)."""
 
     images: ImageSet
     size: int

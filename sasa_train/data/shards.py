@@ -1,7 +1,7 @@
 """Tar shards in the webdataset layout, read in place with one open file per shard instead of one per image.
 
 A sample is an image `KEY.jpg` and its label `KEY.cls`. An index of offsets, kept beside the shards, lets a single
-`pread` fetch any image, so order, workers and resuming work as for class folders. Images are ordered by label and key,
+`pread` fetch any image, so order, workers and resuming are as with class folders. Images are ordered by label and key,
 so shards that sasa-data creates from class folders yield the same images in the same order as those folders.
 """
 

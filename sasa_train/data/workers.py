@@ -39,7 +39,7 @@ class DataWorkerError(ExpectedFailure):
 
 
 class Workers:
-    """Runs `reader` in `num_workers` processes (or, if 0, the main process), started by `read` and kept until `close`.
+    """Runs `reader` in `num_workers` processes, or in the main process if 0; `read` starts and `close` ends them.
 
     A thread kills all workers if a wait for them takes too long.
     """
@@ -190,7 +190,7 @@ def unreported(iterator: Any) -> Any:
 
 
 def queue_bytes(num_workers: int, batch_size: int, num_images: int, size: int) -> int:
-    """Return the bytes of all uint8 batches [B, S, S, 3] that are queued or in progress, at most the whole data set."""
+    """Return the size in bytes of uint8 batches [B, S, S, 3] queued or in progress, at most that of the data set."""
     return min(num_workers * (PREFETCH + 1) * batch_size, num_images) * 3 * size**2
 
 
@@ -198,7 +198,7 @@ def check_shared_memory(needed: int, num_workers: int, remedy: str = "") -> None
     """Check that shared memory has `needed` bytes free for each process on this machine.
 
     Raises:
-        ConfigError: too few bytes are free; the message suggests `remedy` in addition to the general remedies.
+        ConfigError: there is too little; the message suggests `remedy` in addition to the general remedies.
     """
     # Containers often have little shared memory, and a worker that fills it is killed by SIGBUS. Only Linux shows how
     # much is free.

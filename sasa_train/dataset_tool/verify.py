@@ -119,7 +119,7 @@ def read_contents(root: Path) -> Contents:
 
 
 def find_splits(root: Path) -> dict[str, Path]:
-    """Return the folders of train and of val or test, or {"all": root} if `root` itself contains the classes."""
+    """Return the train folder and the val or test folder, or {"all": root} if `root` itself contains the classes."""
     held_out = next((name for name in ("val", "test") if (root / name).is_dir()), None)
     folders = {name: root / name for name in ("train", held_out) if name and (root / name).is_dir()}
     # A class may be named train or test, so a single such folder without subfolders is treated as a class.
@@ -202,7 +202,7 @@ def _look(split: int, index: int) -> Look | str:
 
 
 def measure(image: Image.Image) -> Look:
-    """Return the mode, size, hash of the size and RGB pixels, and means and mean squares per channel, float64 [2, 3]."""
+    """Return the mode, size, hash of size and RGB pixels, and the channels' means and mean squares, float64 [2, 3]."""
     mode, rgb = image.mode, to_rgb(image)
     digest = hashlib.blake2b(f"{rgb.width} x {rgb.height}".encode(), digest_size=16)
     digest.update(rgb.tobytes())

@@ -29,7 +29,7 @@ class Found(NamedTuple):
 
 
 def find_images(words: Sequence[str], separator: bytes = SEPARATOR) -> Iterator[Found]:
-    """Find all files named in `words`, whatever their extension, and all files in folders that have an image extension.
+    """Find all files named in `words`, whatever their extension, and, in folders, all files with an image extension.
 
     words: files; folders, searched recursively in name order; quoted patterns (*, ?, [], **), expanded in sorted order;
         `-` for files and folders read from stdin, each followed by `separator`.

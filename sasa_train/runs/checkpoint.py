@@ -42,7 +42,7 @@ class DamagedCheckpointError(CheckpointError):
 
 
 class Checkpoints:
-    """The checkpoints of one run in `folder`; `keep` step-numbered ones are kept in addition to last and best."""
+    """The checkpoints of one run in `folder`: last.pt, best.pt and the newest `keep` step-numbered ones."""
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep
@@ -266,7 +266,7 @@ def _put(temporary: Path, path: Path, manifest: bytes | None) -> None:
 
 
 def _linked(path: Path, beside: Path) -> Path:
-    """Create a hard link (or, if unsupported, a copy) of the file that is ready to be renamed to `beside`."""
+    """Create a hard link to the file (or a copy, if links are unsupported), ready to be renamed to `beside`."""
     linked = beside.with_name(f"{beside.name}.{os.urandom(4).hex()}.tmp")
     try:
         os.link(path, linked)

@@ -19,7 +19,7 @@ FINISHED = "finished"
 
 @dataclass
 class Job:
-    """A planned run and its history; the name of its run folder depends only on `overrides` (for sasa-train).
+    """A planned run and its history; `overrides` are passed to sasa-train and determine the run folder's name.
 
     `best` is the evaluation with the highest top1, and `last` is the newest one.
 
