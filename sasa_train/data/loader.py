@@ -76,7 +76,7 @@ class Loaders:
 
 
 def build_loaders(config: TrainConfig, device: torch.device, memory: int | None = None) -> Loaders:
-    """Build the train and val loaders for `config`; data that fits into `memory` (bytes) is kept resident.
+    """Build the train and val loaders for `config`; data small relative to `memory` (bytes) is kept resident.
 
     memory: by default, the device's available memory. If there are several processes, each must pass the minimum over
         all of them, so that they make the same choice.

@@ -24,7 +24,7 @@ CHUNK = 256  # images that a worker decodes per task
 
 @dataclass
 class ResidentLoader:
-    """Gathers batches from uint8 images [n, 3, S, S] (padded in train) and labels [n]; `is_good` marks readable ones."""
+    """Builds batches from uint8 images [n, 3, S, S] (padded in train) and labels [n]; `is_good` marks readable ones."""
 
     images: Tensor
     labels: Tensor

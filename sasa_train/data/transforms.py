@@ -30,7 +30,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
 class Augment:
-    """The training transforms of a config for images of `size` pixels; all randomness depends on (seed, epoch, index)."""
+    """A config's training transforms for images of `size` pixels; all randomness depends on (seed, epoch, index)."""
 
     def __init__(self, data: DataConfig, augment: AugmentConfig, seed: int, mean: Sequence[float]):
         self.config, self.size, self.seed = augment, resolved_image_size(data), seed

@@ -125,7 +125,7 @@ def _write_shard(path: Path, split: Originals, members: np.ndarray) -> None:
 
 
 def _claim(dest: Path, splits: dict[str, Originals], images_per_shard: int) -> None:
-    """Raise ConfigError if DEST contains class folders or other shards; record the shards' source in DEST/shards.json."""
+    """Raise ConfigError if DEST has class folders or other shards; record the shards' source in DEST/shards.json."""
     for name in splits:
         if any(path.is_dir() for path in (dest / name).glob("*")):
             raise ConfigError(f"DEST={dest} holds class folders already; give another folder for the shards")

@@ -68,7 +68,7 @@ def paired_difference(counts: PairedCounts) -> tuple[float, float, float]:
     """Return the first accuracy minus the other, and the limits of its 95 % interval, in percentage points.
 
     Method 10 of Newcombe 1998 (Statistics in Medicine 17, 2635) combines the Wilson intervals of both accuracies with
-    their correlation. Unlike the normal approximation, it is valid with few images or near 100 % accuracy.
+    their correlation. Unlike the normal approximation, it is valid with few images and for accuracies near 100 %.
     """
     n, rights = counts.num_images, counts.num_right
     p_1, p_2 = (right / n for right in rights)
