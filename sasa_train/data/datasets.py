@@ -31,9 +31,9 @@ from sasa_train.terminal import printable
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `read` rejects such images
 
-PAUSES = (0.1, 1.0)  # seconds to wait before a failed read is retried
+PAUSES = (0.1, 1.0)  # seconds to wait before each retry of a failed read
 DIGITS_VAL_FRACTION = 0.2
-MAX_NAMES = 5  # shown from a long list
+MAX_NAMES = 5  # maximum number of names shown from a long list
 
 Shaped = TypeVar("Shaped")
 
