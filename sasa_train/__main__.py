@@ -1,4 +1,4 @@
-"""`python -m sasa_train`, which lists the commands and runs them: `python -m sasa_train train ...` is sasa-train.
+"""`python -m sasa_train`, which lists the commands and runs them (`python -m sasa_train train ...` is sasa-train).
 
 `python -m sasa_train completion bash` (or zsh, fish) prints the shell script that enables completion for all commands.
 """
@@ -92,7 +92,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
 
 
 def completer(name: str) -> Callable[..., Iterable[str]]:
-    """Return the argcomplete completer for a command's free arguments, which are files, overrides or both."""
+    """Return the argcomplete completer for a command's positional arguments, which are files, overrides or both."""
     from argcomplete.completers import FilesCompleter
 
     reads, keys, paths = COMMANDS[name].reads, keys_of(name), FilesCompleter()

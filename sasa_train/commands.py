@@ -11,7 +11,7 @@ from sasa_train.terminal import DONE, FAILED, REFUSED, fail
 
 
 class Command(NamedTuple):
-    """A command's module, description and completions in addition to its parser's options."""
+    """A command's module, its description, and the completions offered in addition to its parser's options."""
 
     module: str
     about: str
@@ -54,9 +54,9 @@ def run(
     has_overrides: bool = False,
     has_subcommands: bool = False,
 ) -> int:
-    """Parse a command line and call `work`; print a message for each expected error, and return the exit code.
+    """Parse a command line, call `work` and return the exit code; expected errors are printed as messages.
 
-    has_overrides: collect arguments that are overrides in `options.overrides`, without passing them to the parser.
+    has_overrides: whether overrides are allowed; they bypass the parser and are stored in `options.overrides`.
     """
     if not arguments:
         parser.print_help()
@@ -84,7 +84,7 @@ def run(
 
 
 def end_command(run_command: Callable[[list[str]], int]) -> NoReturn:
-    """Run a command without checkpoints to save, then exit; Ctrl-C or a closed pipe gives no traceback."""
+    """Run a command that has no checkpoints to save, then exit; Ctrl-C and closed pipes cause no traceback."""
     try:
         code = run_command(sys.argv[1:])
         sys.stdout.flush()

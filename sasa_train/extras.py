@@ -1,4 +1,4 @@
-"""Optional packages, with a common message that names the extra that installs the missing ones."""
+"""Optional packages, and a message that tells which extra installs the missing ones."""
 
 import importlib.util
 

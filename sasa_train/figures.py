@@ -1,4 +1,4 @@
-"""The common style of all charts, which is readable in greyscale and by colour-blind people."""
+"""The common style of all charts, which keeps them readable in greyscale and for colour-blind people."""
 
 import io
 
@@ -17,8 +17,8 @@ STYLES = (
     ("#56B4E9", "...", "v", "-."),
     ("#F0E442", "xx", "P", "--"),
 )
-SOLID = STYLES[1:]  # points and lines need more contrast than grey bars
-MAGNITUDES = "cividis"  # a colour map with uniformly increasing lightness, also for colour-blind people
+SOLID = STYLES[1:]  # without the grey, which has too little contrast for points and lines
+MAGNITUDES = "cividis"  # a colour map whose lightness increases uniformly, also for colour-blind people
 GRID = "#DDDDDD"
 WIDTH, DPI = 8.0, 150
 
@@ -36,7 +36,7 @@ def new_figure(num_rows: int, num_columns: int, height: float, grid: str = "") -
 
 
 def legend_below(figure: Figure, axis: Axes, num_columns: int = 2) -> None:
-    """Add one legend for all axes below the figure, with the labels of `axis`."""
+    """Add a single legend, with the labels of `axis`, below the axes of the figure."""
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=num_columns, frameon=False, fontsize=8)
 
@@ -49,7 +49,7 @@ def as_label(name: str) -> str:
 
 
 def rendered(figure: Figure, kind: str = "png") -> bytes:
-    """Render a figure as PNG, SVG or PDF; the file is reproducible, without date and random ids."""
+    """Render a figure as PNG, SVG or PDF, without a date or random ids, so that the file is reproducible."""
     file = io.BytesIO()
     metadata: dict[str, dict[str, None]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
     with rc_context({"svg.hashsalt": "sasa_train"}):

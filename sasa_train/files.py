@@ -1,4 +1,4 @@
-"""Atomic file writing, which survives a crash of the process or machine, and locks for a single writer per folder."""
+"""Atomic file writing that survives crashes of the process or machine, and locks that allow one writer per folder."""
 
 import csv
 import fcntl
@@ -16,14 +16,15 @@ from sasa_train.refusal import ConfigError
 
 
 def write_atomic(path: Path, data: bytes | memoryview | Callable[[BinaryIO], object]) -> None:
-    """Write bytes, or the output of a function, such that a crash at any point leaves the old or the new content."""
+    """Write bytes or the output of a function; after a crash at any point, the file has its old or its new content."""
     os.replace(write_aside(path, data if callable(data) else lambda file: file.write(data)), path)
     sync_folder(path.parent)
 
 
 def write_aside(path: Path, write: Callable[[BinaryIO], object]) -> Path:
-    """Write a temporary file beside `path` with `write`, ready to be renamed; delete it if writing fails."""
-    # The name is random, because several runs may write the same index at once; the file is new, so it is never a link.
+    """Write a temporary file beside `path` by calling `write`, and return its path; delete it if writing fails."""
+    # The name is random, because several runs may write the same index at once. The file must not exist yet, so it is
+    # never a link.
     temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -71,13 +72,13 @@ LOCK = ".lock"
 
 
 def lock_folder(path: Path, name: str = LOCK, other: str = "another run_name") -> IO[str]:
-    """Lock a folder for as long as the returned file is open; `other` is the alternative suggested in errors.
+    """Lock a folder for as long as the returned file is open; error messages suggest `other` as the alternative.
 
     Raises:
         ConfigError: another process holds the lock, or the disk does not support locks.
     """
     # A POSIX record lock instead of flock, because data workers, which may outlive a killed run by seconds, do not
-    # inherit it. The operating system releases it when the process ends for any reason.
+    # inherit it. The operating system releases it when the process ends, for whatever reason.
     file = _open(path / name)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,7 +97,7 @@ def lock_folder(path: Path, name: str = LOCK, other: str = "another run_name") -
 
 def holder(path: Path) -> str | None:
     """Describe the process that holds the folder's lock, or return None if it is not locked."""
-    # Must not be called for a lock of this process, because closing the file would release it.
+    # Must not be called for a lock that this process holds, because closing the file would release it.
     if not (path / LOCK).exists():
         return None
     with _open(path / LOCK) as file:
@@ -109,7 +110,7 @@ def holder(path: Path) -> str | None:
 
 @contextmanager
 def locked(folder: Path, name: str) -> Iterator[None]:
-    """Create a folder if necessary and lock it; `name` is how errors refer to it, with the option that set it."""
+    """Create a folder if necessary and lock it; errors refer to it by `name`, which includes the option that set it."""
     # Two commands in one folder would delete each other's unfinished files. flock needs no lock file, which would
     # remain in a folder that users share.
     try:

@@ -30,7 +30,7 @@ def usable_processors() -> int:
 
 
 def peak_memory(device: "torch.device") -> int:
-    """Return the peak memory so far, from the CUDA allocator or, on the CPU, of the process."""
+    """Return the peak memory use so far, as reported by the CUDA allocator or, on the CPU, for the process."""
     if device.type == "cuda":
         import torch
 
@@ -65,8 +65,8 @@ def total_memory(device: "torch.device") -> int:
 
 def keep_freed_memory() -> None:
     """Make the C library keep freed memory for the next step instead of returning it to the system."""
-    # Otherwise large tensors get new pages in every step, which the system fills at the first access. This takes up to
-    # a tenth of a step on a CPU. Only glibc has these settings; on other systems, nothing happens.
+    # Otherwise large tensors get new memory pages in every step, and the system clears each page at its first access.
+    # On a CPU, this takes up to a tenth of a step. Only glibc has these settings; on other systems, nothing happens.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)  # no mmap, whose pages are returned immediately when freed
@@ -74,8 +74,8 @@ def keep_freed_memory() -> None:
 
 
 def _own_cgroup() -> Path:
-    """Return the folder of this process's cgroup (version 2), with which schedulers limit jobs."""
-    # Inside a container, its own group is the root.
+    """Return the folder of this process's cgroup (version 2); schedulers limit the memory of jobs with cgroups."""
+    # A process in a container sees the container's own group as the root.
     try:
         return CGROUPS / Path("/proc/self/cgroup").read_text().partition("0::/")[2].strip()
     except OSError:

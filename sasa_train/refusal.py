@@ -4,7 +4,7 @@ from typing import Any
 
 
 class ConfigError(Exception):
-    """Raised for an invalid config or input; the message names key, value, rule and remedy. Exit code 2."""
+    """Raised for an invalid config or input; the message names the key, value, rule and remedy. Exit code 2."""
 
 
 class CheckpointError(Exception):
@@ -15,7 +15,7 @@ class ExpectedFailure(Exception):
     """Raised for a foreseeable failure after the input was accepted; the message says what to do. Exit code 1."""
 
 
-# timm, torch and others raise these for invalid values, perhaps only when the values are used.
+# timm, torch and others raise these for invalid values, in some cases only when the values are used.
 LIBRARY_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
@@ -25,6 +25,6 @@ def require(holds: bool, key: str, value: Any, rule: str) -> None:
 
 
 def shorten(value: Any) -> str:
-    """Convert a value to a string for messages and truncate it if it is long."""
+    """Convert a value to a string for use in a message, and truncate it if it is long."""
     text = str(value)
     return text if len(text) <= 200 else f"{text[:200]}... ({len(text):,} characters)"

@@ -1,4 +1,4 @@
-"""Stop requests by SIGTERM, SIGINT, SIGUSR1, SIGUSR2 or a time limit, which stop a run at the next safe point.
+"""Handling of SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and the time limit, each of which stops a run at the next safe point.
 
 Schedulers send SIGTERM, SIGUSR1 or SIGUSR2 as a warning. A second SIGINT ends the run immediately.
 """
@@ -15,8 +15,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def ignore_until_the_end() -> None:
-    """Ignore signals while Python exits, for a second or two, so that they cannot change the exit code."""
-    # Ignored instead of handled, because Python removes its own handlers before the last destructors run.
+    """Ignore signals while Python exits, which takes a second or two, so that they cannot change the exit code."""
+    # They are ignored instead of handled, because Python removes its own handlers before the last destructors run.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     try:
@@ -42,11 +42,11 @@ class StopRequest:
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
 
     def begin_training(self) -> None:
-        """Record that from now on there is something to save (a step or an evaluation)."""
+        """Record that from now on there is something to save, namely a step or an evaluation."""
         self._is_training = True
 
     def set_max_hours(self, hours: float | None) -> None:
-        """Request a stop `hours` after this process started."""
+        """Request a stop `hours` hours after this process started."""
         self.deadline = math.inf if hours is None else self._start + 3600 * hours
 
     def requested(self) -> bool:
@@ -73,7 +73,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def hand_on(self) -> bool:
-        """Pass the signal that stopped the run to the previous handler; return whether it was a launcher's handler.
+        """Pass the signal that stopped the run to the previous handler; return whether this was a launcher's handler.
 
         A launcher's handler may requeue its job and end the process. Python's default handlers are not called.
         """

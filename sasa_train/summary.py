@@ -1,4 +1,4 @@
-"""sasa-summary: print a model's layers with parameters, FLOPs and activation memory, or compare with the paper."""
+"""sasa-summary: print each layer's parameters, FLOPs and activation memory, or compare models with the paper."""
 
 from functools import partial
 

@@ -28,7 +28,7 @@ def printable_lines(text: str) -> str:
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """Print to stdout, or to `file`, above a progress bar."""
+    """Print to stdout, or to `file`, above any progress bar."""
     if rank() == 0:
         with contextlib.suppress(OSError):
             tqdm.write(text, file=file or sys.stdout)
@@ -36,12 +36,12 @@ def say(text: str, file: TextIO | None = None) -> None:
 
 
 def warn(text: str) -> None:
-    """Print a warning to stderr, above a progress bar."""
+    """Print a warning to stderr, above any progress bar."""
     say(f"WARNING: {text}", sys.stderr)
 
 
 def duration(seconds: float) -> str:
-    """Format seconds as 1 h 02 min, 3 min 04 s or 5 s."""
+    """Format a duration, given in seconds, as in 1 h 02 min, 3 min 04 s or 5 s."""
     minutes, secs = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

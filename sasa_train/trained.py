@@ -21,7 +21,7 @@ from sasa_train.runs.checkpoint import find_checkpoint, load_checkpoint
 
 @dataclass
 class TrainedModel:
-    """A `model` in eval mode on the CPU, with the checkpoint's "ema" or "raw" `weights`."""
+    """A `model` in eval mode on the CPU; `weights` tells which of the checkpoint's weights it has, "ema" or "raw"."""
 
     path: Path
     checkpoint: dict[str, Any]
@@ -40,7 +40,7 @@ class TrainedModel:
         return resolved_image_size(self.config.data)
 
     def normalize(self, device: torch.device) -> Normalize:
-        """Return the normalisation of uint8 images [B, 3, H, W] from `fit` that the model was trained with."""
+        """Return the normalisation that the model was trained with, for uint8 images [B, 3, H, W] returned by `fit`."""
         return Normalize(*mean_std(self.config.data), device, self.config.trainer.channels_last)
 
     def check_classes(self, classes: list[str]) -> None:
@@ -59,7 +59,7 @@ def load_trained(source: Path, overrides: Sequence[str] = ()) -> TrainedModel:
     """Load a checkpoint file or a run folder's best.pt (last.pt if there is no best.pt).
 
     overrides: overrides of the checkpoint's config, and `weights=raw` for the model's own weights; if the run kept a
-        moving average, the default is that average.
+        moving average, that average is the default.
 
     Raises:
         CheckpointError: `source` contains no readable checkpoint.

@@ -1,4 +1,4 @@
-"""Declaration of config keys, with default, meaning and bounds."""
+"""Declaration of config keys with their defaults, meanings and bounds."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Bounds:
-    """The values that a key accepts besides null: numbers within limits (also in lists), or strings of a given form."""
+    """The values that a key accepts besides null: numbers within limits (also in lists) or strings of a given form."""
 
     above: float = -math.inf
     at_least: float = -math.inf
@@ -36,7 +36,7 @@ class Bounds:
         return all(self.above < number < self.below and self.at_least <= number <= self.at_most for number in numbers)
 
     def __str__(self) -> str:
-        """Return the bounds in words, as in "must be ..."."""
+        """Return the bounds in words that can follow "must be"."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         if self.name_length:
@@ -72,7 +72,7 @@ def written_default(key: Field) -> str:
 
 
 def print_keys(keys: dict[str, Field], column: int) -> None:
-    """Print each key with its default, meaning and bounds, with a blank line before each group."""
+    """Print each key with its default, meaning and bounds, and a blank line before each group."""
     for _, group in itertools.groupby(keys.items(), lambda item: item[0].rpartition(".")[0]):
         print()
         for name, key in group:

@@ -12,9 +12,10 @@ WORDS = {**CHOICES, "model.name": OWN_MODELS, "resume": ("auto", "never"), "weig
 def complete_override(
     current: str, groups: Sequence[str], meanings: dict[str, str], is_sweep: bool = False
 ) -> dict[str, str]:
-    """Map the completions of `current` to their meanings: `model=` and `trainer.`, then `trainer.epochs=`, then values.
+    """Return a dict from each completion of `current` to its meaning.
 
-    In a sweep, values are offered after each comma. Completions that end in `=` or `.` can be completed further.
+    Groups such as `model=` and `trainer.` come first, then keys such as `trainer.epochs=`, then values. In a sweep,
+    values are offered after each comma. Completions that end in `=` or `.` can be completed further.
     """
     key, equals, value = current.partition("=")
     if equals:

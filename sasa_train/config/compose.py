@@ -44,8 +44,8 @@ def compose_config(overrides: Sequence[str]) -> TrainConfig:
 def to_config(composed: DictConfig) -> TrainConfig:
     """Convert a DictConfig to validated dataclasses."""
     try:
-        # Converted to plain values, because the result of an interpolation would keep its own type, and merged again,
-        # because to_object silently drops unknown keys.
+        # The config is converted to plain values, because the result of an interpolation would keep its own type, and
+        # merged again, because to_object silently drops unknown keys.
         values = cast(dict, OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))
         _check_dicts(values)
         merged = OmegaConf.merge(schema(), values)
@@ -62,14 +62,14 @@ def to_config(composed: DictConfig) -> TrainConfig:
 
 
 def _with_interpolations(text: str, composed: DictConfig) -> str:
-    """Add the keys with interpolations to an error that names no key, such as OmegaConf's errors in lists."""
+    """Add the keys with interpolations to an error message that names no key, as is the case for errors in lists."""
     raw = flatten(cast(dict, OmegaConf.to_container(composed, resolve=False)))
     holders = [key for key, value in raw.items() if "${" in str(value)]
     return text if not holders or any(key in text for key in raw) else f"{', '.join(holders)}: {text.splitlines()[0]}"
 
 
 def _check_dicts(values: dict[str, Any]) -> None:
-    """Raise ConfigError, naming the key (which OmegaConf does not), if a dict replaces another type or vice versa."""
+    """Raise ConfigError if a dict replaces another type or vice versa; unlike OmegaConf's error, it names the key."""
     for key in key_table():
         group, _, name = key.rpartition(".")
         value = values[group][name] if group else values[name]
@@ -80,7 +80,7 @@ def _check_dicts(values: dict[str, Any]) -> None:
 
 @cache
 def schema() -> DictConfig:
-    """Return the schema, with the type and default of every key; `merge` copies it."""
+    """Return the schema, which holds the type and default of every key; it is cached, and `merge` makes a copy."""
     return OmegaConf.structured(TrainConfig)
 
 
@@ -91,7 +91,7 @@ def as_overrides(config: TrainConfig) -> list[str]:
 
 
 def explain(error: Exception) -> str:
-    """Summarise an error of Hydra or OmegaConf in one or two lines, with the key and the nearest valid one."""
+    """Summarise an error of Hydra or OmegaConf in one or two lines that name the key and the most similar valid key."""
     chain: list[BaseException] = [error]
     # OmegaConf chains some errors in a cycle.
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and all(cause is not c for c in chain):

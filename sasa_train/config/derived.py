@@ -11,7 +11,7 @@ def crops_by_padding(data: DataConfig, augment: AugmentConfig) -> bool:
 
 
 def flips_images(data: DataConfig, augment: AugmentConfig) -> bool:
-    """Whether training mirrors half of the images, from `augment.hflip` or else from the data set's default."""
+    """Whether training mirrors half of the images, as set by `augment.hflip` or else by the data set's default."""
     return augment.hflip if augment.hflip is not None else DATA_SETS[data.name].mirrored
 
 
@@ -25,7 +25,7 @@ def expected_num_classes(config: TrainConfig) -> int | None:
 
 
 def micro_batch_size(trainer: TrainerConfig, world_size: int) -> int:
-    """Return the number of images per micro-batch; an unresolved `auto` is treated as if unset."""
+    """Return the number of images per micro-batch; an unresolved `auto` is treated like null."""
     if isinstance(trainer.micro_batch_size, int):
         return trainer.micro_batch_size
     return trainer.global_batch_size // (world_size * trainer.grad_accum_steps)
@@ -43,6 +43,7 @@ def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
 
 def with_micro_batch_size(trainer: TrainerConfig, micro_batch_size: int) -> TrainerConfig:
     """Set the micro-batch size and the number of accumulation steps that it implies for one process."""
-    # For one process even if there are several now, so that a config's meaning does not depend on their number.
+    # The result is for one process even if several are running, so that a config's meaning does not depend on their
+    # number.
     steps = trainer.global_batch_size // micro_batch_size
     return dataclasses.replace(trainer, micro_batch_size=micro_batch_size, grad_accum_steps=steps)

@@ -1,4 +1,4 @@
-"""The config groups and their files, for composition, help and completion; Hydra is not imported, so help is fast."""
+"""The config groups and their files, for composition, help and completion; not importing Hydra keeps help fast."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ GROUPS = ("model", "data", "optimizer", "schedule", "augment", "experiment")
 
 
 def config_dir() -> Path:
-    """Return the path of `configs/`, inside the package if installed from a wheel, or beside it in a checkout."""
+    """Return the path of `configs/`, which is inside the package after installation and beside it in a checkout."""
     inside = Path(__file__).parents[1] / "configs"
     return inside if inside.is_dir() else Path(__file__).parents[2] / "configs"
 

@@ -1,4 +1,4 @@
-"""All keys of the config, with type, default, bounds, unit and meaning.
+"""All keys of the config, with their types, defaults, bounds, units and meanings.
 
 This module does not import torch, so that `--help` is fast. `configs/` only contains named sets of values for keys.
 """
@@ -42,7 +42,7 @@ DATA_SETS = {
 class ModelConfig:
     name: str = key("sasa_resnet26", "a name in timm's registry: {sasa,hybrid,conv}_resnet{26,38,50} or any timm model")
     num_classes: int | None = key(None, "number of classes; null: from the data set", above=0)
-    # Keys for sasa_train's own models only; null: as the model's name implies.
+    # These keys are for sasa_train's own models only; null means that the model's name determines the value.
     stem: str | None = key(
         None, "conv, attention, attention_plain, attention_convvalues; conv_small, attention_small for images <= 64 px"
     )
@@ -64,7 +64,7 @@ class ModelConfig:
 class DataConfig:
     name: str = key("digits", "the data set", choices=tuple(DATA_SETS))
     root: str = local_key("data", "folder of the images; not used for digits", is_path=True)
-    # A larger image would have more bytes than 32 bits can count in Pillow and torch.
+    # The size of a larger image in bytes would overflow the 32-bit counters of Pillow and torch.
     image_size: int | None = key(
         None, "pixels; null: 8 digits, 32 CIFAR, 224 others; <= 64: small-image transforms", above=0, at_most=2**14
     )
@@ -221,7 +221,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def key_table(config: type = TrainConfig, prefix: str = "") -> dict[str, dataclasses.Field]:
-    """Map each dotted key of a config to its dataclass field, in order, with ungrouped keys last."""
+    """Return a dict from each dotted key of a config to its dataclass field, in order, with ungrouped keys last."""
     table: dict[str, dataclasses.Field] = {}
     groups = [f for f in dataclasses.fields(config) if dataclasses.is_dataclass(f.type)]
     for group in groups:

@@ -21,7 +21,7 @@ from sasa_train.config.keys import FREE_KEYS, key_table
 from sasa_train.refusal import ConfigError, shorten
 
 MAX_JOBS = 1000  # in a sweep, because every job's config is composed before the first job starts
-MAX_TEXT = 2**16  # characters in a saved config (normally 4,000) or override; parsing more is slow
+MAX_TEXT = 2**16  # characters in a saved config (normally 4,000) or override; parsing a longer one is slow
 # Hydra, OmegaConf and PyYAML raise these, for example for an int of 5,000 digits or 2,000 nested lists.
 UNREADABLE = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError)
 WORDS = ("null", "true", "false", "nan", "inf")  # Hydra does not parse these as strings
@@ -40,7 +40,7 @@ def as_written(value: Any) -> str:
 
 
 def with_free_keys(overrides: Sequence[str]) -> list[str]:
-    """Prefix keys that are in no dataclass with ++, as Hydra requires."""
+    """Add the prefix ++, which Hydra requires, to keys that are in no dataclass."""
     return [f"++{o}" if o.startswith(FREE_KEYS) else o for o in overrides]
 
 
@@ -53,7 +53,7 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
 
 
 def expand(overrides: Sequence[str]) -> list[tuple[str, ...]]:
-    """List the jobs of a grid: `a=1,2 b=range(2)` -> (a=1, b=0), (a=1, b=1), (a=2, b=0), (a=2, b=1).
+    """List the jobs of a grid; `a=1,2 b=range(2)` gives (a=1, b=0), (a=1, b=1), (a=2, b=0) and (a=2, b=1).
 
     Raises:
         ConfigError: a value cannot be enumerated, or there are more than MAX_JOBS jobs.
@@ -65,7 +65,7 @@ def expand(overrides: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _sweep_values(override: Override) -> list[str]:
-    """Split `seed=0,1` into seed=0 and seed=1, into at most MAX_JOBS + 1 values."""
+    """Split an override such as `seed=0,1` into seed=0 and seed=1; return at most MAX_JOBS + 1 of them."""
     if not override.is_sweep_override():
         return [str(override.input_line)]
     try:
@@ -116,7 +116,7 @@ def check_override_keys(overrides: Sequence[str], is_sweep: bool = False) -> Non
 
 
 def unknown_key(key: str) -> str:
-    """Return an error message if `key` is not a key, a group or an argument in FREE_KEYS, otherwise ""."""
+    """Return an error message if `key` is not a key, a group or an argument in one of FREE_KEYS, otherwise ""."""
     known = [*key_table(), *GROUPS]
     is_known = key in known or key.startswith(tuple(f"{free}." for free in FREE_KEYS))
     return "" if is_known else f"unknown key {shorten(key)!r}: {nearest(key, known)}"
@@ -141,7 +141,7 @@ def _check_choice(override: Override) -> None:
 
 
 def is_group(override: Override) -> bool:
-    """Whether an override selects a choice in a group (`model=...`, `experiment=...`) and not a dict (`model={}`)."""
+    """Whether an override selects a choice in a group (`experiment=...`) and does not set a dict (`model={}`)."""
     return override.key_or_group in GROUPS and not isinstance(override.value(), dict)
 
 
@@ -150,7 +150,7 @@ OVERRIDE = re.compile(r"[+~]*[a-z_]+(\.[a-z0-9_]+)*=")
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split command-line arguments into file names and overrides (of `weights` or a config key).
+    """Split command-line arguments into file names and overrides, which set `weights` or a config key.
 
     An argument that names an existing file is always a file. Any other argument that looks like an override is treated
     as one, so that a misspelt key is rejected with a suggestion.

@@ -1,4 +1,4 @@
-"""Reading and writing of saved configs (config.yaml, or the text in a checkpoint), with overrides on top."""
+"""Reading and writing of saved configs, from config.yaml or a checkpoint, with overrides applied to them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from sasa_train.refusal import ConfigError, shorten
 
 
 def load_config(yaml_text: str, overrides: Sequence[str] = (), source: str = "the saved config") -> TrainConfig:
-    """Parse a saved config and apply value overrides; group choices are refused because they need a composition.
+    """Parse a saved config and apply value overrides; group choices are refused because they require composition.
 
     Raises:
         ConfigError: as in `compose_config`; the message names `source` if the text itself is invalid.
@@ -26,7 +26,7 @@ def load_config(yaml_text: str, overrides: Sequence[str] = (), source: str = "th
         for override in parse_overrides(overrides):
             if is_group(override):
                 raise ConfigError(f"{override.input_line} chooses a config group, but {source} is complete; set values")
-            # Replaced instead of merged, because otherwise an optimizer argument could never be removed.
+            # The value is replaced, not merged, because otherwise an optimizer argument could never be removed.
             OmegaConf.update(saved, override.key_or_group, override.value(), merge=False)
         _forget_the_other_batch_key(saved, {o.key_or_group for o in parse_overrides(overrides)})
     except UNREADABLE as error:
@@ -70,7 +70,7 @@ def _check_plain_yaml(text: str, source: str) -> None:
 
 
 def _forget_the_other_batch_key(saved: DictConfig, given: set[str]) -> None:
-    """Drop the saved micro_batch_size or grad_accum_steps if only the other is given, because they would conflict."""
+    """If only micro_batch_size or grad_accum_steps is given, drop the saved value of the other to avoid a conflict."""
     if "trainer.micro_batch_size" in given and "trainer.grad_accum_steps" not in given:
         saved.trainer.grad_accum_steps = 1
     elif "trainer.grad_accum_steps" in given and "trainer.micro_batch_size" not in given:

@@ -1,4 +1,4 @@
-"""Data sets, with their images on disk or in memory, labels, classes, and fixed class-balanced subsets."""
+"""Labelled data sets, on disk or in memory, and fixed, class-balanced subsets of them."""
 
 import dataclasses
 import io
@@ -25,20 +25,21 @@ from sasa_train.data.shards import TarMembers, find_shards, load_shards
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import printable
 
-# The formats of torchvision's IMG_EXTENSIONS, plus GIF, which real data sets contain under other extensions (MPO opens
-# as JPEG). No other format is tried: EPS would start Ghostscript, and every decoder adds to the attack surface.
+# The formats of torchvision's IMG_EXTENSIONS, plus GIF, because real data sets contain GIF files with other extensions.
+# MPO files open as JPEG. No other format is tried: EPS would start Ghostscript, and every decoder adds to the attack
+# surface.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `read` rejects such images
 
-PAUSES = (0.1, 1.0)  # seconds to wait before a failed read is retried
+PAUSES = (0.1, 1.0)  # seconds to wait before each retry of a failed read
 DIGITS_VAL_FRACTION = 0.2
-MAX_NAMES = 5  # shown from a long list
+MAX_NAMES = 5  # maximum number of names shown from a long list
 
 Shaped = TypeVar("Shaped")
 
 
 class UnreadableImage(Exception):
-    """Raised for a file that is missing, truncated, damaged or not an image; has its `name` and the `reason`."""
+    """Raised for a file that is missing, truncated, damaged or not an image; gives its `name` and the `reason`."""
 
     def __init__(self, name: str, reason: str):
         super().__init__(name, reason)  # both, so that a worker process can pickle the exception
@@ -88,7 +89,7 @@ class ImageSet:
         return f"image {position}" if isinstance(self.source, Tensor) else self.source.name(position)
 
     def read(self, index: int, shape: Callable[[Image.Image], Shaped]) -> Shaped:
-        """Return `shape(image)` for one image, which is not decoded yet, so that `shape` may decode only a part of it.
+        """Return `shape(image)` for one image, which is passed undecoded so that `shape` may decode only a part of it.
 
         Raises:
             UnreadableImage: the file is missing, is not in one of FORMATS, has more than Image.MAX_IMAGE_PIXELS
@@ -143,7 +144,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def mean_std(config: DataConfig) -> tuple[Sequence[float], Sequence[float]]:
-    """Return mean and std per channel for values in [0, 1], from the config or else from the data set."""
+    """Return the mean and std per channel for values in [0, 1]: those in the config or else the data set's own."""
     own = DATA_SETS[config.name]
     return config.mean or own.mean, config.std or own.std
 
@@ -152,7 +153,7 @@ def load_image_sets(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     """Return the train and val sets that `config` selects, after hold-out and subsetting.
 
     Raises:
-        ConfigError: a folder is missing, a class is empty, or train and val have different classes or too few.
+        ConfigError: a folder is missing, a class is empty, or train and val have different or too few classes.
     """
     if config.name == "digits":
         train, val = _load_digits()
@@ -193,12 +194,12 @@ def split(images: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
 
 
 def limit(images: ImageSet, count: int | None) -> ImageSet:
-    """Return a fixed, `balanced` subset of `count` images, or all images if there are no more than that."""
+    """Return a fixed, `balanced` subset of `count` images, or all images if there are at most `count`."""
     return images if count is None or count >= len(images) else images.subset(balanced(images, count))
 
 
 def balanced(images: ImageSet, count: int) -> np.ndarray:
-    """Return the indices of a fixed subset, filled round-robin over the classes to balance them."""
+    """Return the indices of a fixed subset, balanced by choosing images round-robin from the classes."""
     rank = np.empty(len(images), dtype=np.int64)
     for members in _by_class(images):
         rank[members] = np.arange(len(members))
@@ -287,6 +288,6 @@ def load_shard_set(root: Path, split: str) -> ImageSet:
 
 
 def some(names: Sequence[str], separator: str = ", ") -> str:
-    """List the first MAX_NAMES names, escaped, followed by the number of remaining names."""
+    """Return the first MAX_NAMES names, escaped, followed by the number of remaining names."""
     rest = len(names) - MAX_NAMES
     return separator.join(map(printable, names[:MAX_NAMES])) + (f" and {rest:,} more" if rest > 0 else "") or "none"

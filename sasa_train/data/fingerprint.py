@@ -1,6 +1,7 @@
 """Fingerprints of data sets, which let a resumed run detect and report changes to its data.
 
-A fingerprint covers the count, names and order of all images and the bytes of a sample; ImageNet takes seconds.
+A fingerprint covers the count, names and order of all images and the bytes of a sample. For ImageNet, computing it
+takes a few seconds.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ SOURCES = {"files": "in class folders", "shards": "in tar shards", "memory": "in
 
 
 def fingerprint(images: ImageSet) -> dict[str, Any]:
-    """Return plain values for a data set: {"source", "labels" (a digest), "classes": [{"name", "num_images", ...}]}.
+    """Return a fingerprint as plain values: {"source", "labels" (a digest), "classes": [{"name", "num_images", ...}]}.
 
     Each class's `content` is a digest of `num_read` of its images: the bytes of a sample of its files or, for a data
     set in memory, all pixels. Image files and tar shards made from them have the same content.
@@ -89,7 +90,7 @@ def _class_differences(name: str, old: dict[str, Any], new: dict[str, Any], is_s
 
 
 def _by_name(classes: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Map unique printable names to the class entries (two of ImageNet's classes are named crane)."""
+    """Return a dict from unique printable names to the class entries (two of ImageNet's classes are named crane)."""
     seen: Counter[str] = Counter()
     found = {}
     for entry in classes:
@@ -117,7 +118,7 @@ def _on_disk(images: ImageSet, members: list[np.ndarray]) -> list[dict[str, Any]
 
 
 def _samples(members: list[np.ndarray]) -> list[np.ndarray]:
-    """Select the images of each class to read, evenly spaced.
+    """Select evenly spaced images of each class, whose bytes are then read.
 
     The selection depends only on the class's size and the number of classes, so that adding or removing images in one
     class does not appear as a change in the others.
@@ -140,7 +141,7 @@ def _file_digest(images: ImageSet, index: int) -> bytes:
 
 
 def _names(images: ImageSet, class_name: str, members: np.ndarray) -> Iterable[bytes]:
-    """Return file paths within the class folder or shard member names without prefix; nothing for images in memory."""
+    """Return paths in the class folder or, for shards, member names without prefix; images in memory have no names."""
     source, positions = images.source, images.positions[members].tolist()
     if isinstance(source, Tensor):
         return []

@@ -37,7 +37,7 @@ Loader = ResidentLoader | StreamingLoader
 
 @dataclass
 class Loaders:
-    """The training data; `train` and `val` are either both resident or both streamed; `fingerprint` has both."""
+    """The loaders of train and val, either both resident or both streamed, and the `fingerprint` of the two sets."""
 
     train: Loader
     val: Loader
@@ -76,9 +76,10 @@ class Loaders:
 
 
 def build_loaders(config: TrainConfig, device: torch.device, memory: int | None = None) -> Loaders:
-    """Build the train and val loaders for `config`; data that fits into `memory` (bytes) is kept resident.
+    """Build the train and val loaders for `config`; data small relative to `memory` (bytes) is kept resident.
 
-    memory: queried if omitted. Several processes must make the same choice, so each passes the minimum over all.
+    memory: by default, the device's available memory. If there are several processes, each must pass the minimum over
+        all of them, so that they make the same choice.
 
     Raises:
         ConfigError: the folders are invalid, the data set is smaller than one batch, its class count differs from the

@@ -23,7 +23,7 @@ class Mixing:
         self.mixes = [mix(alpha=alpha, num_classes=num_classes) for mix, alpha in kinds if alpha]
 
     def __call__(self, images: Tensor, labels: Tensor, step: int, micro_batch: int) -> tuple[Tensor, Tensor]:
-        """Mix images [B, 3, H, W] and labels (int64 [B] -> float [B, num_classes]), or return both unchanged."""
+        """Mix images [B, 3, H, W] and labels (int64 [B], then float [B, num_classes]), or return both unchanged."""
         if step >= self.last_step or not self.mixes:
             return images, labels
         mix, numbers = self.draw(images, step, micro_batch)
@@ -36,7 +36,7 @@ class Mixing:
         return mix.transform(images, numbers), mix.transform(one_hot, numbers)
 
     def draw(self, images: Tensor, step: int, micro_batch: int) -> tuple[v2.Transform | None, dict[str, Any]]:
-        """Choose the transform for a micro-batch (None for no mixing) and draw its parameters."""
+        """Choose the transform for a micro-batch (or None to leave it unmixed) and draw its parameters."""
         with batch_rng(self.seed, step, micro_batch):
             is_mixed, is_cut = torch.rand(2) < torch.tensor([self.config.mix_prob, self.config.mix_switch_prob])
             mix = self.mixes[-1 if is_cut else 0]

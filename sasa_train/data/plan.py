@@ -1,6 +1,6 @@
 """The batch plan, which assigns images to the micro-batches of an epoch as a function of (seed, epoch).
 
-Each process takes a contiguous share of a global batch, which is the same for any number of processes.
+Global batches do not depend on the number of processes; each process takes a contiguous share of every batch.
 """
 
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ class BatchPlan:
 
     @property
     def share(self) -> slice:
-        """The slice of images that this process evaluates, possibly empty if there are fewer images than processes."""
+        """The slice of images that this process evaluates; it may be empty if there are more processes than images."""
         bounds = (self.num_images * n // self.world_size for n in (self.rank, self.rank + 1))
         return slice(*bounds)
 
@@ -57,6 +57,6 @@ class BatchPlan:
                 yield MicroBatch(indices, epoch, epoch * self.steps_per_epoch + step, number)
 
     def all(self) -> Iterator[MicroBatch]:
-        """Yield micro-batches that contain each image of this process's share once, in order."""
+        """Yield micro-batches that together contain each image of this process's share once, in order."""
         for start in range(self.share.start, self.share.stop, self.micro_batch_size):
             yield MicroBatch(np.arange(start, min(start + self.micro_batch_size, self.share.stop)), 0, 0, 0)

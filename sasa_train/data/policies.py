@@ -34,7 +34,7 @@ AUTO_POLICIES = {
 class Policy:
     """The policy that `augment.policy` selects, for square images.
 
-    RandAugment (arXiv 1909.13719), TrivialAugment (2103.10158) and AutoAugment (1805.09501), as in torchvision.
+    RandAugment (arXiv 1909.13719), TrivialAugment (2103.10158) and AutoAugment (1805.09501) work as in torchvision.
     """
 
     def __init__(self, config: AugmentConfig):
@@ -97,12 +97,16 @@ class Policy:
 
 
 def table_of(transform: Any) -> dict[str, tuple[Callable[..., Any], bool]]:
-    """Return torchvision's operations as name -> (magnitudes by (bins, height, width), whether they are signed)."""
+    """Return a dict from the name of each of torchvision's operations to a pair.
+
+    The first entry is a function of (bins, height, width) that returns the operation's magnitudes; the second tells
+    whether they are signed.
+    """
     return transform._AUGMENTATION_SPACE
 
 
 def policies_of(auto_augment: Any) -> list[tuple[tuple[str, float, Any], ...]]:
-    """Return AutoAugment's learned policies, which list operations with their probability and magnitude bin."""
+    """Return AutoAugment's learned policies, each a list of operations with their probability and magnitude bin."""
     return auto_augment._policies
 
 
@@ -119,7 +123,7 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def apply_all(operations: list[Operation], images: Tensor) -> Tensor:
-    """Transform uint8 [B, 3, S, S] by one operation per image; the operations must be sorted by name."""
+    """Apply one operation to each image of a uint8 batch [B, 3, S, S]; the operations must be sorted by name."""
     found = np.array([parameters_of(name, magnitude, images.shape[-1]) for name, magnitude in operations])
     parameters = to_device(found, images.device)
     counts = {name: len(list(group)) for name, group in groupby(name for name, _ in operations)}
@@ -131,10 +135,10 @@ def apply_all(operations: list[Operation], images: Tensor) -> Tensor:
 def parameters_of(name: str, magnitude: float, size: int) -> np.ndarray:
     """Return an operation's parameters for an image of `size` pixels, float32 [NUM_PARAMETERS].
 
-    Geometric operations use the map from output to input positions, [3, 2], in units of half the image size; Posterize,
-    the mask of the bits to keep; Solarize, the threshold; all others, the factor and 1 minus the factor.
+    For geometric operations, these are the map from output to input positions, [3, 2], in units of half the image size;
+    for Posterize, the mask of the bits to keep; for Solarize, the threshold; for all others, the factor and 1 minus it.
     """
-    # Computed in Python floats and rounded once, as in torchvision; otherwise pixels would differ.
+    # The values are computed in Python floats and rounded once, as in torchvision; otherwise pixels would differ.
     found = np.zeros(NUM_PARAMETERS, dtype=np.float32)
     if name in GEOMETRIC:
         found[:] = inverse_map(name, magnitude, size)
@@ -164,14 +168,14 @@ def inverse_map(name: str, magnitude: float, size: int) -> list[float]:
 
 @cache
 def positions_of(size: int, device: torch.device) -> Tensor:
-    """Return (x, y, 1) for each pixel, [1, S*S, 3], relative to the image's centre."""
+    """Return the position (x, y, 1) of each pixel relative to the image's centre, [1, S*S, 3]."""
     line = torch.linspace((1.0 - size) * 0.5, (size - 1.0) * 0.5, size, device=device)
     y, x = torch.meshgrid(line, line, indexing="ij")
     return torch.stack([x, y, torch.ones_like(x)], -1).view(1, -1, 3)
 
 
 def warp(images: Tensor, parameters: Tensor) -> Tensor:
-    """Warp each image by its own map, with nearest-neighbour sampling and black outside the image."""
+    """Warp each image with its own map and nearest-neighbour sampling; pixels from outside the image are black."""
     size = images.shape[-1]
     positions = positions_of(size, images.device).expand(len(images), -1, -1)
     grid = positions.bmm(parameters.view(-1, 3, 2)).view(-1, size, size, 2)
@@ -179,7 +183,7 @@ def warp(images: Tensor, parameters: Tensor) -> Tensor:
 
 
 def blend(images: Tensor, others: Tensor, parameters: Tensor) -> Tensor:
-    """Return factor * image + (1 - factor) * other."""
+    """Return factor * image + (1 - factor) * other for each pair of images."""
     factor, rest = parameters[:, :2].T[..., None, None, None]
     # addcmul rounds once or twice depending on the processor, exactly as torchvision's add_(other, alpha=...) does.
     return torch.addcmul(images * factor, others, rest).clamp_(0, 255).to(torch.uint8)

@@ -19,12 +19,13 @@ class Quarantine:
         self.split, self.found = split, dict[str, str]()
         allowed = max(ALWAYS_ALLOWED, math.floor(max_unreadable * num_images)) if max_unreadable else 0
         self.allowed = min(allowed, num_images - 1)  # at least one image must be readable
-        # In train, the search for a replacement ends when more images are unreadable than allowed; val has none.
+        # In train, the search for a replacement ends when more images are unreadable than allowed. In val, images are
+        # not replaced.
         self.num_tries = self.allowed + 1 if split == "train" else 1
         self.rule = f"data.max_unreadable={max_unreadable:g} allows {self.allowed} of {num_images:,} images"
 
     def add(self, unreadable: list[Unreadable]) -> None:
-        """Record unreadable images, then check their number.
+        """Record unreadable images, then check how many there are.
 
         Raises:
             ConfigError: more images are unreadable than `data.max_unreadable` allows; the message lists them.

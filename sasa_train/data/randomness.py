@@ -1,7 +1,7 @@
 """Per-sample random numbers that depend only on (seed, epoch, index), not on workers, batches, resumption or ranks.
 
-They come from a counter-based hash (the finaliser of splitmix64, Steele et al. 2014), so the numbers of any sample can
-be computed directly, for a single sample in a worker or for a whole batch.
+They come from a counter-based hash (the finaliser of splitmix64, Steele et al. 2014), so the numbers for any sample
+can be computed directly, whether for a single sample in a worker or for a whole batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -51,7 +51,7 @@ def recalibration_rng(seed: int, step: int, device: torch.device) -> AbstractCon
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch's generators, including the device's, for dropout and drop path in one process's part of a step."""
+    """Seed torch's generators, including the device's, for dropout and drop path in one process's share of a step."""
     torch.manual_seed(int(_hash(_key(seed, step) ^ STEP, np.array([rank]))[0]))
 
 

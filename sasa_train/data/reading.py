@@ -1,4 +1,4 @@
-"""Image reading, for data workers and for the commands that show or classify images."""
+"""Reading of images, for data workers and for the commands that show or classify images."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -46,7 +46,7 @@ def read_fitted(images: ImageSet, indices: Iterable[int], size: int, num_tries: 
 
 
 def read_batches(batches: Iterable[ImageSet], size: int, num_threads: int = 1) -> Iterator[Read]:
-    """Read each image set of `batches` as one batch; threads read the next while the caller processes this one."""
+    """Read each image set of `batches` as one batch; threads read one batch ahead of the caller."""
     # Threads suffice because Pillow releases the GIL while it decodes and resizes.
     pool, waiting, shape = ThreadPoolExecutor(max(1, num_threads)), deque[Iterator[Found]](), partial(fit, size=size)
     try:
@@ -77,7 +77,7 @@ def _gather(found: Iterable[Found], size: int) -> Read:
 
 
 def read_or_replace(images: ImageSet, index: int, shape: Shape, num_tries: int = 1) -> Found:
-    """Return (pixels, label, unreadable) for the first readable image among `num_tries` candidates from `index` on.
+    """Return (pixels, label, unreadable) for the first readable one of `num_tries` images, starting at `index`.
 
     If none is readable, the pixels are None; `unreadable` lists the skipped images for the quarantine.
     """
@@ -94,7 +94,7 @@ def read_or_replace(images: ImageSet, index: int, shape: Shape, num_tries: int =
 
 @dataclass
 class Reader:
-    """Reads micro-batches in a worker, augmented for training or, if `augment` is None, as for validation."""
+    """Reads micro-batches in a worker, and augments them for training unless `augment` is None (for validation)."""
 
     images: ImageSet
     size: int

@@ -1,4 +1,4 @@
-"""Loader for small images that are decoded once and kept on the device, where batches are gathered and augmented."""
+"""A loader for small images that are decoded once and kept on the device, where batches are gathered and augmented."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -24,7 +24,7 @@ CHUNK = 256  # images that a worker decodes per task
 
 @dataclass
 class ResidentLoader:
-    """Batches from uint8 images [n, 3, S, S] (padded in train) and labels [n]; val uses only `is_good` images."""
+    """Builds batches from uint8 images [n, 3, S, S] (padded in train) and labels [n]; `is_good` marks readable ones."""
 
     images: Tensor
     labels: Tensor
@@ -59,7 +59,7 @@ class ResidentLoader:
 def decode_all(
     images: ImageSet, size: int, num_workers: int, worker_timeout: float, quarantine: Quarantine
 ) -> tuple[Tensor, Tensor, np.ndarray]:
-    """Decode small images to (uint8 [n, 3, size, size], labels [n], readable [n]), with a progress bar.
+    """Decode small images with a progress bar; return uint8 [n, 3, size, size], labels [n] and a mask of readable ones.
 
     Raises:
         ConfigError: more images are unreadable than `data.max_unreadable` allows, or shared memory is too small.

@@ -1,7 +1,7 @@
 """Tar shards in the webdataset layout, read in place with one open file per shard instead of one per image.
 
 A sample is an image `KEY.jpg` and its label `KEY.cls`. An index of offsets, kept beside the shards, lets a single
-`pread` fetch any image, so order, workers and resuming work as for class folders. Images are ordered by label and key,
+`pread` fetch any image, so order, workers and resuming are as with class folders. Images are ordered by label and key,
 so shards that sasa-data creates from class folders yield the same images in the same order as those folders.
 """
 
@@ -66,7 +66,7 @@ def find_shards(root: Path, split: str) -> list[Path]:
     """Find `root/train/*.tar` or `root/*train*.tar`; val may also be named validation or test."""
     for name in SPLIT_NAMES[split]:
         found = sorted((root / name).glob("*.tar"))
-        if not found and not (root / name).is_dir():  # ImageNet's archives may lie beside class folders
+        if not found and not (root / name).is_dir():  # ImageNet's archives may be beside class folders
             word = re.compile(rf"(^|[^a-z]){name}([^a-z]|$)")  # so that interval-train does not match val
             found = sorted(path for path in root.glob("*.tar") if word.search(path.stem.lower()))
         if found:

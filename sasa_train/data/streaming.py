@@ -1,4 +1,4 @@
-"""Loader whose worker processes decode and augment one micro-batch at a time, as uint8 until it is on the device."""
+"""A loader whose workers decode and augment one micro-batch at a time, which stays uint8 until it is on the device."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Transforms from an image on disk to the model's input, in uint8 up to the normalisation on the device.
+"""Transforms from an image on disk to the model's input; images stay uint8 until they are normalised on the device.
 
 Small images (up to 64 pixels) are padded, cropped, flipped and so on in whole batches, whether resident or streamed, so
 both kinds of loader give the same pixels. Larger images are cropped and resized one by one during decoding.
@@ -23,14 +23,14 @@ from sasa_train.data.policies import NUM_DRAWS, Policy, to_device
 from sasa_train.data.randomness import CROP, ERASING, POLICY, sample_draws, sample_rng
 
 VAL_CROP_FRACTION = 0.875  # for large images: a 224-pixel crop from a shorter side of 256
-MAX_ASPECT = 64  # of an image before its centre crop; longer ends are cut off first
+MAX_ASPECT = 64  # of an image before its centre crop; the ends of longer images are cut off
 CROP_TRIES = 10  # for the random-resized crop, as in torchvision
 Shape = Callable[[Image.Image], np.ndarray]  # an image, not decoded yet -> uint8 [S, S, 3]
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
 class Augment:
-    """The training transforms of a config for images of `size` pixels; random draws depend on (seed, epoch, index)."""
+    """A config's training transforms for images of `size` pixels; all randomness depends on (seed, epoch, index)."""
 
     def __init__(self, data: DataConfig, augment: AugmentConfig, seed: int, mean: Sequence[float]):
         self.config, self.size, self.seed = augment, resolved_image_size(data), seed
@@ -48,8 +48,8 @@ class Augment:
         return F.pad(images, [self.padding] * 4) if self.by_batch and self.padding else images
 
     def batch(self, padded: Tensor, where: np.ndarray, epoch: int, indices: np.ndarray) -> Tensor:
-        """Augment rows `where` of `padded` (images `indices` of the data set); return uint8 [B, 3, S, S]."""
-        if not self.by_batch:  # streamed, so `padded` is the batch, and decoding applied all other transforms
+        """Augment rows `where` of `padded`, which are images `indices` of the data set; return uint8 [B, 3, S, S]."""
+        if not self.by_batch:  # streamed: `padded` is the batch, and all other transforms were applied in decoding
             return self._erase(padded, epoch, indices)
         rows = to_device(where, padded.device)
         images = self._crop_and_flip(padded, rows, sample_draws(self.seed, epoch, indices, 3, CROP))
@@ -135,9 +135,9 @@ def crop_all(padded: Tensor, rows: Tensor, offsets: Tensor, size: int) -> Tensor
 def random_resized_box(
     width: int, height: int, draws: np.ndarray, scale: Sequence[float], ratio: Sequence[float]
 ) -> Box:
-    """Choose a crop box as torchvision's RandomResizedCrop does; after ten failed tries, take the largest central box.
+    """Choose a crop box as torchvision's RandomResizedCrop does; after ten failed tries, use the largest central box.
 
-    `draws` holds uniform random numbers, 3 for the position (one is unused) and 2 per try for area and aspect ratio.
+    `draws` holds uniform random numbers: 3 for the position (one is unused) and 2 per try for area and aspect ratio.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for u_area, u_ratio in draws[3:].reshape(-1, 2):

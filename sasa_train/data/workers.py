@@ -39,7 +39,7 @@ class DataWorkerError(ExpectedFailure):
 
 
 class Workers:
-    """Runs `reader` in `num_workers` processes (0: the main process), started by `read` and kept until `close`.
+    """Runs `reader` in `num_workers` processes, or in the main process if 0; `read` starts and `close` ends them.
 
     A thread kills all workers if a wait for them takes too long.
     """
@@ -125,7 +125,7 @@ class Workers:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """Limit a wait for the workers; convert exceptions caused by dead or hanging workers to DataWorkerError."""
+        """Limit how long a wait for workers takes; convert errors from dead or hanging workers to DataWorkerError."""
         self._num_waits, self._is_waiting = self._num_waits + 1, True
         try:
             yield
@@ -152,7 +152,7 @@ class Workers:
         self._kill()
 
     def _suspects(self) -> str:
-        """Describe the workers that are stopped or, if none is, the worker that should deliver next."""
+        """Describe the workers that are stopped or, if none is, the worker whose result is due next."""
         workers = self._processes()
         suspects = [worker for worker in workers if _state(worker).startswith("stopped")]
         if not suspects and self._handed:
@@ -182,7 +182,7 @@ class Workers:
 
 
 def unreported(iterator: Any) -> Any:
-    """Make a DataLoader's iterator detect dead workers only while it waits for them, within seconds."""
+    """Make a DataLoader's iterator detect dead workers (within seconds) only while it waits for them."""
     # The DataLoader's SIGCHLD handler would raise at any point, perhaps while the main process writes a checkpoint.
     signal_handling._remove_worker_pids(id(iterator))
     iterator._worker_pids_set = False  # otherwise it would remove them again at its end
@@ -190,7 +190,7 @@ def unreported(iterator: Any) -> Any:
 
 
 def queue_bytes(num_workers: int, batch_size: int, num_images: int, size: int) -> int:
-    """Return the bytes of the workers' uint8 batches [B, S, S, 3], queued or in progress (at most the data set)."""
+    """Return the size in bytes of uint8 batches [B, S, S, 3] queued or in progress, at most that of the data set."""
     return min(num_workers * (PREFETCH + 1) * batch_size, num_images) * 3 * size**2
 
 
@@ -198,9 +198,10 @@ def check_shared_memory(needed: int, num_workers: int, remedy: str = "") -> None
     """Check that shared memory has `needed` bytes free for each process on this machine.
 
     Raises:
-        ConfigError: it has not; the message suggests `remedy` in addition to the general ones.
+        ConfigError: there is too little; the message suggests `remedy` in addition to the general remedies.
     """
-    # Containers often have little shared memory, and a worker that fills it is killed by SIGBUS. Only Linux shows it.
+    # Containers often have little shared memory, and a worker that fills it is killed by SIGBUS. Only Linux shows how
+    # much is free.
     if not num_workers or sys.platform != "linux" or not SHM.is_dir():
         return
     free, needed = shutil.disk_usage(SHM).free, needed * local_world_size()
@@ -228,8 +229,8 @@ class _Handed:
 class _Stamped(Dataset):
     """The DataLoader's dataset, which returns a micro-batch's first index and the reader's result."""
 
-    # Only the first index, because a pipe writes just messages of up to a few kilobytes atomically, and a worker may be
-    # killed during the write.
+    # It returns only the first index, because a worker may be killed while it writes its answer to a pipe, and only
+    # messages of up to a few kilobytes are written atomically.
 
     def __init__(self, reader: Reader):
         self.reader = reader
@@ -239,12 +240,12 @@ class _Stamped(Dataset):
 
 
 def unchanged(read: Any) -> Any:
-    """Return `read` unchanged, as the DataLoader's collate function, because the reader already builds batches."""
+    """Return `read` unchanged; used as the DataLoader's collate function, because the reader already makes batches."""
     return read
 
 
 def ignore_signals(_worker: int) -> None:
-    """Make a worker ignore Ctrl-C and a scheduler's warning, which are sent to the whole process group."""
+    """Make a worker ignore Ctrl-C and a scheduler's warning signals, which are sent to the whole process group."""
     # Only the main process handles these signals.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -35,7 +35,7 @@ SHARD = """Copy class folders, ROOT/train and ROOT/val (or ROOT/test), to tar sh
 
 DEST is the same data set: the same images in the same order, byte by byte. Classes are mixed within a shard."""
 
-IMAGES_PER_SHARD = 1000  # 100 MB of ImageNet
+IMAGES_PER_SHARD = 1000  # about 100 MB of ImageNet
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Reading ImageNet's official archives in place, for the classes, the labels and the location of each image."""
+"""Reading of ImageNet's official archives in place, to find the classes, the labels and the location of each image."""
 
 import hashlib
 import io
@@ -72,7 +72,7 @@ def index_train(path: Path, classes: list[str]) -> Originals:
 
 
 def index_val(path: Path, classes: list[str], wnids: list[str]) -> Originals:
-    """Find the images in the val archive, which the devkit labels in file-name order."""
+    """Find the images in the val archive; `wnids` are their classes from the devkit, in file-name order."""
     with _tar(path) as archive:
         members = archive.getmembers()
     for member in members:

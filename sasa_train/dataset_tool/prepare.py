@@ -37,7 +37,7 @@ def shard(root: Path, dest: Path, images_per_shard: int) -> int:
                 f"ROOT={root}: train and val must hold the same classes, but {printable(min(differing))} is in one"
             )
     for name in classes:
-        if name.encode(errors="ignore").decode().splitlines() != [name]:  # line ends, or bytes that are not UTF-8
+        if name.encode(errors="ignore").decode().splitlines() != [name]:  # line breaks, or bytes that are not UTF-8
             raise ConfigError(
                 f"{root}: the class {printable(name)} must fit a line of UTF-8 text in classes.txt; rename it"
             )

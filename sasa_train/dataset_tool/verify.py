@@ -29,7 +29,7 @@ Look = tuple[str, tuple[int, int], bytes, np.ndarray]  # mode, width and height,
 
 @dataclass
 class Contents:
-    """The contents of a data set with its splits concatenated; image i has split `split_of[i]` and label `labels[i]`.
+    """The contents of a data set, its splits concatenated; image i is in split `split_of[i]` and has label `labels[i]`.
 
     `faults` lists classes without images in a split, and `unused` lists files that are never read.
     """
@@ -56,8 +56,9 @@ class Contents:
 class Survey:
     """The results of decoding n images.
 
-    `sizes`, int64 [n, 2]: width and height, 0 if unreadable; `moments`, float64 [n, 2, 3]: mean and mean square of each
-    channel for values in [0, 1]; `alike`: pixel digest -> indices; `unreadable`: index -> reason.
+    `sizes`, int64 [n, 2], holds widths and heights (0 if unreadable), and `moments`, float64 [n, 2, 3], the mean and
+    mean square of each channel for values in [0, 1]. `alike` maps pixel digests to indices, and `unreadable` maps
+    indices to reasons.
     """
 
     def __init__(self, num_images: int):
@@ -118,10 +119,10 @@ def read_contents(root: Path) -> Contents:
 
 
 def find_splits(root: Path) -> dict[str, Path]:
-    """Return the folders of train and of val or test, or {"all": root} if `root` itself contains the classes."""
+    """Return the train folder and the val or test folder, or {"all": root} if `root` itself contains the classes."""
     held_out = next((name for name in ("val", "test") if (root / name).is_dir()), None)
     folders = {name: root / name for name in ("train", held_out) if name and (root / name).is_dir()}
-    # A class may be named train or test, so a single such folder without subfolders is not a split.
+    # A class may be named train or test, so a single such folder without subfolders is treated as a class.
     has_folders = any(entry.is_dir() for folder in folders.values() for entry in folder.iterdir())
     return folders if len(folders) == 2 or has_folders else {"all": root}
 
@@ -201,7 +202,7 @@ def _look(split: int, index: int) -> Look | str:
 
 
 def measure(image: Image.Image) -> Look:
-    """Return mode, size, a hash of size and RGB pixels, and float64 [2, 3]: mean and mean square per channel."""
+    """Return the mode, size, hash of size and RGB pixels, and the channels' means and mean squares, float64 [2, 3]."""
     mode, rgb = image.mode, to_rgb(image)
     digest = hashlib.blake2b(f"{rgb.width} x {rgb.height}".encode(), digest_size=16)
     digest.update(rgb.tobytes())
@@ -273,7 +274,7 @@ def _print_groups(contents: Contents, where: str, groups: list[list[int]], limit
 
 
 def print_mean_std(contents: Contents, survey: Survey) -> None:
-    """Print mean and std of the first split (train or all), averaged over images, in command-line form."""
+    """Print the mean and std of the first split (train or all), averaged over images, as command-line overrides."""
     first = (survey.sizes[:, 0] > 0) & (contents.split_of == 0)
     if first.any():
         mean, square = survey.moments[first].mean(axis=0)

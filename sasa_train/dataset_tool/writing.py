@@ -1,4 +1,4 @@
-"""Atomic writing of class folders and tar shards, so that a stopped command can be resumed with the missing ones."""
+"""Atomic writing of class folders and tar shards; a stopped command, run again, writes only the missing ones."""
 
 import io
 import json
@@ -47,7 +47,7 @@ class Originals:
 
 
 def write_folders(dest: Path, splits: dict[str, Originals], before: Callable[[], None]) -> None:
-    """Write DEST/SPLIT/CLASS/NAME for all images in missing class folders; call `before` once before writing."""
+    """Write the class folders DEST/SPLIT/CLASS that do not exist yet; call `before` once, before the first write."""
     if find_shards(dest, "train") or find_shards(dest, "val"):
         raise ConfigError(f"DEST={dest} holds tar shards already, which training would read; give another folder")
     for path in dest.iterdir():
@@ -89,9 +89,10 @@ def _write_class(path: Path, split: Originals, members: np.ndarray) -> None:
 def write_all_shards(
     dest: Path, splits: dict[str, Originals], images_per_shard: int, before: Callable[[], None] = lambda: None
 ) -> None:
-    """Write the missing shards among DEST/SPLIT/SPLIT-000000.tar, ...; call `before` once before writing.
+    """Write the shards DEST/SPLIT/SPLIT-000000.tar, ... that do not exist yet.
 
-    A member's name starts with the image's index in eight digits, so that members sort in the order of the images.
+    `before` is called once, before the first write. A member's name starts with the image's index in eight
+    digits, so that members sort in the order of the images.
     """
     classes = splits["train"].images.classes
     _claim(dest, splits, images_per_shard)
@@ -124,7 +125,7 @@ def _write_shard(path: Path, split: Originals, members: np.ndarray) -> None:
 
 
 def _claim(dest: Path, splits: dict[str, Originals], images_per_shard: int) -> None:
-    """Raise ConfigError if DEST has other contents; DEST/shards.json records the source of its shards."""
+    """Raise ConfigError if DEST has class folders or other shards; record the shards' source in DEST/shards.json."""
     for name in splits:
         if any(path.is_dir() for path in (dest / name).glob("*")):
             raise ConfigError(f"DEST={dest} holds class folders already; give another folder for the shards")

@@ -1,6 +1,6 @@
 """sasa-evaluate: compute a checkpoint's top1, top5, loss and per-class top1 on val, exactly as in the training log.
 
-Options add calibration, averaging over mirrored views, ImageNet-ReaL, and a paired test against another model.
+Options add calibration, averaging over mirrored views, ImageNet-ReaL labels, and a paired test with another model.
 """
 
 import argparse
@@ -136,7 +136,7 @@ def print_evaluation(val: "Val", result: "Evaluation") -> None:
 
 
 def figures_of(val: "Val", result: "Evaluation") -> dict[str, Any]:
-    """Return plain values for --json, with top1 and top5 in percent as in metrics.jsonl."""
+    """Return the results as plain values for --json, with top1 and top5 in percent as in metrics.jsonl."""
     counts = zip(val.images.classes, result.class_images, result.class_hits, strict=True)
     return {
         "checkpoint": str(val.trained.path),

@@ -1,4 +1,4 @@
-"""Measures of how reliable a classifier's probabilities are: calibration error, Brier score, best temperature.
+"""Measures of how reliable a classifier's probabilities are: calibration error, Brier score and best temperature.
 
 Calibration is measured on the top-1 confidence in bins of equal width, as in Guo et al. 2017 (arXiv 1706.04599).
 """
@@ -17,7 +17,7 @@ CHUNK = 4096  # images whose float64 probabilities are in memory at the same tim
 
 @dataclass(frozen=True)
 class Bin:
-    """Images with confidence in (`low`, `high`]; all values are in percent, and the means of an empty bin are None."""
+    """The images with confidence in (`low`, `high`]; values are in percent, and the means of an empty bin are None."""
 
     low: float
     high: float
@@ -42,9 +42,9 @@ class Temperature:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration measures; `ece`, `mce`, mean `confidence` and `top1` in percent, `nll` in nats, `brier` from 0 to 2.
+    """The `ece`, `mce`, mean `confidence` and `top1` in percent, the `nll` in nats, and the `brier` score from 0 to 2.
 
-    `temperature` is None if none is optimal, because all predictions are right or uniform probabilities are better.
+    `temperature` is None if no value is optimal, because all predictions are right or uniform probabilities are better.
     """
 
     ece: float
@@ -90,7 +90,7 @@ def bin_by_confidence(confidences: np.ndarray, is_right: np.ndarray, num_bins: i
 
 
 def expected_error(bins: Sequence[Bin]) -> float:
-    """Return the ECE in percent, the absolute gap between confidence and accuracy averaged over images."""
+    """Return the ECE in percent: the absolute gap between a bin's confidence and accuracy, averaged over images."""
     return sum(each.num_images * abs(each.gap) for each in bins) / sum(each.num_images for each in bins)
 
 
@@ -106,7 +106,7 @@ def proper_scores(logits: Tensor, labels: Tensor, inverse_temperature: float = 1
 
 
 def best_temperature(logits: Tensor, labels: Tensor) -> float | None:
-    """Return the temperature that minimises the NLL, or None if the minimum is only reached at 0 or infinity."""
+    """Return the temperature with the minimum NLL, or None if that minimum is only approached towards 0 or infinity."""
     # The NLL is convex in the inverse temperature, so its slope crosses 0 at most once.
     of_label = logits.gather(1, labels[:, None])[:, 0]
     if bool((of_label == logits.max(1).values).all()) or not _slope(0.0, logits, labels) < 0:

@@ -1,4 +1,4 @@
-"""Evaluation with ImageNet-ReaL (Beyer et al. 2020, arXiv 2006.07159), which lists all classes in each val image.
+"""Evaluation with ImageNet-ReaL (Beyer et al. 2020, arXiv 2006.07159), which lists all classes shown in each val image.
 
 A prediction is right if it is one of the image's classes; images without a class are left out.
 """
@@ -27,7 +27,7 @@ class RealLabels:
     sets: list[frozenset[int]]
 
     def of(self, names: Sequence[str]) -> list[frozenset[int]]:
-        """Return the classes of images, given their file names.
+        """Return the classes of the images with the given file names.
 
         Raises:
             ConfigError: a name is not that of an ImageNet val image, or no image has a label.
@@ -47,7 +47,7 @@ class RealLabels:
 
 @dataclass(frozen=True)
 class RealResult:
-    """Accuracy in percent on images with a ReaL label, by ReaL (`top1`) and by ImageNet's labels (`top1_original`)."""
+    """Accuracy in percent on images with a ReaL label, using ReaL (`top1`) or ImageNet's labels (`top1_original`)."""
 
     top1: float
     top1_original: float

@@ -16,7 +16,7 @@ SIDE, COUNTS_SHARE = 5.6, 3.0  # width in inches; height of the diagram relative
 
 
 def draw_reliability(bins: Sequence[Bin], title: str) -> Figure:
-    """Draw the accuracy of each bin with its gap to the mean confidence and, below it, the number of images."""
+    """Draw each bin's accuracy and its gap to the mean confidence, with the number of images per bin below."""
     figure = Figure(figsize=(SIDE, SIDE * 1.25), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(COUNTS_SHARE, 1))
     _draw_accuracy(upper, bins)

@@ -11,7 +11,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class PairedCounts:
-    """The numbers of images that both, only one, or neither of two classifiers predicted correctly."""
+    """The numbers of images that both, only one or neither of two classifiers predicted correctly."""
 
     both: int
     only_first: int
@@ -59,7 +59,7 @@ def compare(first: np.ndarray, other: np.ndarray, labels: np.ndarray) -> Compari
 
 
 def mcnemar(counts: PairedCounts) -> float:
-    """Return the two-sided p of McNemar's exact test, a binomial test of the images that only one got right."""
+    """Return the two-sided p-value of McNemar's exact test, a binomial test on the images that only one got right."""
     fewer, discordant = min(counts.only_first, counts.only_other), counts.only_first + counts.only_other
     return min(1.0, 2 * float(binom.cdf(fewer, discordant, 0.5)))
 
@@ -68,7 +68,7 @@ def paired_difference(counts: PairedCounts) -> tuple[float, float, float]:
     """Return the first accuracy minus the other, and the limits of its 95 % interval, in percentage points.
 
     Method 10 of Newcombe 1998 (Statistics in Medicine 17, 2635) combines the Wilson intervals of both accuracies with
-    their correlation. Unlike the normal approximation, it is valid for few images and for accuracies near 100 %.
+    their correlation. Unlike the normal approximation, it is valid with few images and for accuracies near 100 %.
     """
     n, rights = counts.num_images, counts.num_right
     p_1, p_2 = (right / n for right in rights)

@@ -1,4 +1,4 @@
-"""A pass of a trained model over val, which gives the metrics in the training log and the output for each image."""
+"""A trained model's pass over val, which yields the metrics of the training log and the output for each image."""
 
 import math
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ from sasa_train.training.evaluation import Evaluation, evaluate, rank_classes
 class Answers:
     """A model's outputs for the n readable val images, on the CPU.
 
-    `logits`, float32 [n, num_classes] (200 MB for ImageNet), are from one view or the log of the mean probabilities;
-    `ranked`, int64 [n, 5] (or fewer if there are fewer classes), has the best class first; `labels`, int64 [n];
-    `indices`, int64 [n], are the images' positions in the data set.
+    `logits`, float32 [n, num_classes] (200 MB for ImageNet), come from a single view or are the logarithm of the mean
+    probabilities over views. `ranked`, int64 [n, 5] (or fewer if there are fewer classes), lists the best classes, best
+    first. `labels`, int64 [n], are the true classes, and `indices`, int64 [n], the images' positions in the data set.
     """
 
     logits: Tensor
@@ -63,7 +63,7 @@ class Val:
         return fingerprint(self.images)
 
     def evaluate(self, answering: "Answering | None" = None) -> Evaluation:
-        """Return exactly the metrics of the training log; `answering` records the model's outputs."""
+        """Return exactly the metrics of the training log; if given, `answering` records the model's outputs."""
         model, num_classes = answering or self.trained.model, len(self.images.classes)
         try:
             result = evaluate(model, self.loader.eval_batches(), num_classes, self.device, self.precision)
@@ -106,7 +106,7 @@ class Answering(nn.Module):
 
 
 def mean_over_views(logits: list[Tensor]) -> Tensor:
-    """Return the logarithm of the probabilities averaged over views, whose softmax is that average."""
+    """Return the logarithm of the probabilities averaged over views; its softmax is that average."""
     return torch.stack([view.log_softmax(1) for view in logits]).logsumexp(0) - math.log(len(logits))
 
 
@@ -114,7 +114,7 @@ def open_val(trained: TrainedModel) -> Val:
     """Load val with the same batches as in training, and move the model to the device.
 
     Raises:
-        ConfigError: the data set is invalid or has other classes than the checkpoint.
+        ConfigError: the data set is invalid or has classes other than the checkpoint's.
     """
     checkpoint, config = trained.checkpoint, trained.config
     config.trainer.sync_batch_norm = False  # only used in training

@@ -1,4 +1,4 @@
-"""Comparison of a model and its export on real images, in their logits and their speed."""
+"""Comparison of the logits and the speed of a model and its export on real images."""
 
 import time
 from collections.abc import Callable

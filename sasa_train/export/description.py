@@ -1,4 +1,4 @@
-"""Metadata for exported weights, with classes, preprocessing and origin."""
+"""Metadata for exported weights: their classes, preprocessing and origin."""
 
 import json
 import math
@@ -44,7 +44,7 @@ Trained by:
 
 
 def describe(trained: TrainedModel) -> dict[str, str]:
-    """Return strings for a file's metadata (lists as JSON); `resize` is the shorter side before the centre crop."""
+    """Return a file's metadata as strings (lists in JSON); `resize` is the shorter side before the centre crop."""
     mean, std = mean_std(trained.config.data)
     return {
         "sasa_train": sasa_train.__version__,

@@ -22,14 +22,14 @@ from sasa_train.models import AttentionStem, LocalSelfAttention2d, build_model
 from sasa_train.runs.weights import read_safetensors
 from sasa_train.trained import TrainedModel
 
-ROUNDING = 1e-5  # relative to the largest logit, because float32 sums in a different order in every layer
+ROUNDING = 1e-5  # relative to the largest logit; the order of float32 sums differs in every layer
 OPSET = 18  # the version that torch.onnx writes without conversion
 # Fields with which timm describes its own weights for an architecture.
 OF_OTHER_WEIGHTS = ("tag", "license", "description", "origin_url", "notes")
 
 
 class Source:
-    """A trained model and its exported program, which is the input of two formats."""
+    """A trained model and its exported program, from which two of the formats are made."""
 
     def __init__(self, trained: TrainedModel):
         self.trained = trained
@@ -41,7 +41,7 @@ class Source:
 
 
 def plain_program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
-    """Export `model` in PyTorch's own operators, with a dynamic batch size and without source file paths."""
+    """Export `model` with PyTorch's own operators, with a dynamic batch size and without source file paths."""
     model = copy.deepcopy(model)
     for module in model.modules():
         if isinstance(module, AttentionStem | LocalSelfAttention2d):
@@ -71,7 +71,7 @@ def onnx_program(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgra
 
 
 class Format(NamedTuple):
-    """A format; `target` is its file or folder name, `tolerance` the allowed relative difference in logits."""
+    """An export format; `target` is its file or folder name, `tolerance` the allowed relative difference in logits."""
 
     target: str
     write: Callable[[Source, Path], None]
@@ -86,7 +86,7 @@ def write_safetensors(source: Source, path: Path) -> None:
 
 
 def load_safetensors(path: Path) -> nn.Module:
-    """Rebuild the model from the file only."""
+    """Rebuild the model using only the file."""
     described, state_dict = read_safetensors(path)
     config = load_config(described["config"], [], source=str(path))
     model = build_model(config.model, len(json.loads(described["classes"])), int(described["image_size"]))

@@ -1,4 +1,4 @@
-"""Export of one format, which is written to a temporary folder and only moved into place after verification."""
+"""Export of one format, which is written to a temporary folder and moved into place only after verification."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ class ExportError(Exception):
 
 
 def sweep(folder: Path) -> None:
-    """Delete the files of a killed export, after restoring old target folders that it had moved aside."""
+    """Delete the files of a killed export, after restoring the old target folders that it had moved aside."""
     for aside in folder.glob(f"{ASIDE}*"):
         for old in aside.glob(f"*{OLD}"):
             if not (folder / old.stem).exists():
@@ -59,7 +59,7 @@ def _make_aside(how: Format, source: Source, path: Path, images: Tensor) -> Meas
 
 
 def _put(path: Path, target: Path) -> None:
-    """Sync and rename `path`; an old target folder is moved beside it and deleted with the temporary folder."""
+    """Sync `path` and rename it to `target`; an old target folder is moved aside and deleted with the temporary one."""
     for file in _files(path):
         with file.open("rb") as written:
             os.fsync(written.fileno())

@@ -107,7 +107,7 @@ def predict_command(options: argparse.Namespace) -> int:
 
 @dataclass
 class Tally:
-    """Counts of files that were found, predicted (`good`) and not predicted (`bad`)."""
+    """The numbers of files that were found, predicted (`good`) and not predicted (`bad`)."""
 
     found: int = 0
     good: int = 0
@@ -125,7 +125,11 @@ def write_rows(
     options: argparse.Namespace,
     tally: Tally,
 ) -> None:
-    """Find, predict and write batch by batch; raise ConfigError if there are no images or stdin holds no list."""
+    """Find images, predict their classes and write the rows, one batch at a time.
+
+    Raises:
+        ConfigError: there are no images, or stdin does not contain a list of names.
+    """
     find = partial(find_images, words, NUL if options.null else SEPARATOR)
     with progress_bar(find, words) as bar:
         rows = predictor.rows(counted(find(), tally), options.batch_size)

@@ -18,7 +18,7 @@ from sasa_train.terminal import printable
 
 LISTED = "-"  # the argument for a list on stdin
 SEPARATOR, NUL = b"\n", b"\0"
-MAX_NAME = 2**16  # bytes of a listed name, ten times what any system allows
+MAX_NAME = 2**16  # maximum bytes of a listed name, ten times as many as any system allows
 
 
 class Found(NamedTuple):
@@ -29,7 +29,7 @@ class Found(NamedTuple):
 
 
 def find_images(words: Sequence[str], separator: bytes = SEPARATOR) -> Iterator[Found]:
-    """Find all files in `words`, regardless of their names, and all files in folders that have an image extension.
+    """Find all files named in `words`, whatever their extension, and, in folders, all files with an image extension.
 
     words: files; folders, searched recursively in name order; quoted patterns (*, ?, [], **), expanded in sorted order;
         `-` for files and folders read from stdin, each followed by `separator`.
@@ -69,7 +69,7 @@ def _at(path: str) -> Iterator[Found]:
 
 
 def _matching(pattern: str) -> Iterator[Found]:
-    """Yield the matches as if each had been given; with **, only files, because their folders also match."""
+    """Yield a pattern's matches as if each were an argument; for **, skip folders, because their files match too."""
     matches = sorted(glob.iglob(os.path.expanduser(pattern), recursive=True))
     if "**" in pattern:
         comes_round = cache(_comes_round)
@@ -81,7 +81,7 @@ def _matching(pattern: str) -> Iterator[Found]:
 
 
 def _comes_round(folder: str) -> bool:
-    """Whether a link in the path `folder` leads back to one of its parents, which ** would follow forty times."""
+    """Whether a link in the path `folder` leads back to one of its parents; ** would follow such a link forty times."""
     way = [folder, *map(str, Path(folder).parents)]
     return any(
         os.path.islink(step) and any(os.path.samefile(step, earlier) for earlier in way[number + 1 :])
@@ -96,7 +96,7 @@ def _within(top: str) -> Iterator[Found]:
 
 
 def _walk(top: str) -> Iterator[Found]:
-    """Yield the images in a folder and then in its subfolders; links are followed unless they lead to a parent."""
+    """Yield the images in a folder, then those in its subfolders; links are followed unless they lead to a parent."""
     folders: list[tuple[str, frozenset]] = [(top, frozenset())]  # with the identities of the parent folders
     while folders:
         folder, above = folders.pop()
@@ -127,7 +127,7 @@ def _listing(folder: str) -> tuple[list[str], list[str]]:
 
 
 def _listed(separator: bytes) -> Iterator[str]:
-    """Yield the names on stdin as they arrive, without empty ones."""
+    """Yield the names on stdin as they arrive, skipping empty ones."""
     rest, is_open = b"", True
     while is_open:
         chunk = os.read(sys.stdin.fileno(), MAX_NAME)

@@ -32,7 +32,7 @@ class Predictor:
         self.image_size = trained.image_size
 
     def rows(self, found: Iterable[Found], batch_size: int) -> Iterator[list[Row]]:
-        """Yield a row for each of `found` in order, `batch_size` at a time, while the next batch is being read."""
+        """Yield one row per file in `found`, in order, `batch_size` at a time, while the next batch is being read."""
         iterator = iter(found)
         named, to_read = itertools.tee(iter(lambda: list(itertools.islice(iterator, batch_size)), []))
         files = (image_files([one.path for one in batch if not one.fault]) for batch in to_read)
@@ -56,7 +56,7 @@ class Predictor:
 
     @torch.inference_mode()
     def best(self, pixels: Tensor) -> list[list[tuple[str, float]]]:
-        """Return the best classes of uint8 images [B, 3, S, S], preprocessed by `fit`, with softmax probabilities."""
+        """Return the best classes, with softmax probabilities, of uint8 images [B, 3, S, S] preprocessed by `fit`."""
         with autocast(self.device, self.precision):
             logits = self.model(self.normalize(pixels.to(self.device)))
         logits = logits.float()

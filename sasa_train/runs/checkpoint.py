@@ -2,7 +2,7 @@
 
 `last.pt` is the newest. When the next checkpoint is written, it becomes `step-<step>.pt`, of which the newest few are
 kept. `best.pt` is a hard link to the checkpoint with the best evaluation. Each file has a manifest beside it, such as
-`last.pt.json`, with size, SHA-256 and step. This module knows a checkpoint's entries only by name and type.
+`last.pt.json`, with its size, SHA-256 and step. This module knows a checkpoint's entries only by name and type.
 """
 
 # Each file is written under a temporary name, synced to disk and renamed, so that a kill at any instruction leaves a
@@ -38,11 +38,11 @@ REQUIRED = {
 
 
 class DamagedCheckpointError(CheckpointError):
-    """Raised if a file is not what was written."""
+    """Raised if a file differs from what was written."""
 
 
 class Checkpoints:
-    """The checkpoints of one run in `folder`; `keep` step-numbered ones are kept in addition to last and best."""
+    """The checkpoints of one run in `folder`: last.pt, best.pt and the newest `keep` step-numbered ones."""
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep
@@ -92,7 +92,7 @@ class Checkpoints:
     def newest(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
         """Return the newest checkpoint that can be read, or None if there has never been one.
 
-        Damaged ones are reported to `warn` and renamed with the suffix .damaged, so that they are not tried again.
+        Damaged checkpoints are reported to `warn` and get the suffix .damaged, so that they are not tried again.
 
         Raises:
             CheckpointError: there are or were checkpoints but none is intact, or one is temporarily unreadable.
@@ -266,7 +266,7 @@ def _put(temporary: Path, path: Path, manifest: bytes | None) -> None:
 
 
 def _linked(path: Path, beside: Path) -> Path:
-    """Create a link to the file, ready to be renamed to `beside`; copy it if the file system has no links."""
+    """Create a hard link to the file (or a copy, if links are unsupported), ready to be renamed to `beside`."""
     linked = beside.with_name(f"{beside.name}.{os.urandom(4).hex()}.tmp")
     try:
         os.link(path, linked)
@@ -277,14 +277,14 @@ def _linked(path: Path, beside: Path) -> Path:
 
 
 def _num_bytes(content: Any) -> int:
-    """Return the total bytes of all tensors and strings, which is a checkpoint's size to within a few KB."""
+    """Return the total size in bytes of all tensors and strings, which is within a few KB of a checkpoint's size."""
     if isinstance(content, dict | list | tuple):
         return sum(map(_num_bytes, content.values() if isinstance(content, dict) else content))
     return content.nbytes if isinstance(content, torch.Tensor) else len(content) if isinstance(content, str) else 0
 
 
 def find_checkpoint(source: Path) -> Path:
-    """Return `source` itself if it is a file, or a run folder's best.pt or, if it has none, last.pt."""
+    """Return `source` itself if it is not a folder; otherwise, return the run's best.pt or, if it has none, last.pt."""
     if not os.path.isdir(source):  # also for a name that is invalid on any file system
         return source
     folder = source if source.name == "checkpoints" else source / "checkpoints"

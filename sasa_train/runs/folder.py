@@ -22,9 +22,9 @@ from sasa_train.terminal import printable, warn
 
 @dataclass
 class RunFolder:
-    """A run folder, held exclusively while `lock` is open; `checkpoint` is the state to continue from, or None.
+    """A run folder, locked while `lock` is open; `checkpoint` is the state to continue from, or None.
 
-    Only the first process holds the lock and writes; in the other processes `lock` is None, and they write nothing.
+    Only the first process holds the lock and writes; in the other processes, `lock` is None and nothing is written.
     """
 
     path: Path
@@ -75,7 +75,7 @@ class RunFolder:
         return True
 
     def write_end(self, checkpoint: dict[str, Any]) -> None:
-        """Complete a finished run's folder by updating run.json and restoring metrics.jsonl if it differs."""
+        """Complete a finished run's folder: update run.json, and restore metrics.jsonl if it has changed."""
         self.write_info(status="finished", best=checkpoint["best"])
         metrics, path = checkpoint["metrics"].encode(), self.path / "metrics.jsonl"
         if not path.exists() or path.read_bytes() != metrics:
@@ -86,8 +86,8 @@ def open_run(config: TrainConfig, run_name: str) -> RunFolder:
     """Find or create the run's folder, lock it, and load the checkpoint to continue from.
 
     Raises:
-        ConfigError: a running process holds the folder, `resume` does not exist, or the trajectory differs.
-        CheckpointError: the folder has or had checkpoints but none is intact, or the one in `resume` is damaged.
+        ConfigError: the folder is in use by another process, `resume` does not exist, or the trajectory differs.
+        CheckpointError: the folder has or had checkpoints but none is intact, or the one given by `resume` is damaged.
     """
     path, given = _choose_folder(config, Path(config.output_dir) / run_name)
     refuse_links(path)
@@ -214,7 +214,7 @@ def check_data(checkpoint: dict[str, Any], fingerprints: dict[str, Any], config:
 
 
 def is_finished(checkpoint: dict[str, Any], config: TrainConfig) -> bool:
-    """Whether a run finished with this config; an allowed change, such as more epochs, continues the training."""
+    """Whether a run has finished with this config; after an allowed change, such as more epochs, training continues."""
     saved = load_config(checkpoint["config"])
     return checkpoint["finished"] and not differing_keys(saved, config, has_same_world_size(checkpoint))
 

@@ -19,12 +19,12 @@ FINISHED = "finished"
 
 @dataclass
 class Job:
-    """A planned run and its history; the name of its run folder depends only on `overrides`, passed to sasa-train.
+    """A planned run and its history; `overrides` are passed to sasa-train and determine the run folder's name.
 
     `best` is the evaluation with the highest top1, and `last` is the newest one.
 
     state: waiting (to start or restart), running, done, interrupted (stopped before its end; the same command continues
-    it), failed (sweep.max_tries times in a row), refused (because of its config or data; each command tries it once),
+    it), failed (sweep.max_tries times in a row), refused (because of its config or data; tried once per command),
     pruned (stopped early by a search).
     """
 
@@ -88,7 +88,7 @@ class Ledger:
                 job.end("interrupted", "the sweep ended before it did")
 
     def add(self, planned: Job) -> Job:
-        """Return the job with its history, marked as refused if its config is invalid or done if its run finished."""
+        """Return the job with its history; mark it refused if its config is invalid, or done if its run finished."""
         job = self.jobs.setdefault(planned.name, planned)
         self.asked.add(job.name)
         job.overrides, job.label, job.epochs = planned.overrides, planned.label, planned.epochs

@@ -1,4 +1,4 @@
-"""metrics.jsonl, with one row per log step and evaluation and no gaps or duplicates after interruptions."""
+"""metrics.jsonl, with one row per log step and per evaluation, without gaps or duplicates after interruptions."""
 
 import contextlib
 import json
@@ -18,8 +18,8 @@ DAMAGE = (ValueError, TypeError, LookupError, RecursionError)  # raised for a li
 class MetricsFile:
     """Writer for metrics.jsonl, which starts with the rows saved in the checkpoint (`text`) and appends new ones.
 
-    The file is rewritten from the checkpoint's copy at the start, which repairs any damage. All processes but the first
-    pass None as `run_dir` and write nothing.
+    At the start, the file is rewritten from the checkpoint's copy, which repairs any damage. All processes but the
+    first pass None as `run_dir` and write nothing.
     """
 
     def __init__(self, run_dir: Path | None, text: str):
@@ -43,7 +43,7 @@ class MetricsFile:
         return row
 
     def _flush(self) -> None:
-        """Append all rows that are not in the file yet, or none; the checkpoints contain them too."""
+        """Append all rows that are not in the file yet, or none if that fails; the checkpoints contain them as well."""
         data = "".join(self._lines[self._num_written :]).encode()
         try:
             rest = memoryview(data)

@@ -58,7 +58,7 @@ def _launcher() -> list[str]:
 
 
 def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """List changes in code, packages and machine since a checkpoint that may affect the results."""
+    """List the changes since a checkpoint (in code, packages or machine) that may affect the results."""
     lines = []
     if before.get("commit") != now["commit"]:
         lines.append(f"the code: commit {before.get('commit')} -> {now['commit']}")
@@ -78,7 +78,7 @@ def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def _git(*arguments: str) -> str | None:
     """Return the output of a git command for the checkout of this code, or None if it is not in a checkout."""
-    # A virtual environment may lie inside another project's checkout, so git must track this file.
+    # A virtual environment may be inside another project's checkout, so git must track this file.
     here = Path(__file__)
     try:
         for command in (["ls-files", "--error-unmatch", here.name], arguments):

@@ -25,14 +25,15 @@ from sasa_train.refusal import ConfigError, shorten
 from sasa_train.runs.checkpoint import bytes_of, check_content, find_checkpoint, load_checkpoint, manifest_of
 from sasa_train.terminal import printable
 
-# The names under which training programs save weights, averaged ones first, as sasa_train and timm prefer them.
+# The names under which training programs save weights. Averaged weights come first, because sasa_train and timm prefer
+# them.
 WEIGHT_KEYS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model")
 SOURCES = "a checkpoint, a run folder, a .safetensors file, a hub folder (model.safetensors) or timm"
 
 
 @dataclass
 class Weights:
-    """Weights with `classes` and `model_overrides` (which build the matching model), if the source provides them."""
+    """Weights and, if the source provides them, their `classes` and the `model_overrides` that build their model."""
 
     state_dict: StateDict
     classes: list[str] | None = None
@@ -41,7 +42,7 @@ class Weights:
 
 
 def read_weights(config: TrainConfig) -> Weights:
-    """Read the weights in `model.pretrained`, preferring averaged ones, without executing any code in the file.
+    """Read the weights given by `model.pretrained`, preferably averaged ones, without executing any code in the file.
 
     Raises:
         ConfigError: the file does not exist, is damaged, or contains no weights.
