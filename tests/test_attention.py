@@ -89,9 +89,10 @@ def test_gradients_match_finite_differences(kernel_size, content, relative, shar
 def test_two_heads_on_paper():
     """Check one row of two pixels with K=3, D=2 and two heads against a result computed by hand.
 
-    Head 0: q=(1, 0) left, k = 0; both keys are in the same row, so only rel_height[1] = 2 counts: equal scores, mean v.
-    Head 1: q=(0, 1): rel_width is 0 for the pixel itself and ln 3 for its right neighbour, so the left pixel gives its
-    neighbour weight 3/4; the right pixel's neighbour is on the left, with rel_width[0] = ln 2 and weight 2/3.
+    Head 0 has q=(1, 0) on the left and k = 0. Both keys are in the same row, so only rel_height[1] = 2 counts, the
+    scores are equal, and the output is the mean of v. Head 1 has q=(0, 1): rel_width is 0 for the pixel itself and ln 3
+    for its right neighbour, so the left pixel gives its neighbour weight 3/4; the right pixel's neighbour is on the
+    left, with rel_width[0] = ln 2 and weight 2/3.
     """
     q = torch.tensor([[[[[1.0, 0.0], [1.0, 0.0]]], [[[0.0, 1.0], [0.0, 1.0]]]]], dtype=torch.float64)
     key = torch.zeros_like(q)

@@ -165,7 +165,7 @@ def test_resume_never_folder_and_checkpoint(tmp_path, monkeypatch, capsys, in_pr
     assert run_in_process(tmp_path, monkeypatch, *run, f"resume={middle}") == 0
     assert rows(out / "a-3") == [row for row in rows(out / "a") if row["step"] > 5]
     assert (out / "a/checkpoints/last.pt").read_bytes() == before
-    # A run folder as the source: continued in place; without a group choice, its own config is the base.
+    # A run folder as the source: the run continues in place, based on its own config if no group is chosen.
     assert "out/a is finished" in in_process("train", "resume=out/a").stdout
     assert "model.kernel_size: 3 -> 5" in in_process("train", "resume=out/a", "model.kernel_size=5", expect=2).stderr
     longer = ["resume=out/a", "trainer.epochs=4", "allow_config_change=[trainer.epochs]"]

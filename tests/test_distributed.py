@@ -89,14 +89,14 @@ def assert_close_rows(run: Path, expected_run: Path) -> None:
 
 @several_processes
 def test_an_evaluation_sees_every_image_once(undisturbed, num_processes):
-    """No number of processes divides the 31 val images; averaged and raw weights are evaluated separately."""
+    """The 31 val images cannot be shared out evenly; averaged and raw weights are evaluated separately."""
     one, several = noted(undisturbed(1), "val"), noted(undisturbed(num_processes), "val")
     assert one.keys() == several.keys() == {"3", "6"}
     assert all(len(set(images)) == 31 and sorted(images) == sorted(several[step]) for step, images in one.items())
 
 
 def test_gradients_are_added_once_a_step(folder, undisturbed):
-    """After the first of two micro-batches the gradients of the processes differ; after the second they are equal."""
+    """After the first of two micro-batches, the processes' gradients differ; after the second, they are equal."""
     undisturbed(2)
     one, other = (json.loads((folder / f"notes/2/{rank}.json").read_text())["grad"] for rank in (0, 1))
     for step in one:

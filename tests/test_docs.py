@@ -191,7 +191,7 @@ def test_what_a_page_shows_runs(
         elif block.language == "console":
             check_message(block, tmp_path, monkeypatch, capsys)
         elif block.language == "python":
-            code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")  # gives errors the right line
+            code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")  # so that errors give its lines
             with contextlib.redirect_stdout(io.StringIO()) as stdout:
                 exec(code, namespace)
             printed = stdout.getvalue()

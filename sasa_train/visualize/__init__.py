@@ -114,7 +114,7 @@ def visualize(source: Path, names: list[str], options: argparse.Namespace) -> in
     Raises:
         WeightsError: the attention weights of a query do not sum to one.
         CheckpointError: `source` contains no readable checkpoint.
-        ConfigError: the request is invalid; it is raised before anything is drawn.
+        ConfigError: the request is invalid (raised before anything is drawn).
     """
     from sasa_train.terminal import printable, say
     from sasa_train.trained import load_trained
