@@ -164,7 +164,7 @@ def test_a_zero_query_takes_the_mean_of_the_window():
 
 
 def test_content_term_agrees_with_timms_halo_attention():
-    """With blocks of 1 and a halo of 3, HaloAttn is the same 7x7 attention, but scaled and with a zero border."""
+    """With blocks of 1 and a halo of 3, HaloAttn is a second oracle for 7x7 windows, scaled and with a zero border."""
     halo = HaloAttn(12, num_heads=3, dim_head=4, block_size=1, halo_size=3).double().eval()
     with torch.no_grad():
         for parameter in halo.pos_embed.parameters():  # use only the content term
@@ -280,7 +280,7 @@ def fused(content=True, dtype=torch.float32) -> Tensor:
 )
 @pytest.mark.parametrize("content,relative", [(True, True), (False, True), (True, False)])
 def test_fused_projections_give_the_same_and_one_gradient(content, relative, backend, dtype):
-    """If the gradient's strides did not match, the projection's backward pass would make an expensive copy."""
+    """If gradient strides did not match, the projection's backward pass would make a copy slower than attention."""
     rel = [t.requires_grad_() for t in tensors(dtype)[3:]] if relative else [None, None]
     projections = fused(content, dtype).requires_grad_()
     options = {"kernel_size": K, "content": content, "backend": backend}

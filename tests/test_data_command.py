@@ -263,7 +263,7 @@ def train_archive(files: dict[str, dict[str, bytes]]) -> bytes:
 
 @pytest.fixture
 def archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Create the three archives of a three-class ImageNet, and replace the expected checksums by those of the three."""
+    """Create the three archives of a three-class ImageNet, and expect their checksums instead of the real ones."""
     folder = tmp_path / "archives"
     folder.mkdir()
     contents = {

@@ -165,7 +165,7 @@ def test_commands_that_are_only_shown_are_ones_that_would_be_taken(block: Block)
 
 @pytest.fixture(scope="session")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the run of the README's first command, copied from the checkout if it is there."""
+    """Return a folder with the run of the README's first command, copied from the checkout if possible."""
     folder = tmp_path_factory.mktemp("quickstart")
     if (ROOT / RUN / "checkpoints" / "best.pt").exists():
         shutil.copytree(ROOT / RUN, folder / RUN)
@@ -191,7 +191,7 @@ def test_what_a_page_shows_runs(
         elif block.language == "console":
             check_message(block, tmp_path, monkeypatch, capsys)
         elif block.language == "python":
-            code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")  # so that errors give its lines
+            code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")  # for the right line in errors
             with contextlib.redirect_stdout(io.StringIO()) as stdout:
                 exec(code, namespace)
             printed = stdout.getvalue()

@@ -63,7 +63,7 @@ def run(capsys, *arguments: object, expect: int = 0) -> str:
 
 
 def test_ece_and_mce_on_paper():
-    """The gap is -5 for 40 and 50 % (one correct), 60 for 60 % (wrong), and -10 for 80 and 100 % (both correct)."""
+    """Gaps are -5 for confidences of 40 and 50 % (one correct), 60 for 60 % (wrong), -10 for 80 and 100 % (correct)."""
     confidences, is_right = np.array([0.4, 0.5, 0.6, 0.8, 1.0]), np.array([True, False, False, True, True])
     bins = bin_by_confidence(confidences, is_right, 4)
     assert [each.num_images for each in bins] == [0, 2, 1, 2]  # 0.5 belongs to the bin below the edge, as in the paper
@@ -147,7 +147,7 @@ def test_newcombes_interval_is_the_published_one(table, published):
 
 
 def test_newcombes_interval_without_a_single_mistake():
-    """A normal approximation would have zero width; if both have 20 of 20, Wilson's lower bound is 83.9 %."""
+    """A normal approximation would have zero width; if both models get all 20 right, Wilson's lower bound is 83.9 %."""
     difference, low, high = paired_difference(PairedCounts(20, 0, 0, 0))
     assert difference == 0 and low == pytest.approx(-16.1, abs=0.05) and high == pytest.approx(16.1, abs=0.05)
 

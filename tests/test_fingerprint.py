@@ -108,7 +108,7 @@ def test_pixels_are_not_files(image_folder):
 
 
 class Recorder:
-    """Stands in for `ImageSet.read_bytes` if files do not exist, and records which ones are read."""
+    """Replaces `ImageSet.read_bytes` for files that do not exist, and records which ones are read."""
 
     def __init__(self, monkeypatch):
         self.read: list[int] = []

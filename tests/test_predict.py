@@ -37,7 +37,7 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(root) -> dict[str, Path]:
-    """Return a run of our model on streamed images and one of a timm model on resident images, both with an average."""
+    """Return runs of our model on streamed images and a timm model on resident ones, each with a moving average."""
     for name, model in RUNS.items():
         keys = [f"data.root={root}", f"output_dir={root.parent}", f"run_name={name}", "data.num_workers=0"]
         keys += ["trainer.global_batch_size=6", "trainer.epochs=1", "trainer.ema_decay=0.5", "optimizer.lr=1.0"]

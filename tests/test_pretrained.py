@@ -246,7 +246,7 @@ def test_damaged_and_hostile_files_are_refused(tiny_run, tmp_path, monkeypatch):
 
 
 def test_weights_of_timm_come_from_its_cache(tmp_path, monkeypatch):
-    """The Hub cache is laid out by hand without a network; the classifier is not loaded but drawn from the seed."""
+    """The Hub cache is laid out by hand without a network; the classifier is drawn from the seed instead of loaded."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     overrides = ["model=timm", "model.name=test_vit", "data.image_size=64", "model.pretrained=timm"]

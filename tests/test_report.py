@@ -219,7 +219,7 @@ def jobs_of(*arguments: str) -> tuple[int | None, list[list[str]]]:
 
 @pytest.mark.parametrize("sweep", slow_but_for(["paper_table5", "paper_table7"], SWEEPS))
 def test_every_row_of_the_papers_table_is_one_job(sweep):
-    """Each job has its row's parameter count on ImageNet and trains at 32 pixels with another experiment."""
+    """Each job has its row's parameter count on ImageNet and can be trained at 32 pixels with another experiment."""
     table, jobs = jobs_of(f"sweep={sweep}")
     wanted = [row for row in ROWS if row.table == table]
     configs = [compose_config(job) for job in jobs]

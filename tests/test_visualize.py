@@ -1,4 +1,4 @@
-"""Check that sasa-visualize shows the layers' own weights, and correct distances and windows, and test the command."""
+"""Check that sasa-visualize shows the layers' own weights, correct distances and correct windows; test the command."""
 
 import math
 import shutil
