@@ -105,7 +105,7 @@ class Processes:
         self.seconds: list[float] = []  # duration of each job completed by this command
 
     def seconds_left(self) -> float | None:
-        """Estimate the remaining seconds from finished jobs or the epochs of running ones; None without either."""
+        """Estimate the seconds left from finished jobs or the epochs of running ones; None if there are neither."""
         now, estimates = time.monotonic(), list(self.seconds)
         for running in self.running if not estimates else []:
             job = running.job

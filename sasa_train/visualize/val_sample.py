@@ -1,4 +1,4 @@
-"""A single pass over a sample of val that keeps only the results required by the figures in memory."""
+"""A single pass over a sample of val that keeps in memory only the results that the figures require."""
 
 from dataclasses import dataclass, field
 
