@@ -14,7 +14,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# The total number of threads, here and in processes that tests start, equals the number of processors: more would wait.
+# The total number of threads, here and in processes that tests start, equals the number of processors; more would wait.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     num_threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     torch.set_num_threads(num_threads)
@@ -46,7 +46,7 @@ def command(tmp_path: Path) -> Command:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Use one thread, as `command` and `start` do, because another number of threads sums in another order."""
+    """Use one thread, as `command` and `start` do, because a different number sums in a different order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -55,7 +55,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, one_thread) -> Command:
-    """Do the same as `command`, but without the seconds that a new interpreter needs to import torch."""
+    """Like `command`, but runs in this process, which saves the seconds that a new interpreter needs for torch."""
 
     def run(module: str, *arguments: str, expect: int = 0):
         monkeypatch.chdir(tmp_path)

@@ -10,7 +10,7 @@ from typing import Any
 
 from sasa_train import train
 
-# A run that takes seconds: a tiny attention network on a subset of the digits.
+# A run that takes a few seconds: a tiny attention network on a subset of the digits.
 TINY = (
     "experiment=debug", "data.max_train_images=70", "data.max_val_images=30", "trainer.global_batch_size=16",
     "trainer.max_steps=null", "trainer.epochs=3", "trainer.log_every_steps=1", "output_dir=out",

@@ -51,7 +51,7 @@ def test_no_function_is_longer_than_60_lines_but_kernels(folder):
 
 
 def test_no_imports_run_in_a_circle():
-    """Imports inside functions count too. (The import order of the subpackages is checked by import-linter.)"""
+    """Check that no imports are circular, even inside functions. (import-linter checks the order of subpackages.)"""
     graph = {dotted(path): imported(path) for path in MODULES}
     list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the cycle
 
@@ -79,7 +79,7 @@ def imported(path: Path) -> set[str]:
 
 
 def test_no_test_module_imports_another():
-    """Shared code belongs in helper modules named after their purpose; so does code shared by test subprocesses."""
+    """Code that tests or their subprocesses share belongs in helper modules that are named after their purpose."""
     for path in (ROOT / "tests").glob("*.py"):
         assert not re.search(r"^[\s'\"]*(from|import) test_", path.read_text(encoding="utf-8"), re.MULTILINE), path.name
 

@@ -1,4 +1,4 @@
-"""Check the reference, which serves as the specification, against arithmetic that shares no code with it."""
+"""Check the reference implementation, which is the specification, against arithmetic that shares no code with it."""
 
 import itertools
 import math
@@ -89,9 +89,10 @@ def test_gradients_match_finite_differences(kernel_size, content, relative, shar
 def test_two_heads_on_paper():
     """Check one row of two pixels with K=3, D=2 and two heads against a result computed by hand.
 
-    Head 0: q=(1, 0) left, k = 0; both keys are in the same row, so only rel_height[1] = 2 counts: equal scores, mean v.
-    Head 1: q=(0, 1): rel_width is 0 for the pixel itself and ln 3 for its right neighbour, so the left pixel gives its
-    neighbour weight 3/4; the right pixel's neighbour is on the left, with rel_width[0] = ln 2 and weight 2/3.
+    Head 0 has q=(1, 0) on the left and k = 0. Both keys are in the same row, so only rel_height[1] = 2 counts, the
+    scores are equal, and the output is the mean of v. Head 1 has q=(0, 1): rel_width is 0 for the pixel itself and ln 3
+    for its right neighbour, so the left pixel gives its neighbour weight 3/4; the right pixel's neighbour is on the
+    left, with rel_width[0] = ln 2 and weight 2/3.
     """
     q = torch.tensor([[[[[1.0, 0.0], [1.0, 0.0]]], [[[0.0, 1.0], [0.0, 1.0]]]]], dtype=torch.float64)
     key = torch.zeros_like(q)
@@ -133,7 +134,7 @@ def test_a_head_depends_on_its_own_query_alone():
 
 
 def test_every_head_reaches_both_embeddings():
-    """Check that all heads use rows and columns; some public implementations split them between the heads."""
+    """Check that all heads use both embeddings; some public implementations split them between the heads."""
     q, key, v, rel_height, rel_width = tensors(shared=False)
     rel_height.requires_grad_(), rel_width.requires_grad_()
     local_attention(q, key, v, rel_height, rel_width, kernel_size=K).pow(2).sum().backward()
@@ -141,7 +142,7 @@ def test_every_head_reaches_both_embeddings():
 
 
 def test_transposing_the_image_transposes_the_output():
-    """Rows and columns are treated alike: the image, the embeddings and the halves of q and k are swapped."""
+    """Check that rows and columns are treated alike by swapping them in the image, the embeddings, q and k."""
     q, key, v, rel_height, rel_width = tensors()
 
     def turn(t):
@@ -163,7 +164,7 @@ def test_a_zero_query_takes_the_mean_of_the_window():
 
 
 def test_content_term_agrees_with_timms_halo_attention():
-    """HaloAttn is a second oracle: with blocks of 1 and a halo of 3 it is a scaled 7x7 window with a zero border."""
+    """With blocks of 1 and a halo of 3, HaloAttn is a second oracle for 7x7 windows, scaled and with a zero border."""
     halo = HaloAttn(12, num_heads=3, dim_head=4, block_size=1, halo_size=3).double().eval()
     with torch.no_grad():
         for parameter in halo.pos_embed.parameters():  # use only the content term
@@ -279,7 +280,7 @@ def fused(content=True, dtype=torch.float32) -> Tensor:
 )
 @pytest.mark.parametrize("content,relative", [(True, True), (False, True), (True, False)])
 def test_fused_projections_give_the_same_and_one_gradient(content, relative, backend, dtype):
-    """Without matching gradient strides, the projection's backward pass makes a copy that costs more than attention."""
+    """If gradient strides did not match, the projection's backward pass would make a copy slower than attention."""
     rel = [t.requires_grad_() for t in tensors(dtype)[3:]] if relative else [None, None]
     projections = fused(content, dtype).requires_grad_()
     options = {"kernel_size": K, "content": content, "backend": backend}

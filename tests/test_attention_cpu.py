@@ -1,4 +1,4 @@
-"""Compare the compiled kernel with the float64 reference on a grid of edge cases and random cases; test its build."""
+"""Compare the compiled kernel with the float64 reference on edge cases and random cases, and test how it is built."""
 
 import functools
 import itertools
@@ -56,7 +56,7 @@ def test_odd_head_dims_without_embeddings():
 
 
 def test_the_pool_of_a_stage_begin():
-    """Odd sides end in averages over one or two positions; larger maps have several tiles and rows split by thread."""
+    """Odd sides end in averages over one or two positions; larger maps have several tiles, and threads share rows."""
     for h, w in [(1, 1), (1, 7), (8, 1), (5, 8), (8, 5), (20, 35), (33, 14)]:
         for kernel_size in (1, 3, 7):
             assert_equals_reference((2, 5, h, w, 6), kernel_size, border="zero" if h == 8 else "mask", stride=2)
@@ -74,7 +74,7 @@ def test_huge_scores_stay_finite_and_a_nan_is_not_swallowed():
 
 
 def test_what_scratch_held_before_does_not_matter():
-    """Scratch memory is kept between calls and cleared only where zeros are read; here it starts as NaNs."""
+    """Scratch memory is reused between calls and cleared only where zeros are needed; here it is full of NaNs."""
     for border, shape in itertools.product(("mask", "zero"), [(2, 9, 5, 35, 6), (1, 3, 11, 4, 8), (1, 1, 1, 1, 2)]):
         local_attention(*draw(shape, "planar", torch.float32, torch.Generator()), kernel_size=7, backend="cpu")
         cpu._kept.scratch.fill_(255)

@@ -50,7 +50,7 @@ def test_outputs_gradients_and_statistics(keys, pool):
 
 @pytest.mark.parametrize("pool", [True, False])
 def test_runs_of_many_groups(pool):
-    """The work is split into more than one run, and the last run is incomplete."""
+    """The work is split into several runs of groups, the last of which is incomplete."""
     torch.manual_seed(0)
     assert_exact(build(pool=pool, num_heads=4), torch.randn(3, 3, 148, 92))
 
@@ -83,7 +83,7 @@ def op_arguments(module: AttentionStem, x: Tensor) -> tuple:
 
 
 def test_picks_what_torchs_max_pool_picks():
-    """The first of several equal values is picked: with a zero image (or weight), all 16 are equal."""
+    """Check that the first of several equal values is picked; with a zero image or weight, all 16 are equal."""
     torch.manual_seed(0)
     module, x = build(num_heads=4), torch.randn(3, 3, 12, 20)
     x[1, :, 4:8] = 0
@@ -102,7 +102,7 @@ def test_picks_what_torchs_max_pool_picks():
 
 
 def test_variance_far_from_zero():
-    """Values near 1,000 differ by 1; a sum of squares about 0 would leave the variance with only one correct digit."""
+    """Values near 1,000 differ by 1; a plain sum of squares would leave only one correct digit in the variance."""
     torch.manual_seed(0)
     module = build(values="plain", relative=False)
     x = torch.randn(2, 3, 32, 32) * 1e-3 + 1

@@ -113,7 +113,7 @@ def test_the_same_to_the_bit_whatever_memory_held():
 
 
 def test_outputs_and_gradients_keep_the_inputs_order_of_strides():
-    """A channels_last projection gives channels_last output and a single gradient for the three."""
+    """A channels_last projection gives channels_last output and one gradient for query, key and value together."""
     stacked = torch.randn(2, 3, 4, 3, 2, 8, device=DEVICE).permute(3, 0, 4, 1, 2, 5).requires_grad_()
     out = local_attention_qkv(stacked, kernel_size=3, backend="triton")
     (grad,) = torch.autograd.grad(out.sum(), stacked)

@@ -41,7 +41,7 @@ def photo(size: int = 32) -> torch.Tensor:
 @policies
 @pytest.mark.parametrize("num_workers", slow_but_for([3], [0, 3]))
 def test_with_everything_on_streamed_equals_resident(policy, num_workers):
-    """Where images are kept must change neither what is learned nor how a run resumes elsewhere."""
+    """Batches must not depend on whether images are resident or streamed, so that a run may resume in either mode."""
     overrides = (*EVERYTHING, f"augment.policy={policy}")
     resident = batches(config_for(*overrides), epoch=2)
     streamed = batches(config_for(*overrides, "data.resident=false", f"data.num_workers={num_workers}"), epoch=2)
@@ -139,7 +139,7 @@ def test_random_resized_boxes_are_torchvisions():
 
 
 def test_a_box_is_what_cropping_and_resizing_gives(tmp_path):
-    """A PNG equals crop-and-resize except near edges, which sample outside the box; a half-size JPEG is close to it."""
+    """A PNG matches crop-and-resize except near edges, where it samples outside the box; half-size JPEGs are close."""
     generator = np.random.default_rng(0)
     coarse = Image.fromarray(generator.integers(0, 255, (24, 32, 3), dtype=np.uint8)).resize((1024, 768))
     coarse.save(tmp_path / "a.png")
@@ -157,7 +157,7 @@ def test_a_box_is_what_cropping_and_resizing_gives(tmp_path):
 
 
 def test_val_never_takes_a_shortcut(tmp_path):
-    """Published figures come from val, which decodes the whole image, resizes the short side to 256 and crops 224."""
+    """Published figures come from val, which decodes whole images, resizes the short side to 256 and crops to 224."""
     Image.effect_noise((1200, 900), 60).convert("RGB").save(tmp_path / "a.jpg")
     theirs = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224)])
     with Image.open(tmp_path / "a.jpg") as image:
@@ -177,7 +177,7 @@ def mix(*overrides: str, step: int = 0, micro: int = 0):
 
 
 def test_mixup_mixes_images_and_labels_alike():
-    """Image k is lam k + (1 - lam) (k - 1), and its label must use the same lam in every worker and at any time."""
+    """Image k becomes lam k + (1 - lam) (k - 1); its label must use the same lam in every worker and at any time."""
     images, labels = mix("augment.mixup=0.4")
     lam = labels[1, 1].item()
     assert 0 < lam < 1

@@ -39,7 +39,7 @@ def assert_consistent(ratio: dict, numerators: list[float], denominators: list[f
 
 
 def test_attention_writes_what_it_measured(tmp_path, capsys):
-    """The published table, JSON file and chart come from the same repetitions."""
+    """Check that the table, the JSON file and the chart show the same repetitions."""
     picture = tmp_path / "chart.png"
     result = run(tmp_path, "attention", *SMALL, *SHAPES, "--repeats=3", f"--plot={picture}")
     rows = {(row["shape"], row["backend"]): row for row in result["rows"]}

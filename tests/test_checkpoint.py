@@ -1,4 +1,4 @@
-"""Check that checkpoints are written atomically, untrusted ones are refused by name, and no code in them runs."""
+"""Check that checkpoints are written atomically, and that bad ones are refused by name and run no code."""
 
 import errno
 import itertools
@@ -133,7 +133,7 @@ def test_best_is_a_copy_where_the_disk_has_no_links(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("call", ["unlink", "replace", "fsync", "open", "link"])
 def test_a_kill_between_any_two_calls_leaves_a_good_newest_checkpoint(tmp_path, call):
-    """Kill the process at each call that changes the folder in turn; the next process must continue the run."""
+    """Kill the process at each call that changes the folder, one after another; a new process must then continue."""
     reached, is_done = 0, False
     while not is_done:
         folder = tmp_path / f"{call}{reached}"
@@ -152,7 +152,7 @@ def test_a_kill_between_any_two_calls_leaves_a_good_newest_checkpoint(tmp_path, 
 
 
 def dies(work, call: str, num_calls: int) -> bool:
-    """Do `work` in a process that exits silently before call `num_calls` of os.`call`; return True if it does so."""
+    """Run `work` in a process that exits silently before its `num_calls`th call of os.`call`; return True if so."""
     process = os.fork()
     if process == 0:
         real, calls = getattr(os, call), itertools.count()
@@ -215,7 +215,7 @@ def test_another_format_is_refused_and_no_reason_to_go_back(tmp_path, version):
 
 
 def test_a_disk_that_cannot_be_read_now_is_no_damage(tmp_path):
-    """Check that a temporary read error is not treated as damage, because an older checkpoint would lose work."""
+    """Check that a temporary read error is not treated as damage: using an older checkpoint would lose work."""
     filled(tmp_path)
     (tmp_path / "last.pt").unlink()
     (tmp_path / "last.pt").mkdir()
@@ -245,7 +245,7 @@ def test_the_newest_is_the_one_of_the_highest_step(tmp_path):
 
 
 def test_a_compressed_file_is_refused_unread(tmp_path):
-    """Check that compressed files are refused unread, because several KB could expand to terabytes in memory."""
+    """Check that compressed files are refused unread, because a few KB could expand to terabytes in memory."""
     torch.save(content(1), tmp_path / "x.pt")
     with zipfile.ZipFile(tmp_path / "x.pt") as plain, zipfile.ZipFile(tmp_path / "bomb.pt", "w") as bomb:
         for entry in plain.infolist():

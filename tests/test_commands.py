@@ -1,4 +1,4 @@
-"""Run the commands as users do: check their output files, what they refuse, and that nothing is lost on the way."""
+"""Run the commands as users do: check their output, the input they refuse, and that interruptions lose nothing."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def test_imagenet_presets_read_tar_shards(name, tmp_path, monkeypatch):
 
 
 def imagenet_root(tmp_path: Path) -> Path:
-    """Return images arranged like ImageNet's: real ones from the TINY_IMAGENET folder if it is set, else synthetic."""
+    """Return images arranged like ImageNet's: real ones if TINY_IMAGENET names a folder, else synthetic ones."""
     if "TINY_IMAGENET" in os.environ:
         return Path(os.environ["TINY_IMAGENET"])
     if not (tmp_path / "imagenet").exists():
@@ -97,7 +97,7 @@ def test_a_run_leaves_what_the_readme_promises(command, in_process, tmp_path):
 
 
 def test_killed_and_stopped_runs_end_as_one_never_touched(in_process, tmp_path):
-    """In mid-epoch, SIGKILL, SIGTERM (exit code 75) and SIGINT (75) are each followed by a rerun with other workers."""
+    """Send SIGKILL, SIGTERM (exit code 75) and SIGINT (75) in mid-epoch; each time, rerun with other workers."""
     run = [*TINY, "trainer.epochs=6", "trainer.ema_decay=0.9", "model.drop_path_rate=0.2", "data.resident=false"]
     run += ["trainer.checkpoint_every_steps=3"]
     in_process("train", *run, "run_name=whole", "data.num_workers=0")
@@ -165,7 +165,7 @@ def test_resume_never_folder_and_checkpoint(tmp_path, monkeypatch, capsys, in_pr
     assert run_in_process(tmp_path, monkeypatch, *run, f"resume={middle}") == 0
     assert rows(out / "a-3") == [row for row in rows(out / "a") if row["step"] > 5]
     assert (out / "a/checkpoints/last.pt").read_bytes() == before
-    # A run folder as the source: continued in place; without a group choice, its own config is the base.
+    # A run folder as the source: the run continues in place, based on its own config if no group is chosen.
     assert "out/a is finished" in in_process("train", "resume=out/a").stdout
     assert "model.kernel_size: 3 -> 5" in in_process("train", "resume=out/a", "model.kernel_size=5", expect=2).stderr
     longer = ["resume=out/a", "trainer.epochs=4", "allow_config_change=[trainer.epochs]"]
@@ -192,13 +192,13 @@ def test_an_allowed_change_that_cannot_be_is_refused_and_leaves_the_run_as_it_wa
 
 
 def test_the_defaults_train(tmp_path, monkeypatch):
-    """Run `sasa-train` with its defaults: the paper's stem and four stages on 8x8 digits, reduced to one position."""
+    """Run `sasa-train` with its defaults: the paper's stem and four stages, which reduce 8x8 digits to one position."""
     small = ["trainer.max_steps=1", "trainer.global_batch_size=2", "data.max_val_images=10", "model.width=0.125"]
     assert run_in_process(tmp_path, monkeypatch, *small, "model.num_heads=2", "data.max_train_images=10") == 0
 
 
 def test_evaluations_and_saves_are_not_training_time(tmp_path, monkeypatch):
-    """Each save is slowed by 0.3 s, which must affect neither the reported speed nor the training time."""
+    """Each save is slowed down by 0.3 s, which must affect neither the reported speed nor the training time."""
     real = Checkpoints.save
     monkeypatch.setattr(Checkpoints, "save", lambda *a, **k: (time.sleep(0.3), real(*a, **k))[1])
     start = time.perf_counter()
@@ -250,7 +250,7 @@ def test_the_summary_command(capsys, in_process):
 
 
 def test_several_processes_are_refused_without_torchrun(monkeypatch, capsys):
-    """Check that environment variables left by another job are refused; the run would wait for missing processes."""
+    """Check that variables left by another job are refused; otherwise, the run would wait for missing processes."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert train.run_command(["experiment=debug"]) == 2
     assert "WORLD_SIZE=2, but torchrun did not start this process" in capsys.readouterr().err

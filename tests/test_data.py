@@ -1,4 +1,4 @@
-"""Check that a sample depends only on (seed, epoch, index), not on its reader, and that bad folders are refused."""
+"""Check that a sample depends only on (seed, epoch, index), not on who reads it, and that bad folders are refused."""
 
 import itertools
 
@@ -72,7 +72,7 @@ def test_draws_are_uniform_and_independent_of_the_batch():
 
 
 def test_small_crops_are_torchvisions():
-    """Each crop is a possible pad-and-crop result, every offset and both flips occur, and images' draws differ."""
+    """Each crop is a possible pad-and-crop result, all offsets and flips occur, and draws differ between images."""
     config = compose_config(["data=cifar10", "augment.crop_padding=1"])
     augment = Augment(config.data, config.augment, 0, (0.5,) * 3)
     image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)

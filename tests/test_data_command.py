@@ -1,4 +1,4 @@
-"""Check that sasa-data reports every planted defect, and that data sets are written fully, resumed and never mixed."""
+"""Check that sasa-data reports every planted defect, writes complete data sets, resumes, and never mixes two."""
 
 import gzip
 import hashlib
@@ -83,7 +83,7 @@ def test_sizes_and_modes_are_listed(image_folder, capsys):
 
 
 def test_broken_files_are_named(image_folder, capsys):
-    """Check that each broken file is reported with its reason; training would fail at the first one after hours."""
+    """Check that each broken file is reported with its reason; training might fail at the first one after hours."""
     folder = image_folder / "train" / "red"
     pixels = np.random.default_rng(0).integers(0, 256, (67, 67, 3), dtype=np.uint8)
     (folder / "cut.jpg").write_bytes(encoded(Image.fromarray(pixels), "JPEG")[:1500])
@@ -113,7 +113,7 @@ def test_duplicates_are_found_by_their_pixels(image_folder, capsys):
 
 
 def test_many_duplicates_are_cut_short(tmp_path, capsys):
-    """Check that 20 groups of duplicates are listed and the others are counted if every val image is a copy."""
+    """Check that only 20 groups of duplicates are listed, and the rest counted, if every val image is a copy."""
     for i in range(23):
         for split in ("train", "val"):
             (tmp_path / split / "a").mkdir(parents=True, exist_ok=True)
@@ -182,7 +182,7 @@ def test_roots_that_are_refused(tmp_path, capsys):
 
 
 def test_names_cannot_write_on_the_terminal(tmp_path, capsys):
-    """Check that class names are escaped, because a terminal escape could clear the screen or hide lines."""
+    """Check that class names are escaped, because an escape sequence could clear the screen or hide lines."""
     folder = tmp_path / "train" / "\x1b[2Jcat"
     folder.mkdir(parents=True)
     (folder / "a\rb.png").write_text("no image")
@@ -219,7 +219,7 @@ def test_shards_of_two_sources_are_not_mixed(image_folder, tmp_path, capsys):
 
 
 def test_places_that_shards_may_not_go_to(image_folder, tmp_path, capsys, monkeypatch):
-    """Check that shards cannot be written into the source, which would include them, or among class folders."""
+    """Check that shards cannot be written inside the source (they would become part of it) or next to class folders."""
     assert "must not be inside" in refused(capsys, "shard", image_folder, image_folder / "train" / "shards")
     other = make_image_folder(tmp_path / "other")
     assert "holds class folders already" in refused(capsys, "shard", image_folder, other)
@@ -263,7 +263,7 @@ def train_archive(files: dict[str, dict[str, bytes]]) -> bytes:
 
 @pytest.fixture
 def archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Create the three archives of a three-class ImageNet, and replace the expected checksums with theirs."""
+    """Create the three archives of a three-class ImageNet, and expect their checksums instead of the real ones."""
     folder = tmp_path / "archives"
     folder.mkdir()
     contents = {
@@ -284,7 +284,7 @@ def prepare_imagenet(archives: Path, dest: Path, *more: str) -> int:
 
 
 def test_imagenet_as_class_folders(archives, tmp_path, capsys):
-    """Every image is stored byte for byte under its label, which a wrong offset or shifted val labels would violate."""
+    """Every image is stored byte for byte under its label, so a wrong offset or shifted val labels would be noticed."""
     dest = tmp_path / "imagenet"
     assert prepare_imagenet(archives, dest) == 0
     assert f"data=imagenet data.root={dest}" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Check that one run by several processes, started by torchrun with gloo, gives the same results and a single log."""
+"""Check that several processes, started by torchrun with gloo, give the results of one process and a single log."""
 
 import functools
 import json
@@ -27,7 +27,8 @@ from sasa_train.processes.collectives import restart_warning
 from sasa_train.refusal import ConfigError
 from sasa_train.train import read_config
 
-# With 38 digits, batches of 12 give 3 steps per epoch and 6 in all; no batch statistics, all kinds of augmentation.
+# With 38 digits, batches of 12 give 3 steps per epoch and 6 in all. The model has no batch statistics, and all kinds
+# of augmentation are on.
 RUN = (
     "model=timm", "model.name=convnext_atto", "data=digits", "data.image_size=32", "data.max_train_images=38",
     "data.max_val_images=31", "augment.policy=trivial_augment", "augment.brightness=0.3", "augment.erasing_prob=0.5",
@@ -43,7 +44,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(folder) -> Callable[[int], Path]:
-    """Return a function: undisturbed(n) is the folder of the same run by n processes; `notes/n` has model inputs."""
+    """Return a function: undisturbed(n) is the folder of the run by n processes; `notes/n` holds the model's inputs."""
 
     @functools.cache
     def run_by(n: int) -> Path:
@@ -80,7 +81,7 @@ def test_rows_are_those_of_one_process(undisturbed, num_processes):
 
 
 def assert_close_rows(run: Path, expected_run: Path) -> None:
-    """Compare metrics with a tolerance for the order of summation; observed differences are 1e-7."""
+    """Compare metrics with a tolerance for a different order of summation; observed differences are 1e-7."""
     found, expected = rows(run), rows(expected_run)
     assert len(expected) == 6 + 2 and [row.pop("split") for row in found] == [row.pop("split") for row in expected]
     assert found == [pytest.approx(row, rel=1e-3) for row in expected]
@@ -88,14 +89,14 @@ def assert_close_rows(run: Path, expected_run: Path) -> None:
 
 @several_processes
 def test_an_evaluation_sees_every_image_once(undisturbed, num_processes):
-    """No number of processes divides the 31 val images; averaged and raw weights are evaluated separately."""
+    """The 31 val images cannot be shared out evenly; averaged and raw weights are evaluated separately."""
     one, several = noted(undisturbed(1), "val"), noted(undisturbed(num_processes), "val")
     assert one.keys() == several.keys() == {"3", "6"}
     assert all(len(set(images)) == 31 and sorted(images) == sorted(several[step]) for step, images in one.items())
 
 
 def test_gradients_are_added_once_a_step(folder, undisturbed):
-    """After the first of two micro-batches the gradients of the processes differ; after the second they are equal."""
+    """After the first of two micro-batches, the processes' gradients differ; after the second, they are equal."""
     undisturbed(2)
     one, other = (json.loads((folder / f"notes/2/{rank}.json").read_text())["grad"] for rank in (0, 1))
     for step in one:
@@ -169,7 +170,7 @@ def test_a_failure_of_one_process_ends_all_and_says_which(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpoint_every_steps", ["1", "null"])
 def test_a_loss_that_is_checked_late_changes_no_weights_and_is_never_saved(folder, checkpoint_every_steps):
-    """It is found before the step's checkpoint, or when the next step begins."""
+    """The bad loss is found before the step's checkpoint is written or, without one, when the next step begins."""
     name = f"late{checkpoint_every_steps}"
     late = (
         f"run_name={name}",
@@ -269,7 +270,7 @@ def test_restarts_on_several_machines_need_a_variable(monkeypatch):
 
 
 def test_restarts_never_begin_anew(monkeypatch):
-    """Check that resume=never is refused with restarts, because each would create the next numbered folder."""
+    """Check that resume=never is refused with restarts, because each restart would create another numbered folder."""
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     assert read_config(["experiment=debug"]).resume == "auto"
     with pytest.raises(ConfigError, match="resume=never with torchrun --max-restarts=3"):

@@ -127,7 +127,7 @@ def test_the_index_names_every_page() -> None:
 
 
 def test_pages_and_tests_that_are_named_are_there() -> None:
-    """Comments and messages refer to pages, and pages refer to the tests that check their claims."""
+    """Check that pages named in comments and messages exist, as do the tests that pages cite for their claims."""
     sources = [path for folder in ("sasa_train", "scripts", "configs", "tests") for path in (ROOT / folder).rglob("*")]
     for path in [*PAGES, *(path for path in sources if path.suffix in (".py", ".yaml", ".sh", ".sbatch"))]:
         text = path.read_text(encoding="utf-8")
@@ -165,7 +165,7 @@ def test_commands_that_are_only_shown_are_ones_that_would_be_taken(block: Block)
 
 @pytest.fixture(scope="session")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the run of the README's first command, copied from the checkout if it has one."""
+    """Return a folder with the run of the README's first command, copied from the checkout if possible."""
     folder = tmp_path_factory.mktemp("quickstart")
     if (ROOT / RUN / "checkpoints" / "best.pt").exists():
         shutil.copytree(ROOT / RUN, folder / RUN)
@@ -191,7 +191,7 @@ def test_what_a_page_shows_runs(
         elif block.language == "console":
             check_message(block, tmp_path, monkeypatch, capsys)
         elif block.language == "python":
-            code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")  # gives errors the right line
+            code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")  # for the right line in errors
             with contextlib.redirect_stdout(io.StringIO()) as stdout:
                 exec(code, namespace)
             printed = stdout.getvalue()

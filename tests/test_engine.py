@@ -42,7 +42,7 @@ def test_clipping_bounds_the_update_and_reports_the_norm_before_it():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_precisions_agree_on_loss_and_gradient_norm(precision):
-    """fp16 gradients are scaled by 65,536, so a norm computed before unscaling would differ; bf16 has 8 bits (2 %)."""
+    """A norm computed before fp16 gradients are unscaled would be 65,536 times too large; bf16 is accurate to 2 %."""
     stepper, plain = setup(f"trainer.precision={precision}"), setup()
     norm = stepper.train_step(batches(1), want_grad_norm=True)
     expected = plain.train_step(batches(1), want_grad_norm=True)
@@ -69,7 +69,7 @@ def test_a_non_finite_loss_ends_its_step_with_the_weights_before_it(optimizer, i
 
 
 def test_the_moving_average_follows_its_formula_and_counts_its_steps():
-    """Warm-up: 1 - step^(-2/3) exceeds 0.9 at step 32; from then on, the decay is the requested value."""
+    """The decay is 1 - step^(-2/3) during warm-up, until this exceeds the requested value of 0.9 at step 32."""
     stepper = setup("trainer.ema_decay=0.9", "trainer.ema_warmup=true")
     expected = None
     for step, batch in enumerate(batches(36), start=1):
@@ -104,7 +104,7 @@ def test_an_allowed_change_of_hyperparameters_is_not_undone_by_the_checkpoint():
 
 
 def test_evaluation_counts_every_image_once():
-    """Seven images in batches of 4 and 3, six classes, logits set by hand: 3 are correct in top1 and 6 in top5."""
+    """The logits of seven images, in batches of 4 and 3, are set by hand: 3 are correct in top1 and 6 in top5."""
     logits = torch.zeros(7, 6)
     labels = torch.tensor([0, 1, 2, 3, 4, 5, 5])
     for i, ranking in enumerate(["0", "1", "2", "03", "014", "01234", "0123"]):
@@ -125,7 +125,7 @@ def test_an_evaluation_stops_when_asked():
 
 
 def test_the_learning_rate_is_a_function_of_the_step():
-    """The peak is 0.1 x 8/256: two epochs of linear warm-up from 0, then 80 steps of cosine decay to min_lr."""
+    """The rate rises linearly to 0.1 x 8/256 over two epochs, then follows a cosine to min_lr for 80 steps."""
     stepper = setup("trainer.epochs=10", "schedule.warmup_epochs=2", "schedule.min_lr=0.0001")
     peak = 0.1 * 8 / 256
 
@@ -168,7 +168,7 @@ def test_auto_precision_is_fp32_on_a_cpu(monkeypatch):
 
 
 def test_a_compiled_run_has_the_same_state_dict(monkeypatch):
-    """Check the state dict of a compiled run with a backend that needs no C++ compiler and counts its uses."""
+    """Check the state dict of a compiled run; the backend needs no C++ compiler and counts how often it is used."""
     compiled, real = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or real(model, backend="aot_eager"))
     stepper = setup("trainer.compile=true")

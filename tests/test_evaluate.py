@@ -1,4 +1,4 @@
-"""Check metrics beyond top1, each computed by hand first and then by the command on a small run."""
+"""Check metrics beyond top1, first against values computed by hand, then through the command on a small run."""
 
 import csv
 import json
@@ -63,7 +63,7 @@ def run(capsys, *arguments: object, expect: int = 0) -> str:
 
 
 def test_ece_and_mce_on_paper():
-    """(25, 50]: 40 and 50 %, one right: gap -5. (50, 75]: 60 %, wrong: 60. (75, 100]: 80 and 100 %, right: gap -10."""
+    """Gaps are -5 for confidences of 40 and 50 % (one correct), 60 for 60 % (wrong), -10 for 80 and 100 % (correct)."""
     confidences, is_right = np.array([0.4, 0.5, 0.6, 0.8, 1.0]), np.array([True, False, False, True, True])
     bins = bin_by_confidence(confidences, is_right, 4)
     assert [each.num_images for each in bins] == [0, 2, 1, 2]  # 0.5 belongs to the bin below the edge, as in the paper
@@ -147,7 +147,7 @@ def test_newcombes_interval_is_the_published_one(table, published):
 
 
 def test_newcombes_interval_without_a_single_mistake():
-    """A normal approximation would have zero width; for 20 of 20 in each, Wilson's lower bound is 83.9 %."""
+    """A normal approximation would have zero width; if both models get all 20 right, Wilson's lower bound is 83.9 %."""
     difference, low, high = paired_difference(PairedCounts(20, 0, 0, 0))
     assert difference == 0 and low == pytest.approx(-16.1, abs=0.05) and high == pytest.approx(16.1, abs=0.05)
 
@@ -228,7 +228,7 @@ def test_plain_figures_do_not_depend_on_what_else_is_asked(run_dir, tmp_path, ca
 
 
 def test_predictions_are_those_of_the_images_they_name(run_dir, tmp_path, capsys):
-    """Check that each row belongs to its image; if rows were counted, a skipped image would shift all later ones."""
+    """Check that each row belongs to its image; matching by position would fail after a skipped image."""
     printed = run(capsys, run_dir, "--predictions", tmp_path / "p.jsonl", "--json", tmp_path / "f.json")
     rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert len(rows) == 3 * NUM_VAL - 1 and not any(row["image"].endswith(BAD) for row in rows)
@@ -301,7 +301,7 @@ def test_models_of_other_classes_or_images_are_not_compared(run_dir, tmp_path, c
 
 
 def test_real_through_the_command(run_dir, tmp_path, capsys):
-    """Every image is labelled with class 1 and one unknown to the model; the first three have no known label."""
+    """The first three images have no label that the model knows; the others have class 1 and an unknown one."""
     (tmp_path / "real.json").write_text(json.dumps([[], [], [999], *[[1, 999]] * 49_997]))
     files = ("--predictions", tmp_path / "p.csv", "--json", tmp_path / "f.json")
     printed = run(capsys, run_dir, "--real", tmp_path / "real.json", *files)

@@ -1,4 +1,4 @@
-"""Check that exported models match the trained model, exactly or up to rounding from another summation order."""
+"""Check that exported models match the trained model, exactly or up to rounding from a different order of summation."""
 
 import importlib.util
 import json
@@ -120,7 +120,7 @@ def test_safetensors_holds_what_it_takes_to_build_the_model(exported, logits):
 
 
 def test_timm_loads_the_hub_folder_to_the_bit(exported, logits, tmp_path, monkeypatch):
-    """The model loads from the folder and from a cache laid out as the Hub client does."""
+    """The model loads from the folder and from a cache with the Hub client's layout."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "models--someone--digits"
     shutil.copytree(exported / "hub", repository / "snapshots" / commit)
@@ -187,7 +187,7 @@ def test_onnx_says_what_it_needs(exported):
 
 
 def test_a_format_that_differs_is_not_written(run_dir, tmp_path, monkeypatch, capsys):
-    """Check that files from an earlier export are kept and the other formats are still written."""
+    """Check that a wrong format is not written, its earlier file is kept, and the other formats are still written."""
     (tmp_path / "model.safetensors").write_text("an earlier one")
     right = formats.load_safetensors
 
@@ -230,7 +230,7 @@ def test_what_a_killed_export_left_is_swept_up(run_dir, tmp_path):
 
 
 def test_two_exports_do_not_write_into_one_folder(run_dir, tmp_path, capsys):
-    """Check that a second export is refused, because each would mistake the other's unfinished files for leftovers."""
+    """Check that a concurrent export is refused, as each would mistake the other's unfinished files for leftovers."""
     with locked(tmp_path, "the first"):
         assert command.run_command([str(run_dir), "--formats", "safetensors", "--out", str(tmp_path)]) == 2
     assert f"--out {tmp_path} is being written by another command" in capsys.readouterr().err

@@ -46,7 +46,7 @@ def swap(red: Path) -> None:
     ],
 )
 def test_a_change_is_named_and_nothing_else(image_folder, change, expected):
-    """Check that each change is described; a run that silently continued would be neither the old one nor a new one."""
+    """Check that each change is described; silently continuing would mix results of the old data and the new."""
     before = of(image_folder)
     assert differences(before, of(image_folder), "train") == []
     change(image_folder / "train/red")
@@ -108,7 +108,7 @@ def test_pixels_are_not_files(image_folder):
 
 
 class Recorder:
-    """Stands in for `ImageSet.read_bytes` of files that do not exist, and records which were read."""
+    """Replaces `ImageSet.read_bytes` for files that do not exist, and records which ones are read."""
 
     def __init__(self, monkeypatch):
         self.read: list[int] = []

@@ -1,6 +1,6 @@
 """Check that damaged checkpoints are refused by name or loaded completely, and never loaded with altered values.
 
-FUZZ_EXAMPLES=10000 sets the number of attempts; the default is lower.
+FUZZ_EXAMPLES=10000 sets the number of attempts, which is lower by default.
 """
 
 import os
@@ -17,7 +17,7 @@ NUM_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "400"))
 
 
 def test_a_mutated_checkpoint_is_refused_or_loaded_whole(tmp_path):
-    """Half of the checkpoints have a manifest; the other half do not, like a copy received from elsewhere."""
+    """Half of the checkpoints have a manifest; the others have none, like a single file received from elsewhere."""
     rng, path = random.Random(0), tmp_path / "last.pt"
     original = content(7) | {"ema": {"weight": torch.arange(50.0)}, "optimizer": {"state": {0: {"step": 3}}}}
     Checkpoints(tmp_path, 0).save(original, is_best=False)

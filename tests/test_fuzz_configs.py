@@ -1,7 +1,8 @@
 """Check that any config is either accepted and can be saved, or refused with a message that names the key.
 
-FUZZ_EXAMPLES=25000 draws this many configs instead of a few, FUZZ_COMMANDS=200 this many runs of the command, and
-FUZZ_SEED=1 selects different ones. As 50 configs or one run take a second, also set pytest's --timeout=0.
+FUZZ_EXAMPLES=25000 and FUZZ_COMMANDS=200 set the numbers of configs and of runs of the command, which are low by
+default; FUZZ_SEED=1 selects different ones. Since 50 configs or one run take about a second, also set
+pytest's --timeout=0.
 """
 
 import contextlib
@@ -126,7 +127,7 @@ DEFAULT_CONFIG = to_config(DEFAULTS)
 
 
 def compose_quickly(overrides: list[str]) -> TrainConfig:
-    """Do the same as `compose_config` with Hydra's own way of setting values, but compose the defaults only once."""
+    """Like `compose_config`, but compose the defaults only once and set the values as Hydra does."""
     check_override_keys(overrides)
     if chooses_group(overrides):
         return compose_config(overrides)
@@ -148,7 +149,7 @@ def assert_refused_well(message: str, overrides: list[str]) -> None:
 
 
 def assert_kept(config: TrainConfig) -> None:
-    """Check that an accepted config is unchanged after saving it and after writing it as a command."""
+    """Check that an accepted config is unchanged after being saved and after being written as a command."""
     assert load_config(to_yaml(config)) == config
     with mock.patch.object(compose, "compose_config", lambda _: DEFAULT_CONFIG):
         written = as_overrides(config)

@@ -1,6 +1,6 @@
 """Check that any file is decoded into the right shape or refused as unreadable, without crashing or wasting memory.
 
-For a longer search: FUZZ_EXAMPLES=10000 pytest -n 0 -s tests/test_fuzz_images.py. Example n never depends on the total.
+For a longer search: FUZZ_EXAMPLES=10000 pytest -n 0 -s tests/test_fuzz_images.py. Example n is always the same.
 """
 
 import multiprocessing

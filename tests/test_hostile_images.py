@@ -75,7 +75,7 @@ def test_formats_of_real_sets_are_read_under_any_name(tmp_path, name):
 
 @pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1)])
 def test_a_very_long_image_shows_its_middle_without_filling_memory(tmp_path, size):
-    """Check that a long image is cropped before resizing, which would take 12 GB for a file of 200 bytes."""
+    """Check that a long image is cropped first: resizing all of it would take 12 GB for a file of 200 bytes."""
     pixels = np.zeros((60_000, 1, 3), dtype=np.uint8)
     pixels[30_000:] = 255
     Image.fromarray(pixels if size[0] == 1 else pixels.transpose(1, 0, 2)).save(tmp_path / "x.png")
@@ -86,7 +86,7 @@ def test_a_very_long_image_shows_its_middle_without_filling_memory(tmp_path, siz
 
 
 def test_pipes_and_devices_are_no_one_image(tmp_path, monkeypatch):
-    """Check that pipes are refused, because opening one waits for its writer and would block the run."""
+    """Check that pipes are refused, because opening one would block the run until something writes to it."""
     monkeypatch.setattr("sasa_train.data.datasets.PAUSES", ())
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "zero.png").symlink_to("/dev/zero")

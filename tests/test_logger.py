@@ -67,7 +67,7 @@ def test_a_full_disk_costs_the_curves_and_not_the_run(tmp_path, capsys, monkeypa
 
 @pytest.mark.parametrize("damage", [b"", b'{"split": "train", "step": 9', None])
 def test_the_log_comes_back_from_the_checkpoint_whatever_happened_to_it(tmp_path, damage):
-    """Check that the log is restored from the checkpoint, even if only a digit in an old row was flipped."""
+    """Check that the log is restored from the checkpoint, even if only one digit in an old row has changed."""
     logger = RunLogger(tmp_path, "", step=0, total_steps=8)
     logger.write(row("train", 1))
     logger.close()

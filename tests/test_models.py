@@ -51,7 +51,7 @@ NOT_ROUNDED = {
 
 
 def test_every_printed_figure_is_met():
-    """Figures are within 0.11 GFLOPs and 0.1 M parameters, and those that differ after rounding must be listed."""
+    """Figures must be within 0.11 GFLOPs and 0.1 M parameters; those that differ after rounding must be listed."""
     missed = set()
     for row in ROWS:
         model = meta_model(lambda row=row: timm.create_model(row.model, **row.keys))
@@ -93,7 +93,7 @@ def test_features_only_gives_the_stem_and_four_stages():
 
 
 def test_every_parameter_is_trained():
-    """A parameter without a gradient belongs to a part of the paper that was built but not connected."""
+    """A parameter without a gradient belongs to a part of the model that was built but not connected."""
     for stem in ("attention_small", "attention", "attention_convvalues"):
         model = timm.create_model("sasa_resnet26", stem=stem, **TINY)
         for block in model.modules():

@@ -1,4 +1,4 @@
-"""Check that a training step reads nothing back from a GPU, since each read makes the host wait, and then the GPU."""
+"""Check that a training step reads nothing back from a GPU, since each read makes first the host wait, then the GPU."""
 
 from collections import Counter
 from contextlib import contextmanager
@@ -125,7 +125,7 @@ def test_a_training_step_does_not_make_a_gpu_wait(monkeypatch):
 
 
 def test_trivial_augment_makes_few_calls_whatever_the_batch(monkeypatch):
-    """An earlier version made 2,251 calls for 128 images, 66 ms of host time that no GPU could hide."""
+    """An earlier version made 2,251 calls for 128 images; no GPU work could hide those 66 ms of host time."""
     policy = Policy(compose_config(["augment.policy=trivial_augment"]).augment)
     images = torch.randint(0, 256, (512, 3, 32, 32), dtype=torch.uint8)
     draws = sample_draws(0, 0, np.arange(512), NUM_DRAWS, POLICY)

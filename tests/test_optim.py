@@ -1,4 +1,4 @@
-"""Check timm's optimizers and schedules by name: arguments are checked, and rates depend only on the step."""
+"""Check timm's optimizers and schedules: their arguments are validated, and rates depend only on the step."""
 
 import copy
 
@@ -142,7 +142,7 @@ def test_value_clipping_bounds_each_number():
 
 
 def test_adaptive_clipping_bounds_each_unit_and_spares_the_classifier():
-    """Check that a unit's gradient norm is at most the factor times its weight norm or 0.001 (arXiv 2102.06171)."""
+    """Check that a unit's gradient norm is at most factor x max(weight norm, 0.001) (arXiv 2102.06171)."""
     torch.manual_seed(0)
     conv = compose_config(["model=conv_resnet26", "model.width=0.125", "model.stem=conv_small"]).model
     model = build_model(conv, 3, 8)
@@ -159,7 +159,7 @@ def test_adaptive_clipping_bounds_each_unit_and_spares_the_classifier():
 
 
 def test_allowed_changes_of_arguments_and_layer_decay_reach_a_resumed_run():
-    """Check that loading a checkpoint, which also stores these values in its parameter groups, keeps the new ones."""
+    """Check that new values are kept although the checkpoint's parameter groups contain the old ones."""
     saved = setup("optimizer.name=lamb", "optimizer.args={trust_clip:false}")
     for group in saved.state.optimizer.param_groups:
         group["lr_scale"] = 0.1

@@ -52,7 +52,7 @@ def test_types_are_shipped():
 
 
 def test_importing_the_package_costs_little_beyond_torch_and_timm():
-    """Check which modules are imported: those listed took most of a second even if only the models were needed."""
+    """Check that `heavy` modules are not imported; they took most of a second even if only the models were needed."""
     heavy = ["hydra", "matplotlib", "tensorboard", "triton", "sklearn", "scipy", "onnx", "onnxruntime", "optuna"]
     code = f"""
 import sys, sasa_train

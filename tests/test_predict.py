@@ -37,7 +37,7 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(root) -> dict[str, Path]:
-    """Return one of our models on streamed images and a timm model on resident ones, both with a moving average."""
+    """Return runs of our model on streamed images and a timm model on resident ones, each with a moving average."""
     for name, model in RUNS.items():
         keys = [f"data.root={root}", f"output_dir={root.parent}", f"run_name={name}", "data.num_workers=0"]
         keys += ["trainer.global_batch_size=6", "trainer.epochs=1", "trainer.ema_decay=0.5", "optimizer.lr=1.0"]
@@ -52,7 +52,7 @@ def run(runs) -> str:
 
 @pytest.fixture
 def predicted(capsysbinary, tmp_path):
-    """Return a function: predicted(RUN, word, ...) gives the objects printed by --format jsonl, and stderr."""
+    """Return a function: predicted(RUN, word, ...) returns the objects printed with --format jsonl, and stderr."""
 
     def call(*words: str, expect: int = 0) -> tuple[list[dict], str]:
         capsysbinary.readouterr()
@@ -239,7 +239,7 @@ def test_stdin_lists_names(tree, monkeypatch):
 
 
 def test_no_more_is_read_than_the_next_batch(run, tree):
-    """Check that an endless list gives its first rows, so that a list of a million files is not decoded into memory."""
+    """Check that the first rows of an endless list are printed: a list must not be read to its end beforehand."""
     num_taken = itertools.count()
     endless = (Found("a.gif") for _ in iter(lambda: next(num_taken), None))
     rows = next(Predictor(load_trained(Path(run)), 1).rows(endless, batch_size=4))

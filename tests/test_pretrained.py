@@ -38,7 +38,7 @@ def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def given() -> dict[str, torch.Tensor]:
-    """Return weights that look trained to the tests: the batch norm statistics differ from those of a new model."""
+    """Return weights that look trained: their batch norm statistics differ from those of a new model."""
     state_dict = state_of(build(seed=1))
     for name, tensor in state_dict.items():
         if name.endswith("running_mean"):
@@ -47,7 +47,7 @@ def given() -> dict[str, torch.Tensor]:
 
 
 def test_each_offset_keeps_its_embedding():
-    """3 offsets become 5 and 1, with shared tables and with one per head; expected values are computed by hand."""
+    """Three offsets are resized to 5 and to 1, for shared and per-head tables; expected values are computed by hand."""
     table = torch.tensor([[-1.0, 10.0], [0.0, 20.0], [1.0, 40.0]])
     wider = torch.tensor([[-1.0, 10.0], [-1.0, 10.0], [0.0, 20.0], [1.0, 40.0], [1.0, 40.0]])
     assert torch.equal(resize_window(table, 5), wider)
@@ -126,7 +126,7 @@ def test_one_channel_in_takes_the_sum_of_three(given):
 
 @pytest.mark.parametrize("stem", ["attention", "attention_plain", "attention_convvalues"])
 def test_one_channel_into_an_attention_stem_gives_what_three_equal_ones_gave(stem):
-    """Queries, keys and the values of each mixture must all be adapted; one left at random would change the output."""
+    """Queries, keys and the values of each mixture must all be adapted; a random one would change the output."""
     grey = torch.rand(2, 1, 8, 8)
     source, model = (build(name="sasa_resnet26", stem=stem, in_chans=in_chans).eval() for in_chans in (3, 1))
     report = load_pretrained(model, state_of(source))
@@ -135,7 +135,7 @@ def test_one_channel_into_an_attention_stem_gives_what_three_equal_ones_gave(ste
 
 
 def test_a_vit_keeps_its_position_embeddings_at_another_size():
-    """Check that timm's filter resizes position embeddings: a constant embedding is constant on a larger grid."""
+    """Check that timm's filter resizes position embeddings: a constant one stays constant on a larger grid."""
     torch.manual_seed(0)
     small, large = (timm.create_model("test_vit", img_size=size, num_classes=3) for size in (32, 64))
     state_dict = state_of(small)
@@ -246,7 +246,7 @@ def test_damaged_and_hostile_files_are_refused(tiny_run, tmp_path, monkeypatch):
 
 
 def test_weights_of_timm_come_from_its_cache(tmp_path, monkeypatch):
-    """The Hub cache is laid out by hand without a network; timm's classifier is left out, ours comes from the seed."""
+    """The Hub cache is laid out by hand without a network; the classifier is drawn from the seed instead of loaded."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     overrides = ["model=timm", "model.name=test_vit", "data.image_size=64", "model.pretrained=timm"]

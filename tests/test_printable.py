@@ -16,7 +16,7 @@ ESCAPED = "\\x1b[31mred\\n<script>"
 
 @pytest.fixture
 def hostile_folder(image_folder):
-    """Give the red class of `image_folder` a hostile name, and add a file with another one that is not an image."""
+    """Give the red class of `image_folder` a hostile name, and add a non-image file with another hostile name."""
     for split in ("train", "val"):
         (image_folder / split / "red").rename(image_folder / split / HOSTILE)
         (image_folder / split / HOSTILE / "bad\r\u2028\udcff.png").write_bytes(b"no image")

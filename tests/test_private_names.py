@@ -69,7 +69,7 @@ def test_hydra_still_gives_a_launcher_its_callbacks():
 
 
 def test_submitit_still_waits_for_a_job_in_results():
-    """Check that submitit calls `results()[0]` on each job, since training/hydra_launch.py makes dead jobs return."""
+    """Check that submitit calls `results()[0]` on each job, which hydra_launch.py relies on to report dead jobs."""
     import inspect
 
     from hydra_plugins.hydra_submitit_launcher.submitit_launcher import BaseSubmititLauncher
@@ -90,7 +90,7 @@ def private_names(path: Path) -> set[str]:
 
 
 def test_every_private_name_that_we_use_is_listed_here():
-    """Check that all private names in use are listed; an unlisted one would break only at a user's site."""
+    """Check that all private names in use are listed; an unlisted one would break only on a user's machine."""
     root, listed = Path(sasa_train.__file__).parent, {(module, name) for *_, name, module in NAMES}
     for path in root.rglob("*.py"):
         module = path.relative_to(root).as_posix()

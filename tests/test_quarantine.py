@@ -130,7 +130,7 @@ def test_images_in_memory_cannot_be_unreadable():
 
 
 def test_a_val_image_that_comes_back_is_counted_again(image_folder):
-    """Check that an image missing from one evaluation, after a network failure, may be back in the next one."""
+    """Check that an image that a network failure hid from one evaluation is counted again in the next."""
     overrides = ("data=image_folder", f"data.root={image_folder}", "data.image_size=16", "data.resident=false")
     config = config_for(*overrides, "data.num_workers=0", "trainer.global_batch_size=9")
     path = image_folder / "val/red/1.png"

@@ -39,7 +39,7 @@ NO_AUTOCAST = torch.autocast("cpu", enabled=False)
 
 @pytest.mark.parametrize("number", slow_but_for([signal.SIGUSR1], [signal.SIGUSR1, signal.SIGUSR2]))
 def test_a_schedulers_warning_is_served_as_sigterm_is(tmp_path, number):
-    """Check signals that Slurm and submitit send before a kill and that end a process by default."""
+    """Check the signals that Slurm and submitit send before a kill, which would by default end a process."""
     process = start(tmp_path, *LONG)
     wait_for_rows(tmp_path / "out/a", 3, process)
     process.send_signal(number)
@@ -83,7 +83,7 @@ def test_a_signal_in_the_first_step_ends_the_run_at_once(tmp_path, monkeypatch, 
 
 
 def test_a_signal_between_two_looks_is_served_after_a_save(tmp_path, monkeypatch):
-    """Check that a signal right after a check that found none leads to a save before the run ends."""
+    """Check that a signal that arrives right after the run has looked for one still leads to a save."""
     real, looks = StopRequest.requested, []
 
     def requested(self):
@@ -162,7 +162,7 @@ def test_a_second_run_is_told_who_holds_the_folder_and_a_dead_ones_lock_is_taken
 
 
 def test_of_two_starts_at_once_exactly_one_takes_the_folder(tmp_path):
-    """Twenty pairs are started; scripts/chaos.py tests such races with the commands themselves."""
+    """Twenty pairs of runs are started; scripts/chaos.py tests such races with the commands themselves."""
     code = f"""
 import sys, time
 from pathlib import Path
@@ -252,7 +252,7 @@ def test_a_console_on_a_full_disk_does_not_end_a_run(tmp_path):
 
 
 def test_a_run_that_started_from_a_checkpoint_goes_on_without_it(tmp_path, monkeypatch):
-    """Check that a run continues without its source, which its parent run may delete as it saves newer checkpoints."""
+    """Check that a run continues without its source, which the parent run may delete when it saves newer ones."""
     assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
     source = tmp_path / "out/a/checkpoints/step-00000009.pt"
     again = [*RUN, "resume=out/a/checkpoints/step-00000009.pt"]
@@ -372,7 +372,7 @@ def test_run_json_has_a_command_that_makes_the_run_again(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("is_late", [False, True])
 def test_a_non_finite_loss_names_the_module_and_the_images(tmp_path, monkeypatch, in_process, is_late):
-    """A GPU's losses are checked one step late; the checkpoint of the bad step is still not written."""
+    """Losses on a GPU are checked one step late, but even then no checkpoint of the bad step may be written."""
     if is_late:
         monkeypatch.setattr(LossWatch, "is_late", property(lambda _: True, lambda _, value: None), raising=False)
     run = (*RUN, "optimizer.lr=1e30", "optimizer.lr_basis=absolute", "optimizer.args={fused:true}")
@@ -417,7 +417,7 @@ def test_the_origin_is_the_first_module_and_its_images():
 
 @pytest.mark.slow
 def test_memory_that_does_not_suffice_ends_with_what_to_set(tmp_path):
-    """Check the advice in the error message if a step needs gigabytes and the process may allocate only 600 MB more."""
+    """Check the advice in the error message when a step needs gigabytes but may allocate only 600 MB more."""
     code = f"""
 import resource, sys
 import sasa_train.training.run as run
@@ -442,7 +442,7 @@ sys.exit(run_command({[*RUN, "data.image_size=64", "model.width=1.0", "model.ste
 
 
 def test_seed_zero_is_a_seed(tmp_path, monkeypatch):
-    """Check that `seed: 0` is used as a seed; one template treated it as no seed."""
+    """Check that `seed: 0` is used as a seed; one template treated it as if no seed were given."""
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
         assert run_in_process(tmp_path, monkeypatch, *TINY, f"run_name={name}", f"seed={seed}") == 0
     one, two, three = (rows(tmp_path / "out" / name) for name in ("one", "two", "three"))
@@ -480,7 +480,7 @@ def test_a_resumed_run_remembers_its_best(tmp_path, monkeypatch):
 
 
 def test_gradients_are_clipped_once_and_before_the_one_update(monkeypatch):
-    """Check the order of clipping and update; an old script clipped after the update, and updated twice in AMP."""
+    """Check the order of clipping and update; an old script clipped after the update, and updated twice with AMP."""
     stepper, events = setup("trainer.grad_clip_norm=1.0"), []
     stepper.state.scaler = torch.amp.GradScaler("cpu")
     real = stepper.state.optimizer.step

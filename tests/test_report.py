@@ -1,4 +1,4 @@
-"""Check sasa-report: figures computed by hand, jobs that must not be lost, and the paper's tables as sweeps."""
+"""Check sasa-report: its figures match hand calculations, no job is lost, and the paper's tables work as sweeps."""
 
 import csv
 import importlib.util
@@ -211,7 +211,7 @@ def test_the_curves_are_the_seeds_mean_and_range(tmp_path):
 
 
 def jobs_of(*arguments: str) -> tuple[int | None, list[list[str]]]:
-    """Return the paper's table and the overrides of each job, as sasa-sweep interprets the arguments."""
+    """Return the number of the paper's table and each job's overrides, as sasa-sweep would from these arguments."""
     plan = read_plan(list(arguments))
     assert not any(job.reason for job in plan.jobs)
     return plan.config.paper_table, [job.overrides for job in plan.jobs]
@@ -219,7 +219,7 @@ def jobs_of(*arguments: str) -> tuple[int | None, list[list[str]]]:
 
 @pytest.mark.parametrize("sweep", slow_but_for(["paper_table5", "paper_table7"], SWEEPS))
 def test_every_row_of_the_papers_table_is_one_job(sweep):
-    """Each job has the row's parameter count on ImageNet, and trains at 32 pixels if only the experiment is changed."""
+    """Each job has its row's parameter count on ImageNet and can be trained at 32 pixels with another experiment."""
     table, jobs = jobs_of(f"sweep={sweep}")
     wanted = [row for row in ROWS if row.table == table]
     configs = [compose_config(job) for job in jobs]

@@ -28,7 +28,7 @@ VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
 class Page(HTMLParser):
-    """Parses a page and requires balanced tags, which a browser would silently repair."""
+    """Parses a page and requires balanced tags; a browser would silently repair unbalanced ones."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -78,7 +78,7 @@ def check_whole(page: Page) -> None:
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory) -> Path:
-    """Return a real run on images whose class names, like its own name, are hostile."""
+    """Return a real run with a hostile name, on images with hostile class names."""
     folder = tmp_path_factory.mktemp("page")
     images = make_image_folder(folder / "images", size=(19, 17))
     for split in ("train", "val"):
@@ -164,7 +164,7 @@ def test_a_page_is_written_without_checkpoint_data_or_matplotlib(run_dir, tmp_pa
 
 
 def test_a_class_table_has_who_is_taken_for_whom():
-    """Check the table for two classes and for a single one, as in a first trial."""
+    """Check the per-class table for two classes and for a single one, as in a first trial."""
     found = ValSample(4, torch.tensor([[1, 2], [0, 1]]), [])
     assert [(row["class"], row["top1"], row["most often taken for"]) for row in class_rows(found, ["a", "b"])] == [
         ("a", "33.33", "b (2)"),
@@ -201,7 +201,7 @@ def test_overrides_that_nobody_reads_are_refused(run_dir, sweep_page, capsys):
 
 
 def test_what_one_must_know_of_a_run_stands_above_its_figures(tmp_path):
-    """Check the warnings for damaged or unusual content of run.json and other files."""
+    """Check the warnings about damaged or unusual content in run.json and other files."""
     run_dir = tmp_path / "run"
     write_run(run_dir, ["experiment=debug", "trainer.max_steps=null", "trainer.epochs=9"], [20.0, 40.0, 30.0])
     info = {"status": "interrupted", "starts": [{"step": 0}, {"step": 7}, 5], "versions": 3, "dirty": True}

@@ -1,4 +1,4 @@
-"""Check that a run that needs more shared memory than Docker's 64 MiB is refused before a worker dies of it."""
+"""Check that a run that needs more shared memory than Docker's 64 MiB is refused before a worker dies."""
 
 import shutil
 import sys

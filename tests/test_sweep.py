@@ -1,4 +1,4 @@
-"""Run sweeps with killed jobs, a killed sweep or a broken config; rerunning the command finishes each job once."""
+"""Kill sweeps and their jobs, and break a config; rerunning the command must finish each job exactly once."""
 
 import functools
 import json
@@ -105,7 +105,7 @@ def test_a_sweep_survives_kills_and_a_broken_config(tmp_path):
 
 @pytest.mark.slow
 def test_a_stopped_sweep_saves_its_jobs_and_a_grid_grows_in_place(tmp_path):
-    """Check that Ctrl-C on a sweep loses nothing, and that a sixth seed does not rerun the first five."""
+    """Check that Ctrl-C on a sweep loses nothing, and that adding a sixth seed does not rerun the first five."""
     arguments = [*SMALL, "trainer.epochs=15", "sweep.max_parallel=2"]
     sweep = start_sweep(tmp_path, *arguments, "seed=0,1")
     wait_for(lambda: [job["state"] for job in read_ledger(tmp_path)["jobs"].values()] == ["running"] * 2)
@@ -140,7 +140,7 @@ def test_a_failing_job_shows_its_traceback_and_is_tried_three_times(tmp_path):
 
 @pytest.mark.slow
 def test_a_search_prunes_stops_and_goes_on(tmp_path):
-    """Check that a stopped search ends with the requested number of trials, none of them lost or repeated."""
+    """Check that a search that is stopped and rerun makes the requested number of trials, each exactly once."""
     pytest.importorskip("optuna")
     arguments = [*SMALL, "trainer.epochs=4", "optimizer.lr=tag(log,interval(1e-4,1))", "model.kernel_size=3,5"]
     arguments += ["sweep.num_trials=9", "sweep.max_parallel=2"]
@@ -245,7 +245,7 @@ def test_two_sweeps_in_one_folder_are_refused(tmp_path, monkeypatch, in_process)
 
 
 def test_a_run_that_somebody_holds_is_waited_for(tmp_path):
-    """Check that a run locked by a job of a killed sweep is awaited, because a second start would be refused."""
+    """Check that a sweep waits for a run that a killed sweep's job still holds; starting it again would be refused."""
     other = hold(tmp_path / "held")
     jobs = JobList([Job("held", [], ""), Job("free", [], "")], tmp_path)
     first = jobs.next()
@@ -286,7 +286,7 @@ def test_states_follow_exit_codes(tmp_path):
 
 
 def test_what_is_no_longer_asked_for_does_not_decide_the_exit_code(tmp_path):
-    """Check that the exit code ignores jobs that are no longer requested, so that a loop until success can end."""
+    """Check that the exit code ignores jobs that are no longer requested, so that a retry loop can end."""
     ledger, stop = Ledger(tmp_path / "ledger.json", {}), StopRequest()
     stop.restore()
     left, asked = ledger.add(Job("left", [], "")), ledger.add(Job("asked", [], ""))
@@ -331,7 +331,7 @@ def test_a_bad_trial_is_given_up_and_a_good_one_is_not(tmp_path):
 
 
 def test_each_place_has_devices_of_its_own(tmp_path, monkeypatch):
-    """Check that jobs use different GPUs, because two jobs on one GPU next to an idle one would waste time."""
+    """Check that jobs use different GPUs, because sharing one GPU while another is idle would waste time."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2,5,7")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     ledger, stop = Ledger(tmp_path / "ledger.json", {}), StopRequest()

@@ -14,7 +14,7 @@ from sasa_train.trained import load_trained
 
 
 def test_the_moving_average_is_the_default_and_raw_the_models_own(tiny_run):
-    """Check the choice of weights; with the other ones, a published result would differ from the log."""
+    """Check the choice of weights; with the wrong ones, a published result would differ from the log."""
     averaged, raw = load_trained(tiny_run), load_trained(tiny_run, ["weights=raw"])
     assert (averaged.weights, raw.weights) == ("ema", "raw")
     name = "layer1.0.conv1.weight"

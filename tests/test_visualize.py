@@ -1,4 +1,4 @@
-"""Check that sasa-visualize shows the layers' own weights, and correct distances and windows; test the command."""
+"""Check that sasa-visualize shows the layers' own weights, correct distances and correct windows; test the command."""
 
 import math
 import shutil
@@ -87,7 +87,7 @@ def test_weights_times_values_are_the_stems_output():
 
 
 def test_equal_scores_share_the_weight_among_the_keys_that_take_part():
-    """At a corner, a 3 x 3 window has 4 keys inside; with border=zero, the 5 others also receive weight."""
+    """At a corner, a 3 x 3 window has 4 keys inside the map; with border=zero, the 5 others also receive weight."""
     zero = torch.zeros(1, 1, 4, 4, 2)
     corner = attention_weights(zero, zero, kernel_size=3)[0, 0, 0, 0]
     assert corner.tolist() == [0, 0, 0, 0, 0.25, 0.25, 0, 0.25, 0.25]
@@ -149,7 +149,7 @@ def test_distance_of_uniform_attention_by_hand():
 
 
 def test_distance_of_attention_to_one_key():
-    """Head 0 attends to its own position, and head 1 to two columns to the left and one row up."""
+    """Head 0 attends to its own position, and head 1 to the one two columns to the left and one row up."""
     weights = torch.zeros(1, 2, 4, 4, 25)
     weights[:, 0, ..., 12] = 1
     weights[:, 1, ..., 5] = 1

@@ -70,7 +70,7 @@ def test_everything_is_read_once_in_order_and_again(num_workers):
     ],
 )
 def test_a_killed_or_stopped_worker_ends_the_run_with_its_name(number, told):
-    """Check that a worker that hangs, for example on a failed disk, ends the run after a timeout with its name."""
+    """Check that the run ends and names the worker, after a timeout if the worker hangs, as on a failed disk."""
     workers = Workers(Reader(suicide(number)), "train", 2, TIMEOUT)
     message = read_until_error(workers)
     pids = [process.pid for process in workers._processes()]
@@ -83,7 +83,7 @@ def test_a_killed_or_stopped_worker_ends_the_run_with_its_name(number, told):
 
 
 def test_a_worker_stopped_after_its_work_is_noticed_too():
-    """Check that a worker stopped after its work is noticed, since taking its batch from the queue needs its reply."""
+    """Check that a worker stopped after its work is noticed: it must still reply before its batch can be received."""
     workers = Workers(Reader(lambda: None), "val", 1, TIMEOUT)
     results = workers.read(keys())
     next(results)

@@ -26,7 +26,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Maximum error, relative to the size of the result, that passes the check. Scores reach 40, so their rounding error,
 # and therefore the relative error of the weights, is 40 x 2^-24 in float32 and 40 x 2^-22 if three TF32 products
 # replace one float32 product. In half precision, weights and their gradients are rounded to 8 or 11 bits before they
-# are summed, and results are rounded again. A wrong sign, border or embedding causes an error of the result's own size.
+# are summed, and results are rounded again. A wrong sign, border or embedding causes an error as large as the result.
 TOLERANCE = {"fp32": 1e-4, "bf16": 2**-6, "fp16": 2**-9}
 FLEX_MIN_HEAD_DIM = 16
 
@@ -78,7 +78,7 @@ class Contender:
 
 
 def build_contender(backend: str, case: Case, arithmetic: torch.dtype | None = None) -> Contender:
-    """Build `backend` with random inputs, the same for every backend, in the case's dtype and then in `arithmetic`."""
+    """Build `backend` with the same random inputs as others, rounded to the case's dtype, then cast to `arithmetic`."""
     dtype, generator = DTYPES[case.dtype], torch.Generator(case.device).manual_seed(0)
 
     def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -193,7 +193,7 @@ def check(backend: str, case: Case) -> str | None:
     On the CPU, two images are checked. On CUDA, the whole batch is checked, so that the checked code and launch
     parameters are those that are timed. (Triton tunes launches on the first batch; two images would tune another case.)
 
-    NATTEN computes a different function, so only its output without relative terms is compared, away from the border.
+    NATTEN computes a different function, so only its output is compared, without relative terms and not at the border.
 
     Raises:
         RuntimeError, NotImplementedError, ValueError: the backend does not support this case.
@@ -271,7 +271,7 @@ def op_memory(backend: str, case: Case, num_threads: int) -> int:
 
 
 def first_pass_memory(build: Callable[[Case], Contender], small: Case, case: Case, num_threads: int) -> int:
-    """Return the peak extra memory of a forward and backward pass, the first of its size in this process."""
+    """Return the peak extra memory of a forward and backward pass, which must be this process's first of its size."""
     torch.set_num_threads(num_threads)
     build(small).train()  # loads libraries, so that their memory is not counted
     return extra_memory(build(case).train, torch.device(case.device))

@@ -123,7 +123,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def layer_contenders(result: dict[str, Any], case: Case) -> dict[str, Contender]:
-    """Return whole layers for a case, or none if local attention is wrong; the notes name what was left out."""
+    """Return the layers for a case, or none if local attention fails its check; the notes name those left out."""
     if problem := check("auto", case):
         result["failed"] = True
         result["notes"].append(f"local attention at {case.label} is wrong and was not timed: {problem}")

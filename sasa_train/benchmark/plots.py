@@ -14,7 +14,7 @@ NAMES = ("conv", "cpu", "triton", "attention", "flex", "halo", "reference", "nat
 
 
 def draw_chart(result: dict[str, Any], title: str, path: Path) -> None:
-    """Draw the chart for the kind of result and write it as a PNG file."""
+    """Draw the chart for this kind of result and write it as a PNG file."""
     rows = result["rows"]
     draw = {"model": _draw_models, "growth": _draw_growth}.get(result["kind"], _draw_shapes)
     figure = draw(rows)
@@ -29,7 +29,7 @@ def _style(names: list[str]) -> dict[str, tuple]:
 
 
 def _draw_shapes(rows: list[dict[str, Any]]) -> Figure:
-    """Draw bars per shape: ratios to the convolution with quartiles, or milliseconds with ranges if there is none."""
+    """Draw bars per shape: ratios to the convolution with quartiles or, if there is none, milliseconds with ranges."""
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     is_ratio = all("forward_backward_ratio" in row for row in rows)
     shown = [row for row in rows if not (is_ratio and row["backend"] == "conv")] or rows
@@ -63,7 +63,7 @@ def _with_errors(row: dict[str, Any], is_ratio: bool) -> tuple[float, float, flo
 
 
 def _draw_growth(rows: list[dict[str, Any]]) -> Figure:
-    """Draw time per image against pixels (log scale) and against the window size, and memory if it was measured."""
+    """Draw the time per image, and memory if measured, against the number of pixels (log scale) and the window size."""
     quantities = [("seconds_per_image", "ms per image, forward + backward", 1e3)]
     if all("memory_bytes_per_image" in row for row in rows):
         quantities.append(("memory_bytes_per_image", "MiB per image at the peak", 2**-20))

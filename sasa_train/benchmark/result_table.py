@@ -58,7 +58,7 @@ def _text(key: str, value: Any) -> str:
 
 
 def _digits(number: float) -> str:
-    """Format a number with three or more digits."""
+    """Format a number with at least three significant digits."""
     return f"{number:,.0f}" if number >= 1000 else f"{number:.1f}" if number >= 100 else f"{number:.3g}"
 
 

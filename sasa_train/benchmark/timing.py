@@ -55,7 +55,7 @@ def _num_calls(run: Run, device: torch.device) -> int:
 
 
 def time_calls(run: Run, num_calls: int, device: torch.device) -> float:
-    """Return the seconds per call, measured on CUDA between two events in the stream."""
+    """Return the seconds per call; on CUDA, measure them between two events in the stream."""
     if device.type != "cuda":
         start = time.perf_counter()
         for _ in range(num_calls):
@@ -106,7 +106,7 @@ def extra_memory(run: Run, device: torch.device) -> int:
 
 
 def _forget_peak(device: torch.device) -> int:
-    """Reset the peak to the resident memory (Linux only); return the value with which later peaks are compared."""
+    """Reset the peak to the resident memory (Linux only); return the baseline to subtract from later peaks."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)  # memory kept by the C library would be reused without being counted
@@ -134,7 +134,7 @@ def in_fresh_process(function: Callable[..., int], *arguments: object) -> int:
 def peak_of(
     run: Run, device: torch.device, is_wanted: bool, in_fresh: Callable[..., int], *arguments: object
 ) -> int | None:
-    """Return the peak extra memory: of `run` on CUDA or, if requested on a CPU, of `in_fresh(*arguments, threads)`."""
+    """Return the peak extra memory of `run` on CUDA or, if requested on a CPU, of `in_fresh(*arguments, threads)`."""
     if device.type == "cuda":
         return extra_memory(run, device)
     return in_fresh_process(in_fresh, *arguments, torch.get_num_threads()) if is_wanted else None

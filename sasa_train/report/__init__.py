@@ -77,7 +77,7 @@ def report(options: argparse.Namespace) -> None:
     from sasa_train.report.tables import as_csv, as_json, markdown
     from sasa_train.terminal import printable_lines
 
-    # Evaluated only now because in `--reference kernel_size=7` the value is not an override.
+    # The overrides are split off after parsing, because in `--reference kernel_size=7` the value is not an override.
     sources, options.overrides = split_overrides(options.sources)
     options.sources = [Path(source) for source in sources]
     if not sources:
@@ -122,7 +122,7 @@ def check_overrides(overrides: list[str], job: "Job | None") -> None:
 
 
 def run_page_of(report: "Report", job: "Job", options: argparse.Namespace, folder: Path) -> str:
-    """Build the page of one run, with figures of its model unless --quick; report missing figures on stderr."""
+    """Build the page of one run, with figures of its model unless --quick is set; report missing figures on stderr."""
     from sasa_train.report.illustrations import curves_section, model_sections
     from sasa_train.report.page import run_page
     from sasa_train.terminal import printable_lines

@@ -66,7 +66,7 @@ def short(label: str) -> str:
 
 
 def limits(intervals: list[Interval]) -> tuple[float, float]:
-    """Return axis limits that include all means and intervals, except that two-seed intervals (t = 12.7) may be cut."""
+    """Return axis limits that include all means and intervals; only two-seed intervals (t = 12.7) may be cut off."""
     trusted = [i for i in intervals if i.n > 2] or intervals
     ends = [i.mean + sign * (i.half_width or 0) for i in trusted for sign in (-1, 1)]
     ends += [i.mean for i in intervals]
@@ -108,7 +108,7 @@ def _draw_accuracy(rows: list[tuple[int, Row]]) -> Figure:
 
 
 def _draw_curves(rows: list[Row]) -> Figure:
-    """Plot val top1 by epoch, one panel per row: mean and range over seeds, with the reference's mean dashed."""
+    """Plot val top1 by epoch, one panel per row: mean and range over seeds; dashes show the reference's mean."""
     shown = best(rows, MAX_PANELS)
     num_columns = min(3, len(shown))
     num_rows = -(-len(shown) // num_columns)
@@ -155,7 +155,7 @@ def curve(row: Row) -> tuple[list[int], list[float], list[float], list[float]]:
 
 
 def _draw_differences(rows: list[Row]) -> Figure:
-    """Plot each row's paired difference to its reference, with its interval, next to the paper's difference."""
+    """Plot each row's paired difference from its reference, with its interval, next to the paper's difference."""
     shown = [(row, row.difference) for row in rows if row.difference is not None]
     figure, (axis,) = new_figure(1, 1, 1.5 + 0.4 * len(shown), "x")
     places = range(len(shown))
@@ -177,7 +177,7 @@ def _draw_differences(rows: list[Row]) -> Figure:
 
 
 def _ours_first(axis: Axes) -> tuple[list[Any], list[str]]:
-    """Return the legend entries with ours first, because matplotlib puts error bars last."""
+    """Return the legend entries with our results first, because matplotlib puts error bars last."""
     handles, labels = axis.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda i: not labels[i].startswith("ours"))
     return [handles[i] for i in order], [labels[i] for i in order]
@@ -194,7 +194,7 @@ def window_lines(rows: list[Row]) -> dict[str, list[tuple[int, Row]]]:
 
 
 def _draw_windows(lines: dict[str, list[tuple[int, Row]]]) -> Figure:
-    """Plot paired differences to each line's own reference by window size, together with the paper's Table 4."""
+    """Plot the paired differences from each line's own reference against window size, with the paper's Table 4."""
     figure, (axis,) = new_figure(1, 1, 3.8, "both")
     references = {rest: window_reference(line) for rest, line in lines.items()}
     for i, (rest, line) in enumerate(lines.items()):
@@ -220,5 +220,5 @@ def _draw_windows(lines: dict[str, list[tuple[int, Row]]]) -> Figure:
 
 
 def window_reference(line: list[tuple[int, Row]]) -> tuple[int, Row]:
-    """Return the point with kernel_size 7, the paper's default, or the smallest one if there is none."""
+    """Return the point with kernel_size 7, the paper's default, or else the smallest one."""
     return next((point for point in line if point[0] == 7), line[0])

@@ -32,7 +32,7 @@ ARTEFACTS = (
 
 
 def headline(job: Job) -> list[tuple[str, str, str]]:
-    """Return the name, value and a note for each headline figure."""
+    """Return the name and value of each headline figure, along with a note."""
     if not job.val:
         return []
     last, best = job.val[-1], max(job.val, key=lambda row: row["top1"])
@@ -45,7 +45,7 @@ def headline(job: Job) -> list[tuple[str, str, str]]:
 
 
 def key_facts(job: Job, row: Row) -> list[tuple[str, str]]:
-    """Return one line per fact, omitting unknown facts."""
+    """Return one line per fact, leaving out unknown ones."""
     config, info = job.config, job.info
     assert config is not None
     last = job.val[-1] if job.val else {}
@@ -84,7 +84,7 @@ def _device(job: Job) -> str:
 
 
 def starts(info: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the starts and restarts in run.json, skipping damaged entries."""
+    """Return the starts and restarts recorded in run.json, skipping damaged entries."""
     found = info.get("starts")
     return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
 
@@ -106,7 +106,7 @@ def environment(job: Job) -> list[tuple[str, str]]:
 
 
 def changed_keys(config: TrainConfig) -> list[tuple[str, str, str, str]]:
-    """Return the key, value, default and description of each key that is not at its default."""
+    """Return the key, value, default and description of each key that differs from its default."""
     defaults, meanings = flatten(compose_config([])), key_table()
     return [
         (key, as_written(value), as_written(defaults[key]), meanings[key].metadata["help"])
@@ -116,7 +116,7 @@ def changed_keys(config: TrainConfig) -> list[tuple[str, str, str, str]]:
 
 
 def artefacts(run_dir: Path, folder: Path) -> list[tuple[str, str, str, str]]:
-    """List the run's files as (name, link from a page in `folder`, readable size or "" for a folder, description)."""
+    """List the run's files: name, link from a page in `folder`, readable size ("" for a folder) and description."""
     found = [(path, meaning) for pattern, meaning in ARTEFACTS for path in sorted(run_dir.glob(pattern))]
     return [
         (str(path.relative_to(run_dir)) + "/" * path.is_dir(), href(path, folder), _size(path), meaning)
@@ -136,7 +136,7 @@ def _size(path: Path) -> str:
 
 
 def warnings(job: Job) -> Iterator[tuple[str, list[str]]]:
-    """Yield a sentence and quoted lines for everything a reader must know before trusting a figure."""
+    """Yield a sentence and any quoted lines for everything that a reader must know before trusting the figures."""
     run_dir, config = job.run_dir, job.config
     assert run_dir is not None and config is not None
     if job.state != "done":
@@ -165,10 +165,10 @@ def _lines(path: Path) -> list[str]:
 
 
 def beside_paper(job: Job, row: Row) -> dict[str, Any] | None:
-    """Compare a run with the paper's row in the report's table, or else with the row of the most similar model.
+    """Compare a run with the paper's entry for `row` or, if there is none, with that of the most similar model.
 
     Return None for models that are not from the paper. `differing` lists keys as "width=0.25 (the paper's 1.0)";
-    `held_out` is a sentence or an empty string.
+    `held_out` is a caveat or an empty string.
     """
     config = job.config
     assert config is not None

@@ -1,4 +1,4 @@
-"""The figures on a run's page: curves from its log; classes and attention from its checkpoint and data."""
+"""The figures on a run's page: curves from its log, and classes and attention from its checkpoint and data."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -69,7 +69,7 @@ def _load_val(trained: TrainedModel) -> ImageSet:
 
 
 def _is_there(data: DataConfig) -> bool:
-    """Check that the data set is on disk; CIFAR's archive must be complete, since a damaged one would be downloaded."""
+    """Check that the data set is on disk; CIFAR's archive must be intact, or it would be downloaded again."""
     root, archive = Path(data.root), {"cifar10": CIFAR10, "cifar100": CIFAR100}.get(data.name)
     if archive is None or (root / "train").is_dir():
         return data.name == "digits" or root.is_dir()
@@ -81,7 +81,7 @@ def _is_there(data: DataConfig) -> bool:
 
 
 def _fill(section: Section, add: Callable[[], None]) -> None:
-    """Add figures, or the reason why they cannot be drawn, since the rest of the page is still useful."""
+    """Add figures to the section or, if they cannot be drawn, the reason, so that the page can still be written."""
     try:
         add()
     except (ConfigError, WeightsError, OSError) as error:
@@ -110,7 +110,7 @@ def _add_classes(section: Section, trained: TrainedModel, val: ImageSet, num_ima
 
 
 def class_rows(found: ValSample, classes: list[str]) -> list[dict[str, str]]:
-    """Return one line per class, the worst class first and classes without images last."""
+    """Return one line per class, with the worst class first and classes without images last."""
     rows = []
     for label, (name, counts) in enumerate(zip(classes, found.confusion.tolist(), strict=True)):
         images, hits = sum(counts), counts[label]

@@ -24,7 +24,7 @@ class Interval:
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Return the mean of one or more values and its 95 % confidence interval, t x s / sqrt(n), where s uses n - 1."""
+    """Return the mean of one or more values and its 95 % interval, t x s / sqrt(n), where s has the divisor n - 1."""
     n = len(values)
     mean = math.fsum(values) / n
     if n == 1:

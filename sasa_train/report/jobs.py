@@ -30,7 +30,7 @@ class Job:
     config: TrainConfig | None = None  # None if the config was refused or is damaged
     val: list[dict[str, Any]] = field(default_factory=list)  # the val rows of metrics.jsonl
     images_per_sec: float | None = None  # median of the train rows
-    seconds: float | None = None  # of training, over all restarts
+    seconds: float | None = None  # training time, summed over all restarts
     info: dict[str, Any] = field(default_factory=dict)  # run.json; empty if it cannot be read
 
     @property
@@ -49,7 +49,7 @@ class Job:
 
 @dataclass
 class Found:
-    """All jobs in the given folders, and the paper tables named by their sweeps."""
+    """All jobs in the given folders, and the tables of the paper that their sweeps name."""
 
     jobs: list[Job] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
@@ -92,7 +92,7 @@ def is_run(folder: Path) -> bool:
 def _read_ledgers(paths: list[Path]) -> tuple[list[dict[str, Any]], dict[str, LedgerJob]]:
     """Read the ledgers of one sweep, one per worker, and return their headers and their jobs.
 
-    If a job is in two ledgers, the entry that is done takes precedence.
+    If a job is listed in two ledgers, the finished entry takes precedence.
 
     Raises:
         ConfigError: a ledger cannot be read, is damaged, has another version, or names an unknown table of the paper.

@@ -54,7 +54,7 @@ class Picture:
 
     @property
     def webp(self) -> str:
-        """Base64 WebP: lossless (a third the size of a chart's PNG), or lossy if lossless would exceed MAX_BYTES."""
+        """Base64-encoded WebP: lossless (a third of a PNG chart's size), or lossy if that would exceed MAX_BYTES."""
         image, file, small = Image.open(io.BytesIO(self.png)).convert("RGB"), io.BytesIO(), io.BytesIO()
         image.save(file, "webp", lossless=True)
         if file.tell() > MAX_BYTES:
@@ -64,7 +64,7 @@ class Picture:
 
 @dataclass
 class Section:
-    """Pictures of one kind; `missing` explains why others could not be drawn, and `rows` is a table below them."""
+    """Pictures of one kind; `missing` explains why others could not be drawn, and `rows` is the table below them."""
 
     id: str
     title: str
@@ -96,7 +96,7 @@ def the_run(report: Report) -> Job | None:
 
 
 def run_page(report: Report, job: Job, sections: list[Section], folder: Path) -> str:
-    """Render the page of one run; `folder` is where the page will be written."""
+    """Render the page of a single run; `folder` is the folder to which the page will be written."""
     (row,) = report.rows
     config, run_dir = job.config, job.run_dir
     assert config is not None and run_dir is not None
@@ -124,7 +124,7 @@ def run_page(report: Report, job: Job, sections: list[Section], folder: Path) ->
 
 
 def sweep_page(report: Report, sources: list[Path], plots: Section, folder: Path) -> str:
-    """Render the page of several runs."""
+    """Render the page for several runs."""
     names = [source.resolve().name for source in sources]
     left_out = len(names) - MAX_NAMES
     listed = not_counted(report)

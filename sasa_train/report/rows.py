@@ -1,4 +1,4 @@
-"""Report rows, which group jobs that differ only in their seed: label, figures, difference to a reference row."""
+"""The rows of the report: each groups jobs that differ only in their seed and is compared with a reference row."""
 
 from dataclasses import dataclass, field
 
@@ -39,12 +39,12 @@ class Row:
 
     @property
     def difference(self) -> Interval | None:
-        """The difference in top1 to the reference row over their common seeds; None for the reference row itself."""
+        """The difference in top1 from the reference row over common seeds; None for the reference row itself."""
         return None if self.reference in (None, self) else paired_difference(self, self.reference)
 
     @property
     def paper_difference(self) -> float | None:
-        """The difference in top1 to the reference row according to the paper."""
+        """The difference in top1 from the reference row according to the paper."""
         if self.reference in (None, self) or self.paper is None or self.reference.paper is None:
             return None
         return self.paper.top1 - self.reference.paper.top1
@@ -112,7 +112,7 @@ def _group(jobs: list[Job], table: int | None) -> tuple[list[Row], list[tuple[Jo
 
 
 def _settings(job: Job, by_overrides: bool) -> dict[str, str] | None:
-    """Return the settings that define a job's row: its overrides, or all keys that affect results, without the seed."""
+    """Return the settings that define a job's row: its overrides or all keys that affect results, without the seed."""
     if by_overrides:
         assert job.overrides is not None
         given = job.overrides
@@ -164,7 +164,7 @@ def _sortable(value: str) -> tuple[int, float, str]:
 
 
 def _choose_references(rows: list[Row], reference: str | None) -> None:
-    """Set each row's reference: the requested row, or the paper's default, or the first row."""
+    """Set each row's reference: the requested row, else the paper's default, else the first row."""
     chosen = find_row(rows, reference) if reference is not None else None
     if chosen is None and not any(row.paper for row in rows):
         chosen = rows[0]
@@ -197,7 +197,7 @@ def find_row(rows: list[Row], text: str) -> Row:
 def _count_models(rows: list[Row]) -> None:
     """Count parameters and forward FLOPs of each row's model at its image size, once per distinct model.
 
-    Both remain None if the number of classes is unknown or if all jobs of the row were refused.
+    Both counts remain None if the number of classes is unknown or if all jobs of the row were refused.
     """
     counted: dict[str, tuple[int, int] | None] = {}
     for row in rows:

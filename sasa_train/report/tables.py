@@ -138,7 +138,7 @@ def _paper_notes(table: int, configs: list[TrainConfig]) -> list[str]:
 
 
 def held_out_note(table: int, configs: list[TrainConfig]) -> str:
-    """Return a sentence if only one of the two top1 values (ours and the paper's) is on val, otherwise ""."""
+    """Return a caveat if only one of the two top1 values (ours and the paper's) was measured on val, else ""."""
     papers_is = table in HELD_OUT_TABLES
     if all((config.data.holdout_fraction > 0) == papers_is for config in configs):
         return ""
@@ -182,7 +182,7 @@ def as_csv(report: Report) -> str:
 
 
 def _record(number: int, row: Row) -> dict[str, Any]:
-    """Return the row's figures as plain values, None for missing ones."""
+    """Return the row's figures as plain values, with None for those that are missing."""
     difference, papers = row.difference, row.paper
     return {
         "number": number,

@@ -30,7 +30,7 @@ PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 
 
 class JobList:
-    """The queue of jobs: interrupted jobs come first, failed ones last, and ended ones are not run again."""
+    """The queue of jobs: interrupted jobs come first, failed ones last, and finished ones are not run again."""
 
     def __init__(self, jobs: Iterable[Job], folder: Path):
         self.folder = folder
@@ -105,7 +105,7 @@ class Processes:
         self.seconds: list[float] = []  # duration of each job completed by this command
 
     def seconds_left(self) -> float | None:
-        """Estimate the remaining seconds from finished jobs or running jobs' epochs; None if neither is available."""
+        """Estimate the seconds left from finished jobs or the epochs of running ones; None if there are neither."""
         now, estimates = time.monotonic(), list(self.seconds)
         for running in self.running if not estimates else []:
             job = running.job
@@ -208,7 +208,7 @@ class Processes:
                 job.tries[-1]["reason"] = job.reason
             if job.state in ("done", "pruned"):
                 self.seconds.append(seconds)
-            self.ledger.save()  # before a search reports to its study, which does not repeat a result
+            self.ledger.save()  # saved before a search tells its study, which does not repeat a result
             self.source.ended(job)
             yield describe_end(job, seconds)
             if job.state in ("failed", "refused") or code not in (DONE, INTERRUPTED):
@@ -221,7 +221,7 @@ def job_arguments(job: Job, folder: Path) -> list[str]:
 
 
 def finish(job: Job, folder: Path, code: int, seconds: float | None, max_tries: int, said: str) -> None:
-    """Set the job's state from its exit code and run folder; `said` is the last line of its output.
+    """Set the job's state from its exit code and run folder; `said` is the last line of the job's output.
 
     The run folder takes precedence, because a signal may have arrived after the run had finished.
     """
@@ -259,7 +259,7 @@ def tail(path: Path, start: int) -> list[str]:
 
 
 def behind_torchrun(code: int, said: list[str]) -> tuple[int, list[str]]:
-    """Return the processes' own exit code, which torchrun replaces with 1, and their output without torchrun's."""
+    """Return the processes' own exit code, which torchrun replaces with 1, and their output without torchrun's own."""
     if saved := [line for line in said if ": saved at step" in line]:
         return INTERRUPTED, saved
     codes = [int(found[1]) for line in said if (found := re.search(r"exitcode\s*: (-?\d+)", line))]
@@ -294,5 +294,5 @@ def visible_gpus() -> list[str]:
 
 
 def _end_with_parent() -> None:
-    """Run in the child process, so that its job saves and stops if the sweep is killed, instead of running on."""
+    """Make this child process receive SIGTERM if the sweep is killed, so that its job saves and stops."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

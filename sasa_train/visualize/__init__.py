@@ -91,7 +91,7 @@ def split_pixel(text: str) -> tuple[int, int]:
 
 
 def split_words(words: list[str]) -> tuple[list[Path], list[str]]:
-    """Split words into runs and figure names; an existing file or folder is a run even if a figure has the same name.
+    """Split words into runs and figure names; an existing file or folder counts as a run even if a figure has its name.
 
     Raises:
         ConfigError: there is no run, or a word is neither a run nor the name of a figure.
@@ -114,7 +114,7 @@ def visualize(source: Path, names: list[str], options: argparse.Namespace) -> in
     Raises:
         WeightsError: the attention weights of a query do not sum to one.
         CheckpointError: `source` contains no readable checkpoint.
-        ConfigError: something is invalid; nothing has been drawn yet.
+        ConfigError: the request is invalid (raised before anything is drawn).
     """
     from sasa_train.terminal import printable, say
     from sasa_train.trained import load_trained
@@ -148,7 +148,7 @@ def visualize_several(sources: list[Path], names: list[str], options: argparse.N
     """Overlay the curves of several runs, read from their logs.
 
     Raises:
-        ConfigError: a source is not a run folder, or an option applies only to a single run.
+        ConfigError: a source is not a run folder, or one of the options applies only to a single run.
     """
     from sasa_train.runs.metrics import read_metrics
     from sasa_train.terminal import printable, say

@@ -21,7 +21,7 @@ def short_name(name: str) -> str:
 
 
 def draw_class_accuracy(confusion: Tensor, classes: list[str]) -> Figure:
-    """Draw top1 per class as bars, worst first, labelled correct / images; of many classes only both ends are shown."""
+    """Draw top1 per class as bars, worst first, labelled correct / images; if many, only the worst and best ones."""
     counts = confusion.numpy()
     hits, images = counts.diagonal(), counts.sum(1)
     seen = [label for label in range(len(classes)) if images[label]]
@@ -46,9 +46,9 @@ def draw_class_accuracy(confusion: Tensor, classes: list[str]) -> Figure:
 
 
 def draw_confusion(confusion: Tensor, classes: list[str]) -> Figure:
-    """Draw labels against predictions in percent of each label's images, with counts in the cells if they fit.
+    """Draw labels against predictions as percentages of each label's images, with counts in the cells if they fit.
 
-    The colour scale is a square root, so that rare confusions stay visible.
+    The colour scale follows the square root, so that rare confusions stay visible.
     """
     counts = confusion.numpy()
     parts = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)

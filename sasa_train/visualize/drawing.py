@@ -41,7 +41,7 @@ MAPS, MEANS = OF_ATTENTION[:2], OF_ATTENTION[2:]
 
 @dataclass
 class Choice:
-    """Selects what attention maps show; by default a few val images, the last layer of each stage, and all heads.
+    """Selects what attention maps show: by default, a few val images, the last layer of each stage, and all heads.
 
     `pixels` are (row, column) in the image as the model receives it.
     """
@@ -59,7 +59,7 @@ def draw_run(
     num_images: int = NUM_IMAGES,
     choice: Choice | None = None,
 ) -> Iterator[Drawn]:
-    """Draw the named figures that are available for this run (`not_drawable` explains why others are not).
+    """Draw the named figures that this run can have (`not_drawable` explains why others cannot be drawn).
 
     Figures that need no data come first, so that the caller receives them even if the data is missing.
 
@@ -102,7 +102,7 @@ def draw_run(
 
 
 def not_drawable(trained: TrainedModel, run_dir: Path | None) -> dict[str, str]:
-    """Return the reason for each figure that cannot be drawn."""
+    """For each figure that cannot be drawn, return the reason."""
     reasons: dict[str, str] = {}
     layers = attention_layers(trained.model)
     if not layers:
@@ -150,7 +150,7 @@ def read_files(files: Sequence[str], size: int) -> tuple[Tensor, Tensor]:
 
 
 def read_first(trained: TrainedModel, val: ImageSet) -> tuple[Tensor, Tensor]:
-    """Read a few val images of different classes and their labels.
+    """Read a few val images of different classes, along with their labels.
 
     Raises:
         ConfigError: none of the images can be read.
@@ -186,7 +186,7 @@ def _draw_maps(
 
 
 def look_at_images(trained: TrainedModel, images: Tensor, labels: Tensor, choice: Choice) -> list[View]:
-    """Return a view for each query pixel of each image; images: uint8 [B, 3, S, S], labels: [B], -1 if unknown."""
+    """Return a view for each query pixel of each image; images: uint8 [B, 3, S, S], labels: [B], or -1 if unknown."""
     layers = list(choice.layers or default_layers(trained))
     device, config = resolve(trained.config)
     model, normalize = trained.model.to(device), trained.normalize(device)

@@ -36,7 +36,7 @@ class Window:
 
     @property
     def box(self) -> Box:
-        """The window in pixels, clipped at the map border, which may exceed the image's by less than a position."""
+        """The window in pixels, clipped at the map border, which may be outside the image by less than one position."""
         return self._pixels(self.top, self.left, *self.weights.shape[1:])
 
     @property
@@ -58,12 +58,12 @@ class Distances:
 
 
 def is_stems(weights: Tensor) -> bool:
-    """Return True for weights of an attention stem [..., blocks, 16, 16], False for a layer's [..., H, W, K*K]."""
+    """Return True for the weights of an attention stem [..., blocks, 16, 16]; a layer's are [..., H, W, K*K]."""
     return weights.shape[-1] == BLOCK_SIZE**2
 
 
 def reduction_of(map_side: int, image_side: int) -> int:
-    """Return the pixels per position, a power of two because each stride halves the side and rounds up."""
+    """Return the number of pixels per position, a power of two because each stride halves the side, rounding up."""
     return 2 ** math.ceil(math.log2(image_side / map_side))
 
 
@@ -101,7 +101,7 @@ def default_pixels(image: np.ndarray) -> list[tuple[int, int]]:
 
 
 def mean_distances(weights: Tensor) -> Tensor:
-    """Return the mean distance of each head in positions, [N]; weights: [B, N, H, W, K*K] or [B, N, blocks, 16, 16]."""
+    """Return each head's mean distance in positions, [N]; weights: [B, N, H, W, K*K] or [B, N, blocks, 16, 16]."""
     if is_stems(weights):
         distances = block_distances(weights.device)
     else:

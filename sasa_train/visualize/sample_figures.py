@@ -19,7 +19,7 @@ from sasa_train.trained import TrainedModel
 def augmented_samples(
     trained: TrainedModel, train: ImageSet, num_images: int, num_epochs: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return train images, uint8 [B, 3, S, S], as val preprocesses them and as each of the first epochs augments them.
+    """Return train images, uint8 [B, 3, S, S], preprocessed as for val and augmented as in each of the first epochs.
 
     With mixup or cutmix, they are mixed with one another; in training they are mixed with other images.
 

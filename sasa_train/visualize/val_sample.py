@@ -1,4 +1,4 @@
-"""A single pass over a sample of val that keeps in memory only what the figures require."""
+"""A single pass over a sample of val that keeps in memory only the results that the figures require."""
 
 from dataclasses import dataclass, field
 
@@ -34,8 +34,8 @@ class ValSample:
     """The results for `num_images` images.
 
     `confusion`, int64 [num_classes, num_classes], counts images by label (row) and prediction; `mistakes` are the
-    NUM_MISTAKES most confident ones, in order; `distances` and `relative_scores` ([N, K, K] by layer) are empty
-    if they were not requested.
+    NUM_MISTAKES most confident wrong predictions, in order; `distances` and `relative_scores` ([N, K, K] by layer) are
+    empty if they were not requested.
     """
 
     num_images: int
