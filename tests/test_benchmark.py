@@ -178,7 +178,7 @@ def test_models_under_autocast_with_checkpointing(dtype, tmp_path):
         (["attention", "--backends", "natten"], "natten is not installed"),
         (["attention", "--backends", "flex", "--device=cpu"], "backward"),
         (["attention", "--kernel-size=4"], "odd"),
-        (["attention", "--json=nowhere/out.json"], "no folder nowhere"),
+        (["attention", "--json=nowhere/out.json"], "the folder nowhere does not exist"),
     ],
 )
 def test_refusals_name_the_remedy(arguments, message, capsys):
