@@ -71,7 +71,7 @@ def main() -> int:
 
 
 def link_images(root: Path, folder: Path, num_images: int) -> None:
-    """Create a data set of `num_images` links to the images in `root`: all in train/, plus one per image in val/."""
+    """Create a data set of `num_images` links to the images in `root`, all in train/; each image also gets a link in val/."""
     found = ImageFolder(str(root / "train" if (root / "train").is_dir() else root))
     random.seed(0)
     samples = random.sample(found.samples, len(found.samples))
