@@ -1,7 +1,7 @@
 """ImageNet results published in arXiv 1906.05909, and the mapping from our models to the rows of its tables.
 
-A model is described by the keys of its config, including `name`; missing keys count as None. Our depth, data and width
-may differ from the paper's, so compare only differences within a table, not the values themselves.
+A model is described by the keys of its config, including `name`; missing keys are treated as None. Our depth, data
+and width may differ from the paper's, so compare only differences within a table, not the values themselves.
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,6 @@
 """Two torch.library ops that run the attention stem with the compiled float32 CPU kernel, `csrc/attention_stem.cpp`.
 
-The stem is defined by `AttentionStem` in sasa_train/models/layers.py, which also runs on all other devices. It calls
+`AttentionStem` in sasa_train/models/layers.py defines the stem and also runs it on all other devices. It calls
 `attention_stem` (all positions) or, if batch norm and max pooling follow, `attention_stem_pooled` (the maximum of each
 block, and the mean and variance of each channel).
 """

@@ -38,7 +38,7 @@ class PointwiseConv2d(nn.Conv2d):
 
 
 class LocalSelfAttention2d(nn.Module):
-    """Self-attention over a K x K window around each position, which replaces a K x K convolution (Eq. 3).
+    """Self-attention over a K x K window around each position, a replacement for a K x K convolution (Eq. 3).
 
     Query, key and value projections are dense, have no bias and are split into heads. There is no output projection.
     With `stride=2`, attention runs at the input resolution, followed by a 2x2 average pool. Input and output are BCHW.

@@ -26,7 +26,7 @@ def train_safely(config: TrainConfig, stop: StopRequest | None = None) -> int:
 
 
 def _train(config: TrainConfig, stop: StopRequest) -> int:
-    # Importing torch takes seconds. It is imported here, so that a signal during the import counts as a stop request.
+    # Importing torch takes seconds. It is imported here, so that a signal meanwhile is treated as a stop request.
     from sasa_train.processes.collectives import lost_partner
     from sasa_train.training.run import train
 

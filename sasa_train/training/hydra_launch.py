@@ -143,7 +143,7 @@ def _exit_code(job: JobReturn) -> int:
 
 @contextmanager
 def _deaths_as_results() -> Iterator[None]:
-    """Context manager that makes submitit return a result for dead jobs too, and prints the end of failed jobs' logs."""
+    """Context manager that makes submitit return a result for dead jobs too and prints the end of failed jobs' logs."""
     # Without this, submitit's launcher would drop all jobs if one of them died.
     try:
         from submitit import Job

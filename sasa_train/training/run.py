@@ -185,7 +185,7 @@ def begin_with(
 
 
 def open_together(config: TrainConfig, run_name: str) -> RunFolder:
-    """Open the run on the first process and send the checkpoint to the others, which may not share its disk."""
+    """Open the run on the first process and send the checkpoint to the others, which may use a different disk."""
     opened: list[RunFolder] = []
 
     def opening() -> tuple[Path, dict[str, Any] | None, bool]:
