@@ -70,7 +70,7 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 
 def resolve(config: TrainConfig) -> tuple[torch.device, TrainConfig]:
-    """Return the device, and the config with `precision=auto` and the accumulation resolved for it.
+    """Return the device, and the config with `precision=auto` and gradient accumulation resolved for it.
 
     This also sets torch's options for determinism and matrix precision.
 

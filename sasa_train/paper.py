@@ -1,7 +1,7 @@
 """ImageNet results published in arXiv 1906.05909, and the mapping from our models to the rows of its tables.
 
-A model is described by the keys of its config, including `name`; missing keys count as None. Our depth, data and width
-may differ from the paper's, so compare only differences within a table, not the values themselves.
+A model is described by the keys of its config, including `name`; missing keys are treated as None. Our depth, data
+and width may differ from the paper's, so compare only differences within a table, not the values themselves.
 """
 
 from collections.abc import Mapping
@@ -74,7 +74,7 @@ MODELS = frozenset(row.model for row in ROWS)
 
 
 def matching_row(keys: Mapping[str, Any], table: int) -> Row | None:
-    """Return the table's row whose varied keys have the model's values, or None (also if the model is not ours)."""
+    """Return the table's row that matches the model in all varied keys, or None (also if the model is not ours)."""
     if keys["name"] not in MODELS:
         return None
     ours = all_keys(keys)
@@ -83,24 +83,24 @@ def matching_row(keys: Mapping[str, Any], table: int) -> Row | None:
 
 
 def reference_row(row: Row) -> Row:
-    """Return the baseline of a row: the table's first row of the same depth whose keys all follow from its name."""
+    """Return the baseline of a row: the table's first row of the same depth whose keys are all implied by its name."""
     rows = (other for other in ROWS if other.table == row.table and _keys_of(other) == all_keys({"name": other.model}))
     return next(other for other in rows if _keys_of(other)["depth"] == _keys_of(row)["depth"])
 
 
 def nearest_row(keys: Mapping[str, Any]) -> Row | None:
-    """Return the first row whose model differs in the fewest keys, or None if the model is not ours."""
+    """Return the first row that differs from the model in the fewest keys, or None if the model is not ours."""
     return min(ROWS, key=lambda row: len(differing_keys(row, keys))) if keys["name"] in MODELS else None
 
 
 def differing_keys(row: Row, keys: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return a dict from each key in which our model differs from the row's to the pair (row's value, our value)."""
+    """Return a dict that maps each key in which our model differs from the row to the pair (row's value, our value)."""
     papers, ours = _keys_of(row), all_keys(keys)
     return {key: (papers[key], ours[key]) for key in ours if papers[key] != ours[key]}
 
 
 def all_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all keys that define one of our models, including those implied by its name."""
+    """Return all keys that define one of our models, including those implied by the name."""
     family, _, depth = keys["name"].partition("_resnet")
     implied = {
         "family": family,

@@ -1,14 +1,14 @@
 """Inject faults into runs, continue them with the same command, and compare them with an undisturbed run.
 
-Processes are killed, signalled, stopped and raced, disks fill up, files are truncated, corrupted and deleted, and
-images and configs change between starts, all at seeded random moments. Each fault must end as documented in
+Processes are killed, signalled, stopped or started twice, disks fill up, files are truncated, corrupted or deleted, and
+images and configs change between starts, all at random moments drawn from a seed. Each fault must end as documented in
 docs/reliability.md: the run either continues or stops with the documented error. At the end, every tensor of last.pt
 and best.pt and every row of metrics.jsonl (except timings) must be identical to those of the undisturbed run.
 
-The embedded digits are written as class folders and as tar shards. The disturbed runs alternate between resident data
-and streaming with 0, 1 or 3 workers, from folders and from shards; the undisturbed run uses the first of these modes.
-Three recipes together cover the framework's augmentations, losses and optimizers. All of them use a moving average,
-drop path, accumulation and mixing.
+The embedded digits are written as class folders and as tar shards. The disturbed runs alternate between data held
+in memory and streaming with 0, 1 or 3 workers, from folders and from shards; the undisturbed run uses the first of
+these modes. Three recipes together cover the framework's augmentations, losses and optimizers. All of them use a moving
+average, drop path, accumulation and mixing.
 
 usage: python scripts/chaos.py [--faults 20] [--kinds KIND,...] [--recipe rand|trivial|large] [--seed 0]
                                [--tally FILE.json] [--keep FOLDER] [key=value ...]
@@ -174,7 +174,7 @@ class Chaos:
         if self.wait(process, moment, self.random.randint(1, 10)):
             process.send_signal(number)
             start = time.monotonic()
-        # Before the command's first lines have run, a signal ends it like any other process; no work is lost.
+        # Until the command's first lines have run, a signal ends it as it would any other process; no work is lost.
         codes = (0, -number) if number == signal.SIGKILL or moment == "start-up" else (0,)
         code = self.end(process, codes if number == signal.SIGKILL else (*codes, 75))
         if code == 75:
@@ -263,7 +263,7 @@ class Chaos:
             raise Failure(f"it did not go on:\n{log[-2000:]}")
 
     def after_damage(self, name: str, damage: Callable[..., object], message: str = "", at_least: int = 1) -> None:
-        """Damage a file of a run with at least `at_least` checkpoints; check that it continues and prints `message`."""
+        """Damage a file of a run with `at_least` or more checkpoints; check that it continues and prints `message`."""
         self.need_checkpoints(at_least)
         path = self.broken / name
         damage(self, next(path.iterdir()) if path.is_dir() else path)
@@ -470,7 +470,7 @@ def write_digits(folder: Path) -> None:
 def is_moment(run_dir: Path, rows: list[dict[str, Any]], moment: str) -> bool:
     if moment == "a save":
         return any((run_dir / "checkpoints").glob("*.tmp"))
-    if moment == "evaluation":  # the epoch's last train row has been written, its val row has not
+    if moment == "evaluation":  # the epoch's last train row has been written, but not its val row
         return rows[-1]["split"] == "train" and rows[-1]["step"] % STEPS_PER_EPOCH == 0
     return rows[-1]["step"] % STEPS_PER_EPOCH != 0
 

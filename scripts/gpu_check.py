@@ -7,7 +7,7 @@ command again runs the parts that are not done yet; --only always runs the given
 
 usage: python scripts/gpu_check.py FOLDER --call 1
        python scripts/gpu_check.py FOLDER --call 2 --data CIFAR10     (class folders, train/ and test/)
-       python scripts/gpu_check.py FOLDER --dry-run                   (both calls with tiny sizes on a CPU, interpreted)
+       python scripts/gpu_check.py FOLDER --dry-run                   (both calls; tiny sizes, interpreted on a CPU)
 """
 
 import argparse
@@ -58,7 +58,7 @@ TINY_TRAINING = [
     "augment.mix_off_epochs=0", "schedule.warmup_epochs=0",
 ]  # fmt: skip
 MAX_BYTES = 15 * 2**20  # per file of weights, small enough for most file transfers
-TENSOR_PASSES = 12  # forward: read q, k, v, write the output; backward: read these and its gradient, write three
+TENSOR_PASSES = 12  # forward: read q, k, v, write the output; backward: read these and grad_output, write three
 FULL_SHAPES = ((56, 64), (28, 128), (14, 256), (32, 64))  # map size, channels
 COPY_BYTES, MATMUL_SIDE = 2**30, 8192
 
@@ -144,7 +144,7 @@ def part_command(part: str, options: argparse.Namespace) -> list[str]:
 
 
 def benchmark(kind: str, dtype: str, dry_run: bool, only: str | None = None, repeats: int = 9) -> list[str]:
-    """Return the Python arguments that run sasa-benchmark with all its shapes or models, or with one of them."""
+    """Return the Python arguments that run sasa-benchmark with all its shapes or models, or with only one of them."""
     device = ["-m", "sasa_train.benchmark", *(["model"] if kind == "models" else ["attention"])]
     rest = [f"--dtype={dtype}", f"--repeats={1 if dry_run else repeats}", f"--device={'cpu' if dry_run else 'cuda'}"]
     if kind == "models":
@@ -152,7 +152,7 @@ def benchmark(kind: str, dtype: str, dry_run: bool, only: str | None = None, rep
         size = ["--image-size=8", "--batch-size=2", "--num-classes=5"]
         full = ["--image-size=224", "--batch-size=128", "--compile", "--memory-format=channels_last"]
         return [*device, *models, *(size if dry_run else full), *rest]
-    # FlexAttention compiles again for every shape, forward and backward, so it is run on only a few.
+    # FlexAttention is recompiled for every shape, forward and backward, so only a few shapes are run.
     shapes = [only] if only else list(TINY_SHAPES if dry_run else SHAPES[:2] if kind == "flex" else SHAPES)
     backends = ["conv", "triton"] + (["cpu" if dry_run else "flex"] if kind == "flex" else [])
     tiny = ["--num-heads=2", "--kernel-size=3", "--batch-size=1"]
@@ -181,7 +181,7 @@ def measure_right(options: argparse.Namespace) -> int:
 
 
 def measure_compile(options: argparse.Namespace) -> int:
-    """Fill the caches on disk by running each benchmark of this call once, in a process per shape and model."""
+    """Fill the caches on disk by running each benchmark of this call once, in one process per shape or model."""
     whole = [("op", shape) for shape in SHAPES] + [("models", model) for model in MODELS]
     tiny = [("op", TINY_SHAPES[0]), ("models", TINY_MODELS[1])]
     started = {}
@@ -324,7 +324,7 @@ def measure_roofline(options: argparse.Namespace) -> int:
 
 
 def _fractions(case: Any, seconds: float, bandwidth: float, rate: float) -> dict[str, Any]:
-    """Return a row for `bandwidth` in bytes/s and `rate` in FLOP/s, counting 3 products, or 9 with backward."""
+    """Return a row for `bandwidth` in bytes/s and `rate` in FLOP/s, counting 3 products, or 9 including backward."""
     num_values = case.batch_size * case.channels * case.height * case.width
     bytes_per_sec = TENSOR_PASSES * num_values * (4 if case.dtype == "fp32" else 2) / seconds
     flops_per_sec = 3 * 3 * 2 * case.kernel_size**2 * num_values / seconds

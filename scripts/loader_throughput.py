@@ -1,7 +1,7 @@
 """Measure the images/s of our loaders, timm's `create_loader` and a plain torchvision loader on the same files.
 
-By default, the loaders stream the files: they crop (random-resized, bilinear), flip and return normalised float32
-batches. The worker and the main process share one core, so that the result is images/s per core. With
+By default, the loaders read the files in every epoch, crop (random-resized, bilinear), flip and return normalised
+float32 batches. The worker and the main process share one core, so that the result is images/s per core. With
 --resident, our loader decodes the data set once, then pads, crops and flips whole batches on all cores; it is compared
 with torchvision DataLoaders that process single samples in 2 workers, from files and from an array in memory.
 
@@ -71,7 +71,7 @@ def main() -> int:
 
 
 def link_images(root: Path, folder: Path, num_images: int) -> None:
-    """Create a data set of `num_images` links to the images in `root`: all in train/, plus one per image in val/."""
+    """Create a data set of `num_images` links to the images in `root` in train/, and link each image once in val/."""
     found = ImageFolder(str(root / "train" if (root / "train").is_dir() else root))
     random.seed(0)
     samples = random.sample(found.samples, len(found.samples))

@@ -1,8 +1,8 @@
-"""Measure the overhead of the trainer compared with a bare loop on the same model, optimizer and resident batches.
+"""Measure the overhead of the trainer over a bare loop that uses the same model, optimizer and in-memory batches.
 
 The bare loop runs forward, loss, backward and update. The trainer adds the schedule, sums for the log, the non-finite
 check, a log row every --log-every steps (metrics.jsonl, TensorBoard, console) and polling for signals. After a warm-up,
-the two train for one epoch each in turn. The script prints the median and range of the images/s, and the ratio.
+the two take turns, training one epoch at a time. The script prints the median and range of the images/s, and the ratio.
 
 usage: python scripts/loop_overhead.py [--rounds 40] [--log-every 50] [key=value ...]   (overrides of the run's config)
 """
@@ -50,7 +50,7 @@ def main() -> int:
     for name, values in seconds.items():
         speed = spread([images / s for s in values])
         print(f"{name:<8} {speed['median']:8.1f} images/s (from {speed['min']:.1f} to {speed['max']:.1f})")
-    found = ratio(seconds["bare"], seconds["trainer"])  # of the speeds
+    found = ratio(seconds["bare"], seconds["trainer"])  # ratio of the speeds
     low, high = found["quartiles"]
     median = f"median of {arguments.rounds} pairs: {found['median']:.4f}"
     print(f"ratio trainer/bare, {median} (quartiles {low:.4f} to {high:.4f})")

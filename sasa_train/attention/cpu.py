@@ -34,8 +34,8 @@ INSTRUCTION_SETS = {
     "baseline": (),
 }
 # Pairs of compile and link flags, for torch's OpenMP, the compiler's own OpenMP and a single thread. The first pair
-# that builds and loads is used. The library is preferably linked without OpenMP and uses the one that torch has loaded,
-# because a second OpenMP runtime would keep a second thread pool spinning alongside torch's.
+# that builds and loads is used. If possible, the library is linked without OpenMP and uses the runtime that torch has
+# already loaded, because a second OpenMP runtime would keep a second thread pool spinning alongside torch's.
 OPENMP = ((("-fopenmp",), ()), (("-fopenmp",), ("-fopenmp",)), ((), ()))
 COMPILERS = ("g++", "c++", "clang++")
 BUILD_SECONDS = 300
@@ -77,7 +77,7 @@ def empty_output(value: Tensor, stride: int) -> Tensor:
 
 
 def statistics_shape(query: Tensor) -> tuple[int, int, int, int]:
-    """Return the statistics' shape [planes, H, 2, W]: two float32 values per head and position, in lane order."""
+    """Return the shape [planes, H, 2, W] of the statistics: two float32 values per head and position, in lane order."""
     batch, num_heads, height, width, _ = query.shape
     return (batch * num_heads + MAX_LANES - 1) // MAX_LANES * MAX_LANES, height, 2, width
 
@@ -144,7 +144,7 @@ def _problem(inputs: Inputs, border: str, stride: int, statistics: Tensor) -> tu
     if rel_height is None or rel_width is None:
         return problem, []
     tables = [rel.to(torch.float32) for rel in (rel_height, rel_width)]
-    if tables[0].dim() != tables[1].dim():  # the kernel needs both shared or both per head
+    if tables[0].dim() != tables[1].dim():  # the kernel requires both to be shared or both per head
         tables = [rel.expand(problem.num_heads, -1, -1) for rel in tables]
     tables = [rel.contiguous() for rel in tables]
     problem.rel_per_head = tables[0].dim() == 3
@@ -238,8 +238,8 @@ def _built(source: str, compiler: str, flags: tuple[str, ...], link_flags: tuple
         command = [compiler, *flags, str(path), "-o", aside, *link_flags]
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=BUILD_SECONDS)
         built = folder / f"{source}-{key}-{_digest(Path(aside).read_bytes())}.so"
-        # If two processes build at the same time, the work is done twice, but the rename keeps both from loading a
-        # partial file.
+        # If two processes build at the same time, the work is done twice, but the rename ensures that neither
+        # loads a partial file.
         os.replace(aside, built)
     finally:
         Path(aside).unlink(missing_ok=True)

@@ -79,7 +79,7 @@ def attention_weights(
 ) -> Tensor:
     """Compute the weights that `local_attention` assigns to each position's window, using the reference backend.
 
-    The arguments are those of `local_attention`, without `value` and `backend`.
+    The arguments are those of `local_attention`, except `value` and `backend`.
 
     Returns:
         [B, N, H, W, K*K] in row-major window order, float32 (float64 if `query` is float64), differentiable. The last
@@ -111,7 +111,7 @@ def local_attention_qkv(
             dimension, only the existing positions are averaged.
     """
     # A single input tensor has a single gradient tensor with the same strides. Three separate gradients would have to
-    # be stacked and copied back into the layout of the projection, which took longer than the attention.
+    # be stacked and copied back into the layout of the projection, which took longer than the attention itself.
     if projections.dim() != 6 or projections.shape[0] != (3 if content else 2):
         raise ValueError(
             f"projections must be [{3 if content else 2}, B, N, H, W, D] with content={content}; "
@@ -148,7 +148,7 @@ def _pool(output: Tensor) -> Tensor:
 
 
 def _spread(grad_output: Tensor, height: int, width: int) -> Tensor:
-    """Backpropagate through `_pool`, dividing each gradient equally among the pool's (at most four) positions."""
+    """Backpropagate through `_pool`, dividing each gradient equally among the (at most four) pooled positions."""
     rows, cols = (torch.arange(side, device=grad_output.device) // 2 for side in (height, width))
     num_rows, num_cols = ((2 * rows + 2).clamp(max=height) - 2 * rows, (2 * cols + 2).clamp(max=width) - 2 * cols)
     count = num_rows[:, None] * num_cols[None, :]
@@ -186,7 +186,7 @@ def _backward_into(
 
 
 def _forward_flops(query, key, value, rel_height, rel_width, kernel_size, *_, **__) -> int:
-    """Count 2*K*K*D FLOPs per head and position for each of q.k, q.r and weights times values, with full windows."""
+    """Count 2*K*K*D FLOPs per head and position for each of q.k, q.r and weights times values (full windows)."""
     batch, num_heads, height, width, head_dim = query
     num_products = 1 + (key is not None) + (rel_height is not None)
     return num_products * 2 * kernel_size**2 * head_dim * batch * num_heads * height * width

@@ -37,8 +37,8 @@ def define_operator(
         outputs: the outputs of `forward`. The backward op receives, under the names in `backward_inputs`, the gradients
             of the outputs listed in `grads`, then the outputs listed in `kept`, followed by `tensors` and `options`.
         fake: a function that returns outputs like those of `forward`, but without values.
-        skips_first: whether the backward op has a last argument `needs_x` and omits the gradient of the first tensor
-            if it is false.
+        skips_first: whether the backward op takes a final argument `needs_x` and, if that is false, omits the gradient
+            of the first tensor.
         flops: a function that counts the FLOPs of a forward pass, given the same arguments with shapes for tensors.
     """
     num_before, num_tensors, num_options = len(grads) + len(kept), tensors.count(",") + 1, options.count(",") + 1

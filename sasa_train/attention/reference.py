@@ -14,7 +14,7 @@ Public implementations differ in their conventions. This one uses the following:
 - Embeddings are added to the scores only, never to the values.
 - With `border="mask"`, the softmax excludes positions outside the image. With `border="zero"`, it includes them with
   zero keys and values; they keep their relative term and therefore take weight away from the image.
-- Half-precision inputs are computed in float32 and rounded once at the end.
+- With half-precision inputs, all computation is in float32, and the result is rounded once at the end.
 
 Query, key, value and output have shape [B, N, H, W, D] (batch, heads, height, width, head_dim) and any strides. The
 embeddings have shape [K, D/2] if the heads share them, otherwise [N, K, D/2].

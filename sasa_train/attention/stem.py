@@ -1,6 +1,6 @@
 """Two torch.library ops that run the attention stem with the compiled float32 CPU kernel, `csrc/attention_stem.cpp`.
 
-The stem is defined by `AttentionStem` in sasa_train/models/layers.py, which also runs on all other devices. It calls
+`AttentionStem` in sasa_train/models/layers.py defines the stem and also runs it on all other devices. It calls
 `attention_stem` (all positions) or, if batch norm and max pooling follow, `attention_stem_pooled` (the maximum of each
 block, and the mean and variance of each channel).
 """
@@ -16,7 +16,7 @@ from sasa_train.attention import cpu
 from sasa_train.attention.operators import define_operator
 
 SIDE = 4  # height and width of a block
-# A score costs in_channels multiplications here instead of head_dim, so the gain is larger for fewer channels.
+# A score costs in_channels multiplications here instead of head_dim, so the gain is larger with fewer channels.
 MAX_IN_CHANNELS = 8
 LOG2_E = 1.4426950408889634  # the kernel computes exponentials in base 2
 
@@ -27,12 +27,12 @@ log = logging.getLogger(__name__)
 def can_run(
     backend: str, device: str, dtype: torch.dtype, in_channels: int, weights: torch.dtype, autocast: bool
 ) -> bool:
-    """Return whether the kernel supports this image and these weights, building it at first use.
+    """Return whether the kernel supports this image and these weights; build the kernel at first use.
 
-    If it does not, `backend="cpu"` raises an error, and "auto" logs once why PyTorch runs on the CPU instead.
+    If the kernel cannot run, "cpu" raises an error, and "auto" logs once why PyTorch runs on the CPU instead.
 
     Raises:
-        RuntimeError: `backend="cpu"` cannot run.
+        RuntimeError: `backend="cpu"` is requested but cannot run.
     """
     reason = _unavailable(device, dtype, in_channels, weights, autocast)
     if backend == "cpu" and reason is not None:
@@ -92,11 +92,11 @@ def attention_stem_pooled(
     """Compute only those parts of `attention_stem`'s output that a per-channel affine map and 4x4 max pooling require.
 
     Args:
-        sign: [C], 1 for channels whose affine map is increasing, -1 if it is decreasing and 0 if it is constant.
+        sign: [C], for each channel, 1 if the affine map is increasing, -1 if it is decreasing and 0 if it is constant.
 
     Returns:
-        The maximum of each block (the minimum if its sign is -1, the first value if 0), [B, C, H/4, W/4] in the stride
-        order of x; and the mean and biased variance [C] of each channel over all positions.
+        The maximum of each block (the minimum if `sign` is -1, the first value if it is 0), [B, C, H/4, W/4] in the
+        stride order of x; and the mean and biased variance [C] of each channel over all positions.
     """
     picked, _, mean, variance = _attention_stem_pooled(
         x.float(), w_qk, w_v, mixture, rel_height, rel_width, num_heads, sign
@@ -158,7 +158,7 @@ def _heads(w_qk: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
 
 
 def _tables(weights: _Weights, num_heads: int) -> Tensor:
-    """Convert weights to the kernel's tables: M, row and col per head (see its source), and W_V per block position."""
+    """Convert weights to the kernel's tables: M, row and col per head (see the C++ source), W_V per block position."""
     w_qk, w_v, mixture, rel_height, rel_width = weights
     w_q, w_k = _heads(w_qk, num_heads)
     form = torch.einsum("ndi,ndj->nij", w_q, w_k)

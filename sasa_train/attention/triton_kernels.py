@@ -31,7 +31,7 @@ from sasa_train.attention.reference import Grads, Inputs, table_gradient
 
 MAX_KERNEL_SIZE = 15  # the tables' rows are padded to 16
 MAX_HEAD_DIM = 128
-WINDOW_COLUMNS = 16  # W: padded number of columns that a tile reads; for 16 positions, 32 is more work for any K
+WINDOW_COLUMNS = 16  # W: padded number of columns that a tile reads; for 16 positions, W = 32 means more work for any K
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads this when the decorators below run
 CAST = tl.constexpr(INTERPRETED)  # the interpreter computes wrong bfloat16 products
@@ -39,12 +39,13 @@ TABLE_ROWS = tl.constexpr(16)
 LOG2_E = tl.constexpr(1.4426950408889634)  # 2^x is one instruction
 
 
-# Small tiles are faster for this reason: each query computes W (tile_h + K - 1) P / (tile_h tile_w) scores, of
+# Small tiles are faster for the following reason. Each query computes W (tile_h + K - 1) P / (tile_h tile_w) scores, of
 # which K K are used. At K = 7 and 8 columns, these are 49 of 128 with two query rows, of 160 with four and of 224 with
 # eight, while each key is read 7, 4.4 and 3 times. The bottleneck is the work of a warp on a score besides the
-# products, about 10 instructions, which small tiles and a single warp minimise. Compiled for an H100 (D = 16,
-# bfloat16), a query costs 137 warp instructions forward and 278 + 171 backward with P = 16 and one warp, but 242 and
-# 481 + 322 with P = 64 and four. Many channels need more warps because they fill the registers of one.
+# products, about 10 instructions, which small tiles and a single warp minimise. When compiled for an
+# H100 (D = 16, bfloat16), the kernels need 137 warp instructions per query forward and 278 + 171 backward with P = 16
+# and one warp, but 242 and 481 + 322 with P = 64 and four warps. With many channels, more warps are needed, because the
+# values fill the registers of a single warp.
 class Config(NamedTuple):
     """Launch parameters of a kernel: positions per program (P, a power of two >= 16), warps and loop stages."""
 
@@ -164,7 +165,7 @@ def _bias(by_height, per_column, dy, K: tl.constexpr):
 
 @triton.jit
 def _online(s, largest, total):
-    """Add a key row to the softmax; return the new maximum and total, the row's numerators and the old sums' factor."""
+    """Add a key row to the softmax; return the new maximum and total, its numerators, and the factor for old sums."""
     larger = tl.maximum(largest, tl.max(s, 1) * LOG2_E)
     shrink = tl.exp2(largest - larger)
     e = tl.exp2(s * LOG2_E - larger[:, None])
@@ -204,8 +205,8 @@ def _forward_kernel(
         by_width = tl.dot(q.to(tl.float32), tl.trans(table_w), input_precision="tf32x3")
     per_column = _per_column(by_width, dx, in_reach)
 
-    # The maximum is in units of ln 2. It starts finite, because -inf - (-inf) would be NaN if the first key row is out
-    # of reach.
+    # The maximum is in units of ln 2. Its initial value is finite, because -inf - (-inf) would be NaN if the first
+    # key row is out of reach.
     largest = tl.full([P], -1e38, tl.float32)
     total = tl.zeros([P], tl.float32)
     out = tl.zeros([P, D_PADDED], tl.float32)
@@ -335,7 +336,8 @@ def _backward_keys_kernel(
 ):  # fmt: skip
     b, n, row0, column0, rows, columns, exists = _place(num_heads, height, width, tile_h, tile_w, P)
     first, last, query_columns, columns_exist = _reach(row0, column0, height, width, tile_h, K, W, True)
-    # [W, P] is transposed, so that a thread reads for one key, from addresses that differ by constants.
+    # This is [W, P], transposed, so that each thread reads the values of a single key, from addresses that differ by
+    # constants.
     dx = columns[None, :] - query_columns[:, None] + K // 2
     in_reach = (dx >= 0) & (dx < K) & columns_exist[:, None]
     x = tl.arange(0, W).to(tl.int64)[:, None]
@@ -491,7 +493,7 @@ def _run(
         return buffers
 
     with torch.cuda.device_of(query):
-        # With measurements, the choice of launch and therefore the order of summation could differ between runs. A
+        # If launches were timed, the choice and therefore the order of summation could differ between runs. A
         # stream that is being captured cannot be measured at all.
         if INTERPRETED or torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing():
             return launch(_by_rule(head_dim))
@@ -520,7 +522,7 @@ def _by_rule(head_dim: int) -> Config:
 
 @functools.cache
 def _tile(height: int, width: int, kernel_size: int, positions: int) -> tuple[int, int, int]:
-    """Choose the fitting tile that reads the fewest key rows; return its rows and columns and the tiles per map."""
+    """Choose the tile that fits and reads the fewest key rows; return its rows and columns and the tiles per map."""
 
     def cut(columns: int) -> tuple[int, int, int]:
         tiles_w = triton.cdiv(width, columns)

@@ -11,7 +11,7 @@ from sasa_train.models.resnet import Bottleneck, ResNet
 
 
 def fold_batch_norms(model: ResNet) -> ResNet:
-    """Return a copy of `model` in eval mode; batch norms are folded into preceding convolutions or value projections.
+    """Return a copy of `model` in eval mode with batch norms folded into preceding convolutions or value projections.
 
     Norms after attention with `border="zero"` and norms of attention stems are kept. The outputs of the copy agree
     with the model's up to rounding. The copy has no running statistics and cannot be trained further.
@@ -33,8 +33,8 @@ def _fold(layer: nn.Module, norm: nn.Module) -> nn.Module:
     """Fold `norm` into `layer` if possible, and return the module that replaces the norm."""
     if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None or norm.running_var is None:
         return norm
-    # A scale and a bias of the values carry over to attention's output, because its weights sum to 1. With
-    # border="zero", the weights inside the image do not sum to 1.
+    # A scale and a bias of the values carry over to the output of attention, because the attention weights sum
+    # to 1. With border="zero", the weights inside the image do not sum to 1.
     if isinstance(layer, LocalSelfAttention2d) and layer.border == "mask":
         conv: nn.Conv2d = layer.qkv
     elif isinstance(layer, nn.Conv2d):

@@ -20,7 +20,7 @@ STEM_NUM_MIXTURES = 4  # not given in the paper; 4 is the smallest value that ma
 STEM_VALUES = ("mixture", "plain", "conv")
 
 
-# As a matrix product, forward and backward take 0.70 (7 x 7 maps) to 1.0 (28 x 28) times as long as the convolution. At
+# The matrix product takes 0.70 (7 x 7 maps) to 1.0 (28 x 28) times as long as the convolution, forward and backward. At
 # 56 x 56 the factor is 1.05, or 0.95 with three times as many output as input channels (measured with 8 images,
 # float32, AVX-512, and oneDNN and MKL of torch 2.15).
 class PointwiseConv2d(nn.Conv2d):
@@ -38,19 +38,19 @@ class PointwiseConv2d(nn.Conv2d):
 
 
 class LocalSelfAttention2d(nn.Module):
-    """Self-attention over a K x K window around each position, which replaces a K x K convolution (Eq. 3).
+    """Self-attention over a K x K window around each position, a replacement for a K x K convolution (Eq. 3).
 
     Query, key and value projections are dense, have no bias and are split into heads. There is no output projection.
-    With `stride=2`, attention runs at the input's resolution and a 2x2 average pool follows. Input and output are BCHW.
+    With `stride=2`, attention runs at the input resolution, followed by a 2x2 average pool. Input and output are BCHW.
 
     Projections are initialised from N(0, 1/in_channels) and embeddings from N(0, 1/head_dim), as in Axial-DeepLab's
-    code, since the paper specifies no initialisation. The choice is safe because the scores are not scaled.
+    code, since the paper specifies no initialisation. This is the safer choice when scores are not scaled.
 
     Args:
         in_channels, out_channels: numbers of channels; `out_channels` is divided among the heads.
         kernel_size: the window size, an odd number.
         num_heads: must divide `out_channels`; with relative positions, head_dim must be even.
-        stride: 1, or 2 to add the pool; odd sizes are rounded up, like the shortcut's strided 1x1 convolution.
+        stride: 1, or 2 to add the pool; odd sizes are rounded up, as in the shortcut's strided 1x1 convolution.
         position: "relative", "absolute" (a sinusoid added to the input of the query and key projections) or "none".
         content: whether the scores include q.k; if not, there is no key projection.
         border: "mask" or "zero", see `local_attention`.
@@ -118,7 +118,7 @@ class LocalSelfAttention2d(nn.Module):
         return heads.permute(1, 0, 2, 4, 5, 3)
 
     def _projected_sinusoid(self, x: Tensor) -> Tensor:
-        """Return the sinusoid's part of the projections, [1, C', H, W]. It is added for W_Q and W_K but not for W_V."""
+        """Return what the sinusoid adds to the projections, [1, C', H, W]: to queries and keys, but not to values."""
         # The projection is linear and the sinusoid concatenates a row code and a column code, so each is projected
         # separately.
         num_reading = self.qkv.out_channels // self._num_projections * (self._num_projections - 1)
@@ -153,7 +153,7 @@ class AttentionStem(nn.Module):
             with values="conv"), otherwise PyTorch; "cpu" requires the kernel; "reference" and "triton" use PyTorch.
 
     Raises:
-        RuntimeError: backend="cpu" cannot run.
+        RuntimeError: backend="cpu" is requested but cannot run.
         ValueError: `out_channels` and `num_heads` are incompatible; in forward, H or W is not divisible by 4.
     """
 
@@ -264,7 +264,7 @@ class AttentionStem(nn.Module):
         return self.pool(self.bn(out))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Compute full attention inside each block, [B, N, blocks, 16, D]; half precision is computed in float32."""
+        """Compute full attention inside each block, [B, N, blocks, 16, D] (in float32 for half-precision inputs)."""
         if query.dtype in (torch.bfloat16, torch.float16):
             with torch.autocast(query.device.type, enabled=False):
                 return self._attend(query.float(), key.float(), value.float()).to(value.dtype)

@@ -44,7 +44,7 @@ class PretrainedReport:
 
 @torch.no_grad()
 def load_pretrained(model: nn.Module, state_dict: StateDict, keep_classifier: bool = True) -> PretrainedReport:
-    """Load the tensors of `state_dict` whose names and shapes match the model's, and those that can be adapted to it.
+    """Load the tensors of `state_dict` that match the model by name and shape, or that can be adapted to it.
 
     The `checkpoint_filter_fn` of the model's module adapts position embeddings to another image size (in timm's
     models) or relative embeddings to another window size (in ours). The first convolution is adapted to another
@@ -112,8 +112,8 @@ def _is_other_window(name: str, tensor: Tensor, own: dict[str, Any]) -> bool:
 def resize_window(table: Tensor, kernel_size: int) -> Tensor:
     """Convert relative embeddings [..., K, D/2] to another window size, [..., kernel_size, D/2]."""
     # Each offset keeps its embedding. A smaller window drops the outer embeddings, and a larger one repeats the
-    # outermost. Interpolating the table, as Swin does, was less accurate at 5 of 6 window sizes, even if the image grew
-    # by the same factor (docs/finetune.md).
+    # outermost. Interpolating the table, as Swin does, was less accurate at 5 of 6 window sizes, even when the image
+    # grew by the same factor (docs/finetune.md).
     num_offsets = table.shape[-2]
     offsets = torch.arange(kernel_size) + (num_offsets - kernel_size) // 2
     return table[..., offsets.clamp(0, num_offsets - 1), :]

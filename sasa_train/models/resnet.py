@@ -1,8 +1,8 @@
 """A configurable ResNet that covers the paper's attention models, hybrids and convolutional baselines.
 
 It is registered with timm as `{sasa,hybrid,conv}_resnet{26,38,50}`. The paper's block counts differ from timm's: R26
-has [1, 2, 4, 1] and R38 [2, 3, 5, 2] blocks (R50's [3, 4, 6, 3] minus 2 or 1 per stage). The stride is applied in the
-3x3 convolution or in the pool after attention; shortcuts keep their strided 1x1 convolution.
+has [1, 2, 4, 1] and R38 [2, 3, 5, 2] blocks (2 and 1 fewer per stage than R50's [3, 4, 6, 3]). The stride is applied in
+the 3x3 convolution or in the pool after attention; shortcuts keep their strided 1x1 convolution.
 """
 
 from collections.abc import Sequence
@@ -166,7 +166,7 @@ class ResNet(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Return the names of the position and stem mixture embeddings; timm itself excludes norms and biases."""
+        """Return the names of all position and mixture embeddings; timm itself already excludes norms and biases."""
         names = ("rel_height", "rel_width", "emb_row", "emb_col", "nu")
         return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in names}
 

@@ -1,7 +1,7 @@
 """Communication between the processes of a run under torchrun. With a single process, nothing is exchanged.
 
-Gradients are exchanged with NCCL on CUDA. Everything else uses the CPU (gloo), so that nothing waits for a device. If a
-process ends, the processes that wait for it in gloo receive an error within moments.
+Gradients are exchanged with NCCL on CUDA. Everything else uses the CPU (gloo), so that it never waits for a device. If
+a process ends, the processes that wait for it in gloo receive an error within moments.
 """
 
 import contextlib
@@ -202,7 +202,7 @@ def average(tensor: Tensor) -> None:
 
 def stop_is_wanted(here: bool) -> bool:
     """Return whether this process, or another one that has called this function, must stop."""
-    # The answers of processes may differ at a given moment, so use this only for work that can be aborted at any point.
+    # Processes may get different answers at a given moment, so use this only for work that can be aborted at any point.
     if _store is None or world_size() == 1:
         return here
     if here:
@@ -218,7 +218,7 @@ def tell_failure(text: str) -> None:
 
 
 def lost_partner(error: BaseException) -> str | None:
-    """Return why another process ended if that caused this `error`, or None for any other error."""
+    """Return why another process ended if its end caused `error`; return None for any other error."""
     if world_size() == 1 or not (isinstance(error, dist.DistError) or any(text in str(error) for text in LOST)):
         return None
     with contextlib.suppress(RuntimeError):

@@ -34,6 +34,6 @@ def num_machines() -> int:
 
 
 def num_restarts() -> int:
-    """Return how many times torchrun has restarted all processes; 0 on several machines."""
-    # Several torchrun instances may count differently, and different numbers would separate the processes.
+    """Return how many times torchrun has restarted all processes; always 0 on several machines."""
+    # Several torchrun instances may count differently, and processes with different counts could not find each other.
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) if num_machines() == 1 else 0

@@ -86,7 +86,7 @@ def set_up_logging() -> None:
 
 
 def read_config(arguments: list[str]) -> TrainConfig:
-    """Compose the config. `resume=<run folder>` without a group choice starts from that run's own config.
+    """Compose the config. With `resume=<run folder>` and no group choice, it is based on that run's own config.
 
     Raises:
         ConfigError: the command line or a config file is invalid.

@@ -14,7 +14,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def train_safely(config: TrainConfig, stop: StopRequest | None = None) -> int:
-    """Train, and convert every expected ending into a message and an exit code, even one during the imports."""
+    """Train, and convert every expected ending into a message and an exit code, even during the imports."""
     stop = stop or StopRequest()
     try:
         return _train(config, stop)
@@ -26,7 +26,7 @@ def train_safely(config: TrainConfig, stop: StopRequest | None = None) -> int:
 
 
 def _train(config: TrainConfig, stop: StopRequest) -> int:
-    # Importing torch takes seconds. It is imported here, so that a signal during the import counts as a stop request.
+    # Importing torch takes seconds. It is imported here, so that a signal meanwhile is treated as a stop request.
     from sasa_train.processes.collectives import lost_partner
     from sasa_train.training.run import train
 
@@ -43,8 +43,8 @@ def _train(config: TrainConfig, stop: StopRequest) -> int:
         place = f" {error.filename}" if error.filename else ""
         tell(OSError(f"cannot write{place} ({error.strerror}); make room and run the same command again"))
     except (MemoryError, RuntimeError) as error:
-        # Check for a lost partner first. In that case this process did not fail itself, so it does not report a failure
-        # to the others.
+        # Check for a lost partner first. If there is one, this process did not fail itself and must not report a
+        # failure to the others.
         if (reason := lost_partner(error)) is not None:
             fail(RuntimeError(f"process {rank()}: stopped: {reason}"))
         # This happens only before the first step; later, the run itself converts the error to an OutOfMemoryError.

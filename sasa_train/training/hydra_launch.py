@@ -39,7 +39,7 @@ def launch(jobs: list[list[str]], hydra_overrides: list[str], folder: Path) -> l
     printed), 2 for a job that was refused. The launcher writes its own files to `folder`.
 
     Raises:
-        ConfigError: there is no such launcher, or one of its keys is invalid.
+        ConfigError: the launcher does not exist, or one of its keys is invalid.
     """
     refusals = [_refusal(job) for job in jobs]
     accepted = [with_free_keys(job) for job, code in zip(jobs, refusals, strict=True) if code == DONE]
@@ -97,7 +97,7 @@ def _launch(launcher: Launcher, jobs: list[list[str]], ended: list[int]) -> list
 
 
 def _train_job(ended: list[int], composed: DictConfig) -> int:
-    """Train a run, in this process or in one to which a launcher sends the pickled call; return the exit code."""
+    """Train a run, in this process or in one that received the pickled call from a launcher; return the exit code."""
     is_here = HydraConfig.get().launcher._target_.endswith(".BasicLauncher")
     if not is_here:  # errors and run.json show sys.argv as the command
         sys.argv = ["sasa-train", *(o.removeprefix("++") for o in HydraConfig.get().overrides.task)]
@@ -127,8 +127,8 @@ def _hand_over(stop: StopRequest) -> None:
     except Exception as error:  # it has been requeued the maximum number of times
         print(error, file=sys.stderr)
         return
-    # submitit ignores SIGTERM, with which Slurm either preempts a job and requeues it itself, or cancels it. In both
-    # cases there is no result to return yet.
+    # submitit ignores SIGTERM, which Slurm sends when it preempts a job (to requeue it itself) or cancels it. In both
+    # cases, there is no result to return yet.
     if was_handled:
         sys.exit(INTERRUPTED)
 
@@ -143,7 +143,7 @@ def _exit_code(job: JobReturn) -> int:
 
 @contextmanager
 def _deaths_as_results() -> Iterator[None]:
-    """Context manager that makes submitit return dead jobs like other jobs, and prints the end of failed jobs' logs."""
+    """Context manager that makes submitit return a result for dead jobs too and prints the end of failed jobs' logs."""
     # Without this, submitit's launcher would drop all jobs if one of them died.
     try:
         from submitit import Job

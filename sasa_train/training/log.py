@@ -28,7 +28,7 @@ TAGS = {
 
 
 class RunLogger:
-    """Logger of a run's rows, which start with those of the checkpoint (`metrics`, its copy of metrics.jsonl).
+    """Logger of a run's rows, starting with those from the checkpoint (`metrics`, a copy of metrics.jsonl).
 
     With `is_silent`, nothing is written or shown; this is used on all processes except the first.
     """

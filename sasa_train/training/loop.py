@@ -97,7 +97,7 @@ class Loop:
             state.epoch = state.step // self.steps_per_epoch
             self.count(report)
             # This is checked once per step, because a signal may arrive between two checks. It is checked before
-            # anything waits for the device and therefore for other processes, because it detects if one has ended.
+            # anything waits for the device and therefore for other processes, because it reveals whether one has ended.
             stopping = self.stop_is_agreed()
             if state.step % trainer.log_every_steps == 0:
                 self.log_train(report)
@@ -151,7 +151,7 @@ class Loop:
         )
 
     def show_first(self, batches: Batches) -> Batches:
-        """Write a contact sheet of the first batch, with its augmentation, as the model sees it."""
+        """Write a contact sheet of the first batch as the model sees it, including augmentation."""
         images, labels = next(batches)
         sheet = contact_sheet(self.loaders.train.normalize.undo(images).cpu())
         self.logger.write_picture("augmented", sheet, 0, self.run_folder.path / "augmented.png")
@@ -240,7 +240,7 @@ class Loop:
         state = self.state
         first = itertools.islice(self.loaders.train.train_batches(self.epoch_number() - 1), num_batches)
         batches = itertools.takewhile(lambda _: not self.stop_is_agreed(), first)
-        # This uses separate random numbers, because the run's generators must not advance, or a resumed run would
+        # Separate random numbers are used, because advancing the run's generators here would make a resumed run
         # differ.
         with recalibration_rng(self.config.seed, state.step, state.device), self.plan.autocast():
             recalibrate(model, batches, state.device)
@@ -273,7 +273,7 @@ class Loop:
         """Write a checkpoint; return False if writing failed but the run may continue.
 
         Raises:
-            CheckpointError: writing failed, and the run must stop or would otherwise count as saved or finished.
+            CheckpointError: writing failed, and the run must stop or would otherwise be treated as saved or finished.
             NonFiniteError: a loss, weight, statistic or average is not finite; no checkpoint is written.
         """
         # From here on, a signal takes effect only after the checkpoint is written.
@@ -343,7 +343,7 @@ class Loop:
     @contextmanager
     def _off_the_clock(self) -> Iterator[None]:
         """Context manager that stops the clock, to exclude evaluations and saves from training time and throughput."""
-        # Steps that are still queued count as training time.
+        # Training time includes the steps that are still queued.
         if self.state.device.type == "cuda":
             torch.cuda.synchronize()
         self._lap()

@@ -1,4 +1,4 @@
-"""Choose a micro-batch size that fits in memory (trainer.micro_batch_size=auto); give advice if a step does not."""
+"""Choose a micro-batch size that fits in memory (trainer.micro_batch_size=auto); give advice if memory runs out."""
 
 import dataclasses
 import gc
@@ -26,14 +26,14 @@ TOO_LARGE = ("32-bit index", "CUDNN_STATUS_NOT_SUPPORTED", "unable to find an en
 
 
 def check_memory(plan: RunPlan, model: nn.Module) -> None:
-    """Check that the weights, gradients and largest output fit in memory. A training step needs more than that.
+    """Check that the weights, gradients and largest output fit in memory; a training step needs even more.
 
     Args:
         model: the model on the meta device.
 
     Raises:
-        ConfigError: these tensors exceed the memory of the device (of the machine, for a CPU), or the model cannot be
-            trained on such micro-batches, e.g. because batch norm gets a single value per channel.
+        ConfigError: these tensors exceed the device's memory (the machine's, on a CPU), or the model cannot be
+            trained with such micro-batches, e.g. because batch norm gets a single value per channel.
     """
     trainer, size, device = plan.trainer, plan.image_size, plan.device
     micro_batch = min(2, plan.micro_batch_size) if trainer.micro_batch_size == "auto" else plan.micro_batch_size
@@ -87,8 +87,8 @@ def settle_auto(plan: RunPlan, run: RunFolder) -> TrainConfig:
     return dataclasses.replace(plan.config, trainer=with_micro_batch_size(plan.trainer, found))
 
 
-# The size is stored in the run's checkpoint or, before the first checkpoint, in config.yaml. It must not change at a
-# restart, when other programs may use a different amount of memory, because that would change the run.
+# The size is stored in the run's checkpoint or, before the first checkpoint, in config.yaml. A restart must use
+# the same size, even if the available memory has changed, because a different size would change the run.
 def _saved_size(run: RunFolder, world_size: int) -> int | None:
     if run.checkpoint is not None:
         saved = load_config(run.checkpoint["config"]).trainer

@@ -15,8 +15,8 @@ from sasa_train.refusal import ExpectedFailure
 class NonFiniteError(ExpectedFailure):
     """Raised if the loss or the weights are NaN or infinite; the message names the step.
 
-    `step` counts from 0. `number` is the index of the micro-batch with a non-finite loss, in which case the weights are
-    those before the step, or None if the weights themselves are not finite.
+    `step` counts from 0. `number` is the index of the micro-batch whose loss is not finite; the weights are then
+    those before the step. It is None if the weights themselves are not finite.
     """
 
     def __init__(self, message: str, step: int, number: int | None = None):
@@ -24,7 +24,7 @@ class NonFiniteError(ExpectedFailure):
         self.step, self.number = step, number
 
     def __reduce__(self) -> tuple[type, tuple[str, int, int | None]]:
-        return type(self), (str(self), self.step, self.number)  # processes send it to one another
+        return type(self), (str(self), self.step, self.number)  # processes send this error to one another
 
 
 class LossWatch:
@@ -32,7 +32,7 @@ class LossWatch:
 
     With `is_late`, the losses of a step are checked when the next step begins or before anything is logged, evaluated
     or saved, and the device itself skips the update if one is not finite. This requires an optimizer that supports
-    `found_inf`, as fused ones do for GradScaler. Otherwise, each loss is checked once its backward pass is queued.
+    `found_inf`, as fused ones do for GradScaler. Otherwise, each loss is checked after its backward pass is queued.
     """
 
     def __init__(self, device: torch.device, num_losses: int, is_late: bool):

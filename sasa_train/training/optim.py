@@ -32,7 +32,7 @@ def peak_lr(config: TrainConfig) -> float:
 
 
 def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Build timm's optimizer, without weight decay for norms, biases and the names in `model.no_weight_decay()`.
+    """Build timm's optimizer, without weight decay for norms, biases and parameters in `model.no_weight_decay()`.
 
     Raises:
         ConfigError: timm does not know the name, an argument is not accepted, or a trial step fails.
@@ -143,7 +143,7 @@ def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_
     """Build timm's schedule for all steps of the run; `step_update(step)` must be called before each step.
 
     Raises:
-        ConfigError: timm does not know the name or an argument, or the schedule does not depend only on the step.
+        ConfigError: timm does not know the name or an argument, or the schedule depends on more than the step.
     """
     schedule, steps = config.schedule, total_steps(config, steps_per_epoch)
     if schedule.name in ("plateau", "none"):

@@ -62,7 +62,7 @@ def train(config: TrainConfig, stop: StopRequest) -> bool:
         # The config is written with the resolved value of `auto`, before anything can stop the run.
         if run.is_new:
             run.write_config(plan.config)
-        # The run may have been killed between the last checkpoint and the record of its end, so it is recorded again.
+        # The run may have been killed after the last checkpoint but before its end was recorded, so record it again.
         elif run.checkpoint is not None and is_finished(run.checkpoint, plan.config):
             run.write_end(run.checkpoint)
             say(describe_finished(run.path, run.checkpoint))
@@ -151,7 +151,7 @@ def load_together(plan: RunPlan, run: RunFolder) -> Loaders:
 
 
 def note_provenance(config: TrainConfig, run: RunFolder) -> str:
-    """Record code, versions and hardware, and warn of changes; return the code's diff from its commit."""
+    """Record the code, versions and hardware, and warn of changes; return the diff between the code and its commit."""
     run.provenance, difference = provenance(config)
     if run.checkpoint is not None:
         for change in describe_changes(run.checkpoint["provenance"], run.provenance):
@@ -172,7 +172,7 @@ def build_stepper(plan: RunPlan, model: nn.Module) -> Stepper:
 def begin_with(
     weights: Weights | None, model: nn.Module, classes: list[str], run: RunFolder, config: TrainConfig
 ) -> None:
-    """Load the weights of `model.pretrained`, and record a report and their SHA-256; a resumed run keeps its record."""
+    """Load the weights of `model.pretrained` and record their SHA-256 and a report; a resumed run keeps its record."""
     if weights is not None:
         source = printable(str(config.model.pretrained))
         loaded = collectives.everywhere(lambda: load_into(model, weights, classes, source), ConfigError)
@@ -185,7 +185,7 @@ def begin_with(
 
 
 def open_together(config: TrainConfig, run_name: str) -> RunFolder:
-    """Open the run on the first process and send the checkpoint to the others, which may not share its disk."""
+    """Open the run on the first process and send the checkpoint to the others, which may use a different disk."""
     opened: list[RunFolder] = []
 
     def opening() -> tuple[Path, dict[str, Any] | None, bool]:
@@ -205,7 +205,7 @@ def check_same_images(config: TrainConfig, first: dict[str, Any], here: dict[str
 
 
 def note_unreadable(path: Path, loaders: Loaders) -> int:
-    """Add the unreadable images to the run's list, and return the list's number of lines."""
+    """Add the unreadable images to the run's list, and return the number of lines in it."""
     before = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     lines = dict.fromkeys([*before, *loaders.unreadable()])
     if len(lines) > len(before):

@@ -70,7 +70,7 @@ class TrainState:
     epoch: int = 0  # number of complete epochs
     evaluated_step: int = 0  # the step of the last evaluation
     best: dict[str, Any] | None = None  # {"top1", "step", "epoch"} of the best evaluation
-    seconds: float = 0.0  # of training, over all restarts
+    seconds: float = 0.0  # training time, over all restarts
     hyperparameters: tuple[str, ...] = HYPERPARAMETERS  # entries of a parameter group that come from the config
 
     def state_dict(self) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class Stepper:
         self.shared = collectives.share_gradients(state.model)
         self.forward = torch.compile(self.shared) if config.compile else self.shared
         self.criterion = build_criterion(config)
-        # Only torch's fused optimizers take `found_inf`; timm's lookahead just copies the defaults of the one inside.
+        # Only torch's fused optimizers take `found_inf`; timm's lookahead just copies the defaults of the one it wraps.
         is_torchs = type(state.optimizer).__module__.startswith("torch.optim.")
         is_late = plan.device.type == "cuda" and is_torchs and bool(state.optimizer.defaults.get("fused"))
         self.loss_watch = LossWatch(state.device, plan.grad_accum_steps, is_late)
@@ -134,7 +134,7 @@ def frozen_running_stats(model: nn.Module) -> Iterator[None]:
 
 
 def _without_classifier(model: nn.Module) -> list[nn.Parameter]:
-    """Return all parameters except the last layer's, which adaptive clipping omits (arXiv 2102.06171, section 4.1)."""
+    """Return the parameters for adaptive clipping: all outside the last layer (arXiv 2102.06171, section 4.1)."""
     classifier = model.get_classifier()  # type: ignore[operator]
     heads = classifier if isinstance(classifier, tuple) else (classifier,)  # distilled models have two
     last = {id(p) for head in heads for p in head.parameters()}
@@ -142,7 +142,7 @@ def _without_classifier(model: nn.Module) -> list[nn.Parameter]:
 
 
 class StepReport(NamedTuple):
-    """The gradient norm, if it was computed, and the time in seconds that the step waited for data."""
+    """The gradient norm, if it was computed, and the time in seconds that the step spent waiting for data."""
 
     grad_norm: Tensor | None
     wait_seconds: float
