@@ -95,7 +95,7 @@ def load_safetensors(path: Path) -> nn.Module:
 
 
 def write_hub(source: Source, path: Path) -> None:
-    """Write a folder with config.json, model.safetensors and README.md, as timm does."""
+    """Write a folder that contains config.json, model.safetensors and README.md, as timm does."""
     from timm.models import save_for_hf
 
     trained = source.trained
