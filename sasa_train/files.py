@@ -1,4 +1,4 @@
-"""Atomic file writing that survives crashes of the process or machine, and locks that allow one writer per folder."""
+"""Atomic file writes that survive crashes of the process or machine, and locks that allow one writer per folder."""
 
 import csv
 import fcntl

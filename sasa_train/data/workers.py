@@ -198,7 +198,7 @@ def check_shared_memory(needed: int, num_workers: int, remedy: str = "") -> None
     """Check that shared memory has `needed` bytes free for each process on this machine.
 
     Raises:
-        ConfigError: there is too little; the message suggests `remedy` in addition to the general remedies.
+        ConfigError: not enough is free; the message suggests `remedy` in addition to the general remedies.
     """
     # Containers often have little shared memory, and a worker that fills it is killed by SIGBUS. Only Linux shows how
     # much is free.

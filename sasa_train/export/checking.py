@@ -68,7 +68,7 @@ def _folder(folder: Path) -> tuple[ImageSet, str]:
 
 @torch.inference_mode()
 def measure(run: Run, images: Tensor) -> Measured:
-    """Run all images once for each of BATCH_SIZES, after a warm-up with the first batch."""
+    """Process all images once for each of BATCH_SIZES, after a warm-up with the first batch."""
     measured = Measured([], [])
     for batch_size in BATCH_SIZES:
         batches = images.split(batch_size)

@@ -41,7 +41,7 @@ class Source:
 
 
 def plain_program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
-    """Export `model` with PyTorch's own operators, with a dynamic batch size and without source file paths."""
+    """Export `model` using PyTorch's own operators, with a dynamic batch size and without source file paths."""
     model = copy.deepcopy(model)
     for module in model.modules():
         if isinstance(module, AttentionStem | LocalSelfAttention2d):
