@@ -1,4 +1,4 @@
-"""`python -m sasa_train`, which lists the commands and runs them (`python -m sasa_train train ...` is sasa-train).
+"""`python -m sasa_train`, which lists and runs the commands (`python -m sasa_train train ...` runs sasa-train).
 
 `python -m sasa_train completion bash` (or zsh, fish) prints the shell script that enables completion for all commands.
 """

@@ -1,4 +1,4 @@
-"""Optional packages, and a message that tells which extra installs the missing ones."""
+"""Checks for optional packages, and messages that name the extra that installs the missing ones."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""Atomic file writing that survives crashes of the process or machine, and locks that allow one writer per folder."""
+"""Atomic file writes that survive crashes of the process or machine, and locks that allow one writer per folder."""
 
 import csv
 import fcntl
@@ -16,15 +16,15 @@ from sasa_train.refusal import ConfigError
 
 
 def write_atomic(path: Path, data: bytes | memoryview | Callable[[BinaryIO], object]) -> None:
-    """Write bytes or the output of a function; after a crash at any point, the file has its old or its new content."""
+    """Write bytes or a function's output; after a crash at any point, the file has its old or its new content."""
     os.replace(write_aside(path, data if callable(data) else lambda file: file.write(data)), path)
     sync_folder(path.parent)
 
 
 def write_aside(path: Path, write: Callable[[BinaryIO], object]) -> Path:
-    """Write a temporary file beside `path` by calling `write`, and return its path; delete it if writing fails."""
-    # The name is random, because several runs may write the same index at once. The file must not exist yet, so it is
-    # never a link.
+    """Call `write` to write a temporary file beside `path`, and return its path; delete the file if writing fails."""
+    # The name is random, because several runs may write the same index at once. Opening fails if the file exists, so
+    # that nothing is written through a link.
     temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -72,7 +72,7 @@ LOCK = ".lock"
 
 
 def lock_folder(path: Path, name: str = LOCK, other: str = "another run_name") -> IO[str]:
-    """Lock a folder for as long as the returned file is open; error messages suggest `other` as the alternative.
+    """Lock a folder until the returned file is closed; error messages suggest `other` as an alternative.
 
     Raises:
         ConfigError: another process holds the lock, or the disk does not support locks.
@@ -140,5 +140,5 @@ def _described(file: IO[str]) -> str:
     try:
         holder = json.load(file)
         return f"process {holder['process']} on {holder['host']}, which started at {holder['started']}"
-    except (ValueError, KeyError, TypeError):  # it has just taken the lock and not written its details yet
+    except (ValueError, KeyError, TypeError):  # it has just taken the lock and has not written its details yet
         return "another run"

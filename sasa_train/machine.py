@@ -40,7 +40,7 @@ def peak_memory(device: "torch.device") -> int:
 
 
 def available_memory(device: "torch.device") -> int:
-    """Return the memory of the device, machine or container that is available without swapping."""
+    """Return how much memory of the device, machine or container is available without swapping."""
     if device.type == "cuda":
         import torch
 
@@ -65,7 +65,7 @@ def total_memory(device: "torch.device") -> int:
 
 def keep_freed_memory() -> None:
     """Make the C library keep freed memory for the next step instead of returning it to the system."""
-    # Otherwise large tensors get new memory pages in every step, and the system clears each page at its first access.
+    # Otherwise large tensors get new memory pages in every step, and the system clears each page on first access.
     # On a CPU, this takes up to a tenth of a step. Only glibc has these settings; on other systems, nothing happens.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -1,4 +1,4 @@
-"""Handling of SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and the time limit, each of which stops a run at the next safe point.
+"""Stop a run at the next safe point on SIGTERM, SIGINT, SIGUSR1 or SIGUSR2, or when it reaches its time limit.
 
 Schedulers send SIGTERM, SIGUSR1 or SIGUSR2 as a warning. A second SIGINT ends the run immediately.
 """
@@ -21,7 +21,7 @@ def ignore_until_the_end() -> None:
         signal.signal(number, signal.SIG_IGN)
     try:
         sys.stdout.flush()
-    except OSError:  # a full disk or a closed pipe, for which Python would exit with code 120
+    except OSError:  # a full disk or a closed pipe; otherwise, Python would exit with code 120
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -73,7 +73,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def hand_on(self) -> bool:
-        """Pass the signal that stopped the run to the previous handler; return whether this was a launcher's handler.
+        """Pass the signal that stopped the run to the previous handler; return whether it belongs to a launcher.
 
         A launcher's handler may requeue its job and end the process. Python's default handlers are not called.
         """

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from sasa_train.processes.ranks import rank
 
-# Done now or before; failed; refused config or input; stopped and ready to continue.
+# Exit codes: done (now or earlier); failed; config or input refused; stopped, and can be continued.
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75
 
 
@@ -23,7 +23,7 @@ def printable(value: object) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """Apply `printable` to each line of a message; names in it must already be escaped."""
+    """Apply `printable` to each line of a message; names in the message must already be escaped."""
     return "\n".join(printable(line) for line in text.split("\n"))
 
 
@@ -41,7 +41,7 @@ def warn(text: str) -> None:
 
 
 def duration(seconds: float) -> str:
-    """Format a duration, given in seconds, as in 1 h 02 min, 3 min 04 s or 5 s."""
+    """Format a duration in seconds, for example as 1 h 02 min, 3 min 04 s or 5 s."""
     minutes, secs = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -21,7 +21,7 @@ from sasa_train.runs.checkpoint import find_checkpoint, load_checkpoint
 
 @dataclass
 class TrainedModel:
-    """A `model` in eval mode on the CPU; `weights` tells which of the checkpoint's weights it has, "ema" or "raw"."""
+    """A `model` in eval mode on the CPU; `weights` tells which of the checkpoint's weights it uses, "ema" or "raw"."""
 
     path: Path
     checkpoint: dict[str, Any]
@@ -58,8 +58,8 @@ class TrainedModel:
 def load_trained(source: Path, overrides: Sequence[str] = ()) -> TrainedModel:
     """Load a checkpoint file or a run folder's best.pt (last.pt if there is no best.pt).
 
-    overrides: overrides of the checkpoint's config, and `weights=raw` for the model's own weights; if the run kept a
-        moving average, that average is the default.
+    overrides: overrides of the checkpoint's config; `weights=raw` selects the model's own weights instead of their
+        moving average, which is the default if the run kept one.
 
     Raises:
         CheckpointError: `source` contains no readable checkpoint.
@@ -86,7 +86,7 @@ def load_trained(source: Path, overrides: Sequence[str] = ()) -> TrainedModel:
 
 
 def _own_preprocessing(data: DataConfig) -> list[str]:
-    """Return overrides that keep the trained image size and normalisation when the data set changes."""
+    """Return overrides that preserve the image size and normalisation of training when the data set is changed."""
     mean, std = mean_std(data)
     return [f"data.image_size={resolved_image_size(data)}", f"data.mean={list(mean)}", f"data.std={list(std)}"]
 

@@ -1,4 +1,4 @@
-"""Declaration of config keys with their defaults, meanings and bounds."""
+"""Declare and print config keys with their defaults, meanings and bounds."""
 
 import itertools
 import json

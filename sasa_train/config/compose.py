@@ -1,6 +1,6 @@
-"""Composition of `configs/train.yaml` and command-line overrides into a validated TrainConfig, using Hydra.
+"""Compose `configs/train.yaml` and command-line overrides into a validated TrainConfig, using Hydra.
 
-Hydra's compose API is called instead of its decorator, so that an invalid config gives a message and exit code 2.
+Hydra's compose API is called instead of its decorator, so that an invalid config results in a message and exit code 2.
 """
 
 import os

@@ -6,7 +6,7 @@ from sasa_train.config.keys import DATA_SETS, SMALL_IMAGE, AugmentConfig, DataCo
 
 
 def crops_by_padding(data: DataConfig, augment: AugmentConfig) -> bool:
-    """Whether images are resized once and then padded and cropped, which works on whole batches."""
+    """Whether images are resized once and then padded and cropped in whole batches."""
     return resolved_image_size(data) <= SMALL_IMAGE and augment.crop_mode != "resized"
 
 
@@ -43,7 +43,7 @@ def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
 
 def with_micro_batch_size(trainer: TrainerConfig, micro_batch_size: int) -> TrainerConfig:
     """Set the micro-batch size and the number of accumulation steps that it implies for one process."""
-    # The result is for one process even if several are running, so that a config's meaning does not depend on their
-    # number.
+    # The result is for one process even if several are running, so that a config's meaning does not depend on the
+    # number of processes.
     steps = trainer.global_batch_size // micro_batch_size
     return dataclasses.replace(trainer, micro_batch_size=micro_batch_size, grad_accum_steps=steps)

@@ -1,6 +1,6 @@
 """All keys of the config, with their types, defaults, bounds, units and meanings.
 
-This module does not import torch, so that `--help` is fast. `configs/` only contains named sets of values for keys.
+This module does not import torch, so that `--help` is fast. `configs/` contains only named sets of values for keys.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ POLICIES = (
 
 
 class DataSet(NamedTuple):
-    """Properties of a data set known before it is read; `mean` and `std` are per channel for values in [0, 1]."""
+    """Properties of a data set, known before it is read; `mean` and `std` are per channel for values in [0, 1]."""
 
     num_classes: int | None
     image_size: int

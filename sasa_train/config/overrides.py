@@ -40,7 +40,7 @@ def as_written(value: Any) -> str:
 
 
 def with_free_keys(overrides: Sequence[str]) -> list[str]:
-    """Add the prefix ++, which Hydra requires, to keys that are in no dataclass."""
+    """Add the prefix ++, which Hydra requires, to keys that are not in a dataclass."""
     return [f"++{o}" if o.startswith(FREE_KEYS) else o for o in overrides]
 
 
@@ -116,14 +116,14 @@ def check_override_keys(overrides: Sequence[str], is_sweep: bool = False) -> Non
 
 
 def unknown_key(key: str) -> str:
-    """Return an error message if `key` is not a key, a group or an argument in one of FREE_KEYS, otherwise ""."""
+    """Return "" if `key` is a key, a group or an argument in one of FREE_KEYS, otherwise an error message."""
     known = [*key_table(), *GROUPS]
     is_known = key in known or key.startswith(tuple(f"{free}." for free in FREE_KEYS))
     return "" if is_known else f"unknown key {shorten(key)!r}: {nearest(key, known)}"
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
-    """Return 'did you mean ...?', or a pointer to the help if no word is similar."""
+    """Return 'did you mean ...?' with the most similar word or, if none is similar, a pointer to the help."""
     # The same name in another group is preferred to a similar spelling.
     found = [w for w in words if w.rpartition(".")[2] == word.rpartition(".")[2]]
     found = found or difflib.get_close_matches(word, words, n=1, cutoff=0.6)

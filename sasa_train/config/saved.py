@@ -1,4 +1,4 @@
-"""Reading and writing of saved configs, from config.yaml or a checkpoint, with overrides applied to them."""
+"""Read and write the configs saved in config.yaml and checkpoints, and apply overrides to them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ def load_config(yaml_text: str, overrides: Sequence[str] = (), source: str = "th
     """Parse a saved config and apply value overrides; group choices are refused because they require composition.
 
     Raises:
-        ConfigError: as in `compose_config`; the message names `source` if the text itself is invalid.
+        ConfigError: the config is invalid (see `compose_config`); if its text is malformed, the message names `source`.
     """
     check_override_keys(overrides)
     saved = _read_saved(yaml_text, source)
@@ -70,7 +70,7 @@ def _check_plain_yaml(text: str, source: str) -> None:
 
 
 def _forget_the_other_batch_key(saved: DictConfig, given: set[str]) -> None:
-    """If only micro_batch_size or grad_accum_steps is given, drop the saved value of the other to avoid a conflict."""
+    """If only one of micro_batch_size and grad_accum_steps is given, drop the saved value of the other."""
     if "trainer.micro_batch_size" in given and "trainer.grad_accum_steps" not in given:
         saved.trainer.grad_accum_steps = 1
     elif "trainer.grad_accum_steps" in given and "trainer.micro_batch_size" not in given:

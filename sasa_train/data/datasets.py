@@ -39,7 +39,7 @@ Shaped = TypeVar("Shaped")
 
 
 class UnreadableImage(Exception):
-    """Raised for a file that is missing, truncated, damaged or not an image; gives its `name` and the `reason`."""
+    """Raised for a file that is missing, truncated, damaged or not an image; `name` and `reason` describe it."""
 
     def __init__(self, name: str, reason: str):
         super().__init__(name, reason)  # both, so that a worker process can pickle the exception
@@ -108,7 +108,7 @@ class ImageSet:
                 return shape(image)
         except MemoryError:
             raise
-        except Exception as error:  # Pillow's decoders have no common error class: OSError, SyntaxError, ...
+        except Exception as error:  # Pillow's decoders have no common base class: OSError, SyntaxError, ...
             reason = str(error).partition(" <_io.")[0] or type(error).__name__  # without Pillow's file object
             raise UnreadableImage(self.name(index), reason) from error
 
@@ -144,7 +144,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def mean_std(config: DataConfig) -> tuple[Sequence[float], Sequence[float]]:
-    """Return the mean and std per channel for values in [0, 1]: those in the config or else the data set's own."""
+    """Return the mean and std per channel for values in [0, 1], from the config or else from the data set."""
     own = DATA_SETS[config.name]
     return config.mean or own.mean, config.std or own.std
 
@@ -183,7 +183,7 @@ def _check_classes(config: DataConfig, classes: list[str]) -> None:
 
 
 def split(images: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
-    """Return (train, val), where val is a fixed, stratified part with at least one image per class."""
+    """Return (train, val), where val is a fixed, stratified subset with at least one image per class."""
     held_out = []
     for members in _by_class(images):
         if len(members) < 2:
@@ -194,7 +194,7 @@ def split(images: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
 
 
 def limit(images: ImageSet, count: int | None) -> ImageSet:
-    """Return a fixed, `balanced` subset of `count` images, or all images if there are at most `count`."""
+    """Return a fixed, `balanced` subset of `count` images, or all images if there are no more than that."""
     return images if count is None or count >= len(images) else images.subset(balanced(images, count))
 
 
@@ -251,7 +251,7 @@ def _load_from_disk(config: DataConfig) -> tuple[ImageSet, ImageSet]:
 
 
 def load_class_folders(root: Path, split: str) -> ImageSet:
-    """Find the images in `root/train` (or `root/val` or `root/test`), one folder per class, ordered by path.
+    """Find the images in the class folders of `root/train` (or `root/val` or `root/test`), ordered by path.
 
     Raises:
         ConfigError: the folder does not exist, or a class has no images.

@@ -1,7 +1,7 @@
 """Fingerprints of data sets, which let a resumed run detect and report changes to its data.
 
-A fingerprint covers the count, names and order of all images and the bytes of a sample. For ImageNet, computing it
-takes a few seconds.
+A fingerprint covers the count, names and order of all images, and the bytes of a sample of them. For ImageNet,
+computing it takes a few seconds.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ SOURCES = {"files": "in class folders", "shards": "in tar shards", "memory": "in
 
 
 def fingerprint(images: ImageSet) -> dict[str, Any]:
-    """Return a fingerprint as plain values: {"source", "labels" (a digest), "classes": [{"name", "num_images", ...}]}.
+    """Return a fingerprint as a dict: `source`, `labels` (a digest) and `classes`, a list with one dict per class.
 
     Each class's `content` is a digest of `num_read` of its images: the bytes of a sample of its files or, for a data
     set in memory, all pixels. Image files and tar shards made from them have the same content.
@@ -141,7 +141,7 @@ def _file_digest(images: ImageSet, index: int) -> bytes:
 
 
 def _names(images: ImageSet, class_name: str, members: np.ndarray) -> Iterable[bytes]:
-    """Return paths in the class folder or, for shards, member names without prefix; images in memory have no names."""
+    """Return paths in the class folder, member names without prefixes for shards, or nothing for images in memory."""
     source, positions = images.source, images.positions[members].tolist()
     if isinstance(source, Tensor):
         return []

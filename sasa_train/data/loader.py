@@ -1,4 +1,4 @@
-"""Loaders that yield batches on the device, from a resident data set or streamed through worker processes.
+"""Loaders that yield batches on the device, from a data set kept there (resident) or streamed by worker processes.
 
 An epoch's order is a function of (seed, epoch), so a run that was stopped at any step continues with the next image
 without replaying anything. Both loaders yield (images, labels): normalised float32 [B, 3, H, W] images, and int64 [B]
@@ -37,7 +37,7 @@ Loader = ResidentLoader | StreamingLoader
 
 @dataclass
 class Loaders:
-    """The loaders of train and val, either both resident or both streamed, and the `fingerprint` of the two sets."""
+    """The train and val loaders, of the same kind (resident or streaming), and the `fingerprint` of the two sets."""
 
     train: Loader
     val: Loader
@@ -53,7 +53,7 @@ class Loaders:
         return "resident" if isinstance(self.train, ResidentLoader) else "streamed"
 
     def train_names(self, step: int, number: int | None = None) -> list[str]:
-        """Return the escaped names of this process's images in step `step` (from 0), or in one of its micro-batches."""
+        """Return the escaped names of this process's images in step `step` (from 0) or in its micro-batch `number`."""
         epoch, first_step = divmod(step, self.train.plan.steps_per_epoch)
         micros = itertools.islice(self.train.plan.train(epoch, first_step), self.train.plan.grad_accum_steps)
         chosen = [micro.indices for position, micro in enumerate(micros) if number in (None, position)]
@@ -76,7 +76,7 @@ class Loaders:
 
 
 def build_loaders(config: TrainConfig, device: torch.device, memory: int | None = None) -> Loaders:
-    """Build the train and val loaders for `config`; data small relative to `memory` (bytes) is kept resident.
+    """Build the train and val loaders for `config`; small data, relative to `memory` (bytes), is kept on the device.
 
     memory: by default, the device's available memory. If there are several processes, each must pass the minimum over
         all of them, so that they make the same choice.
@@ -124,7 +124,7 @@ def _build_loader(config: TrainConfig, images: ImageSet, device: torch.device, i
 
 
 def _check_queues(config: TrainConfig, *loaders: Loader) -> None:
-    # If a run ends within an epoch, the workers of all loaders hold their queues at the same time.
+    # If a run ends within an epoch, the workers of all loaders have queued batches in memory at the same time.
     needed = sum(loader.queue_bytes for loader in loaders if isinstance(loader, StreamingLoader))
     check_shared_memory(needed, resolved_num_workers(config), ", or a smaller micro-batch (trainer.micro_batch_size)")
 
@@ -144,7 +144,7 @@ def resolved_num_workers(config: TrainConfig) -> int:
 
 
 def fetch_once(config: TrainConfig) -> None:
-    """Download the data set if necessary, in one process per machine, so that the others find it on disk."""
+    """Download the data set if necessary, in one process per machine, so that the other processes find it on disk."""
     if world_size() > 1 and local_rank() == 0 and config.data.name in ("cifar10", "cifar100"):
         load_image_sets(config.data)
 

@@ -11,7 +11,7 @@ from sasa_train.data.randomness import batch_rng
 
 
 class Mixing:
-    """Mixes each image with its neighbour in the micro-batch, and their labels (arXiv 1710.09412, 1905.04899).
+    """Mixes each image and its label with those of its neighbour in the micro-batch (arXiv 1710.09412, 1905.04899).
 
     All random numbers come from the CPU's generator, so they are the same on any device. Mixing stops at step
     `last_step` (`augment.mix_off_epochs`).
@@ -23,7 +23,7 @@ class Mixing:
         self.mixes = [mix(alpha=alpha, num_classes=num_classes) for mix, alpha in kinds if alpha]
 
     def __call__(self, images: Tensor, labels: Tensor, step: int, micro_batch: int) -> tuple[Tensor, Tensor]:
-        """Mix images [B, 3, H, W] and labels (int64 [B], then float [B, num_classes]), or return both unchanged."""
+        """Return images [B, 3, H, W] and labels, both mixed (float labels [B, num_classes]) or as given (int64 [B])."""
         if step >= self.last_step or not self.mixes:
             return images, labels
         mix, numbers = self.draw(images, step, micro_batch)

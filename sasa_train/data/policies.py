@@ -97,7 +97,7 @@ class Policy:
 
 
 def table_of(transform: Any) -> dict[str, tuple[Callable[..., Any], bool]]:
-    """Return a dict from the name of each of torchvision's operations to a pair.
+    """Return a dict that maps the name of each of torchvision's operations to a pair.
 
     The first entry is a function of (bins, height, width) that returns the operation's magnitudes; the second tells
     whether they are signed.
@@ -106,7 +106,7 @@ def table_of(transform: Any) -> dict[str, tuple[Callable[..., Any], bool]]:
 
 
 def policies_of(auto_augment: Any) -> list[tuple[tuple[str, float, Any], ...]]:
-    """Return AutoAugment's learned policies, each a list of operations with their probability and magnitude bin."""
+    """Return AutoAugment's learned policies, each a list of operations with their probabilities and magnitude bins."""
     return auto_augment._policies
 
 

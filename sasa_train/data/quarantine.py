@@ -1,4 +1,4 @@
-"""Handling of unreadable images, which are logged once, counted, and replaced or left out; too many stop the run."""
+"""Unreadable images, which are logged once, counted, and replaced or left out; if there are too many, the run stops."""
 
 import logging
 import math

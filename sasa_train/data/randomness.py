@@ -29,7 +29,7 @@ def fixed_order(num_images: int) -> np.ndarray:
 
 def sample_draws(seed: int, epoch: int, indices: np.ndarray, num_draws: int, purpose: np.uint64 = CROP) -> np.ndarray:
     """Draw uniform random numbers in [0, 1), float64 [len(indices), num_draws]."""
-    state = _hash(_key(seed, epoch) ^ purpose, indices)  # independent of the order, whose purpose is 0
+    state = _hash(_key(seed, epoch) ^ purpose, indices)  # independent of epoch_order, which uses purpose 0
     bits = _mix(state[:, None] + np.arange(1, num_draws + 1, dtype=np.uint64) * GOLDEN)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 

@@ -1,4 +1,4 @@
-"""Reading of images, for data workers and for the commands that show or classify images."""
+"""Functions that read images, for data workers and for the commands that show or classify images."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,7 +38,7 @@ def image_files(paths: Sequence[str]) -> ImageSet:
 
 
 def read_fitted(images: ImageSet, indices: Iterable[int], size: int, num_tries: int = 1) -> Read:
-    """Read the images at `indices` as for validation, with the shorter side resized and the centre cropped.
+    """Read the images at `indices`; as for validation, resize the shorter side and crop the centre.
 
     An unreadable image is left out or, if `num_tries` exceeds 1, replaced by the next readable one.
     """

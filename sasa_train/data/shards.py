@@ -1,8 +1,8 @@
 """Tar shards in the webdataset layout, read in place with one open file per shard instead of one per image.
 
 A sample is an image `KEY.jpg` and its label `KEY.cls`. An index of offsets, kept beside the shards, lets a single
-`pread` fetch any image, so order, workers and resuming are as with class folders. Images are ordered by label and key,
-so shards that sasa-data creates from class folders yield the same images in the same order as those folders.
+`pread` fetch any image, so ordering, workers and resuming work as they do for class folders. Images are ordered by
+label and key, so shards that sasa-data creates from class folders yield the same images in the same order.
 """
 
 import io
@@ -40,7 +40,7 @@ class TarMembers:
     names: np.ndarray
 
     def open(self, position: int) -> BinaryIO:
-        """Read the member's bytes into memory; they are fewer than `size` if the archive is truncated."""
+        """Read the member's bytes into memory; there are fewer than `size` if the archive is truncated."""
         with _opening:
             file = _opened(self.archives[self.archive[position]])
         return io.BytesIO(os.pread(file.fileno(), int(self.size[position]), int(self.offset[position])))
@@ -54,8 +54,8 @@ _opening = threading.Lock()
 
 @cache
 def _opened(path: str) -> BinaryIO:
-    # All readers share the file because pread does not use the file position. ImageNet may have more shards than the
-    # default limit on open files.
+    # All readers can share one open file, because pread does not use the file position. ImageNet may have more shards
+    # than the default limit on open files.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

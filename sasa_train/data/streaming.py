@@ -1,4 +1,4 @@
-"""A loader whose workers decode and augment one micro-batch at a time, which stays uint8 until it is on the device."""
+"""A loader whose workers decode and augment whole micro-batches; images stay uint8 until they are on the device."""
 
 from collections.abc import Iterator
 
@@ -70,7 +70,7 @@ class StreamingLoader:
         current = torch.cuda.current_stream(self.device)
         current.wait_event(is_there)
         for tensor in moved[1:]:
-            tensor.record_stream(current)  # otherwise the allocator reuses its memory while it is still in use
+            tensor.record_stream(current)  # otherwise the allocator could reuse its memory too early
         return moved
 
     def _move(self, came: tuple[MicroBatch, Read]) -> Moved:

@@ -1,7 +1,7 @@
 """Transforms from an image on disk to the model's input; images stay uint8 until they are normalised on the device.
 
-Small images (up to 64 pixels) are padded, cropped, flipped and so on in whole batches, whether resident or streamed, so
-both kinds of loader give the same pixels. Larger images are cropped and resized one by one during decoding.
+Small images (up to 64 pixels) are padded, cropped, flipped and so on in whole batches by both kinds of loader,
+which therefore give the same pixels. Larger images are cropped and resized one by one during decoding.
 """
 
 import math

@@ -39,7 +39,7 @@ class DataWorkerError(ExpectedFailure):
 
 
 class Workers:
-    """Runs `reader` in `num_workers` processes, or in the main process if 0; `read` starts and `close` ends them.
+    """Runs `reader` in `num_workers` processes (0: in the main process), which `read` starts and `close` ends.
 
     A thread kills all workers if a wait for them takes too long.
     """
@@ -152,7 +152,7 @@ class Workers:
         self._kill()
 
     def _suspects(self) -> str:
-        """Describe the workers that are stopped or, if none is, the worker whose result is due next."""
+        """Describe the workers that are stopped or, if none are, the worker whose result is due next."""
         workers = self._processes()
         suspects = [worker for worker in workers if _state(worker).startswith("stopped")]
         if not suspects and self._handed:
@@ -185,7 +185,7 @@ def unreported(iterator: Any) -> Any:
     """Make a DataLoader's iterator detect dead workers (within seconds) only while it waits for them."""
     # The DataLoader's SIGCHLD handler would raise at any point, perhaps while the main process writes a checkpoint.
     signal_handling._remove_worker_pids(id(iterator))
-    iterator._worker_pids_set = False  # otherwise it would remove them again at its end
+    iterator._worker_pids_set = False  # otherwise it would remove the ids again when it ends
     return iterator
 
 
@@ -198,7 +198,7 @@ def check_shared_memory(needed: int, num_workers: int, remedy: str = "") -> None
     """Check that shared memory has `needed` bytes free for each process on this machine.
 
     Raises:
-        ConfigError: there is too little; the message suggests `remedy` in addition to the general remedies.
+        ConfigError: not enough is free; the message suggests `remedy` in addition to the general remedies.
     """
     # Containers often have little shared memory, and a worker that fills it is killed by SIGBUS. Only Linux shows how
     # much is free.

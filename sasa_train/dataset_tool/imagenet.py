@@ -1,4 +1,4 @@
-"""Reading of ImageNet's official archives in place, to find the classes, the labels and the location of each image."""
+"""Read ImageNet's official archives in place to find the classes, the labels and the location of each image."""
 
 import hashlib
 import io
@@ -35,7 +35,7 @@ def check_md5(path: Path, expected: str) -> None:
 
 
 def read_devkit(path: Path) -> tuple[list[str], list[str]]:
-    """Return the sorted WordNet ids of the classes, and the ids of the val images in file-name order."""
+    """Return the sorted WordNet ids of the classes, and the id of each val image's class, in file-name order."""
     from scipy.io import loadmat
 
     try:

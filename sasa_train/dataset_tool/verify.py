@@ -29,7 +29,7 @@ Look = tuple[str, tuple[int, int], bytes, np.ndarray]  # mode, width and height,
 
 @dataclass
 class Contents:
-    """The contents of a data set, its splits concatenated; image i is in split `split_of[i]` and has label `labels[i]`.
+    """The contents of a data set with its splits concatenated; `split_of[i]` and `labels[i]` belong to image i.
 
     `faults` lists classes without images in a split, and `unused` lists files that are never read.
     """
@@ -56,7 +56,7 @@ class Contents:
 class Survey:
     """The results of decoding n images.
 
-    `sizes`, int64 [n, 2], holds widths and heights (0 if unreadable), and `moments`, float64 [n, 2, 3], the mean and
+    `sizes`, int64 [n, 2], holds widths and heights (0 if unreadable). `moments`, float64 [n, 2, 3], holds the mean and
     mean square of each channel for values in [0, 1]. `alike` maps pixel digests to indices, and `unreadable` maps
     indices to reasons.
     """
@@ -93,7 +93,7 @@ def verify(root: Path, num_workers: int, all_classes: bool) -> int:
 
 
 def read_contents(root: Path) -> Contents:
-    """Find the splits and classes in `root` as training does, but record faults where training would refuse.
+    """Find the splits and classes in `root` as training does, but record faults instead of raising an error.
 
     Raises:
         ConfigError: the folder does not exist or contains no classes.
@@ -202,7 +202,7 @@ def _look(split: int, index: int) -> Look | str:
 
 
 def measure(image: Image.Image) -> Look:
-    """Return the mode, size, hash of size and RGB pixels, and the channels' means and mean squares, float64 [2, 3]."""
+    """Return the mode, size, hash of size and RGB pixels, and each channel's mean and mean square, float64 [2, 3]."""
     mode, rgb = image.mode, to_rgb(image)
     digest = hashlib.blake2b(f"{rgb.width} x {rgb.height}".encode(), digest_size=16)
     digest.update(rgb.tobytes())

@@ -1,4 +1,4 @@
-"""Atomic writing of class folders and tar shards; a stopped command, run again, writes only the missing ones."""
+"""Write class folders and tar shards atomically; if a command was stopped, running it again writes the missing ones."""
 
 import io
 import json
@@ -75,7 +75,7 @@ def _missing_classes(folder: Path, split: Originals) -> Missing:
 
 
 def _write_class(path: Path, split: Originals, members: np.ndarray) -> None:
-    # The temporary folder is outside DEST/SPLIT, where it would be mistaken for a class.
+    # The temporary folder is not in DEST/SPLIT, because it would be mistaken for a class there.
     aside = path.parents[1] / f"{path.parent.name}-{path.name}.tmp"
     aside.mkdir()
     for i in members:

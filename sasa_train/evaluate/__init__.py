@@ -159,7 +159,7 @@ def evaluate_further(
     real_sets: "list[frozenset[int]] | None",
     other_val: "Val | None",
 ) -> dict[str, Any]:
-    """Compute and print the section of each requested option; return the values for --json."""
+    """Compute and print the section for each requested option; return the values for --json."""
     from sasa_train.evaluate.calibration import NUM_BINS, calibrate, proper_scores
 
     figures: dict[str, Any] = {}

@@ -127,7 +127,7 @@ def _tempered(logits: Tensor, labels: Tensor, predictions: Tensor, num_bins: int
 
 
 def _slope(inverse: float, logits: Tensor, labels: Tensor) -> float:
-    """Return the derivative of the summed NLL with respect to the inverse temperature, E[z] - z_label per image."""
+    """Return the derivative of the summed NLL with respect to the inverse temperature, the sum of E[z] - z_label."""
     slope = 0.0
     for z, y in _chunks(logits, labels):
         mean = ((inverse * z).softmax(1) * z).sum(1, keepdim=True)

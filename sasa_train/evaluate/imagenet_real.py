@@ -61,7 +61,7 @@ def load_real_labels(source: str, classes: Sequence[str]) -> RealLabels:
     If the model has only some of ImageNet's classes, the labels of the other classes are dropped.
 
     Raises:
-        ConfigError: a class is not one of ImageNet's, or the file is not real.json.
+        ConfigError: a class is not an ImageNet class, or the file is not real.json.
     """
     wnids = ImageNetInfo().label_names()
     if foreign := [name for name in classes if name not in set(wnids)]:

@@ -20,7 +20,7 @@ SUFFIXES = {"predictions": (".csv", ".jsonl"), "json": (".json",), "plot": (".pn
 
 
 def check_outputs(options: argparse.Namespace) -> None:
-    """Raise ConfigError if an output file cannot be written; to be called before the evaluation."""
+    """Raise ConfigError if an output file cannot be written; call this before the evaluation."""
     if options.bins is not None and options.bins < 1:
         raise ConfigError(f"--bins {options.bins}: must be 1 or more")
     if options.plot and (reason := why_not("--plot", "plots")):

@@ -11,7 +11,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class PairedCounts:
-    """The numbers of images that both, only one or neither of two classifiers predicted correctly."""
+    """The numbers of images that were predicted correctly by both, only one or neither of two classifiers."""
 
     both: int
     only_first: int

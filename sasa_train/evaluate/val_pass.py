@@ -1,4 +1,4 @@
-"""A trained model's pass over val, which yields the metrics of the training log and the output for each image."""
+"""A pass of a trained model over val, which yields the metrics of the training log and the output for each image."""
 
 import math
 from dataclasses import dataclass
@@ -114,7 +114,7 @@ def open_val(trained: TrainedModel) -> Val:
     """Load val with the same batches as in training, and move the model to the device.
 
     Raises:
-        ConfigError: the data set is invalid or has classes other than the checkpoint's.
+        ConfigError: the data set is invalid, or its classes differ from the checkpoint's.
     """
     checkpoint, config = trained.checkpoint, trained.config
     config.trainer.sync_batch_norm = False  # only used in training

@@ -1,4 +1,4 @@
-"""Comparison of the logits and the speed of a model and its export on real images."""
+"""Compare the logits and speed of an exported model with those of the original on real images."""
 
 import time
 from collections.abc import Callable
@@ -35,7 +35,7 @@ class Measured:
 
 
 def load_images(trained: TrainedModel, folder: Path | None) -> tuple[Tensor, str]:
-    """Return up to NUM_IMAGES normalised images [n, 3, S, S], evenly spaced in val or `folder`, and their description.
+    """Return up to NUM_IMAGES normalised images [n, 3, S, S], evenly spaced in val or `folder`, with a description.
 
     Raises:
         ConfigError: there are no readable images.
@@ -68,7 +68,7 @@ def _folder(folder: Path) -> tuple[ImageSet, str]:
 
 @torch.inference_mode()
 def measure(run: Run, images: Tensor) -> Measured:
-    """Run all images once for each of BATCH_SIZES, after a warm-up with the first batch."""
+    """Process all images once for each of BATCH_SIZES, after a warm-up with the first batch."""
     measured = Measured([], [])
     for batch_size in BATCH_SIZES:
         batches = images.split(batch_size)

@@ -62,7 +62,7 @@ def describe(trained: TrainedModel) -> dict[str, str]:
 
 
 def timm_data_config(trained: TrainedModel) -> dict[str, Any]:
-    """Return timm's data config, with which timm's `create_transform` gives the same pixels as validation."""
+    """Return timm's data config, with which timm's `create_transform` produces the same pixels as validation."""
     mean, std = mean_std(trained.config.data)
     size, shorter = trained.image_size, shorter_side(trained.image_size)
     exact = math.floor(size / (size / shorter)) == shorter  # timm inverts crop_pct, and rounding may lose a pixel

@@ -41,7 +41,7 @@ class Source:
 
 
 def plain_program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
-    """Export `model` with PyTorch's own operators, with a dynamic batch size and without source file paths."""
+    """Export `model` using PyTorch's own operators, with a dynamic batch size and without source file paths."""
     model = copy.deepcopy(model)
     for module in model.modules():
         if isinstance(module, AttentionStem | LocalSelfAttention2d):
@@ -95,7 +95,7 @@ def load_safetensors(path: Path) -> nn.Module:
 
 
 def write_hub(source: Source, path: Path) -> None:
-    """Write a folder with config.json, model.safetensors and README.md, as timm does."""
+    """Write a folder that contains config.json, model.safetensors and README.md, as timm does."""
     from timm.models import save_for_hf
 
     trained = source.trained

@@ -1,4 +1,4 @@
-"""Export of one format, which is written to a temporary folder and moved into place only after verification."""
+"""Export one format to a temporary folder, and move the result into place only after verification."""
 
 import os
 import shutil
@@ -52,7 +52,7 @@ def _make_aside(how: Format, source: Source, path: Path, images: Tensor) -> Meas
         return measure(how.load(path), images)
     except OSError:
         raise
-    except Exception as error:  # errors of torch's exporters, onnxruntime and timm have no common class
+    except Exception as error:  # errors of torch's exporters, onnxruntime and timm have no common base class
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         name = source.trained.config.model.name
         raise ExportError(f"cannot be made of {name} ({reason}); leave it out with --formats") from error

@@ -1,4 +1,4 @@
-"""Batch prediction of image files with a trained model, using the preprocessing of validation."""
+"""Predict the classes of image files in batches with a trained model, preprocessing them as for validation."""
 
 import itertools
 import math

@@ -122,7 +122,7 @@ class Checkpoints:
         return None
 
     def _candidates(self) -> list[Path]:
-        """List the checkpoint files, newest first, by the steps in their manifests or names."""
+        """List the checkpoint files, newest first, according to the steps in their manifests or names."""
         steps = {self.folder / "best.pt": -1} | {path: int(path.stem[5:]) for path in reversed(self.numbered())}
         steps[self.folder / "last.pt"] = sys.maxsize
         for path in steps:
@@ -180,7 +180,7 @@ def _read(path: Path) -> Any:
                 return torch.load(file, map_location="cpu", weights_only=True)
         except MemoryError:
             raise
-        except Exception as error:  # errors of zipfile, torch and pickle have no common class
+        except Exception as error:  # errors of zipfile, torch and pickle have no common base class
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             # EINVAL means damage, because zipfile seeks before the start of a file that is too short.
             if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
@@ -277,7 +277,7 @@ def _linked(path: Path, beside: Path) -> Path:
 
 
 def _num_bytes(content: Any) -> int:
-    """Return the total size in bytes of all tensors and strings, which is within a few KB of a checkpoint's size."""
+    """Return the total size in bytes of all tensors and strings, which is within a few KB of the checkpoint's size."""
     if isinstance(content, dict | list | tuple):
         return sum(map(_num_bytes, content.values() if isinstance(content, dict) else content))
     return content.nbytes if isinstance(content, torch.Tensor) else len(content) if isinstance(content, str) else 0

@@ -86,7 +86,7 @@ def open_run(config: TrainConfig, run_name: str) -> RunFolder:
     """Find or create the run's folder, lock it, and load the checkpoint to continue from.
 
     Raises:
-        ConfigError: the folder is in use by another process, `resume` does not exist, or the trajectory differs.
+        ConfigError: another process uses the folder, `resume` does not exist, or keys that affect the results differ.
         CheckpointError: the folder has or had checkpoints but none is intact, or the one given by `resume` is damaged.
     """
     path, given = _choose_folder(config, Path(config.output_dir) / run_name)
@@ -164,7 +164,7 @@ def load_saved_config(path: Path, overrides: Sequence[str]) -> TrainConfig:
 
 
 def check_trajectory(checkpoint: dict[str, Any], config: TrainConfig, path: Path) -> None:
-    """Raise ConfigError if keys that affect the results changed since the checkpoint, unless the user allows it."""
+    """Raise ConfigError if keys that affect results have changed since the checkpoint, unless the user allows it."""
     saved = load_config(checkpoint["config"], source=f"the config in the checkpoint of {path}")
     same = has_same_world_size(checkpoint)
     keys = [key for key in differing_keys(saved, config, same) if key not in config.allow_config_change]
@@ -252,7 +252,7 @@ def _folder_started_from(wanted: Path, resume: str) -> Path | None:
 
 def refuse_links(path: Path) -> None:
     """Raise ConfigError if a run folder contains symbolic links."""
-    # The folder may come from an untrusted source, and no link in it may redirect writes to another place.
+    # The folder may come from an untrusted source, and no link in it may redirect writes elsewhere.
     for name in ("", "checkpoints", "tensorboard", "tensorboard/figures", "figures", "profile"):
         folder = path / name
         for entry in filter(Path.is_symlink, folder.iterdir() if folder.is_dir() else ()):

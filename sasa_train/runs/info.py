@@ -10,7 +10,7 @@ NAME = "run.json"
 
 
 def read_info(run_dir: Path) -> dict[str, Any]:
-    """Return the content of run.json, or {} if it is missing or damaged, in which case the next write recreates it."""
+    """Return the content of run.json, or {} if it is missing or damaged; the next write then recreates it."""
     try:
         info = json.loads((run_dir / NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -104,7 +104,7 @@ class Ledger:
         return [job for job in self.jobs.values() if job.name in self.asked]
 
     def save(self) -> None:
-        """Write the ledger; if the disk is full, only warn, because the next save contains everything."""
+        """Write the ledger; if the disk is full, only warn, because the next save will contain everything."""
         jobs = {name: {k: v for k, v in vars(job).items() if k != "name"} for name, job in self.jobs.items()}
         content = {"format_version": FORMAT_VERSION, "sweep": self.about, "jobs": jobs}
         try:
@@ -114,14 +114,14 @@ class Ledger:
 
 
 class DamagedLedgerError(ConfigError):
-    """Raised if the file is not a ledger as written by a sweep."""
+    """Raised if the file is not a ledger written by a sweep."""
 
 
 def read_ledger(path: Path) -> tuple[dict[str, Any], dict[str, Job]]:
     """Return a sweep's description (for example, its command) and its jobs by name.
 
     Raises:
-        DamagedLedgerError: the file is not a ledger as written by a sweep.
+        DamagedLedgerError: the file is not a ledger written by a sweep.
         ConfigError: the file cannot be read or has another format version.
     """
     try:

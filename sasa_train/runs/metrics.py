@@ -1,4 +1,4 @@
-"""metrics.jsonl, with one row per log step and per evaluation, without gaps or duplicates after interruptions."""
+"""metrics.jsonl, which has one row per log step and evaluation, with no gaps or duplicates after interruptions."""
 
 import contextlib
 import json

@@ -77,8 +77,9 @@ def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _git(*arguments: str) -> str | None:
-    """Return the output of a git command for the checkout of this code, or None if it is not in a checkout."""
-    # A virtual environment may be inside another project's checkout, so git must track this file.
+    """Return the output of a git command run in this code's checkout, or None if the code is not in one."""
+    # A virtual environment may be inside another project's checkout, so the output is used only if git tracks this
+    # file.
     here = Path(__file__)
     try:
         for command in (["ls-files", "--error-unmatch", here.name], arguments):

@@ -57,7 +57,7 @@ def read_weights(config: TrainConfig) -> Weights:
         changed = sha256_of(path) != digest
     except MemoryError:
         raise
-    except Exception as error:  # errors of zipfile, torch, pickle and safetensors have no common class
+    except Exception as error:  # errors of zipfile, torch, pickle and safetensors have no common base class
         raise ConfigError(f"model.pretrained={printable(source)}: cannot be read ({_reason(error)})") from error
     if changed:
         raise ConfigError(f"model.pretrained={printable(source)}: a run wrote its next checkpoint meanwhile; try again")
@@ -88,7 +88,7 @@ def load_into(model: nn.Module, weights: Weights, classes: list[str], source: st
     """Load weights with `load_pretrained`, including the classifier if its class names match or are unknown.
 
     Raises:
-        ConfigError: as in `load_pretrained`; the message adds the keys of the file's model if they are known.
+        ConfigError: `load_pretrained` refuses the weights; the message adds the keys of the file's model, if known.
     """
     try:
         return load_pretrained(model, weights.state_dict, weights.classes in (None, classes))
@@ -124,7 +124,7 @@ def _of_checkpoint(checkpoint: dict[str, Any]) -> Weights:
 
 
 def _model_overrides(yaml_text: str) -> str | None:
-    """Return the overrides that select a saved config's model, or None if it has keys of a later version."""
+    """Return the overrides that select a saved config's model, or None if it has keys from a later version."""
     try:
         model = load_config(yaml_text).model
     except ConfigError:
