@@ -56,7 +56,7 @@ def test_odd_head_dims_without_embeddings():
 
 
 def test_the_pool_of_a_stage_begin():
-    """Sides of odd length end in averages over one or two positions; larger maps have several tiles and shared rows."""
+    """Odd sides end in averages over one or two positions; larger maps have several tiles, and threads share rows."""
     for h, w in [(1, 1), (1, 7), (8, 1), (5, 8), (8, 5), (20, 35), (33, 14)]:
         for kernel_size in (1, 3, 7):
             assert_equals_reference((2, 5, h, w, 6), kernel_size, border="zero" if h == 8 else "mask", stride=2)

@@ -83,7 +83,7 @@ def test_sizes_and_modes_are_listed(image_folder, capsys):
 
 
 def test_broken_files_are_named(image_folder, capsys):
-    """Check that each broken file is reported with its reason; training might only fail after hours."""
+    """Check that each broken file is reported with its reason; otherwise, training might fail only after hours."""
     folder = image_folder / "train" / "red"
     pixels = np.random.default_rng(0).integers(0, 256, (67, 67, 3), dtype=np.uint8)
     (folder / "cut.jpg").write_bytes(encoded(Image.fromarray(pixels), "JPEG")[:1500])

@@ -140,7 +140,7 @@ def test_a_failing_job_shows_its_traceback_and_is_tried_three_times(tmp_path):
 
 @pytest.mark.slow
 def test_a_search_prunes_stops_and_goes_on(tmp_path):
-    """Check that a search that is stopped and rerun runs the requested number of trials, each exactly once."""
+    """Check that a search that is stopped and continued runs the requested number of trials, each exactly once."""
     pytest.importorskip("optuna")
     arguments = [*SMALL, "trainer.epochs=4", "optimizer.lr=tag(log,interval(1e-4,1))", "model.kernel_size=3,5"]
     arguments += ["sweep.num_trials=9", "sweep.max_parallel=2"]

@@ -78,7 +78,7 @@ class Contender:
 
 
 def build_contender(backend: str, case: Case, arithmetic: torch.dtype | None = None) -> Contender:
-    """Build `backend` with random inputs shared by all, rounded to the case's dtype and then cast to `arithmetic`."""
+    """Build `backend` with the random inputs that all share, rounded to the case's dtype, then cast to `arithmetic`."""
     dtype, generator = DTYPES[case.dtype], torch.Generator(case.device).manual_seed(0)
 
     def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -191,7 +191,7 @@ def check(backend: str, case: Case) -> str | None:
     """Compare a backend with the float64 reference and return a description of the problem, or None.
 
     On the CPU, two images are checked. On CUDA, the whole batch is checked, so that the checked code and launch
-    parameters are the ones that are timed. (Triton tunes them on the first batch, and two images would be a new case.)
+    parameters are the ones that are timed. (Triton tunes them on the first batch; two images would lead to others.)
 
     NATTEN computes a different function, so only its output is compared, without relative terms and not at the border.
 

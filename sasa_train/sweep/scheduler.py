@@ -105,7 +105,7 @@ class Processes:
         self.seconds: list[float] = []  # duration of each job completed by this command
 
     def seconds_left(self) -> float | None:
-        """Estimate the seconds left from finished jobs or the epochs of running ones, or return None without either."""
+        """Estimate the seconds left from finished jobs or the epochs of running ones (None if there are neither)."""
         now, estimates = time.monotonic(), list(self.seconds)
         for running in self.running if not estimates else []:
             job = running.job
@@ -208,7 +208,7 @@ class Processes:
                 job.tries[-1]["reason"] = job.reason
             if job.state in ("done", "pruned"):
                 self.seconds.append(seconds)
-            self.ledger.save()  # before the study is told: it does not rerun a trial whose result it has
+            self.ledger.save()  # saved before the study is told, because a study never repeats a finished trial
             self.source.ended(job)
             yield describe_end(job, seconds)
             if job.state in ("failed", "refused") or code not in (DONE, INTERRUPTED):
@@ -259,7 +259,7 @@ def tail(path: Path, start: int) -> list[str]:
 
 
 def behind_torchrun(code: int, said: list[str]) -> tuple[int, list[str]]:
-    """Return the processes' own exit code, which torchrun replaces with 1, and their output without its messages."""
+    """Return the exit code of the processes (torchrun replaces it with 1) and their output without torchrun's own."""
     if saved := [line for line in said if ": saved at step" in line]:
         return INTERRUPTED, saved
     codes = [int(found[1]) for line in said if (found := re.search(r"exitcode\s*: (-?\d+)", line))]

@@ -91,7 +91,7 @@ def split_pixel(text: str) -> tuple[int, int]:
 
 
 def split_words(words: list[str]) -> tuple[list[Path], list[str]]:
-    """Split words into runs and figure names; an existing path is a run, even if a figure has the same name.
+    """Split words into runs and figure names; an existing path is treated as a run even if a figure has the same name.
 
     Raises:
         ConfigError: no run is given, or a word is neither a run nor the name of a figure.

@@ -35,7 +35,7 @@ class View:
 
 
 def draw_attention_maps(views: list[View]) -> Figure:
-    """Draw one row per query and one column per layer, with the weights, averaged over heads, drawn to scale."""
+    """Draw one row per query and one column per layer, showing the window to scale, with the heads' mean weights."""
     layers = list(views[0].windows)
     figure, cells = _grid(len(views), 1 + len(layers))
     means = [{name: window.weights.mean(0).numpy() for name, window in view.windows.items()} for view in views]
