@@ -129,6 +129,6 @@ def assert_threads_change_no_bit(run: Callable[[], Sequence[Tensor | None]], cou
 
 
 def run_narrower(capability: str, program: str) -> None:
-    """Run test code with a narrower CPU instruction set; a new process is needed to read ATEN_CPU_CAPABILITY again."""
+    """Run test code with a narrower CPU instruction set, in a new process as ATEN_CPU_CAPABILITY is read only once."""
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=Path(__file__).parent)

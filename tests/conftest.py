@@ -1,4 +1,4 @@
-"""Shared fixtures: a folder of images, and helpers that run the commands as users run them."""
+"""Shared fixtures: a folder of images, and helpers that run the commands as users do."""
 
 import importlib
 import os
@@ -14,7 +14,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# The total number of threads, here and in processes that tests start, equals the number of processors; more would wait.
+# The total number of threads, here and in started processes, equals the number of processors; more would only wait.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     num_threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     torch.set_num_threads(num_threads)
@@ -46,7 +46,7 @@ def command(tmp_path: Path) -> Command:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Use one thread, as `command` and `start` do, because a different number sums in a different order."""
+    """Use one thread, as `command` and `start` do, because the number of threads affects the order of summation."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -55,7 +55,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, one_thread) -> Command:
-    """Like `command`, but runs in this process, which saves the seconds that a new interpreter needs for torch."""
+    """Like `command`, but runs in this process, which saves the seconds a new interpreter takes to import torch."""
 
     def run(module: str, *arguments: str, expect: int = 0):
         monkeypatch.chdir(tmp_path)
@@ -79,7 +79,7 @@ def image_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> Path:
-    """Return a finished run with attention in the stem and stages and a moving average; copy it before changing it."""
+    """Return a finished run with a moving average and with attention in stem and stages; copy it before changing it."""
     from running_commands import TINY
 
     from sasa_train import train

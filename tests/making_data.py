@@ -34,7 +34,7 @@ def assert_same(one, other):
         assert torch.equal(labels, other_labels) and torch.equal(images, other_images)
 
 
-# The settings of a run on such a folder, which takes a few seconds.
+# Overrides for a run on such a folder; the run takes a few seconds.
 SMALL_RUN = (
     "model.width=0.125", "model.num_heads=2", "model.kernel_size=3", "trainer.global_batch_size=4", "output_dir=out",
     "trainer.epochs=2", "run_name=bad", "trainer.log_every_steps=1",

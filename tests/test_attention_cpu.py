@@ -89,7 +89,7 @@ def test_one_embedding_shared_and_one_a_head(rel):
 
 @pytest.mark.parametrize("shape", [(1, 1, 40, 9, 8), (5, 7, 19, 5, 4)])
 def test_the_number_of_threads_changes_no_bit(shape):
-    """Check cases with few planes, in which rows are split among threads and each computes its own halo rows."""
+    """Check cases with few planes, where rows are split among threads and each thread computes its own halo rows."""
     generator = torch.Generator().manual_seed(0)
     rel = [torch.randn(7, shape[-1] // 2, generator=generator) for _ in range(2)]
     case = [*draw(shape, "channels_last", torch.float32, generator), *rel]
@@ -204,7 +204,7 @@ class _Attending(torch.utils.data.Dataset):
 
 
 def test_loader_workers_forked_after_a_parallel_call_go_on():
-    """A second OpenMP pool, or using the existing pool in a forked child, would hang here."""
+    """Starting a second OpenMP pool, or using the existing pool in a forked child, would hang here."""
     q = torch.randn(4, 8, 9, 9, 8)
     local_attention(q, q, q, kernel_size=3, backend="cpu")
     loader = torch.utils.data.DataLoader(_Attending(), num_workers=2, multiprocessing_context="fork", timeout=60)

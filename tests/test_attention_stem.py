@@ -236,7 +236,7 @@ def test_flops_are_those_of_the_definition(keys):
 
 
 def test_backends():
-    """A backend requested by name runs or raises; auto falls back to PyTorch if the kernel cannot run."""
+    """A backend requested by name runs or raises an error; auto falls back to PyTorch if the kernel cannot run."""
     x = torch.randn(1, 3, 4, 4)
     for module, image, message in [
         (build().double(), x.double(), "the weights are torch.float64"),

@@ -1,4 +1,4 @@
-"""Compare the Triton kernels with the float64 reference on the GPU, or with small cases on Triton's interpreter."""
+"""Compare the Triton kernels with the float64 reference on the GPU or, for small cases, under Triton's interpreter."""
 
 import functools
 import importlib.util
@@ -29,7 +29,7 @@ BF16, FP16 = torch.bfloat16, torch.float16
 
 @pytest.fixture(autouse=True)
 def one_configuration(monkeypatch):
-    """Disable autotuning; use large tiles on the interpreter, because its time depends on the number of programs."""
+    """Disable autotuning; use large tiles under the interpreter, whose run time grows with the number of programs."""
     if DEVICE == "cpu":
         configure(monkeypatch, Config(64, 4, 2))
     torch.use_deterministic_algorithms(True)
@@ -140,7 +140,7 @@ def test_the_tile_walks_few_key_rows_and_covers_the_map():
 @gpu
 @pytest.mark.gpu
 def test_more_programs_than_a_grid_has_rows():
-    """Check a launch with more programs than 65,535, the limit of a grid's second and third dimension."""
+    """Check a launch with more than 65,535 programs, the limit of a grid's second and third dimensions."""
     assert_equals_reference((9000, 8, 2, 3, 4), 3)
 
 
@@ -170,7 +170,7 @@ def test_the_search_keeps_a_configuration_a_problem_and_auto_says_so(monkeypatch
 
 
 def test_without_a_gpu_or_an_interpreter_it_is_an_error_that_says_so():
-    """Check the error message without a GPU or interpreter; auto on the CPU does not import Triton."""
+    """Check the error message if there is neither a GPU nor an interpreter; auto on a CPU does not import Triton."""
     program = (
         "import sys, torch\n"
         "from sasa_train.attention import local_attention\n"

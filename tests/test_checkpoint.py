@@ -1,4 +1,4 @@
-"""Check that checkpoints are written atomically, and that bad ones are refused by name and run no code."""
+"""Check that checkpoints are written atomically, and that bad ones are named and refused without running code."""
 
 import errno
 import itertools
@@ -152,7 +152,7 @@ def test_a_kill_between_any_two_calls_leaves_a_good_newest_checkpoint(tmp_path, 
 
 
 def dies(work, call: str, num_calls: int) -> bool:
-    """Run `work` in a process that exits silently before its `num_calls`th call of os.`call`; return True if so."""
+    """Run `work` in a process that exits silently before its `num_calls`th call of os.`call`; return True if it did."""
     process = os.fork()
     if process == 0:
         real, calls = getattr(os, call), itertools.count()
@@ -196,7 +196,7 @@ def test_a_damaged_manifest_counts_as_a_damaged_checkpoint(tmp_path):
 
 
 def test_a_checkpoint_without_its_manifest_is_judged_by_its_own_checksums(tmp_path):
-    """Check that a checkpoint that was copied without its manifest is verified by its own checksums."""
+    """Check that a checkpoint that was copied without its manifest is verified against its own checksums."""
     filled(tmp_path)
     os.rename(tmp_path / "last.pt", tmp_path / "copy.pt")
     assert load_checkpoint(tmp_path / "copy.pt")["step"] == 5
@@ -245,7 +245,7 @@ def test_the_newest_is_the_one_of_the_highest_step(tmp_path):
 
 
 def test_a_compressed_file_is_refused_unread(tmp_path):
-    """Check that compressed files are refused unread, because a few KB could expand to terabytes in memory."""
+    """Check that compressed files are refused without being read, as a few KB could expand to terabytes in memory."""
     torch.save(content(1), tmp_path / "x.pt")
     with zipfile.ZipFile(tmp_path / "x.pt") as plain, zipfile.ZipFile(tmp_path / "bomb.pt", "w") as bomb:
         for entry in plain.infolist():

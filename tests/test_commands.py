@@ -1,4 +1,4 @@
-"""Run the commands as users do: check their output, the input they refuse, and that interruptions lose nothing."""
+"""Run the commands as users do; check their output and the input they refuse, and that interruptions lose nothing."""
 
 import json
 import os
@@ -97,7 +97,7 @@ def test_a_run_leaves_what_the_readme_promises(command, in_process, tmp_path):
 
 
 def test_killed_and_stopped_runs_end_as_one_never_touched(in_process, tmp_path):
-    """Send SIGKILL, SIGTERM (exit code 75) and SIGINT (75) in mid-epoch; each time, rerun with other workers."""
+    """Send SIGKILL, SIGTERM (exit code 75) and SIGINT (75) in mid-epoch; rerun with a different number of workers."""
     run = [*TINY, "trainer.epochs=6", "trainer.ema_decay=0.9", "model.drop_path_rate=0.2", "data.resident=false"]
     run += ["trainer.checkpoint_every_steps=3"]
     in_process("train", *run, "run_name=whole", "data.num_workers=0")
@@ -250,7 +250,7 @@ def test_the_summary_command(capsys, in_process):
 
 
 def test_several_processes_are_refused_without_torchrun(monkeypatch, capsys):
-    """Check that variables left by another job are refused; otherwise, the run would wait for missing processes."""
+    """Check that another job's leftover variables are refused; otherwise, the run would wait for missing processes."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert train.run_command(["experiment=debug"]) == 2
     assert "WORLD_SIZE=2, but torchrun did not start this process" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Check that sasa-data reports every planted defect, writes complete data sets, resumes, and never mixes two."""
+"""Check that sasa-data reports every planted defect, writes data sets completely, resumes, and never mixes two sets."""
 
 import gzip
 import hashlib
@@ -83,7 +83,7 @@ def test_sizes_and_modes_are_listed(image_folder, capsys):
 
 
 def test_broken_files_are_named(image_folder, capsys):
-    """Check that each broken file is reported with its reason; training might fail at the first one after hours."""
+    """Check that each broken file is reported with its reason; otherwise, training might fail only after hours."""
     folder = image_folder / "train" / "red"
     pixels = np.random.default_rng(0).integers(0, 256, (67, 67, 3), dtype=np.uint8)
     (folder / "cut.jpg").write_bytes(encoded(Image.fromarray(pixels), "JPEG")[:1500])
@@ -148,7 +148,7 @@ def test_classes_without_images_are_problems(image_folder, capsys):
 
 
 def test_class_folders_without_splits(image_folder, capsys):
-    """Check that a folder of classes is a single split, even if one class is called train."""
+    """Check that a folder of classes is treated as a single split, even if one class is called train."""
     (image_folder / "train" / "red").rename(image_folder / "train" / "train")
     out = verify(capsys, image_folder / "train")
     assert "18 all" in out and last_line(out) == "18 images, nothing wrong"
@@ -196,7 +196,7 @@ def test_names_cannot_write_on_the_terminal(tmp_path, capsys):
 
 
 def test_shards_are_the_same_data_set(image_folder, tmp_path, capsys):
-    """Labels, order and pixels match those of the folders, so a run gives the same results on either."""
+    """Labels, order and pixels match those of the folders, so a run gives the same results with either."""
     shards = tmp_path / "shards"
     assert run_command(["shard", str(image_folder), str(shards), "--images-per-shard=7"]) == 0
     assert sorted(p.name for p in (shards / "train").glob("*.tar")) == [f"train-00000{i}.tar" for i in range(3)]

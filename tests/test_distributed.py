@@ -1,4 +1,4 @@
-"""Check that several processes, started by torchrun with gloo, give the results of one process and a single log."""
+"""Check that several processes, started by torchrun with gloo, match the results of one process and write one log."""
 
 import functools
 import json
@@ -44,7 +44,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(folder) -> Callable[[int], Path]:
-    """Return a function: undisturbed(n) is the folder of the run by n processes; `notes/n` holds the model's inputs."""
+    """Return a function: undisturbed(n) is the folder of a run with n processes; `notes/n` holds the model's inputs."""
 
     @functools.cache
     def run_by(n: int) -> Path:
@@ -89,7 +89,7 @@ def assert_close_rows(run: Path, expected_run: Path) -> None:
 
 @several_processes
 def test_an_evaluation_sees_every_image_once(undisturbed, num_processes):
-    """The 31 val images cannot be shared out evenly; averaged and raw weights are evaluated separately."""
+    """The 31 val images cannot be divided evenly; averaged and raw weights are evaluated separately."""
     one, several = noted(undisturbed(1), "val"), noted(undisturbed(num_processes), "val")
     assert one.keys() == several.keys() == {"3", "6"}
     assert all(len(set(images)) == 31 and sorted(images) == sorted(several[step]) for step, images in one.items())

@@ -55,7 +55,7 @@ def test_precisions_agree_on_loss_and_gradient_norm(precision):
 def test_a_non_finite_loss_ends_its_step_with_the_weights_before_it(optimizer, is_late):
     """The loss is NaN in the second micro-batch of step 2 of 4; the module and image must still be identifiable.
 
-    On a GPU this is detected a step late (simulated here without one), and a fused optimizer skips the update itself.
+    On a GPU, this is detected one step late (simulated here), and a fused optimizer skips the update itself.
     """
     stepper = setup("trainer.grad_accum_steps=2", f"optimizer.name={optimizer}", "optimizer.args={fused:true}")
     stepper.loss_watch.is_late, before = is_late, torch.empty(0)

@@ -73,7 +73,7 @@ def test_ece_and_mce_on_paper():
 
 
 def test_brier_nll_and_confidence_on_paper():
-    """The two images have probabilities (0.7, 0.2, 0.1) and (0.3, 0.6, 0.1) and are both of class 0."""
+    """The two images have probabilities (0.7, 0.2, 0.1) and (0.3, 0.6, 0.1) and both belong to class 0."""
     logits, labels = torch.tensor([[0.7, 0.2, 0.1], [0.3, 0.6, 0.1]]).log(), torch.tensor([0, 0])
     found = calibrate(logits, labels, logits.argmax(1))
     assert found.brier == pytest.approx((0.09 + 0.04 + 0.01 + 0.49 + 0.36 + 0.01) / 2, rel=1e-6)
@@ -83,7 +83,7 @@ def test_brier_nll_and_confidence_on_paper():
 
 
 def test_the_best_temperature_on_paper():
-    """The odds are 9 : 1, but with three of four correct they should be 3 : 1, which halves the logits, so T = 2."""
+    """The odds are 9 : 1, but with three of four correct they should be 3 : 1; this halves the logits, so T = 2."""
     logits = torch.tensor([[math.log(9.0), 0.0]] * 8)
     labels = torch.tensor([0, 0, 0, 1] * 2)
     found = calibrate(logits, labels, logits.argmax(1)).temperature
@@ -147,7 +147,7 @@ def test_newcombes_interval_is_the_published_one(table, published):
 
 
 def test_newcombes_interval_without_a_single_mistake():
-    """A normal approximation would have zero width; if both models get all 20 right, Wilson's lower bound is 83.9 %."""
+    """A normal approximation has zero width; if both models get 20 of 20 right, Wilson's lower bound is 83.9 %."""
     difference, low, high = paired_difference(PairedCounts(20, 0, 0, 0))
     assert difference == 0 and low == pytest.approx(-16.1, abs=0.05) and high == pytest.approx(16.1, abs=0.05)
 
@@ -301,7 +301,7 @@ def test_models_of_other_classes_or_images_are_not_compared(run_dir, tmp_path, c
 
 
 def test_real_through_the_command(run_dir, tmp_path, capsys):
-    """The first three images have no label that the model knows; the others have class 1 and an unknown one."""
+    """The first three images have no label that the model knows; the others have class 1 and an unknown class."""
     (tmp_path / "real.json").write_text(json.dumps([[], [], [999], *[[1, 999]] * 49_997]))
     files = ("--predictions", tmp_path / "p.csv", "--json", tmp_path / "f.json")
     printed = run(capsys, run_dir, "--real", tmp_path / "real.json", *files)
@@ -347,7 +347,7 @@ def test_without_matplotlib_a_plot_is_refused_and_the_rest_goes_on(run_dir, caps
 
 
 def test_logits_are_kept_as_the_model_gave_them(run_dir):
-    """Logits are float32, with one row per readable image and the label of its file."""
+    """Check that logits are float32, one row per readable image, and that each row has the label of its file."""
     val = open_val(load_trained(run_dir))
     result, answers = val.evaluate_keeping_answers()
     assert answers.logits.shape == (3 * NUM_VAL - 1, 3) and answers.logits.dtype == torch.float32

@@ -34,7 +34,7 @@ from sasa_train.trained import load_trained
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory) -> Path:
-    """Return a briefly trained tiny net with attention in its stem and two stages (an export takes time for each)."""
+    """Return a briefly trained tiny net with attention in its stem and two stages (exporting each takes time)."""
     out = tmp_path_factory.mktemp("out")
     model = "model.stage_ops=[conv,attention,conv,attention]"
     assert train.run_command([*TINY, model, "trainer.epochs=1", f"output_dir={out}", "run_name=tiny"]) == 0
@@ -187,7 +187,7 @@ def test_onnx_says_what_it_needs(exported):
 
 
 def test_a_format_that_differs_is_not_written(run_dir, tmp_path, monkeypatch, capsys):
-    """Check that a wrong format is not written, its earlier file is kept, and the other formats are still written."""
+    """Check that a format with wrong logits is not written, its earlier file is kept, and the others are written."""
     (tmp_path / "model.safetensors").write_text("an earlier one")
     right = formats.load_safetensors
 
@@ -230,7 +230,7 @@ def test_what_a_killed_export_left_is_swept_up(run_dir, tmp_path):
 
 
 def test_two_exports_do_not_write_into_one_folder(run_dir, tmp_path, capsys):
-    """Check that a concurrent export is refused, as each would mistake the other's unfinished files for leftovers."""
+    """Check that a concurrent export is refused, as each export would mistake the other's files for leftovers."""
     with locked(tmp_path, "the first"):
         assert command.run_command([str(run_dir), "--formats", "safetensors", "--out", str(tmp_path)]) == 2
     assert f"--out {tmp_path} is being written by another command" in capsys.readouterr().err

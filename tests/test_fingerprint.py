@@ -46,7 +46,7 @@ def swap(red: Path) -> None:
     ],
 )
 def test_a_change_is_named_and_nothing_else(image_folder, change, expected):
-    """Check that each change is described; silently continuing would mix results of the old data and the new."""
+    """Check that each change is described; silently continuing would mix results from old and new data."""
     before = of(image_folder)
     assert differences(before, of(image_folder), "train") == []
     change(image_folder / "train/red")
@@ -71,7 +71,7 @@ def test_files_that_cannot_be_read_are_counted_not_raised(image_folder):
 
 
 def test_shards_are_the_data_set_of_their_folders(image_folder, tmp_path):
-    """Check that a run may continue on shards of the same folders, and that shards of other images are detected."""
+    """Check that a run may continue on shards made from its folders, and that shards of other images are detected."""
     before = of(image_folder)
     shard(image_folder, tmp_path / "shards", images_per_shard=5)
     packed = fingerprint(load_shard_set(tmp_path / "shards", "train"))
@@ -126,7 +126,7 @@ def named_set(counts: list[int]) -> ImageSet:
 
 
 def test_of_a_large_set_a_sample_is_read_that_other_classes_do_not_move(monkeypatch):
-    """ImageNet costs 2,000 file reads, and a class that has grown must not make all others appear changed."""
+    """A check of ImageNet reads 2,000 files, and a class that has grown must not make all others appear changed."""
     recorder = Recorder(monkeypatch)
     before = fingerprint(named_set([1009, 601, 997, 11]))
     assert len(recorder.read) == 500 + 500 + 500 + 11

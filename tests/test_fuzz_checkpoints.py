@@ -1,4 +1,4 @@
-"""Check that damaged checkpoints are refused by name or loaded completely, and never loaded with altered values.
+"""Check that damaged checkpoints are named and refused, or loaded completely, and never loaded with altered values.
 
 FUZZ_EXAMPLES=10000 sets the number of attempts, which is lower by default.
 """

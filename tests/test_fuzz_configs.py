@@ -1,7 +1,7 @@
 """Check that any config is either accepted and can be saved, or refused with a message that names the key.
 
 FUZZ_EXAMPLES=25000 and FUZZ_COMMANDS=200 set the numbers of configs and of runs of the command, which are low by
-default; FUZZ_SEED=1 selects different ones. Since 50 configs or one run take about a second, also set
+default; FUZZ_SEED=1 selects different configs. Since 50 configs or one run take about a second, also set
 pytest's --timeout=0.
 """
 
@@ -127,7 +127,7 @@ DEFAULT_CONFIG = to_config(DEFAULTS)
 
 
 def compose_quickly(overrides: list[str]) -> TrainConfig:
-    """Like `compose_config`, but compose the defaults only once and set the values as Hydra does."""
+    """Like `compose_config`, but composes the defaults only once and sets the values as Hydra does."""
     check_override_keys(overrides)
     if chooses_group(overrides):
         return compose_config(overrides)

@@ -93,7 +93,7 @@ def judge_all(path: str, results) -> None:
 
 
 def test_mutated_files_decode_or_are_refused(tmp_path):
-    """A rare decoder error that is not handled as a bad image would end a run of days at one file in a million."""
+    """A rare decoder error that is not handled as a bad image would end a long run because of one file in a million."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=judge_all, args=(str(tmp_path / "x.img"), sender))

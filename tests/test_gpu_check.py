@@ -1,4 +1,4 @@
-"""Check that scripts/gpu_check.py returns its results even if a part fails, since GPU time is limited to minutes."""
+"""Check that scripts/gpu_check.py returns its results even if a part fails, since it gets only minutes of GPU time."""
 
 import importlib.util
 import json

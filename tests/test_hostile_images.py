@@ -1,4 +1,4 @@
-"""Check that malicious image files are quarantined quickly, using no more memory than an image requires."""
+"""Check that malicious image files are quarantined quickly, using no more memory than a normal image requires."""
 
 import os
 import resource

@@ -19,7 +19,7 @@ def board_steps(run_dir, tag: str) -> list[int]:
 
 
 def test_the_log_is_one_clean_series_after_a_crash(tmp_path):
-    """The run was logged up to step 6, evaluated, and killed in the middle of a line; its checkpoint is from step 4."""
+    """The run was logged up to step 6, evaluated, and killed while writing a line; its checkpoint is from step 4."""
     logger = RunLogger(tmp_path, "", step=0, total_steps=8)
     for step in range(1, 7):
         logger.write(row("train", step, grad_norm=float("inf")))

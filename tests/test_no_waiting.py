@@ -1,4 +1,4 @@
-"""Check that a training step reads nothing back from a GPU, since each read makes first the host wait, then the GPU."""
+"""Check that a training step reads nothing back from a GPU, since each read stalls first the host, then the GPU."""
 
 from collections import Counter
 from contextlib import contextmanager
@@ -72,7 +72,7 @@ def counted(monkeypatch):
 
 
 def recipes(folder) -> dict[str, list[str]]:
-    """Return each experiment with a narrow model, on resident 32-pixel digits or on streamed 72-pixel photographs."""
+    """Return each experiment with a narrow model, on 32-pixel digits in memory or 72-pixel photographs on disk."""
     small = ["model.width=0.125", "model.num_heads=2", "trainer.precision=fp32", "augment.policy=trivial_augment"]
     return {
         "cifar10_hybrid_resnet26": [*small, "data=digits", "data.image_size=32", "trainer.global_batch_size=16"],

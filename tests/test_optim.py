@@ -25,7 +25,7 @@ OPTIMIZERS = [name for name in map(str, list_optimizers()) if not name.startswit
 
 @pytest.mark.parametrize("name", slow_but_for(["adamw", "sgd", "lamb", "muon"], [*OPTIMIZERS, "lookahead_adamw"]))
 def test_every_optimizer_of_timm_steps_and_resumes_exactly(name):
-    """Saving after 2 steps, loading elsewhere and taking 2 more must give exactly the weights of 4 steps."""
+    """Saving after 2 steps, loading elsewhere and taking 2 more must give exactly the same weights as 4 steps."""
     overrides = (f"optimizer.name={name}", "optimizer.lr=0.01", "optimizer.lr_basis=absolute")
     stepper, start = setup(*overrides), weights(setup(*overrides))
     given = list(batches(4))
@@ -64,7 +64,7 @@ def test_arguments_reach_the_optimizer_and_others_are_refused():
 
 @pytest.mark.parametrize("model_name", ["sasa_resnet26", "resnet18", "vit_tiny_patch16_224"])
 def test_layer_decay_lowers_the_early_layers_rates(model_name):
-    """With a decay of 0.5 per layer, the classifier has the full rate, the last block half, and the stem the least."""
+    """With a decay of 0.5 per layer, the classifier has the full rate, the last block half, and the stem the lowest."""
     config = compose_config(["optimizer.name=adamw", "optimizer.layer_decay=0.5"])
     keys = {"width": 0.125, "num_heads": 2} if model_name.startswith("sasa") else {}
     model = timm.create_model(model_name, num_classes=3, **keys)

@@ -52,7 +52,7 @@ def test_types_are_shipped():
 
 
 def test_importing_the_package_costs_little_beyond_torch_and_timm():
-    """Check that `heavy` modules are not imported; they took most of a second even if only the models were needed."""
+    """Check that importing does not load `heavy` modules, which takes most of a second even if only models are used."""
     heavy = ["hydra", "matplotlib", "tensorboard", "triton", "sklearn", "scipy", "onnx", "onnxruntime", "optuna"]
     code = f"""
 import sys, sasa_train
@@ -135,7 +135,7 @@ def folder(tmp_path, monkeypatch):
     ],
 )
 def test_what_tab_offers(folder, tmp_path_factory, line, offered):
-    """Request completions as argcomplete's fish code does, which receives plain words with descriptions."""
+    """Request completions as argcomplete's code for fish does; it receives plain words with descriptions."""
     answer = tmp_path_factory.mktemp("answer") / "words"
     environment = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "", "_ARGCOMPLETE": "1"}
     environment |= {"_ARGCOMPLETE_SHELL": "fish", "_ARGCOMPLETE_DFS": "\t", "_ARGCOMPLETE_IFS": "\n"}
@@ -166,7 +166,7 @@ def test_fish_completes(folder):
 
 @needs("zsh")
 def test_zsh_completes(folder):
-    """Check zsh completion in a pseudo-terminal, which it requires."""
+    """Check zsh completion in a pseudo-terminal, which zsh requires."""
     (folder / "completion.zsh").write_text(completion_script("zsh"))
     process, terminal = pty.fork()
     if process == 0:

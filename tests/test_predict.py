@@ -37,7 +37,7 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(root) -> dict[str, Path]:
-    """Return runs of our model on streamed images and a timm model on resident ones, each with a moving average."""
+    """Return two runs with moving averages: our model on images read from disk and a timm model on images in memory."""
     for name, model in RUNS.items():
         keys = [f"data.root={root}", f"output_dir={root.parent}", f"run_name={name}", "data.num_workers=0"]
         keys += ["trainer.global_batch_size=6", "trainer.epochs=1", "trainer.ema_decay=0.5", "optimizer.lr=1.0"]
@@ -215,7 +215,7 @@ def test_files_folders_and_patterns_are_found_in_order(tree):
 
 
 def test_a_folder_that_cannot_be_listed_is_a_fault(tree, monkeypatch):
-    """Check that a folder that cannot be listed is an error, whereas os.walk would silently skip it."""
+    """Check that a folder that cannot be listed is reported as an error, whereas os.walk would silently skip it."""
     real = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: real("a.gif") if path == "b/a" else real(path))
     assert [found for found in find_images(["b"]) if found.fault] == [Found("b/a", "Not a directory")]

@@ -126,7 +126,7 @@ def test_one_channel_in_takes_the_sum_of_three(given):
 
 @pytest.mark.parametrize("stem", ["attention", "attention_plain", "attention_convvalues"])
 def test_one_channel_into_an_attention_stem_gives_what_three_equal_ones_gave(stem):
-    """Queries, keys and the values of each mixture must all be adapted; a random one would change the output."""
+    """Queries, keys and the values of each mixture must all be adapted; any left at random would change the output."""
     grey = torch.rand(2, 1, 8, 8)
     source, model = (build(name="sasa_resnet26", stem=stem, in_chans=in_chans).eval() for in_chans in (3, 1))
     report = load_pretrained(model, state_of(source))
@@ -246,7 +246,7 @@ def test_damaged_and_hostile_files_are_refused(tiny_run, tmp_path, monkeypatch):
 
 
 def test_weights_of_timm_come_from_its_cache(tmp_path, monkeypatch):
-    """The Hub cache is laid out by hand without a network; the classifier is drawn from the seed instead of loaded."""
+    """The Hub cache is laid out by hand, without a network; the classifier is drawn from the seed instead of loaded."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     overrides = ["model=timm", "model.name=test_vit", "data.image_size=64", "model.pretrained=timm"]
@@ -339,7 +339,7 @@ def test_a_model_that_the_file_does_not_fit_is_told_the_files_own_keys(tiny_run,
 
 @pytest.mark.slow
 def test_all_processes_begin_with_the_same_weights(tmp_path, monkeypatch):
-    """Only the first process reads the file, and each evaluates its share of val with its own moving average."""
+    """Only the first process reads the file; each process evaluates its share of val with its own moving average."""
     torch.manual_seed(1)
     torch.save(timm.create_model("test_convnext", num_classes=10).state_dict(), tmp_path / "given.pt")
     run = ["model=timm", "model.name=test_convnext", "model.pretrained=given.pt", "data.image_size=32"]

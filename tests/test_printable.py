@@ -30,7 +30,7 @@ def test_names_are_escaped_from_training_to_evaluation(hostile_folder, tmp_path,
     assert train.run_command([*data, "data.num_workers=0", *SMALL_RUN]) == 0
     assert evaluate.run_command(["out/bad"]) == 0
     out, err = capfd.readouterr()
-    assert f"\n{ESCAPED}  " in out  # the table of classes
+    assert f"\n{ESCAPED}  " in out  # the per-class table
     for text in (out, err, caplog.text):
         assert not set(text) & set("\x1b\u2028\udcff") and "red\n<script>" not in text
     warnings = [record.getMessage() for record in caplog.records if "cannot be read" in record.getMessage()]

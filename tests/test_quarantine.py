@@ -1,4 +1,4 @@
-"""Run the commands on bad images: they are reported, counted and replaced, and too many of them end the run."""
+"""Check that commands report, count and replace bad images, and that too many of them end the run."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Check the guarantees in docs/reliability.md by running the command: signals, locks, disks, data, bad numbers."""
+"""Check the guarantees in docs/reliability.md by running the command: signals, locks, disks, data, memory, numerics."""
 
 import json
 import os
@@ -39,7 +39,7 @@ NO_AUTOCAST = torch.autocast("cpu", enabled=False)
 
 @pytest.mark.parametrize("number", slow_but_for([signal.SIGUSR1], [signal.SIGUSR1, signal.SIGUSR2]))
 def test_a_schedulers_warning_is_served_as_sigterm_is(tmp_path, number):
-    """Check the signals that Slurm and submitit send before a kill, which would by default end a process."""
+    """Check the signals that Slurm and submitit send before a kill; by default, they would end the process."""
     process = start(tmp_path, *LONG)
     wait_for_rows(tmp_path / "out/a", 3, process)
     process.send_signal(number)
@@ -83,7 +83,7 @@ def test_a_signal_in_the_first_step_ends_the_run_at_once(tmp_path, monkeypatch, 
 
 
 def test_a_signal_between_two_looks_is_served_after_a_save(tmp_path, monkeypatch):
-    """Check that a signal that arrives right after the run has looked for one still leads to a save."""
+    """Check that a signal that arrives right after the run has checked for one still leads to a save."""
     real, looks = StopRequest.requested, []
 
     def requested(self):
@@ -226,7 +226,7 @@ def test_when_a_checkpoint_cannot_be_written_a_run_stops_or_goes_on_as_configure
 
 
 def test_a_best_model_that_was_not_saved_is_not_the_best(tmp_path, monkeypatch):
-    """Check that a best model that was not saved is not recorded, so that best.pt matches the checkpoint's record."""
+    """Check that an unsaved best model is not recorded as the best, so that best.pt matches the checkpoint's record."""
     with monkeypatch.context() as patch:
         fail_to_write(patch, {4})
         assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.on_failed_save=continue") == 0
@@ -252,7 +252,7 @@ def test_a_console_on_a_full_disk_does_not_end_a_run(tmp_path):
 
 
 def test_a_run_that_started_from_a_checkpoint_goes_on_without_it(tmp_path, monkeypatch):
-    """Check that a run continues without its source, which the parent run may delete when it saves newer ones."""
+    """Check that a run continues without its source checkpoint, which the parent run may delete after newer saves."""
     assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
     source = tmp_path / "out/a/checkpoints/step-00000009.pt"
     again = [*RUN, "resume=out/a/checkpoints/step-00000009.pt"]
@@ -403,7 +403,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, in_p
 
 
 def test_the_origin_is_the_first_module_and_its_images():
-    """Image 2 overflows in the second layer, and the following batch norm spreads that to all images."""
+    """Image 2 overflows in the second layer, and the following batch norm spreads the overflow to all images."""
     model = nn.Sequential(nn.Conv2d(3, 5, 1), nn.Conv2d(5, 7, 1), nn.BatchNorm2d(7), nn.Flatten(), nn.Linear(7, 2))
     images = torch.ones(4, 3, 1, 1)
     images[2] = 1e20
@@ -459,7 +459,7 @@ def test_a_job_of_a_sweep_is_the_run_alone(tmp_path, command, in_process):
 
 
 def test_a_resumed_run_remembers_its_best(tmp_path, monkeypatch):
-    """Check that a resume remembers the best metric; in one framework, a worse checkpoint replaced the best one."""
+    """Check that a resumed run keeps the best metric; in one framework, a worse checkpoint replaced the best one."""
     run = (*TINY, "run_name=a", "trainer.checkpoint_every_steps=1")
     with monkeypatch.context() as patch:
         top1s = iter((90.0, 10.0, 20.0))

@@ -36,7 +36,7 @@ SWEEPS = sorted(path.stem for path in (config_dir() / "sweep").glob("*table*.yam
 
 @pytest.fixture
 def without_matplotlib(monkeypatch):
-    """Simulate that the extra `plots` is not installed, which also saves seconds."""
+    """Simulate an installation without the extra `plots`, which also saves a few seconds."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
 
@@ -119,7 +119,7 @@ def test_a_seed_that_ran_twice_counts_once(tmp_path):
 
 
 def test_plain_run_folders_need_no_ledger(tmp_path, capsys, without_matplotlib):
-    """`sasa-train -m` creates such folders: states come from run.json and keys from config.yaml."""
+    """`sasa-train -m` creates run folders without a ledger: states come from run.json and keys from config.yaml."""
     for width, seed in itertools.product((0.125, 0.25), (0, 1)):
         overrides = [*BASE, f"model.width={width}", f"seed={seed}"]
         write_run(tmp_path / f"outputs/w{width}-{seed}", overrides, [50.0 + 8 * width + seed])
@@ -249,7 +249,7 @@ def test_the_six_tables_are_there_with_their_commands():
 
 
 def test_the_papers_figures_stand_beside_ours(tmp_path):
-    """Check that our results and the paper's are shown as differences to the same row, also at another depth."""
+    """Check that our results and the paper's are shown as differences from the same row, even at another depth."""
     stages = {"aaaa": [50.0, 51.0], "ccaa": [52.0, 52.5]}
     results = {}
     for letters, top1s in stages.items():

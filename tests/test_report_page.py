@@ -1,4 +1,4 @@
-"""Check that the report's HTML page is valid, self-contained and safe from untrusted names, also in a real browser."""
+"""Check that the report's HTML page is valid, self-contained and safe from untrusted names, including in a browser."""
 
 import json
 import math

@@ -52,7 +52,7 @@ RUN = (*TINY, "trainer.epochs=20", "run_name=a")
 
 
 class Cluster:
-    """A Slurm cluster with a folder in which its jobs run."""
+    """A Slurm cluster and the folder in which its jobs run."""
 
     def __init__(self, folder: Path, environment: dict[str, str]):
         self.folder, self.environment = folder, environment
@@ -183,7 +183,7 @@ class TestOnSlurm:
 
 
 def make_lost_run(run_dir: Path) -> None:
-    """Write a run that fails with exit code 1 because its checkpoints have been deleted."""
+    """Create a run that fails with exit code 1 because its checkpoints have been deleted."""
     run_dir.mkdir(parents=True)
     (run_dir / "run.json").write_text('{"has_checkpoint": true}')
 

@@ -129,7 +129,7 @@ def test_a_stopped_sweep_saves_its_jobs_and_a_grid_grows_in_place(tmp_path):
 
 @pytest.mark.slow
 def test_a_failing_job_shows_its_traceback_and_is_tried_three_times(tmp_path):
-    """Check that a job that cannot work neither stops the others nor is restarted forever."""
+    """Check that a job that cannot succeed neither stops the others nor is restarted forever."""
     sweep = start_sweep(tmp_path, *SMALL, "trainer.epochs=1", "optimizer.lr=0.1,1e30", "trainer.grad_clip_norm=null")
     output = finished(sweep, expect=1)
     good, failed = read_ledger(tmp_path)["jobs"].values()
@@ -140,7 +140,7 @@ def test_a_failing_job_shows_its_traceback_and_is_tried_three_times(tmp_path):
 
 @pytest.mark.slow
 def test_a_search_prunes_stops_and_goes_on(tmp_path):
-    """Check that a search that is stopped and rerun makes the requested number of trials, each exactly once."""
+    """Check that a search that is stopped and continued runs the requested number of trials, each exactly once."""
     pytest.importorskip("optuna")
     arguments = [*SMALL, "trainer.epochs=4", "optimizer.lr=tag(log,interval(1e-4,1))", "model.kernel_size=3,5"]
     arguments += ["sweep.num_trials=9", "sweep.max_parallel=2"]
@@ -245,7 +245,7 @@ def test_two_sweeps_in_one_folder_are_refused(tmp_path, monkeypatch, in_process)
 
 
 def test_a_run_that_somebody_holds_is_waited_for(tmp_path):
-    """Check that a sweep waits for a run that a killed sweep's job still holds; starting it again would be refused."""
+    """Check that a sweep waits for a run that a killed sweep's job still locks; starting it again would be refused."""
     other = hold(tmp_path / "held")
     jobs = JobList([Job("held", [], ""), Job("free", [], "")], tmp_path)
     first = jobs.next()

@@ -1,4 +1,4 @@
-"""Check loading a trained model from its run folder: weights and preprocessing for evaluation, prediction, export."""
+"""Check the weights and preprocessing of a loaded run, as used for evaluation, prediction and export."""
 
 import importlib
 import os
@@ -36,7 +36,7 @@ def test_preprocessing_is_that_of_the_runs_data(tiny_run):
 
 
 def test_other_images_are_prepared_as_the_models_own_were(tiny_run):
-    """Check that data.name only selects files; it once also changed mean, std and size, and thus predictions."""
+    """Check that data.name only selects files; it once also changed the mean, std and size, and thus predictions."""
     elsewhere = ["data.name=image_folder", "data.root=photos", "model.num_classes=10"]
     own, other = load_trained(tiny_run), load_trained(tiny_run, elsewhere)
     assert other.image_size == own.image_size == 8

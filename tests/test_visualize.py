@@ -56,7 +56,7 @@ def windows_of(maps: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("keys", KEYS, ids=str)
 def test_weights_times_values_are_the_layers_output(keys):
-    """Check that attention maps are what the model computed; they would be meaningless otherwise."""
+    """Check that attention maps show the weights that the model used; they would be meaningless otherwise."""
     layer, x = build_layer(**keys), torch.randn(3, 8, HEIGHT, WIDTH, dtype=torch.float64)
     weights = layer.attention_weights(x)
     assert weights.shape == (3, HEADS, HEIGHT, WIDTH, KERNEL**2)
@@ -172,7 +172,7 @@ def test_a_window_is_drawn_where_it_lies_and_ends_at_the_border():
 
 
 def test_a_map_whose_side_was_rounded_up_lies_where_its_strides_put_it():
-    """Sides of 50, 25, 13 and 7 put the seven positions 8 pixels apart, not 50 / 7; the last one has two pixels."""
+    """Sides of 50, 25, 13 and 7 put the seven positions 8 pixels apart, not 50 / 7; the last one covers two pixels."""
     weights = torch.arange(1 * 7 * 7 * 9.0).view(1, 7, 7, 9)
     window = window_at(weights, (39, 49), 50)
     assert (window.query, window.reduction, window.box) == ((4, 6), 8, (40, 24, 56, 48))
@@ -241,7 +241,7 @@ def test_all_figures_into_the_run_folder_and_tensorboard(run_dir, in_process):
     expected = {f"figures/{name}": [step] for name in NAMES}
     assert board_images(run_dir / "tensorboard/figures") == expected
 
-    # When drawn again, a figure replaces itself; the run's own series is unchanged and continues after a resume.
+    # A figure drawn again replaces its earlier version; the run's own series is unchanged and continues after a resume.
     assert command.run_command([str(run_dir), "lr_schedule", "--formats", "png", "svg"]) == 0
     assert (run_dir / "figures/lr_schedule.svg").read_bytes().startswith(b"<?xml")
     more = ["trainer.epochs=4", "allow_config_change=[trainer.epochs]"]

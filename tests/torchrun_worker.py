@@ -1,9 +1,9 @@
 """Run sasa-train for test_distributed.py, record the model's inputs, and inject a fault if DISTURB is set.
 
 NOTES=folder: at exit, each process writes `<rank>.json` to this folder. For each step, it contains the SHA-256 of each
-training image given to the model, of each val image, and of the gradient after the first micro-batch and the step.
-DISTURB=SIGKILL:1:3: process 1 receives this signal before its step 3, once; NAN corrupts its images instead,
-as does LATE_NAN, with which losses are also checked one step late.
+training image given to the model, of each val image, and of the gradient after the first micro-batch and the full step.
+DISTURB=SIGKILL:1:3: process 1 receives this signal before its step 3, once; NAN corrupts its images instead;
+LATE_NAN does the same and checks losses one step late.
 """
 
 import hashlib

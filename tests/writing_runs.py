@@ -1,4 +1,4 @@
-"""Write run folders, sweeps and checkpoints as the commands do, but without training."""
+"""Create run folders, sweeps and checkpoints as the commands do, but without training."""
 
 import json
 import types
@@ -14,7 +14,7 @@ BASE = ("experiment=debug",)
 
 
 def write_run(folder: Path, overrides, top1s, **info) -> None:
-    """Write a run folder as sasa-train does, with one val row per epoch."""
+    """Create a run folder as sasa-train does, with one val row per epoch."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(compose_config(overrides)))
     of_train, rows = {"split": "train", "loss": 1.0, "top1": 9.0, "images_per_sec": 100.0}, []
@@ -26,7 +26,7 @@ def write_run(folder: Path, overrides, top1s, **info) -> None:
 
 
 def write_sweep(folder: Path, results: dict, table=None, name="ledger.json", base=BASE) -> Path:
-    """Write a sweep; `results` maps (overrides, seed) to a finished job's val top1s, or to a job's (state, reason)."""
+    """Create a sweep; `results` maps (overrides, seed) to a finished job's val top1s, or to a job's (state, reason)."""
     jobs = {}
     for i, ((overrides, seed), found) in enumerate(results.items()):
         job, all_overrides = f"{name[:-5]}-{i}", [*base, *overrides, f"seed={seed}"]

@@ -1,4 +1,4 @@
-"""sasa-benchmark: compare time and memory of local attention and of whole models, side by side in one process."""
+"""sasa-benchmark: compare the time and memory of local attention and of whole models, side by side in one process."""
 
 import argparse
 import datetime
@@ -83,7 +83,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
 
 
 def check_outputs(options: argparse.Namespace) -> None:
-    """Reject output paths that cannot be written, before anything is measured."""
+    """Before anything is measured, reject output paths that cannot be written."""
     if options.plot and (reason := why_not("--plot", "plots")):
         raise ConfigError(reason)
     for option, path in (("--json", options.json), ("--plot", options.plot)):

@@ -78,7 +78,7 @@ class Contender:
 
 
 def build_contender(backend: str, case: Case, arithmetic: torch.dtype | None = None) -> Contender:
-    """Build `backend` with the same random inputs as others, rounded to the case's dtype, then cast to `arithmetic`."""
+    """Build `backend` with the random inputs that all share, rounded to the case's dtype, then cast to `arithmetic`."""
     dtype, generator = DTYPES[case.dtype], torch.Generator(case.device).manual_seed(0)
 
     def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -169,7 +169,7 @@ def _natten(case: Case) -> Attend:
 
 
 def missing(backend: str, device: torch.device) -> str | None:
-    """Return the reason why a backend cannot run on this machine, or None; some shapes may still be unsupported."""
+    """Return why a backend cannot run on this machine, or None if it can (some shapes may still be unsupported)."""
     if backend in ("natten", "triton") and importlib.util.find_spec(backend) is None:
         return f"{backend} is not installed"
     if backend == "triton" and device.type == "cpu":
@@ -191,7 +191,7 @@ def check(backend: str, case: Case) -> str | None:
     """Compare a backend with the float64 reference and return a description of the problem, or None.
 
     On the CPU, two images are checked. On CUDA, the whole batch is checked, so that the checked code and launch
-    parameters are those that are timed. (Triton tunes launches on the first batch; two images would tune another case.)
+    parameters are the ones that are timed. (Triton tunes them on the first batch; two images would lead to others.)
 
     NATTEN computes a different function, so only its output is compared, without relative terms and not at the border.
 
@@ -243,7 +243,7 @@ def _error(name: str, ours: Tensor, theirs: Tensor, size: float, case: Case) -> 
 
 
 def admitted(backends: Sequence[str], by_name: bool, result: dict[str, Any], case: Case) -> dict[str, Contender]:
-    """Return the contenders that support this case and pass the check; the notes explain why others are excluded."""
+    """Return the contenders that support this case and pass the check; `result` records why the others are excluded."""
     contenders = {}
     for backend in backends:
         try:
@@ -271,7 +271,7 @@ def op_memory(backend: str, case: Case, num_threads: int) -> int:
 
 
 def first_pass_memory(build: Callable[[Case], Contender], small: Case, case: Case, num_threads: int) -> int:
-    """Return the peak extra memory of a forward and backward pass, which must be this process's first of its size."""
+    """Return the peak extra memory of a forward and backward pass; this process must not have run one of that size."""
     torch.set_num_threads(num_threads)
     build(small).train()  # loads libraries, so that their memory is not counted
     return extra_memory(build(case).train, torch.device(case.device))

@@ -1,4 +1,4 @@
-"""`sasa-benchmark attention`: the operation, whole layers (`--layers`), and scaling of time and memory (`--growth`)."""
+"""`sasa-benchmark attention`: the operation, whole layers (`--layers`), and how time and memory scale (`--growth`)."""
 
 import dataclasses
 import statistics
@@ -72,7 +72,7 @@ def measure(options: Namespace, device: torch.device) -> dict[str, Any]:
 
 
 def choose_backends(wanted: Sequence[str] | None, device: torch.device) -> tuple[list[str], list[str]]:
-    """Return the requested backends, or all that can run on the device, and notes on those left out.
+    """Return the requested backends (by default, all that can run on the device), and notes on those left out.
 
     The reference is slow, so it runs only if it is requested by name.
     """
@@ -86,7 +86,7 @@ def choose_backends(wanted: Sequence[str] | None, device: torch.device) -> tuple
 
 
 def build_cases(options: Namespace, device: torch.device) -> list[Case]:
-    """Return the requested shapes, or those of the paper's ResNets, with stage beginnings last."""
+    """Return the requested shapes, or those of the paper's ResNets, with the beginnings of stages last."""
     texts = [(text, size) for size in options.image_size for text in SHAPES[size]]
     if options.shapes:
         texts = [(text, 32) for text in options.shapes]
@@ -150,7 +150,7 @@ def build_layers(case: Case) -> dict[str, nn.Module]:
 
 
 def _on_random_map(layer: nn.Module, case: Case) -> Contender:
-    """Wrap a layer that is differentiated with respect to its input and all weights; half precision uses autocast."""
+    """Wrap a layer, to be differentiated with respect to its input and all weights; half precision uses autocast."""
     device = torch.device(case.device)
     x = torch.randn(case.batch_size, case.channels, case.height, case.width, device=device)
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()

@@ -55,7 +55,7 @@ def _num_calls(run: Run, device: torch.device) -> int:
 
 
 def time_calls(run: Run, num_calls: int, device: torch.device) -> float:
-    """Return the seconds per call; on CUDA, measure them between two events in the stream."""
+    """Return the seconds per call; on CUDA, the time is measured between two events in the stream."""
     if device.type != "cuda":
         start = time.perf_counter()
         for _ in range(num_calls):

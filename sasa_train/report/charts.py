@@ -138,7 +138,7 @@ def _draw_curves(rows: list[Row]) -> Figure:
 
 
 def _late_floor(rows: list[Row]) -> float:
-    """Return a lower limit that cuts off the first quarter of the curves, so that their differences are visible."""
+    """Return a lower limit that cuts off the first quarter of the curves, so that they can be told apart."""
     late = []
     for row in rows:
         _, _, low, high = curve(row)
@@ -220,5 +220,5 @@ def _draw_windows(lines: dict[str, list[tuple[int, Row]]]) -> Figure:
 
 
 def window_reference(line: list[tuple[int, Row]]) -> tuple[int, Row]:
-    """Return the point with kernel_size 7, the paper's default, or else the smallest one."""
+    """Return the point with kernel_size 7, the paper's default, or else the one with the smallest kernel_size."""
     return next((point for point in line if point[0] == 7), line[0])

@@ -116,7 +116,7 @@ def changed_keys(config: TrainConfig) -> list[tuple[str, str, str, str]]:
 
 
 def artefacts(run_dir: Path, folder: Path) -> list[tuple[str, str, str, str]]:
-    """List the run's files: name, link from a page in `folder`, readable size ("" for a folder) and description."""
+    """List the run's files: name, link from a page in `folder`, human-readable size ("" for folders), description."""
     found = [(path, meaning) for pattern, meaning in ARTEFACTS for path in sorted(run_dir.glob(pattern))]
     return [
         (str(path.relative_to(run_dir)) + "/" * path.is_dir(), href(path, folder), _size(path), meaning)
@@ -126,7 +126,7 @@ def artefacts(run_dir: Path, folder: Path) -> list[tuple[str, str, str, str]]:
 
 
 def href(path: Path, folder: Path) -> str:
-    """Return an escaped link from a page in `folder`, so that no file name is interpreted as an external URL."""
+    """Return a link from a page in `folder`, escaped so that no file name is interpreted as an external URL."""
     return quote(os.fsencode(os.path.relpath(path, folder))) + "/" * path.is_dir()
 
 

@@ -90,7 +90,7 @@ def is_run(folder: Path) -> bool:
 
 
 def _read_ledgers(paths: list[Path]) -> tuple[list[dict[str, Any]], dict[str, LedgerJob]]:
-    """Read the ledgers of one sweep, one per worker, and return their headers and their jobs.
+    """Read the ledgers of one sweep, one per worker, and return their headers and jobs.
 
     If a job is listed in two ledgers, the finished entry takes precedence.
 

@@ -64,7 +64,7 @@ class Picture:
 
 @dataclass
 class Section:
-    """Pictures of one kind; `missing` explains why others could not be drawn, and `rows` is the table below them."""
+    """Pictures of one kind; `missing` explains why others could not be drawn, and `rows` is the table shown below."""
 
     id: str
     title: str
@@ -96,7 +96,7 @@ def the_run(report: Report) -> Job | None:
 
 
 def run_page(report: Report, job: Job, sections: list[Section], folder: Path) -> str:
-    """Render the page of a single run; `folder` is the folder to which the page will be written."""
+    """Render the page of a single run, which will be written to `folder`."""
     (row,) = report.rows
     config, run_dir = job.config, job.run_dir
     assert config is not None and run_dir is not None

@@ -195,7 +195,7 @@ def find_row(rows: list[Row], text: str) -> Row:
 
 
 def _count_models(rows: list[Row]) -> None:
-    """Count parameters and forward FLOPs of each row's model at its image size, once per distinct model.
+    """Count the parameters and forward FLOPs of each row's model at its image size, once per distinct model.
 
     Both counts remain None if the number of classes is unknown or if all jobs of the row were refused.
     """

@@ -182,7 +182,7 @@ def as_csv(report: Report) -> str:
 
 
 def _record(number: int, row: Row) -> dict[str, Any]:
-    """Return the row's figures as plain values, with None for those that are missing."""
+    """Return the row's figures as plain values, with None for missing ones."""
     difference, papers = row.difference, row.paper
     return {
         "number": number,

@@ -101,7 +101,7 @@ def hand_over(plan: SweepPlan, ledger: Ledger, source: JobList) -> None:
     """Submit all remaining jobs to the requested Hydra launcher, such as a cluster's, and wait for them.
 
     Raises:
-        ConfigError: the launcher does not exist, or the sweep is a search, in which jobs depend on earlier results.
+        ConfigError: the launcher does not exist, or the sweep is a search, whose jobs depend on earlier results.
     """
     if plan.config.num_trials is not None:
         raise ConfigError(f"{' '.join(plan.hydra)}: a search starts its own jobs; start a sasa-sweep on each machine")

@@ -83,7 +83,7 @@ class Running:
     started: float = field(default_factory=time.monotonic)
     looked: float = 0.0
     is_pruned: bool = False
-    asked: float | None = None  # time at which it was told to stop
+    asked: float | None = None  # time at which the process was told to stop
 
     def ask_to_stop(self) -> None:
         if self.asked is None:
@@ -105,7 +105,7 @@ class Processes:
         self.seconds: list[float] = []  # duration of each job completed by this command
 
     def seconds_left(self) -> float | None:
-        """Estimate the seconds left from finished jobs or the epochs of running ones; None if there are neither."""
+        """Estimate the seconds left from finished jobs or the epochs of running ones (None if there are neither)."""
         now, estimates = time.monotonic(), list(self.seconds)
         for running in self.running if not estimates else []:
             job = running.job
@@ -201,14 +201,14 @@ class Processes:
             if self.config.devices_per_job > 1:
                 code, said = behind_torchrun(code, said)
             if running.asked is not None and code < 0:
-                code = INTERRUPTED  # it was stopped before it could save, or it took too long
+                code = INTERRUPTED  # the job was stopped before it could save, or saving took too long
             finish(job, self.folder, code, seconds, self.config.max_tries, said[-1] if said else "")
             if running.is_pruned and job.state == "interrupted":
                 job.end("pruned", "given up: others were better by then")
                 job.tries[-1]["reason"] = job.reason
             if job.state in ("done", "pruned"):
                 self.seconds.append(seconds)
-            self.ledger.save()  # saved before a search tells its study, which does not repeat a result
+            self.ledger.save()  # saved before the study is told, because a study never repeats a finished trial
             self.source.ended(job)
             yield describe_end(job, seconds)
             if job.state in ("failed", "refused") or code not in (DONE, INTERRUPTED):
@@ -259,7 +259,7 @@ def tail(path: Path, start: int) -> list[str]:
 
 
 def behind_torchrun(code: int, said: list[str]) -> tuple[int, list[str]]:
-    """Return the processes' own exit code, which torchrun replaces with 1, and their output without torchrun's own."""
+    """Return the exit code of the processes (torchrun replaces it with 1) and their output without torchrun's own."""
     if saved := [line for line in said if ": saved at step" in line]:
         return INTERRUPTED, saved
     codes = [int(found[1]) for line in said if (found := re.search(r"exitcode\s*: (-?\d+)", line))]
@@ -269,7 +269,7 @@ def behind_torchrun(code: int, said: list[str]) -> tuple[int, list[str]]:
 
 
 def device_groups(config: SweepConfig) -> Iterator[list[str]]:
-    """Yield the GPUs for each concurrent job; jobs share GPUs if there are not enough of them.
+    """Yield the GPUs for each concurrent job; jobs share GPUs if there are too few.
 
     Raises:
         ConfigError: `devices_per_job` exceeds the number of GPUs.

@@ -80,7 +80,7 @@ class Search(JobList):
         """Return the job of an unfinished or new trial, until `sweep.num_trials` trials have been started."""
         while (job := super().next()) is None and self._num_left() > 0:
             trial = self.study.ask(self.space)
-            trial.set_user_attr(WORKER, self.plan.config.worker)  # last, as a trial without it was cut off by a kill
+            trial.set_user_attr(WORKER, self.plan.config.worker)  # set last: a trial without it was cut off by a kill
             self._take_on(trial)
         return job
 
@@ -102,7 +102,7 @@ class Search(JobList):
         return self.num_trials - sum(WORKER in t.user_attrs for t in self.study.get_trials(deepcopy=False))
 
     def _take_on(self, trial: "Trial | FrozenTrial") -> None:
-        """Queue the trial's job, unless it has ended before a kill, in another worker or in an identical trial."""
+        """Queue the trial's job, unless it has ended: before a kill, in another worker or in an identical trial."""
         values = [f"{key}={value}" for key, value in trial.params.items()]
         job = self.ledger.add(build_job([*self.plan.fixed, *values], self.fixed_keys))
         if trial.number not in job.trials:

@@ -91,10 +91,10 @@ def split_pixel(text: str) -> tuple[int, int]:
 
 
 def split_words(words: list[str]) -> tuple[list[Path], list[str]]:
-    """Split words into runs and figure names; an existing file or folder counts as a run even if a figure has its name.
+    """Split words into runs and figure names; an existing path is treated as a run even if a figure has the same name.
 
     Raises:
-        ConfigError: there is no run, or a word is neither a run nor the name of a figure.
+        ConfigError: no run is given, or a word is neither a run nor the name of a figure.
     """
     from sasa_train.config.overrides import nearest
 

@@ -35,7 +35,7 @@ class View:
 
 
 def draw_attention_maps(views: list[View]) -> Figure:
-    """Draw one row per query and one column per layer, showing the mean weights over heads in a window to scale."""
+    """Draw one row per query and one column per layer, showing the window to scale, with the heads' mean weights."""
     layers = list(views[0].windows)
     figure, cells = _grid(len(views), 1 + len(layers))
     means = [{name: window.weights.mean(0).numpy() for name, window in view.windows.items()} for view in views]
@@ -114,9 +114,9 @@ def draw_distances(layers: list[Distances], num_images: int) -> Figure:
 
 
 def draw_relative_embeddings(norms: dict[str, Tensor], scores: dict[str, Tensor], num_images: int) -> Figure:
-    """Draw K x K maps per layer: the norm of r, and for each head the mean of q.r over images, minus its mean.
+    """Draw K x K maps per layer: the norm of r and, for each head, q.r averaged over images and centred.
 
-    norms: [K, K]; scores: [N, K, K]. The mean is subtracted because a softmax ignores an added constant.
+    norms: [K, K]; scores: [N, K, K]. Centring subtracts the mean over the window; this does not change the softmax.
     """
     figure, cells = _grid(len(scores), 1 + max(len(found) for found in scores.values()))
     for line, (name, by_head) in zip(cells, scores.items(), strict=True):

@@ -10,7 +10,7 @@ from sasa_train.models import AttentionStem, LocalSelfAttention2d
 from sasa_train.refusal import ExpectedFailure
 
 AttentionLayer = LocalSelfAttention2d | AttentionStem
-SUM_TOLERANCE = 1e-4  # the sum of a float32 softmax over several hundred positions is within 1e-5
+SUM_TOLERANCE = 1e-4  # the sum of a float32 softmax over several hundred positions is within 1e-5 of one
 
 
 class WeightsError(ExpectedFailure):

@@ -236,7 +236,7 @@ def draw_classes(
 
 
 def embedding_norms(layer: AttentionLayer) -> Tensor:
-    """Return the norm of r at each offset, [K, K]; if each head has its own embeddings, the mean over heads."""
+    """Return the norm of r at each offset, [K, K], averaged over heads if each has its own embeddings."""
     assert layer.rel_height is not None and layer.rel_width is not None
     rows, columns = (rel.detach().cpu().double().square().sum(-1) for rel in (layer.rel_height, layer.rel_width))
     norms = (rows[..., :, None] + columns[..., None, :]).sqrt()

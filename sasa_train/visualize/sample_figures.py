@@ -21,7 +21,7 @@ def augmented_samples(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return train images, uint8 [B, 3, S, S], preprocessed as for val and augmented as in each of the first epochs.
 
-    With mixup or cutmix, they are mixed with one another; in training they are mixed with other images.
+    With mixup or cutmix, these images are mixed with one another, whereas training mixes them with other images.
 
     Raises:
         ConfigError: more images are unreadable than `data.max_unreadable` allows.

@@ -83,7 +83,7 @@ class AttentionMeans:
 
 @torch.no_grad()
 def look_at_val(trained: TrainedModel, images: ImageSet, with_attention: bool = False) -> ValSample:
-    """Run the model over `images` once, after moving it to the config's device.
+    """Move the model to the config's device and run it over `images` once.
 
     Unreadable images are reported and skipped. On a terminal, a progress bar is shown.
 
