@@ -22,7 +22,7 @@ HELD_OUT_TABLES = (3, 5)  # evaluated on a held-out 4 % of train; top1 is not co
 
 @dataclass(frozen=True)
 class Row:
-    """A table row: our corresponding model, and the published GFLOPs, millions of parameters and top1 (percent)."""
+    """A row of the published tables (GFLOPs, millions of parameters, top1 in percent), with the name of our model."""
 
     table: int
     label: str

@@ -33,7 +33,7 @@ def augment_for(*overrides: str, mean=(0.5, 0.5, 0.5)) -> Augment:
 
 
 def photo(size: int = 32) -> torch.Tensor:
-    """Return an image of smooth colours, so that every operation changes some pixel."""
+    """Return an image with smooth colour gradients, so that every operation changes at least one pixel."""
     x = torch.linspace(0, 255, size)
     return torch.stack([x.expand(size, -1), x.expand(size, -1).T, (x + x[:, None]) / 2]).to(torch.uint8)
 

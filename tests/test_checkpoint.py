@@ -238,7 +238,7 @@ def test_damaged_checkpoints_are_kept_aside_and_do_not_push_out_new_ones(tmp_pat
 
 
 def test_the_newest_is_the_one_of_the_highest_step(tmp_path):
-    """Check that the checkpoint of the highest step is used if last.pt is lost and best.pt is the newest file."""
+    """Check that the checkpoint with the highest step is used if last.pt is lost and best.pt is the newest file."""
     filled(tmp_path, steps=(1, 2, 3), keep=1, best=(3,))
     (tmp_path / "last.pt").unlink()
     assert newest_step(tmp_path)[0] == 3

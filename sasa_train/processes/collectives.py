@@ -218,7 +218,7 @@ def tell_failure(text: str) -> None:
 
 
 def lost_partner(error: BaseException) -> str | None:
-    """Return why another process ended if its end caused `error`; return None for any other error."""
+    """If `error` was caused by the end of another process, return the reason for that end; otherwise return None."""
     if world_size() == 1 or not (isinstance(error, dist.DistError) or any(text in str(error) for text in LOST)):
         return None
     with contextlib.suppress(RuntimeError):

@@ -97,7 +97,7 @@ def _launch(launcher: Launcher, jobs: list[list[str]], ended: list[int]) -> list
 
 
 def _train_job(ended: list[int], composed: DictConfig) -> int:
-    """Train a run, in this process or in one that received the pickled call from a launcher; return the exit code."""
+    """Execute a run, in this process or in one that a launcher sent the pickled call to; return the exit code."""
     is_here = HydraConfig.get().launcher._target_.endswith(".BasicLauncher")
     if not is_here:  # errors and run.json show sys.argv as the command
         sys.argv = ["sasa-train", *(o.removeprefix("++") for o in HydraConfig.get().overrides.task)]
