@@ -136,7 +136,7 @@ def _float32(inputs: Inputs) -> Inputs:
 
 
 def _problem(inputs: Inputs, border: str, stride: int, statistics: Tensor) -> tuple[_Problem, list[Tensor]]:
-    """Return the C++ struct and the float32 embeddings that it points to, which the caller must keep alive."""
+    """Return the C++ struct and the contiguous float32 embeddings it points to; the caller must keep these alive."""
     query, key, value, rel_height, rel_width = inputs
     fields = {"zero_border": border == "zero", "dtype": DTYPES[query.dtype], "num_threads": torch.get_num_threads()}
     problem = _Problem(*query.shape, **fields, stride=stride, statistics=statistics.data_ptr())
