@@ -74,7 +74,7 @@ MODELS = frozenset(row.model for row in ROWS)
 
 
 def matching_row(keys: Mapping[str, Any], table: int) -> Row | None:
-    """Return the table's row that matches the model in all varied keys, or None (also if the model is not ours)."""
+    """Return the row that matches in all keys that the table varies, or None (always for models that are not ours)."""
     if keys["name"] not in MODELS:
         return None
     ours = all_keys(keys)

@@ -143,7 +143,7 @@ class Chaos:
         return self._rows
 
     def wait(self, process: subprocess.Popen, moment: str, num_rows: int) -> bool:
-        """Wait until the run has `num_rows` more rows and is at the given moment; return False if it ends first."""
+        """Wait until the run has written `num_rows` more rows and reached `moment`; return False if it ends first."""
         first_row, deadline = len(self.rows()) + num_rows, time.monotonic() + PATIENCE
         if moment == "start-up":
             time.sleep(self.random.uniform(0, 6))
@@ -263,7 +263,7 @@ class Chaos:
             raise Failure(f"it did not go on:\n{log[-2000:]}")
 
     def after_damage(self, name: str, damage: Callable[..., object], message: str = "", at_least: int = 1) -> None:
-        """Damage a file of a run with `at_least` or more checkpoints; check that it continues and prints `message`."""
+        """Damage a file of a run with >= `at_least` checkpoints; check that the run continues and prints `message`."""
         self.need_checkpoints(at_least)
         path = self.broken / name
         damage(self, next(path.iterdir()) if path.is_dir() else path)

@@ -1,4 +1,4 @@
-"""Run all checks that need a GPU, in two calls of a few minutes: correctness and speed, then training.
+"""Run all checks that need a GPU, in two calls that take a few minutes each: correctness and speed, then training.
 
 Each part runs in a separate process with a time limit and writes PART.md, PART.json, PART.log and, if it draws a chart,
 PART.png to FOLDER as it proceeds. The first call starts with `right` and stops if a kernel is wrong. If another part

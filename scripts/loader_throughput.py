@@ -71,7 +71,7 @@ def main() -> int:
 
 
 def link_images(root: Path, folder: Path, num_images: int) -> None:
-    """Create a data set of `num_images` links to the images in `root` in train/, and link each image once in val/."""
+    """Create a data set with `num_images` links to the images of `root` in train/ and one link per image in val/."""
     found = ImageFolder(str(root / "train" if (root / "train").is_dir() else root))
     random.seed(0)
     samples = random.sample(found.samples, len(found.samples))

@@ -1,4 +1,4 @@
-"""Measure the overhead of the trainer over a bare loop that uses the same model, optimizer and in-memory batches.
+"""Measure how much slower the trainer is than a bare loop with the same model, optimizer and in-memory batches.
 
 The bare loop runs forward, loss, backward and update. The trainer adds the schedule, sums for the log, the non-finite
 check, a log row every --log-every steps (metrics.jsonl, TensorBoard, console) and polling for signals. After a warm-up,

@@ -1,8 +1,8 @@
 """Compiled CPU kernels, `csrc/*.cpp`, which are built at first use, cached on disk and called through ctypes.
 
-This module calls `csrc/local_attention.cpp`; stem.py calls `csrc/attention_stem.cpp`. There is one library per
-kernel_size (for the stem, per number of input channels) and instruction set (AVX-512, AVX2 or baseline, depending on
-the CPU). Each takes a few seconds to build. `$SASA_TRAIN_CACHE` sets the cache folder and `$CXX` the compiler.
+This module calls `csrc/local_attention.cpp`; stem.py calls `csrc/attention_stem.cpp`. A separate library is built, in a
+few seconds, for each kernel_size (for the stem, each number of input channels) and instruction set (AVX-512, AVX2 or
+baseline, depending on the CPU). `$SASA_TRAIN_CACHE` sets the cache folder and `$CXX` the compiler.
 """
 
 import ctypes
@@ -61,7 +61,7 @@ class _Problem(ctypes.Structure):
 
 
 def unavailable(query: Tensor, kernel_size: int) -> str | None:
-    """Return why the kernel cannot run on these tensors, or None if it can; build it if necessary."""
+    """Build the kernel if necessary; return the reason why it cannot run on these tensors, or None if it can."""
     if query.device.type != "cpu":
         return f"the tensors are on {query.device.type}"
     if query.dtype not in (*DTYPES, torch.float16):
@@ -136,7 +136,7 @@ def _float32(inputs: Inputs) -> Inputs:
 
 
 def _problem(inputs: Inputs, border: str, stride: int, statistics: Tensor) -> tuple[_Problem, list[Tensor]]:
-    """Return the problem, and the embeddings as contiguous float32 tensors, which the caller must keep alive."""
+    """Return the C++ struct and the contiguous float32 embeddings it points to; the caller must keep these alive."""
     query, key, value, rel_height, rel_width = inputs
     fields = {"zero_border": border == "zero", "dtype": DTYPES[query.dtype], "num_threads": torch.get_num_threads()}
     problem = _Problem(*query.shape, **fields, stride=stride, statistics=statistics.data_ptr())
@@ -160,13 +160,13 @@ def _strided(tensor: Tensor | None) -> _Strided:
 
 
 def why_not_built(source: str, size: int) -> str | None:
-    """Return why the library of a source cannot be built for this size, or None if it can; build it if necessary."""
+    """Build a source's library for this size if necessary; return the reason if this fails, otherwise None."""
     library = _library(source, size, _instruction_set())
     return library if isinstance(library, str) else None
 
 
 def run(source: str, size: int, function: str, problem: Any) -> None:
-    """Call `sasa_forward` or `sasa_backward` of a source with the scratch memory that it requires."""
+    """Allocate scratch memory and call `sasa_forward` or `sasa_backward` from the library of a source."""
     library = _library(source, size, _instruction_set())
     if isinstance(library, str):
         raise RuntimeError(f"backend='cpu' cannot run: {library}")

@@ -1,4 +1,4 @@
-"""`local_attention` and its variant for layers. Both check their arguments and call an op that picks a backend.
+"""`local_attention` and its variant for layers. Both check their arguments and call an op that selects a backend.
 
 The backends are `reference` (plain PyTorch, all devices and dtypes), `cpu` (compiled at first use) and `triton` (NVIDIA
 GPUs). The last two support float32 and half precision. `auto` selects `triton` for tensors on a GPU and `cpu` for
@@ -54,12 +54,12 @@ def local_attention(
         backend: "auto", "reference", "cpu" or "triton". A backend requested by name raises an error if it cannot run.
 
     Returns:
-        [B, N, H, W, D], with the dtype and stride order of `value`; differentiable in all five tensors. The result is
-        deterministic, except that `triton` picks its launch configuration by timing several of them;
+        [B, N, H, W, D], with the dtype and stride order of `value`; differentiable with respect to all five tensors.
+        The result is deterministic, except that `triton` selects its launch configuration by timing several of them;
         `torch.use_deterministic_algorithms(True)` avoids this.
 
     Raises:
-        ValueError: an argument is invalid; the message states its name, its value and the rule that it breaks.
+        ValueError: an argument is invalid; the message states its name, its value and the rule that it violates.
         RuntimeError: the requested backend cannot run here.
     """
     _check(query, key, value, rel_height, rel_width, kernel_size, content, border, backend)
@@ -257,7 +257,7 @@ def plain_decompositions() -> dict[Any, Callable]:
 
 
 def _resolve(backend: str, query: Tensor, kernel_size: int) -> ModuleType:
-    """Return the module of the backend to run. This is called inside the op, where tensors have data."""
+    """Return the module of the backend to run. This is called inside the op, where tensors are never fake."""
     if backend == "reference":
         return reference
     name = backend if backend != "auto" else "triton" if query.is_cuda else "cpu"

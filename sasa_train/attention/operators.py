@@ -1,4 +1,4 @@
-"""Register a differentiable torch.library op and its backward op: schemas, fake tensors, autograd and FLOP counts.
+"""Register a differentiable torch.library op with its backward op, fake implementations, autograd and FLOP counts.
 
 Absent optional tensors are passed as None. An op cannot return None, so a backward op returns gradients only for the
 tensors that are not None.

@@ -31,7 +31,7 @@ Grads = tuple[Tensor, Tensor | None, Tensor]  # gradients of query, key and valu
 
 
 class Inputs(NamedTuple):
-    """Input tensors of attention, shaped as above. `key` (without q.k) and the embeddings (without q.r) may be None."""
+    """Input tensors, shaped as above. `key` is None if scores omit q.k; the embeddings are None if they omit q.r."""
 
     query: Tensor
     key: Tensor | None

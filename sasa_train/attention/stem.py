@@ -1,6 +1,6 @@
 """Two torch.library ops that run the attention stem with the compiled float32 CPU kernel, `csrc/attention_stem.cpp`.
 
-`AttentionStem` in sasa_train/models/layers.py defines the stem and also runs it on all other devices. It calls
+`AttentionStem` in sasa_train/models/layers.py defines the stem and runs it in PyTorch on all other devices. It calls
 `attention_stem` (all positions) or, if batch norm and max pooling follow, `attention_stem_pooled` (the maximum of each
 block, and the mean and variance of each channel).
 """
@@ -29,7 +29,7 @@ def can_run(
 ) -> bool:
     """Return whether the kernel supports this image and these weights; build the kernel at first use.
 
-    If the kernel cannot run, "cpu" raises an error, and "auto" logs once why PyTorch runs on the CPU instead.
+    If the kernel cannot run on a CPU, `backend="auto"` logs the reason once, and the caller falls back to PyTorch.
 
     Raises:
         RuntimeError: `backend="cpu"` is requested but cannot run.
@@ -129,7 +129,7 @@ _Weights = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def _problem(x: Tensor, weights: _Weights, num_heads: int) -> tuple[_Problem, Tensor]:
-    """Return the problem and the tables that it points to, which the caller must keep alive."""
+    """Return the C++ struct and the tables that it points to, which the caller must keep alive."""
     batch, _, height, width = x.shape
     tables = _tables(weights, num_heads)
     problem = _Problem(batch, height, width, num_heads, len(weights[1]) // num_heads, torch.get_num_threads())
@@ -237,7 +237,7 @@ def _backward(grad_output, x, w_qk, w_v, mixture, rel_height, rel_width, num_hea
 def _forward_pooled(
     x, w_qk, w_v, mixture, rel_height, rel_width, num_heads, sign
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the picked values, their positions in their blocks (uint8 [C, number of blocks]), mean and variance."""
+    """Return the selected values, their positions in their blocks (uint8 [C, number of blocks]), mean and variance."""
     outputs = picked, places, mean, variance = _empty_pooled(x, w_qk, w_v)
     problem, _tables_alive = _problem(x, (w_qk, w_v, mixture, rel_height, rel_width), num_heads)
     _set_pooled(problem, x, picked, places)
@@ -273,7 +273,7 @@ def _backward_pooled(
 
 
 def _forward_flops(x, w_qk, w_v, mixture, rel_height, *_, **__) -> int:
-    """Count the FLOPs of the definition (projections, q.k, q.r, weights times values); the kernel needs fewer."""
+    """Count the FLOPs of the definition (projections, q.k, q.r, weights times values); the kernel performs fewer."""
     batch, in_channels, height, width = x
     num_channels, num_mixtures = w_v[:2]
     projections = (2 + num_mixtures) * in_channels * num_channels

@@ -10,9 +10,9 @@ product is a small matrix product for the tensor cores, [P, D] x [D, W] or [P, W
                             second computes dS = weight (T - delta), dq += dS k and the gradients of the embeddings
   backward 2, key tiles:    a loop over the query rows in reach uses pass 1's results: dv += weight^T dout, dk += dS^T q
 
-Each result is written by a single program, without atomics and with a fixed order of summation. No forward result is
-saved, and nothing of size K*K is stored. A NaN affects all queries of every tile that reads it, i.e. slightly more
-queries than those whose window contains it.
+Each result is written by a single program, without atomics and with a fixed order of summation. The backward pass
+uses no result of the forward pass, and nothing of size K*K is stored. A NaN affects all queries of every tile that
+reads it, i.e. slightly more queries than those whose window contains it.
 """
 
 import functools
@@ -41,7 +41,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)  # 2^x is one instruction
 
 # Small tiles are faster for the following reason. Each query computes W (tile_h + K - 1) P / (tile_h tile_w) scores, of
 # which K K are used. At K = 7 and 8 columns, these are 49 of 128 with two query rows, of 160 with four and of 224 with
-# eight, while each key is read 7, 4.4 and 3 times. The bottleneck is the work of a warp on a score besides the
+# eight, while each key is read 7, 4.4 and 3 times. The bottleneck is the work of a warp per score outside the
 # products, about 10 instructions, which small tiles and a single warp minimise. When compiled for an
 # H100 (D = 16, bfloat16), the kernels need 137 warp instructions per query forward and 278 + 171 backward with P = 16
 # and one warp, but 242 and 481 + 322 with P = 64 and four warps. With many channels, more warps are needed, because the
@@ -165,7 +165,7 @@ def _bias(by_height, per_column, dy, K: tl.constexpr):
 
 @triton.jit
 def _online(s, largest, total):
-    """Add a key row to the softmax; return the new maximum and total, its numerators, and the factor for old sums."""
+    """Add a key row to the softmax; return the new maximum and total, the row's numerators and the rescaling factor."""
     larger = tl.maximum(largest, tl.max(s, 1) * LOG2_E)
     shrink = tl.exp2(largest - larger)
     e = tl.exp2(s * LOG2_E - larger[:, None])
@@ -386,7 +386,7 @@ def _backward_keys_kernel(
 
 
 def unavailable(query: Tensor, kernel_size: int) -> str | None:
-    """Return why the kernels cannot run on these tensors, or None if they can."""
+    """Return the reason why the kernels cannot run on these tensors, or None if they can."""
     if query.dtype not in DTYPES:
         return f"the tensors are {query.dtype}; the kernels compute in float32"
     if kernel_size > MAX_KERNEL_SIZE:
@@ -522,7 +522,7 @@ def _by_rule(head_dim: int) -> Config:
 
 @functools.cache
 def _tile(height: int, width: int, kernel_size: int, positions: int) -> tuple[int, int, int]:
-    """Choose the tile that fits and reads the fewest key rows; return its rows and columns and the tiles per map."""
+    """Choose the tile size that reads the fewest key rows per map; return the height, width and number of tiles."""
 
     def cut(columns: int) -> tuple[int, int, int]:
         tiles_w = triton.cdiv(width, columns)

@@ -1,4 +1,4 @@
-"""Build a model (one of ours or of timm's) from its config, and check it against the data before training starts."""
+"""Build a model (ours or timm's) from its config, and check before training that it suits the data."""
 
 from difflib import get_close_matches
 from typing import Any

@@ -64,7 +64,7 @@ def count_layers(model: nn.Module, image_size: int) -> list[Layer]:
 
 
 def _identity(tensor: Tensor) -> int:
-    """Return a number that identifies the tensor's storage, because storages on the meta device have no address."""
+    """Return an identifier of the tensor's storage; storages on the meta device have no address to compare."""
     return tensor.untyped_storage()._cdata
 
 

@@ -13,8 +13,8 @@ from sasa_train.models.resnet import Bottleneck, ResNet
 def fold_batch_norms(model: ResNet) -> ResNet:
     """Return a copy of `model` in eval mode with batch norms folded into preceding convolutions or value projections.
 
-    Norms after attention with `border="zero"` and norms of attention stems are kept. The outputs of the copy agree
-    with the model's up to rounding. The copy has no running statistics and cannot be trained further.
+    Norms after attention with `border="zero"` and norms of attention stems are kept. The outputs of the copy match
+    those of the model up to rounding. The copy has no running statistics and cannot be trained further.
     """
     model = copy.deepcopy(model).eval()
     for module in model.modules():

@@ -14,7 +14,7 @@ from sasa_train.attention.dispatch import BACKENDS
 from sasa_train.models.stem_norm import can_normalise_picked, is_plain, normalise_picked
 
 POSITIONS = ("relative", "absolute", "none")
-BLOCK_SIZE = 4  # of the attention stem's blocks and of its max pool
+BLOCK_SIZE = 4  # side length of the attention stem's blocks and of its max pool
 STEM_NUM_HEADS = 4
 STEM_NUM_MIXTURES = 4  # not given in the paper; 4 is the smallest value that matches its FLOPs (docs/paper.md)
 STEM_VALUES = ("mixture", "plain", "conv")
@@ -24,7 +24,7 @@ STEM_VALUES = ("mixture", "plain", "conv")
 # 56 x 56 the factor is 1.05, or 0.95 with three times as many output as input channels (measured with 8 images,
 # float32, AVX-512, and oneDNN and MKL of torch 2.15).
 class PointwiseConv2d(nn.Conv2d):
-    """A 1x1 convolution without bias. On a CPU, channels_last maps of up to `max_positions` use a matrix product."""
+    """1x1 convolution without bias. On a CPU, channels_last maps of <= `max_positions` pixels use a matrix product."""
 
     def __init__(self, in_channels: int, out_channels: int, max_positions: float = 28 * 28):
         super().__init__(in_channels, out_channels, 1, bias=False)
@@ -118,7 +118,7 @@ class LocalSelfAttention2d(nn.Module):
         return heads.permute(1, 0, 2, 4, 5, 3)
 
     def _projected_sinusoid(self, x: Tensor) -> Tensor:
-        """Return what the sinusoid adds to the projections, [1, C', H, W]: to queries and keys, but not to values."""
+        """Return the sinusoid's contribution to the projections, [1, C', H, W], which is zero for the values."""
         # The projection is linear and the sinusoid concatenates a row code and a column code, so each is projected
         # separately.
         num_reading = self.qkv.out_channels // self._num_projections * (self._num_projections - 1)
@@ -141,7 +141,7 @@ class AttentionStem(nn.Module):
     (a, b) inside the block: v_ab = sum_m p(a, b, m) W_V^m x_ab with
     p(a, b, m) = softmax_m((emb_row(a) + emb_col(b)) . nu_m), shared by the heads.
 
-    The input is BCHW; the output is [B, out_channels, H/4, W/4], or H x W with `pool=False`.
+    The input is BCHW; the output is [B, out_channels, H/4, W/4], or [B, out_channels, H, W] with `pool=False`.
 
     Args:
         in_channels, out_channels: numbers of channels; `out_channels` is divided among the heads.

@@ -17,7 +17,7 @@ from sasa_train.terminal import printable
 StateDict = dict[str, Tensor]
 
 MAX_LINE = 4000  # maximum characters in a line of the report; the names of a ResNet-50 take 3,000
-MIN_SHARE = 0.1  # minimum matching fraction of the parameters outside the classifier; below, the file is refused
+MIN_SHARE = 0.1  # minimum matching fraction of the parameters outside the classifier; below it, a file is refused
 
 
 @dataclass
@@ -89,7 +89,7 @@ def load_pretrained(model: nn.Module, state_dict: StateDict, keep_classifier: bo
 
 
 def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
-    """Adapt relative embeddings to the window size of one of our models; timm looks for a function of this name."""
+    """Adapt relative embeddings to the window size of one of our models; timm looks for a function with this name."""
     own = model.state_dict()
     return {
         name: resize_window(tensor, own[name].shape[-2]) if _is_other_window(name, tensor, own) else tensor

@@ -123,7 +123,7 @@ class ResNet(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """Initialise convolutions (Kaiming, fan-out) and blocks' last BN weights (0); attention initialises itself."""
+        """Initialise convolutions outside attention (Kaiming, fan-out), and set each block's last BN weight to 0."""
         attention = [m for m in self.modules() if isinstance(m, LocalSelfAttention2d | AttentionStem)]
         own_init = {module for layer in attention for module in layer.modules()}
         for module in self.modules():

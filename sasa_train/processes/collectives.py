@@ -67,7 +67,7 @@ def use_own_device() -> None:
 
 
 def restart_warning() -> str | None:
-    """Return a warning if there are several torchrun instances whose restarts may fail, otherwise None."""
+    """Return a warning if restarts may fail because there are several torchrun instances, otherwise None."""
     if num_machines() == 1 or not max_restarts() or os.environ.get(STORE_FIX) == "1":
         return None
     return (
@@ -201,7 +201,7 @@ def average(tensor: Tensor) -> None:
 
 
 def stop_is_wanted(here: bool) -> bool:
-    """Return whether this process, or another one that has called this function, must stop."""
+    """Return True if this process must stop (`here`) or if another process has already called this with `here=True`."""
     # Processes may get different answers at a given moment, so use this only for work that can be aborted at any point.
     if _store is None or world_size() == 1:
         return here
@@ -218,7 +218,7 @@ def tell_failure(text: str) -> None:
 
 
 def lost_partner(error: BaseException) -> str | None:
-    """If `error` was caused by the end of another process, return the reason for that end; otherwise return None."""
+    """If `error` was caused by another process exiting, return why that process exited; otherwise return None."""
     if world_size() == 1 or not (isinstance(error, dist.DistError) or any(text in str(error) for text in LOST)):
         return None
     with contextlib.suppress(RuntimeError):

@@ -13,7 +13,7 @@ from sasa_train.training.state import TrainState
 
 
 def describe_plan(plan: RunPlan, loaders: Loaders, state: TrainState) -> str:
-    """Format the values derived from the config: device, sizes, batch, learning rate and, if resumed, the step."""
+    """Format the values derived from the config: device, sizes, batch, learning rate and, when resuming, the step."""
     config, train, val = plan.config, loaders.train.plan, loaders.val.plan
     num_parameters = sum(p.numel() for p in state.model.parameters())
     batch = f"{config.trainer.global_batch_size}"

@@ -14,7 +14,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def train_safely(config: TrainConfig, stop: StopRequest | None = None) -> int:
-    """Train, and convert every expected ending into a message and an exit code, even during the imports."""
+    """Train, and turn every expected ending into a message and an exit code, even if it occurs during the imports."""
     stop = stop or StopRequest()
     try:
         return _train(config, stop)
@@ -26,7 +26,7 @@ def train_safely(config: TrainConfig, stop: StopRequest | None = None) -> int:
 
 
 def _train(config: TrainConfig, stop: StopRequest) -> int:
-    # Importing torch takes seconds. It is imported here, so that a signal meanwhile is treated as a stop request.
+    # Importing torch takes seconds. It is imported here so that a signal in the meantime is a stop request.
     from sasa_train.processes.collectives import lost_partner
     from sasa_train.training.run import train
 
@@ -57,7 +57,7 @@ def _train(config: TrainConfig, stop: StopRequest) -> int:
 
 
 def tell(error: Exception) -> None:
-    """Print an error as `fail` does. If several processes have the same error, only one of them prints it."""
+    """Print an error in the same way as `fail`. If several processes have the same error, only one prints it."""
     if world_size() == 1:
         fail(error)
         return

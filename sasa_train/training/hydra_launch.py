@@ -1,4 +1,4 @@
-"""Launch training runs with one of Hydra's launchers: sequentially (basic), or as jobs of Slurm, Ray and others.
+"""Launch training runs with one of Hydra's launchers: sequentially (basic) or as jobs on Slurm, Ray or another backend.
 
 With every launcher, a job does the same as `sasa-train` with the same overrides.
 """
@@ -97,7 +97,7 @@ def _launch(launcher: Launcher, jobs: list[list[str]], ended: list[int]) -> list
 
 
 def _train_job(ended: list[int], composed: DictConfig) -> int:
-    """Execute a run, in this process or in one that a launcher sent the pickled call to; return the exit code."""
+    """Execute a run in this process, or in one to which a launcher sent the pickled call; return the exit code."""
     is_here = HydraConfig.get().launcher._target_.endswith(".BasicLauncher")
     if not is_here:  # errors and run.json show sys.argv as the command
         sys.argv = ["sasa-train", *(o.removeprefix("++") for o in HydraConfig.get().overrides.task)]
@@ -143,7 +143,7 @@ def _exit_code(job: JobReturn) -> int:
 
 @contextmanager
 def _deaths_as_results() -> Iterator[None]:
-    """Context manager that makes submitit return a result for dead jobs too and prints the end of failed jobs' logs."""
+    """Context manager that makes submitit return results even for dead jobs and prints the end of failed jobs' logs."""
     # Without this, submitit's launcher would drop all jobs if one of them died.
     try:
         from submitit import Job

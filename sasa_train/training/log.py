@@ -28,7 +28,7 @@ TAGS = {
 
 
 class RunLogger:
-    """Logger of a run's rows, starting with those from the checkpoint (`metrics`, a copy of metrics.jsonl).
+    """Logger for the rows of a run. `metrics` contains the rows from the checkpoint, as a copy of metrics.jsonl.
 
     With `is_silent`, nothing is written or shown; this is used on all processes except the first.
     """
@@ -59,7 +59,7 @@ class RunLogger:
         return self._file.text
 
     def show_train(self, row: dict[str, Any], seconds_left: float) -> None:
-        """Show a row on the progress bar if there is a terminal, otherwise print it as a line."""
+        """Show a row on the progress bar or, if the output is not a terminal, print it as a line."""
         speed = f"{row['images_per_sec']:,.0f} img/s  data wait {100 * row['data_wait_fraction']:.0f} %"
         memory = f"{row['memory_mib']:,} MiB"
         if self._bar.disable:

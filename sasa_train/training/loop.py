@@ -1,4 +1,4 @@
-"""The training loop, which runs steps, writes log rows, evaluates and saves checkpoints in order."""
+"""The training loop, which runs steps, writes log rows, evaluates and saves checkpoints."""
 
 import contextlib
 import itertools
@@ -47,7 +47,7 @@ class Loop:
         self.last_val: dict[str, Any] = {}
         self.num_left_out = 0  # unreadable images in the last evaluation
         self._saved: tuple[int, int] | None = None  # step and evaluated_step of the last checkpoint
-        self.eval_seconds = self.logger.eval_seconds  # of the last evaluation, possibly before a resume
+        self.eval_seconds = self.logger.eval_seconds  # duration of the last evaluation, possibly before a resume
         self.profiler: Any = contextlib.nullcontext()
         self.profile_steps = 0 if is_silent else self.config.trainer.profile_steps
         if self.profile_steps:
@@ -273,7 +273,8 @@ class Loop:
         """Write a checkpoint; return False if writing failed but the run may continue.
 
         Raises:
-            CheckpointError: writing failed, and the run must stop or would otherwise be treated as saved or finished.
+            CheckpointError: writing failed and the run may not continue, i.e. it is finished, `must_succeed` is true or
+                on_failed_save is "stop".
             NonFiniteError: a loss, weight, statistic or average is not finite; no checkpoint is written.
         """
         # From here on, a signal takes effect only after the checkpoint is written.

@@ -1,4 +1,4 @@
-"""Profile a run (trainer.profile_steps); write a Chrome trace and a table of the slowest operators to its folder."""
+"""Profile a run (trainer.profile_steps); save a Chrome trace and a table of the slowest operators in the run folder."""
 
 from pathlib import Path
 

@@ -138,7 +138,7 @@ def read_weights_together(config: TrainConfig, run: RunFolder) -> Weights | None
 
 
 def load_together(plan: RunPlan, run: RunFolder) -> Loaders:
-    """Load the images on all processes; raise ConfigError if they differ between machines or from the checkpoint's."""
+    """Load the images on all processes; raise ConfigError if they vary by machine or changed since the checkpoint."""
     config, checkpoint = plan.config, run.checkpoint
     collectives.everywhere(lambda: fetch_once(config), ConfigError)
     memory = min(collectives.gather(available_memory(plan.device)))
@@ -229,7 +229,7 @@ def continue_from(run: RunFolder, state: TrainState, config: TrainConfig) -> Non
 
 
 def check_buildable(plan: RunPlan) -> None:
-    """Build the model (without weights), optimizer and schedule, to refuse invalid ones before data is loaded."""
+    """Build the model (without weights), optimizer and schedule, to reject invalid settings before data is loaded."""
     config = plan.config
     model = check_model(config.model, plan.image_size)
     check_memory(plan, model)

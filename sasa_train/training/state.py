@@ -32,7 +32,7 @@ class Window:
         self.num_images += len(labels)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums and the number of images; with several processes, one row and one number per process."""
+        """Return the sums and the number of images; if there are several processes, one row and one number for each."""
         if world_size() == 1:
             return {"sums": self.sums, "num_images": self.num_images}
         sums, num_images = zip(*collectives.gather((self.sums.cpu(), self.num_images)), strict=True)

@@ -1,4 +1,4 @@
-"""Training steps and epochs. This module neither accesses files nor prints, and does not use Hydra.
+"""Training steps and epochs. This module does not access files, print or use Hydra.
 
 A step never leaves the device idle: sums stay on the device until a log row needs them, and the loss is checked during
 the backward pass.
