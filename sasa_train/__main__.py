@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def run_command(arguments: list[str]) -> int:
-    """Handle everything except the commands themselves; return the exit code."""
+    """Handle help, version, completion and invalid arguments, but not the commands; return the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         lines = [f"  {name:<12} {command.about}" for name, command in COMMANDS.items()]
         print("\n".join([USAGE, *lines]) + MORE)
@@ -80,7 +80,7 @@ def complete() -> None:
 
 
 def parser_of(name: str) -> argparse.ArgumentParser:
-    """Return a command's own parser or, for commands with Hydra's grammar, a parser for their few options."""
+    """Return a command's own parser or, if the command uses Hydra's grammar, a parser for its few options."""
     command = COMMANDS[name]
     if not command.options:
         return importlib.import_module(command.module).build_parser()

@@ -6,7 +6,7 @@ EXTRAS = {"plots": ("matplotlib",), "search": ("optuna",), "export": ("onnx", "o
 
 
 def why_not(what: str, extra: str) -> str | None:
-    """Return a message about the missing packages that `what` needs, or None if all are installed."""
+    """Return a message naming the missing packages that `what` requires, or None if all are installed."""
     missing = [package for package in EXTRAS[extra] if importlib.util.find_spec(package) is None]
     return (
         f"{what} needs {', '.join(missing)}, not installed here: pip install 'sasa_train[{extra}]'" if missing else None

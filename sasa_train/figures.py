@@ -24,7 +24,7 @@ WIDTH, DPI = 8.0, 150
 
 
 def new_figure(num_rows: int, num_columns: int, height: float, grid: str = "") -> tuple[Figure, list[Axes]]:
-    """Create a figure of WIDTH x `height` inches and its axes, row by row; `grid` is "", "x", "y" or "both"."""
+    """Return a figure of WIDTH x `height` inches and its axes in row-major order; `grid` is "", "x", "y" or "both"."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
     for axis in axes:

@@ -42,7 +42,7 @@ class StopRequest:
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
 
     def begin_training(self) -> None:
-        """Record that from now on there is something to save, namely a step or an evaluation."""
+        """Record that a step or an evaluation can now be saved, so that a signal no longer raises Interrupted."""
         self._is_training = True
 
     def set_max_hours(self, hours: float | None) -> None:
@@ -73,7 +73,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def hand_on(self) -> bool:
-        """Pass the signal that stopped the run to the previous handler; return whether it belongs to a launcher.
+        """Pass the signal that stopped the run to a launcher's earlier handler, if any; return whether there was one.
 
         A launcher's handler may requeue its job and end the process. Python's default handlers are not called.
         """

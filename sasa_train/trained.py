@@ -86,7 +86,7 @@ def load_trained(source: Path, overrides: Sequence[str] = ()) -> TrainedModel:
 
 
 def _own_preprocessing(data: DataConfig) -> list[str]:
-    """Return overrides that preserve the image size and normalisation of training when the data set is changed."""
+    """Return overrides that keep the image size and normalisation used in training when the data set is changed."""
     mean, std = mean_std(data)
     return [f"data.image_size={resolved_image_size(data)}", f"data.mean={list(mean)}", f"data.std={list(std)}"]
 

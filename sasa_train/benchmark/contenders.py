@@ -78,7 +78,7 @@ class Contender:
 
 
 def build_contender(backend: str, case: Case, arithmetic: torch.dtype | None = None) -> Contender:
-    """Build `backend` with the random inputs that all share, rounded to the case's dtype, then cast to `arithmetic`."""
+    """Build `backend` with the random inputs shared by all, rounded to the case's dtype, then cast to `arithmetic`."""
     dtype, generator = DTYPES[case.dtype], torch.Generator(case.device).manual_seed(0)
 
     def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -191,7 +191,7 @@ def check(backend: str, case: Case) -> str | None:
     """Compare a backend with the float64 reference and return a description of the problem, or None.
 
     On the CPU, two images are checked. On CUDA, the whole batch is checked, so that the checked code and launch
-    parameters are the ones that are timed. (Triton tunes them on the first batch; two images would lead to others.)
+    parameters are the ones that are timed. (Triton tunes them on the first batch; two images could yield others.)
 
     NATTEN computes a different function, so only its output is compared, without relative terms and not at the border.
 
@@ -271,7 +271,7 @@ def op_memory(backend: str, case: Case, num_threads: int) -> int:
 
 
 def first_pass_memory(build: Callable[[Case], Contender], small: Case, case: Case, num_threads: int) -> int:
-    """Return the peak extra memory of a forward and backward pass; this process must not have run one of that size."""
+    """Return the peak extra memory of a forward and backward pass; the process must not have run one that large."""
     torch.set_num_threads(num_threads)
     build(small).train()  # loads libraries, so that their memory is not counted
     return extra_memory(build(case).train, torch.device(case.device))

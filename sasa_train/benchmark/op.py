@@ -86,7 +86,7 @@ def choose_backends(wanted: Sequence[str] | None, device: torch.device) -> tuple
 
 
 def build_cases(options: Namespace, device: torch.device) -> list[Case]:
-    """Return the requested shapes, or those of the paper's ResNets, with the beginnings of stages last."""
+    """Return the requested shapes, or those of the paper's ResNets, with shapes at the start of a stage last."""
     texts = [(text, size) for size in options.image_size for text in SHAPES[size]]
     if options.shapes:
         texts = [(text, 32) for text in options.shapes]
@@ -105,7 +105,7 @@ def build_cases(options: Namespace, device: torch.device) -> list[Case]:
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the geometric mean and worst ratio per backend; stage beginnings count only if nothing else was timed."""
+    """Return the geometric mean and worst ratio per backend; starts of stages count only if nothing else was timed."""
     lines = []
     inner = [row for row in rows if not row["begins_stage"]] or rows
     scope = "all shapes" if len(inner) == len(rows) else "shapes at which no stage begins"
@@ -150,7 +150,7 @@ def build_layers(case: Case) -> dict[str, nn.Module]:
 
 
 def _on_random_map(layer: nn.Module, case: Case) -> Contender:
-    """Wrap a layer, to be differentiated with respect to its input and all weights; half precision uses autocast."""
+    """Build a contender that computes a layer's gradients for its input and weights; half precision uses autocast."""
     device = torch.device(case.device)
     x = torch.randn(case.batch_size, case.channels, case.height, case.width, device=device)
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()

@@ -134,7 +134,7 @@ def in_fresh_process(function: Callable[..., int], *arguments: object) -> int:
 def peak_of(
     run: Run, device: torch.device, is_wanted: bool, in_fresh: Callable[..., int], *arguments: object
 ) -> int | None:
-    """Return the peak extra memory of `run` on CUDA or, if requested on a CPU, of `in_fresh(*arguments, threads)`."""
+    """Return the peak extra memory of `run` on CUDA or, on a CPU if `is_wanted`, of `in_fresh(*arguments, threads)`."""
     if device.type == "cuda":
         return extra_memory(run, device)
     return in_fresh_process(in_fresh, *arguments, torch.get_num_threads()) if is_wanted else None

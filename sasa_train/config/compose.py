@@ -62,7 +62,7 @@ def to_config(composed: DictConfig) -> TrainConfig:
 
 
 def _with_interpolations(text: str, composed: DictConfig) -> str:
-    """Add the keys with interpolations to an error message that names no key, as is the case for errors in lists."""
+    """If an error message names no key (as for errors in lists), add the keys whose values contain interpolations."""
     raw = flatten(cast(dict, OmegaConf.to_container(composed, resolve=False)))
     holders = [key for key, value in raw.items() if "${" in str(value)]
     return text if not holders or any(key in text for key in raw) else f"{', '.join(holders)}: {text.splitlines()[0]}"
@@ -80,7 +80,7 @@ def _check_dicts(values: dict[str, Any]) -> None:
 
 @cache
 def schema() -> DictConfig:
-    """Return the schema, which holds the type and default of every key; it is cached, and `merge` makes a copy."""
+    """Return the schema, which holds the type and default of every key; it may be cached because `merge` copies it."""
     return OmegaConf.structured(TrainConfig)
 
 

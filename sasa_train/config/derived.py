@@ -11,7 +11,7 @@ def crops_by_padding(data: DataConfig, augment: AugmentConfig) -> bool:
 
 
 def flips_images(data: DataConfig, augment: AugmentConfig) -> bool:
-    """Whether training mirrors half of the images, as set by `augment.hflip` or else by the data set's default."""
+    """Whether training mirrors half of the images, as set by `augment.hflip` or, if null, by the data set's default."""
     return augment.hflip if augment.hflip is not None else DATA_SETS[data.name].mirrored
 
 

@@ -1,4 +1,4 @@
-"""The config groups and their files, for composition, help and completion; not importing Hydra keeps help fast."""
+"""The config groups and their files, for composition, help and completion; Hydra is not imported, to keep help fast."""
 
 from pathlib import Path
 

@@ -144,7 +144,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def mean_std(config: DataConfig) -> tuple[Sequence[float], Sequence[float]]:
-    """Return the mean and std per channel for values in [0, 1], from the config or else from the data set."""
+    """Return the per-channel mean and std for values in [0, 1]: the config's or, if null, the data set's defaults."""
     own = DATA_SETS[config.name]
     return config.mean or own.mean, config.std or own.std
 
@@ -194,7 +194,7 @@ def split(images: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
 
 
 def limit(images: ImageSet, count: int | None) -> ImageSet:
-    """Return a fixed, `balanced` subset of `count` images, or all images if there are no more than that."""
+    """Return a fixed, `balanced` subset of `count` images, or all images if there are at most `count`."""
     return images if count is None or count >= len(images) else images.subset(balanced(images, count))
 
 

@@ -90,7 +90,7 @@ def _class_differences(name: str, old: dict[str, Any], new: dict[str, Any], is_s
 
 
 def _by_name(classes: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return a dict from unique printable names to the class entries (two of ImageNet's classes are named crane)."""
+    """Map printable names, numbered if not unique (ImageNet has two classes named crane), to the class entries."""
     seen: Counter[str] = Counter()
     found = {}
     for entry in classes:
@@ -141,7 +141,7 @@ def _file_digest(images: ImageSet, index: int) -> bytes:
 
 
 def _names(images: ImageSet, class_name: str, members: np.ndarray) -> Iterable[bytes]:
-    """Return paths in the class folder, member names without prefixes for shards, or nothing for images in memory."""
+    """Return paths relative to the class folder, shard member names without prefixes, or [] for images in memory."""
     source, positions = images.source, images.positions[members].tolist()
     if isinstance(source, Tensor):
         return []

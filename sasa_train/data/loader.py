@@ -53,7 +53,7 @@ class Loaders:
         return "resident" if isinstance(self.train, ResidentLoader) else "streamed"
 
     def train_names(self, step: int, number: int | None = None) -> list[str]:
-        """Return the escaped names of this process's images in step `step` (from 0) or in its micro-batch `number`."""
+        """Return escaped names of this process's images in step `step` (from 0) or only in its micro-batch `number`."""
         epoch, first_step = divmod(step, self.train.plan.steps_per_epoch)
         micros = itertools.islice(self.train.plan.train(epoch, first_step), self.train.plan.grad_accum_steps)
         chosen = [micro.indices for position, micro in enumerate(micros) if number in (None, position)]
@@ -76,7 +76,7 @@ class Loaders:
 
 
 def build_loaders(config: TrainConfig, device: torch.device, memory: int | None = None) -> Loaders:
-    """Build the train and val loaders for `config`; small data, relative to `memory` (bytes), is kept on the device.
+    """Build train and val loaders for `config`; data that is small relative to `memory` (bytes) stays on the device.
 
     memory: by default, the device's available memory. If there are several processes, each must pass the minimum over
         all of them, so that they make the same choice.
@@ -130,7 +130,7 @@ def _check_queues(config: TrainConfig, *loaders: Loader) -> None:
 
 
 def check_evaluated(loader: Loader, num_images: int, num_left_out: int) -> None:
-    """Raise RuntimeError unless the evaluation counted every image that was not left out."""
+    """Raise RuntimeError unless the evaluation counted every image except those that were left out."""
     expected = loader.plan.num_images - num_left_out
     if num_images != expected:
         raise RuntimeError(f"evaluation saw {num_images} images instead of {expected}")

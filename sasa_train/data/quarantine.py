@@ -25,7 +25,7 @@ class Quarantine:
         self.rule = f"data.max_unreadable={max_unreadable:g} allows {self.allowed} of {num_images:,} images"
 
     def add(self, unreadable: list[Unreadable]) -> None:
-        """Record unreadable images, then check how many there are.
+        """Record unreadable images, then check that there are not too many.
 
         Raises:
             ConfigError: more images are unreadable than `data.max_unreadable` allows; the message lists them.

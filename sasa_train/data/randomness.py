@@ -45,7 +45,7 @@ def batch_rng(seed: int, step: int, micro_batch: int) -> AbstractContextManager[
 
 
 def recalibration_rng(seed: int, step: int, device: torch.device) -> AbstractContextManager[None]:
-    """Seed torch's generators, including the device's, for work between steps and restore their state afterwards."""
+    """Seed torch's generators, including the device's, for batch norm recalibration; restore their state afterwards."""
     value = _hash(_key(seed, step) ^ RECALIBRATION, np.array([0]))[0]
     return _seeded(value, [device] if device.type == "cuda" else [])
 

@@ -38,7 +38,7 @@ def image_files(paths: Sequence[str]) -> ImageSet:
 
 
 def read_fitted(images: ImageSet, indices: Iterable[int], size: int, num_tries: int = 1) -> Read:
-    """Read the images at `indices`; as for validation, resize the shorter side and crop the centre.
+    """Read the images at `indices`, resizing the shorter side and cropping the centre as for validation.
 
     An unreadable image is left out or, if `num_tries` exceeds 1, replaced by the next readable one.
     """
@@ -77,7 +77,7 @@ def _gather(found: Iterable[Found], size: int) -> Read:
 
 
 def read_or_replace(images: ImageSet, index: int, shape: Shape, num_tries: int = 1) -> Found:
-    """Return (pixels, label, unreadable) for the first readable one of `num_tries` images, starting at `index`.
+    """Return (pixels, label, unreadable) for the first readable one among `num_tries` images from `index` on.
 
     If none is readable, the pixels are None; `unreadable` lists the skipped images for the quarantine.
     """

@@ -40,7 +40,7 @@ class TarMembers:
     names: np.ndarray
 
     def open(self, position: int) -> BinaryIO:
-        """Read the member's bytes into memory; there are fewer than `size` if the archive is truncated."""
+        """Read the member's bytes into memory; if the archive is truncated, fewer than `size` bytes are read."""
         with _opening:
             file = _opened(self.archives[self.archive[position]])
         return io.BytesIO(os.pread(file.fileno(), int(self.size[position]), int(self.offset[position])))

@@ -39,9 +39,9 @@ class DataWorkerError(ExpectedFailure):
 
 
 class Workers:
-    """Runs `reader` in `num_workers` processes (0: in the main process), which `read` starts and `close` ends.
+    """Runs `reader` in `num_workers` processes (or, if 0, in the main one), which `read` starts and `close` ends.
 
-    A thread kills all workers if a wait for them takes too long.
+    A thread kills all workers if waiting for them takes too long.
     """
 
     # To take a batch out of shared memory, the main process requests a file descriptor from the worker that created it,
@@ -125,7 +125,7 @@ class Workers:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """Limit how long a wait for workers takes; convert errors from dead or hanging workers to DataWorkerError."""
+        """Limit the time spent waiting for workers; convert errors from dead or hanging workers to DataWorkerError."""
         self._num_waits, self._is_waiting = self._num_waits + 1, True
         try:
             yield
@@ -138,7 +138,7 @@ class Workers:
             self._is_waiting = False
 
     def _limit_waits(self) -> None:
-        """Kill the workers if a wait exceeds `timeout` seconds; runs in a thread."""
+        """Kill the workers if a wait for them exceeds `timeout` seconds; this method runs in a thread."""
         # One-second ticks are counted, so that an hour during which the whole job was suspended counts as one tick.
         tick = min(1.0, self.timeout / 4)
         wait, num_ticks = 0, 0
@@ -182,7 +182,7 @@ class Workers:
 
 
 def unreported(iterator: Any) -> Any:
-    """Make a DataLoader's iterator detect dead workers (within seconds) only while it waits for them."""
+    """Make a DataLoader's iterator check for dead workers (every few seconds) only while waiting for a batch."""
     # The DataLoader's SIGCHLD handler would raise at any point, perhaps while the main process writes a checkpoint.
     signal_handling._remove_worker_pids(id(iterator))
     iterator._worker_pids_set = False  # otherwise it would remove the ids again when it ends
@@ -190,7 +190,7 @@ def unreported(iterator: Any) -> Any:
 
 
 def queue_bytes(num_workers: int, batch_size: int, num_images: int, size: int) -> int:
-    """Return the size in bytes of uint8 batches [B, S, S, 3] queued or in progress, at most that of the data set."""
+    """Return the size in bytes of all queued or unfinished uint8 batches [B, S, S, 3], at most the data set's size."""
     return min(num_workers * (PREFETCH + 1) * batch_size, num_images) * 3 * size**2
 
 
@@ -198,7 +198,7 @@ def check_shared_memory(needed: int, num_workers: int, remedy: str = "") -> None
     """Check that shared memory has `needed` bytes free for each process on this machine.
 
     Raises:
-        ConfigError: not enough is free; the message suggests `remedy` in addition to the general remedies.
+        ConfigError: too little memory is free; the message suggests `remedy` in addition to the general remedies.
     """
     # Containers often have little shared memory, and a worker that fills it is killed by SIGBUS. Only Linux shows how
     # much is free.

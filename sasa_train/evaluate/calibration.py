@@ -44,7 +44,7 @@ class Temperature:
 class Calibration:
     """The `ece`, `mce`, mean `confidence` and `top1` in percent, the `nll` in nats, and the `brier` score from 0 to 2.
 
-    `temperature` is None if no value is optimal, because all predictions are right or uniform probabilities are better.
+    `temperature` is None if no value is optimal, because all predictions are right or uniform probabilities fit better.
     """
 
     ece: float
@@ -106,7 +106,7 @@ def proper_scores(logits: Tensor, labels: Tensor, inverse_temperature: float = 1
 
 
 def best_temperature(logits: Tensor, labels: Tensor) -> float | None:
-    """Return the temperature with the minimum NLL, or None if that minimum is only approached towards 0 or infinity."""
+    """Return the temperature that minimises the NLL, or None if the NLL is lowest in the limit of 0 or infinity."""
     # The NLL is convex in the inverse temperature, so its slope crosses 0 at most once.
     of_label = logits.gather(1, labels[:, None])[:, 0]
     if bool((of_label == logits.max(1).values).all()) or not _slope(0.0, logits, labels) < 0:

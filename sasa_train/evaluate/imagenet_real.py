@@ -1,6 +1,6 @@
 """Evaluation with ImageNet-ReaL (Beyer et al. 2020, arXiv 2006.07159), which lists all classes shown in each val image.
 
-A prediction is right if it is one of the image's classes; images without a class are left out.
+A prediction is correct if it is one of the image's classes; images without a class are left out.
 """
 
 import json
@@ -30,7 +30,7 @@ class RealLabels:
         """Return the classes of the images with the given file names.
 
         Raises:
-            ConfigError: a name is not that of an ImageNet val image, or no image has a label.
+            ConfigError: a name does not belong to an ImageNet val image, or no image has a label.
         """
         found = [VAL_NAME.search(name) for name in names]
         numbers = [int(match[1]) if match else 0 for match in found]

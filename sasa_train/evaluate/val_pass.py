@@ -1,4 +1,4 @@
-"""A pass of a trained model over val, which yields the metrics of the training log and the output for each image."""
+"""A pass of a trained model over val, which yields the metrics in the training log and the output for each image."""
 
 import math
 from dataclasses import dataclass
@@ -63,7 +63,7 @@ class Val:
         return fingerprint(self.images)
 
     def evaluate(self, answering: "Answering | None" = None) -> Evaluation:
-        """Return exactly the metrics of the training log; if given, `answering` records the model's outputs."""
+        """Return exactly the metrics that training logs; if `answering` is given, it records the model's outputs."""
         model, num_classes = answering or self.trained.model, len(self.images.classes)
         try:
             result = evaluate(model, self.loader.eval_batches(), num_classes, self.device, self.precision)

@@ -23,13 +23,13 @@ Run = Callable[[Tensor], Tensor]  # normalised images [B, 3, S, S] -> logits [B,
 
 @dataclass
 class Measured:
-    """The logits of all images and the speed of the median batch in images per second, for each of BATCH_SIZES."""
+    """The logits of all images and the median speed over batches, in images per second, for each of BATCH_SIZES."""
 
     logits: list[Tensor]
     images_per_second: list[float]
 
     def difference(self, expected: "Measured") -> float:
-        """Return the largest difference relative to the largest expected logit, or NaN if a logit is NaN."""
+        """Return the largest difference divided by the largest expected absolute logit, or NaN if a logit is NaN."""
         pairs = zip(self.logits, expected.logits, strict=True)
         return float(np.max([float((got - want).abs().max() / want.abs().max()) for got, want in pairs]))
 

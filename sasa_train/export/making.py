@@ -19,7 +19,7 @@ class ExportError(Exception):
 
 
 def sweep(folder: Path) -> None:
-    """Delete the files of a killed export, after restoring the old target folders that it had moved aside."""
+    """Delete the files left by a killed export, after restoring the old target folders that it had moved aside."""
     for aside in folder.glob(f"{ASIDE}*"):
         for old in aside.glob(f"*{OLD}"):
             if not (folder / old.stem).exists():

@@ -81,7 +81,7 @@ def _matching(pattern: str) -> Iterator[Found]:
 
 
 def _comes_round(folder: str) -> bool:
-    """Whether a link in the path `folder` leads back to one of its parents; ** would follow such a link forty times."""
+    """Whether a link in the path `folder` leads back to one of its parents; ** would follow that link forty times."""
     way = [folder, *map(str, Path(folder).parents)]
     return any(
         os.path.islink(step) and any(os.path.samefile(step, earlier) for earlier in way[number + 1 :])
@@ -127,7 +127,7 @@ def _listing(folder: str) -> tuple[list[str], list[str]]:
 
 
 def _listed(separator: bytes) -> Iterator[str]:
-    """Yield the names on stdin as they arrive, skipping empty ones."""
+    """Yield the names from stdin as they arrive, skipping empty ones."""
     rest, is_open = b"", True
     while is_open:
         chunk = os.read(sys.stdin.fileno(), MAX_NAME)

@@ -108,7 +108,7 @@ def _draw_accuracy(rows: list[tuple[int, Row]]) -> Figure:
 
 
 def _draw_curves(rows: list[Row]) -> Figure:
-    """Plot val top1 by epoch, one panel per row: mean and range over seeds; dashes show the reference's mean."""
+    """Plot the mean and range of val top1 over seeds by epoch, one panel per row; the reference's mean is dashed."""
     shown = best(rows, MAX_PANELS)
     num_columns = min(3, len(shown))
     num_rows = -(-len(shown) // num_columns)
@@ -147,7 +147,7 @@ def _late_floor(rows: list[Row]) -> float:
 
 
 def curve(row: Row) -> tuple[list[int], list[float], list[float], list[float]]:
-    """Return the epochs evaluated for every seed, with the mean, minimum and maximum top1."""
+    """Return the epochs at which all seeds were evaluated, with the mean, minimum and maximum top1."""
     by_epoch = [{val["epoch"]: val["top1"] for val in job.val} for job in row.jobs.values()]
     epochs = sorted(set.intersection(*(set(seed) for seed in by_epoch)))
     values = [[seed[epoch] for seed in by_epoch] for epoch in epochs]

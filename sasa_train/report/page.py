@@ -148,7 +148,7 @@ def sweep_page(report: Report, sources: list[Path], plots: Section, folder: Path
 
 
 def _described(row: Row, number: int, folder: Path) -> dict[str, Any]:
-    """Describe a row: links to its runs, and the full command of the first run."""
+    """Return a row's title, its jobs with links to their runs, and the full command of the first run."""
     jobs = [job for _, job in sorted(row.jobs.items())]
     top1 = f"top1 {row.top1.mean:.2f}" if row.top1 else "no top1"
     return {

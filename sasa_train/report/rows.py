@@ -112,7 +112,7 @@ def _group(jobs: list[Job], table: int | None) -> tuple[list[Row], list[tuple[Jo
 
 
 def _settings(job: Job, by_overrides: bool) -> dict[str, str] | None:
-    """Return the settings that define a job's row: its overrides or all keys that affect results, without the seed."""
+    """Return the settings that define a job's row, without the seed: its overrides or all keys that affect results."""
     if by_overrides:
         assert job.overrides is not None
         given = job.overrides

@@ -62,7 +62,7 @@ def cells(report: Report, number: int, row: Row) -> dict[str, str]:
 
 
 def shown(number: Any, form: str, otherwise: str = "-") -> str:
-    """Format a number; return `otherwise` if it is missing or if a damaged file contains something else."""
+    """Format a number; return `otherwise` if it is missing or, because of a damaged file, not a number."""
     return form.format(number) if isinstance(number, int | float) else otherwise
 
 

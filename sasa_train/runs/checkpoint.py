@@ -2,7 +2,7 @@
 
 `last.pt` is the newest. When the next checkpoint is written, it becomes `step-<step>.pt`, of which the newest few are
 kept. `best.pt` is a hard link to the checkpoint with the best evaluation. Each file has a manifest beside it, such as
-`last.pt.json`, with its size, SHA-256 and step. This module knows a checkpoint's entries only by name and type.
+`last.pt.json`, with its size, SHA-256 and step. This module uses only the names and types of a checkpoint's entries.
 """
 
 # Each file is written under a temporary name, synced to disk and renamed, so that a kill at any instruction leaves a

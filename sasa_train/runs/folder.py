@@ -51,7 +51,7 @@ class RunFolder:
     def write_start(self, difference: str, step: int) -> None:
         """Record the provenance of this start in run.json and append it to `starts`.
 
-        The code's `difference` from its last commit is saved in a separate file in the folder.
+        The diff of the code against its last commit, `difference`, is saved in a separate file in the folder.
         """
         now = self.provenance
         if difference:
@@ -214,7 +214,7 @@ def check_data(checkpoint: dict[str, Any], fingerprints: dict[str, Any], config:
 
 
 def is_finished(checkpoint: dict[str, Any], config: TrainConfig) -> bool:
-    """Whether a run has finished with this config; after an allowed change, such as more epochs, training continues."""
+    """Whether a run has finished with this config; if an allowed key changed, such as trainer.epochs, it has not."""
     saved = load_config(checkpoint["config"])
     return checkpoint["finished"] and not differing_keys(saved, config, has_same_world_size(checkpoint))
 

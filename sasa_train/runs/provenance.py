@@ -21,7 +21,7 @@ PACKAGES = ("torchvision", "timm", "hydra-core", "omegaconf", "numpy", "sasa_tra
 
 
 def provenance(config: TrainConfig) -> tuple[dict[str, Any], str]:
-    """Return plain values for run.json and checkpoints, and the code's difference from its last commit.
+    """Return plain values for run.json and checkpoints, and the diff of the code against its last commit.
 
     `reproduce` is the complete command, even if the config came from presets, a sweep or a script.
     """

@@ -124,7 +124,7 @@ def _of_checkpoint(checkpoint: dict[str, Any]) -> Weights:
 
 
 def _model_overrides(yaml_text: str) -> str | None:
-    """Return the overrides that select a saved config's model, or None if it has keys from a later version."""
+    """Return the overrides that select a saved config's model, or None if the config has keys from a later version."""
     try:
         model = load_config(yaml_text).model
     except ConfigError:

@@ -21,7 +21,7 @@ def short_name(name: str) -> str:
 
 
 def draw_class_accuracy(confusion: Tensor, classes: list[str]) -> Figure:
-    """Draw top1 per class as bars, worst first, labelled correct / images; of many classes, only the worst and best."""
+    """Draw top1 per class as bars, worst first, labelled correct / images; if there are many, omit the middle ones."""
     counts = confusion.numpy()
     hits, images = counts.diagonal(), counts.sum(1)
     seen = [label for label in range(len(classes)) if images[label]]

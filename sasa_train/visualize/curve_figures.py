@@ -21,7 +21,7 @@ LINES = ("-", "--", "-.")
 
 
 def draw_curves(runs: dict[str, Rows], names: Sequence[str] = OF_SEVERAL) -> Iterator[Drawn]:
-    """Draw those of the named figures that are in OF_SEVERAL; `runs` maps the name of each run to its rows.
+    """Draw the figures in `names`, ignoring any not in OF_SEVERAL; `runs` maps the name of each run to its rows.
 
     Raises:
         ConfigError: there are too many runs to tell apart.

@@ -102,7 +102,7 @@ def draw_run(
 
 
 def not_drawable(trained: TrainedModel, run_dir: Path | None) -> dict[str, str]:
-    """For each figure that cannot be drawn, return the reason."""
+    """Return a dict that maps each figure that cannot be drawn to the reason."""
     reasons: dict[str, str] = {}
     layers = attention_layers(trained.model)
     if not layers:

@@ -4,7 +4,7 @@ A position of a map covers `reduction` x `reduction` pixels starting at (reducti
 positions may cover fewer. Its receptive field is larger, because earlier layers have already combined its neighbours.
 
 Distances are Euclidean, between the centres of positions (arXiv 2010.11929, Fig. 7). "Uniform" is the distance if all
-keys inside the same borders have equal weights.
+keys within the same borders have equal weights.
 """
 
 import math
@@ -36,7 +36,7 @@ class Window:
 
     @property
     def box(self) -> Box:
-        """The window in pixels, clipped at the map border, which may be outside the image by less than one position."""
+        """The window in pixels, clipped at the map border; the map may exceed the image by less than one position."""
         return self._pixels(self.top, self.left, *self.weights.shape[1:])
 
     @property
@@ -58,7 +58,7 @@ class Distances:
 
 
 def is_stems(weights: Tensor) -> bool:
-    """Return True for the weights of an attention stem [..., blocks, 16, 16]; a layer's are [..., H, W, K*K]."""
+    """Whether weights are an attention stem's, [..., blocks, 16, 16], and not a layer's, [..., H, W, K*K]."""
     return weights.shape[-1] == BLOCK_SIZE**2
 
 
