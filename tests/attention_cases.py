@@ -77,11 +77,11 @@ def assert_equals_reference(
 
 
 def tolerance(backend: str, device: str, inputs: torch.dtype, result: torch.dtype) -> tuple[float, float]:
-    """Return the relative tolerance, and the absolute tolerance for a result of size 1.
+    """Return the relative tolerance, and the absolute tolerance for a result of magnitude 1.
 
-    float32: scores reach 20 to 40; their rounding error (2e-6) is the weights' relative error, and a gradient adds up
-    terms of size 1 or more (B N H W terms for an embedding) that may cancel. Half precision adds half a unit of the
-    value itself, once; Triton's interpreter truncates bfloat16, an error of a whole unit, while a GPU rounds.
+    float32: scores reach 20 to 40, and their rounding error (2e-6) becomes a relative error of the weights. A gradient
+    sums terms of magnitude 1 or more (B N H W terms for an embedding), which may cancel. Half precision rounds a result
+    once, by at most half a unit; Triton's interpreter truncates bfloat16, by up to a whole unit, while a GPU rounds.
     """
     unit = 0.0 if result == torch.float32 else torch.finfo(result).eps
     if backend != "triton":
@@ -105,7 +105,7 @@ def assert_random_cases(num_cases, largest, dtypes, rels, strides=(1,), **where)
 
 
 def assert_extremes_are_kept(backend: str, device: str = "cpu") -> int:
-    """Check that huge scores stay finite and that a NaN key reaches its 9 queries; return how many it reaches."""
+    """Check that huge scores give finite gradients and a NaN key affects its 9 queries; return how many it affects."""
     generator = torch.Generator().manual_seed(0)
     q, key, v = (x.to(device) for x in draw((1, 2, 5, 6, 8), "contiguous", torch.float32, generator))
     grads = outputs_and_grads(backend, None, (300 * q, 300 * key, v, None, None), 3, True, "mask", torch.ones_like(v))
@@ -129,6 +129,6 @@ def assert_threads_change_no_bit(run: Callable[[], Sequence[Tensor | None]], cou
 
 
 def run_narrower(capability: str, program: str) -> None:
-    """Run test code with a narrower CPU instruction set, in a new process as ATEN_CPU_CAPABILITY is read only once."""
+    """Run test code with a narrower CPU instruction set, in a new process because ATEN_CPU_CAPABILITY is read once."""
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=Path(__file__).parent)

@@ -55,7 +55,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, one_thread) -> Command:
-    """Like `command`, but runs in this process, which saves the seconds a new interpreter takes to import torch."""
+    """Return a function like `command` that runs in this process, to save the seconds that importing torch takes."""
 
     def run(module: str, *arguments: str, expect: int = 0):
         monkeypatch.chdir(tmp_path)
@@ -71,7 +71,7 @@ def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
-    """Create two classes, red and blue, with 11 + 7 train and 3 + 5 val images (PNG) of odd sizes."""
+    """Create an image folder with two classes, red and blue: 11 + 7 train and 3 + 5 val PNG images of odd sizes."""
     from making_data import make_image_folder
 
     return make_image_folder(tmp_path / "images")

@@ -70,7 +70,7 @@ BAD = ("b-truncated.jpg", "c-empty.jpg", "d-text.jpg")
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    """Return the bytes of an image file of this kind."""
+    """Return the image encoded in the format `kind`."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()

@@ -18,7 +18,7 @@ FLOOR = 0.05
 
 
 def build(in_channels: int = 3, channels: int = 16, **keys) -> AttentionStem:
-    """Build a stem with positive, negative and zero batch norm weights and running statistics unlike a new module's."""
+    """Build a stem with positive, negative and zero batch norm weights and non-default running statistics."""
     module = AttentionStem(in_channels, channels, **{"num_heads": 2, "backend": "cpu"} | keys)
     nn.init.normal_(module.bn.weight)
     nn.init.normal_(module.bn.bias)

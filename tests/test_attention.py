@@ -1,4 +1,4 @@
-"""Check the reference implementation, which is the specification, against arithmetic that shares no code with it."""
+"""Check the reference implementation, which is the specification, against independent calculations."""
 
 import itertools
 import math
@@ -142,7 +142,7 @@ def test_every_head_reaches_both_embeddings():
 
 
 def test_transposing_the_image_transposes_the_output():
-    """Check that rows and columns are treated alike; both are swapped in the image, the embeddings, q and k."""
+    """Check that swapping rows and columns in the image, the embeddings, q and k transposes the output."""
     q, key, v, rel_height, rel_width = tensors()
 
     def turn(t):
@@ -164,7 +164,7 @@ def test_a_zero_query_takes_the_mean_of_the_window():
 
 
 def test_content_term_agrees_with_timms_halo_attention():
-    """With blocks of 1 and a halo of 3, HaloAttn is a second oracle for 7x7 windows (scaled scores, zero border)."""
+    """Compare 7x7 windows with HaloAttn (blocks of 1, halo of 3), which scales scores and has a zero border."""
     halo = HaloAttn(12, num_heads=3, dim_head=4, block_size=1, halo_size=3).double().eval()
     with torch.no_grad():
         for parameter in halo.pos_embed.parameters():  # use only the content term
@@ -280,7 +280,7 @@ def fused(content=True, dtype=torch.float32) -> Tensor:
 )
 @pytest.mark.parametrize("content,relative", [(True, True), (False, True), (True, False)])
 def test_fused_projections_give_the_same_and_one_gradient(content, relative, backend, dtype):
-    """With other gradient strides, the projection's backward pass would make a copy, which is slower than attention."""
+    """With other strides, the projection's backward pass would copy the gradient, which takes longer than attention."""
     rel = [t.requires_grad_() for t in tensors(dtype)[3:]] if relative else [None, None]
     projections = fused(content, dtype).requires_grad_()
     options = {"kernel_size": K, "content": content, "backend": backend}
@@ -312,7 +312,7 @@ def test_fused_projections_must_be_three():
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 7), (1, 4), (3, 1)])
 def test_stride_is_the_average_pool_of_the_output(size):
-    """At the end of a side of odd length, the average covers only existing positions."""
+    """If a side has an odd length, the last average covers only existing positions."""
     projections = torch.randn(3, 2, 3, *size, 4, dtype=torch.float64, requires_grad=True)
     out = local_attention_qkv(projections, kernel_size=3, stride=2, backend="reference")
     whole = local_attention_qkv(projections, kernel_size=3, backend="reference")

@@ -56,7 +56,7 @@ def test_odd_head_dims_without_embeddings():
 
 
 def test_the_pool_of_a_stage_begin():
-    """Odd sides end in averages over one or two positions; larger maps have several tiles, and threads share rows."""
+    """Check odd sizes (the last averages cover one or two positions), several tiles, and rows shared by threads."""
     for h, w in [(1, 1), (1, 7), (8, 1), (5, 8), (8, 5), (20, 35), (33, 14)]:
         for kernel_size in (1, 3, 7):
             assert_equals_reference((2, 5, h, w, 6), kernel_size, border="zero" if h == 8 else "mask", stride=2)
@@ -99,7 +99,7 @@ def test_the_number_of_threads_changes_no_bit(shape):
 
 
 def test_outputs_and_gradients_keep_the_inputs_order_of_strides():
-    """A channels_last projection gives channels_last output, so the layer's pool and permute copy nothing."""
+    """A channels_last projection gives channels_last output, so the layer's pool and permute need no copies."""
     q, key, v = draw((2, 3, 4, 5, 8), "fused channels_last", torch.float32, torch.Generator().manual_seed(0))
     inputs = [x.requires_grad_() for x in (q, key, v)]
     out = local_attention(*inputs, kernel_size=3, backend="cpu")

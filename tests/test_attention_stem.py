@@ -102,7 +102,7 @@ def test_picks_what_torchs_max_pool_picks():
 
 
 def test_variance_far_from_zero():
-    """Values near 1,000 differ by 1; a plain sum of squares would leave only one correct digit in the variance."""
+    """If values near 1,000 differ by 1, summing their squares would leave one correct digit in the variance."""
     torch.manual_seed(0)
     module = build(values="plain", relative=False)
     x = torch.randn(2, 3, 32, 32) * 1e-3 + 1

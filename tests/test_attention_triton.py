@@ -170,7 +170,7 @@ def test_the_search_keeps_a_configuration_a_problem_and_auto_says_so(monkeypatch
 
 
 def test_without_a_gpu_or_an_interpreter_it_is_an_error_that_says_so():
-    """Check the error message if there is neither a GPU nor an interpreter; auto on a CPU does not import Triton."""
+    """Check the error if there is no GPU and no interpreter, and that auto does not import Triton on a CPU."""
     program = (
         "import sys, torch\n"
         "from sasa_train.attention import local_attention\n"

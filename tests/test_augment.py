@@ -41,7 +41,7 @@ def photo(size: int = 32) -> torch.Tensor:
 @policies
 @pytest.mark.parametrize("num_workers", slow_but_for([3], [0, 3]))
 def test_with_everything_on_streamed_equals_resident(policy, num_workers):
-    """Batches must not depend on whether images are kept in memory or streamed, so that a run may resume either way."""
+    """Batches must not depend on whether images are in memory or streamed, as a run may switch when it resumes."""
     overrides = (*EVERYTHING, f"augment.policy={policy}")
     resident = batches(config_for(*overrides), epoch=2)
     streamed = batches(config_for(*overrides, "data.resident=false", f"data.num_workers={num_workers}"), epoch=2)
@@ -113,7 +113,7 @@ def test_erasing_fills_a_rectangle_with_the_mean_colour():
 
 
 def test_jitter_stays_within_its_factors():
-    """brightness=0.3 applied to mid grey gives values across the range from 128 x 0.7 to 128 x 1.3."""
+    """brightness=0.3 must turn mid grey into values across the whole range from 128 x 0.7 to 128 x 1.3."""
     augment = augment_for("augment.crop=false", "augment.brightness=0.3")
     images = torch.full((300, 3, 32, 32), 128, dtype=torch.uint8)
     levels = augment.batch(images, np.arange(300), 0, np.arange(300))[:, 0, 0, 0].float()
@@ -139,7 +139,7 @@ def test_random_resized_boxes_are_torchvisions():
 
 
 def test_a_box_is_what_cropping_and_resizing_gives(tmp_path):
-    """A PNG matches crop-and-resize except near edges, where samples lie outside the box; half-size JPEGs are close."""
+    """PNGs match crop-and-resize except at edges (sampled from outside the box); JPEGs read at half size are close."""
     generator = np.random.default_rng(0)
     coarse = Image.fromarray(generator.integers(0, 255, (24, 32, 3), dtype=np.uint8)).resize((1024, 768))
     coarse.save(tmp_path / "a.png")
@@ -157,7 +157,7 @@ def test_a_box_is_what_cropping_and_resizing_gives(tmp_path):
 
 
 def test_val_never_takes_a_shortcut(tmp_path):
-    """Published figures use val images, which are decoded whole, resized to a short side of 256 and cropped to 224."""
+    """As in published results, val images are fully decoded, resized to a short side of 256 and cropped to 224."""
     Image.effect_noise((1200, 900), 60).convert("RGB").save(tmp_path / "a.jpg")
     theirs = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224)])
     with Image.open(tmp_path / "a.jpg") as image:
@@ -177,7 +177,7 @@ def mix(*overrides: str, step: int = 0, micro: int = 0):
 
 
 def test_mixup_mixes_images_and_labels_alike():
-    """Image k becomes lam k + (1 - lam) (k - 1); its label must use the same lam in every worker and at any time."""
+    """Images and labels must be mixed with the same lam, which depends only on the seed, step and micro-batch."""
     images, labels = mix("augment.mixup=0.4")
     lam = labels[1, 1].item()
     assert 0 < lam < 1

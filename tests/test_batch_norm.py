@@ -34,7 +34,7 @@ def trained(checkpointing: bool, steps: int = 2) -> Stepper:
 
 
 def test_gradient_checkpointing_changes_nothing():
-    """Weights, batch norm statistics (which naive recomputation would update twice) and the generator are unchanged."""
+    """Compare weights, the generator and batch norm statistics, which naive recomputation would update twice."""
     plain = trained(False)
     after = torch.rand(1)
     recomputed = trained(True)
@@ -43,7 +43,7 @@ def test_gradient_checkpointing_changes_nothing():
 
 
 def test_gradient_checkpointing_keeps_less():
-    """The bytes that autograd holds between forward and backward passes are counted as they are saved."""
+    """Check that autograd saves less than half as many tensor elements for the backward pass."""
 
     def saved(checkpointing: bool) -> int:
         model = trained(checkpointing, steps=1).state.model

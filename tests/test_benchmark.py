@@ -20,7 +20,7 @@ SHAPES = ["--shapes", "3x5x8", "4x6x8/2"]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Shorten the measurements, because times are not checked, and skip C library settings that outlive the test."""
+    """Shorten measurements, as times are not checked, and skip C library settings that would outlive the test."""
     monkeypatch.setattr(timing, "SHORTEST_SECONDS", 1e-9)
     monkeypatch.setattr(benchmark, "keep_freed_memory", lambda: None)
 
@@ -85,7 +85,7 @@ def test_a_wrong_backend_is_not_timed(what, tmp_path, monkeypatch, capsys):
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("begins_stage", [False, True])
 def test_flex_attention_is_the_same_function(begins_stage, monkeypatch):
-    """Uncompiled and without the CPU check, score_mod and the block mask must compute the same function as our op."""
+    """Without compilation and the CPU check, score_mod and the block mask must compute the same function as our op."""
     from torch.nn.attention import flex_attention
 
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
@@ -132,7 +132,7 @@ def test_fitted_exponent_of_a_power_law():
 
 
 def test_memory_is_the_peak_of_a_fresh_process():
-    """Each peak starts from zero; otherwise, memory freed by an earlier contender would hide the next peak."""
+    """Each contender needs a new process; otherwise, memory freed by an earlier one would hide the next peak."""
     found = timing.in_fresh_process(_take_and_free, 50)
     assert 49 * 2**20 <= found <= 60 * 2**20
 

@@ -133,7 +133,7 @@ def test_best_is_a_copy_where_the_disk_has_no_links(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("call", ["unlink", "replace", "fsync", "open", "link"])
 def test_a_kill_between_any_two_calls_leaves_a_good_newest_checkpoint(tmp_path, call):
-    """Kill the process at each call that changes the folder, one after another; a new process must then continue."""
+    """Kill one process at each call that changes the folder; a new process must then be able to continue."""
     reached, is_done = 0, False
     while not is_done:
         folder = tmp_path / f"{call}{reached}"
@@ -152,7 +152,7 @@ def test_a_kill_between_any_two_calls_leaves_a_good_newest_checkpoint(tmp_path, 
 
 
 def dies(work, call: str, num_calls: int) -> bool:
-    """Run `work` in a process that exits silently before its `num_calls`th call of os.`call`; return True if it did."""
+    """Run `work` in a process that exits at call number `num_calls` (from 0) of os.`call`; return True if it did."""
     process = os.fork()
     if process == 0:
         real, calls = getattr(os, call), itertools.count()

@@ -97,7 +97,7 @@ def test_a_run_leaves_what_the_readme_promises(command, in_process, tmp_path):
 
 
 def test_killed_and_stopped_runs_end_as_one_never_touched(in_process, tmp_path):
-    """Send SIGKILL, SIGTERM (exit code 75) and SIGINT (75) in mid-epoch; rerun with a different number of workers."""
+    """Interrupt mid-epoch with SIGKILL, SIGTERM and SIGINT (the last two exit with 75); vary the number of workers."""
     run = [*TINY, "trainer.epochs=6", "trainer.ema_decay=0.9", "model.drop_path_rate=0.2", "data.resident=false"]
     run += ["trainer.checkpoint_every_steps=3"]
     in_process("train", *run, "run_name=whole", "data.num_workers=0")
@@ -159,13 +159,13 @@ def test_resume_never_folder_and_checkpoint(tmp_path, monkeypatch, capsys, in_pr
     out = tmp_path / "out"
     assert run_in_process(tmp_path, monkeypatch, *run, "resume=never") == 0
     assert rows(out / "a-2") == rows(out / "a")
-    # A checkpoint as the source: the rest of the run goes to a new folder, and the old one is unchanged.
+    # If the source is a checkpoint, the rest of the run goes to a new folder, and the old one is unchanged.
     before = (out / "a/checkpoints/last.pt").read_bytes()
     middle = "out/a/checkpoints/step-00000005.pt"
     assert run_in_process(tmp_path, monkeypatch, *run, f"resume={middle}") == 0
     assert rows(out / "a-3") == [row for row in rows(out / "a") if row["step"] > 5]
     assert (out / "a/checkpoints/last.pt").read_bytes() == before
-    # A run folder as the source: the run continues in place, based on its own config if no group is chosen.
+    # If the source is a run folder, the run continues in place, based on its own config if no group is chosen.
     assert "out/a is finished" in in_process("train", "resume=out/a").stdout
     assert "model.kernel_size: 3 -> 5" in in_process("train", "resume=out/a", "model.kernel_size=5", expect=2).stderr
     longer = ["resume=out/a", "trainer.epochs=4", "allow_config_change=[trainer.epochs]"]
@@ -250,7 +250,7 @@ def test_the_summary_command(capsys, in_process):
 
 
 def test_several_processes_are_refused_without_torchrun(monkeypatch, capsys):
-    """Check that another job's leftover variables are refused; otherwise, the run would wait for missing processes."""
+    """Check that WORLD_SIZE left by another job is refused; otherwise, the run would wait for missing processes."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert train.run_command(["experiment=debug"]) == 2
     assert "WORLD_SIZE=2, but torchrun did not start this process" in capsys.readouterr().err

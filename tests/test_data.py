@@ -1,4 +1,4 @@
-"""Check that a sample depends only on (seed, epoch, index), not on who reads it, and that bad folders are refused."""
+"""Check that a sample depends only on (seed, epoch, index), not on the process, and that bad folders are refused."""
 
 import itertools
 

@@ -113,7 +113,7 @@ def test_duplicates_are_found_by_their_pixels(image_folder, capsys):
 
 
 def test_many_duplicates_are_cut_short(tmp_path, capsys):
-    """Check that only 20 groups of duplicates are listed, and the rest counted, if every val image is a copy."""
+    """Check that if every val image is a copy, 20 groups of duplicates are listed and the others only counted."""
     for i in range(23):
         for split in ("train", "val"):
             (tmp_path / split / "a").mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ def test_many_duplicates_are_cut_short(tmp_path, capsys):
 
 
 def test_mean_and_std_weigh_every_image_the_same(tmp_path, capsys):
-    """Check that every image has the same weight, whereas a mean over pixels would favour large images."""
+    """Check that every image has the same weight; a mean over all pixels would favour large images."""
     rng = np.random.default_rng(1)
     images = [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) // (1, 2, 3) for h, w in ((3, 5), (31, 29), (7, 11))]
     for i, pixels in enumerate(images):
@@ -138,7 +138,7 @@ def test_mean_and_std_weigh_every_image_the_same(tmp_path, capsys):
 
 
 def test_classes_without_images_are_problems(image_folder, capsys):
-    """Check that all empty classes are listed, whereas torchvision rejects the data set at the first one."""
+    """Check that all empty or missing classes are listed; torchvision would stop at the first one."""
     shutil.rmtree(image_folder / "val" / "red")
     (image_folder / "train" / "green").mkdir()
     out = verify(capsys, image_folder, expect=1)
@@ -253,7 +253,7 @@ def devkit() -> bytes:
 
 
 def train_files() -> dict[str, dict[str, bytes]]:
-    """Map wnid -> name -> JPEG, unsorted as in the real archive."""
+    """Return {wnid: {name: JPEG}}, unsorted as in the real archive."""
     return {w: {f"{w}_{n}.JPEG": jpeg(100 * n + int(w[1:])) for n in range(WNIDS[w])[::-1]} for w in list(WNIDS)[::-1]}
 
 
@@ -263,7 +263,7 @@ def train_archive(files: dict[str, dict[str, bytes]]) -> bytes:
 
 @pytest.fixture
 def archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Create the three archives of a three-class ImageNet, and expect their checksums instead of the real ones."""
+    """Create the three archives of a three-class ImageNet, and replace the expected checksums with theirs."""
     folder = tmp_path / "archives"
     folder.mkdir()
     contents = {
@@ -331,7 +331,7 @@ def test_a_stopped_command_goes_on(archives, tmp_path, capsys, monkeypatch, argu
 
 
 def test_class_folders_of_something_else_are_refused(archives, tmp_path, capsys):
-    """Check that foreign class folders are refused: they could be mistaken for finished ones or add classes."""
+    """Check that unrelated class folders are refused: they could be mistaken for finished ones or add classes."""
     dest = tmp_path / "imagenet"
     (dest / "train" / "n00000002").mkdir(parents=True)
     assert "holds 0 files, the archive 5" in refused(capsys, "prepare", "imagenet", archives, dest)

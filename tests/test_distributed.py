@@ -44,7 +44,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(folder) -> Callable[[int], Path]:
-    """Return a function: undisturbed(n) is the folder of a run with n processes; `notes/n` holds the model's inputs."""
+    """Return a function that runs n processes once, records their inputs in `notes/n`, and returns the run folder."""
 
     @functools.cache
     def run_by(n: int) -> Path:
@@ -158,7 +158,7 @@ def test_a_refusal_is_said_once_and_ends_all_with_2(folder):
 
 @pytest.mark.slow
 def test_a_failure_of_one_process_ends_all_and_says_which(folder):
-    """The run must end within the timeout of `launch`, whereas gloo would wait for half an hour."""
+    """The run must end within the timeout of `launch`; gloo itself would wait for half an hour."""
     code, said = launch(folder, 2, *RUN, "run_name=nan", DISTURB="NAN:1:2")
     assert code == 1 and "the loss of step 2 is not finite" in said, said
     failed = [line for line in said.splitlines() if "the loss of step 2" in line]
@@ -170,7 +170,7 @@ def test_a_failure_of_one_process_ends_all_and_says_which(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpoint_every_steps", ["1", "null"])
 def test_a_loss_that_is_checked_late_changes_no_weights_and_is_never_saved(folder, checkpoint_every_steps):
-    """The bad loss is found before the step's checkpoint is written or, without one, when the next step begins."""
+    """The NaN loss is detected before the step's checkpoint is written or, if none is due, at the next step."""
     name = f"late{checkpoint_every_steps}"
     late = (
         f"run_name={name}",
@@ -185,7 +185,7 @@ def test_a_loss_that_is_checked_late_changes_no_weights_and_is_never_saved(folde
 
 @pytest.mark.slow
 def test_unreadable_images_are_named_once_and_counted_over_all(tmp_path):
-    """Images are streamed by one worker per process; the last val image belongs to the second process."""
+    """Check that each bad file is reported once, even by a worker of the second process (the last val image)."""
     root = make_image_folder(tmp_path / "images")
     broken = [root / "train/blue/3.png", root / "val/red/4.png"]
     for path in broken:

@@ -2,8 +2,8 @@
 
 The `sh` and `python` blocks of a page run in order, in a separate folder that contains a finished quickstart run; an
 `output` block must match what the preceding python block prints. Blocks without a language are not run. A `console`
-block shows the message printed by its `$ command`; without a command, its words must occur in the source code. There,
-`...` matches any text.
+block must match what its `$ command` prints; without a command, its lines must occur in the source code. In a `console`
+block, `...` matches any text.
 """
 
 import contextlib
@@ -127,7 +127,7 @@ def test_the_index_names_every_page() -> None:
 
 
 def test_pages_and_tests_that_are_named_are_there() -> None:
-    """Check that pages named in comments and messages exist, as do the tests that pages cite for their claims."""
+    """Check that pages named in comments and messages exist, and that tests cited by pages exist."""
     sources = [path for folder in ("sasa_train", "scripts", "configs", "tests") for path in (ROOT / folder).rglob("*")]
     for path in [*PAGES, *(path for path in sources if path.suffix in (".py", ".yaml", ".sh", ".sbatch"))]:
         text = path.read_text(encoding="utf-8")

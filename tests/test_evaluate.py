@@ -63,7 +63,7 @@ def run(capsys, *arguments: object, expect: int = 0) -> str:
 
 
 def test_ece_and_mce_on_paper():
-    """Gaps are -5 for confidences of 40 and 50 % (one correct), 60 for 60 % (wrong), -10 for 80 and 100 % (correct)."""
+    """The gap is -5 for the bin of 40 and 50 % (one correct), 60 for 60 % (wrong), -10 for 80 and 100 % (correct)."""
     confidences, is_right = np.array([0.4, 0.5, 0.6, 0.8, 1.0]), np.array([True, False, False, True, True])
     bins = bin_by_confidence(confidences, is_right, 4)
     assert [each.num_images for each in bins] == [0, 2, 1, 2]  # 0.5 belongs to the bin below the edge, as in the paper
@@ -83,7 +83,7 @@ def test_brier_nll_and_confidence_on_paper():
 
 
 def test_the_best_temperature_on_paper():
-    """The odds are 9 : 1, but with three of four correct they should be 3 : 1; this halves the logits, so T = 2."""
+    """The predicted odds are 9 : 1, but three of four correct means 3 : 1, so the logits must be halved: T = 2."""
     logits = torch.tensor([[math.log(9.0), 0.0]] * 8)
     labels = torch.tensor([0, 0, 0, 1] * 2)
     found = calibrate(logits, labels, logits.argmax(1)).temperature
@@ -126,7 +126,7 @@ def test_views_are_averaged_as_probabilities():
 
 
 def test_mcnemar_on_paper():
-    """For 1 against 7, the p-value is twice P(at most 1 of 8) = 9 / 256."""
+    """For 1 and 7 disagreements, the p-value is 2 P(at most 1 of 8), where P = 9 / 256."""
     for table in ((1, 1, 7, 12), (500, 7, 1, 0)):
         assert mcnemar(PairedCounts(*table)) == pytest.approx(18 / 256, rel=1e-12)
     assert mcnemar(PairedCounts(3, 4, 4, 0)) == mcnemar(PairedCounts(3, 0, 0, 2)) == 1
@@ -208,7 +208,7 @@ def test_real_refuses_other_classes_and_names():
 
 
 def test_plain_figures_do_not_depend_on_what_else_is_asked(run_dir, tmp_path, capsys):
-    """One pass with all options enabled must still print exactly the values of the training log."""
+    """One pass with all options enabled must still print exactly the values in the training log."""
     plain = run(capsys, run_dir / "checkpoints/last.pt")
     logged = [row for row in map(json.loads, (run_dir / "metrics.jsonl").open()) if row["split"] == "val"][-1]
     assert plain.endswith(f"loss   {logged['loss']!r}\ntop1   {logged['top1']!r}\ntop5   {logged['top5']!r}\n")
@@ -289,7 +289,7 @@ def test_two_checkpoints_are_compared_image_by_image(run_dir, tmp_path, capsys):
 
 
 def test_models_of_other_classes_or_images_are_not_compared(run_dir, tmp_path, capsys):
-    """Check that models with other classes or images are refused, since their p-value would be meaningless."""
+    """Check that models with different classes or images are refused, since a p-value would be meaningless."""
     content = load_checkpoint(run_dir / "checkpoints/last.pt")
     torch.save(content | {"classes": [*WNIDS[:2], "cat"]}, tmp_path / "classes.pt")
     fewer = content["config"].replace("max_val_images: null", "max_val_images: 12")
@@ -301,7 +301,7 @@ def test_models_of_other_classes_or_images_are_not_compared(run_dir, tmp_path, c
 
 
 def test_real_through_the_command(run_dir, tmp_path, capsys):
-    """The first three images have no label that the model knows; the others have class 1 and an unknown class."""
+    """The first three images have no label known to the model; the others have class 1 and an unknown class."""
     (tmp_path / "real.json").write_text(json.dumps([[], [], [999], *[[1, 999]] * 49_997]))
     files = ("--predictions", tmp_path / "p.csv", "--json", tmp_path / "f.json")
     printed = run(capsys, run_dir, "--real", tmp_path / "real.json", *files)

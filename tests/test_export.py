@@ -34,7 +34,7 @@ from sasa_train.trained import load_trained
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory) -> Path:
-    """Return a briefly trained tiny net with attention in its stem and two stages (exporting each takes time)."""
+    """Return a briefly trained tiny network; it has attention in the stem and only two stages, to export quickly."""
     out = tmp_path_factory.mktemp("out")
     model = "model.stage_ops=[conv,attention,conv,attention]"
     assert train.run_command([*TINY, model, "trainer.epochs=1", f"output_dir={out}", "run_name=tiny"]) == 0
@@ -120,7 +120,7 @@ def test_safetensors_holds_what_it_takes_to_build_the_model(exported, logits):
 
 
 def test_timm_loads_the_hub_folder_to_the_bit(exported, logits, tmp_path, monkeypatch):
-    """The model loads from the folder and from a cache with the Hub client's layout."""
+    """Check that timm loads the same model from the folder and from a cache with the Hub client's layout."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "models--someone--digits"
     shutil.copytree(exported / "hub", repository / "snapshots" / commit)
@@ -145,7 +145,7 @@ def test_pretrained_without_a_source_is_refused():
 
 @pytest.mark.parametrize("size", [8, 64, 65, 224, 817])
 def test_timms_transform_gives_the_pixels_of_val(run_dir, size):
-    """With 817 of 934 pixels, timm computes floor(817 / (817 / 934)), which is 933 in floating point."""
+    """For size 817, timm would resize to floor(817 / (817 / 934)), which is 933 rather than 934 in floating point."""
     trained = load_trained(run_dir)
     trained.config.data.image_size = size
     transform = timm.data.create_transform(**timm_data_config(trained))

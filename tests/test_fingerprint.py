@@ -126,7 +126,7 @@ def named_set(counts: list[int]) -> ImageSet:
 
 
 def test_of_a_large_set_a_sample_is_read_that_other_classes_do_not_move(monkeypatch):
-    """A check of ImageNet reads 2,000 files, and a class that has grown must not make all others appear changed."""
+    """Only a sample is read (2,000 files of ImageNet); if one class grows, the others must not appear changed."""
     recorder = Recorder(monkeypatch)
     before = fingerprint(named_set([1009, 601, 997, 11]))
     assert len(recorder.read) == 500 + 500 + 500 + 11

@@ -38,7 +38,7 @@ INTERNALS = re.compile(r"Traceback|<class|<function|object at 0x|Error\(|, line 
 
 
 def examples(few: int, many: int = EXAMPLES):
-    """Use a few fixed examples, or many that depend on FUZZ_SEED."""
+    """Return a decorator that runs a test on `many` examples (`few` if that is 0), chosen by FUZZ_SEED if it is set."""
     quiet = settings(
         max_examples=many or few,
         deadline=None,
@@ -149,7 +149,7 @@ def assert_refused_well(message: str, overrides: list[str]) -> None:
 
 
 def assert_kept(config: TrainConfig) -> None:
-    """Check that an accepted config is unchanged after being saved and after being written as a command."""
+    """Check that saving an accepted config, or writing it as overrides, and reading it back does not change it."""
     assert load_config(to_yaml(config)) == config
     with mock.patch.object(compose, "compose_config", lambda _: DEFAULT_CONFIG):
         written = as_overrides(config)

@@ -65,7 +65,7 @@ def crop(image: Image.Image, number: int) -> np.ndarray:
 
 
 def judge(path: str, number: int) -> str:
-    """Read the file alternately as val and as train; return "decoded", "refused", or a description of the failure."""
+    """Read a val (odd `number`) or train image; return "decoded", "refused", or a description of the failure."""
     try:
         out = one_image(path).read(0, lambda image: fit(image, SIZE) if number % 2 else crop(image, number))
     except UnreadableImage:
@@ -77,7 +77,7 @@ def judge(path: str, number: int) -> str:
 
 
 def judge_all(path: str, results) -> None:
-    """Send (number, verdict, seconds) for each example from a separate process, because a decoder may crash."""
+    """Send (number, verdict, seconds) for each example; runs in a separate process because a decoder may crash."""
     if sys.platform == "linux":
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
