@@ -1,4 +1,4 @@
-"""Check features around the training steps (limits, profile, pictures, memory) through the files that users see."""
+"""Check features of the training loop (limits, profiling, images, memory) by inspecting the files that runs write."""
 
 import io
 import json
@@ -69,7 +69,7 @@ def test_a_micro_batch_size_is_accumulation_by_another_name(tmp_path, monkeypatc
 
 
 def test_auto_takes_what_fits_and_a_resume_keeps_it(monkeypatch, in_process):
-    """Check that a resumed run keeps its micro-batch size on another machine, because batch norm depends on it."""
+    """Check that a run resumed on another machine keeps its micro-batch size, because batch norm depends on it."""
     memory = 5_400_000  # enough for 8 images, or 16 with checkpointing
     monkeypatch.setattr("sasa_train.training.memory.available_memory", lambda _: memory)
     arguments = (*RUN, "trainer.micro_batch_size=auto")
@@ -82,7 +82,7 @@ def test_auto_takes_what_fits_and_a_resume_keeps_it(monkeypatch, in_process):
 
 
 def test_auto_counts_what_checkpointing_saves_and_a_run_killed_early_keeps_its_size(tmp_path, monkeypatch):
-    """Check that a run killed before its first checkpoint keeps the size in config.yaml, its only record."""
+    """Check that a run killed before its first checkpoint keeps the micro-batch size recorded in config.yaml."""
     monkeypatch.setattr("sasa_train.training.memory.available_memory", lambda _: 5_400_000)
     config = compose_config([*RUN, "trainer.micro_batch_size=auto"])
     plan = RunPlan(config, CPU)
@@ -107,7 +107,7 @@ def test_auto_is_refused_where_not_one_image_fits(monkeypatch):
 
 @pytest.mark.parametrize("precision,allows", [("highest", False), ("high", True)])
 def test_one_key_rules_tf32_of_matrices_and_convolutions(precision, allows):
-    """Check that one key sets TF32 for convolutions and attention projections, so that comparisons are fair."""
+    """Check that one key sets TF32 for both convolutions and matrix products; otherwise comparisons would be unfair."""
     try:
         resolve(compose_config([f"trainer.matmul_precision={precision}"]))
         assert torch.get_float32_matmul_precision() == precision
@@ -117,7 +117,7 @@ def test_one_key_rules_tf32_of_matrices_and_convolutions(precision, allows):
 
 
 def test_recalibrated_statistics_are_in_the_checkpoint(tmp_path, monkeypatch, capsys):
-    """Check that evaluation uses the same batch norm statistics as the logged result."""
+    """Check that recalibrated batch norm statistics are saved, so that sasa-evaluate reproduces the logged loss."""
     arguments = (*RUN, "trainer.bn_recalibration_batches=2", "trainer.ema_decay=0.99", "model.drop_path_rate=0.3")
     assert run_in_process(tmp_path, monkeypatch, *arguments) == 0
     last = [row for row in rows(tmp_path / "out/run") if row["split"] == "val"][-1]
@@ -157,7 +157,7 @@ def test_a_run_too_short_for_its_profile_says_so(tmp_path, monkeypatch, capsys):
 
 
 def test_the_time_left_counts_evaluations_before_a_resume_too(tmp_path, monkeypatch):
-    """70 images in batches of 16 give 4 steps per epoch; after 2 of 3 epochs, 4 steps and one evaluation remain."""
+    """Check that a resumed run reads the evaluation time from metrics.jsonl, so that the time left includes it."""
     assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
     last = [row for row in map(json.loads, (tmp_path / "out/run/metrics.jsonl").open()) if row["split"] == "val"][-1]
     metrics = (tmp_path / "out/run/metrics.jsonl").read_text()

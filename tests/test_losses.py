@@ -33,7 +33,7 @@ def test_bce_by_hand_and_as_timms():
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "bce"])
 def test_mixed_labels_cost_the_mixture_of_their_losses(loss):
-    """Both losses are linear in the label, with or without smoothing; the two labels have weights of 0.3 and 0.7."""
+    """Both losses are linear in the label, even with smoothing: a mixture of labels must give the mixture of losses."""
     torch.manual_seed(0)
     logits, one, other = torch.randn(6, 5), torch.randint(0, 5, (6,)), torch.randint(0, 5, (6,))
     build = criterion(f"trainer.loss={loss}", "trainer.label_smoothing=0.1")

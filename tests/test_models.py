@@ -93,7 +93,7 @@ def test_features_only_gives_the_stem_and_four_stages():
 
 
 def test_every_parameter_is_trained():
-    """A parameter without a gradient belongs to a part of the model that was built but not connected."""
+    """Check that every parameter receives a gradient; a module that was built but not connected would receive none."""
     for stem in ("attention_small", "attention", "attention_convvalues"):
         model = timm.create_model("sasa_resnet26", stem=stem, **TINY)
         for block in model.modules():
@@ -114,7 +114,7 @@ def test_positions(position):
 
 
 def test_absolute_positions_are_what_the_projections_read():
-    """The shortcut through the projections must equal adding the sinusoid to the inputs of W_Q and W_K only."""
+    """Adding the projected sinusoid to the outputs must equal adding the sinusoid to the inputs of W_Q and W_K only."""
     torch.manual_seed(0)
     layer = LocalSelfAttention2d(8, 12, kernel_size=3, num_heads=2, position="absolute").double()
     x = torch.randn(2, 8, 5, 6, dtype=torch.float64)
@@ -233,7 +233,7 @@ def test_timms_models_take_the_data_sets_size(name, size):
 
 
 def test_drop_path_grows_along_the_blocks_and_keeps_the_expectation():
-    """A rate of 0.35 over R26's 8 blocks gives 0, 0.05, ..., 0.35; a block is dropped for a whole image or kept."""
+    """With a rate of 0.35, R26's 8 blocks have rates of 0, 0.05, ..., 0.35; a block is dropped for whole images."""
     model = timm.create_model("hybrid_resnet26", **TINY, drop_path_rate=0.35)
     drops = [m for m in model.modules() if isinstance(m, DropPath)]
     assert [round(m.drop_prob, 6) for m in drops] == [round(0.05 * i, 6) for i in range(1, 8)]

@@ -1,4 +1,4 @@
-"""Check timm's optimizers and schedules: their arguments are validated, and rates depend only on the step."""
+"""Check that arguments of timm's optimizers and schedules are validated and that rates depend only on the step."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Check the package around its commands: a single command table, fast imports, tab completion, matching versions."""
+"""Check the single table of commands, fast imports, tab completion and matching version numbers."""
 
 import os
 import pty
@@ -52,7 +52,7 @@ def test_types_are_shipped():
 
 
 def test_importing_the_package_costs_little_beyond_torch_and_timm():
-    """Check that importing does not load `heavy` modules, which takes most of a second even if only models are used."""
+    """Check that importing the models does not load the `heavy` modules, which would add most of a second."""
     heavy = ["hydra", "matplotlib", "tensorboard", "triton", "sklearn", "scipy", "onnx", "onnxruntime", "optuna"]
     code = f"""
 import sys, sasa_train
@@ -101,7 +101,7 @@ def test_python_m_lists_and_runs_the_commands(capsys):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Create a folder with a run, a file, and a folder whose name a shell would split."""
+    """Create a folder whose `outputs` contains a file and a folder with a name that a shell would split."""
     (tmp_path / "outputs/first run:1").mkdir(parents=True)
     (tmp_path / "outputs/table.md").touch()
     monkeypatch.chdir(tmp_path)
@@ -135,7 +135,7 @@ def folder(tmp_path, monkeypatch):
     ],
 )
 def test_what_tab_offers(folder, tmp_path_factory, line, offered):
-    """Request completions as argcomplete's code for fish does; it receives plain words with descriptions."""
+    """Request completions as argcomplete's code for fish does, because it receives plain words with descriptions."""
     answer = tmp_path_factory.mktemp("answer") / "words"
     environment = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "", "_ARGCOMPLETE": "1"}
     environment |= {"_ARGCOMPLETE_SHELL": "fish", "_ARGCOMPLETE_DFS": "\t", "_ARGCOMPLETE_IFS": "\n"}

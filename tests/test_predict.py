@@ -52,7 +52,7 @@ def run(runs) -> str:
 
 @pytest.fixture
 def predicted(capsysbinary, tmp_path):
-    """Return a function: predicted(RUN, word, ...) returns the objects printed with --format jsonl, and stderr."""
+    """Return a function that runs sasa-predict with --format jsonl and returns the parsed rows and stderr."""
 
     def call(*words: str, expect: int = 0) -> tuple[list[dict], str]:
         capsysbinary.readouterr()
@@ -215,7 +215,7 @@ def test_files_folders_and_patterns_are_found_in_order(tree):
 
 
 def test_a_folder_that_cannot_be_listed_is_a_fault(tree, monkeypatch):
-    """Check that a folder that cannot be listed is reported as an error, whereas os.walk would silently skip it."""
+    """Check that a folder that cannot be listed is reported as an error; os.walk would silently skip it."""
     real = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: real("a.gif") if path == "b/a" else real(path))
     assert [found for found in find_images(["b"]) if found.fault] == [Found("b/a", "Not a directory")]
@@ -239,7 +239,7 @@ def test_stdin_lists_names(tree, monkeypatch):
 
 
 def test_no_more_is_read_than_the_next_batch(run, tree):
-    """Check that the first rows of an endless list are printed: a list must not be read to its end beforehand."""
+    """Check that the first rows of an endless list are printed, i.e. that the list is not read to its end first."""
     num_taken = itertools.count()
     endless = (Found("a.gif") for _ in iter(lambda: next(num_taken), None))
     rows = next(Predictor(load_trained(Path(run)), 1).rows(endless, batch_size=4))

@@ -47,7 +47,7 @@ def given() -> dict[str, torch.Tensor]:
 
 
 def test_each_offset_keeps_its_embedding():
-    """Three offsets are resized to 5 and to 1, for shared and per-head tables; expected values are computed by hand."""
+    """Check tables of three offsets, shared or per head, resized to 5 and 1, against values computed by hand."""
     table = torch.tensor([[-1.0, 10.0], [0.0, 20.0], [1.0, 40.0]])
     wider = torch.tensor([[-1.0, 10.0], [-1.0, 10.0], [0.0, 20.0], [1.0, 40.0], [1.0, 40.0]])
     assert torch.equal(resize_window(table, 5), wider)
@@ -117,7 +117,7 @@ def test_weights_that_are_not_finite_are_refused(given):
 
 
 def test_one_channel_in_takes_the_sum_of_three(given):
-    """As in timm, a grey image must give the same output as three identical channels did."""
+    """As in timm, one grey channel must give the same output as three identical channels before the adaptation."""
     model = build(in_chans=1)
     report = load_pretrained(model, given)
     assert torch.allclose(model.stem[0].weight, given["stem.0.weight"].sum(1, keepdim=True))
@@ -126,7 +126,7 @@ def test_one_channel_in_takes_the_sum_of_three(given):
 
 @pytest.mark.parametrize("stem", ["attention", "attention_plain", "attention_convvalues"])
 def test_one_channel_into_an_attention_stem_gives_what_three_equal_ones_gave(stem):
-    """Queries, keys and the values of each mixture must all be adapted; any left at random would change the output."""
+    """All query, key and value projections must be adapted; one left with random weights would change the output."""
     grey = torch.rand(2, 1, 8, 8)
     source, model = (build(name="sasa_resnet26", stem=stem, in_chans=in_chans).eval() for in_chans in (3, 1))
     report = load_pretrained(model, state_of(source))
@@ -305,7 +305,7 @@ def test_a_killed_fine_tuning_ends_as_one_never_touched_and_needs_the_file_no_mo
 
 
 def test_the_first_step_and_the_average_start_from_the_loaded_weights(tiny_run, tmp_path, monkeypatch, capsys):
-    """The learning rate is almost zero, so the weights stay those of the source."""
+    """With a learning rate near zero, the trained and averaged weights must still match those of the source."""
     still = [*TINY, f"model.pretrained={tiny_run}", "optimizer.lr=1e-30", "trainer.ema_decay=0.9", "trainer.epochs=1"]
     assert run_in_process(tmp_path, monkeypatch, *still, "run_name=still") == 0
     paths = (tmp_path / "out/still/checkpoints/last.pt", tiny_run / "checkpoints/best.pt")

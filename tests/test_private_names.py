@@ -1,4 +1,4 @@
-"""Check the private names of other libraries that the package uses, so that a renamed one is reported by name."""
+"""Check that the private names of other libraries that the package uses still exist, and report any that do not."""
 
 import ast
 import importlib
@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 import sasa_train
 
 AUTO = v2.AutoAugment()
-# The library, the object that has the name (or a function that makes it), the name, and the module that uses it.
+# The library, the object that has the name (or a function that creates it), the name, and the module that uses it.
 NAMES = [
     ("torch", lambda: iter(DataLoader([0], num_workers=1)), "_workers", "data/workers.py"),
     ("torch", lambda: iter(DataLoader([0], num_workers=1)), "_shutdown_workers", "data/workers.py"),
@@ -48,7 +48,7 @@ def test_the_library_still_has_the_name(library, owner, name, module):
 
 
 def test_torchvisions_operations_are_still_called_the_same():
-    """Apply each operation of the three tables to a batch at its middle magnitude."""
+    """Apply each operation of the three tables, at its middle magnitude, to a batch."""
     images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     for transform in (AUTO, v2.RandAugment(), v2.TrivialAugmentWide()):
         for name, (magnitudes_of, is_signed) in transform._AUGMENTATION_SPACE.items():
@@ -80,7 +80,7 @@ def test_submitit_still_waits_for_a_job_in_results():
 
 
 def private_names(path: Path) -> set[str]:
-    """Return the private names that a module uses from other libraries, as foreign attributes or in imports."""
+    """Return the private names of other libraries that a module imports or accesses as attributes."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
     attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
     own = {node.attr for node in attributes if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")}
@@ -90,7 +90,7 @@ def private_names(path: Path) -> set[str]:
 
 
 def test_every_private_name_that_we_use_is_listed_here():
-    """Check that all private names in use are listed; an unlisted one would break only on a user's machine."""
+    """Check that all private names in use are listed; if an unlisted one were renamed, only users would notice."""
     root, listed = Path(sasa_train.__file__).parent, {(module, name) for *_, name, module in NAMES}
     for path in root.rglob("*.py"):
         module = path.relative_to(root).as_posix()

@@ -70,7 +70,7 @@ def test_the_allowance_is_one_in_a_thousand_but_ten_at_least_and_never_all():
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
 def test_replacements_are_the_same_at_any_number_of_workers_resident_or_streamed(image_folder, num_workers):
-    """Check that replacements do not depend on which worker finds a bad image first, so that runs are identical."""
+    """Check that replacements do not depend on which worker finds a bad image first, so that runs are reproducible."""
     (image_folder / "train/blue/10.png").write_bytes(b"")  # in torchvision's order, 10 comes before 2
     (image_folder / "train/red/6.png").unlink()
     (image_folder / "train/red/6.png").mkdir()  # a folder named .png is not an image; torchvision lists only files

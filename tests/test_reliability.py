@@ -39,7 +39,7 @@ NO_AUTOCAST = torch.autocast("cpu", enabled=False)
 
 @pytest.mark.parametrize("number", slow_but_for([signal.SIGUSR1], [signal.SIGUSR1, signal.SIGUSR2]))
 def test_a_schedulers_warning_is_served_as_sigterm_is(tmp_path, number):
-    """Check the signals that Slurm and submitit send before a kill; by default, they would end the process."""
+    """Check that a run saves on the signals sent by Slurm and submitit before a kill, which by default would end it."""
     process = start(tmp_path, *LONG)
     wait_for_rows(tmp_path / "out/a", 3, process)
     process.send_signal(number)
@@ -162,7 +162,7 @@ def test_a_second_run_is_told_who_holds_the_folder_and_a_dead_ones_lock_is_taken
 
 
 def test_of_two_starts_at_once_exactly_one_takes_the_folder(tmp_path):
-    """Twenty pairs of runs are started; scripts/chaos.py tests such races with the commands themselves."""
+    """Two processes race to lock each of 20 folders; scripts/chaos.py tests such races with the commands themselves."""
     code = f"""
 import sys, time
 from pathlib import Path
@@ -190,7 +190,7 @@ for number in range(20):
 
 @pytest.mark.parametrize("name", [".lock", "checkpoints", "tensorboard/events", "metrics.jsonl"])
 def test_a_link_in_a_run_folder_does_not_lead_out_of_it(tmp_path, name, in_process):
-    """Check that continuing a run folder from an untrusted source cannot empty a file elsewhere through a link."""
+    """Check that symbolic links in a run folder are refused, so that an untrusted folder cannot empty other files."""
     victim = tmp_path / "victim"
     victim.write_text("precious")
     link = tmp_path / "out/a" / name
@@ -226,7 +226,7 @@ def test_when_a_checkpoint_cannot_be_written_a_run_stops_or_goes_on_as_configure
 
 
 def test_a_best_model_that_was_not_saved_is_not_the_best(tmp_path, monkeypatch):
-    """Check that an unsaved best model is not recorded as the best, so that best.pt matches the checkpoint's record."""
+    """Check that a best model whose save failed is not recorded as the best, so that best.pt and last.pt agree."""
     with monkeypatch.context() as patch:
         fail_to_write(patch, {4})
         assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.on_failed_save=continue") == 0
@@ -235,7 +235,7 @@ def test_a_best_model_that_was_not_saved_is_not_the_best(tmp_path, monkeypatch):
 
 
 def test_checkpoints_that_were_taken_away_are_missed(tmp_path, monkeypatch, in_process):
-    """Check that a run purged from a scratch disk is not mistaken for a run that never existed."""
+    """Check that a run whose checkpoints were purged from a scratch disk fails instead of starting over."""
     assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
     metrics = (tmp_path / "out/a/metrics.jsonl").read_bytes()
     shutil.rmtree(tmp_path / "out/a/checkpoints")
@@ -340,7 +340,7 @@ def test_what_was_not_committed_is_kept_beside_the_run(tmp_path, monkeypatch):
 
 
 def test_somebody_elses_checkout_is_not_ours(tmp_path):
-    """Check that an environment inside another project's repository is not recorded as part of that repository."""
+    """Check that if the package is installed inside another project's repository, that repository is not recorded."""
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     shutil.copytree(Path(sasa_train.__file__).parent, tmp_path / "site/sasa_train")
     code = "from sasa_train.runs import provenance; print(provenance._git('status'))"
@@ -385,7 +385,7 @@ def test_a_non_finite_loss_names_the_module_and_the_images(tmp_path, monkeypatch
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, in_process):
-    """Check that weights are not saved if the loss was finite but its gradient was not."""
+    """Check that non-finite weights are not saved even if the loss was finite, as after a non-finite gradient."""
     real = Stepper.train_step
 
     def train_step(self, *arguments, **options):
@@ -417,7 +417,7 @@ def test_the_origin_is_the_first_module_and_its_images():
 
 @pytest.mark.slow
 def test_memory_that_does_not_suffice_ends_with_what_to_set(tmp_path):
-    """Check the advice in the error message when a step needs gigabytes but may allocate only 600 MB more."""
+    """Check the advice given if a step needs gigabytes but the process may allocate only another 600 MiB."""
     code = f"""
 import resource, sys
 import sasa_train.training.run as run
@@ -480,7 +480,7 @@ def test_a_resumed_run_remembers_its_best(tmp_path, monkeypatch):
 
 
 def test_gradients_are_clipped_once_and_before_the_one_update(monkeypatch):
-    """Check the order of clipping and update; an old script clipped after the update, and updated twice with AMP."""
+    """Check that clipping precedes a single update; an old script clipped afterwards and updated twice with AMP."""
     stepper, events = setup("trainer.grad_clip_norm=1.0"), []
     stepper.state.scaler = torch.amp.GradScaler("cpu")
     real = stepper.state.optimizer.step

@@ -1,4 +1,4 @@
-"""Check sasa-report: its figures match hand calculations, no job is lost, and the paper's tables work as sweeps."""
+"""Check that sasa-report matches hand calculations and omits no job, and that the paper's tables work as sweeps."""
 
 import csv
 import importlib.util
@@ -50,7 +50,7 @@ def report_of(folder: Path, reference: str | None = None):
 
 
 def test_students_t_is_the_printed_tables():
-    """Check quantiles of Student's t, because a wrong one would make every interval in every report wrong."""
+    """Check the quantiles of Student's t against printed tables; every interval in every report depends on them."""
     printed = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 10: 2.228, 30: 2.042, 120: 1.980}
     for degrees, t in printed.items():
         n, spread = degrees + 1, [0.0] * (degrees - 1) + [-1.0, 1.0]
@@ -81,7 +81,7 @@ def test_a_paired_difference_solved_by_hand(tmp_path):
 
 
 def test_every_job_is_in_the_figures_or_listed_with_its_reason(tmp_path, without_matplotlib, in_process):
-    """Check that failed jobs are listed; a sweep that hides them would show the mean of the lucky runs."""
+    """Check that failed jobs are listed; without them, a report would show only the mean of the successful runs."""
     k3, k5, k7 = (("model.kernel_size=3",), ("model.kernel_size=5",), ("model.kernel_size=7",))
     results = {(k3, 0): [50.0, 60.0, 58.0], (k3, 1): [50.0, 54.0, 54.0], (k5, 0): [61.0], (k7, 0): ("waiting", "")}
     results |= {(k5, 1): ("failed", "exit code 1: OutOfMemoryError\nTraceback"), (k5, 2): ("pruned", "step 3")}
@@ -119,7 +119,7 @@ def test_a_seed_that_ran_twice_counts_once(tmp_path):
 
 
 def test_plain_run_folders_need_no_ledger(tmp_path, capsys, without_matplotlib):
-    """`sasa-train -m` creates run folders without a ledger: states come from run.json and keys from config.yaml."""
+    """`sasa-train -m` keeps no ledger, so states are read from run.json and keys from config.yaml."""
     for width, seed in itertools.product((0.125, 0.25), (0, 1)):
         overrides = [*BASE, f"model.width={width}", f"seed={seed}"]
         write_run(tmp_path / f"outputs/w{width}-{seed}", overrides, [50.0 + 8 * width + seed])
@@ -154,7 +154,7 @@ def test_a_damaged_ledger_is_refused_by_its_path(text, reason, tmp_path, capsys)
 
 
 def test_a_row_of_metrics_without_what_is_drawn_is_damage(tmp_path):
-    """Check that another program's log, or an edited one, is reported on the page without a traceback."""
+    """Check that a log that was edited or written by another program is reported on the page, without a traceback."""
     write_run(tmp_path / "run", ["experiment=debug"], [20.0])
     log = tmp_path / "run/metrics.jsonl"
     log.write_text(log.read_text().replace('"epoch"', '"round"'))
@@ -211,7 +211,7 @@ def test_the_curves_are_the_seeds_mean_and_range(tmp_path):
 
 
 def jobs_of(*arguments: str) -> tuple[int | None, list[list[str]]]:
-    """Return the number of the paper's table and each job's overrides, as sasa-sweep would from these arguments."""
+    """Return the number of the paper's table and each job's overrides, which sasa-sweep reads from the arguments."""
     plan = read_plan(list(arguments))
     assert not any(job.reason for job in plan.jobs)
     return plan.config.paper_table, [job.overrides for job in plan.jobs]
@@ -219,7 +219,7 @@ def jobs_of(*arguments: str) -> tuple[int | None, list[list[str]]]:
 
 @pytest.mark.parametrize("sweep", slow_but_for(["paper_table5", "paper_table7"], SWEEPS))
 def test_every_row_of_the_papers_table_is_one_job(sweep):
-    """Each job has its row's parameter count on ImageNet and can be trained at 32 pixels with another experiment."""
+    """Each job must have its row's ImageNet parameter count and also work at 32 pixels with another experiment."""
     table, jobs = jobs_of(f"sweep={sweep}")
     wanted = [row for row in ROWS if row.table == table]
     configs = [compose_config(job) for job in jobs]
@@ -249,7 +249,7 @@ def test_the_six_tables_are_there_with_their_commands():
 
 
 def test_the_papers_figures_stand_beside_ours(tmp_path):
-    """Check that our results and the paper's are shown as differences from the same row, even at another depth."""
+    """Check that our differences and the paper's refer to the same row, even for models of another depth."""
     stages = {"aaaa": [50.0, 51.0], "ccaa": [52.0, 52.5]}
     results = {}
     for letters, top1s in stages.items():
@@ -279,7 +279,7 @@ def test_other_models_are_no_row_of_the_paper():
 
 
 def test_tensorboard_shows_the_sweep(tmp_path, monkeypatch):
-    """Check that each run is one session and that only differing keys are shown, instead of seventy equal columns."""
+    """Check that TensorBoard shows one session per run and only the keys that differ, not seventy equal columns."""
     monkeypatch.chdir(tmp_path)
     tiny = ["experiment=debug", "output_dir=sweep", "trainer.max_steps=1"]
     for kernel_size in ("3", "null"):

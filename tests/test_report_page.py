@@ -1,4 +1,4 @@
-"""Check that the report's HTML page is valid, self-contained and safe from untrusted names, including in a browser."""
+"""Check that the HTML report is valid, self-contained, safe from untrusted names, and correctly shown in a browser."""
 
 import json
 import math
@@ -98,7 +98,7 @@ def run_page(run_dir) -> Page:
 
 @pytest.fixture(scope="module")
 def sweep_page(tmp_path_factory) -> Page:
-    """Return a page with three rows, one of them without a finished job, and every kind of problem a job can have."""
+    """Return the page of a sweep with three rows; in one of them, one job has failed and the other is waiting."""
     k3, k5, k7 = (("model.kernel_size=3",), ("model.kernel_size=5",), ("model.kernel_size=7",))
     results = {(k3, 0): [50.0, 58.0], (k3, 1): [50.0, 54.0], (k5, 0): [61.0, 60.0], (k5, 1): [59.0, 63.0]}
     results |= {(k7, 0): ("failed", f"exit code 1: {HOSTILE}\nTraceback"), (k7, 1): ("waiting", "")}
@@ -164,7 +164,7 @@ def test_a_page_is_written_without_checkpoint_data_or_matplotlib(run_dir, tmp_pa
 
 
 def test_a_class_table_has_who_is_taken_for_whom():
-    """Check the per-class table for two classes and for a single one, as in a first trial."""
+    """Check the per-class table of a data set with two classes and of one with a single class."""
     found = ValSample(4, torch.tensor([[1, 2], [0, 1]]), [])
     assert [(row["class"], row["top1"], row["most often taken for"]) for row in class_rows(found, ["a", "b"])] == [
         ("a", "33.33", "b (2)"),

@@ -1,4 +1,4 @@
-"""Check that the measurement scripts run and print what they promise; the measured values are not checked."""
+"""Check that the measurement scripts run and print the expected output; the measured values are not checked."""
 
 import re
 import subprocess

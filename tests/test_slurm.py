@@ -84,7 +84,7 @@ def num_rows(run_dir: Path) -> int:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Start a cluster with eight CPUs, more than this machine has, because jobs wait more than they compute."""
+    """Start a cluster that claims eight CPUs, more than this machine has, because jobs mostly wait."""
     folder = tmp_path_factory.mktemp("slurm")
     script = str(SLURM / "local_cluster.sh")
     exports = subprocess.run([script, "up", str(folder / "slurm"), "8"], check=True, stdout=subprocess.PIPE, text=True)
@@ -105,8 +105,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def overdue(cluster: Cluster) -> str:
     """Submit a run that exceeds its time limit twice while the other tests run.
 
-    No other job can preempt it. Slurm checks every 30 seconds which jobs to warn, here 30 to 60 seconds after a start;
-    a limit of one minute would leave too little time to start on a busy machine.
+    No other job can preempt it. Slurm checks every 30 seconds which jobs to warn; this one is warned 30 to 60 seconds
+    after each start. A limit of one minute would leave too little time to start on a busy machine.
     """
     limits = ("--partition=high", "--time=2", "--signal=B:USR2@30")
     return cluster.submit(*limits, num_stops=2, run=(*RUN, "output_dir=overdue"))
@@ -151,7 +151,7 @@ class TestOnSlurm:
         assert [info["status"] for info in found] == ["finished"] * 4
 
     def test_every_job_ends_with_its_own_code(self, cluster, overdue):
-        """A job that is cancelled, or warned and requeued, does not affect the others, and no error is hidden."""
+        """Check that refused, failed, cancelled and requeued jobs return their own exit codes and errors are shown."""
         make_lost_run(cluster.folder / "codes/lost")
         names = ("done", "misspelt", "missing", "lost", "cancelled", "warned")
         endings = (["trainer.epochs=1"], ["trainer.epoch=1"], ["data=image_folder"], [], *[["trainer.epochs=60"]] * 2)
@@ -189,7 +189,7 @@ def make_lost_run(run_dir: Path) -> None:
 
 
 def start_launch(jobs: list[list[str]], launcher: list[str], folder: Path, environment: dict[str, str]):
-    """Call `launch` in a new process that prints the exit codes."""
+    """Start a process that calls `launch` and prints the exit codes of the jobs."""
     code = f"""
 import json
 from pathlib import Path
@@ -239,7 +239,7 @@ def test_other_sweepers_are_refused_rather_than_ignored(capsys):
 
 
 def test_a_signal_is_handed_on_to_a_launchers_handler_alone():
-    """submitit requeues a job in its USR2 handler, which must run after our save; Python's own handlers are skipped."""
+    """Check that submitit's USR2 handler, which requeues the job, runs after our save; Python's own are not called."""
     handed = []
     before = signal.signal(signal.SIGUSR2, lambda number, _frame: handed.append(number))
     try:

@@ -105,7 +105,7 @@ def test_a_sweep_survives_kills_and_a_broken_config(tmp_path):
 
 @pytest.mark.slow
 def test_a_stopped_sweep_saves_its_jobs_and_a_grid_grows_in_place(tmp_path):
-    """Check that Ctrl-C on a sweep loses nothing, and that adding a sixth seed does not rerun the first five."""
+    """Check that Ctrl-C during a sweep loses no work, and that adding a sixth seed does not rerun the first five."""
     arguments = [*SMALL, "trainer.epochs=15", "sweep.max_parallel=2"]
     sweep = start_sweep(tmp_path, *arguments, "seed=0,1")
     wait_for(lambda: [job["state"] for job in read_ledger(tmp_path)["jobs"].values()] == ["running"] * 2)
@@ -169,7 +169,7 @@ def test_a_search_prunes_stops_and_goes_on(tmp_path):
 
 
 def test_names_come_from_content():
-    """Check that the same job with its overrides in another order does not become another run."""
+    """Check that run names do not depend on the order of the overrides or on the other jobs of the sweep."""
     one = read_plan(["experiment=debug", "seed=0,1", "model.kernel_size=3"])
     other = read_plan(["model.kernel_size=3", "seed=0,1", "experiment=debug"])
     grown = read_plan(["experiment=debug", "seed=range(5)", "model.kernel_size=3"])
@@ -227,7 +227,7 @@ def test_what_makes_no_sense_is_refused_before_anything_begins(arguments, messag
 
 
 def hold(folder: Path) -> subprocess.Popen:
-    """Start a process that locks the folder until it receives a line."""
+    """Start a process that locks the folder until it receives a line on stdin."""
     folder.mkdir(parents=True)
     code = "import sys, pathlib, sasa_train.files as l; f = l.lock_folder(pathlib.Path(sys.argv[1])); input()"
     process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE)
@@ -245,7 +245,7 @@ def test_two_sweeps_in_one_folder_are_refused(tmp_path, monkeypatch, in_process)
 
 
 def test_a_run_that_somebody_holds_is_waited_for(tmp_path):
-    """Check that a sweep waits for a run that a killed sweep's job still locks; starting it again would be refused."""
+    """Check that a sweep waits for a run still locked by a killed sweep's job; starting it again would be refused."""
     other = hold(tmp_path / "held")
     jobs = JobList([Job("held", [], ""), Job("free", [], "")], tmp_path)
     first = jobs.next()

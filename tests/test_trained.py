@@ -36,7 +36,7 @@ def test_preprocessing_is_that_of_the_runs_data(tiny_run):
 
 
 def test_other_images_are_prepared_as_the_models_own_were(tiny_run):
-    """Check that data.name only selects files; it once also changed the mean, std and size, and thus predictions."""
+    """Check that overriding data.name changes only which files are read; it once also changed mean, std and size."""
     elsewhere = ["data.name=image_folder", "data.root=photos", "model.num_classes=10"]
     own, other = load_trained(tiny_run), load_trained(tiny_run, elsewhere)
     assert other.image_size == own.image_size == 8
@@ -80,7 +80,7 @@ def test_words_are_overrides_unless_they_are_files(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["evaluate", "predict", "visualize", "export", "report"])
 def test_every_command_that_reads_a_run_refuses_a_misspelt_key_alike(tiny_run, name, capsys, monkeypatch):
-    """Check the message for a misspelt key, which commands used to interpret as a figure, run or extra argument."""
+    """Check that all commands reject a misspelt key; they used to take it for a figure, a run or an extra argument."""
     command = importlib.import_module(f"sasa_train.{name}").run_command
     words = [str(tiny_run), *([str(tiny_run / "augmented.png")] if name == "predict" else []), "trainer.devise=cpu"]
     assert command(words) == 2

@@ -1,4 +1,4 @@
-"""Check that sasa-visualize shows the layers' own weights, correct distances and correct windows; test the command."""
+"""Check that sasa-visualize shows the layers' own weights and the correct distances and windows; test the command."""
 
 import math
 import shutil
@@ -45,7 +45,7 @@ def build_layer(**keys) -> LocalSelfAttention2d:
 
 
 def windows_of(maps: torch.Tensor) -> torch.Tensor:
-    """Map [B, C, H, W] to [B, N, H, W, K*K, D] with torch's own unfold, with zeros outside the map."""
+    """Rearrange [B, C, H, W] into windows [B, N, H, W, K*K, D] with torch's own unfold, with zeros outside the map."""
     columns = functional.unfold(maps, KERNEL, padding=KERNEL // 2)  # [B, C * K * K, H * W]
     split = columns.unflatten(1, (HEADS, -1, KERNEL**2)).unflatten(-1, maps.shape[-2:])  # [B, N, D, K*K, H, W]
     return split.permute(0, 1, 4, 5, 3, 2)
@@ -159,7 +159,7 @@ def test_distance_of_attention_to_one_key():
 
 
 def test_a_window_is_drawn_where_it_lies_and_ends_at_the_border():
-    """A query on an 8 x 8 map of a 32-pixel image has a 5 x 5 window and 4 pixels per position."""
+    """Check 5 x 5 windows on an 8 x 8 map of a 32-pixel image, where each position covers 4 x 4 pixels."""
     weights = torch.arange(2 * 8 * 8 * 25.0).view(2, 8, 8, 25)
     inside = window_at(weights, (13, 18), 32)
     assert (inside.query, inside.box, inside.query_box) == ((3, 4), (8, 4, 28, 24), (16, 12, 20, 16))
@@ -258,7 +258,7 @@ def test_all_figures_into_the_run_folder_and_tensorboard(run_dir, in_process):
 
 
 def test_augmented_samples_are_those_of_the_runs_epochs(tiny_run):
-    """Check that augmented samples match training exactly; an image's draws depend on its index in all of train."""
+    """Check that augmented samples match training exactly; random draws depend on an image's index in all of train."""
     run = load_trained(tiny_run, ["augment.policy=trivial_augment", "augment.hflip=true"])
     loaders = build_loaders(run.config, torch.device("cpu"))
     _, augmented = augmented_samples(run, loaders.train_set, 3, 2)

@@ -70,7 +70,7 @@ def test_everything_is_read_once_in_order_and_again(num_workers):
     ],
 )
 def test_a_killed_or_stopped_worker_ends_the_run_with_its_name(number, told):
-    """Check that the run ends and names the worker, after a timeout if the worker hangs, as it may on a failed disk."""
+    """Check that the run ends (after a timeout if the worker hangs, e.g. on a failed disk) and names the worker."""
     workers = Workers(Reader(suicide(number)), "train", 2, TIMEOUT)
     message = read_until_error(workers)
     pids = [process.pid for process in workers._processes()]
@@ -158,7 +158,7 @@ workers.close()
 
 
 def test_a_job_that_was_suspended_as_a_whole_goes_on():
-    """Check that a job that was suspended for hours by a scheduler continues, because its workers have not hung."""
+    """Check that a job suspended by a scheduler for hours continues, because its workers do not count as hanging."""
     root = Path(__file__).parents[1]
     command = [sys.executable, "-c", SUSPENDED]
     process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True, start_new_session=True)
