@@ -39,7 +39,7 @@ class Row:
 
     @property
     def difference(self) -> Interval | None:
-        """The difference in top1 from the reference row over common seeds; None for the reference row itself."""
+        """The difference in top1 from the reference row over their common seeds; None for the reference row itself."""
         return None if self.reference in (None, self) else paired_difference(self, self.reference)
 
     @property

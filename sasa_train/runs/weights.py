@@ -42,7 +42,7 @@ class Weights:
 
 
 def read_weights(config: TrainConfig) -> Weights:
-    """Read the weights given by `model.pretrained`, preferably averaged ones, without executing any code in the file.
+    """Read the weights given by `model.pretrained` (averaged ones if available), executing no code in the file.
 
     Raises:
         ConfigError: the file does not exist, is damaged, or contains no weights.
