@@ -105,7 +105,7 @@ def build_cases(options: Namespace, device: torch.device) -> list[Case]:
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return each backend's geometric mean and worst ratio; first shapes of stages count only if there are no others."""
+    """Return each backend's geometric mean and worst ratio; first shapes of stages count only if no others exist."""
     lines = []
     inner = [row for row in rows if not row["begins_stage"]] or rows
     scope = "all shapes" if len(inner) == len(rows) else "shapes at which no stage begins"
