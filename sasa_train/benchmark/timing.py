@@ -76,7 +76,7 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, Any]:
-    """Return the median and quartiles of the ratios of two contenders' times, one ratio per repetition."""
+    """Return the median and quartiles of the ratios of two contenders' values, one ratio per repetition."""
     ratios = [a / b for a, b in zip(numerators, denominators, strict=True)]
     quartiles = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else [ratios[0]] * 3
     return {"median": statistics.median(ratios), "quartiles": [quartiles[0], quartiles[2]]}
