@@ -16,7 +16,7 @@ from sasa_train.refusal import ConfigError
 
 
 def write_atomic(path: Path, data: bytes | memoryview | Callable[[BinaryIO], object]) -> None:
-    """Write bytes or a function's output to a file, which has its old or its new content after a crash at any point."""
+    """Write bytes or a function's output to a file; after any crash, it holds either the old or the new content."""
     os.replace(write_aside(path, data if callable(data) else lambda file: file.write(data)), path)
     sync_folder(path.parent)
 

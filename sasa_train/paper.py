@@ -74,7 +74,7 @@ MODELS = frozenset(row.model for row in ROWS)
 
 
 def matching_row(keys: Mapping[str, Any], table: int) -> Row | None:
-    """Return the row that matches in all keys that the table varies, or None (always for models that are not ours)."""
+    """Return the row that matches the model in all keys that the table varies, or None (always if it is not ours)."""
     if keys["name"] not in MODELS:
         return None
     ours = all_keys(keys)

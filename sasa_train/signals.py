@@ -54,7 +54,7 @@ class StopRequest:
 
     @property
     def asked(self) -> int:
-        """The number of the signal that requested a stop, TIME_LIMIT, or 0 if no stop was requested."""
+        """The number of the signal that requested a stop, TIME_LIMIT if time ran out, or 0 if no stop was requested."""
         return int(self.signal or (TIME_LIMIT if self.requested() else 0))
 
     def hear(self, asked: int) -> None:

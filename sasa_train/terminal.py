@@ -41,7 +41,7 @@ def warn(text: str) -> None:
 
 
 def duration(seconds: float) -> str:
-    """Format a duration in seconds, for example as 1 h 02 min, 3 min 04 s or 5 s."""
+    """Format a number of seconds as a duration, such as 1 h 02 min, 3 min 04 s or 5 s."""
     minutes, secs = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

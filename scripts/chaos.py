@@ -1,9 +1,9 @@
 """Inject faults into runs, continue them with the same command, and compare them with an undisturbed run.
 
 Processes are killed, signalled, stopped or started twice, disks fill up, files are truncated, corrupted or deleted, and
-images and configs change between starts, all at random moments drawn from a seed. Each fault must end as documented in
-docs/reliability.md: the run either continues or stops with the documented error. At the end, every tensor of last.pt
-and best.pt and every row of metrics.jsonl (except timings) must be identical to those of the undisturbed run.
+images and configs change between starts, all at random moments drawn from a seed. After each fault, the run must either
+continue or stop with the error that docs/reliability.md documents. At the end, every tensor of last.pt and best.pt and
+every row of metrics.jsonl (except timings) must be identical to those of the undisturbed run.
 
 The embedded digits are written as class folders and as tar shards. The disturbed runs alternate between data held
 in memory and streaming with 0, 1 or 3 workers, from folders and from shards; the undisturbed run uses the first of
@@ -85,7 +85,7 @@ MOMENTS = ("start-up", "mid-epoch", "a save", "evaluation")
 
 
 class Failure(Exception):
-    """Raised if a run is lost, silently differs or does not end as documented."""
+    """Raised if a run is lost, silently produces different results or does not end as documented."""
 
 
 class Chaos:

@@ -1,9 +1,9 @@
 """Run all checks that need a GPU, in two calls that take a few minutes each: correctness and speed, then training.
 
 Each part runs in a separate process with a time limit and writes PART.md, PART.json, PART.log and, if it draws a chart,
-PART.png to FOLDER as it proceeds. The first call starts with `right` and stops if a kernel is wrong. If another part
-fails or times out, the remaining parts still run. summary.md and summary.json collect all results. Running the same
-command again runs the parts that are not done yet; --only always runs the given parts.
+PART.png to FOLDER as it proceeds. The first call starts with `right`, the part that checks the kernels, and stops if
+one is wrong. If another part fails or times out, the rest still run. summary.md and summary.json collect all results.
+Running the same command again runs the parts that are not done yet; --only always runs the given parts.
 
 usage: python scripts/gpu_check.py FOLDER --call 1
        python scripts/gpu_check.py FOLDER --call 2 --data CIFAR10     (class folders, train/ and test/)

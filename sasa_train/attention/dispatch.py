@@ -55,7 +55,7 @@ def local_attention(
 
     Returns:
         [B, N, H, W, D], with the dtype and stride order of `value`; differentiable with respect to all five tensors.
-        The result is deterministic, except that `triton` selects its launch configuration by timing several of them;
+        The result is deterministic, except that `triton` selects its launch configuration by timing several candidates;
         `torch.use_deterministic_algorithms(True)` avoids this.
 
     Raises:
@@ -186,7 +186,7 @@ def _backward_into(
 
 
 def _forward_flops(query, key, value, rel_height, rel_width, kernel_size, *_, **__) -> int:
-    """Count 2*K*K*D FLOPs per head and position for each of q.k, q.r and weights times values (full windows)."""
+    """Count 2*K*K*D FLOPs per head and position for each product (q.k, q.r, weights times v), assuming full windows."""
     batch, num_heads, height, width, head_dim = query
     num_products = 1 + (key is not None) + (rel_height is not None)
     return num_products * 2 * kernel_size**2 * head_dim * batch * num_heads * height * width

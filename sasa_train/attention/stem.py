@@ -158,7 +158,7 @@ def _heads(w_qk: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
 
 
 def _tables(weights: _Weights, num_heads: int) -> Tensor:
-    """Convert weights to the kernel's tables: M, row and col per head (see the C++ source), W_V per block position."""
+    """Return the kernel's tables: M, row and col for each head (see the C++ source), W_V for each block position."""
     w_qk, w_v, mixture, rel_height, rel_width = weights
     w_q, w_k = _heads(w_qk, num_heads)
     form = torch.einsum("ndi,ndj->nij", w_q, w_k)

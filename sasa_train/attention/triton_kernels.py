@@ -515,7 +515,7 @@ def _milliseconds(run: Callable[[], Any]) -> float:
 
 
 def _by_rule(head_dim: int) -> Config:
-    """Choose a launch configuration without measuring."""
+    """Choose a launch configuration by a fixed rule, without measuring."""
     # The choice must not vary, because a resumed run must sum in the same order.
     return CONFIGS[0 if head_dim <= 32 else 1 if head_dim <= 64 else 2]
 

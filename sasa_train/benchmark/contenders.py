@@ -58,7 +58,7 @@ class Case:
 
     @property
     def output_shape(self) -> tuple[int, int, int, int]:
-        """The output shape [B, C, H, W]; an odd side is halved and rounded up."""
+        """The output shape [B, C, H, W]; with a stride of 2, height and width are halved and rounded up."""
         return self.batch_size, self.channels, -(-self.height // self.stride), -(-self.width // self.stride)
 
 
@@ -78,7 +78,7 @@ class Contender:
 
 
 def build_contender(backend: str, case: Case, arithmetic: torch.dtype | None = None) -> Contender:
-    """Build `backend` with the random inputs shared by all, rounded to the case's dtype, then cast to `arithmetic`."""
+    """Build `backend` with the same random inputs for all, rounded to the case's dtype, then cast to `arithmetic`."""
     dtype, generator = DTYPES[case.dtype], torch.Generator(case.device).manual_seed(0)
 
     def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -120,8 +120,8 @@ def _attend(backend: str, case: Case) -> Attend:
 def _flex(case: Case) -> Attend:
     """Build FlexAttention with q.rel in its score_mod and the window as its block mask; it is compiled on CUDA.
 
-    q.rel is computed in float32 because scores rounded to half precision would fail the check. Heads that are too
-    narrow for the kernels are padded with zeros.
+    q.rel is computed in float32 because scores rounded to half precision would fail the check. Head dimensions
+    that are too small for the kernels are padded with zeros.
     """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -191,9 +191,9 @@ def check(backend: str, case: Case) -> str | None:
     """Compare a backend with the float64 reference and return a description of the problem, or None.
 
     On the CPU, two images are checked. On CUDA, the whole batch is checked, so that the checked code and launch
-    parameters are the ones that are timed. (Triton tunes them on the first batch; two images could yield others.)
+    parameters are the ones that are timed. (Triton tunes them on the first batch and may choose others for two images.)
 
-    NATTEN computes a different function, so only its output is compared, without relative terms and not at the border.
+    NATTEN computes another function, so only its output is compared, without relative terms and away from the border.
 
     Raises:
         RuntimeError, NotImplementedError, ValueError: the backend does not support this case.
@@ -271,7 +271,7 @@ def op_memory(backend: str, case: Case, num_threads: int) -> int:
 
 
 def first_pass_memory(build: Callable[[Case], Contender], small: Case, case: Case, num_threads: int) -> int:
-    """Return the peak extra memory of a forward and backward pass; the process must not have run one that large."""
+    """Return the peak extra memory of a forward and backward pass, which must be the largest this process has run."""
     torch.set_num_threads(num_threads)
     build(small).train()  # loads libraries, so that their memory is not counted
     return extra_memory(build(case).train, torch.device(case.device))

@@ -86,7 +86,7 @@ def choose_backends(wanted: Sequence[str] | None, device: torch.device) -> tuple
 
 
 def build_cases(options: Namespace, device: torch.device) -> list[Case]:
-    """Return the requested shapes, or those of the paper's ResNets, with shapes at the start of a stage last."""
+    """Return the requested shapes (by default, those of the paper's ResNets); the first shapes of stages come last."""
     texts = [(text, size) for size in options.image_size for text in SHAPES[size]]
     if options.shapes:
         texts = [(text, 32) for text in options.shapes]
@@ -105,7 +105,7 @@ def build_cases(options: Namespace, device: torch.device) -> list[Case]:
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the geometric mean and worst ratio per backend; starts of stages count only if nothing else was timed."""
+    """Return each backend's geometric mean and worst ratio; first shapes of stages count only if no others exist."""
     lines = []
     inner = [row for row in rows if not row["begins_stage"]] or rows
     scope = "all shapes" if len(inner) == len(rows) else "shapes at which no stage begins"

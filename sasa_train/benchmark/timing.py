@@ -1,4 +1,4 @@
-"""Measurement functions for `sasa-benchmark`: contenders timed in turn, their ratios, and peak memory in bytes."""
+"""Functions for `sasa-benchmark` that time contenders in turn, compute ratios and measure peak memory in bytes."""
 
 import ctypes
 import math
@@ -34,8 +34,8 @@ def time_in_turn(
 ) -> dict[Key, list[float]]:
     """Return the seconds per call for each contender, one value per repetition.
 
-    After a warm-up, each repetition times all contenders in alternating order, so that any disturbance of the machine
-    affects all of them.
+    After a warm-up, each repetition times all contenders in alternating order, so that any disturbance on the machine
+    affects all of them equally.
     """
     for _ in range(num_warm_ups):
         for run in contenders.values():
@@ -76,7 +76,7 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, Any]:
-    """Return the median and quartiles of the per-repetition ratios."""
+    """Return the median and quartiles of the ratios of two contenders' values, one ratio per repetition."""
     ratios = [a / b for a, b in zip(numerators, denominators, strict=True)]
     quartiles = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else [ratios[0]] * 3
     return {"median": statistics.median(ratios), "quartiles": [quartiles[0], quartiles[2]]}
@@ -134,7 +134,7 @@ def in_fresh_process(function: Callable[..., int], *arguments: object) -> int:
 def peak_of(
     run: Run, device: torch.device, is_wanted: bool, in_fresh: Callable[..., int], *arguments: object
 ) -> int | None:
-    """Return the peak extra memory of `run` on CUDA or, on a CPU if `is_wanted`, of `in_fresh(*arguments, threads)`."""
+    """Return the peak extra memory of `run` on CUDA, or of `in_fresh(*arguments, threads)` on a CPU if `is_wanted`."""
     if device.type == "cuda":
         return extra_memory(run, device)
     return in_fresh_process(in_fresh, *arguments, torch.get_num_threads()) if is_wanted else None

@@ -14,7 +14,7 @@ def trajectory(config: TrainConfig) -> dict[str, Any]:
 
 
 def default_run_name(config: TrainConfig) -> str:
-    """Return a stable name made of the data set, model, epochs, seed and an 8-digit hash of the whole trajectory."""
+    """Return a stable name made of the data set, model, epochs, seed and an 8-digit hash of `trajectory(config)`."""
     # Only values that differ from the defaults are included, so that a new key in a later version does not rename runs.
     defaults = flatten(TrainConfig())
     identity = {key: value for key, value in trajectory(config).items() if value != defaults[key]}

@@ -19,7 +19,7 @@ POLICIES = (
 
 
 class DataSet(NamedTuple):
-    """Properties of a data set, known before it is read; `mean` and `std` are per channel for values in [0, 1]."""
+    """Properties of a data set that are known in advance; `mean` and `std` are per channel for values in [0, 1]."""
 
     num_classes: int | None
     image_size: int

@@ -40,7 +40,7 @@ def as_written(value: Any) -> str:
 
 
 def with_free_keys(overrides: Sequence[str]) -> list[str]:
-    """Add the prefix ++, which Hydra requires, to keys that are not in a dataclass."""
+    """Add the prefix ++, which Hydra requires, to keys that are not dataclass fields."""
     return [f"++{o}" if o.startswith(FREE_KEYS) else o for o in overrides]
 
 

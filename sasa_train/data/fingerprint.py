@@ -32,7 +32,7 @@ def fingerprint(images: ImageSet) -> dict[str, Any]:
     """Return a fingerprint as a dict: `source`, `labels` (a digest) and `classes`, a list with one dict per class.
 
     Each class's `content` is a digest of `num_read` of its images: the bytes of a sample of its files or, for a data
-    set in memory, all pixels. Image files and tar shards made from them have the same content.
+    set in memory, all pixels. Image files and tar shards made from them yield the same digests.
     """
     by_label = np.argsort(images.labels, kind="stable")
     counts = np.bincount(images.labels, minlength=len(images.classes))
@@ -120,8 +120,8 @@ def _on_disk(images: ImageSet, members: list[np.ndarray]) -> list[dict[str, Any]
 def _samples(members: list[np.ndarray]) -> list[np.ndarray]:
     """Select evenly spaced images of each class, whose bytes are then read.
 
-    The selection depends only on the class's size and the number of classes, so that adding or removing images in one
-    class does not appear as a change in the others.
+    The selection in a class depends only on its size and the number of classes, so that adding or removing images in
+    one class does not appear as a change in the others.
     """
     if sum(map(len, members)) <= MAX_READ:
         return members

@@ -37,7 +37,7 @@ Loader = ResidentLoader | StreamingLoader
 
 @dataclass
 class Loaders:
-    """The train and val loaders, of the same kind (resident or streaming), and the `fingerprint` of the two sets."""
+    """The train and val loaders, both resident or both streaming, and the `fingerprint` of the two sets."""
 
     train: Loader
     val: Loader
@@ -53,7 +53,7 @@ class Loaders:
         return "resident" if isinstance(self.train, ResidentLoader) else "streamed"
 
     def train_names(self, step: int, number: int | None = None) -> list[str]:
-        """Return escaped names of this process's images in step `step` (from 0) or only in its micro-batch `number`."""
+        """Return escaped names of this process's images in step `step` (from 0), or only in micro-batch `number`."""
         epoch, first_step = divmod(step, self.train.plan.steps_per_epoch)
         micros = itertools.islice(self.train.plan.train(epoch, first_step), self.train.plan.grad_accum_steps)
         chosen = [micro.indices for position, micro in enumerate(micros) if number in (None, position)]
@@ -130,7 +130,7 @@ def _check_queues(config: TrainConfig, *loaders: Loader) -> None:
 
 
 def check_evaluated(loader: Loader, num_images: int, num_left_out: int) -> None:
-    """Raise RuntimeError unless the evaluation counted every image except those that were left out."""
+    """Raise RuntimeError unless the evaluation counted every image except the `num_left_out` unreadable ones."""
     expected = loader.plan.num_images - num_left_out
     if num_images != expected:
         raise RuntimeError(f"evaluation saw {num_images} images instead of {expected}")

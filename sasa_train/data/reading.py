@@ -77,7 +77,7 @@ def _gather(found: Iterable[Found], size: int) -> Read:
 
 
 def read_or_replace(images: ImageSet, index: int, shape: Shape, num_tries: int = 1) -> Found:
-    """Return (pixels, label, unreadable) for the first readable one among `num_tries` images from `index` on.
+    """Return (pixels, label, unreadable) for the first readable one among `num_tries` images, starting at `index`.
 
     If none is readable, the pixels are None; `unreadable` lists the skipped images for the quarantine.
     """

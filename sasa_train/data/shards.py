@@ -31,7 +31,7 @@ SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "test")}
 
 @dataclass
 class TarMembers:
-    """Files in uncompressed tar archives, each given by its archive, offset and size in bytes, and name."""
+    """Files in uncompressed tar archives, each given by its archive, its offset and size in bytes, and its name."""
 
     archives: list[str]
     archive: np.ndarray

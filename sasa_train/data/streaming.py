@@ -18,7 +18,7 @@ Moved = tuple[MicroBatch, Tensor, Tensor]  # images and labels on the device
 
 
 class StreamingLoader:
-    """Reads micro-batches in persistent workers; the device normalises and mixes them."""
+    """Reads micro-batches in persistent workers; they are normalised and mixed on the device."""
 
     def __init__(
         self,

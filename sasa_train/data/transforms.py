@@ -1,7 +1,7 @@
 """Transforms from an image on disk to the model's input; images stay uint8 until they are normalised on the device.
 
 Small images (up to 64 pixels) are padded, cropped, flipped and so on in whole batches by both kinds of loader,
-which therefore give the same pixels. Larger images are cropped and resized one by one during decoding.
+which therefore yield the same pixels. Larger images are cropped and resized one by one during decoding.
 """
 
 import math
@@ -188,7 +188,7 @@ def _fit_image(image: Image.Image, size: int) -> Image.Image:
 
 
 def _without_ends(image: Image.Image) -> Image.Image:
-    """Cut off the ends of a very long image."""
+    """Crop a very elongated image to an aspect ratio of at most MAX_ASPECT, keeping its centre."""
     # Without this, resizing an image of 1 x 100,000 pixels would take 20 GB.
     width, height = image.size
     longest = MAX_ASPECT * min(image.size)

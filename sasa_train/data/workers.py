@@ -39,7 +39,7 @@ class DataWorkerError(ExpectedFailure):
 
 
 class Workers:
-    """Runs `reader` in `num_workers` processes (or, if 0, in the main one), which `read` starts and `close` ends.
+    """Runs `reader` in `num_workers` processes (or, if 0, in the main one), which `read` starts and `close` stops.
 
     A thread kills all workers if waiting for them takes too long.
     """
@@ -138,7 +138,7 @@ class Workers:
             self._is_waiting = False
 
     def _limit_waits(self) -> None:
-        """Kill the workers if a wait for them exceeds `timeout` seconds; this method runs in a thread."""
+        """Kill the workers if waiting for them takes more than `timeout` seconds; this method runs in a thread."""
         # One-second ticks are counted, so that an hour during which the whole job was suspended counts as one tick.
         tick = min(1.0, self.timeout / 4)
         wait, num_ticks = 0, 0

@@ -16,7 +16,7 @@ from sasa_train.terminal import printable
 
 
 def shard(root: Path, dest: Path, images_per_shard: int) -> int:
-    """Copy class folders to tar shards with the same images in the same order; return 0.
+    """Pack the images of class folders into tar shards, keeping their order; return 0.
 
     Raises:
         ConfigError: training would refuse the folders, `dest` is in `root` or has other contents, or the disk is full.

@@ -1,4 +1,4 @@
-"""Write class folders and tar shards atomically; if a command was stopped, running it again writes the missing ones."""
+"""Write class folders and tar shards atomically; running an interrupted command again writes those still missing."""
 
 import io
 import json

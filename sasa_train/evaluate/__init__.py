@@ -184,7 +184,7 @@ def evaluate_further(
 
 
 def compare_with(other_val: "Val", answers: "Answers", options: argparse.Namespace) -> Any:
-    """Compare both models on the images that both could read."""
+    """Compare the two models on the images that were read successfully in both evaluations."""
     import numpy as np
 
     from sasa_train.evaluate.significance import compare

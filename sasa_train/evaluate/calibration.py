@@ -33,7 +33,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class Temperature:
-    """The divisor of the logits that minimises the NLL, with the resulting NLL and ECE (percent)."""
+    """The value by which all logits are divided to minimise the NLL, with the resulting NLL and ECE (percent)."""
 
     value: float
     nll: float
@@ -44,7 +44,7 @@ class Temperature:
 class Calibration:
     """The `ece`, `mce`, mean `confidence` and `top1` in percent, the `nll` in nats, and the `brier` score from 0 to 2.
 
-    `temperature` is None if no value is optimal, because all predictions are right or uniform probabilities fit better.
+    `temperature` is None if no value is best, because all predictions are correct or uniform probabilities fit better.
     """
 
     ece: float

@@ -32,7 +32,7 @@ class PairedCounts:
 class Comparison:
     """The result of a comparison, in percent or percentage points except for `counts` and `p`.
 
-    `difference` is the first top1 minus the other, with the 95 % confidence interval from `low` to `high`; `agreement`
+    `difference` is the first top1 minus the second, with the 95 % confidence interval from `low` to `high`; `agreement`
     is the share of images with identical predictions, right or wrong.
     """
 
@@ -59,13 +59,13 @@ def compare(first: np.ndarray, other: np.ndarray, labels: np.ndarray) -> Compari
 
 
 def mcnemar(counts: PairedCounts) -> float:
-    """Return the two-sided p-value of McNemar's exact test, a binomial test on the images that only one got right."""
+    """Return the two-sided p-value of McNemar's exact test, a binomial test on images that only one model got right."""
     fewer, discordant = min(counts.only_first, counts.only_other), counts.only_first + counts.only_other
     return min(1.0, 2 * float(binom.cdf(fewer, discordant, 0.5)))
 
 
 def paired_difference(counts: PairedCounts) -> tuple[float, float, float]:
-    """Return the first accuracy minus the other, and the limits of its 95 % interval, in percentage points.
+    """Return the first accuracy minus the second, and the limits of its 95 % interval, in percentage points.
 
     Method 10 of Newcombe 1998 (Statistics in Medicine 17, 2635) combines the Wilson intervals of both accuracies with
     their correlation. Unlike the normal approximation, it is valid with few images and for accuracies near 100 %.
@@ -85,7 +85,7 @@ def paired_difference(counts: PairedCounts) -> tuple[float, float, float]:
 
 
 def _correlation(counts: PairedCounts) -> float:
-    """Return phi of the 2 x 2 table, with Newcombe's continuity correction if it is positive."""
+    """Return the phi coefficient of the 2 x 2 table, with Newcombe's continuity correction if it is positive."""
     product = math.prod(right * (counts.num_images - right) for right in counts.num_right)
     if product == 0:
         return 0.0

@@ -23,7 +23,7 @@ class Answers:
     """A model's outputs for the n readable val images, on the CPU.
 
     `logits`, float32 [n, num_classes] (200 MB for ImageNet), come from a single view or are the logarithm of the mean
-    probabilities over views. `ranked`, int64 [n, 5] (or fewer if there are fewer classes), lists the best classes, best
+    probabilities over views. `ranked`, int64 [n, 5] (or fewer if there are fewer classes), lists the top classes, best
     first. `labels`, int64 [n], are the true classes, and `indices`, int64 [n], the images' positions in the data set.
     """
 

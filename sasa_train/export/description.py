@@ -44,7 +44,7 @@ Trained by:
 
 
 def describe(trained: TrainedModel) -> dict[str, str]:
-    """Return a file's metadata as strings (lists in JSON); `resize` is the shorter side before the centre crop."""
+    """Return a file's metadata as strings (lists in JSON); `resize` is the shorter side's length before cropping."""
     mean, std = mean_std(trained.config.data)
     return {
         "sasa_train": sasa_train.__version__,

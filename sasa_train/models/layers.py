@@ -44,7 +44,7 @@ class LocalSelfAttention2d(nn.Module):
     With `stride=2`, attention runs at the input resolution, followed by a 2x2 average pool. Input and output are BCHW.
 
     Projections are initialised from N(0, 1/in_channels) and embeddings from N(0, 1/head_dim), as in Axial-DeepLab's
-    code, since the paper specifies no initialisation. This is the safer choice when scores are not scaled.
+    code, since the paper specifies no initialisation. This is a safe choice when scores are not scaled.
 
     Args:
         in_channels, out_channels: numbers of channels; `out_channels` is divided among the heads.

@@ -81,7 +81,7 @@ def _matching(pattern: str) -> Iterator[Found]:
 
 
 def _comes_round(folder: str) -> bool:
-    """Whether a link in the path `folder` leads back to one of its parents; ** would follow that link forty times."""
+    """Whether a link in the path `folder` leads back to one of its parents; ** would follow such a link 40 times."""
     way = [folder, *map(str, Path(folder).parents)]
     return any(
         os.path.islink(step) and any(os.path.samefile(step, earlier) for earlier in way[number + 1 :])

@@ -56,7 +56,7 @@ class Predictor:
 
     @torch.inference_mode()
     def best(self, pixels: Tensor) -> list[list[tuple[str, float]]]:
-        """Return the best classes, with softmax probabilities, of uint8 images [B, 3, S, S] preprocessed by `fit`."""
+        """Return the top classes, with softmax probabilities, for uint8 images [B, 3, S, S] preprocessed by `fit`."""
         with autocast(self.device, self.precision):
             logits = self.model(self.normalize(pixels.to(self.device)))
         logits = logits.float()

@@ -16,7 +16,7 @@ DIGITS = 6  # significant digits of probabilities in CSV and JSON; further float
 
 @dataclass
 class Row:
-    """The best classes of an image with their probabilities, or the reason why it could not be predicted."""
+    """The most probable classes of an image with their probabilities, or the reason why it could not be predicted."""
 
     path: str
     best: list[tuple[str, float]] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Rank of this process in a run, as set by torchrun in environment variables. This module does not import torch."""
+"""Ranks and process counts of a run, from torchrun's environment variables. This module does not import torch."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""sasa-report: tabulate a sweep's jobs, with confidence intervals and the paper's numbers; write plots and a page."""
+"""sasa-report: tabulate a sweep's jobs with confidence intervals and the paper's results; write plots and a page."""
 
 import argparse
 from pathlib import Path

@@ -138,7 +138,7 @@ def _draw_curves(rows: list[Row]) -> Figure:
 
 
 def _late_floor(rows: list[Row]) -> float:
-    """Return a lower limit that cuts off the first quarter of the curves, so that they can be told apart."""
+    """Return a lower axis limit that ignores each curve's first quarter, so that the curves can be told apart."""
     late = []
     for row in rows:
         _, _, low, high = curve(row)

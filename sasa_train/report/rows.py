@@ -39,7 +39,7 @@ class Row:
 
     @property
     def difference(self) -> Interval | None:
-        """The difference in top1 from the reference row over common seeds; None for the reference row itself."""
+        """The difference in top1 from the reference row over their common seeds; None for the reference row itself."""
         return None if self.reference in (None, self) else paired_difference(self, self.reference)
 
     @property
@@ -63,7 +63,7 @@ class Report:
 
 
 def paired_difference(row: Row, reference: Row) -> Interval | None:
-    """Compare two rows seed by seed, which cancels the effect of the seed; None if they have no seed in common."""
+    """Compare two rows seed by seed, which cancels the effect of the seed; return None if they share no seed."""
     pairs = [(job.last, reference.jobs[seed].last) for seed, job in row.jobs.items() if seed in reference.jobs]
     return mean_interval([ours - its for ours, its in pairs]) if pairs else None
 

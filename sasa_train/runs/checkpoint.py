@@ -1,8 +1,8 @@
 """Checkpoints, which are written atomically and verified on reading; damaged ones are skipped when a run resumes.
 
-`last.pt` is the newest. When the next checkpoint is written, it becomes `step-<step>.pt`, of which the newest few are
-kept. `best.pt` is a hard link to the checkpoint with the best evaluation. Each file has a manifest beside it, such as
-`last.pt.json`, with its size, SHA-256 and step. This module uses only the names and types of a checkpoint's entries.
+`last.pt` is the newest. When the next one is written, the old `last.pt` becomes `step-<step>.pt`; the newest few of
+these are kept. `best.pt` is a hard link to the checkpoint with the best evaluation. Each file has a manifest with its
+size, SHA-256 and step, such as `last.pt.json`. This module uses only the names and types of a checkpoint's entries.
 """
 
 # Each file is written under a temporary name, synced to disk and renamed, so that a kill at any instruction leaves a

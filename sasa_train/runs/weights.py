@@ -42,7 +42,7 @@ class Weights:
 
 
 def read_weights(config: TrainConfig) -> Weights:
-    """Read the weights given by `model.pretrained`, preferably averaged ones, without executing any code in the file.
+    """Read the weights given by `model.pretrained` (averaged ones if available), executing no code in the file.
 
     Raises:
         ConfigError: the file does not exist, is damaged, or contains no weights.
@@ -85,7 +85,7 @@ def sha256_of(path: Path) -> str:
 
 
 def load_into(model: nn.Module, weights: Weights, classes: list[str], source: str) -> PretrainedReport:
-    """Load weights with `load_pretrained`, including the classifier if its class names match or are unknown.
+    """Load weights with `load_pretrained`, including the classifier if the class names match or are unknown.
 
     Raises:
         ConfigError: `load_pretrained` refuses the weights; the message adds the keys of the file's model, if known.

@@ -15,7 +15,7 @@ REFRESH = 0.5  # seconds
 
 
 class Display:
-    """Displays a sweep's progress; it is called with each event of its processes, and with "" between events."""
+    """Displays a sweep's progress; it is called with each event of the processes, and with "" between events."""
 
     def __init__(self) -> None:
         self.is_terminal = sys.stdout.isatty()

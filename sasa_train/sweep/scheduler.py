@@ -53,7 +53,7 @@ class JobList:
         return None
 
     def has_more(self) -> bool:
-        """Return True if a job may become available when a running one ends."""
+        """Return True if a job may become available when a running job ends."""
         return self.num_running > 0 or self.num_waiting() > 0
 
     def num_waiting(self) -> int:

@@ -33,7 +33,7 @@ def check_memory(plan: RunPlan, model: nn.Module) -> None:
 
     Raises:
         ConfigError: these tensors exceed the device's memory (the machine's, on a CPU), or the model cannot be
-            trained with such micro-batches, e.g. because batch norm gets a single value per channel.
+            trained with these micro-batches, e.g. because batch norm gets a single value per channel.
     """
     trainer, size, device = plan.trainer, plan.image_size, plan.device
     micro_batch = min(2, plan.micro_batch_size) if trainer.micro_batch_size == "auto" else plan.micro_batch_size

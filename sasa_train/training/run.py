@@ -138,7 +138,7 @@ def read_weights_together(config: TrainConfig, run: RunFolder) -> Weights | None
 
 
 def load_together(plan: RunPlan, run: RunFolder) -> Loaders:
-    """Load the images on all processes; raise ConfigError if they vary by machine or changed since the checkpoint."""
+    """Load the images on all processes; raise ConfigError if they differ between machines or from the checkpoint's."""
     config, checkpoint = plan.config, run.checkpoint
     collectives.everywhere(lambda: fetch_once(config), ConfigError)
     memory = min(collectives.gather(available_memory(plan.device)))

@@ -18,7 +18,7 @@ def contact_sheet(images: Tensor) -> Tensor:
 
 
 def confusion_picture(confusion: Tensor) -> Tensor:
-    """Draw counts [C, C] by label (row) and prediction (column); darker cells are larger fractions of their row."""
+    """Draw counts [C, C] by label (row) and prediction (column); darker cells contain larger fractions of their row."""
     parts = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     return enlarge(_tint(parts, BLUE)[None], MATRIX_PIXELS)[0]
 

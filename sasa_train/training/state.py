@@ -19,7 +19,7 @@ PROGRESS = ("step", "epoch", "evaluated_step", "best", "seconds")  # fields of T
 
 
 class Window:
-    """Running sums over this process's images since the last train row, kept on the device."""
+    """Running sums over this process's images since the last train log row, kept on the device."""
 
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, hits

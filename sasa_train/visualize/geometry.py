@@ -63,7 +63,7 @@ def is_stems(weights: Tensor) -> bool:
 
 
 def reduction_of(map_side: int, image_side: int) -> int:
-    """Return the number of pixels per position, a power of two because each stride halves the side, rounding up."""
+    """Return the pixels per position and dimension, a power of two because each stride halves the map, rounding up."""
     return 2 ** math.ceil(math.log2(image_side / map_side))
 
 
