@@ -196,7 +196,7 @@ def test_names_cannot_write_on_the_terminal(tmp_path, capsys):
 
 
 def test_shards_are_the_same_data_set(image_folder, tmp_path, capsys):
-    """Labels, order and pixels match those of the folders, so a run gives the same results with either."""
+    """Check that labels, order and pixels match those of the folders, so that a run gives the same results."""
     shards = tmp_path / "shards"
     assert run_command(["shard", str(image_folder), str(shards), "--images-per-shard=7"]) == 0
     assert sorted(p.name for p in (shards / "train").glob("*.tar")) == [f"train-00000{i}.tar" for i in range(3)]
@@ -308,7 +308,7 @@ def test_imagenet_as_shards_is_the_same_data_set(archives, tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments", [(), ("--shards", "--images-per-shard=3")], ids=["folders", "shards"])
 def test_a_stopped_command_goes_on(archives, tmp_path, capsys, monkeypatch, arguments):
-    """A command stopped at the second class or shard resumes, keeps the first unchanged, and gives the same result."""
+    """If stopped at the second class or shard, a rerun keeps the first and gives the same result as a single run."""
     dest, whole = tmp_path / "imagenet", tmp_path / "whole"
     reads, read = [], writing.Originals.read
 
@@ -331,7 +331,7 @@ def test_a_stopped_command_goes_on(archives, tmp_path, capsys, monkeypatch, argu
 
 
 def test_class_folders_of_something_else_are_refused(archives, tmp_path, capsys):
-    """Check that unrelated class folders are refused: they could be mistaken for finished ones or add classes."""
+    """Check that DEST may not contain other class folders; they would be mistaken for finished ones or add classes."""
     dest = tmp_path / "imagenet"
     (dest / "train" / "n00000002").mkdir(parents=True)
     assert "holds 0 files, the archive 5" in refused(capsys, "prepare", "imagenet", archives, dest)
@@ -341,7 +341,7 @@ def test_class_folders_of_something_else_are_refused(archives, tmp_path, capsys)
 
 @pytest.mark.parametrize("name", ["../evil.JPEG", "/tmp/evil.JPEG", "a/b.JPEG", "..\\evil.JPEG", "a..JPEG", "evil.sh"])
 def test_hostile_names_are_refused(archives, tmp_path, capsys, name):
-    """Check that an untrusted archive cannot write outside DEST."""
+    """Check that extracting an untrusted archive cannot write files outside DEST."""
     dest = tmp_path / "imagenet"
     files = train_files()
     files["n00000003"][name] = jpeg(1)

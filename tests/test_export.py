@@ -34,7 +34,7 @@ from sasa_train.trained import load_trained
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory) -> Path:
-    """Return a briefly trained tiny network; it has attention in the stem and only two stages, to export quickly."""
+    """Return the run of a tiny, briefly trained network with attention in the stem and only two stages, for speed."""
     out = tmp_path_factory.mktemp("out")
     model = "model.stage_ops=[conv,attention,conv,attention]"
     assert train.run_command([*TINY, model, "trainer.epochs=1", f"output_dir={out}", "run_name=tiny"]) == 0
