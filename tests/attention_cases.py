@@ -105,7 +105,7 @@ def assert_random_cases(num_cases, largest, dtypes, rels, strides=(1,), **where)
 
 
 def assert_extremes_are_kept(backend: str, device: str = "cpu") -> int:
-    """Check that huge scores give finite gradients; return the number of queries that a NaN key affects (at least 9)."""
+    """Check that huge scores give finite gradients; return the number of queries affected by a NaN key (at least 9)."""
     generator = torch.Generator().manual_seed(0)
     q, key, v = (x.to(device) for x in draw((1, 2, 5, 6, 8), "contiguous", torch.float32, generator))
     grads = outputs_and_grads(backend, None, (300 * q, 300 * key, v, None, None), 3, True, "mask", torch.ones_like(v))

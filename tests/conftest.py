@@ -79,7 +79,7 @@ def image_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> Path:
-    """Return a finished run with a moving average and with attention in stem and stages; copy it before changing it."""
+    """Return a finished run with a moving average and attention in the stem and stages; copy it before changing it."""
     from running_commands import TINY
 
     from sasa_train import train

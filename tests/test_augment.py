@@ -71,7 +71,7 @@ def test_a_batch_is_transformed_as_its_images_are_one_by_one_by_torchvision(poli
 
 @policies
 def test_policies_draw_what_torchvisions_classes_draw(policy):
-    """The frequency of each operation and of negative magnitudes must agree within sampling error."""
+    """The frequencies of operations and negative magnitudes must match torchvision's within sampling error."""
     ours = Policy(compose_config([f"augment.policy={policy}"]).augment)
     counts: dict[str, list[float]] = {}
     for row in sample_draws(0, 0, np.arange(4000), NUM_DRAWS, POLICY):

@@ -83,7 +83,7 @@ def test_sizes_and_modes_are_listed(image_folder, capsys):
 
 
 def test_broken_files_are_named(image_folder, capsys):
-    """Check that each broken file is reported with its reason; otherwise, training might fail only after hours."""
+    """Check that each broken file is reported with the reason, since training might otherwise fail hours later."""
     folder = image_folder / "train" / "red"
     pixels = np.random.default_rng(0).integers(0, 256, (67, 67, 3), dtype=np.uint8)
     (folder / "cut.jpg").write_bytes(encoded(Image.fromarray(pixels), "JPEG")[:1500])
@@ -113,7 +113,7 @@ def test_duplicates_are_found_by_their_pixels(image_folder, capsys):
 
 
 def test_many_duplicates_are_cut_short(tmp_path, capsys):
-    """Check that if every val image is a copy, 20 groups of duplicates are listed and the others only counted."""
+    """If every val image is also in train, only 20 groups of duplicates must be listed, and the others counted."""
     for i in range(23):
         for split in ("train", "val"):
             (tmp_path / split / "a").mkdir(parents=True, exist_ok=True)
@@ -239,7 +239,7 @@ def jpeg(seed: int) -> bytes:
 
 
 def devkit() -> bytes:
-    """Return a devkit like the real one: leaf and inner synsets, with ids in a different order than the WordNet ids."""
+    """Return a devkit like the real one: leaf and inner synsets, with ids ordered differently from the WordNet ids."""
     savemat = pytest.importorskip("scipy.io", reason="scikit-learn, in the extra dev, brings scipy").savemat
     fields = ["ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children", "wordnet_height"]
     rows = [(3, "n00000002", "a, b", "-", 0, [], 0), (1, "n00000011", "c", "-", 0, [], 0)]

@@ -147,7 +147,7 @@ def test_newcombes_interval_is_the_published_one(table, published):
 
 
 def test_newcombes_interval_without_a_single_mistake():
-    """If both models get 20 of 20 right, a normal approximation has zero width, but Wilson's lower bound is 83.9 %."""
+    """If both models get 20 of 20 right, the normal interval has zero width, but Wilson's starts at 83.9 %."""
     difference, low, high = paired_difference(PairedCounts(20, 0, 0, 0))
     assert difference == 0 and low == pytest.approx(-16.1, abs=0.05) and high == pytest.approx(16.1, abs=0.05)
 

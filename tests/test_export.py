@@ -187,7 +187,7 @@ def test_onnx_says_what_it_needs(exported):
 
 
 def test_a_format_that_differs_is_not_written(run_dir, tmp_path, monkeypatch, capsys):
-    """Check that a format with wrong logits is not written, its earlier file is kept, and the others are written."""
+    """Check that if a format has wrong logits, its earlier file is kept, and only the other formats are written."""
     (tmp_path / "model.safetensors").write_text("an earlier one")
     right = formats.load_safetensors
 

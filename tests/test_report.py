@@ -279,7 +279,7 @@ def test_other_models_are_no_row_of_the_paper():
 
 
 def test_tensorboard_shows_the_sweep(tmp_path, monkeypatch):
-    """Check that TensorBoard shows one session per run and only the keys that differ, not seventy equal columns."""
+    """Check that TensorBoard shows one session per run and only the keys that differ, not seventy identical columns."""
     monkeypatch.chdir(tmp_path)
     tiny = ["experiment=debug", "output_dir=sweep", "trainer.max_steps=1"]
     for kernel_size in ("3", "null"):
