@@ -55,7 +55,7 @@ def make_image_folder(root: Path, size: tuple[int, int] = (19, 17)) -> Path:
 
 
 def spoil(folder: Path) -> None:
-    """Add one file for each common defect; the last two files are readable, but their colour mode is not RGB."""
+    """Add an intact file and one file per common defect; the last two files are readable, but not in RGB mode."""
     noise = Image.effect_noise((40, 30), 80)
     noise.convert("RGB").save(folder / "a-whole.jpg")
     content = (folder / "a-whole.jpg").read_bytes()
