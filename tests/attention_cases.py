@@ -81,7 +81,7 @@ def tolerance(backend: str, device: str, inputs: torch.dtype, result: torch.dtyp
 
     float32: scores reach 20 to 40, and their rounding error (2e-6) becomes a relative error of the weights. A gradient
     sums terms of magnitude 1 or more (B N H W terms for an embedding), which may cancel. Half precision rounds a result
-    once, by at most half a unit; Triton's interpreter truncates bfloat16, by up to a whole unit, while a GPU rounds.
+    once, by at most half an ulp; Triton's interpreter truncates bfloat16 (an error of up to one ulp), but a GPU rounds.
     """
     unit = 0.0 if result == torch.float32 else torch.finfo(result).eps
     if backend != "triton":
@@ -105,7 +105,7 @@ def assert_random_cases(num_cases, largest, dtypes, rels, strides=(1,), **where)
 
 
 def assert_extremes_are_kept(backend: str, device: str = "cpu") -> int:
-    """Check that huge scores give finite gradients and a NaN key affects its 9 queries; return how many it affects."""
+    """Check that huge scores give finite gradients; return the number of queries affected by a NaN key (at least 9)."""
     generator = torch.Generator().manual_seed(0)
     q, key, v = (x.to(device) for x in draw((1, 2, 5, 6, 8), "contiguous", torch.float32, generator))
     grads = outputs_and_grads(backend, None, (300 * q, 300 * key, v, None, None), 3, True, "mask", torch.ones_like(v))

@@ -71,7 +71,7 @@ def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
-    """Create an image folder with two classes, red and blue: 11 + 7 train and 3 + 5 val PNG images of odd sizes."""
+    """Create an image folder of 19 x 17 PNG images: 11 blue and 7 red ones in train, 3 blue and 5 red ones in val."""
     from making_data import make_image_folder
 
     return make_image_folder(tmp_path / "images")
@@ -79,7 +79,7 @@ def image_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> Path:
-    """Return a finished run with a moving average and with attention in stem and stages; copy it before changing it."""
+    """Return a finished run with a moving average and attention in the stem and stages; copy it before changing it."""
     from running_commands import TINY
 
     from sasa_train import train

@@ -55,7 +55,7 @@ def make_image_folder(root: Path, size: tuple[int, int] = (19, 17)) -> Path:
 
 
 def spoil(folder: Path) -> None:
-    """Add one example of each common defect; the last two are readable, but have a mode that models do not accept."""
+    """Add an intact file and one file per common defect; the last two files are readable, but not in RGB mode."""
     noise = Image.effect_noise((40, 30), 80)
     noise.convert("RGB").save(folder / "a-whole.jpg")
     content = (folder / "a-whole.jpg").read_bytes()
@@ -92,7 +92,7 @@ def one_image(path: Path | str) -> ImageSet:
 
 
 class Reader:
-    """Reads micro-batches of 5 from 35 images; the worker calls `accident()` before the second one."""
+    """Reads micro-batches of 5 from 35 images; the worker calls `accident()` before it reads the second micro-batch."""
 
     def __init__(self, accident: Callable[[], object]):
         names = [f"{chr(97 + i % 26)}{i}\n.png" for i in range(35)]

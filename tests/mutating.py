@@ -7,7 +7,7 @@ EXTREMES = (b"\0", b"\xff", b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff
 
 
 def mutated(data: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
-    """Make one change: flip bits, truncate, overwrite/copy/repeat/remove/insert a block, change a header, or splice."""
+    """Flip bits, truncate, overwrite/copy/repeat/remove/insert a block, edit the header, or splice in another file."""
     at, start, header = (rng.randrange(end) for end in (len(data) + 1, len(data) + 1, 64))
     size, extreme, other = rng.choice((1, 2, 8, 64, 600)), rng.choice(EXTREMES), rng.choice(others)
     block = data[start : start + size]

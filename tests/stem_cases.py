@@ -41,7 +41,7 @@ def run(module: nn.Module, x: Tensor, weight: Tensor | float = 1.0) -> dict[str,
 
 
 def clear_of_near_ties(exact_module: AttentionStem, x: Tensor) -> Tensor | float:
-    """Return 1 for windows whose two largest values are equal or clearly different, 0 if rounding may swap them."""
+    """Return 0 for each window whose two largest values could be swapped by rounding, and 1 for all other windows."""
     if not isinstance(exact_module.pool, nn.MaxPool2d):
         return 1.0
     seen, module = [], copy.deepcopy(exact_module)

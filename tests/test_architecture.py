@@ -51,7 +51,7 @@ def test_no_function_is_longer_than_60_lines_but_kernels(folder):
 
 
 def test_no_imports_run_in_a_circle():
-    """Check that no imports are circular, even inside functions. (import-linter checks the order of subpackages.)"""
+    """Check for circular imports, even inside functions (import-linter checks only the order of subpackages)."""
     graph = {dotted(path): imported(path) for path in MODULES}
     list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the cycle
 

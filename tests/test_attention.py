@@ -24,7 +24,7 @@ def tensors(dtype=torch.float64, shared=True, n=N, h=H, w=W, d=D, k=K, b=B, seed
 
 
 def loop_oracle(q, key, v, rel_height, rel_width, kernel_size, content=True, border="mask") -> Tensor:
-    """Compute equation 3 with Python floats, one element at a time."""
+    """Compute the paper's equation 3 with Python floats, one element at a time."""
     b_, n_, h_, w_, d_ = q.shape
     p, half = kernel_size // 2, d_ // 2
     out = torch.zeros_like(v)
@@ -164,7 +164,7 @@ def test_a_zero_query_takes_the_mean_of_the_window():
 
 
 def test_content_term_agrees_with_timms_halo_attention():
-    """Compare 7x7 windows with HaloAttn (blocks of 1, halo of 3), which scales scores and has a zero border."""
+    """Compare 7x7 windows with timm's HaloAttn (blocks of 1, halo of 3); it scales queries and pads with zeros."""
     halo = HaloAttn(12, num_heads=3, dim_head=4, block_size=1, halo_size=3).double().eval()
     with torch.no_grad():
         for parameter in halo.pos_embed.parameters():  # use only the content term
@@ -180,7 +180,7 @@ def test_content_term_agrees_with_timms_halo_attention():
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32_and_rounded_once(dtype, backend):
-    """The inputs are exact in the dtype, so the only difference is the final rounding of half a unit."""
+    """The reference gets the same rounded inputs, so only the final rounding (at most half an ulp) may differ."""
     inputs = [t.to(dtype) for t in tensors(torch.float32)]
     embeddings = [t.float() for t in inputs[3:]]  # float32 embeddings with half-precision q, k and v
     out = local_attention(*inputs[:3], *embeddings, kernel_size=K, backend=backend)
@@ -280,7 +280,7 @@ def fused(content=True, dtype=torch.float32) -> Tensor:
 )
 @pytest.mark.parametrize("content,relative", [(True, True), (False, True), (True, False)])
 def test_fused_projections_give_the_same_and_one_gradient(content, relative, backend, dtype):
-    """With other strides, the projection's backward pass would copy the gradient, which takes longer than attention."""
+    """The gradient must have the projection's strides; otherwise, it is copied, which takes longer than attention."""
     rel = [t.requires_grad_() for t in tensors(dtype)[3:]] if relative else [None, None]
     projections = fused(content, dtype).requires_grad_()
     options = {"kernel_size": K, "content": content, "backend": backend}

@@ -39,7 +39,7 @@ def test_a_large_odd_map():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("head_dim", slow_but_for([4, 10, 16], [2, 4, 6, 8, 10, 16, 20, 32, 48, 64]))
 def test_every_head_dim_and_layout(head_dim, layout):
-    """Head dimensions cover whole vectors, partial vectors and remainders, for both loads and stores."""
+    """Head dimensions are chosen so that loads and stores use full vectors, partial vectors, or both."""
     assert_equals_reference((3, 7, 5, 9, head_dim), 5, layout=layout)
 
 
@@ -89,7 +89,7 @@ def test_one_embedding_shared_and_one_a_head(rel):
 
 @pytest.mark.parametrize("shape", [(1, 1, 40, 9, 8), (5, 7, 19, 5, 4)])
 def test_the_number_of_threads_changes_no_bit(shape):
-    """Check cases with few planes, where rows are split among threads and each thread computes its own halo rows."""
+    """Check cases with few planes, in which the rows are divided among threads and each computes its own halo rows."""
     generator = torch.Generator().manual_seed(0)
     rel = [torch.randn(7, shape[-1] // 2, generator=generator) for _ in range(2)]
     case = [*draw(shape, "channels_last", torch.float32, generator), *rel]

@@ -83,7 +83,7 @@ def op_arguments(module: AttentionStem, x: Tensor) -> tuple:
 
 
 def test_picks_what_torchs_max_pool_picks():
-    """Check that the first of several equal values is picked; with a zero image or weight, all 16 are equal."""
+    """Check that the first of equal values is picked; all 16 in a window are equal if the sign or the image is 0."""
     torch.manual_seed(0)
     module, x = build(num_heads=4), torch.randn(3, 3, 12, 20)
     x[1, :, 4:8] = 0
@@ -102,7 +102,7 @@ def test_picks_what_torchs_max_pool_picks():
 
 
 def test_variance_far_from_zero():
-    """If values near 1,000 differ by 1, summing their squares would leave one correct digit in the variance."""
+    """Values near 1,000 differ by only 1; summing their squares would leave one correct digit in the variance."""
     torch.manual_seed(0)
     module = build(values="plain", relative=False)
     x = torch.randn(2, 3, 32, 32) * 1e-3 + 1
@@ -116,7 +116,7 @@ def test_variance_far_from_zero():
 
 @pytest.mark.parametrize("pool", [True, False])
 def test_the_number_of_threads_changes_no_bit(pool):
-    """Only the ops are checked, because torch's own sums around them depend on the number of threads."""
+    """Only our ops are checked, because PyTorch's own sums before and after them depend on the number of threads."""
     torch.manual_seed(0)
     arguments = op_arguments(build(), torch.randn(3, 3, 148, 92).requires_grad_())
     inputs = [t for t in arguments if isinstance(t, Tensor)]

@@ -41,7 +41,7 @@ def photo(size: int = 32) -> torch.Tensor:
 @policies
 @pytest.mark.parametrize("num_workers", slow_but_for([3], [0, 3]))
 def test_with_everything_on_streamed_equals_resident(policy, num_workers):
-    """Batches must not depend on whether images are in memory or streamed, as a run may switch when it resumes."""
+    """In-memory and streamed images must give the same batches, because a resumed run may switch between the two."""
     overrides = (*EVERYTHING, f"augment.policy={policy}")
     resident = batches(config_for(*overrides), epoch=2)
     streamed = batches(config_for(*overrides, "data.resident=false", f"data.num_workers={num_workers}"), epoch=2)
@@ -71,7 +71,7 @@ def test_a_batch_is_transformed_as_its_images_are_one_by_one_by_torchvision(poli
 
 @policies
 def test_policies_draw_what_torchvisions_classes_draw(policy):
-    """The frequency of each operation and of negative magnitudes must agree within sampling error."""
+    """The frequencies of operations and negative magnitudes must match torchvision's within sampling error."""
     ours = Policy(compose_config([f"augment.policy={policy}"]).augment)
     counts: dict[str, list[float]] = {}
     for row in sample_draws(0, 0, np.arange(4000), NUM_DRAWS, POLICY):
@@ -113,7 +113,7 @@ def test_erasing_fills_a_rectangle_with_the_mean_colour():
 
 
 def test_jitter_stays_within_its_factors():
-    """brightness=0.3 must turn mid grey into values across the whole range from 128 x 0.7 to 128 x 1.3."""
+    """With brightness=0.3, mid grey must become values that span the whole range from 128 x 0.7 to 128 x 1.3."""
     augment = augment_for("augment.crop=false", "augment.brightness=0.3")
     images = torch.full((300, 3, 32, 32), 128, dtype=torch.uint8)
     levels = augment.batch(images, np.arange(300), 0, np.arange(300))[:, 0, 0, 0].float()
@@ -139,7 +139,7 @@ def test_random_resized_boxes_are_torchvisions():
 
 
 def test_a_box_is_what_cropping_and_resizing_gives(tmp_path):
-    """PNGs match crop-and-resize except at edges (sampled from outside the box); JPEGs read at half size are close."""
+    """PNGs must match crop-then-resize except at the edges; JPEGs decoded at half size may have small errors."""
     generator = np.random.default_rng(0)
     coarse = Image.fromarray(generator.integers(0, 255, (24, 32, 3), dtype=np.uint8)).resize((1024, 768))
     coarse.save(tmp_path / "a.png")
@@ -212,7 +212,7 @@ def test_mixing_is_switched_and_ends():
 
 
 def test_the_mixed_steps_are_the_runs_not_the_epochs():
-    """A run resumed in the middle of an epoch must continue with the same mixtures."""
+    """A run resumed in the middle of an epoch must mix the same images as it would have without the interruption."""
     config = config_for("augment.mixup=1.0", "data.max_train_images=100", "trainer.grad_accum_steps=2")
     assert_same(batches(config, epoch=1)[2:], batches(config, epoch=1, first_step=1))
 

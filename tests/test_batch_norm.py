@@ -34,7 +34,7 @@ def trained(checkpointing: bool, steps: int = 2) -> Stepper:
 
 
 def test_gradient_checkpointing_changes_nothing():
-    """Compare weights, the generator and batch norm statistics, which naive recomputation would update twice."""
+    """Weights, random state and statistics must match plain training; naive recomputation updates statistics twice."""
     plain = trained(False)
     after = torch.rand(1)
     recomputed = trained(True)
@@ -43,7 +43,7 @@ def test_gradient_checkpointing_changes_nothing():
 
 
 def test_gradient_checkpointing_keeps_less():
-    """Check that autograd saves less than half as many tensor elements for the backward pass."""
+    """Check that autograd saves less than half as many tensor elements as it does without checkpointing."""
 
     def saved(checkpointing: bool) -> int:
         model = trained(checkpointing, steps=1).state.model

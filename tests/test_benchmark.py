@@ -39,7 +39,7 @@ def assert_consistent(ratio: dict, numerators: list[float], denominators: list[f
 
 
 def test_attention_writes_what_it_measured(tmp_path, capsys):
-    """Check that the table, the JSON file and the chart show the same repetitions."""
+    """Check that the results in the table, the JSON file and the chart are computed from the same repetitions."""
     picture = tmp_path / "chart.png"
     result = run(tmp_path, "attention", *SMALL, *SHAPES, "--repeats=3", f"--plot={picture}")
     rows = {(row["shape"], row["backend"]): row for row in result["rows"]}
@@ -85,7 +85,7 @@ def test_a_wrong_backend_is_not_timed(what, tmp_path, monkeypatch, capsys):
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("begins_stage", [False, True])
 def test_flex_attention_is_the_same_function(begins_stage, monkeypatch):
-    """Without compilation and the CPU check, score_mod and the block mask must compute the same function as our op."""
+    """Check that score_mod and the block mask compute the same function as our op, on a CPU and without compilation."""
     from torch.nn.attention import flex_attention
 
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)

@@ -1,4 +1,4 @@
-"""Check that checkpoints are written atomically, and that bad ones are named and refused without running code."""
+"""Check that checkpoints are written atomically, and that bad ones are named and refused without running their code."""
 
 import errno
 import itertools
@@ -133,7 +133,7 @@ def test_best_is_a_copy_where_the_disk_has_no_links(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("call", ["unlink", "replace", "fsync", "open", "link"])
 def test_a_kill_between_any_two_calls_leaves_a_good_newest_checkpoint(tmp_path, call):
-    """Kill one process at each call that changes the folder; a new process must then be able to continue."""
+    """For each call that changes the folder, kill the process at it; a new process must then be able to continue."""
     reached, is_done = 0, False
     while not is_done:
         folder = tmp_path / f"{call}{reached}"

@@ -1,4 +1,4 @@
-"""Run the commands as users do; check their output and the input they refuse, and that interruptions lose nothing."""
+"""Run the commands as users do; check their output, which input they refuse, and that interruptions lose no work."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def test_imagenet_presets_read_tar_shards(name, tmp_path, monkeypatch):
 
 
 def imagenet_root(tmp_path: Path) -> Path:
-    """Return images arranged like ImageNet's: real ones if TINY_IMAGENET names a folder, else synthetic ones."""
+    """Return a folder arranged like ImageNet, with real images if TINY_IMAGENET names a folder, else synthetic ones."""
     if "TINY_IMAGENET" in os.environ:
         return Path(os.environ["TINY_IMAGENET"])
     if not (tmp_path / "imagenet").exists():
@@ -97,7 +97,7 @@ def test_a_run_leaves_what_the_readme_promises(command, in_process, tmp_path):
 
 
 def test_killed_and_stopped_runs_end_as_one_never_touched(in_process, tmp_path):
-    """Interrupt mid-epoch with SIGKILL, SIGTERM and SIGINT (the last two exit with 75); vary the number of workers."""
+    """Interrupt a run by SIGKILL, SIGTERM and SIGINT, vary num_workers, and compare it with an uninterrupted run."""
     run = [*TINY, "trainer.epochs=6", "trainer.ema_decay=0.9", "model.drop_path_rate=0.2", "data.resident=false"]
     run += ["trainer.checkpoint_every_steps=3"]
     in_process("train", *run, "run_name=whole", "data.num_workers=0")

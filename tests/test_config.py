@@ -1,4 +1,4 @@
-"""Check that configs are typed and validated, and that invalid ones are refused with a remedy before data is loaded."""
+"""Check that configs are typed and validated; invalid ones are refused, with a suggested fix, before data is loaded."""
 
 import re
 

@@ -72,7 +72,7 @@ def test_draws_are_uniform_and_independent_of_the_batch():
 
 
 def test_small_crops_are_torchvisions():
-    """Each crop is a possible pad-and-crop result, all offsets and flips occur, and draws differ between images."""
+    """Each crop is a possible result of padding and cropping, and 400 images together get all offsets and flips."""
     config = compose_config(["data=cifar10", "augment.crop_padding=1"])
     augment = Augment(config.data, config.augment, 0, (0.5,) * 3)
     image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)

@@ -83,7 +83,7 @@ def test_sizes_and_modes_are_listed(image_folder, capsys):
 
 
 def test_broken_files_are_named(image_folder, capsys):
-    """Check that each broken file is reported with its reason; otherwise, training might fail only after hours."""
+    """Check that each broken file is reported with the reason, since training might otherwise fail hours later."""
     folder = image_folder / "train" / "red"
     pixels = np.random.default_rng(0).integers(0, 256, (67, 67, 3), dtype=np.uint8)
     (folder / "cut.jpg").write_bytes(encoded(Image.fromarray(pixels), "JPEG")[:1500])
@@ -113,7 +113,7 @@ def test_duplicates_are_found_by_their_pixels(image_folder, capsys):
 
 
 def test_many_duplicates_are_cut_short(tmp_path, capsys):
-    """Check that if every val image is a copy, 20 groups of duplicates are listed and the others only counted."""
+    """If every val image is also in train, only 20 groups of duplicates must be listed, and the others counted."""
     for i in range(23):
         for split in ("train", "val"):
             (tmp_path / split / "a").mkdir(parents=True, exist_ok=True)
@@ -196,7 +196,7 @@ def test_names_cannot_write_on_the_terminal(tmp_path, capsys):
 
 
 def test_shards_are_the_same_data_set(image_folder, tmp_path, capsys):
-    """Labels, order and pixels match those of the folders, so a run gives the same results with either."""
+    """Check that labels, order and pixels match those of the folders, so that a run gives the same results."""
     shards = tmp_path / "shards"
     assert run_command(["shard", str(image_folder), str(shards), "--images-per-shard=7"]) == 0
     assert sorted(p.name for p in (shards / "train").glob("*.tar")) == [f"train-00000{i}.tar" for i in range(3)]
@@ -239,7 +239,7 @@ def jpeg(seed: int) -> bytes:
 
 
 def devkit() -> bytes:
-    """Return a devkit like the real one: leaf and inner synsets, with ids in a different order than the WordNet ids."""
+    """Return a devkit like the real one: leaf and inner synsets, with ids ordered differently from the WordNet ids."""
     savemat = pytest.importorskip("scipy.io", reason="scikit-learn, in the extra dev, brings scipy").savemat
     fields = ["ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children", "wordnet_height"]
     rows = [(3, "n00000002", "a, b", "-", 0, [], 0), (1, "n00000011", "c", "-", 0, [], 0)]
@@ -308,7 +308,7 @@ def test_imagenet_as_shards_is_the_same_data_set(archives, tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments", [(), ("--shards", "--images-per-shard=3")], ids=["folders", "shards"])
 def test_a_stopped_command_goes_on(archives, tmp_path, capsys, monkeypatch, arguments):
-    """A command stopped at the second class or shard resumes, keeps the first unchanged, and gives the same result."""
+    """If stopped at the second class or shard, a rerun keeps the first and gives the same result as a single run."""
     dest, whole = tmp_path / "imagenet", tmp_path / "whole"
     reads, read = [], writing.Originals.read
 
@@ -331,7 +331,7 @@ def test_a_stopped_command_goes_on(archives, tmp_path, capsys, monkeypatch, argu
 
 
 def test_class_folders_of_something_else_are_refused(archives, tmp_path, capsys):
-    """Check that unrelated class folders are refused: they could be mistaken for finished ones or add classes."""
+    """Check that DEST may not contain other class folders; they would be mistaken for finished ones or add classes."""
     dest = tmp_path / "imagenet"
     (dest / "train" / "n00000002").mkdir(parents=True)
     assert "holds 0 files, the archive 5" in refused(capsys, "prepare", "imagenet", archives, dest)
@@ -341,7 +341,7 @@ def test_class_folders_of_something_else_are_refused(archives, tmp_path, capsys)
 
 @pytest.mark.parametrize("name", ["../evil.JPEG", "/tmp/evil.JPEG", "a/b.JPEG", "..\\evil.JPEG", "a..JPEG", "evil.sh"])
 def test_hostile_names_are_refused(archives, tmp_path, capsys, name):
-    """Check that an untrusted archive cannot write outside DEST."""
+    """Check that extracting an untrusted archive cannot write files outside DEST."""
     dest = tmp_path / "imagenet"
     files = train_files()
     files["n00000003"][name] = jpeg(1)

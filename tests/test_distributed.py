@@ -89,7 +89,7 @@ def assert_close_rows(run: Path, expected_run: Path) -> None:
 
 @several_processes
 def test_an_evaluation_sees_every_image_once(undisturbed, num_processes):
-    """The 31 val images cannot be divided evenly; averaged and raw weights are evaluated separately."""
+    """Raw and averaged weights must each be evaluated once on every val image, although 31 cannot be split evenly."""
     one, several = noted(undisturbed(1), "val"), noted(undisturbed(num_processes), "val")
     assert one.keys() == several.keys() == {"3", "6"}
     assert all(len(set(images)) == 31 and sorted(images) == sorted(several[step]) for step, images in one.items())
@@ -185,7 +185,7 @@ def test_a_loss_that_is_checked_late_changes_no_weights_and_is_never_saved(folde
 
 @pytest.mark.slow
 def test_unreadable_images_are_named_once_and_counted_over_all(tmp_path):
-    """Check that each bad file is reported once, even by a worker of the second process (the last val image)."""
+    """Check that each bad file is reported once, including one read by the second process (the last val image)."""
     root = make_image_folder(tmp_path / "images")
     broken = [root / "train/blue/3.png", root / "val/red/4.png"]
     for path in broken:

@@ -42,7 +42,7 @@ def test_clipping_bounds_the_update_and_reports_the_norm_before_it():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_precisions_agree_on_loss_and_gradient_norm(precision):
-    """Without unscaling, the norm of fp16 gradients would be 65,536 times too large; bf16 is accurate to 2 %."""
+    """Losses and norms must be within 2 % of fp32; without unscaling, fp16 norms would be 65,536 times too large."""
     stepper, plain = setup(f"trainer.precision={precision}"), setup()
     norm = stepper.train_step(batches(1), want_grad_norm=True)
     expected = plain.train_step(batches(1), want_grad_norm=True)
@@ -53,7 +53,7 @@ def test_precisions_agree_on_loss_and_gradient_norm(precision):
 @pytest.mark.parametrize("is_late", [False, True])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_non_finite_loss_ends_its_step_with_the_weights_before_it(optimizer, is_late):
-    """The loss is NaN in the second micro-batch of step 2 of 4; the error must identify step and micro-batch.
+    """The loss is NaN in the second micro-batch of step 2 of 4; the error must name the step and micro-batch.
 
     On a GPU, this is detected one step late (simulated here), and a fused optimizer skips the update itself.
     """
@@ -168,7 +168,7 @@ def test_auto_precision_is_fp32_on_a_cpu(monkeypatch):
 
 
 def test_a_compiled_run_has_the_same_state_dict(monkeypatch):
-    """Check that compiling preserves the weights and the state dict keys; the backend needs no C++ compiler."""
+    """Check that compiling preserves the weights and state dict keys, with a backend that needs no C++ compiler."""
     compiled, real = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or real(model, backend="aot_eager"))
     stepper = setup("trainer.compile=true")

@@ -63,7 +63,7 @@ def run(capsys, *arguments: object, expect: int = 0) -> str:
 
 
 def test_ece_and_mce_on_paper():
-    """The gap is -5 for the bin of 40 and 50 % (one correct), 60 for 60 % (wrong), -10 for 80 and 100 % (correct)."""
+    """Check three bins: 40 and 50 % (one is correct, gap -5), 60 % (wrong, gap 60), 80 and 100 % (correct, gap -10)."""
     confidences, is_right = np.array([0.4, 0.5, 0.6, 0.8, 1.0]), np.array([True, False, False, True, True])
     bins = bin_by_confidence(confidences, is_right, 4)
     assert [each.num_images for each in bins] == [0, 2, 1, 2]  # 0.5 belongs to the bin below the edge, as in the paper
@@ -147,7 +147,7 @@ def test_newcombes_interval_is_the_published_one(table, published):
 
 
 def test_newcombes_interval_without_a_single_mistake():
-    """If both models get 20 of 20 right, a normal approximation has zero width, but Wilson's lower bound is 83.9 %."""
+    """If both models get 20 of 20 right, the normal interval has zero width, but Wilson's starts at 83.9 %."""
     difference, low, high = paired_difference(PairedCounts(20, 0, 0, 0))
     assert difference == 0 and low == pytest.approx(-16.1, abs=0.05) and high == pytest.approx(16.1, abs=0.05)
 
@@ -301,7 +301,7 @@ def test_models_of_other_classes_or_images_are_not_compared(run_dir, tmp_path, c
 
 
 def test_real_through_the_command(run_dir, tmp_path, capsys):
-    """The first three images have no label known to the model; the others have class 1 and an unknown class."""
+    """The model knows none of the first three images' labels; the others are labelled class 1 and an unknown class."""
     (tmp_path / "real.json").write_text(json.dumps([[], [], [999], *[[1, 999]] * 49_997]))
     files = ("--predictions", tmp_path / "p.csv", "--json", tmp_path / "f.json")
     printed = run(capsys, run_dir, "--real", tmp_path / "real.json", *files)

@@ -34,7 +34,7 @@ from sasa_train.trained import load_trained
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory) -> Path:
-    """Return a briefly trained tiny network; it has attention in the stem and only two stages, to export quickly."""
+    """Return the run of a tiny, briefly trained network with attention in the stem and only two stages, for speed."""
     out = tmp_path_factory.mktemp("out")
     model = "model.stage_ops=[conv,attention,conv,attention]"
     assert train.run_command([*TINY, model, "trainer.epochs=1", f"output_dir={out}", "run_name=tiny"]) == 0
@@ -187,7 +187,7 @@ def test_onnx_says_what_it_needs(exported):
 
 
 def test_a_format_that_differs_is_not_written(run_dir, tmp_path, monkeypatch, capsys):
-    """Check that a format with wrong logits is not written, its earlier file is kept, and the others are written."""
+    """Check that if a format has wrong logits, its earlier file is kept, and only the other formats are written."""
     (tmp_path / "model.safetensors").write_text("an earlier one")
     right = formats.load_safetensors
 

@@ -38,7 +38,7 @@ INTERNALS = re.compile(r"Traceback|<class|<function|object at 0x|Error\(|, line 
 
 
 def examples(few: int, many: int = EXAMPLES):
-    """Return a decorator that runs a test on `many` examples (`few` if that is 0), chosen by FUZZ_SEED if it is set."""
+    """Return a decorator that runs a test on `many` examples (on `few` if `many` is 0), chosen by FUZZ_SEED if set."""
     quiet = settings(
         max_examples=many or few,
         deadline=None,

@@ -65,7 +65,7 @@ def crop(image: Image.Image, number: int) -> np.ndarray:
 
 
 def judge(path: str, number: int) -> str:
-    """Read a val (odd `number`) or train image; return "decoded", "refused", or a description of the failure."""
+    """Read the file as for val (odd `number`) or training; return "decoded", "refused" or the unexpected result."""
     try:
         out = one_image(path).read(0, lambda image: fit(image, SIZE) if number % 2 else crop(image, number))
     except UnreadableImage:

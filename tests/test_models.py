@@ -1,4 +1,4 @@
-"""Check that the models match the paper: exact parameter counts, published figures within tolerance, and timm's API."""
+"""Check that parameter counts are exact, that published figures are closely matched, and that timm's API works."""
 
 import itertools
 
@@ -51,7 +51,7 @@ NOT_ROUNDED = {
 
 
 def test_every_printed_figure_is_met():
-    """Figures must be within 0.11 GFLOPs and 0.1 M parameters; those that differ after rounding must be listed."""
+    """Figures must be within 0.11 GFLOPs and 0.1 M parameters of the paper's; any that round differently are listed."""
     missed = set()
     for row in ROWS:
         model = meta_model(lambda row=row: timm.create_model(row.model, **row.keys))

@@ -72,7 +72,7 @@ def counted(monkeypatch):
 
 
 def recipes(folder) -> dict[str, list[str]]:
-    """Return overrides by experiment: a narrow model, 32-pixel digits in memory or 72-pixel photographs on disk."""
+    """Return overrides by experiment, for a narrow model on 32-pixel digits in memory or 72-pixel photos on disk."""
     small = ["model.width=0.125", "model.num_heads=2", "trainer.precision=fp32", "augment.policy=trivial_augment"]
     return {
         "cifar10_hybrid_resnet26": [*small, "data=digits", "data.image_size=32", "trainer.global_batch_size=16"],
@@ -138,7 +138,7 @@ def test_trivial_augment_makes_few_calls_whatever_the_batch(monkeypatch):
 @pytest.mark.parametrize("size", [8, 31, 32])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_operation_on_a_batch_is_torchvisions_on_each_image(name, size):
-    """All magnitudes and signs of the widest table must be bit-identical to torchvision, in at most 20 calls."""
+    """All magnitudes and signs of the widest table must give torchvision's results, bit for bit, in up to 20 calls."""
     transform = v2.TrivialAugmentWide()
     magnitudes_of, is_signed = (table_of(transform) | {"Invert": (lambda *_: None, False)})[name]
     table = magnitudes_of(31, size, size)

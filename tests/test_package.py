@@ -135,7 +135,7 @@ def folder(tmp_path, monkeypatch):
     ],
 )
 def test_what_tab_offers(folder, tmp_path_factory, line, offered):
-    """Request completions as argcomplete's code for fish does, because it receives plain words with descriptions."""
+    """Request completions as argcomplete does for fish; its output, plain words with descriptions, is easy to parse."""
     answer = tmp_path_factory.mktemp("answer") / "words"
     environment = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "", "_ARGCOMPLETE": "1"}
     environment |= {"_ARGCOMPLETE_SHELL": "fish", "_ARGCOMPLETE_DFS": "\t", "_ARGCOMPLETE_IFS": "\n"}

@@ -70,7 +70,7 @@ def best(row: dict) -> list[float]:
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("weights", ["ema", "raw"])
 def test_predictions_are_evaluations(name, weights, runs, root, predicted, capsysbinary):
-    """Check that predictions match evaluation, since a slightly different crop or normalisation would cost accuracy."""
+    """Check that predictions match evaluation's; a slightly different crop or normalisation would cost accuracy."""
     trained = load_trained(runs[name], [f"weights={weights}", "data.num_workers=0"])
     loader, images = build_eval_loader(trained.config, torch.device("cpu"))
     with torch.inference_mode():

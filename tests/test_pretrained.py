@@ -47,7 +47,7 @@ def given() -> dict[str, torch.Tensor]:
 
 
 def test_each_offset_keeps_its_embedding():
-    """Check tables of three offsets, shared or per head, resized to 5 and 1, against values computed by hand."""
+    """Check embedding tables, shared or per head, after resizing from three offsets to five, to one, and back."""
     table = torch.tensor([[-1.0, 10.0], [0.0, 20.0], [1.0, 40.0]])
     wider = torch.tensor([[-1.0, 10.0], [-1.0, 10.0], [0.0, 20.0], [1.0, 40.0], [1.0, 40.0]])
     assert torch.equal(resize_window(table, 5), wider)
@@ -117,7 +117,7 @@ def test_weights_that_are_not_finite_are_refused(given):
 
 
 def test_one_channel_in_takes_the_sum_of_three(given):
-    """As in timm, one grey channel must give the same output as three identical channels before the adaptation."""
+    """As in timm, the adapted weights for one channel must be the sum of the original weights for three channels."""
     model = build(in_chans=1)
     report = load_pretrained(model, given)
     assert torch.allclose(model.stem[0].weight, given["stem.0.weight"].sum(1, keepdim=True))
@@ -126,7 +126,7 @@ def test_one_channel_in_takes_the_sum_of_three(given):
 
 @pytest.mark.parametrize("stem", ["attention", "attention_plain", "attention_convvalues"])
 def test_one_channel_into_an_attention_stem_gives_what_three_equal_ones_gave(stem):
-    """All query, key and value projections must be adapted; one left with random weights would change the output."""
+    """Check that all query, key and value projections are adapted; one with random weights would change the output."""
     grey = torch.rand(2, 1, 8, 8)
     source, model = (build(name="sasa_resnet26", stem=stem, in_chans=in_chans).eval() for in_chans in (3, 1))
     report = load_pretrained(model, state_of(source))
@@ -246,7 +246,7 @@ def test_damaged_and_hostile_files_are_refused(tiny_run, tmp_path, monkeypatch):
 
 
 def test_weights_of_timm_come_from_its_cache(tmp_path, monkeypatch):
-    """The Hub cache is laid out by hand, without a network; the classifier is drawn from the seed instead of loaded."""
+    """The Hub cache is created without a network; the classifier is not loaded, but initialised from the seed."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     overrides = ["model=timm", "model.name=test_vit", "data.image_size=64", "model.pretrained=timm"]

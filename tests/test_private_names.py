@@ -48,7 +48,7 @@ def test_the_library_still_has_the_name(library, owner, name, module):
 
 
 def test_torchvisions_operations_are_still_called_the_same():
-    """Apply each operation of the three tables, at its middle magnitude, to a batch."""
+    """Check that each operation of the three tables can be applied to a batch, using its middle magnitude."""
     images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     for transform in (AUTO, v2.RandAugment(), v2.TrivialAugmentWide()):
         for name, (magnitudes_of, is_signed) in transform._AUGMENTATION_SPACE.items():

@@ -39,7 +39,7 @@ NO_AUTOCAST = torch.autocast("cpu", enabled=False)
 
 @pytest.mark.parametrize("number", slow_but_for([signal.SIGUSR1], [signal.SIGUSR1, signal.SIGUSR2]))
 def test_a_schedulers_warning_is_served_as_sigterm_is(tmp_path, number):
-    """Check that a run saves on the signals sent by Slurm and submitit before a kill, which by default would end it."""
+    """Slurm and submitit send these signals before a kill; the run must save instead of being terminated by them."""
     process = start(tmp_path, *LONG)
     wait_for_rows(tmp_path / "out/a", 3, process)
     process.send_signal(number)
@@ -83,7 +83,7 @@ def test_a_signal_in_the_first_step_ends_the_run_at_once(tmp_path, monkeypatch, 
 
 
 def test_a_signal_between_two_looks_is_served_after_a_save(tmp_path, monkeypatch):
-    """Check that a signal that arrives right after the run has checked for one still leads to a save."""
+    """Check that a signal that arrives just after the run has checked for signals still causes it to save."""
     real, looks = StopRequest.requested, []
 
     def requested(self):
@@ -126,7 +126,7 @@ t.main()
 
 @pytest.mark.parametrize("phase", ["evaluate", "recalibrate", "save"])
 def test_a_signal_in_any_phase_saves_and_the_run_ends_as_one_undisturbed(tmp_path, monkeypatch, phase):
-    """The signal arrives in the middle of the second evaluation, recalibration or save."""
+    """The signal arrives at the beginning of the second evaluation, recalibration or save."""
     run = (*TINY, "trainer.bn_recalibration_batches=2", "trainer.ema_decay=0.9")
     assert run_in_process(tmp_path, monkeypatch, *run, "run_name=whole") == 0
     owner = Checkpoints if phase == "save" else loop
@@ -442,7 +442,7 @@ sys.exit(run_command({[*RUN, "data.image_size=64", "model.width=1.0", "model.ste
 
 
 def test_seed_zero_is_a_seed(tmp_path, monkeypatch):
-    """Check that `seed: 0` is used as a seed; one template treated it as if no seed were given."""
+    """Check that `seed: 0` is used as a seed; one project template treated it as if no seed were given."""
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
         assert run_in_process(tmp_path, monkeypatch, *TINY, f"run_name={name}", f"seed={seed}") == 0
     one, two, three = (rows(tmp_path / "out" / name) for name in ("one", "two", "three"))
@@ -450,7 +450,7 @@ def test_seed_zero_is_a_seed(tmp_path, monkeypatch):
 
 
 def test_a_job_of_a_sweep_is_the_run_alone(tmp_path, command, in_process):
-    """Check that a job of a sweep is unaffected by earlier ones, although Hydra runs all jobs in one process."""
+    """Check that a job of a sweep is not affected by earlier jobs, although Hydra runs all of them in one process."""
     run = [*TINY, "model.drop_path_rate=0.2"]
     command("train", *run, "trainer.epochs=1", "seed=5,6", "-m")
     in_process("train", *run, "trainer.epochs=1", "seed=6", "output_dir=alone")

@@ -211,7 +211,7 @@ def test_the_curves_are_the_seeds_mean_and_range(tmp_path):
 
 
 def jobs_of(*arguments: str) -> tuple[int | None, list[list[str]]]:
-    """Return the number of the paper's table and each job's overrides, which sasa-sweep reads from the arguments."""
+    """Read the arguments as sasa-sweep does; return the number of the paper's table and each job's overrides."""
     plan = read_plan(list(arguments))
     assert not any(job.reason for job in plan.jobs)
     return plan.config.paper_table, [job.overrides for job in plan.jobs]
@@ -249,7 +249,7 @@ def test_the_six_tables_are_there_with_their_commands():
 
 
 def test_the_papers_figures_stand_beside_ours(tmp_path):
-    """Check that our differences and the paper's refer to the same row, even for models of another depth."""
+    """Check that our differences and the paper's are relative to the same row, even for models of a different depth."""
     stages = {"aaaa": [50.0, 51.0], "ccaa": [52.0, 52.5]}
     results = {}
     for letters, top1s in stages.items():
@@ -279,7 +279,7 @@ def test_other_models_are_no_row_of_the_paper():
 
 
 def test_tensorboard_shows_the_sweep(tmp_path, monkeypatch):
-    """Check that TensorBoard shows one session per run and only the keys that differ, not seventy equal columns."""
+    """Check that TensorBoard shows one session per run and only the keys that differ, not seventy identical columns."""
     monkeypatch.chdir(tmp_path)
     tiny = ["experiment=debug", "output_dir=sweep", "trainer.max_steps=1"]
     for kernel_size in ("3", "null"):

@@ -142,7 +142,7 @@ def test_the_page_of_a_sweep_has_each_job_or_its_reason(sweep_page):
 
 
 def test_a_page_is_written_without_checkpoint_data_or_matplotlib(run_dir, tmp_path, monkeypatch, capsys):
-    """Check that each section without its data or packages says what is missing and how to provide it."""
+    """Check that a section whose data or packages are missing says what is missing and how to provide it."""
 
     def write(*arguments: str) -> Page:
         assert command.run_command([str(run_dir), "--out", str(tmp_path), *arguments]) == 0

@@ -23,7 +23,7 @@ def shards(image_folder, tmp_path):
 
 @pytest.mark.parametrize("size", [16, 72])
 def test_shards_give_the_batches_of_their_folders(image_folder, shards, size):
-    """The same images come in the same order with the same augmentation, both in memory and streamed."""
+    """Check that shards and folders give identical batches, both loaded into memory (size 16) and streamed (72)."""
     overrides = ("data=image_folder", f"data.image_size={size}", "trainer.global_batch_size=4", "data.num_workers=1")
     from_folders = batches(config_for(*overrides, f"data.root={image_folder}"), epoch=1)
     assert_same(from_folders, batches(config_for(*overrides, f"data.root={shards}"), epoch=1))

@@ -239,7 +239,7 @@ def test_other_sweepers_are_refused_rather_than_ignored(capsys):
 
 
 def test_a_signal_is_handed_on_to_a_launchers_handler_alone():
-    """Check that submitit's USR2 handler, which requeues the job, runs after our save; Python's own are not called."""
+    """Check that submitit's USR2 handler (it requeues the job) runs after our save; Python's handlers must not run."""
     handed = []
     before = signal.signal(signal.SIGUSR2, lambda number, _frame: handed.append(number))
     try:

@@ -1,4 +1,4 @@
-"""Check that sasa-visualize shows the layers' own weights and the correct distances and windows; test the command."""
+"""Check that the weights, distances and windows shown by sasa-visualize are the model's own; test the command."""
 
 import math
 import shutil
@@ -258,7 +258,7 @@ def test_all_figures_into_the_run_folder_and_tensorboard(run_dir, in_process):
 
 
 def test_augmented_samples_are_those_of_the_runs_epochs(tiny_run):
-    """Check that augmented samples match training exactly; random draws depend on an image's index in all of train."""
+    """Check that augmented samples match training exactly; random draws depend on an image's index in the train set."""
     run = load_trained(tiny_run, ["augment.policy=trivial_augment", "augment.hflip=true"])
     loaders = build_loaders(run.config, torch.device("cpu"))
     _, augmented = augmented_samples(run, loaders.train_set, 3, 2)

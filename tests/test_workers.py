@@ -83,7 +83,7 @@ def test_a_killed_or_stopped_worker_ends_the_run_with_its_name(number, told):
 
 
 def test_a_worker_stopped_after_its_work_is_noticed_too():
-    """Check that a worker stopped after its work is noticed: it must still reply before its batch can be received."""
+    """Check that the run notices a worker that was stopped after finishing a batch, which it can no longer deliver."""
     workers = Workers(Reader(lambda: None), "val", 1, TIMEOUT)
     results = workers.read(keys())
     next(results)
@@ -158,7 +158,7 @@ workers.close()
 
 
 def test_a_job_that_was_suspended_as_a_whole_goes_on():
-    """Check that a job suspended by a scheduler for hours continues, because its workers do not count as hanging."""
+    """Check that a job suspended by a scheduler for hours continues, without treating its workers as hanging."""
     root = Path(__file__).parents[1]
     command = [sys.executable, "-c", SUSPENDED]
     process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True, start_new_session=True)

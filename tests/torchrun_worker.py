@@ -2,7 +2,7 @@
 
 NOTES=folder: at exit, each process writes `<rank>.json` to this folder. For each step, it contains the SHA-256 of each
 training image given to the model, of each val image, and of the gradient after the first micro-batch and the full step.
-DISTURB=SIGKILL:1:3: process 1 receives this signal before its step 3, once; NAN corrupts its images instead;
+DISTURB=SIGKILL:1:3 sends SIGKILL to process 1 before step 3, once; NAN sets its images to NaN instead;
 LATE_NAN does the same and checks losses one step late.
 """
 
