@@ -58,7 +58,7 @@ class StopRequest:
         return int(self.signal or (TIME_LIMIT if self.requested() else 0))
 
     def hear(self, asked: int) -> None:
-        """Adopt the stop request of another process, given as its `asked` value."""
+        """Adopt a stop request from another process; the argument is that process's `asked` value."""
         if asked == TIME_LIMIT:
             self.deadline = -math.inf
         elif asked:

@@ -97,7 +97,7 @@ def test_a_run_leaves_what_the_readme_promises(command, in_process, tmp_path):
 
 
 def test_killed_and_stopped_runs_end_as_one_never_touched(in_process, tmp_path):
-    """Interrupt a run by SIGKILL, SIGTERM and SIGINT, vary num_workers, and compare it with an uninterrupted run."""
+    """Interrupt a run with SIGKILL, SIGTERM and SIGINT, vary num_workers, and compare it with an uninterrupted run."""
     run = [*TINY, "trainer.epochs=6", "trainer.ema_decay=0.9", "model.drop_path_rate=0.2", "data.resident=false"]
     run += ["trainer.checkpoint_every_steps=3"]
     in_process("train", *run, "run_name=whole", "data.num_workers=0")

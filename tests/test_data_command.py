@@ -113,7 +113,7 @@ def test_duplicates_are_found_by_their_pixels(image_folder, capsys):
 
 
 def test_many_duplicates_are_cut_short(tmp_path, capsys):
-    """If every val image is also in train, only 20 groups of duplicates must be listed, and the others counted."""
+    """If every val image is also in train, check that 20 groups of duplicates are listed and the rest only counted."""
     for i in range(23):
         for split in ("train", "val"):
             (tmp_path / split / "a").mkdir(parents=True, exist_ok=True)

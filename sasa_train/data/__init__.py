@@ -1,1 +1,1 @@
-"""Data loading, which turns images on disk, in tar shards or in the package into batches on the device."""
+"""Data loading: turns images (on disk, in tar shards or in the package) into batches on the device."""
