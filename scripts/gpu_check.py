@@ -66,13 +66,17 @@ COPY_BYTES, MATMUL_SIDE = 2**30, 8192
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="FOLDER", type=Path)
-    parser.add_argument("--call", type=int, choices=(1, 2), help="both where it is left out")
+    parser.add_argument("--call", type=int, choices=(1, 2), help="1 or 2 (default: both)")
     parser.add_argument("--only", metavar="PART", nargs="+", choices=PARTS, help=", ".join(PARTS))
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="CIFAR-10 as class folders; else digits are used")
-    parser.add_argument("--epochs", type=int, default=35, help="of the part train (%(default)s)")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="CIFAR-10 as class folders (default: digits)")
+    parser.add_argument("--epochs", type=int, default=35, help="epochs of the part train (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU")
-    parser.add_argument("--measure", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=MEASURES, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.data:
+        options.data = options.data.resolve()  # the parts run in another folder
+        if not options.data.is_dir():
+            parser.error(f"--data {options.data}: there is no such folder; give the one that holds train/ and test/")
     options.folder.mkdir(parents=True, exist_ok=True)
     options.folder = options.folder.resolve()
     if options.measure:
@@ -145,18 +149,18 @@ def part_command(part: str, options: argparse.Namespace) -> list[str]:
 
 def benchmark(kind: str, dtype: str, dry_run: bool, only: str | None = None, repeats: int = 9) -> list[str]:
     """Return the Python arguments that run sasa-benchmark with all its shapes or models, or with only one of them."""
-    device = ["-m", "sasa_train.benchmark", *(["model"] if kind == "models" else ["attention"])]
+    command = ["-m", "sasa_train.benchmark", "model" if kind == "models" else "attention"]
     rest = [f"--dtype={dtype}", f"--repeats={1 if dry_run else repeats}", f"--device={'cpu' if dry_run else 'cuda'}"]
     if kind == "models":
         models = [only] if only else [*(TINY_MODELS if dry_run else MODELS)]
         size = ["--image-size=8", "--batch-size=2", "--num-classes=5"]
         full = ["--image-size=224", "--batch-size=128", "--compile", "--memory-format=channels_last"]
-        return [*device, *models, *(size if dry_run else full), *rest]
+        return [*command, *models, *(size if dry_run else full), *rest]
     # FlexAttention is recompiled for every shape, forward and backward, so only a few shapes are run.
     shapes = [only] if only else list(TINY_SHAPES if dry_run else SHAPES[:2] if kind == "flex" else SHAPES)
     backends = ["conv", "triton"] + (["cpu" if dry_run else "flex"] if kind == "flex" else [])
     tiny = ["--num-heads=2", "--kernel-size=3", "--batch-size=1"]
-    return [*device, "--backends", *backends, "--shapes", *shapes, *(tiny if dry_run else ["--batch-size=128"]), *rest]
+    return [*command, "--backends", *backends, "--shapes", *shapes, *(tiny if dry_run else ["--batch-size=128"]), *rest]
 
 
 def measure_right(options: argparse.Namespace) -> int:

@@ -1,5 +1,6 @@
 """Check that scripts/gpu_check.py returns its results even if a part fails, since it gets only minutes of GPU time."""
 
+import contextlib
 import importlib.util
 import json
 import subprocess
@@ -47,6 +48,20 @@ def test_a_wrong_kernel_ends_the_call_at_once(check, tmp_path, monkeypatch, caps
     assert check.main() == 1
     assert "right ... failed (1" in (said := capsys.readouterr().out) and "compile ..." not in said
     assert "call 1: " in said and "call 2: " in said and "(not now)" in said
+
+
+def test_a_data_folder_is_found_from_the_parts_too_and_refused_at_once_if_missing(check, tmp_path, monkeypatch, capsys):
+    """The parts run in the checkout; a folder that only the last part misses would cost the whole call."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cifar10").mkdir()
+    started = []
+    monkeypatch.setattr(check, "run_part", lambda part, options: started.append(check.part_command(part, options)))
+    for name in ("cifar10", "cifar01"):
+        monkeypatch.setattr(sys, "argv", ["gpu_check.py", "out", "--only", "train", "--data", name])
+        with pytest.raises(SystemExit) if name == "cifar01" else contextlib.nullcontext():
+            check.main()
+    assert len(started) == 1 and f"--data={tmp_path / 'cifar10'}" in started[0]
+    assert f"--data {tmp_path / 'cifar01'}: there is no such folder" in capsys.readouterr().err
 
 
 def test_weights_come_back_in_pieces(check, tmp_path):
