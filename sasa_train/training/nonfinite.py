@@ -57,8 +57,9 @@ class LossWatch:
         if self._are_there is not None:
             self._are_there.synchronize()
         step, self._step = self._step, None
-        for number in np.flatnonzero(~np.isfinite(self._losses)):
-            raise NonFiniteError(f"the loss of step {step + 1} is not finite", step, int(number))
+        if not np.isfinite(self._losses).all():
+            number = int(np.isfinite(self._losses).argmin())  # the first one that is not
+            raise NonFiniteError(f"the loss of step {step + 1} is not finite", step, number)
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
