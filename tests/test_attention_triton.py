@@ -19,7 +19,6 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from sasa_train.attention import triton_kernels
-from sasa_train.attention.triton_kernels import CONFIGS, Config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
@@ -28,17 +27,15 @@ BF16, FP16 = torch.bfloat16, torch.float16
 
 
 @pytest.fixture(autouse=True)
-def one_configuration(monkeypatch):
-    """Disable autotuning; use large tiles under the interpreter, whose run time grows with the number of programs."""
+def large_tiles(monkeypatch):
+    """Use large tiles of the walk under the interpreter, whose run time grows with the number of programs."""
     if DEVICE == "cpu":
-        configure(monkeypatch, Config(64, 4, 2))
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+        use_tiles(monkeypatch, 64)
 
 
-def configure(monkeypatch, config: Config) -> None:
-    monkeypatch.setattr(triton_kernels, "_by_rule", lambda head_dim: config)
+def use_tiles(monkeypatch, positions: int) -> None:
+    triton_kernels._tile.cache_clear()
+    monkeypatch.setattr(triton_kernels, "WALK_POSITIONS", positions)
 
 
 @pytest.mark.parametrize("kernel_size", slow_but_for([1, 7], range(1, 17, 2)))
@@ -49,15 +46,35 @@ def test_every_window_and_map(kernel_size):
         assert_equals_reference((1, 1 if h * w > 30 else 2, h, w, 4), kernel_size, border=border)
 
 
-@pytest.mark.parametrize("config", slow_but_for(CONFIGS[:1], [*CONFIGS, Config(128, 4, 2)]))
-def test_every_configuration(config, monkeypatch):
+@pytest.mark.parametrize("positions", slow_but_for([16], [16, 32, 128]))
+def test_every_tile_of_the_walk(positions, monkeypatch):
     """The choice of tiles affects only rounding; the cases include partial tiles at two edges."""
-    configure(monkeypatch, config)
+    use_tiles(monkeypatch, positions)
     assert_equals_reference((1, 1, 5, 9, 6), 5)
     assert_equals_reference((1, 1, 5, 9, 6), 5, stride=2)
     if DEVICE == "cuda":
-        for kernel_size, head_dim, dtype in [(7, 8, BF16), (7, 32, torch.float32), (11, 64, BF16), (15, 16, FP16)]:
+        for kernel_size, head_dim, dtype in [(9, 8, BF16), (7, 32, torch.float32), (11, 64, BF16), (15, 16, FP16)]:
             assert_equals_reference((3, 5, 17, 23, head_dim), kernel_size, dtype, "fused channels_last")
+
+
+@pytest.mark.parametrize("head_dim", slow_but_for([8], [8, 16, 32, 64]))
+def test_the_fold_at_every_head_dim(head_dim):
+    """Two tiles of rows and columns, the last partial; all dtypes, so both tilings in float32."""
+    for dtype, border, stride in [(BF16, "mask", 2), (FP16, "zero", 1), (torch.float32, "mask", 2)]:
+        assert_equals_reference((1, 1, 3, 10, head_dim), 7, dtype, "fused channels_last", border, stride=stride)
+
+
+@pytest.mark.parametrize("heads_per_program", slow_but_for([2], [2, 4]))
+def test_the_number_of_heads_in_a_program_changes_no_bit(heads_per_program, monkeypatch):
+    inputs = [x.to(BF16) for x in draw((1, 4, 3, 9, 8), "channels_last", torch.float32, torch.Generator())]
+    tables = torch.randn(2, 4, 3, 4, generator=torch.Generator().manual_seed(1))
+    case = ([*inputs, *tables], 3, True, "mask", torch.ones_like(inputs[0]))
+    case = ([x.to(DEVICE) for x in case[0]], *case[1:4], case[4].to(DEVICE))
+    one = outputs_and_grads("triton", None, *case)
+    programs = (2 * 2 * 4 // heads_per_program, heads_per_program)
+    monkeypatch.setattr(triton_kernels, "_fold_programs", lambda *_: programs)
+    for name, x, y in zip(cases.NAMES, one, outputs_and_grads("triton", None, *case), strict=True):
+        assert torch.equal(x, y), name
 
 
 @pytest.mark.slow
@@ -94,13 +111,19 @@ def test_odd_head_dims_without_embeddings():
 
 @pytest.mark.slow
 def test_cases_drawn_at_random():
-    num_cases, largest = (10, (2, 3, 7, 13, 20)) if DEVICE == "cpu" else (60, (2, 3, 40, 70, 20))
-    dtypes, rels = (torch.float32, BF16, FP16), ("shared", "per head", "mixed", None)
-    cases.assert_random_cases(num_cases, largest, dtypes, rels, backend="triton", device=DEVICE)
+    """60 cases: 20 for the walk, 40 for the fold."""
+    largest = (2, 2, 6, 13, 20) if DEVICE == "cpu" else (2, 3, 40, 70, 20)
+    dtypes, rels = (torch.float32, BF16, FP16), ("shared", "per head", "mixed", "swapped", None)
+    where = {"strides": (1, 2), "backend": "triton", "device": DEVICE}
+    cases.assert_random_cases(20, largest, dtypes, rels, **where)
+    folded = {"head_dims": (8, 8, 16, 16, 32, 64), "kernel_sizes": (1, 3, 5, 7)}
+    cases.assert_random_cases(40, largest, dtypes, rels, **folded, **where)
 
 
-def test_huge_scores_stay_finite_and_a_nan_is_not_swallowed():
-    cases.assert_extremes_are_kept("triton", DEVICE)
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_huge_scores_stay_finite_and_a_nan_is_not_swallowed(dtype):
+    """Heads of 8 channels take the walk in float32 and the fold in half precision."""
+    cases.assert_extremes_are_kept("triton", DEVICE, dtype)
 
 
 def test_the_same_to_the_bit_whatever_memory_held():
@@ -124,17 +147,31 @@ def test_outputs_and_gradients_keep_the_inputs_order_of_strides():
     assert torch.equal(grad, torch.stack(grads))
 
 
-def test_the_tile_walks_few_key_rows_and_covers_the_map():
+def test_the_tile_walks_few_key_rows_and_covers_the_map(monkeypatch):
     """A tile of 7 columns and 4 rows is chosen although 10 columns fit, because 10 x 3 would visit more key rows."""
-    assert triton_kernels._tile(56, 56, 7, 32) == (4, 8, 98)
-    assert triton_kernels._tile(7, 7, 7, 64) == (7, 7, 1)
+    use_tiles(monkeypatch, 32)
+    assert triton_kernels._tile(56, 56, 7) == (4, 8, 98)
+    assert triton_kernels._tile(14, 14, 7) == (4, 7, 8)
     for height in (1, 2, 5, 14, 33):
         for width in (1, 3, 7, 28, 57):
             for kernel_size in range(1, 17, 2):
-                tile_h, tile_w, num_tiles = triton_kernels._tile(height, width, kernel_size, 32)
+                tile_h, tile_w, num_tiles = triton_kernels._tile(height, width, kernel_size)
                 assert tile_h * tile_w <= 32
                 assert tile_w + kernel_size - 1 <= triton_kernels.WINDOW_COLUMNS
                 assert num_tiles == -(-height // tile_h) * -(-width // tile_w)
+
+
+def test_few_programs_compute_one_head_each_and_many_several():
+    assert triton_kernels._fold_programs(128, 8, 56, 56) == (128 * 28 * 7, 8)
+    assert triton_kernels._fold_programs(128, 8, 7, 7) == (128 * 4 * 8, 1)
+    assert triton_kernels._fold_programs(128, 6, 28, 28)[1] == 6
+    assert triton_kernels._fold_programs(0, 4, 3, 3)[0] == 0
+
+
+def test_offsets_of_more_than_32_bits_are_left_to_the_walk():
+    far = torch.empty_strided((1, 1, 2, 4, 8), (64, 64, 2**31, 8, 1), dtype=BF16, device="meta")
+    assert not triton_kernels._folds((far,), 7, triton_kernels.FOLD_FORWARD)
+    assert triton_kernels._folds((torch.empty_like(far),), 7, triton_kernels.FOLD_FORWARD)
 
 
 @gpu
@@ -157,15 +194,12 @@ def test_a_tensor_of_more_than_2_to_the_31_numbers():
 
 @gpu
 @pytest.mark.gpu
-def test_the_search_keeps_a_configuration_a_problem_and_auto_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(triton_kernels, "_fastest", {})
+def test_auto_says_what_it_runs(caplog):
     dispatch._say_once.cache_clear()
-    torch.use_deterministic_algorithms(False)
     q = torch.randn(2, 3, 9, 11, 8, device=DEVICE, requires_grad=True)
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             local_attention(q, q, q, kernel_size=3).sum().backward()
-    assert len(triton_kernels._fastest) == 3
     assert [r.message for r in caplog.records] == ["local_attention: backend=auto runs the Triton kernels"]
 
 

@@ -14,7 +14,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sasa_train.attention import cpu, reference
@@ -47,7 +46,8 @@ def local_attention(
         query, key, value: [B, N, H, W, D] (batch, heads, height, width, head_dim), one floating dtype, any strides.
             `key` may be None when `content=False`.
         rel_height, rel_width: relative embeddings [K, D/2], shared by the heads, or [N, K, D/2]; give both or neither.
-            They may be float32 even if q, k and v are in half precision.
+            They may be float32 even if q, k and v are in half precision; `triton` rounds them to that for windows up to
+            7 x 7 and heads of 8, 16, 32 or 64 channels.
         kernel_size: the window size K, an odd number.
         content: whether the scores include q.k.
         border: "mask" (exclude positions outside the image) or "zero" (include them with zero keys and values).
@@ -55,8 +55,7 @@ def local_attention(
 
     Returns:
         [B, N, H, W, D], with the dtype and stride order of `value`; differentiable with respect to all five tensors.
-        The result is deterministic, except that `triton` selects its launch configuration by timing several candidates;
-        `torch.use_deterministic_algorithms(True)` avoids this.
+        The result is deterministic.
 
     Raises:
         ValueError: an argument is invalid; the message states its name, its value and the rule that it violates.
@@ -129,48 +128,43 @@ def _split(projections: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
     return projections[0], projections[1] if projections.shape[0] == 3 else None, projections[-1]
 
 
-def _forward(inputs: Inputs, kernel_size: int, border: str, stride: int, backend: str) -> tuple[Tensor, Tensor]:
+def _forward(inputs: Inputs, kernel_size: int, border: str, stride: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    value = inputs.value
     module = _resolve(backend, inputs.query, kernel_size)
     if module is cpu:
-        return cpu.local_attention_forward(inputs, kernel_size, border, stride)
-    output = module.local_attention_forward(*inputs, kernel_size, border)
-    if stride == 2:
-        output = _pool(output)
-    # The fake implementation promises the stride order of `value`.
-    if module is reference or stride == 2:
-        output = cpu.empty_output(inputs.value, stride).copy_(output)
-    return output, _empty_statistics(inputs.value).zero_()
+        return *cpu.local_attention_forward(inputs, kernel_size, border, stride), value.new_empty(0)
+    kept = _empty_kept(value, stride, backend)
+    output = cpu.empty_output(value, stride)
+    if module is reference:
+        exact = reference.local_attention_forward(*inputs, kernel_size, border)
+        output.copy_(reference.pool(exact) if stride == 2 else exact)
+        return output, kept[0].zero_(), kept[1].zero_()
+    module.local_attention_forward(inputs, output, *kept, kernel_size, border, stride)
+    return output, *kept
 
 
-def _pool(output: Tensor) -> Tensor:
-    pooled = F.avg_pool2d(output.permute(0, 1, 4, 2, 3).flatten(1, 2), 2, ceil_mode=True)
-    return pooled.unflatten(1, (output.shape[1], -1)).permute(0, 1, 3, 4, 2)
+def _empty_kept(value: Tensor, stride: int, backend: str) -> tuple[Tensor, Tensor]:
+    """Allocate what the compiled kernels keep for backward: statistics of the softmax, and the output before pooling.
 
-
-def _spread(grad_output: Tensor, height: int, width: int) -> Tensor:
-    """Backpropagate through `_pool`, dividing each gradient equally among the (at most four) pooled positions."""
-    rows, cols = (torch.arange(side, device=grad_output.device) // 2 for side in (height, width))
-    num_rows, num_cols = ((2 * rows + 2).clamp(max=height) - 2 * rows, (2 * cols + 2).clamp(max=width) - 2 * cols)
-    count = num_rows[:, None] * num_cols[None, :]
-    return grad_output[:, :, rows][:, :, :, cols] / count[:, :, None].to(grad_output.dtype)
-
-
-def _empty_statistics(value: Tensor) -> Tensor:
-    """Allocate a tensor for the values that the CPU kernel saves for backward; it is empty on other devices."""
-    # The fake implementation calls this too. A branch on the batch size would fix that size in an exported program.
-    return value.new_empty(cpu.statistics_shape(value) if value.device.type == "cpu" else 0, dtype=torch.float32)
+    The CPU kernel keeps no output. The fake implementations call this too, which cannot know the selected backend.
+    """
+    # A branch on the batch size would fix that size in an exported program.
+    if value.device.type == "cpu" and backend != "triton":
+        return value.new_empty(cpu.statistics_shape(value), dtype=torch.float32), value.new_empty(0)
+    statistics = value.new_empty(value.shape[:4], dtype=torch.float32)
+    return statistics, torch.empty_like(value) if stride == 2 else value.new_empty(0)
 
 
 def _backward_into(
-    grads: Grads, grad_output: Tensor, statistics: Tensor, inputs: Inputs, kernel_size, border, stride, backend
+    grads: Grads, grad_output, output, statistics, unpooled, inputs: Inputs, kernel_size, border, stride, backend
 ) -> list[Tensor]:
     """Write the gradients of query, key and value to `grads`; return those of the embeddings, if present."""
     module = _resolve(backend, inputs.query, kernel_size)
-    if stride == 2 and module is not cpu:
-        grad_output = _spread(grad_output, *inputs.query.shape[2:4])
     if module is cpu:
         grad_rel = cpu.local_attention_backward(grad_output, statistics, inputs, kernel_size, border, stride, grads)
     elif module is reference:
+        if stride == 2:
+            grad_output = reference.spread(grad_output, *inputs.query.shape[2:4])
         *exact, grad_rel_height, grad_rel_width = reference.local_attention_backward(
             grad_output, inputs, kernel_size, border
         )
@@ -179,7 +173,10 @@ def _backward_into(
             if grad is not None and x is not None:
                 grad.copy_(x)
     else:
-        grad_rel = module.local_attention_backward(grad_output, inputs, kernel_size, border, grads)
+        full = output if stride == 1 else unpooled
+        grad_rel = module.local_attention_backward(
+            grad_output, full, statistics, inputs, kernel_size, border, stride, grads
+        )
     # These are new tensors with the strides that the fake implementation promises.
     pairs = zip(inputs[3:], grad_rel, strict=True)
     return [torch.empty_like(rel).copy_(grad) for rel, grad in pairs if rel is not None and grad is not None]
@@ -198,22 +195,28 @@ def _forward_flops_qkv(projections, rel_height, rel_width, kernel_size, *_, **__
 
 
 def _backward_separate(
-    grad_output, statistics, query, key, value, rel_height, rel_width, kernel_size, border, backend
+    grad_output, output, statistics, unpooled, query, key, value, rel_height, rel_width, kernel_size, border, backend
 ) -> list[Tensor]:
     inputs = Inputs(query, key, value, rel_height, rel_width)
     grads = (torch.empty_like(query), None if key is None else torch.empty_like(key), torch.empty_like(value))
-    grad_rel = _backward_into(grads, grad_output, statistics, inputs, kernel_size, border, 1, backend)
+    kept = (output, statistics, unpooled)
+    grad_rel = _backward_into(grads, grad_output, *kept, inputs, kernel_size, border, 1, backend)
     return [grad for grad in (*grads, *grad_rel) if grad is not None]
 
 
-def _backward_qkv(grad_output, statistics, projections, rel_height, rel_width, *options) -> list[Tensor]:
+def _backward_qkv(
+    grad_output, output, statistics, unpooled, projections, rel_height, rel_width, *options
+) -> list[Tensor]:
     inputs, grad = Inputs(*_split(projections), rel_height, rel_width), torch.empty_like(projections)
-    return [grad, *_backward_into(_split(grad), grad_output, statistics, inputs, *options)]
+    return [grad, *_backward_into(_split(grad), grad_output, output, statistics, unpooled, inputs, *options)]
 
 
-# The second output of both ops holds the values that the CPU kernel saves for backward; other backends return zeros.
+# The second and third outputs of both ops are those of `_empty_kept`.
 _define = functools.partial(
-    define_operator, outputs="(Tensor, Tensor)", kept=(1,), backward_inputs="Tensor grad_output, Tensor statistics"
+    define_operator,
+    outputs="(Tensor, Tensor, Tensor)",
+    kept=(0, 1, 2),
+    backward_inputs="Tensor grad_output, Tensor output, Tensor statistics, Tensor unpooled",
 )
 
 _local_attention = _define(
@@ -223,7 +226,7 @@ _local_attention = _define(
     forward=lambda query, key, value, rel_height, rel_width, kernel_size, border, backend: _forward(
         Inputs(query, key, value, rel_height, rel_width), kernel_size, border, 1, backend
     ),
-    fake=lambda query, key, value, *_: (torch.empty_like(value), _empty_statistics(value)),
+    fake=lambda query, key, value, *options: (torch.empty_like(value), *_empty_kept(value, 1, options[-1])),
     backward=_backward_separate,
     flops=_forward_flops,
 )
@@ -237,7 +240,7 @@ _local_attention_qkv = _define(
     ),
     fake=lambda projections, rel_height, rel_width, kernel_size, border, stride, backend: (
         cpu.empty_output(projections[-1], stride),
-        _empty_statistics(projections[-1]),
+        *_empty_kept(projections[-1], stride, backend),
     ),
     backward=_backward_qkv,
     flops=_forward_flops_qkv,
@@ -251,7 +254,8 @@ def plain_decompositions() -> dict[Any, Callable]:
     def local_attention_qkv(projections, rel_height, rel_width, kernel_size, border, stride, backend):
         inputs = (*_split(projections), rel_height, rel_width)
         output = plain.local_attention_forward(*inputs, kernel_size, border)
-        return _pool(output) if stride == 2 else output, _empty_statistics(projections[-1])
+        output = reference.pool(output) if stride == 2 else output
+        return output, *_empty_kept(projections[-1], stride, backend)
 
     return {torch.ops.sasa_train.local_attention_qkv.default: local_attention_qkv}
 

@@ -112,6 +112,20 @@ def local_attention_backward(
     return _batch_first(grad_q, query.dtype), grad_key, grad_value, grad_rel_height, grad_rel_width
 
 
+def pool(output: Tensor) -> Tensor:
+    """Average an output [B, N, H, W, D] over 2 x 2 positions, or fewer at the end of an odd dimension."""
+    pooled = F.avg_pool2d(output.permute(0, 1, 4, 2, 3).flatten(1, 2), 2, ceil_mode=True)
+    return pooled.unflatten(1, (output.shape[1], -1)).permute(0, 1, 3, 4, 2)
+
+
+def spread(grad_output: Tensor, height: int, width: int) -> Tensor:
+    """Backpropagate through `pool`, dividing each gradient equally among the (at most four) pooled positions."""
+    rows, cols = (torch.arange(side, device=grad_output.device) // 2 for side in (height, width))
+    num_rows, num_cols = ((2 * rows + 2).clamp(max=height) - 2 * rows, (2 * cols + 2).clamp(max=width) - 2 * cols)
+    count = num_rows[:, None] * num_cols[None, :]
+    return grad_output[:, :, rows][:, :, :, cols] / count[:, :, None].to(grad_output.dtype)
+
+
 def _attn_weights(
     query: Tensor,
     key: Tensor | None,

@@ -1,388 +1,37 @@
-"""Triton kernels of local self-attention, forward and backward. reference.py contains the definition.
+"""The Triton backend: launches the kernels of triton_fold.py or, for larger windows and other heads, of triton_walk.py.
 
-One program computes a tile of `tile_h` x `tile_w` positions of one head of one image, flattened to the P rows of a
-matrix (16 to 64; position p is row p // tile_w, column p % tile_w). All windows of the tile fit in `tile_w + K - 1`
-columns, padded to W = 16, and `tile_h + K - 1` rows. The program iterates over these rows one at a time, so that every
-product is a small matrix product for the tensor cores, [P, D] x [D, W] or [P, W] x [W, D]:
-
-  forward, query tiles:     S = q k^T + q.r, masked to the windows; online softmax; out += exp(S - max) v
-  backward 1, query tiles:  one loop over the key rows computes logsumexp and delta = sum(weight T), T = dout v^T; a
-                            second computes dS = weight (T - delta), dq += dS k and the gradients of the embeddings
-  backward 2, key tiles:    a loop over the query rows in reach uses pass 1's results: dv += weight^T dout, dk += dS^T q
-
-Each result is written by a single program, without atomics and with a fixed order of summation. The backward pass
-uses no result of the forward pass, and nothing of size K*K is stored. A NaN affects all queries of every tile that
-reads it, i.e. slightly more queries than those whose window contains it.
+reference.py contains the definition. The launch configuration follows from the problem by fixed rules, which
+`scripts/kernel_counts.py` checks by counting instructions. Nothing is measured when a kernel is first used, so that
+results do not vary from run to run.
 """
 
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
-import triton.language as tl
 from torch import Tensor
-from triton.runtime.errors import OutOfResources, PTXASError
 
-from sasa_train.attention.reference import Grads, Inputs, table_gradient
+from sasa_train.attention import triton_fold, triton_walk
+from sasa_train.attention.reference import Grads, Inputs, pool, spread, table_gradient
 
-MAX_KERNEL_SIZE = 15  # the tables' rows are padded to 16
+MAX_KERNEL_SIZE = 15  # triton_walk.py pads the tables' rows to 16
 MAX_HEAD_DIM = 128
-WINDOW_COLUMNS = 16  # W: padded number of columns that a tile reads; for 16 positions, W = 32 means more work for any K
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads this when the decorators below run
-CAST = tl.constexpr(INTERPRETED)  # the interpreter computes wrong bfloat16 products
-TABLE_ROWS = tl.constexpr(16)
-LOG2_E = tl.constexpr(1.4426950408889634)  # 2^x is one instruction
-
-
-# Small tiles are faster for the following reason. Each query computes W (tile_h + K - 1) P / (tile_h tile_w) scores, of
-# which K K are used. At K = 7 and 8 columns, these are 49 of 128 with two query rows, of 160 with four and of 224 with
-# eight, while each key is read 7, 4.4 and 3 times. The bottleneck is the work of a warp per score outside the
-# products, about 10 instructions, which small tiles and a single warp minimise. When compiled for an
-# H100 (D = 16, bfloat16), the kernels need 137 warp instructions per query forward and 278 + 171 backward with P = 16
-# and one warp, but 242 and 481 + 322 with P = 64 and four warps. With many channels, more warps are needed, because the
-# values fill the registers of a single warp.
-class Config(NamedTuple):
-    """Launch parameters of a kernel: positions per program (P, a power of two >= 16), warps and loop stages."""
-
-    positions: int
-    num_warps: int
-    num_stages: int
-
-
-CONFIGS = (Config(16, 1, 2), Config(16, 2, 2), Config(16, 4, 2), Config(32, 2, 2), Config(64, 4, 2))
-
-
-# ---- pieces of the kernels
-#
-# Relative terms: q.r is by_height[p, dy] + by_width[p, dx], i.e. 2K values per query, which two products with the
-# tables compute before the loop. For a key row, each position needs one column of by_height, which is selected by
-# comparison. by_width[p, x - column(p)] is the same for every key row, so it is gathered once into [P, W]. The backward
-# pass does the reverse: dS summed along a key row is added to the matching column of by_height's gradient, and dS
-# summed over the key rows is gathered back to offsets. Pass 1 stores the 2K values for pass 2, whose positions are keys
-# and which reads the values by address.
-
-
-@triton.jit
-def _place(num_heads, height, width, tile_h, tile_w, P: tl.constexpr):
-    """Return this program's image, head, first row and column, and the rows, columns and mask of its positions."""
-    tiles_w = tl.cdiv(width, tile_w)
-    num_tiles = tiles_w * tl.cdiv(height, tile_h)
-    pid = tl.program_id(0)
-    # The heads of a tile run together, because they share cache lines in channels_last memory.
-    n = pid % num_heads
-    tile = pid // num_heads % num_tiles
-    b = pid // num_heads // num_tiles
-    row0, column0 = tile // tiles_w * tile_h, tile % tiles_w * tile_w
-    p = tl.arange(0, P)
-    rows, columns = row0 + p // tile_w, column0 + p % tile_w
-    exists = (p < tile_h * tile_w) & (rows < height) & (columns < width)
-    return b.to(tl.int64), n.to(tl.int64), row0, column0, rows, columns, exists
-
-
-@triton.jit
-def _reach(row0, column0, height, width, tile_h, K: tl.constexpr, W: tl.constexpr, CLIP: tl.constexpr):
-    """Return the first row that a tile reaches, the row after the last, the columns [W] it reaches, and their mask."""
-    first, last = row0 - K // 2, tl.minimum(row0 + tile_h, height) + K // 2
-    if CLIP:
-        first, last = tl.maximum(first, 0), tl.minimum(last, height)
-    columns = column0 - K // 2 + tl.arange(0, W)
-    return first, last, columns, (columns >= 0) & (columns < width)
-
-
-@triton.jit
-def _head(pointer, strides, b, n, ALIGN: tl.constexpr):
-    """Return the address of the head's first element."""
-    # All strides except the channel stride are in units of ALIGN elements, so that the compiler can vectorise loads.
-    return pointer + (b * strides[0] + n * strides[1]) * ALIGN
-
-
-@triton.jit
-def _at(strides, rows, columns, D_PADDED: tl.constexpr, ALIGN: tl.constexpr):
-    """Return offsets [positions, channels] within a head."""
-    # The offsets have 64 bits, because a large image has more elements than 32 bits can count.
-    positions = (rows.to(tl.int64) * strides[2] + columns.to(tl.int64) * strides[3]) * ALIGN
-    return positions[:, None] + tl.arange(0, D_PADDED).to(tl.int64)[None, :] * strides[4]
-
-
-@triton.jit
-def _load(head, strides, rows, columns, exists, D: tl.constexpr, D_PADDED: tl.constexpr, ALIGN: tl.constexpr):
-    """Load [positions, channels] in their own dtype, with zeros for positions and channels that do not exist."""
-    mask = exists[:, None] & (tl.arange(0, D_PADDED) < D)[None, :]
-    return tl.load(head + _at(strides, rows, columns, D_PADDED, ALIGN), mask=mask, other=0.0)
-
-
-@triton.jit
-def _store(head, strides, rows, columns, exists, x, D: tl.constexpr, D_PADDED: tl.constexpr, ALIGN: tl.constexpr):
-    mask = exists[:, None] & (tl.arange(0, D_PADDED) < D)[None, :]
-    tl.store(head + _at(strides, rows, columns, D_PADDED, ALIGN), x.to(head.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _table_at(strides, K: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, FIRST: tl.constexpr):
-    """Return offsets [TABLE_ROWS, D_PADDED] in a table [K, D/2] whose channels start at FIRST, and their mask."""
-    # A product needs 16 rows and all D channels, so the rows from K on and the other half of the channels are zero.
-    j, d = tl.arange(0, TABLE_ROWS), tl.arange(0, D_PADDED) - FIRST
-    mask = (j < K)[:, None] & ((d >= 0) & (d < D // 2))[None, :]
-    return j[:, None] * strides[1] + d[None, :] * strides[2], mask
-
-
-@triton.jit
-def _table(pointer, strides, n, K: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, FIRST: tl.constexpr):
-    offsets, mask = _table_at(strides, K, D, D_PADDED, FIRST)
-    return tl.load(pointer + n * strides[0] + offsets, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _product(a, b, start, PRECISION: tl.constexpr):
-    """Return start + a b^T for inputs [positions, channels] in their own dtype."""
-    if CAST:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, tl.trans(b), start, input_precision=PRECISION)
-
-
-@triton.jit
-def _per_column(by_width, dx, in_reach):
-    """Gather `by_width` ([P, TABLE_ROWS] by offset, or None) into [P, W] by key column (-inf if out of reach)."""
-    found = tl.zeros(dx.shape, tl.float32)
-    if by_width is not None:
-        found = tl.gather(by_width, tl.minimum(tl.maximum(dx, 0), TABLE_ROWS - 1), 1)
-    return tl.where(in_reach, found, float("-inf"))
-
-
-@triton.jit
-def _bias(by_height, per_column, dy, K: tl.constexpr):
-    """Return the bias [P, W] that is added to q.k for key row dy - K // 2 below each query: q.r, or -inf outside."""
-    per_row = tl.zeros(dy.shape, tl.float32)
-    if by_height is not None:
-        per_row = tl.sum(tl.where(tl.arange(0, TABLE_ROWS)[None, :] == dy[:, None], by_height, 0.0), 1)
-    return per_column + tl.where((dy >= 0) & (dy < K), per_row, float("-inf"))[:, None]
-
-
-@triton.jit
-def _online(s, largest, total):
-    """Add a key row to the softmax; return the new maximum and total, the row's numerators and the rescaling factor."""
-    larger = tl.maximum(largest, tl.max(s, 1) * LOG2_E)
-    shrink = tl.exp2(largest - larger)
-    e = tl.exp2(s * LOG2_E - larger[:, None])
-    return larger, total * shrink + tl.sum(e, 1), e, shrink
-
-
-# ---- the kernels
-
-
-@triton.jit
-def _forward_kernel(
-    query, key, value, output, rel_height, rel_width,
-    query_strides, key_strides, value_strides, output_strides, rel_height_strides, rel_width_strides,
-    num_heads, height, width, tile_h, tile_w,
-    K: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
-    ALIGN: tl.constexpr, ZERO_BORDER: tl.constexpr, INPUTS: tl.constexpr, COMPUTED: tl.constexpr,
-):  # fmt: skip
-    b, n, row0, column0, rows, columns, exists = _place(num_heads, height, width, tile_h, tile_w, P)
-    first, last, key_columns, columns_exist = _reach(row0, column0, height, width, tile_h, K, W, not ZERO_BORDER)
-    dx = key_columns[None, :] - columns[:, None] + K // 2
-    in_reach = (dx >= 0) & (dx < K)
-    if not ZERO_BORDER:
-        in_reach &= columns_exist[None, :]
-    query = _head(query, query_strides, b, n, ALIGN)
-    value = _head(value, value_strides, b, n, ALIGN)
-    output = _head(output, output_strides, b, n, ALIGN)
-    if key is not None:
-        key = _head(key, key_strides, b, n, ALIGN)
-
-    q = _load(query, query_strides, rows, columns, exists, D, D_PADDED, ALIGN)
-    by_height = None
-    by_width = None
-    if rel_height is not None:
-        table_h = _table(rel_height, rel_height_strides, n, K, D, D_PADDED, 0)
-        table_w = _table(rel_width, rel_width_strides, n, K, D, D_PADDED, D // 2)
-        by_height = tl.dot(q.to(tl.float32), tl.trans(table_h), input_precision="tf32x3")
-        by_width = tl.dot(q.to(tl.float32), tl.trans(table_w), input_precision="tf32x3")
-    per_column = _per_column(by_width, dx, in_reach)
-
-    # The maximum is in units of ln 2. Its initial value is finite, because -inf - (-inf) would be NaN if the first
-    # key row is out of reach.
-    largest = tl.full([P], -1e38, tl.float32)
-    total = tl.zeros([P], tl.float32)
-    out = tl.zeros([P, D_PADDED], tl.float32)
-    for y in range(first, last):
-        key_rows = tl.zeros([W], tl.int32) + y
-        keys_exist = columns_exist & (key_rows >= 0) & (key_rows < height)
-        s = _bias(by_height, per_column, y - rows + K // 2, K)
-        if key is not None:
-            k = _load(key, key_strides, key_rows, key_columns, keys_exist, D, D_PADDED, ALIGN)
-            s = _product(q, k, s, INPUTS)
-        largest, total, e, shrink = _online(s, largest, total)
-        v = _load(value, value_strides, key_rows, key_columns, keys_exist, D, D_PADDED, ALIGN)
-        out = tl.dot(e, v.to(tl.float32), out * shrink[:, None], input_precision=COMPUTED)
-    # Padded positions may have no key in reach; a total of 1 avoids division by zero.
-    total = tl.where(exists, total, 1.0)
-    _store(output, output_strides, rows, columns, exists, out / total[:, None], D, D_PADDED, ALIGN)
-
-
-@triton.jit
-def _backward_queries_kernel(
-    grad_output, query, key, value, grad_query, rel_height, rel_width, logsumexp, delta, relative, partial_rel,
-    grad_output_strides, query_strides, key_strides, value_strides, grad_query_strides,
-    rel_height_strides, rel_width_strides,
-    num_heads, height, width, tile_h, tile_w,
-    K: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
-    ALIGN: tl.constexpr, ZERO_BORDER: tl.constexpr, INPUTS: tl.constexpr, COMPUTED: tl.constexpr,
-):  # fmt: skip
-    b, n, row0, column0, rows, columns, exists = _place(num_heads, height, width, tile_h, tile_w, P)
-    first, last, key_columns, columns_exist = _reach(row0, column0, height, width, tile_h, K, W, not ZERO_BORDER)
-    dx = key_columns[None, :] - columns[:, None] + K // 2
-    in_reach = (dx >= 0) & (dx < K)
-    if not ZERO_BORDER:
-        in_reach &= columns_exist[None, :]
-    grad_output = _head(grad_output, grad_output_strides, b, n, ALIGN)
-    query = _head(query, query_strides, b, n, ALIGN)
-    value = _head(value, value_strides, b, n, ALIGN)
-    grad_query = _head(grad_query, grad_query_strides, b, n, ALIGN)
-    if key is not None:
-        key = _head(key, key_strides, b, n, ALIGN)
-
-    q = _load(query, query_strides, rows, columns, exists, D, D_PADDED, ALIGN)
-    grad = _load(grad_output, grad_output_strides, rows, columns, exists, D, D_PADDED, ALIGN)
-    position = ((b * num_heads + n) * height + rows) * width + columns  # index into the results for pass 2
-    j = tl.arange(0, TABLE_ROWS)
-    by_height = None
-    by_width = None
-    if rel_height is not None:
-        table_h = _table(rel_height, rel_height_strides, n, K, D, D_PADDED, 0)
-        table_w = _table(rel_width, rel_width_strides, n, K, D, D_PADDED, D // 2)
-        by_height = tl.dot(q.to(tl.float32), tl.trans(table_h), input_precision="tf32x3")
-        by_width = tl.dot(q.to(tl.float32), tl.trans(table_w), input_precision="tf32x3")
-        stored = relative + position[:, None] * (2 * K) + j[None, :]
-        mask = exists[:, None] & (j < K)[None, :]
-        tl.store(stored, by_height, mask=mask)
-        tl.store(stored + K, by_width, mask=mask)
-    per_column = _per_column(by_width, dx, in_reach)
-
-    # The first loop computes logsumexp and delta of the softmax.
-    largest = tl.full([P], -1e38, tl.float32)
-    total = tl.zeros([P], tl.float32)
-    mean = tl.zeros([P], tl.float32)  # delta times `total`
-    for y in range(first, last):
-        key_rows = tl.zeros([W], tl.int32) + y
-        keys_exist = columns_exist & (key_rows >= 0) & (key_rows < height)
-        s = _bias(by_height, per_column, y - rows + K // 2, K)
-        if key is not None:
-            k = _load(key, key_strides, key_rows, key_columns, keys_exist, D, D_PADDED, ALIGN)
-            s = _product(q, k, s, INPUTS)
-        largest, total, e, shrink = _online(s, largest, total)
-        v = _load(value, value_strides, key_rows, key_columns, keys_exist, D, D_PADDED, ALIGN)
-        mean = mean * shrink + tl.sum(e * _product(grad, v, tl.zeros([P, W], tl.float32), INPUTS), 1)
-    total = tl.where(exists, total, 1.0)
-    lse = tl.where(exists, largest + tl.log2(total), 0.0)
-    mean = mean / total
-    tl.store(logsumexp + position, lse, mask=exists)
-    tl.store(delta + position, mean, mask=exists)
-
-    # The second loop computes the gradients. The scores are recomputed instead of stored.
-    dq = tl.zeros([P, D_PADDED], tl.float32)
-    grad_by_height = tl.zeros([P, TABLE_ROWS], tl.float32)
-    grad_per_column = tl.zeros([P, W], tl.float32)
-    for y in range(first, last):
-        key_rows = tl.zeros([W], tl.int32) + y
-        keys_exist = columns_exist & (key_rows >= 0) & (key_rows < height)
-        dy = y - rows + K // 2
-        s = _bias(by_height, per_column, dy, K)
-        if key is not None:
-            k = _load(key, key_strides, key_rows, key_columns, keys_exist, D, D_PADDED, ALIGN)
-            s = _product(q, k, s, INPUTS)
-        weights = tl.exp2(s * LOG2_E - lse[:, None])
-        v = _load(value, value_strides, key_rows, key_columns, keys_exist, D, D_PADDED, ALIGN)
-        grad_s = weights * _product(grad, v, tl.zeros([P, W], tl.float32) - mean[:, None], INPUTS)
-        if key is not None:
-            dq = tl.dot(grad_s, k.to(tl.float32), dq, input_precision=COMPUTED)
-        if rel_height is not None:
-            grad_by_height += tl.where(j[None, :] == dy[:, None], tl.sum(grad_s, 1)[:, None], 0.0)
-            grad_per_column += grad_s
-
-    # The tables are loaded again here, because keeping them would occupy registers during the loops.
-    if rel_height is not None:
-        table_h = _table(rel_height, rel_height_strides, n, K, D, D_PADDED, 0)
-        table_w = _table(rel_width, rel_width_strides, n, K, D, D_PADDED, D // 2)
-        from_offset = j[None, :] + (columns - column0)[:, None]  # the key column at offset j, relative to the tile
-        grad_by_width = tl.gather(grad_per_column, tl.minimum(from_offset, W - 1), 1)
-        grad_by_width = tl.where((j < K)[None, :], grad_by_width, 0.0)
-        dq = tl.dot(grad_by_height, table_h, dq, input_precision=COMPUTED)
-        dq = tl.dot(grad_by_width, table_w, dq, input_precision=COMPUTED)
-        # Each program writes its own part of the tables' gradients. The parts are summed later in a fixed order,
-        # without atomics.
-        partial = partial_rel + tl.program_id(0).to(tl.int64) * (2 * K * (D // 2))
-        q = q.to(tl.float32)
-        offsets, mask = _table_at((0, D // 2, 1), K, D, D_PADDED, 0)
-        tl.store(partial + offsets, tl.dot(tl.trans(grad_by_height), q, input_precision=COMPUTED), mask=mask)
-        partial += K * (D // 2)
-        offsets, mask = _table_at((0, D // 2, 1), K, D, D_PADDED, D // 2)
-        tl.store(partial + offsets, tl.dot(tl.trans(grad_by_width), q, input_precision=COMPUTED), mask=mask)
-    _store(grad_query, grad_query_strides, rows, columns, exists, dq, D, D_PADDED, ALIGN)
-
-
-@triton.jit
-def _backward_keys_kernel(
-    grad_output, query, key, value, grad_key, grad_value, logsumexp, delta, relative,
-    grad_output_strides, query_strides, key_strides, value_strides, grad_key_strides, grad_value_strides,
-    num_heads, height, width, tile_h, tile_w,
-    K: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
-    ALIGN: tl.constexpr, ZERO_BORDER: tl.constexpr, INPUTS: tl.constexpr, COMPUTED: tl.constexpr,
-):  # fmt: skip
-    b, n, row0, column0, rows, columns, exists = _place(num_heads, height, width, tile_h, tile_w, P)
-    first, last, query_columns, columns_exist = _reach(row0, column0, height, width, tile_h, K, W, True)
-    # This is [W, P], transposed, so that each thread reads the values of a single key, from addresses that differ by
-    # constants.
-    dx = columns[None, :] - query_columns[:, None] + K // 2
-    in_reach = (dx >= 0) & (dx < K) & columns_exist[:, None]
-    x = tl.arange(0, W).to(tl.int64)[:, None]
-    at_height = x * (2 * K)  # offset from the row's first column in reach; dy is added
-    at_width = x * (2 * K - 1) + (columns - column0 + K - 1 + K).to(tl.int64)[None, :]
-    grad_output = _head(grad_output, grad_output_strides, b, n, ALIGN)
-    query = _head(query, query_strides, b, n, ALIGN)
-    value = _head(value, value_strides, b, n, ALIGN)
-    grad_value = _head(grad_value, grad_value_strides, b, n, ALIGN)
-    v = _load(value, value_strides, rows, columns, exists, D, D_PADDED, ALIGN)
-    dv = tl.zeros([P, D_PADDED], tl.float32)
-    if key is not None:
-        key = _head(key, key_strides, b, n, ALIGN)
-        grad_key = _head(grad_key, grad_key_strides, b, n, ALIGN)
-        k = _load(key, key_strides, rows, columns, exists, D, D_PADDED, ALIGN)
-        dk = tl.zeros([P, D_PADDED], tl.float32)
-
-    for y in range(first, last):
-        query_rows = tl.zeros([W], tl.int32) + y
-        q = _load(query, query_strides, query_rows, query_columns, columns_exist, D, D_PADDED, ALIGN)
-        grad = _load(grad_output, grad_output_strides, query_rows, query_columns, columns_exist, D, D_PADDED, ALIGN)
-        row = ((b * num_heads + n) * height + y) * width  # start of the row in the results of pass 1
-        lse = tl.load(logsumexp + row + query_columns, mask=columns_exist, other=0.0)
-        mean = tl.load(delta + row + query_columns, mask=columns_exist, other=0.0)
-        dy = (rows - y + K // 2)[None, :]
-        near = in_reach & (dy >= 0) & (dy < K)
-        bias = tl.where(near, 0.0, float("-inf"))
-        if relative is not None:
-            from_first = relative + (row + column0 - K // 2) * (2 * K)
-            bias += tl.load(from_first + (dy.to(tl.int64) + at_height), mask=near, other=0.0)
-            bias += tl.load(from_first + at_width, mask=near, other=0.0)
-        s = tl.trans(bias)
-        if key is not None:
-            s = _product(k, q, s, INPUTS)
-        weights = tl.exp2(s * LOG2_E - lse[None, :])
-        dv = tl.dot(weights, grad.to(tl.float32), dv, input_precision=COMPUTED)
-        if key is not None:
-            grad_s = weights * _product(v, grad, tl.zeros([P, W], tl.float32) - mean[None, :], INPUTS)
-            dk = tl.dot(grad_s, q.to(tl.float32), dk, input_precision=COMPUTED)
-    _store(grad_value, grad_value_strides, rows, columns, exists, dv, D, D_PADDED, ALIGN)
-    if key is not None:
-        _store(grad_key, grad_key_strides, rows, columns, exists, dk, D, D_PADDED, ALIGN)
-
-
-# ---- launching the kernels
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads this when it decorates the kernels
+FOLD_KERNEL_SIZE = 7
+HALF = (torch.bfloat16, torch.float16)
+# Head sizes by dtype for which the fold's values fit in a thread's registers; the walk serves all others.
+FOLD_FORWARD: Mapping[torch.dtype, tuple[int, ...]] = dict.fromkeys(HALF, (8, 16, 32, 64)) | {torch.float32: ()}
+FOLD_BACKWARD: Mapping[torch.dtype, tuple[int, ...]] = dict.fromkeys(HALF, (8, 16, 32, 64)) | {torch.float32: (8, 16)}
+FOLD_PROGRAMS = 4096  # enough for several waves on the largest GPUs; fewer programs each compute more heads
+WALK_POSITIONS = 16  # of a tile
+WINDOW_COLUMNS = 16  # padded number of columns that a tile reads; for 16 positions, 32 columns mean more work for any K
 
 
 def unavailable(query: Tensor, kernel_size: int) -> str | None:
@@ -405,129 +54,280 @@ def unavailable(query: Tensor, kernel_size: int) -> str | None:
 
 
 def local_attention_forward(
-    query: Tensor,
-    key: Tensor | None,
-    value: Tensor,
-    rel_height: Tensor | None,
-    rel_width: Tensor | None,
-    kernel_size: int,
-    border: str,
-) -> Tensor:
-    """Return the same output as the reference, [B, N, H, W, D], with the dtype and stride order of `value`."""
-    output = torch.empty_like(value)
-    tables = (rel_height, rel_width)
-    _run(_forward_kernel, kernel_size, border, (query, key, value, output), tables, lambda num_programs: ())
-    return output
+    inputs: Inputs, output: Tensor, logsumexp: Tensor, unpooled: Tensor, kernel_size: int, border: str, stride: int
+) -> None:
+    """Write the output [B, N, ceil(H / stride), ceil(W / stride), D], and what the backward pass needs of it.
+
+    The latter is the logarithm to base 2 of each window's sum of exp(score), [B, N, H, W] in float32, and with a stride
+    of 2 the output before it is averaged over 2 x 2 positions, [B, N, H, W, D].
+    """
+    query, key, value, rel_height, rel_width = inputs
+    full, pooled = (output, None) if stride == 1 else (unpooled, output)
+    images = (query, key, value, full)
+    if _folds(images, kernel_size, FOLD_FORWARD):
+        launch = _Fold(inputs, kernel_size, {"ZERO_BORDER": border == "zero"})
+        launch(triton_fold.forward_kernel, (*images, pooled), (logsumexp, launch.tables))
+        return
+    rel = (rel_height, rel_width)
+    _Walk(inputs, kernel_size, border)(triton_walk.forward_kernel, images, (logsumexp,), rel)
+    if pooled is not None:
+        pooled.copy_(pool(full))
 
 
 def local_attention_backward(
-    grad_output: Tensor, inputs: Inputs, kernel_size: int, border: str, grads: Grads
-) -> tuple[Tensor | None, Tensor | None]:
-    """Write the gradients of query, key and value to `grads`, and return those of rel_height and rel_width."""
-    query, key, value, rel_height, rel_width = inputs
-    grad_query, grad_key, grad_value = grads
-    batch, num_heads, height, width, head_dim = query.shape
-    relative = rel_height is not None
-    scratch = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
-    kept = (
-        scratch(batch, num_heads, height, width),  # logsumexp
-        scratch(batch, num_heads, height, width),  # delta
-        scratch(batch, num_heads, height, width, 2 * kernel_size) if relative else None,
-    )
-
-    def with_partial_rel(num_programs: int) -> tuple[Tensor | None, ...]:
-        return (*kept, scratch(num_programs, 2, kernel_size, head_dim // 2) if relative else None)
-
-    images, tables = (grad_output, query, key, value), (rel_height, rel_width)
-    # The order matters, because pass 2 reads `kept`, which pass 1 fills.
-    *_, partial_rel = _run(
-        _backward_queries_kernel, kernel_size, border, (*images, grad_query), tables, with_partial_rel
-    )
-    _run(_backward_keys_kernel, kernel_size, border, (*images, grad_key, grad_value), (), lambda num_programs: kept)
-    if partial_rel is None or rel_height is None or rel_width is None:
-        return None, None
-    by_head = partial_rel.unflatten(0, (-1, num_heads)).sum(0, dtype=torch.float64)  # [N, 2, K, D/2]
-    return table_gradient(by_head[:, 0], rel_height), table_gradient(by_head[:, 1], rel_width)
-
-
-def _run(
-    kernel: Any,
+    grad_output: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    inputs: Inputs,
     kernel_size: int,
     border: str,
-    images: tuple[Tensor | None, ...],
-    tables: tuple[Tensor | None, ...],
-    scratch: Callable[[int], tuple[Tensor | None, ...]],
-) -> tuple[Tensor | None, ...]:
-    """Launch a kernel on [B, N, H, W, D] tensors, tables and `scratch(num_programs)`; return the scratch tensors."""
-    query = next(x for x in images if x is not None)  # all images have one shape and dtype
-    batch, num_heads, height, width, head_dim = query.shape
-    align = math.gcd(16 // query.itemsize, *(s for x in images if x is not None for s in x.stride()[:4]))
-    image_strides = (x if x is None else (*(s // align for s in x.stride()[:4]), x.stride(4)) for x in images)
-    table_strides = (x if x is None else (0, *x.stride())[-3:] for x in tables)
-    sizes = (num_heads, height, width)
-    # Precision: sums, the softmax and all intermediate values are float32. Products of half-precision inputs are exact.
-    # For float32 and float16 inputs, a product with an intermediate value (weights, dS) is three TF32 products
-    # (`tf32x3`, 22 of float32's 24 bits). For bfloat16 it is one TF32 product, so a weight is rounded to 11 bits in a
-    # sum that is itself rounded to 8.
-    constants = {
-        "K": kernel_size,
-        "D": head_dim,
-        "D_PADDED": max(16, triton.next_power_of_2(head_dim)),
-        "W": WINDOW_COLUMNS,
-        "ALIGN": align,
-        "ZERO_BORDER": border == "zero",
-        "INPUTS": "tf32x3" if query.dtype == torch.float32 else "tf32",
-        "COMPUTED": "tf32" if query.dtype == torch.bfloat16 else "tf32x3",
-    }
-    strides = (*image_strides, *table_strides)
+    stride: int,
+    grads: Grads,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Write the gradients of query, key and value to `grads`, and return those of rel_height and rel_width.
 
-    def launch(config: Config) -> tuple[Tensor | None, ...]:
-        *tile, num_tiles = _tile(height, width, kernel_size, config.positions)
-        num_programs = batch * num_tiles * num_heads
-        buffers = scratch(num_programs)
-        if num_programs:
-            kernel[(num_programs,)](
-                *images, *tables, *buffers, *strides, *sizes, *tile, P=config.positions, **constants,
-                num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
-            )  # fmt: skip
-        return buffers
-
-    with torch.cuda.device_of(query):
-        # If launches were timed, the choice and therefore the order of summation could differ between runs. A
-        # stream that is being captured cannot be measured at all.
-        if INTERPRETED or torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing():
-            return launch(_by_rule(head_dim))
-        given = (x is not None for x in (*images, *tables))
-        problem = (kernel, *sizes, *constants.values(), query.dtype, query.device, *given)
-        if problem not in _fastest:
-            _fastest[problem] = min(CONFIGS, key=lambda config: _milliseconds(lambda: launch(config)))
-        return launch(_fastest[problem])
+    `output` is that of the forward pass before pooling.
+    """
+    images = (grad_output, *inputs[:3])
+    backward = _fold_backward if _folds((*images, output, *grads), kernel_size, FOLD_BACKWARD) else _walk_backward
+    partial_rel = backward(images, output, logsumexp, inputs, kernel_size, border, stride, grads)
+    if partial_rel is None or inputs.rel_height is None or inputs.rel_width is None:
+        return None, None
+    by_head = partial_rel.sum(0, dtype=torch.float64)  # [N or 1, 2, K, D/2]
+    return table_gradient(by_head[:, 0], inputs.rel_height), table_gradient(by_head[:, 1], inputs.rel_width)
 
 
-_fastest: dict[tuple, Config] = {}  # by problem, regardless of batch size; measured at the first call
+Images = tuple[Tensor | None, ...]  # [B, N, H, W, D] each, or None if absent
 
 
-def _milliseconds(run: Callable[[], Any]) -> float:
-    try:
-        return triton.testing.do_bench(run, warmup=5, rep=20)
-    except (OutOfResources, PTXASError):  # too large for this GPU
-        return float("inf")
+# ---- the fold
 
 
-def _by_rule(head_dim: int) -> Config:
-    """Choose a launch configuration by a fixed rule, without measuring."""
-    # The choice must not vary, because a resumed run must sum in the same order.
-    return CONFIGS[0 if head_dim <= 32 else 1 if head_dim <= 64 else 2]
+def _folds(images: Images, kernel_size: int, head_dims: Mapping[torch.dtype, tuple[int, ...]]) -> bool:
+    """Return whether the kernels of triton_fold.py can serve this problem."""
+    present = [x for x in images if x is not None]
+    dtype, head_dim = present[0].dtype, present[0].shape[-1]
+    # Offsets within a head have 32 bits there, and up to 8 numbers are kept per position.
+    extents = (sum(stride * size for stride, size in zip(x.stride()[2:], x.shape[2:], strict=True)) for x in present)
+    return kernel_size <= FOLD_KERNEL_SIZE and head_dim in head_dims[dtype] and max(extents) < 2**28
+
+
+def _fold_backward(
+    images: Images, output: Tensor, logsumexp: Tensor, inputs: Inputs, kernel_size: int, border: str, stride: int,
+    grads: Grads,
+) -> Tensor | None:  # fmt: skip
+    """Write the gradients of query, key and value; return summands [programs, N or 1, 2, K, D/2] of the embeddings'."""
+    batch, num_heads, height, width, head_dim = inputs.query.shape
+    grad_query, *other_grads = grads
+    # More rows would not fit in a thread's registers.
+    unroll = kernel_size + 1 if head_dim <= 16 and inputs.query.dtype in HALF else 1
+    launch = _Fold(inputs, kernel_size, {"POOL": stride})
+    is_per_head = launch.table_stride > 0
+    by_key = logsumexp.new_empty(batch, num_heads, height, width, 8)
+    partial_rel = None
+    if launch.tables is not None:
+        num_sums = launch.num_programs * (launch.heads_per_program if is_per_head else 1)
+        partial_rel = logsumexp.new_empty(num_sums, 2, kernel_size, head_dim // 2)
+        partial_rel = partial_rel.unflatten(0, (-1, num_heads if is_per_head else 1))
+    # The order matters, because the second kernel reads what the first writes to by_key.
+    constants = {"ZERO_BORDER": border == "zero", "PER_HEAD": is_per_head, "UNROLL": unroll}
+    others = (logsumexp, by_key, launch.tables, partial_rel)
+    launch(triton_fold.backward_queries_kernel, (*images, output, grad_query), others, constants)
+    constants = {"UNROLL": 2 if head_dim <= 32 else 1}
+    launch(triton_fold.backward_keys_kernel, (*images, *other_grads), (by_key, launch.tables), constants)
+    return partial_rel
+
+
+class _Fold:
+    """Launches the kernels of triton_fold.py on one problem."""
+
+    def __init__(self, inputs: Inputs, kernel_size: int, constants: dict[str, Any]):
+        self.query = inputs.query
+        batch, num_heads, height, width, head_dim = self.query.shape
+        self.num_programs, self.heads_per_program = _fold_programs(batch, num_heads, height, width)
+        self.tables, self.table_stride = _relative_tables(inputs)
+        self.sizes = (self.table_stride, num_heads, height, width, self.heads_per_program)
+        precision = "tf32x3" if self.query.dtype == torch.float32 else "tf32"
+        self.constants = constants | {"K": kernel_size, "D": head_dim, "PRECISION": precision}
+
+    def __call__(
+        self, kernel: Any, images: Images, others: tuple[Tensor | None, ...], constants: dict[str, Any] | None = None
+    ) -> None:
+        align, strides = _strides(images)
+        arguments = (*images, *others, *strides, *self.sizes)
+        constants = {**self.constants, **(constants or {}), "ALIGN": align}
+        _launch(Launch(kernel, arguments, constants, num_warps=1), self.num_programs, self.query)
 
 
 @functools.cache
-def _tile(height: int, width: int, kernel_size: int, positions: int) -> tuple[int, int, int]:
+def _fold_programs(batch: int, num_heads: int, height: int, width: int) -> tuple[int, int]:
+    """Return the number of programs and the number of heads that each computes."""
+    num_tiles = batch * triton.cdiv(height, 2) * triton.cdiv(width, 8)
+    divisors = [heads for heads in range(min(num_heads, 8), 0, -1) if num_heads % heads == 0]
+    heads = next((x for x in divisors if num_tiles * num_heads // x >= FOLD_PROGRAMS), 1)
+    return num_tiles * num_heads // heads, heads
+
+
+def _relative_tables(inputs: Inputs) -> tuple[Tensor | None, int]:
+    """Return the embeddings in the inputs' dtype as triton_fold.py reads them, and their stride by head.
+
+    The stride is 0 if the heads share both embeddings.
+    """
+    query, _, _, rel_height, rel_width = inputs
+    if rel_height is None or rel_width is None:
+        return None, 0
+    num_heads = query.shape[1] if 3 in (rel_height.dim(), rel_width.dim()) else 1
+    per_head = (rel_height.dim() == 3, rel_width.dim() == 3)
+    index = _arrangement(rel_height.shape[-2], query.shape[-1], num_heads, per_head, query.device)
+    zero = rel_height.new_zeros(1)
+    numbers = torch.cat([rel_height.flatten(), rel_width.flatten(), zero]).to(query.dtype)
+    return numbers[index], 0 if num_heads == 1 and not any(per_head) else index.shape[1]
+
+
+@functools.cache
+def _arrangement(
+    kernel_size: int, head_dim: int, num_heads: int, per_head: tuple[bool, bool], device: torch.device
+) -> Tensor:
+    """Return the index of each number of triton_fold.py's tables in [rel_height, rel_width, 0], flattened."""
+    half, channels = head_dim // 2, max(head_dim, 16)
+    sizes = [(num_heads if each else 1) * kernel_size * half for each in per_head]
+    zero = sum(sizes)
+    height, width = (
+        (first + torch.arange(size)).view(-1, kernel_size, half).expand(num_heads, -1, -1)
+        for first, size in zip((0, sizes[0]), sizes, strict=True)
+    )
+    pad = functools.partial(F.pad, value=zero)
+    upper = pad(height, (0, channels - half, 1, 8 - kernel_size))
+    lower = pad(width, (half, channels - head_dim, 0, 8 - kernel_size))
+    pairs = torch.cat([pad(height, (0, 0, 0, 1)), pad(height, (0, 0, 1, 0))], dim=-1)
+    return torch.cat([x.flatten(1) for x in (upper, lower, pairs)], dim=1).to(device)
+
+
+# ---- the walk
+
+
+def _walk_backward(
+    images: Images, output: Tensor, logsumexp: Tensor, inputs: Inputs, kernel_size: int, border: str, stride: int,
+    grads: Grads,
+) -> Tensor | None:  # fmt: skip
+    """Write the gradients of query, key and value; return summands [programs, N, 2, K, D/2] of the embeddings'."""
+    batch, num_heads, height, width, head_dim = inputs.query.shape
+    grad_query, *other_grads = grads
+    grad_output, *others = images
+    if stride == 2 and grad_output is not None:
+        grad_output = spread(grad_output, height, width)
+    images = (grad_output, *others)
+    launch = _Walk(inputs, kernel_size, border)
+    delta = torch.empty_like(logsumexp)
+    partial_rel = relative = None
+    if inputs.rel_height is not None:
+        relative = logsumexp.new_empty(batch, num_heads, height, width, 2 * kernel_size)
+        partial_rel = logsumexp.new_empty(launch.num_programs, 2, kernel_size, head_dim // 2)
+        partial_rel = partial_rel.unflatten(0, (-1, num_heads))
+    # The order matters, because the second kernel reads what the first writes to delta and relative.
+    results = (logsumexp, delta, relative, partial_rel)
+    launch(triton_walk.backward_queries_kernel, (*images, output, grad_query), results, inputs[3:])
+    launch(triton_walk.backward_keys_kernel, (*images, *other_grads), (logsumexp, delta, relative))
+    return partial_rel
+
+
+class _Walk:
+    """Launches the kernels of triton_walk.py on one problem."""
+
+    def __init__(self, inputs: Inputs, kernel_size: int, border: str):
+        self.query = query = inputs.query
+        batch, num_heads, height, width, head_dim = query.shape
+        *tile, num_tiles = _tile(height, width, kernel_size)
+        self.num_programs = batch * num_tiles * num_heads
+        self.sizes = (num_heads, height, width, *tile)
+        # Precision: sums, the softmax and all intermediate values are float32. Products of half-precision inputs are
+        # exact. For float32 and float16 inputs, a product with an intermediate value (weights, dS) is three TF32
+        # products (`tf32x3`, 22 of float32's 24 bits). For bfloat16 it is one TF32 product, so a weight is rounded to
+        # 11 bits in a sum that is itself rounded to 8.
+        self.constants = {
+            "K": kernel_size,
+            "D": head_dim,
+            "D_PADDED": max(16, triton.next_power_of_2(head_dim)),
+            "P": WALK_POSITIONS,
+            "W": WINDOW_COLUMNS,
+            "ZERO_BORDER": border == "zero",
+            "INPUTS": "tf32x3" if query.dtype == torch.float32 else "tf32",
+            "COMPUTED": "tf32" if query.dtype == torch.bfloat16 else "tf32x3",
+        }
+
+    def __call__(
+        self, kernel: Any, images: Images, others: tuple[Tensor | None, ...], rel: tuple[Tensor | None, ...] = ()
+    ) -> None:
+        align, strides = _strides(images)
+        rel_strides = (x if x is None else (0, *x.stride())[-3:] for x in rel)
+        arguments = (*images, *others, *rel, *strides, *rel_strides, *self.sizes)
+        launch = Launch(kernel, arguments, {**self.constants, "ALIGN": align}, _num_warps(kernel, self.query))
+        _launch(launch, self.num_programs, self.query)
+
+
+def _num_warps(kernel: Any, query: Tensor) -> int:
+    """Return the number of warps that share a tile, the fewest that hold its values without spilling registers."""
+    head_dim = query.shape[-1]
+    if query.dtype == torch.float32 and kernel is triton_walk.backward_queries_kernel:
+        return 1 if head_dim <= 16 else 2 if head_dim <= 32 else 8
+    return 1 if head_dim <= 32 else 2 if head_dim <= 64 else 4
+
+
+@functools.cache
+def _tile(height: int, width: int, kernel_size: int) -> tuple[int, int, int]:
     """Choose the tile size that reads the fewest key rows per map; return the height, width and number of tiles."""
 
     def cut(columns: int) -> tuple[int, int, int]:
         tiles_w = triton.cdiv(width, columns)
-        tiles_h = triton.cdiv(height, min(positions // columns, height))
+        tiles_h = triton.cdiv(height, min(WALK_POSITIONS // columns, height))
         return triton.cdiv(height, tiles_h), triton.cdiv(width, tiles_w), tiles_h * tiles_w
 
-    widest = min(WINDOW_COLUMNS - kernel_size + 1, positions, width)
+    widest = min(WINDOW_COLUMNS - kernel_size + 1, width)
     return min(map(cut, range(widest, 0, -1)), key=lambda tile: tile[2] * (tile[0] + kernel_size - 1))
+
+
+# ---- launching
+
+
+class Launch(NamedTuple):
+    """A kernel with the arguments and constants that it is launched with."""
+
+    kernel: Any
+    arguments: tuple
+    constants: dict[str, Any]
+    num_warps: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        # Loops are not pipelined, because that needs more registers.
+        return {**self.constants, "num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}
+
+
+def _strides(images: Images) -> tuple[int, list[tuple[int, ...] | None]]:
+    """Return the largest vector that all images allow, in elements, and their strides in units of it."""
+    present = [x for x in images if x is not None]
+    align = math.gcd(16 // present[0].itemsize, *(s for x in present for s in x.stride()[:4]))
+    return align, [None if x is None else (*(s // align for s in x.stride()[:4]), x.stride(4)) for x in images]
+
+
+def _launch(launch: Launch, num_programs: int, query: Tensor) -> None:
+    if _collected is not None:
+        _collected.append(launch)
+    elif num_programs:
+        with torch.cuda.device_of(query):
+            launch.kernel[(num_programs,)](*launch.arguments, **launch.options)
+
+
+_collected: list[Launch] | None = None
+
+
+@contextmanager
+def collected_launches() -> Iterator[list[Launch]]:
+    """Collect launches instead of running kernels; the tensors may be on device "meta"."""
+    global _collected
+    launches: list[Launch] = []
+    _collected = launches
+    try:
+        yield launches
+    finally:
+        _collected = None

@@ -27,7 +27,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # and therefore the relative error of the weights, is 40 x 2^-24 in float32 and 40 x 2^-22 if three TF32 products
 # replace one float32 product. In half precision, weights and their gradients are rounded to 8 or 11 bits before they
 # are summed, and results are rounded again. A wrong sign, border or embedding causes an error as large as the result.
-TOLERANCE = {"fp32": 1e-4, "bf16": 2**-6, "fp16": 2**-9}
+TOLERANCE = {"fp32": 1e-4, "bf16": 2**-5, "fp16": 2**-8}  # half precision: four units of rounding for weights and dS
 FLEX_MIN_HEAD_DIM = 16
 
 # heads [3, B, N, H, W, D], rel_height, rel_width -> [B, N, H, W, D]
@@ -190,8 +190,8 @@ def missing(backend: str, device: torch.device) -> str | None:
 def check(backend: str, case: Case) -> str | None:
     """Compare a backend with the float64 reference and return a description of the problem, or None.
 
-    On the CPU, two images are checked. On CUDA, the whole batch is checked, so that the checked code and launch
-    parameters are the ones that are timed. (Triton tunes them on the first batch and may choose others for two images.)
+    On the CPU, two images are checked. On CUDA, the whole batch is checked, because the number of images decides how
+    Triton's programs divide the work.
 
     NATTEN computes another function, so only its output is compared, without relative terms and away from the border.
 

@@ -6,6 +6,7 @@ With several processes, all run this code in lockstep. Each call to `collectives
 
 import contextlib
 import dataclasses
+import importlib.util
 import platform
 import textwrap
 from pathlib import Path
@@ -26,7 +27,9 @@ from sasa_train.device import RunPlan, resolve
 from sasa_train.files import write_atomic
 from sasa_train.machine import available_memory, is_out_of_memory, keep_freed_memory
 from sasa_train.models import build_model, check_model, enable_grad_checkpointing
+from sasa_train.models.layers import LocalSelfAttention2d
 from sasa_train.processes import collectives
+from sasa_train.processes.ranks import local_rank
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints
 from sasa_train.runs.folder import RunFolder, check_data, is_finished, open_run
@@ -88,6 +91,7 @@ def train_in_folder(plan: RunPlan, run: RunFolder, stop: StopRequest) -> bool:
     begin_with(weights, model, loaders.classes, run, plan.config)
     del weights  # they take as much memory as the model
     stepper = build_stepper(plan, model)
+    compile_together(plan, model)
     collectives.everywhere(lambda: continue_from(run, stepper.state, plan.config), ConfigError)
     loop = Loop(run, loaders, stepper, stop)
     say(describe_plan(plan, loaders, stepper.state))
@@ -167,6 +171,20 @@ def build_stepper(plan: RunPlan, model: nn.Module) -> Stepper:
         model = convert_sync_batchnorm(model)
     state = build_state(plan.config, model, plan.device)
     return Stepper(plan, state, build_schedule(plan.config, state.optimizer, plan.steps_per_epoch))
+
+
+def compile_together(plan: RunPlan, model: nn.Module) -> None:
+    """Compile the attention kernels for a GPU before the first step, on one process of each machine."""
+    uses_triton = any(isinstance(x, LocalSelfAttention2d) and x.backend in ("auto", "triton") for x in model.modules())
+    if plan.device.type != "cuda" or not uses_triton or importlib.util.find_spec("triton") is None:
+        return
+    # Importing Triton takes a second, so it is imported only when it is needed.
+    from sasa_train.attention.compiling import compile_ahead, launches_of
+
+    if local_rank() == 0:
+        layout = torch.channels_last if plan.trainer.channels_last else torch.contiguous_format
+        compile_ahead(launches_of(model, plan.image_size, plan.device, layout, plan.autocast()))
+    collectives.wait_for_all()  # the other processes then find the kernels in Triton's cache
 
 
 def begin_with(

@@ -1,0 +1,141 @@
+"""Compile the Triton kernels that a model needs before its first step, several at a time.
+
+A kernel is compiled when it is first launched, in seconds, and kept in Triton's cache folder ($TRITON_CACHE_DIR). A
+network needs up to 32, half of them in its first backward pass. Triton's compiler releases Python's global lock, so
+threads of this process can compile them side by side, and a kernel that is in the cache takes milliseconds.
+"""
+
+import os
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
+
+from sasa_train.attention import triton_kernels
+from sasa_train.attention.cpu import empty_output
+from sasa_train.attention.reference import Inputs
+from sasa_train.attention.triton_kernels import Launch
+
+MAX_THREADS = 16
+SLOW_SECONDS = 1.0  # after this time a progress bar appears
+
+
+def launches_of(
+    model: nn.Module,
+    image_size: int,
+    device: torch.device,
+    layout: torch.memory_format,
+    autocast: AbstractContextManager,
+    dtype: torch.dtype | None = None,
+) -> list[Launch]:
+    """Return the distinct kernels of local attention in a training step, with the arguments of their first launch.
+
+    The forward pass runs on tensors without memory, so nothing is computed and `device` need not exist. Without a GPU,
+    autocast has no effect, and `dtype` says what attention receives.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    calls = _Calls()
+    with mode:
+
+        def on_device(tensor: Tensor) -> Tensor:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+
+        state = {name: on_device(x) for name, x in (*model.named_parameters(), *model.named_buffers())}
+        images = torch.empty(2, 3, image_size, image_size, device=device).to(memory_format=layout)
+        # In evaluation mode, no layer draws random numbers or exchanges statistics with other processes.
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            with torch.no_grad(), autocast, calls:
+                torch.func.functional_call(model, state, (images,))
+        finally:
+            for module, is_training in modes:
+                module.training = is_training
+    found: dict[Hashable, Launch] = {}
+    for projections, *others in calls.of_attention:
+        for launch in step_launches(projections if dtype is None else projections.to(dtype), *others):
+            found.setdefault(_identity(launch), launch)
+    return list(found.values())
+
+
+def step_launches(
+    projections: Tensor, rel_height: Tensor | None, rel_width: Tensor | None, kernel_size: int, border: str, stride: int
+) -> list[Launch]:
+    """Return the launches of `local_attention_qkv`, forward and backward, for tensors like these."""
+
+    def meta(tensor: Tensor) -> Tensor:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+    def split(tensor: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        return tensor[0], tensor[1] if tensor.shape[0] == 3 else None, tensor[-1]
+
+    projections = meta(projections)
+    inputs = Inputs(*split(projections), *(None if x is None else meta(x) for x in (rel_height, rel_width)))
+    output = empty_output(inputs.value, stride)
+    unpooled, logsumexp = torch.empty_like(inputs.value), inputs.value.new_empty(inputs.value.shape[:4])
+    logsumexp = logsumexp.float()
+    full = output if stride == 1 else unpooled
+    options = (kernel_size, border, stride)
+    with triton_kernels.collected_launches() as launches:
+        triton_kernels.local_attention_forward(inputs, output, logsumexp, unpooled, *options)
+        grads = split(torch.empty_like(projections))
+        triton_kernels.local_attention_backward(torch.empty_like(output), full, logsumexp, inputs, *options, grads)
+    return launches
+
+
+def compile_ahead(launches: Sequence[Launch], is_quiet: bool | None = None) -> list[Any]:
+    """Compile kernels, several at a time, or take them from Triton's cache; return them in the same order.
+
+    A progress bar appears if this takes more than a second, unless `is_quiet` (None: unless stderr is no terminal).
+    """
+    num_threads = max(1, min(MAX_THREADS, len(launches), os.cpu_count() or 1))
+    bar = tqdm(
+        total=len(launches), desc="compiling attention kernels", unit="kernel", delay=SLOW_SECONDS, disable=is_quiet,
+        leave=False,
+    )  # fmt: skip
+    with bar, ThreadPoolExecutor(num_threads) as pool:
+        futures = [pool.submit(_compile, launch) for launch in launches]
+        for future in as_completed(futures):
+            future.result()
+            bar.update()
+        return [future.result() for future in futures]
+
+
+def _compile(launch: Launch) -> Any:
+    return launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.options)
+
+
+class _Calls(TorchDispatchMode):
+    """Note the arguments of every call of `local_attention_qkv`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_attention: list[tuple] = []
+
+    def __torch_dispatch__(self, function: Callable, types: Any, arguments: tuple = (), options: Any = None) -> Any:
+        if function is torch.ops.sasa_train.local_attention_qkv.default:
+            *call, backend = arguments
+            if backend in ("auto", "triton"):
+                self.of_attention.append(tuple(call))
+        return function(*arguments, **(options or {}))
+
+
+def _identity(launch: Launch) -> Hashable:
+    """Return what Triton distinguishes kernels by: dtypes, and which integers are 1 or divisible by 16."""
+    unspecialized = {p.num for p in launch.kernel.params if p.do_not_specialize}
+
+    def kind(x: Any) -> Hashable:
+        if isinstance(x, Tensor):
+            return x.dtype, x.storage_offset() * x.itemsize % 16 == 0
+        if isinstance(x, tuple):
+            return tuple(map(kind, x))
+        return (x == 1, x % 16 == 0) if isinstance(x, int) else x
+
+    kinds = tuple(None if i in unspecialized else kind(x) for i, x in enumerate(launch.arguments))
+    return launch.kernel.__name__, kinds, tuple(launch.options.items())
