@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def run_command(arguments: list[str]) -> int:
-    """Handle help, version, completion and invalid arguments, but not the commands; return the exit code."""
+    """Handle help, version, completion and invalid arguments, but run no command; return the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         lines = [f"  {name:<12} {command.about}" for name, command in COMMANDS.items()]
         print("\n".join([USAGE, *lines]) + MORE)

@@ -30,7 +30,7 @@ def usable_processors() -> int:
 
 
 def peak_memory(device: "torch.device") -> int:
-    """Return the peak memory use so far, as reported by the CUDA allocator or, on the CPU, for the process."""
+    """Return the peak memory use so far: that of the CUDA allocator or, on the CPU, that of the whole process."""
     if device.type == "cuda":
         import torch
 
@@ -74,7 +74,7 @@ def keep_freed_memory() -> None:
 
 
 def _own_cgroup() -> Path:
-    """Return the folder of this process's cgroup (version 2); schedulers limit the memory of jobs with cgroups."""
+    """Return the folder of this process's cgroup (version 2); schedulers use cgroups to limit a job's memory."""
     # A process in a container sees the container's own group as the root.
     try:
         return CGROUPS / Path("/proc/self/cgroup").read_text().partition("0::/")[2].strip()

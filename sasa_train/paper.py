@@ -74,7 +74,7 @@ MODELS = frozenset(row.model for row in ROWS)
 
 
 def matching_row(keys: Mapping[str, Any], table: int) -> Row | None:
-    """Return the row that matches the model in all keys that the table varies, or None (always if it is not ours)."""
+    """Return the row that matches the model in all keys that vary in the table, or None if there is no such row."""
     if keys["name"] not in MODELS:
         return None
     ours = all_keys(keys)
@@ -83,13 +83,13 @@ def matching_row(keys: Mapping[str, Any], table: int) -> Row | None:
 
 
 def reference_row(row: Row) -> Row:
-    """Return the baseline of a row: the table's first row of the same depth whose keys are all implied by its name."""
+    """Return a row's baseline: the table's first row of equal depth whose keys all follow from its own model name."""
     rows = (other for other in ROWS if other.table == row.table and _keys_of(other) == all_keys({"name": other.model}))
     return next(other for other in rows if _keys_of(other)["depth"] == _keys_of(row)["depth"])
 
 
 def nearest_row(keys: Mapping[str, Any]) -> Row | None:
-    """Return the first row that differs from the model in the fewest keys, or None if the model is not ours."""
+    """Return the first of the rows that differ from the model in the fewest keys; None if the model is not ours."""
     return min(ROWS, key=lambda row: len(differing_keys(row, keys))) if keys["name"] in MODELS else None
 
 

@@ -21,7 +21,7 @@ from sasa_train.runs.checkpoint import find_checkpoint, load_checkpoint
 
 @dataclass
 class TrainedModel:
-    """A `model` in eval mode on the CPU; `weights` tells which of the checkpoint's weights it uses, "ema" or "raw"."""
+    """A `model` in eval mode on the CPU; `weights` states which of the checkpoint's weights it has, "ema" or "raw"."""
 
     path: Path
     checkpoint: dict[str, Any]

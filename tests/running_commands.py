@@ -50,7 +50,7 @@ WORKER = Path(__file__).with_name("torchrun_worker.py")
 
 
 def launch(folder: Path, num_processes: int, *arguments: str, options=("--standalone",), **env: str) -> tuple[int, str]:
-    """Run torchrun_worker.py, under torchrun unless it is a single process; return the exit code and all output."""
+    """Run torchrun_worker.py, under torchrun unless it is the only process; return the exit code and all output."""
     torchrun = ["-m", "torch.distributed.run", *options, f"--nproc-per-node={num_processes}"]
     is_alone = num_processes == 1 and "--nnodes=2" not in options
     words = [sys.executable, *([] if is_alone else torchrun), WORKER, *arguments]

@@ -1,4 +1,4 @@
-"""Check that checkpoints are written atomically, and that bad ones are named and refused without running their code."""
+"""Check that checkpoints are written atomically; damaged or malicious ones are refused without running their code."""
 
 import errno
 import itertools
@@ -133,7 +133,7 @@ def test_best_is_a_copy_where_the_disk_has_no_links(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("call", ["unlink", "replace", "fsync", "open", "link"])
 def test_a_kill_between_any_two_calls_leaves_a_good_newest_checkpoint(tmp_path, call):
-    """For each call that changes the folder, kill the process at it; a new process must then be able to continue."""
+    """For each call that changes the folder, kill the process at that call; a new process must be able to continue."""
     reached, is_done = 0, False
     while not is_done:
         folder = tmp_path / f"{call}{reached}"
@@ -238,7 +238,7 @@ def test_damaged_checkpoints_are_kept_aside_and_do_not_push_out_new_ones(tmp_pat
 
 
 def test_the_newest_is_the_one_of_the_highest_step(tmp_path):
-    """Check that the checkpoint with the highest step is used if last.pt is lost and best.pt is the newest file."""
+    """Check that the checkpoint with the highest step number is used if last.pt is lost and best.pt is newer."""
     filled(tmp_path, steps=(1, 2, 3), keep=1, best=(3,))
     (tmp_path / "last.pt").unlink()
     assert newest_step(tmp_path)[0] == 3

@@ -52,7 +52,7 @@ def test_imagenet_presets_read_tar_shards(name, tmp_path, monkeypatch):
 
 
 def imagenet_root(tmp_path: Path) -> Path:
-    """Return a folder arranged like ImageNet, with real images if TINY_IMAGENET names a folder, else synthetic ones."""
+    """Return a folder arranged like ImageNet, given by TINY_IMAGENET or else created with synthetic images."""
     if "TINY_IMAGENET" in os.environ:
         return Path(os.environ["TINY_IMAGENET"])
     if not (tmp_path / "imagenet").exists():

@@ -1,4 +1,4 @@
-"""Check that sasa-data reports every planted defect, writes data sets completely, resumes, and never mixes two sets."""
+"""Check that sasa-data reports every planted defect, completes interrupted data sets, and never mixes two sets."""
 
 import gzip
 import hashlib
@@ -331,7 +331,7 @@ def test_a_stopped_command_goes_on(archives, tmp_path, capsys, monkeypatch, argu
 
 
 def test_class_folders_of_something_else_are_refused(archives, tmp_path, capsys):
-    """Check that DEST may not contain other class folders; they would be mistaken for finished ones or add classes."""
+    """Check that DEST may not contain other class folders; they could be mistaken for finished ones or add classes."""
     dest = tmp_path / "imagenet"
     (dest / "train" / "n00000002").mkdir(parents=True)
     assert "holds 0 files, the archive 5" in refused(capsys, "prepare", "imagenet", archives, dest)

@@ -89,7 +89,7 @@ def assert_close_rows(run: Path, expected_run: Path) -> None:
 
 @several_processes
 def test_an_evaluation_sees_every_image_once(undisturbed, num_processes):
-    """Raw and averaged weights must each be evaluated once on every val image, although 31 cannot be split evenly."""
+    """Raw and averaged weights must each be evaluated once on all 31 val images, although 31 cannot be split evenly."""
     one, several = noted(undisturbed(1), "val"), noted(undisturbed(num_processes), "val")
     assert one.keys() == several.keys() == {"3", "6"}
     assert all(len(set(images)) == 31 and sorted(images) == sorted(several[step]) for step, images in one.items())

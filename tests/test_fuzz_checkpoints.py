@@ -1,4 +1,4 @@
-"""Check that damaged checkpoints are named and refused, or loaded completely, and never loaded with altered values.
+"""Check that damaged checkpoints are either refused with an error that names the file, or loaded whole and unaltered.
 
 FUZZ_EXAMPLES=10000 sets the number of attempts, which is lower by default.
 """

@@ -51,7 +51,7 @@ def test_a_wrong_kernel_ends_the_call_at_once(check, tmp_path, monkeypatch, caps
 
 
 def test_a_data_folder_is_found_from_the_parts_too_and_refused_at_once_if_missing(check, tmp_path, monkeypatch, capsys):
-    """The parts run in the checkout; a folder that only the last part misses would cost the whole call."""
+    """The parts, which run in another folder, must find the data; a missing folder must be reported at the start."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cifar10").mkdir()
     started = []

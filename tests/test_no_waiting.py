@@ -138,7 +138,7 @@ def test_trivial_augment_makes_few_calls_whatever_the_batch(monkeypatch):
 @pytest.mark.parametrize("size", [8, 31, 32])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_operation_on_a_batch_is_torchvisions_on_each_image(name, size):
-    """All magnitudes and signs of the widest table must give torchvision's results, bit for bit, in up to 20 calls."""
+    """All magnitudes and signs of the widest table must give torchvision's results bit for bit, in at most 20 calls."""
     transform = v2.TrivialAugmentWide()
     magnitudes_of, is_signed = (table_of(transform) | {"Invert": (lambda *_: None, False)})[name]
     table = magnitudes_of(31, size, size)

@@ -190,7 +190,7 @@ for number in range(20):
 
 @pytest.mark.parametrize("name", [".lock", "checkpoints", "tensorboard/events", "metrics.jsonl"])
 def test_a_link_in_a_run_folder_does_not_lead_out_of_it(tmp_path, name, in_process):
-    """Check that symbolic links in a run folder are refused, so that an untrusted folder cannot empty other files."""
+    """Check that symbolic links in a run folder are refused, because writing to them would destroy other files."""
     victim = tmp_path / "victim"
     victim.write_text("precious")
     link = tmp_path / "out/a" / name

@@ -1,4 +1,4 @@
-"""Check that the HTML report is valid, self-contained, safe from untrusted names, and correctly shown in a browser."""
+"""Check that the HTML report is valid, self-contained, safe against hostile names, and correctly shown in a browser."""
 
 import json
 import math

@@ -80,7 +80,7 @@ def test_words_are_overrides_unless_they_are_files(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["evaluate", "predict", "visualize", "export", "report"])
 def test_every_command_that_reads_a_run_refuses_a_misspelt_key_alike(tiny_run, name, capsys, monkeypatch):
-    """Check that all commands reject a misspelt key; they used to take it for a figure, a run or an extra argument."""
+    """Check that all commands reject a misspelt key; some once took it for a figure, a run or an extra argument."""
     command = importlib.import_module(f"sasa_train.{name}").run_command
     words = [str(tiny_run), *([str(tiny_run / "augmented.png")] if name == "predict" else []), "trainer.devise=cpu"]
     assert command(words) == 2

@@ -70,7 +70,7 @@ def test_everything_is_read_once_in_order_and_again(num_workers):
     ],
 )
 def test_a_killed_or_stopped_worker_ends_the_run_with_its_name(number, told):
-    """Check that the run ends (after a timeout if the worker hangs, e.g. on a failed disk) and names the worker."""
+    """Check that the run ends (after a timeout if a worker hangs, e.g. on a failed disk) and names the worker."""
     workers = Workers(Reader(suicide(number)), "train", 2, TIMEOUT)
     message = read_until_error(workers)
     pids = [process.pid for process in workers._processes()]

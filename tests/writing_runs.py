@@ -26,7 +26,7 @@ def write_run(folder: Path, overrides, top1s, **info) -> None:
 
 
 def write_sweep(folder: Path, results: dict, table=None, name="ledger.json", base=BASE) -> Path:
-    """Create a sweep; `results` maps (overrides, seed) to a finished job's val top1s, or to a job's (state, reason)."""
+    """Create a sweep; `results` maps (overrides, seed) to val top1s or, for unfinished jobs, to (state, reason)."""
     jobs = {}
     for i, ((overrides, seed), found) in enumerate(results.items()):
         job, all_overrides = f"{name[:-5]}-{i}", [*base, *overrides, f"seed={seed}"]

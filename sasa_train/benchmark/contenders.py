@@ -73,12 +73,12 @@ class Contender:
             return self.forward()
 
     def train(self) -> tuple[Tensor, ...]:
-        """Run the forward and backward passes and return the gradients of the leaves."""
+        """Run the forward and backward passes and return the gradients of the leaf tensors."""
         return torch.autograd.grad(self.forward(), self.leaves, self.grad_output)
 
 
 def build_contender(backend: str, case: Case, arithmetic: torch.dtype | None = None) -> Contender:
-    """Build `backend` with the shared random inputs, rounded to the case's dtype and then cast to `arithmetic`."""
+    """Build `backend` with the shared random inputs, which are rounded to the case's dtype and cast to `arithmetic`."""
     dtype, generator = DTYPES[case.dtype], torch.Generator(case.device).manual_seed(0)
 
     def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -169,7 +169,7 @@ def _natten(case: Case) -> Attend:
 
 
 def missing(backend: str, device: torch.device) -> str | None:
-    """Return why a backend cannot run on this machine, or None if it can (some shapes may still be unsupported)."""
+    """Return the reason why a backend cannot run on this machine, or None if it can (perhaps not for all shapes)."""
     if backend in ("natten", "triton") and importlib.util.find_spec(backend) is None:
         return f"{backend} is not installed"
     if backend == "triton" and device.type == "cpu":
@@ -188,12 +188,12 @@ def missing(backend: str, device: torch.device) -> str | None:
 
 
 def check(backend: str, case: Case) -> str | None:
-    """Compare a backend with the float64 reference and return a description of the problem, or None.
+    """Compare a backend with the float64 reference; return None if they agree, otherwise a description of the problem.
 
     On the CPU, two images are checked. On CUDA, the whole batch is checked, because the number of images decides how
     Triton's programs divide the work.
 
-    NATTEN computes another function, so only its output is compared, without relative terms and away from the border.
+    NATTEN computes a different function, so only its output away from the border is compared, without relative terms.
 
     Raises:
         RuntimeError, NotImplementedError, ValueError: the backend does not support this case.
@@ -271,7 +271,7 @@ def op_memory(backend: str, case: Case, num_threads: int) -> int:
 
 
 def first_pass_memory(build: Callable[[Case], Contender], small: Case, case: Case, num_threads: int) -> int:
-    """Return the peak extra memory of a forward and backward pass, which must be the largest this process has run."""
+    """Return the peak extra memory of a forward and backward pass, which must be this process's largest so far."""
     torch.set_num_threads(num_threads)
     build(small).train()  # loads libraries, so that their memory is not counted
     return extra_memory(build(case).train, torch.device(case.device))

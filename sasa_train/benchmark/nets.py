@@ -132,7 +132,7 @@ class BenchmarkedModel:
 
 
 def training_memory(spec: str, setting: Namespace, memory_format: str) -> int:
-    """Return the peak memory of a model's first steps, including weights, minus the memory used before it was built."""
+    """Return the peak memory of a model's first steps, including weights, minus the memory used before."""
     torch.set_num_threads(setting.threads)
     setting.memory_format = memory_format  # changes only this process's copy
 

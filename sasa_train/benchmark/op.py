@@ -1,4 +1,4 @@
-"""`sasa-benchmark attention`: the operation, whole layers (`--layers`), and how time and memory scale (`--growth`)."""
+"""`sasa-benchmark attention`: measure the operation, whole layers (`--layers`) or scaling with size (`--growth`)."""
 
 import dataclasses
 import statistics
@@ -86,7 +86,7 @@ def choose_backends(wanted: Sequence[str] | None, device: torch.device) -> tuple
 
 
 def build_cases(options: Namespace, device: torch.device) -> list[Case]:
-    """Return the requested shapes (by default, those of the paper's ResNets); the first shapes of stages come last."""
+    """Return the requested shapes (by default, those of the paper's ResNets); shapes that begin a stage come last."""
     texts = [(text, size) for size in options.image_size for text in SHAPES[size]]
     if options.shapes:
         texts = [(text, 32) for text in options.shapes]
@@ -105,7 +105,7 @@ def build_cases(options: Namespace, device: torch.device) -> list[Case]:
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return each backend's geometric mean and worst ratio; first shapes of stages count only if no others exist."""
+    """Return each backend's geometric mean and worst ratio; shapes that begin a stage count only if no others exist."""
     lines = []
     inner = [row for row in rows if not row["begins_stage"]] or rows
     scope = "all shapes" if len(inner) == len(rows) else "shapes at which no stage begins"
@@ -123,7 +123,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def layer_contenders(result: dict[str, Any], case: Case) -> dict[str, Contender]:
-    """Return the layers for a case, or none if local attention fails its check; the notes name those left out."""
+    """Return the layers for a case, or none if local attention fails its check; the notes list omitted layers."""
     if problem := check("auto", case):
         result["failed"] = True
         result["notes"].append(f"local attention at {case.label} is wrong and was not timed: {problem}")
@@ -135,7 +135,7 @@ def layer_contenders(result: dict[str, Any], case: Case) -> dict[str, Contender]
 
 
 def build_layers(case: Case) -> dict[str, nn.Module]:
-    """Build the 3x3 convolution, our layer, and timm's HaloAttn if its blocks of 8 or 7 divide the map evenly."""
+    """Build the 3x3 convolution, our layer, and timm's HaloAttn if blocks of size 8 or 7 divide the map evenly."""
     from timm.layers.halo_attn import HaloAttn
 
     dim, heads, stride = case.channels, case.num_heads, case.stride
@@ -150,7 +150,7 @@ def build_layers(case: Case) -> dict[str, nn.Module]:
 
 
 def _on_random_map(layer: nn.Module, case: Case) -> Contender:
-    """Build a contender that computes a layer's gradients for its input and weights; half precision uses autocast."""
+    """Build a contender that computes the gradients of a layer's input and weights; half precision uses autocast."""
     device = torch.device(case.device)
     x = torch.randn(case.batch_size, case.channels, case.height, case.width, device=device)
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()

@@ -29,7 +29,7 @@ def _style(names: list[str]) -> dict[str, tuple]:
 
 
 def _draw_shapes(rows: list[dict[str, Any]]) -> Figure:
-    """Draw bars per shape: ratios to the convolution with quartiles or, if there is none, times in ms with ranges."""
+    """Draw bars per shape: ratios to the convolution with quartiles or, if it is missing, times in ms with ranges."""
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     is_ratio = all("forward_backward_ratio" in row for row in rows)
     shown = [row for row in rows if not (is_ratio and row["backend"] == "conv")] or rows

@@ -69,7 +69,7 @@ def _with_interpolations(text: str, composed: DictConfig) -> str:
 
 
 def _check_dicts(values: dict[str, Any]) -> None:
-    """Raise ConfigError if a dict replaces another type or vice versa; unlike OmegaConf's, the error names the key."""
+    """Raise ConfigError if a dict replaces another type or vice versa; OmegaConf's own error would not name the key."""
     for key in key_table():
         group, _, name = key.rpartition(".")
         value = values[group][name] if group else values[name]

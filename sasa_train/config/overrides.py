@@ -141,7 +141,7 @@ def _check_choice(override: Override) -> None:
 
 
 def is_group(override: Override) -> bool:
-    """Whether an override selects a choice in a group (`experiment=...`) and does not set a dict (`model={}`)."""
+    """Whether an override selects a choice in a group (`experiment=...`) rather than setting a dict (`model={}`)."""
     return override.key_or_group in GROUPS and not isinstance(override.value(), dict)
 
 

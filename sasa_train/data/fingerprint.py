@@ -90,7 +90,7 @@ def _class_differences(name: str, old: dict[str, Any], new: dict[str, Any], is_s
 
 
 def _by_name(classes: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Map printable names, numbered if not unique (ImageNet has two classes named crane), to the class entries."""
+    """Return a dict from printable class names to entries; duplicate names are numbered (ImageNet has crane twice)."""
     seen: Counter[str] = Counter()
     found = {}
     for entry in classes:
@@ -118,7 +118,7 @@ def _on_disk(images: ImageSet, members: list[np.ndarray]) -> list[dict[str, Any]
 
 
 def _samples(members: list[np.ndarray]) -> list[np.ndarray]:
-    """Select evenly spaced images of each class, whose bytes are then read.
+    """Select evenly spaced images of each class; only the bytes of these images are read.
 
     The selection in a class depends only on its size and the number of classes, so that adding or removing images in
     one class does not appear as a change in the others.
@@ -141,7 +141,7 @@ def _file_digest(images: ImageSet, index: int) -> bytes:
 
 
 def _names(images: ImageSet, class_name: str, members: np.ndarray) -> Iterable[bytes]:
-    """Return paths relative to the class folder, shard member names without prefixes, or [] for images in memory."""
+    """Return paths relative to the class folder or shard member names without prefixes; [] for images in memory."""
     source, positions = images.source, images.positions[members].tolist()
     if isinstance(source, Tensor):
         return []

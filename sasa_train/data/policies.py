@@ -1,6 +1,6 @@
 """Automatic augmentation policies for whole batches, with torchvision's operations and this project's random draws.
 
-A batch is sorted by operation, and each operation is applied to all of its images at once, even if their magnitudes
+A batch is sorted by operation, and all images with the same operation are transformed at once, even if their magnitudes
 differ. This takes a few device calls per operation, none of which synchronises with the device. The results are
 bit-identical to those of torchvision's own calls. A single Pillow image is transformed by torchvision itself.
 """

@@ -59,7 +59,7 @@ class ResidentLoader:
 def decode_all(
     images: ImageSet, size: int, num_workers: int, worker_timeout: float, quarantine: Quarantine
 ) -> tuple[Tensor, Tensor, np.ndarray]:
-    """Decode small images with a progress bar; return uint8 [n, 3, size, size], labels [n] and a mask of readable ones.
+    """Decode small images, showing progress; return uint8 [n, 3, size, size], labels [n] and a mask of readable images.
 
     Raises:
         ConfigError: more images are unreadable than `data.max_unreadable` allows, or shared memory is too small.

@@ -35,11 +35,11 @@ END = object()
 
 
 class DataWorkerError(ExpectedFailure):
-    """Raised if a data worker was killed or hangs; the message names its images and a remedy. Exit code 1."""
+    """Raised if a data worker was killed or hangs; the message lists its images and a remedy. Exit code 1."""
 
 
 class Workers:
-    """Runs `reader` in `num_workers` processes (or, if 0, in the main one), which `read` starts and `close` stops.
+    """Runs `reader` in `num_workers` processes (if 0, in the main one); `read` starts them and `close` stops them.
 
     A thread kills all workers if waiting for them takes too long.
     """
@@ -182,7 +182,7 @@ class Workers:
 
 
 def unreported(iterator: Any) -> Any:
-    """Make a DataLoader's iterator check for dead workers (every few seconds) only while waiting for a batch."""
+    """Make a DataLoader's iterator check for dead workers only while it waits for a batch (every few seconds)."""
     # The DataLoader's SIGCHLD handler would raise at any point, perhaps while the main process writes a checkpoint.
     signal_handling._remove_worker_pids(id(iterator))
     iterator._worker_pids_set = False  # otherwise it would remove the ids again when it ends
@@ -215,7 +215,7 @@ def check_shared_memory(needed: int, num_workers: int, remedy: str = "") -> None
 
 
 class _Handed:
-    """The DataLoader's sampler, which yields its owner's keys and records them."""
+    """The DataLoader's sampler, which yields the keys of `owner` and records each one as handed out."""
 
     def __init__(self, owner: Workers):
         self.owner = owner

@@ -19,7 +19,7 @@ def shard(root: Path, dest: Path, images_per_shard: int) -> int:
     """Pack the images of class folders into tar shards, keeping their order; return 0.
 
     Raises:
-        ConfigError: training would refuse the folders, `dest` is in `root` or has other contents, or the disk is full.
+        ConfigError: training would refuse the folders, `dest` is in `root` or contains other data, or the disk is full.
     """
     if dest.resolve().is_relative_to(root.resolve()):
         raise ConfigError(f"DEST={dest} must not be inside ROOT={root}; give a folder of its own")
@@ -58,7 +58,7 @@ def prepare_imagenet(archives: Path, dest: Path, images_per_shard: int | None, c
     """Create class folders, or tar shards of `images_per_shard` images, from ImageNet's three archives; return 0.
 
     Raises:
-        ConfigError: an archive is missing or altered, `dest` has other contents, or the disk is full.
+        ConfigError: an archive is missing or altered, `dest` contains other data, or the disk is full.
     """
     paths = {part: archives / name for part, (name, _) in ARCHIVE_META.items()}
     for path in paths.values():

@@ -202,7 +202,7 @@ def _look(split: int, index: int) -> Look | str:
 
 
 def measure(image: Image.Image) -> Look:
-    """Return mode, size, a hash of size and RGB pixels, and each channel's mean and mean square, float64 [2, 3]."""
+    """Return an image's mode, size, hash of size and RGB pixels, and channel means and mean squares, float64 [2, 3]."""
     mode, rgb = image.mode, to_rgb(image)
     digest = hashlib.blake2b(f"{rgb.width} x {rgb.height}".encode(), digest_size=16)
     digest.update(rgb.tobytes())

@@ -1,4 +1,4 @@
-"""Write class folders and tar shards atomically; running an interrupted command again writes those still missing."""
+"""Write class folders and tar shards atomically; running an interrupted command again writes only missing ones."""
 
 import io
 import json

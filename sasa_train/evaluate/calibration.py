@@ -44,7 +44,7 @@ class Temperature:
 class Calibration:
     """The `ece`, `mce`, mean `confidence` and `top1` in percent, the `nll` in nats, and the `brier` score from 0 to 2.
 
-    `temperature` is None if no value is best, because all predictions are correct or uniform probabilities fit better.
+    `temperature` is None if there is no best value: all predictions are correct, or uniform probabilities fit better.
     """
 
     ece: float

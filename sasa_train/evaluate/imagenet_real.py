@@ -47,7 +47,7 @@ class RealLabels:
 
 @dataclass(frozen=True)
 class RealResult:
-    """Accuracy in percent on images with ReaL labels, by ReaL (`top1`) and by ImageNet's labels (`top1_original`)."""
+    """Accuracy in percent on images with ReaL labels, by those labels (`top1`) and ImageNet's own (`top1_original`)."""
 
     top1: float
     top1_original: float

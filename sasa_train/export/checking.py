@@ -29,7 +29,7 @@ class Measured:
     images_per_second: list[float]
 
     def difference(self, expected: "Measured") -> float:
-        """Return the largest difference divided by the largest expected absolute logit, or NaN if a logit is NaN."""
+        """Return the largest difference, relative to the largest expected absolute logit, or NaN if a logit is NaN."""
         pairs = zip(self.logits, expected.logits, strict=True)
         return float(np.max([float((got - want).abs().max() / want.abs().max()) for got, want in pairs]))
 

@@ -77,7 +77,7 @@ def timm_data_config(trained: TrainedModel) -> dict[str, Any]:
 
 
 def model_card(trained: TrainedModel) -> str:
-    """Return the model card, which describes the training run without the overrides of the export."""
+    """Return the model card, which describes the run as it was trained, without the overrides given to the export."""
     saved = load_config(trained.checkpoint["config"])
     return CARD.format(
         name=trained.config.model.name,

@@ -57,7 +57,7 @@ def build_published(name: str, image_size: int) -> nn.Module:
 
 
 def _sized(name: str, image_size: int) -> dict[str, Any]:
-    """Return the extra arguments of models that are built for a fixed image size, such as vit and swin."""
+    """Return the extra arguments required by models that are built for a fixed image size, such as vit and swin."""
     # A model that the user has registered may have no timm configuration.
     return {"img_size": image_size} if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False) else {}
 

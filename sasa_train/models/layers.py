@@ -50,7 +50,7 @@ class LocalSelfAttention2d(nn.Module):
         in_channels, out_channels: numbers of channels; `out_channels` is divided among the heads.
         kernel_size: the window size, an odd number.
         num_heads: must divide `out_channels`; with relative positions, head_dim must be even.
-        stride: 1, or 2 to add the pool; odd sizes are rounded up, as in the shortcut's strided 1x1 convolution.
+        stride: 1, or 2 to add the pool; half an odd size is rounded up, as in the shortcut's strided 1x1 convolution.
         position: "relative", "absolute" (a sinusoid added to the input of the query and key projections) or "none".
         content: whether the scores include q.k; if not, there is no key projection.
         border: "mask" or "zero", see `local_attention`.
@@ -282,13 +282,13 @@ class AttentionStem(nn.Module):
         return torch.einsum("abc,mc->mab", position, self.nu).softmax(0)
 
     def _mix(self, x: Tensor) -> Tensor:
-        """Multiply x [B, C, H, W] by each mixture's weight p at its position in the block; return [B, m*C, H, W]."""
+        """Multiply each position of x [B, C, H, W] by its m mixture weights p(a, b, m); return [B, m*C, H, W]."""
         tiles = (1, x.shape[2] // BLOCK_SIZE, x.shape[3] // BLOCK_SIZE)
         weights = self.mixture_weights().to(x.dtype).repeat(tiles)
         return (weights[None, :, None] * x[:, None]).flatten(1, 2)
 
     def _relative(self, dtype: torch.dtype) -> Tensor:
-        """Return r for each query and key of a block, [16, 16, D]: rows in D's first half, columns in the second."""
+        """Return r for each query and key of a block, [16, 16, D]; its halves are the row and the column embedding."""
         assert self.rel_height is not None and self.rel_width is not None
         place = torch.arange(BLOCK_SIZE, device=self.rel_height.device)
         offset = place[None, :] - place[:, None] + BLOCK_SIZE - 1  # [query, key]

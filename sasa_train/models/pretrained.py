@@ -188,7 +188,7 @@ def _check_finite(tensors: StateDict) -> None:
 
 
 def _by_value(texts: dict[str, str]) -> dict[str, list[str]]:
-    """Group the keys of a {name: text} dict by their text."""
+    """Group the names in a {name: text} dict by text."""
     return _grouped((text, name) for name, text in texts.items())
 
 

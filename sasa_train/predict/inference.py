@@ -32,7 +32,7 @@ class Predictor:
         self.image_size = trained.image_size
 
     def rows(self, found: Iterable[Found], batch_size: int) -> Iterator[list[Row]]:
-        """Yield one row per file in `found`, in order, `batch_size` at a time, while the next batch is being read."""
+        """Yield lists of `batch_size` rows, one row per file, in order. The next batch is read in the meantime."""
         iterator = iter(found)
         named, to_read = itertools.tee(iter(lambda: list(itertools.islice(iterator, batch_size)), []))
         files = (image_files([one.path for one in batch if not one.fault]) for batch in to_read)

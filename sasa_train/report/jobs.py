@@ -49,7 +49,7 @@ class Job:
 
 @dataclass
 class Found:
-    """All jobs in the given folders, and the tables of the paper that their sweeps name."""
+    """All jobs in the given folders, and the tables of the paper that their sweeps reproduce."""
 
     jobs: list[Job] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
@@ -95,7 +95,7 @@ def _read_ledgers(paths: list[Path]) -> tuple[list[dict[str, Any]], dict[str, Le
     If a job is listed in two ledgers, the finished entry takes precedence.
 
     Raises:
-        ConfigError: a ledger cannot be read, is damaged, has another version, or names an unknown table of the paper.
+        ConfigError: a ledger cannot be read, is damaged, has another version, or contains an unknown `paper_table`.
     """
     abouts, jobs = [], dict[str, LedgerJob]()
     for path in paths:

@@ -38,7 +38,7 @@ OF_A_START = ("started", "step", "commit", "host", "world_size", "command")
 
 @dataclass
 class Picture:
-    """A picture: `alt` names its kind, `caption` describes it, and `size` is in CSS pixels (96 per inch)."""
+    """A picture: `alt` states its kind, `caption` describes it, and `size` is in CSS pixels (96 per inch)."""
 
     name: str
     png: bytes

@@ -92,7 +92,7 @@ class Checkpoints:
     def newest(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
         """Return the newest checkpoint that can be read, or None if there has never been one.
 
-        Damaged checkpoints are reported to `warn` and get the suffix .damaged, so that they are not tried again.
+        Damaged checkpoints are reported through `warn` and given the suffix .damaged, so that they are not tried again.
 
         Raises:
             CheckpointError: there are or were checkpoints but none is intact, or one is temporarily unreadable.

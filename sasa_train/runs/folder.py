@@ -214,7 +214,7 @@ def check_data(checkpoint: dict[str, Any], fingerprints: dict[str, Any], config:
 
 
 def is_finished(checkpoint: dict[str, Any], config: TrainConfig) -> bool:
-    """Whether a run has finished with this config; if an allowed key changed, such as trainer.epochs, it has not."""
+    """Whether a run has finished with this config; it has not if an allowed key, such as trainer.epochs, differs."""
     saved = load_config(checkpoint["config"])
     return checkpoint["finished"] and not differing_keys(saved, config, has_same_world_size(checkpoint))
 

@@ -105,7 +105,7 @@ class Processes:
         self.seconds: list[float] = []  # duration of each job completed by this command
 
     def seconds_left(self) -> float | None:
-        """Estimate the seconds left from finished jobs or the epochs of running ones; None if there are neither."""
+        """Estimate the remaining seconds, based on finished jobs or running jobs' epochs; None if there are neither."""
         now, estimates = time.monotonic(), list(self.seconds)
         for running in self.running if not estimates else []:
             job = running.job
@@ -259,7 +259,7 @@ def tail(path: Path, start: int) -> list[str]:
 
 
 def behind_torchrun(code: int, said: list[str]) -> tuple[int, list[str]]:
-    """Return the exit code of the processes, which torchrun replaces with 1, and their output without torchrun's."""
+    """Return the processes' own exit code, which torchrun replaces with 1, and the output without torchrun's lines."""
     if saved := [line for line in said if ": saved at step" in line]:
         return INTERRUPTED, saved
     codes = [int(found[1]) for line in said if (found := re.search(r"exitcode\s*: (-?\d+)", line))]

@@ -102,7 +102,10 @@ class Search(JobList):
         return self.num_trials - sum(WORKER in t.user_attrs for t in self.study.get_trials(deepcopy=False))
 
     def _take_on(self, trial: "Trial | FrozenTrial") -> None:
-        """Queue the trial's job unless it has ended (in a killed search, another worker or an identical trial)."""
+        """Queue the trial's job unless it has already ended.
+
+        It may have ended in a search that was killed, in another worker, or as the job of an identical trial.
+        """
         values = [f"{key}={value}" for key, value in trial.params.items()]
         job = self.ledger.add(build_job([*self.plan.fixed, *values], self.fixed_keys))
         if trial.number not in job.trials:

@@ -16,7 +16,7 @@ class NonFiniteError(ExpectedFailure):
     """Raised if the loss or the weights are NaN or infinite; the message names the step.
 
     `step` counts from 0. `number` is the index of the micro-batch whose loss is not finite; the weights are then
-    those before the step. It is None if the weights themselves are not finite.
+    those before the step. `number` is None if the weights themselves are not finite.
     """
 
     def __init__(self, message: str, step: int, number: int | None = None):
@@ -31,7 +31,7 @@ class LossWatch:
     """Watcher that stops a run before a non-finite loss affects the weights, without making a CUDA device wait.
 
     With `is_late`, the losses of a step are checked when the next step begins or before anything is logged, evaluated
-    or saved, and the device itself skips the update if one is not finite. This requires an optimizer that supports
+    or saved, and the device itself skips the update if a loss is not finite. This requires an optimizer that supports
     `found_inf`, as fused ones do for GradScaler. Otherwise, each loss is checked after its backward pass is queued.
     """
 

@@ -134,7 +134,7 @@ def frozen_running_stats(model: nn.Module) -> Iterator[None]:
 
 
 def _without_classifier(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters for adaptive clipping: all outside the last layer (arXiv 2102.06171, section 4.1)."""
+    """Return the parameters for adaptive clipping: all except the last layer's (arXiv 2102.06171, section 4.1)."""
     classifier = model.get_classifier()  # type: ignore[operator]
     heads = classifier if isinstance(classifier, tuple) else (classifier,)  # distilled models have two
     last = {id(p) for head in heads for p in head.parameters()}

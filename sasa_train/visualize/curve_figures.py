@@ -66,7 +66,7 @@ def draw_lr_schedule(runs: dict[str, Rows]) -> Figure:
 
 
 def _styles() -> list[tuple[str, dict[str, Any]]]:
-    """Return the colour and line type of each run; runs 6 to 10 use different line types. Dotted lines show train."""
+    """Return each run's colour and line style; runs 6 to 10 reuse colours in another style. Dotted lines show train."""
     return [
         (color, {"color": color, "marker": marker, "ls": LINES[(i + shift) % len(LINES)]})
         for shift, (i, (color, _, marker, _)) in itertools.product((0, 1), enumerate(SOLID))

@@ -186,7 +186,7 @@ def _draw_maps(
 
 
 def look_at_images(trained: TrainedModel, images: Tensor, labels: Tensor, choice: Choice) -> list[View]:
-    """Return a view for each query pixel of each image; images: uint8 [B, 3, S, S], labels: [B], or -1 if unknown."""
+    """Return a view for each query pixel of each image; images: uint8 [B, 3, S, S], labels: [B], -1 if unknown."""
     layers = list(choice.layers or default_layers(trained))
     device, config = resolve(trained.config)
     model, normalize = trained.model.to(device), trained.normalize(device)

@@ -1,7 +1,7 @@
 """The geometry of attention in the image: a query's window, the choice of queries, and attention distances.
 
 A position of a map covers `reduction` x `reduction` pixels starting at (reduction * row, reduction * column); the last
-positions may cover fewer. Its receptive field is larger, because earlier layers have already combined its neighbours.
+ones may cover fewer. A position's receptive field is larger, as earlier layers have combined it with its neighbours.
 
 Distances are Euclidean, between the centres of positions (arXiv 2010.11929, Fig. 7). "Uniform" is the distance if all
 keys within the same borders have equal weights.
@@ -58,12 +58,12 @@ class Distances:
 
 
 def is_stems(weights: Tensor) -> bool:
-    """Whether weights are an attention stem's, [..., blocks, 16, 16], and not a layer's, [..., H, W, K*K]."""
+    """Whether weights are an attention stem's, [..., blocks, 16, 16], rather than a layer's, [..., H, W, K*K]."""
     return weights.shape[-1] == BLOCK_SIZE**2
 
 
 def reduction_of(map_side: int, image_side: int) -> int:
-    """Return the pixels per position and dimension, a power of two because each stride halves the map, rounding up."""
+    """Return the width of a position in pixels, a power of two because each stride halves the map, rounding up."""
     return 2 ** math.ceil(math.log2(image_side / map_side))
 
 
@@ -89,7 +89,7 @@ def window_at(weights: Tensor, pixel: tuple[int, int], size: int) -> Window:
 def default_pixels(image: np.ndarray) -> list[tuple[int, int]]:
     """Return the centre of a uint8 [S, S, 3] image and the highest-contrast pixel at least S / 4 away from it.
 
-    Contrast is the gradient magnitude of the grey values, averaged over a square of about an eighth of the side.
+    Contrast is the gradient magnitude of the grey values, averaged over a square of about 1/8 of the image's width.
     """
     size, reach = len(image), len(image) // 16
     padded = np.pad(np.hypot(*np.gradient(image.mean(2))), reach)
