@@ -1,9 +1,9 @@
-"""Compile the Triton kernels of local attention without a GPU, count their instructions, and estimate their time.
+"""Compile the Triton kernels of local attention without a GPU, count their instructions, and estimate their speed.
 
-Each row is one kernel in the launch configuration that the rules choose for it: warp instructions per query and head (a
-loop's body times its trips), registers per thread, spilled bytes, shared memory and instructions by pipe. Then come an
-estimate of the time beside that of the convolutions, on an H100, and the number of kernels that the first training step
-of an experiment compiles. The estimate's assumptions are printed with it; only a measurement on a GPU is a result.
+For each kernel, in the launch configuration chosen by the rules, the script prints the number of warp instructions per
+query and head (counting a loop's body once per iteration), registers per thread, spilled bytes, shared memory, and the
+instructions by type. It then estimates the time on an H100, compared with convolution, and prints the assumptions of
+the estimate. Finally it prints how many kernels are compiled for the first training step of an experiment.
 
 usage: python scripts/kernel_counts.py                     (bf16 and fp32, K = 7, sm_80 and sm_90)
        python scripts/kernel_counts.py --arch sm_90 --dtype bf16 --border zero --tables per_head --json counts.json
@@ -59,7 +59,7 @@ STAGES = ((64, 56, 3), (128, 28, 4), (256, 14, 6), (512, 7, 3))
 
 
 class Compiler:
-    """Stands in for a GPU's driver: answers what Triton asks while it compiles."""
+    """A substitute for a GPU's driver that answers the compiler's questions about the GPU."""
 
     def __init__(self, arch: str):
         self.capability = int(arch.removeprefix("sm_"))
@@ -208,7 +208,7 @@ def instructions(disassembly: str) -> tuple[list[str], list[int]]:
 
 
 def print_estimate(rows: list[dict[str, Any]]) -> None:
-    """Print the estimated time of attention beside convolution, for the shapes of a ResNet-50."""
+    """Print the estimated time of attention relative to convolution, for the layers of a ResNet-50."""
     wanted = {"arch": "sm_90", "dtype": "bf16", "kernel_size": 7, "border": "mask", "tables": "shared", "stride": 1}
     found = [row for row in rows if row["content"] and all(row[name] == value for name, value in wanted.items())]
     instructions_of = {
@@ -239,14 +239,14 @@ def print_estimate(rows: list[dict[str, Any]]) -> None:
 
 
 def attention_seconds(channels: int, side: int, per_query_and_head: float) -> float:
-    """Estimate forward and backward of an op: the longer of issuing instructions and moving tensors."""
+    """Estimate the time of a forward and backward pass, limited by either instructions or memory traffic."""
     queries = BATCH * NUM_HEADS * -(-side // 2) * 2 * -(-side // 8) * 8  # with the tiles' padding
     map_bytes = BATCH * side * side * channels * 2
     return max(queries * per_query_and_head / ISSUE_RATE, 12 * map_bytes / MEMORY_RATE)
 
 
 def matmul_seconds(channels: int, side: int, taps: int, num_inputs: int, num_outputs: int) -> float:
-    """Estimate forward and backward of a convolution: three products, each as long as its work or its tensors take."""
+    """Estimate the time of a convolution's three products, each limited by either arithmetic or memory traffic."""
     flops = 2 * taps * channels**2 * BATCH * side * side
     num_bytes = (num_inputs + num_outputs) * BATCH * side * side * channels * 2
     return 3 * max(flops / MATMUL_RATE, num_bytes / MEMORY_RATE)

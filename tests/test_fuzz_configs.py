@@ -1,8 +1,8 @@
 """Check that any config is either accepted and can be saved, or refused with a message that names the key.
 
-FUZZ_EXAMPLES=25000 and FUZZ_COMMANDS=200 set the numbers of configs and of runs of the command, which are low by
-default; FUZZ_SEED=1 selects different configs. Since 50 configs or one run take about a second, also set
-pytest's --timeout=0.
+FUZZ_EXAMPLES=25000 sets how many configs are tried, and FUZZ_COMMANDS=200 how often the command is run (both are low
+by default). FUZZ_SEED=1 selects different configs. Since 50 configs or one run take about a second, also set pytest's
+--timeout=0.
 """
 
 import contextlib

@@ -29,6 +29,8 @@ NAMES = [
     ("torch", lambda: torch.nn.modules.batchnorm, "_BatchNorm", "models/build.py"),
     ("torch", lambda: torch.empty(1).untyped_storage(), "_cdata", "models/counting.py"),
     ("torch", lambda: torch, "_dynamo", "benchmark/contenders.py"),
+    ("torch", lambda: torch._subclasses.fake_tensor, "FakeTensorMode", "attention/compiling.py"),
+    ("torch", lambda: torch.utils._python_dispatch, "TorchDispatchMode", "attention/compiling.py"),
     ("torchvision", lambda: AUTO, "_AUGMENTATION_SPACE", "data/policies.py"),
     ("torchvision", v2.RandAugment, "_AUGMENTATION_SPACE", "data/policies.py"),
     ("torchvision", v2.TrivialAugmentWide, "_AUGMENTATION_SPACE", "data/policies.py"),

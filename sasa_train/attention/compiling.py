@@ -1,8 +1,8 @@
 """Compile the Triton kernels that a model needs before its first step, several at a time.
 
-A kernel is compiled when it is first launched, in seconds, and kept in Triton's cache folder ($TRITON_CACHE_DIR). A
-network needs up to 32, half of them in its first backward pass. Triton's compiler releases Python's global lock, so
-threads of this process can compile them side by side, and a kernel that is in the cache takes milliseconds.
+Triton compiles a kernel when it is first launched, which takes seconds, and keeps it in a cache folder
+($TRITON_CACHE_DIR). A ResNet-50 needs 21 kernels, most of them in its first backward pass. Several can be compiled at
+once by threads of this process, because Triton's compiler releases Python's global lock.
 """
 
 import os
@@ -36,8 +36,8 @@ def launches_of(
 ) -> list[Launch]:
     """Return the distinct kernels of local attention in a training step, with the arguments of their first launch.
 
-    The forward pass runs on tensors without memory, so nothing is computed and `device` need not exist. Without a GPU,
-    autocast has no effect, and `dtype` says what attention receives.
+    The forward pass runs on tensors without memory, so nothing is computed and `device` need not exist. `dtype`
+    replaces the dtype of attention's inputs; it is needed without a GPU, where autocast has no effect.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     calls = _Calls()
@@ -67,7 +67,7 @@ def launches_of(
 def step_launches(
     projections: Tensor, rel_height: Tensor | None, rel_width: Tensor | None, kernel_size: int, border: str, stride: int
 ) -> list[Launch]:
-    """Return the launches of `local_attention_qkv`, forward and backward, for tensors like these."""
+    """Return the kernel launches of `local_attention_qkv`, forward and backward, for tensors with these shapes."""
 
     def meta(tensor: Tensor) -> Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
@@ -90,9 +90,9 @@ def step_launches(
 
 
 def compile_ahead(launches: Sequence[Launch], is_quiet: bool | None = None) -> list[Any]:
-    """Compile kernels, several at a time, or take them from Triton's cache; return them in the same order.
+    """Compile kernels, several at a time, or load them from Triton's cache; return them in the same order.
 
-    A progress bar appears if this takes more than a second, unless `is_quiet` (None: unless stderr is no terminal).
+    A progress bar appears if this takes more than a second, unless `is_quiet` (None: if stderr is not a terminal).
     """
     num_threads = max(1, min(MAX_THREADS, len(launches), os.cpu_count() or 1))
     bar = tqdm(
@@ -112,7 +112,7 @@ def _compile(launch: Launch) -> Any:
 
 
 class _Calls(TorchDispatchMode):
-    """Note the arguments of every call of `local_attention_qkv`."""
+    """Record the arguments of each call to `local_attention_qkv`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class _Calls(TorchDispatchMode):
 
 
 def _identity(launch: Launch) -> Hashable:
-    """Return what Triton distinguishes kernels by: dtypes, and which integers are 1 or divisible by 16."""
+    """Return what determines the compiled code: dtypes, constants, and which integers are 1 or divisible by 16."""
     unspecialized = {p.num for p in launch.kernel.params if p.do_not_specialize}
 
     def kind(x: Any) -> Hashable:

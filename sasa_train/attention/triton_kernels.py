@@ -1,8 +1,7 @@
 """The Triton backend: launches the kernels of triton_fold.py or, for larger windows and other heads, of triton_walk.py.
 
-reference.py contains the definition. The launch configuration follows from the problem by fixed rules, which
-`scripts/kernel_counts.py` checks by counting instructions. Nothing is measured when a kernel is first used, so that
-results do not vary from run to run.
+reference.py contains the definition. Fixed rules choose the launch configuration; `scripts/kernel_counts.py` counts the
+instructions that result. No configurations are timed at run time, so results do not vary from run to run.
 """
 
 import functools
@@ -56,10 +55,10 @@ def unavailable(query: Tensor, kernel_size: int) -> str | None:
 def local_attention_forward(
     inputs: Inputs, output: Tensor, logsumexp: Tensor, unpooled: Tensor, kernel_size: int, border: str, stride: int
 ) -> None:
-    """Write the output [B, N, ceil(H / stride), ceil(W / stride), D], and what the backward pass needs of it.
+    """Write the output [B, N, ceil(H / stride), ceil(W / stride), D], and values for the backward pass.
 
-    The latter is the logarithm to base 2 of each window's sum of exp(score), [B, N, H, W] in float32, and with a stride
-    of 2 the output before it is averaged over 2 x 2 positions, [B, N, H, W, D].
+    These are `logsumexp`, log2(sum(exp(score))) of each window, [B, N, H, W] in float32, and with a stride of 2
+    `unpooled`, the output before it is averaged over 2 x 2 positions, [B, N, H, W, D].
     """
     query, key, value, rel_height, rel_width = inputs
     full, pooled = (output, None) if stride == 1 else (unpooled, output)
@@ -104,7 +103,7 @@ Images = tuple[Tensor | None, ...]  # [B, N, H, W, D] each, or None if absent
 
 
 def _folds(images: Images, kernel_size: int, head_dims: Mapping[torch.dtype, tuple[int, ...]]) -> bool:
-    """Return whether the kernels of triton_fold.py can serve this problem."""
+    """Return whether the kernels of triton_fold.py support these tensors."""
     present = [x for x in images if x is not None]
     dtype, head_dim = present[0].dtype, present[0].shape[-1]
     # Offsets within a head have 32 bits there, and up to 8 numbers are kept per position.
@@ -116,7 +115,7 @@ def _fold_backward(
     images: Images, output: Tensor, logsumexp: Tensor, inputs: Inputs, kernel_size: int, border: str, stride: int,
     grads: Grads,
 ) -> Tensor | None:  # fmt: skip
-    """Write the gradients of query, key and value; return summands [programs, N or 1, 2, K, D/2] of the embeddings'."""
+    """Write the gradients of the images; return the embeddings' as summands [programs, N or 1, 2, K, D/2]."""
     batch, num_heads, height, width, head_dim = inputs.query.shape
     grad_query, *other_grads = grads
     # More rows would not fit in a thread's registers.
@@ -169,7 +168,7 @@ def _fold_programs(batch: int, num_heads: int, height: int, width: int) -> tuple
 
 
 def _relative_tables(inputs: Inputs) -> tuple[Tensor | None, int]:
-    """Return the embeddings in the inputs' dtype as triton_fold.py reads them, and their stride by head.
+    """Return the embeddings in the layout of triton_fold.py and the inputs' dtype, and the stride between heads.
 
     The stride is 0 if the heads share both embeddings.
     """
@@ -188,7 +187,7 @@ def _relative_tables(inputs: Inputs) -> tuple[Tensor | None, int]:
 def _arrangement(
     kernel_size: int, head_dim: int, num_heads: int, per_head: tuple[bool, bool], device: torch.device
 ) -> Tensor:
-    """Return the index of each number of triton_fold.py's tables in [rel_height, rel_width, 0], flattened."""
+    """Return, for each element of triton_fold.py's tables, its index in the flattened [rel_height, rel_width, 0]."""
     half, channels = head_dim // 2, max(head_dim, 16)
     sizes = [(num_heads if each else 1) * kernel_size * half for each in per_head]
     zero = sum(sizes)
@@ -210,7 +209,7 @@ def _walk_backward(
     images: Images, output: Tensor, logsumexp: Tensor, inputs: Inputs, kernel_size: int, border: str, stride: int,
     grads: Grads,
 ) -> Tensor | None:  # fmt: skip
-    """Write the gradients of query, key and value; return summands [programs, N, 2, K, D/2] of the embeddings'."""
+    """Write the gradients of the images; return the embeddings' as summands [programs, N, 2, K, D/2]."""
     batch, num_heads, height, width, head_dim = inputs.query.shape
     grad_query, *other_grads = grads
     grad_output, *others = images
@@ -266,7 +265,7 @@ class _Walk:
 
 
 def _num_warps(kernel: Any, query: Tensor) -> int:
-    """Return the number of warps that share a tile, the fewest that hold its values without spilling registers."""
+    """Return the number of warps per tile: the fewest whose registers hold the tile's values."""
     head_dim = query.shape[-1]
     if query.dtype == torch.float32 and kernel is triton_walk.backward_queries_kernel:
         return 1 if head_dim <= 16 else 2 if head_dim <= 32 else 8
@@ -290,7 +289,7 @@ def _tile(height: int, width: int, kernel_size: int) -> tuple[int, int, int]:
 
 
 class Launch(NamedTuple):
-    """A kernel with the arguments and constants that it is launched with."""
+    """A kernel with the arguments and constants of its launch."""
 
     kernel: Any
     arguments: tuple
@@ -304,7 +303,7 @@ class Launch(NamedTuple):
 
 
 def _strides(images: Images) -> tuple[int, list[tuple[int, ...] | None]]:
-    """Return the largest vector that all images allow, in elements, and their strides in units of it."""
+    """Return the vector length, in elements, that suits all images, and their strides as multiples of it."""
     present = [x for x in images if x is not None]
     align = math.gcd(16 // present[0].itemsize, *(s for x in present for s in x.stride()[:4]))
     return align, [None if x is None else (*(s // align for s in x.stride()[:4]), x.stride(4)) for x in images]
