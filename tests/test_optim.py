@@ -64,7 +64,7 @@ def test_arguments_reach_the_optimizer_and_others_are_refused():
 
 @pytest.mark.parametrize("model_name", ["sasa_resnet26", "resnet18", "vit_tiny_patch16_224"])
 def test_layer_decay_lowers_the_early_layers_rates(model_name):
-    """A decay of 0.5 per layer gives the classifier the full rate, the last block half of it, and the stem the least."""
+    """A decay of 0.5 per layer gives the classifier the full rate, the last block half, and the stem the lowest."""
     config = compose_config(["optimizer.name=adamw", "optimizer.layer_decay=0.5"])
     keys = {"width": 0.125, "num_heads": 2} if model_name.startswith("sasa") else {}
     model = timm.create_model(model_name, num_classes=3, **keys)
