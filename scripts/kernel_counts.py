@@ -145,7 +145,7 @@ def count_case(
         print(
             f"{arch} {dtype} K={kernel_size} head_dim={head_dim:<2} {row['pass']:16} {tiling}: "
             f"{row['per_query_and_head']:5.1f} instructions per query and head, {row['registers']} registers, "
-            f"{row['spill_bytes']} B spilled, {row['shared_bytes']} B shared; {by_pipe}",
+            f"{row['spill_bytes']} B spilled, {row['shared_bytes']} B shared; in the code: {by_pipe}",
             flush=True,
         )
     return rows
@@ -241,8 +241,10 @@ def print_estimate(rows: list[dict[str, Any]]) -> None:
 def attention_seconds(channels: int, side: int, per_query_and_head: float) -> float:
     """Estimate the time of a forward and backward pass, limited by either instructions or memory traffic."""
     queries = BATCH * NUM_HEADS * -(-side // 2) * 2 * -(-side // 8) * 8  # with the tiles' padding
-    map_bytes = BATCH * side * side * channels * 2
-    return max(queries * per_query_and_head / ISSUE_RATE, 12 * map_bytes / MEMORY_RATE)
+    # Forward: read three maps, write one; backward: read five and four, write one and two. Per query and head, the
+    # logsumexp and 8 float32 numbers for the keys' kernel are written and read.
+    num_bytes = 16 * BATCH * side * side * channels * 2 + 72 * queries
+    return max(queries * per_query_and_head / ISSUE_RATE, num_bytes / MEMORY_RATE)
 
 
 def matmul_seconds(channels: int, side: int, taps: int, num_inputs: int, num_outputs: int) -> float:

@@ -30,12 +30,7 @@ BF16, FP16 = torch.bfloat16, torch.float16
 def large_tiles(monkeypatch):
     """Use large tiles of the walk under the interpreter, whose run time grows with the number of programs."""
     if DEVICE == "cpu":
-        use_tiles(monkeypatch, 64)
-
-
-def use_tiles(monkeypatch, positions: int) -> None:
-    triton_kernels._tile.cache_clear()
-    monkeypatch.setattr(triton_kernels, "WALK_POSITIONS", positions)
+        monkeypatch.setattr(triton_kernels, "WALK_POSITIONS", 64)
 
 
 @pytest.mark.parametrize("kernel_size", slow_but_for([1, 7], range(1, 17, 2)))
@@ -49,7 +44,7 @@ def test_every_window_and_map(kernel_size):
 @pytest.mark.parametrize("positions", slow_but_for([16], [16, 32, 128]))
 def test_every_tile_of_the_walk(positions, monkeypatch):
     """The choice of tiles affects only rounding; the cases include partial tiles at two edges."""
-    use_tiles(monkeypatch, positions)
+    monkeypatch.setattr(triton_kernels, "WALK_POSITIONS", positions)
     assert_equals_reference((1, 1, 5, 9, 6), 5)
     assert_equals_reference((1, 1, 5, 9, 6), 5, stride=2)
     if DEVICE == "cuda":
@@ -62,6 +57,12 @@ def test_the_fold_at_every_head_dim(head_dim):
     """Two tiles of rows and columns, the last partial; all dtypes, so both tilings in float32."""
     for dtype, border, stride in [(BF16, "mask", 2), (FP16, "zero", 1), (torch.float32, "mask", 2)]:
         assert_equals_reference((1, 1, 3, 10, head_dim), 7, dtype, "fused channels_last", border, stride=stride)
+
+
+def test_the_output_may_be_changed_in_place_where_the_backward_pass_needs_none():
+    q = torch.randn(1, 1, 3, 3, 4, requires_grad=True)
+    for backend in ("cpu", "reference"):
+        local_attention(q, q, q, kernel_size=3, backend=backend).relu_().sum().backward()
 
 
 @pytest.mark.parametrize("heads_per_program", slow_but_for([2], [2, 4]))
@@ -128,11 +129,13 @@ def test_huge_scores_stay_finite_and_a_nan_is_not_swallowed(dtype):
 
 def test_the_same_to_the_bit_whatever_memory_held():
     """Check that results are bit-identical: the kernels use no atomics and write scratch memory before reading it."""
-    inputs = [x.to(DEVICE) for x in draw((1, 2, 5, 6, 4), "channels_last", torch.float32, torch.Generator())]
-    case = ([*inputs, *torch.randn(2, 5, 2, device=DEVICE)], 5, True, "zero", torch.ones_like(inputs[0]))
-    first, second = (outputs_and_grads("triton", None, *case) for _ in range(2))
-    for name, x, y in zip(cases.NAMES, first, second, strict=True):
-        assert torch.equal(x, y), name
+    for head_dim, dtype in [(4, torch.float32), (8, BF16)]:
+        inputs = [x.to(DEVICE) for x in draw((1, 2, 5, 6, head_dim), "channels_last", dtype, torch.Generator())]
+        tables = torch.randn(2, 5, head_dim // 2, device=DEVICE)
+        case = ([*inputs, *tables], 5, True, "zero", torch.ones_like(inputs[0]))
+        first, second = (outputs_and_grads("triton", None, *case) for _ in range(2))
+        for name, x, y in zip(cases.NAMES, first, second, strict=True):
+            assert torch.equal(x, y), name
 
 
 def test_outputs_and_gradients_keep_the_inputs_order_of_strides():
@@ -147,15 +150,14 @@ def test_outputs_and_gradients_keep_the_inputs_order_of_strides():
     assert torch.equal(grad, torch.stack(grads))
 
 
-def test_the_tile_walks_few_key_rows_and_covers_the_map(monkeypatch):
+def test_the_tile_walks_few_key_rows_and_covers_the_map():
     """A tile of 7 columns and 4 rows is chosen although 10 columns fit, because 10 x 3 would visit more key rows."""
-    use_tiles(monkeypatch, 32)
-    assert triton_kernels._tile(56, 56, 7) == (4, 8, 98)
-    assert triton_kernels._tile(14, 14, 7) == (4, 7, 8)
+    assert triton_kernels._tile(56, 56, 7, 32) == (4, 8, 98)
+    assert triton_kernels._tile(14, 14, 7, 32) == (4, 7, 8)
     for height in (1, 2, 5, 14, 33):
         for width in (1, 3, 7, 28, 57):
             for kernel_size in range(1, 17, 2):
-                tile_h, tile_w, num_tiles = triton_kernels._tile(height, width, kernel_size)
+                tile_h, tile_w, num_tiles = triton_kernels._tile(height, width, kernel_size, 32)
                 assert tile_h * tile_w <= 32
                 assert tile_w + kernel_size - 1 <= triton_kernels.WINDOW_COLUMNS
                 assert num_tiles == -(-height // tile_h) * -(-width // tile_w)
@@ -169,8 +171,9 @@ def test_few_programs_compute_one_head_each_and_many_several():
 
 
 def test_offsets_of_more_than_32_bits_are_left_to_the_walk():
-    far = torch.empty_strided((1, 1, 2, 4, 8), (64, 64, 2**31, 8, 1), dtype=BF16, device="meta")
-    assert not triton_kernels._folds((far,), 7, triton_kernels.FOLD_FORWARD)
+    for strides in [(64, 64, 2**31, 8, 1), (64, 2**31, 32, 8, 1)]:
+        far = torch.empty_strided((1, 2, 2, 4, 8), strides, dtype=BF16, device="meta")
+        assert not triton_kernels._folds((far,), 7, triton_kernels.FOLD_FORWARD)
     assert triton_kernels._folds((torch.empty_like(far),), 7, triton_kernels.FOLD_FORWARD)
 
 

@@ -59,8 +59,10 @@ def launches_of(
                 module.training = is_training
     found: dict[Hashable, Launch] = {}
     for projections, *others in calls.of_attention:
-        for launch in step_launches(projections if dtype is None else projections.to(dtype), *others):
-            found.setdefault(_identity(launch), launch)
+        projections = projections if dtype is None else projections.to(dtype)
+        if triton_kernels.unsupported(projections[0], others[2]) is None:
+            for launch in step_launches(projections, *others):
+                found.setdefault(_identity(launch), launch)
     return list(found.values())
 
 
@@ -101,9 +103,13 @@ def compile_ahead(launches: Sequence[Launch], is_quiet: bool | None = None) -> l
     )  # fmt: skip
     with bar, ThreadPoolExecutor(num_threads) as pool:
         futures = [pool.submit(_compile, launch) for launch in launches]
-        for future in as_completed(futures):
-            future.result()
-            bar.update()
+        try:
+            for future in as_completed(futures):
+                future.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
         return [future.result() for future in futures]
 
 

@@ -216,7 +216,9 @@ _define = functools.partial(
     define_operator,
     outputs="(Tensor, Tensor, Tensor)",
     kept=(0, 1, 2),
-    backward_inputs="Tensor grad_output, Tensor output, Tensor statistics, Tensor unpooled",
+    # Only the Triton kernels need the output. Others allow it to be changed in place.
+    keeps_output=lambda output, *options: output.device.type != "cpu" or options[-1] == "triton",
+    backward_inputs="Tensor grad_output, Tensor? output, Tensor statistics, Tensor unpooled",
 )
 
 _local_attention = _define(

@@ -25,6 +25,7 @@ def define_operator(
     flops: Callable[..., int],
     grads: Sequence[int] = (0,),
     kept: Sequence[int] = (),
+    keeps_output: Callable[..., bool] = lambda output, *options: True,
     forward_only: str = "",
     skips_first: bool = False,
     device_types: str | None = None,
@@ -36,6 +37,7 @@ def define_operator(
         forward_only: additional arguments that are not passed to the backward op.
         outputs: the outputs of `forward`. The backward op receives, under the names in `backward_inputs`, the gradients
             of the outputs listed in `grads`, then the outputs listed in `kept`, followed by `tensors` and `options`.
+        keeps_output: whether the first output, if listed in `kept`, is needed with these options; if not, it is None.
         fake: a function that returns outputs like those of `forward`, but without values.
         skips_first: whether the backward op takes a final argument `needs_x` and, if that is false, omits the gradient
             of the first tensor.
@@ -59,7 +61,8 @@ def define_operator(
     def setup_context(ctx, inputs, output):
         found = output if isinstance(output, tuple) else (output,)
         ctx.options = inputs[num_tensors : num_tensors + num_options]
-        ctx.save_for_backward(*(found[i] for i in kept), *inputs[:num_tensors])
+        kept_outputs = (found[i] if i or keeps_output(found[0], *ctx.options) else None for i in kept)
+        ctx.save_for_backward(*kept_outputs, *inputs[:num_tensors])
 
     def run_backward(ctx, *grad_outputs):
         saved, needs_first = ctx.saved_tensors, ctx.needs_input_grad[0] or not skips_first

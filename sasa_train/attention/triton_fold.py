@@ -13,8 +13,8 @@ registers, so the softmax needs no rescaling:
 
 Products have operands in the inputs' dtype (float32: three TF32 products) and float32 sums, so with half precision the
 weights, dS and the embeddings are rounded before they are multiplied, as in FlashAttention. Each result is written by a
-single program, without atomics and with a fixed order of summation. A NaN affects all queries of every tile that reads
-it, i.e. slightly more queries than those whose window contains it.
+single program, without atomics and with a fixed order of summation. A NaN or an infinite value affects all queries of
+every tile that reads it, i.e. slightly more queries than those whose window contains it.
 
 Channels are handled in pieces of 16, the depth of a tensor core's product. Heads of 8 channels fill a piece with a copy
 of themselves, and the other operand has zeros there. Positions outside the image are read from its edge and masked
@@ -395,7 +395,7 @@ def backward_queries_kernel(
             delta += tl.sum(g.to(tl.float32) * out.to(tl.float32), 1)
             grad = grad + (g,)
         at = first + rows * width + columns
-        lse = tl.load(logsumexp + at, mask=exists, other=0.0)
+        lse = tl.load(logsumexp + at, mask=exists, other=float("inf"))  # a weight of zero where there is no query
         by_row = None
         by_offset = tl.zeros([16, 16], tl.float32)
         if tables is not None:

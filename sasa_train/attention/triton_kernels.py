@@ -35,19 +35,29 @@ WINDOW_COLUMNS = 16  # padded number of columns that a tile reads; for 16 positi
 
 def unavailable(query: Tensor, kernel_size: int) -> str | None:
     """Return the reason why the kernels cannot run on these tensors, or None if they can."""
+    return unsupported(query, kernel_size) or unavailable_on(query.device)
+
+
+def unsupported(query: Tensor, kernel_size: int) -> str | None:
+    """Return the reason why there are no kernels for these sizes, or None."""
     if query.dtype not in DTYPES:
         return f"the tensors are {query.dtype}; the kernels compute in float32"
     if kernel_size > MAX_KERNEL_SIZE:
         return f"kernel_size={kernel_size} is above {MAX_KERNEL_SIZE}"
     if query.shape[-1] > MAX_HEAD_DIM:
         return f"head_dim={query.shape[-1]} is above {MAX_HEAD_DIM}"
+    return None
+
+
+def unavailable_on(device: torch.device) -> str | None:
+    """Return the reason why the kernels cannot run on a device, or None."""
     if INTERPRETED:
         return None
-    if query.device.type != "cuda":
-        return f"the tensors are on {query.device.type} (TRITON_INTERPRET=1 runs the kernels there, slowly, to test)"
+    if device.type != "cuda":
+        return f"the tensors are on {device.type} (TRITON_INTERPRET=1 runs the kernels there, slowly, to test)"
     if torch.version.hip is not None:
         return "the kernels are for NVIDIA GPUs"
-    if torch.cuda.get_device_capability(query.device) < (8, 0):
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU's compute capability is below 8.0"
     return None
 
@@ -87,8 +97,11 @@ def local_attention_backward(
 
     `output` is that of the forward pass before pooling.
     """
+    is_folded = _folds((*inputs[:3], output, *grads), kernel_size, FOLD_BACKWARD)
+    if is_folded and not _folds((grad_output,), kernel_size, FOLD_BACKWARD):
+        grad_output = grad_output.contiguous()  # its strides are too large
     images = (grad_output, *inputs[:3])
-    backward = _fold_backward if _folds((*images, output, *grads), kernel_size, FOLD_BACKWARD) else _walk_backward
+    backward = _fold_backward if is_folded else _walk_backward
     partial_rel = backward(images, output, logsumexp, inputs, kernel_size, border, stride, grads)
     if partial_rel is None or inputs.rel_height is None or inputs.rel_width is None:
         return None, None
@@ -106,9 +119,10 @@ def _folds(images: Images, kernel_size: int, head_dims: Mapping[torch.dtype, tup
     """Return whether the kernels of triton_fold.py support these tensors."""
     present = [x for x in images if x is not None]
     dtype, head_dim = present[0].dtype, present[0].shape[-1]
-    # Offsets within a head have 32 bits there, and up to 8 numbers are kept per position.
-    extents = (sum(stride * size for stride, size in zip(x.stride()[2:], x.shape[2:], strict=True)) for x in present)
-    return kernel_size <= FOLD_KERNEL_SIZE and head_dim in head_dims[dtype] and max(extents) < 2**28
+    # Offsets within an image have 32 bits there, also those of the 8 numbers that are kept for each position of a head.
+    extents = (sum(stride * size for stride, size in zip(x.stride()[1:], x.shape[1:], strict=True)) for x in present)
+    fits = max(extents) < 2**31 and present[0].shape[2] * present[0].shape[3] < 2**28
+    return fits and kernel_size <= FOLD_KERNEL_SIZE and head_dim in head_dims[dtype]
 
 
 def _fold_backward(
@@ -175,31 +189,18 @@ def _relative_tables(inputs: Inputs) -> tuple[Tensor | None, int]:
     query, _, _, rel_height, rel_width = inputs
     if rel_height is None or rel_width is None:
         return None, 0
-    num_heads = query.shape[1] if 3 in (rel_height.dim(), rel_width.dim()) else 1
-    per_head = (rel_height.dim() == 3, rel_width.dim() == 3)
-    index = _arrangement(rel_height.shape[-2], query.shape[-1], num_heads, per_head, query.device)
-    zero = rel_height.new_zeros(1)
-    numbers = torch.cat([rel_height.flatten(), rel_width.flatten(), zero]).to(query.dtype)
-    return numbers[index], 0 if num_heads == 1 and not any(per_head) else index.shape[1]
-
-
-@functools.cache
-def _arrangement(
-    kernel_size: int, head_dim: int, num_heads: int, per_head: tuple[bool, bool], device: torch.device
-) -> Tensor:
-    """Return, for each element of triton_fold.py's tables, its index in the flattened [rel_height, rel_width, 0]."""
-    half, channels = head_dim // 2, max(head_dim, 16)
-    sizes = [(num_heads if each else 1) * kernel_size * half for each in per_head]
-    zero = sum(sizes)
+    is_per_head = 3 in (rel_height.dim(), rel_width.dim())
+    kernel_size, half = rel_height.shape[-2:]
+    head_dim, channels = 2 * half, max(2 * half, 16)
     height, width = (
-        (first + torch.arange(size)).view(-1, kernel_size, half).expand(num_heads, -1, -1)
-        for first, size in zip((0, sizes[0]), sizes, strict=True)
+        rel.to(query.dtype).reshape(-1, kernel_size, half).expand(query.shape[1] if is_per_head else 1, -1, -1)
+        for rel in (rel_height, rel_width)
     )
-    pad = functools.partial(F.pad, value=zero)
-    upper = pad(height, (0, channels - half, 1, 8 - kernel_size))
-    lower = pad(width, (half, channels - head_dim, 0, 8 - kernel_size))
-    pairs = torch.cat([pad(height, (0, 0, 0, 1)), pad(height, (0, 0, 1, 0))], dim=-1)
-    return torch.cat([x.flatten(1) for x in (upper, lower, pairs)], dim=1).to(device)
+    upper = F.pad(height, (0, channels - half, 1, 8 - kernel_size))
+    lower = F.pad(width, (half, channels - head_dim, 0, 8 - kernel_size))
+    pairs = torch.cat([F.pad(height, (0, 0, 0, 1)), F.pad(height, (0, 0, 1, 0))], dim=-1)
+    tables = torch.cat([x.flatten(1) for x in (upper, lower, pairs)], dim=1)
+    return tables, tables.shape[1] if is_per_head else 0
 
 
 # ---- the walk
@@ -236,7 +237,7 @@ class _Walk:
     def __init__(self, inputs: Inputs, kernel_size: int, border: str):
         self.query = query = inputs.query
         batch, num_heads, height, width, head_dim = query.shape
-        *tile, num_tiles = _tile(height, width, kernel_size)
+        *tile, num_tiles = _tile(height, width, kernel_size, WALK_POSITIONS)
         self.num_programs = batch * num_tiles * num_heads
         self.sizes = (num_heads, height, width, *tile)
         # Precision: sums, the softmax and all intermediate values are float32. Products of half-precision inputs are
@@ -273,15 +274,15 @@ def _num_warps(kernel: Any, query: Tensor) -> int:
 
 
 @functools.cache
-def _tile(height: int, width: int, kernel_size: int) -> tuple[int, int, int]:
+def _tile(height: int, width: int, kernel_size: int, positions: int) -> tuple[int, int, int]:
     """Choose the tile size that reads the fewest key rows per map; return the height, width and number of tiles."""
 
     def cut(columns: int) -> tuple[int, int, int]:
         tiles_w = triton.cdiv(width, columns)
-        tiles_h = triton.cdiv(height, min(WALK_POSITIONS // columns, height))
+        tiles_h = triton.cdiv(height, min(positions // columns, height))
         return triton.cdiv(height, tiles_h), triton.cdiv(width, tiles_w), tiles_h * tiles_w
 
-    widest = min(WINDOW_COLUMNS - kernel_size + 1, width)
+    widest = min(WINDOW_COLUMNS - kernel_size + 1, positions, width)
     return min(map(cut, range(widest, 0, -1)), key=lambda tile: tile[2] * (tile[0] + kernel_size - 1))
 
 

@@ -176,14 +176,19 @@ def build_stepper(plan: RunPlan, model: nn.Module) -> Stepper:
 def compile_together(plan: RunPlan, model: nn.Module) -> None:
     """Compile the attention kernels for a GPU before the first step, on one process of each machine."""
     uses_triton = any(isinstance(x, LocalSelfAttention2d) and x.backend in ("auto", "triton") for x in model.modules())
-    if plan.device.type != "cuda" or not uses_triton or importlib.util.find_spec("triton") is None:
+    if plan.device.type != "cuda" or not uses_triton:
         return
-    # Importing Triton takes a second, so it is imported only when it is needed.
-    from sasa_train.attention.compiling import compile_ahead, launches_of
+    if local_rank() == 0 and importlib.util.find_spec("triton") is not None:
+        # Importing Triton takes a second, so it is imported only when it is needed.
+        from sasa_train.attention.compiling import compile_ahead, launches_of
+        from sasa_train.attention.triton_kernels import INTERPRETED, unavailable_on
 
-    if local_rank() == 0:
         layout = torch.channels_last if plan.trainer.channels_last else torch.contiguous_format
-        compile_ahead(launches_of(model, plan.image_size, plan.device, layout, plan.autocast()))
+        try:
+            if not INTERPRETED and unavailable_on(plan.device) is None:
+                compile_ahead(launches_of(model, plan.image_size, plan.device, layout, plan.autocast()))
+        except Exception as error:
+            warn(f"the attention kernels are compiled one by one, when they are first used, because of {error!r}")
     collectives.wait_for_all()  # the other processes then find the kernels in Triton's cache
 
 
