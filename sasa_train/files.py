@@ -95,6 +95,16 @@ def lock_folder(path: Path, name: str = LOCK, other: str = "another run_name") -
     return file
 
 
+def still_locked(path: Path, lock: IO[str], name: str = LOCK) -> bool:
+    """Return whether the folder's lock file is still the one that `lock_folder` returned."""
+    held = os.fstat(lock.fileno())
+    try:
+        found = os.lstat(path / name)
+    except OSError:
+        return False
+    return (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino)
+
+
 def holder(path: Path) -> str | None:
     """Describe the process that holds the folder's lock, or return None if it is not locked."""
     # Must not be called for a lock that this process holds, because closing the file would release it.

@@ -206,6 +206,27 @@ def test_auto_says_what_it_runs(caplog):
     assert [r.message for r in caplog.records] == ["local_attention: backend=auto runs the Triton kernels"]
 
 
+@gpu
+@pytest.mark.gpu
+def test_a_training_step_compiles_no_kernel_that_was_not_compiled_ahead(tmp_path):
+    program = (
+        "import pathlib, sys, timm, torch\n"
+        "import sasa_train.models\n"
+        "from sasa_train.attention.compiling import compile_ahead, launches_of\n"
+        "layout, device = torch.channels_last, torch.device('cuda')\n"
+        "model = timm.create_model('hybrid_resnet26', stem='conv_small', width=0.5).to(device, memory_format=layout)\n"
+        "bf16 = torch.autocast('cuda', torch.bfloat16)\n"
+        "compile_ahead(launches_of(model, 64, device, layout, bf16))\n"
+        "kernels = sorted(pathlib.Path(sys.argv[1]).rglob('*.cubin'))\n"
+        "images = torch.randn(6, 3, 64, 64, device=device).to(memory_format=layout)\n"
+        "with bf16:\n"
+        "    model(images).sum().backward()\n"
+        "assert kernels and sorted(pathlib.Path(sys.argv[1]).rglob('*.cubin')) == kernels\n"
+    )
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment, check=True)
+
+
 def test_without_a_gpu_or_an_interpreter_it_is_an_error_that_says_so():
     """Check the error if there is no GPU and no interpreter, and that auto does not import Triton on a CPU."""
     program = (

@@ -166,22 +166,27 @@ def failing(real, calls, number: int):
     return lambda *a, **k: full() if next(calls) == number else real(*a, **k)
 
 
-@pytest.mark.parametrize("call", ["unlink", "replace", "fsync", "open"])
-def test_a_failure_of_any_call_leaves_each_checkpoint_under_its_own_step(tmp_path, monkeypatch, call):
-    """Check that a run that continues after a failed save still writes its next checkpoint."""
+@pytest.mark.parametrize("call", ["unlink", "replace", "fsync", "open", "link"])
+def test_a_save_is_written_whole_or_not_at_all(tmp_path, monkeypatch, call):
+    """If any call fails, the run goes on from the old last.pt and best.pt, and its next checkpoint is written.
+
+    Otherwise a run that goes on after a failed save would have a best.pt that it does not know, and replace it with a
+    worse model.
+    """
     reached, is_done = 0, False
     while not is_done:
         folder = tmp_path / f"{call}{reached}"
         checkpoints, calls = filled(folder, steps=(1, 2, 3), keep=2, best=(2,)), itertools.count()
         with monkeypatch.context() as patch:
             patch.setattr(os, call, failing(getattr(os, call), calls, reached))
+            is_saved = True
             try:
                 checkpoints.save(content(4), is_best=True)
             except CheckpointError:
-                pass
-            except OSError as error:  # raised during cleanup, which ends the run
-                assert error.errno == errno.ENOSPC
+                is_saved = False
             is_done = next(calls) <= reached
+        found = {name: load_checkpoint(folder / name)["step"] for name in ("last.pt", "best.pt")}
+        assert found == ({"last.pt": 4, "best.pt": 4} if is_saved else {"last.pt": 3, "best.pt": 2})
         checkpoints.save(content(5), is_best=False)
         assert newest_step(folder)[0] == 5
         steps = {path.name: load_checkpoint(path)["step"] for path in folder.glob("step-*.pt")}

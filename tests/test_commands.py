@@ -11,7 +11,7 @@ import pytest
 import torch
 from making_data import make_image_folder
 from marking import slow_but_for
-from reading_runs import assert_same_run, rows
+from reading_runs import assert_same_run, last, rows
 from running_commands import TINY, run_in_process, start, wait_for, wait_for_rows
 
 from sasa_train import summary, train
@@ -113,6 +113,27 @@ def test_killed_and_stopped_runs_end_as_one_never_touched(in_process, tmp_path):
             assert json.loads((tmp_path / "out/broken/run.json").read_text())["status"] == "interrupted"
     in_process("train", *run, "run_name=broken", "data.num_workers=2")
     assert_same_run(tmp_path / "out/broken", tmp_path / "out/whole")
+
+
+@pytest.mark.parametrize("way", ["lock deleted", "folder replaced"])
+def test_a_run_whose_folder_is_taken_away_stops_and_leaves_the_other_run_alone(in_process, tmp_path, way):
+    """After its lock is deleted or its folder renamed, another run begins in the same place; only that one goes on."""
+    run = [*TINY, "run_name=taken", "trainer.epochs=400", "trainer.checkpoint_every_steps=3"]
+    first = start(tmp_path, *run)
+    folder = tmp_path / "out/taken"
+    wait_for_rows(folder, 6, first)
+    if way == "lock deleted":
+        (folder / ".lock").unlink()
+    else:
+        folder.rename(tmp_path / "out/moved")
+        in_process("train", *TINY, "run_name=taken", "trainer.epochs=1")
+    before = {p: p.read_bytes() for p in folder.glob("checkpoints/*")} if way == "folder replaced" else {}
+    output = first.communicate(timeout=60)[0]
+    assert first.returncode == 1 and "its lock file is gone or another's" in output, output
+    assert before == ({p: p.read_bytes() for p in folder.glob("checkpoints/*")} if before else {})
+    place = folder if way == "lock deleted" else tmp_path / "out/moved"
+    in_process("train", f"resume={place}", "trainer.max_steps=40", "allow_config_change=[trainer.max_steps]")
+    assert last(place)["step"] == 40
 
 
 def test_a_stop_before_training_leaves_nothing_half_done(tmp_path):

@@ -165,7 +165,7 @@ def _keys(
 
 @triton.jit
 def _by_row(query, strides, offsets, below, D: tl.constexpr, N: tl.constexpr):
-    """Load the first half of q twice: for the upper rows' embeddings, and for the lower rows'; zero for other rows."""
+    """Load the first half of q once for the embeddings of each of the two rows, with zeros in the other row."""
     pieces = ()
     for i in tl.static_range(N):
         owner = (tl.arange(0, 16) + i * 16) // (D // 2)  # from 2 on, channels that do not exist

@@ -28,9 +28,11 @@ HALF = (torch.bfloat16, torch.float16)
 # Head sizes by dtype for which the fold's values fit in a thread's registers; the walk serves all others.
 FOLD_FORWARD: Mapping[torch.dtype, tuple[int, ...]] = dict.fromkeys(HALF, (8, 16, 32, 64)) | {torch.float32: ()}
 FOLD_BACKWARD: Mapping[torch.dtype, tuple[int, ...]] = dict.fromkeys(HALF, (8, 16, 32, 64)) | {torch.float32: (8, 16)}
-FOLD_PROGRAMS = 4096  # enough for several waves on the largest GPUs; fewer programs each compute more heads
+FOLD_PROGRAMS = 4096  # enough to fill the largest GPUs several times; beyond it, a program computes several heads
 WALK_POSITIONS = 16  # of a tile
 WINDOW_COLUMNS = 16  # padded number of columns that a tile reads; for 16 positions, 32 columns mean more work for any K
+
+Images = tuple[Tensor | None, ...]  # [B, N, H, W, D] each, or None if absent
 
 
 def unavailable(query: Tensor, kernel_size: int) -> str | None:
@@ -107,9 +109,6 @@ def local_attention_backward(
         return None, None
     by_head = partial_rel.sum(0, dtype=torch.float64)  # [N or 1, 2, K, D/2]
     return table_gradient(by_head[:, 0], inputs.rel_height), table_gradient(by_head[:, 1], inputs.rel_width)
-
-
-Images = tuple[Tensor | None, ...]  # [B, N, H, W, D] each, or None if absent
 
 
 # ---- the fold

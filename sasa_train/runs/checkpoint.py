@@ -18,7 +18,7 @@ import re
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -52,7 +52,8 @@ class Checkpoints:
         """Write last.pt, and also best.pt if `is_best` is true.
 
         Raises:
-            CheckpointError: the files cannot be written (for example, on a full disk); the old last.pt is kept.
+            CheckpointError: the files cannot be written (for example, on a full disk); the old ones are kept, both of
+                them.
         """
         size = _num_bytes(content)
         try:
@@ -72,22 +73,24 @@ class Checkpoints:
         temporary = write_aside(last, lambda file: hashed.save(content | {"format_version": FORMAT_VERSION}, file))
         described = {"step": content["step"], "size": temporary.stat().st_size, "sha256": hashed.digest.hexdigest()}
         manifest = json.dumps(described | {"format_version": FORMAT_VERSION}).encode()
+        best, last_step = self.folder / "best.pt", self._last_step
+        self._last_step = None  # unknown until the files are in place, or back in place
         try:
-            # best.pt is a link, which takes neither time nor disk space. It is written before last.pt, whose content
-            # states that a best checkpoint exists.
-            if is_best:
-                _put(_linked(temporary, self.folder / "best.pt"), self.folder / "best.pt", manifest)
-            if self.keep and self._last_step not in (None, content["step"]):
-                numbered = self.folder / f"step-{self._last_step:08d}.pt"
+            if self.keep and last_step not in (None, content["step"]):
+                numbered = self.folder / f"step-{last_step:08d}.pt"
                 _put(_linked(last, numbered), numbered, bytes_of(manifest_of(last)))
-            self._last_step = None  # unknown until the file is in place
-            _put(temporary, last, manifest)
+            with _all_or_none([best, last] if is_best else [last]):
+                # best.pt is a link, which takes neither time nor disk space. It is written before last.pt, whose
+                # content states that a best checkpoint exists.
+                if is_best:
+                    _put(_linked(temporary, best), best, manifest)
+                _put(temporary, last, manifest)
             self._last_step = content["step"]
         finally:
-            temporary.unlink(missing_ok=True)
+            _discard(temporary)
         for old in self.numbered()[self.keep :]:
-            manifest_of(old).unlink(missing_ok=True)
-            old.unlink()
+            _discard(manifest_of(old))
+            _discard(old)
 
     def newest(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
         """Return the newest checkpoint that can be read, or None if there has never been one.
@@ -263,6 +266,35 @@ def _put(temporary: Path, path: Path, manifest: bytes | None) -> None:
     sync_folder(path.parent)
     if manifest is not None:
         write_atomic(manifest_of(path), manifest)
+
+
+def _discard(path: Path) -> None:
+    """Delete a file that is no longer needed. If this fails, the next save or start of the run tries again."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _all_or_none(paths: list[Path]) -> Iterator[None]:
+    """If the block fails, restore these files and their manifests, so that a run never has a best.pt it disowned."""
+    kept: list[tuple[Path, Path | None, bytes | None]] = []
+    try:
+        for path in paths:
+            kept.append((path, _linked(path, path) if path.exists() else None, bytes_of(manifest_of(path))))
+        yield
+    except BaseException:
+        for path, link, manifest in kept:
+            with contextlib.suppress(OSError):  # the error that is raised below matters more
+                if link is None:
+                    manifest_of(path).unlink(missing_ok=True)
+                    path.unlink(missing_ok=True)
+                elif not os.path.exists(path) or not path.samefile(link) or bytes_of(manifest_of(path)) != manifest:
+                    _put(link, path, manifest)
+        raise
+    finally:
+        for _, link, _ in kept:
+            if link is not None:
+                _discard(link)
 
 
 def _linked(path: Path, beside: Path) -> Path:

@@ -11,9 +11,9 @@ from sasa_train.config.identity import differing_keys
 from sasa_train.config.keys import PUBLISHED, TrainConfig, flatten
 from sasa_train.config.saved import load_config, load_config_file, to_yaml
 from sasa_train.data.fingerprint import differences
-from sasa_train.files import lock_folder, write_atomic
+from sasa_train.files import lock_folder, still_locked, write_atomic
 from sasa_train.processes.ranks import world_size
-from sasa_train.refusal import ConfigError
+from sasa_train.refusal import ConfigError, ExpectedFailure
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, load_checkpoint
 from sasa_train.runs.info import read_info, update_info
 from sasa_train.runs.weights import sha256_of, weights_file
@@ -35,9 +35,18 @@ class RunFolder:
     metrics: str = ""  # content of metrics.jsonl at the checkpoint
     provenance: dict[str, Any] = field(default_factory=dict)  # of the current start
 
+    def check_lock(self) -> None:
+        """Raise ExpectedFailure if the folder is not this run's any more, so that nothing of another run is changed."""
+        if self.lock is not None and not still_locked(self.path, self.lock):
+            raise ExpectedFailure(
+                f"{self.path}: its lock file is gone or another's; the folder was moved, deleted or taken by another "
+                "run. This run stops without writing; continue it from its folder's new place with resume=..."
+            )
+
     def write(self, name: str, data: bytes) -> None:
         """Write a file in the folder atomically."""
         if self.lock is not None:
+            self.check_lock()
             write_atomic(self.path / name, data)
 
     def write_config(self, config: TrainConfig) -> None:
@@ -46,6 +55,7 @@ class RunFolder:
     def write_info(self, **changes: Any) -> None:
         """Update run.json."""
         if self.lock is not None:
+            self.check_lock()
             update_info(self.path, changes)
 
     def write_start(self, difference: str, step: int) -> None:

@@ -295,12 +295,14 @@ class Loop:
                 "provenance": self.run_folder.provenance,
             }
             may_fail = self.config.trainer.on_failed_save == "continue" and not finished and not must_succeed
-            if not collectives.from_first(lambda: self.write(content, is_best, may_fail), CheckpointError):
+            errors = (CheckpointError, ExpectedFailure)
+            if not collectives.from_first(lambda: self.write(content, is_best, may_fail), *errors):
                 return False
         self._saved = (state.step, state.evaluated_step)
         return True
 
     def write(self, content: dict[str, Any], is_best: bool, may_fail: bool) -> bool:
+        self.run_folder.check_lock()
         try:
             self.run_folder.checkpoints.save(content, is_best)
         except CheckpointError as error:
