@@ -4,7 +4,11 @@ import functools
 import itertools
 import logging
 import multiprocessing
+import os
 import shutil
+import time
+from pathlib import Path
+from unittest import mock
 
 import attention_cases as cases
 import pytest
@@ -186,6 +190,49 @@ def _attend_in_a_process(_) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("open_to", ["the folder", "the file"])
+def test_a_cache_that_others_may_write_to_is_not_loaded(fresh_cache, monkeypatch, caplog, open_to):
+    """Somebody else could have put a library there under the right name; umask 0 must not make it so."""
+    before = os.umask(0)
+    try:
+        assert cpu.why_not_built("local_attention", 3) is None
+    finally:
+        os.umask(before)
+    (library,) = fresh_cache.iterdir()
+    assert library.stat().st_mode & 0o777 == 0o700
+    (fresh_cache if open_to == "the folder" else library).chmod(0o777)
+    loaded = []
+    monkeypatch.setattr(cpu, "_load", loaded.append)
+    cpu._library.cache_clear()
+    assert cpu.why_not_built("local_attention", 3) is None
+    (path,) = loaded
+    if open_to == "the folder":
+        assert path.parent != fresh_cache and path.parent.stat().st_mode & 0o777 == 0o700
+        assert f"{fresh_cache} cannot be used: it belongs to somebody else, or others may write to it" in caplog.text
+    else:
+        assert path.parent == fresh_cache and path.stat().st_mode & 0o777 == 0o700
+
+
+def test_without_a_home_a_kernel_is_built_for_this_process(fresh_cache, monkeypatch, caplog):
+    """As in a container that runs with a user ID that has no name."""
+    monkeypatch.delenv("SASA_TRAIN_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", mock.Mock(side_effect=RuntimeError("Could not determine home directory.")))
+    assert cpu.why_not_built("local_attention", 3) is None
+    assert (
+        "built for this process alone, because ~/.cache/sasa_train cannot be used: Could not determine" in caplog.text
+    )
+
+
+def test_what_a_killed_build_left_is_swept_up(fresh_cache):
+    for name, age in (("old.tmp", 10 * cpu.BUILD_SECONDS), ("new.tmp", 0)):
+        (fresh_cache / name).write_bytes(b"")
+        os.utime(fresh_cache / name, (time.time() - age,) * 2)
+    assert cpu.why_not_built("local_attention", 3) is None
+    assert sorted(p.suffix for p in fresh_cache.iterdir()) == [".so", ".tmp"]
+    assert (fresh_cache / "new.tmp").exists()
+
+
 def test_processes_that_build_at_once_do_no_harm(fresh_cache):
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         assert pool.map(_attend_in_a_process, range(2), chunksize=1) == [18.0, 18.0]

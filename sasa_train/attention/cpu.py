@@ -5,15 +5,20 @@ few seconds, for each kernel_size (for the stem, each number of input channels) 
 baseline, depending on the CPU). `$SASA_TRAIN_CACHE` sets the cache folder and `$CXX` the compiler.
 """
 
+import atexit
+import contextlib
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +26,8 @@ import torch
 from torch import Tensor
 
 from sasa_train.attention.reference import Grads, Inputs, table_gradient
+
+log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).with_name("csrc")
 HEADER = SOURCES / "vectors.h"
@@ -225,18 +232,21 @@ def _built(source: str, compiler: str, flags: tuple[str, ...], link_flags: tuple
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     path = SOURCES / f"{source}.cpp"
     key = _digest("\0".join([path.read_text(), HEADER.read_text(), version, *flags, "", *link_flags]).encode())
-    root = os.environ.get("SASA_TRAIN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sasa_train"
-    folder = Path(root).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _cache_folder()
     for kept in folder.glob(f"{source}-{key}-*.so"):
-        if kept.stem.endswith(_digest(kept.read_bytes())):
+        if _is_private(kept) and kept.stem.endswith(_digest(kept.read_bytes())):
             return kept
         kept.unlink(missing_ok=True)
+    for stale in folder.glob("*.tmp"):  # of a build that was killed
+        with contextlib.suppress(OSError):
+            if time.time() - stale.stat().st_mtime > 2 * BUILD_SECONDS:
+                stale.unlink()
     handle, aside = tempfile.mkstemp(suffix=".tmp", dir=folder)
     os.close(handle)
     try:
         command = [compiler, *flags, str(path), "-o", aside, *link_flags]
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=BUILD_SECONDS)
+        os.chmod(aside, 0o700)  # whatever the umask
         built = folder / f"{source}-{key}-{_digest(Path(aside).read_bytes())}.so"
         # If two processes build at the same time, the work is done twice, but the rename ensures that neither
         # loads a partial file.
@@ -244,6 +254,43 @@ def _built(source: str, compiler: str, flags: tuple[str, ...], link_flags: tuple
     finally:
         Path(aside).unlink(missing_ok=True)
     return built
+
+
+def _cache_folder() -> Path:
+    """Return the cache folder or, if others can write to it or this process cannot, a private temporary folder."""
+    # A library is code. One that somebody else could have put there must not be loaded.
+    given = os.environ.get("SASA_TRAIN_CACHE")
+    named = Path(given or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sasa_train")
+    try:
+        folder = named.expanduser()  # fails without HOME for a user without a name
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not given and folder.lstat().st_uid == os.geteuid():
+            folder.chmod(0o700)
+        if not _is_private(folder):
+            reason = "it belongs to somebody else, or others may write to it (chmod 700 would help)"
+        elif not os.access(folder, os.W_OK | os.X_OK):
+            reason = "it cannot be written to"
+        else:
+            return folder
+    except (OSError, RuntimeError) as error:
+        reason = str(error)
+    return _temporary_cache(
+        f"the CPU kernels are built for this process alone, because {named} cannot be used: {reason}"
+    )
+
+
+@functools.cache
+def _temporary_cache(message: str) -> Path:
+    log.warning(message)
+    folder = Path(tempfile.mkdtemp(prefix="sasa_train-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _is_private(path: Path) -> bool:
+    """Return whether a file or folder belongs to this user, and nobody else may write to it."""
+    found = path.lstat()
+    return found.st_uid == os.geteuid() and not stat.S_ISLNK(found.st_mode) and not found.st_mode & 0o022
 
 
 def _digest(data: bytes) -> str:
