@@ -2,11 +2,13 @@
 
 import errno
 import json
+from unittest import mock
 
 import pytest
 from reading_runs import board
 
 from sasa_train.terminal import duration
+from sasa_train.training import log
 from sasa_train.training.log import RunLogger
 
 
@@ -63,6 +65,15 @@ def test_a_full_disk_costs_the_curves_and_not_the_run(tmp_path, capsys, monkeypa
     logger.close()
     assert capsys.readouterr().err.count("no more TensorBoard curves") == 1
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_failing_disk_costs_the_curves_and_not_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(log, "SummaryWriter", mock.Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+    logger = RunLogger(tmp_path, "", step=0, total_steps=8)
+    logger.write(row("train", 1))
+    logger.close()
+    assert "no TensorBoard curves for this run" in capsys.readouterr().err
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize("damage", [b"", b'{"split": "train", "step": 9', None])

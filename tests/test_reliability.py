@@ -1,5 +1,6 @@
 """Check the guarantees in docs/reliability.md by running the command: signals, locks, disks, data, memory, numerics."""
 
+import errno
 import json
 import os
 import shlex
@@ -241,6 +242,31 @@ def test_checkpoints_that_were_taken_away_are_missed(tmp_path, monkeypatch, in_p
     shutil.rmtree(tmp_path / "out/a/checkpoints")
     assert "this run had checkpoints, and they are gone" in in_process("train", *RUN, expect=1).stderr
     assert (tmp_path / "out/a/metrics.jsonl").read_bytes() == metrics
+
+
+@pytest.mark.parametrize("name", ["run.json", "config.yaml", "metrics.jsonl"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_fails_is_one_line_and_exit_code_1(tmp_path, monkeypatch, capsys, name, number):
+    """Writing a file of the run folder fails, as on a disk that is pulled out or a file server that restarts."""
+    real = os.replace
+
+    def failing(source, target):
+        if Path(target).name == name:
+            raise OSError(number, os.strerror(number), str(target))
+        real(source, target)
+
+    def failing_open(path, *rest, **more):
+        if Path(path).name == name == "metrics.jsonl":
+            raise OSError(number, os.strerror(number), str(path))
+        return real_open(path, *rest, **more)
+
+    real_open = Path.open
+    monkeypatch.setattr(os, "replace", failing)
+    monkeypatch.setattr(Path, "open", failing_open)
+    assert run_in_process(tmp_path, monkeypatch, *TINY, "run_name=failing", "trainer.epochs=1") == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert "the disk failed at" in error and f"{name} ({os.strerror(number)}); run the same command once" in error
 
 
 def test_a_console_on_a_full_disk_does_not_end_a_run(tmp_path):

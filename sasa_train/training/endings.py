@@ -11,6 +11,7 @@ from sasa_train.signals import Interrupted, StopRequest
 from sasa_train.terminal import DONE, FAILED, INTERRUPTED, REFUSED, fail
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+DISK_FAILED = (errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT, errno.EREMOTEIO)
 
 
 def train_safely(config: TrainConfig, stop: StopRequest | None = None) -> int:
@@ -38,10 +39,17 @@ def _train(config: TrainConfig, stop: StopRequest) -> int:
     except (CheckpointError, ExpectedFailure) as error:
         tell(error)
     except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
         place = f" {error.filename}" if error.filename else ""
-        tell(OSError(f"cannot write{place} ({error.strerror}); make room and run the same command again"))
+        if error.errno in DISK_FULL:
+            tell(OSError(f"cannot write{place} ({error.strerror}); make room and run the same command again"))
+        elif error.errno in DISK_FAILED:
+            tell(
+                OSError(
+                    f"the disk failed{place and ' at'}{place} ({error.strerror}); run the same command once it is back"
+                )
+            )
+        else:
+            raise
     except (MemoryError, RuntimeError) as error:
         # Check for a lost partner first. If there is one, this process did not fail itself and must not report a
         # failure to the others.

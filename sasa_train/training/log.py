@@ -27,6 +27,15 @@ TAGS = {
 }
 
 
+def _open_board(folder: Path, step: int) -> SummaryWriter | None:
+    """Return a TensorBoard writer, or None with a warning if the folder cannot be written."""
+    try:
+        return SummaryWriter(str(folder), purge_step=step)
+    except OSError as error:
+        warn(f"no TensorBoard curves for this run ({error})")
+        return None
+
+
 class RunLogger:
     """Logger for the rows of a run. `metrics` contains the rows from the checkpoint, as a copy of metrics.jsonl.
 
@@ -38,7 +47,7 @@ class RunLogger:
         self._file = MetricsFile(None if is_silent else run_dir, metrics)
         rows = [json.loads(line) for line in metrics.splitlines()]
         self.eval_seconds = next((row.get("seconds", 0.0) for row in reversed(rows) if row["split"] == "val"), 0.0)
-        self._board = None if is_silent else SummaryWriter(str(run_dir / "tensorboard"), purge_step=step)
+        self._board = None if is_silent else _open_board(run_dir / "tensorboard", step)
         # TensorBoard discards all steps from purge_step on, so the rows of this step are written again.
         for row in rows:
             if row["step"] == step:
