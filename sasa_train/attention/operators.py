@@ -39,8 +39,7 @@ def define_operator(
             of the outputs listed in `grads`, then the outputs listed in `kept`, followed by `tensors` and `options`.
         keeps_output: whether the first output, if listed in `kept`, is needed with these options; if not, it is None.
         fake: a function that returns outputs like those of `forward`, but without values.
-        skips_first: whether the backward op takes a final argument `needs_x` and, if that is false, omits the gradient
-            of the first tensor.
+        skips_first: whether the backward op has a last argument `needs_x`, and omits the first gradient if it is false.
         flops: a function that counts the FLOPs of a forward pass, given the same arguments with shapes for tensors.
     """
     num_before, num_tensors, num_options = len(grads) + len(kept), tensors.count(",") + 1, options.count(",") + 1
@@ -50,10 +49,8 @@ def define_operator(
         f"{name}_backward": f"({backward_inputs}, {tensors}, {options}{', bool needs_x' * skips_first}) -> Tensor[]",
     }
     op, backward_op = (
-        torch.library.custom_op(
-            f"sasa_train::{each}", function, mutates_args=(), schema=schema, device_types=device_types
-        )
-        for (each, schema), function in zip(schemas.items(), (forward, backward), strict=True)
+        torch.library.custom_op(f"sasa_train::{each}", run, mutates_args=(), schema=schema, device_types=device_types)
+        for (each, schema), run in zip(schemas.items(), (forward, backward), strict=True)
     )
     op.register_fake(fake)
     backward_op.register_fake(_fake_gradients(num_before, num_tensors, skips_first))
