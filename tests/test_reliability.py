@@ -245,7 +245,7 @@ def test_checkpoints_that_were_taken_away_are_missed(tmp_path, monkeypatch, in_p
 
 
 @pytest.mark.parametrize("name", ["run.json", "config.yaml", "metrics.jsonl"])
-@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("number", slow_but_for([errno.EIO], [errno.EIO, errno.ESTALE]))
 def test_a_disk_that_fails_is_one_line_and_exit_code_1(tmp_path, monkeypatch, capsys, name, number):
     """Writing a file of the run folder fails, as on a disk that is pulled out or a file server that restarts."""
     real = os.replace
