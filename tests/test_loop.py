@@ -1,6 +1,5 @@
 """Check features of the training loop (limits, profiling, images, memory) by inspecting the files that runs write."""
 
-import io
 import json
 
 import numpy as np
@@ -14,6 +13,7 @@ from sasa_train import evaluate
 from sasa_train.config.compose import compose_config
 from sasa_train.config.saved import load_config
 from sasa_train.device import RunPlan, resolve
+from sasa_train.files import lock_folder
 from sasa_train.models import LocalSelfAttention2d
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.checkpoint import Checkpoints, load_checkpoint
@@ -90,7 +90,7 @@ def test_auto_counts_what_checkpointing_saves_and_a_run_killed_early_keeps_its_s
     config.trainer.grad_checkpointing = True
     assert largest_micro_batch(plan) == 16
     config.trainer.grad_checkpointing = False
-    run = RunFolder(tmp_path, io.StringIO(), Checkpoints(tmp_path / "checkpoints", 0), None)
+    run = RunFolder(tmp_path, lock_folder(tmp_path), Checkpoints(tmp_path / "checkpoints", 0), None)
     run.write_config(settle_auto(plan, run))
     monkeypatch.setattr("sasa_train.training.memory.available_memory", lambda _: 10**12)
     assert settle_auto(plan, run).trainer.grad_accum_steps == 2
