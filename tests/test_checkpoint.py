@@ -194,6 +194,13 @@ def test_a_save_is_written_whole_or_not_at_all(tmp_path, monkeypatch, call):
         reached += 1
 
 
+def test_what_a_failed_save_cannot_put_back_is_named(tmp_path, monkeypatch):
+    checkpoints, calls, real = filled(tmp_path, keep=0), itertools.count(), os.replace
+    monkeypatch.setattr(os, "replace", lambda *a: full() if next(calls) >= 2 else real(*a))  # best.pt and its manifest
+    with pytest.raises(CheckpointError, match="cannot be put back: .*best.pt .No space left on device"):
+        checkpoints.save(content(6), is_best=True)
+
+
 def test_a_damaged_manifest_counts_as_a_damaged_checkpoint(tmp_path):
     filled(tmp_path)
     (tmp_path / "last.pt.json").write_text('{"size": 1')

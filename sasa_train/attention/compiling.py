@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from sasa_train.attention import triton_kernels
 from sasa_train.attention.cpu import empty_output
+from sasa_train.attention.dispatch import empty_kept, split_projections
 from sasa_train.attention.reference import Inputs
 from sasa_train.attention.triton_kernels import Launch
 
@@ -74,19 +75,15 @@ def step_launches(
     def meta(tensor: Tensor) -> Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
-    def split(tensor: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        return tensor[0], tensor[1] if tensor.shape[0] == 3 else None, tensor[-1]
-
     projections = meta(projections)
-    inputs = Inputs(*split(projections), *(None if x is None else meta(x) for x in (rel_height, rel_width)))
+    inputs = Inputs(*split_projections(projections), *(None if x is None else meta(x) for x in (rel_height, rel_width)))
     output = empty_output(inputs.value, stride)
-    unpooled, logsumexp = torch.empty_like(inputs.value), inputs.value.new_empty(inputs.value.shape[:4])
-    logsumexp = logsumexp.float()
+    logsumexp, unpooled = empty_kept(inputs.value, stride, "triton")
     full = output if stride == 1 else unpooled
     options = (kernel_size, border, stride)
     with triton_kernels.collected_launches() as launches:
         triton_kernels.local_attention_forward(inputs, output, logsumexp, unpooled, *options)
-        grads = split(torch.empty_like(projections))
+        grads = split_projections(torch.empty_like(projections))
         triton_kernels.local_attention_backward(torch.empty_like(output), full, logsumexp, inputs, *options, grads)
     return launches
 

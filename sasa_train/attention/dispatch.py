@@ -118,12 +118,12 @@ def local_attention_qkv(
         )
     if stride not in (1, 2):
         raise ValueError(f"stride={stride} must be 1 or 2")
-    query, key, value = _split(projections)
+    query, key, value = split_projections(projections)
     _check(query, key, value, rel_height, rel_width, kernel_size, content, border, backend)
     return _local_attention_qkv(projections, rel_height, rel_width, kernel_size, border, stride, backend)[0]
 
 
-def _split(projections: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+def split_projections(projections: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return query, key (None if there are only two projections) and value."""
     return projections[0], projections[1] if projections.shape[0] == 3 else None, projections[-1]
 
@@ -133,7 +133,7 @@ def _forward(inputs: Inputs, kernel_size: int, border: str, stride: int, backend
     module = _resolve(backend, inputs.query, kernel_size)
     if module is cpu:
         return *cpu.local_attention_forward(inputs, kernel_size, border, stride), value.new_empty(0)
-    kept = _empty_kept(value, stride, backend)
+    kept = empty_kept(value, stride, backend)
     output = cpu.empty_output(value, stride)
     if module is reference:
         exact = reference.local_attention_forward(*inputs, kernel_size, border)
@@ -143,7 +143,7 @@ def _forward(inputs: Inputs, kernel_size: int, border: str, stride: int, backend
     return output, *kept
 
 
-def _empty_kept(value: Tensor, stride: int, backend: str) -> tuple[Tensor, Tensor]:
+def empty_kept(value: Tensor, stride: int, backend: str) -> tuple[Tensor, Tensor]:
     """Allocate what the compiled kernels keep for backward: statistics of the softmax, and the output before pooling.
 
     The CPU kernel keeps no output. The fake implementations call this too, which cannot know the selected backend.
@@ -207,11 +207,11 @@ def _backward_separate(
 def _backward_qkv(
     grad_output, output, statistics, unpooled, projections, rel_height, rel_width, *options
 ) -> list[Tensor]:
-    inputs, grad = Inputs(*_split(projections), rel_height, rel_width), torch.empty_like(projections)
-    return [grad, *_backward_into(_split(grad), grad_output, output, statistics, unpooled, inputs, *options)]
+    inputs, grad = Inputs(*split_projections(projections), rel_height, rel_width), torch.empty_like(projections)
+    return [grad, *_backward_into(split_projections(grad), grad_output, output, statistics, unpooled, inputs, *options)]
 
 
-# The second and third outputs of both ops are those of `_empty_kept`.
+# The second and third outputs of both ops are those of `empty_kept`.
 _define = functools.partial(
     define_operator,
     outputs="(Tensor, Tensor, Tensor)",
@@ -228,7 +228,7 @@ _local_attention = _define(
     forward=lambda query, key, value, rel_height, rel_width, kernel_size, border, backend: _forward(
         Inputs(query, key, value, rel_height, rel_width), kernel_size, border, 1, backend
     ),
-    fake=lambda query, key, value, *options: (torch.empty_like(value), *_empty_kept(value, 1, options[-1])),
+    fake=lambda query, key, value, *options: (torch.empty_like(value), *empty_kept(value, 1, options[-1])),
     backward=_backward_separate,
     flops=_forward_flops,
 )
@@ -238,11 +238,11 @@ _local_attention_qkv = _define(
     "Tensor projections, Tensor? rel_height, Tensor? rel_width",
     "SymInt kernel_size, str border, SymInt stride, str backend",
     forward=lambda projections, rel_height, rel_width, *options: _forward(
-        Inputs(*_split(projections), rel_height, rel_width), *options
+        Inputs(*split_projections(projections), rel_height, rel_width), *options
     ),
     fake=lambda projections, rel_height, rel_width, kernel_size, border, stride, backend: (
         cpu.empty_output(projections[-1], stride),
-        *_empty_kept(projections[-1], stride, backend),
+        *empty_kept(projections[-1], stride, backend),
     ),
     backward=_backward_qkv,
     flops=_forward_flops_qkv,
@@ -254,10 +254,10 @@ def plain_decompositions() -> dict[Any, Callable]:
     from sasa_train.attention import plain
 
     def local_attention_qkv(projections, rel_height, rel_width, kernel_size, border, stride, backend):
-        inputs = (*_split(projections), rel_height, rel_width)
+        inputs = (*split_projections(projections), rel_height, rel_width)
         output = plain.local_attention_forward(*inputs, kernel_size, border)
         output = reference.pool(output) if stride == 2 else output
-        return output, *_empty_kept(projections[-1], stride, backend)
+        return output, *empty_kept(projections[-1], stride, backend)
 
     return {torch.ops.sasa_train.local_attention_qkv.default: local_attention_qkv}
 

@@ -53,10 +53,15 @@ def _fold(x):
 
 
 @triton.jit
+def _twice(x, dtype: tl.constexpr):
+    """Repeat [16, 8] to [16, 16]."""
+    return tl.broadcast_to(x.to(dtype)[:, None, :], [16, 2, 8]).reshape(16, 16)
+
+
+@triton.jit
 def _unfold(x, in_reach):
     """Spread [16, 8] over the 16 columns, zero out of reach; `in_reach` is [16, 16] of ones and zeros."""
-    wide = tl.broadcast_to(x.to(in_reach.dtype)[:, None, :], [16, 2, 8]).reshape(16, 16)
-    return _times(wide, in_reach)
+    return _times(_twice(x, in_reach.dtype), in_reach)
 
 
 @triton.jit
@@ -120,6 +125,15 @@ def _place(num_heads, height, width, heads_per_program):
     tile = pid // groups % num_tiles
     b = pid // groups // num_tiles
     return b.to(tl.int64), pid % groups * heads_per_program, tile // tiles_w * 2, tile % tiles_w * 8
+
+
+@triton.jit
+def _positions(row0, column0, height, width):
+    """Return, for the tile's 16 positions: row in the tile, row, column, existence, and the nearest row and column."""
+    p = tl.arange(0, 16)
+    rows, columns = row0 + p // 8, column0 + p % 8
+    exists = (rows < height) & (columns < width)
+    return p // 8, rows, columns, exists, _clamp(rows, height), _clamp(columns, width)
 
 
 @triton.jit
@@ -196,7 +210,7 @@ def _row_table(tables, y, D: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _reach(key_columns, columns_exist, K: tl.constexpr, ZERO_BORDER: tl.constexpr):
+def _reach(columns_exist, K: tl.constexpr, ZERO_BORDER: tl.constexpr):
     """Return which of 16 columns each position of the tile reaches, [16, 16]."""
     offset = tl.arange(0, 16)[None, :] - (tl.arange(0, 16) % 8)[:, None]
     reach = (offset >= 0) & (offset < K)
@@ -252,12 +266,10 @@ def forward_kernel(
     N: tl.constexpr = max(D // 16, 1)
     b, n, row0, column0 = _place(num_heads, height, width, heads_per_program)
     p, d = tl.arange(0, 16), tl.arange(0, 16)
-    below, rows, columns = p // 8, row0 + p // 8, column0 + p % 8
-    exists = (rows < height) & (columns < width)
-    near_rows, near_columns = _clamp(rows, height), _clamp(columns, width)
+    below, rows, columns, exists, near_rows, near_columns = _positions(row0, column0, height, width)
     key_columns = column0 - K // 2 + tl.arange(0, 16)
     columns_exist = (key_columns >= 0) & (key_columns < width)
-    reach = _reach(key_columns, columns_exist, K, ZERO_BORDER)
+    reach = _reach(columns_exist, K, ZERO_BORDER)
     in_reach = reach.to(tl.float32).to(query.dtype.element_ty)
 
     query = _head(query, query_strides, b, n, ALIGN)
@@ -350,12 +362,10 @@ def backward_queries_kernel(
     N: tl.constexpr = max(D // 16, 1)
     b, n, row0, column0 = _place(num_heads, height, width, heads_per_program)
     p, d, j = tl.arange(0, 16), tl.arange(0, 16), tl.arange(0, 16)
-    below, rows, columns = p // 8, row0 + p // 8, column0 + p % 8
-    exists = (rows < height) & (columns < width)
-    near_rows, near_columns = _clamp(rows, height), _clamp(columns, width)
+    below, rows, columns, exists, near_rows, near_columns = _positions(row0, column0, height, width)
     key_columns = column0 - K // 2 + tl.arange(0, 16)
     columns_exist = (key_columns >= 0) & (key_columns < width)
-    reach = _reach(key_columns, columns_exist, K, ZERO_BORDER)
+    reach = _reach(columns_exist, K, ZERO_BORDER)
     in_reach = reach.to(tl.float32).to(query.dtype.element_ty)
 
     grad_output = _head(grad_output, grad_output_strides, b, n, ALIGN)
@@ -461,12 +471,6 @@ def backward_queries_kernel(
 
 
 @triton.jit
-def _twice(x, dtype: tl.constexpr):
-    """Repeat [16, 8] to [16, 16]."""
-    return tl.broadcast_to(x.to(dtype)[:, None, :], [16, 2, 8]).reshape(16, 16)
-
-
-@triton.jit
 def _store_sums(partial, sums, K: tl.constexpr, D: tl.constexpr, N: tl.constexpr):
     """Store sums [8 + 8 offsets, 16 N channels] in pieces as [2, K, D / 2]."""
     j = tl.arange(0, 16)[:, None]
@@ -488,10 +492,9 @@ def backward_keys_kernel(
     N: tl.constexpr = max(D // 16, 1)
     b, n, row0, column0 = _place(num_heads, height, width, heads_per_program)
     p, d = tl.arange(0, 16), tl.arange(0, 16)
-    below, rows, columns = p // 8, row0 + p // 8, column0 + p % 8
-    exists = (rows < height) & (columns < width)
-    near_columns = _clamp(column0 - K // 2 + tl.arange(0, 16), width)  # of the queries
-    reach = _reach(near_columns, exists, K, True)
+    below, rows, columns, exists, near_rows, near_columns = _positions(row0, column0, height, width)
+    query_columns = _clamp(column0 - K // 2 + tl.arange(0, 16), width)
+    reach = _reach(None, K, True)
     in_reach = reach.to(tl.float32).to(query.dtype.element_ty)
     # After folding, column x stands for query column x or x + 8, whichever reaches the key, in both rows of keys.
     x, c = tl.arange(0, 8)[None, :], tl.arange(0, 8)[:, None]
@@ -505,15 +508,15 @@ def backward_keys_kernel(
     value = _head(value, value_strides, b, n, ALIGN)
     grad_value = _head(grad_value, grad_value_strides, b, n, ALIGN)
     by_key += (b * num_heads + n) * height * width * 8
-    grad_at = _at(grad_output_strides, p * 0, near_columns // POOL, d % D, ALIGN)
-    query_at = _at(query_strides, p * 0, near_columns, d % D, ALIGN)
-    value_at = _at(value_strides, _clamp(rows, height), _clamp(columns, width), d % D, ALIGN)
+    grad_at = _at(grad_output_strides, p * 0, query_columns // POOL, d % D, ALIGN)
+    query_at = _at(query_strides, p * 0, query_columns, d % D, ALIGN)
+    value_at = _at(value_strides, near_rows, near_columns, d % D, ALIGN)
     grad_value_at = _at(grad_value_strides, rows, columns, d, ALIGN)
     stored = exists[:, None] & (d < D)[None, :]
     if key is not None:
         key = _head(key, key_strides, b, n, ALIGN)
         grad_key = _head(grad_key, grad_key_strides, b, n, ALIGN)
-        key_at = _at(key_strides, _clamp(rows, height), _clamp(columns, width), d % D, ALIGN)
+        key_at = _at(key_strides, near_rows, near_columns, d % D, ALIGN)
         grad_key_at = _at(grad_key_strides, rows, columns, d, ALIGN)
     if tables is not None:
         tables += n * table_stride
@@ -540,7 +543,7 @@ def backward_keys_kernel(
                 at = grad_output + near_row // POOL * grad_output_strides[2] * ALIGN + i * 16 * grad_output_strides[4]
                 g = tl.load(at + grad_at)
                 if POOL == 2:
-                    g = _times(g, _share(near_row, near_columns, height, width).to(g.dtype)[:, None])
+                    g = _times(g, _share(near_row, query_columns, height, width).to(g.dtype)[:, None])
                 if tables is not None:
                     # The key has the row offset K - 1 - y + below in the query's window.
                     r = tl.load(tables + ((K - y + below)[:, None] * (16 * N) + (i * 16 + d)[None, :]))

@@ -74,7 +74,7 @@ class Checkpoints:
         described = {"step": content["step"], "size": temporary.stat().st_size, "sha256": hashed.digest.hexdigest()}
         manifest = json.dumps(described | {"format_version": FORMAT_VERSION}).encode()
         best, last_step = self.folder / "best.pt", self._last_step
-        self._last_step = None  # unknown until the files are in place, or back in place
+        self._last_step = None  # unknown until the new last.pt is in place
         try:
             if self.keep and last_step not in (None, content["step"]):
                 numbered = self.folder / f"step-{last_step:08d}.pt"
@@ -282,14 +282,22 @@ def _all_or_none(paths: list[Path]) -> Iterator[None]:
         for path in paths:
             kept.append((path, _linked(path, path) if path.exists() else None, bytes_of(manifest_of(path))))
         yield
-    except BaseException:
+    except BaseException as error:
+        lost = []
         for path, link, manifest in kept:
-            with contextlib.suppress(OSError):  # the error that is raised below matters more
+            try:
                 if link is None:
                     manifest_of(path).unlink(missing_ok=True)
                     path.unlink(missing_ok=True)
                 elif not os.path.exists(path) or not path.samefile(link) or bytes_of(manifest_of(path)) != manifest:
                     _put(link, path, manifest)
+            except OSError as another:
+                lost.append(f"{path} ({another.strerror})")
+        if lost:
+            raise CheckpointError(
+                f"a save failed ({error}), and what it had replaced cannot be put back: {', '.join(lost)}. Look at the "
+                "disk; the same command then goes on from the newest intact checkpoint"
+            ) from error
         raise
     finally:
         for _, link, _ in kept:

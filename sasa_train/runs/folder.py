@@ -35,9 +35,13 @@ class RunFolder:
     metrics: str = ""  # content of metrics.jsonl at the checkpoint
     provenance: dict[str, Any] = field(default_factory=dict)  # of the current start
 
+    def is_ours(self) -> bool:
+        """Return whether this process holds the lock, and the folder is still the one that it locked."""
+        return self.lock is not None and still_locked(self.path, self.lock)
+
     def check_lock(self) -> None:
         """Raise ExpectedFailure if the folder is not this run's any more, so that nothing of another run is changed."""
-        if self.lock is not None and not still_locked(self.path, self.lock):
+        if self.lock is not None and not self.is_ours():
             raise ExpectedFailure(
                 f"{self.path}: its lock file is gone or another's; the folder was moved, deleted or taken by another "
                 "run. This run stops without writing; continue it from its folder's new place with resume=..."

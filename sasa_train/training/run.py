@@ -24,7 +24,7 @@ from sasa_train.data.fingerprint import differences
 from sasa_train.data.loader import Loaders, build_loaders, fetch_once
 from sasa_train.data.workers import DataWorkerError
 from sasa_train.device import RunPlan, resolve
-from sasa_train.files import still_locked, write_atomic
+from sasa_train.files import write_atomic
 from sasa_train.machine import available_memory, is_out_of_memory, keep_freed_memory
 from sasa_train.models import build_model, check_model, enable_grad_checkpointing
 from sasa_train.models.layers import LocalSelfAttention2d
@@ -113,8 +113,7 @@ def run_to_the_end(loop: Loop) -> bool:
     finally:
         loop.logger.close()
         loop.loaders.close()
-        is_ours = run.lock is not None and still_locked(run.path, run.lock)
-        num_unreadable = note_unreadable(run.path / "unreadable.txt", loop.loaders) if is_ours else 0
+        num_unreadable = note_unreadable(run.path / "unreadable.txt", loop.loaders) if run.is_ours() else 0
     if finished:
         run.write_info(status="finished", best=state.best, seconds=round(state.seconds, 1))
         say(describe_end(plan.config, run.path, state, loop.last_val, num_unreadable))
