@@ -1,11 +1,13 @@
 """Atomic file writes that survive crashes of the process or machine, and locks that allow one writer per folder."""
 
 import csv
+import errno
 import fcntl
 import io
 import json
 import os
 import platform
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +37,25 @@ def write_aside(path: Path, write: Callable[[BinaryIO], object]) -> Path:
         temporary.unlink(missing_ok=True)
         raise
     return temporary
+
+
+def open_regular(path: str | Path) -> io.BufferedReader:
+    """Open a file for reading; raise OSError at once if it is a pipe or device, which could block forever."""
+    return open(path, "rb", opener=_regular)
+
+
+def read_regular(path: Path) -> bytes:
+    """Read a file that `open_regular` can open."""
+    with open_regular(path) as file:
+        return file.read()
+
+
+def _regular(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is not a regular file", path)
+    return descriptor
 
 
 def csv_text(rows: Iterable[Iterable[Any]], quoting: Any = csv.QUOTE_MINIMAL) -> str:

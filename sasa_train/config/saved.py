@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sasa_train.config.compose import explain, schema, to_config
 from sasa_train.config.keys import TrainConfig
 from sasa_train.config.overrides import MAX_TEXT, UNREADABLE, check_override_keys, is_group, parse_overrides
+from sasa_train.files import read_regular
 from sasa_train.refusal import ConfigError, shorten
 
 
@@ -37,7 +38,7 @@ def load_config(yaml_text: str, overrides: Sequence[str] = (), source: str = "th
 def load_config_file(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a file with `load_config`; also raise ConfigError if it cannot be read as text."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
     return load_config(text, overrides, source=str(path))

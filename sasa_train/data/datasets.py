@@ -2,9 +2,7 @@
 
 import dataclasses
 import io
-import os
 import re
-import stat
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,6 +20,7 @@ from torchvision import datasets as tv
 from sasa_train.config.keys import DATA_SETS, DataConfig
 from sasa_train.data.randomness import fixed_order
 from sasa_train.data.shards import TarMembers, find_shards, load_shards
+from sasa_train.files import open_regular
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import printable
 
@@ -54,19 +53,10 @@ class Files:
     folder: str = ""
 
     def open(self, position: int) -> BinaryIO:
-        return open(self.paths[position], "rb", opener=_open_regular)
+        return open_regular(self.paths[position])
 
     def name(self, position: int) -> str:
         return self.paths[position]
-
-
-def _open_regular(path: str, flags: int) -> int:
-    # Opening a pipe named x.png would wait for a writer, and reading a device would never end.
-    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError("is not a regular file")
-    return descriptor
 
 
 @dataclass
@@ -109,7 +99,8 @@ class ImageSet:
         except MemoryError:
             raise
         except Exception as error:  # Pillow's decoders have no common base class: OSError, SyntaxError, ...
-            reason = str(error).partition(" <_io.")[0] or type(error).__name__  # without Pillow's file object
+            # Without Pillow's file object, and without the errno and path of an OSError.
+            reason = getattr(error, "strerror", None) or str(error).partition(" <_io.")[0] or type(error).__name__
             raise UnreadableImage(self.name(index), reason) from error
 
     def read_bytes(self, index: int) -> bytes:

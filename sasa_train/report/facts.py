@@ -10,6 +10,7 @@ from sasa_train.config.compose import compose_config
 from sasa_train.config.derived import resolved_image_size
 from sasa_train.config.keys import MODEL_KEYS, TrainConfig, flatten, key_table
 from sasa_train.config.overrides import as_written
+from sasa_train.files import read_regular
 from sasa_train.paper import differing_keys, nearest_row
 from sasa_train.report.jobs import Job
 from sasa_train.report.rows import Row
@@ -159,7 +160,7 @@ def warnings(job: Job) -> Iterator[tuple[str, list[str]]]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return read_regular(path).decode(errors="replace").splitlines()
     except OSError:
         return []
 

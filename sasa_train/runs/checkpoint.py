@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from sasa_train.files import sync_folder, write_aside, write_atomic
+from sasa_train.files import open_regular, read_regular, sync_folder, write_aside, write_atomic
 from sasa_train.refusal import CheckpointError
 
 FORMAT_VERSION = 2
@@ -178,7 +178,7 @@ def _read(path: Path) -> Any:
     while True:
         manifest = bytes_of(manifest_of(path))
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 check_content(file, manifest)
                 return torch.load(file, map_location="cpu", weights_only=True)
         except MemoryError:
@@ -224,7 +224,7 @@ def _parse_manifest(manifest: bytes) -> dict[str, Any]:
 def bytes_of(path: Path) -> bytes | None:
     """Return the file's content, or None if it cannot be read."""
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError:
         return None
 
@@ -311,7 +311,7 @@ def _linked(path: Path, beside: Path) -> Path:
     try:
         os.link(path, linked)
     except OSError:
-        with path.open("rb") as source:
+        with open_regular(path) as source:
             return write_aside(beside, lambda file: shutil.copyfileobj(source, file, 2**22))
     return linked
 

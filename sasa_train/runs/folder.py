@@ -11,7 +11,7 @@ from sasa_train.config.identity import differing_keys
 from sasa_train.config.keys import PUBLISHED, TrainConfig, flatten
 from sasa_train.config.saved import load_config, load_config_file, to_yaml
 from sasa_train.data.fingerprint import differences
-from sasa_train.files import lock_folder, still_locked, write_atomic
+from sasa_train.files import lock_folder, read_regular, still_locked, write_atomic
 from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import ConfigError, ExpectedFailure
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, load_checkpoint
@@ -92,7 +92,7 @@ class RunFolder:
         """Complete a finished run's folder: update run.json, and restore metrics.jsonl if it has changed."""
         self.write_info(status="finished", best=checkpoint["best"])
         metrics, path = checkpoint["metrics"].encode(), self.path / "metrics.jsonl"
-        if not path.exists() or path.read_bytes() != metrics:
+        if not path.exists() or read_regular(path) != metrics:
             self.write(path.name, metrics)
 
 

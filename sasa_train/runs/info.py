@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sasa_train.files import write_atomic
+from sasa_train.files import read_regular, write_atomic
 
 NAME = "run.json"
 
@@ -12,7 +12,7 @@ NAME = "run.json"
 def read_info(run_dir: Path) -> dict[str, Any]:
     """Return the content of run.json, or {} if it is missing or damaged; the next write then recreates it."""
     try:
-        info = json.loads((run_dir / NAME).read_text(encoding="utf-8"))
+        info = json.loads(read_regular(run_dir / NAME))
     except (OSError, ValueError, RecursionError):
         return {}
     return info if isinstance(info, dict) else {}

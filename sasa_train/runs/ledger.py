@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sasa_train.files import write_atomic
+from sasa_train.files import read_regular, write_atomic
 from sasa_train.machine import now
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.info import has_finished
@@ -125,7 +125,7 @@ def read_ledger(path: Path) -> tuple[dict[str, Any], dict[str, Job]]:
         ConfigError: the file cannot be read or has another format version.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path))
         if (version := content.get("format_version")) != FORMAT_VERSION:
             raise ConfigError(f"{path}: is not a ledger of format {FORMAT_VERSION} (format_version={version!r})")
         known = {f.name for f in dataclasses.fields(Job)}

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sasa_train.files import write_atomic
+from sasa_train.files import read_regular, write_atomic
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import warn
 
@@ -70,7 +70,7 @@ def read_metrics(path: Path, skip_damaged: bool = False) -> list[dict[str, Any]]
         return []
     rows = []
     try:
-        text = path.read_text(encoding="utf-8", errors="replace" if skip_damaged else "strict")
+        text = read_regular(path).decode(errors="replace" if skip_damaged else "strict")
         for line in text.splitlines(keepends=True):
             if line.endswith("\n"):
                 with contextlib.suppress(*DAMAGE if skip_damaged else ()):

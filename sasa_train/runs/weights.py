@@ -19,6 +19,7 @@ from sasa_train.config.derived import resolved_image_size
 from sasa_train.config.keys import MODEL_KEYS, PUBLISHED, TrainConfig
 from sasa_train.config.overrides import as_written
 from sasa_train.config.saved import load_config
+from sasa_train.files import open_regular
 from sasa_train.models.build import build_published
 from sasa_train.models.pretrained import PretrainedReport, StateDict, load_pretrained
 from sasa_train.refusal import ConfigError, shorten
@@ -80,7 +81,7 @@ def weights_file(source: str) -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -111,7 +112,7 @@ def _read(path: Path) -> Weights:
 
 def _load(path: Path) -> dict[Any, Any]:
     if zipfile.is_zipfile(path):
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             check_content(file, None)  # torch.load does not verify the checksums
     with torch.serialization.safe_globals([argparse.Namespace]):  # timm's checkpoints contain one with their arguments
         content = torch.load(path, map_location="cpu", weights_only=True)

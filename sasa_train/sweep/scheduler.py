@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sasa_train.config.overrides import as_written
-from sasa_train.files import holder
+from sasa_train.files import holder, open_regular
 from sasa_train.machine import usable_processors
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.info import has_finished
@@ -250,7 +250,7 @@ def describe_end(job: Job, seconds: float) -> str:
 def tail(path: Path, start: int) -> list[str]:
     """Return the last lines of a log from byte `start` on, escaped for printing."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             file.seek(max(start, path.stat().st_size - 2**16))
             lines = file.read().decode(errors="replace").replace("\r", "\n").splitlines()
     except OSError:
