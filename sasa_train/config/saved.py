@@ -2,17 +2,22 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sasa_train.config.compose import explain, schema, to_config
-from sasa_train.config.keys import TrainConfig
+from sasa_train.config.keys import TrainConfig, flatten
 from sasa_train.config.overrides import MAX_TEXT, UNREADABLE, check_override_keys, is_group, parse_overrides
 from sasa_train.files import read_regular
 from sasa_train.refusal import ConfigError, shorten
+
+# What a config computed before these keys existed. A config that lacks them was saved then, and keeps this behaviour.
+BEFORE: dict[str, Any] = {}
+# Keys whose null means "from the source of model.pretrained". A run keeps the values with which it began.
+TAKEN: tuple[str, ...] = ()
 
 
 def load_config(yaml_text: str, overrides: Sequence[str] = (), source: str = "the saved config") -> TrainConfig:
@@ -44,14 +49,37 @@ def load_config_file(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     return load_config(text, overrides, source=str(path))
 
 
+def as_begun(config: TrainConfig, yaml_text: str) -> TrainConfig:
+    """Return `config` with what the run of a saved config took when it began, wherever `config` leaves this open.
+
+    Applies to the keys of `BEFORE`, if the saved config lacks them and `config` has their defaults, and to null values
+    of the keys in `TAKEN`.
+    """
+    saved, kept = flatten(load_config(yaml_text)), OmegaConf.structured(config)
+    values, defaults = flatten(config), flatten(TrainConfig())
+    lacking = _lacking(OmegaConf.create(yaml_text))
+    for key in [k for k in lacking if values[k] == defaults[k]] + [k for k in TAKEN if values[k] is None]:
+        OmegaConf.update(kept, key, saved[key])
+    return cast(TrainConfig, OmegaConf.to_object(kept))
+
+
+def _lacking(saved: Any) -> list[str]:
+    missing = object()
+    return [key for key in BEFORE if OmegaConf.select(saved, key, default=missing) is missing]
+
+
 def _read_saved(yaml_text: str, source: str) -> DictConfig:
-    """Return the saved values merged over the defaults."""
+    """Return the saved values merged over the defaults and, for keys that it lacks, over what held before them."""
     # The text may come from an untrusted source.
     if not isinstance(yaml_text, str) or len(yaml_text) > MAX_TEXT:
         raise ConfigError(f"{source}: is not a config: expected a text of at most {MAX_TEXT:,} characters")
     try:
         _check_plain_yaml(yaml_text, source)
-        return cast(DictConfig, OmegaConf.merge(schema(), OmegaConf.create(yaml_text)))
+        saved = OmegaConf.create(yaml_text)
+        merged = cast(DictConfig, OmegaConf.merge(schema(), saved))
+        for key in _lacking(saved):
+            OmegaConf.update(merged, key, BEFORE[key])
+        return merged
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {explain(error)}") from error
     except (*UNREADABLE, AttributeError, AssertionError, TypeError) as error:

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 from sasa_train.config.identity import differing_keys
 from sasa_train.config.keys import PUBLISHED, TrainConfig, flatten
-from sasa_train.config.saved import load_config, load_config_file, to_yaml
+from sasa_train.config.saved import as_begun, load_config, load_config_file, to_yaml
 from sasa_train.data.fingerprint import differences
 from sasa_train.files import lock_folder, read_regular, still_locked, write_atomic
 from sasa_train.processes.ranks import world_size
@@ -180,6 +180,7 @@ def load_saved_config(path: Path, overrides: Sequence[str]) -> TrainConfig:
 def check_trajectory(checkpoint: dict[str, Any], config: TrainConfig, path: Path) -> None:
     """Raise ConfigError if keys that affect results have changed since the checkpoint, unless the user allows it."""
     saved = load_config(checkpoint["config"], source=f"the config in the checkpoint of {path}")
+    config = as_begun(config, checkpoint["config"])
     same = has_same_world_size(checkpoint)
     keys = [key for key in differing_keys(saved, config, same) if key not in config.allow_config_change]
     if keys:
@@ -229,7 +230,7 @@ def check_data(checkpoint: dict[str, Any], fingerprints: dict[str, Any], config:
 
 def is_finished(checkpoint: dict[str, Any], config: TrainConfig) -> bool:
     """Whether a run has finished with this config; it has not if an allowed key, such as trainer.epochs, differs."""
-    saved = load_config(checkpoint["config"])
+    saved, config = load_config(checkpoint["config"]), as_begun(config, checkpoint["config"])
     return checkpoint["finished"] and not differing_keys(saved, config, has_same_world_size(checkpoint))
 
 

@@ -19,7 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sasa_train.config.identity import default_run_name
 from sasa_train.config.keys import TrainConfig
-from sasa_train.config.saved import to_yaml
+from sasa_train.config.saved import as_begun, to_yaml
 from sasa_train.data.fingerprint import differences
 from sasa_train.data.loader import Loaders, build_loaders, fetch_once
 from sasa_train.data.workers import DataWorkerError
@@ -59,6 +59,8 @@ def train(config: TrainConfig, stop: StopRequest) -> bool:
     plan = collectives.everywhere(lambda: plan_buildable(config), ConfigError)
     run = open_together(plan.config, run_name)
     with run.lock or contextlib.nullcontext():
+        if run.checkpoint is not None:
+            plan = dataclasses.replace(plan, config=as_begun(plan.config, run.checkpoint["config"]))
         # The first process resolves `auto`, because only it accesses the run folder.
         config = collectives.from_first(lambda: settle_auto(plan, run), ConfigError)
         plan = dataclasses.replace(plan, config=config)
