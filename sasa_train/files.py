@@ -7,6 +7,7 @@ import io
 import json
 import os
 import platform
+import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -58,11 +59,74 @@ def _regular(path: str, flags: int) -> int:
     return descriptor
 
 
+# A spreadsheet would execute such a text as a formula, unless it is a number.
+FORMULA = re.compile(r"(?![+-]?[\d.]+([eE][+-]?\d+)?$)'*[=+@\t\r\n-]")
+
+
 def csv_text(rows: Iterable[Iterable[Any]], quoting: Any = csv.QUOTE_MINIMAL) -> str:
-    """Return records, optionally starting with a header, as CSV with Unix line endings."""
-    text = io.StringIO()
-    csv.writer(text, quoting=quoting, lineterminator="\n").writerows(rows)
-    return text.getvalue()
+    """Return records, optionally starting with a header, as CSV with Unix line endings.
+
+    A text that a spreadsheet would execute as a formula is preceded by an apostrophe; numbers are not changed.
+    """
+    line, lines = io.StringIO(), []
+    writer = csv.writer(line, quoting=quoting)  # it quotes a \r in a text only if lines end in \r\n
+    for row in rows:
+        # Apostrophes that precede such a text are part of the pattern, so that removing one restores every text.
+        writer.writerow([f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell for cell in row])
+        lines.append(line.getvalue().removesuffix("\r\n") + "\n")
+        line.seek(0)
+        line.truncate()
+    return "".join(lines)
+
+
+def inside(folder: Path, *parts: str) -> Path:
+    """Return the path `folder/part/...` of an output folder, which need not exist yet.
+
+    Raises:
+        ConfigError: it or a folder on the way, beginning with `folder`, is a symbolic link or is not a folder. A run
+            or sweep folder may come from anyone, and nothing in it may lead writes elsewhere.
+    """
+    path = folder
+    for part in ("", *parts):
+        path = path / part
+        if path.is_symlink():
+            raise ConfigError(
+                f"{path} is a symbolic link, and a command writes inside the folder that it is given alone: put there "
+                "what it links to, or give that folder"
+            )
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"{path}: is {kind(path)}, where a folder must be; move it away")
+    return path
+
+
+def kind(path: Path) -> str:
+    """Return what is at a path: "a file", "a folder", "a symbolic link", "a pipe", "a socket" or "a device"."""
+    mode = os.lstat(path).st_mode
+    tests = {
+        "a file": stat.S_ISREG, "a folder": stat.S_ISDIR, "a symbolic link": stat.S_ISLNK, "a pipe": stat.S_ISFIFO,
+        "a socket": stat.S_ISSOCK,
+    }  # fmt: skip
+    return next((name for name, is_it in tests.items() if is_it(mode)), "a device")
+
+
+def open_own(path: Path, flags: int) -> int:
+    """Open or create a file for writing in place, and return its descriptor.
+
+    Raises:
+        ConfigError: it is a link, also a hard link, so that another file would be changed; or it is not a file.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise ConfigError(f"{path}: is {kind(path)}, where a file must be; move it away") from error
+        raise
+    found = os.fstat(descriptor)
+    if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:
+        return descriptor
+    os.close(descriptor)
+    what = "a hard link to another file" if stat.S_ISREG(found.st_mode) else kind(path)
+    raise ConfigError(f"{path}: is {what}, where a file must be; move it away")
 
 
 def write_outputs(folder: Path, files: Mapping[str, bytes], option: str = "--out") -> None:
@@ -100,7 +164,10 @@ def lock_folder(path: Path, name: str = LOCK, other: str = "another run_name") -
     """
     # A POSIX record lock instead of flock, because data workers, which may outlive a killed run by seconds, do not
     # inherit it. The operating system releases it when the process ends, for whatever reason.
-    file = _open(path / name)
+    try:
+        file = _open(path / name)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be locked ({error.strerror}): use a folder that can be written") from error
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -129,9 +196,13 @@ def still_locked(path: Path, lock: IO[str], name: str = LOCK) -> bool:
 def holder(path: Path) -> str | None:
     """Describe the process that holds the folder's lock, or return None if it is not locked."""
     # Must not be called for a lock that this process holds, because closing the file would release it.
-    if not (path / LOCK).exists():
+    if not os.path.lexists(path / LOCK):
         return None
-    with _open(path / LOCK) as file:
+    try:
+        opened = _open(path / LOCK)
+    except (OSError, ConfigError):  # the run that starts there says what is wrong with it
+        return None
+    with opened as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -164,7 +235,7 @@ def locked(folder: Path, name: str) -> Iterator[None]:
 
 
 def _open(path: Path) -> IO[str]:
-    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
+    return os.fdopen(open_own(path, os.O_RDWR), "r+")
 
 
 def _described(file: IO[str]) -> str:

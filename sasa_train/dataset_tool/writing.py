@@ -17,7 +17,7 @@ from sasa_train.data.datasets import Files, ImageSet
 from sasa_train.data.fingerprint import digest_of
 from sasa_train.data.randomness import fixed_order
 from sasa_train.data.shards import TarMembers, find_shards
-from sasa_train.files import sync_folder, write_atomic
+from sasa_train.files import inside, sync_folder, write_atomic
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import printable
 
@@ -110,16 +110,18 @@ def write_all_shards(
 def _write_shard(path: Path, split: Originals, members: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.tmp")
-    with tarfile.open(aside, "w:") as archive:
-        for i in members:
-            stem, _, extension = split.names[i].rpartition(".")
-            key = f"{i:08d}-{re.sub(r'[^A-Za-z0-9_-]', '_', stem)}"
-            label = str(split.images.labels[i]).encode()
-            for name, data in ((f"{key}.{extension}", split.read(int(i))), (f"{key}.cls", label)):
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
-    with aside.open("rb") as file:
+    aside.unlink(missing_ok=True)  # left behind by a stopped command
+    with aside.open("xb") as file:
+        with tarfile.open(fileobj=file, mode="w:") as archive:
+            for i in members:
+                stem, _, extension = split.names[i].rpartition(".")
+                key = f"{i:08d}-{re.sub(r'[^A-Za-z0-9_-]', '_', stem)}"
+                label = str(split.images.labels[i]).encode()
+                for name, data in ((f"{key}.{extension}", split.read(int(i))), (f"{key}.cls", label)):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+        file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
 
@@ -177,6 +179,8 @@ def _write_missing(
             f"DEST={dest}: {needed / 1e9:,.2f} GB are to be written, but only {free / 1e9:,.2f} GB are free; make "
             "room, or give a folder on another disk"
         )
+    for name in splits:
+        inside(dest.resolve(), name)
     before()
     for name, split in splits.items():
         done = len(split.names) - sum(len(members) for members in missing[name].values())

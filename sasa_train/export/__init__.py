@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sasa_train.commands import described, end_command, run
 from sasa_train.extras import why_not
+from sasa_train.files import inside
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import DONE, FAILED, fail, printable
 
@@ -120,4 +121,4 @@ def available_formats(asked: list[str] | None) -> list[str]:
 def output_folder(checkpoint: Path) -> Path:
     """Return export/ in the run folder, or beside the checkpoint if it is not in a run folder."""
     folder = checkpoint.parent
-    return (folder.parent if folder.name == "checkpoints" else folder) / "export"
+    return inside(folder.parent if folder.name == "checkpoints" else folder, "export")

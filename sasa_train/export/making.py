@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sasa_train.export.checking import Measured, measure
 from sasa_train.export.formats import Format, Source
-from sasa_train.files import sync_folder
+from sasa_train.files import kind, sync_folder
 
 ASIDE, OLD = ".making-", ".old"  # prefix and suffix of folder names
 
@@ -21,6 +21,8 @@ class ExportError(Exception):
 def sweep(folder: Path) -> None:
     """Delete the files left by a killed export, after restoring the old target folders that it had moved aside."""
     for aside in folder.glob(f"{ASIDE}*"):
+        if kind(aside) != "a folder":  # not of an export, and perhaps a link to files elsewhere
+            continue
         for old in aside.glob(f"*{OLD}"):
             if not (folder / old.stem).exists():
                 os.replace(old, folder / old.stem)

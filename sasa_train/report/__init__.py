@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sasa_train.commands import described, end_command, positive, run
+from sasa_train.files import inside
 from sasa_train.paper import VARIED
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import say, warn
@@ -142,4 +143,4 @@ def output_folder(options: argparse.Namespace) -> Path:
         return options.out
     if len(options.sources) > 1:
         raise ConfigError(f"{len(options.sources)} folders are given: say with --out DIR where to write")
-    return options.sources[0] / "report"
+    return inside(options.sources[0], "report")

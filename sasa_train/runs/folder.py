@@ -11,13 +11,18 @@ from sasa_train.config.identity import differing_keys
 from sasa_train.config.keys import PUBLISHED, TrainConfig, flatten
 from sasa_train.config.saved import as_begun, load_config, load_config_file, to_yaml
 from sasa_train.data.fingerprint import differences
-from sasa_train.files import lock_folder, read_regular, still_locked, write_atomic
+from sasa_train.files import inside, kind, lock_folder, read_regular, still_locked, write_atomic
 from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import ConfigError, ExpectedFailure
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, load_checkpoint
 from sasa_train.runs.info import read_info, update_info
 from sasa_train.runs.weights import sha256_of, weights_file
 from sasa_train.terminal import printable, warn
+
+# The files of a run at the top of its folder, besides the differences of its code.
+FILES = (
+    ".lock", "augmented.png", "config.yaml", "metrics.jsonl", "nonfinite.txt", "run.json", "unreadable.txt",
+)  # fmt: skip
 
 
 @dataclass
@@ -104,7 +109,7 @@ def open_run(config: TrainConfig, run_name: str) -> RunFolder:
         CheckpointError: the folder has or had checkpoints but none is intact, or the one given by `resume` is damaged.
     """
     path, given = _choose_folder(config, Path(config.output_dir) / run_name)
-    refuse_links(path)
+    check_entries(path)
     lock = lock_folder(path)
     try:
         checkpoints = Checkpoints(path / "checkpoints", config.trainer.keep_checkpoints)
@@ -265,13 +270,20 @@ def _folder_started_from(wanted: Path, resume: str) -> Path | None:
     return None
 
 
-def refuse_links(path: Path) -> None:
-    """Raise ConfigError if a run folder contains symbolic links."""
-    # The folder may come from an untrusted source, and no link in it may redirect writes elsewhere.
+def check_entries(path: Path) -> None:
+    """Raise ConfigError if a run folder has an entry that would lead a write elsewhere, or block or fail it.
+
+    These are symbolic links, pipes, sockets and devices, and a folder where the run has a file, or the reverse.
+    """
     for name in ("", "checkpoints", "tensorboard", "tensorboard/figures", "figures", "profile"):
-        folder = path / name
-        for entry in filter(Path.is_symlink, folder.iterdir() if folder.is_dir() else ()):
-            raise ConfigError(
-                f"{entry} is a symbolic link, and a run writes inside its folder alone: put there what it links to, "
-                "or move the whole run with output_dir=..."
-            )
+        folder = inside(path, *name.split("/"))
+        for entry in folder.iterdir() if folder.is_dir() else ():
+            found = kind(entry)
+            if found == "a symbolic link":
+                raise ConfigError(
+                    f"{entry} is a symbolic link, and a run writes inside its folder alone: put there what it links "
+                    "to, or move the whole run with output_dir=..."
+                )
+            is_file = name == "checkpoints" or entry.name in FILES or entry.name.endswith(".tmp")
+            if found != "a file" and (is_file or found != "a folder"):
+                raise ConfigError(f"{entry}: is {found}, where a run has files alone; move it away")

@@ -6,7 +6,7 @@ import sys
 
 from sasa_train.config.bounds import print_keys
 from sasa_train.config.keys import key_table
-from sasa_train.files import lock_folder
+from sasa_train.files import inside, lock_folder
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.info import has_finished
 from sasa_train.runs.ledger import Ledger
@@ -72,6 +72,8 @@ def sweep(plan: SweepPlan, arguments: list[str], stop: StopRequest) -> int:
         ConfigError: another sasa-sweep is using the folder, or a required package or file is missing.
     """
     suffix = f"-{plan.config.worker}" if plan.config.worker else ""
+    for name in ("logs", "hydra"):
+        inside(plan.folder, name)
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(plan.folder, f".lock{suffix}", "another sweep.name")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sasa_train.config.overrides import as_written
-from sasa_train.files import holder, open_regular
+from sasa_train.files import holder, inside, open_own, open_regular
 from sasa_train.machine import usable_processors
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.info import has_finished
@@ -149,8 +149,8 @@ class Processes:
         self.ledger.save()  # saved first: a kill before the start leaves an extra job in the ledger, not a missing one
         log = self.folder / "logs" / "-".join([job.name, *filter(None, [self.config.worker])])
         log = log.with_name(f"{log.name}.log")
-        log.parent.mkdir(exist_ok=True)
-        with log.open("ab") as output:
+        inside(self.folder, "logs").mkdir(exist_ok=True)
+        with os.fdopen(open_own(log, os.O_WRONLY | os.O_APPEND), "ab") as output:
             log_start = output.tell()
             process = subprocess.Popen(
                 self._command(job),

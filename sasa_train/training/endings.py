@@ -11,6 +11,7 @@ from sasa_train.signals import Interrupted, StopRequest
 from sasa_train.terminal import DONE, FAILED, INTERRUPTED, REFUSED, fail
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+REFUSED_FILE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.EINVAL)
 DISK_FAILED = (errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT, errno.EREMOTEIO)
 
 
@@ -48,6 +49,8 @@ def _train(config: TrainConfig, stop: StopRequest) -> int:
                     f"the disk failed{place and ' at'}{place} ({error.strerror}); run the same command once it is back"
                 )
             )
+        elif error.errno in REFUSED_FILE and place:
+            tell(OSError(f"cannot use{place} ({error.strerror}); mend it and run the same command again"))
         else:
             raise
     except (MemoryError, RuntimeError) as error:

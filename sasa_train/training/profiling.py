@@ -1,10 +1,12 @@
 """Profile a run (trainer.profile_steps); save a Chrome trace and a table of the slowest operators in the run folder."""
 
+import tempfile
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from sasa_train.files import inside, write_outputs
 from sasa_train.terminal import say
 
 WAIT, WARMUP = 5, 2  # the first steps are slower and not recorded
@@ -15,12 +17,14 @@ def build_profiler(num_steps: int, run_dir: Path, device: torch.device) -> profi
     """Build a profiler that writes `profile/trace.json` and `profile/operators.txt`; call `step()` after each step."""
 
     def write(profiler: profile) -> None:
-        folder = run_dir / "profile"
-        folder.mkdir(exist_ok=True)
-        profiler.export_chrome_trace(str(folder / "trace.json"))
+        folder = inside(run_dir, "profile")
+        with tempfile.TemporaryDirectory() as aside:  # the exporter writes through links
+            trace = Path(aside, "trace.json")
+            profiler.export_chrome_trace(str(trace))
+            shown = trace.read_bytes()
         order = f"self_{'cuda' if device.type == 'cuda' else 'cpu'}_time_total"
         table = profiler.key_averages().table(sort_by=order, row_limit=NUM_ROWS, max_name_column_width=60)
-        (folder / "operators.txt").write_text(table)
+        write_outputs(folder, {"trace.json": shown, "operators.txt": table.encode()})
         say(f"profile: {folder}/operators.txt, and trace.json for chrome://tracing or Perfetto")
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])

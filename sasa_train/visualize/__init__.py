@@ -194,13 +194,13 @@ def output_folders(run_dir: Path | None, out: Path | None) -> tuple[Path, Path |
     Raises:
         ConfigError: the checkpoint is not in a run folder, or the folder contains links that point outside it.
     """
-    from sasa_train.runs.folder import refuse_links
+    from sasa_train.runs.folder import check_entries
 
     if out is not None:
         return out, None
     if run_dir is None:
         raise ConfigError("the checkpoint is not in a run folder: say with --out DIR where to write")
-    refuse_links(run_dir)
+    check_entries(run_dir)
     return run_dir / "figures", run_dir / "tensorboard"
 
 

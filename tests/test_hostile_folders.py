@@ -1,0 +1,189 @@
+"""Run and sweep folders from strangers: no entry of theirs leads a command's writes elsewhere, or makes it wait."""
+
+import csv
+import io
+import os
+import shutil
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+from marking import slow_but_for
+from running_commands import TINY
+
+from sasa_train.config.compose import compose_config
+from sasa_train.config.identity import default_run_name
+from sasa_train.files import csv_text, kind
+
+
+@pytest.fixture
+def run_dir(tiny_run, tmp_path) -> Path:
+    (tmp_path / "out").mkdir()
+    return shutil.copytree(tiny_run, tmp_path / "out/a")
+
+
+@pytest.fixture
+def elsewhere(tmp_path) -> Iterator[Path]:
+    """A folder with a file, in which nothing may change."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "precious").write_text("precious")
+    yield folder
+    assert [path.name for path in folder.iterdir()] == ["precious"]
+    assert (folder / "precious").read_text() == "precious"
+
+
+@contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """Raise an exception if the block, which might wait forever, takes longer."""
+
+    def late(number, frame):
+        raise TimeoutError(f"not within {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# Links
+
+
+def commands(run_dir: Path, name: str) -> list[str]:
+    return {
+        "report": ["report", str(run_dir)],
+        "export": ["export", str(run_dir), "--formats", "safetensors"],
+        "figures": ["visualize", str(run_dir), "lr_schedule"],
+        "tensorboard/figures": ["visualize", str(run_dir), "lr_schedule"],
+        "profile": ["train", f"resume={run_dir}", "trainer.epochs=4", "allow_config_change=[trainer.epochs]"],
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["report", "export", "figures", "tensorboard/figures", "profile"])
+def test_a_linked_folder_in_a_run_does_not_lead_a_command_out_of_it(name, run_dir, elsewhere, in_process):
+    (run_dir / name).symlink_to(elsewhere)
+    assert f"{run_dir}/{name} is a symbolic link" in in_process(*commands(run_dir, name), expect=2).stderr
+
+
+@pytest.mark.parametrize("name", ["report", "export", "figures", "profile"])
+def test_a_run_folder_that_is_a_link_is_refused(name, run_dir, elsewhere, in_process):
+    inside = sorted(run_dir.rglob("*"))
+    link = run_dir.with_name("b")
+    link.symlink_to(run_dir)
+    assert f"{link} is a symbolic link" in in_process(*commands(link, name), expect=2).stderr
+    in_process("train", *TINY, "run_name=b", expect=2)
+    assert sorted(run_dir.rglob("*")) == inside
+
+
+def test_a_lock_that_is_a_hard_link_is_refused(run_dir, elsewhere, in_process):
+    """The lock file holds its holder's details, so a link would overwrite the file that it names."""
+    (run_dir / ".lock").unlink(missing_ok=True)
+    (run_dir / ".lock").hardlink_to(elsewhere / "precious")
+    assert f"{run_dir}/.lock: is a hard link" in in_process("train", f"resume={run_dir}", expect=2).stderr
+
+
+@pytest.mark.parametrize("name", ["logs", "hydra", "JOB.log", "hard JOB.log", "JOB"])
+def test_links_in_a_sweeps_folder_do_not_lead_out_of_it(name, elsewhere, tmp_path, in_process):
+    overrides = [o for o in TINY if not o.startswith("output_dir")] + ["seed=0"]
+    arguments = ["sweep", *overrides, "sweep.output_dir=out", "sweep.name=s"]
+    job = default_run_name(compose_config(overrides))
+    logs = tmp_path / "out/s/logs"
+    if name in ("logs", "hydra", "JOB"):
+        logs.parent.mkdir(parents=True)
+        link = logs.parent / (name if name != "JOB" else job)
+        link.symlink_to(elsewhere)
+    else:
+        logs.mkdir(parents=True)
+        log = logs / f"{job}.log"
+        (log.hardlink_to if name.startswith("hard") else log.symlink_to)(elsewhere / "precious")
+    done = in_process(*arguments, expect=1 if name == "JOB" else 2)
+    assert "link" in done.stderr + done.stdout
+
+
+def test_what_a_killed_export_left_is_not_followed_elsewhere(run_dir, elsewhere, tmp_path, in_process):
+    """The command restores *.old from its unfinished folders, but not from a link of such a name."""
+    (elsewhere / "precious").rename(elsewhere / "hub.old")
+    (run_dir / "export").mkdir()
+    (run_dir / "export/.making-x").symlink_to(elsewhere)
+    in_process(*commands(run_dir, "export"))
+    assert not (run_dir / "export/hub").exists()
+    (elsewhere / "hub.old").rename(elsewhere / "precious")
+
+
+def test_shards_are_not_written_through_links(image_folder, elsewhere, tmp_path, in_process):
+    (tmp_path / "shards/val").mkdir(parents=True)
+    (tmp_path / "shards/val/val-000000.tar.tmp").symlink_to(elsewhere / "precious")
+    in_process("dataset_tool", "shard", str(image_folder), "shards")
+    assert kind(tmp_path / "shards/val/val-000000.tar") == "a file"
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others/train").symlink_to(elsewhere)
+    assert "is a symbolic link" in in_process("dataset_tool", "shard", str(image_folder), "others", expect=2).stderr
+
+
+# Pipes, folders, sockets and devices
+
+
+def make(how: str, path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if how == "a pipe":
+        os.mkfifo(path)
+    elif how == "a folder":
+        path.mkdir()
+    elif how == "a file":
+        path.write_text("text")
+    else:
+        with closing(socket.socket(socket.AF_UNIX)) as server:
+            here = os.getcwd()
+            os.chdir(path.parent)  # a socket's path may have 107 bytes at most
+            server.bind(path.name)
+            os.chdir(here)
+
+
+ENTRIES = [
+    *((name, how) for how in ("a pipe", "a folder") for name in (
+        "checkpoints/last.pt", "checkpoints/last.pt.json", "checkpoints/best.pt", "run.json", "config.yaml",
+        "metrics.jsonl", "unreadable.txt", ".lock", "left.tmp", "checkpoints/last.pt.1234.tmp",
+    )),
+    ("checkpoints/last.pt", "a socket"), ("tensorboard", "a file"), ("tensorboard", "a pipe"),
+    ("checkpoints", "a file"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", slow_but_for([ENTRIES[0], ENTRIES[3]], ENTRIES))
+def test_what_stands_in_place_of_a_runs_file_is_named_and_never_waited_for(entry, run_dir, in_process):
+    name, how = entry
+    make(how, run_dir / name)
+    with time_limit(60):
+        told = in_process("train", *TINY, "trainer.ema_decay=0.5", "run_name=a", expect=2).stderr
+        assert f"out/a/{name}: is {how}" in told
+        run_quietly(in_process, "evaluate" if name.startswith("checkpoints") else "report", str(run_dir))
+    assert kind(run_dir / name) == how
+
+
+def run_quietly(in_process, *arguments: str) -> None:
+    """Run a command that may succeed or refuse, but may neither wait nor raise."""
+    try:
+        in_process(*arguments)
+    except AssertionError as error:  # another exit code
+        assert str(error).startswith(("exit 1\n", "exit 2\n")) and "Traceback" not in str(error)
+
+
+# Cells of CSV files
+
+
+def test_texts_that_a_spreadsheet_would_run_are_escaped_and_can_be_restored():
+    texts = ["=1+1", "+x", "-x", "@sum", "'=x", "''-x", "\t=x", "\r=x", "'tis", "a=b", "", "1-2", "-", "=-1"]
+    numbers = [-1, -1.5, 3, "-1", "+2.5", "-1e-3"]
+    text = csv_text([texts, numbers])
+    found, found_numbers = csv.reader(io.StringIO(text, newline=""))
+    assert not [cell for cell in found if cell[:1] in tuple("=+-@\t\r")]
+    restored = [
+        cell[1:] if cell.startswith("'") and cell.lstrip("'")[:1] in tuple("=+-@\t\r") else cell for cell in found
+    ]
+    assert restored == texts and found_numbers == [str(number) for number in numbers]
