@@ -84,6 +84,22 @@ WORKER_GRACE = 15  # seconds: 5 to detect it, 2 for each loader's workers to end
 MOMENTS = ("start-up", "mid-epoch", "a save", "evaluation")
 
 
+# Code that makes the `count`-th renaming of a file to a name ending in `suffix` fail with an error of the disk.
+FAILING = """
+import errno, os
+real, left = os.replace, {count}
+def replace(source, target, **options):
+    global left
+    left -= str(target).endswith({suffix!r})
+    if left == 0:
+        left = -1
+        raise OSError(errno.{error}, os.strerror(errno.{error}), str(target))
+    real(source, target, **options)
+os.replace = replace
+"""
+RUN_MODULE = "import runpy\nrunpy.run_module('sasa_train.train', run_name='__main__', alter_sys=True)"
+
+
 class Failure(Exception):
     """Raised if a run is lost, silently produces different results or does not end as documented."""
 
@@ -102,12 +118,16 @@ class Chaos:
 
     # Starting and stopping runs
 
-    def start(self, *more: str, name: str = "broken", mode: Mode | None = None, **options: Any) -> subprocess.Popen:
+    def start(
+        self, *more: str, name: str = "broken", mode: Mode | None = None, failing: str = "", **options: Any
+    ) -> subprocess.Popen:
+        """Start the command; `failing` is Python code that runs in the process first, such as FAILING."""
         data, how = mode or next(self.modes)
         place = [f"data.root={self.folder / data}", f"output_dir={self.folder}", f"run_name={name}"]
-        command = [sys.executable, "-m", "sasa_train.train", *RUN, *self.overrides, *place, *how, *more]
+        module = ["-c", f"{failing}{RUN_MODULE}"] if failing else ["-m", "sasa_train.train"]
+        command = [sys.executable, *module, *RUN, *self.overrides, *place, *how, *more]
         # A single thread makes the order of summation the same on every machine.
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
         log = options.pop("log", self.log)
         with log.open("w") as output:
             return subprocess.Popen(command, stdout=output, stderr=output, env=environment, **options)
@@ -262,6 +282,21 @@ class Chaos:
         if "tries again at the next checkpoint" not in log and "step 150/150" not in log:
             raise Failure(f"it did not go on:\n{log[-2000:]}")
 
+    def save_fails_halfway(self) -> None:
+        """Fail a save after best.pt has been written, and let the run go on: best.pt must be that of last.pt."""
+        code = FAILING.format(count=self.random.randint(1, 3), suffix="/last.pt", error="ENOSPC")
+        process = self.start("trainer.on_failed_save=continue", failing=code)
+        while process.poll() is None and "tries again at the next checkpoint" not in self.log.read_text():
+            time.sleep(0.01)
+        self.go_on(process, "" if has_finished(self.broken) else "tries again at the next checkpoint")
+
+    def disk_fails(self) -> str:
+        self.need_checkpoints(1)
+        name, error = self.random.choice(("run.json", "config.yaml", "metrics.jsonl", "last.pt")), "EIO"
+        code = FAILING.format(count=1, suffix=f"/{name}", error=self.random.choice((error, "ESTALE")))
+        self.end(self.start(failing=code), (1,), "cannot write a" if name == "last.pt" else "the disk failed at ")
+        return name
+
     def after_damage(self, name: str, damage: Callable[..., object], message: str = "", at_least: int = 1) -> None:
         """Damage a file of a run with >= `at_least` checkpoints; check that the run continues and prints `message`."""
         self.need_checkpoints(at_least)
@@ -296,6 +331,53 @@ class Chaos:
         name = self.random.choice(("config.yaml", "run.json", ".lock", "tensorboard"))
         self.after_damage(name, self.random.choice((Chaos.cut, Chaos.flip)))
         return name
+
+    def stranger(self) -> str:
+        """Put a pipe or a folder in place of a file; the run names it, without waiting for it."""
+        self.need_checkpoints(1)
+        name = self.random.choice((LAST, f"{LAST}.json", "run.json", "metrics.jsonl", "config.yaml", ".lock"))
+        path, kept = self.broken / name, self.folder / "kept"
+        path.rename(kept)
+        how = self.random.choice(("a pipe", "a folder"))
+        os.mkfifo(path) if how == "a pipe" else path.mkdir()
+        self.refused(f"{name}: is {how}")
+        path.unlink() if how == "a pipe" else path.rmdir()
+        kept.rename(path)
+        return f"{how} as {name}"
+
+    def taken_away(self) -> str:
+        """Delete the lock of a running run, or put another run in its place; it must stop without writing."""
+        process, aside = self.start(), self.folder / "aside"
+        how = self.random.choice(("lock deleted", "another run in its place"))
+        if not self.wait(process, "mid-epoch", self.random.randint(1, 6)):
+            self.end(process, (0,))
+            return "too late"
+        if how == "lock deleted":
+            (self.broken / ".lock").unlink()
+        else:
+            self.broken.rename(aside)
+            self.broken.mkdir()
+            (self.broken / ".lock").write_text("of another run")
+        self.end(process, (1,), "its lock file is gone or another's")
+        if aside.exists():
+            if [path.name for path in self.broken.iterdir()] != [".lock"]:
+                raise Failure(f"it wrote into another run's folder: {list(self.broken.iterdir())}")
+            shutil.rmtree(self.broken)
+            aside.rename(self.broken)
+        return how
+
+    def other_numerics(self) -> str:
+        """Continue a copy of the run with other instructions or without the compiled kernels: it says so."""
+        self.need_checkpoints(1)
+        copy, cache = self.folder / "copy", self.folder / "empty cache"
+        shutil.copytree(self.broken, copy)
+        how = self.random.choice(("ATEN_CPU_CAPABILITY=default", "no compiler"))
+        without = {"CXX": "/no/compiler", "SASA_TRAIN_CACHE": str(cache)}
+        changed = without if how == "no compiler" else dict([how.split("=")])
+        self.go_on(self.start(env=changed), "changed since the checkpoint was written")
+        shutil.rmtree(self.broken)
+        copy.rename(self.broken)
+        return how
 
     def delete(self, path: Path) -> None:
         path.unlink()
@@ -367,6 +449,8 @@ KINDS: dict[str, Callable[[Chaos], str | None]] = {
     "data worker hangs": partial(Chaos.worker, number=signal.SIGSTOP, message="data.worker_timeout"),
     "disk full": Chaos.disk_full,
     "disk full and on_failed_save=continue": Chaos.disk_full_go_on,
+    "a save fails halfway": Chaos.save_fails_halfway,
+    "disk fails": Chaos.disk_fails,
     "last.pt truncated": partial(NEWEST, damage=Chaos.cut, message=SKIPPED),
     "bit flipped in last.pt": partial(NEWEST, damage=Chaos.flip, message=SKIPPED),
     "last.pt deleted": partial(NEWEST, damage=Chaos.delete, message="the newest good one"),
@@ -376,6 +460,9 @@ KINDS: dict[str, Callable[[Chaos], str | None]] = {
     "every checkpoint damaged": Chaos.every_checkpoint_damaged,
     "metrics.jsonl damaged": Chaos.metrics_damaged,
     "another file of the run damaged": Chaos.other_files_damaged,
+    "a pipe or folder instead of a file": Chaos.stranger,
+    "folder or lock taken away": Chaos.taken_away,
+    "other instructions or kernels": Chaos.other_numerics,
     "config changed": Chaos.config_changed,
     "key misspelt": Chaos.config_misspelt,
     "images changed": Chaos.images_changed,

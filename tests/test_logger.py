@@ -2,6 +2,8 @@
 
 import errno
 import json
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -74,6 +76,24 @@ def test_a_failing_disk_costs_the_curves_and_not_the_run(tmp_path, capsys, monke
     logger.close()
     assert "no TensorBoard curves for this run" in capsys.readouterr().err
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.slow  # it imports torch in a new process
+def test_a_disk_that_fails_in_tensorboards_own_thread_gives_a_warning_and_no_traceback(tmp_path):
+    code = """
+import pathlib, shutil, time
+from sasa_train.training.log import RunLogger
+logger = RunLogger(pathlib.Path(), "", step=0, total_steps=8)
+shutil.rmtree("tensorboard")
+for step in range(1, 50):
+    logger.write({"split": "train", "step": step, "epoch": 1, "loss": 1.0, "top1": 50.0})
+    time.sleep(0.01)
+logger.close()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert done.stderr.count("no more TensorBoard curves for this run") == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 49
 
 
 @pytest.mark.parametrize("damage", [b"", b'{"split": "train", "step": 9', None])

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,19 @@ TAGS = {
     "data_wait_fraction": "perf/data_wait_fraction",
     "memory_mib": "perf/memory_mib",
 }
+
+
+def _without_tensorboard(hook: Callable[[threading.ExceptHookArgs], object]) -> Callable:
+    """Return `threading.excepthook` without the disk errors of TensorBoard's thread, which it raises again later."""
+
+    def excepthook(failed: threading.ExceptHookArgs) -> None:
+        if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__module__.startswith("tensorboard.")):
+            hook(failed)
+
+    return excepthook
+
+
+threading.excepthook = _without_tensorboard(threading.excepthook)
 
 
 def _open_board(folder: Path, step: int) -> SummaryWriter | None:
