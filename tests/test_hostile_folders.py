@@ -106,6 +106,17 @@ def test_links_in_a_sweeps_folder_do_not_lead_out_of_it(name, elsewhere, tmp_pat
     assert "link" in done.stderr + done.stdout
 
 
+@pytest.mark.parametrize("how", ["a pipe", "a symbolic link"])
+def test_a_searchs_journal_is_neither_followed_nor_waited_for(how, elsewhere, tmp_path, in_process):
+    (tmp_path / "out/s").mkdir(parents=True)
+    journal = tmp_path / "out/s/optuna.journal"
+    os.mkfifo(journal) if how == "a pipe" else journal.symlink_to(elsewhere / "precious")
+    overrides = [o for o in TINY if not o.startswith("output_dir")] + ["optimizer.lr=interval(0.1,0.2)"]
+    with time_limit(60):
+        search = ("sweep.output_dir=out", "sweep.name=s", "sweep.num_trials=1")
+        assert f"optuna.journal: is {how}" in in_process("sweep", *overrides, *search, expect=2).stderr
+
+
 def test_what_a_killed_export_left_is_not_followed_elsewhere(run_dir, elsewhere, tmp_path, in_process):
     """The command restores *.old from its unfinished folders, but not from a link of such a name."""
     (elsewhere / "precious").rename(elsewhere / "hub.old")

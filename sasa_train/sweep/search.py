@@ -5,12 +5,14 @@ stopped or killed continues its unfinished trials from their checkpoints. Severa
 study, each with its own ledger (`sweep.worker`).
 """
 
+import os
 from typing import TYPE_CHECKING
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
 from sasa_train.config.overrides import parse_overrides
 from sasa_train.extras import why_not
+from sasa_train.files import open_own
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.ledger import Job, Ledger
 from sasa_train.sweep.planning import SweepPlan, build_job
@@ -48,6 +50,8 @@ class Search(JobList):
         self.states, self.trial_class = optuna.trial.TrialState, optuna.trial.Trial
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         journal = plan.folder / "optuna.journal"
+        if os.path.lexists(journal):
+            os.close(open_own(journal, os.O_RDWR))  # refuses a link, and a pipe, for which Optuna would wait
         try:
             self.study = optuna.create_study(
                 study_name="sasa_train",
