@@ -6,6 +6,7 @@ Each torchrun process on a machine counts only its share of the machine's memory
 import ctypes
 import datetime
 import os
+import platform
 import resource
 import sys
 from pathlib import Path
@@ -27,6 +28,19 @@ def now() -> str:
 def usable_processors() -> int:
     """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor() -> str:
+    """Return the processor's name and, on Linux, numbers that tell models apart if a virtual machine hides the name."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    except OSError:  # not on Linux
+        first = ""
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    names = ("cpu family", "model", "CPU implementer", "CPU part")
+    numbers = ", ".join(f"{name} {fields[name]}" for name in names if name in fields)
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    return f"{name} ({numbers})" if numbers else name
 
 
 def peak_memory(device: "torch.device") -> int:

@@ -380,8 +380,8 @@ def test_other_code_or_packages_are_named_on_resume(tmp_path, monkeypatch, in_pr
     monkeypatch.setattr(provenance, "_git", lambda *arguments: "0123456" if "rev-parse" in arguments else None)
     monkeypatch.setattr(provenance, "_version", lambda package: "99.9")
     message = in_process("train", *RUN).stderr
-    assert "changed since the checkpoint was written: the code: commit" in message and "-> 0123456" in message
-    assert "changed since the checkpoint was written: timm: " in message and "-> 99.9" in message
+    assert "changed since the checkpoint was written:\n  the code: commit" in message and "-> 0123456" in message
+    assert "\n  timm: " in message and "-> 99.9" in message
 
 
 def test_run_json_has_a_command_that_makes_the_run_again(tmp_path, monkeypatch):

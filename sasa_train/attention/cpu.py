@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +48,11 @@ COMPILERS = ("g++", "c++", "clang++")
 BUILD_SECONDS = 300
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # other dtypes are converted
 _TENSORS = ("query", "key", "value", "output", "grad_output", "grad_query", "grad_key", "grad_value")
+
+
+class _Library(NamedTuple):
+    functions: ctypes.CDLL
+    compiler: str  # first line of its version
 
 
 class _Strided(ctypes.Structure):
@@ -172,13 +177,19 @@ def why_not_built(source: str, size: int) -> str | None:
     return library if isinstance(library, str) else None
 
 
+def describe_build(source: str, size: int) -> str:
+    """Return the instruction set and compiler of a source's library, or the reason why it cannot be built."""
+    library = _library(source, size, instruction_set := _instruction_set())
+    return library if isinstance(library, str) else f"cpu kernel, {instruction_set}, {library.compiler}"
+
+
 def run(source: str, size: int, function: str, problem: Any) -> None:
     """Allocate scratch memory and call `sasa_forward` or `sasa_backward` from the library of a source."""
     library = _library(source, size, _instruction_set())
     if isinstance(library, str):
         raise RuntimeError(f"backend='cpu' cannot run: {library}")
-    problem.workspace = _workspace(getattr(library, f"sasa_{function}_bytes")(ctypes.byref(problem)))
-    getattr(library, f"sasa_{function}")(ctypes.byref(problem))
+    problem.workspace = _workspace(getattr(library.functions, f"sasa_{function}_bytes")(ctypes.byref(problem)))
+    getattr(library.functions, f"sasa_{function}")(ctypes.byref(problem))
 
 
 _kept = threading.local()
@@ -201,19 +212,36 @@ def _instruction_set() -> str:
 
 
 @functools.cache
-def _library(source: str, size: int, instruction_set: str) -> ctypes.CDLL | str:
+def _library(source: str, size: int, instruction_set: str) -> _Library | str:
     """Return the loaded library, or the reason why it cannot be built or loaded."""
-    compiler = os.environ.get("CXX") or next((name for name in COMPILERS if shutil.which(name)), None)
-    if compiler is None:
+    if (compiler := _compiler()) is None:
         return "no C++ compiler found (install g++, or name one in $CXX)"
     reason = ""
     for compile_flags, link_flags in OPENMP:
         flags = (*FLAGS, *INSTRUCTION_SETS[instruction_set], f"-D{SIZES[source]}={size}", *compile_flags)
         try:
-            return _load(_built(source, compiler, flags, link_flags))
+            version = _version(compiler)
+            return _Library(_load(_built(source, compiler, version, flags, link_flags)), version.partition("\n")[0])
         except (OSError, subprocess.SubprocessError) as error:
             reason = reason or f"{compiler} could not build it: {error} {getattr(error, 'stderr', None) or ''}".strip()
     return reason
+
+
+def compiler_version() -> str | None:
+    """Return the first line of the C++ compiler's version, or None if there is no compiler that runs."""
+    try:
+        return _version(_compiler() or "").partition("\n")[0]
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _compiler() -> str | None:
+    return os.environ.get("CXX") or next((name for name in COMPILERS if shutil.which(name)), None)
+
+
+def _version(compiler: str) -> str:
+    command = [compiler, "--version"]
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=True).stdout
 
 
 def _load(path: Path) -> ctypes.CDLL:
@@ -225,11 +253,10 @@ def _load(path: Path) -> ctypes.CDLL:
     return library
 
 
-def _built(source: str, compiler: str, flags: tuple[str, ...], link_flags: tuple[str, ...]) -> Path:
+def _built(source: str, compiler: str, version: str, flags: tuple[str, ...], link_flags: tuple[str, ...]) -> Path:
     """Return the path of the library in the cache; compile it first if it is missing or damaged."""
     # The file name contains a hash of the sources, flags and compiler, so that no stale library is loaded, and a hash
     # of the library's own bytes, so that no damaged library is loaded.
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     path = SOURCES / f"{source}.cpp"
     key = _digest("\0".join([path.read_text(), HEADER.read_text(), version, *flags, "", *link_flags]).encode())
     folder = _cache_folder()

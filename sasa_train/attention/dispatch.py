@@ -262,18 +262,35 @@ def plain_decompositions() -> dict[Any, Callable]:
     return {torch.ops.sasa_train.local_attention_qkv.default: local_attention_qkv}
 
 
+def describe_backend(backend: str, query: Tensor, kernel_size: int) -> str:
+    """Name what `backend` runs on tensors like `query`, and what compiled it or why no compiled kernel runs."""
+    name, module, reason = _choose(backend, query, kernel_size)
+    if reason is not None:
+        # The rest of the reason may quote a temporary file, which would look different each time.
+        return f"reference, because {reason.partition(': ')[0]}"
+    return cpu.describe_build("local_attention", kernel_size) if module is cpu else name
+
+
 def _resolve(backend: str, query: Tensor, kernel_size: int) -> ModuleType:
     """Return the module of the backend to run. This is called inside the op, where tensors are never fake."""
-    if backend == "reference":
-        return reference
-    name = backend if backend != "auto" else "triton" if query.is_cuda else "cpu"
-    module = _module(name)
-    reason = module if isinstance(module, str) else module.unavailable(query, kernel_size)
-    if backend != "auto" and reason is not None:
-        raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
+    name, module, reason = _choose(backend, query, kernel_size)
     if backend == "auto":
         _say_once(name, reason)
-    return reference if isinstance(module, str) or reason is not None else module
+    elif reason is not None:
+        raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
+    return module
+
+
+def _choose(backend: str, query: Tensor, kernel_size: int) -> tuple[str, ModuleType, str | None]:
+    """Return the name of the backend to use, and its module; or the reference and the reason why it cannot run."""
+    if backend == "reference":
+        return backend, reference, None
+    name = backend if backend != "auto" else "triton" if query.is_cuda else "cpu"
+    module = _module(name)
+    if isinstance(module, str):
+        return name, reference, module
+    reason = module.unavailable(query, kernel_size)
+    return name, module if reason is None else reference, reason
 
 
 def _module(name: str) -> ModuleType | str:

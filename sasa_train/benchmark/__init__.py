@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from sasa_train.commands import described, end_command, positive, run
 from sasa_train.extras import why_not
-from sasa_train.machine import keep_freed_memory
+from sasa_train.machine import keep_freed_memory, processor
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import FAILED
 
@@ -112,7 +112,7 @@ def describe_machine(device: "torch.device", command: str) -> dict[str, str]:
     import torch
 
     num_threads = torch.get_num_threads()
-    hardware = f"{_processor()}, {num_threads} thread{'s' if num_threads > 1 else ''}"
+    hardware = f"{processor()}, {num_threads} thread{'s' if num_threads > 1 else ''}"
     if device.type == "cuda":
         hardware = f"{torch.cuda.get_device_name()}; {hardware}"
     packages = ["torch", "timm", *(["triton"] if device.type == "cuda" and find_spec("triton") else [])]
@@ -123,14 +123,6 @@ def describe_machine(device: "torch.device", command: str) -> dict[str, str]:
         tf32 = torch.backends.cudnn.allow_tf32
         header["float32"] = f"convolutions {'may' if tf32 else 'may not'} use TF32 (cuDNN's default)"
     return header
-
-
-def _processor() -> str:
-    try:
-        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:  # not on Linux
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def build_parser() -> argparse.ArgumentParser:

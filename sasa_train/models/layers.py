@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sasa_train.attention import attention_weights, local_attention_qkv, stem
-from sasa_train.attention.dispatch import BACKENDS
+from sasa_train.attention.cpu import describe_build
+from sasa_train.attention.dispatch import BACKENDS, describe_backend
 from sasa_train.models.stem_norm import can_normalise_picked, is_plain, normalise_picked
 
 POSITIONS = ("relative", "absolute", "none")
@@ -100,6 +101,14 @@ class LocalSelfAttention2d(nn.Module):
         query, *key, _ = self._projections(x)
         rel = (self.rel_height, self.rel_width)
         return attention_weights(query, key[0] if key else None, *rel, **self._options())
+
+    def describe_backend(self, device: torch.device) -> str:
+        """Name what computes the attention on a device, and its compiler; the current autocast sets the dtype."""
+        dtype, head_dim = self.qkv.weight.dtype, self.qkv.out_channels // self._num_projections // self.num_heads
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        query = torch.empty(1, self.num_heads, 1, 1, head_dim, dtype=dtype, device=device)
+        return describe_backend(self.backend, query, self.kernel_size)
 
     def _options(self) -> dict[str, Any]:
         return {"kernel_size": self.kernel_size, "content": self.content, "border": self.border}
@@ -231,6 +240,11 @@ class AttentionStem(nn.Module):
     def relative_scores(self, x: Tensor) -> Tensor | None:
         """Return q.r at each offset from -3 to 3, averaged over queries, [N, 7, 7]; None without embeddings."""
         return _mean_relative_scores(self._queries_and_keys(x)[0], self.rel_height, self.rel_width)
+
+    def describe_backend(self, device: torch.device) -> str:
+        """Name what computes the stem on a device under the current autocast, and its compiler."""
+        image = torch.empty(1, self.qk.in_channels, BLOCK_SIZE, BLOCK_SIZE, device=device)
+        return describe_build("attention_stem", image.shape[1]) if self._runs_kernel(image) else "PyTorch"
 
     def _queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
         query, key = (self._blocks(half) for half in self.qk(x).chunk(2, dim=1))

@@ -33,7 +33,7 @@ from sasa_train.processes.ranks import local_rank
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints
 from sasa_train.runs.folder import RunFolder, check_data, is_finished, open_run
-from sasa_train.runs.provenance import describe_changes, provenance
+from sasa_train.runs.provenance import conditions, describe_changes, provenance
 from sasa_train.runs.weights import Weights, load_into, read_weights
 from sasa_train.signals import Interrupted, StopRequest
 from sasa_train.terminal import printable, say, warn
@@ -86,7 +86,7 @@ def train_in_folder(plan: RunPlan, run: RunFolder, stop: StopRequest) -> bool:
     weights = read_weights_together(plan.config, run)
     loaders = load_together(plan, run)
     plan = dataclasses.replace(plan, steps_per_epoch=loaders.train.plan.steps_per_epoch)
-    difference = note_provenance(plan.config, run)
+    run.provenance, difference = provenance(plan.config)
     # The seed is set here, so that the initial weights do not depend on random numbers drawn earlier.
     torch.manual_seed(plan.config.seed)
     model = build_model(plan.config.model, len(loaders.classes), plan.image_size)
@@ -94,6 +94,7 @@ def train_in_folder(plan: RunPlan, run: RunFolder, stop: StopRequest) -> bool:
     del weights  # they take as much memory as the model
     stepper = build_stepper(plan, model)
     compile_together(plan, model)
+    note_conditions(plan, model, run)
     collectives.everywhere(lambda: continue_from(run, stepper.state, plan.config), ConfigError)
     loop = Loop(run, loaders, stepper, stop)
     say(describe_plan(plan, loaders, stepper.state))
@@ -156,13 +157,11 @@ def load_together(plan: RunPlan, run: RunFolder) -> Loaders:
     return loaders
 
 
-def note_provenance(config: TrainConfig, run: RunFolder) -> str:
-    """Record the code, versions and hardware, and warn of changes; return the diff between the code and its commit."""
-    run.provenance, difference = provenance(config)
-    if run.checkpoint is not None:
-        for change in describe_changes(run.checkpoint["provenance"], run.provenance):
-            warn(f"changed since the checkpoint was written: {change}")
-    return difference
+def note_conditions(plan: RunPlan, model: nn.Module, run: RunFolder) -> None:
+    """Record what shapes the last bits of the results, and warn of all changes since the checkpoint."""
+    run.provenance |= conditions(plan, model)
+    if run.checkpoint is not None and (changes := describe_changes(run.checkpoint["provenance"], run.provenance)):
+        warn("\n  ".join(["changed since the checkpoint was written:", *changes]))
 
 
 def build_stepper(plan: RunPlan, model: nn.Module) -> Stepper:

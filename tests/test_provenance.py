@@ -1,0 +1,157 @@
+"""Check that a resumed run names everything that may have changed the last bits of its results, in one warning."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running_commands import TINY
+
+from sasa_train.attention import cpu
+from sasa_train.config.compose import compose_config
+from sasa_train.device import RunPlan
+from sasa_train.models import build_model
+from sasa_train.models.layers import LocalSelfAttention2d
+from sasa_train.runs import provenance
+from sasa_train.runs.checkpoint import Checkpoints
+from sasa_train.runs.folder import RunFolder
+from sasa_train.runs.provenance import CONDITIONS, VARIABLES, conditions, describe_changes
+from sasa_train.training.run import note_conditions
+
+RUN = (*TINY, "run_name=a", "trainer.epochs=1")
+CHANGED = "WARNING: changed since the checkpoint was written:"
+# A compiler that calls itself by another name.
+OTHER_COMPILER = '#!/bin/sh\nif [ "$1" = --version ]; then echo "other 1.0"; else exec {} "$@"; fi\n'
+
+
+@pytest.fixture
+def plan() -> RunPlan:
+    return RunPlan(compose_config([*TINY, "trainer.precision=fp32"]), torch.device("cpu"))
+
+
+@pytest.fixture
+def model(plan):
+    return build_model(plan.config.model, 10, 8)
+
+
+@pytest.fixture
+def fresh_libraries() -> Iterator[None]:
+    cpu._library.cache_clear()
+    yield
+    cpu._library.cache_clear()
+
+
+def changes_in(text: str) -> list[str]:
+    """Return the lines of the only warning of changes, or an empty list if there is no such warning."""
+    assert text.count(CHANGED) <= 1, "there must be one warning, however much has changed"
+    return [line.strip() for line in text.partition(CHANGED)[2].splitlines() if line.startswith("  ")]
+
+
+def resumed(before: dict[str, Any]) -> RunFolder:
+    return RunFolder(Path("a"), None, Checkpoints(Path("a"), 0), {"provenance": before}, provenance={"commit": None})
+
+
+def one_changed(value: Any) -> dict[str, Any]:
+    """Map each part of a condition, or None for a condition without parts, to the condition with that part changed."""
+    parts = value if isinstance(value, dict) else ()
+    return {part: value | {part: "other"} for part in parts} or {None: "other"}
+
+
+def test_a_resume_names_each_condition_that_has_changed_and_no_other(plan, model, monkeypatch, capsys):
+    before = conditions(plan, model)
+    assert before.keys() == CONDITIONS.keys() and before["environment"].keys() == set(VARIABLES)
+    for name, old in before.items():
+        for part, new in one_changed(old).items():
+            run = resumed(before)
+            with monkeypatch.context() as patch:
+                if name == "environment":
+                    patch.setenv(part, "other")
+                else:
+                    patch.setitem(CONDITIONS, name, lambda *_, new=new: new)
+                note_conditions(plan, model, run)
+            (line,) = changes_in(capsys.readouterr().err)
+            label = {"world_size": "processes"}.get(name, part or name)
+            assert line.startswith(f"{label}: {old[part] if part else old} -> other")
+            assert run.provenance[name] == new  # recorded for run.json and the next checkpoint
+    run = resumed(before)
+    note_conditions(plan, model, run)
+    assert not capsys.readouterr().err
+
+
+def test_the_conditions_are_those_of_this_process(plan, model, one_thread, monkeypatch):
+    found = conditions(plan, model)
+    assert found["threads"] == 1 and found["device"] == "cpu" and found["precision"] == "fp32"
+    assert found["attention"] == found["attention_stem"] and "cpu kernel, " in found["attention"]
+    assert found["attention"].endswith(cpu.compiler_version())
+    assert found["compiler"] is None  # only torch.compile needs it
+    model.to(torch.float64)
+    assert conditions(plan, model)["attention"].startswith("reference, because the tensors are torch.float64")
+    conv = build_model(compose_config(["model=conv_resnet26"]).model, 10, 32)
+    assert conditions(plan, conv)["attention"] is conditions(plan, conv)["attention_stem"] is None
+
+
+@pytest.mark.parametrize(
+    "kernel_size,backend,expected",
+    [(17, "auto", "reference, because kernel_size=17 is above 15"), (3, "reference", "reference"), (3, "cpu", "cpu k")],
+)
+def test_the_backend_is_the_one_that_runs(kernel_size, backend, expected):
+    layer = LocalSelfAttention2d(4, 8, kernel_size, num_heads=2, backend=backend)
+    assert layer.describe_backend(torch.device("cpu")).startswith(expected)
+
+
+def test_a_condition_that_differs_between_processes_is_listed_by_process(plan, model, monkeypatch):
+    def gather(value):
+        return [value, value | {"processor": "other", "libraries": value["libraries"] | {"libc": "other"}}]
+
+    alone = conditions(plan, model)
+    monkeypatch.setattr(provenance.collectives, "gather", gather)
+    together = conditions(plan, model)
+    assert together["processor"] == [alone["processor"], "other"]
+    assert together["libraries"] == alone["libraries"] | {"libc": [alone["libraries"]["libc"], "other"]}
+    assert together["attention"] == alone["attention"]
+
+
+def test_an_older_checkpoint_lacks_conditions_and_a_strangers_cannot_move_the_cursor(plan, model):
+    now = {"commit": "0123456"} | conditions(plan, model)
+    assert describe_changes({"commit": "0123456", "threads": now["threads"], "versions": {}}, now) == []
+    (line,) = describe_changes(now | {"processor": "\x1b[2J"}, now)
+    assert line.startswith(r"processor: \x1b[2J -> ")
+
+
+def test_a_resume_without_a_compiler_warns_once_and_goes_on(in_process, monkeypatch, fresh_libraries):
+    """Such a resume once gave other results in 540 places, without a word that anything had changed."""
+    once = (*RUN, "trainer.max_hours=1e-9")  # one step
+    in_process("train", *once, expect=75)
+    assert changes_in(in_process("train", *once, expect=75).stderr) == []
+    for name, value in {"CXX": "/nonexistent", "SASA_TRAIN_CACHE": "empty", "ONEDNN_MAX_CPU_ISA": "AVX2"}.items():
+        monkeypatch.setenv(name, value)
+    cpu._library.cache_clear()
+    attention, stem, variable = changes_in(in_process("train", *RUN).stderr)
+    assert attention.startswith("attention: cpu kernel, ")
+    assert attention.endswith(" -> reference, because /nonexistent could not build it")
+    assert stem.startswith("attention_stem: cpu kernel, ") and stem.endswith(" -> PyTorch")
+    assert variable == "ONEDNN_MAX_CPU_ISA: None -> AVX2"
+
+
+@pytest.mark.slow  # new processes, because torch reads the instructions once
+@pytest.mark.parametrize(
+    "name,value,expected",
+    [
+        ("ATEN_CPU_CAPABILITY", "default", ["cpu_capability", "attention", "attention_stem"]),
+        ("CXX", "./other", ["attention", "attention_stem"]),
+    ],
+)
+def test_a_new_process_with_other_instructions_or_another_compiler(
+    command, tmp_path, monkeypatch, name, value, expected
+):
+    (tmp_path / "other").write_text(OTHER_COMPILER.format(shutil.which(os.environ.get("CXX", "g++"))))
+    (tmp_path / "other").chmod(0o700)
+    command("train", *RUN, "trainer.max_hours=1e-9", expect=75)
+    monkeypatch.setenv(name, value)
+    lines = changes_in(command("train", *RUN).stderr)
+    assert [line.partition(": ")[0] for line in lines] == expected
+    if name == "CXX":
+        assert lines[0].endswith("other 1.0")
