@@ -29,7 +29,8 @@ prints them. Misspelt keys, wrong types and incompatible values are rejected wit
   files override groups, the command line overrides both, and the defaults listed here apply when neither sets a key.
 - Keys with a star may change when a run resumes; others must be listed, as in `allow_config_change=[trainer.epochs]`.
 - Keys whose default is null also accept null. Lists are written `[a,b]`, and the arguments in
-  {free} are written `{{name:value}}`. Quote strings that contain special characters.
+  {free} are written `{{name:value}}`. Strings stay as typed (`run_name=1e5`); quote special
+  characters, and `'null'`.
 - A path may have up to 255 bytes per folder name and 4,095 in total. A name consists of letters, digits, `_ . = , + -`.
 """
 WORDS = {int: "integer", float: "number", str: "string", bool: "true/false", types.NoneType: "null"}

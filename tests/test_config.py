@@ -1,29 +1,36 @@
 """Check that configs are typed and validated; invalid ones are refused, with a suggested fix, before data is loaded."""
 
+import json
 import re
+import shlex
+import shutil
+from pathlib import Path
 
 import pytest
+from running_commands import TINY
 
 from sasa_train.config import compose, groups
 from sasa_train.config.compose import compose_config
 from sasa_train.config.groups import config_dir
 from sasa_train.config.identity import default_run_name, differing_keys
 from sasa_train.config.keys import TrainConfig, flatten, key_table
-from sasa_train.config.saved import load_config, to_yaml
+from sasa_train.config.saved import load_config, load_config_file, to_yaml
 from sasa_train.refusal import ConfigError
 
 
-def test_a_misspelt_key_in_a_file_is_refused(tmp_path, monkeypatch):
+@pytest.fixture
+def own_configs(tmp_path, monkeypatch) -> Path:
+    """Return a copy of `configs/` that is used instead of it, to add files to."""
     folder = tmp_path / "configs"
-    folder.mkdir()
-    for path in config_dir().rglob("*.yaml"):
-        target = folder / path.relative_to(config_dir())
-        target.parent.mkdir(exist_ok=True)
-        target.write_text(path.read_text())
-    (folder / "experiment/mine.yaml").write_text("# @package _global_\ntrainer:\n  epoch: 3\n")
-    (folder / "data/mine.yaml").write_text("nam: digits\n")
+    shutil.copytree(config_dir(), folder)
     for module in (compose, groups):
         monkeypatch.setattr(module, "config_dir", lambda: folder)
+    return folder
+
+
+def test_a_misspelt_key_in_a_file_is_refused(own_configs):
+    (own_configs / "experiment/mine.yaml").write_text("# @package _global_\ntrainer:\n  epoch: 3\n")
+    (own_configs / "data/mine.yaml").write_text("nam: digits\n")
     with pytest.raises(ConfigError, match="unknown key 'trainer.epoch': did you mean trainer.epochs?"):
         compose_config(["experiment=mine"])
     with pytest.raises(ConfigError, match="unknown key 'data.nam': did you mean data.name?"):
@@ -80,6 +87,44 @@ def test_configs_are_refused_before_anything_is_loaded(overrides, message):
 def test_a_config_survives_its_yaml():
     config = compose_config(["experiment=quickstart", "model.stage_ops=[conv,conv,attention,attention]", "seed=3"])
     assert load_config(to_yaml(config)) == config
+
+
+def test_a_text_on_the_command_line_stays_as_it_is_typed(in_process, image_folder, tmp_path):
+    """run_name=2024_01_15 made the folder 20240115, the git hash 12e4567 made inf, and data.root had the same fault."""
+    image_folder.rename(tmp_path / "1e5")
+    given = [*TINY, "data=image_folder", "data.image_size=8", "trainer.epochs=1", "data.num_workers=0", "output_dir=."]
+    in_process("train", *given, "data.root=1e5", "run_name=2024_01_15,12e4567", "-m")
+    assert {path.parent.name for path in tmp_path.glob("*/run.json")} == {"2024_01_15", "12e4567"}
+
+    in_process("train", "resume=12e4567", "trainer.epochs=2", "allow_config_change=[trainer.epochs]")
+    config = load_config_file(tmp_path / "12e4567/config.yaml")
+    assert (config.run_name, config.data.root, config.resume, config.trainer.epochs) == ("12e4567", "1e5", "12e4567", 2)
+    command = shlex.split(json.loads((tmp_path / "12e4567/run.json").read_text())["reproduce"])
+    assert compose_config(command[1:]).data == config.data
+    in_process("evaluate", "12e4567", "data.root=2024_01_15", expect=2)  # a run folder, not a folder of images
+    (tmp_path / "1e5").rename(tmp_path / "1.50")
+    in_process("evaluate", "12e4567", "data.root=1.50")
+
+
+def test_a_text_in_a_file_stays_as_it_is_written(own_configs):
+    """YAML reads these as numbers, as true or false, and 1:30 as 90; only null is not a text."""
+    (own_configs / "data/0x10.yaml").write_text("name: image_folder\nroot: 2024_01_15\n")
+    (own_configs / "experiment/012.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /data: 0x10\nrun_name: 12e4567\noutput_dir: 1:30\nresume: no\n"
+        "model: {pretrained: null, stage_ops: [on, y, 1e5, 1.50]}\ntrainer: {epochs: 0x10}\n"
+    )
+    config = compose_config(["experiment=012"])
+    assert (config.data.name, config.data.root) == ("image_folder", "2024_01_15")
+    assert (config.run_name, config.output_dir, config.resume) == ("12e4567", "1:30", "no")
+    assert (config.model.pretrained, config.model.stage_ops) == (None, ["on", "y", "1e5", "1.50"])
+    assert config.trainer.epochs == 16
+    assert load_config("data:\n  root: 012  # octal\n").data.root == "012"
+
+
+def test_true_and_false_are_taken_for_data_resident_in_any_case():
+    for typed, kept in {"true": "true", "False": "false", "'TRUE'": "true"}.items():
+        assert compose_config([f"data.resident={typed}"]).data.resident == kept
+    assert load_config("data: {resident: False}").data.resident == "false"
 
 
 def test_the_run_name_follows_the_trajectory_alone():

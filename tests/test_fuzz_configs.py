@@ -21,14 +21,22 @@ from hydra import initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hypothesis import HealthCheck, Phase, event, given, seed, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from timm.optim import list_optimizers
 
 from sasa_train import train
 from sasa_train.config import compose, groups
-from sasa_train.config.compose import as_overrides, compose_config, to_config
+from sasa_train.config.compose import as_overrides, compose_config, quote_texts, to_config
 from sasa_train.config.groups import config_dir
 from sasa_train.config.keys import CHOICES, FREE_KEYS, TrainConfig, key_table
-from sasa_train.config.overrides import UNREADABLE, check_override_keys, chooses_group, parse_overrides, with_free_keys
+from sasa_train.config.overrides import (
+    UNREADABLE,
+    check_override_keys,
+    chooses_group,
+    expand,
+    for_hydra,
+    parse_overrides,
+)
 from sasa_train.config.saved import load_config, to_yaml
 from sasa_train.refusal import ConfigError
 
@@ -133,7 +141,7 @@ def compose_quickly(overrides: list[str]) -> TrainConfig:
         return compose_config(overrides)
     composed = copy.deepcopy(DEFAULTS)
     try:
-        ConfigLoaderImpl._apply_overrides_to_config(parse_overrides(with_free_keys(overrides)), composed)
+        ConfigLoaderImpl._apply_overrides_to_config(parse_overrides(for_hydra(overrides)), composed)
     except UNREADABLE as error:
         raise ConfigError(compose.explain(error)) from error
     return to_config(composed)
@@ -185,6 +193,28 @@ def test_the_command_line_is_taken_or_refused(overrides):
     assert real == outcome(compose_quickly)
     if isinstance(real, TrainConfig):
         assert compose_config(as_overrides(real)) == real
+
+
+# Texts that Hydra or YAML would read as a number, a date, true or false, and others of the same characters.
+NUMERIC = st.one_of(
+    st.sampled_from(["2024_01_15", "12e4567", "1e5", "1.50", "012", "0x1F", "1:30", "2024-01-15", "1.5_e5", "1.__e5"]),
+    st.sampled_from(["true", "False", "yes", "NO", "on", "Off", "y", "nan", "-inf", "INF", ".inf", ".NaN", "+1", "-0"]),
+    st.text("0123456789_.eE+-xnya", min_size=1, max_size=8),
+).filter(lambda text: not set(text) <= {"-", "."})  # YAML's own signs
+
+
+@examples(few=25)
+@given(text=NUMERIC)
+def test_a_text_stays_as_it_is_typed(text):
+    """Check this for the command line, config.yaml, the command in run.json, a sweep, and texts written into files."""
+    config = compose_quickly([f"data.root={text}"])
+    assert config.data.root == text
+    assert_kept(config)
+    jobs = expand([f"data.root={text},b"])
+    assert [override.value() for (job,) in jobs for override in parse_overrides([job])] == [text, "b"]
+    lines = f"data: {{root: {text}}}\nallow_config_change:\n- {text}\nresume: {text} # a comment"
+    written = {"data": {"root": text}, "allow_config_change": [text], "resume": text}
+    assert OmegaConf.create(quote_texts(lines)) == written
 
 
 def test_the_command_that_makes_a_config_again_is_short():

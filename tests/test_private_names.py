@@ -38,6 +38,7 @@ NAMES = [
     ("torchvision", lambda: AUTO, "_fill", "data/policies.py"),
     ("torchvision", lambda: AUTO, "_apply_image_or_video_transform", "data/policies.py"),
     ("hydra", lambda: importlib.import_module("hydra"), "_internal", "training/hydra_launch.py"),
+    ("hydra", lambda: importlib.import_module("hydra"), "_internal", "config/compose.py"),
     ("optuna", lambda: create_trial(value=0.0), "_trial_id", "sweep/search.py"),
     ("tensorboard", lambda: SummaryWriter, "_get_file_writer", "training/log.py"),
 ]

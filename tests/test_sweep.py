@@ -13,6 +13,7 @@ import pytest
 from running_commands import TINY, start, wait_for
 
 from sasa_train import sweep as command_line
+from sasa_train.config.compose import compose_config
 from sasa_train.config.groups import choices
 from sasa_train.config.overrides import parse_overrides
 from sasa_train.refusal import ConfigError
@@ -199,6 +200,18 @@ def test_a_file_and_what_the_command_line_puts_in_its_place(tmp_path):
         for position in ("none", "relative")
         for seed in (0, 1)
     ]
+
+
+def test_texts_of_a_sweep_stay_as_they_are_typed(tmp_path):
+    """The folder of sweep.name=2024_01_15 was 20240115, and each job read its images from another folder."""
+    path = tmp_path / "mine.yaml"
+    overrides = "[experiment=debug, data=image_folder, 'data.root=1e5,012']"
+    path.write_text(f"overrides: {overrides}\nname: 12e4567\noutput_dir: 1:30\n")
+    plan = read_plan([f"sweep={path}"])
+    assert plan.folder == Path("1:30/12e4567")
+    assert [compose_config(job.overrides).data.root for job in plan.jobs] == ["1e5", "012"]
+    plan = read_plan([f"sweep={path}", "sweep.name=2024_01_15", "sweep.output_dir=1e5"])
+    assert plan.folder == Path("1e5/2024_01_15")
 
 
 @pytest.mark.parametrize(

@@ -4,18 +4,32 @@ Hydra's compose API is called instead of its decorator, so that an invalid confi
 """
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 
 from sasa_train.config.groups import config_dir
 from sasa_train.config.keys import FREE_KEYS, TrainConfig, flatten, key_table
-from sasa_train.config.overrides import UNREADABLE, as_written, check_override_keys, unknown_key, with_free_keys
+from sasa_train.config.overrides import (
+    TEXT_KEYS,
+    UNREADABLE,
+    as_written,
+    check_override_keys,
+    for_hydra,
+    unknown_key,
+)
 from sasa_train.config.rules import validate
 from sasa_train.refusal import ConfigError, shorten
 
@@ -32,13 +46,57 @@ def compose_config(overrides: Sequence[str]) -> TrainConfig:
     of_sweep = GlobalHydra.instance().hydra  # a job of -m needs it again afterwards
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            composed = compose("train", overrides=with_free_keys(overrides))
+        with initialize_hydra():
+            composed = compose("train", overrides=for_hydra(overrides))
     except UNREADABLE as error:
         raise ConfigError(explain(error)) from error
     finally:
         GlobalHydra.instance().hydra = of_sweep
     return to_config(composed)
+
+
+@contextmanager
+def initialize_hydra() -> Iterator[None]:
+    """Context manager in which Hydra composes the files in `configs/`, with text as it is written there."""
+    with initialize_config_dir(str(config_dir()), job_name="sasa-train", version_base="1.3"):
+        sources = GlobalHydra.instance().config_loader().get_sources()
+        sources[:] = [TextSource(s.provider, s.path) if s.provider == "main" else s for s in sources]
+        yield
+
+
+class TextSource(FileConfigSource):
+    """A folder of config files in which the values of text keys stay as they are written."""
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        result = super().load_config(config_path)
+        text = Path(self.path, f"{config_path.removesuffix('.yaml')}.yaml").read_text(encoding="utf-8")
+        result.config = OmegaConf.create(quote_texts(text, group=config_path.rpartition("/")[0]))
+        return result
+
+
+def quote_texts(yaml_text: str, text_keys: AbstractSet[str] = TEXT_KEYS, group: str = "") -> str:
+    """Quote the values of `text_keys`, so that YAML reads 2024_01_15 or `no` as a string; null stays null.
+
+    group: the group whose keys the text holds, without their prefix.
+    """
+    ends: dict[int, str] = {}
+
+    def visit(node: yaml.Node, key: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for name, value in node.value:
+                visit(value, f"{key}.{name.value}".replace(".<<", "").removeprefix("."))
+        elif isinstance(node, yaml.SequenceNode):
+            for part in node.value:
+                visit(part, key)
+        elif isinstance(node, yaml.ScalarNode) and node.style is None and not node.tag.endswith(":null"):
+            is_text = key in text_keys or f"{group}.{key}" in text_keys or key.split(".")[0] == "defaults"
+            if is_text and re.fullmatch(r"[\w.:=+-]+", node.value):  # all numbers and words such as `no`
+                ends[node.end_mark.index] = node.value
+
+    visit(yaml.compose(yaml_text, Loader=yaml.SafeLoader), "")
+    for end, value in sorted(ends.items(), reverse=True):
+        yaml_text = f"{yaml_text[: end - len(value)]}'{value}'{yaml_text[end:]}"
+    return yaml_text
 
 
 def to_config(composed: DictConfig) -> TrainConfig:
@@ -52,7 +110,7 @@ def to_config(composed: DictConfig) -> TrainConfig:
         config = cast(TrainConfig, OmegaConf.to_object(merged))
     except UNREADABLE as error:
         raise ConfigError(_with_interpolations(explain(error), composed)) from error
-    config.data.resident = config.data.resident.lower()  # YAML's true becomes the string 'True' in a string field
+    config.data.resident = config.data.resident.lower()  # True and FALSE are taken, as for keys of true and false
     config.data.root = os.path.expanduser(config.data.root)  # the shell does not expand the ~ in data.root=~/images
     config.output_dir = os.path.expanduser(config.output_dir)
     if config.model.pretrained is not None:

@@ -5,6 +5,8 @@ This module does not import torch, so that `--help` is fast. `configs/` contains
 
 import dataclasses
 import re
+import types
+import typing
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -227,6 +229,16 @@ def key_table(config: type = TrainConfig, prefix: str = "") -> dict[str, datacla
     for group in groups:
         table |= key_table(cast(type, group.type), f"{prefix}{group.name}.")
     return table | {f"{prefix}{f.name}": f for f in dataclasses.fields(config) if f not in groups}
+
+
+def text_keys(table: dict[str, dataclasses.Field]) -> set[str]:
+    """Return the keys whose values are texts or lists of texts; such values stay as typed, as in 2024_01_15."""
+    return {name for name, field in table.items() if _is_text(field.type)}
+
+
+def _is_text(kind: Any) -> bool:
+    parts = [part for part in typing.get_args(kind) if part is not types.NoneType]
+    return kind is str or (bool(parts) and all(_is_text(part) for part in parts))
 
 
 CHOICES = {

@@ -11,13 +11,17 @@ from functools import lru_cache
 from typing import Any
 
 import yaml
-from hydra.core.override_parser.overrides_parser import OverridesParser
+from antlr4 import CommonTokenStream, InputStream
+from hydra.core.override_parser.overrides_parser import OverridesParser, create_functions
+from hydra.core.override_parser.overrides_visitor import HydraOverrideVisitor
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
+from hydra.grammar.gen.OverrideLexer import OverrideLexer
+from hydra.grammar.gen.OverrideParser import OverrideParser
 from omegaconf.errors import OmegaConfBaseException
 
 from sasa_train.config.groups import GROUPS, choices
-from sasa_train.config.keys import FREE_KEYS, key_table
+from sasa_train.config.keys import FREE_KEYS, key_table, text_keys
 from sasa_train.refusal import ConfigError, shorten
 
 MAX_JOBS = 1000  # in a sweep, because every job's config is composed before the first job starts
@@ -25,6 +29,7 @@ MAX_TEXT = 2**16  # characters in a saved config (normally 4,000) or override; p
 # Hydra, OmegaConf and PyYAML raise these, for example for an int of 5,000 digits or 2,000 nested lists.
 UNREADABLE = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError)
 WORDS = ("null", "true", "false", "nan", "inf")  # Hydra does not parse these as strings
+TEXT_KEYS = frozenset({*text_keys(key_table()), *GROUPS})
 
 
 def as_written(value: Any) -> str:
@@ -39,17 +44,51 @@ def as_written(value: Any) -> str:
     return repr(value) if isinstance(value, float) else json.dumps(value)
 
 
-def with_free_keys(overrides: Sequence[str]) -> list[str]:
-    """Add the prefix ++, which Hydra requires, to keys that are not dataclass fields."""
-    return [f"++{o}" if o.startswith(FREE_KEYS) else o for o in overrides]
+def for_hydra(overrides: Sequence[str]) -> list[str]:
+    """Write overrides without sweeps so that Hydra reads them as `parse_overrides` does.
+
+    Texts are quoted, and keys that are not dataclass fields get the prefix ++.
+    """
+    written = []
+    for o in parse_overrides(overrides):
+        if o.key_or_group in TEXT_KEYS:
+            written.append(f"{o.key_or_group}={as_written(o.value())}")
+        else:
+            written.append(f"{'++' if o.key_or_group.startswith(FREE_KEYS) else ''}{o.input_line}")
+    return written
 
 
 def chooses_group(overrides: Sequence[str]) -> bool:
     return any(is_group(override) for override in parse_overrides(overrides))
 
 
-def parse_overrides(overrides: Sequence[str]) -> list[Override]:
-    return [_parse(override) for override in overrides]
+def parse_overrides(overrides: Sequence[str], text_keys: frozenset[str] = TEXT_KEYS) -> list[Override]:
+    """Parse overrides with Hydra's grammar, except that the values of `text_keys` keep the typed characters.
+
+    Raises:
+        ConfigError: an override is not key=value.
+    """
+    return [_parse(override, text_keys) for override in overrides]
+
+
+class TextVisitor(HydraOverrideVisitor):
+    """Hydra's own reading of an override, except that numbers, true and false are texts with the typed characters."""
+
+    def visitPrimitive(self, ctx: OverrideParser.PrimitiveContext) -> Any:
+        value = super().visitPrimitive(ctx)
+        return QuotedString(ctx.getText().strip(), Quote.single) if isinstance(value, int | float) else value
+
+    def visitFunction(self, ctx: OverrideParser.FunctionContext) -> Any:
+        # The numbers in range(1,3) or int(3.7) are the function's own.
+        of_texts = ctx.getChild(0).getText() in ("choice", "shuffle", "sort", "str", "tag")
+        return super().visitFunction(ctx) if of_texts else HydraOverrideVisitor(self.functions).visitFunction(ctx)
+
+
+def _parse_texts(override: str) -> Override:
+    tokens = CommonTokenStream(OverrideLexer(InputStream(override)))
+    parsed = TextVisitor(create_functions()).visit(OverrideParser(tokens).override())
+    parsed.input_line = override
+    return parsed
 
 
 def expand(overrides: Sequence[str]) -> list[tuple[str, ...]]:
@@ -77,11 +116,12 @@ def _sweep_values(override: Override) -> list[str]:
 
 
 @lru_cache
-def _parse(override: str) -> Override:
+def _parse(override: str, text_keys: frozenset[str]) -> Override:
     try:
         if len(override) > MAX_TEXT:
             raise ValueError(f"it has more than {MAX_TEXT:,} characters")
-        return OverridesParser.create().parse_override(override)
+        parsed = OverridesParser.create().parse_override(override)
+        return _parse_texts(override) if parsed.key_or_group in text_keys else parsed
     except (HydraException, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{shorten(override)}: cannot be read ({shorten(error)}); an override is key=value, as in "

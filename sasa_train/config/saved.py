@@ -8,7 +8,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sasa_train.config.compose import explain, schema, to_config
+from sasa_train.config.compose import explain, quote_texts, schema, to_config
 from sasa_train.config.keys import TrainConfig, flatten
 from sasa_train.config.overrides import MAX_TEXT, UNREADABLE, check_override_keys, is_group, parse_overrides
 from sasa_train.files import read_regular
@@ -75,7 +75,7 @@ def _read_saved(yaml_text: str, source: str) -> DictConfig:
         raise ConfigError(f"{source}: is not a config: expected a text of at most {MAX_TEXT:,} characters")
     try:
         _check_plain_yaml(yaml_text, source)
-        saved = OmegaConf.create(yaml_text)
+        saved = OmegaConf.create(quote_texts(yaml_text))
         merged = cast(DictConfig, OmegaConf.merge(schema(), saved))
         for key in _lacking(saved):
             OmegaConf.update(merged, key, BEFORE[key])

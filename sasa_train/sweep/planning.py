@@ -1,6 +1,7 @@
 """The plan of a sweep (jobs, names, folder), built from a file in `configs/sweep/` and the command line."""
 
 import hashlib
+import io
 import json
 import re
 from collections.abc import Sequence
@@ -12,11 +13,18 @@ from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
 from sasa_train.config.bounds import key
-from sasa_train.config.compose import compose_config
+from sasa_train.config.compose import compose_config, quote_texts
 from sasa_train.config.groups import choices, config_dir
 from sasa_train.config.identity import default_run_name
-from sasa_train.config.keys import NOT_TRAJECTORY, key_table
-from sasa_train.config.overrides import UNREADABLE, check_override_keys, expand, nearest, parse_overrides
+from sasa_train.config.keys import NOT_TRAJECTORY, key_table, text_keys
+from sasa_train.config.overrides import (
+    TEXT_KEYS,
+    UNREADABLE,
+    check_override_keys,
+    expand,
+    nearest,
+    parse_overrides,
+)
 from sasa_train.config.rules import check_bounds
 from sasa_train.refusal import ConfigError, shorten
 from sasa_train.runs.ledger import Job
@@ -56,6 +64,9 @@ class SweepConfig:
     paper_table: int | None = key(None, "table of the paper that sasa-report shows next to the results")
 
 
+TEXT_KEYS_OF_SWEEP = TEXT_KEYS | {"sweep", *text_keys(key_table(SweepConfig, "sweep."))}
+
+
 @dataclass
 class SweepPlan:
     config: SweepConfig
@@ -74,7 +85,7 @@ def read_plan(overrides: Sequence[str]) -> SweepPlan:
     Raises:
         ConfigError: a file or key is unknown, a value is invalid, or the grid is too large.
     """
-    parsed = parse_overrides(overrides)
+    parsed = parse_overrides(overrides, TEXT_KEYS_OF_SWEEP)
     ours = [o for o in parsed if o.key_or_group == "sweep" or o.key_or_group.startswith("sweep.")]
     hydra = _launcher_keys(parsed)
     given = [str(o.input_line) for o in parsed if o not in ours and str(o.input_line) not in hydra]
@@ -119,7 +130,7 @@ def _read_config(ours: list[Override]) -> SweepConfig:
                 raise ConfigError(f"{override.input_line}: is of the sweep itself, and takes one value: key=value")
             if override.key_or_group == "sweep":
                 path = _sweep_file(str(override.value()))
-                merged = _merge(merged, OmegaConf.to_container(OmegaConf.load(path)), str(path))
+                merged = _merge(merged, _read_file(path), str(path))
         for override in ours:
             if override.key_or_group != "sweep":
                 key = override.key_or_group.removeprefix("sweep.")
@@ -142,6 +153,11 @@ def _merge(merged: Any, values: Any, where: str) -> Any:
         return OmegaConf.merge(merged, values)
     except UNREADABLE as error:
         raise ConfigError(f"{where}: {shorten(str(error).splitlines()[0])}") from error
+
+
+def _read_file(path: Path) -> Any:
+    text = quote_texts(path.read_text(encoding="utf-8"), text_keys(key_table(SweepConfig)))
+    return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
 
 
 def _sweep_file(name: str) -> Path:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -21,9 +21,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
-from sasa_train.config.compose import compose_config, to_config
-from sasa_train.config.groups import config_dir
-from sasa_train.config.overrides import UNREADABLE, with_free_keys
+from sasa_train.config.compose import compose_config, initialize_hydra, to_config
+from sasa_train.config.overrides import UNREADABLE, for_hydra
 from sasa_train.refusal import ConfigError, shorten
 from sasa_train.signals import StopRequest
 from sasa_train.terminal import DONE, FAILED, INTERRUPTED, REFUSED, fail
@@ -42,7 +41,7 @@ def launch(jobs: list[list[str]], hydra_overrides: list[str], folder: Path) -> l
         ConfigError: the launcher does not exist, or one of its keys is invalid.
     """
     refusals = [_refusal(job) for job in jobs]
-    accepted = [with_free_keys(job) for job, code in zip(jobs, refusals, strict=True) if code == DONE]
+    accepted = [for_hydra(job) for job, code in zip(jobs, refusals, strict=True) if code == DONE]
     with _build_launcher(hydra_overrides, folder) as (launcher, ended):
         codes = iter(_launch(launcher, accepted, ended) if accepted else [])
     return [code if code == REFUSED else next(codes) for code in refusals]
@@ -64,7 +63,7 @@ def _build_launcher(overrides: Sequence[str], folder: Path) -> Iterator[tuple[La
     ended: list[int] = []
     sweep_dir = QuotedString(str(folder), Quote.single).with_quotes()
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config_dir()), job_name="sasa-train", version_base="1.3"):
+    with initialize_hydra():
         try:
             everything = [f"hydra.sweep.dir={sweep_dir}", *overrides]
             config = compose("train", everything, return_hydra_config=True)
