@@ -1,5 +1,6 @@
 """Check that checkpoints are written atomically; damaged or malicious ones are refused without running their code."""
 
+import copy
 import errno
 import itertools
 import os
@@ -281,3 +282,37 @@ def test_another_programs_file_is_no_checkpoint(tmp_path):
     torch.save({"weights": torch.zeros(2)}, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match="is not a checkpoint of sasa_train"):
         load_checkpoint(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    "part,value",
+    [
+        ("best", "text"), ("best", {"top1": float("nan"), "step": 1, "epoch": 1}), ("best", {"top1": 50.0}),
+        ("step", -1), ("step", 2**63), ("step", True), ("epoch", 9), ("evaluated_step", 6), ("seconds", float("nan")),
+        ("fingerprint", {}), ("fingerprint.val", {}), ("fingerprint.train.source", "tape"), ("provenance", 3),
+        ("provenance.world_size", "two"), ("provenance.versions", ["torch"]), ("classes", []), ("classes", [1]),
+        ("metrics", "x"), ("metrics", '{"split": "val", "step": 1, "epoch": 1, "top1": NaN}\n'), ("window", {}),
+        ("window.num_images", -1), ("window.sums", torch.zeros(3, 2).double()), ("rng.torch", torch.zeros(9)),
+        ("model", {3: 4}), ("model.weight", torch.zeros(1).expand(10**12)),
+        ("optimizer.state", torch.zeros(2, device="meta")),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_is_whole_but_wrong_inside_is_refused_by_the_part(tmp_path, part, value):
+    """A wrong step led to a training with negative learning rates, and other wrong parts to tracebacks."""
+    whole = copy.deepcopy(content(5))
+    *folders, last = part.split(".")
+    inside = whole
+    for name in folders:
+        inside = inside[name]
+    inside[last] = value
+    torch.save(whole, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=rf"x.pt: is not a checkpoint of sasa_train .{part}"):
+        load_checkpoint(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("manifest", ['{"step": 1e999, "size": 9, "sha256": ""}', "[" * 5000, '{"step": "5"}'])
+def test_a_manifest_of_other_parts_is_damage(tmp_path, manifest):
+    filled(tmp_path)
+    (tmp_path / "last.pt.json").write_text(manifest)
+    step, warnings = newest_step(tmp_path)
+    assert step == 4 and "its manifest is damaged" in warnings[0]

@@ -14,7 +14,9 @@ from sasa_train.config.compose import compose_config
 from sasa_train.device import RunPlan
 from sasa_train.models import build_model
 from sasa_train.refusal import ConfigError
-from sasa_train.training.optim import build_optimizer, build_schedule
+from sasa_train.runs.checkpoint import SCHEMA
+from sasa_train.runs.schema import first_wrong
+from sasa_train.training.optim import build_optimizer, build_schedule, try_loaded
 from sasa_train.training.run import check_buildable
 from sasa_train.training.step import _without_classifier
 
@@ -34,6 +36,8 @@ def test_every_optimizer_of_timm_steps_and_resumes_exactly(name):
     saved = copy.deepcopy(stepper.state.state_dict())
     other = setup(*overrides)
     other.state.load_state_dict(saved)
+    assert first_wrong(saved["optimizer"], SCHEMA["optimizer"]) is None
+    try_loaded(other.plan.config, other.state.model, other.state.optimizer)  # which changes nothing
     for batch in given[2:]:
         stepper.train_step(iter([batch]))
         torch.manual_seed(stepper.state.step)  # kron draws random numbers; both continue with the same ones

@@ -143,7 +143,12 @@ def test_plain_run_folders_need_no_ledger(tmp_path, capsys, without_matplotlib):
         ("[1]", "is damaged"),
         ('{"format_version": 2, "jobs": {}}', "format_version=2"),
         ('{"format_version": 1, "sweep": {"paper_table": 2}, "jobs": {}}', "paper_table=2"),
-        ('{"format_version": 1, "jobs": {"a": {"state": "done"}}}', "is damaged"),
+        ('{"format_version": 1, "jobs": {"a": {"state": "done"}}}', "jobs.a.overrides is missing"),
+        ('{"format_version": 1, "jobs": {"../a": {"overrides": []}}}', "'../a' must be the name of a run folder"),
+        (
+            '{"format_version": 1, "jobs": {"a": {"overrides": [], "reason": {}}}}',
+            "jobs.a.reason (dict) must be a text",
+        ),
         ('{"format_version": 1, "jobs": {"a": {"state": "done", "overrides": ["seed"]}}}', "is damaged"),
     ],
 )
@@ -158,7 +163,7 @@ def test_a_row_of_metrics_without_what_is_drawn_is_damage(tmp_path):
     write_run(tmp_path / "run", ["experiment=debug"], [20.0])
     log = tmp_path / "run/metrics.jsonl"
     log.write_text(log.read_text().replace('"epoch"', '"round"'))
-    with pytest.raises(ConfigError, match="metrics.jsonl: cannot be read .KeyError: 'epoch'"):
+    with pytest.raises(ConfigError, match="metrics.jsonl: cannot be read .ValueError: epoch is missing"):
         read_metrics(log)
     assert command.run_command([str(tmp_path / "run"), "--quick"]) == 0
 

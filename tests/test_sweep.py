@@ -19,7 +19,7 @@ from sasa_train.config.overrides import parse_overrides
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.ledger import Job, Ledger
 from sasa_train.signals import StopRequest
-from sasa_train.sweep.planning import read_plan
+from sasa_train.sweep.planning import build_job, read_plan
 from sasa_train.sweep.scheduler import JobList, Processes, behind_torchrun, finish, job_arguments
 
 SMALL = [argument for argument in TINY if not argument.startswith("output_dir")]
@@ -274,15 +274,19 @@ def test_a_damaged_ledger_is_kept_aside_and_made_again_from_the_run_folders(tmp_
     finished(start_sweep(tmp_path, *arguments), expect=0)
     (path,) = tmp_path.glob("outputs/*/ledger.json")
     good = json.loads(path.read_text())["jobs"]
-    path.write_text(path.read_text()[:100])
     monkeypatch.chdir(tmp_path)
-    assert command_line.run_command(arguments) == 0
-    captured = capsys.readouterr()
-    assert "is damaged" in captured.err and "started" not in captured.out
-    again = json.loads(path.read_text())["jobs"]
-    assert {job["state"] for job in again.values()} == {"done"}
-    assert {n: job["last"] for n, job in again.items()} == {n: job["last"] for n, job in good.items()}
-    assert path.with_name("ledger.json.damaged").exists()
+    name, job = next(iter(good.items()))
+    edits = ({"tries": [5]}, {"state": "finished", "best": 5}, {"epochs": None, "last": {"top1": "50"}})
+    edited = (json.dumps({"format_version": 1, "jobs": good | {name: job | edit}}) for edit in edits)
+    for text in (path.read_text()[:100], *edited):
+        path.write_text(text)
+        assert command_line.run_command(arguments) == 0
+        captured = capsys.readouterr()
+        assert "is damaged" in captured.err and "started" not in captured.out
+        again = json.loads(path.read_text())["jobs"]
+        assert {job["state"] for job in again.values()} == {"done"}
+        assert {n: job["last"] for n, job in again.items()} == {n: job["last"] for n, job in good.items()}
+        assert path.with_name("ledger.json.damaged").read_text() == text
 
 
 def test_states_follow_exit_codes(tmp_path):
@@ -341,6 +345,22 @@ def test_a_bad_trial_is_given_up_and_a_good_one_is_not(tmp_path):
         search.ended(entry)
     assert evaluate(search.next(), 75.0, range(1, 10)) == [False] * 9
     assert evaluate(search.next(), 40.0, range(1, 4)) == [False, False, True]  # not in the first third of the run
+
+
+def test_a_search_whose_journal_was_deleted_starts_again(tmp_path):
+    """Check that trials of a ledger that the study does not have are forgotten, instead of ending the search."""
+    pytest.importorskip("optuna")
+    from sasa_train.sweep.search import Search
+
+    arguments = ["experiment=debug", "seed=0,1", "sweep.pruner=none", f"sweep.output_dir={tmp_path}"]
+    plan = read_plan([*arguments, "sweep.num_trials=4"])
+    plan.folder.mkdir(parents=True)
+    ledger = Ledger(plan.folder / "ledger.json", {})
+    for seed in (0, 1):
+        job = ledger.add(build_job(["experiment=debug", f"seed={seed}"], {"experiment"}))
+        job.trials, job.state = [7 + seed], "failed"
+    assert Search(plan, ledger).next() is None, "both were tried before"
+    assert sorted(number for job in ledger.jobs.values() for number in job.trials) == [0, 1, 2, 3]
 
 
 def test_each_place_has_devices_of_its_own(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 `last.pt` is the newest. When the next one is written, the old `last.pt` becomes `step-<step>.pt`; the newest few of
 these are kept. `best.pt` is a hard link to the checkpoint with the best evaluation. Each file has a manifest with its
-size, SHA-256 and step, such as `last.pt.json`. This module uses only the names and types of a checkpoint's entries.
+size, SHA-256 and step, such as `last.pt.json`. `SCHEMA` lists the entries of a checkpoint.
 """
 
 # Each file is written under a temporary name, synced to disk and renamed, so that a kill at any instruction leaves a
@@ -25,16 +25,76 @@ from typing import Any, BinaryIO
 
 import torch
 
+from sasa_train.data.fingerprint import SOURCES
 from sasa_train.files import open_regular, read_regular, sync_folder, write_aside, write_atomic
 from sasa_train.refusal import CheckpointError
+from sasa_train.runs.metrics import is_log
+from sasa_train.runs.schema import PLAIN, TEXT, Maybe, Rule, consists_of, first_wrong, is_plain, number, whole
 
 FORMAT_VERSION = 2
-# The entries of every checkpoint and their types, so that another program's file is not mistaken for a checkpoint.
-REQUIRED = {
-    "format_version": int, "model": dict, "ema": dict | None, "optimizer": dict, "step": int, "epoch": int,
-    "config": str, "rng": dict, "best": dict | None, "classes": list, "finished": bool, "metrics": str,
-    "fingerprint": dict, "provenance": dict,
-}  # fmt: skip
+COUNT = whole(0)
+
+
+def is_dense(value: Any) -> bool:
+    """Return whether a value is a tensor that a model could load: real, in memory, not sparse and not quantized."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and not (value.is_quantized or value.is_meta or value.is_complex())
+    )
+
+
+def _is_stored(value: Any) -> bool:
+    # A tensor with strides of 0 is larger than its storage, without limit.
+    return is_dense(value) and value.nbytes <= value.untyped_storage().nbytes()
+
+
+def _is_content(value: Any) -> bool:
+    return _is_stored(value) or is_plain(value) or isinstance(value, torch.dtype)  # adafactorbv keeps a dtype
+
+
+TENSOR = Rule("a dense tensor of real numbers", _is_stored)
+CONTENT = Rule("tensors, texts, numbers, lists and dicts of them", lambda value: consists_of(value, _is_content))
+SUMS = Rule(
+    "float64 [2] or [W, 2]", lambda sums: is_dense(sums) and sums.dtype == torch.float64 and sums.shape[-1:] == (2,)
+)
+BYTES = Rule("uint8 [N]", lambda state: is_dense(state) and state.dtype == torch.uint8 and state.ndim == 1)
+IMAGES = {  # see data/fingerprint.py
+    "source": Rule(f"one of {', '.join(SOURCES)}", lambda source: isinstance(source, str) and source in SOURCES),
+    "labels": TEXT,
+    "classes": [
+        {"name": TEXT, "names": TEXT, "content": TEXT, "num_images": COUNT, "num_read": COUNT, "num_unreadable": COUNT}
+    ],
+}
+# All that is read from a checkpoint anywhere, so that a file which is whole but wrong is refused here. The config is
+# checked when it is loaded, and the tensors when a model and an optimizer load them.
+SCHEMA = {
+    "format_version": Rule(str(FORMAT_VERSION), lambda version: type(version) is int and version == FORMAT_VERSION),
+    "model": {str: TENSOR},
+    "ema": (None, {str: TENSOR}),
+    "optimizer": {"state": CONTENT, "param_groups": [{str: CONTENT}]},
+    "scaler": {
+        "scale": Maybe(number(0, 3.5e38)),
+        "growth_factor": Maybe(number(1, 1e38)),
+        "backoff_factor": Maybe(number(1e-30, 1)),
+        "growth_interval": Maybe(whole(1, 2**31 - 1)),
+        "_growth_tracker": Maybe(whole(0, 2**31 - 1)),
+    },
+    "window": {"sums": SUMS, "num_images": (COUNT, [COUNT])},
+    "step": COUNT,
+    "epoch": COUNT,
+    "evaluated_step": COUNT,
+    "best": (None, {"top1": number(0, 100), "step": COUNT, "epoch": COUNT, str: PLAIN}),
+    "seconds": number(0),
+    "rng": {"torch": BYTES, "cuda": (None, BYTES)},
+    "config": TEXT,
+    "classes": [TEXT],
+    "finished": bool,
+    "metrics": Rule("rows of metrics.jsonl", is_log),
+    "fingerprint": {"train": IMAGES, "val": IMAGES},
+    "provenance": {"world_size": Maybe(whole(1)), "versions": Maybe({str: (None, TEXT)}), str: PLAIN},
+    str: CONTENT,
+}
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -149,7 +209,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         DamagedCheckpointError: the file is truncated, altered (it does not match its manifest or its own checksums) or
-            not a checkpoint.
+            not a checkpoint, or one of its entries has another type or range than this module writes.
         CheckpointError: the file is missing or cannot be read, or this version does not know its format.
     """
     content = _read(path)
@@ -160,15 +220,20 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path}: has format {version}, and this sasa_train reads format {FORMAT_VERSION}: go on with the version "
             "that wrote it (its run.json names the commit), or start a new run with resume=never"
         )
-    if wrong := [key for key, kind in REQUIRED.items() if key not in content or not _is(content[key], kind)]:
-        raise DamagedCheckpointError(
-            f"{path}: is not a checkpoint of sasa_train (wrong or missing: {', '.join(wrong)})"
-        )
+    if wrong := first_wrong(content, SCHEMA) or _first_contradiction(content):
+        raise DamagedCheckpointError(f"{path}: is not a checkpoint of sasa_train ({wrong})")
     return content
 
 
-def _is(value: Any, kind: Any) -> bool:
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+def _first_contradiction(content: dict[str, Any]) -> str | None:
+    """Describe the first entry that does not go with the others, or return None."""
+    counts, sums = content["window"]["num_images"], content["window"]["sums"]
+    if sums.numel() != 2 * (len(counts) if isinstance(counts, list) else 1):
+        return f"window.sums has shape {list(sums.shape)}, and must have one row per number in window.num_images"
+    for key in ("epoch", "evaluated_step"):
+        if content[key] > content["step"]:
+            return f"{key}={content[key]} must be at most step={content['step']}"
+    return None if content["classes"] else "classes=[] must have at least one name"
 
 
 def _read(path: Path) -> Any:
@@ -213,12 +278,15 @@ def check_content(file: BufferedReader, manifest: bytes | None) -> None:
 
 
 def _parse_manifest(manifest: bytes) -> dict[str, Any]:
-    """Return the step, size and sha256 in a manifest; raise ValueError if any of them is missing."""
+    """Return a manifest, which has step, size and sha256; raise ValueError if any of them is missing or wrong."""
     try:
         parsed = json.loads(manifest)
-        return {"step": int(parsed["step"]), "size": int(parsed["size"]), "sha256": str(parsed["sha256"])}
-    except (ValueError, KeyError, TypeError) as error:
+        wrong = first_wrong(parsed, {"step": COUNT, "size": COUNT, "sha256": str})
+    except (ValueError, RecursionError) as error:
         raise ValueError("its manifest is damaged") from error
+    if wrong:
+        raise ValueError(f"its manifest is damaged: {wrong}")
+    return parsed
 
 
 def bytes_of(path: Path) -> bytes | None:

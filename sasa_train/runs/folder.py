@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from sasa_train.config.derived import total_steps
 from sasa_train.config.identity import differing_keys
 from sasa_train.config.keys import PUBLISHED, TrainConfig, flatten
 from sasa_train.config.saved import as_begun, load_config, load_config_file, to_yaml
@@ -196,7 +197,21 @@ def check_trajectory(checkpoint: dict[str, Any], config: TrainConfig, path: Path
             "give the old values, or another run_name, or resume=never for a new run; to continue all the same: "
             + _allow(keys)
         )
+    check_step(checkpoint, saved, path)
     check_pretrained(checkpoint, config, path)
+
+
+def check_step(checkpoint: dict[str, Any], saved: TrainConfig, path: Path) -> None:
+    """Raise ConfigError if a checkpoint's step comes after the last step of its own config, on its own images."""
+    # A run whose epochs, batch size or images were changed on purpose may be beyond its new end.
+    classes = checkpoint["fingerprint"]["train"]["classes"]
+    num_images = sum(entry["num_images"] for entry in classes)
+    last = total_steps(saved, num_images // saved.trainer.global_batch_size)
+    if checkpoint["step"] > last and not saved.allow_config_change:
+        raise ConfigError(
+            f"{path}: the checkpoint's step={checkpoint['step']:,} must be at most {last:,}, the last step of its "
+            f"config on {num_images:,} images; bring back the one that the run wrote, or start a new run (resume=never)"
+        )
 
 
 def check_pretrained(checkpoint: dict[str, Any], config: TrainConfig, path: Path) -> None:
@@ -219,7 +234,7 @@ def check_pretrained(checkpoint: dict[str, Any], config: TrainConfig, path: Path
 def check_data(checkpoint: dict[str, Any], fingerprints: dict[str, Any], config: TrainConfig) -> None:
     """Raise ConfigError listing the changes if the images differ from the checkpoint's, unless the user allows it."""
     saved = checkpoint["fingerprint"]
-    found = [line for split in saved for line in differences(saved[split], fingerprints[split], split)]
+    found = [line for split in fingerprints for line in differences(saved[split], fingerprints[split], split)]
     if not found:
         return
     changes = "\n".join(f"  {line}" for line in found)

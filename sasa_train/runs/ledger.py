@@ -1,20 +1,43 @@
 """The ledger of a sweep, a JSON file with each job's overrides, state, tries, end reason and metrics."""
 
-import dataclasses
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sasa_train.files import read_regular, write_atomic
 from sasa_train.machine import now
-from sasa_train.refusal import ConfigError
+from sasa_train.refusal import ConfigError, shorten
 from sasa_train.runs.info import has_finished
 from sasa_train.runs.metrics import read_metrics
+from sasa_train.runs.schema import PLAIN, TEXT, Maybe, Rule, first_wrong, number, whole
 from sasa_train.terminal import INTERRUPTED, REFUSED, warn
 
 FORMAT_VERSION = 1
 FINISHED = "finished"
+STATES = ("waiting", "running", "done", "interrupted", "failed", "refused", "pruned")
+COUNT = whole(0)
+ROW = {"top1": number(), "epoch": COUNT, "step": COUNT, "top5": (None, number()), "loss": (None, number()), str: PLAIN}
+TRY = {"started": TEXT, "seconds": (None, number(0)), "exit_code": (None, whole(-255, 255)), "reason": TEXT, str: PLAIN}
+# The fields of a Job, whose defaults apply to missing entries.
+JOB: dict[str, Any] = {
+    "overrides": [Rule("a text with =", lambda text: TEXT.holds(text) and "=" in text)],
+    "label": Maybe(TEXT),
+    "epochs": Maybe(COUNT),
+    "state": Maybe(Rule(f"one of {', '.join(STATES)}", lambda state: state in STATES)),
+    "reason": Maybe(TEXT),
+    "tries": Maybe([TRY]),
+    "best": Maybe((None, ROW)),
+    "last": Maybe((None, ROW)),
+    "trials": Maybe([COUNT]),
+}
+LEDGER = {
+    "format_version": Rule(str(FORMAT_VERSION), lambda version: type(version) is int and version == FORMAT_VERSION),
+    "sweep": Maybe(dict),
+    "jobs": {str: JOB},
+}
 
 
 @dataclass
@@ -126,20 +149,22 @@ def read_ledger(path: Path) -> tuple[dict[str, Any], dict[str, Job]]:
     """
     try:
         content = json.loads(read_regular(path))
-        if (version := content.get("format_version")) != FORMAT_VERSION:
+        version = content.get("format_version") if isinstance(content, dict) else None
+        if type(version) is int and version != FORMAT_VERSION:
             raise ConfigError(f"{path}: is not a ledger of format {FORMAT_VERSION} (format_version={version!r})")
-        known = {f.name for f in dataclasses.fields(Job)}
-        jobs = [Job(name, **{k: v for k, v in job.items() if k in known}) for name, job in content["jobs"].items()]
-        if not all(_is_whole(job) for job in jobs):
-            raise ValueError("a job without overrides, state or tries")
+        if wrong := first_wrong(content, LEDGER) or _first_other_folder(content["jobs"]):
+            raise ValueError(wrong)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read as a ledger ({error.strerror})") from error
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedLedgerError(f"{path}: is damaged, and cannot be read as a ledger ({error})") from error
-    about = content.get("sweep")
-    return about if isinstance(about, dict) else {}, {job.name: job for job in jobs}
+    found = content["jobs"].items()
+    return content.get("sweep", {}), {
+        name: Job(name, **{k: v for k, v in job.items() if k in JOB}) for name, job in found
+    }
 
 
-def _is_whole(job: Job) -> bool:
-    overrides = isinstance(job.overrides, list) and all(isinstance(o, str) and "=" in o for o in job.overrides)
-    return overrides and isinstance(job.state, str) and isinstance(job.tries, list) and isinstance(job.trials, list)
+def _first_other_folder(names: Iterable[str]) -> str | None:
+    """Describe the first name that is not a folder in the sweep's folder, or return None."""
+    wrong = next((name for name in names if not re.fullmatch(r"[\w,=+-][\w.,=+-]{0,199}", name, re.ASCII)), None)
+    return None if wrong is None else f"jobs: {shorten(wrong)!r} must be the name of a run folder in the sweep's"

@@ -9,9 +9,19 @@ from typing import Any
 
 from sasa_train.files import read_regular, write_atomic
 from sasa_train.refusal import ConfigError
+from sasa_train.runs.schema import Maybe, Rule, first_wrong, number, whole
 from sasa_train.terminal import warn
 
 NAME = "metrics.jsonl"
+NUMBERS = ("loss", "top1", "top5", "top1_raw", "lr", "grad_norm", "images_per_sec", "data_wait_fraction", "memory_mib")
+ROW: dict[str, Any] = {
+    "split": Rule("train or val", lambda split: split in ("train", "val")),
+    "step": whole(1),
+    "epoch": whole(0),
+    **dict.fromkeys(NUMBERS, Maybe((None, number()))),
+    "seconds": Maybe(number(0)),
+}
+VAL_ROW = ROW | {"top1": number()}  # only null if it is not finite, which a percentage always is
 DAMAGE = (ValueError, TypeError, LookupError, RecursionError)  # raised for a line that is not a metrics row
 
 
@@ -83,7 +93,16 @@ def read_metrics(path: Path, skip_damaged: bool = False) -> list[dict[str, Any]]
 
 def _parsed(line: str) -> dict[str, Any]:
     row = json.loads(line)
-    numbers = ("step", "epoch", "top1") if row["split"] == "val" else ("step", "epoch")
-    if not all(isinstance(row[key], int | float) for key in numbers):
-        raise ValueError("a row without split, step and epoch, or a val row without top1")
+    if wrong := first_wrong(row, VAL_ROW if row["split"] == "val" else ROW):
+        raise ValueError(wrong)
     return row
+
+
+def is_log(text: Any) -> bool:
+    """Return whether a text consists of whole lines, each of which is a metrics row."""
+    try:
+        # json.dumps escapes all other characters.
+        is_whole = isinstance(text, str) and text.isascii() and (not text or text.endswith("\n"))
+        return is_whole and all(_parsed(line) for line in text.splitlines())
+    except DAMAGE:
+        return False

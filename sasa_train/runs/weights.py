@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from timm.models import clean_state_dict
-from torch import Tensor, nn
+from torch import nn
 
 from sasa_train.config.derived import resolved_image_size
 from sasa_train.config.keys import MODEL_KEYS, PUBLISHED, TrainConfig
@@ -23,7 +23,7 @@ from sasa_train.files import open_regular
 from sasa_train.models.build import build_published
 from sasa_train.models.pretrained import PretrainedReport, StateDict, load_pretrained
 from sasa_train.refusal import ConfigError, shorten
-from sasa_train.runs.checkpoint import bytes_of, check_content, find_checkpoint, load_checkpoint, manifest_of
+from sasa_train.runs.checkpoint import bytes_of, check_content, find_checkpoint, is_dense, load_checkpoint, manifest_of
 from sasa_train.terminal import printable
 
 # The names under which training programs save weights. Averaged weights come first, because sasa_train and timm prefer
@@ -164,11 +164,7 @@ def _named(content: dict[Any, Any]) -> dict[str, Any]:
 
 def _tensors(content: dict[Any, Any]) -> StateDict:
     """Keep only the entries that a model could load, which are named, dense, real tensors."""
-    return {name: value for name, value in _named(content).items() if isinstance(value, Tensor) and _is_plain(value)}
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_meta or tensor.is_complex())
+    return {name: value for name, value in _named(content).items() if is_dense(value)}
 
 
 def _digest(state_dict: StateDict) -> str:

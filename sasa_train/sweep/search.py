@@ -72,6 +72,9 @@ class Search(JobList):
                 f"{journal}: was begun with another space ({error}); give this one sweep.name=..."
             ) from error
         super().__init__([], plan.folder)
+        numbers = {trial.number for trial in self.study.get_trials(deepcopy=False)}
+        for job in ledger.jobs.values():  # the journal may have been deleted since
+            job.trials = [number for number in job.trials if number in numbers]
         ended = [job for job in ledger.jobs.values() if job.state not in ("waiting", "interrupted")]
         known = {number for job in ended for number in job.trials}
         ledger.asked |= {name for name, job in ledger.jobs.items() if job.trials}

@@ -1,5 +1,6 @@
 """Build the optimizer and schedule with timm's factories. The learning rate depends only on the step."""
 
+import copy
 import inspect
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -77,6 +78,19 @@ def try_optimizer(config: TrainConfig, device: torch.device) -> None:
         optimizer.step()
     except LIBRARY_ERRORS as error:
         raise ConfigError(f"{_described(config.optimizer)} cannot take a step: {error}") from error
+
+
+def try_loaded(config: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Run one step on copies of a model and its optimizer, whose state comes from a file; raise any error of it."""
+    # Optimizers load tensors of any shape, and fail in their next step.
+    model = copy.deepcopy(model)
+    trial = build_optimizer(config, model)
+    trial.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.01)
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        trial.step()
 
 
 def _described(group: OptimizerConfig | ScheduleConfig) -> str:

@@ -30,7 +30,7 @@ from sasa_train.models import build_model, check_model, enable_grad_checkpointin
 from sasa_train.models.layers import LocalSelfAttention2d
 from sasa_train.processes import collectives
 from sasa_train.processes.ranks import local_rank
-from sasa_train.refusal import ConfigError
+from sasa_train.refusal import LIBRARY_ERRORS, ConfigError
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints
 from sasa_train.runs.folder import RunFolder, check_data, is_finished, open_run
 from sasa_train.runs.provenance import conditions, describe_changes, provenance
@@ -40,7 +40,7 @@ from sasa_train.terminal import printable, say, warn
 from sasa_train.training.announce import describe_end, describe_finished, describe_plan
 from sasa_train.training.loop import Loop
 from sasa_train.training.memory import OutOfMemoryError, check_memory, memory_advice, settle_auto
-from sasa_train.training.optim import build_optimizer, build_schedule, check_schedule, try_optimizer
+from sasa_train.training.optim import build_optimizer, build_schedule, check_schedule, try_loaded, try_optimizer
 from sasa_train.training.state import TrainState, build_state
 from sasa_train.training.step import Stepper
 
@@ -243,10 +243,14 @@ def continue_from(run: RunFolder, state: TrainState, config: TrainConfig) -> Non
         return
     try:
         state.load_state_dict(run.checkpoint)
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        try_loaded(config, state.model, state.optimizer)
+    except LIBRARY_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
+        asked = f"; allow_config_change={config.allow_config_change} asks too much of it"
         raise ConfigError(
-            f"the checkpoint does not fit this model or optimizer ({error}); "
-            f"allow_config_change={config.allow_config_change} asks too much of it"
+            f"{run.path}: the checkpoint does not fit this model or optimizer ({error})"
+            + (asked if config.allow_config_change else "; bring back the one that the run wrote")
         ) from error
     run.metrics, run.checkpoint = run.checkpoint["metrics"], None
     run.write_config(config)

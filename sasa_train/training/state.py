@@ -14,7 +14,10 @@ from sasa_train.processes.ranks import rank, world_size
 from sasa_train.training.nonfinite import NonFiniteError, not_finite
 from sasa_train.training.optim import build_optimizer
 
-HYPERPARAMETERS = ("initial_lr", "lr_scale", "weight_decay", "momentum", "betas", "eps", "fused")  # of a group
+HYPERPARAMETERS = (  # of a group
+    "initial_lr", "lr_scale", "weight_decay", "momentum", "betas", "eps", "fused", "foreach", "maximize", "capturable",
+    "differentiable", "nesterov", "amsgrad",
+)  # fmt: skip
 PROGRESS = ("step", "epoch", "evaluated_step", "best", "seconds")  # fields of TrainState that are saved unchanged
 
 
