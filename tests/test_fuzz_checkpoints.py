@@ -84,7 +84,8 @@ def test_a_checkpoint_with_other_parts_is_refused_or_has_what_its_readers_expect
     """One or two parts, at any depth, are replaced, removed or added, as in a file from an untrusted source."""
     rng, val = random.Random(SEED), {"split": "val", "step": 5, "epoch": 1, "top1": 50.0, "seconds": 0.5}
     whole = content(7) | {"best": {"top1": 50.0, "step": 5, "epoch": 1}, "metrics": json.dumps(val) + "\n"}
-    plan = RunPlan(TrainConfig(), torch.device("cpu"))
+    device, resolved = resolve(TrainConfig())
+    plan = RunPlan(resolved, device)
     now = provenance(plan.config)[0] | conditions(plan, torch.nn.Identity())
     whole |= {"provenance": now, "optimizer": {"state": {0: {"step": 3}}}}
     whole["optimizer"]["param_groups"] = [{"params": [0], "lr": 0.1}]
