@@ -87,6 +87,36 @@ def tar_of(files: Iterable[tuple[str, bytes]]) -> bytes:
     return buffer.getvalue()
 
 
+def tar_header(name: str, kind: bytes, size: bytes) -> bytes:
+    """Return a tar header with a valid checksum whose field for the size contains `size`."""
+    member = tarfile.TarInfo(name)
+    member.type = kind
+    block = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = size.ljust(12, b"\0")
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def padded(data: bytes) -> bytes:
+    """Fill up the last block of a member in a tar archive."""
+    return data + bytes(-len(data) % 512)
+
+
+def pax_record(field: bytes, length: int | None = None) -> bytes:
+    """Return a record of a pax header, which begins with its own length or with another one."""
+    true_length = len(field) + 3
+    while len(b"%d %s\n" % (true_length, field)) != true_length:
+        true_length += 1
+    return b"%d %s\n" % (true_length if length is None else length, field)
+
+
+def pax_header(*fields: bytes) -> bytes:
+    """Return a pax header with KEY=VALUE fields for the member after it."""
+    records = b"".join(map(pax_record, fields))
+    return tar_header("x", tarfile.XHDTYPE, b"%011o" % len(records)) + padded(records)
+
+
 def one_image(path: Path | str) -> ImageSet:
     return ImageSet(["a"], np.zeros(1, dtype=np.int64), np.arange(1), Files([str(path)]))
 

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import shutil
 import tarfile
 from collections import namedtuple
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from making_data import encoded, make_image_folder, tar_of
+from making_data import encoded, make_image_folder, padded, pax_header, tar_header, tar_of
 from PIL import Image
 
 from sasa_train.config.compose import compose_config
@@ -214,8 +215,9 @@ def test_shards_of_two_sources_are_not_mixed(image_folder, tmp_path, capsys):
     assert "another source" in refused(capsys, "shard", image_folder, shards, "--images-per-shard=7")
     (shards / "shards.json").unlink()
     assert "did not write" in refused(capsys, "shard", image_folder, shards, "--images-per-shard=7")
-    (shards / "shards.json").write_text("{")
-    assert "cannot be read" in refused(capsys, "shard", image_folder, shards, "--images-per-shard=7")
+    for content in ("{", "3", "[" * 60_000, "é" * 10**6, '"' + "x" * 10**8):
+        (shards / "shards.json").write_text(content)
+        assert "shards.json: cannot be read" in refused(capsys, "shard", image_folder, shards, "--images-per-shard=7")
 
 
 def test_places_that_shards_may_not_go_to(image_folder, tmp_path, capsys, monkeypatch):
@@ -356,6 +358,52 @@ def test_links_are_refused(archives, tmp_path, capsys):
     with tarfile.open(archives / ARCHIVES["val"], "w:") as archive:
         archive.addfile(link)
     assert "is refused" in refused(capsys, "prepare", "imagenet", archives, tmp_path / "imagenet", "--no-checksums")
+
+
+def unfinished(name: str, data: bytes) -> bytes:
+    """Return a tar archive of one file without its end mark."""
+    return padded(tar_header(name, b"0", b"%011o" % len(data)) + data)
+
+
+@pytest.mark.parametrize("place", ["train", "class", "val"])
+@pytest.mark.parametrize(
+    "hostile,reason",
+    [
+        (pax_header(b"size=" + b"9" * 30), "a pax header has the size"),
+        (tar_header("n00000001.tar", b"S", b"00000000001") + bytes(512), "n00000001.tar is sparse"),
+        (tar_header("n00000001.tar", b"0", b"77777777777"), "n00000001.tar must end within the archive"),
+        (b"?" * 512, "its header at byte .* is damaged"),
+        (b"", "it ends without an end mark"),
+    ],
+    ids=["pax", "sparse", "size", "damaged", "cut"],
+)
+def test_archives_with_hostile_headers_are_refused(archives, tmp_path, capsys, place, hostile, reason):
+    """Check that no header causes a traceback or is taken for the end of an archive, which would lose its images."""
+    content = unfinished("ILSVRC2012_val_00000001.JPEG", jpeg(7000)) + hostile
+    if place == "train":
+        content = unfinished("n00000002.tar", tar_of([])) + hostile
+    elif place == "class":
+        content = tar_of([("n00000002.tar", content)])
+    path = archives / ARCHIVES["val" if place == "val" else "train"]
+    path.write_bytes(content)
+    message = refused(capsys, "prepare", "imagenet", archives, tmp_path / "imagenet", "--no-checksums")
+    assert re.search(f"{path}: cannot be read as a tar .{reason}", message)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x1f\x8b half",
+        bytes(2**26 + 1),
+        pax_header(b"size=" + b"9" * 30) + tar_of([(imagenet.META, b"x")]),
+        tar_of([]),
+    ],
+    ids=["cut", "bomb", "pax", "empty"],
+)
+def test_a_wrong_devkit_is_refused(archives, tmp_path, capsys, content):
+    (archives / ARCHIVES["devkit"]).write_bytes(content if content[:1] == b"\x1f" else gzip.compress(content))
+    message = refused(capsys, "prepare", "imagenet", archives, tmp_path / "imagenet", "--no-checksums")
+    assert f"{ARCHIVES['devkit']}: cannot be read as ImageNet's devkit" in message
 
 
 def test_archives_that_are_not_the_original(archives, tmp_path, capsys, monkeypatch):

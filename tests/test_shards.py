@@ -1,16 +1,21 @@
 """Check that tar shards yield the same data set as class folders, and that an index is discarded if files change."""
 
+import io
 import os
+import re
 import tarfile
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from making_data import assert_same, batches, config_for, tar_of
+from making_data import assert_same, batches, config_for, padded, pax_header, tar_header, tar_of
 
-from sasa_train.data.datasets import load_image_sets
+from sasa_train.data.datasets import Files, load_image_sets
 from sasa_train.data.shards import find_shards, load_shards
+from sasa_train.dataset_tool import run_command
 from sasa_train.dataset_tool.prepare import shard
 from sasa_train.refusal import ConfigError
 
@@ -82,6 +87,139 @@ def test_a_truncated_shard_is_named(shards):
         load_shards(find_shards(shards, "train"), "train")
 
 
+def test_the_images_after_a_damaged_header_are_not_lost_in_silence(tmp_path):
+    """Python's tarfile takes a damaged header, a missing end mark or a zeroed block for the end of the archive."""
+    samples = [(f"{i}.{kind}", data) for i in range(3) for kind, data in (("jpg", b"x"), ("cls", b"0"))]
+    whole = tar_of(samples)
+    write_webdataset(tmp_path / "train", "0.tar", samples)
+    assert len(load_shards(find_shards(tmp_path, "train"), "train")[1]) == 3
+    for content, reason in (
+        (whole[:2100] + b"?" + whole[2101:], "its header at byte 2,048 is damaged: bad checksum"),
+        (whole[:4096], "it ends without an end mark, so it is incomplete"),
+        (whole[:2048] + bytes(512) + whole[2560:], "its end mark at byte 2,048 is followed by more data"),
+    ):
+        (tmp_path / "train/0.tar").write_bytes(content)
+        with pytest.raises(ConfigError, match=f"0.tar: cannot be read as a shard .{reason}"):
+            load_shards(find_shards(tmp_path, "train"), "train")
+
+
+LABEL = padded(tar_header("a.cls", b"0", b"00000000001") + b"0")
+
+
+@pytest.mark.parametrize(
+    "header,reason",
+    [
+        (tar_header("a.cls", b"S", b"00000000001"), "a.cls is sparse"),
+        (pax_header(b"GNU.sparse.map=0,1,999999999999,1"), "it has a sparse member"),
+        (pax_header(b"size=" + b"9" * 30), "a pax header has the size b'999"),
+        (tar_header("a.cls", b"0", b"77777777777"), "a.cls must end within the archive, .* is 8,589,934,591 bytes"),
+        (tar_header("a.cls", b"0", b"\x80" + b"\xff" * 11), "a.cls must end within the archive"),
+        (tar_header("a.cls", b"0", b"\xff" * 12), "a.cls must end within the archive, but its size is -1 bytes"),
+        (tar_header("x", b"L", b"77777777777"), "x must end within the archive"),
+        (tar_header("x", b"x", b"00001000000") + bytes(2**18), "an extended header must have at most 65,536 bytes"),
+        (tar_header("b.jpg", b"1", b"0"), "b.jpg must be stored as a file, but is a link or device"),
+        (tar_header("x", b"x", b"00000000000") * 600 + bytes(512), "an extended header has no member after it"),
+    ],
+)
+def test_members_of_absurd_sizes_are_refused_before_memory_is_allocated(tmp_path, capsys, header, reason):
+    """Sparse members, sizes of 8 GB and 10^30, and thousands of nested headers: one line and exit code 2."""
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/0.tar").write_bytes(tar_of([("a.jpg", b"x")])[:1024] + header + LABEL + bytes(1024))
+    tracemalloc.start()
+    code = run_command(["verify", str(tmp_path)])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert code == 2 and peak < 2**24
+    assert re.search(rf"0\.tar: cannot be read as a shard \({reason}", capsys.readouterr().err)
+
+
+def test_pax_and_gnu_headers_with_long_names_are_read(tmp_path):
+    key = "é" * 40 + "/" + "b" * 90
+    for number, kind in enumerate((tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT)):
+        path = tmp_path / f"train/{number}.tar"
+        path.parent.mkdir(exist_ok=True)
+        with tarfile.open(path, "w:", format=kind) as archive:
+            for name, data in (
+                ("é" * 40 + "/" + "b" * 90 + ".jpg", b"image"),
+                ("é" * 40 + "/" + "b" * 90 + ".cls", b"2"),
+            ):
+                member = tarfile.TarInfo(name)
+                member.size, member.uname = len(data), "é\udcff"
+                archive.addfile(member, io.BytesIO(data))
+    members, labels = load_shards(find_shards(tmp_path, "train"), "train")
+    assert labels.tolist() == [2] * 3 and set(members.names.tolist()) == {f"{key}.jpg"}
+    assert [members.open(i).read() for i in range(3)] == [b"image"] * 3
+
+
+def replace(path: Path, kind: str) -> None:
+    """Put a pipe, a folder or a link in a file's place."""
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to({"device": "/dev/zero", "broken link": "nowhere"}[kind])
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "broken link"])
+def test_only_regular_files_are_read(image_folder, shards, capsys, kind):
+    """A pipe would make the command wait for ever, and /dev/zero would fill the memory."""
+    paths = find_shards(shards, "train")
+    for path, command in (
+        (shards / "shards.json", ("shard", str(image_folder), str(shards), "--images-per-shard=5")),
+        (shards / "classes.txt", ("verify", str(shards))),
+        (paths[0], ("verify", str(shards))),
+    ):
+        replace(path, kind)
+        assert run_command(list(command)) == 2
+        assert re.search(f"{path}: .*(is not a regular file|No such file)", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "broken link"])
+def test_an_index_that_is_not_a_regular_file_is_not_used(shards, capsys, kind):
+    paths, index = find_shards(shards, "train"), shards / "train/train.index.npz"
+    before, labels = load_shards(paths, "train")
+    replace(index, kind)
+    members, same_labels = load_shards(paths, "train")
+    assert np.array_equal(members.names, before.names) and np.array_equal(labels, same_labels)
+    told = capsys.readouterr()
+    if kind == "folder":
+        assert f"{index}: cannot be written (Is a directory); the shards will be scanned at every start" in told.out
+    else:
+        assert index.is_file() and not index.is_symlink()
+    assert (f"{index} is not used (is not a regular file)" in told.err) == (kind != "broken link")
+
+
+def test_wrong_class_names_are_refused(shards, capsys):
+    path = shards / "classes.txt"
+    for content, reason in (
+        (b"caf\xe9\nred\n", "must hold one class name per line, in UTF-8"),
+        (b"a" * 2**24 + b"a", "more than 16,777,216 bytes or 1,000,000 lines"),
+        (b"a\n" * 1_000_001, "more than 16,777,216 bytes or 1,000,000 lines"),
+        (b"blue\n", "names 1 classes, but labels go from 0 to 1"),
+    ):
+        path.write_bytes(content)
+        assert run_command(["verify", str(shards)]) == 2
+        assert re.search(f"{path}: .*{reason}", capsys.readouterr().err)
+
+
+def test_an_image_of_gigabytes_is_unreadable(tmp_path):
+    """A sparse file takes no room on the disk, but reading it would take all memory."""
+    (tmp_path / "train").mkdir()
+    with (tmp_path / "train/0.tar").open("wb") as file:
+        file.write(tar_header("a.jpg", b"0", b"\x80" + (2**33).to_bytes(11)))
+        file.seek(2**33 + 512)
+        file.write(LABEL + bytes(1024))
+    members, _ = load_shards(find_shards(tmp_path, "train"), "train")
+    with pytest.raises(OSError, match="8,589,934,592 bytes exceed the limit of 1,073,741,824"):
+        members.open(0)
+    (tmp_path / "b.jpg").touch()
+    os.truncate(tmp_path / "b.jpg", 2**33)
+    with pytest.raises(OSError, match="8,589,934,592 bytes exceed the limit of 1,073,741,824"):
+        Files([str(tmp_path / "b.jpg")]).open(0)
+
+
 def test_an_image_cut_off_after_indexing_is_quarantined(shards):
     """Check that the run continues with the next image, as it does after a truncated image file."""
     config = config_for("data=image_folder", f"data.root={shards}", "data.image_size=16", "data.num_workers=0")
@@ -104,7 +242,12 @@ def test_an_image_cut_off_after_indexing_is_quarantined(shards):
         ([("a.jpg", b"x"), ("a.cls", b"cat")], "cannot be read as a shard .*cat"),
         ([("a.txt", b"x")], "its shards hold no image"),
         ([("a.jpg", b"x"), ("a.png", b"x"), ("a.cls", b"1")], "a.jpg and a.png are two images of one sample"),
-        ([("a.jpg", b"x"), ("a.cls", b"-1")], "labels go from -1"),
+        ([("a.jpg", b"x"), ("a.cls", b"0"), ("a.cls", b"1")], "it has two files a.cls"),
+        ([("a.jpg", b"x"), ("a.cls", b"1000000")], "a.cls must hold a class number .* holds '1000000'"),
+        ([("a.jpg", b"x"), ("a.cls", b"0" * 21)], "a.cls must hold a class number .* has 21 bytes"),
+        ([("a.jpg", b"x"), ("a.cls", b"1010")], "1 images, but labels up to 1,010; mend them, or list all classes in"),
+        ([("a.jpg", b"x" * 513), ("b" * 513 + ".jpg", b"x")], "the name bbb.*must have at most 512 characters"),
+        ([("a.jpg", b"x"), ("a.cls", b"-1")], "a.cls must hold a class number from 0 to 999,999, but holds '-1'"),
     ],
 )
 def test_bad_shards_are_refused_by_name(tmp_path, samples, message):
@@ -127,8 +270,68 @@ def test_splits_are_found_as_words(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"PK half an index", b"\x93NUMPY"])
-def test_any_damaged_index_is_made_anew(shards, content):
-    paths = find_shards(shards, "train")
+def test_any_damaged_index_is_reported_and_made_anew(shards, capsys, content):
+    paths, index = find_shards(shards, "train"), shards / "train/train.index.npz"
     before, _ = load_shards(paths, "train")
-    (shards / "train/train.index.npz").write_bytes(content)
+    index.write_bytes(content)
     assert np.array_equal(before.offset, load_shards(paths, "train")[0].offset)
+    assert (
+        f"WARNING: {index} is not used (File is not a zip file); the shards are scanned again"
+        in capsys.readouterr().err
+    )
+    load_shards(paths, "train")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "column,value,reason",
+    [
+        ("labels", 10**11, "labels are not in order, or not from 0 to 999,999"),
+        ("labels", -1, "labels are not in order, or not from 0 to 999,999"),
+        ("archive", 99, "archive is not from 0 to 3"),
+        ("offset", 10**6, "offset and size describe bytes that are not in the shards"),
+        ("size", 2**62, "offset and size describe bytes that are not in the shards"),
+        ("names", None, "names is not an array of str with one dimension, or is incomplete"),
+        ("names", "x" * 600, "names has more than 512 characters in one name"),
+    ],
+)
+def test_an_index_that_is_wrong_inside_is_not_used(shards, capsys, column, value, reason):
+    paths, index = find_shards(shards, "train"), shards / "train/train.index.npz"
+    before, labels = load_shards(paths, "train")
+    with np.load(index) as saved:
+        columns = dict(saved)
+    columns[column] = np.array(
+        [*columns[column][:-1], value], dtype=None if column == "names" else columns[column].dtype
+    )
+    np.savez(index, **columns)
+    members, same_labels = load_shards(paths, "train")
+    assert np.array_equal(members.names, before.names) and np.array_equal(labels, same_labels)
+    assert f"{index} is not used ({reason}); the shards are scanned again" in capsys.readouterr().err
+
+
+def write_claim(index: Path) -> None:
+    """Write an index whose arrays are headers that claim 2^40 elements."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<U9", "fortran_order": False, "shape": (2**40,)})
+    with zipfile.ZipFile(index, "w") as archive:
+        for name in ("identity", "labels", "archive", "offset", "size", "names"):
+            archive.writestr(f"{name}.npy", header.getvalue())
+
+
+def test_an_index_cannot_take_all_memory(shards, capsys):
+    """An index of 8 GB, a compressed bomb and an array that claims to be larger than the file are not read."""
+    paths, index = find_shards(shards, "train"), shards / "train/train.index.npz"
+    before, _ = load_shards(paths, "train")
+    with np.load(index) as saved:
+        columns = dict(saved)
+    tracemalloc.start()
+    for spoil, reason in (
+        (lambda: os.truncate(index, 2**33), "its 8,589,934,592 bytes are too many for shards of"),
+        (lambda: np.savez_compressed(index, **columns), "identity is compressed or has a wrong size"),
+        (lambda: write_claim(index), "identity is not an array of str with one dimension, or is incomplete"),
+    ):
+        spoil()
+        assert np.array_equal(load_shards(paths, "train")[0].offset, before.offset)
+        assert f"{index} is not used ({reason}" in capsys.readouterr().err
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()

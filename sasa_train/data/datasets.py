@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import os
 import re
 import time
 import warnings
@@ -19,7 +20,8 @@ from torchvision import datasets as tv
 
 from sasa_train.config.keys import DATA_SETS, DataConfig
 from sasa_train.data.randomness import fixed_order
-from sasa_train.data.shards import TarMembers, find_shards, load_shards
+from sasa_train.data.shard_index import MAX_CLASSES
+from sasa_train.data.shards import TarMembers, check_image_size, find_shards, load_shards
 from sasa_train.files import open_regular
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import printable
@@ -31,6 +33,8 @@ FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `read` rejects such images
 
 PAUSES = (0.1, 1.0)  # seconds to wait before each retry of a failed read
+MAX_CLASSES_BYTES = 2**24  # of classes.txt
+MIN_LABELS = 1000  # smaller labels are accepted from any number of images, because a small subset may lack classes
 DIGITS_VAL_FRACTION = 0.2
 MAX_NAMES = 5  # maximum number of names shown from a long list
 
@@ -53,7 +57,13 @@ class Files:
     folder: str = ""
 
     def open(self, position: int) -> BinaryIO:
-        return open_regular(self.paths[position])
+        file = open_regular(self.paths[position])
+        try:
+            check_image_size(os.fstat(file.fileno()).st_size, self.paths[position])
+        except OSError:
+            file.close()
+            raise
+        return file
 
     def name(self, position: int) -> str:
         return self.paths[position]
@@ -271,11 +281,32 @@ def load_shard_set(root: Path, split: str) -> ImageSet:
     if not shards:
         raise ConfigError(f"data.root={root}: shards for train, but none for {split}; or use data.holdout_fraction")
     members, labels = load_shards(shards, split)
-    names, numbers = root / "classes.txt", [str(i) for i in range(int(labels.max()) + 1)]
-    classes = names.read_text(encoding="utf-8").splitlines() if names.exists() else numbers
-    if labels.min() < 0 or labels.max() >= len(classes):
-        raise ConfigError(f"{names}: names {len(classes)} classes, but labels go from {labels.min()} to {labels.max()}")
+    names, largest = root / "classes.txt", int(labels.max())
+    is_named = os.path.lexists(names)
+    if not is_named and largest >= MIN_LABELS + 10 * len(labels):  # otherwise, one wrong label takes gigabytes
+        raise ConfigError(
+            f"{shards[0].parent}: {len(labels):,} images, but labels up to {largest:,}; mend them, or list all classes "
+            f"in {names}"
+        )
+    classes = _read_classes(names) if is_named else [str(i) for i in range(largest + 1)]
+    if largest >= len(classes):
+        raise ConfigError(f"{names}: names {len(classes)} classes, but labels go from {labels.min()} to {largest}")
     return ImageSet(classes, labels, np.arange(len(labels)), members)
+
+
+def _read_classes(path: Path) -> list[str]:
+    try:
+        with open_regular(path) as file:
+            content = file.read(MAX_CLASSES_BYTES + 1)
+        classes = content.decode().splitlines()
+        if len(content) > MAX_CLASSES_BYTES or len(classes) > MAX_CLASSES:
+            raise ValueError(f"more than {MAX_CLASSES_BYTES:,} bytes or {MAX_CLASSES:,} lines")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"{path}: must hold one class name per line, in UTF-8 ({reason}); mend or remove it"
+        ) from error
+    return classes
 
 
 def some(names: Sequence[str], separator: str = ", ") -> str:

@@ -5,27 +5,31 @@ A sample is an image `KEY.jpg` and its label `KEY.cls`. An index of offsets, kep
 label and key, so shards that sasa-data creates from class folders yield the same images in the same order.
 """
 
+import errno
 import io
 import os
 import re
 import resource
-import tarfile
 import threading
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tarfile import TarInfo
 from typing import BinaryIO
 
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from sasa_train.files import write_atomic
-from sasa_train.refusal import ConfigError
-from sasa_train.terminal import printable
+from sasa_train.data.shard_index import COLUMNS, MAX_CLASSES, index_bytes, read_index
+from sasa_train.data.tars import members_of, open_tar
+from sasa_train.files import open_regular, write_atomic
+from sasa_train.refusal import ConfigError, shorten
+from sasa_train.terminal import printable, warn
 
+MAX_IMAGE_BYTES = 2**30  # an uncompressed image with as many pixels as are allowed, 89 million of 8 bytes, has fewer
+MAX_LABEL_BYTES = 20  # a number, and perhaps a line break
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "test")}
 
 
@@ -40,13 +44,23 @@ class TarMembers:
     names: np.ndarray
 
     def open(self, position: int) -> BinaryIO:
-        """Read the member's bytes into memory; if the archive is truncated, fewer than `size` bytes are read."""
+        """Read the member's bytes into memory; if the archive is truncated, fewer than `size` bytes are read.
+
+        Raises:
+            OSError: the archive cannot be read, or the member has more than MAX_IMAGE_BYTES.
+        """
+        check_image_size(int(self.size[position]), self.name(position))
         with _opening:
             file = _opened(self.archives[self.archive[position]])
         return io.BytesIO(os.pread(file.fileno(), int(self.size[position]), int(self.offset[position])))
 
     def name(self, position: int) -> str:
         return f"{self.archives[self.archive[position]]}:{self.names[position]}"
+
+
+def check_image_size(num_bytes: int, name: str) -> None:
+    if num_bytes > MAX_IMAGE_BYTES:
+        raise OSError(errno.EFBIG, f"{num_bytes:,} bytes exceed the limit of {MAX_IMAGE_BYTES:,}", name)
 
 
 _opening = threading.Lock()
@@ -59,7 +73,7 @@ def _opened(path: str) -> BinaryIO:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return open(path, "rb")
+    return open_regular(path)
 
 
 def find_shards(root: Path, split: str) -> list[Path]:
@@ -77,59 +91,95 @@ def find_shards(root: Path, split: str) -> list[Path]:
 def load_shards(shards: Sequence[Path], split: str) -> tuple[TarMembers, np.ndarray]:
     """Return the images in a split's shards and their int64 labels, ordered by (label, key).
 
-    The index is read from `SPLIT.index.npz` beside the shards, or built and saved there if the folder is writable.
+    The index is read from `SPLIT.index.npz` beside the shards, or built and saved there if the folder is writable. A
+    damaged index is reported and built again.
 
     Raises:
-        ConfigError: a shard is not a complete tar file, an image has no label, or there are no images.
+        ConfigError: a shard is not a complete tar file, an image has no valid label, or there are no images.
     """
     index = shards[0].with_name(f"{split}.index.npz")
-    identity = np.array([f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in shards])
+    stats = [_stat(path) for path in shards]
+    identity = np.array([f"{p.name} {s.st_size} {s.st_mtime_ns}" for p, s in zip(shards, stats, strict=True)])
+    table = None
     try:
-        with np.load(index) as saved:
-            table = dict(saved)
-        is_current = np.array_equal(table.pop("identity"), identity)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # missing or incomplete
-        is_current = False
-    if not is_current:
+        table = read_index(index, identity, np.array([s.st_size for s in stats]))
+    except FileNotFoundError:
+        pass
+    except Exception as error:  # zipfile and numpy have no common base class: BadZipFile, SyntaxError, ...
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        warn(printable(f"{index} is not used ({shorten(reason)}); the shards are scanned again"))
+    if table is None:
         table = _scan(shards)
-        buffer = io.BytesIO()
-        np.savez(buffer, identity=identity, **table)  # type: ignore[arg-type]
         try:
-            write_atomic(index, buffer.getbuffer())
+            write_atomic(index, index_bytes(identity, table))
         except OSError as error:
             print(f"{index}: cannot be written ({error.strerror}); the shards will be scanned at every start")
     labels = table.pop("labels")
     return TarMembers([str(p) for p in shards], **table), labels
 
 
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:  # a broken link
+        raise ConfigError(_unreadable(path, error)) from error
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or error
+    return f"{path}: cannot be read as a shard ({printable(reason)}); fetch or make it again"
+
+
 def _scan(shards: Sequence[Path]) -> dict[str, np.ndarray]:
     rows: list[tuple[int, str, int, int, int, str]] = []  # label, key, shard, offset, size, name
     for number, path in enumerate(tqdm(shards, desc="indexing shards", unit="tar", disable=None, leave=False)):
-        images: dict[str, tarfile.TarInfo] = {}
-        labels: dict[str, int] = {}
         try:
-            with tarfile.open(path, "r:") as archive:
-                for member in archive:
-                    folder, _, base = member.name.rpartition("/")
-                    stem, _, extension = base.partition(".")
-                    key = f"{folder}/{stem}"
-                    if member.isfile() and f".{extension.lower()}" in IMG_EXTENSIONS:  # excludes KEY.seg.png
-                        if key in images:
-                            raise ValueError(f"{images[key].name} and {member.name} are two images of one sample")
-                        images[key] = member
-                    elif member.isfile() and extension == "cls":
-                        labels[key] = int(archive.extractfile(member).read())  # type: ignore[union-attr]
-        except (tarfile.TarError, OSError, ValueError) as error:
-            raise ConfigError(
-                f"{path}: cannot be read as a shard ({printable(error)}); fetch or make it again"
-            ) from error
+            images, labels = _read_shard(path)
+        except (OSError, ValueError) as error:
+            raise ConfigError(_unreadable(path, error)) from error
         if without := sorted(images.keys() - labels.keys()):
-            name = printable(images[without[0]].name)
+            name = printable(images[without[0]][2])
             raise ConfigError(f"{path}: {name} has no label; a .cls file of the same name holds it")
-        rows += [(labels[k], k, number, m.offset_data, m.size, m.name) for k, m in images.items()]
+        rows += [(labels[key], key, number, *image) for key, image in images.items()]
     if not rows:
         raise ConfigError(f"{shards[0].parent}: its shards hold no image; expected KEY.jpg beside KEY.cls")
-    label, _, archive_number, offset, size, names = zip(*sorted(rows), strict=True)
-    numbers = {"labels": label, "offset": offset, "size": size}
-    arrays = {name: np.array(column, dtype=np.int64) for name, column in numbers.items()}
-    return arrays | {"archive": np.array(archive_number, dtype=np.int32), "names": np.array(names)}
+    label, _, archive, offset, size, names = zip(*sorted(rows), strict=True)
+    columns = {"labels": label, "archive": archive, "offset": offset, "size": size, "names": names}
+    return {name: np.array(column, dtype=COLUMNS[name]) for name, column in columns.items()}
+
+
+def _read_shard(path: Path) -> tuple[dict[str, tuple[int, int, str]], dict[str, int]]:
+    """Return the offset, size and name of each key's image, and each key's label."""
+    images: dict[str, tuple[int, int, str]] = {}
+    labels: dict[str, int] = {}
+    file, num_bytes = open_tar(path)
+    with file:
+        for member in members_of(file, 0, num_bytes):
+            folder, _, base = member.name.rpartition("/")
+            stem, _, extension = base.partition(".")
+            key = f"{folder}/{stem}"
+            is_image = f".{extension.lower()}" in IMG_EXTENSIONS  # excludes KEY.seg.png
+            if (not is_image and extension != "cls") or member.isdir():
+                continue
+            if not member.isfile():
+                raise ValueError(f"{member.name} must be stored as a file, but is a link or device")
+            if is_image:
+                if key in images:
+                    raise ValueError(f"{images[key][2]} and {member.name} are two images of one sample")
+                images[key] = member.offset_data, member.size, member.name
+            else:
+                if key in labels:
+                    raise ValueError(f"it has two files {member.name}")
+                labels[key] = _read_label(file, member)
+    return images, labels
+
+
+def _read_label(file: BinaryIO, member: TarInfo) -> int:
+    rule = f"{member.name} must hold a class number from 0 to {MAX_CLASSES - 1:,}, but"
+    if member.size > MAX_LABEL_BYTES:
+        raise ValueError(f"{rule} has {member.size:,} bytes")
+    file.seek(member.offset_data)
+    text = file.read(member.size).strip()
+    if not re.fullmatch(rb"[0-9]+", text) or int(text) >= MAX_CLASSES:
+        raise ValueError(f"{rule} holds {text.decode(errors='replace')!r}")
+    return int(text)

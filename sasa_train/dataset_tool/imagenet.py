@@ -1,5 +1,6 @@
 """Read ImageNet's official archives in place to find the classes, the labels and the location of each image."""
 
+import gzip
 import hashlib
 import io
 import re
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -15,10 +17,13 @@ from tqdm import tqdm
 
 from sasa_train.data.datasets import ImageSet
 from sasa_train.data.shards import TarMembers
+from sasa_train.data.tars import members_of, open_tar
 from sasa_train.dataset_tool.writing import WNID, Originals
-from sasa_train.refusal import ConfigError
+from sasa_train.refusal import ConfigError, shorten
+from sasa_train.terminal import printable
 
 GROUND_TRUTH = "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
+MAX_DEVKIT_BYTES = 2**26  # the real one unpacks to a few megabytes
 META = "ILSVRC2012_devkit_t12/data/meta.mat"
 
 
@@ -39,14 +44,20 @@ def read_devkit(path: Path) -> tuple[list[str], list[str]]:
     from scipy.io import loadmat
 
     try:
-        with tarfile.open(path, "r:gz") as archive:
-            meta, truth = (archive.extractfile(name).read() for name in (META, GROUND_TRUTH))  # type: ignore[union-attr]
+        with gzip.open(path) as file:
+            content = file.read(MAX_DEVKIT_BYTES + 1)
+        if len(content) > MAX_DEVKIT_BYTES:
+            raise ValueError(f"it unpacks to more than {MAX_DEVKIT_BYTES:,} bytes")
+        found = {m.name: m for m in members_of(io.BytesIO(content), 0, len(content)) if m.isreg()}
+        meta, truth = (content[found[name].offset_data :][: found[name].size] for name in (META, GROUND_TRUTH))
         synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
         leaves = synsets[synsets["num_children"] == 0]
         wnids = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in leaves}
         val_wnids = [wnids[int(line)] for line in truth.split()]
-    except (tarfile.TarError, OSError, EOFError, KeyError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{path}: cannot be read as ImageNet's devkit ({error}); fetch it again") from error
+    except Exception as error:  # scipy's reader has no common base class
+        raise ConfigError(
+            f"{path}: cannot be read as ImageNet's devkit ({shorten(repr(error))}); fetch it again"
+        ) from error
     if wrong := [wnid for wnid in wnids.values() if not re.fullmatch(WNID, wnid)]:
         raise ConfigError(f"{path}: {wrong[0]!r} is not a WordNet id; fetch it again")
     return sorted(wnids.values()), val_wnids
@@ -55,13 +66,12 @@ def read_devkit(path: Path) -> tuple[list[str], list[str]]:
 def index_train(path: Path, classes: list[str]) -> Originals:
     """Find the images in the train archive's nested tars; offsets are relative to the outer archive."""
     rows: list[tuple[str, str, int, int]] = []  # wnid, name, offset, size
-    with _tar(path) as outer, _bytes_bar(path, "indexing") as bar:
-        for inner in outer:
+    with _tar(path) as (file, num_bytes), _bytes_bar(path, "indexing") as bar:
+        for inner in members_of(file, 0, num_bytes):
             _check_member(path, inner, rf"{WNID}\.tar")
-            with tarfile.open(fileobj=outer.extractfile(inner), mode="r:") as images:
-                for member in images:
-                    _check_image(path, member)
-                    rows.append((inner.name[:-4], member.name, inner.offset_data + member.offset_data, member.size))
+            for member in members_of(file, inner.offset_data, inner.offset_data + inner.size):
+                _check_image(path, member)
+                rows.append((inner.name[:-4], member.name, member.offset_data, member.size))
             bar.update(inner.size)
     if differing := {row[0] for row in rows} ^ set(classes):
         raise ConfigError(
@@ -73,18 +83,20 @@ def index_train(path: Path, classes: list[str]) -> Originals:
 
 def index_val(path: Path, classes: list[str], wnids: list[str]) -> Originals:
     """Find the images in the val archive; `wnids` are their classes from the devkit, in file-name order."""
-    with _tar(path) as archive:
-        members = archive.getmembers()
-    for member in members:
-        _check_image(path, member)
+    members = []
+    with _tar(path) as (file, num_bytes):
+        for member in members_of(file, 0, num_bytes):
+            _check_image(path, member)
+            members.append((member.name, member.offset_data, member.size))
     if len(members) != len(wnids):
         raise ConfigError(f"{path}: it holds {len(members):,} images, the devkit labels {len(wnids):,}; fetch it again")
-    members.sort(key=lambda member: member.name)
-    rows = [(wnid, m.name, m.offset_data, m.size) for wnid, m in zip(wnids, members, strict=True)]
+    rows = [(wnid, *member) for wnid, member in zip(wnids, sorted(members), strict=True)]
     return _originals(path, classes, rows)
 
 
 def _originals(path: Path, classes: list[str], rows: list[tuple[str, str, int, int]]) -> Originals:
+    if not rows:
+        raise ConfigError(f"{path}: it holds no image; fetch it again")
     rows = sorted(rows)
     for row, following in pairwise(rows):
         if row[:2] == following[:2]:
@@ -96,12 +108,13 @@ def _originals(path: Path, classes: list[str], rows: list[tuple[str, str, int, i
 
 
 @contextmanager
-def _tar(path: Path) -> Iterator[tarfile.TarFile]:
+def _tar(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     try:
-        with tarfile.open(path, "r:") as archive:
-            yield archive
-    except (tarfile.TarError, OSError) as error:
-        raise ConfigError(f"{path}: cannot be read as a tar ({error}); fetch it again") from error
+        file, num_bytes = open_tar(path)
+        with file:
+            yield file, num_bytes
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as a tar ({printable(error)}); fetch it again") from error
 
 
 def _check_image(path: Path, member: tarfile.TarInfo) -> None:
@@ -110,8 +123,7 @@ def _check_image(path: Path, member: tarfile.TarInfo) -> None:
 
 def _check_member(path: Path, member: tarfile.TarInfo, pattern: str) -> None:
     """Raise ConfigError unless a member is a regular file with a plain name (no link, absolute path or `..`)."""
-    is_plain = member.isreg() and not member.issparse()
-    if not is_plain or not re.fullmatch(pattern, member.name, re.ASCII):
+    if not member.isreg() or not re.fullmatch(pattern, member.name, re.ASCII):
         raise ConfigError(
             f"{path}: its member {member.name!r} is refused; ImageNet's are plain files with plain names, so this is "
             "another archive: fetch it again"

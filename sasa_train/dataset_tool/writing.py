@@ -13,16 +13,17 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from sasa_train.data.datasets import Files, ImageSet
+from sasa_train.data.datasets import MAX_NAMES, Files, ImageSet
 from sasa_train.data.fingerprint import digest_of
 from sasa_train.data.randomness import fixed_order
 from sasa_train.data.shards import TarMembers, find_shards
-from sasa_train.files import inside, sync_folder, write_atomic
-from sasa_train.refusal import ConfigError
+from sasa_train.files import inside, open_regular, sync_folder, write_atomic
+from sasa_train.refusal import ConfigError, shorten
 from sasa_train.terminal import printable
 
 WNID = r"n[0-9]{8}"
 OVERHEAD = 2048  # bytes per image in addition to its file: tar headers and label, or half a disk block and an inode
+MAX_IDENTITY_BYTES = 2**16  # of shards.json
 Missing = dict[Path, np.ndarray]  # path of a folder or shard to write -> its images
 
 
@@ -133,18 +134,22 @@ def _claim(dest: Path, splits: dict[str, Originals], images_per_shard: int) -> N
             raise ConfigError(f"DEST={dest} holds class folders already; give another folder for the shards")
     identity = {"images_per_shard": images_per_shard} | {name: _fingerprint(split) for name, split in splits.items()}
     path = dest / "shards.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         if find_shards(dest, "train") or find_shards(dest, "val"):
             raise ConfigError(f"DEST={dest} holds tar shards that this command did not write; give another folder")
         write_atomic(path, (json.dumps(identity, indent=1) + "\n").encode())
         return
     try:
-        before = json.loads(path.read_text())
+        with open_regular(path) as file:
+            before = json.loads(file.read(MAX_IDENTITY_BYTES))
         differing = sorted(key for key in before.keys() | identity.keys() if before.get(key) != identity.get(key))
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); remove DEST={dest} and start anew") from error
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read ({shorten(error)}); remove DEST={dest} and start anew") from error
     if differing:
-        told = "; ".join(f"{key}: {before.get(key)} there, {identity.get(key)} here" for key in differing)
+        told = "; ".join(
+            f"{shorten(key)}: {shorten(before.get(key))} there, {identity.get(key)} here"
+            for key in differing[:MAX_NAMES]
+        )
         raise ConfigError(
             f"DEST={dest} holds shards of another source, or with another --images-per-shard ({told}); give another "
             "folder, or the same source and number"
