@@ -2,15 +2,19 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
 from timm.layers.halo_attn import HaloAttn
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
-from sasa_train.attention import local_attention, local_attention_qkv
+from sasa_train.attention import attention_weights as attend_weights
+from sasa_train.attention import local_attention, local_attention_qkv, plain
 from sasa_train.attention.reference import attention_weights
+from sasa_train.models import AttentionStem, LocalSelfAttention2d
 
 B, N, H, W, D, K = 2, 3, 5, 7, 4, 3  # all different, so that swapped dimensions are noticed
 
@@ -259,6 +263,11 @@ def test_flops_are_the_papers(content, relative, products):
         ({"value": torch.zeros(1, 2, 3, 4, 4)}, "value must match query's shape"),
         ({"rel_height": torch.zeros(5, 2)}, r"rel_height must be \[3, 2\] or \[3, 3, 2\]; got \[5, 2\]"),
         ({"query": torch.zeros(3, 4)}, r"query must be \[B, N, H, W, D\]"),
+        ({"query": None}, "query must be a tensor; got NoneType"),
+        ({"rel_width": torch.zeros(3, 2, dtype=torch.int64)}, "rel_width must be a dense tensor with a floating dtype"),
+        ({"rel_width": torch.zeros(3, 2, device="meta")}, "rel_width must be on query's device, cpu; it is on meta"),
+        ({"content": "false"}, "content='false' must be True or False"),
+        *(({"kernel_size": bad}, r"kernel_size=.* must be a whole number") for bad in ((3, 5), 3.0, "3", None, True)),
     ],
 )
 def test_refusals_name_the_argument_and_the_rule(change, message):
@@ -266,6 +275,108 @@ def test_refusals_name_the_argument_and_the_rule(change, message):
     arguments = dict(zip(names, tensors(torch.float32), strict=True)) | {"kernel_size": K} | change
     with pytest.raises(ValueError, match=message):
         local_attention(**arguments)
+
+
+@pytest.mark.parametrize("bad", [(3, 5), 3.0, "3", None, True], ids=str)
+def test_layers_and_weights_refuse_what_is_no_whole_number(bad):
+    """A pair of window sizes, which other libraries accept, was a bare TypeError."""
+    q, key, _, *rel = tensors()
+    with pytest.raises(ValueError, match="kernel_size=.* must be a whole number"):
+        attend_weights(q, key, *rel, kernel_size=bad)
+    for name in ("kernel_size", "num_heads", "stride"):
+        with pytest.raises(ValueError, match=f"{name}=.* must be a whole number"):
+            LocalSelfAttention2d(8, 8, **{"num_heads": 2, name: bad})
+    for name in ("num_heads", "num_mixtures", "out_channels"):
+        with pytest.raises(ValueError, match=f"{name}=.* must be a whole number"):
+            AttentionStem(**{"in_channels": 3, "out_channels": 8, name: bad})
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("empty", range(1, 6))
+def test_empty_inputs_have_empty_outputs(empty, stride, backend):
+    """A width of 0 ended the process with a floating point exception."""
+    shape = [3, 2, 2, 4, 5, 4]
+    shape[empty] = 0
+    projections = torch.zeros(shape, requires_grad=True)
+    rel = [torch.ones(3, shape[5] // 2, requires_grad=True) for _ in range(2)]
+    local_attention_qkv(projections, *rel, kernel_size=3, stride=stride, backend=backend).sum().backward()
+    assert projections.grad.numel() == 0 and not any(x.grad.any() for x in rel)
+
+
+def summed(*inputs, backend="reference"):
+    return local_attention(*inputs, kernel_size=K, backend=backend).pow(2).sum()
+
+
+def second_derivative(*inputs, backend):
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    first = torch.autograd.grad(summed(*leaves, backend=backend), leaves, create_graph=True)
+    return torch.autograd.grad(first[0].sum(), leaves)
+
+
+def with_dual_tensors(*inputs, backend):
+    with forward_ad.dual_level():
+        return summed(*(forward_ad.make_dual(x, x) for x in inputs), backend=backend)
+
+
+TRANSFORMS = {
+    "jvp": lambda *x, **o: torch.func.jvp(partial(summed, **o), x, x),
+    "linearize": lambda *x, **o: torch.func.linearize(partial(summed, **o), *x),
+    "dual": with_dual_tensors,
+    "compiled": lambda *x, **o: torch.compile(TRANSFORMS["jvp"], backend="eager")(*x, **o),
+    "second": second_derivative,
+    "grad": lambda *x, **o: torch.func.grad(partial(summed, **o))(*x),
+    "per-sample": lambda *x, **o: torch.func.vmap(torch.func.grad(partial(summed, **o)))(*(y[None] for y in x)),
+    "vectorized": lambda *x, **o: torch.autograd.functional.jacobian(
+        partial(local_attention, kernel_size=K, **o), x, vectorize=True
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("backend", ["reference", "cpu", "auto"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_derivatives_that_the_op_lacks_are_refused(transform, backend):
+    """Forward mode returned a tangent of 0 in silence; the others failed in PyTorch's internal words."""
+    with pytest.raises(NotImplementedError, match="local_attention does not support .*; use .*plain.local_attention_f"):
+        TRANSFORMS[transform](*tensors(torch.float32), backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_vmap_and_constants_inside_a_transform_are_right(backend):
+    attend = partial(local_attention, kernel_size=K, backend=backend)
+    pairs = [torch.stack([x, 2 * x]).requires_grad_() for x in tensors(torch.float32)]
+    out = torch.func.vmap(attend)(*pairs)
+    expected = torch.stack([attend(*(x[i] for x in pairs)) for i in range(2)])
+    grads = [torch.autograd.grad(x.pow(2).sum(), pairs) for x in (out, expected)]
+    assert torch.equal(out, expected) and all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
+    constant = summed(*tensors(torch.float32), backend=backend)
+    _, tangent = torch.func.jvp(
+        lambda x: x * summed(*tensors(torch.float32), backend=backend), (torch.ones(()),), (torch.ones(()),)
+    )
+    assert torch.equal(tangent, constant)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Attempted to insert:UserWarning")
+def test_the_recommended_function_has_every_derivative():
+    """Compare tangents and second derivatives with finite differences in float64, and per-sample gradients."""
+    inputs = tensors()
+    for function in (
+        lambda *x: plain.local_attention_forward(*x, K, "mask"),
+        lambda q, key, v, *rel: attend_weights(q, key, *rel, kernel_size=K) + 0 * v.sum(),
+    ):
+
+        def loss(*x, f=function):
+            return f(*x).pow(2).sum()
+
+        step = [1e-6 * x for x in inputs]
+        ends = [[x + sign * y for x, y in zip(inputs, step, strict=True)] for sign in (1, -1)]
+        tangent = (function(*ends[0]) - function(*ends[1])) / 2e-6
+        torch.testing.assert_close(torch.func.jvp(function, inputs, inputs)[1], tangent, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(torch.func.linearize(function, *inputs)[1](*inputs), tangent, rtol=1e-6, atol=1e-7)
+        curved = (torch.func.grad(loss)(*ends[0]) - torch.func.grad(loss)(*ends[1])) / 2e-6
+        second = torch.func.jvp(torch.func.grad(loss), inputs, inputs)[1]
+        torch.testing.assert_close(second, curved, rtol=1e-6, atol=1e-6)
 
 
 def fused(content=True, dtype=torch.float32) -> Tensor:

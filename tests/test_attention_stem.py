@@ -235,6 +235,31 @@ def test_flops_are_those_of_the_definition(keys):
     assert counts[0] == counts[1]
 
 
+@pytest.mark.parametrize("pool", [True, False])
+def test_derivatives_that_the_ops_lack_are_refused(pool):
+    """Forward mode returned a tangent of 0 in silence; PyTorch, which the message recommends, has all of them."""
+    torch.manual_seed(0)
+    module, x = build(pool=pool).eval(), torch.randn(2, 3, 8, 12)
+    for transform in (
+        lambda: torch.func.jvp(module, (x,), (x,)),
+        lambda: torch.func.grad(lambda x: module(x).sum())(x),
+        lambda: torch.autograd.functional.hessian(lambda x: module(x).pow(2).sum(), x),
+    ):
+        module.backend = "cpu"
+        with pytest.raises(NotImplementedError, match=r"attention_stem.* does not support .*backend='reference'"):
+            transform()
+        module.backend = "reference"
+        transform()
+
+
+def test_an_image_with_other_channels_is_refused():
+    """The kernel read past the image's channels in silence."""
+    shapes = ((1, 4, 8, 8), (3, 8, 8), (1, 3, 0, 8))
+    for image in (*map(torch.zeros, shapes), torch.zeros(1, 3, 8, 8).long()):
+        with pytest.raises(ValueError, match=r"x must be a floating tensor \[B, 3, H, W\] with sides of at least 1"):
+            build()(image)
+
+
 def test_backends():
     """A backend requested by name runs or raises an error; auto falls back to PyTorch if the kernel cannot run."""
     x = torch.randn(1, 3, 4, 4)

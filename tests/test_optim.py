@@ -20,12 +20,17 @@ from sasa_train.training.optim import build_optimizer, build_schedule, try_loade
 from sasa_train.training.run import check_buildable
 from sasa_train.training.step import _without_classifier
 
-# Optimizers that need second derivatives or a package that is not a dependency.
-ELSEWHERE = ("bnb", "fused", "adahessian")
+# Optimizers that need a package that is not a dependency.
+ELSEWHERE = ("bnb", "fused")
 OPTIMIZERS = [name for name in map(str, list_optimizers()) if not name.startswith(ELSEWHERE)]
 
 
-@pytest.mark.parametrize("name", slow_but_for(["adamw", "sgd", "lamb", "muon"], [*OPTIMIZERS, "lookahead_adamw"]))
+@pytest.mark.parametrize(
+    "name",
+    slow_but_for(
+        ["adamw", "sgd", "lamb", "muon", "adahessian"], [*OPTIMIZERS, "lookahead_adamw", "lookahead_adahessian"]
+    ),
+)
 def test_every_optimizer_of_timm_steps_and_resumes_exactly(name):
     """Saving after 2 steps, loading elsewhere and taking 2 more must give exactly the same weights as 4 steps."""
     overrides = (f"optimizer.name={name}", "optimizer.lr=0.01", "optimizer.lr_basis=absolute")
@@ -53,6 +58,59 @@ def test_every_optimizer_of_timm_steps_and_resumes_exactly(name):
 def test_what_cannot_run_here_says_why(name):
     with pytest.raises(ConfigError, match=f"optimizer.name={name} "):
         setup(f"optimizer.name={name}")
+
+
+@pytest.mark.parametrize("name", slow_but_for(["conv_resnet26"], ["conv_resnet26", "resnet10t"]))
+def test_adahessian_trains_convolutions(name, recwarn):
+    """Both micro-batches take part in z * (H z), where z is drawn from torch's generator, which checkpoints contain."""
+    keys = {"width": 0.125, "stem": "conv_small"} if name.startswith("conv") else {}
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3, **keys).train()
+    plain, images, labels = copy.deepcopy(model), torch.randn(2, 4, 3, 32, 32), torch.randint(0, 3, (2, 4))
+    stepper = setup("optimizer.name=adahessian", "trainer.grad_accum_steps=2", "schedule.warmup_epochs=0", model=model)
+    torch.manual_seed(7)
+    for _ in range(2):
+        stepper.train_step(iter(zip(images, labels, strict=True)))
+        assert not recwarn.list and not any(p.grad.requires_grad for p in model.parameters())
+        if stepper.state.step == 1:
+            hessian = [p.hess.clone() for p in model.parameters()]
+    assert not torch.equal(model.get_classifier().weight, plain.get_classifier().weight)
+
+    torch.manual_seed(7)
+    generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+    number = {id(p): i for i, p in enumerate(model.parameters())}
+    order = [number[id(p)] for group in stepper.state.optimizer.param_groups for p in group["params"]]
+    parameters = list(plain.parameters())
+    z = {i: torch.randint(0, 2, parameters[i].shape, generator=generator) * 2.0 - 1 for i in order}
+    loss = sum(torch.nn.functional.cross_entropy(plain(x), y) / 2 for x, y in zip(images, labels, strict=True))
+    grads = torch.autograd.grad(loss, parameters, create_graph=True)
+    products = torch.autograd.grad(grads, parameters, [z[i] for i in range(len(parameters))])
+    for i, product in enumerate(products):  # sums of float32 in another order
+        assert (hessian[i] - z[i] * product).norm() <= 1e-3 * product.norm() + 1e-4
+
+
+@pytest.mark.parametrize(
+    "name,keys,overrides,message",
+    [
+        ("sasa_resnet26", {"width": 0.125, "num_heads": 2}, [], "AttentionStem of model.name=sasa_resnet26 does not"),
+        ("hybrid_resnet26", {"width": 0.125, "num_heads": 2}, [], "LocalSelfAttention2d of model.name=hybrid_resnet26"),
+        ("vit_tiny_patch16_224", {}, [], "Attention of model.name=vit_tiny_.*optimizer.name=adamw, or .*conv_resnet26"),
+        ("resnet10t", {}, ["trainer.compile=true"], "trainer.compile=true does not have; use trainer.compile=false"),
+        ("resnet10t", {}, ["trainer.precision=fp16"], "trainer.precision=fp16 scales; use bf16 or fp32"),
+        ("resnet10t", {}, ["trainer.grad_checkpointing=true"], "trainer.grad_checkpointing=true does not have"),
+        ("resnet10t", {}, ["optimizer.args.update_each=2"], "a resumed run lacks .*use optimizer.args.update_each=1"),
+    ],
+)
+def test_adahessian_names_what_has_no_second_derivatives(name, keys, overrides, message):
+    config = compose_config(["optimizer.name=adahessian", f"model.name={name}", *overrides])
+    with pytest.raises(ConfigError, match=f"^optimizer.name=adahessian needs second derivatives, which {message}"):
+        build_optimizer(config, timm.create_model(name, num_classes=3, **keys))
+
+
+def test_adahessian_names_an_operation_without_a_second_derivative():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3), torch.nn.Hardsigmoid())
+    with pytest.raises(ConfigError, match="optimizer.name=adahessian cannot train this model: .*hardsigmoid_backward"):
+        setup("optimizer.name=adahessian", model=model).train_step(batches(1))
 
 
 def test_arguments_reach_the_optimizer_and_others_are_refused():

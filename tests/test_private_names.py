@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from optuna.trial import create_trial
+from timm.optim import Lookahead
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms import v2
@@ -31,6 +32,9 @@ NAMES = [
     ("torch", lambda: torch, "_dynamo", "benchmark/contenders.py"),
     ("torch", lambda: torch, "_subclasses", "attention/compiling.py"),
     ("torch", lambda: torch.utils, "_python_dispatch", "attention/compiling.py"),
+    ("torch", lambda: torch, "_library", "attention/operators.py"),
+    ("torch", lambda: torch, "_C", "attention/operators.py"),
+    ("torch", lambda: torch._C, "_are_functorch_transforms_active", "attention/operators.py"),
     ("torchvision", lambda: AUTO, "_AUGMENTATION_SPACE", "data/policies.py"),
     ("torchvision", v2.RandAugment, "_AUGMENTATION_SPACE", "data/policies.py"),
     ("torchvision", v2.TrivialAugmentWide, "_AUGMENTATION_SPACE", "data/policies.py"),
@@ -40,6 +44,7 @@ NAMES = [
     ("hydra", lambda: importlib.import_module("hydra"), "_internal", "training/hydra_launch.py"),
     ("hydra", lambda: importlib.import_module("hydra"), "_internal", "config/compose.py"),
     ("optuna", lambda: create_trial(value=0.0), "_trial_id", "sweep/search.py"),
+    ("timm", lambda: Lookahead(torch.optim.SGD([torch.zeros(1)])), "_base_optimizer", "training/optim.py"),
     ("tensorboard", lambda: SummaryWriter, "_get_file_writer", "training/log.py"),
 ]
 NOT_PRIVATE = {"_exit", "_replace", "_target_"}  # public despite the underscore: in os, named tuples and Hydra

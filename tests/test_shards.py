@@ -173,7 +173,7 @@ def test_only_regular_files_are_read(image_folder, shards, capsys, kind):
     ):
         replace(path, kind)
         assert run_command(list(command)) == 2
-        assert re.search(f"{path}: .*(is not a regular file|No such file)", capsys.readouterr().err)
+        assert re.search(f"{path}: .*(is not a regular file|Is a directory|No such file)", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device", "broken link"])
@@ -188,7 +188,8 @@ def test_an_index_that_is_not_a_regular_file_is_not_used(shards, capsys, kind):
         assert f"{index}: cannot be written (Is a directory); the shards will be scanned at every start" in told.out
     else:
         assert index.is_file() and not index.is_symlink()
-    assert (f"{index} is not used (is not a regular file)" in told.err) == (kind != "broken link")
+    reason = "Is a directory" if kind == "folder" else "is not a regular file"
+    assert (f"{index} is not used ({reason})" in told.err) == (kind != "broken link")
 
 
 def test_wrong_class_names_are_refused(shards, capsys):

@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Callable
+from numbers import Integral
 from types import ModuleType
 from typing import Any
 
@@ -87,7 +88,7 @@ def attention_weights(
     Raises:
         ValueError: an argument is invalid for `local_attention`.
     """
-    _check(query, key, None, rel_height, rel_width, kernel_size, content, border, "reference")
+    _check(query, key, query, rel_height, rel_width, kernel_size, content, border, "reference")
     return reference.attention_weights(query, key if content else None, rel_height, rel_width, kernel_size, border)
 
 
@@ -111,13 +112,13 @@ def local_attention_qkv(
     """
     # A single input tensor has a single gradient tensor with the same strides. Three separate gradients would have to
     # be stacked and copied back into the layout of the projection, which took longer than the attention itself.
+    _check_tensor("projections", projections)
     if projections.dim() != 6 or projections.shape[0] != (3 if content else 2):
         raise ValueError(
             f"projections must be [{3 if content else 2}, B, N, H, W, D] with content={content}; "
             f"got {_shape(projections)}"
         )
-    if stride not in (1, 2):
-        raise ValueError(f"stride={stride} must be 1 or 2")
+    check_stride(stride)
     query, key, value = split_projections(projections)
     _check(query, key, value, rel_height, rel_width, kernel_size, content, border, backend)
     return _local_attention_qkv(projections, rel_height, rel_width, kernel_size, border, stride, backend)[0]
@@ -131,10 +132,12 @@ def split_projections(projections: Tensor) -> tuple[Tensor, Tensor | None, Tenso
 def _forward(inputs: Inputs, kernel_size: int, border: str, stride: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     value = inputs.value
     module = _resolve(backend, inputs.query, kernel_size)
-    if module is cpu:
+    if module is cpu and value.numel():
         return *cpu.local_attention_forward(inputs, kernel_size, border, stride), value.new_empty(0)
     kept = empty_kept(value, stride, backend)
     output = cpu.empty_output(value, stride)
+    if value.numel() == 0:
+        return output, *kept
     if module is reference:
         exact = reference.local_attention_forward(*inputs, kernel_size, border)
         output.copy_(reference.pool(exact) if stride == 2 else exact)
@@ -159,6 +162,8 @@ def _backward_into(
     grads: Grads, grad_output, output, statistics, unpooled, inputs: Inputs, kernel_size, border, stride, backend
 ) -> list[Tensor]:
     """Write the gradients of query, key and value to `grads`; return those of the embeddings, if present."""
+    if inputs.query.numel() == 0:
+        return [torch.zeros_like(rel) for rel in inputs[3:] if rel is not None]
     module = _resolve(backend, inputs.query, kernel_size)
     if module is cpu:
         grad_rel = cpu.local_attention_backward(grad_output, statistics, inputs, kernel_size, border, stride, grads)
@@ -219,6 +224,7 @@ _define = functools.partial(
     # Only the Triton kernels need the output. Others allow it to be changed in place.
     keeps_output=lambda output, *options: output.device.type != "cpu" or options[-1] == "triton",
     backward_inputs="Tensor grad_output, Tensor? output, Tensor statistics, Tensor unpooled",
+    alternative="sasa_train.attention.plain.local_attention_forward, in float32 or float64",
 )
 
 _local_attention = _define(
@@ -317,6 +323,8 @@ def _say_once(name: str, reason: str | None) -> None:
 
 
 def _check(query, key, value, rel_height, rel_width, kernel_size, content, border, backend) -> None:
+    check_options(kernel_size, content, border, backend)
+    _check_tensor("query", query)
     if query.dim() != 5:
         raise ValueError(f"query must be [B, N, H, W, D]; got {_shape(query)}")
     if content and key is None:
@@ -325,20 +333,19 @@ def _check(query, key, value, rel_height, rel_width, kernel_size, content, borde
         raise ValueError("rel_height and rel_width go together; pass both or neither")
     if not content and rel_height is None:
         raise ValueError("content=False without rel_height and rel_width leaves no score; pass the embeddings")
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor is not None and (tensor.shape != query.shape or tensor.dtype != query.dtype):
+    optional = {"key": key, "rel_height": rel_height, "rel_width": rel_width}
+    given = {"value": value, **{name: tensor for name, tensor in optional.items() if tensor is not None}}
+    for name, tensor in given.items():
+        _check_tensor(name, tensor)
+        if tensor.device != query.device:
+            raise ValueError(f"{name} must be on query's device, {query.device}; it is on {tensor.device}")
+    for name in given.keys() & {"key", "value"}:
+        tensor = given[name]
+        if tensor.shape != query.shape or tensor.dtype != query.dtype:
             raise ValueError(
                 f"{name} must match query's shape and dtype, {_shape(query)} {query.dtype}; "
                 f"got {_shape(tensor)} {tensor.dtype}"
             )
-    if not query.dtype.is_floating_point:
-        raise ValueError(f"query must have a floating dtype; got {query.dtype}")
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size={kernel_size} must be odd and positive, so that the window has a centre")
-    if border not in BORDERS:
-        raise ValueError(f"border={border!r} must be one of {', '.join(BORDERS)}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
     num_heads, head_dim = query.shape[1], query.shape[4]
     if rel_height is not None and head_dim % 2:
         raise ValueError(f"head_dim={head_dim} must be even with relative embeddings: half for rows, half for columns")
@@ -346,6 +353,40 @@ def _check(query, key, value, rel_height, rel_width, kernel_size, content, borde
         expected = (kernel_size, head_dim // 2)
         if rel is not None and tuple(rel.shape) not in (expected, (num_heads, *expected)):
             raise ValueError(f"{name} must be {list(expected)} or {[num_heads, *expected]}; got {_shape(rel)}")
+
+
+def check_options(kernel_size: int, content: bool, border: str, backend: str) -> None:
+    """Raise ValueError if one of these arguments of `local_attention` is invalid."""
+    check_whole("kernel_size", kernel_size)
+    if kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size={kernel_size} must be odd, so that the window has a centre")
+    if not isinstance(content, bool):
+        raise ValueError(f"content={content!r} must be True or False")
+    if border not in BORDERS:
+        raise ValueError(f"border={border!r} must be one of {', '.join(BORDERS)}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
+
+
+def check_stride(stride: int) -> None:
+    """Raise ValueError if `stride` is not 1 or 2."""
+    check_whole("stride", stride)
+    if stride > 2:
+        raise ValueError(f"stride={stride} must be 1 or 2")
+
+
+def check_whole(name: str, value: int) -> None:
+    """Raise ValueError if an argument is not a whole number of at least 1."""
+    # A program that is being compiled may see its integers as torch.SymInt.
+    if not isinstance(value, Integral | torch.SymInt) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number, at least 1")
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor; got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or not tensor.dtype.is_floating_point:
+        raise ValueError(f"{name} must be a dense tensor with a floating dtype; got {tensor.dtype}, {tensor.layout}")
 
 
 def _shape(tensor: Tensor) -> list[int]:

@@ -136,19 +136,21 @@ def _attn_weights(
 ) -> Tensor:
     """Return the softmax weights, [K*K, N, H, W, B]."""
     q = _batch_last(query)
-    num_heads, _, height, width, batch = q.shape
-    scores = q.new_zeros(kernel_size, kernel_size, num_heads, height, width, batch)
+    height, width = q.shape[2:4]
+    # Not in place, because torch.func.linearize would be wrong in silence.
+    scores = q.new_zeros(())
     if key is not None:
-        by_place = scores.flatten(0, 1)
-        for place, k_window in enumerate(_windows(_pad(_batch_last(key), kernel_size), kernel_size)):
-            by_place[place] = (q * k_window).sum(1)
+        windows = _windows(_pad(_batch_last(key), kernel_size), kernel_size)
+        scores = torch.stack([(q * k_window).sum(1) for k_window in windows])
+        scores = scores.unflatten(0, (kernel_size, kernel_size))
     if rel_height is not None and rel_width is not None:
         q_top, q_bottom = q.chunk(2, dim=1)
-        scores += torch.einsum("ndhwb,nkd->knhwb", q_top, _per_head(rel_height, q))[:, None]
-        scores += torch.einsum("ndhwb,nkd->knhwb", q_bottom, _per_head(rel_width, q))[None, :]
+        scores = scores + torch.einsum("ndhwb,nkd->knhwb", q_top, _per_head(rel_height, q))[:, None]
+        scores = scores + torch.einsum("ndhwb,nkd->knhwb", q_bottom, _per_head(rel_width, q))[None, :]
     scores = scores.flatten(0, 1)
     if border == "mask":
-        scores.masked_fill_(~_inside(height, width, kernel_size, q.device)[:, None, :, :, None], float("-inf"))
+        outside = ~_inside(height, width, kernel_size, q.device)[:, None, :, :, None]
+        scores = scores.masked_fill(outside, float("-inf"))
     return scores.softmax(0)
 
 

@@ -288,6 +288,7 @@ _define = functools.partial(
     skips_first=True,  # images rarely need gradients
     flops=_forward_flops,
     device_types="cpu",
+    alternative="AttentionStem(backend='reference')",
 )
 
 _attention_stem = _define(

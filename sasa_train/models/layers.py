@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sasa_train.attention import attention_weights, local_attention_qkv, stem
 from sasa_train.attention.cpu import describe_build
-from sasa_train.attention.dispatch import BACKENDS, describe_backend
+from sasa_train.attention.dispatch import check_options, check_stride, check_whole, describe_backend
 from sasa_train.models.stem_norm import can_normalise_picked, is_plain, normalise_picked
 
 POSITIONS = ("relative", "absolute", "none")
@@ -75,7 +75,9 @@ class LocalSelfAttention2d(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
-        _check_keys(in_channels, out_channels, kernel_size, num_heads, stride, position, content)
+        check_options(kernel_size, content, border, backend)
+        check_stride(stride)
+        _check_keys(in_channels, out_channels, num_heads, position, content)
         self.num_heads, self.kernel_size, self.stride = num_heads, kernel_size, stride
         self.position, self.content, self.border, self.backend = position, content, border, backend
         head_dim = out_channels // num_heads
@@ -119,6 +121,7 @@ class LocalSelfAttention2d(nn.Module):
 
     def _projections(self, x: Tensor) -> Tensor:
         """Return queries, keys (if the scores include content) and values of all heads, [3 or 2, B, N, H, W, D]."""
+        _check_maps(x, self.qkv.in_channels)
         qkv = self.qkv(x)
         if self.position == "absolute":
             qkv = qkv + self._projected_sinusoid(x)
@@ -179,11 +182,11 @@ class AttentionStem(nn.Module):
     ):
         super().__init__()
         position = "relative" if relative else "none"
-        _check_keys(in_channels, out_channels, 2 * BLOCK_SIZE - 1, num_heads, 1, position, content=True)
+        check_options(2 * BLOCK_SIZE - 1, True, "mask", backend)
+        check_whole("num_mixtures", num_mixtures)
+        _check_keys(in_channels, out_channels, num_heads, position, content=True)
         if values not in STEM_VALUES:
             raise ValueError(f"values={values!r} must be one of {', '.join(STEM_VALUES)}")
-        if backend not in BACKENDS:
-            raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
         self.num_heads, self.values, self.backend = num_heads, values, backend
         self.qk = nn.Conv2d(in_channels, 2 * out_channels, 1, bias=False)
         if values == "conv":
@@ -217,7 +220,8 @@ class AttentionStem(nn.Module):
         _init_relative(self.rel_height, self.rel_width)
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
+        _check_maps(x, self.qk.in_channels)
+        height, width = x.shape[2:]
         _check_sides(height, width)
         if self._runs_kernel(x):
             return self._forward_kernel(x)
@@ -231,7 +235,8 @@ class AttentionStem(nn.Module):
 
         Blocks and positions inside a block are in row-major order. PyTorch computes the weights in float32 or float64.
         """
-        _check_sides(*x.shape[-2:])
+        _check_maps(x, self.qk.in_channels)
+        _check_sides(*x.shape[2:])
         query, key = self._queries_and_keys(x)
         dtype = torch.promote_types(query.dtype, torch.float32)
         with torch.autocast(query.device.type, enabled=False):
@@ -321,7 +326,7 @@ class AttentionStem(nn.Module):
     def _unblock(self, blocks: Tensor, height: int, width: int) -> Tensor:
         """Undo `_blocks`."""
         x = blocks.unflatten(3, (BLOCK_SIZE, BLOCK_SIZE)).unflatten(2, (height // BLOCK_SIZE, width // BLOCK_SIZE))
-        return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(x.shape[0], -1, height, width)
+        return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(x.shape[0], x.shape[1] * x.shape[6], height, width)
 
 
 def sinusoid(channels: int, length: int, device: torch.device | None = None) -> Tensor:
@@ -365,19 +370,23 @@ def _check_sides(height: int, width: int) -> None:
         )
 
 
-def _check_keys(
-    in_channels: int, channels: int, kernel_size: int, num_heads: int, stride: int, position: str, content: bool
-) -> None:
+def _check_maps(x: Tensor, in_channels: int) -> None:
+    expected = f"x must be a floating tensor [B, {in_channels}, H, W] with sides of at least 1"
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{expected}; got {type(x).__name__}")
+    if x.dim() != 4 or x.shape[1] != in_channels or 0 in x.shape[2:] or not x.dtype.is_floating_point:
+        raise ValueError(f"{expected}; got {x.dtype} {list(x.shape)}")
+
+
+def _check_keys(in_channels: int, channels: int, num_heads: int, position: str, content: bool) -> None:
+    for name, value in (("in_channels", in_channels), ("out_channels", channels), ("num_heads", num_heads)):
+        check_whole(name, value)
     if channels % num_heads:
         raise ValueError(f"num_heads={num_heads} must divide the layer's {channels} channels")
     if position == "relative" and channels // num_heads % 2:
         raise ValueError(
             f"num_heads={num_heads} leaves head_dim={channels // num_heads}; relative positions need it even"
         )
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size={kernel_size} must be odd and positive, so that the window has a centre")
-    if stride not in (1, 2):
-        raise ValueError(f"stride={stride} must be 1 or 2")
     if position not in POSITIONS:
         raise ValueError(f"position={position!r} must be one of {', '.join(POSITIONS)}")
     if position == "absolute" and in_channels % 4:

@@ -17,6 +17,7 @@ from sasa_train.models import build_model, enable_grad_checkpointing
 from sasa_train.models.counting import count_layers
 from sasa_train.refusal import LIBRARY_ERRORS, ConfigError, ExpectedFailure, shorten
 from sasa_train.runs.folder import RunFolder
+from sasa_train.training.optim import backward
 from sasa_train.training.state import build_state
 
 SHARE = 0.5  # fraction of the free CPU memory for activations; gradients and temporaries need the rest
@@ -147,7 +148,7 @@ def _fits_cuda(plan: RunPlan, num_images: int) -> bool:
         labels = torch.zeros(num_images, dtype=torch.int64, device=device)
         with plan.autocast():
             loss = nn.functional.cross_entropy(state.model.train()(images).float(), labels)
-        loss.backward()
+        backward(loss, state.optimizer)
         state.optimizer.step()
     except RuntimeError as error:  # includes torch.OutOfMemoryError
         if is_out_of_memory(error) or any(text in str(error) for text in TOO_LARGE):

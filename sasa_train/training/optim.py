@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import warnings
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -10,10 +11,12 @@ import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
+from torch import Tensor, nn
 
 from sasa_train.config.derived import total_steps
 from sasa_train.config.keys import OptimizerConfig, ScheduleConfig, TrainConfig
+from sasa_train.models.layers import AttentionStem, LocalSelfAttention2d
+from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import LIBRARY_ERRORS, ConfigError, shorten
 
 # Arguments of timm's factory that split the parameters into groups.
@@ -62,9 +65,77 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimi
         )
     except (*LIBRARY_ERRORS, ImportError) as error:
         raise ConfigError(f"{_described(optimizer)} cannot be built: {error}") from error
-    if getattr(built, "is_second_order", False):
-        raise ConfigError(f"optimizer.name={optimizer.name} needs second derivatives, which local attention has not")
+    if needs_graph(built):
+        _check_second_order(config, model)
+        _complete_second_order(built, optimizer.name)
     return built
+
+
+def needs_graph(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether the optimizer differentiates the gradients, as adahessian does."""
+    return getattr(optimizer, "is_second_order", False)
+
+
+def backward(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Add the loss's gradients to the parameters'; keep their graph if the optimizer differentiates them."""
+    with warnings.catch_warnings():
+        # The reference cycle that torch warns of ends with the step; see `_free_graph`.
+        warnings.filterwarnings("ignore", "Using backward.. with create_graph=True", UserWarning)
+        loss.backward(create_graph=needs_graph(optimizer))
+
+
+def _check_second_order(config: TrainConfig, model: nn.Module) -> None:
+    """Raise ConfigError if the run has no second derivatives."""
+    trainer, where = config.trainer, f"optimizer.name={config.optimizer.name} needs second derivatives"
+    for module in model.modules():
+        # timm's attention sets `fused_attn` where it calls torch's kernels, which are differentiable once, too.
+        if isinstance(module, LocalSelfAttention2d | AttentionStem) or getattr(module, "fused_attn", False):
+            raise ConfigError(
+                f"{where}, which {type(module).__name__} of model.name={config.model.name} does not have; "
+                "use optimizer.name=adamw, or a convolutional model such as model.name=conv_resnet26"
+            )
+    obstacles = {
+        "trainer.compile=true does not have; use trainer.compile=false": trainer.compile,
+        "trainer.grad_checkpointing=true does not have; use false": trainer.grad_checkpointing,
+        "trainer.precision=fp16 scales; use bf16 or fp32": trainer.precision == "fp16",
+        f"{world_size()} processes do not average; use one": world_size() > 1,
+        "a resumed run lacks between updates; use optimizer.args.update_each=1": (
+            config.optimizer.args.get("update_each", 1) != 1
+        ),
+    }
+    for obstacle, is_present in obstacles.items():
+        if is_present:
+            raise ConfigError(f"{where}, which {obstacle}")
+
+
+def _complete_second_order(built: Any, name: str) -> None:
+    """Make timm's adahessian resume exactly, free each step's graph, and name what has no second derivative."""
+    adahessian = getattr(built, "_base_optimizer", built)  # timm's lookahead wraps it
+    adahessian.register_step_pre_hook(_seed_vectors)
+    adahessian.register_step_post_hook(_free_graph)
+    set_hessian = adahessian.set_hessian
+
+    def explained() -> None:
+        try:
+            set_hessian()
+        except RuntimeError as error:
+            if "is not implemented" not in str(error):
+                raise
+            raise ConfigError(f"optimizer.name={name} cannot train this model: {error}; use adamw") from error
+
+    adahessian.set_hessian = explained
+
+
+def _seed_vectors(optimizer: Any, *_) -> None:
+    """Seed adahessian's random vectors from torch's generator, because checkpoints contain its state only."""
+    device = next(optimizer.get_params()).device
+    optimizer.generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
+
+
+def _free_graph(optimizer: Any, *_) -> None:
+    for parameter in optimizer.get_params():
+        if parameter.grad is not None:
+            parameter.grad.detach_()
 
 
 def try_optimizer(config: TrainConfig, device: torch.device) -> None:
@@ -75,6 +146,8 @@ def try_optimizer(config: TrainConfig, device: torch.device) -> None:
     for parameter in tiny.parameters():
         parameter.grad = torch.full_like(parameter, 0.01)
     try:
+        if needs_graph(optimizer):
+            backward(tiny(torch.ones(2, 3, 6, 6, device=device)).square().sum(), optimizer)
         optimizer.step()
     except LIBRARY_ERRORS as error:
         raise ConfigError(f"{_described(config.optimizer)} cannot take a step: {error}") from error

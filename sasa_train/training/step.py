@@ -22,6 +22,7 @@ from sasa_train.device import RunPlan
 from sasa_train.processes import collectives
 from sasa_train.training.evaluation import Batches, batch_norms
 from sasa_train.training.nonfinite import LossWatch
+from sasa_train.training.optim import backward
 from sasa_train.training.state import TrainState
 
 
@@ -68,7 +69,7 @@ class Stepper:
                 self.loss_watch.begin(loss, state.step, number)
                 losses.append(loss.detach())
                 with frozen_running_stats(state.model) if config.grad_checkpointing else contextlib.nullcontext():
-                    state.scaler.scale(loss / plan.grad_accum_steps).backward()
+                    backward(state.scaler.scale(loss / plan.grad_accum_steps), state.optimizer)
             state.window.add(loss.detach(), logits.detach(), labels)
             if not self.loss_watch.is_late:
                 self.loss_watch.check()
