@@ -42,17 +42,17 @@ def define_operator(
     """Register `sasa_train::{name}` and `sasa_train::{name}_backward`; return the first.
 
     Args:
-        tensors, options: arguments in torch's schema language; gradients are computed for `tensors`.
-        forward_only: additional arguments that are not passed to the backward op.
-        outputs: the outputs of `forward`. The backward op receives, under the names in `backward_inputs`, the gradients
-            of the outputs listed in `grads`, then the outputs listed in `kept`, followed by `tensors` and `options`.
+        tensors, options, forward_only: arguments in torch's schema language; gradients are computed for `tensors`, and
+            `forward_only` is not passed to the backward op.
+        outputs: those of `forward`. The backward op receives, under the names in `backward_inputs`, the gradients of
+            those listed in `grads`, then those listed in `kept`, followed by `tensors` and `options`.
         keeps_output: whether the first output, if listed in `kept`, is needed with these options; if not, it is None.
-        fake: a function that returns outputs like those of `forward`, but without values.
         skips_first: whether the backward op has a last argument `needs_x`, and omits the first gradient if it is false.
-        flops: a function that counts the FLOPs of a forward pass, given the same arguments with shapes for tensors.
-        alternative: what to use where the op refuses to be differentiated.
+        flops: counts the FLOPs of a forward pass from the same arguments, with shapes for tensors.
+        alternative: what to use where the op cannot be differentiated.
     """
     num_before, num_tensors, num_options = len(grads) + len(kept), tensors.count(",") + 1, options.count(",") + 1
+    num_without = num_options + forward_only.count("Tensor")
     schemas = {
         name: f"({', '.join(filter(None, (tensors, options, forward_only)))}) -> {outputs}",
         f"{name}_backward": f"({backward_inputs}, {tensors}, {options}{', bool needs_x' * skips_first}) -> Tensor[]",
@@ -66,24 +66,24 @@ def define_operator(
 
     def setup_context(ctx, inputs, output):
         found, ctx.options = output if isinstance(output, tuple) else (output,), inputs[num_tensors:][:num_options]
-        kept_outputs = (found[i] if i or keeps_output(found[0], *ctx.options) else None for i in kept)
-        ctx.save_for_backward(*kept_outputs, *inputs[:num_tensors])
+        outputs = (found[i] if i or keeps_output(found[0], *ctx.options) else None for i in kept)
+        ctx.save_for_backward(*outputs, *inputs[:num_tensors])
 
     def run_backward(ctx, *grad_outputs):
         saved, needs_first = ctx.saved_tensors, ctx.needs_input_grad[0] or not skips_first
-        flags = (needs_first,) * skips_first
-        present = iter(backward_op(*(grad_outputs[i] for i in grads), *saved, *ctx.options, *flags))
+        arguments = (*(grad_outputs[i] for i in grads), *saved, *ctx.options)
+        present = iter(backward_op(*arguments, needs_first) if skips_first else backward_op(*arguments))
         has_grad = (needs_first, *(x is not None for x in saved[len(kept) + 1 :]))
-        num_without = num_options + forward_only.count("Tensor")
         return (*(next(present) if has else None for has in has_grad), *[None] * num_without)
 
     op.register_autograd(run_backward, setup_context=setup_context)
-    _refuse_others(name, op, backward_op, functools.partial(_refuse, name, alternative))
+    _refuse_others(name, op, backward_op, alternative)
     _register_flops(name, flops, num_before)
     return op
 
 
-def _refuse_others(name: str, op: Any, backward_op: Any, refuse: Callable[..., None]) -> None:
+def _refuse_others(name: str, op: Any, backward_op: Any, alternative: str) -> None:
+    refuse = functools.partial(_refuse, name, alternative)
     backward_op.register_autograd(functools.partial(refuse, "second derivatives"))
     for each, definition in ((name, op), (f"{name}_backward", backward_op)):
         definition.register_vmap(functools.partial(_run_one_by_one, definition))

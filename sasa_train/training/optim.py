@@ -156,6 +156,8 @@ def try_optimizer(config: TrainConfig, device: torch.device) -> None:
 def try_loaded(config: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Run one step on copies of a model and its optimizer, whose state comes from a file; raise any error of it."""
     # Optimizers load tensors of any shape, and fail in their next step.
+    if needs_graph(optimizer):  # its step needs gradients that were computed
+        return
     model = copy.deepcopy(model)
     trial = build_optimizer(config, model)
     trial.load_state_dict(copy.deepcopy(optimizer.state_dict()))
