@@ -40,7 +40,7 @@ class TrainedModel:
         return resolved_image_size(self.config.data)
 
     def normalize(self, device: torch.device) -> Normalize:
-        """Return the normalisation that the model was trained with, for uint8 images [B, 3, H, W] returned by `fit`."""
+        """Return the normalisation that the model was trained with, for uint8 images [B, 3, H, W] from `val_shape`."""
         return Normalize(*mean_std(self.config.data), device, self.config.trainer.channels_last)
 
     def check_classes(self, classes: list[str]) -> None:

@@ -16,6 +16,7 @@ from sasa_train.data.loader import build_loaders
 from sasa_train.data.mixing import Mixing
 from sasa_train.data.policies import NUM_DRAWS, Policy
 from sasa_train.data.randomness import POLICY, sample_draws
+from sasa_train.data.reading import read_batches, read_fitted
 from sasa_train.data.transforms import Augment, decode_box, fit, random_resized_box
 from sasa_train.refusal import ConfigError
 
@@ -154,6 +155,27 @@ def test_a_box_is_what_cropping_and_resizing_gives(tmp_path):
     with Image.open(tmp_path / "a.jpg") as image:
         whole = np.asarray(image.crop(large).resize((224, 224), 2)).astype(float)
     assert np.abs(drafted - whole).mean() < 1.0
+
+
+def test_every_reader_resizes_as_configured(tmp_path):
+    """In black and white images that are resized without interpolation, no grey may appear, wherever they are read."""
+    for name in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / name).mkdir(parents=True)
+        noise = np.random.default_rng(0).integers(0, 2, (90, 110), dtype=np.uint8) * 255
+        Image.fromarray(noise).save(tmp_path / name / "x.png")
+    common = ["data=image_folder", f"data.root={tmp_path}", "trainer.global_batch_size=2", "data.num_workers=0"]
+    for of_size in ("data.image_size=24", "data.image_size=72", "data.image_size=72 augment.crop=false"):
+        for interpolation in ("nearest", "bilinear"):
+            config = compose_config([*common, *of_size.split(), f"data.interpolation={interpolation}"])
+            loaders = build_loaders(config, CPU)
+            normalize, images = loaders.val.normalize, loaders.train_set
+            read = [normalize.undo(x) for x, _ in (*loaders.train.train_batches(0), *loaders.val.eval_batches())]
+            read += [read_fitted(images, range(2), config.data).pixels]
+            read += [batch.pixels for batch in read_batches([images], config.data)]
+            loaders.close()
+            for pixels in read:
+                inside = pixels[..., 4:-4, 4:-4]  # without padding
+                assert bool(((inside > 0) & (inside < 255)).any()) == (interpolation == "bilinear")
 
 
 def test_val_never_takes_a_shortcut(tmp_path):

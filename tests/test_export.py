@@ -23,7 +23,7 @@ import sasa_train.models
 from sasa_train import export as command
 from sasa_train import train
 from sasa_train.attention import plain, reference
-from sasa_train.data.transforms import fit
+from sasa_train.data.transforms import val_shape
 from sasa_train.export import formats
 from sasa_train.export.checking import load_images, measure
 from sasa_train.export.description import model_card, timm_data_config
@@ -143,17 +143,23 @@ def test_pretrained_without_a_source_is_refused():
         timm.create_model("sasa_resnet26", pretrained=True, width=0.25)
 
 
-@pytest.mark.parametrize("size", [8, 64, 65, 224, 817])
-def test_timms_transform_gives_the_pixels_of_val(run_dir, size):
+@pytest.mark.parametrize(
+    ("size", "keys"),
+    [
+        *((size, []) for size in (8, 64, 65, 224, 817)),
+        *((size, ["data.interpolation=bicubic", "data.val_crop=0.95"]) for size in (24, 224)),
+    ],
+)
+def test_timms_transform_gives_the_pixels_of_val(run_dir, size, keys):
     """For size 817, timm would resize to floor(817 / (817 / 934)), which is 933 rather than 934 in floating point."""
-    trained = load_trained(run_dir)
+    trained = load_trained(run_dir, keys)
     trained.config.data.image_size = size
     transform = timm.data.create_transform(**timm_data_config(trained))
     normalize = trained.normalize(torch.device("cpu"))
     rng = np.random.default_rng(0)
     for shape in ((size, size), (71, 97), (307, 211)):
         image = Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8))
-        ours = normalize(torch.from_numpy(fit(image, size).copy()).permute(2, 0, 1)[None])[0]
+        ours = normalize(torch.from_numpy(val_shape(trained.config.data)(image).copy()).permute(2, 0, 1)[None])[0]
         torch.testing.assert_close(transform(image), ours, rtol=0, atol=1e-6)  # normalisation in another order
 
 

@@ -12,16 +12,25 @@ import huggingface_hub.constants
 import pytest
 import timm
 import torch
+import yaml
+from marking import slow_but_for
+from PIL import Image
 from reading_runs import assert_equal_state, assert_same_run, last, rows
 from running_commands import TINY, launch, run_in_process, start, wait_for_rows
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import sasa_train.models
+from sasa_train import export, train
 from sasa_train.config.compose import compose_config
 from sasa_train.config.identity import default_run_name
+from sasa_train.config.keys import TrainConfig
+from sasa_train.config.saved import load_config, to_yaml
+from sasa_train.data.datasets import mean_std
+from sasa_train.data.transforms import Normalize, val_shape
 from sasa_train.models.pretrained import load_pretrained, resize_window
 from sasa_train.refusal import ConfigError
-from sasa_train.runs.checkpoint import load_checkpoint
+from sasa_train.runs.checkpoint import Checkpoints, load_checkpoint
+from sasa_train.runs.preprocessing import stated_by_json, with_preprocessing
 from sasa_train.runs.weights import load_into, read_weights
 
 KEYS = {"width": 0.125, "num_heads": 2, "stem": "conv_small", "kernel_size": 5}
@@ -245,6 +254,20 @@ def test_damaged_and_hostile_files_are_refused(tiny_run, tmp_path, monkeypatch):
     assert not (tmp_path / "executed").exists()
 
 
+def assert_pixels_of_timm(published: torch.nn.Module, config: TrainConfig) -> None:
+    """Check that val images reach the weights as they do in timm, whose mean, filter and crop differ from our own."""
+    config, _ = with_preprocessing(config, read_weights(config).preprocessing)
+    assert (config.data.mean, config.data.interpolation, config.data.val_crop) == ([0.5] * 3, "bicubic", 0.95)
+    size = config.data.image_size
+    transform = timm.data.create_transform(
+        **timm.data.resolve_model_data_config(published) | {"input_size": (3, size, size)}
+    )
+    image = Image.effect_noise((131, 173), 80).convert("RGB")
+    pixels = torch.from_numpy(val_shape(config.data)(image).copy()).permute(2, 0, 1)[None]
+    ours = Normalize(*mean_std(config.data), pixels.device, channels_last=False)(pixels)[0]
+    torch.testing.assert_close(ours, transform(image), rtol=0, atol=1e-6)  # normalisation in another order
+
+
 def test_weights_of_timm_come_from_its_cache(tmp_path, monkeypatch):
     """The Hub cache is created without a network; the classifier is not loaded, but initialised from the seed."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
@@ -263,6 +286,7 @@ def test_weights_of_timm_come_from_its_cache(tmp_path, monkeypatch):
     weights = read_weights(config)
     assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(5)))
     assert torch.equal(weights.state_dict["blocks.0.attn.qkv.weight"], published.blocks[0].attn.qkv.weight)
+    assert_pixels_of_timm(published, compose_config([*overrides, "data=image_folder", "data.image_size=96"]))
     model = sasa_train.models.build_model(config.model, 10, 64)
     assert set(load_into(model, weights, [str(n) for n in range(10)], "timm").left) == {"head.weight", "head.bias"}
     with pytest.raises(ConfigError, match="no weights of sasa_resnet26 are published"):
@@ -283,9 +307,133 @@ def finetuning(source: Path) -> list[str]:
     return [*TINY, f"model.pretrained={source}", "model.kernel_size=5", "trainer.ema_decay=0.9", "optimizer.lr=0.02"]
 
 
+# The preprocessing of a source, and of no data set.
+OTHER = {"mean": [0.4, 0.5, 0.6], "std": [0.5, 0.25, 0.3], "interpolation": "nearest"}
+WRITTEN = "data.mean=[0.4,0.5,0.6] data.std=[0.5,0.25,0.3] data.interpolation=nearest"
+
+
+def preprocessing_of(run_dir: Path) -> list[dict]:
+    """Return the preprocessing in config.yaml and in the last checkpoint."""
+    texts = ((run_dir / "config.yaml").read_text(), last(run_dir)["config"])
+    return [{key: getattr(load_config(text).data, key) for key in OTHER} for text in texts]
+
+
+@pytest.fixture(scope="module")
+def other_run(tmp_path_factory) -> Path:
+    """Return the run of a model whose images are normalised and resized in an unusual way; it is also exported."""
+    folder = tmp_path_factory.mktemp("other_run")
+    run = [*TINY, *WRITTEN.split(), "data.image_size=12", "trainer.ema_decay=0.5", "trainer.epochs=1"]
+    assert train.run_command([*run, f"output_dir={folder}", "run_name=other"]) == 0
+    assert export.run_command([str(folder / "other"), "--formats", "safetensors", "hub"]) == 0
+    save = folder / "other/export/foreign"  # a hub folder of another program: all that it states is in config.json
+    shutil.copytree(folder / "other/export/hub", save)
+    save_file(load_file(save / "model.safetensors"), save / "model.safetensors")
+    return folder / "other"
+
+
+@pytest.mark.parametrize(
+    "kind", slow_but_for([".", "export/foreign"], [".", "export/model.safetensors", "export/hub", "export/foreign"])
+)
+def test_pretrained_weights_see_images_as_they_did_in_their_own_training(other_run, in_process, tmp_path, kind):
+    """The data set's own mean and std were once used in silence; the val loss changed although no weight did."""
+    still = ["optimizer.lr=1e-30", "model.bn_momentum=0", "trainer.epochs=1", "data.image_size=12"]
+    said = in_process("train", *TINY, *still, f"model.pretrained={other_run / kind}", "run_name=still")
+    assert f"preprocessing of the source: {WRITTEN}" in " ".join(said.stdout.split()) and not said.stderr
+    (here,), (there,) = (
+        [row for row in rows(run) if row["split"] == "val"] for run in (tmp_path / "out/still", other_run)
+    )
+    assert here["loss"] == there["loss"] and here["top1"] == there["top1"]
+    assert preprocessing_of(tmp_path / "out/still") == [OTHER] * 2
+    with_raw = in_process("evaluate", "out/still", "weights=raw").stdout
+    assert f"loss   {here['loss']}" in with_raw
+
+
+def test_keys_that_are_set_are_kept_with_a_warning(other_run, in_process, tmp_path):
+    """Check that a key set to the source's value gives no warning, and that another one is named with both values."""
+    run = [*TINY, f"model.pretrained={other_run}", "trainer.epochs=1", "trainer.max_steps=1"]
+    said = in_process("train", *run, "data.std=[0.5,0.5,0.5]", "data.interpolation=nearest", "run_name=a").stderr
+    assert said == (
+        f"WARNING: data.std=[0.5,0.5,0.5], but model.pretrained={other_run} was trained with [0.5,0.25,0.3]; leave "
+        "data.std out to take that\n"
+    )
+    assert preprocessing_of(tmp_path / "out/a") == [OTHER | {"std": [0.5] * 3}] * 2
+
+
+def test_a_run_that_began_before_its_keys_goes_on_as_it_began(other_run, in_process, tmp_path):
+    """An older run used the data set's own mean and std; its config.yaml and checkpoint say null, or lack the keys."""
+    run = [*TINY, f"model.pretrained={other_run}", "trainer.epochs=1"]
+    own = ["data.mean=[0.305,0.305,0.305]", "data.std=[0.3756,0.3756,0.3756]", "data.interpolation=bilinear"]
+    in_process("train", *run, *own, "run_name=whole")
+    in_process("train", *run, *own, "run_name=old", "trainer.max_hours=1e-9", expect=75)
+    folder, checkpoint = tmp_path / "out/old", last(tmp_path / "out/old")
+    written = yaml.safe_load(checkpoint["config"])
+    written["data"] |= {"mean": None, "std": None}
+    for key in ("interpolation", "val_crop"):
+        del written["data"][key]
+    text = yaml.safe_dump(written)
+    (folder / "config.yaml").write_text(text)
+    Checkpoints(folder / "checkpoints", 0).save(checkpoint | {"config": text}, is_best=False)
+    said = in_process("train", *run, "run_name=old")
+    assert "WARNING: data" not in said.stderr
+    assert_same_run(folder, tmp_path / "out/whole")
+    assert preprocessing_of(folder) == [dict.fromkeys(OTHER)] * 2
+    in_process("train", *run, "run_name=old", *own[:2], expect=2)
+
+
+def test_null_is_not_a_value_that_was_set(other_run, in_process, tmp_path):
+    """Only a run with pretrained weights may have taken a mean; for others, leaving out the key changes the run."""
+    shutil.copytree(other_run, tmp_path / "out/other")
+    run = [*TINY, "data.image_size=12", "trainer.ema_decay=0.5", "trainer.epochs=1", "run_name=other"]
+    said = in_process("train", *run, "data.interpolation=nearest", expect=2).stderr
+    assert "data.mean: [0.4, 0.5, 0.6] -> None" in said and "data.interpolation" not in said
+
+
+STATED = {
+    '{"mean": [0.5], "std": [0.5, 0.5, 0.5]}': ("data.mean=[0.5] must be three numbers", ["std"]),
+    '{"mean": [0.5, NaN, 0.5]}': ("data.mean=[0.5, nan, 0.5] must be finite", []),
+    '{"mean": [124, 116, 104]}': ("data.mean=[124, 116, 104] must be from 0 to 1", []),
+    '{"mean": 0.5, "std": [true, 1, 1]}': ("data.std=[True, 1, 1] must be a list of numbers", []),
+    '{"std": [0, 0.5, 0.5]}': ("data.std=[0, 0.5, 0.5] must be positive", []),
+    '{"pretrained_cfg": {"interpolation": "random", "crop_pct": 0.9}}': (
+        "data.interpolation=random must be",
+        ["val_crop"],
+    ),
+    '{"pretrained_cfg": {"interpolation": "lanczos", "crop_pct": 1.15}}': (
+        "data.val_crop=1.15 must be",
+        ["interpolation"],
+    ),
+    '{"crop_pct": "0.9"}': ("data.val_crop=0.9 must be a number", []),
+    '{"std": [1%s, 1, 1]}' % ("0" * 400): ("data.std=[1000", []),
+    '{"crop_mode": "squash", "crop_pct": 1}': ("trained with crop_mode=squash; val keeps the centre", ["val_crop"]),
+    '{"mean": "\\u001b[2J", "pretrained_cfg": 5}': (None, []),
+    '{"interpolation": "\\u001b[2J"}': ("data.interpolation='\\x1b[2J'", []),
+    '{"mean": null, "interpolation": "", "crop_pct": null}': (None, []),
+    "[" * 100_000: (None, []),
+}
+
+
+def test_a_stated_value_that_cannot_be_taken_is_named(capsys):
+    config = compose_config(["data=imagenet", "model.pretrained=hub"])
+    for text, (message, names) in STATED.items():
+        taken, line = with_preprocessing(config, stated_by_json(text))
+        changed = {key for key, value in vars(taken.data).items() if value != getattr(config.data, key)}
+        assert changed == set(names) and load_config(to_yaml(taken)) == taken, text[:100]
+        assert ("preprocessing of the source: data." in line) == bool(names), text[:100]
+        said = capsys.readouterr().err
+        assert ("WARNING: model.pretrained=hub" in said and message in said) if message else not said, text[:100]
+        assert len(said) < 700 and "\x1b" not in said
+
+
+def test_weights_from_timms_training_state_the_arguments_that_were_given(tmp_path):
+    """Only arguments that were given are stated; a null stands for the default of timm's model."""
+    arguments = argparse.Namespace(mean=(0.4, 0.5, 0.6), std=None, interpolation="", crop_pct=0.9, lr=1)
+    torch.save({"state_dict": {"x": torch.ones(3)}, "args": arguments}, tmp_path / "timm.pth")
+    assert read(tmp_path / "timm.pth").preprocessing == {"mean": [0.4, 0.5, 0.6], "val_crop": 0.9}
+
+
 @pytest.mark.usefixtures("one_thread")
-def test_a_killed_fine_tuning_ends_as_one_never_touched_and_needs_the_file_no_more(tiny_run, tmp_path, monkeypatch):
-    shutil.copytree(tiny_run, tmp_path / "source")
+def test_a_killed_fine_tuning_ends_as_one_never_touched_and_needs_the_file_no_more(other_run, tmp_path, monkeypatch):
+    shutil.copytree(other_run, tmp_path / "source")
     run = [*finetuning(Path("source")), "trainer.checkpoint_every_steps=3"]
     process = start(tmp_path, *run, "run_name=broken")
     wait_for_rows(tmp_path / "out/broken", 6, process)
@@ -299,9 +447,11 @@ def test_a_killed_fine_tuning_ends_as_one_never_touched_and_needs_the_file_no_mo
     for note in ("pretrained_sha256", "pretrained_report"):
         assert broken[note] == whole[note]
     info = json.loads((tmp_path / "out/broken/run.json").read_text())
-    manifest = json.loads((tiny_run / "checkpoints/best.pt.json").read_text())
+    manifest = json.loads((other_run / "checkpoints/best.pt.json").read_text())
     assert info["pretrained_sha256"] == manifest["sha256"]
     assert "adapted, window 3 -> 5: rel_height" in info["pretrained_report"]
+    assert info["pretrained_report"].endswith(f"preprocessing of the source: {WRITTEN}")
+    assert preprocessing_of(tmp_path / "out/broken") == [OTHER] * 2
 
 
 def test_the_first_step_and_the_average_start_from_the_loaded_weights(tiny_run, tmp_path, monkeypatch, capsys):

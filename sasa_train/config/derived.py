@@ -19,6 +19,10 @@ def resolved_image_size(data: DataConfig) -> int:
     return data.image_size or DATA_SETS[data.name].image_size
 
 
+def resolved_interpolation(data: DataConfig) -> str:
+    return data.interpolation or "bilinear"
+
+
 def expected_num_classes(config: TrainConfig) -> int | None:
     """Return the number of classes, or None if neither the config nor the data set's name determines it."""
     return config.model.num_classes or DATA_SETS[config.data.name].num_classes

@@ -15,6 +15,7 @@ from sasa_train.config.bounds import key, local_key
 OWN_MODELS = tuple(f"{family}_resnet{depth}" for family in ("sasa", "hybrid", "conv") for depth in (26, 38, 50))
 PUBLISHED = "timm"  # the value of model.pretrained for timm's published weights
 SMALL_IMAGE = 64  # pixels; images up to this size use the small-image transforms and may be resident
+INTERPOLATIONS = ("bilinear", "bicubic", "lanczos", "nearest")  # filters of Pillow
 POLICIES = (
     "none", "rand_augment", "trivial_augment", "auto_augment_imagenet", "auto_augment_cifar10", "auto_augment_svhn",
 )  # fmt: skip
@@ -81,9 +82,21 @@ class DataConfig:
         0.0, "> 0: fixed, stratified fraction of train to use as val (0.04 in the paper's Table 3)", at_least=0, below=1
     )
     mean: list[float] | None = key(
-        None, "mean per channel of [0, 1] values; null: the set's own (image_folder: ImageNet's)", at_least=0, at_most=1
+        None,
+        "mean per channel of [0, 1] values; null: model.pretrained's, or the set's own (image_folder: ImageNet's)",
+        at_least=0,
+        at_most=1,
     )
     std: list[float] | None = key(None, "standard deviation per channel, likewise", above=0)
+    interpolation: str | None = key(
+        None, "resizing filter; null: model.pretrained's, or bilinear", choices=INTERPOLATIONS
+    )
+    val_crop: float | None = key(
+        None,
+        "> 64 px: val's crop per shorter side; null: likewise, or 0.875",
+        at_least=0.1,
+        at_most=1,
+    )
     max_unreadable: float = local_key(
         0.001, "allowed fraction of unreadable images per split (at least 10 images); 0: none", at_least=0, at_most=1
     )

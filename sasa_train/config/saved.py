@@ -16,8 +16,9 @@ from sasa_train.refusal import ConfigError, shorten
 
 # What a config computed before these keys existed. A config that lacks them was saved then, and keeps this behaviour.
 BEFORE: dict[str, Any] = {}
-# Keys whose null means "from the source of model.pretrained". A run keeps the values with which it began.
-TAKEN: tuple[str, ...] = ()
+# Keys whose null means "from the source of model.pretrained", if the run has one. It keeps the values with which it
+# began. In configs saved before this was so, null stands for the values of the data set, as it did then.
+TAKEN = ("data.mean", "data.std", "data.interpolation", "data.val_crop")
 
 
 def load_config(yaml_text: str, overrides: Sequence[str] = (), source: str = "the saved config") -> TrainConfig:
@@ -53,12 +54,13 @@ def as_begun(config: TrainConfig, yaml_text: str) -> TrainConfig:
     """Return `config` with what the run of a saved config took when it began, wherever `config` leaves this open.
 
     Applies to the keys of `BEFORE`, if the saved config lacks them and `config` has their defaults, and to null values
-    of the keys in `TAKEN`.
+    of the keys in `TAKEN`, if the run began with pretrained weights.
     """
     saved, kept = flatten(load_config(yaml_text)), OmegaConf.structured(config)
     values, defaults = flatten(config), flatten(TrainConfig())
     lacking = _lacking(OmegaConf.create(yaml_text))
-    for key in [k for k in lacking if values[k] == defaults[k]] + [k for k in TAKEN if values[k] is None]:
+    taken = TAKEN if saved["model.pretrained"] is not None else ()
+    for key in [k for k in lacking if values[k] == defaults[k]] + [k for k in taken if values[k] is None]:
         OmegaConf.update(kept, key, saved[key])
     return cast(TrainConfig, OmegaConf.to_object(kept))
 

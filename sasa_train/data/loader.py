@@ -117,7 +117,7 @@ def _build_loader(config: TrainConfig, images: ImageSet, device: torch.device, i
     num_workers, timeout = resolved_num_workers(config), config.data.worker_timeout
     if not is_resident:
         return StreamingLoader(images, plan, augment, normalize, mixing, quarantine, num_workers, timeout)
-    pixels, labels, is_good = decode_all(images, augment.size, num_workers, timeout, quarantine)
+    pixels, labels, is_good = decode_all(images, config.data, num_workers, timeout, quarantine)
     if split == "train":
         pixels = augment.pad(pixels)
     return ResidentLoader(pixels.to(device), labels.to(device), is_good, plan, augment, normalize, mixing, quarantine)

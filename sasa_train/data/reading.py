@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from sasa_train.config.derived import resolved_image_size
+from sasa_train.config.keys import DataConfig
 from sasa_train.data.datasets import Files, ImageSet, UnreadableImage
 from sasa_train.data.plan import MicroBatch
-from sasa_train.data.transforms import Augment, Shape, fit
+from sasa_train.data.transforms import Augment, Shape, val_shape
 
 Unreadable = tuple[str, str]  # name and reason
 Found = tuple[np.ndarray | None, int, list[Unreadable]]
@@ -37,18 +39,21 @@ def image_files(paths: Sequence[str]) -> ImageSet:
     return ImageSet([], np.full(len(paths), -1), np.arange(len(paths)), Files(list(paths)))
 
 
-def read_fitted(images: ImageSet, indices: Iterable[int], size: int, num_tries: int = 1) -> Read:
-    """Read the images at `indices`, resizing the shorter side and cropping the centre as for validation.
+def read_fitted(images: ImageSet, indices: Iterable[int], data: DataConfig, num_tries: int = 1) -> Read:
+    """Read the images at `indices`, resizing the shorter side and cropping the centre as `data` sets for validation.
 
     An unreadable image is left out or, if `num_tries` exceeds 1, replaced by the next readable one.
     """
-    return _gather((read_or_replace(images, int(i), partial(fit, size=size), num_tries) for i in indices), size)
+    shape = val_shape(data)
+    found = (read_or_replace(images, int(i), shape, num_tries) for i in indices)
+    return _gather(found, resolved_image_size(data))
 
 
-def read_batches(batches: Iterable[ImageSet], size: int, num_threads: int = 1) -> Iterator[Read]:
+def read_batches(batches: Iterable[ImageSet], data: DataConfig, num_threads: int = 1) -> Iterator[Read]:
     """Read each image set of `batches` as one batch; threads read one batch ahead of the caller."""
     # Threads suffice because Pillow releases the GIL while it decodes and resizes.
-    pool, waiting, shape = ThreadPoolExecutor(max(1, num_threads)), deque[Iterator[Found]](), partial(fit, size=size)
+    pool, waiting = ThreadPoolExecutor(max(1, num_threads)), deque[Iterator[Found]]()
+    shape, size = val_shape(data), resolved_image_size(data)
     try:
         for images in batches:
             waiting.append(pool.map(partial(read_or_replace, images, shape=shape), range(len(images))))
@@ -97,14 +102,14 @@ class Reader:
     """Reads micro-batches in a worker, and augments them for training unless `augment` is None (for validation)."""
 
     images: ImageSet
-    size: int
+    data: DataConfig
     num_tries: int
     augment: Augment | None = None
 
     def __call__(self, micro: MicroBatch) -> Read:
-        indices, size = micro.indices, self.size
+        indices, size = micro.indices, resolved_image_size(self.data)
         if self.augment is None:
-            return read_fitted(self.images, indices, size, self.num_tries)
+            return read_fitted(self.images, indices, self.data, self.num_tries)
         pixels, labels = torch.empty((len(indices), size, size, 3), dtype=torch.uint8), np.empty(len(indices), np.int64)
         if get_worker_info() is not None:
             pixels.share_memory_()  # shared with the main process, so that the batch is not copied

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sasa_train.config.derived import resolved_image_size
+from sasa_train.config.keys import DataConfig
 from sasa_train.data.datasets import ImageSet
 from sasa_train.data.mixing import Mixing
 from sasa_train.data.plan import BatchPlan
@@ -57,14 +59,15 @@ class ResidentLoader:
 
 
 def decode_all(
-    images: ImageSet, size: int, num_workers: int, worker_timeout: float, quarantine: Quarantine
+    images: ImageSet, data: DataConfig, num_workers: int, worker_timeout: float, quarantine: Quarantine
 ) -> tuple[Tensor, Tensor, np.ndarray]:
-    """Decode small images, showing progress; return uint8 [n, 3, size, size], labels [n] and a mask of readable images.
+    """Decode small images, showing progress; return uint8 [n, 3, S, S], labels [n] and a mask of readable images.
 
     Raises:
         ConfigError: more images are unreadable than `data.max_unreadable` allows, or shared memory is too small.
         DataWorkerError: a worker was killed or hangs.
     """
+    size = resolved_image_size(data)
     if isinstance(images.source, Tensor) and images.source.shape[-2:] == (size, size):
         pixels = images.source[torch.from_numpy(images.positions)]
         return pixels, torch.from_numpy(images.labels), np.ones(len(images), dtype=bool)
@@ -72,7 +75,7 @@ def decode_all(
     is_good = np.zeros(len(images), dtype=bool)
     check_shared_memory(queue_bytes(num_workers, CHUNK, len(images), size), num_workers)
     chunks = BatchPlan(0, len(images), CHUNK, 1).all()
-    reader = Reader(images, size, quarantine.num_tries)
+    reader = Reader(images, data, quarantine.num_tries)
     is_quiet = True if rank() else None  # None disables the bar unless stderr is a terminal
     bar = tqdm(total=len(images), desc=f"decoding {quarantine.split}", unit="img", disable=is_quiet, leave=False)
     with bar, closing(Workers(reader, quarantine.split, num_workers, worker_timeout)) as workers:

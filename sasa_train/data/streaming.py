@@ -35,7 +35,7 @@ class StreamingLoader:
         self.device = normalize.mean.device
         self.num_left_out = 0  # images in this process's share that the last evaluation left out
         self.queue_bytes = queue_bytes(num_workers, plan.micro_batch_size, plan.num_images, augment.size)
-        reader = Reader(images, augment.size, quarantine.num_tries, augment if quarantine.split == "train" else None)
+        reader = Reader(images, augment.data, quarantine.num_tries, augment if quarantine.split == "train" else None)
         is_cuda = self.device.type == "cuda"
         self._workers = Workers(reader, quarantine.split, num_workers, worker_timeout, pin_memory=is_cuda)
 

@@ -16,13 +16,13 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from sasa_train.config.derived import crops_by_padding, flips_images, resolved_image_size
+from sasa_train.config.derived import crops_by_padding, flips_images, resolved_image_size, resolved_interpolation
 from sasa_train.config.keys import SMALL_IMAGE, AugmentConfig, DataConfig
 from sasa_train.data.datasets import to_rgb
 from sasa_train.data.policies import NUM_DRAWS, Policy, to_device
 from sasa_train.data.randomness import CROP, ERASING, POLICY, sample_draws, sample_rng
 
-VAL_CROP_FRACTION = 0.875  # for large images: a 224-pixel crop from a shorter side of 256
+VAL_CROP = 0.875  # default of data.val_crop: a 224-pixel crop from a shorter side of 256
 MAX_ASPECT = 64  # of an image before its centre crop; the ends of longer images are cut off
 CROP_TRIES = 10  # for the random-resized crop, as in torchvision
 Shape = Callable[[Image.Image], np.ndarray]  # an image, not decoded yet -> uint8 [S, S, 3]
@@ -33,7 +33,7 @@ class Augment:
     """A config's training transforms for images of `size` pixels; all randomness depends on (seed, epoch, index)."""
 
     def __init__(self, data: DataConfig, augment: AugmentConfig, seed: int, mean: Sequence[float]):
-        self.config, self.size, self.seed = augment, resolved_image_size(data), seed
+        self.data, self.config, self.size, self.seed = data, augment, resolved_image_size(data), seed
         self.by_batch = crops_by_padding(data, augment)
         padding = augment.crop_padding if augment.crop_padding is not None else self.size // 8
         self.padding = padding if augment.crop else 0
@@ -73,7 +73,7 @@ class Augment:
     def shapes(self, epoch: int, indices: np.ndarray) -> list[Shape]:
         """Return the transform to apply to each image during decoding, before `batch`."""
         if self.by_batch:
-            return [partial(fit, size=self.size)] * len(indices)
+            return [val_shape(self.data)] * len(indices)
         draws = sample_draws(self.seed, epoch, indices, 3 + 2 * CROP_TRIES, CROP)
         policy_draws = sample_draws(self.seed, epoch, indices, NUM_DRAWS, POLICY)
         return [
@@ -86,9 +86,9 @@ class Augment:
     ) -> np.ndarray:
         if self.config.crop:
             box = random_resized_box(*image.size, draws, self.config.crop_scale, self.config.crop_ratio)
-            image = decode_box(image, box, self.size)
+            image = decode_box(image, box, self.size, interpolation=resolved_interpolation(self.data))
         else:
-            image = _fit_image(image, self.size)
+            image = Image.fromarray(val_shape(self.data)(image))
         if self.hflip and draws[2] < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.policy:
@@ -153,7 +153,7 @@ def random_resized_box(
     return left, top, left + w, top + h
 
 
-def decode_box(image: Image.Image, box: Box, size: int) -> Image.Image:
+def decode_box(image: Image.Image, box: Box, size: int, interpolation: str = "bilinear") -> Image.Image:
     """Decode the region `box` of an image and resize it to size x size, in RGB.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the box then still has at least `size` pixels.
@@ -165,24 +165,32 @@ def decode_box(image: Image.Image, box: Box, size: int) -> Image.Image:
         image.draft(image.mode, (full_width // shrink, full_height // shrink))
     x, y = image.size[0] / full_width, image.size[1] / full_height
     scaled = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
-    return to_rgb(image).resize((size, size), Image.Resampling.BILINEAR, box=scaled)
+    return to_rgb(image).resize((size, size), Image.Resampling[interpolation.upper()], box=scaled)
 
 
-def fit(image: Image.Image, size: int) -> np.ndarray:
+def val_shape(data: DataConfig) -> Shape:
+    """Return the transform of val images that `data` configures."""
+    interpolation = resolved_interpolation(data)
+    return partial(fit, size=resolved_image_size(data), val_crop=data.val_crop, interpolation=interpolation)
+
+
+def fit(image: Image.Image, size: int, val_crop: float | None = None, interpolation: str = "bilinear") -> np.ndarray:
     """Resize the shorter side and crop the centre, as for validation; return uint8 [size, size, 3]."""
-    return np.asarray(_fit_image(image, size))
+    return np.asarray(_fit_image(image, size, shorter_side(size, val_crop), interpolation))
 
 
-def shorter_side(size: int) -> int:
+def shorter_side(size: int, val_crop: float | None = None) -> int:
     """Return the length in pixels to which the shorter side is resized before the centre crop to `size`."""
-    return size if size <= SMALL_IMAGE else math.ceil(size / VAL_CROP_FRACTION)
+    if size <= SMALL_IMAGE:
+        return size
+    # timm rounds down, so a val_crop taken from timm gives timm's pixels; our default has always been rounded up.
+    return math.ceil(size / VAL_CROP) if val_crop is None else math.floor(size / val_crop)
 
 
-def _fit_image(image: Image.Image, size: int) -> Image.Image:
+def _fit_image(image: Image.Image, size: int, shorter: int, interpolation: str) -> Image.Image:
     image = _without_ends(to_rgb(image))
-    shorter = shorter_side(size)
     if image.size != (size, size) or shorter != size:
-        image = v2.functional.resize(image, [shorter], antialias=True)
+        image = v2.functional.resize(image, [shorter], v2.InterpolationMode(interpolation), antialias=True)
         image = v2.functional.center_crop(image, [size, size])
     return image
 

@@ -42,7 +42,7 @@ def load_images(trained: TrainedModel, folder: Path | None) -> tuple[Tensor, str
     """
     images, name = _val(trained) if folder is None else _folder(folder)
     indices = np.linspace(0, len(images) - 1, min(NUM_IMAGES, len(images)), dtype=int)
-    pixels = read_fitted(images, indices, trained.image_size).pixels
+    pixels = read_fitted(images, indices, trained.config.data).pixels
     if not len(pixels):
         raise ConfigError(f"none of the images of {name} can be read; give a folder of images with --images")
     return trained.normalize(torch.device("cpu"))(pixels).contiguous(), f"{len(pixels)} images of {name}"

@@ -5,11 +5,11 @@ import math
 from typing import Any
 
 import sasa_train
-from sasa_train.config.derived import resolved_image_size
+from sasa_train.config.derived import resolved_image_size, resolved_interpolation
 from sasa_train.config.keys import TrainConfig
 from sasa_train.config.saved import load_config, to_yaml
 from sasa_train.data.datasets import mean_std
-from sasa_train.data.transforms import shorter_side
+from sasa_train.data.transforms import VAL_CROP, shorter_side
 from sasa_train.trained import TrainedModel
 
 CARD = """---
@@ -51,8 +51,8 @@ def describe(trained: TrainedModel) -> dict[str, str]:
         "model": trained.config.model.name,
         "classes": json.dumps(trained.classes),
         "image_size": str(trained.image_size),
-        "resize": str(shorter_side(trained.image_size)),
-        "interpolation": "bilinear",
+        "resize": str(shorter_side(trained.image_size, trained.config.data.val_crop)),
+        "interpolation": resolved_interpolation(trained.config.data),
         "mean": json.dumps(list(mean)),
         "std": json.dumps(list(std)),
         "weights": trained.weights,
@@ -63,8 +63,9 @@ def describe(trained: TrainedModel) -> dict[str, str]:
 
 def timm_data_config(trained: TrainedModel) -> dict[str, Any]:
     """Return timm's data config, with which timm's `create_transform` produces the same pixels as validation."""
-    mean, std = mean_std(trained.config.data)
-    size, shorter = trained.image_size, shorter_side(trained.image_size)
+    data = trained.config.data
+    mean, std = mean_std(data)
+    size, shorter = trained.image_size, shorter_side(trained.image_size, data.val_crop)
     exact = math.floor(size / (size / shorter)) == shorter  # timm inverts crop_pct, and rounding may lose a pixel
     return {
         "input_size": (3, size, size),
@@ -72,7 +73,7 @@ def timm_data_config(trained: TrainedModel) -> dict[str, Any]:
         "std": tuple(std),
         "crop_pct": size / shorter if exact else size / (shorter + 0.5),
         "crop_mode": "center",
-        "interpolation": "bilinear",
+        "interpolation": resolved_interpolation(data),
     }
 
 
@@ -111,6 +112,12 @@ def _measured(trained: TrainedModel, saved: TrainConfig) -> str:
 def _keys_of_logits(config: TrainConfig) -> dict[str, Any]:
     """Return the keys that affect the logits, apart from weights and files, with their values."""
     mean, std = mean_std(config.data)
-    data = {"data.image_size": resolved_image_size(config.data), "data.mean": list(mean), "data.std": list(std)}
+    data = {
+        "data.image_size": resolved_image_size(config.data),
+        "data.mean": list(mean),
+        "data.std": list(std),
+        "data.interpolation": resolved_interpolation(config.data),
+        "data.val_crop": config.data.val_crop or VAL_CROP,
+    }
     model = {f"model.{key}": value for key, value in vars(config.model).items()}
     return {key: value for key, value in (data | model).items() if key not in ("model.num_classes", "model.pretrained")}

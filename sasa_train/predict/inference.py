@@ -29,14 +29,14 @@ class Predictor:
         self.normalize = trained.normalize(self.device)
         self.model = trained.model.to(self.device).to(memory_format=self.normalize.memory_format)
         self.classes, self.top_k = trained.classes, min(top_k, len(trained.classes))
-        self.image_size = trained.image_size
+        self.data = config.data
 
     def rows(self, found: Iterable[Found], batch_size: int) -> Iterator[list[Row]]:
         """Yield lists of `batch_size` rows, one row per file, in order. The next batch is read in the meantime."""
         iterator = iter(found)
         named, to_read = itertools.tee(iter(lambda: list(itertools.islice(iterator, batch_size)), []))
         files = (image_files([one.path for one in batch if not one.fault]) for batch in to_read)
-        for batch, read in zip(named, read_batches(files, self.image_size, self.num_threads), strict=True):
+        for batch, read in zip(named, read_batches(files, self.data, self.num_threads), strict=True):
             yield self._predict(batch, read)
 
     def _predict(self, batch: list[Found], read: Read) -> list[Row]:
@@ -56,7 +56,7 @@ class Predictor:
 
     @torch.inference_mode()
     def best(self, pixels: Tensor) -> list[list[tuple[str, float]]]:
-        """Return the top classes, with softmax probabilities, for uint8 images [B, 3, S, S] preprocessed by `fit`."""
+        """Return the top classes, with softmax probabilities, for uint8 images [B, 3, S, S] preprocessed as for val."""
         with autocast(self.device, self.precision):
             logits = self.model(self.normalize(pixels.to(self.device)))
         logits = logits.float()

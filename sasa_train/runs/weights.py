@@ -6,9 +6,9 @@ import json
 import os
 import pickle
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -24,6 +24,7 @@ from sasa_train.models.build import build_published
 from sasa_train.models.pretrained import PretrainedReport, StateDict, load_pretrained
 from sasa_train.refusal import ConfigError, shorten
 from sasa_train.runs.checkpoint import bytes_of, check_content, find_checkpoint, is_dense, load_checkpoint, manifest_of
+from sasa_train.runs.preprocessing import Stated, stated_by_config, stated_by_json, stated_by_timm
 from sasa_train.terminal import printable
 
 # The names under which training programs save weights. Averaged weights come first, because sasa_train and timm prefer
@@ -34,11 +35,12 @@ SOURCES = "a checkpoint, a run folder, a .safetensors file, a hub folder (model.
 
 @dataclass
 class Weights:
-    """Weights and, if the source provides them, their `classes` and the `model_overrides` that build their model."""
+    """Weights and what their source states: `classes`, `preprocessing` and `model_overrides`, which build the model."""
 
     state_dict: StateDict
     classes: list[str] | None = None
     model_overrides: str | None = None
+    preprocessing: Stated = field(default_factory=dict)
     sha256: str = ""  # of the file, or of the tensors of timm's published weights
 
 
@@ -50,8 +52,9 @@ def read_weights(config: TrainConfig) -> Weights:
     """
     source = str(config.model.pretrained)
     if source == PUBLISHED:
-        state_dict = build_published(config.model.name, resolved_image_size(config.data)).state_dict()
-        return Weights(state_dict, sha256=_digest(state_dict))
+        model = build_published(config.model.name, resolved_image_size(config.data))
+        state_dict, stated = model.state_dict(), stated_by_timm(cast(dict, model.pretrained_cfg))
+        return Weights(state_dict, preprocessing=stated, sha256=_digest(state_dict))
     path = weights_file(source)
     try:
         digest, weights = sha256_of(path), _read(path)
@@ -107,7 +110,9 @@ def _read(path: Path) -> Weights:
     if "format_version" in content:  # a sasa_train checkpoint without its manifest
         return _of_checkpoint(load_checkpoint(path))
     nested = [content[key] for key in WEIGHT_KEYS if isinstance(content.get(key), dict)]
-    return Weights(_tensors(clean_state_dict(_named(nested[0] if nested else content))))
+    arguments = content.get("args")  # of timm's train.py, null or empty where the model's defaults held
+    stated = stated_by_timm(vars(arguments)) if isinstance(arguments, argparse.Namespace) else {}
+    return Weights(_tensors(clean_state_dict(_named(nested[0] if nested else content))), preprocessing=stated)
 
 
 def _load(path: Path) -> dict[Any, Any]:
@@ -121,17 +126,18 @@ def _load(path: Path) -> dict[Any, Any]:
 
 def _of_checkpoint(checkpoint: dict[str, Any]) -> Weights:
     averaged = checkpoint["ema"] if checkpoint["ema"] is not None else checkpoint["model"]
-    return Weights(_tensors(averaged), checkpoint["classes"], _model_overrides(checkpoint["config"]))
+    return Weights(_tensors(averaged), checkpoint["classes"], *_stated(checkpoint["config"]))
 
 
-def _model_overrides(yaml_text: str) -> str | None:
-    """Return the overrides that select a saved config's model, or None if the config has keys from a later version."""
+def _stated(yaml_text: str) -> tuple[str | None, Stated]:
+    """Return a saved config's model as overrides, and its preprocessing; nothing if it has keys of a later version."""
     try:
-        model = load_config(yaml_text).model
+        config = load_config(yaml_text)
     except ConfigError:
-        return None
-    given = {key: value for key in ("name", *MODEL_KEYS) if (value := getattr(model, key)) is not None}
-    return " ".join(f"model.{key}={as_written(value)}" for key, value in given.items())
+        return None, {}
+    given = {key: value for key in ("name", *MODEL_KEYS) if (value := getattr(config.model, key)) is not None}
+    overrides = " ".join(f"model.{key}={as_written(value)}" for key, value in given.items())
+    return overrides, stated_by_config(config.data)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, str], StateDict]:
@@ -141,11 +147,12 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], StateDict]:
 
 
 def _of_safetensors(path: Path) -> Weights:
-    # sasa-export writes classes and config to the metadata; a hub folder's config.json also contains class names.
+    # sasa-export writes classes and config to the metadata; a hub folder's config.json also has classes, preprocessing.
     described, state_dict = read_safetensors(path)
-    classes = _class_names(described.get("classes", "")) or _class_names(bytes_of(path.with_name("config.json")) or "")
-    overrides = _model_overrides(described["config"]) if "config" in described else None
-    return Weights(_tensors(clean_state_dict(state_dict)), classes, overrides)
+    of_hub = bytes_of(path.with_name("config.json")) or ""
+    classes = _class_names(described.get("classes", "")) or _class_names(of_hub)
+    overrides, stated = _stated(described["config"]) if "config" in described else (None, {})
+    return Weights(_tensors(clean_state_dict(state_dict)), classes, overrides, stated or stated_by_json(of_hub))
 
 
 def _class_names(text: str | bytes) -> list[str] | None:

@@ -33,6 +33,7 @@ from sasa_train.processes.ranks import local_rank
 from sasa_train.refusal import LIBRARY_ERRORS, ConfigError
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints
 from sasa_train.runs.folder import RunFolder, check_data, is_finished, open_run
+from sasa_train.runs.preprocessing import with_preprocessing
 from sasa_train.runs.provenance import conditions, describe_changes, provenance
 from sasa_train.runs.weights import Weights, load_into, read_weights
 from sasa_train.signals import Interrupted, StopRequest
@@ -79,18 +80,22 @@ def train_in_folder(plan: RunPlan, run: RunFolder, stop: StopRequest) -> bool:
     """Train in a run folder that has been opened and locked, continuing from its checkpoint if there is one."""
     if warning := collectives.restart_warning():
         warn(warning)
-    say(f"{to_yaml(plan.config)}\nrun folder  {run.path}")
     stop.set_max_hours(plan.trainer.max_hours)
     if plan.device.type == "cpu":
         keep_freed_memory()
-    weights = read_weights_together(plan.config, run)
+    weights, preprocessing = read_weights_together(plan.config, run), ""
+    if weights is not None:
+        config, preprocessing = with_preprocessing(plan.config, weights.preprocessing)
+        plan = dataclasses.replace(plan, config=config)
+        run.write_config(config)
+    say(f"{to_yaml(plan.config)}\nrun folder  {run.path}")
     loaders = load_together(plan, run)
     plan = dataclasses.replace(plan, steps_per_epoch=loaders.train.plan.steps_per_epoch)
     run.provenance, difference = provenance(plan.config)
     # The seed is set here, so that the initial weights do not depend on random numbers drawn earlier.
     torch.manual_seed(plan.config.seed)
     model = build_model(plan.config.model, len(loaders.classes), plan.image_size)
-    begin_with(weights, model, loaders.classes, run, plan.config)
+    begin_with(weights, model, loaders.classes, run, plan.config, preprocessing)
     del weights  # they take as much memory as the model
     stepper = build_stepper(plan, model)
     compile_together(plan, model)
@@ -194,13 +199,21 @@ def compile_together(plan: RunPlan, model: nn.Module) -> None:
 
 
 def begin_with(
-    weights: Weights | None, model: nn.Module, classes: list[str], run: RunFolder, config: TrainConfig
+    weights: Weights | None,
+    model: nn.Module,
+    classes: list[str],
+    run: RunFolder,
+    config: TrainConfig,
+    preprocessing: str,
 ) -> None:
-    """Load the weights of `model.pretrained` and record their SHA-256 and a report; a resumed run keeps its record."""
+    """Load the weights of `model.pretrained` and record their SHA-256 and a report; a resumed run keeps its record.
+
+    preprocessing: the report's line about the preprocessing that the run took.
+    """
     if weights is not None:
         source = printable(str(config.model.pretrained))
         loaded = collectives.everywhere(lambda: load_into(model, weights, classes, source), ConfigError)
-        report = loaded.describe()
+        report = f"{loaded.describe()}\n{preprocessing}"
         say(f"pretrained  {source}\n{textwrap.indent(report, ' ' * 12)}")
         run.provenance |= {"pretrained_sha256": weights.sha256, "pretrained_report": report}
     elif run.checkpoint is not None and config.model.pretrained is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from sasa_train.config.keys import DataConfig
 from sasa_train.data.datasets import ImageSet, limit, load_image_sets
 from sasa_train.data.fingerprint import fingerprint
 from sasa_train.data.quarantine import Quarantine
@@ -77,7 +78,7 @@ def draw_run(
     yield from draw_curves({"": read_rows(trained, run_dir)}, wanted)
     maps = [name for name in wanted if name in MAPS]
     if choice.files:
-        yield from _draw_maps(trained, maps, *read_files(choice.files, trained.image_size), choice)
+        yield from _draw_maps(trained, maps, *read_files(choice.files, trained.config.data), choice)
         maps = []
     if not maps and not set(wanted) - {*OF_SEVERAL, *MAPS}:
         return
@@ -137,13 +138,13 @@ def check_choice(trained: TrainedModel, choice: Choice) -> None:
             )
 
 
-def read_files(files: Sequence[str], size: int) -> tuple[Tensor, Tensor]:
-    """Read the user's own images as uint8 [B, 3, size, size], with all labels set to -1.
+def read_files(files: Sequence[str], data: DataConfig) -> tuple[Tensor, Tensor]:
+    """Read the user's own images as uint8 [B, 3, S, S], with all labels set to -1.
 
     Raises:
         ConfigError: an image cannot be read.
     """
-    found = read_fitted(image_files(files), range(len(files)), size)
+    found = read_fitted(image_files(files), range(len(files)), data)
     for name, reason in found.unreadable:
         raise ConfigError(f"--images {printable(name)}: cannot be read as an image ({reason})")
     return found.pixels, found.labels
@@ -156,7 +157,7 @@ def read_first(trained: TrainedModel, val: ImageSet) -> tuple[Tensor, Tensor]:
         ConfigError: none of the images can be read.
     """
     first = limit(val, NUM_MAP_IMAGES)
-    found = read_fitted(first, range(len(first)), trained.image_size)
+    found = read_fitted(first, range(len(first)), trained.config.data)
     Quarantine("val", len(first), trained.config.data.max_unreadable).add(found.unreadable)
     if not len(found.labels):
         raise ConfigError(f"none of {len(first)} val images can be read; give others with --images")

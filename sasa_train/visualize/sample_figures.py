@@ -28,11 +28,11 @@ def augmented_samples(
     """
     config, indices = trained.config, balanced(train, num_images)
     quarantine = Quarantine("train", len(train), config.data.max_unreadable)
-    plain, labels, _, unreadable = read_fitted(train, indices, trained.image_size, quarantine.num_tries)
+    plain, labels, _, unreadable = read_fitted(train, indices, config.data, quarantine.num_tries)
     quarantine.add(unreadable)
     mean, _ = mean_std(config.data)
     augment = Augment(config.data, config.augment, config.seed, mean)
-    read = Reader(train, augment.size, quarantine.num_tries, augment)
+    read = Reader(train, config.data, quarantine.num_tries, augment)
     mixing = Mixing(config.augment, len(trained.classes), config.seed, last_step=num_epochs)
     normalize = trained.normalize(torch.device("cpu"))
     augmented = []

@@ -100,7 +100,7 @@ def look_at_val(trained: TrainedModel, images: ImageSet, with_attention: bool = 
     layers = list(attention_layers(model)) if with_attention else []
     bar = tqdm(total=len(images), desc="val images", unit="img", disable=None, leave=False)
     with bar, watching(model, layers, means.look):
-        for pixels, labels, _, unreadable in read_batches(in_batches(images, BATCH_SIZE), trained.image_size):
+        for pixels, labels, _, unreadable in read_batches(in_batches(images, BATCH_SIZE), config.data):
             quarantine.add(unreadable)
             bar.update(len(labels) + len(unreadable))
             if not len(labels):
