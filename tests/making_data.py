@@ -1,7 +1,9 @@
 """Create valid and damaged images and data sets for tests, and read batches from them."""
 
 import io
+import struct
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -74,6 +76,11 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """Return a chunk of a PNG file."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def tar_of(files: Iterable[tuple[str, bytes]]) -> bytes:

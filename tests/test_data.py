@@ -11,7 +11,8 @@ from torchvision import datasets as tv
 from torchvision.transforms import v2
 
 from sasa_train.config.compose import compose_config
-from sasa_train.data.datasets import Files, ImageSet, load_image_sets, split, to_rgb
+from sasa_train.data.datasets import Files, ImageSet, load_image_sets, split
+from sasa_train.data.decoding import to_rgb
 from sasa_train.data.loader import build_eval_loader, build_loaders
 from sasa_train.data.randomness import epoch_order, sample_draws
 from sasa_train.data.resident import ResidentLoader

@@ -16,7 +16,8 @@ from making_data import encoded, make_image_folder, padded, pax_header, tar_head
 from PIL import Image
 
 from sasa_train.config.compose import compose_config
-from sasa_train.data.datasets import load_image_sets, to_rgb
+from sasa_train.data.datasets import load_image_sets
+from sasa_train.data.decoding import to_rgb
 from sasa_train.dataset_tool import imagenet, prepare, run_command, writing
 from sasa_train.terminal import printable
 
@@ -146,6 +147,40 @@ def test_classes_without_images_are_problems(image_folder, capsys):
     for fault in ("green: no image in train", "green: no folder in val", "red: no folder in val"):
         assert fault in out
     assert last_line(out) == "3 problems: 3 empty or missing classes"
+
+
+def test_values_in_another_range_than_they_were_written_in_are_warned_of(tmp_path, capsys):
+    """Check that nearly black, clipped and empty channels are noticed before a training that would end at chance."""
+    rng = np.random.default_rng(0)
+    for name in ("dark", "clipped", "floats"):
+        (tmp_path / name / "a").mkdir(parents=True)
+    for i in range(3):
+        twelve_bits = rng.integers(0, 4096, (13, 11)).astype(np.uint16)
+        Image.fromarray(twelve_bits).save(tmp_path / "dark" / "a" / f"{i}.png")
+        pixels = rng.integers(0, 2, (13, 11, 3)).astype(np.uint8) * 255
+        Image.fromarray(pixels * np.array((1, 1, 0), np.uint8)).save(tmp_path / "clipped" / "a" / f"{i}.png")
+        Image.fromarray(twelve_bits.astype(np.float32)).save(tmp_path / "floats" / "a" / f"{i}.tif")
+    out = verify(capsys, tmp_path / "dark")
+    assert "warning     3 16-bit files stay below 6.7% of their range: rescale them" in out
+    assert last_line(out) == "3 images, no problems, 1 warning"
+    out = verify(capsys, tmp_path / "clipped")
+    assert "red is saturated: 0 in 5" in out and "green is saturated" in out and "blue is constant, 0.0000" in out
+    out = verify(capsys, tmp_path / "floats", expect=1)
+    assert "a/1.tif: its pixels are floats" in out and last_line(out) == "3 problems: 3 unreadable files"
+    assert last_line(verify(capsys, tmp_path / "floats", "data.value_range=[0,4095]")) == "3 images, nothing wrong"
+    assert "red is constant, 1.0000" in verify(capsys, tmp_path / "floats", "data.value_range=[0,1]")
+    assert "one of the keys data.background" in refused(capsys, "verify", tmp_path, "data.root=x")
+
+
+def test_turned_and_transparent_images_are_counted(image_folder, capsys):
+    """Check that images which other programs show differently are counted, and read as the keys say."""
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.effect_noise((9, 5), 50).save(image_folder / "train" / "red" / "photo.jpg", exif=exif)
+    Image.new("RGBA", (3, 3)).save(image_folder / "train" / "red" / "logo.png")
+    out = verify(capsys, image_folder)
+    assert "turned      1 image by EXIF orientation" in out and "transparent 1 image" in out and "5 x 9" not in out
+    assert "by EXIF" not in verify(capsys, image_folder, "data.exif=ignore")
 
 
 def test_class_folders_without_splits(image_folder, capsys):

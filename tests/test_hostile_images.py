@@ -8,10 +8,11 @@ import zlib
 
 import numpy as np
 import pytest
-from making_data import encoded, one_image
+from making_data import chunk, encoded, one_image
 from PIL import Image
 
-from sasa_train.data.datasets import FORMATS, UnreadableImage, to_rgb
+from sasa_train.data.datasets import FORMATS, UnreadableImage
+from sasa_train.data.decoding import to_rgb
 from sasa_train.data.transforms import fit
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 5\n%%EndComments\n(%pipe%touch /tmp/owned) (w) file\n"
@@ -22,10 +23,6 @@ def png(width: int = 5, height: int = 3, before: bytes = b"", after: bytes = b""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     body = chunk(b"IDAT", zlib.compress(rows))
     return b"\x89PNG\r\n\x1a\n" + header + before + body + after + chunk(b"IEND", b"")
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 TEXT_BOMB = chunk(b"zTXt", b"key\0\0" + zlib.compress(bytes(50_000_000)))

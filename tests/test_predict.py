@@ -132,13 +132,13 @@ def test_bad_images_are_named_and_skipped_in_their_place(run, tmp_path, predicte
 
 
 def test_every_kind_of_image_is_seen_as_in_training(run, tmp_path, predicted):
-    """Grey, palette, 16-bit and animated images are covered; EXIF rotation is ignored, as in training."""
+    """Grey, palette, 16-bit and animated images are covered; photos are turned upright, as in training."""
     noise = Image.effect_noise((90, 80), 80)
     exif = Image.Exif()
     exif[274] = 6
     colour = Image.merge("RGB", (noise, noise.rotate(90), noise.rotate(180)))
     colour.save(tmp_path / "a.png")
-    colour.save(tmp_path / "b.png", exif=exif)
+    colour.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "b.png", exif=exif)
     noise.save(tmp_path / "c.png")
     Image.fromarray(np.asarray(noise).astype(np.uint16) * 257).save(tmp_path / "d.png")
     noise.convert("P").save(tmp_path / "e.gif", save_all=True, append_images=[Image.new("P", (90, 80))])

@@ -9,7 +9,8 @@ import torch
 from making_data import BAD, CPU, SMALL_RUN, assert_same, batches, config_for, make_image_folder, spoil
 from PIL import Image
 
-from sasa_train.data.datasets import ImageSet, UnreadableImage, load_image_sets, to_rgb
+from sasa_train.data.datasets import ImageSet, UnreadableImage, load_image_sets
+from sasa_train.data.decoding import to_rgb
 from sasa_train.data.loader import build_loaders, check_evaluated
 from sasa_train.data.quarantine import Quarantine
 from sasa_train.data.reading import read_or_replace
@@ -121,7 +122,7 @@ def test_every_mode_becomes_rgb(tmp_path):
             assert pixels[path.stem].dtype == np.uint8 and pixels[path.stem].shape[2] == 3
     grey = pixels["f-16-bit"][..., 0].astype(int)
     assert grey.min() == 0 and grey.max() == 255 and abs(grey.mean() - 127.5) < 1 and (np.diff(grey[0]) >= 0).all()
-    assert (pixels["grey"] == 77).all() and (pixels["alpha"] == (255, 0, 0)).all()
+    assert (pixels["grey"] == 77).all() and (pixels["alpha"] == (255, 245, 245)).all()
 
 
 def test_images_in_memory_cannot_be_unreadable():

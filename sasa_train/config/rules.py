@@ -93,10 +93,25 @@ def _of_data(config: TrainConfig) -> Rules:
     yield data.resident != "true" or crops_by_padding(data, augment), "data.resident", rule
     for name, value in {"mean": data.mean, "std": data.std}.items():
         yield value is None or len(value) == 3, f"data.{name}", "must be three numbers, red, green and blue"
+    bounds = data.value_range
+    rule = "must be [low, high] with low < high"
+    yield bounds is None or (len(bounds) == 2 and bounds[0] < bounds[1]), "data.value_range", rule
+    yield bounds is None or not data.clip_values, "data.value_range", "needs data.clip_values=false"
+    rule = "must be a CSS colour's name (white), #rrggbb, or none"
+    yield data.background in ("white", "none") or _is_colour(data.background), "data.background", rule
     rule = f"must not exceed data.image_size={size}, or crops would hold nothing of the image"
     yield (augment.crop_padding or 0) <= size, "augment.crop_padding", rule
     rule = f"is for {small}, but data.image_size={size}; use auto or resized"
     yield augment.crop_mode != "padded" or size <= SMALL_IMAGE, "augment.crop_mode", rule
+
+
+def _is_colour(text: str) -> bool:
+    from PIL import ImageColor  # imported only for other colours than the default, so that `--help` is fast
+
+    try:
+        return len(ImageColor.getrgb(text)) == 3
+    except ValueError:
+        return False
 
 
 def _of_batches(config: TrainConfig) -> Rules:

@@ -15,7 +15,7 @@ from sasa_train.files import read_regular
 from sasa_train.refusal import ConfigError, shorten
 
 # What a config computed before these keys existed. A config that lacks them was saved then, and keeps this behaviour.
-BEFORE: dict[str, Any] = {}
+BEFORE: dict[str, Any] = {"data.exif": "ignore", "data.background": "none", "data.clip_values": True}
 # Keys whose null means "from the source of model.pretrained", if the run has one. It keeps the values with which it
 # began. In configs saved before this was so, null stands for the values of the data set, as it did then.
 TAKEN = ("data.mean", "data.std", "data.interpolation", "data.val_crop")

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -19,6 +20,7 @@ from torch import Tensor
 from torchvision import datasets as tv
 
 from sasa_train.config.keys import DATA_SETS, DataConfig
+from sasa_train.data.decoding import RANGE_REMEDY, check_range, decoding_of, open_image
 from sasa_train.data.randomness import fixed_order
 from sasa_train.data.shard_index import MAX_CLASSES
 from sasa_train.data.shards import TarMembers, check_image_size, find_shards, load_shards
@@ -36,6 +38,7 @@ PAUSES = (0.1, 1.0)  # seconds to wait before each retry of a failed read
 MAX_CLASSES_BYTES = 2**24  # of classes.txt
 MIN_LABELS = 1000  # smaller labels are accepted from any number of images, because a small subset may lack classes
 DIGITS_VAL_FRACTION = 0.2
+NUM_LOOKED_AT = 5  # images of each split
 MAX_NAMES = 5  # maximum number of names shown from a long list
 
 Shaped = TypeVar("Shaped")
@@ -99,7 +102,7 @@ class ImageSet:
         if isinstance(self.source, Tensor):
             return shape(Image.fromarray(self.source[position].permute(1, 2, 0).numpy()))
         try:
-            with self._open_patiently(position) as file, Image.open(file, formats=FORMATS) as image:
+            with self._open_patiently(position) as file, open_image(file, FORMATS) as image:
                 most = Image.MAX_IMAGE_PIXELS
                 if most is not None and image.width * image.height > most:
                     raise ValueError(
@@ -136,14 +139,6 @@ class ImageSet:
         return dataclasses.replace(self, labels=self.labels[indices], positions=self.positions[indices])
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode an image of any mode to RGB, 8 bits per channel."""
-    image.load()
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion clips at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257 + 0.5).astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
 def mean_std(config: DataConfig) -> tuple[Sequence[float], Sequence[float]]:
     """Return the per-channel mean and std for values in [0, 1]: the config's or, if null, the data set's defaults."""
     own = DATA_SETS[config.name]
@@ -154,7 +149,8 @@ def load_image_sets(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     """Return the train and val sets that `config` selects, after hold-out and subsetting.
 
     Raises:
-        ConfigError: a folder is missing, a class is empty, or train and val have different or too few classes.
+        ConfigError: a folder is missing, a class is empty, train and val have different or too few classes, or the
+            images need `data.value_range`.
     """
     if config.name == "digits":
         train, val = _load_digits()
@@ -167,7 +163,25 @@ def load_image_sets(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     train = limit(train, config.max_train_images)
     val = limit(val, config.max_val_images)
     _check_classes(config, train.classes)
+    for images in (train, val):
+        _check_ranges(config, images)
     return train, val
+
+
+def _check_ranges(config: DataConfig, images: ImageSet) -> None:
+    """Raise ConfigError if a few images, evenly spaced, all need `data.value_range`."""
+    if isinstance(images.source, Tensor) or config.clip_values:
+        return
+    reasons = []
+    for index in np.linspace(0, len(images) - 1, NUM_LOOKED_AT, dtype=int).tolist():
+        try:
+            images.read(index, partial(check_range, decoding=decoding_of(config)))
+            return
+        except UnreadableImage as error:
+            if RANGE_REMEDY not in error.reason:
+                return
+            reasons.append(f"{printable(error.name)}: {error.reason}")
+    raise ConfigError(f"data.root={config.root}: none of its images can be read; {reasons[0]}")
 
 
 def _check_classes(config: DataConfig, classes: list[str]) -> None:

@@ -3,6 +3,7 @@
 import logging
 import math
 
+from sasa_train.data.decoding import RANGE_REMEDY
 from sasa_train.data.reading import Unreadable
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import printable
@@ -17,7 +18,8 @@ class Quarantine:
 
     def __init__(self, split: str, num_images: int, max_unreadable: float):
         self.split, self.found = split, dict[str, str]()
-        allowed = max(ALWAYS_ALLOWED, math.floor(max_unreadable * num_images)) if max_unreadable else 0
+        self.allowed_share = math.floor(max_unreadable * num_images)
+        allowed = max(ALWAYS_ALLOWED, self.allowed_share) if max_unreadable else 0
         self.allowed = min(allowed, num_images - 1)  # at least one image must be readable
         # In train, the search for a replacement ends when more images are unreadable than allowed. In val, images are
         # not replaced.
@@ -43,6 +45,14 @@ class Quarantine:
 
     def check(self) -> None:
         """Raise ConfigError if more images are unreadable than `data.max_unreadable` allows."""
+        # These are no accidents: every image of a class or source may need the key, so the usual ten are not allowed.
+        undecided = self.lines(RANGE_REMEDY)
+        if len(undecided) > self.allowed_share:
+            number, listing = len(undecided), "\n".join(undecided)
+            raise ConfigError(
+                f"{number} images of {self.split} cannot be read without data.value_range=[low,high]:\n{listing}\n"
+                "set it, or remove them"
+            )
         if len(self.found) > self.allowed:
             listing = "\n".join(self.lines())
             raise ConfigError(
@@ -50,6 +60,6 @@ class Quarantine:
                 "repair or remove them (sasa-data verify finds them all), or allow more"
             )
 
-    def lines(self) -> list[str]:
-        """Return the escaped name and reason for each unreadable image."""
-        return [f"{printable(name)}: {printable(reason)}" for name, reason in self.found.items()]
+    def lines(self, part: str = "") -> list[str]:
+        """Return the escaped name and reason for each unreadable image whose reason contains `part`."""
+        return [f"{printable(name)}: {printable(reason)}" for name, reason in self.found.items() if part in reason]

@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from sasa_train.config.derived import crops_by_padding, flips_images, resolved_image_size, resolved_interpolation
 from sasa_train.config.keys import SMALL_IMAGE, AugmentConfig, DataConfig
-from sasa_train.data.datasets import to_rgb
+from sasa_train.data.decoding import DEFAULT, Decoding, decoding_of, to_rgb, upright_size
 from sasa_train.data.policies import NUM_DRAWS, Policy, to_device
 from sasa_train.data.randomness import CROP, ERASING, POLICY, sample_draws, sample_rng
 
@@ -34,6 +34,7 @@ class Augment:
 
     def __init__(self, data: DataConfig, augment: AugmentConfig, seed: int, mean: Sequence[float]):
         self.data, self.config, self.size, self.seed = data, augment, resolved_image_size(data), seed
+        self.decoding = decoding_of(data)
         self.by_batch = crops_by_padding(data, augment)
         padding = augment.crop_padding if augment.crop_padding is not None else self.size // 8
         self.padding = padding if augment.crop else 0
@@ -85,8 +86,11 @@ class Augment:
         self, image: Image.Image, epoch: int, index: int, draws: np.ndarray, policy_draws: np.ndarray
     ) -> np.ndarray:
         if self.config.crop:
-            box = random_resized_box(*image.size, draws, self.config.crop_scale, self.config.crop_ratio)
-            image = decode_box(image, box, self.size, interpolation=resolved_interpolation(self.data))
+            box = random_resized_box(
+                *upright_size(image, self.decoding), draws, self.config.crop_scale, self.config.crop_ratio
+            )
+            interpolation = resolved_interpolation(self.data)
+            image = decode_box(image, box, self.size, interpolation=interpolation, decoding=self.decoding)
         else:
             image = Image.fromarray(val_shape(self.data)(image))
         if self.hflip and draws[2] < 0.5:
@@ -153,30 +157,44 @@ def random_resized_box(
     return left, top, left + w, top + h
 
 
-def decode_box(image: Image.Image, box: Box, size: int, interpolation: str = "bilinear") -> Image.Image:
-    """Decode the region `box` of an image and resize it to size x size, in RGB.
+def decode_box(
+    image: Image.Image, box: Box, size: int, interpolation: str = "bilinear", decoding: Decoding = DEFAULT
+) -> Image.Image:
+    """Decode the region `box` of an upright image and resize it to size x size, in RGB.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the box then still has at least `size` pixels.
     """
-    full_width, full_height = image.size
+    full_width, full_height = upright_size(image, decoding)
     shrink = min(box[2] - box[0], box[3] - box[1]) // size
     if shrink >= 2 and image.format == "JPEG":
         shrink = 8 if shrink >= 8 else 4 if shrink >= 4 else 2
-        image.draft(image.mode, (full_width // shrink, full_height // shrink))
-    x, y = image.size[0] / full_width, image.size[1] / full_height
+        image.draft(image.mode, (image.width // shrink, image.height // shrink))
+    rgb = to_rgb(image, decoding)
+    x, y = rgb.width / full_width, rgb.height / full_height
     scaled = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
-    return to_rgb(image).resize((size, size), Image.Resampling[interpolation.upper()], box=scaled)
+    return rgb.resize((size, size), Image.Resampling[interpolation.upper()], box=scaled)
 
 
 def val_shape(data: DataConfig) -> Shape:
     """Return the transform of val images that `data` configures."""
-    interpolation = resolved_interpolation(data)
-    return partial(fit, size=resolved_image_size(data), val_crop=data.val_crop, interpolation=interpolation)
+    return partial(
+        fit,
+        size=resolved_image_size(data),
+        val_crop=data.val_crop,
+        interpolation=resolved_interpolation(data),
+        decoding=decoding_of(data),
+    )
 
 
-def fit(image: Image.Image, size: int, val_crop: float | None = None, interpolation: str = "bilinear") -> np.ndarray:
+def fit(
+    image: Image.Image,
+    size: int,
+    val_crop: float | None = None,
+    interpolation: str = "bilinear",
+    decoding: Decoding = DEFAULT,
+) -> np.ndarray:
     """Resize the shorter side and crop the centre, as for validation; return uint8 [size, size, 3]."""
-    return np.asarray(_fit_image(image, size, shorter_side(size, val_crop), interpolation))
+    return np.asarray(_fit_image(to_rgb(image, decoding), size, shorter_side(size, val_crop), interpolation))
 
 
 def shorter_side(size: int, val_crop: float | None = None) -> int:
@@ -188,7 +206,7 @@ def shorter_side(size: int, val_crop: float | None = None) -> int:
 
 
 def _fit_image(image: Image.Image, size: int, shorter: int, interpolation: str) -> Image.Image:
-    image = _without_ends(to_rgb(image))
+    image = _without_ends(image)
     if image.size != (size, size) or shorter != size:
         image = v2.functional.resize(image, [shorter], v2.InterpolationMode(interpolation), antialias=True)
         image = v2.functional.center_crop(image, [size, size])

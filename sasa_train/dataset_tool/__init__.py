@@ -23,7 +23,8 @@ VERIFY = """Decode every image of ROOT and report classes, sizes, modes, unreada
 
 ROOT holds train/ and val/ (or test/) with one folder per class, or tar shards, or class folders alone. Duplicates are
 images with the same decoded pixels, whatever their files look like.
-Problems are unreadable files, duplicates across splits, and classes that are empty or that one split lacks."""
+Problems are unreadable files, duplicates across splits, and classes that are empty or that one split lacks. Warnings
+are channels that are constant or saturated, and 16-bit files that use less than a quarter of their range."""
 
 PREPARE = """Make a data set from its archives, without unpacking anything on the way.
 
@@ -55,7 +56,7 @@ def work(options: argparse.Namespace) -> int:
     if options.command == "verify":
         from sasa_train.dataset_tool.verify import verify
 
-        return verify(options.root, options.workers or usable_processors(), options.all_classes)
+        return verify(options.root, options.workers or usable_processors(), options.all_classes, options.overrides)
     from sasa_train.dataset_tool import prepare
 
     if options.command == "shard":
@@ -75,6 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = add_to("verify", "decode and check every image", VERIFY)
     add("root", metavar="ROOT", type=_path, help="the data set's folder")
+    about = "how pixels are read: data.background, data.exif, data.value_range, data.clip_values"
+    add("overrides", metavar="key=value", nargs="*", help=about)
     add("--workers", metavar="N", type=positive, help="processes (one per processor)")
     add("--all-classes", action="store_true", help="one line per class, even for more than 50 classes")
 

@@ -5,17 +5,22 @@ import multiprocessing
 import os
 import signal
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from sasa_train.data.datasets import Files, ImageSet, UnreadableImage, load_shard_set, some, to_rgb
+from sasa_train.config.compose import compose_config
+from sasa_train.data.datasets import Files, ImageSet, UnreadableImage, load_shard_set, some
+from sasa_train.data.decoding import Decoding, decoding_of, is_16_bit, is_turned, to_rgb
 from sasa_train.data.shards import find_shards
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import DONE, FAILED, printable
@@ -24,7 +29,21 @@ MAX_TABLE = 50  # maximum number of classes listed one per line
 MAX_ACROSS, MAX_WITHIN = 20, 5  # maximum number of duplicate groups shown
 LEVELS = np.arange(256) / 255
 
-Look = tuple[str, tuple[int, int], bytes, np.ndarray]  # mode, width and height, digest, moments
+DARK = 0.25  # largest level, as a share of white, of 16-bit images of which probably fewer bits are used
+SATURATED = 0.99  # share of pixels that are black or white in a channel that was probably clipped
+
+
+class Look(NamedTuple):
+    """What one image holds; arrays are float64 with one column per channel, for values in [0, 1]."""
+
+    mode: str
+    size: tuple[int, int]
+    digest: bytes  # of the size and the RGB pixels
+    moments: np.ndarray  # [2, 3]: mean, mean square
+    extremes: np.ndarray  # [2, 3]: shares of black and of white
+    peak: float | None  # the largest value of an image with 16 bits per channel
+    is_turned: bool
+    is_transparent: bool
 
 
 @dataclass
@@ -58,27 +77,44 @@ class Survey:
 
     `sizes`, int64 [n, 2], holds widths and heights (0 if unreadable). `moments`, float64 [n, 2, 3], holds the mean and
     mean square of each channel for values in [0, 1]. `alike` maps pixel digests to indices, and `unreadable` maps
-    indices to reasons.
+    indices to reasons. `extremes`, float64 [n, 2, 3], holds the shares of black and white. `peaks` lists the largest
+    values of the 16-bit images.
     """
 
     def __init__(self, num_images: int):
         self.sizes, self.moments = np.zeros((num_images, 2), dtype=np.int64), np.zeros((num_images, 2, 3))
+        self.extremes, self.peaks = np.zeros((num_images, 2, 3)), list[float]()
+        self.num_turned, self.num_transparent = 0, 0
         self.alike: defaultdict[bytes, list[int]] = defaultdict(list)
         self.modes, self.unreadable = Counter[str](), dict[int, str]()
 
+    def add(self, index: int, look: Look) -> None:
+        self.sizes[index], self.moments[index], self.extremes[index] = look.size, look.moments, look.extremes
+        self.alike[look.digest].append(index)
+        self.modes[look.mode] += 1
+        self.peaks += [] if look.peak is None else [look.peak]
+        self.num_turned += look.is_turned
+        self.num_transparent += look.is_transparent
 
-def verify(root: Path, num_workers: int, all_classes: bool) -> int:
+
+def verify(root: Path, num_workers: int, all_classes: bool, overrides: Sequence[str] = ()) -> int:
     """Print the report; return DONE if there are no problems, otherwise FAILED.
 
+    overrides: keys of the group `data` that determine how pixels are read.
+
     Raises:
-        ConfigError: `root` does not exist or contains no classes.
+        ConfigError: `root` does not exist or contains no classes, or an override is invalid.
     """
+    decoding = _decoding(overrides)
     contents = read_contents(root)
     print_classes(contents, all_classes)
-    survey = look_at_all(contents, num_workers)
+    survey = look_at_all(contents, num_workers, decoding)
     print_survey(contents, survey)
     num_across = print_duplicates(contents, survey)
     print_mean_std(contents, survey)
+    warnings = find_warnings(survey)
+    for warning in warnings:
+        say("warning", warning)
     found = {
         counted(len(survey.unreadable), "unreadable file"): len(survey.unreadable),
         counted(num_across, "duplicate") + " across splits": num_across,
@@ -88,8 +124,17 @@ def verify(root: Path, num_workers: int, all_classes: bool) -> int:
     if problems:
         print(f"\n{counted(sum(found.values()), 'problem')}: {', '.join(problems)}")
         return FAILED
-    print(f"\n{counted(len(contents.labels), 'image')}, nothing wrong")
+    wrong = f"no problems, {counted(len(warnings), 'warning')}" if warnings else "nothing wrong"
+    print(f"\n{counted(len(contents.labels), 'image')}, {wrong}")
     return DONE
+
+
+def _decoding(overrides: Sequence[str]) -> Decoding:
+    for text in overrides:
+        if text.partition("=")[0] not in {f"data.{field.name}" for field in fields(Decoding)}:
+            names = ", ".join(f"data.{field.name}" for field in fields(Decoding))
+            raise ConfigError(f"{printable(text)}: must be key=value with one of the keys {names}")
+    return decoding_of(compose_config(list(overrides)).data)
 
 
 def read_contents(root: Path) -> Contents:
@@ -161,7 +206,7 @@ def _faults(classes: list[str], splits: dict[str, ImageSet], folders: dict[str, 
 _sets: list[ImageSet] = []  # set in each worker process
 
 
-def look_at_all(contents: Contents, num_workers: int) -> Survey:
+def look_at_all(contents: Contents, num_workers: int, decoding: Decoding) -> Survey:
     """Decode every image in `num_workers` processes, with a progress bar."""
     num_images = len(contents.labels)
     survey = Survey(num_images)
@@ -171,14 +216,12 @@ def look_at_all(contents: Contents, num_workers: int) -> Survey:
     )
     places = contents.split_of.tolist(), (np.arange(num_images) - contents.starts[contents.split_of]).tolist()
     try:
-        looks = workers.map(_look, *places, chunksize=32)
+        looks = workers.map(partial(_look, decoding), *places, chunksize=32)
         for i, look in enumerate(tqdm(looks, "decoding", num_images, unit="img", disable=None, leave=False)):
             if isinstance(look, str):
                 survey.unreadable[i] = look
             else:
-                mode, survey.sizes[i], digest, survey.moments[i] = look
-                survey.alike[digest].append(i)
-                survey.modes[mode] += 1
+                survey.add(i, look)
     except BrokenProcessPool as error:
         raise ConfigError(
             f"--workers={num_workers}: a process was killed, for its memory perhaps; use fewer"
@@ -194,20 +237,45 @@ def _start_worker(sets: list[ImageSet]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the parent handles Ctrl-C
 
 
-def _look(split: int, index: int) -> Look | str:
+def _look(decoding: Decoding, split: int, index: int) -> Look | str:
     try:
-        return _sets[split].read(index, measure)
+        return _sets[split].read(index, partial(measure, decoding=decoding))
     except UnreadableImage as error:
         return error.reason
 
 
-def measure(image: Image.Image) -> Look:
-    """Return an image's mode, size, hash of size and RGB pixels, and channel means and mean squares, float64 [2, 3]."""
-    mode, rgb = image.mode, to_rgb(image)
+def measure(image: Image.Image, decoding: Decoding) -> Look:
+    """Decode an image; the digest is that of the decoded pixels."""
+    mode, is_deep, turned = image.mode, is_16_bit(image), is_turned(image, decoding)
+    rgb = to_rgb(image, decoding)
     digest = hashlib.blake2b(f"{rgb.width} x {rgb.height}".encode(), digest_size=16)
     digest.update(rgb.tobytes())
     shares = np.array(rgb.histogram()).reshape(3, 256) / (rgb.width * rgb.height)
-    return mode, rgb.size, digest.digest(), np.stack([(shares * LEVELS).sum(1), (shares * LEVELS**2).sum(1)])
+    moments = np.stack([(shares * LEVELS).sum(1), (shares * LEVELS**2).sum(1)])
+    peak = float(LEVELS[shares.any(axis=0)].max()) if is_deep else None
+    transparent = image.has_transparency_data
+    return Look(mode, rgb.size, digest.digest(), moments, shares[:, [0, -1]].T, peak, turned, transparent)
+
+
+def find_warnings(survey: Survey) -> list[str]:
+    """List signs that values are read in another range than they were written in, in words."""
+    good = survey.sizes[:, 0] > 0
+    if not good.any():
+        return []
+    warnings = []
+    mean, square = survey.moments[good].mean(axis=0)
+    black, white = survey.extremes[good].mean(axis=0)
+    for name, m, s, b, w in zip(("red", "green", "blue"), mean, square, black, white, strict=True):
+        if s - m**2 < 1e-9:
+            warnings.append(f"{name} is constant, {m:.4f} in all pixels")
+        elif b + w > SATURATED and set(survey.modes) != {"1"}:
+            warnings.append(f"{name} is saturated: 0 in {b:.1%} and 1 in {w:.1%} of the pixels")
+    if survey.peaks and max(survey.peaks) < DARK:
+        warnings.append(
+            f"{counted(len(survey.peaks), '16-bit file')} stay below {max(survey.peaks) + LEVELS[1]:.1%} of their "
+            "range: rescale them, or state their largest value (MaxSampleValue in TIFF, maxval in PGM)"
+        )
+    return warnings
 
 
 def print_classes(contents: Contents, all_classes: bool) -> None:
@@ -246,6 +314,10 @@ def print_survey(contents: Contents, survey: Survey) -> None:
         say("sizes", f"{smallest} smallest, {median} median, {largest} largest, {len(sizes):,} distinct")
     if survey.modes:
         say("modes", ", ".join(f"{number:,} {mode}" for mode, number in survey.modes.most_common()))
+    if survey.num_turned:
+        say("turned", f"{counted(survey.num_turned, 'image')} by EXIF orientation, see data.exif")
+    if survey.num_transparent:
+        say("transparent", f"{counted(survey.num_transparent, 'image')}, see data.background")
     for index, reason in survey.unreadable.items():
         say("unreadable", f"{contents.name(index)}: {printable(reason)}")
 

@@ -42,9 +42,10 @@ def load_images(trained: TrainedModel, folder: Path | None) -> tuple[Tensor, str
     """
     images, name = _val(trained) if folder is None else _folder(folder)
     indices = np.linspace(0, len(images) - 1, min(NUM_IMAGES, len(images)), dtype=int)
-    pixels = read_fitted(images, indices, trained.config.data).pixels
+    pixels, *_, unreadable = read_fitted(images, indices, trained.config.data)
     if not len(pixels):
-        raise ConfigError(f"none of the images of {name} can be read; give a folder of images with --images")
+        reason = ": ".join(map(printable, unreadable[0]))
+        raise ConfigError(f"none of the images of {name} can be read ({reason}); give a folder of images with --images")
     return trained.normalize(torch.device("cpu"))(pixels).contiguous(), f"{len(pixels)} images of {name}"
 
 

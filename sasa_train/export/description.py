@@ -9,6 +9,7 @@ from sasa_train.config.derived import resolved_image_size, resolved_interpolatio
 from sasa_train.config.keys import TrainConfig
 from sasa_train.config.saved import load_config, to_yaml
 from sasa_train.data.datasets import mean_std
+from sasa_train.data.decoding import decoding_of
 from sasa_train.data.transforms import VAL_CROP, shorter_side
 from sasa_train.trained import TrainedModel
 
@@ -112,7 +113,7 @@ def _measured(trained: TrainedModel, saved: TrainConfig) -> str:
 def _keys_of_logits(config: TrainConfig) -> dict[str, Any]:
     """Return the keys that affect the logits, apart from weights and files, with their values."""
     mean, std = mean_std(config.data)
-    data = {
+    data = {f"data.{key}": value for key, value in vars(decoding_of(config.data)).items()} | {
         "data.image_size": resolved_image_size(config.data),
         "data.mean": list(mean),
         "data.std": list(std),

@@ -1,0 +1,216 @@
+"""Decode images of any mode to what a person would see: upright RGB, 8 bits per channel, over a background.
+
+Pillow itself clips float and 32-bit values to 0..255, makes transparent pixels black, and leaves photos on their side.
+"""
+
+import math
+import warnings
+from dataclasses import dataclass
+from numbers import Real
+from typing import BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from sasa_train.config.keys import DataConfig
+
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")  # about broken EXIF data
+
+# TIFF's tags
+BITS, PHOTOMETRIC, MAX_SAMPLE, SAMPLE_FORMAT, SMIN_SAMPLE, SMAX_SAMPLE = 258, 262, 281, 339, 340, 341
+WHITE_IS_ZERO, SIGNED = 0, 2  # values of PHOTOMETRIC and SAMPLE_FORMAT
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+RANGE_REMEDY = "set data.value_range=[low,high]"
+MIN_SHARE = 0.25  # of a type's range: 16-bit channels of which Pillow keeps 8 bits would have fewer than 64 levels
+BANDS = {"L": 1, "LA": 1, "RGB": 3, "RGBA": 3}  # modes to which MaxSampleValue applies, and their bands but for alpha
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """The keys of the group `data` that determine how pixels are read; see `DataConfig`."""
+
+    background: str = "white"
+    exif: str = "apply"
+    value_range: tuple[float, float] | None = None
+    clip_values: bool = False
+
+
+DEFAULT = Decoding()
+
+
+def decoding_of(data: DataConfig) -> Decoding:
+    value_range = (data.value_range[0], data.value_range[1]) if data.value_range else None
+    return Decoding(data.background, data.exif, value_range, data.clip_values)
+
+
+def open_image(file: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
+    """Open an image without decoding it; if Pillow does not know a TIFF's kind of pixels, say so in a ValueError."""
+    try:
+        return Image.open(file, formats=formats)
+    except UnidentifiedImageError as error:
+        file.seek(0)
+        if file.read(4) not in TIFF_STARTS:
+            raise
+        raise ValueError(
+            "a damaged TIFF, or one whose pixels Pillow cannot read, such as 64-bit floats or several channels of "
+            "floats; convert it to 8 bits per channel"
+        ) from error
+
+
+def to_rgb(image: Image.Image, decoding: Decoding = DEFAULT) -> Image.Image:
+    """Decode an image of any mode to RGB, 8 bits per channel.
+
+    Raises:
+        ValueError: the values that mean black and white are unknown, pixels are NaN, or Pillow lost too much precision.
+    """
+    turn = _turn(image, decoding)
+    _load(image)
+    image = _clipped(image) if decoding.clip_values else _scaled(image, decoding)
+    if decoding.background != "none" and image.has_transparency_data:
+        if image.mode == "La":  # Pillow converts it to LA only
+            image = image.convert("LA")
+        rgba, image = image.convert("RGBA"), Image.new("RGB", image.size, decoding.background)
+        image.paste(rgba, mask=rgba)
+    elif image.mode != "RGB":
+        image = image.convert("RGB")
+    return image if turn is None else image.transpose(turn)
+
+
+def upright_size(image: Image.Image, decoding: Decoding = DEFAULT) -> tuple[int, int]:
+    """Return the width and height that `to_rgb` will return; of a JPEG, only the header is read."""
+    is_swapped = _turn(image, decoding) in (TURNS[5], TURNS[6], TURNS[7], TURNS[8])
+    return (image.height, image.width) if is_swapped else image.size
+
+
+def is_turned(image: Image.Image, decoding: Decoding = DEFAULT) -> bool:
+    """Whether `to_rgb` turns or mirrors the image, apart from a TIFF, which Pillow turns while it loads."""
+    return _turn(image, decoding) is not None
+
+
+def _turn(image: Image.Image, decoding: Decoding) -> Image.Transpose | None:
+    if image.format not in ("JPEG", "MPO"):  # PNG may state its orientation after the pixels; loading turns a TIFF
+        _load(image)
+    if decoding.exif != "apply":
+        return None
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # Pillow's parsers of broken EXIF data raise anything; the pixels are intact
+        return None
+
+
+def _load(image: Image.Image) -> None:
+    """Load the pixels, and correct the transparent colour of a PNG, which Pillow leaves in the file's bit depth."""
+    rawmode, key = _rawmode(image), image.info.get("transparency")
+    image.load()
+    if rawmode in ("L;2", "L;4") and isinstance(key, int):
+        image.info["transparency"] = key * (85 if rawmode == "L;2" else 17)
+    elif rawmode == "RGB;16B" and isinstance(key, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+
+
+def _rawmode(image: Image.Image) -> str:
+    """Return Pillow's name for the layout of the pixels in the file, or "" if they are loaded already."""
+    tiles = getattr(image, "tile", None)
+    arguments = tiles[0].args if tiles else ""
+    return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
+
+
+def is_16_bit(image: Image.Image) -> bool:
+    """Whether an image that is not loaded yet has 16 bits per channel; some may be unused."""
+    return image.mode.startswith("I;16") or ";16" in _rawmode(image) or (image.mode == "I" and image.format == "PPM")
+
+
+def _clipped(image: Image.Image) -> Image.Image:
+    """Convert integers of more than 8 bits as if all had 16; Pillow then clips floats to 0..255."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image).clip(0, 65535) / 257 + 0.5).astype(np.uint8))
+
+
+def _scaled(image: Image.Image, decoding: Decoding) -> Image.Image:
+    """Scale the values in the image's range to 0..255; keep transparency."""
+    low, high = check_range(image, decoding)
+    if not _is_deep(image):
+        return image if high == 255 else _brightened(image, 255 / high)
+    pixels = np.asarray(image)
+    levels = (pixels.view(np.int8) if image.mode == "L" else pixels).astype(np.float64)
+    if np.isnan(levels).any():
+        raise ValueError(f"number of pixels that are NaN: {int(np.isnan(levels).sum()):,}")
+    # In place, to save memory. For 16 bits, this yields the same as a division by 257.
+    np.clip(levels, low, high, out=levels)
+    levels -= low
+    levels /= (high - low) / 255
+    levels += 0.5
+    grey = levels.astype(np.uint8)
+    if _tags(image).get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow inverts 8-bit images only
+        grey = 255 - grey
+    key = image.info.get("transparency")
+    if not isinstance(key, int):
+        return Image.fromarray(grey)
+    return Image.merge("LA", (Image.fromarray(grey), Image.fromarray(((pixels != key) * 255).astype(np.uint8))))
+
+
+def check_range(image: Image.Image, decoding: Decoding) -> tuple[float, float]:
+    """Return the values that mean black and white, judged by the header; channels that Pillow made 8-bit have (0, 255).
+
+    Raises:
+        ValueError: the header does not state them, and `decoding` does not either.
+    """
+    tags, bits = _tags(image), max(_numbers(image, BITS), default=16 if image.mode.startswith("I") else 8)
+    is_signed = SIGNED in _numbers(image, SAMPLE_FORMAT)
+    if image.mode == "F" or is_signed or (image.mode == "I" and tags):
+        if decoding.value_range is not None:
+            return decoding.value_range
+        stated = *_numbers(image, SMIN_SAMPLE)[:1], *_numbers(image, SMAX_SAMPLE)[:1]
+        if len(stated) == 2 and stated[0] < stated[1]:
+            return stated[0], stated[1]
+        kind = "floats" if image.mode == "F" else f"{'signed ' if is_signed else ''}{bits:g}-bit integers"
+        raise ValueError(
+            f"its pixels are {kind}, and no tags SMinSampleValue and SMaxSampleValue say which of them are black and "
+            f"white; {RANGE_REMEDY}"
+        )
+    most, peak = 2**bits - 1, max(_numbers(image, MAX_SAMPLE), default=0)
+    share = peak / most if 0 < peak < most else 1
+    if _is_deep(image):
+        return 0, peak if share < 1 else most
+    if bits == 16 and share < MIN_SHARE and image.mode in BANDS:
+        raise ValueError(
+            f"its channels have 16 bits and MaxSampleValue={peak:g}, but Pillow keeps only the upper 8 bits; "
+            "convert it to 8 bits per channel"
+        )
+    return 0, 255 * share if image.mode in BANDS else 255
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode[0] in "IF" or SIGNED in _numbers(image, SAMPLE_FORMAT)
+
+
+def _brightened(image: Image.Image, factor: float) -> Image.Image:
+    levels = np.arange(256)
+    if _tags(image).get(PHOTOMETRIC) == WHITE_IS_ZERO:  # inverted by Pillow already
+        table = 255 - (levels[::-1] * factor).round().clip(0, 255)
+    else:
+        table = (levels * factor).round().clip(0, 255)
+    colours = BANDS[image.mode]
+    tables = np.concatenate([*[table] * colours, *[levels] * (len(image.getbands()) - colours)])
+    return image.point(tables.astype(int).tolist())
+
+
+def _tags(image: Image.Image) -> dict[int, object]:
+    return getattr(image, "tag_v2", {})
+
+
+def _numbers(image: Image.Image, tag: int) -> list[float]:
+    """Return the finite numbers of a TIFF's tag, one per channel or one for all."""
+    value = _tags(image).get(tag, ())
+    numbers = value if isinstance(value, tuple) else (value,)
+    return [float(n) for n in numbers if isinstance(n, Real) and math.isfinite(n)]

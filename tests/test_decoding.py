@@ -1,0 +1,381 @@
+"""Check that every kind of image is read as a person would see it, or refused with the reason and the remedy."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from making_data import SMALL_RUN, assert_same, batches, chunk, config_for, encoded, make_image_folder, one_image
+from PIL import Image, ImageOps, TiffImagePlugin
+from reading_runs import assert_same_run, last, rows
+
+from sasa_train.config.compose import compose_config
+from sasa_train.config.saved import BEFORE, load_config
+from sasa_train.data.datasets import UnreadableImage
+from sasa_train.data.decoding import Decoding, decoding_of, to_rgb, upright_size
+from sasa_train.data.transforms import decode_box
+from sasa_train.refusal import ConfigError
+from sasa_train.runs.checkpoint import Checkpoints
+from sasa_train.trained import load_trained
+
+RAMP = np.arange(64).reshape(8, 8)
+ORIENTATION = 274
+
+
+def tiff(pixels: np.ndarray, **stated: float) -> bytes:
+    """Return pixels [H, W] or [H, W, C] of any type as an uncompressed TIFF; Pillow writes only some of them.
+
+    `stated` may have PhotometricInterpretation, MaxSampleValue, SMinSampleValue and SMaxSampleValue.
+    """
+    (height, width), channels = pixels.shape[:2], pixels.shape[2] if pixels.ndim == 3 else 1
+    kind, photometric = {"u": 1, "i": 2, "f": 3}[pixels.dtype.kind], stated.get("PhotometricInterpretation", 1)
+    tags = {256: [width], 257: [height], 258: [8 * pixels.itemsize] * channels, 259: [1], 273: [0], 277: [channels]}
+    tags |= {262: [2 if channels == 3 else photometric], 278: [height], 279: [pixels.nbytes], 339: [kind] * channels}
+    names = {"MaxSampleValue": 281, "SMinSampleValue": 340, "SMaxSampleValue": 341}
+    tags |= {number: [stated[name]] for name, number in names.items() if name in stated}
+    longs = b"".join(struct.pack(f"<{len(v)}{'f' if tag >= 340 else 'L'}", *v) for tag, v in sorted(tags.items()))
+    start = 8 + 2 + 12 * len(tags) + 4
+    tags[273], at, directory = [start + len(longs)], start, b""
+    for tag, values in sorted(tags.items()):
+        code, number = ("f", 11) if tag >= 340 else ("L", 4)
+        one = struct.pack("<L", at) if len(values) > 1 else struct.pack(f"<{code}", values[0])
+        directory += struct.pack("<HHL", tag, number, len(values)) + one
+        at += 4 * len(values)
+    return b"II*\0" + struct.pack("<LH", 8, len(tags)) + directory + bytes(4) + longs + pixels.tobytes()
+
+
+def read(folder: Path, content: bytes, **keys) -> np.ndarray:
+    (folder / "x").write_bytes(content)
+    return one_image(folder / "x").read(0, lambda image: np.asarray(to_rgb(image, Decoding(**keys))))
+
+
+UNIT = RAMP / 63
+TAGGED = {"SMinSampleValue": 0.0, "SMaxSampleValue": 1.0}
+
+
+@pytest.mark.parametrize(
+    "content,keys",
+    [
+        (tiff(UNIT.astype("<f4"), **TAGGED), {}),
+        (tiff(UNIT.astype("<f4")), {"value_range": (0.0, 1.0)}),
+        (tiff((UNIT * 255).astype("<f4"), **TAGGED), {"value_range": (0.0, 255.0)}),
+        (tiff((RAMP * 1000 - 3000).astype("<i4")), {"value_range": (-3000.0, 60000.0)}),
+        (tiff((RAMP * 1000).astype("<u4"), SMinSampleValue=0.0, SMaxSampleValue=63000.0), {}),
+        (tiff((RAMP * 100 - 3000).astype("<i2")), {"value_range": (-3000.0, 3300.0)}),
+        (tiff((RAMP - 32).astype("i1")), {"value_range": (-32.0, 31.0)}),
+        (tiff((RAMP * 65).astype("<u2"), MaxSampleValue=4095), {}),
+        (tiff((4095 - RAMP * 65).astype("<u2"), MaxSampleValue=4095, PhotometricInterpretation=0), {}),
+        (tiff(RAMP.astype("u1"), MaxSampleValue=63), {}),
+        (tiff((63 - RAMP).astype("u1"), MaxSampleValue=63, PhotometricInterpretation=0), {}),
+        (tiff(np.stack([RAMP] * 3, -1).astype("u1"), MaxSampleValue=63), {}),
+        (tiff((np.stack([RAMP] * 3, -1) * 1040).astype("<u2")), {}),
+        (b"P5 8 8 4095\n" + (RAMP * 65).astype(">u2").tobytes(), {}),
+        (b"P5 8 8 65535\n" + (RAMP * 1040).astype(">u2").tobytes(), {}),
+        (encoded(Image.fromarray((RAMP * 1040).astype(np.uint16)), "PNG"), {}),
+    ],
+    ids=[
+        "float-tags", "float", "range-wins", "int32", "uint32-tags", "int16", "int8", "12-bit", "12-bit-inverted",
+        "6-bit", "6-bit-inverted", "rgb-6-bit", "rgb-16-bit", "pgm-12-bit", "pgm-16-bit", "png-16-bit",
+    ],
+)  # fmt: skip
+def test_a_ramp_from_black_to_white_is_one_however_it_is_stored(tmp_path, content, keys):
+    """Check that scientific images keep their shades: Pillow's conversion makes floats in [0, 1] entirely black."""
+    pixels = read(tmp_path, content, **keys).astype(int)
+    assert np.abs(pixels - (UNIT * 255)[..., None]).max() <= 2.1  # 16-bit channels lose their lower byte
+
+
+@pytest.mark.parametrize(
+    "content,reason",
+    [
+        (tiff(UNIT.astype("<f4")), r"pixels are floats.*set data.value_range=\[low,high\]"),
+        (tiff(RAMP.astype("<i4")), r"signed 32-bit integers.*set data.value_range"),
+        (tiff(RAMP.astype("<u4"), SMinSampleValue=5.0, SMaxSampleValue=5.0), r"are 32-bit integers.*data.value_range"),
+        (tiff(RAMP.astype("<i2")), r"signed 16-bit integers.*set data.value_range"),
+        (tiff(RAMP.astype("i1")), r"signed 8-bit integers.*set data.value_range"),
+        (tiff(np.stack([UNIT] * 3, -1).astype("<f4")), "Pillow cannot read.*convert it"),
+        (tiff(RAMP.astype("<f8")), "Pillow cannot read.*convert it"),
+        (tiff(np.stack([RAMP] * 3, -1).astype("<u2"), MaxSampleValue=63), "MaxSampleValue=63.*convert it"),
+        (tiff(np.where(RAMP > 61, np.nan, UNIT).astype("<f4"), **TAGGED), "pixels that are NaN: 2"),
+        (b"Pf\n8 8\n-1.0\n" + UNIT.astype("<f4").tobytes(), r"pixels are floats.*data.value_range"),
+    ],
+    ids=["float", "int32", "uint32", "int16", "int8", "float-rgb", "float64", "rgb-6-of-16", "nan", "pfm"],
+)
+def test_values_of_unknown_meaning_are_refused_with_the_remedy(tmp_path, content, reason):
+    with pytest.raises(UnreadableImage, match=reason):
+        read(tmp_path, content)
+
+
+def test_plain_images_are_read_as_ever(tmp_path):
+    """Check that common images do not change by a bit, whatever the keys: published results depend on them."""
+    rng = np.random.default_rng(0)
+    for shape in ((7, 5), (7, 5, 3)):
+        pixels = rng.integers(0, 256, shape, dtype=np.uint8)
+        found = read(tmp_path, encoded(Image.fromarray(pixels), "PNG"))
+        assert np.array_equal(found, pixels if len(shape) == 3 else np.stack([pixels] * 3, -1))
+    deep = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    assert np.array_equal(read(tmp_path, encoded(Image.fromarray(deep), "PNG"))[..., 0], (deep / 257 + 0.5).astype(int))
+
+
+def to_floats(root: Path, keep: int = 0) -> None:
+    """Replace an image folder's PNGs by float TIFFs with values in [0, 1], except the first `keep` of each class."""
+    for folder in (*root.glob("*/*"),):
+        for path in sorted(folder.iterdir())[keep:]:
+            pixels = np.asarray(Image.open(path).convert("L"))
+            path.with_suffix(".tif").write_bytes(tiff((pixels / 255).astype("<f4")))
+            Image.fromarray(pixels).save(path) if keep < 0 else path.unlink()
+
+
+@pytest.mark.parametrize("size", [16, 72], ids=["resident", "streamed"])
+def test_a_set_of_floats_is_refused_at_the_start_and_trained_with_its_range(in_process, tmp_path, size):
+    """Check that a set that training would see as black does not train to chance, but says what is missing."""
+    root = make_image_folder(tmp_path / "images")
+    grey = make_image_folder(tmp_path / "grey")
+    for path in grey.rglob("*.png"):
+        Image.open(path).convert("L").save(path)
+    to_floats(root)
+    stem = "model.stem=conv_small" if size == 16 else "model.stem=conv"
+    data = ("data=image_folder", f"data.image_size={size}", stem, "data.num_workers=0", *SMALL_RUN, "trainer.epochs=1")
+    refused = in_process("train", *data, f"data.root={root}", expect=2).stderr
+    assert "train/blue/0.tif: its pixels are floats" in refused and "data.value_range=[low,high]" in refused
+    assert "max_unreadable" not in refused and not list((tmp_path / "out").rglob("last.pt"))
+    if size == 72:
+        return
+    data += ("model.name=conv_resnet26",)
+    in_process("train", *data, f"data.root={root}", "data.value_range=[0,1]", "run_name=floats")
+    in_process("train", *data, f"data.root={grey}", "run_name=grey")
+    assert rows(tmp_path / "out/floats") == rows(tmp_path / "out/grey")
+    alone = in_process("predict", str(tmp_path / "out/floats"), str(root / "val"), "--format=csv").stdout
+    plain = in_process("predict", str(tmp_path / "out/floats"), str(grey / "val"), "--format=csv").stdout
+    assert alone.replace(str(root), "").replace(".tif", "") == plain.replace(str(grey), "").replace(".png", "")
+
+
+def test_floats_among_other_images_are_not_among_the_ten_that_may_be_bad(image_folder, in_process):
+    to_floats(image_folder, keep=5)
+    data = ("data=image_folder", "data.image_size=16", "model.stem=conv_small", "data.num_workers=0", *SMALL_RUN)
+    refused = in_process("train", *data, f"data.root={image_folder}", expect=2).stderr
+    assert "8 images of train cannot be read without data.value_range=[low,high]" in refused
+
+
+def png_with_key(pixels: np.ndarray, mode: str, key) -> bytes:
+    return encoded(Image.frombytes(mode, pixels.shape[1::-1], pixels.tobytes()), "PNG", transparency=key)
+
+
+def transparent_left() -> dict[str, bytes]:
+    """Return images of two pixels, left transparent and right black, in every way that a file can say so."""
+    rgba = Image.fromarray(np.array([[(9, 9, 9, 0), (0, 0, 0, 255)]], np.uint8))
+    palette = Image.fromarray(np.array([[1, 0]], np.uint8)).copy()
+    palette.putpalette([0, 0, 0, 9, 9, 9])
+    two = np.array([[(9, 9, 9), (0, 0, 0)]], np.uint8)
+    found = {f"rgba-{kind}": encoded(rgba, kind) for kind in ("PNG", "TIFF")}
+    found["rgba-webp"] = encoded(rgba, "WEBP", lossless=True)
+    found |= {f"la-{kind}": encoded(rgba.convert("LA"), kind) for kind in ("PNG", "TIFF")}
+    found["p-key"] = encoded(palette, "PNG", transparency=1)
+    found["p-bytes"] = encoded(palette, "PNG", transparency=bytes([255, 0]))
+    found["p-gif"] = encoded(palette, "GIF", transparency=1)
+    found["rgb-key"] = png_with_key(two, "RGB", (9, 9, 9))
+    found["l-key"] = png_with_key(two[..., 0], "L", 9)
+    found["i16-key"] = png_with_key(two[..., 0].astype("<u2"), "I;16", 9)
+    found["bit-key"] = encoded(Image.frombytes("1", (2, 1), b"\x80"), "PNG", transparency=1)
+    found["l2-key"] = two_pixels(b"\x40", 2, 0, key=struct.pack(">H", 1))
+    found["rgb16-key"] = two_pixels((two.astype(">u2") * 257).tobytes(), 16, 2, key=struct.pack(">HHH", *[9 * 257] * 3))
+    return found
+
+
+def two_pixels(row: bytes, bits: int, colour_type: int, key: bytes) -> bytes:
+    """Return a PNG of a kind that Pillow does not write."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, bits, colour_type, 0, 0, 0)) + chunk(b"tRNS", key)
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("content", [pytest.param(content, id=name) for name, content in transparent_left().items()])
+def test_transparent_pixels_show_the_background(tmp_path, content):
+    """Check that black drawings on nothing do not become black on black, as they are without a background."""
+    assert read(tmp_path, content)[0].tolist() == [[255] * 3, [0] * 3]
+    assert read(tmp_path, content, background="#102030")[0].tolist() == [[16, 32, 48], [0] * 3]
+
+
+def test_half_transparent_pixels_are_mixed_and_none_ignores_alpha(tmp_path):
+    content = encoded(Image.new("RGBA", (3, 2), (100, 0, 0, 51)), "PNG")
+    assert (read(tmp_path, content) == (224, 204, 204)).all()
+    assert (read(tmp_path, content, background="none") == (100, 0, 0)).all()
+
+
+@pytest.mark.parametrize("name", ["nocolour", "#12345", "#11223344", "rgba(1,2,3,4)"])
+def test_a_background_that_is_no_colour_is_refused(name):
+    with pytest.raises(ConfigError, match="data.background=.* must be a CSS colour's name"):
+        compose_config([f"data.background='\"{name}\"'" if "(" not in name else f"data.background='{name}'"])
+
+
+def test_values_of_the_keys_are_checked_and_travel():
+    data = compose_config(["data.value_range=[-1,1]", "data.background=navy", "data.exif=ignore"]).data
+    assert decoding_of(data) == Decoding("navy", "ignore", (-1.0, 1.0))
+    for wrong in ("data.value_range=[1,1]", "data.value_range=[0]", "data.exif=maybe"):
+        with pytest.raises(ConfigError, match=wrong.partition("=")[0]):
+            compose_config([wrong])
+    with pytest.raises(ConfigError, match="needs data.clip_values=false"):
+        compose_config(["data.value_range=[0,1]", "data.clip_values=true"])
+
+
+def corners(width: int = 32, height: int = 16) -> Image.Image:
+    """Return a picture that none of the eight orientations maps to itself."""
+    pixels = np.zeros((height, width, 3), dtype=np.uint8)
+    pixels[: height // 2, : width // 2], pixels[: height // 2, width // 2 :] = (255, 0, 0), (0, 255, 0)
+    pixels[height // 2 :, : width // 2] = (0, 0, 255)
+    return Image.fromarray(pixels)
+
+
+def with_orientation(image: Image.Image, kind: str, orientation: int, **options) -> bytes:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    if kind == "TIFF":
+        tags = TiffImagePlugin.ImageFileDirectory_v2()
+        tags[ORIENTATION] = orientation
+        return encoded(image, kind, tiffinfo=tags, **options)
+    return encoded(image, kind, exif=exif, **options)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_stand_upright_in_all_eight_orientations(tmp_path, kind, orientation):
+    content = with_orientation(corners(), kind, orientation)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+    assert expected.size == ((16, 32) if orientation > 4 else (32, 16))
+    assert np.array_equal(read(tmp_path, content), expected)
+    with Image.open(io.BytesIO(content)) as image:
+        assert upright_size(image) == expected.size
+    if kind != "TIFF":  # Pillow turns it while it loads
+        stored = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+        assert np.array_equal(read(tmp_path, content, exif="ignore"), stored)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("box", [(20, 30, 60, 110), (0, 0, 128, 300)], ids=["whole", "drafted"])
+def test_a_crop_of_a_turned_photo_is_that_of_the_upright_one(orientation, box):
+    """Check the box of a random-resized crop, which must be in the turned image and may be decoded at half size."""
+    raw = corners(300, 128) if orientation > 4 else corners(128, 300)
+    content = with_orientation(raw, "JPEG", orientation, quality=95, subsampling=0)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    expected = upright.resize((32, 32), Image.Resampling.BILINEAR, box=box)
+    with Image.open(io.BytesIO(content)) as image:
+        found = decode_box(image, box, 32)
+        assert (max(image.size) < 300) == (box[2] == 128)
+    assert np.abs(np.asarray(found).astype(int) - np.asarray(expected)).mean() < 4
+
+
+@pytest.mark.parametrize("size", ["data.image_size=16", "data.image_size=72"], ids=["resident", "streamed"])
+def test_training_on_turned_photos_is_training_on_upright_ones(tmp_path, size):
+    turned, upright = make_image_folder(tmp_path / "turned", (23, 17)), tmp_path / "upright"
+    for number, path in enumerate(sorted(turned.rglob("*.png"))):
+        path.write_bytes(with_orientation(Image.open(path), "PNG", number % 8 + 1))
+        copy = upright / path.relative_to(turned)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        ImageOps.exif_transpose(Image.open(path)).save(copy)
+    keys = ("data=image_folder", size, "trainer.global_batch_size=9", "data.num_workers=0")
+    both = [config_for(*keys, f"data.root={root}") for root in (turned, upright)]
+    assert_same(*map(batches, both))
+
+
+BROKEN_EXIF = {
+    "empty": b"",
+    "junk": b"junk",
+    "offset": b"II*\0\xff\xff\xff\xff",
+    "type": b"II*\0\x08\0\0\0\x01\0\x12\x01\x05\0\x01\0\0\0\xff\xff\0\0",
+}
+
+
+@pytest.mark.filterwarnings("ignore:(Corrupt EXIF data|Truncated File Read)")  # as outside pytest; see decoding.py
+@pytest.mark.parametrize("exif", [pytest.param(b"Exif\0\0" + exif, id=name) for name, exif in BROKEN_EXIF.items()])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_broken_exif_is_ignored(tmp_path, exif, kind):
+    expected = read(tmp_path, encoded(corners(), kind))
+    assert np.array_equal(read(tmp_path, encoded(corners(), kind, exif=exif)), expected)
+
+
+def make_odd_folder(root: Path) -> Path:
+    """Create an image folder with turned, transparent, float and 16-bit images."""
+    make_image_folder(root)
+    for number, path in enumerate(sorted(root.rglob("*.png"))):
+        image = Image.open(path)
+        if number % 4 == 0:
+            path.write_bytes(with_orientation(image, "PNG", 6))
+        elif number % 4 == 1:
+            image.putalpha(image.getchannel("R"))
+            image.save(path)
+        elif number % 4 == 2:
+            path.write_bytes(tiff(np.asarray(image.convert("L")).astype("<f4")))
+        else:
+            path.write_bytes(tiff(np.asarray(image.convert("L")).astype("<u2") * 16, MaxSampleValue=4095))
+    return root
+
+
+def forget_the_keys(run: Path) -> None:
+    """Make a run's config look as it did before the keys of BEFORE existed."""
+
+    def older(text: str) -> str:
+        config = yaml.safe_load(text)
+        for key in BEFORE:
+            group, _, name = key.partition(".")
+            del config[group][name]
+        return yaml.safe_dump(config, sort_keys=False)
+
+    (run / "config.yaml").write_text(older((run / "config.yaml").read_text()))
+    content = last(run)
+    for path in (run / "checkpoints").iterdir():
+        path.unlink()
+    Checkpoints(run / "checkpoints", keep=0).save(content | {"config": older(content["config"])}, is_best=False)
+
+
+def test_a_run_begun_before_goes_on_reading_as_it_began(in_process, tmp_path):
+    """Check that an upgrade does not change the images in the middle of a run, nor those that its model is shown."""
+    root = make_odd_folder(tmp_path / "images")
+    keys = ("data=image_folder", f"data.root={root}", "data.image_size=16", "model.stem=conv_small")
+    keys += (*SMALL_RUN, "data.num_workers=0", "trainer.epochs=1", "model.name=conv_resnet26")
+    before = ("data.exif=ignore", "data.background=none", "data.clip_values=true")
+    in_process("train", *keys, *before, "run_name=whole")
+    in_process("train", *keys, *before, "run_name=part", "trainer.max_hours=1e-9", expect=75)
+    runs = [tmp_path / "out" / name for name in ("whole", "part")]
+    forget_the_keys(runs[1])
+    in_process("train", *keys, "run_name=part")
+    assert_same_run(*runs, checkpoints=("last",))
+    forget_the_keys(runs[1])
+    assert decoding_of(load_trained(runs[1]).config.data) == Decoding("none", "ignore", None, clip_values=True)
+    assert load_config((runs[1] / "config.yaml").read_text(), ["data.exif=apply"]).data.exif == "apply"
+
+
+def test_clipped_values_are_those_of_before(tmp_path):
+    """Check the reading that old runs keep, against the code that they began with."""
+
+    def as_before(image: Image.Image) -> Image.Image:
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257 + 0.5).astype(np.uint8))
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+    contents = [tiff((RAMP * 40 - 100).astype(kind)) for kind in ("<f4", "<i4", "<i2", "<u4")]
+    contents += [tiff((RAMP * 65).astype("<u2"), MaxSampleValue=4095), *transparent_left().values()]
+    for content in contents:
+        expected = np.asarray(as_before(Image.open(io.BytesIO(content))))
+        assert np.array_equal(read(tmp_path, content, background="none", exif="ignore", clip_values=True), expected)
+
+
+def test_predictions_are_made_on_the_background_of_the_run(in_process, tmp_path, tiny_run):
+    """Check that sasa-predict shows a transparent logo to the model as the run's config says."""
+    rng = np.random.default_rng(0)
+    logo = Image.fromarray(rng.integers(0, 256, (8, 8, 4), dtype=np.uint8))
+    white = Image.new("RGBA", logo.size, "white")
+    white.paste(logo, mask=logo)
+    logo.save(tmp_path / "logo.png")
+    for name, image in (("white", white), ("dropped", logo)):
+        image.convert("RGB").save(tmp_path / f"{name}.png")
+
+    def shares(name: str, *keys: str) -> list[str]:
+        return (
+            in_process("predict", str(tiny_run), f"{name}.png", "--format=csv", *keys)
+            .stdout.splitlines()[1]
+            .split(",")[1:]
+        )
+
+    assert shares("logo") == shares("white") != shares("dropped")
+    assert shares("logo", "data.background=none") == shares("dropped")
