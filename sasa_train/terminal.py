@@ -6,6 +6,7 @@ a closed pipe, do not stop a run.
 
 import contextlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -15,6 +16,7 @@ from sasa_train.processes.ranks import rank
 
 # Exit codes: done (now or earlier); failed; config or input refused; stopped, and can be continued.
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75
+MAX_NAMES = 5  # maximum number of names shown from a long list
 
 
 def printable(value: object) -> str:
@@ -25,6 +27,12 @@ def printable(value: object) -> str:
 def printable_lines(text: str) -> str:
     """Apply `printable` to each line of a message; names in the message must already be escaped."""
     return "\n".join(printable(line) for line in text.split("\n"))
+
+
+def some(names: Sequence[str], separator: str = ", ") -> str:
+    """Return the first MAX_NAMES names, escaped, followed by the number of remaining names."""
+    rest = len(names) - MAX_NAMES
+    return separator.join(map(printable, names[:MAX_NAMES])) + (f" and {rest:,} more" if rest > 0 else "") or "none"
 
 
 def say(text: str, file: TextIO | None = None) -> None:

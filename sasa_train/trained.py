@@ -43,12 +43,6 @@ class TrainedModel:
         """Return the normalisation that the model was trained with, for uint8 images [B, 3, H, W] from `val_shape`."""
         return Normalize(*mean_std(self.config.data), device, self.config.trainer.channels_last)
 
-    def check_classes(self, classes: list[str]) -> None:
-        """Raise ConfigError unless a data set has the checkpoint's classes in the same order."""
-        if classes != self.classes:
-            root = self.config.data.root
-            raise ConfigError(f"data.root={root}: its {len(classes)} classes are not the checkpoint's")
-
     def changes(self, val: dict[str, Any]) -> list[str]:
         """List the differences between the fingerprint `val` and that of the val images used in training."""
         before = self.checkpoint["fingerprint"]

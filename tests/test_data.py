@@ -1,17 +1,19 @@
 """Check that a sample depends only on (seed, epoch, index), not on the process, and that bad folders are refused."""
 
 import itertools
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from making_data import CPU, assert_same, batches, config_for
+from making_data import CPU, assert_same, batches, config_for, encoded
 from PIL import Image
 from torchvision import datasets as tv
 from torchvision.transforms import v2
 
 from sasa_train.config.compose import compose_config
-from sasa_train.data.datasets import Files, ImageSet, load_image_sets, split
+from sasa_train.data import listing
+from sasa_train.data.datasets import Files, ImageSet, load_image_sets, load_val_set, split
 from sasa_train.data.decoding import to_rgb
 from sasa_train.data.loader import build_eval_loader, build_loaders
 from sasa_train.data.randomness import epoch_order, sample_draws
@@ -100,7 +102,7 @@ def test_val_is_every_image_once_in_order():
         labels = torch.cat([labels for _, labels in loaders.val.eval_batches()])
         assert len(labels) == 359 and torch.equal(labels, torch.cat([y for _, y in loaders.val.eval_batches()]))
         loaders.close()
-    evaluated, images = build_eval_loader(config_for(), CPU)
+    evaluated, images = build_eval_loader(config_for(), CPU, list("0123456789"))
     assert torch.equal(labels, torch.cat([y for _, y in evaluated.eval_batches()])) and len(images.classes) == 10
 
 
@@ -121,6 +123,12 @@ def test_the_holdout_is_stratified_fixed_and_disjoint():
     assert np.bincount(val.labels).tolist() == [10, 5, 1] and np.bincount(train.labels).tolist() == [30, 15, 3]
     assert not set(train.positions) & set(val.positions)
     assert list(split(imbalanced(), 0.25)[1].positions) == list(val.positions)
+
+
+def test_the_holdout_names_the_classes_that_it_cannot_split():
+    images = ImageSet(["a", "b", "c"], np.array([0, 0, 1, 2]), np.arange(4), Files(list("0123")))
+    with pytest.raises(ConfigError, match="fewer than 2 images are of b, c; add images"):
+        split(images, 0.5)
 
 
 def test_subsets_are_as_balanced_as_the_set_allows_and_nested():
@@ -160,6 +168,72 @@ def test_cifar_is_read_from_class_folders_where_they_are(tmp_path):
     assert len(train) == len(val) == 10 and train.classes == list("abcdefghij")
 
 
+NAMES = {"a.gif": "GIF", "b.jfif": "JPEG", "c.jpe": "JPEG", "d.dat": "PNG", "e": "BMP"}
+NAMES |= {"f.avif": "AVIF", "g.jp2": "JPEG2000", "h": "AVIF"}
+
+
+def test_images_are_read_under_whatever_name(image_folder, capsys):
+    """GIF, JFIF and other names were left out of class folders in silence, although sasa-predict read them."""
+    image = Image.new("RGB", (19, 17), (200, 10, 10))
+    there = {name: kind for name, kind in NAMES.items() if kind in listing.FORMATS}
+    for name, kind in there.items():
+        (image_folder / "val/red" / name).write_bytes(encoded(image, kind))
+    (image_folder / "val/red/z.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (image_folder / "val/notes.txt").write_text("P1 is no image")
+    _, val = load_image_sets(config_for("data=image_folder", f"data.root={image_folder}").data)
+    assert {val.name(i).rpartition("/")[2] for i in range(3, len(val))} == {*there, *(f"{i}.png" for i in range(5))}
+    assert all(val.read(i, to_rgb).getpixel((9, 9))[0] > 140 for i in range(3, len(val)))
+    assert f"{image_folder}/val: left out, not images: 2 (notes.txt, red/z.heic)\n" in capsys.readouterr().err
+
+
+def test_each_file_is_read_once_whatever_links_lead_to_it(image_folder, tmp_path, capsys):
+    """Links in a circle made 16 images into 336, and two of them made training hang; other links are followed."""
+    blue = image_folder / "train/blue"
+    for name, to in (("l1", ".."), ("l2", "."), ("l3", "../red"), ("a", "z"), ("out", tmp_path / "out")):
+        (blue / name).symlink_to(to)
+    (image_folder / "train/loop").symlink_to("../..")
+    for folder in (blue / "z", tmp_path / "out"):
+        folder.mkdir()
+        Image.new("RGB", (19, 17)).save(folder / "0.png")
+    train, _ = load_image_sets(config_for("data=image_folder", f"data.root={image_folder}").data)
+    names = [train.name(i).removeprefix(f"{blue}/") for i in range(13)]
+    assert train.classes == ["blue", "red"] and np.bincount(train.labels).tolist() == [13, 7]
+    assert names == [*sorted(f"{i}.png" for i in range(11)), "out/0.png", "z/0.png"]
+    told = "links to folders read already: 5 (loop, blue/a, blue/l1, blue/l2, blue/l3)"
+    assert f"{image_folder}/train: left out, {told}\n" in capsys.readouterr().err
+
+
+def test_an_empty_class_in_val_is_allowed_and_named(image_folder, capsys):
+    for path in (image_folder / "val/red").iterdir():
+        path.unlink()
+    config = config_for("data=image_folder", f"data.root={image_folder}").data
+    train, val = load_image_sets(config)
+    assert val.classes == train.classes == ["blue", "red"] and len(val) == 3
+    assert "no image of red in val; averages over classes leave such a class out" in capsys.readouterr().err
+    (image_folder / "val/red").rmdir()
+    assert load_val_set(config, train.classes).labels.tolist() == [0, 0, 0]
+    shutil.rmtree(image_folder / "val/blue")
+    with pytest.raises(ConfigError, match="no class folder"):
+        load_image_sets(config)
+
+
+def test_data_split_selects_val_or_test(image_folder):
+    """The folder test/ was never read where val/ was there."""
+    shutil.copytree(image_folder / "val", image_folder / "test")
+    (image_folder / "test/red/4.png").unlink()
+
+    def count(*overrides: str) -> int:
+        return len(load_image_sets(config_for("data=image_folder", f"data.root={image_folder}", *overrides).data)[1])
+
+    assert [count(), count("data.split=val"), count("data.split=test")] == [8, 8, 7]
+    shutil.rmtree(image_folder / "val")
+    assert [count(), count("data.split=test")] == [7, 7]
+    with pytest.raises(ConfigError, match="there is no folder .*val; expected"):
+        count("data.split=val")
+    with pytest.raises(ConfigError, match=r"data.holdout_fraction=0.2 takes val from train: set one"):
+        count("data.split=test", "data.holdout_fraction=0.2")
+
+
 class FakeCifar:
     """Stands in for torchvision's class, which would download its files."""
 
@@ -190,8 +264,10 @@ def test_a_failed_download_says_what_to_do(monkeypatch, tmp_path):
     [
         (("train", "training"), [], "there is no folder .*train; expected train/ and val/"),
         (("val", "validation"), [], "there is no folder .*test; expected train/ and val/"),
-        (("train/red/*", "red-*"), [], "train: Found no valid file for the classes red"),
+        (("train/red/*", "red-*"), [], "train: no image of the classes red"),
         (("val/red", "val/green"), [], "only in train: red; only in val: green"),
+        (("val/red", "val/Red "), [], r"only in val: Red  \('Red ' is 'red' but for case, spaces or signs\)"),
+        (("val/red", "val/rad"), [], r"only in val: rad \(did you mean 'red'\?\)"),
         (None, ["model.num_classes=3"], r"model.num_classes=3, but image_folder has 2 classes \(blue, red\)"),
         (None, ["trainer.global_batch_size=19"], "global_batch_size=19 exceeds the 18 training images"),
         (None, ["data=imagenet"], "imagenet has 1000 classes, but 2 are there; use data=image_folder"),

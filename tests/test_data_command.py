@@ -19,6 +19,7 @@ from sasa_train.config.compose import compose_config
 from sasa_train.data.datasets import load_image_sets
 from sasa_train.data.decoding import to_rgb
 from sasa_train.dataset_tool import imagenet, prepare, run_command, writing
+from sasa_train.refusal import ConfigError
 from sasa_train.terminal import printable
 
 ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
@@ -95,7 +96,7 @@ def test_broken_files_are_named(image_folder, capsys):
     out = verify(capsys, image_folder, expect=1)
     for name, reason in (("cut.jpg", "truncated"), ("empty.png", "cannot identify"), ("text.jpg", "cannot identify")):
         assert any(f"train/red/{name}: " in line and reason in line for line in out.splitlines())
-    assert "1 file, no image in a class folder: train/red/notes.txt" in out
+    assert "not read    not images: 1 (train/red/notes.txt)" in out
     assert last_line(out) == "3 problems: 3 unreadable files"
 
 
@@ -127,7 +128,9 @@ def test_many_duplicates_are_cut_short(tmp_path, capsys):
 def test_mean_and_std_weigh_every_image_the_same(tmp_path, capsys):
     """Check that every image has the same weight; a mean over all pixels would favour large images."""
     rng = np.random.default_rng(1)
-    images = [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) // (1, 2, 3) for h, w in ((3, 5), (31, 29), (7, 11))]
+    images = [
+        rng.integers(0, 256, (h, w, 3), dtype=np.uint8) // (1, 2, 3) for h, w in ((3, 5), (31, 29), (7, 11), (2, 3))
+    ]
     for i, pixels in enumerate(images):
         (tmp_path / "train" / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "train" / f"class{i % 2}" / f"{i}.png")
@@ -147,6 +150,73 @@ def test_classes_without_images_are_problems(image_folder, capsys):
     for fault in ("green: no image in train", "green: no folder in val", "red: no folder in val"):
         assert fault in out
     assert last_line(out) == "3 problems: 3 empty or missing classes"
+    (image_folder / "val" / "Green ").mkdir()
+    assert "('green' is 'Green ' but for case, spaces or signs): no folder in val" in verify(
+        capsys, image_folder, expect=1
+    )
+
+
+def test_what_is_no_data_is_named_and_harmless(image_folder, tmp_path, capsys):
+    """Jupyter's .ipynb_checkpoints became a class, and verify, which ended with "nothing wrong", did not mention it."""
+    for split in ("train", "val"):
+        hide(image_folder / split, image_folder / "train/red/0.png")
+    out = verify(capsys, image_folder)
+    assert "2 classes" in out and last_line(out) == "26 images, nothing wrong"
+    for split in ("train", "val"):
+        assert f"hidden: 2 ({split}/.ipynb_checkpoints, {split}/red/._0.png)" in out
+        assert f"not images: 1 ({split}/red/Thumbs.db); links to folders read already: 1 ({split}/blue/loop)" in out
+    assert run_command(["shard", str(image_folder), str(tmp_path / "shards")]) == 0
+    assert "left out, hidden: 2 (.ipynb_checkpoints, red/._0.png)" in capsys.readouterr().out
+    assert_same_sets(image_folder, tmp_path / "shards")
+
+
+def hide(split: Path, image: Path) -> None:
+    """Add what systems leave behind: a hidden folder, a file of macOS, one of Windows, and a link in a circle."""
+    (split / ".ipynb_checkpoints").mkdir()
+    shutil.copy(image, split / ".ipynb_checkpoints/0-checkpoint.png")
+    (split / "red/._0.png").write_bytes(b"\0\5\x16\7")
+    (split / "red/Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
+    (split / "blue/loop").symlink_to("../../..")
+
+
+def test_hidden_members_of_shards_are_named(image_folder, tmp_path, capsys):
+    """Tars made on macOS hold a hidden file for each image, which made verify and training refuse them."""
+    png = (image_folder / "train/red/0.png").read_bytes()
+    members = [("./a.png", png), ("./a.cls", b"0"), ("./._a.png", b"x"), ("./.git/a.png", png), ("./b.cls", b"0")]
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/0.tar").write_bytes(
+        tar_of([*members, ("c", encoded(Image.new("L", (5, 3)), "GIF")), ("c.cls", b"0")])
+    )
+    (tmp_path / "train/._0.tar").write_bytes(b"x")
+    for _ in range(2):  # without and with an index
+        out = verify(capsys, tmp_path)
+        assert "hidden: 2 (0.tar:./._a.png, 0.tar:./.git/a.png); not images: 1 (0.tar:./b.cls)" in out
+        assert last_line(out) == "2 images, nothing wrong"
+
+
+def test_names_in_two_unicode_forms(image_folder, capsys):
+    """macOS may write an é as two characters; such a class was "only in train: café; only in val: café"."""
+    (image_folder / "train/red").rename(image_folder / "train/cafe\u0301")
+    (image_folder / "val/red").rename(image_folder / "val/caf\u00e9")
+    assert last_line(verify(capsys, image_folder)) == "26 images, nothing wrong"
+    assert [images.classes for images in load(image_folder)] == [["blue", "cafe\u0301"]] * 2
+    shutil.copytree(image_folder / "train/cafe\u0301", image_folder / "train/caf\u00e9")
+    out = verify(capsys, image_folder, expect=1)
+    assert "'cafe\\u0301' and 'caf\\xe9': one name in two Unicode forms in train" in out
+    assert "1 ambiguous class name" in last_line(out)
+    with pytest.raises(
+        ConfigError, match="same name in different Unicode forms: 'cafe.u0301' and 'caf.xe9'; merge them"
+    ):
+        load(image_folder)
+
+
+def test_a_class_that_no_holdout_can_split_is_named(tmp_path, capsys):
+    for name, count in (("many", 3), ("one", 1)):
+        for i in range(count):
+            (tmp_path / "train" / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (3, 5), (i, 7, 50 * count)).save(tmp_path / "train" / name / f"{i}.png")
+    out = verify(capsys, tmp_path, expect=1)
+    assert "data.holdout_fraction cannot split: one\n" in out and last_line(out) == "1 problem: 1 class of one image"
 
 
 def test_values_in_another_range_than_they_were_written_in_are_warned_of(tmp_path, capsys):
@@ -240,6 +310,17 @@ def test_shards_are_the_same_data_set(image_folder, tmp_path, capsys):
     capsys.readouterr()
     assert run_command(["shard", str(image_folder), str(shards), "--images-per-shard=7"]) == 0
     assert "nothing to do" in capsys.readouterr().out
+
+
+def test_images_of_any_name_and_test_are_packed(image_folder, tmp_path, capsys):
+    """Files named otherwise than their content, or not at all, and test/, which data.split selects, are copied too."""
+    shutil.copytree(image_folder / "val", image_folder / "test")
+    image = Image.new("RGB", (5, 3), (200, 10, 10))
+    for name, kind in (("x.cls", "JPEG"), ("noname", "PNG"), ("a.gif", "GIF"), ("b.jfif", "JPEG"), ("c.dat", "WEBP")):
+        (image_folder / "train/red" / name).write_bytes(encoded(image, kind))
+    assert run_command(["shard", str(image_folder), str(tmp_path / "shards"), "--images-per-shard=7"]) == 0
+    assert_same_sets(image_folder, tmp_path / "shards")
+    assert "23 train, 8 val, 8 test" in verify(capsys, tmp_path / "shards", expect=1)  # val and test are equal
 
 
 def test_shards_of_two_sources_are_not_mixed(image_folder, tmp_path, capsys):

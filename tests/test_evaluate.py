@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +16,7 @@ from timm.data import ImageNetInfo
 
 from sasa_train import evaluate, train
 from sasa_train.data.transforms import fit
+from sasa_train.dataset_tool import run_command
 from sasa_train.evaluate.calibration import best_temperature, bin_by_confidence, calibrate, expected_error
 from sasa_train.evaluate.imagenet_real import RealLabels, evaluate_real, load_real_labels
 from sasa_train.evaluate.reliability_diagram import draw_reliability
@@ -298,6 +300,42 @@ def test_models_of_other_classes_or_images_are_not_compared(run_dir, tmp_path, c
     said = run(capsys, run_dir, "--compare", tmp_path / "images.pt", expect=2)
     assert "class 'n01440764' had 17 images, now 4" in said and "are for both" in said
     assert "compared on" in run(capsys, run_dir, "--compare", tmp_path / "images.pt", "data.max_val_images=12")
+
+
+def test_a_new_set_needs_no_train_folder(run_dir, tmp_path, capsys):
+    """A root with val/ alone was refused for want of train/; class folders alone and shards of val are enough too."""
+    root = run_dir.parents[1] / "images"
+    plain = run(capsys, run_dir)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/val").symlink_to(root / "val")
+    assert run_command(["shard", str(root), str(tmp_path / "shards")]) == 0
+    shutil.rmtree(tmp_path / "shards/train")
+    for new in (tmp_path / "new", root / "val", tmp_path / "shards"):
+        assert run(capsys, run_dir, f"data.root={new}").partition("\nimages")[2] == plain.partition("\nimages")[2]
+    said = run(capsys, run_dir, f"data.root={tmp_path / 'new'}", "data.split=test", expect=2)
+    assert f"there is no folder {tmp_path / 'new/test'}" in said
+
+
+def test_test_is_evaluated_where_val_is_there_too(run_dir, tmp_path, capsys):
+    """The folder test/ could not be chosen where val/ was there; a class without images has no top1, not one of 0."""
+    (tmp_path / "val").symlink_to(run_dir.parents[1] / "images/val")
+    (tmp_path / "test").mkdir()
+    for wnid in WNIDS[1:]:
+        (tmp_path / "test" / wnid).symlink_to(tmp_path / "val" / wnid)
+    arguments = (f"data.root={tmp_path}", "data.split=test", "--json", tmp_path / "f.json")
+    assert evaluate.run_command([str(run_dir), *map(str, arguments)]) == 0
+    out, err = capsys.readouterr()
+    assert f"{WNIDS[0]}       0       -\n" in out and f"images {2 * NUM_VAL}\n" in out
+    assert f"no image of {WNIDS[0]} in test; averages over classes leave such a class out" in err
+    assert [each["num_images"] for each in json.loads((tmp_path / "f.json").read_text())["classes"]] == [0, 17, 17]
+
+
+def test_classes_that_the_run_does_not_know_are_named(run_dir, tmp_path, capsys):
+    for name, wnid in zip((WNIDS[0], "N01443537", "cat"), WNIDS, strict=True):
+        (tmp_path / name).symlink_to(run_dir.parents[1] / "images/val" / wnid)
+    said = run(capsys, run_dir, f"data.root={tmp_path}", expect=2)
+    assert "the checkpoint and its folders (there is no val/ or test/) must hold the same classes" in said
+    assert "N01443537 ('N01443537' is 'n01443537' but for case, spaces or signs), cat\n" in said
 
 
 def test_real_through_the_command(run_dir, tmp_path, capsys):

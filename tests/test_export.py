@@ -261,7 +261,7 @@ def test_images_of_a_folder_take_the_place_of_data_that_is_gone(run_dir, tmp_pat
     assert f"checked on 26 images of {images}" in in_process("export", *arguments, "--images", str(images)).stdout
     (tmp_path / "none").mkdir()
     assert command.run_command([*arguments, "--images", str(tmp_path / "none")]) == 2
-    assert f"--images {tmp_path / 'none'}: holds no file that ends in" in capsys.readouterr().err
+    assert f"--images {tmp_path / 'none'}: holds no image" in capsys.readouterr().err
 
 
 def test_without_onnx_the_other_formats_are_made(monkeypatch, capsys):

@@ -30,7 +30,7 @@ def test_the_queues_of_train_and_val_must_fit(config, monkeypatch):
     leave(monkeypatch, TRAIN + VAL - 1)
     with pytest.raises(ConfigError, match=r"data.num_workers=2: .* --shm-size=1g.* data.num_workers=1, or a smaller"):
         build_loaders(config(), CPU)
-    build_eval_loader(config(), CPU)[0].close()  # needs only val's share
+    build_eval_loader(config(), CPU, ["blue", "red"])[0].close()  # needs only val's share
     build_loaders(config("data.num_workers=0"), CPU).close()
 
 

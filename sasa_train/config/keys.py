@@ -81,6 +81,9 @@ class DataConfig:
     holdout_fraction: float = key(
         0.0, "> 0: fixed, stratified fraction of train to use as val (0.04 in the paper's Table 3)", at_least=0, below=1
     )
+    split: str | None = key(
+        None, "the split that val reads, val or test; null: val or, where there is none, test", choices=("val", "test")
+    )
     mean: list[float] | None = key(
         None,
         "mean per channel of [0, 1] values; null: model.pretrained's, or the set's own (image_folder: ImageNet's)",

@@ -91,6 +91,10 @@ def _of_data(config: TrainConfig) -> Rules:
     rule = f"needs {small} and augment.crop_mode=padded, but data.image_size={size}: a random-resized crop reads the "
     rule += "originals; use data.resident=auto"
     yield data.resident != "true" or crops_by_padding(data, augment), "data.resident", rule
+    rule = f"needs a split of its own, but data.holdout_fraction={data.holdout_fraction} takes val from train: set one"
+    yield data.split is None or data.holdout_fraction == 0, "data.split", rule
+    rule = "is for sets with a test split: the digits have train and val alone"
+    yield data.split != "test" or data.name != "digits", "data.split", rule
     for name, value in {"mean": data.mean, "std": data.std}.items():
         yield value is None or len(value) == 3, f"data.{name}", "must be three numbers, red, green and blue"
     bounds = data.value_range

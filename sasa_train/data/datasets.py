@@ -4,6 +4,7 @@ import dataclasses
 import io
 import os
 import re
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,18 +21,16 @@ from torch import Tensor
 from torchvision import datasets as tv
 
 from sasa_train.config.keys import DATA_SETS, DataConfig
+from sasa_train.data.class_names import composed, twins, with_nearest
 from sasa_train.data.decoding import RANGE_REMEDY, check_range, decoding_of, open_image
+from sasa_train.data.listing import FORMATS, LeftOut, read_class_folders, visible_folders
 from sasa_train.data.randomness import fixed_order
 from sasa_train.data.shard_index import MAX_CLASSES
-from sasa_train.data.shards import TarMembers, check_image_size, find_shards, load_shards
+from sasa_train.data.shards import SPLIT_NAMES, TarMembers, check_image_size, find_shards, load_shards
 from sasa_train.files import open_regular
 from sasa_train.refusal import ConfigError
-from sasa_train.terminal import printable
+from sasa_train.terminal import printable, say, some, warn
 
-# The formats of torchvision's IMG_EXTENSIONS, plus GIF, because real data sets contain GIF files with other extensions.
-# MPO files open as JPEG. No other format is tried: EPS would start Ghostscript, and every decoder adds to the attack
-# surface.
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `read` rejects such images
 
 PAUSES = (0.1, 1.0)  # seconds to wait before each retry of a failed read
@@ -39,7 +38,7 @@ MAX_CLASSES_BYTES = 2**24  # of classes.txt
 MIN_LABELS = 1000  # smaller labels are accepted from any number of images, because a small subset may lack classes
 DIGITS_VAL_FRACTION = 0.2
 NUM_LOOKED_AT = 5  # images of each split
-MAX_NAMES = 5  # maximum number of names shown from a long list
+VAL_SPLITS = {None: ("val", "test"), "val": ("val",), "test": ("test",)}  # by data.split; the first that is there
 
 Shaped = TypeVar("Shaped")
 
@@ -54,10 +53,11 @@ class UnreadableImage(Exception):
 
 @dataclass
 class Files:
-    """Image files given by their paths; `folder` contains the class folders."""
+    """Image files given by their paths; `folder` contains the class folders, and `left_out` says what is not read."""
 
     paths: list[str]
     folder: str = ""
+    left_out: str = ""
 
     def open(self, position: int) -> BinaryIO:
         file = open_regular(self.paths[position])
@@ -149,12 +149,13 @@ def load_image_sets(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     """Return the train and val sets that `config` selects, after hold-out and subsetting.
 
     Raises:
-        ConfigError: a folder is missing, a class is empty, train and val have different or too few classes, or the
-            images need `data.value_range`.
+        ConfigError: a folder is missing, a class of train is empty, val has no images or a class that train lacks, or
+            the images need `data.value_range`.
     """
     if config.name == "digits":
         train, val = _load_digits()
-    elif config.name in ("cifar10", "cifar100") and not (Path(config.root) / "train").is_dir():
+    elif reads_torchvision(config):
+        _check_torchvision_split(config)
         train, val = _load_cifar(config, train=True), _load_cifar(config, train=False)
     else:
         train, val = _load_from_disk(config)
@@ -184,6 +185,82 @@ def _check_ranges(config: DataConfig, images: ImageSet) -> None:
     raise ConfigError(f"data.root={config.root}: none of its images can be read; {reasons[0]}")
 
 
+def load_val_set(config: DataConfig, classes: Sequence[str]) -> ImageSet:
+    """Return the val set that `config` selects for a trained model, labelled by position in its `classes`.
+
+    Train is read only for a hold-out. If `data.root` has no val/ or test/, its own folders are taken as the classes.
+
+    Raises:
+        ConfigError: a folder is missing, there are no images, or a class is not one of `classes`.
+    """
+    root = Path(config.root)
+    if config.name == "digits" or reads_torchvision(config, classes):
+        return relabelled(load_image_sets(config)[1], classes, config.name, "the checkpoint", "it")
+    if config.holdout_fraction > 0:
+        if not (root / "train").is_dir() and not find_shards(root, "train"):
+            raise ConfigError(
+                f"data.holdout_fraction={config.holdout_fraction}: val is a part of {root / 'train'}, which is not "
+                "there; to evaluate val/, test/ or class folders, add data.holdout_fraction=0"
+            )
+        val, name = load_image_sets(config)[1], "train"
+    elif config.split is None and _holds_classes(root, classes):
+        val, name = _told(_image_set(root)), "its folders (there is no val/ or test/)"
+    else:
+        val, name = _load_val(root, config.split)
+    val = limit(relabelled(val, classes, f"data.root={root}", "the checkpoint", name), config.max_val_images)
+    _check_ranges(config, val)
+    return val
+
+
+def reads_torchvision(config: DataConfig, classes: Sequence[str] = ()) -> bool:
+    """Whether the set is CIFAR in torchvision's files: `data.root` has no train/ and, if given, none of `classes`."""
+    names = ("train", *VAL_SPLITS[None], *classes) if classes else ("train",)
+    return config.name in ("cifar10", "cifar100") and not any((Path(config.root) / name).is_dir() for name in names)
+
+
+def _check_torchvision_split(config: DataConfig) -> None:
+    if config.split == "val":
+        raise ConfigError(f"data.split=val: torchvision's {config.name} has train and test alone; use data.split=test")
+
+
+def _holds_classes(root: Path, classes: Sequence[str]) -> bool:
+    """Whether `root` has class folders instead of splits; a class may be named train or test."""
+    names = visible_folders(root) if root.is_dir() else []
+    splits = {"train", *VAL_SPLITS[None]}.intersection(names)
+    return bool(names) and not any(name not in classes or visible_folders(root / name) for name in splits)
+
+
+def relabelled(images: ImageSet, classes: Sequence[str], where: str, whose: str, name: str) -> ImageSet:
+    """Return `images` with labels that are positions in `classes`; a warning names classes without images.
+
+    where, whose, name: the place of the images, the owner of `classes` and the name of the images, for messages.
+
+    Raises:
+        ConfigError: a class of `images` is not in `classes`, or there are no images.
+    """
+    names, known = composed(images.classes), composed(classes)
+    if unknown := sorted(set(names) - set(known)):
+        missing = sorted(set(known) - set(names))
+        raise ConfigError(
+            f"{where}: {whose} and {name} must hold the same classes; only in {whose}: {some(missing)}; only in "
+            f"{name}: {', '.join(with_nearest(one, missing or known) for one in unknown[:5])}"
+            + (f" and {len(unknown) - 5:,} more" if len(unknown) > 5 else "")
+        )
+    labels, order = images.labels, np.arange(len(images))
+    if names != known:
+        if same := twins(classes):
+            raise ConfigError(f"{where}: {whose} and {name} cannot be matched by name: {whose} has {some(same)}")
+        number = {one: label for label, one in enumerate(known)}
+        labels = np.array([number[one] for one in names], dtype=np.int64)[labels]
+        order = np.argsort(labels, kind="stable")
+    if not len(labels):
+        raise ConfigError(f"{where}: no image of any class in {name}; give a folder with images")
+    if len(empty := np.flatnonzero(np.bincount(labels, minlength=len(known)) == 0)):
+        what = some([classes[label] for label in empty.tolist()])
+        warn(f"{where}: no image of {what} in {name}; averages over classes leave such a class out")
+    return dataclasses.replace(images, classes=list(classes), labels=labels[order], positions=images.positions[order])
+
+
 def _check_classes(config: DataConfig, classes: list[str]) -> None:
     expected = DATA_SETS[config.name].num_classes
     if expected is None or len(classes) == expected:
@@ -199,10 +276,13 @@ def _check_classes(config: DataConfig, classes: list[str]) -> None:
 
 def split(images: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
     """Return (train, val), where val is a fixed, stratified subset with at least one image per class."""
-    held_out = []
-    for members in _by_class(images):
-        if len(members) < 2:
-            raise ConfigError(f"data.holdout_fraction={fraction}: a class with {len(members)} image cannot be split")
+    held_out, of_class = [], _by_class(images)
+    if few := [name for name, members in zip(images.classes, of_class, strict=True) if len(members) < 2]:
+        raise ConfigError(
+            f"data.holdout_fraction={fraction}: must leave an image of each class in train and in val, but fewer than "
+            f"2 images are of {some(few)}; add images, or remove what cannot be split"
+        )
+    for members in of_class:
         held_out.append(members[: min(max(round(fraction * len(members)), 1), len(members) - 1)])
     val = np.sort(np.concatenate(held_out))
     return images.subset(np.setdiff1d(np.arange(len(images)), val)), images.subset(val)
@@ -250,51 +330,89 @@ def _load_cifar(config: DataConfig, train: bool) -> ImageSet:
 
 def _load_from_disk(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     root = Path(config.root)
-    load = load_shard_set if find_shards(root, "train") else load_class_folders
-    train = load(root, "train")
+    train = _told(load_shard_set(root, "train") if find_shards(root, "train") else load_class_folders(root, "train"))
+    train = relabelled(train, train.classes, f"data.root={root}", "classes.txt", "train")  # warns of empty classes
     if config.holdout_fraction > 0:
         return train, train
-    val = load(root, "val")
-    if train.classes != val.classes:
-        only_train = sorted(set(train.classes) - set(val.classes))
-        only_val = sorted(set(val.classes) - set(train.classes))
-        raise ConfigError(
-            f"data.root={root}: train and val must hold the same classes; only in train: {some(only_train)}; "
-            f"only in val: {some(only_val)}"
-        )
-    return train, val
+    val, name = _load_val(root, config.split)
+    return train, relabelled(val, train.classes, f"data.root={root}", "train", name)
+
+
+def _load_val(root: Path, split: str | None) -> tuple[ImageSet, str]:
+    """Return the images of the split that `data.split` selects, and its name."""
+    are_shards = holds_shards(root)
+    there = [name for name in VAL_SPLITS[split] if (find_shards(root, name) if are_shards else (root / name).is_dir())]
+    if are_shards and not there:
+        wanted = " or ".join(VAL_SPLITS[split])
+        raise ConfigError(f"data.root={root}: shards for train, but none for {wanted}; or use data.holdout_fraction")
+    name = there[0] if there else VAL_SPLITS[split][-1]
+    return _told(load_shard_set(root, name) if are_shards else load_class_folders(root, name)), name
+
+
+def holds_shards(root: Path) -> bool:
+    """Whether a data set consists of tar shards; if train is missing, val or test decides."""
+    if (root / "train").is_dir() or find_shards(root, "train"):
+        return bool(find_shards(root, "train"))
+    return any(find_shards(root, split) for split in SPLIT_NAMES)
+
+
+def has_train(config: DataConfig) -> bool:
+    """Whether the images to train on are there; those of torchvision's CIFAR may be downloaded."""
+    root = Path(config.root)
+    return config.name == "digits" or reads_torchvision(config) or (root / "train").is_dir() or holds_shards(root)
+
+
+def _told(images: ImageSet) -> ImageSet:
+    """Return the images after printing a line about the files in their folders that are not read, if there are any."""
+    if isinstance(images.source, Files) and images.source.left_out:
+        say(f"{printable(images.source.folder)}: left out, {images.source.left_out}", sys.stderr)
+    return images
 
 
 def load_class_folders(root: Path, split: str) -> ImageSet:
-    """Find the images in the class folders of `root/train` (or `root/val` or `root/test`), ordered by path.
+    """Find the images in the class folders of `root/train`, `root/val` or `root/test`, ordered by path.
 
     Raises:
-        ConfigError: the folder does not exist, or a class has no images.
+        ConfigError: the folder does not exist, two classes have the same name, or a class of train has no images.
     """
     folder = root / split
-    if split == "val" and not folder.is_dir():
-        folder = root / "test"
     if not folder.is_dir():
         raise ConfigError(
             f"data.root={root}: there is no folder {folder}; expected train/ and val/ (or test/) with one folder per "
             "class or tar shards, or train/ alone with data.holdout_fraction"
         )
+    images = _image_set(folder)
+    counts = np.bincount(images.labels, minlength=len(images.classes))
+    if split == "train" and not counts.all():
+        names = some([images.classes[label] for label in np.flatnonzero(counts == 0).tolist()])
+        raise ConfigError(f"{folder}: no image of the classes {names}; add images, or remove the folders")
+    return images
+
+
+def _image_set(folder: Path) -> ImageSet:
     try:
-        found = tv.ImageFolder(str(folder))
-    except FileNotFoundError as error:  # torchvision's message names the empty classes or reports that there are none
-        raise ConfigError(f"{folder}: {printable(error)}") from error
-    paths, labels = zip(*found.samples, strict=True)
-    return ImageSet(
-        found.classes, np.array(labels, dtype=np.int64), np.arange(len(labels)), Files(list(paths), str(folder))
-    )
+        found, left_out = read_class_folders(str(folder))
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: cannot be listed ({error.strerror})") from error
+    if not found:
+        raise ConfigError(f"{folder}: holds no class folder; expected one folder of images per class")
+    if same := twins(list(found)):
+        raise ConfigError(
+            f"{folder}: has folders of the same name in different Unicode forms: {some(same)}; merge them"
+        )
+    paths = [path for of_class in found.values() for path in of_class]
+    labels = np.repeat(np.arange(len(found)), [len(of_class) for of_class in found.values()])
+    source = Files(paths, str(folder), left_out.describe(str(folder)))
+    return ImageSet(list(found), labels.astype(np.int64), np.arange(len(paths)), source)
 
 
-def load_shard_set(root: Path, split: str) -> ImageSet:
-    """Find the images in a split's tar shards; `root/classes.txt` lists the class names, one per line."""
+def load_shard_set(root: Path, split: str, left_out: LeftOut | None = None) -> ImageSet:
+    """Find the images in a split's tar shards; `root/classes.txt` lists the class names, one per line.
+
+    left_out: see `load_shards`.
+    """
     shards = find_shards(root, split)
-    if not shards:
-        raise ConfigError(f"data.root={root}: shards for train, but none for {split}; or use data.holdout_fraction")
-    members, labels = load_shards(shards, split)
+    members, labels = load_shards(shards, split, left_out)
     names, largest = root / "classes.txt", int(labels.max())
     is_named = os.path.lexists(names)
     if not is_named and largest >= MIN_LABELS + 10 * len(labels):  # otherwise, one wrong label takes gigabytes
@@ -321,9 +439,3 @@ def _read_classes(path: Path) -> list[str]:
             f"{path}: must hold one class name per line, in UTF-8 ({reason}); mend or remove it"
         ) from error
     return classes
-
-
-def some(names: Sequence[str], separator: str = ", ") -> str:
-    """Return the first MAX_NAMES names, escaped, followed by the number of remaining names."""
-    rest = len(names) - MAX_NAMES
-    return separator.join(map(printable, names[:MAX_NAMES])) + (f" and {rest:,} more" if rest > 0 else "") or "none"

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from sasa_train.data.class_names import composed
 from sasa_train.data.datasets import Files, ImageSet
 from sasa_train.terminal import printable
 
@@ -39,7 +40,7 @@ def fingerprint(images: ImageSet) -> dict[str, Any]:
     members = np.split(by_label, np.cumsum(counts)[:-1])
     contents = _in_memory(images, members) if isinstance(images.source, Tensor) else _on_disk(images, members)
     classes = [
-        {"name": name, "num_images": len(of_class), "names": digest_of(_names(images, name, of_class)), **content}
+        {"name": name, "num_images": len(of_class), "names": digest_of(_names(images, of_class)), **content}
         for name, of_class, content in zip(images.classes, members, contents, strict=True)
     ]
     kind = "memory" if isinstance(images.source, Tensor) else "files" if isinstance(images.source, Files) else "shards"
@@ -94,7 +95,7 @@ def _by_name(classes: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     seen: Counter[str] = Counter()
     found = {}
     for entry in classes:
-        name = f"'{printable(entry['name'])}'"
+        name = f"'{printable(*composed([entry['name']]))}'"
         seen[name] += 1
         found[name if seen[name] == 1 else f"{name} ({seen[name]})"] = entry
     return found
@@ -140,14 +141,14 @@ def _file_digest(images: ImageSet, index: int) -> bytes:
         return UNREADABLE
 
 
-def _names(images: ImageSet, class_name: str, members: np.ndarray) -> Iterable[bytes]:
+def _names(images: ImageSet, members: np.ndarray) -> Iterable[bytes]:
     """Return paths relative to the class folder or shard member names without prefixes; [] for images in memory."""
     source, positions = images.source, images.positions[members].tolist()
     if isinstance(source, Tensor):
         return []
     if isinstance(source, Files):
-        folder = os.path.join(source.folder, class_name, "")
-        names = (source.paths[position].removeprefix(folder) for position in positions)
+        folder = os.path.join(source.folder, "")
+        names = (source.paths[position].removeprefix(folder).partition(os.sep)[2] for position in positions)
     else:
         names = (NUMBER.sub(r"\1", str(source.names[position])) for position in positions)
     return (name.encode(errors="surrogateescape") + b"\0" for name in names)

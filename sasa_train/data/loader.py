@@ -7,7 +7,7 @@ labels or, if mixup or cutmix was applied, float32 [B, num_classes].
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sasa_train.config.derived import crops_by_padding, resolved_image_size, total_steps
 from sasa_train.config.keys import TrainConfig
-from sasa_train.data.datasets import ImageSet, load_image_sets, mean_std, some
+from sasa_train.data.datasets import ImageSet, load_image_sets, load_val_set, mean_std
 from sasa_train.data.fingerprint import fingerprint
 from sasa_train.data.mixing import Mixing
 from sasa_train.data.plan import BatchPlan
@@ -29,7 +29,7 @@ from sasa_train.device import RunPlan
 from sasa_train.machine import available_memory, usable_processors
 from sasa_train.processes.ranks import local_rank, local_world_size, world_size
 from sasa_train.refusal import ConfigError
-from sasa_train.terminal import printable
+from sasa_train.terminal import printable, some
 
 RESIDENT_SHARE = 0.25  # of free memory; a larger data set is streamed unless data.resident=true
 Loader = ResidentLoader | StreamingLoader
@@ -94,9 +94,12 @@ def build_loaders(config: TrainConfig, device: torch.device, memory: int | None 
     return Loaders(train, val, train_set, {"train": fingerprint(train_set), "val": fingerprint(val_set)})
 
 
-def build_eval_loader(config: TrainConfig, device: torch.device) -> tuple[Loader, ImageSet]:
-    """Build the same val loader as `build_loaders`, with the same batches; return it and the val images."""
-    _, val_set = load_image_sets(config.data)
+def build_eval_loader(config: TrainConfig, device: torch.device, classes: Sequence[str]) -> tuple[Loader, ImageSet]:
+    """Build the same val loader as `build_loaders`, with the same batches; return it and the val images.
+
+    classes: the trained model's; see `load_val_set`.
+    """
+    val_set = load_val_set(config.data, classes)
     is_resident = _is_resident(config, len(val_set), device)
     val = _build_loader(config, val_set, device, is_resident, split="val")
     _check_queues(config, val)

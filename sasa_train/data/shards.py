@@ -10,6 +10,7 @@ import io
 import os
 import re
 import resource
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,18 +20,20 @@ from tarfile import TarInfo
 from typing import BinaryIO
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
+from sasa_train.data.listing import LeftOut, image_extensions, is_hidden, is_image
 from sasa_train.data.shard_index import COLUMNS, MAX_CLASSES, index_bytes, read_index
 from sasa_train.data.tars import members_of, open_tar
 from sasa_train.files import open_regular, write_atomic
 from sasa_train.refusal import ConfigError, shorten
-from sasa_train.terminal import printable, warn
+from sasa_train.terminal import printable, say, warn
 
 MAX_IMAGE_BYTES = 2**30  # an uncompressed image with as many pixels as are allowed, 89 million of 8 bytes, has fewer
+MAX_HEADER_BYTES = 2**20  # by which a member of another name is identified
 MAX_LABEL_BYTES = 20  # a number, and perhaps a line break
-SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "test")}
+SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}
+LISTING = "listing 2"  # changes when other members are taken as images, so that older indexes are built anew
 
 
 @dataclass
@@ -77,29 +80,35 @@ def _opened(path: str) -> BinaryIO:
 
 
 def find_shards(root: Path, split: str) -> list[Path]:
-    """Find `root/train/*.tar` or `root/*train*.tar`; val may also be named validation or test."""
+    """Find `root/train/*.tar` or `root/*train*.tar`; val may also be named validation."""
     for name in SPLIT_NAMES[split]:
-        found = sorted((root / name).glob("*.tar"))
+        found = _tars(root / name)
         if not found and not (root / name).is_dir():  # ImageNet's archives may be beside class folders
             word = re.compile(rf"(^|[^a-z]){name}([^a-z]|$)")  # so that interval-train does not match val
-            found = sorted(path for path in root.glob("*.tar") if word.search(path.stem.lower()))
+            found = [path for path in _tars(root) if word.search(path.stem.lower())]
         if found:
             return found
     return []
 
 
-def load_shards(shards: Sequence[Path], split: str) -> tuple[TarMembers, np.ndarray]:
+def _tars(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
+
+
+def load_shards(shards: Sequence[Path], split: str, left_out: LeftOut | None = None) -> tuple[TarMembers, np.ndarray]:
     """Return the images in a split's shards and their int64 labels, ordered by (label, key).
 
     The index is read from `SPLIT.index.npz` beside the shards, or built and saved there if the folder is writable. A
     damaged index is reported and built again.
+
+    left_out: if given, the shards are read even if there is an index, and members that are not data are noted in it.
 
     Raises:
         ConfigError: a shard is not a complete tar file, an image has no valid label, or there are no images.
     """
     index = shards[0].with_name(f"{split}.index.npz")
     stats = [_stat(path) for path in shards]
-    identity = np.array([f"{p.name} {s.st_size} {s.st_mtime_ns}" for p, s in zip(shards, stats, strict=True)])
+    identity = np.array([f"{LISTING} {p.name} {s.st_size} {s.st_mtime_ns}" for p, s in zip(shards, stats, strict=True)])
     table = None
     try:
         table = read_index(index, identity, np.array([s.st_size for s in stats]))
@@ -108,8 +117,10 @@ def load_shards(shards: Sequence[Path], split: str) -> tuple[TarMembers, np.ndar
     except Exception as error:  # zipfile and numpy have no common base class: BadZipFile, SyntaxError, ...
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         warn(printable(f"{index} is not used ({shorten(reason)}); the shards are scanned again"))
-    if table is None:
-        table = _scan(shards)
+    if table is None or left_out is not None:
+        table = _scan(shards, noted := left_out or LeftOut())
+        if left_out is None and (told := noted.describe()):
+            say(f"{printable(shards[0].parent)}: left out, {told}", sys.stderr)
         try:
             write_atomic(index, index_bytes(identity, table))
         except OSError as error:
@@ -130,11 +141,11 @@ def _unreadable(path: Path, error: Exception) -> str:
     return f"{path}: cannot be read as a shard ({printable(reason)}); fetch or make it again"
 
 
-def _scan(shards: Sequence[Path]) -> dict[str, np.ndarray]:
+def _scan(shards: Sequence[Path], left_out: LeftOut) -> dict[str, np.ndarray]:
     rows: list[tuple[int, str, int, int, int, str]] = []  # label, key, shard, offset, size, name
     for number, path in enumerate(tqdm(shards, desc="indexing shards", unit="tar", disable=None, leave=False)):
         try:
-            images, labels = _read_shard(path)
+            images, labels = _read_shard(path, left_out)
         except (OSError, ValueError) as error:
             raise ConfigError(_unreadable(path, error)) from error
         if without := sorted(images.keys() - labels.keys()):
@@ -148,22 +159,28 @@ def _scan(shards: Sequence[Path]) -> dict[str, np.ndarray]:
     return {name: np.array(column, dtype=COLUMNS[name]) for name, column in columns.items()}
 
 
-def _read_shard(path: Path) -> tuple[dict[str, tuple[int, int, str]], dict[str, int]]:
-    """Return the offset, size and name of each key's image, and each key's label."""
+def _read_shard(path: Path, left_out: LeftOut) -> tuple[dict[str, tuple[int, int, str]], dict[str, int]]:
+    """Return the offset, size and name of each key's image, and each key's label; note the members that are no data."""
     images: dict[str, tuple[int, int, str]] = {}
     labels: dict[str, int] = {}
+    others: dict[str, list[TarInfo]] = {}  # may be images under other names
     file, num_bytes = open_tar(path)
     with file:
         for member in members_of(file, 0, num_bytes):
             folder, _, base = member.name.rpartition("/")
             stem, _, extension = base.partition(".")
             key = f"{folder}/{stem}"
-            is_image = f".{extension.lower()}" in IMG_EXTENSIONS  # excludes KEY.seg.png
-            if (not is_image and extension != "cls") or member.isdir():
+            has_image_name = f".{extension.lower()}" in image_extensions()  # excludes KEY.seg.png
+            if member.isdir():
                 continue
-            if not member.isfile():
+            if is_hidden(member.name):
+                left_out.hidden.append(f"{path.name}:{member.name}")
+            elif not has_image_name and extension != "cls":
+                if member.isfile() and "." not in extension:
+                    others.setdefault(key, []).append(member)
+            elif not member.isfile():
                 raise ValueError(f"{member.name} must be stored as a file, but is a link or device")
-            if is_image:
+            elif has_image_name:
                 if key in images:
                     raise ValueError(f"{images[key][2]} and {member.name} are two images of one sample")
                 images[key] = member.offset_data, member.size, member.name
@@ -171,7 +188,19 @@ def _read_shard(path: Path) -> tuple[dict[str, tuple[int, int, str]], dict[str, 
                 if key in labels:
                     raise ValueError(f"it has two files {member.name}")
                 labels[key] = _read_label(file, member)
+        for key in sorted(labels.keys() - images.keys()):
+            found = next((m for m in others.get(key, ()) if _holds_image(file, m)), None)
+            if found is None:
+                left_out.foreign.append(f"{path.name}:{key.removeprefix('/')}.cls")
+            else:
+                images[key] = found.offset_data, found.size, found.name
     return images, labels
+
+
+def _holds_image(file: BinaryIO, member: TarInfo) -> bool:
+    """Return whether a member of an open archive is an image, judged by its first bytes."""
+    file.seek(member.offset_data)
+    return is_image(io.BytesIO(file.read(min(member.size, MAX_HEADER_BYTES))))
 
 
 def _read_label(file: BinaryIO, member: TarInfo) -> int:

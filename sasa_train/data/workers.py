@@ -18,12 +18,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
-from sasa_train.data.datasets import some
 from sasa_train.data.plan import MicroBatch
 from sasa_train.data.reading import Reader
 from sasa_train.processes.ranks import local_world_size
 from sasa_train.refusal import ConfigError, ExpectedFailure
 from sasa_train.signals import SIGNALS
+from sasa_train.terminal import some
 
 PREFETCH = 2  # micro-batches that each worker prepares in advance
 PATIENCE = 2.0  # seconds for workers to exit before they are killed

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets.imagenet import ARCHIVE_META
 
-from sasa_train.data.datasets import Files, load_class_folders
+from sasa_train.data.datasets import VAL_SPLITS, Files, ImageSet, load_class_folders, relabelled
 from sasa_train.data.shards import find_shards
 from sasa_train.dataset_tool.imagenet import check_md5, index_train, index_val, read_devkit
 from sasa_train.dataset_tool.writing import Originals, write_all_shards, write_folders
@@ -25,17 +25,14 @@ def shard(root: Path, dest: Path, images_per_shard: int) -> int:
         raise ConfigError(f"DEST={dest} must not be inside ROOT={root}; give a folder of its own")
     if find_shards(root, "train"):
         raise ConfigError(f"ROOT={root} must hold class folders, but it holds tar shards already")
-    splits = {"train": _from_folders(root, "train")}
-    if (root / "val").is_dir() or (root / "test").is_dir():
-        splits["val"] = _from_folders(root, "val")
-    else:
+    train = load_class_folders(root, "train")
+    classes, splits = train.classes, {"train": _originals(train)}
+    for name in VAL_SPLITS[None]:
+        if (root / name).is_dir():
+            images = load_class_folders(root, name)
+            splits[name] = _originals(relabelled(images, classes, f"ROOT={root}", "train", name))
+    if len(splits) == 1:
         print(f"ROOT={root}: no val/ or test/, train alone is copied; training needs data.holdout_fraction then")
-    classes = splits["train"].images.classes
-    for split in splits.values():
-        if differing := set(split.images.classes) ^ set(classes):
-            raise ConfigError(
-                f"ROOT={root}: train and val must hold the same classes, but {printable(min(differing))} is in one"
-            )
     for name in classes:
         if name.encode(errors="ignore").decode().splitlines() != [name]:  # line breaks, or bytes that are not UTF-8
             raise ConfigError(
@@ -47,11 +44,13 @@ def shard(root: Path, dest: Path, images_per_shard: int) -> int:
     return 0
 
 
-def _from_folders(root: Path, split: str) -> Originals:
-    images = load_class_folders(root, split)
+def _originals(images: ImageSet) -> Originals:
     assert isinstance(images.source, Files)
-    sizes = np.array([os.path.getsize(path) for path in images.source.paths], dtype=np.int64)
-    return Originals(images, [os.path.basename(path) for path in images.source.paths], sizes)
+    if images.source.left_out:
+        print(f"{printable(images.source.folder)}: left out, {images.source.left_out}")
+    paths = [images.name(index) for index in range(len(images))]
+    sizes = np.array([os.path.getsize(path) for path in paths], dtype=np.int64)
+    return Originals(images, [os.path.basename(path) for path in paths], sizes)
 
 
 def prepare_imagenet(archives: Path, dest: Path, images_per_shard: int | None, checksums: bool) -> int:

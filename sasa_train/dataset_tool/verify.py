@@ -8,22 +8,23 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from sasa_train.config.compose import compose_config
-from sasa_train.data.datasets import Files, ImageSet, UnreadableImage, load_shard_set, some
+from sasa_train.data.class_names import composed, twins, with_nearest
+from sasa_train.data.datasets import Files, ImageSet, UnreadableImage, holds_shards, load_shard_set
 from sasa_train.data.decoding import Decoding, decoding_of, is_16_bit, is_turned, to_rgb
-from sasa_train.data.shards import find_shards
+from sasa_train.data.listing import LeftOut, read_class_folders, visible_folders
+from sasa_train.data.shards import SPLIT_NAMES, find_shards
 from sasa_train.refusal import ConfigError
-from sasa_train.terminal import DONE, FAILED, printable
+from sasa_train.terminal import DONE, FAILED, printable, some
 
 MAX_TABLE = 50  # maximum number of classes listed one per line
 MAX_ACROSS, MAX_WITHIN = 20, 5  # maximum number of duplicate groups shown
@@ -50,7 +51,8 @@ class Look(NamedTuple):
 class Contents:
     """The contents of a data set with its splits concatenated; `split_of[i]` and `labels[i]` belong to image i.
 
-    `faults` lists classes without images in a split, and `unused` lists files that are never read.
+    `faults` lists classes without images in a split, `unused` says what each split leaves out, and `ambiguous` lists
+    class names that are in a split in two Unicode forms. `single` lists classes that no hold-out from train can split.
     """
 
     root: Path
@@ -59,12 +61,16 @@ class Contents:
     splits: dict[str, ImageSet]
     faults: list[str]
     unused: list[str]
+    ambiguous: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         sets = list(self.splits.values())
         self.starts = np.cumsum([0, *(len(images) for images in sets)])
         self.split_of = np.repeat(np.arange(len(sets)), np.diff(self.starts))
         self.labels = np.concatenate([images.labels for images in sets])
+        is_single = np.bincount(self.labels, minlength=len(self.classes)) == 1
+        is_train_alone = list(self.splits) == ["train"]
+        self.single = [self.classes[i] for i in np.flatnonzero(is_single).tolist()] if is_train_alone else []
 
     def name(self, index: int) -> str:
         split = int(self.split_of[index])
@@ -119,6 +125,8 @@ def verify(root: Path, num_workers: int, all_classes: bool, overrides: Sequence[
         counted(len(survey.unreadable), "unreadable file"): len(survey.unreadable),
         counted(num_across, "duplicate") + " across splits": num_across,
         counted(len(contents.faults), "empty or missing class", "empty or missing classes"): len(contents.faults),
+        counted(len(contents.single), "class", "classes") + " of one image": len(contents.single),
+        counted(len(contents.ambiguous), "ambiguous class name"): len(contents.ambiguous),
     }
     problems = [text for text, number in found.items() if number]
     if problems:
@@ -145,14 +153,17 @@ def read_contents(root: Path) -> Contents:
     """
     if not root.is_dir():
         raise ConfigError(f"ROOT={root} must be a folder that is there; give the one that holds train/ and val/")
-    if find_shards(root, "train"):
-        splits = {split: load_shard_set(root, split) for split in ("train", "val") if find_shards(root, split)}
+    if holds_shards(root):
+        left_out, there = LeftOut(), [split for split in SPLIT_NAMES if find_shards(root, split)]
+        splits = {split: load_shard_set(root, split, left_out) for split in there}
         classes = max((images.classes for images in splits.values()), key=len)
-        return Contents(root, "tar shards", classes, splits, _faults(classes, splits, {}), [])
-    found, unused = {}, []
+        return Contents(root, "tar shards", classes, splits, _faults(classes, splits, {}), [left_out.describe()])
+    found, unused, ambiguous = dict[str, dict[str, list[str]]](), [], []
     for split, folder in find_splits(root).items():
-        found[split], beside = read_class_folders(folder)
-        unused += beside
+        folders, left_out = read_class_folders(str(folder))
+        ambiguous += [f"{names}: one name in two Unicode forms in {split}" for names in twins(list(folders))]
+        found[split] = merged(folders)
+        unused.append(left_out.describe(str(root)))
     classes = sorted(set().union(*found.values()))
     if not classes:
         raise ConfigError(
@@ -160,32 +171,23 @@ def read_contents(root: Path) -> Contents:
             "folders; there is no class folder"
         )
     splits = {split: _image_set(classes, folders) for split, folders in found.items()}
-    return Contents(root, "class folders", classes, splits, _faults(classes, splits, found), unused)
+    return Contents(root, "class folders", classes, splits, _faults(classes, splits, found), unused, ambiguous)
 
 
 def find_splits(root: Path) -> dict[str, Path]:
-    """Return the train folder and the val or test folder, or {"all": root} if `root` itself contains the classes."""
-    held_out = next((name for name in ("val", "test") if (root / name).is_dir()), None)
-    folders = {name: root / name for name in ("train", held_out) if name and (root / name).is_dir()}
+    """Return the folders of the splits that are there, or {"all": root} if `root` itself contains the classes."""
+    folders = {name: root / name for name in SPLIT_NAMES if (root / name).is_dir()}
     # A class may be named train or test, so a single such folder without subfolders is treated as a class.
-    has_folders = any(entry.is_dir() for folder in folders.values() for entry in folder.iterdir())
-    return folders if len(folders) == 2 or has_folders else {"all": root}
+    has_folders = any(visible_folders(folder) for folder in folders.values())
+    return folders if len(folders) > 1 or has_folders else {"all": root}
 
 
-def read_class_folders(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """Return the image files of each class in torchvision's order, and all files that are not images of a class."""
+def merged(folders: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Return the files by class name in NFC."""
     classes: dict[str, list[str]] = {}
-    unused: list[str] = []
-    for entry in sorted(folder.iterdir()):
-        if not entry.is_dir():
-            unused.append(str(entry))
-            continue
-        classes[entry.name] = []
-        for place, _, names in sorted(os.walk(entry, followlinks=True)):
-            for name in sorted(names):
-                is_image = name.lower().endswith(IMG_EXTENSIONS)
-                (classes[entry.name] if is_image else unused).append(os.path.join(place, name))
-    return classes, unused
+    for name, paths in zip(composed(list(folders)), folders.values(), strict=True):
+        classes.setdefault(name, []).extend(paths)
+    return classes
 
 
 def _image_set(classes: list[str], folders: dict[str, list[str]]) -> ImageSet:
@@ -198,8 +200,12 @@ def _faults(classes: list[str], splits: dict[str, ImageSet], folders: dict[str, 
     faults = []
     for split, images in splits.items():
         for label in np.flatnonzero(np.bincount(images.labels, minlength=len(classes)) == 0):
-            is_missing = split in folders and classes[label] not in folders[split]
-            faults.append(f"{printable(classes[label])}: no {'folder' if is_missing else 'image'} in {split}")
+            name, there = classes[label], folders.get(split, {})
+            if split not in folders or name in there:
+                faults.append(f"{printable(name)}: no image in {split}")
+            else:
+                others = [other for other in there if any(other not in of_split for of_split in folders.values())]
+                faults.append(f"{with_nearest(name, others)}: no folder in {split}")
     return faults
 
 
@@ -295,13 +301,14 @@ def print_classes(contents: Contents, all_classes: bool) -> None:
     say("images", ", ".join(f"{len(images):,} {split}" for split, images in contents.splits.items()))
     if list(contents.splits) == ["train"]:
         say("", "no val/ or test/: training needs data.holdout_fraction")
-    elif "val" in contents.splits and (contents.root / "test").is_dir():
-        say("", "test/ was not read; training does not read it either, where there is val/")
-    for fault in contents.faults:
+    elif "val" in contents.splits and "test" in contents.splits:
+        say("", "training evaluates on val, or with data.split=test on test")
+    for fault in contents.faults + contents.ambiguous:
         say("class", fault)
-    if contents.unused:
-        names = [os.path.relpath(path, contents.root) for path in contents.unused]
-        say("not read", f"{counted(len(names), 'file')}, no image in a class folder: {some(names)}")
+    if contents.single:
+        say("class", f"one image alone, which data.holdout_fraction cannot split: {some(contents.single)}")
+    for left_out in filter(None, contents.unused):
+        say("not read", left_out)
 
 
 def print_survey(contents: Contents, survey: Survey) -> None:

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from sasa_train.data.datasets import MAX_NAMES, Files, ImageSet
+from sasa_train.data.datasets import Files, ImageSet
 from sasa_train.data.fingerprint import digest_of
 from sasa_train.data.randomness import fixed_order
-from sasa_train.data.shards import TarMembers, find_shards
+from sasa_train.data.shards import SPLIT_NAMES, TarMembers, find_shards
 from sasa_train.files import inside, open_regular, sync_folder, write_atomic
 from sasa_train.refusal import ConfigError, shorten
-from sasa_train.terminal import printable
+from sasa_train.terminal import MAX_NAMES, printable
 
 WNID = r"n[0-9]{8}"
 OVERHEAD = 2048  # bytes per image in addition to its file: tar headers and label, or half a disk block and an inode
@@ -49,7 +49,7 @@ class Originals:
 
 def write_folders(dest: Path, splits: dict[str, Originals], before: Callable[[], None]) -> None:
     """Write the class folders DEST/SPLIT/CLASS that do not exist yet; call `before` once, before the first write."""
-    if find_shards(dest, "train") or find_shards(dest, "val"):
+    if any(find_shards(dest, split) for split in SPLIT_NAMES):
         raise ConfigError(f"DEST={dest} holds tar shards already, which training would read; give another folder")
     for path in dest.iterdir():
         if re.fullmatch(rf"(train|val)-{WNID}\.tmp", path.name):  # left behind by a stopped command
@@ -115,10 +115,11 @@ def _write_shard(path: Path, split: Originals, members: np.ndarray) -> None:
     with aside.open("xb") as file:
         with tarfile.open(fileobj=file, mode="w:") as archive:
             for i in members:
-                stem, _, extension = split.names[i].rpartition(".")
+                stem, extension = os.path.splitext(split.names[i])
+                extension = "" if extension.lower() == ".cls" else extension  # the label's
                 key = f"{i:08d}-{re.sub(r'[^A-Za-z0-9_-]', '_', stem)}"
                 label = str(split.images.labels[i]).encode()
-                for name, data in ((f"{key}.{extension}", split.read(int(i))), (f"{key}.cls", label)):
+                for name, data in ((f"{key}{extension}", split.read(int(i))), (f"{key}.cls", label)):
                     member = tarfile.TarInfo(name)
                     member.size = len(data)
                     archive.addfile(member, io.BytesIO(data))
@@ -135,7 +136,7 @@ def _claim(dest: Path, splits: dict[str, Originals], images_per_shard: int) -> N
     identity = {"images_per_shard": images_per_shard} | {name: _fingerprint(split) for name, split in splits.items()}
     path = dest / "shards.json"
     if not os.path.lexists(path):
-        if find_shards(dest, "train") or find_shards(dest, "val"):
+        if any(find_shards(dest, split) for split in SPLIT_NAMES):
             raise ConfigError(f"DEST={dest} holds tar shards that this command did not write; give another folder")
         write_atomic(path, (json.dumps(identity, indent=1) + "\n").encode())
         return

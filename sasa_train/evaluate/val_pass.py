@@ -114,7 +114,7 @@ def open_val(trained: TrainedModel) -> Val:
     """Load val with the same batches as in training, and move the model to the device.
 
     Raises:
-        ConfigError: the data set is invalid, or its classes differ from the checkpoint's.
+        ConfigError: the data set is invalid, or holds a class that is not the checkpoint's.
     """
     checkpoint, config = trained.checkpoint, trained.config
     config.trainer.sync_batch_norm = False  # only used in training
@@ -123,7 +123,6 @@ def open_val(trained: TrainedModel) -> Val:
         config.trainer.micro_batch_size = micro_batch_size(config.trainer, num_processes)
         config.trainer.grad_accum_steps = 1
     device, config = resolve(config)
-    loader, images = build_eval_loader(config, device)
-    trained.check_classes(images.classes)
+    loader, images = build_eval_loader(config, device, trained.classes)
     trained.model.to(device).to(memory_format=loader.normalize.memory_format)
     return Val(trained, device, loader, images, config.trainer.precision)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sasa_train.data.datasets import ImageSet, load_image_sets
+from sasa_train.data.datasets import ImageSet, load_val_set
 from sasa_train.data.reading import image_files, read_fitted
 from sasa_train.predict.find_images import find_images
 from sasa_train.refusal import ConfigError
@@ -51,7 +51,7 @@ def load_images(trained: TrainedModel, folder: Path | None) -> tuple[Tensor, str
 
 def _val(trained: TrainedModel) -> tuple[ImageSet, str]:
     try:
-        return load_image_sets(trained.config.data)[1], f"val ({trained.config.data.name})"
+        return load_val_set(trained.config.data, trained.classes), f"val ({trained.config.data.name})"
     except ConfigError as error:
         raise ConfigError(
             f"an export is checked on real images, and the run's are not there ({error}); give a folder of images with "

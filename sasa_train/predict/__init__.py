@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 USAGE = "sasa-predict RUN_OR_CHECKPOINT PATH... [options] [weights=ema|raw] [key=value ...]"
 
-EPILOG = """PATH is a file, however it is called; a folder, searched with all its folders for files named as images; a
-quoted pattern ('photos/**/*.jpg'); or - for files and folders from stdin, one per line. Rows come in this order.
+EPILOG = """PATH is a file, however it is called; a folder, searched with all its folders for images; a quoted
+pattern ('photos/**/*.jpg'); or - for files and folders from stdin, one per line. Rows come in this order.
 
 Images are prepared as val was in training. One that cannot be read is named on stderr with the reason and has no line
 in the table; in CSV and JSON lines its row has an `error`.
@@ -130,11 +130,15 @@ def write_rows(
     Raises:
         ConfigError: there are no images, or stdin does not contain a list of names.
     """
-    find = partial(find_images, words, NUL if options.null else SEPARATOR)
+    from sasa_train.data.listing import LeftOut
+
+    find, left_out = partial(find_images, words, NUL if options.null else SEPARATOR), LeftOut()
     with progress_bar(find, words) as bar:
-        rows = predictor.rows(counted(find(), tally), options.batch_size)
+        rows = predictor.rows(counted(find(left_out=left_out), tally), options.batch_size)
         for text in FORMATS[options.format](reported(rows, tally, bar), predictor.top_k):
             write(text.encode("utf-8", "surrogateescape"))
+    if told := left_out.describe():
+        print(f"left out, {told}", file=sys.stderr)
     if not tally.found:
         raise ConfigError("no image was found")
 

@@ -3,20 +3,21 @@
 Only the names in one folder, or the matches of one pattern, are in memory at a time.
 """
 
-import errno
 import glob
 import itertools
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from functools import cache
-from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import printable
 
+if TYPE_CHECKING:
+    from sasa_train.data.listing import LeftOut
+
 LISTED = "-"  # the argument for a list on stdin
+RECURSIVE = "**"  # in a pattern: any number of folders
 SEPARATOR, NUL = b"\n", b"\0"
 MAX_NAME = 2**16  # maximum bytes of a listed name, ten times as many as any system allows
 
@@ -28,102 +29,114 @@ class Found(NamedTuple):
     fault: str = ""
 
 
-def find_images(words: Sequence[str], separator: bytes = SEPARATOR) -> Iterator[Found]:
-    """Find all files named in `words`, whatever their extension, and, in folders, all files with an image extension.
+def find_images(
+    words: Sequence[str], separator: bytes = SEPARATOR, left_out: "LeftOut | None" = None
+) -> Iterator[Found]:
+    """Find all files named in `words`, and, in folders, all images that are not hidden.
 
     words: files; folders, searched recursively in name order; quoted patterns (*, ?, [], **), expanded in sorted order;
         `-` for files and folders read from stdin, each followed by `separator`.
+    left_out: if given, the files and folders that are not read are noted in it.
 
     Raises:
         ConfigError: stdin does not contain a list of names.
     """
+    from sasa_train.data.listing import LeftOut
+
+    left_out = left_out or LeftOut()
     for word in words:
         if word == LISTED:
             for path in _listed(separator):
-                yield from _at(path)
+                yield from _at(path, left_out)
         elif glob.has_magic(word) and not os.path.lexists(word):
-            yield from _matching(word)
+            yield from _matching(word, left_out)
         else:
-            yield from _at(word)
+            yield from _at(word, left_out)
 
 
-@cache
-def image_extensions() -> tuple[str, ...]:
-    """Return the lower-case extensions of all formats that data sets may use: .jpg, .png, ..."""
-    from PIL import Image
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    from sasa_train.data.datasets import FORMATS
-
-    known = Image.registered_extensions().items()
-    return tuple(sorted({*IMG_EXTENSIONS, *(ending for ending, kind in known if kind in FORMATS)}))
-
-
-def _at(path: str) -> Iterator[Found]:
+def _at(path: str, left_out: "LeftOut") -> Iterator[Found]:
     if not os.path.lexists(path):
         yield Found(path, "is not there")
     elif os.path.isdir(path):
-        yield from _within(path)
+        yield from _within(path, left_out)
     else:
         yield Found(path)
 
 
-def _matching(pattern: str) -> Iterator[Found]:
+def _matching(pattern: str, left_out: "LeftOut") -> Iterator[Found]:
     """Yield a pattern's matches as if each were an argument; for **, skip folders, because their files match too."""
-    matches = sorted(glob.iglob(os.path.expanduser(pattern), recursive=True))
-    if "**" in pattern:
-        comes_round = cache(_comes_round)
-        matches = [path for path in matches if not os.path.isdir(path) and not comes_round(os.path.dirname(path))]
+    matches = sorted(set(_expanded(os.path.expanduser(pattern), left_out)))
+    if RECURSIVE in pattern.split(os.sep):
+        matches = [path for path in matches if not os.path.isdir(path)]
     if not matches:
         yield Found(pattern, "is not there, and as a pattern it matches nothing")
     for path in matches:
-        yield from _at(path)
+        yield from _at(path, left_out)
 
 
-def _comes_round(folder: str) -> bool:
-    """Whether a link in the path `folder` leads back to one of its parents; ** would follow such a link 40 times."""
-    way = [folder, *map(str, Path(folder).parents)]
-    return any(
-        os.path.islink(step) and any(os.path.samefile(step, earlier) for earlier in way[number + 1 :])
-        for number, step in enumerate(way)
-    )
+def _expanded(pattern: str, left_out: "LeftOut") -> list[str]:
+    """Expand a pattern; unlike glob, let ** read each folder once, because links in a circle would take it forever."""
+    parts = pattern.split(os.sep)
+    if RECURSIVE not in parts:
+        return glob.glob(pattern)
+    at = parts.index(RECURSIVE)
+    head, rest = os.sep.join(parts[:at]) or os.sep * at, os.path.join(*parts[at + 1 :], *["*"] * (at + 1 == len(parts)))
+    tops = [path for path in glob.glob(head) if os.path.isdir(path)] if head else [""]
+    folders = (folder for top in tops for folder, _, _ in _folders(top or os.curdir, left_out))
+    named = (folder if head else os.path.relpath(folder) for folder in folders)
+    inner = (os.path.join(glob.escape(folder), rest) if folder != os.curdir else rest for folder in named)
+    return [path for pattern in inner for path in _expanded(pattern, left_out)]
 
 
-def _within(top: str) -> Iterator[Found]:
-    found = _walk(top)
-    first = next(found, Found(top, f"holds no file that ends in {', '.join(image_extensions())}"))
+def _within(top: str, left_out: "LeftOut") -> Iterator[Found]:
+    found = _walk(top, left_out)
+    first = next(found, Found(top, "holds no image"))
     yield from itertools.chain([first], found)
 
 
-def _walk(top: str) -> Iterator[Found]:
-    """Yield the images in a folder, then those in its subfolders; links are followed unless they lead to a parent."""
-    folders: list[tuple[str, frozenset]] = [(top, frozenset())]  # with the identities of the parent folders
+def _walk(top: str, left_out: "LeftOut") -> Iterator[Found]:
+    """Yield the images in a folder, then those in its subfolders."""
+    from sasa_train.data.listing import images_among
+
+    for folder, names, fault in _folders(top, left_out):
+        yield from [Found(folder, fault)] if fault else map(Found, images_among(folder, names, left_out))
+
+
+def _folders(top: str, left_out: "LeftOut") -> Iterator[tuple[str, list[str], str]]:
+    """Yield `top` and the folders in it, each with its files or the reason why it cannot be listed.
+
+    Links are followed, but each folder is read once; hidden folders are not read.
+    """
+    from sasa_train.data.listing import identity_of
+
+    folders, seen = [top], set()
     while folders:
-        folder, above = folders.pop()
+        folder = folders.pop()
         try:
-            status = os.stat(folder)
-            identity = (status.st_dev, status.st_ino)
-            if identity in above:
-                raise OSError(errno.ELOOP, "is a link to a folder that it lies in, and is not followed")
+            if (identity := identity_of(folder)) in seen:
+                left_out.repeated.append(folder)
+                continue
+            seen.add(identity)
             names, inner = _listing(folder)
         except OSError as error:
-            yield Found(folder, error.strerror or str(error))
+            yield folder, [], error.strerror or str(error)
             continue
-        yield from (Found(os.path.join(folder, name)) for name in names)
-        folders += [(os.path.join(folder, name), above | {identity}) for name in reversed(inner)]
+        yield folder, names, ""
+        left_out.hidden += (os.path.join(folder, name) for name in inner if name.startswith("."))
+        folders += [os.path.join(folder, name) for name in reversed(inner) if not name.startswith(".")]
 
 
 def _listing(folder: str) -> tuple[list[str], list[str]]:
-    """Return the sorted names of a folder's images and of its subfolders."""
+    """Return the names of a folder's files and the sorted names of its subfolders."""
     names, inner = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
             # Links are handled separately, because entry.is_dir() raises an error for circular links.
             if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
                 inner.append(entry.name)
-            elif entry.name.lower().endswith(image_extensions()):
+            else:
                 names.append(entry.name)
-    return sorted(names), sorted(inner)
+    return names, sorted(inner)
 
 
 def _listed(separator: bytes) -> Iterator[str]:

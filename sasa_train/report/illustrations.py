@@ -7,7 +7,7 @@ from pathlib import Path
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from sasa_train.config.keys import DataConfig
-from sasa_train.data.datasets import ImageSet, limit, load_image_sets
+from sasa_train.data.datasets import ImageSet, limit, load_val_set, reads_torchvision
 from sasa_train.data.fingerprint import fingerprint
 from sasa_train.refusal import ConfigError
 from sasa_train.report.jobs import Job
@@ -60,21 +60,19 @@ def model_sections(run_dir: Path, overrides: Sequence[str], num_images: int) -> 
 
 def _load_val(trained: TrainedModel) -> ImageSet:
     data = trained.config.data
-    if not _is_there(data):  # a relative path may refer to another directory, and a report downloads nothing
+    # A relative path may refer to another directory, and a report downloads nothing.
+    if not _is_there(data, trained.classes):
         what = f"holds no whole {data.name}" if data.name in ("cifar10", "cifar100") else "is not there"
         raise ConfigError(f"data.root={data.root} {what}; say where with data.root=...")
-    _, val = load_image_sets(data)
-    trained.check_classes(val.classes)
-    return val
+    return load_val_set(data, trained.classes)
 
 
-def _is_there(data: DataConfig) -> bool:
+def _is_there(data: DataConfig, classes: Sequence[str]) -> bool:
     """Check that the data set is on disk; CIFAR's archive must be intact, or it would be downloaded again."""
-    root, archive = Path(data.root), {"cifar10": CIFAR10, "cifar100": CIFAR100}.get(data.name)
-    if archive is None or (root / "train").is_dir():
-        return data.name == "digits" or root.is_dir()
+    if not reads_torchvision(data, classes):
+        return data.name == "digits" or Path(data.root).is_dir()
     try:
-        archive(root, train=False, download=False)
+        {"cifar10": CIFAR10, "cifar100": CIFAR100}[data.name](data.root, train=False, download=False)
     except (OSError, RuntimeError):
         return False
     return True

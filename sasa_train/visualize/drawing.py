@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sasa_train.config.keys import DataConfig
-from sasa_train.data.datasets import ImageSet, limit, load_image_sets
+from sasa_train.data.datasets import ImageSet, has_train, limit, load_image_sets, load_val_set, relabelled
 from sasa_train.data.fingerprint import fingerprint
 from sasa_train.data.quarantine import Quarantine
 from sasa_train.data.reading import image_files, read_fitted
@@ -82,11 +82,14 @@ def draw_run(
         maps = []
     if not maps and not set(wanted) - {*OF_SEVERAL, *MAPS}:
         return
-    train, val = load_image_sets(trained.config.data)
-    trained.check_classes(val.classes)
+    data = trained.config.data
+    val = load_val_set(data, trained.classes)
     for line in trained.changes(fingerprint(val)) if set(wanted) & set(OF_CLASSES) else ():
         log.warning(f"WARNING: not the images that the run was evaluated on: {line}")
     if "augmented_samples" in wanted:
+        train = relabelled(
+            load_image_sets(data)[0], trained.classes, f"data.root={data.root}", "the checkpoint", "train"
+        )
         shown = augmented_samples(trained, train, NUM_AUGMENTED, NUM_EPOCHS)
         caption = (
             f"{len(shown[0])} train images and what the run's own augmentation makes of them in its first {NUM_EPOCHS} "
@@ -111,6 +114,8 @@ def not_drawable(trained: TrainedModel, run_dir: Path | None) -> dict[str, str]:
         reasons |= dict.fromkeys(OF_ATTENTION, why)
     elif all(layer.rel_height is None for layer in layers.values()):
         reasons["relative_embeddings"] = "its layers have no relative embeddings"
+    if not has_train(trained.config.data):
+        reasons["augmented_samples"] = f"data.root={trained.config.data.root} has no train/"
     if not read_rows(trained, run_dir):
         reasons |= dict.fromkeys(OF_SEVERAL, "it has no metrics")
     return reasons

@@ -1,0 +1,34 @@
+"""Compare the class names of two sets, which may come from different systems, in Unicode's composed form (NFC)."""
+
+import difflib
+import unicodedata
+from collections import defaultdict
+from collections.abc import Sequence
+
+from sasa_train.terminal import printable
+
+
+def composed(names: Sequence[str]) -> list[str]:
+    """Return the names in NFC: macOS may write é as two characters, other systems as one."""
+    return [unicodedata.normalize("NFC", name) for name in names]
+
+
+def twins(names: Sequence[str]) -> list[str]:
+    """Describe each group of names that are equal in NFC, with their characters beyond ASCII escaped."""
+    groups = defaultdict(list)
+    for name, in_nfc in zip(names, composed(names), strict=True):
+        groups[in_nfc].append(name)
+    return [" and ".join(map(ascii, group)) for group in groups.values() if len(group) > 1]
+
+
+def with_nearest(name: str, others: Sequence[str]) -> str:
+    """Return a name with the most similar one of `others` in brackets, and in what they differ if it is hard to see."""
+    letters = {_letters(other): other for other in others}
+    if (other := letters.get(_letters(name))) is not None and _letters(name):
+        return f"{printable(name)} ('{printable(name)}' is '{printable(other)}' but for case, spaces or signs)"
+    close = difflib.get_close_matches(name, others, n=1)
+    return f"{printable(name)} (did you mean '{printable(close[0])}'?)" if close else printable(name)
+
+
+def _letters(name: str) -> str:
+    return "".join(c for c in unicodedata.normalize("NFKC", name).casefold() if c.isalnum())

@@ -1,0 +1,146 @@
+"""Which files are images, and in which order: for class folders, tar shards and the folders of sasa-predict.
+
+Hidden files and folders, whose names start with a dot, are not data. A file with the extension of an image format is
+taken as an image; any other file is opened and identified by its content. Each folder is read once, however many links
+lead to it.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image, features
+
+from sasa_train.files import open_regular
+from sasa_train.terminal import some
+
+OPTIONAL = {"avif": "AVIF", "jpg_2000": "JPEG2000"}  # Pillow's name of a decoder that it may lack -> format
+# MPO files open as JPEG. No other format is tried: EPS would start Ghostscript, and every decoder adds to the attack
+# surface.
+DECODERS = {name for name in (*features.modules, *features.codecs) if name in OPTIONAL and features.check(name)}
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", *(OPTIONAL[name] for name in sorted(DECODERS)))
+
+Identity = tuple[int, int]  # a folder's device and inode
+
+
+@dataclass
+class LeftOut:
+    """The paths of files and folders that are not read, and why: hidden, not an image, or a folder read already."""
+
+    hidden: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+    repeated: list[str] = field(default_factory=list)
+
+    def describe(self, top: str = "") -> str:
+        """Count and name what was left out, in paths relative to `top`; return "" if there is nothing."""
+        kinds = {"hidden": self.hidden, "not images": self.foreign, "links to folders read already": self.repeated}
+        prefix = os.path.join(top, "")
+        found = {kind: [path.removeprefix(prefix) for path in paths] for kind, paths in kinds.items() if paths}
+        return "; ".join(f"{kind}: {len(paths):,} ({some(paths)})" for kind, paths in found.items())
+
+
+@cache
+def image_extensions() -> frozenset[str]:
+    """Return the lower-case extensions of FORMATS: .jpg, .png, ..."""
+    known = Image.registered_extensions().items()
+    return frozenset({".mpo", *(extension for extension, kind in known if kind in FORMATS)})
+
+
+def is_hidden(path: str) -> bool:
+    """Return whether a file or one of its folders is hidden; `path` is relative, as in an archive."""
+    return any(name.startswith(".") and name not in (".", "..") for name in path.split("/"))
+
+
+def is_image(file: BinaryIO) -> bool:
+    """Return whether the content of an open file is in one of FORMATS, judged by its header."""
+    try:
+        with Image.open(file, formats=FORMATS):
+            return True
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return True  # reading it reports the size
+    except Exception:  # Pillow's plugins have no common base class
+        return False
+
+
+def images_among(folder: str, names: list[str], left_out: LeftOut) -> list[str]:
+    """Return the paths of the images among the files of a folder, sorted by name; note the others."""
+    found = []
+    for name in sorted(names):
+        path = os.path.join(folder, name)
+        if name.startswith("."):
+            left_out.hidden.append(path)
+        elif os.path.splitext(name)[1].lower() in image_extensions() or _holds_image(path):
+            found.append(path)
+        else:
+            left_out.foreign.append(path)
+    return found
+
+
+def _holds_image(path: str) -> bool:
+    try:
+        with open_regular(path) as file:
+            return is_image(file)
+    except OSError:
+        return False
+
+
+def identity_of(folder: str) -> Identity:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def visible_folders(folder: Path) -> list[str]:
+    """Return the sorted names of a folder's subfolders that are not hidden."""
+    return sorted(name for name in os.listdir(folder) if not name.startswith(".") and (folder / name).is_dir())
+
+
+def read_class_folders(top: str) -> tuple[dict[str, list[str]], LeftOut]:
+    """Return the image files of each class folder in `top`, in torchvision's order, and what is left out.
+
+    Raises:
+        OSError: a folder cannot be listed.
+    """
+    left_out, classes = LeftOut(), dict[str, list[str]]()
+    folders = visible_folders(Path(top))
+    beside = set(os.listdir(top)) - set(folders)
+    left_out.hidden += sorted(os.path.join(top, name) for name in beside if name.startswith("."))
+    left_out.foreign += sorted(os.path.join(top, name) for name in beside if not name.startswith("."))
+    # A link to a folder above leads round in a circle.
+    seen = {identity_of(str(above)) for above in (Path(top).resolve(), *Path(top).resolve().parents)}
+    paths = [os.path.join(top, name) for name in folders]
+    for path in sorted(paths, key=lambda path: (os.path.islink(path), path)):  # a link yields to the folder itself
+        if identity_of(path) in seen:
+            left_out.repeated.append(path)
+        else:
+            seen.add(identity_of(path))
+            classes[os.path.basename(path)] = []
+    classes = {name: _images_in(os.path.join(top, name), seen, left_out) for name in sorted(classes)}
+    return classes, left_out
+
+
+def _images_in(top: str, seen: set[Identity], left_out: LeftOut) -> list[str]:
+    """Return the images in a class folder, sorted by folder, then by name; add the folders to `seen`."""
+    return [path for _, paths in sorted(_walk(top, seen, left_out)) for path in paths]
+
+
+def _walk(top: str, seen: set[Identity], left_out: LeftOut) -> Iterator[tuple[str, list[str]]]:
+    waiting = [top]  # links are followed last, because they yield to the folders themselves
+    while waiting:
+        for place, folders, names in os.walk(waiting.pop(0), onerror=_refuse):
+            identity = identity_of(place)
+            if place != top and identity in seen:
+                left_out.repeated.append(place)
+                folders.clear()
+                continue
+            seen.add(identity)
+            left_out.hidden += (os.path.join(place, name) for name in sorted(folders) if name.startswith("."))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            waiting += (path for name in folders if os.path.islink(path := os.path.join(place, name)))
+            yield place, images_among(place, names, left_out)
+
+
+def _refuse(error: OSError) -> None:
+    raise error
