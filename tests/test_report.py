@@ -28,6 +28,7 @@ from sasa_train.refusal import ConfigError
 from sasa_train.report.intervals import mean_interval
 from sasa_train.report.jobs import find_jobs
 from sasa_train.report.rows import build_report, paired_difference
+from sasa_train.report.tables import markdown
 from sasa_train.runs.metrics import read_metrics
 from sasa_train.sweep.planning import read_plan
 
@@ -131,6 +132,12 @@ def test_the_list_has_the_best_run_first_and_only_what_differs(tmp_path, in_proc
     assert lines[6] == "image_folder  photos" and words[8][3:] == ["d"] and "width" not in lines[7]
     assert lines[-1] == "best  sasa-evaluate out/d"
     assert not (tmp_path / "out/report").exists()
+
+
+def test_two_seeds_have_a_mean_and_no_interval(tmp_path):
+    results = {((), seed): [50.0 + 11 * seed] for seed in (0, 1)}
+    text = markdown(report_of(write_sweep(tmp_path / "s", results)))
+    assert "55.50 (2 seeds: too few)" in text and "±" not in text.split("\n- ")[0]
 
 
 def test_a_seed_that_ran_twice_counts_once(tmp_path):
