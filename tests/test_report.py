@@ -28,6 +28,7 @@ from sasa_train.refusal import ConfigError
 from sasa_train.report.intervals import mean_interval
 from sasa_train.report.jobs import find_jobs
 from sasa_train.report.rows import build_report, paired_difference
+from sasa_train.report.tables import markdown
 from sasa_train.runs.metrics import read_metrics
 from sasa_train.sweep.planning import read_plan
 
@@ -109,6 +110,34 @@ def test_every_job_is_in_the_figures_or_listed_with_its_reason(tmp_path, without
     assert (sweep / "report/table.md").read_text() in text
     with (sweep / "report/table.csv").open() as file:
         assert [row["top1"] for row in csv.DictReader(file)] == ["56.0", "61.0", "", ""]
+
+
+def test_the_list_has_the_best_run_first_and_only_what_differs(tmp_path, in_process, monkeypatch):
+    """Two data sets, an unfinished run, and a run without an evaluation."""
+    monkeypatch.setenv("COLUMNS", "80")
+    for name, overrides, top1, status in (
+        ("a", ["optimizer.lr=0.2"], [50.0, 40.0], "finished"),
+        ("b", ["optimizer.lr=0.3", "model.width=0.5"], [45.0, 60.0], "interrupted"),
+        ("c" * 60, ["optimizer.lr=0.4"], [], "running"),
+        ("d", ["data=image_folder", "data.root=photos"], [99.0], "finished"),
+    ):
+        write_run(tmp_path / "out" / name, overrides, top1, status=status)
+    lines = in_process("report", "--list", "out").stdout.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    words = [line.split() for line in lines]
+    assert words[0] == ["digits"] and words[1] == ["best", "last", "epoch", "run", "state", "lr", "width"]
+    assert words[2] == ["60.00", "60.00", "2/100", "b", "interrupted", "0.3", "0.5"]
+    assert words[3] == ["50.00", "40.00", "2/100", "a", "done", "0.2", "null"]
+    assert words[4][:3] == ["-", "-", "0/100"] and "..." in words[4][3] and words[4][4] == "running"
+    assert lines[6] == "image_folder  photos" and words[8][3:] == ["d"] and "width" not in lines[7]
+    assert lines[-1] == "best  sasa-evaluate out/d"
+    assert not (tmp_path / "out/report").exists()
+
+
+def test_two_seeds_have_a_mean_and_no_interval(tmp_path):
+    results = {((), seed): [50.0 + 11 * seed] for seed in (0, 1)}
+    text = markdown(report_of(write_sweep(tmp_path / "s", results)))
+    assert "55.50 (2 seeds: too few)" in text and "±" not in text.split("\n- ")[0]
 
 
 def test_a_seed_that_ran_twice_counts_once(tmp_path):

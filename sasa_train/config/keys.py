@@ -200,7 +200,9 @@ class TrainerConfig:
     bn_recalibration_batches: int = key(
         0, "training micro-batches to recompute batch norm statistics before each evaluation; 0: none", at_least=0
     )
-    log_every_steps: int = local_key(50, "steps between train rows in metrics.jsonl", above=0)
+    log_every_steps: int = local_key(
+        50, "steps between train rows in metrics.jsonl; at least one row per epoch is written", above=0
+    )
     checkpoint_every_steps: int | None = local_key(None, "steps between checkpoints; null: at epoch ends only", above=0)
     on_failed_save: str = local_key(
         "stop", "what to do if a checkpoint cannot be written; continue: train on, retry", choices=("stop", "continue")

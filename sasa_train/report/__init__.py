@@ -19,6 +19,7 @@ EPILOG = """examples:
   sasa-report outputs/SWEEP --reference kernel_size=7
   sasa-report outputs/RUN_1 outputs/RUN_2 --out compared
   sasa-report outputs                                every run in the folder, as sasa-train -m leaves them
+  sasa-report --list                                 the runs in outputs/, the best first, and what differs
   sasa-report outputs/RUN data.root=/elsewhere       one run: its report.html also shows classes and attention
 
 A row groups the jobs that differ only in their seed: mean top1 of the last epoch with the 95 % confidence interval over
@@ -43,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
     )
     parser.add_argument("sources", nargs="*", metavar="SWEEP_OR_RUN", help="sweep or run folders")
+    parser.add_argument("--list", action="store_true", help="only list the runs (default: those in outputs/)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: report/ in the given folder)")
     parser.add_argument(
         "--reference", metavar="ROW", help="the row to compare with: its label, a part of it, its number"
@@ -81,6 +83,11 @@ def report(options: argparse.Namespace) -> None:
     # The overrides are split off after parsing, because in `--reference kernel_size=7` the value is not an override.
     sources, options.overrides = split_overrides(options.sources)
     options.sources = [Path(source) for source in sources]
+    if options.list:
+        from sasa_train.report.listing import list_runs
+
+        say(list_runs(find_jobs(options.sources or [Path("outputs")]).jobs))
+        return
     if not sources:
         raise ConfigError("no sweep or run folder is given")
     folder = output_folder(options)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from scipy.special import stdtrit  # scipy.stats.t.ppf without importing scipy.stats, which takes a second
 
 CONFIDENCE = 0.95
+ENOUGH = 3  # with two seeds, the interval reaches 6 times their distance to either side
 FEW = 5  # with fewer seeds, the interval relies more on the normality assumption than on the data
 
 

@@ -8,7 +8,7 @@ from sasa_train.config.derived import resolved_image_size
 from sasa_train.config.keys import TrainConfig
 from sasa_train.files import csv_text
 from sasa_train.paper import HELD_OUT_TABLES
-from sasa_train.report.intervals import FEW, Interval
+from sasa_train.report.intervals import ENOUGH, FEW, Interval
 from sasa_train.report.rows import Report, Row
 from sasa_train.terminal import duration
 
@@ -48,7 +48,7 @@ def cells(report: Report, number: int, row: Row) -> dict[str, str]:
         "top1, last epoch": _interval(row.top1),
         "best epoch": shown(_mean(row.mean("best")), "{:.2f}"),
         "difference": "reference" if row.reference is row else _difference(row),
-        "excludes 0": {None: "-", True: "yes", False: "no"}[difference.excludes_zero if difference else None],
+        "excludes 0": _excludes_zero(difference),
         "paper top1": shown(top1, "{:.1f}"),
         "paper difference": "reference" if papers and row.reference is row else shown(row.paper_difference, "{:+.1f}"),
         "M params": in_millions(row.params),
@@ -87,8 +87,17 @@ def _grid(rows: list[dict[str, str]]) -> list[str]:
 def _interval(interval: Interval | None, sign: str = "") -> str:
     if interval is None:
         return "-"
-    spread = "(1 seed)" if interval.half_width is None else f"± {interval.half_width:.2f}"
+    if interval.half_width is None:
+        spread = "(1 seed)"
+    else:
+        spread = f"± {interval.half_width:.2f}" if interval.n >= ENOUGH else f"({interval.n} seeds: too few)"
     return f"{interval.mean:{sign}.2f} {spread}"
+
+
+def _excludes_zero(difference: Interval | None) -> str:
+    if difference is None or difference.n < ENOUGH:
+        return "-"
+    return "yes" if difference.excludes_zero else "no"
 
 
 def _difference(row: Row) -> str:
@@ -118,8 +127,8 @@ def notes(report: Report) -> list[str]:
     if counts and counts[0] < FEW:
         how_many = " to ".join(dict.fromkeys(str(count) for count in (counts[0], counts[-1])))
         found.append(
-            f"few seeds ({how_many}): the intervals rest on top1 being normally distributed over seeds; one seed has "
-            "no interval"
+            f"few seeds ({how_many}): the intervals rest on top1 being normally distributed over seeds; fewer "
+            f"than {ENOUGH} have no interval here"
         )
     return found + (_paper_notes(report.table, configs) if report.table else [])
 

@@ -99,7 +99,7 @@ class Loop:
             # This is checked once per step, because a signal may arrive between two checks. It is checked before
             # anything waits for the device and therefore for other processes, because it reveals whether one has ended.
             stopping = self.stop_is_agreed()
-            if state.step % trainer.log_every_steps == 0:
+            if self.is_logged(state.step):
                 self.log_train(report)
             is_last = state.step == end
             is_due = trainer.checkpoint_every_steps and state.step % trainer.checkpoint_every_steps == 0
@@ -108,6 +108,12 @@ class Loop:
             if stopping:
                 return False
         return True
+
+    def is_logged(self, step: int) -> bool:
+        """Return whether a train row follows this step: every `log_every_steps`, and at least once per epoch."""
+        every, before = self.config.trainer.log_every_steps, (step - 1) // self.steps_per_epoch * self.steps_per_epoch
+        is_last = step == min(before + self.steps_per_epoch, self.num_steps)
+        return step % every == 0 or (is_last and step // every == before // every)
 
     def stop_is_agreed(self) -> bool:
         """Return whether any process has been asked to stop; all processes get the same answer after the same step."""
@@ -119,7 +125,7 @@ class Loop:
 
     def steps(self, batches: Batches, num_steps: int) -> Iterator[StepReport]:
         try:
-            yield from train_one_epoch(self.stepper, batches, num_steps, self.config.trainer.log_every_steps)
+            yield from train_one_epoch(self.stepper, batches, num_steps, self.is_logged)
         except NonFiniteError as error:
             raise NonFiniteError(self.explain(error), error.step, error.number) from None
 

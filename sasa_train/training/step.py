@@ -149,15 +149,19 @@ class StepReport(NamedTuple):
     wait_seconds: float
 
 
-def train_one_epoch(stepper: Stepper, batches: Batches, num_steps: int, log_every_steps: int) -> Iterator[StepReport]:
-    """Run `num_steps` steps and yield a report after each one, so that the caller can act between steps."""
+def train_one_epoch(
+    stepper: Stepper, batches: Batches, num_steps: int, is_logged: Callable[[int], bool]
+) -> Iterator[StepReport]:
+    """Run `num_steps` steps and yield a report after each one, so that the caller can act between steps.
+
+    The gradient norm is computed in the steps for which `is_logged` is true; they are counted from 1.
+    """
     stepper.state.model.train()
     waits: list[float] = []
     timed = _timed(batches, waits)
     for _ in range(num_steps):
         waits.clear()
-        is_logged = (stepper.state.step + 1) % log_every_steps == 0
-        grad_norm = stepper.train_step(timed, want_grad_norm=is_logged)
+        grad_norm = stepper.train_step(timed, want_grad_norm=is_logged(stepper.state.step + 1))
         yield StepReport(grad_norm, sum(waits))
 
 

@@ -1,0 +1,88 @@
+"""The runs of a folder, one line each, the best of each data set first (`sasa-report --list`)."""
+
+import itertools
+import shutil
+from collections.abc import Iterator
+
+from sasa_train.config.identity import trajectory
+from sasa_train.config.overrides import as_written
+from sasa_train.report.jobs import Job
+from sasa_train.terminal import printable
+
+MIN_NAME = 24  # characters of a run's name that are shown even if the terminal is narrow
+
+
+def list_runs(jobs: list[Job], width: int | None = None) -> str:
+    """Return a table of the runs for each data set, for a terminal of `width` columns (default: this one's).
+
+    The runs are sorted by the top1 of their best evaluation. Columns show the keys that differ within the table.
+    """
+    width = width or shutil.get_terminal_size((80, 24)).columns
+    parts = []
+    for data, found in itertools.groupby(sorted(jobs, key=_data), key=_data):
+        group = sorted(found, key=lambda job: (-job.best if job.val else 1.0, job.name))
+        parts += ["", data, *_table(group, width)]
+    best = max((job for job in jobs if job.val), key=lambda job: job.best, default=None)
+    if best is not None and best.run_dir is not None:
+        parts += ["", f"best  sasa-evaluate {printable(best.run_dir)}"]
+    return "\n".join(parts[1:])
+
+
+def _data(job: Job) -> str:
+    if job.config is None:
+        return "config unknown"
+    data = job.config.data
+    return data.name if data.name == "digits" else f"{data.name}  {printable(data.root)}"
+
+
+def _table(jobs: list[Job], width: int) -> Iterator[str]:
+    """Yield the lines of one table: top1, the epoch reached, the name, what differs, and what is not done."""
+    keys = _differing(jobs)
+    columns = [
+        ["best", *(f"{job.best:.2f}" if job.val else "-" for job in jobs)],
+        ["last", *(f"{job.last:.2f}" if job.val else "-" for job in jobs)],
+        ["epoch", *map(_epoch, jobs)],
+        *([key.rpartition(".")[2], *(_value(job, key) for job in jobs)] for key in keys),
+    ]
+    if any(job.state != "done" for job in jobs):
+        columns.insert(3, ["state", *(job.state for job in jobs)])
+    left_out = 0
+    while len(columns) > 4 and width - _width(columns) < MIN_NAME:
+        del columns[-1]
+        left_out += 1
+    room = max(MIN_NAME, width - _width(columns))
+    columns.insert(3, ["run", *(_shortened(printable(job.name), room) for job in jobs)])
+    widths = [max(map(len, column)) for column in columns]
+    for line in zip(*columns, strict=True):
+        numbers = [text.rjust(size) for text, size in zip(line[:3], widths[:3], strict=True)]
+        yield "  ".join(numbers + [t.ljust(n) for t, n in zip(line[3:], widths[3:], strict=True)]).rstrip()
+    if left_out:
+        yield f"({left_out} more keys differ; a wider terminal shows them)"
+
+
+def _width(columns: list[list[str]]) -> int:
+    """Return the width of the columns and the spaces between them and the column of names."""
+    return sum(max(map(len, column)) + 2 for column in columns)
+
+
+def _differing(jobs: list[Job]) -> list[str]:
+    """Return the keys that affect what a run computes and that differ, those that tell the most runs apart first."""
+    configs = [trajectory(job.config) for job in jobs if job.config is not None]
+    values = {key: {as_written(config[key]) for config in configs} for key in (configs[0] if configs else ())}
+    values.pop("model.name", None)  # the run's name contains it
+    differing = [key for key, found in values.items() if len(found) > 1]
+    return sorted(differing, key=lambda key: (-len(values[key]), max(map(len, values[key]))))
+
+
+def _value(job: Job, key: str) -> str:
+    return "-" if job.config is None else printable(as_written(trajectory(job.config)[key]))
+
+
+def _epoch(job: Job) -> str:
+    planned = f"/{job.config.trainer.epochs}" if job.config else ""
+    return f"{job.val[-1]['epoch'] if job.val else 0}{planned}"
+
+
+def _shortened(name: str, room: int) -> str:
+    """Shorten a name in its middle: its end, with the hash of the config, tells runs apart."""
+    return name if len(name) <= room else f"{name[: room - 12]}...{name[-9:]}"
