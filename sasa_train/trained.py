@@ -1,22 +1,29 @@
 """A trained model loaded from a checkpoint, with its classes, image size and normalisation."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 
 from sasa_train.config.derived import resolved_image_size
 from sasa_train.config.keys import DataConfig, TrainConfig
 from sasa_train.data.datasets import mean_std
 from sasa_train.data.fingerprint import differences
-from sasa_train.data.transforms import Normalize
+from sasa_train.data.reading import image_files, read_fitted
+from sasa_train.data.transforms import Normalize, val_shape
 from sasa_train.models import build_model, check_model
 from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.checkpoint import find_checkpoint, load_checkpoint
+from sasa_train.terminal import printable, some
+
+Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+BATCH_SIZE = 64  # images that `predict` holds in memory
 
 
 @dataclass
@@ -43,13 +50,43 @@ class TrainedModel:
         """Return the normalisation that the model was trained with, for uint8 images [B, 3, H, W] from `val_shape`."""
         return Normalize(*mean_std(self.config.data), device, self.config.trainer.channels_last)
 
+    @property
+    def transform(self) -> Callable[[Image.Image], Tensor]:
+        """The preprocessing of one image, as for val: a function from a PIL image to float32 [3, S, S]."""
+        shape, normalize = val_shape(self.config.data), self.normalize(torch.device("cpu"))
+        return lambda image: normalize(torch.tensor(shape(image)).permute(2, 0, 1)[None])[0]
+
+    @torch.inference_mode()
+    def predict(self, paths: Paths, top: int = 5) -> list[Any]:
+        """Return the `top` most probable classes of image files, most probable first, as (class, probability).
+
+        For one path, the result is a list of such pairs; for several, a list with one such list per path.
+
+        Raises:
+            ConfigError: a file cannot be read as an image; the message names it.
+        """
+        if isinstance(paths, str | os.PathLike):
+            return self.predict([paths], top)[0]
+        device, found = next(self.model.parameters()).device, []
+        names = [os.fspath(path) for path in paths]
+        for start in range(0, len(names), BATCH_SIZE):
+            images = image_files(names[start : start + BATCH_SIZE])
+            read = read_fitted(images, range(len(images)), self.config.data)
+            for name, reason in read.unreadable:
+                raise ConfigError(f"{printable(name)}: cannot be read as an image ({printable(reason)})")
+            shares = self.model(self.normalize(device)(read.pixels.to(device))).float().softmax(1)
+            best = shares.topk(min(top, len(self.classes)))
+            for labels, values in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+                found.append([(self.classes[label], share) for label, share in zip(labels, values, strict=True)])
+        return found
+
     def changes(self, val: dict[str, Any]) -> list[str]:
         """List the differences between the fingerprint `val` and that of the val images used in training."""
         before = self.checkpoint["fingerprint"]
         return differences(before["val"], val, "val") if before else []
 
 
-def load_trained(source: Path, overrides: Sequence[str] = ()) -> TrainedModel:
+def load_trained(source: str | Path, overrides: Sequence[str] = ()) -> TrainedModel:
     """Load a checkpoint file or a run folder's best.pt (last.pt if there is no best.pt).
 
     overrides: overrides of the checkpoint's config; `weights=raw` selects the model's own weights instead of their
@@ -66,7 +103,12 @@ def load_trained(source: Path, overrides: Sequence[str] = ()) -> TrainedModel:
 
     if world_size() > 1:
         raise ConfigError(f"WORLD_SIZE={world_size()}: this is one process's work; run it without torchrun")
-    path = find_checkpoint(source)
+    path = find_checkpoint(Path(source))
+    if not os.path.exists(path) and (runs := _runs_in(Path(source))):
+        raise ConfigError(
+            f"{source}: is not a run folder, but holds the runs {some(runs)}; give one of them (sasa-report --list "
+            f"{source} shows how good they are)"
+        )
     checkpoint = load_checkpoint(path)
     wanted, others = split_weights(overrides)
     if any(text.startswith("data.name=") for text in others):
@@ -77,6 +119,10 @@ def load_trained(source: Path, overrides: Sequence[str] = ()) -> TrainedModel:
         raise ConfigError(f"weights=ema: {path} has no moving average; it was trained with trainer.ema_decay=null")
     state_dict = checkpoint["ema"] if weights == "ema" else checkpoint["model"]
     return TrainedModel(path, checkpoint, config, _build(config, state_dict, len(checkpoint["classes"])), weights)
+
+
+def _runs_in(folder: Path) -> list[str]:
+    return sorted(path.parent.name for path in folder.glob("*/config.yaml")) if os.path.isdir(folder) else []
 
 
 def _own_preprocessing(data: DataConfig) -> list[str]:

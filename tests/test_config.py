@@ -159,3 +159,19 @@ def test_of_the_two_batch_keys_the_new_one_decides():
     saved.trainer.micro_batch_size, saved.trainer.grad_accum_steps = 16, 4
     assert load_config(to_yaml(saved), ["trainer.micro_batch_size=8"]).trainer.grad_accum_steps == 1  # 8 once resolved
     assert load_config(to_yaml(saved), ["trainer.grad_accum_steps=2"]).trainer.micro_batch_size is None
+
+
+@pytest.mark.parametrize(
+    "arguments,line",
+    [
+        (["--epochs", "3"], "trainer.epochs=3"),
+        (["--batch-size=32"], "trainer.global_batch_size=32"),
+        (["epochs=3"], "did you mean trainer.epochs?"),
+        (["batch_size=32"], "did you mean trainer.global_batch_size?"),
+        (["lr=0.1"], "did you mean optimizer.lr?"),
+        (["model=resnet18"], "model=timm model.name=resnet18"),
+        (["data=/photos"], "data=image_folder data.root=/photos"),
+    ],
+)
+def test_what_newcomers_type_is_answered_with_what_to_type(arguments, line, in_process):
+    assert line in in_process("train", *arguments, expect=2).stderr

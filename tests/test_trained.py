@@ -1,12 +1,15 @@
 """Check the weights and preprocessing of a loaded run, as used for evaluation, prediction and export."""
 
 import importlib
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+import sasa_train
 from sasa_train.config.overrides import split_overrides
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.checkpoint import find_checkpoint
@@ -22,6 +25,29 @@ def test_the_moving_average_is_the_default_and_raw_the_models_own(tiny_run):
     assert torch.equal(raw.model.state_dict()[name], raw.checkpoint["model"][name])
     assert not torch.equal(averaged.checkpoint["ema"][name], raw.checkpoint["model"][name])
     assert not averaged.model.training
+
+
+def test_predictions_in_python_are_those_of_the_command(tiny_run, image_folder, tmp_path, in_process):
+    paths = sorted(str(path) for path in image_folder.rglob("*.png"))[:5]
+    lines = in_process("predict", str(tiny_run), *paths, "--format", "jsonl", "--top-k", "3").stdout.splitlines()
+    expected = [[(one["class"], one["probability"]) for one in json.loads(line)["predictions"]] for line in lines]
+    trained = sasa_train.load_trained(str(tiny_run))
+    found = trained.predict(paths, top=3)
+    assert [[name for name, _ in one] for one in found] == [[name for name, _ in one] for one in expected]
+    assert all(share == pytest.approx(other, rel=1e-5) for one in zip(found, expected, strict=True)
+               for (_, share), (_, other) in zip(*one, strict=True))  # fmt: skip
+    assert trained.predict(Path(paths[0]), top=3) == found[0] and len(trained.predict(paths[0], top=99)) == 10
+    with Image.open(paths[0]) as image, torch.no_grad():
+        share, label = trained.model(trained.transform(image)[None]).softmax(1)[0].max(0)
+    assert (trained.classes[label], share.item()) == (found[0][0][0], pytest.approx(found[0][0][1], rel=1e-5))
+    (tmp_path / "bad.png").write_text("this is no image")
+    with pytest.raises(ConfigError, match="bad.png: cannot be read as an image"):
+        trained.predict([paths[0], tmp_path / "bad.png"])
+
+
+def test_a_folder_of_runs_is_answered_with_their_names(tiny_run, in_process):
+    told = in_process("evaluate", str(tiny_run.parent), expect=2).stderr
+    assert "is not a run folder, but holds the runs tiny; give one of them" in told
 
 
 def test_preprocessing_is_that_of_the_runs_data(tiny_run):

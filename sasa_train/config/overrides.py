@@ -29,6 +29,22 @@ MAX_TEXT = 2**16  # characters in a saved config (normally 4,000) or override; p
 # Hydra, OmegaConf and PyYAML raise these, for example for an int of 5,000 digits or 2,000 nested lists.
 UNREADABLE = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError)
 WORDS = ("null", "true", "false", "nan", "inf")  # Hydra does not parse these as strings
+# What other programs call a key.
+OTHER_NAMES = {
+    "batch_size": "trainer.global_batch_size", "batch": "trainer.global_batch_size", "bs": "trainer.global_batch_size",
+    "learning_rate": "optimizer.lr", "wd": "optimizer.weight_decay", "opt": "optimizer.name", "sched": "schedule.name",
+    "img_size": "data.image_size", "imgsz": "data.image_size", "input_size": "data.image_size", 
+    "size": "data.image_size",
+    "workers": "data.num_workers", "data_dir": "data.root", "data_path": "data.root", "dataset": "data.root",
+    "num_epochs": "trainer.epochs", "max_epochs": "trainer.epochs", "steps": "trainer.max_steps",
+    "amp": "trainer.precision", "fp16": "trainer.precision", "bf16": "trainer.precision", "ema": "trainer.ema_decay",
+    "clip_grad": "trainer.grad_clip_norm", "smoothing": "trainer.label_smoothing", "arch": "model.name",
+    "drop_path": "model.drop_path_rate", "aa": "augment.policy", "output": "output_dir", "name": "run_name",
+}  # fmt: skip
+HINTS = {  # further advice for a choice that a group does not have
+    "model": " (a model of timm: model=timm model.name={0})",
+    "data": " (your own images: data=image_folder data.root={0})",
+}
 TEXT_KEYS = frozenset({*text_keys(key_table()), *GROUPS})
 
 
@@ -68,7 +84,19 @@ def parse_overrides(overrides: Sequence[str], text_keys: frozenset[str] = TEXT_K
     Raises:
         ConfigError: an override is not key=value.
     """
+    for option, value in itertools.pairwise([*overrides, ""]):
+        if option.startswith("-"):
+            raise ConfigError(_instead_of(option, value))
     return [_parse(override, text_keys) for override in overrides]
+
+
+def _instead_of(option: str, following: str) -> str:
+    """Say how to write an option such as --epochs, with a value after = or in the following argument."""
+    name, has_value, value = option.lstrip("-").replace("-", "_").partition("=")
+    value = value if has_value or "=" in following else following
+    found = _similar(name, [*key_table(), *GROUPS])
+    example = f"{found[0]}={value or '...'}" if found else "trainer.epochs=10"
+    return f"{shorten(option)}: is not an option here; values are given as key=value, as in {example}"
 
 
 class TextVisitor(HydraOverrideVisitor):
@@ -158,16 +186,23 @@ def check_override_keys(overrides: Sequence[str], is_sweep: bool = False) -> Non
 def unknown_key(key: str) -> str:
     """Return "" if `key` is a key, a group or an argument in one of FREE_KEYS, otherwise an error message."""
     known = [*key_table(), *GROUPS]
-    is_known = key in known or key.startswith(tuple(f"{free}." for free in FREE_KEYS))
-    return "" if is_known else f"unknown key {shorten(key)!r}: {nearest(key, known)}"
+    if key in known or key.startswith(tuple(f"{free}." for free in FREE_KEYS)):
+        return ""
+    return f"unknown key {shorten(key)!r}: {nearest(key, known)}"
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
     """Return 'did you mean ...?' with the most similar word or, if none is similar, a pointer to the help."""
-    # The same name in another group is preferred to a similar spelling.
-    found = [w for w in words if w.rpartition(".")[2] == word.rpartition(".")[2]]
-    found = found or difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    found = _similar(word, words)
     return f"did you mean {' or '.join(found)}?" if found else "sasa-train --help lists every key"
+
+
+def _similar(word: str, words: Sequence[str]) -> list[str]:
+    """Return the keys with the same name in another group, else the most similar word by meaning or spelling."""
+    name = word.rpartition(".")[2].replace("-", "_")
+    same = [key for key in words if key.rpartition(".")[2] == name]
+    meant = [OTHER_NAMES[name]] if OTHER_NAMES.get(name) in words else []
+    return same or meant or difflib.get_close_matches(word, words, n=1, cutoff=0.6)
 
 
 def _check_choice(override: Override) -> None:
@@ -176,7 +211,7 @@ def _check_choice(override: Override) -> None:
         return
     for name in choice if isinstance(choice, list) else [choice]:
         if name not in choices(group):
-            hint = nearest(str(name), choices(group))
+            hint = nearest(str(name), choices(group)) + HINTS.get(group, "").format(shorten(name))
             raise ConfigError(f"{group}={shorten(choice)} is none of {', '.join(choices(group))}: {hint}")
 
 

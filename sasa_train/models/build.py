@@ -1,6 +1,9 @@
 """Build a model (ours or timm's) from its config, and check before training that it suits the data."""
 
+import os
+import traceback
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 import timm
@@ -80,14 +83,42 @@ def check_model(config: ModelConfig, image_size: int) -> nn.Module:
     Raises:
         ConfigError: the model cannot be built, or it does not accept images of this size.
     """
+    try:
+        return _run_on_meta(config, image_size)
+    except LIBRARY_ERRORS as error:
+        reason = f": {str(error) or _failed_line(error)}"
+        sizes = _sizes_that_work(config, image_size)
+        remedy = f"; data.image_size={' or '.join(map(str, sizes))} works" if sizes else ""
+        raise ConfigError(
+            f"model.name={config.name} cannot take images of {image_size} pixels{reason}{remedy}; choose another "
+            "data.image_size or model"
+        ) from error
+
+
+def _run_on_meta(config: ModelConfig, image_size: int) -> nn.Module:
     with torch.device("meta"), torch.no_grad():
         model = build_model(config, config.num_classes or 10, image_size)
-        try:
-            model.eval()(torch.empty(1, 3, image_size, image_size))
-        except LIBRARY_ERRORS as error:
-            reason = f": {error}" if str(error) else ""
-            raise ConfigError(
-                f"model.name={config.name} cannot take images of {image_size} pixels{reason}; choose another "
-                "data.image_size or model"
-            ) from error
+        model.eval()(torch.empty(1, 3, image_size, image_size))
     return model
+
+
+def _sizes_that_work(config: ModelConfig, image_size: int) -> list[int]:
+    """Return the nearest smaller and larger size that the model accepts, among some round numbers."""
+    below = range((image_size - 1) // 8 * 8, max(7, image_size - 65), -8)
+    above = [*range(image_size // 8 * 8 + 8, image_size + 65, 8), *range(image_size // 64 * 64 + 128, 577, 64)]
+    return [size for sizes in (below, above) if (size := next(filter(partial(_accepts, config), sizes), None))]
+
+
+def _failed_line(error: Exception) -> str:
+    """Return the line of the model's code that failed, for an error without a message."""
+    frames = traceback.extract_tb(error.__traceback__)
+    of_model = [frame for frame in frames if f"{os.sep}torch{os.sep}" not in frame.filename]
+    return (of_model or frames)[-1].line or type(error).__name__
+
+
+def _accepts(config: ModelConfig, image_size: int) -> bool:
+    try:
+        _run_on_meta(config, image_size)
+    except (ConfigError, *LIBRARY_ERRORS):
+        return False
+    return True

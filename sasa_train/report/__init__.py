@@ -84,7 +84,7 @@ def report(options: argparse.Namespace) -> None:
     sources, options.overrides = split_overrides(options.sources)
     options.sources = [Path(source) for source in sources]
     if options.list:
-        from sasa_train.report.listing import list_runs
+        from sasa_train.report.run_list import list_runs
 
         say(list_runs(find_jobs(options.sources or [Path("outputs")]).jobs))
         return

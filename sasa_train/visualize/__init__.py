@@ -1,6 +1,7 @@
 """sasa-visualize: figures of what a run has learned and what its attention looks at, as files and in TensorBoard."""
 
 import argparse
+import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,16 +97,19 @@ def split_words(words: list[str]) -> tuple[list[Path], list[str]]:
     Raises:
         ConfigError: no run is given, or a word is neither a run nor the name of a figure.
     """
-    from sasa_train.config.overrides import nearest
-
     names = [word for word in words if word in FIGURES and not Path(word).exists()]
     sources = [Path(word) for word in words if word not in names]
     for source in sources[1:]:
         if not source.exists():
-            raise ConfigError(f"{source}: is neither a file nor a figure: {nearest(str(source), NAMES)}")
+            raise ConfigError(f"{source}: is neither a file nor one of the figures {', '.join(NAMES)}{_hint(source)}")
     if not sources:
         raise ConfigError("give a run folder or a checkpoint, as in sasa-visualize outputs/RUN_NAME")
     return sources, names
+
+
+def _hint(word: Path) -> str:
+    found = difflib.get_close_matches(str(word), NAMES, n=1)
+    return f": did you mean {found[0]}?" if found else ""
 
 
 def visualize(source: Path, names: list[str], options: argparse.Namespace) -> int:
