@@ -175,3 +175,15 @@ def test_of_the_two_batch_keys_the_new_one_decides():
 )
 def test_what_newcomers_type_is_answered_with_what_to_type(arguments, line, in_process):
     assert line in in_process("train", *arguments, expect=2).stderr
+
+
+def test_without_arguments_the_usage_is_shown_and_nothing_is_trained(tmp_path, in_process):
+    told = in_process("train", expect=2).stderr
+    assert told.startswith("usage: sasa-train") and "experiment=quickstart" in told
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_cfg_prints_the_config_and_trains_nothing(tmp_path, in_process):
+    printed = in_process("train", "experiment=quickstart", "--cfg", "job", "seed=7").stdout
+    assert load_config(printed) == compose_config(["experiment=quickstart", "seed=7"])
+    assert not (tmp_path / "outputs").exists()

@@ -18,13 +18,14 @@ from sasa_train.config.groups import GROUPS, choices
 from sasa_train.config.keys import TrainConfig, key_table
 from sasa_train.config.overrides import check_override_keys, chooses_group, expand, parse_overrides
 from sasa_train.config.rules import check_world_size
+from sasa_train.config.saved import to_yaml
 from sasa_train.processes.ranks import max_restarts, rank, world_size
 from sasa_train.refusal import ConfigError
 from sasa_train.signals import ignore_until_the_end
 from sasa_train.terminal import DONE, FAILED, REFUSED, fail, printable_lines
 from sasa_train.training.endings import tell, train_safely
 
-USAGE = """[group=choice ...] [key=value ...] [-m | --multirun] [-h] [--version]
+USAGE = """[group=choice ...] [key=value ...] [-m | --multirun] [--cfg] [-h] [--version]
 
 Train an image classifier into a folder of its own in outputs/. The same command again goes on with an unfinished run.
 
@@ -32,6 +33,7 @@ Train an image classifier into a folder of its own in outputs/. The same command
   sasa-train model=hybrid_resnet26 data=cifar10 trainer.epochs=100
   sasa-train data=image_folder data.root=/path/to/images              your own: train/ and val/, one folder per class
   sasa-train resume=outputs/RUN_NAME                                  go on with this run
+  sasa-train experiment=quickstart --cfg                              print all keys with their values; train nothing
   sasa-train experiment=quickstart seed=0,1,2 -m                      a plain Hydra sweep; sasa-sweep can do more
   torchrun --nproc-per-node=8 -m sasa_train.train ...                 the same on several GPUs"""
 
@@ -56,6 +58,10 @@ def run_command(arguments: list[str]) -> int:
         if rank() == 0:
             print_help("sasa-train", USAGE)
         return DONE
+    if not arguments:
+        if rank() == 0:
+            print(f"usage: sasa-train {USAGE}\n\nsasa-train --help lists all groups and keys.", file=sys.stderr)
+        return REFUSED
     if arguments == ["--version"]:
         print(f"sasa_train {__version__}")
         return DONE
@@ -65,6 +71,9 @@ def run_command(arguments: list[str]) -> int:
             return train_together(arguments)
         if {"-m", "--multirun"} & set(arguments):
             return multirun(arguments)
+        if "--cfg" in arguments:
+            print(to_yaml(read_config([a for a in arguments if a not in ("--cfg", "job", "all")])), end="")
+            return DONE
         return train_safely(read_config(arguments))
     except ConfigError as error:
         fail(error)

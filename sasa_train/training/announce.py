@@ -1,8 +1,10 @@
 """Format the summaries that a run prints before its first step and after its last."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
+from sasa_train.config.compose import as_overrides
 from sasa_train.config.keys import TrainConfig
 from sasa_train.data.loader import Loaders
 from sasa_train.device import RunPlan
@@ -10,6 +12,12 @@ from sasa_train.machine import peak_memory
 from sasa_train.terminal import duration
 from sasa_train.training.optim import peak_lr
 from sasa_train.training.state import TrainState
+
+
+def describe_keys(config: TrainConfig, run_dir: Path) -> str:
+    """Format the keys that differ from the defaults; config.yaml has all of them."""
+    keys = textwrap.wrap("  ".join(as_overrides(config)), 68, break_long_words=False, break_on_hyphens=False)
+    return table({"run folder": f"{run_dir}, where config.yaml has all keys", "keys": f"\n{'':<12}".join(keys)})
 
 
 def describe_plan(plan: RunPlan, loaders: Loaders, state: TrainState) -> str:

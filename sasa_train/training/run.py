@@ -19,7 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sasa_train.config.identity import default_run_name
 from sasa_train.config.keys import TrainConfig
-from sasa_train.config.saved import as_begun, to_yaml
+from sasa_train.config.saved import as_begun
 from sasa_train.data.fingerprint import differences
 from sasa_train.data.loader import Loaders, build_loaders, fetch_once
 from sasa_train.data.workers import DataWorkerError
@@ -38,7 +38,7 @@ from sasa_train.runs.provenance import conditions, describe_changes, provenance
 from sasa_train.runs.weights import Weights, load_into, read_weights
 from sasa_train.signals import Interrupted, StopRequest
 from sasa_train.terminal import printable, say, warn
-from sasa_train.training.announce import describe_end, describe_finished, describe_plan
+from sasa_train.training.announce import describe_end, describe_finished, describe_keys, describe_plan
 from sasa_train.training.loop import Loop
 from sasa_train.training.memory import OutOfMemoryError, check_memory, memory_advice, settle_auto
 from sasa_train.training.optim import build_optimizer, build_schedule, check_schedule, try_loaded, try_optimizer
@@ -88,7 +88,7 @@ def train_in_folder(plan: RunPlan, run: RunFolder, stop: StopRequest) -> bool:
         config, preprocessing = with_preprocessing(plan.config, weights.preprocessing)
         plan = dataclasses.replace(plan, config=config)
         run.write_config(config)
-    say(f"{to_yaml(plan.config)}\nrun folder  {run.path}")
+    say(describe_keys(plan.config, run.path))
     loaders = load_together(plan, run)
     plan = dataclasses.replace(plan, steps_per_epoch=loaders.train.plan.steps_per_epoch)
     run.provenance, difference = provenance(plan.config)
