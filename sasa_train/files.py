@@ -20,6 +20,8 @@ from sasa_train.refusal import ConfigError
 
 def write_atomic(path: Path, data: bytes | memoryview | Callable[[BinaryIO], object]) -> None:
     """Write bytes or a function's output to a file; after any crash, it holds either the old or the new content."""
+    if os.path.lexists(path) and kind(path) not in ("a file", "a symbolic link"):  # a link is replaced, not followed
+        raise OSError(errno.ENOTSUP, f"is {kind(path)}", str(path))
     os.replace(write_aside(path, data if callable(data) else lambda file: file.write(data)), path)
     sync_folder(path.parent)
 
@@ -63,7 +65,7 @@ def _regular(path: str, flags: int) -> int:
 
 
 # A spreadsheet would execute such a text as a formula, unless it is a number.
-FORMULA = re.compile(r"(?![+-]?[\d.]+([eE][+-]?\d+)?$)'*[=+@\t\r\n-]")
+FORMULA = re.compile(r"(?![+-]?[\d.]+([eE][+-]?\d+)?$)'*[=+@\t\r\n\uff1d\uff0b\uff20\uff0d-]")
 
 
 def csv_text(rows: Iterable[Iterable[Any]], quoting: Any = csv.QUOTE_MINIMAL) -> str:
@@ -152,6 +154,9 @@ def sync_folder(folder: Path) -> None:
     directory = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(directory)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot sync folders
+            raise
     finally:
         os.close(directory)
 

@@ -5,6 +5,7 @@ import errno
 import itertools
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import zipfile
@@ -15,6 +16,8 @@ import pytest
 import torch
 from writing_runs import content, filled
 
+from sasa_train import files
+from sasa_train.runs import checkpoint
 from sasa_train.runs.checkpoint import FORMAT_VERSION, CheckpointError, Checkpoints, load_checkpoint
 
 
@@ -316,3 +319,36 @@ def test_a_manifest_of_other_parts_is_damage(tmp_path, manifest):
     (tmp_path / "last.pt.json").write_text(manifest)
     step, warnings = newest_step(tmp_path)
     assert step == 4 and "its manifest is damaged" in warnings[0]
+
+
+def test_a_restore_keeps_the_manifest_though_the_folder_cannot_be_synced(tmp_path, monkeypatch):
+    checkpoints = filled(tmp_path, steps=(1, 2), keep=0)
+    before = (tmp_path / "last.pt").read_bytes(), (tmp_path / "last.pt.json").read_bytes()
+
+    def failing(folder):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(folder))
+
+    monkeypatch.setattr(checkpoint, "sync_folder", failing)
+    monkeypatch.setattr(files, "sync_folder", failing)
+    with pytest.raises(CheckpointError):
+        checkpoints.save(content(3), is_best=False)
+    assert ((tmp_path / "last.pt").read_bytes(), (tmp_path / "last.pt.json").read_bytes()) == before
+
+
+def test_what_a_run_goes_on_from_is_last_pt_again(tmp_path):
+    filled(tmp_path, steps=(1, 2, 3), keep=2, best=())
+    (tmp_path / "last.pt").unlink()
+    assert newest_step(tmp_path)[0] == 2
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == 2
+
+
+def test_a_file_system_that_cannot_sync_folders_is_used(tmp_path, monkeypatch):
+    real = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert newest_step(filled(tmp_path, steps=(1, 2)).folder)[0] == 2

@@ -16,7 +16,10 @@ from running_commands import TINY
 
 from sasa_train.config.compose import compose_config
 from sasa_train.config.identity import default_run_name
-from sasa_train.files import csv_text, kind
+from sasa_train.files import csv_text, kind, lock_folder
+from sasa_train.refusal import CheckpointError, ExpectedFailure
+from sasa_train.runs.checkpoint import Checkpoints
+from sasa_train.runs.folder import RunFolder
 
 
 @pytest.fixture
@@ -198,3 +201,46 @@ def test_texts_that_a_spreadsheet_would_run_are_escaped_and_can_be_restored():
         cell[1:] if cell.startswith("'") and cell.lstrip("'")[:1] in tuple("=+-@\t\r") else cell for cell in found
     ]
     assert restored == texts and found_numbers == [str(number) for number in numbers]
+
+
+# While a run goes on
+
+
+def test_checkpoints_that_became_a_link_are_not_written_through(run_dir, elsewhere):
+    with lock_folder(run_dir) as lock:
+        run = RunFolder(run_dir, lock, Checkpoints(run_dir / "checkpoints", 0), None)
+        run.check_lock()
+        (run_dir / "checkpoints").rename(run_dir / "cold")
+        (run_dir / "checkpoints").symlink_to(elsewhere)
+        with pytest.raises(ExpectedFailure, match="checkpoints has become a symbolic link"):
+            run.check_lock()
+
+
+def test_a_run_does_not_end_well_without_its_last_checkpoint_and_mends_its_log(run_dir):
+    with lock_folder(run_dir) as lock:
+        run = RunFolder(run_dir, lock, Checkpoints(run_dir / "checkpoints", 0), None)
+        (run_dir / "metrics.jsonl").unlink()
+        run.write_end({"best": None, "metrics": "a row\n"})
+        assert (run_dir / "metrics.jsonl").read_text() == "a row\n"
+        (run_dir / "checkpoints/last.pt").unlink()
+        with pytest.raises(CheckpointError, match="last.pt is gone"):
+            run.write_end({"best": None, "metrics": ""})
+
+
+def test_dash_m_does_not_write_through_a_link(elsewhere, tmp_path, in_process):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/multirun").symlink_to(elsewhere)
+    assert "multirun is a symbolic link" in in_process("train", *TINY, "seed=0,1", "-m", expect=2).stderr
+
+
+def test_a_device_is_not_replaced_by_an_output_file(tiny_run, tmp_path, in_process):
+    os.mkfifo(tmp_path / "answers.json")
+    told = in_process("evaluate", str(tiny_run), "--json", "answers.json", expect=1).stderr
+    assert "answers.json: cannot be written (is a pipe)" in told and kind(tmp_path / "answers.json") == "a pipe"
+
+
+def test_a_sweep_file_with_aliases_is_refused_before_they_are_expanded(tmp_path, in_process):
+    levels = "\n".join(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 10)}]" for i in range(1, 30))
+    (tmp_path / "s.yaml").write_text(f"l0: &l0 [x]\n{levels}\noverrides: [experiment=debug]\n")
+    with time_limit(30):
+        assert "s.yaml: YAML's aliases are not taken" in in_process("sweep", "sweep=s.yaml", expect=2).stderr

@@ -176,6 +176,7 @@ class Checkpoints:
                 self._last_step = content["step"]
             else:
                 warn(f"going on from {path}, step {content['step']}, the newest good one")
+                self._make_last(path)
             return content
         if left:
             raise CheckpointError(
@@ -183,6 +184,12 @@ class Checkpoints:
                 "start a new run with resume=never"
             )
         return None
+
+    def _make_last(self, path: Path) -> None:
+        """Put a checkpoint in the place of last.pt, which other commands read, if the disk allows it now."""
+        last = self.folder / "last.pt"
+        with contextlib.suppress(OSError):
+            _put(_linked(path, last), last, bytes_of(manifest_of(path)))
 
     def _candidates(self) -> list[Path]:
         """List the checkpoint files, newest first, according to the steps in their manifests or names."""
@@ -331,9 +338,11 @@ def _put(temporary: Path, path: Path, manifest: bytes | None) -> None:
     # The old manifest is removed first, because it must never accompany a file that it does not describe.
     manifest_of(path).unlink(missing_ok=True)
     os.replace(temporary, path)
-    sync_folder(path.parent)
-    if manifest is not None:
-        write_atomic(manifest_of(path), manifest)
+    try:
+        sync_folder(path.parent)
+    finally:  # a file without its manifest could not be told from an altered one
+        if manifest is not None:
+            write_atomic(manifest_of(path), manifest)
 
 
 def _discard(path: Path) -> None:
@@ -360,7 +369,8 @@ def _all_or_none(paths: list[Path]) -> Iterator[None]:
                 elif not os.path.exists(path) or not path.samefile(link) or bytes_of(manifest_of(path)) != manifest:
                     _put(link, path, manifest)
             except OSError as another:
-                lost.append(f"{path} ({another.strerror})")
+                if not path.exists() or bytes_of(manifest_of(path)) != manifest:
+                    lost.append(f"{path} ({another.strerror})")
         if lost:
             raise CheckpointError(
                 f"a save failed ({error}), and what it had replaced cannot be put back: {', '.join(lost)}. Look at the "

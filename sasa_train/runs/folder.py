@@ -52,6 +52,11 @@ class RunFolder:
                 f"{self.path}: its lock file is gone or another's; the folder was moved, deleted or taken by another "
                 "run. This run stops without writing; continue it from its folder's new place with resume=..."
             )
+        if (self.path / "checkpoints").is_symlink():
+            raise ExpectedFailure(
+                f"{self.path}/checkpoints has become a symbolic link, through which this run does not write; put there "
+                "what it links to, and run the same command again"
+            )
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file in the folder atomically."""
@@ -95,7 +100,18 @@ class RunFolder:
         return True
 
     def write_end(self, checkpoint: dict[str, Any]) -> None:
-        """Complete a finished run's folder: update run.json, and restore metrics.jsonl if it has changed."""
+        """Complete a finished run's folder: update run.json, and restore metrics.jsonl if it has changed.
+
+        Raises:
+            CheckpointError: the last checkpoint is not there any more.
+        """
+        if self.lock is None:
+            return
+        last = self.path / "checkpoints/last.pt"
+        if not last.exists():
+            raise CheckpointError(
+                f"{last} is gone, though the run wrote it; bring it back, or run the same command again"
+            )
         self.write_info(status="finished", best=checkpoint["best"])
         metrics, path = checkpoint["metrics"].encode(), self.path / "metrics.jsonl"
         if not path.exists() or read_regular(path) != metrics:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
@@ -156,7 +157,10 @@ def _merge(merged: Any, values: Any, where: str) -> Any:
 
 
 def _read_file(path: Path) -> Any:
-    text = quote_texts(path.read_text(encoding="utf-8"), text_keys(key_table(SweepConfig)))
+    text = path.read_text(encoding="utf-8")
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+        raise ConfigError(f"{path}: YAML's aliases are not taken, because a few can stand for any amount of data")
+    text = quote_texts(text, text_keys(key_table(SweepConfig)))
     return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
 
 

@@ -19,6 +19,7 @@ from sasa_train.config.keys import TrainConfig, key_table
 from sasa_train.config.overrides import check_override_keys, chooses_group, expand, parse_overrides
 from sasa_train.config.rules import check_world_size
 from sasa_train.config.saved import to_yaml
+from sasa_train.files import inside
 from sasa_train.processes.ranks import max_restarts, rank, world_size
 from sasa_train.refusal import ConfigError
 from sasa_train.signals import ignore_until_the_end
@@ -133,6 +134,7 @@ def multirun(arguments: list[str]) -> int:
         raise ConfigError(f"{' '.join(sweepers)}: -m is a plain grid, without Hydra's sweepers; use sasa-sweep")
     jobs = [list(job) for job in expand([o for o in overrides if o not in of_hydra])]
     configs = [compose_config(job) for job in jobs]
+    inside(Path(configs[0].output_dir).resolve(), "multirun")
     folder = Path(configs[0].output_dir) / "multirun" / time.strftime("%Y-%m-%d_%H-%M-%S")
     codes = launch(jobs, of_hydra, folder)
     return next((code for code in codes if code != DONE), DONE)

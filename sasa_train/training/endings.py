@@ -12,7 +12,10 @@ from sasa_train.terminal import DONE, FAILED, INTERRUPTED, REFUSED, fail
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 REFUSED_FILE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENOTSUP)
-DISK_FAILED = (errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT, errno.EREMOTEIO)
+DISK_FAILED = (
+    errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EUCLEAN,
+    errno.EBADMSG,
+)  # fmt: skip
 
 
 def train_safely(config: TrainConfig, stop: StopRequest | None = None) -> int:
