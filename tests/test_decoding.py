@@ -36,7 +36,8 @@ def tiff(pixels: np.ndarray, **stated) -> bytes:
     `stated` may have values of NAMES; Compression may be 8 (deflate).
     """
     (height, width), channels = pixels.shape[:2], pixels.shape[2] if pixels.ndim == 3 else 1
-    planes = [pixels[..., i] for i in range(channels)] if stated.get("PlanarConfiguration") == 2 else [pixels]
+    is_planar = stated.get("PlanarConfiguration") == 2 and channels > 1
+    planes = [pixels[..., i] for i in range(channels)] if is_planar else [pixels]
     strips = [zlib.compress(p.tobytes()) if stated.get("Compression") == 8 else p.tobytes() for p in planes]
     tags = {256: [width], 257: [height], 258: [8 * pixels.itemsize] * channels, 259: [1], 262: [1 + (channels == 3)]}
     tags |= {273: [0] * len(strips), 277: [channels], 278: [height], 279: [*map(len, strips)]}
@@ -92,9 +93,10 @@ TAGGED = {"SMinSampleValue": 0.0, "SMaxSampleValue": 1.0}
         (encoded(Image.fromarray((RAMP * 1040).astype(np.uint16)), "PNG"), {}),
     ],
     ids=[
-        "float-tags", "float", "range-wins", "int32", "uint32-tags", "int16", "int8", "big-float", "big-int16", "big-int32",
-        "big-int32-raw", "uint32-large", "planar-float", "planar", "planar-16-bit", "12-bit", "12-bit-inverted", "6-bit",
-        "6-bit-inverted", "rgb-6-bit", "rgb-16-bit", "pgm-12-bit", "pgm-16-bit", "png-16-bit",
+        "float-tags", "float", "range-wins", "int32", "uint32-tags", "int16", "int8", "big-float", "big-int16",
+        "big-int32", "big-int32-raw", "uint32-large", "planar-float", "planar", "planar-16-bit", "12-bit",
+        "12-bit-inverted", "6-bit", "6-bit-inverted", "rgb-6-bit", "rgb-16-bit", "pgm-12-bit", "pgm-16-bit",
+        "png-16-bit",
     ],
 )  # fmt: skip
 def test_a_ramp_from_black_to_white_is_one_however_it_is_stored(tmp_path, content, keys):
@@ -389,7 +391,7 @@ def test_the_thumbnail_of_a_raw_photo_is_not_taken_for_it(tmp_path):
     mask, unknown = tiff(RAMP.astype("u1"), NewSubfileType=4), tiff(RAMP.astype("<f8"))
     assert np.array_equal(read(tmp_path, pages(small, mask, small, full)), read(tmp_path, full))
     assert read(tmp_path, small).shape == (4, 8, 3)  # it is all that there is
-    for others in ((unknown,), (small,)):
+    for others in ((unknown,), (small,), [small] * 200 + [full]):
         with pytest.raises(UnreadableImage, match="first page is a thumbnail.*convert it"):
             read(tmp_path, pages(small, *others))
     with pytest.raises(UnreadableImage, match="first page is a thumbnail"):  # the photo is a sub-image, as in DNG

@@ -12,6 +12,7 @@ SUBFILE, BITS, PHOTOMETRIC, FILL_ORDER, MAX_SAMPLE, PLANAR, COLOUR_MAP = 254, 25
 OLD_SUBFILE, SUB_IFDS, SAMPLE_FORMAT, SMIN_SAMPLE, SMAX_SAMPLE = 255, 330, 339, 340, 341
 # Values of PHOTOMETRIC, SAMPLE_FORMAT, PLANAR, FILL_ORDER and OLD_SUBFILE, and bits of SUBFILE
 WHITE_IS_ZERO, SIGNED, IN_PLANES, REVERSED, OLD_REDUCED, REDUCED, MASK = 0, 2, 2, 2, 2, 1, 4
+MAX_PAGES = 100  # to look at; the time that Pillow takes grows with the square of their number
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
@@ -61,19 +62,23 @@ def numbers(image: Image.Image, tag: int) -> list[float]:
 
 def _skip_thumbnails(image: Image.Image) -> None:
     """Go to the first page that is not a thumbnail; raw photos such as DNG begin with one."""
-    page = 0
-    try:
-        while any(int(n) & (REDUCED | MASK if page else REDUCED) for n in numbers(image, SUBFILE)) or (
-            OLD_REDUCED in numbers(image, OLD_SUBFILE)
+    reason: Exception | None = None
+    for page in range(1, MAX_PAGES):
+        skipped = REDUCED if page == 1 else REDUCED | MASK
+        if not any(int(n) & skipped for n in numbers(image, SUBFILE)) and OLD_REDUCED not in numbers(
+            image, OLD_SUBFILE
         ):
-            page += 1
+            return
+        try:
             image.seek(page)
-    except Exception as error:  # Pillow's plugins have no common base class
-        if page == 1 and isinstance(error, EOFError) and SUB_IFDS not in tags(image):
-            return  # it is the file's only image
-        raise ValueError(
-            "its first page is a thumbnail, and Pillow cannot read the image itself; convert it, for example to PNG"
-        ) from error
+        except Exception as error:  # Pillow's plugins have no common base class
+            if page == 1 and isinstance(error, EOFError) and SUB_IFDS not in tags(image):
+                return  # it is the file's only image
+            reason = error
+            break
+    raise ValueError(
+        "its first page is a thumbnail, and Pillow cannot read the image itself; convert it, for example to PNG"
+    ) from reason
 
 
 def _check_planes(image: Image.Image) -> None:
