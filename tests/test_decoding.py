@@ -320,8 +320,9 @@ def test_broken_exif_is_ignored(tmp_path, exif, kind):
         tiff(RAMP.astype("u1"), PlanarConfiguration=2, PhotometricInterpretation=0),
         tiff(RAMP.astype("u1"), PlanarConfiguration=2, FillOrder=2),
         tiff(np.stack([RAMP] * 2, -1).astype("u1"), PlanarConfiguration=2, ExtraSamples=2, Compression=8),
+        tiff(np.stack([RAMP] * 3, -1).astype("u1"), PlanarConfiguration=2, PhotometricInterpretation=8),
     ],
-    ids=["16-bit", "big-float", "inverted", "reversed", "alpha"],
+    ids=["16-bit", "big-float", "inverted", "reversed", "alpha", "lab"],
 )
 def test_planes_that_pillow_misreads_are_refused(tmp_path, content):
     """Check that 16-bit colours do not become 8-bit noise in silence, nor that grey with alpha becomes blank."""

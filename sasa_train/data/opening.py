@@ -12,7 +12,7 @@ SUBFILE, BITS, PHOTOMETRIC, FILL_ORDER, MAX_SAMPLE, PLANAR, COLOUR_MAP = 254, 25
 OLD_SUBFILE, SUB_IFDS, SAMPLE_FORMAT, SMIN_SAMPLE, SMAX_SAMPLE = 255, 330, 339, 340, 341
 # Values of PHOTOMETRIC, SAMPLE_FORMAT, PLANAR, FILL_ORDER and OLD_SUBFILE, and bits of SUBFILE
 WHITE_IS_ZERO, SIGNED, IN_PLANES, REVERSED, OLD_REDUCED, REDUCED, MASK = 0, 2, 2, 2, 2, 1, 4
-MAX_PAGES = 100  # to look at; the time that Pillow takes grows with the square of their number
+MAX_PAGES = 100  # of a file to look at; the time that Pillow takes grows with the square of their number
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
@@ -55,9 +55,8 @@ def tags(image: Image.Image) -> dict[int, object]:
 def numbers(image: Image.Image, tag: int) -> list[float]:
     """Return the finite numbers of a TIFF's tag, one per channel or one for all."""
     value = tags(image).get(tag, ())
-    return [
-        float(n) for n in (value if isinstance(value, tuple) else (value,)) if isinstance(n, Real) and math.isfinite(n)
-    ]
+    found = value if isinstance(value, tuple) else (value,)
+    return [float(n) for n in found if isinstance(n, Real) and math.isfinite(n)]
 
 
 def _skip_thumbnails(image: Image.Image) -> None:
@@ -86,13 +85,13 @@ def _check_planes(image: Image.Image) -> None:
     if IN_PLANES not in numbers(image, PLANAR):
         return
     assert isinstance(image, ImageFile.ImageFile)
-    if image.tile and image.tile[0].codec_name == "libtiff":
-        is_right = image.mode not in ("LA", "La", "PA")  # their alpha would stay 0
-    else:  # The rest of Pillow's name of a layout is lost: the number of bits, their order, the inversion.
+    is_right = image.mode not in ("LA", "La", "PA", "LAB")  # their alpha would stay 0, their colours lack an offset
+    if image.tile and image.tile[0].codec_name != "libtiff":
+        # Pillow keeps one letter of its name for the layout, which loses the bits, their order and the inversion.
         bits = set(numbers(image, BITS)) or {1}
         as_named = bits == {8} or image.mode == "1" or (bits == {32} and getattr(tags(image), "prefix", b"") == b"II")
         is_inverted = image.mode in ("1", "L") and numbers(image, PHOTOMETRIC) in ([], [WHITE_IS_ZERO])
-        is_right = as_named and not is_inverted and REVERSED not in numbers(image, FILL_ORDER)
+        is_right = is_right and as_named and not is_inverted and REVERSED not in numbers(image, FILL_ORDER)
     if not is_right:
         raise ValueError(
             "its channels are stored as planes (PlanarConfiguration=2), which Pillow misreads for this kind of pixels; "
@@ -106,11 +105,8 @@ def _check_pixel_chunks(file: BinaryIO) -> None:
     content, start = memoryview(file.read()), 8
     while start + 12 <= len(content):
         end = start + 8 + int.from_bytes(content[start : start + 4], "big")
-        kind = content[start + 4 : start + 8]
-        if (
-            kind == b"IDAT"
-            and end + 4 <= len(content)
-            and zlib.crc32(content[start + 4 : end]) != int.from_bytes(content[end : end + 4], "big")
-        ):
+        stated = int.from_bytes(content[end : end + 4], "big")
+        is_whole = end + 4 <= len(content)  # or decoding tells that the file is cut
+        if is_whole and content[start + 4 : start + 8] == b"IDAT" and zlib.crc32(content[start + 4 : end]) != stated:
             raise ValueError("a damaged PNG: the checksum (CRC) of its pixels is wrong; replace the file")
         start = end + 4
