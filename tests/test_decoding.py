@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from making_data import SMALL_RUN, assert_same, batches, chunk, config_for, encoded, make_image_folder, one_image
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin
 from reading_runs import assert_same_run, last, rows
 
 from sasa_train.config.compose import compose_config
@@ -25,26 +25,34 @@ RAMP = np.arange(64).reshape(8, 8)
 ORIENTATION = 274
 
 
-def tiff(pixels: np.ndarray, **stated: float) -> bytes:
-    """Return pixels [H, W] or [H, W, C] of any type as an uncompressed TIFF; Pillow writes only some of them.
+NAMES = {"NewSubfileType": 254, "Compression": 259, "PhotometricInterpretation": 262, "FillOrder": 266}
+NAMES |= {"MaxSampleValue": 281, "PlanarConfiguration": 284, "ColorMap": 320, "SubIFDs": 330, "ExtraSamples": 338}
+NAMES |= {"SMinSampleValue": 340, "SMaxSampleValue": 341}
 
-    `stated` may have PhotometricInterpretation, MaxSampleValue, SMinSampleValue and SMaxSampleValue.
+
+def tiff(pixels: np.ndarray, **stated) -> bytes:
+    """Return pixels [H, W] or [H, W, C] of any type and byte order as a TIFF; Pillow writes only some of them.
+
+    `stated` may have values of NAMES; Compression may be 8 (deflate).
     """
     (height, width), channels = pixels.shape[:2], pixels.shape[2] if pixels.ndim == 3 else 1
-    kind, photometric = {"u": 1, "i": 2, "f": 3}[pixels.dtype.kind], stated.get("PhotometricInterpretation", 1)
-    tags = {256: [width], 257: [height], 258: [8 * pixels.itemsize] * channels, 259: [1], 273: [0], 277: [channels]}
-    tags |= {262: [2 if channels == 3 else photometric], 278: [height], 279: [pixels.nbytes], 339: [kind] * channels}
-    names = {"MaxSampleValue": 281, "SMinSampleValue": 340, "SMaxSampleValue": 341}
-    tags |= {number: [stated[name]] for name, number in names.items() if name in stated}
-    longs = b"".join(struct.pack(f"<{len(v)}{'f' if tag >= 340 else 'L'}", *v) for tag, v in sorted(tags.items()))
-    start = 8 + 2 + 12 * len(tags) + 4
-    tags[273], at, directory = [start + len(longs)], start, b""
+    is_planar = stated.get("PlanarConfiguration") == 2 and channels > 1
+    planes = [pixels[..., i] for i in range(channels)] if is_planar else [pixels]
+    strips = [zlib.compress(p.tobytes()) if stated.get("Compression") == 8 else p.tobytes() for p in planes]
+    tags = {256: [width], 257: [height], 258: [8 * pixels.itemsize] * channels, 259: [1], 262: [1 + (channels == 3)]}
+    tags |= {273: [0] * len(strips), 277: [channels], 278: [height], 279: [*map(len, strips)]}
+    tags |= {339: [{"u": 1, "i": 2, "f": 3}[pixels.dtype.kind]] * channels}
+    tags |= {NAMES[name]: value if isinstance(value, list) else [value] for name, value in stated.items()}
+    order, start = ">" if pixels.dtype.byteorder == ">" else "<", 8 + 2 + 12 * len(tags) + 4
+    longs = start + sum(4 * len(values) for values in tags.values())
+    tags[273], at, directory, content = [longs + sum(tags[279][:i]) for i in range(len(strips))], start, b"", b""
     for tag, values in sorted(tags.items()):
         code, number = ("f", 11) if tag >= 340 else ("L", 4)
-        one = struct.pack("<L", at) if len(values) > 1 else struct.pack(f"<{code}", values[0])
-        directory += struct.pack("<HHL", tag, number, len(values)) + one
-        at += 4 * len(values)
-    return b"II*\0" + struct.pack("<LH", 8, len(tags)) + directory + bytes(4) + longs + pixels.tobytes()
+        one = struct.pack(f"{order}L", at) if len(values) > 1 else struct.pack(f"{order}{code}", values[0])
+        directory += struct.pack(f"{order}HHL", tag, number, len(values)) + one
+        at, content = at + 4 * len(values), content + struct.pack(f"{order}{len(values)}{code}", *values)
+    head = (b"MM\0*" if order == ">" else b"II*\0") + struct.pack(f"{order}LH", 8, len(tags))
+    return head + directory + bytes(4) + content + b"".join(strips)
 
 
 def read(folder: Path, content: bytes, **keys) -> np.ndarray:
@@ -66,6 +74,14 @@ TAGGED = {"SMinSampleValue": 0.0, "SMaxSampleValue": 1.0}
         (tiff((RAMP * 1000).astype("<u4"), SMinSampleValue=0.0, SMaxSampleValue=63000.0), {}),
         (tiff((RAMP * 100 - 3000).astype("<i2")), {"value_range": (-3000.0, 3300.0)}),
         (tiff((RAMP - 32).astype("i1")), {"value_range": (-32.0, 31.0)}),
+        (tiff(UNIT.astype(">f4"), Compression=8, **TAGGED), {}),
+        (tiff((RAMP * 100 - 3000).astype(">i2"), Compression=8), {"value_range": (-3000.0, 3300.0)}),
+        (tiff((RAMP * 1000 - 3000).astype(">i4"), Compression=8), {"value_range": (-3000.0, 60000.0)}),
+        (tiff((RAMP * 1000 - 3000).astype(">i4")), {"value_range": (-3000.0, 60000.0)}),
+        (tiff((RAMP * 2**26).astype("<u4"), SMinSampleValue=0.0, SMaxSampleValue=63.0 * 2**26), {}),
+        (tiff(UNIT.astype("<f4"), PlanarConfiguration=2, **TAGGED), {}),
+        (tiff(np.stack([RAMP] * 3, -1).astype("u1"), PlanarConfiguration=2, MaxSampleValue=63), {}),
+        (tiff((np.stack([RAMP] * 3, -1) * 1040).astype(">u2"), PlanarConfiguration=2, Compression=8), {}),
         (tiff((RAMP * 65).astype("<u2"), MaxSampleValue=4095), {}),
         (tiff((4095 - RAMP * 65).astype("<u2"), MaxSampleValue=4095, PhotometricInterpretation=0), {}),
         (tiff(RAMP.astype("u1"), MaxSampleValue=63), {}),
@@ -77,8 +93,10 @@ TAGGED = {"SMinSampleValue": 0.0, "SMaxSampleValue": 1.0}
         (encoded(Image.fromarray((RAMP * 1040).astype(np.uint16)), "PNG"), {}),
     ],
     ids=[
-        "float-tags", "float", "range-wins", "int32", "uint32-tags", "int16", "int8", "12-bit", "12-bit-inverted",
-        "6-bit", "6-bit-inverted", "rgb-6-bit", "rgb-16-bit", "pgm-12-bit", "pgm-16-bit", "png-16-bit",
+        "float-tags", "float", "range-wins", "int32", "uint32-tags", "int16", "int8", "big-float", "big-int16",
+        "big-int32", "big-int32-raw", "uint32-large", "planar-float", "planar", "planar-16-bit", "12-bit",
+        "12-bit-inverted", "6-bit", "6-bit-inverted", "rgb-6-bit", "rgb-16-bit", "pgm-12-bit", "pgm-16-bit",
+        "png-16-bit",
     ],
 )  # fmt: skip
 def test_a_ramp_from_black_to_white_is_one_however_it_is_stored(tmp_path, content, keys):
@@ -292,6 +310,121 @@ BROKEN_EXIF = {
 def test_broken_exif_is_ignored(tmp_path, exif, kind):
     expected = read(tmp_path, encoded(corners(), kind))
     assert np.array_equal(read(tmp_path, encoded(corners(), kind, exif=exif)), expected)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        tiff(np.stack([RAMP] * 3, -1).astype("<u2"), PlanarConfiguration=2),
+        tiff(UNIT.astype(">f4"), PlanarConfiguration=2, **TAGGED),
+        tiff(RAMP.astype("u1"), PlanarConfiguration=2, PhotometricInterpretation=0),
+        tiff(RAMP.astype("u1"), PlanarConfiguration=2, FillOrder=2),
+        tiff(np.stack([RAMP] * 2, -1).astype("u1"), PlanarConfiguration=2, ExtraSamples=2, Compression=8),
+        tiff(np.stack([RAMP] * 3, -1).astype("u1"), PlanarConfiguration=2, PhotometricInterpretation=8),
+    ],
+    ids=["16-bit", "big-float", "inverted", "reversed", "alpha", "lab"],
+)
+def test_planes_that_pillow_misreads_are_refused(tmp_path, content):
+    """Check that 16-bit colours do not become 8-bit noise in silence, nor that grey with alpha becomes blank."""
+    with pytest.raises(UnreadableImage, match="stored as planes.*which Pillow misreads.*store them interleaved"):
+        read(tmp_path, content)
+
+
+def test_a_palette_of_bytes_is_as_bright_as_one_of_16_bits(tmp_path):
+    """Check that old scans do not become black: TIFF's palette has 16 bits, but some programs wrote 8."""
+    colours = [255, 9, 0, 200]
+    for factor in (1, 257):
+        table = [colour * factor for colour in (*colours, *bytes(252))] + [0] * 512
+        content = tiff((RAMP % 4).astype("u1"), PhotometricInterpretation=3, ColorMap=table)
+        assert np.array_equal(read(tmp_path, content)[..., 0], np.array(colours)[RAMP % 4])
+
+
+def test_damaged_pixels_of_a_png_are_not_taken_for_others(tmp_path):
+    """Check a copy in which bytes were lost: Pillow skips the checksums and shows the rest shifted or in stripes."""
+    intact = encoded(corners(), "PNG")
+    start = intact.index(b"IDAT") + 4
+    stored = zlib.decompress(intact[start : start + int.from_bytes(intact[start - 8 : start - 4], "big")])
+    wrong = zlib.compress(stored.replace(b"\xff", b"\x7f"))
+    damaged = intact[: start - 8] + struct.pack(">L", len(wrong)) + b"IDAT" + wrong + intact[-16:]
+    with pytest.raises(UnreadableImage, match="a damaged PNG.*checksum"):
+        read(tmp_path, damaged)
+    whole = intact[: start - 8] + chunk(b"IDAT", wrong[:9]) + chunk(b"IDAT", wrong[9:]) + intact[-12:]
+    assert read(tmp_path, whole).shape == (16, 32, 3)
+
+
+@pytest.mark.parametrize("palette", [bytes((255, 0, 0, 0, 0, 255)), bytes((9, 9, 9, 99, 99, 99)), b""])
+def test_what_the_first_frame_of_a_gif_leaves_free_shows_the_background(tmp_path, palette):
+    """Check that an animation that starts with a part does not show the rest in the palette's first colour."""
+    frame = Image.new("P", (3, 2), 1)
+    frame.putpalette(palette or bytes(range(6)))
+    small = encoded(frame, "GIF")
+    canvas = small[:6] + struct.pack("<HH", 5, 2) + small[10:]
+    inside, outside = read(tmp_path, canvas)[:, :3], read(tmp_path, canvas)[:, 3:]
+    assert np.array_equal(inside, read(tmp_path, small)) and (outside == 255).all()
+    with Image.open(io.BytesIO(canvas)) as image:
+        assert np.array_equal(read(tmp_path, canvas, background="none"), image.convert("RGB"))
+
+
+def test_premultiplied_grey_is_read_on_any_background(tmp_path):
+    content = tiff(np.stack([RAMP, np.full((8, 8), 128)], -1).astype("u1"), ExtraSamples=1)
+    assert np.abs(read(tmp_path, content, background="none")[..., 0] - RAMP * 255 / 128).max() <= 1
+    assert np.abs(read(tmp_path, content, background="black")[..., 0] - RAMP).max() <= 1
+
+
+def pages(*images: bytes) -> bytes:
+    """Join TIFFs of little-endian byte order, each with one page that starts at byte 8, as one file."""
+    joined = b""
+    for left, content in zip(reversed(range(len(images))), images, strict=True):
+        at, number = len(joined), int.from_bytes(content[8:10], "little")
+        page, end = bytearray(content), 10 + 12 * number
+        for entry in range(10, end, 12):
+            tag, _, count, value = struct.unpack("<HHLL", page[entry : entry + 12])
+            if count > 1 or tag == 273:
+                page[entry + 8 : entry + 12] = struct.pack("<L", value + at)
+        page[end : end + 4] = struct.pack("<L", (at + len(page) + 8) * (left > 0))
+        joined += bytes(page)
+    return joined
+
+
+def test_the_thumbnail_of_a_raw_photo_is_not_taken_for_it(tmp_path):
+    """Check that a camera's file of many megapixels is not trained on as a picture of a hundred pixels."""
+    small, full = tiff(RAMP[:4].astype("u1"), NewSubfileType=1), tiff(RAMP.astype("u1"))
+    mask, unknown = tiff(RAMP.astype("u1"), NewSubfileType=4), tiff(RAMP.astype("<f8"))
+    assert np.array_equal(read(tmp_path, pages(small, mask, small, full)), read(tmp_path, full))
+    assert read(tmp_path, small).shape == (4, 8, 3)  # it is all that there is
+    for others in ((unknown,), (small,), [small] * 200 + [full]):
+        with pytest.raises(UnreadableImage, match="first page is a thumbnail.*convert it"):
+            read(tmp_path, pages(small, *others))
+    with pytest.raises(UnreadableImage, match="first page is a thumbnail"):  # the photo is a sub-image, as in DNG
+        read(tmp_path, tiff(RAMP[:4].astype("u1"), NewSubfileType=1, SubIFDs=8))
+
+
+def test_a_bitmap_whose_fourth_byte_is_unused_is_opaque(tmp_path):
+    """Check that screenshots do not become blank: many programs declare an alpha channel but leave it 0."""
+    header = struct.pack("<LllHHLLllLL", 124, 2, -1, 1, 32, 3, 8, 0, 0, 0, 0)
+    header = (header + struct.pack("<LLLL", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)).ljust(124, b"\0")
+    for alphas, second in (((0, 0), (7, 8, 9)), ((255, 0), (255, 255, 255))):
+        pixels = bytes((3, 2, 1, alphas[0], 9, 8, 7, alphas[1]))
+        content = b"BM" + struct.pack("<LHHL", 146, 0, 0, 138) + header + pixels
+        assert read(tmp_path, content).tolist() == [[[1, 2, 3], list(second)]]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("exif", [Image.Exif(), {282: 72.0}], ids=["alone", "beside-exif"])
+def test_only_exif_turns_a_photo(tmp_path, kind, exif):
+    """Check that data.exif alone decides: Pillow also takes the orientation from XMP, which editors leave outdated."""
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    tags = Image.Exif()
+    tags.update(exif)
+    if kind == "PNG":
+        text = PngImagePlugin.PngInfo()
+        text.add_itxt("XML:com.adobe.xmp", xmp.decode())
+        options = {"pnginfo": text}
+    else:
+        options = {"tiffinfo": {700: xmp}} if kind == "TIFF" else {"xmp": xmp}
+    content = encoded(corners(), kind, exif=tags.tobytes(), **options)
+    assert Image.open(io.BytesIO(content)).getexif()[ORIENTATION] == 6
+    assert read(tmp_path, content).shape == (16, 32, 3)
 
 
 def make_odd_folder(root: Path) -> Path:

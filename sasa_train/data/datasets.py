@@ -22,8 +22,9 @@ from torchvision import datasets as tv
 
 from sasa_train.config.keys import DATA_SETS, DataConfig
 from sasa_train.data.class_names import composed, twins, with_nearest
-from sasa_train.data.decoding import RANGE_REMEDY, check_range, decoding_of, open_image
+from sasa_train.data.decoding import RANGE_REMEDY, check_range, decoding_of
 from sasa_train.data.listing import FORMATS, LeftOut, read_class_folders, visible_folders
+from sasa_train.data.opening import open_image
 from sasa_train.data.randomness import fixed_order
 from sasa_train.data.shard_index import MAX_CLASSES
 from sasa_train.data.shards import SPLIT_NAMES, TarMembers, check_image_size, find_shards, load_shards
@@ -31,7 +32,7 @@ from sasa_train.files import open_regular
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import printable, say, some, warn
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `read` rejects such images
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `open_image` rejects such images
 
 PAUSES = (0.1, 1.0)  # seconds to wait before each retry of a failed read
 MAX_CLASSES_BYTES = 2**24  # of classes.txt
@@ -103,11 +104,6 @@ class ImageSet:
             return shape(Image.fromarray(self.source[position].permute(1, 2, 0).numpy()))
         try:
             with self._open_patiently(position) as file, open_image(file, FORMATS) as image:
-                most = Image.MAX_IMAGE_PIXELS
-                if most is not None and image.width * image.height > most:
-                    raise ValueError(
-                        f"{image.width} x {image.height} pixels exceed the limit of {most:,} (MAX_IMAGE_PIXELS)"
-                    )
                 return shape(image)
         except MemoryError:
             raise

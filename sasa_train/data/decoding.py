@@ -3,26 +3,33 @@
 Pillow itself clips float and 32-bit values to 0..255, makes transparent pixels black, and leaves photos on their side.
 """
 
-import math
 import warnings
 from dataclasses import dataclass
-from numbers import Real
-from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImagePalette
 
 from sasa_train.config.keys import DataConfig
+from sasa_train.data.opening import (
+    BITS,
+    COLOUR_MAP,
+    MAX_SAMPLE,
+    PHOTOMETRIC,
+    SAMPLE_FORMAT,
+    SIGNED,
+    SMAX_SAMPLE,
+    SMIN_SAMPLE,
+    WHITE_IS_ZERO,
+    numbers,
+    tags,
+)
 
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")  # about broken EXIF data
 
-# TIFF's tags
-BITS, PHOTOMETRIC, MAX_SAMPLE, SAMPLE_FORMAT, SMIN_SAMPLE, SMAX_SAMPLE = 258, 262, 281, 339, 340, 341
-WHITE_IS_ZERO, SIGNED = 0, 2  # values of PHOTOMETRIC and SAMPLE_FORMAT
-TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 RANGE_REMEDY = "set data.value_range=[low,high]"
 MIN_SHARE = 0.25  # of a type's range: 16-bit channels of which Pillow keeps 8 bits would have fewer than 64 levels
 BANDS = {"L": 1, "LA": 1, "RGB": 3, "RGBA": 3}  # modes to which MaxSampleValue applies, and their bands but for alpha
+SWAPPED = ("F;32BF", "I;16BS", "I;32BS")  # libtiff yields the machine's byte order, and Pillow would swap it again
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -52,20 +59,6 @@ def decoding_of(data: DataConfig) -> Decoding:
     return Decoding(data.background, data.exif, value_range, data.clip_values)
 
 
-def open_image(file: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
-    """Open an image without decoding it; if Pillow does not know a TIFF's kind of pixels, say so in a ValueError."""
-    try:
-        return Image.open(file, formats=formats)
-    except UnidentifiedImageError as error:
-        file.seek(0)
-        if file.read(4) not in TIFF_STARTS:
-            raise
-        raise ValueError(
-            "a damaged TIFF, or one whose pixels Pillow cannot read, such as 64-bit floats or several channels of "
-            "floats; convert it to 8 bits per channel"
-        ) from error
-
-
 def to_rgb(image: Image.Image, decoding: Decoding = DEFAULT) -> Image.Image:
     """Decode an image of any mode to RGB, 8 bits per channel.
 
@@ -75,9 +68,9 @@ def to_rgb(image: Image.Image, decoding: Decoding = DEFAULT) -> Image.Image:
     turn = _turn(image, decoding)
     _load(image)
     image = _clipped(image) if decoding.clip_values else _scaled(image, decoding)
+    if image.mode == "La":  # Pillow converts it to LA only
+        image = image.convert("LA")
     if decoding.background != "none" and image.has_transparency_data:
-        if image.mode == "La":  # Pillow converts it to LA only
-            image = image.convert("LA")
         rgba, image = image.convert("RGBA"), Image.new("RGB", image.size, decoding.background)
         image.paste(rgba, mask=rgba)
     elif image.mode != "RGB":
@@ -101,20 +94,46 @@ def _turn(image: Image.Image, decoding: Decoding) -> Image.Transpose | None:
         _load(image)
     if decoding.exif != "apply":
         return None
+    exif = Image.Exif()  # Pillow's getexif() would take the orientation from XMP
     try:
-        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        if "exif" in image.info:
+            exif.load(image.info["exif"])
+        elif profile := image.info.get("Raw profile type exif"):  # of a PNG: two lines and the length before the bytes
+            exif.load(bytes.fromhex("".join(profile.split("\n")[3:])))
+        return TURNS.get(exif.get(ExifTags.Base.Orientation, 1))
     except Exception:  # Pillow's parsers of broken EXIF data raise anything; the pixels are intact
         return None
 
 
 def _load(image: Image.Image) -> None:
-    """Load the pixels, and correct the transparent colour of a PNG, which Pillow leaves in the file's bit depth."""
-    rawmode, key = _rawmode(image), image.info.get("transparency")
+    """Load the pixels, and correct what Pillow misreads."""
+    rawmode, key, tiles = _rawmode(image), image.info.get("transparency"), getattr(image, "tile", [])
+    if image.format == "TIFF" and tiles:
+        _prepare_tiff(image, rawmode)
     image.load()
+    # Pillow leaves the transparent colour of a PNG in the file's bit depth.
     if rawmode in ("L;2", "L;4") and isinstance(key, int):
         image.info["transparency"] = key * (85 if rawmode == "L;2" else 17)
     elif rawmode == "RGB;16B" and isinstance(key, tuple):
         image.info["transparency"] = tuple(value >> 8 for value in key)
+    elif image.format == "GIF" and tiles and key is None and tiles[0].extents != (0, 0, *image.size):
+        covered = Image.new("L", image.size)
+        covered.paste(255, tiles[0].extents)
+        image.putalpha(covered)
+    elif image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
+        image.putalpha(255)  # many programs leave the fourth byte empty
+
+
+def _prepare_tiff(image: Image.Image, rawmode: str) -> None:
+    """Correct what Pillow will use to load the pixels: their byte order, an 8-bit palette, and the orientation."""
+    assert isinstance(image, ImageFile.ImageFile)
+    tile = image.tile[0]
+    if tile.codec_name == "libtiff" and rawmode in SWAPPED and isinstance(tile.args, tuple):
+        image.tile = [tile._replace(args=(rawmode.replace("B", "N"), *tile.args[1:]))]
+    colours = [int(n) for n in numbers(image, COLOUR_MAP)]
+    if image.mode in ("P", "PA") and all(0 <= n < 256 for n in colours):  # libtiff's rule
+        image.palette = ImagePalette.raw("RGB;L", bytes(colours))
+    image.info.pop("xmp", None)  # of the two orientations that a file may have, only the tag counts
 
 
 def _rawmode(image: Image.Image) -> str:
@@ -136,13 +155,21 @@ def _clipped(image: Image.Image) -> Image.Image:
     return Image.fromarray((np.asarray(image).clip(0, 65535) / 257 + 0.5).astype(np.uint8))
 
 
+def _values(image: Image.Image) -> np.ndarray:
+    """Return the pixels [H, W] of one channel with the type that the file states; Pillow has only int32 and uint8."""
+    pixels, is_signed = np.asarray(image), SIGNED in numbers(image, SAMPLE_FORMAT)
+    if image.mode == "L":
+        return pixels.view(np.int8) if is_signed else pixels
+    return pixels.view(np.uint32) if image.mode == "I" and tags(image) and not is_signed else pixels
+
+
 def _scaled(image: Image.Image, decoding: Decoding) -> Image.Image:
     """Scale the values in the image's range to 0..255; keep transparency."""
     low, high = check_range(image, decoding)
     if not _is_deep(image):
         return image if high == 255 else _brightened(image, 255 / high)
-    pixels = np.asarray(image)
-    levels = (pixels.view(np.int8) if image.mode == "L" else pixels).astype(np.float64)
+    pixels = _values(image)
+    levels = pixels.astype(np.float64)
     if np.isnan(levels).any():
         raise ValueError(f"number of pixels that are NaN: {int(np.isnan(levels).sum()):,}")
     # In place, to save memory. For 16 bits, this yields the same as a division by 257.
@@ -151,7 +178,7 @@ def _scaled(image: Image.Image, decoding: Decoding) -> Image.Image:
     levels /= (high - low) / 255
     levels += 0.5
     grey = levels.astype(np.uint8)
-    if _tags(image).get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow inverts 8-bit images only
+    if tags(image).get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow inverts 8-bit images only
         grey = 255 - grey
     key = image.info.get("transparency")
     if not isinstance(key, int):
@@ -165,12 +192,12 @@ def check_range(image: Image.Image, decoding: Decoding) -> tuple[float, float]:
     Raises:
         ValueError: the header does not state them, and `decoding` does not either.
     """
-    tags, bits = _tags(image), max(_numbers(image, BITS), default=16 if image.mode.startswith("I") else 8)
-    is_signed = SIGNED in _numbers(image, SAMPLE_FORMAT)
-    if image.mode == "F" or is_signed or (image.mode == "I" and tags):
+    bits = max(numbers(image, BITS), default=16 if image.mode.startswith("I") else 8)
+    is_signed = SIGNED in numbers(image, SAMPLE_FORMAT)
+    if image.mode == "F" or is_signed or (image.mode == "I" and tags(image)):
         if decoding.value_range is not None:
             return decoding.value_range
-        stated = *_numbers(image, SMIN_SAMPLE)[:1], *_numbers(image, SMAX_SAMPLE)[:1]
+        stated = *numbers(image, SMIN_SAMPLE)[:1], *numbers(image, SMAX_SAMPLE)[:1]
         if len(stated) == 2 and stated[0] < stated[1]:
             return stated[0], stated[1]
         kind = "floats" if image.mode == "F" else f"{'signed ' if is_signed else ''}{bits:g}-bit integers"
@@ -178,7 +205,7 @@ def check_range(image: Image.Image, decoding: Decoding) -> tuple[float, float]:
             f"its pixels are {kind}, and no tags SMinSampleValue and SMaxSampleValue say which of them are black and "
             f"white; {RANGE_REMEDY}"
         )
-    most, peak = 2**bits - 1, max(_numbers(image, MAX_SAMPLE), default=0)
+    most, peak = 2**bits - 1, max(numbers(image, MAX_SAMPLE), default=0)
     share = peak / most if 0 < peak < most else 1
     if _is_deep(image):
         return 0, peak if share < 1 else most
@@ -191,26 +218,15 @@ def check_range(image: Image.Image, decoding: Decoding) -> tuple[float, float]:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    return image.mode[0] in "IF" or SIGNED in _numbers(image, SAMPLE_FORMAT)
+    return image.mode[0] in "IF" or SIGNED in numbers(image, SAMPLE_FORMAT)
 
 
 def _brightened(image: Image.Image, factor: float) -> Image.Image:
     levels = np.arange(256)
-    if _tags(image).get(PHOTOMETRIC) == WHITE_IS_ZERO:  # inverted by Pillow already
+    if tags(image).get(PHOTOMETRIC) == WHITE_IS_ZERO:  # inverted by Pillow already
         table = 255 - (levels[::-1] * factor).round().clip(0, 255)
     else:
         table = (levels * factor).round().clip(0, 255)
     colours = BANDS[image.mode]
     tables = np.concatenate([*[table] * colours, *[levels] * (len(image.getbands()) - colours)])
     return image.point(tables.astype(int).tolist())
-
-
-def _tags(image: Image.Image) -> dict[int, object]:
-    return getattr(image, "tag_v2", {})
-
-
-def _numbers(image: Image.Image, tag: int) -> list[float]:
-    """Return the finite numbers of a TIFF's tag, one per channel or one for all."""
-    value = _tags(image).get(tag, ())
-    numbers = value if isinstance(value, tuple) else (value,)
-    return [float(n) for n in numbers if isinstance(n, Real) and math.isfinite(n)]
