@@ -67,6 +67,10 @@ def test_a_misspelt_key_in_a_file_is_refused(own_configs):
         (["data.max_unreadable=2"], "data.max_unreadable=2.0 must be from 0 to 1"),
         (["augment.policy=randaugment"], "augment.policy=randaugment must be one of none, rand_augment"),
         (["augment.policy_magnitude=31"], "augment.policy_magnitude=31 must be from 0 to 30"),
+        (
+            ["data.std=[58,57,57]"],
+            r"data.std=.* must be of values in \[0, 1\], so 1 at most; divide numbers for values",
+        ),
         (["augment.hue=0.6"], "augment.hue=0.6 must be from 0 to 0.5"),
         (["augment.erasing_scale=[0.5,0.1]"], r"augment.erasing_scale=\[0.5, 0.1\] must be \[low, high\]"),
         (["augment.mix_prob=1.5"], "augment.mix_prob=1.5 must be from 0 to 1"),

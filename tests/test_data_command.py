@@ -16,8 +16,9 @@ from making_data import encoded, make_image_folder, padded, pax_header, tar_head
 from PIL import Image
 
 from sasa_train.config.compose import compose_config
-from sasa_train.data.datasets import load_image_sets
+from sasa_train.data.datasets import load_image_sets, load_val_set
 from sasa_train.data.decoding import to_rgb
+from sasa_train.data.shards import find_shards
 from sasa_train.dataset_tool import imagenet, prepare, run_command, writing
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import printable
@@ -183,15 +184,15 @@ def test_hidden_members_of_shards_are_named(image_folder, tmp_path, capsys):
     """Tars made on macOS hold a hidden file for each image, which made verify and training refuse them."""
     png = (image_folder / "train/red/0.png").read_bytes()
     members = [("./a.png", png), ("./a.cls", b"0"), ("./._a.png", b"x"), ("./.git/a.png", png), ("./b.cls", b"0")]
+    for label, shade in (("0", 7), ("1", 77), ("1", 177)):
+        members += [(f"c{shade}", encoded(Image.new("L", (5, 3), shade), "GIF")), (f"c{shade}.cls", label.encode())]
     (tmp_path / "train").mkdir()
-    (tmp_path / "train/0.tar").write_bytes(
-        tar_of([*members, ("c", encoded(Image.new("L", (5, 3)), "GIF")), ("c.cls", b"0")])
-    )
+    (tmp_path / "train/0.tar").write_bytes(tar_of(members))
     (tmp_path / "train/._0.tar").write_bytes(b"x")
     for _ in range(2):  # without and with an index
         out = verify(capsys, tmp_path)
         assert "hidden: 2 (0.tar:./._a.png, 0.tar:./.git/a.png); not images: 1 (0.tar:./b.cls)" in out
-        assert last_line(out) == "2 images, nothing wrong"
+        assert last_line(out) == "4 images, nothing wrong"
 
 
 def test_names_in_two_unicode_forms(image_folder, capsys):
@@ -222,21 +223,22 @@ def test_a_class_that_no_holdout_can_split_is_named(tmp_path, capsys):
 def test_values_in_another_range_than_they_were_written_in_are_warned_of(tmp_path, capsys):
     """Check that nearly black, clipped and empty channels are noticed before a training that would end at chance."""
     rng = np.random.default_rng(0)
-    for name in ("dark", "clipped", "floats"):
-        (tmp_path / name / "a").mkdir(parents=True)
-    for i in range(3):
+    for i, label in enumerate("aab"):
+        for name in ("dark", "clipped", "floats"):
+            (tmp_path / name / label).mkdir(parents=True, exist_ok=True)
         twelve_bits = rng.integers(0, 4096, (13, 11)).astype(np.uint16)
-        Image.fromarray(twelve_bits).save(tmp_path / "dark" / "a" / f"{i}.png")
+        Image.fromarray(twelve_bits).save(tmp_path / "dark" / label / f"{i}.png")
         pixels = rng.integers(0, 2, (13, 11, 3)).astype(np.uint8) * 255
-        Image.fromarray(pixels * np.array((1, 1, 0), np.uint8)).save(tmp_path / "clipped" / "a" / f"{i}.png")
-        Image.fromarray(twelve_bits.astype(np.float32)).save(tmp_path / "floats" / "a" / f"{i}.tif")
+        Image.fromarray(pixels * np.array((1, 1, 0), np.uint8)).save(tmp_path / "clipped" / label / f"{i}.png")
+        Image.fromarray(twelve_bits.astype(np.float32)).save(tmp_path / "floats" / label / f"{i}.tif")
     out = verify(capsys, tmp_path / "dark")
     assert "warning     3 16-bit files stay below 6.7% of their range: rescale them" in out
     assert last_line(out) == "3 images, no problems, 1 warning"
     out = verify(capsys, tmp_path / "clipped")
     assert "red is saturated: 0 in 5" in out and "green is saturated" in out and "blue is constant, 0.0000" in out
     out = verify(capsys, tmp_path / "floats", expect=1)
-    assert "a/1.tif: its pixels are floats" in out and last_line(out) == "3 problems: 3 unreadable files"
+    assert "a/1.tif: its pixels are floats" in out and "class       b: no image in all can be read\n" in out
+    assert last_line(out) == "5 problems: 3 unreadable files, 2 classes without a readable image"
     assert last_line(verify(capsys, tmp_path / "floats", "data.value_range=[0,4095]")) == "3 images, nothing wrong"
     assert "red is constant, 1.0000" in verify(capsys, tmp_path / "floats", "data.value_range=[0,1]")
     assert "one of the keys data.background" in refused(capsys, "verify", tmp_path, "data.root=x")
@@ -251,6 +253,98 @@ def test_turned_and_transparent_images_are_counted(image_folder, capsys):
     out = verify(capsys, image_folder)
     assert "turned      1 image by EXIF orientation" in out and "transparent 1 image" in out and "5 x 9" not in out
     assert "by EXIF" not in verify(capsys, image_folder, "data.exif=ignore")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_shards_beside_class_folders_are_refused(image_folder, tmp_path, capsys, split):
+    """A tar among the class folders of a split took their place in silence: 18 labelled images were not read."""
+    png = (image_folder / "train/red/0.png").read_bytes()
+    tar = image_folder / split / "extra.tar"
+    tar.write_bytes(tar_of([("a.png", png), ("a.cls", b"0"), ("b.png", png), ("b.cls", b"1")]))
+    message = f"{tar.parent}: holds class folders with images (blue, red), but {tar} is a shard of the same split; move"
+    assert message in refused(capsys, "verify", image_folder)
+    assert message in refused(capsys, "shard", image_folder, tmp_path / "shards")
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load(image_folder)
+    if split == "val":
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            load_val_set(compose_config(["data=image_folder", f"data.root={image_folder}"]).data, ["blue", "red"])
+    (tar.parent / "loop").symlink_to("..")
+    for name in ("blue", "red"):
+        shutil.rmtree(tar.parent / name)
+    assert find_shards(image_folder, split) == [tar]  # the link leads to images, but not to images of this split
+
+
+@pytest.mark.parametrize("packed", ["train", "val"])
+def test_splits_of_two_kinds_are_a_problem(image_folder, tmp_path, capsys, packed):
+    """verify left out val/ beside train.tar, and val.tar beside train/, and ended with "nothing wrong"."""
+    png = (image_folder / "train/red/0.png").read_bytes()
+    shutil.rmtree(image_folder / packed)
+    samples = [("a.png", png), ("a.cls", b"0"), ("b.png", encoded(Image.new("RGB", (3, 5)), "PNG")), ("b.cls", b"1")]
+    (image_folder / f"{packed}.tar").write_bytes(tar_of(samples))
+    kinds = ("class folders", "tar shards")[:: 1 if packed == "train" else -1]
+    message = f"val consists of {kinds[0]}, but the rest of {kinds[1]}; make all of one kind"
+    out = verify(capsys, image_folder, expect=1)
+    assert f"split       {message}" in out and last_line(out) == "1 problem: 1 split of another kind"
+    with pytest.raises(ConfigError, match=message):
+        load(image_folder)
+    (image_folder / "test").mkdir()  # was read instead of val
+    with pytest.raises(ConfigError, match=message):
+        load(image_folder)
+
+
+def test_one_class_alone_is_refused(image_folder, tmp_path, capsys):
+    """A folder too many between train/ and the class folders made one class of all: top1 was 100 %."""
+    for split in ("train", "val"):
+        (image_folder / split).rename(image_folder / "images")
+        (image_folder / split).mkdir()
+        (image_folder / "images").rename(image_folder / split / "images")
+    train = image_folder / "train"
+    inner = "images is the only class, but at least two are needed; its folders with images (blue, red) look like {}"
+    inner = inner.format(f"the classes: move them up into {train}")
+    out = verify(capsys, image_folder, expect=1)
+    assert f"class       {inner}\n" in out and last_line(out) == "1 problem: only one class"
+    assert f"{train}: {inner}" in refused(capsys, "shard", image_folder, tmp_path / "shards")
+    with pytest.raises(ConfigError, match=re.escape(f"{train}: {inner}")):
+        load(image_folder)
+    shutil.rmtree(train / "images/blue")
+    (train / "images/red/0.png").rename(train / "images/0.png")
+    shutil.rmtree(train / "images/red")
+    with pytest.raises(ConfigError, match="images is the only class.*; add a folder of images for each other class"):
+        load(image_folder)
+    png = encoded(Image.new("RGB", (3, 5)), "PNG")
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.tar").write_bytes(tar_of([("a.png", png), ("a.cls", b"0")]))
+    assert ", only one class" in last_line(verify(capsys, tmp_path, expect=1))
+    with pytest.raises(ConfigError, match="train: 0 is the only class"):
+        load(tmp_path)
+
+
+def test_the_root_of_splits_one_level_down_is_named(image_folder, tmp_path, capsys):
+    (tmp_path / "top").mkdir()
+    image_folder.rename(tmp_path / "top/set")
+    out = verify(capsys, tmp_path / "top", expect=1)
+    assert f"its folders (train, val) look like splits: give {tmp_path / 'top/set'} as the root\n" in out
+
+
+def test_images_outside_class_folders_and_broken_links_are_named(image_folder, capsys):
+    """A readable image beside the class folders, and links to nothing, were "not images"."""
+    train = image_folder / "train"
+    shutil.copy(train / "red/0.png", train / "loose.png")
+    (train / "notes.txt").write_text("x")
+    for link in ("gone", "gone.png", "red/gone"):
+        (train / link).symlink_to("nowhere")
+    out = verify(capsys, image_folder)
+    told = "images outside class folders: 1 (train/loose.png); not images: 1 (train/notes.txt); broken links: 3 (train/"
+    assert f"not read    {told}gone, train/gone.png, train/red/gone)\n" in out
+
+
+def test_a_class_without_a_readable_image_is_a_problem(image_folder, capsys):
+    for path in (image_folder / "val/blue").iterdir():
+        path.write_bytes(b"404 not found")
+    out = verify(capsys, image_folder, expect=1)
+    assert "class       blue: no image in val can be read\n" in out and "red: no image" not in out
+    assert last_line(out) == "4 problems: 3 unreadable files, 1 class without a readable image"
 
 
 def test_class_folders_without_splits(image_folder, capsys):
@@ -284,7 +378,12 @@ def test_shards_are_verified_like_the_folders_they_come_from(image_folder, tmp_p
 
 def test_roots_that_are_refused(tmp_path, capsys):
     assert "must be a folder that is there" in refused(capsys, "verify", tmp_path / "nowhere")
-    assert "no class folder" in refused(capsys, "verify", tmp_path)
+    assert "no class folder\n" in refused(capsys, "verify", tmp_path)
+    for name in ("train", "val"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").touch()
+    said = refused(capsys, "verify", tmp_path)
+    assert "no class folder in train/ and val/, which are taken as splits; if these are the classes, move both" in said
 
 
 def test_names_cannot_write_on_the_terminal(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Check that sasa-predict matches evaluation's predictions, in the requested order, for any file type and name."""
 
+import contextlib
 import csv
 import io
 import itertools
@@ -90,6 +91,13 @@ def test_predictions_are_evaluations(name, weights, runs, root, predicted, capsy
 def test_the_moving_average_is_not_the_raw_model(runs, root, predicted):
     rows = [predicted(runs["ours"], root / "val", f"weights={weights}")[0] for weights in ("ema", "raw")]
     assert not np.allclose([best(row) for row in rows[0]], [best(row) for row in rows[1]], atol=1e-4)
+
+
+def test_rows_reach_a_stdout_that_takes_text_alone(run, root):
+    """In notebooks, and where stdout is redirected to a StringIO, the command ended with an AttributeError."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert predict.run_command([run, str(root / "val/red"), "--format", "csv"]) == 0
+    assert len(list(csv.DictReader(io.StringIO(out.getvalue())))) == 5
 
 
 def test_a_row_does_not_depend_on_its_batch_or_on_threads(run, root, capsys):

@@ -359,6 +359,36 @@ def test_keys_that_are_set_are_kept_with_a_warning(other_run, in_process, tmp_pa
     assert preprocessing_of(tmp_path / "out/a") == [OTHER | {"std": [0.5] * 3}] * 2
 
 
+def test_another_reading_of_the_images_is_named(in_process, tmp_path, monkeypatch, capsys):
+    """Weights trained with a black background and without EXIF were fine-tuned with white and EXIF, in silence."""
+    reading = ["data.background=black", "data.exif=ignore", "data.value_range=[0.0,4095.0]"]
+    run = [*TINY, *WRITTEN.split(), "trainer.epochs=1", "trainer.max_steps=1"]
+    monkeypatch.chdir(tmp_path)
+    in_process("train", *run, *reading, "run_name=source")
+    assert export.run_command(["out/source", "--formats", "safetensors", "hub"]) == 0
+    ours = ["data.background=white", "data.exif=apply", "data.value_range=null"]
+
+    def warnings(source: str) -> str:
+        lines = (
+            f"WARNING: {source} was trained with {there}, but this run reads images with {here}; add {there} to read "
+            "alike\n"
+            for here, there in zip(ours, reading, strict=True)
+        )
+        return "".join(lines)
+
+    for kind in (".", "checkpoints/last.pt", "export/model.safetensors", "export/hub"):
+        source = f"model.pretrained=out/source/{kind}"
+        config = compose_config([*run, source])
+        capsys.readouterr()
+        read_with, _ = with_preprocessing(config, read_weights(config).preprocessing)
+        assert read_with.data.background == "white" and capsys.readouterr().err == warnings(source)
+    assert in_process("train", *run, source, "run_name=other").stderr == warnings(source)
+    capsys.readouterr()
+    config = compose_config([*run, *reading, source])
+    with_preprocessing(config, read_weights(config).preprocessing)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_run_that_began_before_its_keys_goes_on_as_it_began(other_run, in_process, tmp_path):
     """An older run used the data set's own mean and std; its config.yaml and checkpoint say null, or lack the keys."""
     run = [*TINY, f"model.pretrained={other_run}", "trainer.epochs=1"]

@@ -55,6 +55,22 @@ def test_too_many_stop_the_run_with_the_list(in_process, tmp_path, size):
         assert json.loads((tmp_path / "out/bad/run.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.parametrize("resident", ["true", "false"])
+def test_a_class_of_which_nothing_can_be_read_is_named_once(image_folder, caplog, resident):
+    """Each image was named, but not that its class was lost: training replaced it by images of another one."""
+    for path in [*(image_folder / "train/red").iterdir(), image_folder / "train/blue/1.png"]:
+        path.write_bytes(b"not an image")
+    batches(
+        config_for(
+            "data=image_folder", f"data.root={image_folder}", "data.image_size=16", "trainer.global_batch_size=9",
+            f"data.resident={resident}", "data.num_workers=0",
+        )
+    )  # fmt: skip
+    assert [text for text in caplog.messages if "no image of" in text] == [
+        "WARNING: no image of red in train can be read; repair them (see above)"
+    ]
+
+
 def test_one_is_too_many_where_none_is_allowed(image_folder):
     (image_folder / "train/red/3.png").write_bytes(b"not an image")
     config = config_for(

@@ -97,6 +97,8 @@ def _of_data(config: TrainConfig) -> Rules:
     yield data.split != "test" or data.name != "digits", "data.split", rule
     for name, value in {"mean": data.mean, "std": data.std}.items():
         yield value is None or len(value) == 3, f"data.{name}", "must be three numbers, red, green and blue"
+    rule = "must be of values in [0, 1], so 1 at most; divide numbers for values from 0 to 255 by 255"
+    yield data.std is None or max(data.std) <= 1, "data.std", rule
     bounds = data.value_range
     rule = "must be [low, high] with low < high"
     yield bounds is None or (len(bounds) == 2 and bounds[0] < bounds[1]), "data.value_range", rule

@@ -39,6 +39,7 @@ MAX_CLASSES_BYTES = 2**24  # of classes.txt
 MIN_LABELS = 1000  # smaller labels are accepted from any number of images, because a small subset may lack classes
 DIGITS_VAL_FRACTION = 0.2
 NUM_LOOKED_AT = 5  # images of each split
+SHARDS, CLASS_FOLDERS = "tar shards", "class folders"
 VAL_SPLITS = {None: ("val", "test"), "val": ("val",), "test": ("test",)}  # by data.split; the first that is there
 
 Shaped = TypeVar("Shaped")
@@ -327,6 +328,7 @@ def _load_cifar(config: DataConfig, train: bool) -> ImageSet:
 def _load_from_disk(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     root = Path(config.root)
     train = _told(load_shard_set(root, "train") if find_shards(root, "train") else load_class_folders(root, "train"))
+    check_several(train)
     train = relabelled(train, train.classes, f"data.root={root}", "classes.txt", "train")  # warns of empty classes
     if config.holdout_fraction > 0:
         return train, train
@@ -337,12 +339,25 @@ def _load_from_disk(config: DataConfig) -> tuple[ImageSet, ImageSet]:
 def _load_val(root: Path, split: str | None) -> tuple[ImageSet, str]:
     """Return the images of the split that `data.split` selects, and its name."""
     are_shards = holds_shards(root)
-    there = [name for name in VAL_SPLITS[split] if (find_shards(root, name) if are_shards else (root / name).is_dir())]
-    if are_shards and not there:
+    kinds = {name: kind for name in VAL_SPLITS[split] if (kind := kind_of(root, name))}
+    if are_shards and not kinds:
         wanted = " or ".join(VAL_SPLITS[split])
         raise ConfigError(f"data.root={root}: shards for train, but none for {wanted}; or use data.holdout_fraction")
-    name = there[0] if there else VAL_SPLITS[split][-1]
+    name = next(iter(kinds), VAL_SPLITS[split][-1])
+    if kinds and (of_train := kind_of(root, "train")) not in (None, kinds[name]):
+        raise ConfigError(f"data.root={root}: {unlike(name, kinds[name], str(of_train))}")
+    are_shards = kinds.get(name) == SHARDS
     return _told(load_shard_set(root, name) if are_shards else load_class_folders(root, name)), name
+
+
+def kind_of(root: Path, split: str) -> str | None:
+    """Return whether a split consists of SHARDS or CLASS_FOLDERS, or None if it is not there."""
+    return SHARDS if find_shards(root, split) else CLASS_FOLDERS if (root / split).is_dir() else None
+
+
+def unlike(split: str, kind: str, other: str) -> str:
+    """Say that a split is not of the kind of the other splits, with the remedy."""
+    return f"{split} consists of {kind}, but the rest of {other}; make all of one kind (sasa-data shard makes shards)"
 
 
 def holds_shards(root: Path) -> bool:
@@ -363,6 +378,29 @@ def _told(images: ImageSet) -> ImageSet:
     if isinstance(images.source, Files) and images.source.left_out:
         say(f"{printable(images.source.folder)}: left out, {images.source.left_out}", sys.stderr)
     return images
+
+
+def check_several(train: ImageSet) -> None:
+    """Raise ConfigError if all images to train on are of one class; the message names it and a likely reason."""
+    if len(train.classes) == 1:
+        folder = train.source.folder if isinstance(train.source, Files) else ""
+        names = [train.name(i) for i in range(len(train))]
+        raise ConfigError(f"{printable(folder) or 'train'}: {only_class(train.classes[0], folder, names)}")
+
+
+def only_class(name: str, folder: str, paths: Sequence[str]) -> str:
+    """Describe a set's only class, of images at `paths`; if its folder in `folder` holds folders, suggest these."""
+    top = os.path.join(folder, name)
+    within = [path.removeprefix(f"{top}/") for path in paths if path.startswith(f"{top}/")]
+    inner = sorted({path.partition("/")[0] for path in within if "/" in path})
+    text = f"{printable(name)} is the only class, but at least two are needed"
+    if not inner:
+        return f"{text}; add a folder of images for each other class" if folder else f"{text}; mend the labels"
+    if not {"train", *VAL_SPLITS[None]}.isdisjoint(inner):
+        return f"{text}; its folders ({some(inner)}) look like splits: give {printable(top)} as the root"
+    return (
+        f"{text}; its folders with images ({some(inner)}) look like the classes: move them up into {printable(folder)}"
+    )
 
 
 def load_class_folders(root: Path, split: str) -> ImageSet:

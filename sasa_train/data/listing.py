@@ -28,15 +28,21 @@ Identity = tuple[int, int]  # a folder's device and inode
 
 @dataclass
 class LeftOut:
-    """The paths of files and folders that are not read, and why: hidden, not an image, or a folder read already."""
+    """The paths of files and folders that are not read, by the reason.
+
+    `outside` lists images beside the class folders, `foreign` files that are not images, and `broken` links to nothing.
+    """
 
     hidden: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)
 
     def describe(self, top: str = "") -> str:
         """Count and name what was left out, in paths relative to `top`; return "" if there is nothing."""
-        kinds = {"hidden": self.hidden, "not images": self.foreign, "links to folders read already": self.repeated}
+        kinds = {"hidden": self.hidden, "images outside class folders": self.outside, "not images": self.foreign}
+        kinds |= {"broken links": self.broken, "links to folders read already": self.repeated}
         prefix = os.path.join(top, "")
         found = {kind: [path.removeprefix(prefix) for path in paths] for kind, paths in kinds.items() if paths}
         return "; ".join(f"{kind}: {len(paths):,} ({some(paths)})" for kind, paths in found.items())
@@ -75,7 +81,7 @@ def images_among(folder: str, names: list[str], left_out: LeftOut) -> list[str]:
         elif os.path.splitext(name)[1].lower() in image_extensions() or _holds_image(path):
             found.append(path)
         else:
-            left_out.foreign.append(path)
+            (left_out.foreign if os.path.exists(path) else left_out.broken).append(path)
     return found
 
 
@@ -105,11 +111,9 @@ def read_class_folders(top: str) -> tuple[dict[str, list[str]], LeftOut]:
     """
     left_out, classes = LeftOut(), dict[str, list[str]]()
     folders = visible_folders(Path(top))
-    beside = set(os.listdir(top)) - set(folders)
-    left_out.hidden += sorted(os.path.join(top, name) for name in beside if name.startswith("."))
-    left_out.foreign += sorted(os.path.join(top, name) for name in beside if not name.startswith("."))
-    # A link to a folder above leads round in a circle.
-    seen = {identity_of(str(above)) for above in (Path(top).resolve(), *Path(top).resolve().parents)}
+    for path in images_among(top, list(set(os.listdir(top)) - set(folders)), left_out):
+        (left_out.outside if os.path.exists(path) else left_out.broken).append(path)
+    seen = _above(Path(top))
     paths = [os.path.join(top, name) for name in folders]
     for path in sorted(paths, key=lambda path: (os.path.islink(path), path)):  # a link yields to the folder itself
         if identity_of(path) in seen:
@@ -119,6 +123,21 @@ def read_class_folders(top: str) -> tuple[dict[str, list[str]], LeftOut]:
             classes[os.path.basename(path)] = []
     classes = {name: _images_in(os.path.join(top, name), seen, left_out) for name in sorted(classes)}
     return classes, left_out
+
+
+def folders_with_images(top: Path) -> list[str]:
+    """Return the sorted names of the visible subfolders that contain an image, at any depth.
+
+    Raises:
+        OSError: a folder cannot be listed.
+    """
+    names = [name for name in visible_folders(top) if identity_of(str(top / name)) not in _above(top)]
+    return [name for name in names if any(paths for _, paths in _walk(str(top / name), _above(top), LeftOut()))]
+
+
+def _above(top: Path) -> set[Identity]:
+    """Return the folder itself and those that contain it: a link to one of them leads round in a circle."""
+    return {identity_of(str(above)) for above in (top.resolve(), *top.resolve().parents)}
 
 
 def _images_in(top: str, seen: set[Identity], left_out: LeftOut) -> list[str]:

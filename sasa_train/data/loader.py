@@ -114,7 +114,7 @@ def _build_loader(config: TrainConfig, images: ImageSet, device: torch.device, i
     augment = Augment(config.data, config.augment, config.seed, mean)
     mixed_steps = total_steps(config, plan.steps_per_epoch) - config.augment.mix_off_epochs * plan.steps_per_epoch
     mixing = Mixing(config.augment, len(images.classes), config.seed, mixed_steps)
-    quarantine = Quarantine(split, len(images), config.data.max_unreadable)
+    quarantine = Quarantine(split, len(images), config.data.max_unreadable, images)
     if split == "val":
         plan = dataclasses.replace(plan, global_batch_size=plan.micro_batch_size * run.world_size, grad_accum_steps=1)
     num_workers, timeout = resolved_num_workers(config), config.data.worker_timeout

@@ -3,21 +3,31 @@
 import logging
 import math
 
+import numpy as np
+
+from sasa_train.data.datasets import ImageSet
 from sasa_train.data.decoding import RANGE_REMEDY
 from sasa_train.data.reading import Unreadable
 from sasa_train.refusal import ConfigError
-from sasa_train.terminal import printable
+from sasa_train.terminal import printable, some
 
 log = logging.getLogger("sasa_train")
 
 ALWAYS_ALLOWED = 10  # in a small data set, a few unreadable images do not indicate a broken disk
 
 
+def fully(labels: np.ndarray, is_marked: np.ndarray, num_classes: int) -> list[int]:
+    """Return the labels of which all images are marked, and at least one; `labels`, int64 [n], and `is_marked` [n]."""
+    counts, marked = (np.bincount(part, minlength=num_classes) for part in (labels, labels[is_marked]))
+    return np.flatnonzero((counts > 0) & (counts == marked)).tolist()
+
+
 class Quarantine:
     """The unreadable images found so far in one split."""
 
-    def __init__(self, split: str, num_images: int, max_unreadable: float):
-        self.split, self.found = split, dict[str, str]()
+    def __init__(self, split: str, num_images: int, max_unreadable: float, images: ImageSet | None = None):
+        """Create an empty quarantine for `num_images` images; classes are named only if `images` is given."""
+        self.split, self.images, self.found, self.lost = split, images, dict[str, str](), set[str]()
         self.allowed_share = math.floor(max_unreadable * num_images)
         allowed = max(ALWAYS_ALLOWED, self.allowed_share) if max_unreadable else 0
         self.allowed = min(allowed, num_images - 1)  # at least one image must be readable
@@ -36,12 +46,29 @@ class Quarantine:
         self.check()
 
     def note(self, unreadable: list[Unreadable]) -> None:
-        """Record unreadable images and log those not seen before."""
+        """Record unreadable images and log those not seen before, and classes of which none is left."""
+        num_before = len(self.found)
         for name, reason in unreadable:
             if name not in self.found:
                 self.found[name] = reason
                 what = "replaced by the next image" if self.split == "train" else "left out"
                 log.warning(f"WARNING: {printable(name)}: cannot be read as an image ({printable(reason)}); {what}")
+
+        if len(self.found) > num_before and (lost := sorted(self._lost_classes() - self.lost)):
+            self.lost.update(lost)
+            log.warning(f"WARNING: no image of {some(lost)} in {self.split} can be read; repair them (see above)")
+
+    def _lost_classes(self) -> set[str]:
+        """Return the names of the classes of which all images were found to be unreadable."""
+        if self.images is None:
+            return set()
+        labels, num_classes = self.images.labels, len(self.images.classes)
+        counts = np.bincount(labels, minlength=num_classes)
+        # Most classes have more images than were found, so that their names need not be compared.
+        of_few = np.flatnonzero(counts[labels] <= len(self.found))
+        is_found = np.zeros(len(labels), dtype=bool)
+        is_found[of_few] = [self.images.name(i) in self.found for i in of_few.tolist()]
+        return {self.images.classes[label] for label in fully(labels, is_found, num_classes)}
 
     def check(self) -> None:
         """Raise ConfigError if more images are unreadable than `data.max_unreadable` allows."""

@@ -22,12 +22,12 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from sasa_train.data.listing import LeftOut, image_extensions, is_hidden, is_image
+from sasa_train.data.listing import LeftOut, folders_with_images, image_extensions, is_hidden, is_image
 from sasa_train.data.shard_index import COLUMNS, MAX_CLASSES, index_bytes, read_index
 from sasa_train.data.tars import members_of, open_tar
 from sasa_train.files import open_regular, write_atomic
 from sasa_train.refusal import ConfigError, shorten
-from sasa_train.terminal import printable, say, warn
+from sasa_train.terminal import printable, say, some, warn
 
 MAX_IMAGE_BYTES = 2**30  # an uncompressed image with as many pixels as are allowed, 89 million of 8 bytes, has fewer
 MAX_HEADER_BYTES = 2**20  # by which a member of another name is identified
@@ -80,15 +80,34 @@ def _opened(path: str) -> BinaryIO:
 
 
 def find_shards(root: Path, split: str) -> list[Path]:
-    """Find `root/train/*.tar` or `root/*train*.tar`; val may also be named validation."""
-    for name in SPLIT_NAMES[split]:
-        found = _tars(root / name)
-        if not found and not (root / name).is_dir():  # ImageNet's archives may be beside class folders
-            word = re.compile(rf"(^|[^a-z]){name}([^a-z]|$)")  # so that interval-train does not match val
-            found = [path for path in _tars(root) if word.search(path.stem.lower())]
-        if found:
+    """Find `root/train/*.tar` or `root/*train*.tar`; val may also be named validation.
+
+    Raises:
+        ConfigError: the split's folder holds shards and class folders.
+    """
+    folders = [root / name for name in SPLIT_NAMES[split] if (root / name).is_dir()]
+    for folder in folders:
+        if found := _tars(folder):
+            _refuse_class_folders(found, folders)
+            return found
+    for name in SPLIT_NAMES[split] if not folders else ():  # ImageNet's archives may be beside class folders
+        word = re.compile(rf"(^|[^a-z]){name}([^a-z]|$)")  # so that interval-train does not match val
+        if found := [path for path in _tars(root) if word.search(path.stem.lower())]:
             return found
     return []
+
+
+def _refuse_class_folders(shards: Sequence[Path], folders: Sequence[Path]) -> None:
+    for folder in folders:
+        try:
+            names = folders_with_images(folder)
+        except OSError as error:
+            raise ConfigError(f"{error.filename}: cannot be listed ({error.strerror})") from error
+        if names:
+            raise ConfigError(
+                f"{printable(folder)}: holds class folders with images ({some(names)}), but {printable(shards[0])} is "
+                "a shard of the same split; move the shards or the class folders elsewhere"
+            )
 
 
 def _tars(folder: Path) -> list[Path]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets.imagenet import ARCHIVE_META
 
-from sasa_train.data.datasets import VAL_SPLITS, Files, ImageSet, load_class_folders, relabelled
+from sasa_train.data.datasets import VAL_SPLITS, Files, ImageSet, check_several, load_class_folders, relabelled
 from sasa_train.data.shards import find_shards
 from sasa_train.dataset_tool.imagenet import check_md5, index_train, index_val, read_devkit
 from sasa_train.dataset_tool.writing import Originals, write_all_shards, write_folders
@@ -23,14 +23,15 @@ def shard(root: Path, dest: Path, images_per_shard: int) -> int:
     """
     if dest.resolve().is_relative_to(root.resolve()):
         raise ConfigError(f"DEST={dest} must not be inside ROOT={root}; give a folder of its own")
-    if find_shards(root, "train"):
+    folders = [name for name in VAL_SPLITS[None] if (root / name).is_dir()]
+    if any(find_shards(root, name) for name in ("train", *folders)):
         raise ConfigError(f"ROOT={root} must hold class folders, but it holds tar shards already")
     train = load_class_folders(root, "train")
+    check_several(train)
     classes, splits = train.classes, {"train": _originals(train)}
-    for name in VAL_SPLITS[None]:
-        if (root / name).is_dir():
-            images = load_class_folders(root, name)
-            splits[name] = _originals(relabelled(images, classes, f"ROOT={root}", "train", name))
+    for name in folders:
+        images = load_class_folders(root, name)
+        splits[name] = _originals(relabelled(images, classes, f"ROOT={root}", "train", name))
     if len(splits) == 1:
         print(f"ROOT={root}: no val/ or test/, train alone is copied; training needs data.holdout_fraction then")
     for name in classes:

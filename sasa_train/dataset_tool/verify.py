@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields
@@ -19,10 +19,22 @@ from tqdm import tqdm
 
 from sasa_train.config.compose import compose_config
 from sasa_train.data.class_names import composed, twins, with_nearest
-from sasa_train.data.datasets import Files, ImageSet, UnreadableImage, holds_shards, load_shard_set
+from sasa_train.data.datasets import (
+    CLASS_FOLDERS,
+    SHARDS,
+    Files,
+    ImageSet,
+    UnreadableImage,
+    holds_shards,
+    kind_of,
+    load_shard_set,
+    only_class,
+    unlike,
+)
 from sasa_train.data.decoding import Decoding, decoding_of, is_16_bit, is_turned, to_rgb
 from sasa_train.data.listing import LeftOut, read_class_folders, visible_folders
-from sasa_train.data.shards import SPLIT_NAMES, find_shards
+from sasa_train.data.quarantine import fully
+from sasa_train.data.shards import SPLIT_NAMES
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import DONE, FAILED, printable, some
 
@@ -52,7 +64,8 @@ class Contents:
     """The contents of a data set with its splits concatenated; `split_of[i]` and `labels[i]` belong to image i.
 
     `faults` lists classes without images in a split, `unused` says what each split leaves out, and `ambiguous` lists
-    class names that are in a split in two Unicode forms. `single` lists classes that no hold-out from train can split.
+    class names that are in a split in two Unicode forms. `mixed` lists splits that are not read, because the rest is
+    of another kind. `single` lists classes that no hold-out from train can split. `alone` describes the only class.
     """
 
     root: Path
@@ -62,6 +75,8 @@ class Contents:
     faults: list[str]
     unused: list[str]
     ambiguous: list[str] = field(default_factory=list)
+    mixed: list[str] = field(default_factory=list)
+    alone: str = ""
 
     def __post_init__(self) -> None:
         sets = list(self.splits.values())
@@ -69,7 +84,7 @@ class Contents:
         self.split_of = np.repeat(np.arange(len(sets)), np.diff(self.starts))
         self.labels = np.concatenate([images.labels for images in sets])
         is_single = np.bincount(self.labels, minlength=len(self.classes)) == 1
-        is_train_alone = list(self.splits) == ["train"]
+        is_train_alone = list(self.splits) == ["train"] and not self.mixed
         self.single = [self.classes[i] for i in np.flatnonzero(is_single).tolist()] if is_train_alone else []
 
     def name(self, index: int) -> str:
@@ -116,6 +131,7 @@ def verify(root: Path, num_workers: int, all_classes: bool, overrides: Sequence[
     print_classes(contents, all_classes)
     survey = look_at_all(contents, num_workers, decoding)
     print_survey(contents, survey)
+    lost = print_lost_classes(contents, survey)
     num_across = print_duplicates(contents, survey)
     print_mean_std(contents, survey)
     warnings = find_warnings(survey)
@@ -123,10 +139,13 @@ def verify(root: Path, num_workers: int, all_classes: bool, overrides: Sequence[
         say("warning", warning)
     found = {
         counted(len(survey.unreadable), "unreadable file"): len(survey.unreadable),
+        counted(lost, "class", "classes") + " without a readable image": lost,
         counted(num_across, "duplicate") + " across splits": num_across,
         counted(len(contents.faults), "empty or missing class", "empty or missing classes"): len(contents.faults),
         counted(len(contents.single), "class", "classes") + " of one image": len(contents.single),
         counted(len(contents.ambiguous), "ambiguous class name"): len(contents.ambiguous),
+        counted(len(contents.mixed), "split") + " of another kind": len(contents.mixed),
+        "only one class": bool(contents.alone),
     }
     problems = [text for text, number in found.items() if number]
     if problems:
@@ -149,15 +168,23 @@ def read_contents(root: Path) -> Contents:
     """Find the splits and classes in `root` as training does, but record faults instead of raising an error.
 
     Raises:
-        ConfigError: the folder does not exist or contains no classes.
+        ConfigError: the folder does not exist or contains no classes, or a split holds shards and class folders.
     """
     if not root.is_dir():
         raise ConfigError(f"ROOT={root} must be a folder that is there; give the one that holds train/ and val/")
-    if holds_shards(root):
-        left_out, there = LeftOut(), [split for split in SPLIT_NAMES if find_shards(root, split)]
+    kinds = {split: kind for split in SPLIT_NAMES if (kind := kind_of(root, split))}
+    kind = SHARDS if holds_shards(root) else CLASS_FOLDERS
+    others = {split: unlike(split, of_split, kind) for split, of_split in kinds.items() if of_split != kind}
+    # test is read only where val is not there, and ImageNet's archive of it may be in the root
+    skipped = [others.pop("test")] if "test" in others and "val" in kinds else []
+    mixed = list(others.values())
+    if kind == SHARDS:
+        left_out, there = LeftOut(), [split for split in kinds if kinds[split] == SHARDS]
         splits = {split: load_shard_set(root, split, left_out) for split in there}
         classes = max((images.classes for images in splits.values()), key=len)
-        return Contents(root, "tar shards", classes, splits, _faults(classes, splits, {}), [left_out.describe()])
+        alone = only_class(classes[0], "", []) if len(classes) == 1 else ""
+        faults = _faults(classes, splits, {})
+        return Contents(root, kind, classes, splits, faults, [left_out.describe(), *skipped], mixed=mixed, alone=alone)
     found, unused, ambiguous = dict[str, dict[str, list[str]]](), [], []
     for split, folder in find_splits(root).items():
         folders, left_out = read_class_folders(str(folder))
@@ -168,10 +195,26 @@ def read_contents(root: Path) -> Contents:
     if not classes:
         raise ConfigError(
             f"ROOT={root} must hold train/ and val/ (or test/) with one folder per class, or tar shards, or class "
-            "folders; there is no class folder"
+            f"folders; there is no class folder{_in_splits(found)}"
         )
     splits = {split: _image_set(classes, folders) for split, folders in found.items()}
-    return Contents(root, "class folders", classes, splits, _faults(classes, splits, found), unused, ambiguous)
+    faults = _faults(classes, splits, found)
+    alone = _alone(root, classes, splits) if len(classes) == 1 else ""
+    return Contents(root, kind, classes, splits, faults, [*unused, *skipped], ambiguous, mixed, alone)
+
+
+def _in_splits(found: Mapping[str, object]) -> str:
+    """Return the end of a message if the only folders are named as splits, as classes may be, too."""
+    if "all" in found:
+        return ""
+    names = " and ".join(f"{split}/" for split in found)
+    return f" in {names}, which are taken as splits; if these are the classes, move both into a folder train/"
+
+
+def _alone(root: Path, classes: list[str], splits: dict[str, ImageSet]) -> str:
+    split, images = next(iter(splits.items()))
+    folder = root if split == "all" else root / split
+    return only_class(classes[0], str(folder), [images.name(i) for i in range(len(images))])
 
 
 def find_splits(root: Path) -> dict[str, Path]:
@@ -299,12 +342,14 @@ def print_classes(contents: Contents, all_classes: bool) -> None:
             low, median, high = of_class.min(), np.median(of_class), of_class.max()
             say("per class", f"min {low:,}, median {median:,.10g}, max {high:,} images in {split}")
     say("images", ", ".join(f"{len(images):,} {split}" for split, images in contents.splits.items()))
-    if list(contents.splits) == ["train"]:
+    if list(contents.splits) == ["train"] and not contents.mixed:
         say("", "no val/ or test/: training needs data.holdout_fraction")
     elif "val" in contents.splits and "test" in contents.splits:
         say("", "training evaluates on val, or with data.split=test on test")
-    for fault in contents.faults + contents.ambiguous:
+    for fault in contents.faults + contents.ambiguous + [contents.alone] * bool(contents.alone):
         say("class", fault)
+    for fault in contents.mixed:
+        say("split", fault)
     if contents.single:
         say("class", f"one image alone, which data.holdout_fraction cannot split: {some(contents.single)}")
     for left_out in filter(None, contents.unused):
@@ -327,6 +372,19 @@ def print_survey(contents: Contents, survey: Survey) -> None:
         say("transparent", f"{counted(survey.num_transparent, 'image')}, see data.background")
     for index, reason in survey.unreadable.items():
         say("unreadable", f"{contents.name(index)}: {printable(reason)}")
+
+
+def print_lost_classes(contents: Contents, survey: Survey) -> int:
+    """Name the classes of which all images in a split are unreadable; return their number."""
+    is_lost = np.isin(np.arange(len(contents.labels)), list(survey.unreadable))
+    number = 0
+    for split_number, split in enumerate(contents.splits):
+        in_split = contents.split_of == split_number
+        lost = fully(contents.labels[in_split], is_lost[in_split], len(contents.classes))
+        number += len(lost)
+        for label in lost:
+            say("class", f"{printable(contents.classes[label])}: no image in {split} can be read")
+    return number
 
 
 def print_duplicates(contents: Contents, survey: Survey) -> int:

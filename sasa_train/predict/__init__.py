@@ -147,8 +147,11 @@ def show(text: bytes) -> None:
     """Write to stdout immediately, above the progress bar if it is on the same terminal."""
     # Flushed, so that finished predictions are not lost if the command is stopped.
     with tqdm.external_write_mode(sys.stdout) if sys.stdout.isatty() else contextlib.nullcontext():
-        sys.stdout.buffer.write(text)
-        sys.stdout.buffer.flush()
+        if hasattr(sys.stdout, "buffer"):
+            sys.stdout.buffer.write(text)
+        else:  # as in notebooks and in contextlib.redirect_stdout(io.StringIO())
+            sys.stdout.write(text.decode("utf-8", "surrogateescape"))
+        sys.stdout.flush()
 
 
 def counted(found: Iterator[Found], tally: Tally) -> Iterator[Found]:

@@ -12,17 +12,20 @@ from sasa_train.config.overrides import as_written
 from sasa_train.config.rules import validate
 from sasa_train.config.saved import TAKEN
 from sasa_train.data.datasets import mean_std
+from sasa_train.data.decoding import Decoding
 from sasa_train.refusal import ConfigError, shorten
 from sasa_train.terminal import printable, warn
 
+READING = [field.name for field in dataclasses.fields(Decoding)]  # keys of data without a null, so never taken
 CROP_MODE = "crop_mode"  # timm's; our val crop is its "center"
-Stated = dict[str, Any]  # CROP_MODE and keys of data, with values from a source, not checked yet
+Stated = dict[str, Any]  # CROP_MODE, READING and other keys of data, with values from a source, not checked yet
 
 
 def stated_by_config(data: DataConfig) -> Stated:
     """Return the preprocessing of a model trained by sasa_train."""
     mean, std = mean_std(data)
     stated = {"mean": list(mean), "std": list(std), "interpolation": resolved_interpolation(data)}
+    stated |= {name: getattr(data, name) for name in READING}
     # Without a value, the source has the default crop, as does a run that takes none.
     return stated if data.val_crop is None else stated | {"val_crop": data.val_crop}
 
@@ -48,7 +51,8 @@ def stated_by_json(text: str | bytes) -> Stated:
 def with_preprocessing(config: TrainConfig, stated: Stated) -> tuple[TrainConfig, str]:
     """Set the keys in `TAKEN` that are null to what the source of `model.pretrained` states; also return a report line.
 
-    Warns of stated values that are invalid or unknown here, and of keys that are set to something else.
+    Warns of stated values that are invalid or unknown here, and of keys that are set to something else; those in
+    `READING` are never taken.
     """
     source, data, followed = f"model.pretrained={printable(str(config.model.pretrained))}", config.data, []
     for name in _names(config, stated):
@@ -66,6 +70,12 @@ def with_preprocessing(config: TrainConfig, stated: Stated) -> tuple[TrainConfig
             warn(
                 f"data.{name}={as_written(given)}, but {source} was trained with {as_written(value)}; leave "
                 f"data.{name} out to take that"
+            )
+    for name in READING:
+        if name in stated and (given := getattr(config.data, name)) != stated[name]:
+            theirs, ours = (f"data.{name}={as_written(value)}" for value in (stated[name], given))
+            warn(
+                f"{source} was trained with {theirs}, but this run reads images with {ours}; add {theirs} to read alike"
             )
     if (mode := stated.get(CROP_MODE, "center")) != "center":
         warn(f"{source} was trained with crop_mode={printable(shorten(mode))}; val keeps the centre of each image here")

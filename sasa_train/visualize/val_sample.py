@@ -95,7 +95,7 @@ def look_at_val(trained: TrainedModel, images: ImageSet, with_attention: bool = 
     model, classes, normalize = trained.model.to(device), trained.classes, trained.normalize(device)
     confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
     mistakes: list[Prediction] = []
-    quarantine = Quarantine("val", len(images), config.data.max_unreadable)
+    quarantine = Quarantine("val", len(images), config.data.max_unreadable, images)
     means = AttentionMeans(trained.image_size)
     layers = list(attention_layers(model)) if with_attention else []
     bar = tqdm(total=len(images), desc="val images", unit="img", disable=None, leave=False)
