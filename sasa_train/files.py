@@ -20,8 +20,6 @@ from sasa_train.refusal import ConfigError
 
 def write_atomic(path: Path, data: bytes | memoryview | Callable[[BinaryIO], object]) -> None:
     """Write bytes or a function's output to a file; after any crash, it holds either the old or the new content."""
-    if os.path.lexists(path) and kind(path) not in ("a file", "a symbolic link"):  # a link is replaced, not followed
-        raise OSError(errno.ENOTSUP, f"is {kind(path)}", str(path))
     os.replace(write_aside(path, data if callable(data) else lambda file: file.write(data)), path)
     sync_folder(path.parent)
 

@@ -235,8 +235,9 @@ def test_dash_m_does_not_write_through_a_link(elsewhere, tmp_path, in_process):
 
 def test_a_device_is_not_replaced_by_an_output_file(tiny_run, tmp_path, in_process):
     os.mkfifo(tmp_path / "answers.json")
-    told = in_process("evaluate", str(tiny_run), "--json", "answers.json", expect=1).stderr
-    assert "answers.json: cannot be written (is a pipe)" in told and kind(tmp_path / "answers.json") == "a pipe"
+    for command in (["evaluate", str(tiny_run)], ["benchmark", "model"]):
+        told = in_process(*command, "--json", "answers.json", expect=2).stderr
+        assert "answers.json: is a pipe, and would be replaced" in told and kind(tmp_path / "answers.json") == "a pipe"
 
 
 def test_a_sweep_file_with_aliases_is_refused_before_they_are_expanded(tmp_path, in_process):

@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import json
+import os
 import platform
 import re
 import shlex
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from sasa_train.commands import described, end_command, positive, run
 from sasa_train.extras import why_not
+from sasa_train.files import kind
 from sasa_train.machine import keep_freed_memory, processor
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import FAILED
@@ -89,6 +91,8 @@ def check_outputs(options: argparse.Namespace) -> None:
     for option, path in (("--json", options.json), ("--plot", options.plot)):
         if path and not path.parent.is_dir():
             raise ConfigError(f"{option} {path}: the folder {path.parent} does not exist; make it first")
+        if path and os.path.lexists(path) and (found := kind(path)) not in ("a file", "a symbolic link"):
+            raise ConfigError(f"{option} {path}: is {found}, and would be replaced; give another place")
 
 
 def _set_up(options: argparse.Namespace) -> "torch.device":

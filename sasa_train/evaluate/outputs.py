@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sasa_train.extras import why_not
+from sasa_train.files import kind
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import printable
 
@@ -33,6 +34,8 @@ def check_outputs(options: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} {path}: the name must end in {' or '.join(suffixes)}")
         if not path.absolute().parent.is_dir():
             raise ConfigError(f"--{name} {path}: there is no folder {path.parent}; make it first")
+        if os.path.lexists(path) and (found := kind(path)) not in ("a file", "a symbolic link"):
+            raise ConfigError(f"--{name} {path}: is {found}, and would be replaced; give another place")
         if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
             raise ConfigError(f"--{name} {path}: no file can be written there; give another place")
 
