@@ -288,7 +288,7 @@ def test_a_folder_in_the_place_of_a_library_is_no_failed_build(loaded, caplog):
     assert [path.name for path in library.parent.iterdir()] == [library.name]
 
 
-def test_without_a_home_a_kernel_is_built_for_this_process(fresh_cache, monkeypatch, caplog):
+def test_without_a_home_a_kernel_is_built_for_this_process(loaded, monkeypatch, caplog):
     """As in a container that runs with a user ID that has no name."""
     monkeypatch.delenv("SASA_TRAIN_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -299,7 +299,7 @@ def test_without_a_home_a_kernel_is_built_for_this_process(fresh_cache, monkeypa
     )
 
 
-def test_what_a_killed_build_left_is_swept_up(fresh_cache):
+def test_what_a_killed_build_left_is_swept_up(loaded, fresh_cache):
     for name, age in (("old.tmp", 10 * cpu.BUILD_SECONDS), ("new.tmp", 0)):
         (fresh_cache / name).write_bytes(b"")
         os.utime(fresh_cache / name, (time.time() - age,) * 2)
