@@ -213,7 +213,82 @@ def test_a_cache_that_others_may_write_to_is_not_loaded(fresh_cache, monkeypatch
         assert path.parent == fresh_cache and path.stat().st_mode & 0o777 == 0o700
 
 
-def test_without_a_home_a_kernel_is_built_for_this_process(fresh_cache, monkeypatch, caplog):
+@pytest.fixture
+def loaded(fresh_cache, monkeypatch) -> list[Path]:
+    """The libraries that are loaded, from a compiler that writes one line and a loader that only lists them."""
+    compiler = fresh_cache.with_name("quick-c++")
+    compiler.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exec echo quick 1\nwhile [ "$1" != -o ]; do shift; done\necho it >"$2"\n'
+    )
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    paths: list[Path] = []
+    monkeypatch.setattr(cpu, "_load", paths.append)
+    return paths
+
+
+def build_and_load(loaded: list[Path]) -> Path:
+    """Return the path of the library that a new process would load."""
+    cpu._library.cache_clear()
+    assert cpu.why_not_built("local_attention", 3) is None
+    return loaded.pop()
+
+
+@pytest.mark.parametrize("name", [".", "kernels"])
+def test_a_relative_cache_folder_is_this_one(loaded, fresh_cache, monkeypatch, caplog, name):
+    """dlopen would search LD_LIBRARY_PATH for a name without a slash, and load what nobody checked."""
+    monkeypatch.chdir(fresh_cache)
+    monkeypatch.setenv("SASA_TRAIN_CACHE", name)
+    library = build_and_load(loaded)
+    assert library.is_absolute() and library.parent == fresh_cache / name
+    assert not caplog.records
+
+
+def test_a_shared_folder_behind_a_link_keeps_its_mode(loaded, fresh_cache, monkeypatch, caplog):
+    """A group's folder must not become private to the one who linked to it, nor be loaded from."""
+    monkeypatch.delenv("SASA_TRAIN_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(fresh_cache))
+    shared, link = fresh_cache / "shared", fresh_cache / "sasa_train"
+    shared.mkdir()
+    shared.chmod(0o775)
+    link.symlink_to(shared)
+    assert fresh_cache not in build_and_load(loaded).parents
+    assert shared.stat().st_mode & 0o777 == 0o775 and not list(shared.iterdir())
+    assert f"{link} cannot be used: it is a symbolic link ($SASA_TRAIN_CACHE can name its target)" in caplog.text
+    link.unlink()
+    assert build_and_load(loaded).parent == link and link.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.timeout(20)  # reading a pipe would take forever
+@pytest.mark.parametrize("what", ["a pipe", "a terabyte", "a link"])
+def test_what_is_no_library_is_replaced(loaded, caplog, what):
+    library = build_and_load(loaded)
+    other = library.with_name(library.name.replace(".so", "0.so"))
+    library.rename(other)
+    if what == "a link":
+        library.symlink_to(other)
+    elif what == "a pipe":
+        os.mkfifo(library, 0o600)
+    else:
+        library.touch(mode=0o600)
+        os.truncate(library, 1 << 40)
+    assert build_and_load(loaded) == library
+    assert not library.is_symlink() and library.read_text() == "it\n"
+    assert list(library.parent.glob("*.so")) == [library] and not caplog.records
+
+
+def test_a_folder_in_the_place_of_a_library_is_no_failed_build(loaded, caplog):
+    """It used to be taken as one, so that the library was built in silence with another OpenMP."""
+    library = build_and_load(loaded)
+    library.unlink()
+    library.mkdir()
+    elsewhere = build_and_load(loaded)
+    assert elsewhere.name == library.name and elsewhere.parent != library.parent
+    assert "built for this process alone" in caplog.text and str(library) in caplog.text
+    assert [path.name for path in library.parent.iterdir()] == [library.name]
+
+
+def test_without_a_home_a_kernel_is_built_for_this_process(loaded, monkeypatch, caplog):
     """As in a container that runs with a user ID that has no name."""
     monkeypatch.delenv("SASA_TRAIN_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -224,7 +299,7 @@ def test_without_a_home_a_kernel_is_built_for_this_process(fresh_cache, monkeypa
     )
 
 
-def test_what_a_killed_build_left_is_swept_up(fresh_cache):
+def test_what_a_killed_build_left_is_swept_up(loaded, fresh_cache):
     for name, age in (("old.tmp", 10 * cpu.BUILD_SECONDS), ("new.tmp", 0)):
         (fresh_cache / name).write_bytes(b"")
         os.utime(fresh_cache / name, (time.time() - age,) * 2)

@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +47,7 @@ INSTRUCTION_SETS = {
 OPENMP = ((("-fopenmp",), ()), (("-fopenmp",), ("-fopenmp",)), ((), ()))
 COMPILERS = ("g++", "c++", "clang++")
 BUILD_SECONDS = 300
+MAX_LIBRARY_BYTES = 64 << 20  # a library has about 100 KB
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # other dtypes are converted
 _TENSORS = ("query", "key", "value", "output", "grad_output", "grad_query", "grad_key", "grad_value")
 
@@ -259,11 +261,41 @@ def _built(source: str, compiler: str, version: str, flags: tuple[str, ...], lin
     # of the library's own bytes, so that no damaged library is loaded.
     path = SOURCES / f"{source}.cpp"
     key = _digest("\0".join([path.read_text(), HEADER.read_text(), version, *flags, "", *link_flags]).encode())
-    folder = _cache_folder()
-    for kept in folder.glob(f"{source}-{key}-*.so"):
-        if _is_private(kept) and kept.stem.endswith(_digest(kept.read_bytes())):
-            return kept
-        kept.unlink(missing_ok=True)
+    name, folder = f"{source}-{key}", _cache_folder()
+
+    def compile_to(aside: str) -> None:
+        command = [compiler, *flags, str(path), "-o", aside, *link_flags]
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=BUILD_SECONDS)
+
+    try:
+        return _kept_in(folder, name) or _add_to(folder, name, compile_to)
+    except OSError as error:  # of the folder: a compiler that fails raises SubprocessError
+        return _add_to(_temporary_cache(folder, str(error)), name, compile_to)
+
+
+def _kept_in(folder: Path, name: str) -> Path | None:
+    """Return the path of an intact library in the folder, if there is one; remove what else has its name."""
+    for kept in folder.glob(f"{name}-*.so"):
+        with contextlib.suppress(OSError):
+            if _is_intact(kept):
+                return kept
+        with contextlib.suppress(OSError):  # a folder stays
+            kept.unlink()
+    return None
+
+
+def _is_intact(library: Path) -> bool:
+    """Return whether a file is private and has the bytes from which its name was made; never wait for a pipe."""
+    flags = os.O_NONBLOCK | os.O_NOFOLLOW
+    with open(library, "rb", opener=lambda name, mode: os.open(name, mode | flags)) as file:
+        found = os.fstat(file.fileno())
+        if not (stat.S_ISREG(found.st_mode) and _is_private(found) and found.st_size <= MAX_LIBRARY_BYTES):
+            return False
+        return library.stem.endswith(hashlib.file_digest(file, "sha256").hexdigest()[:16])
+
+
+def _add_to(folder: Path, name: str, compile_to: Callable[[str], None]) -> Path:
+    """Compile a library, add it to the folder and return its path."""
     for stale in folder.glob("*.tmp"):  # of a build that was killed
         with contextlib.suppress(OSError):
             if time.time() - stale.stat().st_mtime > 2 * BUILD_SECONDS:
@@ -271,10 +303,9 @@ def _built(source: str, compiler: str, version: str, flags: tuple[str, ...], lin
     handle, aside = tempfile.mkstemp(suffix=".tmp", dir=folder)
     os.close(handle)
     try:
-        command = [compiler, *flags, str(path), "-o", aside, *link_flags]
-        subprocess.run(command, capture_output=True, text=True, check=True, timeout=BUILD_SECONDS)
+        compile_to(aside)
         os.chmod(aside, 0o700)  # whatever the umask
-        built = folder / f"{source}-{key}-{_digest(Path(aside).read_bytes())}.so"
+        built = folder / f"{name}-{_digest(Path(aside).read_bytes())}.so"
         # If two processes build at the same time, the work is done twice, but the rename ensures that neither
         # loads a partial file.
         os.replace(aside, built)
@@ -289,11 +320,13 @@ def _cache_folder() -> Path:
     given = os.environ.get("SASA_TRAIN_CACHE")
     named = Path(given or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sasa_train")
     try:
-        folder = named.expanduser()  # fails without HOME for a user without a name
+        # expanduser fails without HOME for a user without a name. The path must be absolute, because dlopen searches
+        # LD_LIBRARY_PATH for a name without a slash.
+        folder = named.expanduser().absolute()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not given and folder.lstat().st_uid == os.geteuid():
-            folder.chmod(0o700)
-        if not _is_private(folder):
+        if folder.is_symlink():
+            reason = "it is a symbolic link ($SASA_TRAIN_CACHE can name its target)"
+        elif not _is_private(folder.lstat()):
             reason = "it belongs to somebody else, or others may write to it (chmod 700 would help)"
         elif not os.access(folder, os.W_OK | os.X_OK):
             reason = "it cannot be written to"
@@ -301,22 +334,19 @@ def _cache_folder() -> Path:
             return folder
     except (OSError, RuntimeError) as error:
         reason = str(error)
-    return _temporary_cache(
-        f"the CPU kernels are built for this process alone, because {named} cannot be used: {reason}"
-    )
+    return _temporary_cache(named, reason)
 
 
 @functools.cache
-def _temporary_cache(message: str) -> Path:
-    log.warning(message)
+def _temporary_cache(unusable: Path, reason: str) -> Path:
+    log.warning(f"the CPU kernels are built for this process alone, because {unusable} cannot be used: {reason}")
     folder = Path(tempfile.mkdtemp(prefix="sasa_train-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
-def _is_private(path: Path) -> bool:
+def _is_private(found: os.stat_result) -> bool:
     """Return whether a file or folder belongs to this user, and nobody else may write to it."""
-    found = path.lstat()
     return found.st_uid == os.geteuid() and not stat.S_ISLNK(found.st_mode) and not found.st_mode & 0o022
 
 
