@@ -69,6 +69,22 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, DTYPES[precision])
 
 
+def keep_to_thread_limit() -> None:
+    """Use no more threads than OpenMP grants, because oneDNN's convolutions wait for the others forever.
+
+    Raises:
+        ConfigError: OpenMP may grant fewer threads at any time.
+    """
+    if os.environ.get("OMP_DYNAMIC", "").strip().lower() in ("true", "1"):
+        raise ConfigError(
+            "OMP_DYNAMIC=true: PyTorch's convolutions would wait forever for threads that OpenMP does not grant; unset "
+            "it, and set OMP_NUM_THREADS instead"
+        )
+    limit = os.environ.get("OMP_THREAD_LIMIT", "").strip()
+    if limit.isdecimal() and 0 < int(limit) < torch.get_num_threads():
+        torch.set_num_threads(int(limit))
+
+
 def resolve(config: TrainConfig) -> tuple[torch.device, TrainConfig]:
     """Return the device, and the config with `precision=auto` and gradient accumulation resolved for it.
 
@@ -82,6 +98,7 @@ def resolve(config: TrainConfig) -> tuple[torch.device, TrainConfig]:
     if trainer.device == "cuda" and not has_cuda:
         raise ConfigError("trainer.device=cuda, but torch sees no CUDA device; use trainer.device=auto or cpu")
     device = torch.device("cuda" if has_cuda and trainer.device != "cpu" else "cpu")
+    keep_to_thread_limit()
     if world_size() > 1 and device.type == "cuda":
         collectives.use_own_device()
     if trainer.sync_batch_norm and device.type == "cpu":

@@ -235,7 +235,7 @@ def test_dash_m_does_not_write_through_a_link(elsewhere, tmp_path, in_process):
 
 def test_a_device_is_not_replaced_by_an_output_file(tiny_run, tmp_path, in_process):
     os.mkfifo(tmp_path / "answers.json")
-    for command in (["evaluate", str(tiny_run)], ["benchmark", "model"]):
+    for command in (["evaluate", str(tiny_run)], ["benchmark", "model", "resnet18"]):
         told = in_process(*command, "--json", "answers.json", expect=2).stderr
         assert "answers.json: is a pipe, and would be replaced" in told and kind(tmp_path / "answers.json") == "a pipe"
 

@@ -12,7 +12,8 @@ from running_commands import TINY
 
 from sasa_train.attention import cpu
 from sasa_train.config.compose import compose_config
-from sasa_train.device import RunPlan
+from sasa_train.config.keys import TrainConfig
+from sasa_train.device import RunPlan, resolve
 from sasa_train.models import build_model
 from sasa_train.models.layers import LocalSelfAttention2d
 from sasa_train.runs import provenance
@@ -155,3 +156,13 @@ def test_a_new_process_with_other_instructions_or_another_compiler(
     assert [line.partition(": ")[0] for line in lines] == expected
     if name == "CXX":
         assert lines[0].endswith("other 1.0")
+
+
+def test_a_run_uses_the_threads_that_openmp_grants(in_process, monkeypatch, one_thread):
+    """oneDNN's convolutions once waited forever for a second thread."""
+    torch.set_num_threads(2)
+    monkeypatch.setenv("OMP_THREAD_LIMIT", "1")
+    resolve(TrainConfig())
+    assert torch.get_num_threads() == 1
+    monkeypatch.setenv("OMP_DYNAMIC", "true")
+    assert "OMP_DYNAMIC=true" in in_process("train", *RUN, expect=2).stderr
