@@ -16,7 +16,7 @@ from sasa_train.files import inside, kind, lock_folder, read_regular, still_lock
 from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import ConfigError, ExpectedFailure
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, load_checkpoint
-from sasa_train.runs.info import read_info, update_info
+from sasa_train.runs.info import read_info_or_raise, update_info
 from sasa_train.runs.weights import sha256_of, weights_file
 from sasa_train.terminal import printable, warn
 
@@ -78,7 +78,7 @@ class RunFolder:
             self.write(now["difference"], f"{difference}\n".encode(errors="surrogateescape"))
         keys = ("started", "command", "commit", "difference", "host", "world_size")
         start = {key: now.get(key) for key in keys} | {"step": step}
-        self.write_info(**now, starts=[*read_info(self.path).get("starts", []), start], status="running")
+        self.write_info(**now, starts=[*read_info_or_raise(self.path).get("starts", []), start], status="running")
 
     def note_checkpoint(self) -> None:
         """Record that a checkpoint exists, so that a later start notices if all checkpoints are gone."""
@@ -120,7 +120,7 @@ def open_run(config: TrainConfig, run_name: str) -> RunFolder:
         if own is not None:
             check_trajectory(own, config, path)
             return RunFolder(path, lock, checkpoints, own, is_new=False)
-        if read_info(path).get("has_checkpoint"):
+        if read_info_or_raise(path).get("has_checkpoint"):
             raise CheckpointError(
                 f"{path}: this run had checkpoints, and they are gone; bring them back, or start a new run with "
                 "resume=never"
