@@ -157,6 +157,19 @@ def momentum(value: Any) -> dict:
     return {"optimizer": {"state": {0: {"momentum_buffer": value}}}}
 
 
+def buffer(whole: dict) -> torch.Tensor:
+    return whole["optimizer"]["state"][0]["momentum_buffer"]
+
+
+def without_entry(optimizer: dict) -> dict:
+    return optimizer | {"state": {number: entry for number, entry in optimizer["state"].items() if number != 0}}
+
+
+def with_whole_numbers(tensors: dict) -> dict:
+    name = next(name for name, tensor in tensors.items() if name.endswith(".weight") and tensor.is_floating_point())
+    return tensors | {name: tensors[name].to(torch.int32)}
+
+
 def rows_of(whole: dict, *more: dict) -> str:
     """Return a checkpoint's metrics without those of the last step, and with more rows."""
     rows = [row for row in map(json.loads, whole["metrics"].splitlines()) if row["step"] < whole["step"]]
@@ -170,6 +183,10 @@ def rows_of(whole: dict, *more: dict) -> str:
         (lambda _: {"step": -5}, 1, "is not a checkpoint of sasa_train (step=-5 must be a whole number from 0)"),
         (lambda _: momentum(torch.zeros(3)), 2, "the checkpoint does not fit this model or optimizer"),
         (lambda _: momentum("text"), 2, "the checkpoint does not fit this model or optimizer"),
+        (lambda whole: momentum(buffer(whole).to(torch.int64)), 2, "[0].momentum_buffer has whole numbers [4, 8], and"),
+        (lambda whole: {"optimizer": without_entry(whole["optimizer"])}, 2, "optimizer.state has no entry 0, and must"),
+        (lambda whole: {"model": with_whole_numbers(whole["model"])}, 2, ".weight is torch.int32, and must be torch.f"),
+        (lambda whole: {"ema": with_whole_numbers(whole["ema"])}, 2, "(ema."),
         (lambda _: {"finished": True}, 2, "finished=True needs step=8 and evaluated_step=8 to be 12, the last step"),
         (
             lambda whole: {"window": whole["window"] | {"num_images": 10**6}},
@@ -195,7 +212,7 @@ def test_a_run_does_not_go_on_from_a_checkpoint_that_is_wrong_inside(
     for path in (folder / "checkpoints").iterdir():
         path.unlink()
     changes = wrong(whole)
-    if "optimizer" in changes:
+    if list(changes.get("optimizer", {})) == ["state"]:
         state = whole["optimizer"]["state"] | changes["optimizer"]["state"]
         changes = {"optimizer": whole["optimizer"] | {"state": state}}
     torch.save(whole | changes, folder / "checkpoints/last.pt")

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor, nn
 
 from sasa_train.data.fingerprint import SOURCES
 from sasa_train.files import open_regular, read_regular, sync_folder, write_aside, write_atomic
@@ -251,6 +252,15 @@ def _first_wrong_row(content: dict[str, Any]) -> str | None:
         return f"evaluated_step={evaluated} must be the step of the last val row in metrics"
     if best is not None and (best["step"] not in val or val[best["step"]] != best["top1"]):
         return f"best (step {best['step']}, top1 {best['top1']}) must be a val row in metrics"
+    return None
+
+
+def other_dtype(model: nn.Module, tensors: dict[str, Tensor]) -> str | None:
+    """Describe the first tensor whose dtype is not the model's, or return None."""
+    # Loading converts it: weights of whole numbers have lost their fractions.
+    for name, own in model.state_dict().items():
+        if name in tensors and tensors[name].dtype != own.dtype:
+            return f"{name} is {tensors[name].dtype}, and must be {own.dtype}"
     return None
 
 
