@@ -19,7 +19,7 @@ from sasa_train.data.transforms import Normalize, val_shape
 from sasa_train.models import build_model, check_model
 from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import ConfigError
-from sasa_train.runs.checkpoint import find_checkpoint, load_checkpoint
+from sasa_train.runs.checkpoint import find_checkpoint, load_checkpoint, other_dtype
 from sasa_train.terminal import printable, some
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
@@ -141,4 +141,6 @@ def _build(config: TrainConfig, state_dict: dict[str, Any], num_classes: int) ->
         _, first, *others = [*str(error).splitlines(), ""]
         more = f" and {len(others) - 1} more like it" if len(others) > 1 else ""
         raise ConfigError(f"the overrides make another model than the checkpoint's: {first.strip()}{more}") from error
+    if wrong := other_dtype(model, state_dict):
+        raise ConfigError(f"the checkpoint's weights are not the model's: {wrong}; bring back the one the run wrote")
     return model.eval()

@@ -84,6 +84,7 @@ def test_a_checkpoint_with_other_parts_is_refused_or_has_what_its_readers_expect
     """One or two parts, at any depth, are replaced, removed or added, as in a file from an untrusted source."""
     rng, val = random.Random(SEED), {"split": "val", "step": 5, "epoch": 1, "top1": 50.0, "seconds": 0.5}
     whole = content(7) | {"best": {"top1": 50.0, "step": 5, "epoch": 1}, "metrics": json.dumps(val) + "\n"}
+    whole["evaluated_step"] = 5
     device, resolved = resolve(TrainConfig())
     plan = RunPlan(resolved, device)
     now = provenance(plan.config)[0] | conditions(plan, torch.nn.Identity())
@@ -156,27 +157,65 @@ def momentum(value: Any) -> dict:
     return {"optimizer": {"state": {0: {"momentum_buffer": value}}}}
 
 
+def buffer(whole: dict) -> torch.Tensor:
+    return whole["optimizer"]["state"][0]["momentum_buffer"]
+
+
+def without_entry(optimizer: dict) -> dict:
+    return optimizer | {"state": {number: entry for number, entry in optimizer["state"].items() if number != 0}}
+
+
+def with_whole_numbers(tensors: dict) -> dict:
+    name = next(name for name, tensor in tensors.items() if name.endswith(".weight") and tensor.is_floating_point())
+    return tensors | {name: tensors[name].to(torch.int32)}
+
+
+def rows_of(whole: dict, *more: dict) -> str:
+    """Return a checkpoint's metrics without those of the last step, and with more rows."""
+    rows = [row for row in map(json.loads, whole["metrics"].splitlines()) if row["step"] < whole["step"]]
+    return "".join(json.dumps(row) + "\n" for row in [*rows, *more])
+
+
 @pytest.mark.parametrize(
     "wrong,code,reason",
     [
-        ({"step": 10**6}, 2, "the checkpoint's step=1,000,000 must be at most 12"),
-        ({"step": -5}, 1, "last.pt: is not a checkpoint of sasa_train (step=-5 must be a whole number from 0)"),
-        (momentum(torch.zeros(3)), 2, "the checkpoint does not fit this model or optimizer"),
-        (momentum("text"), 2, "the checkpoint does not fit this model or optimizer"),
+        (lambda _: {"step": 10**6}, 2, "the checkpoint's step=1,000,000 must be at most 12"),
+        (lambda _: {"step": -5}, 1, "is not a checkpoint of sasa_train (step=-5 must be a whole number from 0)"),
+        (lambda _: momentum(torch.zeros(3)), 2, "the checkpoint does not fit this model or optimizer"),
+        (lambda _: momentum("text"), 2, "the checkpoint does not fit this model or optimizer"),
+        (lambda whole: momentum(buffer(whole).to(torch.int64)), 2, "[0].momentum_buffer has whole numbers [4, 8], and"),
+        (lambda whole: {"optimizer": without_entry(whole["optimizer"])}, 2, "optimizer.state has no entry 0, and must"),
+        (lambda whole: {"model": with_whole_numbers(whole["model"])}, 2, ".weight is torch.int32, and must be torch.f"),
+        (lambda whole: {"ema": with_whole_numbers(whole["ema"])}, 2, "(ema."),
+        (lambda _: {"finished": True}, 2, "finished=True needs step=8 and evaluated_step=8 to be 12, the last step"),
+        (
+            lambda whole: {"window": whole["window"] | {"num_images": 10**6}},
+            2,
+            "window.num_images=1,000,000 must be at most 140, two epochs of its config on 70 images",
+        ),
+        (lambda _: {"step": 7, "evaluated_step": 4}, 1, "metrics has a row of step 8, and step=7 must be the last"),
+        (lambda _: {"evaluated_step": 4}, 1, "evaluated_step=4 must be the step of the last val row in metrics"),
+        (lambda whole: {"metrics": rows_of(whole)}, 1, "evaluated_step=8 must be the step of the last val row"),
+        (lambda whole: {"best": whole["best"] | {"step": 9}}, 1, "best (step 9, top1 "),
+        (lambda whole: {"best": whole["best"] | {"top1": 99.5}}, 1, "top1 99.5) must be a val row in metrics"),
+        (lambda whole: {"metrics": "", "evaluated_step": 0}, 1, ") must be a val row in metrics"),
+        (lambda whole: {"classes": whole["classes"][1:]}, 1, "must be fingerprint.train's names ['0', '1', "),
+        (lambda whole: {"classes": whole["classes"][::-1]}, 1, "classes=['9', '8', "),
     ],
 )
 def test_a_run_does_not_go_on_from_a_checkpoint_that_is_wrong_inside(
     tmp_path, tiny_run, in_process, wrong, code, reason
 ):
-    """A step after the run's end is refused, and so is what would fail in the next step of the optimizer."""
-    whole = load_checkpoint(tiny_run / "checkpoints/last.pt")
+    """What a run can never write is refused, and so is what would fail, or go wrong silently, in the next step."""
+    whole = load_checkpoint(tiny_run / "checkpoints/step-00000008.pt")
     folder = shutil.copytree(tiny_run, tmp_path / "run")
     for path in (folder / "checkpoints").iterdir():
         path.unlink()
-    if "optimizer" in wrong:
-        state = whole["optimizer"]["state"] | wrong["optimizer"]["state"]
-        wrong = {"optimizer": whole["optimizer"] | {"state": state}, "step": 11, "evaluated_step": 8, "finished": False}
-    torch.save(whole | wrong, folder / "checkpoints/last.pt")
+    changes = wrong(whole)
+    if list(changes.get("optimizer", {})) == ["state"]:
+        state = whole["optimizer"]["state"] | changes["optimizer"]["state"]
+        changes = {"optimizer": whole["optimizer"] | {"state": state}}
+    torch.save(whole | changes, folder / "checkpoints/last.pt")
     assert reason in in_process("train", f"resume={folder}", expect=code).stderr
 
 

@@ -1,6 +1,7 @@
 """Check that arguments of timm's optimizers and schedules are validated and that rates depend only on the step."""
 
 import copy
+import dataclasses
 
 import pytest
 import timm
@@ -9,6 +10,7 @@ from making_data import CPU
 from marking import slow_but_for
 from taking_steps import batches, setup, weights
 from timm.optim import list_optimizers
+from torch import nn
 
 from sasa_train.config.compose import compose_config
 from sasa_train.device import RunPlan
@@ -16,7 +18,7 @@ from sasa_train.models import build_model
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.checkpoint import SCHEMA
 from sasa_train.runs.schema import first_wrong
-from sasa_train.training.optim import build_optimizer, build_schedule, try_loaded
+from sasa_train.training.optim import build_optimizer, build_schedule, check_saved, try_loaded
 from sasa_train.training.run import check_buildable
 from sasa_train.training.step import _without_classifier
 
@@ -42,6 +44,7 @@ def test_every_optimizer_of_timm_steps_and_resumes_exactly(name):
     other = setup(*overrides)
     other.state.load_state_dict(saved)
     assert first_wrong(saved["optimizer"], SCHEMA["optimizer"]) is None
+    check_saved(other.plan.config, other.state.model, saved)
     try_loaded(other.plan.config, other.state.model, other.state.optimizer)  # which changes nothing
     for batch in given[2:]:
         stepper.train_step(iter([batch]))
@@ -52,6 +55,26 @@ def test_every_optimizer_of_timm_steps_and_resumes_exactly(name):
         other.train_step(iter([batch]))
         torch.set_rng_state(saved["rng"]["torch"])
     assert torch.equal(weights(stepper), weights(other)) and not torch.equal(weights(stepper), start)
+
+
+def test_a_parameter_without_gradients_needs_no_state_in_a_checkpoint():
+    """Any other parameter does, since its momentum would start anew in silence; so does one whose tensor is missing."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    model.register_parameter("unused", nn.Parameter(torch.ones(5)))
+    stepper = setup("optimizer.name=momentum", model=model)
+    stepper.train_step(batches(1))
+    saved, config = stepper.state.state_dict(), stepper.plan.config
+    state = saved["optimizer"]["state"]
+    assert len(state) == 4
+    check_saved(config, model, saved)
+    wrong = {"no entry": {}, r"\].momentum_buffer has .*\[2\]": {"momentum_buffer": torch.ones(2)}, "missing": {"x": 1}}
+    for message, entry in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            check_saved(config, model, saved | {"optimizer": {"state": state | {max(state): entry}}})
+    with pytest.raises(ValueError, match="no entry"):
+        check_saved(config, model, saved | {"optimizer": {"state": {}}})
+    allowed = dataclasses.replace(config, allow_config_change=["optimizer.momentum"])
+    check_saved(allowed, model, saved | {"optimizer": {"state": {}}})  # it was 0, and is not any more
 
 
 @pytest.mark.parametrize("name", [name for name in map(str, list_optimizers()) if name.startswith(ELSEWHERE)])

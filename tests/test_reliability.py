@@ -23,7 +23,7 @@ import sasa_train
 from sasa_train import evaluate
 from sasa_train.config.compose import compose_config
 from sasa_train.config.saved import to_yaml
-from sasa_train.runs import provenance
+from sasa_train.runs import info, provenance
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, load_checkpoint
 from sasa_train.signals import SIGNALS, StopRequest
 from sasa_train.training import loop
@@ -267,6 +267,26 @@ def test_a_disk_that_fails_is_one_line_and_exit_code_1(tmp_path, monkeypatch, ca
     error = capsys.readouterr().err
     assert "Traceback" not in error
     assert "the disk failed at" in error and f"{name} ({os.strerror(number)}); run the same command once" in error
+
+
+def test_a_disk_error_while_run_json_is_read_does_not_empty_it(tmp_path, tiny_run, monkeypatch, in_process):
+    """One failed read of the file made an update write it anew, without provenance, starts and has_checkpoint."""
+    folder, real = shutil.copytree(tiny_run, tmp_path / "run"), info.read_regular
+    before, left = (folder / "run.json").read_bytes(), [1]
+
+    def failing_once(path):
+        if left and left.pop():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path)
+
+    monkeypatch.setattr(info, "read_regular", failing_once)
+    error = in_process("train", "resume=run", expect=1).stderr
+    assert "the disk failed at" in error and "run.json (Input/output error); run the same command once" in error
+    assert (folder / "run.json").read_bytes() == before
+    left.append(1)
+    assert info.read_info(folder) == {}  # a report goes on without it
+    in_process("train", "resume=run")
+    assert json.loads((folder / "run.json").read_bytes()) == json.loads(before)
 
 
 def test_a_console_on_a_full_disk_does_not_end_a_run(tmp_path):

@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor, nn
 
 from sasa_train.data.fingerprint import SOURCES
 from sasa_train.files import open_regular, read_regular, sync_folder, write_aside, write_atomic
-from sasa_train.refusal import CheckpointError
-from sasa_train.runs.metrics import is_log
+from sasa_train.refusal import CheckpointError, shorten
+from sasa_train.runs.metrics import is_log, parse_log
 from sasa_train.runs.schema import PLAIN, TEXT, Maybe, Rule, consists_of, first_wrong, is_plain, number, whole
 
 FORMAT_VERSION = 2
@@ -240,7 +241,34 @@ def _first_contradiction(content: dict[str, Any]) -> str | None:
     for key in ("epoch", "evaluated_step"):
         if content[key] > content["step"]:
             return f"{key}={content[key]} must be at most step={content['step']}"
-    return None if content["classes"] else "classes=[] must have at least one name"
+    for split in ("train", "val"):
+        names = [entry["name"] for entry in content["fingerprint"][split]["classes"]]
+        if content["classes"] != names:
+            return f"classes={shorten(content['classes'])} must be fingerprint.{split}'s names {shorten(names)}"
+    return _first_wrong_row(content) if content["classes"] else "classes=[] must have at least one name"
+
+
+def _first_wrong_row(content: dict[str, Any]) -> str | None:
+    """Describe how the metrics contradict the steps of a checkpoint, or return None."""
+    rows, best, evaluated = parse_log(content["metrics"]), content["best"], content["evaluated_step"]
+    val = {row["step"]: row["top1"] for row in rows if row["split"] == "val"}
+    if (last := max((row["step"] for row in rows), default=0)) > content["step"]:
+        return f"metrics has a row of step {last}, and step={content['step']} must be the last"
+    # The metrics of a run that began from a checkpoint start after it, so its last evaluation may have no row.
+    if evaluated != max(val, default=evaluated) or (evaluated not in val and any(r["step"] <= evaluated for r in rows)):
+        return f"evaluated_step={evaluated} must be the step of the last val row in metrics"
+    if best is not None and (best["step"] not in val or val[best["step"]] != best["top1"]):
+        return f"best (step {best['step']}, top1 {best['top1']}) must be a val row in metrics"
+    return None
+
+
+def other_dtype(model: nn.Module, tensors: dict[str, Tensor]) -> str | None:
+    """Describe the first tensor whose dtype is not the model's, or return None."""
+    # Loading converts it: weights of whole numbers have lost their fractions.
+    for name, own in model.state_dict().items():
+        if name in tensors and tensors[name].dtype != own.dtype:
+            return f"{name} is {tensors[name].dtype}, and must be {own.dtype}"
+    return None
 
 
 def _read(path: Path) -> Any:

@@ -16,7 +16,7 @@ from sasa_train.files import inside, kind, lock_folder, read_regular, still_lock
 from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import ConfigError, ExpectedFailure
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, load_checkpoint
-from sasa_train.runs.info import read_info, update_info
+from sasa_train.runs.info import read_info_or_raise, update_info
 from sasa_train.runs.weights import sha256_of, weights_file
 from sasa_train.terminal import printable, warn
 
@@ -83,7 +83,7 @@ class RunFolder:
             self.write(now["difference"], f"{difference}\n".encode(errors="surrogateescape"))
         keys = ("started", "command", "commit", "difference", "host", "world_size")
         start = {key: now.get(key) for key in keys} | {"step": step}
-        self.write_info(**now, starts=[*read_info(self.path).get("starts", []), start], status="running")
+        self.write_info(**now, starts=[*read_info_or_raise(self.path).get("starts", []), start], status="running")
 
     def note_checkpoint(self) -> None:
         """Record that a checkpoint exists, so that a later start notices if all checkpoints are gone."""
@@ -136,7 +136,7 @@ def open_run(config: TrainConfig, run_name: str) -> RunFolder:
         if own is not None:
             check_trajectory(own, config, path)
             return RunFolder(path, lock, checkpoints, own, is_new=False)
-        if read_info(path).get("has_checkpoint"):
+        if read_info_or_raise(path).get("has_checkpoint"):
             raise CheckpointError(
                 f"{path}: this run had checkpoints, and they are gone; bring them back, or start a new run with "
                 "resume=never"
@@ -218,15 +218,25 @@ def check_trajectory(checkpoint: dict[str, Any], config: TrainConfig, path: Path
 
 
 def check_step(checkpoint: dict[str, Any], saved: TrainConfig, path: Path) -> None:
-    """Raise ConfigError if a checkpoint's step comes after the last step of its own config, on its own images."""
+    """Raise ConfigError if a checkpoint's step, end or window cannot be those of its own config on its own images."""
+    num_images = sum(entry["num_images"] for entry in checkpoint["fingerprint"]["train"]["classes"])
+    last, step = total_steps(saved, num_images // saved.trainer.global_batch_size), checkpoint["step"]
+    counts = checkpoint["window"]["num_images"]
+    in_window = sum(counts) if isinstance(counts, list) else counts
+    wrong = None
     # A run whose epochs, batch size or images were changed on purpose may be beyond its new end.
-    classes = checkpoint["fingerprint"]["train"]["classes"]
-    num_images = sum(entry["num_images"] for entry in classes)
-    last = total_steps(saved, num_images // saved.trainer.global_batch_size)
-    if checkpoint["step"] > last and not saved.allow_config_change:
+    if step > last and not saved.allow_config_change:
+        wrong = f"step={step:,} must be at most {last:,}, the last step"
+    elif checkpoint["finished"] and not step == checkpoint["evaluated_step"] == last:
+        wrong = f"finished=True needs step={step:,} and evaluated_step={checkpoint['evaluated_step']:,} to be {last:,}"
+        wrong += ", the last step"
+    # Each epoch has a row, which empties the window, but not always at its end.
+    elif in_window > 2 * num_images and not saved.allow_config_change:
+        wrong = f"window.num_images={in_window:,} must be at most {2 * num_images:,}, two epochs"
+    if wrong is not None:
         raise ConfigError(
-            f"{path}: the checkpoint's step={checkpoint['step']:,} must be at most {last:,}, the last step of its "
-            f"config on {num_images:,} images; bring back the one that the run wrote, or start a new run (resume=never)"
+            f"{path}: the checkpoint's {wrong} of its config on {num_images:,} images; bring back the one that the run "
+            "wrote, or start a new run (resume=never)"
         )
 
 

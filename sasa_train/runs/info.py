@@ -13,20 +13,34 @@ CHECKED = {"starts": Maybe(list), "seconds": Maybe(number(0))}
 
 
 def read_info(run_dir: Path) -> dict[str, Any]:
+    """Return the content of run.json for showing; {} if it cannot be read either."""
+    try:
+        return read_info_or_raise(run_dir)
+    except OSError:
+        return {}
+
+
+def read_info_or_raise(run_dir: Path) -> dict[str, Any]:
     """Return the content of run.json without wrong entries, or {} if it is missing or damaged.
 
     The next write then recreates it.
+
+    Raises:
+        OSError: the file is there but cannot be read, for example because of a disk error; it may be whole.
     """
     try:
         info = json.loads(read_regular(run_dir / NAME))
-    except (OSError, ValueError, RecursionError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(run_dir / NAME)) from error  # a failed read names no file
     entries = info.items() if isinstance(info, dict) else ()
     return {k: v for k, v in entries if not first_wrong(v, PLAIN) and not first_wrong({k: v}, CHECKED)}
 
 
 def update_info(run_dir: Path, changes: dict[str, Any]) -> None:
-    write_atomic(run_dir / NAME, json.dumps(read_info(run_dir) | changes, indent=2).encode())
+    """Change entries of run.json; raise OSError, and leave the file as it is, if it cannot be read or written."""
+    write_atomic(run_dir / NAME, json.dumps(read_info_or_raise(run_dir) | changes, indent=2).encode())
 
 
 def has_finished(run_dir: Path) -> bool:

@@ -98,11 +98,16 @@ def _parsed(line: str) -> dict[str, Any]:
     return row
 
 
+def parse_log(text: str) -> list[dict[str, Any]]:
+    """Return the rows of a text that consists of whole lines; raise one of DAMAGE if a line is not a metrics row."""
+    return [_parsed(line) for line in text.splitlines()]
+
+
 def is_log(text: Any) -> bool:
     """Return whether a text consists of whole lines, each of which is a metrics row."""
     try:
         # json.dumps escapes all other characters.
         is_whole = isinstance(text, str) and text.isascii() and (not text or text.endswith("\n"))
-        return is_whole and all(_parsed(line) for line in text.splitlines())
+        return is_whole and parse_log(text) is not None
     except DAMAGE:
         return False

@@ -13,7 +13,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
-from sasa_train.config.derived import total_steps
+from sasa_train.config.derived import resolved_image_size, total_steps
 from sasa_train.config.keys import OptimizerConfig, ScheduleConfig, TrainConfig
 from sasa_train.models.layers import AttentionStem, LocalSelfAttention2d
 from sasa_train.processes.ranks import world_size
@@ -156,16 +156,68 @@ def try_optimizer(config: TrainConfig, device: torch.device) -> None:
 def try_loaded(config: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Run one step on copies of a model and its optimizer, whose state comes from a file; raise any error of it."""
     # Optimizers load tensors of any shape, and fail in their next step.
-    if needs_graph(optimizer):  # its step needs gradients that were computed
+    _trial_step(config, copy.deepcopy(model), copy.deepcopy(optimizer.state_dict()))
+
+
+def check_saved(config: TrainConfig, model: nn.Module, saved: dict[str, Any]) -> None:
+    """Raise ValueError if a checkpoint's optimizer lacks a tensor that a step leaves, or has one of another kind."""
+    # A step would start a missing tensor anew, and a tensor of whole numbers, which lacks the fractions, can be loaded.
+    state, model = saved["optimizer"]["state"], copy.deepcopy(model)
+    fresh = _trial_step(config, model)
+    expected = fresh.state_dict()["state"]
+    is_changed = any(key.startswith("optimizer.") for key in config.allow_config_change)
+    # GradScaler may have skipped every step so far; another optimizer's arguments may need state for the first time.
+    if not state and (is_changed or saved["scaler"] or saved["step"] == 0):
         return
-    model = copy.deepcopy(model)
+    missing = [number for number in expected if not state.get(number)]
+    # A parameter that no loss depends on has no state.
+    used = _with_gradient(config, model) if missing else set()
+    parameters = [parameter for group in fresh.param_groups for parameter in group["params"]]
+    if unfounded := [number for number in missing if parameters[number] in used]:
+        raise ValueError(f"optimizer.state has no entry {unfounded[0]}, and must have one per trained parameter")
+    for number in expected.keys() - set(missing):
+        for name, value in expected[number].items():
+            where = f"optimizer.state[{number}].{name}"
+            if name in state[number]:
+                found = state[number][name]
+                if _kinds(found) != _kinds(value):
+                    raise ValueError(f"{where} has {_kinds(found)}, and must have {_kinds(value)}")
+            elif not is_changed:
+                raise ValueError(f"{where} is missing")
+
+
+def _trial_step(config: TrainConfig, model: nn.Module, state: dict[str, Any] | None = None) -> torch.optim.Optimizer:
+    """Take a step with the model, which it changes, and a new optimizer that loads `state`; return the optimizer."""
     trial = build_optimizer(config, model)
-    trial.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, 0.01)
+    if state is not None:
+        trial.load_state_dict(state)
+    if needs_graph(trial):
+        backward(torch.stack([(parameter + 1).square().sum() for parameter in model.parameters()]).sum(), trial)
+    else:
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 0.01)
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         trial.step()
+    return trial
+
+
+def _with_gradient(config: TrainConfig, model: nn.Module) -> set[nn.Parameter]:
+    """Return the parameters that get a gradient from two images."""
+    model.zero_grad()
+    parameters, size = list(model.parameters()), resolved_image_size(config.data)
+    with torch.random.fork_rng([parameters[0].device] if parameters[0].is_cuda else []):
+        model.train()(torch.zeros(2, 3, size, size, device=parameters[0].device)).sum().backward()
+    return {parameter for parameter in parameters if parameter.grad is not None}
+
+
+def _kinds(value: Any) -> Any:
+    """Return the kind of numbers and the shape of a tensor, or of each tensor in a list; None for anything else."""
+    if isinstance(value, list | tuple):
+        return [_kinds(each) for each in value]
+    if not isinstance(value, Tensor):
+        return None
+    return f"{'real' if value.is_floating_point() else 'whole'} numbers {list(value.shape)}"
 
 
 def _described(group: OptimizerConfig | ScheduleConfig) -> str:

@@ -41,7 +41,14 @@ from sasa_train.terminal import printable, say, warn
 from sasa_train.training.announce import describe_end, describe_finished, describe_keys, describe_plan
 from sasa_train.training.loop import Loop
 from sasa_train.training.memory import OutOfMemoryError, check_memory, memory_advice, settle_auto
-from sasa_train.training.optim import build_optimizer, build_schedule, check_schedule, try_loaded, try_optimizer
+from sasa_train.training.optim import (
+    build_optimizer,
+    build_schedule,
+    check_saved,
+    check_schedule,
+    try_loaded,
+    try_optimizer,
+)
 from sasa_train.training.state import TrainState, build_state
 from sasa_train.training.step import Stepper
 
@@ -257,6 +264,7 @@ def continue_from(run: RunFolder, state: TrainState, config: TrainConfig) -> Non
         return
     try:
         state.load_state_dict(run.checkpoint)
+        check_saved(config, state.model, run.checkpoint)
         try_loaded(config, state.model, state.optimizer)
     except LIBRARY_ERRORS as error:
         if is_out_of_memory(error):
