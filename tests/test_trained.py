@@ -34,9 +34,12 @@ def test_predictions_in_python_are_those_of_the_command(tiny_run, image_folder, 
     trained = sasa_train.load_trained(str(tiny_run))
     found = trained.predict(paths, top=3)
     assert [[name for name, _ in one] for one in found] == [[name for name, _ in one] for one in expected]
-    assert all(share == pytest.approx(other, rel=1e-5) for one in zip(found, expected, strict=True)
+    assert all(share == pytest.approx(other, abs=2e-6) for one in zip(found, expected, strict=True)
                for (_, share), (_, other) in zip(*one, strict=True))  # fmt: skip
-    assert trained.predict(Path(paths[0]), top=3) == found[0] and len(trained.predict(paths[0], top=99)) == 10
+    # A batch of another size may differ in the last bits.
+    alone = trained.predict(Path(paths[0]), top=3)
+    assert alone == [(name, pytest.approx(share, rel=1e-5)) for name, share in found[0]]
+    assert len(trained.predict(paths[0], top=99)) == 10
     with Image.open(paths[0]) as image, torch.no_grad():
         share, label = trained.model(trained.transform(image)[None]).softmax(1)[0].max(0)
     assert (trained.classes[label], share.item()) == (found[0][0][0], pytest.approx(found[0][0][1], rel=1e-5))
