@@ -191,7 +191,7 @@ def rows_of(whole: dict, *more: dict) -> str:
         (
             lambda whole: {"window": whole["window"] | {"num_images": 10**6}},
             2,
-            "window.num_images=1,000,000 must be at most 140, two epochs of its config on 70 images",
+            "window.num_images=1,000,000 must be at most 128, the images of all steps of its config on 70 images",
         ),
         (lambda _: {"step": 7, "evaluated_step": 4}, 1, "metrics has a row of step 8, and step=7 must be the last"),
         (lambda _: {"evaluated_step": 4}, 1, "evaluated_step=4 must be the step of the last val row in metrics"),

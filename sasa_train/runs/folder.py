@@ -230,9 +230,8 @@ def check_step(checkpoint: dict[str, Any], saved: TrainConfig, path: Path) -> No
     elif checkpoint["finished"] and not step == checkpoint["evaluated_step"] == last:
         wrong = f"finished=True needs step={step:,} and evaluated_step={checkpoint['evaluated_step']:,} to be {last:,}"
         wrong += ", the last step"
-    # Each epoch has a row, which empties the window, but not always at its end.
-    elif in_window > 2 * num_images and not saved.allow_config_change:
-        wrong = f"window.num_images={in_window:,} must be at most {2 * num_images:,}, two epochs"
+    elif in_window > (seen := step * saved.trainer.global_batch_size) and not saved.allow_config_change:
+        wrong = f"window.num_images={in_window:,} must be at most {seen:,}, the images of all steps"
     if wrong is not None:
         raise ConfigError(
             f"{path}: the checkpoint's {wrong} of its config on {num_images:,} images; bring back the one that the run "
