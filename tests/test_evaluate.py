@@ -1,5 +1,6 @@
 """Check metrics beyond top1, first against values computed by hand, then through the command on a small run."""
 
+import copy
 import csv
 import json
 import math
@@ -290,10 +291,19 @@ def test_two_checkpoints_are_compared_image_by_image(run_dir, tmp_path, capsys):
     assert f"McNemar     p = {found['p']:.3g} " in printed and "another seed gives other weights" in printed
 
 
+def with_classes(content: dict, names: list[str]) -> dict:
+    """Return a checkpoint's content with other class names."""
+    changed = copy.deepcopy(content) | {"classes": names}
+    for split in changed["fingerprint"].values():
+        for entry, name in zip(split["classes"], names, strict=True):
+            entry["name"] = name
+    return changed
+
+
 def test_models_of_other_classes_or_images_are_not_compared(run_dir, tmp_path, capsys):
     """Check that models with different classes or images are refused, since a p-value would be meaningless."""
     content = load_checkpoint(run_dir / "checkpoints/last.pt")
-    torch.save(content | {"classes": [*WNIDS[:2], "cat"]}, tmp_path / "classes.pt")
+    torch.save(with_classes(content, [*WNIDS[:2], "cat"]), tmp_path / "classes.pt")
     fewer = content["config"].replace("max_val_images: null", "max_val_images: 12")
     torch.save(content | {"config": fewer}, tmp_path / "images.pt")
     assert "its 3 classes are not the 3 of" in run(capsys, run_dir, "--compare", tmp_path / "classes.pt", expect=2)
@@ -352,7 +362,7 @@ def test_real_through_the_command(run_dir, tmp_path, capsys):
 
 def test_a_digits_run_is_refused_by_real_before_it_is_evaluated(run_dir, tmp_path, capsys):
     content = load_checkpoint(run_dir / "checkpoints/last.pt")
-    torch.save(content | {"classes": ["0", "1", "2"]}, tmp_path / "digits.pt")
+    torch.save(with_classes(content, ["0", "1", "2"]), tmp_path / "digits.pt")
     renamed = tmp_path / "images"
     for split in ("train", "val"):
         for i, wnid in enumerate(WNIDS):

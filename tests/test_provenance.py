@@ -1,5 +1,6 @@
 """Check that a resumed run names everything that may have changed the last bits of its results, in one warning."""
 
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -48,7 +49,8 @@ def fresh_libraries() -> Iterator[None]:
 def changes_in(text: str) -> list[str]:
     """Return the lines of the only warning of changes, or an empty list if there is no such warning."""
     assert text.count(CHANGED) <= 1, "there must be one warning, however much has changed"
-    return [line.strip() for line in text.partition(CHANGED)[2].splitlines() if line.startswith("  ")]
+    lines = text.partition(CHANGED)[2].splitlines()[1:]
+    return [line.strip() for line in itertools.takewhile(lambda line: line.startswith("  "), lines)]
 
 
 def resumed(before: dict[str, Any]) -> RunFolder:

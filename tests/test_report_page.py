@@ -132,7 +132,15 @@ def test_names_from_a_disk_are_text_and_no_markup(run_page, sweep_page):
 
 def test_the_page_of_a_sweep_has_each_job_or_its_reason(sweep_page):
     check_whole(sweep_page)
-    for text in ("56.00 ± ", "+5.50 ± ", "kernel_size 3", "2/2", "0/2", "sasa-sweep ...", "None of its jobs is done"):
+    for text in (
+        "56.00 (2 seeds: too few)",
+        "+5.50 (2 seeds: too few)",
+        "kernel_size 3",
+        "2/2",
+        "0/2",
+        "sasa-sweep ...",
+        "None of its jobs is done",
+    ):
         assert text in sweep_page.text
     assert "Traceback" not in sweep_page.text and len(sweep_page.all("img")) == 4
     assert len(sweep_page.all("details")) == 3
