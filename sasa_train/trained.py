@@ -18,11 +18,12 @@ from sasa_train.data.reading import image_files, read_fitted
 from sasa_train.data.transforms import Normalize, val_shape
 from sasa_train.models import build_model, check_model
 from sasa_train.processes.ranks import world_size
-from sasa_train.refusal import ConfigError
+from sasa_train.refusal import ConfigError, require
 from sasa_train.runs.checkpoint import find_checkpoint, load_checkpoint, other_dtype
 from sasa_train.terminal import printable, some
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+Ranking = list[tuple[str, float]]  # classes with their softmax probabilities, the most probable first
 BATCH_SIZE = 64  # images that `predict` holds in memory
 
 
@@ -63,8 +64,10 @@ class TrainedModel:
         For one path, the result is a list of such pairs; for several, a list with one such list per path.
 
         Raises:
-            ConfigError: a file cannot be read as an image; the message names it.
+            ConfigError: `top` is below 1, a file cannot be read as an image (the message names it), or the model's
+                output is not finite.
         """
+        require(top >= 1, "top", top, "must be at least 1")
         if isinstance(paths, str | os.PathLike):
             return self.predict([paths], top)[0]
         device, found = next(self.model.parameters()).device, []
@@ -74,16 +77,27 @@ class TrainedModel:
             read = read_fitted(images, range(len(images)), self.config.data)
             for name, reason in read.unreadable:
                 raise ConfigError(f"{printable(name)}: cannot be read as an image ({printable(reason)})")
-            shares = self.model(self.normalize(device)(read.pixels.to(device))).float().softmax(1)
-            best = shares.topk(min(top, len(self.classes)))
-            for labels, values in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-                found.append([(self.classes[label], share) for label, share in zip(labels, values, strict=True)])
+            logits = self.model(self.normalize(device)(read.pixels.to(device)))
+            if not logits.isfinite().all():
+                raise ConfigError(f"{self.path}: the model's output is not finite for one of {some(names[start:])}")
+            found += most_probable(logits, self.classes, top)
         return found
 
     def changes(self, val: dict[str, Any]) -> list[str]:
         """List the differences between the fingerprint `val` and that of the val images used in training."""
         before = self.checkpoint["fingerprint"]
         return differences(before["val"], val, "val") if before else []
+
+
+def most_probable(logits: Tensor, classes: Sequence[str], top: int) -> list[Ranking]:
+    """Return, for each row of `logits` [B, num_classes], the `top` classes (or all, if there are fewer), best first."""
+    logits = logits.float()
+    labels = logits.topk(min(top, len(classes)), dim=1).indices  # logits, because probabilities may tie at 1
+    shares = logits.softmax(1).gather(1, labels)
+    return [
+        [(classes[label], share) for label, share in zip(*pair, strict=True)]
+        for pair in zip(labels.tolist(), shares.tolist(), strict=True)
+    ]
 
 
 def load_trained(source: str | Path, overrides: Sequence[str] = ()) -> TrainedModel:

@@ -40,6 +40,8 @@ def test_predictions_in_python_are_those_of_the_command(tiny_run, image_folder, 
     alone = trained.predict(Path(paths[0]), top=3)
     assert alone == [(name, pytest.approx(share, rel=1e-5)) for name, share in found[0]]
     assert len(trained.predict(paths[0], top=99)) == 10
+    with pytest.raises(ConfigError, match="top=0 must be at least 1"):
+        trained.predict(paths[0], top=0)
     with Image.open(paths[0]) as image, torch.no_grad():
         share, label = trained.model(trained.transform(image)[None]).softmax(1)[0].max(0)
     assert (trained.classes[label], share.item()) == (found[0][0][0], pytest.approx(found[0][0][1], rel=1e-5))

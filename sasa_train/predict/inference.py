@@ -12,7 +12,7 @@ from sasa_train.data.reading import Read, image_files, read_batches
 from sasa_train.device import autocast, resolve
 from sasa_train.predict.find_images import Found
 from sasa_train.predict.table import Row
-from sasa_train.trained import TrainedModel
+from sasa_train.trained import Ranking, TrainedModel, most_probable
 
 
 class Predictor:
@@ -55,14 +55,8 @@ class Predictor:
         return rows
 
     @torch.inference_mode()
-    def best(self, pixels: Tensor) -> list[list[tuple[str, float]]]:
+    def best(self, pixels: Tensor) -> list[Ranking]:
         """Return the top classes, with softmax probabilities, for uint8 images [B, 3, S, S] preprocessed as for val."""
         with autocast(self.device, self.precision):
             logits = self.model(self.normalize(pixels.to(self.device)))
-        logits = logits.float()
-        labels = logits.topk(self.top_k, dim=1).indices  # logits, because probabilities may tie at 1
-        shares = logits.softmax(1).gather(1, labels)
-        return [
-            [(self.classes[label], share) for label, share in zip(*pair, strict=True)]
-            for pair in zip(labels.tolist(), shares.tolist(), strict=True)
-        ]
+        return most_probable(logits, self.classes, self.top_k)
