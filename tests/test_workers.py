@@ -82,13 +82,22 @@ def test_a_killed_or_stopped_worker_ends_the_run_with_its_name(number, told):
     assert_closes_at_once(workers)
 
 
+def stop(pid: int) -> None:
+    """Stop a process and wait until each of its threads has stopped: on a busy machine, one may answer for a moment."""
+    os.kill(pid, signal.SIGSTOP)
+    deadline = time.monotonic() + SLACK
+    while any(path.read_text().rpartition(")")[2].split()[0] != "T" for path in Path(f"/proc/{pid}/task").glob("*/stat")):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def test_a_worker_stopped_after_its_work_is_noticed_too():
     """Check that the run notices a worker that was stopped after finishing a batch, which it can no longer deliver."""
     workers = Workers(Reader(lambda: None), "val", 1, TIMEOUT)
     results = workers.read(keys())
     next(results)
     time.sleep(0.5)
-    os.kill(workers._processes()[0].pid, signal.SIGSTOP)
+    stop(workers._processes()[0].pid)
     start = time.monotonic()
     with pytest.raises(DataWorkerError, match=r"val: .* is stopped\) while f5"):
         list(results)
@@ -112,7 +121,7 @@ def test_stopped_workers_do_not_hold_up_the_end_of_a_run():
     workers = Workers(Reader(lambda: None), "val", 3, TIMEOUT)
     list(workers.read(keys()))
     for process in workers._processes():
-        os.kill(process.pid, signal.SIGSTOP)
+        stop(process.pid)
     assert_closes_at_once(workers)
 
 
