@@ -25,6 +25,7 @@ COMMANDS = {
     ),
     "evaluate": Command("sasa_train.evaluate", "top1, top5 and loss of a checkpoint on val", "runs"),
     "predict": Command("sasa_train.predict", "classes of image files, by a checkpoint", "runs"),
+    "demo": Command("sasa_train.demo", "a local page: an image's classes, and where its pixels look", "runs"),
     "visualize": Command("sasa_train.visualize", "pictures of what a model attends to and gets wrong", "runs"),
     "export": Command("sasa_train.export", "to safetensors, a Hub folder, ONNX, torch.export", "runs"),
     "sweep": Command("sasa_train.sweep", "many runs from one command", "configs", ("--help",)),

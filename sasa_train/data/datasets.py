@@ -109,9 +109,7 @@ class ImageSet:
         except MemoryError:
             raise
         except Exception as error:  # Pillow's decoders have no common base class: OSError, SyntaxError, ...
-            # Without Pillow's file object, and without the errno and path of an OSError.
-            reason = getattr(error, "strerror", None) or str(error).partition(" <_io.")[0] or type(error).__name__
-            raise UnreadableImage(self.name(index), reason) from error
+            raise UnreadableImage(self.name(index), why_unreadable(error)) from error
 
     def read_bytes(self, index: int) -> bytes:
         """Return the undecoded bytes of one image's file; raise OSError if it cannot be read."""
@@ -134,6 +132,11 @@ class ImageSet:
 
     def subset(self, indices: np.ndarray) -> "ImageSet":
         return dataclasses.replace(self, labels=self.labels[indices], positions=self.positions[indices])
+
+
+def why_unreadable(error: Exception) -> str:
+    """Return the message of an error in reading, without Pillow's file object, or the errno and path of an OSError."""
+    return getattr(error, "strerror", None) or str(error).partition(" <_io.")[0] or type(error).__name__
 
 
 def mean_std(config: DataConfig) -> tuple[Sequence[float], Sequence[float]]:

@@ -1,0 +1,3 @@
+from sasa_train.demo import main
+
+main()
