@@ -109,11 +109,12 @@ def test_words_are_overrides_unless_they_are_files(tmp_path, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("name", ["evaluate", "predict", "visualize", "export", "report"])
+@pytest.mark.parametrize("name", ["evaluate", "predict", "demo", "visualize", "export", "report"])
 def test_every_command_that_reads_a_run_refuses_a_misspelt_key_alike(tiny_run, name, capsys, monkeypatch):
     """Check that all commands reject a misspelt key; some once took it for a figure, a run or an extra argument."""
     command = importlib.import_module(f"sasa_train.{name}").run_command
-    words = [str(tiny_run), *([str(tiny_run / "augmented.png")] if name == "predict" else []), "trainer.devise=cpu"]
+    more = {"predict": [str(tiny_run / "augmented.png")], "demo": ["--port", "0"]}.get(name, [])
+    words = [str(tiny_run), *more, "trainer.devise=cpu"]
     assert command(words) == 2
     assert "unknown key 'trainer.devise': did you mean trainer.device?" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")

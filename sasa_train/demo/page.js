@@ -60,7 +60,7 @@ function show() {
   at("pixel").textContent = `As the model sees it, ${about.size} x ${about.size} pixels.`;
   if (!answer.layers.length) return;
   const [row, column] = answer.pixel;
-  dot(context, pixelBox(), box => box.map(n => n * SIDE / about.size));
+  dot(context, pixelBox(), box => box.map(n => n * SIDE / about.size), 7);
   at("pixel").textContent += ` Pixel ${row},${column} is chosen; click another one.`;
   at("attention").hidden = false;
   chosen = answer.layers.some(layer => layer.name === chosen) ? chosen : answer.layers.at(-1).name;
@@ -82,8 +82,8 @@ function tile(layer, weights, title, isButton, largest = Math.max(...weights.fla
   const flat = weights.flat(), outside = 1 - flat.reduce((a, b) => a + b, 0);
   box.className = "tile";
   drawWeights(begin(canvas), layer, weights, largest);
-  const text = `${title}, at most ${Math.max(...flat).toFixed(3)}`;
-  box.append(canvas, spanOf(outside > 0.005 ? `${text}, ${Math.round(100 * outside)} % outside the image` : text));
+  const most = `max ${Math.max(...flat).toFixed(3)}`;
+  box.append(canvas, spanOf(title), spanOf(outside > 0.005 ? `${most}, ${Math.round(100 * outside)} % outside` : most));
   if (isButton) {
     box.dataset.layer = layer.name;
     box.onclick = () => { chosen = layer.name; showHeads(); };
@@ -92,12 +92,12 @@ function tile(layer, weights, title, isButton, largest = Math.max(...weights.fla
 }
 
 function drawWeights(context, layer, weights, largest) {
-  context.filter = "grayscale(1) contrast(.35) brightness(1.35)";
+  context.filter = "grayscale(1) contrast(.6)";
   context.drawImage(picture, 0, 0, SIDE, SIDE);
   context.filter = "none";
   const scale = SIDE / about.size, [left, top, right, bottom] = layer.box;
   const inImage = box => box.map(n => n * scale);
-  context.globalAlpha = 0.85;
+  context.globalAlpha = 0.8;
   context.drawImage(map(weights, largest), ...sides(inImage(layer.box)));
   context.globalAlpha = 1;
   outline(context, inImage([left, top, Math.min(right, about.size), Math.min(bottom, about.size)]));
@@ -142,10 +142,10 @@ function outline(context, box) {
   }
 }
 
-function dot(context, box, place) {
+function dot(context, box, place, radius = 12) {
   const [left, top, right, bottom] = place(box);
   context.beginPath();
-  context.arc((left + right) / 2, (top + bottom) / 2, 7, 0, 2 * Math.PI);
+  context.arc((left + right) / 2, (top + bottom) / 2, radius, 0, 2 * Math.PI);
   [context.fillStyle, context.strokeStyle, context.lineWidth] = ["white", "black", 2];
   context.fill();
   context.stroke();
