@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,15 @@ def test_a_model_without_attention_says_so_and_shows_classes(serving):
     assert len(found["classes"]) == 3 and found["layers"] == []
 
 
+def test_visitors_at_the_same_time_each_get_their_own_answer(served):
+    """All share one model, whose layers are watched: without turns, one visitor would get another's weights."""
+    paths = [f"/look?row={n}&column={7 - n}" for n in range(8)]
+    alone = [ask(served, path, drawing()) for path in paths]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda path: ask(served, path, drawing()), paths))
+    assert [json.loads(body) for *_, body in together] == [json.loads(body) for *_, body in alone]
+
+
 # ---- what is refused
 
 
@@ -179,6 +189,21 @@ def test_the_command_says_where_the_page_is_and_ctrl_c_ends_it(tiny_run, tmp_pat
     assert connection.getresponse().status == 200
     process.send_signal(signal.SIGINT)
     assert (process.communicate(timeout=60)[0], process.returncode) == ("ended\n", 0)
+
+
+def test_a_browser_is_opened_only_if_asked_and_one_that_is_missing_is_said(in_process, tiny_run, monkeypatch):
+    opened = []
+
+    def stop(self: Server) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Server, "serve_forever", stop)
+    monkeypatch.setattr("webbrowser.open", opened.append)  # returns None: there is no browser
+    in_process("demo", str(tiny_run), "--port", "0", CPU)
+    assert opened == []
+    done = in_process("demo", str(tiny_run), "--port", "0", "--open", CPU)
+    assert opened == re.findall(r"http://127\.0\.0\.1:\d+", done.stdout) and len(opened) == 1
+    assert done.stderr == f"WARNING: no browser could be opened; open {opened[0]} yourself\n"
 
 
 # ---- in a browser
