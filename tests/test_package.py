@@ -127,6 +127,7 @@ def folder(tmp_path, monkeypatch):
         ("sasa-evaluate outputs/", ["outputs/first run:1/", "outputs/table.md"]),
         ("sasa-evaluate outputs weights=", ["weights=ema", "weights=raw"]),
         ("sasa-evaluate outputs exp", []),  # a saved config is complete, so no group can be chosen
+        ("sasa-demo outputs trainer.dev", ["trainer.device="]),
         ("sasa-data prepare --im", ["--images-per-shard"]),
         ("sasa-data prepare ima", ["imagenet"]),
         ("sasa-benchmark attention --dtype ", ["fp32", "bf16", "fp16"]),

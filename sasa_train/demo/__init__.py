@@ -27,13 +27,16 @@ def main() -> None:
 
 def run_command(arguments: list[str]) -> int:
     """Run the command with the given arguments and return its exit code."""
-    return run(build_parser(), arguments, serve, has_overrides=True)
+    return run(build_parser(), arguments, serve)
 
 
 def build_parser() -> argparse.ArgumentParser:
     usage = "sasa-demo RUN_OR_CHECKPOINT [options] [weights=ema|raw] [key=value ...]"
     parser = described(argparse.ArgumentParser, prog="sasa-demo", usage=usage, description=__doc__, epilog=EPILOG)
     parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=Path, help="a run folder or a checkpoint file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="keys over the checkpoint's config, weights=raw"
+    )
     parser.add_argument("--port", metavar="N", type=port, default=PORT, help=f"0 takes any free one ({PORT})")
     parser.add_argument(
         "--host", metavar="ADDRESS", default=HOST, help=f"({HOST}: this machine only; 0.0.0.0 lets the network in)"
