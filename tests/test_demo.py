@@ -222,6 +222,8 @@ def test_a_browser_shows_a_dropped_picture_and_where_a_clicked_pixel_looks(serve
     """At 1280 and 500 pixels: drop, click a pixel, choose a layer, give a file that is not an image."""
     (tmp_path / "drawing.png").write_bytes(drawing())
     (tmp_path / "list.txt").write_text("eggs, milk")
+    with open(tmp_path / "film.mov", "wb") as film:
+        film.truncate(MAX_BYTES + 1)
     layers = [*served.demo.layers]
     for width in (1280, 500):
         tab.open(served.url, width)
@@ -239,6 +241,8 @@ def test_a_browser_shows_a_dropped_picture_and_where_a_clicked_pixel_looks(serve
         tab.choose_file("#file", tmp_path / "list.txt")
         said = tab.wait_for("at('said').className === 'wrong' && at('said').textContent")
         assert said == "list.txt: cannot be read as an image (cannot identify image file)"
+        tab.choose_file("#file", tmp_path / "film.mov")
+        tab.wait_for("at('said').textContent === 'film.mov: has 65 MiB; at most 64 MiB are taken'")
         assert tab.value("document.documentElement.scrollWidth <= innerWidth")
     tab.console.clear()  # a browser prints a line about the answer 400
     tab.open(serving(without_attention()).url, 1280)

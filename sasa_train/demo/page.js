@@ -30,7 +30,8 @@ async function look(from, pixel) {
   const mine = ++asked;
   say(pixel ? "" : `reading ${from.name} ...`);
   try {
-    if (from.size > about.max_bytes) throw new Error(`has ${from.size} bytes; at most ${about.max_bytes} are taken`);
+    const [size, most] = [from.size, about.max_bytes].map(bytes => Math.ceil(bytes / 2 ** 20));
+    if (from.size > about.max_bytes) throw new Error(`has ${size} MiB; at most ${most} MiB are taken`);
     const query = pixel ? `?row=${pixel[0]}&column=${pixel[1]}` : "";
     const found = await fetched(`look${query}`, { method: "POST", body: from });
     const shown = new Image();
