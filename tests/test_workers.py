@@ -86,7 +86,8 @@ def stop(pid: int) -> None:
     """Stop a process and wait until each of its threads has stopped: on a busy machine, one may answer for a moment."""
     os.kill(pid, signal.SIGSTOP)
     deadline = time.monotonic() + SLACK
-    while any(path.read_text().rpartition(")")[2].split()[0] != "T" for path in Path(f"/proc/{pid}/task").glob("*/stat")):
+    threads = list(Path(f"/proc/{pid}/task").glob("*/stat"))
+    while any(thread.read_text().rpartition(")")[2].split()[0] != "T" for thread in threads):
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
