@@ -85,6 +85,10 @@ def keep_to_thread_limit() -> None:
         torch.set_num_threads(int(limit))
 
 
+def uses_cuda(trainer: TrainerConfig) -> bool:
+    return torch.cuda.is_available() and trainer.device != "cpu"
+
+
 def resolve(config: TrainConfig) -> tuple[torch.device, TrainConfig]:
     """Return the device, and the config with `precision=auto` and gradient accumulation resolved for it.
 
@@ -97,7 +101,7 @@ def resolve(config: TrainConfig) -> tuple[torch.device, TrainConfig]:
     trainer, has_cuda = copy.copy(config.trainer), torch.cuda.is_available()
     if trainer.device == "cuda" and not has_cuda:
         raise ConfigError("trainer.device=cuda, but torch sees no CUDA device; use trainer.device=auto or cpu")
-    device = torch.device("cuda" if has_cuda and trainer.device != "cpu" else "cpu")
+    device = torch.device("cuda" if uses_cuda(trainer) else "cpu")
     keep_to_thread_limit()
     if world_size() > 1 and device.type == "cuda":
         collectives.use_own_device()

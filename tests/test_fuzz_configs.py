@@ -144,7 +144,7 @@ def compose_quickly(overrides: list[str]) -> TrainConfig:
         ConfigLoaderImpl._apply_overrides_to_config(parse_overrides(for_hydra(overrides)), composed)
     except UNREADABLE as error:
         raise ConfigError(compose.explain(error)) from error
-    return to_config(composed)
+    return to_config(composed, overrides)
 
 
 def assert_refused_well(message: str, overrides: list[str]) -> None:

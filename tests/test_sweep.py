@@ -357,7 +357,7 @@ def test_a_search_whose_journal_was_deleted_starts_again(tmp_path):
     plan.folder.mkdir(parents=True)
     ledger = Ledger(plan.folder / "ledger.json", {})
     for seed in (0, 1):
-        job = ledger.add(build_job(["experiment=debug", f"seed={seed}"], {"experiment"}))
+        job = ledger.add(build_job(["experiment=debug", f"seed={seed}"], {"experiment"}, tmp_path))
         job.trials, job.state = [7 + seed], "failed"
     assert Search(plan, ledger).next() is None, "both were tried before"
     assert sorted(number for job in ledger.jobs.values() for number in job.trials) == [0, 1, 2, 3]

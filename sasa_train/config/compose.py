@@ -21,13 +21,15 @@ from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 
 from sasa_train.config.groups import config_dir
-from sasa_train.config.keys import FREE_KEYS, TrainConfig, flatten, key_table
+from sasa_train.config.keys import DERIVABLE, FREE_KEYS, TrainConfig, flatten, key_table, with_values
 from sasa_train.config.overrides import (
     TEXT_KEYS,
     UNREADABLE,
     as_written,
     check_override_keys,
     for_hydra,
+    is_group,
+    parse_overrides,
     unknown_key,
 )
 from sasa_train.config.rules import validate
@@ -52,7 +54,7 @@ def compose_config(overrides: Sequence[str]) -> TrainConfig:
         raise ConfigError(explain(error)) from error
     finally:
         GlobalHydra.instance().hydra = of_sweep
-    return to_config(composed)
+    return to_config(composed, overrides)
 
 
 @contextmanager
@@ -99,8 +101,12 @@ def quote_texts(yaml_text: str, text_keys: AbstractSet[str] = TEXT_KEYS, group: 
     return yaml_text
 
 
-def to_config(composed: DictConfig) -> TrainConfig:
-    """Convert a DictConfig to validated dataclasses."""
+def to_config(composed: DictConfig, overrides: Sequence[str] | None = None) -> TrainConfig:
+    """Convert a DictConfig to validated dataclasses.
+
+    overrides: the command line of a config that has just been composed: the keys in `derive` are open, unless they are
+        set here. None: the config was saved by a run, so every key has its value.
+    """
     try:
         # The config is converted to plain values, because the result of an interpolation would keep its own type, and
         # merged again, because to_object silently drops unknown keys.
@@ -115,8 +121,22 @@ def to_config(composed: DictConfig) -> TrainConfig:
     config.output_dir = os.path.expanduser(config.output_dir)
     if config.model.pretrained is not None:
         config.model.pretrained = os.path.expanduser(config.model.pretrained)
-    validate(config)
+    if overrides is None:
+        validate(config)
+        return config
+    config = _leave_open(config, overrides)
+    validate(config, is_open=bool(config.derive))
     return config
+
+
+def _leave_open(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
+    """Remove from `derive` what the command line sets or chooses a group for; give the rest their defaults."""
+    given = parse_overrides(overrides)
+    keys = {override.key_or_group for override in given}
+    groups = tuple(f"{o.key_or_group}." for o in given if is_group(o) and o.key_or_group != "data")
+    still_open = [key for key in config.derive if key not in keys and not key.startswith(groups)]
+    defaults = flatten(TrainConfig())
+    return with_values(config, {"derive": still_open} | {key: defaults[key] for key in still_open if key in DERIVABLE})
 
 
 def _with_interpolations(text: str, composed: DictConfig) -> str:
@@ -144,8 +164,11 @@ def schema() -> DictConfig:
 
 def as_overrides(config: TrainConfig) -> list[str]:
     """Return the shortest overrides such that `compose_config(as_overrides(config)) == config`."""
-    defaults = flatten(compose_config([]))
-    return [f"{key}={as_written(value)}" for key, value in flatten(config).items() if value != defaults[key]]
+    defaults, values = flatten(compose_config([])), flatten(config)
+    # Without a name, a data.root stands for a set of one's own (`for_own_images`).
+    is_named = values["data.root"] != defaults["data.root"]
+    keys = [key for key in values if values[key] != defaults[key] or (key == "data.name" and is_named)]
+    return [f"{key}={as_written(values[key])}" for key in keys]
 
 
 def explain(error: Exception) -> str:

@@ -2,10 +2,14 @@
 
 import hashlib
 import json
+import os
 import re
 from typing import Any
 
 from sasa_train.config.keys import NOT_TRAJECTORY, TrainConfig, flatten
+
+NOT_IN_NAMES = r"[^A-Za-z0-9_.-]+"
+MAX_DATA_NAME = 60  # characters of a data folder's name in a run's name
 
 
 def trajectory(config: TrainConfig) -> dict[str, Any]:
@@ -14,17 +18,44 @@ def trajectory(config: TrainConfig) -> dict[str, Any]:
 
 
 def default_run_name(config: TrainConfig) -> str:
-    """Return a stable name made of the data set, model, epochs, seed and an 8-digit hash of `trajectory(config)`."""
+    """Return a stable name made of the data set, model, epochs, seed and an 8-digit hash of `trajectory(config)`.
+
+    A set of one's own is named after its folder. Keys in `derive` have no part in the name, because a run is named
+    after what was asked, not after what was chosen from the images.
+    """
+    parts = [_data_name(config)]
+    parts += [] if "model.name" in config.derive else [re.sub(NOT_IN_NAMES, "-", config.model.name)]
+    parts += [] if "trainer.epochs" in config.derive else [f"e{config.trainer.epochs}"]
+    return "-".join([*parts, f"s{config.seed}", _digest(config)])
+
+
+def run_name_in(folder: str, config: TrainConfig) -> str:
+    """Return the name of a config's run in `folder`: an existing run keeps a name of the form of earlier versions."""
+    name = default_run_name(config)
+    earlier = f"{config.data.name}{name.removeprefix(_data_name(config))}"
+    is_earlier = os.path.isdir(os.path.join(folder, earlier)) and not os.path.isdir(os.path.join(folder, name))
+    return earlier if is_earlier else name
+
+
+def _data_name(config: TrainConfig) -> str:
+    if config.data.name != "image_folder":
+        return config.data.name
+    own = re.sub(NOT_IN_NAMES, "-", os.path.basename(os.path.abspath(config.data.root)))
+    return own.lstrip(".-")[:MAX_DATA_NAME] or config.data.name
+
+
+def _digest(config: TrainConfig) -> str:
     # Only values that differ from the defaults are included, so that a new key in a later version does not rename runs.
     defaults = flatten(TrainConfig())
-    identity = {key: value for key, value in trajectory(config).items() if value != defaults[key]}
+    asked = {key: value for key, value in trajectory(config).items() if key not in config.derive}
+    identity = {key: value for key, value in asked.items() if value != defaults[key]}
+    if config.derive:
+        identity["derive"] = sorted(config.derive)
     if config.data.name != "digits":
         identity["data.root"] = config.data.root
     if config.resume not in ("auto", "never"):
         identity["resume"] = config.resume
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-    model = re.sub(r"[^A-Za-z0-9_.-]+", "-", config.model.name)
-    return f"{config.data.name}-{model}-e{config.trainer.epochs}-s{config.seed}-{digest}"
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def differing_keys(old: TrainConfig, new: TrainConfig, same_world_size: bool = True) -> list[str]:

@@ -3,10 +3,12 @@
 This module does not import torch, so that `--help` is fast. `configs/` contains only named sets of values for keys.
 """
 
+import copy
 import dataclasses
 import re
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -227,6 +229,9 @@ class TrainConfig:
     resume: str = local_key(
         "auto", "auto; never (a new, numbered run); a run folder (in place); a checkpoint (a new run)", is_path=True
     )
+    derive: list[str] = local_key(
+        [], "keys that are chosen from the images when the run begins; a key that is set is not chosen"
+    )
     allow_config_change: list[str] = local_key([], "keys that may differ from the checkpoint's config on resume")
 
 
@@ -271,3 +276,17 @@ CHOICES = {
 NOT_TRAJECTORY = {name for name, f in key_table().items() if f.metadata["may_change"]}
 # Keys for sasa_train's own models only; timm's models accept none of them.
 MODEL_KEYS = ("stem", "stage_ops", "kernel_size", "num_heads", "width", "position", "content", "border")
+# Keys that `derive` may list (training/own_images.py).
+DERIVABLE = (
+    "data.holdout_fraction", "data.image_size", "model.name", *(f"model.{name}" for name in MODEL_KEYS),
+    "trainer.global_batch_size", "trainer.epochs", "schedule.warmup_epochs", "optimizer.lr", "optimizer.layer_decay",
+)  # fmt: skip
+
+
+def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
+    """Return a copy of a config in which the given dotted keys have the given values."""
+    changed = copy.deepcopy(config)
+    for name, value in values.items():
+        group, _, own = name.rpartition(".")
+        setattr(getattr(changed, group) if group else changed, own, value)
+    return changed

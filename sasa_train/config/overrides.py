@@ -43,7 +43,7 @@ OTHER_NAMES = {
 }  # fmt: skip
 HINTS = {  # further advice for a choice that a group does not have
     "model": " (a model of timm: model=timm model.name={0})",
-    "data": " (your own images: data=image_folder data.root={0})",
+    "data": " (your own images: data.root={0})",
 }
 TEXT_KEYS = frozenset({*text_keys(key_table()), *GROUPS})
 
@@ -72,6 +72,15 @@ def for_hydra(overrides: Sequence[str]) -> list[str]:
         else:
             written.append(f"{'++' if o.key_or_group.startswith(FREE_KEYS) else ''}{o.input_line}")
     return written
+
+
+def for_own_images(overrides: Sequence[str]) -> list[str]:
+    """Add the experiment for one's own images, or for fine-tuning, if a command line names only where they are."""
+    given = parse_overrides(overrides)
+    keys = {override.key_or_group for override in given if override.input_line not in ("resume=auto", "resume=never")}
+    if "data.root" not in keys or keys & {"data", "data.name", "experiment", "resume"}:
+        return list(overrides)
+    return [f"experiment={'finetune' if 'model.pretrained' in keys else 'my_images'}", *overrides]
 
 
 def chooses_group(overrides: Sequence[str]) -> bool:

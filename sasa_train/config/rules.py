@@ -9,6 +9,7 @@ from typing import Any
 from sasa_train.config.derived import crops_by_padding, micro_batch_size, resolved_image_size
 from sasa_train.config.keys import (
     ARGUMENT_NAME,
+    DERIVABLE,
     FREE_KEYS,
     MAX_DEPTH,
     MODEL_KEYS,
@@ -24,13 +25,20 @@ from sasa_train.refusal import require
 Rules = Iterator[tuple[bool, str, str]]  # whether the rule holds, the key, and the rule in words
 
 
-def validate(config: TrainConfig) -> None:
-    """Raise ConfigError for values that violate a rule or are incompatible."""
+def validate(config: TrainConfig, is_open: bool = False) -> None:
+    """Raise ConfigError for values that violate a rule or are incompatible.
+
+    is_open: the keys in `derive` have no values yet, so combinations are not checked.
+    """
     for key, value in flatten(config).items():
         _check_content(key, value, value)
     check_bounds(config)
     for name in config.allow_config_change:
         require(name in key_table(), "allow_config_change", name, "must name keys, as in [trainer.epochs]")
+    for name in config.derive:
+        require(name in DERIVABLE, "derive", name, f"must name keys among {', '.join(DERIVABLE)}")
+    if is_open:
+        return
     together = itertools.chain(_of_model(config), _of_data(config), _of_batches(config), _of_epochs(config))
     for is_kept, key, rule in together:
         require(is_kept, key, attrgetter(key)(config), rule)

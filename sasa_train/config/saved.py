@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sasa_train.config.compose import explain, quote_texts, schema, to_config
-from sasa_train.config.keys import TrainConfig, flatten
+from sasa_train.config.keys import TrainConfig, flatten, with_values
 from sasa_train.config.overrides import MAX_TEXT, UNREADABLE, check_override_keys, is_group, parse_overrides
 from sasa_train.files import read_regular
 from sasa_train.refusal import ConfigError, shorten
@@ -35,7 +35,9 @@ def load_config(yaml_text: str, overrides: Sequence[str] = (), source: str = "th
                 raise ConfigError(f"{override.input_line} chooses a config group, but {source} is complete; set values")
             # The value is replaced, not merged, because otherwise an optimizer argument could never be removed.
             OmegaConf.update(saved, override.key_or_group, override.value(), merge=False)
-        _forget_the_other_batch_key(saved, {o.key_or_group for o in parse_overrides(overrides)})
+        given = {o.key_or_group for o in parse_overrides(overrides)}
+        saved.derive = [key for key in saved.derive if key not in given]
+        _forget_the_other_batch_key(saved, given)
     except UNREADABLE as error:
         raise ConfigError(explain(error)) from error
     return to_config(saved)
@@ -53,16 +55,14 @@ def load_config_file(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
 def as_begun(config: TrainConfig, yaml_text: str) -> TrainConfig:
     """Return `config` with what the run of a saved config took when it began, wherever `config` leaves this open.
 
-    Applies to the keys of `BEFORE`, if the saved config lacks them and `config` has their defaults, and to null values
-    of the keys in `TAKEN`, if the run began with pretrained weights.
+    Applies to the keys of `BEFORE`, if the saved config lacks them and `config` has their defaults, to null values of
+    the keys in `TAKEN`, if the run began with pretrained weights, and to the keys in `derive`.
     """
-    saved, kept = flatten(load_config(yaml_text)), OmegaConf.structured(config)
-    values, defaults = flatten(config), flatten(TrainConfig())
-    lacking = _lacking(OmegaConf.create(yaml_text))
+    saved, values, defaults = flatten(load_config(yaml_text)), flatten(config), flatten(TrainConfig())
     taken = TAKEN if saved["model.pretrained"] is not None else ()
-    for key in [k for k in lacking if values[k] == defaults[k]] + [k for k in taken if values[k] is None]:
-        OmegaConf.update(kept, key, saved[key])
-    return cast(TrainConfig, OmegaConf.to_object(kept))
+    keys = [key for key in _lacking(OmegaConf.create(yaml_text)) if values[key] == defaults[key]]
+    keys += [key for key in taken if values[key] is None] + config.derive
+    return with_values(config, {key: saved[key] for key in keys})
 
 
 def _lacking(saved: Any) -> list[str]:

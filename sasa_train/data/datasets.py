@@ -197,7 +197,7 @@ def load_val_set(config: DataConfig, classes: Sequence[str]) -> ImageSet:
     if config.name == "digits" or reads_torchvision(config, classes):
         return relabelled(load_image_sets(config)[1], classes, config.name, "the checkpoint", "it")
     if config.holdout_fraction > 0:
-        if not (root / "train").is_dir() and not find_shards(root, "train"):
+        if not (root / "train").is_dir() and not find_shards(root, "train") and not holds_class_folders(root):
             raise ConfigError(
                 f"data.holdout_fraction={config.holdout_fraction}: val is a part of {root / 'train'}, which is not "
                 "there; to evaluate val/, test/ or class folders, add data.holdout_fraction=0"
@@ -330,13 +330,37 @@ def _load_cifar(config: DataConfig, train: bool) -> ImageSet:
 
 def _load_from_disk(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     root = Path(config.root)
-    train = _told(load_shard_set(root, "train") if find_shards(root, "train") else load_class_folders(root, "train"))
+    train = _told(load_train(config))
     check_several(train)
     train = relabelled(train, train.classes, f"data.root={root}", "classes.txt", "train")  # warns of empty classes
     if config.holdout_fraction > 0:
         return train, train
     val, name = _load_val(root, config.split)
     return train, relabelled(val, train.classes, f"data.root={root}", "train", name)
+
+
+def load_train(config: DataConfig) -> ImageSet:
+    """Return the images of train before the hold-out; a hold-out may be taken from class folders in the root itself.
+
+    Raises:
+        ConfigError: a folder is missing, or a class has no images.
+    """
+    root = Path(config.root)
+    if find_shards(root, "train"):
+        return load_shard_set(root, "train")
+    return load_class_folders(root, "" if config.holdout_fraction > 0 and holds_class_folders(root) else "train")
+
+
+def split_folders(root: Path) -> list[str]:
+    """Return which of train, val and test are folders of class folders; none of them if they are classes themselves."""
+    names = [name for name in SPLIT_NAMES if (root / name).is_dir()]
+    # A class may be named train or test, so a single such folder without subfolders is treated as a class.
+    return names if len(names) > 1 or any(visible_folders(root / name) for name in names) else []
+
+
+def holds_class_folders(root: Path) -> bool:
+    """Whether the folders in `root` are classes rather than splits, and there are no tar shards."""
+    return root.is_dir() and bool(visible_folders(root)) and not split_folders(root) and not holds_shards(root)
 
 
 def _load_val(root: Path, split: str | None) -> tuple[ImageSet, str]:
@@ -373,7 +397,9 @@ def holds_shards(root: Path) -> bool:
 def has_train(config: DataConfig) -> bool:
     """Whether the images to train on are there; those of torchvision's CIFAR may be downloaded."""
     root = Path(config.root)
-    return config.name == "digits" or reads_torchvision(config) or (root / "train").is_dir() or holds_shards(root)
+    is_known = config.name == "digits" or reads_torchvision(config)
+    is_in_root = config.holdout_fraction > 0 and holds_class_folders(root)
+    return is_known or is_in_root or (root / "train").is_dir() or holds_shards(root)
 
 
 def _told(images: ImageSet) -> ImageSet:
@@ -407,7 +433,9 @@ def only_class(name: str, folder: str, paths: Sequence[str]) -> str:
 
 
 def load_class_folders(root: Path, split: str) -> ImageSet:
-    """Find the images in the class folders of `root/train`, `root/val` or `root/test`, ordered by path.
+    """Find the images in the class folders of `root/train`, `root/val`, `root/test` or `root` itself, ordered by path.
+
+    split: train, val, test, or "" for the class folders in `root`, which are those of train.
 
     Raises:
         ConfigError: the folder does not exist, two classes have the same name, or a class of train has no images.
@@ -416,11 +444,11 @@ def load_class_folders(root: Path, split: str) -> ImageSet:
     if not folder.is_dir():
         raise ConfigError(
             f"data.root={root}: there is no folder {folder}; expected train/ and val/ (or test/) with one folder per "
-            "class or tar shards, or train/ alone with data.holdout_fraction"
+            "class or tar shards, or train/ or the class folders alone with data.holdout_fraction"
         )
     images = _image_set(folder)
     counts = np.bincount(images.labels, minlength=len(images.classes))
-    if split == "train" and not counts.all():
+    if split in ("train", "") and not counts.all():
         names = some([images.classes[label] for label in np.flatnonzero(counts == 0).tolist()])
         raise ConfigError(f"{folder}: no image of the classes {names}; add images, or remove the folders")
     return images
@@ -432,7 +460,8 @@ def _image_set(folder: Path) -> ImageSet:
     except OSError as error:
         raise ConfigError(f"{error.filename}: cannot be listed ({error.strerror})") from error
     if not found:
-        raise ConfigError(f"{folder}: holds no class folder; expected one folder of images per class")
+        beside = f" (found {some([os.path.basename(path) for path in left_out.outside])})" if left_out.outside else ""
+        raise ConfigError(f"{folder}: holds no class folder{beside}; expected one folder of images per class")
     if same := twins(list(found)):
         raise ConfigError(
             f"{folder}: has folders of the same name in different Unicode forms: {some(same)}; merge them"

@@ -29,10 +29,11 @@ from sasa_train.data.datasets import (
     kind_of,
     load_shard_set,
     only_class,
+    split_folders,
     unlike,
 )
 from sasa_train.data.decoding import Decoding, decoding_of, is_16_bit, is_turned, to_rgb
-from sasa_train.data.listing import LeftOut, read_class_folders, visible_folders
+from sasa_train.data.listing import LeftOut, read_class_folders
 from sasa_train.data.quarantine import fully
 from sasa_train.data.shards import SPLIT_NAMES
 from sasa_train.refusal import ConfigError
@@ -219,10 +220,7 @@ def _alone(root: Path, classes: list[str], splits: dict[str, ImageSet]) -> str:
 
 def find_splits(root: Path) -> dict[str, Path]:
     """Return the folders of the splits that are there, or {"all": root} if `root` itself contains the classes."""
-    folders = {name: root / name for name in SPLIT_NAMES if (root / name).is_dir()}
-    # A class may be named train or test, so a single such folder without subfolders is treated as a class.
-    has_folders = any(visible_folders(folder) for folder in folders.values())
-    return folders if len(folders) > 1 or has_folders else {"all": root}
+    return {name: root / name for name in split_folders(root)} or {"all": root}
 
 
 def merged(folders: dict[str, list[str]]) -> dict[str, list[str]]:

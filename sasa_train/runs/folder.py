@@ -199,6 +199,24 @@ def load_saved_config(path: Path, overrides: Sequence[str]) -> TrainConfig:
         return load_config_file(path / "config.yaml", overrides)
 
 
+def begun_config(config: TrainConfig, run_name: str) -> TrainConfig | None:
+    """Return the config of the run or checkpoint that `config` continues, or None for a new run; lock nothing.
+
+    Raises:
+        ConfigError: the folder or its config is damaged.
+        CheckpointError: the checkpoint given by `resume` is damaged.
+    """
+    wanted = Path(config.output_dir) / run_name
+    if config.resume == "never":
+        return None
+    folder = wanted if config.resume == "auto" else _folder_started_from(wanted, config.resume) or Path(config.resume)
+    if folder.is_file():
+        return load_config(load_checkpoint(folder)["config"], source=str(folder))
+    check_entries(folder)
+    has_begun = (folder / "config.yaml").exists() or (folder / "checkpoints/last.pt").exists()
+    return load_saved_config(folder, []) if has_begun else None
+
+
 def check_trajectory(checkpoint: dict[str, Any], config: TrainConfig, path: Path) -> None:
     """Raise ConfigError if keys that affect results have changed since the checkpoint, unless the user allows it."""
     saved = load_config(checkpoint["config"], source=f"the config in the checkpoint of {path}")

@@ -1,5 +1,6 @@
 """The ledger of a sweep, a JSON file with each job's overrides, state, tries, end reason and metrics."""
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable
@@ -7,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sasa_train.config.saved import load_config_file
 from sasa_train.files import read_regular, write_atomic
 from sasa_train.machine import now
 from sasa_train.refusal import ConfigError, shorten
@@ -90,6 +92,9 @@ class Job:
         if not rows or rows[-1] == self.last:
             return False
         self.last, self.best = rows[-1], max(rows, key=lambda row: row["top1"])
+        if not self.epochs:  # the run chose them from its images
+            with contextlib.suppress(ConfigError):
+                self.epochs = load_config_file(run_dir / "config.yaml").trainer.epochs
         return True
 
 

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def provenance(config: TrainConfig) -> tuple[dict[str, Any], str]:
     name = f"changes-{hashlib.sha256(difference.encode(errors='surrogateescape')).hexdigest()[:8]}.diff"
     made_by = {
         "command": shlex.join(sys.argv),
-        "reproduce": shlex.join([*_launcher(), *as_overrides(config)]),
+        "reproduce": shlex.join([*_launcher(), *as_overrides(replace(config, derive=[]))]),
         "seed": config.seed,
         "directory": os.getcwd(),
         "commit": _git("rev-parse", "HEAD"),

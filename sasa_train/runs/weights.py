@@ -35,11 +35,12 @@ SOURCES = "a checkpoint, a run folder, a .safetensors file, a hub folder (model.
 
 @dataclass
 class Weights:
-    """Weights and what their source states: `classes`, `preprocessing` and `model_overrides`, which build the model."""
+    """Weights and what their source states: classes, preprocessing, the keys of its model, and its image size."""
 
     state_dict: StateDict
     classes: list[str] | None = None
-    model_overrides: str | None = None
+    model: dict[str, Any] = field(default_factory=dict)  # name, and those of MODEL_KEYS that are set
+    image_size: int | None = None
     preprocessing: Stated = field(default_factory=dict)
     sha256: str = ""  # of the file, or of the tensors of timm's published weights
 
@@ -54,7 +55,8 @@ def read_weights(config: TrainConfig) -> Weights:
     if source == PUBLISHED:
         model = build_published(config.model.name, resolved_image_size(config.data))
         state_dict, stated = model.state_dict(), stated_by_timm(cast(dict, model.pretrained_cfg))
-        return Weights(state_dict, preprocessing=stated, sha256=_digest(state_dict))
+        size = cast(dict, model.pretrained_cfg)["input_size"][-1]
+        return Weights(state_dict, image_size=size, preprocessing=stated, sha256=_digest(state_dict))
     path = weights_file(source)
     try:
         digest, weights = sha256_of(path), _read(path)
@@ -97,7 +99,8 @@ def load_into(model: nn.Module, weights: Weights, classes: list[str], source: st
     try:
         return load_pretrained(model, weights.state_dict, weights.classes in (None, classes))
     except ConfigError as error:
-        remedy = f"; its own model: {weights.model_overrides}" if weights.model_overrides else ""
+        overrides = " ".join(f"model.{key}={as_written(value)}" for key, value in weights.model.items())
+        remedy = f"; its own model: {overrides}" if overrides else ""
         raise ConfigError(f"model.pretrained={printable(source)}: {error}{remedy}") from error
 
 
@@ -129,15 +132,14 @@ def _of_checkpoint(checkpoint: dict[str, Any]) -> Weights:
     return Weights(_tensors(averaged), checkpoint["classes"], *_stated(checkpoint["config"]))
 
 
-def _stated(yaml_text: str) -> tuple[str | None, Stated]:
-    """Return a saved config's model as overrides, and its preprocessing; nothing if it has keys of a later version."""
+def _stated(yaml_text: str) -> tuple[dict[str, Any], int | None, Stated]:
+    """Return a saved config's model, image size and preprocessing; nothing if it has keys of a later version."""
     try:
         config = load_config(yaml_text)
     except ConfigError:
-        return None, {}
+        return {}, None, {}
     given = {key: value for key in ("name", *MODEL_KEYS) if (value := getattr(config.model, key)) is not None}
-    overrides = " ".join(f"model.{key}={as_written(value)}" for key, value in given.items())
-    return overrides, stated_by_config(config.data)
+    return given, resolved_image_size(config.data), stated_by_config(config.data)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, str], StateDict]:
@@ -151,8 +153,8 @@ def _of_safetensors(path: Path) -> Weights:
     described, state_dict = read_safetensors(path)
     of_hub = bytes_of(path.with_name("config.json")) or ""
     classes = _class_names(described.get("classes", "")) or _class_names(of_hub)
-    overrides, stated = _stated(described["config"]) if "config" in described else (None, {})
-    return Weights(_tensors(clean_state_dict(state_dict)), classes, overrides, stated or stated_by_json(of_hub))
+    model, size, stated = _stated(described.get("config", "seed: unknown"))
+    return Weights(_tensors(clean_state_dict(state_dict)), classes, model, size, stated or stated_by_json(of_hub))
 
 
 def _class_names(text: str | bytes) -> list[str] | None:

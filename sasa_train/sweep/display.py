@@ -56,7 +56,7 @@ def table_of(processes: Processes) -> list[str]:
         clock = duration(time.monotonic() - running.started)
         where = f"  GPU {','.join(gpus)}" if (gpus := processes.places[running.place]) else ""
         number = f"  try {len(job.tries)}" if len(job.tries) > 1 else ""
-        lines.append(f"  epoch {epoch:>3}/{job.epochs:<3}  top1 {top1}  {clock:>12}{where}{number}  {job.label}")
+        lines.append(f"  epoch {epoch:>3}/{job.epochs or '?':<3}  top1 {top1}  {clock:>12}{where}{number}  {job.label}")
     return [printable(line)[: size.columns - 1] for line in lines]
 
 

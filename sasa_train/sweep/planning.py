@@ -16,13 +16,14 @@ from omegaconf import OmegaConf
 from sasa_train.config.bounds import key
 from sasa_train.config.compose import compose_config, quote_texts
 from sasa_train.config.groups import choices, config_dir
-from sasa_train.config.identity import default_run_name
-from sasa_train.config.keys import NOT_TRAJECTORY, key_table, text_keys
+from sasa_train.config.identity import run_name_in
+from sasa_train.config.keys import NOT_TRAJECTORY, TrainConfig, key_table, text_keys
 from sasa_train.config.overrides import (
     TEXT_KEYS,
     UNREADABLE,
     check_override_keys,
     expand,
+    for_own_images,
     nearest,
     parse_overrides,
 )
@@ -92,7 +93,7 @@ def read_plan(overrides: Sequence[str]) -> SweepPlan:
     given = [str(o.input_line) for o in parsed if o not in ours and str(o.input_line) not in hydra]
     config = _read_config(ours)
     given_keys = {o.key_or_group for o in parse_overrides(given)}
-    common = [o for o in config.overrides if _key(o) not in given_keys] + given
+    common = for_own_images([o for o in config.overrides if _key(o) not in given_keys] + given)
     rows = [[o for o in row if _key(o) not in given_keys] for row in config.rows] or [[]]
     for row in rows:
         check_override_keys([*common, *row], is_sweep=True)
@@ -109,7 +110,7 @@ def read_plan(overrides: Sequence[str]) -> SweepPlan:
         raise ConfigError(f"sweep.num_trials={config.num_trials}: a search has no rows; put them into its space")
     if is_search and not swept:
         raise ConfigError(f"sweep.num_trials={config.num_trials}: nothing to search; give a key several values")
-    jobs = [] if is_search else _jobs([[*common, *row] for row in rows], {_key(o) for o in fixed})
+    jobs = [] if is_search else _jobs([[*common, *row] for row in rows], {_key(o) for o in fixed}, folder)
     return SweepPlan(config, folder, fixed, swept if is_search else [], jobs, hydra)
 
 
@@ -190,11 +191,11 @@ def _default_name(stem: str | None, fixed: list[str], swept: list[str]) -> str:
     return re.sub(r"[^A-Za-z0-9_.=,+-]+", "-", "-".join([*parts, digest]))
 
 
-def _jobs(rows: list[list[str]], fixed_keys: set[str]) -> list[Job]:
+def _jobs(rows: list[list[str]], fixed_keys: set[str], folder: Path) -> list[Job]:
     """Return the jobs of all rows without duplicates."""
     grids = [expand(row) for row in rows]
     jobs: dict[str, Job] = {}
-    for job in (build_job(list(overrides), fixed_keys) for grid in grids for overrides in grid):
+    for job in (build_job(list(overrides), fixed_keys, folder) for grid in grids for overrides in grid):
         equal = jobs.setdefault(job.name, job)
         if set(equal.overrides) != set(job.overrides):
             raise ConfigError(
@@ -203,15 +204,20 @@ def _jobs(rows: list[list[str]], fixed_keys: set[str]) -> list[Job]:
     return list(jobs.values())
 
 
-def build_job(overrides: list[str], fixed_keys: set[str]) -> Job:
-    """Build and name a job; if its config is invalid, mark it as refused so that the others can still run."""
+def build_job(overrides: list[str], fixed_keys: set[str], folder: Path) -> Job:
+    """Build and name a job for `folder`; if its config is invalid, mark it as refused so that the others can still run."""
     label = " ".join(o for o in overrides if _key(o) not in fixed_keys) or "all as given"
     try:
         config = compose_config(overrides)
-        return Job(default_run_name(config), overrides, label, config.trainer.epochs)
+        return Job(run_name_in(str(folder), config), overrides, label, _epochs(config))
     except ConfigError as error:
         digest = hashlib.sha256(json.dumps(overrides).encode()).hexdigest()[:8]
         return Job(f"refused-{digest}", overrides, label, state="refused", reason=str(error))
+
+
+def _epochs(config: TrainConfig) -> int:
+    """Return the epochs of a run, or 0 if they are chosen from the images when it begins."""
+    return 0 if "trainer.epochs" in config.derive else config.trainer.epochs
 
 
 def _key(override: str) -> str:

@@ -114,7 +114,7 @@ class Search(JobList):
         It may have ended in a search that was killed, in another worker, or as the job of an identical trial.
         """
         values = [f"{key}={value}" for key, value in trial.params.items()]
-        job = self.ledger.add(build_job([*self.plan.fixed, *values], self.fixed_keys))
+        job = self.ledger.add(build_job([*self.plan.fixed, *values], self.fixed_keys, self.plan.folder))
         if trial.number not in job.trials:
             job.trials.append(trial.number)
         state = getattr(trial, "state", None)  # a new trial has no state

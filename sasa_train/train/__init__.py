@@ -16,7 +16,7 @@ from sasa_train.config.bounds import print_entry, print_keys
 from sasa_train.config.compose import compose_config
 from sasa_train.config.groups import GROUPS, choices
 from sasa_train.config.keys import TrainConfig, key_table
-from sasa_train.config.overrides import check_override_keys, chooses_group, expand, parse_overrides
+from sasa_train.config.overrides import check_override_keys, chooses_group, expand, for_own_images, parse_overrides
 from sasa_train.config.rules import check_world_size
 from sasa_train.config.saved import to_yaml
 from sasa_train.files import inside
@@ -32,7 +32,7 @@ Train an image classifier into a folder of its own in outputs/. The same command
 
   sasa-train experiment=quickstart                                    a first run, two minutes on a CPU
   sasa-train model=hybrid_resnet26 data=cifar10 trainer.epochs=100
-  sasa-train data=image_folder data.root=/path/to/images              your own: train/ and val/, one folder per class
+  sasa-train data.root=/path/to/images                                your own, one folder per class
   sasa-train resume=outputs/RUN_NAME                                  go on with this run
   sasa-train experiment=quickstart --cfg                              print all keys with their values; train nothing
   sasa-train experiment=quickstart seed=0,1,2 -m                      a plain Hydra sweep; sasa-sweep can do more
@@ -109,8 +109,9 @@ def read_config(arguments: list[str]) -> TrainConfig:
         # Permission to change keys applies to a single continuation only.
         config = load_saved_config(folder, ["allow_config_change=[]", *arguments])
     else:
-        config = compose_config(arguments)
-    check_world_size(config, world_size())
+        config = compose_config(for_own_images(arguments))
+    if not config.derive:  # otherwise, the batch is checked once it has been chosen
+        check_world_size(config, world_size())
     if config.resume == "never" and max_restarts():
         raise ConfigError(
             f"resume=never with torchrun --max-restarts={max_restarts()}: each restart would begin a new run; leave it "
@@ -127,7 +128,7 @@ def multirun(arguments: list[str]) -> int:
     """
     from sasa_train.training.hydra_launch import launch
 
-    overrides = [a for a in arguments if a not in ("-m", "--multirun")]
+    overrides = for_own_images([a for a in arguments if a not in ("-m", "--multirun")])
     check_override_keys(overrides, is_sweep=True)
     of_hydra = [o for o in overrides if parse_overrides([o])[0].key_or_group.startswith("hydra")]
     if sweepers := [o for o in of_hydra if "hydra/sweeper" in o or "hydra.sweeper" in o]:

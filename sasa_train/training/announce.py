@@ -1,6 +1,7 @@
 """Format the summaries that a run prints before its first step and after its last."""
 
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from sasa_train.training.state import TrainState
 
 def describe_keys(config: TrainConfig, run_dir: Path) -> str:
     """Format the keys that differ from the defaults; config.yaml has all of them."""
-    keys = textwrap.wrap("  ".join(as_overrides(config)), 68, break_long_words=False, break_on_hyphens=False)
+    keys = textwrap.wrap(
+        "  ".join(as_overrides(replace(config, derive=[]))), 68, break_long_words=False, break_on_hyphens=False
+    )
     return table({"run folder": f"{run_dir}, where config.yaml has all keys", "keys": f"\n{'':<12}".join(keys)})
 
 

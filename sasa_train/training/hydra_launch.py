@@ -103,7 +103,7 @@ def _train_job(ended: list[int], composed: DictConfig) -> int:
     stop = StopRequest()
     code = FAILED
     try:
-        code = train_safely(to_config(composed), stop)
+        code = train_safely(to_config(composed, HydraConfig.get().overrides.task), stop)
     except ConfigError as error:
         code = fail(error)
     except Exception:

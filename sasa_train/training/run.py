@@ -17,7 +17,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from sasa_train.config.identity import default_run_name
+from sasa_train.config.identity import run_name_in
 from sasa_train.config.keys import TrainConfig
 from sasa_train.config.saved import as_begun
 from sasa_train.data.fingerprint import differences
@@ -49,6 +49,7 @@ from sasa_train.training.optim import (
     try_loaded,
     try_optimizer,
 )
+from sasa_train.training.own_images import settle_open_keys
 from sasa_train.training.state import TrainState, build_state
 from sasa_train.training.step import Stepper
 
@@ -63,7 +64,9 @@ def train(config: TrainConfig, stop: StopRequest) -> bool:
             weights are never saved.
         OutOfMemoryError: a step does not fit in memory; the message names the keys to change.
     """
-    run_name = config.run_name or default_run_name(config)
+    run_name = collectives.from_first(lambda: config.run_name or run_name_in(config.output_dir, config))
+    # The first process alone chooses, because it alone accesses the run folder.
+    config = collectives.from_first(lambda: settle_open_keys(config, run_name), ConfigError, CheckpointError)
     plan = collectives.everywhere(lambda: plan_buildable(config), ConfigError)
     run = open_together(plan.config, run_name)
     with run.lock or contextlib.nullcontext():
