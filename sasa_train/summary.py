@@ -5,7 +5,8 @@ from functools import partial
 from sasa_train.commands import end_command
 from sasa_train.config.compose import compose_config
 from sasa_train.config.derived import expected_num_classes, resolved_image_size
-from sasa_train.config.keys import MODEL_KEYS, TrainConfig
+from sasa_train.config.keys import MODEL_KEYS, TrainConfig, with_values
+from sasa_train.config.overrides import for_own_images
 from sasa_train.paper import ROWS, Row
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import fail
@@ -37,8 +38,9 @@ def run_command(arguments: list[str]) -> int:
         print_paper(ROWS if arguments else tuple(row for row in ROWS if row.table == 1))
         return 0
     try:
-        names_data = any(a.startswith(("data=", "experiment=")) for a in arguments)
-        print_model(compose_config(arguments if names_data else ["data=imagenet", *arguments]))
+        overrides = for_own_images(arguments)
+        names_data = any(a.startswith(("data=", "experiment=")) for a in overrides)
+        print_model(_chosen(compose_config(overrides if names_data else ["data=imagenet", *overrides])))
     except ConfigError as error:
         return fail(error)
     return 0
@@ -59,6 +61,17 @@ def print_paper(rows: tuple[Row, ...]) -> None:
         print(f"{row.table:<7}{row.label:<33} {numbers}")
     print("\ntop1 as the paper prints it, not measured here; Tables 3 and 5 are on 4 % held out of train.")
     print("Where ours does not round to the printed figure: docs/paper.md")
+
+
+def _chosen(config: TrainConfig) -> TrainConfig:
+    """Return the config of a run that would begin now, with the number of classes that its images have."""
+    if not config.derive:
+        return config
+    from sasa_train.training.own_images import choose
+
+    config, facts = choose(config)
+    print()
+    return with_values(config, {"model.num_classes": config.model.num_classes or facts.num_classes})
 
 
 def print_model(config: TrainConfig) -> None:

@@ -174,7 +174,7 @@ def test_of_the_two_batch_keys_the_new_one_decides():
         (["batch_size=32"], "did you mean trainer.global_batch_size?"),
         (["lr=0.1"], "did you mean optimizer.lr?"),
         (["model=resnet18"], "model=timm model.name=resnet18"),
-        (["data=/photos"], "data=image_folder data.root=/photos"),
+        (["data=/photos"], "your own images: data.root=/photos"),
     ],
 )
 def test_what_newcomers_type_is_answered_with_what_to_type(arguments, line, in_process):

@@ -359,8 +359,8 @@ def split_folders(root: Path) -> list[str]:
 
 
 def holds_class_folders(root: Path) -> bool:
-    """Whether the folders in `root` are classes rather than splits, and there are no tar shards."""
-    return root.is_dir() and bool(visible_folders(root)) and not split_folders(root) and not holds_shards(root)
+    """Whether the folders in `root`, if there are any, are classes rather than splits, and there are no tar shards."""
+    return root.is_dir() and not split_folders(root) and not holds_shards(root)
 
 
 def _load_val(root: Path, split: str | None) -> tuple[ImageSet, str]:
@@ -398,7 +398,7 @@ def has_train(config: DataConfig) -> bool:
     """Whether the images to train on are there; those of torchvision's CIFAR may be downloaded."""
     root = Path(config.root)
     is_known = config.name == "digits" or reads_torchvision(config)
-    is_in_root = config.holdout_fraction > 0 and holds_class_folders(root)
+    is_in_root = config.holdout_fraction > 0 and holds_class_folders(root) and bool(visible_folders(root))
     return is_known or is_in_root or (root / "train").is_dir() or holds_shards(root)
 
 

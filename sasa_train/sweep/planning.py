@@ -205,7 +205,7 @@ def _jobs(rows: list[list[str]], fixed_keys: set[str], folder: Path) -> list[Job
 
 
 def build_job(overrides: list[str], fixed_keys: set[str], folder: Path) -> Job:
-    """Build and name a job for `folder`; if its config is invalid, mark it as refused so that the others can still run."""
+    """Build and name a job for `folder`; one with an invalid config is marked as refused, and the others can run."""
     label = " ".join(o for o in overrides if _key(o) not in fixed_keys) or "all as given"
     try:
         config = compose_config(overrides)

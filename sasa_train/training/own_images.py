@@ -64,14 +64,14 @@ def settle_open_keys(config: TrainConfig, run_name: str) -> TrainConfig:
     if not config.derive:
         return config
     begun = begun_config(config, run_name)
-    config = as_begun(config, to_yaml(begun)) if begun is not None else choose(config)
+    config = as_begun(config, to_yaml(begun)) if begun is not None else choose(config)[0]
     validate(config)
     check_world_size(config, world_size())
     return config
 
 
-def choose(config: TrainConfig) -> TrainConfig:
-    """Look at the images, choose the keys in `derive`, and print each choice with its reason."""
+def choose(config: TrainConfig) -> tuple[TrainConfig, Facts]:
+    """Look at the images, choose the keys in `derive`, and print each choice with its reason; see `look`."""
     config, facts = look(config)
     for key, rule in RULES.items():
         if key in config.derive:
@@ -79,7 +79,7 @@ def choose(config: TrainConfig) -> TrainConfig:
             config = with_values(config, {key: value})
             if value is not None:
                 say(f"chosen      {key}={as_written(value)}: {reason}")
-    return config
+    return config, facts
 
 
 def look(config: TrainConfig) -> tuple[TrainConfig, Facts]:

@@ -1,0 +1,204 @@
+"""Check the run that data.root=FOLDER alone begins: what it chooses from the images, says, saves and keeps."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from reading_runs import rows
+
+from sasa_train.config.compose import compose_config
+from sasa_train.config.identity import default_run_name, run_name_in
+from sasa_train.config.keys import TrainConfig, flatten
+from sasa_train.config.overrides import for_own_images
+from sasa_train.config.saved import load_config_file
+from sasa_train.runs.weights import Weights
+from sasa_train.sweep.planning import read_plan
+from sasa_train.training.own_images import RULES, Facts, look
+
+SHORT = ("trainer.epochs=2", "trainer.log_every_steps=1", "data.num_workers=0")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Create a folder of 12 x 10 pixel images in three class folders: 20 red, 12 green and 2 blue ones."""
+    rng = np.random.default_rng(0)
+    for channel, (name, count) in enumerate({"red": 20, "green": 12, "blue": 2}.items()):
+        folder = tmp_path / "my photos" / name
+        folder.mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 80, (10, 12, 3), dtype=np.uint8)
+            pixels[..., channel] += 150
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    return tmp_path / "my photos"
+
+
+def only_run(tmp_path: Path) -> Path:
+    (found,) = (tmp_path / "outputs").iterdir()
+    return found
+
+
+def with_choices(facts: Facts, *overrides: str) -> TrainConfig:
+    config = compose_config(["experiment=my_images", *overrides])
+    for key, rule in RULES.items():
+        if key in config.derive:
+            group, _, name = key.partition(".")
+            setattr(getattr(config, group), name, rule(config, facts)[0])
+    return config
+
+
+def test_one_line_trains_and_a_stopped_run_keeps_what_it_chose(photos, tmp_path, in_process):
+    line = ["data.root=my photos", *SHORT]
+    said = in_process("train", *line, "trainer.max_hours=1e-9", expect=75).stdout
+    run = only_run(tmp_path)
+    assert run.name.startswith("my-photos-e2-s0-")
+    assert "a fixed part of each class, 7 of 34 images, is held out as val" in said
+    assert "data.image_size=8: the images' shorter sides have a median of 10 pixels" in said
+    assert "27 train and 7 val images of 8 pixels, 3 classes" in said
+    began = load_config_file(run / "config.yaml")
+    assert (began.data.holdout_fraction, began.trainer.global_batch_size, began.model.width) == (0.2, 4, 0.25)
+    assert "trainer.global_batch_size" in began.derive and "trainer.epochs" not in began.derive
+
+    # With three times as many images, other values would be chosen.
+    for i in range(60):
+        shutil.copy(photos / "red/0.png", photos / f"red/new-{i}.png")
+    message = in_process("train", *line, expect=2).stderr
+    assert "the images are not those that this run began with" in message
+    said = in_process("train", *line, "allow_config_change=[data.root]").stdout
+    assert "chosen" not in said
+    now = flatten(load_config_file(run / "config.yaml"))
+    may_change = {"trainer.max_hours", "allow_config_change"}
+    assert {key for key, value in flatten(began).items() if now[key] != value} == may_change
+    assert "is finished" in in_process("train", f"resume={run}", "allow_config_change=[data.root]").stdout
+
+
+def test_what_is_set_later_is_no_choice_any_more(photos, tmp_path, in_process):
+    in_process("train", "data.root=my photos", "trainer.max_steps=1", *SHORT[1:])
+    run = only_run(tmp_path)
+    longer = [f"resume={run}", "trainer.epochs=20", "trainer.max_steps=2"]
+    message = in_process("train", *longer, expect=2).stderr
+    assert "trainer.epochs: 100 -> 20" in message
+    in_process("train", *longer, "allow_config_change=[trainer.epochs,trainer.max_steps]")
+    config = load_config_file(run / "config.yaml")
+    assert config.trainer.epochs == 20 and "trainer.epochs" not in config.derive
+    assert rows(run)[-1]["step"] == 2
+
+
+@pytest.mark.parametrize("num_images", [30, 100, 300, 5000, 100_000])
+def test_an_epoch_has_20_steps_where_the_images_suffice(num_images):
+    config = with_choices(Facts(num_images, 12, side=64))
+    steps = num_images // config.trainer.global_batch_size
+    assert steps >= 20 or config.trainer.global_batch_size == 4
+    assert 20 <= config.trainer.epochs <= 100
+    assert config.schedule.warmup_epochs < config.trainer.epochs
+
+
+def test_small_images_get_a_small_net_and_a_gpu_takes_larger_ones():
+    small, large = with_choices(Facts(300, 12, side=30)), with_choices(Facts(50_000, 12, side=500, has_cuda=True))
+    assert (small.data.image_size, small.model.stem, small.model.width) == (24, "conv_small", 0.25)
+    assert (large.data.image_size, large.model.stem, large.model.width) == (224, None, None)
+
+
+def test_a_key_or_group_that_is_set_is_not_chosen():
+    config = with_choices(Facts(300, 12, side=64), "model=sasa_resnet50", "trainer.epochs=7", "optimizer=sgd")
+    assert not any(key.startswith(("model.", "optimizer.")) or key == "trainer.epochs" for key in config.derive)
+    assert (config.model.name, config.model.width, config.trainer.epochs) == ("sasa_resnet50", None, 7)
+    assert (config.optimizer.name, config.optimizer.lr) == ("sgd", 0.1)
+    accumulating = with_choices(Facts(300, 12, side=64), "trainer.grad_accum_steps=6")
+    assert accumulating.trainer.global_batch_size % 6 == 0
+
+
+def test_fine_tuning_takes_the_model_of_the_weights():
+    source = Weights({}, model={"name": "sasa_resnet38", "width": 0.125, "kernel_size": 9}, image_size=40)
+    config = with_choices(Facts(300, 12, side=500, source=source), "model.pretrained=x")
+    assert (config.model.name, config.model.width, config.model.kernel_size) == ("sasa_resnet38", 0.125, 9)
+    assert (config.data.image_size, config.model.num_heads) == (40, None)
+    scratch = with_choices(Facts(300, 12, side=500))
+    assert config.optimizer.lr < scratch.optimizer.lr and config.trainer.epochs < scratch.trainer.epochs
+
+
+def test_only_a_root_without_other_words_means_own_images():
+    assert for_own_images(["data.root=x", "seed=1,2"])[0] == "experiment=my_images"
+    assert for_own_images(["data.root=x", "model.pretrained=y", "resume=never"])[0] == "experiment=finetune"
+    for words in (["data=cifar10"], ["experiment=debug"], ["resume=outputs/x"], ["data.name=digits"]):
+        assert for_own_images(["data.root=x", *words]) == ["data.root=x", *words]
+    (job,) = read_plan(["data.root=x"]).jobs
+    assert job.overrides == ["experiment=my_images", "data.root=x"] and job.name.startswith("x-s0-")
+
+
+def test_a_hydra_sweep_and_the_summary_choose_as_the_run_does(photos, tmp_path, in_process):
+    in_process("train", "data.root=my photos", "trainer.max_steps=1", *SHORT, "seed=0,1", "-m")
+    widths = {load_config_file(p).model.width for p in (tmp_path / "outputs").glob("my-photos-*/config.yaml")}
+    assert widths == {0.25}
+    said = in_process("summary", "data.root=my photos").stdout
+    assert "hybrid_resnet26: 3 classes, 8 x 8 pixels" in said and "chosen      model.width=0.25" in said
+
+
+def test_a_run_that_began_as_image_folder_is_found_by_its_command(image_folder, tmp_path, in_process):
+    """Runs on own images were named image_folder-...; they are named after the folder of the images now."""
+    line = ["data=image_folder", "data.root=images", "data.image_size=8", "model.width=0.125", "model.num_heads=2"]
+    line += [*SHORT, "trainer.global_batch_size=9"]
+    in_process("train", *line, "trainer.max_hours=1e-9", expect=75)
+    run = only_run(tmp_path)
+    config = compose_config(line)
+    assert run.name == default_run_name(config) and run.name.startswith("images-sasa_resnet26-e2-s0-")
+    earlier = run.rename(run.with_name(run.name.replace("images-", "image_folder-")))
+    assert run_name_in(str(earlier.parent), config) == earlier.name
+    in_process("train", *line)
+    assert only_run(tmp_path) == earlier and rows(earlier)[-1]["epoch"] == 2
+
+
+def beside_train(root: Path) -> None:
+    shutil.rmtree(root / "val")
+    shutil.copytree(root / "train/red", root / "green")
+
+
+def one_class(root: Path) -> None:
+    shutil.rmtree(root / "val")
+    shutil.rmtree(root / "train/red")
+
+
+def no_class_folders(root: Path) -> None:
+    shutil.rmtree(root / "val")
+    for path in root.glob("train/*/?.png"):
+        path.rename(root / f"{path.parent.name}-{path.name}")
+    shutil.rmtree(root / "train")
+
+
+def empty_classes(root: Path) -> None:
+    no_class_folders(root)
+    (root / "red").mkdir()
+    (root / "blue").mkdir()
+
+
+@pytest.mark.parametrize(
+    "spoil,message",
+    [
+        (beside_train, "holds train/ and, beside it, other folders of images (green): move them into train/"),
+        (one_class, "blue is the only class, but at least two are needed"),
+        (no_class_folders, "images: holds no class folder (found blue-0.png, "),
+        (empty_classes, "no image of the classes blue, red; add images"),
+        (shutil.rmtree, "data.root=images: there is no such folder"),
+    ],
+)
+def test_folders_that_are_not_a_set_are_refused_with_what_was_found(image_folder, tmp_path, in_process, spoil, message):
+    spoil(image_folder)
+    assert message in in_process("train", "data.root=images", expect=2).stderr
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_val_or_test_is_taken_where_it_is_there_and_else_a_part_of_train(image_folder, tmp_path, in_process):
+    config = compose_config(["experiment=my_images", f"data.root={image_folder}"])
+
+    def found() -> tuple[int, float]:
+        settled, facts = look(config)
+        return facts.num_images, settled.data.holdout_fraction
+
+    assert found() == (18, 0.0)
+    (image_folder / "val").rename(image_folder / "test")
+    assert found() == (18, 0.0)
+    shutil.rmtree(image_folder / "test")
+    assert found() == (15, 0.2)
+    said = in_process("train", "data.root=images", "trainer.max_steps=1", *SHORT).stdout
+    assert "15 train and 3 val images" in said and "3 of 18 images, is held out as val" in said
