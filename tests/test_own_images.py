@@ -1,10 +1,12 @@
 """Check the run that data.root=FOLDER alone begins: what it chooses from the images, says, saves and keeps."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from reading_runs import rows
 
@@ -116,6 +118,21 @@ def test_fine_tuning_takes_the_model_of_the_weights():
     assert (config.data.image_size, config.model.num_heads) == (40, None)
     scratch = with_choices(Facts(300, 12, side=500))
     assert config.optimizer.lr < scratch.optimizer.lr and config.trainer.epochs < scratch.trainer.epochs
+
+
+def test_weights_in_the_line_are_fine_tuned(photos, tmp_path, in_process, tiny_run):
+    line = ["data.root=my photos", *SHORT, "trainer.max_steps=1"]
+    told = in_process("train", *line, f"model.pretrained={tiny_run}")
+    assert "decay" not in told.stderr  # timm's warning about another model
+    said = told.stdout
+    config, source = (load_config_file(run / "config.yaml") for run in (only_run(tmp_path), tiny_run))
+    assert config.model == dataclasses.replace(source.model, pretrained=str(tiny_run))
+    assert f"model.width=0.125: as model.pretrained={tiny_run} has it" in said and "of the parameters" in said
+
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "bare.pt")
+    message = in_process("train", *line, "model.pretrained=bare.pt", expect=2).stderr
+    assert "bare.pt: does not say of which model it is; add model=..." in message
+    assert "add its name" in in_process("train", *line, "model.pretrained=timm", expect=2).stderr.lower()
 
 
 def test_only_a_root_without_other_words_means_own_images():

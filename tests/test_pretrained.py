@@ -193,7 +193,8 @@ def test_every_source_gives_the_averaged_weights(tiny_run, tmp_path):
         knows_classes = kind in ("run", "checkpoint", "copied", "exported", "hub")
         assert weights.classes == (expected["classes"] if knows_classes else None), kind
         knows_model = knows_classes and kind != "hub"
-        assert ("model.width=0.125" in (weights.model_overrides or "")) == knows_model, kind
+        assert (weights.model.get("width") == 0.125) == knows_model, kind
+        assert weights.image_size == (8 if knows_model else None), kind
     assert not torch.equal(expected["ema"]["fc.weight"], expected["model"]["fc.weight"])
 
 

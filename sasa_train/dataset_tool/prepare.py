@@ -41,7 +41,7 @@ def shard(root: Path, dest: Path, images_per_shard: int) -> int:
             )
     with locked(dest, f"DEST={dest}"):
         write_all_shards(dest, splits, images_per_shard)
-    print(f"\nnext   sasa-data verify {dest}\n       sasa-train data=image_folder data.root={dest} ...")
+    print(f"\nnext   sasa-data verify {dest}\n       sasa-train data.root={dest}")
     return 0
 
 

@@ -1,6 +1,7 @@
 """Build the optimizer and schedule with timm's factories. The learning rate depends only on the step."""
 
 import copy
+import dataclasses
 import inspect
 import warnings
 from collections.abc import Mapping
@@ -142,7 +143,9 @@ def try_optimizer(config: TrainConfig, device: torch.device) -> None:
     """Run one step with a tiny model; raise ConfigError if it fails."""
     # Many optimizers reject unsuitable arguments only in their first step.
     tiny = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 5)).to(device)
-    optimizer = build_optimizer(config, tiny)
+    # timm would warn that the layers of this model are not ordered.
+    in_one = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, layer_decay=None))
+    optimizer = build_optimizer(in_one, tiny)
     for parameter in tiny.parameters():
         parameter.grad = torch.full_like(parameter, 0.01)
     try:
