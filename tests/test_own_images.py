@@ -1,6 +1,8 @@
 """Check the run that data.root=FOLDER alone begins: what it chooses from the images, says, saves and keeps."""
 
 import dataclasses
+import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from reading_runs import rows
+from running_commands import launch
 
 from sasa_train.config.compose import compose_config
 from sasa_train.config.identity import default_run_name, run_name_in
@@ -72,6 +75,8 @@ def test_one_line_trains_and_a_stopped_run_keeps_what_it_chose(photos, tmp_path,
     now = flatten(load_config_file(run / "config.yaml"))
     may_change = {"trainer.max_hours", "allow_config_change"}
     assert {key for key, value in flatten(began).items() if now[key] != value} == may_change
+    again = shlex.split(json.loads((run / "run.json").read_text())["reproduce"])[1:]
+    assert flatten(compose_config(for_own_images(again))) | {"derive": began.derive} == now
     assert "is finished" in in_process("train", f"resume={run}", "allow_config_change=[data.root]").stdout
 
 
@@ -166,6 +171,13 @@ def test_a_run_that_began_as_image_folder_is_found_by_its_command(image_folder, 
     assert only_run(tmp_path) == earlier and rows(earlier)[-1]["epoch"] == 2
 
 
+@pytest.mark.slow
+def test_the_first_of_several_processes_chooses_for_all(photos, tmp_path):
+    code, said = launch(tmp_path, 2, "data.root=my photos", "trainer.max_steps=1", *SHORT)
+    assert code == 0 and said.count("chosen      trainer.global_batch_size=4") == 1, said
+    assert "4 = 2 processes x 1 x 2 images per step" in said
+
+
 def beside_train(root: Path) -> None:
     shutil.rmtree(root / "val")
     shutil.copytree(root / "train/red", root / "green")
@@ -205,14 +217,17 @@ def test_folders_that_are_not_a_set_are_refused_with_what_was_found(image_folder
     assert not (tmp_path / "outputs").exists()
 
 
-def test_val_or_test_is_taken_where_it_is_there_and_else_a_part_of_train(image_folder, tmp_path, in_process):
+def test_val_or_test_is_taken_where_it_is_there_and_else_a_part_of_train(image_folder, capsys, in_process):
     config = compose_config(["experiment=my_images", f"data.root={image_folder}"])
 
     def found() -> tuple[int, float]:
         settled, facts = look(config)
         return facts.num_images, settled.data.holdout_fraction
 
+    shutil.copytree(image_folder / "val/red", image_folder / "extra")
     assert found() == (18, 0.0)
+    assert "images: left out, folders beside train/: extra\n" in capsys.readouterr().err
+    shutil.rmtree(image_folder / "extra")
     (image_folder / "val").rename(image_folder / "test")
     assert found() == (18, 0.0)
     shutil.rmtree(image_folder / "test")

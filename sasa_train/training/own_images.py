@@ -4,6 +4,7 @@ The rules are in `RULES`. They are a pure function of the config and of `Facts` 
 killed before it saved anything makes the same choices again. docs/data.md describes them.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sasa_train.config.keys import DATA_SETS, MODEL_KEYS, OWN_MODELS, PUBLISHED, TrainConfig, with_values
+from sasa_train.config.keys import DATA_SETS, MODEL_KEYS, OWN_MODELS, PUBLISHED, SMALL_IMAGE, TrainConfig, with_values
 from sasa_train.config.overrides import as_written
 from sasa_train.config.rules import check_world_size, validate
 from sasa_train.config.saved import as_begun, to_yaml
@@ -28,6 +29,7 @@ from sasa_train.data.datasets import (
     split,
 )
 from sasa_train.data.listing import folders_with_images
+from sasa_train.data.shards import SPLIT_NAMES
 from sasa_train.device import uses_cuda
 from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import ConfigError
@@ -38,7 +40,7 @@ from sasa_train.terminal import printable, say, some
 MIN_STEPS = 20  # per epoch
 MAX_BATCH = 256
 NUM_SIZES = 64  # images whose sizes are looked at
-MAX_SIZE_CPU, MAX_SIZE_CUDA = 32, 224  # pixels
+MAX_SIZE_CPU, MAX_SIZE_CUDA = 64, 224  # pixels
 STEPS, STEPS_FINE = 1200, 400  # of the whole run, for few images
 Choice = tuple[Any, str]  # a value and its reason
 
@@ -117,8 +119,8 @@ def _find(config: TrainConfig) -> tuple[ImageSet, float]:
     if not root.is_dir():
         raise ConfigError(f"data.root={root}: there is no such folder; give one that has a folder of images per class")
     has_val = any(kind_of(root, name) for name in VAL_SPLITS[data.split]) and not holds_class_folders(root)
-    if not has_val and (root / "train").is_dir() and not holds_class_folders(root):
-        _check_beside_train(root)
+    if (root / "train").is_dir() and not holds_class_folders(root):
+        _check_beside_train(root, has_val)
     fraction = 0.0 if has_val or data.split is not None else 0.2
     train = load_train(with_values(config, {"data.holdout_fraction": fraction}).data)
     check_several(train)
@@ -127,13 +129,15 @@ def _find(config: TrainConfig) -> tuple[ImageSet, float]:
     return train, fraction
 
 
-def _check_beside_train(root: Path) -> None:
-    """Raise ConfigError if other folders than train/ hold images, which would be left out without a word."""
+def _check_beside_train(root: Path, has_val: bool) -> None:
+    """Refuse other folders of images beside train/, or only name them if there is a val/ or test/."""
     try:
-        others = [name for name in folders_with_images(root) if name != "train"]
+        others = [name for name in folders_with_images(root) if name not in SPLIT_NAMES]
     except OSError as error:
         raise ConfigError(f"{error.filename}: cannot be listed ({error.strerror})") from error
-    if others:
+    if others and has_val:
+        say(f"{printable(root)}: left out, folders beside train/: {some(others)}", sys.stderr)
+    elif others:
         raise ConfigError(
             f"data.root={printable(root)}: holds train/ and, beside it, other folders of images ({some(others)}): move "
             "them into train/ if they are classes, name one val/ if it is for validation, or move them away"
@@ -159,7 +163,7 @@ def _image_size(config: TrainConfig, facts: Facts) -> Choice:
     if config.model.name not in OWN_MODELS and "model.name" not in config.derive:
         return None, ""  # timm's models are made for a size, usually 224 pixels
     largest, device = (MAX_SIZE_CUDA, "a GPU") if facts.has_cuda else (MAX_SIZE_CPU, "a CPU")
-    step = 8 if min(facts.side, largest) <= 64 else 32
+    step = 8 if min(facts.side, largest) <= SMALL_IMAGE else 32
     size = max(min(facts.side, largest) // step * step, 8)
     return size, f"the images' shorter sides have a median of {facts.side} pixels; {largest} at most on {device}"
 
@@ -190,8 +194,9 @@ def _small_net(config: TrainConfig, facts: Facts) -> dict[str, Choice]:
     size = config.data.image_size or DATA_SETS[config.data.name].image_size
     if size <= 32:
         stem = "attention_small" if config.model.name.startswith("sasa") else "conv_small"
-        choices["stem"] = (stem, f"for images of {size} pixels it does not pool")
-        choices["kernel_size"] = (5, "a window that fits the small maps")
+        choices["stem"] = (stem, f"images of {size} pixels are too small for a stem that pools")
+    if size <= SMALL_IMAGE:
+        choices["kernel_size"] = (5, f"a window that fits the small maps of images of {size} pixels")
     if not facts.has_cuda or facts.num_images < 10_000:
         why = "on a CPU" if not facts.has_cuda else f"with {facts.num_images:,} images"
         choices["width"] = (0.25, f"a quarter of the channels, {why}")
