@@ -112,6 +112,10 @@ def test_a_key_or_group_that_is_set_is_not_chosen():
     assert not any(key.startswith(("model.", "optimizer.")) or key == "trainer.epochs" for key in config.derive)
     assert (config.model.name, config.model.width, config.trainer.epochs) == ("sasa_resnet50", None, 7)
     assert (config.optimizer.name, config.optimizer.lr) == ("sgd", 0.1)
+    assert (config.augment.policy, with_choices(Facts(300, 12, side=64), "augment=none").augment.policy) == (
+        "trivial_augment",
+        "none",
+    )
     accumulating = with_choices(Facts(300, 12, side=64), "trainer.grad_accum_steps=6")
     assert accumulating.trainer.global_batch_size % 6 == 0
 
