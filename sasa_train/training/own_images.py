@@ -5,6 +5,7 @@ killed before it saved anything makes the same choices again. docs/data.md descr
 """
 
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,8 +81,13 @@ def choose(config: TrainConfig) -> tuple[TrainConfig, Facts]:
             value, reason = rule(config, facts)
             config = with_values(config, {key: value})
             if value is not None:
-                say(f"chosen      {key}={as_written(value)}: {reason}")
+                _tell(key, value, reason)
     return config, facts
+
+
+def _tell(key: str, value: Any, reason: str) -> None:
+    text = f"chosen      {key}={as_written(value)}: {reason}"
+    say(textwrap.fill(text, 80, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False))
 
 
 def look(config: TrainConfig) -> tuple[TrainConfig, Facts]:
@@ -102,10 +108,8 @@ def look(config: TrainConfig) -> tuple[TrainConfig, Facts]:
     if config.data.holdout_fraction > 0:
         train, val = split(train, config.data.holdout_fraction)
     if "data.holdout_fraction" in config.derive and held_out > 0:
-        say(
-            f"chosen      data.holdout_fraction={held_out}: there is no val/ or test/, so a fixed part of each class, "
-            f"{len(val):,} of {num_found:,} images, is held out as val"
-        )
+        part = f"{len(val):,} of {num_found:,} images, a fixed part of each class"
+        _tell("data.holdout_fraction", held_out, f"no val/ or test/, so {part}, are held out as val")
     count = min(len(train), config.data.max_train_images or len(train))
     source = read_weights(config) if config.model.pretrained is not None else None
     return config, Facts(count, len(train.classes), _median_side(train), uses_cuda(config.trainer), source)
@@ -219,8 +223,7 @@ def _epochs(config: TrainConfig, facts: Facts) -> Choice:
     per_epoch = max(facts.num_images // config.trainer.global_batch_size, 1)
     wanted, fewest, most = (STEPS_FINE, 5, 30) if facts.source is not None else (STEPS, 20, 100)
     epochs = min(max(-(-wanted // per_epoch), fewest), most)
-    kind = "to fine-tune" if facts.source is not None else "to train"
-    return epochs, f"{epochs * per_epoch:,} steps {kind}: about {wanted:,}, in {fewest} to {most} epochs"
+    return epochs, f"{epochs * per_epoch:,} steps; the aim is {wanted:,}, within {fewest} to {most} epochs"
 
 
 def _warmup(config: TrainConfig, facts: Facts) -> Choice:
