@@ -1,10 +1,16 @@
 """The common style of all charts, which keeps them readable in greyscale and for colour-blind people."""
 
 import io
+import re
+from collections.abc import Iterator
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
+from matplotlib.ticker import MaxNLocator
 
 from sasa_train.terminal import printable
 
@@ -19,6 +25,7 @@ STYLES = (
 )
 SOLID = STYLES[1:]  # without the grey, which has too little contrast for points and lines
 MAGNITUDES = "cividis"  # a colour map whose lightness increases uniformly, also for colour-blind people
+SIGNED = "PuOr"  # a diverging one with white at zero, also for colour-blind people
 GRID = "#DDDDDD"
 WIDTH, DPI = 8.0, 150
 
@@ -41,11 +48,69 @@ def legend_below(figure: Figure, axis: Axes, num_columns: int = 2) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=num_columns, frameon=False, fontsize=8)
 
 
+def legend_label(name: str, num_columns: int = 2) -> str:
+    """Return a name as a label that fits into a legend of `num_columns` columns over the width of a figure."""
+    return fitted(name, WIDTH / num_columns - 0.75, 8)
+
+
+def set_title(figure: Figure, text: str, size: float = 9) -> None:
+    """Set the title of a figure, broken into lines of at most the figure's width."""
+    figure.suptitle(fitted(text, figure.get_figwidth() - 0.4, size, max_lines=9), fontsize=size)
+
+
+def as_percent(axis: Axis) -> None:
+    """Restrict an axis that shows an accuracy to what an accuracy can be, 0 to 100."""
+    low, high = axis.get_view_interval()
+    low, high = max(0.0, low), min(100.0, high)
+    axis.axes.set(**{f"{axis.axis_name}lim": (low, high) if low < high else (0, 100)})
+
+
+def as_epochs(axis: Axis) -> None:
+    """Label an axis with whole epochs or steps alone."""
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
 def as_label(name: str) -> str:
     """Return a file or class name, escaped so that matplotlib shows it unchanged."""
     # A dollar sign starts a formula, and a leading underscore excludes a name from legends.
     text = printable(name).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
+
+
+def fitted(name: str, inches: float, size: float, max_lines: int = 1) -> str:
+    """Return a name as a label of at most `max_lines` lines that are at most `inches` wide at a font size in points.
+
+    Lines end after a space or punctuation if possible. What does not fit into the last line is cut out of its middle,
+    because the names of classes and runs often differ at their ends.
+    """
+    return "\n".join(as_label(line) for line in _lines(printable(name), inches, size, max_lines))
+
+
+def _lines(text: str, inches: float, size: float, max_lines: int) -> Iterator[str]:
+    for _ in range(max_lines - 1):
+        if text_width(text, size) <= inches:
+            break
+        fits = next(n for n in range(len(text), 0, -1) if n == 1 or text_width(text[:n].rstrip(), size) <= inches)
+        ends = [found.end() for found in re.finditer(r"[\s,;:_/|.-]+", text[: fits + 1]) if found.end() <= fits]
+        end = ends[-1] if ends and ends[-1] > fits / 3 else fits
+        yield text[:end].rstrip()
+        text = text[end:].lstrip()
+    yield _without_middle(text, inches, size)
+
+
+def _without_middle(text: str, inches: float, size: float) -> str:
+    shown = text
+    for kept in range(len(text) - 1, 0, -1):
+        if text_width(shown, size) <= inches:
+            break
+        shown = f"{text[: kept - kept // 3]}…{text[len(text) - kept // 3 :]}"
+    return shown
+
+
+def text_width(text: str, size: float) -> float:
+    """Return the width in inches of a line of text at a font size in points."""
+    width, _, _ = text_to_path.get_text_width_height_descent(text, FontProperties(size=size), ismath=False)
+    return 1.04 * width / 72  # glyphs are rounded to whole pixels when they are drawn
 
 
 def rendered(figure: Figure, kind: str = "png") -> bytes:

@@ -20,7 +20,9 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     torch.set_num_threads(num_threads)
     os.environ.setdefault("OMP_NUM_THREADS", str(num_threads))
 
-pytest.register_assert_rewrite("attention_cases", "making_data", "reading_runs", "running_commands", "stem_cases")
+pytest.register_assert_rewrite(
+    "attention_cases", "making_data", "measuring_text", "reading_runs", "running_commands", "stem_cases"
+)
 
 Command = Callable[..., subprocess.CompletedProcess]
 

@@ -20,7 +20,7 @@ from sasa_train.runs.checkpoint import Checkpoints, load_checkpoint
 from sasa_train.runs.folder import RunFolder
 from sasa_train.training.log import RunLogger
 from sasa_train.training.memory import largest_micro_batch, settle_auto
-from sasa_train.training.snapshots import confusion_picture, contact_sheet, embedding_pictures
+from sasa_train.training.snapshots import captions_of, confusion_picture, contact_sheet, embedding_pictures
 
 CPU = torch.device("cpu")
 RUN = (*TINY, "run_name=run", "data.max_train_images=70")
@@ -47,13 +47,17 @@ def test_tensorboard_and_the_run_folder_hold_the_pictures(tmp_path, monkeypatch)
     assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.log_histograms=true", "augment.mixup=0.2") == 0
     run = tmp_path / "out/run"
     sheet = Image.open(run / "augmented.png")
-    assert sheet.size == (4 * 66 + 2, 4 * 66 + 2)  # 16 images of 8 pixels, enlarged to 64
+    assert sheet.size == (4 * 98 + 2, 4 * (98 + 26) + 2)  # 16 images of 8 pixels, enlarged to 96, above two lines
     events = board(run / "tensorboard")
     tags = events.Tags()
-    assert {"augmented", "val/confusion_best"} <= set(tags["images"])
-    assert "rel_embeddings/layer1.0.conv2" in tags["images"] and len(tags["images"]) == 2 + 9  # the stem and 8 blocks
+    assert {"visualize/augmented", "visualize/confusion_best"} <= set(tags["images"])
+    assert (
+        "visualize/rel_embeddings/layer1.0.conv2" in tags["images"] and len(tags["images"]) == 2 + 9
+    )  # the stem and 8 blocks
     best = max((row for row in rows(run) if row["split"] == "val"), key=lambda row: row["top1"])
-    assert events.Images("val/confusion_best")[-1].step == best["step"]
+    assert events.Images("visualize/confusion_best")[-1].step == best["step"]
+    # TensorBoard sorts its groups by name and opens on the first: scalars come before pictures and histograms.
+    assert max(tags["scalars"]) < min(tags["images"] + tags["distributions"] + tags["histograms"])
     assert "weights/fc.weight" in tags["distributions"] + tags["histograms"]
     assert len(events.Histograms("weights/fc.weight")) == 3  # one per evaluation
     assert {"perf/memory_mib", "perf/data_wait_fraction"} <= set(tags["scalars"])
@@ -138,9 +142,20 @@ def test_recalibrated_statistics_are_in_the_checkpoint(tmp_path, monkeypatch, ca
 
 def test_the_contact_sheet_shows_the_images():
     images = torch.arange(9, dtype=torch.uint8)[:, None, None, None].expand(9, 3, 32, 32)
-    sheet = contact_sheet(images)
-    assert sheet.dtype == torch.uint8 and sheet.shape == (3, 3 * 66 + 2, 3 * 66 + 2)
-    assert [int(sheet[0, 34 + 66 * (i // 3), 34 + 66 * (i % 3)]) for i in range(9)] == list(range(9))
+    sheet = contact_sheet(images, [f"{i}" * 40 for i in range(8)] + [""])
+    assert sheet.dtype == torch.uint8 and sheet.shape == (3, 3 * 124 + 2, 3 * 98 + 2)
+    assert [int(sheet[0, 50 + 124 * (i // 3), 50 + 98 * (i % 3)]) for i in range(9)] == list(range(9))
+    below = [sheet[:, 98 + 124 * (i // 3) :, 2 + 98 * (i % 3) :][:, :26, :96] for i in range(9)]
+    assert [bool((strip[:, :13] < 128).any() and (strip[:, 13:] < 128).any()) for strip in below] == [True] * 8 + [
+        False
+    ]
+    assert (sheet[:, :, [0, 1, 98, 99, -2, -1]] == 255).all()  # no caption leaves its column
+
+
+def test_captions_name_the_class_or_the_shares_of_mixed_labels():
+    assert captions_of(torch.tensor([1, 0]), ["cat", "dog\n"]) == ["dog\\n", "cat"]
+    mixed = torch.tensor([[0.3, 0.0, 0.7], [1.0, 0.0, 0.0]])
+    assert captions_of(mixed, ["cat", "cow", "dog"]) == ["70 % dog\n30 % cat", "100 % cat"]
 
 
 def test_the_confusion_picture_darkens_with_the_part_of_the_row():

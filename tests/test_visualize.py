@@ -1,5 +1,6 @@
 """Check that the weights, distances and windows shown by sasa-visualize are the model's own; test the command."""
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from measuring_text import wrong_texts
 from PIL import Image
 from reading_runs import board
 from tensorboard import context
@@ -16,6 +18,7 @@ from torch.nn import functional
 from sasa_train import train
 from sasa_train import visualize as command
 from sasa_train.attention import attention_weights
+from sasa_train.config.compose import compose_config
 from sasa_train.data.datasets import balanced
 from sasa_train.data.loader import build_loaders
 from sasa_train.figures import rendered
@@ -23,13 +26,20 @@ from sasa_train.models import AttentionStem, LocalSelfAttention2d, ResNet
 from sasa_train.refusal import ConfigError
 from sasa_train.trained import load_trained
 from sasa_train.visualize import geometry
-from sasa_train.visualize.attention_figures import draw_distances
+from sasa_train.visualize.attention_figures import (
+    View,
+    draw_attention_heads,
+    draw_attention_maps,
+    draw_distances,
+    draw_relative_embeddings,
+)
 from sasa_train.visualize.capture import WeightsError, attention_layers, attention_of
-from sasa_train.visualize.class_figures import draw_confusion
-from sasa_train.visualize.curve_figures import draw_curves, draw_training_curves
-from sasa_train.visualize.geometry import Distances, default_pixels, mean_distances, uniform_distance, window_at
+from sasa_train.visualize.class_figures import draw_class_accuracy, draw_confusion, draw_mistakes
+from sasa_train.visualize.curve_figures import draw_curves, draw_lr_schedule, draw_training_curves
+from sasa_train.visualize.geometry import Distances, Window, default_pixels, mean_distances, uniform_distance, window_at
 from sasa_train.visualize.names import NAMES, OF_SEVERAL
-from sasa_train.visualize.sample_figures import augmented_samples
+from sasa_train.visualize.sample_figures import augmented_samples, draw_augmented
+from sasa_train.visualize.val_sample import Prediction
 
 # All values are float64: sums of several hundred products near 1, each accurate to 1e-16.
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -200,6 +210,70 @@ def test_names_are_shown_to_the_letter():
     assert [text.get_text() for text in legend.get_texts()] == [" _1", "\\$x_{\\$"]
 
 
+@pytest.mark.parametrize("num_classes", [3, 200])
+def test_no_text_covers_another_or_leaves_the_page(num_classes):
+    """Class names of 40 characters that differ only at their end, as those of real data sets do."""
+    names = [f"n01443537_fish_seen_from_the_side, no{i:03d}" for i in range(num_classes)]
+    assert {len(name) for name in names} == {40}
+    confusion = torch.eye(num_classes, dtype=torch.int64) * 50_000 + 1
+    image = np.zeros((32, 32, 3), dtype=np.uint8)
+    mistakes = [Prediction(image, names[0], names[-1], 0.99)] * 7
+    windows = {f"layer{i}.0.conv2": Window((2, 3), 2, 3, torch.full((3, 5, 5), 0.03), 4) for i in (1, 2, 3)}
+    views = [View(mistakes[0], (10, 12), windows)] * 2
+    scores = {f"layer{i}.0.conv2": torch.randn(4, 7, 7) for i in (1, 2)}
+    plain, config = torch.zeros(2, 3, 32, 32), compose_config(["augment.mixup=0.2", "augment.policy=trivial_augment"])
+    accuracy = draw_class_accuracy(confusion, names)
+    for figure in (
+        accuracy, draw_confusion(confusion, names), draw_mistakes(mistakes, 10_000, 1234),
+        draw_attention_maps(views), draw_attention_heads(views[0]), draw_augmented(plain, [plain] * 7, names, config),
+        draw_relative_embeddings({name: scores[name][0] for name in scores}, scores, 512),
+        draw_distances([Distances(f"layer{i}.0.conv2", [1.0, 2.0], 1.5) for i in range(16)], 512),
+    ):  # fmt: skip
+        assert wrong_texts(figure) == []
+    shown = [label.get_text() for label in accuracy.axes[0].get_yticklabels()]
+    assert len(set(shown)) == len(shown) == min(num_classes, 40) and all("…" in name for name in shown)
+    assert accuracy.axes[0].get_xlim() == (0, 100)
+
+
+def log_of(num_epochs: int, **keys) -> list[dict]:
+    """Return the rows of a log with one train and one val row per epoch."""
+    row = {"loss": 1.0, "top1": 99.9, "lr": 0.1} | keys
+    return [
+        row | {"split": split, "step": 5 * e, "epoch": e}
+        for e in range(1, num_epochs + 1)
+        for split in ("train", "val")
+    ]
+
+
+def test_accuracies_end_at_100_and_epochs_are_whole():
+    runs = {f"photographs_of_flowers-hybrid_resnet26-e2-s{i}-b4dbb30e": log_of(2) for i in range(10)}
+    for figure in (
+        draw_training_curves(runs),
+        draw_lr_schedule(runs),
+        draw_training_curves({"": log_of(2, loss=None)}),
+    ):
+        assert wrong_texts(figure) == []
+        assert all(float(tick).is_integer() for axis in figure.axes for tick in axis.get_xticks())
+        assert all(line.get_xydata().size for axis in figure.axes for line in axis.lines)
+    *_, of_top1 = draw_training_curves(runs).axes
+    assert 0 <= of_top1.get_ylim()[0] < of_top1.get_ylim()[1] <= 100
+
+
+def test_no_figure_is_drawn_of_fewer_than_two_points(run_dir, tmp_path, in_process):
+    """A run of one epoch, or one that was stopped before its first train row."""
+    log, drawn = run_dir / "metrics.jsonl", run_dir / "figures"
+    for rows, num_rows in ((log_of(1), 1), (log_of(3, lr=None), 0)):
+        log.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        said = in_process("visualize", str(run_dir), "lr_schedule", expect=2)
+        reason = f"a curve takes two rows, and the log has {num_rows} with a learning rate"
+        assert f"lr_schedule cannot be drawn: {reason}" in said.stderr
+    assert not drawn.exists()
+    runs = [str(run_dir), str(run_dir), "--out", str(tmp_path / "both")]
+    assert "not drawn: lr_schedule" in in_process("visualize", *runs).stdout
+    assert [path.stem for path in (tmp_path / "both").iterdir()] == ["training_curves"]
+    assert not list(draw_curves({"": log_of(1)}))
+
+
 def test_a_stems_window_is_the_block_of_its_pixel():
     weights = torch.arange(2 * 9 * 256.0).view(2, 9, 16, 16)
     window = window_at(weights, (5, 10), 12)
@@ -238,7 +312,7 @@ def test_all_figures_into_the_run_folder_and_tensorboard(run_dir, in_process):
     assert "over 20 of val's 30 images" in said and "not drawn" not in said
     assert sorted(path.name for path in (run_dir / "figures").iterdir()) == sorted(f"{name}.png" for name in NAMES)
     step = torch.load(run_dir / "checkpoints/best.pt", weights_only=True)["step"]
-    expected = {f"figures/{name}": [step] for name in NAMES}
+    expected = {f"visualize/{name}": [step] for name in NAMES}
     assert board_images(run_dir / "tensorboard/figures") == expected
 
     # A figure drawn again replaces its earlier version; the run's own series is unchanged and continues after a resume.
@@ -261,7 +335,7 @@ def test_augmented_samples_are_those_of_the_runs_epochs(tiny_run):
     """Check that augmented samples match training exactly; random draws depend on an image's index in the train set."""
     run = load_trained(tiny_run, ["augment.policy=trivial_augment", "augment.hflip=true"])
     loaders = build_loaders(run.config, torch.device("cpu"))
-    _, augmented = augmented_samples(run, loaders.train_set, 3, 2)
+    _, augmented, labels = augmented_samples(run, loaders.train_set, 3, 2)
     undo, compared = run.normalize(torch.device("cpu")).undo, 0
     chosen = balanced(loaders.train_set, 3).tolist()
     for epoch in range(2):
@@ -271,6 +345,7 @@ def test_augmented_samples_are_those_of_the_runs_epochs(tiny_run):
                 if index in chosen:
                     assert torch.equal(image, augmented[epoch][chosen.index(index)])
                     compared += 1
+    assert labels == [run.classes[loaders.train_set.labels[index]] for index in chosen]
     assert compared >= 4 and not torch.equal(*augmented)  # an epoch drops its last, incomplete batch
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from sasa_train.figures import DPI, GRID, STYLES, new_figure
+from sasa_train.figures import DPI, GRID, STYLES, new_figure, set_title
 
 BAR: dict[str, Any] = {"edgecolor": "black", "lw": 0.6, "error_kw": {"lw": 1, "capsize": 2, "ecolor": "black"}}
 NAMES = ("conv", "cpu", "triton", "attention", "flex", "halo", "reference", "natten")
@@ -18,7 +18,7 @@ def draw_chart(result: dict[str, Any], title: str, path: Path) -> None:
     rows = result["rows"]
     draw = {"model": _draw_models, "growth": _draw_growth}.get(result["kind"], _draw_shapes)
     figure = draw(rows)
-    figure.suptitle(title, fontsize=10)
+    set_title(figure, title, 10)
     figure.savefig(path, dpi=DPI, format="png")
 
 

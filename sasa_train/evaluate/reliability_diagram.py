@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import Normal, Stroke
 
 from sasa_train.evaluate.calibration import Bin, expected_error
-from sasa_train.figures import GRID, STYLES
+from sasa_train.figures import GRID, STYLES, set_title
 
 ACCURACY, GAP = STYLES[1], STYLES[2]
 OUTLINE: dict[str, Any] = {"edgecolor": "black", "lw": 0.6}
@@ -25,7 +25,7 @@ def draw_reliability(bins: Sequence[Bin], title: str) -> Figure:
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_axisbelow(True)
         axis.grid(axis="y", color=GRID, lw=0.6)
-    figure.suptitle(f"{title}; ECE {expected_error(bins):.2f} %", fontsize=10)
+    set_title(figure, f"{title}; ECE {expected_error(bins):.2f} %", 10)
     return figure
 
 
@@ -41,7 +41,7 @@ def _draw_accuracy(axis: Axes, bins: Sequence[Bin]) -> None:
     outline = [Stroke(linewidth=3.5, foreground="white"), Normal()]  # keeps the line visible on dark bars
     axis.plot([0, 100], [0, 100], color="black", lw=1.3, label="as confident as accurate", path_effects=outline)
     axis.set_xlim(0, 100)
-    axis.set_ylim(0, 102)
+    axis.set_ylim(0, 100)
     axis.set_ylabel("top1, percent")
     axis.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), columnspacing=1.2)
 

@@ -6,14 +6,28 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sasa_train.figures import SOLID, as_label, legend_below, new_figure, rendered
+from sasa_train.figures import (
+    SOLID,
+    WIDTH,
+    as_epochs,
+    as_percent,
+    fitted,
+    legend_below,
+    legend_label,
+    new_figure,
+    rendered,
+    set_title,
+)
 from sasa_train.report.intervals import Interval
 from sasa_train.report.page import Picture
-from sasa_train.report.rows import Report, Row, paired_difference
+from sasa_train.report.rows import Report, Row, seed_differences
 
 MAX_ROWS, MAX_PANELS = 24, 12  # if there are more rows, as in a search, only the best are drawn
-MAX_LABEL = 48
+MAX_OVERLAID = 3  # rows in one panel of curves; of more, each has its own panel
+NUMBER_GAP = 0.03  # of the height of a chart, between numbers beside points
+ZERO = Interval(0.0, None, 0)
 OURS = "#0072B2"
+SEED: dict[str, Any] = {"color": "#444444", "marker": ".", "ms": 5, "mew": 0, "alpha": 0.7}
 PAPER: dict[str, Any] = {"color": "#E69F00", "marker": "D", "mec": "black", "mew": 0.6}
 CAPTIONS = {  # kind of chart -> description
     "accuracy": (
@@ -22,9 +36,9 @@ CAPTIONS = {  # kind of chart -> description
         "those of the table.",
     ),
     "curves": (
-        "Curves of val top1 over epochs, a panel for each row",
-        "val top1 over epochs: the mean of the seeds, a band from the lowest to the highest, and dashed the reference "
-        "row.",
+        "Curves of val top1 over epochs, by row",
+        "val top1 over epochs: the mean of the seeds. Up to three rows share a panel, with the seeds as dots; of more, "
+        "each has a panel with a band from the lowest seed to the highest, and the reference row dashed.",
     ),
     "differences": (
         "A chart of each row's difference in top1 to the reference row, the figures of the table's column difference",
@@ -43,8 +57,8 @@ def draw_charts(report: Report) -> list[Picture]:
     rows = best([row for row in report.rows if row.jobs], MAX_ROWS)
     if not rows:
         return []
-    figures = {"curves": _draw_curves(rows)}
-    if any(row.flops and row.params for row in rows):
+    figures = {"curves": _draw_curves(rows)} if any(len(curve(row)[0]) > 1 for row in rows) else {}
+    if len({(row.flops, row.params) for row in rows if row.flops and row.params}) > 1:
         figures["accuracy"] = _draw_accuracy([pair for pair in enumerate(report.rows, 1) if pair[1] in rows])
     if any(row.difference for row in rows):
         figures["differences"] = _draw_differences(rows)
@@ -59,10 +73,9 @@ def best(rows: list[Row], count: int) -> list[Row]:
     return [row for row in rows if row in chosen]
 
 
-def short(label: str) -> str:
-    """Shorten a label for a legend: drop the key groups and truncate to MAX_LABEL characters."""
-    text = ", ".join(re.sub(r"^[a-z_.]+\.([a-z_0-9]+=)", r"\1", part) for part in label.split(", "))
-    return as_label(text if len(text) <= MAX_LABEL else text[: MAX_LABEL - 1] + "…")
+def plain(label: str) -> str:
+    """Return a row's label without the groups of its keys."""
+    return ", ".join(re.sub(r"^[a-z_.]+\.([a-z_0-9]+=)", r"\1", part) for part in label.split(", "))
 
 
 def limits(intervals: list[Interval]) -> tuple[float, float]:
@@ -94,47 +107,92 @@ def _draw_accuracy(rows: list[tuple[int, Row]]) -> Figure:
             x, found = sizes[i], _top1(row)
             axis.errorbar(
                 x, found.mean, found.half_width or 0, ecolor="#666666", color=color, marker=marker, mfc=face,
-                mec="black", mew=0.8, ms=7, lw=1, capsize=3, ls="", label=f"{number}  {short(row.label)}",
+                mec="black", mew=0.8, ms=7, lw=1, capsize=3, ls="", label=legend_label(f"{number}  {plain(row.label)}"),
             )  # fmt: skip
-            axis.annotate(f"{number}", (x, found.mean), xytext=(6, 3), textcoords="offset points", fontsize=7)
         axis.set_xlabel(label)
         axis.locator_params(axis="x", nbins=5)
         around = max(0.1 * (max(sizes) - min(sizes)), 0.05 * max(sizes))  # nearly equal sizes should look nearly equal
         axis.set_xlim(min(sizes) - around, max(sizes) + around)
         axis.set_ylim(limits([_top1(row) for _, row in counted]))
+        as_percent(axis.yaxis)
+        _number(axis, [(x, _top1(row).mean, str(number)) for x, (number, row) in zip(sizes, counted, strict=True)])
     axes[0].set_ylabel("top1 of the last epoch, percent")
     legend_below(figure, axes[0])
     return figure
 
 
+def _number(axis: Axes, points: list[tuple[float, float, str]]) -> None:
+    """Write each point's number beside it, moved up where it would cover the number of a point below."""
+    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+    taken: list[tuple[float, float]] = []
+    for x, y, number in sorted(points, key=lambda point: point[1]):
+        across, up = (x - left) / (right - left), min((y - bottom) / (top - bottom), 0.95)
+        while any(abs(across - other) < 0.06 and abs(up - height) < NUMBER_GAP for other, height in taken):
+            up += NUMBER_GAP / 4
+        taken.append((across, up))
+        axis.annotate(
+            number, (across, up), xycoords="axes fraction", xytext=(6, 3), textcoords="offset points", fontsize=7
+        )
+
+
 def _draw_curves(rows: list[Row]) -> Figure:
-    """Plot the mean and range of val top1 over seeds by epoch, one panel per row; the reference's mean is dashed."""
+    """Plot val top1 over epochs: a few rows in one panel with their seeds as dots, more rows in a panel each."""
     shown = best(rows, MAX_PANELS)
-    num_columns = min(3, len(shown))
-    num_rows = -(-len(shown) // num_columns)
-    figure, axes = new_figure(num_rows, num_columns, 0.7 + 2.1 * num_rows, "both")
+    is_one = len(shown) <= MAX_OVERLAID
+    num_columns = 1 if is_one else 3
+    num_rows = 1 if is_one else -(-len(shown) // num_columns)
+    figure, axes = new_figure(num_rows, num_columns, 4.0 if is_one else 0.7 + 2.3 * num_rows, "both")
+    if is_one:
+        _overlay_curves(axes[0], shown)
+        legend_below(figure, axes[0], 1)
+    else:
+        _curves_by_row(axes, shown)
+    axes[0].set_ylim(bottom=_late_floor(shown))
+    as_percent(axes[0].yaxis)
+    as_epochs(axes[0].xaxis)
+    figure.supxlabel("epoch", fontsize=9)
+    figure.supylabel("val top1, percent", fontsize=9)
+    left_out = f"; the best {len(shown)} of {len(rows)} rows" if len(shown) < len(rows) else ""
+    one, several = (
+        "lines: mean over seeds; dots: the seeds",
+        "mean over seeds; band: lowest to highest seed; dashed: the reference",
+    )
+    set_title(figure, f"{one if is_one else several}{left_out}")
+    return figure
+
+
+def _overlay_curves(axis: Axes, rows: list[Row]) -> None:
+    for row, (color, _, marker, style) in zip(rows, SOLID, strict=False):
+        epochs, means, _, _ = curve(row)
+        for job in row.jobs.values() if len(row.jobs) > 1 else ():
+            of_seed = {val["epoch"]: val["top1"] for val in job.val}
+            axis.plot(epochs, [of_seed[epoch] for epoch in epochs], ls="", marker=".", ms=4, color=color, alpha=0.6)
+        axis.plot(epochs, means, color=color, ls=style, lw=1.6, marker=marker, ms=4, mec="black", mew=0.4,
+                  markevery=max(1, len(epochs) // 10), label=legend_label(_described(row), 1))  # fmt: skip
+
+
+def _described(row: Row) -> str:
+    return f"{plain(row.label)} (the reference)" if row.reference is row else plain(row.label)
+
+
+def _curves_by_row(axes: list[Axes], rows: list[Row]) -> None:
+    num_columns = 3
     for axis in axes[1:]:
         axis.sharex(axes[0])
         axis.sharey(axes[0])
-    for axis, row in zip(axes, shown, strict=False):
+    for axis, row in zip(axes, rows, strict=False):
         if row.reference is not None and row.reference is not row and row.reference.jobs:
             epochs, means, _, _ = curve(row.reference)
             axis.plot(epochs, means, color="#111111", ls="--", lw=1)
         epochs, means, low, high = curve(row)
         axis.fill_between(epochs, low, high, color=OURS, alpha=0.25, lw=0)
-        axis.plot(epochs, means, color=OURS, lw=1.6, marker="o" if len(epochs) < 3 else "")
-        axis.set_title(short(row.label), fontsize=8)
+        axis.plot(epochs, means, color=OURS, lw=1.6)
+        axis.set_title(fitted(_described(row), WIDTH / num_columns - 0.35, 8, 3), fontsize=8)
         axis.label_outer()
-    for axis in axes[len(shown) - num_columns : len(shown)]:
+    for axis in axes[len(rows) - num_columns : len(rows)]:
         axis.tick_params(labelbottom=True)
-    axes[0].set_ylim(bottom=_late_floor(shown))
-    for axis in axes[len(shown) :]:
+    for axis in axes[len(rows) :]:
         axis.set_visible(False)
-    figure.supxlabel("epoch", fontsize=9)
-    figure.supylabel("val top1, percent", fontsize=9)
-    left_out = f"; the best {len(shown)} of {len(rows)} rows" if len(shown) < len(rows) else ""
-    figure.suptitle(f"mean over seeds; band: lowest to highest seed; dashed: the reference{left_out}", fontsize=9)
-    return figure
 
 
 def _late_floor(rows: list[Row]) -> float:
@@ -164,15 +222,18 @@ def _draw_differences(rows: list[Row]) -> Figure:
     of_paper = [(papers, i + 0.22) for i, (row, _) in enumerate(shown) if (papers := row.paper_difference) is not None]
     if of_paper:
         axis.plot(*zip(*of_paper, strict=True), ls="", label="the paper's", **PAPER)
+    dots = [(found, i) for i, (row, _) in enumerate(shown) if len(seed_differences(row)) > 1
+            for found in seed_differences(row)]  # fmt: skip
+    if dots:
+        axis.plot(*zip(*dots, strict=True), ls="", label="a seed", **SEED)
     axis.axvline(0, color="black", lw=1)
     low, high = limits([found for _, found in shown] + [Interval(mean, None, 0) for mean, _ in [*of_paper, (0.0, 0)]])
     axis.set_xlim(low, high)
-    axis.set_yticks(places, [short(row.label) for row, _ in shown], fontsize=8)
+    axis.set_yticks(places, [fitted(plain(row.label), 2.4, 8, 2) for row, _ in shown], fontsize=8)
     axis.invert_yaxis()
-    references = list(dict.fromkeys(short(row.reference.label) for row, _ in shown if row.reference))
-    above = references[0] if len(references) == 1 else "its reference"
-    axis.set_xlabel(f"top1, percentage points above {above}", fontsize=9)
-    axis.legend(*_ours_first(axis), frameon=False, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+    above = _reference_of([row for row, _ in shown])
+    axis.set_xlabel(fitted(f"top1, percentage points above {above}", 5.0, 9, 3), fontsize=9)
+    axis.legend(*_ours_first(axis), frameon=False, fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
 
 
@@ -194,31 +255,32 @@ def window_lines(rows: list[Row]) -> dict[str, list[tuple[int, Row]]]:
 
 
 def _draw_windows(lines: dict[str, list[tuple[int, Row]]]) -> Figure:
-    """Plot the paired differences from each line's own reference against window size, with the paper's Table 4."""
+    """Plot the table's differences against window size, a line for each setting of the other keys."""
     figure, (axis,) = new_figure(1, 1, 3.8, "both")
-    references = {rest: window_reference(line) for rest, line in lines.items()}
     for i, (rest, line) in enumerate(lines.items()):
         color, _, marker, style = SOLID[i % len(SOLID)]
-        _, reference = references[rest]
-        found = [(size, paired_difference(row, reference), row is reference) for size, row in line]
         beside = 0.1 * (i - (len(lines) - 1) / 2)
-        points = [(size + beside, d.mean, 0 if is_it else d.half_width or 0) for size, d, is_it in found if d]
-        name = f"ours, {short(rest)}" if rest else "ours"
-        x, y, half_widths = zip(*points, strict=True)
-        axis.errorbar(x, y, half_widths, color=color, marker=marker, ls=style, lw=1.4, capsize=3, label=name)
-    rest, line = next(iter(lines.items()))
-    of_paper = [(size, row.paper.top1 - p.top1) for size, row in line if row.paper and (p := references[rest][1].paper)]
+        found = [(size + beside, ZERO if row.reference is row else row.difference) for size, row in line]
+        points = [(size, difference.mean, difference.half_width or 0) for size, difference in found if difference]
+        if points:
+            x, y, half_widths = zip(*points, strict=True)
+            name = legend_label(f"ours, {plain(rest)}" if rest else "ours")
+            axis.errorbar(x, y, half_widths, color=color, marker=marker, ls=style, lw=1.4, capsize=3, label=name)
+    line = next(iter(lines.values()))
+    of_paper = [(size, 0.0 if row.reference is row else row.paper_difference) for size, row in line if row.paper]
+    of_paper = [(size, difference) for size, difference in of_paper if difference is not None]
     if len(of_paper) > 1:
         axis.plot(*zip(*of_paper, strict=True), ls="--", label="the paper's (ImageNet, ResNet-50)", **PAPER)
     axis.axhline(0, color="black", lw=0.8)
     axis.set_xticks(sorted({size for line in lines.values() for size, _ in line}))
     axis.set_xlabel("kernel_size")
-    above = " or ".join(map(str, sorted({size for size, _ in references.values()})))
-    axis.set_ylabel(f"top1, percentage points\nabove kernel_size {above} (95 % intervals)", fontsize=9)
-    axis.legend(*_ours_first(axis), frameon=False, fontsize=8)
+    rows = [row for line in lines.values() for _, row in line]
+    axis.set_ylabel(fitted(f"top1, percentage points above {_reference_of(rows)}", 3.0, 9, 3), fontsize=9)
+    axis.legend(*_ours_first(axis), frameon=False, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
 
 
-def window_reference(line: list[tuple[int, Row]]) -> tuple[int, Row]:
-    """Return the point with kernel_size 7, the paper's default, or else the one with the smallest kernel_size."""
-    return next((point for point in line if point[0] == 7), line[0])
+def _reference_of(rows: list[Row]) -> str:
+    """Name the row that others are compared with, which is the same in all charts."""
+    labels = list(dict.fromkeys(plain(row.reference.label) for row in rows if row.reference))
+    return labels[0] if len(labels) == 1 else "its reference"

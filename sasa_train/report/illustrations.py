@@ -16,7 +16,7 @@ from sasa_train.runs.checkpoint import CheckpointError
 from sasa_train.runs.metrics import read_metrics
 from sasa_train.trained import TrainedModel, load_trained
 from sasa_train.visualize.capture import WeightsError
-from sasa_train.visualize.names import OF_ATTENTION, OF_CLASSES
+from sasa_train.visualize.names import FIGURES, OF_ATTENTION, OF_CLASSES
 from sasa_train.visualize.val_sample import ValSample, look_at_val, which_images
 
 
@@ -28,9 +28,12 @@ def curves_section(job: Job) -> Section:
     if not rows:
         section.missing.append("There are no metrics to draw.")
     elif section.can_draw():
-        from sasa_train.visualize.curve_figures import draw_curves
+        from sasa_train.visualize.curve_figures import draw_curves, too_short
 
         section.add(draw_curves({"": rows}))
+        section.missing += [
+            f"{FIGURES[name].capitalize()}: not drawn, {why}." for name, why in too_short({"": rows}).items()
+        ]
     return section
 
 

@@ -64,8 +64,17 @@ class Report:
 
 def paired_difference(row: Row, reference: Row) -> Interval | None:
     """Compare two rows seed by seed, which cancels the effect of the seed; return None if they share no seed."""
-    pairs = [(job.last, reference.jobs[seed].last) for seed, job in row.jobs.items() if seed in reference.jobs]
-    return mean_interval([ours - its for ours, its in pairs]) if pairs else None
+    differences = _by_seed(row, reference)
+    return mean_interval(differences) if differences else None
+
+
+def seed_differences(row: Row) -> list[float]:
+    """Return the differences whose mean is `row.difference`, one for each seed; empty for a reference row."""
+    return [] if row.reference in (None, row) else _by_seed(row, row.reference)
+
+
+def _by_seed(row: Row, reference: Row) -> list[float]:
+    return [job.last - reference.jobs[seed].last for seed, job in row.jobs.items() if seed in reference.jobs]
 
 
 def build_report(jobs: list[Job], table: int | None, reference: str | None, commands: list[str]) -> Report:

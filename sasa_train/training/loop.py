@@ -25,7 +25,7 @@ from sasa_train.training.evaluation import Batches, Evaluation, evaluate, recali
 from sasa_train.training.log import RunLogger
 from sasa_train.training.nonfinite import NonFiniteError, find_origin
 from sasa_train.training.profiling import WAIT, WARMUP, build_profiler
-from sasa_train.training.snapshots import confusion_picture, contact_sheet, embedding_pictures
+from sasa_train.training.snapshots import captions_of, confusion_picture, contact_sheet, embedding_pictures
 from sasa_train.training.step import Stepper, StepReport, train_one_epoch
 
 NUM_NAMED = 8  # maximum number of images named in an error
@@ -159,8 +159,9 @@ class Loop:
     def show_first(self, batches: Batches) -> Batches:
         """Write a contact sheet of the first batch as the model sees it, including augmentation."""
         images, labels = next(batches)
-        sheet = contact_sheet(self.loaders.train.normalize.undo(images).cpu())
-        self.logger.write_picture("augmented", sheet, 0, self.run_folder.path / "augmented.png")
+        shown = self.loaders.train.normalize.undo(images).cpu()
+        sheet = contact_sheet(shown, captions_of(labels.cpu(), self.loaders.classes))
+        self.logger.write_picture("visualize/augmented", sheet, 0, self.run_folder.path / "augmented.png")
         yield images, labels
         yield from batches
 
@@ -229,9 +230,9 @@ class Loop:
         self.logger.write(row)
         self.logger.show_val(row, is_best)
         if is_best:
-            self.logger.write_picture("val/confusion_best", confusion_picture(result.confusion), state.step)
+            self.logger.write_picture("visualize/confusion_best", confusion_picture(result.confusion), state.step)
             for name, picture in embedding_pictures(averaged).items():
-                self.logger.write_picture(f"rel_embeddings/{name}", picture, state.step)
+                self.logger.write_picture(f"visualize/rel_embeddings/{name}", picture, state.step)
         if self.config.trainer.log_histograms:
             self.logger.write_histograms(averaged, state.step)
         if not self.save(is_best) and is_best:

@@ -1,20 +1,62 @@
 """Create pictures for TensorBoard and the run folder as uint8 tensors [3, H, W]."""
 
 import math
+from collections.abc import Sequence
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
-SHEET_IMAGES, SHEET_PIXELS = 64, 64  # images on a contact sheet; approximate size to which small images are enlarged
+from sasa_train.terminal import printable
+
+SHEET_IMAGES, SHEET_PIXELS = 64, 96  # images on a contact sheet; approximate size to which small images are enlarged
+CAPTION_LINES, CAPTION_PIXELS = 2, 13  # below each image; height of a line
 MATRIX_PIXELS = 400
 BLUE, RED = (8, 48, 107), (165, 15, 21)
 
 
-def contact_sheet(images: Tensor) -> Tensor:
-    """Arrange the first 64 of the uint8 images [B, 3, S, S] in a grid."""
+def contact_sheet(images: Tensor, captions: Sequence[str]) -> Tensor:
+    """Arrange the first 64 of the uint8 images [B, 3, S, S] in a grid, each above its caption."""
     images = enlarge(images[:SHEET_IMAGES], SHEET_PIXELS)
-    return make_grid(images, nrow=math.ceil(math.sqrt(len(images))), padding=2, pad_value=255)
+    tiles = torch.stack(
+        [
+            torch.cat(pair, 1)
+            for pair in zip(images, map(_strip, captions, [images.shape[-1]] * len(images)), strict=False)
+        ]
+    )
+    return make_grid(tiles, nrow=math.ceil(math.sqrt(len(tiles))), padding=2, pad_value=255)
+
+
+def captions_of(labels: Tensor, classes: Sequence[str]) -> list[str]:
+    """Return each image's class or, for labels [B, num_classes] that mixup or cutmix mixed, the two largest shares."""
+    if labels.dim() == 1:
+        return [printable(classes[label]) for label in labels.tolist()]
+    shares, indices = labels.topk(min(2, len(classes)))
+    return [
+        "\n".join(
+            f"{100 * share:.0f} % {printable(classes[label])}" for share, label in zip(*pair, strict=True) if share
+        )
+        for pair in zip(shares.tolist(), indices.tolist(), strict=True)
+    ]
+
+
+def _strip(caption: str, width: int) -> Tensor:
+    """Draw a caption, broken or cut to the width, as a white strip, uint8 [3, H, width]."""
+    font = ImageFont.load_default(CAPTION_PIXELS - 2)
+    strip = Image.new("RGB", (width, CAPTION_LINES * CAPTION_PIXELS), "white")
+    lines = caption.split("\n")
+    if len(lines) == 1 and font.getlength(caption) > width:
+        end = next(n for n in range(len(caption), 0, -1) if n == 1 or font.getlength(caption[:n]) <= width)
+        lines = [caption[:end], caption[end:]]
+    for place, line in enumerate(lines[:CAPTION_LINES]):
+        shown, kept = line, len(line)
+        while font.getlength(shown) > width and kept > 1:
+            kept -= 1
+            shown = f"{line[: kept - kept // 3]}\u2026{line[len(line) - kept // 3 :]}"
+        ImageDraw.Draw(strip).text((0, place * CAPTION_PIXELS), shown, "black", font)
+    return pil_to_tensor(strip)
 
 
 def confusion_picture(confusion: Tensor) -> Tensor:

@@ -156,7 +156,7 @@ def visualize_several(sources: list[Path], names: list[str], options: argparse.N
     """
     from sasa_train.runs.metrics import read_metrics
     from sasa_train.terminal import printable, say
-    from sasa_train.visualize.curve_figures import draw_curves
+    from sasa_train.visualize.curve_figures import draw_curves, too_short
 
     if others := [name for name in names if name not in OF_SEVERAL]:
         raise ConfigError(f"{', '.join(others)}: of one run; several are overlaid in {' and '.join(OF_SEVERAL)}")
@@ -171,9 +171,15 @@ def visualize_several(sources: list[Path], names: list[str], options: argparse.N
         if not rows:
             raise ConfigError(f"{source}: has no metrics.jsonl with rows; give run folders")
         runs[printable(source.name if source.name not in runs else str(source))] = rows
+    reasons = too_short(runs)
+    for name in names or OF_SEVERAL:
+        if name in reasons and (names or len(reasons) == len(OF_SEVERAL)):
+            raise ConfigError(f"{name} cannot be drawn: {reasons[name]}")
     for name, figure, caption in draw_curves(runs, names or OF_SEVERAL):
         write_figure(figure, name, options.out, options.formats)
         say(f"{options.out}/{name}.{suffix(options.formats)}  {caption}")
+    for name, reason in reasons.items():
+        say(f"not drawn: {name}: {reason}")
     return 0
 
 

@@ -13,8 +13,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from torch import Tensor
 
-from sasa_train.figures import MAGNITUDES, SOLID, WIDTH, legend_below, new_figure
-from sasa_train.visualize.class_figures import short_name
+from sasa_train.figures import MAGNITUDES, SIGNED, SOLID, WIDTH, fitted, legend_below, new_figure, set_title
 from sasa_train.visualize.geometry import Distances, Window
 from sasa_train.visualize.val_sample import Prediction
 
@@ -41,7 +40,7 @@ def draw_attention_maps(views: list[View]) -> Figure:
     means = [{name: window.weights.mean(0).numpy() for name, window in view.windows.items()} for view in views]
     for row, (view, maps) in enumerate(zip(views, means, strict=True)):
         _show_query(cells[row][0], view)
-        cells[row][0].set_ylabel("\n".join(_describe(view)), fontsize=7)
+        cells[row][0].set_ylabel(_describe(view, _room(figure, cells)), fontsize=7)
         for axis, name in zip(cells[row][1:], layers, strict=True):
             largest = max(other[name].max() for other in means)
             shown = _show_weights(axis, view, view.windows[name], maps[name], largest)
@@ -50,9 +49,7 @@ def draw_attention_maps(views: list[View]) -> Figure:
     cells[0][0].set_title("image, query", fontsize=8)
     for axis, name in zip(cells[0][1:], layers, strict=True):
         axis.set_title(_layer_title(name, views[0].windows[name]), fontsize=8)
-    figure.suptitle(
-        "attention weights, mean over heads; outlined: the window to scale; small ones enlarged", fontsize=9
-    )
+    set_title(figure, "attention weights, mean over heads; outlined: the window to scale; small ones enlarged")
     return figure
 
 
@@ -76,9 +73,9 @@ def draw_attention_heads(view: View, heads: Sequence[int] | None = None) -> Figu
         if shown is not None:
             _color_bar(figure, shown, line, "right")
     found, (row, column) = view.prediction, view.pixel
-    label = "" if found.label is None else f"label {short_name(found.label)}, "
-    predicted = f"predicted {short_name(found.predicted)} ({100 * found.probability:.0f} %)"
-    figure.suptitle(f"attention weights by head; {label}{predicted}, pixel {row},{column}", fontsize=9)
+    label = "" if found.label is None else f"label {found.label}, "
+    predicted = f"predicted {found.predicted} ({100 * found.probability:.0f} %)"
+    set_title(figure, f"attention weights by head; {label}{predicted}, pixel {row},{column}")
     return figure
 
 
@@ -99,7 +96,7 @@ def draw_distances(layers: list[Distances], num_images: int) -> Figure:
         axis.plot(places, means, color=mean_color, marker=mean_marker, ms=4, lw=1, ls=mean_line, label="mean of heads")
         axis.plot(places, [layers[at].uniform / unit[at] for at in places], color="#777777", lw=1.2, ls="--",
                   label="uniform attention")  # fmt: skip
-        axis.set_xticks(range(len(layers)), names, rotation=45, ha="right", fontsize=7)
+        axis.set_xticks(range(len(layers)), names, rotation=90, fontsize=7)
     if places:  # a logarithmic axis fails without points
         in_pixels.set_yscale("log")
         in_pixels.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
@@ -109,7 +106,7 @@ def draw_distances(layers: list[Distances], num_images: int) -> Figure:
     in_parts.set_ylabel("the same / uniform attention's", fontsize=9)
     in_parts.set_ylim(0, 1.1 * max([1.0, *(head / layers[at].uniform for at in places for head in layers[at].heads)]))
     legend_below(figure, in_pixels, 3)
-    figure.suptitle(f"how far attention reaches, {num_images:,} val images", fontsize=10)
+    set_title(figure, f"how far attention reaches, {num_images:,} val images", 10)
     return figure
 
 
@@ -121,22 +118,20 @@ def draw_relative_embeddings(norms: dict[str, Tensor], scores: dict[str, Tensor]
     figure, cells = _grid(len(scores), 1 + max(len(found) for found in scores.values()))
     for line, (name, by_head) in zip(cells, scores.items(), strict=True):
         norm, centred = norms[name].numpy(), (by_head - by_head.mean((1, 2), keepdim=True)).numpy()
-        _show_offsets(line[0], norm, float(norm.min()), float(norm.max()))
+        _show_offsets(line[0], norm, float(norm.min()), float(norm.max()), MAGNITUDES)
         line[0].set_xlabel(f"{norm.min():.2g} to {norm.max():.2g}", fontsize=7)
         line[0].set_ylabel(name, fontsize=7)
         largest = float(np.abs(centred).max()) or 1.0  # 0 if there is only one position
         for axis, values in zip(line[1:], centred, strict=False):
-            shown = _show_offsets(axis, values, -largest, largest)
+            shown = _show_offsets(axis, values, -largest, largest, SIGNED)
         for axis in line[1 + len(centred) :]:
             axis.set_visible(False)
         _color_bar(figure, shown, line, "right")
     cells[0][0].set_title("norm of r", fontsize=8)
     for head, axis in enumerate(cells[0][1:]):
         axis.set_title(f"q·r, head {head}", fontsize=8)
-    figure.suptitle(
-        f"relative embeddings by key offset (dot: the query's place); q·r: mean over {num_images:,} images, centred",
-        fontsize=9,
-    )
+    where = "relative embeddings by key offset (dot: the query's place)"
+    set_title(figure, f"{where}; q·r: mean over {num_images:,} images, centred")
     return figure
 
 
@@ -200,19 +195,26 @@ def _dot(axis: Axes, window: Window) -> None:
     axis.plot((left + right) / 2, (top + bottom) / 2, **DOT)
 
 
-def _describe(view: View) -> list[str]:
+def _describe(view: View, room: float) -> str:
+    """Describe a query in lines of at most `room` inches."""
     found, (row, column) = view.prediction, view.pixel
-    label = [] if found.label is None else [f"label {short_name(found.label)}"]
-    return [*label, f"predicted {100 * found.probability:.0f} %:", short_name(found.predicted), f"pixel {row},{column}"]
+    label = [] if found.label is None else [fitted(f"label {found.label}", room, 7, 2)]
+    predicted = [f"predicted {100 * found.probability:.0f} %:", fitted(found.predicted, room, 7, 2)]
+    return "\n".join([*label, *predicted, f"pixel {row},{column}"])
+
+
+def _room(figure: Figure, cells: list[list[Axes]]) -> float:
+    """Return the height in inches that a description beside a row of cells may take."""
+    return (figure.get_figheight() - 0.9) / len(cells) - 0.1
 
 
 def _layer_title(name: str, window: Window) -> str:
     return f"{name}\n{window.reduction} px per position"
 
 
-def _show_offsets(axis: Axes, values: np.ndarray, low: float, high: float) -> AxesImage:
+def _show_offsets(axis: Axes, values: np.ndarray, low: float, high: float, colors: str) -> AxesImage:
     reach = values.shape[0] / 2
-    shown = axis.imshow(values, cmap=MAGNITUDES, vmin=low, vmax=high, extent=(-reach, reach, reach, -reach))
+    shown = axis.imshow(values, cmap=colors, vmin=low, vmax=high, extent=(-reach, reach, reach, -reach))
     axis.plot(0, 0, **DOT)
     return shown
 

@@ -5,19 +5,13 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sasa_train.figures import SOLID, as_label, new_figure
-from sasa_train.terminal import printable
+from sasa_train.figures import SOLID, WIDTH, fitted, new_figure, set_title
 from sasa_train.visualize.val_sample import Prediction
 
 MAX_BARS = 40  # if there are more classes, the worst and the best are shown, half each
 MAX_NUMBERS, MAX_NAMES = 20, 40  # maximum number of classes for counts in a confusion matrix, and for class names
 MISTAKES_A_ROW = 6
-
-
-def short_name(name: str) -> str:
-    """Shorten a class name to fit into a figure."""
-    text = printable(name)
-    return as_label(text if len(text) <= 20 else f"{text[:19]}…")
+ROOM = 1.9  # in inches, for a class name beside a chart
 
 
 def draw_class_accuracy(confusion: Tensor, classes: list[str]) -> Figure:
@@ -32,16 +26,16 @@ def draw_class_accuracy(confusion: Tensor, classes: list[str]) -> Figure:
     for place, label in enumerate(shown):
         top1 = 100 * hits[label] / images[label]
         axis.barh(place, top1, 0.75, color=color, ec="black", lw=0.5)
-        axis.text(102, place, f"{top1:.1f} %   {hits[label]}/{images[label]}", va="center", fontsize=7)
+        numbers = f"{top1:.1f} %   {hits[label]}/{images[label]}"
+        axis.text(1.02, place, numbers, va="center", fontsize=7, transform=axis.get_yaxis_transform())
     overall = 100 * hits.sum() / images.sum()
     axis.axvline(overall, color="black", lw=1, ls="--")
-    axis.set_yticks(range(len(shown)), [short_name(classes[label]) for label in shown], fontsize=7)
+    axis.set_yticks(range(len(shown)), [fitted(classes[label], ROOM, 7) for label in shown], fontsize=7)
     axis.set_ylim(len(shown) - 0.4, -0.6)
-    axis.set_xlim(0, 120)  # leaves room for the numbers next to the bars
-    axis.set_xticks(range(0, 101, 20))
+    axis.set_xlim(0, 100)
     axis.set_xlabel(f"top1, percent; dashed: all {images.sum():,} images, {overall:.2f}")
     some = f", the worst and best {MAX_BARS // 2} of {len(order)} classes" if len(shown) < len(order) else ""
-    figure.suptitle(f"top1 by class on val{some}", fontsize=10)
+    set_title(figure, f"top1 by class on val{some}", 10)
     return figure
 
 
@@ -61,26 +55,28 @@ def draw_confusion(confusion: Tensor, classes: list[str]) -> Figure:
                 ink = "white" if parts[row, column] > 35 else "black"
                 axis.text(column, row, str(count), ha="center", va="center", color=ink, fontsize=8)
     if len(classes) <= MAX_NAMES:
-        names = [short_name(name) for name in classes]
-        axis.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=8)
-        axis.set_yticks(range(len(names)), names, fontsize=8)
+        size = 8 if len(classes) <= MAX_NUMBERS else 6
+        names = [fitted(name, ROOM, size) for name in classes]
+        axis.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=size)
+        axis.set_yticks(range(len(names)), names, fontsize=size)
     axis.set_xlabel("prediction" if len(classes) <= MAX_NAMES else "prediction (number of the class)")
     axis.set_ylabel("label" if len(classes) <= MAX_NAMES else "label (number of the class)")
     figure.colorbar(shown, ax=axis, shrink=0.7, label="percent of the label's images")
-    figure.suptitle(f"confusion matrix of {counts.sum():,} val images", fontsize=10)
+    set_title(figure, f"confusion matrix of {counts.sum():,} val images", 10)
     return figure
 
 
 def draw_mistakes(mistakes: list[Prediction], num_images: int, num_wrong: int) -> Figure:
     """Draw the wrong predictions with the highest probabilities, the most confident first."""
     num_rows = max(1, -(-len(mistakes) // MISTAKES_A_ROW))
-    figure, axes = new_figure(num_rows, MISTAKES_A_ROW, 0.3 + 1.75 * num_rows)
+    figure, axes = new_figure(num_rows, MISTAKES_A_ROW, 0.4 + 2.0 * num_rows)
+    room = WIDTH / MISTAKES_A_ROW - 0.12
     for axis in axes:
         axis.set_axis_off()
     for axis, found in zip(axes, mistakes, strict=False):
         axis.imshow(found.image, interpolation="nearest")
-        says = f"predicted {short_name(found.predicted)}\n{100 * found.probability:.0f} %"
-        axis.set_title(f"label {short_name(str(found.label))}\n{says}", fontsize=7)
+        lines = fitted(f"label {found.label}", room, 7, 2), fitted(f"predicted {found.predicted}", room, 7, 2)
+        axis.set_title("\n".join([*lines, f"{100 * found.probability:.0f} %"]), fontsize=7)
     which = f"the {len(mistakes)} most confident of {num_wrong:,} mistakes" if num_wrong else "no mistakes"
-    figure.suptitle(f"{which} on {num_images:,} val images", fontsize=9)
+    set_title(figure, f"{which} on {num_images:,} val images")
     return figure

@@ -7,9 +7,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from sasa_train.figures import SOLID, as_label, legend_below, new_figure
+from sasa_train.figures import SOLID, as_epochs, as_percent, legend_below, legend_label, new_figure, set_title
 from sasa_train.refusal import ConfigError
 from sasa_train.visualize.names import FIGURES, OF_SEVERAL
 
@@ -21,7 +20,7 @@ LINES = ("-", "--", "-.")
 
 
 def draw_curves(runs: dict[str, Rows], names: Sequence[str] = OF_SEVERAL) -> Iterator[Drawn]:
-    """Draw the figures in `names`, ignoring any not in OF_SEVERAL; `runs` maps the name of each run to its rows.
+    """Draw the figures in `names` that the logs have rows for; `runs` maps the name of each run to its rows.
 
     Raises:
         ConfigError: there are too many runs to tell apart.
@@ -34,22 +33,38 @@ def draw_curves(runs: dict[str, Rows], names: Sequence[str] = OF_SEVERAL) -> Ite
         ("training_curves", draw_training_curves, "Loss and top1 on train and val over the epochs."),
         ("lr_schedule", draw_lr_schedule, "The learning rate over the epochs, as the run logged it."),
     ):
-        if name in names:
+        if name in names and name not in too_short(runs):
             yield name, draw(runs), caption if len(runs) == 1 else f"{FIGURES[name]}, {len(runs)} runs"
+
+
+def too_short(runs: dict[str, Rows]) -> dict[str, str]:
+    """Return a dict that maps each figure for which no run has logged two points to the reason."""
+    of_val, of_train, of_lr = (
+        max(sum(y is not None and math.isfinite(y) for y in _series(rows, split, key)[1]) for rows in runs.values())
+        for split, key in (("val", "top1"), ("train", "top1"), ("train", "lr"))
+    )
+    reasons = {}
+    if max(of_val, of_train) < 2:
+        reasons["training_curves"] = f"a curve takes two rows, and the log has {of_train} of train and {of_val} of val"
+    if of_lr < 2:
+        reasons["lr_schedule"] = f"a curve takes two rows, and the log has {of_lr} with a learning rate"
+    return reasons
 
 
 def draw_training_curves(runs: dict[str, Rows]) -> Figure:
     """Draw loss and top1 by epoch for one or more runs: strong lines for val, faint lines for train."""
-    figure, (of_loss, of_top1) = new_figure(1, 2, 3.6 + 0.2 * math.ceil(len(runs) / 2), "both")
+    labels = {"loss": "loss", "top1": "top1, percent"}
+    keys = [key for key in labels if key == "top1" or _has_loss(runs)]
+    figure, axes = new_figure(1, len(keys), 3.6 + 0.2 * math.ceil(len(runs) / 2), "both")
     for (name, rows), (color, style) in zip(runs.items(), _styles(), strict=False):
-        for axis, key in ((of_loss, "loss"), (of_top1, "top1")):
+        for axis, key in zip(axes, keys, strict=True):
             train_color, train_label = (TRAIN_COLOR, "train") if len(runs) == 1 else (color, None)
             axis.plot(*_series(rows, "train", key), color=train_color, lw=1.2, ls=":", label=train_label)
-            _plot(axis, rows, "val", key, style, 10, "val" if len(runs) == 1 else as_label(name))
-    of_loss.set_ylabel("loss")
-    of_top1.set_ylabel("top1, percent")
-    _finish(figure, [of_loss, of_top1], runs)
-    figure.suptitle("loss and top1; dotted: on train, with its augmentation and regularisation", fontsize=9)
+            _plot(axis, rows, "val", key, style, 10, "val" if len(runs) == 1 else legend_label(name))
+            axis.set_ylabel(labels[key])
+    as_percent(axes[-1].yaxis)
+    _finish(figure, axes, runs)
+    set_title(figure, f"{' and '.join(keys)}; dotted: on train, with its augmentation and regularisation")
     return figure
 
 
@@ -57,12 +72,19 @@ def draw_lr_schedule(runs: dict[str, Rows]) -> Figure:
     """Draw the logged learning rate, which is the maximum over the parameter groups."""
     figure, (axis,) = new_figure(1, 1, 3.2 + 0.2 * math.ceil(len(runs) / 2), "both")
     for (name, rows), (_, style) in zip(runs.items(), _styles(), strict=False):
-        _plot(axis, rows, "train", "lr", style, 20, as_label(name))
+        _plot(axis, rows, "train", "lr", style, 20, legend_label(name))
     axis.set_ylabel("learning rate")
     axis.set_ylim(bottom=0)
     _finish(figure, [axis], runs, has_legend=len(runs) > 1)
-    figure.suptitle("learning rate, as logged", fontsize=9)
+    set_title(figure, "learning rate, as logged")
     return figure
+
+
+def _has_loss(runs: dict[str, Rows]) -> bool:
+    """Whether any loss was finite: a run that diverged at once has none to draw."""
+    return any(
+        math.isfinite(y) for rows in runs.values() for part in ("train", "val") for y in _series(rows, part, "loss")[1]
+    )
 
 
 def _styles() -> list[tuple[str, dict[str, Any]]]:
@@ -95,6 +117,6 @@ def _finish(figure: Figure, axes: list[Axes], runs: dict[str, Rows], has_legend:
     has_epochs = all(any(row["split"] == "val" for row in rows) for rows in runs.values())
     for axis in axes:
         axis.set_xlabel("epoch" if has_epochs else "step")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        as_epochs(axis.xaxis)
     if has_legend:
         legend_below(figure, axes[0])

@@ -27,7 +27,7 @@ from sasa_train.visualize.attention_figures import (
 )
 from sasa_train.visualize.capture import AttentionLayer, attention_layers, attention_of
 from sasa_train.visualize.class_figures import draw_class_accuracy, draw_confusion, draw_mistakes
-from sasa_train.visualize.curve_figures import Drawn, Rows, draw_curves
+from sasa_train.visualize.curve_figures import Drawn, Rows, draw_curves, too_short
 from sasa_train.visualize.geometry import default_pixels, window_at
 from sasa_train.visualize.names import NAMES, OF_ATTENTION, OF_CLASSES, OF_SEVERAL
 from sasa_train.visualize.sample_figures import augmented_samples, draw_augmented
@@ -116,9 +116,8 @@ def not_drawable(trained: TrainedModel, run_dir: Path | None) -> dict[str, str]:
         reasons["relative_embeddings"] = "its layers have no relative embeddings"
     if not has_train(trained.config.data):
         reasons["augmented_samples"] = f"data.root={trained.config.data.root} has no train/"
-    if not read_rows(trained, run_dir):
-        reasons |= dict.fromkeys(OF_SEVERAL, "it has no metrics")
-    return reasons
+    rows = read_rows(trained, run_dir)
+    return reasons | (too_short({"": rows}) if rows else dict.fromkeys(OF_SEVERAL, "it has no metrics"))
 
 
 def read_rows(trained: TrainedModel, run_dir: Path | None) -> Rows:

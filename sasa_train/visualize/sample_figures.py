@@ -12,14 +12,14 @@ from sasa_train.data.plan import MicroBatch
 from sasa_train.data.quarantine import Quarantine
 from sasa_train.data.reading import Reader, read_fitted
 from sasa_train.data.transforms import Augment
-from sasa_train.figures import new_figure
+from sasa_train.figures import WIDTH, fitted, new_figure, set_title
 from sasa_train.trained import TrainedModel
 
 
 def augmented_samples(
     trained: TrainedModel, train: ImageSet, num_images: int, num_epochs: int
-) -> tuple[Tensor, list[Tensor]]:
-    """Return train images, uint8 [B, 3, S, S], preprocessed as for val and augmented as in each of the first epochs.
+) -> tuple[Tensor, list[Tensor], list[str]]:
+    """Return train images, uint8 [B, 3, S, S], as for val, as augmented in each of the first epochs, and their labels.
 
     With mixup or cutmix, these images are mixed with one another, whereas training mixes them with other images.
 
@@ -40,21 +40,24 @@ def augmented_samples(
         pixels = read(MicroBatch(indices, epoch, epoch, 0)).pixels
         mixed, _ = mixing(normalize(pixels), labels, epoch, 0)
         augmented.append(normalize.undo(mixed))
-    return plain, augmented
+    return plain, augmented, [trained.classes[label] for label in labels.tolist()]
 
 
-def draw_augmented(plain: Tensor, augmented: list[Tensor], config: TrainConfig) -> Figure:
-    """Draw one row per image: the original in the first column, then one augmented version per epoch."""
+def draw_augmented(plain: Tensor, augmented: list[Tensor], labels: list[str], config: TrainConfig) -> Figure:
+    """Draw one row per image: the original above its label, then one augmented version per epoch."""
     num_columns = 1 + len(augmented)
-    figure, axes = new_figure(len(plain), num_columns, 0.7 + len(plain) * 8.0 / (num_columns + 0.3))
+    figure, axes = new_figure(len(plain), num_columns, 0.7 + len(plain) * (0.25 + WIDTH / (num_columns + 0.3)))
     columns = [plain, *augmented]
     for place, axis in enumerate(axes):
         row, column = divmod(place, num_columns)
         axis.imshow(columns[column][row].permute(1, 2, 0).numpy(), interpolation="nearest")
-        axis.set_axis_off()
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+        if column == 0:
+            axis.set_xlabel(fitted(labels[row], WIDTH / num_columns - 0.1, 7, 2), fontsize=7)
         if row == 0:
             axis.set_title("as val sees it" if column == 0 else f"epoch {column}", fontsize=8)
-    figure.suptitle(f"augmented train images: {describe_augmentation(config)}", fontsize=9)
+    set_title(figure, f"augmented train images: {describe_augmentation(config)}")
     return figure
 
 
