@@ -223,13 +223,15 @@ def test_no_text_covers_another_or_leaves_the_page(num_classes):
     scores = {f"layer{i}.0.conv2": torch.randn(4, 7, 7) for i in (1, 2)}
     plain, config = torch.zeros(2, 3, 32, 32), compose_config(["augment.mixup=0.2", "augment.policy=trivial_augment"])
     accuracy = draw_class_accuracy(confusion, names)
-    for figure in (
-        accuracy, draw_confusion(confusion, names), draw_mistakes(mistakes, 10_000, 1234),
-        draw_attention_maps(views), draw_attention_heads(views[0]), draw_augmented(plain, [plain] * 7, names, config),
-        draw_relative_embeddings({name: scores[name][0] for name in scores}, scores, 512),
-        draw_distances([Distances(f"layer{i}.0.conv2", [1.0, 2.0], 1.5) for i in range(16)], 512),
-    ):  # fmt: skip
-        assert wrong_texts(figure) == []
+    figures = [accuracy, draw_confusion(confusion, names), draw_mistakes(mistakes, 10_000, 1234)]
+    if num_classes == 3:
+        figures += [
+            draw_attention_maps(views), draw_attention_heads(views[0]),
+            draw_augmented(plain, [plain] * 7, names, config),
+            draw_relative_embeddings({name: scores[name][0] for name in scores}, scores, 512),
+            draw_distances([Distances(f"layer{i}.0.conv2", [1.0, 2.0], 1.5) for i in range(16)], 512),
+        ]  # fmt: skip
+    assert [wrong_texts(figure) for figure in figures] == [[]] * len(figures)
     shown = [label.get_text() for label in accuracy.axes[0].get_yticklabels()]
     assert len(set(shown)) == len(shown) == min(num_classes, 40) and all("…" in name for name in shown)
     assert accuracy.axes[0].get_xlim() == (0, 100)

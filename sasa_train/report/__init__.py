@@ -1,6 +1,7 @@
 """sasa-report: tabulate a sweep's jobs with confidence intervals and the paper's results; write plots and a page."""
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,11 +75,12 @@ def report(options: argparse.Namespace) -> None:
     """
     from sasa_train.config.overrides import split_overrides
     from sasa_train.files import write_outputs
+    from sasa_train.report.boards import link_boards
     from sasa_train.report.jobs import find_jobs
     from sasa_train.report.page import PAGE, Section, sweep_page, the_run
     from sasa_train.report.rows import build_report
     from sasa_train.report.tables import as_csv, as_json, markdown
-    from sasa_train.terminal import printable_lines
+    from sasa_train.terminal import printable, printable_lines
 
     # The overrides are split off after parsing, because in `--reference kernel_size=7` the value is not an override.
     sources, options.overrides = split_overrides(options.sources)
@@ -103,15 +105,18 @@ def report(options: argparse.Namespace) -> None:
         from sasa_train.report.charts import draw_charts
 
         plots.pictures = draw_charts(built)
-        plots.missing += [] if plots.pictures else ["No job is done, so there is nothing to draw."]
+        plots.missing += [] if plots.pictures else ["No job is done with two evaluations: there is nothing to draw."]
         files |= {f"{picture.name}.png": picture.png for picture in plots.pictures}
     else:
         warn(*plots.missing)
     write_outputs(folder, files)  # write these first; the page takes longer
     say(text)
+    boards = None if job else link_boards(built, folder)
     page = run_page_of(built, job, options, folder) if job else sweep_page(built, options.sources, plots, folder)
     write_outputs(folder, {PAGE: page.encode()})
     say(f"{folder}: {', '.join([*files, PAGE])}")
+    if boards is not None:
+        say(f"curves  tensorboard --logdir {printable(shlex.quote(str(boards)))}")
 
 
 def check_overrides(overrides: list[str], job: "Job | None") -> None:

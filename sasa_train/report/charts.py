@@ -60,7 +60,8 @@ def draw_charts(report: Report) -> list[Picture]:
     figures = {"curves": _draw_curves(rows)} if any(len(curve(row)[0]) > 1 for row in rows) else {}
     if len({(row.flops, row.params) for row in rows if row.flops and row.params}) > 1:
         figures["accuracy"] = _draw_accuracy([pair for pair in enumerate(report.rows, 1) if pair[1] in rows])
-    if any(row.difference for row in rows):
+    # A single difference without an interval is a number, which the table has.
+    if sum(row.difference.n for row in rows if row.difference) > 1:
         figures["differences"] = _draw_differences(rows)
     if lines := window_lines(rows):
         figures["window"] = _draw_windows(lines)
@@ -150,13 +151,15 @@ def _draw_curves(rows: list[Row]) -> Figure:
     axes[0].set_ylim(bottom=_late_floor(shown))
     as_percent(axes[0].yaxis)
     as_epochs(axes[0].xaxis)
-    figure.supxlabel("epoch", fontsize=9)
-    figure.supylabel("val top1, percent", fontsize=9)
+    if is_one:
+        axes[0].set(xlabel="epoch", ylabel="val top1, percent")
+    else:
+        figure.supxlabel("epoch", fontsize=9)
+        figure.supylabel("val top1, percent", fontsize=9)
     left_out = f"; the best {len(shown)} of {len(rows)} rows" if len(shown) < len(rows) else ""
-    one, several = (
-        "lines: mean over seeds; dots: the seeds",
-        "mean over seeds; band: lowest to highest seed; dashed: the reference",
-    )
+    several_seeds = any(len(row.jobs) > 1 for row in shown)
+    one = "lines: mean over seeds; dots: the seeds" if several_seeds else "val top1 over epochs, one seed each"
+    several = "mean over seeds; band: lowest to highest seed; dashed: the reference"
     set_title(figure, f"{one if is_one else several}{left_out}")
     return figure
 
@@ -230,7 +233,7 @@ def _draw_differences(rows: list[Row]) -> Figure:
     low, high = limits([found for _, found in shown] + [Interval(mean, None, 0) for mean, _ in [*of_paper, (0.0, 0)]])
     axis.set_xlim(low, high)
     axis.set_yticks(places, [fitted(plain(row.label), 2.4, 8, 2) for row, _ in shown], fontsize=8)
-    axis.invert_yaxis()
+    axis.set_ylim(len(shown) - 0.4, -0.6)
     above = _reference_of([row for row, _ in shown])
     axis.set_xlabel(fitted(f"top1, percentage points above {above}", 5.0, 9, 3), fontsize=9)
     axis.legend(*_ours_first(axis), frameon=False, fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))

@@ -168,14 +168,14 @@ def _lines(path: Path) -> list[str]:
 def beside_paper(job: Job, row: Row) -> dict[str, Any] | None:
     """Compare a run with the paper's entry for `row` or, if there is none, with that of the most similar model.
 
-    Return None for models that are not from the paper. `differing` lists keys as "width=0.25 (the paper's 1.0)";
-    `held_out` is a caveat or an empty string.
+    Return None for other data than the paper's and for models that are not from the paper. `differing` lists keys as
+    "width=0.25 (the paper's 1.0)"; `held_out` is a caveat or an empty string.
     """
     config = job.config
     assert config is not None
     keys = vars(config.model)
     paper = row.paper or nearest_row(keys)
-    if paper is None:
+    if paper is None or config.data.name != "imagenet":
         return None
     differing = ", ".join(
         f"{key}={as_written(ours)} (the paper's {as_written(papers)})"
@@ -198,6 +198,6 @@ def beside_paper(job: Job, row: Row) -> dict[str, Any] | None:
     return {
         "rows": [dict(zip(columns, line, strict=True)) for line in lines],
         "differing": differing,
-        "is_same_data": (config.data.name, size) == ("imagenet", 224),
+        "is_same_size": size == 224,
         "held_out": f"{note[0].upper()}{note[1:]}." if note else "",
     }

@@ -19,9 +19,10 @@ from sasa_train.config.derived import resolved_image_size
 from sasa_train.config.saved import to_yaml
 from sasa_train.extras import why_not
 from sasa_train.machine import now
-from sasa_train.report import facts
+from sasa_train.report import facts, verdict
 from sasa_train.report.jobs import Job
 from sasa_train.report.rows import Report, Row
+from sasa_train.report.run_list import columns_of, group_by_data
 from sasa_train.report.tables import cells, not_counted, notes, title
 from sasa_train.terminal import printable_lines
 from sasa_train.visualize.names import FIGURES
@@ -51,6 +52,12 @@ class Picture:
 
         width, height = Image.open(io.BytesIO(self.png)).size
         return width * 96 // DPI, height * 96 // DPI
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the picture takes the width of the page; two others share it."""
+        width, height = self.size
+        return width >= 1.5 * height
 
     @property
     def webp(self) -> str:
@@ -100,19 +107,24 @@ def run_page(report: Report, job: Job, sections: list[Section], folder: Path) ->
     (row,) = report.rows
     config, run_dir = job.config, job.run_dir
     assert config is not None and run_dir is not None
+    chance = verdict.chance_of([job])
+    cautions = [(text, []) for text in [verdict.caution(job.last if job.val else None, chance)] if text]
+    beside = facts.beside_paper(job, row)
     return _render(
         "run.html.j2",
         title=job.name,
         contents=[
-            ("result", "Result"), ("paper", "Beside the paper"), *((part.id, part.title) for part in sections),
+            ("result", "Result"), *([("paper", "Beside the paper")] if beside else []),
+            *((part.id, part.title) for part in sections),
             ("config", "Config"), ("environment", "Environment"), ("files", "Files"),
         ],
         model=config.model.name,
         data=f"{config.data.name} at {resolved_image_size(config.data)} pixels",
         headline=facts.headline(job),
-        warnings=list(facts.warnings(job)),
+        verdict=verdict.of_run(job, chance),
+        warnings=cautions + list(facts.warnings(job)),
         facts=facts.key_facts(job, row),
-        beside=facts.beside_paper(job, row),
+        beside=beside,
         sections=sections,
         keys=facts.changed_keys(config),
         yaml=to_yaml(config),
@@ -125,16 +137,21 @@ def run_page(report: Report, job: Job, sections: list[Section], folder: Path) ->
 
 def sweep_page(report: Report, sources: list[Path], plots: Section, folder: Path) -> str:
     """Render the page for several runs."""
+    verdicts, cautions, best = verdict.of_rows(report)
     names = [source.resolve().name for source in sources]
     left_out = len(names) - MAX_NAMES
     listed = not_counted(report)
-    contents = [("table", "Table"), (plots.id, plots.title), ("rows", "Rows")]
-    contents[2:2] = [("not-counted", "Jobs that are not in the figures")] if listed else []
+    contents = [("runs", "Runs"), ("table", "Table"), (plots.id, plots.title), ("rows", "Rows")]
+    contents[3:3] = [("not-counted", "Jobs that are not in the figures")] if listed else []
     contents += [("commands", "Commands")] if report.commands else []
     return _render(
         "sweep.html.j2",
         title=", ".join(names[:MAX_NAMES]) + (f" and {left_out} more" if left_out > 0 else ""),
         what=title(report),
+        verdicts=verdicts,
+        cautions=cautions,
+        best=best,
+        runs=_listed(report, folder),
         contents=contents,
         num_runs=len(report.all_jobs),
         num_rows=len(report.rows),
@@ -145,6 +162,24 @@ def sweep_page(report: Report, sources: list[Path], plots: Section, folder: Path
         rows=[_described(row, i, folder) for i, row in enumerate(report.rows, 1)],
         commands=report.commands,
     )
+
+
+def _listed(report: Report, folder: Path) -> list[dict[str, Any]]:
+    """Return the tables of `sasa-report --list`, one for each data set, with links to the runs."""
+    jobs = report.all_jobs + [job for job, _ in report.not_counted]
+    return [
+        {
+            "data": data,
+            "names": [column[0] for column in columns],
+            "jobs": [
+                {"name": job.name, "href": facts.href(job.run_dir, folder) if job.run_dir else "", "cells": cells}
+                for job, *cells in zip(group, *(column[1:] for column in columns), strict=True)
+            ],
+            "has_best": len(group) > 1 and bool(group[0].val),
+        }
+        for data, group in group_by_data(jobs)
+        for columns in [columns_of(group)]
+    ]
 
 
 def _described(row: Row, number: int, folder: Path) -> dict[str, Any]:

@@ -19,13 +19,18 @@ def list_runs(jobs: list[Job], width: int | None = None) -> str:
     """
     width = width or shutil.get_terminal_size((80, 24)).columns
     parts = []
-    for data, found in itertools.groupby(sorted(jobs, key=_data), key=_data):
-        group = sorted(found, key=lambda job: (-job.best if job.val else 1.0, job.name))
+    for data, group in group_by_data(jobs):
         parts += ["", data, *_table(group, width)]
     best = max((job for job in jobs if job.val), key=lambda job: job.best, default=None)
     if best is not None and best.run_dir is not None:
         parts += ["", f"best  sasa-evaluate {printable(best.run_dir)}"]
     return "\n".join(parts[1:])
+
+
+def group_by_data(jobs: list[Job]) -> Iterator[tuple[str, list[Job]]]:
+    """Yield each data set and its jobs, the best first and those without an evaluation last."""
+    for data, found in itertools.groupby(sorted(jobs, key=_data), key=_data):
+        yield data, sorted(found, key=lambda job: (-job.best if job.val else 1.0, job.name))
 
 
 def _data(job: Job) -> str:
@@ -37,15 +42,7 @@ def _data(job: Job) -> str:
 
 def _table(jobs: list[Job], width: int) -> Iterator[str]:
     """Yield the lines of one table: top1, the epoch reached, the name, what differs, and what is not done."""
-    keys = _differing(jobs)
-    columns = [
-        ["best", *(f"{job.best:.2f}" if job.val else "-" for job in jobs)],
-        ["last", *(f"{job.last:.2f}" if job.val else "-" for job in jobs)],
-        ["epoch", *map(_epoch, jobs)],
-        *([key.rpartition(".")[2], *(_value(job, key) for job in jobs)] for key in keys),
-    ]
-    if any(job.state != "done" for job in jobs):
-        columns.insert(3, ["state", *(job.state for job in jobs)])
+    columns = columns_of(jobs)
     left_out = 0
     while len(columns) > 4 and width - _width(columns) < MIN_NAME:
         del columns[-1]
@@ -58,6 +55,19 @@ def _table(jobs: list[Job], width: int) -> Iterator[str]:
         yield "  ".join(numbers + [t.ljust(n) for t, n in zip(line[3:], widths[3:], strict=True)]).rstrip()
     if left_out:
         yield f"({left_out} more keys differ; a wider terminal shows them)"
+
+
+def columns_of(jobs: list[Job]) -> list[list[str]]:
+    """Return the columns of a table without the names of the runs, each with its heading first."""
+    columns = [
+        ["best", *(f"{job.best:.2f}" if job.val else "-" for job in jobs)],
+        ["last", *(f"{job.last:.2f}" if job.val else "-" for job in jobs)],
+        ["epoch", *map(_epoch, jobs)],
+        *([key.rpartition(".")[2], *(_value(job, key) for job in jobs)] for key in _differing(jobs)),
+    ]
+    if any(job.state != "done" for job in jobs):
+        columns.insert(3, ["state", *(job.state for job in jobs)])
+    return columns
 
 
 def _width(columns: list[list[str]]) -> int:

@@ -1,0 +1,142 @@
+"""What was reached, in a sentence: against chance, and against the other runs or rows."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from sasa_train.config.derived import expected_num_classes
+from sasa_train.config.keys import TrainConfig
+from sasa_train.refusal import ConfigError
+from sasa_train.report.intervals import ENOUGH
+from sasa_train.report.jobs import Job, find_jobs
+from sasa_train.report.rows import Report, Row, paired_difference
+from sasa_train.report.run_list import group_by_data
+
+
+@dataclass(frozen=True)
+class Chance:
+    """The top1 in percent of always naming the class with the most val images; `num_images` is 0 if unknown."""
+
+    top1: float
+    num_classes: int
+    num_images: int = 0
+
+    def __str__(self) -> str:
+        return f"chance ({self.top1:.2f} %: {self.num_classes:,} classes)"
+
+    def explains(self, top1: float) -> bool:
+        """Whether guessing reaches `top1` on as many images with a probability above one in forty."""
+        deviation = math.sqrt(self.top1 * (100 - self.top1) / self.num_images) if self.num_images else 0.0
+        return top1 <= self.top1 + 1.96 * deviation
+
+
+def chance_of(jobs: list[Job]) -> Chance | None:
+    """Return chance on the jobs' val images, counted in the first readable checkpoint; None if it is unknown."""
+    from sasa_train.runs.checkpoint import CheckpointError, load_checkpoint
+
+    for job in jobs:
+        if job.run_dir is None:
+            continue
+        try:
+            classes = load_checkpoint(job.run_dir / "checkpoints/last.pt")["fingerprint"]["val"]["classes"]
+        except CheckpointError:
+            continue
+        counts = [entry["num_images"] for entry in classes]
+        if sum(counts):
+            return Chance(100 * max(counts) / sum(counts), len(counts), sum(counts))
+    sizes = {expected_num_classes(job.config) for job in jobs if job.config is not None}
+    num_classes = sizes.pop() if len(sizes) == 1 else None
+    return Chance(100 / num_classes, num_classes) if num_classes else None
+
+
+def of_run(job: Job, chance: Chance | None) -> str:
+    """Say what a run reached against chance and the best run on the same images in its folder; "" without a val row."""
+    if not job.val:
+        return ""
+    assert job.config is not None
+    epochs = f"after epoch {job.val[-1]['epoch']} of {job.config.trainer.epochs}"
+    return f"top1 is {job.last:.2f} % {epochs}{_against(job.last, chance)}{_in_folder(job)}."
+
+
+def _against(top1: float, chance: Chance | None) -> str:
+    if chance is None:
+        return ""
+    if chance.explains(top1):
+        return f", not above {chance}"
+    return f", {top1 / chance.top1:.1f} times {chance}"
+
+
+def _in_folder(job: Job) -> str:
+    assert job.run_dir is not None
+    folder = job.run_dir.resolve().parent
+    try:
+        others = [other for other in find_jobs([folder]).jobs if other.val and _same_images(other, job)]
+    except (ConfigError, OSError):  # a damaged ledger or an unreadable folder: the page is about this run alone
+        return ""
+    if len(others) < 2:
+        return ""
+    best = max(others, key=lambda other: other.last)
+    where = f"of the {len(others)} runs on these images in {folder.name}"
+    if best.last <= job.last:
+        return f"; it is the best {where}"
+    return f"; the best {where} is {best.name} with {best.last:.2f} %"
+
+
+def _same_images(one: Job, other: Job) -> bool:
+    return one.config is not None and other.config is not None and _images(one.config) == _images(other.config)
+
+
+def _images(config: TrainConfig) -> tuple:
+    data = config.data
+    root = None if data.name == "digits" else str(Path(data.root).absolute())
+    return data.name, root, data.holdout_fraction, data.max_val_images
+
+
+def caution(top1: float | None, chance: Chance | None) -> str:
+    """Warn of a top1 that guessing would reach as well; "" if it is higher or unknown."""
+    if top1 is None or chance is None or not chance.explains(top1):
+        return ""
+    of_images = f" on {chance.num_images:,} images" if chance.num_images else ""
+    return (
+        f"top1 {top1:.2f} %{of_images} is not above {chance}: the model has not learned to tell the classes apart, and "
+        "figures of its attention and classes show noise. Check the labels, the learning rate and the number of steps."
+    )
+
+
+def of_rows(report: Report) -> tuple[list[str], list[str], set[int]]:
+    """Return, with one entry per data set, its verdict and its cautions, and the numbers of the best rows."""
+    verdicts, cautions, marked = [], [], set()
+    numbers = {id(job): number for number, row in enumerate(report.rows, 1) for job in row.jobs.values()}
+    for data, jobs in group_by_data(report.all_jobs):
+        chance = chance_of(jobs)
+        found = [(number, report.rows[number - 1]) for number in dict.fromkeys(numbers[id(job)] for job in jobs)]
+        found.sort(key=lambda pair: -_mean(pair[1]))
+        verdicts.append(_of_rows(data, found, chance))
+        marked |= {found[0][0]} if len(found) > 1 else set()
+        at_chance = sorted(number for number, row in found if chance is not None and chance.explains(_mean(row)))
+        if at_chance:
+            rows = "Row" if len(at_chance) == 1 else "Rows"
+            cautions.append(f"{rows} {', '.join(map(str, at_chance))} on {data}: top1 is not above {chance}.")
+    return verdicts, cautions, marked
+
+
+def _of_rows(data: str, found: list[tuple[int, Row]], chance: Chance | None) -> str:
+    """Describe the best of the rows on one data set; `found` is sorted, the best first."""
+    number, row = found[0]
+    how = f"mean of {len(row.jobs)} seeds" if len(row.jobs) > 1 else "one seed"
+    which = (
+        f"The best of {len(found)} rows on {data} is row {number}, {row.label}," if len(found) > 1 else f"On {data},"
+    )
+    text = f"{which} with top1 {_mean(row):.2f} % ({how}){_against(_mean(row), chance)}."
+    if len(found) == 1:
+        return text.replace(", with top1", ", top1 is", 1)
+    lead = paired_difference(row, found[1][1])
+    if lead is None or lead.n < ENOUGH:
+        return f"{text} There are too few seeds to tell whether it is better than the next, row {found[1][0]}."
+    clear = "and the interval over seeds excludes 0" if lead.excludes_zero else "within the interval over seeds"
+    return f"{text} It is {lead.mean:.2f} points above the next, row {found[1][0]}, {clear} (± {lead.half_width:.2f})."
+
+
+def _mean(row: Row) -> float:
+    assert row.top1 is not None  # only rows with jobs are judged
+    return row.top1.mean
