@@ -58,11 +58,11 @@ def set_title(figure: Figure, text: str, size: float = 9) -> None:
     figure.suptitle(fitted(text, figure.get_figwidth() - 0.4, size, max_lines=9), fontsize=size)
 
 
-def as_percent(axis: Axis) -> None:
-    """Restrict an axis that shows an accuracy to what an accuracy can be, 0 to 100."""
-    low, high = axis.get_view_interval()
+def as_percent(axis: Axes) -> None:
+    """Restrict a vertical axis that shows an accuracy to what an accuracy can be, 0 to 100."""
+    low, high = axis.get_ylim()
     low, high = max(0.0, low), min(100.0, high)
-    axis.axes.set(**{f"{axis.axis_name}lim": (low, high) if low < high else (0, 100)})
+    axis.set_ylim((low, high) if low < high else (0, 100))
 
 
 def as_epochs(axis: Axis) -> None:

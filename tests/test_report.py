@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 from marking import slow_but_for
+from measuring_text import wrong_texts
 from PIL import Image
 from tensorboard import context
 from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
@@ -241,6 +242,48 @@ def test_the_curves_are_the_seeds_mean_and_range(tmp_path):
     assert [[size for size, _ in line] for line in window_lines(rows).values()] == [[3, 7]]
 
 
+def test_no_text_of_a_chart_covers_another_or_leaves_the_page(tmp_path):
+    """Rows whose labels are longer than a panel is wide, in a panel each and in one panel; accuracies near 100."""
+    from sasa_train.report import charts
+
+    for count in (3, 4):
+        rows = [(f"data.root=photographs_of_birds_in_winter_{i:02d}", f"model.kernel_size={3 + 2 * (i % 3)}",
+                 f"model.width={0.25 + i / 8}") for i in range(count)]  # fmt: skip
+        results = {(row, seed): [97.0, 98.0, 99.5 + seed / 4] for row in rows for seed in (0, 1, 2)}
+        report = report_of(write_sweep(tmp_path / f"{count}", results))
+        drawn = charts.draw_figures(report)
+        assert set(drawn) == {"curves", "accuracy", "differences"}
+        assert [line for figure in drawn.values() for line in wrong_texts(figure)] == []
+        panels = [axis for axis in drawn["curves"].axes if axis.get_visible()]
+        assert len(panels) == (1 if count == 3 else 4)
+        for axis in (panels[0], *drawn["accuracy"].axes):
+            assert 0 <= axis.get_ylim()[0] < axis.get_ylim()[1] <= 100
+        assert all(float(tick).is_integer() for tick in panels[0].get_xticks())
+    dots = [line for line in drawn["differences"].axes[0].lines if line.get_label() == "a seed"]
+    assert len(dots[0].get_xdata()) == 3 * 3
+
+
+def test_one_reference_in_all_charts(tmp_path):
+    from sasa_train.report import charts
+
+    drawn = charts.draw_figures(report_of(windows(tmp_path / "s"), "kernel_size 3"))
+    assert wrong_texts(drawn["window"]) == []
+    ours = drawn["window"].axes[0].containers[0].lines[0]
+    assert dict(zip(*ours.get_data(), strict=True)) == {3: 0.0, 5: 2.0, 7: 4.0}
+    named = drawn["window"].axes[0].get_ylabel(), drawn["differences"].axes[0].get_xlabel()
+    assert all(" ".join(text.split()) == "top1, percentage points above kernel_size 3" for text in named)
+    assert "kernel_size 3 (the reference)" in [text.get_text() for text in drawn["curves"].legends[0].texts]
+
+
+def test_no_chart_of_a_single_dot(tmp_path):
+    from sasa_train.report import charts
+
+    one = report_of(write_sweep(tmp_path / "one", {((), 0): [50.0]}))
+    assert charts.draw_figures(one) == {}
+    rates = {((f"optimizer.lr=0.{i}",), 0): [50.0, 60.0] for i in (1, 2)}  # models of one size
+    assert set(charts.draw_figures(report_of(write_sweep(tmp_path / "rates", rates)))) == {"curves"}
+
+
 # The paper's tables
 
 
@@ -338,6 +381,26 @@ def test_tensorboard_shows_the_sweep(tmp_path, monkeypatch):
         rows = read_metrics(Path("sweep", group.sessions[0].name).with_name("metrics.jsonl"))
         top1 = next(row["top1"] for row in rows if row["split"] == "val")
         assert [value.value for value in group.metric_values if value.name.tag == "val/top1"] == pytest.approx([top1])
+
+
+def test_tensorboard_names_the_runs_by_what_differs(tmp_path, capsys, without_matplotlib):
+    """Folders of runs end in a hash; the report links them under their row and seed."""
+    sweep = windows(tmp_path / "s")
+    for i in range(9):
+        (sweep / f"ledger-{i}/tensorboard").mkdir()
+        (sweep / f"ledger-{i}/tensorboard/events.out.tfevents.1.x").touch()
+    for _ in range(2):  # a second report replaces the links
+        assert command.run_command([str(sweep)]) == 0
+        boards = sweep / "report/tensorboard"
+        names = sorted(path.name for path in boards.iterdir())
+        assert names == [f"kernel_size {k}, seed={seed}" for k in (3, 5, 7) for seed in (0, 1, 2)]
+        assert f"tensorboard --logdir {boards}" in capsys.readouterr().out
+        (boards / "an older row").symlink_to("gone")
+    assert (boards / "kernel_size 5, seed=1").resolve() == (sweep / "ledger-4/tensorboard").resolve()
+    moved = sweep.rename(tmp_path / "moved")
+    assert (moved / "report/tensorboard/kernel_size 5, seed=1/events.out.tfevents.1.x").exists()
+    found = plugin_event_multiplexer.EventMultiplexer().AddRunsFromDirectory(str(moved / "report/tensorboard"))
+    assert set(found.Runs()) == set(names)
 
 
 def test_a_refused_config_is_still_a_row(tmp_path):

@@ -20,6 +20,7 @@ from sasa_train import train
 from sasa_train.config.compose import compose_config
 from sasa_train.paper import differing_keys, nearest_row
 from sasa_train.report.illustrations import class_rows
+from sasa_train.report.verdict import Chance
 from sasa_train.visualize.val_sample import ValSample
 
 HOSTILE = '<script>alert("1")</script>'
@@ -115,10 +116,10 @@ def test_the_page_of_a_run_tells_all_that_its_folder_does(run_page):
     val = [json.loads(line) for line in (run_page.path.parents[1] / "metrics.jsonl").read_text().splitlines()][-1]
     for text in (
         f"{val['top1']:.2f} %", "after epoch 2 of 2", info["reproduce"], info["versions"]["torch"], info["host"],
-        "Table 1: full attention, R26", "width=0.125 (the paper's 1.0)", "the levels are no comparison",
-        "all 8 val images", "raw weights of checkpoints/last.pt, step 4",
+        "chance (62.50 %: 2 classes)", "all 8 val images", "raw weights of checkpoints/last.pt, step 4",
     ):  # fmt: skip
         assert text in run_page.text
+    assert "arXiv" not in run_page.text  # the paper's results are of other images
     assert len(run_page.all("img")) >= 9
     links = {unquote(link["href"]) for link in run_page.all("a")}
     assert {"../config.yaml", "../metrics.jsonl", "../checkpoints/last.pt", "../tensorboard/"} <= links
@@ -143,10 +144,63 @@ def test_the_page_of_a_sweep_has_each_job_or_its_reason(sweep_page):
     ):
         assert text in sweep_page.text
     assert "Traceback" not in sweep_page.text and len(sweep_page.all("img")) == 4
-    assert len(sweep_page.all("details")) == 3
+    assert len(sweep_page.all("details")) == 3 + 1  # the rows, and the runs
     links = {unquote(link["href"]) for link in sweep_page.all("a") if not link["href"].startswith("#")}
     assert links == {f"../ledger-{i}/" for i in range(4)} | {"../ledger-0/report/report.html"}
     assert {"failed", "waiting"} <= set(sweep_page.text.split())
+
+
+def test_the_page_of_a_sweep_opens_with_a_verdict_and_the_best_run_first(sweep_page):
+    verdict = (
+        "The best of 2 rows on digits is row 2, kernel_size 5, with top1 61.50 % (mean of 2 seeds), 6.2 times chance"
+    )
+    start = " ".join(sweep_page.text.split())
+    assert verdict in start and "(10.00 %: 10 classes). There are too few seeds to tell whether it is better" in start
+    assert start.index(verdict) < start.index("The best first, by top1 of the best epoch") < start.index("Means over")
+    listed = re.findall(r"ledger-\d", start[start.index("The best first") :])
+    assert listed[:6] == ["ledger-3", "ledger-2", "ledger-0", "ledger-1", "ledger-4", "ledger-5"]
+    marked = re.findall(r'<tr class="best">.*?</tr>', sweep_page.source, re.DOTALL)
+    assert ["ledger-3" in row or "kernel_size 5" in row for row in marked] == [True, True]
+    assert sweep_page.source.count('class="mark">best') == 2
+
+
+def test_a_verdict_names_the_best_run_of_the_folder_and_a_clear_lead(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # no charts, which take seconds
+    for name, overrides, top1s in (
+        ("good", [], [50.0, 60.0]),
+        ("better", ["optimizer.lr=0.2"], [80.0, 70.5]),
+        ("other", ["data=image_folder", "data.root=photos"], [99.0]),
+        ("bad", ["optimizer.lr=9"], [10.0, 9.0]),
+    ):
+        write_run(tmp_path / "out" / name, ["experiment=debug", *overrides], top1s)
+
+    def text_of(name: str) -> str:
+        assert command.run_command([str(tmp_path / "out" / name), "--quick"]) == 0
+        return " ".join(Page(tmp_path / "out" / name / "report/report.html").text.split())
+
+    best = "top1 is 70.50 % after epoch 2 of 1, 7.0 times chance (10.00 %: 10 classes)"
+    assert f"{best}; it is the best of the 3 runs on these images in out." in text_of("better")
+    assert "; the best of the 3 runs on these images in out is better with 70.50 %." in (good := text_of("good"))
+    assert "is not above chance" not in good
+    assert "top1 9.00 % is not above chance (10.00 %: 10 classes): the model has not" in text_of("bad")
+    assert Chance(10.0, 10, 32).explains(20.3) and not Chance(10.0, 10, 32).explains(20.5)  # 1.96 x 5.3 points
+    results = {((f"model.kernel_size={k}",), seed): [10.0 * k + seed] for k in (5, 7) for seed in (0, 1, 2)}
+    results |= {(("model.kernel_size=3",), seed): [8.0 + seed] for seed in (0, 1, 2)}
+    assert command.run_command([str(write_sweep(tmp_path / "s", results))]) == 0
+    page = " ".join(Page(tmp_path / "s/report/report.html").text.split())
+    assert "It is 20.00 points above the next, row 2, and the interval over seeds excludes 0 (± 0.00)." in page
+    assert "Row 1 on digits: top1 is not above chance (10.00 %: 10 classes)." in page
+
+
+def test_the_papers_row_stands_where_the_data_is_the_papers(tmp_path):
+    """Next to another data set, the paper's top1 says nothing."""
+    keys = ["model=hybrid_resnet50", "model.width=0.5", "data=imagenet", "data.image_size=160"]
+    write_run(tmp_path / "run", keys, [60.0])
+    assert command.run_command([str(tmp_path / "run"), "--quick"]) == 0
+    page = Page(tmp_path / "run/report/report.html")
+    check_whole(page)
+    for text in ("Table 1: conv stem + attention, R50", "width=0.5 (the paper's 1.0)", "the levels are no comparison"):
+        assert text in page.text
 
 
 def test_a_page_is_written_without_checkpoint_data_or_matplotlib(run_dir, tmp_path, monkeypatch, capsys):
@@ -160,7 +214,7 @@ def test_a_page_is_written_without_checkpoint_data_or_matplotlib(run_dir, tmp_pa
     assert "data.root=" in capsys.readouterr().err
     assert "holds no whole cifar10" in write("data.name=cifar10", f"data.root={tmp_path}").text  # nor is it downloaded
     page = write("--quick")
-    assert len(page.all("img")) == 2 and "Classes" not in page.text
+    assert len(page.all("img")) == 2 and "Classes" not in page.text  # both curves
     with monkeypatch.context() as patch:
         patch.setattr("importlib.util.find_spec", lambda name: None)
         page = write()

@@ -54,9 +54,15 @@ CAPTIONS = {  # kind of chart -> description
 
 def draw_charts(report: Report) -> list[Picture]:
     """Draw every chart for which there is data."""
+    figures = draw_figures(report)
+    return [Picture(name, rendered(figure), *CAPTIONS[name]) for name, figure in figures.items()]
+
+
+def draw_figures(report: Report) -> dict[str, Figure]:
+    """Return the charts by their names, without those that would show a single dot."""
     rows = best([row for row in report.rows if row.jobs], MAX_ROWS)
     if not rows:
-        return []
+        return {}
     figures = {"curves": _draw_curves(rows)} if any(len(curve(row)[0]) > 1 for row in rows) else {}
     if len({(row.flops, row.params) for row in rows if row.flops and row.params}) > 1:
         figures["accuracy"] = _draw_accuracy([pair for pair in enumerate(report.rows, 1) if pair[1] in rows])
@@ -65,7 +71,7 @@ def draw_charts(report: Report) -> list[Picture]:
         figures["differences"] = _draw_differences(rows)
     if lines := window_lines(rows):
         figures["window"] = _draw_windows(lines)
-    return [Picture(name, rendered(figure), *CAPTIONS[name]) for name, figure in figures.items()]
+    return figures
 
 
 def best(rows: list[Row], count: int) -> list[Row]:
@@ -115,7 +121,7 @@ def _draw_accuracy(rows: list[tuple[int, Row]]) -> Figure:
         around = max(0.1 * (max(sizes) - min(sizes)), 0.05 * max(sizes))  # nearly equal sizes should look nearly equal
         axis.set_xlim(min(sizes) - around, max(sizes) + around)
         axis.set_ylim(limits([_top1(row) for _, row in counted]))
-        as_percent(axis.yaxis)
+        as_percent(axis)
         _number(axis, [(x, _top1(row).mean, str(number)) for x, (number, row) in zip(sizes, counted, strict=True)])
     axes[0].set_ylabel("top1 of the last epoch, percent")
     legend_below(figure, axes[0])
@@ -149,7 +155,7 @@ def _draw_curves(rows: list[Row]) -> Figure:
     else:
         _curves_by_row(axes, shown)
     axes[0].set_ylim(bottom=_late_floor(shown))
-    as_percent(axes[0].yaxis)
+    as_percent(axes[0])
     as_epochs(axes[0].xaxis)
     if is_one:
         axes[0].set(xlabel="epoch", ylabel="val top1, percent")

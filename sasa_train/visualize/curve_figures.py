@@ -62,7 +62,7 @@ def draw_training_curves(runs: dict[str, Rows]) -> Figure:
             axis.plot(*_series(rows, "train", key), color=train_color, lw=1.2, ls=":", label=train_label)
             _plot(axis, rows, "val", key, style, 10, "val" if len(runs) == 1 else legend_label(name))
             axis.set_ylabel(labels[key])
-    as_percent(axes[-1].yaxis)
+    as_percent(axes[-1])
     _finish(figure, axes, runs)
     set_title(figure, f"{' and '.join(keys)}; dotted: on train, with its augmentation and regularisation")
     return figure
