@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from measuring_text import wrong_texts
 from PIL import Image
 
 from sasa_train import benchmark as benchmark
@@ -195,3 +196,17 @@ def test_without_matplotlib_a_chart_is_refused_before_anything_is_measured(monke
     monkeypatch.setattr(benchmark, "_set_up", lambda options: pytest.fail("went on to measure"))
     assert benchmark.run_command(["attention", "--plot=chart.png"]) == 2
     assert "pip install 'sasa_train[plots]'" in capsys.readouterr().err
+
+
+def test_no_text_of_a_chart_covers_another():
+    """Check bars of long model names and speeds of six digits, under a title longer than the page is wide."""
+    from sasa_train.benchmark import plots
+    from sasa_train.figures import set_title
+
+    speed = {"median": 123456.0, "min": 100000.0, "max": 150000.0}
+    name = "sasa_resnet50,width=0.25,stem=attention_small"
+    figure = plots._draw_models(
+        [{"model": name, "training_images_per_sec": speed, "inference_images_per_sec": speed}] * 3
+    )
+    set_title(figure, "a GPU with a long name, a processor with a longer one, 2 threads, bfloat16, " * 2, 10)
+    assert wrong_texts(figure) == []

@@ -116,7 +116,8 @@ def test_the_page_of_a_run_tells_all_that_its_folder_does(run_page):
     val = [json.loads(line) for line in (run_page.path.parents[1] / "metrics.jsonl").read_text().splitlines()][-1]
     for text in (
         f"{val['top1']:.2f} %", "after epoch 2 of 2", info["reproduce"], info["versions"]["torch"], info["host"],
-        "chance (62.50 %: 2 classes)", "all 8 val images", "raw weights of checkpoints/last.pt, step 4",
+        "chance (62.50 %: the most frequent of 2 classes)", "all 8 val images",
+        "raw weights of checkpoints/last.pt, step 4",
     ):  # fmt: skip
         assert text in run_page.text
     assert "arXiv" not in run_page.text  # the paper's results are of other images

@@ -112,6 +112,7 @@ def _draw_models(rows: list[dict[str, Any]]) -> Figure:
             text = f"{found['median']:.{max(0, 2 - int(math.log10(max(found['median'], 1))))}f}"
             axis.annotate(text, (found["max"], i), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
         axis.margins(x=0.18)
+        axis.locator_params(axis="x", nbins=4)
         axis.set_xlabel(f"{what}, images/s")
         axis.grid(axis="x", color=GRID, lw=0.6)
         axis.set_yticks(range(len(rows)), [row["model"].replace(",", "\n") for row in rows], fontsize=8)

@@ -22,7 +22,8 @@ class Chance:
     num_images: int = 0
 
     def __str__(self) -> str:
-        return f"chance ({self.top1:.2f} %: {self.num_classes:,} classes)"
+        is_even = math.isclose(self.top1 * self.num_classes, 100)
+        return f"chance ({self.top1:.2f} %: {'' if is_even else 'the most frequent of '}{self.num_classes:,} classes)"
 
     def explains(self, top1: float) -> bool:
         """Whether guessing reaches `top1` on as many images with a probability above one in forty."""
