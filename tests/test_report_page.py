@@ -20,7 +20,8 @@ from sasa_train import train
 from sasa_train.config.compose import compose_config
 from sasa_train.paper import differing_keys, nearest_row
 from sasa_train.report.illustrations import class_rows
-from sasa_train.report.verdict import Chance
+from sasa_train.report.jobs import find_jobs
+from sasa_train.report.verdict import Chance, chance_of, of_run
 from sasa_train.visualize.val_sample import ValSample
 
 HOSTILE = '<script>alert("1")</script>'
@@ -175,16 +176,16 @@ def test_a_verdict_names_the_best_run_of_the_folder_and_a_clear_lead(tmp_path, m
     ):
         write_run(tmp_path / "out" / name, ["experiment=debug", *overrides], top1s)
 
-    def text_of(name: str) -> str:
-        assert command.run_command([str(tmp_path / "out" / name), "--quick"]) == 0
-        return " ".join(Page(tmp_path / "out" / name / "report/report.html").text.split())
-
+    jobs = {job.name: job for job in find_jobs([tmp_path / "out"]).jobs}
+    chance = chance_of([jobs["good"]])
     best = "top1 is 70.50 % after epoch 2 of 1, 7.0 times chance (10.00 %: 10 classes)"
-    assert f"{best}; it is the best of the 3 runs on these images in out." in text_of("better")
-    assert "; the best of the 3 runs on these images in out is better with 70.50 %." in (good := text_of("good"))
-    assert "is not above chance" not in good
-    assert "top1 9.00 % is not above chance (10.00 %: 10 classes): the model has not" in text_of("bad")
+    assert of_run(jobs["better"], chance) == f"{best}; it is the best of the 3 runs on these images in out."
+    assert "; the best of the 3 runs on these images in out is better with 70.50 %." in of_run(jobs["good"], chance)
     assert Chance(10.0, 10, 32).explains(20.3) and not Chance(10.0, 10, 32).explains(20.5)  # 1.96 x 5.3 points
+    assert command.run_command([str(tmp_path / "out/bad"), "--quick"]) == 0
+    page = " ".join(Page(tmp_path / "out/bad/report/report.html").text.split())
+    assert "top1 is 9.00 % after epoch 2 of 1, not above chance (10.00 %: 10 classes); the best of the 3 runs" in page
+    assert "top1 9.00 % is not above chance (10.00 %: 10 classes): the model has not" in page
     results = {((f"model.kernel_size={k}",), seed): [10.0 * k + seed] for k in (5, 7) for seed in (0, 1, 2)}
     results |= {(("model.kernel_size=3",), seed): [8.0 + seed] for seed in (0, 1, 2)}
     assert command.run_command([str(write_sweep(tmp_path / "s", results))]) == 0
