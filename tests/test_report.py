@@ -247,8 +247,8 @@ def test_no_text_of_a_chart_covers_another_or_leaves_the_page(tmp_path):
     from sasa_train.report import charts
 
     for count in (3, 4):
-        rows = [(f"data.root=photographs_of_birds_in_winter_{i:02d}", f"model.kernel_size={3 + 2 * (i % 3)}",
-                 f"model.width={0.25 + i / 8}") for i in range(count)]  # fmt: skip
+        rows = [(f"model.kernel_size={3 + 2 * (i % 2)}", f"optimizer.weight_decay=0.00012345{i}",
+                 f"schedule.warmup_epochs={i}.0", f"trainer.label_smoothing=0.10000{i}") for i in range(count)]  # fmt: skip
         results = {(row, seed): [97.0, 98.0, 99.5 + seed / 4] for row in rows for seed in (0, 1, 2)}
         report = report_of(write_sweep(tmp_path / f"{count}", results))
         drawn = charts.draw_figures(report)

@@ -19,7 +19,7 @@ def link_boards(report: Report, folder: Path) -> Path | None:
     Raises:
         ConfigError: the folder cannot be written, or something other than a link is in the way.
     """
-    links = {}
+    links: dict[str, Path] = {}
     for row in report.rows:
         for seed, job in sorted(row.jobs.items()):
             if job.run_dir is not None and (job.run_dir / FOLDER).is_dir():

@@ -108,7 +108,7 @@ def run_page(report: Report, job: Job, sections: list[Section], folder: Path) ->
     config, run_dir = job.config, job.run_dir
     assert config is not None and run_dir is not None
     chance = verdict.chance_of([job])
-    cautions = [(text, []) for text in [verdict.caution(job.last if job.val else None, chance)] if text]
+    caution = verdict.caution(job.last if job.val else None, chance)
     beside = facts.beside_paper(job, row)
     return _render(
         "run.html.j2",
@@ -122,7 +122,7 @@ def run_page(report: Report, job: Job, sections: list[Section], folder: Path) ->
         data=f"{config.data.name} at {resolved_image_size(config.data)} pixels",
         headline=facts.headline(job),
         verdict=verdict.of_run(job, chance),
-        warnings=cautions + list(facts.warnings(job)),
+        warnings=[*([(caution, [])] if caution else []), *facts.warnings(job)],
         facts=facts.key_facts(job, row),
         beside=beside,
         sections=sections,
