@@ -9,7 +9,7 @@ from sasa_train.config.keys import MODEL_KEYS, TrainConfig, with_values
 from sasa_train.config.overrides import for_own_images
 from sasa_train.paper import ROWS, Row
 from sasa_train.refusal import ConfigError
-from sasa_train.terminal import fail
+from sasa_train.terminal import fail, say_loading
 
 USAGE = """usage: sasa-summary [--paper] [group=choice ...] [key=value ...]
 
@@ -47,6 +47,7 @@ def run_command(arguments: list[str]) -> int:
 
 
 def print_paper(rows: tuple[Row, ...]) -> None:
+    say_loading()
     import timm
 
     from sasa_train.models.counting import count_flops, count_params, meta_model
@@ -75,6 +76,7 @@ def _chosen(config: TrainConfig) -> TrainConfig:
 
 
 def print_model(config: TrainConfig) -> None:
+    say_loading()
     from sasa_train.models import build_model, check_model
     from sasa_train.models.counting import count_layers, meta_model
 

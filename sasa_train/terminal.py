@@ -5,6 +5,7 @@ a closed pipe, do not stop a run.
 """
 
 import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,25 @@ def printable_lines(text: str) -> str:
     return "\n".join(printable(line) for line in text.split("\n"))
 
 
+def fitting(parts: Sequence[tuple[int, str]], width: int | None, separator: str = "  ") -> str:
+    """Join texts, without the least important ones if all of them are wider than `width` columns (None: no limit).
+
+    parts: pairs of an importance and a text; empty texts are left out, and those of importance 0 are always kept.
+    """
+    kept = [part for part in parts if part[1]]
+    while width is not None and len(separator.join(text for _, text in kept)) > width and any(rank for rank, _ in kept):
+        kept.remove(max(kept, key=lambda part: part[0]))
+    return separator.join(text for _, text in kept)
+
+
+def columns(file: TextIO) -> int | None:
+    """Return the number of columns of the terminal that `file` is, or None if it is not a terminal."""
+    try:
+        return os.get_terminal_size(file.fileno()).columns or 80 if file.isatty() else None
+    except (OSError, ValueError):  # as in notebooks
+        return None
+
+
 def some(names: Sequence[str], separator: str = ", ") -> str:
     """Return the first MAX_NAMES names, escaped, followed by the number of remaining names."""
     rest = len(names) - MAX_NAMES
@@ -41,6 +61,12 @@ def say(text: str, file: TextIO | None = None) -> None:
         with contextlib.suppress(OSError):
             tqdm.write(text, file=file or sys.stdout)
             (file or sys.stdout).flush()
+
+
+def say_loading() -> None:
+    """Say on stderr that PyTorch is about to be imported, which takes seconds, unless it is imported already."""
+    if "torch" not in sys.modules:
+        say("loading PyTorch ...", sys.stderr)
 
 
 def warn(text: str) -> None:

@@ -17,9 +17,9 @@ from sasa_train.data.fingerprint import differences
 from sasa_train.data.reading import image_files, read_fitted
 from sasa_train.data.transforms import Normalize, val_shape
 from sasa_train.models import build_model, check_model
-from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import ConfigError, require
-from sasa_train.runs.checkpoint import find_checkpoint, load_checkpoint, other_dtype
+from sasa_train.runs.checkpoint import load_checkpoint, other_dtype
+from sasa_train.runs.source import check_source, find_checkpoint
 from sasa_train.terminal import printable, some
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
@@ -115,14 +115,8 @@ def load_trained(source: str | Path, overrides: Sequence[str] = ()) -> TrainedMo
     from sasa_train.config.overrides import split_weights
     from sasa_train.config.saved import load_config
 
-    if world_size() > 1:
-        raise ConfigError(f"WORLD_SIZE={world_size()}: this is one process's work; run it without torchrun")
+    check_source(Path(source), overrides)
     path = find_checkpoint(Path(source))
-    if not os.path.exists(path) and (runs := _runs_in(Path(source))):
-        raise ConfigError(
-            f"{source}: is not a run folder, but holds the runs {some(runs)}; give one of them (sasa-report --list "
-            f"{source} shows how good they are)"
-        )
     checkpoint = load_checkpoint(path)
     wanted, others = split_weights(overrides)
     if any(text.startswith("data.name=") for text in others):
@@ -133,10 +127,6 @@ def load_trained(source: str | Path, overrides: Sequence[str] = ()) -> TrainedMo
         raise ConfigError(f"weights=ema: {path} has no moving average; it was trained with trainer.ema_decay=null")
     state_dict = checkpoint["ema"] if weights == "ema" else checkpoint["model"]
     return TrainedModel(path, checkpoint, config, _build(config, state_dict, len(checkpoint["classes"])), weights)
-
-
-def _runs_in(folder: Path) -> list[str]:
-    return sorted(path.parent.name for path in folder.glob("*/config.yaml")) if os.path.isdir(folder) else []
 
 
 def _own_preprocessing(data: DataConfig) -> list[str]:

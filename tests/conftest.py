@@ -21,7 +21,13 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", str(num_threads))
 
 pytest.register_assert_rewrite(
-    "attention_cases", "making_data", "measuring_text", "reading_runs", "running_commands", "stem_cases"
+    "attention_cases",
+    "making_data",
+    "measuring_text",
+    "reading_runs",
+    "running_commands",
+    "screens",
+    "stem_cases",
 )
 
 Command = Callable[..., subprocess.CompletedProcess]

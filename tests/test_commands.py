@@ -94,8 +94,8 @@ def test_a_run_leaves_what_the_readme_promises(command, in_process, tmp_path):
     for weights, key in (("ema", "top1"), ("raw", "top1_raw")):
         printed = in_process("evaluate", "out/first", f"weights={weights}").stdout
         best = next(row for row in val if row["step"] == saved["best"]["step"])
-        assert f"top1   {best[key]!r}\n" in printed
-    assert f"loss   {best['loss']!r}\n" in in_process("evaluate", "out/first/checkpoints/best.pt").stdout
+        assert f"top1   {best[key]:.2f}\n" in printed
+    assert f"loss   {best['loss']:.4f}\n" in in_process("evaluate", "out/first/checkpoints/best.pt").stdout
 
 
 def test_killed_and_stopped_runs_end_as_one_never_touched(in_process, tmp_path):
@@ -155,9 +155,13 @@ def test_a_stop_before_training_leaves_nothing_half_done(tmp_path):
         (["model.num_classes=11"], "model.num_classes=11, but digits has 10 classes"),
     ],
 )
-def test_refusals_have_exit_code_2(in_process, arguments, message):
+def test_refusals_have_exit_code_2_and_leave_nothing(in_process, tmp_path, arguments, message):
     process = in_process("train", *TINY, *arguments, expect=2)
     assert message in process.stderr and "Traceback" not in process.stderr
+    assert process.stdout == "" and list(tmp_path.iterdir()) == []
+    (tmp_path / "out/mine").mkdir(parents=True)
+    in_process("train", *TINY, *arguments, "run_name=mine", expect=2)
+    assert (tmp_path / "out/mine").is_dir()  # it was there before
 
 
 def test_a_truncated_checkpoint_is_named_and_the_run_goes_on(in_process, tmp_path):

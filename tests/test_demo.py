@@ -156,13 +156,13 @@ def test_a_model_that_is_not_finite_is_an_error_not_a_picture(serving, tiny_run,
     assert "WARNING" in capsys.readouterr().err
 
 
-def test_a_port_that_is_taken_and_a_host_that_is_not_ours_are_refused(in_process):
+def test_a_port_that_is_taken_and_a_host_that_is_not_ours_are_refused(in_process, tiny_run):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         number = taken.getsockname()[1]
-        said = in_process("demo", "outputs/RUN", "--port", str(number), expect=2).stderr
+        said = in_process("demo", str(tiny_run), "--port", str(number), expect=2).stderr
     assert f"--host 127.0.0.1 --port {number}: the port is taken; add --port " in said
     assert 0 <= int(said.rsplit(" ", 1)[1]) <= 65535 and not said.endswith(f" {number}\n")
-    said = in_process("demo", "outputs/RUN", "--host", "192.0.2.1", "--port", "0", expect=2).stderr  # for examples
+    said = in_process("demo", str(tiny_run), "--host", "192.0.2.1", "--port", "0", expect=2).stderr  # for examples
     assert "--host 192.0.2.1 --port 0: " in said and "must be an address of this machine" in said
     assert "70000 must be a whole number, at most 65535" in in_process("demo", "x", "--port", "70000", expect=2).stderr
     said = in_process("demo", "outputs/RUN", "--port", "0", expect=2).stderr
@@ -181,6 +181,7 @@ def test_the_page_has_all_it_needs_and_may_load_nothing_from_elsewhere(served):
 
 def test_the_command_says_where_the_page_is_and_ctrl_c_ends_it(tiny_run, tmp_path):
     process = start(tmp_path, str(tiny_run), "--port", "0", CPU, command="demo")
+    assert process.stdout.readline() == "loading PyTorch ...\n"
     line = process.stdout.readline()
     found = re.fullmatch(r".*/tiny: the page is http://127\.0\.0\.1:(\d+)  \(Ctrl-C ends it\)\n", line)
     assert found, line + process.communicate(timeout=60)[0]

@@ -26,7 +26,7 @@ from timm.optim import list_optimizers
 
 from sasa_train import train
 from sasa_train.config import compose, groups
-from sasa_train.config.compose import as_overrides, compose_config, quote_texts, to_config
+from sasa_train.config.compose import as_asked, as_overrides, compose_config, quote_texts, to_config
 from sasa_train.config.groups import config_dir
 from sasa_train.config.keys import CHOICES, FREE_KEYS, TrainConfig, key_table
 from sasa_train.config.overrides import (
@@ -144,7 +144,7 @@ def compose_quickly(overrides: list[str]) -> TrainConfig:
         ConfigLoaderImpl._apply_overrides_to_config(parse_overrides(for_hydra(overrides)), composed)
     except UNREADABLE as error:
         raise ConfigError(compose.explain(error)) from error
-    return to_config(composed, overrides)
+    return as_asked(composed, overrides)
 
 
 def assert_refused_well(message: str, overrides: list[str]) -> None:

@@ -2,14 +2,19 @@
 
 import errno
 import json
+import re
 import subprocess
 import sys
 from unittest import mock
 
 import pytest
+from marking import slow_but_for
 from reading_runs import board
+from running_commands import TINY
+from screens import lines_in_terminal
 
-from sasa_train.terminal import duration
+from sasa_train.config.derived import has_top5
+from sasa_train.terminal import duration, fitting
 from sasa_train.training import log
 from sasa_train.training.log import RunLogger
 
@@ -151,3 +156,50 @@ class FullDisk:
 @pytest.mark.parametrize("seconds,text", [(4.6, "5 s"), (184, "3 min 04 s"), (3725, "1 h 02 min")])
 def test_durations_are_readable(seconds, text):
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize("num_columns", slow_but_for((80,), (60, 80, 120)))
+def test_a_terminal_of_any_width_shows_the_bar_below_whole_lines(tmp_path, num_columns):
+    """Lines that wrap would break the bar, which is redrawn in place, and leave pieces of it on the screen."""
+    keys = ["trainer.epochs=2", "trainer.log_every_steps=2", "trainer.ema_decay=0.9", "run_name=a"]
+    lines = lines_in_terminal(tmp_path, num_columns, "train", *TINY, *keys)
+    begin = next(i for i, line in enumerate(lines) if line.startswith("lr "))
+    assert lines[0] == "loading PyTorch ..." and lines[1].startswith("run folder")
+    end = next(i for i, line in enumerate(lines) if line.startswith("top1 "))
+    assert max(map(len, lines[:end])) <= num_columns
+    plan = " ".join(" ".join(lines[:begin]).split())
+    assert "data digits, 70 train and 30 val images of 8 pixels, 10 classes, resident batch 16" in plan
+    train = [line for line in lines if line.startswith("step ")]
+    assert [line.split("  ")[0] for line in train] == [f"step {n}/8" for n in (2, 4, 6, 8)]
+    assert all(re.search(r"  epoch [12]  loss \d\.\d{4}  top1 \d+\.\d\d", line) for line in train)
+    val = [line for line in lines if line.startswith("val ")]
+    assert [line.split("  ")[1] for line in val] == ["epoch 1", "epoch 2"] and val[0].endswith("best so far")
+    assert all(("top5 " in line) == (num_columns >= 80 or "best" not in line) for line in val)
+    bar = [line for line in lines if line.startswith("|")][-1]
+    wide = (
+        r"step 8/8  loss \d\.\d{3}  top1 \d+\.\d  [\d,]+ img/s"
+        if num_columns >= 80
+        else r"loss \d\.\d{3}  top1 \d+\.\d"
+    )
+    assert re.fullmatch(rf"\|[^|]+\| epoch 2/2  {wide}  ETA 00:00", bar), bar
+
+
+def test_the_least_important_parts_are_left_out_first():
+    parts = [(0, "val"), (2, "step 7"), (0, "top1 13.00"), (1, ""), (1, "best so far")]
+    assert fitting(parts, None) == fitting(parts, 36) == "val  step 7  top1 13.00  best so far"
+    assert fitting(parts, 35) == "val  top1 13.00  best so far"
+    assert fitting(parts, 3) == "val  top1 13.00"
+
+
+def test_top5_of_five_or_fewer_classes_is_logged_and_not_shown(tmp_path, capsys):
+    """It is 100 % whatever the model, and would look like a result."""
+    for num_classes in (5, 6):
+        folder = tmp_path / str(num_classes)
+        folder.mkdir()
+        logger = RunLogger(folder, "", step=0, total_steps=8, has_top5=has_top5(num_classes))
+        logger.write(row("val", 4, top5=100.0))
+        logger.show_val(row("val", 4, top5=100.0), is_best=False)
+        logger.close()
+        assert json.loads((folder / "metrics.jsonl").read_text())["top5"] == 100
+        assert ("top5 100.00" in capsys.readouterr().out) == (num_classes == 6)
+        assert ("val/top5" in board(folder / "tensorboard").Tags()["scalars"]) == (num_classes == 6)

@@ -135,7 +135,7 @@ def test_recalibrated_statistics_are_in_the_checkpoint(tmp_path, monkeypatch, ca
     last = [row for row in rows(tmp_path / "out/run") if row["split"] == "val"][-1]
     capsys.readouterr()
     assert evaluate.run_command([str(tmp_path / "out/run/checkpoints/last.pt")]) == 0
-    assert f"loss   {last['loss']!r}" in capsys.readouterr().out
+    assert f"loss   {last['loss']:.4f}" in capsys.readouterr().out
     ema = load_checkpoint(tmp_path / "out/run/checkpoints/last.pt")["ema"]
     assert ema["layer1.0.bn1.num_batches_tracked"] == 2
 

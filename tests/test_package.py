@@ -1,5 +1,6 @@
 """Check the single table of commands, fast imports, tab completion and matching version numbers."""
 
+import json
 import os
 import pty
 import re
@@ -82,6 +83,40 @@ for name in sys.argv[1:]:
     lines = python(code, *(command.module for command in INSTALLED.values())).splitlines()
     assert len(lines) == len(INSTALLED) + 5
     assert [line for line in lines if not line.endswith(" 0 False True")] == []
+
+
+def test_no_refusal_of_an_argument_imports_torch(tmp_path, monkeypatch):
+    """A misspelt option once took 23 seconds to be refused. Keys, types, bounds, options and paths need no torch."""
+    (tmp_path / "outputs/run").mkdir(parents=True)
+    (tmp_path / "outputs/run/config.yaml").write_text("seed: 0")
+    (tmp_path / "outputs/run/last.pt").touch()
+    monkeypatch.chdir(tmp_path)
+    refused = {
+        "train trainer.epoch=3": "did you mean trainer.epochs?",
+        "train resume=outputs/run trainer.epochs=0": "trainer.epochs=0 must be positive",
+        "sweep trainer.epoch=3": "did you mean trainer.epochs?",
+        "summary trainer.epoch=3": "did you mean trainer.epochs?",
+        "export outputs/run --formats tflite": "invalid choice: 'tflite'",
+        "benchmark model x --dtype fp8": "invalid choice: 'fp8'",
+        "data verify outputs trainer.epoch=3": "must be key=value with one of the keys data.background",
+        "evaluate outputs": "holds the runs run; give one of them",
+        "report outputs/run trainer.epoch=3": "did you mean trainer.epochs?",
+    }
+    for name in ("evaluate", "export", "visualize", "predict"):
+        words = f"{name} outputs/run/last.pt{' a.png' if name == 'predict' else ''} "
+        refused |= {words + "trainer.devise=cpu": "did you mean trainer.device?", words + "seed=a": "Integer"}
+        refused |= {words + "trainer.epochs=0": "must be positive", words.replace("last", "gone"): "No such file"}
+    code = """
+import contextlib, importlib, io, json, sys
+from sasa_train.commands import COMMANDS
+for line, message in json.loads(sys.argv[1]).items():
+    name, *arguments = line.split()
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        code = importlib.import_module(COMMANDS[name].module).run_command(arguments)
+    if code != 2 or message not in err.getvalue() or "loading" in err.getvalue() or "torch" in sys.modules:
+        print(line, code, err.getvalue(), "torch" in sys.modules)
+"""
+    assert python(code, json.dumps(refused)) == ""
 
 
 def test_python_m_lists_and_runs_the_commands(capsys):

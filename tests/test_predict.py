@@ -84,7 +84,7 @@ def test_predictions_are_evaluations(name, weights, runs, root, predicted, capsy
     np.testing.assert_allclose([best(row) for row in found], expected, rtol=1e-4, atol=1e-6)  # six digits are printed
     hits = sum(row["predictions"][0]["class"] == Path(row["path"]).parent.name for row in found)
     assert evaluate.run_command([str(runs[name]), f"weights={weights}", "data.num_workers=0"]) == 0
-    assert f"top1   {100 * hits / 8!r}\n".encode() in capsysbinary.readouterr().out and "8 images predicted\n" in err
+    assert f"top1   {100 * hits / 8:.2f}\n".encode() in capsysbinary.readouterr().out and "8 images predicted\n" in err
     assert sorted(entry["class"] for entry in found[0]["predictions"]) == images.classes == ["blue", "red"]
 
 

@@ -346,7 +346,7 @@ def test_pretrained_weights_see_images_as_they_did_in_their_own_training(other_r
     assert here["loss"] == there["loss"] and here["top1"] == there["top1"]
     assert preprocessing_of(tmp_path / "out/still") == [OTHER] * 2
     with_raw = in_process("evaluate", "out/still", "weights=raw").stdout
-    assert f"loss   {here['loss']}" in with_raw
+    assert f"loss   {here['loss']:.4f}" in with_raw
 
 
 def test_keys_that_are_set_are_kept_with_a_warning(other_run, in_process, tmp_path):

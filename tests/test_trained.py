@@ -12,7 +12,7 @@ from PIL import Image
 import sasa_train
 from sasa_train.config.overrides import split_overrides
 from sasa_train.refusal import ConfigError
-from sasa_train.runs.checkpoint import find_checkpoint
+from sasa_train.runs.source import find_checkpoint
 from sasa_train.trained import load_trained
 
 

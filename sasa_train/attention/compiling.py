@@ -96,6 +96,7 @@ def compile_ahead(launches: Sequence[Launch], is_quiet: bool | None = None) -> l
     num_threads = max(1, min(MAX_THREADS, len(launches), os.cpu_count() or 1))
     bar = tqdm(
         total=len(launches), desc="compiling attention kernels", unit="kernel", delay=SLOW_SECONDS, disable=is_quiet,
+        dynamic_ncols=True,
         leave=False,
     )  # fmt: skip
     with bar, ThreadPoolExecutor(num_threads) as pool:

@@ -25,8 +25,8 @@ Key = TypeVar("Key")
 
 
 def progress_bar(total: int, description: str) -> tqdm:
-    """Return a progress bar on stderr that shows an ETA."""
-    return tqdm(total=total, desc=description, file=sys.stderr, leave=False)
+    """Return a progress bar with an ETA on stderr, shown if that is a terminal."""
+    return tqdm(total=total, desc=description, file=sys.stderr, disable=None, dynamic_ncols=True, leave=False)
 
 
 def time_in_turn(

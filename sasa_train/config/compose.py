@@ -5,7 +5,7 @@ Hydra's compose API is called instead of its decorator, so that an invalid confi
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from functools import cache
@@ -21,7 +21,7 @@ from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 
 from sasa_train.config.groups import config_dir
-from sasa_train.config.keys import DERIVABLE, FREE_KEYS, TrainConfig, flatten, key_table, with_values
+from sasa_train.config.keys import FREE_KEYS, TrainConfig, flatten, key_table, with_values
 from sasa_train.config.overrides import (
     TEXT_KEYS,
     UNREADABLE,
@@ -32,7 +32,7 @@ from sasa_train.config.overrides import (
     parse_overrides,
     unknown_key,
 )
-from sasa_train.config.rules import validate
+from sasa_train.config.rules import check_values, validate
 from sasa_train.refusal import ConfigError, shorten
 
 ConfigStore.instance().store(name="schema", node=TrainConfig)
@@ -54,7 +54,7 @@ def compose_config(overrides: Sequence[str]) -> TrainConfig:
         raise ConfigError(explain(error)) from error
     finally:
         GlobalHydra.instance().hydra = of_sweep
-    return to_config(composed, overrides)
+    return as_asked(composed, overrides)
 
 
 @contextmanager
@@ -101,12 +101,8 @@ def quote_texts(yaml_text: str, text_keys: AbstractSet[str] = TEXT_KEYS, group: 
     return yaml_text
 
 
-def to_config(composed: DictConfig, overrides: Sequence[str] | None = None) -> TrainConfig:
-    """Convert a DictConfig to validated dataclasses.
-
-    overrides: the command line of a config that has just been composed: the keys in `derive` are open, unless they are
-        set here. None: the config was saved by a run, so every key has its value.
-    """
+def to_config(composed: DictConfig, check: Callable[[TrainConfig], None] = validate) -> TrainConfig:
+    """Convert a DictConfig to dataclasses that `check` accepts."""
     try:
         # The config is converted to plain values, because the result of an interpolation would keep its own type, and
         # merged again, because to_object silently drops unknown keys.
@@ -121,11 +117,15 @@ def to_config(composed: DictConfig, overrides: Sequence[str] | None = None) -> T
     config.output_dir = os.path.expanduser(config.output_dir)
     if config.model.pretrained is not None:
         config.model.pretrained = os.path.expanduser(config.model.pretrained)
-    if overrides is None:
+    check(config)
+    return config
+
+
+def as_asked(composed: DictConfig, overrides: Sequence[str]) -> TrainConfig:
+    """Convert a config that has just been composed; the keys in `derive` have no value yet, unless they are set."""
+    config = _leave_open(to_config(composed, check_values), overrides)
+    if not config.derive:
         validate(config)
-        return config
-    config = _leave_open(config, overrides)
-    validate(config, is_open=bool(config.derive))
     return config
 
 
@@ -136,7 +136,7 @@ def _leave_open(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
     groups = tuple(f"{o.key_or_group}." for o in given if is_group(o) and o.key_or_group != "data")
     still_open = [key for key in config.derive if key not in keys and not key.startswith(groups)]
     defaults = flatten(TrainConfig())
-    return with_values(config, {"derive": still_open} | {key: defaults[key] for key in still_open if key in DERIVABLE})
+    return with_values(config, {"derive": still_open} | {key: defaults[key] for key in still_open})
 
 
 def _with_interpolations(text: str, composed: DictConfig) -> str:

@@ -28,6 +28,11 @@ def expected_num_classes(config: TrainConfig) -> int | None:
     return config.model.num_classes or DATA_SETS[config.data.name].num_classes
 
 
+def has_top5(num_classes: int) -> bool:
+    """Whether top5 is worth showing: with five or fewer classes, it is 100 % whatever the model."""
+    return num_classes > 5
+
+
 def micro_batch_size(trainer: TrainerConfig, world_size: int) -> int:
     """Return the number of images per micro-batch; an unresolved `auto` is treated like null."""
     if isinstance(trainer.micro_batch_size, int):

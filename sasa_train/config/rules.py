@@ -25,11 +25,17 @@ from sasa_train.refusal import require
 Rules = Iterator[tuple[bool, str, str]]  # whether the rule holds, the key, and the rule in words
 
 
-def validate(config: TrainConfig, is_open: bool = False) -> None:
-    """Raise ConfigError for values that violate a rule or are incompatible.
+def validate(config: TrainConfig) -> None:
+    """Raise ConfigError for values that violate a rule or are incompatible."""
+    check_values(config)
+    together = itertools.chain(_of_model(config), _of_data(config), _of_batches(config), _of_epochs(config))
+    for is_kept, key, rule in together:
+        require(is_kept, key, attrgetter(key)(config), rule)
+    _check_mixing(config, micro_batch_size(config.trainer, world_size=1))
 
-    is_open: the keys in `derive` have no values yet, so combinations are not checked.
-    """
+
+def check_values(config: TrainConfig) -> None:
+    """Raise ConfigError for values that are invalid whatever the other values are."""
     for key, value in flatten(config).items():
         _check_content(key, value, value)
     check_bounds(config)
@@ -37,12 +43,6 @@ def validate(config: TrainConfig, is_open: bool = False) -> None:
         require(name in key_table(), "allow_config_change", name, "must name keys, as in [trainer.epochs]")
     for name in config.derive:
         require(name in DERIVABLE, "derive", name, f"must name keys among {', '.join(DERIVABLE)}")
-    if is_open:
-        return
-    together = itertools.chain(_of_model(config), _of_data(config), _of_batches(config), _of_epochs(config))
-    for is_kept, key, rule in together:
-        require(is_kept, key, attrgetter(key)(config), rule)
-    _check_mixing(config, micro_batch_size(config.trainer, world_size=1))
 
 
 def check_bounds(config: Any, prefix: str = "") -> None:

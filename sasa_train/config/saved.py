@@ -1,6 +1,7 @@
 """Read and write the configs saved in config.yaml and checkpoints, and apply overrides to them."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sasa_train.config.compose import explain, quote_texts, schema, to_config
 from sasa_train.config.keys import TrainConfig, flatten, with_values
 from sasa_train.config.overrides import MAX_TEXT, UNREADABLE, check_override_keys, is_group, parse_overrides
+from sasa_train.config.rules import check_values
 from sasa_train.files import read_regular
 from sasa_train.refusal import ConfigError, shorten
 
@@ -29,6 +31,20 @@ def load_config(yaml_text: str, overrides: Sequence[str] = (), source: str = "th
     """
     check_override_keys(overrides)
     saved = _read_saved(yaml_text, source)
+    _update(saved, overrides, source)
+    _forget_the_other_batch_key(saved, {o.key_or_group for o in parse_overrides(overrides)})
+    return to_config(saved)
+
+
+def check_overrides(overrides: Sequence[str], source: str) -> None:
+    """Raise ConfigError for overrides that `load_config` refuses whatever the saved config: keys, types and bounds."""
+    check_override_keys(overrides)
+    values = deepcopy(schema())
+    _update(values, overrides, source)
+    to_config(values, check_values)
+
+
+def _update(saved: DictConfig, overrides: Sequence[str], source: str) -> None:
     try:
         for override in parse_overrides(overrides):
             if is_group(override):
@@ -37,10 +53,8 @@ def load_config(yaml_text: str, overrides: Sequence[str] = (), source: str = "th
             OmegaConf.update(saved, override.key_or_group, override.value(), merge=False)
         given = {o.key_or_group for o in parse_overrides(overrides)}
         saved.derive = [key for key in saved.derive if key not in given]
-        _forget_the_other_batch_key(saved, given)
     except UNREADABLE as error:
         raise ConfigError(explain(error)) from error
-    return to_config(saved)
 
 
 def load_config_file(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:

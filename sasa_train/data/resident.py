@@ -77,7 +77,14 @@ def decode_all(
     chunks = BatchPlan(0, len(images), CHUNK, 1).all()
     reader = Reader(images, data, quarantine.num_tries)
     is_quiet = True if rank() else None  # None disables the bar unless stderr is a terminal
-    bar = tqdm(total=len(images), desc=f"decoding {quarantine.split}", unit="img", disable=is_quiet, leave=False)
+    bar = tqdm(
+        total=len(images),
+        desc=f"decoding {quarantine.split}",
+        unit="img",
+        disable=is_quiet,
+        dynamic_ncols=True,
+        leave=False,
+    )
     with bar, closing(Workers(reader, quarantine.split, num_workers, worker_timeout)) as workers:
         for micro, read in workers.read(chunks):
             quarantine.add(read.unreadable)

@@ -162,7 +162,9 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 def _scan(shards: Sequence[Path], left_out: LeftOut) -> dict[str, np.ndarray]:
     rows: list[tuple[int, str, int, int, int, str]] = []  # label, key, shard, offset, size, name
-    for number, path in enumerate(tqdm(shards, desc="indexing shards", unit="tar", disable=None, leave=False)):
+    for number, path in enumerate(
+        tqdm(shards, desc="indexing shards", unit="tar", disable=None, dynamic_ncols=True, leave=False)
+    ):
         try:
             images, labels = _read_shard(path, left_out)
         except (OSError, ValueError) as error:

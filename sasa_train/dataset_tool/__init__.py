@@ -2,13 +2,18 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sasa_train.commands import described, positive, run
 from sasa_train.machine import usable_processors
 from sasa_train.refusal import ConfigError
-from sasa_train.terminal import INTERRUPTED, fail
+from sasa_train.terminal import INTERRUPTED, fail, printable, say_loading
+
+if TYPE_CHECKING:
+    from sasa_train.data.decoding import Decoding
 
 EPILOG = """examples:
   sasa-data verify data/flowers                           every image decoded: what is there, and what is wrong with it
@@ -54,17 +59,36 @@ def run_command(arguments: list[str]) -> int:
 
 def work(options: argparse.Namespace) -> int:
     if options.command == "verify":
+        decoding = read_decoding(options.overrides)
+        say_loading()
         from sasa_train.dataset_tool.verify import verify
 
-        return verify(options.root, options.workers or usable_processors(), options.all_classes, options.overrides)
+        return verify(options.root, options.workers or usable_processors(), options.all_classes, decoding)
+    if options.command == "prepare" and options.images_per_shard is not None and not options.shards:
+        raise ConfigError(f"--images-per-shard={options.images_per_shard} needs --shards")
+    say_loading()
     from sasa_train.dataset_tool import prepare
 
     if options.command == "shard":
         return prepare.shard(options.root, options.dest, options.images_per_shard)
-    if options.images_per_shard is not None and not options.shards:
-        raise ConfigError(f"--images-per-shard={options.images_per_shard} needs --shards")
     images_per_shard = (options.images_per_shard or IMAGES_PER_SHARD) if options.shards else None
     return prepare.prepare_imagenet(options.archives, options.dest, images_per_shard, options.checksums)
+
+
+def read_decoding(overrides: Sequence[str]) -> "Decoding":
+    """Return how pixels are read, as set by overrides of the keys of the group `data` that determine it.
+
+    Raises:
+        ConfigError: an override sets another key, or is invalid.
+    """
+    from sasa_train.config.compose import compose_config
+    from sasa_train.data.decoding import Decoding, decoding_of
+
+    names = [f"data.{field.name}" for field in fields(Decoding)]
+    for text in overrides:
+        if text.partition("=")[0] not in names:
+            raise ConfigError(f"{printable(text)}: must be key=value with one of the keys {', '.join(names)}")
+    return decoding_of(compose_config(overrides).data)
 
 
 def build_parser() -> argparse.ArgumentParser:

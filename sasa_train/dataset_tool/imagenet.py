@@ -131,4 +131,11 @@ def _check_member(path: Path, member: tarfile.TarInfo, pattern: str) -> None:
 
 
 def _bytes_bar(path: Path, doing: str) -> tqdm:
-    return tqdm(total=path.stat().st_size, desc=f"{doing} {path.name}", unit="B", unit_scale=True, disable=None)
+    return tqdm(
+        total=path.stat().st_size,
+        desc=f"{doing} {path.name}",
+        unit="B",
+        unit_scale=True,
+        disable=None,
+        dynamic_ncols=True,
+    )

@@ -5,10 +5,10 @@ import multiprocessing
 import os
 import signal
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,6 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from sasa_train.config.compose import compose_config
 from sasa_train.data.class_names import composed, twins, with_nearest
 from sasa_train.data.datasets import (
     CLASS_FOLDERS,
@@ -32,7 +31,7 @@ from sasa_train.data.datasets import (
     split_folders,
     unlike,
 )
-from sasa_train.data.decoding import Decoding, decoding_of, is_16_bit, is_turned, to_rgb
+from sasa_train.data.decoding import Decoding, is_16_bit, is_turned, to_rgb
 from sasa_train.data.listing import LeftOut, read_class_folders
 from sasa_train.data.quarantine import fully
 from sasa_train.data.shards import SPLIT_NAMES
@@ -119,15 +118,12 @@ class Survey:
         self.num_transparent += look.is_transparent
 
 
-def verify(root: Path, num_workers: int, all_classes: bool, overrides: Sequence[str] = ()) -> int:
+def verify(root: Path, num_workers: int, all_classes: bool, decoding: Decoding) -> int:
     """Print the report; return DONE if there are no problems, otherwise FAILED.
 
-    overrides: keys of the group `data` that determine how pixels are read.
-
     Raises:
-        ConfigError: `root` does not exist or contains no classes, or an override is invalid.
+        ConfigError: `root` does not exist or contains no classes.
     """
-    decoding = _decoding(overrides)
     contents = read_contents(root)
     print_classes(contents, all_classes)
     survey = look_at_all(contents, num_workers, decoding)
@@ -155,14 +151,6 @@ def verify(root: Path, num_workers: int, all_classes: bool, overrides: Sequence[
     wrong = f"no problems, {counted(len(warnings), 'warning')}" if warnings else "nothing wrong"
     print(f"\n{counted(len(contents.labels), 'image')}, {wrong}")
     return DONE
-
-
-def _decoding(overrides: Sequence[str]) -> Decoding:
-    for text in overrides:
-        if text.partition("=")[0] not in {f"data.{field.name}" for field in fields(Decoding)}:
-            names = ", ".join(f"data.{field.name}" for field in fields(Decoding))
-            raise ConfigError(f"{printable(text)}: must be key=value with one of the keys {names}")
-    return decoding_of(compose_config(list(overrides)).data)
 
 
 def read_contents(root: Path) -> Contents:
@@ -264,7 +252,9 @@ def look_at_all(contents: Contents, num_workers: int, decoding: Decoding) -> Sur
     places = contents.split_of.tolist(), (np.arange(num_images) - contents.starts[contents.split_of]).tolist()
     try:
         looks = workers.map(partial(_look, decoding), *places, chunksize=32)
-        for i, look in enumerate(tqdm(looks, "decoding", num_images, unit="img", disable=None, leave=False)):
+        for i, look in enumerate(
+            tqdm(looks, "decoding", num_images, unit="img", disable=None, dynamic_ncols=True, leave=False)
+        ):
             if isinstance(look, str):
                 survey.unreadable[i] = look
             else:

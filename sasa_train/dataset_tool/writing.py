@@ -190,7 +190,9 @@ def _write_missing(
     before()
     for name, split in splits.items():
         done = len(split.names) - sum(len(members) for members in missing[name].values())
-        with tqdm(total=len(split.names), initial=done, desc=f"writing {name}", unit="img", disable=None) as bar:
+        with tqdm(
+            total=len(split.names), initial=done, desc=f"writing {name}", unit="img", disable=None, dynamic_ncols=True
+        ) as bar:
             for path, members in missing[name].items():
                 write(path, split, members)
                 bar.update(len(members))

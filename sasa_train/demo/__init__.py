@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from sasa_train.commands import described, end_command, positive, run
-from sasa_train.terminal import printable, say, warn
+from sasa_train.runs.source import check_source
+from sasa_train.terminal import printable, say, say_loading, warn
 
 HOST, PORT = "127.0.0.1", 7860
 EPILOG = """Drop a picture on the page: it shows the most probable classes and, for each attention layer and head, where
@@ -65,7 +66,9 @@ def serve(options: argparse.Namespace) -> None:
     """
     from sasa_train.demo.server import listen
 
+    check_source(options.checkpoint, options.overrides)
     with listen(options.host, options.port) as server:  # a port that is taken is refused at once
+        say_loading()
         from sasa_train.demo.answers import Demo
         from sasa_train.trained import load_trained
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sasa_train.commands import described, end_command, run
+from sasa_train.config.derived import has_top5
 from sasa_train.evaluate import sections
 from sasa_train.evaluate.outputs import check_outputs, write_outputs
 from sasa_train.refusal import ConfigError
-from sasa_train.terminal import printable
+from sasa_train.runs.source import check_source
+from sasa_train.terminal import printable, say_loading
 
 if TYPE_CHECKING:
     from sasa_train.evaluate.val_pass import Answers, Val
@@ -67,6 +69,10 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
     """
     check_outputs(options)
     options.calibration |= options.plot is not None or options.bins is not None
+    for source in (options.source, options.compare):
+        if source is not None:
+            check_source(source, options.overrides)
+    say_loading()
     from sasa_train.evaluate.val_pass import open_val
     from sasa_train.trained import load_trained
 
@@ -132,7 +138,9 @@ def print_evaluation(val: "Val", result: "Evaluation") -> None:
     print("\n".join(sections.lines_of_classes(val.images.classes, result.class_hits, result.class_images)))
     if lines := val.loader.quarantine.lines():
         print(f"\n{len(lines)} images could not be read and are left out:\n" + "\n".join(lines))
-    print(f"\nimages {result.num_images}\nloss   {result.loss!r}\ntop1   {result.top1!r}\ntop5   {result.top5!r}")
+    lines = [f"images {result.num_images}", f"loss   {result.loss:.4f}", f"top1   {result.top1:.2f}"]
+    lines += [f"top5   {result.top5:.2f}"] if has_top5(len(trained.classes)) else []
+    print("\n" + "\n".join(lines))
 
 
 def figures_of(val: "Val", result: "Evaluation") -> dict[str, Any]:
@@ -166,7 +174,7 @@ def evaluate_further(
     if options.tta:
         nll, _ = proper_scores(answers.logits, answers.labels)
         figures["tta"] = {"views": ["plain", "hflip"], "loss": nll, "top1": answers.top1, "top5": answers.top5}
-        print_section(sections.lines_of_mirrored(figures["tta"], plain, val.trained.config))
+        print_section(sections.lines_of_mirrored(figures["tta"], plain, val.trained))
     if options.calibration:
         num_bins = NUM_BINS if options.bins is None else options.bins
         figures["calibration"] = calibrate(answers.logits, answers.labels, answers.predictions, num_bins)

@@ -2,8 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from sasa_train.config.derived import flips_images
-from sasa_train.config.keys import TrainConfig
+from sasa_train.config.derived import flips_images, has_top5
 from sasa_train.terminal import printable
 
 if TYPE_CHECKING:
@@ -24,11 +23,12 @@ def lines_of_classes(classes: list[str], hits: list[int], images: list[int]) -> 
     return lines
 
 
-def lines_of_mirrored(mirrored: dict[str, Any], plain: "Evaluation", config: TrainConfig) -> list[str]:
+def lines_of_mirrored(mirrored: dict[str, Any], plain: "Evaluation", trained: "TrainedModel") -> list[str]:
     lines = ["with the mirror image, probabilities averaged over both views; in brackets the change from above"]
-    for key in ("loss", "top1", "top5"):
-        lines.append(f"{key:<6} {mirrored[key]!r} ({mirrored[key] - getattr(plain, key):+.4f})")
-    if not flips_images(config.data, config.augment):
+    digits = {"loss": 4, "top1": 2} | ({"top5": 2} if has_top5(len(trained.classes)) else {})
+    for key, n in digits.items():
+        lines.append(f"{key:<6} {mirrored[key]:.{n}f} ({mirrored[key] - getattr(plain, key):+.{n}f})")
+    if not flips_images(trained.config.data, trained.config.augment):
         lines.append("the training never mirrored an image (augment.hflip): the second view is new to this model")
     return lines
 
@@ -54,7 +54,7 @@ def lines_of_calibration(found: "Calibration") -> list[str]:
 def lines_of_real(found: "RealResult", num_classes: int) -> list[str]:
     lines = [
         f"ImageNet-ReaL, {found.num_images:,} images; {found.num_left_out:,} without a label are left out",
-        f"top1   {found.top1!r}, by ImageNet's own labels on the same images {found.top1_original!r}",
+        f"top1   {found.top1:.2f}, by ImageNet's own labels on the same images {found.top1_original:.2f}",
     ]
     if num_classes < 1000:
         lines.append(f"of {num_classes} classes, the labels of others dropped: not comparable with published figures")
@@ -66,8 +66,8 @@ def lines_of_comparison(found: "Comparison", first: "TrainedModel", other: "Trai
     names = [f"{printable(each.path)}, step {each.checkpoint['step']:,}" for each in (first, other)]
     return [
         f"compared on {counts.num_images:,} images",
-        f"first       {names[0]}: top1 {found.top1[0]!r}",
-        f"other       {names[1]}: top1 {found.top1[1]!r}",
+        f"first       {names[0]}: top1 {found.top1[0]:.2f}",
+        f"other       {names[1]}: top1 {found.top1[1]:.2f}",
         f"right       both {counts.both:,}, only the first {counts.only_first:,}, only the other "
         f"{counts.only_other:,}, neither {counts.neither:,}; the same prediction for {found.agreement:.2f} %",
         f"difference  {found.difference:+.2f} points of top1, 95 % interval {found.low:+.2f} to {found.high:+.2f} "

@@ -10,7 +10,8 @@ from sasa_train.commands import described, end_command, run
 from sasa_train.extras import why_not
 from sasa_train.files import inside
 from sasa_train.refusal import ConfigError
-from sasa_train.terminal import DONE, FAILED, fail, printable
+from sasa_train.runs.source import check_source
+from sasa_train.terminal import DONE, FAILED, fail, printable, say_loading
 
 if TYPE_CHECKING:
     from sasa_train.export.checking import Measured
@@ -56,7 +57,9 @@ def export(options: argparse.Namespace) -> int:
         CheckpointError: there is no readable checkpoint.
         ConfigError: overrides are invalid, images or packages are missing, or the folder is not writable.
     """
-    names = available_formats(options.formats)
+    overrides, names = options.overrides + options.misspelt, available_formats(options.formats)
+    check_source(options.checkpoint, overrides)
+    say_loading()
     from sasa_train.export.checking import load_images, measure
     from sasa_train.export.formats import FORMATS, Source
     from sasa_train.export.making import ExportError, make, megabytes, sweep
@@ -64,7 +67,7 @@ def export(options: argparse.Namespace) -> int:
     from sasa_train.terminal import say
     from sasa_train.trained import load_trained
 
-    trained = load_trained(options.checkpoint, options.overrides + options.misspelt)
+    trained = load_trained(options.checkpoint, overrides)
     images, of_what = load_images(trained, options.images)
     folder = options.out or output_folder(trained.path)
     source, exit_code = Source(trained), DONE

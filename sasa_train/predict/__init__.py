@@ -18,7 +18,8 @@ from sasa_train.files import write_atomic
 from sasa_train.predict.find_images import LISTED, NUL, SEPARATOR, Found, find_images
 from sasa_train.predict.table import FORMATS, Row
 from sasa_train.refusal import ConfigError, ExpectedFailure
-from sasa_train.terminal import DONE, FAILED, printable, warn
+from sasa_train.runs.source import check_source
+from sasa_train.terminal import DONE, FAILED, printable, say_loading, warn
 
 if TYPE_CHECKING:
     from sasa_train.predict.inference import Predictor
@@ -87,8 +88,6 @@ def predict_command(options: argparse.Namespace) -> int:
         OSError: the rows cannot be written.
     """
     from sasa_train.config.overrides import split_overrides
-    from sasa_train.predict.inference import Predictor
-    from sasa_train.trained import load_trained
 
     words, overrides = split_overrides(options.words)
     if not words:
@@ -96,6 +95,11 @@ def predict_command(options: argparse.Namespace) -> int:
     out = options.output
     if out is not None and out.exists() and not out.is_file():  # writing must not replace a device
         raise ConfigError(f"--output {printable(out)}: is not a file; give a file, or leave it out")
+    check_source(options.checkpoint, overrides)
+    say_loading()
+    from sasa_train.predict.inference import Predictor
+    from sasa_train.trained import load_trained
+
     predictor, tally = Predictor(load_trained(options.checkpoint, overrides), options.top_k), Tally()
     if out is None:
         write_rows(show, predictor, words, options, tally)
@@ -175,7 +179,7 @@ def reported(batches: Iterator[list[Row]], tally: Tally, bar: tqdm) -> Iterator[
 def progress_bar(find: Callable[[], Iterator[Found]], words: list[str]) -> tqdm:
     """Create the progress bar, which is shown if stderr is a terminal."""
     # Files are counted in a thread, so that the first rows of a large folder appear immediately.
-    bar = tqdm(desc="predicting", unit="img", disable=None, leave=False)
+    bar = tqdm(desc="predicting", unit="img", disable=None, dynamic_ncols=True, leave=False)
 
     def count() -> None:
         bar.total = sum(1 for _ in find())

@@ -9,7 +9,7 @@ from sasa_train.commands import described, end_command, positive, run
 from sasa_train.files import inside
 from sasa_train.paper import VARIED
 from sasa_train.refusal import ConfigError
-from sasa_train.terminal import say, warn
+from sasa_train.terminal import say, say_loading, warn
 
 if TYPE_CHECKING:
     from sasa_train.report.jobs import Job
@@ -74,6 +74,21 @@ def report(options: argparse.Namespace) -> None:
         ConfigError: a folder or file is missing or cannot be read or written.
     """
     from sasa_train.config.overrides import split_overrides
+
+    # The overrides are split off after parsing, because in `--reference kernel_size=7` the value is not an override.
+    sources, options.overrides = split_overrides(options.sources)
+    options.sources = [Path(source) for source in sources]
+    check_keys(options.overrides)
+    if options.list:
+        from sasa_train.report.jobs import find_jobs
+        from sasa_train.report.run_list import list_runs
+
+        say(list_runs(find_jobs(options.sources or [Path("outputs")]).jobs))
+        return
+    if not sources:
+        raise ConfigError("no sweep or run folder is given")
+    folder = output_folder(options)
+    say_loading()  # it is needed to count parameters and FLOPs
     from sasa_train.files import write_outputs
     from sasa_train.report.boards import link_boards
     from sasa_train.report.jobs import find_jobs
@@ -82,17 +97,6 @@ def report(options: argparse.Namespace) -> None:
     from sasa_train.report.tables import as_csv, as_json, markdown
     from sasa_train.terminal import printable, printable_lines
 
-    # The overrides are split off after parsing, because in `--reference kernel_size=7` the value is not an override.
-    sources, options.overrides = split_overrides(options.sources)
-    options.sources = [Path(source) for source in sources]
-    if options.list:
-        from sasa_train.report.run_list import list_runs
-
-        say(list_runs(find_jobs(options.sources or [Path("outputs")]).jobs))
-        return
-    if not sources:
-        raise ConfigError("no sweep or run folder is given")
-    folder = output_folder(options)
     found = find_jobs(options.sources)
     table = options.paper_table or (min(found.paper_tables) if len(found.paper_tables) == 1 else None)
     built = build_report(found.jobs, table, options.reference, found.commands)
@@ -119,13 +123,22 @@ def report(options: argparse.Namespace) -> None:
         say(f"curves  tensorboard --logdir {printable(shlex.quote(str(boards)))}")
 
 
+def check_keys(overrides: list[str]) -> None:
+    """Raise ConfigError for overrides that are invalid for every run."""
+    from sasa_train.config.overrides import split_weights
+
+    if of_config := split_weights(overrides)[1]:
+        from sasa_train.config import saved
+
+        saved.check_overrides(of_config, "a run's config")
+
+
 def check_overrides(overrides: list[str], job: "Job | None") -> None:
     """Check the overrides before any work is done; they apply only to the figures of a single run."""
-    from sasa_train.config.overrides import check_override_keys, split_weights
+    from sasa_train.config.overrides import split_weights
     from sasa_train.config.saved import load_config_file
 
     _, of_config = split_weights(overrides)
-    check_override_keys(of_config)
     if overrides and job is None:
         raise ConfigError(
             f"{' '.join(overrides)}: applies to the pictures of one run's model, but several runs are given"

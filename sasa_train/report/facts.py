@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import quote
 
 from sasa_train.config.compose import compose_config
-from sasa_train.config.derived import resolved_image_size
+from sasa_train.config.derived import has_top5, resolved_image_size
 from sasa_train.config.keys import MODEL_KEYS, TrainConfig, flatten, key_table
 from sasa_train.config.overrides import as_written
 from sasa_train.files import read_regular
@@ -54,7 +54,7 @@ def key_facts(job: Job, row: Row) -> list[tuple[str, str]]:
         "model": _model(config),
         "val": split_of(config),
         "val loss": shown(last.get("loss"), "{:.4f}", ""),
-        "top5, last epoch": shown(last.get("top5"), "{:.2f} %", ""),
+        "top5, last epoch": shown(last.get("top5"), "{:.2f} %", "") if has_top5(row.num_classes or 1000) else "",
         "parameters": shown(row.params, "{:,}", ""),
         "GFLOPs": f"{in_billions(row.flops)}, one image, forward" if row.flops else "",
         "speed": shown(job.images_per_sec, "{:,.0f} images/s in training, median of the train rows", ""),

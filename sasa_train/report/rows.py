@@ -26,6 +26,7 @@ class Row:
     reference: "Row | None" = None  # the reference row refers to itself
     params: int | None = None
     flops: int | None = None  # for a forward pass on one image
+    num_classes: int | None = None
 
     def mean(self, figure: str) -> Interval | None:
         """Return the mean of the jobs' `last`, `best`, `images_per_sec` or `seconds`; None if no job has a value."""
@@ -208,15 +209,15 @@ def _count_models(rows: list[Row]) -> None:
 
     Both counts remain None if the number of classes is unknown or if all jobs of the row were refused.
     """
-    counted: dict[str, tuple[int, int] | None] = {}
+    counted: dict[str, tuple[int, int, int] | None] = {}
     for row in rows:
         if row.config is not None:
             key = f"{row.config.model} {row.config.data}"
             found = counted[key] = counted.get(key) or _count_model(row.config, list(row.jobs.values()))
-            row.params, row.flops = found or (None, None)
+            row.params, row.flops, row.num_classes = found or (None, None, None)
 
 
-def _count_model(config: TrainConfig, jobs: list[Job]) -> tuple[int, int] | None:
+def _count_model(config: TrainConfig, jobs: list[Job]) -> tuple[int, int, int] | None:
     from sasa_train.models import build_model
     from sasa_train.models.counting import count_flops, count_params, meta_model
 
@@ -227,7 +228,7 @@ def _count_model(config: TrainConfig, jobs: list[Job]) -> tuple[int, int] | None
         model = meta_model(lambda: build_model(config.model, num_classes, size))
     except ConfigError:
         return None
-    return count_params(model), count_flops(model, size)
+    return count_params(model), count_flops(model, size), num_classes
 
 
 def _num_classes_of(jobs: list[Job]) -> int | None:

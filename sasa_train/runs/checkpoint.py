@@ -31,6 +31,7 @@ from sasa_train.files import open_regular, read_regular, sync_folder, write_asid
 from sasa_train.refusal import CheckpointError, shorten
 from sasa_train.runs.metrics import is_log, parse_log
 from sasa_train.runs.schema import PLAIN, TEXT, Maybe, Rule, consists_of, first_wrong, is_plain, number, whole
+from sasa_train.runs.source import find_checkpoint as find_checkpoint
 
 FORMAT_VERSION = 2
 COUNT = whole(0)
@@ -427,11 +428,3 @@ def _num_bytes(content: Any) -> int:
     if isinstance(content, dict | list | tuple):
         return sum(map(_num_bytes, content.values() if isinstance(content, dict) else content))
     return content.nbytes if isinstance(content, torch.Tensor) else len(content) if isinstance(content, str) else 0
-
-
-def find_checkpoint(source: Path) -> Path:
-    """Return `source` itself if it is not a folder; otherwise, return the run's best.pt or, if it has none, last.pt."""
-    if not os.path.isdir(source):  # also for a name that is invalid on any file system
-        return source
-    folder = source if source.name == "checkpoints" else source / "checkpoints"
-    return folder / "best.pt" if (folder / "best.pt").exists() else folder / "last.pt"

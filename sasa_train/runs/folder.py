@@ -12,7 +12,7 @@ from sasa_train.config.identity import differing_keys
 from sasa_train.config.keys import PUBLISHED, TrainConfig, flatten
 from sasa_train.config.saved import as_begun, load_config, load_config_file, to_yaml
 from sasa_train.data.fingerprint import differences
-from sasa_train.files import inside, kind, lock_folder, read_regular, still_locked, write_atomic
+from sasa_train.files import LOCK, inside, kind, lock_folder, read_regular, still_locked, write_atomic
 from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import ConfigError, ExpectedFailure
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, load_checkpoint
@@ -40,6 +40,7 @@ class RunFolder:
     is_new: bool = True  # the folder has no checkpoint yet
     metrics: str = ""  # content of metrics.jsonl at the checkpoint
     provenance: dict[str, Any] = field(default_factory=dict)  # of the current start
+    made: list[Path] = field(default_factory=list)  # this folder and those around it, if this start made them
 
     def is_ours(self) -> bool:
         """Return whether this process holds the lock, and the folder is still the one that it locked."""
@@ -57,6 +58,25 @@ class RunFolder:
                 f"{self.path}/checkpoints has become a symbolic link, through which this run does not write; put there "
                 "what it links to, and run the same command again"
             )
+
+    @contextlib.contextmanager
+    def discarded_if_refused(self) -> Iterator[None]:
+        """Context manager that deletes the folder after a ConfigError, as in `_discard`."""
+        try:
+            yield
+        except ConfigError:
+            self._discard()
+            raise
+
+    def _discard(self) -> None:
+        """Delete the folder if this start made it and it holds only what was written before training began."""
+        if not self.made or not self.is_ours() or {path.name for path in self.path.iterdir()} - {LOCK, "config.yaml"}:
+            return
+        with contextlib.suppress(OSError):  # another run may have come into one of the folders
+            for name in ("config.yaml", LOCK):
+                (self.path / name).unlink(missing_ok=True)
+            for folder in self.made:
+                folder.rmdir()
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file in the folder atomically."""
@@ -125,7 +145,9 @@ def open_run(config: TrainConfig, run_name: str) -> RunFolder:
         ConfigError: another process uses the folder, `resume` does not exist, or keys that affect the results differ.
         CheckpointError: the folder has or had checkpoints but none is intact, or the one given by `resume` is damaged.
     """
-    path, given = _choose_folder(config, Path(config.output_dir) / run_name)
+    wanted = Path(config.output_dir) / run_name
+    missing = [folder for folder in (wanted, *wanted.parents) if not folder.exists()]
+    path, given, is_made = _choose_folder(config, wanted)
     check_entries(path)
     lock = lock_folder(path)
     try:
@@ -145,7 +167,8 @@ def open_run(config: TrainConfig, run_name: str) -> RunFolder:
             raise ConfigError(f"resume={config.resume}: the folder has no checkpoint to continue from")
         if given is None and Path(config.resume).is_file():  # an earlier start ended before its first checkpoint
             given = _load_given(config)
-        run = RunFolder(path, lock, checkpoints, given)
+        made = [path, *(folder for folder in missing if folder != wanted)] if is_made else []
+        run = RunFolder(path, lock, checkpoints, given, made=made)
         # From here on, running the same command again finds this folder.
         run.write_config(config)
         return run
@@ -154,21 +177,22 @@ def open_run(config: TrainConfig, run_name: str) -> RunFolder:
         raise
 
 
-def _choose_folder(config: TrainConfig, wanted: Path) -> tuple[Path, dict[str, Any] | None]:
-    """Return the run folder, created if necessary, and the checkpoint that a new run starts from, or None."""
+def _choose_folder(config: TrainConfig, wanted: Path) -> tuple[Path, dict[str, Any] | None, bool]:
+    """Return the run folder, the checkpoint that a new run starts from (or None), and whether the folder was made."""
     source = Path(config.resume)
     try:
         if config.resume == "auto":
+            is_made = not wanted.exists()
             wanted.mkdir(parents=True, exist_ok=True)
-            return wanted, None
+            return wanted, None, is_made
         if config.resume == "never":
-            return _new_folder(wanted), None
+            return _new_folder(wanted), None, True
         if source.is_dir():
-            return source, None
+            return source, None, False
         if (path := _folder_started_from(wanted, config.resume)) is not None:
-            return path, None
+            return path, None, False
         given = _load_given(config)  # loaded first, so that an error leaves no empty folder
-        return _new_folder(wanted), given
+        return _new_folder(wanted), given, True
     except OSError as error:
         raise ConfigError(f"output_dir={config.output_dir}: {wanted} cannot be made ({error.strerror})") from error
 

@@ -23,8 +23,9 @@ from sasa_train.files import open_regular
 from sasa_train.models.build import build_published
 from sasa_train.models.pretrained import PretrainedReport, StateDict, load_pretrained
 from sasa_train.refusal import ConfigError, shorten
-from sasa_train.runs.checkpoint import bytes_of, check_content, find_checkpoint, is_dense, load_checkpoint, manifest_of
+from sasa_train.runs.checkpoint import bytes_of, check_content, is_dense, load_checkpoint, manifest_of
 from sasa_train.runs.preprocessing import Stated, stated_by_config, stated_by_json, stated_by_timm
+from sasa_train.runs.source import find_checkpoint
 from sasa_train.terminal import printable
 
 # The names under which training programs save weights. Averaged weights come first, because sasa_train and timm prefer

@@ -18,12 +18,12 @@ from sasa_train.config.groups import GROUPS, choices
 from sasa_train.config.keys import TrainConfig, key_table
 from sasa_train.config.overrides import check_override_keys, chooses_group, expand, for_own_images, parse_overrides
 from sasa_train.config.rules import check_world_size
-from sasa_train.config.saved import to_yaml
+from sasa_train.config.saved import check_overrides, to_yaml
 from sasa_train.files import inside
 from sasa_train.processes.ranks import max_restarts, rank, world_size
 from sasa_train.refusal import ConfigError
 from sasa_train.signals import ignore_until_the_end
-from sasa_train.terminal import DONE, FAILED, REFUSED, fail, printable_lines
+from sasa_train.terminal import DONE, FAILED, REFUSED, fail, printable_lines, say_loading
 from sasa_train.training.endings import tell, train_safely
 
 USAGE = """[group=choice ...] [key=value ...] [-m | --multirun] [--cfg] [-h] [--version]
@@ -104,6 +104,8 @@ def read_config(arguments: list[str]) -> TrainConfig:
     resume = [o.value() for o in parse_overrides(arguments) if o.key_or_group == "resume"]
     folder = Path(str(resume[-1])) if resume else None
     if folder is not None and os.path.isfile(folder / "config.yaml") and not chooses_group(arguments):
+        check_overrides(arguments, source=str(folder))
+        say_loading()
         from sasa_train.runs.folder import load_saved_config
 
         # Permission to change keys applies to a single continuation only.
@@ -150,6 +152,7 @@ def train_together(arguments: list[str]) -> int:
         )
     # This silences C++ warnings: each process would warn about a DDP option that is set intentionally.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    say_loading()
     from sasa_train.processes import collectives
 
     def read() -> TrainConfig:

@@ -1,5 +1,6 @@
 """Format the summaries that a run prints before its first step and after its last."""
 
+import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
@@ -10,17 +11,15 @@ from sasa_train.config.keys import TrainConfig
 from sasa_train.data.loader import Loaders
 from sasa_train.device import RunPlan
 from sasa_train.machine import peak_memory
-from sasa_train.terminal import duration
+from sasa_train.terminal import columns, duration
 from sasa_train.training.optim import peak_lr
 from sasa_train.training.state import TrainState
 
 
 def describe_keys(config: TrainConfig, run_dir: Path) -> str:
     """Format the keys that differ from the defaults; config.yaml has all of them."""
-    keys = textwrap.wrap(
-        "  ".join(as_overrides(replace(config, derive=[]))), 68, break_long_words=False, break_on_hyphens=False
-    )
-    return table({"run folder": f"{run_dir}, where config.yaml has all keys", "keys": f"\n{'':<12}".join(keys)})
+    keys = "\n".join(_wrapped("  ".join(as_overrides(replace(config, derive=[]))), 68))
+    return table({"run folder": f"{run_dir}, where config.yaml has all keys", "keys": keys})
 
 
 def describe_plan(plan: RunPlan, loaders: Loaders, state: TrainState) -> str:
@@ -78,4 +77,15 @@ def describe_best(best: dict[str, Any] | None) -> str:
 
 
 def table(lines: dict[str, str]) -> str:
-    return "\n".join(f"{name:<11} {text}" for name, text in lines.items())
+    """Format names and texts in two columns; on a terminal, texts wrap within the second one."""
+    width, rows = columns(sys.stdout), list[str]()
+    for name, text in lines.items():
+        parts = [
+            part for line in text.split("\n") for part in (_wrapped(line, max(20, width - 12)) if width else [line])
+        ]
+        rows += [f"{head:<11} {part}" for head, part in zip([name, *[""] * len(parts)], parts, strict=False)]
+    return "\n".join(rows)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]

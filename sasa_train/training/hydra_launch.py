@@ -21,7 +21,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
-from sasa_train.config.compose import compose_config, initialize_hydra, to_config
+from sasa_train.config.compose import as_asked, compose_config, initialize_hydra
 from sasa_train.config.overrides import UNREADABLE, for_hydra
 from sasa_train.refusal import ConfigError, shorten
 from sasa_train.signals import StopRequest
@@ -103,7 +103,7 @@ def _train_job(ended: list[int], composed: DictConfig) -> int:
     stop = StopRequest()
     code = FAILED
     try:
-        code = train_safely(to_config(composed, HydraConfig.get().overrides.task), stop)
+        code = train_safely(as_asked(composed, HydraConfig.get().overrides.task), stop)
     except ConfigError as error:
         code = fail(error)
     except Exception:

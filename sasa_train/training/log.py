@@ -3,7 +3,9 @@
 import io
 import json
 import math
+import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from tqdm import tqdm
 
 from sasa_train.files import write_atomic
 from sasa_train.runs.metrics import MetricsFile
-from sasa_train.terminal import duration, say, warn
+from sasa_train.terminal import columns, duration, fitting, say, warn
 
 # Mapping from a row's keys to TensorBoard tags. loss, top1, top5 and top1_raw are tagged with the name of their split.
 TAGS = {
@@ -50,14 +52,59 @@ def _open_board(folder: Path, step: int) -> SummaryWriter | None:
         return None
 
 
+class ProgressBar(tqdm):
+    """The progress of a run on a terminal (stderr), with as much of it as the current width holds."""
+
+    MIN_BAR = 8  # columns, with its ends and the space after it
+
+    def __init__(self, step: int, total_steps: int, steps_per_epoch: int, is_silent: bool):
+        self._steps_per_epoch, self._end, self._row = steps_per_epoch, math.inf, dict[str, Any]()
+        disable = True if is_silent else None  # None disables it if there is no terminal
+        super().__init__(total=total_steps, initial=step, unit="step", disable=disable, dynamic_ncols=True)
+
+    def show(self, row: dict[str, Any], seconds_left: float) -> None:
+        """Show a train row; the time left then counts down until the next one."""
+        self._row, self._end = row, time.monotonic() + seconds_left
+        self.refresh()
+
+    @property
+    def format_dict(self) -> Any:
+        values = super().format_dict
+        values["bar_format"] = "|{bar}| " + self._text(values["ncols"] or 80)
+        return values
+
+    def _text(self, width: int) -> str:
+        row, epochs = self._row, -(-self.total // self._steps_per_epoch)
+        left = max(0.0, self._end - time.monotonic())
+        parts = [
+            (0, f"epoch {min(self.n // self._steps_per_epoch + 1, epochs)}/{epochs}"),
+            (4, f"step {self.n}/{self.total}"),
+            (1, f"loss {row['loss']:.3f}" if row else ""),
+            (2, f"top1 {row['top1']:.1f}" if row else ""),
+            (5, f"{row['images_per_sec']:,.0f} img/s" if row else ""),
+            (3, f"ETA {tqdm.format_interval(left)}" if row else ""),
+        ]
+        return fitting(parts, width - self.MIN_BAR)
+
+
 class RunLogger:
     """Logger for the rows of a run. `metrics` contains the rows from the checkpoint, as a copy of metrics.jsonl.
 
-    With `is_silent`, nothing is written or shown; this is used on all processes except the first.
+    With `is_silent`, nothing is written or shown; this is used on all processes except the first. `has_top5` states
+    whether val lines and TensorBoard show top5, which metrics.jsonl always has.
     """
 
-    def __init__(self, run_dir: Path, metrics: str, step: int, total_steps: int, is_silent: bool = False):
-        self._is_silent = is_silent
+    def __init__(
+        self,
+        run_dir: Path,
+        metrics: str,
+        step: int,
+        total_steps: int,
+        is_silent: bool = False,
+        steps_per_epoch: int | None = None,
+        has_top5: bool = True,
+    ):
+        self._is_silent, self._has_top5 = is_silent, has_top5
         self._file = MetricsFile(None if is_silent else run_dir, metrics)
         rows = [json.loads(line) for line in metrics.splitlines()]
         self.eval_seconds = next((row.get("seconds", 0.0) for row in reversed(rows) if row["split"] == "val"), 0.0)
@@ -66,10 +113,7 @@ class RunLogger:
         for row in rows:
             if row["step"] == step:
                 self._write_board(row)
-        disable = True if is_silent else None  # None disables it if there is no terminal
-        self._bar = tqdm(
-            total=total_steps, initial=step, desc="training", unit="step", disable=disable, dynamic_ncols=True
-        )
+        self._bar = ProgressBar(step, total_steps, steps_per_epoch or total_steps, is_silent)
         self._total_steps = total_steps
 
     def write(self, row: dict[str, Any]) -> None:
@@ -82,20 +126,33 @@ class RunLogger:
         return self._file.text
 
     def show_train(self, row: dict[str, Any], seconds_left: float) -> None:
-        """Show a row on the progress bar or, if the output is not a terminal, print it as a line."""
-        speed = f"{row['images_per_sec']:,.0f} img/s  data wait {100 * row['data_wait_fraction']:.0f} %"
-        memory = f"{row['memory_mib']:,} MiB"
-        if self._bar.disable:
-            progress = f"step {row['step']}/{self._total_steps}  epoch {row['epoch']}"
-            numbers = f"loss {row['loss']:.4f}  top1 {row['top1']:.2f}  lr {row['lr']:.2e}"
-            say(f"{progress}  {numbers}  {speed}  {memory}  ETA {duration(seconds_left)}")
-        else:
-            self._bar.set_postfix_str(f"loss {row['loss']:.3f}, top1 {row['top1']:.1f}, {speed}, {memory}")
+        """Print a row as a line, with as much of it as a terminal's width holds, and show it on the progress bar."""
+        parts = [
+            (0, f"step {row['step']}/{self._total_steps}"),
+            (0, f"epoch {row['epoch']}"),
+            (0, f"loss {row['loss']:.4f}"),
+            (0, f"top1 {row['top1']:.2f}"),
+            (2, f"lr {row['lr']:.2e}"),
+            (1, f"{row['images_per_sec']:,.0f} img/s"),
+            (3, f"data wait {100 * row['data_wait_fraction']:.0f} %"),
+            (4, f"{row['memory_mib']:,} MiB"),
+            (5, f"ETA {duration(seconds_left)}"),  # a terminal has it on the bar
+        ]
+        say(fitting(parts, columns(sys.stdout)))
+        self._bar.show(row, seconds_left)
 
     def show_val(self, row: dict[str, Any], is_best: bool) -> None:
-        raw = f"  (raw {row['top1_raw']:.2f})" if "top1_raw" in row else ""
-        numbers = f"loss {row['loss']:.4f}  top1 {row['top1']:.2f}{raw}  top5 {row['top5']:.2f}"
-        say(f"val  epoch {row['epoch']}  step {row['step']}  {numbers}{'  best so far' if is_best else ''}")
+        parts = [
+            (0, "val"),
+            (0, f"epoch {row['epoch']}"),
+            (4, f"step {row['step']}"),
+            (0, f"loss {row['loss']:.4f}"),
+            (0, f"top1 {row['top1']:.2f}"),
+            (3, f"(raw {row['top1_raw']:.2f})" if "top1_raw" in row else ""),
+            (2, f"top5 {row['top5']:.2f}" if self._has_top5 else ""),
+            (1, "best so far" if is_best else ""),
+        ]
+        say(fitting(parts, columns(sys.stdout)))
 
     def write_picture(self, tag: str, picture: Tensor, step: int, path: Path | None = None) -> None:
         """Write a picture, uint8 [3, H, W], to TensorBoard and, if a path is given, to a PNG file."""
@@ -134,7 +191,7 @@ class RunLogger:
     def _write_board(self, row: dict[str, Any]) -> None:
         def write(board: SummaryWriter) -> None:
             for key, value in row.items():
-                if key in TAGS or key in ("loss", "top1", "top5", "top1_raw"):
+                if key in TAGS or key in ("loss", "top1", "top1_raw") or (key == "top5" and self._has_top5):
                     tag = TAGS.get(key, f"{row['split']}/{key}")
                     board.add_scalar(tag, math.nan if value is None else value, row["step"])
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sasa_train.config.derived import has_top5
 from sasa_train.config.identity import trajectory
 from sasa_train.config.saved import to_yaml
 from sasa_train.data.loader import Loaders, check_evaluated
@@ -43,7 +44,15 @@ class Loop:
         self.config, self.steps_per_epoch = self.plan.config, self.plan.steps_per_epoch
         self.num_steps = self.plan.num_steps
         is_silent = self.plan.rank > 0
-        self.logger = RunLogger(run.path, run.metrics, self.state.step, self.num_steps, is_silent)
+        self.logger = RunLogger(
+            run.path,
+            run.metrics,
+            self.state.step,
+            self.num_steps,
+            is_silent,
+            self.steps_per_epoch,
+            has_top5(len(loaders.classes)),
+        )
         self.last_val: dict[str, Any] = {}
         self.num_left_out = 0  # unreadable images in the last evaluation
         self._saved: tuple[int, int] | None = None  # step and evaluated_step of the last checkpoint

@@ -69,7 +69,7 @@ def train(config: TrainConfig, stop: StopRequest) -> bool:
     config = collectives.from_first(lambda: settle_open_keys(config, run_name), ConfigError, CheckpointError)
     plan = collectives.everywhere(lambda: plan_buildable(config), ConfigError)
     run = open_together(plan.config, run_name)
-    with run.lock or contextlib.nullcontext():
+    with run.lock or contextlib.nullcontext(), run.discarded_if_refused():
         if run.checkpoint is not None:
             plan = dataclasses.replace(plan, config=as_begun(plan.config, run.checkpoint["config"]))
         # The first process resolves `auto`, because only it accesses the run folder.
@@ -98,8 +98,8 @@ def train_in_folder(plan: RunPlan, run: RunFolder, stop: StopRequest) -> bool:
         config, preprocessing = with_preprocessing(plan.config, weights.preprocessing)
         plan = dataclasses.replace(plan, config=config)
         run.write_config(config)
-    say(describe_keys(plan.config, run.path))
     loaders = load_together(plan, run)
+    say(describe_keys(plan.config, run.path))
     plan = dataclasses.replace(plan, steps_per_epoch=loaders.train.plan.steps_per_epoch)
     run.provenance, difference = provenance(plan.config)
     # The seed is set here, so that the initial weights do not depend on random numbers drawn earlier.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sasa_train.commands import described, end_command, positive, run
 from sasa_train.extras import why_not
 from sasa_train.refusal import ConfigError
+from sasa_train.runs.source import check_source
 from sasa_train.terminal import FAILED, fail
 from sasa_train.visualize.names import FIGURES, NAMES, OF_SEVERAL
 
@@ -120,7 +121,10 @@ def visualize(source: Path, names: list[str], options: argparse.Namespace) -> in
         CheckpointError: `source` contains no readable checkpoint.
         ConfigError: the request is invalid (raised before anything is drawn).
     """
-    from sasa_train.terminal import printable, say
+    from sasa_train.terminal import printable, say, say_loading
+
+    check_source(source, options.overrides)
+    say_loading()
     from sasa_train.trained import load_trained
     from sasa_train.visualize.drawing import draw_run, not_drawable
 

@@ -98,7 +98,7 @@ def look_at_val(trained: TrainedModel, images: ImageSet, with_attention: bool = 
     quarantine = Quarantine("val", len(images), config.data.max_unreadable, images)
     means = AttentionMeans(trained.image_size)
     layers = list(attention_layers(model)) if with_attention else []
-    bar = tqdm(total=len(images), desc="val images", unit="img", disable=None, leave=False)
+    bar = tqdm(total=len(images), desc="val images", unit="img", disable=None, dynamic_ncols=True, leave=False)
     with bar, watching(model, layers, means.look):
         for pixels, labels, _, unreadable in read_batches(in_batches(images, BATCH_SIZE), config.data):
             quarantine.add(unreadable)
