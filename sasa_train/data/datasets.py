@@ -28,6 +28,7 @@ from sasa_train.data.opening import open_image
 from sasa_train.data.randomness import fixed_order
 from sasa_train.data.shard_index import MAX_CLASSES
 from sasa_train.data.shards import SPLIT_NAMES, TarMembers, check_image_size, find_shards, load_shards
+from sasa_train.data.whole import check_whole
 from sasa_train.files import open_regular
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import printable, say, some, warn
@@ -105,7 +106,9 @@ class ImageSet:
             return shape(Image.fromarray(self.source[position].permute(1, 2, 0).numpy()))
         try:
             with self._open_patiently(position) as file, open_image(file, FORMATS) as image:
-                return shape(image)
+                shaped = shape(image)
+                check_whole(file, image)
+                return shaped
         except MemoryError:
             raise
         except Exception as error:  # Pillow's decoders have no common base class: OSError, SyntaxError, ...

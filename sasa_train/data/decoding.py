@@ -10,17 +10,21 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImagePalette
 
 from sasa_train.config.keys import DataConfig
-from sasa_train.data.opening import (
+from sasa_train.data.tiff import (
     BITS,
     COLOUR_MAP,
+    EXTRA_SAMPLES,
     MAX_SAMPLE,
     PHOTOMETRIC,
+    PREMULTIPLIED,
     SAMPLE_FORMAT,
     SIGNED,
     SMAX_SAMPLE,
     SMIN_SAMPLE,
     WHITE_IS_ZERO,
+    YCBCR,
     numbers,
+    one,
     tags,
 )
 
@@ -28,7 +32,8 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImageP
 
 RANGE_REMEDY = "set data.value_range=[low,high]"
 MIN_SHARE = 0.25  # of a type's range: 16-bit channels of which Pillow keeps 8 bits would have fewer than 64 levels
-BANDS = {"L": 1, "LA": 1, "RGB": 3, "RGBA": 3}  # modes to which MaxSampleValue applies, and their bands but for alpha
+BANDS = {"L": 1, "LA": 1, "RGB": 3, "RGBA": 3, "CMYK": 4}  # modes that MaxSampleValue can scale; bands but for alpha
+UNSCALED = ("1", "P", "PA")  # modes of which MaxSampleValue says nothing
 SWAPPED = ("F;32BF", "I;16BS", "I;32BS")  # libtiff yields the machine's byte order, and Pillow would swap it again
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -71,6 +76,11 @@ def to_rgb(image: Image.Image, decoding: Decoding = DEFAULT) -> Image.Image:
     if image.mode == "La":  # Pillow converts it to LA only
         image = image.convert("LA")
     if decoding.background != "none" and image.has_transparency_data:
+        if image.info.get("transparency", 0) is None:
+            raise ValueError(
+                "a PNG with 16 bits per channel and a transparent colour (tRNS), of which Pillow keeps only the upper "
+                "8 bits; save it with an alpha channel, or set data.background=none"
+            )
         rgba, image = image.convert("RGBA"), Image.new("RGB", image.size, decoding.background)
         image.paste(rgba, mask=rgba)
     elif image.mode != "RGB":
@@ -115,7 +125,7 @@ def _load(image: Image.Image) -> None:
     if rawmode in ("L;2", "L;4") and isinstance(key, int):
         image.info["transparency"] = key * (85 if rawmode == "L;2" else 17)
     elif rawmode == "RGB;16B" and isinstance(key, tuple):
-        image.info["transparency"] = tuple(value >> 8 for value in key)
+        image.info["transparency"] = None  # `to_rgb` refuses it: of the pixels, only the upper 8 bits are left
     elif image.format == "GIF" and tiles and key is None and tiles[0].extents != (0, 0, *image.size):
         covered = Image.new("L", image.size)
         covered.paste(255, tiles[0].extents)
@@ -167,7 +177,7 @@ def _scaled(image: Image.Image, decoding: Decoding) -> Image.Image:
     """Scale the values in the image's range to 0..255; keep transparency."""
     low, high = check_range(image, decoding)
     if not _is_deep(image):
-        return image if high == 255 else _brightened(image, 255 / high)
+        return image if high == 255 and min(_shares(image)) == 1 else _brightened(image, _shares(image))
     pixels = _values(image)
     levels = pixels.astype(np.float64)
     if np.isnan(levels).any():
@@ -205,28 +215,51 @@ def check_range(image: Image.Image, decoding: Decoding) -> tuple[float, float]:
             f"its pixels are {kind}, and no tags SMinSampleValue and SMaxSampleValue say which of them are black and "
             f"white; {RANGE_REMEDY}"
         )
-    most, peak = 2**bits - 1, max(numbers(image, MAX_SAMPLE), default=0)
-    share = peak / most if 0 < peak < most else 1
     if _is_deep(image):
-        return 0, peak if share < 1 else most
-    if bits == 16 and share < MIN_SHARE and image.mode in BANDS:
+        most, peak = 2**bits - 1, max(numbers(image, MAX_SAMPLE), default=0)
+        return 0, peak if 0 < peak < most else most
+    return 0, 255 * _shares(image)[0]
+
+
+def _shares(image: Image.Image) -> list[float]:
+    """Return how much of its type's range each band uses, by TIFF's MaxSampleValue; bands have 8 bits in memory.
+
+    Raises:
+        ValueError: it is unknown how the values have to be scaled, or too few of the upper 8 bits would be left.
+    """
+    bits, count, stated = max(numbers(image, BITS), default=8), len(image.getbands()), numbers(image, MAX_SAMPLE)
+    most, colours = 2**bits - 1, BANDS.get(image.mode, 0)
+    shares = [peak / most if 0 < peak < most else 1.0 for peak in stated][:count]
+    if image.mode in UNSCALED or all(share == 1 for share in shares):
+        return [1.0] * count
+    if len(shares) == 1 and colours == count:
+        shares *= count
+    shown = ",".join(f"{peak:g}" for peak in stated)
+    is_mixed = one(image, EXTRA_SAMPLES, 0) == PREMULTIPLIED or one(image, PHOTOMETRIC, 0) == YCBCR
+    if not colours or is_mixed or len(shares) < count or len(set(shares[:colours])) > 1:
         raise ValueError(
-            f"its channels have 16 bits and MaxSampleValue={peak:g}, but Pillow keeps only the upper 8 bits; "
+            f"MaxSampleValue={shown} scales only grey, RGB and CMYK, with the same value for all colours, and alpha "
+            "that is not premultiplied; convert it to 8 bits per channel"
+        )
+    if bits == 16 and min(shares) < MIN_SHARE:
+        raise ValueError(
+            f"its channels have 16 bits and MaxSampleValue={shown}, but Pillow keeps only the upper 8 bits; "
             "convert it to 8 bits per channel"
         )
-    return 0, 255 * share if image.mode in BANDS else 255
+    return shares
 
 
 def _is_deep(image: Image.Image) -> bool:
     return image.mode[0] in "IF" or SIGNED in numbers(image, SAMPLE_FORMAT)
 
 
-def _brightened(image: Image.Image, factor: float) -> Image.Image:
-    levels = np.arange(256)
-    if tags(image).get(PHOTOMETRIC) == WHITE_IS_ZERO:  # inverted by Pillow already
-        table = 255 - (levels[::-1] * factor).round().clip(0, 255)
-    else:
-        table = (levels * factor).round().clip(0, 255)
-    colours = BANDS[image.mode]
-    tables = np.concatenate([*[table] * colours, *[levels] * (len(image.getbands()) - colours)])
-    return image.point(tables.astype(int).tolist())
+def _brightened(image: Image.Image, shares: list[float]) -> Image.Image:
+    """Scale each band, of which only this share of 0..255 is used, to 0..255."""
+    levels, tables = np.arange(256), []
+    for band, share in enumerate(shares):
+        # Pillow has inverted WhiteIsZero already, but not its alpha.
+        if tags(image).get(PHOTOMETRIC) == WHITE_IS_ZERO and band == 0:
+            tables.append(255 - (levels[::-1] * (255 / (255 * share))).round().clip(0, 255))
+        else:
+            tables.append((levels * (255 / (255 * share))).round().clip(0, 255))
+    return image.point(np.concatenate(tables).astype(int).tolist())

@@ -1,0 +1,192 @@
+"""TIFF's tags, and the check that Pillow reads a page as its tags mean it."""
+
+import math
+from numbers import Real
+from typing import BinaryIO
+
+from PIL import Image, ImageFile
+
+from sasa_train.data.whole import segments
+
+SUBFILE, WIDTH, LENGTH, BITS, PHOTOMETRIC, FILL_ORDER, STRIP_OFFSETS, CHANNELS = 254, 256, 257, 258, 262, 266, 273, 277
+ROWS_PER_STRIP, STRIP_BYTES, MAX_SAMPLE, PLANAR, COLOUR_MAP, TILE_WIDTH, TILE_LENGTH = 278, 279, 281, 284, 320, 322, 323
+TILE_OFFSETS, TILE_BYTES, SUB_IFDS, DOT_RANGE, EXTRA_SAMPLES, SAMPLE_FORMAT = 324, 325, 330, 336, 338, 339
+SMIN_SAMPLE, SMAX_SAMPLE, COEFFICIENTS, SUBSAMPLING, REFERENCE, OLD_SUBFILE = 340, 341, 529, 530, 532, 255
+# Values of PHOTOMETRIC, SAMPLE_FORMAT, PLANAR, FILL_ORDER, EXTRA_SAMPLES and OLD_SUBFILE, and bits of SUBFILE
+WHITE_IS_ZERO, COLOURS, YCBCR, SIGNED, IN_PLANES, REVERSED, PREMULTIPLIED, OLD_REDUCED = 0, 2, 6, 2, 2, 2, 1, 2
+REDUCED, MASK = 1, 4
+MAX_PAGES = 100  # of a file to look at; the time that Pillow takes grows with the square of their number
+FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)  # JPEG's markers before the number of rows
+STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+# Pillow ignores these tags, so only values that leave the pixels' meaning as it is without them are read. Those that
+# TIFF 6 calls statistics or hints (Threshholding, Cell*, MinSampleValue, HalftoneHints, BadFaxLines, YCbCrPositioning,
+# ...) are harmless. Like ICC profiles, curves and primaries (GrayResponse*, TransferFunction, WhitePoint) are not
+# applied. Pillow's table of layouts (OPEN_INFO) judges SampleFormat, FillOrder and ExtraSamples.
+MEANINGLESS = {
+    332: ("InkSet", (1.0,)),  # CMYK
+    334: ("NumberOfInks", (4.0,)),
+    346: ("Indexed", (0.0,)),
+    433: ("Decode", ()),
+    559: ("StripRowCounts", ()),
+    32996: ("DataType", (2.0,)),  # unsigned
+    32997: ("ImageDepth", (1.0,)),
+}
+COEFFICIENTS_OF_JPEG, REFERENCE_OF_JPEG = (0.299, 0.587, 0.114), (0, 255, 128, 255, 128, 255)
+
+
+def tags(image: Image.Image) -> dict[int, object]:
+    """Return the tags of a TIFF's page; other images have none."""
+    return getattr(image, "tag_v2", {})
+
+
+def numbers(image: Image.Image, tag: int) -> list[float]:
+    """Return the finite numbers of a TIFF's tag, one per channel or one for all."""
+    value = tags(image).get(tag, ())
+    found = value if isinstance(value, tuple) else (value,)
+    return [float(n) for n in found if isinstance(n, Real) and math.isfinite(n)]
+
+
+def one(image: Image.Image, tag: int, default: int) -> int:
+    """Return the first number of a TIFF's tag."""
+    return int(next(iter(numbers(image, tag)), default))
+
+
+def skip_thumbnails(image: Image.Image) -> None:
+    """Go to the first page that is not a thumbnail; raw photos such as DNG begin with one."""
+    reason: Exception | None = None
+    for page in range(1, MAX_PAGES):
+        skipped = REDUCED if page == 1 else REDUCED | MASK
+        if not any(int(n) & skipped for n in numbers(image, SUBFILE)) and OLD_REDUCED not in numbers(
+            image, OLD_SUBFILE
+        ):
+            return
+        try:
+            image.seek(page)
+        except Exception as error:  # Pillow's plugins have no common base class
+            if page == 1 and isinstance(error, EOFError) and SUB_IFDS not in tags(image):
+                return  # it is the file's only image
+            reason = error
+            break
+    raise ValueError(
+        "its first page is a thumbnail, and Pillow cannot read the image itself; convert it, for example to PNG"
+    ) from reason
+
+
+def check_page(file: BinaryIO, image: Image.Image) -> None:
+    """Check that Pillow reads the pixels as the page's tags mean them.
+
+    Raises:
+        ValueError: a tag has a value that Pillow ignores, or pixels are missing.
+    """
+    assert isinstance(image, ImageFile.ImageFile)
+    is_jpeg = image.info.get("compression") == "jpeg"
+    is_raw = bool(image.tile) and image.tile[0].codec_name != "libtiff"
+    _check_tags(image)
+    if PHOTOMETRIC in tags(image) and one(image, PHOTOMETRIC, 0) == YCBCR:
+        _check_ycbcr(image, is_raw, is_jpeg)
+    if is_raw or is_jpeg:
+        _check_strips(file, image, is_raw)
+    if IN_PLANES in numbers(image, PLANAR):
+        _check_planes(image, is_raw)
+
+
+def _check_tags(image: Image.Image) -> None:
+    if PHOTOMETRIC not in tags(image):
+        raise ValueError("it lacks the tag PhotometricInterpretation, which says whether 0 is black or white; add it")
+    for tag in MEANINGLESS.keys() & set(tags(image)):
+        name, neutral = MEANINGLESS[tag]
+        if not neutral or tuple(numbers(image, tag)) != neutral:
+            raise _misread(f"{name}={_shown(image, tag)}")
+    most = 2 ** one(image, BITS, 1) - 1
+    if DOT_RANGE in tags(image) and set(zip(*[iter(numbers(image, DOT_RANGE))] * 2, strict=False)) != {(0, most)}:
+        raise _misread(f"DotRange={_shown(image, DOT_RANGE)}, other than 0,{most}")
+    if COLOUR_MAP in tags(image) and image.mode in ("P", "PA") and len(numbers(image, COLOUR_MAP)) != 3 * (most + 1):
+        raise _misread(f"a ColorMap of {len(numbers(image, COLOUR_MAP))} numbers instead of {3 * (most + 1)}")
+    if image.mode == "RGBA" and not numbers(image, EXTRA_SAMPLES):
+        raise ValueError(
+            "it has a fourth channel but lacks the tag ExtraSamples, which says whether this is transparency; add the "
+            "tag, or convert it to three channels"
+        )
+    if one(image, PHOTOMETRIC, 0) == COLOURS and REFERENCE in tags(image):
+        low, high = numbers(image, REFERENCE)[::2], numbers(image, REFERENCE)[1::2]
+        if set(low) != {0} or set(high) != {most}:
+            raise _misread(f"ReferenceBlackWhite={_shown(image, REFERENCE)}")
+
+
+def _check_ycbcr(image: ImageFile.ImageFile, is_raw: bool, is_jpeg: bool) -> None:
+    """Check the tags that libtiff applies, but not to uncompressed pixels, nor to JPEG's."""
+    if is_raw and numbers(image, SUBSAMPLING) != [1, 1]:
+        stated = _shown(image, SUBSAMPLING) if SUBSAMPLING in tags(image) else "2,2, the default"
+        raise _misread(f"YCbCrSubSampling={stated}, uncompressed")
+    if is_raw or is_jpeg:
+        for tag, name, usual in (
+            (COEFFICIENTS, "YCbCrCoefficients", COEFFICIENTS_OF_JPEG),
+            (REFERENCE, "ReferenceBlackWhite", REFERENCE_OF_JPEG),
+        ):
+            found = numbers(image, tag)
+            is_usual = len(found) == len(usual) and all(abs(a - b) < 1e-3 for a, b in zip(found, usual, strict=True))
+            if tag in tags(image) and not is_usual:
+                raise _misread(f"{name}={_shown(image, tag)}")
+
+
+def _check_strips(file: BinaryIO, image: Image.Image, is_raw: bool) -> None:
+    """Check that the strips or tiles cover the image: of uncompressed pixels, Pillow looks at the offsets only."""
+    channels, (width, length) = one(image, CHANNELS, 1), (one(image, WIDTH, 0), one(image, LENGTH, 0))
+    bits = ([int(n) for n in numbers(image, BITS)] or [1])[:channels]
+    bits = bits * channels if len(bits) == 1 else bits
+    if STRIP_OFFSETS in tags(image):
+        kind, offsets, stated = "strips", numbers(image, STRIP_OFFSETS), numbers(image, STRIP_BYTES)
+        across, rows = width, min(one(image, ROWS_PER_STRIP, length), length)
+    else:
+        kind, offsets, stated = "tiles", numbers(image, TILE_OFFSETS), numbers(image, TILE_BYTES)
+        across, rows = one(image, TILE_WIDTH, 0), one(image, TILE_LENGTH, 0)
+    if rows < 1 or across < 1:
+        raise ValueError(f"a damaged TIFF: its {kind} have no pixels; replace the file")
+    is_planar = IN_PLANES in numbers(image, PLANAR)
+    down, size = math.ceil(length / rows), math.ceil(across * (bits[0] if is_planar else sum(bits)) / 8)
+    needed = down * math.ceil(width / across) * (channels if is_planar else 1)
+    if len(offsets) != needed:
+        raise ValueError(f"a damaged TIFF: it has {len(offsets)} {kind} instead of {needed}; replace the file")
+    if 0 in offsets or 0 in stated:
+        raise ValueError(f"a sparse TIFF, in which {kind} without pixels are left out; write it without SPARSE_OK")
+    for number, (offset, count) in enumerate(zip(offsets, stated, strict=False)):
+        lines = min(rows, length - rows * (number % down)) if kind == "strips" else rows
+        found = int(count) // size if is_raw else _lines_of_jpeg(file, int(offset), int(count))
+        if found < lines:
+            raise ValueError(
+                f"a damaged TIFF: of its {kind}, number {number} has {found} rows instead of {lines}; replace the file"
+            )
+
+
+def _lines_of_jpeg(file: BinaryIO, offset: int, count: int) -> int:
+    """Return the rows of a strip that is a JPEG of its own; libtiff leaves those that it lacks black."""
+    file.seek(offset)
+    content = file.read(count)
+    frame = next((start for marker, start in segments(content) if marker in FRAMES), len(content))
+    return int.from_bytes(content[frame + 5 : frame + 7], "big")
+
+
+def _check_planes(image: ImageFile.ImageFile, is_raw: bool) -> None:
+    """Check that Pillow reads channels that are stored one after the other, as planes."""
+    is_right = image.mode not in ("LA", "La", "PA", "LAB")  # their alpha would stay 0, their colours lack an offset
+    if is_raw:
+        # Pillow keeps one letter of its name for the layout, which loses the bits, their order and the inversion.
+        bits = set(numbers(image, BITS)) or {1}
+        as_named = bits == {8} or image.mode == "1" or (bits == {32} and getattr(tags(image), "prefix", b"") == b"II")
+        is_inverted = image.mode in ("1", "L") and numbers(image, PHOTOMETRIC) == [WHITE_IS_ZERO]
+        is_right = is_right and as_named and not is_inverted and REVERSED not in numbers(image, FILL_ORDER)
+    if not is_right:
+        raise ValueError(
+            "its channels are stored as planes (PlanarConfiguration=2), which Pillow misreads for this kind of pixels; "
+            "store them interleaved (PlanarConfiguration=1)"
+        )
+
+
+def _shown(image: Image.Image, tag: int) -> str:
+    found = numbers(image, tag)
+    return ",".join(f"{n:g}" for n in found[:6]) + ",..." * (len(found) > 6)
+
+
+def _misread(what: str) -> ValueError:
+    return ValueError(f"a TIFF with {what}, which Pillow misreads; convert it to RGB or grey with 8 bits per channel")

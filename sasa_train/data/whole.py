@@ -1,0 +1,123 @@
+"""The check that no pixels are missing from PNG and JPEG files, where Pillow makes them black or grey in silence."""
+
+import io
+import re
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from PIL import Image
+
+PIXELS = zlib.crc32(b"IDAT")  # the checksum begins with the chunk's kind
+CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by a PNG's colour type
+PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+GREY = {127, 128}  # in all channels of a CMYK JPEG's pixels that are missing; Pillow inverts some
+FILLER = b"\x5a\xa5\x3c\x96" * 4  # 16 bytes of codes, which would change missing pixels
+SCAN, END = 0xDA, 0xD9
+NEXT = re.compile(rb"\xff[^\x00\xd0-\xd7]", re.DOTALL)  # in a JPEG's pixels, 0 or a restart follows 0xFF
+
+
+def check_chunks(file: BinaryIO) -> None:
+    """Check the checksums of a PNG's IDAT chunks, which Pillow skips."""
+    for kind, content, stated in _chunks(file):
+        is_whole = len(stated) == 4  # or decoding tells that the file is cut
+        if kind == b"IDAT" and is_whole and zlib.crc32(content, PIXELS) != int.from_bytes(stated, "big"):
+            raise ValueError("a damaged PNG: the checksum (CRC) of its pixels is wrong; replace the file")
+
+
+def check_whole(file: BinaryIO, image: Image.Image) -> None:
+    """Check that a decoded PNG or JPEG has all its pixels; look closer only if the last ones look as if missing.
+
+    Raises:
+        ValueError: pixels are missing.
+    """
+    if getattr(image, "tile", None) or not image.width or not image.height:
+        return  # it was not decoded
+    if image.format == "PNG" and _may_lack_rows(image) and _num_bytes(file) < _num_needed(file):
+        raise ValueError("a damaged PNG: it has fewer rows of pixels than its header says; replace the file")
+    if image.format in ("JPEG", "MPO") and _is_grey(image.getpixel((image.width - 1, image.height - 1))):
+        _check_end(file)
+
+
+def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, memoryview, memoryview]]:
+    """Yield the kind of each chunk of a PNG, its content, and its checksum, which is shorter than 4 if it is cut."""
+    file.seek(0)
+    content, start = memoryview(file.read()), 8
+    while start + 12 <= len(content):
+        end = start + 8 + int.from_bytes(content[start : start + 4], "big")
+        yield bytes(content[start + 4 : start + 8]), content[start + 8 : end], content[end : end + 4]
+        start = end + 4
+
+
+def _may_lack_rows(image: Image.Image) -> bool:
+    """Whether one of the last two rows is empty; the last rows that an interlaced file contains are the odd ones."""
+    if image.height == 1 and "interlace" in image.info:
+        return True
+    return any(_is_empty(image, y) for y in range(max(0, image.height - 2), image.height))
+
+
+def _is_empty(image: Image.Image, y: int) -> bool:
+    first = image.getpixel((0, y))  # saves the time for most images
+    if any(first) if isinstance(first, tuple) else first:
+        return False
+    return not any(image.crop((0, y, image.width, y + 1)).tobytes())
+
+
+def _num_bytes(file: BinaryIO) -> int:
+    """Count the inflated bytes of a PNG, without keeping them."""
+    inflate, number = zlib.decompressobj(), 0
+    for kind, content, _ in _chunks(file):
+        left: bytes | memoryview = content if kind == b"IDAT" else b""
+        while left:
+            number += len(inflate.decompress(left, 2**20))
+            left = inflate.unconsumed_tail
+    return number + len(inflate.flush())
+
+
+def _num_needed(file: BinaryIO) -> int:
+    header = next(content for kind, content, _ in _chunks(file) if kind == b"IHDR")
+    width, height = int.from_bytes(header[:4], "big"), int.from_bytes(header[4:8], "big")
+    bits = header[8] * CHANNELS[header[9]]
+    number = 0
+    for x, y, across, down in PASSES if header[12] else ((0, 0, 1, 1),):
+        columns, rows = -((x - width) // across), -((y - height) // down)
+        number += max(rows, 0) * (1 + (columns * bits + 7) // 8) if columns > 0 else 0
+    return number
+
+
+def _is_grey(pixel: object) -> bool:
+    return pixel in (128, (128, 128, 128)) or (isinstance(pixel, tuple) and len(pixel) == 4 and set(pixel) <= GREY)
+
+
+def _check_end(file: BinaryIO) -> None:
+    """Check that a JPEG's pixels do not depend on bytes that are put before its end, as missing ones would."""
+    file.seek(0)
+    content = file.read()
+    end = next((start for marker, start in segments(content) if marker == END), len(content))
+    longer = content[:end] + FILLER + content[end:]
+    with Image.open(io.BytesIO(content), formats=["JPEG"]) as stored:
+        pixels = stored.tobytes()
+    try:
+        with Image.open(io.BytesIO(longer), formats=["JPEG"]) as other:
+            is_whole = other.tobytes() == pixels
+    except Exception:  # Pillow's decoders have no common base class
+        is_whole = False
+    if not is_whole:
+        raise ValueError("a damaged JPEG: it ends before its last pixels; replace the file")
+
+
+def segments(content: bytes) -> Iterator[tuple[int, int]]:
+    """Yield each marker of a JPEG, to the end of its first image, and where the marker is."""
+    start = 2
+    while start + 2 <= len(content) and content[start] == 0xFF:
+        marker = content[start + 1]
+        if marker == 0xFF:  # padding
+            start += 1
+            continue
+        yield marker, start
+        if marker == END:
+            return
+        start += 2 + int.from_bytes(content[start + 2 : start + 4], "big")
+        if marker == SCAN:
+            found = NEXT.search(content, start)
+            start = found.start() if found else len(content)
