@@ -1,6 +1,7 @@
 """Check that every kind of image is read as a person would see it, or refused with the reason and the remedy."""
 
 import io
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -27,13 +28,20 @@ ORIENTATION = 274
 
 NAMES = {"NewSubfileType": 254, "Compression": 259, "PhotometricInterpretation": 262, "FillOrder": 266}
 NAMES |= {"MaxSampleValue": 281, "PlanarConfiguration": 284, "ColorMap": 320, "SubIFDs": 330, "ExtraSamples": 338}
-NAMES |= {"SMinSampleValue": 340, "SMaxSampleValue": 341}
+NAMES |= {"SMinSampleValue": 340, "SMaxSampleValue": 341, "RowsPerStrip": 278, "StripByteCounts": 279, "InkSet": 332}
+NAMES |= {
+    "DotRange": 336,
+    "Indexed": 346,
+    "YCbCrCoefficients": 529,
+    "YCbCrSubSampling": 530,
+    "ReferenceBlackWhite": 532,
+}
 
 
 def tiff(pixels: np.ndarray, **stated) -> bytes:
     """Return pixels [H, W] or [H, W, C] of any type and byte order as a TIFF; Pillow writes only some of them.
 
-    `stated` may have values of NAMES; Compression may be 8 (deflate).
+    `stated` may have values of NAMES, or None to leave out a tag; Compression may be 8 (deflate).
     """
     (height, width), channels = pixels.shape[:2], pixels.shape[2] if pixels.ndim == 3 else 1
     is_planar = stated.get("PlanarConfiguration") == 2 and channels > 1
@@ -42,10 +50,12 @@ def tiff(pixels: np.ndarray, **stated) -> bytes:
     tags = {256: [width], 257: [height], 258: [8 * pixels.itemsize] * channels, 259: [1], 262: [1 + (channels == 3)]}
     tags |= {273: [0] * len(strips), 277: [channels], 278: [height], 279: [*map(len, strips)]}
     tags |= {339: [{"u": 1, "i": 2, "f": 3}[pixels.dtype.kind]] * channels}
+    sizes = [*map(len, strips)]
     tags |= {NAMES[name]: value if isinstance(value, list) else [value] for name, value in stated.items()}
+    tags = {tag: values for tag, values in tags.items() if values != [None]}
     order, start = ">" if pixels.dtype.byteorder == ">" else "<", 8 + 2 + 12 * len(tags) + 4
     longs = start + sum(4 * len(values) for values in tags.values())
-    tags[273], at, directory, content = [longs + sum(tags[279][:i]) for i in range(len(strips))], start, b"", b""
+    tags[273], at, directory, content = [longs + sum(sizes[:i]) for i in range(len(strips))], start, b"", b""
     for tag, values in sorted(tags.items()):
         code, number = ("f", 11) if tag >= 340 else ("L", 4)
         one = struct.pack(f"{order}L", at) if len(values) > 1 else struct.pack(f"{order}{code}", values[0])
@@ -198,7 +208,6 @@ def transparent_left() -> dict[str, bytes]:
     found["i16-key"] = png_with_key(two[..., 0].astype("<u2"), "I;16", 9)
     found["bit-key"] = encoded(Image.frombytes("1", (2, 1), b"\x80"), "PNG", transparency=1)
     found["l2-key"] = two_pixels(b"\x40", 2, 0, key=struct.pack(">H", 1))
-    found["rgb16-key"] = two_pixels((two.astype(">u2") * 257).tobytes(), 16, 2, key=struct.pack(">HHH", *[9 * 257] * 3))
     return found
 
 
@@ -369,6 +378,174 @@ def test_premultiplied_grey_is_read_on_any_background(tmp_path):
     content = tiff(np.stack([RAMP, np.full((8, 8), 128)], -1).astype("u1"), ExtraSamples=1)
     assert np.abs(read(tmp_path, content, background="none")[..., 0] - RAMP * 255 / 128).max() <= 1
     assert np.abs(read(tmp_path, content, background="black")[..., 0] - RAMP).max() <= 1
+
+
+def boxes(*inserted: tuple[bytes, bytes], image: Image.Image | None = None, bits: int = 8) -> bytes:
+    """Return a JPEG 2000 file with further boxes in its header, which states `bits` per channel."""
+    content = bytearray(encoded(image or corners(), "JPEG2000", mct=0))
+    start, codestream = content.index(b"jp2h") - 4, content.index(b"\xff\x4f\xff\x51")
+    content[content.index(b"ihdr") + 14] = bits - 1
+    for component in range(len((image or corners()).getbands())):
+        content[codestream + 42 + 3 * component] = bits - 1
+    size, new = int.from_bytes(content[start : start + 4], "big"), b""
+    for kind, body in inserted:
+        new += struct.pack(">L4s", 8 + len(body), kind) + body
+    head = struct.pack(">L", size + len(new)) + content[start + 4 : start + size]
+    return bytes(content[:start] + head + new + content[start + size :])
+
+
+def cdef(*channels: tuple[int, int, int]) -> tuple[bytes, bytes]:
+    return b"cdef", struct.pack(">H", len(channels)) + b"".join(struct.pack(">HHH", *channel) for channel in channels)
+
+
+def palette(*colours: tuple[int, int, int]) -> list[tuple[bytes, bytes]]:
+    entries = struct.pack(">HB3B", len(colours), 3, 7, 7, 7) + b"".join(map(bytes, colours))
+    return [(b"pclr", entries), (b"cmap", bytes((0, 0, 1, 0, 0, 0, 1, 1, 0, 0, 1, 2)))]
+
+
+def indexed(*entries: tuple[int, int, int]) -> bytes:
+    """Return a JPEG 2000 file whose pixels are the indices 0 and 1 of a palette."""
+    content = boxes(*palette(*entries), image=Image.fromarray((RAMP % 2).astype("u1")))
+    return content.replace(struct.pack(">4sBBBL", b"colr", 1, 0, 0, 17), struct.pack(">4sBBBL", b"colr", 1, 0, 0, 16))
+
+
+def rows_of_png(rows: bytes, bits: int, colour_type: int, interlaced: bool = False, key: bytes = b"") -> bytes:
+    """Return a PNG of 8 x 8 pixels with these filtered rows, which may be too few."""
+    header = chunk(b"IHDR", struct.pack(">LLBBBBB", 8, 8, bits, colour_type, 0, 0, interlaced))
+    header += chunk(b"tRNS", key) if key else b""
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def ended_early() -> bytes:
+    """Return a JPEG that ends, in good form, after 80 % of its bytes."""
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    content = encoded(Image.fromarray(noise), "JPEG", quality=95)
+    return content[: len(content) * 4 // 5] + b"\xff\xd9"
+
+
+def short_in_tiff() -> bytes:
+    """Return a TIFF with one strip of 32 rows, of which the JPEG in it has 16."""
+    content = bytearray(encoded(corners(), "TIFF", compression="jpeg"))
+    start = int.from_bytes(content[4:8], "little") + 2
+    for entry in range(start, start + 12 * int.from_bytes(content[start - 2 : start], "little"), 12):
+        if int.from_bytes(content[entry : entry + 2], "little") in (257, 278):
+            content[entry + 8 : entry + 10] = struct.pack("<H", 32)
+    return bytes(content)
+
+
+THREE, TWO = np.stack([RAMP] * 3, -1).astype("u1"), np.stack([RAMP] * 2, -1).astype("u1")
+FOUR = np.stack([RAMP] * 4, -1).astype("u1")
+CMYK = {"PhotometricInterpretation": 5}
+YCC = {"PhotometricInterpretation": 6}
+FULL = b"".join(b"\0" + bytes([200] * 8) for _ in range(8))
+ANIMATED = {"save_all": True, "default_image": True, "append_images": [corners()] * 2}
+MISREAD = {
+    "no-photometric": (tiff(RAMP.astype("u1"), PhotometricInterpretation=None), "lacks.*PhotometricInterpretation"),
+    "no-extra": (tiff(FOUR, PhotometricInterpretation=2), "fourth channel but lacks the tag ExtraSamples"),
+    "ycc-default": (tiff(THREE, **YCC) + bytes(999), "YCbCrSubSampling=2,2, the default.*convert it"),
+    "ycc-422": (tiff(THREE, **YCC, YCbCrSubSampling=[2, 1]) + bytes(999), "YCbCrSubSampling=2,1.*convert it"),
+    "ycc-video": (
+        tiff(THREE, **YCC, YCbCrSubSampling=[1, 1], ReferenceBlackWhite=[16, 235, 128, 240, 128, 240]),
+        "ReferenceBlackWhite=16,235,128,240,128,240.*convert it",
+    ),
+    "ycc-709": (
+        tiff(THREE, **YCC, YCbCrSubSampling=[1, 1], YCbCrCoefficients=[0.2126, 0.7152, 0.0722]),
+        "YCbCrCoefficients=0.2126,0.7152,0.0722.*convert it",
+    ),
+    "rgb-video": (tiff(THREE, ReferenceBlackWhite=[16, 235] * 3), "ReferenceBlackWhite=16,235,.*convert it"),
+    "dots": (tiff(FOUR, **CMYK, DotRange=[255, 0]), "DotRange=255,0.*convert it"),
+    "inks": (tiff(FOUR, **CMYK, InkSet=2), "InkSet=2.*convert it"),
+    "indexed": (tiff(RAMP.astype("u1"), Indexed=1), "Indexed=1.*convert it"),
+    "short-palette": (tiff((RAMP % 4).astype("u1"), PhotometricInterpretation=3, ColorMap=[9] * 12), "ColorMap of 12"),
+    "few-strips": (tiff(RAMP[:4].astype("u1"), RowsPerStrip=2), "1 strips instead of 2"),
+    "sparse": (tiff(RAMP.astype("u1"), StripByteCounts=0), "a sparse TIFF"),
+    "short-strip": (tiff(RAMP.astype("u1"), StripByteCounts=63), "number 0 has 7 rows instead of 8"),
+    "short-jpeg-strip": (short_in_tiff(), "number 0 has 16 rows instead of 32"),
+    "max-565": (tiff(THREE, MaxSampleValue=[31, 63, 31]), "MaxSampleValue=31,63,31.*same value.*convert it"),
+    "max-premultiplied": (tiff(TWO, ExtraSamples=1, MaxSampleValue=[127, 255]), "MaxSampleValue.*premultiplied"),
+    "max-lab": (tiff(THREE, PhotometricInterpretation=8, MaxSampleValue=[127] * 3), "MaxSampleValue.*convert it"),
+    "max-cmyk-16": (tiff(FOUR.astype("<u2"), **CMYK, MaxSampleValue=[63] * 4), "Pillow keeps only the upper 8 bits"),
+    "jp2-5-bits": (boxes(bits=5), "5 bits per channel.*convert it"),
+    "j2k-5-bits": (boxes(bits=5)[boxes().index(b"\xff\x4f\xff\x51") :], "5 bits per channel.*convert it"),
+    "jp2-bgr": (boxes(cdef((0, 0, 3), (1, 0, 2), (2, 0, 1))), "channels in another order"),
+    "jp2-premultiplied": (
+        boxes(image=corners().convert("RGBA")).replace(struct.pack(">HHH", 3, 1, 0), struct.pack(">HHH", 3, 2, 0)),
+        "a further channel that is not.*transparency",
+    ),
+    "j2k-four": (encoded(corners().convert("RGBA"), "JPEG2000", no_jp2=True), "a further channel.*transparency"),
+    "jp2-equal-colours": (indexed((9, 9, 9), (9, 9, 9), (80, 0, 0)), "a palette with equal entries"),
+    "jp2-lab": (boxes().replace(struct.pack(">BBBL", 1, 0, 0, 16), struct.pack(">BBBL", 1, 0, 0, 14)), "colour space"),
+    "j2k-few-tiles": (
+        encoded(corners(), "JPEG2000", no_jp2=True, tile_size=(16, 16)).rpartition(b"\xff\x90\0\x0a")[0] + b"\xff\xd9",
+        "it has 1 of 2 tiles",
+    ),
+    "png-few-rows": (rows_of_png(FULL[:45], 8, 0), "fewer rows"),
+    "png-few-passes": (rows_of_png(b"\0\xc8\0\xc8\0\xc8\xc8", 8, 0, interlaced=True), "fewer rows"),
+    "png-key-16": (rows_of_png(bytes(8 * 49), 16, 2, key=bytes(6)), r"16 bits.*\(tRNS\).*data.background=none"),
+    "apng-substitute": (encoded(Image.new("RGB", (32, 16)), "PNG", **ANIMATED), "an animation.*substitute"),
+    "jpeg-ends": (
+        ended_early(),
+        "ends before its last pixels",
+    ),
+}
+
+
+@pytest.mark.parametrize("content,reason", [pytest.param(*case, id=name) for name, case in MISREAD.items()])
+def test_what_pillow_would_read_otherwise_is_refused_by_name(tmp_path, content, reason):
+    """Check that odd files do not train as noise, negatives or half-black images, as Pillow decodes them in silence."""
+    Image.open(io.BytesIO(content)).load()  # without a word
+    with pytest.raises(UnreadableImage, match=reason):
+        read(tmp_path, content)
+
+
+def test_their_relatives_are_read(tmp_path):
+    """Check that files that differ only in what is harmless, and whole files that end in black or grey, stay good."""
+    ycc = np.asarray(Image.fromarray(THREE).convert("YCbCr"))
+    stated = {"YCbCrSubSampling": [1, 1], "ReferenceBlackWhite": [0, 255, 128, 255, 128, 255]}
+    for content in (
+        tiff(ycc, **YCC, **stated, YCbCrCoefficients=[0.299, 0.587, 0.114]),
+        tiff(np.concatenate([255 - THREE, 0 * FOUR[..., :1]], -1), **CMYK, InkSet=1, DotRange=[0, 255] * 4),
+        tiff(THREE, RowsPerStrip=2**32 - 1),
+        tiff(THREE, StripByteCounts=None),
+    ):
+        assert np.abs(read(tmp_path, content).astype(int) - THREE).max() <= 1
+    for content in (boxes(), boxes(cdef((0, 0, 1), (1, 0, 2), (2, 0, 3)))):
+        assert np.array_equal(read(tmp_path, content), corners())
+    assert read(tmp_path, indexed((9, 9, 9), (80, 0, 0)))[0, :2, 0].tolist() == [9, 80]
+    assert (read(tmp_path, rows_of_png(FULL[:63] + bytes(9), 8, 0))[6:, 0, 0] == [200, 0]).all()
+    assert read(tmp_path, rows_of_png(bytes(8 * 49), 16, 2, key=bytes(6)), background="none").max() == 0
+    grey = Image.new("RGB", (40, 40), (128, 128, 128))
+    grey.paste(corners())
+    for mode, options in (("RGB", {}), ("L", {}), ("RGB", {"progressive": True}), ("RGB", {"restart_marker_rows": 1})):
+        content = encoded(grey.convert(mode), "JPEG", **options)
+        assert np.array_equal(read(tmp_path, content), Image.open(io.BytesIO(content)).convert("RGB"))
+
+
+@pytest.mark.parametrize("background", ["white", "none"])
+def test_the_largest_value_applies_to_alpha_and_inks(tmp_path, background):
+    """Check that opaque pixels whose alpha ends at 127 do not become half transparent, nor inks of 100 % pale."""
+    colours = np.stack([RAMP, 63 - RAMP, RAMP], -1)
+    expected = colours * 255 / 63
+    alpha = np.full((8, 8, 1), 127)
+    content = tiff(
+        np.concatenate([colours, alpha], -1).astype("u1"),
+        PhotometricInterpretation=2,
+        ExtraSamples=2,
+        MaxSampleValue=[63, 63, 63, 127],
+    )
+    assert np.abs(read(tmp_path, content, background=background) - expected).max() <= 1
+    inks = np.concatenate([63 - colours, 0 * alpha], -1).astype("u1")
+    assert np.abs(read(tmp_path, tiff(inks, **CMYK, MaxSampleValue=[63] * 4)) - expected).max() <= 1
+
+
+def test_verify_names_what_is_misread(in_process, tmp_path):
+    root = make_image_folder(tmp_path / "images")
+    names = ("no-photometric", "jp2-bgr", "png-few-rows", "png-key-16", "jpeg-ends")
+    for name in names:
+        (root / f"train/blue/{name}.png").write_bytes(MISREAD[name][0])
+    out = in_process("dataset_tool", "verify", str(root), expect=1).stdout
+    for name in names:
+        assert re.search(rf"unreadable .*{name}\.png: .*{MISREAD[name][1]}", out)
 
 
 def pages(*images: bytes) -> bytes:
