@@ -15,7 +15,7 @@ from reading_runs import assert_same_run, last, rows
 
 from sasa_train.config.compose import compose_config
 from sasa_train.config.saved import BEFORE, load_config
-from sasa_train.data.datasets import UnreadableImage
+from sasa_train.data.datasets import FORMATS, UnreadableImage
 from sasa_train.data.decoding import Decoding, decoding_of, to_rgb, upright_size
 from sasa_train.data.transforms import decode_box
 from sasa_train.refusal import ConfigError
@@ -433,6 +433,20 @@ def short_in_tiff() -> bytes:
     return bytes(content)
 
 
+def cropped_avif() -> bytes:
+    """Return an AVIF that states that only its right half counts."""
+    content = encoded(corners(), "AVIF")
+    inserted = struct.pack(">L4s8L", 40, b"clap", 16, 1, 16, 1, 8, 1, 0, 1)
+    end = content.index(b"ipma") - 4
+    pixels = struct.pack(">L", content.index(b"mdat") + 4)
+    content = content[:end] + inserted + content[end:]
+    content = content.replace(pixels, struct.pack(">L", int.from_bytes(pixels, "big") + 40))
+    for kind in (b"meta", b"iprp", b"ipco"):
+        at = content.index(kind) - 4
+        content = content[:at] + struct.pack(">L", int.from_bytes(content[at : at + 4], "big") + 40) + content[at + 4 :]
+    return content
+
+
 THREE, TWO = np.stack([RAMP] * 3, -1).astype("u1"), np.stack([RAMP] * 2, -1).astype("u1")
 FOUR = np.stack([RAMP] * 4, -1).astype("u1")
 CMYK = {"PhotometricInterpretation": 5}
@@ -488,6 +502,10 @@ MISREAD = {
         "ends before its last pixels",
     ),
 }
+
+
+if "AVIF" in FORMATS:
+    MISREAD["avif-crop"] = (cropped_avif(), r"a crop \(clap\).*convert it")
 
 
 @pytest.mark.parametrize("content,reason", [pytest.param(*case, id=name) for name, case in MISREAD.items()])

@@ -34,9 +34,9 @@ def check_jpeg2000(file: BinaryIO) -> None:
     content = memoryview(file.read())
     boxes: dict[bytes, memoryview] = {}
     if content[:12] == SIGNATURE:
-        outer = list(_boxes(content))
+        outer = list(boxes_of(content))
         header = next((box for kind, box in outer if kind == b"jp2h"), content[:0])
-        for kind, box in _boxes(header):
+        for kind, box in boxes_of(header):
             boxes.setdefault(kind, box)
         codestream = next((box for kind, box in outer if kind == b"jp2c"), content[:0])
     else:
@@ -53,7 +53,8 @@ def check_jpeg2000(file: BinaryIO) -> None:
         raise ValueError(f"a damaged JPEG 2000 file: it has {found} of {siz.num_tiles} tiles; replace the file")
 
 
-def _boxes(content: memoryview) -> Iterator[tuple[bytes, memoryview]]:
+def boxes_of(content: memoryview) -> Iterator[tuple[bytes, memoryview]]:
+    """Yield the kind and the content of each box, of which JPEG 2000 and AVIF files consist."""
     start = 0
     while start + 8 <= len(content):
         size, kind = struct.unpack_from(">I4s", content, start)

@@ -5,7 +5,7 @@ from typing import BinaryIO
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from sasa_train.data import tiff
-from sasa_train.data.jpeg2000 import check_jpeg2000
+from sasa_train.data.jpeg2000 import boxes_of, check_jpeg2000
 from sasa_train.data.whole import check_chunks
 
 
@@ -51,9 +51,20 @@ def _check(file: BinaryIO, image: Image.Image) -> None:
         check_chunks(file)
     elif image.format == "JPEG2000":
         check_jpeg2000(file)
+    elif image.format == "AVIF" and b"clap" in _properties(file):
+        raise ValueError("an AVIF with a crop (clap), which Pillow ignores; convert it, for example to PNG")
     elif image.format == "BMP":
         assert isinstance(image, ImageFile.ImageFile)
         if image.tile[0].codec_name == "bmp_rle" and image.tile[0].offset % 2:
             raise ValueError(
                 "a compressed BMP whose pixels begin at an odd byte, which Pillow misreads; convert it to PNG"
             )
+
+
+def _properties(file: BinaryIO) -> set[bytes]:
+    """Return the kinds of properties that an AVIF's images have."""
+    file.seek(0)
+    content = memoryview(file.read())
+    for name, version in ((b"meta", 4), (b"iprp", 0), (b"ipco", 0)):
+        content = next((box[version:] for kind, box in boxes_of(content) if kind == name), content[:0])
+    return {kind for kind, _ in boxes_of(content)}
