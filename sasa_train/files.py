@@ -62,24 +62,37 @@ def _regular(path: str, flags: int) -> int:
     return descriptor
 
 
-# A spreadsheet would execute such a text as a formula, unless it is a number.
-FORMULA = re.compile(r"(?![+-]?[\d.]+([eE][+-]?\d+)?$)'*[=+@\t\r\n\uff1d\uff0b\uff20\uff0d-]")
+# A spreadsheet would execute a text as a formula if it begins like this, unless it is a number.
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+FORMULA = re.compile(r"'*[=+@\t\r\n\uff1d\uff0b\uff20\uff0d-]")
+# In many countries, cells end at semicolons; some programs end them at tabs. There, our quotes in the middle of a cell
+# do not count, and a new cell begins inside the text.
+INNER_FORMULA = re.compile(r"([;\t\r\n])(?=[\"']*[=+@\uff1d\uff0b\uff20\uff0d-])")
 
 
 def csv_text(rows: Iterable[Iterable[Any]], quoting: Any = csv.QUOTE_MINIMAL) -> str:
     """Return records, optionally starting with a header, as CSV with Unix line endings.
 
-    A text that a spreadsheet would execute as a formula is preceded by an apostrophe; numbers are not changed.
+    An apostrophe is put before all that a spreadsheet would execute as a formula: at the start of a text that is no
+    number, and after a semicolon, tab or line break in it. Numbers are not changed.
     """
     line, lines = io.StringIO(), []
-    writer = csv.writer(line, quoting=quoting)  # it quotes a \r in a text only if lines end in \r\n
+    # The writer quotes texts with a character of `ending`, where another program might end the cell.
+    ending = "\r\n;\t"
+    writer = csv.writer(line, quoting=quoting, lineterminator=ending)
     for row in rows:
-        # Apostrophes that precede such a text are part of the pattern, so that removing one restores every text.
-        writer.writerow([f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell for cell in row])
-        lines.append(line.getvalue().removesuffix("\r\n") + "\n")
+        writer.writerow([_without_formulas(cell) if isinstance(cell, str) else cell for cell in row])
+        lines.append(line.getvalue().removesuffix(ending) + "\n")
         line.seek(0)
         line.truncate()
     return "".join(lines)
+
+
+def _without_formulas(text: str) -> str:
+    # Apostrophes that precede a formula are part of the patterns, so that removing one of each restores every text.
+    if FORMULA.match(text) and not NUMBER.fullmatch(text):
+        text = f"'{text}"
+    return INNER_FORMULA.sub(r"\1'", text)
 
 
 def inside(folder: Path, *parts: str) -> Path:

@@ -18,7 +18,8 @@ from sasa_train.data.reading import image_files, read_fitted
 from sasa_train.data.transforms import Normalize, val_shape
 from sasa_train.models import build_model, check_model
 from sasa_train.refusal import ConfigError, require
-from sasa_train.runs.checkpoint import load_checkpoint, other_dtype
+from sasa_train.runs.checkpoint import first_misfit, load_checkpoint
+from sasa_train.runs.folder import check_average
 from sasa_train.runs.source import check_source, find_checkpoint
 from sasa_train.terminal import printable, some
 
@@ -119,14 +120,31 @@ def load_trained(source: str | Path, overrides: Sequence[str] = ()) -> TrainedMo
     path = find_checkpoint(Path(source))
     checkpoint = load_checkpoint(path)
     wanted, others = split_weights(overrides)
+    saved = load_config(checkpoint["config"], source=str(path))
+    check_weights(checkpoint, saved, path)
     if any(text.startswith("data.name=") for text in others):
-        others = _own_preprocessing(load_config(checkpoint["config"], source=str(path)).data) + others
+        others = _own_preprocessing(saved.data) + others
     config = load_config(checkpoint["config"], others, source=str(path))
     weights = wanted or ("ema" if checkpoint["ema"] is not None else "raw")
     if weights == "ema" and checkpoint["ema"] is None:
         raise ConfigError(f"weights=ema: {path} has no moving average; it was trained with trainer.ema_decay=null")
     state_dict = checkpoint["ema"] if weights == "ema" else checkpoint["model"]
     return TrainedModel(path, checkpoint, config, _build(config, state_dict, len(checkpoint["classes"])), weights)
+
+
+def check_weights(checkpoint: dict[str, Any], saved: TrainConfig, path: Path) -> None:
+    """Raise ConfigError if a checkpoint's weights are not those of a finite model of its own config, `saved`.
+
+    The model is built without memory for weights, so that a config cannot demand more than the checkpoint has.
+    """
+    check_average(checkpoint, saved, path)
+    model = check_model(saved.model, resolved_image_size(saved.data), len(checkpoint["classes"]))
+    for key in ("model", "ema"):
+        if checkpoint[key] is not None and (wrong := first_misfit(model, checkpoint[key])):
+            raise ConfigError(
+                f"{path}: the checkpoint's weights are not those of a model of its config: {key}.{wrong}; bring back "
+                "the one that the run wrote"
+            )
 
 
 def _own_preprocessing(data: DataConfig) -> list[str]:
@@ -137,14 +155,8 @@ def _own_preprocessing(data: DataConfig) -> list[str]:
 
 def _build(config: TrainConfig, state_dict: dict[str, Any], num_classes: int) -> nn.Module:
     size = resolved_image_size(config.data)
-    check_model(config.model, size)
+    if wrong := first_misfit(check_model(config.model, size, num_classes), state_dict):
+        raise ConfigError(f"the overrides make another model than the checkpoint's: {wrong}")
     model = build_model(config.model, num_classes, size)
-    try:
-        model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        _, first, *others = [*str(error).splitlines(), ""]
-        more = f" and {len(others) - 1} more like it" if len(others) > 1 else ""
-        raise ConfigError(f"the overrides make another model than the checkpoint's: {first.strip()}{more}") from error
-    if wrong := other_dtype(model, state_dict):
-        raise ConfigError(f"the checkpoint's weights are not the model's: {wrong}; bring back the one the run wrote")
+    model.load_state_dict(state_dict)
     return model.eval()

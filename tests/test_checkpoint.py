@@ -3,11 +3,13 @@
 import copy
 import errno
 import itertools
+import json
 import os
 import shutil
 import stat
 import subprocess
 import sys
+import time
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -287,6 +289,13 @@ def test_another_programs_file_is_no_checkpoint(tmp_path):
         load_checkpoint(tmp_path / "x.pt")
 
 
+def log(*rows: tuple[int, str], **values) -> str:
+    """Return metrics with these steps and splits."""
+    return "".join(
+        json.dumps({"split": split, "step": step, "epoch": 1, "top1": 9.0} | values) + "\n" for step, split in rows
+    )
+
+
 @pytest.mark.parametrize(
     "part,value",
     [
@@ -297,7 +306,11 @@ def test_another_programs_file_is_no_checkpoint(tmp_path):
         ("metrics", "x"), ("metrics", '{"split": "val", "step": 1, "epoch": 1, "top1": NaN}\n'), ("window", {}),
         ("window.num_images", -1), ("window.sums", torch.zeros(3, 2).double()), ("rng.torch", torch.zeros(9)),
         ("model", {3: 4}), ("model.weight", torch.zeros(1).expand(10**12)),
-        ("optimizer.state", torch.zeros(2, device="meta")),
+        ("optimizer.state", torch.zeros(2, device="meta")), ("classes", ["a" * 5000]), ("seconds", 1.7e308),
+        ("window.sums", torch.tensor([float("nan"), 0.0]).double()), ("window.sums", torch.tensor([0.0, 1.0]).double()),
+        ("window.sums", torch.tensor([1.0, 0.0]).double()), ("metrics", log((2, "train"), (2, "train"))),
+        ("metrics", log((3, "train"), (2, "train"))), ("metrics", log((2, "val"), (2, "train"))),
+        ("metrics", log((2, "train"), lr=1.7e308)), ("metrics", log((2, "train"), top1=101)),
     ],
 )  # fmt: skip
 def test_a_checkpoint_that_is_whole_but_wrong_inside_is_refused_by_the_part(tmp_path, part, value):
@@ -311,6 +324,21 @@ def test_a_checkpoint_that_is_whole_but_wrong_inside_is_refused_by_the_part(tmp_
     torch.save(whole, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match=rf"x.pt: is not a checkpoint of sasa_train .{part}"):
         load_checkpoint(tmp_path / "x.pt")
+
+
+def test_a_text_that_is_stored_once_and_used_often_is_refused_at_once(tmp_path):
+    """The files are of 5 MB; what they stand for was checked, compared or printed for minutes."""
+    long = ["a" * 5_000_000] * 20_000
+    for changes in (
+        {"classes": long},
+        {"provenance": {"x": long}},
+        {"provenance": {"x": [[["a"] * 1000] * 1000] * 1000}},
+    ):
+        torch.save(content(5) | changes, tmp_path / "x.pt")
+        before = time.process_time()
+        with pytest.raises(CheckpointError, match="x.pt: is not a checkpoint of sasa_train") as error:
+            load_checkpoint(tmp_path / "x.pt")
+        assert time.process_time() - before < 10 and len(str(error.value)) < 1000
 
 
 @pytest.mark.parametrize("manifest", ['{"step": 1e999, "size": 9, "sha256": ""}', "[" * 5000, '{"step": "5"}'])

@@ -170,6 +170,11 @@ def with_whole_numbers(tensors: dict) -> dict:
     return tensors | {name: tensors[name].to(torch.int32)}
 
 
+def changed(tensors: dict, end: str, factor: float) -> dict:
+    name = next(name for name in tensors if name.endswith(end))
+    return tensors | {name: tensors[name] * factor}
+
+
 def rows_of(whole: dict, *more: dict) -> str:
     """Return a checkpoint's metrics without those of the last step, and with more rows."""
     rows = [row for row in map(json.loads, whole["metrics"].splitlines()) if row["step"] < whole["step"]]
@@ -191,7 +196,17 @@ def rows_of(whole: dict, *more: dict) -> str:
         (
             lambda whole: {"window": whole["window"] | {"num_images": 10**6}},
             2,
-            "window.num_images=1,000,000 must be at most 128, the images of all steps of its config on 70 images",
+            "window.num_images=1,000,000 must be 0, the images since the last row (step 8), of its config on 70 images",
+        ),
+        (lambda whole: {"window": whole["window"] | {"num_images": 7}}, 2, "window.num_images=7 must be 0, the images"),
+        (lambda whole: {"ema": None}, 2, "no moving average, and its config trainer.ema_decay=0.5"),
+        (lambda whole: {"ema": {}}, 2, "fit this model or optimizer (ema.stem.emb_row is missing, and "),
+        (lambda whole: {"model": changed(whole["model"], ".weight", torch.nan)}, 2, "weight is not finite"),
+        (lambda whole: {"ema": changed(whole["ema"], ".running_var", -1)}, 2, "running_var has negative variances"),
+        (
+            lambda whole: {"config": whole["config"].replace("width: 0.125", "width: 16")},
+            2,
+            "has shape [4, 8], and mus",
         ),
         (lambda _: {"step": 7, "evaluated_step": 4}, 1, "metrics has a row of step 8, and step=7 must be the last"),
         (lambda _: {"evaluated_step": 4}, 1, "evaluated_step=4 must be the step of the last val row in metrics"),

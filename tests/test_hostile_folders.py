@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,8 +17,9 @@ from running_commands import TINY
 
 from sasa_train.config.compose import compose_config
 from sasa_train.config.identity import default_run_name
+from sasa_train.config.saved import load_config
 from sasa_train.files import csv_text, kind, lock_folder
-from sasa_train.refusal import CheckpointError, ExpectedFailure
+from sasa_train.refusal import CheckpointError, ConfigError, ExpectedFailure
 from sasa_train.runs.checkpoint import Checkpoints
 from sasa_train.runs.folder import RunFolder
 
@@ -192,15 +194,42 @@ def run_quietly(in_process, *arguments: str) -> None:
 
 
 def test_texts_that_a_spreadsheet_would_run_are_escaped_and_can_be_restored():
-    texts = ["=1+1", "+x", "-x", "@sum", "'=x", "''-x", "\t=x", "\r=x", "'tis", "a=b", "", "1-2", "-", "=-1"]
-    numbers = [-1, -1.5, 3, "-1", "+2.5", "-1e-3"]
-    text = csv_text([texts, numbers])
-    found, found_numbers = csv.reader(io.StringIO(text, newline=""))
-    assert not [cell for cell in found if cell[:1] in tuple("=+-@\t\r")]
-    restored = [
-        cell[1:] if cell.startswith("'") and cell.lstrip("'")[:1] in tuple("=+-@\t\r") else cell for cell in found
+    texts = ["=1+1", "+x", "-x", "@sum", "'=x", "''-x", "\t=x", "\r=x", "'tis", "a=b", "", "1-2", "-", "=-1", "+.5.5"]
+    inner = [
+        "a;=1+1",
+        "a\t@x",
+        "a\n=1",
+        ";",
+        "a;b",
+        'a;"=1;',
+        "a;'=1",
+        "a;''\"=1",
+        "x;-1;+2",
+        "=1;=2",
+        "a,=1",
+        ";\t\n=x",
     ]
-    assert restored == texts and found_numbers == [str(number) for number in numbers]
+    numbers = [-1, -1.5, 3, "-1", "+2.5", "-1e-3", "-.5", "-5."]
+    text = csv_text([texts, inner, numbers])
+    found, found_inner, found_numbers = csv.reader(io.StringIO(text, newline=""))
+    assert not [cell for cell in found if cell[:1] in tuple("=+-@\t\r")]
+    # As docs/predict.md tells.
+    restored = [
+        re.sub(r"^'(?='*[=+@\t\r\n-])|(?<=[;\t\r\n])'(?=[\"']*[=+@-])", "", cell) for cell in found + found_inner
+    ]
+    assert restored == texts + inner and found_numbers == [str(number) for number in numbers]
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_NONNUMERIC])
+def test_no_text_is_a_formula_where_cells_end_at_semicolons_or_tabs(quoting):
+    """Such a spreadsheet reads our quotes in the middle of a cell as text, so that a class can end its cell."""
+    names = ["a;=1+1", 'a;"=1+1;', "a\t=1+1", "a\n=1+1", "a;@x", "a\r+x", "a;-x", "a;\uff1d1", "a';'=1", "a;\t=1"]
+    text = csv_text([["image", "label"], *([name, name] for name in names)], quoting)
+    for ends in (r"[;\n\r]", r"[\t\n\r]"):
+        cells = [cell.lstrip('"') for cell in re.split(ends, text)]
+        assert not [cell for cell in cells if cell[:1] in tuple("=+-@\uff1d")]
+    assert all(line.startswith('"') for line in csv_text([["a;b"], ["a\tb"]]).splitlines())
+    assert csv_text([["a b", -1]]) == "a b,-1\n"
 
 
 # While a run goes on
@@ -245,3 +274,16 @@ def test_a_sweep_file_with_aliases_is_refused_before_they_are_expanded(tmp_path,
     (tmp_path / "s.yaml").write_text(f"l0: &l0 [x]\n{levels}\noverrides: [experiment=debug]\n")
     with time_limit(30):
         assert "s.yaml: YAML's aliases are not taken" in in_process("sweep", "sweep=s.yaml", expect=2).stderr
+
+
+@pytest.mark.parametrize("text", ["[" * 60_000, "[" * 5000 + "]" * 5000, "- " * 30_000, "{a: " * 15_000, "? " * 30_000])
+def test_lists_that_are_nested_deeply_are_refused_at_once(text, tmp_path, in_process):
+    """PyYAML takes time in proportion to the square of the depth: 13 seconds for 5,000 brackets."""
+    (tmp_path / "s.yaml").write_text(f"overrides:\n  {text}\n")
+    with time_limit(20):
+        assert "nested more than 20 deep" in in_process("sweep", "sweep=s.yaml", expect=2).stderr
+    with (
+        time_limit(20),
+        pytest.raises(ConfigError, match="x.yaml: line 1: lists and keys are nested more than 20 deep"),
+    ):
+        load_config(f"a: {text}" if text[0] in "[{" else text, source="x.yaml")

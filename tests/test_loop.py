@@ -1,5 +1,6 @@
 """Check features of the training loop (limits, profiling, images, memory) by inspecting the files that runs write."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -41,6 +42,22 @@ def test_every_epoch_has_a_train_row(every, expected, tmp_path, monkeypatch):
     short = ["trainer.max_steps=10", f"trainer.log_every_steps={every}"]
     assert run_in_process(tmp_path, monkeypatch, *RUN, *short) == 0
     assert [row["step"] for row in rows(tmp_path / "out/run") if row["split"] == "train"] == expected
+
+
+def test_a_loss_on_val_that_is_not_finite_is_told_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    """A diverging run may recover; its weights are finite, or it would have stopped."""
+    from sasa_train.training import loop
+
+    real, num = loop.evaluate, iter(range(9))
+
+    def overflowing(*arguments):
+        found = real(*arguments)
+        return dataclasses.replace(found, loss=float("inf")) if next(num) == 1 else found
+
+    monkeypatch.setattr(loop, "evaluate", overflowing)
+    assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
+    assert capsys.readouterr().err.count("the loss on val after step 8 is inf; the run goes on") == 1
+    assert [row["loss"] is None for row in rows(tmp_path / "out/run") if row["split"] == "val"] == [False, True, False]
 
 
 def test_tensorboard_and_the_run_folder_hold_the_pictures(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_g
 from writing_runs import BASE, write_run, write_sweep
 
 from sasa_train import report as command
-from sasa_train import train
+from sasa_train import train, visualize
 from sasa_train.config.compose import compose_config
 from sasa_train.config.groups import config_dir
 from sasa_train.models import build_model, check_model
@@ -196,6 +196,28 @@ def test_a_row_of_metrics_without_what_is_drawn_is_damage(tmp_path):
     with pytest.raises(ConfigError, match="metrics.jsonl: cannot be read .ValueError: epoch is missing"):
         read_metrics(log)
     assert command.run_command([str(tmp_path / "run"), "--quick"]) == 0
+
+
+@pytest.mark.parametrize("key,value", [("top1", 1.5e308), ("top1", 101), ("loss", -1.7e308), ("lr", 1.7e308)])
+def test_numbers_too_large_to_compute_with_are_damage(key, value, tmp_path):
+    """Their sums and the ticks of their charts overflowed, with a traceback."""
+    runs = write_sweep(tmp_path / "sweep", {((), 0): [20.0], ((), 1): [30.0]})
+    for log in runs.glob("*/metrics.jsonl"):
+        text = log.read_text().splitlines()
+        log.write_text("".join(json.dumps(json.loads(line) | {key: value}) + "\n" for line in text))
+    assert command.run_command([str(runs)]) == 0
+    assert f"{key}={value!r} must be null or a finite number" in (runs / "report/table.md").read_text().replace(
+        "\\", ""
+    )
+    assert visualize.run_command([str(log.parent), "training_curves", "lr_schedule"]) == 2
+
+
+def test_a_training_time_too_large_to_compute_with_is_unknown(tmp_path):
+    runs = write_sweep(tmp_path / "sweep", {((), 0): [20.0], ((), 1): [30.0]})
+    for info in runs.glob("*/run.json"):
+        info.write_text(json.dumps({"status": "finished", "seconds": 1.7e308}))
+    assert command.run_command([str(runs)]) == 0
+    assert "training_seconds" in (text := (runs / "report/table.csv").read_text()) and "308" not in text
 
 
 def test_what_cannot_be_reported_is_refused(tmp_path, capsys, in_process):

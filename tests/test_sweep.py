@@ -363,6 +363,50 @@ def test_a_search_whose_journal_was_deleted_starts_again(tmp_path):
     assert sorted(number for job in ledger.jobs.values() for number in job.trials) == [0, 1, 2, 3]
 
 
+END = ', "datetime_complete": "2026-11-28T20:15:37.6"}'
+LINE = '{"op_code": 4, "worker_id": "x", "study_id": 0, "datetime_start": "2026-11-28T20:15:37.6"}'
+
+
+@pytest.mark.parametrize(
+    "lines,reason",
+    [
+        ("{}", "KeyError"),
+        ("[]", "TypeError"),
+        ("1", "TypeError"),
+        ("null", "TypeError"),
+        ("[" * 60_000, "RecursionError"),
+        ('{"op_code": 99, "worker_id": "x"}', "AssertionError"),
+        ('{"op_code": 4, "worker_id": "x"}', "KeyError"),
+        (LINE.replace("2026", "then"), "ValueError"),
+        (
+            LINE + '\n{"op_code": 6, "worker_id": "x", "trial_id": 0, "state": 1, "values": ["x"]' + END,
+            "values[0]='x' must",
+        ),
+        (
+            LINE + '\n{"op_code": 6, "worker_id": "x", "trial_id": 0, "state": 1, "values": [1e999]' + END,
+            "values[0]=inf must",
+        ),
+    ],
+)
+def test_a_journal_that_optuna_cannot_read_is_refused_by_name(lines, reason, tmp_path):
+    pytest.importorskip("optuna")
+    from sasa_train.sweep.search import Search
+
+    space = ["experiment=debug", "optimizer.lr=interval(0.01,0.1)", f"sweep.output_dir={tmp_path}"]
+    plan = read_plan([*space, "sweep.num_trials=4"])
+    plan.folder.mkdir(parents=True)
+    ledger, journal = Ledger(plan.folder / "ledger.json", {}), plan.folder / "optuna.journal"
+    Search(plan, ledger)
+    begun = journal.read_text()
+    journal.write_text(f"{begun}{lines}\n")
+    with pytest.raises(ConfigError, match=re.escape(f"{journal}: is damaged ({reason}")):
+        Search(plan, ledger)
+    for directions in ("[1]", "[2,2]"):
+        journal.write_text(begun.replace('"directions":[2]', f'"directions":{directions}'))
+        with pytest.raises(ConfigError, match="is damaged .its study does not maximize one value"):
+            Search(plan, ledger)
+
+
 def test_each_place_has_devices_of_its_own(tmp_path, monkeypatch):
     """Check that jobs use different GPUs, because sharing one GPU while another is idle would waste time."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2,5,7")

@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 
 import sasa_train
+from sasa_train import evaluate, trained, visualize
 from sasa_train.config.overrides import split_overrides
 from sasa_train.refusal import ConfigError
+from sasa_train.runs.checkpoint import load_checkpoint
 from sasa_train.runs.source import find_checkpoint
 from sasa_train.trained import load_trained
 
@@ -83,13 +85,73 @@ def test_other_images_are_prepared_as_the_models_own_were(tiny_run):
     [
         (["weights=best"], "weights=best must be ema or raw"),
         (["weight=raw"], "unknown key 'weight': did you mean weights?"),
-        (["model.width=0.25"], r"^the overrides make another model than the checkpoint's: size [^\n]* more like it$"),
+        (
+            ["model.width=0.25"],
+            r"^the overrides make another model than the checkpoint's: [^\n]* has shape [^\n]* more like it$",
+        ),
         (["model.widht=0.25"], "did you mean model.width"),
     ],
 )
 def test_overrides_that_make_no_sense_are_refused(tiny_run, overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_trained(tiny_run, overrides)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            lambda whole: {"model": with_changed(whole["model"], "fc.weight", torch.nan)},
+            "config: model.fc.weight is not f",
+        ),
+        (
+            lambda whole: {"ema": with_changed(whole["ema"], "stem.bn.running_var", -1)},
+            "ema.stem.bn.running_var has negat",
+        ),
+        (lambda whole: {"ema": {}}, r"config: ema.stem.emb_row is missing, and \d+ more like it; bring back"),
+        (lambda whole: {"ema": None}, "the checkpoint has no moving average, and its config trainer.ema_decay=0.5"),
+        (
+            lambda whole: {"config": whole["config"].replace("ema_decay: 0.5", "ema_decay: null")},
+            "has a moving average, ema",
+        ),
+        (
+            lambda whole: {"config": whole["config"].replace("width: 0.125", "width: 64")},
+            r"has shape \[4, 8\], and must",
+        ),
+        (lambda whole: {"config": whole["config"] + "x: " + "[" * 60_000}, "nested more than 20 deep"),
+    ],
+)
+def test_a_checkpoint_whose_parts_contradict_one_another_is_refused(tiny_run, tmp_path, monkeypatch, changes, message):
+    """One with NaN was evaluated to "loss nan" with exit code 0, and a width of 64 filled the memory first."""
+    largest: list[int] = []
+    monkeypatch.setattr(trained, "build_model", lambda *_: largest.append(1))
+    whole = load_checkpoint(tiny_run / "checkpoints/last.pt")
+    torch.save(whole | changes(whole), tmp_path / "x.pt")
+    for command in ("evaluate", "export", "visualize"):
+        run_command = importlib.import_module(f"sasa_train.{command}").run_command
+        assert run_command([str(tmp_path / "x.pt")]) == 2
+    with pytest.raises(ConfigError, match=message) as error:
+        load_trained(tmp_path / "x.pt")
+    assert str(tmp_path / "x.pt") in str(error.value) and not largest
+
+
+def with_changed(tensors: dict, name: str, factor: float) -> dict:
+    return tensors | {name: tensors[name] * factor}
+
+
+def test_a_model_whose_output_is_not_finite_is_not_evaluated(tiny_run, tmp_path, capsys):
+    """Its weights are finite, but too large; topk would rank NaN first, so that all figures are wrong."""
+    whole = load_checkpoint(tiny_run / "checkpoints/last.pt")
+    large = {
+        key: whole[key] | {"fc.weight": torch.full_like(whole[key]["fc.weight"], 3e38)} for key in ("model", "ema")
+    }
+    torch.save(whole | large, tmp_path / "x.pt")
+    for arguments in ([], ["--calibration"], ["--predictions", str(tmp_path / "p.csv")]):
+        assert evaluate.run_command([str(tmp_path / "x.pt"), *arguments]) == 1
+        assert "the loss on val is nan, because the model's output is not finite" in capsys.readouterr().err
+    assert not (tmp_path / "p.csv").exists()
+    assert visualize.run_command([str(tmp_path / "x.pt"), "confusion_matrix", "--out", str(tmp_path)]) == 1
+    assert "x.pt: the model's output is not finite in fp32" in capsys.readouterr().err
 
 
 def test_a_run_folder_its_checkpoints_and_a_file_name_the_same(tiny_run):

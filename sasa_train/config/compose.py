@@ -96,9 +96,11 @@ def quote_texts(yaml_text: str, text_keys: AbstractSet[str] = TEXT_KEYS, group: 
                 ends[node.end_mark.index] = node.value
 
     visit(yaml.compose(yaml_text, Loader=yaml.SafeLoader), "")
-    for end, value in sorted(ends.items(), reverse=True):
-        yaml_text = f"{yaml_text[: end - len(value)]}'{value}'{yaml_text[end:]}"
-    return yaml_text
+    parts, start = [], 0
+    for end, value in sorted(ends.items()):
+        parts += [yaml_text[start : end - len(value)], f"'{value}'"]
+        start = end
+    return "".join(parts) + yaml_text[start:]
 
 
 def to_config(composed: DictConfig, check: Callable[[TrainConfig], None] = validate) -> TrainConfig:

@@ -1,6 +1,6 @@
 """Read and write the configs saved in config.yaml and checkpoints, and apply overrides to them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +16,7 @@ from sasa_train.config.rules import check_values
 from sasa_train.files import read_regular
 from sasa_train.refusal import ConfigError, shorten
 
+MAX_DEPTH = 20  # levels of lists and keys in a YAML text
 # What a config computed before these keys existed. A config that lacks them was saved then, and keeps this behaviour.
 BEFORE: dict[str, Any] = {"data.exif": "ignore", "data.background": "none", "data.clip_values": True}
 # Keys whose null means "from the source of model.pretrained", if the run has one. It keeps the values with which it
@@ -104,7 +105,7 @@ def _read_saved(yaml_text: str, source: str) -> DictConfig:
 
 def _check_plain_yaml(text: str, source: str) -> None:
     """Raise ConfigError for anchors, aliases, tags and interpolations, which sasa_train never writes."""
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    for event in shallow_events(text, source):
         value = event.value if isinstance(event, yaml.ScalarEvent) else ""
         marks = getattr(event, "anchor", None) or getattr(event, "tag", None)
         if marks or "${" in value or value == "???":
@@ -112,6 +113,19 @@ def _check_plain_yaml(text: str, source: str) -> None:
                 f"{source}: line {event.start_mark.line + 1}: YAML's anchors, aliases and tags, and interpolations "
                 f"({shorten(marks or value)}) are not taken; write the values"
             )
+
+
+def shallow_events(text: str, source: str) -> Iterator[yaml.Event]:
+    """Yield the events of a YAML text; raise ConfigError where lists and keys are nested too deeply."""
+    depth = 0  # PyYAML takes time in proportion to its square
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise ConfigError(
+                f"{source}: line {event.start_mark.line + 1}: lists and keys are nested more than {MAX_DEPTH} deep, "
+                "which no config is; bring back the file that was written"
+            )
+        yield event
 
 
 def _forget_the_other_batch_key(saved: DictConfig, given: set[str]) -> None:

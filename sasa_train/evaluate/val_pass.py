@@ -14,6 +14,8 @@ from sasa_train.data.datasets import ImageSet
 from sasa_train.data.fingerprint import fingerprint
 from sasa_train.data.loader import Loader, build_eval_loader, check_evaluated
 from sasa_train.device import resolve
+from sasa_train.refusal import ExpectedFailure
+from sasa_train.terminal import printable
 from sasa_train.trained import TrainedModel
 from sasa_train.training.evaluation import Evaluation, evaluate, rank_classes
 
@@ -63,13 +65,19 @@ class Val:
         return fingerprint(self.images)
 
     def evaluate(self, answering: "Answering | None" = None) -> Evaluation:
-        """Return exactly the metrics that training logs; if `answering` is given, it records the model's outputs."""
+        """Return exactly the metrics that training logs; if `answering` is given, it records the model's outputs.
+
+        Raises:
+            ExpectedFailure: the loss is not finite, because the model has diverged.
+        """
         model, num_classes = answering or self.trained.model, len(self.images.classes)
         try:
             result = evaluate(model, self.loader.eval_batches(), num_classes, self.device, self.precision)
         finally:
             self.loader.close()
         assert result is not None
+        if not math.isfinite(result.loss):
+            raise self._diverged(f"the loss on val is {result.loss}")
         check_evaluated(self.loader, result.num_images, self.loader.num_left_out)
         return result
 
@@ -81,9 +89,18 @@ class Val:
         readable = [i for i in range(len(self.images)) if self.images.name(i) not in unreadable]
         indices = np.array(readable, dtype=np.int64)
         logits, ranked = torch.cat(answering.logits), torch.cat(answering.ranked)
+        if logits.isnan().any():
+            raise self._diverged("an output for a mirrored image is NaN")
         if len(logits) != len(indices):
             raise RuntimeError(f"{len(logits):,} images were evaluated, but {len(indices):,} could be read")
         return result, Answers(logits, ranked, torch.from_numpy(self.images.labels[indices]), indices)
+
+    def _diverged(self, found: str) -> ExpectedFailure:
+        # Weights that are finite may still overflow. topk ranks NaN first, so that all figures would be wrong.
+        return ExpectedFailure(
+            f"{printable(self.trained.path)}: {found}, because the model's output is not finite, or too large, in "
+            f"{self.precision}; it has diverged: take an earlier checkpoint, or try trainer.precision=fp32"
+        )
 
 
 class Answering(nn.Module):

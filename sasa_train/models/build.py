@@ -77,14 +77,16 @@ def enable_grad_checkpointing(model: nn.Module) -> None:
         raise ConfigError(f"trainer.grad_checkpointing=true: {type(model).__name__} cannot do it ({error})") from error
 
 
-def check_model(config: ModelConfig, image_size: int) -> nn.Module:
+def check_model(config: ModelConfig, image_size: int, num_classes: int | None = None) -> nn.Module:
     """Build the model and run it on the meta device, which needs neither weights nor data; return the model.
+
+    num_classes: if it is None, the config's or, because the images are not known yet, 10.
 
     Raises:
         ConfigError: the model cannot be built, or it does not accept images of this size.
     """
     try:
-        return _run_on_meta(config, image_size)
+        return _run_on_meta(config, image_size, num_classes)
     except LIBRARY_ERRORS as error:
         reason = f": {str(error) or _failed_line(error)}"
         sizes = _sizes_that_work(config, image_size)
@@ -95,9 +97,9 @@ def check_model(config: ModelConfig, image_size: int) -> nn.Module:
         ) from error
 
 
-def _run_on_meta(config: ModelConfig, image_size: int) -> nn.Module:
+def _run_on_meta(config: ModelConfig, image_size: int, num_classes: int | None = None) -> nn.Module:
     with torch.device("meta"), torch.no_grad():
-        model = build_model(config, config.num_classes or 10, image_size)
+        model = build_model(config, num_classes or config.num_classes or 10, image_size)
         model.eval()(torch.empty(1, 3, image_size, image_size))
     return model
 

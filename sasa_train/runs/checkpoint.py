@@ -20,6 +20,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from io import BufferedReader
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,8 +31,21 @@ from sasa_train.data.fingerprint import SOURCES
 from sasa_train.files import open_regular, read_regular, sync_folder, write_aside, write_atomic
 from sasa_train.refusal import CheckpointError, shorten
 from sasa_train.runs.metrics import is_log, parse_log
-from sasa_train.runs.schema import PLAIN, TEXT, Maybe, Rule, consists_of, first_wrong, is_plain, number, whole
+from sasa_train.runs.schema import (
+    MAX_SECONDS,
+    PLAIN,
+    TEXT,
+    Maybe,
+    Rule,
+    consists_of,
+    first_wrong,
+    is_plain,
+    number,
+    text,
+    whole,
+)  # fmt: skip
 from sasa_train.runs.source import find_checkpoint as find_checkpoint
+from sasa_train.terminal import printable
 
 FORMAT_VERSION = 2
 COUNT = whole(0)
@@ -57,15 +71,19 @@ def _is_content(value: Any) -> bool:
 
 TENSOR = Rule("a dense tensor of real numbers", _is_stored)
 CONTENT = Rule("tensors, texts, numbers, lists and dicts of them", lambda value: consists_of(value, _is_content))
+NAME = text(4096)  # of a class; a folder's name has at most 255
 SUMS = Rule(
-    "float64 [2] or [W, 2]", lambda sums: is_dense(sums) and sums.dtype == torch.float64 and sums.shape[-1:] == (2,)
+    "finite float64 [2] or [W, 2]",
+    lambda sums: (
+        _is_stored(sums) and sums.dtype == torch.float64 and sums.shape[-1:] == (2,) and bool(sums.isfinite().all())
+    ),
 )
 BYTES = Rule("uint8 [N]", lambda state: is_dense(state) and state.dtype == torch.uint8 and state.ndim == 1)
 IMAGES = {  # see data/fingerprint.py
     "source": Rule(f"one of {', '.join(SOURCES)}", lambda source: isinstance(source, str) and source in SOURCES),
     "labels": TEXT,
     "classes": [
-        {"name": TEXT, "names": TEXT, "content": TEXT, "num_images": COUNT, "num_read": COUNT, "num_unreadable": COUNT}
+        {"name": NAME, "names": TEXT, "content": TEXT, "num_images": COUNT, "num_read": COUNT, "num_unreadable": COUNT}
     ],
 }
 # All that is read from a checkpoint anywhere, so that a file which is whole but wrong is refused here. The config is
@@ -87,10 +105,10 @@ SCHEMA = {
     "epoch": COUNT,
     "evaluated_step": COUNT,
     "best": (None, {"top1": number(0, 100), "step": COUNT, "epoch": COUNT, str: PLAIN}),
-    "seconds": number(0),
+    "seconds": number(0, MAX_SECONDS),
     "rng": {"torch": BYTES, "cuda": (None, BYTES)},
     "config": TEXT,
-    "classes": [TEXT],
+    "classes": [NAME],
     "finished": bool,
     "metrics": Rule("rows of metrics.jsonl", is_log),
     "fingerprint": {"train": IMAGES, "val": IMAGES},
@@ -237,38 +255,66 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def _first_contradiction(content: dict[str, Any]) -> str | None:
     """Describe the first entry that does not go with the others, or return None."""
     counts, sums = content["window"]["num_images"], content["window"]["sums"]
-    if sums.numel() != 2 * (len(counts) if isinstance(counts, list) else 1):
+    is_one = isinstance(counts, int)
+    if sums.numel() != 2 * (1 if is_one else len(counts)):
         return f"window.sums has shape {list(sums.shape)}, and must have one row per number in window.num_images"
+    for (loss, hits), num_images in zip(sums.reshape(-1, 2).tolist(), [counts] if is_one else counts, strict=True):
+        if not 0 <= hits <= num_images or (loss and not num_images):
+            return f"window.sums has loss {loss:g} and {hits:g} hits, and num_images={num_images} cannot have them"
     for key in ("epoch", "evaluated_step"):
         if content[key] > content["step"]:
             return f"{key}={content[key]} must be at most step={content['step']}"
     for split in ("train", "val"):
         names = [entry["name"] for entry in content["fingerprint"][split]["classes"]]
         if content["classes"] != names:
-            return f"classes={shorten(content['classes'])} must be fingerprint.{split}'s names {shorten(names)}"
+            shown, theirs = shorten(content["classes"][:50]), shorten(names[:50])
+            return f"classes={shown} must be fingerprint.{split}'s names {theirs}"
     return _first_wrong_row(content) if content["classes"] else "classes=[] must have at least one name"
 
 
 def _first_wrong_row(content: dict[str, Any]) -> str | None:
     """Describe how the metrics contradict the steps of a checkpoint, or return None."""
     rows, best, evaluated = parse_log(content["metrics"]), content["best"], content["evaluated_step"]
-    val = {row["step"]: row["top1"] for row in rows if row["split"] == "val"}
+    val = {row["step"]: row for row in rows if row["split"] == "val"}
     if (last := max((row["step"] for row in rows), default=0)) > content["step"]:
         return f"metrics has a row of step {last}, and step={content['step']} must be the last"
+    # After the last step of an epoch, the train row precedes the val row.
+    for before, row in pairwise((row["step"], row["split"]) for row in rows):
+        if before >= row:
+            return f"metrics has the {row[1]} row of step {row[0]} after the {before[1]} row of step {before[0]}"
     # The metrics of a run that began from a checkpoint start after it, so its last evaluation may have no row.
     if evaluated != max(val, default=evaluated) or (evaluated not in val and any(r["step"] <= evaluated for r in rows)):
         return f"evaluated_step={evaluated} must be the step of the last val row in metrics"
-    if best is not None and (best["step"] not in val or val[best["step"]] != best["top1"]):
-        return f"best (step {best['step']}, top1 {best['top1']}) must be a val row in metrics"
+    if best is None:
+        return None
+    for key in ("top1", "epoch"):
+        if best["step"] not in val or val[best["step"]][key] != best[key]:
+            return f"best (step {best['step']}, {key} {best[key]}) must be a val row in metrics"
     return None
 
 
-def other_dtype(model: nn.Module, tensors: dict[str, Tensor]) -> str | None:
-    """Describe the first tensor whose dtype is not the model's, or return None."""
-    # Loading converts it: weights of whole numbers have lost their fractions.
-    for name, own in model.state_dict().items():
-        if name in tensors and tensors[name].dtype != own.dtype:
-            return f"{name} is {tensors[name].dtype}, and must be {own.dtype}"
+def first_misfit(model: nn.Module, tensors: dict[str, Tensor]) -> str | None:
+    """Describe the first of a checkpoint's tensors that a run with this model cannot have written, or return None.
+
+    The model may be on the meta device, so that a checkpoint cannot demand more memory than it takes itself.
+    """
+    own, others = model.state_dict(), []
+    for name, ours in own.items():
+        if (found := tensors.get(name)) is None:
+            others.append(f"{name} is missing")
+        elif found.shape != ours.shape:
+            others.append(f"{name} has shape {[*found.shape]}, and must have {[*ours.shape]}")
+        elif found.dtype != ours.dtype:  # loading converts it: weights of whole numbers have lost their fractions
+            others.append(f"{name} is {found.dtype}, and must be {ours.dtype}")
+    others += [f"{printable(shorten(name))} is not in the model" for name in tensors if name not in own]
+    if others:
+        return others[0] + (f", and {len(others) - 1} more like it" if len(others) > 1 else "")
+    for name, found in tensors.items():
+        # Neither is ever saved: a run stops before it, and a variance is a mean of squares.
+        if not found.isfinite().all():
+            return f"{name} is not finite"
+        if name.endswith("running_var") and (found < 0).any():
+            return f"{name} has negative variances"
     return None
 
 

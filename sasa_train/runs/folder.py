@@ -9,7 +9,7 @@ from typing import IO, Any
 
 from sasa_train.config.derived import total_steps
 from sasa_train.config.identity import differing_keys
-from sasa_train.config.keys import PUBLISHED, TrainConfig, flatten
+from sasa_train.config.keys import PUBLISHED, TrainConfig, TrainerConfig, flatten
 from sasa_train.config.saved import as_begun, load_config, load_config_file, to_yaml
 from sasa_train.data.fingerprint import differences
 from sasa_train.files import LOCK, inside, kind, lock_folder, read_regular, still_locked, write_atomic
@@ -17,6 +17,7 @@ from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import ConfigError, ExpectedFailure
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, load_checkpoint
 from sasa_train.runs.info import read_info_or_raise, update_info
+from sasa_train.runs.metrics import parse_log
 from sasa_train.runs.weights import sha256_of, weights_file
 from sasa_train.terminal import printable, warn
 
@@ -255,16 +256,15 @@ def check_trajectory(checkpoint: dict[str, Any], config: TrainConfig, path: Path
             "give the old values, or another run_name, or resume=never for a new run; to continue all the same: "
             + _allow(keys)
         )
-    check_step(checkpoint, saved, path)
+    check_step(checkpoint, saved, config, path)
+    check_average(checkpoint, saved, path)
     check_pretrained(checkpoint, config, path)
 
 
-def check_step(checkpoint: dict[str, Any], saved: TrainConfig, path: Path) -> None:
-    """Raise ConfigError if a checkpoint's step, end or window cannot be those of its own config on its own images."""
+def check_step(checkpoint: dict[str, Any], saved: TrainConfig, config: TrainConfig, path: Path) -> None:
+    """Raise ConfigError if a checkpoint's step, end or rows cannot be those of its own config on its own images."""
     num_images = sum(entry["num_images"] for entry in checkpoint["fingerprint"]["train"]["classes"])
     last, step = total_steps(saved, num_images // saved.trainer.global_batch_size), checkpoint["step"]
-    counts = checkpoint["window"]["num_images"]
-    in_window = sum(counts) if isinstance(counts, list) else counts
     wrong = None
     # A run whose epochs, batch size or images were changed on purpose may be beyond its new end.
     if step > last and not saved.allow_config_change:
@@ -272,12 +272,42 @@ def check_step(checkpoint: dict[str, Any], saved: TrainConfig, path: Path) -> No
     elif checkpoint["finished"] and not step == checkpoint["evaluated_step"] == last:
         wrong = f"finished=True needs step={step:,} and evaluated_step={checkpoint['evaluated_step']:,} to be {last:,}"
         wrong += ", the last step"
-    elif in_window > (seen := step * saved.trainer.global_batch_size) and not saved.allow_config_change:
-        wrong = f"window.num_images={in_window:,} must be at most {seen:,}, the images of all steps"
+    elif not saved.allow_config_change and not config.allow_config_change:
+        wrong = _first_lost_row(checkpoint, saved.trainer, num_images // saved.trainer.global_batch_size)
     if wrong is not None:
         raise ConfigError(
             f"{path}: the checkpoint's {wrong} of its config on {num_images:,} images; bring back the one that the run "
             "wrote, or start a new run (resume=never)"
+        )
+
+
+def _first_lost_row(checkpoint: dict[str, Any], trainer: TrainerConfig, steps_per_epoch: int) -> str | None:
+    """Describe what contradicts that a checkpoint's last row is the last that the run wrote, or return None."""
+    # Which earlier train rows there must be is not known: log_every_steps may change whenever a run goes on.
+    rows, step, counts = parse_log(checkpoint["metrics"]), checkpoint["step"], checkpoint["window"]["num_images"]
+    in_window, evaluated = sum(counts) if isinstance(counts, list) else counts, checkpoint["evaluated_step"]
+    last_row = max((row["step"] for row in rows if row["split"] == "train"), default=0)
+    since = (step - last_row) * trainer.global_batch_size
+    # The rows of a run that began from a checkpoint start after it, and its first window before it.
+    if in_window > since or (last_row and in_window < since):
+        return f"window.num_images={in_window:,} must be {since:,}, the images since the last row (step {last_row:,}),"
+    if not steps_per_epoch:
+        return None
+    every = trainer.eval_every_epochs * steps_per_epoch
+    due = (step - 1) // every * every
+    is_same = all(row["epoch"] == (row["step"] - 1) // steps_per_epoch + 1 for row in rows)  # not so on other images
+    if is_same and rows and rows[0]["step"] <= due and evaluated < due:
+        return f"evaluated_step={evaluated:,} must be {due:,}, the last that trainer.eval_every_epochs demands,"
+    return None
+
+
+def check_average(checkpoint: dict[str, Any], saved: TrainConfig, path: Path) -> None:
+    """Raise ConfigError if a checkpoint has a moving average that its config lacks, or the reverse."""
+    if (checkpoint["ema"] is not None) != bool(saved.trainer.ema_decay):
+        has = "no moving average" if checkpoint["ema"] is None else "a moving average, ema"
+        raise ConfigError(
+            f"{path}: the checkpoint has {has}, and its config trainer.ema_decay={saved.trainer.ema_decay}; bring back "
+            "the one that the run wrote"
         )
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from sasa_train.files import read_regular, write_atomic
-from sasa_train.runs.schema import PLAIN, Maybe, first_wrong, number
+from sasa_train.runs.schema import MAX_SECONDS, PLAIN, Maybe, first_wrong, number
 
 NAME = "run.json"
 # Other entries are only compared or shown.
-CHECKED = {"starts": Maybe(list), "seconds": Maybe(number(0))}
+CHECKED = {"starts": Maybe(list), "seconds": Maybe(number(0, MAX_SECONDS))}
 
 
 def read_info(run_dir: Path) -> dict[str, Any]:

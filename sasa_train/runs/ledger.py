@@ -13,16 +13,17 @@ from sasa_train.files import read_regular, write_atomic
 from sasa_train.machine import now
 from sasa_train.refusal import ConfigError, shorten
 from sasa_train.runs.info import has_finished
-from sasa_train.runs.metrics import read_metrics
-from sasa_train.runs.schema import PLAIN, TEXT, Maybe, Rule, first_wrong, number, whole
+from sasa_train.runs.metrics import PERCENT, read_metrics
+from sasa_train.runs.schema import MAX_SECONDS, PLAIN, TEXT, Maybe, Rule, first_wrong, number, whole
 from sasa_train.terminal import INTERRUPTED, REFUSED, warn
 
 FORMAT_VERSION = 1
 FINISHED = "finished"
 STATES = ("waiting", "running", "done", "interrupted", "failed", "refused", "pruned")
 COUNT = whole(0)
-ROW = {"top1": number(), "epoch": COUNT, "step": COUNT, "top5": (None, number()), "loss": (None, number()), str: PLAIN}
-TRY = {"started": TEXT, "seconds": (None, number(0)), "exit_code": (None, whole(-255, 255)), "reason": TEXT, str: PLAIN}
+ROW = {"top1": PERCENT, "epoch": COUNT, "step": COUNT, "top5": (None, number()), "loss": (None, number()), str: PLAIN}
+SECONDS = (None, number(0, MAX_SECONDS))
+TRY = {"started": TEXT, "seconds": SECONDS, "exit_code": (None, whole(-255, 255)), "reason": TEXT, str: PLAIN}
 # The fields of a Job, whose defaults apply to missing entries.
 JOB: dict[str, Any] = {
     "overrides": [Rule("a text with =", lambda text: TEXT.holds(text) and "=" in text)],

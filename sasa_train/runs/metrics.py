@@ -9,19 +9,21 @@ from typing import Any
 
 from sasa_train.files import read_regular, write_atomic
 from sasa_train.refusal import ConfigError
-from sasa_train.runs.schema import Maybe, Rule, first_wrong, number, whole
+from sasa_train.runs.schema import MAX_SECONDS, Maybe, Rule, first_wrong, number, whole
 from sasa_train.terminal import warn
 
 NAME = "metrics.jsonl"
 NUMBERS = ("loss", "top1", "top5", "top1_raw", "lr", "grad_norm", "images_per_sec", "data_wait_fraction", "memory_mib")
+PERCENT = number(0, 100)
 ROW: dict[str, Any] = {
     "split": Rule("train or val", lambda split: split in ("train", "val")),
     "step": whole(1),
     "epoch": whole(0),
     **dict.fromkeys(NUMBERS, Maybe((None, number()))),
-    "seconds": Maybe(number(0)),
+    **dict.fromkeys(("top1", "top5", "top1_raw"), Maybe((None, PERCENT))),
+    "seconds": Maybe(number(0, MAX_SECONDS)),
 }
-VAL_ROW = ROW | {"top1": number()}  # only null if it is not finite, which a percentage always is
+VAL_ROW = ROW | {"top1": PERCENT}  # only null if it is not finite, which a percentage always is
 DAMAGE = (ValueError, TypeError, LookupError, RecursionError)  # raised for a line that is not a metrics row
 
 

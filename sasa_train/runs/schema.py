@@ -4,7 +4,6 @@ A schema is a type, None, a `Rule`, a tuple of alternatives, a list with the sch
 to schemas. In a dict, `Maybe` marks an entry that may be missing, and `str` stands for all entries that are not listed.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -14,7 +13,13 @@ from sasa_train.refusal import shorten
 from sasa_train.terminal import printable
 
 MAX_DEPTH = 10  # levels of lists and dicts in values of any shape
-MAX_PARTS = 10**7  # values in one level; a short file can contain the same list again and again
+# A short file can contain the same text or list again and again, so what is read from it may take far more time and
+# memory than the file's size suggests.
+MAX_PARTS = 10**6  # values in a list, or in one level of values of any shape
+MAX_TEXT = 2**20  # characters in a text
+MAX_TEXTS = 2**26  # characters in all texts of one level
+FLOAT32 = 3.5e38  # the largest float32 is 3.4e38; sums and squares of such numbers are finite in float64
+MAX_SECONDS = 1e12
 TEXTS: dict[Any, str] = {
     None: "null",
     str: "a text",
@@ -55,7 +60,10 @@ def _first_wrong(value: Any, schema: Any, path: str) -> tuple[str, str, str] | N
         inside = [each for each in wrong if each[0] != path]  # the value has the type of this alternative
         return inside[0] if inside else (*wrong[0][:2], " or ".join(rule for _, _, rule in wrong))
     if isinstance(schema, list) and isinstance(value, list):
-        return _first((each, schema[0], f"{path}[{i}]") for i, each in enumerate(value))
+        if len(value) > MAX_PARTS:
+            return path, f" has {len(value):,} parts, and", f"a list of at most {MAX_PARTS:,}"
+        first_of = {id(each): i for i, each in reversed(list(enumerate(value)))}  # the same part is checked once
+        return _first((value[i], schema[0], f"{path}[{i}]") for i in sorted(first_of.values()))
     if isinstance(schema, dict) and isinstance(value, dict) and all(isinstance(key, str) for key in value):
         prefix = f"{path}." if path else ""
         for key, inner in schema.items():
@@ -90,18 +98,17 @@ def _shown(value: Any) -> str:
 
 
 def whole(low: int, high: int = 2**53) -> Rule:
-    text = f"a whole number from {low}" + (f" to {high}" if high != 2**53 else "")
-    return Rule(text, lambda value: type(value) is int and low <= value <= high)
+    words = f"a whole number from {low}" + (f" to {high}" if high != 2**53 else "")
+    return Rule(words, lambda value: type(value) is int and low <= value <= high)
 
 
-def number(low: float = -math.inf, high: float = math.inf) -> Rule:
+def number(low: float = -FLOAT32, high: float = FLOAT32) -> Rule:
     def holds(value: Any) -> bool:
         # Larger integers than 2**63 fit into no array.
-        is_finite = math.isfinite(value) if type(value) is float else type(value) is int and abs(value) <= 2**63
-        return is_finite and low <= value <= high
+        is_number = type(value) is float or (type(value) is int and abs(value) <= 2**63)
+        return is_number and low <= value <= high
 
-    ends = (f" from {low:g}" if low > -math.inf else "") + (f" to {high:g}" if high < math.inf else "")
-    return Rule(f"a finite number{ends}", holds)
+    return Rule(f"a finite number from {low:g} to {high:g}", holds)
 
 
 def is_plain(value: Any) -> bool:
@@ -111,10 +118,12 @@ def is_plain(value: Any) -> bool:
     return value is None or isinstance(value, float) or _is_text(value)
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: Any, max_length: int = MAX_TEXT) -> bool:
     """Return whether a value is a text that can be encoded; names of files may contain surrogate escapes."""
     try:
-        return isinstance(value, str) and value.encode(errors="surrogateescape") is not None
+        return (
+            isinstance(value, str) and len(value) <= max_length and value.encode(errors="surrogateescape") is not None
+        )
     except UnicodeEncodeError:
         return False
 
@@ -125,9 +134,12 @@ def consists_of(value: Any, is_leaf: Callable[[Any], bool]) -> bool:
     for _ in range(MAX_DEPTH):
         dicts = [each for each in level if isinstance(each, dict)]
         lists = [each for each in level if isinstance(each, list | tuple)]
+        keys = list(islice(chain(*dicts), MAX_PARTS + 1))
+        if len(keys) > MAX_PARTS or sum(len(each) for each in (*level, *keys) if isinstance(each, str)) > MAX_TEXTS:
+            return False
         if not all(isinstance(each, dict | list | tuple) or is_leaf(each) for each in level):
             return False
-        if not all(is_plain(key) and isinstance(key, str | int) for each in dicts for key in each):
+        if not all(is_plain(key) and isinstance(key, str | int) for key in keys):
             return False
         level = list(islice(chain(*(each.values() for each in dicts), *lists), MAX_PARTS + 1))
         if not level or len(level) > MAX_PARTS:
@@ -135,5 +147,9 @@ def consists_of(value: Any, is_leaf: Callable[[Any], bool]) -> bool:
     return False
 
 
-TEXT = Rule("a text that can be encoded", _is_text)
+def text(max_length: int) -> Rule:
+    return Rule(f"a text of at most {max_length:,} characters that can be encoded", lambda t: _is_text(t, max_length))
+
+
+TEXT = text(MAX_TEXT)
 PLAIN = Rule("texts, numbers, lists and dicts of them", lambda value: consists_of(value, is_plain))

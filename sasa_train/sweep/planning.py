@@ -28,6 +28,7 @@ from sasa_train.config.overrides import (
     parse_overrides,
 )
 from sasa_train.config.rules import check_bounds
+from sasa_train.config.saved import shallow_events
 from sasa_train.refusal import ConfigError, shorten
 from sasa_train.runs.ledger import Job
 
@@ -159,7 +160,7 @@ def _merge(merged: Any, values: Any, where: str) -> Any:
 
 def _read_file(path: Path) -> Any:
     text = path.read_text(encoding="utf-8")
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+    if any(isinstance(event, yaml.AliasEvent) for event in shallow_events(text, str(path))):
         raise ConfigError(f"{path}: YAML's aliases are not taken, because a few can stand for any amount of data")
     text = quote_texts(text, text_keys(key_table(SweepConfig)))
     return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))

@@ -6,6 +6,7 @@ study, each with its own ledger (`sweep.worker`).
 """
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
@@ -13,10 +14,12 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from sasa_train.config.overrides import parse_overrides
 from sasa_train.extras import why_not
 from sasa_train.files import open_own
-from sasa_train.refusal import ConfigError
+from sasa_train.refusal import LIBRARY_ERRORS, ConfigError, shorten
 from sasa_train.runs.ledger import Job, Ledger
+from sasa_train.runs.schema import TEXT, first_wrong, number
 from sasa_train.sweep.planning import SweepPlan, build_job
 from sasa_train.sweep.scheduler import JobList
+from sasa_train.terminal import printable
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -27,6 +30,8 @@ WORKER = "worker"  # the trial attribute that holds the name of its worker
 NUM_RANDOM = 8  # number of random trials before the sampler uses their results
 NUM_WHOLE = 4  # number of trials that run to completion before any trial is pruned
 FIRST_THIRD = 1 / 3  # the part of a run in which nothing is pruned, because warm-up is not informative
+# What Optuna does not check when it reads a trial, and computes with later.
+TRIAL = {"values": (None, [number()]), "intermediate_values": [number()], "params": {str: (TEXT, number(), bool, None)}}
 
 
 class Search(JobList):
@@ -40,7 +45,6 @@ class Search(JobList):
         if reason := why_not("sweep.num_trials", "search"):
             raise ConfigError(reason)
         import optuna
-        from optuna.distributions import check_distribution_compatibility
         from optuna.storages.journal import JournalFileBackend
 
         assert plan.config.num_trials is not None
@@ -61,16 +65,14 @@ class Search(JobList):
                 sampler=optuna.samplers.TPESampler(n_startup_trials=NUM_RANDOM, constant_liar=True),
                 pruner=build_pruner(plan.config.pruner),
             )
-        except ValueError as error:  # raised by json if a full disk or a power failure left an incomplete line
-            raise ConfigError(f"{journal}: is damaged ({error}); delete its last line if it is incomplete") from error
-        try:
-            for trial in self.study.get_trials(deepcopy=False):
-                for key in trial.distributions.keys() & self.space.keys():
-                    check_distribution_compatibility(trial.distributions[key], self.space[key])
-        except ValueError as error:
+        # A full disk or a power failure may leave an incomplete line. Optuna replays all lines as they are, so that one
+        # of another shape can fail anywhere in it.
+        except LIBRARY_ERRORS as error:
             raise ConfigError(
-                f"{journal}: was begun with another space ({error}); give this one sweep.name=..."
+                f"{journal}: is damaged ({type(error).__name__}: {printable(shorten(error))}); delete its last line if "
+                "it is incomplete, or begin another search with sweep.name=..."
             ) from error
+        self._check_study(journal)
         super().__init__([], plan.folder)
         numbers = {trial.number for trial in self.study.get_trials(deepcopy=False)}
         for job in ledger.jobs.values():  # the journal may have been deleted since
@@ -82,6 +84,27 @@ class Search(JobList):
             is_own = trial.user_attrs.get(WORKER, "nobody") == plan.config.worker
             if is_own and (trial.state == self.states.RUNNING or trial.number not in known):
                 self._take_on(trial)
+
+    def _check_study(self, journal: Path) -> None:
+        """Raise ConfigError if the study has another space or direction, or values that are no numbers."""
+        from optuna.distributions import check_distribution_compatibility
+        from optuna.study import StudyDirection
+
+        trials = self.study.get_trials(deepcopy=False)
+        try:
+            for trial in trials:
+                for key in trial.distributions.keys() & self.space.keys():
+                    check_distribution_compatibility(trial.distributions[key], self.space[key])
+        except ValueError as error:
+            raise ConfigError(
+                f"{journal}: was begun with another space ({error}); give this one sweep.name=..."
+            ) from error
+        wrong = None if self.study.directions == [StudyDirection.MAXIMIZE] else "its study does not maximize one value"
+        for trial in trials:
+            found = {"values": trial.values, "intermediate_values": [*trial.intermediate_values.values()]}
+            wrong = wrong or first_wrong(found | {"params": trial.params}, TRIAL)
+        if wrong:
+            raise ConfigError(f"{journal}: is damaged ({wrong}); begin another search with sweep.name=...")
 
     def next(self) -> Job | None:
         """Return the job of an unfinished or new trial, until `sweep.num_trials` trials have been started."""
@@ -129,13 +152,13 @@ class Search(JobList):
 
     def _tell(self, job: Job) -> None:
         """Report the results of the job's trials to the study, if they are known."""
-        for number in job.trials:
+        for trial in job.trials:
             if job.state == "done" and job.last:
-                self.study.tell(number, job.last["top1"], skip_if_finished=True)
+                self.study.tell(trial, job.last["top1"], skip_if_finished=True)
             elif job.state == "pruned":
-                self.study.tell(number, state=self.states.PRUNED, skip_if_finished=True)
+                self.study.tell(trial, state=self.states.PRUNED, skip_if_finished=True)
             elif job.state in ("failed", "refused"):
-                self.study.tell(number, state=self.states.FAIL, skip_if_finished=True)
+                self.study.tell(trial, state=self.states.FAIL, skip_if_finished=True)
 
 
 def distribution(override: Override) -> "BaseDistribution":

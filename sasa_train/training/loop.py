@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -227,6 +228,11 @@ class Loop:
             self.stop_is_agreed()  # so that the first process can report the reason
             self.save(is_best=False, must_succeed=True)
             return False
+        # A diverging run may recover, as its batch norm's statistics lag behind its weights.
+        if not math.isfinite(result.loss) and self.plan.rank == 0:
+            warn(
+                f"the loss on val after step {state.step} is {result.loss}; the run goes on, and its top1 means nothing"
+            )
         row: dict[str, Any] = {"split": "val", "step": state.step, "epoch": self.epoch_number()}
         row |= {"loss": result.loss, "top1": result.top1, "top5": result.top5}
         row |= ({"top1_raw": raw.top1} if raw else {}) | {"seconds": seconds}

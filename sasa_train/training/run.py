@@ -31,7 +31,7 @@ from sasa_train.models.layers import LocalSelfAttention2d
 from sasa_train.processes import collectives
 from sasa_train.processes.ranks import local_rank
 from sasa_train.refusal import LIBRARY_ERRORS, ConfigError
-from sasa_train.runs.checkpoint import CheckpointError, Checkpoints
+from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, first_misfit
 from sasa_train.runs.folder import RunFolder, check_data, is_finished, open_run
 from sasa_train.runs.preprocessing import with_preprocessing
 from sasa_train.runs.provenance import conditions, describe_changes, provenance
@@ -90,6 +90,7 @@ def train_in_folder(plan: RunPlan, run: RunFolder, stop: StopRequest) -> bool:
     """Train in a run folder that has been opened and locked, continuing from its checkpoint if there is one."""
     if warning := collectives.restart_warning():
         warn(warning)
+    collectives.everywhere(lambda: check_checkpoint(plan, run), ConfigError)
     stop.set_max_hours(plan.trainer.max_hours)
     if plan.device.type == "cpu":
         keep_freed_memory()
@@ -143,6 +144,24 @@ def run_to_the_end(loop: Loop) -> bool:
     # torchrun terminates all processes as soon as one exits with 75.
     collectives.wait_for_all()
     return finished
+
+
+def check_checkpoint(plan: RunPlan, run: RunFolder) -> None:
+    """Raise ConfigError if the checkpoint's weights are not this config's, before they are loaded or images read."""
+    if run.checkpoint is None:
+        return
+    model = check_model(plan.config.model, plan.image_size, len(run.checkpoint["classes"]))
+    for key in ("model", "ema"):
+        if run.checkpoint[key] is not None and (wrong := first_misfit(model, run.checkpoint[key])):
+            raise _misfit(run, plan.config, f"{key}.{wrong}")
+
+
+def _misfit(run: RunFolder, config: TrainConfig, reason: object) -> ConfigError:
+    asked = f"; allow_config_change={config.allow_config_change} asks too much of it"
+    return ConfigError(
+        f"{run.path}: the checkpoint does not fit this model or optimizer ({reason})"
+        + (asked if config.allow_config_change else "; bring back the one that the run wrote")
+    )
 
 
 def plan_buildable(config: TrainConfig) -> RunPlan:
@@ -272,11 +291,7 @@ def continue_from(run: RunFolder, state: TrainState, config: TrainConfig) -> Non
     except LIBRARY_ERRORS as error:
         if is_out_of_memory(error):
             raise
-        asked = f"; allow_config_change={config.allow_config_change} asks too much of it"
-        raise ConfigError(
-            f"{run.path}: the checkpoint does not fit this model or optimizer ({error})"
-            + (asked if config.allow_config_change else "; bring back the one that the run wrote")
-        ) from error
+        raise _misfit(run, config, error) from error
     run.metrics, run.checkpoint = run.checkpoint["metrics"], None
     run.write_config(config)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sasa_train.config.keys import TrainConfig
 from sasa_train.processes import collectives
 from sasa_train.processes.ranks import rank, world_size
-from sasa_train.runs.checkpoint import other_dtype
+from sasa_train.runs.checkpoint import first_misfit
 from sasa_train.training.nonfinite import NonFiniteError, not_finite
 from sasa_train.training.optim import build_optimizer
 
@@ -106,8 +106,8 @@ class TrainState:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         averaged = {"ema": self.ema.module} if self.ema else {}
         for key, module in ({"model": self.model} | averaged).items():
-            tensors = saved[key] or saved["model"]
-            if wrong := other_dtype(module, tensors):
+            tensors = saved["model"] if saved[key] is None else saved[key]
+            if wrong := first_misfit(module, tensors):
                 raise ValueError(f"{key}.{wrong}")
             module.load_state_dict(tensors)
         # Hyperparameters come from the config and differ from the checkpoint's only if the user allowed it. The other

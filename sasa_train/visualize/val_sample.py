@@ -11,6 +11,8 @@ from sasa_train.data.datasets import ImageSet
 from sasa_train.data.quarantine import Quarantine
 from sasa_train.data.reading import in_batches, read_batches
 from sasa_train.device import autocast, resolve
+from sasa_train.refusal import ExpectedFailure
+from sasa_train.terminal import printable
 from sasa_train.trained import TrainedModel
 from sasa_train.visualize.capture import AttentionLayer, attention_layers, checked_weights, watching
 from sasa_train.visualize.geometry import Distances, mean_distances, reduction_of, uniform_distance
@@ -89,6 +91,7 @@ def look_at_val(trained: TrainedModel, images: ImageSet, with_attention: bool = 
 
     Raises:
         WeightsError: the attention weights of a query do not sum to one.
+        ExpectedFailure: the model's output is not finite.
         ConfigError: more images are unreadable than `data.max_unreadable` allows.
     """
     device, config = resolve(trained.config)
@@ -107,6 +110,10 @@ def look_at_val(trained: TrainedModel, images: ImageSet, with_attention: bool = 
                 continue
             with autocast(device, config.trainer.precision):
                 logits = model(normalize(pixels.to(device)))
+            if not logits.isfinite().all():
+                raise ExpectedFailure(
+                    f"{printable(trained.path)}: the model's output is not finite in {config.trainer.precision}"
+                )
             top = logits.float().softmax(1).max(1)
             predicted, probabilities = top.indices.cpu(), top.values.tolist()
             confusion.view(-1).index_add_(0, labels * len(classes) + predicted, torch.ones_like(labels))
