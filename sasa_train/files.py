@@ -10,7 +10,8 @@ import platform
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -20,8 +21,19 @@ from sasa_train.refusal import ConfigError
 
 def write_atomic(path: Path, data: bytes | memoryview | Callable[[BinaryIO], object]) -> None:
     """Write bytes or a function's output to a file; after any crash, it holds either the old or the new content."""
-    os.replace(write_aside(path, data if callable(data) else lambda file: file.write(data)), path)
+    temporary = write_aside(path, data if callable(data) else lambda file: file.write(data))
+    try:
+        os.replace(temporary, path)
+    except BaseException:  # for example, because a folder has this name
+        discard(temporary)
+        raise
     sync_folder(path.parent)
+
+
+def discard(path: Path) -> None:
+    """Delete a file that is no longer needed, if the disk allows it."""
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def write_aside(path: Path, write: Callable[[BinaryIO], object]) -> Path:
@@ -35,7 +47,7 @@ def write_aside(path: Path, write: Callable[[BinaryIO], object]) -> Path:
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)
         raise
     return temporary
 
@@ -175,41 +187,69 @@ def sync_folder(folder: Path) -> None:
 LOCK = ".lock"
 
 
-def lock_folder(path: Path, name: str = LOCK, other: str = "another run_name") -> IO[str]:
-    """Lock a folder until the returned file is closed; error messages suggest `other` as an alternative.
+@dataclass
+class FolderLock:
+    """A lock on a folder, held until it is closed: its lock file, the file's name and a descriptor of the folder."""
+
+    file: IO[str]
+    name: str
+    folder: int
+
+    def __enter__(self) -> "FolderLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if not self.file.closed:
+            self.file.close()
+            os.close(self.folder)
+
+    def holds(self, path: Path) -> bool:
+        """Return whether the folder at `path`, and the lock file in it, are still those that were locked."""
+        # A folder's inode is compared, too, because a lock file can be linked or moved to another folder. While the
+        # folder is open, no other can get its inode.
+        try:
+            return _is(os.stat(path), self.folder) and _is(os.lstat(path / self.name), self.file.fileno())
+        except OSError:
+            return False
+
+
+def _is(found: os.stat_result, descriptor: int) -> bool:
+    held = os.fstat(descriptor)
+    return (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino)
+
+
+def lock_folder(path: Path, name: str = LOCK, other: str = "another run_name") -> FolderLock:
+    """Lock a folder until the returned lock is closed; error messages suggest `other` as an alternative.
 
     Raises:
         ConfigError: another process holds the lock, or the disk does not support locks.
     """
     # A POSIX record lock instead of flock, because data workers, which may outlive a killed run by seconds, do not
     # inherit it. The operating system releases it when the process ends, for whatever reason.
-    try:
-        file = _open(path / name)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be locked ({error.strerror}): use a folder that can be written") from error
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        with file:
-            if isinstance(error, BlockingIOError | PermissionError):
-                text = f"{path} is in use by {_described(file)}; wait for it, or use {other}"
-            else:
-                text = f"{path} cannot be locked ({error.strerror}): use an output_dir on a disk that can"
-        raise ConfigError(text) from None
+    with ExitStack() as opened:
+        try:
+            folder = os.open(path, os.O_PATH | os.O_DIRECTORY)
+            opened.callback(os.close, folder)
+            file = opened.enter_context(_open(path / name))
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be locked ({error.strerror}): use a folder that can be written"
+            ) from error
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ConfigError(f"{path} is in use by {_described(file)}; wait for it, or use {other}") from None
+        except OSError as error:
+            text = f"{path} cannot be locked ({error.strerror}): use an output_dir on a disk that can"
+            raise ConfigError(text) from None
+        opened.pop_all()
     file.truncate(0)
     json.dump({"host": platform.node(), "process": os.getpid(), "started": now()}, file)
     file.flush()
-    return file
-
-
-def still_locked(path: Path, lock: IO[str], name: str = LOCK) -> bool:
-    """Return whether the folder's lock file is still the one that `lock_folder` returned."""
-    held = os.fstat(lock.fileno())
-    try:
-        found = os.lstat(path / name)
-    except OSError:
-        return False
-    return (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino)
+    return FolderLock(file, name, folder)
 
 
 def holder(path: Path) -> str | None:

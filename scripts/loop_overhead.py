@@ -23,6 +23,7 @@ from sasa_train.config.compose import compose_config
 from sasa_train.config.keys import TrainConfig
 from sasa_train.data.loader import build_loaders
 from sasa_train.device import RunPlan, resolve
+from sasa_train.files import lock_folder
 from sasa_train.models import build_model
 from sasa_train.runs.checkpoint import Checkpoints
 from sasa_train.runs.folder import RunFolder
@@ -70,7 +71,7 @@ def build_both(config: TrainConfig, folder: Path) -> tuple[dict[str, Callable[[]
 
     plain, loop_stepper = new_stepper().state, new_stepper()
     (folder / "run").mkdir()
-    run = RunFolder(folder / "run", io.StringIO(), Checkpoints(folder / "run/checkpoints", 0), None)
+    run = RunFolder(folder / "run", lock_folder(folder / "run"), Checkpoints(folder / "run/checkpoints", 0), None)
     stop = StopRequest()
     stop.begin_training()
     loop = Loop(run, loaders, loop_stepper, stop)

@@ -19,6 +19,7 @@ import torch
 from writing_runs import content, filled
 
 from sasa_train import files
+from sasa_train.files import write_atomic
 from sasa_train.runs import checkpoint
 from sasa_train.runs.checkpoint import FORMAT_VERSION, CheckpointError, Checkpoints, load_checkpoint
 
@@ -85,6 +86,27 @@ def test_what_a_killed_save_left_aside_is_swept(tmp_path):
     filled(tmp_path)
     (tmp_path / "last.pt.tmp").write_bytes(b"half")
     assert newest_step(tmp_path) == (5, []) and not list(tmp_path.glob("*.tmp"))
+
+
+def test_what_a_save_could_not_delete_the_next_save_deletes(tmp_path, monkeypatch):
+    """A temporary file of the size of a checkpoint was once left on a full disk until the next start."""
+    checkpoints = filled(tmp_path)
+    with monkeypatch.context() as patch:
+        for name in ("fsync", "unlink"):
+            patch.setattr(os, name, full)
+        with pytest.raises(CheckpointError, match="No space left on device.*earlier ones are untouched"):
+            checkpoints.save(content(6), is_best=True)
+    assert list(tmp_path.glob("*.tmp"))
+    checkpoints.save(content(6), is_best=True)
+    assert newest_step(tmp_path) == (6, []) and not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_write_in_the_place_of_a_folder_leaves_nothing(tmp_path):
+    """Each start once left another index of shards beside a folder with the index's name."""
+    (tmp_path / "index.npz").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_atomic(tmp_path / "index.npz", b"content")
+    assert [path.name for path in tmp_path.iterdir()] == ["index.npz"]
 
 
 def full(*_):

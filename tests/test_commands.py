@@ -151,7 +151,7 @@ def test_a_stop_before_training_leaves_nothing_half_done(tmp_path):
     [
         (["trainer.epoch=3"], "unknown key 'trainer.epoch': did you mean trainer.epochs?"),
         (["+trainer.epoch=3"], "unknown key 'trainer.epoch': did you mean trainer.epochs?"),
-        (["data=image_folder", "data.root=nowhere"], "there is no folder nowhere/train"),
+        (["data=image_folder", "data.root=nowhere"], "data.root=nowhere: there is no folder nowhere; expected train/"),
         (["model.num_classes=11"], "model.num_classes=11, but digits has 10 classes"),
     ],
 )

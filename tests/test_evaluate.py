@@ -326,6 +326,10 @@ def test_a_new_set_needs_no_train_folder(run_dir, tmp_path, capsys):
         assert run(capsys, run_dir, f"data.root={new}").partition("\nimages")[2] == plain.partition("\nimages")[2]
     said = run(capsys, run_dir, f"data.root={tmp_path / 'new'}", "data.split=test", expect=2)
     assert f"there is no folder {tmp_path / 'new/test'}" in said
+    for more in ((), ("data.holdout_fraction=0.2",), ("data.split=test",)):
+        assert "data.root=gone: there is no folder gone; expected" in run(
+            capsys, run_dir, "data.root=gone", *more, expect=2
+        )
 
 
 def test_test_is_evaluated_where_val_is_there_too(run_dir, tmp_path, capsys):

@@ -22,6 +22,7 @@ from sasa_train.files import csv_text, kind, lock_folder
 from sasa_train.refusal import CheckpointError, ConfigError, ExpectedFailure
 from sasa_train.runs.checkpoint import Checkpoints
 from sasa_train.runs.folder import RunFolder
+from sasa_train.runs.ledger import Ledger
 
 
 @pytest.fixture
@@ -243,6 +244,34 @@ def test_checkpoints_that_became_a_link_are_not_written_through(run_dir, elsewhe
         (run_dir / "checkpoints").symlink_to(elsewhere)
         with pytest.raises(ExpectedFailure, match="checkpoints has become a symbolic link"):
             run.check_lock()
+
+
+@pytest.mark.parametrize("way", ["linked", "moved", "none"])
+def test_a_folder_is_not_ours_because_our_lock_was_put_there(tmp_path, way):
+    """A run whose folder was moved away once went on in an empty one in its place, into which its lock was linked."""
+    folder, moved = tmp_path / "run", tmp_path / "moved"
+    folder.mkdir()
+    with lock_folder(folder) as lock:
+        run = RunFolder(folder, lock, Checkpoints(folder / "checkpoints", 0), None)
+        ledger = Ledger(folder / "ledger.json", {}, lock)
+        run.write("config.yaml", b"")
+        ledger.save()
+        folder.rename(moved)
+        folder.mkdir()
+        if way == "linked":
+            (folder / ".lock").hardlink_to(moved / ".lock")
+        elif way == "moved":
+            (moved / ".lock").rename(folder / ".lock")
+        for write in (lambda: run.write("config.yaml", b""), ledger.save):
+            with pytest.raises(ExpectedFailure, match="its lock file is gone or another's; the folder was moved"):
+                write()
+        assert [path.name for path in folder.iterdir()] == ([] if way == "none" else [".lock"])
+        if way == "moved":
+            (folder / ".lock").rename(moved / ".lock")
+        (folder / ".lock").unlink(missing_ok=True)
+        folder.rmdir()
+        moved.rename(folder)
+        run.write("config.yaml", b"")  # it is ours again
 
 
 def test_a_run_does_not_end_well_without_its_last_checkpoint_and_mends_its_log(run_dir):

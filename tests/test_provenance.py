@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +21,39 @@ from sasa_train.models.layers import LocalSelfAttention2d
 from sasa_train.runs import provenance
 from sasa_train.runs.checkpoint import Checkpoints
 from sasa_train.runs.folder import RunFolder
-from sasa_train.runs.provenance import CONDITIONS, VARIABLES, conditions, describe_changes
+from sasa_train.runs.provenance import CONDITIONS, OTHER_VARIABLES, PREFIXES, conditions, describe_changes
 from sasa_train.training.run import note_conditions
 
 RUN = (*TINY, "run_name=a", "trainer.epochs=1")
 CHANGED = "WARNING: changed since the checkpoint was written:"
+# Variables by which libraries are known to choose other instructions or algorithms.
+SHAPING = """
+    CUBLASLT_WORKSPACE_SIZE CUBLAS_EMULATE_SINGLE_PRECISION CUBLAS_WORKSPACE_CONFIG DISABLE_ADDMM_CUDA_LT
+    DISABLE_PTXAS_OPT DNNL_DEFAULT_FPMATH_MODE DNNL_MAX_CPU_ISA GLIBC_TUNABLES JSIMD_FORCENONE
+    KMP_DETERMINISTIC_REDUCTION MKL_CBWR MKL_DEBUG_CPU_TYPE MKL_DISABLE_FAST_MM MKL_DOMAIN_NUM_THREADS MKL_DYNAMIC
+    MKL_ENABLE_INSTRUCTIONS MKL_THREADING_LAYER NCCL_ALGO NCCL_MAX_NCHANNELS NCCL_MIN_NCHANNELS NCCL_P2P_DISABLE
+    NCCL_PROTO
+    NPY_DISABLE_CPU_FEATURES NVIDIA_TF32_OVERRIDE OMP_DYNAMIC OMP_SCHEDULE OMP_THREAD_LIMIT ONEDNN_CPU_ISA_HINTS
+    ONEDNN_DEFAULT_FPMATH_MODE ONEDNN_MAX_CPU_ISA OPENBLAS_CORETYPE PTXAS_OPTIONS PYTORCH_JIT PYTORCH_TUNABLEOP_ENABLED
+    TORCHDYNAMO_DISABLE TORCHDYNAMO_SUPPRESS_ERRORS TORCHINDUCTOR_CPP_ENABLE_UNSAFE_MATH_OPT_FLAG
+    TORCHINDUCTOR_CPP_GEMM_CACHE_BLOCKING TORCHINDUCTOR_CPP_MARCH TORCHINDUCTOR_EMULATE_PRECISION_CASTS
+    TORCHINDUCTOR_FREEZING TORCHINDUCTOR_MAX_AUTOTUNE TORCHINDUCTOR_MIX_ORDER_REDUCTION TORCHINDUCTOR_USE_FAST_MATH
+    TORCH_ALLOW_TF32_CUBLAS_OVERRIDE TORCH_BLAS_PREFER_CUBLASLT TORCH_COMPILE_DISABLE
+    TORCH_COMPILE_OVERRIDE_INDUCTOR_CONFIGS TORCH_CUDNN_USE_HEURISTIC_MODE_B TORCH_CUDNN_V8_API_DISABLED
+    TORCH_MKLDNN_MATMUL_MIN_DIM TRITON_DEFAULT_FP_FUSION TRITON_F32_DEFAULT TRITON_INTERPRET
+"""
+# Variables that differ between jobs or machines and do not shape the results; torch reports the effect of some.
+NOT_SHAPING = """
+    ATEN_CPU_CAPABILITY CUBLAS_LOGINFO_DBG CUDA_CACHE_PATH CUDA_DEVICE_ORDER CUDA_HOME CUDA_LAUNCH_BLOCKING
+    CUDA_MODULE_LOADING CUDA_VERSION CUDA_VISIBLE_DEVICES CUDNN_LOGLEVEL_DBG GOMP_CPU_AFFINITY GOMP_SPINCOUNT
+    KMP_AFFINITY KMP_BLOCKTIME KMP_DUPLICATE_LIB_OK KMP_INIT_AT_FORK LD_LIBRARY_PATH MKL_NUM_THREADS MKL_VERBOSE
+    NCCL_ASYNC_ERROR_HANDLING NCCL_DEBUG NCCL_IB_HCA NCCL_SOCKET_IFNAME NVIDIA_VISIBLE_DEVICES OMP_DISPLAY_ENV
+    OMP_NUM_THREADS OMP_PLACES OMP_PROC_BIND OMP_STACKSIZE ONEDNN_VERBOSE OPENBLAS_NUM_THREADS PYTORCH_CUDA_ALLOC_CONF
+    PYTORCH_VERSION SLURM_JOB_ID TMPDIR TORCHELASTIC_RUN_ID TORCHINDUCTOR_CACHE_DIR TORCHINDUCTOR_COMPILE_THREADS
+    TORCHINDUCTOR_FX_GRAPH_CACHE TORCH_COMPILE_DEBUG TORCH_COMPILE_JOB_ID TORCH_CPP_LOG_LEVEL TORCH_DISTRIBUTED_DEBUG
+    TORCH_EXTENSIONS_DIR TORCH_HOME TORCH_LOGS TORCH_NCCL_ASYNC_ERROR_HANDLING TORCH_SHOW_CPP_STACKTRACES
+    TRITON_CACHE_DIR TRITON_HOME TRITON_PRINT_AUTOTUNING
+"""
 # A compiler that calls itself by another name.
 OTHER_COMPILER = '#!/bin/sh\nif [ "$1" = --version ]; then echo "other 1.0"; else exec {} "$@"; fi\n'
 
@@ -64,24 +93,87 @@ def one_changed(value: Any) -> dict[str, Any]:
 
 
 def test_a_resume_names_each_condition_that_has_changed_and_no_other(plan, model, monkeypatch, capsys):
+    monkeypatch.setenv("MKL_CBWR", "AVX2")
     before = conditions(plan, model)
-    assert before.keys() == CONDITIONS.keys() and before["environment"].keys() == set(VARIABLES)
+    assert before.keys() == CONDITIONS.keys() and before["environment"]["MKL_CBWR"] == "AVX2"
     for name, old in before.items():
         for part, new in one_changed(old).items():
             run = resumed(before)
             with monkeypatch.context() as patch:
-                if name == "environment":
-                    patch.setenv(part, "other")
-                else:
-                    patch.setitem(CONDITIONS, name, lambda *_, new=new: new)
+                patch.setitem(CONDITIONS, name, lambda *_, new=new: new)
                 note_conditions(plan, model, run)
             (line,) = changes_in(capsys.readouterr().err)
-            label = {"world_size": "processes"}.get(name, part or name)
+            label = {"world_size": "processes", "sources": "the code"}.get(name, part or name)
             assert line.startswith(f"{label}: {old[part] if part else old} -> other")
             assert run.provenance[name] == new  # recorded for run.json and the next checkpoint
     run = resumed(before)
     note_conditions(plan, model, run)
     assert not capsys.readouterr().err
+
+
+def test_each_variable_that_shapes_results_is_named_and_no_other(plan, model, monkeypatch):
+    """TORCH_COMPILE_DISABLE once gave other results without a word; a cache's path must not give a false alarm."""
+    shaping, not_shaping = SHAPING.split(), NOT_SHAPING.split()
+    assert {name.partition("_")[0] for name in shaping} >= {*PREFIXES} - {"CUDA", "CUDNN", "FUNCTORCH", "GOMP"}
+    assert {*shaping} >= {*OTHER_VARIABLES}
+    for name in (*shaping, *not_shaping):
+        monkeypatch.delenv(name, raising=False)
+    before = {"commit": None} | conditions(plan, model)
+
+    def changes_with(**variables: str) -> list[str]:
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            now = before | {"environment": CONDITIONS["environment"](plan, model)}
+        back = [" -> ".join(line.partition(": ")[2].split(" -> ")[::-1]) for line in describe_changes(now, before)]
+        assert back == [line.partition(": ")[2] for line in describe_changes(before, now)]  # unsetting is a change, too
+        return describe_changes(before, now)
+
+    for name in shaping:
+        assert changes_with(**{name: "1"}) == [f"{name}: None -> 1"]
+    for name in not_shaping:
+        assert changes_with(**{name: "1"}) == [], name
+    assert changes_with(TORCH_NEW="/scratch/job4711", TORCH_COMPILE_DISABLE="") == []  # a path; an unset variable
+    (line,) = changes_with(TORCH_NEW="x" * 100_000)
+    assert len(line) < 200 and "sha256" in line
+    assert changes_with(TORCH_NEW="\udcff\x1b[2J") == [r"TORCH_NEW: None -> \udcff\x1b[2J"]
+
+
+def test_code_edited_outside_git_is_noticed(tmp_path, in_process, monkeypatch, capsys):
+    """A run in a copy without git, whose optimizer was edited between two starts, once went on without a word."""
+    package = tmp_path / "site/sasa_train"
+    shutil.copytree(provenance.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(provenance, "PACKAGE", package)
+    monkeypatch.setattr(provenance, "_git", lambda *_: None)
+    in_process("train", *RUN, "trainer.max_hours=1e-9", expect=75)
+    before = provenance._sources()
+    for name in (
+        "__pycache__/x.py",
+        ".ipynb_checkpoints/x.py",
+        ".#optim.py",
+        "broken.py",
+        "notes.txt",
+    ):  # no code that could run
+        (package / name).parent.mkdir(exist_ok=True)
+        (package / name).symlink_to("nowhere")
+    assert provenance._sources() == before
+    with (package / "training/optim.py").open("a") as file:
+        file.write("# edited\n")
+    (line,) = changes_in(in_process("train", *RUN).stderr)
+    assert line == f"the code: {before} -> {provenance._sources()}" and re.search("sha256 [0-9a-f]{12}$", line)
+
+
+def test_a_commit_that_leaves_the_code_as_it_was_is_not_a_change(plan, model):
+    before = {"commit": "0123456", "difference": None} | conditions(plan, model)
+    assert describe_changes(before, before | {"commit": "89abcde"}) == []
+    other = {"commit": "89abcde", "sources": "sha256 0"}
+    assert describe_changes(before, before | other) == ["the code: commit 0123456 -> 89abcde"]
+    older = {name: value for name, value in before.items() if name != "sources"}
+    assert describe_changes(older, before | {"commit": "89abcde"}) == ["the code: commit 0123456 -> 89abcde"]
+    changed = before | {"versions": dict.fromkeys(map(str, range(99)), "1")}
+    assert (
+        describe_changes(changed, changed | {"versions": dict.fromkeys(map(str, range(99)), "2")})[-1] == "and 49 more"
+    )
 
 
 def test_the_conditions_are_those_of_this_process(plan, model, one_thread, monkeypatch):

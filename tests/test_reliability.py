@@ -399,6 +399,7 @@ def test_other_code_or_packages_are_named_on_resume(tmp_path, monkeypatch, in_pr
     assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.max_hours=1e-9") == 75
     monkeypatch.setattr(provenance, "_git", lambda *arguments: "0123456" if "rev-parse" in arguments else None)
     monkeypatch.setattr(provenance, "_version", lambda package: "99.9")
+    monkeypatch.setattr(provenance, "_sources", lambda: "sha256 0")
     message = in_process("train", *RUN).stderr
     assert "changed since the checkpoint was written:\n  the code: commit" in message and "-> 0123456" in message
     assert "\n  timm: " in message and "-> 99.9" in message

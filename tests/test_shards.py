@@ -14,6 +14,7 @@ import torch
 from making_data import assert_same, batches, config_for, padded, pax_header, tar_header, tar_of
 
 from sasa_train.data.datasets import Files, load_image_sets
+from sasa_train.data.shard_index import index_bytes
 from sasa_train.data.shards import find_shards, load_shards
 from sasa_train.dataset_tool import run_command
 from sasa_train.dataset_tool.prepare import shard
@@ -199,10 +200,21 @@ def test_wrong_class_names_are_refused(shards, capsys):
         (b"a" * 2**24 + b"a", "more than 16,777,216 bytes or 1,000,000 lines"),
         (b"a\n" * 1_000_001, "more than 16,777,216 bytes or 1,000,000 lines"),
         (b"blue\n", "names 1 classes, but labels go from 0 to 1"),
+        (b"\0\0\n\0\n", "must hold one class name per line, in UTF-8 .a name with the character NUL"),
+        (b"".join(b"c%d\n" % i for i in range(999_999)), "names 999,999 classes, but train has 18 images; list"),
     ):
         path.write_bytes(content)
         assert run_command(["verify", str(shards)]) == 2
         assert re.search(f"{path}: .*{reason}", capsys.readouterr().err)
+
+
+def test_two_classes_of_one_name_are_said_once_and_remain_two(shards, capsys):
+    """ImageNet has two classes named crane."""
+    (shards / "classes.txt").write_text("crane\ncrane\n")
+    train, val = load_image_sets(config_for("data=image_folder", f"data.root={shards}").data)
+    assert train.classes == val.classes == ["crane", "crane"] and set(train.labels.tolist()) == {0, 1}
+    told = capsys.readouterr().err
+    assert told == f"{shards}/classes.txt: more than one class is named crane; they remain different classes\n"
 
 
 def test_an_image_of_gigabytes_is_unreadable(tmp_path):
@@ -310,12 +322,62 @@ def test_an_index_that_is_wrong_inside_is_not_used(shards, capsys, column, value
     assert f"{index} is not used ({reason}); the shards are scanned again" in capsys.readouterr().err
 
 
+def spoiled(columns: dict[str, np.ndarray], kind: str) -> dict[str, np.ndarray]:
+    """Return the columns of an index, consistent in themselves, that do not describe the shards."""
+    order = np.arange(len(columns["labels"]))
+    if kind == "one label changed":
+        last_of_first = np.flatnonzero(columns["labels"] == 0)[-1:]
+        return columns | {"labels": np.where(order == last_of_first, 1, columns["labels"])}
+    if kind == "images permuted":  # the labels belong to others
+        return columns | {name: columns[name][::-1].copy() for name in ("archive", "offset", "size")}
+    if kind == "all sizes 0":
+        return columns | {"size": columns["size"] * 0}
+    rows = {"rows missing": order[:9], "rows twice": np.repeat(order, 2), "a row missing": np.delete(order, 4)}[kind]
+    return {name: column[rows] for name, column in columns.items()}
+
+
+@pytest.mark.parametrize(
+    "kind", ["one label changed", "images permuted", "all sizes 0", "rows missing", "a row missing", "rows twice"]
+)
+def test_an_index_that_is_consistent_but_wrong_is_made_anew(shards, capsys, kind):
+    """Such an index once trained on half of the images, on some twice, or with other images' labels, without a word."""
+    paths, index = find_shards(shards, "train"), shards / "train/train.index.npz"
+    before, labels = load_shards(paths, "train")
+    with np.load(index) as saved:
+        found = dict(saved)
+    own = {name: found.pop(name) for name in ("identity", "digest")}
+    np.savez(index, **own, **spoiled(found, kind))
+    capsys.readouterr()
+    for expected in ("overlap" if kind == "rows twice" else "its digest is another", None):
+        members, same_labels = load_shards(paths, "train")
+        for name in ("archive", "offset", "size", "names"):
+            assert np.array_equal(getattr(members, name), getattr(before, name))
+        assert np.array_equal(labels, same_labels)
+        told = capsys.readouterr().err
+        assert f"{index} is not used (" in told and expected in told if expected else not told
+
+
+def test_an_index_with_a_right_digest_is_still_checked_and_an_older_one_is_made_anew(shards, capsys):
+    paths, index = find_shards(shards, "train"), shards / "train/train.index.npz"
+    before, _ = load_shards(paths, "train")
+    with np.load(index) as saved:
+        found = {name: column for name, column in saved.items() if name != "digest"}
+    identity = found.pop("identity")
+    index.write_bytes(index_bytes(identity, spoiled(found, "rows twice")))
+    assert np.array_equal(load_shards(paths, "train")[0].offset, before.offset)
+    assert f"{index} is not used (offset and size describe images that overlap)" in capsys.readouterr().err
+    np.savez(index, identity=identity, **spoiled(found, "images permuted"))  # as written by versions without a digest
+    assert np.array_equal(load_shards(paths, "train")[0].offset, before.offset)
+    with np.load(index) as saved:
+        assert "digest" in saved and not capsys.readouterr().err
+
+
 def write_claim(index: Path) -> None:
     """Write an index whose arrays are headers that claim 2^40 elements."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<U9", "fortran_order": False, "shape": (2**40,)})
     with zipfile.ZipFile(index, "w") as archive:
-        for name in ("identity", "labels", "archive", "offset", "size", "names"):
+        for name in ("identity", "labels", "archive", "offset", "size", "names", "digest"):
             archive.writestr(f"{name}.npy", header.getvalue())
 
 

@@ -287,6 +287,12 @@ def test_a_damaged_ledger_is_kept_aside_and_made_again_from_the_run_folders(tmp_
         assert {job["state"] for job in again.values()} == {"done"}
         assert {n: job["last"] for n, job in again.items()} == {n: job["last"] for n, job in good.items()}
         assert path.with_name("ledger.json.damaged").read_text() == text
+    (aside := path.with_name("ledger.json.damaged")).unlink()
+    aside.mkdir()
+    path.write_text("{")
+    assert command_line.run_command(arguments) == 2
+    told = capsys.readouterr().err
+    assert f"it cannot be kept as {aside.relative_to(tmp_path)}, which is a folder: move that away" in told
 
 
 def test_states_follow_exit_codes(tmp_path):

@@ -1,9 +1,11 @@
 """The index of a split's shards, `SPLIT.index.npz`, which is only used if every part of it is valid.
 
 It is a cache that anything may have damaged or replaced, so nothing in it is trusted: sizes are compared with those of
-the files before memory is allocated, and all positions with the shards.
+the files before memory is allocated, all positions with the shards, and all of it with a digest that it contains. Only
+an index that was made to deceive, digest included, can name other labels or images than the shards do.
 """
 
+import hashlib
 import io
 import os
 import sys
@@ -25,12 +27,23 @@ COLUMNS: dict[str, np.dtype] = {  # the arrays with one element per image, order
     "names": np.dtype(np.str_),
 }
 
+DIGEST = "digest"
+
 
 def index_bytes(identity: np.ndarray, columns: dict[str, np.ndarray]) -> memoryview:
     """Return the content of an index: its columns and the `identity` of the shards that they describe."""
     buffer = io.BytesIO()
-    np.savez(buffer, identity=identity, **columns)  # type: ignore[arg-type]
+    arrays = columns | {"identity": identity, DIGEST: np.array([_digest(identity, columns)])}
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
     return buffer.getbuffer()
+
+
+def _digest(identity: np.ndarray, columns: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for array in (identity, *(columns[name] for name in COLUMNS)):
+        digest.update(f"{array.dtype.str} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data.cast("B"))
+    return digest.hexdigest()
 
 
 def read_index(path: Path, identity: np.ndarray, shard_sizes: np.ndarray) -> dict[str, np.ndarray] | None:
@@ -48,18 +61,28 @@ def read_index(path: Path, identity: np.ndarray, shard_sizes: np.ndarray) -> dic
         if size > 2 * total + 2**16:
             raise ValueError(f"its {size:,} bytes are too many for shards of {total:,} bytes")
         with zipfile.ZipFile(file) as archive:
-            if sorted(archive.namelist()) != sorted(f"{name}.npy" for name in ("identity", *COLUMNS)):
-                raise ValueError(f"it must hold identity, {', '.join(COLUMNS)} and nothing else")
+            found, expected = (sorted(names) for names in (archive.namelist(), map(_entry, ("identity", *COLUMNS))))
+            if found == expected:  # of an older version, without a digest
+                return None
+            if found != sorted([*expected, _entry(DIGEST)]):
+                raise ValueError(f"it must hold identity, {', '.join(COLUMNS)}, {DIGEST} and nothing else")
             if not np.array_equal(_read_array(archive, "identity", np.dtype(np.str_), size), identity):
                 return None
             columns = {name: _read_array(archive, name, dtype, size) for name, dtype in COLUMNS.items()}
+            written = _read_array(archive, DIGEST, np.dtype(np.str_), size)
     _check(columns, shard_sizes)
+    if written.tolist() != [_digest(identity, columns)]:
+        raise ValueError("it is not what was written, because its digest is another")
     return columns
+
+
+def _entry(name: str) -> str:
+    return f"{name}.npy"
 
 
 def _read_array(archive: zipfile.ZipFile, name: str, dtype: np.dtype, most: int) -> np.ndarray:
     """Read one array, of at most `most` bytes, with one dimension and the given kind of elements."""
-    entry = archive.getinfo(f"{name}.npy")
+    entry = archive.getinfo(_entry(name))
     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size or entry.file_size > most:
         raise ValueError(f"{name} is compressed or has a wrong size")
     with archive.open(entry) as file:
@@ -83,6 +106,10 @@ def _check(columns: dict[str, np.ndarray], shard_sizes: np.ndarray) -> None:
         raise ValueError(f"archive is not from 0 to {len(shard_sizes) - 1}")
     if offset.min() < 0 or size.min() < 0 or (size > shard_sizes[archive] - offset).any():
         raise ValueError("offset and size describe bytes that are not in the shards")
+    order = np.lexsort((offset, archive))
+    is_same_shard = archive[order][1:] == archive[order][:-1]
+    if (is_same_shard & (offset[order][1:] < (offset + np.maximum(size, 1))[order][:-1])).any():
+        raise ValueError("offset and size describe images that overlap")
     if names.itemsize > 4 * MAX_NAME:
         raise ValueError(f"names has more than {MAX_NAME} characters in one name")
     if names.view(np.uint32).max() > sys.maxunicode:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from sasa_train.data.fingerprint import SOURCES
-from sasa_train.files import open_regular, read_regular, sync_folder, write_aside, write_atomic
+from sasa_train.files import discard, open_regular, read_regular, sync_folder, write_aside, write_atomic
 from sasa_train.refusal import CheckpointError, shorten
 from sasa_train.runs.metrics import is_log, parse_log
 from sasa_train.runs.schema import (
@@ -138,6 +138,8 @@ class Checkpoints:
         size = _num_bytes(content)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for stale in self.folder.glob("*.tmp"):  # left behind by a save that could not delete them
+                discard(stale)
             free = shutil.disk_usage(self.folder).free
             if size > free:
                 raise OSError(0, f"{free / 1e6:,.0f} MB are free")
@@ -167,10 +169,10 @@ class Checkpoints:
                 _put(temporary, last, manifest)
             self._last_step = content["step"]
         finally:
-            _discard(temporary)
+            discard(temporary)
         for old in self.numbered()[self.keep :]:
-            _discard(manifest_of(old))
-            _discard(old)
+            discard(manifest_of(old))
+            discard(old)
 
     def newest(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
         """Return the newest checkpoint that can be read, or None if there has never been one.
@@ -420,12 +422,6 @@ def _put(temporary: Path, path: Path, manifest: bytes | None) -> None:
             write_atomic(manifest_of(path), manifest)
 
 
-def _discard(path: Path) -> None:
-    """Delete a file that is no longer needed. If this fails, the next save or start of the run tries again."""
-    with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
-
-
 @contextlib.contextmanager
 def _all_or_none(paths: list[Path]) -> Iterator[None]:
     """If the block fails, restore these files and their manifests, so that a run never has a best.pt it disowned."""
@@ -455,7 +451,7 @@ def _all_or_none(paths: list[Path]) -> Iterator[None]:
     finally:
         for _, link, _ in kept:
             if link is not None:
-                _discard(link)
+                discard(link)
 
 
 def _linked(path: Path, beside: Path) -> Path:

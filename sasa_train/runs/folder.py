@@ -5,14 +5,14 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from sasa_train.config.derived import total_steps
 from sasa_train.config.identity import differing_keys
 from sasa_train.config.keys import PUBLISHED, TrainConfig, TrainerConfig, flatten
 from sasa_train.config.saved import as_begun, load_config, load_config_file, to_yaml
 from sasa_train.data.fingerprint import differences
-from sasa_train.files import LOCK, inside, kind, lock_folder, read_regular, still_locked, write_atomic
+from sasa_train.files import LOCK, FolderLock, inside, kind, lock_folder, read_regular, write_atomic
 from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import ConfigError, ExpectedFailure
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, load_checkpoint
@@ -29,13 +29,13 @@ FILES = (
 
 @dataclass
 class RunFolder:
-    """A run folder, locked while `lock` is open; `checkpoint` is the state to continue from, or None.
+    """A run folder, locked until `lock` is closed; `checkpoint` is the state to continue from, or None.
 
     Only the first process holds the lock and writes; in the other processes, `lock` is None and nothing is written.
     """
 
     path: Path
-    lock: IO[str] | None
+    lock: FolderLock | None
     checkpoints: Checkpoints
     checkpoint: dict[str, Any] | None
     is_new: bool = True  # the folder has no checkpoint yet
@@ -45,7 +45,7 @@ class RunFolder:
 
     def is_ours(self) -> bool:
         """Return whether this process holds the lock, and the folder is still the one that it locked."""
-        return self.lock is not None and still_locked(self.path, self.lock)
+        return self.lock is not None and self.lock.holds(self.path)
 
     def check_lock(self) -> None:
         """Raise ExpectedFailure if the folder is not this run's any more, so that nothing of another run is changed."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -9,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sasa_train.config.saved import load_config_file
-from sasa_train.files import read_regular, write_atomic
+from sasa_train.files import FolderLock, kind, read_regular, write_atomic
 from sasa_train.machine import now
-from sasa_train.refusal import ConfigError, shorten
+from sasa_train.refusal import ConfigError, ExpectedFailure, shorten
 from sasa_train.runs.info import has_finished
 from sasa_train.runs.metrics import PERCENT, read_metrics
 from sasa_train.runs.schema import MAX_SECONDS, PLAIN, TEXT, Maybe, Rule, first_wrong, number, whole
@@ -100,15 +101,20 @@ class Job:
 
 
 class Ledger:
-    """The jobs of a sweep, in the order in which they were first requested; call `save` after each change."""
+    """The jobs of a sweep, in the order in which they were first requested; call `save` after each change.
 
-    def __init__(self, path: Path, about: dict[str, Any]):
-        self.path, self.about = path, about
+    lock: the sweep folder's, or None if nobody else can write there.
+    """
+
+    def __init__(self, path: Path, about: dict[str, Any], lock: FolderLock | None = None):
+        self.path, self.about, self.lock = path, about, lock
         self.asked: set[str] = set()  # names of this command's jobs; the ledger may contain others
         try:
             known = read_ledger(path)[1] if path.exists() else {}
         except DamagedLedgerError as error:
             aside, known = path.with_name(f"{path.name}.damaged"), {}
+            if os.path.lexists(aside) and (found := kind(aside)) == "a folder":
+                raise ConfigError(f"{error}; it cannot be kept as {aside}, which is {found}: move that away") from error
             path.replace(aside)
             warn(f"{error}; it is kept as {aside.name}, and what is done is read from the run folders")
         self.jobs = {job.name: job for job in known.values() if job.tries or job.state != "refused"}
@@ -133,7 +139,16 @@ class Ledger:
         return [job for job in self.jobs.values() if job.name in self.asked]
 
     def save(self) -> None:
-        """Write the ledger; if the disk is full, only warn, because the next save will contain everything."""
+        """Write the ledger; if the disk is full, only warn, because the next save will contain everything.
+
+        Raises:
+            ExpectedFailure: the folder is not this sweep's any more.
+        """
+        if self.lock is not None and not self.lock.holds(self.path.parent):
+            raise ExpectedFailure(
+                f"{self.path.parent}: its lock file is gone or another's; the folder was moved, deleted or taken by "
+                "another sweep. This sweep stops without writing, and its jobs save and stop"
+            )
         jobs = {name: {k: v for k, v in vars(job).items() if k != "name"} for name, job in self.jobs.items()}
         content = {"format_version": FORMAT_VERSION, "sweep": self.about, "jobs": jobs}
         try:

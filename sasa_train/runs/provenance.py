@@ -6,12 +6,15 @@
 import hashlib
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from sasa_train.attention.cpu import compiler_version
 from sasa_train.config.compose import as_overrides
 from sasa_train.config.keys import TrainConfig
 from sasa_train.device import RunPlan
+from sasa_train.files import read_regular
 from sasa_train.machine import now, processor
 from sasa_train.models.layers import AttentionStem, LocalSelfAttention2d
 from sasa_train.processes import collectives
@@ -30,19 +34,30 @@ from sasa_train.processes.ranks import local_world_size, world_size
 from sasa_train.terminal import printable
 
 PACKAGES = ("torchvision", "timm", "hydra-core", "omegaconf", "numpy", "pillow", "triton", "sasa_train")
-# Variables that make libraries choose other instructions or algorithms. ATEN_CPU_CAPABILITY and the variables for
-# threads are not among them, because torch reports their effects.
-VARIABLES = (
-    "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_CPU_ISA_HINTS", "DNNL_CPU_ISA_HINTS",
-    "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE",
-    "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "MKL_DEBUG_CPU_TYPE", "MKL_DISABLE_FAST_MM", "MKL_THREADING_LAYER",
-    "MKL_DOMAIN_NUM_THREADS", "MKL_DYNAMIC", "OMP_DYNAMIC", "OMP_SCHEDULE", "OMP_THREAD_LIMIT", "OPENBLAS_CORETYPE",
-    "NPY_DISABLE_CPU_FEATURES", "GLIBC_TUNABLES", "TORCH_MKLDNN_MATMUL_MIN_DIM", "TORCH_MKLDNN_MATMUL_MIN_SIZE",
-    "CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "CUBLAS_EMULATE_SINGLE_PRECISION", "NVIDIA_TF32_OVERRIDE",
-    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TORCH_BLAS_PREFER_CUBLASLT", "TORCH_CUDNN_USE_HEURISTIC_MODE_B",
-    "TORCH_CUDNN_V8_API_DISABLED", "NCCL_ALGO", "NCCL_PROTO", "NCCL_MIN_NCHANNELS", "NCCL_MAX_NCHANNELS",
-    "TRITON_INTERPRET", "TRITON_DEFAULT_FP_FUSION", "TORCHINDUCTOR_MAX_AUTOTUNE",
+# Libraries read variables with these prefixes, and choose other instructions or algorithms by some of them. All are
+# recorded, because no list of those would stay complete, except what cannot shape results and often differs between
+# jobs, such as paths, caches, logs, devices and networks.
+PREFIXES = (
+    "CUBLAS", "CUBLASLT", "CUDA", "CUDNN", "DNNL", "FUNCTORCH", "GOMP", "JSIMD", "KMP", "MKL", "NCCL", "NPY", "OMP",
+    "ONEDNN", "OPENBLAS", "PYTORCH", "TORCH", "TORCHDYNAMO", "TORCHINDUCTOR", "TRITON",
 )  # fmt: skip
+OTHER_VARIABLES = (
+    "DISABLE_ADDMM_CUDA_LT", "DISABLE_PTXAS_OPT", "GLIBC_TUNABLES", "NVIDIA_TF32_OVERRIDE", "PTXAS_OPTIONS",
+)  # fmt: skip
+# OMP_NUM_THREADS and its like are not recorded, because torch reports their effect.
+NOT_SHAPING = re.compile(
+    r"(KMP|MKL|OMP|OPENBLAS)_NUM_THREADS|CUDA_DEVICE_(MAX_CONNECTIONS|ORDER)|TORCH_(CUDA_ARCH_LIST|FR_.*|NCCL_.*)|.*_"
+    r"(ADDR2LINE|AFFINITY|ALLOC|AUTOLOAD|BIND|BLOCKTIME|BUILD|CACHES?(?!_BLOCKING)|COMM|COMPILE_THREADS|COREDUMP"
+    r"|CPROFILE|DBG|DEBUG(?!_CPU_TYPE)|DIR|DISPLAY|DUMP|DUPLICATE|ERROR|EXTENSIONS|FILE|FILENAME|FORK|GC|HCA|HOME|HOST"
+    r"|HOSTID|HUB|IB|ID|IFNAME|INSTALL|JOB|LAUNCH_BLOCKING|LIBRARY|LINE_INFO|LOADING|LOG[A-Z]*|MEMORY_CACHING|MPS|NET"
+    r"|NVML|NVTX|PATH|PIPE|PLACES|PORT|PRINT|PROFILE|PROFILER|REDIS|REMOTE|REPORT|REPRO|ROOT|SAVE|SETTINGS|SHOW|SOCKET"
+    r"|SPINCOUNT|STACKSIZE|STACKTRACES|STATS|TIMEOUT|TOOL|TRACE|URL|VERBOSE|VERSION|VISIBLE|WAIT|WARM|WARN|WORKERS?)"
+    r"(_.*)?"
+)
+PACKAGE = Path(__file__).parents[1]
+SOURCES = (".py", ".cpp", ".h")  # of the package; the data in digits.npz have a fingerprint
+LABELS = {"sources": "the code"}
+MAX_LINES = 50  # changes that a warning names
 # Name -> function that returns a plain value, or a dict of these. A resumed run warns of each that has changed.
 CONDITIONS: dict[str, Callable[[RunPlan, nn.Module], Any]] = {
     "device": lambda plan, _: plan.device.type,
@@ -58,7 +73,8 @@ CONDITIONS: dict[str, Callable[[RunPlan, nn.Module], Any]] = {
     "compiler": lambda plan, _: compiler_version() if plan.trainer.compile else None,
     "versions": lambda *_: _versions(),
     "libraries": lambda plan, _: _libraries(plan),
-    "environment": lambda *_: {name: os.environ.get(name) or None for name in VARIABLES},
+    "environment": lambda *_: _environment(),
+    "sources": lambda *_: _sources(),
 }
 
 
@@ -97,7 +113,7 @@ def conditions(plan: RunPlan, model: nn.Module) -> dict[str, Any]:
 def _merged(values: list[Any]) -> Any:
     first = values[0]
     if isinstance(first, dict):
-        return {key: _merged([value[key] for value in values]) for key in first}
+        return {key: _merged([value.get(key) for value in values]) for key in dict.fromkeys(chain(*values))}
     return first if all(value == first for value in values) else values
 
 
@@ -126,6 +142,39 @@ def _libraries(plan: RunPlan) -> dict[str, Any]:
     }
 
 
+def shapes_results(variable: Any) -> bool:
+    """Return whether an environment variable may make a library choose other instructions or algorithms."""
+    if not isinstance(variable, str) or not re.fullmatch(r"[A-Z0-9_]+", variable):
+        return False
+    is_known = variable in OTHER_VARIABLES or (variable.partition("_")[0] in PREFIXES and "_" in variable)
+    return is_known and not NOT_SHAPING.fullmatch(variable)
+
+
+def _environment() -> dict[str, str]:
+    """Return the variables that are set and may shape the results; a value with a slash is a path."""
+    found = {name: value for name, value in sorted(os.environ.items()) if shapes_results(name)}
+    return {name: printable(_short(value)) for name, value in found.items() if value and "/" not in value}
+
+
+def _short(value: str) -> str:
+    digest = hashlib.sha256(value.encode(errors="surrogateescape")).hexdigest()[:12]
+    return value if len(value) <= 200 else f"{value[:100]}... (sha256 {digest})"
+
+
+def _sources() -> str:
+    """Return a digest of this package's code, so that edits are noticed where there is no git. This takes 10 ms."""
+    digest = hashlib.sha256()
+    for folder, folders, names in os.walk(PACKAGE):
+        folders[:] = sorted(name for name in folders if name != "__pycache__" and not name.startswith("."))
+        for name in sorted(names):
+            if name.endswith(SOURCES) and not name.startswith("."):  # editors write hidden files beside them
+                path = Path(folder, name)
+                with suppress(OSError):  # a broken link, for example; Python could not import it either
+                    content = hashlib.sha256(read_regular(path)).hexdigest()
+                    digest.update(f"{path.relative_to(PACKAGE)} {content}\n".encode(errors="surrogateescape"))
+    return f"sha256 {digest.hexdigest()[:12]}"
+
+
 def _launcher() -> list[str]:
     if world_size() == 1:
         return ["sasa-train"]
@@ -139,20 +188,30 @@ def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
     A condition that the checkpoint does not record, because an older version wrote it, has not changed.
     """
-    lines = []
-    if before.get("commit") != now["commit"]:
-        lines.append(f"the code: commit {before.get('commit')} -> {now['commit']}")
-    elif before.get("difference") != now.get("difference"):
-        lines.append("the code: other changes that are not committed")
     old, new = _flat(before), _flat(now)
-    changed = [name for name in new if old.get(name, new[name]) != new[name] and name != "world_size"]
-    lines += [f"{name}: {old[name]} -> {new[name]}" for name in changed]
+    if isinstance(before.get("environment"), dict):  # a variable that either of the two lacks was not set
+        names = dict.fromkeys(filter(shapes_results, [*before["environment"], *now.get("environment", ())]))
+        old, new = (flat | {name: None for name in names if name not in flat} for flat in (old, new))
+    lines = [] if "sources" in old and old["sources"] == new.get("sources") else _code_changes(before, now)
+    skipped = ("world_size", "sources") if lines else ("world_size",)
+    changed = [name for name in new if old.get(name, new[name]) != new[name] and name not in skipped]
+    lines += [f"{LABELS.get(name, name)}: {old[name]} -> {new[name]}" for name in changed]
+    if len(lines) > MAX_LINES:
+        lines = [*lines[:MAX_LINES], f"and {len(lines) - MAX_LINES:,} more"]
     if (processes := before.get("world_size", 1)) != now["world_size"]:
         lines.append(
             f"processes: {processes} -> {now['world_size']}; the same images, but sums are added in another order, and "
             "each process's batch norm sees its own micro-batches"
         )
     return [printable(line) for line in lines]
+
+
+def _code_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Say how the code changed as git sees it, or return an empty list if git sees no change."""
+    if before.get("commit") != now["commit"]:
+        return [f"the code: commit {before.get('commit')} -> {now['commit']}"]
+    is_other = before.get("difference") != now.get("difference")
+    return ["the code: other changes that are not committed"] if is_other else []
 
 
 def _flat(provenance: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import sys
 from sasa_train.config.bounds import print_keys
 from sasa_train.config.keys import key_table
 from sasa_train.files import inside, lock_folder
-from sasa_train.refusal import ConfigError
+from sasa_train.refusal import ConfigError, ExpectedFailure
 from sasa_train.runs.info import has_finished
 from sasa_train.runs.ledger import Ledger
 from sasa_train.signals import Interrupted, StopRequest, ignore_until_the_end
@@ -48,6 +48,9 @@ def run_command(arguments: list[str]) -> int:
         return sweep(read_plan(arguments), arguments, stop)
     except ConfigError as error:
         return fail(error)
+    except ExpectedFailure as error:
+        fail(error)
+        return FAILED
     except OSError as error:
         fail(OSError(f"{error}; the jobs save and stop. Make room, and run the same command again"))
         return FAILED
@@ -82,7 +85,7 @@ def sweep(plan: SweepPlan, arguments: list[str], stop: StopRequest) -> int:
     with lock:
         command = shlex.join(["sasa-sweep", *arguments])
         about = {"name": plan.folder.name, "command": command, "paper_table": plan.config.paper_table}
-        ledger = Ledger(plan.folder / f"ledger{suffix}.json", about | {"overrides": plan.fixed})
+        ledger = Ledger(plan.folder / f"ledger{suffix}.json", about | {"overrides": plan.fixed}, lock)
         source = job_source(plan, ledger)
         ledger.save()
         say(f"sweep folder  {plan.folder}\n{counts(ledger)}")
