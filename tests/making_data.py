@@ -56,6 +56,18 @@ def make_image_folder(root: Path, size: tuple[int, int] = (19, 17)) -> Path:
     return root
 
 
+def make_ten_classes(root: Path, num_train: int = 1) -> Path:
+    """Create class folders as CIFAR-10's, with `num_train` images per class in train/ and one in test/."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", num_train), ("test", 1)):
+        for name in "abcdefghij":
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
 def spoil(folder: Path) -> None:
     """Add an intact file and one file per common defect; the last two files are readable, but not in RGB mode."""
     noise = Image.effect_noise((40, 30), 80)

@@ -1,9 +1,9 @@
 """Check that README.md and docs/ are correct: links and figures resolve, and commands and code snippets run.
 
-The `sh` and `python` blocks of a page run in order, in a separate folder that contains a finished quickstart run; an
-`output` block must match what the preceding python block prints. Blocks without a language are not run. A `console`
-block must match what its `$ command` prints; without a command, its lines must occur in the source code. In a `console`
-block, `...` matches any text.
+The `sh` and `python` blocks of a page run in order, in a separate folder that contains a finished quickstart run and,
+in `data/`, a few images in place of CIFAR-10's; an `output` block must match what the preceding python block prints.
+Blocks without a language are not run. A `console` block must match what its `$ command` prints; without a command, its
+lines must occur in the source code. In a `console` block, `...` matches any text.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from making_data import make_ten_classes
 from marking import slow_but_for
 
 from sasa_train.config.compose import compose_config
@@ -42,7 +43,7 @@ NOT_RUN = {
     r"hydra/launcher=ray": "Ray, in an environment of its own",
     r"\bbf16\b|gpu_check\.py": "a GPU",
     r"seed=range\(|sweep=digits_|sasa-benchmark|chaos\.py": "minutes; docs/tutorial.md runs a smaller sweep",
-    r"^\s*tensorboard": "a server, until it is stopped",
+    r"^\s*(?:tensorboard|sasa-demo)": "a server, until it is stopped",
 }
 
 
@@ -171,6 +172,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / RUN, folder / RUN)
     else:
         run_shell("sasa-train experiment=quickstart", folder)
+    make_ten_classes(folder / "data", num_train=7)
     assert (folder / RUN).is_dir(), f"README and docs call the quickstart's run {RUN}; here: {os.listdir(folder)}"
     return folder
 
@@ -180,7 +182,8 @@ def test_what_a_page_shows_runs(
     page: Path, quickstart: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     shutil.copytree(quickstart, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "scripts").symlink_to(ROOT / "scripts")  # pages refer to scripts by their path in the checkout
+    for shown in ("docs", "scripts"):  # pages refer to photographs and scripts by their paths in the checkout
+        (tmp_path / shown).symlink_to(ROOT / shown)
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
     printed = ""
