@@ -254,6 +254,19 @@ def test_a_failed_download_says_what_to_do(monkeypatch, tmp_path):
         load_image_sets(compose_config(["data=cifar10", f"data.root={tmp_path}"]).data)
 
 
+def test_folders_beside_the_splits_are_named(image_folder, capsys, in_process):
+    (image_folder / "val").rename(image_folder / "validation")  # as Keras names it
+    shutil.copytree(image_folder / "validation", image_folder / "test")
+    config = compose_config(["data=image_folder", f"data.root={image_folder}"]).data
+    left_out = "left out, folders beside train/, val/ and test/: validation\n"
+    train, _ = load_image_sets(config)
+    assert capsys.readouterr().err.endswith(left_out)
+    load_val_set(config, train.classes)
+    assert capsys.readouterr().err.endswith(left_out)
+    out = in_process("dataset_tool", "verify", str(image_folder)).stdout
+    assert "not read    folders beside train/, val/ and test/: validation\n" in out
+
+
 @pytest.mark.parametrize(
     "renamed,overrides,message",
     [

@@ -452,6 +452,24 @@ FOUR = np.stack([RAMP] * 4, -1).astype("u1")
 CMYK = {"PhotometricInterpretation": 5}
 YCC = {"PhotometricInterpretation": 6}
 FULL = b"".join(b"\0" + bytes([200] * 8) for _ in range(8))
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), "u1"))
+
+
+def zeros_behind(content: bytes) -> bytes:
+    """Replace the second half of a file's pixels, as in a copy that was interrupted."""
+    if content[:2] == b"\xff\xd8":
+        return content[: len(content) // 2] + bytes(len(content) - len(content) // 2)
+    with Image.open(io.BytesIO(content)) as image:
+        start, size = image.tag_v2[273][0], image.tag_v2[279][0]
+    return content[: start + size // 2] + bytes(size - size // 2) + content[start + size :]
+
+
+def sticker(x: int) -> Image.Image:
+    image = Image.new("RGBA", (32, 32))
+    image.paste((230, 60, 40, 255), (x, 8, x + 16, 24))
+    return image
+
+
 ANIMATED = {"save_all": True, "default_image": True, "append_images": [corners()] * 2}
 MISREAD = {
     "no-photometric": (tiff(RAMP.astype("u1"), PhotometricInterpretation=None), "lacks.*PhotometricInterpretation"),
@@ -497,9 +515,17 @@ MISREAD = {
     "png-few-passes": (rows_of_png(b"\0\xc8\0\xc8\0\xc8\xc8", 8, 0, interlaced=True), "fewer rows"),
     "png-key-16": (rows_of_png(bytes(8 * 49), 16, 2, key=bytes(6)), r"16 bits.*\(tRNS\).*data.background=none"),
     "apng-substitute": (encoded(Image.new("RGB", (32, 16)), "PNG", **ANIMATED), "an animation.*substitute"),
-    "jpeg-ends": (
-        ended_early(),
-        "ends before its last pixels",
+    "jpeg-ends": (ended_early(), "ends before its last pixels"),
+    "jpeg-zeros": (zeros_behind(encoded(NOISE, "JPEG", quality=95)), "a damaged JPEG: zeros stand"),
+    "fax-zeros": (zeros_behind(encoded(NOISE.convert("1"), "TIFF", compression="group4")), "zeros stand.*of strip 0"),
+    "jp2-signed": (boxes().replace(b"\x07\x01\x01" * 3, b"\x87\x01\x01" * 3), "ihdr"),
+    "j2k-signed": (
+        encoded(corners(), "JPEG2000", no_jp2=True).replace(b"\x07\x01\x01" * 3, b"\x87\x01\x01" * 3),
+        "signed numbers",
+    ),
+    "webp-part": (
+        encoded(sticker(0), "WEBP", save_all=True, append_images=[sticker(8)], lossless=True),
+        "a part of it",
     ),
 }
 

@@ -24,7 +24,7 @@ from torchvision import datasets as tv
 from sasa_train.config.keys import DATA_SETS, DataConfig
 from sasa_train.data.class_names import composed, twins, with_nearest
 from sasa_train.data.decoding import RANGE_REMEDY, check_range, decoding_of
-from sasa_train.data.listing import FORMATS, LeftOut, read_class_folders, visible_folders
+from sasa_train.data.listing import FORMATS, LeftOut, folders_with_images, read_class_folders, visible_folders
 from sasa_train.data.opening import open_image
 from sasa_train.data.randomness import fixed_order
 from sasa_train.data.shard_index import MAX_CLASSES
@@ -339,6 +339,7 @@ def _load_from_disk(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     check_several(train)
     train = relabelled(train, train.classes, f"data.root={root}", "classes.txt", "train")  # warns of empty classes
     if config.holdout_fraction > 0:
+        _tell_beside(root)
         return train, train
     val, name = _load_val(root, config.split)
     return train, relabelled(val, train.classes, f"data.root={root}", "train", name)
@@ -379,7 +380,27 @@ def _load_val(root: Path, split: str | None) -> tuple[ImageSet, str]:
     if kinds and (of_train := kind_of(root, "train")) not in (None, kinds[name]):
         raise ConfigError(f"data.root={root}: {unlike(name, kinds[name], str(of_train))}")
     are_shards = kinds.get(name) == SHARDS
+    _tell_beside(root)
     return _told(load_shard_set(root, name) if are_shards else load_class_folders(root, name)), name
+
+
+def beside_splits(root: Path) -> list[str]:
+    """Return the folders of images beside train/, val/ or test/, such as validation/; [] if there are no such splits.
+
+    Raises:
+        ConfigError: a folder cannot be listed.
+    """
+    if not root.is_dir() or not split_folders(root):
+        return []
+    try:
+        return [name for name in folders_with_images(root) if name not in SPLIT_NAMES]
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: cannot be listed ({error.strerror})") from error
+
+
+def _tell_beside(root: Path) -> None:
+    if others := beside_splits(root):
+        say(f"{printable(root)}: left out, folders beside train/, val/ and test/: {some(others)}", sys.stderr)
 
 
 def kind_of(root: Path, split: str) -> str | None:

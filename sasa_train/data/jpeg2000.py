@@ -10,6 +10,7 @@ GREY, SRGB, SYCC, CMYK = 17, 16, 18, 12  # enumerated colour spaces
 COLOURS = {GREY: 1, SRGB: 3, SYCC: 3, CMYK: 4}
 OF_PROFILES = {b"GRAY": GREY, b"RGB ": SRGB, b"CMYK": CMYK}
 ALPHA = (1, 0)  # a channel's type and association in the box cdef
+SIGNED = 0x80  # in a component's depth
 START_OF_TILE = b"\xff\x90"
 
 
@@ -103,9 +104,11 @@ def _space(box: memoryview | None) -> int | None:
 
 def _fault_of_components(siz: Siz, space: int | None, channels: dict[int, tuple[int, int]]) -> str | None:
     count = len(siz.depths)
-    depths = {(depth & 0x7F) + 1 for depth in siz.depths}
+    depths = {(depth & ~SIGNED) + 1 for depth in siz.depths}
     if len(set(siz.depths)) != 1 or not 8 <= min(depths) <= 16:
         return f"{', '.join(map(str, sorted(depths)))} bits per channel"
+    if siz.depths[0] & SIGNED:
+        return "signed numbers"
     if siz.sampling[0] != (1, 1) or (set(siz.sampling) != {(1, 1)} and count != 3):
         return "subsampled channels"
     colours = COLOURS[space] if space else min(count, 3) if count != 2 else 1

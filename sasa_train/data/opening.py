@@ -6,7 +6,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from sasa_train.data import tiff
 from sasa_train.data.jpeg2000 import boxes_of, check_jpeg2000
-from sasa_train.data.whole import check_chunks
+from sasa_train.data.whole import check_chunks, check_end
 
 
 def open_image(file: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
@@ -49,8 +49,15 @@ def _check(file: BinaryIO, image: Image.Image) -> None:
                 "save the frame that counts as a PNG"
             )
         check_chunks(file)
+    elif image.format in ("JPEG", "MPO"):
+        check_end(file)
     elif image.format == "JPEG2000":
         check_jpeg2000(file)
+    elif image.format == "WEBP" and image.mode == "RGB" and _is_partly_covered(file):
+        raise ValueError(
+            "an animation (WebP) whose first frame covers a part of it; Pillow makes the rest black instead of "
+            "transparent; save the frame as a PNG"
+        )
     elif image.format == "AVIF" and b"clap" in _properties(file):
         raise ValueError("an AVIF with a crop (clap), which Pillow ignores; convert it, for example to PNG")
     elif image.format == "BMP":
@@ -68,3 +75,14 @@ def _properties(file: BinaryIO) -> set[bytes]:
     for name, version in ((b"meta", 4), (b"iprp", 0), (b"ipco", 0)):
         content = next((box[version:] for kind, box in boxes_of(content) if kind == name), content[:0])
     return {kind for kind, _ in boxes_of(content)}
+
+
+def _is_partly_covered(file: BinaryIO) -> bool:
+    """Whether the first frame of an animated WebP is smaller than the image."""
+    file.seek(0)
+    content = file.read()
+    frame, start = content.find(b"ANMF"), content.find(b"VP8X")
+    if start != 12 or frame < 0:
+        return False
+    # Both state the width and the height less 1 as three bytes each, the frame after its place.
+    return content[start + 12 : start + 18] != content[frame + 14 : frame + 20]

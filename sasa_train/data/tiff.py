@@ -17,6 +17,7 @@ WHITE_IS_ZERO, COLOURS, YCBCR, SIGNED, IN_PLANES, REVERSED, PREMULTIPLIED, OLD_R
 REDUCED, MASK = 1, 4
 MAX_PAGES = 100  # of a file to look at; the time that Pillow takes grows with the square of their number
 FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)  # JPEG's markers before the number of rows
+FAX, ZEROS = ("tiff_ccitt", "group3", "group4"), bytes(16)  # no code has as many zeros
 STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 # Pillow ignores these tags, so only values that leave the pixels' meaning as it is without them are read. Those that
@@ -87,6 +88,8 @@ def check_page(file: BinaryIO, image: Image.Image) -> None:
         _check_ycbcr(image, is_raw, is_jpeg)
     if is_raw or is_jpeg:
         _check_strips(file, image, is_raw)
+    if image.info.get("compression") in FAX:
+        _check_fax(file, image)
     if IN_PLANES in numbers(image, PLANAR):
         _check_planes(image, is_raw)
 
@@ -156,6 +159,19 @@ def _check_strips(file: BinaryIO, image: Image.Image, is_raw: bool) -> None:
         if found < lines:
             raise ValueError(
                 f"a damaged TIFF: of its {kind}, number {number} has {found} rows instead of {lines}; replace the file"
+            )
+
+
+def _check_fax(file: BinaryIO, image: Image.Image) -> None:
+    """Check that no strip ends with zeros, as in a file that was not copied whole: libtiff takes them for pixels."""
+    offsets = numbers(image, STRIP_OFFSETS) or numbers(image, TILE_OFFSETS)
+    sizes = numbers(image, STRIP_BYTES) or numbers(image, TILE_BYTES)
+    for number, (offset, size) in enumerate(zip(offsets, sizes, strict=False)):
+        tail = min(int(size), len(ZEROS))
+        file.seek(int(offset + size) - tail)
+        if file.read(tail) == ZEROS:
+            raise ValueError(
+                f"a damaged TIFF: zeros stand where the pixels of strip {number} should be; replace the file"
             )
 
 

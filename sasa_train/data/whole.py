@@ -1,4 +1,4 @@
-"""The check that no pixels are missing from PNG and JPEG files, where Pillow makes them black or grey in silence."""
+"""The checks that no pixels are missing from PNG and JPEG files, where Pillow makes up others in silence."""
 
 import io
 import re
@@ -23,6 +23,19 @@ def check_chunks(file: BinaryIO) -> None:
         is_whole = len(stated) == 4  # or decoding tells that the file is cut
         if kind == b"IDAT" and is_whole and zlib.crc32(content, PIXELS) != int.from_bytes(stated, "big"):
             raise ValueError("a damaged PNG: the checksum (CRC) of its pixels is wrong; replace the file")
+
+
+def check_end(file: BinaryIO) -> None:
+    """Check that a JPEG ends with its end marker if the file ends with zeros, as one does that was not copied whole.
+
+    The decoder takes such zeros for pixels.
+    """
+    file.seek(-2, io.SEEK_END)
+    if file.read() != bytes(2):
+        return
+    file.seek(0)
+    if END not in (marker for marker, _ in segments(file.read())):
+        raise ValueError("a damaged JPEG: zeros stand where its last pixels should be; replace the file")
 
 
 def check_whole(file: BinaryIO, image: Image.Image) -> None:

@@ -24,6 +24,7 @@ from sasa_train.data.datasets import (
     Files,
     ImageSet,
     UnreadableImage,
+    beside_splits,
     holds_shards,
     kind_of,
     load_shard_set,
@@ -180,6 +181,8 @@ def read_contents(root: Path) -> Contents:
         ambiguous += [f"{names}: one name in two Unicode forms in {split}" for names in twins(list(folders))]
         found[split] = merged(folders)
         unused.append(left_out.describe(str(root)))
+    if beside := beside_splits(root):
+        unused.append(f"folders beside train/, val/ and test/: {some(beside)}")
     classes = sorted(set().union(*found.values()))
     if not classes:
         raise ConfigError(

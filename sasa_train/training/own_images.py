@@ -4,7 +4,6 @@ The rules are in `RULES`. They are a pure function of the config and of `Facts` 
 killed before it saved anything makes the same choices again. docs/data.md describes them.
 """
 
-import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from sasa_train.data.datasets import (
     VAL_SPLITS,
     ImageSet,
     UnreadableImage,
+    beside_splits,
     check_several,
     holds_class_folders,
     kind_of,
@@ -29,8 +29,6 @@ from sasa_train.data.datasets import (
     reads_torchvision,
     split,
 )
-from sasa_train.data.listing import folders_with_images
-from sasa_train.data.shards import SPLIT_NAMES
 from sasa_train.device import uses_cuda
 from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import ConfigError
@@ -123,29 +121,17 @@ def _find(config: TrainConfig) -> tuple[ImageSet, float]:
     if not root.is_dir():
         raise ConfigError(f"data.root={root}: there is no such folder; give one that has a folder of images per class")
     has_val = any(kind_of(root, name) for name in VAL_SPLITS[data.split]) and not holds_class_folders(root)
-    if (root / "train").is_dir() and not holds_class_folders(root):
-        _check_beside_train(root, has_val)
+    if (root / "train").is_dir() and not has_val and (others := beside_splits(root)):
+        raise ConfigError(
+            f"data.root={printable(root)}: holds train/ and, beside it, other folders of images ({some(others)}): move "
+            "them into train/ if they are classes, name one val/ if it is for validation, or move them away"
+        )
     fraction = 0.0 if has_val or data.split is not None else 0.2
     train = load_train(with_values(config, {"data.holdout_fraction": fraction}).data)
     check_several(train)
     if fraction and len(train) >= 10_000:
         fraction = 0.1
     return train, fraction
-
-
-def _check_beside_train(root: Path, has_val: bool) -> None:
-    """Refuse other folders of images beside train/, or only name them if there is a val/ or test/."""
-    try:
-        others = [name for name in folders_with_images(root) if name not in SPLIT_NAMES]
-    except OSError as error:
-        raise ConfigError(f"{error.filename}: cannot be listed ({error.strerror})") from error
-    if others and has_val:
-        say(f"{printable(root)}: left out, folders beside train/: {some(others)}", sys.stderr)
-    elif others:
-        raise ConfigError(
-            f"data.root={printable(root)}: holds train/ and, beside it, other folders of images ({some(others)}): move "
-            "them into train/ if they are classes, name one val/ if it is for validation, or move them away"
-        )
 
 
 def _median_side(images: ImageSet) -> int:
