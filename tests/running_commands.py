@@ -1,6 +1,7 @@
 """Run the commands in this process or in a new one, and read the files they write."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,7 +26,13 @@ def run_in_process(tmp_path, monkeypatch, *arguments: str) -> int:
 
 def start(folder: Path, *arguments: str, command: str = "train") -> subprocess.Popen:
     words = [sys.executable, "-m", f"sasa_train.{command}", *arguments]
-    return subprocess.Popen(words, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, **TOGETHER)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(words, cwd=folder, env=environment, preexec_fn=take_ctrl_c, **TOGETHER)
+
+
+def take_ctrl_c() -> None:
+    """Undo that tests in the background of a script ignore SIGINT, as their child processes then would, too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for(found: Callable[[], Any], what: str = "it", seconds: float = 240.0) -> Any:
