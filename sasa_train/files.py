@@ -184,6 +184,10 @@ def sync_folder(folder: Path) -> None:
         os.close(directory)
 
 
+DISK_FAILED = (  # errors of the disk or file server, which may be over later: the file may be whole
+    errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EUCLEAN,
+    errno.EBADMSG,
+)  # fmt: skip
 LOCK = ".lock"
 
 

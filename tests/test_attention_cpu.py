@@ -189,6 +189,20 @@ def _attend_in_a_process(_) -> float:
     return float(local_attention(q, q, q, kernel_size=1, backend="cpu").sum())
 
 
+def test_folders_that_are_made_for_the_cache_are_private_whatever_the_umask(tmp_path, monkeypatch):
+    """With parents=True, Python made ~/.cache writable for the group or for all."""
+    monkeypatch.delenv("SASA_TRAIN_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home/.cache"))
+    before = os.umask(0)
+    try:
+        folder = cpu._cache_folder()
+    finally:
+        os.umask(before)
+    made = [folder, folder.parent, folder.parent.parent]
+    assert folder == tmp_path / "home/.cache/sasa_train"
+    assert [path.stat().st_mode & 0o777 for path in made] == [0o700] * 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("open_to", ["the folder", "the file"])
 def test_a_cache_that_others_may_write_to_is_not_loaded(fresh_cache, monkeypatch, caplog, open_to):

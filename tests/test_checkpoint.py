@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import io
 import itertools
 import json
 import os
@@ -383,6 +384,50 @@ def test_a_restore_keeps_the_manifest_though_the_folder_cannot_be_synced(tmp_pat
     with pytest.raises(CheckpointError):
         checkpoints.save(content(3), is_best=False)
     assert ((tmp_path / "last.pt").read_bytes(), (tmp_path / "last.pt.json").read_bytes()) == before
+
+
+@pytest.mark.parametrize("has_manifest", [True, False])
+@pytest.mark.parametrize("name", ["last.pt", "last.pt.json"])
+def test_a_checkpoint_on_a_disk_that_fails_for_a_moment_is_not_damaged(tmp_path, monkeypatch, name, has_manifest):
+    """One failed read, wherever it comes, made a resume put intact checkpoints aside or step back in silence."""
+    checkpoints, real, counts = filled(tmp_path), checkpoint.open_regular, list[int]()
+    if not has_manifest:
+        (tmp_path / "last.pt.json").unlink()
+
+    class Failing(io.FileIO):
+        def readinto(self, buffer):
+            self.count()
+            return super().readinto(buffer)
+
+        def readall(self):
+            self.count()
+            return super().readall()
+
+        def count(self):
+            counts[0] -= 1
+            if counts[0] == 0:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    def failing(path, *rest):
+        return io.BufferedReader(Failing(path)) if Path(path).name == name else real(path, *rest)
+
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(checkpoint, "open_regular", failing)
+    monkeypatch.setattr(files, "open_regular", failing)
+    num_failed = 0
+    for nth in itertools.count(1):
+        counts[:] = [nth]
+        try:
+            found = checkpoints.newest(pytest.fail)
+        except CheckpointError as error:
+            assert "cannot be read (Stale file handle)" in str(error)
+            num_failed += 1
+        else:
+            assert found["step"] == 5
+            if counts[0] > 0:  # it needed fewer reads
+                break
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert num_failed or (name, has_manifest) == ("last.pt.json", False)
 
 
 def test_what_a_run_goes_on_from_is_last_pt_again(tmp_path):

@@ -67,7 +67,12 @@ def test_a_parameter_without_gradients_needs_no_state_in_a_checkpoint():
     state = saved["optimizer"]["state"]
     assert len(state) == 4
     check_saved(config, model, saved)
-    wrong = {"no entry": {}, r"\].momentum_buffer has .*\[2\]": {"momentum_buffer": torch.ones(2)}, "missing": {"x": 1}}
+    wrong = {
+        "no entry": {},
+        r"\].momentum_buffer has .*\[2\]": {"momentum_buffer": torch.ones(2)},
+        r"\].momentum_buffer is not a number": {"momentum_buffer": torch.full((3, 4), torch.nan)},
+        "missing": {"x": 1},
+    }
     for message, entry in wrong.items():
         with pytest.raises(ValueError, match=message):
             check_saved(config, model, saved | {"optimizer": {"state": state | {max(state): entry}}})

@@ -54,7 +54,7 @@ _TENSORS = ("query", "key", "value", "output", "grad_output", "grad_query", "gra
 
 class _Library(NamedTuple):
     functions: ctypes.CDLL
-    compiler: str  # first line of its version
+    compiler: str  # first line of its version, and a digest of what it built: a wrapper may add flags
 
 
 class _Strided(ctypes.Structure):
@@ -223,7 +223,8 @@ def _library(source: str, size: int, instruction_set: str) -> _Library | str:
         flags = (*FLAGS, *INSTRUCTION_SETS[instruction_set], f"-D{SIZES[source]}={size}", *compile_flags)
         try:
             version = _version(compiler)
-            return _Library(_load(_built(source, compiler, version, flags, link_flags)), version.partition("\n")[0])
+            built = _built(source, compiler, version, flags, link_flags)
+            return _Library(_load(built), f"{version.partition(chr(10))[0]}, built {built.stem[-16:-8]}")
         except (OSError, subprocess.SubprocessError) as error:
             reason = reason or f"{compiler} could not build it: {error} {getattr(error, 'stderr', None) or ''}".strip()
     return reason
@@ -323,7 +324,10 @@ def _cache_folder() -> Path:
         # expanduser fails without HOME for a user without a name. The path must be absolute, because dlopen searches
         # LD_LIBRARY_PATH for a name without a slash.
         folder = named.expanduser().absolute()
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for missing in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
+            missing.mkdir(
+                exist_ok=True, mode=0o700
+            )  # `parents=True` would let the umask decide who may write to ~/.cache
         if folder.is_symlink():
             reason = "it is a symbolic link ($SASA_TRAIN_CACHE can name its target)"
         elif not _is_private(folder.lstat()):

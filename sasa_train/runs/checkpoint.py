@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from sasa_train.data.fingerprint import SOURCES
-from sasa_train.files import discard, open_regular, read_regular, sync_folder, write_aside, write_atomic
+from sasa_train.files import DISK_FAILED, discard, open_regular, read_regular, sync_folder, write_aside, write_atomic
 from sasa_train.refusal import CheckpointError, shorten
 from sasa_train.runs.metrics import is_log, parse_log
 from sasa_train.runs.schema import (
@@ -191,8 +191,10 @@ class Checkpoints:
                 content = load_checkpoint(path)
             except DamagedCheckpointError as error:
                 warn(f"skipping a damaged checkpoint: {error}")
-                _put(path, path.with_name(f"{path.name}.damaged"), bytes_of(manifest_of(path)))
-                manifest_of(path).unlink(missing_ok=True)
+                damaged = path.with_name(f"{path.name}.damaged")
+                _put(path, damaged, None)
+                with contextlib.suppress(FileNotFoundError):
+                    os.replace(manifest_of(path), manifest_of(damaged))
                 continue
             if path.name == "last.pt":
                 self._last_step = content["step"]
@@ -325,8 +327,9 @@ def _read(path: Path) -> Any:
     # A run may replace the checkpoint after the manifest was read and before the file is opened. In that case the
     # manifest has changed too, and both are read again.
     while True:
-        manifest = bytes_of(manifest_of(path))
+        manifest = None
         try:
+            manifest = bytes_of(manifest_of(path), may_fail=False)
             with open_regular(path) as file:
                 check_content(file, manifest)
                 return torch.load(file, map_location="cpu", weights_only=True)
@@ -334,9 +337,11 @@ def _read(path: Path) -> Any:
             raise
         except Exception as error:  # errors of zipfile, torch and pickle have no common base class
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            # EINVAL means damage, because zipfile seeks before the start of a file that is too short.
-            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-                raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+            # EINVAL means damage, because zipfile seeks before the start of a file that is too short. zipfile and torch
+            # report a failed read as an error of their own.
+            for cause in _causes(error):
+                if isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL):
+                    raise CheckpointError(f"{path}: cannot be read ({cause.strerror})") from error
             if manifest == bytes_of(manifest_of(path)):
                 raise DamagedCheckpointError(f"{path}: cannot be read as a checkpoint ({reason})") from error
 
@@ -373,11 +378,21 @@ def _parse_manifest(manifest: bytes) -> dict[str, Any]:
     return parsed
 
 
-def bytes_of(path: Path) -> bytes | None:
-    """Return the file's content, or None if it cannot be read."""
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and those during whose handling it was raised."""
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+def bytes_of(path: Path, may_fail: bool = True) -> bytes | None:
+    """Return the file's content, or None if it cannot be read; unless `may_fail`, raise OSError if the disk fails."""
     try:
         return read_regular(path)
-    except OSError:
+    except OSError as error:
+        if not may_fail and error.errno in DISK_FAILED:
+            raise
         return None
 
 

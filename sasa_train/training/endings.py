@@ -4,6 +4,7 @@ import errno
 import sys
 
 from sasa_train.config.keys import TrainConfig
+from sasa_train.files import DISK_FAILED
 from sasa_train.machine import is_out_of_memory
 from sasa_train.processes.ranks import rank, world_size
 from sasa_train.refusal import CheckpointError, ConfigError, ExpectedFailure
@@ -12,10 +13,6 @@ from sasa_train.terminal import DONE, FAILED, INTERRUPTED, REFUSED, fail, say_lo
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 REFUSED_FILE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENOTSUP)
-DISK_FAILED = (
-    errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EUCLEAN,
-    errno.EBADMSG,
-)  # fmt: skip
 
 
 def train_safely(config: TrainConfig, stop: StopRequest | None = None) -> int:

@@ -185,6 +185,8 @@ def check_saved(config: TrainConfig, model: nn.Module, saved: dict[str, Any]) ->
                 found = state[number][name]
                 if _kinds(found) != _kinds(value):
                     raise ValueError(f"{where} has {_kinds(found)}, and must have {_kinds(value)}")
+                if isinstance(found, Tensor) and found.isnan().any():  # the next step would spoil the weights
+                    raise ValueError(f"{where} is not a number in places")
             elif not is_changed:
                 raise ValueError(f"{where} is missing")
 
