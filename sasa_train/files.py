@@ -256,13 +256,13 @@ def lock_folder(path: Path, name: str = LOCK, other: str = "another run_name") -
     return FolderLock(file, name, folder)
 
 
-def holder(path: Path) -> str | None:
+def holder(path: Path, name: str = LOCK) -> str | None:
     """Describe the process that holds the folder's lock, or return None if it is not locked."""
     # Must not be called for a lock that this process holds, because closing the file would release it.
-    if not os.path.lexists(path / LOCK):
+    if not os.path.lexists(path / name):
         return None
     try:
-        opened = _open(path / LOCK)
+        opened = _open(path / name)
     except (OSError, ConfigError):  # the run that starts there says what is wrong with it
         return None
     with opened as file:

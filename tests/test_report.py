@@ -5,6 +5,8 @@ import importlib.util
 import itertools
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,7 @@ from sasa_train.refusal import ConfigError
 from sasa_train.report.intervals import mean_interval
 from sasa_train.report.jobs import find_jobs
 from sasa_train.report.rows import build_report, paired_difference
+from sasa_train.report.run_list import list_runs
 from sasa_train.report.tables import markdown
 from sasa_train.runs.metrics import read_metrics
 from sasa_train.sweep.planning import read_plan
@@ -114,25 +117,62 @@ def test_every_job_is_in_the_figures_or_listed_with_its_reason(tmp_path, without
 
 
 def test_the_list_has_the_best_run_first_and_only_what_differs(tmp_path, in_process, monkeypatch):
-    """Two data sets, an unfinished run, and a run without an evaluation."""
+    """The last epoch decides, one best run per data set; an unfinished run, and one that was killed at its start."""
     monkeypatch.setenv("COLUMNS", "80")
     for name, overrides, top1, status in (
         ("a", ["optimizer.lr=0.2"], [50.0, 40.0], "finished"),
         ("b", ["optimizer.lr=0.3", "model.width=0.5"], [45.0, 60.0], "interrupted"),
+        ("b2", ["optimizer.lr=0.3"], [45.0, 39.0], "finished"),
         ("c" * 60, ["optimizer.lr=0.4"], [], "running"),
-        ("d", ["data=image_folder", "data.root=photos"], [99.0], "finished"),
+        ("d", ["data=image_folder", "data.root=photos"], [99.0, 50.0], "finished"),
+        ("e", ["data=image_folder", "data.root=photos", "seed=1"], [60.0, 70.0], "finished"),
     ):
         write_run(tmp_path / "out" / name, overrides, top1, status=status)
     lines = in_process("report", "--list", "out").stdout.splitlines()
-    assert all(len(line) <= 80 for line in lines)
+    assert all(len(line) <= 80 or line.startswith("killed: ") for line in lines)
     words = [line.split() for line in lines]
-    assert words[0] == ["digits"] and words[1] == ["best", "last", "epoch", "run", "state", "lr", "width"]
+    assert words[0] == ["digits"] and words[1] == ["top1", "best", "epoch", "run", "state", "lr", "width"]
     assert words[2] == ["60.00", "60.00", "2/100", "b", "interrupted", "0.3", "0.5"]
-    assert words[3] == ["50.00", "40.00", "2/100", "a", "done", "0.2", "null"]
-    assert words[4][:3] == ["-", "-", "0/100"] and "..." in words[4][3] and words[4][4] == "running"
-    assert lines[6] == "image_folder  photos" and words[8][3:] == ["d"] and "width" not in lines[7]
-    assert lines[-1] == "best  sasa-evaluate out/d"
+    assert words[3] == ["40.00", "50.00", "2/100", "a", "done", "0.2", "null"]
+    assert words[5][:3] == ["-", "-", "0/100"] and "..." in words[5][3] and words[5][4] == "killed"
+    assert lines[6] == "best  sasa-evaluate out/a/checkpoints/last.pt"  # b has not finished
+    assert "no process runs it; the same command" in lines[7]
+    assert lines[9] == "image_folder  photos" and words[11][3:] == ["e", "1"] and "width" not in lines[10]
+    assert lines[-1] == "best  sasa-evaluate out/e/checkpoints/last.pt"
     assert not (tmp_path / "out/report").exists()
+
+
+def test_the_list_shows_what_tells_runs_apart_even_where_it_is_narrow(tmp_path):
+    """Preset and seed, which tell all runs apart, come before the many keys that vary with the preset. What a waiting
+    job will derive from its images is unknown."""
+    for preset, seed in itertools.product(("none", "crop_flip", "trivial_cutmix"), (0, 1)):
+        epochs = 20 if preset == "none" else 30
+        overrides = [f"augment={preset}", f"seed={seed}", f"trainer.epochs={epochs}"]
+        write_run(tmp_path / f"s/{preset}-{seed}", overrides, [50.0])
+    waiting = {(("augment=none",), 2): ("waiting", "")}
+    jobs = find_jobs([write_sweep(tmp_path / "t", waiting, base=()), *sorted((tmp_path / "s").iterdir())]).jobs
+    lines = list_runs(jobs, 80).splitlines()
+    assert lines[1].split()[5:7] == ["seed", "augment"]
+    (line,) = (line.split() for line in lines if "waiting" in line)
+    assert line[:3] == ["-", "-", "-"] and line[5:7] == ["2", "none"]
+
+
+def test_a_run_that_nobody_runs_is_killed_and_one_in_progress_is_running(tmp_path):
+    """A sweep's job that has just started holds no folder yet; a lock is another process's, so it takes one."""
+    sweep = write_sweep(tmp_path / "s", {((), 0): ("running", ""), ((), 1): [50.0]})
+    write_run(tmp_path / "run", [*BASE], [50.0], status="running")
+
+    def states() -> list[str]:
+        return [job.state for job in find_jobs([sweep, tmp_path / "run"]).jobs]
+
+    assert states() == ["killed", "done", "killed"]
+    lock = "import sys; from pathlib import Path; from sasa_train.files import lock_folder\n"
+    lock += "held = [lock_folder(Path(path)) for path in sys.argv[1:]]; print('held', flush=True); sys.stdin.read()"
+    command_line = [sys.executable, "-c", lock, str(sweep), str(tmp_path / "run")]
+    with subprocess.Popen(command_line, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as held:
+        assert held.stdout.readline() == b"held\n"
+        assert states() == ["running", "done", "running"]
+    assert states() == ["killed", "done", "killed"]
 
 
 def test_two_seeds_have_a_mean_and_no_interval(tmp_path):

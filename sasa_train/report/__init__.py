@@ -1,7 +1,9 @@
 """sasa-report: tabulate a sweep's jobs with confidence intervals and the paper's results; write plots and a page."""
 
 import argparse
+import re
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,13 +16,15 @@ from sasa_train.terminal import say, say_loading, warn
 if TYPE_CHECKING:
     from sasa_train.report.jobs import Job
     from sasa_train.report.rows import Report
+    from sasa_train.report.verdict import Chance
 
+MAX_NAMED = 8  # runs in a TensorBoard command that names each
 EPILOG = """examples:
   sasa-report outputs/SWEEP                          report.html, table.md, .csv, .json, plots: in outputs/SWEEP/report/
   sasa-report outputs/SWEEP --reference kernel_size=7
   sasa-report outputs/RUN_1 outputs/RUN_2 --out compared
   sasa-report outputs                                every run in the folder, as sasa-train -m leaves them
-  sasa-report --list                                 the runs in outputs/, the best first, and what differs
+  sasa-report --list                                 the runs in outputs/, by top1 of the last epoch, and what differs
   sasa-report outputs/RUN data.root=/elsewhere       one run: its report.html also shows classes and attention
 
 A row groups the jobs that differ only in their seed: mean top1 of the last epoch with the 95 % confidence interval over
@@ -90,18 +94,19 @@ def report(options: argparse.Namespace) -> None:
     folder = output_folder(options)
     say_loading()  # it is needed to count parameters and FLOPs
     from sasa_train.files import write_outputs
-    from sasa_train.report.boards import link_boards
+    from sasa_train.report import verdict
     from sasa_train.report.jobs import find_jobs
     from sasa_train.report.page import PAGE, Section, sweep_page, the_run
     from sasa_train.report.rows import build_report
     from sasa_train.report.tables import as_csv, as_json, markdown
-    from sasa_train.terminal import printable, printable_lines
+    from sasa_train.terminal import printable_lines
 
     found = find_jobs(options.sources)
     table = options.paper_table or (min(found.paper_tables) if len(found.paper_tables) == 1 else None)
     built = build_report(found.jobs, table, options.reference, found.commands)
     job = the_run(built)
     check_overrides(options.overrides, job)
+    built.val_note = verdict.val_note(built.all_jobs)
     text = printable_lines(markdown(built))
     files = {"table.md": text.encode(), "table.csv": as_csv(built).encode(), "table.json": as_json(built).encode()}
     plots = Section("plots", "Plots")
@@ -114,13 +119,53 @@ def report(options: argparse.Namespace) -> None:
     else:
         warn(*plots.missing)
     write_outputs(folder, files)  # write these first; the page takes longer
-    say(text)
-    boards = None if job else link_boards(built, folder)
-    page = run_page_of(built, job, options, folder) if job else sweep_page(built, options.sources, plots, folder)
+    if job is not None:
+        page = report_run(built, job, options, folder)
+    else:
+        say(for_terminal(built, text))
+        page = sweep_page(built, options.sources, plots, folder)
     write_outputs(folder, {PAGE: page.encode()})
     say(f"{folder}: {', '.join([*files, PAGE])}")
-    if boards is not None:
-        say(f"curves  tensorboard --logdir {printable(shlex.quote(str(boards)))}")
+    if job is None and (board := board_command(built)):
+        say(f"curves  {board}")
+
+
+def for_terminal(report: "Report", text: str) -> str:
+    """Return the table for a terminal's width, or its whole text if stdout is a file or a pipe."""
+    from sasa_train.report import tables
+    from sasa_train.terminal import columns, printable_lines
+
+    width = columns(sys.stdout)
+    return text if width is None else printable_lines(tables.for_terminal(report, width))
+
+
+def report_run(report: "Report", job: "Job", options: argparse.Namespace, folder: Path) -> str:
+    """Print what one run reached and return its page."""
+    from sasa_train.report import facts, verdict
+    from sasa_train.terminal import columns, printable_lines
+
+    chance = verdict.chance_of([job])
+    said = verdict.sentences(job, chance)
+    say(printable_lines(facts.for_terminal(job, report.rows[0], said, columns(sys.stdout))))
+    return run_page_of(report, job, options, folder, chance, said)
+
+
+def board_command(report: "Report") -> str:
+    """Return the command that shows a few runs in TensorBoard, named by what differs; "" if there are none."""
+    from sasa_train.report.rows import plain
+    from sasa_train.terminal import printable
+
+    runs = {
+        re.sub(r"[^\w=.+-]+", "_", f"{plain(row.label)}_seed={seed}"): job.run_dir / "tensorboard"
+        for row in report.rows
+        for seed, job in sorted(row.jobs.items())
+        if job.run_dir is not None and (job.run_dir / "tensorboard").is_dir()
+    }
+    # TensorBoard splits its argument at commas and colons, and a line of many names is not readable.
+    if not 1 <= len(runs) <= MAX_NAMED or re.search("[,:]", "".join(map(str, runs.values()))):
+        return ""
+    spec = ",".join(f"{name}:{path}" for name, path in runs.items())
+    return f"tensorboard --logdir_spec {printable(shlex.quote(spec))}"
 
 
 def check_keys(overrides: list[str]) -> None:
@@ -147,7 +192,14 @@ def check_overrides(overrides: list[str], job: "Job | None") -> None:
         load_config_file(job.run_dir / "config.yaml", of_config)
 
 
-def run_page_of(report: "Report", job: "Job", options: argparse.Namespace, folder: Path) -> str:
+def run_page_of(
+    report: "Report",
+    job: "Job",
+    options: argparse.Namespace,
+    folder: Path,
+    chance: "Chance | None",
+    said: list[str],
+) -> str:
     """Build the page of one run, with figures of its model unless --quick is set; report missing figures on stderr."""
     from sasa_train.report.illustrations import curves_section, model_sections
     from sasa_train.report.page import run_page
@@ -160,7 +212,7 @@ def run_page_of(report: "Report", job: "Job", options: argparse.Namespace, folde
     for section in sections:
         for text in section.missing:
             warn(printable_lines(f"{section.title}: {text}"))
-    return run_page(report, job, sections, folder)
+    return run_page(report, job, sections, folder, chance, said)
 
 
 def output_folder(options: argparse.Namespace) -> Path:

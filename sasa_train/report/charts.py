@@ -1,6 +1,5 @@
 """The report's plots, in the same style as the benchmark charts: readable in greyscale and by colour-blind readers."""
 
-import re
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -20,7 +19,7 @@ from sasa_train.figures import (
 )
 from sasa_train.report.intervals import Interval
 from sasa_train.report.page import Picture
-from sasa_train.report.rows import Report, Row, seed_differences
+from sasa_train.report.rows import Report, Row, plain, seed_differences
 
 MAX_ROWS, MAX_PANELS = 24, 12  # if there are more rows, as in a search, only the best are drawn
 MAX_OVERLAID = 3  # rows in one panel of curves; of more, each has its own panel
@@ -33,17 +32,18 @@ CAPTIONS = {  # kind of chart -> description
     "accuracy": (
         "Two charts of top1 over GFLOPs and over million parameters, a numbered point for each row of the table",
         "top1 of the last epoch over GFLOPs per image and over parameters, with 95 % intervals over seeds. Numbers are "
-        "those of the table.",
+        "those of the table. Better models are higher up, cheaper ones further left.",
     ),
     "curves": (
         "Curves of val top1 over epochs, by row",
-        "val top1 over epochs: the mean of the seeds. Up to three rows share a panel, with the seeds as dots; of more, "
-        "each has a panel with a band from the lowest seed to the highest, and the reference row dashed.",
+        "val top1 over epochs: the mean of the seeds. Up to three rows share a panel, with the seeds as dots. With "
+        "more rows, each has a panel, with a band from the lowest seed to the highest and the reference row dashed. "
+        "Compare the last epochs: top1 wobbles while the learning rate is high.",
     ),
     "differences": (
         "A chart of each row's difference in top1 to the reference row, the figures of the table's column difference",
         "Differences in top1 to the reference row, paired by seed, with 95 % intervals, and the paper's beside them "
-        "where it prints one.",
+        "where it prints one. An interval that crosses 0 leaves open which of the two is better.",
     ),
     "window": (
         "A chart of the difference in top1 over kernel_size",
@@ -78,11 +78,6 @@ def best(rows: list[Row], count: int) -> list[Row]:
     """Return the `count` rows with the highest top1, in their original order."""
     chosen = sorted(rows, key=lambda row: -_top1(row).mean)[:count]
     return [row for row in rows if row in chosen]
-
-
-def plain(label: str) -> str:
-    """Return a row's label without the groups of its keys."""
-    return ", ".join(re.sub(r"^[a-z_.]+\.([a-z_0-9]+=)", r"\1", part) for part in label.split(", "))
 
 
 def limits(intervals: list[Interval]) -> tuple[float, float]:
@@ -154,7 +149,8 @@ def _draw_curves(rows: list[Row]) -> Figure:
         legend_below(figure, axes[0], 1)
     else:
         _curves_by_row(axes, shown)
-    axes[0].set_ylim(bottom=_late_floor(shown))
+    floor = _late_floor(shown)
+    axes[0].set_ylim(bottom=floor)
     as_percent(axes[0])
     as_epochs(axes[0].xaxis)
     if is_one:
@@ -166,7 +162,8 @@ def _draw_curves(rows: list[Row]) -> Figure:
     several_seeds = any(len(row.jobs) > 1 for row in shown)
     one = "lines: mean over seeds; dots: the seeds" if several_seeds else "val top1 over epochs, one seed each"
     several = "mean over seeds; band: lowest to highest seed; dashed: the reference"
-    set_title(figure, f"{one if is_one else several}{left_out}")
+    below = f"; the first epochs, below {max(0, floor):.0f} %, are cut off" if _lowest(shown) < floor else ""
+    set_title(figure, f"{one if is_one else several}{left_out}{below}")
     return figure
 
 
@@ -211,6 +208,10 @@ def _late_floor(rows: list[Row]) -> float:
         _, _, low, high = curve(row)
         late += low[len(low) // 4 :] + high[-1:]
     return min(late) - 0.1 * (max(late) - min(late)) - 0.5
+
+
+def _lowest(rows: list[Row]) -> float:
+    return min(value for row in rows for value in curve(row)[2])
 
 
 def curve(row: Row) -> tuple[list[int], list[float], list[float], list[float]]:

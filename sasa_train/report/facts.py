@@ -1,6 +1,7 @@
 """Facts from a run folder, as labelled strings for the page; the files are untrusted and may be damaged."""
 
 import os
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,27 @@ def key_facts(job: Job, row: Row) -> list[tuple[str, str]]:
         "restarts": str(max(len(starts(info)) - 1, 0) or ""),
     }
     return [(name, text) for name, text in found.items() if text]
+
+
+def for_terminal(job: Job, row: Row, said: list[str], width: int | None) -> str:
+    """Return a run's result for a terminal of `width` columns (None: no limit): its first sentences, then its facts."""
+    pairs = [(name, f"{number}, {note}") for name, number, note in headline(job)] + key_facts(job, row)
+    size = max(len(name) for name, _ in pairs) + 2
+    blocks = [
+        [(job.name, "")],
+        [(text, "") for text in said or ["There is no evaluation yet."]],
+        [(f"{name:<{size}}{text}", " " * size) for name, text in pairs],
+        [(f"WARNING: {text} {' '.join(quoted[:1])}".rstrip(), "") for text, quoted in warnings(job)],
+    ]
+    wrapped = ([_wrapped(text, width, indent) for text, indent in block] for block in blocks if block)
+    return "\n\n".join("\n".join(lines) for lines in wrapped) + "\n"
+
+
+def _wrapped(text: str, width: int | None, indent: str) -> str:
+    if width is None:
+        return text
+    # Neither paths nor words are broken, so that they can be copied.
+    return textwrap.fill(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _model(config: TrainConfig) -> str:
@@ -142,7 +164,7 @@ def warnings(job: Job) -> Iterator[tuple[str, list[str]]]:
     assert run_dir is not None and config is not None
     if job.state != "done":
         so_far = f"evaluated up to epoch {job.val[-1]['epoch'] if job.val else 0} of {config.trainer.epochs}"
-        text = f"The run is not finished ({job.state}): {so_far}. To go on with it: sasa-train resume={run_dir}"
+        text = f"The run is not finished ({job.state}): {so_far}. To continue it: sasa-train resume={run_dir}"
         yield text, job.reason.splitlines()[:MAX_LINES]
     for name, text in (
         ("unreadable.txt", "{} images could not be read and were replaced or left out."),

@@ -1,5 +1,6 @@
 """The jobs to report on, found through the ledgers of sweeps or as individual run folders."""
 
+import os
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from sasa_train.config.compose import compose_config
 from sasa_train.config.keys import TrainConfig
 from sasa_train.config.saved import load_config_file
+from sasa_train.files import LOCK, holder
 from sasa_train.paper import VARIED
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.info import read_info
@@ -16,6 +18,7 @@ from sasa_train.runs.ledger import read_ledger
 from sasa_train.runs.metrics import read_metrics
 
 STATES = {"finished": "done"}  # state in run.json -> state in the ledger
+KILLED = "no process runs it; the same command continues it"
 
 
 @dataclass
@@ -126,9 +129,19 @@ def _sweep_job(run_dir: Path, planned: LedgerJob) -> Job:
         _read_run(job, run_dir)
     elif job.state == "done":
         job.state, job.reason = "gone", "done, but its run folder is not there"
+    # A job that has just started does not hold its folder yet, but its sweep holds its own.
+    locks = [lock.name for lock in run_dir.parent.glob(f"{LOCK}*")]
+    if job.state == "running" and _is_free(run_dir) and all(_is_free(run_dir.parent, lock) for lock in locks):
+        job.state, job.reason = "killed", KILLED
     if job.config is None:
         job.config = _compose_or_none(planned.overrides)
     return job
+
+
+def _is_free(folder: Path, lock: str = LOCK) -> bool:
+    """Whether no process holds the folder; False if this cannot be told because the lock file is another user's."""
+    path = folder / lock
+    return not path.exists() or (os.access(path, os.W_OK) and holder(folder, lock) is None)
 
 
 def _compose_or_none(overrides: list[str]) -> TrainConfig | None:
@@ -144,6 +157,8 @@ def _run_job(run_dir: Path) -> Job:
     if job.state != "damaged":
         status = str(job.info.get("status", "began"))
         job.state = STATES.get(status, status)
+    if job.state == "running" and _is_free(run_dir):
+        job.state, job.reason = "killed", KILLED
     return job
 
 

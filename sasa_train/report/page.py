@@ -22,7 +22,7 @@ from sasa_train.machine import now
 from sasa_train.report import facts, verdict
 from sasa_train.report.jobs import Job
 from sasa_train.report.rows import Report, Row
-from sasa_train.report.run_list import columns_of, group_by_data
+from sasa_train.report.run_list import best_of, columns_of, group_by_data
 from sasa_train.report.tables import cells, not_counted, notes, title
 from sasa_train.terminal import printable_lines
 from sasa_train.visualize.names import FIGURES
@@ -102,12 +102,13 @@ def the_run(report: Report) -> Job | None:
     return jobs[0] if len(jobs) == 1 and jobs[0].run_dir is not None and jobs[0].config is not None else None
 
 
-def run_page(report: Report, job: Job, sections: list[Section], folder: Path) -> str:
-    """Render the page of a single run, which will be written to `folder`."""
+def run_page(
+    report: Report, job: Job, sections: list[Section], folder: Path, chance: verdict.Chance | None, said: list[str]
+) -> str:
+    """Render the page of a single run, which will be written to `folder`; `said` are its first sentences."""
     (row,) = report.rows
     config, run_dir = job.config, job.run_dir
     assert config is not None and run_dir is not None
-    chance = verdict.chance_of([job])
     caution = verdict.caution(job.last if job.val else None, chance)
     beside = facts.beside_paper(job, row)
     return _render(
@@ -121,7 +122,7 @@ def run_page(report: Report, job: Job, sections: list[Section], folder: Path) ->
         model=config.model.name,
         data=f"{config.data.name} at {resolved_image_size(config.data)} pixels",
         headline=facts.headline(job),
-        verdict=verdict.of_run(job, chance),
+        verdicts=said,
         warnings=[*([(caution, [])] if caution else []), *facts.warnings(job)],
         facts=facts.key_facts(job, row),
         beside=beside,
@@ -172,10 +173,14 @@ def _listed(report: Report, folder: Path) -> list[dict[str, Any]]:
             "data": data,
             "names": [column[0] for column in columns],
             "jobs": [
-                {"name": job.name, "href": facts.href(job.run_dir, folder) if job.run_dir else "", "cells": cells}
+                {
+                    "name": job.name,
+                    "href": facts.href(job.run_dir, folder) if job.run_dir else "",
+                    "cells": cells,
+                    "is_best": job is best_of(group),
+                }
                 for job, *cells in zip(group, *(column[1:] for column in columns), strict=True)
             ],
-            "has_best": len(group) > 1 and bool(group[0].val),
         }
         for data, group in group_by_data(jobs)
         for columns in [columns_of(group)]

@@ -1,5 +1,6 @@
 """The rows of the report: each groups jobs that differ only in their seed and is compared with a reference row."""
 
+import re
 from dataclasses import dataclass, field
 
 from sasa_train.config.derived import expected_num_classes, resolved_image_size
@@ -57,6 +58,7 @@ class Report:
     not_counted: list[tuple[Job, str]]  # each with the label of its row, or ""
     table: int | None  # number of the paper's table
     commands: list[str]
+    val_note: str = ""  # what the number of val images means for top1
 
     @property
     def all_jobs(self) -> list[Job]:
@@ -89,8 +91,9 @@ def build_report(jobs: list[Job], table: int | None, reference: str | None, comm
         reasons = "".join(f"\n  {job.name}: {job.reason}" for job, _ in not_counted)
         raise ConfigError(f"there are no jobs to report on{reasons}")
     _name(rows)
+    first = rows[0]
     rows.sort(key=_order)
-    _choose_references(rows, reference)
+    _choose_references(rows, reference, first)
     _count_models(rows)
     return Report(rows, [(job, row.label if row else "") for job, row in not_counted], table, commands)
 
@@ -173,11 +176,11 @@ def _sortable(value: str) -> tuple[int, float, str]:
         return (1, 0.0, value)
 
 
-def _choose_references(rows: list[Row], reference: str | None) -> None:
-    """Set each row's reference: the requested row, else the paper's default, else the first row."""
+def _choose_references(rows: list[Row], reference: str | None, first: Row) -> None:
+    """Set each row's reference: the requested row, else the paper's default, else the first in the sweep's command."""
     chosen = find_row(rows, reference) if reference is not None else None
     if chosen is None and not any(row.paper for row in rows):
-        chosen = rows[0]
+        chosen = first
     for row in rows:
         row.reference = chosen or _papers_default(row, rows)
 
@@ -186,6 +189,11 @@ def _papers_default(row: Row, rows: list[Row]) -> Row | None:
     """Return the row that matches the paper's default; if there are several, the one most similar to `row`."""
     candidates = [other for other in rows if row.paper and other.paper is reference_row(row.paper)]
     return max(candidates, key=lambda other: len(other.settings.items() & row.settings.items()), default=None)
+
+
+def plain(label: str) -> str:
+    """Return a row's label without the groups of its keys."""
+    return ", ".join(re.sub(r"^[a-z_.]+\.([a-z_0-9]+=)", r"\1", part) for part in label.split(", "))
 
 
 def find_row(rows: list[Row], text: str) -> Row:

@@ -1,36 +1,48 @@
 """The runs of a folder, one line each, the best of each data set first (`sasa-report --list`)."""
 
+import functools
 import itertools
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
+import yaml
+
+from sasa_train.config.groups import choices, config_dir
 from sasa_train.config.identity import trajectory
+from sasa_train.config.keys import AugmentConfig
 from sasa_train.config.overrides import as_written
 from sasa_train.report.jobs import Job
 from sasa_train.terminal import printable
 
-MIN_NAME = 24  # characters of a run's name that are shown even if the terminal is narrow
+MIN_NAME = 20  # characters of a run's name that are shown even if the terminal is narrow
 
 
 def list_runs(jobs: list[Job], width: int | None = None) -> str:
     """Return a table of the runs for each data set, for a terminal of `width` columns (default: this one's).
 
-    The runs are sorted by the top1 of their best evaluation. Columns show the keys that differ within the table.
+    The runs are sorted by the top1 of their last evaluation. Columns show the keys that differ within the table.
     """
     width = width or shutil.get_terminal_size((80, 24)).columns
     parts = []
     for data, group in group_by_data(jobs):
         parts += ["", data, *_table(group, width)]
-    best = max((job for job in jobs if job.val), key=lambda job: job.best, default=None)
-    if best is not None and best.run_dir is not None:
-        parts += ["", f"best  sasa-evaluate {printable(best.run_dir)}"]
+        if (best := best_of(group)) is not None and best.run_dir is not None:
+            parts.append(f"best  sasa-evaluate {printable(best.run_dir)}/checkpoints/last.pt")
+        if any(job.state == "killed" for job in group):
+            parts.append("killed: no process runs it; the same command, or sasa-train resume=RUN, continues it")
     return "\n".join(parts[1:])
 
 
 def group_by_data(jobs: list[Job]) -> Iterator[tuple[str, list[Job]]]:
-    """Yield each data set and its jobs, the best first and those without an evaluation last."""
+    """Yield each data set and its jobs, by top1 of the last evaluation; those without an evaluation come last."""
     for data, found in itertools.groupby(sorted(jobs, key=_data), key=_data):
-        yield data, sorted(found, key=lambda job: (-job.best if job.val else 1.0, job.name))
+        yield data, sorted(found, key=lambda job: (-job.last if job.val else 1.0, job.name))
+
+
+def best_of(group: list[Job]) -> Job | None:
+    """Return the finished job with the highest top1 of its last epoch from a sorted group of several; None without."""
+    return next((job for job in group if job.val and job.state == "done"), None) if len(group) > 1 else None
 
 
 def _data(job: Job) -> str:
@@ -41,7 +53,7 @@ def _data(job: Job) -> str:
 
 
 def _table(jobs: list[Job], width: int) -> Iterator[str]:
-    """Yield the lines of one table: top1, the epoch reached, the name, what differs, and what is not done."""
+    """Yield the lines of one table: top1, best top1, the epoch, the name, what is not done, and what differs."""
     columns = columns_of(jobs)
     left_out = 0
     while len(columns) > 4 and width - _width(columns) < MIN_NAME:
@@ -59,11 +71,12 @@ def _table(jobs: list[Job], width: int) -> Iterator[str]:
 
 def columns_of(jobs: list[Job]) -> list[list[str]]:
     """Return the columns of a table without the names of the runs, each with its heading first."""
+    keys = [_keys(job) for job in jobs]
     columns = [
+        ["top1", *(f"{job.last:.2f}" if job.val else "-" for job in jobs)],
         ["best", *(f"{job.best:.2f}" if job.val else "-" for job in jobs)],
-        ["last", *(f"{job.last:.2f}" if job.val else "-" for job in jobs)],
         ["epoch", *map(_epoch, jobs)],
-        *([key.rpartition(".")[2], *(_value(job, key) for job in jobs)] for key in _differing(jobs)),
+        *([_heading(key), *values] for key, values in _differing(keys)),
     ]
     if any(job.state != "done" for job in jobs):
         columns.insert(3, ["state", *(job.state for job in jobs)])
@@ -75,20 +88,53 @@ def _width(columns: list[list[str]]) -> int:
     return sum(max(map(len, column)) + 2 for column in columns)
 
 
-def _differing(jobs: list[Job]) -> list[str]:
-    """Return the keys that affect what a run computes and that differ, those that tell the most runs apart first."""
-    configs = [trajectory(job.config) for job in jobs if job.config is not None]
-    values = {key: {as_written(config[key]) for config in configs} for key in (configs[0] if configs else ())}
-    values.pop("model.name", None)  # the run's name contains it
-    differing = [key for key, found in values.items() if len(found) > 1]
-    return sorted(differing, key=lambda key: (-len(values[key]), max(map(len, values[key]))))
+def _differing(jobs: list[dict[str, str]]) -> list[tuple[str, list[str]]]:
+    """Return the keys that differ between the jobs, with each job's value: first those that tell most jobs apart."""
+    names = dict.fromkeys(key for job in jobs for key in job)
+    left = {key: [job.get(key, "-") for job in jobs] for key in names}
+    left = {key: values for key, values in left.items() if len({*values} - {"-"}) > 1}
+    if "own" not in left.get("augment", ["own"]):  # then the presets say all about the keys of augment
+        left = {key: values for key, values in left.items() if not key.startswith("augment.")}
+    chosen: list[tuple[str, list[str]]] = []
+    groups = [""] * len(jobs)  # the values of all chosen keys, by job
+    while left:
+        num_groups = {key: len(set(zip(groups, values, strict=True))) for key, values in left.items()}
+        key = max(left, key=lambda key: (num_groups[key], -max(map(len, (_heading(key), *left[key])))))
+        groups = [f"{group}, {value}" for group, value in zip(groups, left[key], strict=True)]
+        chosen.append((key, left.pop(key)))
+    return chosen
 
 
-def _value(job: Job, key: str) -> str:
-    return "-" if job.config is None else printable(as_written(trajectory(job.config)[key]))
+def _keys(job: Job) -> dict[str, str]:
+    """Return the values of a job's keys, with the preset of its augmentation as `augment`.
+
+    Of a job without a run folder, only those that its command sets: the run may derive others from its images.
+    """
+    if job.config is None:
+        return {}
+    if job.run_dir is None:
+        given, known = job.overrides or {}, {*trajectory(job.config), "augment"}
+        return {key: printable(value) for key, value in given.items() if key in known}
+    keys = {key: printable(as_written(value)) for key, value in trajectory(job.config).items()}
+    keys.pop("model.name", None)  # the run's name contains it
+    used = vars(job.config.augment)
+    return keys | {"augment": next((name for name, keys in _presets().items() if keys == used), "own")}
+
+
+@functools.cache
+def _presets() -> dict[str, dict[str, Any]]:
+    """Return all keys of each augmentation preset."""
+    files = {name: config_dir() / f"augment/{name}.yaml" for name in choices("augment")}
+    return {name: vars(AugmentConfig(**yaml.safe_load(path.read_text()))) for name, path in files.items()}
+
+
+def _heading(key: str) -> str:
+    return key.rpartition(".")[2]
 
 
 def _epoch(job: Job) -> str:
+    if job.run_dir is None:
+        return "-"
     planned = f"/{job.config.trainer.epochs}" if job.config else ""
     return f"{job.val[-1]['epoch'] if job.val else 0}{planned}"
 

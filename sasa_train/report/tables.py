@@ -1,6 +1,7 @@
 """The report as Markdown, CSV and JSON."""
 
 import json
+import textwrap
 from collections import Counter
 from typing import Any
 
@@ -9,8 +10,11 @@ from sasa_train.config.keys import TrainConfig
 from sasa_train.files import csv_text
 from sasa_train.paper import HELD_OUT_TABLES
 from sasa_train.report.intervals import ENOUGH, FEW, Interval
-from sasa_train.report.rows import Report, Row
+from sasa_train.report.rows import Report, Row, plain
 from sasa_train.terminal import duration
+
+SHORT = {"top1, last epoch": "top1", "best epoch": "best"}  # headings of the table on a terminal
+MIN_LABEL = 24  # columns of a terminal for the label of a row
 
 
 def markdown(report: Report) -> str:
@@ -21,6 +25,36 @@ def markdown(report: Report) -> str:
         counts = ", ".join(f"{count} {state}" for state, count in states.items())
         lines += ["", f"Not in the figures: {counts}", "", *_grid(not_counted(report))]
     return "\n".join(lines) + "\n"
+
+
+def for_terminal(report: Report, width: int) -> str:
+    """Return the report for a terminal of `width` columns, with as many of the table's columns as fit."""
+    lines = [cells(report, i, row) | {"row": plain(row.label)} for i, row in enumerate(report.rows, 1)]
+    columns = {SHORT.get(name, name): [line[name].replace(": too few", "") for line in lines] for name in lines[0]}
+    widths = {name: max(map(len, (name, *texts))) for name, texts in columns.items()}
+    left_out = []
+    while len(columns) > 4 and width - sum(widths[name] + 2 for name in columns if name != "row") < min(
+        widths["row"], MIN_LABEL
+    ):
+        left_out.append(list(columns)[-1])
+        del columns[left_out[-1]]
+    room = max(MIN_LABEL, width - sum(widths[name] + 2 for name in columns if name != "row"))
+    text = [title(report), ""]
+    for number, label in enumerate(["row", *columns["row"]]):
+        first, *others = textwrap.wrap(label, room, break_on_hyphens=False)
+        cut = {name: name if not number else texts[number - 1] for name, texts in columns.items()} | {"row": first}
+        size = widths | {"row": min(room, widths["row"])}
+        text.append("  ".join(cut[name].ljust(size[name]) for name in columns).rstrip())
+        text += [" " * (widths["#"] + 2) + other for other in others]
+    said = notes(report)
+    said += [f"a wider terminal and table.md also show: {', '.join(reversed(left_out))}"] if left_out else []
+    listed = [
+        f"{line['state']}: {line['row'] or line['job']}  {line['reason']}".strip() for line in not_counted(report)
+    ]
+    for heading, items in (("", said), ("Not in the figures:", listed)):
+        wrapped = [textwrap.fill(f"- {item}", width, subsequent_indent="  ") for item in items]
+        text += ["", *filter(None, [heading]), *wrapped] if items else []
+    return "\n".join(text) + "\n"
 
 
 def title(report: Report) -> str:
@@ -114,13 +148,13 @@ def notes(report: Report) -> list[str]:
     splits = list(dict.fromkeys(split_of(config) for config in configs))
     found.append(f"val is {'; or '.join(splits)}" + ("" if len(splits) == 1 else ": rows differ in it"))
     found.append(
-        "± is the 95 % confidence interval of the mean over seeds (Student's t). It covers the seeds alone, not which "
-        "images val holds"
+        "± is the 95 % confidence interval of the mean over seeds (Student's t). It covers only the seeds, not the "
+        f"choice of val images{report.val_note}"
     )
     references = list(dict.fromkeys(row.reference.label for row in report.rows if row.reference is not None))
     if references:
         against = references[0] if len(references) == 1 else f"the reference row ({'; '.join(references)})"
-        found.append(f"difference: top1 less that of {against}, paired by seed")
+        found.append(f"difference: top1 minus that of {against}, paired by seed")
     if (num_intervals := sum(row.difference is not None for row in report.rows)) > 2:
         found.append(f"{num_intervals} differences: where none is real, one in twenty intervals still excludes 0")
     counts = sorted({len(row.jobs) for row in report.rows if row.jobs})

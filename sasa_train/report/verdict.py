@@ -11,6 +11,10 @@ from sasa_train.report.intervals import ENOUGH
 from sasa_train.report.jobs import Job, find_jobs
 from sasa_train.report.rows import Report, Row, paired_difference
 from sasa_train.report.run_list import group_by_data
+from sasa_train.runs.metrics import read_metrics
+
+RISEN = 1.1  # times its lowest: a smaller rise of the val loss may be noise
+LATE = 3  # evaluations whose mean val loss is compared with the lowest
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,53 @@ def chance_of(jobs: list[Job]) -> Chance | None:
     return Chance(100 / num_classes, num_classes) if num_classes else None
 
 
+def half_width(top1: float, num_images: int) -> float:
+    """Return half the width of the 95 % interval (Wilson's) that so many images leave for a top1, both in percent."""
+    p, z2 = top1 / 100, 1.96**2
+    return 100 * 1.96 * math.sqrt((p * (1 - p) + z2 / (4 * num_images)) / num_images) / (1 + z2 / num_images)
+
+
+def val_note(jobs: list[Job]) -> str:
+    """Say how exact the highest top1 is on so few val images; "" if the data sets differ or the number is unknown."""
+    chance = chance_of(jobs) if len(list(group_by_data(jobs))) == 1 else None
+    if chance is None or not chance.num_images:
+        return ""
+    points = half_width(max(job.last for job in jobs), chance.num_images)
+    return f"; on {chance.num_images:,} val images, one run's top1 is accurate to about ± {points:.2g} points"
+
+
+def sentences(job: Job, chance: Chance | None) -> list[str]:
+    """Return what to say first of a run: what it reached, how exact that is, and whether it memorises its images."""
+    accuracy = ""
+    if job.val and chance is not None and chance.num_images:
+        points = half_width(job.last, chance.num_images)
+        accuracy = f"{chance.num_images:,} val images: top1 is accurate to about ± {points:.2g} points."
+    return [text for text in (of_run(job, chance), accuracy, memorises(job)) if text]
+
+
+def memorises(job: Job) -> str:
+    """Say from which epoch on the val loss rose clearly while the train loss fell; "" if it did not."""
+    if job.run_dir is None or job.state == "damaged":
+        return ""
+    rows = [row for row in read_metrics(job.run_dir / "metrics.jsonl") if row.get("loss") is not None]
+    val = [row for row in rows if row["split"] == "val"]
+    if not val:
+        return ""
+    lowest = min(val, key=lambda row: row["loss"])
+    late = [row["loss"] for row in val if row["step"] > lowest["step"]][-LATE:]
+    before = [row["loss"] for row in rows if row["split"] == "train" and row["step"] <= lowest["step"]]
+    after = [row["loss"] for row in rows if row["split"] == "train" and row["step"] > lowest["step"]]
+    if len(late) < LATE or not before or not after or after[-1] >= before[-1]:
+        return ""
+    if sum(late) / LATE < RISEN * lowest["loss"]:
+        return ""
+    return (
+        f"The val loss was lowest after epoch {lowest['epoch']} ({lowest['loss']:.3f}) and rose to {late[-1]:.3f}, "
+        f"while the train loss fell from {before[-1]:.3f} to {after[-1]:.3f}: since then the model memorises its train "
+        "images. More augmentation, more images or fewer epochs may help."
+    )
+
+
 def of_run(job: Job, chance: Chance | None) -> str:
     """Say what a run reached against chance and the best run on the same images in its folder; "" without a val row."""
     if not job.val:
@@ -71,14 +122,18 @@ def _in_folder(job: Job) -> str:
     assert job.run_dir is not None
     folder = job.run_dir.resolve().parent
     try:
-        others = [other for other in find_jobs([folder]).jobs if other.val and _same_images(other, job)]
+        jobs = find_jobs([folder]).jobs
     except (ConfigError, OSError):  # a damaged ledger or an unreadable folder: the page is about this run alone
         return ""
-    if len(others) < 2:
+    # The last epoch decides, so a run that has not finished is not judged.
+    others = [other for other in jobs if other.val and other.state == "done" and _same_images(other, job)]
+    best = max(others, key=lambda other: other.last, default=None)
+    if best is None or (len(others) == 1 and job.state == "done"):
         return ""
-    best = max(others, key=lambda other: other.last)
-    where = f"of the {len(others)} runs on these images in {folder.name}"
-    if best.last <= job.last:
+    if len(others) == 1:
+        return f"; the only finished run on these images in {folder.name}, {best.name}, has {best.last:.2f} %"
+    where = f"of the {len(others)} finished runs on these images in {folder.name}"
+    if job.state == "done" and best.last <= job.last:
         return f"; it is the best {where}"
     return f"; the best {where} is {best.name} with {best.last:.2f} %"
 
