@@ -19,8 +19,9 @@ from sasa_train.config.overrides import parse_overrides
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.ledger import Job, Ledger
 from sasa_train.signals import StopRequest
+from sasa_train.sweep.display import best, table_of
 from sasa_train.sweep.planning import build_job, read_plan
-from sasa_train.sweep.scheduler import JobList, Processes, behind_torchrun, finish, job_arguments
+from sasa_train.sweep.scheduler import JobList, Processes, Running, behind_torchrun, finish, job_arguments
 
 SMALL = [argument for argument in TINY if not argument.startswith("output_dir")]
 start_sweep = functools.partial(start, command="sweep")
@@ -443,3 +444,37 @@ def test_every_sweep_that_is_shipped_composes(tmp_path, monkeypatch):
         plan = read_plan([f"sweep={name}"])
         refused = [job.reason for job in plan.jobs if job.reason]
         assert not refused and (plan.jobs or plan.space), (name, refused)
+
+
+def test_the_live_table_judges_finished_jobs_and_knows_the_time_left_of_continued_ones(tmp_path, monkeypatch):
+    """The best top1 of the headline fell, as a running job's does, and a continued sweep had no ETA for minutes."""
+    ledger = Ledger(tmp_path / "ledger.json", {})
+    jobs = [
+        ledger.add(Job(f"job-{i}", [f"seed={i}"], f"augment.policy=trivial, seed={i}", epochs=20)) for i in range(3)
+    ]
+    for job, top1, epoch in zip(jobs, (30.0, 90.0), (20, 10), strict=False):
+        job.last = job.best = {"top1": top1, "epoch": epoch}
+    stop = StopRequest()
+    try:
+        processes = Processes(read_plan(["seed=0,1,2"]).config, tmp_path, ledger, JobList(jobs[2:], tmp_path), stop)
+        # It had done 10 epochs before it was continued, and two more take a second each: 8 s, and 20 s for the third.
+        processes.running = [Running(jobs[1], None, 0, tmp_path / "log", 0, first_epoch=10)]
+        jobs[1].last = {"top1": 80.0, "epoch": 12}
+        processes.running[0].started -= 2
+        assert processes.seconds_left() == pytest.approx(28, abs=0.5)
+        assert best(ledger) is None  # none has finished
+        jobs[0].state, jobs[0].tries = "done", [{"seconds": 30.0}, {"seconds": 10.0}]
+        monkeypatch.setenv("COLUMNS", "60")
+        _, headline, top, line = table_of(processes)
+        assert "best 30.00 of those done" in top and headline.endswith("ETA 28 s")
+        assert all(len(text) < 60 for text in (headline, top, line)) and "policy=trivial, seed=0" in top
+        assert Processes(processes.config, tmp_path, ledger, JobList([], tmp_path), stop).seconds == [40.0]
+    finally:
+        stop.restore()
+
+
+def test_a_stopped_sweep_says_that_the_same_command_continues_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Processes, "run", lambda self, show: None)  # as if it were stopped at once
+    assert command_line.run_command(["experiment=debug", "seed=0,1"]) == 75
+    assert "the same command continues: sasa-sweep experiment=debug seed=0,1\n" in capsys.readouterr().out

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sasa_train.report.rows import Report
     from sasa_train.report.verdict import Chance
 
-MAX_NAMED = 8  # runs in a TensorBoard command that names each
+MAX_NAMED = 6  # runs in a TensorBoard command that names each
 EPILOG = """examples:
   sasa-report outputs/SWEEP                          report.html, table.md, .csv, .json, plots: in outputs/SWEEP/report/
   sasa-report outputs/SWEEP --reference kernel_size=7
@@ -126,7 +126,7 @@ def report(options: argparse.Namespace) -> None:
         page = sweep_page(built, options.sources, plots, folder)
     write_outputs(folder, {PAGE: page.encode()})
     say(f"{folder}: {', '.join([*files, PAGE])}")
-    if job is None and (board := board_command(built)):
+    if job is None and (board := board_command(built, options.sources)):
         say(f"curves  {board}")
 
 
@@ -150,22 +150,23 @@ def report_run(report: "Report", job: "Job", options: argparse.Namespace, folder
     return run_page_of(report, job, options, folder, chance, said)
 
 
-def board_command(report: "Report") -> str:
-    """Return the command that shows a few runs in TensorBoard, named by what differs; "" if there are none."""
+def board_command(report: "Report", sources: list[Path]) -> str:
+    """Return the command that shows the runs in TensorBoard; it names a few by what differs. "" if there are none."""
     from sasa_train.report.rows import plain
     from sasa_train.terminal import printable
 
-    runs = {
-        re.sub(r"[^\w=.+-]+", "_", f"{plain(row.label)}_seed={seed}"): job.run_dir / "tensorboard"
-        for row in report.rows
-        for seed, job in sorted(row.jobs.items())
-        if job.run_dir is not None and (job.run_dir / "tensorboard").is_dir()
-    }
-    # TensorBoard splits its argument at commas and colons, and a line of many names is not readable.
-    if not 1 <= len(runs) <= MAX_NAMED or re.search("[,:]", "".join(map(str, runs.values()))):
-        return ""
-    spec = ",".join(f"{name}:{path}" for name, path in runs.items())
-    return f"tensorboard --logdir_spec {printable(shlex.quote(spec))}"
+    jobs = [(row, seed, job.run_dir) for row in report.rows for seed, job in sorted(row.jobs.items())]
+    boards = [(row, seed, run_dir / "tensorboard") for row, seed, run_dir in jobs if run_dir is not None]
+    boards = [board for board in boards if board[2].is_dir()]
+    has_seeds = len({seed for _, seed, _ in boards}) > 1
+    names = [plain(row.label) + f", seed={seed}" * has_seeds for row, seed, _ in boards]
+    names = [re.sub(r"[^\w=.+-]+", "-", name.replace(", ", "+")) for name in names]
+    # TensorBoard splits its argument at commas and colons. A line that names many runs is not readable.
+    is_plain = not re.search("[,:]", "".join(str(path) for _, _, path in boards))
+    if 1 < len(boards) <= MAX_NAMED and is_plain and len(set(names)) == len(names):
+        spec = ",".join(f"{name}:{path}" for name, (_, _, path) in zip(names, boards, strict=True))
+        return f"tensorboard --logdir_spec {printable(shlex.quote(spec))}"
+    return f"tensorboard --logdir {printable(shlex.quote(str(sources[0])))}" if boards and len(sources) == 1 else ""
 
 
 def check_keys(overrides: list[str]) -> None:

@@ -77,7 +77,7 @@ def for_terminal(job: Job, row: Row, said: list[str], width: int | None) -> str:
         [(job.name, "")],
         [(text, "") for text in said or ["There is no evaluation yet."]],
         [(f"{name:<{size}}{text}", " " * size) for name, text in pairs],
-        [(f"WARNING: {text} {' '.join(quoted[:1])}".rstrip(), "") for text, quoted in warnings(job)],
+        [(f"WARNING: {text}" + (f" ({quoted[0]})" if quoted else ""), "") for text, quoted in warnings(job)],
     ]
     wrapped = ([_wrapped(text, width, indent) for text, indent in block] for block in blocks if block)
     return "\n\n".join("\n".join(lines) for lines in wrapped) + "\n"

@@ -14,7 +14,7 @@ from sasa_train.signals import Interrupted, StopRequest, ignore_until_the_end
 from sasa_train.sweep.display import Display, counts, final_table
 from sasa_train.sweep.planning import SweepConfig, SweepPlan, read_plan
 from sasa_train.sweep.scheduler import JobList, Processes, finish, job_arguments
-from sasa_train.terminal import DONE, FAILED, INTERRUPTED, fail, say
+from sasa_train.terminal import DONE, FAILED, INTERRUPTED, fail, printable, say
 
 USAGE = """usage: sasa-sweep [sweep=NAME] [key=value,value ...] [sweep.KEY=value ...]
 
@@ -98,8 +98,12 @@ def sweep(plan: SweepPlan, arguments: list[str], stop: StopRequest) -> int:
             Processes(plan.config, plan.folder, ledger, source, stop).run(display)
             display.clear()
         say(f"\n{final_table(ledger.asked_for())}\n\n{counts(ledger)}")
-        say(f"ledger      {ledger.path}\nnext        sasa-report {plan.folder}")
-        return exit_code(ledger, stop)
+        say(f"ledger      {ledger.path}")
+        code = exit_code(ledger, stop)
+        if code == INTERRUPTED:
+            say(f"next        the same command continues: {printable(command)}")
+        say(f"{'then' if code == INTERRUPTED else 'next':<12}sasa-report {printable(plan.folder)}")
+        return code
 
 
 def hand_over(plan: SweepPlan, ledger: Ledger, source: JobList) -> None:

@@ -1,6 +1,7 @@
 """The progress display of a sweep: a live table on a terminal, one line per event, and a final table."""
 
 import contextlib
+import re
 import shutil
 import sys
 import time
@@ -48,16 +49,24 @@ def table_of(processes: Processes) -> list[str]:
     size = shutil.get_terminal_size((120, 24))
     left = processes.seconds_left()
     parts = [counts(processes.ledger), f"ETA {duration(left)}" if left is not None else "ETA -"]
-    parts += [f"best {top.last['top1']:.2f} {top.label}"] if (top := best(processes.ledger)) and top.last else []
     lines = ["", "  ".join(parts)]
-    for running in processes.running[: size.lines - 4]:
+    if (top := best(processes.ledger)) and top.last:
+        lines.append(f"  best {top.last['top1']:.2f} of those done  {top.label}")
+    for running in processes.running[: size.lines - 5]:
         job = running.job
         epoch, top1 = (job.last["epoch"], f"{job.last['top1']:6.2f}") if job.last else (0, f"{'-':>6}")
         clock = duration(time.monotonic() - running.started)
         where = f"  GPU {','.join(gpus)}" if (gpus := processes.places[running.place]) else ""
         number = f"  try {len(job.tries)}" if len(job.tries) > 1 else ""
         lines.append(f"  epoch {epoch:>3}/{job.epochs or '?':<3}  top1 {top1}  {clock:>12}{where}{number}  {job.label}")
-    return [printable(line)[: size.columns - 1] for line in lines]
+    return [_cut(printable(line), size.columns - 1) for line in lines]
+
+
+def _cut(line: str, width: int) -> str:
+    """Shorten a line that is too wide in the groups of its keys, then at its end."""
+    if len(line) > width:
+        line = re.sub(r"(?<=[ ,])[a-z_.]+\.(?=[a-z_0-9]+=)", "", line)
+    return line if len(line) <= width else f"{line[: width - 3]}..."
 
 
 def counts(ledger: Ledger) -> str:
@@ -68,9 +77,8 @@ def counts(ledger: Ledger) -> str:
 
 
 def best(ledger: Ledger) -> Job | None:
-    """Return the job with the highest top1 at its last evaluation."""
-    measured = [job for job in ledger.asked_for() if job.last]
-    return max(measured, key=_top1, default=None)
+    """Return the finished job with the highest top1 of the last epoch: a running job's may fall again."""
+    return max((job for job in ledger.asked_for() if job.last and job.state == "done"), key=_top1, default=None)
 
 
 def _top1(job: Job) -> float:

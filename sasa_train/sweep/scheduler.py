@@ -80,6 +80,7 @@ class Running:
     place: int
     log: Path
     log_start: int  # bytes already in the log from earlier attempts
+    first_epoch: int = 0  # epochs that were done before this start
     started: float = field(default_factory=time.monotonic)
     looked: float = 0.0
     is_pruned: bool = False
@@ -102,19 +103,24 @@ class Processes:
         self.config, self.folder, self.ledger, self.source, self.stop = config, folder, ledger, source, stop
         self.places = list(device_groups(config))
         self.running: list[Running] = []
-        self.seconds: list[float] = []  # duration of each job completed by this command
+        # The duration of each completed job, also by earlier commands.
+        self.seconds = [seconds for job in ledger.asked_for() if (seconds := duration_of(job))]
 
     def seconds_left(self) -> float | None:
         """Estimate the remaining seconds, based on finished jobs or running jobs' epochs; None if there are neither."""
         now, estimates = time.monotonic(), list(self.seconds)
         for running in self.running if not estimates else []:
             job = running.job
-            if job.last and len(job.tries) == 1 and job.epochs:
-                estimates.append((now - running.started) * job.epochs / max(1, job.last["epoch"]))
+            if job.last and job.epochs and job.last["epoch"] > running.first_epoch:
+                num_epochs = job.last["epoch"] - running.first_epoch
+                estimates.append((now - running.started) * job.epochs / num_epochs)
         if not estimates:
             return None
         each = sum(estimates) / len(estimates)
-        of_running = [max(0.0, each - (now - running.started)) for running in self.running]
+        of_running = [
+            max(0.0, each * (1 - running.first_epoch / (running.job.epochs or 1)) - (now - running.started))
+            for running in self.running
+        ]
         return (sum(of_running) + each * self.source.num_waiting()) / len(self.places)
 
     def run(self, show: Callable[["Processes", str], None]) -> None:
@@ -161,7 +167,7 @@ class Processes:
                 start_new_session=True,  # so that Ctrl-C reaches only the sweep, which forwards it
                 preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
-        self.running.append(Running(job, process, place, log, log_start))
+        self.running.append(Running(job, process, place, log, log_start, job.last["epoch"] if job.last else 0))
         return f"started     {job.label}"
 
     def _command(self, job: Job) -> list[str]:
@@ -207,12 +213,19 @@ class Processes:
                 job.end("pruned", "given up: others were better by then")
                 job.tries[-1]["reason"] = job.reason
             if job.state in ("done", "pruned"):
-                self.seconds.append(seconds)
+                self.seconds.append(duration_of(job) or seconds)
             self.ledger.save()  # saved before the study is told, because a study never repeats a finished trial
             self.source.ended(job)
             yield describe_end(job, seconds)
             if job.state in ("failed", "refused") or code not in (DONE, INTERRUPTED):
                 yield f"{running.log}:\n" + "\n".join(f"  | {line}" for line in said[-NUM_LOG_LINES:])
+
+
+def duration_of(job: Job) -> float | None:
+    """Return the seconds of all tries of a finished job; None if it is not finished or a duration is unknown."""
+    seconds = [one["seconds"] for one in job.tries]
+    known = [one for one in seconds if one is not None]
+    return sum(known) if job.state in ("done", "pruned") and known and len(known) == len(seconds) else None
 
 
 def job_arguments(job: Job, folder: Path) -> list[str]:
