@@ -51,7 +51,11 @@ def model_sections(run_dir: Path, overrides: Sequence[str], num_images: int) -> 
     except (CheckpointError, ConfigError) as error:
         return [Section("model", "Classes and attention", missing=[f"Not drawn: {error}"])]
     step, name = trained.checkpoint["step"], f"{trained.path.parent.name}/{trained.path.name}"
-    note = f"Classes and attention are those of the {trained.weights} weights of {name}, step {step:,}."
+    note = (
+        f"Classes and attention are those of the {trained.weights} weights of {name}, step {step:,}. For a run "
+        "folder, sasa-visualize, sasa-evaluate, sasa-predict, sasa-export and sasa-demo take best.pt, whose figures "
+        "may differ; give them checkpoints/last.pt to compare."
+    )
     classes, attention = Section("classes", "Classes", note), Section("attention", "Attention")
     augmentation = Section("augmentation", "Augmentation")
     _fill(classes, partial(_add_classes, classes, trained, val, num_images))

@@ -54,12 +54,6 @@ class Picture:
         return width * 96 // DPI, height * 96 // DPI
 
     @property
-    def is_wide(self) -> bool:
-        """Whether the picture takes the width of the page; two others share it."""
-        width, height = self.size
-        return width >= 1.5 * height
-
-    @property
     def webp(self) -> str:
         """Base64-encoded WebP: lossless (a third of a PNG chart's size), or lossy if that would exceed MAX_BYTES."""
         image, file, small = Image.open(io.BytesIO(self.png)).convert("RGB"), io.BytesIO(), io.BytesIO()

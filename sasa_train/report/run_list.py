@@ -1,17 +1,10 @@
 """The runs of a folder, one line each, the best of each data set first (`sasa-report --list`)."""
 
-import functools
 import itertools
 import shutil
 from collections.abc import Iterator
-from typing import Any
 
-import yaml
-
-from sasa_train.config.groups import choices, config_dir
-from sasa_train.config.identity import trajectory
-from sasa_train.config.keys import AugmentConfig
-from sasa_train.config.overrides import as_written
+from sasa_train.config.differences import differing, short, shown_keys
 from sasa_train.report.jobs import Job
 from sasa_train.terminal import printable
 
@@ -76,7 +69,7 @@ def columns_of(jobs: list[Job]) -> list[list[str]]:
         ["top1", *(f"{job.last:.2f}" if job.val else "-" for job in jobs)],
         ["best", *(f"{job.best:.2f}" if job.val else "-" for job in jobs)],
         ["epoch", *map(_epoch, jobs)],
-        *([_heading(key), *values] for key, values in _differing(keys)),
+        *([short(key), *values] for key, values in differing(keys)),
     ]
     if any(job.state != "done" for job in jobs):
         columns.insert(3, ["state", *(job.state for job in jobs)])
@@ -88,48 +81,18 @@ def _width(columns: list[list[str]]) -> int:
     return sum(max(map(len, column)) + 2 for column in columns)
 
 
-def _differing(jobs: list[dict[str, str]]) -> list[tuple[str, list[str]]]:
-    """Return the keys that differ between the jobs, with each job's value: first those that tell most jobs apart."""
-    names = dict.fromkeys(key for job in jobs for key in job)
-    left = {key: [job.get(key, "-") for job in jobs] for key in names}
-    left = {key: values for key, values in left.items() if len({*values} - {"-"}) > 1}
-    if "own" not in left.get("augment", ["own"]):  # then the presets say all about the keys of augment
-        left = {key: values for key, values in left.items() if not key.startswith("augment.")}
-    chosen: list[tuple[str, list[str]]] = []
-    groups = [""] * len(jobs)  # the values of all chosen keys, by job
-    while left:
-        num_groups = {key: len(set(zip(groups, values, strict=True))) for key, values in left.items()}
-        key = max(left, key=lambda key: (num_groups[key], -max(map(len, (_heading(key), *left[key])))))
-        groups = [f"{group}, {value}" for group, value in zip(groups, left[key], strict=True)]
-        chosen.append((key, left.pop(key)))
-    return chosen
-
-
 def _keys(job: Job) -> dict[str, str]:
-    """Return the values of a job's keys, with the preset of its augmentation as `augment`.
+    """Return the values of a job's keys that affect what it computes.
 
     Of a job without a run folder, only those that its command sets: the run may derive others from its images.
     """
     if job.config is None:
         return {}
+    keys = shown_keys(job.config)
     if job.run_dir is None:
-        given, known = job.overrides or {}, {*trajectory(job.config), "augment"}
-        return {key: printable(value) for key, value in given.items() if key in known}
-    keys = {key: printable(as_written(value)) for key, value in trajectory(job.config).items()}
+        return {key: printable(value) for key, value in (job.overrides or {}).items() if key in keys}
     keys.pop("model.name", None)  # the run's name contains it
-    used = vars(job.config.augment)
-    return keys | {"augment": next((name for name, keys in _presets().items() if keys == used), "own")}
-
-
-@functools.cache
-def _presets() -> dict[str, dict[str, Any]]:
-    """Return all keys of each augmentation preset."""
-    files = {name: config_dir() / f"augment/{name}.yaml" for name in choices("augment")}
-    return {name: vars(AugmentConfig(**yaml.safe_load(path.read_text()))) for name, path in files.items()}
-
-
-def _heading(key: str) -> str:
-    return key.rpartition(".")[2]
+    return keys
 
 
 def _epoch(job: Job) -> str:

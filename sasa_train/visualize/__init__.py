@@ -175,6 +175,7 @@ def visualize_several(sources: list[Path], names: list[str], options: argparse.N
         if not rows:
             raise ConfigError(f"{source}: has no metrics.jsonl with rows; give run folders")
         runs[printable(source.name if source.name not in runs else str(source))] = rows
+    runs = dict(zip(names_of(sources) or runs, runs.values(), strict=True))
     reasons = too_short(runs)
     for name in names or OF_SEVERAL:
         if name in reasons and (names or len(reasons) == len(OF_SEVERAL)):
@@ -185,6 +186,17 @@ def visualize_several(sources: list[Path], names: list[str], options: argparse.N
     for name, reason in reasons.items():
         say(f"not drawn: {name}: {reason}")
     return 0
+
+
+def names_of(sources: list[Path]) -> list[str] | None:
+    """Name runs by the keys that tell them apart; None if none do or a config cannot be read."""
+    from sasa_train.config.differences import names_by_difference
+    from sasa_train.config.saved import load_config_file
+
+    try:
+        return names_by_difference([load_config_file(source / "config.yaml") for source in sources])
+    except ConfigError:
+        return None
 
 
 def choice_of(options: argparse.Namespace) -> "Choice":

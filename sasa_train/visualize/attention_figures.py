@@ -49,7 +49,10 @@ def draw_attention_maps(views: list[View]) -> Figure:
     cells[0][0].set_title("image, query", fontsize=8)
     for axis, name in zip(cells[0][1:], layers, strict=True):
         axis.set_title(_layer_title(name, views[0].windows[name]), fontsize=8)
-    set_title(figure, "attention weights, mean over heads; outlined: the window to scale; small ones enlarged")
+    set_title(
+        figure,
+        "attention weights of one pixel (dot), mean over heads; outlined: its window, enlarged in a corner if small",
+    )
     return figure
 
 
@@ -103,7 +106,7 @@ def draw_distances(layers: list[Distances], num_images: int) -> Figure:
         in_pixels.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         in_pixels.yaxis.set_minor_locator(NullLocator())
     in_pixels.set_ylabel("mean attention distance, input pixels", fontsize=9)
-    in_parts.set_ylabel("the same / uniform attention's", fontsize=9)
+    in_parts.set_ylabel("distance as a multiple of uniform attention's", fontsize=9)
     in_parts.set_ylim(0, 1.1 * max([1.0, *(head / layers[at].uniform for at in places for head in layers[at].heads)]))
     legend_below(figure, in_pixels, 3)
     set_title(figure, f"how far attention reaches, {num_images:,} val images", 10)

@@ -61,7 +61,7 @@ def draw_confusion(confusion: Tensor, classes: list[str]) -> Figure:
         axis.set_yticks(range(len(names)), names, fontsize=size)
     axis.set_xlabel("prediction" if len(classes) <= MAX_NAMES else "prediction (number of the class)")
     axis.set_ylabel("label" if len(classes) <= MAX_NAMES else "label (number of the class)")
-    figure.colorbar(shown, ax=axis, shrink=0.7, label="percent of the label's images")
+    figure.colorbar(shown, ax=axis, shrink=0.7, label="percent of the label's images (square-root scale)")
     set_title(figure, f"confusion matrix of {counts.sum():,} val images", 10)
     return figure
 

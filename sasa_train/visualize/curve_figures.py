@@ -16,6 +16,11 @@ Rows = list[dict[str, Any]]  # the rows of metrics.jsonl
 Drawn = tuple[str, Figure, str]  # name, figure and one-sentence caption
 MAX_RUNS = 10  # two line types for each of the five styles
 TRAIN_COLOR = "#555555"
+OF_LR = "The highest rate of any parameter. Loss and top1 wobble while it is high and settle as it falls."
+OF_TRAINING = (
+    "Both losses should fall. If val loss rises while train loss falls, the model memorises its train images. Train "
+    "top1 is measured on augmented images, so it may lie below val."
+)
 LINES = ("-", "--", "-.")
 
 
@@ -30,11 +35,11 @@ def draw_curves(runs: dict[str, Rows], names: Sequence[str] = OF_SEVERAL) -> Ite
             f"{len(runs)} runs: the curves of more than {MAX_RUNS} cannot be told apart; sasa-report compares sweeps"
         )
     for name, draw, caption in (
-        ("training_curves", draw_training_curves, "Loss and top1 on train and val over the epochs."),
-        ("lr_schedule", draw_lr_schedule, "The learning rate over the epochs, as the run logged it."),
+        ("training_curves", draw_training_curves, OF_TRAINING),
+        ("lr_schedule", draw_lr_schedule, OF_LR),
     ):
         if name in names and name not in too_short(runs):
-            yield name, draw(runs), caption if len(runs) == 1 else f"{FIGURES[name]}, {len(runs)} runs"
+            yield name, draw(runs), caption if len(runs) == 1 else f"{FIGURES[name]}, {len(runs)} runs. {caption}"
 
 
 def too_short(runs: dict[str, Rows]) -> dict[str, str]:

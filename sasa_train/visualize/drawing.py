@@ -37,6 +37,7 @@ log = logging.getLogger("sasa_train")
 
 NUM_IMAGES = 512  # val images used for figures that show counts or means
 NUM_MAP_IMAGES, NUM_AUGMENTED, NUM_EPOCHS = 3, 4, 7
+NO_EXPLANATION = "These weights show what a layer takes from where; they do not explain the predicted class."
 MAPS, MEANS = OF_ATTENTION[:2], OF_ATTENTION[2:]
 
 
@@ -182,11 +183,11 @@ def _draw_maps(
     if "attention_maps" in names:
         caption = (
             f"Where {len(views)} query pixels (dots) of {len(images)} images look: the weights of the window around "
-            "each in some layers, mean over heads; the brighter, the more weight."
+            f"each in some layers, mean over heads; the brighter, the more weight. {NO_EXPLANATION}"
         )
         yield "attention_maps", draw_attention_maps(views), caption
     if "attention_heads" in names:
-        caption = "The weights of one query pixel by layer and head; the brighter, the more weight."
+        caption = f"The weights of one query pixel by layer and head; the brighter, the more weight. {NO_EXPLANATION}"
         yield "attention_heads", draw_attention_heads(views[0], choice.heads), caption
 
 
@@ -213,10 +214,16 @@ def look_at_images(trained: TrainedModel, images: Tensor, labels: Tensor, choice
 
 def _draw_means(trained: TrainedModel, names: Sequence[str], found: ValSample, images: str) -> Iterator[Drawn]:
     if "attention_distance" in names:
-        caption = f"Mean distance between query and key, weighted by attention, by layer and head, over {images}."
+        caption = (
+            f"Mean distance between query and key, weighted by attention, by layer and head, over {images}. Right: "
+            "below 1, a head attends to nearer pixels than uniform weights would."
+        )
         yield "attention_distance", draw_distances(found.distances, found.num_images), caption
     if "relative_embeddings" in names:
-        caption = f"The learned relative embeddings by key offset: their norms, and the mean score q·r over {images}."
+        caption = (
+            f"The learned relative embeddings by key offset: their norms, and the mean score q·r over {images}. Purple "
+            "offsets are favoured and orange ones avoided, whatever the image shows."
+        )
         layers = attention_layers(trained.model)
         norms = {name: embedding_norms(layers[name]) for name in found.relative_scores}
         figure = draw_relative_embeddings(norms, found.relative_scores, found.num_images)
@@ -230,13 +237,17 @@ def draw_classes(
     images, num_wrong = which_images(found, num_all), found.num_images - found.num_right
     top1 = f"top1 {100 * found.num_right / found.num_images:.2f} % over {images}"
     if "class_accuracy" in names:
-        yield "class_accuracy", draw_class_accuracy(found.confusion, classes), f"top1 by class; {top1}."
+        caption = f"top1 by class; {top1}. A class with few images moves a lot with each of them."
+        yield "class_accuracy", draw_class_accuracy(found.confusion, classes), caption
     if "confusion_matrix" in names:
-        caption = f"Labels (rows) by predictions (columns); {top1}."
+        caption = (
+            f"Labels (rows) by predictions (columns); {top1}. Right predictions are on the diagonal. The colours "
+            "follow a square root, so that rare mistakes stay visible."
+        )
         yield "confusion_matrix", draw_confusion(found.confusion, classes), caption
     if "mistakes" in names:
         which = f"The {len(found.mistakes)} most confident of {num_wrong:,} mistakes" if num_wrong else "No mistakes"
-        caption = f"{which}, over {images}."
+        caption = f"{which}, over {images}." + (" Check whether the labels are right." if num_wrong else "")
         yield "mistakes", draw_mistakes(found.mistakes, found.num_images, num_wrong), caption
 
 

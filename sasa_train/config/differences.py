@@ -1,0 +1,59 @@
+"""What tells several runs apart: their differing keys, those first that together separate the most runs."""
+
+import functools
+from typing import Any
+
+import yaml
+
+from sasa_train.config.groups import choices, config_dir
+from sasa_train.config.identity import trajectory
+from sasa_train.config.keys import AugmentConfig, TrainConfig
+from sasa_train.config.overrides import as_written
+from sasa_train.terminal import printable
+
+
+def shown_keys(config: TrainConfig) -> dict[str, str]:
+    """Return the keys that affect what a run computes, as written, with the preset of its augmentation as `augment`."""
+    keys = {key: printable(as_written(value)) for key, value in trajectory(config).items()}
+    used = vars(config.augment)
+    return keys | {"augment": next((name for name, keys in _presets().items() if keys == used), "own")}
+
+
+@functools.cache
+def _presets() -> dict[str, dict[str, Any]]:
+    """Return all keys of each augmentation preset."""
+    files = {name: config_dir() / f"augment/{name}.yaml" for name in choices("augment")}
+    return {name: vars(AugmentConfig(**yaml.safe_load(path.read_text()))) for name, path in files.items()}
+
+
+def short(key: str) -> str:
+    """Return a key without its group."""
+    return key.rpartition(".")[2]
+
+
+def differing(runs: list[dict[str, str]]) -> list[tuple[str, list[str]]]:
+    """Return the keys that differ between the runs, with each run's value: first those that tell most runs apart."""
+    names = dict.fromkeys(key for run in runs for key in run)
+    left = {key: [run.get(key, "-") for run in runs] for key in names}
+    left = {key: values for key, values in left.items() if len({*values} - {"-"}) > 1}
+    if "own" not in left.get("augment", ["own"]):  # then the presets say all about the keys of augment
+        left = {key: values for key, values in left.items() if not key.startswith("augment.")}
+    chosen: list[tuple[str, list[str]]] = []
+    groups = [""] * len(runs)  # the values of all chosen keys, by run
+    while left:
+        num_groups = {key: len(set(zip(groups, values, strict=True))) for key, values in left.items()}
+        key = max(left, key=lambda key: (num_groups[key], -max(map(len, (short(key), *left[key])))))
+        groups = [f"{group}, {value}" for group, value in zip(groups, left[key], strict=True)]
+        chosen.append((key, left.pop(key)))
+    return chosen
+
+
+def names_by_difference(configs: list[TrainConfig]) -> list[str] | None:
+    """Name runs by as few keys as tell them apart, such as "augment=none, seed=1"; None if no keys do."""
+    parts: list[list[str]] = [[] for _ in configs]
+    for key, values in differing([shown_keys(config) for config in configs]):
+        for part, value in zip(parts, values, strict=True):
+            part.append(f"{short(key)}={value}")
+        if len({*map(tuple, parts)}) == len(configs):
+            return [", ".join(part) for part in parts]
+    return None
