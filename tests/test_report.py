@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import math
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from marking import slow_but_for
 from measuring_text import wrong_texts
 from PIL import Image
 from tensorboard import context
-from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
+from tensorboard.backend.event_processing import data_ingester, data_provider, plugin_event_multiplexer
 from tensorboard.plugins import base_plugin
 from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
 from writing_runs import BASE, write_run, write_sweep
@@ -32,7 +33,7 @@ from sasa_train.report.intervals import mean_interval
 from sasa_train.report.jobs import find_jobs
 from sasa_train.report.rows import build_report, paired_difference
 from sasa_train.report.run_list import list_runs
-from sasa_train.report.tables import markdown
+from sasa_train.report.tables import for_terminal, markdown
 from sasa_train.runs.metrics import read_metrics
 from sasa_train.sweep.planning import read_plan
 
@@ -447,23 +448,41 @@ def test_tensorboard_shows_the_sweep(tmp_path, monkeypatch):
 
 
 def test_tensorboard_names_the_runs_by_what_differs(tmp_path, capsys, without_matplotlib):
-    """Folders of runs end in a hash; the report links them under their row and seed."""
-    sweep = windows(tmp_path / "s")
-    for i in range(9):
+    """Folders of runs end in a hash. Links under other names made TensorBoard show each run twice."""
+    results = {((f"model.kernel_size={k}",), seed): [50.0 + k + seed] for k in (3, 5) for seed in (0, 1)}
+    sweep = write_sweep(tmp_path / "a sweep", results)
+    for i in range(4):
         (sweep / f"ledger-{i}/tensorboard").mkdir()
-        (sweep / f"ledger-{i}/tensorboard/events.out.tfevents.1.x").touch()
-    for _ in range(2):  # a second report replaces the links
-        assert command.run_command([str(sweep)]) == 0
-        boards = sweep / "report/tensorboard"
-        names = sorted(path.name for path in boards.iterdir())
-        assert names == [f"kernel_size {k}, seed={seed}" for k in (3, 5, 7) for seed in (0, 1, 2)]
-        assert f"tensorboard --logdir {boards}" in capsys.readouterr().out
-        (boards / "an older row").symlink_to("gone")
-    assert (boards / "kernel_size 5, seed=1").resolve() == (sweep / "ledger-4/tensorboard").resolve()
-    moved = sweep.rename(tmp_path / "moved")
-    assert (moved / "report/tensorboard/kernel_size 5, seed=1/events.out.tfevents.1.x").exists()
-    found = plugin_event_multiplexer.EventMultiplexer().AddRunsFromDirectory(str(moved / "report/tensorboard"))
-    assert set(found.Runs()) == set(names)
+    assert command.run_command([str(sweep)]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("curves  "))
+    program, option, spec = shlex.split(line)[1:]
+    assert (program, option) == ("tensorboard", "--logdir_spec")
+    read = data_ingester._parse_event_files_spec(spec)  # as TensorBoard reads it
+    named = {f"kernel_size={k}+seed={seed}": f"ledger-{2 * i + seed}" for i, k in enumerate((3, 5)) for seed in (0, 1)}
+    assert {name: path for path, name in read.items()} == {
+        name: str(sweep / job / "tensorboard") for name, job in named.items()
+    }
+    assert not (sweep / "report/tensorboard").exists()
+    comma = sweep.rename(tmp_path / "a,sweep")
+    assert command.run_command([str(comma)]) == 0
+    assert f"curves  tensorboard --logdir {comma}\n" in capsys.readouterr().out.replace("'", "")
+
+
+def test_the_report_fits_a_terminal(tmp_path):
+    """At 80 columns a line of the table was 130 wide and broken inside words."""
+    keys = ("optimizer.weight_decay=0.00012345", "trainer.label_smoothing=0.1001")
+    results = {((f"model.kernel_size={k}", *keys[: i + 1]), seed): [50.0 + k + seed, 60.0]
+               for i, k in enumerate((7, 3)) for seed in (0, 1, 2)}  # fmt: skip
+    report = report_of(write_sweep(tmp_path / "s", results | {(("model.width=0.5",), 0): ("failed", "out of memory")}))
+    assert report.rows[1].reference.settings["model.kernel_size"] == "7"  # as the command names it, not the smallest
+    for width in (60, 80, 200):
+        lines = for_terminal(report, width).splitlines()
+        assert all(len(line) <= width for line in lines), max(lines, key=len)
+        table = "\n".join(lines)
+        for text in ("weight_decay=0.00012345", "label_smoothing=0.1001", "60.00", "out of memory"):
+            assert text in table
+        assert ("training time" in lines[2]) == (width == 200) and ("difference" in lines[2]) == (width >= 80)
+        assert ("table.md also show" in table) == (width < 200)
 
 
 def test_a_refused_config_is_still_a_row(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from making_data import make_image_folder
 from running_commands import TINY
-from writing_runs import write_run, write_sweep
+from writing_runs import BASE, write_run, write_sweep
 
 from sasa_train import report as command
 from sasa_train import train
@@ -21,7 +21,7 @@ from sasa_train.config.compose import compose_config
 from sasa_train.paper import differing_keys, nearest_row
 from sasa_train.report.illustrations import class_rows
 from sasa_train.report.jobs import find_jobs
-from sasa_train.report.verdict import Chance, chance_of, of_run
+from sasa_train.report.verdict import Chance, chance_of, half_width, memorises, of_run, val_note
 from sasa_train.visualize.val_sample import ValSample
 
 HOSTILE = '<script>alert("1")</script>'
@@ -158,12 +158,13 @@ def test_the_page_of_a_sweep_opens_with_a_verdict_and_the_best_run_first(sweep_p
     )
     start = " ".join(sweep_page.text.split())
     assert verdict in start and "(10.00 %: 10 classes). There are too few seeds to tell whether it is better" in start
-    assert start.index(verdict) < start.index("The best first, by top1 of the best epoch") < start.index("Means over")
+    assert start.index(verdict) < start.index("The best first, by top1 of the last epoch") < start.index("Means over")
     listed = re.findall(r"ledger-\d", start[start.index("The best first") :])
     assert listed[:6] == ["ledger-3", "ledger-2", "ledger-0", "ledger-1", "ledger-4", "ledger-5"]
     marked = re.findall(r'<tr class="best">.*?</tr>', sweep_page.source, re.DOTALL)
     assert ["ledger-3" in row or "kernel_size 5" in row for row in marked] == [True, True]
-    assert sweep_page.source.count('class="mark">best') == 2
+    marks = re.findall(r'class="mark">(.*?)<', sweep_page.source)
+    assert marks == ["best run", "best row"]
 
 
 def test_a_verdict_names_the_best_run_of_the_folder_and_a_clear_lead(tmp_path, monkeypatch):
@@ -179,12 +180,17 @@ def test_a_verdict_names_the_best_run_of_the_folder_and_a_clear_lead(tmp_path, m
     jobs = {job.name: job for job in find_jobs([tmp_path / "out"]).jobs}
     chance = chance_of([jobs["good"]])
     best = "top1 is 70.50 % after epoch 2 of 1, 7.0 times chance (10.00 %: 10 classes)"
-    assert of_run(jobs["better"], chance) == f"{best}; it is the best of the 3 runs on these images in out."
-    assert "; the best of the 3 runs on these images in out is better with 70.50 %." in of_run(jobs["good"], chance)
+    assert of_run(jobs["better"], chance) == f"{best}; it is the best of the 3 finished runs on these images in out."
+    assert "; the best of the 3 finished runs on these images in out is better with 70.50 %." in of_run(
+        jobs["good"], chance
+    )
     assert Chance(10.0, 10, 32).explains(20.3) and not Chance(10.0, 10, 32).explains(20.5)  # 1.96 x 5.3 points
     assert command.run_command([str(tmp_path / "out/bad"), "--quick"]) == 0
     page = " ".join(Page(tmp_path / "out/bad/report/report.html").text.split())
-    assert "top1 is 9.00 % after epoch 2 of 1, not above chance (10.00 %: 10 classes); the best of the 3 runs" in page
+    assert (
+        "top1 is 9.00 % after epoch 2 of 1, not above chance (10.00 %: 10 classes); the best of the 3 finished runs"
+        in page
+    )
     assert "top1 9.00 % is not above chance (10.00 %: 10 classes): the model has not" in page
     results = {((f"model.kernel_size={k}",), seed): [10.0 * k + seed] for k in (5, 7) for seed in (0, 1, 2)}
     results |= {(("model.kernel_size=3",), seed): [8.0 + seed] for seed in (0, 1, 2)}
@@ -192,6 +198,57 @@ def test_a_verdict_names_the_best_run_of_the_folder_and_a_clear_lead(tmp_path, m
     page = " ".join(Page(tmp_path / "s/report/report.html").text.split())
     assert "It is 20.00 points above the next, row 2, and the interval over seeds excludes 0 (± 0.00)." in page
     assert "Row 1 on digits: top1 is not above chance (10.00 %: 10 classes)." in page
+
+
+def test_an_unfinished_run_is_not_the_best_of_its_folder(tmp_path):
+    """While a sweep ran, each of its runs was the best so far in turn."""
+    for name, top1, status in (("slow", 70.0, "interrupted"), ("one", 50.0, "finished")):
+        write_run(tmp_path / "out" / name, BASE, [top1], status=status)
+    jobs = {job.name: job for job in find_jobs([tmp_path / "out"]).jobs}
+    assert of_run(jobs["slow"], None).endswith("; the only finished run on these images in out, one, has 50.00 %.")
+    assert of_run(jobs["one"], None) == "top1 is 50.00 % after epoch 1 of 1."
+    write_run(tmp_path / "out/two", BASE, [60.0])
+    assert of_run(jobs["slow"], None).endswith(
+        "; the best of the 2 finished runs on these images in out is two with 60.00 %."
+    )
+
+
+def test_a_verdict_says_that_a_model_memorises_its_train_images(tmp_path, capsys):
+    """The val loss rose from epoch 3 on, and nothing said what that means. A little wobble is no such rise."""
+    run_dir = tmp_path / "run"
+    write_run(run_dir, BASE, [30.0] * 8)
+    (job,) = find_jobs([run_dir]).jobs
+    log = run_dir / "metrics.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+
+    def said(val: list[float], train: list[float]) -> str:
+        losses = {"val": val, "train": train}
+        changed = [row | {"loss": losses[row["split"]][row["epoch"] - 1]} for row in rows]
+        log.write_text("".join(json.dumps(row) + "\n" for row in changed))
+        return memorises(job)
+
+    falls, rises = [2.5 - 0.25 * epoch for epoch in range(8)], [2.4, 2.2, 2.0, 2.1, 2.3, 2.5, 2.6, 2.7]
+    assert said([2.0] * 8, falls) == said([2.4, 2.2, 2.0, 2.1, 2.0, 2.1, 2.1, 2.2], falls) == said(rises, rises) == ""
+    sentence = (
+        "The val loss was lowest after epoch 3 (2.000) and rose to 2.700, while the train loss fell from 2.000 to 0.750"
+    )
+    assert said(rises, falls).startswith(f"{sentence}: since then the model memorises its train images.")
+    assert command.run_command([str(run_dir), "--quick"]) == 0
+    assert sentence in " ".join(Page(run_dir / "report/report.html").text.split())
+    out = capsys.readouterr().out
+    assert sentence in out and "top1, last epoch" in out and "reference" not in out and "few seeds" not in out
+
+
+def test_the_number_of_val_images_says_how_exact_top1_is(run_page, capsys):
+    """At 72 images, 36 % is anything between 25 and 47 %; at 10,000, 80 % is within 0.8 points."""
+    assert half_width(35.65, 72) == pytest.approx(10.8, abs=0.05) and half_width(80, 10_000) == pytest.approx(
+        0.78, abs=0.01
+    )
+    assert half_width(100, 8) > 10  # eight right answers in a row do not prove that all are right
+    assert re.search(r"8 val images: top1 is accurate to about ± \d\d points\.", run_page.text)
+    run_dir = str(run_page.path.parents[1])
+    jobs = find_jobs([Path(run_dir)]).jobs
+    assert "; on 8 val images, one run's top1 is accurate to about ± " in val_note(jobs)
 
 
 def test_the_papers_row_stands_where_the_data_is_the_papers(tmp_path):
@@ -249,7 +306,7 @@ def test_the_page_of_a_model_that_is_not_finite_says_so_in_place_of_its_attentio
     monkeypatch.chdir(tmp_path / "run")
     assert command.run_command(["."]) == 0
     page = Page(tmp_path / "run/report/report.html")
-    assert "is the model finite?" in page.text and "all 8 val images" in page.text
+    assert "model.layer1.0.conv2.qkv.weight is not finite" in page.text
     assert "<title>run</title>" in page.source  # the name of the folder given as "."
 
 
