@@ -14,6 +14,7 @@ from reading_runs import board
 from tensorboard import context
 from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
 from torch.nn import functional
+from writing_runs import write_run
 
 from sasa_train import train
 from sasa_train import visualize as command
@@ -24,6 +25,7 @@ from sasa_train.data.loader import build_loaders
 from sasa_train.figures import rendered
 from sasa_train.models import AttentionStem, LocalSelfAttention2d, ResNet
 from sasa_train.refusal import ConfigError
+from sasa_train.runs.metrics import read_metrics
 from sasa_train.trained import load_trained
 from sasa_train.visualize import geometry
 from sasa_train.visualize.attention_figures import (
@@ -407,6 +409,31 @@ def test_several_runs_are_overlaid_in_their_curves(tiny_run, run_dir, tmp_path, 
     assert command.run_command([*runs, "mistakes", "--out", str(tmp_path / "both")]) == 2
     assert command.run_command([*runs, "--out", str(tmp_path / "both")]) == 0
     assert sorted(path.stem for path in (tmp_path / "both").iterdir()) == sorted(OF_SEVERAL)
+
+
+def test_compared_runs_are_named_by_what_differs(tmp_path):
+    """Their folders end in hashes, which say nothing in a legend."""
+    runs = {"a": ["augment=none"], "b": ["augment=crop_flip"], "c": ["augment=crop_flip", "model.kernel_size=5"]}
+    for name, overrides in runs.items():
+        write_run(tmp_path / name, ["experiment=debug", *overrides], [30.0, 40.0])
+    assert command.names_of([tmp_path / "a", tmp_path / "b"]) == ["augment=none", "augment=crop_flip"]
+    assert command.names_of([tmp_path / name for name in runs])[2] == "augment=crop_flip, kernel_size=5"
+    write_run(tmp_path / "again", ["experiment=debug", "augment=none"], [30.0, 40.0])
+    assert command.names_of([tmp_path / "a", tmp_path / "again"]) is None
+    assert command.names_of([tmp_path / "a", tmp_path / "not a run"]) is None
+    shown = next(draw_curves({"augment=none": read_metrics(tmp_path / "a/metrics.jsonl"), "augment=crop_flip": []}))
+    assert "augment=none" in [text.get_text() for text in shown[1].legends[0].texts] and "memorises" in shown[2]
+
+
+def test_captions_tell_how_to_read_the_figures(tiny_run, capsys):
+    assert command.run_command([str(tiny_run), "attention_maps", "confusion_matrix", "training_curves"]) == 0
+    said = capsys.readouterr().out
+    for text in (
+        "do not explain the predicted class",
+        "follow a square root",
+        "If val loss rises while train loss falls",
+    ):
+        assert text in said
 
 
 @pytest.mark.parametrize(

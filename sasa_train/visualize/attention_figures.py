@@ -106,7 +106,7 @@ def draw_distances(layers: list[Distances], num_images: int) -> Figure:
         in_pixels.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         in_pixels.yaxis.set_minor_locator(NullLocator())
     in_pixels.set_ylabel("mean attention distance, input pixels", fontsize=9)
-    in_parts.set_ylabel("distance as a multiple of uniform attention's", fontsize=9)
+    in_parts.set_ylabel("relative to uniform attention", fontsize=9)
     in_parts.set_ylim(0, 1.1 * max([1.0, *(head / layers[at].uniform for at in places for head in layers[at].heads)]))
     legend_below(figure, in_pixels, 3)
     set_title(figure, f"how far attention reaches, {num_images:,} val images", 10)
