@@ -18,6 +18,7 @@ from sasa_train.processes.ranks import rank
 # Exit codes: done (now or earlier); failed; config or input refused; stopped, and can be continued.
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75
 MAX_NAMES = 5  # maximum number of names shown from a long list
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # how OpenMP's threads wait
 
 
 def printable(value: object) -> str:
@@ -64,9 +65,18 @@ def say(text: str, file: TextIO | None = None) -> None:
 
 
 def say_loading() -> None:
-    """Say on stderr that PyTorch is about to be imported, which takes seconds, unless it is imported already."""
-    if "torch" not in sys.modules:
-        say("loading PyTorch ...", sys.stderr)
+    """Prepare to import PyTorch, unless it is imported already, and say so on stderr, because it takes seconds.
+
+    Its threads will sleep while they wait for one another, unless one of WAITING says how they wait.
+    """
+    if "torch" in sys.modules:
+        return
+    # By default, they would spin for milliseconds. Where other programs use the processors, they would keep the thread
+    # that they wait for from running. OpenMP reads the variables once, when it is loaded.
+    if not any(name in os.environ for name in WAITING):
+        # GNU's OpenMP prefers its own: a few microseconds of spinning, which proved faster than none.
+        os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "100"}
+    say("loading PyTorch ...", sys.stderr)
 
 
 def warn(text: str) -> None:

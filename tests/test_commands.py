@@ -94,7 +94,7 @@ def test_a_run_leaves_what_the_readme_promises(command, in_process, tmp_path):
     for weights, key in (("ema", "top1"), ("raw", "top1_raw")):
         printed = in_process("evaluate", "out/first", f"weights={weights}").stdout
         best = next(row for row in val if row["step"] == saved["best"]["step"])
-        assert f"top1   {best[key]:.2f}\n" in printed
+        assert f"top1   {best[key]:.2f}\n" in printed and f"({weights})" in printed.lower().splitlines()[0]
     assert f"loss   {best['loss']:.4f}\n" in in_process("evaluate", "out/first/checkpoints/best.pt").stdout
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -19,12 +20,34 @@ from sasa_train.models import LocalSelfAttention2d
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.checkpoint import Checkpoints, load_checkpoint
 from sasa_train.runs.folder import RunFolder
+from sasa_train.training import announce
 from sasa_train.training.log import RunLogger
 from sasa_train.training.memory import largest_micro_batch, settle_auto
 from sasa_train.training.snapshots import captions_of, confusion_picture, contact_sheet, embedding_pictures
 
 CPU = torch.device("cpu")
 RUN = (*TINY, "run_name=run", "data.max_train_images=70")
+
+
+def test_a_narrow_terminal_keeps_the_command_that_continues_on_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(announce, "columns", lambda file: 80)
+    assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.max_hours=1e-9") == 75
+    assert "to continue: the same command again, or\nsasa-train resume=out/run\n" in capsys.readouterr().out
+
+
+def test_busy_processors_are_named_with_the_remedy(tmp_path, monkeypatch, capsys, one_thread):
+    """Threads that wait for one another once cost a newcomer 95 % of the speed, and nothing said why."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    stop = [*RUN, "trainer.max_hours=1e-9"]
+    for load, num_threads, is_said in ((5.1, 2, True), (2.9, 2, False), (5.1, 1, False)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        torch.set_num_threads(num_threads)
+        assert run_in_process(tmp_path, monkeypatch, *stop, f"run_name=of-{load}-{num_threads}") == 75
+        said = " ".join(capsys.readouterr().out.split())
+        line = (
+            "threads 2, but other programs use these processors (load 5.1 on 2): OMP_NUM_THREADS=1 before the command"
+        )
+        assert (line in said) == is_said and ("other programs" in said) == is_said
 
 
 def test_an_hour_limit_saves_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):

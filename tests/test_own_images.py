@@ -97,6 +97,17 @@ def test_what_is_set_later_is_no_choice_any_more(photos, tmp_path, in_process):
     assert rows(run)[-1]["step"] == 2
 
 
+def test_a_size_far_above_the_images_own_is_warned_of(photos, tmp_path, in_process):
+    """A size of 1000 for photographs of 64 pixels once took all memory without a word."""
+    line = ["data.root=my photos", "trainer.max_steps=1", *SHORT[1:]]
+    said = in_process("train", *line, "data.image_size=32").stderr
+    assert (
+        "WARNING: the images are 10 pixels (median of their shorter sides); data.image_size=32 enlarges them 3.2"
+        in said
+    )
+    assert "enlarges" not in in_process("train", *line, "data.image_size=16").stderr
+
+
 @pytest.mark.parametrize("num_images", [30, 100, 300, 5000, 100_000])
 def test_an_epoch_has_20_steps_where_the_images_suffice(num_images):
     config = with_choices(Facts(num_images, 12, side=64))

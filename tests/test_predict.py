@@ -193,6 +193,29 @@ def test_the_formats_solved_by_hand():
     )
 
 
+def test_a_terminal_shows_the_classes_that_fit_and_files_all(run, root, tmp_path, capsys, monkeypatch, tiny_run):
+    path, out = str(root / "val/red/0.png"), tmp_path / "out.txt"
+
+    def head(*options: str) -> str:
+        assert predict.run_command([str(tiny_run), path, *options]) == 0
+        text = out.read_text() if "--output" in options else capsys.readouterr().out
+        return text.splitlines()[0].split()[-2]
+
+    assert head() == head("--format", "table") == "top5"  # in a pipe
+    monkeypatch.setattr(predict, "columns", lambda file: len(path) + 40)
+    assert head() == "top3"
+    assert head("--top-k", "4") == "top4" and head("--output", str(out)) == "top5"
+    monkeypatch.setattr(predict, "columns", lambda file: 10)
+    assert head() == "top1"
+
+
+def test_later_rows_of_a_narrow_table_keep_to_the_columns_that_are_left():
+    best = [("cat", 0.5), ("dog", 0.25), ("eel", 0.25)]
+    batches = [[Row("a" * 9, best)], [Row("b" * 19, best)], [Row("c", best)]]
+    lines = "".join(as_table(iter(batches), 3, width=40)).splitlines()
+    assert [line.split()[-2] for line in lines] == ["top2", "dog", "cat", "cat"] and max(map(len, lines)) <= 40
+
+
 # Finding files
 
 

@@ -55,7 +55,7 @@ def as_written(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ",".join(as_written(part) for part in value) + "]"
     if isinstance(value, str):
-        is_word = re.fullmatch(r"[A-Za-z_/][A-Za-z0-9_/.-]*", value) and value.lower() not in WORDS
+        is_word = re.fullmatch(r"(\.{1,2}/)*[A-Za-z_/][A-Za-z0-9_/.-]*", value) and value.lower() not in WORDS
         return value if is_word else QuotedString(value, Quote.single).with_quotes()
     return repr(value) if isinstance(value, float) else json.dumps(value)
 

@@ -131,8 +131,9 @@ def load_real_sets(source: str, val: "Val") -> list[frozenset[int]]:
 
 def print_evaluation(val: "Val", result: "Evaluation") -> None:
     trained = val.trained
-    kind = "EMA" if trained.weights == "ema" else "raw"
-    print(f"{printable(trained.path)}: step {trained.checkpoint['step']:,}, {kind} weights\n")
+    kind = "averaged over the steps (EMA)" if trained.weights == "ema" else "as trained, not averaged (raw)"
+    weights = f", weights {kind}" if trained.checkpoint["ema"] is not None else ""  # otherwise there is no choice
+    print(f"{printable(trained.path)}: step {trained.checkpoint['step']:,}{weights}\n")
     for line in trained.changes(val.fingerprint):
         print(f"not the images that the run was evaluated on: {line}")
     print("\n".join(sections.lines_of_classes(val.images.classes, result.class_hits, result.class_images)))

@@ -16,10 +16,10 @@ from tqdm import tqdm
 from sasa_train.commands import described, end_command, positive, run
 from sasa_train.files import write_atomic
 from sasa_train.predict.find_images import LISTED, NUL, SEPARATOR, Found, find_images
-from sasa_train.predict.table import FORMATS, Row
+from sasa_train.predict.table import FORMATS, Row, as_table
 from sasa_train.refusal import ConfigError, ExpectedFailure
 from sasa_train.runs.source import check_source
-from sasa_train.terminal import DONE, FAILED, printable, say_loading, warn
+from sasa_train.terminal import DONE, FAILED, columns, printable, say_loading, warn
 
 if TYPE_CHECKING:
     from sasa_train.predict.inference import Predictor
@@ -42,6 +42,8 @@ words key=value are keys over the checkpoint's config: trainer.device, trainer.p
 that read images).
 
 Exit codes: 0 every image was predicted; 1 one could not be, or failed; 2 refused, or no image was found at all."""
+
+TOP_K = 5
 
 
 def main() -> None:
@@ -71,7 +73,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = described(argparse.ArgumentParser, prog="sasa-predict", usage=USAGE, description=__doc__, epilog=EPILOG)
     parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=Path, help="a run folder or a checkpoint file")
     parser.add_argument("words", metavar="PATH", nargs="+", help="images, as described below")
-    parser.add_argument("--top-k", metavar="K", type=positive, default=5, help="classes per image, the best first (5)")
+    parser.add_argument(
+        "--top-k",
+        metavar="K",
+        type=positive,
+        help=f"classes per image ({TOP_K}; on a terminal, those of them that fit)",
+    )
     parser.add_argument("--format", choices=list(FORMATS), default="table", help="(table)")
     parser.add_argument("--output", metavar="FILE", type=Path, help="written whole, at the end; left out: stdout")
     parser.add_argument("--batch-size", metavar="N", type=positive, default=64, help="images at a time (64)")
@@ -100,7 +107,7 @@ def predict_command(options: argparse.Namespace) -> int:
     from sasa_train.predict.inference import Predictor
     from sasa_train.trained import load_trained
 
-    predictor, tally = Predictor(load_trained(options.checkpoint, overrides), options.top_k), Tally()
+    predictor, tally = Predictor(load_trained(options.checkpoint, overrides), options.top_k or TOP_K), Tally()
     if out is None:
         write_rows(show, predictor, words, options, tally)
     else:
@@ -137,9 +144,11 @@ def write_rows(
     from sasa_train.data.listing import LeftOut
 
     find, left_out = partial(find_images, words, NUL if options.null else SEPARATOR), LeftOut()
+    width = columns(sys.stdout) if options.output is None and options.top_k is None else None
+    to_text = partial(as_table, width=width) if options.format == "table" else FORMATS[options.format]
     with progress_bar(find, words) as bar:
         rows = predictor.rows(counted(find(left_out=left_out), tally), options.batch_size)
-        for text in FORMATS[options.format](reported(rows, tally, bar), predictor.top_k):
+        for text in to_text(reported(rows, tally, bar), predictor.top_k):
             write(text.encode("utf-8", "surrogateescape"))
     if told := left_out.describe():
         print(f"left out, {told}", file=sys.stderr)

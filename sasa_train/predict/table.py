@@ -26,16 +26,22 @@ class Row:
 Batches = Iterator[list[Row]]
 
 
-def as_table(batches: Batches, top_k: int) -> Iterator[str]:
-    """Yield a table whose columns widen as needed, with probabilities in percent and no line for unreadable images."""
+def as_table(batches: Batches, top_k: int, width: int | None = None) -> Iterator[str]:
+    """Yield a table whose columns widen as needed, with probabilities in percent and no line for unreadable images.
+
+    width: of the terminal; classes that do not fit into it are left out, except the best one.
+    """
     head = ["file", *(text for rank in range(1, top_k + 1) for text in (f"top{rank}", "%"))]
     widths = [len(text) for text in head]
     lines = [head]
     for rows in batches:
         for row in rows:
             cells = [text for name, share in row.best for text in (printable(name), f"{100 * share:.2f}")]
-            lines += [] if row.error else [[printable(row.path), *cells]]
+            lines += [] if row.error else [[printable(row.path), *cells][: len(widths)]]
         widths = [max(width, *map(len, column)) for width, column in zip(widths, zip(*lines, strict=True), strict=True)]
+        while width is not None and len(widths) > 3 and sum(widths) + 2 * (len(widths) - 1) > width:
+            del widths[-2:]
+        lines = [line[: len(widths)] for line in lines]
         yield "".join(_aligned(line, widths) for line in lines)
         lines = []
 

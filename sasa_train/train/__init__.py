@@ -30,7 +30,7 @@ USAGE = """[group=choice ...] [key=value ...] [-m | --multirun] [--cfg] [-h] [--
 
 Train an image classifier into a folder of its own in outputs/. The same command again goes on with an unfinished run.
 
-  sasa-train experiment=quickstart                                    a first run, two minutes on a CPU
+  sasa-train experiment=quickstart                                    a first run, about a minute on a CPU
   sasa-train model=hybrid_resnet26 data=cifar10 trainer.epochs=100
   sasa-train data.root=/path/to/images                                your own, one folder per class
   sasa-train resume=outputs/RUN_NAME                                  go on with this run

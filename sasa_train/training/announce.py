@@ -1,10 +1,13 @@
 """Format the summaries that a run prints before its first step and after its last."""
 
+import os
 import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from sasa_train.config.compose import as_overrides
 from sasa_train.config.keys import TrainConfig
@@ -14,6 +17,8 @@ from sasa_train.machine import peak_memory
 from sasa_train.terminal import columns, duration
 from sasa_train.training.optim import peak_lr
 from sasa_train.training.state import TrainState
+
+CROWDED = 1.5  # load (programs that want to compute, in the last minute) per processor
 
 
 def describe_keys(config: TrainConfig, run_dir: Path) -> str:
@@ -33,6 +38,7 @@ def describe_plan(plan: RunPlan, loaders: Loaders, state: TrainState) -> str:
         batch += f" = {plan.grad_accum_steps} x {plan.micro_batch_size}"
     lines = {
         "device": f"{state.device}, {config.trainer.precision}",
+        **({"threads": threads} if (threads := describe_crowding(state.device)) else {}),
         "model": f"{config.model.name}, {num_parameters:,} parameters",
         "data": f"{config.data.name}, {train.num_images:,} train and {val.num_images:,} val images of "
         f"{plan.image_size} pixels, {len(loaders.classes)} classes, {loaders.kind}",
@@ -46,6 +52,21 @@ def describe_plan(plan: RunPlan, loaders: Loaders, state: TrainState) -> str:
     return table(lines) + "\n"
 
 
+def describe_crowding(device: torch.device) -> str:
+    """Say that other programs use the processors that several threads compute on, or return ""."""
+    # These threads wait for one another in every layer, and one that gets no processor stops them all.
+    num_threads, num_processors = torch.get_num_threads(), os.cpu_count() or 1
+    if device.type != "cpu" or num_threads == 1 or not hasattr(os, "getloadavg"):
+        return ""
+    load = os.getloadavg()[0]
+    if load <= CROWDED * num_processors:
+        return ""
+    return (
+        f"{num_threads}, but other programs use these processors (load {load:.1f} on {num_processors}): "
+        "OMP_NUM_THREADS=1 before the command may make it faster"
+    )
+
+
 def describe_end(
     config: TrainConfig, run_dir: Path, state: TrainState, last_val: dict[str, Any], num_unreadable: int
 ) -> str:
@@ -56,13 +77,21 @@ def describe_end(
         "top1": f"{last} at the end; {describe_best(state.best)}",
         "time": f"{duration(state.seconds)} of training, {images / max(state.seconds, 1e-9):,.0f} images/s",
         "memory": f"{peak_memory(state.device) / 2**20:,.0f} MiB at the peak",
-        "checkpoints": f"{run_dir}/checkpoints/{{best,last}}.pt",
+        "checkpoints": f"best.pt, last.pt in {run_dir}/checkpoints",
         "log": f"{run_dir}/metrics.jsonl",
         **({"unreadable": f"{num_unreadable} images, named in {run_dir}/unreadable.txt"} if num_unreadable else {}),
         "next": f"sasa-evaluate {run_dir}",
         "": f"tensorboard --logdir {run_dir.parent}",
     }
     return "\n" + table(lines)
+
+
+def describe_stop(config: TrainConfig, run_dir: Path, state: TrainState, reason: str) -> str:
+    """Format how a stopped run goes on; on a narrow terminal, the command to paste has a line of its own."""
+    text = f"{reason}: saved at step {state.step}; to continue:"
+    text += "" if config.resume == "never" else " the same command again, or"
+    command, width = f"sasa-train resume={run_dir}", columns(sys.stdout)
+    return f"{text} {command}" if width is None or len(f"{text} {command}") <= width else f"{text}\n{command}"
 
 
 def describe_finished(run_dir: Path, checkpoint: dict[str, Any]) -> str:

@@ -34,12 +34,13 @@ from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.folder import begun_config
 from sasa_train.runs.weights import Weights, read_weights
-from sasa_train.terminal import printable, say, some
+from sasa_train.terminal import printable, say, some, warn
 
 MIN_STEPS = 20  # per epoch
 MAX_BATCH = 256
 NUM_SIZES = 64  # images whose sizes are looked at
 MAX_SIZE_CPU, MAX_SIZE_CUDA = 64, 224  # pixels
+MAX_ENLARGED = 2  # times; above this, a warning follows
 STEPS, STEPS_FINE = 1200, 400  # of the whole run, for few images
 Choice = tuple[Any, str]  # a value and its reason
 
@@ -80,7 +81,19 @@ def choose(config: TrainConfig) -> tuple[TrainConfig, Facts]:
             config = with_values(config, {key: value})
             if value is not None:
                 _tell(key, value, reason)
+    _warn_if_enlarged(config, facts)
     return config, facts
+
+
+def _warn_if_enlarged(config: TrainConfig, facts: Facts) -> None:
+    """Warn of an image size that was set and is far above the images' own; weights may need one."""
+    size = config.data.image_size
+    if size and "data.image_size" not in config.derive and facts.source is None and size > MAX_ENLARGED * facts.side:
+        warn(
+            f"the images are {facts.side} pixels (median of their shorter sides); data.image_size={size} enlarges them "
+            f"{size / facts.side:.3g} times, which takes more time and memory and shows no more of them; without this "
+            "key, a size is chosen"
+        )
 
 
 def _tell(key: str, value: Any, reason: str) -> None:

@@ -38,7 +38,7 @@ from sasa_train.runs.provenance import conditions, describe_changes, provenance
 from sasa_train.runs.weights import Weights, load_into, read_weights
 from sasa_train.signals import Interrupted, StopRequest
 from sasa_train.terminal import printable, say, warn
-from sasa_train.training.announce import describe_end, describe_finished, describe_keys, describe_plan
+from sasa_train.training.announce import describe_end, describe_finished, describe_keys, describe_plan, describe_stop
 from sasa_train.training.loop import Loop
 from sasa_train.training.memory import OutOfMemoryError, check_memory, memory_advice, settle_auto
 from sasa_train.training.optim import (
@@ -139,8 +139,7 @@ def run_to_the_end(loop: Loop) -> bool:
         say(describe_end(plan.config, run.path, state, loop.last_val, num_unreadable))
     else:
         run.write_info(status="interrupted")
-        how = "sasa-train" if plan.config.resume == "never" else "the same command again, or sasa-train"
-        say(f"{loop.stop.reason}: saved at step {state.step}; to continue: {how} resume={run.path}")
+        say(describe_stop(plan.config, run.path, state, loop.stop.reason))
     # torchrun terminates all processes as soon as one exits with 75.
     collectives.wait_for_all()
     return finished
