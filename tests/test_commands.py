@@ -208,6 +208,32 @@ def test_resume_never_folder_and_checkpoint(tmp_path, monkeypatch, capsys, in_pr
     assert [start["step"] for start in starts] == [0, 12]
 
 
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["augment=trivial"], "set keys of it, not a group: augment.policy=trivial_augment\n"),
+        (
+            ["augment=trivial", "optimizer.lr=0.2", "allow_config_change=[optimizer.lr]"],
+            "sasa-train {0} optimizer.lr=0.2 augment.policy=trivial_augment "
+            "'allow_config_change=[optimizer.lr,augment.policy]'",
+        ),
+        (["optimizer=sgd"], "which has this choice already; leave it out"),
+        (["experiment=quickstart"], "experiment=quickstart: {0} continues with the run's own config, which this would"),
+        ([*TINY, "seed=5"], "  seed: 0 -> 5\ngive the old values"),
+    ],
+)
+def test_a_group_cannot_replace_a_runs_config_by_the_defaults(words, message, tiny_run, in_process):
+    """With augment=trivial alone, 16 keys that nobody had named were to be changed, among them the data set."""
+    resume = f"resume={tiny_run}"
+    told = in_process("train", resume, "trainer.ema_decay=0.5", *words, expect=2).stderr
+    assert message.format(resume) in told.replace("trainer.ema_decay=0.5 ", "")
+    assert "data.name" not in told
+
+
+def test_the_command_that_began_a_run_may_add_resume(tiny_run, in_process):
+    assert "is finished" in in_process("train", *TINY, "trainer.ema_decay=0.5", f"resume={tiny_run}").stdout
+
+
 def test_an_allowed_change_that_cannot_be_is_refused_and_leaves_the_run_as_it_was(tmp_path, monkeypatch, in_process):
     assert run_in_process(tmp_path, monkeypatch, *TINY, "run_name=a") == 0
     before = (tmp_path / "out/a/config.yaml").read_text()

@@ -41,7 +41,7 @@ def test_a_misspelt_key_in_a_file_is_refused(own_configs):
     "overrides,message",
     [
         (["model=resnet50"], "model=resnet50 is none of .*: did you mean"),
-        (["trainer.epochs=many"], "trainer.epochs: Value 'many'"),
+        (["trainer.epochs=many"], "trainer.epochs=many must be a whole number"),
         (["trainer.global_batch_size=10", "trainer.grad_accum_steps=4"], "the nearest that fit are 8 and 12"),
         (["trainer.precision=fp8"], "trainer.precision=fp8 must be one of auto, fp32, bf16, fp16"),
         (["model.kernel_size=4"], "model.kernel_size=4 must be odd"),
@@ -175,9 +175,23 @@ def test_of_the_two_batch_keys_the_new_one_decides():
         (["lr=0.1"], "did you mean optimizer.lr?"),
         (["model=resnet18"], "model=timm model.name=resnet18"),
         (["data=/photos"], "your own images: data.root=/photos"),
+        (["./my photos"], "to train on the images in a folder, write 'data.root=./my photos'"),
+        (["./photos (1)"], """write 'data.root='"'"'./photos (1)'"'"''"""),
+        (["./my_run"], "to continue this run, write resume=./my_run"),
+        (["data.root", "=", "photos"], "data.root =: write key=value, with no spaces around ="),
+        (["data.root=", "photos"], "data.root= photos: write key=value, with no spaces around ="),
+        (["data.root", "=photos"], "data.root =photos: write key=value, with no spaces around ="),
+        (["data.holdout=0.3"], "did you mean data.holdout_fraction?"),
+        (["trainer.epochs=three"], "trainer.epochs=three must be a whole number"),
+        (["data.std=[1,a,1]"], "data.std[1]=a must be a number"),
+        (["trainer.compile=perhaps"], "trainer.compile=perhaps must be true or false"),
+        (["seed=0,1"], "seed=0,1: several values are a sweep: use sasa-sweep"),
     ],
 )
-def test_what_newcomers_type_is_answered_with_what_to_type(arguments, line, in_process):
+def test_what_newcomers_type_is_answered_with_what_to_type(arguments, line, in_process, tmp_path):
+    for name in ("my photos", "photos (1)", "my_run"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "my_run/config.yaml").touch()
     assert line in in_process("train", *arguments, expect=2).stderr
 
 

@@ -85,6 +85,31 @@ def test_one_line_trains_and_a_stopped_run_keeps_what_it_chose(photos, tmp_path,
     assert "is finished" in in_process("train", f"resume={run}", "allow_config_change=[data.root]").stdout
 
 
+@pytest.mark.parametrize(
+    "root,words,message",
+    [
+        ("my photos", ["model.kernel_size=4"], "model.kernel_size=4 must be odd"),
+        ("my photos", ["data.std=[58,57,57]"], "must be of values in [0, 1]"),
+        (
+            "my photos",
+            ["trainer.global_batch_size=99"],
+            "trainer.global_batch_size=99 exceeds the 27 training images that data.holdout_fraction leaves",
+        ),
+        ("my photos/red", [], "take the folder above it, which has 3: 'data.root=my photos'\n"),
+        ("my photos/red/red", [], "expected one folder of images per class\n"),
+    ],
+)
+def test_what_the_user_set_is_checked_before_anything_is_chosen(root, words, message, photos, tmp_path, in_process):
+    """A window of 4 was once refused after ten seconds, below 16 lines of choices."""
+    if root.endswith("red/red"):
+        (photos / "red/red").mkdir()
+        shutil.copy(photos / "red/0.png", photos / "red/red")
+    told = in_process("train", f"data.root={root}", *words, expect=2)
+    assert message in told.stderr
+    assert told.stdout.count("chosen ") == ("global_batch_size" in message)  # the hold-out, which the message names
+    assert not (tmp_path / "outputs").exists()
+
+
 def test_what_is_set_later_is_no_choice_any_more(photos, tmp_path, in_process):
     in_process("train", "data.root=my photos", "trainer.max_steps=1", *SHORT[1:])
     run = only_run(tmp_path)

@@ -105,7 +105,10 @@ def test_no_refusal_of_an_argument_imports_torch(tmp_path, monkeypatch):
     }
     for name in ("evaluate", "export", "visualize", "predict"):
         words = f"{name} outputs/run/last.pt{' a.png' if name == 'predict' else ''} "
-        refused |= {words + "trainer.devise=cpu": "did you mean trainer.device?", words + "seed=a": "Integer"}
+        refused |= {
+            words + "trainer.devise=cpu": "did you mean trainer.device?",
+            words + "seed=a": "seed=a must be a whole number",
+        }
         refused |= {words + "trainer.epochs=0": "must be positive", words.replace("last", "gone"): "No such file"}
     code = """
 import contextlib, importlib, io, json, sys

@@ -308,6 +308,7 @@ def test_no_more_is_read_than_the_next_batch(run, tree):
         (["val", "--output", "/dev/null"], "--output /dev/null: is not a file"),
         (["val", "--output", "nowhere/x.csv"], "--output nowhere/x.csv: cannot be written (No such file"),
         (["nowhere", "none*.png", "--output", "x.csv"], "no image was found"),
+        (["nowhere"], "no image was found"),
         (["val", "--top-k", "0"], "0 must be a whole number, at least 1"),
     ],
 )
@@ -315,11 +316,42 @@ def test_what_is_refused(words, message, run, root, capsys, monkeypatch):
     monkeypatch.chdir(root)
     before = sorted(root.iterdir())
     assert predict.run_command([run, *words]) == 2
-    assert message in capsys.readouterr().err and sorted(root.iterdir()) == before
+    told = capsys.readouterr()
+    assert message in told.err and sorted(root.iterdir()) == before
+    assert told.out == ""  # not even the head of the table
 
 
 def test_no_checkpoint_is_refused(root, in_process):
-    assert "last.pt" in in_process("predict", str(root), str(root / "val"), expect=2).stderr
+    assert "is not a run folder" in in_process("predict", str(root), str(root / "val"), expect=2).stderr
+
+
+@pytest.mark.parametrize(
+    "source,message",
+    [
+        ("photos", "photos: is not a run folder; the run, or a checkpoint file, comes first"),
+        ("photos/a.png", "photos/a.png: is an image, not a run; the run, or a checkpoint file, comes first"),
+        ("runs/cats-s0-12345678/export", "is an export; give the run that it was made from (runs/cats-s0-12345678)"),
+        ("runs/cats-s0-12345678/export/hub", "is an export; give the run that it was made from (runs/cats-s0-1234567"),
+        ("elsewhere/model.onnx", "elsewhere/model.onnx: is an export; give the run that it was made from, or a .pt"),
+        ("runs/cats", "; did you mean runs/cats-s0-12345678, runs/cats-s1-12345678?"),
+        ("runs/cats-s0-12345687", "; did you mean runs/cats-s0-12345678?"),
+        ("mice-s0", "; did you mean outputs/mice-s0-12345678?"),
+        ("runs/dogs", "runs/dogs: cannot be read (No such file or directory)\n"),
+    ],
+)
+def test_what_is_no_run_is_called_what_it_is(source, message, tmp_path, in_process):
+    """The photographs before the run were once answered with a missing photos/checkpoints/last.pt."""
+    for name in ("runs/cats-s0-12345678", "runs/cats-s1-12345678", "outputs/mice-s0-12345678"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / name / "config.yaml").touch()
+    for name in ("photos/a.png", "runs/cats-s0-12345678/export/hub/model.safetensors", "elsewhere/model.onnx"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    (tmp_path / "runs/cats-s0-12345678/export/model.pt2").touch()
+    told = in_process("predict", source, "photos", expect=2).stderr
+    assert message in told and "loading" not in told
+    if "runs/cats" in source and "export" not in source:
+        assert message in in_process("train", f"resume={source}", expect=2).stderr
 
 
 def test_an_output_is_whole_or_not_there(run, root, tmp_path, monkeypatch):

@@ -105,6 +105,7 @@ def test_a_resume_names_each_condition_that_has_changed_and_no_other(plan, model
             (line,) = changes_in(capsys.readouterr().err)
             label = {"world_size": "processes", "sources": "the code"}.get(name, part or name)
             assert line.startswith(f"{label}: {old[part] if part else old} -> other")
+            assert ("differ in rounding" in line) == (name in ("threads", "processor", "cpu_capability"))
             assert run.provenance[name] == new  # recorded for run.json and the next checkpoint
     run = resumed(before)
     note_conditions(plan, model, run)

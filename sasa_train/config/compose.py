@@ -35,6 +35,10 @@ from sasa_train.config.overrides import (
 from sasa_train.config.rules import check_values, validate
 from sasa_train.refusal import ConfigError, shorten
 
+# OmegaConf's message for a value of the wrong type, and its types in plain words.
+KINDS = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}
+NOT_CONVERTED = r"Value '(.*)' (?:of type '.*' could not be converted to|is not a valid) (Integer|Float|bool)\b.*"
+
 ConfigStore.instance().store(name="schema", node=TrainConfig)
 
 
@@ -182,6 +186,8 @@ def explain(error: Exception) -> str:
     for link in chain:
         full_key = getattr(link, "full_key", None) or ""
         key = full_key.partition("[")[0]  # "data.mean" for data.mean[1]
+        if key and (wrong_kind := re.fullmatch(NOT_CONVERTED, str(link).splitlines()[0])):
+            return f"{shorten(full_key)}={shorten(wrong_kind[1])} must be {KINDS[wrong_kind[2]]}"
         if key:
             return unknown_key(key) or f"{shorten(full_key)}: {shorten(str(link).splitlines()[0])}"
     return shorten(error).replace("Could not override", "cannot override")

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -96,7 +97,19 @@ def parse_overrides(overrides: Sequence[str], text_keys: frozenset[str] = TEXT_K
     for option, value in itertools.pairwise([*overrides, ""]):
         if option.startswith("-"):
             raise ConfigError(_instead_of(option, value))
+        if value and "=" in (option, value[0], option[-1:] if "=" not in value else ""):
+            raise ConfigError(f"{shorten(option)} {shorten(value)}: write key=value, with no spaces around =")
+        if "=" not in option and os.path.isdir(option):
+            raise ConfigError(f"{shorten(option)}: {_about_folder(option)}")
     return [_parse(override, text_keys) for override in overrides]
+
+
+def _about_folder(path: str) -> str:
+    """Say with which key a folder is given, ready for a shell."""
+    is_run = os.path.isfile(os.path.join(path, "config.yaml"))
+    what, key = ("continue this run", "resume") if is_run else ("train on the images in a folder", "data.root")
+    value = path if re.fullmatch(r"[\w./ -]+", path) else as_written(path)
+    return f"to {what}, write {shlex.quote(f'{key}={value}')}"
 
 
 def _instead_of(option: str, following: str) -> str:
@@ -162,7 +175,7 @@ def _parse(override: str, text_keys: frozenset[str]) -> Override:
     except (HydraException, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{shorten(override)}: cannot be read ({shorten(error)}); an override is key=value, as in "
-            "trainer.epochs=10, and a value with other signs than a plain word's is quoted: key='...'"
+            "trainer.epochs=10; put a value with special characters in two pairs of quotes: \"key='...'\""
         ) from error
 
 
@@ -174,7 +187,8 @@ def check_override_keys(overrides: Sequence[str], is_sweep: bool = False) -> Non
             raise ConfigError(f"{override.input_line}: keys have no @package here; write {key}=...")
         if override.is_sweep_override() and not is_sweep:
             raise ConfigError(
-                f"{override.input_line}: several values are a sweep, which needs -m; a list is [a,b], a text is quoted"
+                f"{override.input_line}: several values are a sweep: use sasa-sweep (or -m); write a list as [a,b], "
+                "and a value that has a comma in quotes"
             )
         if key.split(".")[0].split("/")[0] == "hydra":
             if not is_sweep:
@@ -207,11 +221,15 @@ def nearest(word: str, words: Sequence[str]) -> str:
 
 
 def _similar(word: str, words: Sequence[str]) -> list[str]:
-    """Return the keys with the same name in another group, else the most similar word by meaning or spelling."""
+    """Return the keys with the same name in another group, else the most similar word by meaning or spelling.
+
+    Among keys that begin with the word, the most similar one is taken before all others.
+    """
     name = word.rpartition(".")[2].replace("-", "_")
     same = [key for key in words if key.rpartition(".")[2] == name]
     meant = [OTHER_NAMES[name]] if OTHER_NAMES.get(name) in words else []
-    return same or meant or difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    longer = [key for key in words if len(name) > 2 and key.startswith(word)]
+    return same or meant or difflib.get_close_matches(word, longer or words, n=1, cutoff=0 if longer else 0.6)
 
 
 def _check_choice(override: Override) -> None:

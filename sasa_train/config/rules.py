@@ -17,6 +17,7 @@ from sasa_train.config.keys import (
     PUBLISHED,
     SMALL_IMAGE,
     TrainConfig,
+    TrainerConfig,
     flatten,
     key_table,
 )
@@ -39,6 +40,8 @@ def check_values(config: TrainConfig) -> None:
     for key, value in flatten(config).items():
         _check_content(key, value, value)
     check_bounds(config)
+    for is_kept, key, rule in itertools.chain(_of_single_keys(config), _of_clipping(config.trainer)):
+        require(is_kept, key, attrgetter(key)(config), rule)
     for name in config.allow_config_change:
         require(name in key_table(), "allow_config_change", name, "must name keys, as in [trainer.epochs]")
     for name in config.derive:
@@ -78,6 +81,29 @@ def _check_content(key: str, value: Any, part: Any, depth: int = 0) -> None:
         require(part is None, key, value, "must hold numbers, texts, true, false or null alone")
 
 
+def _of_single_keys(config: TrainConfig) -> Rules:
+    kernel_size, data, milestones = config.model.kernel_size, config.data, config.schedule.decay_milestones
+    is_odd = kernel_size is None or kernel_size % 2 == 1
+    yield is_odd, "model.kernel_size", "must be odd, so that the window has a centre"
+    for name, value in {"mean": data.mean, "std": data.std}.items():
+        yield value is None or len(value) == 3, f"data.{name}", "must be three numbers, red, green and blue"
+    rule = "must be of values in [0, 1], so 1 at most; divide numbers for values from 0 to 255 by 255"
+    yield data.std is None or max(data.std) <= 1, "data.std", rule
+    bounds = data.value_range
+    rule = "must be [low, high] with low < high"
+    yield bounds is None or (len(bounds) == 2 and bounds[0] < bounds[1]), "data.value_range", rule
+    rule = "must be a CSS colour's name (white), #rrggbb, or none"
+    yield data.background in ("white", "none") or _is_colour(data.background), "data.background", rule
+    ascends = all(0 <= early <= late for early, late in itertools.pairwise([0.0, *milestones]))
+    yield ascends, "schedule.decay_milestones", "must be epochs in ascending order, none negative"
+
+
+def _of_clipping(trainer: TrainerConfig) -> Rules:
+    clips = [key for key in ("grad_clip_norm", "grad_clip_value", "grad_clip_agc") if getattr(trainer, key)]
+    for first, second in itertools.pairwise(clips):
+        yield False, f"trainer.{second}", f"and trainer.{first} exclude each other: set one"
+
+
 def _of_model(config: TrainConfig) -> Rules:
     model, image_size = config.model, resolved_image_size(config.data)
     is_ours = model.name in OWN_MODELS
@@ -87,7 +113,6 @@ def _of_model(config: TrainConfig) -> Rules:
     for key in MODEL_KEYS:
         yield is_ours or getattr(model, key) is None, f"model.{key}", rule + ", ".join(OWN_MODELS)
     kernel_size = model.kernel_size or 1
-    yield kernel_size % 2 == 1, "model.kernel_size", "must be odd, so that the window has a centre"
     limit = 2 * image_size - 1
     rule = f"must be {limit} at most for images of {image_size} pixels: no window reaches further"
     yield kernel_size <= limit, "model.kernel_size", rule
@@ -103,16 +128,7 @@ def _of_data(config: TrainConfig) -> Rules:
     yield data.split is None or data.holdout_fraction == 0, "data.split", rule
     rule = "is for sets with a test split: the digits have train and val alone"
     yield data.split != "test" or data.name != "digits", "data.split", rule
-    for name, value in {"mean": data.mean, "std": data.std}.items():
-        yield value is None or len(value) == 3, f"data.{name}", "must be three numbers, red, green and blue"
-    rule = "must be of values in [0, 1], so 1 at most; divide numbers for values from 0 to 255 by 255"
-    yield data.std is None or max(data.std) <= 1, "data.std", rule
-    bounds = data.value_range
-    rule = "must be [low, high] with low < high"
-    yield bounds is None or (len(bounds) == 2 and bounds[0] < bounds[1]), "data.value_range", rule
-    yield bounds is None or not data.clip_values, "data.value_range", "needs data.clip_values=false"
-    rule = "must be a CSS colour's name (white), #rrggbb, or none"
-    yield data.background in ("white", "none") or _is_colour(data.background), "data.background", rule
+    yield data.value_range is None or not data.clip_values, "data.value_range", "needs data.clip_values=false"
     rule = f"must not exceed data.image_size={size}, or crops would hold nothing of the image"
     yield (augment.crop_padding or 0) <= size, "augment.crop_padding", rule
     rule = f"is for {small}, but data.image_size={size}; use auto or resized"
@@ -143,16 +159,11 @@ def _of_batches(config: TrainConfig) -> Rules:
 
 def _of_epochs(config: TrainConfig) -> Rules:
     trainer, augment, schedule = config.trainer, config.augment, config.schedule
-    clips = [key for key in ("grad_clip_norm", "grad_clip_value", "grad_clip_agc") if getattr(trainer, key)]
-    for first, second in itertools.pairwise(clips):
-        yield False, f"trainer.{second}", f"and trainer.{first} exclude each other: set one"
     is_mixing = augment.mixup or augment.cutmix
     rule = f"must be below trainer.epochs={trainer.epochs}"
     yield not is_mixing or augment.mix_off_epochs < trainer.epochs, "augment.mix_off_epochs", rule
     rule = f"must not exceed trainer.epochs={trainer.epochs}"
     yield schedule.warmup_epochs <= trainer.epochs, "schedule.warmup_epochs", rule
-    ascends = all(0 <= early <= late for early, late in itertools.pairwise([0.0, *schedule.decay_milestones]))
-    yield ascends, "schedule.decay_milestones", "must be epochs in ascending order, none negative"
 
 
 def check_world_size(config: TrainConfig, world_size: int) -> None:

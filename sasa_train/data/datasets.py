@@ -1,9 +1,11 @@
 """Labelled data sets, on disk or in memory, and fixed, class-balanced subsets of them."""
 
+import contextlib
 import dataclasses
 import io
 import os
 import re
+import shlex
 import sys
 import time
 import warnings
@@ -24,7 +26,14 @@ from torchvision import datasets as tv
 from sasa_train.config.keys import DATA_SETS, DataConfig
 from sasa_train.data.class_names import composed, twins, with_nearest
 from sasa_train.data.decoding import RANGE_REMEDY, check_range, decoding_of
-from sasa_train.data.listing import FORMATS, LeftOut, folders_with_images, read_class_folders, visible_folders
+from sasa_train.data.listing import (
+    FORMATS,
+    LeftOut,
+    folders_with_images,
+    image_extensions,
+    read_class_folders,
+    visible_folders,
+)
 from sasa_train.data.opening import open_image
 from sasa_train.data.randomness import fixed_order
 from sasa_train.data.shard_index import MAX_CLASSES
@@ -488,7 +497,8 @@ def _image_set(folder: Path) -> ImageSet:
         raise ConfigError(f"{error.filename}: cannot be listed ({error.strerror})") from error
     if not found:
         beside = f" (found {some([os.path.basename(path) for path in left_out.outside])})" if left_out.outside else ""
-        raise ConfigError(f"{folder}: holds no class folder{beside}; expected one folder of images per class")
+        above = _about_parent(folder) if left_out.outside else ""
+        raise ConfigError(f"{folder}: holds no class folder{beside}; expected one folder of images per class{above}")
     if same := twins(list(found)):
         raise ConfigError(
             f"{folder}: has folders of the same name in different Unicode forms: {some(same)}; merge them"
@@ -497,6 +507,22 @@ def _image_set(folder: Path) -> ImageSet:
     labels = np.repeat(np.arange(len(found)), [len(of_class) for of_class in found.values()])
     source = Files(paths, str(folder), left_out.describe(str(folder)))
     return ImageSet(list(found), labels.astype(np.int64), np.arange(len(paths)), source)
+
+
+def _about_parent(folder: Path) -> str:
+    """Suggest the folder above `folder`, which holds images, if it looks like one class of several."""
+    top = folder.parent if folder.name not in ("", "..") else Path(os.path.abspath(folder)).parent
+    with contextlib.suppress(OSError):
+        classes = [name for name in visible_folders(top) if _has_image_names(top / name)]
+        if folder.name not in SPLIT_NAMES and len(classes) > 1:
+            command = shlex.quote(f"data.root={printable(top)}")
+            return f"; if it is one class, take the folder above it, which has {len(classes)}: {command}"
+    return ""
+
+
+def _has_image_names(folder: Path) -> bool:
+    with os.scandir(folder) as entries:
+        return any(os.path.splitext(entry.name)[1].lower() in image_extensions() for entry in entries)
 
 
 def load_shard_set(root: Path, split: str, left_out: LeftOut | None = None) -> ImageSet:

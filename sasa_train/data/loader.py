@@ -167,16 +167,22 @@ def _is_resident(config: TrainConfig, num_images: int, device: torch.device, mem
 
 
 def _check_counts(config: TrainConfig, train_set: ImageSet) -> None:
-    num_classes, batch = len(train_set.classes), config.trainer.global_batch_size
+    num_classes = len(train_set.classes)
     if config.model.num_classes not in (None, num_classes):
         raise ConfigError(
             f"model.num_classes={config.model.num_classes}, but {config.data.name} has {num_classes} classes "
             f"({some(train_set.classes)}); leave model.num_classes=null"
         )
-    if len(train_set) < batch:
+    check_batch(config, len(train_set))
+
+
+def check_batch(config: TrainConfig, num_images: int) -> None:
+    """Raise ConfigError if train has fewer images than a batch."""
+    batch = config.trainer.global_batch_size
+    if num_images < batch:
         set_keys = [f"data.{key}" for key in ("max_train_images", "holdout_fraction") if getattr(config.data, key)]
-        left = f" that {' and '.join(set_keys)} leave" if set_keys else ""
+        left = f" that {' and '.join(set_keys)} leave{'s' * (len(set_keys) == 1)}" if set_keys else ""
         raise ConfigError(
-            f"trainer.global_batch_size={batch} exceeds the {len(train_set)} training images{left}, so an epoch would "
-            f"have no step; use trainer.global_batch_size={len(train_set)} or less"
+            f"trainer.global_batch_size={batch} exceeds the {num_images} training images{left}, so an epoch would have "
+            f"no step; use trainer.global_batch_size={num_images} or less"
         )

@@ -44,7 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = described(argparse.ArgumentParser, prog="sasa-export", usage=usage, description=__doc__, epilog=EPILOG)
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a run folder or a checkpoint file")
     parser.add_argument("misspelt", nargs="*", help=argparse.SUPPRESS)  # refused as unknown keys, with a suggestion
-    parser.add_argument("--formats", nargs="+", choices=FORMAT_NAMES, metavar="FORMAT", help=", ".join(FORMAT_NAMES))
+    known = ", ".join(FORMAT_NAMES)
+    parser.add_argument("--formats", "--format", nargs="+", choices=FORMAT_NAMES, metavar="FORMAT", help=known)
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; left out: export/ in the run's folder")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="images to check on; left out: the run's val")
     return parser
@@ -89,6 +90,8 @@ def export(options: argparse.Namespace) -> int:
             path = folder / FORMATS[name].target
             difference = f"{found.difference(expected):.1e}  {printable(path)}"
             say(row(name, megabytes(path), found.images_per_second, difference))
+    if exit_code == DONE:
+        say("\nnext        docs/export.md: use the files in timm, onnxruntime or plain PyTorch")
     return exit_code
 
 
@@ -100,7 +103,8 @@ def print_head(trained: "TrainedModel", of_what: str, expected: "Measured") -> N
     from sasa_train.terminal import say
 
     say(f"{printable(trained.path)}: {trained.config.model.name}, {trained.weights} weights")
-    say(f"checked on {of_what}; images/s with {torch.get_num_threads()} CPU threads of this machine\n")
+    threads = "1 CPU thread" if (count := torch.get_num_threads()) == 1 else f"{count} CPU threads"
+    say(f"checked on {of_what}; images/s with {threads} of this machine\n")
     batches = "".join(f"{f'batch {size}':>11}" for size in BATCH_SIZES)
     say(f"{'format':<13}{'MB':>8}{batches}  largest difference, file")
     say(row("PyTorch", megabytes(trained.path), expected.images_per_second, "").rstrip())

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 from sasa_train.config.derived import total_steps
 from sasa_train.config.identity import differing_keys
-from sasa_train.config.keys import PUBLISHED, TrainConfig, TrainerConfig, flatten
-from sasa_train.config.saved import as_begun, load_config, load_config_file, to_yaml
+from sasa_train.config.keys import PUBLISHED, TrainConfig, TrainerConfig, flatten, with_values
+from sasa_train.config.overrides import as_written, is_group, parse_overrides
+from sasa_train.config.saved import BEFORE, as_begun, load_config, load_config_file, to_yaml
 from sasa_train.data.fingerprint import differences
 from sasa_train.files import LOCK, FolderLock, inside, kind, lock_folder, read_regular, write_atomic
 from sasa_train.processes.ranks import world_size
@@ -18,8 +20,9 @@ from sasa_train.refusal import ConfigError, ExpectedFailure
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, load_checkpoint
 from sasa_train.runs.info import read_info_or_raise, update_info
 from sasa_train.runs.metrics import parse_log
+from sasa_train.runs.source import similar_runs
 from sasa_train.runs.weights import sha256_of, weights_file
-from sasa_train.terminal import printable, warn
+from sasa_train.terminal import printable, some, warn
 
 # The files of a run at the top of its folder, besides the differences of its code.
 FILES = (
@@ -202,7 +205,10 @@ def _load_given(config: TrainConfig) -> dict[str, Any]:
     """Load the checkpoint given by `resume`, without its best result and metrics, which stay in the old folder."""
     source = Path(config.resume)
     if not source.is_file():
-        raise ConfigError(f"resume={config.resume} must be auto, never, a run folder or a checkpoint; it is not there")
+        raise ConfigError(
+            f"resume={config.resume} must be auto, never, a run folder or a checkpoint; it is not there"
+            f"{similar_runs(source)}"
+        )
     given = load_checkpoint(source) | {"best": None, "metrics": ""}
     check_trajectory(given, config, source)
     if is_finished(given, config):
@@ -222,6 +228,38 @@ def load_saved_config(path: Path, overrides: Sequence[str]) -> TrainConfig:
         return load_config(load_checkpoint(last)["config"], overrides, source=str(last))
     except CheckpointError:
         return load_config_file(path / "config.yaml", overrides)
+
+
+def check_groups(path: Path, config: TrainConfig, arguments: Sequence[str]) -> None:
+    """Raise ConfigError if group choices make `config` another one than that of the run which it continues.
+
+    The whole command that began the run is accepted. A choice alone is not, because all keys outside its group would
+    return to their defaults; the message has the choice's keys, to be set over the run's own config.
+    """
+    saved, given = load_saved_config(path, []), parse_overrides(arguments)
+    config = as_begun(config, to_yaml(saved))
+    if config.trainer.precision == "auto":  # the run has saved what auto became
+        config = with_values(config, {"trainer.precision": saved.trainer.precision})
+    named = {o.key_or_group for o in given}.union(config.allow_config_change, BEFORE)
+    changed = [key for key in differing_keys(saved, config, same_world_size=False) if key not in named]
+    if not changed:
+        return
+    chosen = [o for o in given if is_group(o)]
+    what = f"{' '.join(str(o.input_line) for o in chosen)}: resume={path} continues with the run's own config"
+    old, new = flatten(saved), flatten(config)
+    if any(o.key_or_group == "experiment" for o in chosen):
+        changes = some([f"{key}: {old[key]} -> {new[key]}" for key in changed])
+        raise ConfigError(f"{what}, which this would change ({changes}); leave it out, or leave out resume=")
+    others = [str(o.input_line) for o in given if o not in chosen and o.key_or_group != "allow_config_change"]
+    keys = [key for key in changed if key.startswith(tuple(f"{o.key_or_group}." for o in chosen))]
+    if not keys:
+        raise ConfigError(f"{what}, which has this choice already; leave it out")
+    settings = [f"{key}={as_written(new[key])}" for key in keys]
+    command = shlex.join(["sasa-train", *others, *settings, _allow([*config.allow_config_change, *keys])])
+    raise ConfigError(
+        f"{what}; set keys of it, not a group: {' '.join(settings)}\nto change this run from here on: {command}\nfor a "
+        "new run with this change: the command that began the run, with this added"
+    )
 
 
 def begun_config(config: TrainConfig, run_name: str) -> TrainConfig | None:

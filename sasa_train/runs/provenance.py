@@ -57,6 +57,8 @@ NOT_SHAPING = re.compile(
 PACKAGE = Path(__file__).parents[1]
 SOURCES = (".py", ".cpp", ".h")  # of the package; the data in digits.npz have a fingerprint
 LABELS = {"sources": "the code"}
+# What a change of a condition does, where no more than rounding is known to change.
+EFFECTS = dict.fromkeys(("threads", "processor", "cpu_capability"), " (results may differ in rounding)")
 MAX_LINES = 50  # changes that a warning names
 # Name -> function that returns a plain value, or a dict of these. A resumed run warns of each that has changed.
 CONDITIONS: dict[str, Callable[[RunPlan, nn.Module], Any]] = {
@@ -195,7 +197,7 @@ def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     lines = [] if "sources" in old and old["sources"] == new.get("sources") else _code_changes(before, now)
     skipped = ("world_size", "sources") if lines else ("world_size",)
     changed = [name for name in new if old.get(name, new[name]) != new[name] and name not in skipped]
-    lines += [f"{LABELS.get(name, name)}: {old[name]} -> {new[name]}" for name in changed]
+    lines += [f"{LABELS.get(name, name)}: {old[name]} -> {new[name]}{EFFECTS.get(name, '')}" for name in changed]
     if len(lines) > MAX_LINES:
         lines = [*lines[:MAX_LINES], f"and {len(lines) - MAX_LINES:,} more"]
     if (processes := before.get("world_size", 1)) != now["world_size"]:

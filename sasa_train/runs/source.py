@@ -1,12 +1,17 @@
 """The run or checkpoint given to a command, and its checks that do not need PyTorch, whose import takes seconds."""
 
+import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import CheckpointError, ConfigError
-from sasa_train.terminal import some
+from sasa_train.terminal import printable, some
+
+EXPORTED = (".safetensors", ".onnx", ".pt2")
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif")
+FIRST = "the run, or a checkpoint file, comes first, as in sasa-predict outputs/RUN photos"
 
 
 def find_checkpoint(source: Path) -> Path:
@@ -33,6 +38,8 @@ def check_source(source: Path, overrides: Sequence[str]) -> None:
         raise ConfigError(f"WORLD_SIZE={world_size()}: this is one process's work; run it without torchrun")
     path = find_checkpoint(source)
     check_overrides(split_weights(overrides)[1], source=str(path))
+    if wrong := _other_than_a_run(source, path):
+        raise ConfigError(f"{printable(source)}: {wrong}")
     if os.path.exists(path):
         return
     if runs := _runs_in(source):
@@ -41,7 +48,40 @@ def check_source(source: Path, overrides: Sequence[str]) -> None:
             f"{source} shows how good they are)"
         )
     if not os.path.lexists(path):
-        raise CheckpointError(f"{path}: cannot be read (No such file or directory)")
+        raise CheckpointError(f"{path}: cannot be read (No such file or directory){similar_runs(source)}")
+
+
+def _other_than_a_run(source: Path, path: Path) -> str:
+    """Say what `source` is if it is clearly neither a run nor a checkpoint; `path` is where its checkpoint would be."""
+    suffix = source.suffix.lower()
+    if os.path.isdir(source):
+        holds = {name for name in ("checkpoints", "config.yaml", "best.pt", "last.pt") if (source / name).exists()}
+        is_other = not (holds or source.name == "checkpoints" or _runs_in(source))
+        suffixes = {item.suffix for item in source.iterdir()} if is_other and os.access(source, os.R_OK) else set()
+        if not suffixes.isdisjoint(EXPORTED):
+            return _about_export(source)
+        return f"is not a run folder; {FIRST}" if is_other else ""
+    if not os.path.isfile(path):
+        return ""
+    if suffix in EXPORTED:
+        return _about_export(source)
+    return f"is an image, not a run; {FIRST}" if suffix in IMAGES else ""
+
+
+def _about_export(source: Path) -> str:
+    runs = [folder for folder in source.absolute().parents if (folder / "checkpoints").is_dir()]
+    run = f" ({os.path.relpath(runs[0])})" if runs else ""
+    return f"is an export; give the run that it was made from{run}, or a .pt file; see docs/export.md for exports"
+
+
+def similar_runs(source: Path) -> str:
+    """Return '; did you mean ...?' with the runs whose names begin with or resemble that of `source`, else ''."""
+    for folder in dict.fromkeys((source.parent, Path("outputs"))):
+        names = _runs_in(folder)
+        begun = [name for name in names if name.startswith(source.name)]
+        if found := begun or difflib.get_close_matches(source.name, names, n=1, cutoff=0.8):
+            return f"; did you mean {some([str(folder / name) for name in found])}?"
+    return ""
 
 
 def _runs_in(folder: Path) -> list[str]:

@@ -28,12 +28,12 @@ from sasa_train.training.endings import tell, train_safely
 
 USAGE = """[group=choice ...] [key=value ...] [-m | --multirun] [--cfg] [-h] [--version]
 
-Train an image classifier into a folder of its own in outputs/. The same command again goes on with an unfinished run.
+Train an image classifier into a folder of its own in outputs/. The same command continues an unfinished run.
 
   sasa-train experiment=quickstart                                    a first run, about a minute on a CPU
   sasa-train model=hybrid_resnet26 data=cifar10 trainer.epochs=100
   sasa-train data.root=/path/to/images                                your own, one folder per class
-  sasa-train resume=outputs/RUN_NAME                                  go on with this run
+  sasa-train resume=outputs/RUN_NAME                                  continue this run
   sasa-train experiment=quickstart --cfg                              print all keys with their values; train nothing
   sasa-train experiment=quickstart seed=0,1,2 -m                      a plain Hydra sweep; sasa-sweep can do more
   torchrun --nproc-per-node=8 -m sasa_train.train ...                 the same on several GPUs"""
@@ -99,11 +99,13 @@ def read_config(arguments: list[str]) -> TrainConfig:
     """Compose the config. With `resume=<run folder>` and no group choice, it is based on that run's own config.
 
     Raises:
-        ConfigError: the command line or a config file is invalid.
+        ConfigError: the command line or a config file is invalid, or a group choice is not that of the run.
     """
     resume = [o.value() for o in parse_overrides(arguments) if o.key_or_group == "resume"]
     folder = Path(str(resume[-1])) if resume else None
-    if folder is not None and os.path.isfile(folder / "config.yaml") and not chooses_group(arguments):
+    if folder is not None and not os.path.isfile(folder / "config.yaml"):
+        folder = None
+    if folder is not None and not chooses_group(arguments):
         check_overrides(arguments, source=str(folder))
         say_loading()
         from sasa_train.runs.folder import load_saved_config
@@ -112,6 +114,11 @@ def read_config(arguments: list[str]) -> TrainConfig:
         config = load_saved_config(folder, ["allow_config_change=[]", *arguments])
     else:
         config = compose_config(for_own_images(arguments))
+        if folder is not None:
+            say_loading()
+            from sasa_train.runs.folder import check_groups
+
+            check_groups(folder, config, arguments)
     if not config.derive:  # otherwise, the batch is checked once it has been chosen
         check_world_size(config, world_size())
     if config.resume == "never" and max_restarts():

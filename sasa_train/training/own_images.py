@@ -29,6 +29,7 @@ from sasa_train.data.datasets import (
     reads_torchvision,
     split,
 )
+from sasa_train.data.loader import check_batch
 from sasa_train.device import uses_cuda
 from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import ConfigError
@@ -73,8 +74,14 @@ def settle_open_keys(config: TrainConfig, run_name: str) -> TrainConfig:
 
 
 def choose(config: TrainConfig) -> tuple[TrainConfig, Facts]:
-    """Look at the images, choose the keys in `derive`, and print each choice with its reason; see `look`."""
+    """Look at the images, choose the keys in `derive`, and print each choice with its reason.
+
+    Raises:
+        ConfigError: the images are refused (see `look`), or are fewer than the batch size that is set.
+    """
     config, facts = look(config)
+    if "trainer.global_batch_size" not in config.derive:
+        check_batch(config, facts.num_images)
     for key, rule in RULES.items():
         if key in config.derive:
             value, reason = rule(config, facts)

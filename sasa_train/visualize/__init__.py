@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: figures/ in the run folder, "
                         "and its TensorBoard)")  # fmt: skip
     parser.add_argument(
-        "--formats", nargs="+", default=["png"], choices=FORMATS, metavar="FORMAT", help="png, svg (png)"
+        "--formats", "--format", nargs="+", default=["png"], choices=FORMATS, metavar="FORMAT", help="png, svg (png)"
     )
     parser.add_argument("--num-images", default=512, type=positive, metavar="N",
                         help="val images to count and average over, at most (512)")  # fmt: skip
