@@ -19,7 +19,6 @@ from sasa_train.data.transforms import Normalize, val_shape
 from sasa_train.models import build_model, check_model
 from sasa_train.refusal import ConfigError, require
 from sasa_train.runs.checkpoint import first_misfit, load_checkpoint
-from sasa_train.runs.folder import check_average
 from sasa_train.runs.source import check_source, find_checkpoint
 from sasa_train.terminal import printable, some
 
@@ -137,6 +136,8 @@ def check_weights(checkpoint: dict[str, Any], saved: TrainConfig, path: Path) ->
 
     The model is built without memory for weights, so that a config cannot demand more than the checkpoint has.
     """
+    from sasa_train.runs.folder import check_average  # imports Hydra, which takes a tenth of a second
+
     check_average(checkpoint, saved, path)
     model = check_model(saved.model, resolved_image_size(saved.data), len(checkpoint["classes"]))
     for key in ("model", "ema"):

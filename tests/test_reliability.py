@@ -23,6 +23,7 @@ import sasa_train
 from sasa_train import evaluate
 from sasa_train.config.compose import compose_config
 from sasa_train.config.saved import to_yaml
+from sasa_train.report.jobs import find_jobs
 from sasa_train.runs import info, provenance
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, load_checkpoint
 from sasa_train.signals import SIGNALS, StopRequest
@@ -284,7 +285,10 @@ def test_a_disk_error_while_run_json_is_read_does_not_empty_it(tmp_path, tiny_ru
     assert "the disk failed at" in error and "run.json (Input/output error); run the same command once" in error
     assert (folder / "run.json").read_bytes() == before
     left.append(1)
-    assert info.read_info(folder) == {}  # a report goes on without it
+    (job,) = find_jobs([folder]).jobs
+    assert job.state == "damaged" and job.reason.endswith("run.json: cannot be read (Input/output error)")
+    left.append(1)
+    assert info.read_info(folder) == {}  # a sweep goes on without it
     in_process("train", "resume=run")
     assert json.loads((folder / "run.json").read_bytes()) == json.loads(before)
 

@@ -12,7 +12,7 @@ from sasa_train.config.saved import load_config_file
 from sasa_train.files import LOCK, holder
 from sasa_train.paper import VARIED
 from sasa_train.refusal import ConfigError
-from sasa_train.runs.info import read_info
+from sasa_train.runs.info import read_info_or_raise
 from sasa_train.runs.ledger import Job as LedgerJob
 from sasa_train.runs.ledger import read_ledger
 from sasa_train.runs.metrics import read_metrics
@@ -168,11 +168,14 @@ def _read_run(job: Job, run_dir: Path) -> None:
     try:
         job.config = load_config_file(run_dir / "config.yaml")
         rows = read_metrics(run_dir / "metrics.jsonl")
+        job.info = read_info_or_raise(run_dir)
     except ConfigError as error:
         job.state, job.reason = "damaged", str(error)
+        return
+    except OSError as error:
+        job.state, job.reason = "damaged", f"{error.filename}: cannot be read ({error.strerror})"
         return
     job.val = [row for row in rows if row["split"] == "val"]
     speeds = [row["images_per_sec"] for row in rows if row.get("images_per_sec")]
     job.images_per_sec = statistics.median(speeds) if speeds else None
-    job.info = read_info(run_dir)
     job.seconds = job.info.get("seconds") if isinstance(job.info.get("seconds"), int | float) else None
