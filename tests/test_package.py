@@ -123,24 +123,24 @@ for line, message in json.loads(sys.argv[1]).items():
     assert python(code, json.dumps(refused)) == ""
 
 
-@pytest.mark.parametrize("given,policy", [("", "passive"), ("OMP_WAIT_POLICY", "active"), ("GOMP_SPINCOUNT", None)])
-def test_threads_sleep_while_they_wait_unless_the_user_says_how(monkeypatch, given, policy):
+@pytest.mark.parametrize("given,count", [("", "10000"), ("OMP_WAIT_POLICY", None), ("GOMP_SPINCOUNT", "7")])
+def test_threads_soon_sleep_while_they_wait_unless_the_user_says_how(monkeypatch, given, count):
     """Beside other programs, threads that spun while they waited trained at less than a sixth of the speed."""
     for name in WAITING:
         monkeypatch.delenv(name, raising=False)
     if given:
-        monkeypatch.setenv(given, "active" if policy else "7")
+        monkeypatch.setenv(given, count or "active")
     code = """
 import os, sys
 from sasa_train.predict import run_command
 class Torch:  # stands for the import of torch, which takes seconds
     def find_spec(self, name, *_):
         if name == "torch":
-            sys.exit(print(os.environ.get("OMP_WAIT_POLICY")))
+            sys.exit(print(os.environ.get("GOMP_SPINCOUNT")))
 sys.meta_path.insert(0, Torch())
 run_command([sys.argv[1], "a.png"])
 """
-    assert python(code, __file__) == f"{policy}\n"
+    assert python(code, __file__) == f"{count}\n"
 
 
 def test_python_m_lists_and_runs_the_commands(capsys):
