@@ -425,8 +425,8 @@ def test_compared_runs_are_named_by_what_differs(tmp_path):
     assert "augment=none" in [text.get_text() for text in shown[1].legends[0].texts] and "memorises" in shown[2]
 
 
-def test_captions_tell_how_to_read_the_figures(tiny_run, capsys):
-    assert command.run_command([str(tiny_run), "attention_maps", "confusion_matrix", "training_curves"]) == 0
+def test_captions_tell_how_to_read_the_figures(run_dir, capsys):
+    assert command.run_command([str(run_dir), "attention_maps", "confusion_matrix", "training_curves"]) == 0
     said = capsys.readouterr().out
     for text in (
         "do not explain the predicted class",
