@@ -184,10 +184,11 @@ def sync_folder(folder: Path) -> None:
         os.close(directory)
 
 
-DISK_FAILED = (  # errors of the disk or file server, which may be over later: the file may be whole
-    errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EUCLEAN,
-    errno.EBADMSG,
-)  # fmt: skip
+# Errors of the disk or file server, which may be over later: the file may be whole. Not every system has all of them.
+DISK_FAILED = {
+    getattr(errno, name, errno.EIO)
+    for name in ["EIO", "ESTALE", "ENXIO", "ENODEV", "ENOTCONN", "ETIMEDOUT", "EREMOTEIO", "EUCLEAN", "EBADMSG"]
+}
 LOCK = ".lock"
 
 
@@ -235,7 +236,7 @@ def lock_folder(path: Path, name: str = LOCK, other: str = "another run_name") -
     # inherit it. The operating system releases it when the process ends, for whatever reason.
     with ExitStack() as opened:
         try:
-            folder = os.open(path, os.O_PATH | os.O_DIRECTORY)
+            folder = os.open(path, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY)  # O_PATH is Linux's
             opened.callback(os.close, folder)
             file = opened.enter_context(_open(path / name))
         except OSError as error:

@@ -143,6 +143,18 @@ run_command([sys.argv[1], "a.png"])
     assert python(code, __file__) == f"{count}\n"
 
 
+def test_what_only_linux_has_is_not_needed(tmp_path):
+    code = """
+import errno, os, sys
+del errno.EREMOTEIO, errno.EUCLEAN, os.O_PATH, os.sched_getaffinity
+from pathlib import Path
+from sasa_train import files, machine, train
+from sasa_train.training import endings
+print(files.lock_folder(folder := Path(sys.argv[1])).holds(folder), errno.EIO in endings.DISK_FAILED)
+"""
+    assert python(code, str(tmp_path)) == "True True\n"
+
+
 def test_python_m_lists_and_runs_the_commands(capsys):
     assert run_command([]) == 0
     listed = capsys.readouterr().out

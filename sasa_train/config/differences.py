@@ -16,7 +16,7 @@ def shown_keys(config: TrainConfig) -> dict[str, str]:
     """Return the keys that affect what a run computes, as written, with the preset of its augmentation as `augment`."""
     keys = {key: printable(as_written(value)) for key, value in trajectory(config).items()}
     used = vars(config.augment)
-    return keys | {"augment": next((name for name, keys in _presets().items() if keys == used), "own")}
+    return keys | {"augment": next((name for name, preset in _presets().items() if preset == used), "own")}
 
 
 @functools.cache

@@ -38,7 +38,7 @@ def as_table(batches: Batches, top_k: int, width: int | None = None) -> Iterator
         for row in rows:
             cells = [text for name, share in row.best for text in (printable(name), f"{100 * share:.2f}")]
             lines += [] if row.error else [[printable(row.path), *cells][: len(widths)]]
-        if lines == [head]:  # no image yet
+        if lines in ([], [head]):  # no image in this batch, or none yet
             continue
         widths = [max(width, *map(len, column)) for width, column in zip(widths, zip(*lines, strict=True), strict=True)]
         while width is not None and len(widths) > 3 and sum(widths) + 2 * (len(widths) - 1) > width:
