@@ -68,6 +68,7 @@ def _chosen(config: TrainConfig) -> TrainConfig:
     """Return the config of a run that would begin now, with the number of classes that its images have."""
     if not config.derive:
         return config
+    say_loading()
     from sasa_train.training.own_images import choose
 
     config, facts = choose(config)

@@ -37,15 +37,18 @@ def fitting(parts: Sequence[tuple[int, str]], width: int | None, separator: str 
     parts: pairs of an importance and a text; empty texts are left out, and those of importance 0 are always kept.
     """
     kept = [part for part in parts if part[1]]
-    while width is not None and len(separator.join(text for _, text in kept)) > width and any(rank for rank, _ in kept):
-        kept.remove(max(kept, key=lambda part: part[0]))
+    while width is not None and len(separator.join(text for _, text in kept)) > width:
+        least = max(kept, key=lambda part: part[0])
+        if least[0] == 0:
+            break
+        kept.remove(least)
     return separator.join(text for _, text in kept)
 
 
 def columns(file: TextIO) -> int | None:
     """Return the number of columns of the terminal that `file` is, or None if it is not a terminal."""
     try:
-        return os.get_terminal_size(file.fileno()).columns or 80 if file.isatty() else None
+        return (os.get_terminal_size(file.fileno()).columns or 80) if file.isatty() else None
     except (OSError, ValueError):  # as in notebooks
         return None
 

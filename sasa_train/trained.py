@@ -73,13 +73,14 @@ class TrainedModel:
         device, found = next(self.model.parameters()).device, []
         names = [os.fspath(path) for path in paths]
         for start in range(0, len(names), BATCH_SIZE):
-            images = image_files(names[start : start + BATCH_SIZE])
+            batch = names[start : start + BATCH_SIZE]
+            images = image_files(batch)
             read = read_fitted(images, range(len(images)), self.config.data)
             for name, reason in read.unreadable:
                 raise ConfigError(f"{printable(name)}: cannot be read as an image ({printable(reason)})")
             logits = self.model(self.normalize(device)(read.pixels.to(device)))
             if not logits.isfinite().all():
-                raise ConfigError(f"{self.path}: the model's output is not finite for one of {some(names[start:])}")
+                raise ConfigError(f"{printable(self.path)}: the model's output is not finite for one of {some(batch)}")
             found += most_probable(logits, self.classes, top)
         return found
 
@@ -123,7 +124,7 @@ def load_trained(source: str | Path, overrides: Sequence[str] = ()) -> TrainedMo
     check_weights(checkpoint, saved, path)
     if any(text.startswith("data.name=") for text in others):
         others = _own_preprocessing(saved.data) + others
-    config = load_config(checkpoint["config"], others, source=str(path))
+    config = load_config(checkpoint["config"], others, source=str(path)) if others else saved
     weights = wanted or ("ema" if checkpoint["ema"] is not None else "raw")
     if weights == "ema" and checkpoint["ema"] is None:
         raise ConfigError(f"weights=ema: {path} has no moving average; it was trained with trainer.ema_decay=null")

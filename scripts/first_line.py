@@ -5,7 +5,6 @@
 Prints medians in seconds. Each command is also given a tiny run, made first, so that it gets as far as importing torch.
 """
 
-import os
 import select
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ COMMANDS = {  # what makes the command work, and what it refuses
     "report": ("outputs/run", "outputs/run trainer.epoch=3"),
     "summary": ("model=sasa_resnet26", "trainer.epoch=3"),
     "benchmark": ("model conv_resnet26", "model conv_resnet26 --epoch=3"),
+    "demo": ("outputs/run --port 0", "outputs/run trainer.epoch=3"),
     "data": ("verify outputs", "verify outputs trainer.epoch=3"),
 }
 
@@ -31,7 +31,7 @@ def first_line(folder: str, arguments: list[str]) -> float:
     """Return the seconds until the program writes to stdout or stderr, or ends; then kill it."""
     start = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ
+        [sys.executable, *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     assert process.stdout is not None
     select.select([process.stdout], [], [], 60)

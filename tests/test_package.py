@@ -103,7 +103,7 @@ def test_no_refusal_of_an_argument_imports_torch(tmp_path, monkeypatch):
         "evaluate outputs": "holds the runs run; give one of them",
         "report outputs/run trainer.epoch=3": "did you mean trainer.epochs?",
     }
-    for name in ("evaluate", "export", "visualize", "predict"):
+    for name in ("evaluate", "export", "visualize", "demo", "predict"):
         words = f"{name} outputs/run/last.pt{' a.png' if name == 'predict' else ''} "
         refused |= {
             words + "trainer.devise=cpu": "did you mean trainer.device?",

@@ -178,7 +178,8 @@ def test_names_reach_programs_unchanged_and_terminals_escaped(run, root, tmp_pat
 def test_the_formats_solved_by_hand():
     rows = [Row("a.png", [("cat", 0.75), ("dog", 0.25)]), Row("b.png", error="is no image")]
     batches = [rows, [Row("longer.png", [("dog", 0.999999), ("cat", 1.2345678e-9)])]]
-    assert "".join(as_table(iter(batches), 2)) == (
+    with_bad_ones = [batches[0], [Row("c.png", error="is no image")], batches[1]]
+    assert "".join(as_table(iter(with_bad_ones), 2)) == (
         "file   top1      %  top2      %\na.png  cat   75.00  dog   25.00\nlonger.png  dog   100.00  cat    0.00\n"
     )
     assert "".join(as_csv(iter(batches), 2)) == (

@@ -348,7 +348,7 @@ def test_an_index_that_is_consistent_but_wrong_is_made_anew(shards, capsys, kind
     own = {name: found.pop(name) for name in ("identity", "digest")}
     np.savez(index, **own, **spoiled(found, kind))
     capsys.readouterr()
-    for expected in ("overlap" if kind == "rows twice" else "its digest is another", None):
+    for expected in ("overlap" if kind == "rows twice" else "its content does not match its digest", None):
         members, same_labels = load_shards(paths, "train")
         for name in ("archive", "offset", "size", "names"):
             assert np.array_equal(getattr(members, name), getattr(before, name))

@@ -27,8 +27,9 @@ def _presets() -> dict[str, dict[str, Any]]:
 
 
 def short(key: str) -> str:
-    """Return a key without its group."""
-    return key.rpartition(".")[2]
+    """Return a key without its group; of a group's name, the group, as in model=... on the command line."""
+    group, _, own = key.rpartition(".")
+    return group if group and own == "name" else own
 
 
 def differing(runs: list[dict[str, str]]) -> list[tuple[str, list[str]]]:

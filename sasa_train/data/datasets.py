@@ -116,10 +116,8 @@ class ImageSet:
         if isinstance(self.source, Tensor):
             return shape(Image.fromarray(self.source[position].permute(1, 2, 0).numpy()))
         try:
-            with self._open_patiently(position) as file, open_image(file, FORMATS) as image:
-                shaped = shape(image)
-                check_whole(file, image)
-                return shaped
+            with self._open_patiently(position) as file:
+                return read_image(file, shape)
         except MemoryError:
             raise
         except Exception as error:  # Pillow's decoders have no common base class: OSError, SyntaxError, ...
@@ -146,6 +144,14 @@ class ImageSet:
 
     def subset(self, indices: np.ndarray) -> "ImageSet":
         return dataclasses.replace(self, labels=self.labels[indices], positions=self.positions[indices])
+
+
+def read_image(file: BinaryIO, shape: Callable[[Image.Image], Shaped]) -> Shaped:
+    """Return `shape(image)` for an image file; raise an error, of any class, if it is damaged or cannot be decoded."""
+    with open_image(file, FORMATS) as image:
+        shaped = shape(image)
+        check_whole(file, image)
+        return shaped
 
 
 def why_unreadable(error: Exception) -> str:

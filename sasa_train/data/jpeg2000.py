@@ -93,7 +93,7 @@ def _fault(boxes: dict[bytes, memoryview], siz: Siz) -> str | None:
 
 
 def _space(box: memoryview | None) -> int | None:
-    """Return the colour space, of a profile that which it is for."""
+    """Return the enumerated colour space, or the one that an ICC profile is for; None if it is another."""
     if box is None or len(box) < 7:
         return None
     if box[0] == 1:

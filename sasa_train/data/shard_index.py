@@ -72,7 +72,7 @@ def read_index(path: Path, identity: np.ndarray, shard_sizes: np.ndarray) -> dic
             written = _read_array(archive, DIGEST, np.dtype(np.str_), size)
     _check(columns, shard_sizes)
     if written.tolist() != [_digest(identity, columns)]:
-        raise ValueError("it is not what was written, because its digest is another")
+        raise ValueError("its content does not match its digest")
     return columns
 
 

@@ -84,7 +84,7 @@ def check_page(file: BinaryIO, image: Image.Image) -> None:
     is_jpeg = image.info.get("compression") == "jpeg"
     is_raw = bool(image.tile) and image.tile[0].codec_name != "libtiff"
     _check_tags(image)
-    if PHOTOMETRIC in tags(image) and one(image, PHOTOMETRIC, 0) == YCBCR:
+    if one(image, PHOTOMETRIC, 0) == YCBCR:
         _check_ycbcr(image, is_raw, is_jpeg)
     if is_raw or is_jpeg:
         _check_strips(file, image, is_raw)

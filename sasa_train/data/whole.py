@@ -49,7 +49,7 @@ def check_whole(file: BinaryIO, image: Image.Image) -> None:
     if image.format == "PNG" and _may_lack_rows(image) and _num_bytes(file) < _num_needed(file):
         raise ValueError("a damaged PNG: it has fewer rows of pixels than its header says; replace the file")
     if image.format in ("JPEG", "MPO") and _is_grey(image.getpixel((image.width - 1, image.height - 1))):
-        _check_end(file)
+        _check_last_pixels(file)
 
 
 def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, memoryview, memoryview]]:
@@ -102,7 +102,7 @@ def _is_grey(pixel: object) -> bool:
     return pixel in (128, (128, 128, 128)) or (isinstance(pixel, tuple) and len(pixel) == 4 and set(pixel) <= GREY)
 
 
-def _check_end(file: BinaryIO) -> None:
+def _check_last_pixels(file: BinaryIO) -> None:
     """Check that a JPEG's pixels do not depend on bytes that are put before its end, as missing ones would."""
     file.seek(0)
     content = file.read()

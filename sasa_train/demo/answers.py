@@ -9,9 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sasa_train.data.datasets import why_unreadable
-from sasa_train.data.listing import FORMATS
-from sasa_train.data.opening import open_image
+from sasa_train.data.datasets import read_image, why_unreadable
 from sasa_train.data.transforms import val_shape
 from sasa_train.device import autocast
 from sasa_train.machine import is_out_of_memory
@@ -86,8 +84,7 @@ class Demo:
     def _read(self, content: bytes) -> np.ndarray:
         """Decode, resize and crop an image file as for val, to uint8 [S, S, 3]."""
         try:
-            with open_image(io.BytesIO(content), FORMATS) as image:
-                return val_shape(self.predictor.data)(image)
+            return read_image(io.BytesIO(content), val_shape(self.predictor.data))
         except MemoryError:
             raise
         except Exception as error:  # Pillow's decoders have no common base class

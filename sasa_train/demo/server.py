@@ -1,6 +1,7 @@
 """The page's server: three files and one question, over HTTP, for browsers on this machine."""
 
 import errno
+import ipaddress
 import json
 import socket
 import sys
@@ -142,7 +143,8 @@ class Page(BaseHTTPRequestHandler):
             name = urlsplit(f"//{self.headers.get('Host', '')}").hostname
         except ValueError:
             name = None
-        if self.server.host not in LOOPBACK or name in LOOPBACK:
+        is_local = ipaddress.ip_address(str(self.server.server_address[0])).is_loopback  # however the host was written
+        if not is_local or name in (*LOOPBACK, self.server.host.lower()):
             return True
         error = f"Host {name} must be one of {', '.join(LOOPBACK)}; sasa-demo --host ADDRESS answers to any name"
         self._send_json(HTTPStatus.FORBIDDEN, {"error": error})

@@ -237,7 +237,8 @@ def _draw_differences(rows: list[Row]) -> Figure:
     if dots:
         axis.plot(*zip(*dots, strict=True), ls="", label="a seed", **SEED)
     axis.axvline(0, color="black", lw=1)
-    low, high = limits([found for _, found in shown] + [Interval(mean, None, 0) for mean, _ in [*of_paper, (0.0, 0)]])
+    alone = [*of_paper, *dots, (0.0, 0)]
+    low, high = limits([found for _, found in shown] + [Interval(mean, None, 0) for mean, _ in alone])
     axis.set_xlim(low, high)
     axis.set_yticks(places, [fitted(plain(row.label), 2.4, 8, 2) for row, _ in shown], fontsize=8)
     axis.set_ylim(len(shown) - 0.4, -0.6)

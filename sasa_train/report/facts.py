@@ -1,6 +1,7 @@
 """Facts from a run folder, as labelled strings for the page; the files are untrusted and may be damaged."""
 
 import os
+import shlex
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,7 +165,8 @@ def warnings(job: Job) -> Iterator[tuple[str, list[str]]]:
     assert run_dir is not None and config is not None
     if job.state != "done":
         so_far = f"evaluated up to epoch {job.val[-1]['epoch'] if job.val else 0} of {config.trainer.epochs}"
-        text = f"The run is not finished ({job.state}): {so_far}. To continue it: sasa-train resume={run_dir}"
+        command = f"sasa-train {shlex.quote(f'resume={as_written(str(run_dir))}')}"
+        text = f"The run is not finished ({job.state}): {so_far}. To continue it: {command}"
         yield text, job.reason.splitlines()[:MAX_LINES]
     for name, text in (
         ("unreadable.txt", "{} images could not be read and were replaced or left out."),

@@ -129,10 +129,11 @@ def _sweep_job(run_dir: Path, planned: LedgerJob) -> Job:
         _read_run(job, run_dir)
     elif job.state == "done":
         job.state, job.reason = "gone", "done, but its run folder is not there"
-    # A job that has just started does not hold its folder yet, but its sweep holds its own.
-    locks = [lock.name for lock in run_dir.parent.glob(f"{LOCK}*")]
-    if job.state == "running" and _is_free(run_dir) and all(_is_free(run_dir.parent, lock) for lock in locks):
-        job.state, job.reason = "killed", KILLED
+    if job.state == "running" and _is_free(run_dir):
+        # A job that has just started does not hold its folder yet, but its sweep holds its own.
+        locks = run_dir.parent.glob(f"{LOCK}*")
+        if all(_is_free(run_dir.parent, lock.name) for lock in locks):
+            job.state, job.reason = "killed", KILLED
     if job.config is None:
         job.config = _compose_or_none(planned.overrides)
     return job

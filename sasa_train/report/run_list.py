@@ -1,6 +1,7 @@
 """The runs of a folder, one line each, the best of each data set first (`sasa-report --list`)."""
 
 import itertools
+import shlex
 import shutil
 from collections.abc import Iterator
 
@@ -21,7 +22,7 @@ def list_runs(jobs: list[Job], width: int | None = None) -> str:
     for data, group in group_by_data(jobs):
         parts += ["", data, *_table(group, width)]
         if (best := best_of(group)) is not None and best.run_dir is not None:
-            parts.append(f"best  sasa-evaluate {printable(best.run_dir)}/checkpoints/last.pt")
+            parts.append(f"best  sasa-evaluate {printable(shlex.quote(str(best.run_dir / 'checkpoints/last.pt')))}")
         if any(job.state == "killed" for job in group):
             parts.append("killed: no process runs it; the same command, or sasa-train resume=RUN, continues it")
     return "\n".join(parts[1:])

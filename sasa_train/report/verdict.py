@@ -1,5 +1,6 @@
 """What was reached, in a sentence: against chance, and against the other runs or rows."""
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,21 +38,25 @@ class Chance:
 
 def chance_of(jobs: list[Job]) -> Chance | None:
     """Return chance on the jobs' val images, counted in the first readable checkpoint; None if it is unknown."""
-    from sasa_train.runs.checkpoint import CheckpointError, load_checkpoint
-
     for job in jobs:
-        if job.run_dir is None:
-            continue
-        try:
-            classes = load_checkpoint(job.run_dir / "checkpoints/last.pt")["fingerprint"]["val"]["classes"]
-        except CheckpointError:
-            continue
-        counts = [entry["num_images"] for entry in classes]
+        counts = () if job.run_dir is None else _num_val_images(job.run_dir)
         if sum(counts):
             return Chance(100 * max(counts) / sum(counts), len(counts), sum(counts))
     sizes = {expected_num_classes(job.config) for job in jobs if job.config is not None}
     num_classes = sizes.pop() if len(sizes) == 1 else None
     return Chance(100 / num_classes, num_classes) if num_classes else None
+
+
+@functools.cache  # reading a large checkpoint takes seconds
+def _num_val_images(run_dir: Path) -> tuple[int, ...]:
+    """Return the number of val images of each class by the run's last checkpoint; () if it cannot be read."""
+    from sasa_train.runs.checkpoint import CheckpointError, load_checkpoint
+
+    try:
+        classes = load_checkpoint(run_dir / "checkpoints/last.pt")["fingerprint"]["val"]["classes"]
+    except CheckpointError:
+        return ()
+    return tuple(entry["num_images"] for entry in classes)
 
 
 def half_width(top1: float, num_images: int) -> float:
@@ -180,12 +185,10 @@ def _of_rows(data: str, found: list[tuple[int, Row]], chance: Chance | None) -> 
     """Describe the best of the rows on one data set; `found` is sorted, the best first."""
     number, row = found[0]
     how = f"mean of {len(row.jobs)} seeds" if len(row.jobs) > 1 else "one seed"
-    which = (
-        f"The best of {len(found)} rows on {data} is row {number}, {row.label}," if len(found) > 1 else f"On {data},"
-    )
-    text = f"{which} with top1 {_mean(row):.2f} % ({how}){_against(_mean(row), chance)}."
+    reached = f"{_mean(row):.2f} % ({how}){_against(_mean(row), chance)}."
     if len(found) == 1:
-        return text.replace(", with top1", ", top1 is", 1)
+        return f"On {data}, top1 is {reached}"
+    text = f"The best of {len(found)} rows on {data} is row {number}, {row.label}, with top1 {reached}"
     lead = paired_difference(row, found[1][1])
     if lead is None or lead.n < ENOUGH:
         return f"{text} There are too few seeds to tell whether it is better than the next, row {found[1][0]}."

@@ -44,7 +44,6 @@ from sasa_train.runs.schema import (
     text,
     whole,
 )  # fmt: skip
-from sasa_train.runs.source import find_checkpoint as find_checkpoint
 from sasa_train.terminal import printable
 
 FORMAT_VERSION = 2

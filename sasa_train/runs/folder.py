@@ -266,7 +266,7 @@ def begun_config(config: TrainConfig, run_name: str) -> TrainConfig | None:
     """Return the config of the run or checkpoint that `config` continues, or None for a new run; lock nothing.
 
     Raises:
-        ConfigError: the folder or its config is damaged.
+        ConfigError: the folder or its config is damaged, or `resume` does not exist.
         CheckpointError: the checkpoint given by `resume` is damaged.
     """
     wanted = Path(config.output_dir) / run_name
@@ -275,6 +275,8 @@ def begun_config(config: TrainConfig, run_name: str) -> TrainConfig | None:
     folder = wanted if config.resume == "auto" else _folder_started_from(wanted, config.resume) or Path(config.resume)
     if folder.is_file():
         return load_config(load_checkpoint(folder)["config"], source=str(folder))
+    if config.resume != "auto" and not folder.exists():
+        _load_given(config)  # refuses it, before any image is looked at
     check_entries(folder)
     has_begun = (folder / "config.yaml").exists() or (folder / "checkpoints/last.pt").exists()
     return load_saved_config(folder, []) if has_begun else None

@@ -22,7 +22,7 @@ FORMAT_VERSION = 1
 FINISHED = "finished"
 STATES = ("waiting", "running", "done", "interrupted", "failed", "refused", "pruned")
 COUNT = whole(0)
-ROW = {"top1": PERCENT, "epoch": COUNT, "step": COUNT, "top5": (None, number()), "loss": (None, number()), str: PLAIN}
+ROW = {"top1": PERCENT, "epoch": COUNT, "step": COUNT, "top5": (None, PERCENT), "loss": (None, number()), str: PLAIN}
 SECONDS = (None, number(0, MAX_SECONDS))
 TRY = {"started": TEXT, "seconds": SECONDS, "exit_code": (None, whole(-255, 255)), "reason": TEXT, str: PLAIN}
 # The fields of a Job, whose defaults apply to missing entries.

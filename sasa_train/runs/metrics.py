@@ -13,14 +13,15 @@ from sasa_train.runs.schema import MAX_SECONDS, Maybe, Rule, first_wrong, number
 from sasa_train.terminal import warn
 
 NAME = "metrics.jsonl"
-NUMBERS = ("loss", "top1", "top5", "top1_raw", "lr", "grad_norm", "images_per_sec", "data_wait_fraction", "memory_mib")
+NUMBERS = ("loss", "lr", "grad_norm", "images_per_sec", "data_wait_fraction", "memory_mib")
+PERCENTAGES = ("top1", "top5", "top1_raw")
 PERCENT = number(0, 100)
 ROW: dict[str, Any] = {
     "split": Rule("train or val", lambda split: split in ("train", "val")),
     "step": whole(1),
     "epoch": whole(0),
     **dict.fromkeys(NUMBERS, Maybe((None, number()))),
-    **dict.fromkeys(("top1", "top5", "top1_raw"), Maybe((None, PERCENT))),
+    **dict.fromkeys(PERCENTAGES, Maybe((None, PERCENT))),
     "seconds": Maybe(number(0, MAX_SECONDS)),
 }
 VAL_ROW = ROW | {"top1": PERCENT}  # only null if it is not finite, which a percentage always is

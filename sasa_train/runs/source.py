@@ -30,7 +30,7 @@ def check_source(source: Path, overrides: Sequence[str]) -> None:
         ConfigError: an override is invalid for any checkpoint, `source` is a folder of runs, or this is one of several
             processes, which would all do the same work.
     """
-    # Imported here, because importing Hydra takes a tenth of a second, and `load_trained` needs it only for overrides.
+    # Imported here, because importing Hydra takes a tenth of a second, which importing this module should not.
     from sasa_train.config.overrides import split_weights
     from sasa_train.config.saved import check_overrides
 
@@ -48,7 +48,8 @@ def check_source(source: Path, overrides: Sequence[str]) -> None:
             f"{source} shows how good they are)"
         )
     if not os.path.lexists(path):
-        raise CheckpointError(f"{path}: cannot be read (No such file or directory){similar_runs(source)}")
+        hint = "; this run has saved no checkpoint yet" if (source / "config.yaml").exists() else similar_runs(source)
+        raise CheckpointError(f"{path}: cannot be read (No such file or directory){hint}")
 
 
 def _other_than_a_run(source: Path, path: Path) -> str:

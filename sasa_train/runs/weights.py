@@ -154,7 +154,7 @@ def _of_safetensors(path: Path) -> Weights:
     described, state_dict = read_safetensors(path)
     of_hub = bytes_of(path.with_name("config.json")) or ""
     classes = _class_names(described.get("classes", "")) or _class_names(of_hub)
-    model, size, stated = _stated(described.get("config", "seed: unknown"))
+    model, size, stated = _stated(described["config"]) if "config" in described else ({}, None, {})
     return Weights(_tensors(clean_state_dict(state_dict)), classes, model, size, stated or stated_by_json(of_hub))
 
 

@@ -18,14 +18,10 @@ BLUE, RED = (8, 48, 107), (165, 15, 21)
 
 
 def contact_sheet(images: Tensor, captions: Sequence[str]) -> Tensor:
-    """Arrange the first 64 of the uint8 images [B, 3, S, S] in a grid, each above its caption."""
+    """Arrange the first 64 of the uint8 images [B, 3, S, S] in a grid, each above its own of `captions`."""
     images = enlarge(images[:SHEET_IMAGES], SHEET_PIXELS)
-    tiles = torch.stack(
-        [
-            torch.cat(pair, 1)
-            for pair in zip(images, map(_strip, captions, [images.shape[-1]] * len(images)), strict=False)
-        ]
-    )
+    strips = [_strip(caption, images.shape[-1]) for caption in captions[:SHEET_IMAGES]]
+    tiles = torch.cat([images, torch.stack(strips)], 2)
     return make_grid(tiles, nrow=math.ceil(math.sqrt(len(tiles))), padding=2, pad_value=255)
 
 

@@ -169,13 +169,17 @@ def visualize_several(sources: list[Path], names: list[str], options: argparse.N
         raise ConfigError(f"{given}: the curves of several runs are their logs', which no key changes")
     if options.out is None:
         raise ConfigError(f"{len(sources)} runs are given: say with --out DIR where to write")
-    runs = {}
+    all_rows = []
     for source in sources:
         rows = read_metrics(source / "metrics.jsonl")
         if not rows:
             raise ConfigError(f"{source}: has no metrics.jsonl with rows; give run folders")
-        runs[printable(source.name if source.name not in runs else str(source))] = rows
-    runs = dict(zip(names_of(sources) or runs, runs.values(), strict=True))
+        all_rows.append(rows)
+    labels = names_of(sources) or [source.name for source in sources]
+    labels = [str(source) for source in sources] if len(set(labels)) < len(labels) else labels
+    runs = {printable(label): rows for label, rows in zip(labels, all_rows, strict=True)}
+    if len(runs) < len(sources):
+        raise ConfigError(f"{', '.join(runs)}: a run is given twice; give each run once")
     reasons = too_short(runs)
     for name in names or OF_SEVERAL:
         if name in reasons and (names or len(reasons) == len(OF_SEVERAL)):
@@ -183,7 +187,7 @@ def visualize_several(sources: list[Path], names: list[str], options: argparse.N
     for name, figure, caption in draw_curves(runs, names or OF_SEVERAL):
         write_figure(figure, name, options.out, options.formats)
         say(f"{options.out}/{name}.{suffix(options.formats)}  {caption}")
-    for name, reason in reasons.items():
+    for name, reason in () if names else reasons.items():
         say(f"not drawn: {name}: {reason}")
     return 0
 
