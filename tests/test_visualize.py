@@ -272,7 +272,10 @@ def test_no_figure_is_drawn_of_fewer_than_two_points(run_dir, tmp_path, in_proce
         reason = f"a curve takes two rows, and the log has {num_rows} with a learning rate"
         assert f"lr_schedule cannot be drawn: {reason}" in said.stderr
     assert not drawn.exists()
-    runs = [str(run_dir), str(run_dir), "--out", str(tmp_path / "both")]
+    out = "--out", str(tmp_path / "both")
+    twice = in_process("visualize", str(run_dir), str(run_dir), *out, expect=2)
+    assert "tiny: a run is given twice; give each run once" in twice.stderr
+    runs = [str(run_dir), str(shutil.copytree(run_dir, tmp_path / "other")), *out]
     assert "not drawn: lr_schedule" in in_process("visualize", *runs).stdout
     assert [path.stem for path in (tmp_path / "both").iterdir()] == ["training_curves"]
     assert not list(draw_curves({"": log_of(1)}))
