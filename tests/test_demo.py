@@ -125,6 +125,7 @@ def test_visitors_at_the_same_time_each_get_their_own_answer(served):
         ("/look", b"a shopping list", {}, 400, r"cannot be read as an image \(cannot identify image file\)"),
         ("/look", b"", {}, 400, "cannot be read as an image"),
         ("/look", drawing((300, 300), "BMP")[:1000], {}, 400, "cannot be read as an image"),
+        ("/look", drawing((300, 300), "JPEG")[:-900] + b"\xff\xd9", {}, 400, "it ends before its last pixels"),
         (
             "/look?row=8&column=0",
             drawing(),
@@ -145,6 +146,14 @@ def test_visitors_at_the_same_time_each_get_their_own_answer(served):
 def test_what_cannot_be_answered_is_refused_with_a_reason(served, path, body, headers, status, message):
     found = ask(served, path, body, **headers)
     assert found[0] == status and re.search(message, json.loads(found[2])["error"])
+
+
+def test_a_loopback_address_of_any_spelling_answers_to_local_names_alone(served):
+    with listen("127.0.0.2", 0) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        connection = http.client.HTTPConnection("127.0.0.2", server.server_port, timeout=60)
+        connection.request("GET", "/model", headers={"Host": "elsewhere.example"})
+        assert connection.getresponse().status == 403
 
 
 def test_a_model_that_is_not_finite_is_an_error_not_a_picture(serving, tiny_run, capsys):
