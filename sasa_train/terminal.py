@@ -7,9 +7,9 @@ a closed pipe, do not stop a run.
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -86,6 +86,11 @@ def say_loading() -> None:
 def warn(text: str) -> None:
     """Print a warning to stderr, above any progress bar."""
     say(f"WARNING: {text}", sys.stderr)
+
+
+def progress_bar(iterable: Iterable | None = None, **options: Any) -> tqdm:
+    """Return tqdm's progress bar on stderr, as wide as the terminal, shown if there is one and removed at its end."""
+    return tqdm(iterable, **{"disable": None, "dynamic_ncols": True, "leave": False} | options)
 
 
 def duration(seconds: float) -> str:

@@ -292,7 +292,8 @@ def measure_roofline(options: argparse.Namespace) -> int:
     import torch
 
     from sasa_train.benchmark.contenders import DTYPES, Case, build_contender, check
-    from sasa_train.benchmark.timing import progress_bar, time_in_turn
+    from sasa_train.benchmark.timing import time_in_turn
+    from sasa_train.terminal import progress_bar
 
     folder, dry_run = options.folder, options.dry_run
     device = torch.device("cpu" if dry_run else "cuda")
@@ -312,7 +313,7 @@ def measure_roofline(options: argparse.Namespace) -> int:
                 return 1
             cases[case.label] = case
             runs[case.label] = build_contender(backend, case).train
-        with progress_bar(repeats, f"roofline {name}") as bar:
+        with progress_bar(total=repeats, desc=f"roofline {name}") as bar:
             seconds = time_in_turn(runs, repeats, device, bar)
         middle = {key: sorted(values)[len(values) // 2] for key, values in seconds.items()}
         bandwidth, rate = 2 * num_copied / middle["copy"], 2 * side**3 / middle["matmul"]

@@ -31,9 +31,10 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from sasa_train.benchmark.timing import progress_bar, ratio, spread, time_in_turn
+from sasa_train.benchmark.timing import ratio, spread, time_in_turn
 from sasa_train.config.compose import compose_config
 from sasa_train.data.loader import build_loaders
+from sasa_train.terminal import progress_bar
 
 BATCH = 64
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -121,7 +122,7 @@ def per_sample_loader(folder: str, crop: torch.nn.Module, num_workers: int, in_m
 
 def report(loaders: dict[str, Epoch], num_rounds: int) -> None:
     num_images = {name: sum(len(images) for images, _ in epoch()) for name, epoch in loaders.items()}
-    with progress_bar(num_rounds, "rounds") as bar:
+    with progress_bar(total=num_rounds, desc="rounds") as bar:
         runs = {name: partial(deliver, epoch) for name, epoch in loaders.items()}
         seconds = time_in_turn(runs, num_rounds, CPU, bar, num_warm_ups=0)
     speeds = {name: [num_images[name] / s for s in values] for name, values in seconds.items()}

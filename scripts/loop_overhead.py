@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sasa_train.benchmark.timing import progress_bar, ratio, spread, time_in_turn
+from sasa_train.benchmark.timing import ratio, spread, time_in_turn
 from sasa_train.config.compose import compose_config
 from sasa_train.config.keys import TrainConfig
 from sasa_train.data.loader import build_loaders
@@ -28,6 +28,7 @@ from sasa_train.models import build_model
 from sasa_train.runs.checkpoint import Checkpoints
 from sasa_train.runs.folder import RunFolder
 from sasa_train.signals import StopRequest
+from sasa_train.terminal import progress_bar
 from sasa_train.training.loop import Loop
 from sasa_train.training.run import build_stepper
 from sasa_train.training.step import Stepper
@@ -46,7 +47,7 @@ def main() -> int:
     config = compose_config([*RUN, f"trainer.log_every_steps={arguments.log_every}", *overrides])
     with tempfile.TemporaryDirectory() as folder:
         runs, device, images = build_both(config, Path(folder))
-        with progress_bar(arguments.rounds, "rounds") as bar:
+        with progress_bar(total=arguments.rounds, desc="rounds") as bar:
             seconds = time_in_turn(runs, arguments.rounds, device, bar)
     for name, values in seconds.items():
         speed = spread([images / s for s in values])

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from sasa_train.benchmark.contenders import YARDSTICK, Case, admitted, new_result, op_memory
-from sasa_train.benchmark.timing import fitted_exponent, peak_of, progress_bar, spread, time_in_turn
+from sasa_train.benchmark.timing import fitted_exponent, peak_of, spread, time_in_turn
+from sasa_train.terminal import progress_bar
 
 CUDA_IMAGES = 16  # for the largest map; a GPU needs more than one image to be fully used
 
@@ -29,7 +30,7 @@ def measure_growth(options: Namespace, backends: Sequence[str], device: torch.de
         "map": [case(side, options.kernel_size) for side in options.growth_sides],
         "window": [case(options.growth_side, kernel_size) for kernel_size in options.growth_kernel_sizes],
     }
-    with progress_bar(len(over) * options.repeats, "growth") as bar:
+    with progress_bar(total=len(over) * options.repeats, desc="growth") as bar:
         for axis, cases in over.items():
             # the window of a 3x3 convolution does not grow
             grown = [backend for backend in backends if axis == "map" or backend != YARDSTICK]

@@ -13,7 +13,6 @@ from sasa_train.benchmark.contenders import new_result
 from sasa_train.benchmark.timing import (
     extra_memory,
     in_fresh_process,
-    progress_bar,
     ratio,
     spread,
     time_calls,
@@ -24,6 +23,7 @@ from sasa_train.config.keys import ModelConfig
 from sasa_train.device import autocast
 from sasa_train.models import ResNet, build_model, check_model, enable_grad_checkpointing, fold_batch_norms
 from sasa_train.refusal import ConfigError
+from sasa_train.terminal import progress_bar
 
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 BATCH_SIZES = {"cpu": 32, "cuda": 128}
@@ -41,7 +41,7 @@ def measure(options: Namespace, device: torch.device) -> dict[str, Any]:
         if options.fold_batch_norms and not isinstance(checked, ResNet):
             raise ConfigError(f"--fold-batch-norms knows sasa_train's own models alone; {spec} is not one of them")
     built = {spec: BenchmarkedModel(spec, setting) for spec in models}
-    with progress_bar(2 * options.repeats, "models") as bar:
+    with progress_bar(total=2 * options.repeats, desc="models") as bar:
         training = time_in_turn(
             {spec: model.train for spec, model in built.items()}, options.repeats, device, bar, NUM_WARM_UPS
         )

@@ -23,10 +23,11 @@ from sasa_train.benchmark.contenders import (
     op_memory,
 )
 from sasa_train.benchmark.growth import measure_growth
-from sasa_train.benchmark.timing import peak_of, progress_bar, ratio, spread, time_in_turn
+from sasa_train.benchmark.timing import peak_of, ratio, spread, time_in_turn
 from sasa_train.device import autocast
 from sasa_train.models.layers import LocalSelfAttention2d
 from sasa_train.refusal import ConfigError
+from sasa_train.terminal import progress_bar
 
 SHAPES = {
     32: ("32x32x64", "16x16x128", "8x8x256", "4x4x512", "32x32x128/2", "16x16x256/2", "8x8x512/2"),
@@ -52,7 +53,7 @@ def measure(options: Namespace, device: torch.device) -> dict[str, Any]:
         result, memory, passes = new_result("attention", notes), op_memory, PASSES
         build = partial(admitted, backends, options.backends is not None, result)
     cases, repeats = build_cases(options, device), options.repeats
-    with progress_bar(len(passes) * len(cases) * repeats, result["kind"]) as bar:
+    with progress_bar(total=len(passes) * len(cases) * repeats, desc=result["kind"]) as bar:
         for case in cases:
             contenders, timings = build(case), {}
             for what, method in passes.items():

@@ -24,11 +24,6 @@ Run = Callable[[], object]
 Key = TypeVar("Key")
 
 
-def progress_bar(total: int, description: str) -> tqdm:
-    """Return a progress bar with an ETA on stderr, shown if that is a terminal."""
-    return tqdm(total=total, desc=description, file=sys.stderr, disable=None, dynamic_ncols=True, leave=False)
-
-
 def time_in_turn(
     contenders: Mapping[Key, Run], repeats: int, device: torch.device, bar: tqdm, num_warm_ups: int = NUM_WARM_UPS
 ) -> dict[Key, list[float]]:

@@ -1,6 +1,7 @@
 """What tells several runs apart: their differing keys, those first that together separate the most runs."""
 
 import functools
+import re
 from typing import Any
 
 import yaml
@@ -30,6 +31,11 @@ def short(key: str) -> str:
     """Return a key without its group; of a group's name, the group, as in model=... on the command line."""
     group, _, own = key.rpartition(".")
     return group if group and own == "name" else own
+
+
+def without_groups(text: str) -> str:
+    """Return a text with key=value parts, at its start or after a space or comma, without the groups of the keys."""
+    return re.sub(r"(?<![^ ,])[a-z_.]+\.(?=[a-z_0-9]+=)", "", text)
 
 
 def differing(runs: list[dict[str, str]]) -> list[tuple[str, list[str]]]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sasa_train.config.derived import resolved_image_size
 from sasa_train.config.keys import DataConfig
@@ -20,6 +19,7 @@ from sasa_train.data.reading import Reader
 from sasa_train.data.transforms import Augment, Normalize
 from sasa_train.data.workers import Workers, check_shared_memory, queue_bytes
 from sasa_train.processes.ranks import rank
+from sasa_train.terminal import progress_bar
 
 CHUNK = 256  # images that a worker decodes per task
 
@@ -77,14 +77,7 @@ def decode_all(
     chunks = BatchPlan(0, len(images), CHUNK, 1).all()
     reader = Reader(images, data, quarantine.num_tries)
     is_quiet = True if rank() else None  # None disables the bar unless stderr is a terminal
-    bar = tqdm(
-        total=len(images),
-        desc=f"decoding {quarantine.split}",
-        unit="img",
-        disable=is_quiet,
-        dynamic_ncols=True,
-        leave=False,
-    )
+    bar = progress_bar(total=len(images), desc=f"decoding {quarantine.split}", unit="img", disable=is_quiet)
     with bar, closing(Workers(reader, quarantine.split, num_workers, worker_timeout)) as workers:
         for micro, read in workers.read(chunks):
             quarantine.add(read.unreadable)

@@ -20,14 +20,13 @@ from tarfile import TarInfo
 from typing import BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from sasa_train.data.listing import LeftOut, folders_with_images, image_extensions, is_hidden, is_image
 from sasa_train.data.shard_index import COLUMNS, MAX_CLASSES, index_bytes, read_index
 from sasa_train.data.tars import members_of, open_tar
 from sasa_train.files import open_regular, write_atomic
 from sasa_train.refusal import ConfigError, shorten
-from sasa_train.terminal import printable, say, some, warn
+from sasa_train.terminal import printable, progress_bar, say, some, warn
 
 MAX_IMAGE_BYTES = 2**30  # an uncompressed image with as many pixels as are allowed, 89 million of 8 bytes, has fewer
 MAX_HEADER_BYTES = 2**20  # by which a member of another name is identified
@@ -162,9 +161,7 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 def _scan(shards: Sequence[Path], left_out: LeftOut) -> dict[str, np.ndarray]:
     rows: list[tuple[int, str, int, int, int, str]] = []  # label, key, shard, offset, size, name
-    for number, path in enumerate(
-        tqdm(shards, desc="indexing shards", unit="tar", disable=None, dynamic_ncols=True, leave=False)
-    ):
+    for number, path in enumerate(progress_bar(shards, desc="indexing shards", unit="tar")):
         try:
             images, labels = _read_shard(path, left_out)
         except (OSError, ValueError) as error:

@@ -20,7 +20,7 @@ from sasa_train.data.shards import TarMembers
 from sasa_train.data.tars import members_of, open_tar
 from sasa_train.dataset_tool.writing import WNID, Originals
 from sasa_train.refusal import ConfigError, shorten
-from sasa_train.terminal import printable
+from sasa_train.terminal import printable, progress_bar
 
 GROUND_TRUTH = "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
 MAX_DEVKIT_BYTES = 2**26  # the real one unpacks to a few megabytes
@@ -131,11 +131,4 @@ def _check_member(path: Path, member: tarfile.TarInfo, pattern: str) -> None:
 
 
 def _bytes_bar(path: Path, doing: str) -> tqdm:
-    return tqdm(
-        total=path.stat().st_size,
-        desc=f"{doing} {path.name}",
-        unit="B",
-        unit_scale=True,
-        disable=None,
-        dynamic_ncols=True,
-    )
+    return progress_bar(total=path.stat().st_size, desc=f"{doing} {path.name}", unit="B", unit_scale=True, leave=True)

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from sasa_train.data.class_names import composed, twins, with_nearest
 from sasa_train.data.datasets import (
@@ -37,7 +36,7 @@ from sasa_train.data.listing import LeftOut, read_class_folders
 from sasa_train.data.quarantine import fully
 from sasa_train.data.shards import SPLIT_NAMES
 from sasa_train.refusal import ConfigError
-from sasa_train.terminal import DONE, FAILED, printable, some
+from sasa_train.terminal import DONE, FAILED, printable, progress_bar, some
 
 MAX_TABLE = 50  # maximum number of classes listed one per line
 MAX_ACROSS, MAX_WITHIN = 20, 5  # maximum number of duplicate groups shown
@@ -255,9 +254,7 @@ def look_at_all(contents: Contents, num_workers: int, decoding: Decoding) -> Sur
     places = contents.split_of.tolist(), (np.arange(num_images) - contents.starts[contents.split_of]).tolist()
     try:
         looks = workers.map(partial(_look, decoding), *places, chunksize=32)
-        for i, look in enumerate(
-            tqdm(looks, "decoding", num_images, unit="img", disable=None, dynamic_ncols=True, leave=False)
-        ):
+        for i, look in enumerate(progress_bar(looks, desc="decoding", total=num_images, unit="img")):
             if isinstance(look, str):
                 survey.unreadable[i] = look
             else:

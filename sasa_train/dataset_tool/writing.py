@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from sasa_train.data.datasets import Files, ImageSet
 from sasa_train.data.fingerprint import digest_of
@@ -19,7 +18,7 @@ from sasa_train.data.randomness import fixed_order
 from sasa_train.data.shards import SPLIT_NAMES, TarMembers, find_shards
 from sasa_train.files import inside, open_regular, sync_folder, write_atomic
 from sasa_train.refusal import ConfigError, shorten
-from sasa_train.terminal import MAX_NAMES, printable
+from sasa_train.terminal import MAX_NAMES, printable, progress_bar
 
 WNID = r"n[0-9]{8}"
 OVERHEAD = 2048  # bytes per image in addition to its file: tar headers and label, or half a disk block and an inode
@@ -190,9 +189,8 @@ def _write_missing(
     before()
     for name, split in splits.items():
         done = len(split.names) - sum(len(members) for members in missing[name].values())
-        with tqdm(
-            total=len(split.names), initial=done, desc=f"writing {name}", unit="img", disable=None, dynamic_ncols=True
-        ) as bar:
+        total = len(split.names)
+        with progress_bar(total=total, initial=done, desc=f"writing {name}", unit="img", leave=True) as bar:
             for path, members in missing[name].items():
                 write(path, split, members)
                 bar.update(len(members))

@@ -19,7 +19,7 @@ from sasa_train.predict.find_images import LISTED, NUL, SEPARATOR, Found, find_i
 from sasa_train.predict.table import FORMATS, Row, as_table
 from sasa_train.refusal import ConfigError, ExpectedFailure
 from sasa_train.runs.source import check_source
-from sasa_train.terminal import DONE, FAILED, columns, printable, say_loading, warn
+from sasa_train.terminal import DONE, FAILED, columns, printable, progress_bar, say_loading, warn
 
 if TYPE_CHECKING:
     from sasa_train.predict.inference import Predictor
@@ -146,7 +146,7 @@ def write_rows(
     find, left_out = partial(find_images, words, NUL if options.null else SEPARATOR), LeftOut()
     width = columns(sys.stdout) if options.output is None and options.top_k is None else None
     to_text = partial(as_table, width=width) if options.format == "table" else FORMATS[options.format]
-    with progress_bar(find, words) as bar:
+    with counting_bar(find, words) as bar:
         rows = predictor.rows(counted(find(left_out=left_out), tally), options.batch_size)
         for text in to_text(reported(rows, tally, bar), predictor.top_k):
             write(text.encode("utf-8", "surrogateescape"))
@@ -185,10 +185,10 @@ def reported(batches: Iterator[list[Row]], tally: Tally, bar: tqdm) -> Iterator[
         yield rows
 
 
-def progress_bar(find: Callable[[], Iterator[Found]], words: list[str]) -> tqdm:
+def counting_bar(find: Callable[[], Iterator[Found]], words: list[str]) -> tqdm:
     """Create the progress bar, which is shown if stderr is a terminal."""
     # Files are counted in a thread, so that the first rows of a large folder appear immediately.
-    bar = tqdm(desc="predicting", unit="img", disable=None, dynamic_ncols=True, leave=False)
+    bar = progress_bar(desc="predicting", unit="img")
 
     def count() -> None:
         bar.total = sum(1 for _ in find())

@@ -152,14 +152,14 @@ def report_run(report: "Report", job: "Job", options: argparse.Namespace, folder
 
 def board_command(report: "Report", sources: list[Path]) -> str:
     """Return the command that shows the runs in TensorBoard; it names a few by what differs. "" if there are none."""
-    from sasa_train.report.rows import plain
+    from sasa_train.config.differences import without_groups
     from sasa_train.terminal import printable
 
     jobs = [(row, seed, job.run_dir) for row in report.rows for seed, job in sorted(row.jobs.items())]
     boards = [(row, seed, run_dir / "tensorboard") for row, seed, run_dir in jobs if run_dir is not None]
     boards = [board for board in boards if board[2].is_dir()]
     has_seeds = len({seed for _, seed, _ in boards}) > 1
-    names = [plain(row.label) + f", seed={seed}" * has_seeds for row, seed, _ in boards]
+    names = [without_groups(row.label) + f", seed={seed}" * has_seeds for row, seed, _ in boards]
     names = [re.sub(r"[^\w=.+-]+", "-", name.replace(", ", "+")) for name in names]
     # TensorBoard splits its argument at commas and colons. A line that names many runs is not readable.
     is_plain = not re.search("[,:]", "".join(str(path) for _, _, path in boards))

@@ -5,6 +5,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from sasa_train.config.differences import without_groups
 from sasa_train.figures import (
     SOLID,
     WIDTH,
@@ -19,7 +20,7 @@ from sasa_train.figures import (
 )
 from sasa_train.report.intervals import Interval
 from sasa_train.report.page import Picture
-from sasa_train.report.rows import Report, Row, plain, seed_differences
+from sasa_train.report.rows import Report, Row, seed_differences
 
 MAX_ROWS, MAX_PANELS = 24, 12  # if there are more rows, as in a search, only the best are drawn
 MAX_OVERLAID = 3  # rows in one panel of curves; of more, each has its own panel
@@ -109,7 +110,8 @@ def _draw_accuracy(rows: list[tuple[int, Row]]) -> Figure:
             x, found = sizes[i], _top1(row)
             axis.errorbar(
                 x, found.mean, found.half_width or 0, ecolor="#666666", color=color, marker=marker, mfc=face,
-                mec="black", mew=0.8, ms=7, lw=1, capsize=3, ls="", label=legend_label(f"{number}  {plain(row.label)}"),
+                mec="black", mew=0.8, ms=7, lw=1, capsize=3, ls="",
+                label=legend_label(f"{number}  {without_groups(row.label)}"),
             )  # fmt: skip
         axis.set_xlabel(label)
         axis.locator_params(axis="x", nbins=5)
@@ -178,7 +180,7 @@ def _overlay_curves(axis: Axes, rows: list[Row]) -> None:
 
 
 def _described(row: Row) -> str:
-    return f"{plain(row.label)} (the reference)" if row.reference is row else plain(row.label)
+    return f"{without_groups(row.label)} (the reference)" if row.reference is row else without_groups(row.label)
 
 
 def _curves_by_row(axes: list[Axes], rows: list[Row]) -> None:
@@ -240,7 +242,7 @@ def _draw_differences(rows: list[Row]) -> Figure:
     alone = [*of_paper, *dots, (0.0, 0)]
     low, high = limits([found for _, found in shown] + [Interval(mean, None, 0) for mean, _ in alone])
     axis.set_xlim(low, high)
-    axis.set_yticks(places, [fitted(plain(row.label), 2.4, 8, 2) for row, _ in shown], fontsize=8)
+    axis.set_yticks(places, [fitted(without_groups(row.label), 2.4, 8, 2) for row, _ in shown], fontsize=8)
     axis.set_ylim(len(shown) - 0.4, -0.6)
     above = _reference_of([row for row, _ in shown])
     axis.set_xlabel(fitted(f"top1, percentage points above {above}", 5.0, 9, 3), fontsize=9)
@@ -275,7 +277,7 @@ def _draw_windows(lines: dict[str, list[tuple[int, Row]]]) -> Figure:
         points = [(size, difference.mean, difference.half_width or 0) for size, difference in found if difference]
         if points:
             x, y, half_widths = zip(*points, strict=True)
-            name = legend_label(f"ours, {plain(rest)}" if rest else "ours")
+            name = legend_label(f"ours, {without_groups(rest)}" if rest else "ours")
             axis.errorbar(x, y, half_widths, color=color, marker=marker, ls=style, lw=1.4, capsize=3, label=name)
     line = next(iter(lines.values()))
     of_paper = [(size, 0.0 if row.reference is row else row.paper_difference) for size, row in line if row.paper]
@@ -293,5 +295,5 @@ def _draw_windows(lines: dict[str, list[tuple[int, Row]]]) -> Figure:
 
 def _reference_of(rows: list[Row]) -> str:
     """Name the row that others are compared with, which is the same in all charts."""
-    labels = list(dict.fromkeys(plain(row.reference.label) for row in rows if row.reference))
+    labels = list(dict.fromkeys(without_groups(row.reference.label) for row in rows if row.reference))
     return labels[0] if len(labels) == 1 else "its reference"

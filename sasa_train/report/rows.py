@@ -1,6 +1,5 @@
 """The rows of the report: each groups jobs that differ only in their seed and is compared with a reference row."""
 
-import re
 from dataclasses import dataclass, field
 
 from sasa_train.config.derived import expected_num_classes, resolved_image_size
@@ -189,11 +188,6 @@ def _papers_default(row: Row, rows: list[Row]) -> Row | None:
     """Return the row that matches the paper's default; if there are several, the one most similar to `row`."""
     candidates = [other for other in rows if row.paper and other.paper is reference_row(row.paper)]
     return max(candidates, key=lambda other: len(other.settings.items() & row.settings.items()), default=None)
-
-
-def plain(label: str) -> str:
-    """Return a row's label without the groups of its keys."""
-    return ", ".join(re.sub(r"^[a-z_.]+\.([a-z_0-9]+=)", r"\1", part) for part in label.split(", "))
 
 
 def find_row(rows: list[Row], text: str) -> Row:

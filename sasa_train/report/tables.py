@@ -6,11 +6,12 @@ from collections import Counter
 from typing import Any
 
 from sasa_train.config.derived import resolved_image_size
+from sasa_train.config.differences import without_groups
 from sasa_train.config.keys import TrainConfig
 from sasa_train.files import csv_text
 from sasa_train.paper import HELD_OUT_TABLES
 from sasa_train.report.intervals import ENOUGH, FEW, Interval
-from sasa_train.report.rows import Report, Row, plain
+from sasa_train.report.rows import Report, Row
 from sasa_train.terminal import duration
 
 SHORT = {"top1, last epoch": "top1", "best epoch": "best"}  # headings of the table on a terminal
@@ -29,7 +30,7 @@ def markdown(report: Report) -> str:
 
 def for_terminal(report: Report, width: int) -> str:
     """Return the report for a terminal of `width` columns, with as many of the table's columns as fit."""
-    lines = [cells(report, i, row) | {"row": plain(row.label)} for i, row in enumerate(report.rows, 1)]
+    lines = [cells(report, i, row) | {"row": without_groups(row.label)} for i, row in enumerate(report.rows, 1)]
     columns = {SHORT.get(name, name): [line[name].replace(": too few", "") for line in lines] for name in lines[0]}
     widths = {name: max(map(len, (name, *texts))) for name, texts in columns.items()}
     left_out = []

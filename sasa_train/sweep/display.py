@@ -1,13 +1,13 @@
 """The progress display of a sweep: a live table on a terminal, one line per event, and a final table."""
 
 import contextlib
-import re
 import shutil
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
 
+from sasa_train.config.differences import without_groups
 from sasa_train.runs.ledger import Job, Ledger
 from sasa_train.sweep.scheduler import Processes
 from sasa_train.terminal import duration, printable
@@ -65,7 +65,7 @@ def table_of(processes: Processes) -> list[str]:
 def _cut(line: str, width: int) -> str:
     """Shorten a line that is too wide in the groups of its keys, then at its end."""
     if len(line) > width:
-        line = re.sub(r"(?<=[ ,])[a-z_.]+\.(?=[a-z_0-9]+=)", "", line)
+        line = without_groups(line)
     return line if len(line) <= width else f"{line[: width - 3]}..."
 
 

@@ -5,14 +5,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sasa_train.data.datasets import ImageSet
 from sasa_train.data.quarantine import Quarantine
 from sasa_train.data.reading import in_batches, read_batches
 from sasa_train.device import autocast, resolve
 from sasa_train.refusal import ExpectedFailure
-from sasa_train.terminal import printable
+from sasa_train.terminal import printable, progress_bar
 from sasa_train.trained import TrainedModel
 from sasa_train.visualize.capture import AttentionLayer, attention_layers, checked_weights, watching
 from sasa_train.visualize.geometry import Distances, mean_distances, reduction_of, uniform_distance
@@ -101,7 +100,7 @@ def look_at_val(trained: TrainedModel, images: ImageSet, with_attention: bool = 
     quarantine = Quarantine("val", len(images), config.data.max_unreadable, images)
     means = AttentionMeans(trained.image_size)
     layers = list(attention_layers(model)) if with_attention else []
-    bar = tqdm(total=len(images), desc="val images", unit="img", disable=None, dynamic_ncols=True, leave=False)
+    bar = progress_bar(total=len(images), desc="val images", unit="img")
     with bar, watching(model, layers, means.look):
         for pixels, labels, _, unreadable in read_batches(in_batches(images, BATCH_SIZE), config.data):
             quarantine.add(unreadable)
