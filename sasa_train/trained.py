@@ -17,7 +17,7 @@ from sasa_train.data.fingerprint import differences
 from sasa_train.data.reading import image_files, read_fitted
 from sasa_train.data.transforms import Normalize, val_shape
 from sasa_train.models import build_model, check_model
-from sasa_train.refusal import ConfigError, require
+from sasa_train.refusal import ConfigError, ExpectedFailure, require
 from sasa_train.runs.checkpoint import first_misfit, load_checkpoint
 from sasa_train.runs.source import check_source, find_checkpoint
 from sasa_train.terminal import printable, some
@@ -83,6 +83,15 @@ class TrainedModel:
                 raise ConfigError(f"{printable(self.path)}: the model's output is not finite for one of {some(batch)}")
             found += most_probable(logits, self.classes, top)
         return found
+
+    def diverged(self, precision: str, found: str) -> ExpectedFailure:
+        """Return the error for a model whose output is not finite in `precision`, with what was found."""
+        # Weights that are finite may still overflow. topk ranks NaN first, so that all figures would be wrong.
+        other = "" if precision == "fp32" else ", or try trainer.precision=fp32"
+        return ExpectedFailure(
+            f"{printable(self.path)}: {found}, because the model's output is not finite, or too large, in {precision}; "
+            f"it has diverged: take an earlier checkpoint{other}"
+        )
 
     def changes(self, val: dict[str, Any]) -> list[str]:
         """List the differences between the fingerprint `val` and that of the val images used in training."""

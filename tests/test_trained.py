@@ -151,7 +151,9 @@ def test_a_model_whose_output_is_not_finite_is_not_evaluated(tiny_run, tmp_path,
         assert "the loss on val is nan, because the model's output is not finite" in capsys.readouterr().err
     assert not (tmp_path / "p.csv").exists()
     assert visualize.run_command([str(tmp_path / "x.pt"), "confusion_matrix", "--out", str(tmp_path)]) == 1
-    assert "x.pt: the model's output is not finite in fp32" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "x.pt: no figure would be right, because the model's output is not finite, or too large, in fp32;" in told
+    assert told.endswith("take an earlier checkpoint\n")  # fp32 is no remedy for fp32
 
 
 def test_a_run_folder_its_checkpoints_and_a_file_name_the_same(tiny_run):

@@ -175,9 +175,10 @@ def _values(image: Image.Image) -> np.ndarray:
 
 def _scaled(image: Image.Image, decoding: Decoding) -> Image.Image:
     """Scale the values in the image's range to 0..255; keep transparency."""
-    low, high = check_range(image, decoding)
     if not _is_deep(image):
-        return image if high == 255 and min(_shares(image)) == 1 else _brightened(image, _shares(image))
+        shares = _shares(image)
+        return image if min(shares) == 1 else _brightened(image, shares)
+    low, high = check_range(image, decoding)
     pixels = _values(image)
     levels = pixels.astype(np.float64)
     if np.isnan(levels).any():
@@ -257,9 +258,8 @@ def _brightened(image: Image.Image, shares: list[float]) -> Image.Image:
     """Scale each band, of which only this share of 0..255 is used, to 0..255."""
     levels, tables = np.arange(256), []
     for band, share in enumerate(shares):
+        table = (levels * (255 / (255 * share))).round().clip(0, 255)
         # Pillow has inverted WhiteIsZero already, but not its alpha.
-        if tags(image).get(PHOTOMETRIC) == WHITE_IS_ZERO and band == 0:
-            tables.append(255 - (levels[::-1] * (255 / (255 * share))).round().clip(0, 255))
-        else:
-            tables.append((levels * (255 / (255 * share))).round().clip(0, 255))
+        is_inverted = band == 0 and tags(image).get(PHOTOMETRIC) == WHITE_IS_ZERO
+        tables.append(255 - table[::-1] if is_inverted else table)
     return image.point(np.concatenate(tables).astype(int).tolist())

@@ -14,8 +14,6 @@ from sasa_train.data.datasets import ImageSet
 from sasa_train.data.fingerprint import fingerprint
 from sasa_train.data.loader import Loader, build_eval_loader, check_evaluated
 from sasa_train.device import resolve
-from sasa_train.refusal import ExpectedFailure
-from sasa_train.terminal import printable
 from sasa_train.trained import TrainedModel
 from sasa_train.training.evaluation import Evaluation, evaluate, rank_classes
 
@@ -77,7 +75,7 @@ class Val:
             self.loader.close()
         assert result is not None
         if not math.isfinite(result.loss):
-            raise self._diverged(f"the loss on val is {result.loss}")
+            raise self.trained.diverged(self.precision, f"the loss on val is {result.loss}")
         check_evaluated(self.loader, result.num_images, self.loader.num_left_out)
         return result
 
@@ -90,17 +88,10 @@ class Val:
         indices = np.array(readable, dtype=np.int64)
         logits, ranked = torch.cat(answering.logits), torch.cat(answering.ranked)
         if logits.isnan().any():
-            raise self._diverged("an output for a mirrored image is NaN")
+            raise self.trained.diverged(self.precision, "an output for a mirrored image is NaN")
         if len(logits) != len(indices):
             raise RuntimeError(f"{len(logits):,} images were evaluated, but {len(indices):,} could be read")
         return result, Answers(logits, ranked, torch.from_numpy(self.images.labels[indices]), indices)
-
-    def _diverged(self, found: str) -> ExpectedFailure:
-        # Weights that are finite may still overflow. topk ranks NaN first, so that all figures would be wrong.
-        return ExpectedFailure(
-            f"{printable(self.trained.path)}: {found}, because the model's output is not finite, or too large, in "
-            f"{self.precision}; it has diverged: take an earlier checkpoint, or try trainer.precision=fp32"
-        )
 
 
 class Answering(nn.Module):

@@ -180,7 +180,7 @@ def check_keys(overrides: list[str]) -> None:
 
 
 def check_overrides(overrides: list[str], job: "Job | None") -> None:
-    """Check the overrides before any work is done; they apply only to the figures of a single run."""
+    """Raise ConfigError for overrides that this run's config refuses, or if there is no single run to apply them to."""
     from sasa_train.config.overrides import split_weights
     from sasa_train.config.saved import load_config_file
 

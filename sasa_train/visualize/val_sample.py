@@ -10,8 +10,7 @@ from sasa_train.data.datasets import ImageSet
 from sasa_train.data.quarantine import Quarantine
 from sasa_train.data.reading import in_batches, read_batches
 from sasa_train.device import autocast, resolve
-from sasa_train.refusal import ExpectedFailure
-from sasa_train.terminal import printable, progress_bar
+from sasa_train.terminal import progress_bar
 from sasa_train.trained import TrainedModel
 from sasa_train.visualize.capture import AttentionLayer, attention_layers, checked_weights, watching
 from sasa_train.visualize.geometry import Distances, mean_distances, reduction_of, uniform_distance
@@ -110,9 +109,7 @@ def look_at_val(trained: TrainedModel, images: ImageSet, with_attention: bool = 
             with autocast(device, config.trainer.precision):
                 logits = model(normalize(pixels.to(device)))
             if not logits.isfinite().all():
-                raise ExpectedFailure(
-                    f"{printable(trained.path)}: the model's output is not finite in {config.trainer.precision}"
-                )
+                raise trained.diverged(config.trainer.precision, "no figure would be right")
             top = logits.float().softmax(1).max(1)
             predicted, probabilities = top.indices.cpu(), top.values.tolist()
             confusion.view(-1).index_add_(0, labels * len(classes) + predicted, torch.ones_like(labels))
