@@ -88,7 +88,7 @@ def print_model(config: TrainConfig) -> None:
     layers = count_layers(model, size)
     width = max(len(layer.name) for layer in layers)
     kind_width = max(len(layer.kind) for layer in layers)
-    print(f"{config.model.name}: {num_classes} classes, {size} x {size} pixels\n")
+    print(f"{config.model.title}: {num_classes} classes, {size} x {size} pixels\n")
     columns = f"{'output':<16} {'parameters':>11} {'MFLOPs':>9} {'activations':>12}"
     header = f"{'layer':<{width}}  {'kind':<{kind_width}}  {columns}"
     print(f"{header}\n{'-' * len(header)}")
@@ -99,7 +99,7 @@ def print_model(config: TrainConfig) -> None:
     print(f"\n{total.params / 1e6:.2f} M parameters, {total.flops / 1e9:.2f} GFLOPs")
     as_named = all(getattr(config.model, key) is None for key in MODEL_KEYS)
     for row in ROWS:
-        if row.table == 1 and row.model == config.model.name and (num_classes, size, as_named) == (1000, 224, True):
+        if row.table == 1 and row.model == config.model.title and (num_classes, size, as_named) == (1000, 224, True):
             print(
                 f"{row.mparams:.1f} M parameters, {row.gflops:.1f} GFLOPs, {row.top1:.1f} % top1 in the paper's Table 1"
             )

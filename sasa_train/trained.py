@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sasa_train.config import own_code
 from sasa_train.config.derived import resolved_image_size
 from sasa_train.config.keys import DataConfig, TrainConfig
 from sasa_train.data.datasets import mean_std
@@ -123,13 +124,16 @@ def load_trained(source: str | Path, overrides: Sequence[str] = ()) -> TrainedMo
     """
     # Imported here, because importing Hydra takes a tenth of a second.
     from sasa_train.config.overrides import split_weights
+    from sasa_train.config.own_keys import targets_of, use_code
     from sasa_train.config.saved import load_config
 
     check_source(Path(source), overrides)
+    use_code(overrides)
     path = find_checkpoint(Path(source))
     checkpoint = load_checkpoint(path)
     wanted, others = split_weights(overrides)
     saved = load_config(checkpoint["config"], source=str(path))
+    own_code.check_named(saved.imports, targets_of(saved, ("model.target",)), str(path))
     check_weights(checkpoint, saved, path)
     if any(text.startswith("data.name=") for text in others):
         others = _own_preprocessing(saved.data) + others

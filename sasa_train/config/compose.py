@@ -17,10 +17,11 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 
-from sasa_train.config.groups import config_dir
+from sasa_train.config.groups import config_dir, file_named, own_dirs
 from sasa_train.config.keys import FREE_KEYS, TrainConfig, flatten, key_table, with_values
 from sasa_train.config.overrides import (
     TEXT_KEYS,
@@ -32,6 +33,7 @@ from sasa_train.config.overrides import (
     parse_overrides,
     unknown_key,
 )
+from sasa_train.config.own_keys import use_code, use_code_of, use_presets
 from sasa_train.config.rules import check_values, validate
 from sasa_train.refusal import ConfigError, shorten
 
@@ -48,7 +50,9 @@ def compose_config(overrides: Sequence[str]) -> TrainConfig:
     Raises:
         ConfigError: a key or group is unknown, a value has the wrong type, or values are incompatible.
     """
+    use_presets(overrides)
     check_override_keys(overrides)
+    use_code(overrides)
     of_sweep = GlobalHydra.instance().hydra  # a job of -m needs it again afterwards
     GlobalHydra.instance().clear()
     try:
@@ -66,7 +70,9 @@ def initialize_hydra() -> Iterator[None]:
     """Context manager in which Hydra composes the files in `configs/`, with text as it is written there."""
     with initialize_config_dir(str(config_dir()), job_name="sasa-train", version_base="1.3"):
         sources = GlobalHydra.instance().config_loader().get_sources()
-        sources[:] = [TextSource(s.provider, s.path) if s.provider == "main" else s for s in sources]
+        ours = next(number for number, source in enumerate(sources) if source.provider == "main")
+        own = [TextSource("own", str(folder)) for folder in own_dirs()]
+        sources[ours : ours + 1] = [TextSource("main", str(config_dir())), *own, FileSource("file", "/")]
         yield
 
 
@@ -78,6 +84,34 @@ class TextSource(FileConfigSource):
         text = Path(self.path, f"{config_path.removesuffix('.yaml')}.yaml").read_text(encoding="utf-8")
         result.config = OmegaConf.create(quote_texts(text, group=config_path.rpartition("/")[0]))
         return result
+
+
+class FileSource(TextSource):
+    """The files that are chosen by their paths, as in experiment=./mine.yaml, in whichever group they are chosen."""
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        path = _file_chosen(config_path)
+        assert path is not None
+        result = FileConfigSource.load_config(self, str(path))
+        text = path.read_text(encoding="utf-8")
+        result.config = OmegaConf.create(quote_texts(text, group=config_path.rpartition("/")[0]))
+        return result
+
+    def is_group(self, config_path: str) -> bool:
+        return False
+
+    def is_config(self, config_path: str) -> bool:
+        return _file_chosen(config_path) is not None
+
+    def available(self) -> bool:
+        return True
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        return []
+
+
+def _file_chosen(config_path: str) -> Path | None:
+    return file_named(config_path.removesuffix(".yaml").rpartition("/")[2])
 
 
 def quote_texts(yaml_text: str, text_keys: AbstractSet[str] = TEXT_KEYS, group: str = "") -> str:
@@ -129,7 +163,9 @@ def to_config(composed: DictConfig, check: Callable[[TrainConfig], None] = valid
 
 def as_asked(composed: DictConfig, overrides: Sequence[str]) -> TrainConfig:
     """Convert a config that has just been composed; the keys in `derive` have no value yet, unless they are set."""
+    use_code(overrides)
     config = _leave_open(to_config(composed, check_values), overrides)
+    use_code_of(config)
     if not config.derive:
         validate(config)
     return config

@@ -2,7 +2,14 @@
 
 import dataclasses
 
-from sasa_train.config.keys import DATA_SETS, SMALL_IMAGE, AugmentConfig, DataConfig, TrainConfig, TrainerConfig
+from sasa_train.config.keys import (
+    DATA_SETS,
+    SMALL_IMAGE,
+    AugmentConfig,
+    DataConfig,
+    TrainConfig,
+    TrainerConfig,
+)
 
 
 def crops_by_padding(data: DataConfig, augment: AugmentConfig) -> bool:

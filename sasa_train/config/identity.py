@@ -24,7 +24,7 @@ def default_run_name(config: TrainConfig) -> str:
     after what was asked, not after what was chosen from the images.
     """
     parts = [_data_name(config)]
-    parts += [] if "model.name" in config.derive else [re.sub(NOT_IN_NAMES, "-", config.model.name)]
+    parts += [] if "model.name" in config.derive else [re.sub(NOT_IN_NAMES, "-", config.model.title)]
     parts += [] if "trainer.epochs" in config.derive else [f"e{config.trainer.epochs}"]
     return "-".join([*parts, f"s{config.seed}", _digest(config)])
 
@@ -38,6 +38,8 @@ def run_name_in(folder: str, config: TrainConfig) -> str:
 
 
 def _data_name(config: TrainConfig) -> str:
+    if config.data.target is not None:
+        return re.sub(NOT_IN_NAMES, "-", config.data.target)[-MAX_DATA_NAME:]
     if config.data.name != "image_folder":
         return config.data.name
     own = re.sub(NOT_IN_NAMES, "-", os.path.basename(os.path.abspath(config.data.root)))

@@ -40,12 +40,15 @@ DATA_SETS = {
     "cifar100": DataSet(100, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "imagenet": IMAGENET,
     "image_folder": IMAGENET._replace(num_classes=None),
+    "own": IMAGENET._replace(num_classes=None),
 }
 
 
 @dataclass
 class ModelConfig:
     name: str = key("sasa_resnet26", "a name in timm's registry: {sasa,hybrid,conv}_resnet{26,38,50} or any timm model")
+    target: str | None = key(None, "your own model instead, as in my_models.TinyNet; called with num_classes and args")
+    args: dict[str, Any] = key({}, "arguments of a timm model or of target, as in model.args={drop_rate:0.1}")
     num_classes: int | None = key(None, "number of classes; null: from the data set", above=0)
     # These keys are for sasa_train's own models only; null means that the model's name determines the value.
     stem: str | None = key(
@@ -64,10 +67,17 @@ class ModelConfig:
         None, "initial weights: a checkpoint, run, .safetensors or hub folder; timm: timm's own weights", is_path=True
     )
 
+    @property
+    def title(self) -> str:
+        """The model's name; a model of the user's own is named after its class or function."""
+        return self.target.rpartition(".")[2] if self.target is not None else self.name
+
 
 @dataclass
 class DataConfig:
     name: str = key("digits", "the data set", choices=tuple(DATA_SETS))
+    target: str | None = key(None, "data=own: your function, called with args; returns train and val sets with classes")
+    args: dict[str, Any] = key({}, "arguments of target, as in data.args={fold:1}")
     root: str = local_key("data", "folder of the images; not used for digits", is_path=True)
     # The size of a larger image in bytes would overflow the 32-bit counters of Pillow and torch.
     image_size: int | None = key(
@@ -142,6 +152,7 @@ class ScheduleConfig:
 
 @dataclass
 class AugmentConfig:
+    target: str | None = key(None, "your own transform of one uint8 image, called with a generator of its own")
     crop: bool = key(True, "random crop (see crop_mode); false: centre crop")
     crop_padding: int | None = key(None, "crop_mode=padded: padding in pixels; null: image_size / 8", at_least=0)
     crop_scale: list[float] = key(
@@ -198,6 +209,7 @@ class TrainerConfig:
     ema_decay: float | None = key(None, "decay of the EMA that val and best use; null: no EMA", above=0, below=1)
     ema_warmup: bool = key(True, "increase the decay gradually: min(ema_decay, 1 - step^(-2/3))")
     loss: str = key("cross_entropy", "training loss; bce: one sigmoid per class", choices=("cross_entropy", "bce"))
+    loss_target: str | None = key(None, "your own loss instead, called with logits and labels; returns a mean")
     label_smoothing: float = key(0.0, "label smoothing in the training loss", at_least=0, below=1)
     bn_recalibration_batches: int = key(
         0, "training micro-batches to recompute batch norm statistics before each evaluation; 0: none", at_least=0
@@ -229,13 +241,18 @@ class TrainConfig:
     resume: str = local_key(
         "auto", "auto; never (a new, numbered run); a run folder (in place); a checkpoint (a new run)", is_path=True
     )
+    configs: list[str] = local_key([], "folders with your own groups and presets, besides those in $SASA_CONFIGS")
+    imports: list[str] = local_key([], "your own modules and .py files, imported before the config is composed")
+    hooks: list[str] = local_key([], "your own functions, called at start, step, evaluated, saved and end")
     derive: list[str] = local_key(
         [], "keys that are chosen from the images when the run begins; a key that is set is not chosen"
     )
     allow_config_change: list[str] = local_key([], "keys that may differ from the checkpoint's config on resume")
 
 
-FREE_KEYS = ("optimizer.args", "schedule.args")  # dicts of timm's arguments, each treated as a single key
+FREE_KEYS = ("model.args", "data.args", "optimizer.args", "schedule.args")  # dicts, each treated as a single key
+TARGETS = ("model.target", "data.target", "augment.target", "trainer.loss_target")  # dotted names of the user's code
+LISTS = ("configs", "imports", "hooks")  # keys of which a command line may give one value, and several of them
 MAX_DEPTH = 5  # maximum nesting of lists and dicts in such an argument
 # The names that Hydra parses as strings in {name:value}.
 ARGUMENT_NAME = re.compile(r"(?!(?:true|false|null|nan|inf)$)[a-z_][a-z0-9_]*", re.IGNORECASE | re.ASCII)

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -21,9 +21,9 @@ from hydra.grammar.gen.OverrideLexer import OverrideLexer
 from hydra.grammar.gen.OverrideParser import OverrideParser
 from omegaconf.errors import OmegaConfBaseException
 
-from sasa_train.config.groups import GROUPS, choices
-from sasa_train.config.keys import FREE_KEYS, key_table, text_keys
-from sasa_train.refusal import ConfigError, shorten
+from sasa_train.config.groups import GROUPS, choices, is_file, name_of_file
+from sasa_train.config.keys import FREE_KEYS, LISTS, key_table, text_keys
+from sasa_train.refusal import ConfigError, require, shorten
 
 MAX_JOBS = 1000  # in a sweep, because every job's config is composed before the first job starts
 MAX_TEXT = 2**16  # characters in a saved config (normally 4,000) or override; parsing a longer one is slow
@@ -67,18 +67,46 @@ def for_hydra(overrides: Sequence[str]) -> list[str]:
     Texts are quoted, and keys that are not dataclass fields get the prefix ++.
     """
     written = []
-    for o in parse_overrides(overrides):
-        if o.key_or_group in TEXT_KEYS:
+    for o in parse_overrides(one_list_each(overrides)):
+        if is_group(o) and is_file(choice := str(o.value())):
+            written.append(f"{o.key_or_group}={as_written(name_of_file(choice))}")
+        elif o.key_or_group in TEXT_KEYS:
             written.append(f"{o.key_or_group}={as_written(o.value())}")
         else:
             written.append(f"{'++' if o.key_or_group.startswith(FREE_KEYS) else ''}{o.input_line}")
     return written
 
 
+def one_list_each(overrides: Sequence[str]) -> list[str]:
+    """Write a key in LISTS that is given several times, or as a single value, as one list: configs=[a,b]."""
+    keys = [override.key_or_group for override in parse_overrides(overrides)]
+    lists = {key: list(values_of(overrides, (key,))) for key in keys if key in LISTS}
+    rest = [o for o, key in zip(overrides, keys, strict=True) if key not in LISTS]
+    return [*(f"{key}={as_written(values)}" for key, values in lists.items()), *rest]
+
+
+def values_of(overrides: Sequence[str], keys: Sequence[str]) -> Iterator[str]:
+    """Yield the values, and the elements of lists, that a command line gives to keys; not those of sweeps."""
+    for override in parse_overrides(overrides):
+        if override.key_or_group not in keys:
+            continue
+        if not override.is_sweep_override():
+            value = override.value()
+            yield from map(str, value if isinstance(value, list) else [] if value is None else [value])
+        elif override.key_or_group in LISTS:
+            key = override.key_or_group
+            raise ConfigError(f"{override.input_line}: several values of {key} are written as a list, {key}=[a,b]")
+
+
 def for_own_images(overrides: Sequence[str]) -> list[str]:
-    """Add the experiment for one's own images, or for fine-tuning, if a command line names only where they are."""
+    """Add the experiment for one's own images, or for fine-tuning, if a command line names only where they are.
+
+    Add data=own if it names a function that returns them.
+    """
     given = parse_overrides(overrides)
     keys = {override.key_or_group for override in given if override.input_line not in ("resume=auto", "resume=never")}
+    if "data.target" in keys and not keys & {"data", "data.name", "resume"}:
+        return ["data=own", *overrides]
     if "data.root" not in keys or keys & {"data", "data.name", "experiment", "resume"}:
         return list(overrides)
     return [f"experiment={'finetune' if 'model.pretrained' in keys else 'my_images'}", *overrides]
@@ -237,7 +265,9 @@ def _check_choice(override: Override) -> None:
     if override.is_sweep_override():
         return
     for name in choice if isinstance(choice, list) else [choice]:
-        if name not in choices(group):
+        if is_file(str(name)):
+            require(os.path.isfile(os.path.expanduser(str(name))), group, name, "is not a file")
+        elif name not in choices(group):
             hint = nearest(str(name), choices(group)) + HINTS.get(group, "").format(shorten(name))
             raise ConfigError(f"{group}={shorten(choice)} is none of {', '.join(choices(group))}: {hint}")
 

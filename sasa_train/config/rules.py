@@ -1,6 +1,7 @@
 """Validation rules for single values and combinations of values, checked before any data is loaded."""
 
 import itertools
+import re
 import unicodedata
 from collections.abc import Iterator
 from operator import attrgetter
@@ -16,6 +17,7 @@ from sasa_train.config.keys import (
     OWN_MODELS,
     PUBLISHED,
     SMALL_IMAGE,
+    TARGETS,
     TrainConfig,
     TrainerConfig,
     flatten,
@@ -29,8 +31,8 @@ Rules = Iterator[tuple[bool, str, str]]  # whether the rule holds, the key, and 
 def validate(config: TrainConfig) -> None:
     """Raise ConfigError for values that violate a rule or are incompatible."""
     check_values(config)
-    together = itertools.chain(_of_model(config), _of_data(config), _of_batches(config), _of_epochs(config))
-    for is_kept, key, rule in together:
+    checks = (_of_code, _of_model, _of_data, _of_batches, _of_epochs)
+    for is_kept, key, rule in itertools.chain.from_iterable(check(config) for check in checks):
         require(is_kept, key, attrgetter(key)(config), rule)
     _check_mixing(config, micro_batch_size(config.trainer, world_size=1))
 
@@ -104,12 +106,30 @@ def _of_clipping(trainer: TrainerConfig) -> Rules:
         yield False, f"trainer.{second}", f"and trainer.{first} exclude each other: set one"
 
 
+def _of_code(config: TrainConfig) -> Rules:
+    model, data, trainer = config.model, config.data, config.trainer
+    for key, target in [(key, attrgetter(key)(config)) for key in TARGETS] + [("hooks", name) for name in config.hooks]:
+        rule = "must be a dotted name of your own code, as in my_models.TinyNet"
+        yield target is None or bool(re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", target)), key, rule
+    yield (data.name == "own") == (data.target is not None), "data.target", "and data=own need each other"
+    yield not data.args or data.target is not None, "data.args", "needs data.target: it holds that function's arguments"
+    rule = "is for data.root; your own function (data.target) chooses its val set itself"
+    yield data.split is None or data.target is None, "data.split", rule
+    rule = "is for the losses that trainer.loss names; your own (trainer.loss_target) gets the labels as they are"
+    yield trainer.label_smoothing == 0 or trainer.loss_target is None, "trainer.label_smoothing", rule
+    is_ours = model.name in OWN_MODELS and model.target is None
+    rule = f"is for timm's models and your own (model.target); {model.name} has keys: {', '.join(MODEL_KEYS)}"
+    yield not model.args or not is_ours, "model.args", rule
+    rule = "is for models with names; give it to your own in model.args"
+    yield model.drop_path_rate == 0 or model.target is None, "model.drop_path_rate", rule
+
+
 def _of_model(config: TrainConfig) -> Rules:
     model, image_size = config.model, resolved_image_size(config.data)
-    is_ours = model.name in OWN_MODELS
-    rule = f"is for timm's models: no weights of {model.name} are published; name a checkpoint or an export"
-    yield not is_ours or model.pretrained != PUBLISHED, "model.pretrained", rule
-    rule = f"is a key of our own models, which model.name={model.name} is not: leave it out, or choose one of "
+    is_ours, name = model.name in OWN_MODELS and model.target is None, model.title
+    rule = f"is for timm's models: no weights of {name} are published; name a checkpoint or an export"
+    yield not (is_ours or model.target) or model.pretrained != PUBLISHED, "model.pretrained", rule
+    rule = f"is a key of our own models, which {name} is not: leave it out, or choose one of "
     for key in MODEL_KEYS:
         yield is_ours or getattr(model, key) is None, f"model.{key}", rule + ", ".join(OWN_MODELS)
     kernel_size = model.kernel_size or 1

@@ -11,7 +11,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sasa_train.config.compose import explain, quote_texts, schema, to_config
 from sasa_train.config.keys import TrainConfig, flatten, with_values
-from sasa_train.config.overrides import MAX_TEXT, UNREADABLE, check_override_keys, is_group, parse_overrides
+from sasa_train.config.overrides import (
+    MAX_TEXT,
+    UNREADABLE,
+    check_override_keys,
+    is_group,
+    one_list_each,
+    parse_overrides,
+)
 from sasa_train.config.rules import check_values
 from sasa_train.files import read_regular
 from sasa_train.refusal import ConfigError, shorten
@@ -31,6 +38,7 @@ def load_config(yaml_text: str, overrides: Sequence[str] = (), source: str = "th
         ConfigError: the config is invalid (see `compose_config`); if its text is malformed, the message names `source`.
     """
     check_override_keys(overrides)
+    overrides = one_list_each(overrides)
     saved = _read_saved(yaml_text, source)
     _update(saved, overrides, source)
     _forget_the_other_batch_key(saved, {o.key_or_group for o in parse_overrides(overrides)})
@@ -41,7 +49,7 @@ def check_overrides(overrides: Sequence[str], source: str) -> None:
     """Raise ConfigError for overrides that `load_config` refuses whatever the saved config: keys, types and bounds."""
     check_override_keys(overrides)
     values = deepcopy(schema())
-    _update(values, overrides, source)
+    _update(values, one_list_each(overrides), source)
     to_config(values, check_values)
 
 

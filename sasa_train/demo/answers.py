@@ -33,7 +33,7 @@ class Demo:
 
     def __init__(self, trained: TrainedModel, top_k: int):
         self.predictor = Predictor(trained, top_k)
-        self.path, self.size, self.name = trained.path, trained.image_size, trained.config.model.name
+        self.path, self.size, self.name = trained.path, trained.image_size, trained.config.model.title
         self.layers = attention_layers(trained.model)
         self._lock = threading.Lock()  # a model whose layers are watched can run only once at a time
 

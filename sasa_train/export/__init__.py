@@ -102,7 +102,7 @@ def print_head(trained: "TrainedModel", of_what: str, expected: "Measured") -> N
     from sasa_train.export.making import megabytes
     from sasa_train.terminal import say
 
-    say(f"{printable(trained.path)}: {trained.config.model.name}, {trained.weights} weights")
+    say(f"{printable(trained.path)}: {trained.config.model.title}, {trained.weights} weights")
     threads = "1 CPU thread" if (count := torch.get_num_threads()) == 1 else f"{count} CPU threads"
     say(f"checked on {of_what}; images/s with {threads} of this machine\n")
     batches = "".join(f"{f'batch {size}':>11}" for size in BATCH_SIZES)

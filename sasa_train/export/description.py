@@ -49,7 +49,7 @@ def describe(trained: TrainedModel) -> dict[str, str]:
     mean, std = mean_std(trained.config.data)
     return {
         "sasa_train": sasa_train.__version__,
-        "model": trained.config.model.name,
+        "model": trained.config.model.title,
         "classes": json.dumps(trained.classes),
         "image_size": str(trained.image_size),
         "resize": str(shorter_side(trained.image_size, trained.config.data.val_crop)),
@@ -82,7 +82,7 @@ def model_card(trained: TrainedModel) -> str:
     """Return the model card, which describes the run as it was trained, without the overrides given to the export."""
     saved = load_config(trained.checkpoint["config"])
     return CARD.format(
-        name=trained.config.model.name,
+        name=trained.config.model.title,
         data=saved.data.name,
         version=sasa_train.__version__,
         num_classes=len(trained.classes),

@@ -56,7 +56,7 @@ def _make_aside(how: Format, source: Source, path: Path, images: Tensor) -> Meas
         raise
     except Exception as error:  # errors of torch's exporters, onnxruntime and timm have no common base class
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        name = source.trained.config.model.name
+        name = source.trained.config.model.title
         raise ExportError(f"cannot be made of {name} ({reason}); leave it out with --formats") from error
 
 

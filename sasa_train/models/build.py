@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import sasa_train.models.resnet  # noqa: F401  (registers our models with timm)
+from sasa_train.config import own_code
 from sasa_train.config.keys import MODEL_KEYS, ModelConfig
-from sasa_train.refusal import LIBRARY_ERRORS, ConfigError, shorten
+from sasa_train.refusal import LIBRARY_ERRORS, ConfigError, require, shorten
 
 
 def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
@@ -21,10 +22,31 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
     Raises:
         ConfigError: the name is unknown or the keys are incompatible.
     """
+    model = _build_named(config, num_classes, image_size) if config.target is None else _build_own(config, num_classes)
+    if config.bn_momentum is not None:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.momentum = config.bn_momentum
+    return model
+
+
+def _build_own(config: ModelConfig, num_classes: int) -> nn.Module:
+    what = f"model.target={config.target}"
+    make = own_code.load("model.target", str(config.target))
+    with own_code.errors_of(what):
+        model = make(num_classes=num_classes, **config.args)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{what}: must return a torch.nn.Module, but returned {type(model).__name__}")
+    return model
+
+
+def _build_named(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
     if not timm.is_model(config.name):
         close = get_close_matches(config.name, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
-        raise ConfigError(f"model.name={config.name} is not in timm's registry: {hint}")
+        raise ConfigError(
+            f"model.name={config.name} is not in timm's registry: {hint} (one of your own: imports=[...] registers it)"
+        )
     kwargs = {key: getattr(config, key) for key in MODEL_KEYS if getattr(config, key) is not None}
     if config.drop_path_rate:
         kwargs["drop_path_rate"] = config.drop_path_rate
@@ -33,10 +55,6 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
         model = timm.create_model(config.name, num_classes=num_classes, **kwargs)
     except LIBRARY_ERRORS as error:
         raise ConfigError(f"model.name={config.name} with {kwargs}: {error}") from error
-    if config.bn_momentum is not None:
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.momentum = config.bn_momentum
     return model
 
 
@@ -85,6 +103,8 @@ def check_model(config: ModelConfig, image_size: int, num_classes: int | None = 
     Raises:
         ConfigError: the model cannot be built, or it does not accept images of this size.
     """
+    if config.target is not None:
+        return _check_own(config, image_size, num_classes or config.num_classes or 10)
     try:
         return _run_on_meta(config, image_size, num_classes)
     except LIBRARY_ERRORS as error:
@@ -95,6 +115,25 @@ def check_model(config: ModelConfig, image_size: int, num_classes: int | None = 
             f"model.name={config.name} cannot take images of {image_size} pixels{reason}{remedy}; choose another "
             "data.image_size or model"
         ) from error
+
+
+def _check_own(config: ModelConfig, image_size: int, num_classes: int) -> nn.Module:
+    """Do the same for a model of the user's own, which may need the CPU to be built."""
+    what, images = f"model.target={config.target}", (1, 3, image_size, image_size)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                model = _build_own(config, num_classes)
+                logits = model.eval()(torch.empty(images))
+        except Exception:  # such as .item() of a tensor without a value
+            with own_code.errors_of(f"{what}, on an image of {image_size} pixels"):
+                model = _build_own(config, num_classes)
+                logits = model.eval()(torch.zeros(images))
+    shape = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    require(
+        shape == [1, num_classes], what, shape, f"must return logits [batch, {num_classes}], here [1, {num_classes}]"
+    )
+    return model
 
 
 def _run_on_meta(config: ModelConfig, image_size: int, num_classes: int | None = None) -> nn.Module:

@@ -93,7 +93,7 @@ def _wrapped(text: str, width: int | None, indent: str) -> str:
 
 def _model(config: TrainConfig) -> str:
     given = {key: value for key in MODEL_KEYS if (value := getattr(config.model, key)) is not None}
-    return ", ".join([config.model.name, *(f"{key}={as_written(value)}" for key, value in given.items())])
+    return ", ".join([config.model.title, *(f"{key}={as_written(value)}" for key, value in given.items())])
 
 
 def _device(job: Job) -> str:
@@ -210,7 +210,7 @@ def beside_paper(job: Job, row: Row) -> dict[str, Any] | None:
     columns = ("whose", "model", "data", "top1, last epoch", "M params", "GFLOPs")
     top1 = shown(job.val[-1]["top1"] if job.val else None, "{:.2f}")
     of_ours = (
-        config.model.name,
+        config.model.title,
         f"{config.data.name} at {size}",
         top1,
         in_millions(row.params),

@@ -113,7 +113,7 @@ def run_page(
             *((part.id, part.title) for part in sections),
             ("config", "Config"), ("environment", "Environment"), ("files", "Files"),
         ],
-        model=config.model.name,
+        model=config.model.title,
         data=f"{config.data.name} at {resolved_image_size(config.data)} pixels",
         headline=facts.headline(job),
         verdicts=said,

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sasa_train.config import own_code
 from sasa_train.config.derived import total_steps
 from sasa_train.config.identity import differing_keys
 from sasa_train.config.keys import PUBLISHED, TrainConfig, TrainerConfig, flatten, with_values
 from sasa_train.config.overrides import as_written, is_group, parse_overrides
+from sasa_train.config.own_keys import targets_of
 from sasa_train.config.saved import BEFORE, as_begun, load_config, load_config_file, to_yaml
 from sasa_train.data.fingerprint import differences
 from sasa_train.files import LOCK, FolderLock, inside, kind, lock_folder, read_regular, write_atomic
@@ -296,9 +298,27 @@ def check_trajectory(checkpoint: dict[str, Any], config: TrainConfig, path: Path
             "give the old values, or another run_name, or resume=never for a new run; to continue all the same: "
             + _allow(keys)
         )
+    check_code(checkpoint, config, path)
     check_step(checkpoint, saved, config, path)
     check_average(checkpoint, saved, path)
     check_pretrained(checkpoint, config, path)
+
+
+def check_code(checkpoint: dict[str, Any], config: TrainConfig, path: Path) -> None:
+    """Raise ConfigError if the user's own code has changed since the checkpoint, unless the user allows it."""
+    before = checkpoint["provenance"].get("imports", {})
+    now = own_code.digests(config.imports, targets_of(config))
+    names = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
+    if not names:
+        return
+    changes = some([own_code.file_of(name) for name in names])
+    if "imports" in config.allow_config_change:
+        warn(f"your own code is not what {path} was trained with: {changes}")
+        return
+    raise ConfigError(
+        f"{path} was trained with other code of your own: {changes}; bring the old files back, or start a new run "
+        f"(another run_name, or resume=never); to continue all the same: {_allow(['imports'])}"
+    )
 
 
 def check_step(checkpoint: dict[str, Any], saved: TrainConfig, config: TrainConfig, path: Path) -> None:

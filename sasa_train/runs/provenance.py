@@ -23,8 +23,10 @@ from PIL import features
 from torch import nn
 
 from sasa_train.attention.cpu import compiler_version
+from sasa_train.config import own_code
 from sasa_train.config.compose import as_overrides
 from sasa_train.config.keys import TrainConfig
+from sasa_train.config.own_keys import targets_of
 from sasa_train.device import RunPlan
 from sasa_train.files import read_regular
 from sasa_train.machine import now, processor
@@ -91,6 +93,7 @@ def provenance(config: TrainConfig) -> tuple[dict[str, Any], str]:
         "command": shlex.join(sys.argv),
         "reproduce": shlex.join([*_launcher(), *as_overrides(replace(config, derive=[]))]),
         "seed": config.seed,
+        "imports": own_code.digests(config.imports, targets_of(config)),
         "directory": os.getcwd(),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(difference),

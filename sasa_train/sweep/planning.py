@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from sasa_train.config.bounds import key
 from sasa_train.config.compose import compose_config, quote_texts
-from sasa_train.config.groups import choices, config_dir
+from sasa_train.config.groups import choice_file, choices
 from sasa_train.config.identity import run_name_in
 from sasa_train.config.keys import NOT_TRAJECTORY, TrainConfig, key_table, text_keys
 from sasa_train.config.overrides import (
@@ -27,6 +27,7 @@ from sasa_train.config.overrides import (
     nearest,
     parse_overrides,
 )
+from sasa_train.config.own_keys import use_presets
 from sasa_train.config.rules import check_bounds
 from sasa_train.config.saved import shallow_events
 from sasa_train.refusal import ConfigError, shorten
@@ -92,10 +93,12 @@ def read_plan(overrides: Sequence[str]) -> SweepPlan:
     ours = [o for o in parsed if o.key_or_group == "sweep" or o.key_or_group.startswith("sweep.")]
     hydra = _launcher_keys(parsed)
     given = [str(o.input_line) for o in parsed if o not in ours and str(o.input_line) not in hydra]
+    use_presets(given)
     config = _read_config(ours)
     given_keys = {o.key_or_group for o in parse_overrides(given)}
     common = for_own_images([o for o in config.overrides if _key(o) not in given_keys] + given)
     rows = [[o for o in row if _key(o) not in given_keys] for row in config.rows] or [[]]
+    use_presets(common)
     for row in rows:
         check_override_keys([*common, *row], is_sweep=True)
     for override in parse_overrides([*common, *(o for row in rows for o in row)]):
@@ -168,8 +171,7 @@ def _read_file(path: Path) -> Any:
 
 def _sweep_file(name: str) -> Path:
     """Return the path of `configs/sweep/NAME.yaml` or of the user's own file."""
-    path = config_dir() / "sweep" / f"{name}.yaml"
-    if path.is_file():
+    if path := choice_file("sweep", name):
         return path
     if name.endswith((".yaml", ".yml")) and Path(name).is_file():
         return Path(name)

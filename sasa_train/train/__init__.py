@@ -12,11 +12,13 @@ import traceback
 from pathlib import Path
 
 from sasa_train import __version__
+from sasa_train.config import own_code
 from sasa_train.config.bounds import print_entry, print_keys
 from sasa_train.config.compose import compose_config
 from sasa_train.config.groups import GROUPS, choices
 from sasa_train.config.keys import TrainConfig, key_table
 from sasa_train.config.overrides import check_override_keys, chooses_group, expand, for_own_images, parse_overrides
+from sasa_train.config.own_keys import targets_of, use_code, use_code_of, use_presets
 from sasa_train.config.rules import check_world_size
 from sasa_train.config.saved import check_overrides, to_yaml
 from sasa_train.files import inside
@@ -107,11 +109,14 @@ def read_config(arguments: list[str]) -> TrainConfig:
         folder = None
     if folder is not None and not chooses_group(arguments):
         check_overrides(arguments, source=str(folder))
+        use_code(arguments)
         say_loading()
         from sasa_train.runs.folder import load_saved_config
 
         # Permission to change keys applies to a single continuation only.
         config = load_saved_config(folder, ["allow_config_change=[]", *arguments])
+        own_code.check_named(config.imports, targets_of(config), str(folder))
+        use_code_of(config)
     else:
         config = compose_config(for_own_images(arguments))
         if folder is not None:
@@ -138,6 +143,7 @@ def multirun(arguments: list[str]) -> int:
     from sasa_train.training.hydra_launch import launch
 
     overrides = for_own_images([a for a in arguments if a not in ("-m", "--multirun")])
+    use_presets(overrides)
     check_override_keys(overrides, is_sweep=True)
     of_hydra = [o for o in overrides if parse_overrides([o])[0].key_or_group.startswith("hydra")]
     if sweepers := [o for o in of_hydra if "hydra/sweeper" in o or "hydra.sweeper" in o]:
@@ -169,7 +175,9 @@ def train_together(arguments: list[str]) -> int:
 
     try:
         collectives.join()
-        return train_safely(collectives.from_first(read, ConfigError))
+        config = collectives.from_first(read, ConfigError)
+        collectives.everywhere(lambda: use_code_of(config), ConfigError)
+        return train_safely(config)
     except ConfigError as error:
         tell(error)
         return REFUSED

@@ -39,7 +39,7 @@ def describe_plan(plan: RunPlan, loaders: Loaders, state: TrainState) -> str:
     lines = {
         "device": f"{state.device}, {config.trainer.precision}",
         **({"threads": threads} if (threads := describe_crowding(state.device)) else {}),
-        "model": f"{config.model.name}, {num_parameters:,} parameters",
+        "model": f"{config.model.title}, {num_parameters:,} parameters",
         "data": f"{config.data.name}, {train.num_images:,} train and {val.num_images:,} val images of "
         f"{plan.image_size} pixels, {len(loaders.classes)} classes, {loaders.kind}",
         "batch": f"{batch} images per step, {plan.steps_per_epoch:,} steps per epoch, {plan.num_steps:,} in all",

@@ -38,7 +38,7 @@ def check_memory(plan: RunPlan, model: nn.Module) -> None:
     """
     trainer, size, device = plan.trainer, plan.image_size, plan.device
     micro_batch = min(2, plan.micro_batch_size) if trainer.micro_batch_size == "auto" else plan.micro_batch_size
-    what = f"model.name={plan.config.model.name} on micro-batches of {micro_batch:,} images of {size} pixels"
+    what = f"model.name={plan.config.model.title} on micro-batches of {micro_batch:,} images of {size} pixels"
     remedy = (
         "; change data.image_size, model.width or num_classes, or trainer.global_batch_size, micro_batch_size or "
         "grad_accum_steps"

@@ -111,7 +111,7 @@ def not_drawable(trained: TrainedModel, run_dir: Path | None) -> dict[str, str]:
     reasons: dict[str, str] = {}
     layers = attention_layers(trained.model)
     if not layers:
-        why = f"{trained.config.model.name} has no local self-attention of ours"
+        why = f"{trained.config.model.title} has no local self-attention of ours"
         reasons |= dict.fromkeys(OF_ATTENTION, why)
     elif all(layer.rel_height is None for layer in layers.values()):
         reasons["relative_embeddings"] = "its layers have no relative embeddings"

@@ -1,0 +1,232 @@
+"""The user's own code: which modules may be imported, and the objects in them that keys name by dotted names.
+
+A module is imported only if a command line, a preset, the Python caller or an installed plugin names it. The config in
+a checkpoint may name code, but never causes an import by itself.
+"""
+
+import contextlib
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+from sasa_train.refusal import ConfigError, shorten
+from sasa_train.terminal import say_loading, some
+
+PLUGINS = "sasa_train.plugins"  # the entry-point group in which installed packages name their modules
+
+_named: set[str] = set()  # the modules that may be imported
+_imported: dict[str, ModuleType] = {}
+_given: dict[str, Any] = {}  # dotted name -> object that a Python caller has passed
+
+
+def module_name(entry: str) -> str:
+    """Return the module of an entry in `imports`: a module's name, or the path of a .py file."""
+    return Path(entry).stem if entry.endswith(".py") else entry
+
+
+def module_of(target: str) -> str:
+    """Return the module of a dotted name such as my_models.TinyNet."""
+    return target.rpartition(".")[0]
+
+
+def allow(modules: Iterable[str]) -> None:
+    """Allow modules to be imported when an object in them is needed."""
+    _named.update(modules)
+
+
+def give(name: str, value: Any) -> None:
+    """Let `load` return `value` for a dotted name in this process."""
+    _given[name] = value
+
+
+def use(entries: Sequence[str]) -> None:
+    """Import the modules in `imports`, each once: modules by name, and .py files by path.
+
+    Both are looked for from the working directory.
+
+    Raises:
+        ConfigError: a module or file is missing, or its own code fails; the message names the file and line.
+    """
+    allow(map(module_name, entries))
+    for entry in entries:
+        _import(entry, f"imports={entry}")
+
+
+def use_plugins() -> None:
+    """Import the modules that installed packages announce in the entry-point group PLUGINS."""
+    for plugin in entry_points(group=PLUGINS):
+        allow([plugin.module])
+        _import(plugin.module, f"the plugin {plugin.name} of {plugin.dist.name if plugin.dist else 'a package'}")
+
+
+def check_named(entries: Sequence[str], targets: Sequence[str], source: str) -> None:
+    """Raise ConfigError if a saved config needs modules that nobody has named in this process.
+
+    entries, targets: the config's `imports`, and the dotted names in its other keys; `source` is where it was saved.
+    """
+    modules = dict.fromkeys([*map(module_name, entries), *map(module_of, targets)])
+    missing = [name for name in modules if name not in _named]
+    missing = [name for name in missing if not any(module_of(given) == name for given in _given)]
+    if missing:
+        files = {module_name(entry): entry for entry in entries}
+        wanted = ",".join(files.get(name, name) for name in missing)
+        raise ConfigError(
+            f"{source}: needs your own code ({some(missing)}), and a saved config runs none by itself; if you trust "
+            f"it, add imports=[{wanted}]"
+        )
+
+
+def load(key: str, target: str) -> Callable[..., Any]:
+    """Return the object with a dotted name, which `key` holds.
+
+    Raises:
+        ConfigError: its module has not been named, cannot be imported, or has no such object that can be called.
+    """
+    if target in _given:
+        return _given[target]
+    name, _, attribute = target.rpartition(".")
+    if not name:
+        raise ConfigError(f"{key}={shorten(target)} must be a dotted name, as in my_models.TinyNet")
+    check_named((), [target], f"{key}={target}")
+    module = _import(name, f"{key}={target}")
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        close = difflib.get_close_matches(attribute, [own for own in vars(module) if callable(vars(module)[own])], n=1)
+        hint = f"; did you mean {name}.{close[0]}?" if close else ""
+        what = "is not callable" if hasattr(module, attribute) else f"is not in {_file_of(module) or name}"
+        raise ConfigError(f"{key}={target}: {attribute} {what}{hint}")
+    return found
+
+
+def digests(entries: Sequence[str], targets: Sequence[str]) -> dict[str, str]:
+    """Return the SHA-256 of the file of each module that a config names, by the module's name."""
+    found = {}
+    for name in dict.fromkeys([*map(module_name, entries), *map(module_of, targets)]):
+        module = _imported.get(name) or sys.modules.get(name)
+        if module is not None and (file := _file_of(module)) is not None:
+            found[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return found
+
+
+def file_of(name: str) -> str:
+    """Return the file of a module that was imported here, or its name if it has no file."""
+    module = _imported.get(name) or sys.modules.get(name)
+    return (_file_of(module) if module is not None else None) or name
+
+
+@contextlib.contextmanager
+def errors_of(what: str) -> Iterator[None]:
+    """Context manager that turns any error into a ConfigError that names `what` and the line of the user's code."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        refuse(what, error)
+
+
+def refuse(what: str, error: BaseException) -> NoReturn:
+    """Raise ConfigError for an error in the user's code."""
+    place = own_line(error)
+    reason = f"{type(error).__name__}: {shorten(error)}" if str(error) else type(error).__name__
+    raise ConfigError(f"{what}: {place + ': ' if place else ''}{reason}") from error
+
+
+def own_line(error: BaseException) -> str:
+    """Return the innermost line of the user's code in an error's traceback as FILE:LINE in FUNCTION, or ''."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_own(frame.filename)]
+    return f"{own[-1].filename}:{own[-1].lineno} in {own[-1].name}" if own else ""
+
+
+def own_traceback(error: BaseException) -> str:
+    """Return an error's traceback from the first line of the user's code on, or '' if it has none."""
+    frames = traceback.extract_tb(error.__traceback__)
+    first = next((number for number, frame in enumerate(frames) if _is_own(frame.filename)), None)
+    if first is None:
+        return ""
+    lines = traceback.format_list(frames[first:]) + traceback.format_exception_only(error)
+    return "".join(["your own code failed:\n", *lines]).rstrip()
+
+
+def _is_own(path: str) -> bool:
+    """Whether a file is one of a module that was imported here, or of a module beside it in the user's project."""
+    for module in _imported.values():
+        if (file := _file_of(module)) is None:
+            continue
+        folder = os.path.dirname(file)
+        is_installed = os.path.basename(folder) in ("site-packages", "dist-packages")
+        if path == file or (not is_installed and path.startswith(folder + os.sep)):
+            return True
+    return any(getattr(sys.modules.get(module_of(name)), "__file__", None) == path for name in _given)
+
+
+def _file_of(module: ModuleType) -> str | None:
+    file = getattr(module, "__file__", None)
+    return os.path.abspath(file) if file else None
+
+
+def _import(entry: str, what: str) -> ModuleType:
+    name = module_name(entry)
+    if name not in _imported:
+        say_loading()  # such modules import torch
+        try:
+            _imported[name] = _from_file(Path(entry), what) if entry.endswith(".py") else _by_name(entry, what)
+        except ConfigError:
+            raise
+        except (Exception, SystemExit) as error:
+            refuse(what, error)
+    return _imported[name]
+
+
+def _by_name(name: str, what: str) -> ModuleType:
+    _look_in(os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise
+        raise ConfigError(
+            f"{what}: there is no module {error.name} in the working directory ({os.getcwd()}) or installed; give a "
+            "module's name or the path of a .py file, as in imports=[./my_models.py]"
+        ) from error
+
+
+def _from_file(path: Path, what: str) -> ModuleType:
+    if not path.is_file():
+        raise ConfigError(f"{what}: there is no such file; relative paths begin in {os.getcwd()}")
+    name = path.stem
+    if not name.isidentifier():
+        raise ConfigError(f"{what}: a module's file must be named like a variable, as in my_models.py")
+    if name in sys.modules or importlib.util.find_spec(name) is not None:
+        existing = sys.modules[name] if name in sys.modules else importlib.import_module(name)
+        if _file_of(existing) == str(path.resolve()):
+            return existing
+        raise ConfigError(f"{what}: another module is named {name} ({_file_of(existing)}); rename the file")
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # as the import statement does; data workers and timm look for it there
+    _look_in(str(path.resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _look_in(folder: str) -> None:
+    """Let imports find modules in a folder, but only those that no installed package has."""
+    if folder not in sys.path:
+        sys.path.append(folder)
