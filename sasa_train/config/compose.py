@@ -44,15 +44,18 @@ NOT_CONVERTED = r"Value '(.*)' (?:of type '.*' could not be converted to|is not 
 ConfigStore.instance().store(name="schema", node=TrainConfig)
 
 
-def compose_config(overrides: Sequence[str]) -> TrainConfig:
+def compose_config(overrides: Sequence[str], may_import: bool = True) -> TrainConfig:
     """Compose `configs/train.yaml` with Hydra overrides and validate the result.
+
+    may_import: import the user's code that the overrides and presets name; False for overrides from a file.
 
     Raises:
         ConfigError: a key or group is unknown, a value has the wrong type, or values are incompatible.
     """
     use_presets(overrides)
     check_override_keys(overrides)
-    use_code(overrides)
+    if may_import:
+        use_code(overrides)
     of_sweep = GlobalHydra.instance().hydra  # a job of -m needs it again afterwards
     GlobalHydra.instance().clear()
     try:
@@ -62,7 +65,7 @@ def compose_config(overrides: Sequence[str]) -> TrainConfig:
         raise ConfigError(explain(error)) from error
     finally:
         GlobalHydra.instance().hydra = of_sweep
-    return as_asked(composed, overrides)
+    return as_asked(composed, overrides, may_import)
 
 
 @contextmanager
@@ -161,11 +164,11 @@ def to_config(composed: DictConfig, check: Callable[[TrainConfig], None] = valid
     return config
 
 
-def as_asked(composed: DictConfig, overrides: Sequence[str]) -> TrainConfig:
+def as_asked(composed: DictConfig, overrides: Sequence[str], may_import: bool = True) -> TrainConfig:
     """Convert a config that has just been composed; the keys in `derive` have no value yet, unless they are set."""
-    use_code(overrides)
     config = _leave_open(to_config(composed, check_values), overrides)
-    use_code_of(config)
+    if may_import:
+        use_code_of(config)
     if not config.derive:
         validate(config)
     return config
@@ -224,6 +227,8 @@ def explain(error: Exception) -> str:
         key = full_key.partition("[")[0]  # "data.mean" for data.mean[1]
         if key and (wrong_kind := re.fullmatch(NOT_CONVERTED, str(link).splitlines()[0])):
             return f"{shorten(full_key)}={shorten(wrong_kind[1])} must be {KINDS[wrong_kind[2]]}"
+        if key.startswith("experiment"):
+            return "a file in experiment/ sets keys of all groups, so it must begin with the line: # @package _global_"
         if key:
             return unknown_key(key) or f"{shorten(full_key)}: {shorten(str(link).splitlines()[0])}"
     return shorten(error).replace("Could not override", "cannot override")

@@ -14,7 +14,6 @@ GROUPS = ("model", "data", "optimizer", "schedule", "augment", "experiment")
 VARIABLE = "SASA_CONFIGS"  # folders, separated as in $PATH
 
 _own: list[Path] = []  # the user's folders, in the order in which they were given
-_checked: set[tuple[Path, ...]] = set()
 _files: dict[str, Path] = {}  # choices that are files, by the name under which they are composed
 
 
@@ -31,17 +30,17 @@ def own_dirs() -> list[Path]:
 
 
 def use_folders(folders: Sequence[str]) -> None:
-    """Add the user's own folders of groups and presets.
+    """Take the user's own folders of groups and presets, instead of those given before.
 
     Raises:
         ConfigError: a folder does not exist, has no groups, or has a preset with the name of another one.
     """
-    _own.extend(path for folder in folders if (path := Path(folder).resolve()) not in _own)
-    if (dirs := tuple(own_dirs())) in _checked:
-        return
+    _own[:] = []
+    named = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
+    dirs = tuple(dict.fromkeys([*own_dirs(), *named]))
     taken = {group: dict.fromkeys(_stems(config_dir(), group), config_dir()) for group in (*GROUPS, "sweep")}
     for folder in dirs:
-        key = f"configs={folder}" if folder in _own else f"${VARIABLE}={folder}"
+        key = f"configs={folder}" if folder in named else f"${VARIABLE}={folder}"
         if not folder.is_dir():
             raise ConfigError(f"{key}: there is no such folder; relative paths begin in {os.getcwd()}")
         if not any((folder / group).is_dir() for group in taken):
@@ -53,7 +52,7 @@ def use_folders(folders: Sequence[str]) -> None:
                         f"{key}: {group}/{name}.yaml has the name of a preset in {names[name]}; rename yours"
                     )
                 names[name] = folder
-    _checked.add(dirs)
+    _own[:] = named
 
 
 def choices(group: str) -> list[str]:

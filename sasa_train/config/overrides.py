@@ -22,7 +22,7 @@ from hydra.grammar.gen.OverrideParser import OverrideParser
 from omegaconf.errors import OmegaConfBaseException
 
 from sasa_train.config.groups import GROUPS, choices, is_file, name_of_file
-from sasa_train.config.keys import FREE_KEYS, LISTS, key_table, text_keys
+from sasa_train.config.keys import FREE_KEYS, LISTS, MODEL_KEYS, OWN_MODELS, key_table, text_keys
 from sasa_train.refusal import ConfigError, require, shorten
 
 MAX_JOBS = 1000  # in a sweep, because every job's config is composed before the first job starts
@@ -64,9 +64,12 @@ def as_written(value: Any) -> str:
 def for_hydra(overrides: Sequence[str]) -> list[str]:
     """Write overrides without sweeps so that Hydra reads them as `parse_overrides` does.
 
-    Texts are quoted, and keys that are not dataclass fields get the prefix ++.
+    Texts are quoted, and keys that are not dataclass fields get the prefix ++. If they choose a model that is not one
+    of ours, what a preset sets for ours has no effect.
     """
-    written = []
+    given = {o.key_or_group: o.value() for o in parse_overrides(overrides)}
+    is_other = "model.target" in given or given.get("model.name", OWN_MODELS[0]) not in OWN_MODELS
+    written = [f"model.{name}=null" for name in MODEL_KEYS if is_other and f"model.{name}" not in given]
     for o in parse_overrides(one_list_each(overrides)):
         if is_group(o) and is_file(choice := str(o.value())):
             written.append(f"{o.key_or_group}={as_written(name_of_file(choice))}")

@@ -6,6 +6,7 @@ a checkpoint may name code, but never causes an import by itself.
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -23,6 +24,10 @@ from sasa_train.terminal import say_loading, some
 
 PLUGINS = "sasa_train.plugins"  # the entry-point group in which installed packages name their modules
 
+PACKAGE = Path(__file__).parents[1]
+INSTALLED = {"site-packages", "dist-packages"}
+
+_folders: set[str] = set()  # in which the user's modules are looked for
 _named: set[str] = set()  # the modules that may be imported
 _imported: dict[str, ModuleType] = {}
 _given: dict[str, Any] = {}  # dotted name -> object that a Python caller has passed
@@ -61,8 +66,9 @@ def use(entries: Sequence[str]) -> None:
         _import(entry, f"imports={entry}")
 
 
+@functools.cache
 def use_plugins() -> None:
-    """Import the modules that installed packages announce in the entry-point group PLUGINS."""
+    """Once, import the modules that installed packages announce in the entry-point group PLUGINS."""
     for plugin in entry_points(group=PLUGINS):
         allow([plugin.module])
         _import(plugin.module, f"the plugin {plugin.name} of {plugin.dist.name if plugin.dist else 'a package'}")
@@ -160,15 +166,14 @@ def own_traceback(error: BaseException) -> str:
 
 
 def _is_own(path: str) -> bool:
-    """Whether a file is one of a module that was imported here, or of a module beside it in the user's project."""
-    for module in _imported.values():
-        if (file := _file_of(module)) is None:
-            continue
-        folder = os.path.dirname(file)
-        is_installed = os.path.basename(folder) in ("site-packages", "dist-packages")
-        if path == file or (not is_installed and path.startswith(folder + os.sep)):
-            return True
-    return any(getattr(sys.modules.get(module_of(name)), "__file__", None) == path for name in _given)
+    """Whether a file is the user's: of a module that was named, or in the folders where such modules are looked for."""
+    if path.startswith(str(PACKAGE) + os.sep):
+        return False
+    if not INSTALLED.isdisjoint(Path(path).parts):
+        files = filter(None, map(_file_of, _imported.values()))
+        folders = [file.removesuffix("__init__.py") for file in files]
+        return any(path == folder or (folder.endswith(os.sep) and path.startswith(folder)) for folder in folders)
+    return any(os.path.abspath(path).startswith(folder + os.sep) for folder in _folders)
 
 
 def _file_of(module: ModuleType) -> str | None:
@@ -228,5 +233,6 @@ def _from_file(path: Path, what: str) -> ModuleType:
 
 def _look_in(folder: str) -> None:
     """Let imports find modules in a folder, but only those that no installed package has."""
+    _folders.add(folder)
     if folder not in sys.path:
         sys.path.append(folder)

@@ -13,7 +13,7 @@ from torch import nn
 import sasa_train.models.resnet  # noqa: F401  (registers our models with timm)
 from sasa_train.config import own_code
 from sasa_train.config.keys import MODEL_KEYS, ModelConfig
-from sasa_train.refusal import LIBRARY_ERRORS, ConfigError, require, shorten
+from sasa_train.refusal import LIBRARY_ERRORS, ConfigError, shorten
 
 
 def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
@@ -130,9 +130,8 @@ def _check_own(config: ModelConfig, image_size: int, num_classes: int) -> nn.Mod
                 model = _build_own(config, num_classes)
                 logits = model.eval()(torch.zeros(images))
     shape = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-    require(
-        shape == [1, num_classes], what, shape, f"must return logits [batch, {num_classes}], here [1, {num_classes}]"
-    )
+    if shape != [1, num_classes]:
+        raise ConfigError(f"{what}: must return logits [1, {num_classes}] for one image, but returned {shape}")
     return model
 
 

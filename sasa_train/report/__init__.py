@@ -170,13 +170,15 @@ def board_command(report: "Report", sources: list[Path]) -> str:
 
 
 def check_keys(overrides: list[str]) -> None:
-    """Raise ConfigError for overrides that are invalid for every run."""
+    """Raise ConfigError for overrides that are invalid for every run, and import the user's code that they name."""
     from sasa_train.config.overrides import split_weights
 
     if of_config := split_weights(overrides)[1]:
         from sasa_train.config import saved
+        from sasa_train.config.own_keys import use_code
 
         saved.check_overrides(of_config, "a run's config")
+        use_code(of_config)
 
 
 def check_overrides(overrides: list[str], job: "Job | None") -> None:
@@ -185,9 +187,10 @@ def check_overrides(overrides: list[str], job: "Job | None") -> None:
     from sasa_train.config.saved import load_config_file
 
     _, of_config = split_weights(overrides)
-    if overrides and job is None:
+    of_model = [override for override in overrides if not override.startswith("imports=")]
+    if of_model and job is None:
         raise ConfigError(
-            f"{' '.join(overrides)}: applies to the pictures of one run's model, but several runs are given"
+            f"{' '.join(of_model)}: applies to the pictures of one run's model, but several runs are given"
         )
     if job is not None and job.run_dir is not None:
         load_config_file(job.run_dir / "config.yaml", of_config)

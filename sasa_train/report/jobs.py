@@ -147,7 +147,7 @@ def _is_free(folder: Path, lock: str = LOCK) -> bool:
 
 def _compose_or_none(overrides: list[str]) -> TrainConfig | None:
     try:
-        return compose_config(overrides)
+        return compose_config(overrides, may_import=False)  # the ledger may be another person's
     except ConfigError:
         return None
 

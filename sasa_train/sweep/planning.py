@@ -25,6 +25,7 @@ from sasa_train.config.overrides import (
     expand,
     for_own_images,
     nearest,
+    one_list_each,
     parse_overrides,
 )
 from sasa_train.config.own_keys import use_presets
@@ -96,8 +97,9 @@ def read_plan(overrides: Sequence[str]) -> SweepPlan:
     use_presets(given)
     config = _read_config(ours)
     given_keys = {o.key_or_group for o in parse_overrides(given)}
-    common = for_own_images([o for o in config.overrides if _key(o) not in given_keys] + given)
+    common = one_list_each([o for o in config.overrides if _key(o) not in given_keys] + given)
     rows = [[o for o in row if _key(o) not in given_keys] for row in config.rows] or [[]]
+    common = for_own_images(common)
     use_presets(common)
     for row in rows:
         check_override_keys([*common, *row], is_sweep=True)
