@@ -67,6 +67,8 @@ def run(
         from sasa_train.config.overrides import split_overrides
 
         arguments, overrides = split_overrides(arguments)
+    # A shell's *.png may yield a file named -x.png, which is not an option.
+    arguments = [f"./{word}" if word.startswith("-") and os.path.isfile(word) else word for word in arguments]
     try:
         options = parser.parse_args(arguments) if has_subcommands else parser.parse_intermixed_args(arguments)
     except SystemExit as stop:  # after --help or an argparse error

@@ -116,6 +116,14 @@ def test_duplicates_are_found_by_their_pixels(image_folder, capsys):
     assert last_line(out) == "2 problems: 2 duplicates across splits"
 
 
+def test_a_group_across_splits_is_also_one_within_a_split(image_folder, capsys):
+    """Two copies in train, with different labels, were "none within train", because a third is in val."""
+    for copy in ("train/blue/copy.png", "train/red/copy.png", "val/blue/copy.png"):
+        shutil.copy(image_folder / "train/blue/2.png", image_folder / copy)
+    out = verify(capsys, image_folder, expect=1)
+    assert "1 group across train and val" in out and "1 group within train, 1 with different labels" in out
+
+
 def test_many_duplicates_are_cut_short(tmp_path, capsys):
     """If every val image is also in train, check that 20 groups of duplicates are listed and the rest only counted."""
     for i in range(23):
@@ -164,20 +172,68 @@ def test_what_is_no_data_is_named_and_harmless(image_folder, tmp_path, capsys):
     out = verify(capsys, image_folder)
     assert "2 classes" in out and last_line(out) == "26 images, nothing wrong"
     for split in ("train", "val"):
-        assert f"hidden: 2 ({split}/.ipynb_checkpoints, {split}/red/._0.png)" in out
+        hidden = [f"{split}/{name}" for name in (".ipynb_checkpoints", "__MACOSX", "red/@eaDir", "red/._0.png")]
+        assert f"hidden: 4 ({', '.join(hidden)})" in out
         assert f"not images: 1 ({split}/red/Thumbs.db); links to folders read already: 1 ({split}/blue/loop)" in out
     assert run_command(["shard", str(image_folder), str(tmp_path / "shards")]) == 0
-    assert "left out, hidden: 2 (.ipynb_checkpoints, red/._0.png)" in capsys.readouterr().out
+    assert "left out, hidden: 4 (.ipynb_checkpoints, __MACOSX, red/@eaDir, red/._0.png)" in capsys.readouterr().out
     assert_same_sets(image_folder, tmp_path / "shards")
 
 
 def hide(split: Path, image: Path) -> None:
-    """Add what systems leave behind: a hidden folder, a file of macOS, one of Windows, and a link in a circle."""
-    (split / ".ipynb_checkpoints").mkdir()
-    shutil.copy(image, split / ".ipynb_checkpoints/0-checkpoint.png")
+    """Add what systems leave behind: folders with copies and thumbnails, hidden files, and a link in a circle."""
+    for folder in (".ipynb_checkpoints", "__MACOSX", "red/@eaDir"):
+        (split / folder).mkdir()
+        shutil.copy(image, split / folder / "0-checkpoint.png")
     (split / "red/._0.png").write_bytes(b"\0\5\x16\7")
     (split / "red/Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
     (split / "blue/loop").symlink_to("../../..")
+
+
+def test_folders_within_class_folders_are_named(image_folder, tmp_path, capsys):
+    """Cats and dogs in a folder of animals became one class, and nothing said so."""
+    for split in ("train", "val"):
+        (image_folder / split / "red/dark").mkdir()
+        shutil.move(image_folder / split / "red/0.png", image_folder / split / "red/dark/0.png")
+    out = verify(capsys, image_folder)
+    assert "images in folders within a class folder are of that class: train/red/dark" in out
+    assert last_line(out) == "26 images, no problems, 2 warnings"
+    load(image_folder)
+    assert f"{image_folder}/val: images in folders within a class folder are of that class: red/dark" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "validation")])
+def test_splits_under_other_names_are_not_taken_as_classes(image_folder, capsys, names):
+    """A model learned to tell training images from validation images, and verify found nothing wrong."""
+    for split, name in zip(("train", "val"), names, strict=True):
+        (image_folder / split).rename(image_folder / name)
+    both = ", ".join(sorted(names))
+    expected = f"{both} would be a class, but holds folders of images (blue, red) as splits do; name splits train/ and"
+    assert expected in refused(capsys, "verify", image_folder)
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        load_image_sets(
+            compose_config(["data=image_folder", f"data.root={image_folder}", "data.holdout_fraction=0.2"]).data
+        )
+
+
+def test_members_of_shards_with_a_second_dot_are_named_at_each_start(image_folder, tmp_path, capsys):
+    """A key ends at the first dot, so img.v2.png belongs to img; it was left out in silence."""
+    png = (image_folder / "train/red/0.png").read_bytes()
+    members = [(f"{n}.{end}", data) for n in range(4) for end, data in (("png", png), ("cls", b"%d" % (n % 2)))]
+    members += [("0.seg.png", png), ("img.v2.png", png), ("img.v2.cls", b"1")]
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "0.tar").write_bytes(tar_of(members))
+    told = "names with a second dot, of no sample because keys end at the first: {} (0.tar:img.v2.png, 0.tar:img.v2.cls"
+    assert told.format(4) in verify(capsys, tmp_path, expect=1)
+    for _ in range(2):  # with an index
+        load(tmp_path)
+        assert capsys.readouterr().err.count(told.format(2)) == 2
+    (tmp_path / "train/0.tar").write_bytes(tar_of(members[-2:]))
+    with pytest.raises(ConfigError, match=r"a key ends at the first dot, unlike in 0.tar:img.v2.png"):
+        load(tmp_path)
 
 
 def test_hidden_members_of_shards_are_named(image_folder, tmp_path, capsys):

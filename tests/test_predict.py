@@ -391,3 +391,11 @@ def test_head_ends_it_in_peace(run, root):
     done = subprocess.run(["sh", "-c", line, sys.executable, run, str(root)], capture_output=True, text=True)
     assert done.stdout.splitlines()[1].startswith(f"{root}/train/blue/0.png")
     assert "Error" not in done.stderr and "Broken pipe" not in done.stderr
+
+
+def test_a_file_whose_name_begins_with_a_dash_is_not_an_option(tiny_run, tmp_path, monkeypatch, capsys):
+    """A shell's *.png held -x.png, and every file after it was called an unrecognised argument."""
+    Image.new("RGB", (8, 8), (9, 99, 199)).save(tmp_path / "-x.png")
+    monkeypatch.chdir(tmp_path)
+    assert predict.run_command([str(tiny_run), "-x.png"]) == 0
+    assert "./-x.png" in capsys.readouterr().out

@@ -333,7 +333,7 @@ def spoiled(columns: dict[str, np.ndarray], kind: str) -> dict[str, np.ndarray]:
     if kind == "all sizes 0":
         return columns | {"size": columns["size"] * 0}
     rows = {"rows missing": order[:9], "rows twice": np.repeat(order, 2), "a row missing": np.delete(order, 4)}[kind]
-    return {name: column[rows] for name, column in columns.items()}
+    return {name: column if name == "left_out" else column[rows] for name, column in columns.items()}
 
 
 @pytest.mark.parametrize(
@@ -366,6 +366,7 @@ def test_an_index_with_a_right_digest_is_still_checked_and_an_older_one_is_made_
     index.write_bytes(index_bytes(identity, spoiled(found, "rows twice")))
     assert np.array_equal(load_shards(paths, "train")[0].offset, before.offset)
     assert f"{index} is not used (offset and size describe images that overlap)" in capsys.readouterr().err
+    del found["left_out"]
     np.savez(index, identity=identity, **spoiled(found, "images permuted"))  # as written by versions without a digest
     assert np.array_equal(load_shards(paths, "train")[0].offset, before.offset)
     with np.load(index) as saved:
@@ -377,7 +378,7 @@ def write_claim(index: Path) -> None:
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<U9", "fortran_order": False, "shape": (2**40,)})
     with zipfile.ZipFile(index, "w") as archive:
-        for name in ("identity", "labels", "archive", "offset", "size", "names", "digest"):
+        for name in ("identity", "labels", "archive", "offset", "size", "names", "left_out", "digest"):
             archive.writestr(f"{name}.npy", header.getvalue())
 
 

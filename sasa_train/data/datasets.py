@@ -52,6 +52,7 @@ MIN_LABELS = 1000  # smaller labels are accepted from any number of images, with
 DIGITS_VAL_FRACTION = 0.2
 NUM_LOOKED_AT = 5  # images of each split
 SHARDS, CLASS_FOLDERS = "tar shards", "class folders"
+SPLIT_LIKE = r"train(ing)?|val(id(ation)?)?|test(ing)?|dev|eval(uation)?"
 VAL_SPLITS = {None: ("val", "test"), "val": ("val",), "test": ("test",)}  # by data.split; the first that is there
 
 Shaped = TypeVar("Shaped")
@@ -67,11 +68,15 @@ class UnreadableImage(Exception):
 
 @dataclass
 class Files:
-    """Image files given by their paths; `folder` contains the class folders, and `left_out` says what is not read."""
+    """Image files given by their paths; `folder` contains the class folders.
+
+    `left_out` says what is not read, and `inner` which folders within class folders are; both are for messages.
+    """
 
     paths: list[str]
     folder: str = ""
     left_out: str = ""
+    inner: str = ""
 
     def open(self, position: int) -> BinaryIO:
         file = open_regular(self.paths[position])
@@ -155,8 +160,9 @@ def read_image(file: BinaryIO, shape: Callable[[Image.Image], Shaped]) -> Shaped
 
 
 def why_unreadable(error: Exception) -> str:
-    """Return the message of an error in reading, without Pillow's file object, or the errno and path of an OSError."""
-    return getattr(error, "strerror", None) or str(error).partition(" <_io.")[0] or type(error).__name__
+    """Return the reason of an error in reading, without Pillow's file object, or the errno and path of an OSError."""
+    text = getattr(error, "strerror", None) or str(error).partition(" <_io.")[0]
+    return text or f"its content is damaged; {type(error).__name__} in its decoder"
 
 
 def mean_std(config: DataConfig) -> tuple[Sequence[float], Sequence[float]]:
@@ -447,6 +453,8 @@ def _told(images: ImageSet) -> ImageSet:
     """Return the images after printing a line about the files in their folders that are not read, if there are any."""
     if isinstance(images.source, Files) and images.source.left_out:
         say(f"{printable(images.source.folder)}: left out, {images.source.left_out}", sys.stderr)
+    if isinstance(images.source, Files) and images.source.inner:
+        say(f"{printable(images.source.folder)}: {images.source.inner}", sys.stderr)
     return images
 
 
@@ -488,7 +496,7 @@ def load_class_folders(root: Path, split: str) -> ImageSet:
             f"data.root={root}: there is no folder {missing}; expected train/ and val/ (or test/) with one folder per "
             "class or tar shards, or train/ or the class folders alone with data.holdout_fraction"
         )
-    images = _image_set(folder)
+    images = _image_set(folder, may_be_splits=split == "")
     counts = np.bincount(images.labels, minlength=len(images.classes))
     if split in ("train", "") and not counts.all():
         names = some([images.classes[label] for label in np.flatnonzero(counts == 0).tolist()])
@@ -496,7 +504,7 @@ def load_class_folders(root: Path, split: str) -> ImageSet:
     return images
 
 
-def _image_set(folder: Path) -> ImageSet:
+def _image_set(folder: Path, may_be_splits: bool = False) -> ImageSet:
     try:
         found, left_out = read_class_folders(str(folder))
     except OSError as error:
@@ -509,10 +517,23 @@ def _image_set(folder: Path) -> ImageSet:
         raise ConfigError(
             f"{folder}: has folders of the same name in different Unicode forms: {some(same)}; merge them"
         )
+    if may_be_splits:
+        refuse_splits(folder, left_out)
     paths = [path for of_class in found.values() for path in of_class]
     labels = np.repeat(np.arange(len(found)), [len(of_class) for of_class in found.values()])
-    source = Files(paths, str(folder), left_out.describe(str(folder)))
+    source = Files(paths, str(folder), left_out.describe(str(folder)), left_out.describe_inner(str(folder)))
     return ImageSet(list(found), labels.astype(np.int64), np.arange(len(paths)), source)
+
+
+def refuse_splits(root: Path, left_out: LeftOut) -> None:
+    """Raise ConfigError if class folders in `root` hold folders of images, and are named as splits often are."""
+    within = [os.path.relpath(path, root).split(os.sep) for path in left_out.inner]
+    if names := sorted({parts[0] for parts in within if re.fullmatch(SPLIT_LIKE, parts[0], re.IGNORECASE)}):
+        inner = sorted({parts[1] for parts in within if parts[0] == names[0]})
+        raise ConfigError(
+            f"{root}: {some(names)} would be a class, but holds folders of images ({some(inner)}) as splits do; name "
+            "splits train/ and val/ or test/, or move the images of a class into its folder itself"
+        )
 
 
 def _about_parent(folder: Path) -> str:

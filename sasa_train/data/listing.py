@@ -1,6 +1,7 @@
 """Which files are images, and in which order: for class folders, tar shards and the folders of sasa-predict.
 
-Hidden files and folders, whose names start with a dot, are not data. A file with the extension of an image format is
+Hidden files and folders, whose names start with a dot, are not data, and neither are folders of a system such as
+__MACOSX, which hold copies or thumbnails; all are called hidden here. A file with the extension of an image format is
 taken as an image; any other file is opened and identified by its content. Each folder is read once, however many links
 lead to it.
 """
@@ -23,6 +24,7 @@ OPTIONAL = {"avif": "AVIF", "jpg_2000": "JPEG2000"}  # Pillow's name of a decode
 DECODERS = {name for name in (*features.modules, *features.codecs) if name in OPTIONAL and features.check(name)}
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", *(OPTIONAL[name] for name in sorted(DECODERS)))
 
+SYSTEM = ("@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 Identity = tuple[int, int]  # a folder's device and inode
 
 
@@ -31,6 +33,8 @@ class LeftOut:
     """The paths of files and folders that are not read, by the reason.
 
     `outside` lists images beside the class folders, `foreign` files that are not images, and `broken` links to nothing.
+    `dotted` lists the members of tar shards that would be images or labels if their keys did not end at the first dot.
+    `inner` lists folders of images within class folders, which are read.
     """
 
     hidden: list[str] = field(default_factory=list)
@@ -38,14 +42,27 @@ class LeftOut:
     foreign: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)
+    dotted: list[str] = field(default_factory=list)
+    inner: list[str] = field(default_factory=list)
+
+    def add(self, other: "LeftOut") -> None:
+        for name, paths in vars(other).items():
+            getattr(self, name).extend(paths)
 
     def describe(self, top: str = "") -> str:
         """Count and name what was left out, in paths relative to `top`; return "" if there is nothing."""
         kinds = {"hidden": self.hidden, "images outside class folders": self.outside, "not images": self.foreign}
         kinds |= {"broken links": self.broken, "links to folders read already": self.repeated}
+        kinds |= {"names with a second dot, of no sample because keys end at the first": self.dotted}
         prefix = os.path.join(top, "")
         found = {kind: [path.removeprefix(prefix) for path in paths] for kind, paths in kinds.items() if paths}
         return "; ".join(f"{kind}: {len(paths):,} ({some(paths)})" for kind, paths in found.items())
+
+    def describe_inner(self, top: str) -> str:
+        """Name the folders within the class folders of `top`; return "" if there are none."""
+        prefix = os.path.join(top, "")
+        names = some([path.removeprefix(prefix) for path in sorted(self.inner)])
+        return f"images in folders within a class folder are of that class: {names}" if self.inner else ""
 
 
 @cache
@@ -57,7 +74,11 @@ def image_extensions() -> frozenset[str]:
 
 def is_hidden(path: str) -> bool:
     """Return whether a file or one of its folders is hidden; `path` is relative, as in an archive."""
-    return any(name.startswith(".") and name not in (".", "..") for name in path.split("/"))
+    return any(is_hidden_name(name) and name not in (".", "..") for name in path.split("/"))
+
+
+def is_hidden_name(name: str) -> bool:
+    return name.startswith(".") or name in SYSTEM
 
 
 def is_image(file: BinaryIO) -> bool:
@@ -76,7 +97,7 @@ def images_among(folder: str, names: list[str], left_out: LeftOut) -> list[str]:
     found = []
     for name in sorted(names):
         path = os.path.join(folder, name)
-        if name.startswith("."):
+        if is_hidden_name(name):
             left_out.hidden.append(path)
         elif os.path.splitext(name)[1].lower() in image_extensions() or _holds_image(path):
             found.append(path)
@@ -100,7 +121,7 @@ def identity_of(folder: str) -> Identity:
 
 def visible_folders(folder: Path) -> list[str]:
     """Return the sorted names of a folder's subfolders that are not hidden."""
-    return sorted(name for name in os.listdir(folder) if not name.startswith(".") and (folder / name).is_dir())
+    return sorted(name for name in os.listdir(folder) if not is_hidden_name(name) and (folder / name).is_dir())
 
 
 def read_class_folders(top: str) -> tuple[dict[str, list[str]], LeftOut]:
@@ -142,7 +163,9 @@ def _above(top: Path) -> set[Identity]:
 
 def _images_in(top: str, seen: set[Identity], left_out: LeftOut) -> list[str]:
     """Return the images in a class folder, sorted by folder, then by name; add the folders to `seen`."""
-    return [path for _, paths in sorted(_walk(top, seen, left_out)) for path in paths]
+    found = sorted(_walk(top, seen, left_out))
+    left_out.inner += [place for place, paths in found if paths and place != top]
+    return [path for _, paths in found for path in paths]
 
 
 def _walk(top: str, seen: set[Identity], left_out: LeftOut) -> Iterator[tuple[str, list[str]]]:
@@ -155,8 +178,8 @@ def _walk(top: str, seen: set[Identity], left_out: LeftOut) -> Iterator[tuple[st
                 folders.clear()
                 continue
             seen.add(identity)
-            left_out.hidden += (os.path.join(place, name) for name in sorted(folders) if name.startswith("."))
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            left_out.hidden += (os.path.join(place, name) for name in sorted(folders) if is_hidden_name(name))
+            folders[:] = sorted(name for name in folders if not is_hidden_name(name))
             waiting += (path for name in folders if os.path.islink(path := os.path.join(place, name)))
             yield place, images_among(place, names, left_out)
 

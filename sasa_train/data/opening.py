@@ -27,8 +27,8 @@ def open_image(file: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
         if file.read(4) not in tiff.STARTS:
             raise
         raise ValueError(
-            "a damaged TIFF, or one whose pixels Pillow cannot read, such as 64-bit floats or several channels of "
-            "floats; convert it to 8 bits per channel"
+            "a damaged TIFF, or one whose pixels Pillow cannot read, such as 64-bit floats, several channels of "
+            "floats, or channels without PhotometricInterpretation; convert it to 8 bits per channel"
         ) from error
     if image.format == "TIFF":
         tiff.skip_thumbnails(image)

@@ -27,11 +27,12 @@ COLUMNS: dict[str, np.dtype] = {  # the arrays with one element per image, order
     "names": np.dtype(np.str_),
 }
 
+LEFT_OUT = "left_out"  # one text: what the shards hold that is not data
 DIGEST = "digest"
 
 
 def index_bytes(identity: np.ndarray, columns: dict[str, np.ndarray]) -> memoryview:
-    """Return the content of an index: its columns and the `identity` of the shards that they describe."""
+    """Return the content of an index: its columns, LEFT_OUT, and the `identity` of the shards that they describe."""
     buffer = io.BytesIO()
     arrays = columns | {"identity": identity, DIGEST: np.array([_digest(identity, columns)])}
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
@@ -40,14 +41,14 @@ def index_bytes(identity: np.ndarray, columns: dict[str, np.ndarray]) -> memoryv
 
 def _digest(identity: np.ndarray, columns: dict[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
-    for array in (identity, *(columns[name] for name in COLUMNS)):
+    for array in (identity, *(columns[name] for name in (*COLUMNS, LEFT_OUT))):
         digest.update(f"{array.dtype.str} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).data.cast("B"))
     return digest.hexdigest()
 
 
 def read_index(path: Path, identity: np.ndarray, shard_sizes: np.ndarray) -> dict[str, np.ndarray] | None:
-    """Return the columns of an index, or None if it describes other shards than those of `identity`.
+    """Return the columns of an index and LEFT_OUT, or None if it describes other shards than those of `identity`.
 
     Raises:
         FileNotFoundError: there is no index.
@@ -62,13 +63,14 @@ def read_index(path: Path, identity: np.ndarray, shard_sizes: np.ndarray) -> dic
             raise ValueError(f"its {size:,} bytes are too many for shards of {total:,} bytes")
         with zipfile.ZipFile(file) as archive:
             found, expected = (sorted(names) for names in (archive.namelist(), map(_entry, ("identity", *COLUMNS))))
-            if found == expected:  # of an older version, without a digest
+            if found in (expected, sorted([*expected, _entry(DIGEST)])):  # of an older version
                 return None
-            if found != sorted([*expected, _entry(DIGEST)]):
-                raise ValueError(f"it must hold identity, {', '.join(COLUMNS)}, {DIGEST} and nothing else")
+            if found != sorted([*expected, _entry(LEFT_OUT), _entry(DIGEST)]):
+                raise ValueError(f"it must hold identity, {', '.join(COLUMNS)}, {LEFT_OUT}, {DIGEST} and nothing else")
             if not np.array_equal(_read_array(archive, "identity", np.dtype(np.str_), size), identity):
                 return None
             columns = {name: _read_array(archive, name, dtype, size) for name, dtype in COLUMNS.items()}
+            columns[LEFT_OUT] = _read_array(archive, LEFT_OUT, np.dtype(np.str_), size)
             written = _read_array(archive, DIGEST, np.dtype(np.str_), size)
     _check(columns, shard_sizes)
     if written.tolist() != [_digest(identity, columns)]:
@@ -110,6 +112,8 @@ def _check(columns: dict[str, np.ndarray], shard_sizes: np.ndarray) -> None:
     is_same_shard = archive[order][1:] == archive[order][:-1]
     if (is_same_shard & (offset[order][1:] < (offset + np.maximum(size, 1))[order][:-1])).any():
         raise ValueError("offset and size describe images that overlap")
+    if len(columns[LEFT_OUT]) != 1:
+        raise ValueError(f"{LEFT_OUT} must be one text")
     if names.itemsize > 4 * MAX_NAME:
         raise ValueError(f"names has more than {MAX_NAME} characters in one name")
     if names.view(np.uint32).max() > sys.maxunicode:

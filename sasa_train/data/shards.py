@@ -22,7 +22,7 @@ from typing import BinaryIO
 import numpy as np
 
 from sasa_train.data.listing import LeftOut, folders_with_images, image_extensions, is_hidden, is_image
-from sasa_train.data.shard_index import COLUMNS, MAX_CLASSES, index_bytes, read_index
+from sasa_train.data.shard_index import COLUMNS, LEFT_OUT, MAX_CLASSES, index_bytes, read_index
 from sasa_train.data.tars import members_of, open_tar
 from sasa_train.files import open_regular, write_atomic
 from sasa_train.refusal import ConfigError, shorten
@@ -136,14 +136,18 @@ def load_shards(shards: Sequence[Path], split: str, left_out: LeftOut | None = N
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         warn(printable(f"{index} is not used ({shorten(reason)}); the shards are scanned again"))
     if table is None or left_out is not None:
-        table = _scan(shards, noted := left_out or LeftOut())
-        if left_out is None and (told := noted.describe()):
-            say(f"{printable(shards[0].parent)}: left out, {told}", sys.stderr)
+        table = _scan(shards, noted := LeftOut())
+        table[LEFT_OUT] = np.array([noted.describe()])
+        if left_out is not None:
+            left_out.add(noted)
         try:
             write_atomic(index, index_bytes(identity, table))
         except OSError as error:
             print(f"{index}: cannot be written ({error.strerror}); the shards will be scanned at every start")
+    if left_out is None and (told := table[LEFT_OUT][0]):
+        say(f"{printable(shards[0].parent)}: left out, {printable(told)}", sys.stderr)
     labels = table.pop("labels")
+    del table[LEFT_OUT]
     return TarMembers([str(p) for p in shards], **table), labels
 
 
@@ -171,7 +175,8 @@ def _scan(shards: Sequence[Path], left_out: LeftOut) -> dict[str, np.ndarray]:
             raise ConfigError(f"{path}: {name} has no label; a .cls file of the same name holds it")
         rows += [(labels[key], key, number, *image) for key, image in images.items()]
     if not rows:
-        raise ConfigError(f"{shards[0].parent}: its shards hold no image; expected KEY.jpg beside KEY.cls")
+        dotted = f" (a key ends at the first dot, unlike in {printable(left_out.dotted[0])})" if left_out.dotted else ""
+        raise ConfigError(f"{shards[0].parent}: its shards hold no image; expected KEY.jpg beside KEY.cls{dotted}")
     label, _, archive, offset, size, names = zip(*sorted(rows), strict=True)
     columns = {"labels": label, "archive": archive, "offset": offset, "size": size, "names": names}
     return {name: np.array(column, dtype=COLUMNS[name]) for name, column in columns.items()}
@@ -182,6 +187,7 @@ def _read_shard(path: Path, left_out: LeftOut) -> tuple[dict[str, tuple[int, int
     images: dict[str, tuple[int, int, str]] = {}
     labels: dict[str, int] = {}
     others: dict[str, list[TarInfo]] = {}  # may be images under other names
+    dotted: list[tuple[str, str]] = []  # keys and names of images such as KEY.seg.png, and of labels
     file, num_bytes = open_tar(path)
     with file:
         for member in members_of(file, 0, num_bytes):
@@ -189,6 +195,7 @@ def _read_shard(path: Path, left_out: LeftOut) -> tuple[dict[str, tuple[int, int
             stem, _, extension = base.partition(".")
             key = f"{folder}/{stem}"
             has_image_name = f".{extension.lower()}" in image_extensions()  # excludes KEY.seg.png
+            last = os.path.splitext(base)[1].lower()
             if member.isdir():
                 continue
             if is_hidden(member.name):
@@ -196,6 +203,8 @@ def _read_shard(path: Path, left_out: LeftOut) -> tuple[dict[str, tuple[int, int
             elif not has_image_name and extension != "cls":
                 if member.isfile() and "." not in extension:
                     others.setdefault(key, []).append(member)
+                elif last == ".cls" or last in image_extensions():
+                    dotted.append((key, member.name))
             elif not member.isfile():
                 raise ValueError(f"{member.name} must be stored as a file, but is a link or device")
             elif has_image_name:
@@ -212,6 +221,7 @@ def _read_shard(path: Path, left_out: LeftOut) -> tuple[dict[str, tuple[int, int
                 left_out.foreign.append(f"{path.name}:{key.removeprefix('/')}.cls")
             else:
                 images[key] = found.offset_data, found.size, found.name
+    left_out.dotted += [f"{path.name}:{name}" for key, name in dotted if key not in images or name.endswith(".cls")]
     return images, labels
 
 

@@ -28,6 +28,7 @@ from sasa_train.data.datasets import (
     kind_of,
     load_shard_set,
     only_class,
+    refuse_splits,
     split_folders,
     unlike,
 )
@@ -66,6 +67,7 @@ class Contents:
     `faults` lists classes without images in a split, `unused` says what each split leaves out, and `ambiguous` lists
     class names that are in a split in two Unicode forms. `mixed` lists splits that are not read, because the rest is
     of another kind. `single` lists classes that no hold-out from train can split. `alone` describes the only class.
+    `inner` names folders within class folders.
     """
 
     root: Path
@@ -77,6 +79,7 @@ class Contents:
     ambiguous: list[str] = field(default_factory=list)
     mixed: list[str] = field(default_factory=list)
     alone: str = ""
+    inner: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         sets = list(self.splits.values())
@@ -131,7 +134,7 @@ def verify(root: Path, num_workers: int, all_classes: bool, decoding: Decoding) 
     lost = print_lost_classes(contents, survey)
     num_across = print_duplicates(contents, survey)
     print_mean_std(contents, survey)
-    warnings = find_warnings(survey)
+    warnings = [*contents.inner, *find_warnings(survey)]
     for warning in warnings:
         say("warning", warning)
     found = {
@@ -174,11 +177,14 @@ def read_contents(root: Path) -> Contents:
         alone = only_class(classes[0], "", []) if len(classes) == 1 else ""
         faults = _faults(classes, splits, {})
         return Contents(root, kind, classes, splits, faults, [left_out.describe(), *skipped], mixed=mixed, alone=alone)
-    found, unused, ambiguous = dict[str, dict[str, list[str]]](), [], []
+    found, unused, ambiguous, inner = dict[str, dict[str, list[str]]](), [], [], list[str]()
     for split, folder in find_splits(root).items():
         folders, left_out = read_class_folders(str(folder))
         ambiguous += [f"{names}: one name in two Unicode forms in {split}" for names in twins(list(folders))]
         found[split] = merged(folders)
+        inner += filter(None, [left_out.describe_inner(str(root))])
+        if split == "all":
+            refuse_splits(root, left_out)
         unused.append(left_out.describe(str(root)))
     if beside := beside_splits(root):
         unused.append(f"folders beside train/, val/ and test/: {some(beside)}")
@@ -191,7 +197,7 @@ def read_contents(root: Path) -> Contents:
     splits = {split: _image_set(classes, folders) for split, folders in found.items()}
     faults = _faults(classes, splits, found)
     alone = _alone(root, classes, splits) if len(classes) == 1 else ""
-    return Contents(root, kind, classes, splits, faults, [*unused, *skipped], ambiguous, mixed, alone)
+    return Contents(root, kind, classes, splits, faults, [*unused, *skipped], ambiguous, mixed, alone, inner)
 
 
 def _in_splits(found: Mapping[str, object]) -> str:
@@ -382,7 +388,8 @@ def print_duplicates(contents: Contents, survey: Survey) -> int:
     if len(contents.splits) > 1:
         _print_groups(contents, f"across {' and '.join(contents.splits)}", across, MAX_ACROSS)
     for number, split in enumerate(contents.splits):
-        within = [group for group in groups if set(contents.split_of[group]) == {number}]
+        of_split = [[index for index in group if contents.split_of[index] == number] for group in groups]
+        within = [group for group in of_split if len(group) > 1]
         _print_groups(contents, f"within {split}", within, MAX_WITHIN)
     return len(across)
 

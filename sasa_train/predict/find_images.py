@@ -107,7 +107,7 @@ def _folders(top: str, left_out: "LeftOut") -> Iterator[tuple[str, list[str], st
 
     Links are followed, but each folder is read once; hidden folders are not read.
     """
-    from sasa_train.data.listing import identity_of
+    from sasa_train.data.listing import identity_of, is_hidden_name
 
     folders, seen = [top], set()
     while folders:
@@ -122,8 +122,8 @@ def _folders(top: str, left_out: "LeftOut") -> Iterator[tuple[str, list[str], st
             yield folder, [], error.strerror or str(error)
             continue
         yield folder, names, ""
-        left_out.hidden += (os.path.join(folder, name) for name in inner if name.startswith("."))
-        folders += [os.path.join(folder, name) for name in reversed(inner) if not name.startswith(".")]
+        left_out.hidden += (os.path.join(folder, name) for name in inner if is_hidden_name(name))
+        folders += [os.path.join(folder, name) for name in reversed(inner) if not is_hidden_name(name)]
 
 
 def _listing(folder: str) -> tuple[list[str], list[str]]:
