@@ -52,6 +52,11 @@ def write_aside(path: Path, write: Callable[[BinaryIO], object]) -> Path:
     return temporary
 
 
+def unfinished(folder: Path) -> list[Path]:
+    """Return the files that `write_aside` began in a folder; no other file has such a name."""
+    return [path for path in folder.glob("*.tmp") if re.fullmatch(r".+\.[0-9a-f]{8}\.tmp", path.name)]
+
+
 def open_regular(path: str | Path) -> io.BufferedReader:
     """Open a file for reading; raise OSError at once if it is a pipe or device, which could block forever."""
     return open(path, "rb", opener=_regular)
@@ -212,12 +217,18 @@ class FolderLock:
             os.close(self.folder)
 
     def holds(self, path: Path) -> bool:
-        """Return whether the folder at `path`, and the lock file in it, are still those that were locked."""
+        """Return whether the folder at `path`, and the lock file in it, are still those that were locked.
+
+        Raises:
+            OSError: the disk or file server failed, so that this cannot be told.
+        """
         # A folder's inode is compared, too, because a lock file can be linked or moved to another folder. While the
         # folder is open, no other can get its inode.
         try:
             return _is(os.stat(path), self.folder) and _is(os.lstat(path / self.name), self.file.fileno())
-        except OSError:
+        except OSError as error:
+            if error.errno in DISK_FAILED:
+                raise
             return False
 
 

@@ -138,9 +138,11 @@ def test_float64_and_large_windows_are_refused_by_name():
 def fresh_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SASA_TRAIN_CACHE", str(tmp_path))
     cpu._library.cache_clear()
+    cpu._version.cache_clear()
     dispatch._say_once.cache_clear()
     yield tmp_path
     cpu._library.cache_clear()
+    cpu._version.cache_clear()
     dispatch._say_once.cache_clear()
 
 
@@ -164,6 +166,19 @@ def test_a_compiler_that_fails_is_quoted(fresh_cache, monkeypatch):
     q = torch.randn(1, 1, 3, 3, 2)
     with pytest.raises(RuntimeError, match="false could not build it"):
         local_attention(q, q, q, kernel_size=3, backend="cpu")
+
+
+@pytest.mark.parametrize("does", ["exec sleep 60", "cat > /dev/null; exit 1"])
+def test_a_compiler_that_waits_is_not_waited_for(fresh_cache, monkeypatch, does):
+    """A wrapper that never answers, or reads the terminal, made each command hang at its first attention layer."""
+    compiler = fresh_cache / "waiting"
+    compiler.write_text(f"#!/bin/sh\n{does}\n")
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(cpu, "VERSION_SECONDS", 1)
+    start = time.monotonic()
+    assert f"{compiler} could not build it: Command" in (cpu.why_not_built("local_attention", 3) or "")
+    assert time.monotonic() - start < 30
 
 
 def test_the_library_is_kept_and_a_damaged_one_is_built_again(fresh_cache, monkeypatch):
@@ -314,12 +329,13 @@ def test_without_a_home_a_kernel_is_built_for_this_process(loaded, monkeypatch, 
 
 
 def test_what_a_killed_build_left_is_swept_up(loaded, fresh_cache):
-    for name, age in (("old.tmp", 10 * cpu.BUILD_SECONDS), ("new.tmp", 0)):
+    left = [f"local_attention-{'0' * 16}-{name}.tmp" for name in ("old", "new")]
+    for name, age in ((left[0], 10 * cpu.BUILD_SECONDS), (left[1], 0), ("notes.tmp", 10 * cpu.BUILD_SECONDS)):
         (fresh_cache / name).write_bytes(b"")
         os.utime(fresh_cache / name, (time.time() - age,) * 2)
     assert cpu.why_not_built("local_attention", 3) is None
-    assert sorted(p.suffix for p in fresh_cache.iterdir()) == [".so", ".tmp"]
-    assert (fresh_cache / "new.tmp").exists()
+    assert {p.name for p in fresh_cache.glob("*.tmp")} == {left[1], "notes.tmp"}  # the latter is the user's own
+    assert len(list(fresh_cache.glob("*.so"))) == 1
 
 
 def test_processes_that_build_at_once_do_no_harm(fresh_cache):

@@ -21,6 +21,7 @@ from writing_runs import content, filled
 
 from sasa_train import files
 from sasa_train.files import write_atomic
+from sasa_train.refusal import ConfigError
 from sasa_train.runs import checkpoint
 from sasa_train.runs.checkpoint import FORMAT_VERSION, CheckpointError, Checkpoints, load_checkpoint
 
@@ -85,8 +86,9 @@ def test_with_no_good_checkpoint_nothing_begins_anew(tmp_path, damage):
 
 def test_what_a_killed_save_left_aside_is_swept(tmp_path):
     filled(tmp_path)
-    (tmp_path / "last.pt.tmp").write_bytes(b"half")
-    assert newest_step(tmp_path) == (5, []) and not list(tmp_path.glob("*.tmp"))
+    (tmp_path / "last.pt.0123abcd.tmp").write_bytes(b"half")
+    (tmp_path / "notes.tmp").write_text("the user's own")
+    assert newest_step(tmp_path) == (5, []) and [path.name for path in tmp_path.glob("*.tmp")] == ["notes.tmp"]
 
 
 def test_what_a_save_could_not_delete_the_next_save_deletes(tmp_path, monkeypatch):
@@ -195,7 +197,7 @@ def failing(real, calls, number: int):
     return lambda *a, **k: full() if next(calls) == number else real(*a, **k)
 
 
-@pytest.mark.parametrize("call", ["unlink", "replace", "fsync", "open", "link"])
+@pytest.mark.parametrize("call", ["unlink", "replace", "fsync", "open", "link", "scandir"])
 def test_a_save_is_written_whole_or_not_at_all(tmp_path, monkeypatch, call):
     """If any call fails, the run goes on from the old last.pt and best.pt, and its next checkpoint is written.
 
@@ -216,11 +218,47 @@ def test_a_save_is_written_whole_or_not_at_all(tmp_path, monkeypatch, call):
             is_done = next(calls) <= reached
         found = {name: load_checkpoint(folder / name)["step"] for name in ("last.pt", "best.pt")}
         assert found == ({"last.pt": 4, "best.pt": 4} if is_saved else {"last.pt": 3, "best.pt": 2})
+        assert all((folder / f"{name}.json").exists() for name in found)
         checkpoints.save(content(5), is_best=False)
         assert newest_step(folder)[0] == 5
         steps = {path.name: load_checkpoint(path)["step"] for path in folder.glob("step-*.pt")}
         assert steps and all(int(name[5:13]) == step for name, step in steps.items())
         reached += 1
+
+
+@pytest.mark.parametrize("name", ["best.pt.json", "last.pt.json"])
+def test_a_save_that_cannot_read_a_manifest_changes_nothing(tmp_path, monkeypatch, name):
+    """One failed read made the save put best.pt back without its manifest when it failed later."""
+    checkpoints, real = filled(tmp_path, steps=(1, 2, 3), keep=2), checkpoint.read_regular
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def failing(path):
+        if path.name == name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "read_regular", failing)
+    with pytest.raises(CheckpointError, match="Input/output error.*earlier ones are untouched"):
+        checkpoints.save(content(4), is_best=True)
+    copied = () if name == "last.pt.json" else ("step-00000003.pt", "step-00000003.pt.json")  # they are whole
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name not in copied} == before
+
+
+def test_a_best_checkpoint_that_is_not_the_runs_own_is_named(tmp_path):
+    """A backup restored beside a run that goes on, or a deleted best.pt, was not noticed by anything."""
+    checkpoints, best = filled(tmp_path, steps=(1, 2, 3, 4), best=(2,)), {"top1": 7.0, "step": 2, "epoch": 1}
+    assert checkpoints.other_best(best, 4) is None
+    assert checkpoints.other_best({**best, "step": 1}, 1) is None  # killed between best.pt and last.pt
+    assert "not the one of step 3 that this run wrote: it is of step 2" in checkpoints.other_best(
+        {**best, "step": 3}, 4
+    )
+    with pytest.raises(ConfigError, match="best.pt is there, of step 2, but last.pt has best=None"):
+        checkpoints.other_best(None, 4)
+    (tmp_path / "best.pt.json").unlink()
+    assert checkpoints.other_best(best, 4) is None
+    (tmp_path / "best.pt").unlink()
+    assert "not the one of step 2 that this run wrote: it is gone" in checkpoints.other_best(best, 4)
+    assert checkpoints.other_best(None, 4) is None
 
 
 def test_what_a_failed_save_cannot_put_back_is_named(tmp_path, monkeypatch):

@@ -456,6 +456,18 @@ def test_names_cannot_write_on_the_terminal(tmp_path, capsys):
 # shard
 
 
+def test_a_shard_that_was_emptied_or_cut_is_made_again(image_folder, tmp_path, capsys):
+    """The same command again once said that they are all there already."""
+    command = ["shard", str(image_folder), str(tmp_path / "shards"), "--images-per-shard", "6"]
+    assert run_command(command) == 0
+    first, second, *_ = shards = sorted((tmp_path / "shards/train").glob("*.tar"))
+    before = [path.read_bytes() for path in shards]
+    first.write_bytes(b"")
+    second.write_bytes(before[1][:5000])
+    assert run_command(command) == 0
+    assert [path.read_bytes() for path in shards] == before
+
+
 def test_shards_are_the_same_data_set(image_folder, tmp_path, capsys):
     """Check that labels, order and pixels match those of the folders, so that a run gives the same results."""
     shards = tmp_path / "shards"

@@ -278,11 +278,11 @@ def test_a_run_does_not_end_well_without_its_last_checkpoint_and_mends_its_log(r
     with lock_folder(run_dir) as lock:
         run = RunFolder(run_dir, lock, Checkpoints(run_dir / "checkpoints", 0), None)
         (run_dir / "metrics.jsonl").unlink()
-        run.write_end({"best": None, "metrics": "a row\n"})
+        run.write_end({"best": None, "step": 1, "metrics": "a row\n"})
         assert (run_dir / "metrics.jsonl").read_text() == "a row\n"
         (run_dir / "checkpoints/last.pt").unlink()
         with pytest.raises(CheckpointError, match="last.pt is gone"):
-            run.write_end({"best": None, "metrics": ""})
+            run.write_end({"best": None, "step": 1, "metrics": ""})
 
 
 def test_dash_m_does_not_write_through_a_link(elsewhere, tmp_path, in_process):

@@ -261,6 +261,17 @@ def test_allowed_changes_of_arguments_and_layer_decay_reach_a_resumed_run():
     assert {(g["lr_scale"], g["trust_clip"]) for g in other.state.optimizer.param_groups} == {(0.2, True)}
 
 
+@pytest.mark.parametrize("value", [100.0, "x"])
+def test_a_scale_that_the_config_does_not_ask_for_is_not_taken_from_a_checkpoint(value):
+    """Without layer_decay, no group has lr_scale, but timm's schedules obey one that was put into a checkpoint."""
+    saved = setup().state.state_dict()
+    for group in saved["optimizer"]["param_groups"]:
+        group["lr_scale"] = value
+    resumed = setup().state
+    resumed.load_state_dict(saved)
+    assert not any("lr_scale" in group for group in resumed.optimizer.param_groups)
+
+
 def test_short_runs_may_have_any_schedule():
     """The check before data is loaded does not know the epoch length, so it must accept any schedule that may fit."""
     for overrides in (["trainer.epochs=2"], ["trainer.epochs=10", "schedule.warmup_epochs=9"], ["trainer.max_steps=3"]):

@@ -112,6 +112,13 @@ def test_a_resume_names_each_condition_that_has_changed_and_no_other(plan, model
     assert not capsys.readouterr().err
 
 
+def test_switches_of_torch_that_own_code_sets_are_named(plan, model):
+    before = conditions(plan, model) | {"commit": None}
+    with torch.backends.mkldnn.flags(enabled=False):
+        (line,) = describe_changes(before, conditions(plan, model) | {"commit": None})
+    assert line == "mkldnn_enabled: True -> False"
+
+
 def test_each_variable_that_shapes_results_is_named_and_no_other(plan, model, monkeypatch):
     """TORCH_COMPILE_DISABLE once gave other results without a word; a cache's path must not give a false alarm."""
     shaping, not_shaping = SHAPING.split(), NOT_SHAPING.split()

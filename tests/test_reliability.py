@@ -20,7 +20,7 @@ from taking_steps import batches, setup
 from torch import nn
 
 import sasa_train
-from sasa_train import evaluate
+from sasa_train import evaluate, files
 from sasa_train.config.compose import compose_config
 from sasa_train.config.saved import to_yaml
 from sasa_train.report.jobs import find_jobs
@@ -234,6 +234,58 @@ def test_a_best_model_that_was_not_saved_is_not_the_best(tmp_path, monkeypatch):
         assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.on_failed_save=continue") == 0
     last, best = (load_checkpoint(tmp_path / f"out/a/checkpoints/{name}.pt") for name in ("last", "best"))
     assert last["best"] == best["best"] and best["best"]["step"] == best["step"] > 4
+
+
+def test_a_file_server_that_fails_for_a_moment_is_no_lost_lock(tmp_path, monkeypatch, capsys):
+    """One ESTALE while a run looked at its lock, before a save, ended it as if another run had taken the folder."""
+    holds, write, saving, failed = files.FolderLock.holds, loop.Loop.write, list[int](), list[int]()
+
+    def failing_once(lock, path):
+        if saving and not failed:
+            failed.append(1)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return holds(lock, path)
+
+    def noted(self, *arguments):
+        saving.append(1)
+        try:
+            return write(self, *arguments)
+        finally:
+            saving.clear()
+
+    monkeypatch.setattr(files.FolderLock, "holds", failing_once)
+    monkeypatch.setattr(loop.Loop, "write", noted)
+    assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.on_failed_save=continue") == 0
+    assert "Stale file handle" in (text := capsys.readouterr().err) and "tries again at the next" in text
+    failed.clear()
+    assert run_in_process(tmp_path, monkeypatch, *RUN, "run_name=b") == 1
+    assert "the disk failed at out/b (Stale file handle)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOLCK])
+def test_what_the_system_lacks_for_now_is_one_line(tmp_path, monkeypatch, capsys, number):
+    def failing(*_):
+        raise OSError(number, os.strerror(number), "somewhere")
+
+    monkeypatch.setattr("sasa_train.training.run.build_loaders", failing)
+    assert run_in_process(tmp_path, monkeypatch, *RUN) == 1
+    error = capsys.readouterr().err
+    assert f"cannot use somewhere now ({os.strerror(number)}); run the same command again" in error
+    assert "Traceback" not in error
+
+
+def test_a_best_checkpoint_exchanged_while_a_run_goes_on_is_told_at_the_end(tmp_path, monkeypatch, capsys):
+    real = Checkpoints.save
+
+    def save(self, content, is_best):
+        real(self, content, is_best)
+        if content["finished"]:
+            for name in ("best.pt", "best.pt.json"):
+                (self.folder / name).unlink()
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
+    assert "best.pt is not the one of step" in (text := capsys.readouterr().err) and "it is gone" in text
 
 
 def test_checkpoints_that_were_taken_away_are_missed(tmp_path, monkeypatch, in_process):

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shutil
 import stat
 import subprocess
@@ -21,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import DEVNULL
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +48,8 @@ INSTRUCTION_SETS = {
 # already loaded, because a second OpenMP runtime would keep a second thread pool spinning alongside torch's.
 OPENMP = ((("-fopenmp",), ()), (("-fopenmp",), ("-fopenmp",)), ((), ()))
 COMPILERS = ("g++", "c++", "clang++")
-BUILD_SECONDS = 300
+VERSION_SECONDS, BUILD_SECONDS = 20, 300
+UNFINISHED = re.compile(r"(local_attention|attention_stem)-[0-9a-f]{16}-\w+\.tmp")  # as `_add_to` names its files
 MAX_LIBRARY_BYTES = 64 << 20  # a library has about 100 KB
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # other dtypes are converted
 _TENSORS = ("query", "key", "value", "output", "grad_output", "grad_query", "grad_key", "grad_value")
@@ -218,13 +221,16 @@ def _library(source: str, size: int, instruction_set: str) -> _Library | str:
     """Return the loaded library, or the reason why it cannot be built or loaded."""
     if (compiler := _compiler()) is None:
         return "no C++ compiler found (install g++, or name one in $CXX)"
+    if isinstance(version := _version(compiler), Exception):
+        return f"{compiler} could not build it: {version}"
     reason = ""
     for compile_flags, link_flags in OPENMP:
         flags = (*FLAGS, *INSTRUCTION_SETS[instruction_set], f"-D{SIZES[source]}={size}", *compile_flags)
         try:
-            version = _version(compiler)
             built = _built(source, compiler, version, flags, link_flags)
             return _Library(_load(built), f"{version.partition(chr(10))[0]}, built {built.stem[-16:-8]}")
+        except subprocess.TimeoutExpired as error:  # the next flags would hardly help
+            return f"{compiler} could not build it: {error}"
         except (OSError, subprocess.SubprocessError) as error:
             reason = reason or f"{compiler} could not build it: {error} {getattr(error, 'stderr', None) or ''}".strip()
     return reason
@@ -232,19 +238,29 @@ def _library(source: str, size: int, instruction_set: str) -> _Library | str:
 
 def compiler_version() -> str | None:
     """Return the first line of the C++ compiler's version, or None if there is no compiler that runs."""
-    try:
-        return _version(_compiler() or "").partition("\n")[0]
-    except (OSError, subprocess.SubprocessError):
-        return None
+    version = _version(_compiler() or "")
+    return None if isinstance(version, Exception) else version.partition("\n")[0]
 
 
 def _compiler() -> str | None:
     return os.environ.get("CXX") or next((name for name in COMPILERS if shutil.which(name)), None)
 
 
-def _version(compiler: str) -> str:
+@functools.cache
+def _version(compiler: str) -> str | Exception:
     command = [compiler, "--version"]
-    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=True).stdout
+    try:
+        return subprocess.run(
+            command,
+            stdin=DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=True,
+            timeout=VERSION_SECONDS,
+        ).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return error
 
 
 def _load(path: Path) -> ctypes.CDLL:
@@ -266,7 +282,7 @@ def _built(source: str, compiler: str, version: str, flags: tuple[str, ...], lin
 
     def compile_to(aside: str) -> None:
         command = [compiler, *flags, str(path), "-o", aside, *link_flags]
-        subprocess.run(command, capture_output=True, text=True, check=True, timeout=BUILD_SECONDS)
+        subprocess.run(command, stdin=DEVNULL, capture_output=True, text=True, check=True, timeout=BUILD_SECONDS)
 
     try:
         return _kept_in(folder, name) or _add_to(folder, name, compile_to)
@@ -297,11 +313,13 @@ def _is_intact(library: Path) -> bool:
 
 def _add_to(folder: Path, name: str, compile_to: Callable[[str], None]) -> Path:
     """Compile a library, add it to the folder and return its path."""
-    for stale in folder.glob("*.tmp"):  # of a build that was killed
+    for stale in folder.glob("*.tmp"):  # of a build that was killed, or another program's
+        if not UNFINISHED.fullmatch(stale.name):
+            continue
         with contextlib.suppress(OSError):
             if time.time() - stale.stat().st_mtime > 2 * BUILD_SECONDS:
                 stale.unlink()
-    handle, aside = tempfile.mkstemp(suffix=".tmp", dir=folder)
+    handle, aside = tempfile.mkstemp(prefix=f"{name}-", suffix=".tmp", dir=folder)
     os.close(handle)
     try:
         compile_to(aside)

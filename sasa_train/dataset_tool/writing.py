@@ -102,7 +102,8 @@ def write_all_shards(
         order = fixed_order(len(split.names))
         for number, start in enumerate(range(0, len(order), images_per_shard)):
             path = dest / name / f"{name}-{number:06d}.tar"
-            if not path.exists():
+            # A shard that was damaged later is not a whole number of records, or empty.
+            if not path.exists() or path.stat().st_size % tarfile.RECORDSIZE or not path.stat().st_size:
                 missing[name][path] = order[start : start + images_per_shard]
     _write_missing(dest, splits, missing, _write_shard, before)
 

@@ -28,8 +28,17 @@ import torch
 from torch import Tensor, nn
 
 from sasa_train.data.fingerprint import SOURCES
-from sasa_train.files import DISK_FAILED, discard, open_regular, read_regular, sync_folder, write_aside, write_atomic
-from sasa_train.refusal import CheckpointError, shorten
+from sasa_train.files import (
+    DISK_FAILED,
+    discard,
+    open_regular,
+    read_regular,
+    sync_folder,
+    unfinished,
+    write_aside,
+    write_atomic,
+)
+from sasa_train.refusal import CheckpointError, ConfigError, shorten
 from sasa_train.runs.metrics import is_log, parse_log
 from sasa_train.runs.schema import (
     MAX_SECONDS,
@@ -137,7 +146,7 @@ class Checkpoints:
         size = _num_bytes(content)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for stale in self.folder.glob("*.tmp"):  # left behind by a save that could not delete them
+            for stale in unfinished(self.folder):  # left behind by a save that could not delete them
                 discard(stale)
             free = shutil.disk_usage(self.folder).free
             if size > free:
@@ -159,7 +168,8 @@ class Checkpoints:
         try:
             if self.keep and last_step not in (None, content["step"]):
                 numbered = self.folder / f"step-{last_step:08d}.pt"
-                _put(_linked(last, numbered), numbered, bytes_of(manifest_of(last)))
+                of_last = _manifest_bytes(last)
+                _put(_linked(last, numbered), numbered, of_last)
             with _all_or_none([best, last] if is_best else [last]):
                 # best.pt is a link, which takes neither time nor disk space. It is written before last.pt, whose
                 # content states that a best checkpoint exists.
@@ -169,9 +179,12 @@ class Checkpoints:
             self._last_step = content["step"]
         finally:
             discard(temporary)
-        for old in self.numbered()[self.keep :]:
-            discard(manifest_of(old))
-            discard(old)
+        with contextlib.suppress(
+            OSError
+        ):  # the new files are in place, so a folder that cannot be listed is no failure
+            for old in self.numbered()[self.keep :]:
+                discard(manifest_of(old))
+                discard(old)
 
     def newest(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
         """Return the newest checkpoint that can be read, or None if there has never been one.
@@ -182,7 +195,7 @@ class Checkpoints:
             CheckpointError: there are or were checkpoints but none is intact, or one is temporarily unreadable.
         """
         # A run must never silently start over. A disk error may be temporary and is not treated as damage.
-        for stale in self.folder.glob("*.tmp"):
+        for stale in unfinished(self.folder):
             stale.unlink()
         left = sorted(path.name for path in self.folder.glob("*.pt*"))  # including manifests and damaged checkpoints
         for path in self._candidates():
@@ -212,7 +225,29 @@ class Checkpoints:
         """Put a checkpoint in the place of last.pt, which other commands read, if the disk allows it now."""
         last = self.folder / "last.pt"
         with contextlib.suppress(OSError):
-            _put(_linked(path, last), last, bytes_of(manifest_of(path)))
+            manifest = _manifest_bytes(path)
+            _put(_linked(path, last), last, manifest)
+
+    def other_best(self, best: dict[str, Any] | None, step: int) -> str | None:
+        """Say that best.pt is not the one that a run, now at `step`, wrote for `best`; return None if it may be.
+
+        Raises:
+            ConfigError: there is a best.pt, but `best` is None.
+        """
+        path = self.folder / "best.pt"
+        there = None
+        with contextlib.suppress(ValueError):
+            there = _parse_manifest(manifest)["step"] if (manifest := _manifest_bytes(path)) else None
+        if there is not None and there > step:  # a kill came between best.pt and last.pt
+            return None
+        if best is None and there is not None:
+            raise ConfigError(
+                f"{path} is there, of step {there}, but last.pt has best=None; bring back the one that the run wrote"
+            )
+        if best is None or (path.exists() and there in (None, best["step"])):
+            return None
+        found = f"it is of step {there}" if path.exists() else "it is gone"
+        return f"{path} is not the one of step {best['step']} that this run wrote: {found}; bring it back from a copy"
 
     def _candidates(self) -> list[Path]:
         """List the checkpoint files, newest first, according to the steps in their manifests or names."""
@@ -395,6 +430,14 @@ def bytes_of(path: Path, may_fail: bool = True) -> bytes | None:
         return None
 
 
+def _manifest_bytes(path: Path) -> bytes | None:
+    """Return the content of a checkpoint's manifest, or None if there is none; raise OSError if it cannot be read."""
+    try:
+        return read_regular(manifest_of(path))
+    except FileNotFoundError:
+        return None
+
+
 class _Hashed:
     """A file object for torch.save that computes the SHA-256 of the data written."""
 
@@ -442,7 +485,8 @@ def _all_or_none(paths: list[Path]) -> Iterator[None]:
     kept: list[tuple[Path, Path | None, bytes | None]] = []
     try:
         for path in paths:
-            kept.append((path, _linked(path, path) if path.exists() else None, bytes_of(manifest_of(path))))
+            manifest = _manifest_bytes(path)
+            kept.append((path, _linked(path, path) if path.exists() else None, manifest))
         yield
     except BaseException as error:
         lost = []

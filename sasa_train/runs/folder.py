@@ -16,7 +16,7 @@ from sasa_train.config.overrides import as_written, is_group, parse_overrides
 from sasa_train.config.own_keys import targets_of
 from sasa_train.config.saved import BEFORE, as_begun, load_config, load_config_file, to_yaml
 from sasa_train.data.fingerprint import differences
-from sasa_train.files import LOCK, FolderLock, inside, kind, lock_folder, read_regular, write_atomic
+from sasa_train.files import LOCK, FolderLock, inside, kind, lock_folder, read_regular, unfinished, write_atomic
 from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import ConfigError, ExpectedFailure
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, load_checkpoint
@@ -50,11 +50,17 @@ class RunFolder:
 
     def is_ours(self) -> bool:
         """Return whether this process holds the lock, and the folder is still the one that it locked."""
-        return self.lock is not None and self.lock.holds(self.path)
+        try:
+            return self.lock is not None and self.lock.holds(self.path)
+        except OSError:
+            return False
 
     def check_lock(self) -> None:
-        """Raise ExpectedFailure if the folder is not this run's any more, so that nothing of another run is changed."""
-        if self.lock is not None and not self.is_ours():
+        """Raise ExpectedFailure if the folder is not this run's any more, so that nothing of another run is changed.
+
+        Raise OSError if the disk fails.
+        """
+        if self.lock is not None and not self.lock.holds(self.path):
             raise ExpectedFailure(
                 f"{self.path}: its lock file is gone or another's; the folder was moved, deleted or taken by another "
                 "run. This run stops without writing; continue it from its folder's new place with resume=..."
@@ -138,6 +144,8 @@ class RunFolder:
             raise CheckpointError(
                 f"{last} is gone, though the run wrote it; bring it back, or run the same command again"
             )
+        if other := self.checkpoints.other_best(checkpoint["best"], checkpoint["step"]):
+            warn(other)
         self.write_info(status="finished", best=checkpoint["best"])
         metrics, path = checkpoint["metrics"].encode(), self.path / "metrics.jsonl"
         if not path.exists() or read_regular(path) != metrics:
@@ -159,10 +167,12 @@ def open_run(config: TrainConfig, run_name: str) -> RunFolder:
     try:
         checkpoints = Checkpoints(path / "checkpoints", config.trainer.keep_checkpoints)
         own = checkpoints.newest(warn)
-        for stale in path.glob("*.tmp"):  # left behind by a start that was killed
+        for stale in unfinished(path):  # left behind by a start that was killed
             stale.unlink()
         if own is not None:
             check_trajectory(own, config, path)
+            if other := checkpoints.other_best(own["best"], own["step"]):
+                warn(other)
             return RunFolder(path, lock, checkpoints, own, is_new=False)
         if read_info_or_raise(path).get("has_checkpoint"):
             raise CheckpointError(

@@ -144,14 +144,14 @@ class Ledger:
         Raises:
             ExpectedFailure: the folder is not this sweep's any more.
         """
-        if self.lock is not None and not self.lock.holds(self.path.parent):
-            raise ExpectedFailure(
-                f"{self.path.parent}: its lock file is gone or another's; the folder was moved, deleted or taken by "
-                "another sweep. This sweep stops without writing, and its jobs save and stop"
-            )
         jobs = {name: {k: v for k, v in vars(job).items() if k != "name"} for name, job in self.jobs.items()}
         content = {"format_version": FORMAT_VERSION, "sweep": self.about, "jobs": jobs}
         try:
+            if self.lock is not None and not self.lock.holds(self.path.parent):
+                raise ExpectedFailure(
+                    f"{self.path.parent}: its lock file is gone or another's; the folder was moved, deleted or taken "
+                    "by another sweep. This sweep stops without writing, and its jobs save and stop"
+                )
             write_atomic(self.path, (json.dumps(content, indent=1) + "\n").encode())
         except OSError as error:
             warn(f"{self.path} cannot be written ({error.strerror}); the jobs go on, and the next change is written")

@@ -74,6 +74,7 @@ CONDITIONS: dict[str, Callable[[RunPlan, nn.Module], Any]] = {
     "gpu": lambda plan, _: torch.cuda.get_device_name() if plan.device.type == "cuda" else None,
     "attention": lambda plan, model: _backends(plan, model, LocalSelfAttention2d),
     "attention_stem": lambda plan, model: _backends(plan, model, AttentionStem),
+    "switches": lambda *_: _switches(),
     "compiler": lambda plan, _: compiler_version() if plan.trainer.compile else None,
     "versions": lambda *_: _versions(),
     "libraries": lambda plan, _: _libraries(plan),
@@ -144,6 +145,16 @@ def _libraries(plan: RunPlan) -> dict[str, Any]:
         "blas": "; ".join(line for line in built if "Kernel Library" in line or "MKL-DNN" in line),
         "cuda": torch.version.cuda if is_cuda else None,
         "cudnn": torch.backends.cudnn.version() if is_cuda else None,
+    }
+
+
+def _switches() -> dict[str, Any]:
+    """Return torch's global switches that a user's own code may have set."""
+    tiny = torch.tensor(2e-38)
+    return {
+        "mkldnn_enabled": torch.backends.mkldnn.enabled,
+        "cudnn_enabled": torch.backends.cudnn.enabled,
+        "denormals": "kept" if (tiny * 0.1).item() > 0 else "flushed",
     }
 
 

@@ -12,6 +12,7 @@ from sasa_train.signals import Interrupted, StopRequest
 from sasa_train.terminal import DONE, FAILED, INTERRUPTED, REFUSED, fail, say_loading
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOLCK, errno.EAGAIN, errno.EBUSY)
 REFUSED_FILE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENOTSUP)
 
 
@@ -50,6 +51,8 @@ def _train(config: TrainConfig, stop: StopRequest) -> int:
                     f"the disk failed{place and ' at'}{place} ({error.strerror}); run the same command once it is back"
                 )
             )
+        elif error.errno in SCARCE:
+            tell(OSError(f"cannot use{place} now ({error.strerror}); run the same command again when the system can"))
         elif error.errno in REFUSED_FILE and place:
             tell(OSError(f"cannot use{place} ({error.strerror}); mend it and run the same command again"))
         else:

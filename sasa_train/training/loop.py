@@ -324,10 +324,10 @@ class Loop:
         return True
 
     def write(self, content: dict[str, Any], is_best: bool, may_fail: bool) -> bool:
-        self.run_folder.check_lock()
         try:
+            self.run_folder.check_lock()
             self.run_folder.checkpoints.save(content, is_best)
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             if not may_fail:
                 raise
             warn(f"{error}; the run goes on and tries again at the next checkpoint")

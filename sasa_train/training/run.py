@@ -134,7 +134,7 @@ def run_to_the_end(loop: Loop) -> bool:
         loop.loaders.close()
         num_unreadable = note_unreadable(run.path / "unreadable.txt", loop.loaders) if run.is_ours() else 0
     if finished:
-        run.write_end({"best": state.best, "metrics": loop.logger.metrics})
+        run.write_end({"best": state.best, "step": state.step, "metrics": loop.logger.metrics})
         run.write_info(seconds=round(state.seconds, 1))
         say(describe_end(plan.config, run.path, state, loop.last_val, num_unreadable))
     else:

@@ -115,7 +115,8 @@ class TrainState:
         # determines on which device an optimizer keeps its state.
         configured = [{k: g[k] for k in self.hyperparameters if k in g} for g in self.optimizer.param_groups]
         pairs = zip(saved["optimizer"]["param_groups"], configured, strict=True)
-        groups = [group | ours for group, ours in pairs]
+        # A group that lacks one of them, such as lr_scale, has no use for the checkpoint's.
+        groups = [{k: group[k] for k in group if k not in self.hyperparameters} | ours for group, ours in pairs]
         self.optimizer.load_state_dict(saved["optimizer"] | {"param_groups": groups})
         self.scaler.load_state_dict(saved["scaler"])
         self.window.load_state_dict(saved["window"])
