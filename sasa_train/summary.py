@@ -1,5 +1,6 @@
 """sasa-summary: print each layer's parameters, FLOPs and activation memory, or compare models with the paper."""
 
+from dataclasses import replace
 from functools import partial
 
 from sasa_train.commands import end_command
@@ -7,6 +8,7 @@ from sasa_train.config.compose import compose_config
 from sasa_train.config.derived import expected_num_classes, resolved_image_size
 from sasa_train.config.keys import MODEL_KEYS, TrainConfig, with_values
 from sasa_train.config.overrides import for_own_images
+from sasa_train.config.rules import validate
 from sasa_train.paper import ROWS, Row
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import fail, say_loading
@@ -66,9 +68,13 @@ def print_paper(rows: tuple[Row, ...]) -> None:
 
 def _chosen(config: TrainConfig) -> TrainConfig:
     """Return the config of a run that would begin now, with the number of classes that its images have."""
-    if not config.derive:
-        return config
     say_loading()
+    from sasa_train.models.sources import resolve
+
+    config = replace(config, model=resolve(config.model))
+    if not config.derive:
+        validate(config)
+        return config
     from sasa_train.training.own_images import choose
 
     config, facts = choose(config)

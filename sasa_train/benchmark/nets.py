@@ -22,6 +22,7 @@ from sasa_train.config.compose import compose_config
 from sasa_train.config.keys import ModelConfig
 from sasa_train.device import autocast
 from sasa_train.models import ResNet, build_model, check_model, enable_grad_checkpointing, fold_batch_norms
+from sasa_train.models.sources import resolve
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import progress_bar
 
@@ -75,7 +76,7 @@ def parse_model(spec: str, num_classes: int) -> ModelConfig:
             raise ConfigError(f"{spec}: {key!r} must be key=value, as in {name},stem=conv_small")
     overrides = [f"model.{key}" for key in keys]
     config = compose_config(["model=timm", f"model.name={name}", f"model.num_classes={num_classes}", *overrides])
-    return config.model
+    return resolve(config.model)
 
 
 class BenchmarkedModel:

@@ -6,10 +6,10 @@ import os
 import re
 from typing import Any
 
-from sasa_train.config.keys import NOT_TRAJECTORY, TrainConfig, flatten
+from sasa_train.config.keys import NOT_TRAJECTORY, TrainConfig, flatten, names_source
 
 NOT_IN_NAMES = r"[^A-Za-z0-9_.-]+"
-MAX_DATA_NAME = 60  # characters of a data folder's name in a run's name
+MAX_DATA_NAME = 60  # characters of a data or model folder's name in a run's name
 
 
 def trajectory(config: TrainConfig) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def default_run_name(config: TrainConfig) -> str:
     after what was asked, not after what was chosen from the images.
     """
     parts = [_data_name(config)]
-    parts += [] if "model.name" in config.derive else [re.sub(NOT_IN_NAMES, "-", config.model.title)]
+    parts += [] if "model.name" in config.derive else [_model_name(config)]
     parts += [] if "trainer.epochs" in config.derive else [f"e{config.trainer.epochs}"]
     return "-".join([*parts, f"s{config.seed}", _digest(config)])
 
@@ -44,6 +44,15 @@ def _data_name(config: TrainConfig) -> str:
         return config.data.name
     own = re.sub(NOT_IN_NAMES, "-", os.path.basename(os.path.abspath(config.data.root)))
     return own.lstrip(".-")[:MAX_DATA_NAME] or config.data.name
+
+
+def _model_name(config: TrainConfig) -> str:
+    name = config.model.title
+    if not names_source(name):
+        return re.sub(NOT_IN_NAMES, "-", name)
+    kind, _, place = name.partition(":")
+    place = os.path.basename(os.path.abspath(place)) if kind == "local-dir" else place
+    return re.sub(NOT_IN_NAMES, "-", place).lstrip(".-")[:MAX_DATA_NAME] or "model"
 
 
 def _digest(config: TrainConfig) -> str:

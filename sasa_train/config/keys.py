@@ -46,7 +46,11 @@ DATA_SETS = {
 
 @dataclass
 class ModelConfig:
-    name: str = key("sasa_resnet26", "a name in timm's registry: {sasa,hybrid,conv}_resnet{26,38,50} or any timm model")
+    name: str = key(
+        "sasa_resnet26",
+        "{sasa,hybrid,conv}_resnet{26,38,50}, any timm model (also name.tag), local-dir:PATH or hf-hub:USER/NAME",
+    )
+    source: str | None = local_key(None, "where name and args came from; written when name is local-dir: or hf-hub:")
     target: str | None = key(None, "your own model instead, as in my_models.TinyNet; called with num_classes and args")
     args: dict[str, Any] = key({}, "arguments of a timm model or of target, as in model.args={drop_rate:0.1}")
     num_classes: int | None = key(None, "number of classes; null: from the data set", above=0)
@@ -71,6 +75,11 @@ class ModelConfig:
     def title(self) -> str:
         """The model's name; a model of the user's own is named after its class or function."""
         return self.target.rpartition(".")[2] if self.target is not None else self.name
+
+
+def names_source(name: str) -> bool:
+    """Whether model.name names a place that says which model it is, as in local-dir:PATH, and not a model."""
+    return ":" in name
 
 
 @dataclass

@@ -22,6 +22,7 @@ from sasa_train.config.keys import (
     TrainerConfig,
     flatten,
     key_table,
+    names_source,
 )
 from sasa_train.refusal import require
 
@@ -130,7 +131,7 @@ def _of_model(config: TrainConfig) -> Rules:
     rule = f"is for timm's models: no weights of {name} are published; name a checkpoint or an export"
     yield not (is_ours or model.target) or model.pretrained != PUBLISHED, "model.pretrained", rule
     rule = f"is a key of our own models, which {name} is not: leave it out, or choose one of "
-    for key in MODEL_KEYS:
+    for key in () if names_source(name) else MODEL_KEYS:  # the source may be one of our own
         yield is_ours or getattr(model, key) is None, f"model.{key}", rule + ", ".join(OWN_MODELS)
     kernel_size = model.kernel_size or 1
     limit = 2 * image_size - 1

@@ -1,19 +1,28 @@
 """Build a model (ours or timm's) from its config, and check before training that it suits the data."""
 
+import copy
 import os
 import traceback
+from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
 import timm
 import torch
+from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 from torch import nn
 
 import sasa_train.models.resnet  # noqa: F401  (registers our models with timm)
 from sasa_train.config import own_code
-from sasa_train.config.keys import MODEL_KEYS, ModelConfig
+from sasa_train.config.keys import MODEL_KEYS, PUBLISHED, ModelConfig
+from sasa_train.config.overrides import as_written
+from sasa_train.models.arguments import check_args, check_reserved
 from sasa_train.refusal import LIBRARY_ERRORS, ConfigError, shorten
+
+# Names, arguments and image sizes that `check_args` has accepted; it builds a model several times, and a command checks
+# the same one several times.
+_accepted: set[tuple[str, str, int]] = set()
 
 
 def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
@@ -41,46 +50,83 @@ def _build_own(config: ModelConfig, num_classes: int) -> nn.Module:
 
 
 def _build_named(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
-    if not timm.is_model(config.name):
-        close = get_close_matches(config.name, timm.list_models(), n=3)
+    check_name(config.name)
+    check_reserved(config.name, config.args, is_sized(config.name))
+    try:
+        return _create(config, num_classes, image_size, copy.deepcopy(config.args))
+    except LIBRARY_ERRORS as error:
+        raise ConfigError(f"model.name={_with_args(config, MODEL_KEYS)}: {error}") from error
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError for a name, or a tag behind it, that is not in timm's registry."""
+    architecture, tag = split_model_name_tag(name)
+    if not timm.is_model(name):
+        close = get_close_matches(architecture, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
+        hub = f"; a model of the Hugging Face hub: model.name=hf-hub:{name}" if "/" in name else ""
         raise ConfigError(
-            f"model.name={config.name} is not in timm's registry: {hint} (one of your own: imports=[...] registers it)"
+            f"model.name={name} is not in timm's registry: {hint} (one of your own: imports=[...] registers it){hub}"
         )
+    tagged = list(get_arch_pretrained_cfgs(architecture))
+    if tag and name not in tagged:
+        tags = [known for known in tagged if known != architecture]
+        close = get_close_matches(name, tags, n=1, cutoff=0)
+        hint = f"did you mean {close[0]}?" if close else f"it has none: model.name={architecture}"
+        raise ConfigError(f"model.name={name}: timm has no weights of that name: {hint}")
+
+
+def _create(config: ModelConfig, num_classes: int, image_size: int, args: dict[str, Any]) -> nn.Module:
     kwargs = {key: getattr(config, key) for key in MODEL_KEYS if getattr(config, key) is not None}
     if config.drop_path_rate:
         kwargs["drop_path_rate"] = config.drop_path_rate
     kwargs |= _sized(config.name, image_size)
-    try:
-        model = timm.create_model(config.name, num_classes=num_classes, **kwargs)
-    except LIBRARY_ERRORS as error:
-        raise ConfigError(f"model.name={config.name} with {kwargs}: {error}") from error
-    return model
+    return timm.create_model(config.name, num_classes=num_classes, **kwargs, **args)
 
 
-def build_published(name: str, image_size: int) -> nn.Module:
+def _with_args(config: ModelConfig, names: Sequence[str] = ()) -> str:
+    """Return the model's name with those of its keys in `names` that are set, and its arguments."""
+    keys = {key: value for key in names if (value := getattr(config, key)) is not None}
+    given = [f"model.{key}={as_written(value)}" for key, value in keys.items()]
+    if config.args:
+        given.append(f"model.args={shorten(as_written(config.args))}")
+    return f"{config.name} with {' '.join(given)}" if given else config.name
+
+
+def build_published(name: str, image_size: int, source: str | None = None) -> nn.Module:
     """Build a timm model with its published weights and classes, without changing the state of torch's generator.
+
+    source: a hub folder or repository whose weights, classes and arguments are taken instead, for timm's create_model.
 
     Raises:
         ConfigError: the requested weights do not exist, or they are neither cached nor downloadable.
     """
-    if not timm.is_model_pretrained(name):
+    check_name(name)
+    if source is None and not timm.is_model_pretrained(name):
         raise ConfigError(f"model.pretrained=timm: timm has no weights of {name}: see timm.list_pretrained()")
     try:
         with torch.random.fork_rng(devices=[]):
-            return timm.create_model(name, pretrained=True, **_sized(name, image_size))
+            return timm.create_model(source or name, pretrained=True, **_sized(name, image_size))
     except Exception as error:  # the errors of urllib, httpx and huggingface_hub have no common base class
         reason = shorten((str(error).splitlines() or [""])[0])
+        where = "they come from the Hugging Face hub or its cache ($HF_HOME): run once where there is a network,"
+        if source is not None and source.startswith("local-dir:"):
+            where = "put them into the folder, as model.safetensors,"
         raise ConfigError(
-            f"model.pretrained=timm: the weights of {name} cannot be had ({type(error).__name__}: {reason}); they come "
-            "from the Hugging Face hub or its cache ($HF_HOME): run once where there is a network, or name a file"
+            f"model.pretrained={source or PUBLISHED}: the weights of {name} cannot be had ({type(error).__name__}: "
+            f"{reason}); {where} or name a file"
         ) from error
 
 
 def _sized(name: str, image_size: int) -> dict[str, Any]:
     """Return the extra arguments required by models that are built for a fixed image size, such as vit and swin."""
+    return {"img_size": image_size} if is_sized(name) else {}
+
+
+def is_sized(name: str) -> bool:
+    """Return whether a model is built for a fixed image size."""
     # A model that the user has registered may have no timm configuration.
-    return {"img_size": image_size} if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False) else {}
+    return bool(getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False))
 
 
 def enable_grad_checkpointing(model: nn.Module) -> None:
@@ -105,6 +151,8 @@ def check_model(config: ModelConfig, image_size: int, num_classes: int | None = 
     """
     if config.target is not None:
         return _check_own(config, image_size, num_classes or config.num_classes or 10)
+    if config.args:
+        _check_args(config, image_size)
     try:
         return _run_on_meta(config, image_size, num_classes)
     except LIBRARY_ERRORS as error:
@@ -112,9 +160,24 @@ def check_model(config: ModelConfig, image_size: int, num_classes: int | None = 
         sizes = _sizes_that_work(config, image_size)
         remedy = f"; data.image_size={' or '.join(map(str, sizes))} works" if sizes else ""
         raise ConfigError(
-            f"model.name={config.name} cannot take images of {image_size} pixels{reason}{remedy}; choose another "
-            "data.image_size or model"
+            f"model.name={_with_args(config)} cannot take images of {image_size} pixels{reason}{remedy}; choose "
+            "another data.image_size or model"
         ) from error
+
+
+def _check_args(config: ModelConfig, image_size: int) -> None:
+    key = (config.name, as_written(config.args), image_size)
+    if key in _accepted:
+        return
+    check_name(config.name)
+    check_reserved(config.name, config.args, is_sized(config.name))
+
+    def create(args: dict[str, Any]) -> nn.Module:
+        with torch.device("meta"), torch.no_grad():
+            return _create(config, config.num_classes or 10, image_size, args)
+
+    check_args(config.name, config.args, create)
+    _accepted.add(key)
 
 
 def _check_own(config: ModelConfig, image_size: int, num_classes: int) -> nn.Module:
@@ -129,17 +192,24 @@ def _check_own(config: ModelConfig, image_size: int, num_classes: int) -> nn.Mod
             with own_code.errors_of(f"{what}, on an image of {image_size} pixels"):
                 model = _build_own(config, num_classes)
                 logits = model.eval()(torch.zeros(images))
-    shape = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-    if shape != [1, num_classes]:
-        raise ConfigError(f"{what}: must return logits [1, {num_classes}] for one image, but returned {shape}")
+    _check_logits(what, logits, num_classes)
     return model
 
 
 def _run_on_meta(config: ModelConfig, image_size: int, num_classes: int | None = None) -> nn.Module:
+    num_classes = num_classes or config.num_classes or 10
     with torch.device("meta"), torch.no_grad():
-        model = build_model(config, num_classes or config.num_classes or 10, image_size)
-        model.eval()(torch.empty(1, 3, image_size, image_size))
+        model = build_model(config, num_classes, image_size)
+        logits = model.eval()(torch.empty(1, 3, image_size, image_size))
+    _check_logits(f"model.name={_with_args(config)}", logits, num_classes)
     return model
+
+
+def _check_logits(what: str, logits: Any, num_classes: int) -> None:
+    """Raise ConfigError if a model that got one image has returned anything but its logits."""
+    shape = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if shape != [1, num_classes]:
+        raise ConfigError(f"{what}: must return logits [1, {num_classes}] for one image, but returned {shape}")
 
 
 def _sizes_that_work(config: ModelConfig, image_size: int) -> list[int]:

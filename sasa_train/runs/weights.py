@@ -22,6 +22,7 @@ from sasa_train.config.saved import load_config
 from sasa_train.files import open_regular
 from sasa_train.models.build import build_published
 from sasa_train.models.pretrained import PretrainedReport, StateDict, load_pretrained
+from sasa_train.models.sources import is_source, read_source, source_folder, timm_source
 from sasa_train.refusal import ConfigError, shorten
 from sasa_train.runs.checkpoint import bytes_of, check_content, is_dense, load_checkpoint, manifest_of
 from sasa_train.runs.preprocessing import Stated, stated_by_config, stated_by_json, stated_by_timm
@@ -31,7 +32,7 @@ from sasa_train.terminal import printable
 # The names under which training programs save weights. Averaged weights come first, because sasa_train and timm prefer
 # them.
 WEIGHT_KEYS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model")
-SOURCES = "a checkpoint, a run folder, a .safetensors file, a hub folder (model.safetensors) or timm"
+SOURCES = "a checkpoint, a run folder, a .safetensors file, a hub folder (model.safetensors), hf-hub:USER/NAME or timm"
 
 
 @dataclass
@@ -53,11 +54,8 @@ def read_weights(config: TrainConfig) -> Weights:
         ConfigError: the file does not exist, is damaged, or contains no weights.
     """
     source = str(config.model.pretrained)
-    if source == PUBLISHED:
-        model = build_published(config.model.name, resolved_image_size(config.data))
-        state_dict, stated = model.state_dict(), stated_by_timm(cast(dict, model.pretrained_cfg))
-        size = cast(dict, model.pretrained_cfg)["input_size"][-1]
-        return Weights(state_dict, image_size=size, preprocessing=stated, sha256=_digest(state_dict))
+    if source == PUBLISHED or (is_source(source) and not _is_file(source)):
+        return _published(config, source)
     path = weights_file(source)
     try:
         digest, weights = sha256_of(path), _read(path)
@@ -73,9 +71,33 @@ def read_weights(config: TrainConfig) -> Weights:
     return replace(weights, sha256=digest)
 
 
+def _published(config: TrainConfig, source: str) -> Weights:
+    """Return the weights that timm's create_model loads for the model's name, or from local-dir:PATH or hf-hub:NAME."""
+    size = resolved_image_size(config.data)
+    if source == PUBLISHED:
+        model = build_published(config.model.name, size)
+    else:
+        model = build_published(read_source(source, "model.pretrained").architecture, size, timm_source(source))
+    described, state_dict = cast(dict, model.pretrained_cfg), model.state_dict()
+    classes = described.get("label_names") if source != PUBLISHED else None
+    return Weights(
+        state_dict,
+        classes if _are_names(classes) else None,
+        image_size=described["input_size"][-1],
+        preprocessing=stated_by_timm(described),
+        sha256=_digest(state_dict),
+    )
+
+
+def _is_file(source: str) -> bool:
+    """Return whether `weights_file` finds a source's weights: in a hub folder, timm may find those in other files."""
+    folder = source_folder(source)
+    return os.path.exists(source) if folder is None else (folder / "model.safetensors").is_file()
+
+
 def weights_file(source: str) -> Path:
     """Return the file that contains the weights of `source`; raise ConfigError if there is none."""
-    path, where = Path(source), f"model.pretrained={printable(source)}"
+    path, where = source_folder(source) or Path(source), f"model.pretrained={printable(source)}"
     if os.path.isdir(path):  # also for a name that is invalid on any file system
         exported = path / "model.safetensors"
         path = exported if os.path.isfile(exported) else find_checkpoint(path)
@@ -165,7 +187,11 @@ def _class_names(text: str | bytes) -> list[str] | None:
     except (ValueError, RecursionError):
         return None
     names = found.get("label_names") if isinstance(found, dict) else found
-    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+    return names if _are_names(names) else None
+
+
+def _are_names(names: Any) -> bool:
+    return isinstance(names, list) and all(isinstance(name, str) for name in names)
 
 
 def _named(content: dict[Any, Any]) -> dict[str, Any]:

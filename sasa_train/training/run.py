@@ -41,6 +41,7 @@ from sasa_train.terminal import printable, say, warn
 from sasa_train.training.announce import describe_end, describe_finished, describe_keys, describe_plan, describe_stop
 from sasa_train.training.loop import Loop
 from sasa_train.training.memory import OutOfMemoryError, check_memory, memory_advice, settle_auto
+from sasa_train.training.model_source import settle_model
 from sasa_train.training.optim import (
     build_optimizer,
     build_schedule,
@@ -66,7 +67,7 @@ def train(config: TrainConfig, stop: StopRequest) -> bool:
     """
     run_name = collectives.from_first(lambda: config.run_name or run_name_in(config.output_dir, config))
     # The first process alone chooses, because it alone accesses the run folder.
-    config = collectives.from_first(lambda: settle_open_keys(config, run_name), ConfigError, CheckpointError)
+    config = collectives.from_first(lambda: settle(config, run_name), ConfigError, CheckpointError)
     plan = collectives.everywhere(lambda: plan_buildable(config), ConfigError)
     run = open_together(plan.config, run_name)
     with run.lock or contextlib.nullcontext(), run.discarded_if_refused():
@@ -84,6 +85,11 @@ def train(config: TrainConfig, stop: StopRequest) -> bool:
             say(describe_finished(run.path, run.checkpoint))
             return True
         return train_in_folder(plan, run, stop)
+
+
+def settle(config: TrainConfig, run_name: str) -> TrainConfig:
+    """Replace what a source or the images determine (see `settle_model` and `settle_open_keys`) by plain values."""
+    return settle_open_keys(settle_model(config, run_name), run_name)
 
 
 def train_in_folder(plan: RunPlan, run: RunFolder, stop: StopRequest) -> bool:
