@@ -133,7 +133,7 @@ def load_trained(source: str | Path, overrides: Sequence[str] = ()) -> TrainedMo
     checkpoint = load_checkpoint(path)
     wanted, others = split_weights(overrides)
     saved = load_config(checkpoint["config"], source=str(path))
-    own_code.check_named(saved.imports, targets_of(saved, ("model.target",)), str(path))
+    own_code.check_named(saved.imports, targets_of(saved, ("model.target",)), str(path), later=targets_of(saved))
     check_weights(checkpoint, saved, path)
     if any(text.startswith("data.name=") for text in others):
         others = _own_preprocessing(saved.data) + others

@@ -131,6 +131,11 @@ class DataConfig:
         0.001, "allowed fraction of unreadable images per split (at least 10 images); 0: none", at_least=0, at_most=1
     )
 
+    @property
+    def place(self) -> str:
+        """The key that says where the images come from, and its value, for messages."""
+        return f"data.root={self.root}" if self.target is None else f"data.target={self.target}"
+
 
 @dataclass
 class OptimizerConfig:

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 import traceback
@@ -30,6 +31,7 @@ INSTALLED = {"site-packages", "dist-packages"}
 _folders: set[str] = set()  # in which the user's modules are looked for
 _named: set[str] = set()  # the modules that may be imported
 _imported: dict[str, ModuleType] = {}
+_files: dict[str, str] = {}  # module -> its entry in `imports`, of saved configs
 _given: dict[str, Any] = {}  # dotted name -> object that a Python caller has passed
 
 
@@ -74,17 +76,20 @@ def use_plugins() -> None:
         _import(plugin.module, f"the plugin {plugin.name} of {plugin.dist.name if plugin.dist else 'a package'}")
 
 
-def check_named(entries: Sequence[str], targets: Sequence[str], source: str) -> None:
+def check_named(entries: Sequence[str], targets: Sequence[str], source: str, later: Sequence[str] = ()) -> None:
     """Raise ConfigError if a saved config needs modules that nobody has named in this process.
 
     entries, targets: the config's `imports`, and the dotted names in its other keys; `source` is where it was saved.
+    later: dotted names that may not be needed, so that their modules are not; `load` checks them when they are.
     """
-    modules = dict.fromkeys([*map(module_name, entries), *map(module_of, targets)])
+    _files.update({module_name(entry): entry for entry in entries})
+    of_targets = dict.fromkeys(map(module_of, targets))
+    may_wait = set(map(module_of, later)) - set(of_targets)
+    modules = dict.fromkeys([*(name for name in map(module_name, entries) if name not in may_wait), *of_targets])
     missing = [name for name in modules if name not in _named]
     missing = [name for name in missing if not any(module_of(given) == name for given in _given)]
     if missing:
-        files = {module_name(entry): entry for entry in entries}
-        wanted = ",".join(files.get(name, name) for name in missing)
+        wanted = ",".join(_files.get(name, name) for name in missing)
         raise ConfigError(
             f"{source}: needs your own code ({some(missing)}), and a saved config runs none by itself; if you trust "
             f"it, add imports=[{wanted}]"
@@ -163,6 +168,28 @@ def own_traceback(error: BaseException) -> str:
         return ""
     lines = traceback.format_list(frames[first:]) + traceback.format_exception_only(error)
     return "".join(["your own code failed:\n", *lines]).rstrip()
+
+
+def place_of(part: Callable[..., Any]) -> str:
+    """Return where a function or class is defined as FILE:LINE, or its module's name if that is unknown."""
+    try:
+        named = part if inspect.isroutine(part) or inspect.isclass(part) else type(part)
+        return f"{inspect.getsourcefile(named)}:{inspect.getsourcelines(named)[1]}"
+    except (OSError, TypeError):  # such as a partial, or a function of a compiled module
+        return getattr(part, "__module__", None) or type(part).__name__
+
+
+def imported() -> list[str]:
+    """Return the names of the modules that were imported here, for `import_again`."""
+    return list(_imported)
+
+
+def import_again(names: Sequence[str]) -> None:
+    """Import in a new process of this run, such as a data worker, what its parent has imported."""
+    allow(names)
+    for name in names:
+        if name not in _imported:
+            _imported[name] = importlib.import_module(name)
 
 
 def _is_own(path: str) -> bool:

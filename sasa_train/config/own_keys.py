@@ -32,6 +32,14 @@ def use_code_of(config: TrainConfig) -> None:
     own_code.allow(map(own_code.module_of, targets_of(config)))
 
 
+def imports_for(config: TrainConfig, keys: Sequence[str]) -> str:
+    """Return " imports=[...]" for a command that reads a run and needs the code in `keys`, or "" if it needs none."""
+    modules = {own_code.module_name(entry): entry for entry in config.imports}
+    for target in targets_of(config, keys):
+        modules.setdefault(own_code.module_of(target), own_code.module_of(target))
+    return f" imports=[{','.join(modules.values())}]" if modules else ""
+
+
 def targets_of(config: TrainConfig, keys: Sequence[str] = TARGETS) -> list[str]:
     """Return the dotted names in `keys`, by default all of TARGETS and then the hooks."""
     hooks = config.hooks if keys is TARGETS else []

@@ -41,7 +41,9 @@ def load_config(yaml_text: str, overrides: Sequence[str] = (), source: str = "th
     overrides = one_list_each(overrides)
     saved = _read_saved(yaml_text, source)
     _update(saved, overrides, source)
-    _forget_the_other_batch_key(saved, {o.key_or_group for o in parse_overrides(overrides)})
+    given = {o.key_or_group for o in parse_overrides(overrides)}
+    _forget_the_other_batch_key(saved, given)
+    _forget_the_other_data_set(saved, given)
     return to_config(saved)
 
 
@@ -142,6 +144,14 @@ def _forget_the_other_batch_key(saved: DictConfig, given: set[str]) -> None:
         saved.trainer.grad_accum_steps = 1
     elif "trainer.grad_accum_steps" in given and "trainer.micro_batch_size" not in given:
         saved.trainer.micro_batch_size = None
+
+
+def _forget_the_other_data_set(saved: DictConfig, given: set[str]) -> None:
+    """If another data set is given by its name, drop the saved function of the user's own and its arguments."""
+    if "data.name" in given and saved.data.name != "own":
+        for key, default in (("target", None), ("args", {})):
+            if f"data.{key}" not in given:
+                saved.data[key] = default
 
 
 def to_yaml(config: TrainConfig) -> str:

@@ -35,6 +35,7 @@ from sasa_train.data.listing import (
     visible_folders,
 )
 from sasa_train.data.opening import open_image
+from sasa_train.data.own_sets import OwnItems, load_own
 from sasa_train.data.randomness import fixed_order
 from sasa_train.data.shard_index import MAX_CLASSES
 from sasa_train.data.shards import SPLIT_NAMES, TarMembers, check_image_size, find_shards, load_shards
@@ -56,6 +57,7 @@ SPLIT_LIKE = r"train(ing)?|val(id(ation)?)?|test(ing)?|dev|eval(uation)?"
 VAL_SPLITS = {None: ("val", "test"), "val": ("val",), "test": ("test",)}  # by data.split; the first that is there
 
 Shaped = TypeVar("Shaped")
+Result = TypeVar("Result")
 
 
 class UnreadableImage(Exception):
@@ -93,7 +95,7 @@ class Files:
 
 @dataclass
 class ImageSet:
-    """Labelled images, stored as files, as members of tar shards, or in memory as uint8 [n, 3, H, W].
+    """Labelled images: files, members of tar shards, items of the user's own set, or in memory as uint8 [n, 3, H, W].
 
     Image i is stored at `positions[i]` in `source`; `labels` is int64 [n].
     """
@@ -101,7 +103,7 @@ class ImageSet:
     classes: list[str]
     labels: np.ndarray
     positions: np.ndarray
-    source: Files | TarMembers | Tensor
+    source: Files | TarMembers | OwnItems | Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -116,39 +118,56 @@ class ImageSet:
         Raises:
             UnreadableImage: the file is missing, is not in one of FORMATS, has more than Image.MAX_IMAGE_PIXELS
                 pixels, or cannot be decoded or converted.
+            ConfigError: the user's own set failed, but not as a damaged image does.
         """
         position = int(self.positions[index])
         if isinstance(self.source, Tensor):
             return shape(Image.fromarray(self.source[position].permute(1, 2, 0).numpy()))
         try:
+            if isinstance(self.source, OwnItems):
+                return shape(_patiently(partial(self.source.image, position)))
             with self._open_patiently(position) as file:
                 return read_image(file, shape)
-        except MemoryError:
+        except (MemoryError, ConfigError):
             raise
         except Exception as error:  # Pillow's decoders have no common base class: OSError, SyntaxError, ...
             raise UnreadableImage(self.name(index), why_unreadable(error)) from error
 
     def read_bytes(self, index: int) -> bytes:
-        """Return the undecoded bytes of one image's file; raise OSError if it cannot be read."""
+        """Return the undecoded bytes of one image's file, or an item's pixels; raise OSError if it cannot be read."""
+        if isinstance(self.source, OwnItems):
+            return _patiently(partial(self.source.pixels, int(self.positions[index])))
         with self._open_patiently(int(self.positions[index])) as file:
             return file.read()
 
     def _open_patiently(self, position: int) -> BinaryIO:
         """Read the whole file into memory, with retries."""
-        assert not isinstance(self.source, Tensor)
-        # A temporary failure of the disk or network must not lose an image.
-        for pause in PAUSES:
-            try:
-                with self.source.open(position) as file:
-                    return io.BytesIO(file.read())
-            except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError):
-                raise
-            except OSError:
-                time.sleep(pause)
-        return self.source.open(position)
+        source = self.source
+        assert isinstance(source, Files | TarMembers)
+
+        def read() -> BinaryIO:
+            with source.open(position) as file:
+                return io.BytesIO(file.read())
+
+        return _patiently(read)
 
     def subset(self, indices: np.ndarray) -> "ImageSet":
         return dataclasses.replace(self, labels=self.labels[indices], positions=self.positions[indices])
+
+
+def _patiently(read: Callable[[], Result]) -> Result:
+    """Return `read()`, called again after pauses if the disk or network fails, which may be temporary."""
+    # A temporary failure must not lose an image.
+    for pause in PAUSES:
+        try:
+            return read()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError):
+            raise
+        except OSError as error:
+            if error.errno is None:  # Pillow's, about the content
+                raise
+            time.sleep(pause)
+    return read()
 
 
 def read_image(file: BinaryIO, shape: Callable[[Image.Image], Shaped]) -> Shaped:
@@ -180,6 +199,8 @@ def load_image_sets(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     """
     if config.name == "digits":
         train, val = _load_digits()
+    elif config.name == "own":
+        train, val = _load_own(config)
     elif reads_torchvision(config):
         _check_torchvision_split(config)
         train, val = _load_cifar(config, train=True), _load_cifar(config, train=False)
@@ -208,7 +229,7 @@ def _check_ranges(config: DataConfig, images: ImageSet) -> None:
             if RANGE_REMEDY not in error.reason:
                 return
             reasons.append(f"{printable(error.name)}: {error.reason}")
-    raise ConfigError(f"data.root={config.root}: none of its images can be read; {reasons[0]}")
+    raise ConfigError(f"{config.place}: none of its images can be read; {reasons[0]}")
 
 
 def load_val_set(config: DataConfig, classes: Sequence[str]) -> ImageSet:
@@ -220,9 +241,12 @@ def load_val_set(config: DataConfig, classes: Sequence[str]) -> ImageSet:
         ConfigError: a folder is missing, there are no images, or a class is not one of `classes`.
     """
     root = Path(config.root)
-    if config.name == "digits" or reads_torchvision(config, classes):
+    is_held_out = config.name == "own" and config.holdout_fraction > 0
+    if config.name == "digits" or is_held_out or reads_torchvision(config, classes):
         return relabelled(load_image_sets(config)[1], classes, config.name, "the checkpoint", "it")
-    if config.holdout_fraction > 0 and root.is_dir():
+    if config.name == "own":
+        val, name = _own_image_sets(config, "val")[0], "val"
+    elif config.holdout_fraction > 0 and root.is_dir():
         if not (root / "train").is_dir() and not find_shards(root, "train") and not holds_class_folders(root):
             raise ConfigError(
                 f"data.holdout_fraction={config.holdout_fraction}: val is a part of {root / 'train'}, which is not "
@@ -233,7 +257,7 @@ def load_val_set(config: DataConfig, classes: Sequence[str]) -> ImageSet:
         val, name = _told(_image_set(root)), "its folders (there is no val/ or test/)"
     else:
         val, name = _load_val(root, config.split)
-    val = limit(relabelled(val, classes, f"data.root={root}", "the checkpoint", name), config.max_val_images)
+    val = limit(relabelled(val, classes, config.place, "the checkpoint", name), config.max_val_images)
     _check_ranges(config, val)
     return val
 
@@ -354,6 +378,26 @@ def _load_cifar(config: DataConfig, train: bool) -> ImageSet:
     return ImageSet(list(cifar.classes), np.array(cifar.targets), np.arange(len(pixels)), pixels)
 
 
+def _load_own(config: DataConfig) -> tuple[ImageSet, ImageSet]:
+    if config.holdout_fraction > 0:
+        train = _checked_own(config, *_own_image_sets(config, "train"))
+        return train, train
+    train, val = _own_image_sets(config, "train", "val")
+    return _checked_own(config, train), relabelled(val, train.classes, config.place, "train", "val")
+
+
+def _checked_own(config: DataConfig, train: ImageSet) -> ImageSet:
+    check_several(train)
+    _check_named(config.place, train.classes, len(train))
+    return relabelled(train, train.classes, config.place, "classes", "train")  # warns of empty classes
+
+
+def _own_image_sets(config: DataConfig, *splits: str) -> list[ImageSet]:
+    """Return the user's own sets for `splits`, labelled by each set's own classes."""
+    found = load_own(config, splits)
+    return [ImageSet(classes, items.labels, np.arange(len(items.labels)), items) for classes, items in found]
+
+
 def _load_from_disk(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     root = Path(config.root)
     train = _told(load_train(config))
@@ -372,6 +416,8 @@ def load_train(config: DataConfig) -> ImageSet:
     Raises:
         ConfigError: a folder is missing, or a class has no images.
     """
+    if config.name == "own":
+        return _checked_own(config, *_own_image_sets(config, "train"))
     root = Path(config.root)
     if find_shards(root, "train"):
         return load_shard_set(root, "train")
@@ -444,7 +490,7 @@ def holds_shards(root: Path) -> bool:
 def has_train(config: DataConfig) -> bool:
     """Whether the images to train on are there; those of torchvision's CIFAR may be downloaded."""
     root = Path(config.root)
-    is_known = config.name == "digits" or reads_torchvision(config)
+    is_known = config.name in ("digits", "own") or reads_torchvision(config)
     is_in_root = config.holdout_fraction > 0 and holds_class_folders(root) and bool(visible_folders(root))
     return is_known or is_in_root or (root / "train").is_dir() or holds_shards(root)
 
@@ -462,8 +508,9 @@ def check_several(train: ImageSet) -> None:
     """Raise ConfigError if all images to train on are of one class; the message names it and a likely reason."""
     if len(train.classes) == 1:
         folder = train.source.folder if isinstance(train.source, Files) else ""
+        where = train.source.what if isinstance(train.source, OwnItems) else folder or "train"
         names = [train.name(i) for i in range(len(train))]
-        raise ConfigError(f"{printable(folder) or 'train'}: {only_class(train.classes[0], folder, names)}")
+        raise ConfigError(f"{printable(where)}: {only_class(train.classes[0], folder, names)}")
 
 
 def only_class(name: str, folder: str, paths: Sequence[str]) -> str:
@@ -574,7 +621,7 @@ def load_shard_set(root: Path, split: str, left_out: LeftOut | None = None) -> I
     return ImageSet(classes, labels, np.arange(len(labels)), members)
 
 
-def _check_named(path: Path, classes: list[str], num_images: int) -> None:
+def _check_named(path: Path | str, classes: list[str], num_images: int) -> None:
     """Raise ConfigError if there are absurdly many classes, and print a line if two have the same name."""
     # An evaluation counts 8 bytes per pair of classes: 200 MB for 5,000 of them, but 8 TB for a million.
     if len(classes) > MAX_NAMED + 10 * num_images:

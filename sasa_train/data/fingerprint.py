@@ -18,6 +18,8 @@ from torch import Tensor
 
 from sasa_train.data.class_names import composed
 from sasa_train.data.datasets import Files, ImageSet
+from sasa_train.data.own_sets import OwnItems
+from sasa_train.data.shards import TarMembers
 from sasa_train.terminal import printable
 
 MAX_READ = 2000  # files per data set whose bytes are read
@@ -26,14 +28,21 @@ NUM_READERS = 8  # threads, because a network disk takes milliseconds per file
 UNREADABLE = b"unreadable"
 NUMBER = re.compile(r"(^|/)\d{8}-")  # ordering prefix added by `sasa-data shard`, not part of the name
 
-SOURCES = {"files": "in class folders", "shards": "in tar shards", "memory": "in memory"}
+SOURCES = {
+    "files": "in class folders",
+    "shards": "in tar shards",
+    "memory": "in memory",
+    "own": "in a data set of your own",
+}
+PIXELS = {"memory", "own"}  # of which pixels are compared, not files
 
 
 def fingerprint(images: ImageSet) -> dict[str, Any]:
     """Return a fingerprint as a dict: `source`, `labels` (a digest) and `classes`, a list with one dict per class.
 
-    Each class's `content` is a digest of `num_read` of its images: the bytes of a sample of its files or, for a data
-    set in memory, all pixels. Image files and tar shards made from them yield the same digests.
+    Each class's `content` is a digest of `num_read` of its images: the bytes of a sample of its files, the pixels of
+    such a sample of the user's own set or, for a data set in memory, all pixels. Image files and tar shards made from
+    them yield the same digests.
     """
     by_label = np.argsort(images.labels, kind="stable")
     counts = np.bincount(images.labels, minlength=len(images.classes))
@@ -43,7 +52,8 @@ def fingerprint(images: ImageSet) -> dict[str, Any]:
         {"name": name, "num_images": len(of_class), "names": digest_of(_names(images, of_class)), **content}
         for name, of_class, content in zip(images.classes, members, contents, strict=True)
     ]
-    kind = "memory" if isinstance(images.source, Tensor) else "files" if isinstance(images.source, Files) else "shards"
+    kinds = {Tensor: "memory", Files: "files", TarMembers: "shards", OwnItems: "own"}
+    kind = next(name for source, name in kinds.items() if isinstance(images.source, source))
     return {"source": kind, "labels": digest_of([images.labels.astype("<i8").tobytes()]), "classes": classes}
 
 
@@ -56,7 +66,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], split: str) -> list[st
 
 def _set_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     kinds = old["source"], new["source"]
-    if kinds[0] != kinds[1] and "memory" in kinds:  # pixels and files cannot be compared
+    if kinds[0] != kinds[1] and not PIXELS.isdisjoint(kinds):  # pixels and files cannot be compared
         return [f"the images were {SOURCES[kinds[0]]}, now they are {SOURCES[kinds[1]]}"]
     before, after = _by_name(old["classes"]), _by_name(new["classes"])
     lines = []
@@ -110,7 +120,8 @@ def _in_memory(images: ImageSet, members: list[np.ndarray]) -> list[dict[str, An
 
 def _on_disk(images: ImageSet, members: list[np.ndarray]) -> list[dict[str, Any]]:
     samples = _samples(members)
-    with ThreadPoolExecutor(NUM_READERS) as pool:
+    num_threads = 1 if isinstance(images.source, OwnItems) else NUM_READERS  # the user's code may not bear threads
+    with ThreadPoolExecutor(num_threads) as pool:
         digests = iter(list(pool.map(lambda index: _file_digest(images, index), np.concatenate(samples).tolist())))
     of_classes = [[next(digests) for _ in sample] for sample in samples]
     return [
@@ -142,11 +153,16 @@ def _file_digest(images: ImageSet, index: int) -> bytes:
 
 
 def _names(images: ImageSet, members: np.ndarray) -> Iterable[bytes]:
-    """Return paths relative to the class folder or shard member names without prefixes; [] for images in memory."""
+    """Return paths relative to the class folder or shard member names without prefixes; [] for images without names."""
     source, positions = images.source, images.positions[members].tolist()
     if isinstance(source, Tensor):
         return []
-    if isinstance(source, Files):
+    if isinstance(source, OwnItems):
+        if source.paths is None:
+            return []
+        common = os.path.commonpath([os.path.abspath(os.path.dirname(path)) for path in source.paths])
+        names = (os.path.relpath(source.paths[position], common) for position in positions)
+    elif isinstance(source, Files):
         folder = os.path.join(source.folder, "")
         names = (source.paths[position].removeprefix(folder).partition(os.sep)[2] for position in positions)
     else:

@@ -19,6 +19,7 @@ from sasa_train.config.keys import TrainConfig
 from sasa_train.data.datasets import ImageSet, load_image_sets, load_val_set, mean_std
 from sasa_train.data.fingerprint import fingerprint
 from sasa_train.data.mixing import Mixing
+from sasa_train.data.own_sets import build_own
 from sasa_train.data.plan import BatchPlan
 from sasa_train.data.quarantine import Quarantine
 from sasa_train.data.resident import ResidentLoader, decode_all
@@ -111,7 +112,9 @@ def _build_loader(config: TrainConfig, images: ImageSet, device: torch.device, i
     plan = BatchPlan(config.seed, len(images), batch_size, run.grad_accum_steps, run.rank, run.world_size)
     mean, std = mean_std(config.data)
     normalize = Normalize(mean, std, device, config.trainer.channels_last)
-    augment = Augment(config.data, config.augment, config.seed, mean)
+    # Val uses none of the transforms, and the user's own code for train need not be there.
+    transforms = config.augment if split == "train" else dataclasses.replace(config.augment, target=None)
+    augment = Augment(config.data, transforms, config.seed, mean)
     mixed_steps = total_steps(config, plan.steps_per_epoch) - config.augment.mix_off_epochs * plan.steps_per_epoch
     mixing = Mixing(config.augment, len(images.classes), config.seed, mixed_steps)
     quarantine = Quarantine(split, len(images), config.data.max_unreadable, images)
@@ -148,8 +151,12 @@ def resolved_num_workers(config: TrainConfig) -> int:
 
 def fetch_once(config: TrainConfig) -> None:
     """Download the data set if necessary, in one process per machine, so that the other processes find it on disk."""
-    if world_size() > 1 and local_rank() == 0 and config.data.name in ("cifar10", "cifar100"):
+    if world_size() == 1 or local_rank() > 0:
+        return
+    if config.data.name in ("cifar10", "cifar100"):
         load_image_sets(config.data)
+    elif config.data.name == "own":
+        build_own(config.data)
 
 
 def _is_resident(config: TrainConfig, num_images: int, device: torch.device, memory: int | None = None) -> bool:

@@ -4,6 +4,7 @@ They come from a counter-based hash (the finaliser of splitmix64, Steele et al. 
 can be computed directly, whether for a single sample in a worker or for a whole batch.
 """
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
@@ -14,7 +15,10 @@ import torch
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 # Each purpose has its own random numbers, so that enabling one feature does not change those of another.
-CROP, LIBRARY, POLICY, ERASING, MIXING, RECALIBRATION, STEP = (np.uint64(n) for n in range(1, 8))
+CROP, LIBRARY, POLICY, ERASING, MIXING, RECALIBRATION, STEP, OWN = (np.uint64(n) for n in range(1, 9))
+
+
+_numpys = np.random.MT19937(0)  # takes the place of NumPy's global generator in `own_code_rng`
 
 
 def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
@@ -53,6 +57,26 @@ def recalibration_rng(seed: int, step: int, device: torch.device) -> AbstractCon
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed torch's generators, including the device's, for dropout and drop path in one process's share of a step."""
     torch.manual_seed(int(_hash(_key(seed, step) ^ STEP, np.array([rank]))[0]))
+
+
+@contextmanager
+def own_code_rng(seed: int, epoch: int, index: int) -> Iterator[torch.Generator]:
+    """Yield a generator for the user's own code on one sample; seed the global generators on the CPU likewise.
+
+    The states of torch's, NumPy's and Python's global generators are restored afterwards.
+    """
+    value = int(_hash(_key(seed, epoch) ^ OWN, np.array([index]))[0])
+    of_numpy, of_python = np.random.get_bit_generator(), random.getstate()  # type: ignore[attr-defined]
+    try:
+        with _seeded(np.uint64(value)):
+            # Fifty times as fast as to save and restore the state.
+            np.random.set_bit_generator(_numpys)  # type: ignore[attr-defined]
+            np.random.seed(value >> 32)
+            random.seed(value)
+            yield torch.Generator().manual_seed(value)
+    finally:
+        np.random.set_bit_generator(of_numpy)  # type: ignore[attr-defined]
+        random.setstate(of_python)
 
 
 @contextmanager

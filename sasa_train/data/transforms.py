@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 from sasa_train.config.derived import crops_by_padding, flips_images, resolved_image_size, resolved_interpolation
 from sasa_train.config.keys import SMALL_IMAGE, AugmentConfig, DataConfig
 from sasa_train.data.decoding import DEFAULT, Decoding, decoding_of, to_rgb, upright_size
+from sasa_train.data.own_transform import load_transform, transform_all
 from sasa_train.data.policies import NUM_DRAWS, Policy, to_device
 from sasa_train.data.randomness import CROP, ERASING, POLICY, sample_draws, sample_rng
 
@@ -30,7 +31,11 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
 class Augment:
-    """A config's training transforms for images of `size` pixels; all randomness depends on (seed, epoch, index)."""
+    """A config's training transforms for images of `size` pixels; all randomness depends on (seed, epoch, index).
+
+    Raises:
+        ConfigError: the user's own transform (`augment.target`) cannot be imported.
+    """
 
     def __init__(self, data: DataConfig, augment: AugmentConfig, seed: int, mean: Sequence[float]):
         self.data, self.config, self.size, self.seed = data, augment, resolved_image_size(data), seed
@@ -42,6 +47,7 @@ class Augment:
         self.policy = Policy(augment) if augment.policy != "none" else None
         strengths = (augment.brightness, augment.contrast, augment.saturation, augment.hue)
         self.jitter = v2.ColorJitter(*strengths) if any(strengths) else None
+        self.own = load_transform(augment)
         self.mean = torch.tensor(mean).mul(255).round().to(torch.uint8)[:, None, None]
 
     def pad(self, images: Tensor) -> Tensor:
@@ -51,14 +57,14 @@ class Augment:
     def batch(self, padded: Tensor, where: np.ndarray, epoch: int, indices: np.ndarray) -> Tensor:
         """Augment rows `where` of `padded`, which are images `indices` of the data set; return uint8 [B, 3, S, S]."""
         if not self.by_batch:  # streamed: `padded` is the batch, and all other transforms were applied in decoding
-            return self._erase(padded, epoch, indices)
+            return self._erase(self._by_own(padded, epoch, indices), epoch, indices)
         rows = to_device(where, padded.device)
         images = self._crop_and_flip(padded, rows, sample_draws(self.seed, epoch, indices, 3, CROP))
         if self.policy:
             images = self.policy.batch(images, sample_draws(self.seed, epoch, indices, NUM_DRAWS, POLICY))
         if self.jitter:
             images = torch.stack([self._jitter(x, epoch, i) for x, i in zip(images, indices, strict=True)])
-        return self._erase(images, epoch, indices)
+        return self._erase(self._by_own(images, epoch, indices), epoch, indices)
 
     def _crop_and_flip(self, padded: Tensor, rows: Tensor, draws: np.ndarray) -> Tensor:
         if self.padding:
@@ -103,6 +109,11 @@ class Augment:
         assert self.jitter is not None
         with sample_rng(self.seed, epoch, int(index)):
             return self.jitter(image)
+
+    def _by_own(self, images: Tensor, epoch: int, indices: np.ndarray) -> Tensor:
+        if self.own is None:
+            return images
+        return transform_all(self.own, str(self.config.target), images, self.seed, epoch, indices)
 
     def _erase(self, images: Tensor, epoch: int, indices: np.ndarray) -> Tensor:
         """Fill random rectangles (arXiv 1708.04896) with the mean colour, which becomes 0 after normalisation."""

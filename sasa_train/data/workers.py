@@ -2,15 +2,18 @@
 
 import atexit
 import math
+import multiprocessing
 import multiprocessing.connection
 import shutil
 import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
+from sasa_train.config import own_code
 from sasa_train.data.plan import MicroBatch
 from sasa_train.data.reading import Reader
 from sasa_train.processes.ranks import local_world_size
-from sasa_train.refusal import ConfigError, ExpectedFailure
+from sasa_train.refusal import ConfigError, ExpectedFailure, shorten
 from sasa_train.signals import SIGNALS
 from sasa_train.terminal import some
 
@@ -65,6 +69,7 @@ class Workers:
 
         Raises:
             DataWorkerError: a worker was killed or returned nothing for `timeout` seconds.
+            ConfigError: the user's own code failed or cannot be sent to the workers.
         """
         self._keys, self._num_read = keys, 0
         self._handed.clear()
@@ -78,12 +83,16 @@ class Workers:
             self._num_read += 1
             if first != micro.indices[0]:
                 raise RuntimeError(f"image {first} came out of the data workers instead of {micro.indices[0]}")
+            if isinstance(content, ConfigError):
+                raise content
             yield micro, content
 
     def _start(self) -> Iterator[Any]:
         if self._results is not None:
             with self._watched():
                 return iter(self._loader)  # waits until the workers have finished the tasks of an abandoned pass
+        if self.num_workers:
+            _check_sendable(self.reader, self.num_workers)
         self._loader = DataLoader(
             _Stamped(self.reader),
             sampler=_Handed(self),
@@ -93,7 +102,7 @@ class Workers:
             prefetch_factor=PREFETCH if self.num_workers else None,
             persistent_workers=self.num_workers > 0,
             pin_memory=self.pin_memory,
-            worker_init_fn=ignore_signals,
+            worker_init_fn=partial(begin_worker, modules=own_code.imported()),
             generator=torch.Generator(),  # otherwise it would draw a seed from the global generator, which dropout uses
         )
         if not self.num_workers:
@@ -236,7 +245,10 @@ class _Stamped(Dataset):
         self.reader = reader
 
     def __getitem__(self, micro: MicroBatch) -> tuple[int, Any]:
-        return int(micro.indices[0]), self.reader(micro)
+        try:
+            return int(micro.indices[0]), self.reader(micro)
+        except ConfigError as error:  # the DataLoader would put a traceback into its message
+            return int(micro.indices[0]), error
 
 
 def unchanged(read: Any) -> Any:
@@ -244,11 +256,29 @@ def unchanged(read: Any) -> Any:
     return read
 
 
-def ignore_signals(_worker: int) -> None:
-    """Make a worker ignore Ctrl-C and a scheduler's warning signals, which are sent to the whole process group."""
+def begin_worker(_worker: int, modules: Sequence[str]) -> None:
+    """Make a worker ignore Ctrl-C and a scheduler's warning signals, which are sent to the whole process group.
+
+    modules: the user's own, which are imported here as well, so that errors name the user's file and line.
+    """
     # Only the main process handles these signals.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    own_code.import_again(modules)
+
+
+def _check_sendable(reader: Reader, num_workers: int) -> None:
+    """Raise ConfigError if the user's own data set or transform cannot be sent to a worker."""
+    if multiprocessing.get_start_method() == "fork":  # its memory is the main process's
+        return
+    try:
+        ForkingPickler.dumps(reader)
+    except Exception as error:  # pickle has no common base class: PicklingError, AttributeError, TypeError, ...
+        raise ConfigError(
+            f"data.num_workers={num_workers}: your own data set or transform cannot be sent to a data worker "
+            f"({shorten(error)}); define its classes and functions at the top of a module and open files in "
+            "__getitem__, or use data.num_workers=0"
+        ) from error
 
 
 def _ending(exit_code: int | None) -> str:

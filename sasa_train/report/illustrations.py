@@ -77,7 +77,7 @@ def _load_val(trained: TrainedModel) -> ImageSet:
 def _is_there(data: DataConfig, classes: Sequence[str]) -> bool:
     """Check that the data set is on disk; CIFAR's archive must be intact, or it would be downloaded again."""
     if not reads_torchvision(data, classes):
-        return data.name == "digits" or Path(data.root).is_dir()
+        return data.name in ("digits", "own") or Path(data.root).is_dir()
     try:
         {"cifar10": CIFAR10, "cifar100": CIFAR100}[data.name](data.root, train=False, download=False)
     except (OSError, RuntimeError):

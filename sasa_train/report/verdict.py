@@ -149,8 +149,8 @@ def _same_images(one: Job, other: Job) -> bool:
 
 def _images(config: TrainConfig) -> tuple:
     data = config.data
-    root = None if data.name == "digits" else str(Path(data.root).absolute())
-    return data.name, root, data.holdout_fraction, data.max_val_images
+    root = None if data.name in ("digits", "own") else str(Path(data.root).absolute())
+    return data.name, root, data.target, str(data.args), data.holdout_fraction, data.max_val_images
 
 
 def caution(top1: float | None, chance: Chance | None) -> str:

@@ -405,13 +405,14 @@ def check_data(checkpoint: dict[str, Any], fingerprints: dict[str, Any], config:
     if not found:
         return
     changes = "\n".join(f"  {line}" for line in found)
-    if "data.root" in config.allow_config_change:
+    key = config.data.place.partition("=")[0]
+    if key in config.allow_config_change:
         warn(f"the images are not those that this run began with:\n{changes}")
         return
     raise ConfigError(
-        f"data.root={config.data.root}: the images are not those that this run began with:\n{changes}\n"
+        f"{config.data.place}: the images are not those that this run began with:\n{changes}\n"
         "bring the old ones back, or start a new run (another run_name, or resume=never); to continue on these all the "
-        f"same: {_allow(['data.root'])}"
+        f"same: {_allow([key])}"
     )
 
 

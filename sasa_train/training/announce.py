@@ -11,6 +11,7 @@ import torch
 
 from sasa_train.config.compose import as_overrides
 from sasa_train.config.keys import TrainConfig
+from sasa_train.config.own_keys import imports_for
 from sasa_train.data.loader import Loaders
 from sasa_train.device import RunPlan
 from sasa_train.machine import peak_memory
@@ -80,7 +81,7 @@ def describe_end(
         "checkpoints": f"best.pt, last.pt in {run_dir}/checkpoints",
         "log": f"{run_dir}/metrics.jsonl",
         **({"unreadable": f"{num_unreadable} images, named in {run_dir}/unreadable.txt"} if num_unreadable else {}),
-        "next": f"sasa-evaluate {run_dir}",
+        "next": f"sasa-evaluate {run_dir}{imports_for(config, ('model.target', 'data.target'))}",
         "": f"tensorboard --logdir {run_dir.parent}",
     }
     return "\n" + table(lines)

@@ -136,6 +136,8 @@ def look(config: TrainConfig) -> tuple[TrainConfig, Facts]:
 def _find(config: TrainConfig) -> tuple[ImageSet, float]:
     """Return all images of train, and the part to hold out of them."""
     data, root = config.data, Path(config.data.root)
+    if data.name == "own":
+        return load_train(data), 0.0
     if data.name == "digits" or reads_torchvision(data):
         return load_image_sets(data)[0], 0.0
     if not root.is_dir():

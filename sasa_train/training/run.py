@@ -17,11 +17,13 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from sasa_train.config import own_code
 from sasa_train.config.identity import run_name_in
 from sasa_train.config.keys import TrainConfig
 from sasa_train.config.saved import as_begun
 from sasa_train.data.fingerprint import differences
 from sasa_train.data.loader import Loaders, build_loaders, fetch_once
+from sasa_train.data.own_transform import check_transform
 from sasa_train.data.workers import DataWorkerError
 from sasa_train.device import RunPlan, resolve
 from sasa_train.files import read_regular, write_atomic
@@ -272,7 +274,7 @@ def open_together(config: TrainConfig, run_name: str) -> RunFolder:
 def check_same_images(config: TrainConfig, first: dict[str, Any], here: dict[str, Any]) -> None:
     """Raise ConfigError if this machine's images differ from those of the first process."""
     if found := [line for split in first for line in differences(first[split], here[split], split)]:
-        where = f"data.root={config.data.root}: the images on {platform.node()} are not the first process's:"
+        where = f"{config.data.place}: the images on {platform.node()} are not the first process's:"
         raise ConfigError("\n  ".join([where, *found]) + "\ngive every machine the same ones")
 
 
@@ -304,6 +306,9 @@ def continue_from(run: RunFolder, state: TrainState, config: TrainConfig) -> Non
 def check_buildable(plan: RunPlan) -> None:
     """Build the model (without weights), optimizer and schedule, to reject invalid settings before data is loaded."""
     config = plan.config
+    check_transform(config.augment, plan.image_size, config.seed)
+    if config.data.target is not None:
+        own_code.load("data.target", config.data.target)
     model = check_model(config.model, plan.image_size)
     check_memory(plan, model)
     if config.trainer.grad_checkpointing:

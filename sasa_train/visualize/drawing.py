@@ -88,9 +88,7 @@ def draw_run(
     for line in trained.changes(fingerprint(val)) if set(wanted) & set(OF_CLASSES) else ():
         log.warning(f"WARNING: not the images that the run was evaluated on: {line}")
     if "augmented_samples" in wanted:
-        train = relabelled(
-            load_image_sets(data)[0], trained.classes, f"data.root={data.root}", "the checkpoint", "train"
-        )
+        train = relabelled(load_image_sets(data)[0], trained.classes, data.place, "the checkpoint", "train")
         shown = augmented_samples(trained, train, NUM_AUGMENTED, NUM_EPOCHS)
         caption = (
             f"{len(shown[0])} train images and what the run's own augmentation makes of them in its first {NUM_EPOCHS} "
