@@ -4,18 +4,19 @@ This module imports nothing until a name is used, so that `--help` is fast; `imp
 models with timm.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sasa_train.train.in_python import train_model
     from sasa_train.trained import load_trained
 
 __version__ = "0.1.0"
-__all__ = ["load_trained"]
+__all__ = ["load_trained", "train_model"]
+HOMES = {"load_trained": "sasa_train.trained", "train_model": "sasa_train.train.in_python"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'sasa_train' has no attribute {name!r}")
-    from sasa_train import trained
-
-    return getattr(trained, name)
+    return getattr(importlib.import_module(HOMES[name]), name)

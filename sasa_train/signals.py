@@ -1,6 +1,7 @@
 """Stop a run at the next safe point on SIGTERM, SIGINT, SIGUSR1 or SIGUSR2, or when it reaches its time limit.
 
-Schedulers send SIGTERM, SIGUSR1 or SIGUSR2 as a warning. A second SIGINT ends the run immediately.
+A hook of the user's own may ask for it, too. Schedulers send SIGTERM, SIGUSR1 or SIGUSR2 as a warning. A second SIGINT
+ends the run immediately.
 """
 
 import math
@@ -8,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from types import FrameType
 
 TIME_LIMIT = 1  # the value of `asked` for a time limit; none of SIGNALS has this number
@@ -32,14 +34,17 @@ class Interrupted(BaseException):
 class StopRequest:
     """Records the first signal; before `begin_training`, when there is nothing to save, it also raises Interrupted."""
 
-    def __init__(self) -> None:
+    def __init__(self, signals: Sequence[signal.Signals] = SIGNALS, ends_process: bool = True) -> None:
+        """Handle `signals` until `restore` is called; a second SIGINT ends the process or raises KeyboardInterrupt."""
         self.signal: signal.Signals | None = None  # the first signal received
         self._num_interrupts = 0
+        self.asked_by = ""  # the hook that asked to stop, known to all processes
         self.deadline = math.inf
         self._start = time.monotonic()
         self._process = os.getpid()
         self._is_training = False
-        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._previous = {number: signal.signal(number, self._handle) for number in signals}
+        self._ends_process = ends_process
 
     def begin_training(self) -> None:
         """Record that a step or an evaluation can now be saved, so that a signal no longer raises Interrupted."""
@@ -50,7 +55,7 @@ class StopRequest:
         self.deadline = math.inf if hours is None else self._start + 3600 * hours
 
     def requested(self) -> bool:
-        return self.signal is not None or time.monotonic() >= self.deadline
+        return bool(self.asked_by) or self.signal is not None or time.monotonic() >= self.deadline
 
     @property
     def asked(self) -> int:
@@ -66,6 +71,8 @@ class StopRequest:
 
     @property
     def reason(self) -> str:
+        if self.asked_by:
+            return self.asked_by
         return self.signal.name if self.signal is not None else "trainer.max_hours"
 
     def restore(self) -> None:
@@ -90,6 +97,8 @@ class StopRequest:
             return
         self._num_interrupts += number == signal.SIGINT
         if self._num_interrupts > 1:
+            if not self._ends_process:
+                raise KeyboardInterrupt
             os._exit(128 + number)
         self.signal = self.signal or signal.Signals(number)
         if not self._is_training:

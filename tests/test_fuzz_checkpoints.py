@@ -101,7 +101,7 @@ def test_a_checkpoint_with_other_parts_is_refused_or_has_what_its_readers_expect
             num_refused += 1
             continue
         assert 0 <= found["evaluated_step"] <= found["step"] <= 2**53 and 0 <= found["seconds"] < math.inf
-        assert describe_finished(tmp_path, found) and duration(found["seconds"])
+        assert describe_finished(tmp_path, found, TrainConfig()) and duration(found["seconds"])
         json.dumps([found["best"], found["provenance"]])
         describe_changes(found["provenance"], now)
         check_data(found, whole["fingerprint"], config)

@@ -12,7 +12,7 @@ from sasa_train.training.step import build_criterion
 
 
 def criterion(*overrides: str):
-    return build_criterion(compose_config(list(overrides)).trainer)
+    return build_criterion(compose_config(list(overrides)).trainer, torch.device("cpu"))
 
 
 def test_cross_entropy_with_smoothing_by_hand():

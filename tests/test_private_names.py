@@ -35,6 +35,7 @@ NAMES = [
     ("torch", lambda: torch, "_library", "attention/operators.py"),
     ("torch", lambda: torch, "_C", "attention/operators.py"),
     ("torch", lambda: torch._C, "_are_functorch_transforms_active", "attention/operators.py"),
+    ("torch", lambda: torch.zeros(1), "_version", "training/hooks.py"),
     ("torchvision", lambda: AUTO, "_AUGMENTATION_SPACE", "data/policies.py"),
     ("torchvision", v2.RandAugment, "_AUGMENTATION_SPACE", "data/policies.py"),
     ("torchvision", v2.TrivialAugmentWide, "_AUGMENTATION_SPACE", "data/policies.py"),

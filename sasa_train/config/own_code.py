@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +25,8 @@ from sasa_train.refusal import ConfigError, shorten
 from sasa_train.terminal import say_loading, some
 
 PLUGINS = "sasa_train.plugins"  # the entry-point group in which installed packages name their modules
+GIVEN = "given"  # stands for the module in the names of objects that no module has
+OF_WORKER = "Original Traceback (most recent call last):\n"  # in an error that torch's DataLoader raises again
 
 PACKAGE = Path(__file__).parents[1]
 INSTALLED = {"site-packages", "dist-packages"}
@@ -55,6 +58,11 @@ def give(name: str, value: Any) -> None:
     _given[name] = value
 
 
+def given(name: str) -> Any:
+    """Return the object that was given for a dotted name, or None."""
+    return _given.get(name)
+
+
 def use(entries: Sequence[str]) -> None:
     """Import the modules in `imports`, each once: modules by name, and .py files by path.
 
@@ -82,6 +90,12 @@ def check_named(entries: Sequence[str], targets: Sequence[str], source: str, lat
     entries, targets: the config's `imports`, and the dotted names in its other keys; `source` is where it was saved.
     later: dotted names that may not be needed, so that their modules are not; `load` checks them when they are.
     """
+    lost = [name for name in targets if module_of(name) == GIVEN and name not in _given]
+    if lost:
+        raise ConfigError(
+            f"{source}: needs objects that a Python program has passed to train_model ({some(lost)}); pass them to "
+            "train_model again, or train with functions and classes of a module that can be imported"
+        )
     _files.update({module_name(entry): entry for entry in entries})
     of_targets = dict.fromkeys(map(module_of, targets))
     may_wait = set(map(module_of, later)) - set(of_targets)
@@ -161,13 +175,19 @@ def own_line(error: BaseException) -> str:
 
 
 def own_traceback(error: BaseException) -> str:
-    """Return an error's traceback from the first line of the user's code on, or '' if it has none."""
+    """Return an error's traceback from the first line of the user's code on, or '' if it has none.
+
+    A data worker's error has it in its message.
+    """
     frames = traceback.extract_tb(error.__traceback__)
     first = next((number for number, frame in enumerate(frames) if _is_own(frame.filename)), None)
     if first is None:
-        return ""
-    lines = traceback.format_list(frames[first:]) + traceback.format_exception_only(error)
-    return "".join(["your own code failed:\n", *lines]).rstrip()
+        lines = str(error).partition(OF_WORKER)[2].splitlines(keepends=True)
+        while lines and not ((frame := re.match(r' *File "(.*)", line ', lines[0])) and _is_own(frame[1])):
+            del lines[0]
+    else:
+        lines = traceback.format_list(frames[first:]) + traceback.format_exception_only(error)
+    return "".join(["your own code failed:\n", *lines]).rstrip() if lines else ""
 
 
 def place_of(part: Callable[..., Any]) -> str:
@@ -196,11 +216,21 @@ def _is_own(path: str) -> bool:
     """Whether a file is the user's: of a module that was named, or in the folders where such modules are looked for."""
     if path.startswith(str(PACKAGE) + os.sep):
         return False
+    if any(_defined_in(value) == path for value in _given.values()):
+        return True
     if not INSTALLED.isdisjoint(Path(path).parts):
         files = filter(None, map(_file_of, _imported.values()))
         folders = [file.removesuffix("__init__.py") for file in files]
         return any(path == folder or (folder.endswith(os.sep) and path.startswith(folder)) for folder in folders)
     return any(os.path.abspath(path).startswith(folder + os.sep) for folder in _folders)
+
+
+def _defined_in(value: Any) -> str | None:
+    value = inspect.unwrap(value)
+    try:
+        return inspect.getfile(value if inspect.isroutine(value) or isinstance(value, type) else type(value))
+    except (TypeError, OSError):  # a builtin, or a class that a notebook defines
+        return None
 
 
 def _file_of(module: ModuleType) -> str | None:

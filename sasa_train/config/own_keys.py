@@ -32,7 +32,7 @@ def use_code_of(config: TrainConfig) -> None:
     own_code.allow(map(own_code.module_of, targets_of(config)))
 
 
-def imports_for(config: TrainConfig, keys: Sequence[str]) -> str:
+def imports_for(config: TrainConfig, keys: Sequence[str] = TARGETS) -> str:
     """Return " imports=[...]" for a command that reads a run and needs the code in `keys`, or "" if it needs none."""
     modules = {own_code.module_name(entry): entry for entry in config.imports}
     for target in targets_of(config, keys):

@@ -64,10 +64,15 @@ def key_facts(job: Job, row: Row) -> list[tuple[str, str]]:
         "device": _device(job),
         "batch": f"{config.trainer.global_batch_size} images per step",
         "seed": str(config.seed),
-        "status": job.state,
+        "status": _status(job),
         "restarts": str(max(len(starts(info)) - 1, 0) or ""),
     }
     return [(name, text) for name, text in found.items() if text]
+
+
+def _status(job: Job) -> str:
+    stopped = job.state == "done" and job.info.get("status") == "stopped"
+    return f"{job.state}, stopped by {job.info.get('reason')}" if stopped else job.state
 
 
 def for_terminal(job: Job, row: Row, said: list[str], width: int | None) -> str:

@@ -12,12 +12,12 @@ from sasa_train.config.saved import load_config_file
 from sasa_train.files import LOCK, holder
 from sasa_train.paper import VARIED
 from sasa_train.refusal import ConfigError
-from sasa_train.runs.info import read_info_or_raise
+from sasa_train.runs.info import ENDED, read_info_or_raise
 from sasa_train.runs.ledger import Job as LedgerJob
 from sasa_train.runs.ledger import read_ledger
 from sasa_train.runs.metrics import read_metrics
 
-STATES = {"finished": "done"}  # state in run.json -> state in the ledger
+STATES = dict.fromkeys(ENDED, "done")  # state in run.json -> state in the ledger
 KILLED = "no process runs it; the same command continues it"
 
 

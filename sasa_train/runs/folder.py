@@ -115,7 +115,8 @@ class RunFolder:
             self.write(now["difference"], f"{difference}\n".encode(errors="surrogateescape"))
         keys = ("started", "command", "commit", "difference", "host", "world_size")
         start = {key: now.get(key) for key in keys} | {"step": step}
-        self.write_info(**now, starts=[*read_info_or_raise(self.path).get("starts", []), start], status="running")
+        starts = [*read_info_or_raise(self.path).get("starts", []), start]
+        self.write_info(**now, starts=starts, status="running", reason=None)
 
     def note_checkpoint(self) -> None:
         """Record that a checkpoint exists, so that a later start notices if all checkpoints are gone."""

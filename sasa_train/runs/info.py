@@ -8,6 +8,7 @@ from sasa_train.files import read_regular, write_atomic
 from sasa_train.runs.schema import MAX_SECONDS, PLAIN, Maybe, first_wrong, number
 
 NAME = "run.json"
+ENDED = ("finished", "stopped")  # statuses of runs that no signal or error ended; hooks of the user's own stop a run
 # Other entries are only compared or shown.
 CHECKED = {"starts": Maybe(list), "seconds": Maybe(number(0, MAX_SECONDS))}
 
@@ -44,5 +45,5 @@ def update_info(run_dir: Path, changes: dict[str, Any]) -> None:
 
 
 def has_finished(run_dir: Path) -> bool:
-    """Whether run.json reports the run as finished and its last checkpoint still exists."""
-    return read_info(run_dir).get("status") == "finished" and (run_dir / "checkpoints/last.pt").exists()
+    """Whether run.json reports the run as finished, or stopped by a hook, and its last checkpoint still exists."""
+    return read_info(run_dir).get("status") in ENDED and (run_dir / "checkpoints/last.pt").exists()

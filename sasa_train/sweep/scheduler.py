@@ -273,7 +273,7 @@ def tail(path: Path, start: int) -> list[str]:
 
 def behind_torchrun(code: int, said: list[str]) -> tuple[int, list[str]]:
     """Return the processes' own exit code, which torchrun replaces with 1, and the output without torchrun's lines."""
-    if saved := [line for line in said if ": saved at step" in line]:
+    if code != DONE and (saved := [line for line in said if ": saved at step" in line]):
         return INTERRUPTED, saved
     codes = [int(found[1]) for line in said if (found := re.search(r"exitcode\s*: (-?\d+)", line))]
     return codes[-1] if code == FAILED and codes else code, [

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from sasa_train.config import own_code
 from sasa_train.config.compose import as_overrides
 from sasa_train.config.keys import TrainConfig
-from sasa_train.config.own_keys import imports_for
+from sasa_train.config.own_keys import imports_for, targets_of
 from sasa_train.data.loader import Loaders
 from sasa_train.device import RunPlan
 from sasa_train.machine import peak_memory
@@ -19,6 +20,7 @@ from sasa_train.terminal import columns, duration
 from sasa_train.training.optim import peak_lr
 from sasa_train.training.state import TrainState
 
+OF_VAL = ("model.target", "data.target")  # the code that sasa-evaluate runs
 CROWDED = 1.5  # load (programs that want to compute, in the last minute) per processor
 
 
@@ -81,24 +83,32 @@ def describe_end(
         "checkpoints": f"best.pt, last.pt in {run_dir}/checkpoints",
         "log": f"{run_dir}/metrics.jsonl",
         **({"unreadable": f"{num_unreadable} images, named in {run_dir}/unreadable.txt"} if num_unreadable else {}),
-        "next": f"sasa-evaluate {run_dir}{imports_for(config, ('model.target', 'data.target'))}",
+        **({} if _needs_caller(config) else {"next": f"sasa-evaluate {run_dir}{imports_for(config, OF_VAL)}"}),
         "": f"tensorboard --logdir {run_dir.parent}",
     }
     return "\n" + table(lines)
 
 
+def _needs_caller(config: TrainConfig) -> bool:
+    """Whether a run needs objects that a Python program has passed, which no command can make."""
+    return any(own_code.module_of(target) == own_code.GIVEN for target in targets_of(config))
+
+
 def describe_stop(config: TrainConfig, run_dir: Path, state: TrainState, reason: str) -> str:
     """Format how a stopped run goes on; on a narrow terminal, the command to paste has a line of its own."""
     text = f"{reason}: saved at step {state.step}; to continue:"
+    if _needs_caller(config):
+        return f"{text} the same call of train_model again"
     text += "" if config.resume == "never" else " the same command again, or"
-    command, width = f"sasa-train resume={run_dir}", columns(sys.stdout)
+    command, width = f"sasa-train resume={run_dir}{imports_for(config)}", columns(sys.stdout)
     return f"{text} {command}" if width is None or len(f"{text} {command}") <= width else f"{text}\n{command}"
 
 
-def describe_finished(run_dir: Path, checkpoint: dict[str, Any]) -> str:
+def describe_finished(run_dir: Path, checkpoint: dict[str, Any], config: TrainConfig) -> str:
+    evaluate = f"sasa-evaluate {run_dir}{imports_for(config, OF_VAL)} evaluates it, "
     return (
         f"{run_dir} is finished: {checkpoint['step']:,} steps, {describe_best(checkpoint['best'])}. "
-        f"Nothing to do; sasa-evaluate {run_dir} evaluates it, resume=never trains it anew."
+        f"Nothing to do; {'' if _needs_caller(config) else evaluate}resume=never trains it anew."
     )
 
 

@@ -3,6 +3,7 @@
 import errno
 import sys
 
+from sasa_train.config import own_code
 from sasa_train.config.keys import TrainConfig
 from sasa_train.files import DISK_FAILED
 from sasa_train.machine import is_out_of_memory
@@ -35,40 +36,42 @@ def _train(config: TrainConfig, stop: StopRequest) -> int:
     from sasa_train.training.run import train
 
     try:
-        return DONE if train(config, stop) else INTERRUPTED
+        return DONE if train(config, stop).finished or stop.asked_by else INTERRUPTED
     except ConfigError as error:
         tell(error)
         return REFUSED
     except (CheckpointError, ExpectedFailure) as error:
         tell(error)
-    except OSError as error:
-        place = f" {error.filename}" if error.filename else ""
-        if error.errno in DISK_FULL:
-            tell(OSError(f"cannot write{place} ({error.strerror}); make room and run the same command again"))
-        elif error.errno in DISK_FAILED:
-            tell(
-                OSError(
-                    f"the disk failed{place and ' at'}{place} ({error.strerror}); run the same command once it is back"
-                )
-            )
-        elif error.errno in SCARCE:
-            tell(OSError(f"cannot use{place} now ({error.strerror}); run the same command again when the system can"))
-        elif error.errno in REFUSED_FILE and place:
-            tell(OSError(f"cannot use{place} ({error.strerror}); mend it and run the same command again"))
-        else:
-            raise
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:
         # Check for a lost partner first. If there is one, this process did not fail itself and must not report a
         # failure to the others.
-        if (reason := lost_partner(error)) is not None:
+        is_of_torch = isinstance(error, RuntimeError)
+        if is_of_torch and (reason := lost_partner(error)) is not None:
             fail(RuntimeError(f"process {rank()}: stopped: {reason}"))
-        # This happens only before the first step; later, the run itself converts the error to an OutOfMemoryError.
-        elif is_out_of_memory(error):
-            advice = "use a smaller model, data.image_size or data.max_train_images"
-            tell(RuntimeError(f"out of memory ({error}); {advice}"))
+        elif (text := own_code.own_traceback(error) or _foreseen(error)) is not None:
+            tell(RuntimeError(text))
         else:
             raise
     return FAILED
+
+
+def _foreseen(error: Exception) -> str | None:
+    """Return the message for an error of a disk or of memory, or None for any other error."""
+    if isinstance(error, OSError):
+        place = f" {error.filename}" if error.filename else ""
+        if error.errno in DISK_FULL:
+            return f"cannot write{place} ({error.strerror}); make room and run the same command again"
+        if error.errno in DISK_FAILED:
+            at = f" at{place}" if place else ""
+            return f"the disk failed{at} ({error.strerror}); run the same command once it is back"
+        if error.errno in SCARCE:
+            return f"cannot use{place} now ({error.strerror}); run the same command again when the system can"
+        if error.errno in REFUSED_FILE and place:
+            return f"cannot use{place} ({error.strerror}); mend it and run the same command again"
+    # This happens only before the first step; later, the run itself converts the error to an OutOfMemoryError.
+    elif isinstance(error, MemoryError | RuntimeError) and is_out_of_memory(error):
+        return f"out of memory ({error}); use a smaller model, data.image_size or data.max_train_images"
+    return None
 
 
 def tell(error: Exception) -> None:

@@ -107,6 +107,7 @@ class RunLogger:
         self._is_silent, self._has_top5 = is_silent, has_top5
         self._file = MetricsFile(None if is_silent else run_dir, metrics)
         rows = [json.loads(line) for line in metrics.splitlines()]
+        self.last_rows = {row["split"]: row for row in rows}  # the last train row and the last val row
         self.eval_seconds = next((row.get("seconds", 0.0) for row in reversed(rows) if row["split"] == "val"), 0.0)
         self._board = None if is_silent else _open_board(run_dir / "tensorboard", step)
         # TensorBoard discards all steps from purge_step on, so the rows of this step are written again.
@@ -118,7 +119,8 @@ class RunLogger:
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl (immediately) and TensorBoard; NaN and infinities become null."""
-        self._write_board(self._file.write(row))
+        self.last_rows[row["split"]] = self._file.write(row)
+        self._write_board(self.last_rows[row["split"]])
 
     @property
     def metrics(self) -> str:

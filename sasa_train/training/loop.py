@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from sasa_train.config.derived import has_top5
 from sasa_train.config.identity import trajectory
+from sasa_train.config.keys import flatten
 from sasa_train.config.saved import to_yaml
 from sasa_train.data.loader import Loaders, check_evaluated
 from sasa_train.data.randomness import recalibration_rng
@@ -24,6 +26,7 @@ from sasa_train.runs.folder import RunFolder
 from sasa_train.signals import StopRequest
 from sasa_train.terminal import say, warn
 from sasa_train.training.evaluation import Batches, Evaluation, evaluate, recalibrate
+from sasa_train.training.hooks import OwnCodeError, RunView, call_hooks, load_hooks
 from sasa_train.training.log import RunLogger
 from sasa_train.training.nonfinite import NonFiniteError, find_origin
 from sasa_train.training.profiling import WAIT, WARMUP, build_profiler
@@ -54,6 +57,8 @@ class Loop:
             self.steps_per_epoch,
             has_top5(len(loaders.classes)),
         )
+        self.hooks = {} if is_silent else load_hooks(self.config.hooks)  # called in the first process
+        self.failure: OwnCodeError | None = None  # of a hook; all processes have it
         self.last_val: dict[str, Any] = {}
         self.num_left_out = 0  # unreadable images in the last evaluation
         self._saved: tuple[int, int] | None = None  # step and evaluated_step of the last checkpoint
@@ -65,16 +70,35 @@ class Loop:
         self._start_clock()
 
     def run(self) -> bool:
-        """Train from the state's current step to the last; return True when done, False after a stop request."""
-        with self.profiler:
-            finished = self.run_epochs()
+        """Train from the state's current step to the last; return True when done, False after a stop request.
+
+        Raises:
+            OwnCodeError: a hook has failed; the run is saved, if that was possible.
+        """
+        try:
+            with self.profiler:
+                finished = self.run_epochs()
+        except (CheckpointError, ExpectedFailure) as error:
+            if self.failure is None:
+                raise
+            warn(f"after the failure of a hook: {error}")
+            raise self.failure from error
         if self.profile_steps and self.profiler.step_num <= WAIT + WARMUP:
             say(f"no profile: the run ended before step {WAIT + WARMUP + 1} after its start")
         if finished:
             self.logger.write_hparams(trajectory(self.config))
+        self.tell("end", finished)
+        if self.failure is not None:
+            say(f"a checkpoint of step {self.state.step} is saved; the same command continues the run, and if you have")
+            say("changed your own code, with allow_config_change=[imports]")
+            raise self.failure
         return finished
 
     def run_epochs(self) -> bool:
+        self.tell("start")
+        if self.stop.asked_by:
+            self.save(is_best=False, must_succeed=True)
+            return False
         # The next action depends only on the state, so a resumed run proceeds exactly like an uninterrupted one.
         while True:
             if self.evaluation_is_due():
@@ -87,6 +111,34 @@ class Loop:
                 may_go_on = self.train_epoch()
             if not may_go_on:
                 return False
+
+    def tell(self, event: str, finished: bool = False) -> None:
+        """Call the hooks in the first process; if one asks to stop or fails, all processes stop and save."""
+        if not self.config.hooks or self.failure is not None:
+            return
+        with self._off_the_clock():
+            try:
+                asked = collectives.from_first(lambda: self.call_hooks(event, finished), ExpectedFailure)
+            except OwnCodeError as error:  # it is raised once the run is saved
+                self.failure, asked = error, f'an error at "{event}"'
+        self.stop.asked_by = self.stop.asked_by or asked
+
+    def call_hooks(self, event: str, finished: bool) -> str:
+        state = self.state
+        train, val = (self.logger.last_rows.get(split) for split in ("train", "val"))
+        view = RunView(
+            path=self.run_folder.path,
+            config=MappingProxyType(flatten(self.config)),
+            step=state.step,
+            num_steps=self.num_steps,
+            epoch=self.epoch_number(),
+            train=train and MappingProxyType(dict(train)),
+            val=val and MappingProxyType(dict(val)),
+            best=state.best and MappingProxyType(dict(state.best)),
+            finished=finished,
+            model=state.ema.module if state.ema else state.model,
+        )
+        return call_hooks(self.hooks, event, view, state.device)
 
     def evaluation_is_due(self) -> bool:
         state = self.state
@@ -111,11 +163,13 @@ class Loop:
             stopping = self.stop_is_agreed()
             if self.is_logged(state.step):
                 self.log_train(report)
+                self.tell("step")
+                stopping = stopping or bool(self.stop.asked_by)
             is_last = state.step == end
             is_due = trainer.checkpoint_every_steps and state.step % trainer.checkpoint_every_steps == 0
             if is_due or stopping or (is_last and not self.evaluation_is_due()):
                 self.save(is_best=False, must_succeed=stopping)
-            if stopping:
+            if stopping or self.stop.asked_by:
                 return False
         return True
 
@@ -244,6 +298,7 @@ class Loop:
         state.evaluated_step, self.last_val, self.eval_seconds = state.step, row, seconds
         self.logger.write(row)
         self.logger.show_val(row, is_best)
+        self.tell("evaluated")
         if is_best:
             self.logger.write_picture("visualize/confusion_best", confusion_picture(result.confusion), state.step)
             for name, picture in embedding_pictures(averaged).items():
@@ -321,6 +376,7 @@ class Loop:
             if not collectives.from_first(lambda: self.write(content, is_best, may_fail), *errors):
                 return False
         self._saved = (state.step, state.evaluated_step)
+        self.tell("saved")
         return True
 
     def write(self, content: dict[str, Any], is_best: bool, may_fail: bool) -> bool:

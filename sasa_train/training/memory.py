@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
+from sasa_train.config import own_code
 from sasa_train.config.derived import expected_num_classes, micro_batch_size, resolved_image_size, with_micro_batch_size
 from sasa_train.config.keys import TrainConfig
 from sasa_train.config.saved import load_config, load_config_file
@@ -38,15 +39,22 @@ def check_memory(plan: RunPlan, model: nn.Module) -> None:
     """
     trainer, size, device = plan.trainer, plan.image_size, plan.device
     micro_batch = min(2, plan.micro_batch_size) if trainer.micro_batch_size == "auto" else plan.micro_batch_size
-    what = f"model.name={plan.config.model.title} on micro-batches of {micro_batch:,} images of {size} pixels"
+    own = plan.config.model.target
+    named = f"model.target={own}" if own is not None else f"model.name={plan.config.model.name}"
+    what = f"{named} on micro-batches of {micro_batch:,} images of {size} pixels"
     remedy = (
         "; change data.image_size, model.width or num_classes, or trainer.global_batch_size, micro_batch_size or "
         "grad_accum_steps"
     )
     try:
         outputs = largest_output(model, torch.empty(micro_batch, 3, size, size, device="meta"))
-    except LIBRARY_ERRORS as error:
-        raise ConfigError(f"{what}: {shorten(error)}{remedy}") from error
+    except Exception as error:
+        if own is not None:  # it may need real weights and images
+            outputs = _largest_of_own(plan, micro_batch, what)
+        elif isinstance(error, LIBRARY_ERRORS):
+            raise ConfigError(f"{what}: {shorten(error)}{remedy}") from error
+        else:
+            raise
     weights = 2 * 4 * sum(p.numel() for p in model.parameters())
     needed = weights + outputs * (4 if trainer.precision == "fp32" else 2)
     # This is not the free memory, because the file cache counts as used although the system would release it.
@@ -56,6 +64,14 @@ def check_memory(plan: RunPlan, model: nn.Module) -> None:
             f"{what} needs more than {needed / 2**30:,.1f} GiB ({weights / 2**30:,.1f} for weights and gradients), but "
             f"{device} has {there / 2**30:,.1f} GiB{remedy}"
         )
+
+
+def _largest_of_own(plan: RunPlan, micro_batch: int, what: str) -> int:
+    """Do the same for a model of the user's own on the CPU, with two images, if there are as many, for speed."""
+    few = min(2, micro_batch)
+    with own_code.errors_of(what), torch.random.fork_rng(devices=[]):
+        model = build_model(plan.config.model, plan.config.model.num_classes or 10, plan.image_size)
+        return micro_batch // few * largest_output(model, torch.zeros(few, 3, plan.image_size, plan.image_size))
 
 
 def largest_output(model: nn.Module, images: torch.Tensor) -> int:

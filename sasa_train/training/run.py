@@ -10,7 +10,7 @@ import importlib.util
 import platform
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import convert_sync_batchnorm
@@ -18,6 +18,7 @@ from torch import nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sasa_train.config import own_code
+from sasa_train.config.derived import expected_num_classes
 from sasa_train.config.identity import run_name_in
 from sasa_train.config.keys import TrainConfig
 from sasa_train.config.saved import as_begun
@@ -41,6 +42,7 @@ from sasa_train.runs.weights import Weights, load_into, read_weights
 from sasa_train.signals import Interrupted, StopRequest
 from sasa_train.terminal import printable, say, warn
 from sasa_train.training.announce import describe_end, describe_finished, describe_keys, describe_plan, describe_stop
+from sasa_train.training.hooks import OwnCodeError, load_hooks
 from sasa_train.training.loop import Loop
 from sasa_train.training.memory import OutOfMemoryError, check_memory, memory_advice, settle_auto
 from sasa_train.training.model_source import settle_model
@@ -53,12 +55,20 @@ from sasa_train.training.optim import (
     try_optimizer,
 )
 from sasa_train.training.own_images import settle_open_keys
+from sasa_train.training.own_loss import check_loss
 from sasa_train.training.state import TrainState, build_state
 from sasa_train.training.step import Stepper
 
 
-def train(config: TrainConfig, stop: StopRequest) -> bool:
-    """Train as configured; return True if the run is (or was already) finished, False if it was stopped and saved.
+class Ended(NamedTuple):
+    """A run's folder, and whether it is (or was already) finished; otherwise it was stopped and saved."""
+
+    path: Path
+    finished: bool
+
+
+def train(config: TrainConfig, stop: StopRequest) -> Ended:
+    """Train as configured until the run is finished or a stop is requested; `stop` then has the reason.
 
     Raises:
         ConfigError: the config or an input is refused before training starts.
@@ -66,6 +76,7 @@ def train(config: TrainConfig, stop: StopRequest) -> bool:
         NonFiniteError: a loss or weight is not finite; the message names the step, the module and the images. Such
             weights are never saved.
         OutOfMemoryError: a step does not fit in memory; the message names the keys to change.
+        OwnCodeError: a hook of the user's own has failed. Errors of their other code are raised as they are.
     """
     run_name = collectives.from_first(lambda: config.run_name or run_name_in(config.output_dir, config))
     # The first process alone chooses, because it alone accesses the run folder.
@@ -84,9 +95,9 @@ def train(config: TrainConfig, stop: StopRequest) -> bool:
         # The run may have been killed after the last checkpoint but before its end was recorded, so record it again.
         elif run.checkpoint is not None and is_finished(run.checkpoint, plan.config):
             run.write_end(run.checkpoint)
-            say(describe_finished(run.path, run.checkpoint))
-            return True
-        return train_in_folder(plan, run, stop)
+            say(describe_finished(run.path, run.checkpoint, plan.config))
+            return Ended(run.path, True)
+        return Ended(run.path, train_in_folder(plan, run, stop))
 
 
 def settle(config: TrainConfig, run_name: str) -> TrainConfig:
@@ -108,6 +119,7 @@ def train_in_folder(plan: RunPlan, run: RunFolder, stop: StopRequest) -> bool:
         plan = dataclasses.replace(plan, config=config)
         run.write_config(config)
     loaders = load_together(plan, run)
+    collectives.everywhere(lambda: check_loss(plan, len(loaders.classes)), ConfigError)
     say(describe_keys(plan.config, run.path))
     plan = dataclasses.replace(plan, steps_per_epoch=loaders.train.plan.steps_per_epoch)
     run.provenance, difference = provenance(plan.config)
@@ -134,7 +146,7 @@ def run_to_the_end(loop: Loop) -> bool:
             finished = loop.run()
     except BaseException as error:
         run.try_write_info(status="interrupted" if isinstance(error, Interrupted) else "failed")
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) and not isinstance(error, OwnCodeError):  # whose text is the user's
             raise OutOfMemoryError(memory_advice(plan, run.path, error)) from error
         raise
     finally:
@@ -146,7 +158,7 @@ def run_to_the_end(loop: Loop) -> bool:
         run.write_info(seconds=round(state.seconds, 1))
         say(describe_end(plan.config, run.path, state, loop.last_val, num_unreadable))
     else:
-        run.write_info(status="interrupted")
+        run.write_info(status="stopped" if loop.stop.asked_by else "interrupted", reason=loop.stop.reason)
         say(describe_stop(plan.config, run.path, state, loop.stop.reason))
     # torchrun terminates all processes as soon as one exits with 75.
     collectives.wait_for_all()
@@ -317,3 +329,6 @@ def check_buildable(plan: RunPlan) -> None:
     whole = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, max_steps=None))
     check_schedule(whole, build_optimizer(config, model), steps_per_epoch=1000)
     try_optimizer(config, plan.device)
+    load_hooks(config.hooks)
+    if (num_classes := expected_num_classes(config)) is not None:  # otherwise, the images tell
+        check_loss(plan, num_classes)

@@ -23,6 +23,7 @@ from sasa_train.processes import collectives
 from sasa_train.training.evaluation import Batches, batch_norms
 from sasa_train.training.nonfinite import LossWatch
 from sasa_train.training.optim import backward
+from sasa_train.training.own_loss import build_own_loss
 from sasa_train.training.state import TrainState
 
 
@@ -34,7 +35,7 @@ class Stepper:
         self.config = config = plan.trainer
         self.shared = collectives.share_gradients(state.model)
         self.forward = torch.compile(self.shared) if config.compile else self.shared
-        self.criterion = build_criterion(config)
+        self.criterion = build_criterion(config, state.device)
         # Only torch's fused optimizers take `found_inf`; timm's lookahead just copies the defaults of the one it wraps.
         is_torchs = type(state.optimizer).__module__.startswith("torch.optim.")
         is_late = plan.device.type == "cuda" and is_torchs and bool(state.optimizer.defaults.get("fused"))
@@ -100,8 +101,10 @@ class Stepper:
         return grad_norm
 
 
-def build_criterion(config: TrainerConfig) -> Callable[[Tensor, Tensor], Tensor]:
+def build_criterion(config: TrainerConfig, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """Build the training loss of float32 logits and labels (int64 [B], or float32 [B, num_classes] if mixed)."""
+    if config.loss_target is not None:
+        return build_own_loss(config.loss_target, device)
     if config.loss == "cross_entropy":
         return nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     return partial(binary_cross_entropy, label_smoothing=config.label_smoothing)
