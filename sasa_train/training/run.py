@@ -158,7 +158,8 @@ def run_to_the_end(loop: Loop) -> bool:
         run.write_info(seconds=round(state.seconds, 1))
         say(describe_end(plan.config, run.path, state, loop.last_val, num_unreadable))
     else:
-        run.write_info(status="stopped" if loop.stop.asked_by else "interrupted", reason=loop.stop.reason)
+        status = "stopped" if loop.stop.asked_by else "interrupted"
+        run.write_info(status=status, reason=loop.stop.reason, best=state.best)
         say(describe_stop(plan.config, run.path, state, loop.stop.reason))
     # torchrun terminates all processes as soon as one exits with 75.
     collectives.wait_for_all()
