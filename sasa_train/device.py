@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import torch
 
 from sasa_train.config.derived import (
+    InputSize,
     accumulation,
+    input_size,
     micro_batch_size,
-    resolved_image_size,
     total_steps,
     with_micro_batch_size,
 )
@@ -38,8 +39,8 @@ class RunPlan:
         return self.config.trainer
 
     @property
-    def image_size(self) -> int:
-        return resolved_image_size(self.config.data)
+    def input_size(self) -> InputSize:
+        return input_size(self.config.data)
 
     @property
     def images_per_step(self) -> int:

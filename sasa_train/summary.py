@@ -5,7 +5,7 @@ from functools import partial
 
 from sasa_train.commands import end_command
 from sasa_train.config.compose import compose_config
-from sasa_train.config.derived import expected_num_classes, resolved_image_size
+from sasa_train.config.derived import expected_num_classes, input_size
 from sasa_train.config.keys import MODEL_KEYS, TrainConfig, with_values
 from sasa_train.config.overrides import for_own_images
 from sasa_train.config.rules import validate
@@ -88,13 +88,13 @@ def print_model(config: TrainConfig) -> None:
     from sasa_train.models.counting import count_layers, meta_model
 
     num_classes = expected_num_classes(config) or 1000
-    size = resolved_image_size(config.data)
+    size = input_size(config.data)
     check_model(config.model, size)
     model = meta_model(lambda: build_model(config.model, num_classes, size))
     layers = count_layers(model, size)
     width = max(len(layer.name) for layer in layers)
     kind_width = max(len(layer.kind) for layer in layers)
-    print(f"{config.model.title}: {num_classes} classes, {size} x {size} pixels\n")
+    print(f"{config.model.title}: {num_classes} classes, {size[1]} x {size[2]} pixels\n")
     columns = f"{'output':<16} {'parameters':>11} {'MFLOPs':>9} {'activations':>12}"
     header = f"{'layer':<{width}}  {'kind':<{kind_width}}  {columns}"
     print(f"{header}\n{'-' * len(header)}")
@@ -105,7 +105,11 @@ def print_model(config: TrainConfig) -> None:
     print(f"\n{total.params / 1e6:.2f} M parameters, {total.flops / 1e9:.2f} GFLOPs")
     as_named = all(getattr(config.model, key) is None for key in MODEL_KEYS)
     for row in ROWS:
-        if row.table == 1 and row.model == config.model.title and (num_classes, size, as_named) == (1000, 224, True):
+        if (
+            row.table == 1
+            and row.model == config.model.title
+            and (num_classes, size, as_named) == (1000, (3, 224, 224), True)
+        ):
             print(
                 f"{row.mparams:.1f} M parameters, {row.gflops:.1f} GFLOPs, {row.top1:.1f} % top1 in the paper's Table 1"
             )

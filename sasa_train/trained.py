@@ -11,9 +11,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sasa_train.config import own_code
-from sasa_train.config.derived import resolved_image_size
+from sasa_train.config.derived import InputSize, as_image_size, input_size, resolved_size, written_size
 from sasa_train.config.keys import DataConfig, TrainConfig
 from sasa_train.data.datasets import mean_std
+from sasa_train.data.decoding import WHITE
 from sasa_train.data.fingerprint import differences
 from sasa_train.data.reading import image_files, read_fitted
 from sasa_train.data.transforms import Normalize, val_shape
@@ -44,17 +45,23 @@ class TrainedModel:
         return self.checkpoint["classes"]
 
     @property
-    def image_size(self) -> int:
-        """The side length of the model's input images in pixels."""
-        return resolved_image_size(self.config.data)
+    def image_size(self) -> int | list[int]:
+        """The side length of the model's input images in pixels or, if they are not square, [height, width]."""
+        return as_image_size(*resolved_size(self.config.data))
+
+    @property
+    def input_size(self) -> InputSize:
+        """The channels, height and width of the model's input."""
+        return input_size(self.config.data)
 
     def normalize(self, device: torch.device) -> Normalize:
-        """Return the normalisation that the model was trained with, for uint8 images [B, 3, H, W] from `val_shape`."""
-        return Normalize(*mean_std(self.config.data), device, self.config.trainer.channels_last)
+        """Return the normalisation that the model was trained with, for images [B, C, H, W] from `val_shape`."""
+        data = self.config.data
+        return Normalize(*mean_std(data), device, self.config.trainer.channels_last, WHITE[data.mode])
 
     @property
     def transform(self) -> Callable[[Image.Image], Tensor]:
-        """The preprocessing of one image, as for val: a function from a PIL image to float32 [3, S, S]."""
+        """The preprocessing of one image, as for val: a function from a PIL image to float32 [C, H, W]."""
         shape, normalize = val_shape(self.config.data), self.normalize(torch.device("cpu"))
         return lambda image: normalize(torch.tensor(shape(image)).permute(2, 0, 1)[None])[0]
 
@@ -153,7 +160,7 @@ def check_weights(checkpoint: dict[str, Any], saved: TrainConfig, path: Path) ->
     from sasa_train.runs.folder import check_average  # imports Hydra, which takes a tenth of a second
 
     check_average(checkpoint, saved, path)
-    model = check_model(saved.model, resolved_image_size(saved.data), len(checkpoint["classes"]))
+    model = check_model(saved.model, input_size(saved.data), len(checkpoint["classes"]))
     for key in ("model", "ema"):
         if checkpoint[key] is not None and (wrong := first_misfit(model, checkpoint[key])):
             raise ConfigError(
@@ -165,11 +172,11 @@ def check_weights(checkpoint: dict[str, Any], saved: TrainConfig, path: Path) ->
 def _own_preprocessing(data: DataConfig) -> list[str]:
     """Return overrides that keep the image size and normalisation used in training when the data set is changed."""
     mean, std = mean_std(data)
-    return [f"data.image_size={resolved_image_size(data)}", f"data.mean={list(mean)}", f"data.std={list(std)}"]
+    return [f"data.image_size={written_size(*resolved_size(data))}", f"data.mean={list(mean)}", f"data.std={list(std)}"]
 
 
 def _build(config: TrainConfig, state_dict: dict[str, Any], num_classes: int) -> nn.Module:
-    size = resolved_image_size(config.data)
+    size = input_size(config.data)
     if wrong := first_misfit(check_model(config.model, size, num_classes), state_dict):
         raise ConfigError(f"the overrides make another model than the checkpoint's: {wrong}")
     model = build_model(config.model, num_classes, size)

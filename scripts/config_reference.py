@@ -33,7 +33,14 @@ prints them. Misspelt keys, wrong types and incompatible values are rejected wit
   characters, and `'null'`.
 - A path may have up to 255 bytes per folder name and 4,095 in total. A name consists of letters, digits, `_ . = , + -`.
 """
-WORDS = {int: "integer", float: "number", str: "string", bool: "true/false", types.NoneType: "null"}
+WORDS = {
+    int: "integer",
+    float: "number",
+    str: "string",
+    bool: "true/false",
+    types.NoneType: "null",
+    typing.Any: "integer or two of them",
+}
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ from triton.runtime import driver
 from sasa_train.attention import compiling, triton_fold
 from sasa_train.attention.triton_kernels import Launch
 from sasa_train.config.compose import compose_config
-from sasa_train.config.derived import expected_num_classes, resolved_image_size
+from sasa_train.config.derived import expected_num_classes, input_size
 from sasa_train.models import build_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -257,7 +257,7 @@ def matmul_seconds(channels: int, side: int, taps: int, num_inputs: int, num_out
 def launches_of_experiment(name: str) -> list[Launch]:
     """Return the kernels that the first training step of `experiment=name` compiles, in bf16."""
     config = compose_config([f"experiment={name}"])
-    size = resolved_image_size(config.data)
+    size = input_size(config.data)
     model = build_model(config.model, expected_num_classes(config) or 1000, size)
     model.to(memory_format=(layout := torch.channels_last))
     device, no_autocast = torch.device("cuda"), contextlib.nullcontext()

@@ -67,7 +67,7 @@ def build_both(config: TrainConfig, folder: Path) -> tuple[dict[str, Callable[[]
 
     def new_stepper() -> Stepper:
         torch.manual_seed(0)
-        model = build_model(config.model, len(loaders.classes), plan.image_size)
+        model = build_model(config.model, len(loaders.classes), plan.input_size)
         return build_stepper(plan, model)
 
     plain, loop_stepper = new_stepper().state, new_stepper()

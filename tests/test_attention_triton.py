@@ -216,7 +216,7 @@ def test_a_training_step_compiles_no_kernel_that_was_not_compiled_ahead(tmp_path
         "layout, device = torch.channels_last, torch.device('cuda')\n"
         "model = timm.create_model('hybrid_resnet26', stem='conv_small', width=0.5).to(device, memory_format=layout)\n"
         "bf16 = torch.autocast('cuda', torch.bfloat16)\n"
-        "compile_ahead(launches_of(model, 64, device, layout, bf16))\n"
+        "compile_ahead(launches_of(model, (3, 64, 64), device, layout, bf16))\n"
         "kernels = sorted(pathlib.Path(sys.argv[1]).rglob('*.cubin'))\n"
         "images = torch.randn(6, 3, 64, 64, device=device).to(memory_format=layout)\n"
         "with bf16:\n"

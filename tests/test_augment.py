@@ -60,7 +60,7 @@ def test_a_batch_is_transformed_as_its_images_are_one_by_one_by_torchvision(poli
     changed = 0
     for image, row in zip(together, draws, strict=True):
         expected = images[0]
-        for name, magnitude in ours.choose(row, 32):
+        for name, magnitude in ours.choose(row, (32, 32)):
             how = (v2.InterpolationMode.NEAREST, ours.transform._fill)
             expected = ours.transform._apply_image_or_video_transform(expected, name, magnitude, *how)
         assert torch.equal(image, expected)
@@ -76,7 +76,7 @@ def test_policies_draw_what_torchvisions_classes_draw(policy):
     ours = Policy(compose_config([f"augment.policy={policy}"]).augment)
     counts: dict[str, list[float]] = {}
     for row in sample_draws(0, 0, np.arange(4000), NUM_DRAWS, POLICY):
-        for name, magnitude in ours.choose(row, 32):
+        for name, magnitude in ours.choose(row, (32, 32)):
             counts.setdefault(name, []).append(magnitude)
     theirs: dict[str, list[float]] = {}
     apply = ours.transform._apply_image_or_video_transform
@@ -147,10 +147,13 @@ def test_a_box_is_what_cropping_and_resizing_gives(tmp_path):
     coarse.save(tmp_path / "a.jpg", quality=95)
     small, large = (37, 50, 337, 290), (16, 24, 1000, 744)
     with Image.open(tmp_path / "a.png") as image:
-        ours, plain = np.asarray(decode_box(image, small, 224)), np.asarray(image.crop(small).resize((224, 224), 2))
+        ours, plain = (
+            np.asarray(decode_box(image, small, (224, 224))),
+            np.asarray(image.crop(small).resize((224, 224), 2)),
+        )
     assert np.array_equal(ours[2:-2, 2:-2], plain[2:-2, 2:-2]) and np.abs(ours.astype(float) - plain).max() < 8
     with Image.open(tmp_path / "a.jpg") as image:
-        drafted = np.asarray(decode_box(image, large, 224)).astype(float)
+        drafted = np.asarray(decode_box(image, large, (224, 224))).astype(float)
         assert image.size == (512, 384)  # half size: the box has 492 x 360 pixels; a quarter has too few
     with Image.open(tmp_path / "a.jpg") as image:
         whole = np.asarray(image.crop(large).resize((224, 224), 2)).astype(float)
@@ -185,7 +188,7 @@ def test_val_never_takes_a_shortcut(tmp_path):
     with Image.open(tmp_path / "a.jpg") as image:
         expected = np.asarray(theirs(image.convert("RGB")))
     with Image.open(tmp_path / "a.jpg") as image:
-        assert np.array_equal(fit(image, 224), expected)
+        assert np.array_equal(fit(image, (224, 224)), expected)
 
 
 @functools.cache

@@ -287,7 +287,7 @@ def test_a_crop_of_a_turned_photo_is_that_of_the_upright_one(orientation, box):
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
     expected = upright.resize((32, 32), Image.Resampling.BILINEAR, box=box)
     with Image.open(io.BytesIO(content)) as image:
-        found = decode_box(image, box, 32)
+        found = decode_box(image, box, (32, 32))
         assert (max(image.size) < 300) == (box[2] == 128)
     assert np.abs(np.asarray(found).astype(int) - np.asarray(expected)).mean() < 4
 

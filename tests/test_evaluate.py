@@ -255,7 +255,7 @@ def test_predictions_are_those_of_the_images_they_name(run_dir, tmp_path, capsys
 
 def answer(trained, path: str, is_mirrored: bool = False) -> torch.Tensor:
     """Return the probabilities [num_classes] for a file, computed without the evaluation code."""
-    pixels = torch.from_numpy(fit(Image.open(path), trained.image_size).copy()).permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(fit(Image.open(path), trained.input_size[1:]).copy()).permute(2, 0, 1)[None]
     images = trained.normalize(torch.device("cpu"))(pixels.flip(3) if is_mirrored else pixels)
     with torch.no_grad():
         return trained.model(images).softmax(1)[0]

@@ -115,7 +115,7 @@ def read_everywhere(tiny_run: Path, tmp_path: Path, one_thread) -> Callable[[Pat
     """Return a function that reads a checkpoint of `tiny_run` as the commands do; it raises only expected errors."""
     device, config = resolve(load_config(load_checkpoint(tiny_run / "checkpoints/last.pt")["config"]))
     plan, loaders = RunPlan(config, device), build_loaders(config, device)
-    state = build_stepper(plan, build_model(config.model, 10, plan.image_size)).state
+    state = build_stepper(plan, build_model(config.model, 10, plan.input_size)).state
     now = provenance(config)[0] | conditions(plan, state.model)
 
     def read(path: Path) -> None:

@@ -61,13 +61,13 @@ def example(files: list[bytes], number: int) -> bytes:
 def crop(image: Image.Image, number: int) -> np.ndarray:
     draws = np.random.default_rng(number).random(23)
     box = random_resized_box(*image.size, draws, (0.08, 1.0), (0.75, 1.3333))
-    return np.asarray(decode_box(image, box, SIZE))
+    return np.asarray(decode_box(image, box, (SIZE, SIZE)))
 
 
 def judge(path: str, number: int) -> str:
     """Read the file as for val (odd `number`) or training; return "decoded", "refused" or the unexpected result."""
     try:
-        out = one_image(path).read(0, lambda image: fit(image, SIZE) if number % 2 else crop(image, number))
+        out = one_image(path).read(0, lambda image: fit(image, (SIZE, SIZE)) if number % 2 else crop(image, number))
     except UnreadableImage:
         return "refused"
     except BaseException as error:

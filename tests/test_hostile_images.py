@@ -77,7 +77,7 @@ def test_a_very_long_image_shows_its_middle_without_filling_memory(tmp_path, siz
     pixels[30_000:] = 255
     Image.fromarray(pixels if size[0] == 1 else pixels.transpose(1, 0, 2)).save(tmp_path / "x.png")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    out = one_image(tmp_path / "x.png").read(0, lambda image: fit(image, 224))
+    out = one_image(tmp_path / "x.png").read(0, lambda image: fit(image, (224, 224)))
     assert out.shape == (224, 224, 3) and 100 < out.mean() < 155
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
 

@@ -93,7 +93,7 @@ def test_a_training_step_reads_nothing_back(experiment, planted, tmp_path, monke
     loaders = build_loaders(config, device)
     loaders.train.device = device  # device of a streaming loader's batches
     plan = RunPlan(config, device, steps_per_epoch=loaders.train.plan.steps_per_epoch)
-    model = build_model(config.model, len(loaders.classes), plan.image_size)
+    model = build_model(config.model, len(loaders.classes), plan.input_size)
     stepper = build_stepper(plan, model)
     batches = loaders.train.train_batches(0)
     model.train()
@@ -114,7 +114,7 @@ def test_a_training_step_does_not_make_a_gpu_wait(monkeypatch):
     device, config = resolve(config)
     loaders = build_loaders(config, device)
     plan = RunPlan(config, device, steps_per_epoch=loaders.train.plan.steps_per_epoch)
-    stepper = build_stepper(plan, build_model(config.model, len(loaders.classes), plan.image_size))
+    stepper = build_stepper(plan, build_model(config.model, len(loaders.classes), plan.input_size))
     batches = loaders.train.train_batches(0)
     stepper.train_step(batches)
     torch.cuda.set_sync_debug_mode("error")
@@ -146,7 +146,7 @@ def test_an_operation_on_a_batch_is_torchvisions_on_each_image(name, size):
     torch.manual_seed(0)
     images = torch.randint(0, 256, (len(magnitudes), 3, size, size), dtype=torch.uint8)
     images[::3] = images[::3] // 8 + 60  # low contrast
-    parameters = torch.from_numpy(np.array([parameters_of(name, magnitude, size) for magnitude in magnitudes]))
+    parameters = torch.from_numpy(np.array([parameters_of(name, magnitude, (size, size)) for magnitude in magnitudes]))
     OPERATIONS[name](images, parameters)
     with Operators() as operators:
         together = OPERATIONS[name](images, parameters)

@@ -420,7 +420,7 @@ def test_null_is_not_a_value_that_was_set(other_run, in_process, tmp_path):
 
 
 STATED = {
-    '{"mean": [0.5], "std": [0.5, 0.5, 0.5]}': ("data.mean=[0.5] must be three numbers", ["std"]),
+    '{"mean": [0.5, 0.5], "std": [0.5, 0.5, 0.5]}': ("data.mean=[0.5, 0.5] must be three numbers", ["std"]),
     '{"mean": [0.5, NaN, 0.5]}': ("data.mean=[0.5, nan, 0.5] must be finite", []),
     '{"mean": [124, 116, 104]}': ("data.mean=[124, 116, 104] must be from 0 to 1", []),
     '{"mean": 0.5, "std": [true, 1, 1]}': ("data.std=[True, 1, 1] must be a list of numbers", []),

@@ -275,7 +275,10 @@ def test_a_repository_of_the_hub_is_a_source(in_process, tmp_path, hub_folder, m
         ("[]", "does not describe a model of timm"),
         ("{", "does not describe a model of timm"),
         ('{"architecture": "no_such_net", "pretrained_cfg": {}}', "Unknown model (no_such_net)"),
-        ('{"architecture": "resnet18", "pretrained_cfg": {}, "model_args": {"in_chans": 1}}', "1 channels"),
+        (
+            '{"architecture": "resnet18", "pretrained_cfg": {}, "model_args": {"in_chans": 1}}',
+            "model.in_chans=1 must be 3",
+        ),
         ('{"architecture": "resnet18", "pretrained_cfg": {}, "model_args": {"widht": 1}}', "has no argument widht"),
         ('{"architecture": "resnet18", "pretrained_cfg": {}, "model_args": [1]}', "does not describe a model of timm"),
         ('{"architecture": 3, "pretrained_cfg": {}}', "does not describe a model of timm"),

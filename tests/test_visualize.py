@@ -173,20 +173,20 @@ def test_distance_of_attention_to_one_key():
 def test_a_window_is_drawn_where_it_lies_and_ends_at_the_border():
     """Check 5 x 5 windows on an 8 x 8 map of a 32-pixel image, where each position covers 4 x 4 pixels."""
     weights = torch.arange(2 * 8 * 8 * 25.0).view(2, 8, 8, 25)
-    inside = window_at(weights, (13, 18), 32)
+    inside = window_at(weights, (13, 18), (32, 32))
     assert (inside.query, inside.box, inside.query_box) == ((3, 4), (8, 4, 28, 24), (16, 12, 20, 16))
     assert torch.equal(inside.weights, weights[:, 3, 4].view(2, 5, 5))
-    corner = window_at(weights, (0, 31), 32)
+    corner = window_at(weights, (0, 31), (32, 32))
     assert (corner.query, corner.box) == ((0, 7), (20, 0, 32, 12))
     assert torch.equal(corner.weights, weights[:, 0, 7].view(2, 5, 5)[:, 2:, :3])
-    bottom = window_at(weights, (31, 4), 32)
+    bottom = window_at(weights, (31, 4), (32, 32))
     assert (bottom.box, bottom.weights.shape) == ((0, 20, 16, 32), (2, 3, 4))
 
 
 def test_a_map_whose_side_was_rounded_up_lies_where_its_strides_put_it():
     """Sides of 50, 25, 13 and 7 put the seven positions 8 pixels apart, not 50 / 7; the last one covers two pixels."""
     weights = torch.arange(1 * 7 * 7 * 9.0).view(1, 7, 7, 9)
-    window = window_at(weights, (39, 49), 50)
+    window = window_at(weights, (39, 49), (50, 50))
     assert (window.query, window.reduction, window.box) == ((4, 6), 8, (40, 24, 56, 48))
     assert torch.equal(window.weights, weights[:, 4, 6].view(1, 3, 3)[:, :, :2])
 
@@ -283,7 +283,7 @@ def test_no_figure_is_drawn_of_fewer_than_two_points(run_dir, tmp_path, in_proce
 
 def test_a_stems_window_is_the_block_of_its_pixel():
     weights = torch.arange(2 * 9 * 256.0).view(2, 9, 16, 16)
-    window = window_at(weights, (5, 10), 12)
+    window = window_at(weights, (5, 10), (12, 12))
     assert (window.box, window.query_box) == ((8, 4, 12, 8), (10, 5, 11, 6))
     assert torch.equal(window.weights, weights[:, 5, 6].view(2, 4, 4))
 

@@ -29,7 +29,7 @@ SLOW_SECONDS = 1.0  # after this time a progress bar appears
 
 def launches_of(
     model: nn.Module,
-    image_size: int,
+    input_size: Sequence[int],
     device: torch.device,
     layout: torch.memory_format,
     autocast: AbstractContextManager,
@@ -37,8 +37,9 @@ def launches_of(
 ) -> list[Launch]:
     """Return the distinct kernels of local attention in a training step, with the arguments of their first launch.
 
-    The forward pass runs on tensors without memory, so nothing is computed and `device` need not exist. `dtype`
-    replaces the dtype of attention's inputs; it is needed without a GPU, where autocast has no effect.
+    `input_size` is an image's channels, height and width. The forward pass runs on tensors without memory, so nothing
+    is computed and `device` need not exist. `dtype` replaces the dtype of attention's inputs; it is needed without a
+    GPU, where autocast has no effect.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     calls = _Calls()
@@ -48,7 +49,7 @@ def launches_of(
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
         state = {name: on_device(x) for name, x in (*model.named_parameters(), *model.named_buffers())}
-        images = torch.empty(2, 3, image_size, image_size, device=device).to(memory_format=layout)
+        images = torch.empty(2, *input_size, device=device).to(memory_format=layout)
         # In evaluation mode, no layer draws random numbers or exchanges statistics with other processes.
         modes = [(module, module.training) for module in model.modules()]
         model.eval()

@@ -155,6 +155,7 @@ def to_config(composed: DictConfig, check: Callable[[TrainConfig], None] = valid
         config = cast(TrainConfig, OmegaConf.to_object(merged))
     except UNREADABLE as error:
         raise ConfigError(_with_interpolations(explain(error), composed)) from error
+    config.data.image_size = whole_size(config.data.image_size)
     config.data.resident = config.data.resident.lower()  # True and FALSE are taken, as for keys of true and false
     config.data.root = os.path.expanduser(config.data.root)  # the shell does not expand the ~ in data.root=~/images
     config.output_dir = os.path.expanduser(config.output_dir)
@@ -162,6 +163,22 @@ def to_config(composed: DictConfig, check: Callable[[TrainConfig], None] = valid
         config.model.pretrained = os.path.expanduser(config.model.pretrained)
     check(config)
     return config
+
+
+def whole_size(value: Any) -> int | list[int] | None:
+    """Check the type of `data.image_size`; two equal sides become one number, so that run names agree.
+
+    Raises:
+        ConfigError: the value is neither a whole number nor a list of two.
+    """
+    if value is None:
+        return None
+    sides = value if isinstance(value, list) else [value]
+    sides = [int(n) if isinstance(n, str) and re.fullmatch(r"[+-]?\d{1,18}", n) else n for n in sides]
+    if len(sides) != (2 if isinstance(value, list) else 1) or any(type(n) is not int for n in sides):
+        rule = "must be a whole number, or two for height and width, as in [160,224]"
+        raise ConfigError(f"data.image_size={shorten(as_written(value))} {rule}")
+    return sides[0] if len(set(sides)) == 1 else sides
 
 
 def as_asked(composed: DictConfig, overrides: Sequence[str], may_import: bool = True) -> TrainConfig:
@@ -229,6 +246,8 @@ def explain(error: Exception) -> str:
             return f"{shorten(full_key)}={shorten(wrong_kind[1])} must be {KINDS[wrong_kind[2]]}"
         if key.startswith("experiment"):
             return "a file in experiment/ sets keys of all groups, so it must begin with the line: # @package _global_"
+        if key and "is not a ListConfig" in str(link):
+            return f"{shorten(full_key)}: must be a list, in brackets even if it has one value, as in [0.5]"
         if key:
             return unknown_key(key) or f"{shorten(full_key)}: {shorten(str(link).splitlines()[0])}"
     return shorten(error).replace("Could not override", "cannot override")

@@ -1,15 +1,19 @@
 """Values derived from the keys: image size, crops, micro-batches and steps."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from sasa_train.config.keys import (
     DATA_SETS,
+    MODES,
     SMALL_IMAGE,
     AugmentConfig,
     DataConfig,
     TrainConfig,
     TrainerConfig,
 )
+
+InputSize = tuple[int, int, int]  # channels, height and width of the model's input
 
 
 def crops_by_padding(data: DataConfig, augment: AugmentConfig) -> bool:
@@ -22,8 +26,45 @@ def flips_images(data: DataConfig, augment: AugmentConfig) -> bool:
     return augment.hflip if augment.hflip is not None else DATA_SETS[data.name].mirrored
 
 
+def resolved_size(data: DataConfig) -> tuple[int, int]:
+    """Return the height and width of the model's input in pixels."""
+    size = data.image_size or DATA_SETS[data.name].image_size
+    return (size[0], size[1]) if isinstance(size, list) else (size, size)
+
+
 def resolved_image_size(data: DataConfig) -> int:
-    return data.image_size or DATA_SETS[data.name].image_size
+    """Return the longer side, which decides whether images are small."""
+    return max(resolved_size(data))
+
+
+def input_size(data: DataConfig) -> InputSize:
+    return (MODES[data.mode], *resolved_size(data))
+
+
+def as_input_size(size: int | InputSize) -> InputSize:
+    """Return an input size, for which a number stands for square RGB images."""
+    return (3, size, size) if isinstance(size, int) else size
+
+
+def as_image_size(height: int, width: int) -> int | list[int]:
+    """Return the value of `data.image_size`, which is a number for square images."""
+    return height if height == width else [height, width]
+
+
+def written_size(height: int, width: int) -> str:
+    """Write the value of `data.image_size` as on the command line."""
+    return f"{as_image_size(height, width)}".replace(" ", "")
+
+
+def one_channel(numbers: Sequence[float]) -> float:
+    """Return the mean or std of grey images for those of red, green and blue: their mean, as in timm's practice."""
+    return round(sum(numbers) / len(numbers), 4)
+
+
+def in_pixels(size: Sequence[int]) -> str:
+    """Describe an input size or a height and width, as in "224 pixels" or "160 x 224 pixels"."""
+    height, width = size[-2:]
+    return f"{height} pixels" if height == width else f"{height} x {width} pixels"
 
 
 def resolved_interpolation(data: DataConfig) -> str:

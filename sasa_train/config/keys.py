@@ -33,6 +33,8 @@ class DataSet(NamedTuple):
     mirrored: bool = True  # default of augment.hflip
 
 
+MODES = {"rgb": 3, "grey": 1, "grey16": 1}  # by data.mode, the number of channels
+
 IMAGENET = DataSet(1000, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 DATA_SETS = {
     "digits": DataSet(10, 8, (0.3050,) * 3, (0.3756,) * 3, mirrored=False),
@@ -54,6 +56,7 @@ class ModelConfig:
     target: str | None = key(None, "your own model instead, as in my_models.TinyNet; called with num_classes and args")
     args: dict[str, Any] = key({}, "arguments of a timm model or of target, as in model.args={drop_rate:0.1}")
     num_classes: int | None = key(None, "number of classes; null: from the data set", above=0)
+    in_chans: int | None = key(None, "channels of the images; null: 3, or 1 for data.mode=grey and grey16", above=0)
     # These keys are for sasa_train's own models only; null means that the model's name determines the value.
     stem: str | None = key(
         None, "conv, attention, attention_plain, attention_convvalues; conv_small, attention_small for images <= 64 px"
@@ -89,9 +92,13 @@ class DataConfig:
     args: dict[str, Any] = key({}, "arguments of target, as in data.args={fold:1}")
     root: str = local_key("data", "folder of the images; not used for digits", is_path=True)
     # The size of a larger image in bytes would overflow the 32-bit counters of Pillow and torch.
-    image_size: int | None = key(
-        None, "pixels; null: 8 digits, 32 CIFAR, 224 others; <= 64: small-image transforms", above=0, at_most=2**14
+    image_size: Any = key(  # int | list[int] | None, which OmegaConf cannot express; see `whole_size`
+        None,
+        "pixels, or [height,width]; null: 8 digits, 32 CIFAR, 224 others; <= 64: small-image transforms",
+        above=0,
+        at_most=2**14,
     )
+    mode: str = key("rgb", "pixels: rgb; grey: one channel; grey16: one channel of 16 bits", choices=tuple(MODES))
     num_workers: int | None = local_key(
         None, "processes that decode images; 0: none; null: half of the processors, at most 8", at_least=0, at_most=1024
     )

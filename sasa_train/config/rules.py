@@ -7,13 +7,21 @@ from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
-from sasa_train.config.derived import crops_by_padding, micro_batch_size, resolved_image_size
+from sasa_train.config.derived import (
+    crops_by_padding,
+    in_pixels,
+    micro_batch_size,
+    resolved_image_size,
+    resolved_size,
+    written_size,
+)
 from sasa_train.config.keys import (
     ARGUMENT_NAME,
     DERIVABLE,
     FREE_KEYS,
     MAX_DEPTH,
     MODEL_KEYS,
+    MODES,
     OWN_MODELS,
     PUBLISHED,
     SMALL_IMAGE,
@@ -32,7 +40,7 @@ Rules = Iterator[tuple[bool, str, str]]  # whether the rule holds, the key, and 
 def validate(config: TrainConfig) -> None:
     """Raise ConfigError for values that violate a rule or are incompatible."""
     check_values(config)
-    checks = (_of_code, _of_model, _of_data, _of_batches, _of_epochs)
+    checks = (_of_code, _of_model, _of_data, _of_mode, _of_batches, _of_epochs)
     for is_kept, key, rule in itertools.chain.from_iterable(check(config) for check in checks):
         require(is_kept, key, attrgetter(key)(config), rule)
     _check_mixing(config, micro_batch_size(config.trainer, world_size=1))
@@ -89,7 +97,8 @@ def _of_single_keys(config: TrainConfig) -> Rules:
     is_odd = kernel_size is None or kernel_size % 2 == 1
     yield is_odd, "model.kernel_size", "must be odd, so that the window has a centre"
     for name, value in {"mean": data.mean, "std": data.std}.items():
-        yield value is None or len(value) == 3, f"data.{name}", "must be three numbers, red, green and blue"
+        rule = "must be three numbers, red, green and blue, or one for grey images"
+        yield value is None or len(value) in (1, 3), f"data.{name}", rule
     rule = "must be of values in [0, 1], so 1 at most; divide numbers for values from 0 to 255 by 255"
     yield data.std is None or max(data.std) <= 1, "data.std", rule
     bounds = data.value_range
@@ -135,12 +144,13 @@ def _of_model(config: TrainConfig) -> Rules:
         yield is_ours or getattr(model, key) is None, f"model.{key}", rule + ", ".join(OWN_MODELS)
     kernel_size = model.kernel_size or 1
     limit = 2 * image_size - 1
-    rule = f"must be {limit} at most for images of {image_size} pixels: no window reaches further"
+    rule = f"must be {limit} at most for images of {in_pixels(resolved_size(config.data))}: no window reaches further"
     yield kernel_size <= limit, "model.kernel_size", rule
 
 
 def _of_data(config: TrainConfig) -> Rules:
-    data, augment, size = config.data, config.augment, resolved_image_size(config.data)
+    data, augment, sides = config.data, config.augment, resolved_size(config.data)
+    size = written_size(*sides)
     small = f"images of {SMALL_IMAGE} pixels and less"
     rule = f"needs {small} and augment.crop_mode=padded, but data.image_size={size}: a random-resized crop reads the "
     rule += "originals; use data.resident=auto"
@@ -151,9 +161,32 @@ def _of_data(config: TrainConfig) -> Rules:
     yield data.split != "test" or data.name != "digits", "data.split", rule
     yield data.value_range is None or not data.clip_values, "data.value_range", "needs data.clip_values=false"
     rule = f"must not exceed data.image_size={size}, or crops would hold nothing of the image"
-    yield (augment.crop_padding or 0) <= size, "augment.crop_padding", rule
+    yield (augment.crop_padding or 0) <= min(sides), "augment.crop_padding", rule
     rule = f"is for {small}, but data.image_size={size}; use auto or resized"
-    yield augment.crop_mode != "padded" or size <= SMALL_IMAGE, "augment.crop_mode", rule
+    yield augment.crop_mode != "padded" or max(sides) <= SMALL_IMAGE, "augment.crop_mode", rule
+
+
+def _of_mode(config: TrainConfig) -> Rules:
+    model, data, augment = config.model, config.data, config.augment
+    channels, of_mode = MODES[data.mode], f"data.mode={data.mode}"
+    rule = "is for models with names; give it to your own in model.args"
+    yield model.in_chans is None or model.target is None, "model.in_chans", rule
+    rule = f"must be {channels}, the channels of {of_mode}; leave it out, or choose another data.mode"
+    yield model.in_chans in (None, channels), "model.in_chans", rule
+    for name, value in {"mean": data.mean, "std": data.std}.items():
+        rule = f"must be {'three numbers' if channels == 3 else 'one number, as in [0.5],'} for {of_mode}"
+        yield value is None or len(value) == channels, f"data.{name}", rule
+    rule = f"does nothing to grey images ({of_mode}); leave it out"
+    for name in ("saturation", "hue"):
+        yield data.mode == "rgb" or getattr(augment, name) == 0, f"augment.{name}", rule
+    if data.mode == "grey16":
+        rule = "is defined for images of 8 bits alone; leave it out, or use data.mode=grey"
+        yield augment.policy == "none", "augment.policy", rule
+        yield augment.target is None, "augment.target", rule
+        for name in ("brightness", "contrast"):
+            yield getattr(augment, name) == 0, f"augment.{name}", rule
+        rule = "must be false for data.mode=grey16, which keeps all bits; set data.value_range instead"
+        yield not data.clip_values, "data.clip_values", rule
 
 
 def _is_colour(text: str) -> bool:

@@ -23,7 +23,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision import datasets as tv
 
-from sasa_train.config.keys import DATA_SETS, DataConfig
+from sasa_train.config.derived import one_channel
+from sasa_train.config.keys import DATA_SETS, MODES, DataConfig
 from sasa_train.data.class_names import composed, twins, with_nearest
 from sasa_train.data.decoding import RANGE_REMEDY, check_range, decoding_of
 from sasa_train.data.listing import (
@@ -186,8 +187,9 @@ def why_unreadable(error: Exception) -> str:
 
 def mean_std(config: DataConfig) -> tuple[Sequence[float], Sequence[float]]:
     """Return the per-channel mean and std for values in [0, 1]: the config's or, if null, the data set's defaults."""
-    own = DATA_SETS[config.name]
-    return config.mean or own.mean, config.std or own.std
+    own, is_grey = DATA_SETS[config.name], MODES[config.mode] == 1
+    mean, std = ([one_channel(own.mean)], [one_channel(own.std)]) if is_grey else (own.mean, own.std)
+    return config.mean or mean, config.std or std
 
 
 def load_image_sets(config: DataConfig) -> tuple[ImageSet, ImageSet]:

@@ -1,4 +1,4 @@
-"""Decode images of any mode to what a person would see: upright RGB, 8 bits per channel, over a background.
+"""Decode images of any mode to what a person would see: upright, over a background, in the mode that is asked for.
 
 Pillow itself clips float and 32-bit values to 0..255, makes transparent pixels black, and leaves photos on their side.
 """
@@ -31,6 +31,7 @@ from sasa_train.data.tiff import (
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")  # about broken EXIF data
 
 RANGE_REMEDY = "set data.value_range=[low,high]"
+WHITE = {"rgb": 255, "grey": 255, "grey16": 65_535}  # by data.mode
 MIN_SHARE = 0.25  # of a type's range: 16-bit channels of which Pillow keeps 8 bits would have fewer than 64 levels
 BANDS = {"L": 1, "LA": 1, "RGB": 3, "RGBA": 3, "CMYK": 4}  # modes that MaxSampleValue can scale; bands but for alpha
 UNSCALED = ("1", "P", "PA")  # modes of which MaxSampleValue says nothing
@@ -54,6 +55,7 @@ class Decoding:
     exif: str = "apply"
     value_range: tuple[float, float] | None = None
     clip_values: bool = False
+    mode: str = "rgb"
 
 
 DEFAULT = Decoding()
@@ -61,7 +63,37 @@ DEFAULT = Decoding()
 
 def decoding_of(data: DataConfig) -> Decoding:
     value_range = (data.value_range[0], data.value_range[1]) if data.value_range else None
-    return Decoding(data.background, data.exif, value_range, data.clip_values)
+    return Decoding(data.background, data.exif, value_range, data.clip_values, data.mode)
+
+
+def decode(image: Image.Image, decoding: Decoding = DEFAULT) -> Image.Image:
+    """Decode an image of any mode as `decoding.mode` says: to RGB, L or, for grey16, F with values from 0 to 65,535.
+
+    Raises:
+        ValueError: see `to_rgb`; or Pillow lost the low bytes of 16 bits that grey16 needs.
+    """
+    if decoding.mode == "grey16":
+        return _to_grey16(image, decoding)
+    rgb = to_rgb(image, decoding)
+    return rgb.convert("L") if decoding.mode == "grey" else rgb
+
+
+def _to_grey16(image: Image.Image, decoding: Decoding) -> Image.Image:
+    if is_16_bit(image) and not image.mode.startswith("I"):
+        raise ValueError(
+            "16 bits per channel in colour or with transparency, of which Pillow keeps only the upper 8 bits; save it "
+            "as 16-bit grey, or set data.mode=grey"
+        )
+    turn = _turn(image, decoding)
+    _load(image)
+    if not _is_deep(image):  # 8 bits, of which 255 becomes 65,535
+        return Image.fromarray(np.asarray(to_rgb(image, decoding).convert("L")).astype(np.float32) * 257)
+    levels, key = _levels(image, decoding, WHITE["grey16"]), image.info.get("transparency")
+    if isinstance(key, int) and decoding.background != "none":
+        background = np.asarray(Image.new("RGB", (1, 1), decoding.background).convert("L"))
+        levels[_values(image) == key] = 257 * background.item()
+    grey = Image.fromarray(levels.astype(np.float32))
+    return grey if turn is None else grey.transpose(turn)
 
 
 def to_rgb(image: Image.Image, decoding: Decoding = DEFAULT) -> Image.Image:
@@ -178,23 +210,27 @@ def _scaled(image: Image.Image, decoding: Decoding) -> Image.Image:
     if not _is_deep(image):
         shares = _shares(image)
         return image if min(shares) == 1 else _brightened(image, shares)
+    pixels, grey = _values(image), _levels(image, decoding, 255).astype(np.uint8)
+    key = image.info.get("transparency")
+    if not isinstance(key, int):
+        return Image.fromarray(grey)
+    return Image.merge("LA", (Image.fromarray(grey), Image.fromarray(((pixels != key) * 255).astype(np.uint8))))
+
+
+def _levels(image: Image.Image, decoding: Decoding, white: int) -> np.ndarray:
+    """Return the pixels of a deep image as whole numbers from 0 (black) to `white`, float64 [H, W]."""
     low, high = check_range(image, decoding)
-    pixels = _values(image)
-    levels = pixels.astype(np.float64)
+    levels = _values(image).astype(np.float64)
     if np.isnan(levels).any():
         raise ValueError(f"number of pixels that are NaN: {int(np.isnan(levels).sum()):,}")
     # In place, to save memory. For 16 bits, this yields the same as a division by 257.
     np.clip(levels, low, high, out=levels)
     levels -= low
-    levels /= (high - low) / 255
+    levels /= (high - low) / white
     levels += 0.5
-    grey = levels.astype(np.uint8)
-    if tags(image).get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow inverts 8-bit images only
-        grey = 255 - grey
-    key = image.info.get("transparency")
-    if not isinstance(key, int):
-        return Image.fromarray(grey)
-    return Image.merge("LA", (Image.fromarray(grey), Image.fromarray(((pixels != key) * 255).astype(np.uint8))))
+    np.floor(levels, out=levels)
+    # Pillow inverts 8-bit images only.
+    return white - levels if tags(image).get(PHOTOMETRIC) == WHITE_IS_ZERO else levels
 
 
 def check_range(image: Image.Image, decoding: Decoding) -> tuple[float, float]:

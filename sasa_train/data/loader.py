@@ -1,7 +1,7 @@
 """Loaders that yield batches on the device, from a data set kept there (resident) or streamed by worker processes.
 
 An epoch's order is a function of (seed, epoch), so a run that was stopped at any step continues with the next image
-without replaying anything. Both loaders yield (images, labels): normalised float32 [B, 3, H, W] images, and int64 [B]
+without replaying anything. Both loaders yield (images, labels): normalised float32 [B, C, H, W] images, and int64 [B]
 labels or, if mixup or cutmix was applied, float32 [B, num_classes].
 """
 
@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sasa_train.config.derived import crops_by_padding, resolved_image_size, total_steps
+from sasa_train.config.derived import crops_by_padding, in_pixels, input_size, total_steps
 from sasa_train.config.keys import TrainConfig
 from sasa_train.data.datasets import ImageSet, load_image_sets, load_val_set, mean_std
+from sasa_train.data.decoding import WHITE
 from sasa_train.data.fingerprint import fingerprint
 from sasa_train.data.mixing import Mixing
 from sasa_train.data.own_sets import build_own
@@ -24,7 +25,7 @@ from sasa_train.data.plan import BatchPlan
 from sasa_train.data.quarantine import Quarantine
 from sasa_train.data.resident import ResidentLoader, decode_all
 from sasa_train.data.streaming import StreamingLoader
-from sasa_train.data.transforms import Augment, Normalize
+from sasa_train.data.transforms import Augment, Normalize, pixel_type
 from sasa_train.data.workers import check_shared_memory
 from sasa_train.device import RunPlan
 from sasa_train.machine import available_memory, usable_processors
@@ -61,7 +62,7 @@ class Loaders:
         return [printable(self.train_set.name(int(index))) for indices in chosen for index in indices]
 
     def train_images(self, step: int, number: int) -> Tensor:
-        """Reload the images [B, 3, S, S] of micro-batch `number` in the run's step `step` (from 0)."""
+        """Reload the images [B, C, H, W] of micro-batch `number` in the run's step `step` (from 0)."""
         epoch, first_step = divmod(step, self.train.plan.steps_per_epoch)
         images, _ = next(itertools.islice(self.train.train_batches(epoch, first_step), number, None))
         return images
@@ -111,7 +112,7 @@ def _build_loader(config: TrainConfig, images: ImageSet, device: torch.device, i
     run, batch_size = RunPlan(config, device), config.trainer.global_batch_size
     plan = BatchPlan(config.seed, len(images), batch_size, run.grad_accum_steps, run.rank, run.world_size)
     mean, std = mean_std(config.data)
-    normalize = Normalize(mean, std, device, config.trainer.channels_last)
+    normalize = Normalize(mean, std, device, config.trainer.channels_last, WHITE[config.data.mode])
     # Val uses none of the transforms, and the user's own code for train need not be there.
     transforms = config.augment if split == "train" else dataclasses.replace(config.augment, target=None)
     augment = Augment(config.data, transforms, config.seed, mean)
@@ -160,14 +161,15 @@ def fetch_once(config: TrainConfig) -> None:
 
 
 def _is_resident(config: TrainConfig, num_images: int, device: torch.device, memory: int | None = None) -> bool:
-    size = resolved_image_size(config.data)
+    channels, height, width = size = input_size(config.data)
     if config.data.resident == "false" or not crops_by_padding(config.data, config.augment):
         return False
-    needed = num_images * 3 * (size + 2 * (size // 8)) ** 2  # including padding
+    padding = 2 * (min(height, width) // 8)
+    needed = num_images * channels * (height + padding) * (width + padding) * pixel_type(config.data).itemsize
     memory = available_memory(device) if memory is None else memory
     if config.data.resident == "true" and needed > memory:
         raise ConfigError(
-            f"data.resident=true: {num_images:,} images of {size} pixels need {needed / 2**30:.1f} GiB, but "
+            f"data.resident=true: {num_images:,} images of {in_pixels(size)} need {needed / 2**30:.1f} GiB, but "
             f"{device.type} has {memory / 2**30:.1f} GiB; use data.resident=auto or a subset (data.max_train_images)"
         )
     return config.data.resident == "true" or needed <= RESIDENT_SHARE * memory

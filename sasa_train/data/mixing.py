@@ -23,7 +23,7 @@ class Mixing:
         self.mixes = [mix(alpha=alpha, num_classes=num_classes) for mix, alpha in kinds if alpha]
 
     def __call__(self, images: Tensor, labels: Tensor, step: int, micro_batch: int) -> tuple[Tensor, Tensor]:
-        """Return images [B, 3, H, W] and labels, mixed (float labels [B, num_classes]) or unchanged (int64 [B])."""
+        """Return images [B, C, H, W] and labels, mixed (float labels [B, num_classes]) or unchanged (int64 [B])."""
         if step >= self.last_step or not self.mixes:
             return images, labels
         mix, numbers = self.draw(images, step, micro_batch)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sasa_train.config import own_code
+from sasa_train.config.derived import InputSize
 from sasa_train.config.keys import AugmentConfig
 from sasa_train.data.randomness import own_code_rng
 from sasa_train.refusal import ConfigError
@@ -34,7 +35,7 @@ def transform_all(
     return torch.stack(changed).to(images.device)
 
 
-def check_transform(config: AugmentConfig, size: int, seed: int) -> None:
+def check_transform(config: AugmentConfig, size: InputSize, seed: int) -> None:
     """Apply the transform twice to an image of noise, before any data is loaded.
 
     Raises:
@@ -43,7 +44,7 @@ def check_transform(config: AugmentConfig, size: int, seed: int) -> None:
     transform = load_transform(config)
     if transform is None:
         return
-    noise = torch.randint(0, 256, (1, 3, size, size), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    noise = torch.randint(0, 256, (1, *size), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     once, again = (
         transform_all(transform, str(config.target), noise.clone(), seed, 0, np.zeros(1, dtype=np.int64)) for _ in "ab"
     )

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from sasa_train.config.derived import resolved_image_size
+from sasa_train.config.derived import input_size
 from sasa_train.config.keys import DataConfig
 from sasa_train.data.datasets import Files, ImageSet, UnreadableImage
 from sasa_train.data.plan import MicroBatch
-from sasa_train.data.transforms import Augment, Shape, val_shape
+from sasa_train.data.transforms import Augment, Shape, pixel_type, val_shape
 
 Unreadable = tuple[str, str]  # name and reason
 Found = tuple[np.ndarray | None, int, list[Unreadable]]
 
 
 class Read(NamedTuple):
-    """The readable images of a batch, uint8 [n, 3, S, S], and their labels, int64 [n].
+    """The readable images of a batch, [n, C, H, W] (see `pixel_type`), and their labels, int64 [n].
 
     `rows`, int64 [n], gives their positions in the batch; `unreadable` lists the other images with the reasons.
     """
@@ -40,27 +40,27 @@ def image_files(paths: Sequence[str]) -> ImageSet:
 
 
 def read_fitted(images: ImageSet, indices: Iterable[int], data: DataConfig, num_tries: int = 1) -> Read:
-    """Read the images at `indices`, resizing the shorter side and cropping the centre as `data` sets for validation.
+    """Read the images at `indices`, resizing and cropping the centre as `data` sets for validation.
 
     An unreadable image is left out or, if `num_tries` exceeds 1, replaced by the next readable one.
     """
     shape = val_shape(data)
     found = (read_or_replace(images, int(i), shape, num_tries) for i in indices)
-    return _gather(found, resolved_image_size(data))
+    return _gather(found, data)
 
 
 def read_batches(batches: Iterable[ImageSet], data: DataConfig, num_threads: int = 1) -> Iterator[Read]:
     """Read each image set of `batches` as one batch; threads read one batch ahead of the caller."""
     # Threads suffice because Pillow releases the GIL while it decodes and resizes.
     pool, waiting = ThreadPoolExecutor(max(1, num_threads)), deque[Iterator[Found]]()
-    shape, size = val_shape(data), resolved_image_size(data)
+    shape = val_shape(data)
     try:
         for images in batches:
             waiting.append(pool.map(partial(read_or_replace, images, shape=shape), range(len(images))))
             if len(waiting) > 1:
-                yield _gather(waiting.popleft(), size)
+                yield _gather(waiting.popleft(), data)
         for last in waiting:
-            yield _gather(last, size)
+            yield _gather(last, data)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -71,14 +71,20 @@ def in_batches(images: ImageSet, batch_size: int) -> Iterator[ImageSet]:
         yield images.subset(np.arange(start, min(start + batch_size, len(images))))
 
 
-def _gather(found: Iterable[Found], size: int) -> Read:
+def _gather(found: Iterable[Found], data: DataConfig) -> Read:
     everything = list(found)
     rows = np.array([row for row, (image, *_) in enumerate(everything) if image is not None], dtype=np.int64)
-    pixels, labels = np.empty((len(rows), size, size, 3), dtype=np.uint8), np.empty(len(rows), dtype=np.int64)
+    pixels, labels = empty_pixels(len(rows), data), np.empty(len(rows), dtype=np.int64)
     for to, row in enumerate(rows):
-        pixels[to], labels[to], _ = everything[row]
+        pixels.numpy()[to], labels[to], _ = everything[row]
     unreadable = [one for *_, met in everything for one in met]
-    return Read(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(labels), rows, unreadable)
+    return Read(pixels.permute(0, 3, 1, 2), torch.from_numpy(labels), rows, unreadable)
+
+
+def empty_pixels(count: int, data: DataConfig) -> Tensor:
+    """Return memory for the pixels of `count` images, [count, H, W, C]."""
+    channels, height, width = input_size(data)
+    return torch.empty((count, height, width, channels), dtype=pixel_type(data))
 
 
 def read_or_replace(images: ImageSet, index: int, shape: Shape, num_tries: int = 1) -> Found:
@@ -107,10 +113,10 @@ class Reader:
     augment: Augment | None = None
 
     def __call__(self, micro: MicroBatch) -> Read:
-        indices, size = micro.indices, resolved_image_size(self.data)
+        indices = micro.indices
         if self.augment is None:
             return read_fitted(self.images, indices, self.data, self.num_tries)
-        pixels, labels = torch.empty((len(indices), size, size, 3), dtype=torch.uint8), np.empty(len(indices), np.int64)
+        pixels, labels = empty_pixels(len(indices), self.data), np.empty(len(indices), np.int64)
         if get_worker_info() is not None:
             pixels.share_memory_()  # shared with the main process, so that the batch is not copied
         rows, unreadable = pixels.numpy(), list[Unreadable]()

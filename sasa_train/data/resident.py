@@ -1,5 +1,6 @@
 """A loader for small images that are decoded once and kept on the device, where batches are gathered and augmented."""
 
+import math
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sasa_train.config.derived import resolved_image_size
+from sasa_train.config.derived import input_size
 from sasa_train.config.keys import DataConfig
 from sasa_train.data.datasets import ImageSet
 from sasa_train.data.mixing import Mixing
@@ -16,7 +17,7 @@ from sasa_train.data.plan import BatchPlan
 from sasa_train.data.policies import to_device
 from sasa_train.data.quarantine import Quarantine
 from sasa_train.data.reading import Reader
-from sasa_train.data.transforms import Augment, Normalize
+from sasa_train.data.transforms import Augment, Normalize, pixel_type
 from sasa_train.data.workers import Workers, check_shared_memory, queue_bytes
 from sasa_train.processes.ranks import rank
 from sasa_train.terminal import progress_bar
@@ -26,7 +27,7 @@ CHUNK = 256  # images that a worker decodes per task
 
 @dataclass
 class ResidentLoader:
-    """Builds batches from uint8 images [n, 3, S, S] (padded in train) and labels [n]; `is_good` marks readable ones."""
+    """Builds batches from images [n, C, H, W] (padded in train) and labels [n]; `is_good` marks readable ones."""
 
     images: Tensor
     labels: Tensor
@@ -61,19 +62,21 @@ class ResidentLoader:
 def decode_all(
     images: ImageSet, data: DataConfig, num_workers: int, worker_timeout: float, quarantine: Quarantine
 ) -> tuple[Tensor, Tensor, np.ndarray]:
-    """Decode small images, showing progress; return uint8 [n, 3, S, S], labels [n] and a mask of readable images.
+    """Decode small images, showing progress; return [n, C, H, W], labels [n] and a mask of readable images.
 
     Raises:
         ConfigError: more images are unreadable than `data.max_unreadable` allows, or shared memory is too small.
         DataWorkerError: a worker was killed or hangs.
     """
-    size = resolved_image_size(data)
-    if isinstance(images.source, Tensor) and images.source.shape[-2:] == (size, size):
+    size = input_size(data)
+    if isinstance(images.source, Tensor) and images.source.shape[1:] == size and pixel_type(data) == torch.uint8:
         pixels = images.source[torch.from_numpy(images.positions)]
         return pixels, torch.from_numpy(images.labels), np.ones(len(images), dtype=bool)
-    pixels, labels = torch.zeros(len(images), 3, size, size, dtype=torch.uint8), torch.tensor(images.labels)
+    pixels, labels = torch.zeros(len(images), *size, dtype=pixel_type(data)), torch.tensor(images.labels)
     is_good = np.zeros(len(images), dtype=bool)
-    check_shared_memory(queue_bytes(num_workers, CHUNK, len(images), size), num_workers)
+    check_shared_memory(
+        queue_bytes(num_workers, CHUNK, len(images), math.prod(size) * pixel_type(data).itemsize), num_workers
+    )
     chunks = BatchPlan(0, len(images), CHUNK, 1).all()
     reader = Reader(images, data, quarantine.num_tries)
     is_quiet = True if rank() else None  # None disables the bar unless stderr is a terminal

@@ -1,16 +1,18 @@
 """A loader whose workers decode and augment whole micro-batches; images stay uint8 until they are on the device."""
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from sasa_train.config.derived import input_size
 from sasa_train.data.datasets import ImageSet
 from sasa_train.data.mixing import Mixing
 from sasa_train.data.plan import BatchPlan, MicroBatch
 from sasa_train.data.quarantine import Quarantine
 from sasa_train.data.reading import Read, Reader
-from sasa_train.data.transforms import Augment, Normalize
+from sasa_train.data.transforms import Augment, Normalize, pixel_type
 from sasa_train.data.workers import Workers, queue_bytes
 
 Batch = tuple[Tensor, Tensor]
@@ -34,7 +36,8 @@ class StreamingLoader:
         self.plan, self.normalize, self.mixing, self.quarantine = plan, normalize, mixing, quarantine
         self.device = normalize.mean.device
         self.num_left_out = 0  # images in this process's share that the last evaluation left out
-        self.queue_bytes = queue_bytes(num_workers, plan.micro_batch_size, plan.num_images, augment.size)
+        image_bytes = math.prod(input_size(augment.data)) * pixel_type(augment.data).itemsize
+        self.queue_bytes = queue_bytes(num_workers, plan.micro_batch_size, plan.num_images, image_bytes)
         reader = Reader(images, augment.data, quarantine.num_tries, augment if quarantine.split == "train" else None)
         is_cuda = self.device.type == "cuda"
         self._workers = Workers(reader, quarantine.split, num_workers, worker_timeout, pin_memory=is_cuda)

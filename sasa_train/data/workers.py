@@ -198,9 +198,9 @@ def unreported(iterator: Any) -> Any:
     return iterator
 
 
-def queue_bytes(num_workers: int, batch_size: int, num_images: int, size: int) -> int:
-    """Return the size in bytes of all queued or unfinished uint8 batches [B, S, S, 3], at most the data set's size."""
-    return min(num_workers * (PREFETCH + 1) * batch_size, num_images) * 3 * size**2
+def queue_bytes(num_workers: int, batch_size: int, num_images: int, image_bytes: int) -> int:
+    """Return the size in bytes of all queued or unfinished batches, at most the data set's size."""
+    return min(num_workers * (PREFETCH + 1) * batch_size, num_images) * image_bytes
 
 
 def check_shared_memory(needed: int, num_workers: int, remedy: str = "") -> None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from sasa_train.data.datasets import read_image, why_unreadable
-from sasa_train.data.transforms import val_shape
+from sasa_train.data.transforms import as_shown, val_shape
 from sasa_train.device import autocast
 from sasa_train.machine import is_out_of_memory
 from sasa_train.predict.inference import Predictor
@@ -33,7 +33,7 @@ class Demo:
 
     def __init__(self, trained: TrainedModel, top_k: int):
         self.predictor = Predictor(trained, top_k)
-        self.path, self.size, self.name = trained.path, trained.image_size, trained.config.model.title
+        self.path, self.size, self.name = trained.path, trained.input_size[1:], trained.config.model.title
         self.layers = attention_layers(trained.model)
         self._lock = threading.Lock()  # a model whose layers are watched can run only once at a time
 
@@ -41,12 +41,13 @@ class Demo:
         """Describe the model and the limits of an upload."""
         why = f"{self.name} has no local self-attention of ours: the page shows its classes, not where it looks."
         what = {"model": self.name, "checkpoint": printable(self.path), "classes": len(self.predictor.classes)}
-        return what | {"size": self.size, "note": "" if self.layers else why, "max_bytes": MAX_BYTES}
+        height, width = self.size
+        return what | {"height": height, "width": width, "note": "" if self.layers else why, "max_bytes": MAX_BYTES}
 
     def warm_up(self) -> None:
         """Answer once, so that kernels are compiled before the first visitor waits, and a broken model is found."""
         file = io.BytesIO()
-        Image.new("RGB", (self.size, self.size)).save(file, "PNG")
+        Image.new("RGB", self.size[::-1]).save(file, "PNG")
         self.look(file.getvalue())
 
     def finish(self) -> None:
@@ -67,10 +68,11 @@ class Demo:
             ConfigError: the file cannot be read as an image, or the pixel lies outside.
             ExpectedFailure: the model's output or attention is not finite, or memory ran out.
         """
-        row, column = pixel or (self.size // 2, self.size // 2)
-        if not (0 <= row < self.size and 0 <= column < self.size):
-            last = self.size - 1
-            raise ConfigError(f"pixel {row},{column} must lie in the image as the model sees it, 0,0 to {last},{last}")
+        height, width = self.size
+        row, column = pixel or (height // 2, width // 2)
+        if not (0 <= row < height and 0 <= column < width):
+            last = f"{height - 1},{width - 1}"
+            raise ConfigError(f"pixel {row},{column} must lie in the image as the model sees it, 0,0 to {last}")
         try:
             image = self._read(content)
             classes, windows = self._run(image, (row, column))
@@ -79,10 +81,15 @@ class Demo:
                 raise
             raise ExpectedFailure(f"out of memory ({error})") from error
         layers = [of_layer(name, window) for name, window in windows.items()]
-        return {"image": as_data_url(image), "classes": classes, "pixel": [row, column], "layers": layers}
+        return {
+            "image": as_data_url(as_shown(torch.tensor(image).permute(2, 0, 1)).permute(1, 2, 0).numpy()),
+            "classes": classes,
+            "pixel": [row, column],
+            "layers": layers,
+        }
 
     def _read(self, content: bytes) -> np.ndarray:
-        """Decode, resize and crop an image file as for val, to uint8 [S, S, 3]."""
+        """Decode, resize and crop an image file as for val, to [H, W, C]."""
         try:
             return read_image(io.BytesIO(content), val_shape(self.predictor.data))
         except MemoryError:

@@ -4,7 +4,7 @@
 const at = id => document.getElementById(id);
 const COLOURS = ["#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55",
   "#fee838"].map(text => [1, 3, 5].map(start => parseInt(text.slice(start, start + 2), 16)));  // matplotlib's cividis
-const SIDE = 352;  // pixels of a drawn square
+const SIDE = 352;  // width of a drawn picture in pixels
 const SMALL_WINDOW = 0.2;  // of the image's width; smaller ones are also shown enlarged
 let about, file, answer, picture, chosen, asked = 0;
 
@@ -57,11 +57,11 @@ function show() {
     return line;
   }));
   const context = begin(at("picture"));
-  context.drawImage(picture, 0, 0, SIDE, SIDE);
-  at("pixel").textContent = `As the model sees it, ${about.size} x ${about.size} pixels.`;
+  drawPicture(context);
+  at("pixel").textContent = `As the model sees it, ${about.height} x ${about.width} pixels.`;
   if (!answer.layers.length) return;
   const [row, column] = answer.pixel;
-  dot(context, pixelBox(), box => box.map(n => n * SIDE / about.size), 7);
+  dot(context, pixelBox(), box => box.map(n => n * SIDE / about.width), 7);
   at("pixel").textContent += ` Pixel ${row},${column} is chosen; click another one.`;
   at("attention").hidden = false;
   chosen = answer.layers.some(layer => layer.name === chosen) ? chosen : answer.layers.at(-1).name;
@@ -94,25 +94,32 @@ function tile(layer, weights, title, isButton, largest = Math.max(...weights.fla
 
 function drawWeights(context, layer, weights, largest) {
   context.filter = "grayscale(1) contrast(.6)";
-  context.drawImage(picture, 0, 0, SIDE, SIDE);
+  drawPicture(context);
   context.filter = "none";
-  const scale = SIDE / about.size, [left, top, right, bottom] = layer.box;
+  const scale = SIDE / about.width, [left, top, right, bottom] = layer.box;
   const inImage = box => box.map(n => n * scale);
   context.globalAlpha = 0.8;
   context.drawImage(map(weights, largest), ...sides(inImage(layer.box)));
   context.globalAlpha = 1;
-  outline(context, inImage([left, top, Math.min(right, about.size), Math.min(bottom, about.size)]));
-  if (right - left >= about.size * SMALL_WINDOW) return dot(context, pixelBox(), inImage);
-  const [row, column] = answer.pixel, reach = 0.41 * SIDE, unit = reach / Math.max(right - left, bottom - top);
-  const x = (column < about.size / 2 ? 0.57 : 0.02) * SIDE, y = (row < about.size / 2 ? 0.57 : 0.02) * SIDE;
+  outline(context, inImage([left, top, Math.min(right, about.width), Math.min(bottom, about.height)]));
+  if (right - left >= about.width * SMALL_WINDOW) return dot(context, pixelBox(), inImage);
+  const { width, height } = context.canvas, [row, column] = answer.pixel;
+  const reach = 0.41 * Math.min(width, height), unit = reach / Math.max(right - left, bottom - top);
+  const place = (isBefore, side) => isBefore ? side - reach - 0.02 * SIDE : 0.02 * SIDE;  // in the opposite corner
+  const x = place(column < about.width / 2, width), y = place(row < about.height / 2, height);
   const enlarged = box => box.map((n, i) => i % 2 ? y + (n - top) * unit : x + (n - left) * unit);
   context.drawImage(map(weights, largest), ...sides(enlarged(layer.box)));
   outline(context, enlarged(layer.box));
   dot(context, layer.query, enlarged);
 }
 
+function drawPicture(context) {
+  context.drawImage(picture, 0, 0, context.canvas.width, context.canvas.height);
+}
+
 function begin(canvas) {
-  canvas.width = canvas.height = SIDE;
+  [canvas.width, canvas.height] = [SIDE, Math.round(SIDE * about.height / about.width)];
+  canvas.style.aspectRatio = `${about.width} / ${about.height}`;
   const context = canvas.getContext("2d");
   context.imageSmoothingEnabled = false;
   return context;
@@ -166,8 +173,8 @@ function drop(event) {
 }
 
 function choosePixel(row, column) {
-  const inside = n => Math.max(0, Math.min(about.size - 1, n));
-  if (answer && answer.layers.length) look(file, [inside(row), inside(column)]);
+  const inside = (n, size) => Math.max(0, Math.min(size - 1, n));
+  if (answer && answer.layers.length) look(file, [inside(row, about.height), inside(column, about.width)]);
 }
 
 addEventListener("dragover", event => { event.preventDefault(); at("drop").classList.add("over"); });
@@ -179,8 +186,8 @@ at("file").onchange = event => {
 };
 at("picture").onclick = event => {
   const box = at("picture").getBoundingClientRect();
-  choosePixel(...[(event.clientY - box.top) / box.height, (event.clientX - box.left) / box.width]
-    .map(share => Math.floor(share * about.size)));
+  const row = (event.clientY - box.top) / box.height, column = (event.clientX - box.left) / box.width;
+  choosePixel(Math.floor(row * about.height), Math.floor(column * about.width));
 };
 at("picture").onkeydown = event => {
   const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];

@@ -18,7 +18,7 @@ from sasa_train.trained import TrainedModel
 
 NUM_IMAGES = 64
 BATCH_SIZES = (1, 7)
-Run = Callable[[Tensor], Tensor]  # normalised images [B, 3, S, S] -> logits [B, classes]
+Run = Callable[[Tensor], Tensor]  # normalised images [B, C, H, W] -> logits [B, classes]
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Measured:
 
 
 def load_images(trained: TrainedModel, folder: Path | None) -> tuple[Tensor, str]:
-    """Return up to NUM_IMAGES normalised images [n, 3, S, S], evenly spaced in val or `folder`, with a description.
+    """Return up to NUM_IMAGES normalised images [n, 3, H, W], evenly spaced in val or `folder`, with a description.
 
     Raises:
         ConfigError: there are no readable images.

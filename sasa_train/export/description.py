@@ -5,12 +5,12 @@ import math
 from typing import Any
 
 import sasa_train
-from sasa_train.config.derived import resolved_image_size, resolved_interpolation
+from sasa_train.config.derived import as_image_size, resolved_interpolation, resolved_size
 from sasa_train.config.keys import TrainConfig
 from sasa_train.config.saved import load_config, to_yaml
 from sasa_train.data.datasets import mean_std
 from sasa_train.data.decoding import decoding_of
-from sasa_train.data.transforms import VAL_CROP, shorter_side
+from sasa_train.data.transforms import VAL_CROP, covered_size
 from sasa_train.trained import TrainedModel
 
 CARD = """---
@@ -22,7 +22,7 @@ tags:
 ---
 # {name} on {data}
 
-An image classifier trained with sasa_train {version}: {num_classes} classes, images of {size} x {size} pixels.
+An image classifier trained with sasa_train {version}: {num_classes} classes, images of {size}.
 {measured}
 
 ```python
@@ -44,15 +44,23 @@ Trained by:
 """
 
 
+OF_MODES = {
+    "rgb": "",
+    "grey": ' in grey (Pillow\'s `image.convert("L")`)',
+    "grey16": " in 16-bit grey, which timm's transform does not scale: divide them by 65,535, then normalise",
+}
+
+
 def describe(trained: TrainedModel) -> dict[str, str]:
-    """Return a file's metadata as strings (lists in JSON); `resize` is the shorter side's length before cropping."""
+    """Return a file's metadata as strings (lists in JSON); `resize` is `covered_size`, for squares one number."""
     mean, std = mean_std(trained.config.data)
     return {
         "sasa_train": sasa_train.__version__,
         "model": trained.config.model.title,
         "classes": json.dumps(trained.classes),
-        "image_size": str(trained.image_size),
-        "resize": str(shorter_side(trained.image_size, trained.config.data.val_crop)),
+        "mode": trained.config.data.mode,
+        "image_size": json.dumps(trained.image_size),
+        "resize": json.dumps(as_image_size(*covered_size(trained.input_size[1:], trained.config.data.val_crop))),
         "interpolation": resolved_interpolation(trained.config.data),
         "mean": json.dumps(list(mean)),
         "std": json.dumps(list(std)),
@@ -66,16 +74,25 @@ def timm_data_config(trained: TrainedModel) -> dict[str, Any]:
     """Return timm's data config, with which timm's `create_transform` produces the same pixels as validation."""
     data = trained.config.data
     mean, std = mean_std(data)
-    size, shorter = trained.image_size, shorter_side(trained.image_size, data.val_crop)
-    exact = math.floor(size / (size / shorter)) == shorter  # timm inverts crop_pct, and rounding may lose a pixel
+    size, covered = trained.input_size[1:], covered_size(trained.input_size[1:], data.val_crop)
     return {
-        "input_size": (3, size, size),
+        "input_size": trained.input_size,
         "mean": tuple(mean),
         "std": tuple(std),
-        "crop_pct": size / shorter if exact else size / (shorter + 0.5),
+        "crop_pct": _crop_pct(size, covered, data.val_crop),
         "crop_mode": "center",
         "interpolation": resolved_interpolation(data),
     }
+
+
+def _crop_pct(size: tuple[int, int], covered: tuple[int, int], val_crop: float | None) -> float:
+    """Return the fraction by which timm divides `size`, rounding down, to get `covered`."""
+    if size == covered:
+        return 1.0
+    if size[0] != size[1]:  # rounded down here too
+        return val_crop or VAL_CROP
+    exact = math.floor(size[0] / (size[0] / covered[0])) == covered[0]  # rounding may lose a pixel
+    return size[0] / covered[0] if exact else size[0] / (covered[0] + 0.5)
 
 
 def model_card(trained: TrainedModel) -> str:
@@ -86,7 +103,7 @@ def model_card(trained: TrainedModel) -> str:
         data=saved.data.name,
         version=sasa_train.__version__,
         num_classes=len(trained.classes),
-        size=trained.image_size,
+        size=f"{trained.input_size[1]} x {trained.input_size[2]} pixels{OF_MODES[trained.config.data.mode]}",
         measured=_measured(trained, saved),
         command=trained.checkpoint["provenance"].get("reproduce", "unknown"),
     )
@@ -114,7 +131,7 @@ def _keys_of_logits(config: TrainConfig) -> dict[str, Any]:
     """Return the keys that affect the logits, apart from weights and files, with their values."""
     mean, std = mean_std(config.data)
     data = {f"data.{key}": value for key, value in vars(decoding_of(config.data)).items()} | {
-        "data.image_size": resolved_image_size(config.data),
+        "data.image_size": as_image_size(*resolved_size(config.data)),
         "data.mean": list(mean),
         "data.std": list(std),
         "data.interpolation": resolved_interpolation(config.data),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sasa_train.attention import plain_decompositions
+from sasa_train.config.derived import input_size
 from sasa_train.config.saved import load_config
 from sasa_train.export.checking import Run
 from sasa_train.export.description import describe, model_card, timm_data_config
@@ -36,8 +37,7 @@ class Source:
 
     @functools.cached_property
     def program(self) -> torch.export.ExportedProgram:
-        size = self.trained.image_size
-        return plain_program(self.trained.model, torch.zeros(2, 3, size, size))
+        return plain_program(self.trained.model, torch.zeros(2, *self.trained.input_size))
 
 
 def plain_program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
@@ -55,7 +55,7 @@ def plain_program(model: nn.Module, images: Tensor) -> torch.export.ExportedProg
 
 
 def onnx_program(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:
-    """Convert a program to ONNX, with input `images` [batch, 3, S, S] and output `logits`."""
+    """Convert a program to ONNX, with input `images` [batch, C, H, W] and output `logits`."""
     with quiet():
         made = torch.onnx.export(
             program,
@@ -89,7 +89,7 @@ def load_safetensors(path: Path) -> nn.Module:
     """Rebuild the model using only the file."""
     described, state_dict = read_safetensors(path)
     config = load_config(described["config"], [], source=str(path))
-    model = build_model(config.model, len(json.loads(described["classes"])), int(described["image_size"]))
+    model = build_model(config.model, len(json.loads(described["classes"])), input_size(config.data))
     model.load_state_dict(state_dict)
     return model.eval()
 

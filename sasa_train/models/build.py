@@ -15,23 +15,27 @@ from torch import nn
 
 import sasa_train.models.resnet  # noqa: F401  (registers our models with timm)
 from sasa_train.config import own_code
+from sasa_train.config.derived import InputSize, as_image_size, as_input_size, in_pixels, written_size
 from sasa_train.config.keys import MODEL_KEYS, PUBLISHED, ModelConfig
 from sasa_train.config.overrides import as_written
 from sasa_train.models.arguments import check_args, check_reserved
 from sasa_train.refusal import LIBRARY_ERRORS, ConfigError, shorten
 
-# Names, arguments and image sizes that `check_args` has accepted; it builds a model several times, and a command checks
+# Names, arguments and input sizes that `check_args` has accepted; it builds a model several times, and a command checks
 # the same one several times.
-_accepted: set[tuple[str, str, int]] = set()
+_accepted: set[tuple[str, str, InputSize]] = set()
 
 
-def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
-    """Build the model `config.name` for `num_classes` classes and square RGB images `image_size` pixels wide.
+def build_model(config: ModelConfig, num_classes: int, size: int | InputSize) -> nn.Module:
+    """Build the model `config.name` for `num_classes` classes and images of (channels, height, width) `size`.
+
+    A number as `size` stands for square RGB images of this width.
 
     Raises:
         ConfigError: the name is unknown or the keys are incompatible.
     """
-    model = _build_named(config, num_classes, image_size) if config.target is None else _build_own(config, num_classes)
+    is_own = config.target is not None
+    model = _build_own(config, num_classes) if is_own else _build_named(config, num_classes, as_input_size(size))
     if config.bn_momentum is not None:
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -49,11 +53,11 @@ def _build_own(config: ModelConfig, num_classes: int) -> nn.Module:
     return model
 
 
-def _build_named(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
+def _build_named(config: ModelConfig, num_classes: int, size: InputSize) -> nn.Module:
     check_name(config.name)
     check_reserved(config.name, config.args, is_sized(config.name))
     try:
-        return _create(config, num_classes, image_size, copy.deepcopy(config.args))
+        return _create(config, num_classes, size, copy.deepcopy(config.args))
     except LIBRARY_ERRORS as error:
         raise ConfigError(f"model.name={_with_args(config, MODEL_KEYS)}: {error}") from error
 
@@ -76,11 +80,13 @@ def check_name(name: str) -> None:
         raise ConfigError(f"model.name={name}: timm has no weights of that name: {hint}")
 
 
-def _create(config: ModelConfig, num_classes: int, image_size: int, args: dict[str, Any]) -> nn.Module:
+def _create(config: ModelConfig, num_classes: int, size: InputSize, args: dict[str, Any]) -> nn.Module:
     kwargs = {key: getattr(config, key) for key in MODEL_KEYS if getattr(config, key) is not None}
     if config.drop_path_rate:
         kwargs["drop_path_rate"] = config.drop_path_rate
-    kwargs |= _sized(config.name, image_size)
+    if size[0] != 3:
+        kwargs["in_chans"] = size[0]
+    kwargs |= _sized(config.name, size)
     return timm.create_model(config.name, num_classes=num_classes, **kwargs, **args)
 
 
@@ -93,7 +99,7 @@ def _with_args(config: ModelConfig, names: Sequence[str] = ()) -> str:
     return f"{config.name} with {' '.join(given)}" if given else config.name
 
 
-def build_published(name: str, image_size: int, source: str | None = None) -> nn.Module:
+def build_published(name: str, size: InputSize, source: str | None = None) -> nn.Module:
     """Build a timm model with its published weights and classes, without changing the state of torch's generator.
 
     source: a hub folder or repository whose weights, classes and arguments are taken instead, for timm's create_model.
@@ -106,7 +112,7 @@ def build_published(name: str, image_size: int, source: str | None = None) -> nn
         raise ConfigError(f"model.pretrained=timm: timm has no weights of {name}: see timm.list_pretrained()")
     try:
         with torch.random.fork_rng(devices=[]):
-            return timm.create_model(source or name, pretrained=True, **_sized(name, image_size))
+            return timm.create_model(source or name, pretrained=True, **_sized(name, size))
     except Exception as error:  # the errors of urllib, httpx and huggingface_hub have no common base class
         reason = shorten((str(error).splitlines() or [""])[0])
         where = "they come from the Hugging Face hub or its cache ($HF_HOME): run once where there is a network,"
@@ -118,9 +124,9 @@ def build_published(name: str, image_size: int, source: str | None = None) -> nn
         ) from error
 
 
-def _sized(name: str, image_size: int) -> dict[str, Any]:
+def _sized(name: str, size: InputSize) -> dict[str, Any]:
     """Return the extra arguments required by models that are built for a fixed image size, such as vit and swin."""
-    return {"img_size": image_size} if is_sized(name) else {}
+    return {"img_size": as_image_size(*size[1:])} if is_sized(name) else {}
 
 
 def is_sized(name: str) -> bool:
@@ -141,32 +147,34 @@ def enable_grad_checkpointing(model: nn.Module) -> None:
         raise ConfigError(f"trainer.grad_checkpointing=true: {type(model).__name__} cannot do it ({error})") from error
 
 
-def check_model(config: ModelConfig, image_size: int, num_classes: int | None = None) -> nn.Module:
+def check_model(config: ModelConfig, size: int | InputSize, num_classes: int | None = None) -> nn.Module:
     """Build the model and run it on the meta device, which needs neither weights nor data; return the model.
 
+    size: see `build_model`.
     num_classes: if it is None, the config's or, because the images are not known yet, 10.
 
     Raises:
         ConfigError: the model cannot be built, or it does not accept images of this size.
     """
+    size = as_input_size(size)
     if config.target is not None:
-        return _check_own(config, image_size, num_classes or config.num_classes or 10)
+        return _check_own(config, size, num_classes or config.num_classes or 10)
     if config.args:
-        _check_args(config, image_size)
+        _check_args(config, size)
     try:
-        return _run_on_meta(config, image_size, num_classes)
+        return _run_on_meta(config, size, num_classes)
     except LIBRARY_ERRORS as error:
         reason = f": {str(error) or _failed_line(error)}"
-        sizes = _sizes_that_work(config, image_size)
-        remedy = f"; data.image_size={' or '.join(map(str, sizes))} works" if sizes else ""
+        sizes = [written_size(*found[1:]) for found in _sizes_that_work(config, size)]
+        remedy = f"; data.image_size={' or '.join(sizes)} works" if sizes else ""
         raise ConfigError(
-            f"model.name={_with_args(config)} cannot take images of {image_size} pixels{reason}{remedy}; choose "
+            f"model.name={_with_args(config)} cannot take images of {in_pixels(size)}{reason}{remedy}; choose "
             "another data.image_size or model"
         ) from error
 
 
-def _check_args(config: ModelConfig, image_size: int) -> None:
-    key = (config.name, as_written(config.args), image_size)
+def _check_args(config: ModelConfig, size: InputSize) -> None:
+    key = (config.name, as_written(config.args), size)
     if key in _accepted:
         return
     check_name(config.name)
@@ -174,33 +182,33 @@ def _check_args(config: ModelConfig, image_size: int) -> None:
 
     def create(args: dict[str, Any]) -> nn.Module:
         with torch.device("meta"), torch.no_grad():
-            return _create(config, config.num_classes or 10, image_size, args)
+            return _create(config, config.num_classes or 10, size, args)
 
     check_args(config.name, config.args, create)
     _accepted.add(key)
 
 
-def _check_own(config: ModelConfig, image_size: int, num_classes: int) -> nn.Module:
+def _check_own(config: ModelConfig, size: InputSize, num_classes: int) -> nn.Module:
     """Do the same for a model of the user's own, which may need the CPU to be built."""
-    what, images = f"model.target={config.target}", (1, 3, image_size, image_size)
+    what, images = f"model.target={config.target}", (1, *size)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):
                 model = _build_own(config, num_classes)
                 logits = model.eval()(torch.empty(images))
         except Exception:  # such as .item() of a tensor without a value
-            with own_code.errors_of(f"{what}, on an image of {image_size} pixels"):
+            with own_code.errors_of(f"{what}, on an image of {in_pixels(size)}"):
                 model = _build_own(config, num_classes)
                 logits = model.eval()(torch.zeros(images))
     _check_logits(what, logits, num_classes)
     return model
 
 
-def _run_on_meta(config: ModelConfig, image_size: int, num_classes: int | None = None) -> nn.Module:
+def _run_on_meta(config: ModelConfig, size: InputSize, num_classes: int | None = None) -> nn.Module:
     num_classes = num_classes or config.num_classes or 10
     with torch.device("meta"), torch.no_grad():
-        model = build_model(config, num_classes, image_size)
-        logits = model.eval()(torch.empty(1, 3, image_size, image_size))
+        model = build_model(config, num_classes, size)
+        logits = model.eval()(torch.empty(1, *size))
     _check_logits(f"model.name={_with_args(config)}", logits, num_classes)
     return model
 
@@ -212,11 +220,19 @@ def _check_logits(what: str, logits: Any, num_classes: int) -> None:
         raise ConfigError(f"{what}: must return logits [1, {num_classes}] for one image, but returned {shape}")
 
 
-def _sizes_that_work(config: ModelConfig, image_size: int) -> list[int]:
+def _sizes_that_work(config: ModelConfig, size: InputSize) -> list[InputSize]:
     """Return the nearest smaller and larger size that the model accepts, among some round numbers."""
-    below = range((image_size - 1) // 8 * 8, max(7, image_size - 65), -8)
-    above = [*range(image_size // 8 * 8 + 8, image_size + 65, 8), *range(image_size // 64 * 64 + 128, 577, 64)]
-    return [size for sizes in (below, above) if (size := next(filter(partial(_accepts, config), sizes), None))]
+    channels, *sides = size
+    if sides[0] == sides[1]:
+        side = sides[0]
+        below = [(n, n) for n in range((side - 1) // 8 * 8, max(7, side - 65), -8)]
+        above = [(n, n) for n in (*range(side // 8 * 8 + 8, side + 65, 8), *range(side // 64 * 64 + 128, 577, 64))]
+    else:
+        units = [unit for unit in (4, 8, 16, 32, 64, 128) if unit <= min(sides)]
+        below = [(sides[0] // unit * unit, sides[1] // unit * unit) for unit in units]
+        above = [(-(-sides[0] // unit) * unit, -(-sides[1] // unit) * unit) for unit in units]
+    shapes = ([(channels, *pair) for pair in pairs] for pairs in (below, above))
+    return [found for found in (next(filter(partial(_accepts, config), some), None) for some in shapes) if found]
 
 
 def _failed_line(error: Exception) -> str:
@@ -226,9 +242,9 @@ def _failed_line(error: Exception) -> str:
     return (of_model or frames)[-1].line or type(error).__name__
 
 
-def _accepts(config: ModelConfig, image_size: int) -> bool:
+def _accepts(config: ModelConfig, size: InputSize) -> bool:
     try:
-        _run_on_meta(config, image_size)
+        _run_on_meta(config, size)
     except (ConfigError, *LIBRARY_ERRORS):
         return False
     return True

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sasa_train.config.derived import InputSize, as_input_size
+
 
 @dataclass
 class Layer:
@@ -31,15 +33,15 @@ def count_params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def count_flops(model: nn.Module, image_size: int) -> int:
-    """Count the FLOPs of one forward pass of a single RGB image in eval mode."""
+def count_flops(model: nn.Module, size: int | InputSize) -> int:
+    """Count the FLOPs of one forward pass of a single image in eval mode; see `build_model` for its `size`."""
     device = next(model.parameters()).device
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.eval()(torch.empty(1, 3, image_size, image_size, device=device))
+        model.eval()(torch.empty(1, *as_input_size(size), device=device))
     return counter.get_total_flops()
 
 
-def count_layers(model: nn.Module, image_size: int) -> list[Layer]:
+def count_layers(model: nn.Module, size: int | InputSize) -> list[Layer]:
     """Return one row per block of each stage, one per module outside the stages, and a final row with the totals."""
     num_images = 2  # in train mode, batch norm rejects a single value per channel
     layers: dict[str, Layer] = {}
@@ -49,7 +51,7 @@ def count_layers(model: nn.Module, image_size: int) -> list[Layer]:
             if count_params(module):
                 path = f"{name}.{path}" if path else name
                 layers[path] = Layer(path, type(module).__name__, params=count_params(module))
-    images = torch.empty(num_images, 3, image_size, image_size, device=next(model.parameters()).device)
+    images = torch.empty(num_images, *as_input_size(size), device=next(model.parameters()).device)
     model.train()
     total = Layer("total", "", params=count_params(model))
     with FlopCounterMode(depth=99, display=False) as counter, _saved_bytes(model, layers, total):

@@ -100,7 +100,9 @@ class ResNet(nn.Module):
             )
         attention = {"kernel_size": kernel_size, "num_heads": num_heads, "position": position, "content": content}
         attention |= {"border": border, "backend": backend}
-        self.num_classes, self.drop_rate, self.grad_checkpointing = num_classes, drop_rate, False
+        # timm reads num_classes and in_chans when it exports or adapts a model.
+        self.num_classes, self.in_chans = num_classes, in_chans
+        self.drop_rate, self.grad_checkpointing = drop_rate, False
         channels = round(STEM_CHANNELS * width)
         self.stem, reduction = build_stem(stem, in_chans, channels, backend)
         self.feature_info = [{"num_chs": channels, "reduction": reduction, "module": "stem"}]

@@ -73,7 +73,7 @@ def resolve(config: ModelConfig) -> ModelConfig:
     Arguments and keys that are set have precedence over the source's; `model.pretrained=timm` becomes the source.
 
     Raises:
-        ConfigError: see `read_source`, or the source's images are not RGB.
+        ConfigError: see `read_source`.
     """
     if not names_source(config.name):
         return config
@@ -82,9 +82,9 @@ def resolve(config: ModelConfig) -> ModelConfig:
     args.pop("num_classes", None)  # the data's
     if is_sized(source.architecture):
         args.pop("img_size", None)  # data.image_size
-    if (in_chans := args.pop("in_chans", 3)) != 3:
-        raise ConfigError(f"model.name={printable(config.name)}: is for images with {in_chans} channels, not RGB")
     values: dict[str, Any] = {"name": source.architecture, "source": config.name}
+    if (in_chans := args.pop("in_chans", 3)) != 3:
+        values["in_chans"] = config.in_chans or in_chans  # data.mode must have as many
     values["drop_path_rate"] = config.drop_path_rate or args.get("drop_path_rate", 0.0)
     args.pop("drop_path_rate", None)
     if source.architecture in OWN_MODELS:

@@ -56,7 +56,7 @@ class Predictor:
 
     @torch.inference_mode()
     def best(self, pixels: Tensor) -> list[Ranking]:
-        """Return the top classes, with softmax probabilities, for uint8 images [B, 3, S, S] preprocessed as for val."""
+        """Return the top classes, with softmax probabilities, for images [B, C, H, W] preprocessed as for val."""
         with autocast(self.device, self.precision):
             logits = self.model(self.normalize(pixels.to(self.device)))
         return most_probable(logits, self.classes, self.top_k)

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from sasa_train.config.compose import compose_config
-from sasa_train.config.derived import has_top5, resolved_image_size
+from sasa_train.config.derived import has_top5, in_pixels, resolved_size
 from sasa_train.config.keys import MODEL_KEYS, TrainConfig, flatten, key_table
 from sasa_train.config.overrides import as_written
 from sasa_train.files import read_regular
@@ -211,12 +211,12 @@ def beside_paper(job: Job, row: Row) -> dict[str, Any] | None:
         for key, (papers, ours) in differing_keys(paper, keys).items()
         if key != "family"  # redundant: it names a combination of stem and stage_ops
     )
-    size = resolved_image_size(config.data)
+    size = resolved_size(config.data)
     columns = ("whose", "model", "data", "top1, last epoch", "M params", "GFLOPs")
     top1 = shown(job.val[-1]["top1"] if job.val else None, "{:.2f}")
     of_ours = (
         config.model.title,
-        f"{config.data.name} at {size}",
+        f"{config.data.name} at {in_pixels(size).removesuffix(' pixels')}",
         top1,
         in_millions(row.params),
         in_billions(row.flops),
@@ -227,6 +227,6 @@ def beside_paper(job: Job, row: Row) -> dict[str, Any] | None:
     return {
         "rows": [dict(zip(columns, line, strict=True)) for line in lines],
         "differing": differing,
-        "is_same_size": size == 224,
+        "is_same_size": size == (224, 224),
         "held_out": f"{note[0].upper()}{note[1:]}." if note else "",
     }

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from sasa_train import __version__
-from sasa_train.config.derived import resolved_image_size
+from sasa_train.config.derived import in_pixels, resolved_size
 from sasa_train.config.saved import to_yaml
 from sasa_train.extras import why_not
 from sasa_train.machine import now
@@ -114,7 +114,7 @@ def run_page(
             ("config", "Config"), ("environment", "Environment"), ("files", "Files"),
         ],
         model=config.model.title,
-        data=f"{config.data.name} at {resolved_image_size(config.data)} pixels",
+        data=f"{config.data.name} at {in_pixels(resolved_size(config.data))}",
         headline=facts.headline(job),
         verdicts=said,
         warnings=[*([(caution, [])] if caution else []), *facts.warnings(job)],

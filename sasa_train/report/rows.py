@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from sasa_train.config.derived import expected_num_classes, resolved_image_size
+from sasa_train.config.derived import expected_num_classes, input_size
 from sasa_train.config.keys import NOT_TRAJECTORY, TrainConfig, flatten
 from sasa_train.config.overrides import as_written
 from sasa_train.paper import ROWS as PAPER_ROWS
@@ -223,7 +223,7 @@ def _count_model(config: TrainConfig, jobs: list[Job]) -> tuple[int, int, int] |
     from sasa_train.models import build_model
     from sasa_train.models.counting import count_flops, count_params, meta_model
 
-    num_classes, size = expected_num_classes(config) or _num_classes_of(jobs), resolved_image_size(config.data)
+    num_classes, size = expected_num_classes(config) or _num_classes_of(jobs), input_size(config.data)
     if num_classes is None:
         return None
     try:

@@ -5,7 +5,7 @@ import textwrap
 from collections import Counter
 from typing import Any
 
-from sasa_train.config.derived import resolved_image_size
+from sasa_train.config.derived import in_pixels, resolved_size
 from sasa_train.config.differences import without_groups
 from sasa_train.config.keys import TrainConfig
 from sasa_train.files import csv_text
@@ -195,7 +195,7 @@ def split_of(config: TrainConfig) -> str:
     """Describe the val split in words."""
     data = config.data
     part = "" if data.max_val_images is None else f", {data.max_val_images:,} images of it at most"
-    size = f"{data.name} at {resolved_image_size(data)} pixels"
+    size = f"{data.name} at {in_pixels(resolved_size(data))}"
     if data.holdout_fraction > 0:
         return f"{100 * data.holdout_fraction:g} % held out of train of {size}{part}"
     if data.name == "digits":

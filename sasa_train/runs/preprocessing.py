@@ -6,8 +6,8 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from sasa_train.config.derived import resolved_image_size, resolved_interpolation
-from sasa_train.config.keys import SMALL_IMAGE, DataConfig, TrainConfig
+from sasa_train.config.derived import one_channel, resolved_image_size, resolved_interpolation
+from sasa_train.config.keys import MODES, SMALL_IMAGE, DataConfig, TrainConfig
 from sasa_train.config.overrides import as_written
 from sasa_train.config.rules import validate
 from sasa_train.config.saved import TAKEN
@@ -17,6 +17,7 @@ from sasa_train.refusal import ConfigError, shorten
 from sasa_train.terminal import printable, warn
 
 READING = [field.name for field in dataclasses.fields(Decoding)]  # keys of data without a null, so never taken
+PER_CHANNEL = ("mean", "std")
 CROP_MODE = "crop_mode"  # timm's; our val crop is its "center"
 Stated = dict[str, Any]  # CROP_MODE, READING and other keys of data, with values from a source, not checked yet
 
@@ -56,8 +57,9 @@ def with_preprocessing(config: TrainConfig, stated: Stated) -> tuple[TrainConfig
     """
     source, data, followed = f"model.pretrained={printable(str(config.model.pretrained))}", config.data, []
     for name in _names(config, stated):
+        theirs = stated[name]
         try:
-            value = _checked(config, name, stated[name])
+            value = _checked(config, name, _fitting(theirs, MODES[config.data.mode]) if name in PER_CHANNEL else theirs)
         except ConfigError as error:
             why = printable(shorten(error))
             warn(f"{source} states a preprocessing that is not taken: {why}; set data.{name} yourself")
@@ -65,7 +67,8 @@ def with_preprocessing(config: TrainConfig, stated: Stated) -> tuple[TrainConfig
         given = getattr(config.data, name)
         if given in (None, value):
             data = dataclasses.replace(data, **{name: value})
-            followed.append(f"data.{name}={as_written(value)}")
+            how = "" if theirs == value else "the mean of" if len(value) == 1 else "repeating"
+            followed.append(f"data.{name}={as_written(value)}" + (f" ({how} {as_written(theirs)})" if how else ""))
         else:
             warn(
                 f"data.{name}={as_written(given)}, but {source} was trained with {as_written(value)}; leave "
@@ -95,10 +98,18 @@ def _names(config: TrainConfig, stated: Stated) -> list[str]:
     return [name for name in names if name != "val_crop" or not is_small]  # small images have no such crop
 
 
+def _fitting(theirs: Any, channels: int) -> Any:
+    """Convert the numbers of another number of channels: those of colours to their mean, that of grey to all three."""
+    is_numbers = isinstance(theirs, list) and all(type(number) in (int, float) for number in theirs)
+    if not is_numbers or len(theirs) not in (1, 3) or len(theirs) == channels:
+        return theirs
+    return [one_channel(theirs)] if channels == 1 else theirs * 3
+
+
 def _checked(config: TrainConfig, name: str, value: Any) -> Any:
     """Return a stated value with the type of its key; raise ConfigError if the key does not accept it."""
     if name != "interpolation":
-        is_list = name in ("mean", "std")
+        is_list = name in PER_CHANNEL
         numbers = value if isinstance(value, list) else [value]
         if isinstance(value, list) != is_list or not all(type(number) in (int, float) for number in numbers):
             rule = "a list of numbers" if is_list else "a number"

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from timm.models import clean_state_dict
 from torch import nn
 
-from sasa_train.config.derived import resolved_image_size
+from sasa_train.config.derived import as_image_size, input_size, resolved_size
 from sasa_train.config.keys import MODEL_KEYS, PUBLISHED, TrainConfig
 from sasa_train.config.overrides import as_written
 from sasa_train.config.saved import load_config
@@ -42,7 +42,7 @@ class Weights:
     state_dict: StateDict
     classes: list[str] | None = None
     model: dict[str, Any] = field(default_factory=dict)  # name, and those of MODEL_KEYS that are set
-    image_size: int | None = None
+    image_size: int | list[int] | None = None  # as in data.image_size
     preprocessing: Stated = field(default_factory=dict)
     sha256: str = ""  # of the file, or of the tensors of timm's published weights
 
@@ -73,7 +73,7 @@ def read_weights(config: TrainConfig) -> Weights:
 
 def _published(config: TrainConfig, source: str) -> Weights:
     """Return the weights that timm's create_model loads for the model's name, or from local-dir:PATH or hf-hub:NAME."""
-    size = resolved_image_size(config.data)
+    size = input_size(config.data)
     if source == PUBLISHED:
         model = build_published(config.model.name, size)
     else:
@@ -83,7 +83,7 @@ def _published(config: TrainConfig, source: str) -> Weights:
     return Weights(
         state_dict,
         classes if _are_names(classes) else None,
-        image_size=described["input_size"][-1],
+        image_size=as_image_size(*described["input_size"][-2:]),
         preprocessing=stated_by_timm(described),
         sha256=_digest(state_dict),
     )
@@ -155,14 +155,14 @@ def _of_checkpoint(checkpoint: dict[str, Any]) -> Weights:
     return Weights(_tensors(averaged), checkpoint["classes"], *_stated(checkpoint["config"]))
 
 
-def _stated(yaml_text: str) -> tuple[dict[str, Any], int | None, Stated]:
+def _stated(yaml_text: str) -> tuple[dict[str, Any], int | list[int] | None, Stated]:
     """Return a saved config's model, image size and preprocessing; nothing if it has keys of a later version."""
     try:
         config = load_config(yaml_text)
     except ConfigError:
         return {}, None, {}
     given = {key: value for key in ("name", *MODEL_KEYS) if (value := getattr(config.model, key)) is not None}
-    return given, resolved_image_size(config.data), stated_by_config(config.data)
+    return given, as_image_size(*resolved_size(config.data)), stated_by_config(config.data)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, str], StateDict]:

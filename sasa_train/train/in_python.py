@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from sasa_train.config import own_code
-from sasa_train.config.derived import resolved_image_size
+from sasa_train.config.derived import in_pixels, input_size
 from sasa_train.config.keys import MODEL_KEYS, TrainConfig, with_values
 from sasa_train.config.overrides import parse_overrides
 from sasa_train.processes.ranks import world_size
@@ -169,9 +169,10 @@ def _with_outputs(config: TrainConfig, model: Model | None) -> TrainConfig:
     """Set `model.num_classes`, if it is null, to the number of outputs of a model that is given as a module."""
     if not isinstance(model, nn.Module) or config.model.num_classes is not None:
         return config
-    size = resolved_image_size(config.data)
-    with own_code.errors_of(f"model, on an image of {size} pixels"), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        logits = own_code.load("model.target", str(config.model.target))(10).eval()(torch.zeros(1, 3, size, size))
+    size = input_size(config.data)
+    what = f"model, on an image of {in_pixels(size)}"
+    with own_code.errors_of(what), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        logits = own_code.load("model.target", str(config.model.target))(10).eval()(torch.zeros(1, *size))
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
         found = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise ConfigError(f"model: must return logits [batch, num_classes], but returned {found}")

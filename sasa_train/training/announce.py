@@ -11,6 +11,7 @@ import torch
 
 from sasa_train.config import own_code
 from sasa_train.config.compose import as_overrides
+from sasa_train.config.derived import in_pixels
 from sasa_train.config.keys import TrainConfig
 from sasa_train.config.own_keys import imports_for, targets_of
 from sasa_train.data.loader import Loaders
@@ -39,12 +40,13 @@ def describe_plan(plan: RunPlan, loaders: Loaders, state: TrainState) -> str:
         batch += f" = {plan.world_size} processes x {plan.grad_accum_steps} x {plan.micro_batch_size}"
     elif plan.grad_accum_steps > 1:
         batch += f" = {plan.grad_accum_steps} x {plan.micro_batch_size}"
+    mode = "" if config.data.mode == "rgb" else f" in {config.data.mode}"
     lines = {
         "device": f"{state.device}, {config.trainer.precision}",
         **({"threads": threads} if (threads := describe_crowding(state.device)) else {}),
         "model": f"{config.model.title}, {num_parameters:,} parameters",
         "data": f"{config.data.name}, {train.num_images:,} train and {val.num_images:,} val images of "
-        f"{plan.image_size} pixels, {len(loaders.classes)} classes, {loaders.kind}",
+        f"{in_pixels(plan.input_size)}{mode}, {len(loaders.classes)} classes, {loaders.kind}",
         "batch": f"{batch} images per step, {plan.steps_per_epoch:,} steps per epoch, {plan.num_steps:,} in all",
         "lr": f"{peak_lr(config):g} at its peak ({config.optimizer.lr:g} {config.optimizer.lr_basis})",
     }

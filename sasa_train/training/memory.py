@@ -9,7 +9,13 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from sasa_train.config import own_code
-from sasa_train.config.derived import expected_num_classes, micro_batch_size, resolved_image_size, with_micro_batch_size
+from sasa_train.config.derived import (
+    expected_num_classes,
+    in_pixels,
+    input_size,
+    micro_batch_size,
+    with_micro_batch_size,
+)
 from sasa_train.config.keys import TrainConfig
 from sasa_train.config.saved import load_config, load_config_file
 from sasa_train.device import RunPlan
@@ -37,17 +43,17 @@ def check_memory(plan: RunPlan, model: nn.Module) -> None:
         ConfigError: these tensors exceed the device's memory (the machine's, on a CPU), or the model cannot be
             trained with these micro-batches, e.g. because batch norm gets a single value per channel.
     """
-    trainer, size, device = plan.trainer, plan.image_size, plan.device
+    trainer, device = plan.trainer, plan.device
     micro_batch = min(2, plan.micro_batch_size) if trainer.micro_batch_size == "auto" else plan.micro_batch_size
     own = plan.config.model.target
     named = f"model.target={own}" if own is not None else f"model.name={plan.config.model.name}"
-    what = f"{named} on micro-batches of {micro_batch:,} images of {size} pixels"
+    what = f"{named} on micro-batches of {micro_batch:,} images of {in_pixels(plan.input_size)}"
     remedy = (
         "; change data.image_size, model.width or num_classes, or trainer.global_batch_size, micro_batch_size or "
         "grad_accum_steps"
     )
     try:
-        outputs = largest_output(model, torch.empty(micro_batch, 3, size, size, device="meta"))
+        outputs = largest_output(model, torch.empty(micro_batch, *plan.input_size, device="meta"))
     except Exception as error:
         if own is not None:  # it may need real weights and images
             outputs = _largest_of_own(plan, micro_batch, what)
@@ -70,8 +76,8 @@ def _largest_of_own(plan: RunPlan, micro_batch: int, what: str) -> int:
     """Do the same for a model of the user's own on the CPU, with two images, if there are as many, for speed."""
     few = min(2, micro_batch)
     with own_code.errors_of(what), torch.random.fork_rng(devices=[]):
-        model = build_model(plan.config.model, plan.config.model.num_classes or 10, plan.image_size)
-        return micro_batch // few * largest_output(model, torch.zeros(few, 3, plan.image_size, plan.image_size))
+        model = build_model(plan.config.model, plan.config.model.num_classes or 10, plan.input_size)
+        return micro_batch // few * largest_output(model, torch.zeros(few, *plan.input_size))
 
 
 def largest_output(model: nn.Module, images: torch.Tensor) -> int:
@@ -128,7 +134,7 @@ def largest_micro_batch(plan: RunPlan) -> int:
         if plan.device.type == "cuda":  # the trials must not count toward the run's peak memory
             _forget_peak(plan.device)
     raise ConfigError(
-        f"trainer.micro_batch_size=auto: not even one image of {plan.image_size} pixels fits into the memory of "
+        f"trainer.micro_batch_size=auto: not even one image of {in_pixels(plan.input_size)} fits into the memory of "
         f"{plan.device}; use trainer.grad_checkpointing=true, a smaller model or data.image_size"
     )
 
@@ -140,7 +146,7 @@ def _forget_peak(device: torch.device) -> None:
 
 
 def _build(config: TrainConfig) -> nn.Module:
-    model = build_model(config.model, expected_num_classes(config) or 1000, resolved_image_size(config.data))
+    model = build_model(config.model, expected_num_classes(config) or 1000, input_size(config.data))
     if config.trainer.grad_checkpointing:
         enable_grad_checkpointing(model)
     return model
@@ -148,19 +154,19 @@ def _build(config: TrainConfig) -> nn.Module:
 
 def _fits_cpu(plan: RunPlan, num_images: int) -> bool:
     with torch.device("meta"):
-        total = count_layers(_build(plan.config), plan.image_size)[-1]
+        total = count_layers(_build(plan.config), plan.input_size)[-1]
     weights = 4 * 4 * total.params  # including gradient, momentum and average
     return num_images * total.activation_bytes <= SHARE * (available_memory(plan.device) - weights)
 
 
 def _fits_cuda(plan: RunPlan, num_images: int) -> bool:
     """Return whether a training step with `num_images` images leaves a tenth of the device's memory free."""
-    device, size = plan.device, plan.image_size
+    device = plan.device
     _forget_peak(device)
     try:
         state = build_state(plan.config, _build(plan.config), device)
         layout = torch.channels_last if plan.trainer.channels_last else torch.contiguous_format
-        images = torch.zeros(num_images, 3, size, size, device=device).to(memory_format=layout)
+        images = torch.zeros(num_images, *plan.input_size, device=device).to(memory_format=layout)
         labels = torch.zeros(num_images, dtype=torch.int64, device=device)
         with plan.autocast():
             loss = nn.functional.cross_entropy(state.model.train()(images).float(), labels)
@@ -186,7 +192,7 @@ def memory_advice(plan: RunPlan, run_dir: Path, error: BaseException) -> str:
     ways += ["trainer.precision=bf16"] if device.type == "cuda" and trainer.precision == "fp32" else []
     ways += ["a smaller data.image_size"]
     return (
-        f"{device} is out of memory with micro-batches of {micro} images of {plan.image_size} pixels: "
+        f"{device} is out of memory with micro-batches of {micro} images of {in_pixels(plan.input_size)}: "
         f"{peak_memory(device) / 2**20:,.0f} MiB were in use at most, {available_memory(device) / 2**20:,.0f} MiB are "
         f"free now ({str(error).partition(chr(10))[0]}). Try {', or '.join(ways)}. Where there is a checkpoint, go on "
         f"with sasa-train resume={run_dir} trainer.micro_batch_size=... "

@@ -14,7 +14,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
-from sasa_train.config.derived import resolved_image_size, total_steps
+from sasa_train.config.derived import input_size, total_steps
 from sasa_train.config.keys import OptimizerConfig, ScheduleConfig, TrainConfig
 from sasa_train.models.layers import AttentionStem, LocalSelfAttention2d
 from sasa_train.processes.ranks import world_size
@@ -210,9 +210,9 @@ def _trial_step(config: TrainConfig, model: nn.Module, state: dict[str, Any] | N
 def _with_gradient(config: TrainConfig, model: nn.Module) -> set[nn.Parameter]:
     """Return the parameters that get a gradient from two images."""
     model.zero_grad()
-    parameters, size = list(model.parameters()), resolved_image_size(config.data)
+    parameters = list(model.parameters())
     with torch.random.fork_rng([parameters[0].device] if parameters[0].is_cuda else []):
-        model.train()(torch.zeros(2, 3, size, size, device=parameters[0].device)).sum().backward()
+        model.train()(torch.zeros(2, *input_size(config.data), device=parameters[0].device)).sum().backward()
     return {parameter for parameter in parameters if parameter.grad is not None}
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from sasa_train.config.keys import DATA_SETS, MODEL_KEYS, OWN_MODELS, PUBLISHED, SMALL_IMAGE, TrainConfig, with_values
+from sasa_train.config.derived import in_pixels, resolved_image_size, resolved_size
+from sasa_train.config.keys import MODEL_KEYS, OWN_MODELS, PUBLISHED, SMALL_IMAGE, TrainConfig, with_values
 from sasa_train.config.overrides import as_written
 from sasa_train.config.rules import check_world_size, validate
 from sasa_train.config.saved import as_begun, to_yaml
@@ -94,10 +95,11 @@ def choose(config: TrainConfig) -> tuple[TrainConfig, Facts]:
 
 def _warn_if_enlarged(config: TrainConfig, facts: Facts) -> None:
     """Warn of an image size that was set and is far above the images' own; weights may need one."""
-    size = config.data.image_size
-    if size and "data.image_size" not in config.derive and facts.source is None and size > MAX_ENLARGED * facts.side:
+    given, size = config.data.image_size, min(resolved_size(config.data))
+    if given and "data.image_size" not in config.derive and facts.source is None and size > MAX_ENLARGED * facts.side:
         warn(
-            f"the images are {facts.side} pixels (median of their shorter sides); data.image_size={size} enlarges them "
+            f"the images are {facts.side} pixels (median of their shorter sides); data.image_size={as_written(given)} "
+            "enlarges them "
             f"{size / facts.side:.3g} times, which takes more time and memory and shows no more of them; without this "
             "key, a size is chosen"
         )
@@ -203,12 +205,12 @@ def _small_net(config: TrainConfig, facts: Facts) -> dict[str, Choice]:
     choices: dict[str, Choice] = {"name": ("hybrid_resnet26", "the smallest net with attention; its stem convolves")}
     if config.model.name not in OWN_MODELS:
         return {}
-    size = config.data.image_size or DATA_SETS[config.data.name].image_size
+    size, pixels = resolved_image_size(config.data), in_pixels(resolved_size(config.data))
     if size <= 32:
         stem = "attention_small" if config.model.name.startswith("sasa") else "conv_small"
-        choices["stem"] = (stem, f"images of {size} pixels are too small for a stem that pools")
+        choices["stem"] = (stem, f"images of {pixels} are too small for a stem that pools")
     if size <= SMALL_IMAGE:
-        choices["kernel_size"] = (5, f"a window that fits the small maps of images of {size} pixels")
+        choices["kernel_size"] = (5, f"a window that fits the small maps of images of {pixels}")
     if not facts.has_cuda or facts.num_images < 10_000:
         why = "on a CPU" if not facts.has_cuda else f"with {facts.num_images:,} images"
         choices["width"] = (0.25, f"a quarter of the channels, {why}")

@@ -125,7 +125,7 @@ def train_in_folder(plan: RunPlan, run: RunFolder, stop: StopRequest) -> bool:
     run.provenance, difference = provenance(plan.config)
     # The seed is set here, so that the initial weights do not depend on random numbers drawn earlier.
     torch.manual_seed(plan.config.seed)
-    model = build_model(plan.config.model, len(loaders.classes), plan.image_size)
+    model = build_model(plan.config.model, len(loaders.classes), plan.input_size)
     begin_with(weights, model, loaders.classes, run, plan.config, preprocessing)
     del weights  # they take as much memory as the model
     stepper = build_stepper(plan, model)
@@ -170,7 +170,7 @@ def check_checkpoint(plan: RunPlan, run: RunFolder) -> None:
     """Raise ConfigError if the checkpoint's weights are not this config's, before they are loaded or images read."""
     if run.checkpoint is None:
         return
-    model = check_model(plan.config.model, plan.image_size, len(run.checkpoint["classes"]))
+    model = check_model(plan.config.model, plan.input_size, len(run.checkpoint["classes"]))
     for key in ("model", "ema"):
         if run.checkpoint[key] is not None and (wrong := first_misfit(model, run.checkpoint[key])):
             raise _misfit(run, plan.config, f"{key}.{wrong}")
@@ -242,7 +242,7 @@ def compile_together(plan: RunPlan, model: nn.Module) -> None:
         layout = torch.channels_last if plan.trainer.channels_last else torch.contiguous_format
         try:
             if not INTERPRETED and unavailable_on(plan.device) is None:
-                compile_ahead(launches_of(model, plan.image_size, plan.device, layout, plan.autocast()))
+                compile_ahead(launches_of(model, plan.input_size, plan.device, layout, plan.autocast()))
         except Exception as error:
             warn(f"the attention kernels are compiled one by one, when they are first used, because of {error!r}")
     collectives.wait_for_all()  # the other processes then find the kernels in Triton's cache
@@ -319,10 +319,10 @@ def continue_from(run: RunFolder, state: TrainState, config: TrainConfig) -> Non
 def check_buildable(plan: RunPlan) -> None:
     """Build the model (without weights), optimizer and schedule, to reject invalid settings before data is loaded."""
     config = plan.config
-    check_transform(config.augment, plan.image_size, config.seed)
+    check_transform(config.augment, plan.input_size, config.seed)
     if config.data.target is not None:
         own_code.load("data.target", config.data.target)
-    model = check_model(config.model, plan.image_size)
+    model = check_model(config.model, plan.input_size)
     check_memory(plan, model)
     if config.trainer.grad_checkpointing:
         enable_grad_checkpointing(model)

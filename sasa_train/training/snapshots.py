@@ -18,7 +18,7 @@ BLUE, RED = (8, 48, 107), (165, 15, 21)
 
 
 def contact_sheet(images: Tensor, captions: Sequence[str]) -> Tensor:
-    """Arrange the first 64 of the uint8 images [B, 3, S, S] in a grid, each above its own of `captions`."""
+    """Arrange the first 64 of the uint8 images [B, 3, H, W] in a grid, each above its own of `captions`."""
     images = enlarge(images[:SHEET_IMAGES], SHEET_PIXELS)
     strips = [_strip(caption, images.shape[-1]) for caption in captions[:SHEET_IMAGES]]
     tiles = torch.cat([images, torch.stack(strips)], 2)

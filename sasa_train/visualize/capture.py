@@ -60,7 +60,7 @@ def attention_of(
     """Run the model once and return its logits and the attention weights by layer name, checked to sum to one.
 
     Args:
-        images: normalised, [B, 3, S, S].
+        images: normalised, [B, C, H, W].
         layers: names from `attention_layers(model)`, or None for all. The weights of a layer are [B, N, H, W, K*K], and
             those of an attention stem [B, N, blocks, 16, 16]. They are large, so name only the layers that are needed.
 

@@ -13,6 +13,7 @@ from sasa_train.data.datasets import ImageSet, has_train, limit, load_image_sets
 from sasa_train.data.fingerprint import fingerprint
 from sasa_train.data.quarantine import Quarantine
 from sasa_train.data.reading import image_files, read_fitted
+from sasa_train.data.transforms import as_shown
 from sasa_train.device import autocast, resolve
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.metrics import read_metrics
@@ -126,7 +127,7 @@ def read_rows(trained: TrainedModel, run_dir: Path | None) -> Rows:
 
 
 def check_choice(trained: TrainedModel, choice: Choice) -> None:
-    layers, size = attention_layers(trained.model), trained.image_size
+    layers, (height, width) = attention_layers(trained.model), trained.input_size[1:]
     for name in choice.layers or ():
         if name not in layers:
             raise ConfigError(f"--layers {printable(name)} must be one of {', '.join(layers)}")
@@ -135,14 +136,14 @@ def check_choice(trained: TrainedModel, choice: Choice) -> None:
         if head >= most:
             raise ConfigError(f"--heads {head} must be below {most}: the layers shown have no more heads")
     for row, column in choice.pixels or ():
-        if not (0 <= row < size and 0 <= column < size):
+        if not (0 <= row < height and 0 <= column < width):
             raise ConfigError(
-                f"--pixels {row},{column} must lie in the image as the model sees it, 0,0 to {size - 1},{size - 1}"
+                f"--pixels {row},{column} must lie in the image as the model sees it, 0,0 to {height - 1},{width - 1}"
             )
 
 
 def read_files(files: Sequence[str], data: DataConfig) -> tuple[Tensor, Tensor]:
-    """Read the user's own images as uint8 [B, 3, S, S], with all labels set to -1.
+    """Read the user's own images as [B, C, H, W], with all labels set to -1.
 
     Raises:
         ConfigError: an image cannot be read.
@@ -190,13 +191,13 @@ def _draw_maps(
 
 
 def look_at_images(trained: TrainedModel, images: Tensor, labels: Tensor, choice: Choice) -> list[View]:
-    """Return a view for each query pixel of each image; images: uint8 [B, 3, S, S], labels: [B], -1 if unknown."""
+    """Return a view for each query pixel of each image; images: [B, C, H, W], labels: [B], -1 if unknown."""
     layers = list(choice.layers or default_layers(trained))
     device, config = resolve(trained.config)
     model, normalize = trained.model.to(device), trained.normalize(device)
     views = []
     for image, label in zip(images, labels.tolist(), strict=True):
-        pixels = image.permute(1, 2, 0).numpy()
+        pixels = as_shown(image).permute(1, 2, 0).numpy()
         queries = list(choice.pixels or default_pixels(pixels))
         with autocast(device, config.trainer.precision):
             logits, weights = attention_of(model, normalize(image[None].to(device)), layers)
@@ -205,7 +206,7 @@ def look_at_images(trained: TrainedModel, images: Tensor, labels: Tensor, choice
         prediction = Prediction(pixels, name, trained.classes[int(top.indices)], float(top.values))
         of_image = {layer: found[0].cpu() for layer, found in weights.items()}
         for query in queries:
-            windows = {layer: window_at(found, query, trained.image_size) for layer, found in of_image.items()}
+            windows = {layer: window_at(found, query, trained.input_size[1:]) for layer, found in of_image.items()}
             views.append(View(prediction, query, windows))
     return views
 

@@ -18,6 +18,7 @@ from sasa_train.attention import attention_weights
 from sasa_train.models.layers import BLOCK_SIZE, AttentionStem
 from sasa_train.visualize.capture import AttentionLayer
 
+Size = tuple[int, int]  # height and width
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 
@@ -62,23 +63,23 @@ def is_stems(weights: Tensor) -> bool:
     return weights.shape[-1] == BLOCK_SIZE**2
 
 
-def reduction_of(map_side: int, image_side: int) -> int:
+def reduction_of(map_size: Size, image_size: Size) -> int:
     """Return the width of a position in pixels, a power of two because each stride halves the map, rounding up."""
-    return 2 ** math.ceil(math.log2(image_side / map_side))
+    return max(2 ** math.ceil(math.log2(pixels / places)) for pixels, places in zip(image_size, map_size, strict=True))
 
 
-def window_at(weights: Tensor, pixel: tuple[int, int], size: int) -> Window:
-    """Return the window of the query that contains pixel (row, column) of a `size` x `size` image.
+def window_at(weights: Tensor, pixel: tuple[int, int], size: Size) -> Window:
+    """Return the window of the query that contains pixel (row, column) of an image of `size`.
 
     weights: [N, H, W, K*K] for a layer, or [N, blocks, 16, 16] for an attention stem on the image itself.
     """
     if is_stems(weights):
         (row, row_in_block), (column, column_in_block) = (divmod(at, BLOCK_SIZE) for at in pixel)
-        block, place = row * (size // BLOCK_SIZE) + column, row_in_block * BLOCK_SIZE + column_in_block
+        block, place = row * (size[1] // BLOCK_SIZE) + column, row_in_block * BLOCK_SIZE + column_in_block
         inside = weights[:, block, place].unflatten(-1, (BLOCK_SIZE, BLOCK_SIZE))
         return Window(pixel, row * BLOCK_SIZE, column * BLOCK_SIZE, inside, 1)
     height, width, kernel_size = weights.shape[1], weights.shape[2], round(weights.shape[3] ** 0.5)
-    reduction = reduction_of(height, size)
+    reduction = reduction_of((height, width), size)
     row, column = (at // reduction for at in pixel)
     window = weights[:, row, column].unflatten(-1, (kernel_size, kernel_size))
     top, left = row - kernel_size // 2, column - kernel_size // 2
@@ -87,17 +88,20 @@ def window_at(weights: Tensor, pixel: tuple[int, int], size: int) -> Window:
 
 
 def default_pixels(image: np.ndarray) -> list[tuple[int, int]]:
-    """Return the centre of a uint8 [S, S, 3] image and the highest-contrast pixel at least S / 4 away from it.
+    """Return the centre of a uint8 [H, W, 3] image and the highest-contrast pixel away from it.
 
-    Contrast is the gradient magnitude of the grey values, averaged over a square of about 1/8 of the image's width.
+    The distance is at least a quarter of the shorter side.
+
+    Contrast is the gradient magnitude of the grey values, averaged over a square of about 1/8 of this side.
     """
-    size, reach = len(image), len(image) // 16
+    (height, width), side = image.shape[:2], min(image.shape[:2])
+    reach = side // 16
     padded = np.pad(np.hypot(*np.gradient(image.mean(2))), reach)
     windows = np.lib.stride_tricks.sliding_window_view(padded, (2 * reach + 1, 2 * reach + 1))
-    from_centre = np.arange(size) - size // 2
-    away = np.hypot(from_centre[:, None], from_centre[None, :]) >= size / 4
+    rows, columns = np.arange(height) - height // 2, np.arange(width) - width // 2
+    away = np.hypot(rows[:, None], columns[None, :]) >= side / 4
     row, column = np.unravel_index(np.where(away, windows.mean((2, 3)), -1).argmax(), away.shape)
-    return [(size // 2, size // 2), (int(row), int(column))]
+    return [(height // 2, width // 2), (int(row), int(column))]
 
 
 def mean_distances(weights: Tensor) -> Tensor:

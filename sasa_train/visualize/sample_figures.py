@@ -11,7 +11,7 @@ from sasa_train.data.mixing import Mixing
 from sasa_train.data.plan import MicroBatch
 from sasa_train.data.quarantine import Quarantine
 from sasa_train.data.reading import Reader, read_fitted
-from sasa_train.data.transforms import Augment
+from sasa_train.data.transforms import Augment, as_shown
 from sasa_train.figures import WIDTH, fitted, new_figure, set_title
 from sasa_train.trained import TrainedModel
 
@@ -19,7 +19,7 @@ from sasa_train.trained import TrainedModel
 def augmented_samples(
     trained: TrainedModel, train: ImageSet, num_images: int, num_epochs: int
 ) -> tuple[Tensor, list[Tensor], list[str]]:
-    """Return train images, uint8 [B, 3, S, S], as for val, as augmented in each of the first epochs, and their labels.
+    """Return train images, uint8 [B, 3, H, W], as for val, as augmented in each of the first epochs, and their labels.
 
     With mixup or cutmix, these images are mixed with one another, whereas training mixes them with other images.
 
@@ -40,7 +40,7 @@ def augmented_samples(
         pixels = read(MicroBatch(indices, epoch, epoch, 0)).pixels
         mixed, _ = mixing(normalize(pixels), labels, epoch, 0)
         augmented.append(normalize.undo(mixed))
-    return plain, augmented, [trained.classes[label] for label in labels.tolist()]
+    return as_shown(plain), augmented, [trained.classes[label] for label in labels.tolist()]
 
 
 def draw_augmented(plain: Tensor, augmented: list[Tensor], labels: list[str], config: TrainConfig) -> Figure:

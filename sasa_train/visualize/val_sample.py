@@ -9,6 +9,7 @@ from torch import Tensor
 from sasa_train.data.datasets import ImageSet
 from sasa_train.data.quarantine import Quarantine
 from sasa_train.data.reading import in_batches, read_batches
+from sasa_train.data.transforms import as_shown
 from sasa_train.device import autocast, resolve
 from sasa_train.terminal import progress_bar
 from sasa_train.trained import TrainedModel
@@ -21,7 +22,7 @@ BATCH_SIZE = 16  # K*K weights per head and position take 80 MB in the paper's f
 
 @dataclass
 class Prediction:
-    """An image, uint8 [S, S, 3], with its label (None if unknown), the model's prediction and its probability."""
+    """An image, uint8 [H, W, 3], with its label (None if unknown), the model's prediction and its probability."""
 
     image: np.ndarray
     label: str | None
@@ -58,8 +59,8 @@ def which_images(found: ValSample, num_all: int) -> str:
 class AttentionMeans:
     """Accumulates the attention statistics of each layer as sums over images."""
 
-    def __init__(self, image_size: int):
-        self.image_size = image_size
+    def __init__(self, size: tuple[int, int]):
+        self.size = size  # height and width of the images
         self.distances: dict[str, Tensor] = {}  # in positions, summed over images
         self.scores: dict[str, Tensor] = {}
         self.layers: dict[str, tuple[AttentionLayer, int, int]] = {}  # each with the height and width of its map
@@ -75,7 +76,7 @@ class AttentionMeans:
     def means(self, num_images: int) -> tuple[list[Distances], dict[str, Tensor]]:
         found = []
         for name, (layer, height, width) in self.layers.items():
-            reduction = reduction_of(height, self.image_size)
+            reduction = reduction_of((height, width), self.size)
             heads = (reduction * self.distances[name] / num_images).tolist()
             found.append(Distances(name, heads, reduction * uniform_distance(layer, height, width)))
         return found, {name: scores.cpu() / num_images for name, scores in self.scores.items()}
@@ -97,7 +98,7 @@ def look_at_val(trained: TrainedModel, images: ImageSet, with_attention: bool = 
     confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
     mistakes: list[Prediction] = []
     quarantine = Quarantine("val", len(images), config.data.max_unreadable, images)
-    means = AttentionMeans(trained.image_size)
+    means = AttentionMeans(trained.input_size[1:])
     layers = list(attention_layers(model)) if with_attention else []
     bar = progress_bar(total=len(images), desc="val images", unit="img")
     with bar, watching(model, layers, means.look):
@@ -114,8 +115,8 @@ def look_at_val(trained: TrainedModel, images: ImageSet, with_attention: bool = 
             predicted, probabilities = top.indices.cpu(), top.values.tolist()
             confusion.view(-1).index_add_(0, labels * len(classes) + predicted, torch.ones_like(labels))
             mistakes += [
-                Prediction(pixels[row].permute(1, 2, 0).numpy(), classes[labels[row]], classes[predicted[row]],
-                           probabilities[row])
+                Prediction(as_shown(pixels[row]).permute(1, 2, 0).numpy(), classes[labels[row]],
+                           classes[predicted[row]], probabilities[row])
                 for row in (predicted != labels).nonzero().flatten().tolist()
             ]  # fmt: skip
             mistakes = sorted(mistakes, key=lambda mistake: -mistake.probability)[:NUM_MISTAKES]
