@@ -256,15 +256,16 @@ def test_a_failed_download_says_what_to_do(monkeypatch, tmp_path):
 
 def test_folders_beside_the_splits_are_named(image_folder, capsys, in_process):
     (image_folder / "val").rename(image_folder / "validation")  # as Keras names it
+    shutil.copy(image_folder / "train/red/0.png", image_folder / "loose.png")
     shutil.copytree(image_folder / "validation", image_folder / "test")
     config = compose_config(["data=image_folder", f"data.root={image_folder}"]).data
-    left_out = "left out, folders beside train/, val/ and test/: validation\n"
+    left_out = "left out, beside train/, val/ and test/: validation, loose.png\n"
     train, _ = load_image_sets(config)
     assert capsys.readouterr().err.endswith(left_out)
     load_val_set(config, train.classes)
     assert capsys.readouterr().err.endswith(left_out)
     out = in_process("dataset_tool", "verify", str(image_folder)).stdout
-    assert "not read    folders beside train/, val/ and test/: validation\n" in out
+    assert "not read    beside train/, val/ and test/: validation, loose.png\n" in out
 
 
 @pytest.mark.parametrize(

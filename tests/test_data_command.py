@@ -172,17 +172,22 @@ def test_what_is_no_data_is_named_and_harmless(image_folder, tmp_path, capsys):
     out = verify(capsys, image_folder)
     assert "2 classes" in out and last_line(out) == "26 images, nothing wrong"
     for split in ("train", "val"):
-        hidden = [f"{split}/{name}" for name in (".ipynb_checkpoints", "__MACOSX", "red/@eaDir", "red/._0.png")]
-        assert f"hidden: 4 ({', '.join(hidden)})" in out
+        hidden = [
+            f"{split}/{name}" for name in (".ipynb_checkpoints", "@Recycle", "__MACOSX", "found.000", "red/@eaDir")
+        ]
+        assert f"hidden: 6 ({', '.join(hidden)} and 1 more)" in out
         assert f"not images: 1 ({split}/red/Thumbs.db); links to folders read already: 1 ({split}/blue/loop)" in out
     assert run_command(["shard", str(image_folder), str(tmp_path / "shards")]) == 0
-    assert "left out, hidden: 4 (.ipynb_checkpoints, __MACOSX, red/@eaDir, red/._0.png)" in capsys.readouterr().out
+    assert (
+        "left out, hidden: 6 (.ipynb_checkpoints, @Recycle, __MACOSX, found.000, red/@eaDir and 1 more)"
+        in capsys.readouterr().out
+    )
     assert_same_sets(image_folder, tmp_path / "shards")
 
 
 def hide(split: Path, image: Path) -> None:
     """Add what systems leave behind: folders with copies and thumbnails, hidden files, and a link in a circle."""
-    for folder in (".ipynb_checkpoints", "__MACOSX", "red/@eaDir"):
+    for folder in (".ipynb_checkpoints", "@Recycle", "__MACOSX", "found.000", "red/@eaDir"):
         (split / folder).mkdir()
         shutil.copy(image, split / folder / "0-checkpoint.png")
     (split / "red/._0.png").write_bytes(b"\0\5\x16\7")
@@ -202,6 +207,23 @@ def test_folders_within_class_folders_are_named(image_folder, tmp_path, capsys):
     assert f"{image_folder}/val: images in folders within a class folder are of that class: red/dark" in (
         capsys.readouterr().err
     )
+
+
+def test_a_link_yields_to_a_folder_of_another_class(image_folder, capsys):
+    """The link took the images into its own class, and the folder was called a link."""
+    (image_folder / "train/red/dark").mkdir()
+    shutil.move(image_folder / "train/red/0.png", image_folder / "train/red/dark/0.png")
+    (image_folder / "train/blue/more").symlink_to("../red/dark")
+    assert "links to folders read already: 1 (train/blue/more)" in verify(capsys, image_folder)
+    train, _ = load(image_folder)
+    assert np.bincount(train.labels).tolist() == [11, 7] and train.name(11 + 6).endswith("train/red/dark/0.png")
+
+
+@pytest.mark.parametrize("order", [["ROOT", "--workers=1", "KEY"], ["--workers=1", "ROOT", "KEY"], ["KEY", "ROOT"]])
+def test_keys_may_stand_anywhere(image_folder, capsys, order):
+    words = [{"ROOT": str(image_folder), "KEY": "data.exif=ignore"}.get(word, word) for word in order]
+    assert run_command(["verify", *words]) == 0
+    assert "nothing wrong" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("names", [("Train", "Test"), ("training", "validation")])

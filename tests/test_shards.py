@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shutil
 import tarfile
 import tracemalloc
 import zipfile
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 from making_data import assert_same, batches, config_for, padded, pax_header, tar_header, tar_of
+from PIL import Image
 
+from sasa_train.config.compose import compose_config
 from sasa_train.data.datasets import Files, load_image_sets
 from sasa_train.data.shard_index import index_bytes
 from sasa_train.data.shards import find_shards, load_shards
@@ -25,6 +28,17 @@ from sasa_train.refusal import ConfigError
 def shards(image_folder, tmp_path):
     shard(image_folder, tmp_path / "shards", images_per_shard=5)
     return tmp_path / "shards"
+
+
+def test_shards_that_replace_others_are_read_anew(image_folder, shards):
+    """A notebook that packed another set to the same place went on reading the images of the old file."""
+    config = compose_config(["data=image_folder", f"data.root={shards}"]).data
+    before = load_image_sets(config)[0].read_bytes(0)
+    Image.new("RGB", (9, 9), "green").save(image_folder / "train/blue/0.png")
+    shutil.rmtree(shards)
+    shard(image_folder, shards, images_per_shard=5)
+    after = load_image_sets(config)[0].read_bytes(0)
+    assert after == (image_folder / "train/blue/0.png").read_bytes() != before
 
 
 @pytest.mark.parametrize("size", [16, 72])

@@ -467,9 +467,15 @@ def beside_splits(root: Path) -> list[str]:
         raise ConfigError(f"{error.filename}: cannot be listed ({error.strerror})") from error
 
 
+def images_beside_splits(root: Path) -> list[str]:
+    """Return the images in `root` itself, beside train/, val/ or test/, by their names; [] if there are no splits."""
+    names = sorted(os.listdir(root)) if root.is_dir() and split_folders(root) else []
+    return [name for name in names if _is_image_name(name) and (root / name).is_file()]
+
+
 def _tell_beside(root: Path) -> None:
-    if others := beside_splits(root):
-        say(f"{printable(root)}: left out, folders beside train/, val/ and test/: {some(others)}", sys.stderr)
+    if others := beside_splits(root) + images_beside_splits(root):
+        say(f"{printable(root)}: left out, beside train/, val/ and test/: {some(others)}", sys.stderr)
 
 
 def kind_of(root: Path, split: str) -> str | None:
@@ -598,7 +604,11 @@ def _about_parent(folder: Path) -> str:
 
 def _has_image_names(folder: Path) -> bool:
     with os.scandir(folder) as entries:
-        return any(os.path.splitext(entry.name)[1].lower() in image_extensions() for entry in entries)
+        return any(_is_image_name(entry.name) for entry in entries)
+
+
+def _is_image_name(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in image_extensions() and not name.startswith(".")
 
 
 def load_shard_set(root: Path, split: str, left_out: LeftOut | None = None) -> ImageSet:

@@ -3,6 +3,7 @@
 Pillow itself clips float and 32-bit values to 0..255, makes transparent pixels black, and leaves photos on their side.
 """
 
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -205,6 +206,12 @@ def _values(image: Image.Image) -> np.ndarray:
     return pixels.view(np.uint32) if image.mode == "I" and tags(image) and not is_signed else pixels
 
 
+def _needs_range(image: Image.Image) -> bool:
+    """Whether an image is of floats, signed or 32-bit integers. Pillow loads 16-bit PPM and PNG files as 32-bit."""
+    is_long = image.mode == "I" and image.format not in ("PPM", "PNG", "JPEG2000")
+    return image.mode == "F" or is_long or SIGNED in numbers(image, SAMPLE_FORMAT)
+
+
 def _scaled(image: Image.Image, decoding: Decoding) -> Image.Image:
     """Scale the values in the image's range to 0..255; keep transparency."""
     if not _is_deep(image):
@@ -223,6 +230,8 @@ def _levels(image: Image.Image, decoding: Decoding, white: int) -> np.ndarray:
     levels = _values(image).astype(np.float64)
     if np.isnan(levels).any():
         raise ValueError(f"number of pixels that are NaN: {int(np.isnan(levels).sum()):,}")
+    if not _needs_range(image) and levels.max() > high:
+        raise ValueError(_above_stated(levels.max(), high))
     # In place, to save memory. For 16 bits, this yields the same as a division by 257.
     np.clip(levels, low, high, out=levels)
     levels -= low
@@ -241,7 +250,7 @@ def check_range(image: Image.Image, decoding: Decoding) -> tuple[float, float]:
     """
     bits = max(numbers(image, BITS), default=16 if image.mode.startswith("I") else 8)
     is_signed = SIGNED in numbers(image, SAMPLE_FORMAT)
-    if image.mode == "F" or is_signed or (image.mode == "I" and tags(image)):
+    if _needs_range(image):
         if decoding.value_range is not None:
             return decoding.value_range
         stated = *numbers(image, SMIN_SAMPLE)[:1], *numbers(image, SMAX_SAMPLE)[:1]
@@ -286,6 +295,13 @@ def _shares(image: Image.Image) -> list[float]:
     return shares
 
 
+def _above_stated(value: float, stated: float) -> str:
+    return (
+        f"a pixel has the value {value:g}, but the header says that white is {stated:g}; one of the two is wrong, so "
+        "mend the header or convert the image"
+    )
+
+
 def _is_deep(image: Image.Image) -> bool:
     return image.mode[0] in "IF" or SIGNED in numbers(image, SAMPLE_FORMAT)
 
@@ -297,5 +313,8 @@ def _brightened(image: Image.Image, shares: list[float]) -> Image.Image:
         table = (levels * (255 / (255 * share))).round().clip(0, 255)
         # Pillow has inverted WhiteIsZero already, but not its alpha.
         is_inverted = band == 0 and tags(image).get(PHOTOMETRIC) == WHITE_IS_ZERO
+        levels_used = np.asarray(image.getchannel(band))
+        if (most := 255 - int(levels_used.min()) if is_inverted else int(levels_used.max())) > math.ceil(255 * share):
+            raise ValueError(_above_stated(most, math.ceil(255 * share)))
         tables.append(255 - table[::-1] if is_inverted else table)
     return image.point(np.concatenate(tables).astype(int).tolist())

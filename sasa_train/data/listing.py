@@ -7,6 +7,7 @@ lead to it.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -24,7 +25,12 @@ OPTIONAL = {"avif": "AVIF", "jpg_2000": "JPEG2000"}  # Pillow's name of a decode
 DECODERS = {name for name in (*features.modules, *features.codecs) if name in OPTIONAL and features.check(name)}
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", *(OPTIONAL[name] for name in sorted(DECODERS)))
 
-SYSTEM = ("@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+# Folders that macOS, Windows, Linux, Python, and the network disks of Synology and QNAP make.
+SYSTEM = re.compile(
+    r"__MACOSX|Network Trash Folder|Temporary Items|TheVolumeSettingsFolder|\$RECYCLE\.BIN|RECYCLER|"
+    r"System Volume Information|found\.\d{3}|lost\+found|__pycache__|@eaDir|@tmp|@sharebin|@Recycle|@Recently-Snapshot|"
+    r"@__thumb|#recycle|#snapshot"
+)
 Identity = tuple[int, int]  # a folder's device and inode
 
 
@@ -78,7 +84,7 @@ def is_hidden(path: str) -> bool:
 
 
 def is_hidden_name(name: str) -> bool:
-    return name.startswith(".") or name in SYSTEM
+    return name.startswith(".") or (name[:1] in "_NTRSfl@#$" and SYSTEM.fullmatch(name) is not None)
 
 
 def is_image(file: BinaryIO) -> bool:
@@ -142,8 +148,13 @@ def read_class_folders(top: str) -> tuple[dict[str, list[str]], LeftOut]:
         else:
             seen.add(identity_of(path))
             classes[os.path.basename(path)] = []
-    classes = {name: _images_in(os.path.join(top, name), seen, left_out) for name in sorted(classes)}
-    return classes, left_out
+    # Links are followed once all folders of all classes are read, because they yield to the folders themselves.
+    links = {name: list[str]() for name in sorted(classes)}
+    found = {name: list(_walk(os.path.join(top, name), seen, left_out, links[name])) for name in links}
+    for name, of_class in links.items():
+        for link in of_class:
+            found[name] += _walk(link, seen, left_out)
+    return {name: _sorted(found[name], os.path.join(top, name), left_out) for name in links}, left_out
 
 
 def folders_with_images(top: Path) -> list[str]:
@@ -161,26 +172,33 @@ def _above(top: Path) -> set[Identity]:
     return {identity_of(str(above)) for above in (top.resolve(), *top.resolve().parents)}
 
 
-def _images_in(top: str, seen: set[Identity], left_out: LeftOut) -> list[str]:
-    """Return the images in a class folder, sorted by folder, then by name; add the folders to `seen`."""
-    found = sorted(_walk(top, seen, left_out))
+def _sorted(found: list[tuple[str, list[str]]], top: str, left_out: LeftOut) -> list[str]:
+    """Return the images that `_walk` found in a class folder, sorted by folder, then by name."""
     left_out.inner += [place for place, paths in found if paths and place != top]
-    return [path for _, paths in found for path in paths]
+    return [path for _, paths in sorted(found) for path in paths]
 
 
-def _walk(top: str, seen: set[Identity], left_out: LeftOut) -> Iterator[tuple[str, list[str]]]:
-    waiting = [top]  # links are followed last, because they yield to the folders themselves
+def _walk(
+    top: str, seen: set[Identity], left_out: LeftOut, links: list[str] | None = None
+) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder in `top` that is not in `seen`, with its images; add it there.
+
+    links: if given, `top` is a class folder, which is in `seen` already; links to folders are added to `links` and not
+        followed. Otherwise, they are followed last.
+    """
+    waiting = [top]
     while waiting:
         for place, folders, names in os.walk(waiting.pop(0), onerror=_refuse):
             identity = identity_of(place)
-            if place != top and identity in seen:
+            if identity in seen and (place != top or links is None):
                 left_out.repeated.append(place)
                 folders.clear()
                 continue
             seen.add(identity)
             left_out.hidden += (os.path.join(place, name) for name in sorted(folders) if is_hidden_name(name))
             folders[:] = sorted(name for name in folders if not is_hidden_name(name))
-            waiting += (path for name in folders if os.path.islink(path := os.path.join(place, name)))
+            found = (path for name in folders if os.path.islink(path := os.path.join(place, name)))
+            (waiting if links is None else links).extend(found)
             yield place, images_among(place, names, left_out)
 
 

@@ -44,6 +44,8 @@ class TarMembers:
     offset: np.ndarray
     size: np.ndarray
     names: np.ndarray
+    # Inode, size and time of each archive, so that one that replaces it is not read from the old file.
+    versions: list[tuple[int, int, int]] | None = None
 
     def open(self, position: int) -> BinaryIO:
         """Read the member's bytes into memory; if the archive is truncated, fewer than `size` bytes are read.
@@ -52,8 +54,9 @@ class TarMembers:
             OSError: the archive cannot be read, or the member has more than MAX_IMAGE_BYTES.
         """
         check_image_size(int(self.size[position]), self.name(position))
+        archive = self.archive[position]
         with _opening:
-            file = _opened(self.archives[self.archive[position]])
+            file = _opened(self.archives[archive], self.versions[archive] if self.versions else None)
         return io.BytesIO(os.pread(file.fileno(), int(self.size[position]), int(self.offset[position])))
 
     def name(self, position: int) -> str:
@@ -69,7 +72,7 @@ _opening = threading.Lock()
 
 
 @cache
-def _opened(path: str) -> BinaryIO:
+def _opened(path: str, _version: tuple[int, int, int] | None) -> BinaryIO:
     # All readers can share one open file, because pread does not use the file position. ImageNet may have more shards
     # than the default limit on open files.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -148,7 +151,8 @@ def load_shards(shards: Sequence[Path], split: str, left_out: LeftOut | None = N
         say(f"{printable(shards[0].parent)}: left out, {printable(told)}", sys.stderr)
     labels = table.pop("labels")
     del table[LEFT_OUT]
-    return TarMembers([str(p) for p in shards], **table), labels
+    versions = [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
+    return TarMembers([str(p) for p in shards], **table, versions=versions), labels
 
 
 def _stat(path: Path) -> os.stat_result:

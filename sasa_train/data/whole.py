@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
 
+import numpy as np
 from PIL import Image
 
 PIXELS = zlib.crc32(b"IDAT")  # the checksum begins with the chunk's kind
@@ -18,8 +19,17 @@ NEXT = re.compile(rb"\xff[^\x00\xd0-\xd7]", re.DOTALL)  # in a JPEG's pixels, 0 
 
 
 def check_chunks(file: BinaryIO) -> None:
-    """Check the checksums of a PNG's IDAT chunks, which Pillow skips."""
+    """Check the checksums of a PNG's IDAT chunks, which Pillow skips, and its transparent colour (tRNS)."""
+    bits, has_palette, is_indexed = 8, False, False
     for kind, content, stated in _chunks(file):
+        if kind == b"IHDR" and len(content) >= 10:
+            bits, is_indexed = content[8], content[9] == 3
+        has_palette |= kind == b"PLTE"
+        # Pillow and libpng, which viewers use, differ in what they make of these.
+        if kind == b"tRNS" and is_indexed and not has_palette:
+            raise ValueError("a PNG whose transparency (tRNS) precedes its palette (PLTE); save it anew")
+        if kind == b"tRNS" and not is_indexed and bits == 1 and bytes(content) not in (b"\0\0", b"\0\1"):
+            raise ValueError("a PNG of 1 bit whose transparent colour (tRNS) has more bits; save it anew")
         is_whole = len(stated) == 4  # or decoding tells that the file is cut
         if kind == b"IDAT" and is_whole and zlib.crc32(content, PIXELS) != int.from_bytes(stated, "big"):
             raise ValueError("a damaged PNG: the checksum (CRC) of its pixels is wrong; replace the file")
@@ -42,14 +52,31 @@ def check_whole(file: BinaryIO, image: Image.Image) -> None:
     """Check that a decoded PNG or JPEG has all its pixels; look closer only if the last ones look as if missing.
 
     Raises:
-        ValueError: pixels are missing.
+        ValueError: pixels are missing, or those of a PGM or PPM exceed the maximum in its header.
     """
     if getattr(image, "tile", None) or not image.width or not image.height:
         return  # it was not decoded
     if image.format == "PNG" and _may_lack_rows(image) and _num_bytes(file) < _num_needed(file):
         raise ValueError("a damaged PNG: it has fewer rows of pixels than its header says; replace the file")
+    if image.format == "PPM":
+        _check_maximum(file)
     if image.format in ("JPEG", "MPO") and _is_grey(image.getpixel((image.width - 1, image.height - 1))):
         _check_last_pixels(file)
+
+
+def _check_maximum(file: BinaryIO) -> None:
+    """Check that no pixel of a binary PGM or PPM is above the maximum in its header; Pillow clips such pixels."""
+    file.seek(0)
+    content = file.read()
+    # Magic number, width, height and maximum, each after blanks and comments; one blank follows the maximum.
+    header = re.match(rb"P[56]" + rb"(?:\s+(?:#[^\n\r]*[\n\r]\s*)*(\d+))" * 3 + rb"\s", content)
+    if header is None or (most := int(header[3])) in (255, 65535):
+        return
+    kind = np.uint8 if most < 256 else np.dtype(">u2")
+    count = int(header[1]) * int(header[2]) * (3 if content[1:2] == b"6" else 1)
+    pixels = np.frombuffer(content[header.end() :][: count * np.dtype(kind).itemsize], kind)
+    if pixels.size and (peak := int(pixels.max())) > most:
+        raise ValueError(f"a pixel has the value {peak}, but the header says that white is {most}; mend the header")
 
 
 def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, memoryview, memoryview]]:

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,16 +51,21 @@ def main() -> None:
 
 def run_command(arguments: list[str]) -> int:
     """Run the command with the given arguments; return the exit code."""
+    overrides: list[str] = []
+    if arguments[:1] == ["verify"] and any("=" in word for word in arguments):
+        from sasa_train.config.overrides import split_overrides
+
+        arguments, overrides = split_overrides(arguments)  # argparse takes them only where they follow ROOT at once
     try:
-        return run(build_parser(), arguments, work, has_subcommands=True)
+        return run(build_parser(), arguments, partial(work, overrides=overrides), has_subcommands=True)
     except KeyboardInterrupt:
         fail(RuntimeError("stopped; run the same command again"))
         return INTERRUPTED
 
 
-def work(options: argparse.Namespace) -> int:
+def work(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if options.command == "verify":
-        decoding = read_decoding(options.overrides)
+        decoding = read_decoding([*options.overrides, *overrides])
         say_loading()
         from sasa_train.dataset_tool.verify import verify
 

@@ -25,6 +25,7 @@ from sasa_train.data.datasets import (
     UnreadableImage,
     beside_splits,
     holds_shards,
+    images_beside_splits,
     kind_of,
     load_shard_set,
     only_class,
@@ -186,8 +187,8 @@ def read_contents(root: Path) -> Contents:
         if split == "all":
             refuse_splits(root, left_out)
         unused.append(left_out.describe(str(root)))
-    if beside := beside_splits(root):
-        unused.append(f"folders beside train/, val/ and test/: {some(beside)}")
+    if beside := beside_splits(root) + images_beside_splits(root):
+        unused.append(f"beside train/, val/ and test/: {some(beside)}")
     classes = sorted(set().union(*found.values()))
     if not classes:
         raise ConfigError(
