@@ -1,7 +1,9 @@
 """The table of commands, and their common argument parsing and error handling."""
 
 import argparse
+import difflib
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
@@ -36,7 +38,21 @@ COMMANDS = {
 }
 
 
-def described(build: Callable[..., argparse.ArgumentParser], **texts: Any) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser that suggests the most similar option for one that it does not have."""
+
+    def error(self, message: str) -> NoReturn:
+        known = re.findall(r"(?<![\w-])--[a-z][\w-]*", self.format_help())
+        for word in message.split():
+            if word.startswith("--") and word not in known:
+                longer = [option for option in known if option.startswith(word)]
+                if close := longer or difflib.get_close_matches(word, known, n=1):
+                    message += f": did you mean {close[0]}?"
+                break
+        super().error(message)
+
+
+def described(build: Callable[..., argparse.ArgumentParser] = Parser, **texts: Any) -> argparse.ArgumentParser:
     """Create a parser or subparser that prints its description and epilog unchanged."""
     return build(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **texts)
 

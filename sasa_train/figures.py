@@ -77,13 +77,19 @@ def as_label(name: str) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
+MAX_NAME = 300  # characters of which a label shows what fits
+
+
 def fitted(name: str, inches: float, size: float, max_lines: int = 1) -> str:
     """Return a name as a label of at most `max_lines` lines that are at most `inches` wide at a font size in points.
 
     Lines end after a space or punctuation if possible. What does not fit into the last line is cut out of its middle,
     because the names of classes and runs often differ at their ends.
     """
-    return "\n".join(as_label(line) for line in _lines(printable(name), inches, size, max_lines))
+    text = printable(name)
+    if len(text) > MAX_NAME:  # measuring takes time in proportion to the square of the length
+        text = f"{text[: MAX_NAME // 2]}...{text[-MAX_NAME // 2 :]}"
+    return "\n".join(as_label(line) for line in _lines(text, inches, size, max_lines))
 
 
 def _lines(text: str, inches: float, size: float, max_lines: int) -> Iterator[str]:

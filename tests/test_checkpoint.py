@@ -364,6 +364,7 @@ def log(*rows: tuple[int, str], **values) -> str:
         ("step", -1), ("step", 2**63), ("step", True), ("epoch", 9), ("evaluated_step", 6), ("seconds", float("nan")),
         ("fingerprint", {}), ("fingerprint.val", {}), ("fingerprint.train.source", "tape"), ("provenance", 3),
         ("provenance.world_size", "two"), ("provenance.versions", ["torch"]), ("classes", []), ("classes", [1]),
+        ("provenance.imports", 5),
         ("metrics", "x"), ("metrics", '{"split": "val", "step": 1, "epoch": 1, "top1": NaN}\n'), ("window", {}),
         ("window.num_images", -1), ("window.sums", torch.zeros(3, 2).double()), ("rng.torch", torch.zeros(9)),
         ("model", {3: 4}), ("model.weight", torch.zeros(1).expand(10**12)),

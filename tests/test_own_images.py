@@ -95,7 +95,7 @@ def test_one_line_trains_and_a_stopped_run_keeps_what_it_chose(photos, tmp_path,
             ["trainer.global_batch_size=99"],
             "trainer.global_batch_size=99 exceeds the 27 training images that data.holdout_fraction leaves",
         ),
-        ("my photos/red", [], "take the folder above it, which has 3: 'data.root=my photos'\n"),
+        ("my photos/red", [], "take the folder above it, which has 3: 'data.root=my photos'; to classify"),
         ("my photos/red/red", [], "expected one folder of images per class\n"),
     ],
 )

@@ -30,6 +30,16 @@ def shards(image_folder, tmp_path):
     return tmp_path / "shards"
 
 
+def test_names_of_classes_are_lines_without_a_mark_and_not_endless(image_folder, shards):
+    """A name of 5,000 characters stopped training in its first picture, and made checkpoints that nothing read."""
+    config = compose_config(["data=image_folder", f"data.root={shards}"]).data
+    (shards / "classes.txt").write_bytes("\ufeffred\u2028dark\r\nblue\r\n".encode())
+    assert load_image_sets(config)[0].classes == ["red\u2028dark", "blue"]
+    (shards / "classes.txt").write_text(f"red\n{'b' * 4097}\n")
+    with pytest.raises(ConfigError, match="a name of 4,097 characters; 4,096 are the most"):
+        load_image_sets(config)
+
+
 def test_shards_that_replace_others_are_read_anew(image_folder, shards):
     """A notebook that packed another set to the same place went on reading the images of the old file."""
     config = compose_config(["data=image_folder", f"data.root={shards}"]).data

@@ -4,12 +4,14 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from reading_runs import rows
 from running_commands import TINY, start, wait_for
 
 from sasa_train import sweep as command_line
@@ -368,6 +370,17 @@ def test_a_search_whose_journal_was_deleted_starts_again(tmp_path):
         job.trials, job.state = [7 + seed], "failed"
     assert Search(plan, ledger).next() is None, "both were tried before"
     assert sorted(number for job in ledger.jobs.values() for number in job.trials) == [0, 1, 2, 3]
+
+
+def test_a_done_job_is_worth_what_its_run_reached(tiny_run, tmp_path):
+    """An edited ledger's 99 % of a job that was done were shown to the end."""
+    shutil.copytree(tiny_run, tmp_path / "run")
+    job = Job("run", [], "", state="done", last={"top1": 99.0, "step": 12, "epoch": 3}, best={"top1": 99.0})
+    ledger = Ledger(tmp_path / "ledger.json", {})
+    ledger.jobs["run"] = job
+    ledger.add(Job("run", [], ""))
+    val = [row for row in rows(tmp_path / "run") if row["split"] == "val"]
+    assert (job.state, job.last["top1"]) == ("done", val[-1]["top1"]) and job.best["top1"] < 99
 
 
 END = ', "datetime_complete": "2026-11-28T20:15:37.6"}'

@@ -131,7 +131,7 @@ def describe_machine(device: "torch.device", command: str) -> dict[str, str]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = described(argparse.ArgumentParser, prog="sasa-benchmark", description=__doc__, epilog=EPILOG)
+    parser = described(prog="sasa-benchmark", description=__doc__, epilog=EPILOG)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     attention = described(commands.add_parser, name="attention", help="the op and the layer", description=ATTENTION)
     kind = attention.add_mutually_exclusive_group()

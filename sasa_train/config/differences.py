@@ -12,6 +12,8 @@ from sasa_train.config.keys import AugmentConfig, TrainConfig
 from sasa_train.config.overrides import as_written
 from sasa_train.terminal import printable
 
+MAX_NAMED = 3  # a run with one key changed often differs in others that follow from it, and names must fit a legend
+
 
 def shown_keys(config: TrainConfig) -> dict[str, str]:
     """Return the keys that affect what a run computes, as written, with the preset of its augmentation as `augment`."""
@@ -56,11 +58,14 @@ def differing(runs: list[dict[str, str]]) -> list[tuple[str, list[str]]]:
 
 
 def names_by_difference(configs: list[TrainConfig]) -> list[str] | None:
-    """Name runs by as few keys as tell them apart, such as "augment=none, seed=1"; None if no keys do."""
+    """Name runs by the keys that differ, such as "augment=none, seed=1"; None if no keys tell them apart.
+
+    Of more than MAX_NAMED keys, only as many are named as tell the runs apart.
+    """
     parts: list[list[str]] = [[] for _ in configs]
-    for key, values in differing([shown_keys(config) for config in configs]):
+    for number, (key, values) in enumerate(differing([shown_keys(config) for config in configs])):
+        if number >= MAX_NAMED and len({*map(tuple, parts)}) == len(configs):
+            break
         for part, value in zip(parts, values, strict=True):
             part.append(f"{short(key)}={value}")
-        if len({*map(tuple, parts)}) == len(configs):
-            return [", ".join(part) for part in parts]
-    return None
+    return [", ".join(part) for part in parts] if len({*map(tuple, parts)}) == len(configs) else None

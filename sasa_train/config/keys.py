@@ -5,6 +5,7 @@ This module does not import torch, so that `--help` is fast. `configs/` contains
 
 import copy
 import dataclasses
+import os
 import re
 import types
 import typing
@@ -137,6 +138,13 @@ class DataConfig:
     max_unreadable: float = local_key(
         0.001, "allowed fraction of unreadable images per split (at least 10 images); 0: none", at_least=0, at_most=1
     )
+
+    @property
+    def title(self) -> str:
+        """The data set's name; one of the user's own is named after its folder or function."""
+        if self.target is not None:
+            return self.target
+        return os.path.basename(os.path.abspath(self.root)) if self.name == "image_folder" else self.name
 
     @property
     def place(self) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from sasa_train.terminal import printable
 
+MAX_CLASS_NAME = 4096  # characters; the name of a folder has at most 255
+
 
 def composed(names: Sequence[str]) -> list[str]:
     """Return the names in NFC: macOS may write é as two characters, other systems as one."""

@@ -25,7 +25,7 @@ from torchvision import datasets as tv
 
 from sasa_train.config.derived import one_channel
 from sasa_train.config.keys import DATA_SETS, MODES, DataConfig
-from sasa_train.data.class_names import composed, twins, with_nearest
+from sasa_train.data.class_names import MAX_CLASS_NAME, composed, twins, with_nearest
 from sasa_train.data.decoding import RANGE_REMEDY, check_range, decoding_of
 from sasa_train.data.listing import (
     FORMATS,
@@ -508,7 +508,7 @@ def _told(images: ImageSet) -> ImageSet:
     if isinstance(images.source, Files) and images.source.left_out:
         say(f"{printable(images.source.folder)}: left out, {images.source.left_out}", sys.stderr)
     if isinstance(images.source, Files) and images.source.inner:
-        say(f"{printable(images.source.folder)}: {images.source.inner}", sys.stderr)
+        warn(f"{printable(images.source.folder)}: {images.source.inner}")
     return images
 
 
@@ -598,7 +598,10 @@ def _about_parent(folder: Path) -> str:
         classes = [name for name in visible_folders(top) if _has_image_names(top / name)]
         if folder.name not in SPLIT_NAMES and len(classes) > 1:
             command = shlex.quote(f"data.root={printable(top)}")
-            return f"; if it is one class, take the folder above it, which has {len(classes)}: {command}"
+            return (
+                f"; if it is one class, take the folder above it, which has {len(classes)}: {command}; to classify its "
+                "images by a trained model: sasa-predict RUN FOLDER"
+            )
     return ""
 
 
@@ -649,7 +652,10 @@ def _read_classes(path: Path) -> list[str]:
     try:
         with open_regular(path) as file:
             content = file.read(MAX_CLASSES_BYTES + 1)
-        classes = content.decode().splitlines()
+        # Not splitlines(), which also splits at characters that names may have.
+        classes = [name.removesuffix("\r") for name in content.decode("utf-8-sig").removesuffix("\n").split("\n")]
+        if (longest := max(map(len, classes))) > MAX_CLASS_NAME:
+            raise ValueError(f"a name of {longest:,} characters; {MAX_CLASS_NAME:,} are the most")
         if len(content) > MAX_CLASSES_BYTES or len(classes) > MAX_CLASSES:
             raise ValueError(f"more than {MAX_CLASSES_BYTES:,} bytes or {MAX_CLASSES:,} lines")
         if "\0" in "".join(classes):

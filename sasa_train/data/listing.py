@@ -8,6 +8,7 @@ lead to it.
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,7 +18,7 @@ from typing import BinaryIO
 from PIL import Image, features
 
 from sasa_train.files import open_regular
-from sasa_train.terminal import some
+from sasa_train.terminal import printable, some
 
 OPTIONAL = {"avif": "AVIF", "jpg_2000": "JPEG2000"}  # Pillow's name of a decoder that it may lack -> format
 # MPO files open as JPEG. No other format is tried: EPS would start Ghostscript, and every decoder adds to the attack
@@ -66,9 +67,13 @@ class LeftOut:
 
     def describe_inner(self, top: str) -> str:
         """Name the folders within the class folders of `top`; return "" if there are none."""
+        if not self.inner:
+            return ""
         prefix = os.path.join(top, "")
-        names = some([path.removeprefix(prefix) for path in sorted(self.inner)])
-        return f"images in folders within a class folder are of that class: {names}" if self.inner else ""
+        inner = [path.removeprefix(prefix) for path in sorted(self.inner)]
+        name, count = Counter(path.partition("/")[0] for path in inner).most_common(1)[0]
+        remedy = f"; if the {count} in {printable(name)} are the classes, give that folder" if count > 1 else ""
+        return f"images in folders within a class folder are of that class: {some(inner)}{remedy}"
 
 
 @cache

@@ -16,13 +16,13 @@ from torch.utils.data import IterableDataset, Subset
 
 from sasa_train.config import own_code
 from sasa_train.config.keys import DataConfig
+from sasa_train.data.class_names import MAX_CLASS_NAME
 from sasa_train.data.randomness import own_code_rng
 from sasa_train.processes.ranks import rank
 from sasa_train.refusal import ConfigError, shorten
 from sasa_train.terminal import printable, progress_bar
 
 NUM_READ_TWICE = 8  # items of each set, when it is loaded
-MAX_NAME = 4096  # characters of a class's name, as in a checkpoint
 KINDS = "a PIL image, a uint8 array [H, W] or [H, W, 3], or a uint8 tensor [H, W] or [3, H, W] as torchvision's"
 
 
@@ -235,7 +235,7 @@ def _classes(items: Any) -> Any:
 
 def _check_classes(classes: Any, what: str) -> None:
     is_list = isinstance(classes, list | tuple) and len(classes) > 0
-    if not is_list or not all(isinstance(name, str) and 0 < len(name) <= MAX_NAME for name in classes):
+    if not is_list or not all(isinstance(name, str) and 0 < len(name) <= MAX_CLASS_NAME for name in classes):
         shown = "is missing" if classes is None else f"is {printable(shorten(classes))}"
         raise ConfigError(
             f"{what} must have the attribute classes, a list of the classes' names in the order of the labels, which "

@@ -98,7 +98,7 @@ def read_decoding(overrides: Sequence[str]) -> "Decoding":
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = described(argparse.ArgumentParser, prog="sasa-data", description=__doc__, epilog=EPILOG)
+    parser = described(prog="sasa-data", description=__doc__, epilog=EPILOG)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def add_to(name: str, about: str, description: str) -> Callable[..., argparse.Action]:

@@ -33,7 +33,7 @@ def run_command(arguments: list[str]) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     usage = "sasa-demo RUN_OR_CHECKPOINT [options] [weights=ema|raw] [key=value ...]"
-    parser = described(argparse.ArgumentParser, prog="sasa-demo", usage=usage, description=__doc__, epilog=EPILOG)
+    parser = described(prog="sasa-demo", usage=usage, description=__doc__, epilog=EPILOG)
     parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=Path, help="a run folder or a checkpoint file")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="keys over the checkpoint's config, weights=raw"

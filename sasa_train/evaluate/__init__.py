@@ -41,7 +41,7 @@ def run_command(arguments: list[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = described(argparse.ArgumentParser, prog="sasa-evaluate", description=__doc__, epilog=EPILOG)
+    parser = described(prog="sasa-evaluate", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run folder (its best.pt, or last.pt where there is "
         "no best) or a checkpoint file")  # fmt: skip

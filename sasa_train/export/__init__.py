@@ -41,7 +41,7 @@ def run_command(arguments: list[str]) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     usage = "sasa-export CHECKPOINT [--formats FORMAT ...] [--out DIR] [--images FOLDER] [key=value ...]"
-    parser = described(argparse.ArgumentParser, prog="sasa-export", usage=usage, description=__doc__, epilog=EPILOG)
+    parser = described(prog="sasa-export", usage=usage, description=__doc__, epilog=EPILOG)
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a run folder or a checkpoint file")
     parser.add_argument("misspelt", nargs="*", help=argparse.SUPPRESS)  # refused as unknown keys, with a suggestion
     known = ", ".join(FORMAT_NAMES)

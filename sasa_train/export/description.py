@@ -100,7 +100,7 @@ def model_card(trained: TrainedModel) -> str:
     saved = load_config(trained.checkpoint["config"])
     return CARD.format(
         name=trained.config.model.title,
-        data=saved.data.name,
+        data=saved.data.title,
         version=sasa_train.__version__,
         num_classes=len(trained.classes),
         size=f"{trained.input_size[1]} x {trained.input_size[2]} pixels{OF_MODES[trained.config.data.mode]}",
@@ -118,7 +118,7 @@ def _measured(trained: TrainedModel, saved: TrainConfig) -> str:
     if top1 is None:
         return "It was not evaluated at this step."
     best = trained.checkpoint["best"]
-    text = f"Top1 on val ({saved.data.name}): {top1:.2f} % at step {row['step']:,}."
+    text = f"Top1 on val ({saved.data.title}): {top1:.2f} % at step {row['step']:,}."
     if best and best["step"] == row["step"]:
         text += " This checkpoint was selected on val, so the figure is optimistic."
     was, now = _keys_of_logits(saved), _keys_of_logits(trained.config)

@@ -70,7 +70,7 @@ def predict_or_advise(options: argparse.Namespace) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = described(argparse.ArgumentParser, prog="sasa-predict", usage=USAGE, description=__doc__, epilog=EPILOG)
+    parser = described(prog="sasa-predict", usage=USAGE, description=__doc__, epilog=EPILOG)
     parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=Path, help="a run folder or a checkpoint file")
     parser.add_argument("words", metavar="PATH", nargs="+", help="images, as described below")
     parser.add_argument(
@@ -107,12 +107,16 @@ def predict_command(options: argparse.Namespace) -> int:
     from sasa_train.predict.inference import Predictor
     from sasa_train.trained import load_trained
 
-    predictor, tally = Predictor(load_trained(options.checkpoint, overrides), options.top_k or TOP_K), Tally()
+    trained, tally = load_trained(options.checkpoint, overrides), Tally()
+    predictor = Predictor(trained, options.top_k or TOP_K)
     if out is None:
         write_rows(show, predictor, words, options, tally)
     else:
         write_whole(out, lambda file: write_rows(file.write, predictor, words, options, tally))
     print(tally.summary(), file=sys.stderr)
+    print(f"model  {printable(trained.path)}, step {trained.checkpoint['step']}", file=sys.stderr)
+    if out is not None:
+        print(f"wrote  {printable(out)}", file=sys.stderr)
     return FAILED if tally.bad else DONE
 
 

@@ -43,7 +43,6 @@ def run_command(arguments: list[str]) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = described(
-        argparse.ArgumentParser,
         prog="sasa-report",
         description=__doc__,
         epilog=EPILOG,

@@ -216,7 +216,7 @@ def beside_paper(job: Job, row: Row) -> dict[str, Any] | None:
     top1 = shown(job.val[-1]["top1"] if job.val else None, "{:.2f}")
     of_ours = (
         config.model.title,
-        f"{config.data.name} at {in_pixels(size).removesuffix(' pixels')}",
+        f"{config.data.title} at {in_pixels(size).removesuffix(' pixels')}",
         top1,
         in_millions(row.params),
         in_billions(row.flops),

@@ -1,5 +1,6 @@
 """The jobs to report on, found through the ledgers of sweeps or as individual run folders."""
 
+import functools
 import os
 import statistics
 from dataclasses import dataclass, field
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sasa_train.config.compose import compose_config
-from sasa_train.config.keys import TrainConfig
+from sasa_train.config.keys import TrainConfig, with_values
 from sasa_train.config.saved import load_config_file
 from sasa_train.files import LOCK, holder
 from sasa_train.paper import VARIED
@@ -18,6 +19,7 @@ from sasa_train.runs.ledger import read_ledger
 from sasa_train.runs.metrics import read_metrics
 
 STATES = dict.fromkeys(ENDED, "done")  # state in run.json -> state in the ledger
+MAX_COMPOSED = 200  # jobs that have not begun, apart from their seeds; each takes a tenth of a second
 KILLED = "no process runs it; the same command continues it"
 
 
@@ -146,6 +148,18 @@ def _is_free(folder: Path, lock: str = LOCK) -> bool:
 
 
 def _compose_or_none(overrides: list[str]) -> TrainConfig | None:
+    """Compose the config of a job that has no run folder; None if it is refused, or after MAX_COMPOSED others."""
+    seeds = [text.partition("=")[2] for text in overrides if text.startswith("seed=")]
+    if len(seeds) != 1 or not seeds[0].isdecimal():
+        return _composed(tuple(overrides))
+    config = _composed(tuple(text for text in overrides if not text.startswith("seed=")))
+    return None if config is None else with_values(config, {"seed": int(seeds[0])})
+
+
+@functools.cache
+def _composed(overrides: tuple[str, ...]) -> TrainConfig | None:
+    if _composed.cache_info().currsize >= MAX_COMPOSED:
+        return None
     try:
         return compose_config(overrides, may_import=False)  # the ledger may be another person's
     except ConfigError:

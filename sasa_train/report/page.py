@@ -114,7 +114,7 @@ def run_page(
             ("config", "Config"), ("environment", "Environment"), ("files", "Files"),
         ],
         model=config.model.title,
-        data=f"{config.data.name} at {in_pixels(resolved_size(config.data))}",
+        data=f"{config.data.title} at {in_pixels(resolved_size(config.data))}",
         headline=facts.headline(job),
         verdicts=said,
         warnings=[*([(caution, [])] if caution else []), *facts.warnings(job)],

@@ -60,7 +60,8 @@ def _table(jobs: list[Job], width: int) -> Iterator[str]:
         numbers = [text.rjust(size) for text, size in zip(line[:3], widths[:3], strict=True)]
         yield "  ".join(numbers + [t.ljust(n) for t, n in zip(line[3:], widths[3:], strict=True)]).rstrip()
     if left_out:
-        yield f"({left_out} more keys differ; a wider terminal shows them)"
+        keys = "key differs" if left_out == 1 else "keys differ"
+        yield f"({left_out} more {keys}; a wider terminal shows more)"
 
 
 def columns_of(jobs: list[Job]) -> list[list[str]]:

@@ -195,7 +195,7 @@ def split_of(config: TrainConfig) -> str:
     """Describe the val split in words."""
     data = config.data
     part = "" if data.max_val_images is None else f", {data.max_val_images:,} images of it at most"
-    size = f"{data.name} at {in_pixels(resolved_size(data))}"
+    size = f"{data.title} at {in_pixels(resolved_size(data))}"
     if data.holdout_fraction > 0:
         return f"{100 * data.holdout_fraction:g} % held out of train of {size}{part}"
     if data.name == "digits":

@@ -191,7 +191,8 @@ def _of_rows(data: str, found: list[tuple[int, Row]], chance: Chance | None) -> 
     text = f"The best of {len(found)} rows on {data} is row {number}, {row.label}, with top1 {reached}"
     lead = paired_difference(row, found[1][1])
     if lead is None or lead.n < ENOUGH:
-        return f"{text} There are too few seeds to tell whether it is better than the next, row {found[1][0]}."
+        text += f" There are too few seeds to tell whether it is better than the next, row {found[1][0]}."
+        return f"{text} Its top1 is optimistic, because it was chosen among {len(found)}."
     clear = "and the interval over seeds excludes 0" if lead.excludes_zero else "which chance in the seeds may explain"
     return f"{text} It is {lead.mean:.2f} points above the next, row {found[1][0]}, {clear} (± {lead.half_width:.2f})."
 

@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from sasa_train.data.class_names import MAX_CLASS_NAME
 from sasa_train.data.fingerprint import SOURCES
 from sasa_train.files import (
     DISK_FAILED,
@@ -79,7 +80,7 @@ def _is_content(value: Any) -> bool:
 
 TENSOR = Rule("a dense tensor of real numbers", _is_stored)
 CONTENT = Rule("tensors, texts, numbers, lists and dicts of them", lambda value: consists_of(value, _is_content))
-NAME = text(4096)  # of a class; a folder's name has at most 255
+NAME = text(MAX_CLASS_NAME)
 SUMS = Rule(
     "finite float64 [2] or [W, 2]",
     lambda sums: (
@@ -120,7 +121,12 @@ SCHEMA = {
     "finished": bool,
     "metrics": Rule("rows of metrics.jsonl", is_log),
     "fingerprint": {"train": IMAGES, "val": IMAGES},
-    "provenance": {"world_size": Maybe(whole(1)), "versions": Maybe({str: (None, TEXT)}), str: PLAIN},
+    "provenance": {
+        "world_size": Maybe(whole(1)),
+        "versions": Maybe({str: (None, TEXT)}),
+        "imports": Maybe({str: TEXT}),
+        str: PLAIN,
+    },
     str: CONTENT,
 }
 

@@ -130,9 +130,10 @@ class Ledger:
         run_dir = self.path.parent / job.name
         if planned.state == "refused":
             job.end("refused", planned.reason)
-        elif job.state != "done" and has_finished(run_dir):
-            job.note_metrics(run_dir)
-            job.end("done", FINISHED)
+        elif has_finished(run_dir):
+            job.note_metrics(run_dir)  # also of a job that is done: the run tells what it reached, not the ledger
+            if job.state != "done":
+                job.end("done", FINISHED)
         return job
 
     def asked_for(self) -> list[Job]:

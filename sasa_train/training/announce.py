@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from sasa_train.config import own_code
@@ -17,7 +18,7 @@ from sasa_train.config.own_keys import imports_for, targets_of
 from sasa_train.data.loader import Loaders
 from sasa_train.device import RunPlan
 from sasa_train.machine import peak_memory
-from sasa_train.terminal import columns, duration
+from sasa_train.terminal import columns, duration, printable, some
 from sasa_train.training.optim import peak_lr
 from sasa_train.training.state import TrainState
 
@@ -45,8 +46,9 @@ def describe_plan(plan: RunPlan, loaders: Loaders, state: TrainState) -> str:
         "device": f"{state.device}, {config.trainer.precision}",
         **({"threads": threads} if (threads := describe_crowding(state.device)) else {}),
         "model": f"{config.model.title}, {num_parameters:,} parameters",
-        "data": f"{config.data.name}, {train.num_images:,} train and {val.num_images:,} val images of "
+        "data": f"{printable(config.data.title)}, {train.num_images:,} train and {val.num_images:,} val images of "
         f"{in_pixels(plan.input_size)}{mode}, {len(loaders.classes)} classes, {loaders.kind}",
+        **({"classes": named} if (named := describe_classes(config, loaders)) else {}),
         "batch": f"{batch} images per step, {plan.steps_per_epoch:,} steps per epoch, {plan.num_steps:,} in all",
         "lr": f"{peak_lr(config):g} at its peak ({config.optimizer.lr:g} {config.optimizer.lr_basis})",
     }
@@ -55,6 +57,14 @@ def describe_plan(plan: RunPlan, loaders: Loaders, state: TrainState) -> str:
     if state.step:
         lines["continues"] = f"at step {state.step:,}, epoch {state.epoch + 1}; top1: {describe_best(state.best)}"
     return table(lines) + "\n"
+
+
+def describe_classes(config: TrainConfig, loaders: Loaders) -> str:
+    """Name the classes of a set of the user's own with their numbers of train images, the most frequent first."""
+    if config.data.name not in ("image_folder", "own"):
+        return ""
+    counts = np.bincount(loaders.train_set.labels, minlength=len(loaders.classes))
+    return some([f"{loaders.classes[label]} {counts[label]:,}" for label in np.argsort(-counts, kind="stable")])
 
 
 def describe_crowding(device: torch.device) -> str:

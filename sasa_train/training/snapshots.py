@@ -13,6 +13,7 @@ from sasa_train.terminal import printable
 
 SHEET_IMAGES, SHEET_PIXELS = 64, 96  # images on a contact sheet; approximate size to which small images are enlarged
 CAPTION_LINES, CAPTION_PIXELS = 2, 13  # below each image; height of a line
+MAX_CAPTION = 200  # characters
 MATRIX_PIXELS = 400
 BLUE, RED = (8, 48, 107), (165, 15, 21)
 
@@ -42,7 +43,9 @@ def _strip(caption: str, width: int) -> Tensor:
     """Draw a caption, broken or cut to the width, as a white strip, uint8 [3, H, width]."""
     font = ImageFont.load_default(CAPTION_PIXELS - 2)
     strip = Image.new("RGB", (width, CAPTION_LINES * CAPTION_PIXELS), "white")
-    lines = caption.split("\n")
+    # Measuring takes time in proportion to the square of the length.
+    lines = [_without_middle(line) for line in caption.split("\n")]
+    caption = "\n".join(lines)
     if len(lines) == 1 and font.getlength(caption) > width:
         end = next(n for n in range(len(caption), 0, -1) if n == 1 or font.getlength(caption[:n]) <= width)
         lines = [caption[:end], caption[end:]]
@@ -53,6 +56,10 @@ def _strip(caption: str, width: int) -> Tensor:
             shown = f"{line[: kept - kept // 3]}\u2026{line[len(line) - kept // 3 :]}"
         ImageDraw.Draw(strip).text((0, place * CAPTION_PIXELS), shown, "black", font)
     return pil_to_tensor(strip)
+
+
+def _without_middle(line: str) -> str:
+    return line if len(line) <= MAX_CAPTION else f"{line[: MAX_CAPTION // 2]}\u2026{line[-MAX_CAPTION // 2 :]}"
 
 
 def confusion_picture(confusion: Tensor) -> Tensor:

@@ -52,7 +52,6 @@ def draw(options: argparse.Namespace) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = described(
-        argparse.ArgumentParser,
         prog="sasa-visualize",
         usage="sasa-visualize RUN [RUN ...] [FIGURE ...] [options] [key=value ...]",
         description=__doc__,
