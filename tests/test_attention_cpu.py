@@ -137,6 +137,9 @@ def test_float64_and_large_windows_are_refused_by_name():
 @pytest.fixture
 def fresh_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SASA_TRAIN_CACHE", str(tmp_path))
+    monkeypatch.setattr(
+        cpu, "FLAGS", tuple(flag for flag in cpu.FLAGS if flag != "-O3")
+    )  # compiles in a third of the time
     cpu._library.cache_clear()
     cpu._version.cache_clear()
     dispatch._say_once.cache_clear()

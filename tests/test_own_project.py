@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from running_commands import TINY
 
 from sasa_train import evaluate, export, predict, report, sweep, train, visualize
 from sasa_train.config import own_code
-from tests.running_commands import TINY
 
 MODEL = """
 from timm.models import register_model

@@ -99,8 +99,16 @@ def test_a_preset_with_keys_for_its_own_model_takes_another(nets):
     assert run.finished and [row["step"] for row in run.metrics] == [1, 2, 2]
 
 
+@pytest.fixture
+def ctrl_c():
+    """Handle SIGINT as Python does, also where a script has started the tests in the background."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
 @pytest.mark.parametrize("ending", slow_but_for(["interrupt"], ["stop", "interrupt", "failure"]))
-def test_the_same_call_continues_a_run(ending, nets):
+def test_the_same_call_continues_a_run(ending, nets, ctrl_c):
     """A notebook's interrupt saves the run before it raises; a second call goes on as if undisturbed."""
 
     def end(event, view):

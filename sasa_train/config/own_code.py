@@ -218,11 +218,12 @@ def _is_own(path: str) -> bool:
         return False
     if any(_defined_in(value) == path for value in _given.values()):
         return True
+    files = list(filter(None, map(_file_of, _imported.values())))
     if not INSTALLED.isdisjoint(Path(path).parts):
-        files = filter(None, map(_file_of, _imported.values()))
         folders = [file.removesuffix("__init__.py") for file in files]
         return any(path == folder or (folder.endswith(os.sep) and path.startswith(folder)) for folder in folders)
-    return any(os.path.abspath(path).startswith(folder + os.sep) for folder in _folders)
+    beside = {os.path.dirname(file) for file in files}  # a data worker knows no other folder
+    return any(os.path.abspath(path).startswith(folder + os.sep) for folder in _folders | beside)
 
 
 def _defined_in(value: Any) -> str | None:

@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 from timm.models import model_entrypoint
 from torch import nn
 
-from sasa_train.config.overrides import as_written
 from sasa_train.refusal import ConfigError, shorten
 from sasa_train.terminal import some
 
@@ -36,6 +35,13 @@ OF_FACTORY = (
 
 
 NO_PROBES: Mapping[str, Any] = MappingProxyType({})
+
+
+def written(value: Any) -> str:
+    """Format a value as on the command line."""
+    from sasa_train.config.overrides import as_written  # imports Hydra, which takes a tenth of a second
+
+    return as_written(value)
 
 
 class _Touched(BaseException):
@@ -61,7 +67,7 @@ def check_reserved(name: str, args: dict[str, Any], sized: bool) -> None:
     """
     keys = KEYS | ({"img_size": "data.image_size"} if sized else {})
     for argument, value in args.items():
-        what = f"model.args={{{argument}:{shorten(as_written(value))}}}"
+        what = f"model.args={{{argument}:{shorten(written(value))}}}"
         if argument in keys:
             raise ConfigError(f"{what}: {name}'s {argument} is set by a key: use {keys[argument]} instead")
         if argument in OF_FACTORY:
@@ -83,12 +89,12 @@ def check_args(name: str, args: dict[str, Any], create: Create) -> None:
     for argument, value in args.items():
         _check_known(name, argument, known, create)
         if known.get(argument) is bool and not isinstance(value, bool):
-            raise ConfigError(f"model.args: {name}'s {argument}={shorten(as_written(value))} must be true or false")
+            raise ConfigError(f"model.args: {name}'s {argument}={shorten(written(value))} must be true or false")
     if wrong := _outcome(create, args):
         alone = [key for key in args if _outcome(create, {key: args[key]})]
         given = {alone[0]: args[alone[0]]} if len(alone) == 1 else args
         reason = _reason(_outcome(create, given) or wrong)
-        raise ConfigError(f"model.args={shorten(as_written(given))}: {name} cannot be built with it: {reason}")
+        raise ConfigError(f"model.args={shorten(written(given))}: {name} cannot be built with it: {reason}")
     for argument in args:
         others = {key: value for key, value in args.items() if key != argument}
         if _outcome(create, others, {argument: _Probe()}) is None:

@@ -17,8 +17,7 @@ import sasa_train.models.resnet  # noqa: F401  (registers our models with timm)
 from sasa_train.config import own_code
 from sasa_train.config.derived import InputSize, as_image_size, as_input_size, in_pixels, written_size
 from sasa_train.config.keys import MODEL_KEYS, PUBLISHED, ModelConfig
-from sasa_train.config.overrides import as_written
-from sasa_train.models.arguments import check_args, check_reserved
+from sasa_train.models.arguments import check_args, check_reserved, written
 from sasa_train.refusal import LIBRARY_ERRORS, ConfigError, shorten
 
 # Names, arguments and input sizes that `check_args` has accepted; it builds a model several times, and a command checks
@@ -93,9 +92,9 @@ def _create(config: ModelConfig, num_classes: int, size: InputSize, args: dict[s
 def _with_args(config: ModelConfig, names: Sequence[str] = ()) -> str:
     """Return the model's name with those of its keys in `names` that are set, and its arguments."""
     keys = {key: value for key in names if (value := getattr(config, key)) is not None}
-    given = [f"model.{key}={as_written(value)}" for key, value in keys.items()]
+    given = [f"model.{key}={written(value)}" for key, value in keys.items()]
     if config.args:
-        given.append(f"model.args={shorten(as_written(config.args))}")
+        given.append(f"model.args={shorten(written(config.args))}")
     return f"{config.name} with {' '.join(given)}" if given else config.name
 
 
@@ -174,7 +173,7 @@ def check_model(config: ModelConfig, size: int | InputSize, num_classes: int | N
 
 
 def _check_args(config: ModelConfig, size: InputSize) -> None:
-    key = (config.name, as_written(config.args), size)
+    key = (config.name, written(config.args), size)
     if key in _accepted:
         return
     check_name(config.name)
