@@ -654,10 +654,10 @@ def _read_classes(path: Path) -> list[str]:
             content = file.read(MAX_CLASSES_BYTES + 1)
         # Not splitlines(), which also splits at characters that names may have.
         classes = [name.removesuffix("\r") for name in content.decode("utf-8-sig").removesuffix("\n").split("\n")]
-        if (longest := max(map(len, classes))) > MAX_CLASS_NAME:
-            raise ValueError(f"a name of {longest:,} characters; {MAX_CLASS_NAME:,} are the most")
         if len(content) > MAX_CLASSES_BYTES or len(classes) > MAX_CLASSES:
             raise ValueError(f"more than {MAX_CLASSES_BYTES:,} bytes or {MAX_CLASSES:,} lines")
+        if (longest := max(map(len, classes))) > MAX_CLASS_NAME:
+            raise ValueError(f"a name of {longest:,} characters; {MAX_CLASS_NAME:,} are the most")
         if "\0" in "".join(classes):
             raise ValueError("a name with the character NUL")
     except (OSError, ValueError) as error:
