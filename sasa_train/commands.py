@@ -43,12 +43,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         known = re.findall(r"(?<![\w-])--[a-z][\w-]*", self.format_help())
-        for word in message.split():
-            if word.startswith("--") and word not in known:
-                longer = [option for option in known if option.startswith(word)]
-                if close := longer or difflib.get_close_matches(word, known, n=1):
-                    message += f": did you mean {close[0]}?"
-                break
+        if found := re.match(r"unrecognized arguments: (?:.* )?(--[\w-]+)", message):
+            longer = [option for option in known if option.startswith(found[1])]
+            if close := longer or difflib.get_close_matches(found[1], known, n=1):
+                message += f": did you mean {close[0]}?"
         super().error(message)
 
 

@@ -73,6 +73,7 @@ def test_a_folder_of_presets_that_cannot_be_meant_is_refused(project, capsys):
     write(project / "one/model/tiny.yaml", "")
     write(project / "two/model/tiny.yaml", "")
     write(project / "bare/experiment/bare.yaml", "seed: 1\n")
+    write(project / "bare/short.yml", "seed: 1\n")
     write(project / "wrong/experiment/wrong.yaml", "# @package _global_\ntrainer:\n  epoch: 1\n")
     for words, expected in [
         (["configs=nowhere"], "there is no such folder"),
@@ -80,6 +81,7 @@ def test_a_folder_of_presets_that_cannot_be_meant_is_refused(project, capsys):
         (["configs=clash"], "experiment/quickstart.yaml has the name of a preset in"),
         (["configs=one", "configs=two"], "model/tiny.yaml has the name of a preset in"),
         (["experiment=./nowhere.yaml"], "is not a file"),
+        (["experiment=bare/short.yml"], "must end in .yaml"),
         (["experiment=bare/experiment/bare.yaml"], "must begin with the line: # @package _global_"),
         (["configs=wrong", "experiment=wrong"], "unknown key 'trainer.epoch': did you mean trainer.epochs?"),
         (["configs=one", "model=tine"], "did you mean tiny?"),

@@ -399,3 +399,10 @@ def test_a_file_whose_name_begins_with_a_dash_is_not_an_option(tiny_run, tmp_pat
     monkeypatch.chdir(tmp_path)
     assert predict.run_command([str(tiny_run), "-x.png"]) == 0
     assert "./-x.png" in capsys.readouterr().out
+
+
+def test_a_misspelt_option_is_answered_with_the_right_one(capsys):
+    assert predict.run_command(["run", "x.png", "--top", "3"]) == 2
+    assert "unrecognized arguments: --top 3: did you mean --top-k?" in capsys.readouterr().err
+    assert predict.run_command(["run", "x.png", "--format", "xml"]) == 2
+    assert "invalid choice: 'xml'" in (told := capsys.readouterr().err) and "did you mean" not in told

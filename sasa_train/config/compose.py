@@ -83,22 +83,23 @@ class TextSource(FileConfigSource):
     """A folder of config files in which the values of text keys stay as they are written."""
 
     def load_config(self, config_path: str) -> ConfigResult:
-        result = super().load_config(config_path)
-        text = Path(self.path, f"{config_path.removesuffix('.yaml')}.yaml").read_text(encoding="utf-8")
+        path = self.file(config_path)
+        result = super().load_config(str(path))
+        text = path.read_text(encoding="utf-8")
         result.config = OmegaConf.create(quote_texts(text, group=config_path.rpartition("/")[0]))
         return result
+
+    def file(self, config_path: str) -> Path:
+        return Path(self.path, f"{config_path.removesuffix('.yaml')}.yaml")
 
 
 class FileSource(TextSource):
     """The files that are chosen by their paths, as in experiment=./mine.yaml, in whichever group they are chosen."""
 
-    def load_config(self, config_path: str) -> ConfigResult:
+    def file(self, config_path: str) -> Path:
         path = _file_chosen(config_path)
-        assert path is not None
-        result = FileConfigSource.load_config(self, str(path))
-        text = path.read_text(encoding="utf-8")
-        result.config = OmegaConf.create(quote_texts(text, group=config_path.rpartition("/")[0]))
-        return result
+        assert path is not None  # or `is_config` was false
+        return path
 
     def is_group(self, config_path: str) -> bool:
         return False

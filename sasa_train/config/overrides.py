@@ -270,6 +270,7 @@ def _check_choice(override: Override) -> None:
     for name in choice if isinstance(choice, list) else [choice]:
         if is_file(str(name)):
             require(os.path.isfile(os.path.expanduser(str(name))), group, name, "is not a file")
+            require(str(name).endswith(".yaml"), group, name, "must end in .yaml, the only ending that Hydra reads")
         elif name not in choices(group):
             hint = nearest(str(name), choices(group)) + HINTS.get(group, "").format(shorten(name))
             raise ConfigError(f"{group}={shorten(choice)} is none of {', '.join(choices(group))}: {hint}")
