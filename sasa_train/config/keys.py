@@ -280,7 +280,8 @@ class TrainConfig:
 
 
 FREE_KEYS = ("model.args", "data.args", "optimizer.args", "schedule.args")  # dicts, each treated as a single key
-TARGETS = ("model.target", "data.target", "augment.target", "trainer.loss_target")  # dotted names of the user's code
+# Keys that hold dotted names of the user's code.
+TARGETS = ("model.target", "data.target", "augment.target", "trainer.loss_target", "hooks")
 LISTS = ("configs", "imports", "hooks")  # keys of which a command line may give one value, and several of them
 MAX_DEPTH = 5  # maximum nesting of lists and dicts in such an argument
 # The names that Hydra parses as strings in {name:value}.

@@ -22,7 +22,7 @@ def use_code(overrides: Sequence[str]) -> None:
     """
     own_code.use_plugins()
     own_code.use(list(values_of(overrides, ("imports",))))
-    own_code.allow(map(own_code.module_of, values_of(overrides, (*TARGETS, "hooks"))))
+    own_code.allow(map(own_code.module_of, values_of(overrides, TARGETS)))
 
 
 def use_code_of(config: TrainConfig) -> None:
@@ -41,6 +41,6 @@ def imports_for(config: TrainConfig, keys: Sequence[str] = TARGETS) -> str:
 
 
 def targets_of(config: TrainConfig, keys: Sequence[str] = TARGETS) -> list[str]:
-    """Return the dotted names in `keys`, by default all of TARGETS and then the hooks."""
-    hooks = config.hooks if keys is TARGETS else []
-    return [*filter(None, (attrgetter(key)(config) for key in keys)), *hooks]
+    """Return the dotted names in `keys`."""
+    values = [attrgetter(key)(config) for key in keys]
+    return [name for value in values for name in (value if isinstance(value, list) else [value]) if name is not None]

@@ -118,9 +118,11 @@ def _of_clipping(trainer: TrainerConfig) -> Rules:
 
 def _of_code(config: TrainConfig) -> Rules:
     model, data, trainer = config.model, config.data, config.trainer
-    for key, target in [(key, attrgetter(key)(config)) for key in TARGETS] + [("hooks", name) for name in config.hooks]:
+    for key in TARGETS:
+        names = attrgetter(key)(config) or []
+        names = names if isinstance(names, list) else [names]
         rule = "must be a dotted name of your own code, as in my_models.TinyNet"
-        yield target is None or bool(re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", target)), key, rule
+        yield all(re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", name) for name in names), key, rule
     yield (data.name == "own") == (data.target is not None), "data.target", "and data=own need each other"
     yield not data.args or data.target is not None, "data.args", "needs data.target: it holds that function's arguments"
     rule = "is for data.root; your own function (data.target) chooses its val set itself"

@@ -185,9 +185,8 @@ class Checkpoints:
             self._last_step = content["step"]
         finally:
             discard(temporary)
-        with contextlib.suppress(
-            OSError
-        ):  # the new files are in place, so a folder that cannot be listed is no failure
+        # The new files are in place, so a folder that cannot be listed is no failure.
+        with contextlib.suppress(OSError):
             for old in self.numbered()[self.keep :]:
                 discard(manifest_of(old))
                 discard(old)
