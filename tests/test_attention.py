@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sasa_train.attention import attention_weights as attend_weights
 from sasa_train.attention import local_attention, local_attention_qkv, plain
-from sasa_train.attention.reference import attention_weights
+from sasa_train.attention.reference import Inputs, Window, attention_weights
 from sasa_train.models import AttentionStem, LocalSelfAttention2d
 
 B, N, H, W, D, K = 2, 3, 5, 7, 4, 3  # all different, so that swapped dimensions are noticed
@@ -112,14 +112,14 @@ def test_scores_are_not_scaled():
     """Scores are q.k = 4 ln 3 over D=4 channels; scaling them by 1/sqrt(D) would change the odds from 81 to 9."""
     q = torch.full((1, 1, 1, 2, 4), math.log(3), dtype=torch.float64)
     key = torch.tensor([1.0, 0.0], dtype=torch.float64)[None, None, None, :, None].expand(1, 1, 1, 2, 4)
-    weights = attention_weights(q, key, None, None, 3, "mask")[0, 0, 0, 0]
+    weights = attention_weights(Inputs(q, key, q, None, None), Window(3, 3))[0, 0, 0, 0]
     assert float(weights[4] / weights[5]) == pytest.approx(81)
 
 
 @pytest.mark.parametrize("border", ["mask", "zero"])
 def test_weights_sum_to_one_with_one_map_a_head(border):
     q, key, _, rel_height, rel_width = tensors()
-    weights = attention_weights(q, key, rel_height, rel_width, K, border)
+    weights = attention_weights(Inputs(q, key, q, rel_height, rel_width), Window(K, K, border))
     assert weights.shape == (B, N, H, W, K * K)
     torch.testing.assert_close(weights.sum(-1), torch.ones(B, N, H, W, dtype=torch.float64))
     corner = weights[:, :, 0, 0].unflatten(-1, (K, K))
@@ -215,7 +215,7 @@ def test_any_strides_give_the_same_numbers_and_gradients():
 def test_the_op_is_a_well_behaved_library_op(content, shared, backend):
     """Check the schema, fake tensors, autograd registration and compilation with torch.library.opcheck."""
     q, key, v, rel_height, rel_width = (t.requires_grad_() for t in tensors(torch.float32, shared=shared))
-    arguments = (q, key if content else None, v, rel_height, rel_width, K, "mask", backend)
+    arguments = (q, key if content else None, v, rel_height, rel_width, [K, K], [1, 1], "mask", 1.0, backend)
     torch.library.opcheck(torch.ops.sasa_train.local_attention.default, arguments)
 
 
@@ -267,7 +267,7 @@ def test_flops_are_the_papers(content, relative, products):
         ({"rel_width": torch.zeros(3, 2, dtype=torch.int64)}, "rel_width must be a dense tensor with a floating dtype"),
         ({"rel_width": torch.zeros(3, 2, device="meta")}, "rel_width must be on query's device, cpu; it is on meta"),
         ({"content": "false"}, "content='false' must be True or False"),
-        *(({"kernel_size": bad}, r"kernel_size=.* must be a whole number") for bad in ((3, 5), 3.0, "3", None, True)),
+        *(({"kernel_size": bad}, r"kernel_size=.* must be a whole number") for bad in ((3, 5, 7), 3.0, "3", None, True)),
     ],
 )
 def test_refusals_name_the_argument_and_the_rule(change, message):
@@ -277,9 +277,8 @@ def test_refusals_name_the_argument_and_the_rule(change, message):
         local_attention(**arguments)
 
 
-@pytest.mark.parametrize("bad", [(3, 5), 3.0, "3", None, True], ids=str)
+@pytest.mark.parametrize("bad", [(3, 5, 7), 3.0, "3", None, True], ids=str)
 def test_layers_and_weights_refuse_what_is_no_whole_number(bad):
-    """A pair of window sizes, which other libraries accept, was a bare TypeError."""
     q, key, _, *rel = tensors()
     with pytest.raises(ValueError, match="kernel_size=.* must be a whole number"):
         attend_weights(q, key, *rel, kernel_size=bad)
@@ -362,7 +361,7 @@ def test_the_recommended_function_has_every_derivative():
     """Compare tangents and second derivatives with finite differences in float64, and per-sample gradients."""
     inputs = tensors()
     for function in (
-        lambda *x: plain.local_attention_forward(*x, K, "mask"),
+        lambda *x: plain.local_attention_forward(Inputs(*x), Window(K, K)),
         lambda q, key, v, *rel: attend_weights(q, key, *rel, kernel_size=K) + 0 * v.sum(),
     ):
 
@@ -412,7 +411,7 @@ def test_fused_projections_give_the_same_and_one_gradient(content, relative, bac
 @pytest.mark.parametrize("content,stride", [(True, 1), (True, 2), (False, 1)])
 def test_the_fused_op_is_a_well_behaved_library_op(content, stride, backend):
     rel = [t.requires_grad_() for t in tensors(torch.float32)[3:]]
-    arguments = (fused(content).requires_grad_(), *rel, K, "mask", stride, backend)
+    arguments = (fused(content).requires_grad_(), *rel, [K, K], [1, 1], "mask", 1.0, stride, backend)
     torch.library.opcheck(torch.ops.sasa_train.local_attention_qkv.default, arguments)
 
 

@@ -20,7 +20,7 @@ from sasa_train.attention import cpu, dispatch, local_attention
 
 
 def needs_compiler() -> str | None:
-    return cpu.unavailable(torch.zeros(1), 3)
+    return cpu.why_not_built("local_attention", 3)
 
 
 pytestmark = pytest.mark.skipif(needs_compiler() is not None, reason=f"no compiled kernel: {needs_compiler()}")

@@ -68,9 +68,10 @@ def test_plain_attention_is_the_reference(height, width, kernel_size, border, sc
     query, key, value = torch.randn(3, 2, 3, height, width, 4, dtype=torch.float64)
     shape = (3, kernel_size, 2) if scores == "r of each head" else (kernel_size, 2)
     rel_height, rel_width = torch.randn(2, *shape, dtype=torch.float64) if "r" in scores else (None, None)
-    inputs = (query, None if scores == "r of each head" else key, value, rel_height, rel_width, kernel_size, border)
-    expected = reference.local_attention_forward(*inputs)
-    torch.testing.assert_close(plain.local_attention_forward(*inputs), expected, rtol=0, atol=1e-13)
+    inputs = reference.Inputs(query, None if scores == "r of each head" else key, value, rel_height, rel_width)
+    window = reference.Window(kernel_size, kernel_size, border)
+    expected = reference.local_attention_forward(inputs, window)
+    torch.testing.assert_close(plain.local_attention_forward(inputs, window), expected, rtol=0, atol=1e-13)
 
 
 LAYERS = {

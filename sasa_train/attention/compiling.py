@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from sasa_train.attention import triton_kernels
 from sasa_train.attention.cpu import empty_output
-from sasa_train.attention.dispatch import empty_kept, split_projections
-from sasa_train.attention.reference import Inputs
+from sasa_train.attention.dispatch import empty_kept, run_backward, run_forward, split_projections
+from sasa_train.attention.reference import Inputs, Window
 from sasa_train.attention.triton_kernels import Launch
 
 MAX_THREADS = 16
@@ -62,30 +62,34 @@ def launches_of(
     found: dict[Hashable, Launch] = {}
     for projections, *others in calls.of_attention:
         projections = projections if dtype is None else projections.to(dtype)
-        if triton_kernels.unsupported(projections[0], others[2]) is None:
-            for launch in step_launches(projections, *others):
-                found.setdefault(_identity(launch), launch)
+        for launch in step_launches(projections, *others):
+            found.setdefault(_identity(launch), launch)
     return list(found.values())
 
 
 def step_launches(
-    projections: Tensor, rel_height: Tensor | None, rel_width: Tensor | None, kernel_size: int, border: str, stride: int
-) -> list[Launch]:
-    """Return the kernel launches of `local_attention_qkv`, forward and backward, for tensors with these shapes."""
+    projections: Tensor, rel_height: Tensor | None, rel_width: Tensor | None,
+    kernel_size: tuple[int, int], dilation: tuple[int, int], border: str, scale: float, stride: int,
+) -> list[Launch]:  # fmt: skip
+    """Return the kernel launches of `local_attention_qkv`, forward and backward, for tensors with these shapes.
+
+    There are none for options that the kernels do not support.
+    """
 
     def meta(tensor: Tensor) -> Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
-    projections = meta(projections)
+    projections, window = meta(projections), Window(*kernel_size, border, scale)
     inputs = Inputs(*split_projections(projections), *(None if x is None else meta(x) for x in (rel_height, rel_width)))
-    output = empty_output(inputs.value, stride)
-    logsumexp, unpooled = empty_kept(inputs.value, stride, "triton")
-    full = output if stride == 1 else unpooled
-    options = (kernel_size, border, stride)
+    if triton_kernels.unsupported(inputs, window) is not None:
+        return []
+    output, kept = empty_output(inputs.value, stride), empty_kept(inputs.value, stride, "triton")
+    full = output if stride == 1 else kept[1]
     with triton_kernels.collected_launches() as launches:
-        triton_kernels.local_attention_forward(inputs, output, logsumexp, unpooled, *options)
+        run_forward(triton_kernels, inputs, output, *kept, window, dilation, stride)
         grads = split_projections(torch.empty_like(projections))
-        triton_kernels.local_attention_backward(torch.empty_like(output), full, logsumexp, inputs, *options, grads)
+        grad_output = torch.empty_like(output)
+        run_backward(triton_kernels, grad_output, full, kept[0], inputs, window, dilation, stride, grads)
     return launches
 
 

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sasa_train.attention.reference import Grads, Inputs, table_gradient
+from sasa_train.attention.reference import Grads, Inputs, Window, table_gradient
 
 log = logging.getLogger(__name__)
 
@@ -77,15 +77,29 @@ class _Problem(ctypes.Structure):
     )
 
 
-def unavailable(query: Tensor, kernel_size: int) -> str | None:
+def unavailable(inputs: Inputs, window: Window) -> str | None:
     """Build the kernel if necessary; return the reason why it cannot run on these tensors, or None if it can."""
+    query = inputs.query
     if query.device.type != "cpu":
         return f"the tensors are on {query.device.type}"
     if query.dtype not in (*DTYPES, torch.float16):
         return f"the tensors are {query.dtype}; the kernel computes in float32"
-    if kernel_size > MAX_KERNEL_SIZE:
-        return f"kernel_size={kernel_size} is above {MAX_KERNEL_SIZE}"
-    return why_not_built("local_attention", kernel_size)
+    if max(window[:2]) > MAX_KERNEL_SIZE:
+        return f"kernel_size={max(window[:2])} is above {MAX_KERNEL_SIZE}"
+    if window.rows != window.columns:
+        return f"the kernel has square windows; kernel_size is ({window.rows}, {window.columns})"
+    if window.border == "shift":
+        return "the kernel has no border='shift'"
+    if window.scale != 1:
+        return "the kernel has no scale"
+    if query.shape[-1] != inputs.value.shape[-1]:
+        return f"the kernel has one head_dim; queries have {query.shape[-1]}, values {inputs.value.shape[-1]}"
+    return why_not_built("local_attention", window.rows)
+
+
+def describe(inputs: Inputs, window: Window) -> str:
+    """Describe what runs on tensors like `inputs`; see `describe_build`."""
+    return describe_build("local_attention", window.rows)
 
 
 def empty_output(value: Tensor, stride: int) -> Tensor:
@@ -99,49 +113,51 @@ def statistics_shape(query: Tensor) -> tuple[int, int, int, int]:
     return (batch * num_heads + MAX_LANES - 1) // MAX_LANES * MAX_LANES, height, 2, width
 
 
-def local_attention_forward(inputs: Inputs, kernel_size: int, border: str, stride: int = 1) -> tuple[Tensor, Tensor]:
-    """Return the output, with the dtype and stride order of `value`, and the statistics for the backward pass.
+def local_attention_forward(
+    inputs: Inputs, output: Tensor, statistics: Tensor, _: Tensor, window: Window, stride: int
+) -> None:
+    """Write the output, and the statistics for the backward pass.
 
-    The output is [B, N, H, W, D]. With a stride of 2, it is averaged over 2 x 2 positions, or fewer at the end
+    The output is [B, N, H, W, Dv]. With a stride of 2, it is averaged over 2 x 2 positions, or fewer at the end
     of an odd dimension. A window's statistics are its largest score and 1 / sum(exp(score - largest)); see
     `statistics_shape`.
     """
-    query, value = inputs.query, inputs.value
+    query = inputs.query
     if query.dtype not in DTYPES:
-        exact, statistics = local_attention_forward(_float32(inputs), kernel_size, border, stride)
-        return empty_output(value, stride).copy_(exact), statistics
-    output = empty_output(value, stride)
+        exact = torch.empty_like(output, dtype=torch.float32)
+        local_attention_forward(_float32(inputs), exact, statistics, _, window, stride)
+        output.copy_(exact)
+        return
     # The kernel never writes the lanes beyond the last plane, so they are set to zero first.
-    is_full = query.shape[0] * query.shape[1] % MAX_LANES == 0
-    statistics = (query.new_empty if is_full else query.new_zeros)(statistics_shape(query), dtype=torch.float32)
-    problem, _tables_alive = _problem(inputs, border, stride, statistics)
+    if query.shape[0] * query.shape[1] % MAX_LANES:
+        statistics.zero_()
+    problem, _tables_alive = _problem(inputs, window, stride, statistics)
     problem.output = _strided(output)
-    run("local_attention", kernel_size, "forward", problem)
-    return output, statistics
+    run("local_attention", window.rows, "forward", problem)
 
 
 def local_attention_backward(
-    grad_output: Tensor, statistics: Tensor, inputs: Inputs, kernel_size: int, border: str, stride: int, grads: Grads
+    grad_output: Tensor, _: Tensor, statistics: Tensor, inputs: Inputs, window: Window, stride: int, grads: Grads
 ) -> tuple[Tensor | None, Tensor | None]:
     """Write the gradients of query, key and value to `grads`, and return those of rel_height and rel_width.
 
-    `statistics` is the second output of the forward pass.
+    `statistics` are those of the forward pass.
     """
     if inputs.query.dtype not in DTYPES:
         exact = (grads[0].float(), None if grads[1] is None else grads[1].float(), grads[2].float())
-        options = (kernel_size, border, stride, exact)
-        grad_rel = local_attention_backward(grad_output.float(), statistics, _float32(inputs), *options)
+        options = (window, stride, exact)
+        grad_rel = local_attention_backward(grad_output.float(), _, statistics, _float32(inputs), *options)
         for grad, x in zip(grads, exact, strict=True):
             if grad is not None and x is not None:
                 grad.copy_(x)
         return grad_rel
-    problem, tables = _problem(inputs, border, stride, statistics)
+    problem, tables = _problem(inputs, window, stride, statistics)
     problem.grad_output = _strided(grad_output)
     problem.grad_query, problem.grad_key, problem.grad_value = map(_strided, grads)
     grad_tables = [torch.empty_like(table) for table in tables]
     if grad_tables:
         problem.grad_rel_height, problem.grad_rel_width = (grad.data_ptr() for grad in grad_tables)
-    run("local_attention", kernel_size, "backward", problem)
+    run("local_attention", window.rows, "backward", problem)
     if inputs.rel_height is None or inputs.rel_width is None:
         return None, None
     return table_gradient(grad_tables[0], inputs.rel_height), table_gradient(grad_tables[1], inputs.rel_width)
@@ -152,10 +168,14 @@ def _float32(inputs: Inputs) -> Inputs:
     return inputs._replace(query=query.float(), key=None if key is None else key.float(), value=value.float())
 
 
-def _problem(inputs: Inputs, border: str, stride: int, statistics: Tensor) -> tuple[_Problem, list[Tensor]]:
+def _problem(inputs: Inputs, window: Window, stride: int, statistics: Tensor) -> tuple[_Problem, list[Tensor]]:
     """Return the C++ struct and the contiguous float32 embeddings it points to; the caller must keep these alive."""
     query, key, value, rel_height, rel_width = inputs
-    fields = {"zero_border": border == "zero", "dtype": DTYPES[query.dtype], "num_threads": torch.get_num_threads()}
+    fields = {
+        "zero_border": window.border == "zero",
+        "dtype": DTYPES[query.dtype],
+        "num_threads": torch.get_num_threads(),
+    }
     problem = _Problem(*query.shape, **fields, stride=stride, statistics=statistics.data_ptr())
     problem.query, problem.key, problem.value = map(_strided, (query, key, value))
     if rel_height is None or rel_width is None:

@@ -9,8 +9,9 @@ the other backends never materialise the weights.
 import functools
 import importlib.util
 import logging
-from collections.abc import Callable
-from numbers import Integral
+import math
+from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral, Real
 from types import ModuleType
 from typing import Any
 
@@ -18,11 +19,14 @@ import torch
 from torch import Tensor
 
 from sasa_train.attention import cpu, reference
+from sasa_train.attention.dilation import Remainder, by_remainder, remainders
 from sasa_train.attention.operators import define_operator
-from sasa_train.attention.reference import Grads, Inputs
+from sasa_train.attention.reference import Grads, Inputs, Window
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
-BORDERS = ("mask", "zero")
+BORDERS = ("mask", "zero", "shift")
+
+Pair = int | Sequence[int]  # one number for rows and columns, or one for each
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +38,11 @@ def local_attention(
     rel_height: Tensor | None = None,
     rel_width: Tensor | None = None,
     *,
-    kernel_size: int,
+    kernel_size: Pair,
     content: bool = True,
     border: str = "mask",
+    dilation: Pair = 1,
+    scale: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:
     """Attend from each position to the K x K window around it (arXiv 1906.05909, Eq. 3; no scaling of the scores).
@@ -44,27 +50,32 @@ def local_attention(
     The definition, with every convention, is in `sasa_train/attention/reference.py`.
 
     Args:
-        query, key, value: [B, N, H, W, D] (batch, heads, height, width, head_dim), one floating dtype, any strides.
-            `key` may be None when `content=False`.
+        query, key: [B, N, H, W, D] (batch, heads, height, width, head_dim), one floating dtype, any strides. `key` may
+            be None when `content=False`.
+        value: [B, N, H, W, Dv], with query's dtype; Dv need not be D.
         rel_height, rel_width: relative embeddings [K, D/2], shared by the heads, or [N, K, D/2]; give both or neither.
-            They may be float32 even if q, k and v are in half precision; `triton` rounds them to that for windows up to
-            7 x 7 and heads of 8, 16, 32 or 64 channels.
-        kernel_size: the window size K, an odd number.
+            With `border="shift"` they have 2K - 1 rows instead of K. They may be float32 even if q, k and v are in half
+            precision; `triton` rounds them to that for windows up to 7 x 7 and heads of 8, 16, 32 or 64 channels.
+        kernel_size: the window size K, an odd number, or a pair (rows, columns) of them.
         content: whether the scores include q.k.
-        border: "mask" (exclude positions outside the image) or "zero" (include them with zero keys and values).
+        border: "mask" (exclude positions outside the image), "zero" (include them with zero keys and values) or "shift"
+            (move the window inwards, so that it is inside the image).
+        dilation: the distance between neighbouring keys of a window, at least 1, or a pair (rows, columns).
+        scale: a factor above 0 on the scores, relative terms included.
         backend: "auto", "reference", "cpu" or "triton". A backend requested by name raises an error if it cannot run.
 
     Returns:
-        [B, N, H, W, D], with the dtype and stride order of `value`; differentiable with respect to all five tensors.
+        [B, N, H, W, Dv], with the dtype and stride order of `value`; differentiable with respect to all five tensors.
         The result is deterministic.
 
     Raises:
         ValueError: an argument is invalid; the message states its name, its value and the rule that it violates.
         RuntimeError: the requested backend cannot run here.
     """
-    _check(query, key, value, rel_height, rel_width, kernel_size, content, border, backend)
+    inputs = Inputs(query, key, value, rel_height, rel_width)
+    options = _check(inputs, kernel_size, content, border, dilation, scale, backend)
     key = key if content else None
-    return _local_attention(query, key, value, rel_height, rel_width, kernel_size, border, backend)[0]
+    return _local_attention(query, key, value, rel_height, rel_width, *options)[0]
 
 
 def attention_weights(
@@ -73,9 +84,11 @@ def attention_weights(
     rel_height: Tensor | None = None,
     rel_width: Tensor | None = None,
     *,
-    kernel_size: int,
+    kernel_size: Pair,
     content: bool = True,
     border: str = "mask",
+    dilation: Pair = 1,
+    scale: float = 1.0,
 ) -> Tensor:
     """Compute the weights that `local_attention` assigns to each position's window, using the reference backend.
 
@@ -88,8 +101,15 @@ def attention_weights(
     Raises:
         ValueError: an argument is invalid for `local_attention`.
     """
-    _check(query, key, query, rel_height, rel_width, kernel_size, content, border, "reference")
-    return reference.attention_weights(query, key if content else None, rel_height, rel_width, kernel_size, border)
+    inputs = Inputs(query, key, query, rel_height, rel_width)
+    size, distance, *_ = _check(inputs, kernel_size, content, border, dilation, scale, "reference")
+    window = _window(size, border, scale)
+    return by_remainder(
+        lambda q, k: reference.attention_weights(Inputs(q, k, q, rel_height, rel_width), window),
+        distance,
+        query,
+        key if content else None,
+    )
 
 
 def local_attention_qkv(
@@ -97,9 +117,11 @@ def local_attention_qkv(
     rel_height: Tensor | None = None,
     rel_width: Tensor | None = None,
     *,
-    kernel_size: int,
+    kernel_size: Pair,
     content: bool = True,
     border: str = "mask",
+    dilation: Pair = 1,
+    scale: float = 1.0,
     stride: int = 1,
     backend: str = "auto",
 ) -> Tensor:
@@ -119,9 +141,9 @@ def local_attention_qkv(
             f"got {_shape(projections)}"
         )
     check_stride(stride)
-    query, key, value = split_projections(projections)
-    _check(query, key, value, rel_height, rel_width, kernel_size, content, border, backend)
-    return _local_attention_qkv(projections, rel_height, rel_width, kernel_size, border, stride, backend)[0]
+    inputs = Inputs(*split_projections(projections), rel_height, rel_width)
+    *options, _ = _check(inputs, kernel_size, content, border, dilation, scale, backend)
+    return _local_attention_qkv(projections, rel_height, rel_width, *options, stride, backend)[0]
 
 
 def split_projections(projections: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -129,21 +151,66 @@ def split_projections(projections: Tensor) -> tuple[Tensor, Tensor | None, Tenso
     return projections[0], projections[1] if projections.shape[0] == 3 else None, projections[-1]
 
 
-def _forward(inputs: Inputs, kernel_size: int, border: str, stride: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    value = inputs.value
-    module = _resolve(backend, inputs.query, kernel_size)
-    if module is cpu and value.numel():
-        return *cpu.local_attention_forward(inputs, kernel_size, border, stride), value.new_empty(0)
-    kept = empty_kept(value, stride, backend)
-    output = cpu.empty_output(value, stride)
-    if value.numel() == 0:
+def _unpack(kernel_size, dilation, border, scale, *rest) -> tuple[Window, tuple[int, int], int, str]:
+    """Return window, dilation, stride and backend from the options of either op."""
+    stride, backend = rest if len(rest) == 2 else (1, *rest)
+    return _window(kernel_size, border, scale), pair(dilation), stride, backend
+
+
+def _forward(inputs: Inputs, *options) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output and what backward needs, see `empty_kept`."""
+    window, dilation, stride, backend = _unpack(*options)
+    value, module = inputs.value, _resolve(backend, inputs, window)
+    output, kept = cpu.empty_output(value, stride), empty_kept(value, stride, backend)
+    if output.numel() == 0:
         return output, *kept
     if module is reference:
-        exact = reference.local_attention_forward(*inputs, kernel_size, border)
-        output.copy_(reference.pool(exact) if stride == 2 else exact)
+        output.copy_(_composed(inputs, window, dilation, stride))
         return output, kept[0].zero_(), kept[1].zero_()
-    module.local_attention_forward(inputs, output, *kept, kernel_size, border, stride)
+    run_forward(module, inputs, output, *kept, window, dilation, stride)
     return output, *kept
+
+
+def run_forward(
+    module: Any, inputs: Inputs, output: Tensor, statistics: Tensor, unpooled: Tensor,
+    window: Window, dilation: tuple[int, int], stride: int,
+) -> None:  # fmt: skip
+    """Write the output of a compiled backend, and what it keeps for the backward pass."""
+    if dilation == (1, 1):
+        module.local_attention_forward(inputs, output, statistics, unpooled, window, stride)
+        return
+    full = output if stride == 1 else unpooled if unpooled.numel() else torch.empty_like(inputs.value)
+    for one, parts, kept in _images(inputs, statistics, dilation):
+        module.local_attention_forward(parts, one.of(full), kept, unpooled, window, 1)
+    if stride == 2:
+        output.copy_(reference.pool(full))
+
+
+def _composed(inputs: Inputs, window: Window, dilation: tuple[int, int], stride: int) -> Tensor:
+    """Compute the output by the reference, differentiable any number of times and under every transform."""
+    rel = inputs[3:]
+    output = by_remainder(
+        lambda q, k, v: reference.local_attention_forward(Inputs(q, k, v, *rel), window), dilation, *inputs[:3]
+    )
+    return reference.pool(output) if stride == 2 else output
+
+
+def _images(
+    inputs: Inputs, statistics: Tensor, dilation: tuple[int, int]
+) -> Iterator[tuple[Remainder, Inputs, Tensor]]:
+    """Yield the images of a dilated window, with their inputs and their part of the statistics."""
+    # Embeddings are float32, because their gradients are summed over the images.
+    rel = [x if x is None or x.dtype == torch.float64 else x.float() for x in inputs[3:]]
+    height, width = inputs.query.shape[2:4]
+    num_per_position, first = statistics.numel() // (height * width), 0
+    for one in remainders(dilation, height, width):
+        key = None if inputs.key is None else one.of(inputs.key)
+        parts = Inputs(one.of(inputs.query), key, one.of(inputs.value), *rel)
+        rows, columns = parts.query.shape[2:4]
+        end = first + rows * columns * num_per_position
+        shape = (*statistics.shape[:1], rows, 2, columns) if statistics.shape[1] == height else parts.query.shape[:4]
+        yield one, parts, statistics.flatten()[first:end].view(shape)
+        first = end
 
 
 def empty_kept(value: Tensor, stride: int, backend: str) -> tuple[Tensor, Tensor]:
@@ -159,39 +226,60 @@ def empty_kept(value: Tensor, stride: int, backend: str) -> tuple[Tensor, Tensor
 
 
 def _backward_into(
-    grads: Grads, grad_output, output, statistics, unpooled, inputs: Inputs, kernel_size, border, stride, backend
+    grads: Grads, grad_output: Tensor, output, statistics: Tensor, unpooled: Tensor, inputs: Inputs, *options
 ) -> list[Tensor]:
     """Write the gradients of query, key and value to `grads`; return those of the embeddings, if present."""
-    if inputs.query.numel() == 0:
+    if grad_output.numel() == 0:
+        for grad in grads:
+            if grad is not None:
+                grad.zero_()
         return [torch.zeros_like(rel) for rel in inputs[3:] if rel is not None]
-    module = _resolve(backend, inputs.query, kernel_size)
-    if module is cpu:
-        grad_rel = cpu.local_attention_backward(grad_output, statistics, inputs, kernel_size, border, stride, grads)
-    elif module is reference:
-        if stride == 2:
-            grad_output = reference.spread(grad_output, *inputs.query.shape[2:4])
-        *exact, grad_rel_height, grad_rel_width = reference.local_attention_backward(
-            grad_output, inputs, kernel_size, border
-        )
-        grad_rel = grad_rel_height, grad_rel_width
-        for grad, x in zip(grads, exact, strict=True):
-            if grad is not None and x is not None:
-                grad.copy_(x)
-    else:
-        full = output if stride == 1 else unpooled
-        grad_rel = module.local_attention_backward(
-            grad_output, full, statistics, inputs, kernel_size, border, stride, grads
-        )
+    window, dilation, stride, backend = _unpack(*options)
+    module = _resolve(backend, inputs, window)
+    full = output if stride == 1 else unpooled
+    grad_rel = run_backward(module, grad_output, full, statistics, inputs, window, dilation, stride, grads)
     # These are new tensors with the strides that the fake implementation promises.
     pairs = zip(inputs[3:], grad_rel, strict=True)
     return [torch.empty_like(rel).copy_(grad) for rel, grad in pairs if rel is not None and grad is not None]
 
 
+def run_backward(
+    module: Any, grad_output: Tensor, output: Tensor | None, statistics: Tensor, inputs: Inputs,
+    window: Window, dilation: tuple[int, int], stride: int, grads: Grads,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Write a backend's gradients of query, key and value to `grads`; return those of rel_height and rel_width.
+
+    `output` is that of the forward pass before pooling, for the backends that keep it.
+    """
+    if dilation == (1, 1) and module is not reference:
+        return module.local_attention_backward(grad_output, output, statistics, inputs, window, stride, grads)
+    if stride == 2:
+        grad_output = reference.spread(grad_output, *inputs.query.shape[2:4])
+    sums: tuple[Tensor | None, Tensor | None] = None, None
+    for one, parts, kept in _images(inputs, statistics, dilation):
+        into = tuple(x if x is None else one.of(x) for x in grads)
+        if module is reference:
+            *exact, grad_height, grad_width = reference.local_attention_backward(one.of(grad_output), parts, window)
+            for grad, x in zip(into, exact, strict=True):
+                if grad is not None and x is not None:
+                    grad.copy_(x)
+        else:
+            full = output if output is None or output.numel() == 0 else one.of(output)
+            options = (window, 1, into)
+            grad_height, grad_width = module.local_attention_backward(one.of(grad_output), full, kept, parts, *options)
+        sums = _plus(sums[0], grad_height), _plus(sums[1], grad_width)
+    return sums
+
+
+def _plus(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    return y if x is None or y is None else x + y
+
+
 def _forward_flops(query, key, value, rel_height, rel_width, kernel_size, *_, **__) -> int:
     """Count 2*K*K*D FLOPs per head and position for each product (q.k, q.r, weights times v), assuming full windows."""
     batch, num_heads, height, width, head_dim = query
-    num_products = 1 + (key is not None) + (rel_height is not None)
-    return num_products * 2 * kernel_size**2 * head_dim * batch * num_heads * height * width
+    channels = ((key is not None) + (rel_height is not None)) * head_dim + value[-1]
+    return 2 * math.prod(kernel_size) * channels * batch * num_heads * height * width
 
 
 def _forward_flops_qkv(projections, rel_height, rel_width, kernel_size, *_, **__) -> int:
@@ -200,12 +288,11 @@ def _forward_flops_qkv(projections, rel_height, rel_width, kernel_size, *_, **__
 
 
 def _backward_separate(
-    grad_output, output, statistics, unpooled, query, key, value, rel_height, rel_width, kernel_size, border, backend
+    grad_output, output, statistics, unpooled, query, key, value, rel_height, rel_width, *options
 ) -> list[Tensor]:
     inputs = Inputs(query, key, value, rel_height, rel_width)
     grads = (torch.empty_like(query), None if key is None else torch.empty_like(key), torch.empty_like(value))
-    kept = (output, statistics, unpooled)
-    grad_rel = _backward_into(grads, grad_output, *kept, inputs, kernel_size, border, 1, backend)
+    grad_rel = _backward_into(grads, grad_output, output, statistics, unpooled, inputs, *options)
     return [grad for grad in (*grads, *grad_rel) if grad is not None]
 
 
@@ -227,12 +314,14 @@ _define = functools.partial(
     alternative="sasa_train.attention.plain.local_attention_forward, in float32 or float64",
 )
 
+_WINDOW = "SymInt[2] kernel_size, SymInt[2] dilation, str border, float scale"
+
 _local_attention = _define(
     "local_attention",
     "Tensor query, Tensor? key, Tensor value, Tensor? rel_height, Tensor? rel_width",
-    "SymInt kernel_size, str border, str backend",
-    forward=lambda query, key, value, rel_height, rel_width, kernel_size, border, backend: _forward(
-        Inputs(query, key, value, rel_height, rel_width), kernel_size, border, 1, backend
+    f"{_WINDOW}, str backend",
+    forward=lambda query, key, value, rel_height, rel_width, *options: _forward(
+        Inputs(query, key, value, rel_height, rel_width), *options
     ),
     fake=lambda query, key, value, *options: (torch.empty_like(value), *empty_kept(value, 1, options[-1])),
     backward=_backward_separate,
@@ -242,11 +331,11 @@ _local_attention = _define(
 _local_attention_qkv = _define(
     "local_attention_qkv",
     "Tensor projections, Tensor? rel_height, Tensor? rel_width",
-    "SymInt kernel_size, str border, SymInt stride, str backend",
+    f"{_WINDOW}, SymInt stride, str backend",
     forward=lambda projections, rel_height, rel_width, *options: _forward(
         Inputs(*split_projections(projections), rel_height, rel_width), *options
     ),
-    fake=lambda projections, rel_height, rel_width, kernel_size, border, stride, backend: (
+    fake=lambda projections, rel_height, rel_width, kernel_size, dilation, border, scale, stride, backend: (
         cpu.empty_output(projections[-1], stride),
         *empty_kept(projections[-1], stride, backend),
     ),
@@ -259,27 +348,31 @@ def plain_decompositions() -> dict[Any, Callable]:
     """Return decompositions for `ExportedProgram.run_decompositions` that let a program run without sasa_train."""
     from sasa_train.attention import plain
 
-    def local_attention_qkv(projections, rel_height, rel_width, kernel_size, border, stride, backend):
-        inputs = (*split_projections(projections), rel_height, rel_width)
-        output = plain.local_attention_forward(*inputs, kernel_size, border)
+    def local_attention_qkv(projections, rel_height, rel_width, kernel_size, dilation, border, scale, stride, backend):
+        window = _window(kernel_size, border, scale)
+        output = by_remainder(
+            lambda q, k, v: plain.local_attention_forward(Inputs(q, k, v, rel_height, rel_width), window),
+            pair(dilation),
+            *split_projections(projections),
+        )
         output = reference.pool(output) if stride == 2 else output
         return output, *empty_kept(projections[-1], stride, backend)
 
     return {torch.ops.sasa_train.local_attention_qkv.default: local_attention_qkv}
 
 
-def describe_backend(backend: str, query: Tensor, kernel_size: int) -> str:
-    """Name what `backend` runs on tensors like `query`, and what compiled it or why no compiled kernel runs."""
-    name, module, reason = _choose(backend, query, kernel_size)
+def describe_backend(backend: str, inputs: Inputs, window: Window) -> str:
+    """Name what `backend` runs on tensors like `inputs`, and what compiled it or why no compiled kernel runs."""
+    name, module, reason = _choose(backend, inputs, window)
     if reason is not None:
         # The rest of the reason may quote a temporary file, which would look different each time.
         return f"reference, because {reason.partition(': ')[0]}"
-    return cpu.describe_build("local_attention", kernel_size) if module is cpu else name
+    return cpu.describe(inputs, window) if module is cpu else name
 
 
-def _resolve(backend: str, query: Tensor, kernel_size: int) -> ModuleType:
+def _resolve(backend: str, inputs: Inputs, window: Window) -> ModuleType:
     """Return the module of the backend to run. This is called inside the op, where tensors are never fake."""
-    name, module, reason = _choose(backend, query, kernel_size)
+    name, module, reason = _choose(backend, inputs, window)
     if backend == "auto":
         _say_once(name, reason)
     elif reason is not None:
@@ -287,15 +380,15 @@ def _resolve(backend: str, query: Tensor, kernel_size: int) -> ModuleType:
     return module
 
 
-def _choose(backend: str, query: Tensor, kernel_size: int) -> tuple[str, ModuleType, str | None]:
+def _choose(backend: str, inputs: Inputs, window: Window) -> tuple[str, ModuleType, str | None]:
     """Return the name of the backend to use, and its module; or the reference and the reason why it cannot run."""
     if backend == "reference":
         return backend, reference, None
-    name = backend if backend != "auto" else "triton" if query.is_cuda else "cpu"
+    name = backend if backend != "auto" else "triton" if inputs.query.is_cuda else "cpu"
     module = _module(name)
     if isinstance(module, str):
         return name, reference, module
-    reason = module.unavailable(query, kernel_size)
+    reason = module.unavailable(inputs, window)
     return name, module if reason is None else reference, reason
 
 
@@ -322,8 +415,11 @@ def _say_once(name: str, reason: str | None) -> None:
         )
 
 
-def _check(query, key, value, rel_height, rel_width, kernel_size, content, border, backend) -> None:
-    check_options(kernel_size, content, border, backend)
+def _check(inputs: Inputs, kernel_size, content, border, dilation, scale, backend) -> tuple:
+    """Check the arguments of `local_attention`; return the options of the op."""
+    query, key, value, rel_height, rel_width = inputs
+    check_options(kernel_size, content, border, backend, dilation, scale)
+    kernel_size, dilation = pair(kernel_size), pair(dilation)
     _check_tensor("query", query)
     if query.dim() != 5:
         raise ValueError(f"query must be [B, N, H, W, D]; got {_shape(query)}")
@@ -341,29 +437,58 @@ def _check(query, key, value, rel_height, rel_width, kernel_size, content, borde
             raise ValueError(f"{name} must be on query's device, {query.device}; it is on {tensor.device}")
     for name in given.keys() & {"key", "value"}:
         tensor = given[name]
-        if tensor.shape != query.shape or tensor.dtype != query.dtype:
+        size = 5 if name == "key" else 4  # a value may have another number of channels
+        if tensor.dim() != 5 or tensor.shape[:size] != query.shape[:size] or tensor.dtype != query.dtype:
             raise ValueError(
-                f"{name} must match query's shape and dtype, {_shape(query)} {query.dtype}; "
-                f"got {_shape(tensor)} {tensor.dtype}"
+                f"{name} must match query's shape{', apart from head_dim,' * (size == 4)} and dtype, {_shape(query)} "
+                f"{query.dtype}; got {_shape(tensor)} {tensor.dtype}"
             )
-    num_heads, head_dim = query.shape[1], query.shape[4]
+    num_heads, height, width, head_dim = query.shape[1:]
     if rel_height is not None and head_dim % 2:
         raise ValueError(f"head_dim={head_dim} must be even with relative embeddings: half for rows, half for columns")
-    for name, rel in (("rel_height", rel_height), ("rel_width", rel_width)):
-        expected = (kernel_size, head_dim // 2)
+    table_rows = _window(kernel_size, border).table_rows()
+    for name, rel, rows in (("rel_height", rel_height, table_rows[0]), ("rel_width", rel_width, table_rows[1])):
+        expected = (rows, head_dim // 2)
         if rel is not None and tuple(rel.shape) not in (expected, (num_heads, *expected)):
-            raise ValueError(f"{name} must be {list(expected)} or {[num_heads, *expected]}; got {_shape(rel)}")
+            reason = " with border='shift', whose keys are up to K - 1 positions away" if border == "shift" else ""
+            raise ValueError(f"{name} must be {list(expected)} or {[num_heads, *expected]}{reason}; got {_shape(rel)}")
+    for name, size, keys, distance in zip(("rows", "columns"), (height, width), kernel_size, dilation, strict=True):
+        if border == "shift" and size < keys * distance:
+            raise ValueError(
+                f"border='shift' needs windows that fit: kernel_size={keys} and dilation={distance} span "
+                f"{keys * distance} {name}; query has {size}"
+            )
+    return kernel_size, dilation, border, float(scale), backend
 
 
-def check_options(kernel_size: int, content: bool, border: str, backend: str) -> None:
+def _window(kernel_size: Pair, border: str, scale: float = 1.0) -> Window:
+    rows, columns = pair(kernel_size)
+    return Window(rows, columns, border, scale)
+
+
+def pair(value: Pair) -> tuple[int, int]:
+    """Return `kernel_size` or `dilation` as a number for rows and one for columns."""
+    return (value[0], value[1]) if isinstance(value, Sequence) else (value, value)
+
+
+def check_options(
+    kernel_size: Pair, content: bool, border: str, backend: str, dilation: Pair = 1, scale: float = 1.0
+) -> None:
     """Raise ValueError if one of these arguments of `local_attention` is invalid."""
-    check_whole("kernel_size", kernel_size)
-    if kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size={kernel_size} must be odd, so that the window has a centre")
+    for name, value in (("kernel_size", kernel_size), ("dilation", dilation)):
+        if isinstance(value, Sequence) and (isinstance(value, str) or len(value) != 2):
+            raise ValueError(f"{name}={value!r} must be a whole number, or a pair of them (rows, columns)")
+        for one in pair(value):
+            check_whole(name, one)
+            if name == "kernel_size" and one % 2 == 0:
+                raise ValueError(f"kernel_size={value} must be odd, so that the window has a centre")
     if not isinstance(content, bool):
         raise ValueError(f"content={content!r} must be True or False")
     if border not in BORDERS:
         raise ValueError(f"border={border!r} must be one of {', '.join(BORDERS)}")
+    is_number = isinstance(scale, Real) and not isinstance(scale, bool)
+    if not is_number or not 0 < scale < math.inf:
+        raise ValueError(f"scale={scale!r} must be a finite number above 0")
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
 

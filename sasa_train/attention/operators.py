@@ -120,7 +120,9 @@ def _run_one_by_one(op: Callable[..., Any], info: Any, in_dims: Sequence[int | N
     if info.batch_size == 0:
         raise ValueError("torch.vmap over 0 samples; give at least one")
     pairs = list(zip(arguments, in_dims, strict=True))
-    results = [op(*(x if dim is None else x.select(dim, i) for x, dim in pairs)) for i in range(info.batch_size)]
+    results = [
+        op(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in pairs)) for i in range(info.batch_size)
+    ]
     if isinstance(results[0], Tensor):
         return torch.stack(results), 0
     return type(results[0])(torch.stack(parts) for parts in zip(*results, strict=True)), 0

@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from sasa_train.attention import triton_fold, triton_walk
-from sasa_train.attention.reference import Grads, Inputs, pool, spread, table_gradient
+from sasa_train.attention.reference import Grads, Inputs, Window, pool, spread, table_gradient
 
 MAX_KERNEL_SIZE = 15  # triton_walk.py pads the tables' rows to 16
 MAX_HEAD_DIM = 128
@@ -35,13 +35,22 @@ WINDOW_COLUMNS = 16  # padded number of columns that a tile reads; for 16 positi
 Images = tuple[Tensor | None, ...]  # [B, N, H, W, D] each, or None if absent
 
 
-def unavailable(query: Tensor, kernel_size: int) -> str | None:
+def unavailable(inputs: Inputs, window: Window) -> str | None:
     """Return the reason why the kernels cannot run on these tensors, or None if they can."""
-    return unsupported(query, kernel_size) or unavailable_on(query.device)
+    return unsupported(inputs, window) or unavailable_on(inputs.query.device)
 
 
-def unsupported(query: Tensor, kernel_size: int) -> str | None:
+def unsupported(inputs: Inputs, window: Window) -> str | None:
     """Return the reason why there are no kernels for these sizes, or None."""
+    query, kernel_size = inputs.query, window.rows
+    if window.rows != window.columns:
+        return f"the kernels have square windows; kernel_size is ({window.rows}, {window.columns})"
+    if window.border == "shift":
+        return "the kernels have no border='shift'"
+    if window.scale != 1:
+        return "the kernels have no scale"
+    if query.shape[-1] != inputs.value.shape[-1]:
+        return f"the kernels have one head_dim; queries have {query.shape[-1]}, values {inputs.value.shape[-1]}"
     if query.dtype not in DTYPES:
         return f"the tensors are {query.dtype}; the kernels compute in float32"
     if kernel_size > MAX_KERNEL_SIZE:
@@ -65,7 +74,7 @@ def unavailable_on(device: torch.device) -> str | None:
 
 
 def local_attention_forward(
-    inputs: Inputs, output: Tensor, logsumexp: Tensor, unpooled: Tensor, kernel_size: int, border: str, stride: int
+    inputs: Inputs, output: Tensor, logsumexp: Tensor, unpooled: Tensor, window: Window, stride: int
 ) -> None:
     """Write the output [B, N, ceil(H / stride), ceil(W / stride), D], and values for the backward pass.
 
@@ -73,6 +82,7 @@ def local_attention_forward(
     `unpooled`, the output before it is averaged over 2 x 2 positions, [B, N, H, W, D].
     """
     query, key, value, rel_height, rel_width = inputs
+    kernel_size, border = window.rows, window.border
     full, pooled = (output, None) if stride == 1 else (unpooled, output)
     images = (query, key, value, full)
     if _folds(images, kernel_size, FOLD_FORWARD):
@@ -90,8 +100,7 @@ def local_attention_backward(
     output: Tensor,
     logsumexp: Tensor,
     inputs: Inputs,
-    kernel_size: int,
-    border: str,
+    window: Window,
     stride: int,
     grads: Grads,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -99,6 +108,7 @@ def local_attention_backward(
 
     `output` is that of the forward pass before pooling.
     """
+    kernel_size, border = window.rows, window.border
     is_folded = _folds((*inputs[:3], output, *grads), kernel_size, FOLD_BACKWARD)
     if is_folded and not _folds((grad_output,), kernel_size, FOLD_BACKWARD):
         grad_output = grad_output.contiguous()  # its strides are too large

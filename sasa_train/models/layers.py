@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from sasa_train.attention import attention_weights, local_attention_qkv, stem
 from sasa_train.attention.cpu import describe_build
-from sasa_train.attention.dispatch import check_options, check_stride, check_whole, describe_backend
+from sasa_train.attention.dispatch import check_options, check_stride, check_whole, describe_backend, pair
+from sasa_train.attention.reference import Inputs, Window
 from sasa_train.models.stem_norm import can_normalise_picked, is_plain, normalise_picked
 
 POSITIONS = ("relative", "absolute", "none")
@@ -110,7 +111,10 @@ class LocalSelfAttention2d(nn.Module):
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         query = torch.empty(1, self.num_heads, 1, 1, head_dim, dtype=dtype, device=device)
-        return describe_backend(self.backend, query, self.kernel_size)
+        rel = (self.rel_height, self.rel_width)
+        return describe_backend(
+            self.backend, Inputs(query, query, query, *rel), Window(*pair(self.kernel_size), self.border)
+        )
 
     def _options(self) -> dict[str, Any]:
         return {"kernel_size": self.kernel_size, "content": self.content, "border": self.border}
