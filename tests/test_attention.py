@@ -267,7 +267,10 @@ def test_flops_are_the_papers(content, relative, products):
         ({"rel_width": torch.zeros(3, 2, dtype=torch.int64)}, "rel_width must be a dense tensor with a floating dtype"),
         ({"rel_width": torch.zeros(3, 2, device="meta")}, "rel_width must be on query's device, cpu; it is on meta"),
         ({"content": "false"}, "content='false' must be True or False"),
-        *(({"kernel_size": bad}, r"kernel_size=.* must be a whole number") for bad in ((3, 5, 7), 3.0, "3", None, True)),
+        *(
+            ({"kernel_size": bad}, r"kernel_size=.* must be a whole number")
+            for bad in ((3, 5, 7), 3.0, "3", None, True)
+        ),
     ],
 )
 def test_refusals_name_the_argument_and_the_rule(change, message):
