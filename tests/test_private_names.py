@@ -1,6 +1,7 @@
 """Check that the private names of other libraries that the package uses still exist, and report any that do not."""
 
 import ast
+import atexit
 import importlib
 import re
 from pathlib import Path
@@ -36,6 +37,7 @@ NAMES = [
     ("torch", lambda: torch, "_C", "attention/operators.py"),
     ("torch", lambda: torch._C, "_are_functorch_transforms_active", "attention/operators.py"),
     ("torch", lambda: torch.zeros(1), "_version", "training/hooks.py"),
+    ("python", lambda: atexit, "_run_exitfuncs", "processes/collectives.py"),
     ("torchvision", lambda: AUTO, "_AUGMENTATION_SPACE", "data/policies.py"),
     ("torchvision", v2.RandAugment, "_AUGMENTATION_SPACE", "data/policies.py"),
     ("torchvision", v2.TrivialAugmentWide, "_AUGMENTATION_SPACE", "data/policies.py"),

@@ -4,6 +4,7 @@ Gradients are exchanged with NCCL on CUDA. Everything else uses the CPU (gloo), 
 a process ends, the processes that wait for it in gloo receive an error within moments.
 """
 
+import atexit
 import contextlib
 import datetime
 import os
@@ -11,7 +12,7 @@ import platform
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -46,15 +47,18 @@ def join() -> None:
     )  # fmt: skip
 
 
-def leave(code: int, may_wait: bool) -> None:
-    """Leave the process group; unless `may_wait` is true, exit this process immediately with `code`."""
+def leave(code: int, may_wait: bool) -> NoReturn:
+    """Exit this process with `code`; if `may_wait` is true, first wait for the others to leave the process group."""
     if may_wait:
         if dist.is_initialized():
             dist.destroy_process_group()
-        return
-    # After a failure, Python's normal exit may wait for a message that never arrives.
+        atexit._run_exitfuncs()
+    # Python's normal exit may, after a failure, wait for a message that never arrives. After success, a thread of gloo
+    # that releases a tensor meanwhile aborts the process ("terminate called without an active exception"), and torchrun
+    # reports that a finished run has failed.
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(code)
 
 
