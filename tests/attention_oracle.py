@@ -56,12 +56,15 @@ def by_loops(
     return torch.stack(out).view(batch, num_heads, height, width, v.shape[-1])
 
 
-def random_case(seed: int, largest_kernel: int = 7, **fixed: Any) -> tuple[list[Tensor | None], dict[str, Any]]:
-    """Draw float64 inputs of `local_attention` (some None) and options, among all combinations of them."""
+def random_case(seed: int, has_other_values: bool = True, **fixed: Any) -> tuple[list[Tensor | None], dict[str, Any]]:
+    """Draw float64 inputs of `local_attention` (some None) and options, among all combinations of them.
+
+    `has_other_values`: whether values may have another head_dim than queries; `fixed`: options that are not drawn.
+    """
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     options: dict[str, Any] = {
         "border": rng.choice(["mask", "zero", "shift"]),
-        "kernel_size": tuple(rng.choice(range(1, largest_kernel + 1, 2)) for _ in range(2)),
+        "kernel_size": tuple(rng.choice(range(1, 8, 2)) for _ in range(2)),
         "dilation": (rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 2, 3])),
         "scale": rng.choice([1.0, 0.5, 0.3, 2.0]),
     } | fixed
@@ -69,9 +72,9 @@ def random_case(seed: int, largest_kernel: int = 7, **fixed: Any) -> tuple[list[
     pairs = list(zip(options["kernel_size"], options["dilation"], strict=True))
     height, width = (k * d + rng.randint(0, 2) if is_shift else rng.randint(1, 7) for k, d in pairs)
     if is_shift and height * width > 60:  # loops take a while
-        return random_case(seed + 1000, largest_kernel, **fixed)
+        return random_case(seed + 1000, has_other_values, **fixed)
     batch, num_heads, half = rng.randint(1, 2), rng.randint(1, 2), rng.randint(1, 2)
-    head_dim, value_dim = 2 * half, rng.choice([2 * half, 1, 3])
+    head_dim, value_dim = 2 * half, rng.choice([2 * half, 1, 3]) if has_other_values else 2 * half
     has_rel, options["content"] = rng.choice([(True, True), (True, False), (False, True)])
 
     def randn(*size: int) -> Tensor:

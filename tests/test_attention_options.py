@@ -1,11 +1,164 @@
 """Every option of `local_attention` in every combination, on each backend, against loops over single numbers."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from attention_oracle import assert_equals_loops
+from attention_oracle import assert_equals_loops, by_loops, random_case, window_along
+
+from sasa_train.attention import attention_weights, cpu, local_attention, local_attention_qkv
+from sasa_train.attention.dilation import by_remainder
+from sasa_train.attention.plain import local_attention_forward as plain_forward
+from sasa_train.attention.reference import Inputs, Window
+from sasa_train.models.layers import LocalSelfAttention2d
+
+needs_kernel = pytest.mark.skipif(cpu.why_not_built("local_attention", 3) is not None, reason="no C++ compiler")
 
 
 @pytest.mark.parametrize("first", range(0, 60, 10))
 def test_the_reference_equals_the_loops(first):
     for seed in range(first, first + 10):
         assert_equals_loops(seed, "reference", torch.float64, rtol=1e-11, atol=1e-11)
+
+
+def test_programs_that_are_exported_equal_the_reference():
+    for seed in range(60):
+        inputs, options = random_case(seed)
+        window = Window(*options["kernel_size"], options["border"], options["scale"])
+        rel = inputs[3:]
+        ours = by_remainder(
+            lambda q, k, v, rel=rel, window=window: plain_forward(Inputs(q, k, v, *rel), window),
+            options["dilation"],
+            *inputs[:3],
+        )
+        expected = local_attention(*inputs, backend="reference", **options)
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12, msg=lambda m, s=seed: f"case {s}: {m}")
+
+
+def test_weights_are_those_that_the_loops_give_to_each_position():
+    """With a value that names its position, the output of the loops is the weight of each position."""
+    for seed in range(0, 60, 6):
+        (q, key, _, *rel), options = random_case(seed)
+        batch, num_heads, height, width, _ = q.shape
+        names = torch.eye(height * width, dtype=torch.float64).view(height, width, -1)
+        loops = {name: value for name, value in options.items() if name != "content"}
+        expected = by_loops(q, key, names.expand(batch, num_heads, -1, -1, -1), *rel, **loops)
+        weights = attention_weights(q, key, *rel, **options)
+        ours = torch.zeros_like(expected)
+        (k_h, k_w), (d_h, d_w), border = options["kernel_size"], options["dilation"], options["border"]
+        for i in range(height):
+            for j in range(width):
+                places = [
+                    (y, x)
+                    for y, _ in window_along(i, height, k_h, d_h, border)
+                    for x, _ in window_along(j, width, k_w, d_w, border)
+                ]
+                for index, (y, x) in enumerate(places):
+                    if 0 <= y < height and 0 <= x < width:
+                        ours[:, :, i, j, y * width + x] += weights[:, :, i, j, index]
+        torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(q.shape[:4], dtype=torch.float64))
+
+
+def assert_dilation_is_right(backend: str, num_cases: int) -> None:
+    """Compare square windows, dilated, with the loops."""
+    for seed in range(num_cases):
+        fixed = {
+            "kernel_size": (3, 3),
+            "border": ("mask", "zero")[seed % 2],
+            "scale": 1.0,
+            "dilation": (2, 1 + seed % 3),
+        }
+        assert_equals_loops(seed, backend, torch.float32, rtol=1e-5, atol=2e-5, has_other_values=False, **fixed)
+
+
+@needs_kernel
+def test_the_cpu_kernel_has_dilation():
+    assert_dilation_is_right("cpu", 12)
+
+
+def test_triton_has_dilation():
+    """Run in a process of its own, because Triton reads TRITON_INTERPRET when it is imported."""
+    pytest.importorskip("triton")
+    program = "from test_attention_options import assert_dilation_is_right as check; check('triton', 4)"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=Path(__file__).parent)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_kernel)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_pool_after_a_dilated_window(backend, dtype):
+    """Each image of 8 rows has as many rows as there are heads; the map has an odd width."""
+    torch.manual_seed(0)
+    projections, rel = torch.randn(3, 2, 8, 8, 5, 4).to(dtype), torch.randn(2, 3, 2)
+    options = {"kernel_size": 3, "dilation": (1, 2)}
+    given = [x.clone().requires_grad_() for x in (projections, *rel)]
+    pooled = local_attention_qkv(*given, stride=2, backend=backend, **options)
+    exact = [x.double().requires_grad_() for x in (projections, *rel)]
+    expected = local_attention_qkv(*exact, stride=2, backend="reference", **options)
+    weights = torch.randn(pooled.shape).to(dtype)
+    unit = 1e-5 + (torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0)
+    torch.testing.assert_close(pooled.double(), expected, rtol=unit, atol=unit)
+    pairs = zip(
+        torch.autograd.grad(pooled, given, weights), torch.autograd.grad(expected, exact, weights.double()), strict=True
+    )
+    for x, y in pairs:
+        torch.testing.assert_close(x.double(), y, rtol=unit, atol=unit * max(1.0, float(y.abs().max())))
+
+
+@pytest.mark.parametrize("border", ["mask", "shift"])
+def test_the_op_with_options_is_a_well_behaved_library_op(border):
+    torch.manual_seed(0)
+    q, key = torch.randn(2, 1, 2, 7, 6, 4, requires_grad=True).unbind(0)
+    value, rows = torch.randn(1, 2, 7, 6, 3, requires_grad=True), (5, 9) if border == "shift" else (3, 5)
+    rel = [torch.randn(size, 2, requires_grad=True) for size in rows]
+    arguments = (q, key, value, *rel, [3, 5], [2, 1], border, 0.5, "auto")
+    torch.library.opcheck(torch.ops.sasa_train.local_attention.default, arguments)
+    compiled = torch.compile(local_attention, fullgraph=True, backend="aot_eager")
+    options = {"kernel_size": (3, 5), "dilation": (2, 1), "border": border, "scale": 0.5}
+    assert torch.equal(compiled(q, key, value, *rel, **options), local_attention(q, key, value, *rel, **options))
+
+
+LACKING = [
+    ({"kernel_size": (3, 5)}, r"compiled windows are square; kernel_size is \(3, 5\)"),
+    ({"border": "shift"}, "border='shift' is not compiled"),
+    ({"scale": 0.5}, "a scale is not compiled; scale is 0.5"),
+    ({"value": torch.zeros(1, 2, 6, 6, 3)}, "compiled values have query's head_dim, 4; value has 3"),
+]
+
+
+@needs_kernel
+@pytest.mark.parametrize("change,reason", LACKING)
+def test_the_cpu_kernel_says_by_name_what_it_lacks(change, reason):
+    x = torch.zeros(1, 2, 6, 6, 4)
+    arguments = {"query": x, "key": x, "value": x, "kernel_size": 3} | change
+    with pytest.raises(RuntimeError, match=f"backend='cpu' cannot run: {reason}"):
+        local_attention(**arguments, backend="cpu")
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"dilation": 0}, "dilation=0 must be a whole number, at least 1"),
+        ({"dilation": (1, 2, 3)}, r"dilation=\(1, 2, 3\) must be a whole number, or a pair"),
+        ({"kernel_size": (3, 4)}, r"kernel_size=\(3, 4\) must be odd"),
+        ({"scale": 0}, "scale=0 must be a finite number above 0"),
+        ({"scale": float("nan")}, "scale=nan must be a finite number above 0"),
+        ({"border": "shift", "dilation": 3}, "kernel_size=3 and dilation=3 span 9 rows; query has 6"),
+        ({"border": "shift", "rel_height": torch.zeros(3, 2), "rel_width": torch.zeros(3, 2)},
+         r"rel_height must be \[5, 2\] or \[2, 5, 2\] with border='shift'"),
+        ({"value": torch.zeros(1, 2, 6, 5, 4)}, "value must match query's shape, apart from head_dim"),
+    ],
+)  # fmt: skip
+def test_an_illegal_option_is_refused_with_its_value_and_rule(change, message):
+    x = torch.zeros(1, 2, 6, 6, 4)
+    with pytest.raises(ValueError, match=message):
+        local_attention(**({"query": x, "key": x, "value": x, "kernel_size": 3} | change))
+
+
+def test_a_layer_refuses_the_border_that_it_lacks():
+    with pytest.raises(ValueError, match="border='shift' must be one of mask, zero"):
+        LocalSelfAttention2d(8, 8, num_heads=2, border="shift")

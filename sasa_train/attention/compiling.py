@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from sasa_train.attention import triton_kernels
 from sasa_train.attention.cpu import empty_output
-from sasa_train.attention.dispatch import empty_kept, run_backward, run_forward, split_projections
+from sasa_train.attention.dispatch import empty_kept, pair, run_backward, run_forward, split_projections
 from sasa_train.attention.reference import Inputs, Window
 from sasa_train.attention.triton_kernels import Launch
 
@@ -69,7 +69,7 @@ def launches_of(
 
 def step_launches(
     projections: Tensor, rel_height: Tensor | None, rel_width: Tensor | None,
-    kernel_size: tuple[int, int], dilation: tuple[int, int], border: str, scale: float, stride: int,
+    kernel_size: Sequence[int], dilation: Sequence[int], border: str, scale: float, stride: int,
 ) -> list[Launch]:  # fmt: skip
     """Return the kernel launches of `local_attention_qkv`, forward and backward, for tensors with these shapes.
 
@@ -79,17 +79,17 @@ def step_launches(
     def meta(tensor: Tensor) -> Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
-    projections, window = meta(projections), Window(*kernel_size, border, scale)
+    projections, window = meta(projections), Window(*pair(kernel_size), border, scale)
     inputs = Inputs(*split_projections(projections), *(None if x is None else meta(x) for x in (rel_height, rel_width)))
     if triton_kernels.unsupported(inputs, window) is not None:
         return []
     output, kept = empty_output(inputs.value, stride), empty_kept(inputs.value, stride, "triton")
     full = output if stride == 1 else kept[1]
     with triton_kernels.collected_launches() as launches:
-        run_forward(triton_kernels, inputs, output, *kept, window, dilation, stride)
+        run_forward(triton_kernels, inputs, output, *kept, window, pair(dilation), stride)
         grads = split_projections(torch.empty_like(projections))
         grad_output = torch.empty_like(output)
-        run_backward(triton_kernels, grad_output, full, kept[0], inputs, window, dilation, stride, grads)
+        run_backward(triton_kernels, grad_output, full, kept[0], inputs, window, pair(dilation), stride, grads)
     return launches
 
 

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sasa_train.attention.reference import Grads, Inputs, Window, table_gradient
+from sasa_train.attention.reference import Grads, Inputs, Window, beyond_the_kernels, table_gradient
 
 log = logging.getLogger(__name__)
 
@@ -86,20 +86,7 @@ def unavailable(inputs: Inputs, window: Window) -> str | None:
         return f"the tensors are {query.dtype}; the kernel computes in float32"
     if max(window[:2]) > MAX_KERNEL_SIZE:
         return f"kernel_size={max(window[:2])} is above {MAX_KERNEL_SIZE}"
-    if window.rows != window.columns:
-        return f"the kernel has square windows; kernel_size is ({window.rows}, {window.columns})"
-    if window.border == "shift":
-        return "the kernel has no border='shift'"
-    if window.scale != 1:
-        return "the kernel has no scale"
-    if query.shape[-1] != inputs.value.shape[-1]:
-        return f"the kernel has one head_dim; queries have {query.shape[-1]}, values {inputs.value.shape[-1]}"
-    return why_not_built("local_attention", window.rows)
-
-
-def describe(inputs: Inputs, window: Window) -> str:
-    """Describe what runs on tensors like `inputs`; see `describe_build`."""
-    return describe_build("local_attention", window.rows)
+    return beyond_the_kernels(inputs, window) or why_not_built("local_attention", window.rows)
 
 
 def empty_output(value: Tensor, stride: int) -> Tensor:
@@ -114,9 +101,9 @@ def statistics_shape(query: Tensor) -> tuple[int, int, int, int]:
 
 
 def local_attention_forward(
-    inputs: Inputs, output: Tensor, statistics: Tensor, _: Tensor, window: Window, stride: int
+    inputs: Inputs, output: Tensor, statistics: Tensor, unpooled: Tensor, window: Window, stride: int
 ) -> None:
-    """Write the output, and the statistics for the backward pass.
+    """Write the output, and the statistics for the backward pass; nothing is kept in `unpooled`.
 
     The output is [B, N, H, W, Dv]. With a stride of 2, it is averaged over 2 x 2 positions, or fewer at the end
     of an odd dimension. A window's statistics are its largest score and 1 / sum(exp(score - largest)); see
@@ -125,7 +112,7 @@ def local_attention_forward(
     query = inputs.query
     if query.dtype not in DTYPES:
         exact = torch.empty_like(output, dtype=torch.float32)
-        local_attention_forward(_float32(inputs), exact, statistics, _, window, stride)
+        local_attention_forward(_float32(inputs), exact, statistics, unpooled, window, stride)
         output.copy_(exact)
         return
     # The kernel never writes the lanes beyond the last plane, so they are set to zero first.
@@ -137,16 +124,22 @@ def local_attention_forward(
 
 
 def local_attention_backward(
-    grad_output: Tensor, _: Tensor, statistics: Tensor, inputs: Inputs, window: Window, stride: int, grads: Grads
+    grad_output: Tensor,
+    output: Tensor | None,
+    statistics: Tensor,
+    inputs: Inputs,
+    window: Window,
+    stride: int,
+    grads: Grads,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Write the gradients of query, key and value to `grads`, and return those of rel_height and rel_width.
 
-    `statistics` are those of the forward pass.
+    `statistics` are those of the forward pass, whose output is not needed.
     """
     if inputs.query.dtype not in DTYPES:
         exact = (grads[0].float(), None if grads[1] is None else grads[1].float(), grads[2].float())
         options = (window, stride, exact)
-        grad_rel = local_attention_backward(grad_output.float(), _, statistics, _float32(inputs), *options)
+        grad_rel = local_attention_backward(grad_output.float(), output, statistics, _float32(inputs), *options)
         for grad, x in zip(grads, exact, strict=True):
             if grad is not None and x is not None:
                 grad.copy_(x)

@@ -165,7 +165,7 @@ def _forward(inputs: Inputs, *options) -> tuple[Tensor, Tensor, Tensor]:
     if output.numel() == 0:
         return output, *kept
     if module is reference:
-        output.copy_(_composed(inputs, window, dilation, stride))
+        output.copy_(_reference_output(inputs, window, dilation, stride))
         return output, kept[0].zero_(), kept[1].zero_()
     run_forward(module, inputs, output, *kept, window, dilation, stride)
     return output, *kept
@@ -186,8 +186,7 @@ def run_forward(
         output.copy_(reference.pool(full))
 
 
-def _composed(inputs: Inputs, window: Window, dilation: tuple[int, int], stride: int) -> Tensor:
-    """Compute the output by the reference, differentiable any number of times and under every transform."""
+def _reference_output(inputs: Inputs, window: Window, dilation: tuple[int, int], stride: int) -> Tensor:
     rel = inputs[3:]
     output = by_remainder(
         lambda q, k, v: reference.local_attention_forward(Inputs(q, k, v, *rel), window), dilation, *inputs[:3]
@@ -198,7 +197,7 @@ def _composed(inputs: Inputs, window: Window, dilation: tuple[int, int], stride:
 def _images(
     inputs: Inputs, statistics: Tensor, dilation: tuple[int, int]
 ) -> Iterator[tuple[Remainder, Inputs, Tensor]]:
-    """Yield the images of a dilated window, with their inputs and their part of the statistics."""
+    """Yield the images of a dilated window, with their inputs and their part of the statistics, flat."""
     # Embeddings are float32, because their gradients are summed over the images.
     rel = [x if x is None or x.dtype == torch.float64 else x.float() for x in inputs[3:]]
     height, width = inputs.query.shape[2:4]
@@ -208,8 +207,7 @@ def _images(
         parts = Inputs(one.of(inputs.query), key, one.of(inputs.value), *rel)
         rows, columns = parts.query.shape[2:4]
         end = first + rows * columns * num_per_position
-        shape = (*statistics.shape[:1], rows, 2, columns) if statistics.shape[1] == height else parts.query.shape[:4]
-        yield one, parts, statistics.flatten()[first:end].view(shape)
+        yield one, parts, statistics.flatten()[first:end]
         first = end
 
 
@@ -367,7 +365,7 @@ def describe_backend(backend: str, inputs: Inputs, window: Window) -> str:
     if reason is not None:
         # The rest of the reason may quote a temporary file, which would look different each time.
         return f"reference, because {reason.partition(': ')[0]}"
-    return cpu.describe(inputs, window) if module is cpu else name
+    return cpu.describe_build("local_attention", window.rows) if module is cpu else name
 
 
 def _resolve(backend: str, inputs: Inputs, window: Window) -> ModuleType:

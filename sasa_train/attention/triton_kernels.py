@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from sasa_train.attention import triton_fold, triton_walk
-from sasa_train.attention.reference import Grads, Inputs, Window, pool, spread, table_gradient
+from sasa_train.attention.reference import Grads, Inputs, Window, beyond_the_kernels, pool, spread, table_gradient
 
 MAX_KERNEL_SIZE = 15  # triton_walk.py pads the tables' rows to 16
 MAX_HEAD_DIM = 128
@@ -42,22 +42,14 @@ def unavailable(inputs: Inputs, window: Window) -> str | None:
 
 def unsupported(inputs: Inputs, window: Window) -> str | None:
     """Return the reason why there are no kernels for these sizes, or None."""
-    query, kernel_size = inputs.query, window.rows
-    if window.rows != window.columns:
-        return f"the kernels have square windows; kernel_size is ({window.rows}, {window.columns})"
-    if window.border == "shift":
-        return "the kernels have no border='shift'"
-    if window.scale != 1:
-        return "the kernels have no scale"
-    if query.shape[-1] != inputs.value.shape[-1]:
-        return f"the kernels have one head_dim; queries have {query.shape[-1]}, values {inputs.value.shape[-1]}"
+    query, kernel_size = inputs.query, max(window.rows, window.columns)
     if query.dtype not in DTYPES:
         return f"the tensors are {query.dtype}; the kernels compute in float32"
     if kernel_size > MAX_KERNEL_SIZE:
         return f"kernel_size={kernel_size} is above {MAX_KERNEL_SIZE}"
     if query.shape[-1] > MAX_HEAD_DIM:
         return f"head_dim={query.shape[-1]} is above {MAX_HEAD_DIM}"
-    return None
+    return beyond_the_kernels(inputs, window)
 
 
 def unavailable_on(device: torch.device) -> str | None:

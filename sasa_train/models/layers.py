@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from sasa_train.attention import attention_weights, local_attention_qkv, stem
 from sasa_train.attention.cpu import describe_build
-from sasa_train.attention.dispatch import check_options, check_stride, check_whole, describe_backend, pair
+from sasa_train.attention.dispatch import check_options, check_stride, check_whole, describe_backend
 from sasa_train.attention.reference import Inputs, Window
 from sasa_train.models.stem_norm import can_normalise_picked, is_plain, normalise_picked
 
+BORDERS = ("mask", "zero")
 POSITIONS = ("relative", "absolute", "none")
 BLOCK_SIZE = 4  # side length of the attention stem's blocks and of its max pool
 STEM_NUM_HEADS = 4
@@ -76,6 +77,9 @@ class LocalSelfAttention2d(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
+        check_whole("kernel_size", kernel_size)
+        if border not in BORDERS:
+            raise ValueError(f"border={border!r} must be one of {', '.join(BORDERS)}")
         check_options(kernel_size, content, border, backend)
         check_stride(stride)
         _check_keys(in_channels, out_channels, num_heads, position, content)
@@ -112,9 +116,8 @@ class LocalSelfAttention2d(nn.Module):
             dtype = torch.get_autocast_dtype(device.type)
         query = torch.empty(1, self.num_heads, 1, 1, head_dim, dtype=dtype, device=device)
         rel = (self.rel_height, self.rel_width)
-        return describe_backend(
-            self.backend, Inputs(query, query, query, *rel), Window(*pair(self.kernel_size), self.border)
-        )
+        window = Window(self.kernel_size, self.kernel_size, self.border)
+        return describe_backend(self.backend, Inputs(query, query, query, *rel), window)
 
     def _options(self) -> dict[str, Any]:
         return {"kernel_size": self.kernel_size, "content": self.content, "border": self.border}

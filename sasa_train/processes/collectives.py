@@ -26,6 +26,7 @@ Result = TypeVar("Result")
 Error = type[Exception]
 
 TIMEOUT = datetime.timedelta(minutes=30)  # per wait; longer than a save, a download or data.worker_timeout
+LOST_OUTPUT = 120  # Python's exit code if its output cannot be written
 STOP, FAILURE = "stop", "failure"  # keys of the store
 STORE_FIX = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 # Phrases in the errors that gloo, NCCL and the store raise when another process has ended.
@@ -48,7 +49,7 @@ def join() -> None:
 
 
 def leave(code: int, may_wait: bool) -> NoReturn:
-    """Exit this process with `code`; if `may_wait` is true, first wait for the others to leave the process group."""
+    """Exit this process with `code`; if `may_wait` is true, first leave the process group and run exit functions."""
     if may_wait:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -57,8 +58,10 @@ def leave(code: int, may_wait: bool) -> NoReturn:
     # that releases a tensor meanwhile aborts the process ("terminate called without an active exception"), and torchrun
     # reports that a finished run has failed.
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
+        try:
             stream.flush()
+        except OSError:
+            code = code or LOST_OUTPUT
     os._exit(code)
 
 
