@@ -1,5 +1,6 @@
 """Every option of `local_attention` in every combination, on each backend, against loops over single numbers."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -81,10 +82,14 @@ def test_the_cpu_kernel_has_dilation():
 
 
 def test_triton_has_dilation():
-    """Run in a process of its own, because Triton reads TRITON_INTERPRET when it is imported."""
     pytest.importorskip("triton")
-    program = "from test_attention_options import assert_dilation_is_right as check; check('triton', 4)"
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    run_alone("assert_dilation_is_right('triton', 4)", interpret="1")
+
+
+def run_alone(call: str, interpret: str) -> None:
+    """Run a function of this file in a process of its own, as Triton reads TRITON_INTERPRET when it is imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": interpret}
+    program = f"from test_attention_options import *; {call}"
     subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=Path(__file__).parent)
 
 
@@ -120,6 +125,25 @@ def test_the_op_with_options_is_a_well_behaved_library_op(border):
     compiled = torch.compile(local_attention, fullgraph=True, backend="aot_eager")
     options = {"kernel_size": (3, 5), "dilation": (2, 1), "border": border, "scale": 0.5}
     assert torch.equal(compiled(q, key, value, *rel, **options), local_attention(q, key, value, *rel, **options))
+
+
+def assert_launches_ahead_are_those_of_the_op() -> None:
+    """An op that is recorded has lists for options; its kernels must be those of the pool, with no remainders."""
+    from sasa_train.attention.compiling import launches_of, step_launches
+
+    layer = LocalSelfAttention2d(16, 16, 3, 2, stride=2)
+    device, layout = torch.device("cpu"), torch.channels_last
+    launches = launches_of(layer, (16, 8, 8), device, layout, contextlib.nullcontext(), torch.bfloat16)
+    projections = torch.empty(2, 8, 8, 3, 2, 8, dtype=torch.bfloat16).permute(3, 0, 4, 1, 2, 5)
+    rel = layer.rel_height, layer.rel_width
+    expected = step_launches(projections, *rel, (3, 3), (1, 1), "mask", 1.0, 2)
+    assert [(x.kernel, x.constants) for x in launches] == [(x.kernel, x.constants) for x in expected]
+    assert 2 in [x.constants.get("POOL") for x in launches]
+
+
+def test_the_kernels_that_are_compiled_ahead_are_those_of_the_op():
+    pytest.importorskip("triton")
+    run_alone("assert_launches_ahead_are_those_of_the_op()", interpret="0")
 
 
 LACKING = [
