@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -32,6 +33,17 @@ pytest.register_assert_rewrite(
 )
 
 Command = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture(autouse=True)
+def same_signal_handlers() -> Iterator[None]:
+    """Put the handlers of signals back after each test, so that one that stops a run changes nothing for the next."""
+    from sasa_train.signals import SIGNALS
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

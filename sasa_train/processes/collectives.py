@@ -26,7 +26,6 @@ Result = TypeVar("Result")
 Error = type[Exception]
 
 TIMEOUT = datetime.timedelta(minutes=30)  # per wait; longer than a save, a download or data.worker_timeout
-LOST_OUTPUT = 120  # Python's exit code if its output cannot be written
 STOP, FAILURE = "stop", "failure"  # keys of the store
 STORE_FIX = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 # Phrases in the errors that gloo, NCCL and the store raise when another process has ended.
@@ -58,10 +57,7 @@ def leave(code: int, may_wait: bool) -> NoReturn:
     # that releases a tensor meanwhile aborts the process ("terminate called without an active exception"), and torchrun
     # reports that a finished run has failed.
     for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            code = code or LOST_OUTPUT
+        stream.flush()
     os._exit(code)
 
 
