@@ -33,6 +33,7 @@ OPTIMIZERS = [name for name in map(str, list_optimizers()) if not name.startswit
         ["adamw", "sgd", "lamb", "muon", "adahessian"], [*OPTIMIZERS, "lookahead_adamw", "lookahead_adahessian"]
     ),
 )
+@torch.compiler.set_stance("force_eager")  # kron compiles its functions, which takes half a minute
 def test_every_optimizer_of_timm_steps_and_resumes_exactly(name):
     """Saving after 2 steps, loading elsewhere and taking 2 more must give exactly the same weights as 4 steps."""
     overrides = (f"optimizer.name={name}", "optimizer.lr=0.01", "optimizer.lr_basis=absolute")
