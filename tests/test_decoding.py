@@ -503,6 +503,7 @@ MISREAD = {
     "max-cmyk-16": (tiff(FOUR.astype("<u2"), **CMYK, MaxSampleValue=[63] * 4), "Pillow keeps only the upper 8 bits"),
     "jp2-5-bits": (boxes(bits=5), "5 bits per channel.*convert it"),
     "j2k-5-bits": (boxes(bits=5)[boxes().index(b"\xff\x4f\xff\x51") :], "5 bits per channel.*convert it"),
+    "jp2-12-bits": (boxes(bits=12), "12 bits per channel in 3 channels"),  # Pillow made white of them black
     "jp2-bgr": (boxes(cdef((0, 0, 3), (1, 0, 2), (2, 0, 1))), "channels in another order"),
     "jp2-premultiplied": (
         boxes(image=corners().convert("RGBA")).replace(struct.pack(">HHH", 3, 1, 0), struct.pack(">HHH", 3, 2, 0)),

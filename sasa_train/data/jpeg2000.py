@@ -107,6 +107,9 @@ def _fault_of_components(siz: Siz, space: int | None, channels: dict[int, tuple[
     depths = {(depth & ~SIGNED) + 1 for depth in siz.depths}
     if len(set(siz.depths)) != 1 or not 8 <= min(depths) <= 16:
         return f"{', '.join(map(str, sorted(depths)))} bits per channel"
+    if max(depths) > 8 and count > 1:
+        # Pillow rounds such colours to 8 bits, and white to 256, of which it keeps 0.
+        return f"{max(depths)} bits per channel in {count} channels"
     if siz.depths[0] & SIGNED:
         return "signed numbers"
     if siz.sampling[0] != (1, 1) or (set(siz.sampling) != {(1, 1)} and count != 3):
