@@ -302,7 +302,7 @@ def test_the_curves_are_the_seeds_mean_and_range(tmp_path):
     results[("model.kernel_size=7",), 0] = [1.0]
     rows = report_of(write_sweep(tmp_path / "s", results)).rows
     assert curve(rows[0]) == ([1, 2], [15.0, 30.0], [10.0, 20.0], [20.0, 40.0])
-    assert [[size for size, _ in line] for line in window_lines(rows).values()] == [[3, 7]]
+    assert [[size for size, _ in line] for line in window_lines(rows)] == [[3, 7]]
 
 
 def test_no_text_of_a_chart_covers_another_or_leaves_the_page(tmp_path):
@@ -337,6 +337,35 @@ def test_one_reference_in_all_charts(tmp_path):
     named = drawn["window"].axes[0].get_ylabel(), drawn["differences"].axes[0].get_xlabel()
     assert all(" ".join(text.split()) == "top1, percentage points above kernel_size 3" for text in named)
     assert "kernel_size 3 (the reference)" in [text.get_text() for text in drawn["curves"].legends[0].texts]
+
+
+def changes(folder: Path, *more: tuple[str, ...]) -> Path:
+    """Create a sweep whose rows change one key each, apart from one that changes two, and `more` rows."""
+    rows = [("model.kernel_size=5",), ("augment=none",), ("optimizer.lr=1e-2", "model.kernel_size=7")]
+    results = {(row, 0): [40.0, 41.0 + i] for i, row in enumerate([*rows, ("model.width=0.25",), *more])}
+    return write_sweep(folder, results)
+
+
+def test_rows_are_named_by_what_they_change_and_compared_with_the_row_that_changes_nothing(tmp_path):
+    """Given with the run that changes nothing, each row of a sweep was named by the same many keys of every row."""
+    from sasa_train.report import charts
+
+    write_run(tmp_path / "base", BASE, [40.0, 60.0])
+    given = build_report(find_jobs([changes(tmp_path / "s"), tmp_path / "base"]).jobs, None, None, [])
+    assert "from the commonest values: augment=" in markdown(given)
+    for report in (given, report_of(changes(tmp_path / "with a base", ()))):
+        assert {row.label for row in report.rows} == {
+            "base", "model.kernel_size=5", "augment=none", "model.width=0.25",
+            "model.kernel_size=7, optimizer.lr=0.01",
+        }  # fmt: skip
+        assert report.rows[0].label == "base" and {row.reference for row in report.rows} == {report.rows[0]}
+        drawn = charts.draw_figures(report)
+        assert "base (the reference)" in [axis.get_title() for axis in drawn["curves"].axes]
+        assert drawn["differences"].axes[0].get_xlabel() == "top1, percentage points above base"
+        assert "window" not in drawn  # a single difference; the row that also changes the learning rate is no point
+        lines = [[row.label for _, row in line] for line in charts.window_lines(report.rows)]
+        assert lines == [["base", "model.kernel_size=5"]]
+    assert report_of(changes(tmp_path / "without a base")).rows[0].reference.label == "model.kernel_size=5"
 
 
 def test_no_chart_of_a_single_dot(tmp_path):

@@ -203,6 +203,10 @@ def test_a_file_and_what_the_command_line_puts_in_its_place(tmp_path):
         for position in ("none", "relative")
         for seed in (0, 1)
     ]
+    path.write_text(
+        "overrides: [experiment=debug]\nrows:\n  - []\n  - [model.kernel_size=5]\n"
+    )  # the first: no changes
+    assert [job.overrides[1:] for job in read_plan([f"sweep={path}"]).jobs] == [[], ["model.kernel_size=5"]]
 
 
 def test_texts_of_a_sweep_stay_as_they_are_typed(tmp_path):

@@ -36,17 +36,23 @@ def short(key: str) -> str:
 
 
 def without_groups(text: str) -> str:
-    """Return a text with key=value parts, at its start or after a space or comma, without the groups of the keys."""
+    """Return a text with its key=value parts, at its start or after a space or comma, as `short` writes the keys."""
+    text = re.sub(r"(?<![^ ,])(model|data|optimizer|schedule)\.name=", r"\1=", text)
     return re.sub(r"(?<![^ ,])[a-z_.]+\.(?=[a-z_0-9]+=)", "", text)
+
+
+def of_presets(keys: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Leave out the augmentation's own keys where its presets, among the differing keys, say all about them."""
+    if "own" in keys.get("augment", ["own"]):
+        return keys
+    return {key: values for key, values in keys.items() if not key.startswith("augment.")}
 
 
 def differing(runs: list[dict[str, str]]) -> list[tuple[str, list[str]]]:
     """Return the keys that differ between the runs, with each run's value: first those that tell most runs apart."""
     names = dict.fromkeys(key for run in runs for key in run)
     left = {key: [run.get(key, "-") for run in runs] for key in names}
-    left = {key: values for key, values in left.items() if len({*values} - {"-"}) > 1}
-    if "own" not in left.get("augment", ["own"]):  # then the presets say all about the keys of augment
-        left = {key: values for key, values in left.items() if not key.startswith("augment.")}
+    left = of_presets({key: values for key, values in left.items() if len({*values} - {"-"}) > 1})
     chosen: list[tuple[str, list[str]]] = []
     groups = [""] * len(runs)  # the values of all chosen keys, by run
     while left:

@@ -20,7 +20,7 @@ from sasa_train.figures import (
 )
 from sasa_train.report.intervals import Interval
 from sasa_train.report.page import Picture
-from sasa_train.report.rows import Report, Row, seed_differences
+from sasa_train.report.rows import Report, Row, seed_differences, settings_of
 
 MAX_ROWS, MAX_PANELS = 24, 12  # if there are more rows, as in a search, only the best are drawn
 MAX_OVERLAID = 3  # rows in one panel of curves; of more, each has its own panel
@@ -70,8 +70,9 @@ def draw_figures(report: Report) -> dict[str, Figure]:
     # A single difference without an interval is a number, which the table has.
     if sum(row.difference.n for row in rows if row.difference) > 1:
         figures["differences"] = _draw_differences(rows)
-    if lines := window_lines(rows):
-        figures["window"] = _draw_windows(lines)
+    lines = window_lines(rows)
+    if sum(row.difference.n for line in lines for _, row in line if row.difference) > 1:
+        figures["window"] = _draw_windows(lines, report.common)
     return figures
 
 
@@ -257,20 +258,24 @@ def _ours_first(axis: Axes) -> tuple[list[Any], list[str]]:
     return [handles[i] for i in order], [labels[i] for i in order]
 
 
-def window_lines(rows: list[Row]) -> dict[str, list[tuple[int, Row]]]:
-    """Group rows that differ only in kernel_size by their other settings, each group sorted by kernel_size."""
-    lines: dict[str, list[tuple[int, Row]]] = {}
+def window_lines(rows: list[Row]) -> list[list[tuple[int, Row]]]:
+    """Group rows whose runs differ only in kernel_size and seed, each group sorted by kernel_size."""
+    lines: dict[tuple, list[tuple[int, Row]]] = {}
     for row in rows:
-        rest = ", ".join(f"{k}={v}" for k, v in row.settings.items() if k != "model.kernel_size")
-        if "model.kernel_size" in row.settings and row.config is not None:
-            lines.setdefault(rest, []).append((row.config.model.kernel_size or 7, row))
-    return {rest: sorted(line, key=lambda point: point[0]) for rest, line in lines.items() if len(line) > 1}
+        if row.config is not None:
+            rest = settings_of(row.config).items()
+            key = tuple(pair for pair in rest if pair[0] not in ("model.kernel_size", "seed"))
+            lines.setdefault(key, []).append((row.config.model.kernel_size or 7, row))
+    found = (sorted(line, key=lambda point: point[0]) for line in lines.values())
+    return [line for line in found if line[0][0] < line[-1][0]]
 
 
-def _draw_windows(lines: dict[str, list[tuple[int, Row]]]) -> Figure:
+def _draw_windows(lines: list[list[tuple[int, Row]]], common: dict[str, str]) -> Figure:
     """Plot the table's differences against window size, a line for each setting of the other keys."""
     figure, (axis,) = new_figure(1, 1, 3.8, "both")
-    for i, (rest, line) in enumerate(lines.items()):
+    for i, line in enumerate(lines):
+        settings = {k: v for k, v in line[0][1].settings.items() if k != "model.kernel_size" and common.get(k) != v}
+        rest = ", ".join(f"{key}={value}" for key, value in settings.items())
         color, _, marker, style = SOLID[i % len(SOLID)]
         beside = 0.1 * (i - (len(lines) - 1) / 2)
         found = [(size + beside, ZERO if row.reference is row else row.difference) for size, row in line]
@@ -279,15 +284,15 @@ def _draw_windows(lines: dict[str, list[tuple[int, Row]]]) -> Figure:
             x, y, half_widths = zip(*points, strict=True)
             name = legend_label(f"ours, {without_groups(rest)}" if rest else "ours")
             axis.errorbar(x, y, half_widths, color=color, marker=marker, ls=style, lw=1.4, capsize=3, label=name)
-    line = next(iter(lines.values()))
+    line = lines[0]
     of_paper = [(size, 0.0 if row.reference is row else row.paper_difference) for size, row in line if row.paper]
     of_paper = [(size, difference) for size, difference in of_paper if difference is not None]
     if len(of_paper) > 1:
         axis.plot(*zip(*of_paper, strict=True), ls="--", label="the paper's (ImageNet, ResNet-50)", **PAPER)
     axis.axhline(0, color="black", lw=0.8)
-    axis.set_xticks(sorted({size for line in lines.values() for size, _ in line}))
+    axis.set_xticks(sorted({size for line in lines for size, _ in line}))
     axis.set_xlabel("kernel_size")
-    rows = [row for line in lines.values() for _, row in line]
+    rows = [row for line in lines for _, row in line]
     axis.set_ylabel(fitted(f"top1, percentage points above {_reference_of(rows)}", 3.0, 9, 3), fontsize=9)
     axis.legend(*_ours_first(axis), frameon=False, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     return figure

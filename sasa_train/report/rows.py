@@ -1,10 +1,12 @@
 """The rows of the report: each groups jobs that differ only in their seed and is compared with a reference row."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from sasa_train.config.derived import expected_num_classes, input_size
-from sasa_train.config.keys import NOT_TRAJECTORY, TrainConfig, flatten
-from sasa_train.config.overrides import as_written
+from sasa_train.config.differences import of_presets, shown_keys
+from sasa_train.config.keys import NOT_TRAJECTORY, TrainConfig
+from sasa_train.config.overrides import TEXT_KEYS, as_written
 from sasa_train.paper import ROWS as PAPER_ROWS
 from sasa_train.paper import Row as PaperRow
 from sasa_train.paper import matching_row, reference_row
@@ -22,6 +24,7 @@ class Row:
     jobs: dict[int, Job] = field(default_factory=dict)  # by seed, excluding jobs that do not count
     num_jobs: int = 0  # total, including jobs that do not count
     config: TrainConfig | None = None
+    is_base: bool = False  # the row from which the others differ
     paper: PaperRow | None = None
     reference: "Row | None" = None  # the reference row refers to itself
     params: int | None = None
@@ -57,6 +60,7 @@ class Report:
     not_counted: list[tuple[Job, str]]  # each with the label of its row, or ""
     table: int | None  # number of the paper's table
     commands: list[str]
+    common: dict[str, str] = field(default_factory=dict)  # keys and their commonest values, which no label names
     val_note: str = ""  # what the number of val images means for top1
 
     @property
@@ -89,20 +93,21 @@ def build_report(jobs: list[Job], table: int | None, reference: str | None, comm
     if not rows:
         reasons = "".join(f"\n  {job.name}: {job.reason}" for job, _ in not_counted)
         raise ConfigError(f"there are no jobs to report on{reasons}")
-    _name(rows)
-    first = rows[0]
+    common = _name(rows)
+    first = next((row for row in rows if row.is_base), rows[0])
     rows.sort(key=_order)
     _choose_references(rows, reference, first)
     _count_models(rows)
-    return Report(rows, [(job, row.label if row else "") for job, row in not_counted], table, commands)
+    return Report(rows, [(job, row.label if row else "") for job, row in not_counted], table, commands, common)
 
 
 def _group(jobs: list[Job], table: int | None) -> tuple[list[Row], list[tuple[Job, Row | None]]]:
     by_overrides = all(job.overrides is not None for job in jobs)
     all_settings = [_settings(job, by_overrides) for job in jobs]
     known = [settings for settings in all_settings if settings is not None]
-    keys = dict.fromkeys(key for settings in known for key in settings)
-    differing = [key for key in keys if len({settings.get(key) for settings in known}) > 1]
+    keys = {key: [s.get(key) for s in known] for key in dict.fromkeys(key for s in known for key in s)}
+    differing = {key: values for key, values in keys.items() if len(set(values)) > 1}
+    differing = differing if by_overrides else of_presets(differing)
     rows: dict[tuple, Row] = {}
     not_counted: list[tuple[Job, Row | None]] = []
     for job, settings in zip(jobs, all_settings, strict=True):
@@ -127,15 +132,27 @@ def _settings(job: Job, by_overrides: bool) -> dict[str, str] | None:
     """Return the settings that define a job's row, without the seed: its overrides or all keys that affect results."""
     if by_overrides:
         assert job.overrides is not None
-        given = job.overrides
+        given = {key: _as_number(value) if key not in TEXT_KEYS else value for key, value in job.overrides.items()}
     elif job.config is None:
         return None
     else:
-        given = {key: as_written(value) for key, value in flatten(job.config).items()}
-        if job.config.data.name == "digits":
-            given.pop("data.root")
+        given = settings_of(job.config)
     ignored = NOT_TRAJECTORY - {"data.root"} | {"seed"}
     return {key: value for key, value in sorted(given.items()) if key not in ignored}
+
+
+def settings_of(config: TrainConfig) -> dict[str, str]:
+    """Return the keys that affect a run's results, with the folder of its images, as written."""
+    root = {} if config.data.name == "digits" else {"data.root": as_written(config.data.root)}
+    return shown_keys(config) | root
+
+
+def _as_number(value: str) -> str:
+    """Write a number with a point or an exponent as config.yaml does, so that 1e-1 and 0.10 are the same row."""
+    try:
+        return as_written(float(value)) if set(value) & set(".eE") else value
+    except ValueError:
+        return value
 
 
 def _why_not(job: Job, row: Row) -> tuple[str, str] | None:
@@ -149,23 +166,50 @@ def _why_not(job: Job, row: Row) -> tuple[str, str] | None:
     return None
 
 
-def _name(rows: list[Row]) -> None:
-    """Label the rows with the paper's label, if there is one, and the keys that distinguish the rows."""
-    for row in rows:
-        same = [other for other in rows if other.paper is row.paper]
-        apart = {
-            key: value
-            for key, value in row.settings.items()
-            if row.paper is None or len({other.settings.get(key) for other in same}) > 1
-        }
-        row.label = ", ".join(([row.paper.label] if row.paper else []) + [f"{k}={v}" for k, v in apart.items()])
-        row.label = row.label or "all jobs"
+def _name(rows: list[Row]) -> dict[str, str]:
+    """Label the rows with the paper's label, if there is one, and what differs from the commonest value of each key.
+
+    Return the commonest values that no label names. In a sweep's list, the row without changes has no settings.
+    """
+    common: dict[str, str] = {}
+    for papers in {id(row.paper): row.paper for row in rows}.values():
+        same = [row for row in rows if row.paper is papers]
+        usual = _commonest(same)
+        common |= {key: value for key, value in usual.items() if value is not None}
+        for row in same:
+            keys = dict.fromkeys([*row.settings, *(key for key, value in usual.items() if value is not None)])
+            apart = [key for key in keys if key not in usual or row.settings.get(key) != usual[key]]
+            if papers is not None:
+                apart = [key for key in apart if len({other.settings.get(key) for other in same}) > 1]
+            row.is_base = not apart and len(same) > 1
+            parts = [papers.label] if papers else ["base"] if row.is_base else []
+            row.label = ", ".join([*parts, *(f"{key}={_setting(row, key)}" for key in apart)]) or "all jobs"
+    return common
+
+
+def _commonest(rows: list[Row]) -> dict[str, str | None]:
+    """Return the commonest value of each key that has one; None: most rows do not set the key."""
+    keys = dict.fromkeys(key for row in rows for key in row.settings)
+    if any(not row.settings for row in rows):
+        return dict.fromkeys(keys)
+    found: dict[str, str | None] = {}
+    for key in keys:
+        (value, count), *others = Counter(row.settings.get(key) for row in rows).most_common(2)
+        if others and count > others[0][1]:
+            found[key] = value
+    return found
+
+
+def _setting(row: Row, key: str) -> str:
+    """Return a row's value of a key, which its config has where the job does not set it."""
+    of_config = shown_keys(row.config) if row.config else {}
+    return row.settings.get(key) or of_config.get(key) or of_config.get(f"{key}.name") or "default"
 
 
 def _order(row: Row) -> tuple:
-    """Return the sort key: the paper's order first, then the settings, with numbers in numerical order."""
+    """Return the sort key: the paper's order, then the base, then the settings, with numbers in numerical order."""
     place = PAPER_ROWS.index(row.paper) if row.paper else len(PAPER_ROWS)
-    return (place, [(key, _sortable(value)) for key, value in row.settings.items()])
+    return (place, not row.is_base, [(key, _sortable(value)) for key, value in row.settings.items()])
 
 
 def _sortable(value: str) -> tuple[int, float, str]:
@@ -176,7 +220,7 @@ def _sortable(value: str) -> tuple[int, float, str]:
 
 
 def _choose_references(rows: list[Row], reference: str | None, first: Row) -> None:
-    """Set each row's reference: the requested row, else the paper's default, else the first in the sweep's command."""
+    """Set each row's reference: the requested row, else the paper's default, else `first`."""
     chosen = find_row(rows, reference) if reference is not None else None
     if chosen is None and not any(row.paper for row in rows):
         chosen = first

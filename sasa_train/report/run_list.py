@@ -91,10 +91,10 @@ def _keys(job: Job) -> dict[str, str]:
     if job.config is None:
         return {}
     keys = shown_keys(job.config)
-    if job.run_dir is None:
-        return {key: printable(value) for key, value in (job.overrides or {}).items() if key in keys}
-    keys.pop("model.name", None)  # the run's name contains it
-    return keys
+    if job.run_dir is not None:
+        return keys
+    given = {"model.name" if key == "model" else key: value for key, value in (job.overrides or {}).items()}
+    return {key: printable(value) for key, value in given.items() if key in keys}
 
 
 def _epoch(job: Job) -> str:

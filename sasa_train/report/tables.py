@@ -147,6 +147,9 @@ def notes(report: Report) -> list[str]:
     found = ["top1 in percent, of the last epoch (the best epoch is selected on val, so its figure is optimistic)"]
     configs = [row.config for row in report.rows if row.config is not None]
     splits = list(dict.fromkeys(split_of(config) for config in configs))
+    if report.common:
+        usual = ", ".join(f"{key}={value}" for key, value in report.common.items())
+        found.append(f"rows are named by what differs from the commonest values: {usual}")
     found.append(f"val is {'; or '.join(splits)}" + ("" if len(splits) == 1 else ": rows differ in it"))
     found.append(
         "± is the 95 % confidence interval of the mean over seeds (Student's t). It covers only the seeds, not the "
