@@ -221,14 +221,18 @@ def test_a_verdict_says_that_a_model_memorises_its_train_images(tmp_path, capsys
     log = run_dir / "metrics.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()]
 
-    def said(val: list[float], train: list[float]) -> str:
-        losses = {"val": val, "train": train}
-        changed = [row | {"loss": losses[row["split"]][row["epoch"] - 1]} for row in rows]
+    def said(val: list[float], train: list[float], train_top1: float = 9.0) -> str:
+        changed = [row | {"loss": {"val": val, "train": train}[row["split"]][row["epoch"] - 1]} for row in rows]
+        changed = [row | {"top1": train_top1} if row["split"] == "train" else row for row in changed]
         log.write_text("".join(json.dumps(row) + "\n" for row in changed))
         return memorises(job)
 
     falls, rises = [2.5 - 0.25 * epoch for epoch in range(8)], [2.4, 2.2, 2.0, 2.1, 2.3, 2.5, 2.6, 2.7]
-    assert said([2.0] * 8, falls) == said([2.4, 2.2, 2.0, 2.1, 2.0, 2.1, 2.1, 2.2], falls) == said(rises, rises) == ""
+    assert said(falls, falls) == said([2.4, 2.2, 2.0, 2.1, 2.0, 2.1, 2.2, 2.2], falls) == said(rises, rises) == ""
+    flat = "The val loss has stayed at 2.000 since epoch 5, while the train loss fell from 1.500 to 0.750: more epochs"
+    assert said([2.0] * 8, falls).startswith(flat) and said([2.0] * 8, [2.0] * 8) == ""
+    far = "train 100 %, val 30 %: the net memorises the train images; more augmentation, a smaller net or more images"
+    assert far in said(falls, falls, 100.0) and said(falls, falls, 54.0) == ""
     sentence = (
         "The val loss was lowest after epoch 3 (2.000) and rose to 2.700, while the train loss fell from 2.000 to 0.750"
     )

@@ -16,6 +16,8 @@ from sasa_train.runs.metrics import read_metrics
 
 RISEN = 1.1  # times its lowest: a smaller rise of the val loss may be noise
 LATE = 3  # evaluations whose mean val loss is compared with the lowest
+GAP = 25  # points of top1 that train is above val; augmentation lowers the train top1, so the true gap is larger
+FLAT, FALLEN = 0.02, 0.1  # relative changes: of a flat val loss at most, of a falling train loss at least
 
 
 @dataclass(frozen=True)
@@ -84,17 +86,23 @@ def sentences(job: Job, chance: Chance | None) -> list[str]:
 
 
 def memorises(job: Job) -> str:
-    """Say from which epoch on the val loss rose clearly while the train loss fell; "" if it did not."""
-    if job.run_dir is None or job.state == "damaged":
+    """Say what the curves show of a model that learns its train images alone; "" if they do not show it."""
+    if job.run_dir is None or job.state == "damaged" or not job.val:
         return ""
-    rows = [row for row in read_metrics(job.run_dir / "metrics.jsonl") if row.get("loss") is not None]
-    val = [row for row in rows if row["split"] == "val"]
+    rows = read_metrics(job.run_dir / "metrics.jsonl")
+    train, val = ([row for row in rows if row["split"] == split] for split in ("train", "val"))
+    with_loss = [[row for row in part if row.get("loss") is not None] for part in (train, val)]
+    return _val_loss_rises(*with_loss) or _val_is_far_below(train, val) or _val_is_flat(*with_loss)
+
+
+def _val_loss_rises(train: list[dict], val: list[dict]) -> str:
+    """Say from which epoch on the val loss rose clearly while the train loss fell."""
     if not val:
         return ""
     lowest = min(val, key=lambda row: row["loss"])
     late = [row["loss"] for row in val if row["step"] > lowest["step"]][-LATE:]
-    before = [row["loss"] for row in rows if row["split"] == "train" and row["step"] <= lowest["step"]]
-    after = [row["loss"] for row in rows if row["split"] == "train" and row["step"] > lowest["step"]]
+    before = [row["loss"] for row in train if row["step"] <= lowest["step"]]
+    after = [row["loss"] for row in train if row["step"] > lowest["step"]]
     if len(late) < LATE or not before or not after or after[-1] >= before[-1]:
         return ""
     if sum(late) / LATE < RISEN * lowest["loss"]:
@@ -103,6 +111,33 @@ def memorises(job: Job) -> str:
         f"The val loss was lowest after epoch {lowest['epoch']} ({lowest['loss']:.3f}) and rose to {late[-1]:.3f}, "
         f"while the train loss fell from {before[-1]:.3f} to {after[-1]:.3f}: since then the model memorises its train "
         "images. More augmentation, more images or fewer epochs may help."
+    )
+
+
+def _val_is_far_below(train: list[dict], val: list[dict]) -> str:
+    """Say by how much the train top1 of the last epoch exceeds val's, if by at least GAP points."""
+    last = [row["top1"] for row in train if row["epoch"] == val[-1]["epoch"] and row.get("top1") is not None]
+    if not last or (mean := sum(last) / len(last)) - val[-1]["top1"] < GAP:
+        return ""
+    return (
+        f"top1 of the last epoch: train {mean:.0f} %, val {val[-1]['top1']:.0f} %: the net memorises the train images; "
+        "more augmentation, a smaller net or more images help."
+    )
+
+
+def _val_is_flat(train: list[dict], val: list[dict]) -> str:
+    """Say that the val loss stayed the same in the second half of the evaluations while the train loss fell."""
+    if len(val) < 2 * LATE:
+        return ""
+    early, late = val[(len(val) - 1) // 2 - LATE // 2 :][:LATE], val[-LATE:]
+    before, after = (sum(row["loss"] for row in part) / LATE for part in (early, late))
+    falling = [row["loss"] for row in train if early[-1]["step"] <= row["step"] <= late[-1]["step"]]
+    rises = sum(row["top1"] for row in late) - sum(row["top1"] for row in early) > LATE  # by a point on average
+    if rises or abs(after - before) > FLAT * before or not falling or falling[-1] > (1 - FALLEN) * falling[0]:
+        return ""
+    return (
+        f"The val loss has stayed at {after:.3f} since epoch {early[-1]['epoch']}, while the train loss fell from "
+        f"{falling[0]:.3f} to {falling[-1]:.3f}: more epochs hardly help; more images or existing weights may."
     )
 
 
