@@ -156,6 +156,13 @@ def test_the_list_shows_what_tells_runs_apart_even_where_it_is_narrow(tmp_path):
     assert lines[1].split()[5:7] == ["seed", "augment"]
     (line,) = (line.split() for line in lines if "waiting" in line)
     assert line[:3] == ["-", "-", "-"] and line[5:7] == ["2", "none"]
+    names = {"model": "conv_resnet26", "model.width": "0.25", "optimizer.lr": "0.2", "trainer.label_smoothing": "0.5"}
+    for key, value in (names | {"seed": "0"}).items():  # the last changes nothing
+        write_run(tmp_path / f"changes/a-run-with-a-long-name-{key}-0123abcd", [*BASE, f"{key}={value}"], [50.0])
+    lines = list_runs(find_jobs([tmp_path / "changes"]).jobs, 60).splitlines()
+    said = {line.split("  ")[-1] for line in lines[2:-1]}
+    assert said == {"base", *(f"{key.rpartition('.')[2]}={value}" for key, value in names.items())}
+    assert all(line.split()[2].endswith("-0123abcd") and len(line) <= 60 for line in lines[2:-1])
 
 
 def test_a_run_that_nobody_runs_is_killed_and_one_in_progress_is_running(tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections import Counter
 from typing import Any
 
 import yaml
@@ -61,6 +62,12 @@ def differing(runs: list[dict[str, str]]) -> list[tuple[str, list[str]]]:
         groups = [f"{group}, {value}" for group, value in zip(groups, left[key], strict=True)]
         chosen.append((key, left.pop(key)))
     return chosen
+
+
+def commonest(values: list[Any]) -> list[Any]:
+    """Return the commonest value in a list, or an empty list if several are equally common."""
+    counts = Counter(values).most_common(2)
+    return [counts[0][0]] if len(counts) == 1 or counts[0][1] > counts[1][1] else []
 
 
 def names_by_difference(configs: list[TrainConfig]) -> list[str] | None:

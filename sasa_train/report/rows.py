@@ -1,10 +1,9 @@
 """The rows of the report: each groups jobs that differ only in their seed and is compared with a reference row."""
 
-from collections import Counter
 from dataclasses import dataclass, field
 
 from sasa_train.config.derived import expected_num_classes, input_size
-from sasa_train.config.differences import of_presets, shown_keys
+from sasa_train.config.differences import commonest, of_presets, shown_keys
 from sasa_train.config.keys import NOT_TRAJECTORY, TrainConfig
 from sasa_train.config.overrides import TEXT_KEYS, as_written
 from sasa_train.paper import ROWS as PAPER_ROWS
@@ -192,12 +191,8 @@ def _commonest(rows: list[Row]) -> dict[str, str | None]:
     keys = dict.fromkeys(key for row in rows for key in row.settings)
     if any(not row.settings for row in rows):
         return dict.fromkeys(keys)
-    found: dict[str, str | None] = {}
-    for key in keys:
-        (value, count), *others = Counter(row.settings.get(key) for row in rows).most_common(2)
-        if others and count > others[0][1]:
-            found[key] = value
-    return found
+    found = {key: commonest([row.settings.get(key) for row in rows]) for key in keys}
+    return {key: values[0] for key, values in found.items() if values}
 
 
 def _setting(row: Row, key: str) -> str:

@@ -5,11 +5,11 @@ import shlex
 import shutil
 from collections.abc import Iterator
 
-from sasa_train.config.differences import differing, short, shown_keys
+from sasa_train.config.differences import commonest, differing, short, shown_keys
 from sasa_train.report.jobs import Job
 from sasa_train.terminal import printable
 
-MIN_NAME = 20  # characters of a run's name that are shown even if the terminal is narrow
+MIN_NAME = 12  # characters of a run's name that are shown even if the terminal is narrow: its hash
 
 
 def list_runs(jobs: list[Job], width: int | None = None) -> str:
@@ -47,21 +47,42 @@ def _data(job: Job) -> str:
 
 
 def _table(jobs: list[Job], width: int) -> Iterator[str]:
-    """Yield the lines of one table: top1, best top1, the epoch, the name, what is not done, and what differs."""
+    """Yield the lines of one table: top1, best top1, the epoch, the name, what is not done, and what differs.
+
+    Where the keys that differ have no room for a column each, one column names what a run has in place of the
+    commonest values, the best top1 is left out, and if even that is too wide, some of the keys are.
+    """
     columns = columns_of(jobs)
     left_out = 0
-    while len(columns) > 4 and width - _width(columns) < MIN_NAME:
-        del columns[-1]
-        left_out += 1
+    if width - _width(columns) < MIN_NAME:
+        columns = [column for column in columns if column[0] != "best"]  # the last epoch decides
+        num_fixed = 3 if columns[2:] and columns[2][0] == "state" else 2
+        together = [*columns[:num_fixed], ["differs in", *_differences(columns[num_fixed:], len(jobs))]]
+        if width - _width(columns) < MIN_NAME <= width - _width(together):
+            columns = together
+        while len(columns) > num_fixed and width - _width(columns) < MIN_NAME:
+            del columns[-1]
+            left_out += 1
     room = max(MIN_NAME, width - _width(columns))
-    columns.insert(3, ["run", *(_shortened(printable(job.name), room) for job in jobs)])
+    place = 1 + next(place for place, column in enumerate(columns) if column[0] == "epoch")
+    columns.insert(place, ["run", *(_shortened(printable(job.name), room) for job in jobs)])
     widths = [max(map(len, column)) for column in columns]
     for line in zip(*columns, strict=True):
-        numbers = [text.rjust(size) for text, size in zip(line[:3], widths[:3], strict=True)]
-        yield "  ".join(numbers + [t.ljust(n) for t, n in zip(line[3:], widths[3:], strict=True)]).rstrip()
+        numbers = [text.rjust(size) for text, size in zip(line[:place], widths[:place], strict=True)]
+        yield "  ".join(numbers + [t.ljust(n) for t, n in zip(line[place:], widths[place:], strict=True)]).rstrip()
     if left_out:
         keys = "key differs" if left_out == 1 else "keys differ"
         yield f"({left_out} more {keys}; a wider terminal shows more)"
+
+
+def _differences(columns: list[list[str]], num_runs: int) -> Iterator[str]:
+    """Yield each run's values of the keys in `columns`, apart from the commonest ones; "base" if it has only these."""
+    usual = [commonest(values) for _, *values in columns]
+    for i in range(1, num_runs + 1):
+        apart = [
+            f"{column[0]}={column[i]}" for column, value in zip(columns, usual, strict=True) if [column[i]] != value
+        ]
+        yield ", ".join(apart) or "base"
 
 
 def columns_of(jobs: list[Job]) -> list[list[str]]:
