@@ -184,9 +184,16 @@ def test_a_run_that_nobody_runs_is_killed_and_one_in_progress_is_running(tmp_pat
 
 
 def test_two_seeds_have_a_mean_and_no_interval(tmp_path):
-    results = {((), seed): [50.0 + 11 * seed] for seed in (0, 1)}
-    text = markdown(report_of(write_sweep(tmp_path / "s", results)))
-    assert "55.50 (2 seeds: too few)" in text and "±" not in text.split("\n- ")[0]
+    """Nor does a note, a legend or a bar of a chart speak of intervals."""
+    from sasa_train.report import charts
+
+    results = {((f"model.kernel_size={k}",), seed): [50.0 + k + 11 * seed] for k in (3, 5) for seed in (0, 1)}
+    report = report_of(write_sweep(tmp_path / "s", results))
+    text = markdown(report)
+    assert "58.50 (2 seeds: too few)" in text and "few seeds (2): fewer than 3 have no interval here" in text
+    assert "±" not in text and "normally distributed" not in text
+    (axis,) = charts.draw_figures(report)["differences"].axes
+    assert [label.get_text() for label in axis.get_legend().get_texts()] == ["ours", "a seed"]
 
 
 def test_a_seed_that_ran_twice_counts_once(tmp_path):

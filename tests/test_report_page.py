@@ -252,7 +252,7 @@ def test_the_number_of_val_images_says_how_exact_top1_is(run_page, capsys):
     assert re.search(r"8 val images: top1 is accurate to about ± \d\d points\.", run_page.text)
     run_dir = str(run_page.path.parents[1])
     jobs = find_jobs([Path(run_dir)]).jobs
-    assert "; on 8 val images, one run's top1 is accurate to about ± " in val_note(jobs)
+    assert "on 8 val images, one run's top1 is accurate to about ± " in val_note(jobs)
 
 
 def test_the_papers_row_stands_where_the_data_is_the_papers(tmp_path):
@@ -295,6 +295,10 @@ def test_a_class_table_has_who_is_taken_for_whom():
         ("a", "33.33", "b (2)"),
         ("b", "100.00", "-"),
     ]
+    tied = class_rows(ValSample(7, torch.tensor([[0, 1, 1], [0, 1, 0], [2, 1, 1]]), []), ["a", "b", "c"])
+    assert [row["most often taken for"] for row in tied] == ["b, c (1 each)", "a (2)", "-"]
+    many = class_rows(ValSample(4, torch.ones(5, 5, dtype=torch.int64), []), list("abcde"))
+    assert many[0]["most often taken for"] == "4 classes (1 each)"
     (row,) = class_rows(ValSample(3, torch.tensor([[3]]), []), ["alone"])
     assert (row["top1"], row["most often taken for"]) == ("100.00", "-")
 

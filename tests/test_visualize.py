@@ -176,6 +176,11 @@ def test_a_window_is_drawn_where_it_lies_and_ends_at_the_border():
     inside = window_at(weights, (13, 18), (32, 32))
     assert (inside.query, inside.box, inside.query_box) == ((3, 4), (8, 4, 28, 24), (16, 12, 20, 16))
     assert torch.equal(inside.weights, weights[:, 3, 4].view(2, 5, 5))
+    image = Prediction(np.zeros((32, 32, 3), dtype=np.uint8), None, "a", 0.5)
+    figure = draw_attention_maps([View(image, (13, 18), {"layer1.0.conv2": inside})])
+    outlined = {(box.get_x(), box.get_y(), box.get_width()) for box in figure.axes[1].patches}
+    assert outlined == {(8, 4, 20), (16, 12, 4)}  # the window, and the query's position in it
+    assert "enlarged" not in figure.get_suptitle()  # nothing is
     corner = window_at(weights, (0, 31), (32, 32))
     assert (corner.query, corner.box) == ((0, 7), (20, 0, 32, 12))
     assert torch.equal(corner.weights, weights[:, 0, 7].view(2, 5, 5)[:, 2:, :3])
@@ -421,6 +426,10 @@ def test_compared_runs_are_named_by_what_differs(tmp_path):
         write_run(tmp_path / name, ["experiment=debug", *overrides], [30.0, 40.0])
     assert command.names_of([tmp_path / "a", tmp_path / "b"]) == ["augment=none", "augment=crop_flip"]
     assert command.names_of([tmp_path / name for name in runs])[2] == "augment=crop_flip, kernel_size=5"
+    for folder in ("photos", "drawings"):
+        write_run(tmp_path / folder, ["experiment=debug", "data=image_folder", f"data.root=my/{folder}"], [30.0, 40.0])
+    assert command.names_of([tmp_path / "photos", tmp_path / "drawings"]) == ["data=photos", "data=drawings"]
+    assert all(name.startswith("data=") for name in command.names_of([tmp_path / "a", tmp_path / "photos"]))
     write_run(tmp_path / "again", ["experiment=debug", "augment=none"], [30.0, 40.0])
     assert command.names_of([tmp_path / "a", tmp_path / "again"]) is None
     assert command.names_of([tmp_path / "a", tmp_path / "not a run"]) is None

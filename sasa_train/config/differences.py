@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from sasa_train.config.groups import choices, config_dir
-from sasa_train.config.identity import trajectory
+from sasa_train.config.identity import data_name, trajectory
 from sasa_train.config.keys import AugmentConfig, TrainConfig
 from sasa_train.config.overrides import as_written
 from sasa_train.terminal import printable
@@ -73,10 +73,14 @@ def commonest(values: list[Any]) -> list[Any]:
 def names_by_difference(configs: list[TrainConfig]) -> list[str] | None:
     """Name runs by the keys that differ, such as "augment=none, seed=1"; None if no keys tell them apart.
 
-    Of more than MAX_NAMED keys, only as many are named as tell the runs apart.
+    The data set comes first. Of more than MAX_NAMED keys, only as many are named as tell the runs apart.
     """
-    parts: list[list[str]] = [[] for _ in configs]
-    for number, (key, values) in enumerate(differing([shown_keys(config) for config in configs])):
+    sets = [data_name(config) for config in configs]
+    parts = [[f"data={name}"] if len(set(sets)) > 1 else [] for name in sets]
+    keys = [shown_keys(config) for config in configs]
+    for name in ("data.name", "data.target"):  # the name of the data set says it
+        keys = [{key: value for key, value in run.items() if key != name} for run in keys]
+    for number, (key, values) in enumerate(differing(keys), len(parts[0])):
         if number >= MAX_NAMED and len({*map(tuple, parts)}) == len(configs):
             break
         for part, value in zip(parts, values, strict=True):

@@ -23,7 +23,7 @@ def default_run_name(config: TrainConfig) -> str:
     A set of one's own is named after its folder. Keys in `derive` have no part in the name, because a run is named
     after what was asked, not after what was chosen from the images.
     """
-    parts = [_data_name(config)]
+    parts = [data_name(config)]
     parts += [] if "model.name" in config.derive else [_model_name(config)]
     parts += [] if "trainer.epochs" in config.derive else [f"e{config.trainer.epochs}"]
     return "-".join([*parts, f"s{config.seed}", _digest(config)])
@@ -32,12 +32,13 @@ def default_run_name(config: TrainConfig) -> str:
 def run_name_in(folder: str, config: TrainConfig) -> str:
     """Return the name of a config's run in `folder`: an existing run keeps a name of the form of earlier versions."""
     name = default_run_name(config)
-    earlier = f"{config.data.name}{name.removeprefix(_data_name(config))}"
+    earlier = f"{config.data.name}{name.removeprefix(data_name(config))}"
     is_earlier = os.path.isdir(os.path.join(folder, earlier)) and not os.path.isdir(os.path.join(folder, name))
     return earlier if is_earlier else name
 
 
-def _data_name(config: TrainConfig) -> str:
+def data_name(config: TrainConfig) -> str:
+    """Return the data set's name in a run's name; of a set of one's own, its folder's or its function's."""
     if config.data.target is not None:
         return re.sub(NOT_IN_NAMES, "-", config.data.target)[-MAX_DATA_NAME:]
     if config.data.name != "image_folder":

@@ -32,7 +32,7 @@ PAPER: dict[str, Any] = {"color": "#E69F00", "marker": "D", "mec": "black", "mew
 CAPTIONS = {  # kind of chart -> description
     "accuracy": (
         "Two charts of top1 over GFLOPs and over million parameters, a numbered point for each row of the table",
-        "top1 of the last epoch over GFLOPs per image and over parameters, with 95 % intervals over seeds. Numbers are "
+        "top1 of the last epoch over GFLOPs per image and over parameters{over_seeds}. Numbers are "
         "those of the table. Better models are higher up, cheaper ones further left.",
     ),
     "curves": (
@@ -43,20 +43,28 @@ CAPTIONS = {  # kind of chart -> description
     ),
     "differences": (
         "A chart of each row's difference in top1 to the reference row, the figures of the table's column difference",
-        "Differences in top1 to the reference row, paired by seed, with 95 % intervals, and the paper's beside them "
-        "where it prints one. An interval that crosses 0 leaves open which of the two is better.",
+        "Differences in top1 to the reference row, paired by seed{over_seeds}, and the paper's beside them where it "
+        "prints one.{crossing}",
     ),
     "window": (
         "A chart of the difference in top1 over kernel_size",
         "The same differences over kernel_size.",
     ),
 }
+OF_INTERVALS = {
+    "over_seeds": ", with 95 % intervals over seeds",
+    "crossing": " An interval that crosses 0 leaves open which of the two is better.",
+}
 
 
 def draw_charts(report: Report) -> list[Picture]:
     """Draw every chart for which there is data."""
     figures = draw_figures(report)
-    return [Picture(name, rendered(figure), *CAPTIONS[name]) for name, figure in figures.items()]
+    parts = OF_INTERVALS if report.has_intervals else dict.fromkeys(OF_INTERVALS, "")
+    return [
+        Picture(name, rendered(figure), CAPTIONS[name][0], CAPTIONS[name][1].format(**parts))
+        for name, figure in figures.items()
+    ]
 
 
 def draw_figures(report: Report) -> dict[str, Figure]:
@@ -83,10 +91,8 @@ def best(rows: list[Row], count: int) -> list[Row]:
 
 
 def limits(intervals: list[Interval]) -> tuple[float, float]:
-    """Return axis limits that include all means and intervals; only two-seed intervals (t = 12.7) may be cut off."""
-    trusted = [i for i in intervals if i.n > 2] or intervals
-    ends = [i.mean + sign * (i.half_width or 0) for i in trusted for sign in (-1, 1)]
-    ends += [i.mean for i in intervals]
+    """Return axis limits that include all means and intervals."""
+    ends = [i.mean + sign * i.bar for i in intervals for sign in (-1, 1)]
     margin = 0.08 * (max(ends) - min(ends)) or 1.0
     return min(ends) - margin, max(ends) + margin
 
@@ -110,7 +116,7 @@ def _draw_accuracy(rows: list[tuple[int, Row]]) -> Figure:
             face = (color, "white", "#B8B8B8")[i // len(SOLID) % 3]
             x, found = sizes[i], _top1(row)
             axis.errorbar(
-                x, found.mean, found.half_width or 0, ecolor="#666666", color=color, marker=marker, mfc=face,
+                x, found.mean, found.bar, ecolor="#666666", color=color, marker=marker, mfc=face,
                 mec="black", mew=0.8, ms=7, lw=1, capsize=3, ls="",
                 label=legend_label(f"{number}  {without_groups(row.label)}"),
             )  # fmt: skip
@@ -164,7 +170,8 @@ def _draw_curves(rows: list[Row]) -> Figure:
     left_out = f"; the best {len(shown)} of {len(rows)} rows" if len(shown) < len(rows) else ""
     several_seeds = any(len(row.jobs) > 1 for row in shown)
     one = "lines: mean over seeds; dots: the seeds" if several_seeds else "val top1 over epochs, one seed each"
-    several = "mean over seeds; band: lowest to highest seed; dashed: the reference"
+    several = "mean over seeds; band: lowest to highest seed" if several_seeds else one
+    several += "; dashed: the reference"
     below = f"; the first epochs, below {max(0, floor):.0f} %, are cut off" if _lowest(shown) < floor else ""
     set_title(figure, f"{one if is_one else several}{left_out}{below}")
     return figure
@@ -230,8 +237,9 @@ def _draw_differences(rows: list[Row]) -> Figure:
     shown = [(row, row.difference) for row in rows if row.difference is not None]
     figure, (axis,) = new_figure(1, 1, 1.5 + 0.4 * len(shown), "x")
     places = range(len(shown))
-    axis.errorbar([found.mean for _, found in shown], places, xerr=[found.half_width or 0 for _, found in shown],
-                  color=OURS, marker="o", lw=1.4, capsize=3, ls="", label="ours, 95 % interval over seeds")  # fmt: skip
+    bars = [found.bar for _, found in shown]
+    axis.errorbar([found.mean for _, found in shown], places, xerr=bars, color=OURS, marker="o", lw=1.4, capsize=3,
+                  ls="", label="ours" + ", 95 % interval over seeds" * any(bars))  # fmt: skip
     of_paper = [(papers, i + 0.22) for i, (row, _) in enumerate(shown) if (papers := row.paper_difference) is not None]
     if of_paper:
         axis.plot(*zip(*of_paper, strict=True), ls="", label="the paper's", **PAPER)
@@ -279,7 +287,7 @@ def _draw_windows(lines: list[list[tuple[int, Row]]], common: dict[str, str]) ->
         color, _, marker, style = SOLID[i % len(SOLID)]
         beside = 0.1 * (i - (len(lines) - 1) / 2)
         found = [(size + beside, ZERO if row.reference is row else row.difference) for size, row in line]
-        points = [(size, difference.mean, difference.half_width or 0) for size, difference in found if difference]
+        points = [(size, difference.mean, difference.bar) for size, difference in found if difference]
         if points:
             x, y, half_widths = zip(*points, strict=True)
             name = legend_label(f"ours, {without_groups(rest)}" if rest else "ours")

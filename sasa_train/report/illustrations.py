@@ -19,6 +19,8 @@ from sasa_train.visualize.capture import WeightsError
 from sasa_train.visualize.names import FIGURES, OF_ATTENTION, OF_CLASSES
 from sasa_train.visualize.val_sample import ValSample, look_at_val, which_images
 
+MAX_TIED = 3  # classes that are named as most often predicted in place of another
+
 
 def curves_section(job: Job) -> Section:
     """Draw the curves, using only metrics.jsonl."""
@@ -119,13 +121,21 @@ def class_rows(found: ValSample, classes: list[str]) -> list[dict[str, str]]:
     rows = []
     for label, (name, counts) in enumerate(zip(classes, found.confusion.tolist(), strict=True)):
         images, hits = sum(counts), counts[label]
-        others = ((count, other) for other, count in enumerate(counts) if other != label)
-        most, other = max(others, default=(0, label))  # the default is for data sets with a single class
+        others = [count for other, count in enumerate(counts) if other != label]
+        most = max(others, default=0)  # the default is for data sets with a single class
+        taken_for = [classes[other] for other, count in enumerate(counts) if count == most and other != label]
         row = {
             "class": name,
             "images": str(images),
             "top1": f"{100 * hits / images:.2f}" if images else "-",
-            "most often taken for": f"{classes[other]} ({most})" if most else "-",
+            "most often taken for": _most_often(taken_for, most) if most else "-",
         }
         rows.append((100 * hits / images if images else 101.0, row))
     return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+
+
+def _most_often(names: list[str], count: int) -> str:
+    """Name the classes that are predicted equally often, `count` times; of many, say only how many they are."""
+    if len(names) > MAX_TIED:
+        return f"{len(names)} classes ({count} each)"
+    return f"{', '.join(names)} ({count}{' each' if len(names) > 1 else ''})"

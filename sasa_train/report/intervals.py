@@ -20,6 +20,15 @@ class Interval:
     n: int
 
     @property
+    def is_shown(self) -> bool:
+        return self.n >= ENOUGH
+
+    @property
+    def bar(self) -> float:
+        """Half the length of the interval in a chart, 0 for too few values."""
+        return (self.half_width or 0.0) if self.is_shown else 0.0
+
+    @property
     def excludes_zero(self) -> bool | None:
         return None if self.half_width is None else abs(self.mean) > self.half_width
 

@@ -151,6 +151,7 @@ def sweep_page(report: Report, sources: list[Path], plots: Section, folder: Path
         num_runs=len(report.all_jobs),
         num_rows=len(report.rows),
         table=[cells(report, i, row) for i, row in enumerate(report.rows, 1)],
+        caption="Means over seeds" + " with 95 % confidence intervals" * report.has_intervals,
         notes=notes(report),
         plots=plots,
         not_counted=listed,

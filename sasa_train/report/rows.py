@@ -66,6 +66,11 @@ class Report:
     def all_jobs(self) -> list[Job]:
         return [job for row in self.rows for job in row.jobs.values()]
 
+    @property
+    def has_intervals(self) -> bool:
+        """Whether any row has enough seeds for an interval."""
+        return any(row.top1 is not None and row.top1.is_shown for row in self.rows)
+
 
 def paired_difference(row: Row, reference: Row) -> Interval | None:
     """Compare two rows seed by seed, which cancels the effect of the seed; return None if they share no seed."""

@@ -125,12 +125,12 @@ def _interval(interval: Interval | None, sign: str = "") -> str:
     if interval.half_width is None:
         spread = "(1 seed)"
     else:
-        spread = f"± {interval.half_width:.2f}" if interval.n >= ENOUGH else f"({interval.n} seeds: too few)"
+        spread = f"± {interval.half_width:.2f}" if interval.is_shown else f"({interval.n} seeds: too few)"
     return f"{interval.mean:{sign}.2f} {spread}"
 
 
 def _excludes_zero(difference: Interval | None) -> str:
-    if difference is None or difference.n < ENOUGH:
+    if difference is None or not difference.is_shown:
         return "-"
     return "yes" if difference.excludes_zero else "no"
 
@@ -151,23 +151,24 @@ def notes(report: Report) -> list[str]:
         usual = ", ".join(f"{key}={value}" for key, value in report.common.items())
         found.append(f"rows are named by what differs from the commonest values: {usual}")
     found.append(f"val is {'; or '.join(splits)}" + ("" if len(splits) == 1 else ": rows differ in it"))
-    found.append(
-        "± is the 95 % confidence interval of the mean over seeds (Student's t). It covers only the seeds, not the "
-        f"choice of val images{report.val_note}"
-    )
+    if report.has_intervals:
+        found.append(
+            "± is the 95 % confidence interval of the mean over seeds (Student's t). It covers only the seeds, not the "
+            "choice of val images"
+        )
+    found += [report.val_note] if report.val_note else []
     references = list(dict.fromkeys(row.reference.label for row in report.rows if row.reference is not None))
     if references:
         against = references[0] if len(references) == 1 else f"the reference row ({'; '.join(references)})"
         found.append(f"difference: top1 minus that of {against}, paired by seed")
-    if (num_intervals := sum(row.difference is not None for row in report.rows)) > 2:
+    if (num_intervals := sum(row.difference is not None and row.difference.is_shown for row in report.rows)) > 2:
         found.append(f"{num_intervals} differences: where none is real, one in twenty intervals still excludes 0")
     counts = sorted({len(row.jobs) for row in report.rows if row.jobs})
     if counts and counts[0] < FEW:
         how_many = " to ".join(dict.fromkeys(str(count) for count in (counts[0], counts[-1])))
-        found.append(
-            f"few seeds ({how_many}): the intervals rest on top1 being normally distributed over seeds; fewer "
-            f"than {ENOUGH} have no interval here"
-        )
+        rests = "the intervals rest on top1 being normally distributed over seeds; "
+        fewer = f"fewer than {ENOUGH} have no interval here"
+        found.append(f"few seeds ({how_many}): {rests if report.has_intervals else ''}{fewer}")
     return found + (_paper_notes(report.table, configs) if report.table else [])
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from sasa_train.config.derived import expected_num_classes
 from sasa_train.config.keys import TrainConfig
 from sasa_train.refusal import ConfigError
-from sasa_train.report.intervals import ENOUGH
 from sasa_train.report.jobs import Job, find_jobs
 from sasa_train.report.rows import Report, Row, paired_difference
 from sasa_train.report.run_list import group_by_data
@@ -73,7 +72,7 @@ def val_note(jobs: list[Job]) -> str:
     if chance is None or not chance.num_images:
         return ""
     points = half_width(max(job.last for job in jobs), chance.num_images)
-    return f"; on {chance.num_images:,} val images, one run's top1 is accurate to about ± {points:.2g} points"
+    return f"on {chance.num_images:,} val images, one run's top1 is accurate to about ± {points:.2g} points"
 
 
 def sentences(job: Job, chance: Chance | None) -> list[str]:
@@ -225,7 +224,7 @@ def _of_rows(data: str, found: list[tuple[int, Row]], chance: Chance | None) -> 
         return f"On {data}, top1 is {reached}"
     text = f"The best of {len(found)} rows on {data} is row {number}, {row.label}, with top1 {reached}"
     lead = paired_difference(row, found[1][1])
-    if lead is None or lead.n < ENOUGH:
+    if lead is None or not lead.is_shown:
         text += f" There are too few seeds to tell whether it is better than the next, row {found[1][0]}."
         return f"{text} Its top1 is optimistic, because it was chosen among {len(found)}."
     clear = "and the interval over seeds excludes 0" if lead.excludes_zero else "which chance in the seeds may explain"

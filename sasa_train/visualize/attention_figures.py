@@ -49,9 +49,12 @@ def draw_attention_maps(views: list[View]) -> Figure:
     cells[0][0].set_title("image, query", fontsize=8)
     for axis, name in zip(cells[0][1:], layers, strict=True):
         axis.set_title(_layer_title(name, views[0].windows[name]), fontsize=8)
+    windows = [(view, window) for view in views for window in view.windows.values()]
+    enlarged = ", enlarged in a corner if small" if any(_is_small(*pair) for pair in windows) else ""
     set_title(
         figure,
-        "attention weights of one pixel (dot), mean over heads; outlined: its window, enlarged in a corner if small",
+        "attention weights of one pixel (dot), mean over heads; outlined: the pixel's position in the map, and its "
+        f"window{enlarged}",
     )
     return figure
 
@@ -164,18 +167,32 @@ def _show_weights(axis: Axes, view: View, window: Window, weights: np.ndarray, l
     colors: dict[str, Any] = {"cmap": MAGNITUDES, "vmin": 0, "vmax": largest, "interpolation": "nearest"}
     left, top, right, bottom = window.box
     shown = axis.imshow(weights, extent=(left, right, bottom, top), alpha=OVERLAY_ALPHA, **colors)
-    is_small = right - left < image.shape[1] * SMALL_WINDOW
+    is_small = _is_small(view, window)
     _mark(axis, view, window, with_dot=not is_small)
+    _outline_query(axis, window)
     if is_small:
         row, column = view.pixel
         corner = (0.57 if column < image.shape[1] / 2 else 0.02, 0.02 if row < image.shape[0] / 2 else 0.57)
         inset = axis.inset_axes((*corner, 0.41, 0.41), xticks=[], yticks=[])
         inset.imshow(weights, extent=(left, right, bottom, top), **colors)
         inset.spines[:].set_path_effects(OUTLINE)
+        _outline_query(inset, window)
         _dot(inset, window)
     if (outside := 1 - float(weights.sum())) > 0.005:  # border=zero: keys outside the image also receive weight
         axis.set_xlabel(f"{100 * outside:.0f} % outside", fontsize=7)
     return shown
+
+
+def _is_small(view: View, window: Window) -> bool:
+    left, _, right, _ = window.box
+    return right - left < view.prediction.image.shape[1] * SMALL_WINDOW
+
+
+def _outline_query(axis: Axes, window: Window) -> None:
+    """Outline the query's position, from which the window is laid; the pixel may lie anywhere in it."""
+    left, top, right, bottom = window.query_box
+    square = Rectangle((left, top), right - left, bottom - top, fill=False, ec="black", lw=0.7, path_effects=OUTLINE)
+    axis.add_patch(square)
 
 
 def _mark(axis: Axes, view: View, window: Window | None, with_dot: bool = True) -> None:
