@@ -85,6 +85,9 @@ def type_and_bounds(field: dataclasses.Field) -> str:
         return kind
     if bounds.choices:
         return kind.replace("string", str(bounds))
+    if bounds.is_range:  # brackets in brackets would be taken for what to type
+        low_high, _, limits = str(bounds).partition(" ")
+        return f"`{low_high}` {limits}"
     if bounds.is_path:
         return kind.replace("string", "path")
     if bounds.name_length:

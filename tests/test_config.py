@@ -72,7 +72,7 @@ def test_a_misspelt_key_in_a_file_is_refused(own_configs):
             r"data.std=.* must be of values in \[0, 1\], so 1 at most; divide numbers for values",
         ),
         (["augment.hue=0.6"], "augment.hue=0.6 must be from 0 to 0.5"),
-        (["augment.erasing_scale=[0.5,0.1]"], r"augment.erasing_scale=\[0.5, 0.1\] must be \[low, high\]"),
+        (["augment.erasing_scale=[0.5,0.1]"], r"augment.erasing_scale=\[0.5, 0.1\] must be \[low,high\]"),
         (["augment.mix_prob=1.5"], "augment.mix_prob=1.5 must be from 0 to 1"),
         (["augment.mixup=-1"], "augment.mixup=-1.0 must be at least 0"),
         (["data=imagenet", "augment.crop_mode=padded"], "is for images of 64 pixels and less, but data.image_size=224"),

@@ -239,3 +239,4 @@ def test_the_config_reference_is_what_its_script_prints() -> None:
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
     assert page == printed, "run python scripts/config_reference.py > docs/config.md"
+    assert not re.search(r"\[[^]`]*\[", page), "a list in brackets would be taken for what to type"

@@ -18,7 +18,7 @@ class Bounds:
     at_least: float = -math.inf
     below: float = math.inf
     at_most: float = math.inf
-    is_range: bool = False  # [low, high]
+    is_range: bool = False  # [low,high]
     choices: tuple[str, ...] = ()
     is_path: bool = False
     name_length: int = 0  # maximum length of a plain folder name
@@ -44,7 +44,7 @@ class Bounds:
         if self.is_path:
             return "a path: 255 bytes per folder and 4,095 in all"
         if self.is_range:
-            return "[low, high] with 0 < low <= high" + (f" <= {self.at_most}" if self.at_most < math.inf else "")
+            return "[low,high] with 0 < low <= high" + (f" <= {self.at_most}" if self.at_most < math.inf else "")
         if math.inf not in (-self.at_least, self.at_most):
             return f"from {self.at_least} to {self.at_most}"
         limits = {"above": self.above, "at least": self.at_least, "below": self.below, "at most": self.at_most}

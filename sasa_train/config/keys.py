@@ -132,7 +132,7 @@ class DataConfig:
     background: str = key("white", "colour behind transparent pixels; none: ignore transparency")
     exif: str = key("apply", "apply: turn images as their EXIF orientation says", choices=("apply", "ignore"))
     value_range: list[float] | None = key(
-        None, "[low, high]: black and white in float, 32-bit and signed images; null: from TIFF tags"
+        None, "[low,high]: black and white in float, 32-bit and signed images; null: from TIFF tags"
     )
     clip_values: bool = key(False, "clip such values instead, as earlier versions did")
     max_unreadable: float = local_key(

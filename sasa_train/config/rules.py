@@ -102,7 +102,7 @@ def _of_single_keys(config: TrainConfig) -> Rules:
     rule = "must be of values in [0, 1], so 1 at most; divide numbers for values from 0 to 255 by 255"
     yield data.std is None or max(data.std) <= 1, "data.std", rule
     bounds = data.value_range
-    rule = "must be [low, high] with low < high"
+    rule = "must be [low,high] with low < high"
     yield bounds is None or (len(bounds) == 2 and bounds[0] < bounds[1]), "data.value_range", rule
     rule = "must be a CSS colour's name (white), #rrggbb, or none"
     yield data.background in ("white", "none") or _is_colour(data.background), "data.background", rule
