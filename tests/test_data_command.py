@@ -201,12 +201,11 @@ def test_folders_within_class_folders_are_named(image_folder, tmp_path, capsys):
         (image_folder / split / "red/dark").mkdir()
         shutil.move(image_folder / split / "red/0.png", image_folder / split / "red/dark/0.png")
     out = verify(capsys, image_folder)
-    assert "images in folders within a class folder are of that class: train/red/dark" in out
+    told = "it is not a class of its own, and its images count as the class folder's around it"
+    assert f"train/red/dark: {told}" in out
     assert last_line(out) == "26 images, no problems, 2 warnings"
     load(image_folder)
-    assert f"{image_folder}/val: images in folders within a class folder are of that class: red/dark" in (
-        capsys.readouterr().err
-    )
+    assert f"{image_folder}/val: red/dark: {told}" in capsys.readouterr().err
 
 
 def test_a_link_yields_to_a_folder_of_another_class(image_folder, capsys):

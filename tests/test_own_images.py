@@ -110,6 +110,42 @@ def test_what_the_user_set_is_checked_before_anything_is_chosen(root, words, mes
     assert not (tmp_path / "outputs").exists()
 
 
+def test_the_folder_above_the_right_one_is_refused_and_the_right_one_named(photos, tmp_path, in_process):
+    """With data.root=.., a training on the folders beside the photos' folder ended with a fine top1."""
+    for run in ("a", "b", "c", "d"):  # more folders than the classes, of one image each
+        (tmp_path / "results" / run).mkdir(parents=True)
+        shutil.copy(photos / "red/0.png", tmp_path / "results" / run)
+
+    def refused(root: str) -> str:
+        return in_process("train", f"data.root={root}", *SHORT, expect=2).stderr
+
+    told = refused(".")
+    assert (
+        "its folder my photos would be one class, but holds only further folders of images (blue, green, red)" in told
+    )
+    assert "give the folder that holds them: 'data.root=my photos'; if each folder in . is a class" in told
+    (tmp_path / "notes").mkdir()
+    assert (
+        "no image of the classes notes; if the classes are in my photos, give that folder: 'data.root=my photos'"
+        in refused(".")
+    )
+    shutil.rmtree(tmp_path / "notes")
+    shutil.move(tmp_path / "results", photos)
+    told = refused("my photos")
+    assert "its folder results would be one class" in told and "not of the set, move results elsewhere" in told
+    assert not (tmp_path / "outputs").exists()
+    allowed = ["data.root=my photos", "data.holdout_fraction=0.2", "trainer.max_steps=1", *SHORT[1:]]
+    said = flat(in_process("train", *allowed).stdout)
+    plan = "classes red 16, green 10, results 3, blue 1 WARNING: results/a, results/b, results/c, results/d: they are"
+    assert plan in said and "if the 4 in results are the classes, give that folder" in said
+    shutil.rmtree(tmp_path / "outputs")
+
+    shutil.rmtree(photos / "results")
+    (tmp_path / "top").mkdir()
+    photos.rename(tmp_path / "top/my photos")
+    assert "the classes: give the folder that holds them, 'data.root=top/my photos'\n" in refused("top")
+
+
 def test_what_is_set_later_is_no_choice_any_more(photos, tmp_path, in_process):
     in_process("train", "data.root=my photos", "trainer.max_steps=1", *SHORT[1:])
     run = only_run(tmp_path)

@@ -139,8 +139,13 @@ def _about_folder(path: str) -> str:
     """Say with which key a folder is given, ready for a shell."""
     is_run = os.path.isfile(os.path.join(path, "config.yaml"))
     what, key = ("continue this run", "resume") if is_run else ("train on the images in a folder", "data.root")
+    return f"to {what}, write {pasted(key, path)}"
+
+
+def pasted(key: str, path: str) -> str:
+    """Write a key with a path as a word to paste into a shell."""
     value = path if re.fullmatch(r"[\w./ -]+", path) else as_written(path)
-    return f"to {what}, write {shlex.quote(f'{key}={value}')}"
+    return shlex.quote(f"{key}={value}")
 
 
 def _instead_of(option: str, following: str) -> str:

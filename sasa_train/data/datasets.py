@@ -5,7 +5,6 @@ import dataclasses
 import io
 import os
 import re
-import shlex
 import sys
 import time
 import warnings
@@ -25,6 +24,7 @@ from torchvision import datasets as tv
 
 from sasa_train.config.derived import one_channel
 from sasa_train.config.keys import DATA_SETS, MODES, DataConfig
+from sasa_train.config.overrides import pasted
 from sasa_train.data.class_names import MAX_CLASS_NAME, composed, twins, with_nearest
 from sasa_train.data.decoding import RANGE_REMEDY, check_range, decoding_of
 from sasa_train.data.listing import (
@@ -402,7 +402,8 @@ def _own_image_sets(config: DataConfig, *splits: str) -> list[ImageSet]:
 
 def _load_from_disk(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     root = Path(config.root)
-    train = _told(load_train(config))
+    train = load_train(config)
+    _tell_left_out(train)
     check_several(train)
     train = relabelled(train, train.classes, f"data.root={root}", "classes.txt", "train")  # warns of empty classes
     if config.holdout_fraction > 0:
@@ -503,10 +504,15 @@ def has_train(config: DataConfig) -> bool:
     return is_known or is_in_root or (root / "train").is_dir() or holds_shards(root)
 
 
-def _told(images: ImageSet) -> ImageSet:
-    """Return the images after printing a line about the files in their folders that are not read, if there are any."""
+def _tell_left_out(images: ImageSet) -> None:
+    """Print a line about the files in their folders that are not read, if there are any."""
     if isinstance(images.source, Files) and images.source.left_out:
         say(f"{printable(images.source.folder)}: left out, {images.source.left_out}", sys.stderr)
+
+
+def _told(images: ImageSet) -> ImageSet:
+    """Return the images after saying what is not read, and which folders are no classes of their own."""
+    _tell_left_out(images)
     if isinstance(images.source, Files) and images.source.inner:
         warn(f"{printable(images.source.folder)}: {images.source.inner}")
     return images
@@ -531,9 +537,52 @@ def only_class(name: str, folder: str, paths: Sequence[str]) -> str:
         return f"{text}; add a folder of images for each other class" if folder else f"{text}; mend the labels"
     if not {"train", *VAL_SPLITS[None]}.isdisjoint(inner):
         return f"{text}; its folders ({some(inner)}) look like splits: give {printable(top)} as the root"
-    return (
-        f"{text}; its folders with images ({some(inner)}) look like the classes: move them up into {printable(folder)}"
+    text += f"; its folders with images ({some(inner)}) look like the classes: "
+    if os.path.basename(folder) in SPLIT_NAMES:  # val has such a folder, too
+        return f"{text}move them up into {printable(folder)}"
+    return f"{text}give the folder that holds them, {pasted('data.root', likely_root(folder, paths) or top)}"
+
+
+def check_level(root: Path, train: ImageSet, fraction: float) -> None:
+    """Raise ConfigError if a class folder in `root` holds no image itself, but several folders of them.
+
+    fraction: the hold-out; a user who sets it says that the folders in `root` are the classes.
+    """
+    assert isinstance(train.source, Files)
+    within = {name: set[str]() for name in train.classes}
+    for path in train.source.paths:
+        name, *parts = os.path.relpath(path, root).split(os.sep)
+        within[name].add(parts[0] if len(parts) > 1 else "")
+    if not (above := [name for name, inner in within.items() if len(inner) > 1 and "" not in inner]):
+        return
+    likely = likely_root(str(root), train.source.paths)
+    first = os.path.relpath(likely, root).split(os.sep)[0]
+    name = first if first in above else max(above, key=lambda name: len(within[name]))
+    remedy = f"if these are the classes, give the folder that holds them: {pasted('data.root', likely)}"
+    if likely == str(root):
+        remedy = f"if {'they are' if len(above) > 1 else 'it is'} not of the set, move {some(above)} elsewhere"
+    elif likely != str(root / name):
+        remedy = f"if the classes are in {printable(likely)}, give that folder: {pasted('data.root', likely)}"
+    raise ConfigError(
+        f"data.root={printable(root)}: its folder {printable(name)} would be one class, but holds only further folders "
+        f"of images ({some(sorted(within[name]))}); {remedy}; if each folder in {printable(root)} is a class with all "
+        f"images below it, add data.holdout_fraction={fraction}"
     )
+
+
+def likely_root(top: str, paths: Sequence[str]) -> str:
+    """Return the folder at or below `top` that holds most folders of images, as a root does; "" if none has several.
+
+    Folders of a single image, such as the folders of runs, count only if there are no others.
+    """
+    folders = dict[str, list[int]]()
+    for folder, count in Counter(os.path.dirname(path) for path in paths).items():
+        folders.setdefault(os.path.dirname(folder), []).append(count)
+    several = sorted(folder for folder, counts in folders.items() if len(counts) > 1)
+    ranks = {folder: (sum(n > 1 for n in folders[folder]), len(folders[folder])) for folder in several}
+    best = max(several, key=lambda folder: (*ranks[folder], -folder.count(os.sep)), default="")
+    best = os.path.dirname(best) if os.path.basename(best) in SPLIT_NAMES and best != top else best
+    return str(Path(best)) if best else ""  # x instead of ./x
 
 
 def load_class_folders(root: Path, split: str) -> ImageSet:
@@ -555,7 +604,12 @@ def load_class_folders(root: Path, split: str) -> ImageSet:
     counts = np.bincount(images.labels, minlength=len(images.classes))
     if split in ("train", "") and not counts.all():
         names = some([images.classes[label] for label in np.flatnonzero(counts == 0).tolist()])
-        raise ConfigError(f"{folder}: no image of the classes {names}; add images, or remove the folders")
+        likely = likely_root(str(folder), [images.name(i) for i in range(len(images))]) if split == "" else ""
+        below = (
+            f"if the classes are in {printable(likely)}, give that folder: {pasted('data.root', likely)}; otherwise, "
+        )
+        below = below if likely not in ("", str(folder)) else ""
+        raise ConfigError(f"{folder}: no image of the classes {names}; {below}add images, or remove the folders")
     return images
 
 
@@ -597,10 +651,9 @@ def _about_parent(folder: Path) -> str:
     with contextlib.suppress(OSError):
         classes = [name for name in visible_folders(top) if _has_image_names(top / name)]
         if folder.name not in SPLIT_NAMES and len(classes) > 1:
-            command = shlex.quote(f"data.root={printable(top)}")
             return (
-                f"; if it is one class, take the folder above it, which has {len(classes)}: {command}; to classify its "
-                "images by a trained model: sasa-predict RUN FOLDER"
+                f"; if it is one class, take the folder above it, which has {len(classes)}: "
+                f"{pasted('data.root', str(top))}; to classify its images by a trained model: sasa-predict RUN FOLDER"
             )
     return ""
 

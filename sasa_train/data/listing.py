@@ -73,7 +73,12 @@ class LeftOut:
         inner = [path.removeprefix(prefix) for path in sorted(self.inner)]
         name, count = Counter(path.partition("/")[0] for path in inner).most_common(1)[0]
         remedy = f"; if the {count} in {printable(name)} are the classes, give that folder" if count > 1 else ""
-        return f"images in folders within a class folder are of that class: {some(inner)}{remedy}"
+        are = (
+            "they are not classes of their own, and their images count"
+            if len(inner) > 1
+            else ("it is not a class of its own, and its images count")
+        )
+        return f"{some(inner)}: {are} as the class folder's around it{remedy}"
 
 
 @cache

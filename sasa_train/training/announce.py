@@ -15,6 +15,7 @@ from sasa_train.config.compose import as_overrides
 from sasa_train.config.derived import in_pixels
 from sasa_train.config.keys import TrainConfig
 from sasa_train.config.own_keys import imports_for, targets_of
+from sasa_train.data.datasets import Files
 from sasa_train.data.loader import Loaders
 from sasa_train.device import RunPlan
 from sasa_train.machine import peak_memory
@@ -60,11 +61,16 @@ def describe_plan(plan: RunPlan, loaders: Loaders, state: TrainState) -> str:
 
 
 def describe_classes(config: TrainConfig, loaders: Loaders) -> str:
-    """Name the classes of a set of the user's own with their numbers of train images, the most frequent first."""
+    """Name the classes of a set of the user's own with their numbers of train images, the most frequent first.
+
+    A second line names folders within class folders, which are no classes.
+    """
     if config.data.name not in ("image_folder", "own"):
         return ""
     counts = np.bincount(loaders.train_set.labels, minlength=len(loaders.classes))
-    return some([f"{loaders.classes[label]} {counts[label]:,}" for label in np.argsort(-counts, kind="stable")])
+    text = some([f"{loaders.classes[label]} {counts[label]:,}" for label in np.argsort(-counts, kind="stable")])
+    source = loaders.train_set.source
+    return f"{text}\nWARNING: {source.inner}" if isinstance(source, Files) and source.inner else text
 
 
 def describe_crowding(device: torch.device) -> str:

@@ -22,6 +22,7 @@ from sasa_train.data.datasets import (
     ImageSet,
     UnreadableImage,
     beside_splits,
+    check_level,
     check_several,
     holds_class_folders,
     kind_of,
@@ -114,8 +115,8 @@ def look(config: TrainConfig) -> tuple[TrainConfig, Facts]:
     """Find the images and choose the hold-out; return the config with it, and the facts.
 
     Raises:
-        ConfigError: there is no such folder, it has train/ beside other folders of images, a class has no image, or
-            there is only one class.
+        ConfigError: there is no such folder, it has train/ beside other folders of images, it looks like the folder
+            above the right one, a class has no image, or there is only one class.
     """
     if config.model.pretrained == PUBLISHED and "model.name" in config.derive:
         raise ConfigError(
@@ -155,6 +156,8 @@ def _find(config: TrainConfig) -> tuple[ImageSet, float]:
     check_several(train)
     if fraction and len(train) >= 10_000:
         fraction = 0.1
+    if fraction and "data.holdout_fraction" in config.derive and holds_class_folders(root):
+        check_level(root, train, fraction)
     return train, fraction
 
 
