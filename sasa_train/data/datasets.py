@@ -555,7 +555,7 @@ def check_level(root: Path, train: ImageSet, fraction: float) -> None:
         within[name].add(parts[0] if len(parts) > 1 else "")
     if not (above := [name for name, inner in within.items() if len(inner) > 1 and "" not in inner]):
         return
-    likely = likely_root(str(root), train.source.paths)
+    likely = likely_root(str(root), train.source.paths) or str(root)
     first = os.path.relpath(likely, root).split(os.sep)[0]
     name = first if first in above else max(above, key=lambda name: len(within[name]))
     remedy = f"if these are the classes, give the folder that holds them: {pasted('data.root', likely)}"
