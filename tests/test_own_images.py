@@ -89,6 +89,8 @@ def test_one_line_trains_and_a_stopped_run_keeps_what_it_chose(photos, tmp_path,
     "root,words,message",
     [
         ("my photos", ["model.kernel_size=4"], "model.kernel_size=4 must be odd"),
+        ("my photos", ["model.name=hybrid_resnet27"], "is not in timm's registry: did you mean hybrid_resnet26 or"),
+        ("my photos", ["model.width=0.3"], "must divide the layer's 19 channels; model.width=0.25 or 0.375 works"),
         ("my photos", ["data.std=[58,57,57]"], "must be of values in [0, 1]"),
         (
             "my photos",
@@ -106,7 +108,8 @@ def test_what_the_user_set_is_checked_before_anything_is_chosen(root, words, mes
         shutil.copy(photos / "red/0.png", photos / "red/red")
     told = in_process("train", f"data.root={root}", *words, expect=2)
     assert message in told.stderr
-    assert told.stdout.count("chosen ") == ("global_batch_size" in message)  # the hold-out, which the message names
+    knows_images = "global_batch_size" in message or "width" in message  # the hold-out is said, as it is in messages
+    assert told.stdout.count("chosen ") == knows_images
     assert not (tmp_path / "outputs").exists()
 
 
@@ -147,7 +150,17 @@ def test_the_folder_above_the_right_one_is_refused_and_the_right_one_named(photo
 
 
 def test_what_is_set_later_is_no_choice_any_more(photos, tmp_path, in_process):
-    in_process("train", "data.root=my photos", "trainer.max_steps=1", *SHORT[1:])
+    """Beside model=conv_resnet26, a net 16 times as large as the chosen one was trained without a word."""
+    line = ["data.root=my photos", "trainer.max_steps=1", *SHORT[1:]]
+    said = flat(in_process("train", *line, "model=conv_resnet26").stdout)
+    assert "as set model=conv_resnet26 is the net at full width, with about 16 times the parameters" in said
+    assert "for model.width=0.25, write model.name=conv_resnet26 instead" in said
+    shutil.rmtree(tmp_path / "outputs")
+    assert "as set" not in in_process("train", *line, "model.name=conv_resnet26", "model.num_heads=2").stdout
+    assert load_config_file(only_run(tmp_path) / "config.yaml").model.width == 0.25
+    shutil.rmtree(tmp_path / "outputs")
+
+    in_process("train", *line)
     run = only_run(tmp_path)
     longer = [f"resume={run}", "trainer.epochs=20", "trainer.max_steps=2"]
     message = in_process("train", *longer, expect=2).stderr

@@ -1,9 +1,11 @@
 """Build a model (ours or timm's) from its config, and check before training that it suits the data."""
 
 import copy
+import math
 import os
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
@@ -162,6 +164,10 @@ def check_model(config: ModelConfig, size: int | InputSize, num_classes: int | N
         _check_args(config, size)
     try:
         return _run_on_meta(config, size, num_classes)
+    except ConfigError as error:
+        widths = [f"{width:g}" for width in _widths_that_work(config, size)] if "num_heads" in str(error) else []
+        remedy = f"; model.width={' or '.join(widths)} works" if widths else ""
+        raise ConfigError(f"{error}{remedy}") from error
     except LIBRARY_ERRORS as error:
         reason = f": {str(error) or _failed_line(error)}"
         sizes = [written_size(*found[1:]) for found in _sizes_that_work(config, size)]
@@ -232,6 +238,16 @@ def _sizes_that_work(config: ModelConfig, size: InputSize) -> list[InputSize]:
         above = [(-(-sides[0] // unit) * unit, -(-sides[1] // unit) * unit) for unit in units]
     shapes = ([(channels, *pair) for pair in pairs] for pairs in (below, above))
     return [found for found in (next(filter(partial(_accepts, config), some), None) for some in shapes) if found]
+
+
+def _widths_that_work(config: ModelConfig, size: InputSize) -> list[float]:
+    """Return the nearest smaller and larger width, among multiples of 1/16 near the given one, that can be built."""
+    if config.width is None:
+        return []
+    unit = math.floor(16 * config.width)
+    near = ([n / 16 for n in counts] for counts in (range(unit, max(0, unit - 8), -1), range(unit + 1, unit + 9)))
+    found = (next((w for w in widths if _accepts(replace(config, width=w), size)), None) for widths in near)
+    return [width for width in found if width is not None]
 
 
 def _failed_line(error: Exception) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sasa_train.config.derived import in_pixels, resolved_image_size, resolved_size
+from sasa_train.config.derived import in_pixels, input_size, resolved_image_size, resolved_size
 from sasa_train.config.keys import MODEL_KEYS, OWN_MODELS, PUBLISHED, SMALL_IMAGE, TrainConfig, with_values
 from sasa_train.config.overrides import as_written
 from sasa_train.config.rules import check_world_size, validate
@@ -33,6 +33,7 @@ from sasa_train.data.datasets import (
 )
 from sasa_train.data.loader import check_batch
 from sasa_train.device import uses_cuda
+from sasa_train.models.build import check_model, check_name
 from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.folder import begun_config
@@ -79,19 +80,41 @@ def choose(config: TrainConfig) -> tuple[TrainConfig, Facts]:
     """Look at the images, choose the keys in `derive`, and print each choice with its reason.
 
     Raises:
-        ConfigError: the images are refused (see `look`), or are fewer than the batch size that is set.
+        ConfigError: the images are refused (see `look`), or are fewer than the batch size that is set, or the choices
+            do not go together with what is set.
     """
+    if config.model.target is None:
+        check_name(config.model.name)
     config, facts = look(config)
     if "trainer.global_batch_size" not in config.derive:
         check_batch(config, facts.num_images)
+    chosen = dict[str, Choice]()
     for key, rule in RULES.items():
         if key in config.derive:
-            value, reason = rule(config, facts)
-            config = with_values(config, {key: value})
-            if value is not None:
-                _tell(key, value, reason)
+            chosen[key] = rule(config, facts)
+            config = with_values(config, {key: chosen[key][0]})
+    validate(config)
+    if config.model.target is None:
+        check_model(config.model, input_size(config.data))  # before the choices, which would hide the error
+    for key, (value, reason) in chosen.items():
+        if value is not None:
+            _tell(f"chosen      {key}={as_written(value)}: {reason}")
+    if wide := _as_set(config, facts):
+        _tell(wide)
     _warn_if_enlarged(config, facts)
     return config, facts
+
+
+def _as_set(config: TrainConfig, facts: Facts) -> str:
+    """Say that a model of ours that was chosen as a group keeps its full width, or return ""."""
+    model, narrow = config.model, _small_net(config, facts).get("width")
+    is_group = not any(key.startswith("model.") for key in config.derive)
+    if not is_group or model.width is not None or model.source or facts.source is not None or narrow is None:
+        return ""
+    return (
+        f"as set      model={model.name} is the net at full width, with about {1 / narrow[0] ** 2:.0f} times the "
+        f"parameters of the one for these images: for model.width={narrow[0]}, write model.name={model.name} instead"
+    )
 
 
 def _warn_if_enlarged(config: TrainConfig, facts: Facts) -> None:
@@ -106,8 +129,7 @@ def _warn_if_enlarged(config: TrainConfig, facts: Facts) -> None:
         )
 
 
-def _tell(key: str, value: Any, reason: str) -> None:
-    text = f"chosen      {key}={as_written(value)}: {reason}"
+def _tell(text: str) -> None:
     say(textwrap.fill(text, 80, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False))
 
 
@@ -130,7 +152,7 @@ def look(config: TrainConfig) -> tuple[TrainConfig, Facts]:
         train, val = split(train, config.data.holdout_fraction)
     if "data.holdout_fraction" in config.derive and held_out > 0:
         part = f"{len(val):,} of {num_found:,} images, a fixed part of each class"
-        _tell("data.holdout_fraction", held_out, f"no val/ or test/, so {part}, are held out as val")
+        _tell(f"chosen      data.holdout_fraction={held_out}: no val/ or test/, so {part}, are held out as val")
     count = min(len(train), config.data.max_train_images or len(train))
     source = read_weights(config) if config.model.pretrained is not None else None
     return config, Facts(count, len(train.classes), _median_side(train), uses_cuda(config.trainer), source)
