@@ -244,7 +244,7 @@ class TrainerConfig:
         0, "training micro-batches to recompute batch norm statistics before each evaluation; 0: none", at_least=0
     )
     log_every_steps: int = local_key(
-        50, "steps between train rows in metrics.jsonl; at least one row per epoch is written", above=0
+        50, "steps between train rows in metrics.jsonl; an epoch's steps if these are fewer", above=0
     )
     checkpoint_every_steps: int | None = local_key(None, "steps between checkpoints; null: at epoch ends only", above=0)
     on_failed_save: str = local_key(

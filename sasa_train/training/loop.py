@@ -174,10 +174,8 @@ class Loop:
         return True
 
     def is_logged(self, step: int) -> bool:
-        """Return whether a train row follows this step: every `log_every_steps`, and at least once per epoch."""
-        every, before = self.config.trainer.log_every_steps, (step - 1) // self.steps_per_epoch * self.steps_per_epoch
-        is_last = step == min(before + self.steps_per_epoch, self.num_steps)
-        return step % every == 0 or (is_last and step // every == before // every)
+        """Return whether a train row follows this step: at even distances, at least once per epoch, and at the end."""
+        return step % min(self.config.trainer.log_every_steps, self.steps_per_epoch) == 0 or step == self.num_steps
 
     def stop_is_agreed(self) -> bool:
         """Return whether any process has been asked to stop; all processes get the same answer after the same step."""
