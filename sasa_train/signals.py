@@ -73,6 +73,8 @@ class StopRequest:
     def reason(self) -> str:
         if self.asked_by:
             return self.asked_by
+        if self.signal == signal.SIGINT:
+            return "Ctrl-C (SIGINT)"
         return self.signal.name if self.signal is not None else "trainer.max_hours"
 
     def restore(self) -> None:

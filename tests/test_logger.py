@@ -183,6 +183,8 @@ def test_a_terminal_of_any_width_shows_the_bar_below_whole_lines(tmp_path, num_c
         else r"loss \d\.\d{3}  top1 \d+\.\d"
     )
     assert re.fullmatch(rf"\|[^|]+\| epoch 2/2  {wide}  ETA 00:00", bar), bar
+    # A terminal shows ^C behind the bar; where it did not fit, the bar was on the screen twice.
+    assert max(len(line) for line in lines if line.startswith("|")) <= num_columns - len("^C")
 
 
 def test_the_least_important_parts_are_left_out_first():

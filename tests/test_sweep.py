@@ -123,7 +123,7 @@ def test_a_stopped_sweep_saves_its_jobs_and_a_grid_grows_in_place(tmp_path):
     output = finished(sweep, expect=75)
     jobs = read_ledger(tmp_path)["jobs"]
     assert {job["state"] for job in jobs.values()} == {"interrupted"}, output
-    assert all("saved at step" in job["reason"] for job in jobs.values())
+    assert all(job["reason"].startswith("Ctrl-C (SIGINT): saved at step") for job in jobs.values())  # not SIGTERM
 
     finished(start_sweep(tmp_path, *arguments, "seed=0,1,2"), expect=0)
     grown = read_ledger(tmp_path)["jobs"]

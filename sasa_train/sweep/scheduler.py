@@ -208,7 +208,10 @@ class Processes:
                 code, said = behind_torchrun(code, said)
             if running.asked is not None and code < 0:
                 code = INTERRUPTED  # the job was stopped before it could save, or saving took too long
-            finish(job, self.folder, code, seconds, self.config.max_tries, said[-1] if said else "")
+            last = said[-1] if said else ""
+            if running.asked is not None and self.stop.requested():
+                last = last.replace(signal.SIGTERM.name, self.stop.reason, 1)  # by which the sweep passed it on
+            finish(job, self.folder, code, seconds, self.config.max_tries, last)
             if running.is_pruned and job.state == "interrupted":
                 job.end("pruned", "given up: others were better by then")
                 job.tries[-1]["reason"] = job.reason

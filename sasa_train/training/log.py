@@ -55,7 +55,8 @@ def _open_board(folder: Path, step: int) -> SummaryWriter | None:
 class ProgressBar(tqdm):
     """The progress of a run on a terminal (stderr), with as much of it as the current width holds."""
 
-    MIN_BAR = 8  # columns, with its ends and the space after it
+    MIN_BAR = 6  # columns, with its ends and the space after it
+    CTRL_C = 2  # columns that stay free for ^C, which would otherwise break the line, so that the bar is shown twice
 
     def __init__(self, step: int, total_steps: int, steps_per_epoch: int, is_silent: bool):
         self._steps_per_epoch, self._end, self._row = steps_per_epoch, math.inf, dict[str, Any]()
@@ -70,8 +71,8 @@ class ProgressBar(tqdm):
     @property
     def format_dict(self) -> Any:
         values = super().format_dict
-        values["bar_format"] = "|{bar}| " + self._text(values["ncols"] or 80)
-        return values
+        width = (values["ncols"] or 80) - self.CTRL_C
+        return values | {"ncols": width, "bar_format": "|{bar}| " + self._text(width)}
 
     def _text(self, width: int) -> str:
         row, epochs = self._row, -(-self.total // self._steps_per_epoch)
