@@ -7,6 +7,7 @@ a closed pipe, do not stop a run.
 import contextlib
 import os
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -53,6 +54,22 @@ def columns(file: TextIO) -> int | None:
         return None
 
 
+def wrapped(text: str, file: TextIO) -> str:
+    """Break sentences between words where the terminal that `file` is, if any, would break them within words.
+
+    Rows of tables, and commands on lines of their own, stay as they are.
+    """
+    if (width := columns(file)) is None:
+        return text
+    lines = list[str]()
+    for line in text.split("\n"):
+        is_prose = len(line) > width and "  " not in line.strip() and not line.startswith("sasa-")
+        indent = " " * (len(line) - len(line.lstrip()))
+        kept = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False}
+        lines += textwrap.wrap(line, width, subsequent_indent=indent, **kept) if is_prose else [line]
+    return "\n".join(lines)
+
+
 def some(names: Sequence[str], separator: str = ", ") -> str:
     """Return the first MAX_NAMES names, escaped, followed by the number of remaining names."""
     rest = len(names) - MAX_NAMES
@@ -60,10 +77,10 @@ def some(names: Sequence[str], separator: str = ", ") -> str:
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """Print to stdout, or to `file`, above any progress bar."""
+    """Print to stdout, or to `file`, above any progress bar; see `wrapped`."""
     if rank() == 0:
         with contextlib.suppress(OSError):
-            tqdm.write(text, file=file or sys.stdout)
+            tqdm.write(wrapped(text, file or sys.stdout), file=file or sys.stdout)
             (file or sys.stdout).flush()
 
 
@@ -106,5 +123,5 @@ def fail(error: Exception) -> int:
     """Print an error to stderr in the format of all commands, with unprintable characters escaped; return REFUSED."""
     path = Path(sys.argv[0])
     command = path.parent.name if path.stem == "__main__" else path.stem
-    print(printable_lines(f"{command}: {error}"), file=sys.stderr)
+    print(wrapped(printable_lines(f"{command}: {error}"), sys.stderr), file=sys.stderr)
     return REFUSED

@@ -5,7 +5,7 @@ import logging
 import pytest
 from making_data import SMALL_RUN
 
-from sasa_train import evaluate, train
+from sasa_train import evaluate, terminal, train
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import fail
 from sasa_train.train import PrintableFormatter
@@ -55,3 +55,18 @@ def test_boundaries_escape_what_slipped_through_but_keep_line_breaks(capsys):
     assert capsys.readouterr().err.endswith(": a\\x1b[2J\nb\n")
     record = logging.LogRecord("sasa_train", logging.INFO, "", 0, "a\x1b[2J\nb", None, None)
     assert PrintableFormatter("%(message)s").format(record) == "a\\x1b[2J\nb"
+
+
+def test_messages_break_between_words_in_a_terminal_alone(monkeypatch, capsys, in_process):
+    """At 80 columns, refusals and warnings broke in the middle of words."""
+    line = ("train", "experiment=debug", "data.max_unreadable=-1")
+    (piped,) = in_process(*line, expect=2).stderr.splitlines()
+    monkeypatch.setattr(terminal, "columns", lambda file: 30)
+    shown = in_process(*line, expect=2).stderr.splitlines()
+    assert len(shown) > 1 and " ".join(shown) == piped and max(map(len, shown)) <= 30
+    terminal.warn(f"a list:\n  {'word ' * 9}end")
+    assert all(len(part) <= 30 and part.startswith("  word ") for part in capsys.readouterr().err.splitlines()[1:])
+    # Rows of tables and commands to paste stay whole.
+    rows = f"top1        {'word ' * 9}end\nsasa-train {'word ' * 9}end\n"
+    terminal.say(rows.strip())
+    assert capsys.readouterr().out == rows

@@ -29,7 +29,8 @@ CROWDED = 1.5  # load (programs that want to compute, in the last minute) per pr
 
 def describe_keys(config: TrainConfig, run_dir: Path) -> str:
     """Format the keys that differ from the defaults; config.yaml has all of them."""
-    keys = "\n".join(_wrapped("  ".join(as_overrides(replace(config, derive=[]))), 68))
+    width = min(68, max(20, (columns(sys.stdout) or 80) - 12))
+    keys = "\n".join(_wrapped("  ".join(as_overrides(replace(config, derive=[]))), width))
     return table({"run folder": f"{run_dir}, where config.yaml has all keys", "keys": keys})
 
 

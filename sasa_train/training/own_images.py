@@ -4,6 +4,7 @@ The rules are in `RULES`. They are a pure function of the config and of `Facts` 
 killed before it saved anything makes the same choices again. docs/data.md describes them.
 """
 
+import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.folder import begun_config
 from sasa_train.runs.weights import Weights, read_weights
-from sasa_train.terminal import printable, say, some, warn
+from sasa_train.terminal import columns, printable, say, some, warn
 
 MIN_STEPS = 20  # per epoch
 MAX_BATCH = 256
@@ -130,7 +131,8 @@ def _warn_if_enlarged(config: TrainConfig, facts: Facts) -> None:
 
 
 def _tell(text: str) -> None:
-    say(textwrap.fill(text, 80, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False))
+    width = min(80, columns(sys.stdout) or 80)
+    say(textwrap.fill(text, width, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False))
 
 
 def look(config: TrainConfig) -> tuple[TrainConfig, Facts]:
