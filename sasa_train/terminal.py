@@ -65,8 +65,10 @@ def wrapped(text: str, file: TextIO) -> str:
     for line in text.split("\n"):
         is_prose = len(line) > width and "  " not in line.strip() and not line.startswith("sasa-")
         indent = " " * (len(line) - len(line.lstrip()))
-        kept = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False}
-        lines += textwrap.wrap(line, width, subsequent_indent=indent, **kept) if is_prose else [line]
+        parts = [line]
+        if is_prose:
+            parts = textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        lines += parts
     return "\n".join(lines)
 
 

@@ -1,5 +1,6 @@
 """A trained model loaded from a checkpoint, with its classes, image size and normalisation."""
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ class TrainedModel:
         For one path, the result is a list of such pairs; for several, a list with one such list per path.
 
         Raises:
+            FileNotFoundError, IsADirectoryError: a path is missing, or a folder.
             ConfigError: `top` is below 1, a file cannot be read as an image (the message names it), or the model's
                 output is not finite.
         """
@@ -80,6 +82,7 @@ class TrainedModel:
             return self.predict([paths], top)[0]
         device, found = next(self.model.parameters()).device, []
         names = [os.fspath(path) for path in paths]
+        _check_paths(names)
         for start in range(0, len(names), BATCH_SIZE):
             batch = names[start : start + BATCH_SIZE]
             images = image_files(batch)
@@ -105,6 +108,16 @@ class TrainedModel:
         """List the differences between the fingerprint `val` and that of the val images used in training."""
         before = self.checkpoint["fingerprint"]
         return differences(before["val"], val, "val") if before else []
+
+
+def _check_paths(names: Sequence[str]) -> None:
+    """Raise FileNotFoundError or IsADirectoryError for the first path that is missing or a folder."""
+    for name in names:
+        if os.path.isdir(name):
+            files = f"give its files, as in sorted(Path({name!r}).glob('*.jpg')), or use sasa-predict"
+            raise IsADirectoryError(errno.EISDIR, f"is a folder; {files}", name)
+        if not os.path.exists(name):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
 
 
 def most_probable(logits: Tensor, classes: Sequence[str], top: int) -> list[Ranking]:

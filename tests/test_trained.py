@@ -50,6 +50,10 @@ def test_predictions_in_python_are_those_of_the_command(tiny_run, image_folder, 
     (tmp_path / "bad.png").write_text("this is no image")
     with pytest.raises(ConfigError, match="bad.png: cannot be read as an image"):
         trained.predict([paths[0], tmp_path / "bad.png"])
+    with pytest.raises(FileNotFoundError, match="No such file or directory: .*missing.png"):
+        trained.predict(tmp_path / "missing.png")
+    with pytest.raises(IsADirectoryError, match="is a folder; give its files, as in sorted"):
+        trained.predict(tmp_path)
 
 
 def test_a_folder_of_runs_is_answered_with_their_names(tiny_run, in_process):

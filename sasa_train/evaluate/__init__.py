@@ -133,8 +133,11 @@ def print_evaluation(val: "Val", result: "Evaluation") -> None:
     trained = val.trained
     kind = "averaged over the steps (EMA)" if trained.weights == "ema" else "as trained, not averaged (raw)"
     weights = f", weights {kind}" if trained.checkpoint["ema"] is not None else ""  # otherwise there is no choice
-    print(f"{printable(trained.path)}: step {trained.checkpoint['step']:,}{weights}\n")
-    for line in trained.changes(val.fingerprint):
+    changes = trained.changes(val.fingerprint)
+    is_selected = trained.path.name == "best.pt" and not changes
+    selected = "; selected on these val images, so its figures are optimistic (last.pt is not)" if is_selected else ""
+    print(f"{printable(trained.path)}: step {trained.checkpoint['step']:,}{weights}{selected}\n")
+    for line in changes:
         print(f"not the images that the run was evaluated on: {line}")
     print("\n".join(sections.lines_of_classes(val.images.classes, result.class_hits, result.class_images)))
     if lines := val.loader.quarantine.lines():

@@ -95,6 +95,9 @@ def describe_end(
     """Format the final summary: top1, time, images/s, peak memory, files and suggested next commands."""
     images = state.step * config.trainer.global_batch_size
     last = f"{last_val['top1']:.2f}" if last_val else "see metrics.jsonl"
+    following = [] if _needs_caller(config) else [f"sasa-evaluate {run_dir}{imports_for(config, OF_VAL)}"]
+    if len(list(run_dir.parent.glob("*/config.yaml"))) > 1:
+        following.append(f"sasa-report --list {run_dir.parent}")
     lines = {
         "top1": f"{last} at the end; {describe_best(state.best)}",
         "time": f"{duration(state.seconds)} of training, {images / max(state.seconds, 1e-9):,.0f} images/s",
@@ -102,8 +105,7 @@ def describe_end(
         "checkpoints": f"best.pt, last.pt in {run_dir}/checkpoints",
         "log": f"{run_dir}/metrics.jsonl",
         **({"unreadable": f"{num_unreadable} images, named in {run_dir}/unreadable.txt"} if num_unreadable else {}),
-        **({} if _needs_caller(config) else {"next": f"sasa-evaluate {run_dir}{imports_for(config, OF_VAL)}"}),
-        "": f"tensorboard --logdir {run_dir.parent}",
+        "next": "\n".join([*following, f"tensorboard --logdir {run_dir.parent}"]),
     }
     return "\n" + table(lines)
 
