@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,6 +49,24 @@ def test_busy_processors_are_named_with_the_remedy(tmp_path, monkeypatch, capsys
             "threads 2, but other programs use these processors (load 5.1 on 2): OMP_NUM_THREADS=1 before the command"
         )
         assert (line in said) == is_said and ("other programs" in said) == is_said
+
+
+def test_a_run_that_becomes_slow_names_its_threads_once(tmp_path, monkeypatch, capsys, one_thread):
+    """The load is looked at when a run begins; a program that started later made it crawl without a word."""
+    from sasa_train.training import loop
+
+    clock, real = [0.0], loop.Loop.count
+
+    def count(self, report):
+        real(self, report)
+        clock[0] += 1.0 if self.state.step in (8, 9) else 0.1
+
+    monkeypatch.setattr(loop.Loop, "count", count)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.max_steps=9") == 0
+    told = "training is at 16 images/s, after 160: its 2 threads wait for one another"
+    assert capsys.readouterr().err.count(told) == 1
 
 
 def test_an_hour_limit_saves_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):

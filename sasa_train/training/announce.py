@@ -89,6 +89,16 @@ def describe_crowding(device: torch.device) -> str:
     )
 
 
+def describe_threads(device: torch.device) -> str:
+    """Say why several threads on a CPU may have become slow, with the remedy, or return ""."""
+    if device.type != "cpu" or torch.get_num_threads() == 1:
+        return ""
+    return (
+        f"its {torch.get_num_threads()} threads wait for one another, and other programs may use the processors; stop "
+        "it (Ctrl-C) and go on with fewer, as in OMP_NUM_THREADS=1 before the same command"
+    )
+
+
 def describe_end(
     config: TrainConfig, run_dir: Path, state: TrainState, last_val: dict[str, Any], num_unreadable: int
 ) -> str:

@@ -25,6 +25,7 @@ from sasa_train.runs.checkpoint import CheckpointError
 from sasa_train.runs.folder import RunFolder
 from sasa_train.signals import StopRequest
 from sasa_train.terminal import say, warn
+from sasa_train.training.announce import describe_threads
 from sasa_train.training.evaluation import Batches, Evaluation, evaluate, recalibrate
 from sasa_train.training.hooks import OwnCodeError, RunView, call_hooks, load_hooks
 from sasa_train.training.log import RunLogger
@@ -61,6 +62,7 @@ class Loop:
         self.failure: OwnCodeError | None = None  # of a hook; all processes have it
         self.last_val: dict[str, Any] = {}
         self.num_left_out = 0  # unreadable images in the last evaluation
+        self._top_speed, self._is_slow = 0.0, False
         self._saved: tuple[int, int] | None = None  # step and evaluated_step of the last checkpoint
         self.eval_seconds = self.logger.eval_seconds  # duration of the last evaluation, possibly before a resume
         self.profiler: Any = contextlib.nullcontext()
@@ -256,7 +258,15 @@ class Loop:
         }
         self.logger.write(row)
         self.logger.show_train(row, self.seconds_left(elapsed / self._clock_steps))
+        self.warn_if_slow(row["images_per_sec"])
         self._start_clock()
+
+    def warn_if_slow(self, speed: float) -> None:
+        """Warn once if threads on a CPU compute at a quarter of this run's own top speed, in images per second."""
+        self._top_speed = max(self._top_speed, speed)
+        if not self._is_slow and speed < self._top_speed / 4 and (remedy := describe_threads(self.state.device)):
+            self._is_slow = True
+            warn(f"training is at {speed:,.0f} images/s, after {self._top_speed:,.0f}: {remedy}")
 
     def seconds_left(self, seconds_per_step: float) -> float:
         steps = self.num_steps - self.state.step
