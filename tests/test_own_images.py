@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -144,6 +145,12 @@ def test_the_folder_above_the_right_one_is_refused_and_the_right_one_named(photo
     shutil.rmtree(tmp_path / "outputs")
 
     shutil.rmtree(photos / "results")
+    for name in ("training_set", "test_set"):
+        shutil.copytree(photos, tmp_path / "kaggle" / name)
+    told = refused("kaggle")
+    assert "if they are splits with the same classes (blue, green, red), name them train and val" in told
+    shutil.rmtree(tmp_path / "kaggle")
+
     (tmp_path / "top").mkdir()
     photos.rename(tmp_path / "top/my photos")
     assert "the classes: give the folder that holds them, 'data.root=top/my photos'\n" in refused("top")
@@ -180,6 +187,20 @@ def test_a_size_far_above_the_images_own_is_warned_of(photos, tmp_path, in_proce
         in said
     )
     assert "enlarges" not in in_process("train", *line, "data.image_size=16").stderr
+
+
+@pytest.mark.parametrize("here", [".", "outputs"])
+def test_runs_are_not_written_among_the_class_folders(photos, tmp_path, in_process, here):
+    """With data.root=., the first run made a folder `outputs` beside the classes, which the next took for one."""
+    for name in os.listdir(photos):
+        (photos / name).rename(tmp_path / name)
+    photos.rmdir()
+    line = ["data.root=.", f"output_dir={here}", "trainer.max_steps=1", *SHORT[1:]]
+    told = in_process("train", *line, expect=2).stderr
+    assert (
+        "would lie among the class folders of data.root=. and be a class themselves; add output_dir=../outputs" in told
+    )
+    assert sorted(os.listdir()) == ["blue", "green", "red"]
 
 
 @pytest.mark.parametrize("num_images", [30, 100, 300, 5000, 100_000])

@@ -23,7 +23,7 @@ from torch import Tensor
 from torchvision import datasets as tv
 
 from sasa_train.config.derived import one_channel
-from sasa_train.config.keys import DATA_SETS, MODES, DataConfig
+from sasa_train.config.keys import DATA_SETS, MODES, DataConfig, TrainConfig
 from sasa_train.config.overrides import pasted
 from sasa_train.data.class_names import MAX_CLASS_NAME, composed, twins, with_nearest
 from sasa_train.data.decoding import RANGE_REMEDY, check_range, decoding_of
@@ -32,6 +32,7 @@ from sasa_train.data.listing import (
     LeftOut,
     folders_with_images,
     image_extensions,
+    is_hidden_name,
     read_class_folders,
     visible_folders,
 )
@@ -439,6 +440,21 @@ def holds_class_folders(root: Path) -> bool:
     return root.is_dir() and not split_folders(root) and not holds_shards(root)
 
 
+def check_output_dir(config: TrainConfig) -> None:
+    """Raise ConfigError if runs would be written among the class folders of `data.root`, as a class of their own."""
+    root, place = Path(config.data.root), Path(config.output_dir).resolve()
+    is_there = root.resolve() in (place, place.parent) and not is_hidden_name(place.name)
+    if config.data.name != "image_folder" or not is_there or not holds_class_folders(root):
+        return
+    if not any(_has_image_names(root / name) for name in visible_folders(root) if root / name != place):
+        return
+    remedy = pasted("output_dir", os.path.relpath(root.resolve().parent / "outputs"))
+    raise ConfigError(
+        f"output_dir={printable(config.output_dir)}: runs would lie among the class folders of "
+        f"data.root={printable(root)} and be a class themselves; add {remedy}"
+    )
+
+
 def _load_val(root: Path, split: str | None) -> tuple[ImageSet, str]:
     """Return the images of the split that `data.split` selects, and its name."""
     are_shards = holds_shards(root)
@@ -561,6 +577,8 @@ def check_level(root: Path, train: ImageSet, fraction: float) -> None:
     remedy = f"if these are the classes, give the folder that holds them: {pasted('data.root', likely)}"
     if likely == str(root):
         remedy = f"if {'they are' if len(above) > 1 else 'it is'} not of the set, move {some(above)} elsewhere"
+    elif len(above) == len(within) and len(same := set.intersection(*within.values())) > 1:
+        remedy = f"if they are splits with the same classes ({some(sorted(same))}), name them train and val"
     elif likely != str(root / name):
         remedy = f"if the classes are in {printable(likely)}, give that folder: {pasted('data.root', likely)}"
     raise ConfigError(

@@ -22,6 +22,7 @@ from sasa_train.config.derived import expected_num_classes
 from sasa_train.config.identity import run_name_in
 from sasa_train.config.keys import TrainConfig
 from sasa_train.config.saved import as_begun
+from sasa_train.data.datasets import check_output_dir
 from sasa_train.data.fingerprint import differences
 from sasa_train.data.loader import Loaders, build_loaders, fetch_once
 from sasa_train.data.own_transform import check_transform
@@ -79,6 +80,7 @@ def train(config: TrainConfig, stop: StopRequest) -> Ended:
         OwnCodeError: a hook of the user's own has failed. Errors of their other code are raised as they are.
     """
     run_name = collectives.from_first(lambda: config.run_name or run_name_in(config.output_dir, config))
+    collectives.from_first(lambda: check_output_dir(config), ConfigError)
     # The first process alone chooses, because it alone accesses the run folder.
     config = collectives.from_first(lambda: settle(config, run_name), ConfigError, CheckpointError)
     plan = collectives.everywhere(lambda: plan_buildable(config), ConfigError)
