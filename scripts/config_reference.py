@@ -39,7 +39,7 @@ WORDS = {
     str: "string",
     bool: "true/false",
     types.NoneType: "null",
-    typing.Any: "integer or two of them",
+    typing.Any: "integer or list of them",
 }
 
 

@@ -88,7 +88,8 @@ def test_the_page_shows_what_predict_and_attention_of_return(served, tiny_run, t
         _, weights = attention_of(trained.model, trained.transform(image)[None])
     assert [layer["name"] for layer in found["layers"]] == [*weights] == [*attention_layers(trained.model)]
     for layer in found["layers"]:
-        window = window_at(weights[layer["name"]][0], (1, 6), trained.input_size[1:])
+        name = layer["name"]
+        window = window_at(attention_layers(trained.model)[name], weights[name][0], (1, 6), trained.input_size[1:])
         torch.testing.assert_close(torch.tensor(layer["heads"]), window.weights, **ROUNDED)
         assert (tuple(layer["box"]), tuple(layer["query"])) == (window.box, window.query_box)
 

@@ -25,7 +25,7 @@ from sasa_train.data.policies import Policy
 from sasa_train.data.randomness import POLICY, sample_draws
 from sasa_train.data.transforms import fit, val_shape
 from sasa_train.export.description import timm_data_config
-from sasa_train.models import build_model
+from sasa_train.models import AttentionStem, LocalSelfAttention2d, build_model
 from sasa_train.refusal import ConfigError
 from sasa_train.trained import load_trained
 from sasa_train.visualize.geometry import default_pixels, window_at
@@ -347,11 +347,12 @@ def test_another_shape_of_the_same_checkpoint(tiny_run):
 
 def test_windows_of_images_that_are_not_square():
     weights = torch.zeros(1, 3, 5, 9)  # a map of 3 x 5 positions of 4 pixels
-    window = window_at(weights, (11, 17), (12, 20))
+    layer = LocalSelfAttention2d(2, 2, kernel_size=3, num_heads=1)
+    window = window_at(layer, weights, (11, 17), (12, 20))
     assert (window.query, window.reduction, window.box) == ((2, 4), 4, (12, 4, 20, 12))
     stem = torch.zeros(1, 15, 16, 16)
     stem[:, 2 * 5 + 4, 3 * 4 + 1] = 1 / 16
-    assert window_at(stem, (11, 17), (12, 20)).weights.sum() == 1
+    assert window_at(AttentionStem(3, 8), stem, (11, 17), (12, 20)).weights.sum() == 1
     centre, (row, column) = default_pixels(np.random.default_rng(0).integers(0, 255, (12, 20, 3)).astype(np.uint8))
     assert centre == (6, 10) and row < 12 and column < 20 and np.hypot(row - 6, column - 10) >= 3
 

@@ -50,9 +50,9 @@ KEYS = [{}, {"position": "absolute"}, {"position": "none"}, {"content": False}, 
 KEYS += [{"border": "zero", "share_rel": False}]
 
 
-def build_layer(**keys) -> LocalSelfAttention2d:
+def build_layer(kernel_size=KERNEL, **keys) -> LocalSelfAttention2d:
     torch.manual_seed(0)
-    layer = LocalSelfAttention2d(8, 12, KERNEL, HEADS, backend="reference", **keys)
+    layer = LocalSelfAttention2d(8, 12, kernel_size, HEADS, backend="reference", **keys)
     return layer.double()
 
 
@@ -153,7 +153,7 @@ def test_distance_of_uniform_attention_by_hand():
     centre, edge, corner = (4 + 4 * root) / 9, (3 + 2 * root) / 6, (2 + root) / 4
     zero = torch.zeros(1, 1, 3, 3, 1)
     uniform = attention_weights(zero, zero, kernel_size=3)
-    at = {place: mean_distances(uniform[:, :, y : y + 1, x : x + 1]).item() for place, (y, x) in
+    at = {place: mean_distances(layer, uniform[:, :, y : y + 1, x : x + 1]).item() for place, (y, x) in
           {"centre": (1, 1), "edge": (0, 1), "corner": (2, 2)}.items()}  # fmt: skip
     assert at == pytest.approx({"centre": centre, "edge": edge, "corner": corner})
     assert uniform_distance(layer, 3, 3) == pytest.approx((centre + 4 * edge + 4 * corner) / 9)
@@ -165,15 +165,16 @@ def test_distance_of_attention_to_one_key():
     weights = torch.zeros(1, 2, 4, 4, 25)
     weights[:, 0, ..., 12] = 1
     weights[:, 1, ..., 5] = 1
-    assert mean_distances(weights).tolist() == pytest.approx([0, math.sqrt(5)])
+    assert mean_distances(build_layer(5), weights).tolist() == pytest.approx([0, math.sqrt(5)])
     assert geometry.block_distances()[0, 15].item() == pytest.approx(3 * math.sqrt(2))
-    assert mean_distances(torch.eye(16).expand(1, 1, 6, 16, 16)).item() == 0
+    assert mean_distances(AttentionStem(3, 8), torch.eye(16).expand(1, 1, 6, 16, 16)).item() == 0
 
 
 def test_a_window_is_drawn_where_it_lies_and_ends_at_the_border():
     """Check 5 x 5 windows on an 8 x 8 map of a 32-pixel image, where each position covers 4 x 4 pixels."""
     weights = torch.arange(2 * 8 * 8 * 25.0).view(2, 8, 8, 25)
-    inside = window_at(weights, (13, 18), (32, 32))
+    layer = build_layer(5)
+    inside = window_at(layer, weights, (13, 18), (32, 32))
     assert (inside.query, inside.box, inside.query_box) == ((3, 4), (8, 4, 28, 24), (16, 12, 20, 16))
     assert torch.equal(inside.weights, weights[:, 3, 4].view(2, 5, 5))
     image = Prediction(np.zeros((32, 32, 3), dtype=np.uint8), None, "a", 0.5)
@@ -181,17 +182,17 @@ def test_a_window_is_drawn_where_it_lies_and_ends_at_the_border():
     outlined = {(box.get_x(), box.get_y(), box.get_width()) for box in figure.axes[1].patches}
     assert outlined == {(8, 4, 20), (16, 12, 4)}  # the window, and the query's position in it
     assert "enlarged" not in figure.get_suptitle()  # nothing is
-    corner = window_at(weights, (0, 31), (32, 32))
+    corner = window_at(layer, weights, (0, 31), (32, 32))
     assert (corner.query, corner.box) == ((0, 7), (20, 0, 32, 12))
     assert torch.equal(corner.weights, weights[:, 0, 7].view(2, 5, 5)[:, 2:, :3])
-    bottom = window_at(weights, (31, 4), (32, 32))
+    bottom = window_at(layer, weights, (31, 4), (32, 32))
     assert (bottom.box, bottom.weights.shape) == ((0, 20, 16, 32), (2, 3, 4))
 
 
 def test_a_map_whose_side_was_rounded_up_lies_where_its_strides_put_it():
     """Sides of 50, 25, 13 and 7 put the seven positions 8 pixels apart, not 50 / 7; the last one covers two pixels."""
     weights = torch.arange(1 * 7 * 7 * 9.0).view(1, 7, 7, 9)
-    window = window_at(weights, (39, 49), (50, 50))
+    window = window_at(build_layer(), weights, (39, 49), (50, 50))
     assert (window.query, window.reduction, window.box) == ((4, 6), 8, (40, 24, 56, 48))
     assert torch.equal(window.weights, weights[:, 4, 6].view(1, 3, 3)[:, :, :2])
 
@@ -288,7 +289,7 @@ def test_no_figure_is_drawn_of_fewer_than_two_points(run_dir, tmp_path, in_proce
 
 def test_a_stems_window_is_the_block_of_its_pixel():
     weights = torch.arange(2 * 9 * 256.0).view(2, 9, 16, 16)
-    window = window_at(weights, (5, 10), (12, 12))
+    window = window_at(AttentionStem(3, 8), weights, (5, 10), (12, 12))
     assert (window.box, window.query_box) == ((8, 4, 12, 8), (10, 5, 11, 6))
     assert torch.equal(window.weights, weights[:, 5, 6].view(2, 4, 4))
 

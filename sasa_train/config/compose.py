@@ -156,7 +156,10 @@ def to_config(composed: DictConfig, check: Callable[[TrainConfig], None] = valid
         config = cast(TrainConfig, OmegaConf.to_object(merged))
     except UNREADABLE as error:
         raise ConfigError(_with_interpolations(explain(error), composed)) from error
-    config.data.image_size = whole_size(config.data.image_size)
+    meaning = "two for height and width, as in [160,224]"
+    config.data.image_size = whole_numbers("data.image_size", config.data.image_size, 2, meaning)
+    meaning = "four, one per stage, as in [7,7,5,3]"
+    config.model.kernel_size = whole_numbers("model.kernel_size", config.model.kernel_size, 4, meaning)
     config.data.resident = config.data.resident.lower()  # True and FALSE are taken, as for keys of true and false
     config.data.root = os.path.expanduser(config.data.root)  # the shell does not expand the ~ in data.root=~/images
     config.output_dir = os.path.expanduser(config.output_dir)
@@ -166,20 +169,19 @@ def to_config(composed: DictConfig, check: Callable[[TrainConfig], None] = valid
     return config
 
 
-def whole_size(value: Any) -> int | list[int] | None:
-    """Check the type of `data.image_size`; two equal sides become one number, so that run names agree.
+def whole_numbers(key: str, value: Any, count: int, meaning: str) -> int | list[int] | None:
+    """Check the type of a key that is a number or a list of `count`; equal numbers become one, so that run names agree.
 
     Raises:
-        ConfigError: the value is neither a whole number nor a list of two.
+        ConfigError: the value is neither a whole number nor a list of `count` of them.
     """
     if value is None:
         return None
-    sides = value if isinstance(value, list) else [value]
-    sides = [int(n) if isinstance(n, str) and re.fullmatch(r"[+-]?\d{1,18}", n) else n for n in sides]
-    if len(sides) != (2 if isinstance(value, list) else 1) or any(type(n) is not int for n in sides):
-        rule = "must be a whole number, or two for height and width, as in [160,224]"
-        raise ConfigError(f"data.image_size={shorten(as_written(value))} {rule}")
-    return sides[0] if len(set(sides)) == 1 else sides
+    found = value if isinstance(value, list) else [value]
+    found = [int(n) if isinstance(n, str) and re.fullmatch(r"[+-]?\d{1,18}", n) else n for n in found]
+    if len(found) != (count if isinstance(value, list) else 1) or any(type(n) is not int for n in found):
+        raise ConfigError(f"{key}={shorten(as_written(value))} must be a whole number, or {meaning}")
+    return found[0] if len(set(found)) == 1 else found
 
 
 def as_asked(composed: DictConfig, overrides: Sequence[str], may_import: bool = True) -> TrainConfig:

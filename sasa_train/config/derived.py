@@ -9,6 +9,7 @@ from sasa_train.config.keys import (
     SMALL_IMAGE,
     AugmentConfig,
     DataConfig,
+    ModelConfig,
     TrainConfig,
     TrainerConfig,
 )
@@ -35,6 +36,12 @@ def resolved_size(data: DataConfig) -> tuple[int, int]:
 def resolved_image_size(data: DataConfig) -> int:
     """Return the longer side, which decides whether images are small."""
     return max(resolved_size(data))
+
+
+def kernel_sizes(model: ModelConfig) -> list[int]:
+    """Return the window sizes that `model.kernel_size` gives: none (null), one, or one per stage."""
+    given = model.kernel_size
+    return given if isinstance(given, list) else [] if given is None else [given]
 
 
 def input_size(data: DataConfig) -> InputSize:

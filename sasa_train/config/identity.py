@@ -9,6 +9,8 @@ from typing import Any
 from sasa_train.config.keys import NOT_TRAJECTORY, TrainConfig, flatten, names_source
 
 NOT_IN_NAMES = r"[^A-Za-z0-9_.-]+"
+# Keys that presets list in `derive` since a later version; they have no part in the names of runs.
+LATER_DERIVED = ("model.dilation", "model.scale")
 MAX_DATA_NAME = 60  # characters of a data or model folder's name in a run's name
 
 
@@ -62,7 +64,7 @@ def _digest(config: TrainConfig) -> str:
     asked = {key: value for key, value in trajectory(config).items() if key not in config.derive}
     identity = {key: value for key, value in asked.items() if value != defaults[key]}
     if config.derive:
-        identity["derive"] = sorted(config.derive)
+        identity["derive"] = sorted(key for key in config.derive if key not in LATER_DERIVED)
     if config.data.name != "digits":
         identity["data.root"] = config.data.root
     if config.resume not in ("auto", "never"):

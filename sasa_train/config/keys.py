@@ -63,12 +63,19 @@ class ModelConfig:
         None, "conv, attention, attention_plain, attention_convvalues; conv_small, attention_small for images <= 64 px"
     )
     stage_ops: list[str] | None = key(None, "the operation in each of the four stages: conv or attention")
-    kernel_size: int | None = key(None, "size of the attention window, odd (7)", above=0)
+    kernel_size: Any = key(  # int | list[int] | None, as in data.image_size
+        None, "size of the attention window, odd, or a list of four sizes, one per stage (7)", above=0
+    )
     num_heads: int | None = key(None, "number of attention heads; must divide the channels of each stage (8)", above=0)
     width: float | None = key(None, "multiplier for the channels of every layer (1.0)", above=0)
     position: str | None = key(None, "position encoding: relative, absolute or none (relative)")
     content: bool | None = key(None, "include q.k in the attention score (true)")
-    border: str | None = key(None, "mask: exclude positions outside the image; zero: include them as zeros (mask)")
+    border: str | None = key(
+        None,
+        "mask: exclude positions outside the image; zero: include them as zeros; shift: windows move inside (mask)",
+    )
+    dilation: int | None = key(None, "distance between neighbouring keys of a window (1)", above=0)
+    scale: float | None = key(None, "factor on the attention scores of the stages (1.0)", above=0)
     drop_path_rate: float = key(0.0, "stochastic depth: rate of the last block, linear from 0", at_least=0, below=1)
     bn_momentum: float | None = key(None, "batch norm momentum; null: the model's default (0.1)", at_least=0, below=1)
     pretrained: str | None = key(
@@ -93,7 +100,7 @@ class DataConfig:
     args: dict[str, Any] = key({}, "arguments of target, as in data.args={fold:1}")
     root: str = local_key("data", "folder of the images; not used for digits", is_path=True)
     # The size of a larger image in bytes would overflow the 32-bit counters of Pillow and torch.
-    image_size: Any = key(  # int | list[int] | None, which OmegaConf cannot express; see `whole_size`
+    image_size: Any = key(  # int | list[int] | None, which OmegaConf cannot express; see `whole_numbers`
         None,
         "pixels, or [height,width]; null: 8 digits, 32 CIFAR, 224 others; <= 64: small-image transforms",
         above=0,
@@ -322,7 +329,9 @@ CHOICES = {
 }
 NOT_TRAJECTORY = {name for name, f in key_table().items() if f.metadata["may_change"]}
 # Keys for sasa_train's own models only; timm's models accept none of them.
-MODEL_KEYS = ("stem", "stage_ops", "kernel_size", "num_heads", "width", "position", "content", "border")
+MODEL_KEYS = (
+    "stem", "stage_ops", "kernel_size", "num_heads", "width", "position", "content", "border", "dilation", "scale",
+)  # fmt: skip
 # Keys that `derive` may list (training/own_images.py).
 DERIVABLE = (
     "data.holdout_fraction", "data.image_size", "model.name", *(f"model.{name}" for name in MODEL_KEYS),

@@ -10,6 +10,7 @@ from typing import Any
 from sasa_train.config.derived import (
     crops_by_padding,
     in_pixels,
+    kernel_sizes,
     micro_batch_size,
     resolved_image_size,
     resolved_size,
@@ -93,8 +94,8 @@ def _check_content(key: str, value: Any, part: Any, depth: int = 0) -> None:
 
 
 def _of_single_keys(config: TrainConfig) -> Rules:
-    kernel_size, data, milestones = config.model.kernel_size, config.data, config.schedule.decay_milestones
-    is_odd = kernel_size is None or kernel_size % 2 == 1
+    data, milestones = config.data, config.schedule.decay_milestones
+    is_odd = all(size % 2 == 1 for size in kernel_sizes(config.model))
     yield is_odd, "model.kernel_size", "must be odd, so that the window has a centre"
     for name, value in {"mean": data.mean, "std": data.std}.items():
         rule = "must be three numbers, red, green and blue, or one for grey images"
@@ -144,10 +145,10 @@ def _of_model(config: TrainConfig) -> Rules:
     rule = f"is a key of our own models, which {name} is not: leave it out, or choose one of "
     for key in () if names_source(name) else MODEL_KEYS:  # the source may be one of our own
         yield is_ours or getattr(model, key) is None, f"model.{key}", rule + ", ".join(OWN_MODELS)
-    kernel_size = model.kernel_size or 1
-    limit = 2 * image_size - 1
-    rule = f"must be {limit} at most for images of {in_pixels(resolved_size(config.data))}: no window reaches further"
-    yield kernel_size <= limit, "model.kernel_size", rule
+    limits = {"kernel_size": 2 * image_size - 1, "dilation": max(image_size - 1, 1)}
+    for key, value in (("kernel_size", max(kernel_sizes(model), default=1)), ("dilation", model.dilation or 1)):
+        rule = f"must be {limits[key]} at most for images of {in_pixels(resolved_size(config.data))}: "
+        yield value <= limits[key], f"model.{key}", rule + "no window reaches further"
 
 
 def _of_data(config: TrainConfig) -> Rules:

@@ -107,7 +107,9 @@ class Demo:
             raise ExpectedFailure(f"the model's output is not finite in {predictor.precision}")
         [best] = most_probable(logits, predictor.classes, predictor.top_k)
         classes = [(printable(name), share) for name, share in best]
-        return classes, {name: window_at(found[0].cpu(), pixel, self.size) for name, found in weights.items()}
+        layers = attention_layers(predictor.model)
+        windows = {name: window_at(layers[name], found[0].cpu(), pixel, self.size) for name, found in weights.items()}
+        return classes, windows
 
 
 def of_layer(name: str, window: Window) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def _fold(layer: nn.Module, norm: nn.Module) -> nn.Module:
         return norm
     # A scale and a bias of the values carry over to the output of attention, because the attention weights sum
     # to 1. With border="zero", the weights inside the image do not sum to 1.
-    if isinstance(layer, LocalSelfAttention2d) and layer.border == "mask":
+    if isinstance(layer, LocalSelfAttention2d) and layer.border != "zero":
         conv: nn.Conv2d = layer.qkv
     elif isinstance(layer, nn.Conv2d):
         conv = layer

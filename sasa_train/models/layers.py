@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from sasa_train.attention import attention_weights, local_attention_qkv, stem
 from sasa_train.attention.cpu import describe_build
-from sasa_train.attention.dispatch import check_options, check_stride, check_whole, describe_backend
+from sasa_train.attention.dispatch import Pair, check_options, check_stride, check_whole, describe_backend, pair
 from sasa_train.attention.reference import Inputs, Window
 from sasa_train.models.stem_norm import can_normalise_picked, is_plain, normalise_picked
 
-BORDERS = ("mask", "zero")
 POSITIONS = ("relative", "absolute", "none")
 BLOCK_SIZE = 4  # side length of the attention stem's blocks and of its max pool
 STEM_NUM_HEADS = 4
@@ -51,23 +50,25 @@ class LocalSelfAttention2d(nn.Module):
 
     Args:
         in_channels, out_channels: numbers of channels; `out_channels` is divided among the heads.
-        kernel_size: the window size, an odd number.
+        kernel_size: the window size, an odd number, or a pair (rows, columns).
         num_heads: must divide `out_channels`; with relative positions, head_dim must be even.
         stride: 1, or 2 to add the pool; half an odd size is rounded up, as in the shortcut's strided 1x1 convolution.
         position: "relative", "absolute" (a sinusoid added to the input of the query and key projections) or "none".
         content: whether the scores include q.k; if not, there is no key projection.
-        border: "mask" or "zero", see `local_attention`.
+        border: "mask", "zero" or "shift", see `local_attention`.
         share_rel: whether all heads share one pair of relative embeddings instead of having one each.
+        dilation: the distance between neighbouring keys of a window, or a pair (rows, columns).
+        scale: a factor above 0 on the scores, relative terms included; transformers use `head_dim**-0.5` for q.k.
 
     Raises:
-        ValueError: the arguments are incompatible.
+        ValueError: the arguments are incompatible; in forward, a window of `border="shift"` does not fit into the map.
     """
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int = 7,
+        kernel_size: Pair = 7,
         num_heads: int = 8,
         stride: int = 1,
         position: str = "relative",
@@ -75,22 +76,23 @@ class LocalSelfAttention2d(nn.Module):
         border: str = "mask",
         share_rel: bool = True,
         backend: str = "auto",
+        dilation: Pair = 1,
+        scale: float = 1.0,
     ):
         super().__init__()
-        check_whole("kernel_size", kernel_size)
-        if border not in BORDERS:
-            raise ValueError(f"border={border!r} must be one of {', '.join(BORDERS)}")
-        check_options(kernel_size, content, border, backend)
+        check_options(kernel_size, content, border, backend, dilation, scale)
         check_stride(stride)
         _check_keys(in_channels, out_channels, num_heads, position, content)
         self.num_heads, self.kernel_size, self.stride = num_heads, kernel_size, stride
         self.position, self.content, self.border, self.backend = position, content, border, backend
+        self.dilation, self.scale = dilation, scale
         head_dim = out_channels // num_heads
         # A single convolution computes all projections: query, [key,] value, each dense with `out_channels` channels.
         self._num_projections = 3 if content else 2
         self.qkv = PointwiseConv2d(in_channels, self._num_projections * out_channels, math.inf)
-        shape = (kernel_size, head_dim // 2) if share_rel else (num_heads, kernel_size, head_dim // 2)
-        self.rel_height, self.rel_width = _relative_embeddings(shape if position == "relative" else None)
+        heads = () if share_rel else (num_heads,)
+        shapes = tuple((*heads, rows, head_dim // 2) for rows in self._window().table_rows())
+        self.rel_height, self.rel_width = _relative_embeddings(shapes if position == "relative" else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -116,14 +118,20 @@ class LocalSelfAttention2d(nn.Module):
             dtype = torch.get_autocast_dtype(device.type)
         query = torch.empty(1, self.num_heads, 1, 1, head_dim, dtype=dtype, device=device)
         rel = (self.rel_height, self.rel_width)
-        window = Window(self.kernel_size, self.kernel_size, self.border)
-        return describe_backend(self.backend, Inputs(query, query, query, *rel), window)
+        return describe_backend(self.backend, Inputs(query, query, query, *rel), self._window())
+
+    def _window(self) -> Window:
+        return Window(*pair(self.kernel_size), self.border, self.scale)
 
     def _options(self) -> dict[str, Any]:
-        return {"kernel_size": self.kernel_size, "content": self.content, "border": self.border}
+        names = ("kernel_size", "content", "border", "dilation", "scale")
+        return {name: getattr(self, name) for name in names}
 
     def relative_scores(self, x: Tensor) -> Tensor | None:
-        """Return q.r at each window position, averaged over images and queries, [N, K, K]; None without embeddings."""
+        """Return q.r at each offset, averaged over images and queries, [N, K, K]; None without embeddings.
+
+        With `border="shift"`, keys are up to K - 1 positions away, so there are 2K - 1 by 2K - 1 offsets.
+        """
         return _mean_relative_scores(self._projections(x)[0], self.rel_height, self.rel_width)
 
     def _projections(self, x: Tensor) -> Tensor:
@@ -149,7 +157,8 @@ class LocalSelfAttention2d(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"kernel_size={self.kernel_size}, num_heads={self.num_heads}, position={self.position}, "
-            f"content={self.content}, border={self.border}, stride={self.stride}"
+            f"content={self.content}, border={self.border}, stride={self.stride}, dilation={self.dilation}, "
+            f"scale={self.scale:g}"
         )
 
 
@@ -209,7 +218,7 @@ class AttentionStem(nn.Module):
             self.emb_col = nn.Parameter(torch.empty(BLOCK_SIZE, out_channels))
             self.nu = nn.Parameter(torch.empty(num_mixtures, out_channels))
         shape = (2 * BLOCK_SIZE - 1, out_channels // num_heads // 2)
-        self.rel_height, self.rel_width = _relative_embeddings(shape if relative else None)
+        self.rel_height, self.rel_width = _relative_embeddings((shape, shape) if relative else None)
         self.bn = nn.BatchNorm2d(out_channels)
         self.pool = nn.MaxPool2d(BLOCK_SIZE) if pool else nn.Identity()
         self.reset_parameters()
@@ -343,11 +352,11 @@ def sinusoid(channels: int, length: int, device: torch.device | None = None) -> 
     return torch.cat([angles.sin(), angles.cos()])
 
 
-def _relative_embeddings(shape: tuple[int, ...] | None) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+def _relative_embeddings(shapes: tuple[tuple[int, ...], ...] | None) -> tuple[nn.Parameter | None, nn.Parameter | None]:
     """Return the parameters `rel_height` and `rel_width` of shape [..., K, D/2], or (None, None)."""
-    if shape is None:
+    if shapes is None:
         return None, None
-    return nn.Parameter(torch.empty(shape)), nn.Parameter(torch.empty(shape))
+    return nn.Parameter(torch.empty(shapes[0])), nn.Parameter(torch.empty(shapes[1]))
 
 
 def _init_relative(*embeddings: nn.Parameter | None) -> None:
@@ -358,7 +367,7 @@ def _init_relative(*embeddings: nn.Parameter | None) -> None:
 
 
 def _mean_relative_scores(query: Tensor, rel_height: Tensor | None, rel_width: Tensor | None) -> Tensor | None:
-    """Return q.r [N, K, K], averaged over all queries [B, N, ..., D]."""
+    """Return q.r at each offset, [N, K, K], averaged over all queries [B, N, ..., D]."""
     if rel_height is None or rel_width is None:
         return None
     # q.r is linear in q, so the mean query has the mean score.

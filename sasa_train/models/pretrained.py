@@ -78,7 +78,7 @@ def load_pretrained(model: nn.Module, state_dict: StateDict, keep_classifier: bo
     return PretrainedReport(
         loaded=loaded,
         adapted={
-            name: _change(name, state_dict[name], own[name])
+            name: _change(model, name, state_dict[name], own[name])
             for name in loaded
             if name in state_dict and state_dict[name].shape != own[name].shape
         },
@@ -109,13 +109,13 @@ def _is_other_window(name: str, tensor: Tensor, own: dict[str, Any]) -> bool:
     return len(here) == len(there) >= 2 and here[-2] != there[-2] and here[:-2] + here[-1:] == there[:-2] + there[-1:]
 
 
-def resize_window(table: Tensor, kernel_size: int) -> Tensor:
-    """Convert relative embeddings [..., K, D/2] to another window size, [..., kernel_size, D/2]."""
-    # Each offset keeps its embedding. A smaller window drops the outer embeddings, and a larger one repeats the
-    # outermost. Interpolating the table, as Swin does, was less accurate at 5 of 6 window sizes, even when the image
-    # grew by the same factor (docs/finetune.md).
+def resize_window(table: Tensor, num_rows: int) -> Tensor:
+    """Convert relative embeddings [..., K, D/2] to another window size or border, [..., num_rows, D/2]."""
+    # The middle row belongs to offset 0 whatever the border, and each offset keeps its embedding. A smaller window
+    # drops the outer embeddings, and a larger one repeats the outermost. Interpolating the table, as Swin does, was
+    # less accurate at 5 of 6 window sizes, even when the image grew by the same factor (docs/finetune.md).
     num_offsets = table.shape[-2]
-    offsets = torch.arange(kernel_size) + (num_offsets - kernel_size) // 2
+    offsets = torch.arange(num_rows) + (num_offsets - num_rows) // 2
     return table[..., offsets.clamp(0, num_offsets - 1), :]
 
 
@@ -153,9 +153,11 @@ def _misfit(given: Tensor, own: Tensor, is_classifier: bool) -> str:
     return f"{list(given.shape)} in the file, {list(own.shape)} here"
 
 
-def _change(name: str, before: Tensor, after: Tensor) -> str:
+def _change(model: nn.Module, name: str, before: Tensor, after: Tensor) -> str:
     if _is_relative(name):
-        return f"window {before.shape[-2]} -> {after.shape[-2]}"
+        # A table has a row for each offset: K, or 2K - 1 where the window is shifted at the border.
+        is_shifted = getattr(model.get_submodule(name.rpartition(".")[0]), "border", None) == "shift"
+        return f"{'offsets' if is_shifted else 'window'} {before.shape[-2]} -> {after.shape[-2]}"
     return f"{list(before.shape)} -> {list(after.shape)}"
 
 

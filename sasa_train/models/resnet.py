@@ -12,6 +12,7 @@ from timm.layers import DropPath, create_classifier
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from sasa_train.attention.dispatch import check_whole, pair
 from sasa_train.models.layers import AttentionStem, LocalSelfAttention2d, PointwiseConv2d
 from sasa_train.models.pretrained import checkpoint_filter_fn
 
@@ -65,12 +66,14 @@ class ResNet(nn.Module):
             for images of up to 64 pixels, "conv_small" (3x3/1, no pool) and "attention_small" (no pool); for the
             paper's Table 7, "attention_plain" and "attention_convvalues".
         stage_ops: "conv" or "attention" for each of the four stages.
-        kernel_size, num_heads, position, content, border: see `LocalSelfAttention2d`.
+        kernel_size: the window size of all stages, or a list of four, one per stage; the attention stem keeps its own.
+        num_heads, position, content, border, dilation, scale: see `LocalSelfAttention2d`; `scale` is for the stages.
         width: multiplier for the number of channels of every layer.
         drop_path_rate: stochastic depth rate of the last block; the rates increase linearly from 0 at the first block.
 
     Raises:
-        ValueError: arguments are incompatible; the message states the argument, its value and the rule.
+        ValueError: arguments are incompatible; the message states the argument, its value and the rule. In forward,
+            a window of `border="shift"` does not fit into the map of its stage.
     """
 
     def __init__(
@@ -80,7 +83,7 @@ class ResNet(nn.Module):
         in_chans: int = 3,
         stem: str = "attention",
         stage_ops: Sequence[str] = ("attention",) * 4,
-        kernel_size: int = 7,
+        kernel_size: int | Sequence[int] = 7,
         num_heads: int = 8,
         width: float = 1.0,
         position: str = "relative",
@@ -90,6 +93,8 @@ class ResNet(nn.Module):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         backend: str = "auto",
+        dilation: int = 1,
+        scale: float = 1.0,
     ):
         super().__init__()
         if len(stage_ops) != 4 or not set(stage_ops) <= set(STAGE_OPS):
@@ -98,11 +103,13 @@ class ResNet(nn.Module):
             raise ValueError(
                 f"width={width} makes {STEM_CHANNELS * width:g} channels of the first layer's {STEM_CHANNELS}"
             )
-        attention = {"kernel_size": kernel_size, "num_heads": num_heads, "position": position, "content": content}
-        attention |= {"border": border, "backend": backend}
+        kernel_sizes = _per_stage(kernel_size)
+        check_whole("dilation", dilation)
+        attention = {"num_heads": num_heads, "position": position, "content": content, "border": border}
+        attention |= {"backend": backend, "dilation": dilation, "scale": scale}
         # timm reads num_classes and in_chans when it exports or adapts a model.
         self.num_classes, self.in_chans = num_classes, in_chans
-        self.drop_rate, self.grad_checkpointing = drop_rate, False
+        self.drop_rate, self.grad_checkpointing, self.border = drop_rate, False, border
         channels = round(STEM_CHANNELS * width)
         self.stem, reduction = build_stem(stem, in_chans, channels, backend)
         self.feature_info = [{"num_chs": channels, "reduction": reduction, "module": "stem"}]
@@ -114,7 +121,8 @@ class ResNet(nn.Module):
             for j in range(num_blocks):
                 stride = 2 if i > 0 and j == 0 else 1
                 drop_path = drop_path_rate * num_built / last_block
-                blocks.append(Bottleneck(channels, stage_channels, stride, op, drop_path, attention))
+                options = attention | {"kernel_size": kernel_sizes[i]}
+                blocks.append(Bottleneck(channels, stage_channels, stride, op, drop_path, options))
                 channels, num_built = stage_channels * EXPANSION, num_built + 1
             stages.append(nn.Sequential(*blocks))
             reduction *= 2 if i > 0 else 1
@@ -137,6 +145,8 @@ class ResNet(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         stages = [self.layer1, self.layer2, self.layer3, self.layer4]
+        if self.border == "shift":
+            _check_fit(stages, *x.shape[2:])
         if self.grad_checkpointing and self.training:
             return checkpoint_seq(stages, x, flatten=True)
         for stage in stages:
@@ -175,6 +185,39 @@ class ResNet(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         return {"stem": r"^stem", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
+
+
+def _per_stage(kernel_size: int | Sequence[int]) -> Sequence[int]:
+    """Return the window size of each of the four stages."""
+    if not isinstance(kernel_size, Sequence) or isinstance(kernel_size, str):
+        return (kernel_size,) * 4
+    if len(kernel_size) != 4:
+        raise ValueError(f"kernel_size={list(kernel_size)} must be a whole number, or four, one per stage")
+    for size in kernel_size:
+        check_whole("kernel_size", size)
+    return kernel_size
+
+
+def _check_fit(stages: Sequence[nn.Module], height: int, width: int) -> None:
+    """Raise ValueError if a shifted window does not fit into a map of its stage; the stem's map is height x width."""
+    misfit, fitting = "", []
+    for i, stage in enumerate(stages):
+        kernel_size = 1
+        for j, block in enumerate(stage.children()):
+            layer = block.conv2
+            if isinstance(layer, LocalSelfAttention2d):
+                kernel_size, dilation = max(pair(layer.kernel_size)), max(pair(layer.dilation))
+                most = min(height, width) // dilation
+                if kernel_size > most and not misfit:
+                    misfit = f"layer{i + 1} has maps of {height} x {width} positions, and kernel_size={kernel_size} "
+                    misfit += f"with dilation={dilation} spans {kernel_size * dilation}"
+                kernel_size = min(kernel_size, most - 1 + most % 2)
+            if i > 0 and j == 0:  # this block halves the map
+                height, width = (height + 1) // 2, (width + 1) // 2
+        fitting.append(kernel_size)
+    if misfit:
+        remedy = f"kernel_size={fitting}" if min(fitting) > 0 else "a smaller dilation, or border='mask',"
+        raise ValueError(f"border='shift' needs windows that fit: {misfit}; {remedy} fits")
 
 
 def build_stem(stem: str, in_chans: int, channels: int, backend: str = "auto") -> tuple[nn.Module, int]:

@@ -270,10 +270,11 @@ def window_lines(rows: list[Row]) -> list[list[tuple[int, Row]]]:
     """Group rows whose runs differ only in kernel_size and seed, each group sorted by kernel_size."""
     lines: dict[tuple, list[tuple[int, Row]]] = {}
     for row in rows:
-        if row.config is not None:
+        kernel_size = row.config.model.kernel_size or 7 if row.config is not None else None
+        if row.config is not None and isinstance(kernel_size, int):  # a size per stage has no place on the axis
             rest = settings_of(row.config).items()
             key = tuple(pair for pair in rest if pair[0] not in ("model.kernel_size", "seed"))
-            lines.setdefault(key, []).append((row.config.model.kernel_size or 7, row))
+            lines.setdefault(key, []).append((kernel_size, row))
     found = (sorted(line, key=lambda point: point[0]) for line in lines.values())
     return [line for line in found if line[0][0] < line[-1][0]]
 

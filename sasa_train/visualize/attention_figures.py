@@ -233,8 +233,8 @@ def _layer_title(name: str, window: Window) -> str:
 
 
 def _show_offsets(axis: Axes, values: np.ndarray, low: float, high: float, colors: str) -> AxesImage:
-    reach = values.shape[0] / 2
-    shown = axis.imshow(values, cmap=colors, vmin=low, vmax=high, extent=(-reach, reach, reach, -reach))
+    below, right = values.shape[0] / 2, values.shape[1] / 2
+    shown = axis.imshow(values, cmap=colors, vmin=low, vmax=high, extent=(-right, right, below, -below))
     axis.plot(0, 0, **DOT)
     return shown
 

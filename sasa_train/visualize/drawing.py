@@ -195,6 +195,7 @@ def look_at_images(trained: TrainedModel, images: Tensor, labels: Tensor, choice
     layers = list(choice.layers or default_layers(trained))
     device, config = resolve(trained.config)
     model, normalize = trained.model.to(device), trained.normalize(device)
+    named = attention_layers(model)
     views = []
     for image, label in zip(images, labels.tolist(), strict=True):
         pixels = as_shown(image).permute(1, 2, 0).numpy()
@@ -206,7 +207,8 @@ def look_at_images(trained: TrainedModel, images: Tensor, labels: Tensor, choice
         prediction = Prediction(pixels, name, trained.classes[int(top.indices)], float(top.values))
         of_image = {layer: found[0].cpu() for layer, found in weights.items()}
         for query in queries:
-            windows = {layer: window_at(found, query, trained.input_size[1:]) for layer, found in of_image.items()}
+            size = trained.input_size[1:]
+            windows = {name: window_at(named[name], found, query, size) for name, found in of_image.items()}
             views.append(View(prediction, query, windows))
     return views
 

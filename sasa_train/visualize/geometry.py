@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from sasa_train.attention import attention_weights
-from sasa_train.models.layers import BLOCK_SIZE, AttentionStem
+from sasa_train.attention.dispatch import pair
+from sasa_train.models.layers import BLOCK_SIZE, AttentionStem, LocalSelfAttention2d
 from sasa_train.visualize.capture import AttentionLayer
 
 Size = tuple[int, int]  # height and width
@@ -26,7 +27,8 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 class Window:
     """A query's window: `weights` [N, h, w] of the keys inside the image; the first key is at (`top`, `left`).
 
-    `query` is the position of the query on the map as (row, column).
+    Positions between the keys of a dilated window have a weight of 0. `query` is the position of the query on the map,
+    as (row, column).
     """
 
     query: tuple[int, int]
@@ -60,7 +62,25 @@ class Distances:
 
 def is_stems(weights: Tensor) -> bool:
     """Whether weights are an attention stem's, [..., blocks, 16, 16], rather than a layer's, [..., H, W, K*K]."""
-    return weights.shape[-1] == BLOCK_SIZE**2
+    return weights.shape[-1] == BLOCK_SIZE**2  # the window of a layer has odd sides
+
+
+def key_offsets(layer: AttentionLayer, size: Size) -> tuple[Tensor, Tensor]:
+    """Return the rows of a layer's keys below each row of queries of a map, [H, K], and their columns to its right."""
+    assert isinstance(layer, LocalSelfAttention2d)
+    windows, dilations = pair(layer.kernel_size), pair(layer.dilation)
+    rows, columns = (_offsets(*args, layer.border) for args in zip(size, windows, dilations, strict=True))
+    return rows, columns
+
+
+def _offsets(size: int, kernel_size: int, dilation: int, border: str) -> Tensor:
+    """Return the offset of each key in the window of each position along one axis, [size, K]."""
+    place = torch.arange(size)
+    first = place // dilation - kernel_size // 2  # among the positions with the same remainder
+    if border == "shift":
+        num_places = (size - place % dilation + dilation - 1) // dilation
+        first = torch.minimum(first.clamp(min=0), num_places - kernel_size)
+    return dilation * ((first - place // dilation)[:, None] + torch.arange(kernel_size))
 
 
 def reduction_of(map_size: Size, image_size: Size) -> int:
@@ -68,7 +88,7 @@ def reduction_of(map_size: Size, image_size: Size) -> int:
     return max(2 ** math.ceil(math.log2(pixels / places)) for pixels, places in zip(image_size, map_size, strict=True))
 
 
-def window_at(weights: Tensor, pixel: tuple[int, int], size: Size) -> Window:
+def window_at(layer: AttentionLayer, weights: Tensor, pixel: tuple[int, int], size: Size) -> Window:
     """Return the window of the query that contains pixel (row, column) of an image of `size`.
 
     weights: [N, H, W, K*K] for a layer, or [N, blocks, 16, 16] for an attention stem on the image itself.
@@ -78,13 +98,18 @@ def window_at(weights: Tensor, pixel: tuple[int, int], size: Size) -> Window:
         block, place = row * (size[1] // BLOCK_SIZE) + column, row_in_block * BLOCK_SIZE + column_in_block
         inside = weights[:, block, place].unflatten(-1, (BLOCK_SIZE, BLOCK_SIZE))
         return Window(pixel, row * BLOCK_SIZE, column * BLOCK_SIZE, inside, 1)
-    height, width, kernel_size = weights.shape[1], weights.shape[2], round(weights.shape[3] ** 0.5)
+    height, width = weights.shape[1:3]
     reduction = reduction_of((height, width), size)
     row, column = (at // reduction for at in pixel)
-    window = weights[:, row, column].unflatten(-1, (kernel_size, kernel_size))
-    top, left = row - kernel_size // 2, column - kernel_size // 2
-    inside = window[:, max(0, -top) : height - top, max(0, -left) : width - left]
-    return Window((row, column), max(0, top), max(0, left), inside, reduction)
+    below, right = key_offsets(layer, (height, width))
+    rows, columns = row + below[row], column + right[column]
+    window = weights[:, row, column].unflatten(-1, (len(rows), len(columns)))
+    are_inside = (rows >= 0) & (rows < height), (columns >= 0) & (columns < width)
+    window, rows, columns = window[:, are_inside[0]][:, :, are_inside[1]], rows[are_inside[0]], columns[are_inside[1]]
+    top, left = int(rows[0]), int(columns[0])
+    inside = window.new_zeros(len(window), int(rows[-1]) - top + 1, int(columns[-1]) - left + 1)
+    inside[:, (rows - top)[:, None], columns - left] = window
+    return Window((row, column), top, left, inside, reduction)
 
 
 def default_pixels(image: np.ndarray) -> list[tuple[int, int]]:
@@ -104,14 +129,13 @@ def default_pixels(image: np.ndarray) -> list[tuple[int, int]]:
     return [(height // 2, width // 2), (int(row), int(column))]
 
 
-def mean_distances(weights: Tensor) -> Tensor:
+def mean_distances(layer: AttentionLayer, weights: Tensor) -> Tensor:
     """Return each head's mean distance in positions, [N]; weights: [B, N, H, W, K*K] or [B, N, blocks, 16, 16]."""
     if is_stems(weights):
         distances = block_distances(weights.device)
     else:
-        kernel_size = round(weights.shape[-1] ** 0.5)
-        offset = (torch.arange(kernel_size, device=weights.device) - kernel_size // 2).float()
-        distances = torch.hypot(offset[:, None], offset[None, :]).flatten()
+        rows, columns = (offsets.float() for offsets in key_offsets(layer, (weights.shape[2], weights.shape[3])))
+        distances = torch.hypot(rows[:, None, :, None], columns[None, :, None, :]).flatten(2).to(weights.device)
     return (weights * distances).sum(-1).mean((0, 2, 3))
 
 
@@ -126,5 +150,6 @@ def uniform_distance(layer: AttentionLayer, height: int, width: int) -> float:
     if isinstance(layer, AttentionStem):
         return block_distances().mean().item()
     zero = torch.zeros(1, 1, height, width, 1)  # equal scores
-    weights = attention_weights(zero, zero, kernel_size=layer.kernel_size, border=layer.border)
-    return mean_distances(weights).item()
+    size, border, dilation = layer.kernel_size, layer.border, layer.dilation
+    weights = attention_weights(zero, zero, kernel_size=size, border=border, dilation=dilation)
+    return mean_distances(layer, weights).item()

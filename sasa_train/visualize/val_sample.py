@@ -69,7 +69,7 @@ class AttentionMeans:
         num_images = len(x)
         weights = checked_weights(name, layer, x)
         self.layers[name] = layer, x.shape[2], x.shape[3]
-        self.distances[name] = self.distances.get(name, 0) + num_images * mean_distances(weights)
+        self.distances[name] = self.distances.get(name, 0) + num_images * mean_distances(layer, weights)
         if (scores := layer.relative_scores(x)) is not None:
             self.scores[name] = self.scores.get(name, 0) + num_images * scores
 
