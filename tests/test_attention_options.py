@@ -181,8 +181,3 @@ def test_an_illegal_option_is_refused_with_its_value_and_rule(change, message):
     x = torch.zeros(1, 2, 6, 6, 4)
     with pytest.raises(ValueError, match=message):
         local_attention(**({"query": x, "key": x, "value": x, "kernel_size": 3} | change))
-
-
-def test_a_layer_refuses_the_border_that_it_lacks():
-    with pytest.raises(ValueError, match="border='shift' must be one of mask, zero"):
-        LocalSelfAttention2d(8, 8, num_heads=2, border="shift")

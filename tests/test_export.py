@@ -80,6 +80,7 @@ LAYERS = {
     "no content, border zero, r a head": lambda: LocalSelfAttention2d(
         16, 12, 5, 3, content=False, border="zero", share_rel=False, stride=2
     ),
+    "shifted and dilated": lambda: LocalSelfAttention2d(16, 8, (3, 5), 2, border="shift", dilation=2, scale=0.5),
     "stem": lambda: nn.Sequential(nn.ZeroPad2d((0, 3, 0, 1)), AttentionStem(16, 8)),
     "stem, plain values, no pool": lambda: nn.Sequential(
         nn.ZeroPad2d((0, 3, 0, 1)), AttentionStem(16, 8, values="plain", pool=False)

@@ -287,6 +287,7 @@ ANY_MODEL = " ".join(f"model.{key}=null" for key in ("stem", "width", "num_heads
 REACHING = (
     *("model.kernel_size=15", "model.kernel_size=301", "model.width=1e-9", "model.width=1e6", "model.width=0.02"),
     *("model.num_heads=3", "model.num_heads=1000000", "model.stem=x", "model.stage_ops=[]", "model.border=x"),
+    *("model.border=shift", "model.dilation=3", "model.kernel_size=[7,5,3,1]", "model.scale=1e30"),
     *("model.position=x", "model.stage_ops=[a,b,c,d]", f"{ANY_MODEL} model.name=x", "model.num_classes=7"),
     *("model.num_classes=1000000000000", "model.drop_path_rate=0.99", "model.bn_momentum=0"),
     *(f"{ANY_MODEL} model.name={name} data.image_size=32" for name in ("test_vit", "test_resnet", "test_convnext")),

@@ -232,9 +232,10 @@ def test_a_key_or_group_that_is_set_is_not_chosen():
 
 
 def test_fine_tuning_takes_the_model_of_the_weights():
-    source = Weights({}, model={"name": "sasa_resnet38", "width": 0.125, "kernel_size": 9}, image_size=40)
+    keys = {"name": "sasa_resnet38", "width": 0.125, "kernel_size": [9, 9, 5, 5], "dilation": 2, "scale": 0.25}
+    source = Weights({}, model=keys, image_size=40)
     config = with_choices(Facts(300, 12, side=500, source=source), "model.pretrained=x")
-    assert (config.model.name, config.model.width, config.model.kernel_size) == ("sasa_resnet38", 0.125, 9)
+    assert {key: getattr(config.model, key) for key in keys} == keys
     assert (config.data.image_size, config.model.num_heads) == (40, None)
     scratch = with_choices(Facts(300, 12, side=500))
     assert config.optimizer.lr < scratch.optimizer.lr and config.trainer.epochs < scratch.trainer.epochs
