@@ -73,7 +73,7 @@ SOURCE = re.sub(
     "".join(path.read_text(encoding="utf-8") for path in (ROOT / "sasa_train").rglob("*.py")),
 )
 RUN_PAGES = [page for page in PAGES if any(b.language in ("sh", "python", "console") for b in blocks_of(page))]
-FAST = [ROOT / "docs" / page for page in ("api.md", "troubleshooting.md")]
+FAST = [ROOT / "docs" / page for page in ("api.md", "op.md", "troubleshooting.md")]
 
 
 def name(page: Path) -> str:
