@@ -314,6 +314,7 @@ def test_the_curves_are_the_seeds_mean_and_range(tmp_path):
 
     results = {(("model.kernel_size=3",), 0): [10.0, 20.0, 30.0], (("model.kernel_size=3",), 1): [20.0, 40.0]}
     results[("model.kernel_size=7",), 0] = [1.0]
+    results[("model.kernel_size=[7,7,5,3]",), 0] = [2.0]  # has no place on an axis of window sizes
     rows = report_of(write_sweep(tmp_path / "s", results)).rows
     assert curve(rows[0]) == ([1, 2], [15.0, 30.0], [10.0, 20.0], [20.0, 40.0])
     assert [[size for size, _ in line] for line in window_lines(rows)] == [[3, 7]]

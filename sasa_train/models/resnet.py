@@ -216,7 +216,8 @@ def _check_fit(stages: Sequence[nn.Module], height: int, width: int) -> None:
                 height, width = (height + 1) // 2, (width + 1) // 2
         fitting.append(kernel_size)
     if misfit:
-        remedy = f"kernel_size={fitting}" if min(fitting) > 0 else "a smaller dilation, or border='mask',"
+        sizes = ",".join(map(str, fitting))
+        remedy = f"kernel_size=[{sizes}]" if min(fitting) > 0 else "a smaller dilation, or border='mask',"
         raise ValueError(f"border='shift' needs windows that fit: {misfit}; {remedy} fits")
 
 
