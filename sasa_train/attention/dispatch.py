@@ -194,6 +194,15 @@ def _reference_output(inputs: Inputs, window: Window, dilation: tuple[int, int],
     return reference.pool(output) if stride == 2 else output
 
 
+def _composition(inputs: Inputs, *options) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute what `_forward` does in operations that PyTorch can differentiate in every way; nothing is kept."""
+    window, dilation, stride, _ = _unpack(*options)
+    nothing = inputs.value.new_empty(0)
+    if inputs.value.numel() == 0:
+        return inputs.value[:, :, ::stride, ::stride].clone(), nothing, nothing
+    return _reference_output(inputs, window, dilation, stride), nothing, nothing
+
+
 def _images(
     inputs: Inputs, statistics: Tensor, dilation: tuple[int, int]
 ) -> Iterator[tuple[Remainder, Inputs, Tensor]]:
@@ -309,7 +318,6 @@ _define = functools.partial(
     # Only the Triton kernels need the output. Others allow it to be changed in place.
     keeps_output=lambda output, *options: output.device.type != "cpu" or options[-1] == "triton",
     backward_inputs="Tensor grad_output, Tensor? output, Tensor statistics, Tensor unpooled",
-    alternative="sasa_train.attention.plain.local_attention_forward, in float32 or float64",
 )
 
 _WINDOW = "SymInt[2] kernel_size, SymInt[2] dilation, str border, float scale"
@@ -323,6 +331,10 @@ _local_attention = _define(
     ),
     fake=lambda query, key, value, *options: (torch.empty_like(value), *empty_kept(value, 1, options[-1])),
     backward=_backward_separate,
+    composition=lambda query, key, value, rel_height, rel_width, *options: _composition(
+        Inputs(query, key, value, rel_height, rel_width), *options
+    ),
+    batch_dims=(0, 0, 0, None, None),
     flops=_forward_flops,
 )
 
@@ -338,6 +350,10 @@ _local_attention_qkv = _define(
         *empty_kept(projections[-1], stride, backend),
     ),
     backward=_backward_qkv,
+    composition=lambda projections, rel_height, rel_width, *options: _composition(
+        Inputs(*split_projections(projections), rel_height, rel_width), *options
+    ),
+    batch_dims=(1, None, None),
     flops=_forward_flops_qkv,
 )
 

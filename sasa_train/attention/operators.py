@@ -3,8 +3,9 @@
 Absent optional tensors are passed as None. An op cannot return None, so a backward op returns gradients only for the
 tensors that are not None.
 
-The ops are differentiable once, by torch.autograd, and may be called under torch.vmap. Other derivatives are refused,
-because PyTorch drops the tangents of an op without a forward-mode formula in silence.
+The ops have compiled kernels for the forward pass and for first gradients by torch.autograd. Wherever PyTorch
+differentiates them in another way (forward mode, torch.func, gradients of gradients), they are computed by their
+*composition* instead: the same function in PyTorch operations, which PyTorch can differentiate in every way.
 """
 
 import functools
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch._functorch.eager_transforms import enable_inplace_requires_grad
 from torch._library.autograd import make_autograd_impl
 from torch.autograd.forward_ad import unpack_dual
 from torch.utils.flop_counter import register_flop_formula
@@ -31,30 +34,30 @@ def define_operator(
     backward: Callable[..., list[Tensor]],
     backward_inputs: str,
     flops: Callable[..., int],
-    alternative: str,
+    composition: Callable[..., Any],
+    batch_dims: Sequence[int | None] = (),
     grads: Sequence[int] = (0,),
     kept: Sequence[int] = (),
     keeps_output: Callable[..., bool] = lambda output, *options: True,
-    forward_only: str = "",
     skips_first: bool = False,
     device_types: str | None = None,
 ) -> Callable[..., Any]:
     """Register `sasa_train::{name}` and `sasa_train::{name}_backward`; return the first.
 
     Args:
-        tensors, options, forward_only: arguments in torch's schema language; gradients are computed for `tensors`, and
-            `forward_only` is not passed to the backward op.
+        tensors, options: arguments in torch's schema language; gradients are computed for `tensors` only.
         outputs: those of `forward`. The backward op receives, under the names in `backward_inputs`, the gradients of
             those listed in `grads`, then those listed in `kept`, followed by `tensors` and `options`.
         keeps_output: whether the first output, if listed in `kept`, is needed with these options; if not, it is None.
         skips_first: whether the backward op has a last argument `needs_x`, and omits the first gradient if it is false.
         flops: counts the FLOPs of a forward pass from the same arguments, with shapes for tensors.
-        alternative: what to use where the op cannot be differentiated.
+        composition: computes what `forward` does with operations of PyTorch, none of them in place.
+        batch_dims: the batch dimension of each of `tensors`, None for those that the batch shares; if given, torch.vmap
+            runs the op once, on a larger batch, which must be dimension 0 of the first output.
     """
     num_before, num_tensors, num_options = len(grads) + len(kept), tensors.count(",") + 1, options.count(",") + 1
-    num_without = num_options + forward_only.count("Tensor")
     schemas = {
-        name: f"({', '.join(filter(None, (tensors, options, forward_only)))}) -> {outputs}",
+        name: f"({tensors}, {options}) -> {outputs}",
         f"{name}_backward": f"({backward_inputs}, {tensors}, {options}{', bool needs_x' * skips_first}) -> Tensor[]",
     }
     op, backward_op = (
@@ -65,7 +68,7 @@ def define_operator(
     backward_op.register_fake(_fake_gradients(num_before, num_tensors, skips_first))
 
     def setup_context(ctx, inputs, output):
-        found, ctx.options = output if isinstance(output, tuple) else (output,), inputs[num_tensors:][:num_options]
+        found, ctx.options = output if isinstance(output, tuple) else (output,), inputs[num_tensors:]
         outputs = (found[i] if i or keeps_output(found[0], *ctx.options) else None for i in kept)
         ctx.save_for_backward(*outputs, *inputs[:num_tensors])
 
@@ -74,45 +77,96 @@ def define_operator(
         arguments = (*(grad_outputs[i] for i in grads), *saved, *ctx.options)
         present = iter(backward_op(*arguments, needs_first) if skips_first else backward_op(*arguments))
         has_grad = (needs_first, *(x is not None for x in saved[len(kept) + 1 :]))
-        return (*(next(present) if has else None for has in has_grad), *[None] * num_without)
+        return (*(next(present) if has else None for has in has_grad), *[None] * num_options)
+
+    def compose_gradients(*arguments):
+        """Compute what the backward op does by differentiating the composition."""
+        given, rest = arguments[num_before:][:num_tensors], arguments[num_before + num_tensors :]
+        skips = skips_first and not arguments[-1]
+        return _differentiate(composition, given, rest[:num_options], grads, arguments[: len(grads)], skips)
 
     op.register_autograd(run_backward, setup_context=setup_context)
-    _refuse_others(name, op, backward_op, alternative)
+    _compose_transformed(name, op, composition, has_gradient=True)
+    _compose_transformed(f"{name}_backward", backward_op, compose_gradients, has_gradient=False)
+    # torch.autograd.grad(is_grads_batched=True) and jacobian(vectorize=True) use this key instead of torch.vmap's.
+    _library.impl(f"{name}_backward", functools.partial(_compose, compose_gradients), "Batched")
+    op.register_vmap(functools.partial(_run_batched, op, batch_dims))
+    backward_op.register_vmap(functools.partial(_run_one_by_one, backward_op))
     _register_flops(name, flops, num_before)
     return op
 
 
-def _refuse_others(name: str, op: Any, backward_op: Any, alternative: str) -> None:
-    refuse = functools.partial(_refuse, name, alternative)
-    backward_op.register_autograd(functools.partial(refuse, "second derivatives"))
-    for each, definition in ((name, op), (f"{name}_backward", backward_op)):
-        definition.register_vmap(functools.partial(_run_one_by_one, definition))
-        _refuse_transforms(each, definition, refuse)
-    # torch.autograd.grad(is_grads_batched=True) and jacobian(vectorize=True) use this key instead of torch.vmap's.
-    batched = "gradients batched by is_grads_batched or vectorize"
-    _library.impl(f"{name}_backward", functools.partial(refuse, batched), "Batched")
+def _compose_transformed(name: str, definition: Any, composition: Callable[..., Any], has_gradient: bool) -> None:
+    """Make an op run its composition for derivatives that no kernel has: tangents, and gradients within torch.func.
 
+    PyTorch drops the tangents of an op without a forward-mode formula in silence.
 
-def _refuse(name: str, alternative: str, what: str, *_) -> None:
-    raise NotImplementedError(f"{name} does not support {what}; use {alternative}")
-
-
-def _refuse_transforms(name: str, definition: Any, refuse: Callable[[str], None]) -> None:
-    """Make an op refuse forward-mode differentiation and torch.func.grad where its inputs take part in them."""
+    Args:
+        has_gradient: whether a kernel computes the op's gradients by torch.autograd.
+    """
     differentiable = make_autograd_impl(getattr(torch.ops.sasa_train, name).default, definition)
 
     # PyTorch calls this kernel once per nested transform, in eager mode and while it compiles, and shows it the
     # tangents and gradients of that transform only.
-    def check(keys, *arguments):
-        tensors = [x for x in arguments if isinstance(x, Tensor)]
-        if any(unpack_dual(x).tangent is not None for x in tensors):
-            refuse("forward-mode differentiation (torch.func.jvp, linearize, dual tensors)")
-        is_transformed = torch._C._are_functorch_transforms_active() and torch.is_grad_enabled()
-        if is_transformed and any(x.requires_grad for x in tensors):
-            refuse("torch.func.grad, vjp and jacrev, unlike torch.autograd.grad")
+    def choose(keys, *arguments):
+        tensors, is_transformed = [x for x in arguments if isinstance(x, Tensor)], _are_functorch_transforms_active()
+        # A compiled jvp enters level 0 (there is no other) without telling `unpack_dual`.
+        level = 0 if is_transformed else None
+        has_tangents = any(unpack_dual(x, level=level).tangent is not None for x in tensors)
+        lacks_gradient = (is_transformed or not has_gradient) and torch.is_grad_enabled()
+        if has_tangents or (lacks_gradient and any(x.requires_grad for x in tensors)):
+            return _compose(composition, *arguments)
         return differentiable(keys, *arguments)
 
-    _library.impl(name, check, "Autograd", with_keyset=True)
+    _library.impl(name, choose, "Autograd", with_keyset=True)
+
+
+def _compose(composition: Callable[..., Any], *arguments: Any) -> Any:
+    """Run a composition without autocast, as the kernels run."""
+    device = arguments[0].device.type
+    if not torch.amp.is_autocast_available(device):
+        return composition(*arguments)
+    with torch.autocast(device, enabled=False):
+        return composition(*arguments)
+
+
+def _differentiate(
+    composition: Callable[..., Any], tensors: Sequence[Tensor | None], options: Sequence[Any], grads: Sequence[int],
+    grad_outputs: Sequence[Tensor], skips_first: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Return the gradients of a composition; they have a graph if gradients are enabled."""
+    keeps_graph = torch.is_grad_enabled()
+    with torch.enable_grad(), enable_inplace_requires_grad(True):
+        # Views, because a tensor may be given twice, and may be computed from another that is given.
+        given = [x if x is None else x.view_as(x) for x in tensors]
+        wanted = [x if x.requires_grad else x.requires_grad_() for x in given[skips_first:] if x is not None]
+        results = composition(*given, *options)
+    outputs = [results[i] for i in grads] if isinstance(results, tuple) else [results]
+    return list(torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=keeps_graph, materialize_grads=True))
+
+
+def _run_batched(
+    op: Callable[..., Any], batch_dims: Sequence[int | None], info: Any, in_dims: Sequence[Any], *arguments: Any
+) -> Any:
+    """Run an op under torch.vmap: once, on a larger batch, if the samples share what a batch shares."""
+    size, num_tensors = info.batch_size, len(batch_dims)
+    dims = list(zip(in_dims[:num_tensors], batch_dims, strict=True))
+    if not dims or size == 0 or any(of_samples is not None for of_samples, of_batch in dims if of_batch is None):
+        return _run_one_by_one(op, info, in_dims, *arguments)
+    tensors = [
+        x if x is None or of_batch is None else _in_one_batch(x, of_samples, of_batch, size)
+        for x, (of_samples, of_batch) in zip(arguments[:num_tensors], dims, strict=True)
+    ]
+    output, *kept = op(*tensors, *arguments[num_tensors:])
+    return (output.unflatten(0, (size, output.shape[0] // size)), *kept), (0, *[None] * len(kept))
+
+
+def _in_one_batch(x: Tensor, of_samples: int | None, of_batch: int, size: int) -> Tensor:
+    if of_samples is None:
+        x = x.unsqueeze(of_batch).expand(*x.shape[:of_batch], size, *x.shape[of_batch:])
+    else:
+        x = x.movedim(of_samples, of_batch)
+    return x.flatten(of_batch, of_batch + 1)
 
 
 def _run_one_by_one(op: Callable[..., Any], info: Any, in_dims: Sequence[int | None], *arguments: Any) -> Any:

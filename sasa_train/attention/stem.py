@@ -257,7 +257,7 @@ def _empty_pooled(x: Tensor, w_qk: Tensor, w_v: Tensor, *_) -> tuple[Tensor, Ten
 
 def _backward_pooled(
     grad_picked, grad_mean, grad_variance, places, mean,
-    x, w_qk, w_v, mixture, rel_height, rel_width, num_heads, needs_x,
+    x, w_qk, w_v, mixture, rel_height, rel_width, num_heads, _sign, needs_x,
 ) -> list[Tensor]:  # fmt: skip
     weights = (w_qk, w_v, mixture, rel_height, rel_width)
     grad_picked = grad_picked.contiguous(memory_format=_memory_format(x))
@@ -267,6 +267,37 @@ def _backward_pooled(
     problem.mean = mean.data_ptr()
     problem.grad_mean, problem.grad_variance = grad_mean.data_ptr(), grad_variance.data_ptr()
     return _run_backward(problem, x, weights, tables, needs_x)
+
+
+# ---- both in PyTorch, for derivatives that the kernel lacks
+
+
+def _compose(x, w_qk, w_v, mixture, rel_height, rel_width, num_heads) -> Tensor:
+    blocks = _compose_blocks(x, w_qk, w_v, mixture, rel_height, rel_width, num_heads)
+    return blocks.unflatten(3, (SIDE, SIDE)).permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def _compose_pooled(
+    x, w_qk, w_v, mixture, rel_height, rel_width, num_heads, sign
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    blocks = _compose_blocks(x, w_qk, w_v, mixture, rel_height, rel_width, num_heads)
+    places = torch.where(sign == 0, 0, (blocks.detach() * sign).argmax(3)).unsqueeze(3)
+    picked, positions = blocks.gather(3, places).squeeze(3).permute(0, 3, 1, 2), (0, 1, 2, 3)
+    return picked, places, blocks.mean(positions), blocks.var(positions, correction=0)
+
+
+def _compose_blocks(x, w_qk, w_v, mixture, rel_height, rel_width, num_heads) -> Tensor:
+    """Return the output of each position of each block, [B, H/4, W/4, 16, C]."""
+    blocks = x.unflatten(3, (-1, SIDE)).unflatten(2, (-1, SIDE)).permute(0, 2, 4, 3, 5, 1).flatten(3, 4)
+    q, k = (blocks @ w_qk.T).unflatten(-1, (2, num_heads, -1)).unbind(-3)  # [B, H/4, W/4, 16, N, D]
+    v = torch.einsum("byxpi,cmi,mp->byxpc", blocks, w_v, mixture.flatten(1)).unflatten(-1, (num_heads, -1))
+    scores = torch.einsum("byxpnd,byxqnd->byxnpq", q, k)
+    if rel_height is not None and rel_width is not None:
+        place = torch.arange(SIDE**2, device=x.device)
+        for rel, half, of in zip((rel_height, rel_width), q.chunk(2, -1), (place // SIDE, place % SIDE), strict=True):
+            table = rel[of - of[:, None] + SIDE - 1]  # the key's row or column minus the query's
+            scores = scores + torch.einsum("byxpnd,pqd->byxnpq", half, table)
+    return torch.einsum("byxnpq,byxqnd->byxpnd", scores.softmax(-1), v).flatten(-2)
 
 
 # ---- the ops
@@ -288,7 +319,6 @@ _define = functools.partial(
     skips_first=True,  # images rarely need gradients
     flops=_forward_flops,
     device_types="cpu",
-    alternative="AttentionStem(backend='reference')",
 )
 
 _attention_stem = _define(
@@ -297,16 +327,18 @@ _attention_stem = _define(
     forward=_forward,
     fake=_empty_map,
     backward=_backward,
+    composition=_compose,
     backward_inputs="Tensor grad_output",
 )
 
 _attention_stem_pooled = _define(
     "attention_stem_pooled",
     outputs="(Tensor, Tensor, Tensor, Tensor)",
-    forward_only="Tensor sign",
+    options="SymInt num_heads, Tensor sign",
     forward=_forward_pooled,
     fake=_empty_pooled,
     backward=_backward_pooled,
+    composition=_compose_pooled,
     backward_inputs="Tensor grad_picked, Tensor grad_mean, Tensor grad_variance, Tensor places, Tensor mean",
     grads=(0, 2, 3),
     kept=(1, 2),
