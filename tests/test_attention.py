@@ -2,17 +2,15 @@
 
 import itertools
 import math
-from functools import partial
 
 import pytest
 import torch
 from timm.layers.halo_attn import HaloAttn
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from sasa_train.attention import attention_weights as attend_weights
-from sasa_train.attention import local_attention, local_attention_qkv, plain
+from sasa_train.attention import local_attention, local_attention_qkv
 from sasa_train.attention.reference import Inputs, Window, attention_weights
 from sasa_train.models import AttentionStem, LocalSelfAttention2d
 
@@ -304,81 +302,6 @@ def test_empty_inputs_have_empty_outputs(empty, stride, backend):
     rel = [torch.ones(3, shape[5] // 2, requires_grad=True) for _ in range(2)]
     local_attention_qkv(projections, *rel, kernel_size=3, stride=stride, backend=backend).sum().backward()
     assert projections.grad.numel() == 0 and not any(x.grad.any() for x in rel)
-
-
-def summed(*inputs, backend="reference"):
-    return local_attention(*inputs, kernel_size=K, backend=backend).pow(2).sum()
-
-
-def second_derivative(*inputs, backend):
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    first = torch.autograd.grad(summed(*leaves, backend=backend), leaves, create_graph=True)
-    return torch.autograd.grad(first[0].sum(), leaves)
-
-
-def with_dual_tensors(*inputs, backend):
-    with forward_ad.dual_level():
-        return summed(*(forward_ad.make_dual(x, x) for x in inputs), backend=backend)
-
-
-TRANSFORMS = {
-    "jvp": lambda *x, **o: torch.func.jvp(partial(summed, **o), x, x),
-    "linearize": lambda *x, **o: torch.func.linearize(partial(summed, **o), *x),
-    "dual": with_dual_tensors,
-    "compiled": lambda *x, **o: torch.compile(TRANSFORMS["jvp"], backend="eager")(*x, **o),
-    "second": second_derivative,
-    "grad": lambda *x, **o: torch.func.grad(partial(summed, **o))(*x),
-    "per-sample": lambda *x, **o: torch.func.vmap(torch.func.grad(partial(summed, **o)))(*(y[None] for y in x)),
-    "vectorized": lambda *x, **o: torch.autograd.functional.jacobian(
-        partial(local_attention, kernel_size=K, **o), x, vectorize=True
-    ),
-}
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("backend", ["reference", "cpu", "auto"])
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_derivatives_that_the_op_lacks_are_refused(transform, backend):
-    """Forward mode returned a tangent of 0 in silence; the others failed in PyTorch's internal words."""
-    with pytest.raises(NotImplementedError, match="local_attention does not support .*; use .*plain.local_attention_f"):
-        TRANSFORMS[transform](*tensors(torch.float32), backend=backend)
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_vmap_and_constants_inside_a_transform_are_right(backend):
-    attend = partial(local_attention, kernel_size=K, backend=backend)
-    pairs = [torch.stack([x, 2 * x]).requires_grad_() for x in tensors(torch.float32)]
-    out = torch.func.vmap(attend)(*pairs)
-    expected = torch.stack([attend(*(x[i] for x in pairs)) for i in range(2)])
-    grads = [torch.autograd.grad(x.pow(2).sum(), pairs) for x in (out, expected)]
-    assert torch.equal(out, expected) and all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
-    constant = summed(*tensors(torch.float32), backend=backend)
-    _, tangent = torch.func.jvp(
-        lambda x: x * summed(*tensors(torch.float32), backend=backend), (torch.ones(()),), (torch.ones(()),)
-    )
-    assert torch.equal(tangent, constant)
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Attempted to insert:UserWarning")
-def test_the_recommended_function_has_every_derivative():
-    """Compare tangents and second derivatives with finite differences in float64, and per-sample gradients."""
-    inputs = tensors()
-    for function in (
-        lambda *x: plain.local_attention_forward(Inputs(*x), Window(K, K)),
-        lambda q, key, v, *rel: attend_weights(q, key, *rel, kernel_size=K) + 0 * v.sum(),
-    ):
-
-        def loss(*x, f=function):
-            return f(*x).pow(2).sum()
-
-        step = [1e-6 * x for x in inputs]
-        ends = [[x + sign * y for x, y in zip(inputs, step, strict=True)] for sign in (1, -1)]
-        tangent = (function(*ends[0]) - function(*ends[1])) / 2e-6
-        torch.testing.assert_close(torch.func.jvp(function, inputs, inputs)[1], tangent, rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(torch.func.linearize(function, *inputs)[1](*inputs), tangent, rtol=1e-6, atol=1e-7)
-        curved = (torch.func.grad(loss)(*ends[0]) - torch.func.grad(loss)(*ends[1])) / 2e-6
-        second = torch.func.jvp(torch.func.grad(loss), inputs, inputs)[1]
-        torch.testing.assert_close(second, curved, rtol=1e-6, atol=1e-6)
 
 
 def fused(content=True, dtype=torch.float32) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from attention_cases import assert_threads_change_no_bit, run_narrower
 from marking import slow_but_for
-from stem_cases import assert_exact, build, run
+from stem_cases import TOLERANCE, assert_exact, build, run
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -235,21 +235,28 @@ def test_flops_are_those_of_the_definition(keys):
     assert counts[0] == counts[1]
 
 
-@pytest.mark.parametrize("pool", [True, False])
-def test_derivatives_that_the_ops_lack_are_refused(pool):
-    """Forward mode returned a tangent of 0 in silence; PyTorch, which the message recommends, has all of them."""
+@pytest.mark.parametrize("keys", [{}, {"pool": False}, {"relative": False, "values": "plain"}], ids=str)
+def test_the_ops_have_every_derivative_of_pytorchs_stem(keys):
+    """Forward mode once returned a tangent of 0 in silence, and all but first gradients were refused."""
     torch.manual_seed(0)
-    module, x = build(pool=pool).eval(), torch.randn(2, 3, 8, 12)
-    for transform in (
-        lambda: torch.func.jvp(module, (x,), (x,)),
-        lambda: torch.func.grad(lambda x: module(x).sum())(x),
-        lambda: torch.autograd.functional.hessian(lambda x: module(x).pow(2).sum(), x),
-    ):
-        module.backend = "cpu"
-        with pytest.raises(NotImplementedError, match=r"attention_stem.* does not support .*backend='reference'"):
-            transform()
-        module.backend = "reference"
-        transform()
+    module, x = build(**keys).eval(), torch.randn(2, 3, 4, 8)
+    weights = dict(module.named_parameters())
+
+    def loss(weights, x):
+        return torch.func.functional_call(module, weights, (x,)).pow(2).sum()
+
+    def derivatives():
+        first = torch.autograd.grad(loss(weights, x), [*weights.values()], create_graph=True)
+        second = torch.autograd.grad(sum(grad.pow(2).sum() for grad in first), [*weights.values()])
+        per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x[:, None]).values()
+        of_image = torch.autograd.functional.vhp(lambda x: loss(weights, x), x, x)
+        return [*first, *second, *per_sample, *of_image, *torch.func.jvp(module, (x,), (x,))]
+
+    module.backend = "cpu"
+    ours = derivatives()
+    module.backend = "reference"
+    for mine, exact in zip(ours, derivatives(), strict=True):  # both in float32, as in `TOLERANCE`, twice
+        torch.testing.assert_close(mine, exact, rtol=0, atol=2 * TOLERANCE * float(exact.detach().abs().max()))
 
 
 def test_an_image_with_other_channels_is_refused():

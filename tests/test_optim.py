@@ -89,10 +89,11 @@ def test_what_cannot_run_here_says_why(name):
         setup(f"optimizer.name={name}")
 
 
-@pytest.mark.parametrize("name", slow_but_for(["conv_resnet26"], ["conv_resnet26", "resnet10t"]))
-def test_adahessian_trains_convolutions(name, recwarn):
+@pytest.mark.parametrize("name", slow_but_for(["sasa_resnet26"], ["sasa_resnet26", "conv_resnet26", "resnet10t"]))
+def test_adahessian_trains_attention_and_convolutions(name, recwarn):
     """Both micro-batches take part in z * (H z), where z is drawn from torch's generator, which checkpoints contain."""
-    keys = {"width": 0.125, "stem": "conv_small"} if name.startswith("conv") else {}
+    keys = {"sasa_resnet26": {"num_heads": 2, "kernel_size": 3}, "conv_resnet26": {"stem": "conv_small"}}.get(name, {})
+    keys |= {"width": 0.125} if keys else {}
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=3, **keys).train()
     plain, images, labels = copy.deepcopy(model), torch.randn(2, 4, 3, 32, 32), torch.randint(0, 3, (2, 4))
@@ -121,8 +122,6 @@ def test_adahessian_trains_convolutions(name, recwarn):
 @pytest.mark.parametrize(
     "name,keys,overrides,message",
     [
-        ("sasa_resnet26", {"width": 0.125, "num_heads": 2}, [], "AttentionStem of model.name=sasa_resnet26 does not"),
-        ("hybrid_resnet26", {"width": 0.125, "num_heads": 2}, [], "LocalSelfAttention2d of model.name=hybrid_resnet26"),
         ("vit_tiny_patch16_224", {}, [], "Attention of model.name=vit_tiny_.*optimizer.name=adamw, or .*conv_resnet26"),
         ("resnet10t", {}, ["trainer.compile=true"], "trainer.compile=true does not have; use trainer.compile=false"),
         ("resnet10t", {}, ["trainer.precision=fp16"], "trainer.precision=fp16 scales; use bf16 or fp32"),

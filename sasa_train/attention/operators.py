@@ -10,6 +10,7 @@ differentiates them in another way (forward mode, torch.func, gradients of gradi
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -93,7 +94,14 @@ def define_operator(
     op.register_vmap(functools.partial(_run_batched, op, batch_dims))
     backward_op.register_vmap(functools.partial(_run_one_by_one, backward_op))
     _register_flops(name, flops, num_before)
-    return op
+
+    def run(*arguments):
+        # Within torch.func, PyTorch applies autocast below the kernels that `_compose_transformed` registers.
+        if _are_functorch_transforms_active():
+            return _compose(op, *arguments)
+        return op(*arguments)
+
+    return run
 
 
 def _compose_transformed(name: str, definition: Any, composition: Callable[..., Any], has_gradient: bool) -> None:
@@ -122,12 +130,14 @@ def _compose_transformed(name: str, definition: Any, composition: Callable[..., 
 
 
 def _compose(composition: Callable[..., Any], *arguments: Any) -> Any:
-    """Run a composition without autocast, as the kernels run."""
-    device = arguments[0].device.type
-    if not torch.amp.is_autocast_available(device):
+    with _without_autocast(arguments[0]):
         return composition(*arguments)
-    with torch.autocast(device, enabled=False):
-        return composition(*arguments)
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager:
+    """Compute as the kernels do, whose precision does not depend on autocast."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _differentiate(

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from sasa_train.config.derived import input_size, total_steps
 from sasa_train.config.keys import OptimizerConfig, ScheduleConfig, TrainConfig
-from sasa_train.models.layers import AttentionStem, LocalSelfAttention2d
 from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import LIBRARY_ERRORS, ConfigError, shorten
 
@@ -89,8 +88,8 @@ def _check_second_order(config: TrainConfig, model: nn.Module) -> None:
     """Raise ConfigError if the run has no second derivatives."""
     trainer, where = config.trainer, f"optimizer.name={config.optimizer.name} needs second derivatives"
     for module in model.modules():
-        # timm's attention sets `fused_attn` where it calls torch's kernels, which are differentiable once, too.
-        if isinstance(module, LocalSelfAttention2d | AttentionStem) or getattr(module, "fused_attn", False):
+        # timm's attention sets `fused_attn` where it calls torch's kernels, which are differentiable once.
+        if getattr(module, "fused_attn", False):
             raise ConfigError(
                 f"{where}, which {type(module).__name__} of model.name={config.model.name} does not have; "
                 "use optimizer.name=adamw, or a convolutional model such as model.name=conv_resnet26"
