@@ -243,6 +243,28 @@ def test_without_a_gpu_or_an_interpreter_it_is_an_error_that_says_so():
     assert "backend='triton' cannot run: the tensors are on cpu" in process.stderr
 
 
+@pytest.mark.parametrize("kernel_size,stride", [(3, 2), (9, 1)])
+def test_a_scale(kernel_size, stride):
+    """The window of 3 is folded, that of 9 is not; a power of two is exact in bfloat16 and others are refused."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 1, 2, 5, 7, 8), *[(kernel_size, 4)] * 2]
+    inputs = [torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes]
+
+    def run(backend, scale, dtype=None):
+        given = [x.to(dtype or x.dtype).requires_grad_() for x in inputs]
+        options = {"kernel_size": kernel_size, "stride": stride, "scale": scale, "backend": backend}
+        out = local_attention_qkv(*given, **options)
+        return [out, *torch.autograd.grad(out.pow(2).sum(), given)]
+
+    rtol, atol = cases.tolerance("query", "triton", DEVICE, torch.float32, torch.float32)
+    for x, y in zip(run("triton", 0.3), run("reference", 0.3, torch.float64), strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=rtol, atol=atol * max(1.0, float(y.detach().abs().max())))
+    for x, y in zip(run("triton", 0.25, BF16), run("reference", 0.25, BF16), strict=True):
+        torch.testing.assert_close(x.float(), y.float(), rtol=0, atol=2**-5 * max(1.0, float(y.detach().abs().max())))
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run: a scale is not compiled; scale is 0.3"):
+        run("triton", 0.3, BF16)
+
+
 def test_what_the_kernels_cannot_do_is_refused_by_name(monkeypatch):
     q = torch.zeros(1, 1, 3, 3, 2, device=DEVICE)
     for x, kernel_size, reason in [

@@ -37,8 +37,8 @@ def define_operator(
     flops: Callable[..., int],
     composition: Callable[..., Any],
     batch_dims: Sequence[int | None] = (),
-    grads: Sequence[int] = (0,),
-    kept: Sequence[int] = (),
+    grads: tuple[int, ...] = (0,),
+    kept: tuple[int, ...] = (),
     keeps_output: Callable[..., bool] = lambda output, *options: True,
     skips_first: bool = False,
     device_types: str | None = None,
@@ -52,11 +52,10 @@ def define_operator(
         keeps_output: whether the first output, if listed in `kept`, is needed with these options; if not, it is None.
         skips_first: whether the backward op has a last argument `needs_x`, and omits the first gradient if it is false.
         flops: counts the FLOPs of a forward pass from the same arguments, with shapes for tensors.
-        composition: computes what `forward` does with operations of PyTorch, none of them in place.
-        batch_dims: the batch dimension of each of `tensors`, None for those that the batch shares; if given, torch.vmap
-            runs the op once, on a larger batch, which must be dimension 0 of the first output.
+        composition: computes what `forward` does with operations of PyTorch, none in place.
+        batch_dims: the batch dimension of each of `tensors` (None: shared by a batch); by default, torch.vmap loops.
     """
-    num_before, num_tensors, num_options = len(grads) + len(kept), tensors.count(",") + 1, options.count(",") + 1
+    num_before, num_tensors, num_options = sizes = len(grads + kept), tensors.count(",") + 1, options.count(",") + 1
     schemas = {
         name: f"({tensors}, {options}) -> {outputs}",
         f"{name}_backward": f"({backward_inputs}, {tensors}, {options}{', bool needs_x' * skips_first}) -> Tensor[]",
@@ -75,33 +74,34 @@ def define_operator(
 
     def run_backward(ctx, *grad_outputs):
         saved, needs_first = ctx.saved_tensors, ctx.needs_input_grad[0] or not skips_first
-        arguments = (*(grad_outputs[i] for i in grads), *saved, *ctx.options)
-        present = iter(backward_op(*arguments, needs_first) if skips_first else backward_op(*arguments))
+        arguments = (*(grad_outputs[i] for i in grads), *saved, *ctx.options, *[needs_first] * skips_first)
+        present = iter(backward_op(*arguments))
         has_grad = (needs_first, *(x is not None for x in saved[len(kept) + 1 :]))
         return (*(next(present) if has else None for has in has_grad), *[None] * num_options)
 
-    def compose_gradients(*arguments):
-        """Compute what the backward op does by differentiating the composition."""
-        given, rest = arguments[num_before:][:num_tensors], arguments[num_before + num_tensors :]
-        skips = skips_first and not arguments[-1]
-        return _differentiate(composition, given, rest[:num_options], grads, arguments[: len(grads)], skips)
-
     op.register_autograd(run_backward, setup_context=setup_context)
-    _compose_transformed(name, op, composition, has_gradient=True)
-    _compose_transformed(f"{name}_backward", backward_op, compose_gradients, has_gradient=False)
-    # torch.autograd.grad(is_grads_batched=True) and jacobian(vectorize=True) use this key instead of torch.vmap's.
-    _library.impl(f"{name}_backward", functools.partial(_compose, compose_gradients), "Batched")
+    gradients = functools.partial(_differentiate, composition, grads, sizes, skips_first)
+    _complete(name, op, backward_op, composition, gradients, batch_dims)
+    _register_flops(name, flops, num_before)
+    return functools.partial(_call, op)
+
+
+def _call(op: Callable[..., Any], *arguments: Any) -> Any:
+    # Within torch.func, PyTorch applies autocast after the kernels that `_compose_transformed` registers.
+    return _compose(op, *arguments) if _are_functorch_transforms_active() else op(*arguments)
+
+
+def _complete(
+    name: str, op: Any, backward_op: Any, composition: Callable[..., Any], gradients: Callable[..., list[Tensor]],
+    batch_dims: Sequence[int | None],
+) -> None:  # fmt: skip
+    """Register all that PyTorch may do with the ops apart from first gradients by torch.autograd."""
     op.register_vmap(functools.partial(_run_batched, op, batch_dims))
     backward_op.register_vmap(functools.partial(_run_one_by_one, backward_op))
-    _register_flops(name, flops, num_before)
-
-    def run(*arguments):
-        # Within torch.func, PyTorch applies autocast below the kernels that `_compose_transformed` registers.
-        if _are_functorch_transforms_active():
-            return _compose(op, *arguments)
-        return op(*arguments)
-
-    return run
+    _compose_transformed(name, op, composition, has_gradient=True)
+    _compose_transformed(f"{name}_backward", backward_op, gradients, has_gradient=False)
+    # torch.autograd.grad(is_grads_batched=True) and jacobian(vectorize=True) use this key instead of torch.vmap's.
+    _library.impl(f"{name}_backward", functools.partial(_compose, gradients), "Batched")
 
 
 def _compose_transformed(name: str, definition: Any, composition: Callable[..., Any], has_gradient: bool) -> None:
@@ -141,24 +141,33 @@ def _without_autocast(x: Tensor) -> AbstractContextManager:
 
 
 def _differentiate(
-    composition: Callable[..., Any], tensors: Sequence[Tensor | None], options: Sequence[Any], grads: Sequence[int],
-    grad_outputs: Sequence[Tensor], skips_first: bool,
-) -> list[Tensor]:  # fmt: skip
-    """Return the gradients of a composition; they have a graph if gradients are enabled."""
-    keeps_graph = torch.is_grad_enabled()
+    composition: Callable[..., Any], grads: Sequence[int], sizes: tuple[int, int, int], skips_first: bool, *arguments
+) -> list[Tensor]:
+    """Return what the backward op returns for its arguments; with a graph, if gradients are enabled.
+
+    Args:
+        sizes: the numbers of the backward op's arguments before the tensors, of tensors, and of options.
+    """
+    num_before, num_tensors, num_options = sizes
+    tensors, options = arguments[num_before:][:num_tensors], arguments[num_before + num_tensors :][:num_options]
+    first, keeps_graph = int(skips_first and not arguments[-1]), torch.is_grad_enabled()
     with torch.enable_grad(), enable_inplace_requires_grad(True):
         # Views, because a tensor may be given twice, and may be computed from another that is given.
         given = [x if x is None else x.view_as(x) for x in tensors]
-        wanted = [x if x.requires_grad else x.requires_grad_() for x in given[skips_first:] if x is not None]
+        wanted = [x if x.requires_grad else x.requires_grad_() for x in given[first:] if x is not None]
         results = composition(*given, *options)
     outputs = [results[i] for i in grads] if isinstance(results, tuple) else [results]
+    grad_outputs = arguments[: len(grads)]
     return list(torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=keeps_graph, materialize_grads=True))
 
 
 def _run_batched(
     op: Callable[..., Any], batch_dims: Sequence[int | None], info: Any, in_dims: Sequence[Any], *arguments: Any
 ) -> Any:
-    """Run an op under torch.vmap: once, on a larger batch, if the samples share what a batch shares."""
+    """Run an op under torch.vmap: once, on a larger batch, if the samples share what a batch shares.
+
+    Dimension 0 of the first output must be the batch; the others are for the backward pass of this batch.
+    """
     size, num_tensors = info.batch_size, len(batch_dims)
     dims = list(zip(in_dims[:num_tensors], batch_dims, strict=True))
     if not dims or size == 0 or any(of_samples is not None for of_samples, of_batch in dims if of_batch is None):

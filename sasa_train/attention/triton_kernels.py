@@ -49,7 +49,13 @@ def unsupported(inputs: Inputs, window: Window) -> str | None:
         return f"kernel_size={kernel_size} is above {MAX_KERNEL_SIZE}"
     if query.shape[-1] > MAX_HEAD_DIM:
         return f"head_dim={query.shape[-1]} is above {MAX_HEAD_DIM}"
-    return beyond_the_kernels(inputs, window)
+    is_exact = query.dtype == torch.float32 or (query.dtype == torch.bfloat16 and math.frexp(window.scale)[0] == 0.5)
+    return beyond_the_kernels(inputs, window._replace(scale=1.0) if is_exact else window)
+
+
+def _scaled(inputs: Inputs, window: Window) -> Inputs:
+    """Return inputs whose scores have the scale, which all terms of the scores take from the query."""
+    return inputs if window.scale == 1 else inputs._replace(query=inputs.query * window.scale)
 
 
 def unavailable_on(device: torch.device) -> str | None:
@@ -73,6 +79,7 @@ def local_attention_forward(
     These are `logsumexp`, log2(sum(exp(score))) of each window, [B, N, H, W] in float32, and with a stride of 2
     `unpooled`, the output before it is averaged over 2 x 2 positions, [B, N, H, W, D].
     """
+    inputs = _scaled(inputs, window)
     query, key, value, rel_height, rel_width = inputs
     kernel_size, border = window.rows, window.border
     full, pooled = (output, None) if stride == 1 else (unpooled, output)
@@ -100,13 +107,15 @@ def local_attention_backward(
 
     `output` is that of the forward pass before pooling.
     """
-    kernel_size, border = window.rows, window.border
+    inputs, kernel_size, border = _scaled(inputs, window), window.rows, window.border
     is_folded = _folds((*inputs[:3], output, *grads), kernel_size, FOLD_BACKWARD)
     if is_folded and not _folds((grad_output,), kernel_size, FOLD_BACKWARD):
         grad_output = grad_output.contiguous()  # its strides are too large
     images = (grad_output, *inputs[:3])
     backward = _fold_backward if is_folded else _walk_backward
     partial_rel = backward(images, output, logsumexp, inputs, kernel_size, border, stride, grads)
+    if window.scale != 1:
+        grads[0].mul_(window.scale)
     if partial_rel is None or inputs.rel_height is None or inputs.rel_width is None:
         return None, None
     by_head = partial_rel.sum(0, dtype=torch.float64)  # [N or 1, 2, K, D/2]
