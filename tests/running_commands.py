@@ -53,6 +53,14 @@ def wait_for_rows(run_dir: Path, count: int, process: subprocess.Popen) -> None:
     raise AssertionError(f"no {count} rows; exit code {process.poll()}\n{process.communicate()[0]}")
 
 
+def kill_after(count: int, run_dir: Path, *arguments: str) -> None:
+    """Start the run in `run_dir`, which is in the folder out/, and kill it once its log has `count` rows."""
+    process = start(run_dir.parents[1], *arguments)
+    wait_for_rows(run_dir, count, process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+
+
 WORKER = Path(__file__).with_name("torchrun_worker.py")
 
 

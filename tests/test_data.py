@@ -250,7 +250,7 @@ def test_a_failed_download_says_what_to_do(monkeypatch, tmp_path):
         raise OSError("no network")
 
     monkeypatch.setattr(tv, "CIFAR10", refuse)
-    with pytest.raises(ConfigError, match=r"holds no cifar10, and the download failed \(no network\)"):
+    with pytest.raises(ConfigError, match=r"holds no CIFAR10, and it was not downloaded \(no network\)"):
         load_image_sets(compose_config(["data=cifar10", f"data.root={tmp_path}"]).data)
 
 

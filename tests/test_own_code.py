@@ -2,7 +2,6 @@
 
 import random
 import re
-import signal
 import sys
 from functools import cache
 from pathlib import Path
@@ -14,7 +13,7 @@ import yaml
 from making_data import CPU, assert_same, batches
 from marking import slow_but_for
 from reading_runs import assert_same_run, rows
-from running_commands import start, wait_for_rows
+from running_commands import kill_after
 
 from sasa_train.config import own_code
 from sasa_train.config.compose import compose_config
@@ -139,10 +138,7 @@ def test_a_run_on_own_images_and_transforms_goes_on_as_if_undisturbed(project, t
         in_process("train", *streamed, "trainer.max_hours=1e-9", expect=75)
         forget()
     else:
-        process = start(tmp_path, *streamed)
-        wait_for_rows(tmp_path / "out/a", 6, process)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        kill_after(6, tmp_path / "out/a", *streamed)
     in_process("train", *streamed)
     assert_same_run(tmp_path / "out/a", tmp_path / "out/whole")
 

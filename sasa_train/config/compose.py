@@ -161,10 +161,11 @@ def to_config(composed: DictConfig, check: Callable[[TrainConfig], None] = valid
     meaning = "four, one per stage, as in [7,7,5,3]"
     config.model.kernel_size = whole_numbers("model.kernel_size", config.model.kernel_size, 4, meaning)
     config.data.resident = config.data.resident.lower()  # True and FALSE are taken, as for keys of true and false
-    config.data.root = os.path.expanduser(config.data.root)  # the shell does not expand the ~ in data.root=~/images
-    config.output_dir = os.path.expanduser(config.output_dir)
-    if config.model.pretrained is not None:
-        config.model.pretrained = os.path.expanduser(config.model.pretrained)
+    # The shell does not expand the ~ in data.root=~/images.
+    for group, name in ((config.data, "root"), (config.data, "train"), (config.data, "val"), (config, "output_dir"),
+                        (config.model, "pretrained")):  # fmt: skip
+        if (path := getattr(group, name)) is not None:
+            setattr(group, name, os.path.expanduser(path))
     check(config)
     return config
 
@@ -189,7 +190,7 @@ def as_asked(composed: DictConfig, overrides: Sequence[str], may_import: bool = 
     config = _leave_open(to_config(composed, check_values), overrides)
     if may_import:
         use_code_of(config)
-    if not config.derive:
+    if set(config.derive) <= {"data.holdout_fraction"}:  # no rule depends on the size of a hold-out
         validate(config)
     return config
 
@@ -199,6 +200,7 @@ def _leave_open(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
     given = parse_overrides(overrides)
     keys = {override.key_or_group for override in given}
     groups = tuple(f"{o.key_or_group}." for o in given if is_group(o) and o.key_or_group != "data")
+    groups += ("data.holdout_fraction",) if config.data.val is not None else ()
     still_open = [key for key in config.derive if key not in keys and not key.startswith(groups)]
     defaults = flatten(TrainConfig())
     return with_values(config, {"derive": still_open} | {key: defaults[key] for key in still_open})

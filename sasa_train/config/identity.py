@@ -43,9 +43,7 @@ def data_name(config: TrainConfig) -> str:
     """Return the data set's name in a run's name; of a set of one's own, its folder's or its function's."""
     if config.data.target is not None:
         return re.sub(NOT_IN_NAMES, "-", config.data.target)[-MAX_DATA_NAME:]
-    if config.data.name != "image_folder":
-        return config.data.name
-    own = re.sub(NOT_IN_NAMES, "-", os.path.basename(os.path.abspath(config.data.root)))
+    own = re.sub(NOT_IN_NAMES, "-", config.data.title)
     return own.lstrip(".-")[:MAX_DATA_NAME] or config.data.name
 
 
@@ -67,6 +65,9 @@ def _digest(config: TrainConfig) -> str:
         identity["derive"] = sorted(key for key in config.derive if key not in LATER_DERIVED)
     if config.data.name != "digits":
         identity["data.root"] = config.data.root
+    for key in ("train", "val"):
+        if (path := getattr(config.data, key)) is not None:
+            identity[f"data.{key}"] = path
     if config.resume not in ("auto", "never"):
         identity["resume"] = config.resume
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]

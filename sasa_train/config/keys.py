@@ -43,6 +43,8 @@ DATA_SETS = {
     "cifar100": DataSet(100, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "imagenet": IMAGENET,
     "image_folder": IMAGENET._replace(num_classes=None),
+    "list": IMAGENET._replace(num_classes=None),
+    "torchvision": IMAGENET._replace(num_classes=None),
     "own": IMAGENET._replace(num_classes=None),
 }
 
@@ -97,8 +99,14 @@ def names_source(name: str) -> bool:
 class DataConfig:
     name: str = key("digits", "the data set", choices=tuple(DATA_SETS))
     target: str | None = key(None, "data=own: your function, called with args; returns train and val sets with classes")
-    args: dict[str, Any] = key({}, "arguments of target, as in data.args={fold:1}")
-    root: str = local_key("data", "folder of the images; not used for digits", is_path=True)
+    args: dict[str, Any] = key({}, "arguments of target or of dataset, as in data.args={fold:1}")
+    dataset: str | None = key(None, "data=torchvision: a class of torchvision.datasets, as in Flowers102")
+    train: str | None = local_key(None, "data=list: CSV file of the images to train on and their labels", is_path=True)
+    val: str | None = local_key(None, "data=list: CSV file of val; null: a part of train is held out", is_path=True)
+    columns: list[str] = key(["path", "label"], "data=list: the columns that hold an image's path and its label")
+    root: str | None = local_key(
+        "data", "folder of the images; not used for digits; null, for data=list alone: each list's folder", is_path=True
+    )
     # The size of a larger image in bytes would overflow the 32-bit counters of Pillow and torch.
     image_size: Any = key(  # int | list[int] | None, which OmegaConf cannot express; see `whole_numbers`
         None,
@@ -148,15 +156,24 @@ class DataConfig:
 
     @property
     def title(self) -> str:
-        """The data set's name; one of the user's own is named after its folder or function."""
-        if self.target is not None:
-            return self.target
-        return os.path.basename(os.path.abspath(self.root)) if self.name == "image_folder" else self.name
+        """The data set's name; one of the user's own is named after its folder, list or function."""
+        if self.name == "list":
+            return os.path.basename(self.train or self.val or "")
+        if self.name == "image_folder":
+            return os.path.basename(os.path.abspath(self.folder))
+        return self.target or self.dataset or self.name
+
+    @property
+    def folder(self) -> str:
+        """`root`; empty if it is null."""
+        return self.root or ""
 
     @property
     def place(self) -> str:
         """The key that says where the images come from, and its value, for messages."""
-        return f"data.root={self.root}" if self.target is None else f"data.target={self.target}"
+        found = (key for key in ("target", "dataset", "train", "val") if getattr(self, key) is not None)
+        key = next(found, "root")
+        return f"data.{key}={getattr(self, key)}"
 
 
 @dataclass
@@ -327,6 +344,7 @@ def _is_text(kind: Any) -> bool:
 CHOICES = {
     name: bounds.choices for name, f in key_table().items() if (bounds := f.metadata["bounds"]) and bounds.choices
 }
+PLACES = {"data.root", "data.train", "data.val"}  # of the images: they may move, but other places are other images
 NOT_TRAJECTORY = {name for name, f in key_table().items() if f.metadata["may_change"]}
 # Keys for sasa_train's own models only; timm's models accept none of them.
 MODEL_KEYS = (

@@ -104,15 +104,16 @@ def values_of(overrides: Sequence[str], keys: Sequence[str]) -> Iterator[str]:
 def for_own_images(overrides: Sequence[str]) -> list[str]:
     """Add the experiment for one's own images, or for fine-tuning, if a command line names only where they are.
 
-    Add data=own if it names a function that returns them.
+    Add data=own if it names a function that returns them, and data=list if it names a list of them.
     """
     given = parse_overrides(overrides)
     keys = {override.key_or_group for override in given if override.input_line not in ("resume=auto", "resume=never")}
     if "data.target" in keys and not keys & {"data", "data.name", "resume"}:
         return ["data=own", *overrides]
-    if "data.root" not in keys or keys & {"data", "data.name", "experiment", "resume"}:
+    if not keys & {"data.root", "data.train"} or keys & {"data", "data.name", "experiment", "resume"}:
         return list(overrides)
-    return [f"experiment={'finetune' if 'model.pretrained' in keys else 'my_images'}", *overrides]
+    own = ["data=list"] if "data.train" in keys else []
+    return [f"experiment={'finetune' if 'model.pretrained' in keys else 'my_images'}", *own, *overrides]
 
 
 def chooses_group(overrides: Sequence[str]) -> bool:

@@ -41,7 +41,7 @@ Rules = Iterator[tuple[bool, str, str]]  # whether the rule holds, the key, and 
 def validate(config: TrainConfig) -> None:
     """Raise ConfigError for values that violate a rule or are incompatible."""
     check_values(config)
-    checks = (_of_code, _of_model, _of_data, _of_mode, _of_batches, _of_epochs)
+    checks = (_of_code, _of_model, _of_lists, _of_data, _of_mode, _of_batches, _of_epochs)
     for is_kept, key, rule in itertools.chain.from_iterable(check(config) for check in checks):
         require(is_kept, key, attrgetter(key)(config), rule)
     _check_mixing(config, micro_batch_size(config.trainer, world_size=1))
@@ -125,7 +125,8 @@ def _of_code(config: TrainConfig) -> Rules:
         rule = "must be a dotted name of your own code, as in my_models.TinyNet"
         yield all(re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", name) for name in names), key, rule
     yield (data.name == "own") == (data.target is not None), "data.target", "and data=own need each other"
-    yield not data.args or data.target is not None, "data.args", "needs data.target: it holds that function's arguments"
+    rule = "needs data.target or data.dataset: it holds the arguments of these"
+    yield not data.args or data.name in ("own", "torchvision"), "data.args", rule
     rule = "is for data.root; your own function (data.target) chooses its val set itself"
     yield data.split is None or data.target is None, "data.split", rule
     rule = "is for the losses that trainer.loss names; your own (trainer.loss_target) gets the labels as they are"
@@ -149,6 +150,25 @@ def _of_model(config: TrainConfig) -> Rules:
     for key, value in (("kernel_size", max(kernel_sizes(model), default=1)), ("dilation", model.dilation or 1)):
         rule = f"must be {limits[key]} at most for images of {in_pixels(resolved_size(config.data))}: "
         yield value <= limits[key], f"model.{key}", rule + "no window reaches further"
+
+
+def _of_lists(config: TrainConfig) -> Rules:
+    data = config.data
+    is_list, is_named = data.name == "list", data.name == "torchvision"
+    yield is_list or data.train is None, "data.train", "is for data=list"
+    yield is_list or data.val is None, "data.val", "is for data=list"
+    yield not is_list or (data.train or data.val) is not None, "data.train", "must name a CSV file for data=list"
+    rule = "must name two columns, those of paths and of labels, as in [path,label]"
+    yield len(set(data.columns)) == len(data.columns) == 2, "data.columns", rule
+    rule = "is for data=list"
+    yield is_list or data.columns == TrainConfig().data.columns, "data.columns", rule
+    rule = f"takes val from train, but data.val={data.val} is val: set one (data.val=null or data.holdout_fraction=0)"
+    yield data.val is None or data.holdout_fraction == 0, "data.holdout_fraction", rule
+    yield not is_list or data.split is None, "data.split", "is for data.root; a list is chosen by data.val"
+    yield is_list or data.root is not None, "data.root", "must be a folder; only for data=list may it be null"
+    yield is_named == (data.dataset is not None), "data.dataset", "and data=torchvision need each other"
+    rule = "must be a class of torchvision.datasets, as in Flowers102"
+    yield (data.dataset or "Flowers102").isidentifier(), "data.dataset", rule
 
 
 def _of_data(config: TrainConfig) -> Rules:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sasa_train.config.compose import explain, quote_texts, schema, to_config
-from sasa_train.config.keys import TrainConfig, flatten, with_values
+from sasa_train.config.keys import DataConfig, TrainConfig, flatten, with_values
 from sasa_train.config.overrides import (
     MAX_TEXT,
     UNREADABLE,
@@ -147,11 +147,15 @@ def _forget_the_other_batch_key(saved: DictConfig, given: set[str]) -> None:
 
 
 def _forget_the_other_data_set(saved: DictConfig, given: set[str]) -> None:
-    """If another data set is given by its name, drop the saved function of the user's own and its arguments."""
-    if "data.name" in given and saved.data.name != "own":
-        for key, default in (("target", None), ("args", {})):
-            if f"data.{key}" not in given:
-                saved.data[key] = default
+    """If another data set is given by its name, drop the saved keys that say which images those of another one are."""
+    if "data.name" not in given:
+        return
+    of_sets = {"own": ("target", "args"), "torchvision": ("dataset", "args"), "list": ("train", "val", "columns")}
+    kept, defaults = of_sets.get(saved.data.name, ()), DataConfig()
+    for key in {key for keys in of_sets.values() for key in keys if key not in kept and f"data.{key}" not in given}:
+        saved.data[key] = getattr(defaults, key)
+    if "data.root" not in given and (saved.data.root is None) != (saved.data.name == "list"):
+        saved.data.root = None if saved.data.name == "list" else defaults.root
 
 
 def to_yaml(config: TrainConfig) -> str:

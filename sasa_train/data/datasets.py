@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision import datasets as tv
 
 from sasa_train.config.derived import one_channel
 from sasa_train.config.keys import DATA_SETS, MODES, DataConfig, TrainConfig
 from sasa_train.config.overrides import pasted
 from sasa_train.data.class_names import MAX_CLASS_NAME, composed, twins, with_nearest
+from sasa_train.data.csv_files import Listed, check_disjoint, check_known, read_list
 from sasa_train.data.decoding import RANGE_REMEDY, check_range, decoding_of
 from sasa_train.data.listing import (
     FORMATS,
@@ -36,6 +36,7 @@ from sasa_train.data.listing import (
     read_class_folders,
     visible_folders,
 )
+from sasa_train.data.named_sets import make
 from sasa_train.data.opening import open_image
 from sasa_train.data.own_sets import OwnItems, load_own
 from sasa_train.data.randomness import fixed_order
@@ -72,7 +73,7 @@ class UnreadableImage(Exception):
 
 @dataclass
 class Files:
-    """Image files given by their paths; `folder` contains the class folders.
+    """Image files given by their paths; `folder` contains the class folders, or the list at `list_path` names them.
 
     `left_out` says what is not read, and `inner` which folders within class folders are; both are for messages.
     """
@@ -81,6 +82,7 @@ class Files:
     folder: str = ""
     left_out: str = ""
     inner: str = ""
+    list_path: str = ""
 
     def open(self, position: int) -> BinaryIO:
         file = open_regular(self.paths[position])
@@ -97,7 +99,7 @@ class Files:
 
 @dataclass
 class ImageSet:
-    """Labelled images: files, members of tar shards, items of the user's own set, or in memory as uint8 [n, 3, H, W].
+    """Labelled images: files, members of tar shards, items of a data set, or in memory as uint8 [n, 3, H, W].
 
     Image i is stored at `positions[i]` in `source`; `labels` is int64 [n].
     """
@@ -120,7 +122,7 @@ class ImageSet:
         Raises:
             UnreadableImage: the file is missing, is not in one of FORMATS, has more than Image.MAX_IMAGE_PIXELS
                 pixels, or cannot be decoded or converted.
-            ConfigError: the user's own set failed, but not as a damaged image does.
+            ConfigError: the data set that has the item failed, but not as a damaged image does.
         """
         position = int(self.positions[index])
         if isinstance(self.source, Tensor):
@@ -202,8 +204,10 @@ def load_image_sets(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     """
     if config.name == "digits":
         train, val = _load_digits()
-    elif config.name == "own":
+    elif config.name in ("own", "torchvision"):
         train, val = _load_own(config)
+    elif config.name == "list":
+        train, val = _load_lists(config)
     elif reads_torchvision(config):
         _check_torchvision_split(config)
         train, val = _load_cifar(config, train=True), _load_cifar(config, train=False)
@@ -243,12 +247,14 @@ def load_val_set(config: DataConfig, classes: Sequence[str]) -> ImageSet:
     Raises:
         ConfigError: a folder is missing, there are no images, or a class is not one of `classes`.
     """
-    root = Path(config.root)
-    is_held_out = config.name == "own" and config.holdout_fraction > 0
+    root = Path(config.folder)
+    is_held_out = config.name in ("own", "torchvision", "list") and config.holdout_fraction > 0
     if config.name == "digits" or is_held_out or reads_torchvision(config, classes):
         return relabelled(load_image_sets(config)[1], classes, config.name, "the checkpoint", "it")
-    if config.name == "own":
+    if config.name in ("own", "torchvision"):
         val, name = _own_image_sets(config, "val")[0], "val"
+    elif config.name == "list":
+        val, name = _told(_listed_set(_read_list(config, "val", classes, "the checkpoint"))), "val"
     elif config.holdout_fraction > 0 and root.is_dir():
         if not (root / "train").is_dir() and not find_shards(root, "train") and not holds_class_folders(root):
             raise ConfigError(
@@ -268,7 +274,7 @@ def load_val_set(config: DataConfig, classes: Sequence[str]) -> ImageSet:
 def reads_torchvision(config: DataConfig, classes: Sequence[str] = ()) -> bool:
     """Whether the set is CIFAR in torchvision's files: `data.root` has no train/ and, if given, none of `classes`."""
     names = ("train", *VAL_SPLITS[None], *classes) if classes else ("train",)
-    return config.name in ("cifar10", "cifar100") and not any((Path(config.root) / name).is_dir() for name in names)
+    return config.name in ("cifar10", "cifar100") and not any((Path(config.folder) / name).is_dir() for name in names)
 
 
 def _check_torchvision_split(config: DataConfig) -> None:
@@ -369,14 +375,8 @@ def _load_digits() -> tuple[ImageSet, ImageSet]:
 
 
 def _load_cifar(config: DataConfig, train: bool) -> ImageSet:
-    dataset = tv.CIFAR10 if config.name == "cifar10" else tv.CIFAR100
-    try:
-        cifar = dataset(config.root, train=train, download=True)
-    except (OSError, RuntimeError) as error:
-        raise ConfigError(
-            f"data.root={config.root} holds no {config.name}, and the download failed ({error}); fetch it where there "
-            "is a network, or give a root with train/ and test/ class folders"
-        ) from error
+    hint = ", or give a root with train/ and test/ class folders"
+    cifar = make(config.name.upper(), hint, root=config.folder, train=train, download=True)
     pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
     return ImageSet(list(cifar.classes), np.array(cifar.targets), np.arange(len(pixels)), pixels)
 
@@ -401,8 +401,60 @@ def _own_image_sets(config: DataConfig, *splits: str) -> list[ImageSet]:
     return [ImageSet(classes, items.labels, np.arange(len(items.labels)), items) for classes, items in found]
 
 
+def _load_lists(config: DataConfig) -> tuple[ImageSet, ImageSet]:
+    if config.holdout_fraction > 0:
+        return (train := load_train(config)), train
+    if config.val is None:
+        raise ConfigError("data.val=null must name a list, or set data.holdout_fraction, which takes val from train")
+    lists = read_lists(config)
+    train = _checked_list(config, lists["train"])
+    return train, relabelled(_told(_listed_set(lists["val"])), train.classes, config.place, "train", "val")
+
+
+def read_lists(config: DataConfig) -> dict[str, Listed]:
+    """Return the lists of train and, if it is named, val, which must have no image in common.
+
+    Raises:
+        ConfigError: a list is not valid, or they have images in common.
+    """
+    lists = {"train": _read_list(config, "train")}
+    if config.val is not None:
+        lists["val"] = _read_list(config, "val", list(lists["train"].classes), f"data.train={config.train}")
+        check_disjoint(lists["train"], lists["val"])
+    return lists
+
+
+def _checked_list(config: DataConfig, listed: Listed) -> ImageSet:
+    train = _told(_listed_set(listed))
+    check_all_there(listed.what, train, "mend the list")
+    check_several(train)
+    _check_named(config.place, train.classes, len(train))
+    return train
+
+
+def _read_list(config: DataConfig, split: str, classes: Sequence[str] | None = None, whose: str = "") -> Listed:
+    """Read the list of a split; its labels must be among `classes`, if they are given, which are `whose`.
+
+    Raises:
+        ConfigError: no list is named, or it is not valid (see `read_list`).
+    """
+    path = config.train if split == "train" else config.val
+    if path is None:
+        raise ConfigError(f"data.{split}=null must name the CSV file of {split}")
+    listed = read_list(path, printable(f"data.{split}={path}"), config.columns, config.root)
+    if same := twins(list(listed.classes)):
+        raise ConfigError(f"{listed.what}: has labels that are the same in different Unicode forms: {some(same)}")
+    if classes is not None:
+        check_known(listed, classes, whose)
+    return listed
+
+
+def _listed_set(listed: Listed) -> ImageSet:
+    return labelled(listed.classes, left_out=listed.left_out.describe(), list_path=listed.path)
+
+
 def _load_from_disk(config: DataConfig) -> tuple[ImageSet, ImageSet]:
-    root = Path(config.root)
+    root = Path(config.folder)
     train = load_train(config)
     _tell_left_out(train)
     check_several(train)
@@ -420,9 +472,11 @@ def load_train(config: DataConfig) -> ImageSet:
     Raises:
         ConfigError: a folder is missing, or a class has no images.
     """
-    if config.name == "own":
+    if config.name in ("own", "torchvision"):
         return _checked_own(config, *_own_image_sets(config, "train"))
-    root = Path(config.root)
+    if config.name == "list":
+        return _checked_list(config, _read_list(config, "train"))
+    root = Path(config.folder)
     if find_shards(root, "train"):
         return load_shard_set(root, "train")
     return load_class_folders(root, "" if config.holdout_fraction > 0 and holds_class_folders(root) else "train")
@@ -442,7 +496,7 @@ def holds_class_folders(root: Path) -> bool:
 
 def check_output_dir(config: TrainConfig) -> None:
     """Raise ConfigError if runs would be written among the class folders of `data.root`, as a class of their own."""
-    root, place = Path(config.data.root), Path(config.output_dir).resolve()
+    root, place = Path(config.data.folder), Path(config.output_dir).resolve()
     is_there = root.resolve() in (place, place.parent) and not is_hidden_name(place.name)
     if config.data.name != "image_folder" or not is_there or not holds_class_folders(root):
         return
@@ -514,8 +568,10 @@ def holds_shards(root: Path) -> bool:
 
 def has_train(config: DataConfig) -> bool:
     """Whether the images to train on are there; those of torchvision's CIFAR may be downloaded."""
-    root = Path(config.root)
-    is_known = config.name in ("digits", "own") or reads_torchvision(config)
+    if config.name == "list":
+        return config.train is not None and os.path.isfile(config.train)
+    root = Path(config.folder)
+    is_known = config.name in ("digits", "own", "torchvision") or reads_torchvision(config)
     is_in_root = config.holdout_fraction > 0 and holds_class_folders(root) and bool(visible_folders(root))
     return is_known or is_in_root or (root / "train").is_dir() or holds_shards(root)
 
@@ -523,7 +579,8 @@ def has_train(config: DataConfig) -> bool:
 def _tell_left_out(images: ImageSet) -> None:
     """Print a line about the files in their folders that are not read, if there are any."""
     if isinstance(images.source, Files) and images.source.left_out:
-        say(f"{printable(images.source.folder)}: left out, {images.source.left_out}", sys.stderr)
+        where = images.source.list_path or images.source.folder
+        say(f"{printable(where)}: left out, {images.source.left_out}", sys.stderr)
 
 
 def _told(images: ImageSet) -> ImageSet:
@@ -538,7 +595,8 @@ def check_several(train: ImageSet) -> None:
     """Raise ConfigError if all images to train on are of one class; the message names it and a likely reason."""
     if len(train.classes) == 1:
         folder = train.source.folder if isinstance(train.source, Files) else ""
-        where = train.source.what if isinstance(train.source, OwnItems) else folder or "train"
+        where = train.source.what if isinstance(train.source, OwnItems) else folder
+        where = where or (train.source.list_path if isinstance(train.source, Files) else "") or "train"
         names = [train.name(i) for i in range(len(train))]
         raise ConfigError(f"{printable(where)}: {only_class(train.classes[0], folder, names)}")
 
@@ -619,16 +677,22 @@ def load_class_folders(root: Path, split: str) -> ImageSet:
             "class or tar shards, or train/ or the class folders alone with data.holdout_fraction"
         )
     images = _image_set(folder, may_be_splits=split == "")
-    counts = np.bincount(images.labels, minlength=len(images.classes))
-    if split in ("train", "") and not counts.all():
-        names = some([images.classes[label] for label in np.flatnonzero(counts == 0).tolist()])
+    if split in ("train", ""):
         likely = likely_root(str(folder), [images.name(i) for i in range(len(images))]) if split == "" else ""
         below = (
             f"if the classes are in {printable(likely)}, give that folder: {pasted('data.root', likely)}; otherwise, "
         )
         below = below if likely not in ("", str(folder)) else ""
-        raise ConfigError(f"{folder}: no image of the classes {names}; {below}add images, or remove the folders")
+        check_all_there(folder, images, f"{below}add images, or remove the folders")
     return images
+
+
+def check_all_there(where: Path | str, images: ImageSet, remedy: str) -> None:
+    """Raise ConfigError if a class has no image."""
+    counts = np.bincount(images.labels, minlength=len(images.classes))
+    if not counts.all():
+        names = some([images.classes[label] for label in np.flatnonzero(counts == 0).tolist()])
+        raise ConfigError(f"{where}: no image of the classes {names}; {remedy}")
 
 
 def _image_set(folder: Path, may_be_splits: bool = False) -> ImageSet:
@@ -646,10 +710,15 @@ def _image_set(folder: Path, may_be_splits: bool = False) -> ImageSet:
         )
     if may_be_splits:
         refuse_splits(folder, left_out)
+    top = str(folder)
+    return labelled(found, folder=top, left_out=left_out.describe(top), inner=left_out.describe_inner(top))
+
+
+def labelled(found: Mapping[str, list[str]], **about: str) -> ImageSet:
+    """Return the images of each class, by its name, as a set; `about` are the other fields of `Files`."""
     paths = [path for of_class in found.values() for path in of_class]
     labels = np.repeat(np.arange(len(found)), [len(of_class) for of_class in found.values()])
-    source = Files(paths, str(folder), left_out.describe(str(folder)), left_out.describe_inner(str(folder)))
-    return ImageSet(list(found), labels.astype(np.int64), np.arange(len(paths)), source)
+    return ImageSet(list(found), labels.astype(np.int64), np.arange(len(paths)), Files(paths, **about))
 
 
 def refuse_splits(root: Path, left_out: LeftOut) -> None:

@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -30,6 +30,7 @@ NUMBER = re.compile(r"(^|/)\d{8}-")  # ordering prefix added by `sasa-data shard
 
 SOURCES = {
     "files": "in class folders",
+    "list": "in a list",
     "shards": "in tar shards",
     "memory": "in memory",
     "own": "in a data set of your own",
@@ -48,12 +49,14 @@ def fingerprint(images: ImageSet) -> dict[str, Any]:
     counts = np.bincount(images.labels, minlength=len(images.classes))
     members = np.split(by_label, np.cumsum(counts)[:-1])
     contents = _in_memory(images, members) if isinstance(images.source, Tensor) else _on_disk(images, members)
+    naming = _naming(images.source)
     classes = [
-        {"name": name, "num_images": len(of_class), "names": digest_of(_names(images, of_class)), **content}
+        {"name": name, "num_images": len(of_class), "names": digest_of(_names(images, of_class, naming)), **content}
         for name, of_class, content in zip(images.classes, members, contents, strict=True)
     ]
     kinds = {Tensor: "memory", Files: "files", TarMembers: "shards", OwnItems: "own"}
     kind = next(name for source, name in kinds.items() if isinstance(images.source, source))
+    kind = "list" if isinstance(images.source, Files) and images.source.list_path else kind
     return {"source": kind, "labels": digest_of([images.labels.astype("<i8").tobytes()]), "classes": classes}
 
 
@@ -152,22 +155,37 @@ def _file_digest(images: ImageSet, index: int) -> bytes:
         return UNREADABLE
 
 
-def _names(images: ImageSet, members: np.ndarray) -> Iterable[bytes]:
-    """Return paths relative to the class folder or shard member names without prefixes; [] for images without names."""
-    source, positions = images.source, images.positions[members].tolist()
-    if isinstance(source, Tensor):
+def _names(images: ImageSet, members: np.ndarray, naming: Callable[[int], str] | None) -> Iterable[bytes]:
+    """Return the images' names as `naming` gives them for their positions; [] for images without names."""
+    if naming is None:
         return []
-    if isinstance(source, OwnItems):
-        if source.paths is None:
-            return []
-        common = os.path.commonpath([os.path.abspath(os.path.dirname(path)) for path in source.paths])
-        names = (os.path.relpath(source.paths[position], common) for position in positions)
-    elif isinstance(source, Files):
-        folder = os.path.join(source.folder, "")
-        names = (source.paths[position].removeprefix(folder).partition(os.sep)[2] for position in positions)
-    else:
-        names = (NUMBER.sub(r"\1", str(source.names[position])) for position in positions)
+    names = map(naming, images.positions[members].tolist())
     return (name.encode(errors="surrogateescape") + b"\0" for name in names)
+
+
+def _naming(source: Files | TarMembers | OwnItems | Tensor) -> Callable[[int], str] | None:
+    """Return the function that names images, or None if they have no names.
+
+    A name is a path relative to the class folder or, without class folders, to the folder of all images; or a shard
+    member's name without its prefix.
+    """
+    if isinstance(source, TarMembers):
+        return lambda position: NUMBER.sub(r"\1", str(source.names[position]))
+    if isinstance(source, Tensor) or source.paths is None:
+        return None
+    paths = source.paths
+    if isinstance(source, Files) and not source.list_path:
+        top = os.path.join(source.folder, "")
+        return lambda position: paths[position].removeprefix(top).partition(os.sep)[2]
+    folders = {folder: os.path.abspath(folder) for folder in {os.path.dirname(path) for path in paths}}
+    common = os.path.commonpath(list(folders.values()))
+    shown = {folder: os.path.relpath(path, common) for folder, path in folders.items()}
+
+    def name(position: int) -> str:
+        folder, file = os.path.split(paths[position])
+        return file if shown[folder] == "." else os.path.join(shown[folder], file)
+
+    return name
 
 
 def digest_of(parts: Iterable[bytes]) -> str:

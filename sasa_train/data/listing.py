@@ -185,6 +185,11 @@ def _above(top: Path) -> set[Identity]:
 def _sorted(found: list[tuple[str, list[str]]], top: str, left_out: LeftOut) -> list[str]:
     """Return the images that `_walk` found in a class folder, sorted by folder, then by name."""
     left_out.inner += [place for place, paths in found if paths and place != top]
+    return in_order(found)
+
+
+def in_order(found: list[tuple[str, list[str]]]) -> list[str]:
+    """Return the images of a class, given by their folders, sorted by folder, then by name."""
     return [path for _, paths in sorted(found) for path in paths]
 
 

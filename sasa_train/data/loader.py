@@ -20,6 +20,7 @@ from sasa_train.data.datasets import ImageSet, load_image_sets, load_val_set, me
 from sasa_train.data.decoding import WHITE
 from sasa_train.data.fingerprint import fingerprint
 from sasa_train.data.mixing import Mixing
+from sasa_train.data.named_sets import build_named
 from sasa_train.data.own_sets import build_own
 from sasa_train.data.plan import BatchPlan
 from sasa_train.data.quarantine import Quarantine
@@ -158,6 +159,8 @@ def fetch_once(config: TrainConfig) -> None:
         load_image_sets(config.data)
     elif config.data.name == "own":
         build_own(config.data)
+    elif config.data.name == "torchvision":
+        build_named(config.data)
 
 
 def _is_resident(config: TrainConfig, num_images: int, device: torch.device, memory: int | None = None) -> bool:

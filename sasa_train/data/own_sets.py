@@ -1,4 +1,4 @@
-"""The user's own data sets (`data.target`): their checks, their labels, and how an item becomes an image.
+"""Data sets as objects, the user's own (`data.target`) and torchvision's: their labels, and images from their items.
 
 A set is read as files are: on demand, in any process and order. So an item must be the same whenever it is read.
 """
@@ -17,6 +17,7 @@ from torch.utils.data import IterableDataset, Subset
 from sasa_train.config import own_code
 from sasa_train.config.keys import DataConfig
 from sasa_train.data.class_names import MAX_CLASS_NAME
+from sasa_train.data.named_sets import build_named
 from sasa_train.data.randomness import own_code_rng
 from sasa_train.processes.ranks import rank
 from sasa_train.refusal import ConfigError, shorten
@@ -28,7 +29,7 @@ KINDS = "a PIL image, a uint8 array [H, W] or [H, W, 3], or a uint8 tensor [H, W
 
 @dataclass
 class OwnItems:
-    """The items of a user's map-style data set, each an image and its label.
+    """The items of a map-style data set, each an image and its label.
 
     `labels` is int64 [n]; `what` names the key and the split; `paths`, if the set has them, are the images' files.
     """
@@ -70,21 +71,24 @@ class OwnItems:
 
 
 def load_own(config: DataConfig, splits: Sequence[str]) -> list[tuple[list[str], OwnItems]]:
-    """Call the user's function and return the classes and items of `splits`, which name train, val or both.
+    """Return the classes and items of `splits`, which name train, val or both, of the user's or torchvision's sets.
 
     Raises:
-        ConfigError: the function fails or returns something else, or a set is not valid; see docs/own_code.md.
+        ConfigError: the sets cannot be made, or one is not valid; see docs/own_code.md.
     """
-    sets, where = dict(zip(("train", "val"), build_own(config), strict=True)), f"{config.place}: train"
+    build = build_own if config.target is not None else build_named
+    sets, where = dict(zip(("train", "val"), build(config), strict=True)), f"{config.place}: train"
     _check_kind(sets["train"], where)
+    if config.dataset is not None and _classes(sets["train"]) is None:  # such as SVHN: its classes are numbers
+        sets["train"].targets = _read_set(sets["train"], where).labels
+        sets["train"].classes = [str(label) for label in range(int(max(sets["train"].targets)) + 1)]
     classes, loaded = _classes(sets["train"]), []
     _check_classes(classes, where)
     for split in splits:
         items, what = sets[split], f"{config.place}: {split}"
         if items is None and split == "val":
-            raise ConfigError(
-                f"{what} is None; return a data set, or set data.holdout_fraction, which takes it from train"
-            )
+            remedy = "return a data set, or " if config.target is not None else ""
+            raise ConfigError(f"{what} is None; {remedy}set data.holdout_fraction, which takes it from train")
         own = _read_set(items, what)
         of_split = _classes(items) or classes
         _check_classes(of_split, what)

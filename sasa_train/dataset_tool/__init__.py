@@ -14,10 +14,11 @@ from sasa_train.refusal import ConfigError
 from sasa_train.terminal import INTERRUPTED, fail, printable, say_loading
 
 if TYPE_CHECKING:
-    from sasa_train.data.decoding import Decoding
+    from sasa_train.config.keys import DataConfig
 
 EPILOG = """examples:
   sasa-data verify data/flowers                           every image decoded: what is there, and what is wrong with it
+  sasa-data verify train.csv data.val=val.csv             the same for the images of lists
   sasa-data prepare imagenet downloads data/imagenet      ImageNet's archives -> class folders
   sasa-data prepare imagenet downloads data/imagenet --shards
   sasa-data shard data/flowers data/flowers-shards        class folders -> tar shards, the same data set
@@ -27,8 +28,8 @@ Exit codes: 0 done, and for verify nothing is wrong; 1 verify found problems, or
 
 VERIFY = """Decode every image of ROOT and report classes, sizes, modes, unreadable files, duplicates, mean and std.
 
-ROOT holds train/ and val/ (or test/) with one folder per class, or tar shards, or class folders alone. Duplicates are
-images with the same decoded pixels, whatever their files look like.
+ROOT holds train/ and val/ (or test/) with one folder per class, or tar shards, or class folders alone, or is a CSV file
+of paths and labels (data.train). Duplicates are images with the same decoded pixels, whatever their files look like.
 Problems are unreadable files, duplicates across splits, and classes that are empty or that one split lacks. Warnings
 are channels that are constant or saturated, and 16-bit files that use less than a quarter of their range."""
 
@@ -65,11 +66,11 @@ def run_command(arguments: list[str]) -> int:
 
 def work(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if options.command == "verify":
-        decoding = read_decoding([*options.overrides, *overrides])
+        config = read_config(options.root, [*options.overrides, *overrides])
         say_loading()
         from sasa_train.dataset_tool.verify import verify
 
-        return verify(options.root, options.workers or usable_processors(), options.all_classes, decoding)
+        return verify(options.root, options.workers or usable_processors(), options.all_classes, config)
     if options.command == "prepare" and options.images_per_shard is not None and not options.shards:
         raise ConfigError(f"--images-per-shard={options.images_per_shard} needs --shards")
     say_loading()
@@ -81,20 +82,24 @@ def work(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     return prepare.prepare_imagenet(options.archives, options.dest, images_per_shard, options.checksums)
 
 
-def read_decoding(overrides: Sequence[str]) -> "Decoding":
-    """Return how pixels are read, as set by overrides of the keys of the group `data` that determine it.
+def read_config(root: Path, overrides: Sequence[str]) -> "DataConfig":
+    """Return how pixels are read and, if `root` is a file, the lists: it is the list of train.
 
     Raises:
-        ConfigError: an override sets another key, or is invalid.
+        ConfigError: an override sets another key than those of pixels and lists, or is invalid.
     """
     from sasa_train.config.compose import compose_config
-    from sasa_train.data.decoding import Decoding, decoding_of
+    from sasa_train.config.overrides import as_written
+    from sasa_train.data.decoding import Decoding
 
+    is_list = root.is_file()
     names = [f"data.{field.name}" for field in fields(Decoding)]
+    names += ["data.val", "data.columns", "data.root"] if is_list else []
     for text in overrides:
         if text.partition("=")[0] not in names:
             raise ConfigError(f"{printable(text)}: must be key=value with one of the keys {', '.join(names)}")
-    return decoding_of(compose_config(overrides).data)
+    lists = ["data=list", f"data.train={as_written(str(root))}"] if is_list else []
+    return compose_config([*lists, *overrides]).data
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -105,8 +110,9 @@ def build_parser() -> argparse.ArgumentParser:
         return described(commands.add_parser, name=name, help=about, description=description).add_argument
 
     add = add_to("verify", "decode and check every image", VERIFY)
-    add("root", metavar="ROOT", type=_path, help="the data set's folder")
-    about = "how pixels are read: data.background, data.exif, data.value_range, data.clip_values"
+    add("root", metavar="ROOT", type=_path, help="the data set's folder, or the list of train")
+    about = "how pixels are read: data.background, data.exif, data.value_range, data.clip_values; lists: data.val, "
+    about += "data.columns, data.root"
     add("overrides", metavar="key=value", nargs="*", help=about)
     add("--workers", metavar="N", type=positive, help="processes (one per processor)")
     add("--all-classes", action="store_true", help="one line per class, even for more than 50 classes")

@@ -16,24 +16,26 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from sasa_train.config.keys import DataConfig
 from sasa_train.data.class_names import composed, twins, with_nearest
 from sasa_train.data.datasets import (
     CLASS_FOLDERS,
     SHARDS,
-    Files,
     ImageSet,
     UnreadableImage,
     beside_splits,
     holds_shards,
     images_beside_splits,
     kind_of,
+    labelled,
     load_shard_set,
     only_class,
+    read_lists,
     refuse_splits,
     split_folders,
     unlike,
 )
-from sasa_train.data.decoding import Decoding, is_16_bit, is_turned, to_rgb
+from sasa_train.data.decoding import Decoding, decoding_of, is_16_bit, is_turned, to_rgb
 from sasa_train.data.listing import LeftOut, read_class_folders
 from sasa_train.data.quarantine import fully
 from sasa_train.data.shards import SPLIT_NAMES
@@ -122,15 +124,15 @@ class Survey:
         self.num_transparent += look.is_transparent
 
 
-def verify(root: Path, num_workers: int, all_classes: bool, decoding: Decoding) -> int:
+def verify(root: Path, num_workers: int, all_classes: bool, config: DataConfig) -> int:
     """Print the report; return DONE if there are no problems, otherwise FAILED.
 
     Raises:
-        ConfigError: `root` does not exist or contains no classes.
+        ConfigError: `root` does not exist or contains no classes, or the lists of `config` are not valid.
     """
-    contents = read_contents(root)
+    contents = read_contents(root) if config.name != "list" else read_listed(config)
     print_classes(contents, all_classes)
-    survey = look_at_all(contents, num_workers, decoding)
+    survey = look_at_all(contents, num_workers, decoding_of(config))
     print_survey(contents, survey)
     lost = print_lost_classes(contents, survey)
     num_across = print_duplicates(contents, survey)
@@ -195,10 +197,25 @@ def read_contents(root: Path) -> Contents:
             f"ROOT={root} must hold train/ and val/ (or test/) with one folder per class, or tar shards, or class "
             f"folders; there is no class folder{_in_splits(found)}"
         )
-    splits = {split: _image_set(classes, folders) for split, folders in found.items()}
+    splits = {split: labelled({name: there.get(name, []) for name in classes}) for split, there in found.items()}
     faults = _faults(classes, splits, found)
     alone = _alone(root, classes, splits) if len(classes) == 1 else ""
     return Contents(root, kind, classes, splits, faults, [*unused, *skipped], ambiguous, mixed, alone, inner)
+
+
+def read_listed(config: DataConfig) -> Contents:
+    """Read the lists of train and, if it is named, val as training does.
+
+    Raises:
+        ConfigError: a list is not valid.
+    """
+    lists = read_lists(config)
+    classes = list(lists["train"].classes)
+    splits = {split: labelled({name: each.classes.get(name, []) for name in classes}) for split, each in lists.items()}
+    unused = [each.left_out.describe() for each in lists.values()]
+    alone = only_class(classes[0], "", []) if len(classes) == 1 else ""
+    root = Path(str(config.train))
+    return Contents(root, "list", classes, splits, _faults(classes, splits, {}), unused, alone=alone)
 
 
 def _in_splits(found: Mapping[str, object]) -> str:
@@ -226,12 +243,6 @@ def merged(folders: dict[str, list[str]]) -> dict[str, list[str]]:
     for name, paths in zip(composed(list(folders)), folders.values(), strict=True):
         classes.setdefault(name, []).extend(paths)
     return classes
-
-
-def _image_set(classes: list[str], folders: dict[str, list[str]]) -> ImageSet:
-    counts = [len(folders.get(name, [])) for name in classes]
-    paths = [path for name in classes for path in folders.get(name, [])]
-    return ImageSet(classes, np.repeat(np.arange(len(classes)), counts), np.arange(len(paths)), Files(paths))
 
 
 def _faults(classes: list[str], splits: dict[str, ImageSet], folders: dict[str, dict[str, list[str]]]) -> list[str]:
@@ -338,7 +349,9 @@ def print_classes(contents: Contents, all_classes: bool) -> None:
             say("per class", f"min {low:,}, median {median:,.10g}, max {high:,} images in {split}")
     say("images", ", ".join(f"{len(images):,} {split}" for split, images in contents.splits.items()))
     if list(contents.splits) == ["train"] and not contents.mixed:
-        say("", "no val/ or test/: training needs data.holdout_fraction")
+        is_list = contents.kind == "list"
+        needs = "no data.val: training holds" if is_list else "no val/ or test/: training needs data.holdout_fraction"
+        say("", f"{needs} out a part" if is_list else needs)
     elif "val" in contents.splits and "test" in contents.splits:
         say("", "training evaluates on val, or with data.split=test on test")
     for fault in contents.faults + contents.ambiguous + [contents.alone] * bool(contents.alone):

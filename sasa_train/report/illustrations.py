@@ -4,11 +4,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from torchvision.datasets import CIFAR10, CIFAR100
-
 from sasa_train.config.keys import DataConfig
 from sasa_train.data.datasets import ImageSet, limit, load_val_set, reads_torchvision
 from sasa_train.data.fingerprint import fingerprint
+from sasa_train.data.named_sets import build_named, make
 from sasa_train.refusal import ConfigError
 from sasa_train.report.jobs import Job
 from sasa_train.report.page import Section
@@ -71,18 +70,25 @@ def _load_val(trained: TrainedModel) -> ImageSet:
     data = trained.config.data
     # A relative path may refer to another directory, and a report downloads nothing.
     if not _is_there(data, trained.classes):
-        what = f"holds no whole {data.name}" if data.name in ("cifar10", "cifar100") else "is not there"
-        raise ConfigError(f"data.root={data.root} {what}; say where with data.root=...")
+        name = (data.dataset or data.name) if data.name in ("cifar10", "cifar100", "torchvision") else None
+        if name is None:
+            raise ConfigError(f"{data.place} is not there; say where with {data.place.partition('=')[0]}=...")
+        raise ConfigError(f"data.root={data.root} holds no whole {name}; say where with data.root=...")
     return load_val_set(data, trained.classes)
 
 
 def _is_there(data: DataConfig, classes: Sequence[str]) -> bool:
     """Check that the data set is on disk; CIFAR's archive must be intact, or it would be downloaded again."""
-    if not reads_torchvision(data, classes):
-        return data.name in ("digits", "own") or Path(data.root).is_dir()
+    if data.name == "list":
+        return Path(data.val or data.train or "").is_file()
     try:
-        {"cifar10": CIFAR10, "cifar100": CIFAR100}[data.name](data.root, train=False, download=False)
-    except (OSError, RuntimeError):
+        if data.name == "torchvision":
+            build_named(data, download=False)
+        elif reads_torchvision(data, classes):
+            make(data.name.upper(), root=data.folder, train=False, download=False)
+        else:
+            return data.name in ("digits", "own") or Path(data.folder).is_dir()
+    except ConfigError:
         return False
     return True
 

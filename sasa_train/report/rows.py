@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from sasa_train.config.derived import expected_num_classes, input_size
 from sasa_train.config.differences import commonest, of_presets, shown_keys
-from sasa_train.config.keys import NOT_TRAJECTORY, TrainConfig
+from sasa_train.config.keys import NOT_TRAJECTORY, PLACES, TrainConfig
 from sasa_train.config.overrides import TEXT_KEYS, as_written
 from sasa_train.paper import ROWS as PAPER_ROWS
 from sasa_train.paper import Row as PaperRow
@@ -141,14 +141,16 @@ def _settings(job: Job, by_overrides: bool) -> dict[str, str] | None:
         return None
     else:
         given = settings_of(job.config)
-    ignored = NOT_TRAJECTORY - {"data.root"} | {"seed"}
+    ignored = NOT_TRAJECTORY - PLACES | {"seed"}
     return {key: value for key, value in sorted(given.items()) if key not in ignored}
 
 
 def settings_of(config: TrainConfig) -> dict[str, str]:
-    """Return the keys that affect a run's results, with the folder of its images, as written."""
-    root = {} if config.data.name == "digits" else {"data.root": as_written(config.data.root)}
-    return shown_keys(config) | root
+    """Return the keys that affect a run's results, with the places of its images, as written."""
+    places = (
+        {} if config.data.name == "digits" else {key: getattr(config.data, key.partition(".")[2]) for key in PLACES}
+    )
+    return shown_keys(config) | {key: as_written(place) for key, place in sorted(places.items()) if place is not None}
 
 
 def _as_number(value: str) -> str:

@@ -43,7 +43,7 @@ def _data(job: Job) -> str:
     if job.config is None:
         return "config unknown"
     data = job.config.data
-    return data.name if data.name == "digits" else f"{data.name}  {printable(data.target or data.root)}"
+    return data.name if data.name == "digits" else f"{data.name}  {printable(data.place.partition('=')[2])}"
 
 
 def _table(jobs: list[Job], width: int) -> Iterator[str]:

@@ -183,8 +183,10 @@ def _same_images(one: Job, other: Job) -> bool:
 
 def _images(config: TrainConfig) -> tuple:
     data = config.data
-    root = None if data.name in ("digits", "own") else str(Path(data.root).absolute())
-    return data.name, root, data.target, str(data.args), data.holdout_fraction, data.max_val_images
+    paths = () if data.name in ("digits", "own") else (data.root, data.train, data.val)
+    places = [path and str(Path(path).absolute()) for path in paths]
+    named = (data.target, data.dataset, str(data.args), data.columns)
+    return data.name, places, *named, data.holdout_fraction, data.max_val_images
 
 
 def caution(top1: float | None, chance: Chance | None) -> str:

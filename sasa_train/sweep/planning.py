@@ -17,7 +17,7 @@ from sasa_train.config.bounds import key
 from sasa_train.config.compose import compose_config, quote_texts
 from sasa_train.config.groups import choice_file, choices
 from sasa_train.config.identity import run_name_in
-from sasa_train.config.keys import NOT_TRAJECTORY, TrainConfig, key_table, text_keys
+from sasa_train.config.keys import NOT_TRAJECTORY, PLACES, TrainConfig, key_table, text_keys
 from sasa_train.config.overrides import (
     TEXT_KEYS,
     UNREADABLE,
@@ -190,7 +190,7 @@ def _default_name(stem: str | None, fixed: list[str], swept: list[str]) -> str:
     """Return a readable name that does not depend on the values or seeds, so that a grid can be extended in place."""
     named = {_key(o): str(parse_overrides([o])[0].value()) for o in fixed}
     parts = [part for part in (stem, named.get("experiment") or named.get("model")) if part] or ["sweep"]
-    shaping = sorted(o for o in fixed if _key(o) not in NOT_TRAJECTORY - {"data.root"} and _key(o) != "seed")
+    shaping = sorted(o for o in fixed if _key(o) not in NOT_TRAJECTORY - PLACES and _key(o) != "seed")
     identity = [shaping, sorted(_key(o) for o in swept if _key(o) != "seed")]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:6]
     return re.sub(r"[^A-Za-z0-9_.=,+-]+", "-", "-".join([*parts, digest]))

@@ -13,7 +13,7 @@ import torch
 from sasa_train.config import own_code
 from sasa_train.config.compose import as_overrides
 from sasa_train.config.derived import in_pixels
-from sasa_train.config.keys import TrainConfig
+from sasa_train.config.keys import DATA_SETS, TrainConfig
 from sasa_train.config.own_keys import imports_for, targets_of
 from sasa_train.data.datasets import Files
 from sasa_train.data.loader import Loaders
@@ -66,7 +66,7 @@ def describe_classes(config: TrainConfig, loaders: Loaders) -> str:
 
     A second line names folders within class folders, which are no classes.
     """
-    if config.data.name not in ("image_folder", "own"):
+    if DATA_SETS[config.data.name].num_classes is not None:
         return ""
     counts = np.bincount(loaders.train_set.labels, minlength=len(loaders.classes))
     text = some([f"{loaders.classes[label]} {counts[label]:,}" for label in np.argsort(-counts, kind="stable")])

@@ -33,6 +33,7 @@ from sasa_train.data.datasets import (
     split,
 )
 from sasa_train.data.loader import check_batch
+from sasa_train.data.named_sets import build_named
 from sasa_train.device import uses_cuda
 from sasa_train.models.build import check_model, check_name
 from sasa_train.processes.ranks import world_size
@@ -154,7 +155,8 @@ def look(config: TrainConfig) -> tuple[TrainConfig, Facts]:
         train, val = split(train, config.data.holdout_fraction)
     if "data.holdout_fraction" in config.derive and held_out > 0:
         part = f"{len(val):,} of {num_found:,} images, a fixed part of each class"
-        _tell(f"chosen      data.holdout_fraction={held_out}: no val/ or test/, so {part}, are held out as val")
+        missing = {"list": "no data.val", "torchvision": "no val or test"}.get(config.data.name, "no val/ or test/")
+        _tell(f"chosen      data.holdout_fraction={held_out}: {missing}, so {part}, are held out as val")
     count = min(len(train), config.data.max_train_images or len(train))
     source = read_weights(config) if config.model.pretrained is not None else None
     return config, Facts(count, len(train.classes), _median_side(train), uses_cuda(config.trainer), source)
@@ -162,9 +164,12 @@ def look(config: TrainConfig) -> tuple[TrainConfig, Facts]:
 
 def _find(config: TrainConfig) -> tuple[ImageSet, float]:
     """Return all images of train, and the part to hold out of them."""
-    data, root = config.data, Path(config.data.root)
+    data, root = config.data, Path(config.data.folder)
     if data.name == "own":
         return load_train(data), 0.0
+    if data.name in ("list", "torchvision"):
+        has_val = data.val is not None if data.name == "list" else build_named(data)[1] is not None
+        return _with_holdout(load_train(data), has_val)
     if data.name == "digits" or reads_torchvision(data):
         return load_image_sets(data)[0], 0.0
     if not root.is_dir():
@@ -175,14 +180,17 @@ def _find(config: TrainConfig) -> tuple[ImageSet, float]:
             f"data.root={printable(root)}: holds train/ and, beside it, other folders of images ({some(others)}): move "
             "them into train/ if they are classes, name one val/ if it is for validation, or move them away"
         )
-    fraction = 0.0 if has_val or data.split is not None else 0.2
-    train = load_train(with_values(config, {"data.holdout_fraction": fraction}).data)
+    has_val = has_val or data.split is not None
+    train = load_train(with_values(config, {"data.holdout_fraction": 0.0 if has_val else 0.2}).data)
     check_several(train)
-    if fraction and len(train) >= 10_000:
-        fraction = 0.1
+    train, fraction = _with_holdout(train, has_val)
     if fraction and "data.holdout_fraction" in config.derive and holds_class_folders(root):
         check_level(root, train, fraction)
     return train, fraction
+
+
+def _with_holdout(train: ImageSet, has_val: bool) -> tuple[ImageSet, float]:
+    return train, 0.0 if has_val else 0.1 if len(train) >= 10_000 else 0.2
 
 
 def _median_side(images: ImageSet) -> int:

@@ -115,7 +115,8 @@ def not_drawable(trained: TrainedModel, run_dir: Path | None) -> dict[str, str]:
     elif all(layer.rel_height is None for layer in layers.values()):
         reasons["relative_embeddings"] = "its layers have no relative embeddings"
     if not has_train(trained.config.data):
-        reasons["augmented_samples"] = f"data.root={trained.config.data.root} has no train/"
+        place, is_list = trained.config.data.place, trained.config.data.name == "list"
+        reasons["augmented_samples"] = f"{place} is not a list of train" if is_list else f"{place} has no train/"
     rows = read_rows(trained, run_dir)
     return reasons | (too_short({"": rows}) if rows else dict.fromkeys(OF_SEVERAL, "it has no metrics"))
 
