@@ -1,8 +1,9 @@
 """Compiled CPU kernels, `csrc/*.cpp`, which are built at first use, cached on disk and called through ctypes.
 
-This module calls `csrc/local_attention.cpp`; stem.py calls `csrc/attention_stem.cpp`. A separate library is built, in a
-few seconds, for each kernel_size (for the stem, each number of input channels) and instruction set (AVX-512, AVX2 or
-baseline, depending on the CPU). `$SASA_TRAIN_CACHE` sets the cache folder and `$CXX` the compiler.
+This module calls `csrc/local_attention.cpp` for square windows up to 15 x 15, `csrc/local_attention_any.cpp` for the
+options that it lacks; stem.py calls `csrc/attention_stem.cpp`. A library is built in a few seconds for the instruction
+set of the CPU (AVX-512, AVX2 or baseline): for the first source, one for each kernel_size, and for the stem, one for
+each number of input channels. `$SASA_TRAIN_CACHE` sets the cache folder and `$CXX` the compiler.
 """
 
 import atexit
@@ -28,14 +29,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sasa_train.attention.reference import Grads, Inputs, Window, beyond_the_kernels, table_gradient
+from sasa_train.attention.reference import Grads, Inputs, Window, table_gradient
 
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).with_name("csrc")
-HEADER = SOURCES / "vectors.h"
-SIZES = {"local_attention": "KERNEL_SIZE", "attention_stem": "IN_CHANNELS"}  # macro of each source
-MAX_KERNEL_SIZE = 15
+HEADERS = ("vectors.h", "planes.h")
+SIZES = {"local_attention": "KERNEL_SIZE", "attention_stem": "IN_CHANNELS"}  # macro of each source that needs a size
+MAX_KERNEL_SIZE = 15  # of local_attention.cpp
 MAX_LANES = 16
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared", "-fno-exceptions", "-w")
 INSTRUCTION_SETS = {
@@ -49,9 +50,10 @@ INSTRUCTION_SETS = {
 OPENMP = ((("-fopenmp",), ()), (("-fopenmp",), ("-fopenmp",)), ((), ()))
 COMPILERS = ("g++", "c++", "clang++")
 VERSION_SECONDS, BUILD_SECONDS = 20, 300
-UNFINISHED = re.compile(r"(local_attention|attention_stem)-[0-9a-f]{16}-\w+\.tmp")  # as `_add_to` names its files
+UNFINISHED = re.compile(r"(local_attention(_any)?|attention_stem)-[0-9a-f]{16}-\w+\.tmp")  # as `_add_to` names its files
 MAX_LIBRARY_BYTES = 64 << 20  # a library has about 100 KB
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # other dtypes are converted
+BORDERS = ("mask", "zero", "shift")
 _TENSORS = ("query", "key", "value", "output", "grad_output", "grad_query", "grad_key", "grad_value")
 
 
@@ -68,8 +70,11 @@ class _Problem(ctypes.Structure):
     """Mirror of the struct `Problem` in the C++ source, field by field."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "num_heads", "height", "width", "head_dim")),
-        *((name, ctypes.c_int64) for name in ("zero_border", "dtype", "num_threads", "rel_per_head", "stride")),
+        *((name, ctypes.c_int64) for name in ("batch", "num_heads", "height", "width", "head_dim", "value_dim")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "border")),
+        ("scale", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("dtype", "num_threads", "rel_per_head")),
+        *((name, ctypes.c_int64) for name in ("rel_height_rows", "rel_width_rows", "stride")),
         *((name, _Strided) for name in _TENSORS),
         ("statistics", ctypes.c_void_p),
         *((name, ctypes.c_void_p) for name in ("rel_height", "rel_width", "grad_rel_height", "grad_rel_width")),
@@ -84,9 +89,15 @@ def unavailable(inputs: Inputs, window: Window) -> str | None:
         return f"the tensors are on {query.device.type}"
     if query.dtype not in (*DTYPES, torch.float16):
         return f"the tensors are {query.dtype}; the kernel computes in float32"
-    if max(window[:2]) > MAX_KERNEL_SIZE:
-        return f"kernel_size={max(window[:2])} is above {MAX_KERNEL_SIZE}"
-    return beyond_the_kernels(inputs, window) or why_not_built("local_attention", window.rows)
+    return why_not_built(*library_for(inputs, window))
+
+
+def library_for(inputs: Inputs, window: Window) -> tuple[str, int]:
+    """Return the source and the size of the library that computes these tensors."""
+    is_square = window.rows == window.columns <= MAX_KERNEL_SIZE
+    if is_square and window.border != "shift" and inputs.query.shape[-1] == inputs.value.shape[-1]:
+        return "local_attention", window.rows
+    return "local_attention_any", 0
 
 
 def empty_output(value: Tensor, stride: int) -> Tensor:
@@ -120,7 +131,7 @@ def local_attention_forward(
         statistics.zero_()
     problem, _tables_alive = _problem(inputs, window, stride, statistics)
     problem.output = _strided(output)
-    run("local_attention", window.rows, "forward", problem)
+    run(*library_for(inputs, window), "forward", problem)
 
 
 def local_attention_backward(
@@ -150,7 +161,7 @@ def local_attention_backward(
     grad_tables = [torch.empty_like(table) for table in tables]
     if grad_tables:
         problem.grad_rel_height, problem.grad_rel_width = (grad.data_ptr() for grad in grad_tables)
-    run("local_attention", window.rows, "backward", problem)
+    run(*library_for(inputs, window), "backward", problem)
     if inputs.rel_height is None or inputs.rel_width is None:
         return None, None
     return table_gradient(grad_tables[0], inputs.rel_height), table_gradient(grad_tables[1], inputs.rel_width)
@@ -164,12 +175,9 @@ def _float32(inputs: Inputs) -> Inputs:
 def _problem(inputs: Inputs, window: Window, stride: int, statistics: Tensor) -> tuple[_Problem, list[Tensor]]:
     """Return the C++ struct and the contiguous float32 embeddings it points to; the caller must keep these alive."""
     query, key, value, rel_height, rel_width = inputs
-    fields = {
-        "zero_border": window.border == "zero",
-        "dtype": DTYPES[query.dtype],
-        "num_threads": torch.get_num_threads(),
-    }
-    problem = _Problem(*query.shape, **fields, stride=stride, statistics=statistics.data_ptr())
+    problem = _Problem(*query.shape, value.shape[-1], window.rows, window.columns, BORDERS.index(window.border))
+    problem.scale, problem.stride, problem.dtype = window.scale, stride, DTYPES[query.dtype]
+    problem.num_threads, problem.statistics = torch.get_num_threads(), statistics.data_ptr()
     problem.query, problem.key, problem.value = map(_strided, (query, key, value))
     if rel_height is None or rel_width is None:
         return problem, []
@@ -178,6 +186,7 @@ def _problem(inputs: Inputs, window: Window, stride: int, statistics: Tensor) ->
         tables = [rel.expand(problem.num_heads, -1, -1) for rel in tables]
     tables = [rel.contiguous() for rel in tables]
     problem.rel_per_head = tables[0].dim() == 3
+    problem.rel_height_rows, problem.rel_width_rows = window.table_rows()
     problem.rel_height, problem.rel_width = (rel.data_ptr() for rel in tables)
     return problem, tables
 
@@ -238,7 +247,8 @@ def _library(source: str, size: int, instruction_set: str) -> _Library | str:
         return f"{compiler} could not build it: {version}"
     reason = ""
     for compile_flags, link_flags in OPENMP:
-        flags = (*FLAGS, *INSTRUCTION_SETS[instruction_set], f"-D{SIZES[source]}={size}", *compile_flags)
+        macro = (f"-D{SIZES[source]}={size}",) if source in SIZES else ()
+        flags = (*FLAGS, *INSTRUCTION_SETS[instruction_set], *macro, *compile_flags)
         try:
             built = _built(source, compiler, version, flags, link_flags)
             return _Library(_load(built), f"{version.partition(chr(10))[0]}, built {built.stem[-16:-8]}")
@@ -290,7 +300,8 @@ def _built(source: str, compiler: str, version: str, flags: tuple[str, ...], lin
     # The file name contains a hash of the sources, flags and compiler, so that no stale library is loaded, and a hash
     # of the library's own bytes, so that no damaged library is loaded.
     path = SOURCES / f"{source}.cpp"
-    key = _digest("\0".join([path.read_text(), HEADER.read_text(), version, *flags, "", *link_flags]).encode())
+    texts = [path.read_text(), *((SOURCES / name).read_text() for name in HEADERS)]
+    key = _digest("\0".join([*texts, version, *flags, "", *link_flags]).encode())
     name, folder = f"{source}-{key}", _cache_folder()
 
     def compile_to(aside: str) -> None:

@@ -381,7 +381,7 @@ def describe_backend(backend: str, inputs: Inputs, window: Window) -> str:
     if reason is not None:
         # The rest of the reason may quote a temporary file, which would look different each time.
         return f"reference, because {reason.partition(': ')[0]}"
-    return cpu.describe_build("local_attention", window.rows) if module is cpu else name
+    return cpu.describe_build(*cpu.library_for(inputs, window)) if module is cpu else name
 
 
 def _resolve(backend: str, inputs: Inputs, window: Window) -> ModuleType:

@@ -27,167 +27,19 @@
 // that is read is used for three adjacent queries, and the backward pass never writes a score twice. A quarter of the
 // time is spent reading and writing the tensors.
 
-#include "vectors.h"
+#include "planes.h"
 
 #ifndef KERNEL_SIZE
 #define KERNEL_SIZE 7  // cpu.py builds one library per kernel_size, since building all of them would take a minute
 #endif
 
-// These sizes suit the caches. The results do not depend on the tile size; changing BLOCK_ROWS affects only rounding.
+// This size suits the caches. The results do not depend on it.
 //
 // MAX_TILE is the number of query columns processed at a time, with K*K scores each, forward and backward. It is larger
 // for the backward pass, because a tile's margins are gathered twice.
 constexpr int MAX_TILE[2] = {12, 32};
-constexpr int BLOCK_ROWS = 8;  // query rows summed in float32 for the embeddings' gradients; work is split at multiples
-constexpr int64_t PIXELS_AHEAD = 3;  // number of pixels that are prefetched
-
-enum Dtype { FLOAT32 = 0, BFLOAT16 = 1 };
-
-extern "C" {
-
-// A [B, N, H, W, D] tensor with strides in elements.
-struct Strided {
-    void* data;
-    int64_t b, n, h, w, d;
-};
-
-// cpu.py mirrors this struct field by field.
-struct Problem {
-    int64_t batch, num_heads, height, width, head_dim;
-    int64_t zero_border, dtype, num_threads, rel_per_head, stride;
-    Strided query, key, value, output;  // key.data is null without content; output and its gradient are after pooling
-    Strided grad_output, grad_query, grad_key, grad_value;
-    float* statistics;                          // forward to backward: [B N rounded up to 16][H][2][W], lanes innermost
-    const float *rel_height, *rel_width;        // [K, D/2] or [N, K, D/2], contiguous; null without embeddings
-    float *grad_rel_height, *grad_rel_width;    // same shapes
-    void* workspace;                            // sasa_forward_bytes() or sasa_backward_bytes(), any alignment
-};
-}
 
 namespace {
-
-// V planes of a tensor: the position of each plane, and the number of existing planes. Further lanes repeat the last
-// plane and are not written.
-template <int V>
-struct Planes {
-    int64_t batch_index[V], head[V];
-    int count;
-    Planes(const Problem& p, int64_t group) {
-        int64_t total = p.batch * p.num_heads;
-        count = int(least(V, total - group * V));
-        for (int l = 0; l < V; ++l) {
-            int64_t plane = group * V + least(l, count - 1);
-            batch_index[l] = plane / p.num_heads;
-            head[l] = plane % p.num_heads;
-        }
-    }
-};
-
-// Copies one image row of V planes between a tensor and scratch memory, [D][pitch] vectors.
-template <int V, typename E>
-struct RowCopy {
-    E* line[V];
-    int64_t w, d;
-    int count;
-    bool stream;
-    RowCopy() = default;
-    RowCopy(const Planes<V>& planes, const Strided& t, int64_t y, bool stream = false)
-        : w(t.w), d(t.d), count(planes.count), stream(stream) {
-        for (int l = 0; l < V; ++l)
-            line[l] = (E*)t.data + planes.batch_index[l] * t.b + planes.head[l] * t.n + y * t.h;
-    }
-
-    // Copies V values of each plane at (x, c) in runs of P, which are `step` apart in memory and `run_pitch` apart in
-    // scratch, with a stride of `pitch` inside a run.
-    template <int P, bool OUT>
-    INLINE void block(F<V>* row, int64_t x, int64_t c, int64_t step, int64_t run_pitch, int64_t pitch) const {
-        F<V> t[V];
-        int64_t offset = x * w + c * d;
-        if constexpr (!OUT) {
-            UNROLL
-            for (int l = 0; l < V; ++l) t[l] = load_runs<V, P>(line[l] + offset, step);
-            transpose<V>(t);
-        }
-        UNROLL
-        for (int k = 0; k < V; ++k) {
-            F<V>& place = row[k / P * run_pitch + k % P * pitch];
-            if constexpr (OUT)
-                t[k] = place;
-            else
-                place = t[k];
-        }
-        if constexpr (OUT) {
-            transpose<V>(t);
-            UNROLL
-            for (int l = 0; l < V; ++l) {
-                if (l >= count) break;
-                if constexpr (P * 2 == V) {
-                    if (l + 1 < count && line[l + 1] == line[l] + P) {  // two adjacent heads form one vector
-                        F<V> other = t[l + 1];
-                        store<V>(line[l] + offset, join(half_of(t[l], false), half_of(other, false)), stream);
-                        store<V>(line[l] + offset + step, join(half_of(t[l], true), half_of(other, true)), stream);
-                        ++l;
-                        continue;
-                    }
-                }
-                store_runs<V, P>(line[l] + offset, step, t[l], stream);
-            }
-        }
-    }
-
-    // Prefetches pixels x .. x + num - 1 into the cache. After the end of the row comes either the next row, which is
-    // needed soon, or an invalid address, whose prefetch does not fault.
-    INLINE void prefetch(int64_t x, int64_t num, int64_t head_dim) const {
-        if (d != 1) return;
-        int64_t per_cache_line = 64 / sizeof(E), heads_step = most(1, per_cache_line / head_dim);
-        for (int64_t end = x + num; x < end; ++x)
-            for (int64_t l = 0; l < count; l += heads_step)
-                for (int64_t c = 0; c < head_dim; c += per_cache_line) __builtin_prefetch(line[l] + x * w + c);
-    }
-
-    template <bool OUT>
-    INLINE void single(F<V>* place, int64_t x, int64_t c) const {
-        for (int l = 0; l < count; ++l) {
-            if constexpr (OUT)
-                store_one(line[l] + x * w + c * d, (*place)[l]);
-            else
-                (*place)[l] = load_one(line[l] + x * w + c * d);
-        }
-        if constexpr (!OUT)
-            for (int l = count; l < V; ++l) (*place)[l] = (*place)[count - 1];
-    }
-
-    // Handles heads of P < V channels, V / P pixels at a time.
-    template <int P, bool OUT>
-    void narrow(F<V>* row, int64_t x, int64_t end, int64_t pitch) const {
-        for (; x + V / P <= end; x += V / P) block<P, OUT>(row + x, x, 0, w, 1, pitch);
-        for (; x < end; ++x)
-            for (int64_t c = 0; c < P; ++c) single<OUT>(row + c * pitch + x, x, c);
-    }
-
-    // Copies columns from .. end - 1 of the row.
-    template <bool OUT>
-    __attribute__((noinline)) void run(F<V>* row, int64_t from, int64_t end, int64_t head_dim, int64_t pitch) const {
-        if constexpr (V > 4)
-            if (d == 1 && head_dim * 2 == V) return narrow<V / 2, OUT>(row, from, end, pitch);
-        if constexpr (V > 8)
-            if (d == 1 && head_dim * 4 == V) return narrow<V / 4, OUT>(row, from, end, pitch);
-        if (w == 1) {  // planar layout: copy along the row
-            for (int64_t c = 0; c < head_dim; ++c) {
-                int64_t x = from;
-                for (; x + V <= end; x += V) block<V, OUT>(row + c * pitch + x, x, c, 0, 0, 1);
-                for (; x < end; ++x) single<OUT>(row + c * pitch + x, x, c);
-            }
-            return;
-        }
-        for (int64_t x = from; x < end; ++x) {
-            int64_t c = 0;
-            if (d == 1)
-                for (; c + V <= head_dim; c += V) block<V, OUT>(row + c * pitch + x, x, c, 0, 0, pitch);
-            for (; c < head_dim; ++c) single<OUT>(row + c * pitch + x, x, c);
-        }
-    }
-};
 
 // ---- the two basic operations -------------------------------------------------------------------------------------
 
@@ -262,7 +114,11 @@ struct Sizes {
 
 template <int V, int K>
 class Worker {
+   public:
     typedef F<V> Vec;
+    static constexpr int LANES = V;
+
+   private:
     static constexpr int HALF = K / 2, R = queries_at_once(K), C = CHANNELS_AT_ONCE;
     const Problem& p;
     const Sizes s;
@@ -429,11 +285,19 @@ class Worker {
         copy_rows<false, E>(
             {with_query ? query_rows + query_slot(y) : nullptr, p.key.data ? key_rows + slot(y) : nullptr, value_rows + slot(y)},
             {&p.query, &p.key, &p.value}, y, s.W);
+        if (with_query) scale_query(query_rows + query_slot(y));
     }
     template <typename E>
     void store(int64_t y) {
+        scale_query(grad_query_rows + query_slot(y));
         copy_rows<true, E>({grad_query_rows + query_slot(y), p.key.data ? grad_key_rows + slot(y) : nullptr, grad_value_rows + slot(y)},
                            {&p.grad_query, &p.grad_key, &p.grad_value}, y, s.W);
+    }
+
+    // Scaled queries have scaled scores, and so have the gradients of the queries a factor.
+    void scale_query(Vec* row) const {
+        if (p.scale == 1) return;
+        for (int64_t e = 0; e < s.row; ++e) row[e] *= float(p.scale);
     }
 
     // Returns row y of the statistics, which consists of two rows of vectors.
@@ -458,7 +322,7 @@ class Worker {
     void attend(int64_t i, int64_t x0, int64_t width) {
         in_groups<R>(0, width, [&](auto Q, int64_t x) { bias<Q>(x0, x); });
         for (int64_t x = 0; x < width; ++x) top[x0 + x] = Vec{} - __builtin_inff();
-        int64_t begin = p.zero_border ? 0 : first_dy(i), end = p.zero_border ? K : end_dy(i);
+        int64_t begin = p.border == ZERO ? 0 : first_dy(i), end = p.border == ZERO ? K : end_dy(i);
         for (int64_t dy = begin; dy < end; ++dy) {
             const Vec* keys = p.key.data ? row_in_reach(key_rows, i, dy) : nullptr;
             in_groups<R>(0, width, [&](auto Q, int64_t x) { score<Q>(keys, x0, x, dy); });
@@ -483,7 +347,7 @@ class Worker {
         memcpy(bias_height + x * K, by_row, sizeof by_row);
         memcpy(bias_width + x * K, by_column, sizeof by_column);
         for (int r = 0; r < Q; ++r) {
-            if (p.zero_border) continue;
+            if (p.border == ZERO) continue;
             int64_t column = x0 + x + r;
             for (int64_t dx = 0; dx < HALF - column; ++dx) bias_width[(x + r) * K + dx] = Vec{} - __builtin_inff();
             for (int64_t dx = s.W + HALF - column; dx < K; ++dx) bias_width[(x + r) * K + dx] = Vec{} - __builtin_inff();
@@ -646,7 +510,7 @@ class Worker {
     // Computes the gradients of query row i if `own` is true, and adds to those of key rows key_first .. key_end - 1.
     void backward_tile(int64_t i, int64_t x0, int64_t width, bool own, int64_t key_first, int64_t key_end) {
         in_groups<R>(0, width, [&](auto Q, int64_t x) { bias<Q>(x0, x); });
-        int64_t begin = p.zero_border ? 0 : first_dy(i), end = p.zero_border ? K : end_dy(i);
+        int64_t begin = p.border == ZERO ? 0 : first_dy(i), end = p.border == ZERO ? K : end_dy(i);
         for (int64_t dy = begin; dy < end; ++dy) {
             const Vec* keys = p.key.data ? row_in_reach(key_rows, i, dy) : nullptr;
             const Vec* values = row_in_reach(value_rows, i, dy);
@@ -795,104 +659,12 @@ class Worker {
     }
 };
 
-// ---- the threads -----------------------------------------------------------------------------------------------------
-
-// If there are too few groups of planes for the threads, their rows are also split, at multiples of BLOCK_ROWS. The
-// result is the same.
-int64_t num_chunks(int64_t num_groups, int64_t num_blocks, int64_t num_threads) {
-    if (num_groups % num_threads == 0 || num_groups >= 4 * num_threads) return 1;
-    return most(1, least(num_blocks, ceil_div(2 * num_threads, num_groups)));
-}
-
-template <int V, int K>
-int64_t workspace(const Problem& p, bool backward) {
-    Sizes s = Sizes::of<K>(p, backward);
-    int64_t threads = p.num_threads * round_up(Worker<V, K>::num_vectors(p, backward) * sizeof(F<V>));
-    if (!backward) return threads + 128;
-    int64_t num_groups = ceil_div(p.batch * p.num_heads, V);
-    int64_t partial = num_groups * s.num_blocks * 2 * s.half * K * sizeof(F<V>);
-    int64_t sums = (p.rel_per_head ? p.num_heads : 1) * 2 * s.half * K * sizeof(double);
-    return threads + round_up(partial) + round_up(sums) + 256;
-}
-
-// Sums the embeddings' gradients over blocks, planes and images, in this order and in float64.
-template <int V, int K>
-void sum_rel(const Problem& p, const F<V>* partial, double* sums) {
-    Sizes s = Sizes::of<K>(p, true);
-    int64_t num_groups = ceil_div(p.batch * p.num_heads, V), size = 2 * s.half * K;
-    int64_t num_tables = p.rel_per_head ? p.num_heads : 1;
-    memset(sums, 0, num_tables * size * sizeof(double));
-    for (int64_t group = 0; group < num_groups; ++group) {
-        Planes<V> planes(p, group);
-        for (int64_t block = 0; block < s.num_blocks; ++block, partial += size)
-            for (int64_t e = 0; e < size; ++e)
-                for (int l = 0; l < planes.count; ++l)
-                    sums[(p.rel_per_head ? planes.head[l] : 0) * size + e] += partial[e][l];
-    }
-    for (int64_t table = 0; table < num_tables; ++table)
-        for (int64_t c = 0; c < s.half; ++c)
-            for (int64_t d = 0; d < K; ++d) {
-                int64_t place = (table * K + d) * s.half + c;
-                p.grad_rel_height[place] = float(sums[table * size + c * K + d]);
-                p.grad_rel_width[place] = float(sums[table * size + (s.half + c) * K + d]);
-            }
-}
-
-template <int V, int K>
-void run(const Problem& p, bool backward) {
-    typedef F<V> Vec;
-    Sizes s = Sizes::of<K>(p, backward);
-    int64_t num_groups = ceil_div(p.batch * p.num_heads, V);
-    int64_t chunks = num_chunks(num_groups, s.num_blocks, p.num_threads);
-    char* memory = (char*)round_up((int64_t)p.workspace);
-    int64_t share = round_up(Worker<V, K>::num_vectors(p, backward) * sizeof(Vec));
-    Vec* partial = (Vec*)(memory + p.num_threads * share);
-    int64_t partial_size = s.num_blocks * 2 * s.half * K;
-#pragma omp parallel for schedule(dynamic) num_threads(int(p.num_threads))
-    for (int64_t task = 0; task < num_groups * chunks; ++task) {
-        int64_t group = task / chunks, chunk = task % chunks;
-        int64_t first = least(s.H, s.num_blocks * chunk / chunks * BLOCK_ROWS);
-        int64_t end = least(s.H, s.num_blocks * (chunk + 1) / chunks * BLOCK_ROWS);
-        int thread = 0;
-#ifdef _OPENMP
-        thread = omp_get_thread_num();
-#endif
-        Worker<V, K> worker(p, group, (Vec*)(memory + thread * share), backward);
-        if (!backward && p.dtype == FLOAT32) worker.template forward<float>(first, end);
-        if (!backward && p.dtype == BFLOAT16) worker.template forward<uint16_t>(first, end);
-        if (backward && p.dtype == FLOAT32) worker.template backward<float>(first, end, partial + group * partial_size);
-        if (backward && p.dtype == BFLOAT16) worker.template backward<uint16_t>(first, end, partial + group * partial_size);
-#if defined(__x86_64__)
-        _mm_sfence();  // streamed stores become visible before the task counts as done
-#endif
-    }
-    if (backward && p.rel_height)
-        sum_rel<V, K>(p, partial, (double*)((char*)partial + round_up(num_groups * partial_size * sizeof(Vec))));
-}
-
-enum Job { FORWARD, BACKWARD, FORWARD_BYTES, BACKWARD_BYTES };  // the last two: size of the workspace
-
-template <int V, int K>
-int64_t do_job(const Problem& p, Job job) {
-    if (job == FORWARD_BYTES || job == BACKWARD_BYTES) return workspace<V, K>(p, job == BACKWARD_BYTES);
-    run<V, K>(p, job == BACKWARD);
-    return 0;
-}
-
 // With few planes (e.g. a single image), most lanes of a wide vector would be idle, so narrower vectors are used.
 int64_t dispatch(const Problem& p, Job job) {
 #if MAX_LANES == 16
-    if (p.batch * p.num_heads <= 8) return do_job<8, KERNEL_SIZE>(p, job);
+    if (p.batch * p.num_heads <= 8) return do_job<Worker<8, KERNEL_SIZE>>(p, job);
 #endif
-    return do_job<MAX_LANES, KERNEL_SIZE>(p, job);
+    return do_job<Worker<MAX_LANES, KERNEL_SIZE>>(p, job);
 }
 
 }  // namespace
-
-extern "C" {
-
-void sasa_forward(const Problem* p) { dispatch(*p, FORWARD); }
-void sasa_backward(const Problem* p) { dispatch(*p, BACKWARD); }
-int64_t sasa_forward_bytes(const Problem* p) { return dispatch(*p, FORWARD_BYTES); }
-int64_t sasa_backward_bytes(const Problem* p) { return dispatch(*p, BACKWARD_BYTES); }
-}
