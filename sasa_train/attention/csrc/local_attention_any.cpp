@@ -25,7 +25,7 @@ namespace {
 // results do not depend on it.
 constexpr int64_t TILE_SCORES = 2048, MIN_TILE = 4, MAX_TILE = 32;
 constexpr int KEYS_AT_ONCE = NUM_REGISTERS == 32 ? 12 : 8;
-constexpr int CHANNELS_AT_ONCE = NUM_REGISTERS == 32 ? 16 : 8;
+constexpr int CHANNELS_AT_ONCE = NUM_REGISTERS == 32 ? 8 : 4;
 
 // The keys begin .. end - 1 that a position sees along one axis, and the row of the table for the first of them.
 struct Span {
@@ -447,9 +447,9 @@ class Worker {
 
 // With few planes (e.g. a single image), most lanes of a wide vector would be idle, so narrower vectors are used.
 int64_t dispatch(const Problem& p, Job job) {
-    int64_t num_planes = p.batch * p.num_heads;
-    if (MAX_LANES > 4 && num_planes <= 4) return do_job<Worker<4>>(p, job);
-    if (MAX_LANES > 8 && num_planes <= 8) return do_job<Worker<8>>(p, job);
+#if MAX_LANES == 16
+    if (p.batch * p.num_heads <= 8) return do_job<Worker<8>>(p, job);
+#endif
     return do_job<Worker<MAX_LANES>>(p, job);
 }
 
