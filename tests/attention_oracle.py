@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def random_case(seed: int, has_other_values: bool = True, **fixed: Any) -> tuple
     has_rel, options["content"] = rng.choice([(True, True), (True, False), (False, True)])
 
     def randn(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float64)
+        return torch.randn(size, generator=generator).double()  # so that float32 kernels get the same numbers
 
     tables = [
         randn(*([num_heads] if rng.random() < 0.5 else []), 2 * k - 1 if is_shift else k, half) if has_rel else None
@@ -98,20 +99,21 @@ def output_and_gradients(run: Any, inputs: list[Tensor | None], seed: int = 0) -
     return [output.detach(), *(None if x is None else x.grad for x in given)]
 
 
-def assert_equals_loops(seed: int, backend: str, dtype: torch.dtype, rtol: float, atol: float, **fixed: Any) -> None:
-    """Compare a backend's output and gradients with the loops, on the same numbers, for one random case."""
+def assert_equal_loops(seed: int, backends: Sequence[str], **fixed: Any) -> None:
+    """Compare output and gradients of each backend with the loops, on the same numbers, for one random case."""
     inputs, options = random_case(seed, **fixed)
-    rounded = [None if x is None else x.to(dtype) for x in inputs]
-    exact_inputs = [None if x is None else x.double() for x in rounded]
-    ours = output_and_gradients(lambda *x: local_attention(*x, backend=backend, **options), rounded)
     loops = {name: value for name, value in options.items() if name != "content"}
-    exact = output_and_gradients(lambda *x: by_loops(*x, **loops), exact_inputs)
-    for name, x, y in zip(("output", *NAMES), ours, exact, strict=True):
-        if y is None:
-            assert x is None
-            continue
-        assert x is not None and x.dtype == dtype
-        size = max(1.0, float(y.abs().max()))
-        torch.testing.assert_close(
-            x.double(), y, rtol=rtol, atol=atol * size, msg=lambda m, n=name: f"{n} of case {seed}, {options}: {m}"
-        )
+    exact = output_and_gradients(lambda *x: by_loops(*x, **loops), inputs)
+    for backend in backends:
+        dtype, rtol, atol = (torch.float64, 1e-11, 1e-11) if backend == "reference" else (torch.float32, 1e-5, 2e-5)
+        given = [None if x is None else x.to(dtype) for x in inputs]
+        ours = output_and_gradients(lambda *x, b=backend: local_attention(*x, backend=b, **options), given)
+        for name, x, y in zip(("output", *NAMES), ours, exact, strict=True):
+            if y is None:
+                assert x is None
+                continue
+            assert x is not None and x.dtype == dtype
+            size, what = max(1.0, float(y.abs().max())), f"{backend}'s {name} of case {seed}, {options}"
+            torch.testing.assert_close(
+                x.double(), y, rtol=rtol, atol=atol * size, msg=lambda m, what=what: f"{what}: {m}"
+            )

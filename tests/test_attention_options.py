@@ -1,14 +1,19 @@
 """Every option of `local_attention` in every combination, on each backend, against loops over single numbers."""
 
 import contextlib
+import math
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from attention_oracle import assert_equals_loops, by_loops, random_case, window_along
+from attention_cases import LAYOUTS, assert_threads_change_no_bit, draw, run_narrower
+from attention_oracle import assert_equal_loops, by_loops, random_case, window_along
+from torch import Tensor
 
 from sasa_train.attention import attention_weights, cpu, local_attention, local_attention_qkv
 from sasa_train.attention.dilation import by_remainder
@@ -16,13 +21,19 @@ from sasa_train.attention.plain import local_attention_forward as plain_forward
 from sasa_train.attention.reference import Inputs, Window
 from sasa_train.models.layers import LocalSelfAttention2d
 
-needs_kernel = pytest.mark.skipif(cpu.why_not_built("local_attention", 3) is not None, reason="no C++ compiler")
+
+def why_not_built() -> str | None:
+    return cpu.why_not_built("local_attention_any", 0)
+
+
+needs_kernel = pytest.mark.skipif(why_not_built() is not None, reason=f"no compiled kernel: {why_not_built()}")
 
 
 @pytest.mark.parametrize("first", range(0, 60, 10))
-def test_the_reference_equals_the_loops(first):
+def test_the_reference_and_the_cpu_kernels_equal_the_loops(first):
+    backends = ["reference"] if why_not_built() else ["reference", "cpu"]
     for seed in range(first, first + 10):
-        assert_equals_loops(seed, "reference", torch.float64, rtol=1e-11, atol=1e-11)
+        assert_equal_loops(seed, backends)
 
 
 def test_programs_that_are_exported_equal_the_reference():
@@ -64,21 +75,97 @@ def test_weights_are_those_that_the_loops_give_to_each_position():
         torch.testing.assert_close(weights.sum(-1), torch.ones(q.shape[:4], dtype=torch.float64))
 
 
-def assert_dilation_is_right(backend: str, num_cases: int) -> None:
-    """Compare square windows, dilated, with the loops."""
-    for seed in range(num_cases):
-        fixed = {
-            "kernel_size": (3, 3),
-            "border": ("mask", "zero")[seed % 2],
-            "scale": 1.0,
-            "dilation": (2, 1 + seed % 3),
-        }
-        assert_equals_loops(seed, backend, torch.float32, rtol=1e-5, atol=2e-5, has_other_values=False, **fixed)
+def larger_case(seed: int) -> tuple[Any, list[Tensor | None], dict[str, Any]]:
+    """Draw an op, its inputs and options for the CPU kernels: many planes, several tiles, any dtype and strides."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    border, dtype = rng.choice(["mask", "zero", "shift"]), rng.choice([torch.float32, torch.bfloat16, torch.float16])
+    rows, columns = (rng.choice([1, 3, 5, 7, 17]) for _ in range(2))
+    columns = rows if rng.random() < 0.4 else columns
+    least = (rows, columns) if border == "shift" else (1, 1)
+    height, width = (size + rng.choice([0, 1, 6, 19]) for size in least)
+    batch, num_heads, head_dim = rng.randint(1, 3), rng.choice([1, 3, 9]), rng.choice([2, 4, 8, 10, 16, 32])
+    shape = (batch, num_heads, height, width, head_dim)
+    q, key, v = (x.requires_grad_() for x in draw(shape, rng.choice(LAYOUTS), dtype, generator))
+    sizes = [2 * k - 1 if border == "shift" else k for k in (rows, columns)]
+    tables = [torch.randn(size, head_dim // 2, generator=generator).requires_grad_() for size in sizes]
+    options = {"kernel_size": (rows, columns), "border": border, "scale": rng.choice([1.0, 0.3]), "backend": "cpu"}
+    if rng.random() < 0.3:
+        inputs = [torch.stack([q, key, v]).detach().requires_grad_(), *tables]
+        return local_attention_qkv, inputs, options | {"stride": 2}
+    if rng.random() < 0.5:
+        v = draw((*shape[:4], rng.choice([1, 3, 8, 20])), rng.choice(LAYOUTS), dtype, generator)[0].requires_grad_()
+    content = rng.random() < 0.8
+    return local_attention, [q, key if content else None, v, *tables], options | {"content": content}
+
+
+def results(op: Any, inputs: list[Tensor | None], options: dict[str, Any]) -> list[Tensor | None]:
+    """Return the output, and the gradients of its product with fixed numbers."""
+    output, present = op(*inputs, **options), [x for x in inputs if x is not None]
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    return [output.detach(), *torch.autograd.grad(output, present, weights.to(output.dtype))]
+
+
+def assert_larger_cases(first: int, end: int) -> None:
+    """Compare the CPU kernels with the float64 reference. Scratch memory holds NaNs before each call."""
+    for seed in range(first, end):
+        op, inputs, options = larger_case(seed)
+        if getattr(cpu._kept, "scratch", None) is not None:
+            cpu._kept.scratch.fill_(255)
+        exact = [None if x is None else x.detach().double().requires_grad_() for x in inputs]
+        pairs = zip(results(op, inputs, options), results(op, exact, options | {"backend": "reference"}), strict=True)
+        for x, y in pairs:
+            is_table, unit = x.dim() == 2, 0.0 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps / 2
+            size = max(1.0, float(y.abs().max()), math.prod(inputs[0].shape[-5:-1]) ** 0.5 if is_table else 0.0)
+            torch.testing.assert_close(
+                x.double(), y, rtol=unit + 1e-5, atol=2e-5 * size,
+                msg=lambda m, s=seed, o=options, x=x: f"case {s}, {o}, {list(x.shape)}: {m}",
+            )  # fmt: skip
 
 
 @needs_kernel
-def test_the_cpu_kernel_has_dilation():
-    assert_dilation_is_right("cpu", 12)
+@pytest.mark.parametrize("first", range(0, 60, 20))
+def test_the_cpu_kernels_equal_the_reference_at_larger_sizes(first):
+    assert_larger_cases(first, first + 20)
+
+
+@needs_kernel
+def test_the_cpu_kernels_with_a_narrower_instruction_set():
+    """The kernel with every option computes all cases, so that only one library is built."""
+    run_narrower(
+        "avx2",
+        "from test_attention_options import *\n"
+        "cpu.library_for = lambda *_: ('local_attention_any', 0)\n"
+        "assert_larger_cases(0, 10)",
+    )
+
+
+@needs_kernel
+def test_a_window_of_hundreds_of_rows_sees_the_whole_map():
+    torch.manual_seed(0)
+    q, key, v = torch.randn(3, 1, 2, 3, 5, 4)
+    everything = torch.softmax(q.flatten(2, 3) @ key.flatten(2, 3).mT, -1) @ v.flatten(2, 3)
+    for kernel_size in (301, (301, 9), (5, 301)):
+        ours = local_attention(q, key, v, kernel_size=kernel_size, backend="cpu")
+        torch.testing.assert_close(ours.flatten(2, 3), everything)
+
+
+@needs_kernel
+@pytest.mark.parametrize("border", ["mask", "zero", "shift"])
+def test_the_number_of_threads_changes_no_bit_with_options(border):
+    """There are few planes, so that rows are divided among threads and each computes the halo rows of its keys."""
+    generator = torch.Generator().manual_seed(0)
+    q, key, v = draw((1, 2, 41, 9, 6), "channels_last", torch.float32, generator)
+    options = {"kernel_size": (9, 3), "border": border, "scale": 0.5, "backend": "cpu"}
+    tables = [torch.randn(2 * k - 1 if border == "shift" else k, 3, generator=generator) for k in (9, 3)]
+    inputs = [x.requires_grad_() for x in (q, key, v[..., :5], *tables)]
+    assert_threads_change_no_bit(lambda: results(local_attention, inputs, options), (1, 2, 3, 16))
+
+
+def assert_dilation_is_right(backend: str, num_cases: int) -> None:
+    """Compare square windows, dilated, with the loops."""
+    for seed in range(num_cases):
+        fixed = {"kernel_size": (3, 3), "border": ("mask", "zero")[seed % 2], "scale": 1.0}
+        assert_equal_loops(seed, [backend], has_other_values=False, dilation=(2, 1 + seed % 3), **fixed)
 
 
 def test_triton_has_dilation():
@@ -147,20 +234,20 @@ def test_the_kernels_that_are_compiled_ahead_are_those_of_the_op():
 
 
 LACKING = [
-    ({"kernel_size": (3, 5)}, r"compiled windows are square; kernel_size is \(3, 5\)"),
-    ({"border": "shift"}, "border='shift' is not compiled"),
-    ({"scale": 0.5}, "a scale is not compiled; scale is 0.5"),
-    ({"value": torch.zeros(1, 2, 6, 6, 3)}, "compiled values have query's head_dim, 4; value has 3"),
+    ({"kernel_size": (3, 5)}, r"Triton's windows are square; kernel_size is \(3, 5\)"),
+    ({"border": "shift"}, "border='shift' has no Triton kernel"),
+    ({"scale": 0.5}, "a scale has no Triton kernel; scale is 0.5"),
+    ({"value": torch.zeros(1, 2, 6, 6, 3)}, "Triton's values have query's head_dim, 4; value has 3"),
 ]
 
 
-@needs_kernel
 @pytest.mark.parametrize("change,reason", LACKING)
-def test_the_cpu_kernel_says_by_name_what_it_lacks(change, reason):
+def test_triton_says_by_name_what_it_lacks(change, reason):
+    pytest.importorskip("triton")
     x = torch.zeros(1, 2, 6, 6, 4)
     arguments = {"query": x, "key": x, "value": x, "kernel_size": 3} | change
-    with pytest.raises(RuntimeError, match=f"backend='cpu' cannot run: {reason}"):
-        local_attention(**arguments, backend="cpu")
+    with pytest.raises(RuntimeError, match=f"backend='triton' cannot run: {reason}"):
+        local_attention(**arguments, backend="triton")
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,9 @@ INSTRUCTION_SETS = {
 OPENMP = ((("-fopenmp",), ()), (("-fopenmp",), ("-fopenmp",)), ((), ()))
 COMPILERS = ("g++", "c++", "clang++")
 VERSION_SECONDS, BUILD_SECONDS = 20, 300
-UNFINISHED = re.compile(r"(local_attention(_any)?|attention_stem)-[0-9a-f]{16}-\w+\.tmp")  # as `_add_to` names its files
+UNFINISHED = re.compile(
+    r"(local_attention(_any)?|attention_stem)-[0-9a-f]{16}-\w+\.tmp"
+)  # as `_add_to` names its files
 MAX_LIBRARY_BYTES = 64 << 20  # a library has about 100 KB
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # other dtypes are converted
 BORDERS = ("mask", "zero", "shift")

@@ -62,20 +62,6 @@ class Window(NamedTuple):
         return (2 * self.rows - 1, 2 * self.columns - 1) if self.border == "shift" else (self.rows, self.columns)
 
 
-def beyond_the_kernels(inputs: Inputs, window: Window) -> str | None:
-    """Return the option that only the reference has, in words, or None if there is none."""
-    channels = inputs.query.shape[-1], inputs.value.shape[-1]
-    if window.rows != window.columns:
-        return f"compiled windows are square; kernel_size is ({window.rows}, {window.columns})"
-    if window.border == "shift":
-        return "border='shift' is not compiled"
-    if window.scale != 1:
-        return f"a scale is not compiled; scale is {window.scale}"
-    if channels[0] != channels[1]:
-        return f"compiled values have query's head_dim, {channels[0]}; value has {channels[1]}"
-    return None
-
-
 def local_attention_forward(inputs: Inputs, window: Window) -> Tensor:
     """Return the attention output [B, N, H, W, Dv] in the dtype of `value`, differentiable any number of times."""
     v = _batch_last(inputs.value)

@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from sasa_train.attention import triton_fold, triton_walk
-from sasa_train.attention.reference import Grads, Inputs, Window, beyond_the_kernels, pool, spread, table_gradient
+from sasa_train.attention.reference import Grads, Inputs, Window, pool, spread, table_gradient
 
 MAX_KERNEL_SIZE = 15  # triton_walk.py pads the tables' rows to 16
 MAX_HEAD_DIM = 128
@@ -47,10 +47,19 @@ def unsupported(inputs: Inputs, window: Window) -> str | None:
         return f"the tensors are {query.dtype}; the kernels compute in float32"
     if kernel_size > MAX_KERNEL_SIZE:
         return f"kernel_size={kernel_size} is above {MAX_KERNEL_SIZE}"
-    if query.shape[-1] > MAX_HEAD_DIM:
-        return f"head_dim={query.shape[-1]} is above {MAX_HEAD_DIM}"
+    head_dim, value_dim = query.shape[-1], inputs.value.shape[-1]
+    if head_dim > MAX_HEAD_DIM:
+        return f"head_dim={head_dim} is above {MAX_HEAD_DIM}"
+    if window.rows != window.columns:
+        return f"Triton's windows are square; kernel_size is ({window.rows}, {window.columns})"
+    if window.border == "shift":
+        return "border='shift' has no Triton kernel"
     is_exact = query.dtype == torch.float32 or (query.dtype == torch.bfloat16 and math.frexp(window.scale)[0] == 0.5)
-    return beyond_the_kernels(inputs, window._replace(scale=1.0) if is_exact else window)
+    if window.scale != 1 and not is_exact:
+        return f"Triton would round queries of {query.dtype} times a scale; scale is {window.scale}"
+    if head_dim != value_dim:
+        return f"Triton's values have query's head_dim, {head_dim}; value has {value_dim}"
+    return None
 
 
 def _scaled(inputs: Inputs, window: Window) -> Inputs:
