@@ -197,11 +197,16 @@ def test_the_conditions_are_those_of_this_process(plan, model, one_thread, monke
 
 
 @pytest.mark.parametrize(
-    "kernel_size,backend,expected",
-    [(17, "auto", "reference, because kernel_size=17 is above 15"), (3, "reference", "reference"), (3, "cpu", "cpu k")],
+    "kernel_size,dtype,backend,expected",
+    [
+        (17, torch.float32, "auto", "cpu kernel"),
+        (3, torch.float64, "auto", "reference, because the tensors are torch.float64"),
+        (3, torch.float32, "reference", "reference"),
+        (3, torch.float32, "cpu", "cpu kernel"),
+    ],
 )
-def test_the_backend_is_the_one_that_runs(kernel_size, backend, expected):
-    layer = LocalSelfAttention2d(4, 8, kernel_size, num_heads=2, backend=backend)
+def test_the_backend_is_the_one_that_runs(kernel_size, dtype, backend, expected):
+    layer = LocalSelfAttention2d(4, 8, kernel_size, num_heads=2, backend=backend).to(dtype)
     assert layer.describe_backend(torch.device("cpu")).startswith(expected)
 
 
