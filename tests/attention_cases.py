@@ -7,11 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sasa_train.attention import local_attention, local_attention_qkv
+from sasa_train.attention import cpu, local_attention, local_attention_qkv
 
 NAMES = ("output", "query", "key", "value", "rel_height", "rel_width")
 LAYOUTS = ("contiguous", "channels_last", "fused channels_last", "planar", "scattered")
@@ -110,6 +111,54 @@ def assert_random_cases(
         choices = [kernel_sizes, dtypes, LAYOUTS, ["mask", "zero"]]
         case = ((*shape, head_dim), *map(rng.choice, choices), rel is None or rng.random() < 0.7, rel, seed)
         assert_equals_reference(*case, rng.choice(strides), **where)
+
+
+def larger_case(seed: int) -> tuple[Any, list[Tensor | None], dict[str, Any]]:
+    """Draw an op, its inputs and options for the CPU kernels: many planes, several tiles, any dtype and strides."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    border, dtype = rng.choice(["mask", "zero", "shift"]), rng.choice([torch.float32, torch.bfloat16, torch.float16])
+    rows, columns = (rng.choice([1, 3, 5, 7, 17]) for _ in range(2))
+    columns = rows if rng.random() < 0.4 else columns
+    least = (rows, columns) if border == "shift" else (1, 1)
+    height, width = (size + rng.choice([0, 1, 6, 19]) for size in least)
+    batch, num_heads, head_dim = rng.randint(1, 3), rng.choice([1, 3, 9]), rng.choice([2, 4, 8, 10, 16, 32])
+    shape = (batch, num_heads, height, width, head_dim)
+    q, key, v = (x.requires_grad_() for x in draw(shape, rng.choice(LAYOUTS), dtype, generator))
+    sizes = [2 * k - 1 if border == "shift" else k for k in (rows, columns)]
+    heads = [num_heads] if rng.random() < 0.3 else []
+    tables = [torch.randn(*heads, size, head_dim // 2, generator=generator).requires_grad_() for size in sizes]
+    options = {"kernel_size": (rows, columns), "border": border, "scale": rng.choice([1.0, 0.3]), "backend": "cpu"}
+    if rng.random() < 0.3:
+        inputs = [torch.stack([q, key, v]).detach().requires_grad_(), *tables]
+        return local_attention_qkv, inputs, options | {"stride": 2}
+    if rng.random() < 0.5:
+        v = draw((*shape[:4], rng.choice([1, 3, 8, 20])), rng.choice(LAYOUTS), dtype, generator)[0].requires_grad_()
+    content = rng.random() < 0.8
+    return local_attention, [q, key if content else None, v, *tables], options | {"content": content}
+
+
+def run_with_grads(op: Any, inputs: list[Tensor | None], options: dict[str, Any]) -> list[Tensor | None]:
+    """Return the output, and the gradients of its product with fixed numbers."""
+    output, present = op(*inputs, **options), [x for x in inputs if x is not None]
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    return [output.detach(), *torch.autograd.grad(output, present, weights.to(output.dtype))]
+
+
+def assert_larger_cases(first: int, end: int) -> None:
+    """Compare the CPU kernels with the float64 reference. Scratch memory holds NaNs before each call."""
+    for seed in range(first, end):
+        op, inputs, options = larger_case(seed)
+        if getattr(cpu._kept, "scratch", None) is not None:
+            cpu._kept.scratch.fill_(255)
+        exact = [None if x is None else x.detach().double().requires_grad_() for x in inputs]
+        ours, reference = run_with_grads(op, inputs, options), options | {"backend": "reference"}
+        for x, y in zip(ours, run_with_grads(op, exact, reference), strict=True):
+            is_table, unit = x.dim() < 4, 0.0 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps / 2
+            size = max(1.0, float(y.abs().max()), math.prod(inputs[0].shape[-5:-1]) ** 0.5 if is_table else 0.0)
+            torch.testing.assert_close(
+                x.double(), y, rtol=unit + 1e-5, atol=2e-5 * size,
+                msg=lambda m, s=seed, o=options, x=x: f"case {s}, {o}, {list(x.shape)}: {m}",
+            )  # fmt: skip
 
 
 def assert_extremes_are_kept(backend: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> int:

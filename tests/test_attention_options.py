@@ -1,19 +1,15 @@
 """Every option of `local_attention` in every combination, on each backend, against loops over single numbers."""
 
 import contextlib
-import math
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from attention_cases import LAYOUTS, assert_threads_change_no_bit, draw, run_narrower
+from attention_cases import assert_larger_cases, assert_threads_change_no_bit, draw, run_narrower, run_with_grads
 from attention_oracle import assert_equal_loops, by_loops, random_case, window_along
-from torch import Tensor
 
 from sasa_train.attention import attention_weights, cpu, local_attention, local_attention_qkv
 from sasa_train.attention.dilation import by_remainder
@@ -75,53 +71,6 @@ def test_weights_are_those_that_the_loops_give_to_each_position():
         torch.testing.assert_close(weights.sum(-1), torch.ones(q.shape[:4], dtype=torch.float64))
 
 
-def larger_case(seed: int) -> tuple[Any, list[Tensor | None], dict[str, Any]]:
-    """Draw an op, its inputs and options for the CPU kernels: many planes, several tiles, any dtype and strides."""
-    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    border, dtype = rng.choice(["mask", "zero", "shift"]), rng.choice([torch.float32, torch.bfloat16, torch.float16])
-    rows, columns = (rng.choice([1, 3, 5, 7, 17]) for _ in range(2))
-    columns = rows if rng.random() < 0.4 else columns
-    least = (rows, columns) if border == "shift" else (1, 1)
-    height, width = (size + rng.choice([0, 1, 6, 19]) for size in least)
-    batch, num_heads, head_dim = rng.randint(1, 3), rng.choice([1, 3, 9]), rng.choice([2, 4, 8, 10, 16, 32])
-    shape = (batch, num_heads, height, width, head_dim)
-    q, key, v = (x.requires_grad_() for x in draw(shape, rng.choice(LAYOUTS), dtype, generator))
-    sizes = [2 * k - 1 if border == "shift" else k for k in (rows, columns)]
-    tables = [torch.randn(size, head_dim // 2, generator=generator).requires_grad_() for size in sizes]
-    options = {"kernel_size": (rows, columns), "border": border, "scale": rng.choice([1.0, 0.3]), "backend": "cpu"}
-    if rng.random() < 0.3:
-        inputs = [torch.stack([q, key, v]).detach().requires_grad_(), *tables]
-        return local_attention_qkv, inputs, options | {"stride": 2}
-    if rng.random() < 0.5:
-        v = draw((*shape[:4], rng.choice([1, 3, 8, 20])), rng.choice(LAYOUTS), dtype, generator)[0].requires_grad_()
-    content = rng.random() < 0.8
-    return local_attention, [q, key if content else None, v, *tables], options | {"content": content}
-
-
-def results(op: Any, inputs: list[Tensor | None], options: dict[str, Any]) -> list[Tensor | None]:
-    """Return the output, and the gradients of its product with fixed numbers."""
-    output, present = op(*inputs, **options), [x for x in inputs if x is not None]
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
-    return [output.detach(), *torch.autograd.grad(output, present, weights.to(output.dtype))]
-
-
-def assert_larger_cases(first: int, end: int) -> None:
-    """Compare the CPU kernels with the float64 reference. Scratch memory holds NaNs before each call."""
-    for seed in range(first, end):
-        op, inputs, options = larger_case(seed)
-        if getattr(cpu._kept, "scratch", None) is not None:
-            cpu._kept.scratch.fill_(255)
-        exact = [None if x is None else x.detach().double().requires_grad_() for x in inputs]
-        pairs = zip(results(op, inputs, options), results(op, exact, options | {"backend": "reference"}), strict=True)
-        for x, y in pairs:
-            is_table, unit = x.dim() == 2, 0.0 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps / 2
-            size = max(1.0, float(y.abs().max()), math.prod(inputs[0].shape[-5:-1]) ** 0.5 if is_table else 0.0)
-            torch.testing.assert_close(
-                x.double(), y, rtol=unit + 1e-5, atol=2e-5 * size,
-                msg=lambda m, s=seed, o=options, x=x: f"case {s}, {o}, {list(x.shape)}: {m}",
-            )  # fmt: skip
-
-
 @needs_kernel
 @pytest.mark.parametrize("first", range(0, 60, 20))
 def test_the_cpu_kernels_equal_the_reference_at_larger_sizes(first):
@@ -133,7 +82,7 @@ def test_the_cpu_kernels_with_a_narrower_instruction_set():
     """The kernel with every option computes all cases, so that only one library is built."""
     run_narrower(
         "avx2",
-        "from test_attention_options import *\n"
+        "from attention_cases import assert_larger_cases, cpu\n"
         "cpu.library_for = lambda *_: ('local_attention_any', 0)\n"
         "assert_larger_cases(0, 10)",
     )
@@ -158,7 +107,7 @@ def test_the_number_of_threads_changes_no_bit_with_options(border):
     options = {"kernel_size": (9, 3), "border": border, "scale": 0.5, "backend": "cpu"}
     tables = [torch.randn(2 * k - 1 if border == "shift" else k, 3, generator=generator) for k in (9, 3)]
     inputs = [x.requires_grad_() for x in (q, key, v[..., :5], *tables)]
-    assert_threads_change_no_bit(lambda: results(local_attention, inputs, options), (1, 2, 3, 16))
+    assert_threads_change_no_bit(lambda: run_with_grads(local_attention, inputs, options), (1, 2, 3, 16))
 
 
 def assert_dilation_is_right(backend: str, num_cases: int) -> None:
