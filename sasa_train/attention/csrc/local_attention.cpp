@@ -92,7 +92,7 @@ constexpr int CHANNELS_AT_ONCE = NUM_REGISTERS == 32 ? 8 : 4;
 // ---- one thread's work ----------------------------------------------------------------------------------------------
 
 struct Sizes {
-    int64_t H, W, D, half, pitch, row, tile, tile_pitch, num_blocks, out_width;
+    int64_t H, W, D, half, pitch, row, tile, tile_pitch, out_width;
     bool stream;  // whether the results bypass the caches
     template <int K>
     static Sizes of(const Problem& p, bool backward) {
@@ -105,7 +105,6 @@ struct Sizes {
         s.row = s.pitch * s.D;
         s.tile = ceil_div(ceil_div(s.W, ceil_div(s.W, MAX_TILE[backward])), p.stride) * p.stride;
         s.tile_pitch = s.tile + 2 * (K - 1);  // gathering reads K - 1 queries beyond the tile, which are zero
-        s.num_blocks = ceil_div(s.H, BLOCK_ROWS);
         int64_t numbers = p.batch * p.num_heads * s.H * s.W * s.D;  // in one tensor at the queries' resolution
         s.stream = (backward ? 3 * numbers : numbers / (p.stride * p.stride)) > STREAM_NUMBERS;
         return s;
@@ -294,7 +293,7 @@ class Worker {
                            {&p.grad_query, &p.grad_key, &p.grad_value}, y, s.W);
     }
 
-    // Scaled queries have scaled scores, and so have the gradients of the queries a factor.
+    // A factor on the scores is one on the queries, and on their gradients.
     void scale_query(Vec* row) const {
         if (p.scale == 1) return;
         for (int64_t e = 0; e < s.row; ++e) row[e] *= float(p.scale);

@@ -1,6 +1,6 @@
 // Forward and backward pass of local self-attention on the CPU, with every option: windows of any rows x columns,
-// border=shift, values with another head_dim than queries. All sizes are known at run time only. local_attention.cpp
-// is twice as fast, for square windows up to 15 x 15 without these options. ../reference.py contains the definition.
+// border=shift, values with another head_dim than queries. No size is known when it is compiled. ../reference.py
+// contains the definition; cpu.py builds and calls this code for the options that local_attention.cpp lacks.
 //
 // Method: as in local_attention.cpp, each vector lane holds one plane, V planes are processed in lockstep, and rows are
 // packed into scratch memory as [channel][column] vectors. A tile of adjacent queries is processed at a time. For each
@@ -74,7 +74,8 @@ struct Sizes {
 
 // Computes to[j] += sum_c a[c][0] * b[c][j] for j < count.
 template <typename Vec>
-INLINE void add_products(Vec* to, const Vec* a, int64_t a_pitch, const Vec* b, int64_t b_pitch, int64_t channels, int64_t count) {
+INLINE void add_products(Vec* to, const Vec* a, int64_t a_pitch, const Vec* b, int64_t b_pitch, int64_t channels,
+                         int64_t count) {
     in_groups<KEYS_AT_ONCE>(0, count, [&](auto N, int64_t j) {
         Vec acc[N];
         UNROLL
@@ -90,11 +91,11 @@ INLINE void add_products(Vec* to, const Vec* a, int64_t a_pitch, const Vec* b, i
     });
 }
 
-// Computes acc[c] += sum_j weights[step j] * b[c][j] for j < count.
+// Computes acc[c] += sum_j weights[j] * b[c][j] for j < count.
 template <int C, typename Vec>
-INLINE void add_weighted(Vec (&acc)[C], const Vec* weights, int64_t step, const Vec* b, int64_t pitch, int64_t count) {
-    for (int64_t j = 0; j < count; ++j, weights += step, ++b) {
-        Vec weight = loaded(*weights);
+INLINE void add_weighted(Vec (&acc)[C], const Vec* weights, const Vec* b, int64_t pitch, int64_t count) {
+    for (int64_t j = 0; j < count; ++j, ++b) {
+        Vec weight = loaded(weights[j]);
         UNROLL
         for (int c = 0; c < C; ++c) acc[c] += weight * b[c * pitch];
     }
@@ -117,7 +118,7 @@ class Worker {
     Vec *query_row, *output_row, *pooled_row;                      // pooled_row: the output's or its gradient's
     Vec *grad_query_row, *grad_output_row;
     Vec *weights, *grad_scores;             // [tile][window]: scores, then weights; T, then dS
-    Vec *bias_height, *bias_width;          // [tile][rows] and [tile][columns]: q.rel_height, q.rel_width; then gradients
+    Vec *bias_height, *bias_width;          // [tile][rows], [tile][columns]: q.rel_height, q.rel_width; then gradients
     Vec *top, *inverse_sum;                 // [W]: maximum score and 1 / sum E of the current query row
     Vec *rel_height, *rel_width;            // [D/2][K]
     Vec *grad_rel_height, *grad_rel_width;  // [D/2][K], over the current block of rows
@@ -242,7 +243,7 @@ class Worker {
             for (int64_t x = 0; x < s.W; ++x) row[c * s.pitch + s.pad + x] *= float(p.scale);
     }
 
-    // A pool's gradient is divided equally among its positions, of which there are fewer at the end of an odd dimension.
+    // A pool's gradient is divided among its positions, of which there are fewer at the end of an odd dimension.
     template <typename E>
     void load_grad_output(int64_t i) {
         copy<false, E>(p.stride == 1 ? grad_output_row : pooled_row, p.grad_output, i / p.stride, s.out_width, s.DV);
@@ -251,7 +252,9 @@ class Worker {
             for (int64_t x = 0; x < s.W; ++x)
                 grad_output_row[c * s.pitch + s.pad + x] = pooled_row[c * s.pitch + s.pad + x / 2] * share(i, x);
     }
-    float share(int64_t i, int64_t x) const { return 1.0f / ((i / 2 * 2 + 1 < s.H ? 2 : 1) * (x / 2 * 2 + 1 < s.W ? 2 : 1)); }
+    float share(int64_t i, int64_t x) const {
+        return 1.0f / ((i / 2 * 2 + 1 < s.H ? 2 : 1) * (x / 2 * 2 + 1 < s.W ? 2 : 1));
+    }
 
     // Adds query row i to the pooled row; returns whether this is complete.
     bool pool(int64_t i) {
@@ -277,8 +280,10 @@ class Worker {
     void load_rel(Vec* rel, const float* table, int64_t num_rows) const {
         for (int l = 0; l < V; ++l)
             for (int64_t d = 0; d < num_rows; ++d)
-                for (int64_t c = 0; c < s.half; ++c)
-                    rel[c * num_rows + d][l] = table[((p.rel_per_head ? planes.head[l] : 0) * num_rows + d) * s.half + c];
+                for (int64_t c = 0; c < s.half; ++c) {
+                    int64_t head = p.rel_per_head ? planes.head[l] : 0;
+                    rel[c * num_rows + d][l] = table[(head * num_rows + d) * s.half + c];
+                }
     }
 
     // The gradients of both tables are adjacent.
@@ -299,9 +304,10 @@ class Worker {
         for (int64_t x = 0; x < width && s.half; ++x) {
             const Vec* q = query_row + s.pad + x0 + x;
             Span span = column_span(x0 + x);
-            add_products(bias_height + x * s.rows, q, s.pitch, rel_height + reach.table, p.rel_height_rows, s.half, reach.count());
-            add_products(bias_width + x * s.columns, q + s.half * s.pitch, s.pitch, rel_width + span.table, p.rel_width_rows,
-                         s.half, span.count());
+            add_products(bias_height + x * s.rows, q, s.pitch, rel_height + reach.table, p.rel_height_rows, s.half,
+                         reach.count());
+            add_products(bias_width + x * s.columns, q + s.half * s.pitch, s.pitch, rel_width + span.table,
+                         p.rel_width_rows, s.half, span.count());
         }
         for (int64_t y = reach.begin; y < reach.end; ++y)
             for (int64_t x = 0; x < width; ++x) {
@@ -310,8 +316,8 @@ class Worker {
                 Vec of_row = bias_height[x * s.rows + y - reach.begin];
                 for (int64_t j = 0; j < span.count(); ++j) to[j] = of_row + bias_width[x * s.columns + j];
                 if (p.key.data && inside(y))
-                    add_products(to, query_row + s.pad + x0 + x, s.pitch, key_rows + slot(y) * s.row + s.pad + span.begin,
-                                 s.pitch, s.D, span.count());
+                    add_products(to, query_row + s.pad + x0 + x, s.pitch,
+                                 key_rows + slot(y) * s.row + s.pad + span.begin, s.pitch, s.D, span.count());
             }
     }
 
@@ -324,7 +330,8 @@ class Worker {
             UNROLL
             for (int k = 0; k < N; ++k) largest[k] = larger<V>(of_x[j + k], largest[k]);
         });
-        Vec all = larger<V>(larger<V>(largest[0], largest[1]), larger<V>(largest[2], largest[3])), shift = all * LOG2_E;
+        Vec all = larger<V>(larger<V>(largest[0], largest[1]), larger<V>(largest[2], largest[3]));
+        Vec shift = all * LOG2_E;
         in_groups<4>(0, count, [&](auto N, int64_t j) {
             UNROLL
             for (int k = 0; k < N; ++k) sums[k] += of_x[j + k] = fast_exp2<V>(of_x[j + k] * LOG2_E - shift);
@@ -334,15 +341,17 @@ class Worker {
     }
 
     // Computes to[c][x] = sum over the window of tile[x] * rows[c].
-    void apply(Vec* to, int64_t channels, const Vec* rows, int64_t row_size, const Vec* tile, int64_t i, int64_t x0, int64_t width) {
+    void apply(Vec* to, int64_t channels, const Vec* rows, int64_t row_size, const Vec* tile, int64_t i, int64_t x0,
+               int64_t width) {
         Span reach = row_span(i);
         in_groups<CHANNELS_AT_ONCE>(0, channels, [&](auto C, int64_t c) {
             for (int64_t x = 0; x < width; ++x) {
                 Span span = column_span(x0 + x);
                 Vec acc[C] = {};
                 for (int64_t y = most(0, reach.begin); y < least(s.H, reach.end); ++y)
-                    add_weighted<C>(acc, tile + x * s.window + (y - reach.begin) * span.count(), 1,
-                                    rows + slot(y) * row_size + c * s.pitch + s.pad + span.begin, s.pitch, span.count());
+                    add_weighted<C>(acc, tile + x * s.window + (y - reach.begin) * span.count(),
+                                    rows + slot(y) * row_size + c * s.pitch + s.pad + span.begin, s.pitch,
+                                    span.count());
                 UNROLL
                 for (int k = 0; k < C; ++k) to[(c + k) * s.pitch + s.pad + x0 + x] = acc[k];
             }
@@ -358,11 +367,12 @@ class Worker {
         for (int64_t x = 0; x < width; ++x) softmax_backward(i, x0, x);
         if (own) {
             if (p.key.data) apply(grad_query_row, s.D, key_rows, s.row, grad_scores, i, x0, width);
-            else for (int64_t c = 0; c < s.D; ++c) memset(grad_query_row + c * s.pitch + s.pad + x0, 0, width * sizeof(Vec));
+            else clear(grad_query_row, x0, width);
             for (int64_t x = 0; x < width && s.half; ++x) {
                 Span reach = row_span(i), span = column_span(x0 + x);
                 rel_backward(x0 + x, bias_height + x * s.rows, reach, rel_height, grad_rel_height, p.rel_height_rows);
-                rel_backward(s.half * s.pitch + x0 + x, bias_width + x * s.columns, span, rel_width, grad_rel_width, p.rel_width_rows);
+                rel_backward(s.half * s.pitch + x0 + x, bias_width + x * s.columns, span, rel_width, grad_rel_width,
+                             p.rel_width_rows);
             }
         }
         for (int64_t y = most(0, key_first); y < least(s.H, key_end); ++y) {
@@ -378,7 +388,8 @@ class Worker {
         for (int64_t y = most(0, reach.begin); y < least(s.H, reach.end); ++y)
             for (int64_t x = 0; x < width; ++x) {
                 Span span = column_span(x0 + x);
-                add_products(grad_scores + x * s.window + (y - reach.begin) * span.count(), grad_output_row + s.pad + x0 + x, s.pitch,
+                add_products(grad_scores + x * s.window + (y - reach.begin) * span.count(),
+                             grad_output_row + s.pad + x0 + x, s.pitch,
                              value_rows + slot(y) * s.value_row + s.pad + span.begin, s.pitch, s.DV, span.count());
             }
     }
@@ -410,8 +421,13 @@ class Worker {
         }
     }
 
-    // For half of the channels of one query, computes dq += sum_d grad_bias[d] rel[d] and grad_rel[d] += grad_bias[d] q.
-    void rel_backward(int64_t place, const Vec* grad_bias, const Span& span, const Vec* rel, Vec* grad_rel, int64_t num_rows) {
+    void clear(Vec* row, int64_t x0, int64_t width) const {
+        for (int64_t c = 0; c < s.D; ++c) memset(row + c * s.pitch + s.pad + x0, 0, width * sizeof(Vec));
+    }
+
+    // For half of the channels of a query, computes dq += sum_d grad_bias[d] rel[d] and grad_rel[d] += grad_bias[d] q.
+    void rel_backward(int64_t place, const Vec* grad_bias, const Span& span, const Vec* rel, Vec* grad_rel,
+                      int64_t num_rows) {
         rel += span.table, grad_rel += span.table, place += s.pad;
         for (int64_t c = 0; c < s.half; ++c, rel += num_rows, grad_rel += num_rows, place += s.pitch) {
             Vec q = query_row[place], sum = {};
@@ -424,7 +440,8 @@ class Worker {
     }
 
     // Computes to[c][x'] += sum over the tile's queries x that see key (y, x') of tile[x] * source[c][x].
-    void gather(Vec* to, int64_t channels, const Vec* source, const Vec* tile, int64_t i, int64_t y, int64_t x0, int64_t width) {
+    void gather(Vec* to, int64_t channels, const Vec* source, const Vec* tile, int64_t i, int64_t y, int64_t x0,
+                int64_t width) {
         int64_t begin = most(0, column_span(x0).begin), end = least(s.W, column_span(x0 + width - 1).end);
         in_groups<CHANNELS_AT_ONCE>(0, channels, [&](auto C, int64_t c) {
             for (int64_t key = begin; key < end; ++key) {
@@ -435,8 +452,9 @@ class Worker {
                 for (int k = 0; k < C; ++k) acc[k] = place[k * s.pitch];
                 for (int64_t x = from; x < until; ++x) {
                     Span span = column_span(x);
-                    const Vec* weight = tile + (x - x0) * s.window + (y - row_span(i).begin) * span.count() + key - span.begin;
-                    add_weighted<C>(acc, weight, 0, source + c * s.pitch + s.pad + x, s.pitch, 1);
+                    int64_t place_in_window = (y - row_span(i).begin) * span.count() + key - span.begin;
+                    add_weighted<C>(acc, tile + (x - x0) * s.window + place_in_window,
+                                    source + c * s.pitch + s.pad + x, s.pitch, 1);
                 }
                 UNROLL
                 for (int k = 0; k < C; ++k) place[k * s.pitch] = acc[k];

@@ -164,7 +164,7 @@ struct RowCopy {
     }
 };
 
-// ---- the threads -----------------------------------------------------------------------------------------------------
+// ---- the threads ----------------------------------------------------------------------------------------------------
 
 // If there are too few groups of planes for the threads, their rows are also split, at multiples of BLOCK_ROWS. The
 // result is the same.
@@ -251,8 +251,9 @@ void run(const Problem& p, bool backward) {
         _mm_sfence();  // streamed stores become visible before the task counts as done
 #endif
     }
-    if (backward && p.rel_height)
-        sum_rel<Worker::LANES>(p, partials, (double*)((char*)partials + round_up(w.groups * w.blocks * w.rel_size * sizeof(Vec))));
+    if (!backward || !p.rel_height) return;
+    int64_t size = w.groups * w.blocks * w.rel_size * sizeof(Vec);
+    sum_rel<Worker::LANES>(p, partials, (double*)((char*)partials + round_up(size)));
 }
 
 enum Job { FORWARD, BACKWARD, FORWARD_BYTES, BACKWARD_BYTES };  // the last two: size of the workspace
