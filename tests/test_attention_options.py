@@ -182,10 +182,11 @@ def test_the_kernels_that_are_compiled_ahead_are_those_of_the_op():
     run_alone("assert_launches_ahead_are_those_of_the_op()", interpret="0")
 
 
+HALF = torch.zeros(1, 2, 6, 6, 4, dtype=torch.float16)
 LACKING = [
     ({"kernel_size": (3, 5)}, r"Triton's windows are square; kernel_size is \(3, 5\)"),
     ({"border": "shift"}, "border='shift' has no Triton kernel"),
-    ({"scale": 0.5}, "a scale has no Triton kernel; scale is 0.5"),
+    (dict.fromkeys(("query", "key", "value"), HALF) | {"scale": 0.5}, "Triton would round queries of torch.float16"),
     ({"value": torch.zeros(1, 2, 6, 6, 3)}, "Triton's values have query's head_dim, 4; value has 3"),
 ]
 
