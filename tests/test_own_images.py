@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -187,6 +188,23 @@ def test_a_size_far_above_the_images_own_is_warned_of(photos, tmp_path, in_proce
         in said
     )
     assert "enlarges" not in in_process("train", *line, "data.image_size=16").stderr
+
+
+def test_images_that_are_in_train_and_in_val_are_named(photos, tmp_path, in_process):
+    """A val/ that links to train/, and copies that a tool keeps beside its originals, gave a top1 without a word."""
+    (tmp_path / "linked").mkdir()
+    photos.rename(tmp_path / "linked/train")
+    (tmp_path / "linked/val").symlink_to("train")
+    told = in_process("train", "data.root=linked", "trainer.max_steps=1", *SHORT[1:]).stderr
+    assert "in train and in val, byte for byte: 34 of 34 that were compared, as in linked/val/blue/0.png = " in told
+
+    root = (tmp_path / "linked/train").rename(tmp_path / "copied")
+    for image in list((root / "red").iterdir()):
+        shutil.copy(image, f"{image}_original")
+    told = in_process("train", "data.root=copied", "trainer.max_steps=1", *SHORT[1:]).stderr
+    assert re.search(r"byte for byte: \d of 11 that were compared", told)
+    out = in_process("dataset_tool", "verify", "copied").stdout
+    assert "20 groups within all" in out and "some images are equal: a hold-out may put one into train" in out
 
 
 @pytest.mark.parametrize("here", [".", "outputs"])

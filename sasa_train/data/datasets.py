@@ -692,14 +692,21 @@ def check_all_there(where: Path | str, images: ImageSet, remedy: str) -> None:
     counts = np.bincount(images.labels, minlength=len(images.classes))
     if not counts.all():
         names = some([images.classes[label] for label in np.flatnonzero(counts == 0).tolist()])
-        raise ConfigError(f"{where}: no image of the classes {names}; {remedy}")
+        left_out = images.source.left_out if isinstance(images.source, Files) else ""
+        beside = f" (left out, {left_out})" if left_out else ""
+        raise ConfigError(f"{where}: no image of the classes {names}{beside}; {remedy}")
+
+
+def listed_folders(folder: Path) -> tuple[dict[str, list[str]], LeftOut]:
+    """Call `read_class_folders`; raise ConfigError if a folder cannot be listed."""
+    try:
+        return read_class_folders(str(folder))
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: cannot be listed ({error.strerror})") from error
 
 
 def _image_set(folder: Path, may_be_splits: bool = False) -> ImageSet:
-    try:
-        found, left_out = read_class_folders(str(folder))
-    except OSError as error:
-        raise ConfigError(f"{error.filename}: cannot be listed ({error.strerror})") from error
+    found, left_out = listed_folders(folder)
     if not found:
         beside = f" (found {some([os.path.basename(path) for path in left_out.outside])})" if left_out.outside else ""
         above = _about_parent(folder) if left_out.outside else ""

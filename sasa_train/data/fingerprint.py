@@ -38,8 +38,10 @@ SOURCES = {
 PIXELS = {"memory", "own"}  # of which pixels are compared, not files
 
 
-def fingerprint(images: ImageSet) -> dict[str, Any]:
+def fingerprint(images: ImageSet, read: dict[bytes, int] | None = None) -> dict[str, Any]:
     """Return a fingerprint as a dict: `source`, `labels` (a digest) and `classes`, a list with one dict per class.
+
+    read: receives the indices of the images whose bytes were read, by the digest of each.
 
     Each class's `content` is a digest of `num_read` of its images: the bytes of a sample of its files, the pixels of
     such a sample of the user's own set or, for a data set in memory, all pixels. Image files and tar shards made from
@@ -48,7 +50,7 @@ def fingerprint(images: ImageSet) -> dict[str, Any]:
     by_label = np.argsort(images.labels, kind="stable")
     counts = np.bincount(images.labels, minlength=len(images.classes))
     members = np.split(by_label, np.cumsum(counts)[:-1])
-    contents = _in_memory(images, members) if isinstance(images.source, Tensor) else _on_disk(images, members)
+    contents = _in_memory(images, members) if isinstance(images.source, Tensor) else _on_disk(images, members, read)
     naming = _naming(images.source)
     classes = [
         {"name": name, "num_images": len(of_class), "names": digest_of(_names(images, of_class, naming)), **content}
@@ -58,6 +60,20 @@ def fingerprint(images: ImageSet) -> dict[str, Any]:
     kind = next(name for source, name in kinds.items() if isinstance(images.source, source))
     kind = "list" if isinstance(images.source, Files) and images.source.list_path else kind
     return {"source": kind, "labels": digest_of([images.labels.astype("<i8").tobytes()]), "classes": classes}
+
+
+def fingerprints(train: ImageSet, val: ImageSet) -> tuple[dict[str, Any], str]:
+    """Return the fingerprints of train and val, and a warning if images that were read are in both, otherwise ""."""
+    of_train, of_val = dict[bytes, int](), dict[bytes, int]()
+    found = {"train": fingerprint(train, of_train), "val": fingerprint(val, of_val)}
+    both = [(val.name(of_val[digest]), train.name(of_train[digest])) for digest in of_val if digest in of_train]
+    if not both:
+        return found, ""
+    example = " = ".join(map(printable, min(both)))
+    return found, (
+        f"images that are in train and in val, byte for byte: {len(both):,} of {len(of_val):,} that were compared, as "
+        f"in {example}; top1 on val is too high; `sasa-data verify` lists such images"
+    )
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], split: str) -> list[str]:
@@ -121,11 +137,16 @@ def _in_memory(images: ImageSet, members: list[np.ndarray]) -> list[dict[str, An
     return [{"num_read": len(m), "num_unreadable": 0, "content": d} for m, d in zip(members, digests, strict=True)]
 
 
-def _on_disk(images: ImageSet, members: list[np.ndarray]) -> list[dict[str, Any]]:
+def _on_disk(images: ImageSet, members: list[np.ndarray], read: dict[bytes, int] | None) -> list[dict[str, Any]]:
     samples = _samples(members)
+    indices = np.concatenate(samples).tolist()
     num_threads = 1 if isinstance(images.source, OwnItems) else NUM_READERS  # the user's code may not bear threads
     with ThreadPoolExecutor(num_threads) as pool:
-        digests = iter(list(pool.map(lambda index: _file_digest(images, index), np.concatenate(samples).tolist())))
+        found = list(pool.map(lambda index: _file_digest(images, index), indices))
+    if read is not None:
+        read.update(zip(found, indices, strict=True))
+        read.pop(UNREADABLE, None)
+    digests = iter(found)
     of_classes = [[next(digests) for _ in sample] for sample in samples]
     return [
         {"num_read": len(own), "num_unreadable": own.count(UNREADABLE), "content": digest_of(own)} for own in of_classes

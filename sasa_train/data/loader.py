@@ -18,7 +18,7 @@ from sasa_train.config.derived import crops_by_padding, in_pixels, input_size, t
 from sasa_train.config.keys import TrainConfig
 from sasa_train.data.datasets import ImageSet, load_image_sets, load_val_set, mean_std
 from sasa_train.data.decoding import WHITE
-from sasa_train.data.fingerprint import fingerprint
+from sasa_train.data.fingerprint import fingerprints
 from sasa_train.data.mixing import Mixing
 from sasa_train.data.named_sets import build_named
 from sasa_train.data.own_sets import build_own
@@ -32,7 +32,7 @@ from sasa_train.device import RunPlan
 from sasa_train.machine import available_memory, usable_processors
 from sasa_train.processes.ranks import local_rank, local_world_size, world_size
 from sasa_train.refusal import ConfigError
-from sasa_train.terminal import printable, some
+from sasa_train.terminal import printable, some, warn
 
 RESIDENT_SHARE = 0.25  # of free memory; a larger data set is streamed unless data.resident=true
 Loader = ResidentLoader | StreamingLoader
@@ -94,7 +94,10 @@ def build_loaders(config: TrainConfig, device: torch.device, memory: int | None 
     train = _build_loader(config, train_set, device, is_resident, split="train")
     val = _build_loader(config, val_set, device, is_resident, split="val")
     _check_queues(config, train, val)
-    return Loaders(train, val, train_set, {"train": fingerprint(train_set), "val": fingerprint(val_set)})
+    found, leak = fingerprints(train_set, val_set)
+    if leak:
+        warn(leak)
+    return Loaders(train, val, train_set, found)
 
 
 def build_eval_loader(config: TrainConfig, device: torch.device, classes: Sequence[str]) -> tuple[Loader, ImageSet]:

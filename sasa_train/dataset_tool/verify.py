@@ -28,6 +28,7 @@ from sasa_train.data.datasets import (
     images_beside_splits,
     kind_of,
     labelled,
+    listed_folders,
     load_shard_set,
     only_class,
     read_lists,
@@ -36,7 +37,7 @@ from sasa_train.data.datasets import (
     unlike,
 )
 from sasa_train.data.decoding import Decoding, decoding_of, is_16_bit, is_turned, to_rgb
-from sasa_train.data.listing import LeftOut, read_class_folders
+from sasa_train.data.listing import LeftOut
 from sasa_train.data.quarantine import fully
 from sasa_train.data.shards import SPLIT_NAMES
 from sasa_train.refusal import ConfigError
@@ -138,6 +139,8 @@ def verify(root: Path, num_workers: int, all_classes: bool, config: DataConfig) 
     num_across = print_duplicates(contents, survey)
     print_mean_std(contents, survey)
     warnings = [*contents.inner, *find_warnings(survey)]
+    if len(contents.splits) == 1 and any(len(group) > 1 for group in survey.alike.values()):
+        warnings.append("some images are equal: a hold-out may put one into train and the other into val; keep one")
     for warning in warnings:
         say("warning", warning)
     found = {
@@ -182,7 +185,7 @@ def read_contents(root: Path) -> Contents:
         return Contents(root, kind, classes, splits, faults, [left_out.describe(), *skipped], mixed=mixed, alone=alone)
     found, unused, ambiguous, inner = dict[str, dict[str, list[str]]](), [], [], list[str]()
     for split, folder in find_splits(root).items():
-        folders, left_out = read_class_folders(str(folder))
+        folders, left_out = listed_folders(folder)
         ambiguous += [f"{names}: one name in two Unicode forms in {split}" for names in twins(list(folders))]
         found[split] = merged(folders)
         inner += filter(None, [left_out.describe_inner(str(root))])
