@@ -148,8 +148,13 @@ def test_a_block_is_run_or_says_why_not(block: Block) -> None:
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "" and COMMAND.search(b.text)], ids=str)
 def test_commands_that_are_only_shown_are_ones_that_would_be_taken(block: Block) -> None:
-    """Commands that no test can run must not contain misspelt keys or unknown choices."""
+    """Commands that no test can run must not contain misspelt keys or unknown choices, nor what a shell would change.
+
+    A sweep's `seed=range(3)` without quotes was a syntax error in bash, and zsh takes brackets for patterns of files.
+    """
     for line in block.text.replace("\\\n", " ").splitlines():
+        bare = re.sub(r"'[^']*'|\"[^\"]*\"|\s#.*", "", line)
+        assert not COMMAND.search(line) or not re.search(r"[\[(]", bare), f"needs quotes: {line}"
         words = [word.strip("'\"") for word in re.sub(r"\s#.*|\.\.\.", "", line).split()]
         overrides = [word for word in words if "=" in word.strip("=-") and not word.startswith("-")]
         try:

@@ -341,7 +341,7 @@ def empty_classes(root: Path) -> None:
         (beside_train, "holds train/ and, beside it, other folders of images (green): move them into train/"),
         (one_class, "blue is the only class, but at least two are needed"),
         (no_class_folders, "images: holds no class folder (found blue-0.png, "),
-        (empty_classes, "no image of the classes blue, red; add images"),
+        (empty_classes, "no image of the classes blue, red (left out, images outside class folders: 17"),
         (shutil.rmtree, "data.root=images: there is no such folder"),
     ],
 )

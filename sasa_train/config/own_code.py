@@ -106,7 +106,7 @@ def check_named(entries: Sequence[str], targets: Sequence[str], source: str, lat
         wanted = ",".join(_files.get(name, name) for name in missing)
         raise ConfigError(
             f"{source}: needs your own code ({some(missing)}), and a saved config runs none by itself; if you trust "
-            f"it, add imports=[{wanted}]"
+            f"it, add 'imports=[{wanted}]'"
         )
 
 

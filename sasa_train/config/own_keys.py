@@ -1,5 +1,6 @@
 """The user's own presets and code, as far as command lines and configs name them; see `groups` and `own_code`."""
 
+import shlex
 from collections.abc import Sequence
 from operator import attrgetter
 
@@ -37,7 +38,7 @@ def imports_for(config: TrainConfig, keys: Sequence[str] = TARGETS) -> str:
     modules = {own_code.module_name(entry): entry for entry in config.imports}
     for target in targets_of(config, keys):
         modules.setdefault(own_code.module_of(target), own_code.module_of(target))
-    return f" imports=[{','.join(modules.values())}]" if modules else ""
+    return " " + shlex.quote(f"imports=[{','.join(modules.values())}]") if modules else ""
 
 
 def targets_of(config: TrainConfig, keys: Sequence[str] = TARGETS) -> list[str]:

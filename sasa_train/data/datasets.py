@@ -500,7 +500,8 @@ def check_output_dir(config: TrainConfig) -> None:
     is_there = root.resolve() in (place, place.parent) and not is_hidden_name(place.name)
     if config.data.name != "image_folder" or not is_there or not holds_class_folders(root):
         return
-    if not any(_has_image_names(root / name) for name in visible_folders(root) if root / name != place):
+    others = [root / name for name in visible_folders(root) if (root / name).resolve() != place]
+    if not others or not all(map(_has_image_names, others)):
         return
     remedy = pasted("output_dir", os.path.relpath(root.resolve().parent / "outputs"))
     raise ConfigError(

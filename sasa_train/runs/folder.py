@@ -428,7 +428,7 @@ def has_same_world_size(checkpoint: dict[str, Any]) -> bool:
 
 
 def _allow(keys: list[str]) -> str:
-    return f"allow_config_change=[{','.join(keys)}]"
+    return f"'allow_config_change=[{','.join(keys)}]'"  # zsh would take brackets without quotes as a pattern
 
 
 def _numbered(wanted: Path) -> Iterator[Path]:

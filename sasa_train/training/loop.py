@@ -216,7 +216,7 @@ class Loop:
                 text += f"; the images that it came from are in {self.run_folder.path}/nonfinite.txt"
         return (
             f"{text}. Go on from a checkpoint with gentler settings, in a new run: the same command with "
-            f"resume={self.run_folder.path}/checkpoints/last.pt optimizer.lr=... allow_config_change=[optimizer.lr] "
+            f"resume={self.run_folder.path}/checkpoints/last.pt optimizer.lr=... 'allow_config_change=[optimizer.lr]' "
             "(or trainer.grad_clip_norm, or trainer.precision)"
         )
 

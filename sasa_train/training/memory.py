@@ -196,7 +196,7 @@ def memory_advice(plan: RunPlan, run_dir: Path, error: BaseException) -> str:
         f"{peak_memory(device) / 2**20:,.0f} MiB were in use at most, {available_memory(device) / 2**20:,.0f} MiB are "
         f"free now ({str(error).partition(chr(10))[0]}). Try {', or '.join(ways)}. Where there is a checkpoint, go on "
         f"with sasa-train resume={run_dir} trainer.micro_batch_size=... "
-        "allow_config_change=[trainer.micro_batch_size,trainer.grad_accum_steps]"
+        "'allow_config_change=[trainer.micro_batch_size,trainer.grad_accum_steps]'"
     )
 
 
