@@ -150,7 +150,7 @@ def test_an_evaluation_runs_the_code_of_the_data_only_if_it_is_named(project, tm
     forget()
     refused = in_process("evaluate", "out/a", expect=2).stderr
     assert "data.target=my_data.build: needs your own code (my_data)" in refused
-    assert "add imports=[./my_data.py]" in refused
+    assert "add 'imports=[./my_data.py]'" in refused
     for folder in image_folder.glob("*/*"):
         folder.rename(folder.with_name({"blue": "dark", "red": "light"}[folder.name]))
     assert "images 8" in in_process("evaluate", "out/a", "data.name=image_folder", "data.root=images").stdout
