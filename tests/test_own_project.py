@@ -177,7 +177,7 @@ def test_no_saved_config_imports_anything(project, capsys):
     ):
         assert command[0].run_command(list(command[1:])) == 2, command
         assert "stranger), and a saved config runs none by itself" in (text := capsys.readouterr().err)
-        assert "add imports=[./stranger.py]" in text
+        assert "add 'imports=[./stranger.py]'" in text
     assert report.run_command(["out/run"]) == 0
     assert report.run_command(["sweep"]) == 0  # its ledger names code, too
     assert not (project / "ran.txt").exists()
