@@ -219,13 +219,19 @@ class FolderLock:
     def holds(self, path: Path) -> bool:
         """Return whether the folder at `path`, and the lock file in it, are still those that were locked.
 
+        The lock is taken again, because a process loses it when it closes the lock file anywhere, as a hook that copies
+        the folder does; another process may have it since then.
+
         Raises:
             OSError: the disk or file server failed, so that this cannot be told.
         """
         # A folder's inode is compared, too, because a lock file can be linked or moved to another folder. While the
         # folder is open, no other can get its inode.
         try:
-            return _is(os.stat(path), self.folder) and _is(os.lstat(path / self.name), self.file.fileno())
+            if not (_is(os.stat(path), self.folder) and _is(os.lstat(path / self.name), self.file.fileno())):
+                return False
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
         except OSError as error:
             if error.errno in DISK_FAILED:
                 raise

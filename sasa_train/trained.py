@@ -21,9 +21,9 @@ from sasa_train.data.reading import image_files, read_fitted
 from sasa_train.data.transforms import Normalize, val_shape
 from sasa_train.models import build_model, check_model
 from sasa_train.refusal import ConfigError, ExpectedFailure, require
-from sasa_train.runs.checkpoint import first_misfit, load_checkpoint
+from sasa_train.runs.checkpoint import first_misfit, load_checkpoint, other_than_best
 from sasa_train.runs.source import check_source, find_checkpoint
-from sasa_train.terminal import printable, some
+from sasa_train.terminal import printable, some, warn
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 Ranking = list[tuple[str, float]]  # classes with their softmax probabilities, the most probable first
@@ -151,6 +151,8 @@ def load_trained(source: str | Path, overrides: Sequence[str] = ()) -> TrainedMo
     use_code(overrides)
     path = find_checkpoint(Path(source))
     checkpoint = load_checkpoint(path)
+    if other := other_than_best(path):
+        warn(other)
     wanted, others = split_weights(overrides)
     saved = load_config(checkpoint["config"], source=str(path))
     own_code.check_named(saved.imports, targets_of(saved, ("model.target",)), str(path), later=targets_of(saved))

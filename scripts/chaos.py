@@ -76,7 +76,7 @@ MODES: list[Mode] = [
 ]  # fmt: skip
 TIMINGS = {"images_per_sec", "data_wait_fraction", "memory_mib", "seconds"}
 # Parts of a checkpoint that contain timings, or where and how it was written.
-NOT_COMPARED = {"seconds", "config", "metrics", "provenance", "fingerprint"}
+NOT_COMPARED = {"seconds", "config", "metrics", "provenance", "fingerprint", "best_sha256"}
 STEPS_PER_EPOCH = 25
 PATIENCE = 300  # maximum time in seconds for a run to reach a moment or to end
 WORKER_TIMEOUT = 4  # seconds

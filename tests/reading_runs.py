@@ -22,7 +22,7 @@ def assert_equal_state(one, other, path="checkpoint"):
         assert torch.equal(one, other), path
     elif isinstance(one, dict):
         assert one.keys() == other.keys(), path
-        for key in one.keys() - {"seconds", "config", "metrics", "provenance"}:
+        for key in one.keys() - {"seconds", "config", "metrics", "provenance", "best_sha256"}:
             assert_equal_state(one[key], other[key], f"{path}.{key}")
     elif isinstance(one, list | tuple):
         assert len(one) == len(other), path

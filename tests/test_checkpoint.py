@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import hashlib
 import io
 import itertools
 import json
@@ -254,6 +255,14 @@ def test_a_best_checkpoint_that_is_not_the_runs_own_is_named(tmp_path):
     )
     with pytest.raises(ConfigError, match="best.pt is there, of step 2, but last.pt has best=None"):
         checkpoints.other_best(None, 4)
+    torch.save(content(2) | {"seconds": 1.0}, tmp_path / "best.pt")
+    data = (tmp_path / "best.pt").read_bytes()
+    manifest = {"step": 2, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (tmp_path / "best.pt.json").write_text(json.dumps(manifest))
+    again = Checkpoints(tmp_path, 2)
+    again.newest(print)
+    for of_run in (checkpoints, again):
+        assert "this run wrote: its SHA-256 is another; bring it back" in of_run.other_best(best, 4)
     (tmp_path / "best.pt.json").unlink()
     assert checkpoints.other_best(best, 4) is None
     (tmp_path / "best.pt").unlink()

@@ -1,17 +1,21 @@
 """Run and sweep folders from strangers: no entry of theirs leads a command's writes elsewhere, or makes it wait."""
 
 import csv
+import hashlib
 import io
+import json
 import os
 import re
 import shutil
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from marking import slow_but_for
 from running_commands import TINY
 
@@ -20,9 +24,10 @@ from sasa_train.config.identity import default_run_name
 from sasa_train.config.saved import load_config
 from sasa_train.files import csv_text, kind, lock_folder
 from sasa_train.refusal import CheckpointError, ConfigError, ExpectedFailure
-from sasa_train.runs.checkpoint import Checkpoints
+from sasa_train.runs.checkpoint import Checkpoints, load_checkpoint
 from sasa_train.runs.folder import RunFolder
 from sasa_train.runs.ledger import Ledger
+from sasa_train.training.profiling import WAIT, WARMUP, build_profiler
 
 
 @pytest.fixture
@@ -274,6 +279,45 @@ def test_a_folder_is_not_ours_because_our_lock_was_put_there(tmp_path, way):
         run.write("config.yaml", b"")  # it is ours again
 
 
+def test_a_profile_is_not_written_into_the_folder_that_took_the_runs_place(tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with lock_folder(folder) as lock:
+        run = RunFolder(folder, lock, Checkpoints(folder / "checkpoints", 0), None)
+        with build_profiler(1, run, torch.device("cpu")) as profiler:
+            folder.rename(tmp_path / "moved")
+            folder.mkdir()
+            for _ in range(WAIT + WARMUP + 1):
+                profiler.step()
+    assert not list(folder.iterdir()) and "run is not this run's any more" in capsys.readouterr().out
+
+
+def test_of_two_runs_that_think_they_hold_the_lock_one_stops(tmp_path, own_module, in_process):
+    """A hook copied the run folder, and closing the copied .lock gave the lock up; a second run then began there."""
+    own_module(
+        "backup",
+        """
+        import shutil, subprocess, sys
+        TAKE = "import fcntl, sys; held = open(sys.argv[1], 'r+'); "
+        TAKE += "fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB); print('taken', flush=True); sys.stdin.read()"
+        other = []
+
+        def copy_saved(event, run):
+            if event == "saved":
+                shutil.copytree(run.path, "backup", dirs_exist_ok=True)
+            if event == "evaluated" and run.step == 8:
+                command = [sys.executable, "-c", TAKE, str(run.path / ".lock")]
+                other.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+                assert other[0].stdout.readline() == b"taken\\n"
+        """,
+    )
+    hook = ["imports=[backup]", "hooks=[backup.copy_saved]"]
+    told = in_process("train", *TINY, *hook, "run_name=a", expect=1).stderr
+    assert "taken by another run. This run stops without writing" in told
+    assert '"step": 4,' in (tmp_path / "out/a/checkpoints/last.pt.json").read_text()
+    sys.modules["backup"].other[0].communicate()
+
+
 def test_a_run_does_not_end_well_without_its_last_checkpoint_and_mends_its_log(run_dir):
     with lock_folder(run_dir) as lock:
         run = RunFolder(run_dir, lock, Checkpoints(run_dir / "checkpoints", 0), None)
@@ -283,6 +327,20 @@ def test_a_run_does_not_end_well_without_its_last_checkpoint_and_mends_its_log(r
         (run_dir / "checkpoints/last.pt").unlink()
         with pytest.raises(CheckpointError, match="last.pt is gone"):
             run.write_end({"best": None, "step": 1, "metrics": ""})
+
+
+def test_the_best_checkpoint_of_another_run_is_named(run_dir, in_process):
+    """The best.pt of another run, of the same step and with its manifest, was evaluated without a word."""
+    best = run_dir / "checkpoints/best.pt"
+    other = load_checkpoint(best)
+    for text in (in_process("evaluate", str(run_dir)).stderr, in_process("train", f"resume={run_dir}").stderr):
+        assert "WARNING" not in text
+    best.unlink()  # it may be the same file as last.pt
+    torch.save(other | {"seconds": 1.0}, best)
+    sha256, size = hashlib.sha256(best.read_bytes()).hexdigest(), best.stat().st_size
+    best.with_name("best.pt.json").write_text(json.dumps({"step": other["step"], "size": size, "sha256": sha256}))
+    for command in (["evaluate", str(run_dir)], ["train", f"resume={run_dir}"]):
+        assert "that this run wrote: its SHA-256 is another" in in_process(*command).stderr
 
 
 def test_dash_m_does_not_write_through_a_link(elsewhere, tmp_path, in_process):

@@ -120,6 +120,7 @@ SCHEMA = {
     "classes": [NAME],
     "finished": bool,
     "metrics": Rule("rows of metrics.jsonl", is_log),
+    "best_sha256": Maybe((None, TEXT)),  # of best.pt; null: this is the same file
     "fingerprint": {"train": IMAGES, "val": IMAGES},
     "provenance": {
         "world_size": Maybe(whole(1)),
@@ -141,6 +142,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep
         self._last_step: int | None = None  # of last.pt, if it is known to be intact
+        self._best_sha256: str | None = None  # of the best.pt that this run wrote, if it is known
 
     def save(self, content: dict[str, Any], is_best: bool) -> None:
         """Write last.pt, and also best.pt if `is_best` is true.
@@ -166,7 +168,10 @@ class Checkpoints:
 
     def _write(self, content: dict[str, Any], is_best: bool) -> None:
         last, hashed = self.folder / "last.pt", _Hashed()
-        temporary = write_aside(last, lambda file: hashed.save(content | {"format_version": FORMAT_VERSION}, file))
+        added: dict[str, Any] = {"format_version": FORMAT_VERSION}
+        if is_best or self._best_sha256 is not None:
+            added["best_sha256"] = None if is_best else self._best_sha256  # no file contains its own
+        temporary = write_aside(last, lambda file: hashed.save(content | added, file))
         described = {"step": content["step"], "size": temporary.stat().st_size, "sha256": hashed.digest.hexdigest()}
         manifest = json.dumps(described | {"format_version": FORMAT_VERSION}).encode()
         best, last_step = self.folder / "best.pt", self._last_step
@@ -183,6 +188,7 @@ class Checkpoints:
                     _put(_linked(temporary, best), best, manifest)
                 _put(temporary, last, manifest)
             self._last_step = content["step"]
+            self._best_sha256 = described["sha256"] if is_best else self._best_sha256
         finally:
             discard(temporary)
         # The new files are in place, so a folder that cannot be listed is no failure.
@@ -213,6 +219,7 @@ class Checkpoints:
                 with contextlib.suppress(FileNotFoundError):
                     os.replace(manifest_of(path), manifest_of(damaged))
                 continue
+            self._best_sha256 = _sha256_of_best(content, path)
             if path.name == "last.pt":
                 self._last_step = content["step"]
             else:
@@ -240,18 +247,21 @@ class Checkpoints:
             ConfigError: there is a best.pt, but `best` is None.
         """
         path = self.folder / "best.pt"
-        there = None
+        there = sha256 = None
         with contextlib.suppress(ValueError):
-            there = _parse_manifest(manifest)["step"] if (manifest := _manifest_bytes(path)) else None
+            if manifest := _manifest_bytes(path):
+                there, sha256 = (_parse_manifest(manifest)[key] for key in ("step", "sha256"))
         if there is not None and there > step:  # a kill came between best.pt and last.pt
             return None
         if best is None and there is not None:
             raise ConfigError(
                 f"{path} is there, of step {there}, but last.pt has best=None; bring back the one that the run wrote"
             )
-        if best is None or (path.exists() and there in (None, best["step"])):
+        is_same = there is None or (there == (best and best["step"]) and self._best_sha256 in (None, sha256))
+        if best is None or (path.exists() and is_same):
             return None
-        found = f"it is of step {there}" if path.exists() else "it is gone"
+        of_other = "its SHA-256 is another" if there == best["step"] else f"it is of step {there}"
+        found = of_other if path.exists() else "it is gone"
         return f"{path} is not the one of step {best['step']} that this run wrote: {found}; bring it back from a copy"
 
     def _candidates(self) -> list[Path]:
@@ -293,6 +303,44 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if wrong := first_wrong(content, SCHEMA) or _first_contradiction(content):
         raise DamagedCheckpointError(f"{path}: is not a checkpoint of sasa_train ({wrong})")
     return content
+
+
+def _sha256_of_best(content: dict[str, Any], path: Path) -> str | None:
+    """Return the SHA-256 of the best.pt that the run of a checkpoint, which is the file at `path`, wrote, or None.
+
+    It is unknown if an older version wrote the checkpoint, or the manifest that states it is not there.
+    """
+    if content.get("best_sha256", "") is not None:
+        return content.get("best_sha256")
+    with contextlib.suppress(ValueError):
+        return _parse_manifest(bytes_of(manifest_of(path)) or b"")["sha256"]
+    return None
+
+
+def other_than_best(path: Path) -> str | None:
+    """Say that a best.pt is not the one that the last.pt beside it records, or return None if it may be.
+
+    last.pt is not verified, so that this takes no time; if it cannot be read, nothing is said.
+    """
+    last = path.with_name("last.pt")
+    if path.name != "best.pt":
+        return None
+    while True:
+        manifests = [bytes_of(manifest_of(each)) for each in (path, last)]
+        try:
+            with open_regular(last) as file:
+                _check_stored(file)
+            content = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
+        except Exception:  # as in `_read`; a resume says what is wrong with it
+            return None
+        if first_wrong(content, {key: SCHEMA[key] for key in ("step", "best", "best_sha256")}) or not content["best"]:
+            return None
+        checkpoints = Checkpoints(path.parent, 0)
+        checkpoints._best_sha256 = _sha256_of_best(content, last)
+        if not (other := checkpoints.other_best(content["best"], content["step"])):
+            return None
+        if [bytes_of(manifest_of(each)) for each in (path, last)] == manifests:  # otherwise, they were just replaced
+            return other
 
 
 def _first_contradiction(content: dict[str, Any]) -> str | None:
@@ -395,14 +443,18 @@ def check_content(file: BufferedReader, manifest: bytes | None) -> None:
         if hashlib.file_digest(file, "sha256").hexdigest() != described["sha256"]:
             raise ValueError("altered: its SHA-256 is not the manifest's")
     file.seek(0)
+    _check_stored(file, with_checksums=manifest is None)  # torch.load does not verify them
+    file.seek(0)
+
+
+def _check_stored(file: BufferedReader, with_checksums: bool = False) -> None:
+    """Raise ValueError if parts of the file are compressed or, with `with_checksums`, damaged."""
     with zipfile.ZipFile(file) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise ValueError("compressed, which no checkpoint is: it could grow without limit")
-        # torch.load does not verify the checksums.
-        damaged = archive.testzip() if manifest is None else None
+        damaged = archive.testzip() if with_checksums else None
     if damaged is not None:
         raise ValueError(f"damaged: the checksum of {damaged} does not match")
-    file.seek(0)
 
 
 def _parse_manifest(manifest: bytes) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class Loop:
         self.profiler: Any = contextlib.nullcontext()
         self.profile_steps = 0 if is_silent else self.config.trainer.profile_steps
         if self.profile_steps:
-            self.profiler = build_profiler(self.profile_steps, run.path, self.state.device)
+            self.profiler = build_profiler(self.profile_steps, run, self.state.device)
         self._start_clock()
 
     def run(self) -> bool:
@@ -225,7 +225,8 @@ class Loop:
         images, labels = next(batches)
         shown = self.loaders.train.normalize.undo(images).cpu()
         sheet = contact_sheet(shown, captions_of(labels.cpu(), self.loaders.classes))
-        self.logger.write_picture("visualize/augmented", sheet, 0, self.run_folder.path / "augmented.png")
+        path = self.run_folder.path / "augmented.png" if self.run_folder.is_ours() else None
+        self.logger.write_picture("visualize/augmented", sheet, 0, path)
         yield images, labels
         yield from batches
 
