@@ -41,7 +41,7 @@ PACKAGES = ("torchvision", "timm", "hydra-core", "omegaconf", "numpy", "pillow",
 # jobs, such as paths, caches, logs, devices and networks.
 PREFIXES = (
     "CUBLAS", "CUBLASLT", "CUDA", "CUDNN", "DNNL", "FUNCTORCH", "GOMP", "JSIMD", "KMP", "MKL", "NCCL", "NPY", "OMP",
-    "ONEDNN", "OPENBLAS", "PYTORCH", "TORCH", "TORCHDYNAMO", "TORCHINDUCTOR", "TRITON",
+    "ONEDNN", "OPENBLAS", "PYTORCH", "TIMM", "TORCH", "TORCHDYNAMO", "TORCHINDUCTOR", "TRITON",
 )  # fmt: skip
 OTHER_VARIABLES = (
     "DISABLE_ADDMM_CUDA_LT", "DISABLE_PTXAS_OPT", "GLIBC_TUNABLES", "NVIDIA_TF32_OVERRIDE", "PTXAS_OPTIONS",
