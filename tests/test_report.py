@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -251,6 +252,32 @@ def test_a_row_of_metrics_without_what_is_drawn_is_damage(tmp_path):
     with pytest.raises(ConfigError, match="metrics.jsonl: cannot be read .ValueError: epoch is missing"):
         read_metrics(log)
     assert command.run_command([str(tmp_path / "run"), "--quick"]) == 0
+
+
+@pytest.mark.parametrize("change", ["newline", "tail", "old rows", "old run", "order"])
+def test_a_log_that_does_not_end_as_its_run_did_gives_no_figure(change, tiny_run, tmp_path, in_process):
+    """The top1 of an earlier epoch was called the figure to publish."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    log, info = run / "metrics.jsonl", json.loads((run / "run.json").read_text())
+    lines, reason = log.read_text().splitlines(keepends=True), "its last val row is of step 4 with top1 "
+    first = [line for line in lines if json.loads(line)["epoch"] == 1]
+    if change == "newline":
+        log.write_text("".join(lines).rstrip("\n"))
+        assert f"{info['last']['top1']:.2f} %, after epoch 3 of 3; the figure to publish" in (
+            in_process("report", str(run), "--quick").stdout
+        )
+        return
+    log.write_text("".join({"old rows": [*lines, *first], "order": [*first, *lines]}.get(change, first)))
+    if change in ("old run", "order"):  # of a version that did not record the end
+        del info["last"]
+        reason = "its last val row is of epoch 1 of 3" if change == "old run" else "its val rows are not in order"
+    (run / "run.json").write_text(json.dumps(info))
+    (job,) = find_jobs([run]).jobs
+    assert (job.state, job.val) == ("damaged", []) and reason in job.reason
+    if change == "tail":
+        assert reason in (told := in_process("report", str(run), "--quick").stdout) and "publish" not in told
+        in_process("train", *shlex.split(job.reason)[-1:])
+        assert log.read_text() == "".join(lines) and find_jobs([run]).jobs[0].state == "done"
 
 
 @pytest.mark.parametrize("key,value", [("top1", 1.5e308), ("top1", 101), ("loss", -1.7e308), ("lr", 1.7e308)])

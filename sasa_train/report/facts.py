@@ -168,7 +168,9 @@ def warnings(job: Job) -> Iterator[tuple[str, list[str]]]:
     """Yield a sentence and any quoted lines for everything that a reader must know before trusting the figures."""
     run_dir, config = job.run_dir, job.config
     assert run_dir is not None and config is not None
-    if job.state != "done":
+    if job.state == "damaged":
+        yield "The run's files are damaged, and its figures are not used.", job.reason.splitlines()[:MAX_LINES]
+    elif job.state != "done":
         so_far = f"evaluated up to epoch {job.val[-1]['epoch'] if job.val else 0} of {config.trainer.epochs}"
         command = f"sasa-train {shlex.quote(f'resume={as_written(str(run_dir))}')}"
         text = f"The run is not finished ({job.state}): {so_far}. To continue it: {command}"

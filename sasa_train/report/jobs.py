@@ -1,7 +1,10 @@
 """The jobs to report on, found through the ledgers of sweeps or as individual run folders."""
 
 import functools
+import itertools
+import math
 import os
+import shlex
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +15,12 @@ from sasa_train.config.keys import TrainConfig, with_values
 from sasa_train.config.saved import load_config_file
 from sasa_train.files import LOCK, holder
 from sasa_train.paper import VARIED
-from sasa_train.refusal import ConfigError
+from sasa_train.refusal import ConfigError, shorten
 from sasa_train.runs.info import ENDED, read_info_or_raise
 from sasa_train.runs.ledger import Job as LedgerJob
 from sasa_train.runs.ledger import read_ledger
 from sasa_train.runs.metrics import read_metrics
+from sasa_train.terminal import printable
 
 STATES = dict.fromkeys(ENDED, "done")  # state in run.json -> state in the ledger
 MAX_COMPOSED = 200  # jobs that have not begun, apart from their seeds; each takes a tenth of a second
@@ -191,6 +195,33 @@ def _read_run(job: Job, run_dir: Path) -> None:
         job.state, job.reason = "damaged", f"{error.filename}: cannot be read ({error.strerror})"
         return
     job.val = [row for row in rows if row["split"] == "val"]
+    if wrong := _wrong_end(job):
+        log = (
+            f"{run_dir}/metrics.jsonl: {wrong}; to restore it: sasa-train resume={printable(shlex.quote(str(run_dir)))}"
+        )
+        job.state, job.reason, job.val = "damaged", log, []
+        return
     speeds = [row["images_per_sec"] for row in rows if row.get("images_per_sec")]
     job.images_per_sec = statistics.median(speeds) if speeds else None
     job.seconds = job.info.get("seconds") if isinstance(job.info.get("seconds"), int | float) else None
+
+
+def _wrong_end(job: Job) -> str | None:
+    """Say that the log of a finished run does not end as the run did, or return None."""
+    status = job.info.get("status")
+    if not job.val or job.config is None or (job.state != "done" and status not in ENDED):
+        return None
+    row, end, trainer = job.val[-1], job.info.get("last"), job.config.trainer
+    if isinstance(end, dict) and any(end.get(key) != row[key] for key in ("step", "top1")):
+        return (
+            f"its last val row is of step {row['step']} with top1 {row['top1']:.2f}, and by run.json the run ended at "
+            f"step {shorten(end.get('step'))} with top1 {shorten(end.get('top1'))}"
+        )
+    is_early = row["epoch"] < trainer.epochs and row["step"] < (trainer.max_steps or math.inf)
+    if is_early and status != "stopped":
+        return (
+            f"its last val row is of epoch {row['epoch']} of {trainer.epochs}, but run.json says that the run finished"
+        )
+    if any(before["step"] >= after["step"] for before, after in itertools.pairwise(job.val)):
+        return "its val rows are not in order"
+    return None

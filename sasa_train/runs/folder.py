@@ -21,7 +21,7 @@ from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import ConfigError, ExpectedFailure
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, load_checkpoint
 from sasa_train.runs.info import read_info_or_raise, update_info
-from sasa_train.runs.metrics import parse_log
+from sasa_train.runs.metrics import last_val, parse_log
 from sasa_train.runs.source import similar_runs
 from sasa_train.runs.weights import sha256_of, weights_file
 from sasa_train.terminal import printable, some, warn
@@ -63,7 +63,8 @@ class RunFolder:
         if self.lock is not None and not self.lock.holds(self.path):
             raise ExpectedFailure(
                 f"{self.path}: its lock file is gone or another's; the folder was moved, deleted or taken by another "
-                "run. This run stops without writing; continue it from its folder's new place with resume=..."
+                "run. This run stops without writing; continue it from its folder's new place with resume=..., or once "
+                "no other run uses this folder"
             )
         if (self.path / "checkpoints").is_symlink():
             raise ExpectedFailure(
@@ -147,7 +148,7 @@ class RunFolder:
             )
         if other := self.checkpoints.other_best(checkpoint["best"], checkpoint["step"]):
             warn(other)
-        self.write_info(status="finished", best=checkpoint["best"])
+        self.write_info(status="finished", best=checkpoint["best"], last=last_val(checkpoint["metrics"]))
         metrics, path = checkpoint["metrics"].encode(), self.path / "metrics.jsonl"
         if not path.exists() or read_regular(path) != metrics:
             self.write(path.name, metrics)

@@ -74,7 +74,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path, skip_damaged: bool = False) -> list[dict[str, Any]]:
-    """Return all rows except an incomplete last line, which a run may be writing.
+    """Return all rows except an incomplete last row, which a run may be writing.
 
     Raises:
         ConfigError: the file is damaged; with `skip_damaged`, the intact rows are returned instead.
@@ -85,9 +85,9 @@ def read_metrics(path: Path, skip_damaged: bool = False) -> list[dict[str, Any]]
     try:
         text = read_regular(path).decode(errors="replace" if skip_damaged else "strict")
         for line in text.splitlines(keepends=True):
-            if line.endswith("\n"):
-                with contextlib.suppress(*DAMAGE if skip_damaged else ()):
-                    rows.append(_parsed(line))
+            # An editor may have removed the last line break. A row is complete if its last brace is there.
+            with contextlib.suppress(*DAMAGE if skip_damaged or not line.endswith("\n") else ()):
+                rows.append(_parsed(line))
     except (OSError, *DAMAGE) as error:
         if not skip_damaged:
             raise ConfigError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
@@ -104,6 +104,12 @@ def _parsed(line: str) -> dict[str, Any]:
 def parse_log(text: str) -> list[dict[str, Any]]:
     """Return the rows of a text that consists of whole lines; raise one of DAMAGE if a line is not a metrics row."""
     return [_parsed(line) for line in text.splitlines()]
+
+
+def last_val(text: str) -> dict[str, Any] | None:
+    """Return step, epoch and top1 of the last val row of a log, or None if it has none."""
+    val = [row for row in parse_log(text) if row["split"] == "val"]
+    return {key: val[-1][key] for key in ("top1", "step", "epoch")} if val else None
 
 
 def is_log(text: Any) -> bool:
