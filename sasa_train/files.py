@@ -62,9 +62,14 @@ def open_regular(path: str | Path) -> io.BufferedReader:
     return open(path, "rb", opener=_regular)
 
 
-def read_regular(path: Path) -> bytes:
-    """Read a file that `open_regular` can open."""
+MAX_BYTES = 64 * 2**20  # a file of a run, which is read as a whole; a sparse one takes no room on the disk
+
+
+def read_regular(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
+    """Read a file that `open_regular` can open; raise OSError if it is larger than `max_bytes`."""
     with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > max_bytes:
+            raise OSError(errno.ENOTSUP, f"is larger than {max_bytes / 2**20:,.0f} MiB", str(path))
         return file.read()
 
 

@@ -24,6 +24,7 @@ from sasa_train.config.identity import default_run_name
 from sasa_train.config.saved import load_config
 from sasa_train.files import csv_text, kind, lock_folder
 from sasa_train.refusal import CheckpointError, ConfigError, ExpectedFailure
+from sasa_train.report.jobs import find_jobs
 from sasa_train.runs.checkpoint import Checkpoints, load_checkpoint
 from sasa_train.runs.folder import RunFolder
 from sasa_train.runs.ledger import Ledger
@@ -197,6 +198,24 @@ def run_quietly(in_process, *arguments: str) -> None:
 
 
 # Cells of CSV files
+
+
+def test_a_sparse_file_is_refused_by_its_size(run_dir, in_process):
+    """A file of a few KB on the disk that is 200 GB long ended a command with a MemoryError."""
+    limits = {"metrics.jsonl": 1024, "run.json": 64, "ledger.json": 64}
+    for name, limit in limits.items():
+        (folder := run_dir.parent / name).mkdir()
+        shutil.copytree(run_dir, folder / "run")
+        sparse = folder / ("ledger.json" if name == "ledger.json" else f"run/{name}")
+        sparse.touch()
+        os.truncate(sparse, limit * 2**20 + 1)
+        if name == "ledger.json":
+            reason = in_process("report", str(folder), expect=2).stderr
+        else:
+            reason = find_jobs([folder / "run"]).jobs[0].reason
+        assert str(sparse) in reason and f"is larger than {limit:,} MiB" in reason
+    os.truncate(run_dir / "checkpoints/best.pt.json", 2**26 + 1)
+    assert load_checkpoint(run_dir / "checkpoints/best.pt")  # it is verified by its own checksums
 
 
 def test_texts_that_a_spreadsheet_would_run_are_escaped_and_can_be_restored():

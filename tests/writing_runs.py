@@ -21,7 +21,8 @@ def write_run(folder: Path, overrides, top1s, **info) -> None:
         val = {"split": "val", "loss": None, "top1": top1, "top5": 99.0}
         rows += [row | {"step": epoch, "epoch": epoch} for row in (of_train, val)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "run.json").write_text(json.dumps({"status": "finished", "seconds": 60.0} | info))
+    last = {"last": {"step": len(top1s), "top1": top1s[-1]}} if top1s else {}
+    (folder / "run.json").write_text(json.dumps({"status": "finished", "seconds": 60.0} | last | info))
 
 
 def write_sweep(folder: Path, results: dict, table=None, name="ledger.json", base=BASE) -> Path:

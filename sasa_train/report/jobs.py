@@ -20,7 +20,6 @@ from sasa_train.runs.info import ENDED, read_info_or_raise
 from sasa_train.runs.ledger import Job as LedgerJob
 from sasa_train.runs.ledger import read_ledger
 from sasa_train.runs.metrics import read_metrics
-from sasa_train.terminal import printable
 
 STATES = dict.fromkeys(ENDED, "done")  # state in run.json -> state in the ledger
 MAX_COMPOSED = 200  # jobs that have not begun, apart from their seeds; each takes a tenth of a second
@@ -196,10 +195,8 @@ def _read_run(job: Job, run_dir: Path) -> None:
         return
     job.val = [row for row in rows if row["split"] == "val"]
     if wrong := _wrong_end(job):
-        log = (
-            f"{run_dir}/metrics.jsonl: {wrong}; to restore it: sasa-train resume={printable(shlex.quote(str(run_dir)))}"
-        )
-        job.state, job.reason, job.val = "damaged", log, []
+        job.state, job.val = "damaged", []
+        job.reason = f"{run_dir}/metrics.jsonl: {wrong}; to restore it: sasa-train resume={shlex.quote(str(run_dir))}"
         return
     speeds = [row["images_per_sec"] for row in rows if row.get("images_per_sec")]
     job.images_per_sec = statistics.median(speeds) if speeds else None
@@ -212,11 +209,14 @@ def _wrong_end(job: Job) -> str | None:
     if not job.val or job.config is None or (job.state != "done" and status not in ENDED):
         return None
     row, end, trainer = job.val[-1], job.info.get("last"), job.config.trainer
-    if isinstance(end, dict) and any(end.get(key) != row[key] for key in ("step", "top1")):
+    if isinstance(end, dict):
+        if all(end.get(key) == row[key] for key in ("step", "top1")):
+            return None
         return (
             f"its last val row is of step {row['step']} with top1 {row['top1']:.2f}, and by run.json the run ended at "
             f"step {shorten(end.get('step'))} with top1 {shorten(end.get('top1'))}"
         )
+    # An older version did not record the end.
     is_early = row["epoch"] < trainer.epochs and row["step"] < (trainer.max_steps or math.inf)
     if is_early and status != "stopped":
         return (

@@ -150,7 +150,7 @@ class RunFolder:
             warn(other)
         self.write_info(status="finished", best=checkpoint["best"], last=last_val(checkpoint["metrics"]))
         metrics, path = checkpoint["metrics"].encode(), self.path / "metrics.jsonl"
-        if not path.exists() or read_regular(path) != metrics:
+        if not path.exists() or path.stat().st_size != len(metrics) or read_regular(path, len(metrics)) != metrics:
             self.write(path.name, metrics)
 
 

@@ -25,6 +25,7 @@ ROW: dict[str, Any] = {
     "seconds": Maybe(number(0, MAX_SECONDS)),
 }
 VAL_ROW = ROW | {"top1": PERCENT}  # only null if it is not finite, which a percentage always is
+MAX_LOG = 2**30  # bytes: some millions of rows
 DAMAGE = (ValueError, TypeError, LookupError, RecursionError)  # raised for a line that is not a metrics row
 
 
@@ -83,7 +84,7 @@ def read_metrics(path: Path, skip_damaged: bool = False) -> list[dict[str, Any]]
         return []
     rows = []
     try:
-        text = read_regular(path).decode(errors="replace" if skip_damaged else "strict")
+        text = read_regular(path, MAX_LOG).decode(errors="replace" if skip_damaged else "strict")
         for line in text.splitlines(keepends=True):
             # An editor may have removed the last line break. A row is complete if its last brace is there.
             with contextlib.suppress(*DAMAGE if skip_damaged or not line.endswith("\n") else ()):
