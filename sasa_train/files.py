@@ -238,7 +238,7 @@ class FolderLock:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except OSError as error:
-            if error.errno in DISK_FAILED:
+            if error.errno in (*DISK_FAILED, errno.ENOLCK):
                 raise
             return False
 

@@ -46,6 +46,14 @@ def test_every_optimizer_of_timm_steps_and_resumes_exactly(name):
     other.state.load_state_dict(saved)
     assert first_wrong(saved["optimizer"], SCHEMA["optimizer"]) is None
     check_saved(other.plan.config, other.state.model, saved)
+    entries = [*saved["optimizer"]["state"].values(), *saved["optimizer"]["param_groups"]]
+    if entry := next((entry for entry in entries if "step" in entry), None):
+        whole = entry["step"]
+        for count in (0.0, 1.5, 3.0):
+            entry["step"] = torch.full_like(whole, count) if isinstance(whole, torch.Tensor) else count
+            with pytest.raises(ValueError, match="must be a whole number from 1 to step=2"):
+                check_saved(other.plan.config, other.state.model, saved)
+        entry["step"] = whole
     try_loaded(other.plan.config, other.state.model, other.state.optimizer)  # which changes nothing
     for batch in given[2:]:
         stepper.train_step(iter([batch]))

@@ -1,5 +1,6 @@
 """Check the guarantees in docs/reliability.md by running the command: signals, locks, disks, data, memory, numerics."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -23,6 +24,7 @@ import sasa_train
 from sasa_train import evaluate, files
 from sasa_train.config.compose import compose_config
 from sasa_train.config.saved import to_yaml
+from sasa_train.report.facts import headline
 from sasa_train.report.jobs import find_jobs
 from sasa_train.runs import info, provenance
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, load_checkpoint
@@ -227,13 +229,26 @@ def test_when_a_checkpoint_cannot_be_written_a_run_stops_or_goes_on_as_configure
     assert_same_run(tmp_path / "out/a", tmp_path / "out/b", ["last"])
 
 
-def test_a_best_model_that_was_not_saved_is_not_the_best(tmp_path, monkeypatch):
-    """Check that a best model whose save failed is not recorded as the best, so that best.pt and last.pt agree."""
+def test_a_best_model_that_was_not_saved_is_not_the_best(tmp_path, monkeypatch, capsys):
+    """Check that a best model whose save failed is not recorded as the best, so that best.pt and last.pt agree.
+
+    A later, worse one was then called the best, although the log has the better one.
+    """
+    real, top1s = loop.evaluate, iter([10.0, 20.0, 15.0])
     with monkeypatch.context() as patch:
-        fail_to_write(patch, {4})
+        fail_to_write(patch, {8})
+        patch.setattr(loop, "evaluate", lambda *a: dataclasses.replace(real(*a), top1=next(top1s)))
         assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.on_failed_save=continue") == 0
     last, best = (load_checkpoint(tmp_path / f"out/a/checkpoints/{name}.pt") for name in ("last", "best"))
-    assert last["best"] == best["best"] and best["best"]["step"] == best["step"] > 4
+    assert last["best"] == best["best"] and best["best"]["step"] == best["step"] == 12
+    told = capsys.readouterr()
+    assert "WARNING: the best model so far (top1 20.00 after epoch 2) is not kept" in told.err
+    end = "best 15.00 after epoch 3 (the model of 20.00 after epoch 2 was not kept)"
+    assert f"15.00 at the end; {end}" in told.out
+    assert [told.out.count(f"best so far{rest}\n") for rest in ("", ", but a better one was not kept")] == [2, 1]
+    assert run_in_process(tmp_path, monkeypatch, *RUN) == 0 and f"12 steps, {end}. " in capsys.readouterr().out
+    said = dict((name, note) for name, _, note in headline(find_jobs([tmp_path / "out/a"]).jobs[0]))
+    assert said["top1, best epoch"].endswith("best.pt is another, because the save of this one failed")
 
 
 def test_a_file_server_that_fails_for_a_moment_is_no_lost_lock(tmp_path, monkeypatch, capsys):

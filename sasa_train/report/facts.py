@@ -43,6 +43,9 @@ def headline(job: Job) -> list[tuple[str, str, str]]:
     use = "the figure to publish" if job.state == "done" else "the run is not finished"
     of_last = f"after epoch {last['epoch']} of {job.config.trainer.epochs}; {use}"
     of_best = f"after epoch {best['epoch']}; selected on val, so it is optimistic"
+    kept = job.info.get("best")
+    if isinstance(kept, dict) and kept.get("step") != best["step"] and kept.get("top1") != best["top1"]:
+        of_best += "; best.pt is another, because the save of this one failed"
     notes = (("last", last, of_last), ("best", best, of_best))
     return [(f"top1, {which} epoch", f"{row['top1']:.2f} %", note) for which, row, note in notes]
 

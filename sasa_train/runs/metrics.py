@@ -113,6 +113,13 @@ def last_val(text: str) -> dict[str, Any] | None:
     return {key: val[-1][key] for key in ("top1", "step", "epoch")} if val else None
 
 
+def lost_best(text: str, best: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the best val row of a log if it is better than `best`, whose model is kept: its own save has failed."""
+    val = [row for row in parse_log(text) if row["split"] == "val"]
+    found = max(val, key=lambda row: row["top1"], default=None)
+    return found if found and (best is None or found["top1"] > best["top1"]) else None
+
+
 def is_log(text: Any) -> bool:
     """Return whether a text consists of whole lines, each of which is a metrics row."""
     try:

@@ -19,6 +19,7 @@ from sasa_train.data.datasets import Files
 from sasa_train.data.loader import Loaders
 from sasa_train.device import RunPlan
 from sasa_train.machine import peak_memory
+from sasa_train.runs.metrics import last_val, lost_best
 from sasa_train.terminal import columns, duration, printable, some
 from sasa_train.training.optim import peak_lr
 from sasa_train.training.state import TrainState
@@ -99,17 +100,15 @@ def describe_threads(device: torch.device) -> str:
     )
 
 
-def describe_end(
-    config: TrainConfig, run_dir: Path, state: TrainState, last_val: dict[str, Any], num_unreadable: int
-) -> str:
+def describe_end(config: TrainConfig, run_dir: Path, state: TrainState, metrics: str, num_unreadable: int) -> str:
     """Format the final summary: top1, time, images/s, peak memory, files and suggested next commands."""
     images = state.step * config.trainer.global_batch_size
-    last = f"{last_val['top1']:.2f}" if last_val else "see metrics.jsonl"
+    last = f"{row['top1']:.2f}" if (row := last_val(metrics)) else "see metrics.jsonl"
     following = [] if _needs_caller(config) else [f"sasa-evaluate {run_dir}{imports_for(config, OF_VAL)}"]
     if len(list(run_dir.parent.glob("*/config.yaml"))) > 1:
         following.append(f"sasa-report --list {run_dir.parent}")
     lines = {
-        "top1": f"{last} at the end; {describe_best(state.best)}",
+        "top1": f"{last} at the end; {describe_best(state.best, metrics)}",
         "time": f"{duration(state.seconds)} of training, {images / max(state.seconds, 1e-9):,.0f} images/s",
         "memory": f"{peak_memory(state.device) / 2**20:,.0f} MiB at the peak",
         "checkpoints": f"best.pt, last.pt in {run_dir}/checkpoints",
@@ -137,14 +136,18 @@ def describe_stop(config: TrainConfig, run_dir: Path, state: TrainState, reason:
 
 def describe_finished(run_dir: Path, checkpoint: dict[str, Any], config: TrainConfig) -> str:
     evaluate = f"sasa-evaluate {run_dir}{imports_for(config, OF_VAL)} evaluates it, "
+    best = describe_best(checkpoint["best"], checkpoint["metrics"])
     return (
-        f"{run_dir} is finished: {checkpoint['step']:,} steps, {describe_best(checkpoint['best'])}. "
+        f"{run_dir} is finished: {checkpoint['step']:,} steps, {best}. "
         f"Nothing to do; {'' if _needs_caller(config) else evaluate}resume=never trains it anew."
     )
 
 
-def describe_best(best: dict[str, Any] | None) -> str:
-    return f"best {best['top1']:.2f} after epoch {best['epoch']}" if best else "no evaluation yet"
+def describe_best(best: dict[str, Any] | None, metrics: str = "") -> str:
+    """Format the best evaluation whose model is kept and, by the log, a better one whose save failed."""
+    kept = f"best {best['top1']:.2f} after epoch {best['epoch']}" if best else "no evaluation yet"
+    lost = lost_best(metrics, best)
+    return f"{kept} (the model of {lost['top1']:.2f} after epoch {lost['epoch']} was not kept)" if lost else kept
 
 
 def table(lines: dict[str, str]) -> str:

@@ -17,7 +17,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
 from sasa_train.files import write_atomic
-from sasa_train.runs.metrics import MetricsFile
+from sasa_train.runs.metrics import MetricsFile, lost_best
 from sasa_train.terminal import columns, duration, fitting, say, warn
 
 # Mapping from a row's keys to TensorBoard tags. loss, top1, top5 and top1_raw are tagged with the name of their split.
@@ -145,6 +145,7 @@ class RunLogger:
         self._bar.show(row, seconds_left)
 
     def show_val(self, row: dict[str, Any], is_best: bool) -> None:
+        best = "best so far, but a better one was not kept" if lost_best(self.metrics, row) else "best so far"
         parts = [
             (0, "val"),
             (0, f"epoch {row['epoch']}"),
@@ -153,7 +154,7 @@ class RunLogger:
             (0, f"top1 {row['top1']:.2f}"),
             (3, f"(raw {row['top1_raw']:.2f})" if "top1_raw" in row else ""),
             (2, f"top5 {row['top5']:.2f}" if self._has_top5 else ""),
-            (1, "best so far" if is_best else ""),
+            (1, best if is_best else ""),
         ]
         say(fitting(parts, columns(sys.stdout)))
 

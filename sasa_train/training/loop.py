@@ -60,7 +60,6 @@ class Loop:
         )
         self.hooks = {} if is_silent else load_hooks(self.config.hooks)  # called in the first process
         self.failure: OwnCodeError | None = None  # of a hook; all processes have it
-        self.last_val: dict[str, Any] = {}
         self.num_left_out = 0  # unreadable images in the last evaluation
         self._top_speed, self._is_slow = 0.0, False
         self._saved: tuple[int, int] | None = None  # step and evaluated_step of the last checkpoint
@@ -304,7 +303,7 @@ class Loop:
         best_before, is_best = state.best, state.best is None or result.top1 > state.best["top1"]
         if is_best:
             state.best = {key: row[key] for key in ("top1", "step", "epoch")}
-        state.evaluated_step, self.last_val, self.eval_seconds = state.step, row, seconds
+        state.evaluated_step, self.eval_seconds = state.step, seconds
         self.logger.write(row)
         self.logger.show_val(row, is_best)
         self.tell("evaluated")
@@ -316,6 +315,8 @@ class Loop:
             self.logger.write_histograms(averaged, state.step)
         if not self.save(is_best) and is_best:
             state.best = best_before  # best.pt still contains the previous best
+            if self.plan.rank == 0:
+                warn(f"the best model so far (top1 {row['top1']:.2f} after epoch {row['epoch']}) is not kept")
         return True
 
     def recalibrate(self, model: nn.Module) -> None:

@@ -162,7 +162,10 @@ def try_loaded(config: TrainConfig, model: nn.Module, optimizer: torch.optim.Opt
 
 
 def check_saved(config: TrainConfig, model: nn.Module, saved: dict[str, Any]) -> None:
-    """Raise ValueError if a checkpoint's optimizer lacks a tensor that a step leaves, or has one of another kind."""
+    """Raise ValueError if a checkpoint's optimizer lacks a tensor that a step leaves, or has one of another kind.
+
+    Also raise it if the optimizer's own count of its steps is not one that the run's steps allow.
+    """
     # A step would start a missing tensor anew, and a tensor of whole numbers, which lacks the fractions, can be loaded.
     state, model = saved["optimizer"]["state"], copy.deepcopy(model)
     fresh = _trial_step(config, model)
@@ -188,6 +191,12 @@ def check_saved(config: TrainConfig, model: nn.Module, saved: dict[str, Any]) ->
                     raise ValueError(f"{where} is not a number in places")
             elif not is_changed:
                 raise ValueError(f"{where} is missing")
+    groups = [group for group in saved["optimizer"]["param_groups"] if "step" in group]  # as lamb has it
+    for entry in [*(state[number] for number in expected.keys() - set(missing) if "step" in state[number]), *groups]:
+        # A parameter that was frozen for a while, or whose steps GradScaler skipped, has fewer.
+        count = float(entry["step"])
+        if not (1 <= count <= saved["step"] and count.is_integer()):
+            raise ValueError(f"optimizer's step={count:g} must be a whole number from 1 to step={saved['step']:,}")
 
 
 def _trial_step(config: TrainConfig, model: nn.Module, state: dict[str, Any] | None = None) -> torch.optim.Optimizer:

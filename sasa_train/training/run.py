@@ -160,7 +160,7 @@ def run_to_the_end(loop: Loop) -> bool:
     if finished:
         run.write_end({"best": state.best, "step": state.step, "metrics": loop.logger.metrics})
         run.write_info(seconds=round(state.seconds, 1))
-        say(describe_end(plan.config, run.path, state, loop.last_val, num_unreadable))
+        say(describe_end(plan.config, run.path, state, loop.logger.metrics, num_unreadable))
     else:
         status = "stopped" if loop.stop.asked_by else "interrupted"
         run.write_info(status=status, reason=loop.stop.reason, best=state.best, last=last_val(loop.logger.metrics))
