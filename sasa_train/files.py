@@ -57,6 +57,21 @@ def unfinished(folder: Path) -> list[Path]:
     return [path for path in folder.glob("*.tmp") if re.fullmatch(r".+\.[0-9a-f]{8}\.tmp", path.name)]
 
 
+def is_there(path: Path, is_kind: Callable[[int], bool] = bool) -> bool:
+    """Return whether a path exists and is of a kind, such as `stat.S_ISREG`; raise OSError if the disk fails.
+
+    `os.path.exists` and its like would answer False then and, since Python 3.14, those of Path, too.
+    """
+    try:
+        return is_kind(os.stat(path).st_mode)
+    except ValueError:  # a name with NUL
+        return False
+    except OSError as error:
+        if error.errno in DISK_FAILED:
+            raise
+        return False
+
+
 def open_regular(path: str | Path) -> io.BufferedReader:
     """Open a file for reading; raise OSError at once if it is a pipe or device, which could block forever."""
     return open(path, "rb", opener=_regular)

@@ -277,6 +277,22 @@ def test_a_file_server_that_fails_for_a_moment_is_no_lost_lock(tmp_path, monkeyp
     assert "the disk failed at out/b (Stale file handle)" in capsys.readouterr().err
 
 
+def test_a_file_that_cannot_be_looked_at_now_is_not_missing(tiny_run, tmp_path, monkeypatch, in_process):
+    """ESTALE at config.yaml was reported as another config, with the advice to allow changes of all its keys."""
+    run, real = shutil.copytree(tiny_run, tmp_path / "run"), os.stat
+    for name, command in (("config.yaml", ["train", f"resume={run}"]), ("best.pt", ["evaluate", str(run)])):
+
+        def failing(path, *arguments, name=name, **options):
+            if str(path).endswith(f"/{name}"):
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+            return real(path, *arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "stat", failing)
+            told = in_process(*command, expect=1).stderr
+        assert "Stale file handle" in told and name in told and "Traceback" not in told
+
+
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOLCK])
 def test_what_the_system_lacks_for_now_is_one_line(tmp_path, monkeypatch, capsys, number):
     def failing(*_):

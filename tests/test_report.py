@@ -270,7 +270,11 @@ def test_a_log_that_does_not_end_as_its_run_did_gives_no_figure(change, tiny_run
     log.write_text("".join({"old rows": [*lines, *first], "order": [*first, *lines]}.get(change, first)))
     if change in ("old run", "order"):  # of a version that did not record the end
         del info["last"]
-        reason = "its last val row is of epoch 1 of 3, and" if change == "old run" else "its val rows are not in order"
+        reason = (
+            "its last val row is of epoch 1 of 3, but run.json"
+            if change == "old run"
+            else "its val rows are not in order"
+        )
     (run / "run.json").write_text(json.dumps(info))
     (job,) = find_jobs([run]).jobs
     assert (job.state, job.val) == ("damaged", []) and reason in job.reason

@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import shlex
+import stat
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from sasa_train.config.compose import compose_config
 from sasa_train.config.keys import TrainConfig, with_values
 from sasa_train.config.saved import load_config_file
-from sasa_train.files import LOCK, holder
+from sasa_train.files import LOCK, holder, is_there
 from sasa_train.paper import VARIED
 from sasa_train.refusal import ConfigError, shorten
 from sasa_train.runs.info import ENDED, read_info_or_raise
@@ -94,7 +95,7 @@ def is_sweep(folder: Path) -> bool:
 
 
 def is_run(folder: Path) -> bool:
-    return (folder / "config.yaml").is_file()
+    return is_there(folder / "config.yaml", stat.S_ISREG)
 
 
 def _read_ledgers(paths: list[Path]) -> tuple[list[dict[str, Any]], dict[str, LedgerJob]]:

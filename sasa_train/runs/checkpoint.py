@@ -32,6 +32,7 @@ from sasa_train.data.fingerprint import SOURCES
 from sasa_train.files import (
     DISK_FAILED,
     discard,
+    is_there,
     open_regular,
     read_regular,
     sync_folder,
@@ -258,10 +259,10 @@ class Checkpoints:
                 f"{path} is there, of step {there}, but last.pt has best=None; bring back the one that the run wrote"
             )
         is_same = there is None or (there == (best and best["step"]) and self._best_sha256 in (None, sha256))
-        if best is None or (path.exists() and is_same):
+        if best is None or (is_there(path) and is_same):
             return None
         of_other = "its SHA-256 is another" if there == best["step"] else f"it is of step {there}"
-        found = of_other if path.exists() else "it is gone"
+        found = of_other if is_there(path) else "it is gone"
         return f"{path} is not the one of step {best['step']} that this run wrote: {found}; bring it back from a copy"
 
     def _candidates(self) -> list[Path]:
@@ -272,7 +273,7 @@ class Checkpoints:
             with contextlib.suppress(ValueError):
                 steps[path] = _parse_manifest(bytes_of(manifest_of(path)) or b"")["step"]
         newest_last = sorted(steps, key=lambda path: steps[path])  # at equal steps, last.pt sorts last
-        return [path for path in reversed(newest_last) if path.exists()]
+        return [path for path in reversed(newest_last) if is_there(path)]
 
     def numbered(self) -> list[Path]:
         """List the step-<step>.pt files, newest first."""
@@ -543,7 +544,7 @@ def _all_or_none(paths: list[Path]) -> Iterator[None]:
     try:
         for path in paths:
             manifest = _manifest_bytes(path)
-            kept.append((path, _linked(path, path) if path.exists() else None, manifest))
+            kept.append((path, _linked(path, path) if is_there(path) else None, manifest))
         yield
     except BaseException as error:
         lost = []

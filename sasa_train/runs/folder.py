@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import shlex
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,17 @@ from sasa_train.config.overrides import as_written, is_group, parse_overrides
 from sasa_train.config.own_keys import targets_of
 from sasa_train.config.saved import BEFORE, as_begun, load_config, load_config_file, to_yaml
 from sasa_train.data.fingerprint import differences
-from sasa_train.files import LOCK, FolderLock, inside, kind, lock_folder, read_regular, unfinished, write_atomic
+from sasa_train.files import (
+    LOCK,
+    FolderLock,
+    inside,
+    is_there,
+    kind,
+    lock_folder,
+    read_regular,
+    unfinished,
+    write_atomic,
+)
 from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import ConfigError, ExpectedFailure
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, load_checkpoint
@@ -142,7 +153,7 @@ class RunFolder:
         if self.lock is None:
             return
         last = self.path / "checkpoints/last.pt"
-        if not last.exists():
+        if not is_there(last):
             raise CheckpointError(
                 f"{last} is gone, though the run wrote it; bring it back, or run the same command again"
             )
@@ -150,7 +161,7 @@ class RunFolder:
             warn(other)
         self.write_info(status="finished", best=checkpoint["best"], last=last_val(checkpoint["metrics"]))
         metrics, path = checkpoint["metrics"].encode(), self.path / "metrics.jsonl"
-        if not path.exists() or path.stat().st_size != len(metrics) or read_regular(path, len(metrics)) != metrics:
+        if not is_there(path) or path.stat().st_size != len(metrics) or read_regular(path, len(metrics)) != metrics:
             self.write(path.name, metrics)
 
 
@@ -162,7 +173,7 @@ def open_run(config: TrainConfig, run_name: str) -> RunFolder:
         CheckpointError: the folder has or had checkpoints but none is intact, or the one given by `resume` is damaged.
     """
     wanted = Path(config.output_dir) / run_name
-    missing = [folder for folder in (wanted, *wanted.parents) if not folder.exists()]
+    missing = [folder for folder in (wanted, *wanted.parents) if not is_there(folder)]
     path, given, is_made = _choose_folder(config, wanted)
     check_entries(path)
     lock = lock_folder(path)
@@ -183,7 +194,9 @@ def open_run(config: TrainConfig, run_name: str) -> RunFolder:
             )
         if Path(config.resume) == path:
             raise ConfigError(f"resume={config.resume}: the folder has no checkpoint to continue from")
-        if given is None and Path(config.resume).is_file():  # an earlier start ended before its first checkpoint
+        if given is None and is_there(
+            Path(config.resume), stat.S_ISREG
+        ):  # an earlier start ended before its first checkpoint
             given = _load_given(config)
         made = [path, *(folder for folder in missing if folder != wanted)] if is_made else []
         run = RunFolder(path, lock, checkpoints, given, made=made)
@@ -200,12 +213,12 @@ def _choose_folder(config: TrainConfig, wanted: Path) -> tuple[Path, dict[str, A
     source = Path(config.resume)
     try:
         if config.resume == "auto":
-            is_made = not wanted.exists()
+            is_made = not is_there(wanted)
             wanted.mkdir(parents=True, exist_ok=True)
             return wanted, None, is_made
         if config.resume == "never":
             return _new_folder(wanted), None, True
-        if source.is_dir():
+        if is_there(source, stat.S_ISDIR):
             return source, None, False
         if (path := _folder_started_from(wanted, config.resume)) is not None:
             return path, None, False
@@ -218,7 +231,7 @@ def _choose_folder(config: TrainConfig, wanted: Path) -> tuple[Path, dict[str, A
 def _load_given(config: TrainConfig) -> dict[str, Any]:
     """Load the checkpoint given by `resume`, without its best result and metrics, which stay in the old folder."""
     source = Path(config.resume)
-    if not source.is_file():
+    if not is_there(source, stat.S_ISREG):
         raise ConfigError(
             f"resume={config.resume} must be auto, never, a run folder or a checkpoint; it is not there"
             f"{similar_runs(source)}"
@@ -287,12 +300,12 @@ def begun_config(config: TrainConfig, run_name: str) -> TrainConfig | None:
     if config.resume == "never":
         return None
     folder = wanted if config.resume == "auto" else _folder_started_from(wanted, config.resume) or Path(config.resume)
-    if folder.is_file():
+    if is_there(folder, stat.S_ISREG):
         return load_config(load_checkpoint(folder)["config"], source=str(folder))
-    if config.resume != "auto" and not folder.exists():
+    if config.resume != "auto" and not is_there(folder):
         _load_given(config)  # refuses it, before any image is looked at
     check_entries(folder)
-    has_begun = (folder / "config.yaml").exists() or (folder / "checkpoints/last.pt").exists()
+    has_begun = is_there(folder / "config.yaml") or is_there(folder / "checkpoints/last.pt")
     return load_saved_config(folder, []) if has_begun else None
 
 
@@ -448,7 +461,7 @@ def _new_folder(wanted: Path) -> Path:
 
 def _folder_started_from(wanted: Path, resume: str) -> Path | None:
     """Return the numbered folder that an earlier start of the same command created, or None."""
-    for path in itertools.takewhile(Path.exists, _numbered(wanted)):
+    for path in itertools.takewhile(is_there, _numbered(wanted)):
         with contextlib.suppress(ConfigError):
             if load_config_file(path / "config.yaml").resume == resume:
                 return path

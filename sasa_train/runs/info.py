@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sasa_train.files import read_regular, write_atomic
+from sasa_train.files import is_there, read_regular, write_atomic
 from sasa_train.runs.schema import MAX_SECONDS, PLAIN, Maybe, first_wrong, number
 
 NAME = "run.json"
@@ -46,4 +46,4 @@ def update_info(run_dir: Path, changes: dict[str, Any]) -> None:
 
 def has_finished(run_dir: Path) -> bool:
     """Whether run.json reports the run as finished, or stopped by a hook, and its last checkpoint still exists."""
-    return read_info(run_dir).get("status") in ENDED and (run_dir / "checkpoints/last.pt").exists()
+    return read_info(run_dir).get("status") in ENDED and is_there(run_dir / "checkpoints/last.pt")

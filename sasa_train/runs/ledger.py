@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sasa_train.config.saved import load_config_file
-from sasa_train.files import FolderLock, kind, read_regular, write_atomic
+from sasa_train.files import FolderLock, is_there, kind, read_regular, write_atomic
 from sasa_train.machine import now
 from sasa_train.refusal import ConfigError, ExpectedFailure, shorten
 from sasa_train.runs.info import has_finished
@@ -110,7 +110,7 @@ class Ledger:
         self.path, self.about, self.lock = path, about, lock
         self.asked: set[str] = set()  # names of this command's jobs; the ledger may contain others
         try:
-            known = read_ledger(path)[1] if path.exists() else {}
+            known = read_ledger(path)[1] if is_there(path) else {}
         except DamagedLedgerError as error:
             aside, known = path.with_name(f"{path.name}.damaged"), {}
             if os.path.lexists(aside) and (found := kind(aside)) == "a folder":

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sasa_train.files import read_regular, write_atomic
+from sasa_train.files import is_there, read_regular, write_atomic
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.schema import MAX_SECONDS, Maybe, Rule, first_wrong, number, whole
 from sasa_train.terminal import warn
@@ -80,7 +80,7 @@ def read_metrics(path: Path, skip_damaged: bool = False) -> list[dict[str, Any]]
     Raises:
         ConfigError: the file is damaged; with `skip_damaged`, the intact rows are returned instead.
     """
-    if not path.exists():  # the run ended before its first row
+    if not is_there(path):  # the run ended before its first row
         return []
     rows = []
     try:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from sasa_train.files import is_there
 from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import CheckpointError, ConfigError
 from sasa_train.terminal import printable, some
@@ -19,7 +20,7 @@ def find_checkpoint(source: Path) -> Path:
     if not os.path.isdir(source):  # also for a name that is invalid on any file system
         return source
     folder = source if source.name == "checkpoints" else source / "checkpoints"
-    return folder / "best.pt" if (folder / "best.pt").exists() else folder / "last.pt"
+    return folder / "best.pt" if is_there(folder / "best.pt") else folder / "last.pt"
 
 
 def check_source(source: Path, overrides: Sequence[str]) -> None:
@@ -40,7 +41,7 @@ def check_source(source: Path, overrides: Sequence[str]) -> None:
     check_overrides(split_weights(overrides)[1], source=str(path))
     if wrong := _other_than_a_run(source, path):
         raise ConfigError(f"{printable(source)}: {wrong}")
-    if os.path.exists(path):
+    if is_there(path):
         return
     if runs := _runs_in(source):
         raise ConfigError(

@@ -6,6 +6,7 @@
 import logging
 import os
 import signal
+import stat
 import sys
 import time
 import traceback
@@ -21,12 +22,12 @@ from sasa_train.config.overrides import check_override_keys, chooses_group, expa
 from sasa_train.config.own_keys import targets_of, use_code, use_code_of, use_presets
 from sasa_train.config.rules import check_world_size
 from sasa_train.config.saved import check_overrides, to_yaml
-from sasa_train.files import inside
+from sasa_train.files import inside, is_there
 from sasa_train.processes.ranks import max_restarts, rank, world_size
 from sasa_train.refusal import ConfigError
 from sasa_train.signals import ignore_until_the_end
 from sasa_train.terminal import DONE, FAILED, REFUSED, fail, printable_lines, say_loading
-from sasa_train.training.endings import tell, train_safely
+from sasa_train.training.endings import foreseen, tell, train_safely
 
 USAGE = """[group=choice ...] [key=value ...] [-m | --multirun] [--cfg] [-h] [--version]
 
@@ -81,6 +82,11 @@ def run_command(arguments: list[str]) -> int:
     except ConfigError as error:
         fail(error)
         return REFUSED
+    except OSError as error:
+        if (text := foreseen(error)) is None:
+            raise
+        fail(RuntimeError(text))
+        return FAILED
 
 
 class PrintableFormatter(logging.Formatter):
@@ -105,7 +111,7 @@ def read_config(arguments: list[str]) -> TrainConfig:
     """
     resume = [o.value() for o in parse_overrides(arguments) if o.key_or_group == "resume"]
     folder = Path(str(resume[-1])) if resume else None
-    if folder is not None and not os.path.isfile(folder / "config.yaml"):
+    if folder is not None and not is_there(folder / "config.yaml", stat.S_ISREG):
         folder = None
     if folder is not None and not chooses_group(arguments):
         check_overrides(arguments, source=str(folder))
@@ -182,6 +188,9 @@ def train_together(arguments: list[str]) -> int:
         tell(error)
         return REFUSED
     except Exception as error:
+        if (text := foreseen(error)) is not None:
+            tell(RuntimeError(text))
+            return FAILED
         collectives.tell_failure(f"process {rank()}: {type(error).__name__}: {error}")
         traceback.print_exc()
         return FAILED

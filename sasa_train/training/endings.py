@@ -48,14 +48,14 @@ def _train(config: TrainConfig, stop: StopRequest) -> int:
         is_of_torch = isinstance(error, RuntimeError)
         if is_of_torch and (reason := lost_partner(error)) is not None:
             fail(RuntimeError(f"process {rank()}: stopped: {reason}"))
-        elif (text := own_code.own_traceback(error) or _foreseen(error)) is not None:
+        elif (text := own_code.own_traceback(error) or foreseen(error)) is not None:
             tell(RuntimeError(text))
         else:
             raise
     return FAILED
 
 
-def _foreseen(error: Exception) -> str | None:
+def foreseen(error: Exception) -> str | None:
     """Return the message for an error of a disk or of memory, or None for any other error."""
     if isinstance(error, OSError):
         place = f" {error.filename}" if error.filename else ""

@@ -29,7 +29,7 @@ from sasa_train.data.named_sets import check_dataset
 from sasa_train.data.own_transform import check_transform
 from sasa_train.data.workers import DataWorkerError
 from sasa_train.device import RunPlan, resolve
-from sasa_train.files import read_regular, write_atomic
+from sasa_train.files import is_there, read_regular, write_atomic
 from sasa_train.machine import available_memory, is_out_of_memory, keep_freed_memory
 from sasa_train.models import build_model, check_model, enable_grad_checkpointing
 from sasa_train.models.layers import LocalSelfAttention2d
@@ -297,7 +297,7 @@ def check_same_images(config: TrainConfig, first: dict[str, Any], here: dict[str
 
 def note_unreadable(path: Path, loaders: Loaders) -> int:
     """Add the unreadable images to the run's list, and return the number of lines in it."""
-    before = read_regular(path).decode(errors="replace").splitlines() if path.exists() else []
+    before = read_regular(path).decode(errors="replace").splitlines() if is_there(path) else []
     lines = dict.fromkeys([*before, *loaders.unreadable()])
     if len(lines) > len(before):
         write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
