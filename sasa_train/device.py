@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from sasa_train.attention import cpu
 from sasa_train.config.derived import (
     InputSize,
     accumulation,
@@ -22,6 +23,17 @@ from sasa_train.processes.ranks import rank, world_size
 from sasa_train.refusal import ConfigError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def keep_compiled_code() -> None:
+    """Let torch.compile keep its code in our own cache folder, unless TORCHINDUCTOR_CACHE_DIR names another.
+
+    Its own folder has a known name in /tmp, so that another user may have made it and put other code there.
+    """
+    if not os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        folder = cpu._cache_folder() / "inductor"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 @dataclass(frozen=True)

@@ -348,6 +348,22 @@ def test_a_run_does_not_end_well_without_its_last_checkpoint_and_mends_its_log(r
             run.write_end({"best": None, "step": 1, "metrics": ""})
 
 
+def test_code_that_torch_compiles_is_kept_where_nobody_else_can_write(tmp_path, in_process, monkeypatch, caplog):
+    """torch's own folder, $TMPDIR/torchinductor_USER, may be another user's, who can put code there."""
+    monkeypatch.setenv("SASA_TRAIN_CACHE", str(cache := tmp_path / "cache"))
+    refused = ["train", *TINY, "trainer.compile=true", "data=image_folder", "data.root=missing"]
+    for mode in (0o700, 0o777):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+        in_process(*refused, expect=2)
+        folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        assert folder.name == "inductor" and folder.stat().st_mode & 0o777 == 0o700
+        assert (folder.parent == cache) == (f"{cache} cannot be used" not in caplog.text) == (mode == 0o700)
+        cache.chmod(0o777)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
+    in_process(*refused, expect=2)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"
+
+
 def test_the_best_checkpoint_of_another_run_is_named(run_dir, in_process):
     """The best.pt of another run, of the same step and with its manifest, was evaluated without a word."""
     best = run_dir / "checkpoints/best.pt"

@@ -204,6 +204,18 @@ def test_a_seed_that_ran_twice_counts_once(tmp_path):
     assert [(job.name, job.state) for job, _ in report.not_counted] == [("ledger-2", "repeated")]
 
 
+def test_a_ledger_that_names_other_values_than_its_runs_is_not_followed(tmp_path, capsys):
+    """An edited ledger labelled the rows of two runs with learning rates that they never had."""
+    sweep = write_sweep(tmp_path / "s", {((f"optimizer.lr={lr}",), 0): [50.0] for lr in (0.1, "2e-1")})
+    assert [row.label for row in report_of(sweep).rows] == ["optimizer.lr=0.1", "optimizer.lr=0.2"]
+    assert not capsys.readouterr().err
+    ledger = sweep / "ledger.json"
+    ledger.write_text(ledger.read_text().replace("lr=0.1", "lr=0.7"))
+    assert [row.label for row in report_of(sweep).rows] == ["optimizer.lr=0.1", "optimizer.lr=0.2"]
+    told = capsys.readouterr().err
+    assert f"WARNING: {sweep}/ledger-0: the sweep's ledger says optimizer.lr=0.7, but the run has 0.1; the r" in told
+
+
 def test_plain_run_folders_need_no_ledger(tmp_path, capsys, without_matplotlib):
     """`sasa-train -m` keeps no ledger, so states are read from run.json and keys from config.yaml."""
     for width, seed in itertools.product((0.125, 0.25), (0, 1)):

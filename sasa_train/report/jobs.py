@@ -7,12 +7,15 @@ import os
 import shlex
 import stat
 import statistics
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sasa_train.config.compose import compose_config
+from sasa_train.config.identity import trajectory
 from sasa_train.config.keys import TrainConfig, with_values
+from sasa_train.config.overrides import as_written, parse_overrides
 from sasa_train.config.saved import load_config_file
 from sasa_train.files import LOCK, holder, is_there
 from sasa_train.paper import VARIED
@@ -21,6 +24,7 @@ from sasa_train.runs.info import ENDED, read_info_or_raise
 from sasa_train.runs.ledger import Job as LedgerJob
 from sasa_train.runs.ledger import read_ledger
 from sasa_train.runs.metrics import read_metrics
+from sasa_train.terminal import some, warn
 
 STATES = dict.fromkeys(ENDED, "done")  # state in run.json -> state in the ledger
 MAX_COMPOSED = 200  # jobs that have not begun, apart from their seeds; each takes a tenth of a second
@@ -142,7 +146,25 @@ def _sweep_job(run_dir: Path, planned: LedgerJob) -> Job:
             job.state, job.reason = "killed", KILLED
     if job.config is None:
         job.config = _compose_or_none(planned.overrides)
+    else:
+        _follow_config(job, job.config, planned.overrides)
     return job
+
+
+def _follow_config(job: Job, config: TrainConfig, planned: list[str]) -> None:
+    """Take a job's overrides from its run's config, and warn of those in the ledger that are not the run's."""
+    assert job.overrides is not None
+    values, wrong = trajectory(config), []
+    with suppress(ConfigError):
+        for override in parse_overrides(planned):
+            key, given = override.key_or_group, override.value()
+            # A run replaces texts such as `auto` and the name of a model; it never replaces numbers.
+            is_kept = isinstance(given, int | float) or key in ("optimizer.name", "schedule.name")
+            if is_kept and values.get(key) is not None and given != values[key]:
+                wrong.append(f"{key}={as_written(given)}, but the run has {as_written(values[key])}")
+                job.overrides[key] = as_written(values[key])
+    if wrong:
+        warn(f"{job.run_dir}: the sweep's ledger says {some(wrong)}; the report follows the run")
 
 
 def _is_free(folder: Path, lock: str = LOCK) -> bool:
