@@ -3,12 +3,15 @@
 import contextlib
 import copy
 import dataclasses
+import getpass
 import os
+import stat
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
-from sasa_train.attention import cpu
 from sasa_train.config.derived import (
     InputSize,
     accumulation,
@@ -25,15 +28,25 @@ from sasa_train.refusal import ConfigError
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def keep_compiled_code() -> None:
-    """Let torch.compile keep its code in our own cache folder, unless TORCHINDUCTOR_CACHE_DIR names another.
-
-    Its own folder has a known name in /tmp, so that another user may have made it and put other code there.
-    """
-    if not os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
-        folder = cpu._cache_folder() / "inductor"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+def check_compiled_code() -> None:
+    """Raise ConfigError if others may have put code into the folder in which torch.compile keeps its own."""
+    # Its name in /tmp is known to all, and torch loads what it finds there. Even with TORCHINDUCTOR_CACHE_DIR, it keeps
+    # compiled headers there.
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = f"uid_{os.getuid()}"
+    folder = Path(tempfile.gettempdir(), f"torchinductor_{user}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+    if is_own and found.st_mode & 0o022 and not any(folder.iterdir()):  # torch has just made it under a wide umask
+        folder.chmod(0o700)
+    elif not is_own or found.st_mode & 0o022:
+        raise ConfigError(
+            f"{folder}: torch.compile loads code from it, but it belongs to somebody else, or others may write to it; "
+            "delete it, or name another folder for temporary files with TMPDIR=..."
+        )
 
 
 @dataclass(frozen=True)

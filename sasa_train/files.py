@@ -224,6 +224,7 @@ class FolderLock:
     file: IO[str]
     name: str
     folder: int
+    text: str  # what the lock file says: who holds it
 
     def __enter__(self) -> "FolderLock":
         return self
@@ -240,7 +241,7 @@ class FolderLock:
         """Return whether the folder at `path`, and the lock file in it, are still those that were locked.
 
         The lock is taken again, because a process loses it when it closes the lock file anywhere, as a hook that copies
-        the folder does; another process may have it since then.
+        the folder does. Another process may have it since then or, as the file then says, may have had it.
 
         Raises:
             OSError: the disk or file server failed, so that this cannot be told.
@@ -251,7 +252,7 @@ class FolderLock:
             if not (_is(os.stat(path), self.folder) and _is(os.lstat(path / self.name), self.file.fileno())):
                 return False
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
+            return os.pread(self.file.fileno(), len(self.text) + 1, 0) == self.text.encode()
         except OSError as error:
             if error.errno in (*DISK_FAILED, errno.ENOLCK):
                 raise
@@ -289,9 +290,10 @@ def lock_folder(path: Path, name: str = LOCK, other: str = "another run_name") -
             raise ConfigError(text) from None
         opened.pop_all()
     file.truncate(0)
-    json.dump({"host": platform.node(), "process": os.getpid(), "started": now()}, file)
+    text = json.dumps({"host": platform.node(), "process": os.getpid(), "started": now()})
+    file.write(text)
     file.flush()
-    return FolderLock(file, name, folder)
+    return FolderLock(file, name, folder, text)
 
 
 def holder(path: Path, name: str = LOCK) -> str | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sasa_train.attention import local_attention_qkv
 from sasa_train.benchmark.timing import extra_memory
-from sasa_train.device import keep_compiled_code
+from sasa_train.device import check_compiled_code
 from sasa_train.refusal import ConfigError
 
 YARDSTICK = "conv"
@@ -155,7 +155,7 @@ def _flex(case: Case) -> Attend:
     if case.device == "cpu":
         return attend
     torch._dynamo.config.recompile_limit = 1000  # one compilation per shape; past the limit it runs unfused
-    keep_compiled_code()
+    check_compiled_code()
     return torch.compile(attend, dynamic=False)
 
 

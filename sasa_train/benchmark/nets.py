@@ -20,7 +20,7 @@ from sasa_train.benchmark.timing import (
 )
 from sasa_train.config.compose import compose_config
 from sasa_train.config.keys import ModelConfig
-from sasa_train.device import autocast, keep_compiled_code
+from sasa_train.device import autocast, check_compiled_code
 from sasa_train.models import ResNet, build_model, check_model, enable_grad_checkpointing, fold_batch_norms
 from sasa_train.models.sources import resolve
 from sasa_train.refusal import ConfigError
@@ -91,7 +91,7 @@ class BenchmarkedModel:
             enable_grad_checkpointing(self.module)
         self.module.to(self.device).train()
         if setting.compile:
-            keep_compiled_code()
+            check_compiled_code()
         self.forward: Callable = torch.compile(self.module) if setting.compile else self.module
         self.optimizer = torch.optim.SGD(self.module.parameters(), lr=1e-3, momentum=0.9)
         self.scaler = torch.amp.GradScaler(setting.device, enabled=setting.dtype == "fp16")

@@ -338,7 +338,11 @@ def other_than_best(path: Path) -> str | None:
             return None
         checkpoints = Checkpoints(path.parent, 0)
         checkpoints._best_sha256 = _sha256_of_best(content, last)
-        if not (other := checkpoints.other_best(content["best"], content["step"])):
+        try:
+            other = checkpoints.other_best(content["best"], content["step"])
+        except OSError:  # its manifest cannot be read
+            return None
+        if other is None:
             return None
         if [bytes_of(manifest_of(each)) for each in (path, last)] == manifests:  # otherwise, they were just replaced
             return other

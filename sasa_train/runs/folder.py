@@ -157,8 +157,8 @@ class RunFolder:
             raise CheckpointError(
                 f"{last} is gone, though the run wrote it; bring it back, or run the same command again"
             )
-        if other := self.checkpoints.other_best(checkpoint["best"], checkpoint["step"]):
-            warn(other)
+        if self.checkpoint is None and (other := self.checkpoints.other_best(checkpoint["best"], checkpoint["step"])):
+            warn(other)  # otherwise, `open_run` has said it
         self.write_info(status="finished", best=checkpoint["best"], last=last_val(checkpoint["metrics"]))
         metrics, path = checkpoint["metrics"].encode(), self.path / "metrics.jsonl"
         if not is_there(path) or path.stat().st_size != len(metrics) or read_regular(path, len(metrics)) != metrics:
