@@ -2,39 +2,16 @@
 
 import functools
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 from sasa_train.config.derived import expected_num_classes
 from sasa_train.config.keys import TrainConfig
 from sasa_train.refusal import ConfigError
+from sasa_train.report.advice import advice
 from sasa_train.report.jobs import Job, find_jobs
 from sasa_train.report.rows import Report, Row, paired_difference
 from sasa_train.report.run_list import group_by_data
-from sasa_train.runs.metrics import read_metrics
-
-RISEN = 1.1  # times its lowest: a smaller rise of the val loss may be noise
-LATE = 3  # evaluations whose mean val loss is compared with the lowest
-GAP = 25  # points of top1 that train is above val; augmentation lowers the train top1, so the true gap is larger
-FLAT, FALLEN = 0.02, 0.1  # relative changes: of a flat val loss at most, of a falling train loss at least
-
-
-@dataclass(frozen=True)
-class Chance:
-    """The top1 in percent of always naming the class with the most val images; `num_images` is 0 if unknown."""
-
-    top1: float
-    num_classes: int
-    num_images: int = 0
-
-    def __str__(self) -> str:
-        is_even = math.isclose(self.top1 * self.num_classes, 100)
-        return f"chance ({self.top1:.2f} %: {'' if is_even else 'the most frequent of '}{self.num_classes:,} classes)"
-
-    def explains(self, top1: float) -> bool:
-        """Whether guessing reaches `top1` on as many images with a probability above one in forty."""
-        deviation = math.sqrt(self.top1 * (100 - self.top1) / self.num_images) if self.num_images else 0.0
-        return top1 <= self.top1 + 1.96 * deviation
+from sasa_train.runs.chance import Chance
 
 
 def chance_of(jobs: list[Job]) -> Chance | None:
@@ -42,7 +19,7 @@ def chance_of(jobs: list[Job]) -> Chance | None:
     for job in jobs:
         counts = () if job.run_dir is None else _num_val_images(job.run_dir)
         if sum(counts):
-            return Chance(100 * max(counts) / sum(counts), len(counts), sum(counts))
+            return Chance.among(counts)
     sizes = {expected_num_classes(job.config) for job in jobs if job.config is not None}
     num_classes = sizes.pop() if len(sizes) == 1 else None
     return Chance(100 / num_classes, num_classes) if num_classes else None
@@ -76,68 +53,12 @@ def val_note(jobs: list[Job]) -> str:
 
 
 def sentences(job: Job, chance: Chance | None) -> list[str]:
-    """Return what to say first of a run: what it reached, how exact that is, and whether it memorises its images."""
+    """Return what to say first of a run: what it reached, how exact that is, and what to do next."""
     accuracy = ""
     if job.val and chance is not None and chance.num_images:
         points = half_width(job.last, chance.num_images)
         accuracy = f"{chance.num_images:,} val images: top1 is accurate to about ± {points:.2g} points."
-    return [text for text in (of_run(job, chance), accuracy, memorises(job)) if text]
-
-
-def memorises(job: Job) -> str:
-    """Say what the curves show of a model that learns its train images alone; "" if they do not show it."""
-    if job.run_dir is None or job.state == "damaged" or not job.val:
-        return ""
-    rows = read_metrics(job.run_dir / "metrics.jsonl")
-    train, val = ([row for row in rows if row["split"] == split] for split in ("train", "val"))
-    with_loss = [[row for row in part if row.get("loss") is not None] for part in (train, val)]
-    return _val_loss_rises(*with_loss) or _val_is_far_below(train, val) or _val_is_flat(*with_loss)
-
-
-def _val_loss_rises(train: list[dict], val: list[dict]) -> str:
-    """Say from which epoch on the val loss rose clearly while the train loss fell."""
-    if not val:
-        return ""
-    lowest = min(val, key=lambda row: row["loss"])
-    late = [row["loss"] for row in val if row["step"] > lowest["step"]][-LATE:]
-    before = [row["loss"] for row in train if row["step"] <= lowest["step"]]
-    after = [row["loss"] for row in train if row["step"] > lowest["step"]]
-    if len(late) < LATE or not before or not after or after[-1] >= before[-1]:
-        return ""
-    if sum(late) / LATE < RISEN * lowest["loss"]:
-        return ""
-    return (
-        f"The val loss was lowest after epoch {lowest['epoch']} ({lowest['loss']:.3f}) and rose to {late[-1]:.3f}, "
-        f"while the train loss fell from {before[-1]:.3f} to {after[-1]:.3f}: since then the model memorises its train "
-        "images. More augmentation, more images or fewer epochs may help."
-    )
-
-
-def _val_is_far_below(train: list[dict], val: list[dict]) -> str:
-    """Say by how much the train top1 of the last epoch exceeds val's, if by at least GAP points."""
-    last = [row["top1"] for row in train if row["epoch"] == val[-1]["epoch"] and row.get("top1") is not None]
-    if not last or (mean := sum(last) / len(last)) - val[-1]["top1"] < GAP:
-        return ""
-    return (
-        f"top1 of the last epoch: train {mean:.0f} %, val {val[-1]['top1']:.0f} %: the net memorises the train images; "
-        "more augmentation, a smaller net or more images help."
-    )
-
-
-def _val_is_flat(train: list[dict], val: list[dict]) -> str:
-    """Say that the val loss stayed the same in the second half of the evaluations while the train loss fell."""
-    if len(val) < 2 * LATE:
-        return ""
-    early, late = val[(len(val) - 1) // 2 - LATE // 2 :][:LATE], val[-LATE:]
-    before, after = (sum(row["loss"] for row in part) / LATE for part in (early, late))
-    falling = [row["loss"] for row in train if early[-1]["step"] <= row["step"] <= late[-1]["step"]]
-    rises = sum(row["top1"] for row in late) - sum(row["top1"] for row in early) > LATE  # by a point on average
-    if rises or abs(after - before) > FLAT * before or not falling or falling[-1] > (1 - FALLEN) * falling[0]:
-        return ""
-    return (
-        f"The val loss has stayed at {after:.3f} since epoch {early[-1]['epoch']}, while the train loss fell from "
-        f"{falling[0]:.3f} to {falling[-1]:.3f}: more epochs hardly help; more images or existing weights may."
-    )
+    return [text for text in (of_run(job, chance), accuracy, advice(job, chance)) if text]
 
 
 def of_run(job: Job, chance: Chance | None) -> str:
