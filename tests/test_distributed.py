@@ -50,7 +50,7 @@ def undisturbed(folder) -> Callable[[int], Path]:
     def run_by(n: int) -> Path:
         code, said = launch(folder, n, *RUN, f"run_name={n}", NOTES=f"notes/{n}")
         assert code == 0, said
-        assert said.count("step 6/6") == 1 and said.count("next        sasa-evaluate out/") == 1, said
+        assert said.count("step 6/6") == 1 and said.count("next        sasa-report out/") == 1, said
         cut = "12 = 2 x 6 images" if n == 1 else f"12 = {n} processes x 2 x {6 // n} images"
         assert cut in said and "arning" not in said, said
         return folder / f"out/{n}"

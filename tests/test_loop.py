@@ -74,11 +74,20 @@ def test_an_hour_limit_saves_and_the_same_command_goes_on(tmp_path, monkeypatch,
     assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.max_hours=1e-9") == 75
     assert "trainer.max_hours: saved at step 1; to continue" in capsys.readouterr().out
     assert run_in_process(tmp_path, monkeypatch, *RUN) == 0
-    assert "sasa-report" not in capsys.readouterr().out
+    assert "sasa-report --list" not in capsys.readouterr().out
     assert run_in_process(tmp_path, monkeypatch, *RUN, "run_name=whole") == 0
     assert_same_run(tmp_path / "out/run", tmp_path / "out/whole")
-    following = "next        sasa-evaluate out/whole\n            sasa-report --list out\n            tensorboard"
-    assert following in capsys.readouterr().out
+    following = [
+        "next        sasa-report out/whole",
+        "sasa-evaluate out/whole",
+        "sasa-report --list out",
+        "tensorboard",
+    ]
+    said = capsys.readouterr().out
+    assert "\n            ".join(following) in said
+    assert (
+        "chance      this top1 is not above chance (" in said and "A lower optimizer.lr (now " in said
+    )  # 3 epochs of 70 images
 
 
 @pytest.mark.parametrize("every,expected", [(50, [4, 8, 10]), (3, [3, 6, 9, 10]), (6, [4, 8, 10])])

@@ -146,7 +146,8 @@ def test_a_run_on_own_images_and_transforms_goes_on_as_if_undisturbed(project, t
 def test_an_evaluation_runs_the_code_of_the_data_only_if_it_is_named(project, tmp_path, image_folder, in_process):
     own = ("imports=[./my_data.py]", "data.target=my_data.build", "augment.target=my_data.tint", "trainer.epochs=1")
     said = in_process("train", *SMALL, *own).stdout
-    assert "next        sasa-evaluate out/a 'imports=[./my_data.py]'\n" in said
+    named = "out/a 'imports=[./my_data.py]'\n"
+    assert f"next        sasa-report {named}            sasa-evaluate {named}" in said
     forget()
     refused = in_process("evaluate", "out/a", expect=2).stderr
     assert "data.target=my_data.build: needs your own code (my_data)" in refused

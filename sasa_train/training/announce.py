@@ -19,6 +19,7 @@ from sasa_train.data.datasets import Files
 from sasa_train.data.loader import Loaders
 from sasa_train.device import RunPlan
 from sasa_train.machine import peak_memory
+from sasa_train.runs.chance import Chance
 from sasa_train.runs.metrics import last_val, lost_best
 from sasa_train.terminal import columns, duration, printable, some
 from sasa_train.training.optim import peak_lr
@@ -100,15 +101,23 @@ def describe_threads(device: torch.device) -> str:
     )
 
 
-def describe_end(config: TrainConfig, run_dir: Path, state: TrainState, metrics: str, num_unreadable: int) -> str:
+def describe_end(
+    config: TrainConfig, run_dir: Path, state: TrainState, metrics: str, num_unreadable: int, chance: Chance
+) -> str:
     """Format the final summary: top1, time, images/s, peak memory, files and suggested next commands."""
     images = state.step * config.trainer.global_batch_size
-    last = f"{row['top1']:.2f}" if (row := last_val(metrics)) else "see metrics.jsonl"
-    following = [] if _needs_caller(config) else [f"sasa-evaluate {run_dir}{imports_for(config, OF_VAL)}"]
+    row = last_val(metrics)
+    last = f"{row['top1']:.2f}" if row else "see metrics.jsonl"
+    following = []
+    if not _needs_caller(config):
+        following += [f"sasa-report {run_dir}{imports_for(config)}"]
+        following += [f"sasa-evaluate {run_dir}{imports_for(config, OF_VAL)}"]
+    at_chance = bool(row) and chance.explains(row["top1"])
     if len(list(run_dir.parent.glob("*/config.yaml"))) > 1:
         following.append(f"sasa-report --list {run_dir.parent}")
     lines = {
         "top1": f"{last} at the end; {describe_best(state.best, metrics)}",
+        **({"chance": describe_chance(config, chance)} if at_chance else {}),
         "time": f"{duration(state.seconds)} of training, {images / max(state.seconds, 1e-9):,.0f} images/s",
         "memory": f"{peak_memory(state.device) / 2**20:,.0f} MiB at the peak",
         "checkpoints": f"best.pt, last.pt in {run_dir}/checkpoints",
@@ -117,6 +126,14 @@ def describe_end(config: TrainConfig, run_dir: Path, state: TrainState, metrics:
         "next": "\n".join([*following, f"tensorboard --logdir {run_dir.parent}"]),
     }
     return "\n" + table(lines)
+
+
+def describe_chance(config: TrainConfig, chance: Chance) -> str:
+    """Say what to do about a top1 that guessing would reach."""
+    return (
+        f"this top1 is not above {chance}. A lower optimizer.lr (now {config.optimizer.lr:g}) is the first thing to try; "
+        "then check the labels, or train longer"
+    )
 
 
 def _needs_caller(config: TrainConfig) -> bool:

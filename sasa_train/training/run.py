@@ -36,6 +36,7 @@ from sasa_train.models.layers import LocalSelfAttention2d
 from sasa_train.processes import collectives
 from sasa_train.processes.ranks import local_rank
 from sasa_train.refusal import LIBRARY_ERRORS, ConfigError
+from sasa_train.runs.chance import Chance
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, first_misfit
 from sasa_train.runs.folder import RunFolder, check_data, is_finished, open_run
 from sasa_train.runs.metrics import last_val
@@ -162,7 +163,8 @@ def run_to_the_end(loop: Loop) -> bool:
     if finished:
         run.write_end({"best": state.best, "step": state.step, "metrics": loop.logger.metrics})
         run.write_info(seconds=round(state.seconds, 1))
-        say(describe_end(plan.config, run.path, state, loop.logger.metrics, num_unreadable))
+        counts = [found["num_images"] for found in loop.loaders.fingerprint["val"]["classes"]]
+        say(describe_end(plan.config, run.path, state, loop.logger.metrics, num_unreadable, Chance.among(counts)))
     else:
         status = "stopped" if loop.stop.asked_by else "interrupted"
         run.write_info(status=status, reason=loop.stop.reason, best=state.best, last=last_val(loop.logger.metrics))
