@@ -156,7 +156,7 @@ def test_the_page_of_a_sweep_has_each_job_or_its_reason(sweep_page):
 
 def test_the_page_of_a_sweep_opens_with_a_verdict_and_the_best_run_first(sweep_page):
     verdict = (
-        "The best of 2 rows on digits is row 2, kernel_size 5, with top1 61.50 % (mean of 2 seeds), 6.2 times chance"
+        "The highest of 2 rows on digits is row 2, kernel_size 5, with top1 61.50 % (mean of 2 seeds), 6.2 times chance"
     )
     start = " ".join(sweep_page.text.split())
     assert verdict in start and "(10.00 %: 10 classes). There are too few seeds to tell whether it is better" in start
@@ -166,7 +166,7 @@ def test_the_page_of_a_sweep_opens_with_a_verdict_and_the_best_run_first(sweep_p
     marked = re.findall(r'<tr class="best">.*?</tr>', sweep_page.source, re.DOTALL)
     assert ["ledger-3" in row or "kernel_size 5" in row for row in marked] == [True, True]
     marks = re.findall(r'class="mark">(.*?)<', sweep_page.source)
-    assert marks == ["best run", "best row"]
+    assert marks == ["best run", "highest"]
 
 
 def test_a_verdict_names_the_best_run_of_the_folder_and_a_clear_lead(tmp_path, monkeypatch):
@@ -200,6 +200,12 @@ def test_a_verdict_names_the_best_run_of_the_folder_and_a_clear_lead(tmp_path, m
     page = " ".join(Page(tmp_path / "s/report/report.html").text.split())
     assert "It is 20.00 points above the next, row 2, and the interval over seeds excludes 0 (± 0.00)." in page
     assert "Row 1 on digits: top1 is not above chance (10.00 %: 10 classes)." in page
+    assert page.count("best row") == 1 and "highest" not in page
+    results = {((f"model.kernel_size={k}",), seed): [60.0 + seed] for k in (5, 7) for seed in (0, 1, 2)}
+    assert command.run_command([str(write_sweep(tmp_path / "tie", results))]) == 0
+    page = " ".join(Page(tmp_path / "tie/report/report.html").text.split())
+    assert "The highest of 2 rows on digits is row" in page and "It is equal to the next, row 2." in page
+    assert "best row" not in page and page.count("highest") == 2
 
 
 def test_an_unfinished_run_is_not_the_best_of_its_folder(tmp_path):

@@ -132,7 +132,7 @@ def run_page(
 
 def sweep_page(report: Report, sources: list[Path], plots: Section, folder: Path) -> str:
     """Render the page for several runs."""
-    verdicts, cautions, best = verdict.of_rows(report)
+    verdicts, cautions, marks = verdict.of_rows(report)
     names = [source.resolve().name for source in sources]
     left_out = len(names) - MAX_NAMES
     listed = not_counted(report)
@@ -145,7 +145,7 @@ def sweep_page(report: Report, sources: list[Path], plots: Section, folder: Path
         what=title(report),
         verdicts=verdicts,
         cautions=cautions,
-        best=best,
+        marks=marks,
         runs=_listed(report, folder),
         contents=contents,
         num_runs=len(report.all_jobs),

@@ -121,21 +121,22 @@ def caution(top1: float | None, chance: Chance | None) -> str:
     )
 
 
-def of_rows(report: Report) -> tuple[list[str], list[str], set[int]]:
-    """Return, with one entry per data set, its verdict and its cautions, and the numbers of the best rows."""
-    verdicts, cautions, marked = [], [], set()
+def of_rows(report: Report) -> tuple[list[str], list[str], dict[int, str]]:
+    """Return, with one entry per data set, its verdict and its cautions, and the mark of each highest row's number."""
+    verdicts, cautions, marks = [], [], dict[int, str]()
     numbers = {id(job): number for number, row in enumerate(report.rows, 1) for job in row.jobs.values()}
     for data, jobs in group_by_data(report.all_jobs):
         chance = chance_of(jobs)
         found = [(number, report.rows[number - 1]) for number in dict.fromkeys(numbers[id(job)] for job in jobs)]
         found.sort(key=lambda pair: -_mean(pair[1]))
         verdicts.append(_of_rows(data, found, chance))
-        marked |= {found[0][0]} if len(found) > 1 else set()
+        if len(found) > 1:
+            marks[found[0][0]] = "best row" if _leads(found) else "highest"
         at_chance = sorted(number for number, row in found if chance is not None and chance.explains(_mean(row)))
         if at_chance:
             rows = "Row" if len(at_chance) == 1 else "Rows"
             cautions.append(f"{rows} {', '.join(map(str, at_chance))} on {data}: top1 is not above {chance}.")
-    return verdicts, cautions, marked
+    return verdicts, cautions, marks
 
 
 def _of_rows(data: str, found: list[tuple[int, Row]], chance: Chance | None) -> str:
@@ -145,13 +146,22 @@ def _of_rows(data: str, found: list[tuple[int, Row]], chance: Chance | None) -> 
     reached = f"{_mean(row):.2f} % ({how}){_against(_mean(row), chance)}."
     if len(found) == 1:
         return f"On {data}, top1 is {reached}"
-    text = f"The best of {len(found)} rows on {data} is row {number}, {row.label}, with top1 {reached}"
+    which = "best" if _leads(found) else "highest"
+    text = f"The {which} of {len(found)} rows on {data} is row {number}, {row.label}, with top1 {reached}"
+    if _mean(row) == _mean(found[1][1]):
+        return f"{text} It is equal to the next, row {found[1][0]}."
     lead = paired_difference(row, found[1][1])
     if lead is None or not lead.is_shown:
         text += f" There are too few seeds to tell whether it is better than the next, row {found[1][0]}."
         return f"{text} Its top1 is optimistic, because it was chosen among {len(found)}."
     clear = "and the interval over seeds excludes 0" if lead.excludes_zero else "which chance in the seeds may explain"
     return f"{text} It is {lead.mean:.2f} points above the next, row {found[1][0]}, {clear} (± {lead.half_width:.2f})."
+
+
+def _leads(found: list[tuple[int, Row]]) -> bool:
+    """Whether chance in the seeds does not explain that the first row is above the second."""
+    lead = paired_difference(found[0][1], found[1][1])
+    return lead is not None and lead.is_shown and bool(lead.excludes_zero) and lead.mean > 0
 
 
 def _mean(row: Row) -> float:

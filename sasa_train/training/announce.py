@@ -131,8 +131,8 @@ def describe_end(
 def describe_chance(config: TrainConfig, chance: Chance) -> str:
     """Say what to do about a top1 that guessing would reach."""
     return (
-        f"this top1 is not above {chance}. A lower optimizer.lr (now {config.optimizer.lr:g}) is the first thing to try; "
-        "then check the labels, or train longer"
+        f"this top1 is not above {chance}. A lower optimizer.lr (now {config.optimizer.lr:g}) is the first thing to "
+        "try; then check the labels, or train longer"
     )
 
 
