@@ -319,8 +319,17 @@ def test_a_training_time_too_large_to_compute_with_is_unknown(tmp_path):
 
 
 def test_what_cannot_be_reported_is_refused(tmp_path, capsys, in_process):
-    assert command.run_command([str(tmp_path / "none")]) == 2 and "is not a sweep" in capsys.readouterr().err
+    assert command.run_command([str(tmp_path)]) == 2 and "is not a sweep" in capsys.readouterr().err
     sweep = write_sweep(tmp_path / "s", {(("model.kernel_size=3",), 0): [1.0], (("model.kernel_size=5",), 0): [2.0]})
+    write_run(tmp_path / "digits-k7-s0-1f2e3d4c", BASE, [1.0])
+    for typo, meant in (("digits-k7", "digits-k7-s0-1f2e3d4c"), ("digits-k7-s0-1f2e3d4", "digits-k7-s0-1f2e3d4c")):
+        told = in_process("report", str(tmp_path / typo), expect=2).stderr
+        assert f"{typo}: there is no such folder; did you mean {tmp_path / meant}?" in told
+        told = in_process("visualize", str(sweep), str(tmp_path / typo), "--out", "x", expect=2).stderr
+        assert f"did you mean {tmp_path / meant}?" in told
+    sweep.rename(tmp_path / "windows")
+    assert "did you mean windows?" in in_process("report", "window", expect=2).stderr
+    (tmp_path / "windows").rename(sweep)
     for wrong in ("9", "kernel_size", "width"):
         assert "model.kernel_size=5" in in_process("report", str(sweep), "--reference", wrong, expect=2).stderr
     assert report_of(sweep, "2").rows[0].reference.label == "model.kernel_size=5"

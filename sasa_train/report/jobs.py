@@ -24,6 +24,7 @@ from sasa_train.runs.info import ENDED, read_info_or_raise
 from sasa_train.runs.ledger import Job as LedgerJob
 from sasa_train.runs.ledger import read_ledger
 from sasa_train.runs.metrics import read_metrics
+from sasa_train.runs.source import similar_runs
 from sasa_train.terminal import some, warn
 
 STATES = dict.fromkeys(ENDED, "done")  # state in run.json -> state in the ledger
@@ -86,6 +87,8 @@ def find_jobs(sources: list[Path]) -> Found:
             found.jobs += within.jobs
             found.commands += within.commands
             found.paper_tables |= within.paper_tables
+        elif not os.path.lexists(source):
+            raise ConfigError(f"{source}: there is no such folder{similar_runs(source, with_sweeps=True)}")
         else:
             raise ConfigError(
                 f"{source}: is not a sweep (with ledger.json), not a run (with config.yaml), and holds no runs; give a "

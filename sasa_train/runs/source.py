@@ -76,10 +76,10 @@ def _about_export(source: Path) -> str:
     return f"is an export; give the run that it was made from{run}, or a .pt file; see docs/export.md for exports"
 
 
-def similar_runs(source: Path) -> str:
+def similar_runs(source: Path, with_sweeps: bool = False) -> str:
     """Return '; did you mean ...?' with the runs whose names begin with or resemble that of `source`, else ''."""
     for folder in dict.fromkeys((source.parent, Path("outputs"))):
-        names = _runs_in(folder)
+        names = _runs_in(folder) + (_sweeps_in(folder) if with_sweeps else [])
         begun = [name for name in names if name.startswith(source.name)]
         if found := begun or difflib.get_close_matches(source.name, names, n=1, cutoff=0.8):
             return f"; did you mean {some([str(folder / name) for name in found])}?"
@@ -88,3 +88,7 @@ def similar_runs(source: Path) -> str:
 
 def _runs_in(folder: Path) -> list[str]:
     return sorted(path.parent.name for path in folder.glob("*/config.yaml")) if os.path.isdir(folder) else []
+
+
+def _sweeps_in(folder: Path) -> list[str]:
+    return sorted({path.parent.name for path in folder.glob("*/ledger*.json")}) if os.path.isdir(folder) else []

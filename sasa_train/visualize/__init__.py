@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from sasa_train.commands import described, end_command, positive, run
 from sasa_train.extras import why_not
 from sasa_train.refusal import ConfigError
-from sasa_train.runs.source import check_source
+from sasa_train.runs.source import check_source, similar_runs
 from sasa_train.terminal import FAILED, fail
 from sasa_train.visualize.names import FIGURES, NAMES, OF_SEVERAL
 
@@ -101,7 +101,8 @@ def split_words(words: list[str]) -> tuple[list[Path], list[str]]:
     sources = [Path(word) for word in words if word not in names]
     for source in sources[1:]:
         if not source.exists():
-            raise ConfigError(f"{source}: is neither a file nor one of the figures {', '.join(NAMES)}{_hint(source)}")
+            hint = _hint(source) or similar_runs(source)
+            raise ConfigError(f"{source}: is neither a file nor one of the figures {', '.join(NAMES)}{hint}")
     if not sources:
         raise ConfigError("give a run folder or a checkpoint, as in sasa-visualize outputs/RUN_NAME")
     return sources, names
@@ -172,7 +173,8 @@ def visualize_several(sources: list[Path], names: list[str], options: argparse.N
     for source in sources:
         rows = read_metrics(source / "metrics.jsonl")
         if not rows:
-            raise ConfigError(f"{source}: has no metrics.jsonl with rows; give run folders")
+            hint = "" if source.exists() else similar_runs(source)
+            raise ConfigError(f"{source}: has no metrics.jsonl with rows; give run folders{hint}")
         all_rows.append(rows)
     labels = names_of(sources) or [source.name for source in sources]
     labels = [str(source) for source in sources] if len(set(labels)) < len(labels) else labels
