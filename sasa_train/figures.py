@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -10,7 +10,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from sasa_train.terminal import printable
 
@@ -63,6 +63,16 @@ def as_percent(axis: Axes) -> None:
     low, high = axis.get_ylim()
     low, high = max(0.0, low), min(100.0, high)
     axis.set_ylim((low, high) if low < high else (0, 100))
+
+
+def as_logarithmic(axis: Axes, steps: Sequence[float] = (1, 2, 5)) -> None:
+    """Make a vertical axis logarithmic, labelled with plain numbers: these steps in each decade, of up to four."""
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    steps = steps if high < 10_000 * low else (1,)
+    axis.yaxis.set_major_locator(LogLocator(subs=steps))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_locator(NullLocator())
 
 
 def as_epochs(axis: Axis) -> None:

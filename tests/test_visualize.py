@@ -269,6 +269,22 @@ def test_accuracies_end_at_100_and_epochs_are_whole():
     assert 0 <= of_top1.get_ylim()[0] < of_top1.get_ylim()[1] <= 100
 
 
+def test_one_large_loss_does_not_flatten_the_rest():
+    """The loss of the first step was 919, and the others, below 3, lay on the axis."""
+    rows = log_of(30)
+    axis = draw_training_curves({"": rows}).axes[0]
+    assert axis.get_yscale() == "linear"
+    rows[0]["loss"] = 919.0
+    figure = draw_training_curves({"": rows})
+    assert figure.axes[0].get_yscale() == "log" and figure.get_suptitle().startswith("loss (logarithmic) and top1")
+    assert not wrong_texts(figure)
+    rows[0]["loss"] = 9e30
+    figure = draw_training_curves({"": rows})
+    assert not wrong_texts(figure) and len(figure.axes[0].get_yticks()) > 3
+    rows[-1]["loss"] = -1.0  # of a user's own loss
+    assert draw_training_curves({"": rows}).axes[0].get_yscale() == "linear"
+
+
 def test_no_figure_is_drawn_of_fewer_than_two_points(run_dir, tmp_path, in_process):
     """A run of one epoch, or one that was stopped before its first train row."""
     log, drawn = run_dir / "metrics.jsonl", run_dir / "figures"

@@ -10,10 +10,19 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from torch import Tensor
 
-from sasa_train.figures import MAGNITUDES, SIGNED, SOLID, WIDTH, fitted, legend_below, new_figure, set_title
+from sasa_train.figures import (
+    MAGNITUDES,
+    SIGNED,
+    SOLID,
+    WIDTH,
+    as_logarithmic,
+    fitted,
+    legend_below,
+    new_figure,
+    set_title,
+)
 from sasa_train.visualize.geometry import Distances, Window
 from sasa_train.visualize.val_sample import Prediction
 
@@ -104,10 +113,7 @@ def draw_distances(layers: list[Distances], num_images: int) -> Figure:
                   label="uniform attention")  # fmt: skip
         axis.set_xticks(range(len(layers)), names, rotation=90, fontsize=7)
     if places:  # a logarithmic axis fails without points
-        in_pixels.set_yscale("log")
-        in_pixels.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-        in_pixels.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        in_pixels.yaxis.set_minor_locator(NullLocator())
+        as_logarithmic(in_pixels, (1, 1.5, 2, 3, 5, 7))
     in_pixels.set_ylabel("mean attention distance, input pixels", fontsize=9)
     in_parts.set_ylabel("relative to uniform attention", fontsize=9)
     in_parts.set_ylim(0, 1.1 * max([1.0, *(head / layers[at].uniform for at in places for head in layers[at].heads)]))

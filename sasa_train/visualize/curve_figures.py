@@ -2,13 +2,23 @@
 
 import itertools
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sasa_train.figures import SOLID, as_epochs, as_percent, legend_below, legend_label, new_figure, set_title
+from sasa_train.figures import (
+    SOLID,
+    as_epochs,
+    as_logarithmic,
+    as_percent,
+    legend_below,
+    legend_label,
+    new_figure,
+    set_title,
+)
 from sasa_train.refusal import ConfigError
 from sasa_train.visualize.names import FIGURES, OF_SEVERAL
 
@@ -21,6 +31,7 @@ OF_TRAINING = (
     "Both losses should fall. If val loss rises while train loss falls, the model memorises its train images. Train "
     "top1 is measured on augmented images, so it may lie below val."
 )
+OUTLIER = 10  # times the median: a larger loss makes the axis logarithmic
 LINES = ("-", "--", "-.")
 
 
@@ -68,8 +79,13 @@ def draw_training_curves(runs: dict[str, Rows]) -> Figure:
             _plot(axis, rows, "val", key, style, 10, "val" if len(runs) == 1 else legend_label(name))
             axis.set_ylabel(labels[key])
     as_percent(axes[-1])
+    is_log = "loss" in keys and _has_outlier(runs)
+    if is_log:
+        as_logarithmic(axes[0])
     _finish(figure, axes, runs)
-    set_title(figure, f"{' and '.join(keys)}; dotted: on train, with its augmentation and regularisation")
+    scale = " (logarithmic)" if is_log else ""
+    names = " and ".join(key + scale * (key == "loss") for key in keys)
+    set_title(figure, f"{names}; dotted: on train, with its augmentation and regularisation")
     return figure
 
 
@@ -90,6 +106,13 @@ def _has_loss(runs: dict[str, Rows]) -> bool:
     return any(
         math.isfinite(y) for rows in runs.values() for part in ("train", "val") for y in _series(rows, part, "loss")[1]
     )
+
+
+def _has_outlier(runs: dict[str, Rows]) -> bool:
+    """Whether one loss would flatten the rest of its curve, and all of them have a logarithm."""
+    losses = [y for rows in runs.values() for part in ("train", "val") for y in _series(rows, part, "loss")[1]]
+    losses = [y for y in losses if math.isfinite(y)]
+    return min(losses) > 0 and max(losses) > OUTLIER * statistics.median(losses)
 
 
 def _styles() -> list[tuple[str, dict[str, Any]]]:
