@@ -16,7 +16,7 @@ from running_commands import TINY
 from writing_runs import BASE, write_run, write_sweep
 
 from sasa_train import report as command
-from sasa_train import train
+from sasa_train import train, visualize
 from sasa_train.config.compose import compose_config
 from sasa_train.paper import differing_keys, nearest_row
 from sasa_train.report.advice import advice
@@ -325,6 +325,17 @@ def test_a_class_table_has_who_is_taken_for_whom():
     assert many[0]["most often taken for"] == "4 classes (1 each)"
     (row,) = class_rows(ValSample(3, torch.tensor([[3]]), []), ["alone"])
     assert (row["top1"], row["most often taken for"]) == ("100.00", "-")
+
+
+def test_mistakes_have_the_names_of_their_files(run_dir, tmp_path):
+    """An image that the figure shows was to be found by eye among all others."""
+    blue, red = sorted((run_dir.parent / "images/val").iterdir(), key=lambda folder: folder.name != "blue")
+    shutil.copytree(blue, tmp_path / "val" / red.name)
+    shutil.copytree(red, tmp_path / "val/blue")
+    arguments = [str(run_dir), "mistakes", f"data.root={tmp_path}", "--formats", "svg", "--out", str(tmp_path)]
+    assert visualize.run_command(arguments) == 0
+    shown = re.findall(r"(\w+\.png)", (tmp_path / "mistakes.svg").read_text())
+    assert sorted(shown) == sorted(path.name for path in (tmp_path / "val").glob("*/*"))  # each is one
 
 
 def test_the_page_of_a_model_that_is_not_finite_says_so_in_place_of_its_attention(run_dir, tmp_path, monkeypatch):

@@ -225,7 +225,7 @@ def test_no_text_covers_another_or_leaves_the_page(num_classes):
     assert {len(name) for name in names} == {40}
     confusion = torch.eye(num_classes, dtype=torch.int64) * 50_000 + 1
     image = np.zeros((32, 32, 3), dtype=np.uint8)
-    mistakes = [Prediction(image, names[0], names[-1], 0.99)] * 7
+    mistakes = [Prediction(image, names[0], names[-1], 0.99, "a_photo_of_a_fish_by_the_sea_20231017_123456.jpeg")] * 7
     windows = {f"layer{i}.0.conv2": Window((2, 3), 2, 3, torch.full((3, 5, 5), 0.03), 4) for i in (1, 2, 3)}
     views = [View(mistakes[0], (10, 12), windows)] * 2
     scores = {f"layer{i}.0.conv2": torch.randn(4, 7, 7) for i in (1, 2)}
@@ -397,9 +397,11 @@ def test_maps_of_ones_own_images_pixels_layers_and_heads(run_dir, tmp_path, caps
     choice = ["--images", str(tmp_path / "mine.png"), "--pixels", "1,2", "0,7", "--layers", "layer1.0.conv2"]
     gone = ["data.name=image_folder", "data.root=gone", "data.image_size=8"]
     names = ["attention_maps", "attention_heads"]
-    out = ["--out", str(tmp_path / "out")]
+    out = ["--out", str(tmp_path / "out"), "--formats", "svg"]
     assert command.run_command([str(run_dir), *names, *choice, "--heads", "1", *gone, *out]) == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["attention_heads.png", "attention_maps.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["attention_heads.svg", "attention_maps.svg"]
+    for path in (tmp_path / "out").iterdir():
+        assert "mine.png" in path.read_text()  # in a comment beside its letters' shapes
     assert not (run_dir / "figures").exists()
     (tmp_path / "mine.png").write_text("no image")
     assert command.run_command([str(run_dir), *names, *choice, *out]) == 2

@@ -90,7 +90,8 @@ def draw_attention_heads(view: View, heads: Sequence[int] | None = None) -> Figu
     found, (row, column) = view.prediction, view.pixel
     label = "" if found.label is None else f"label {found.label}, "
     predicted = f"predicted {found.predicted} ({100 * found.probability:.0f} %)"
-    set_title(figure, f"attention weights by head; {label}{predicted}, pixel {row},{column}")
+    name = f"{found.name}, " if found.name else ""
+    set_title(figure, f"attention weights by head; {name}{label}{predicted}, pixel {row},{column}")
     return figure
 
 
@@ -226,7 +227,8 @@ def _describe(view: View, room: float) -> str:
     found, (row, column) = view.prediction, view.pixel
     label = [] if found.label is None else [fitted(f"label {found.label}", room, 7, 2)]
     predicted = [f"predicted {100 * found.probability:.0f} %:", fitted(found.predicted, room, 7, 2)]
-    return "\n".join([*label, *predicted, f"pixel {row},{column}"])
+    name = [fitted(found.name, room, 7)] if found.name else []
+    return "\n".join([*name, *label, *predicted, f"pixel {row},{column}"])
 
 
 def _room(figure: Figure, cells: list[list[Axes]]) -> float:

@@ -69,14 +69,15 @@ def draw_confusion(confusion: Tensor, classes: list[str]) -> Figure:
 def draw_mistakes(mistakes: list[Prediction], num_images: int, num_wrong: int) -> Figure:
     """Draw the wrong predictions with the highest probabilities, the most confident first."""
     num_rows = max(1, -(-len(mistakes) // MISTAKES_A_ROW))
-    figure, axes = new_figure(num_rows, MISTAKES_A_ROW, 0.4 + 2.0 * num_rows)
+    figure, axes = new_figure(num_rows, MISTAKES_A_ROW, 0.4 + 2.1 * num_rows)
     room = WIDTH / MISTAKES_A_ROW - 0.12
     for axis in axes:
         axis.set_axis_off()
     for axis, found in zip(axes, mistakes, strict=False):
         axis.imshow(found.image, interpolation="nearest")
         lines = fitted(f"label {found.label}", room, 7, 2), fitted(f"predicted {found.predicted}", room, 7, 2)
-        axis.set_title("\n".join([*lines, f"{100 * found.probability:.0f} %"]), fontsize=7)
+        name = [fitted(found.name, room, 7)] if found.name else []
+        axis.set_title("\n".join([*name, *lines, f"{100 * found.probability:.0f} %"]), fontsize=7)
     which = f"the {len(mistakes)} most confident of {num_wrong:,} mistakes" if num_wrong else "no mistakes"
     set_title(figure, f"{which} on {num_images:,} val images")
     return figure

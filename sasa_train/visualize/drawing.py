@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from sasa_train.visualize.curve_figures import Drawn, Rows, draw_curves, too_sho
 from sasa_train.visualize.geometry import default_pixels, window_at
 from sasa_train.visualize.names import NAMES, OF_ATTENTION, OF_CLASSES, OF_SEVERAL
 from sasa_train.visualize.sample_figures import augmented_samples, draw_augmented
-from sasa_train.visualize.val_sample import Prediction, ValSample, look_at_val, which_images
+from sasa_train.visualize.val_sample import Prediction, ValSample, file_name, look_at_val, which_images
 
 log = logging.getLogger("sasa_train")
 
@@ -143,8 +144,8 @@ def check_choice(trained: TrainedModel, choice: Choice) -> None:
             )
 
 
-def read_files(files: Sequence[str], data: DataConfig) -> tuple[Tensor, Tensor]:
-    """Read the user's own images as [B, C, H, W], with all labels set to -1.
+def read_files(files: Sequence[str], data: DataConfig) -> tuple[Tensor, Tensor, list[str]]:
+    """Read the user's own images as [B, C, H, W], with all labels set to -1, and their names.
 
     Raises:
         ConfigError: an image cannot be read.
@@ -152,11 +153,11 @@ def read_files(files: Sequence[str], data: DataConfig) -> tuple[Tensor, Tensor]:
     found = read_fitted(image_files(files), range(len(files)), data)
     for name, reason in found.unreadable:
         raise ConfigError(f"--images {printable(name)}: cannot be read as an image ({reason})")
-    return found.pixels, found.labels
+    return found.pixels, found.labels, [os.path.basename(file) for file in files]
 
 
-def read_first(trained: TrainedModel, val: ImageSet) -> tuple[Tensor, Tensor]:
-    """Read a few val images of different classes, along with their labels.
+def read_first(trained: TrainedModel, val: ImageSet) -> tuple[Tensor, Tensor, list[str]]:
+    """Read a few val images of different classes, along with their labels and names.
 
     Raises:
         ConfigError: none of the images can be read.
@@ -166,7 +167,7 @@ def read_first(trained: TrainedModel, val: ImageSet) -> tuple[Tensor, Tensor]:
     Quarantine("val", len(first), trained.config.data.max_unreadable).add(found.unreadable)
     if not len(found.labels):
         raise ConfigError(f"none of {len(first)} val images can be read; give others with --images")
-    return found.pixels, found.labels
+    return found.pixels, found.labels, [file_name(first, row) for row in found.rows]
 
 
 def default_layers(trained: TrainedModel) -> list[str]:
@@ -175,11 +176,11 @@ def default_layers(trained: TrainedModel) -> list[str]:
 
 
 def _draw_maps(
-    trained: TrainedModel, names: Sequence[str], images: Tensor, labels: Tensor, choice: Choice
+    trained: TrainedModel, names: Sequence[str], images: Tensor, labels: Tensor, files: list[str], choice: Choice
 ) -> Iterator[Drawn]:
     if not names:
         return
-    views = look_at_images(trained, images, labels, choice)
+    views = look_at_images(trained, images, labels, files, choice)
     if "attention_maps" in names:
         caption = (
             f"Where {len(views)} query pixels (dots) of {len(images)} images look: the weights of the window around "
@@ -191,21 +192,23 @@ def _draw_maps(
         yield "attention_heads", draw_attention_heads(views[0], choice.heads), caption
 
 
-def look_at_images(trained: TrainedModel, images: Tensor, labels: Tensor, choice: Choice) -> list[View]:
+def look_at_images(
+    trained: TrainedModel, images: Tensor, labels: Tensor, files: list[str], choice: Choice
+) -> list[View]:
     """Return a view for each query pixel of each image; images: [B, C, H, W], labels: [B], -1 if unknown."""
     layers = list(choice.layers or default_layers(trained))
     device, config = resolve(trained.config)
     model, normalize = trained.model.to(device), trained.normalize(device)
     named = attention_layers(model)
     views = []
-    for image, label in zip(images, labels.tolist(), strict=True):
+    for image, label, file in zip(images, labels.tolist(), files, strict=True):
         pixels = as_shown(image).permute(1, 2, 0).numpy()
         queries = list(choice.pixels or default_pixels(pixels))
         with autocast(device, config.trainer.precision):
             logits, weights = attention_of(model, normalize(image[None].to(device)), layers)
         top = logits[0].float().softmax(0).max(0)
         name = None if label < 0 else trained.classes[label]
-        prediction = Prediction(pixels, name, trained.classes[int(top.indices)], float(top.values))
+        prediction = Prediction(pixels, name, trained.classes[int(top.indices)], float(top.values), file)
         of_image = {layer: found[0].cpu() for layer, found in weights.items()}
         for query in queries:
             size = trained.input_size[1:]

@@ -1,5 +1,7 @@
 """A single pass over a sample of val that keeps in memory only the results that the figures require."""
 
+import itertools
+import os
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,12 +24,16 @@ BATCH_SIZE = 16  # K*K weights per head and position take 80 MB in the paper's f
 
 @dataclass
 class Prediction:
-    """An image, uint8 [H, W, 3], with its label (None if unknown), the model's prediction and its probability."""
+    """An image, uint8 [H, W, 3], with its label (None if unknown), the model's prediction and its probability.
+
+    `name` is its file's, without folders.
+    """
 
     image: np.ndarray
     label: str | None
     predicted: str
     probability: float
+    name: str = ""
 
 
 @dataclass
@@ -82,6 +88,11 @@ class AttentionMeans:
         return found, {name: scores.cpu() / num_images for name, scores in self.scores.items()}
 
 
+def file_name(images: ImageSet, index: int) -> str:
+    """Return the name of an image's file without its folders."""
+    return os.path.basename(images.name(index))
+
+
 @torch.no_grad()
 def look_at_val(trained: TrainedModel, images: ImageSet, with_attention: bool = False) -> ValSample:
     """Move the model to the config's device and run it over `images` once.
@@ -102,7 +113,8 @@ def look_at_val(trained: TrainedModel, images: ImageSet, with_attention: bool = 
     layers = list(attention_layers(model)) if with_attention else []
     bar = progress_bar(total=len(images), desc="val images", unit="img")
     with bar, watching(model, layers, means.look):
-        for pixels, labels, _, unreadable in read_batches(in_batches(images, BATCH_SIZE), config.data):
+        batches = read_batches(in_batches(images, BATCH_SIZE), config.data)
+        for start, (pixels, labels, rows, unreadable) in zip(itertools.count(0, BATCH_SIZE), batches, strict=False):
             quarantine.add(unreadable)
             bar.update(len(labels) + len(unreadable))
             if not len(labels):
@@ -116,7 +128,7 @@ def look_at_val(trained: TrainedModel, images: ImageSet, with_attention: bool = 
             confusion.view(-1).index_add_(0, labels * len(classes) + predicted, torch.ones_like(labels))
             mistakes += [
                 Prediction(as_shown(pixels[row]).permute(1, 2, 0).numpy(), classes[labels[row]],
-                           classes[predicted[row]], probabilities[row])
+                           classes[predicted[row]], probabilities[row], file_name(images, start + rows[row]))
                 for row in (predicted != labels).nonzero().flatten().tolist()
             ]  # fmt: skip
             mistakes = sorted(mistakes, key=lambda mistake: -mistake.probability)[:NUM_MISTAKES]
