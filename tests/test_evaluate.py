@@ -303,7 +303,7 @@ def with_classes(content: dict, names: list[str]) -> dict:
     return changed
 
 
-def test_models_of_other_classes_or_images_are_not_compared(run_dir, tmp_path, capsys):
+def test_models_of_other_classes_or_images_are_not_compared(run_dir, tmp_path, capsys, monkeypatch):
     """Check that models with different classes or images are refused, since a p-value would be meaningless."""
     content = load_checkpoint(run_dir / "checkpoints/last.pt")
     torch.save(with_classes(content, [*WNIDS[:2], "cat"]), tmp_path / "classes.pt")
@@ -312,7 +312,11 @@ def test_models_of_other_classes_or_images_are_not_compared(run_dir, tmp_path, c
     assert "its 3 classes are not the 3 of" in run(capsys, run_dir, "--compare", tmp_path / "classes.pt", expect=2)
     said = run(capsys, run_dir, "--compare", tmp_path / "images.pt", expect=2)
     assert "class 'n01440764' had 17 images, now 4" in said and "are for both" in said
-    assert "compared on" in run(capsys, run_dir, "--compare", tmp_path / "images.pt", "data.max_val_images=12")
+    monkeypatch.setattr("sasa_train.evaluate.columns", lambda file: 80)  # a terminal, which broke lines within words
+    said = run(capsys, run_dir, "--compare", tmp_path / "images.pt", "data.max_val_images=12")
+    lines = said[said.index("compared on") :].splitlines()
+    assert all(len(line) <= 80 or " " not in line.strip() for line in lines), lines
+    assert "This is about these two sets of weights" in said and "\n            " in said
 
 
 def test_a_new_set_needs_no_train_folder(run_dir, tmp_path, capsys):

@@ -456,9 +456,13 @@ def test_compared_runs_are_named_by_what_differs(tmp_path):
     assert "augment=none" in [text.get_text() for text in shown[1].legends[0].texts] and "memorises" in shown[2]
 
 
-def test_captions_tell_how_to_read_the_figures(run_dir, capsys):
+def test_captions_tell_how_to_read_the_figures(run_dir, capsys, monkeypatch):
+    """A terminal of 80 columns broke them within words."""
+    monkeypatch.setattr("sasa_train.terminal.columns", lambda file: 80)
     assert command.run_command([str(run_dir), "attention_maps", "confusion_matrix", "training_curves"]) == 0
     said = capsys.readouterr().out
+    assert all(len(line) <= 80 or line.endswith(".png") for line in said.splitlines())
+    said = " ".join(said.split())
     for text in (
         "do not explain the predicted class",
         "follow a square root",

@@ -4,6 +4,9 @@ Options add calibration, averaging over mirrored views, ImageNet-ReaL labels, an
 """
 
 import argparse
+import re
+import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +16,7 @@ from sasa_train.evaluate import sections
 from sasa_train.evaluate.outputs import check_outputs, write_outputs
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.source import check_source
-from sasa_train.terminal import printable, say_loading
+from sasa_train.terminal import columns, printable, say_loading
 
 if TYPE_CHECKING:
     from sasa_train.evaluate.val_pass import Answers, Val
@@ -208,4 +211,13 @@ def compare_with(other_val: "Val", answers: "Answers", options: argparse.Namespa
 
 
 def print_section(lines: list[str]) -> None:
-    print("\n" + "\n".join(lines))
+    """Print lines, broken between words on a terminal; those that begin with a name go on below their text."""
+    width = columns(sys.stdout)
+    print()
+    for line in lines:
+        name = re.match(r"\S+ {2,}(?=\S)", line)
+        indent = " " * len(name[0]) if name else ""
+        parts = [line]
+        if width is not None and len(line) > width:
+            parts = textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        print("\n".join(parts))

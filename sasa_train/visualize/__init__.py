@@ -140,7 +140,7 @@ def visualize(source: Path, names: list[str], options: argparse.Namespace) -> in
     try:
         for name, figure, caption in draw_run(trained, run_dir, wanted, options.num_images, choice_of(options)):
             write_figure(figure, name, folder, options.formats, board_dir, trained.checkpoint["step"])
-            say(f"{printable(str(folder))}/{name}.{suffix(options.formats)}  {caption}")
+            say(f"{printable(str(folder))}/{name}.{suffix(options.formats)}\n  {caption}")
             drawn.append(name)
     except ConfigError as error:
         if not drawn:
@@ -187,7 +187,7 @@ def visualize_several(sources: list[Path], names: list[str], options: argparse.N
             raise ConfigError(f"{name} cannot be drawn: {reasons[name]}")
     for name, figure, caption in draw_curves(runs, names or OF_SEVERAL):
         write_figure(figure, name, options.out, options.formats)
-        say(f"{options.out}/{name}.{suffix(options.formats)}  {caption}")
+        say(f"{options.out}/{name}.{suffix(options.formats)}\n  {caption}")
     for name, reason in () if names else reasons.items():
         say(f"not drawn: {name}: {reason}")
     return 0
