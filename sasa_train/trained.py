@@ -3,7 +3,7 @@
 import errno
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,22 @@ BATCH_SIZE = 64  # images that `predict` holds in memory
 
 @dataclass
 class TrainedModel:
-    """A `model` in eval mode on the CPU; `weights` states which of the checkpoint's weights it has, "ema" or "raw"."""
+    """A `model` in eval mode on the CPU; `weights` states which of the checkpoint's weights it has, "ema" or "raw".
+
+    `given` has the places of the images, as written, that `config` has as seen from where the model was trained.
+    """
 
     path: Path
     checkpoint: dict[str, Any]
     config: TrainConfig
     model: nn.Module
     weights: str
+    given: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def directory(self) -> Any:
+        """The directory in which the model was trained; None if it is not recorded."""
+        return self.checkpoint["provenance"].get("directory")
 
     @property
     def classes(self) -> list[str]:
@@ -145,6 +154,7 @@ def load_trained(source: str | Path, overrides: Sequence[str] = ()) -> TrainedMo
     # Imported here, because importing Hydra takes a tenth of a second.
     from sasa_train.config.overrides import split_weights
     from sasa_train.config.own_keys import targets_of, use_code
+    from sasa_train.config.places import as_given, where_trained
     from sasa_train.config.saved import load_config
 
     check_source(Path(source), overrides)
@@ -159,12 +169,14 @@ def load_trained(source: str | Path, overrides: Sequence[str] = ()) -> TrainedMo
     check_weights(checkpoint, saved, path)
     if any(text.startswith("data.name=") for text in others):
         others = _own_preprocessing(saved.data) + others
-    config = load_config(checkpoint["config"], others, source=str(path)) if others else saved
+    written = load_config(checkpoint["config"], others, source=str(path)) if others else saved
+    config = where_trained(written, checkpoint["provenance"].get("directory"), others)
     weights = wanted or ("ema" if checkpoint["ema"] is not None else "raw")
     if weights == "ema" and checkpoint["ema"] is None:
         raise ConfigError(f"weights=ema: {path} has no moving average; it was trained with trainer.ema_decay=null")
     state_dict = checkpoint["ema"] if weights == "ema" else checkpoint["model"]
-    return TrainedModel(path, checkpoint, config, _build(config, state_dict, len(checkpoint["classes"])), weights)
+    model = _build(config, state_dict, len(checkpoint["classes"]))
+    return TrainedModel(path, checkpoint, config, model, weights, as_given(written, config))
 
 
 def check_weights(checkpoint: dict[str, Any], saved: TrainConfig, path: Path) -> None:

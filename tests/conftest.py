@@ -76,10 +76,13 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, one_thread) -> Command:
-    """Return a function like `command` that runs in this process, to save the seconds that importing torch takes."""
+    """Return a function like `command` that runs in this process, to save the seconds that importing torch takes.
 
-    def run(module: str, *arguments: str, expect: int = 0):
-        monkeypatch.chdir(tmp_path)
+    here: the folder, within tmp_path, in which the command runs.
+    """
+
+    def run(module: str, *arguments: str, expect: int = 0, here: str = ""):
+        monkeypatch.chdir(tmp_path / here)
         monkeypatch.setattr(sys, "argv", [module])  # the program name used in messages
         capsys.readouterr()
         code = importlib.import_module(f"sasa_train.{module}").run_command(list(arguments))

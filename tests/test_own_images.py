@@ -207,6 +207,38 @@ def test_images_that_are_in_train_and_in_val_are_named(photos, tmp_path, in_proc
     assert "20 groups within all" in out and "some images are equal: a hold-out may put one into train" in out
 
 
+def test_a_run_that_was_trained_inside_its_folder_finds_its_images_from_elsewhere(photos, tmp_path, in_process):
+    """`data.root=.` was the present folder for every later command, whose name the pages and model cards then had."""
+    line = ["data.root=.", "output_dir=../outputs", *SHORT]
+    in_process("train", *line, "trainer.max_hours=1e-9", expect=75, here=photos.name)
+    run, told = only_run(tmp_path), f"data.root=. is {photos}, where the run was trained"
+    began = flatten(load_config_file(run / "config.yaml"))
+    assert told in in_process("train", f"resume=outputs/{run.name}", "trainer.max_hours=null").stderr
+    now, info = flatten(load_config_file(run / "config.yaml")), json.loads((run / "run.json").read_text())
+    assert {key for key, value in began.items() if now[key] != value} == {"trainer.max_hours", "resume"}
+    assert (now["data.root"], now["resume"], info["directory"]) == (".", f"../outputs/{run.name}", str(photos))
+    again = shlex.split(info["reproduce"])[1:]
+    assert "is finished" in in_process("train", *again, here=photos.name).stdout
+    assert "is finished" in in_process("train", *line, here=photos.name).stdout
+    assert only_run(tmp_path) == run
+
+    done = in_process("evaluate", str(run))
+    assert told in done.stderr and "WARNING" not in done.stdout + done.stderr
+    assert "fewer than 2 images are of outputs" in in_process("evaluate", str(run), "data.root=.", expect=2).stderr
+    assert told in in_process("export", str(run), "--formats", "hub").stderr
+    (card,) = run.glob("export/**/README.md")
+    assert "on val (my photos)" in card.read_text().lower()
+    in_process("report", str(run), "--quick")
+    assert "my photos at 8 pixels" in (run / "report/report.html").read_text()
+
+    # Once the folder is gone from where it was, a relative path is seen from the working directory again.
+    (tmp_path / "elsewhere").mkdir()
+    photos.rename(tmp_path / "elsewhere/photos")
+    again = in_process("evaluate", str(run), here="elsewhere/photos")
+    assert "where the run was trained" not in again.stderr
+    assert "/" not in torch.load(run / "checkpoints/last.pt")["config"].partition("root: ")[2].partition("\n")[0]
+
+
 @pytest.mark.parametrize("here", [".", "outputs"])
 def test_runs_are_not_written_among_the_class_folders(photos, tmp_path, in_process, here):
     """With data.root=., the first run made a folder `outputs` beside the classes, which the next took for one."""

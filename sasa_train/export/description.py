@@ -6,7 +6,8 @@ from typing import Any
 
 import sasa_train
 from sasa_train.config.derived import as_image_size, resolved_interpolation, resolved_size
-from sasa_train.config.keys import TrainConfig
+from sasa_train.config.keys import TrainConfig, with_values
+from sasa_train.config.places import where_trained
 from sasa_train.config.saved import load_config, to_yaml
 from sasa_train.data.datasets import mean_std
 from sasa_train.data.decoding import decoding_of
@@ -66,7 +67,7 @@ def describe(trained: TrainedModel) -> dict[str, str]:
         "std": json.dumps(list(std)),
         "weights": trained.weights,
         "step": str(trained.checkpoint["step"]),
-        "config": to_yaml(trained.config),
+        "config": to_yaml(with_values(trained.config, trained.given)),
     }
 
 
@@ -97,7 +98,7 @@ def _crop_pct(size: tuple[int, int], covered: tuple[int, int], val_crop: float |
 
 def model_card(trained: TrainedModel) -> str:
     """Return the model card, which describes the run as it was trained, without the overrides given to the export."""
-    saved = load_config(trained.checkpoint["config"])
+    saved = where_trained(load_config(trained.checkpoint["config"]), trained.directory)
     return CARD.format(
         name=trained.config.model.title,
         data=saved.data.title,

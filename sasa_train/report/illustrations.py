@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from sasa_train.config.keys import DataConfig
+from sasa_train.config.places import tell_places
 from sasa_train.data.datasets import ImageSet, limit, load_val_set, reads_torchvision
 from sasa_train.data.fingerprint import fingerprint
 from sasa_train.data.named_sets import build_named, make
@@ -68,7 +69,8 @@ def model_sections(run_dir: Path, overrides: Sequence[str], num_images: int) -> 
 
 def _load_val(trained: TrainedModel) -> ImageSet:
     data = trained.config.data
-    # A relative path may refer to another directory, and a report downloads nothing.
+    tell_places(trained.given, trained.config)
+    # A relative path may still refer to another directory, and a report downloads nothing.
     if not _is_there(data, trained.classes):
         name = (data.dataset or data.name) if data.name in ("cifar10", "cifar100", "torchvision") else None
         if name is None:

@@ -16,6 +16,7 @@ from sasa_train.config.compose import compose_config
 from sasa_train.config.identity import trajectory
 from sasa_train.config.keys import TrainConfig, with_values
 from sasa_train.config.overrides import as_written, parse_overrides
+from sasa_train.config.places import where_trained
 from sasa_train.config.saved import load_config_file
 from sasa_train.files import LOCK, holder, is_there
 from sasa_train.paper import VARIED
@@ -132,7 +133,12 @@ def _add_sweep(found: Found, folder: Path, paths: list[Path]) -> None:
     found.paper_tables |= {about["paper_table"] for about in abouts if about.get("paper_table") is not None}
     commands = [str(about["command"]) for about in abouts if about.get("command")]
     found.commands += [command for command in dict.fromkeys(commands) if command not in found.commands]
-    found.jobs += [_sweep_job(folder / name, job) for name, job in jobs.items()]
+    made = [_sweep_job(folder / name, job) for name, job in jobs.items()]
+    began_in = next((job.info["directory"] for job in made if "directory" in job.info), None)
+    for job in made:  # those that have not begun will be trained where the others were
+        if job.config is not None and not job.info:
+            job.config = where_trained(job.config, began_in)
+    found.jobs += made
 
 
 def _sweep_job(run_dir: Path, planned: LedgerJob) -> Job:
@@ -213,6 +219,7 @@ def _read_run(job: Job, run_dir: Path) -> None:
         job.config = load_config_file(run_dir / "config.yaml")
         rows = read_metrics(run_dir / "metrics.jsonl")
         job.info = read_info_or_raise(run_dir)
+        job.config = where_trained(job.config, job.info.get("directory"))
     except ConfigError as error:
         job.state, job.reason = "damaged", str(error)
         return

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 import shlex
 import stat
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from sasa_train.config.identity import differing_keys
 from sasa_train.config.keys import PUBLISHED, TrainConfig, TrainerConfig, flatten, with_values
 from sasa_train.config.overrides import as_written, is_group, parse_overrides
 from sasa_train.config.own_keys import targets_of
+from sasa_train.config.places import as_given, kept_places, tell_places, where_trained
 from sasa_train.config.saved import BEFORE, as_begun, load_config, load_config_file, to_yaml
 from sasa_train.data.fingerprint import differences
 from sasa_train.files import (
@@ -31,7 +33,7 @@ from sasa_train.files import (
 from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import ConfigError, ExpectedFailure
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, load_checkpoint
-from sasa_train.runs.info import read_info_or_raise, update_info
+from sasa_train.runs.info import read_info, read_info_or_raise, update_info
 from sasa_train.runs.metrics import last_val, parse_log
 from sasa_train.runs.source import similar_runs
 from sasa_train.runs.weights import sha256_of, weights_file
@@ -58,6 +60,7 @@ class RunFolder:
     metrics: str = ""  # content of metrics.jsonl at the checkpoint
     provenance: dict[str, Any] = field(default_factory=dict)  # of the current start
     made: list[Path] = field(default_factory=list)  # this folder and those around it, if this start made them
+    given: dict[str, str] = field(default_factory=dict)  # paths as they stay in the saved config
 
     def is_ours(self) -> bool:
         """Return whether this process holds the lock, and the folder is still the one that it locked."""
@@ -109,7 +112,19 @@ class RunFolder:
             write_atomic(self.path / name, data)
 
     def write_config(self, config: TrainConfig) -> None:
-        self.write("config.yaml", to_yaml(config).encode())
+        self.write("config.yaml", to_yaml(self.as_written(config)).encode())
+
+    def keep_places(self, config: TrainConfig) -> None:
+        """Keep relative places of the images in the saved config if the run continues on the same from elsewhere."""
+        if self.checkpoint is not None and not self.is_new:
+            saved, directory = load_config(self.checkpoint["config"]), self.checkpoint["provenance"].get("directory")
+            self.given = kept_places(config, saved, directory)
+            if self.given and Path(config.resume) == self.path:  # run.json's command holds in one directory
+                self.given["resume"] = os.path.relpath(self.path, directory)
+
+    def as_written(self, config: TrainConfig) -> TrainConfig:
+        """Return the config as it is saved."""
+        return with_values(config, self.given)
 
     def write_info(self, **changes: Any) -> None:
         """Update run.json."""
@@ -250,11 +265,31 @@ def load_saved_config(path: Path, overrides: Sequence[str]) -> TrainConfig:
 
     The last checkpoint's config takes precedence, because config.yaml may be damaged or from a start that failed early.
     """
+    return _load_saved(path, overrides)[0]
+
+
+def load_to_continue(path: Path, overrides: Sequence[str]) -> TrainConfig:
+    """Do the same, with relative places of the images as seen from where the run was trained; say what they are."""
+    saved, directory = _load_saved(path, overrides)
+    config = where_trained(saved, directory, overrides)
+    tell_places(as_given(saved, config), config)
+    return config
+
+
+def load_as_trained(path: Path) -> TrainConfig:
+    """Read a run folder's config.yaml, with relative places of the images as seen from where the run was trained."""
+    return where_trained(load_config_file(path / "config.yaml"), read_info(path).get("directory"))
+
+
+def _load_saved(path: Path, overrides: Sequence[str]) -> tuple[TrainConfig, Any]:
+    """Return a run folder's config, and the directory in which the run was trained, if it is recorded."""
     last = path / "checkpoints/last.pt"
     try:
-        return load_config(load_checkpoint(last)["config"], overrides, source=str(last))
+        checkpoint = load_checkpoint(last)
+        config = load_config(checkpoint["config"], overrides, source=str(last))
+        return config, checkpoint["provenance"].get("directory")
     except CheckpointError:
-        return load_config_file(path / "config.yaml", overrides)
+        return load_config_file(path / "config.yaml", overrides), read_info(path).get("directory")
 
 
 def check_groups(path: Path, config: TrainConfig, arguments: Sequence[str]) -> None:

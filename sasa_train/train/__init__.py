@@ -117,10 +117,10 @@ def read_config(arguments: list[str]) -> TrainConfig:
         check_overrides(arguments, source=str(folder))
         use_code(arguments)
         say_loading()
-        from sasa_train.runs.folder import load_saved_config
+        from sasa_train.runs.folder import load_to_continue
 
         # Permission to change keys applies to a single continuation only.
-        config = load_saved_config(folder, ["allow_config_change=[]", *arguments])
+        config = load_to_continue(folder, ["allow_config_change=[]", *arguments])
         own_code.check_named(config.imports, targets_of(config), str(folder))
         use_code_of(config)
     else:

@@ -374,7 +374,7 @@ class Loop:
             self.share_unreadable()
             finished = state.step == state.evaluated_step == self.num_steps
             content = state.state_dict() | {
-                "config": to_yaml(self.config),
+                "config": to_yaml(self.run_folder.as_written(self.config)),
                 "classes": self.loaders.classes,
                 "finished": finished,
                 "metrics": self.logger.metrics,

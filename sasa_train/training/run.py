@@ -93,6 +93,7 @@ def train(config: TrainConfig, stop: StopRequest) -> Ended:
     with run.lock or contextlib.nullcontext(), run.discarded_if_refused():
         if run.checkpoint is not None:
             plan = dataclasses.replace(plan, config=as_begun(plan.config, run.checkpoint["config"]))
+            run.keep_places(plan.config)
         # The first process resolves `auto`, because only it accesses the run folder.
         config = collectives.from_first(lambda: settle_auto(plan, run), ConfigError)
         plan = dataclasses.replace(plan, config=config)
@@ -129,7 +130,9 @@ def train_in_folder(plan: RunPlan, run: RunFolder, stop: StopRequest) -> bool:
     collectives.everywhere(lambda: check_loss(plan, len(loaders.classes)), ConfigError)
     say(describe_keys(plan.config, run.path))
     plan = dataclasses.replace(plan, steps_per_epoch=loaders.train.plan.steps_per_epoch)
-    run.provenance, difference = provenance(plan.config)
+    run.provenance, difference = provenance(run.as_written(plan.config))
+    if run.given and run.checkpoint is not None:
+        run.provenance["directory"] = run.checkpoint["provenance"]["directory"]
     # The seed is set here, so that the initial weights do not depend on random numbers drawn earlier.
     torch.manual_seed(plan.config.seed)
     model = build_model(plan.config.model, len(loaders.classes), plan.input_size)

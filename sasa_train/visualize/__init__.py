@@ -196,10 +196,10 @@ def visualize_several(sources: list[Path], names: list[str], options: argparse.N
 def names_of(sources: list[Path]) -> list[str] | None:
     """Name runs by the keys that tell them apart; None if none do or a config cannot be read."""
     from sasa_train.config.differences import names_by_difference
-    from sasa_train.config.saved import load_config_file
+    from sasa_train.runs.folder import load_as_trained
 
     try:
-        return names_by_difference([load_config_file(source / "config.yaml") for source in sources])
+        return names_by_difference([load_as_trained(source) for source in sources])
     except ConfigError:
         return None
 
