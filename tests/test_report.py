@@ -144,6 +144,31 @@ def test_the_list_has_the_best_run_first_and_only_what_differs(tmp_path, in_proc
     assert not (tmp_path / "out/report").exists()
 
 
+def test_one_folder_is_one_data_set_however_its_runs_wrote_it(tmp_path, in_process, without_matplotlib):
+    """Each way to write it was a data set of its own: the best run was compared with nothing, and another was best."""
+    for folder in ("my_photos", "other/my_photos", "birds"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "a link").symlink_to("my_photos")
+    for name, root, here, top1 in (
+        ("inside", ".", "my_photos", 70.0), ("above", "my_photos", ".", 60.0), ("linked", "a link", ".", 50.0),
+        ("whole", str(tmp_path / "my_photos"), "other", 40.0), ("other", "my_photos", "other", 30.0),
+        ("birds", "../birds", "other", 20.0), ("old", "birds", None, 10.0),
+    ):  # fmt: skip
+        directory = {} if here is None else {"directory": str((tmp_path / here).resolve())}
+        overrides = ["data=image_folder", f"data.root={root}", f"optimizer.lr={top1}"]
+        write_run(tmp_path / "out" / name, overrides, [top1], **directory)
+    lines = in_process("report", "--list", "out").stdout.splitlines()
+    names = ["image_folder  birds", *(f"image_folder  {tmp_path}/{name}" for name in ("my_photos", "other/my_photos"))]
+    assert [line for line in lines if line.startswith("image_folder")] == names
+    best = [line.split("/")[1] for line in lines if line.startswith("best ")]
+    assert best == ["birds", "inside"]  # of the two runs on birds, and of the four on my_photos
+    in_process("report", "out", "--out", "page")
+    told = (tmp_path / "page/report.html").read_text()
+    assert f"The best of 4 rows on image_folder  {tmp_path}/my_photos is row " in told
+    assert "The best of 2 rows on image_folder  birds is row " in told
+    assert len({row.settings["data.root"] for row in report_of(tmp_path / "out").rows}) == 3
+
+
 def test_the_list_shows_what_tells_runs_apart_even_where_it_is_narrow(tmp_path):
     """Preset and seed, which tell all runs apart, come before the many keys that vary with the preset. What a waiting
     job will derive from its images is unknown."""

@@ -6,6 +6,7 @@ from sasa_train.config.derived import expected_num_classes, input_size
 from sasa_train.config.differences import commonest, of_presets, shown_keys
 from sasa_train.config.keys import NOT_TRAJECTORY, PLACES, TrainConfig
 from sasa_train.config.overrides import TEXT_KEYS, as_written
+from sasa_train.config.places import places, real
 from sasa_train.paper import ROWS as PAPER_ROWS
 from sasa_train.paper import Row as PaperRow
 from sasa_train.paper import matching_row, reference_row
@@ -107,7 +108,8 @@ def build_report(jobs: list[Job], table: int | None, reference: str | None, comm
 
 def _group(jobs: list[Job], table: int | None) -> tuple[list[Row], list[tuple[Job, Row | None]]]:
     by_overrides = all(job.overrides is not None for job in jobs)
-    all_settings = [_settings(job, by_overrides) for job in jobs]
+    written: dict[str, str] = {}
+    all_settings = [_settings(job, by_overrides, written) for job in jobs]
     known = [settings for settings in all_settings if settings is not None]
     keys = {key: [s.get(key) for s in known] for key in dict.fromkeys(key for s in known for key in s)}
     differing = {key: values for key, values in keys.items() if len(set(values)) > 1}
@@ -132,8 +134,11 @@ def _group(jobs: list[Job], table: int | None) -> tuple[list[Row], list[tuple[Jo
     return list(rows.values()), not_counted
 
 
-def _settings(job: Job, by_overrides: bool) -> dict[str, str] | None:
-    """Return the settings that define a job's row, without the seed: its overrides or all keys that affect results."""
+def _settings(job: Job, by_overrides: bool, written: dict[str, str]) -> dict[str, str] | None:
+    """Return the settings that define a job's row, without the seed: its overrides or all keys that affect results.
+
+    written: real path -> as the first job writes it; the paths of the images are told apart by the former.
+    """
     if by_overrides:
         assert job.overrides is not None
         given = {key: _as_number(value) if key not in TEXT_KEYS else value for key, value in job.overrides.items()}
@@ -141,16 +146,16 @@ def _settings(job: Job, by_overrides: bool) -> dict[str, str] | None:
         return None
     else:
         given = settings_of(job.config)
+    for key, path in places(job.config.data).items() if job.config is not None else ():
+        if key in given:
+            given[key] = written.setdefault(real(path), given[key] if by_overrides else as_written(path))
     ignored = NOT_TRAJECTORY - PLACES | {"seed"}
     return {key: value for key, value in sorted(given.items()) if key not in ignored}
 
 
 def settings_of(config: TrainConfig) -> dict[str, str]:
-    """Return the keys that affect a run's results, with the places of its images, as written."""
-    places = (
-        {} if config.data.name == "digits" else {key: getattr(config.data, key.partition(".")[2]) for key in PLACES}
-    )
-    return shown_keys(config) | {key: as_written(place) for key, place in sorted(places.items()) if place is not None}
+    """Return the keys that affect a run's results, as written, with the real paths of its images."""
+    return shown_keys(config) | {key: as_written(real(path)) for key, path in sorted(places(config.data).items())}
 
 
 def _as_number(value: str) -> str:

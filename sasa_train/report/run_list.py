@@ -1,11 +1,13 @@
 """The runs of a folder, one line each, the best of each data set first (`sasa-report --list`)."""
 
-import itertools
+import os
 import shlex
 import shutil
 from collections.abc import Iterator
 
 from sasa_train.config.differences import commonest, differing, short, shown_keys
+from sasa_train.config.keys import PLACES
+from sasa_train.config.places import real
 from sasa_train.report.jobs import Job
 from sasa_train.terminal import printable
 
@@ -30,8 +32,13 @@ def list_runs(jobs: list[Job], width: int | None = None) -> str:
 
 def group_by_data(jobs: list[Job]) -> Iterator[tuple[str, list[Job]]]:
     """Yield each data set and its jobs, by top1 of the last evaluation; those without an evaluation come last."""
-    for data, found in itertools.groupby(sorted(jobs, key=_data), key=_data):
-        yield data, sorted(found, key=lambda job: (-job.last if job.val else 1.0, job.name))
+    groups: dict[tuple[str, str], list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(_data(job), []).append(job)
+    names = [_name(data, found) for data, found in groups.items()]
+    shown = [name if names.count(name) == 1 else "  ".join(data) for name, data in zip(names, groups, strict=True)]
+    for _, name, found in sorted(zip(names, shown, groups.values(), strict=True), key=lambda entry: entry[:2]):
+        yield printable(name), sorted(found, key=lambda job: (-job.last if job.val else 1.0, job.name))
 
 
 def best_of(group: list[Job]) -> Job | None:
@@ -39,11 +46,22 @@ def best_of(group: list[Job]) -> Job | None:
     return next((job for job in group if job.val and job.state == "done"), None) if len(group) > 1 else None
 
 
-def _data(job: Job) -> str:
+def _data(job: Job) -> tuple[str, str]:
+    """Return the kind of a job's data set and what tells it from others of the kind: the real path of its images."""
     if job.config is None:
-        return "config unknown"
+        return "config unknown", ""
     data = job.config.data
-    return data.name if data.name == "digits" else f"{data.name}  {printable(data.place.partition('=')[2])}"
+    key, _, place = data.place.partition("=")
+    return data.name, "" if data.name == "digits" else real(place) if key in PLACES else place
+
+
+def _name(data: tuple[str, str], found: list[Job]) -> str:
+    """Return the name of a data set, with its folder, list or function as the first of its jobs names it."""
+    kind, place = data
+    if not place or found[0].config is None:
+        return kind
+    key, _, written = found[0].config.data.place.partition("=")
+    return f"{kind}  {os.path.basename(os.path.abspath(written)) if key in PLACES else place}"
 
 
 def _table(jobs: list[Job], width: int) -> Iterator[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sasa_train.config.derived import expected_num_classes
 from sasa_train.config.keys import TrainConfig
+from sasa_train.config.places import places, real
 from sasa_train.refusal import ConfigError
 from sasa_train.report.advice import advice
 from sasa_train.report.jobs import Job, find_jobs
@@ -104,10 +105,9 @@ def _same_images(one: Job, other: Job) -> bool:
 
 def _images(config: TrainConfig) -> tuple:
     data = config.data
-    paths = () if data.name in ("digits", "own") else (data.root, data.train, data.val)
-    places = [path and str(Path(path).absolute()) for path in paths]
+    found = {key: real(path) for key, path in places(data).items()}
     named = (data.target, data.dataset, str(data.args), data.columns)
-    return data.name, places, *named, data.holdout_fraction, data.max_val_images
+    return data.name, found, *named, data.holdout_fraction, data.max_val_images
 
 
 def caution(top1: float | None, chance: Chance | None) -> str:
