@@ -112,7 +112,7 @@ def describe_end(
     if not _needs_caller(config):
         following += [f"sasa-report {run_dir}{imports_for(config)}"]
         following += [f"sasa-evaluate {run_dir}{imports_for(config, OF_VAL)}"]
-    at_chance = bool(row) and chance.explains(row["top1"])
+    at_chance = row is not None and chance.explains(row["top1"])
     if len(list(run_dir.parent.glob("*/config.yaml"))) > 1:
         following.append(f"sasa-report --list {run_dir.parent}")
     lines = {
