@@ -37,12 +37,15 @@ def check_compiled_code() -> None:
     except (KeyError, OSError):
         user = f"uid_{os.getuid()}"
     folder = Path(tempfile.gettempdir(), f"torchinductor_{user}")
-    folder.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
     found = folder.lstat()
     is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
-    if is_own and found.st_mode & 0o022 and not any(folder.iterdir()):  # torch has just made it under a wide umask
+    # Where each user has a group of their own, with the same number, folders are made for it to write to.
+    others_write = found.st_mode & (0o002 if found.st_gid == found.st_uid else 0o022)
+    if is_own and others_write and not any(folder.iterdir()):  # torch has just made it under a wide umask
         folder.chmod(0o700)
-    elif not is_own or found.st_mode & 0o022:
+    elif not is_own or others_write:
         raise ConfigError(
             f"{folder}: torch.compile loads code from it, but it belongs to somebody else, or others may write to it; "
             "delete it, or name another folder for temporary files with TMPDIR=..."
