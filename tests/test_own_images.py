@@ -149,7 +149,16 @@ def test_the_folder_above_the_right_one_is_refused_and_the_right_one_named(photo
     for name in ("training_set", "test_set"):
         shutil.copytree(photos, tmp_path / "kaggle" / name)
     told = refused("kaggle")
-    assert "if they are splits with the same classes (blue, green, red), name them train and val" in told
+    assert "if they are splits of the same classes (blue, green, red), make them train/ and val/ of a folder" in told
+    for name in ("training_set", "test_set"):
+        (tmp_path / "kaggle" / name).rename(tmp_path / "inner")
+        (tmp_path / "kaggle" / name).mkdir()
+        (tmp_path / "inner").rename(tmp_path / "kaggle" / name / name)
+    assert "holds only further folders of images (blue, green, red)" in refused("kaggle")
+    (tmp_path / "kaggle").rename(tmp_path / "train")
+    (tmp_path / "kaggle").mkdir()
+    (tmp_path / "train").rename(tmp_path / "kaggle/train")
+    assert "make them train/ and val/ of a folder" in refused("kaggle")
     shutil.rmtree(tmp_path / "kaggle")
 
     (tmp_path / "top").mkdir()

@@ -540,9 +540,9 @@ def beside_splits(root: Path) -> list[str]:
 
 
 def images_beside_splits(root: Path) -> list[str]:
-    """Return the images in `root` itself, beside train/, val/ or test/, by their names; [] if there are no splits."""
+    """Return the names of images and tar files in `root`, beside train/, val/ or test/; [] if it has no splits."""
     names = sorted(os.listdir(root)) if root.is_dir() and split_folders(root) else []
-    return [name for name in names if _is_image_name(name) and (root / name).is_file()]
+    return [name for name in names if (_is_image_name(name) or name.endswith(".tar")) and (root / name).is_file()]
 
 
 def _tell_beside(root: Path) -> None:
@@ -624,11 +624,11 @@ def check_level(root: Path, train: ImageSet, fraction: float) -> None:
     fraction: the hold-out; a user who sets it says that the folders in `root` are the classes.
     """
     assert isinstance(train.source, Files)
-    within = {name: set[str]() for name in train.classes}
-    for path in train.source.paths:
-        name, *parts = os.path.relpath(path, root).split(os.sep)
-        within[name].add(parts[0] if len(parts) > 1 else "")
-    if not (above := [name for name, inner in within.items() if len(inner) > 1 and "" not in inner]):
+    with_images = {name: set[str]() for name in train.classes}
+    for folder in set(map(os.path.dirname, train.source.paths)):
+        with_images[os.path.relpath(folder, root).split(os.sep)[0]].add(folder)
+    within = {name: _inner_folders(folders) for name, folders in with_images.items()}
+    if not (above := [name for name, inner in within.items() if len(inner) > 1]):
         return
     likely = likely_root(str(root), train.source.paths) or str(root)
     first = os.path.relpath(likely, root).split(os.sep)[0]
@@ -637,7 +637,7 @@ def check_level(root: Path, train: ImageSet, fraction: float) -> None:
     if likely == str(root):
         remedy = f"if {'they are' if len(above) > 1 else 'it is'} not of the set, move {some(above)} elsewhere"
     elif len(above) == len(within) and len(same := set.intersection(*within.values())) > 1:
-        remedy = f"if they are splits with the same classes ({some(sorted(same))}), name them train and val"
+        remedy = f"if they are splits of the same classes ({some(sorted(same))}), make them train/ and val/ of a folder"
     elif likely != str(root / name):
         remedy = f"if the classes are in {printable(likely)}, give that folder: {pasted('data.root', likely)}"
     raise ConfigError(
@@ -645,6 +645,12 @@ def check_level(root: Path, train: ImageSet, fraction: float) -> None:
         f"of images ({some(sorted(within[name]))}); {remedy}; if each folder in {printable(root)} is a class with all "
         f"images below it, add data.holdout_fraction={fraction}"
     )
+
+
+def _inner_folders(folders: set[str]) -> set[str]:
+    """Return the names of the folders in the one that holds all `folders`; none, if that is one of them."""
+    common = os.path.commonpath(folders)
+    return set() if common in folders else {os.path.relpath(folder, common).split(os.sep)[0] for folder in folders}
 
 
 def likely_root(top: str, paths: Sequence[str]) -> str:

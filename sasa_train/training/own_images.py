@@ -20,6 +20,7 @@ from sasa_train.config.rules import check_world_size, validate
 from sasa_train.config.saved import as_begun, to_yaml
 from sasa_train.data.datasets import (
     VAL_SPLITS,
+    Files,
     ImageSet,
     UnreadableImage,
     beside_splits,
@@ -184,8 +185,8 @@ def _find(config: TrainConfig) -> tuple[ImageSet, float]:
     train = load_train(with_values(config, {"data.holdout_fraction": 0.0 if has_val else 0.2}).data)
     check_several(train)
     train, fraction = _with_holdout(train, has_val)
-    if fraction and "data.holdout_fraction" in config.derive and holds_class_folders(root):
-        check_level(root, train, fraction)
+    if fraction and "data.holdout_fraction" in config.derive and isinstance(train.source, Files):
+        check_level(root if holds_class_folders(root) else root / "train", train, fraction)
     return train, fraction
 
 
