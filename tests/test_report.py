@@ -164,8 +164,8 @@ def test_one_folder_is_one_data_set_however_its_runs_wrote_it(tmp_path, in_proce
     assert best == ["birds", "inside"]  # of the two runs on birds, and of the four on my_photos
     in_process("report", "out", "--out", "page")
     told = (tmp_path / "page/report.html").read_text()
-    assert f"The best of 4 rows on image_folder  {tmp_path}/my_photos is row " in told
-    assert "The best of 2 rows on image_folder  birds is row " in told
+    assert f"of 4 rows on image_folder  {tmp_path}/my_photos is row " in told
+    assert "of 2 rows on image_folder  birds is row " in told
     assert len({row.settings["data.root"] for row in report_of(tmp_path / "out").rows}) == 3
 
 

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from sasa_train.config.derived import one_channel
 from sasa_train.config.keys import DATA_SETS, MODES, DataConfig, TrainConfig
-from sasa_train.config.overrides import pasted
 from sasa_train.data.class_names import MAX_CLASS_NAME, composed, twins, with_nearest
 from sasa_train.data.csv_files import Listed, check_disjoint, check_known, read_list
 from sasa_train.data.decoding import RANGE_REMEDY, check_range, decoding_of
@@ -503,7 +502,7 @@ def check_output_dir(config: TrainConfig) -> None:
     others = [root / name for name in visible_folders(root) if (root / name).resolve() != place]
     if not others or not all(map(_has_image_names, others)):
         return
-    remedy = pasted("output_dir", os.path.relpath(root.resolve().parent / "outputs"))
+    remedy = _pasted("output_dir", os.path.relpath(root.resolve().parent / "outputs"))
     raise ConfigError(
         f"output_dir={printable(config.output_dir)}: runs would lie among the class folders of "
         f"data.root={printable(root)} and be a class themselves; add {remedy}"
@@ -615,7 +614,7 @@ def only_class(name: str, folder: str, paths: Sequence[str]) -> str:
     text += f"; its folders with images ({some(inner)}) look like the classes: "
     if os.path.basename(folder) in SPLIT_NAMES:  # val has such a folder, too
         return f"{text}move them up into {printable(folder)}"
-    return f"{text}give the folder that holds them, {pasted('data.root', likely_root(folder, paths) or top)}"
+    return f"{text}give the folder that holds them, {_pasted('data.root', likely_root(folder, paths) or top)}"
 
 
 def check_level(root: Path, train: ImageSet, fraction: float) -> None:
@@ -633,13 +632,13 @@ def check_level(root: Path, train: ImageSet, fraction: float) -> None:
     likely = likely_root(str(root), train.source.paths) or str(root)
     first = os.path.relpath(likely, root).split(os.sep)[0]
     name = first if first in above else max(above, key=lambda name: len(within[name]))
-    remedy = f"if these are the classes, give the folder that holds them: {pasted('data.root', likely)}"
+    remedy = f"if these are the classes, give the folder that holds them: {_pasted('data.root', likely)}"
     if likely == str(root):
         remedy = f"if {'they are' if len(above) > 1 else 'it is'} not of the set, move {some(above)} elsewhere"
     elif len(above) == len(within) and len(same := set.intersection(*within.values())) > 1:
         remedy = f"if they are splits of the same classes ({some(sorted(same))}), make them train/ and val/ of a folder"
     elif likely != str(root / name):
-        remedy = f"if the classes are in {printable(likely)}, give that folder: {pasted('data.root', likely)}"
+        remedy = f"if the classes are in {printable(likely)}, give that folder: {_pasted('data.root', likely)}"
     raise ConfigError(
         f"data.root={printable(root)}: its folder {printable(name)} would be one class, but holds only further folders "
         f"of images ({some(sorted(within[name]))}); {remedy}; if each folder in {printable(root)} is a class with all "
@@ -651,6 +650,12 @@ def _inner_folders(folders: set[str]) -> set[str]:
     """Return the names of the folders in the one that holds all `folders`; none, if that is one of them."""
     common = os.path.commonpath(folders)
     return set() if common in folders else {os.path.relpath(folder, common).split(os.sep)[0] for folder in folders}
+
+
+def _pasted(key: str, path: str) -> str:
+    from sasa_train.config.overrides import pasted  # which imports Hydra, as loading a model must not
+
+    return pasted(key, path)
 
 
 def likely_root(top: str, paths: Sequence[str]) -> str:
@@ -687,7 +692,7 @@ def load_class_folders(root: Path, split: str) -> ImageSet:
     if split in ("train", ""):
         likely = likely_root(str(folder), [images.name(i) for i in range(len(images))]) if split == "" else ""
         below = (
-            f"if the classes are in {printable(likely)}, give that folder: {pasted('data.root', likely)}; otherwise, "
+            f"if the classes are in {printable(likely)}, give that folder: {_pasted('data.root', likely)}; otherwise, "
         )
         below = below if likely not in ("", str(folder)) else ""
         check_all_there(folder, images, f"{below}add images, or remove the folders")
@@ -754,7 +759,7 @@ def _about_parent(folder: Path) -> str:
         if folder.name not in SPLIT_NAMES and len(classes) > 1:
             return (
                 f"; if it is one class, take the folder above it, which has {len(classes)}: "
-                f"{pasted('data.root', str(top))}; to classify its images by a trained model: sasa-predict RUN FOLDER"
+                f"{_pasted('data.root', str(top))}; to classify its images by a trained model: sasa-predict RUN FOLDER"
             )
     return ""
 

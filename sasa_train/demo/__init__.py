@@ -1,6 +1,8 @@
 """sasa-demo: a local page that shows the classes of an image dropped on it, and where each of its pixels looks."""
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 from sasa_train.commands import described, end_command, positive, run
@@ -23,7 +25,12 @@ Exit codes: 0 ended by Ctrl-C, 2 refused, 1 failed."""
 
 
 def main() -> None:
-    end_command(run_command)
+    try:
+        end_command(run_command)
+    except SystemExit as end:
+        # A thread that still computes an answer may abort the process while Python ends it.
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else 1)
 
 
 def run_command(arguments: list[str]) -> int:

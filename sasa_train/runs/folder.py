@@ -317,7 +317,8 @@ def check_groups(path: Path, config: TrainConfig, arguments: Sequence[str]) -> N
     if not keys:
         raise ConfigError(f"{what}, which has this choice already; leave it out")
     settings = [f"{key}={as_written(new[key])}" for key in keys]
-    command = shlex.join(["sasa-train", *others, *settings, _allow([*config.allow_config_change, *keys])])
+    words = shlex.join(["sasa-train", *others, *settings])
+    command = f"{words} {_allow([*config.allow_config_change, *keys])}"
     raise ConfigError(
         f"{what}; set keys of it, not a group: {' '.join(settings)}\nto change this run from here on: {command}\nfor a "
         "new run with this change: the command that began the run, with this added"
