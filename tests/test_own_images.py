@@ -21,7 +21,7 @@ from sasa_train.config.keys import TrainConfig, flatten
 from sasa_train.config.overrides import for_own_images
 from sasa_train.config.saved import load_config_file
 from sasa_train.runs.weights import Weights
-from sasa_train.sweep.planning import read_plan
+from sasa_train.sweep.planning import at_full_width, read_plan
 from sasa_train.training.own_images import RULES, Facts, look
 
 SHORT = ("trainer.epochs=2", "trainer.log_every_steps=1", "data.num_workers=0")
@@ -322,6 +322,11 @@ def test_only_a_root_without_other_words_means_own_images():
         assert for_own_images(["data.root=x", *words]) == ["data.root=x", *words]
     (job,) = read_plan(["data.root=x"]).jobs
     assert job.overrides == ["experiment=my_images", "data.root=x"] and job.name.startswith("x-s0-")
+    # A group keeps its full width, which a sweep's jobs said in their logs alone.
+    line = ["data.root=x", "model=hybrid_resnet26,conv_resnet26", "trainer.epochs=2"]
+    assert at_full_width(read_plan(line).jobs) == ["conv_resnet26", "hybrid_resnet26"]
+    assert at_full_width(read_plan([*line, "model.width=0.5"]).jobs) == []
+    assert at_full_width(read_plan(["data=digits", *line[1:]]).jobs) == []
 
 
 def test_a_hydra_sweep_and_the_summary_choose_as_the_run_does(photos, tmp_path, in_process):

@@ -246,6 +246,11 @@ def test_a_verdict_says_whether_a_model_memorises_and_what_helps_next(tmp_path, 
     )
     assert said([2.0] * 8, falls, top1=45.0).endswith("val top1 still rises, though val loss has hardly fallen since "
                                                       "epoch 1: more epochs may help.")  # fmt: skip
+    risen = said([2.4, 2.2, 2.0, 2.1, 2.0, 2.1, 2.1, 2.1], falls)
+    assert risen == f"{gap} loss has risen a little since epoch 3: {helps}"
+    higher = [{"split": "val", "epoch": epoch, "loss": 2.0, "top1": 20.0 + epoch % 4} for epoch in range(1, 9)]
+    log.write_text("".join(json.dumps(rows[0] | row | {"step": row["epoch"]}) + "\n" for row in higher))
+    assert "rises" not in advice(job)  # three evaluations of epochs 5 to 7 are on average above 1 to 3 but no highest
     alike = (
         "no sign of memorising; train and val are alike: a larger net or more epochs (trainer.max_steps=...) may help."
     )

@@ -8,6 +8,7 @@ RISEN = 1.1  # times its lowest: a smaller rise of the val loss may be noise
 LATE = 3  # evaluations whose mean val loss is compared with the lowest
 GAP = 25  # points of top1 that train is above val; augmentation lowers the train top1, so the true gap is larger
 ALIKE = 5  # points of top1: a smaller gap between train and val is none
+HIGHER = 1  # points of top1 that one of the last evaluations is above all before: a smaller lead may be noise
 FLAT = 0.02  # relative to the lowest val loss: a smaller fall is none
 AT_THE_END = 10  # the last tenth of the evaluations
 
@@ -48,13 +49,16 @@ def _what_helps(job: Job, val: list[dict], is_alike: bool) -> str:
     since = val[settled]["epoch"]
     if settled >= len(val) - max(1, len(val) // AT_THE_END):
         return f"val loss still falls at the end: more epochs would help ({key}=...)"
-    mean, before = (sum(row["top1"] for row in part) / LATE for part in (val[-LATE:], val[settled:][:LATE]))
-    if len(val) - settled >= LATE and mean > before + 1:
-        return f"val top1 still rises, though val loss has hardly fallen since epoch {since}: more epochs may help"
+    trend = f"val loss has hardly fallen since epoch {since}"
+    lowest = min(val, key=lambda row: row["loss"])
+    if sum(row["loss"] for row in val[-LATE:]) / LATE > (1 + FLAT) * lowest["loss"]:
+        trend = f"val loss has risen a little since epoch {lowest['epoch']}"
+    if max(row["top1"] for row in val[-LATE:]) > max([row["top1"] for row in val[:-LATE]], default=100) + HIGHER:
+        return f"val top1 still rises, though {trend}: more epochs may help"
     if is_alike:
         return f"train and val are alike: a larger net or more epochs ({key}=...) may help"
     pretrained = "" if job.config.model.pretrained else " or existing weights (model.pretrained=...)"
-    return f"val loss has hardly fallen since epoch {since}: more images{pretrained} would help more than more epochs"
+    return f"{trend}: more images{pretrained} would help more than more epochs"
 
 
 def _val_loss_rises(train: list[dict], val: list[dict]) -> str:

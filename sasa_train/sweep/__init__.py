@@ -12,7 +12,7 @@ from sasa_train.runs.info import has_finished
 from sasa_train.runs.ledger import Ledger
 from sasa_train.signals import Interrupted, StopRequest, ignore_until_the_end
 from sasa_train.sweep.display import Display, counts, final_table
-from sasa_train.sweep.planning import SweepConfig, SweepPlan, read_plan
+from sasa_train.sweep.planning import SweepConfig, SweepPlan, at_full_width, read_plan
 from sasa_train.sweep.scheduler import JobList, Processes, finish, job_arguments
 from sasa_train.terminal import DONE, FAILED, INTERRUPTED, fail, printable, say
 
@@ -89,6 +89,11 @@ def sweep(plan: SweepPlan, arguments: list[str], stop: StopRequest) -> int:
         source = job_source(plan, ledger)
         ledger.save()
         say(f"sweep folder  {plan.folder}\n{counts(ledger)}")
+        if wide := at_full_width(plan.jobs):
+            say(
+                f"as set      model={','.join(wide)}: nets at full width; for the width that a run chooses from your "
+                f"images, write model.name={','.join(wide)}"
+            )
         if plan.hydra:
             stop.restore()  # a launcher's jobs handle signals themselves
             hand_over(plan, ledger, source)

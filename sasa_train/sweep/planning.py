@@ -17,7 +17,7 @@ from sasa_train.config.bounds import key
 from sasa_train.config.compose import compose_config, quote_texts
 from sasa_train.config.groups import choice_file, choices
 from sasa_train.config.identity import run_name_in
-from sasa_train.config.keys import NOT_TRAJECTORY, PLACES, TrainConfig, key_table, text_keys
+from sasa_train.config.keys import NOT_TRAJECTORY, OWN_MODELS, PLACES, TrainConfig, key_table, text_keys
 from sasa_train.config.overrides import (
     TEXT_KEYS,
     UNREADABLE,
@@ -218,6 +218,18 @@ def build_job(overrides: list[str], fixed_keys: set[str], folder: Path) -> Job:
     except ConfigError as error:
         digest = hashlib.sha256(json.dumps(overrides).encode()).hexdigest()[:8]
         return Job(f"refused-{digest}", overrides, label, state="refused", reason=str(error))
+
+
+def at_full_width(jobs: list[Job]) -> list[str]:
+    """Return those of our models that jobs on the user's own images take as groups, which keep their full width."""
+    first = {o.removeprefix("model="): job for job in reversed(jobs) for o in job.overrides if o.startswith("model=")}
+    found = []
+    for name, job in sorted(first.items()):
+        if name in OWN_MODELS and job.state != "refused":
+            config = compose_config(job.overrides)
+            is_chosen = not {"data.holdout_fraction"}.issuperset(config.derive)
+            found += [name] if is_chosen and config.model.width is None and config.model.pretrained is None else []
+    return found
 
 
 def _epochs(config: TrainConfig) -> int:
