@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sasa_train.attention.reference import Grads, Inputs, Window, table_gradient
+from sasa_train.attention.reference import BORDERS, Grads, Inputs, Window, table_gradient
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,6 @@ UNFINISHED = re.compile(
 )  # as `_add_to` names its files
 MAX_LIBRARY_BYTES = 64 << 20  # a library has about 100 KB
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # other dtypes are converted
-BORDERS = ("mask", "zero", "shift")
 _TENSORS = ("query", "key", "value", "output", "grad_output", "grad_query", "grad_key", "grad_value")
 
 

@@ -21,10 +21,9 @@ from torch import Tensor
 from sasa_train.attention import cpu, reference
 from sasa_train.attention.dilation import Remainder, by_remainder, remainders
 from sasa_train.attention.operators import define_operator
-from sasa_train.attention.reference import Grads, Inputs, Window
+from sasa_train.attention.reference import BORDERS, Grads, Inputs, Window
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
-BORDERS = ("mask", "zero", "shift")
 
 Pair = int | Sequence[int]  # one number for rows and columns, or one for each
 

@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Grads = tuple[Tensor, Tensor | None, Tensor]  # gradients of query, key and value
+BORDERS = ("mask", "zero", "shift")  # in the order of csrc/planes.h
 
 
 class Inputs(NamedTuple):

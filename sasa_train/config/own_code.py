@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -106,7 +107,7 @@ def check_named(entries: Sequence[str], targets: Sequence[str], source: str, lat
         wanted = ",".join(_files.get(name, name) for name in missing)
         raise ConfigError(
             f"{source}: needs your own code ({some(missing)}), and a saved config runs none by itself; if you trust "
-            f"it, add 'imports=[{wanted}]'"
+            f"it, add {shlex.quote(f'imports=[{wanted}]')}"
         )
 
 

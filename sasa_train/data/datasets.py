@@ -690,12 +690,13 @@ def load_class_folders(root: Path, split: str) -> ImageSet:
         )
     images = _image_set(folder, may_be_splits=split == "")
     if split in ("train", ""):
-        likely = likely_root(str(folder), [images.name(i) for i in range(len(images))]) if split == "" else ""
-        below = (
-            f"if the classes are in {printable(likely)}, give that folder: {_pasted('data.root', likely)}; otherwise, "
-        )
-        below = below if likely not in ("", str(folder)) else ""
-        check_all_there(folder, images, f"{below}add images, or remove the folders")
+        remedy = "add images, or remove the folders"
+        if split == "" and len(np.unique(images.labels)) < len(images.classes):
+            likely = likely_root(str(folder), [images.name(i) for i in range(len(images))])
+            if likely not in ("", str(folder)):
+                given = _pasted("data.root", likely)
+                remedy = f"if the classes are in {printable(likely)}, give that folder: {given}; otherwise, {remedy}"
+        check_all_there(folder, images, remedy)
     return images
 
 

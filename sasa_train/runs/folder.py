@@ -209,9 +209,8 @@ def open_run(config: TrainConfig, run_name: str) -> RunFolder:
             )
         if Path(config.resume) == path:
             raise ConfigError(f"resume={config.resume}: the folder has no checkpoint to continue from")
-        if given is None and is_there(
-            Path(config.resume), stat.S_ISREG
-        ):  # an earlier start ended before its first checkpoint
+        # An earlier start may have ended before its first checkpoint.
+        if given is None and is_there(Path(config.resume), stat.S_ISREG):
             given = _load_given(config)
         made = [path, *(folder for folder in missing if folder != wanted)] if is_made else []
         run = RunFolder(path, lock, checkpoints, given, made=made)
