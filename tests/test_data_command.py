@@ -113,7 +113,19 @@ def test_duplicates_are_found_by_their_pixels(image_folder, capsys):
     assert "train/red/3.png = val/blue/other_format.bmp" in out
     assert "1 group within train, 1 with different labels" in out
     assert "train/blue/5.png = train/red/wrong_label.png" in out
+    assert "warning     2 groups of equal images with different labels: keep the right one" in out
     assert last_line(out) == "2 problems: 2 duplicates across splits"
+
+
+def test_further_frames_are_counted(image_folder, capsys):
+    """Only the first page of a scan is read; a phone's photo with a preview (MPO) has no page that is left out."""
+    folder, pages = image_folder / "train/red", [Image.new("RGB", (19, 17), colour) for colour in ("red", "lime")]
+    pages[0].save(folder / "alone.tiff")
+    assert "\nframes" not in verify(capsys, image_folder, expect=0)
+    for kind in ("tiff", "gif", "webp", "png", "mpo"):
+        pages[0].save(folder / f"several.{kind}", save_all=True, append_images=pages[1:])
+    out = verify(capsys, image_folder, expect=0)
+    assert "frames      4 images with further frames or pages, which are not read" in out
 
 
 def test_a_group_across_splits_is_also_one_within_a_split(image_folder, capsys):

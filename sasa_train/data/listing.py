@@ -32,6 +32,12 @@ SYSTEM = re.compile(
     r"System Volume Information|found\.\d{3}|lost\+found|__pycache__|@eaDir|@tmp|@sharebin|@Recycle|@Recently-Snapshot|"
     r"@__thumb|#recycle|#snapshot"
 )
+# Extensions of photos, pictures and scans in formats that are not read.
+OTHER_FORMATS = re.compile(
+    r"\.(heic|heif|hif|jxl|svg|psd|xcf|raw|dng|cr2|cr3|nef|arw|orf|rw2|raf|exr|hdr|tga|pcx|ico|icns|eps|pdf|ai|dcm|nii|"
+    r"svs|ndpi|czi|nd2|lif|fits|djvu)",
+    re.IGNORECASE,
+)
 Identity = tuple[int, int]  # a folder's device and inode
 
 
@@ -39,13 +45,15 @@ Identity = tuple[int, int]  # a folder's device and inode
 class LeftOut:
     """The paths of files and folders that are not read, by the reason.
 
-    `outside` lists images beside the class folders, `foreign` files that are not images, and `broken` links to nothing.
+    `outside` lists images beside the class folders, `unsupported` images in OTHER_FORMATS, `foreign` files that are not
+    images, and `broken` links to nothing.
     `dotted` lists the members of tar shards that would be images or labels if their keys did not end at the first dot.
     `inner` lists folders of images within class folders, which are read.
     """
 
     hidden: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
+    unsupported: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)
@@ -58,7 +66,9 @@ class LeftOut:
 
     def describe(self, top: str = "") -> str:
         """Count and name what was left out, in paths relative to `top`; return "" if there is nothing."""
-        kinds = {"hidden": self.hidden, "images outside class folders": self.outside, "not images": self.foreign}
+        kinds = {"hidden": self.hidden, "images outside class folders": self.outside}
+        kinds |= {"in formats that are not read, convert them to JPEG or PNG": self.unsupported}
+        kinds |= {"not images": self.foreign}
         kinds |= {"broken links": self.broken, "links to folders read already": self.repeated}
         kinds |= {"names with a second dot, of no sample because keys end at the first": self.dotted}
         prefix = os.path.join(top, "")
@@ -117,8 +127,11 @@ def images_among(folder: str, names: list[str], left_out: LeftOut) -> list[str]:
             left_out.hidden.append(path)
         elif os.path.splitext(name)[1].lower() in image_extensions() or _holds_image(path):
             found.append(path)
+        elif not os.path.exists(path):
+            left_out.broken.append(path)
         else:
-            (left_out.foreign if os.path.exists(path) else left_out.broken).append(path)
+            is_picture = OTHER_FORMATS.fullmatch(os.path.splitext(name)[1])
+            (left_out.unsupported if is_picture else left_out.foreign).append(path)
     return found
 
 

@@ -62,6 +62,7 @@ class Look(NamedTuple):
     peak: float | None  # the largest value of an image with 16 bits per channel
     is_turned: bool
     is_transparent: bool
+    has_further: bool  # frames or pages after the one that is read
 
 
 @dataclass
@@ -112,7 +113,7 @@ class Survey:
     def __init__(self, num_images: int):
         self.sizes, self.moments = np.zeros((num_images, 2), dtype=np.int64), np.zeros((num_images, 2, 3))
         self.extremes, self.peaks = np.zeros((num_images, 2, 3)), list[float]()
-        self.num_turned, self.num_transparent = 0, 0
+        self.num_turned, self.num_transparent, self.num_further = 0, 0, 0
         self.alike: defaultdict[bytes, list[int]] = defaultdict(list)
         self.modes, self.unreadable = Counter[str](), dict[int, str]()
 
@@ -123,6 +124,7 @@ class Survey:
         self.peaks += [] if look.peak is None else [look.peak]
         self.num_turned += look.is_turned
         self.num_transparent += look.is_transparent
+        self.num_further += look.has_further
 
 
 def verify(root: Path, num_workers: int, all_classes: bool, config: DataConfig) -> int:
@@ -141,6 +143,8 @@ def verify(root: Path, num_workers: int, all_classes: bool, config: DataConfig) 
     warnings = [*contents.inner, *find_warnings(survey)]
     if len(contents.splits) == 1 and any(len(group) > 1 for group in survey.alike.values()):
         warnings.append("some images are equal: a hold-out may put one into train and the other into val; keep one")
+    if contradicting := sum(len(set(contents.labels[group])) > 1 for group in survey.alike.values()):
+        warnings.append(f"{counted(contradicting, 'group')} of equal images with different labels: keep the right one")
     for warning in warnings:
         say("warning", warning)
     found = {
@@ -312,7 +316,19 @@ def measure(image: Image.Image, decoding: Decoding) -> Look:
     moments = np.stack([(shares * LEVELS).sum(1), (shares * LEVELS**2).sum(1)])
     peak = float(LEVELS[shares.any(axis=0)].max()) if is_deep else None
     transparent = image.has_transparency_data
-    return Look(mode, rgb.size, digest.digest(), moments, shares[:, [0, -1]].T, peak, turned, transparent)
+    extremes, further = shares[:, [0, -1]].T, has_further_frames(image)
+    return Look(mode, rgb.size, digest.digest(), moments, extremes, peak, turned, transparent, further)
+
+
+def has_further_frames(image: Image.Image) -> bool:
+    """Whether a loaded image has frames or pages after the one that was loaded; previews in photos do not count."""
+    if image.format == "MPO":
+        return False
+    try:
+        image.seek(image.tell() + 1)
+    except Exception:  # Pillow's plugins have no common base class
+        return False
+    return True
 
 
 def find_warnings(survey: Survey) -> list[str]:
@@ -381,6 +397,8 @@ def print_survey(contents: Contents, survey: Survey) -> None:
         say("turned", f"{counted(survey.num_turned, 'image')} by EXIF orientation, see data.exif")
     if survey.num_transparent:
         say("transparent", f"{counted(survey.num_transparent, 'image')}, see data.background")
+    if survey.num_further:
+        say("frames", f"{counted(survey.num_further, 'image')} with further frames or pages, which are not read")
     for index, reason in survey.unreadable.items():
         say("unreadable", f"{contents.name(index)}: {printable(reason)}")
 
