@@ -3,6 +3,7 @@
 Each torchrun process on a machine counts only its share of the machine's memory.
 """
 
+import contextlib
 import ctypes
 import datetime
 import os
@@ -41,6 +42,15 @@ def processor() -> str:
     numbers = ", ".join(f"{name} {fields[name]}" for name in names if name in fields)
     name = fields.get("model name") or platform.processor() or platform.machine()
     return f"{name} ({numbers})" if numbers else name
+
+
+def waited_for_processors() -> float:
+    """Return for how many seconds the threads of this process have waited for a processor; 0 if this is unknown."""
+    seconds = 0.0
+    for statistics in Path("/proc/self/task").glob("*/schedstat"):  # of Linux; none elsewhere
+        with contextlib.suppress(OSError):  # the thread has ended
+            seconds += int(statistics.read_text().split()[1]) / 1e9
+    return seconds
 
 
 def peak_memory(device: "torch.device") -> int:

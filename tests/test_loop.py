@@ -3,6 +3,10 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +21,7 @@ from sasa_train.config.compose import compose_config
 from sasa_train.config.saved import load_config
 from sasa_train.device import RunPlan, resolve
 from sasa_train.files import lock_folder
+from sasa_train.machine import waited_for_processors
 from sasa_train.models import LocalSelfAttention2d
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.checkpoint import Checkpoints, load_checkpoint
@@ -65,8 +70,42 @@ def test_a_run_that_becomes_slow_names_its_threads_once(tmp_path, monkeypatch, c
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.max_steps=9") == 0
-    told = "training is at 16 images/s, after 160: its 2 threads wait for one another"
+    told = "training is at 16 images/s, after 160: its 2 threads wait for one another, and "
     assert capsys.readouterr().err.count(told) == 1
+
+
+@pytest.mark.parametrize(("share", "is_said"), [(0.6, True), (0.2, False)])
+def test_threads_that_lack_processors_are_named_after_the_first_epoch(
+    tmp_path, monkeypatch, capsys, one_thread, share, is_said
+):
+    """On a busy machine, a run crawled from its start, so that it never was slower than its own top speed."""
+    from sasa_train.training import loop
+
+    monkeypatch.setattr(loop, "WATCHED", 0)
+    monkeypatch.setattr(loop, "waited_for_processors", lambda: 2 * share * time.perf_counter())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.max_steps=9") == 0
+    said = " ".join(capsys.readouterr().err.split())
+    told = "its 2 threads wait for one another, and other programs had their processors for 60% of the time; stop it"
+    assert (said.count(told), said.count("had their processors")) == ((1, 1) if is_said else (0, 0))
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="needs Linux's statistics of its scheduler")
+def test_waiting_for_a_processor_is_measured():
+    """Two programs that compute on one processor each wait for half of the time."""
+    before, mine = waited_for_processors(), os.sched_getaffinity(0)
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        for process in (0, other.pid):
+            os.sched_setaffinity(process, {min(mine)})
+        end = time.perf_counter() + 1
+        while time.perf_counter() < end:
+            pass
+    finally:
+        other.kill()
+        other.wait()
+        os.sched_setaffinity(0, mine)
+    assert waited_for_processors() - before > 0.1
 
 
 def test_an_hour_limit_saves_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):

@@ -27,6 +27,7 @@ from sasa_train.training.state import TrainState
 
 OF_VAL = ("model.target", "data.target")  # the code that sasa-evaluate runs
 CROWDED = 1.5  # load (programs that want to compute, in the last minute) per processor
+CROWDED_OUT = 0.25  # share of the time for which the threads that compute were ready, but had no processor
 
 
 def describe_keys(config: TrainConfig, run_dir: Path) -> str:
@@ -91,13 +92,16 @@ def describe_crowding(device: torch.device) -> str:
     )
 
 
-def describe_threads(device: torch.device) -> str:
-    """Say why several threads on a CPU may have become slow, with the remedy, or return ""."""
-    if device.type != "cpu" or torch.get_num_threads() == 1:
-        return ""
+def describe_threads(num_threads: int, waited: float) -> str:
+    """Say why several threads on a CPU are slow, with the remedy.
+
+    waited: share of the time for which they had no processor; 0 if this is unknown.
+    """
+    others = f"other programs had their processors for {waited:.0%} of the time"
     return (
-        f"its {torch.get_num_threads()} threads wait for one another, and other programs may use the processors; stop "
-        "it (Ctrl-C) and go on with fewer, as in OMP_NUM_THREADS=1 before the same command"
+        f"its {num_threads} threads wait for one another, and "
+        f"{others if waited >= CROWDED_OUT else 'other programs may use the processors'}; stop it (Ctrl-C) and go on "
+        "with fewer, as in OMP_NUM_THREADS=1 before the same command"
     )
 
 

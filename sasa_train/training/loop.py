@@ -18,14 +18,14 @@ from sasa_train.config.keys import flatten
 from sasa_train.config.saved import to_yaml
 from sasa_train.data.loader import Loaders, check_evaluated
 from sasa_train.data.randomness import recalibration_rng
-from sasa_train.machine import peak_memory
+from sasa_train.machine import peak_memory, waited_for_processors
 from sasa_train.processes import collectives
 from sasa_train.refusal import ConfigError, ExpectedFailure
 from sasa_train.runs.checkpoint import CheckpointError
 from sasa_train.runs.folder import RunFolder
 from sasa_train.signals import StopRequest
 from sasa_train.terminal import say, warn
-from sasa_train.training.announce import describe_threads
+from sasa_train.training.announce import CROWDED_OUT, describe_threads
 from sasa_train.training.evaluation import Batches, Evaluation, evaluate, recalibrate
 from sasa_train.training.hooks import OwnCodeError, RunView, call_hooks, load_hooks
 from sasa_train.training.log import RunLogger
@@ -35,6 +35,7 @@ from sasa_train.training.snapshots import captions_of, confusion_picture, contac
 from sasa_train.training.step import Stepper, StepReport, train_one_epoch
 
 NUM_NAMED = 8  # maximum number of images named in an error
+WATCHED = 5  # seconds of training, at least, for which threads that lack processors are counted
 
 
 class Loop:
@@ -62,6 +63,7 @@ class Loop:
         self.failure: OwnCodeError | None = None  # of a hook; all processes have it
         self.num_left_out = 0  # unreadable images in the last evaluation
         self._top_speed, self._is_slow = 0.0, False
+        self._waited, self._waited_at = waited_for_processors(), time.perf_counter()
         self._saved: tuple[int, int] | None = None  # step and evaluated_step of the last checkpoint
         self.eval_seconds = self.logger.eval_seconds  # duration of the last evaluation, possibly before a resume
         self.profiler: Any = contextlib.nullcontext()
@@ -262,11 +264,20 @@ class Loop:
         self._start_clock()
 
     def warn_if_slow(self, speed: float) -> None:
-        """Warn once if threads on a CPU compute at a quarter of this run's own top speed, in images per second."""
-        self._top_speed = max(self._top_speed, speed)
-        if not self._is_slow and speed < self._top_speed / 4 and (remedy := describe_threads(self.state.device)):
-            self._is_slow = True
-            warn(f"training is at {speed:,.0f} images/s, after {self._top_speed:,.0f}: {remedy}")
+        """Warn once if threads on a CPU lack processors, or compute at a quarter of this run's own top images/s."""
+        num_threads = torch.get_num_threads()
+        if self._is_slow or self.state.device.type != "cpu" or num_threads == 1:
+            return
+        before, now, share = self._top_speed, time.perf_counter(), 0.0
+        self._top_speed = max(before, speed)
+        if (seconds := now - self._waited_at) >= WATCHED:
+            waited = waited_for_processors()
+            share = (waited - self._waited) / seconds / num_threads
+            self._waited, self._waited_at = waited, now
+        self._is_slow = share >= CROWDED_OUT or speed < before / 4
+        if self._is_slow:
+            fell = f", after {before:,.0f}" if speed < before / 4 else ""
+            warn(f"training is at {speed:,.0f} images/s{fell}: {describe_threads(num_threads, share)}")
 
     def seconds_left(self, seconds_per_step: float) -> float:
         steps = self.num_steps - self.state.step
