@@ -1,6 +1,7 @@
 """Atomic file writes that survive crashes of the process or machine, and locks that allow one writer per folder."""
 
 import csv
+import difflib
 import errno
 import fcntl
 import io
@@ -8,6 +9,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -70,6 +72,18 @@ def is_there(path: Path, is_kind: Callable[[int], bool] = bool) -> bool:
         if error.errno in DISK_FAILED:
             raise
         return False
+
+
+def did_you_mean(path: str | Path) -> str:
+    """Return ' (did you mean ...?)' with a path that is there and differs from `path` in one similar name, else ''."""
+    path = Path(path)
+    for place in (path, *path.parents):
+        if place.parent.is_dir() and not place.exists():
+            with suppress(OSError):
+                for name in difflib.get_close_matches(place.name, os.listdir(place.parent), cutoff=0.75):
+                    if (similar := place.parent / name / path.relative_to(place)).exists():
+                        return f" (did you mean {shlex.quote(str(similar))}?)"
+    return ""
 
 
 def open_regular(path: str | Path) -> io.BufferedReader:

@@ -397,6 +397,15 @@ def test_folders_that_are_not_a_set_are_refused_with_what_was_found(image_folder
     assert not (tmp_path / "outputs").exists()
 
 
+def test_a_mistyped_folder_is_followed_by_the_one_that_was_meant(image_folder, tmp_path, capsys, in_process):
+    hint = "(did you mean images?)"
+    assert hint in in_process("train", "data.root=image", expect=2).stderr
+    assert hint in in_process("train", "data=image_folder", "data.root=image", expect=2).stderr
+    assert hint in in_process("dataset_tool", "verify", "imagse", expect=2).stderr
+    (tmp_path / "train.csv").touch()
+    assert "(did you mean train.csv?)" in in_process("train", "data.train=trian.csv", expect=2).stderr
+
+
 def test_val_or_test_is_taken_where_it_is_there_and_else_a_part_of_train(image_folder, in_process):
     config = compose_config(["experiment=my_images", f"data.root={image_folder}"])
 

@@ -13,7 +13,7 @@ from typing import BinaryIO, NamedTuple, NoReturn
 
 from sasa_train.data.class_names import MAX_CLASS_NAME, composed, with_nearest
 from sasa_train.data.listing import Identity, LeftOut, identity_of, images_among, in_order, is_hidden
-from sasa_train.files import open_regular
+from sasa_train.files import did_you_mean, open_regular
 from sasa_train.refusal import ConfigError, shorten
 from sasa_train.terminal import printable, some
 
@@ -117,7 +117,7 @@ def _read_lines(path: str, what: str, columns: Sequence[str], root: str | None) 
     try:
         file = open_regular(path)
     except OSError as error:
-        raise ConfigError(f"{what}: cannot be read ({error.strerror}); give a CSV file") from error
+        raise ConfigError(f"{what}: cannot be read ({error.strerror}){did_you_mean(path)}; give a CSV file") from error
     base = os.path.dirname(path) if root is None else root
     with file:
         reader = csv.reader(_decoded(file, what), strict=True)

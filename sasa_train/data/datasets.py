@@ -42,7 +42,7 @@ from sasa_train.data.randomness import fixed_order
 from sasa_train.data.shard_index import MAX_CLASSES
 from sasa_train.data.shards import SPLIT_NAMES, TarMembers, check_image_size, find_shards, load_shards
 from sasa_train.data.whole import check_whole
-from sasa_train.files import open_regular
+from sasa_train.files import did_you_mean, open_regular
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import printable, say, some, warn
 
@@ -685,8 +685,9 @@ def load_class_folders(root: Path, split: str) -> ImageSet:
     if not folder.is_dir():
         missing = folder if root.is_dir() else root
         raise ConfigError(
-            f"data.root={root}: there is no folder {missing}; expected train/ and val/ (or test/) with one folder per "
-            "class or tar shards, or train/ or the class folders alone with data.holdout_fraction"
+            f"data.root={root}: there is no folder {missing}{did_you_mean(missing)}; expected train/ and val/ (or "
+            "test/) with one folder per class or tar shards, or train/ or the class folders alone with "
+            "data.holdout_fraction"
         )
     images = _image_set(folder, may_be_splits=split == "")
     if split in ("train", ""):

@@ -40,6 +40,7 @@ from sasa_train.data.decoding import Decoding, decoding_of, is_16_bit, is_turned
 from sasa_train.data.listing import LeftOut
 from sasa_train.data.quarantine import fully
 from sasa_train.data.shards import SPLIT_NAMES
+from sasa_train.files import did_you_mean
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import DONE, FAILED, printable, progress_bar, some
 
@@ -173,7 +174,9 @@ def read_contents(root: Path) -> Contents:
         ConfigError: the folder does not exist or contains no classes, or a split holds shards and class folders.
     """
     if not root.is_dir():
-        raise ConfigError(f"ROOT={root} must be a folder that is there; give the one that holds train/ and val/")
+        raise ConfigError(
+            f"ROOT={root} must be a folder that is there{did_you_mean(root)}; give the one that holds train/ and val/"
+        )
     kinds = {split: kind for split in SPLIT_NAMES if (kind := kind_of(root, split))}
     kind = SHARDS if holds_shards(root) else CLASS_FOLDERS
     others = {split: unlike(split, of_split, kind) for split, of_split in kinds.items() if of_split != kind}

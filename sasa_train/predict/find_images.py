@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from sasa_train.files import did_you_mean
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import printable
 
@@ -56,7 +57,7 @@ def find_images(
 
 def _at(path: str, left_out: "LeftOut") -> Iterator[Found]:
     if not os.path.lexists(path):
-        yield Found(path, "is not there")
+        yield Found(path, f"is not there{did_you_mean(path)}")
     elif os.path.isdir(path):
         yield from _within(path, left_out)
     else:

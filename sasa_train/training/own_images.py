@@ -36,6 +36,7 @@ from sasa_train.data.datasets import (
 from sasa_train.data.loader import check_batch
 from sasa_train.data.named_sets import build_named
 from sasa_train.device import uses_cuda
+from sasa_train.files import did_you_mean
 from sasa_train.models.build import check_model, check_name
 from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import ConfigError
@@ -174,7 +175,10 @@ def _find(config: TrainConfig) -> tuple[ImageSet, float]:
     if data.name == "digits" or reads_torchvision(data):
         return load_image_sets(data)[0], 0.0
     if not root.is_dir():
-        raise ConfigError(f"data.root={root}: there is no such folder; give one that has a folder of images per class")
+        raise ConfigError(
+            f"data.root={root}: there is no such folder{did_you_mean(root)}; give one that has a folder of images "
+            "per class"
+        )
     has_val = any(kind_of(root, name) for name in VAL_SPLITS[data.split]) and not holds_class_folders(root)
     if (root / "train").is_dir() and not has_val and (others := beside_splits(root)):
         raise ConfigError(
