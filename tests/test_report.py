@@ -343,6 +343,15 @@ def test_a_training_time_too_large_to_compute_with_is_unknown(tmp_path):
     assert "training_seconds" in (text := (runs / "report/table.csv").read_text()) and "308" not in text
 
 
+def test_a_run_given_twice_counts_once(tmp_path):
+    """`sasa-report outputs outputs/sweep` listed and counted the sweep's runs twice."""
+    sweep = write_sweep(tmp_path / "s", {(("model.kernel_size=3",), 0): [1.0], (("model.kernel_size=5",), 0): [2.0]})
+    write_run(tmp_path / "alone", BASE, [1.0])
+    once = [job.run_dir.resolve() for job in find_jobs([tmp_path]).jobs]
+    several = find_jobs([tmp_path, sweep, tmp_path / "alone", tmp_path / "s/..", *sweep.glob("*/")]).jobs
+    assert len(once) == 3 and [job.run_dir.resolve() for job in several] == once
+
+
 def test_what_cannot_be_reported_is_refused(tmp_path, capsys, in_process):
     assert command.run_command([str(tmp_path)]) == 2 and "is not a sweep" in capsys.readouterr().err
     sweep = write_sweep(tmp_path / "s", {(("model.kernel_size=3",), 0): [1.0], (("model.kernel_size=5",), 0): [2.0]})

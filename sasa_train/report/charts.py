@@ -21,6 +21,7 @@ from sasa_train.figures import (
 from sasa_train.report.intervals import Interval
 from sasa_train.report.page import Picture
 from sasa_train.report.rows import Report, Row, seed_differences, settings_of
+from sasa_train.terminal import progress_bar
 
 MAX_ROWS, MAX_PANELS = 24, 12  # if there are more rows, as in a search, only the best are drawn
 MAX_OVERLAID = 3  # rows in one panel of curves; of more, each has its own panel
@@ -63,7 +64,7 @@ def draw_charts(report: Report) -> list[Picture]:
     parts = OF_INTERVALS if report.has_intervals else dict.fromkeys(OF_INTERVALS, "")
     return [
         Picture(name, rendered(figure), CAPTIONS[name][0], CAPTIONS[name][1].format(**parts))
-        for name, figure in figures.items()
+        for name, figure in progress_bar(figures.items(), desc="drawing", unit="figure")
     ]
 
 

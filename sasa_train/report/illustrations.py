@@ -108,7 +108,8 @@ def _add_drawn(section: Section, trained: TrainedModel, run_dir: Path, names: Se
 
     reasons = not_drawable(trained, run_dir)
     section.missing += [f"Not drawn: {reason}." for reason in dict.fromkeys(reasons[n] for n in names if n in reasons)]
-    section.add(draw_run(trained, run_dir, names))
+    drawable = [name for name in names if name not in reasons]
+    section.add(draw_run(trained, run_dir, drawable), len(drawable))
 
 
 def _add_classes(section: Section, trained: TrainedModel, val: ImageSet, num_images: int) -> None:
@@ -121,7 +122,7 @@ def _add_classes(section: Section, trained: TrainedModel, val: ImageSet, num_ima
         from sasa_train.visualize.drawing import draw_classes
 
         names = [name for name in OF_CLASSES if name != "mistakes" or found.mistakes]
-        section.add(draw_classes(found, trained.classes, len(val), names))
+        section.add(draw_classes(found, trained.classes, len(val), names), len(names))
 
 
 def class_rows(found: ValSample, classes: list[str]) -> list[dict[str, str]]:

@@ -7,6 +7,7 @@ import os
 import shlex
 import stat
 import statistics
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,22 +73,28 @@ class Found:
 
 
 def find_jobs(sources: list[Path]) -> Found:
-    """Find the jobs in sweep folders, run folders and folders that contain run folders.
+    """Find the jobs in sweep folders, run folders and folders that contain run folders; one given twice counts once.
 
     Raises:
         ConfigError: a source is none of these, or a ledger cannot be read.
     """
     found = Found()
-    for source in sources:
+    for source in {path.resolve(): path for path in _runs_and_sweeps(sources)}.values():
         if ledgers := sorted(source.glob("ledger*.json")):
             _add_sweep(found, source, ledgers)
-        elif is_run(source):
+        else:
             found.jobs.append(_run_job(source))
+    places = [job.name if job.run_dir is None else job.run_dir.resolve() for job in found.jobs]
+    found.jobs = [job for i, job in enumerate(found.jobs) if job.run_dir is None or places[i] not in places[:i]]
+    return found
+
+
+def _runs_and_sweeps(sources: list[Path]) -> Iterator[Path]:
+    for source in sources:
+        if is_sweep(source) or is_run(source):
+            yield source
         elif inside := sorted(folder for folder in source.glob("*") if is_run(folder) or is_sweep(folder)):
-            within = find_jobs(inside)
-            found.jobs += within.jobs
-            found.commands += within.commands
-            found.paper_tables |= within.paper_tables
+            yield from inside
         elif not os.path.lexists(source):
             raise ConfigError(f"{source}: there is no such folder{similar_runs(source, with_sweeps=True)}")
         else:
@@ -95,7 +102,6 @@ def find_jobs(sources: list[Path]) -> Found:
                 f"{source}: is not a sweep (with ledger.json), not a run (with config.yaml), and holds no runs; give a "
                 "folder that sasa-sweep or sasa-train wrote"
             )
-    return found
 
 
 def is_sweep(folder: Path) -> bool:

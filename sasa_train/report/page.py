@@ -24,7 +24,7 @@ from sasa_train.report.jobs import Job
 from sasa_train.report.rows import Report, Row
 from sasa_train.report.run_list import best_of, columns_of, group_by_data
 from sasa_train.report.tables import cells, not_counted, notes, title
-from sasa_train.terminal import printable_lines
+from sasa_train.terminal import printable_lines, progress_bar
 from sasa_train.visualize.names import FIGURES
 
 if TYPE_CHECKING:
@@ -75,11 +75,12 @@ class Section:
     rows: list[dict[str, str]] = field(default_factory=list)
     rows_title: str = ""
 
-    def add(self, drawn: "Iterable[tuple[str, Figure, str]]") -> None:
-        """Add figures drawn by sasa-visualize, with their captions."""
+    def add(self, drawn: "Iterable[tuple[str, Figure, str]]", number: int | None = None) -> None:
+        """Add figures drawn by sasa-visualize, with their captions; `number` is how many there will be."""
         from sasa_train.figures import rendered
 
-        for name, figure, caption in drawn:
+        what = self.title.partition(" ")[0].lower()
+        for name, figure, caption in progress_bar(drawn, total=number, desc=f"drawing {what}", unit="figure"):
             alt = FIGURES[name][0].upper() + FIGURES[name][1:]
             self.pictures.append(Picture(name, rendered(figure), alt, caption))
 

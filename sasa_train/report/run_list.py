@@ -11,7 +11,7 @@ from sasa_train.config.places import real
 from sasa_train.report.jobs import Job
 from sasa_train.terminal import printable
 
-MIN_NAME = 12  # characters of a run's name that are shown even if the terminal is narrow: its hash
+MIN_NAME = 24  # characters of a run's name that are shown even if the terminal is narrow
 
 
 def list_runs(jobs: list[Job], width: int | None = None) -> str:
@@ -71,17 +71,17 @@ def _table(jobs: list[Job], width: int) -> Iterator[str]:
     commonest values, the best top1 is left out, and if even that is too wide, some of the keys are.
     """
     columns = columns_of(jobs)
-    left_out = 0
-    if width - _width(columns) < MIN_NAME:
+    left_out, min_name = 0, min(MIN_NAME, max(len(printable(job.name)) for job in jobs))
+    if width - _width(columns) < min_name:
         columns = [column for column in columns if column[0] != "best"]  # the last epoch decides
         num_fixed = 3 if columns[2:] and columns[2][0] == "state" else 2
         together = [*columns[:num_fixed], ["differs in", *_differences(columns[num_fixed:], len(jobs))]]
-        if width - _width(columns) < MIN_NAME <= width - _width(together):
+        if width - _width(columns) < min_name <= width - _width(together):
             columns = together
-        while len(columns) > num_fixed and width - _width(columns) < MIN_NAME:
+        while len(columns) > num_fixed and width - _width(columns) < min_name:
             del columns[-1]
             left_out += 1
-    room = max(MIN_NAME, width - _width(columns))
+    room = max(min_name, width - _width(columns))
     place = 1 + next(place for place, column in enumerate(columns) if column[0] == "epoch")
     columns.insert(place, ["run", *(_shortened(printable(job.name), room) for job in jobs)])
     widths = [max(map(len, column)) for column in columns]
