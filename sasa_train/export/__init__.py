@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,7 +80,7 @@ def export(options: argparse.Namespace) -> int:
         expected = measure(trained.model, images)
         if not all(logits.isfinite().all() for logits in expected.logits):
             raise ConfigError(f"{trained.path}: its logits are not finite; there is nothing to compare an export with")
-        print_head(trained, of_what, expected)
+        print_head(trained, of_what, expected, folder)
         for name in names:
             try:
                 found = make(FORMATS[name], source, folder, images, expected)
@@ -87,15 +88,15 @@ def export(options: argparse.Namespace) -> int:
                 fail(ExportError(f"{name}: {error}"))
                 exit_code = FAILED
                 continue
-            path = folder / FORMATS[name].target
-            difference = f"{found.difference(expected):.1e}  {printable(path)}"
-            say(row(name, megabytes(path), found.images_per_second, difference))
+            target = FORMATS[name].target
+            difference = f"{found.difference(expected):<18.1e}  {target}"
+            say(row(name, megabytes(folder / target), found.images_per_second, difference))
     if exit_code == DONE:
         say("\nnext        docs/export.md: use the files in timm, onnxruntime or plain PyTorch")
     return exit_code
 
 
-def print_head(trained: "TrainedModel", of_what: str, expected: "Measured") -> None:
+def print_head(trained: "TrainedModel", of_what: str, expected: "Measured", folder: Path) -> None:
     import torch
 
     from sasa_train.export.checking import BATCH_SIZES
@@ -104,9 +105,10 @@ def print_head(trained: "TrainedModel", of_what: str, expected: "Measured") -> N
 
     say(f"{printable(trained.path)}: {trained.config.model.title}, {trained.weights} weights")
     threads = "1 CPU thread" if (count := torch.get_num_threads()) == 1 else f"{count} CPU threads"
-    say(f"checked on {of_what}; images/s with {threads} of this machine\n")
+    say(f"checked on {of_what}; images/s with {threads} of this machine")
+    say(f"files in {printable(shlex.quote(str(folder)))}\n")
     batches = "".join(f"{f'batch {size}':>11}" for size in BATCH_SIZES)
-    say(f"{'format':<13}{'MB':>8}{batches}  largest difference, file")
+    say(f"{'format':<13}{'MB':>8}{batches}  largest difference  file")
     say(row("PyTorch", megabytes(trained.path), expected.images_per_second, "").rstrip())
 
 
