@@ -117,6 +117,25 @@ def test_duplicates_are_found_by_their_pixels(image_folder, capsys):
     assert last_line(out) == "2 problems: 2 duplicates across splits"
 
 
+def test_classes_and_files_that_may_not_be_meant_are_named(image_folder, capsys, in_process):
+    """Labels typed by hand made `blue` and `Blue ` two classes, and copies that editors keep were trained on."""
+    shutil.copytree(image_folder / "train/blue", image_folder / "train/Blue\u200b ")
+    shutil.copytree(image_folder / "val/blue", image_folder / "val/Blue\u200b ")
+    shutil.copy(image_folder / "train/red/1.png", image_folder / "train/red/1.png_original")
+    for kind in (1, 4):  # as GDAL writes the pyramid and the mask of a.tif beside it
+        Image.new("L", (9, 7)).save(image_folder / f"train/red/a.tif.{kind}", "TIFF", tiffinfo={254: kind})
+    said = verify(capsys, image_folder, expect=0)
+    alike = r"'Blue\u200b ' and 'blue' are classes of their own, though their names differ only in case or spaces"
+    original = "read as images for their content, whatever their names: 1 ({}red/1.png_original)"
+    assert f"warning     {alike}" in said and f"warning     {original.format('train/')}" in said
+    assert "not images: 2 (train/red/a.tif.1, train/red/a.tif.4)" in said
+    run = ["experiment=debug", "data=image_folder", "data.root=images", "data.image_size=16", "trainer.max_steps=1"]
+    run += ["trainer.global_batch_size=8"]
+    done = in_process("train", *run)
+    said = " ".join((done.stdout + done.stderr).split())
+    assert f"WARNING: {alike}" in said and f"WARNING: {original.format('')}" in said
+
+
 def test_further_frames_are_counted(image_folder, capsys):
     """Only the first page of a scan is read; a phone's photo with a preview (MPO) has no page that is left out."""
     folder, pages = image_folder / "train/red", [Image.new("RGB", (19, 17), colour) for colour in ("red", "lime")]

@@ -60,13 +60,13 @@ def running_jobs(folder: Path) -> list[tuple[int, str]]:
 
 @pytest.mark.slow
 def test_a_sweep_survives_kills_and_a_broken_config(tmp_path):
-    """One of twelve jobs is broken; two jobs and then the sweep are killed, and no completed work may be lost."""
-    broken = tmp_path / "twelve.yaml"
+    """One of seven jobs is broken; two jobs and then the sweep are killed, and no completed work may be lost."""
+    broken = tmp_path / "seven.yaml"
     broken.write_text(
         "overrides: [" + ", ".join(f'"{a}"' for a in SMALL) + ", trainer.epochs=6, trainer.checkpoint_every_steps=2]\n"
-        "rows:\n" + "".join(f"  - [seed={n}]\n" for n in range(11)) + "  - [seed=11, model.kernel_size=4]\n"
+        "rows:\n" + "".join(f"  - [seed={n}]\n" for n in range(6)) + "  - [seed=6, model.kernel_size=4]\n"
     )
-    arguments = ["sweep=twelve.yaml", "sweep.max_parallel=4"]
+    arguments = ["sweep=seven.yaml", "sweep.max_parallel=3"]
     sweep = start_sweep(tmp_path, *arguments)
     killed = []
     for _ in range(2):
@@ -85,7 +85,7 @@ def test_a_sweep_survives_kills_and_a_broken_config(tmp_path):
     output = finished(start_sweep(tmp_path, *arguments), expect=1)  # one job is refused
     jobs = read_ledger(tmp_path)["jobs"]
     states = [job["state"] for job in jobs.values()]
-    assert states.count("done") == 11 and states.count("refused") == 1, output
+    assert states.count("done") == 6 and states.count("refused") == 1, output
     (refused,) = (job for job in jobs.values() if job["state"] == "refused")
     assert "must be odd" in refused["reason"] and refused["tries"] == [] and "must be odd" in output
     for name in killed:
@@ -147,16 +147,16 @@ def test_a_search_prunes_stops_and_goes_on(tmp_path):
     """Check that a search that is stopped and continued runs the requested number of trials, each exactly once."""
     pytest.importorskip("optuna")
     arguments = [*SMALL, "trainer.epochs=4", "optimizer.lr=tag(log,interval(1e-4,1))", "model.kernel_size=3,5"]
-    arguments += ["sweep.num_trials=9", "sweep.max_parallel=2"]
+    arguments += ["sweep.num_trials=6", "sweep.max_parallel=2"]
     sweep = start_sweep(tmp_path, *arguments)
     wait_for(lambda: sum(job["state"] == "done" for job in read_ledger(tmp_path)["jobs"].values()) >= 2)
     sweep.send_signal(signal.SIGTERM)
     finished(sweep, expect=75)
     begun = read_ledger(tmp_path)["jobs"]
-    assert len(begun) < 9
+    assert len(begun) < 6
     output = finished(start_sweep(tmp_path, *arguments), expect=0)
     jobs = read_ledger(tmp_path)["jobs"]
-    assert sorted(number for job in jobs.values() for number in job["trials"]) == list(range(9)), output
+    assert sorted(number for job in jobs.values() for number in job["trials"]) == list(range(6)), output
     assert begun.keys() <= jobs.keys() and {job["state"] for job in jobs.values()} <= {"done", "pruned"}
     import optuna
     from optuna.storages.journal import JournalFileBackend
@@ -340,7 +340,7 @@ def test_a_bad_trial_is_given_up_and_a_good_one_is_not(tmp_path):
     from sasa_train.sweep.search import Search
 
     arguments = ["experiment=debug", "optimizer.lr=interval(0.1,1)", "trainer.epochs=9", f"sweep.output_dir={tmp_path}"]
-    plan = read_plan([*arguments, "sweep.num_trials=9"])
+    plan = read_plan([*arguments, "sweep.num_trials=6"])
     plan.folder.mkdir(parents=True)
     search = Search(plan, Ledger(plan.folder / "ledger.json", {}))
 

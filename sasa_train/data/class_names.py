@@ -1,6 +1,7 @@
 """Compare the class names of two sets, which may come from different systems, in Unicode's composed form (NFC)."""
 
 import difflib
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
@@ -21,6 +22,20 @@ def twins(names: Sequence[str]) -> list[str]:
     for name, in_nfc in zip(names, composed(names), strict=True):
         groups[in_nfc].append(name)
     return [" and ".join(map(ascii, group)) for group in groups.values() if len(group) > 1]
+
+
+def look_alikes(names: Sequence[str]) -> list[str]:
+    """Describe each group of names that differ only in case, spaces and invisible characters, - and _."""
+    groups = defaultdict(list)
+    for name in names:
+        shown = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
+        groups[" ".join(re.split(r"[\s_-]+", shown.casefold().strip()))].append(name)
+    return [
+        f"{' and '.join(map(ascii, group))} are classes of their own, though their names differ only in case or "
+        "spaces; merge them if they are one"
+        for group in groups.values()
+        if len(group) > 1
+    ]
 
 
 def with_nearest(name: str, others: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -74,13 +74,13 @@ class UnreadableImage(Exception):
 class Files:
     """Image files given by their paths; `folder` contains the class folders, or the list at `list_path` names them.
 
-    `left_out` says what is not read, and `inner` which folders within class folders are; both are for messages.
+    `left_out` says what is not read, and `doubtful` what is, though it may not be meant; both are for messages.
     """
 
     paths: list[str]
     folder: str = ""
     left_out: str = ""
-    inner: str = ""
+    doubtful: tuple[str, ...] = ()
     list_path: str = ""
 
     def open(self, position: int) -> BinaryIO:
@@ -584,10 +584,11 @@ def _tell_left_out(images: ImageSet) -> None:
 
 
 def _told(images: ImageSet) -> ImageSet:
-    """Return the images after saying what is not read, and which folders are no classes of their own."""
+    """Return the images after saying what is not read, and what is read that may not be meant."""
     _tell_left_out(images)
-    if isinstance(images.source, Files) and images.source.inner:
-        warn(f"{printable(images.source.folder)}: {images.source.inner}")
+    if isinstance(images.source, Files):
+        for doubtful in images.source.doubtful:
+            warn(f"{printable(images.source.folder)}: {doubtful}")
     return images
 
 
@@ -732,10 +733,11 @@ def _image_set(folder: Path, may_be_splits: bool = False) -> ImageSet:
     if may_be_splits:
         refuse_splits(folder, left_out)
     top = str(folder)
-    return labelled(found, folder=top, left_out=left_out.describe(top), inner=left_out.describe_inner(top))
+    doubtful = tuple(left_out.describe_doubtful(top))
+    return labelled(found, folder=top, left_out=left_out.describe(top), doubtful=doubtful)
 
 
-def labelled(found: Mapping[str, list[str]], **about: str) -> ImageSet:
+def labelled(found: Mapping[str, list[str]], **about: Any) -> ImageSet:
     """Return the images of each class, by its name, as a set; `about` are the other fields of `Files`."""
     paths = [path for of_class in found.values() for path in of_class]
     labels = np.repeat(np.arange(len(found)), [len(of_class) for of_class in found.values()])

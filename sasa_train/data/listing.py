@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 from PIL import Image, features
 
+from sasa_train.data.tiff import is_part
 from sasa_train.files import open_regular
 from sasa_train.terminal import printable, some
 
@@ -48,7 +49,7 @@ class LeftOut:
     `outside` lists images beside the class folders, `unsupported` images in OTHER_FORMATS, `foreign` files that are not
     images, and `broken` links to nothing.
     `dotted` lists the members of tar shards that would be images or labels if their keys did not end at the first dot.
-    `inner` lists folders of images within class folders, which are read.
+    `inner` lists folders of images within class folders, and `unnamed` images whose names do not say so; both are read.
     """
 
     hidden: list[str] = field(default_factory=list)
@@ -59,6 +60,7 @@ class LeftOut:
     repeated: list[str] = field(default_factory=list)
     dotted: list[str] = field(default_factory=list)
     inner: list[str] = field(default_factory=list)
+    unnamed: list[str] = field(default_factory=list)
 
     def add(self, other: "LeftOut") -> None:
         for name, paths in vars(other).items():
@@ -75,10 +77,15 @@ class LeftOut:
         found = {kind: [path.removeprefix(prefix) for path in paths] for kind, paths in kinds.items() if paths}
         return "; ".join(f"{kind}: {len(paths):,} ({some(paths)})" for kind, paths in found.items())
 
-    def describe_inner(self, top: str) -> str:
-        """Name the folders within the class folders of `top`; return "" if there are none."""
-        if not self.inner:
-            return ""
+    def describe_doubtful(self, top: str = "") -> list[str]:
+        """Name what is read, though perhaps not meant: folders within the class folders of `top`, and odd files."""
+        found, prefix = [self._describe_inner(top)] if self.inner else [], os.path.join(top, "")
+        if self.unnamed:
+            names = some([path.removeprefix(prefix) for path in self.unnamed])
+            found.append(f"read as images for their content, whatever their names: {len(self.unnamed):,} ({names})")
+        return found
+
+    def _describe_inner(self, top: str) -> str:
         prefix = os.path.join(top, "")
         inner = [path.removeprefix(prefix) for path in sorted(self.inner)]
         name, count = Counter(path.partition("/")[0] for path in inner).most_common(1)[0]
@@ -108,10 +115,13 @@ def is_hidden_name(name: str) -> bool:
 
 
 def is_image(file: BinaryIO) -> bool:
-    """Return whether the content of an open file is in one of FORMATS, judged by its header."""
+    """Return whether the content of an open file is in one of FORMATS, judged by its header.
+
+    A TIFF that is only the pyramid or mask of another file, as GDAL writes them beside it, is not.
+    """
     try:
-        with Image.open(file, formats=FORMATS):
-            return True
+        with Image.open(file, formats=FORMATS) as image:
+            return not is_part(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         return True  # reading it reports the size
     except Exception:  # Pillow's plugins have no common base class
@@ -125,7 +135,10 @@ def images_among(folder: str, names: list[str], left_out: LeftOut) -> list[str]:
         path = os.path.join(folder, name)
         if is_hidden_name(name):
             left_out.hidden.append(path)
-        elif os.path.splitext(name)[1].lower() in image_extensions() or _holds_image(path):
+        elif os.path.splitext(name)[1].lower() in image_extensions():
+            found.append(path)
+        elif _holds_image(path):
+            left_out.unnamed.append(path)
             found.append(path)
         elif not os.path.exists(path):
             left_out.broken.append(path)

@@ -53,6 +53,11 @@ def one(image: Image.Image, tag: int, default: int) -> int:
     return int(next(iter(numbers(image, tag)), default))
 
 
+def is_part(image: Image.Image) -> bool:
+    """Whether the first page of a TIFF is marked as a reduced copy or a mask of another image."""
+    return any(int(n) & (REDUCED | MASK) for n in numbers(image, SUBFILE))
+
+
 def skip_thumbnails(image: Image.Image) -> None:
     """Go to the first page that is not a thumbnail; raw photos such as DNG begin with one."""
     reason: Exception | None = None

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from sasa_train.config.keys import DataConfig
-from sasa_train.data.class_names import composed, twins, with_nearest
+from sasa_train.data.class_names import composed, look_alikes, twins, with_nearest
 from sasa_train.data.datasets import (
     CLASS_FOLDERS,
     SHARDS,
@@ -73,7 +73,7 @@ class Contents:
     `faults` lists classes without images in a split, `unused` says what each split leaves out, and `ambiguous` lists
     class names that are in a split in two Unicode forms. `mixed` lists splits that are not read, because the rest is
     of another kind. `single` lists classes that no hold-out from train can split. `alone` describes the only class.
-    `inner` names folders within class folders.
+    `doubtful` says what is read, though it may not be meant.
     """
 
     root: Path
@@ -85,7 +85,7 @@ class Contents:
     ambiguous: list[str] = field(default_factory=list)
     mixed: list[str] = field(default_factory=list)
     alone: str = ""
-    inner: list[str] = field(default_factory=list)
+    doubtful: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         sets = list(self.splits.values())
@@ -141,7 +141,7 @@ def verify(root: Path, num_workers: int, all_classes: bool, config: DataConfig) 
     lost = print_lost_classes(contents, survey)
     num_across = print_duplicates(contents, survey)
     print_mean_std(contents, survey)
-    warnings = [*contents.inner, *find_warnings(survey)]
+    warnings = [*contents.doubtful, *look_alikes(contents.classes), *find_warnings(survey)]
     if len(contents.splits) == 1 and any(len(group) > 1 for group in survey.alike.values()):
         warnings.append("some images are equal: a hold-out may put one into train and the other into val; keep one")
     if contradicting := sum(len(set(contents.labels[group])) > 1 for group in survey.alike.values()):
@@ -190,12 +190,12 @@ def read_contents(root: Path) -> Contents:
         alone = only_class(classes[0], "", []) if len(classes) == 1 else ""
         faults = _faults(classes, splits, {})
         return Contents(root, kind, classes, splits, faults, [left_out.describe(), *skipped], mixed=mixed, alone=alone)
-    found, unused, ambiguous, inner = dict[str, dict[str, list[str]]](), [], [], list[str]()
+    found, unused, ambiguous, doubtful = dict[str, dict[str, list[str]]](), [], [], list[str]()
     for split, folder in find_splits(root).items():
         folders, left_out = listed_folders(folder)
         ambiguous += [f"{names}: one name in two Unicode forms in {split}" for names in twins(list(folders))]
         found[split] = merged(folders)
-        inner += filter(None, [left_out.describe_inner(str(root))])
+        doubtful += left_out.describe_doubtful(str(root))
         if split == "all":
             refuse_splits(root, left_out)
         unused.append(left_out.describe(str(root)))
@@ -210,7 +210,7 @@ def read_contents(root: Path) -> Contents:
     splits = {split: labelled({name: there.get(name, []) for name in classes}) for split, there in found.items()}
     faults = _faults(classes, splits, found)
     alone = _alone(root, classes, splits) if len(classes) == 1 else ""
-    return Contents(root, kind, classes, splits, faults, [*unused, *skipped], ambiguous, mixed, alone, inner)
+    return Contents(root, kind, classes, splits, faults, [*unused, *skipped], ambiguous, mixed, alone, doubtful)
 
 
 def read_listed(config: DataConfig) -> Contents:

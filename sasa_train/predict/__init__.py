@@ -156,6 +156,8 @@ def write_rows(
             write(text.encode("utf-8", "surrogateescape"))
     if told := left_out.describe():
         print(f"left out, {told}", file=sys.stderr)
+    for told in left_out.describe_doubtful():
+        print(told, file=sys.stderr)
     if not tally.found:
         raise ConfigError("no image was found")
 

@@ -15,6 +15,7 @@ from sasa_train.config.compose import as_overrides
 from sasa_train.config.derived import in_pixels
 from sasa_train.config.keys import DATA_SETS, TrainConfig
 from sasa_train.config.own_keys import imports_for, targets_of
+from sasa_train.data.class_names import look_alikes
 from sasa_train.data.datasets import Files
 from sasa_train.data.loader import Loaders
 from sasa_train.device import RunPlan
@@ -67,14 +68,15 @@ def describe_plan(plan: RunPlan, loaders: Loaders, state: TrainState) -> str:
 def describe_classes(config: TrainConfig, loaders: Loaders) -> str:
     """Name the classes of a set of the user's own with their numbers of train images, the most frequent first.
 
-    A second line names folders within class folders, which are no classes.
+    Further lines name what may not be meant: folders within class folders, classes of almost the same name.
     """
     if DATA_SETS[config.data.name].num_classes is not None:
         return ""
     counts = np.bincount(loaders.train_set.labels, minlength=len(loaders.classes))
     text = some([f"{loaders.classes[label]} {counts[label]:,}" for label in np.argsort(-counts, kind="stable")])
     source = loaders.train_set.source
-    return f"{text}\nWARNING: {source.inner}" if isinstance(source, Files) and source.inner else text
+    doubtful = source.doubtful if isinstance(source, Files) else ()
+    return "\nWARNING: ".join([text, *doubtful, *look_alikes(loaders.classes)])
 
 
 def describe_crowding(device: torch.device) -> str:
