@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 from sasa_train.refusal import CheckpointError, ConfigError, ExpectedFailure
-from sasa_train.terminal import DONE, FAILED, REFUSED, fail
+from sasa_train.terminal import DONE, FAILED, REFUSED, escape_unknown_letters, fail
 
 
 class Command(NamedTuple):
@@ -102,6 +102,7 @@ def run(
 
 def end_command(run_command: Callable[[list[str]], int]) -> NoReturn:
     """Run a command that has no checkpoints to save, then exit; Ctrl-C and closed pipes cause no traceback."""
+    escape_unknown_letters()
     try:
         code = run_command(sys.argv[1:])
         sys.stdout.flush()

@@ -5,6 +5,7 @@ a closed pipe, do not stop a run.
 """
 
 import contextlib
+import io
 import os
 import sys
 import textwrap
@@ -20,6 +21,12 @@ from sasa_train.processes.ranks import rank
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75
 MAX_NAMES = 5  # maximum number of names shown from a long list
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # how OpenMP's threads wait
+
+
+def escape_unknown_letters() -> None:
+    """Have stdout escape letters that its encoding lacks, as stderr does; a command calls this first."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def printable(value: object) -> str:

@@ -263,8 +263,11 @@ def test_a_best_checkpoint_that_is_not_the_runs_own_is_named(tmp_path):
     again.newest(print)
     for of_run in (checkpoints, again):
         assert "this run wrote: its SHA-256 is another; bring it back" in of_run.other_best(best, 4)
-    (tmp_path / "best.pt.json").unlink()
-    assert checkpoints.other_best(best, 4) is None
+    (tmp_path / "best.pt.json").unlink()  # its content is then looked at
+    assert "this run wrote: its SHA-256 is another; bring it back" in checkpoints.other_best(best, 4)
+    assert checkpoints.other_best({**best, "step": 1}, 1) is None
+    (tmp_path / "best.pt").write_bytes(b"damaged")
+    assert "it cannot be read as a checkpoint" in checkpoints.other_best(best, 4)
     (tmp_path / "best.pt").unlink()
     assert "not the one of step 2 that this run wrote: it is gone" in checkpoints.other_best(best, 4)
     assert checkpoints.other_best(None, 4) is None
@@ -275,6 +278,40 @@ def test_what_a_failed_save_cannot_put_back_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *a: full() if next(calls) >= 2 else real(*a))  # best.pt and its manifest
     with pytest.raises(CheckpointError, match="cannot be put back: .*best.pt .No space left on device"):
         checkpoints.save(content(6), is_best=True)
+
+
+def test_a_disk_that_goes_away_in_the_middle_of_a_save_is_not_said_to_hold_the_earlier_files(tmp_path, monkeypatch):
+    """Every call failed from one moment on, also those that look at what is there; best.pt was replaced by then."""
+    checkpoints = filled(tmp_path, keep=0)
+    best = tmp_path / "best.pt"
+
+    def broken(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def break_after(source, target, real=os.replace):
+        real(source, target)
+        if target == best:
+            for name in ("replace", "stat", "unlink", "open", "rename", "link"):
+                monkeypatch.setattr(os, name, broken)
+
+    monkeypatch.setattr(os, "replace", break_after)
+    with pytest.raises(CheckpointError, match="what it had replaced cannot be put back: .*best.pt .Input/output error"):
+        checkpoints.save(content(6), is_best=True)
+    monkeypatch.undo()
+    assert load_checkpoint(best)["step"] == 6  # without a manifest; step 2 was the best
+    again = Checkpoints(tmp_path, 0)
+    again.newest(print)
+    assert again.other_best({"top1": 7.0, "step": 2, "epoch": 1}, 5) is None  # of a later step, as after a kill
+
+
+@pytest.mark.parametrize("numbers", [[[0, 2], [1]], [["0", "1"]], [[0, 0]], [None], [[torch.ones(2)]]])
+def test_an_optimizer_whose_parameters_are_numbered_otherwise_is_refused(tmp_path, numbers):
+    """torch gave the momentum to other parameters, or dropped it, without a word."""
+    wrong = content(3)
+    wrong["optimizer"]["param_groups"] = [{"params": of_group, "lr": 0.1} for of_group in numbers]
+    torch.save(wrong, tmp_path / "last.pt")
+    with pytest.raises(CheckpointError, match="must number them 0, 1, 2, ..."):
+        load_checkpoint(tmp_path / "last.pt")
 
 
 def test_a_damaged_manifest_counts_as_a_damaged_checkpoint(tmp_path):

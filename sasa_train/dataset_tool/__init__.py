@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from sasa_train.commands import described, positive, run
 from sasa_train.machine import usable_processors
 from sasa_train.refusal import ConfigError
-from sasa_train.terminal import INTERRUPTED, fail, printable, say_loading
+from sasa_train.terminal import INTERRUPTED, escape_unknown_letters, fail, printable, say_loading
 
 if TYPE_CHECKING:
     from sasa_train.config.keys import DataConfig
@@ -47,6 +47,7 @@ IMAGES_PER_SHARD = 1000  # about 100 MB of ImageNet
 
 
 def main() -> None:
+    escape_unknown_letters()
     sys.exit(run_command(sys.argv[1:]))
 
 

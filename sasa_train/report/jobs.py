@@ -19,13 +19,13 @@ from sasa_train.config.keys import TrainConfig, with_values
 from sasa_train.config.overrides import as_written, parse_overrides
 from sasa_train.config.places import where_trained
 from sasa_train.config.saved import load_config_file
-from sasa_train.files import LOCK, holder, is_there
+from sasa_train.files import LOCK, holder, is_there, read_regular
 from sasa_train.paper import VARIED
 from sasa_train.refusal import ConfigError, shorten
 from sasa_train.runs.info import ENDED, read_info_or_raise
 from sasa_train.runs.ledger import Job as LedgerJob
 from sasa_train.runs.ledger import read_ledger
-from sasa_train.runs.metrics import read_metrics
+from sasa_train.runs.metrics import MAX_LOG, digest_of, read_metrics
 from sasa_train.runs.source import similar_runs
 from sasa_train.terminal import some, warn
 
@@ -242,6 +242,15 @@ def _read_run(job: Job, run_dir: Path) -> None:
     job.seconds = job.info.get("seconds") if isinstance(job.info.get("seconds"), int | float) else None
 
 
+def _wrong_log(job: Job) -> str | None:
+    """Say that the log is not the one whose digest a run recorded at its end, or return None."""
+    assert job.run_dir is not None
+    digest = job.info.get("log_sha256")
+    text = read_regular(job.run_dir / "metrics.jsonl", MAX_LOG).decode(errors="replace") if digest else ""
+    is_same = digest is None or digest_of(text) == digest
+    return None if is_same else "it was changed after the run had ended (its SHA-256 is not the one in run.json)"
+
+
 def _wrong_end(job: Job) -> str | None:
     """Say that the log of a finished run does not end as the run did, or return None."""
     status = job.info.get("status")
@@ -250,7 +259,7 @@ def _wrong_end(job: Job) -> str | None:
     row, end, trainer = job.val[-1], job.info.get("last"), job.config.trainer
     if isinstance(end, dict):
         if all(end.get(key) == row[key] for key in ("step", "top1")):
-            return None
+            return _wrong_log(job)
         return (
             f"its last val row is of step {row['step']} with top1 {row['top1']:.2f}, and by run.json the run ended at "
             f"step {shorten(end.get('step'))} with top1 {shorten(end.get('top1'))}"

@@ -252,6 +252,8 @@ class Checkpoints:
         with contextlib.suppress(ValueError):
             if manifest := _manifest_bytes(path):
                 there, sha256 = (_parse_manifest(manifest)[key] for key in ("step", "sha256"))
+        if there is None and self._best_sha256 is not None and is_there(path):
+            there, sha256 = _step_and_sha256(path)
         if there is not None and there > step:  # a kill came between best.pt and last.pt
             return None
         if best is None and there is not None:
@@ -262,6 +264,7 @@ class Checkpoints:
         if best is None or (is_there(path) and is_same):
             return None
         of_other = "its SHA-256 is another" if there == best["step"] else f"it is of step {there}"
+        of_other = "it cannot be read as a checkpoint" if there == -1 else of_other
         found = of_other if is_there(path) else "it is gone"
         return f"{path} is not the one of step {best['step']} that this run wrote: {found}; bring it back from a copy"
 
@@ -279,6 +282,15 @@ class Checkpoints:
         """List the step-<step>.pt files, newest first."""
         found = ((re.fullmatch(r"step-(\d+)\.pt", path.name), path) for path in self.folder.glob("step-*.pt"))
         return [path for _, path in sorted(((int(m[1]), path) for m, path in found if m), reverse=True)]
+
+
+def _step_and_sha256(path: Path) -> tuple[int, str]:
+    """Return the step and the SHA-256 of a checkpoint without a manifest; step -1 if it cannot be read as one."""
+    with open_regular(path) as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    with contextlib.suppress(CheckpointError):
+        return load_checkpoint(path)["step"], sha256
+    return -1, sha256
 
 
 def manifest_of(path: Path) -> Path:
@@ -357,6 +369,9 @@ def _first_contradiction(content: dict[str, Any]) -> str | None:
     for (loss, hits), num_images in zip(sums.reshape(-1, 2).tolist(), [counts] if is_one else counts, strict=True):
         if not 0 <= hits <= num_images or (loss and not num_images):
             return f"window.sums has loss {loss:g} and {hits:g} hits, and num_images={num_images} cannot have them"
+    numbers = [number for group in content["optimizer"]["param_groups"] for number in _listed(group.get("params"))]
+    if not all(type(number) is int for number in numbers) or numbers != list(range(len(numbers))):
+        return f"optimizer.param_groups has params={shorten(numbers)}, and must number them 0, 1, 2, ..."
     for key in ("epoch", "evaluated_step"):
         if content[key] > content["step"]:
             return f"{key}={content[key]} must be at most step={content['step']}"
@@ -366,6 +381,10 @@ def _first_contradiction(content: dict[str, Any]) -> str | None:
             shown, theirs = shorten(content["classes"][:50]), shorten(names[:50])
             return f"classes={shown} must be fingerprint.{split}'s names {theirs}"
     return _first_wrong_row(content) if content["classes"] else "classes=[] must have at least one name"
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _first_wrong_row(content: dict[str, Any]) -> str | None:
@@ -560,7 +579,11 @@ def _all_or_none(paths: list[Path]) -> Iterator[None]:
                 elif not os.path.exists(path) or not path.samefile(link) or bytes_of(manifest_of(path)) != manifest:
                     _put(link, path, manifest)
             except OSError as another:
-                if not path.exists() or bytes_of(manifest_of(path)) != manifest:
+                try:
+                    is_back = path.exists() and bytes_of(manifest_of(path), may_fail=False) == manifest
+                except OSError:  # the disk is gone
+                    is_back = False
+                if not is_back:
                     lost.append(f"{path} ({another.strerror})")
         if lost:
             raise CheckpointError(

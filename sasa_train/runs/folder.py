@@ -34,7 +34,7 @@ from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import ConfigError, ExpectedFailure
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, load_checkpoint
 from sasa_train.runs.info import read_info, read_info_or_raise, update_info
-from sasa_train.runs.metrics import last_val, parse_log
+from sasa_train.runs.metrics import end_of, parse_log
 from sasa_train.runs.source import similar_runs
 from sasa_train.runs.weights import sha256_of, weights_file
 from sasa_train.terminal import printable, some, warn
@@ -174,7 +174,7 @@ class RunFolder:
             )
         if self.checkpoint is None and (other := self.checkpoints.other_best(checkpoint["best"], checkpoint["step"])):
             warn(other)  # otherwise, `open_run` has said it
-        self.write_info(status="finished", best=checkpoint["best"], last=last_val(checkpoint["metrics"]))
+        self.write_info(status="finished", best=checkpoint["best"], **end_of(checkpoint["metrics"]))
         metrics, path = checkpoint["metrics"].encode(), self.path / "metrics.jsonl"
         if not is_there(path) or path.stat().st_size != len(metrics) or read_regular(path, len(metrics)) != metrics:
             self.write(path.name, metrics)

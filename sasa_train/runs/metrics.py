@@ -1,6 +1,7 @@
 """metrics.jsonl, which has one row per log step and evaluation, with no gaps or duplicates after interruptions."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -107,10 +108,20 @@ def parse_log(text: str) -> list[dict[str, Any]]:
     return [_parsed(line) for line in text.splitlines()]
 
 
+def end_of(text: str) -> dict[str, Any]:
+    """Return what run.json records of a log when the run ends, by which a changed one is found out."""
+    return {"last": last_val(text), "log_sha256": digest_of(text)}
+
+
 def last_val(text: str) -> dict[str, Any] | None:
     """Return step, epoch and top1 of the last val row of a log, or None if it has none."""
     val = [row for row in parse_log(text) if row["split"] == "val"]
     return {key: val[-1][key] for key in ("top1", "step", "epoch")} if val else None
+
+
+def digest_of(text: str) -> str:
+    """Return the SHA-256 of a log, with or without its last line break."""
+    return hashlib.sha256(text.rstrip("\n").encode(errors="replace")).hexdigest()
 
 
 def lost_best(text: str, best: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from sasa_train.signals import Interrupted, StopRequest, ignore_until_the_end
 from sasa_train.sweep.display import Display, counts, final_table
 from sasa_train.sweep.planning import SweepConfig, SweepPlan, at_full_width, read_plan
 from sasa_train.sweep.scheduler import JobList, Processes, finish, job_arguments
-from sasa_train.terminal import DONE, FAILED, INTERRUPTED, fail, printable, say
+from sasa_train.terminal import DONE, FAILED, INTERRUPTED, escape_unknown_letters, fail, printable, say
 
 USAGE = """usage: sasa-sweep [sweep=NAME] [key=value,value ...] [sweep.KEY=value ...]
 
@@ -33,6 +33,7 @@ EXIT_CODES = "Exit codes: 0 all done, 75 stopped (run it again), 2 refused, 1 a 
 
 
 def main() -> None:
+    escape_unknown_letters()
     code = run_command(sys.argv[1:])
     ignore_until_the_end()
     sys.exit(code)

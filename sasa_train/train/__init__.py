@@ -26,7 +26,7 @@ from sasa_train.files import inside, is_there
 from sasa_train.processes.ranks import max_restarts, rank, world_size
 from sasa_train.refusal import ConfigError
 from sasa_train.signals import ignore_until_the_end
-from sasa_train.terminal import DONE, FAILED, REFUSED, fail, printable_lines, say_loading
+from sasa_train.terminal import DONE, FAILED, REFUSED, escape_unknown_letters, fail, printable_lines, say_loading
 from sasa_train.training.endings import foreseen, tell, train_safely
 
 USAGE = """[group=choice ...] [key=value ...] [-m | --multirun] [--cfg] [-h] [--version]
@@ -43,6 +43,7 @@ Train an image classifier into a folder of its own in outputs/. The same command
 
 
 def main() -> None:
+    escape_unknown_letters()
     end(run_command(sys.argv[1:]))
 
 

@@ -39,7 +39,7 @@ from sasa_train.refusal import LIBRARY_ERRORS, ConfigError
 from sasa_train.runs.chance import Chance
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, first_misfit
 from sasa_train.runs.folder import RunFolder, check_data, is_finished, open_run
-from sasa_train.runs.metrics import last_val
+from sasa_train.runs.metrics import end_of
 from sasa_train.runs.preprocessing import with_preprocessing
 from sasa_train.runs.provenance import conditions, describe_changes, provenance
 from sasa_train.runs.weights import Weights, load_into, read_weights
@@ -170,7 +170,7 @@ def run_to_the_end(loop: Loop) -> bool:
         say(describe_end(plan.config, run.path, state, loop.logger.metrics, num_unreadable, Chance.among(counts)))
     else:
         status = "stopped" if loop.stop.asked_by else "interrupted"
-        run.write_info(status=status, reason=loop.stop.reason, best=state.best, last=last_val(loop.logger.metrics))
+        run.write_info(status=status, reason=loop.stop.reason, best=state.best, **end_of(loop.logger.metrics))
         say(describe_stop(plan.config, run.path, state, loop.stop.reason))
     # torchrun terminates all processes as soon as one exits with 75.
     collectives.wait_for_all()
