@@ -223,11 +223,16 @@ def sync_folder(folder: Path) -> None:
         os.close(directory)
 
 
-# Errors of the disk or file server, which may be over later: the file may be whole. Not every system has all of them.
+# Errors of the disk, or of a file server and the way to it, which may be over later: the file may be whole. Not every
+# system has all of them.
 DISK_FAILED = {
     getattr(errno, name, errno.EIO)
-    for name in ["EIO", "ESTALE", "ENXIO", "ENODEV", "ENOTCONN", "ETIMEDOUT", "EREMOTEIO", "EUCLEAN", "EBADMSG"]
-}
+    for name in (
+        "EIO", "ESTALE", "ENXIO", "ENODEV", "ENOTCONN", "ETIMEDOUT", "EREMOTEIO", "EUCLEAN", "EBADMSG", "EHOSTDOWN",
+        "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "ENETRESET", "ECONNABORTED", "ECONNRESET", "ECONNREFUSED", "ENOLINK",
+        "ECOMM", "EPROTO", "ESHUTDOWN",
+    )
+}  # fmt: skip
 LOCK = ".lock"
 
 

@@ -2,9 +2,11 @@
 
 import errno
 import json
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -75,12 +77,26 @@ def test_a_full_disk_costs_the_curves_and_not_the_run(tmp_path, capsys, monkeypa
 
 
 def test_a_failing_disk_costs_the_curves_and_not_the_run(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(log, "SummaryWriter", mock.Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+    monkeypatch.setattr(log, "Board", mock.Mock(side_effect=OSError(errno.EIO, "Input/output error")))
     logger = RunLogger(tmp_path, "", step=0, total_steps=8)
     logger.write(row("train", 1))
     logger.close()
     assert "no TensorBoard curves for this run" in capsys.readouterr().err
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs paths to open folders, as Linux has them")
+def test_curves_stay_in_their_folder_whatever_is_put_in_its_place(tmp_path):
+    """TensorBoard opens its file for each write: a link put in the folder's place led the curves out of the run."""
+    logger, outside, numbers = RunLogger(tmp_path, "", 0, 9), tmp_path / "outside", os.listdir("/proc/self/fd")
+    outside.mkdir()
+    (tmp_path / "tensorboard").rename(tmp_path / "moved")
+    (tmp_path / "tensorboard").symlink_to(outside)
+    logger.write({"split": "val", "step": 1, "epoch": 1, "loss": 1.0, "top1": 50.0, "top5": 90.0})
+    logger.close()
+    assert list(outside.iterdir()) == []
+    assert [event.value for event in board(tmp_path / "moved").Scalars("val/top1")] == [50.0]
+    assert len(os.listdir("/proc/self/fd")) < len(numbers)
 
 
 @pytest.mark.slow  # it imports torch in a new process

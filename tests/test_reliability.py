@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -30,6 +31,7 @@ from sasa_train.runs import info, provenance
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, load_checkpoint
 from sasa_train.signals import SIGNALS, StopRequest
 from sasa_train.training import loop
+from sasa_train.training.endings import foreseen
 from sasa_train.training.nonfinite import LossWatch, find_origin
 from sasa_train.training.step import Stepper
 
@@ -329,7 +331,7 @@ def test_checkpoints_that_were_taken_away_are_missed(tmp_path, monkeypatch, in_p
 
 
 @pytest.mark.parametrize("name", ["run.json", "config.yaml", "metrics.jsonl"])
-@pytest.mark.parametrize("number", slow_but_for([errno.EIO], [errno.EIO, errno.ESTALE]))
+@pytest.mark.parametrize("number", slow_but_for([errno.EIO], [errno.EIO, errno.EHOSTDOWN]))
 def test_a_disk_that_fails_is_one_line_and_exit_code_1(tmp_path, monkeypatch, capsys, name, number):
     """Writing a file of the run folder fails, as on a disk that is pulled out or a file server that restarts."""
     real = os.replace
@@ -351,6 +353,13 @@ def test_a_disk_that_fails_is_one_line_and_exit_code_1(tmp_path, monkeypatch, ca
     error = capsys.readouterr().err
     assert "Traceback" not in error
     assert "the disk failed at" in error and f"{name} ({os.strerror(number)}); run the same command once" in error
+
+
+@pytest.mark.parametrize("number", sorted(errno.errorcode))
+def test_every_error_of_the_system_about_a_file_is_one_line(number):
+    """A file server that was down, or a name too long for it, ended a run in a traceback."""
+    text = foreseen(OSError(number, os.strerror(number), "out/a/run.json"))
+    assert text is not None and re.search(r"out/a/run.json (now )?\(", text) and f"({os.strerror(number)}); " in text
 
 
 def test_a_disk_error_while_run_json_is_read_does_not_empty_it(tmp_path, tiny_run, monkeypatch, in_process):

@@ -13,8 +13,7 @@ from sasa_train.signals import Interrupted, StopRequest
 from sasa_train.terminal import DONE, FAILED, INTERRUPTED, REFUSED, fail, say_loading
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOLCK, errno.EAGAIN, errno.EBUSY)
-REFUSED_FILE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENOTSUP)
+SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOLCK, errno.EAGAIN, errno.EBUSY, errno.ENOMEM, errno.EINTR)
 
 
 def train_safely(config: TrainConfig, stop: StopRequest | None = None) -> int:
@@ -61,12 +60,12 @@ def foreseen(error: Exception) -> str | None:
         place = f" {error.filename}" if error.filename else ""
         if error.errno in DISK_FULL:
             return f"cannot write{place} ({error.strerror}); make room and run the same command again"
-        if error.errno in DISK_FAILED:
+        if error.errno in (*DISK_FAILED, errno.EINVAL):
             at = f" at{place}" if place else ""
             return f"the disk failed{at} ({error.strerror}); run the same command once it is back"
         if error.errno in SCARCE:
             return f"cannot use{place} now ({error.strerror}); run the same command again when the system can"
-        if error.errno in REFUSED_FILE and place:
+        if error.errno is not None and place:
             return f"cannot use{place} ({error.strerror}); mend it and run the same command again"
     # This happens only before the first step; later, the run itself converts the error to an OutOfMemoryError.
     elif isinstance(error, MemoryError | RuntimeError) and is_out_of_memory(error):

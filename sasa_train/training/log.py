@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import sys
 import threading
 import time
@@ -43,10 +44,27 @@ def _without_tensorboard(hook: Callable[[threading.ExceptHookArgs], object]) -> 
 threading.excepthook = _without_tensorboard(threading.excepthook)
 
 
-def _open_board(folder: Path, step: int) -> SummaryWriter | None:
+class Board(SummaryWriter):
+    """A TensorBoard writer that keeps to its folder, whatever is put in its place, where the system allows it.
+
+    TensorBoard opens its file by its path whenever it writes. Linux has paths to folders that are open.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        folder.mkdir(exist_ok=True)
+        self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        path = f"/proc/self/fd/{self._folder}"
+        super().__init__(path if os.path.isdir(path) else str(folder), purge_step=step)
+
+    def close(self) -> None:
+        super().close()
+        os.close(self._folder)
+
+
+def _open_board(folder: Path, step: int) -> Board | None:
     """Return a TensorBoard writer, or None with a warning if the folder cannot be written."""
     try:
-        return SummaryWriter(str(folder), purge_step=step)
+        return Board(folder, step)
     except OSError as error:
         warn(f"no TensorBoard curves for this run ({error})")
         return None
