@@ -25,19 +25,26 @@ from sasa_train.processes import collectives
 from sasa_train.processes.ranks import rank, world_size
 from sasa_train.refusal import ConfigError
 
+CODE_FOLDERS = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # variables of torch and Triton
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_compiled_code() -> None:
     """Raise ConfigError if others may have put code into the folder in which torch.compile keeps its own."""
     # Its name in /tmp is known to all, and torch loads what it finds there. Even with TORCHINDUCTOR_CACHE_DIR, it keeps
-    # compiled headers there.
+    # compiled headers there. Triton keeps its kernels in ~/.triton or TRITON_CACHE_DIR.
     try:
         user = getpass.getuser()
     except (KeyError, OSError):
         user = f"uid_{os.getuid()}"
-    folder = Path(tempfile.gettempdir(), f"torchinductor_{user}")
+    named = {name: Path(os.environ[name]) for name in CODE_FOLDERS if os.environ.get(name)}
+    for name, folder in {"TMPDIR": Path(tempfile.gettempdir(), f"torchinductor_{user}"), **named}.items():
+        _check_code_folder(folder, name)
+
+
+def _check_code_folder(folder: Path, variable: str) -> None:
     with contextlib.suppress(FileExistsError):
+        folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700)
     found = folder.lstat()
     is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
@@ -48,7 +55,7 @@ def check_compiled_code() -> None:
     elif not is_own or others_write:
         raise ConfigError(
             f"{folder}: torch.compile loads code from it, but it belongs to somebody else, or others may write to it; "
-            "delete it, or name another folder for temporary files with TMPDIR=..."
+            f"delete it, or name another folder with {variable}=..."
         )
 
 

@@ -118,6 +118,18 @@ def test_links_in_a_sweeps_folder_do_not_lead_out_of_it(name, elsewhere, tmp_pat
     assert "link" in done.stderr + done.stdout
 
 
+def test_a_launcher_writes_into_a_folder_of_its_own(elsewhere, tmp_path, in_process):
+    """A link at hydra/0, or the results that submitit expects there, could be put into a sweep's folder beforehand."""
+    (tmp_path / "out/s/hydra").mkdir(parents=True)
+    (tmp_path / "out/s/hydra/0").symlink_to(elsewhere)
+    overrides = [o for o in TINY if not o.startswith("output_dir")] + ["trainer.epochs=1", "hydra/launcher=basic"]
+    before = sorted(elsewhere.iterdir())
+    in_process("sweep", *overrides, "sweep.output_dir=out", "sweep.name=s", "seed=0")
+    assert sorted(elsewhere.iterdir()) == before
+    (folder,) = (path for path in (tmp_path / "out/s/hydra").iterdir() if path.name != "0")
+    assert [path.name for path in folder.iterdir()] == ["0"]
+
+
 @pytest.mark.parametrize("how", ["a pipe", "a symbolic link"])
 def test_a_searchs_journal_is_neither_followed_nor_waited_for(how, elsewhere, tmp_path, in_process):
     (tmp_path / "out/s").mkdir(parents=True)
@@ -365,6 +377,11 @@ def test_code_that_torch_compiles_is_not_loaded_from_where_others_can_write(tmp_
     folder.rename(tmp_path / "elsewhere")
     folder.symlink_to(tmp_path / "elsewhere")
     assert f"{folder}: torch.compile loads code from it, but" in in_process(*command, expect=2).stderr
+    folder.unlink()
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, str(tmp_path / "elsewhere"))
+            assert f"or name another folder with {variable}=..." in in_process(*command, expect=2).stderr
 
 
 def test_the_best_checkpoint_of_another_run_is_named(run_dir, in_process):

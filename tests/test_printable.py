@@ -1,5 +1,6 @@
 """Check that hostile class and file names are escaped and kept on one line in terminal output and lists."""
 
+import io
 import logging
 
 import pytest
@@ -55,6 +56,17 @@ def test_boundaries_escape_what_slipped_through_but_keep_line_breaks(capsys):
     assert capsys.readouterr().err.endswith(": a\\x1b[2J\nb\n")
     record = logging.LogRecord("sasa_train", logging.INFO, "", 0, "a\x1b[2J\nb", None, None)
     assert PrintableFormatter("%(message)s").format(record) == "a\\x1b[2J\nb"
+
+
+def test_letters_that_stdout_lacks_are_escaped(monkeypatch):
+    """A class name in Japanese ended a run whose output went into an ASCII log."""
+    log = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr("sys.stdout", log)
+    with pytest.raises(UnicodeEncodeError):
+        terminal.say("\u65e5\u672c")
+    terminal.escape_unknown_letters()
+    terminal.say("\u65e5\u672c")
+    assert log.buffer.getvalue() == b"\\u65e5\\u672c\n"
 
 
 def test_messages_break_between_words_in_a_terminal_alone(monkeypatch, capsys, in_process):

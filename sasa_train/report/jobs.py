@@ -256,6 +256,8 @@ def _wrong_end(job: Job) -> str | None:
     status = job.info.get("status")
     if not job.val or job.config is None or (job.state != "done" and status not in ENDED):
         return None
+    if status == "stopped" and not job.info.get("reason"):
+        return "run.json says that a hook stopped the run, but not which"
     row, end, trainer = job.val[-1], job.info.get("last"), job.config.trainer
     if isinstance(end, dict):
         if all(end.get(key) == row[key] for key in ("step", "top1")):

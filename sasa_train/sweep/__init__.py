@@ -1,8 +1,10 @@
 """sasa-sweep: start many runs with one command. Running it again skips finished jobs and continues the others."""
 
+import os
 import shlex
 import signal
 import sys
+import time
 
 from sasa_train.config.bounds import print_keys
 from sasa_train.config.keys import key_table
@@ -126,9 +128,12 @@ def hand_over(plan: SweepPlan, ledger: Ledger, source: JobList) -> None:
     for job in jobs:
         job.begin()
     ledger.save()
-    codes = launch([job_arguments(job, plan.folder) for job in jobs], plan.hydra, plan.folder / "hydra")
+    # A new folder for each launch: submitit loads results, which are pickles, from where it expects them.
+    folder = plan.folder / "hydra" / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{os.urandom(2).hex()}"
+    folder.mkdir(parents=True)
+    codes = launch([job_arguments(job, plan.folder) for job in jobs], plan.hydra, folder)
     for job, code in zip(jobs, codes, strict=True):
-        finish(job, plan.folder, code, None, plan.config.max_tries, f"see {plan.folder / 'hydra'}")
+        finish(job, plan.folder, code, None, plan.config.max_tries, f"see {folder}")
         source.ended(job)
     ledger.save()
 
