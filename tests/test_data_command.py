@@ -16,6 +16,7 @@ from making_data import encoded, make_image_folder, padded, pax_header, tar_head
 from PIL import Image
 
 from sasa_train.config.compose import compose_config
+from sasa_train.data.class_names import look_alikes
 from sasa_train.data.datasets import load_image_sets, load_val_set
 from sasa_train.data.decoding import to_rgb
 from sasa_train.data.shards import find_shards
@@ -124,8 +125,12 @@ def test_classes_and_files_that_may_not_be_meant_are_named(image_folder, capsys,
     shutil.copy(image_folder / "train/red/1.png", image_folder / "train/red/1.png_original")
     for kind in (1, 4):  # as GDAL writes the pyramid and the mask of a.tif beside it
         Image.new("L", (9, 7)).save(image_folder / f"train/red/a.tif.{kind}", "TIFF", tiffinfo={254: kind})
+    Image.fromarray(np.full((7, 9), 300, np.uint16)).save(image_folder / "train/red/dark.png")
     said = verify(capsys, image_folder, expect=0)
-    alike = r"'Blue\u200b ' and 'blue' are classes of their own, though their names differ only in case or spaces"
+    dark = "1 16-bit file stays below 0.8% of their range: rescale them, or state their largest value"
+    assert f"warning     {dark}" in said
+    alike = r"'Blue\u200b ' and 'blue' are classes of their own, though their names differ only in case, "
+    alike += "spaces or a copy's number"
     original = "read as images for their content, whatever their names: 1 ({}red/1.png_original)"
     assert f"warning     {alike}" in said and f"warning     {original.format('train/')}" in said
     assert "not images: 2 (train/red/a.tif.1, train/red/a.tif.4)" in said
@@ -133,7 +138,7 @@ def test_classes_and_files_that_may_not_be_meant_are_named(image_folder, capsys,
     run += ["trainer.global_batch_size=8"]
     done = in_process("train", *run)
     said = " ".join((done.stdout + done.stderr).split())
-    assert f"WARNING: {alike}" in said and f"WARNING: {original.format('')}" in said
+    assert f"WARNING: {alike}" in said and f"WARNING: {dark}" in said and f"WARNING: {original.format('')}" in said
 
 
 def test_further_frames_are_counted(image_folder, capsys):
@@ -143,8 +148,10 @@ def test_further_frames_are_counted(image_folder, capsys):
     assert "\nframes" not in verify(capsys, image_folder, expect=0)
     for kind in ("tiff", "gif", "webp", "png", "mpo"):
         pages[0].save(folder / f"several.{kind}", save_all=True, append_images=pages[1:])
+    pages[0].save(folder / "stack.tiff", tiffinfo={270: "ImageJ=1.54f\nimages=3\nslices=3\n"})
+    pages[0].save(folder / "no_stack.tiff", tiffinfo={270: "ImageJ=1.54f\nimages=1\n"})
     out = verify(capsys, image_folder, expect=0)
-    assert "frames      4 images with further frames or pages, which are not read" in out
+    assert "frames      5 images with further frames or pages, which are not read" in out
 
 
 def test_a_group_across_splits_is_also_one_within_a_split(image_folder, capsys):
@@ -764,3 +771,9 @@ def test_shards_json_says_where_the_shards_are_from(archives, tmp_path):
     told = json.loads((tmp_path / "shards" / "shards.json").read_text())
     assert told["images_per_shard"] == 1000 and told["train"].startswith("10 images")
     assert (tmp_path / "shards" / "classes.txt").read_text().split() == sorted(WNIDS)
+
+
+def test_classes_of_nearly_one_name_are_told_from_others():
+    alike = [["Cat", "cat"], ["red", "red (1)"], ["red", "red - Copy"], ["great_white", "great white"]]
+    assert [len(look_alikes(names)) for names in alike] == [1] * 4
+    assert look_alikes(["C", "C++", "C#", "12", "1-2", "copy", "(1)", "dog", "dogs", "a b", "ab"]) == []

@@ -25,14 +25,15 @@ def twins(names: Sequence[str]) -> list[str]:
 
 
 def look_alikes(names: Sequence[str]) -> list[str]:
-    """Describe each group of names that differ only in case, spaces and invisible characters, - and _."""
+    """Describe each group of names that differ only in case, spaces, invisible characters, - and _, or a copy's end."""
     groups = defaultdict(list)
     for name in names:
         shown = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
-        groups[" ".join(re.split(r"[\s_-]+", shown.casefold().strip()))].append(name)
+        whole = re.sub(r"(?<=.)(\s*\(\d+\)|[\s_-]+copy( \d+)?)$", "", shown.casefold().strip())  # as of file managers
+        groups[" ".join(re.split(r"[\s_-]+", whole))].append(name)
     return [
-        f"{' and '.join(map(ascii, group))} are classes of their own, though their names differ only in case or "
-        "spaces; merge them if they are one"
+        f"{' and '.join(map(ascii, group))} are classes of their own, though their names differ only in case, "
+        "spaces or a copy's number; merge them if they are one"
         for group in groups.values()
         if len(group) > 1
     ]

@@ -3,6 +3,7 @@
 import hashlib
 import multiprocessing
 import os
+import re
 import signal
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -37,9 +38,11 @@ from sasa_train.data.datasets import (
     unlike,
 )
 from sasa_train.data.decoding import Decoding, decoding_of, is_16_bit, is_turned, to_rgb
+from sasa_train.data.depth import describe_dark
 from sasa_train.data.listing import LeftOut
 from sasa_train.data.quarantine import fully
 from sasa_train.data.shards import SPLIT_NAMES
+from sasa_train.data.tiff import DESCRIPTION, tags
 from sasa_train.files import did_you_mean
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import DONE, FAILED, printable, progress_bar, some
@@ -48,7 +51,6 @@ MAX_TABLE = 50  # maximum number of classes listed one per line
 MAX_ACROSS, MAX_WITHIN = 20, 5  # maximum number of duplicate groups shown
 LEVELS = np.arange(256) / 255
 
-DARK = 0.25  # largest level, as a share of white, of 16-bit images of which probably fewer bits are used
 SATURATED = 0.99  # share of pixels that are black or white in a channel that was probably clipped
 
 
@@ -327,6 +329,9 @@ def has_further_frames(image: Image.Image) -> bool:
     """Whether a loaded image has frames or pages after the one that was loaded; previews in photos do not count."""
     if image.format == "MPO":
         return False
+    # ImageJ may describe a stack whose images follow one another in the file without further pages.
+    if re.search(r"\AImageJ=.*^images=(?!1$)", str(tags(image).get(DESCRIPTION, "")), re.DOTALL | re.MULTILINE):
+        return True
     try:
         image.seek(image.tell() + 1)
     except Exception:  # Pillow's plugins have no common base class
@@ -347,11 +352,8 @@ def find_warnings(survey: Survey) -> list[str]:
             warnings.append(f"{name} is constant, {m:.4f} in all pixels")
         elif b + w > SATURATED and set(survey.modes) != {"1"}:
             warnings.append(f"{name} is saturated: 0 in {b:.1%} and 1 in {w:.1%} of the pixels")
-    if survey.peaks and max(survey.peaks) < DARK:
-        warnings.append(
-            f"{counted(len(survey.peaks), '16-bit file')} stay below {max(survey.peaks) + LEVELS[1]:.1%} of their "
-            "range: rescale them, or state their largest value (MaxSampleValue in TIFF, maxval in PGM)"
-        )
+    if dark := describe_dark(survey.peaks):
+        warnings.append(dark)
     return warnings
 
 
