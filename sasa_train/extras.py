@@ -1,13 +1,27 @@
 """Checks for optional packages, and messages that name the extra that installs the missing ones."""
 
 import importlib.util
+import re
 
-EXTRAS = {"plots": ("matplotlib",), "search": ("optuna",), "export": ("onnx", "onnxscript", "onnxruntime")}
+EXTRAS = {  # as in pyproject.toml
+    "plots": ("matplotlib",),
+    "search": ("optuna",),
+    "export": ("onnx", "onnxscript", "onnxruntime"),
+    "wandb": ("wandb>=0.31",),
+    "mlflow": ("mlflow-skinny", "sqlalchemy", "alembic"),
+}
 
 
 def why_not(what: str, extra: str) -> str | None:
     """Return a message naming the missing packages that `what` requires, or None if all are installed."""
-    missing = [package for package in EXTRAS[extra] if importlib.util.find_spec(package) is None]
+    missing = [package for package in EXTRAS[extra] if not _is_installed(package)]
     return (
         f"{what} needs {', '.join(missing)}, not installed here: pip install 'sasa_train[{extra}]'" if missing else None
     )
+
+
+def _is_installed(package: str) -> bool:
+    # The module is called like the first word of the package. A folder of this name, such as the one that W&B makes in
+    # the working directory, is found as well, but has no origin.
+    spec = importlib.util.find_spec(re.split(r"\W", package)[0])
+    return spec is not None and spec.origin is not None

@@ -34,6 +34,7 @@ class DataSet(NamedTuple):
     mirrored: bool = True  # default of augment.hflip
 
 
+LOGGERS = ("tensorboard", "wandb", "mlflow")
 MODES = {"rgb": 3, "grey": 1, "grey16": 1}  # by data.mode, the number of channels
 
 IMAGENET = DataSet(1000, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -297,6 +298,7 @@ class TrainConfig:
     configs: list[str] = local_key([], "folders with your own groups and presets, besides those in $SASA_CONFIGS")
     imports: list[str] = local_key([], "your own modules and .py files, imported before the config is composed")
     hooks: list[str] = local_key([], "your own functions, called at start, step, evaluated, saved and end")
+    logger: list[str] = local_key(["tensorboard"], "where copies of metrics.jsonl go: tensorboard, wandb, mlflow")
     derive: list[str] = local_key(
         [], "keys that are chosen from the images when the run begins; a key that is set is not chosen"
     )
@@ -306,7 +308,8 @@ class TrainConfig:
 FREE_KEYS = ("model.args", "data.args", "optimizer.args", "schedule.args")  # dicts, each treated as a single key
 # Keys that hold dotted names of the user's code.
 TARGETS = ("model.target", "data.target", "augment.target", "trainer.loss_target", "hooks")
-LISTS = ("configs", "imports", "hooks")  # keys of which a command line may give one value, and several of them
+# Keys of which a command line may give one value, and several of them.
+LISTS = ("configs", "imports", "hooks", "logger")
 MAX_DEPTH = 5  # maximum nesting of lists and dicts in such an argument
 # The names that Hydra parses as strings in {name:value}.
 ARGUMENT_NAME = re.compile(r"(?!(?:true|false|null|nan|inf)$)[a-z_][a-z0-9_]*", re.IGNORECASE | re.ASCII)

@@ -4,6 +4,7 @@ import itertools
 import re
 import unicodedata
 from collections.abc import Iterator
+from difflib import get_close_matches
 from operator import attrgetter
 from typing import Any
 
@@ -20,6 +21,7 @@ from sasa_train.config.keys import (
     ARGUMENT_NAME,
     DERIVABLE,
     FREE_KEYS,
+    LOGGERS,
     MAX_DEPTH,
     MODEL_KEYS,
     MODES,
@@ -56,6 +58,10 @@ def check_values(config: TrainConfig) -> None:
         require(is_kept, key, attrgetter(key)(config), rule)
     for name in config.allow_config_change:
         require(name in key_table(), "allow_config_change", name, "must name keys, as in [trainer.epochs]")
+    for name in config.logger:
+        hint = "".join(f"; did you mean {close}?" for close in get_close_matches(name.lower(), LOGGERS, n=1))
+        require(name in LOGGERS, "logger", name, f"must name some of {', '.join(LOGGERS)}{hint}")
+        require(config.logger.count(name) == 1, "logger", config.logger, "must name each once")
     for name in config.derive:
         require(name in DERIVABLE, "derive", name, f"must name keys among {', '.join(DERIVABLE)}")
 

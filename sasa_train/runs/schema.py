@@ -4,6 +4,7 @@ A schema is a type, None, a `Rule`, a tuple of alternatives, a list with the sch
 to schemas. In a dict, `Maybe` marks an entry that may be missing, and `str` stands for all entries that are not listed.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -35,6 +36,12 @@ class Rule:
 
     text: str
     holds: Callable[[Any], bool]
+
+
+# Of a run in its trackers.
+TRACKER_ID = Rule(
+    "16 hexadecimal digits", lambda text: isinstance(text, str) and bool(re.fullmatch("[0-9a-f]{16}", text))
+)
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,8 @@ def describe_end(
     at_chance = row is not None and chance.explains(row["top1"])
     if len(list(run_dir.parent.glob("*/config.yaml"))) > 1:
         following.append(f"sasa-report --list {run_dir.parent}")
+    if "tensorboard" in config.logger:
+        following.append(f"tensorboard --logdir {run_dir.parent}")
     lines = {
         "top1": f"{last} at the end; {describe_best(state.best, metrics)}",
         **({"chance": describe_chance(config, chance)} if at_chance else {}),
@@ -132,7 +134,7 @@ def describe_end(
         "checkpoints": f"best.pt, last.pt in {run_dir}/checkpoints",
         "log": f"{run_dir}/metrics.jsonl",
         **({"unreadable": f"{num_unreadable} images, named in {run_dir}/unreadable.txt"} if num_unreadable else {}),
-        "next": "\n".join([*following, f"tensorboard --logdir {run_dir.parent}"]),
+        "next": "\n".join(following),
     }
     return "\n" + table(lines)
 

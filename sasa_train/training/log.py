@@ -20,15 +20,7 @@ from tqdm import tqdm
 from sasa_train.files import write_atomic
 from sasa_train.runs.metrics import MetricsFile, lost_best
 from sasa_train.terminal import columns, duration, fitting, say, warn
-
-# Mapping from a row's keys to TensorBoard tags. loss, top1, top5 and top1_raw are tagged with the name of their split.
-TAGS = {
-    "lr": "optim/lr",
-    "grad_norm": "optim/grad_norm",
-    "images_per_sec": "perf/images_per_sec",
-    "data_wait_fraction": "perf/data_wait_fraction",
-    "memory_mib": "perf/memory_mib",
-}
+from sasa_train.training.tracker_process import TAGS
 
 
 def _without_tensorboard(hook: Callable[[threading.ExceptHookArgs], object]) -> Callable:
@@ -110,7 +102,8 @@ class RunLogger:
     """Logger for the rows of a run. `metrics` contains the rows from the checkpoint, as a copy of metrics.jsonl.
 
     With `is_silent`, nothing is written or shown; this is used on all processes except the first. `has_top5` states
-    whether val lines and TensorBoard show top5, which metrics.jsonl always has.
+    whether val lines and TensorBoard show top5, which metrics.jsonl always has; `has_board`, whether TensorBoard is
+    written.
     """
 
     def __init__(
@@ -122,13 +115,14 @@ class RunLogger:
         is_silent: bool = False,
         steps_per_epoch: int | None = None,
         has_top5: bool = True,
+        has_board: bool = True,
     ):
         self._is_silent, self._has_top5 = is_silent, has_top5
         self._file = MetricsFile(None if is_silent else run_dir, metrics)
         rows = [json.loads(line) for line in metrics.splitlines()]
         self.last_rows = {row["split"]: row for row in rows}  # the last train row and the last val row
         self.eval_seconds = next((row.get("seconds", 0.0) for row in reversed(rows) if row["split"] == "val"), 0.0)
-        self._board = None if is_silent else _open_board(run_dir / "tensorboard", step)
+        self._board = _open_board(run_dir / "tensorboard", step) if has_board and not is_silent else None
         # TensorBoard discards all steps from purge_step on, so the rows of this step are written again.
         for row in rows:
             if row["step"] == step:

@@ -33,6 +33,7 @@ from sasa_train.training.nonfinite import NonFiniteError, find_origin
 from sasa_train.training.profiling import WAIT, WARMUP, build_profiler
 from sasa_train.training.snapshots import captions_of, confusion_picture, contact_sheet, embedding_pictures
 from sasa_train.training.step import Stepper, StepReport, train_one_epoch
+from sasa_train.training.trackers import Tracker, start_trackers
 
 NUM_NAMED = 8  # maximum number of images named in an error
 WATCHED = 5  # seconds of training, at least, for which threads that lack processors are counted
@@ -58,7 +59,9 @@ class Loop:
             is_silent,
             self.steps_per_epoch,
             has_top5(len(loaders.classes)),
+            has_board="tensorboard" in self.config.logger,
         )
+        self.trackers = list[Tracker]()  # in the first process, during `run`
         self.hooks = {} if is_silent else load_hooks(self.config.hooks)  # called in the first process
         self.failure: OwnCodeError | None = None  # of a hook; all processes have it
         self.num_left_out = 0  # unreadable images in the last evaluation
@@ -78,6 +81,9 @@ class Loop:
         Raises:
             OwnCodeError: a hook has failed; the run is saved, if that was possible.
         """
+        if self.plan.rank == 0:
+            self.trackers = start_trackers(self.config.logger, self.run_folder)
+        self.tell_trackers()
         try:
             with self.profiler:
                 finished = self.run_epochs()
@@ -397,8 +403,22 @@ class Loop:
             if not collectives.from_first(lambda: self.write(content, is_best, may_fail), *errors):
                 return False
         self._saved = (state.step, state.evaluated_step)
+        self.tell_trackers()
         self.tell("saved")
         return True
+
+    def tell_trackers(self) -> None:
+        """Let the trackers copy the rows that the last checkpoint contains, except those of a step with more to come.
+
+        A run that is resumed from this checkpoint continues after them, so that they never change.
+        """
+        if not self.trackers:
+            return
+        rows, train = self.logger.metrics.splitlines(keepends=True), self.logger.last_rows.get("train")
+        if train is not None and train["step"] == self.state.step and self.evaluation_is_due():
+            rows.pop()
+        for tracker in self.trackers:
+            tracker.tell(len("".join(rows)))
 
     def write(self, content: dict[str, Any], is_best: bool, may_fail: bool) -> bool:
         try:

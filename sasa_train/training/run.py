@@ -62,6 +62,7 @@ from sasa_train.training.own_images import settle_open_keys
 from sasa_train.training.own_loss import check_loss
 from sasa_train.training.state import TrainState, build_state
 from sasa_train.training.step import Stepper
+from sasa_train.training.trackers import check_trackers, end_trackers, tracker_id
 
 
 class Ended(NamedTuple):
@@ -85,6 +86,7 @@ def train(config: TrainConfig, stop: StopRequest) -> Ended:
     if config.trainer.compile or "kron" in config.optimizer.name:  # timm's kron compiles its functions
         collectives.everywhere(check_compiled_code, ConfigError)
     run_name = collectives.from_first(lambda: config.run_name or run_name_in(config.output_dir, config))
+    collectives.from_first(lambda: check_trackers(config.logger), ConfigError)
     collectives.from_first(lambda: check_output_dir(config), ConfigError)
     # The first process alone chooses, because it alone accesses the run folder.
     config = collectives.from_first(lambda: settle(config, run_name), ConfigError, CheckpointError)
@@ -131,6 +133,7 @@ def train_in_folder(plan: RunPlan, run: RunFolder, stop: StopRequest) -> bool:
     say(describe_keys(plan.config, run.path))
     plan = dataclasses.replace(plan, steps_per_epoch=loaders.train.plan.steps_per_epoch)
     run.provenance, difference = provenance(run.as_written(plan.config))
+    run.provenance |= tracker_id(run, plan.config.logger)
     if run.given and run.checkpoint is not None:
         run.provenance["directory"] = run.checkpoint["provenance"]["directory"]
     # The seed is set here, so that the initial weights do not depend on random numbers drawn earlier.
@@ -156,6 +159,8 @@ def run_to_the_end(loop: Loop) -> bool:
             finished = loop.run()
     except BaseException as error:
         run.try_write_info(status="interrupted" if isinstance(error, Interrupted) else "failed")
+        if isinstance(error, Exception):  # otherwise, the process is to end now
+            end_trackers(loop.trackers, "failed", state.best)
         if is_out_of_memory(error) and not isinstance(error, OwnCodeError):  # whose text is the user's
             raise OutOfMemoryError(memory_advice(plan, run.path, error)) from error
         raise
@@ -166,11 +171,13 @@ def run_to_the_end(loop: Loop) -> bool:
     if finished:
         run.write_end({"best": state.best, "step": state.step, "metrics": loop.logger.metrics})
         run.write_info(seconds=round(state.seconds, 1))
+        end_trackers(loop.trackers, "finished", state.best)
         counts = [found["num_images"] for found in loop.loaders.fingerprint["val"]["classes"]]
         say(describe_end(plan.config, run.path, state, loop.logger.metrics, num_unreadable, Chance.among(counts)))
     else:
         status = "stopped" if loop.stop.asked_by else "interrupted"
         run.write_info(status=status, reason=loop.stop.reason, best=state.best, **end_of(loop.logger.metrics))
+        end_trackers(loop.trackers, status, state.best)
         say(describe_stop(plan.config, run.path, state, loop.stop.reason))
     # torchrun terminates all processes as soon as one exits with 75.
     collectives.wait_for_all()
