@@ -14,16 +14,21 @@ from reading_runs import assert_same_run, last
 from running_commands import TINY, start
 
 from sasa_train import extras
+from sasa_train.runs.checkpoint import Checkpoints
+from sasa_train.runs.folder import RunFolder
+from sasa_train.runs.info import update_info
+from sasa_train.runs.schema import TRACKER_ID, first_wrong
 from sasa_train.training import trackers
 from sasa_train.training.tracker_process import TAGS
+from sasa_train.training.trackers import tracker_id
 
 needs_both = pytest.mark.skipif(
     not (find_spec("wandb") and find_spec("mlflow")), reason="wandb or mlflow-skinny is not installed"
 )
 RUN = (*TINY, "run_name=run", "trainer.ema_decay=0.5")  # as tiny_run
 
-# At the checkpoint of step 8, the hook waits until MLflow has the first epoch. Then it kills MLflow's process and the
-# run, but not the process of W&B, which learns of it as after any other kill.
+# Two steps after the checkpoint of step 8, the hook waits until MLflow has the first epoch. Then it kills MLflow's
+# process and the run, but not the process of W&B, which learns of it as after any other kill.
 KILLER = """
 import os, pathlib, signal, sqlite3, time
 
@@ -35,7 +40,7 @@ def has_first_epoch():
         return False
 
 def kill(event, view):
-    if event != "saved" or view.step != 8 or pathlib.Path("was_killed").exists():
+    if event != "step" or view.step != 10 or pathlib.Path("was_killed").exists():
         return
     end = time.monotonic() + 100
     while not has_first_epoch() and time.monotonic() < end:
@@ -122,6 +127,7 @@ def in_mlflow() -> tuple[dict[tuple[str, int], float], object]:
 
 
 @needs_both
+@pytest.mark.slow
 def test_a_killed_and_resumed_run_is_one_clean_series_equal_to_metrics_jsonl(tmp_path, monkeypatch, in_process):
     """Check that no row is doubled, missing or from a step that was repeated, whatever was killed with the run."""
     for name, value in {
@@ -178,6 +184,18 @@ def test_a_tracker_that_fails_never_changes_the_run(of_wandb, of_mlflow, tiny_ru
         reasons |= {"hang": "it has not taken them within", "exit": "its process ended with code 0"}
         assert reasons[how] in told.stderr
     assert "a library may print" not in told.stdout + told.stderr
+
+
+def test_a_run_keeps_its_id_and_a_new_run_from_its_checkpoint_has_another(tmp_path):
+    checkpoint = {"provenance": {"tracker_id": "a" * 16}}
+    of_run = RunFolder(tmp_path, None, Checkpoints(tmp_path, 0), checkpoint, is_new=False)
+    assert tracker_id(of_run, ["tensorboard"]) == tracker_id(of_run, ["mlflow"]) == checkpoint["provenance"]
+    of_new = RunFolder(tmp_path, None, Checkpoints(tmp_path, 0), checkpoint)
+    assert tracker_id(of_new, ["tensorboard"]) == {}
+    made = tracker_id(of_new, ["wandb"])
+    assert made != checkpoint["provenance"] and not first_wrong(made, {"tracker_id": TRACKER_ID})
+    update_info(tmp_path, made)  # killed before the first checkpoint
+    assert tracker_id(of_new, ["wandb"]) == made
 
 
 def test_what_a_run_cannot_log_to_is_refused_before_anything_is_written(tmp_path, monkeypatch, in_process):

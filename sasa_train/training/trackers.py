@@ -63,10 +63,10 @@ class Tracker:
         """Start the process; a run in the folder of a sweep is a job of it."""
         self.name, self._heard, self._num_bytes, self._was_asked = name, b"", 0, False
         self._process: subprocess.Popen[bytes] | None = None
-        sweep = run_dir.parent.name if any(run_dir.parent.glob("ledger*.json")) else ""
-        # The same packages as here, without those that happen to lie in the working directory.
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         try:
+            sweep = run_dir.parent.name if any(run_dir.parent.glob("ledger*.json")) else ""
+            # The same packages as here, without those that happen to lie in the working directory.
+            path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
             process = subprocess.Popen(
                 [sys.executable, "-m", tracker_process.__name__, name, str(run_dir), run_id, sweep],
                 bufsize=0,
