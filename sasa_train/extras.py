@@ -7,6 +7,7 @@ EXTRAS = {  # as in pyproject.toml
     "plots": ("matplotlib",),
     "search": ("optuna",),
     "export": ("onnx", "onnxscript", "onnxruntime"),
+    "hf": ("datasets",),
     "wandb": ("wandb>=0.31",),
     "mlflow": ("mlflow-skinny", "sqlalchemy", "alembic"),
 }

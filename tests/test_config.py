@@ -68,7 +68,7 @@ def test_a_misspelt_key_in_a_file_is_refused(own_configs):
         (["data.train=a.csv", "data=digits"], "data.train=a.csv is for data=list"),
         (["data.val=a.csv", "data=digits"], "data.val=a.csv is for data=list"),
         (["data.columns=[a,b]"], "data.columns=.* is for data=list"),
-        (["data=list", "data.train=a.csv", "data.columns=[a]"], "must name two columns, those of paths and of labels"),
+        (["data=list", "data.train=a.csv", "data.columns=[a]"], "must name two columns, those of images and labels"),
         (["data=list", "data.train=a.csv", "data.columns=[a,a]"], "must name two columns"),
         (["data=list", "data.train=a.csv", "data.split=test"], "data.split=test is for data.root; a list is chosen by"),
         (
@@ -78,7 +78,8 @@ def test_a_misspelt_key_in_a_file_is_refused(own_configs):
         (["data.root=null"], "data.root=None must be a folder; only for data=list may it be null"),
         (["data=list", "data.train=a.csv", "data.args={a:1}"], "data.args=.* needs data.target or data.dataset"),
         (["data=torchvision"], "data.dataset=None and data=torchvision need each other"),
-        (["data.dataset=MNIST"], "data.dataset=MNIST and data=torchvision need each other"),
+        (["data.dataset=MNIST"], "data.dataset=MNIST is for data=torchvision and data=hf"),
+        (["data=hf"], "data.dataset=None and data=hf need each other"),
         (["data=torchvision", "data.dataset=os.system"], "must be a class of torchvision.datasets, as in Flowers102"),
         (["data.max_unreadable=2"], "data.max_unreadable=2.0 must be from 0 to 1"),
         (["augment.policy=randaugment"], "augment.policy=randaugment must be one of none, rand_augment"),

@@ -16,7 +16,8 @@ MAX_DATA_NAME = 60  # characters of a data or model folder's name in a run's nam
 
 def trajectory(config: TrainConfig) -> dict[str, Any]:
     """Return the keys that affect what a run computes, with their values."""
-    return {key: value for key, value in flatten(config).items() if key not in NOT_TRAJECTORY}
+    local = NOT_TRAJECTORY | ({"data.dataset"} if config.data.name == "hf" else set())  # a folder, which may move
+    return {key: value for key, value in flatten(config).items() if key not in local}
 
 
 def default_run_name(config: TrainConfig) -> str:
@@ -65,7 +66,7 @@ def _digest(config: TrainConfig) -> str:
         identity["derive"] = sorted(key for key in config.derive if key not in LATER_DERIVED)
     if config.data.name != "digits":
         identity["data.root"] = config.data.root
-    for key in ("train", "val"):
+    for key in ("train", "val", "dataset"):
         if (path := getattr(config.data, key)) is not None:
             identity[f"data.{key}"] = path
     if config.resume not in ("auto", "never"):

@@ -46,6 +46,7 @@ DATA_SETS = {
     "image_folder": IMAGENET._replace(num_classes=None),
     "list": IMAGENET._replace(num_classes=None),
     "torchvision": IMAGENET._replace(num_classes=None),
+    "hf": IMAGENET._replace(num_classes=None),
     "own": IMAGENET._replace(num_classes=None),
 }
 
@@ -101,10 +102,12 @@ class DataConfig:
     name: str = key("digits", "the data set", choices=tuple(DATA_SETS))
     target: str | None = key(None, "data=own: your function, called with args; returns train and val sets with classes")
     args: dict[str, Any] = key({}, "arguments of target or of dataset, as in data.args={fold:1}")
-    dataset: str | None = key(None, "data=torchvision: a class of torchvision.datasets, as in Flowers102")
+    dataset: str | None = key(
+        None, "torchvision: a class of torchvision.datasets; hf: a folder, or USER/NAME on the Hub", is_path=True
+    )
     train: str | None = local_key(None, "data=list: CSV file of the images to train on and their labels", is_path=True)
     val: str | None = local_key(None, "data=list: CSV file of val; null: a part of train is held out", is_path=True)
-    columns: list[str] = key(["path", "label"], "data=list: the columns that hold an image's path and its label")
+    columns: list[str] = key(["path", "label"], "list, hf: the columns of images and labels; hf finds them if it can")
     root: str | None = local_key(
         "data", "folder of the images; not used for digits; null, for data=list alone: each list's folder", is_path=True
     )
@@ -162,6 +165,8 @@ class DataConfig:
             return os.path.basename(self.train or self.val or "")
         if self.name == "image_folder":
             return os.path.basename(os.path.abspath(self.folder))
+        if self.name == "hf":
+            return os.path.basename(os.path.abspath(self.dataset or ""))
         return self.target or self.dataset or self.name
 
     @property

@@ -20,7 +20,7 @@ def real(path: str) -> str:
 
 def places(data: DataConfig) -> dict[str, str]:
     """Return the paths of a data set's images by their keys."""
-    names = {"digits": (), "own": (), "list": ("train", "val", "root")}.get(data.name, ("root",))
+    names = {"digits": (), "own": (), "list": ("train", "val", "root"), "hf": ("dataset",)}.get(data.name, ("root",))
     return {f"data.{name}": path for name in names if (path := getattr(data, name))}
 
 

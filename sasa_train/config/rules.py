@@ -132,7 +132,7 @@ def _of_code(config: TrainConfig) -> Rules:
         yield all(re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", name) for name in names), key, rule
     yield (data.name == "own") == (data.target is not None), "data.target", "and data=own need each other"
     rule = "needs data.target or data.dataset: it holds the arguments of these"
-    yield not data.args or data.name in ("own", "torchvision"), "data.args", rule
+    yield not data.args or data.name in ("own", "torchvision", "hf"), "data.args", rule
     rule = "is for data.root; your own function (data.target) chooses its val set itself"
     yield data.split is None or data.target is None, "data.split", rule
     rule = "is for the losses that trainer.loss names; your own (trainer.loss_target) gets the labels as they are"
@@ -160,21 +160,22 @@ def _of_model(config: TrainConfig) -> Rules:
 
 def _of_lists(config: TrainConfig) -> Rules:
     data = config.data
-    is_list, is_named = data.name == "list", data.name == "torchvision"
+    is_list, is_named = data.name == "list", data.name in ("torchvision", "hf")
     yield is_list or data.train is None, "data.train", "is for data=list"
     yield is_list or data.val is None, "data.val", "is for data=list"
     yield not is_list or (data.train or data.val) is not None, "data.train", "must name a CSV file for data=list"
-    rule = "must name two columns, those of paths and of labels, as in [path,label]"
+    rule = "must name two columns, those of images and labels, as in [path,label]"
     yield len(set(data.columns)) == len(data.columns) == 2, "data.columns", rule
-    rule = "is for data=list"
-    yield is_list or data.columns == TrainConfig().data.columns, "data.columns", rule
+    rule = "is for data=list and data=hf"
+    yield is_list or data.name == "hf" or data.columns == TrainConfig().data.columns, "data.columns", rule
     rule = f"takes val from train, but data.val={data.val} is val: set one (data.val=null or data.holdout_fraction=0)"
     yield data.val is None or data.holdout_fraction == 0, "data.holdout_fraction", rule
     yield not is_list or data.split is None, "data.split", "is for data.root; a list is chosen by data.val"
     yield is_list or data.root is not None, "data.root", "must be a folder; only for data=list may it be null"
-    yield is_named == (data.dataset is not None), "data.dataset", "and data=torchvision need each other"
+    yield is_named or data.dataset is None, "data.dataset", "is for data=torchvision and data=hf"
+    yield not is_named or data.dataset is not None, "data.dataset", f"and data={data.name} need each other"
     rule = "must be a class of torchvision.datasets, as in Flowers102"
-    yield (data.dataset or "Flowers102").isidentifier(), "data.dataset", rule
+    yield data.name != "torchvision" or str(data.dataset).isidentifier(), "data.dataset", rule
 
 
 def _of_data(config: TrainConfig) -> Rules:

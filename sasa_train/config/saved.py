@@ -150,7 +150,8 @@ def _forget_the_other_data_set(saved: DictConfig, given: set[str]) -> None:
     """If another data set is given by its name, drop the saved keys that say which images those of another one are."""
     if "data.name" not in given:
         return
-    of_sets = {"own": ("target", "args"), "torchvision": ("dataset", "args"), "list": ("train", "val", "columns")}
+    of_sets = {"own": ("target", "args"), "torchvision": ("dataset", "args"), "hf": ("dataset", "args", "columns")}
+    of_sets["list"] = ("train", "val", "columns")
     kept, defaults = of_sets.get(saved.data.name, ()), DataConfig()
     for key in {key for keys in of_sets.values() for key in keys if key not in kept and f"data.{key}" not in given}:
         saved.data[key] = getattr(defaults, key)

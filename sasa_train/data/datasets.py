@@ -26,6 +26,7 @@ from sasa_train.config.keys import DATA_SETS, MODES, DataConfig, TrainConfig
 from sasa_train.data.class_names import MAX_CLASS_NAME, composed, twins, with_nearest
 from sasa_train.data.csv_files import Listed, check_disjoint, check_known, read_list
 from sasa_train.data.decoding import RANGE_REMEDY, check_range, decoding_of
+from sasa_train.data.hf_sets import HfImages, load_hf
 from sasa_train.data.listing import (
     FORMATS,
     LeftOut,
@@ -54,6 +55,7 @@ MAX_NAMED = 5_000  # classes that may be named for any number of images, because
 MIN_LABELS = 1000  # smaller labels are accepted from any number of images, without classes.txt
 DIGITS_VAL_FRACTION = 0.2
 NUM_LOOKED_AT = 5  # images of each split
+OBJECTS = ("own", "torchvision", "hf")  # the values of data.name whose images are items of an object
 SHARDS, CLASS_FOLDERS = "tar shards", "class folders"
 SPLIT_LIKE = r"train(ing)?|val(id(ation)?)?|test(ing)?|dev|eval(uation)?"
 VAL_SPLITS = {None: ("val", "test"), "val": ("val",), "test": ("test",)}  # by data.split; the first that is there
@@ -106,7 +108,7 @@ class ImageSet:
     classes: list[str]
     labels: np.ndarray
     positions: np.ndarray
-    source: Files | TarMembers | OwnItems | Tensor
+    source: Files | TarMembers | HfImages | OwnItems | Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -146,7 +148,7 @@ class ImageSet:
     def _open_patiently(self, position: int) -> BinaryIO:
         """Read the whole file into memory, with retries."""
         source = self.source
-        assert isinstance(source, Files | TarMembers)
+        assert isinstance(source, Files | TarMembers | HfImages)
 
         def read() -> BinaryIO:
             with source.open(position) as file:
@@ -203,7 +205,7 @@ def load_image_sets(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     """
     if config.name == "digits":
         train, val = _load_digits()
-    elif config.name in ("own", "torchvision"):
+    elif config.name in OBJECTS:
         train, val = _load_own(config)
     elif config.name == "list":
         train, val = _load_lists(config)
@@ -247,10 +249,10 @@ def load_val_set(config: DataConfig, classes: Sequence[str]) -> ImageSet:
         ConfigError: a folder is missing, there are no images, or a class is not one of `classes`.
     """
     root = Path(config.folder)
-    is_held_out = config.name in ("own", "torchvision", "list") and config.holdout_fraction > 0
+    is_held_out = config.name in (*OBJECTS, "list") and config.holdout_fraction > 0
     if config.name == "digits" or is_held_out or reads_torchvision(config, classes):
         return relabelled(load_image_sets(config)[1], classes, config.name, "the checkpoint", "it")
-    if config.name in ("own", "torchvision"):
+    if config.name in OBJECTS:
         val, name = _own_image_sets(config, "val")[0], "val"
     elif config.name == "list":
         val, name = _told(_listed_set(_read_list(config, "val", classes, "the checkpoint"))), "val"
@@ -395,7 +397,10 @@ def _checked_own(config: DataConfig, train: ImageSet) -> ImageSet:
 
 
 def _own_image_sets(config: DataConfig, *splits: str) -> list[ImageSet]:
-    """Return the user's own sets for `splits`, labelled by each set's own classes."""
+    """Return the sets that are objects for `splits`, labelled by each set's own classes."""
+    if config.name == "hf":
+        loaded = load_hf(config, splits)
+        return [ImageSet(classes, labels, np.arange(len(labels)), images) for classes, labels, images in loaded]
     found = load_own(config, splits)
     return [ImageSet(classes, items.labels, np.arange(len(items.labels)), items) for classes, items in found]
 
@@ -471,7 +476,7 @@ def load_train(config: DataConfig) -> ImageSet:
     Raises:
         ConfigError: a folder is missing, or a class has no images.
     """
-    if config.name in ("own", "torchvision"):
+    if config.name in OBJECTS:
         return _checked_own(config, *_own_image_sets(config, "train"))
     if config.name == "list":
         return _checked_list(config, _read_list(config, "train"))
@@ -571,7 +576,7 @@ def has_train(config: DataConfig) -> bool:
     if config.name == "list":
         return config.train is not None and os.path.isfile(config.train)
     root = Path(config.folder)
-    is_known = config.name in ("digits", "own", "torchvision") or reads_torchvision(config)
+    is_known = config.name in ("digits", *OBJECTS) or reads_torchvision(config)
     is_in_root = config.holdout_fraction > 0 and holds_class_folders(root) and bool(visible_folders(root))
     return is_known or is_in_root or (root / "train").is_dir() or holds_shards(root)
 
@@ -596,7 +601,7 @@ def check_several(train: ImageSet) -> None:
     """Raise ConfigError if all images to train on are of one class; the message names it and a likely reason."""
     if len(train.classes) == 1:
         folder = train.source.folder if isinstance(train.source, Files) else ""
-        where = train.source.what if isinstance(train.source, OwnItems) else folder
+        where = train.source.what if isinstance(train.source, OwnItems | HfImages) else folder
         where = where or (train.source.list_path if isinstance(train.source, Files) else "") or "train"
         names = [train.name(i) for i in range(len(train))]
         raise ConfigError(f"{printable(where)}: {only_class(train.classes[0], folder, names)}")

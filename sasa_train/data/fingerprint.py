@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sasa_train.data.class_names import composed
 from sasa_train.data.datasets import Files, ImageSet
+from sasa_train.data.hf_sets import HfImages
 from sasa_train.data.own_sets import OwnItems
 from sasa_train.data.shards import TarMembers
 from sasa_train.terminal import printable
@@ -33,6 +34,7 @@ SOURCES = {
     "list": "in a list",
     "shards": "in tar shards",
     "memory": "in memory",
+    "hf": "in a Hugging Face data set",
     "own": "in a data set of your own",
 }
 PIXELS = {"memory", "own"}  # of which pixels are compared, not files
@@ -56,7 +58,7 @@ def fingerprint(images: ImageSet, read: dict[bytes, int] | None = None) -> dict[
         {"name": name, "num_images": len(of_class), "names": digest_of(_names(images, of_class, naming)), **content}
         for name, of_class, content in zip(images.classes, members, contents, strict=True)
     ]
-    kinds = {Tensor: "memory", Files: "files", TarMembers: "shards", OwnItems: "own"}
+    kinds = {Tensor: "memory", Files: "files", TarMembers: "shards", HfImages: "hf", OwnItems: "own"}
     kind = next(name for source, name in kinds.items() if isinstance(images.source, source))
     kind = "list" if isinstance(images.source, Files) and images.source.list_path else kind
     return {"source": kind, "labels": digest_of([images.labels.astype("<i8").tobytes()]), "classes": classes}
@@ -184,7 +186,7 @@ def _names(images: ImageSet, members: np.ndarray, naming: Callable[[int], str] |
     return (name.encode(errors="surrogateescape") + b"\0" for name in names)
 
 
-def _naming(source: Files | TarMembers | OwnItems | Tensor) -> Callable[[int], str] | None:
+def _naming(source: Files | TarMembers | HfImages | OwnItems | Tensor) -> Callable[[int], str] | None:
     """Return the function that names images, or None if they have no names.
 
     A name is a path relative to the class folder or, without class folders, to the folder of all images; or a shard
@@ -192,7 +194,7 @@ def _naming(source: Files | TarMembers | OwnItems | Tensor) -> Callable[[int], s
     """
     if isinstance(source, TarMembers):
         return lambda position: NUMBER.sub(r"\1", str(source.names[position]))
-    if isinstance(source, Tensor) or source.paths is None:
+    if isinstance(source, Tensor | HfImages) or source.paths is None:
         return None
     paths = source.paths
     if isinstance(source, Files) and not source.list_path:

@@ -19,6 +19,7 @@ from sasa_train.config.keys import TrainConfig
 from sasa_train.data.datasets import ImageSet, load_image_sets, load_val_set, mean_std
 from sasa_train.data.decoding import WHITE
 from sasa_train.data.fingerprint import fingerprints
+from sasa_train.data.hf_sets import build_hf
 from sasa_train.data.mixing import Mixing
 from sasa_train.data.named_sets import build_named
 from sasa_train.data.own_sets import build_own
@@ -164,6 +165,8 @@ def fetch_once(config: TrainConfig) -> None:
         build_own(config.data)
     elif config.data.name == "torchvision":
         build_named(config.data)
+    elif config.data.name == "hf":
+        build_hf(config.data)
 
 
 def _is_resident(config: TrainConfig, num_images: int, device: torch.device, memory: int | None = None) -> bool:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 EPILOG = """examples:
   sasa-data verify data/flowers                           every image decoded: what is there, and what is wrong with it
   sasa-data verify train.csv data.val=val.csv             the same for the images of lists
+  sasa-data verify saved                                  the same for a Hugging Face data set in a folder
   sasa-data prepare imagenet downloads data/imagenet      ImageNet's archives -> class folders
   sasa-data prepare imagenet downloads data/imagenet --shards
   sasa-data shard data/flowers data/flowers-shards        class folders -> tar shards, the same data set
@@ -29,9 +30,10 @@ Exit codes: 0 done, and for verify nothing is wrong; 1 verify found problems, or
 VERIFY = """Decode every image of ROOT and report classes, sizes, modes, unreadable files, duplicates, mean and std.
 
 ROOT holds train/ and val/ (or test/) with one folder per class, or tar shards, or class folders alone, or is a CSV file
-of paths and labels (data.train). Duplicates are images with the same decoded pixels, whatever their files look like.
-Problems are unreadable files, duplicates across splits, and classes that are empty or that one split lacks. Warnings
-are channels that are constant or saturated, and 16-bit files that use less than a quarter of their range."""
+of paths and labels (data.train), or a folder that Hugging Face's save_to_disk has written. Duplicates are images with
+the same decoded pixels, whatever their files look like. Problems are unreadable files, duplicates across splits, and
+classes that are empty or that one split lacks. Warnings are channels that are constant or saturated, and 16-bit files
+that use less than a quarter of their range."""
 
 PREPARE = """Make a data set from its archives, without unpacking anything on the way.
 
@@ -84,7 +86,7 @@ def work(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def read_config(root: Path, overrides: Sequence[str]) -> "DataConfig":
-    """Return how pixels are read and, if `root` is a file, the lists: it is the list of train.
+    """Return how pixels are read and where: `root` may be the list of train, or a folder of a Hugging Face data set.
 
     Raises:
         ConfigError: an override sets another key than those of pixels and lists, or is invalid.
@@ -92,14 +94,16 @@ def read_config(root: Path, overrides: Sequence[str]) -> "DataConfig":
     from sasa_train.config.compose import compose_config
     from sasa_train.config.overrides import as_written
     from sasa_train.data.decoding import Decoding
+    from sasa_train.data.hf_sets import is_saved
 
-    is_list = root.is_file()
+    is_list, is_hf = root.is_file(), is_saved(root)
     names = [f"data.{field.name}" for field in fields(Decoding)]
-    names += ["data.val", "data.columns", "data.root"] if is_list else []
+    names += ["data.val", "data.columns", "data.root"] if is_list else ["data.args", "data.columns"] if is_hf else []
     for text in overrides:
         if text.partition("=")[0] not in names:
             raise ConfigError(f"{printable(text)}: must be key=value with one of the keys {', '.join(names)}")
     lists = ["data=list", f"data.train={as_written(str(root))}"] if is_list else []
+    lists = ["data=hf", f"data.dataset={as_written(str(root))}"] if is_hf else lists
     return compose_config([*lists, *overrides]).data
 
 
@@ -113,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = add_to("verify", "decode and check every image", VERIFY)
     add("root", metavar="ROOT", type=_path, help="the data set's folder, or the list of train")
     about = "how pixels are read: data.background, data.exif, data.value_range, data.clip_values; lists: data.val, "
-    about += "data.columns, data.root"
+    about += "data.columns, data.root; Hugging Face: data.columns, data.args"
     add("overrides", metavar="key=value", nargs="*", help=about)
     add("--workers", metavar="N", type=positive, help="processes (one per processor)")
     add("--all-classes", action="store_true", help="one line per class, even for more than 50 classes")

@@ -31,6 +31,8 @@ from sasa_train.data.datasets import (
     labelled,
     listed_folders,
     load_shard_set,
+    load_train,
+    load_val_set,
     only_class,
     read_lists,
     refuse_splits,
@@ -39,6 +41,7 @@ from sasa_train.data.datasets import (
 )
 from sasa_train.data.decoding import Decoding, decoding_of, is_16_bit, is_turned, to_rgb
 from sasa_train.data.depth import describe_dark
+from sasa_train.data.hf_sets import build_hf
 from sasa_train.data.listing import LeftOut
 from sasa_train.data.quarantine import fully
 from sasa_train.data.shards import SPLIT_NAMES
@@ -134,9 +137,10 @@ def verify(root: Path, num_workers: int, all_classes: bool, config: DataConfig) 
     """Print the report; return DONE if there are no problems, otherwise FAILED.
 
     Raises:
-        ConfigError: `root` does not exist or contains no classes, or the lists of `config` are not valid.
+        ConfigError: `root` does not exist or contains no classes, or what `config` names is not valid.
     """
-    contents = read_contents(root) if config.name != "list" else read_listed(config)
+    read = {"list": read_listed, "hf": read_hf}.get(config.name)
+    contents = read(config) if read is not None else read_contents(root)
     print_classes(contents, all_classes)
     survey = look_at_all(contents, num_workers, decoding_of(config))
     print_survey(contents, survey)
@@ -228,6 +232,19 @@ def read_listed(config: DataConfig) -> Contents:
     alone = only_class(classes[0], "", []) if len(classes) == 1 else ""
     root = Path(str(config.train))
     return Contents(root, "list", classes, splits, _faults(classes, splits, {}), unused, alone=alone)
+
+
+def read_hf(config: DataConfig) -> Contents:
+    """Read train and, if it is there, val of a Hugging Face data set as training does.
+
+    Raises:
+        ConfigError: the set is not valid.
+    """
+    splits = {"train": load_train(config)}
+    if "val" in build_hf(config):
+        splits["val"] = load_val_set(config, splits["train"].classes)
+    classes, root = splits["train"].classes, Path(str(config.dataset))
+    return Contents(root, "Hugging Face data set", classes, splits, _faults(classes, splits, {}), [])
 
 
 def _in_splits(found: Mapping[str, object]) -> str:
@@ -373,9 +390,9 @@ def print_classes(contents: Contents, all_classes: bool) -> None:
             say("per class", f"min {low:,}, median {median:,.10g}, max {high:,} images in {split}")
     say("images", ", ".join(f"{len(images):,} {split}" for split, images in contents.splits.items()))
     if list(contents.splits) == ["train"] and not contents.mixed:
-        is_list = contents.kind == "list"
-        needs = "no data.val: training holds" if is_list else "no val/ or test/: training needs data.holdout_fraction"
-        say("", f"{needs} out a part" if is_list else needs)
+        of_kind = {"list": "no data.val", "Hugging Face data set": "no validation or test"}.get(contents.kind)
+        needs = "no val/ or test/: training needs data.holdout_fraction"
+        say("", f"{of_kind}: training holds out a part" if of_kind else needs)
     elif "val" in contents.splits and "test" in contents.splits:
         say("", "training evaluates on val, or with data.split=test on test")
     for fault in contents.faults + contents.ambiguous + [contents.alone] * bool(contents.alone):

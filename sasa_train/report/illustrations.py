@@ -8,6 +8,7 @@ from sasa_train.config.keys import DataConfig
 from sasa_train.config.places import tell_places
 from sasa_train.data.datasets import ImageSet, limit, load_val_set, reads_torchvision
 from sasa_train.data.fingerprint import fingerprint
+from sasa_train.data.hf_sets import is_cached
 from sasa_train.data.named_sets import build_named, make
 from sasa_train.refusal import ConfigError
 from sasa_train.report.jobs import Job
@@ -83,6 +84,8 @@ def _is_there(data: DataConfig, classes: Sequence[str]) -> bool:
     """Check that the data set is on disk; CIFAR's archive must be intact, or it would be downloaded again."""
     if data.name == "list":
         return Path(data.val or data.train or "").is_file()
+    if data.name == "hf":
+        return is_cached(data)
     try:
         if data.name == "torchvision":
             build_named(data, download=False)

@@ -33,6 +33,7 @@ from sasa_train.data.datasets import (
     reads_torchvision,
     split,
 )
+from sasa_train.data.hf_sets import build_hf
 from sasa_train.data.loader import check_batch
 from sasa_train.data.named_sets import build_named
 from sasa_train.device import uses_cuda
@@ -157,7 +158,8 @@ def look(config: TrainConfig) -> tuple[TrainConfig, Facts]:
         train, val = split(train, config.data.holdout_fraction)
     if "data.holdout_fraction" in config.derive and held_out > 0:
         part = f"{len(val):,} of {num_found:,} images, a fixed part of each class"
-        missing = {"list": "no data.val", "torchvision": "no val or test"}.get(config.data.name, "no val/ or test/")
+        lacking = {"list": "no data.val", "torchvision": "no val or test", "hf": "no validation or test"}
+        missing = lacking.get(config.data.name, "no val/ or test/")
         _tell(f"chosen      data.holdout_fraction={held_out}: {missing}, so {part}, are held out as val")
     count = min(len(train), config.data.max_train_images or len(train))
     source = read_weights(config) if config.model.pretrained is not None else None
@@ -169,9 +171,11 @@ def _find(config: TrainConfig) -> tuple[ImageSet, float]:
     data, root = config.data, Path(config.data.folder)
     if data.name == "own":
         return load_train(data), 0.0
-    if data.name in ("list", "torchvision"):
-        has_val = data.val is not None if data.name == "list" else build_named(data)[1] is not None
+    if data.name in ("torchvision", "hf"):
+        has_val = build_named(data)[1] is not None if data.name == "torchvision" else "val" in build_hf(data)
         return _with_holdout(load_train(data), has_val)
+    if data.name == "list":
+        return _with_holdout(load_train(data), data.val is not None)
     if data.name == "digits" or reads_torchvision(data):
         return load_image_sets(data)[0], 0.0
     if not root.is_dir():

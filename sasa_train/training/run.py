@@ -24,6 +24,7 @@ from sasa_train.config.keys import TrainConfig
 from sasa_train.config.saved import as_begun
 from sasa_train.data.datasets import check_output_dir
 from sasa_train.data.fingerprint import differences
+from sasa_train.data.hf_sets import check_hf
 from sasa_train.data.loader import Loaders, build_loaders, fetch_once
 from sasa_train.data.named_sets import check_dataset
 from sasa_train.data.own_transform import check_transform
@@ -341,7 +342,7 @@ def check_buildable(plan: RunPlan) -> None:
     if config.data.target is not None:
         own_code.load("data.target", config.data.target)
     if config.data.dataset is not None:
-        check_dataset(config.data)
+        (check_hf if config.data.name == "hf" else check_dataset)(config.data)
     model = check_model(config.model, plan.input_size)
     check_memory(plan, model)
     if config.trainer.grad_checkpointing:
