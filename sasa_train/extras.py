@@ -8,6 +8,7 @@ EXTRAS = {  # as in pyproject.toml
     "search": ("optuna",),
     "export": ("onnx", "onnxscript", "onnxruntime"),
     "hf": ("datasets",),
+    "url": ("fsspec", "aiohttp"),
     "wandb": ("wandb>=0.31",),
     "mlflow": ("mlflow-skinny", "sqlalchemy", "alembic"),
 }

@@ -162,8 +162,8 @@ def to_config(composed: DictConfig, check: Callable[[TrainConfig], None] = valid
     config.model.kernel_size = whole_numbers("model.kernel_size", config.model.kernel_size, 4, meaning)
     config.data.resident = config.data.resident.lower()  # True and FALSE are taken, as for keys of true and false
     # The shell does not expand the ~ in data.root=~/images.
-    for group, name in ((config.data, "root"), (config.data, "train"), (config.data, "val"), (config, "output_dir"),
-                        (config.model, "pretrained")):  # fmt: skip
+    for group, name in ((config.data, "root"), (config.data, "train"), (config.data, "val"), (config.data, "dataset"),
+                        (config, "output_dir"), (config.model, "pretrained")):  # fmt: skip
         if (path := getattr(group, name)) is not None:
             setattr(group, name, os.path.expanduser(path))
     check(config)

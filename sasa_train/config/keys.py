@@ -109,7 +109,9 @@ class DataConfig:
     val: str | None = local_key(None, "data=list: CSV file of val; null: a part of train is held out", is_path=True)
     columns: list[str] = key(["path", "label"], "list, hf: the columns of images and labels; hf finds them if it can")
     root: str | None = local_key(
-        "data", "folder of the images; not used for digits; null, for data=list alone: each list's folder", is_path=True
+        "data",
+        "folder of the images, or URL of tar shards; null, for data=list: each list's folder",
+        is_path=True,
     )
     # The size of a larger image in bytes would overflow the 32-bit counters of Pillow and torch.
     image_size: Any = key(  # int | list[int] | None, which OmegaConf cannot express; see `whole_numbers`
@@ -173,6 +175,11 @@ class DataConfig:
     def folder(self) -> str:
         """`root`; empty if it is null."""
         return self.root or ""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the images are in shards behind a URL."""
+        return "://" in self.folder
 
     @property
     def place(self) -> str:

@@ -11,9 +11,9 @@ from sasa_train.terminal import printable, say
 
 
 def real(path: str) -> str:
-    """Return a path without symbolic links; as it is, if it cannot be a path."""
+    """Return a path without symbolic links; as it is, if it cannot be a path, or is a URL."""
     try:
-        return os.path.realpath(path)
+        return path if "://" in path else os.path.realpath(path)
     except (OSError, ValueError):
         return path
 

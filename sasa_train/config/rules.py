@@ -29,19 +29,22 @@ from sasa_train.config.keys import (
     PUBLISHED,
     SMALL_IMAGE,
     TARGETS,
+    DataConfig,
     TrainConfig,
     TrainerConfig,
     flatten,
     key_table,
     names_source,
 )
-from sasa_train.refusal import require
+from sasa_train.refusal import ConfigError, require
 
+URL_SETS = ("imagenet", "image_folder")
 Rules = Iterator[tuple[bool, str, str]]  # whether the rule holds, the key, and the rule in words
 
 
 def validate(config: TrainConfig) -> None:
     """Raise ConfigError for values that violate a rule or are incompatible."""
+    _check_url(config.data)
     check_values(config)
     checks = (_of_code, _of_model, _of_lists, _of_data, _of_mode, _of_batches, _of_epochs)
     for is_kept, key, rule in itertools.chain.from_iterable(check(config) for check in checks):
@@ -176,6 +179,21 @@ def _of_lists(config: TrainConfig) -> Rules:
     yield not is_named or data.dataset is not None, "data.dataset", f"and data={data.name} need each other"
     rule = "must be a class of torchvision.datasets, as in Flowers102"
     yield data.name != "torchvision" or str(data.dataset).isidentifier(), "data.dataset", rule
+
+
+def _check_url(data: DataConfig) -> None:
+    """Raise ConfigError for a URL that is not taken; the message does not repeat what may hold a password."""
+    if not data.is_remote:
+        return
+    place = data.folder.partition("://")[2]
+    if "@" in place.partition("/")[0]:
+        raise ConfigError(
+            "data.root: a URL must not contain a user or a password, which would be stored with the run; put them into "
+            "~/.netrc"
+        )
+    if not place or any(mark in data.folder for mark in ("?", "#", "::", "@")):
+        raise ConfigError("data.root: a URL must be that of a folder, as in https://host/flowers, without ? # @ and ::")
+    require(data.name in URL_SETS, "data.root", data.root, f"is a URL, which {' and '.join(URL_SETS)} alone take")
 
 
 def _of_data(config: TrainConfig) -> Rules:

@@ -41,7 +41,16 @@ from sasa_train.data.opening import open_image
 from sasa_train.data.own_sets import OwnItems, load_own
 from sasa_train.data.randomness import fixed_order
 from sasa_train.data.shard_index import MAX_CLASSES
-from sasa_train.data.shards import SPLIT_NAMES, TarMembers, check_image_size, find_shards, load_shards
+from sasa_train.data.shards import (
+    SPLIT_NAMES,
+    TarMembers,
+    check_image_size,
+    find_index,
+    find_shards,
+    load_shards,
+    load_url_shards,
+)
+from sasa_train.data.urls import ServerError, joined, read_file
 from sasa_train.data.whole import check_whole
 from sasa_train.files import did_you_mean, open_regular
 from sasa_train.refusal import ConfigError
@@ -124,6 +133,7 @@ class ImageSet:
             UnreadableImage: the file is missing, is not in one of FORMATS, has more than Image.MAX_IMAGE_PIXELS
                 pixels, or cannot be decoded or converted.
             ConfigError: the data set that has the item failed, but not as a damaged image does.
+            ServerError: the image is behind a URL, and the server failed.
         """
         position = int(self.positions[index])
         if isinstance(self.source, Tensor):
@@ -133,7 +143,7 @@ class ImageSet:
                 return shape(_patiently(partial(self.source.image, position)))
             with self._open_patiently(position) as file:
                 return read_image(file, shape)
-        except (MemoryError, ConfigError):
+        except (MemoryError, ConfigError, ServerError):
             raise
         except Exception as error:  # Pillow's decoders have no common base class: OSError, SyntaxError, ...
             raise UnreadableImage(self.name(index), why_unreadable(error)) from error
@@ -248,7 +258,7 @@ def load_val_set(config: DataConfig, classes: Sequence[str]) -> ImageSet:
     Raises:
         ConfigError: a folder is missing, there are no images, or a class is not one of `classes`.
     """
-    root = Path(config.folder)
+    root = _root_of(config)
     is_held_out = config.name in (*OBJECTS, "list") and config.holdout_fraction > 0
     if config.name == "digits" or is_held_out or reads_torchvision(config, classes):
         return relabelled(load_image_sets(config)[1], classes, config.name, "the checkpoint", "it")
@@ -256,20 +266,24 @@ def load_val_set(config: DataConfig, classes: Sequence[str]) -> ImageSet:
         val, name = _own_image_sets(config, "val")[0], "val"
     elif config.name == "list":
         val, name = _told(_listed_set(_read_list(config, "val", classes, "the checkpoint"))), "val"
-    elif config.holdout_fraction > 0 and root.is_dir():
-        if not (root / "train").is_dir() and not find_shards(root, "train") and not holds_class_folders(root):
+    elif config.holdout_fraction > 0 and (isinstance(root, str) or root.is_dir()):
+        if isinstance(root, Path) and not _may_have_train(root):
             raise ConfigError(
                 f"data.holdout_fraction={config.holdout_fraction}: val is a part of {root / 'train'}, which is not "
                 "there; to evaluate val/, test/ or class folders, add data.holdout_fraction=0"
             )
         val, name = load_image_sets(config)[1], "train"
-    elif config.split is None and _holds_classes(root, classes):
+    elif config.split is None and isinstance(root, Path) and _holds_classes(root, classes):
         val, name = _told(_image_set(root)), "its folders (there is no val/ or test/)"
     else:
         val, name = _load_val(root, config.split)
     val = limit(relabelled(val, classes, config.place, "the checkpoint", name), config.max_val_images)
     _check_ranges(config, val)
     return val
+
+
+def _may_have_train(root: Path) -> bool:
+    return (root / "train").is_dir() or bool(find_shards(root, "train")) or holds_class_folders(root)
 
 
 def reads_torchvision(config: DataConfig, classes: Sequence[str] = ()) -> bool:
@@ -458,16 +472,22 @@ def _listed_set(listed: Listed) -> ImageSet:
 
 
 def _load_from_disk(config: DataConfig) -> tuple[ImageSet, ImageSet]:
-    root = Path(config.folder)
+    root = _root_of(config)
     train = load_train(config)
     _tell_left_out(train)
     check_several(train)
     train = relabelled(train, train.classes, f"data.root={root}", "classes.txt", "train")  # warns of empty classes
     if config.holdout_fraction > 0:
-        _tell_beside(root)
+        if isinstance(root, Path):
+            _tell_beside(root)
         return train, train
     val, name = _load_val(root, config.split)
     return train, relabelled(val, train.classes, f"data.root={root}", "train", name)
+
+
+def _root_of(config: DataConfig) -> Path | str:
+    """Return `data.root` as a path or, if it is a URL, as a text."""
+    return config.folder if config.is_remote else Path(config.folder)
 
 
 def load_train(config: DataConfig) -> ImageSet:
@@ -480,8 +500,8 @@ def load_train(config: DataConfig) -> ImageSet:
         return _checked_own(config, *_own_image_sets(config, "train"))
     if config.name == "list":
         return _checked_list(config, _read_list(config, "train"))
-    root = Path(config.folder)
-    if find_shards(root, "train"):
+    root = _root_of(config)
+    if isinstance(root, str) or find_shards(root, "train"):
         return load_shard_set(root, "train")
     return load_class_folders(root, "" if config.holdout_fraction > 0 and holds_class_folders(root) else "train")
 
@@ -514,8 +534,16 @@ def check_output_dir(config: TrainConfig) -> None:
     )
 
 
-def _load_val(root: Path, split: str | None) -> tuple[ImageSet, str]:
+def remote_val(root: str, split: str | None) -> str | None:
+    """Return the name of the split behind a URL that `data.split` selects, or None if it is not there."""
+    return next((name for name in VAL_SPLITS[split] if find_index(root, name)), None)
+
+
+def _load_val(root: Path | str, split: str | None) -> tuple[ImageSet, str]:
     """Return the images of the split that `data.split` selects, and its name."""
+    if isinstance(root, str):
+        name = remote_val(root, split) or VAL_SPLITS[split][-1]
+        return load_shard_set(root, name), name
     are_shards = holds_shards(root)
     kinds = {name: kind for name in VAL_SPLITS[split] if (kind := kind_of(root, name))}
     if are_shards and not kinds:
@@ -576,7 +604,7 @@ def has_train(config: DataConfig) -> bool:
     if config.name == "list":
         return config.train is not None and os.path.isfile(config.train)
     root = Path(config.folder)
-    is_known = config.name in ("digits", *OBJECTS) or reads_torchvision(config)
+    is_known = config.name in ("digits", *OBJECTS) or config.is_remote or reads_torchvision(config)
     is_in_root = config.holdout_fraction > 0 and holds_class_folders(root) and bool(visible_folders(root))
     return is_known or is_in_root or (root / "train").is_dir() or holds_shards(root)
 
@@ -782,21 +810,27 @@ def _is_image_name(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in image_extensions() and not name.startswith(".")
 
 
-def load_shard_set(root: Path, split: str, left_out: LeftOut | None = None) -> ImageSet:
+def load_shard_set(root: Path | str, split: str, left_out: LeftOut | None = None) -> ImageSet:
     """Find the images in a split's tar shards; `root/classes.txt` lists the class names, one per line.
 
+    root: a folder, or a URL as a text.
     left_out: see `load_shards`.
     """
-    shards = find_shards(root, split)
-    members, labels = load_shards(shards, split, left_out)
-    names, largest = root / "classes.txt", int(labels.max())
-    is_named = os.path.lexists(names)
-    if not is_named and largest >= MIN_LABELS + 10 * len(labels):  # otherwise, one wrong label takes gigabytes
+    names: Path | str
+    if isinstance(root, str):
+        where, names = root, joined(root, "classes.txt")
+        members, labels = load_url_shards(root, split)
+        content = read_file(names, MAX_CLASSES_BYTES)
+    else:
+        shards, names = find_shards(root, split), root / "classes.txt"
+        where, (members, labels) = str(shards[0].parent), load_shards(shards, split, left_out)
+        content = _read_names(names) if os.path.lexists(names) else None
+    largest = int(labels.max())
+    if content is None and largest >= MIN_LABELS + 10 * len(labels):  # otherwise, one wrong label takes gigabytes
         raise ConfigError(
-            f"{shards[0].parent}: {len(labels):,} images, but labels up to {largest:,}; mend them, or list all classes "
-            f"in {names}"
+            f"{where}: {len(labels):,} images, but labels up to {largest:,}; mend them, or list all classes in {names}"
         )
-    classes = _read_classes(names) if is_named else [str(i) for i in range(largest + 1)]
+    classes = _parse_classes(names, content) if content is not None else [str(i) for i in range(largest + 1)]
     if largest >= len(classes):
         raise ConfigError(f"{names}: names {len(classes)} classes, but labels go from {labels.min()} to {largest}")
     if split == "train":
@@ -816,10 +850,17 @@ def _check_named(path: Path | str, classes: list[str], num_images: int) -> None:
         say(f"{path}: more than one class is named {some(same)}; they remain different classes", sys.stderr)
 
 
-def _read_classes(path: Path) -> list[str]:
+def _read_names(path: Path) -> bytes:
     try:
         with open_regular(path) as file:
-            content = file.read(MAX_CLASSES_BYTES + 1)
+            return file.read(MAX_CLASSES_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(_wrong_names(path, error.strerror or error)) from error
+
+
+def _parse_classes(path: Path | str, content: bytes) -> list[str]:
+    """Return the classes that classes.txt at `path` lists; raise ConfigError if it is not valid."""
+    try:
         # Not splitlines(), which also splits at characters that names may have.
         classes = [name.removesuffix("\r") for name in content.decode("utf-8-sig").removesuffix("\n").split("\n")]
         if len(content) > MAX_CLASSES_BYTES or len(classes) > MAX_CLASSES:
@@ -828,9 +869,10 @@ def _read_classes(path: Path) -> list[str]:
             raise ValueError(f"a name of {longest:,} characters; {MAX_CLASS_NAME:,} are the most")
         if "\0" in "".join(classes):
             raise ValueError("a name with the character NUL")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"{path}: must hold one class name per line, in UTF-8 ({reason}); mend or remove it"
-        ) from error
+    except ValueError as error:
+        raise ConfigError(_wrong_names(path, error)) from error
     return classes
+
+
+def _wrong_names(path: Path | str, reason: object) -> str:
+    return f"{path}: must hold one class name per line, in UTF-8 ({reason}); mend or remove it"

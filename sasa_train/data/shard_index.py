@@ -11,7 +11,9 @@ import os
 import sys
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -55,19 +57,31 @@ def read_index(path: Path, identity: np.ndarray, shard_sizes: np.ndarray) -> dic
         Exception: any other, because zipfile and numpy have no common base class; the message names the wrong part.
     """
     total = int(shard_sizes.sum())
-    with open_regular(path) as file, warnings.catch_warnings():
-        warnings.simplefilter("error")  # by which numpy and Python report a header that is not as numpy writes it
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         # Three blocks per image: its header, its label's header and label. Its row is at most 28 + 4 * MAX_NAME bytes.
         if size > 2 * total + 2**16:
             raise ValueError(f"its {size:,} bytes are too many for shards of {total:,} bytes")
+        return parse_index(file, size, lambda written: shard_sizes if np.array_equal(written, identity) else None)
+
+
+def parse_index(
+    file: BinaryIO, size: int, sizes_of: Callable[[np.ndarray], np.ndarray | None]
+) -> dict[str, np.ndarray] | None:
+    """Return the columns of an index of `size` bytes and LEFT_OUT, or None if it is of an older version.
+
+    sizes_of: returns the sizes of the shards in bytes for the identity in the index, or None if they are others.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # by which numpy and Python report a header that is not as numpy writes it
         with zipfile.ZipFile(file) as archive:
             found, expected = (sorted(names) for names in (archive.namelist(), map(_entry, ("identity", *COLUMNS))))
             if found in (expected, sorted([*expected, _entry(DIGEST)])):  # of an older version
                 return None
             if found != sorted([*expected, _entry(LEFT_OUT), _entry(DIGEST)]):
                 raise ValueError(f"it must hold identity, {', '.join(COLUMNS)}, {LEFT_OUT}, {DIGEST} and nothing else")
-            if not np.array_equal(_read_array(archive, "identity", np.dtype(np.str_), size), identity):
+            identity = _read_array(archive, "identity", np.dtype(np.str_), size)
+            if (shard_sizes := sizes_of(identity)) is None:
                 return None
             columns = {name: _read_array(archive, name, dtype, size) for name, dtype in COLUMNS.items()}
             columns[LEFT_OUT] = _read_array(archive, LEFT_OUT, np.dtype(np.str_), size)

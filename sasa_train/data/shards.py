@@ -13,6 +13,7 @@ import resource
 import sys
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,8 +22,9 @@ from typing import BinaryIO
 
 import numpy as np
 
+from sasa_train.data import urls
 from sasa_train.data.listing import LeftOut, folders_with_images, image_extensions, is_hidden, is_image
-from sasa_train.data.shard_index import COLUMNS, LEFT_OUT, MAX_CLASSES, index_bytes, read_index
+from sasa_train.data.shard_index import COLUMNS, LEFT_OUT, MAX_CLASSES, index_bytes, parse_index, read_index
 from sasa_train.data.tars import members_of, open_tar
 from sasa_train.files import open_regular, write_atomic
 from sasa_train.refusal import ConfigError, shorten
@@ -32,12 +34,17 @@ MAX_IMAGE_BYTES = 2**30  # an uncompressed image with as many pixels as are allo
 MAX_HEADER_BYTES = 2**20  # by which a member of another name is identified
 MAX_LABEL_BYTES = 20  # a number, and perhaps a line break
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}
+NUM_READERS = 8  # threads that ask for the sizes of shards behind a URL
+MAX_INDEX_BYTES = 2**31  # of shards behind a URL
 LISTING = "listing 2"  # changes when other members are taken as images, so that older indexes are built anew
 
 
 @dataclass
 class TarMembers:
-    """Files in uncompressed tar archives, each given by its archive, its offset and size in bytes, and its name."""
+    """Files in uncompressed tar archives, each given by its archive, its offset and size in bytes, and its name.
+
+    `archives` are paths or URLs.
+    """
 
     archives: list[str]
     archive: np.ndarray
@@ -51,12 +58,15 @@ class TarMembers:
         """Read the member's bytes into memory; if the archive is truncated, fewer than `size` bytes are read.
 
         Raises:
+            ServerError: the archive is behind a URL, and the server fails.
             OSError: the archive cannot be read, or the member has more than MAX_IMAGE_BYTES.
         """
         check_image_size(int(self.size[position]), self.name(position))
         archive = self.archive[position]
+        if urls.is_url(path := self.archives[archive]):
+            return io.BytesIO(urls.read_range(path, int(self.offset[position]), int(self.size[position])))
         with _opening:
-            file = _opened(self.archives[archive], self.versions[archive] if self.versions else None)
+            file = _opened(path, self.versions[archive] if self.versions else None)
         return io.BytesIO(os.pread(file.fileno(), int(self.size[position]), int(self.offset[position])))
 
     def name(self, position: int) -> str:
@@ -153,6 +163,79 @@ def load_shards(shards: Sequence[Path], split: str, left_out: LeftOut | None = N
     del table[LEFT_OUT]
     versions = [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
     return TarMembers([str(p) for p in shards], **table, versions=versions), labels
+
+
+def find_index(root: str, split: str) -> str | None:
+    """Return the URL of a split's index, which is in the split's folder or in `root`; None if there is none.
+
+    Raises:
+        ServerError: the server fails.
+    """
+    urls.check_protocol(root)
+    for folder in (*(urls.joined(root, name) for name in SPLIT_NAMES[split]), root):
+        try:
+            urls.size_of(index := urls.joined(folder, f"{split}.index.npz"))
+        except FileNotFoundError:
+            continue
+        return index
+    return None
+
+
+def load_url_shards(root: str, split: str) -> tuple[TarMembers, np.ndarray]:
+    """Return the images in a split's shards behind a URL and their labels, in the order of `load_shards`.
+
+    Only the index that `load_shards` has written is read, and the size of each shard compared.
+
+    Raises:
+        ConfigError: there is no index, it is damaged, or describes other shards than those of the server.
+        ServerError: the server fails.
+    """
+    if (index := find_index(root, split)) is None:
+        raise ConfigError(
+            f"data.root={root}: has no {split}/{split}.index.npz; write it with sasa-data verify FOLDER where the "
+            "shards are, and put it beside them"
+        )
+    folder, expected = index.rpartition("/")[0], dict[str, int]()
+
+    def sizes_of(identity: np.ndarray) -> np.ndarray | None:
+        lines = [re.fullmatch(rf"{LISTING} ([^/]+\.tar) ([0-9]+) [0-9]+", line) for line in identity.tolist()]
+        expected.update((urls.joined(folder, line[1]), int(line[2])) for line in lines if line)
+        return np.array(list(expected.values())) if len(expected) == len(lines) else None
+
+    content = urls.read_file(index, MAX_INDEX_BYTES) or b""
+    try:
+        table = parse_index(io.BytesIO(content), len(content), sizes_of)
+    except Exception as error:  # as in `load_shards`
+        raise ConfigError(f"{index}: is damaged ({printable(shorten(error))}); write it again") from error
+    if table is None:
+        raise ConfigError(f"{index}: is of another version; write it again with sasa-data verify where the shards are")
+    _compare_sizes(index, expected)
+    urls.check_ranges(next(iter(expected)))
+    if told := table.pop(LEFT_OUT)[0]:
+        say(f"{printable(folder)}: left out, {printable(told)}", sys.stderr)
+    labels = table.pop("labels")
+    return TarMembers(list(expected), **table, versions=None), labels
+
+
+def _compare_sizes(index: str, expected: dict[str, int]) -> None:
+    """Raise ConfigError if the server lacks a shard, or has one of another size."""
+
+    def size(url: str) -> int | None:
+        try:
+            return urls.size_of(url)
+        except FileNotFoundError:
+            return None
+
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        sizes = dict(zip(expected, pool.map(size, expected), strict=True))
+    if other := [url for url, found in sizes.items() if found != expected[url]]:
+        found = sizes[other[0]]
+        raise ConfigError(
+            f"{index}: describes other shards: {printable(other[0])} has {expected[other[0]]:,} bytes there, but "
+            + ("is missing" if found is None else f"{found:,} on the server")
+            + (f", and {len(other) - 1:,} more differ" if len(other) > 1 else "")
+            + "; upload the shards and their index together"
+        )
 
 
 def _stat(path: Path) -> os.stat_result:

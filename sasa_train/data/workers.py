@@ -70,6 +70,7 @@ class Workers:
         Raises:
             DataWorkerError: a worker was killed or returned nothing for `timeout` seconds.
             ConfigError: the user's own code failed or cannot be sent to the workers.
+            ServerError: images are behind a URL, and the server failed.
         """
         self._keys, self._num_read = keys, 0
         self._handed.clear()
@@ -83,7 +84,7 @@ class Workers:
             self._num_read += 1
             if first != micro.indices[0]:
                 raise RuntimeError(f"image {first} came out of the data workers instead of {micro.indices[0]}")
-            if isinstance(content, ConfigError):
+            if isinstance(content, ConfigError | ExpectedFailure):
                 raise content
             yield micro, content
 
@@ -247,7 +248,7 @@ class _Stamped(Dataset):
     def __getitem__(self, micro: MicroBatch) -> tuple[int, Any]:
         try:
             return int(micro.indices[0]), self.reader(micro)
-        except ConfigError as error:  # the DataLoader would put a traceback into its message
+        except (ConfigError, ExpectedFailure) as error:  # the DataLoader would put a traceback into its message
             return int(micro.indices[0]), error
 
 

@@ -139,4 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _path(text: str) -> Path:
+    if "://" in text:
+        remedy = "verify shards on their disk, and upload them with their indexes"
+        raise argparse.ArgumentTypeError(f"{printable(text)} must be a folder; {remedy}")
     return Path(text).expanduser()

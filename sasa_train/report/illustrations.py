@@ -10,6 +10,7 @@ from sasa_train.data.datasets import ImageSet, limit, load_val_set, reads_torchv
 from sasa_train.data.fingerprint import fingerprint
 from sasa_train.data.hf_sets import is_cached
 from sasa_train.data.named_sets import build_named, make
+from sasa_train.data.urls import ServerError
 from sasa_train.refusal import ConfigError
 from sasa_train.report.jobs import Job
 from sasa_train.report.page import Section
@@ -51,7 +52,7 @@ def model_sections(run_dir: Path, overrides: Sequence[str], num_images: int) -> 
     try:
         trained = load_trained(last if last.exists() else run_dir, overrides)
         val = _load_val(trained)
-    except (CheckpointError, ConfigError) as error:
+    except (CheckpointError, ConfigError, ServerError) as error:
         return [Section("model", "Classes and attention", missing=[f"Not drawn: {error}"])]
     step, name = trained.checkpoint["step"], f"{trained.path.parent.name}/{trained.path.name}"
     note = (
@@ -92,7 +93,7 @@ def _is_there(data: DataConfig, classes: Sequence[str]) -> bool:
         elif reads_torchvision(data, classes):
             make(data.name.upper(), root=data.folder, train=False, download=False)
         else:
-            return data.name in ("digits", "own") or Path(data.folder).is_dir()
+            return data.name in ("digits", "own") or data.is_remote or Path(data.folder).is_dir()
     except ConfigError:
         return False
     return True
@@ -102,7 +103,7 @@ def _fill(section: Section, add: Callable[[], None]) -> None:
     """Add figures to the section or, if they cannot be drawn, the reason, so that the page can still be written."""
     try:
         add()
-    except (ConfigError, WeightsError, OSError) as error:
+    except (ConfigError, WeightsError, ServerError, OSError) as error:
         section.missing.append(f"Not drawn: {error}")
 
 

@@ -31,6 +31,7 @@ from sasa_train.data.datasets import (
     load_image_sets,
     load_train,
     reads_torchvision,
+    remote_val,
     split,
 )
 from sasa_train.data.hf_sets import build_hf
@@ -178,6 +179,8 @@ def _find(config: TrainConfig) -> tuple[ImageSet, float]:
         return _with_holdout(load_train(data), data.val is not None)
     if data.name == "digits" or reads_torchvision(data):
         return load_image_sets(data)[0], 0.0
+    if data.is_remote:
+        return _with_holdout(load_train(data), remote_val(data.folder, data.split) is not None)
     if not root.is_dir():
         raise ConfigError(
             f"data.root={root}: there is no such folder{did_you_mean(root)}; give one that has a folder of images "

@@ -28,7 +28,6 @@ from sasa_train.data.hf_sets import check_hf
 from sasa_train.data.loader import Loaders, build_loaders, fetch_once
 from sasa_train.data.named_sets import check_dataset
 from sasa_train.data.own_transform import check_transform
-from sasa_train.data.workers import DataWorkerError
 from sasa_train.device import RunPlan, check_compiled_code, resolve
 from sasa_train.files import is_there, read_regular, write_atomic
 from sasa_train.machine import available_memory, is_out_of_memory, keep_freed_memory
@@ -36,7 +35,7 @@ from sasa_train.models import build_model, check_model, enable_grad_checkpointin
 from sasa_train.models.layers import LocalSelfAttention2d
 from sasa_train.processes import collectives
 from sasa_train.processes.ranks import local_rank
-from sasa_train.refusal import LIBRARY_ERRORS, ConfigError
+from sasa_train.refusal import LIBRARY_ERRORS, ConfigError, ExpectedFailure
 from sasa_train.runs.chance import Chance
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, first_misfit
 from sasa_train.runs.folder import RunFolder, check_data, is_finished, open_run
@@ -223,7 +222,7 @@ def load_together(plan: RunPlan, run: RunFolder) -> Loaders:
     config, checkpoint = plan.config, run.checkpoint
     collectives.everywhere(lambda: fetch_once(config), ConfigError)
     memory = min(collectives.gather(available_memory(plan.device)))
-    loaders = collectives.everywhere(lambda: build_loaders(config, plan.device, memory), ConfigError, DataWorkerError)
+    loaders = collectives.everywhere(lambda: build_loaders(config, plan.device, memory), ConfigError, ExpectedFailure)
     first = collectives.from_first(lambda: loaders.fingerprint)
     collectives.everywhere(lambda: check_same_images(config, first, loaders.fingerprint), ConfigError)
     if checkpoint is not None:
