@@ -525,6 +525,9 @@ def test_a_non_finite_loss_names_the_module_and_the_images(tmp_path, monkeypatch
     assert listed[0] in message and len(listed[2:]) == 16 and all(line.startswith("image ") for line in listed[2:])
     assert load_checkpoint(tmp_path / "out/a/checkpoints/last.pt")["step"] == 1
     assert json.loads((tmp_path / "out/a/run.json").read_text())["status"] == "failed"
+    assert "Go on from a checkpoint with gentler settings" in message
+    early = in_process("train", *run, "run_name=b", "trainer.checkpoint_every_steps=null", expect=1).stderr
+    assert "There is no checkpoint yet: run the same command with a lower optimizer.lr (now 1e+30)" in early
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, in_process):

@@ -1,14 +1,15 @@
 """What a run's curves say in a sentence: whether the model memorises its train images, and what would help next."""
 
 from sasa_train.report.jobs import Job
-from sasa_train.runs.chance import Chance
+from sasa_train.runs.chance import Chance, remedy
 from sasa_train.runs.metrics import read_metrics
 
 RISEN = 1.1  # times its lowest: a smaller rise of the val loss may be noise
 LATE = 3  # evaluations whose mean val loss is compared with the lowest
 GAP = 25  # points of top1 that train is above val; augmentation lowers the train top1, so the true gap is larger
 ALIKE = 5  # points of top1: a smaller gap between train and val is none
-HIGHER = 1  # points of top1 that one of the last evaluations is above all before: a smaller lead may be noise
+HIGHER = 1  # points of top1 that one of the last evaluations is above all before: a smaller lead may be noise, as one
+# below the standard error is
 FLAT = 0.02  # relative to the lowest val loss: a smaller fall is none
 AT_THE_END = 10  # the last tenth of the evaluations
 
@@ -31,14 +32,21 @@ def advice(job: Job, chance: Chance | None = None) -> str:
     if gap >= GAP:
         return f"{numbers}: the net memorises the train images; more augmentation, a smaller net or more images help."
     if chance is not None and chance.explains(of_val):
-        return f"{numbers}: it has not learned yet; a lower optimizer.lr is the first thing to try."
+        assert job.config is not None
+        loss = val[-1]["loss"] if val else None
+        what = remedy(job.config.optimizer.lr, job.val[-1]["step"], loss, chance.num_classes)
+        return f"{numbers}: it has not learned yet; {what}."
     if of_train is not None:
         numbers += f": a gap of {gap:.0f} points, no clear memorising" if gap > ALIKE else ", no sign of memorising"
-    return f"{numbers}; {_what_helps(job, val, is_alike=of_train is not None and gap <= ALIKE)}."
+    noise = max(HIGHER, chance.error(of_val) if chance is not None else 0.0)
+    return f"{numbers}; {_what_helps(job, val, noise, is_alike=of_train is not None and gap <= ALIKE)}."
 
 
-def _what_helps(job: Job, val: list[dict], is_alike: bool) -> str:
-    """Say what helps a model that does not memorise: more epochs, a larger net, or more images."""
+def _what_helps(job: Job, val: list[dict], noise: float, is_alike: bool) -> str:
+    """Say what helps a model that does not memorise: more epochs, a larger net, or more images.
+
+    noise: points of top1 that two evaluations may differ by chance.
+    """
     assert job.config is not None
     key = "trainer.epochs" if job.config.trainer.max_steps is None else "trainer.max_steps"
     if len(val) < LATE:
@@ -53,11 +61,11 @@ def _what_helps(job: Job, val: list[dict], is_alike: bool) -> str:
     lowest = min(val, key=lambda row: row["loss"])
     if sum(row["loss"] for row in val[-LATE:]) / LATE > (1 + FLAT) * lowest["loss"]:
         trend = f"val loss has risen a little since epoch {lowest['epoch']}"
-    if max(row["top1"] for row in val[-LATE:]) > max([row["top1"] for row in val[:-LATE]], default=100) + HIGHER:
+    if max(row["top1"] for row in val[-LATE:]) > max([row["top1"] for row in val[:-LATE]], default=100) + noise:
         return f"val top1 still rises, though {trend}: more epochs may help"
     if is_alike:
         return f"train and val are alike: a larger net or more epochs ({key}=...) may help"
-    pretrained = "" if job.config.model.pretrained else " or existing weights (model.pretrained=...)"
+    pretrained = "" if job.config.model.pretrained else " or existing weights (docs/finetune.md)"
     return f"{trend}: more images{pretrained} would help more than more epochs"
 
 

@@ -4,6 +4,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+FEW = 400  # steps after which a net may not have learned much yet; own images get 1,200
+WILD = 1.5  # times the loss of guessing: a higher one has blown up
+
+
+def remedy(lr: float, steps: int, loss: float | None, num_classes: int) -> str:
+    """Say what to try first where a net is not above chance after `steps`, with this loss on val (None: not finite)."""
+    if steps < FEW and loss is not None and loss < WILD * math.log(num_classes):
+        return f"{steps:,} steps are few, so train longer (trainer.epochs=...) first"
+    return f"a lower optimizer.lr (now {lr:g}) is the first thing to try; then check the labels, or train longer"
+
 
 @dataclass(frozen=True)
 class Chance:
@@ -22,7 +32,10 @@ class Chance:
         """Return chance on val images of which each class has so many."""
         return cls(100 * max(counts) / sum(counts), len(counts), sum(counts))
 
+    def error(self, top1: float) -> float:
+        """Return the standard error of a top1 on as many images, in points; 0 if their number is unknown."""
+        return math.sqrt(top1 * (100 - top1) / self.num_images) if self.num_images else 0.0
+
     def explains(self, top1: float) -> bool:
         """Whether guessing reaches `top1` on as many images with a probability above one in forty."""
-        deviation = math.sqrt(self.top1 * (100 - self.top1) / self.num_images) if self.num_images else 0.0
-        return top1 <= self.top1 + 1.96 * deviation
+        return top1 <= self.top1 + 1.96 * self.error(self.top1)

@@ -22,13 +22,15 @@ from sasa_train.data.depth import warn_of_dark
 from sasa_train.data.loader import Loaders
 from sasa_train.device import RunPlan
 from sasa_train.machine import peak_memory
-from sasa_train.runs.chance import Chance
-from sasa_train.runs.metrics import last_val, lost_best
+from sasa_train.runs.chance import Chance, remedy
+from sasa_train.runs.metrics import last_val, lost_best, parse_log
 from sasa_train.terminal import columns, duration, printable, some
 from sasa_train.training.optim import peak_lr
 from sasa_train.training.state import TrainState
+from sasa_train.training.step import Stepper
 
 OF_VAL = ("model.target", "data.target")  # the code that sasa-evaluate runs
+LITTLE = 0.02  # share of the peak learning rate at which little changes any more
 CROWDED = 1.5  # load (programs that want to compute, in the last minute) per processor
 CROWDED_OUT = 0.25  # share of the time for which the threads that compute were ready, but had no processor
 
@@ -40,9 +42,9 @@ def describe_keys(config: TrainConfig, run_dir: Path) -> str:
     return table({"run folder": f"{run_dir}, where config.yaml has all keys", "keys": keys})
 
 
-def describe_plan(plan: RunPlan, loaders: Loaders, state: TrainState) -> str:
+def describe_plan(plan: RunPlan, loaders: Loaders, stepper: Stepper) -> str:
     """Format the values derived from the config: device, sizes, batch, learning rate and, when resuming, the step."""
-    config, train, val = plan.config, loaders.train.plan, loaders.val.plan
+    config, train, val, state = plan.config, loaders.train.plan, loaders.val.plan, stepper.state
     num_parameters = sum(p.numel() for p in state.model.parameters())
     batch = f"{config.trainer.global_batch_size}"
     if plan.world_size > 1:
@@ -64,6 +66,10 @@ def describe_plan(plan: RunPlan, loaders: Loaders, state: TrainState) -> str:
         lines["mixing"] = "within a micro-batch, so another accumulation or number of processes is another run"
     if state.step:
         lines["continues"] = f"at step {state.step:,}, epoch {state.epoch + 1}; top1: {describe_best(state.best)}"
+        is_longer = not {"trainer.epochs", "trainer.max_steps"}.isdisjoint(config.allow_config_change)
+        if is_longer and (lr := stepper.next_lr()) < LITTLE * peak_lr(config):
+            longer = "a new run with more trainer.epochs changes more than further ones at its end"
+            lines["continues"] += f"\nlr {lr:.2g}, the end of the schedule: {longer}"
     return table(lines) + "\n"
 
 
@@ -128,7 +134,7 @@ def describe_end(
         following.append(f"tensorboard --logdir {run_dir.parent}")
     lines = {
         "top1": f"{last} at the end; {describe_best(state.best, metrics)}",
-        **({"chance": describe_chance(config, chance)} if at_chance else {}),
+        **({"chance": describe_chance(config, chance, metrics)} if at_chance else {}),
         "time": f"{duration(state.seconds)} of training, {images / max(state.seconds, 1e-9):,.0f} images/s",
         "memory": f"{peak_memory(state.device) / 2**20:,.0f} MiB at the peak",
         "checkpoints": f"best.pt, last.pt in {run_dir}/checkpoints",
@@ -139,12 +145,11 @@ def describe_end(
     return "\n" + table(lines)
 
 
-def describe_chance(config: TrainConfig, chance: Chance) -> str:
+def describe_chance(config: TrainConfig, chance: Chance, metrics: str) -> str:
     """Say what to do about a top1 that guessing would reach."""
-    return (
-        f"this top1 is not above {chance}. A lower optimizer.lr (now {config.optimizer.lr:g}) is the first thing to "
-        "try; then check the labels, or train longer"
-    )
+    last = [row for row in parse_log(metrics) if row["split"] == "val"][-1]
+    what = remedy(config.optimizer.lr, last["step"], last.get("loss"), chance.num_classes)
+    return f"this top1 is not above {chance}: {what}"
 
 
 def _needs_caller(config: TrainConfig) -> bool:

@@ -18,6 +18,7 @@ from sasa_train.config.keys import flatten
 from sasa_train.config.saved import to_yaml
 from sasa_train.data.loader import Loaders, check_evaluated
 from sasa_train.data.randomness import recalibration_rng
+from sasa_train.files import is_there
 from sasa_train.machine import peak_memory, waited_for_processors
 from sasa_train.processes import collectives
 from sasa_train.refusal import ConfigError, ExpectedFailure
@@ -221,6 +222,9 @@ class Loop:
             with contextlib.suppress(OSError):  # a full disk must not mask the error
                 self.run_folder.write("nonfinite.txt", "".join(f"{line}\n" for line in (text, "", *names)).encode())
                 text += f"; the images that it came from are in {self.run_folder.path}/nonfinite.txt"
+        lr = self.config.optimizer.lr
+        if not is_there(self.run_folder.path / "checkpoints/last.pt"):
+            return f"{text}. There is no checkpoint yet: run the same command with a lower optimizer.lr (now {lr:g})"
         return (
             f"{text}. Go on from a checkpoint with gentler settings, in a new run: the same command with "
             f"resume={self.run_folder.path}/checkpoints/last.pt optimizer.lr=... 'allow_config_change=[optimizer.lr]' "

@@ -285,7 +285,7 @@ def _epochs(config: TrainConfig, facts: Facts) -> Choice:
 
 def _warmup(config: TrainConfig, facts: Facts) -> Choice:
     epochs = max(config.trainer.epochs // 10, 1) if config.trainer.epochs > 1 else 0
-    return float(epochs), "a tenth of the epochs"
+    return float(epochs), "a tenth of the epochs, at least 1" if epochs else "a single epoch has none"
 
 
 def _lr(config: TrainConfig, facts: Facts) -> Choice:

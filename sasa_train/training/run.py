@@ -146,7 +146,7 @@ def train_in_folder(plan: RunPlan, run: RunFolder, stop: StopRequest) -> bool:
     note_conditions(plan, model, run)
     collectives.everywhere(lambda: continue_from(run, stepper.state, plan.config), ConfigError)
     loop = Loop(run, loaders, stepper, stop)
-    say(describe_plan(plan, loaders, stepper.state))
+    say(describe_plan(plan, loaders, stepper))
     run.write_start(difference, stepper.state.step)
     return run_to_the_end(loop)
 

@@ -42,6 +42,11 @@ class Stepper:
         self.loss_watch = LossWatch(state.device, plan.grad_accum_steps, is_late)
         self.clips = config.grad_clip_norm or config.grad_clip_value or config.grad_clip_agc
 
+    def next_lr(self) -> float:
+        """Return the learning rate of the next step, the highest of all groups."""
+        self.schedule.step_update(self.state.step)
+        return max(group["lr"] for group in self.state.optimizer.param_groups)
+
     def train_step(self, batches: Batches, want_grad_norm: bool = False) -> Tensor | None:
         """Update the weights once, using `grad_accum_steps` micro-batches; return the gradient norm before clipping.
 
