@@ -29,6 +29,11 @@ CODE_FOLDERS = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # variables of t
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def compiles(config: TrainConfig) -> bool:
+    """Whether a run uses torch.compile; timm's kron compiles its functions."""
+    return config.trainer.compile or "kron" in config.optimizer.name
+
+
 def check_compiled_code() -> None:
     """Raise ConfigError if others may have put code into the folder in which torch.compile keeps its own."""
     # Its name in /tmp is known to all, and torch loads what it finds there. Even with TORCHINDUCTOR_CACHE_DIR, it keeps

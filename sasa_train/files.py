@@ -234,6 +234,7 @@ DISK_FAILED = {
     )
 }  # fmt: skip
 LOCK = ".lock"
+MAX_LOCK = 4096  # characters of it that are read
 
 
 @dataclass
@@ -362,7 +363,12 @@ def _open(path: Path) -> IO[str]:
 
 def _described(file: IO[str]) -> str:
     try:
-        holder = json.load(file)
+        holder = json.loads(file.read(MAX_LOCK))
         return f"process {holder['process']} on {holder['host']}, which started at {holder['started']}"
-    except (ValueError, KeyError, TypeError):  # it has just taken the lock and has not written its details yet
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ):  # it has just taken the lock and has not written its details yet
         return "another run"

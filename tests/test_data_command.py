@@ -773,6 +773,14 @@ def test_shards_json_says_where_the_shards_are_from(archives, tmp_path):
     assert (tmp_path / "shards" / "classes.txt").read_text().split() == sorted(WNIDS)
 
 
+def test_a_folder_whose_name_begins_with_a_tilde_is_that_folder(image_folder, tmp_path, monkeypatch, capsys):
+    """`~tmp` was taken for the home of a user who does not exist, with a traceback."""
+    monkeypatch.chdir(tmp_path)
+    image_folder.rename("~tmp")
+    assert "18 train" in verify(capsys, Path("~tmp"), expect=0)
+    assert "must be a folder that is there" in refused(capsys, "verify", "~nobody_of_this_name/x")
+
+
 def test_classes_of_nearly_one_name_are_told_from_others():
     alike = [["Cat", "cat"], ["red", "red (1)"], ["red", "red - Copy"], ["great_white", "great white"]]
     assert [len(look_alikes(names)) for names in alike] == [1] * 4

@@ -82,6 +82,30 @@ def test_a_very_long_image_shows_its_middle_without_filling_memory(tmp_path, siz
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
 
 
+JPEGS = [
+    {"restart_marker_rows": 1}, {"restart_marker_blocks": 4}, {"restart_marker_blocks": 1}, {"restart_marker_rows": 99},
+    {"restart_marker_rows": 2, "progressive": True}, {"restart_marker_blocks": 3, "subsampling": 0}, {},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", JPEGS)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_that_lost_pixels_in_its_middle_is_refused(tmp_path, options, mode):
+    """The decoder fills what restart markers leave out with grey, as where a disk's bad sectors were replaced."""
+    y, x = np.mgrid[0:161, 0:193]
+    pixels = np.stack([x * 255 // 193, y * 255 // 161, (x ^ y) & 255], -1).astype(np.uint8)
+    Image.fromarray(pixels).convert(mode).save(tmp_path / "x.jpg", quality=90, **options)
+    assert one_image(tmp_path / "x.jpg").read(0, to_rgb).size == (193, 161)
+    if options.get("restart_marker_rows", 0) > 1 or not options:
+        return  # it has none, or is progressive: the scans that are left may make up for one that is lost
+    whole = (tmp_path / "x.jpg").read_bytes()
+    begin, end = len(whole) * 2 // 5, len(whole) * 3 // 5
+    for filler in (b"", bytes(end - begin), b"\xff" * (end - begin)):
+        (tmp_path / "x.jpg").write_bytes(whole[:begin] + filler + whole[end:])
+        with pytest.raises(UnreadableImage):
+            one_image(tmp_path / "x.jpg").read(0, to_rgb)
+
+
 def test_pipes_and_devices_are_no_one_image(tmp_path, monkeypatch):
     """Check that pipes are refused, because opening one would block the run until something writes to it."""
     monkeypatch.setattr("sasa_train.data.datasets.PAUSES", ())

@@ -201,11 +201,10 @@ def test_other_kinds_of_pixels_in_16_bits(tmp_path):
     of_range = Decoding(value_range=(0.0, 1.0), mode="grey16")
     assert np.asarray(decode(floats, of_range)).tolist() == [[16384, 65535]]
     write_rgb48(tmp_path / "lost.png")
-    with (
-        (tmp_path / "lost.png").open("rb") as file,
-        pytest.raises(ValueError, match="Pillow keeps only the upper 8 bits"),
-    ):
-        read_image(file, lambda image: decode(image, as_16))
+    (tmp_path / "lost.ppm").write_bytes(b"P6 1 1 65535\n\1\2\3\4\5\6")
+    for lost in ("lost.png", "lost.ppm"):
+        with (tmp_path / lost).open("rb") as file, pytest.raises(ValueError, match="keeps only the upper 8 bits"):
+            read_image(file, lambda image: decode(image, as_16))
 
 
 def write_rgb48(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Check that a resumed run names everything that may have changed the last bits of its results, in one warning."""
 
+import dataclasses
 import itertools
 import os
 import re
@@ -14,7 +15,7 @@ from running_commands import TINY
 
 from sasa_train.attention import cpu
 from sasa_train.config.compose import compose_config
-from sasa_train.config.keys import TrainConfig
+from sasa_train.config.keys import TrainConfig, with_values
 from sasa_train.device import RunPlan, resolve
 from sasa_train.models import build_model
 from sasa_train.models.layers import LocalSelfAttention2d
@@ -192,6 +193,8 @@ def test_the_conditions_are_those_of_this_process(plan, model, one_thread, monke
     for key in ("attention", "attention_stem"):
         assert re.fullmatch(rf"cpu kernel, \w+, {re.escape(cpu.compiler_version())}, built [0-9a-f]{{8}}", found[key])
     assert found["compiler"] is None  # only torch.compile needs it
+    kron = dataclasses.replace(plan, config=with_values(plan.config, {"optimizer.name": "kron"}))
+    assert conditions(kron, model)["compiler"] == cpu.compiler_version()
     model.to(torch.float64)
     assert conditions(plan, model)["attention"].startswith("reference, because the tensors are torch.float64")
     conv = build_model(compose_config(["model=conv_resnet26"]).model, 10, 32)

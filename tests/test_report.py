@@ -328,6 +328,20 @@ def test_a_log_that_does_not_end_as_its_run_did_gives_no_figure(change, tiny_run
         assert log.read_text() == "".join(lines) and find_jobs([run]).jobs[0].state == "done"
 
 
+def test_a_log_that_does_not_end_as_the_ledger_says_gives_no_figure(tmp_path):
+    """With a damaged run.json, a changed log was shown as done, though the sweep's ledger had another top1."""
+    sweep = write_sweep(tmp_path / "s", {((), 0): [20.0]})
+    ledger = json.loads((sweep / "ledger.json").read_text())
+    (job,), (info,) = ledger["jobs"].values(), sweep.glob("*/run.json")
+    info.write_text("{")
+    last = {"split": "val", "step": 1, "epoch": 1, "loss": None, "top1": 10.0, "top5": 99.0}
+    for top1, state in ((20.0, "done"), (10.0, "damaged")):
+        job["last"] = last | {"top1": top1}
+        (sweep / "ledger.json").write_text(json.dumps(ledger))
+        (found,) = find_jobs([sweep]).jobs
+        assert found.state == state and ("by the ledger the run ended at step 1" in found.reason) == (top1 == 10.0)
+
+
 @pytest.mark.parametrize("key,value", [("top1", 1.5e308), ("top1", 101), ("loss", -1.7e308), ("lr", 1.7e308)])
 def test_numbers_too_large_to_compute_with_are_damage(key, value, tmp_path):
     """Their sums and the ticks of their charts overflowed, with a traceback."""

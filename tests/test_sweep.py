@@ -18,6 +18,7 @@ from sasa_train import sweep as command_line
 from sasa_train.config.compose import compose_config
 from sasa_train.config.groups import choices
 from sasa_train.config.overrides import parse_overrides
+from sasa_train.files import holder
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.ledger import Job, Ledger
 from sasa_train.signals import StopRequest
@@ -270,6 +271,8 @@ def test_a_run_that_somebody_holds_is_waited_for(tmp_path):
     jobs = JobList([Job("held", [], ""), Job("free", [], "")], tmp_path)
     first = jobs.next()
     assert first is not None and first.name == "free"
+    (tmp_path / "held/.lock").write_text("[" * 100_000)
+    assert holder(tmp_path / "held") == "another run"
     assert jobs.next() is None and jobs.has_more()
     other.communicate(b"\n")
     second = jobs.next()
@@ -425,10 +428,28 @@ def test_a_journal_that_optuna_cannot_read_is_refused_by_name(lines, reason, tmp
     journal.write_text(f"{begun}{lines}\n")
     with pytest.raises(ConfigError, match=re.escape(f"{journal}: is damaged ({reason}")):
         Search(plan, ledger)
+    distribution = json.dumps({"name": "CategoricalDistribution", "attributes": {"choices": ["[evil.py]"]}})
+    of_trial = {"op_code": 5, "worker_id": "x", "trial_id": 0, "param_name": "imports", "param_value_internal": 0}
+    journal.write_text(f"{begun}{LINE}\n{json.dumps(of_trial | {'distribution': distribution})}\n")
+    with pytest.raises(ConfigError, match="is damaged .a trial sets imports, which this search does not"):
+        Search(plan, ledger)  # it would run the file
     for directions in ("[1]", "[2,2]"):
         journal.write_text(begun.replace('"directions":[2]', f'"directions":{directions}'))
         with pytest.raises(ConfigError, match="is damaged .its study does not maximize one value"):
             Search(plan, ledger)
+
+
+def test_the_lock_of_a_search_that_was_killed_is_not_waited_for_forever(tmp_path, monkeypatch):
+    """Optuna's lock is a link to the journal. Its path was relative, so that the link led nowhere."""
+    pytest.importorskip("optuna")
+    from sasa_train.sweep.search import Search
+
+    monkeypatch.chdir(tmp_path)
+    plan = read_plan(["experiment=debug", "optimizer.lr=interval(0.01,0.1)", "sweep.num_trials=1"])
+    plan.folder.mkdir(parents=True)
+    (lock := plan.folder / "optuna.journal.lock").symlink_to(plan.folder / "optuna.journal")
+    Search(plan, Ledger(plan.folder / "ledger.json", {}))
+    assert not lock.is_symlink()
 
 
 def test_each_place_has_devices_of_its_own(tmp_path, monkeypatch):

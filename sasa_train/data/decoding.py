@@ -188,7 +188,16 @@ def _rawmode(image: Image.Image) -> str:
 
 def is_16_bit(image: Image.Image) -> bool:
     """Whether an image that is not loaded yet has 16 bits per channel; some may be unused."""
-    return image.mode.startswith("I;16") or ";16" in _rawmode(image) or (image.mode == "I" and image.format == "PPM")
+    if image.format == "PPM":
+        return image.mode == "I" or _maximum(image) > 255
+    return image.mode.startswith("I;16") or ";16" in _rawmode(image)
+
+
+def _maximum(image: Image.Image) -> int:
+    """Return the value of white in a PPM that is not loaded yet, or 0 if Pillow reads its bytes as they are."""
+    tiles = getattr(image, "tile", None)
+    arguments = tiles[0].args if tiles else ()
+    return int(arguments[-1]) if isinstance(arguments, tuple) and isinstance(arguments[-1], int) else 0
 
 
 def _clipped(image: Image.Image) -> Image.Image:

@@ -6,7 +6,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from sasa_train.data import tiff
 from sasa_train.data.jpeg2000 import boxes_of, check_jpeg2000
-from sasa_train.data.whole import check_chunks, check_end
+from sasa_train.data.whole import check_chunks, check_end, check_restarts
 
 
 def open_image(file: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
@@ -51,6 +51,7 @@ def _check(file: BinaryIO, image: Image.Image) -> None:
         check_chunks(file)
     elif image.format in ("JPEG", "MPO"):
         check_end(file)
+        check_restarts(file)
     elif image.format == "JPEG2000":
         check_jpeg2000(file)
     elif image.format == "WEBP" and image.mode == "RGB" and _is_partly_covered(file):

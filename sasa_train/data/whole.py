@@ -14,7 +14,8 @@ CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by a PNG's colour type
 PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 GREY = {127, 128}  # in all channels of a CMYK JPEG's pixels that are missing; Pillow inverts some
 FILLER = b"\x5a\xa5\x3c\x96" * 4  # 16 bytes of codes, which would change missing pixels
-SCAN, END = 0xDA, 0xD9
+SCAN, END, INTERVAL, BASELINE = 0xDA, 0xD9, 0xDD, (0xC0, 0xC1)
+RESTART = re.compile(rb"\xff([\xd0-\xd7])")  # numbered from 0 to 7, again and again
 NEXT = re.compile(rb"\xff[^\x00\xd0-\xd7]", re.DOTALL)  # in a JPEG's pixels, 0 or a restart follows 0xFF
 
 
@@ -46,6 +47,37 @@ def check_end(file: BinaryIO) -> None:
     file.seek(0)
     if END not in (marker for marker, _ in segments(file.read())):
         raise ValueError("a damaged JPEG: zeros stand where its last pixels should be; replace the file")
+
+
+def check_restarts(file: BinaryIO) -> None:
+    """Check that a JPEG which has restart markers, as many cameras write, has lost none: the decoder fills the gap."""
+    file.seek(0)
+    content = file.read()
+    interval, num_blocks, num_channels = 0, 0, 0
+    for marker, start in segments(content):
+        if marker == INTERVAL:
+            interval = int.from_bytes(content[start + 4 : start + 6], "big")
+        elif marker in BASELINE:
+            num_blocks, num_channels = _num_blocks(content[start + 4 :])
+        elif marker == SCAN:
+            if not interval:
+                return
+            found = NEXT.search(content, start + 2)
+            data = content[start : found.start() if found else len(content)]
+            numbers = [byte[0] & 7 for byte in RESTART.findall(data)]
+            is_whole = content[start + 4] == num_channels  # or several scans share the blocks
+            if any(n != i % 8 for i, n in enumerate(numbers)) or (
+                is_whole and len(numbers) + 1 < -(-num_blocks // interval)
+            ):
+                raise ValueError("a damaged JPEG: pixels in its middle are missing (restart markers); replace the file")
+
+
+def _num_blocks(frame: bytes) -> tuple[int, int]:
+    """Return the number of blocks (MCUs) of a JPEG whose channels are all in one scan, and the number of channels."""
+    height, width, count = int.from_bytes(frame[1:3], "big"), int.from_bytes(frame[3:5], "big"), frame[5]
+    factors = [frame[7 + 3 * i] for i in range(count)]
+    across, down = (max(f >> 4 for f in factors), max(f & 15 for f in factors)) if count > 1 else (1, 1)
+    return -(-width // (8 * across)) * -(-height // (8 * down)), count
 
 
 def check_whole(file: BinaryIO, image: Image.Image) -> None:

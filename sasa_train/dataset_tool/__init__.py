@@ -1,6 +1,8 @@
 """sasa-data: check a data set, prepare ImageNet from its archives, or pack class folders into tar shards."""
 
 import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -142,4 +144,6 @@ def _path(text: str) -> Path:
     if "://" in text:
         remedy = "verify shards on their disk, and upload them with their indexes"
         raise argparse.ArgumentTypeError(f"{printable(text)} must be a folder; {remedy}")
-    return Path(text).expanduser()
+    with contextlib.suppress(RuntimeError):  # there is no such user
+        return Path(text) if os.path.lexists(text) else Path(text).expanduser()
+    return Path(text)

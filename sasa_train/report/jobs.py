@@ -48,6 +48,7 @@ class Job:
     images_per_sec: float | None = None  # median of the train rows
     seconds: float | None = None  # training time, summed over all restarts
     info: dict[str, Any] = field(default_factory=dict)  # run.json; empty if it cannot be read
+    in_ledger: dict[str, Any] | None = None  # the last val row, as a sweep has it
 
     @property
     def seed(self) -> int | None:
@@ -149,7 +150,7 @@ def _add_sweep(found: Found, folder: Path, paths: list[Path]) -> None:
 
 def _sweep_job(run_dir: Path, planned: LedgerJob) -> Job:
     overrides = dict(text.split("=", 1) for text in planned.overrides)
-    job = Job(run_dir.name, planned.state, str(planned.reason or ""), overrides)
+    job = Job(run_dir.name, planned.state, str(planned.reason or ""), overrides, in_ledger=planned.last)
     if is_run(run_dir):
         _read_run(job, run_dir)
     elif job.state == "done":
@@ -258,13 +259,14 @@ def _wrong_end(job: Job) -> str | None:
         return None
     if status == "stopped" and not job.info.get("reason"):
         return "run.json says that a hook stopped the run, but not which"
-    row, end, trainer = job.val[-1], job.info.get("last"), job.config.trainer
+    row, end, trainer = job.val[-1], job.info.get("last") or job.in_ledger, job.config.trainer
     if isinstance(end, dict):
-        if all(end.get(key) == row[key] for key in ("step", "top1")):
+        if end.get("step", row["step"]) == row["step"] and end.get("top1") == row["top1"]:
             return _wrong_log(job)
         return (
-            f"its last val row is of step {row['step']} with top1 {row['top1']:.2f}, and by run.json the run ended at "
-            f"step {shorten(end.get('step'))} with top1 {shorten(end.get('top1'))}"
+            f"its last val row is of step {row['step']} with top1 {row['top1']:.2f}, and by "
+            f"{'run.json' if job.info.get('last') else 'the ledger'} the run ended at step {shorten(end.get('step'))} "
+            f"with top1 {shorten(end.get('top1'))}"
         )
     # An older version did not record the end.
     is_early = row["epoch"] < trainer.epochs and row["step"] < (trainer.max_steps or math.inf)

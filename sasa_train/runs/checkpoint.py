@@ -105,7 +105,7 @@ SCHEMA = {
     "ema": (None, {str: TENSOR}),
     "optimizer": {"state": CONTENT, "param_groups": [{str: CONTENT}]},
     "scaler": {
-        "scale": Maybe(number(0, 3.5e38)),
+        "scale": Maybe(number(1e-38, 3.5e38)),
         "growth_factor": Maybe(number(1, 1e38)),
         "backoff_factor": Maybe(number(1e-30, 1)),
         "growth_interval": Maybe(whole(1, 2**31 - 1)),

@@ -27,7 +27,7 @@ from sasa_train.config import own_code
 from sasa_train.config.compose import as_overrides
 from sasa_train.config.keys import TrainConfig
 from sasa_train.config.own_keys import targets_of
-from sasa_train.device import RunPlan
+from sasa_train.device import RunPlan, compiles
 from sasa_train.files import read_regular
 from sasa_train.machine import now, processor
 from sasa_train.models.layers import AttentionStem, LocalSelfAttention2d
@@ -75,7 +75,7 @@ CONDITIONS: dict[str, Callable[[RunPlan, nn.Module], Any]] = {
     "attention": lambda plan, model: _backends(plan, model, LocalSelfAttention2d),
     "attention_stem": lambda plan, model: _backends(plan, model, AttentionStem),
     "switches": lambda *_: _switches(),
-    "compiler": lambda plan, _: compiler_version() if plan.trainer.compile else None,
+    "compiler": lambda plan, _: compiler_version() if compiles(plan.config) else None,
     "versions": lambda *_: _versions(),
     "libraries": lambda plan, _: _libraries(plan),
     "environment": lambda *_: _environment(),

@@ -19,7 +19,7 @@ from sasa_train.runs.ledger import Job, Ledger
 from sasa_train.runs.schema import TEXT, first_wrong, number
 from sasa_train.sweep.planning import SweepPlan, build_job
 from sasa_train.sweep.scheduler import JobList
-from sasa_train.terminal import printable
+from sasa_train.terminal import printable, some
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -53,7 +53,11 @@ class Search(JobList):
         self.space = {o.key_or_group: distribution(o) for o in parse_overrides(plan.space)}
         self.states, self.trial_class = optuna.trial.TrialState, optuna.trial.Trial
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        journal = plan.folder / "optuna.journal"
+        # Optuna's lock is a link to this path. It waits half a minute for one that a killed search left behind, but
+        # forever for one that leads nowhere, because the path was relative or the folder was moved.
+        journal, lock = Path(os.path.abspath(plan.folder / "optuna.journal")), plan.folder / "optuna.journal.lock"
+        if lock.is_symlink() and not lock.exists():
+            lock.unlink(missing_ok=True)
         if os.path.lexists(journal):
             os.close(open_own(journal, os.O_RDWR))  # refuses a link, and a pipe, for which Optuna would wait
         try:
@@ -103,6 +107,9 @@ class Search(JobList):
         for trial in trials:
             found = {"values": trial.values, "intermediate_values": [*trial.intermediate_values.values()]}
             wrong = wrong or first_wrong(found | {"params": trial.params}, TRIAL)
+            # Parameters become overrides, and `imports` would run code.
+            foreign = sorted(trial.params.keys() - self.space.keys())
+            wrong = wrong or (f"a trial sets {some(foreign)}, which this search does not" if foreign else None)
         if wrong:
             raise ConfigError(f"{journal}: is damaged ({wrong}); begin another search with sweep.name=...")
 

@@ -67,6 +67,8 @@ def foreseen(error: Exception) -> str | None:
             return f"cannot use{place} now ({error.strerror}); run the same command again when the system can"
         if error.errno is not None and place:
             return f"cannot use{place} ({error.strerror}); mend it and run the same command again"
+        if error.errno is not None:
+            return f"the system refused a call ({error.strerror}); mend this and run the same command again"
     # This happens only before the first step; later, the run itself converts the error to an OutOfMemoryError.
     elif isinstance(error, MemoryError | RuntimeError) and is_out_of_memory(error):
         return f"out of memory ({error}); use a smaller model, data.image_size or data.max_train_images"

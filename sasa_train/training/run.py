@@ -28,7 +28,7 @@ from sasa_train.data.hf_sets import check_hf
 from sasa_train.data.loader import Loaders, build_loaders, fetch_once
 from sasa_train.data.named_sets import check_dataset
 from sasa_train.data.own_transform import check_transform
-from sasa_train.device import RunPlan, check_compiled_code, resolve
+from sasa_train.device import RunPlan, check_compiled_code, compiles, resolve
 from sasa_train.files import is_there, read_regular, write_atomic
 from sasa_train.machine import available_memory, is_out_of_memory, keep_freed_memory
 from sasa_train.models import build_model, check_model, enable_grad_checkpointing
@@ -83,7 +83,7 @@ def train(config: TrainConfig, stop: StopRequest) -> Ended:
         OutOfMemoryError: a step does not fit in memory; the message names the keys to change.
         OwnCodeError: a hook of the user's own has failed. Errors of their other code are raised as they are.
     """
-    if config.trainer.compile or "kron" in config.optimizer.name:  # timm's kron compiles its functions
+    if compiles(config):
         collectives.everywhere(check_compiled_code, ConfigError)
     run_name = collectives.from_first(lambda: config.run_name or run_name_in(config.output_dir, config))
     collectives.from_first(lambda: check_trackers(config.logger), ConfigError)
