@@ -40,7 +40,8 @@ def same_signal_handlers() -> Iterator[None]:
     """Put the handlers of signals back after each test, so that one that stops a run changes nothing for the next."""
     from sasa_train.signals import SIGNALS
 
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    # A command's --help lets SIGPIPE end the process, as a server's broken connection would from then on.
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGPIPE)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

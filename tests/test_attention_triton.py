@@ -52,7 +52,7 @@ def test_every_tile_of_the_walk(positions, monkeypatch):
             assert_equals_reference((3, 5, 17, 23, head_dim), kernel_size, dtype, "fused channels_last")
 
 
-@pytest.mark.parametrize("head_dim", slow_but_for([8], [8, 16, 32, 64]))
+@pytest.mark.parametrize("head_dim", slow_but_for([8], [8, 32]))
 def test_the_fold_at_every_head_dim(head_dim):
     """Two tiles of rows and columns, the last partial; all dtypes, so both tilings in float32."""
     for dtype, border, stride in [(BF16, "mask", 2), (FP16, "zero", 1), (torch.float32, "mask", 2)]:
@@ -65,7 +65,7 @@ def test_the_output_may_be_changed_in_place_where_the_backward_pass_needs_none()
         local_attention(q, q, q, kernel_size=3, backend=backend).relu_().sum().backward()
 
 
-@pytest.mark.parametrize("heads_per_program", slow_but_for([2], [2, 4]))
+@pytest.mark.parametrize("heads_per_program", [4])
 def test_the_number_of_heads_in_a_program_changes_no_bit(heads_per_program, monkeypatch):
     inputs = [x.to(BF16) for x in draw((1, 4, 3, 9, 8), "channels_last", torch.float32, torch.Generator())]
     tables = torch.randn(2, 4, 3, 4, generator=torch.Generator().manual_seed(1))
@@ -83,7 +83,7 @@ def test_a_large_odd_map():
     assert_equals_reference((1, 1, 33, 57, 2), 3, layout="planar")
 
 
-@pytest.mark.parametrize("head_dim", slow_but_for([2, 20], [2, 6, 8, 16, 20, 32, 64, 128]))
+@pytest.mark.parametrize("head_dim", slow_but_for([2, 20], [2, 6, 8, 20, 64, 128]))
 def test_every_head_dim(head_dim):
     for layout in LAYOUTS if DEVICE == "cuda" else ("fused channels_last",):
         assert_equals_reference((1, 2, 3, 5, head_dim), 5, layout=layout)

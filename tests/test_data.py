@@ -272,7 +272,7 @@ def test_folders_beside_the_splits_are_named(image_folder, capsys, in_process):
 @pytest.mark.parametrize(
     "renamed,overrides,message",
     [
-        (("train", "training"), [], "there is no folder .*train; expected train/ and val/"),
+        (("train", "training"), [], "there is no folder .*train .did you mean .*training..; expected train/ and val/"),
         (("val", "validation"), [], "there is no folder .*test; expected train/ and val/"),
         (("train/red/*", "red-*"), [], "train: no image of the classes red"),
         (("val/red", "val/green"), [], "only in train: red; only in val: green"),

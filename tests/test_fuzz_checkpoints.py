@@ -36,7 +36,7 @@ from sasa_train.training.run import build_model, build_stepper, continue_from
 from sasa_train.visualize.curve_figures import steps_per_epoch
 from sasa_train.visualize.drawing import read_rows
 
-NUM_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "400"))
+NUM_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "240"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 
 

@@ -181,10 +181,11 @@ def make(how: str, path: Path) -> None:
 
 
 ENTRIES = [
-    *((name, how) for how in ("a pipe", "a folder") for name in (
+    *((name, "a pipe") for name in (
         "checkpoints/last.pt", "checkpoints/last.pt.json", "checkpoints/best.pt", "run.json", "config.yaml",
         "metrics.jsonl", "unreadable.txt", ".lock", "left.tmp", "checkpoints/last.pt.1234.tmp",
     )),
+    *((name, "a folder") for name in ("checkpoints/last.pt", "run.json", "metrics.jsonl", ".lock")),
     ("checkpoints/last.pt", "a socket"), ("tensorboard", "a file"), ("tensorboard", "a pipe"),
     ("checkpoints", "a file"),
 ]  # fmt: skip

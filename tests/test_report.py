@@ -219,7 +219,7 @@ def test_two_seeds_have_a_mean_and_no_interval(tmp_path):
     assert "58.50 (2 seeds: too few)" in text and "few seeds (2): fewer than 3 have no interval here" in text
     assert "±" not in text and "normally distributed" not in text
     (axis,) = charts.draw_figures(report)["differences"].axes
-    assert [label.get_text() for label in axis.get_legend().get_texts()] == ["ours", "a seed"]
+    assert [label.get_text() for label in axis.get_legend().get_texts()] == ["difference", "a seed"]
 
 
 def test_a_seed_that_ran_twice_counts_once(tmp_path):

@@ -53,6 +53,10 @@ def of_images(command: str, path: str, given: str | None) -> bool:
     return command == "GET" and path.endswith(".tar") and given != "bytes=1-1"
 
 
+def of_train(command: str, path: str, given: str | None) -> bool:
+    return of_images(command, path, given) and "/train" in path
+
+
 RUN = (*TINY, "data=image_folder", "data.image_size=16", "data.resident=false", "trainer.global_batch_size=6")
 OFTEN = ("trainer.checkpoint_every_steps=1",)
 
@@ -76,7 +80,7 @@ def test_a_run_ends_if_its_server_fails_and_goes_on_once_it_is_back(server, tmp_
     own = [*RUN, *OFTEN, f"data.root={server.url}", "run_name=url"]
     for num_workers, fault in ((2, "stall"), (0, "break off")):
         asked = iter(range(10**6))
-        server.fault_of = lambda *request, n=asked, f=fault: f if of_images(*request) and next(n) > 60 else None
+        server.fault_of = lambda *request, n=asked, f=fault: f if of_train(*request) and next(n) > 55 else None
         start = time.monotonic()
         said = in_process("train", *own, f"data.num_workers={num_workers}", expect=1).stderr
         assert "train-00000" in said and "the server failed 3 times" in said and "once it answers" in said

@@ -29,7 +29,7 @@ FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", *(OPTIONAL[name] 
 
 # Folders that macOS, Windows, Linux, Python, and the network disks of Synology and QNAP make.
 SYSTEM = re.compile(
-    r"__MACOSX|Network Trash Folder|Temporary Items|TheVolumeSettingsFolder|\$RECYCLE\.BIN|RECYCLER|"
+    r"__MACOSX|Network Trash Folder|Temporary Items|TheVolumeSettingsFolder|\$(?:RECYCLE\.BIN|Recycle\.Bin)|RECYCLER|"
     r"System Volume Information|found\.\d{3}|lost\+found|__pycache__|@eaDir|@tmp|@sharebin|@Recycle|@Recently-Snapshot|"
     r"@__thumb|#recycle|#snapshot"
 )

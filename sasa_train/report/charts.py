@@ -239,12 +239,13 @@ def _draw_differences(rows: list[Row]) -> Figure:
     figure, (axis,) = new_figure(1, 1, 1.5 + 0.4 * len(shown), "x")
     places = range(len(shown))
     bars = [found.bar for _, found in shown]
-    axis.errorbar([found.mean for _, found in shown], places, xerr=bars, color=OURS, marker="o", lw=1.4, capsize=3,
-                  ls="", label="ours" + ", 95 % interval over seeds" * any(bars))  # fmt: skip
     of_paper = [(papers, i + 0.22) for i, (row, _) in enumerate(shown) if (papers := row.paper_difference) is not None]
+    name = ("ours" if of_paper else "difference") + ", 95 % interval over seeds" * any(bars)
+    axis.errorbar([found.mean for _, found in shown], places, xerr=bars, color=OURS, marker="o", lw=1.4, capsize=3,
+                  ls="", label=name)  # fmt: skip
     if of_paper:
         axis.plot(*zip(*of_paper, strict=True), ls="", label="the paper's", **PAPER)
-    dots = [(found, i) for i, (row, _) in enumerate(shown) if len(seed_differences(row)) > 1
+    dots = [(found, i - 0.2) for i, (row, _) in enumerate(shown) if len(seed_differences(row)) > 1
             for found in seed_differences(row)]  # fmt: skip
     if dots:
         axis.plot(*zip(*dots, strict=True), ls="", label="a seed", **SEED)
@@ -263,7 +264,7 @@ def _draw_differences(rows: list[Row]) -> Figure:
 def _ours_first(axis: Axes) -> tuple[list[Any], list[str]]:
     """Return the legend entries with our results first, because matplotlib puts error bars last."""
     handles, labels = axis.get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda i: not labels[i].startswith("ours"))
+    order = sorted(range(len(labels)), key=lambda i: not labels[i].startswith(("ours", "difference")))
     return [handles[i] for i in order], [labels[i] for i in order]
 
 
@@ -292,7 +293,8 @@ def _draw_windows(lines: list[list[tuple[int, Row]]], common: dict[str, str]) ->
         points = [(size, difference.mean, difference.bar) for size, difference in found if difference]
         if points:
             x, y, half_widths = zip(*points, strict=True)
-            name = legend_label(f"ours, {without_groups(rest)}" if rest else "ours")
+            whose = "ours" if any(row.paper for _, row in lines[0]) else "difference"
+            name = legend_label(f"{whose}, {without_groups(rest)}" if rest else whose)
             axis.errorbar(x, y, half_widths, color=color, marker=marker, ls=style, lw=1.4, capsize=3, label=name)
     line = lines[0]
     of_paper = [(size, 0.0 if row.reference is row else row.paper_difference) for size, row in line if row.paper]
