@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from reading_runs import assert_same_run, last
-from running_commands import TINY, start
+from running_commands import TINY, start, wait_for
 
 from sasa_train import extras
 from sasa_train.runs.checkpoint import Checkpoints
@@ -73,7 +74,7 @@ class Anything:
     offline, step, url, run_id, experiment_id = None, 0, "", "", ""
     def __init__(self, *args, **kwargs):
         self.data, self.info = self, self
-        self.params, self.metrics, self.summary = {}, {}, {}
+        self.params, self.metrics, self.summary = {}, {}, self
     def __getattr__(self, name):
         def call(*args, **kwargs):
             act(name)
@@ -186,6 +187,63 @@ def test_a_tracker_that_fails_never_changes_the_run(of_wandb, of_mlflow, tiny_ru
         reasons |= {"hang": "it has not taken them within", "exit": "its process ended with code 0"}
         assert reasons[how] in told.stderr
     assert "a library may print" not in told.stdout + told.stderr
+
+
+CALLS = {
+    "wandb": ("import", "init", "log", "update", "finish"),
+    "mlflow": (
+        "import", "get_experiment_by_name", "search_runs", "create_run", "update_run", "log_batch", "set_tag", "set_terminated",
+    ),
+}  # fmt: skip
+
+
+def start_tracker(name: str, run_dir: Path, **environment: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "sasa_train.training.tracker_process", name, str(run_dir), "0" * 16, ""]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command, env=os.environ | environment, start_new_session=True, **pipes)
+
+
+def message(num_bytes: int, end: dict | None = None) -> bytes:
+    return json.dumps({"num_bytes": num_bytes, "end": end}).encode() + b"\n"
+
+
+END = {"status": "finished", "best": None}
+
+
+@pytest.mark.parametrize("name,call", [(name, call) for name, calls in CALLS.items() for call in calls])
+def test_an_error_in_any_call_of_a_tracker_ends_its_process_with_one_line(name, call, tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    for each in CALLS:
+        (tmp_path / "fake" / each).mkdir(parents=True)
+        (tmp_path / "fake" / each / "__init__.py").write_text(FAKE)
+    path = os.pathsep.join([str(tmp_path / "fake"), os.environ.get("PYTHONPATH", "")])
+    process = start_tracker(name, run, PYTHONPATH=path, **{f"FAKE_{name.upper()}": f"{call}:raise"})
+    said = process.communicate(message((run / "metrics.jsonl").stat().st_size, END), timeout=100)[0].decode()
+    assert process.returncode == 1 and said.count("\n") == said.count("place: ") + 1
+    assert said.splitlines()[-1] == f"error: ValueError: {call} failed for https://...@example.org"
+
+
+@needs_both
+@pytest.mark.slow
+def test_mlflows_store_of_files_has_each_row_once_after_a_kill(tiny_run, tmp_path, monkeypatch):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    half = len(b"".join(lines[: len(lines) // 2]))
+    store = {"MLFLOW_TRACKING_URI": str(tmp_path / "store"), "MLFLOW_ALLOW_FILE_STORE": "true"}
+    for name, value in (store | {"MLFLOW_EXPERIMENT_NAME": "digits"}).items():
+        monkeypatch.setenv(name, value)
+    killed = start_tracker("mlflow", run)
+    killed.stdin.write(message(half))
+    killed.stdin.flush()
+    step = json.loads(lines[len(lines) // 2 - 1])["step"]
+    wait_for(lambda: any(f" {step}\n" in path.read_text() for path in tmp_path.glob("store/*/*/metrics/**/loss")))
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    again = start_tracker("mlflow", run)
+    again.communicate(message((run / "metrics.jsonl").stat().st_size, END), timeout=100)
+    assert again.returncode == 0
+    values, of_mlflow = in_mlflow()
+    assert values == expected(run) and of_mlflow.info.status == "FINISHED"
 
 
 def test_a_run_keeps_its_id_and_a_new_run_from_its_checkpoint_has_another(tmp_path):
