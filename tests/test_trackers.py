@@ -192,7 +192,8 @@ def test_a_tracker_that_fails_never_changes_the_run(of_wandb, of_mlflow, tiny_ru
 CALLS = {
     "wandb": ("import", "init", "log", "update", "finish"),
     "mlflow": (
-        "import", "get_experiment_by_name", "search_runs", "create_run", "update_run", "log_batch", "set_tag", "set_terminated",
+        "import", "get_experiment_by_name", "search_runs", "create_run", "update_run", "log_batch", "set_tag",
+        "set_terminated",
     ),
 }  # fmt: skip
 
