@@ -1,7 +1,6 @@
 """sasa-data: check a data set, prepare ImageNet from its archives, or pack class folders into tar shards."""
 
 import argparse
-import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -144,6 +143,5 @@ def _path(text: str) -> Path:
     if "://" in text:
         remedy = "verify shards on their disk, and upload them with their indexes"
         raise argparse.ArgumentTypeError(f"{printable(text)} must be a folder; {remedy}")
-    with contextlib.suppress(RuntimeError):  # there is no such user
-        return Path(text) if os.path.lexists(text) else Path(text).expanduser()
-    return Path(text)
+    # Unlike Path.expanduser, this keeps the name of a user who does not exist.
+    return Path(text if os.path.lexists(text) else os.path.expanduser(text))

@@ -8,8 +8,7 @@ RISEN = 1.1  # times its lowest: a smaller rise of the val loss may be noise
 LATE = 3  # evaluations whose mean val loss is compared with the lowest
 GAP = 25  # points of top1 that train is above val; augmentation lowers the train top1, so the true gap is larger
 ALIKE = 5  # points of top1: a smaller gap between train and val is none
-HIGHER = 1  # points of top1 that one of the last evaluations is above all before: a smaller lead may be noise, as one
-# below the standard error is
+HIGHER = 1  # points of top1 that one of the last evaluations is above all before; no less than its standard error
 FLAT = 0.02  # relative to the lowest val loss: a smaller fall is none
 AT_THE_END = 10  # the last tenth of the evaluations
 

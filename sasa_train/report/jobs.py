@@ -85,8 +85,10 @@ def find_jobs(sources: list[Path]) -> Found:
             _add_sweep(found, source, ledgers)
         else:
             found.jobs.append(_run_job(source))
-    places = [job.name if job.run_dir is None else job.run_dir.resolve() for job in found.jobs]
-    found.jobs = [job for i, job in enumerate(found.jobs) if job.run_dir is None or places[i] not in places[:i]]
+    unique: dict[Path | int, Job] = {}
+    for job in found.jobs:
+        unique.setdefault(id(job) if job.run_dir is None else job.run_dir.resolve(), job)
+    found.jobs = list(unique.values())
     return found
 
 
