@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from making_data import make_image_folder
+from marking import slow_but_for
 from reading_runs import assert_same_run, last, rows
 from running_commands import launch
 
@@ -64,7 +65,7 @@ def noted(run: Path, kind: str) -> dict[str, list[str]]:
     return {step: [entry for part in parts for entry in part.get(step, [])] for step in parts[0]}
 
 
-several_processes = pytest.mark.parametrize("num_processes", [2])  # a stopped run goes on with three, below
+several_processes = pytest.mark.parametrize("num_processes", slow_but_for([2], [2, 3]))
 
 
 @several_processes
