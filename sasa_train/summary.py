@@ -11,7 +11,7 @@ from sasa_train.config.overrides import for_own_images
 from sasa_train.config.rules import validate
 from sasa_train.paper import ROWS, Row
 from sasa_train.refusal import ConfigError
-from sasa_train.terminal import fail, say_loading
+from sasa_train.terminal import fail, load_torch
 
 USAGE = """usage: sasa-summary [--paper] [group=choice ...] [key=value ...]
 
@@ -49,7 +49,7 @@ def run_command(arguments: list[str]) -> int:
 
 
 def print_paper(rows: tuple[Row, ...]) -> None:
-    say_loading()
+    load_torch()
     import timm
 
     from sasa_train.models.counting import count_flops, count_params, meta_model
@@ -68,7 +68,7 @@ def print_paper(rows: tuple[Row, ...]) -> None:
 
 def _chosen(config: TrainConfig) -> TrainConfig:
     """Return the config of a run that would begin now, with the number of classes that its images have."""
-    say_loading()
+    load_torch()
     from sasa_train.models.sources import resolve
 
     config = replace(config, model=resolve(config.model))
@@ -83,7 +83,7 @@ def _chosen(config: TrainConfig) -> TrainConfig:
 
 
 def print_model(config: TrainConfig) -> None:
-    say_loading()
+    load_torch()
     from sasa_train.models import build_model, check_model
     from sasa_train.models.counting import count_layers, meta_model
 

@@ -5,6 +5,7 @@ a closed pipe, do not stop a run.
 """
 
 import contextlib
+import gc
 import io
 import os
 import sys
@@ -93,10 +94,10 @@ def say(text: str, file: TextIO | None = None) -> None:
             (file or sys.stdout).flush()
 
 
-def say_loading() -> None:
-    """Prepare to import PyTorch, unless it is imported already, and say so on stderr, because it takes seconds.
+def load_torch() -> None:
+    """Import PyTorch, and timm, which needs it, unless they are there; say so on stderr, because it takes seconds.
 
-    Its threads will soon sleep while they wait for one another, unless one of WAITING says how they wait.
+    PyTorch's threads will sleep soon while they wait for one another, unless one of WAITING says how they wait.
     """
     if "torch" in sys.modules:
         return
@@ -107,6 +108,16 @@ def say_loading() -> None:
     if not any(name in os.environ for name in WAITING):
         os.environ["GOMP_SPINCOUNT"] = "10000"
     say("loading PyTorch ...", sys.stderr)
+    # Python's garbage collector would go through their million objects again and again while they are imported, and
+    # once more at the end of the process: 5.0 instead of 3.1 seconds in all.
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        import timm  # noqa: F401
+    finally:
+        gc.freeze()
+        if was_on:
+            gc.enable()
 
 
 def warn(text: str) -> None:

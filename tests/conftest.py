@@ -1,5 +1,6 @@
 """Shared fixtures: a folder of images, and helpers that run the commands as users do."""
 
+import gc
 import importlib
 import os
 import signal
@@ -33,6 +34,12 @@ pytest.register_assert_rewrite(
 )
 
 Command = Callable[..., subprocess.CompletedProcess]
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector the millions of objects that the imports made, as `load_torch` does."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -143,6 +143,17 @@ run_command([sys.argv[1], "a.png"])
     assert python(code, __file__) == f"{count}\n"
 
 
+def test_the_garbage_collector_leaves_alone_what_the_imports_made():
+    """It took two of the five seconds of a short command."""
+    code = """
+import gc
+from sasa_train.terminal import load_torch
+load_torch()
+print(gc.isenabled(), gc.get_freeze_count() > 100_000)
+"""
+    assert python(code) == "True True\n"
+
+
 def test_what_only_linux_has_is_not_needed(tmp_path):
     code = """
 import errno, os, sys

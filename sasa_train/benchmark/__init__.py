@@ -17,7 +17,7 @@ from sasa_train.extras import why_not
 from sasa_train.files import kind
 from sasa_train.machine import keep_freed_memory, processor
 from sasa_train.refusal import ConfigError
-from sasa_train.terminal import FAILED, say_loading
+from sasa_train.terminal import FAILED, load_torch
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +96,7 @@ def check_outputs(options: argparse.Namespace) -> None:
 
 
 def _set_up(options: argparse.Namespace) -> "torch.device":
-    say_loading()
+    load_torch()
     import torch
 
     has_cuda = torch.cuda.is_available()

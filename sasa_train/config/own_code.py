@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from sasa_train.refusal import ConfigError, shorten
-from sasa_train.terminal import say_loading, some
+from sasa_train.terminal import load_torch, some
 
 PLUGINS = "sasa_train.plugins"  # the entry-point group in which installed packages name their modules
 GIVEN = "given"  # stands for the module in the names of objects that no module has
@@ -243,7 +243,7 @@ def _file_of(module: ModuleType) -> str | None:
 def _import(entry: str, what: str) -> ModuleType:
     name = module_name(entry)
     if name not in _imported:
-        say_loading()  # such modules import torch
+        load_torch()  # such modules import torch
         try:
             _imported[name] = _from_file(Path(entry), what) if entry.endswith(".py") else _by_name(entry, what)
         except ConfigError:

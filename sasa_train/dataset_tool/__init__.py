@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from sasa_train.commands import described, positive, run
 from sasa_train.machine import usable_processors
 from sasa_train.refusal import ConfigError
-from sasa_train.terminal import INTERRUPTED, escape_unknown_letters, fail, printable, say_loading
+from sasa_train.terminal import INTERRUPTED, escape_unknown_letters, fail, load_torch, printable
 
 if TYPE_CHECKING:
     from sasa_train.config.keys import DataConfig
@@ -71,13 +71,13 @@ def run_command(arguments: list[str]) -> int:
 def work(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if options.command == "verify":
         config = read_config(options.root, [*options.overrides, *overrides])
-        say_loading()
+        load_torch()
         from sasa_train.dataset_tool.verify import verify
 
         return verify(options.root, options.workers or usable_processors(), options.all_classes, config)
     if options.command == "prepare" and options.images_per_shard is not None and not options.shards:
         raise ConfigError(f"--images-per-shard={options.images_per_shard} needs --shards")
-    say_loading()
+    load_torch()
     from sasa_train.dataset_tool import prepare
 
     if options.command == "shard":

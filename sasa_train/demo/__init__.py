@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sasa_train.commands import described, end_command, positive, run
 from sasa_train.runs.source import check_source
-from sasa_train.terminal import printable, say, say_loading, warn
+from sasa_train.terminal import load_torch, printable, say, warn
 
 HOST, PORT = "127.0.0.1", 7860
 EPILOG = """Drop a picture on the page: it shows the most probable classes and, for each attention layer and head, where
@@ -75,7 +75,7 @@ def serve(options: argparse.Namespace) -> None:
 
     check_source(options.checkpoint, options.overrides)
     with listen(options.host, options.port) as server:  # a port that is taken is refused at once
-        say_loading()
+        load_torch()
         from sasa_train.demo.answers import Demo
         from sasa_train.trained import load_trained
 

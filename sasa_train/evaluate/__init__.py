@@ -16,7 +16,7 @@ from sasa_train.evaluate import sections
 from sasa_train.evaluate.outputs import check_outputs, write_outputs
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.source import check_source
-from sasa_train.terminal import columns, printable, say_loading
+from sasa_train.terminal import columns, load_torch, printable
 
 if TYPE_CHECKING:
     from sasa_train.evaluate.val_pass import Answers, Val
@@ -75,7 +75,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
     for source in (options.source, options.compare):
         if source is not None:
             check_source(source, options.overrides)
-    say_loading()
+    load_torch()
     from sasa_train.evaluate.val_pass import open_val
     from sasa_train.trained import load_trained
 

@@ -12,7 +12,7 @@ from sasa_train.extras import why_not
 from sasa_train.files import inside
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.source import check_source
-from sasa_train.terminal import DONE, FAILED, fail, printable, say_loading
+from sasa_train.terminal import DONE, FAILED, fail, load_torch, printable
 
 if TYPE_CHECKING:
     from sasa_train.export.checking import Measured
@@ -61,7 +61,7 @@ def export(options: argparse.Namespace) -> int:
     """
     overrides, names = options.overrides + options.misspelt, available_formats(options.formats)
     check_source(options.checkpoint, overrides)
-    say_loading()
+    load_torch()
     from sasa_train.export.checking import load_images, measure
     from sasa_train.export.formats import FORMATS, Source
     from sasa_train.export.making import ExportError, make, megabytes, sweep

@@ -19,7 +19,7 @@ from sasa_train.predict.find_images import LISTED, NUL, SEPARATOR, Found, find_i
 from sasa_train.predict.table import FORMATS, Row, as_table
 from sasa_train.refusal import ConfigError, ExpectedFailure
 from sasa_train.runs.source import check_source
-from sasa_train.terminal import DONE, FAILED, columns, printable, progress_bar, say_loading, warn
+from sasa_train.terminal import DONE, FAILED, columns, load_torch, printable, progress_bar, warn
 
 if TYPE_CHECKING:
     from sasa_train.predict.inference import Predictor
@@ -103,7 +103,7 @@ def predict_command(options: argparse.Namespace) -> int:
     if out is not None and out.exists() and not out.is_file():  # writing must not replace a device
         raise ConfigError(f"--output {printable(out)}: is not a file; give a file, or leave it out")
     check_source(options.checkpoint, overrides)
-    say_loading()
+    load_torch()
     from sasa_train.predict.inference import Predictor
     from sasa_train.trained import load_trained
 

@@ -11,7 +11,7 @@ from sasa_train.commands import described, end_command, positive, run
 from sasa_train.files import inside
 from sasa_train.paper import VARIED
 from sasa_train.refusal import ConfigError
-from sasa_train.terminal import say, say_loading, warn
+from sasa_train.terminal import load_torch, say, warn
 
 if TYPE_CHECKING:
     from sasa_train.report.jobs import Job
@@ -91,7 +91,7 @@ def report(options: argparse.Namespace) -> None:
     if not sources:
         raise ConfigError("no sweep or run folder is given")
     folder = output_folder(options)
-    say_loading()  # it is needed to count parameters and FLOPs
+    load_torch()  # it is needed to count parameters and FLOPs
     from sasa_train.files import write_outputs
     from sasa_train.report import verdict
     from sasa_train.report.jobs import find_jobs

@@ -26,7 +26,7 @@ from sasa_train.files import inside, is_there
 from sasa_train.processes.ranks import max_restarts, rank, world_size
 from sasa_train.refusal import ConfigError
 from sasa_train.signals import ignore_until_the_end
-from sasa_train.terminal import DONE, FAILED, REFUSED, escape_unknown_letters, fail, printable_lines, say_loading
+from sasa_train.terminal import DONE, FAILED, REFUSED, escape_unknown_letters, fail, load_torch, printable_lines
 from sasa_train.training.endings import foreseen, tell, train_safely
 
 USAGE = """[group=choice ...] [key=value ...] [-m | --multirun] [--cfg] [-h] [--version]
@@ -117,7 +117,7 @@ def read_config(arguments: list[str]) -> TrainConfig:
     if folder is not None and not chooses_group(arguments):
         check_overrides(arguments, source=str(folder))
         use_code(arguments)
-        say_loading()
+        load_torch()
         from sasa_train.runs.folder import load_to_continue
 
         # Permission to change keys applies to a single continuation only.
@@ -127,7 +127,7 @@ def read_config(arguments: list[str]) -> TrainConfig:
     else:
         config = compose_config(for_own_images(arguments))
         if folder is not None:
-            say_loading()
+            load_torch()
             from sasa_train.runs.folder import check_groups
 
             check_groups(folder, config, arguments)
@@ -172,7 +172,7 @@ def train_together(arguments: list[str]) -> int:
         )
     # This silences C++ warnings: each process would warn about a DDP option that is set intentionally.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    say_loading()
+    load_torch()
     from sasa_train.processes import collectives
 
     def read() -> TrainConfig:

@@ -10,7 +10,7 @@ from sasa_train.machine import is_out_of_memory
 from sasa_train.processes.ranks import rank, world_size
 from sasa_train.refusal import CheckpointError, ConfigError, ExpectedFailure
 from sasa_train.signals import Interrupted, StopRequest
-from sasa_train.terminal import DONE, FAILED, INTERRUPTED, REFUSED, fail, say_loading
+from sasa_train.terminal import DONE, FAILED, INTERRUPTED, REFUSED, fail, load_torch
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOLCK, errno.EAGAIN, errno.EBUSY, errno.ENOMEM, errno.EINTR)
@@ -30,7 +30,7 @@ def train_safely(config: TrainConfig, stop: StopRequest | None = None) -> int:
 
 def _train(config: TrainConfig, stop: StopRequest) -> int:
     # Importing torch takes seconds. It is imported here so that a signal in the meantime is a stop request.
-    say_loading()
+    load_torch()
     from sasa_train.processes.collectives import lost_partner
     from sasa_train.training.run import train
 

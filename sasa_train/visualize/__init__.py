@@ -121,10 +121,10 @@ def visualize(source: Path, names: list[str], options: argparse.Namespace) -> in
         CheckpointError: `source` contains no readable checkpoint.
         ConfigError: the request is invalid (raised before anything is drawn).
     """
-    from sasa_train.terminal import printable, say, say_loading
+    from sasa_train.terminal import load_torch, printable, say
 
     check_source(source, options.overrides)
-    say_loading()
+    load_torch()
     from sasa_train.trained import load_trained
     from sasa_train.visualize.drawing import draw_run, not_drawable
 
