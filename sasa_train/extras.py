@@ -7,11 +7,13 @@ EXTRAS = {  # as in pyproject.toml
     "plots": ("matplotlib",),
     "search": ("optuna",),
     "export": ("onnx", "onnxscript", "onnxruntime"),
+    "metrics": ("scikit-learn",),
     "hf": ("datasets",),
     "url": ("fsspec", "aiohttp"),
     "wandb": ("wandb>=0.31",),
     "mlflow": ("mlflow-skinny", "sqlalchemy", "alembic"),
 }
+MODULES = {"scikit-learn": "sklearn"}  # of packages whose module has another name
 
 
 def why_not(what: str, extra: str) -> str | None:
@@ -23,7 +25,7 @@ def why_not(what: str, extra: str) -> str | None:
 
 
 def _is_installed(package: str) -> bool:
-    # The module is called like the first word of the package. A folder of this name, such as the one that W&B makes in
-    # the working directory, is found as well, but has no origin.
-    spec = importlib.util.find_spec(re.split(r"\W", package)[0])
+    # Most modules are called like the first word of their package. A folder of this name, such as the one that W&B
+    # makes in the working directory, is found as well, but has no origin.
+    spec = importlib.util.find_spec(MODULES.get(package) or re.split(r"\W", package)[0])
     return spec is not None and spec.origin is not None

@@ -34,6 +34,8 @@ class DataSet(NamedTuple):
     mirrored: bool = True  # default of augment.hflip
 
 
+# What tells the best evaluation: the highest, in percent, or the lowest loss; all are columns of val rows.
+BEST_METRICS = ("top1", "loss", "f1_macro", "balanced_accuracy")
 LOGGERS = ("tensorboard", "wandb", "mlflow")
 MODES = {"rgb": 3, "grey": 1, "grey16": 1}  # by data.mode, the number of channels
 
@@ -257,6 +259,15 @@ class TrainerConfig:
     )
     sync_batch_norm: bool = key(False, "under torchrun: batch norm over the micro-batches of all processes; CUDA only")
     eval_every_epochs: int = key(1, "epochs between evaluations on val; the last epoch is always evaluated", above=0)
+    best_metric: str = key(
+        "top1",
+        "metric on val that chooses best.pt, of classes alike: f1_macro, balanced_accuracy",
+        choices=BEST_METRICS,
+    )
+    patience: int | None = key(
+        None, "end the run after so many evaluations in a row that do not improve best_metric; null: never", above=0
+    )
+    min_delta: float = key(0.0, "patience: improvement that counts, in best_metric's unit (percent points)", at_least=0)
     precision: str = key(
         "auto", "auto: bf16 on CUDA devices that support it, otherwise fp32", choices=("auto", "fp32", "bf16", "fp16")
     )

@@ -264,6 +264,8 @@ def _of_epochs(config: TrainConfig) -> Rules:
     is_mixing = augment.mixup or augment.cutmix
     rule = f"must be below trainer.epochs={trainer.epochs}"
     yield not is_mixing or augment.mix_off_epochs < trainer.epochs, "augment.mix_off_epochs", rule
+    rule = "is for trainer.patience, which is not set"
+    yield trainer.min_delta == 0 or trainer.patience is not None, "trainer.min_delta", rule
     rule = f"must not exceed trainer.epochs={trainer.epochs}"
     yield schedule.warmup_epochs <= trainer.epochs, "schedule.warmup_epochs", rule
 

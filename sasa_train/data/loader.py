@@ -113,6 +113,14 @@ def build_eval_loader(config: TrainConfig, device: torch.device, classes: Sequen
     return val, val_set
 
 
+def build_plain_train_loader(config: TrainConfig, device: torch.device) -> Loader:
+    """Build a loader of the train images that reads them as those of val: each once, without augmentation."""
+    train_set, _ = load_image_sets(config.data)
+    loader = _build_loader(config, train_set, device, _is_resident(config, len(train_set), device), split="val")
+    _check_queues(config, loader)
+    return loader
+
+
 def _build_loader(config: TrainConfig, images: ImageSet, device: torch.device, is_resident: bool, split: str) -> Loader:
     run, batch_size = RunPlan(config, device), config.trainer.global_batch_size
     plan = BatchPlan(config.seed, len(images), batch_size, run.grad_accum_steps, run.rank, run.world_size)

@@ -10,10 +10,11 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sasa_train.commands import described, end_command, run
+from sasa_train.commands import described, end_command, positive, run
 from sasa_train.config.derived import has_top5
 from sasa_train.evaluate import sections
 from sasa_train.evaluate.outputs import check_outputs, write_outputs
+from sasa_train.extras import why_not
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.source import check_source
 from sasa_train.terminal import columns, load_torch, printable
@@ -54,6 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--calibration", action="store_true", help="calibration error, Brier score, the temperature that would be best")
     add("--bins", type=int, metavar="N", help="bins of confidence for --calibration (implied); left out: 15")
     add("--plot", type=Path, metavar="FILE", help="reliability diagram, .png, .svg or .pdf (implies --calibration)")
+    add("--auroc", action="store_true", help="area under the ROC curve of each class against the rest, in percent")
+    add("--knn", type=positive, metavar="K", help="top1 of the K nearest train images by the frozen model's features")
+    add("--probe", action="store_true", help="top1 of a logistic regression on the frozen model's features of train")
     add("--tta", choices=("hflip",), help="average the probabilities of each image and its mirror image")
     add("--real", metavar="FILE", help="accuracy by ImageNet-ReaL's labels: its real.json, or timm for timm's copy")
     add("--compare", type=Path, metavar="OTHER", help="another run or checkpoint, on the same images: McNemar's test")
@@ -71,6 +75,9 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
         OSError: a file cannot be written despite the earlier check.
     """
     check_outputs(options)
+    for option in ("auroc", "probe"):
+        if getattr(options, option) and (reason := why_not(f"--{option}", "metrics")):
+            raise ConfigError(reason)
     options.calibration |= options.plot is not None or options.bins is not None
     for source in (options.source, options.compare):
         if source is not None:
@@ -86,12 +93,14 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
     real_sets = load_real_sets(options.real, val) if options.real else None
 
     answers: Answers | None = None
-    if any((options.calibration, options.tta, options.real, options.compare, options.predictions)):
+    if any((options.calibration, options.auroc, options.tta, options.real, options.compare, options.predictions)):
         result, answers = val.evaluate_keeping_answers(with_mirrored=options.tta == "hflip")
     else:
         result = val.evaluate()
     print_evaluation(val, result)
     figures = figures_of(val, result)
+    if options.knn or options.probe:
+        figures |= evaluate_features(options, val)
     if answers is not None:
         figures |= evaluate_further(options, val, answers, result, real_sets, other_val)
     for path in write_outputs(options, figures, answers, val.images):
@@ -142,17 +151,20 @@ def print_evaluation(val: "Val", result: "Evaluation") -> None:
     print(f"{printable(trained.path)}: step {trained.checkpoint['step']:,}{weights}{selected}\n")
     for line in changes:
         print(f"not the images that the run was evaluated on: {line}")
-    print("\n".join(sections.lines_of_classes(val.images.classes, result.class_hits, result.class_images)))
+    print("\n".join(sections.lines_of_classes(val.images.classes, result)))
+    if missing := val.images_missing(result):
+        print(f"\nval has no images of {missing}: left out of f1_macro and balanced_accuracy")
     if lines := val.loader.quarantine.lines():
         print(f"\n{len(lines)} images could not be read and are left out:\n" + "\n".join(lines))
     lines = [f"images {result.num_images}", f"loss   {result.loss:.4f}", f"top1   {result.top1:.2f}"]
     lines += [f"top5   {result.top5:.2f}"] if has_top5(len(trained.classes)) else []
+    lines += [f"f1_macro {result.f1_macro:.2f}", f"balanced_accuracy {result.balanced_accuracy:.2f}"]
     print("\n" + "\n".join(lines))
 
 
 def figures_of(val: "Val", result: "Evaluation") -> dict[str, Any]:
     """Return the results as plain values for --json, with top1 and top5 in percent as in metrics.jsonl."""
-    counts = zip(val.images.classes, result.class_images, result.class_hits, strict=True)
+    counts = zip(val.images.classes, result.class_images, result.class_hits, result.by_class, strict=True)
     return {
         "checkpoint": str(val.trained.path),
         "step": val.trained.checkpoint["step"],
@@ -161,9 +173,30 @@ def figures_of(val: "Val", result: "Evaluation") -> dict[str, Any]:
         "loss": result.loss,
         "top1": result.top1,
         "top5": result.top5,
-        "classes": [{"name": name, "num_images": images, "num_right": hits} for name, images, hits in counts],
+        "f1_macro": result.f1_macro,
+        "balanced_accuracy": result.balanced_accuracy,
+        "classes": [
+            {"name": name, "num_images": images, "num_right": hits, **scores._asdict()}
+            for name, images, hits, scores in counts
+        ],
         "unreadable": val.loader.quarantine.found,
     }
+
+
+def evaluate_features(options: argparse.Namespace, val: "Val") -> dict[str, Any]:
+    """Compute and print what the features of the frozen model reach; return the values for --json."""
+    from sasa_train.evaluate.probes import collect_features, knn_top1, probe_top1
+
+    features, figures = collect_features(val), dict[str, Any]()
+    num_images, size = features.train.shape
+    if options.knn:
+        if options.knn > num_images:
+            raise ConfigError(f"--knn {options.knn}: must be {num_images:,} at most, the number of train images")
+        figures["knn"] = {"k": options.knn, "top1": knn_top1(features, options.knn, len(val.images.classes))}
+    if options.probe:
+        figures["probe"] = probe_top1(features)
+    print_section(sections.lines_of_features(figures, num_images, size))
+    return figures
 
 
 def evaluate_further(
@@ -186,6 +219,12 @@ def evaluate_further(
         num_bins = NUM_BINS if options.bins is None else options.bins
         figures["calibration"] = calibrate(answers.logits, answers.labels, answers.predictions, num_bins)
         print_section(sections.lines_of_calibration(figures["calibration"]))
+    if options.auroc:
+        from sasa_train.evaluate.auroc import class_aurocs, mean_auroc
+
+        found = class_aurocs(answers.logits, answers.labels)
+        figures["auroc"] = {"mean": mean_auroc(found), "classes": found}
+        print_section(sections.lines_of_auroc(val.images.classes, found, figures["auroc"]["mean"]))
     if real_sets is not None:
         from sasa_train.evaluate.imagenet_real import evaluate_real
 

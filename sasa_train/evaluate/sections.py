@@ -13,13 +13,39 @@ if TYPE_CHECKING:
     from sasa_train.training.evaluation import Evaluation
 
 
-def lines_of_classes(classes: list[str], hits: list[int], images: list[int]) -> list[str]:
+def lines_of_classes(classes: list[str], result: "Evaluation") -> list[str]:
+    """Return a table of the classes' images and scores in percent; a class's top1 is its recall."""
     names = [printable(name) for name in classes]
     width = max(len("class"), *(len(name) for name in names))
-    lines = [f"{'class':<{width}}  images    top1"]
-    for name, num_hits, num_images in zip(names, hits, images, strict=True):
-        top1 = f"{100 * num_hits / num_images:6.2f}" if num_images else "     -"
-        lines.append(f"{name:<{width}}  {num_images:>6}  {top1}")
+    lines = [f"{'class':<{width}}  images  precision  recall      F1"]
+    for name, num_images, scores in zip(names, result.class_images, result.by_class, strict=True):
+        precision, recall, f1 = (shown(score) for score in scores)
+        lines.append(f"{name:<{width}}  {num_images:>6}  {precision:>9}  {recall:>6}  {f1:>6}")
+    return lines
+
+
+def shown(percent: float | None) -> str:
+    return "-" if percent is None else f"{percent:.2f}"
+
+
+def lines_of_auroc(classes: list[str], found: list[float | None], mean: float | None) -> list[str]:
+    """Return the area under each class's ROC curve, and their mean."""
+    names = [printable(name) for name in classes]
+    width = max(len("class"), *(len(name) for name in names))
+    lines = [
+        f"{'class':<{width}}   AUROC",
+        *(f"{n:<{width}}  {shown(x):>6}" for n, x in zip(names, found, strict=True)),
+    ]
+    return [*lines, f"AUROC  {shown(mean)}, one class against the rest, mean over the classes"]
+
+
+def lines_of_features(found: dict[str, Any], num_images: int, size: int) -> list[str]:
+    lines = [f"frozen features, {size:,} numbers for each of {num_images:,} train images"]
+    if "knn" in found:
+        lines.append(f"knn    {found['knn']['top1']:.2f} top1, {found['knn']['k']} nearest train images by cosine")
+    if "probe" in found:
+        unsettled = "" if found["probe"]["has_converged"] else "; it did not settle, so more may be possible"
+        lines.append(f"probe  {found['probe']['top1']:.2f} top1, logistic regression{unsettled}")
     return lines
 
 

@@ -15,6 +15,7 @@ from sasa_train.data.datasets import ImageSet
 from sasa_train.data.fingerprint import fingerprint
 from sasa_train.data.loader import Loader, build_eval_loader, check_evaluated
 from sasa_train.device import resolve
+from sasa_train.terminal import some
 from sasa_train.trained import TrainedModel
 from sasa_train.training.evaluation import Evaluation, evaluate, rank_classes
 
@@ -62,6 +63,12 @@ class Val:
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         return fingerprint(self.images)
+
+    def images_missing(self, result: Evaluation) -> str:
+        """Name the classes of which val has no images."""
+        counts = zip(self.images.classes, result.class_images, strict=True)
+        missing = [name for name, num_images in counts if not num_images]
+        return some(missing) if missing else ""
 
     def evaluate(self, answering: "Answering | None" = None) -> Evaluation:
         """Return exactly the metrics that training logs; if `answering` is given, it records the model's outputs.

@@ -32,23 +32,23 @@ SEED: dict[str, Any] = {"color": "#444444", "marker": ".", "ms": 5, "mew": 0, "a
 PAPER: dict[str, Any] = {"color": "#E69F00", "marker": "D", "mec": "black", "mew": 0.6}
 CAPTIONS = {  # kind of chart -> description
     "accuracy": (
-        "Two charts of top1 over GFLOPs and over million parameters, a numbered point for each row of the table",
-        "top1 of the last epoch over GFLOPs per image and over parameters{over_seeds}. Numbers are "
+        "Two charts of {figure} over GFLOPs and over million parameters, a numbered point for each row of the table",
+        "{figure} of the last epoch over GFLOPs per image and over parameters{over_seeds}. Numbers are "
         "those of the table. Better models are higher up, cheaper ones further left.",
     ),
     "curves": (
-        "Curves of val top1 over epochs, by row",
-        "val top1 over epochs: the mean of the seeds. Up to three rows share a panel, with the seeds as dots. With "
+        "Curves of val {figure} over epochs, by row",
+        "val {figure} over epochs: the mean of the seeds. Up to three rows share a panel, with the seeds as dots. With "
         "more rows, each has a panel, with a band from the lowest seed to the highest and the reference row dashed. "
-        "Compare the last epochs: top1 wobbles while the learning rate is high.",
+        "Compare the last epochs: {figure} wobbles while the learning rate is high.",
     ),
     "differences": (
-        "A chart of each row's difference in top1 to the reference row, the figures of the table's column difference",
-        "Differences in top1 to the reference row, paired by seed{over_seeds}, and the paper's beside them where it "
-        "prints one.{crossing}",
+        "A chart of each row's difference in {figure} to the reference row, as in the table's column difference",
+        "Differences in {figure} to the reference row, paired by seed{over_seeds}, and the paper's beside them where "
+        "it prints one.{crossing}",
     ),
     "window": (
-        "A chart of the difference in top1 over kernel_size",
+        "A chart of the difference in {figure} over kernel_size",
         "The same differences over kernel_size.",
     ),
 }
@@ -62,8 +62,9 @@ def draw_charts(report: Report) -> list[Picture]:
     """Draw every chart for which there is data."""
     figures = draw_figures(report)
     parts = OF_INTERVALS if report.has_intervals else dict.fromkeys(OF_INTERVALS, "")
+    parts = parts | {"figure": report.figure}
     return [
-        Picture(name, rendered(figure), CAPTIONS[name][0], CAPTIONS[name][1].format(**parts))
+        Picture(name, rendered(figure), *(text.format(**parts) for text in CAPTIONS[name]))
         for name, figure in progress_bar(figures.items(), desc="drawing", unit="figure")
     ]
 
@@ -86,8 +87,8 @@ def draw_figures(report: Report) -> dict[str, Figure]:
 
 
 def best(rows: list[Row], count: int) -> list[Row]:
-    """Return the `count` rows with the highest top1, in their original order."""
-    chosen = sorted(rows, key=lambda row: -_top1(row).mean)[:count]
+    """Return the `count` rows that reached the most, in their original order."""
+    chosen = sorted(rows, key=lambda row: -_last(row).mean)[:count]
     return [row for row in rows if row in chosen]
 
 
@@ -98,13 +99,17 @@ def limits(intervals: list[Interval]) -> tuple[float, float]:
     return min(ends) - margin, max(ends) + margin
 
 
-def _top1(row: Row) -> Interval:
-    assert row.top1 is not None  # rows without jobs are not drawn
-    return row.top1
+def _last(row: Row) -> Interval:
+    assert row.last is not None  # rows without jobs are not drawn
+    return row.last
+
+
+def _figure(rows: list[Row]) -> str:
+    return next(job.figure for row in rows for job in row.jobs.values())
 
 
 def _draw_accuracy(rows: list[tuple[int, Row]]) -> Figure:
-    """Plot last-epoch top1 against FLOPs and parameters, with intervals over seeds and the row numbers of the table."""
+    """Plot the last epoch's top1 against FLOPs and parameters, with intervals over seeds and the rows' numbers."""
     counted = [(number, row) for number, row in rows if row.flops and row.params]
     figure, axes = new_figure(1, 2, 3.6 + 0.22 * ((len(counted) + 1) // 2), "both")
     for axis, label, key, unit in (
@@ -115,7 +120,7 @@ def _draw_accuracy(rows: list[tuple[int, Row]]) -> Figure:
         for i, (number, row) in enumerate(counted):
             color, _, marker, _ = SOLID[i % len(SOLID)]
             face = (color, "white", "#B8B8B8")[i // len(SOLID) % 3]
-            x, found = sizes[i], _top1(row)
+            x, found = sizes[i], _last(row)
             axis.errorbar(
                 x, found.mean, found.bar, ecolor="#666666", color=color, marker=marker, mfc=face,
                 mec="black", mew=0.8, ms=7, lw=1, capsize=3, ls="",
@@ -125,10 +130,10 @@ def _draw_accuracy(rows: list[tuple[int, Row]]) -> Figure:
         axis.locator_params(axis="x", nbins=5)
         around = max(0.1 * (max(sizes) - min(sizes)), 0.05 * max(sizes))  # nearly equal sizes should look nearly equal
         axis.set_xlim(min(sizes) - around, max(sizes) + around)
-        axis.set_ylim(limits([_top1(row) for _, row in counted]))
+        axis.set_ylim(limits([_last(row) for _, row in counted]))
         as_percent(axis)
-        _number(axis, [(x, _top1(row).mean, str(number)) for x, (number, row) in zip(sizes, counted, strict=True)])
-    axes[0].set_ylabel("top1 of the last epoch, percent")
+        _number(axis, [(x, _last(row).mean, str(number)) for x, (number, row) in zip(sizes, counted, strict=True)])
+    axes[0].set_ylabel(f"{_figure([row for _, row in rows])} of the last epoch, percent")
     legend_below(figure, axes[0])
     return figure
 
@@ -149,7 +154,7 @@ def _number(axis: Axes, points: list[tuple[float, float, str]]) -> None:
 
 def _draw_curves(rows: list[Row]) -> Figure:
     """Plot val top1 over epochs: a few rows in one panel with their seeds as dots, more rows in a panel each."""
-    shown = best(rows, MAX_PANELS)
+    shown, name = best(rows, MAX_PANELS), f"val {_figure(rows)}"
     is_one = len(shown) <= MAX_OVERLAID
     num_columns = 1 if is_one else 3
     num_rows = 1 if is_one else -(-len(shown) // num_columns)
@@ -164,13 +169,13 @@ def _draw_curves(rows: list[Row]) -> Figure:
     as_percent(axes[0])
     as_epochs(axes[0].xaxis)
     if is_one:
-        axes[0].set(xlabel="epoch", ylabel="val top1, percent")
+        axes[0].set(xlabel="epoch", ylabel=f"{name}, percent")
     else:
         figure.supxlabel("epoch", fontsize=9)
-        figure.supylabel("val top1, percent", fontsize=9)
+        figure.supylabel(f"{name}, percent", fontsize=9)
     left_out = f"; the best {len(shown)} of {len(rows)} rows" if len(shown) < len(rows) else ""
     several_seeds = any(len(row.jobs) > 1 for row in shown)
-    one = "lines: mean over seeds; dots: the seeds" if several_seeds else "val top1 over epochs, one seed each"
+    one = "lines: mean over seeds; dots: the seeds" if several_seeds else f"{name} over epochs, one seed each"
     several = "mean over seeds; band: lowest to highest seed" if several_seeds else one
     several += "; dashed: the reference"
     below = f"; the first epochs, below {max(0, floor):.0f} %, are cut off" if _lowest(shown) < floor else ""
@@ -182,7 +187,7 @@ def _overlay_curves(axis: Axes, rows: list[Row]) -> None:
     for row, (color, _, marker, style) in zip(rows, SOLID, strict=False):
         epochs, means, _, _ = curve(row)
         for job in row.jobs.values() if len(row.jobs) > 1 else ():
-            of_seed = {val["epoch"]: val["top1"] for val in job.val}
+            of_seed = {val["epoch"]: val[job.figure] for val in job.val}
             axis.plot(epochs, [of_seed[epoch] for epoch in epochs], ls="", marker=".", ms=4, color=color, alpha=0.6)
         axis.plot(epochs, means, color=color, ls=style, lw=1.6, marker=marker, ms=4, mec="black", mew=0.4,
                   markevery=max(1, len(epochs) // 10), label=legend_label(_described(row), 1))  # fmt: skip
@@ -226,8 +231,8 @@ def _lowest(rows: list[Row]) -> float:
 
 
 def curve(row: Row) -> tuple[list[int], list[float], list[float], list[float]]:
-    """Return the epochs at which all seeds were evaluated, with the mean, minimum and maximum top1."""
-    by_epoch = [{val["epoch"]: val["top1"] for val in job.val} for job in row.jobs.values()]
+    """Return the epochs at which all seeds were evaluated, with the mean, minimum and maximum of the figure."""
+    by_epoch = [{val["epoch"]: val[job.figure] for val in job.val} for job in row.jobs.values()]
     epochs = sorted(set.intersection(*(set(seed) for seed in by_epoch)))
     values = [[seed[epoch] for seed in by_epoch] for epoch in epochs]
     return epochs, [sum(v) / len(v) for v in values], [min(v) for v in values], [max(v) for v in values]
@@ -256,7 +261,9 @@ def _draw_differences(rows: list[Row]) -> Figure:
     axis.set_yticks(places, [fitted(without_groups(row.label), 2.4, 8, 2) for row, _ in shown], fontsize=8)
     axis.set_ylim(len(shown) - 0.4, -0.6)
     above = _reference_of([row for row, _ in shown])
-    axis.set_xlabel(fitted(f"top1, percentage points above {above}", 5.0, 9, 3), fontsize=9)
+    axis.set_xlabel(
+        fitted(f"{_figure([row for row, _ in shown])}, percentage points above {above}", 5.0, 9, 3), fontsize=9
+    )
     axis.legend(*_ours_first(axis), frameon=False, fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
 
@@ -305,7 +312,7 @@ def _draw_windows(lines: list[list[tuple[int, Row]]], common: dict[str, str]) ->
     axis.set_xticks(sorted({size for line in lines for size, _ in line}))
     axis.set_xlabel("kernel_size")
     rows = [row for line in lines for _, row in line]
-    axis.set_ylabel(fitted(f"top1, percentage points above {_reference_of(rows)}", 3.0, 9, 3), fontsize=9)
+    axis.set_ylabel(fitted(f"{_figure(rows)}, percentage points above {_reference_of(rows)}", 3.0, 9, 3), fontsize=9)
     axis.legend(*_ours_first(axis), frameon=False, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
 

@@ -38,7 +38,7 @@ def headline(job: Job) -> list[tuple[str, str, str]]:
     """Return the name and value of each headline figure, along with a note."""
     if not job.val:
         return []
-    last, best = job.val[-1], max(job.val, key=lambda row: row["top1"])
+    last, best, figure = job.val[-1], job.best_row, job.figure
     assert job.config is not None
     use = "the figure to publish" if job.state == "done" else "the run is not finished"
     of_last = f"after epoch {last['epoch']} of {job.config.trainer.epochs}; {use}"
@@ -47,7 +47,7 @@ def headline(job: Job) -> list[tuple[str, str, str]]:
     if isinstance(kept, dict) and kept.get("step") != best["step"] and kept.get("top1") != best["top1"]:
         of_best += "; best.pt is another, because the save of this one failed"
     notes = (("last", last, of_last), ("best", best, of_best))
-    return [(f"top1, {which} epoch", f"{row['top1']:.2f} %", note) for which, row, note in notes]
+    return [(f"{figure}, {which} epoch", f"{row[figure]:.2f} %", note) for which, row, note in notes]
 
 
 def key_facts(job: Job, row: Row) -> list[tuple[str, str]]:
@@ -58,6 +58,7 @@ def key_facts(job: Job, row: Row) -> list[tuple[str, str]]:
     found = {
         "model": _model(config),
         "val": split_of(config),
+        "top1, last epoch": "" if job.figure == "top1" else shown(last.get("top1"), "{:.2f} %", ""),
         "val loss": shown(last.get("loss"), "{:.4f}", ""),
         "top5, last epoch": shown(last.get("top5"), "{:.2f} %", "") if has_top5(row.num_classes or 1000) else "",
         "parameters": shown(row.params, "{:,}", ""),

@@ -25,7 +25,7 @@ from sasa_train.refusal import ConfigError, shorten
 from sasa_train.runs.info import ENDED, read_info_or_raise
 from sasa_train.runs.ledger import Job as LedgerJob
 from sasa_train.runs.ledger import read_ledger
-from sasa_train.runs.metrics import MAX_LOG, digest_of, read_metrics
+from sasa_train.runs.metrics import MAX_LOG, best_row, digest_of, read_metrics
 from sasa_train.runs.source import similar_runs
 from sasa_train.terminal import some, warn
 
@@ -49,6 +49,7 @@ class Job:
     seconds: float | None = None  # training time, summed over all restarts
     info: dict[str, Any] = field(default_factory=dict)  # run.json; empty if it cannot be read
     in_ledger: dict[str, Any] | None = None  # the last val row, as a sweep has it
+    figure: str = "top1"  # the percentage that is shown and compared: trainer.best_metric, where all jobs share it
 
     @property
     def seed(self) -> int | None:
@@ -56,12 +57,22 @@ class Job:
 
     @property
     def last(self) -> float:
-        """top1 of the last epoch, in percent."""
-        return self.val[-1]["top1"]
+        """`figure` of the last epoch, in percent."""
+        return self.val[-1][self.figure]
 
     @property
     def best(self) -> float:
-        return max(row["top1"] for row in self.val)
+        return self.best_row[self.figure]
+
+    @property
+    def best_row(self) -> dict[str, Any]:
+        found = best_row(self.val, self.config.trainer.best_metric if self.config is not None else self.figure)
+        assert found is not None
+        return found
+
+    def has(self, figure: str) -> bool:
+        """Whether each val row has this percentage; those of earlier versions have no f1_macro, for example."""
+        return all(row.get(figure) is not None for row in self.val)
 
 
 @dataclass
@@ -89,7 +100,19 @@ def find_jobs(sources: list[Path]) -> Found:
     for job in found.jobs:
         unique.setdefault(id(job) if job.run_dir is None else job.run_dir.resolve(), job)
     found.jobs = list(unique.values())
+    show_alike(found.jobs)
     return found
+
+
+def show_alike(jobs: list[Job]) -> None:
+    """Have all jobs show the metric that chooses their best evaluation, if they share it, or else top1.
+
+    The loss is no percentage, so that top1 is shown where the loss chooses.
+    """
+    metrics = {job.config.trainer.best_metric for job in jobs if job.val and job.config is not None} - {"loss"}
+    shared = metrics.pop() if len(metrics) == 1 else "top1"
+    for job in jobs:
+        job.figure = shared if all(each.has(shared) for each in jobs) else "top1"
 
 
 def _runs_and_sweeps(sources: list[Path]) -> Iterator[Path]:

@@ -142,6 +142,7 @@ def sweep_page(report: Report, sources: list[Path], plots: Section, folder: Path
     contents += [("commands", "Commands")] if report.commands else []
     return _render(
         "sweep.html.j2",
+        figure=report.figure,
         title=", ".join(names[:MAX_NAMES]) + (f" and {left_out} more" if left_out > 0 else ""),
         what=title(report),
         verdicts=verdicts,
@@ -186,9 +187,9 @@ def _listed(report: Report, folder: Path) -> list[dict[str, Any]]:
 def _described(row: Row, number: int, folder: Path) -> dict[str, Any]:
     """Return a row's title, its jobs with links to their runs, and the full command of the first run."""
     jobs = [job for _, job in sorted(row.jobs.items())]
-    top1 = f"top1 {row.top1.mean:.2f}" if row.top1 else "no top1"
+    reached = f"{jobs[0].figure} {row.last.mean:.2f}" if row.last else "no result"
     return {
-        "title": f"{number}. {row.label}: {top1}, {len(jobs)} of {row.num_jobs} seeds",
+        "title": f"{number}. {row.label}: {reached}, {len(jobs)} of {row.num_jobs} seeds",
         "runs": [(job, *_links(job, folder)) for job in jobs],
         "command": str(jobs[0].info.get("reproduce") or "") if jobs else "",
     }

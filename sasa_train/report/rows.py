@@ -37,13 +37,13 @@ class Row:
         return mean_interval(values) if values else None
 
     @property
-    def top1(self) -> Interval | None:
-        """The mean top1 of the last epoch, in percent."""
+    def last(self) -> Interval | None:
+        """The mean of the jobs' figure (see `Job`), mostly top1, after the last epoch, in percent."""
         return self.mean("last")
 
     @property
     def difference(self) -> Interval | None:
-        """The difference in top1 from the reference row over their common seeds; None for the reference row itself."""
+        """The difference in `last` from the reference row over their common seeds; None for the reference row."""
         return None if self.reference in (None, self) else paired_difference(self, self.reference)
 
     @property
@@ -68,9 +68,14 @@ class Report:
         return [job for row in self.rows for job in row.jobs.values()]
 
     @property
+    def figure(self) -> str:
+        """The percentage that is shown and compared, mostly top1."""
+        return next((job.figure for job in self.all_jobs), "top1")
+
+    @property
     def has_intervals(self) -> bool:
         """Whether any row has enough seeds for an interval."""
-        return any(row.top1 is not None and row.top1.is_shown for row in self.rows)
+        return any(row.last is not None and row.last.is_shown for row in self.rows)
 
 
 def paired_difference(row: Row, reference: Row) -> Interval | None:

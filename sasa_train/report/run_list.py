@@ -107,7 +107,7 @@ def columns_of(jobs: list[Job]) -> list[list[str]]:
     """Return the columns of a table without the names of the runs, each with its heading first."""
     keys = [_keys(job) for job in jobs]
     columns = [
-        ["top1", *(f"{job.last:.2f}" if job.val else "-" for job in jobs)],
+        [jobs[0].figure, *(f"{job.last:.2f}" if job.val else "-" for job in jobs)],
         ["best", *(f"{job.best:.2f}" if job.val else "-" for job in jobs)],
         ["epoch", *map(_epoch, jobs)],
         *([short(key), *values] for key, values in differing(keys)),

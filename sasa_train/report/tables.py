@@ -14,7 +14,8 @@ from sasa_train.report.intervals import ENOUGH, FEW, Interval
 from sasa_train.report.rows import Report, Row
 from sasa_train.terminal import duration
 
-SHORT = {"top1, last epoch": "top1", "best epoch": "best"}  # headings of the table on a terminal
+LAST = ", last epoch"  # in the heading of the figure that is compared
+SHORT = {"best epoch": "best"}  # headings of the table on a terminal
 MIN_LABEL = 24  # columns of a terminal for the label of a row
 
 
@@ -31,7 +32,10 @@ def markdown(report: Report) -> str:
 def for_terminal(report: Report, width: int) -> str:
     """Return the report for a terminal of `width` columns, with as many of the table's columns as fit."""
     lines = [cells(report, i, row) | {"row": without_groups(row.label)} for i, row in enumerate(report.rows, 1)]
-    columns = {SHORT.get(name, name): [line[name].replace(": too few", "") for line in lines] for name in lines[0]}
+    columns = {
+        SHORT.get(name, name.removesuffix(LAST)): [line[name].replace(": too few", "") for line in lines]
+        for name in lines[0]
+    }
     widths = {name: max(map(len, (name, *texts))) for name, texts in columns.items()}
     left_out = []
     while len(columns) > 4 and width - sum(widths[name] + 2 for name in columns if name != "row") < min(
@@ -80,7 +84,7 @@ def cells(report: Report, number: int, row: Row) -> dict[str, str]:
         "#": str(number),
         "row": row.label,
         "seeds": f"{len(row.jobs)}/{row.num_jobs}",
-        "top1, last epoch": _interval(row.top1),
+        f"{report.figure}{LAST}": _interval(row.last),
         "best epoch": shown(_mean(row.mean("best")), "{:.2f}"),
         "difference": "reference" if row.reference is row else _difference(row),
         "excludes 0": _excludes_zero(difference),
@@ -144,7 +148,8 @@ def _difference(row: Row) -> str:
 
 def notes(report: Report) -> list[str]:
     """Return notes that explain how to read the figures."""
-    found = ["top1 in percent, of the last epoch (the best epoch is selected on val, so its figure is optimistic)"]
+    figure = report.figure
+    found = [f"{figure} in percent, of the last epoch (the best epoch is selected on val, so its figure is optimistic)"]
     configs = [row.config for row in report.rows if row.config is not None]
     splits = list(dict.fromkeys(split_of(config) for config in configs))
     if report.common:
@@ -160,13 +165,13 @@ def notes(report: Report) -> list[str]:
     references = list(dict.fromkeys(row.reference.label for row in report.rows if row.reference is not None))
     if references:
         against = references[0] if len(references) == 1 else f"the reference row ({'; '.join(references)})"
-        found.append(f"difference: top1 minus that of {against}, paired by seed")
+        found.append(f"difference: {figure} minus that of {against}, paired by seed")
     if (num_intervals := sum(row.difference is not None and row.difference.is_shown for row in report.rows)) > 2:
         found.append(f"{num_intervals} differences: where none is real, one in twenty intervals still excludes 0")
     counts = sorted({len(row.jobs) for row in report.rows if row.jobs})
     if counts and counts[0] < FEW:
         how_many = " to ".join(dict.fromkeys(str(count) for count in (counts[0], counts[-1])))
-        rests = "the intervals rest on top1 being normally distributed over seeds; "
+        rests = f"the intervals rest on {figure} being normally distributed over seeds; "
         fewer = f"fewer than {ENOUGH} have no interval here"
         found.append(f"few seeds ({how_many}): {rests if report.has_intervals else ''}{fewer}")
     return found + (_paper_notes(report.table, configs) if report.table else [])
@@ -214,7 +219,7 @@ def as_json(report: Report) -> str:
         "commands": report.commands,
         "paper_table": report.table,
         "notes": notes(report),
-        "rows": [_record(i, row) | {"runs": _runs(row)} for i, row in enumerate(report.rows, 1)],
+        "rows": [_record(i, row, report.figure) | {"runs": _runs(row)} for i, row in enumerate(report.rows, 1)],
         "not_counted": [
             {"job": job.name, "row": label, "state": job.state, "reason": job.reason}
             for job, label in report.not_counted
@@ -224,13 +229,13 @@ def as_json(report: Report) -> str:
 
 
 def as_csv(report: Report) -> str:
-    records = [_record(i, row) for i, row in enumerate(report.rows, 1)]
+    records = [_record(i, row, report.figure) for i, row in enumerate(report.rows, 1)]
     flat = [record | {"settings": json.dumps(record["settings"])} for record in records]
     return csv_text([list(flat[0]), *(record.values() for record in flat)])
 
 
-def _record(number: int, row: Row) -> dict[str, Any]:
-    """Return the row's figures as plain values, with None for missing ones."""
+def _record(number: int, row: Row, figure: str) -> dict[str, Any]:
+    """Return the row's figures as plain values, with None for missing ones; `figure` names the one that is compared."""
     difference, papers = row.difference, row.paper
     return {
         "number": number,
@@ -238,8 +243,8 @@ def _record(number: int, row: Row) -> dict[str, Any]:
         "settings": row.settings,
         "seeds_done": len(row.jobs),
         "seeds": row.num_jobs,
-        **_spread("top1", row.top1),
-        **_spread("best_top1", row.mean("best")),
+        **_spread(figure, row.last),
+        **_spread(f"best_{figure}", row.mean("best")),
         "reference": row.reference.label if row.reference else None,
         **_spread("difference", difference),
         "difference_seeds": difference and difference.n,
@@ -266,6 +271,12 @@ def _mean(interval: Interval | None) -> float | None:
 
 def _runs(row: Row) -> list[dict[str, Any]]:
     return [
-        {"run": job.name, "seed": seed, "top1": job.last, "best_top1": job.best, "epoch": job.val[-1]["epoch"]}
+        {
+            "run": job.name,
+            "seed": seed,
+            job.figure: job.last,
+            f"best_{job.figure}": job.best,
+            "epoch": job.val[-1]["epoch"],
+        }
         for seed, job in sorted(row.jobs.items())
     ]

@@ -16,7 +16,12 @@ from sasa_train.runs.chance import Chance
 
 
 def chance_of(jobs: list[Job]) -> Chance | None:
-    """Return chance on the jobs' val images, counted in the first readable checkpoint; None if it is unknown."""
+    """Return chance on the jobs' val images, counted in the first readable checkpoint; None if it is unknown.
+
+    It is about top1, and None where another figure is shown.
+    """
+    if any(job.figure != "top1" for job in jobs):
+        return None
     for job in jobs:
         counts = () if job.run_dir is None else _num_val_images(job.run_dir)
         if sum(counts):
@@ -68,7 +73,7 @@ def of_run(job: Job, chance: Chance | None) -> str:
         return ""
     assert job.config is not None
     epochs = f"after epoch {job.val[-1]['epoch']} of {job.config.trainer.epochs}"
-    return f"top1 is {job.last:.2f} % {epochs}{_against(job.last, chance)}{_in_folder(job)}."
+    return f"{job.figure} is {job.last:.2f} % {epochs}{_against(job.last, chance)}{_in_folder(job)}."
 
 
 def _against(top1: float, chance: Chance | None) -> str:
@@ -88,6 +93,9 @@ def _in_folder(job: Job) -> str:
         return ""
     # The last epoch decides, so a run that has not finished is not judged.
     others = [other for other in jobs if other.val and other.state == "done" and _same_images(other, job)]
+    others = [other for other in others if other.has(job.figure)]
+    for other in others:
+        other.figure = job.figure
     best = max(others, key=lambda other: other.last, default=None)
     if best is None or (len(others) == 1 and job.state == "done"):
         return ""
@@ -142,18 +150,19 @@ def of_rows(report: Report) -> tuple[list[str], list[str], dict[int, str]]:
 def _of_rows(data: str, found: list[tuple[int, Row]], chance: Chance | None) -> str:
     """Describe the best of the rows on one data set; `found` is sorted, the best first."""
     number, row = found[0]
+    figure = next(iter(row.jobs.values())).figure
     how = f"mean of {len(row.jobs)} seeds" if len(row.jobs) > 1 else "one seed"
     reached = f"{_mean(row):.2f} % ({how}){_against(_mean(row), chance)}."
     if len(found) == 1:
-        return f"On {data}, top1 is {reached}"
+        return f"On {data}, {figure} is {reached}"
     which = "best" if _leads(found) else "highest"
-    text = f"The {which} of {len(found)} rows on {data} is row {number}, {row.label}, with top1 {reached}"
+    text = f"The {which} of {len(found)} rows on {data} is row {number}, {row.label}, with {figure} {reached}"
     if _mean(row) == _mean(found[1][1]):
         return f"{text} It is equal to the next, row {found[1][0]}."
     lead = paired_difference(row, found[1][1])
     if lead is None or not lead.is_shown:
         text += f" There are too few seeds to tell whether it is better than the next, row {found[1][0]}."
-        return f"{text} Its top1 is optimistic, because it was chosen among {len(found)}."
+        return f"{text} Its {figure} is optimistic, because it was chosen among {len(found)}."
     clear = "and the interval over seeds excludes 0" if lead.excludes_zero else "which chance in the seeds may explain"
     return f"{text} It is {lead.mean:.2f} points above the next, row {found[1][0]}, {clear} (± {lead.half_width:.2f})."
 
@@ -165,5 +174,5 @@ def _leads(found: list[tuple[int, Row]]) -> bool:
 
 
 def _mean(row: Row) -> float:
-    assert row.top1 is not None  # only rows with jobs are judged
-    return row.top1.mean
+    assert row.last is not None  # only rows with jobs are judged
+    return row.last.mean

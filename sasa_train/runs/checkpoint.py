@@ -404,9 +404,9 @@ def _first_wrong_row(content: dict[str, Any]) -> str | None:
         return f"evaluated_step={evaluated} must be the step of the last val row in metrics"
     if best is None:
         return None
-    for key in ("top1", "epoch"):
-        if best["step"] not in val or val[best["step"]][key] != best[key]:
-            return f"best (step {best['step']}, {key} {best[key]}) must be a val row in metrics"
+    for key in best:
+        if best["step"] not in val or val[best["step"]].get(key) != best[key]:
+            return f"best (step {best['step']}, {key} {shorten(best[key])}) must be a val row in metrics"
     return None
 
 

@@ -34,7 +34,7 @@ from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import ConfigError, ExpectedFailure
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, load_checkpoint
 from sasa_train.runs.info import read_info, read_info_or_raise, update_info
-from sasa_train.runs.metrics import end_of, parse_log
+from sasa_train.runs.metrics import end_of, is_out_of_patience, parse_log
 from sasa_train.runs.source import similar_runs
 from sasa_train.runs.weights import sha256_of, weights_file
 from sasa_train.terminal import printable, some, warn
@@ -159,8 +159,10 @@ class RunFolder:
             return False
         return True
 
-    def write_end(self, checkpoint: dict[str, Any]) -> None:
+    def write_end(self, checkpoint: dict[str, Any], reason: str = "") -> None:
         """Complete a finished run's folder: update run.json, and restore metrics.jsonl if it has changed.
+
+        reason: why it ended before its last step; "" if it did not.
 
         Raises:
             CheckpointError: the last checkpoint is not there any more.
@@ -174,7 +176,9 @@ class RunFolder:
             )
         if self.checkpoint is None and (other := self.checkpoints.other_best(checkpoint["best"], checkpoint["step"])):
             warn(other)  # otherwise, `open_run` has said it
-        self.write_info(status="finished", best=checkpoint["best"], **end_of(checkpoint["metrics"]))
+        self.write_info(
+            status="finished", reason=reason or None, best=checkpoint["best"], **end_of(checkpoint["metrics"])
+        )
         metrics, path = checkpoint["metrics"].encode(), self.path / "metrics.jsonl"
         if not is_there(path) or path.stat().st_size != len(metrics) or read_regular(path, len(metrics)) != metrics:
             self.write(path.name, metrics)
@@ -385,11 +389,11 @@ def check_step(checkpoint: dict[str, Any], saved: TrainConfig, config: TrainConf
     """Raise ConfigError if a checkpoint's step, end or rows cannot be those of its own config on its own images."""
     num_images = sum(entry["num_images"] for entry in checkpoint["fingerprint"]["train"]["classes"])
     last, step = total_steps(saved, num_images // saved.trainer.global_batch_size), checkpoint["step"]
-    wrong = None
+    wrong, ended_early = None, is_out_of_patience(saved.trainer, checkpoint["metrics"])
     # A run whose epochs, batch size or images were changed on purpose may be beyond its new end.
     if step > last and not saved.allow_config_change:
         wrong = f"step={step:,} must be at most {last:,}, the last step"
-    elif checkpoint["finished"] and not step == checkpoint["evaluated_step"] == last:
+    elif checkpoint["finished"] and not (step == checkpoint["evaluated_step"] and (step == last or ended_early)):
         wrong = f"finished=True needs step={step:,} and evaluated_step={checkpoint['evaluated_step']:,} to be {last:,}"
         wrong += ", the last step"
     elif not saved.allow_config_change and not config.allow_config_change:

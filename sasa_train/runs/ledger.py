@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -9,12 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sasa_train.config.keys import BEST_METRICS
 from sasa_train.config.saved import load_config_file
 from sasa_train.files import FolderLock, is_there, kind, read_regular, write_atomic
 from sasa_train.machine import now
 from sasa_train.refusal import ConfigError, ExpectedFailure, shorten
 from sasa_train.runs.info import has_finished
-from sasa_train.runs.metrics import PERCENT, read_metrics
+from sasa_train.runs.metrics import PERCENT, best_row, read_metrics, score
 from sasa_train.runs.schema import MAX_SECONDS, PLAIN, TEXT, Maybe, Rule, first_wrong, number, whole
 from sasa_train.terminal import INTERRUPTED, REFUSED, warn
 
@@ -22,7 +24,14 @@ FORMAT_VERSION = 1
 FINISHED = "finished"
 STATES = ("waiting", "running", "done", "interrupted", "failed", "refused", "pruned")
 COUNT = whole(0)
-ROW = {"top1": PERCENT, "epoch": COUNT, "step": COUNT, "top5": (None, PERCENT), "loss": (None, number()), str: PLAIN}
+ROW: dict[Any, Any] = {
+    "top1": PERCENT,
+    "epoch": COUNT,
+    "step": COUNT,
+    **dict.fromkeys(("top5", "f1_macro", "balanced_accuracy"), Maybe((None, PERCENT))),
+    "loss": (None, number()),
+    str: PLAIN,
+}
 SECONDS = (None, number(0, MAX_SECONDS))
 TRY = {"started": TEXT, "seconds": SECONDS, "exit_code": (None, whole(-255, 255)), "reason": TEXT, str: PLAIN}
 # The fields of a Job, whose defaults apply to missing entries.
@@ -30,6 +39,7 @@ JOB: dict[str, Any] = {
     "overrides": [Rule("a text with =", lambda text: TEXT.holds(text) and "=" in text)],
     "label": Maybe(TEXT),
     "epochs": Maybe(COUNT),
+    "metric": Maybe(Rule(f"one of {', '.join(BEST_METRICS)}", lambda metric: metric in BEST_METRICS)),
     "state": Maybe(Rule(f"one of {', '.join(STATES)}", lambda state: state in STATES)),
     "reason": Maybe(TEXT),
     "tries": Maybe([TRY]),
@@ -48,7 +58,7 @@ LEDGER = {
 class Job:
     """A planned run and its history; `overrides` are passed to sasa-train and determine the run folder's name.
 
-    `best` is the evaluation with the highest top1, and `last` is the newest one.
+    `best` is the best evaluation by `metric`, the run's trainer.best_metric, and `last` is the newest one.
 
     state: waiting (to start or restart), running, done, interrupted (stopped before its end; the same command continues
     it), failed (sweep.max_tries times in a row), refused (because of its config or data; tried once per command),
@@ -59,6 +69,7 @@ class Job:
     overrides: list[str]
     label: str = ""  # how it differs from the sweep's other jobs
     epochs: int = 0
+    metric: str = "top1"
     state: str = "waiting"
     reason: str = ""
     tries: list[dict[str, Any]] = field(default_factory=list)  # started, seconds, exit_code, reason
@@ -75,6 +86,11 @@ class Job:
         if self.tries and self.tries[-1]["reason"] == "running":
             self.tries[-1] |= {"seconds": seconds and round(seconds, 1), "exit_code": exit_code, "reason": reason}
 
+    @property
+    def score(self) -> float:
+        """The last evaluation's `metric`, negative for the loss, so that the highest is the best; -inf without one."""
+        return score(self.last, self.metric) if self.last else -math.inf
+
     def failures_in_a_row(self) -> int:
         """Count the failed tries since the last try that was stopped, refused or finished."""
         count = 0
@@ -87,13 +103,13 @@ class Job:
     def note_metrics(self, run_dir: Path) -> bool:
         """Update `best` and `last` from the run's metrics.jsonl; return whether there is a new evaluation."""
         rows: list[dict[str, Any]] = [
-            {key: row.get(key) for key in ("top1", "top5", "loss", "step", "epoch")}
+            {key: row.get(key) for key in (*BEST_METRICS, "top5", "step", "epoch")}
             for row in read_metrics(run_dir / "metrics.jsonl", skip_damaged=True)
             if row["split"] == "val"
         ]
         if not rows or rows[-1] == self.last:
             return False
-        self.last, self.best = rows[-1], max(rows, key=lambda row: row["top1"])
+        self.last, self.best = rows[-1], best_row(rows, self.metric)
         if not self.epochs:  # the run chose them from its images
             with contextlib.suppress(ConfigError):
                 self.epochs = load_config_file(run_dir / "config.yaml").trainer.epochs
@@ -127,6 +143,7 @@ class Ledger:
         job = self.jobs.setdefault(planned.name, planned)
         self.asked.add(job.name)
         job.overrides, job.label, job.epochs = planned.overrides, planned.label, planned.epochs
+        job.metric = planned.metric
         run_dir = self.path.parent / job.name
         if planned.state == "refused":
             job.end("refused", planned.reason)

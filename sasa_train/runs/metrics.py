@@ -5,9 +5,11 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from sasa_train.config.keys import TrainerConfig
 from sasa_train.files import is_there, read_regular, write_atomic
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.schema import MAX_SECONDS, Maybe, Rule, first_wrong, number, whole
@@ -15,7 +17,7 @@ from sasa_train.terminal import warn
 
 NAME = "metrics.jsonl"
 NUMBERS = ("loss", "lr", "grad_norm", "images_per_sec", "data_wait_fraction", "memory_mib")
-PERCENTAGES = ("top1", "top5", "top1_raw")
+PERCENTAGES = ("top1", "top5", "top1_raw", "f1_macro", "balanced_accuracy")
 PERCENT = number(0, 100)
 ROW: dict[str, Any] = {
     "split": Rule("train or val", lambda split: split in ("train", "val")),
@@ -124,11 +126,49 @@ def digest_of(text: str) -> str:
     return hashlib.sha256(text.rstrip("\n").encode(errors="replace")).hexdigest()
 
 
-def lost_best(text: str, best: dict[str, Any] | None) -> dict[str, Any] | None:
+def score(row: dict[str, Any], metric: str) -> float:
+    """Return a val row's value of a metric of BEST_METRICS, negative for the loss, so that the highest is the best.
+
+    It is -inf where the value was not finite, or is missing, as in the rows of earlier versions.
+    """
+    value = row.get(metric)
+    if value is None:
+        return -math.inf
+    return -value if metric == "loss" else value
+
+
+def best_row(val: Iterable[dict[str, Any]], metric: str) -> dict[str, Any] | None:
+    """Return the first of the best val rows by a metric of BEST_METRICS, or None if there are none."""
+    return max(val, key=lambda row: score(row, metric), default=None)
+
+
+def is_out_of_patience(trainer: TrainerConfig, text: str) -> bool:
+    """Whether the last `trainer.patience` evaluations of a log did not improve `best_metric` by more than `min_delta`.
+
+    Each is compared with the best of those before that counted as an improvement themselves.
+    """
+    to_beat, num_in_vain = -math.inf, 0
+    for row in parse_log(text) if trainer.patience is not None else ():
+        if row["split"] == "val":
+            found = score(row, trainer.best_metric)
+            is_better = found > to_beat + trainer.min_delta
+            to_beat, num_in_vain = (found, 0) if is_better else (to_beat, num_in_vain + 1)
+    return trainer.patience is not None and num_in_vain >= trainer.patience
+
+
+def lost_best(text: str, best: dict[str, Any] | None, metric: str) -> dict[str, Any] | None:
     """Return the best val row of a log if it is better than `best`, whose model is kept: its own save has failed."""
-    val = [row for row in parse_log(text) if row["split"] == "val"]
-    found = max(val, key=lambda row: row["top1"], default=None)
-    return found if found and (best is None or found["top1"] > best["top1"]) else None
+    found = best_row((row for row in parse_log(text) if row["split"] == "val"), metric)
+    return found if found and (best is None or score(found, metric) > score(best, metric)) else None
+
+
+def describe_value(row: dict[str, Any], metric: str) -> str:
+    """Format what makes a row the best: its top1 or, by another metric, that with its name, and top1."""
+    if metric == "top1":
+        return f"{row['top1']:.2f}"
+    value = row.get(metric)
+    shown = "unknown" if value is None else f"{value:.4f}" if metric == "loss" else f"{value:.2f}"
+    return f"{metric} {shown}, top1 {row['top1']:.2f},"
 
 
 def is_log(text: Any) -> bool:

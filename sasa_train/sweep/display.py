@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from sasa_train.config.differences import without_groups
 from sasa_train.runs.ledger import Job, Ledger
+from sasa_train.runs.metrics import describe_value
 from sasa_train.sweep.scheduler import Processes
 from sasa_train.terminal import duration, printable
 
@@ -51,7 +52,7 @@ def table_of(processes: Processes) -> list[str]:
     parts = [counts(processes.ledger), f"ETA {duration(left)}" if left is not None else "ETA -"]
     lines = ["", "  ".join(parts)]
     if (top := best(processes.ledger)) and top.last:
-        lines.append(f"  best {top.last['top1']:.2f} of those done  {top.label}")
+        lines.append(f"  best {describe_value(top.last, top.metric)} of those done  {top.label}")
     for running in processes.running[: size.lines - 5]:
         job = running.job
         epoch, top1 = (job.last["epoch"], f"{job.last['top1']:6.2f}") if job.last else (0, f"{'-':>6}")
@@ -77,22 +78,26 @@ def counts(ledger: Ledger) -> str:
 
 
 def best(ledger: Ledger) -> Job | None:
-    """Return the finished job with the highest top1 of the last epoch: a running job's may fall again."""
-    return max((job for job in ledger.asked_for() if job.last and job.state == "done"), key=_top1, default=None)
+    """Return the finished job that is best by its last epoch: a running job may fall again."""
+    return max((job for job in ledger.asked_for() if job.last and job.state == "done"), key=_score, default=None)
 
 
-def _top1(job: Job) -> float:
-    return job.last["top1"] if job.last else float("-inf")
+def _score(job: Job) -> float:
+    return job.score
 
 
 def final_table(jobs: Iterable[Job]) -> str:
     """Return a table of all jobs with their results, the best first."""
     rows = []
-    for job in sorted(jobs, key=_top1, reverse=True):
-        last, top = (f"{row['top1']:.2f}" if row else "-" for row in (job.last, job.best))
+    jobs = sorted(jobs, key=_score, reverse=True)
+    metric = jobs[0].metric if len({job.metric for job in jobs}) == 1 else "top1"
+    for job in jobs:
+        last, top = (
+            f"{row[metric]:.2f}" if row and row.get(metric) is not None else "-" for row in (job.last, job.best)
+        )
         reason = "" if job.state == "done" else f"  {job.reason}"
         rows.append((last, top, job.state, str(len(job.tries)), job.label + reason))
-    head = ("top1", "best", "state", "tries", "job")
+    head = (metric, "best", "state", "tries", "job")
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(4)]
     lines = [[*(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=False)), row[4]] for row in (head, *rows)]
     return "\n".join(printable("  ".join(line)) for line in lines)

@@ -214,7 +214,7 @@ def build_job(overrides: list[str], fixed_keys: set[str], folder: Path) -> Job:
     label = " ".join(o for o in overrides if _key(o) not in fixed_keys) or "all as given"
     try:
         config = compose_config(overrides)
-        return Job(run_name_in(str(folder), config), overrides, label, _epochs(config))
+        return Job(run_name_in(str(folder), config), overrides, label, _epochs(config), config.trainer.best_metric)
     except ConfigError as error:
         digest = hashlib.sha256(json.dumps(overrides).encode()).hexdigest()[:8]
         return Job(f"refused-{digest}", overrides, label, state="refused", reason=str(error))

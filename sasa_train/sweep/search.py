@@ -35,7 +35,7 @@ TRIAL = {"values": (None, [number()]), "intermediate_values": [number()], "param
 
 
 class Search(JobList):
-    """A queue that takes its next job from the study's next trial; a trial's value is the last top1, in percent.
+    """A queue that takes its next job from the study's next trial; a trial's value is the job's last `score`.
 
     Raises:
         ConfigError: Optuna is not installed, or the search space is invalid.
@@ -128,7 +128,7 @@ class Search(JobList):
         """Report a new evaluation and return True if the study's pruner stops the trial."""
         assert job.last is not None
         trial = self.trial_class(self.study, self.study.get_trials(deepcopy=False)[job.trials[0]]._trial_id)
-        trial.report(job.last["top1"], job.last["epoch"])
+        trial.report(job.score, job.last["epoch"])
         return FIRST_THIRD * job.epochs <= job.last["epoch"] < job.epochs and trial.should_prune()
 
     def ended(self, job: Job) -> None:
@@ -161,7 +161,7 @@ class Search(JobList):
         """Report the results of the job's trials to the study, if they are known."""
         for trial in job.trials:
             if job.state == "done" and job.last:
-                self.study.tell(trial, job.last["top1"], skip_if_finished=True)
+                self.study.tell(trial, job.score, skip_if_finished=True)
             elif job.state == "pruned":
                 self.study.tell(trial, state=self.states.PRUNED, skip_if_finished=True)
             elif job.state in ("failed", "refused"):

@@ -23,7 +23,7 @@ from sasa_train.data.loader import Loaders
 from sasa_train.device import RunPlan
 from sasa_train.machine import peak_memory
 from sasa_train.runs.chance import Chance, remedy
-from sasa_train.runs.metrics import last_val, lost_best, parse_log
+from sasa_train.runs.metrics import describe_value, is_out_of_patience, last_val, lost_best, parse_log
 from sasa_train.terminal import columns, duration, printable, some
 from sasa_train.training.optim import peak_lr
 from sasa_train.training.state import TrainState
@@ -51,6 +51,7 @@ def describe_plan(plan: RunPlan, loaders: Loaders, stepper: Stepper) -> str:
         batch += f" = {plan.world_size} processes x {plan.grad_accum_steps} x {plan.micro_batch_size}"
     elif plan.grad_accum_steps > 1:
         batch += f" = {plan.grad_accum_steps} x {plan.micro_batch_size}"
+    missing = [entry["name"] for entry in loaders.fingerprint["val"]["classes"] if not entry["num_images"]]
     mode = "" if config.data.mode == "rgb" else f" in {config.data.mode}"
     lines = {
         "device": f"{state.device}, {config.trainer.precision}",
@@ -59,13 +60,16 @@ def describe_plan(plan: RunPlan, loaders: Loaders, stepper: Stepper) -> str:
         "data": f"{printable(config.data.title)}, {train.num_images:,} train and {val.num_images:,} val images of "
         f"{in_pixels(plan.input_size)}{mode}, {len(loaders.classes)} classes, {loaders.kind}",
         **({"classes": named} if (named := describe_classes(config, loaders)) else {}),
+        **({"val": f"no images of {some(missing)}: left out of f1_macro and balanced_accuracy"} if missing else {}),
         "batch": f"{batch} images per step, {plan.steps_per_epoch:,} steps per epoch, {plan.num_steps:,} in all",
         "lr": f"{peak_lr(config):g} at its peak ({config.optimizer.lr:g} {config.optimizer.lr_basis})",
     }
     if config.augment.mixup or config.augment.cutmix:
         lines["mixing"] = "within a micro-batch, so another accumulation or number of processes is another run"
     if state.step:
-        lines["continues"] = f"at step {state.step:,}, epoch {state.epoch + 1}; top1: {describe_best(state.best)}"
+        lines["continues"] = (
+            f"at step {state.step:,}, epoch {state.epoch + 1}; top1: {describe_best(config, state.best)}"
+        )
         is_longer = not {"trainer.epochs", "trainer.max_steps"}.isdisjoint(config.allow_config_change)
         if is_longer and (lr := stepper.next_lr()) < LITTLE * peak_lr(config):
             longer = "a new run with more trainer.epochs changes more than further ones at its end"
@@ -133,8 +137,9 @@ def describe_end(
     if "tensorboard" in config.logger:
         following.append(f"tensorboard --logdir {run_dir.parent}")
     lines = {
-        "top1": f"{last} at the end; {describe_best(state.best, metrics)}",
+        "top1": f"{last} at the end; {describe_best(config, state.best, metrics)}",
         **({"chance": describe_chance(config, chance, metrics)} if at_chance else {}),
+        **({"ended": reason} if (reason := why_early(config, metrics)) else {}),
         "time": f"{duration(state.seconds)} of training, {images / max(state.seconds, 1e-9):,.0f} images/s",
         "memory": f"{peak_memory(state.device) / 2**20:,.0f} MiB at the peak",
         "checkpoints": f"best.pt, last.pt in {run_dir}/checkpoints",
@@ -169,18 +174,31 @@ def describe_stop(config: TrainConfig, run_dir: Path, state: TrainState, reason:
 
 def describe_finished(run_dir: Path, checkpoint: dict[str, Any], config: TrainConfig) -> str:
     evaluate = f"sasa-evaluate {run_dir}{imports_for(config, OF_VAL)} evaluates it, "
-    best = describe_best(checkpoint["best"], checkpoint["metrics"])
+    best = describe_best(config, checkpoint["best"], checkpoint["metrics"])
+    ended = f", ended early by {reason}" if (reason := why_early(config, checkpoint["metrics"])) else ""
     return (
-        f"{run_dir} is finished: {checkpoint['step']:,} steps, {best}. "
+        f"{run_dir} is finished: {checkpoint['step']:,} steps, {best}{ended}. "
         f"Nothing to do; {'' if _needs_caller(config) else evaluate}resume=never trains it anew."
     )
 
 
-def describe_best(best: dict[str, Any] | None, metrics: str = "") -> str:
+def describe_best(config: TrainConfig, best: dict[str, Any] | None, metrics: str = "") -> str:
     """Format the best evaluation whose model is kept and, by the log, a better one whose save failed."""
-    kept = f"best {best['top1']:.2f} after epoch {best['epoch']}" if best else "no evaluation yet"
-    lost = lost_best(metrics, best)
-    return f"{kept} (the model of {lost['top1']:.2f} after epoch {lost['epoch']} was not kept)" if lost else kept
+    metric = config.trainer.best_metric
+    kept = f"best {describe_value(best, metric)} after epoch {best['epoch']}" if best else "no evaluation yet"
+    if lost := lost_best(metrics, best, metric):
+        kept += f" (the model of {describe_value(lost, metric)} after epoch {lost['epoch']} was not kept)"
+    return kept
+
+
+def why_early(config: TrainConfig, metrics: str) -> str:
+    """Say that `trainer.patience` has ended a run, by its log, and of what; "" if it has not."""
+    trainer = config.trainer
+    if not is_out_of_patience(trainer, metrics):
+        return ""
+    by = f" by more than trainer.min_delta={trainer.min_delta:g}" if trainer.min_delta else ""
+    times = "an evaluation" if trainer.patience == 1 else f"{trainer.patience} evaluations in a row"
+    return f"trainer.patience={trainer.patience}: {times} did not improve {trainer.best_metric}{by}"
 
 
 def table(lines: dict[str, str]) -> str:

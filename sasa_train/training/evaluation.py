@@ -3,9 +3,10 @@
 Under torchrun, each process evaluates its share of the images, and the results cover all of them.
 """
 
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +32,46 @@ class Evaluation:
     confusion: Tensor = field(repr=False)
 
     @property
+    def f1_macro(self) -> float:
+        """The mean of the classes' F1, in percent, as scikit-learn's f1_score(average="macro", labels=THOSE_IN_VAL)."""
+        return _mean(scores.f1 for scores in self.by_class)
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """The mean of the classes' recall, in percent, as scikit-learn's balanced_accuracy_score."""
+        return _mean(scores.recall for scores in self.by_class)
+
+    @property
+    def by_class(self) -> list["ClassScores"]:
+        hits, images, predicted = self.class_hits, self.class_images, self.confusion.sum(0).tolist()
+        return [ClassScores.of(*counts) for counts in zip(hits, images, predicted, strict=True)]
+
+    @property
     def class_hits(self) -> list[int]:
         return self.confusion.diagonal().tolist()
 
     @property
     def class_images(self) -> list[int]:
         return self.confusion.sum(1).tolist()
+
+
+class ClassScores(NamedTuple):
+    """A class's scores in percent; None without images of it. No prediction of it is a precision of 0."""
+
+    precision: float | None
+    recall: float | None
+    f1: float | None
+
+    @staticmethod
+    def of(hits: int, images: int, predicted: int) -> "ClassScores":
+        if not images:
+            return ClassScores(None, None, None)
+        return ClassScores(100 * hits / max(predicted, 1), 100 * hits / images, 100 * 2 * hits / (images + predicted))
+
+
+def _mean(scores: Iterable[float | None]) -> float:
+    """Return the mean over the classes that have images."""
+    return statistics.fmean(score for score in scores if score is not None)
 
 
 @torch.inference_mode()

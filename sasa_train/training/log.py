@@ -22,6 +22,8 @@ from sasa_train.runs.metrics import MetricsFile, lost_best
 from sasa_train.terminal import columns, duration, fitting, say, warn
 from sasa_train.training.tracker_process import TAGS
 
+SHOWN = ("loss", "top1", "top1_raw", "f1_macro", "balanced_accuracy")  # on TensorBoard, besides TAGS
+
 
 def _without_tensorboard(hook: Callable[[threading.ExceptHookArgs], object]) -> Callable:
     """Return `threading.excepthook` without the disk errors of TensorBoard's thread, which it raises again later."""
@@ -116,8 +118,9 @@ class RunLogger:
         steps_per_epoch: int | None = None,
         has_top5: bool = True,
         has_board: bool = True,
+        best_metric: str = "top1",
     ):
-        self._is_silent, self._has_top5 = is_silent, has_top5
+        self._is_silent, self._has_top5, self._metric = is_silent, has_top5, best_metric
         self._file = MetricsFile(None if is_silent else run_dir, metrics)
         rows = [json.loads(line) for line in metrics.splitlines()]
         self.last_rows = {row["split"]: row for row in rows}  # the last train row and the last val row
@@ -157,13 +160,18 @@ class RunLogger:
         self._bar.show(row, seconds_left)
 
     def show_val(self, row: dict[str, Any], is_best: bool) -> None:
-        best = "best so far, but a better one was not kept" if lost_best(self.metrics, row) else "best so far"
+        best = (
+            "best so far, but a better one was not kept"
+            if lost_best(self.metrics, row, self._metric)
+            else "best so far"
+        )
         parts = [
             (0, "val"),
             (0, f"epoch {row['epoch']}"),
             (4, f"step {row['step']}"),
             (0, f"loss {row['loss']:.4f}"),
             (0, f"top1 {row['top1']:.2f}"),
+            (0, f"{self._metric} {row[self._metric]:.2f}" if self._metric not in ("top1", "loss") else ""),
             (3, f"(raw {row['top1_raw']:.2f})" if "top1_raw" in row else ""),
             (2, f"top5 {row['top5']:.2f}" if self._has_top5 else ""),
             (1, best if is_best else ""),
@@ -207,7 +215,7 @@ class RunLogger:
     def _write_board(self, row: dict[str, Any]) -> None:
         def write(board: SummaryWriter) -> None:
             for key, value in row.items():
-                if key in TAGS or key in ("loss", "top1", "top1_raw") or (key == "top5" and self._has_top5):
+                if key in TAGS or key in SHOWN or (key == "top5" and self._has_top5):
                     tag = TAGS.get(key, f"{row['split']}/{key}")
                     board.add_scalar(tag, math.nan if value is None else value, row["step"])
 

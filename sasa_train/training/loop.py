@@ -24,6 +24,7 @@ from sasa_train.processes import collectives
 from sasa_train.refusal import ConfigError, ExpectedFailure
 from sasa_train.runs.checkpoint import CheckpointError
 from sasa_train.runs.folder import RunFolder
+from sasa_train.runs.metrics import describe_value, is_out_of_patience, score
 from sasa_train.signals import StopRequest
 from sasa_train.terminal import say, warn
 from sasa_train.training.announce import CROWDED_OUT, describe_threads
@@ -61,6 +62,7 @@ class Loop:
             self.steps_per_epoch,
             has_top5(len(loaders.classes)),
             has_board="tensorboard" in self.config.logger,
+            best_metric=self.config.trainer.best_metric,
         )
         self.trackers = list[Tracker]()  # in the first process, during `run`
         self.hooks = {} if is_silent else load_hooks(self.config.hooks)  # called in the first process
@@ -113,7 +115,7 @@ class Loop:
         while True:
             if self.evaluation_is_due():
                 may_go_on = self.evaluate()
-            elif self.state.step >= self.num_steps:
+            elif self.is_done():
                 return True
             elif self.stop_is_agreed() and self._saved == (self.state.step, self.state.evaluated_step):
                 return False
@@ -318,15 +320,17 @@ class Loop:
             )
         row: dict[str, Any] = {"split": "val", "step": state.step, "epoch": self.epoch_number()}
         row |= {"loss": result.loss, "top1": result.top1, "top5": result.top5}
+        row |= {"f1_macro": result.f1_macro, "balanced_accuracy": result.balanced_accuracy}
         row |= ({"top1_raw": raw.top1} if raw else {}) | {"seconds": seconds}
         if self.num_left_out:
             row |= {"num_images": result.num_images, "unreadable": self.num_left_out}
-        best_before, is_best = state.best, state.best is None or result.top1 > state.best["top1"]
-        if is_best:
-            state.best = {key: row[key] for key in ("top1", "step", "epoch")}
-        state.evaluated_step, self.eval_seconds = state.step, seconds
         self.logger.write(row)
-        self.logger.show_val(row, is_best)
+        row, metric = self.logger.last_rows["val"], self.config.trainer.best_metric
+        best_before, is_best = state.best, state.best is None or score(row, metric) > score(state.best, metric)
+        if is_best:
+            state.best = {key: row[key] for key in ("top1", "step", "epoch", metric)}
+        state.evaluated_step, self.eval_seconds = state.step, seconds
+        self.logger.show_val(row | {"loss": result.loss}, is_best)
         self.tell("evaluated")
         if is_best:
             self.logger.write_picture("visualize/confusion_best", confusion_picture(result.confusion), state.step)
@@ -337,8 +341,16 @@ class Loop:
         if not self.save(is_best) and is_best:
             state.best = best_before  # best.pt still contains the previous best
             if self.plan.rank == 0:
-                warn(f"the best model so far (top1 {row['top1']:.2f} after epoch {row['epoch']}) is not kept")
+                reached = describe_value(row, metric) if metric != "top1" else f"top1 {row['top1']:.2f}"
+                warn(f"the best model so far ({reached} after epoch {row['epoch']}) is not kept")
         return True
+
+    def is_done(self) -> bool:
+        """Whether the last step is done, or `trainer.patience` has ended the run after its last evaluation."""
+        state = self.state
+        return state.step >= self.num_steps or (
+            state.step == state.evaluated_step and is_out_of_patience(self.config.trainer, self.logger.metrics)
+        )
 
     def recalibrate(self, model: nn.Module) -> None:
         """Recompute batch norm's statistics from the first micro-batches of the epoch."""
@@ -393,7 +405,7 @@ class Loop:
             self.copy_buffers()
             self.check_finite()
             self.share_unreadable()
-            finished = state.step == state.evaluated_step == self.num_steps
+            finished = state.step == state.evaluated_step and self.is_done()
             content = state.state_dict() | {
                 "config": to_yaml(self.run_folder.as_written(self.config)),
                 "classes": self.loaders.classes,

@@ -45,7 +45,14 @@ from sasa_train.runs.provenance import conditions, describe_changes, provenance
 from sasa_train.runs.weights import Weights, load_into, read_weights
 from sasa_train.signals import Interrupted, StopRequest
 from sasa_train.terminal import printable, say, warn
-from sasa_train.training.announce import describe_end, describe_finished, describe_keys, describe_plan, describe_stop
+from sasa_train.training.announce import (
+    describe_end,
+    describe_finished,
+    describe_keys,
+    describe_plan,
+    describe_stop,
+    why_early,
+)
 from sasa_train.training.hooks import OwnCodeError, load_hooks
 from sasa_train.training.loop import Loop
 from sasa_train.training.memory import OutOfMemoryError, check_memory, memory_advice, settle_auto
@@ -104,7 +111,7 @@ def train(config: TrainConfig, stop: StopRequest) -> Ended:
             run.write_config(plan.config)
         # The run may have been killed after the last checkpoint but before its end was recorded, so record it again.
         elif run.checkpoint is not None and is_finished(run.checkpoint, plan.config):
-            run.write_end(run.checkpoint)
+            run.write_end(run.checkpoint, why_early(plan.config, run.checkpoint["metrics"]))
             say(describe_finished(run.path, run.checkpoint, plan.config))
             return Ended(run.path, True)
         return Ended(run.path, train_in_folder(plan, run, stop))
@@ -169,7 +176,8 @@ def run_to_the_end(loop: Loop) -> bool:
         loop.loaders.close()
         num_unreadable = note_unreadable(run.path / "unreadable.txt", loop.loaders) if run.is_ours() else 0
     if finished:
-        run.write_end({"best": state.best, "step": state.step, "metrics": loop.logger.metrics})
+        end = {"best": state.best, "step": state.step, "metrics": loop.logger.metrics}
+        run.write_end(end, why_early(plan.config, loop.logger.metrics))
         run.write_info(seconds=round(state.seconds, 1))
         end_trackers(loop.trackers, "finished", state.best)
         counts = [found["num_images"] for found in loop.loaders.fingerprint["val"]["classes"]]

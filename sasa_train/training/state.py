@@ -19,7 +19,14 @@ HYPERPARAMETERS = (  # of a group
     "initial_lr", "lr_scale", "weight_decay", "momentum", "betas", "eps", "fused", "foreach", "maximize", "capturable",
     "differentiable", "nesterov", "amsgrad",
 )  # fmt: skip
-PROGRESS = ("step", "epoch", "evaluated_step", "best", "seconds")  # fields of TrainState that are saved unchanged
+PROGRESS = (
+    "step",
+    "epoch",
+    "evaluated_step",
+    "best",
+    "patience",
+    "seconds",
+)  # fields of TrainState that are saved unchanged
 
 
 class Window:
@@ -73,7 +80,7 @@ class TrainState:
     step: int = 0  # number of optimizer updates
     epoch: int = 0  # number of complete epochs
     evaluated_step: int = 0  # the step of the last evaluation
-    best: dict[str, Any] | None = None  # {"top1", "step", "epoch"} of the best evaluation
+    best: dict[str, Any] | None = None  # {"top1", "step", "epoch"} and trainer.best_metric of the best evaluation
     seconds: float = 0.0  # training time, over all restarts
     hyperparameters: tuple[str, ...] = HYPERPARAMETERS  # entries of a parameter group that come from the config
 
