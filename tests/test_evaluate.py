@@ -215,7 +215,9 @@ def test_plain_figures_do_not_depend_on_what_else_is_asked(run_dir, tmp_path, ca
     plain = run(capsys, run_dir / "checkpoints/last.pt")
     logged = [row for row in map(json.loads, (run_dir / "metrics.jsonl").open()) if row["split"] == "val"][-1]
     # With three classes, top5 would be 100 whatever the model, so it is not shown.
-    assert plain.endswith(f"loss   {logged['loss']:.4f}\ntop1   {logged['top1']:.2f}\n") and logged["top5"] == 100
+    further = f"f1_macro {logged['f1_macro']:.2f}\nbalanced_accuracy {logged['balanced_accuracy']:.2f}\n"
+    assert plain.endswith(f"loss   {logged['loss']:.4f}\ntop1   {logged['top1']:.2f}\n{further}")
+    assert logged["top5"] == 100
     assert "selected on" not in plain and "selected on these val images, so its figures are" in run(capsys, run_dir)
     assert "1 images could not be read" in plain and f"images {3 * NUM_VAL - 1}\n" in plain
     other = min(run_dir.glob("checkpoints/step-*.pt"))
@@ -338,7 +340,7 @@ def test_a_new_set_needs_no_train_folder(run_dir, tmp_path, capsys):
 
 
 def test_test_is_evaluated_where_val_is_there_too(run_dir, tmp_path, capsys):
-    """The folder test/ could not be chosen where val/ was there; a class without images has no top1, not one of 0."""
+    """The folder test/ could not be chosen where val/ was there; a class without images has no scores, not 0."""
     (tmp_path / "val").symlink_to(run_dir.parents[1] / "images/val")
     (tmp_path / "test").mkdir()
     for wnid in WNIDS[1:]:
@@ -347,7 +349,7 @@ def test_test_is_evaluated_where_val_is_there_too(run_dir, tmp_path, capsys):
     assert evaluate.run_command([str(run_dir), *map(str, arguments)]) == 0
     out, err = capsys.readouterr()
     assert "selected on" not in out  # test chose nothing
-    assert f"{WNIDS[0]}       0       -\n" in out and f"images {2 * NUM_VAL}\n" in out
+    assert f"{WNIDS[0]}       0          -       -       -\n" in out and f"images {2 * NUM_VAL}\n" in out
     assert f"no image of {WNIDS[0]} in test; averages over classes leave such a class out" in err
     assert [each["num_images"] for each in json.loads((tmp_path / "f.json").read_text())["classes"]] == [0, 17, 17]
 

@@ -81,7 +81,7 @@ def test_a_paired_difference_solved_by_hand(tmp_path):
     difference = paired_difference(second, first)
     assert (difference.mean, difference.n) == (2.0, 3)
     assert difference.half_width == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5) and not difference.excludes_zero
-    assert second.reference is first and first.difference is None and second.top1.mean == pytest.approx(255 / 4)
+    assert second.reference is first and first.difference is None and second.last.mean == pytest.approx(255 / 4)
 
 
 # From folders to rows
@@ -225,7 +225,7 @@ def test_two_seeds_have_a_mean_and_no_interval(tmp_path):
 def test_a_seed_that_ran_twice_counts_once(tmp_path):
     results = {((), 0): [50.0], ((), 1): [52.0], (("trainer.log_every_steps=7",), 1): [58.0]}
     report = report_of(write_sweep(tmp_path / "s", results))
-    assert len(report.rows) == 1 and report.rows[0].top1.mean == 51.0
+    assert len(report.rows) == 1 and report.rows[0].last.mean == 51.0
     assert [(job.name, job.state) for job, _ in report.not_counted] == [("ledger-2", "repeated")]
 
 

@@ -19,14 +19,7 @@ HYPERPARAMETERS = (  # of a group
     "initial_lr", "lr_scale", "weight_decay", "momentum", "betas", "eps", "fused", "foreach", "maximize", "capturable",
     "differentiable", "nesterov", "amsgrad",
 )  # fmt: skip
-PROGRESS = (
-    "step",
-    "epoch",
-    "evaluated_step",
-    "best",
-    "patience",
-    "seconds",
-)  # fields of TrainState that are saved unchanged
+PROGRESS = ("step", "epoch", "evaluated_step", "best", "seconds")  # fields of TrainState that are saved unchanged
 
 
 class Window:
