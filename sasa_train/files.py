@@ -11,6 +11,7 @@ import platform
 import re
 import shlex
 import stat
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -245,6 +246,7 @@ class FolderLock:
     name: str
     folder: int
     text: str  # what the lock file says: who holds it
+    identity: tuple[int, int]  # the lock file's device and inode
 
     def __enter__(self) -> "FolderLock":
         return self
@@ -256,6 +258,7 @@ class FolderLock:
         if not self.file.closed:
             self.file.close()
             os.close(self.folder)
+            _held.discard(self.identity)
 
     def holds(self, path: Path) -> bool:
         """Return whether the folder at `path`, and the lock file in it, are still those that were locked.
@@ -284,16 +287,28 @@ def _is(found: os.stat_result, descriptor: int) -> bool:
     return (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino)
 
 
+_held: set[tuple[int, int]] = set()  # the devices and inodes of the lock files that this process holds
+_locking = threading.Lock()
+
+
 def lock_folder(path: Path, name: str = LOCK, other: str = "another run_name") -> FolderLock:
     """Lock a folder until the returned lock is closed; error messages suggest `other` as an alternative.
 
     Raises:
-        ConfigError: another process holds the lock, or the disk does not support locks.
+        ConfigError: another process, or another thread of this one, holds the lock, or the disk does not support locks.
     """
+    with _locking:
+        return _lock_folder(path, name, other)
+
+
+def _lock_folder(path: Path, name: str, other: str) -> FolderLock:
     # A POSIX record lock instead of flock, because data workers, which may outlive a killed run by seconds, do not
     # inherit it. The operating system releases it when the process ends, for whatever reason.
     with ExitStack() as opened:
         try:
+            # To open it again, and close it, would release the lock that this process holds.
+            if _identity(path / name) in _held:
+                raise ConfigError(f"{path} is in use by this very process; wait for it, or use {other}")
             folder = os.open(path, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY)  # O_PATH is Linux's
             opened.callback(os.close, folder)
             file = opened.enter_context(_open(path / name))
@@ -309,18 +324,30 @@ def lock_folder(path: Path, name: str = LOCK, other: str = "another run_name") -
             text = f"{path} cannot be locked ({error.strerror}): use an output_dir on a disk that can"
             raise ConfigError(text) from None
         opened.pop_all()
+    found = os.fstat(file.fileno())
+    identity = found.st_dev, found.st_ino
+    _held.add(identity)
     file.truncate(0)
     text = json.dumps({"host": platform.node(), "process": os.getpid(), "started": now()})
     file.write(text)
     file.flush()
-    return FolderLock(file, name, folder, text)
+    return FolderLock(file, name, folder, text, identity)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def holder(path: Path, name: str = LOCK) -> str | None:
     """Describe the process that holds the folder's lock, or return None if it is not locked."""
-    # Must not be called for a lock that this process holds, because closing the file would release it.
-    if not os.path.lexists(path / name):
+    if (identity := _identity(path / name)) is None:
         return None
+    if identity in _held:  # to open the file, and close it, would release the lock
+        return "this process"
     try:
         opened = _open(path / name)
     except (OSError, ConfigError):  # the run that starts there says what is wrong with it

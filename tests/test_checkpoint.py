@@ -412,6 +412,7 @@ def log(*rows: tuple[int, str], **values) -> str:
         ("provenance.world_size", "two"), ("provenance.versions", ["torch"]), ("classes", []), ("classes", [1]),
         ("provenance.imports", 5),
         ("metrics", "x"), ("metrics", '{"split": "val", "step": 1, "epoch": 1, "top1": NaN}\n'), ("window", {}),
+        ("window", {"sums": torch.tensor([1e300, 0.0]).double(), "num_images": 4}),
         ("window.num_images", -1), ("window.sums", torch.zeros(3, 2).double()), ("rng.torch", torch.zeros(9)),
         ("model", {3: 4}), ("model.weight", torch.zeros(1).expand(10**12)),
         ("optimizer.state", torch.zeros(2, device="meta")), ("classes", ["a" * 5000]), ("seconds", 1.7e308),

@@ -267,6 +267,9 @@ def test_folders_beside_the_splits_are_named(image_folder, capsys, in_process):
     assert capsys.readouterr().err.endswith(left_out)
     out = in_process("dataset_tool", "verify", str(image_folder)).stdout
     assert "not read    beside train/, val/ and test/: validation, loose.png\n" in out
+    shutil.rmtree(image_folder / "test")  # which training refuses
+    out = in_process("dataset_tool", "verify", str(image_folder), expect=1).stdout
+    assert "no val/ or test/, but validation, which training refuses" in out
 
 
 @pytest.mark.parametrize(

@@ -400,7 +400,7 @@ def test_splits_of_two_kinds_are_a_problem(image_folder, tmp_path, capsys, packe
     kinds = ("class folders", "tar shards")[:: 1 if packed == "train" else -1]
     message = f"val consists of {kinds[0]}, but the rest of {kinds[1]}; make all of one kind"
     out = verify(capsys, image_folder, expect=1)
-    assert f"split       {message}" in out and last_line(out) == "1 problem: 1 split of another kind"
+    assert f"split       {message}" in out and last_line(out) == "1 problem: 1 split of another kind or name"
     with pytest.raises(ConfigError, match=message):
         load(image_folder)
     (image_folder / "test").mkdir()  # was read instead of val

@@ -33,6 +33,7 @@ NAMES |= {
     "DotRange": 336,
     "Indexed": 346,
     "YCbCrCoefficients": 529,
+    "Software": 305,
     "YCbCrSubSampling": 530,
     "ReferenceBlackWhite": 532,
 }
@@ -319,6 +320,30 @@ BROKEN_EXIF = {
 def test_broken_exif_is_ignored(tmp_path, exif, kind):
     expected = read(tmp_path, encoded(corners(), kind))
     assert np.array_equal(read(tmp_path, encoded(corners(), kind, exif=exif)), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_a_photo_is_turned_though_its_camera_is_cut_off(tmp_path, kind, order):
+    """Pillow drops all of EXIF from a value that lies beyond its end, as an upload or a privacy tool leaves it."""
+    entries = struct.pack(f"{order}HHII", 0x10F, 2, 8, 0xFFF0) + struct.pack(f"{order}HHIHH", ORIENTATION, 3, 1, 6, 0)
+    exif = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, 2) + entries + bytes(4)
+    whole = Image.Exif()
+    whole[ORIENTATION] = 6
+    expected = read(tmp_path, encoded(corners(), kind, exif=whole))
+    assert np.array_equal(read(tmp_path, encoded(corners(), kind, exif=b"Exif\0\0" + exif)), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
+def test_a_tiff_with_a_tag_beyond_its_end_is_refused(tmp_path):
+    """Pillow drops the tags that follow, such as the one that says that the numbers have a sign."""
+    whole = tiff(RAMP.astype("<i2"), Software=[65] * 9)
+    read(tmp_path, whole, value_range=(0, 63))
+    entry = whole.index(struct.pack("<HHL", NAMES["Software"], 4, 9))
+    damaged = whole[: entry + 8] + struct.pack("<L", 2**31 - 1) + whole[entry + 12 :]
+    with pytest.raises(UnreadableImage, match="the value of tag 305 lies beyond the end"):
+        read(tmp_path, damaged, value_range=(0, 63))
 
 
 @pytest.mark.parametrize(

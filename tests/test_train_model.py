@@ -1,5 +1,6 @@
 """Check `train_model`, which trains in the caller's process as the command does in its own."""
 
+import errno
 import json
 import re
 import signal
@@ -19,6 +20,8 @@ from torch import nn
 import sasa_train
 from sasa_train.config import own_code
 from sasa_train.refusal import ConfigError
+from sasa_train.runs.checkpoint import Checkpoints
+from sasa_train.training import loop
 from sasa_train.training.hooks import OwnCodeError
 
 SMALL = (
@@ -134,6 +137,44 @@ def test_the_same_call_continues_a_run(ending, nets, ctrl_c):
     assert 4 <= last(Path("out/cut"))["step"] <= 5
     assert cut().finished
     assert_same_run(Path("out/cut"), whole.path)
+
+
+def test_the_best_is_the_one_that_was_kept(nets, monkeypatch):
+    """With a full disk at its save, the best evaluation's model is gone, and `best` named it all the same."""
+    write = Checkpoints._write
+
+    def fails(checkpoints, content, is_best):
+        if is_best and content["evaluated_step"] == 8:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(checkpoints, content, is_best)
+
+    top1s, real = iter((20.0, 50.0, 30.0)), loop.Loop.evaluate_model
+
+    def evaluate_model(self, model):
+        result = real(self, model)
+        result.top1 = next(top1s)
+        return result
+
+    monkeypatch.setattr(Checkpoints, "_write", fails)
+    monkeypatch.setattr(loop.Loop, "evaluate_model", evaluate_model)
+    run = sasa_train.train_model([*SMALL, "trainer.epochs=3", "trainer.on_failed_save=continue"], model=nets.Net)
+    assert max(row["top1"] for row in run.metrics if row["split"] == "val") == 50.0
+    assert run.best["top1"] == 30.0 == run.load().checkpoint["best"]["top1"]
+
+
+def test_a_second_thread_is_kept_out_of_the_folder(nets):
+    """A lock of POSIX's does not keep a process from its own files."""
+    refused = []
+
+    def also(event, view):
+        if event == "start":
+            try:
+                sasa_train.train_model([*SMALL, "run_name=one"], model=nets.Net)
+            except ConfigError as error:
+                refused.append(str(error))
+
+    assert sasa_train.train_model([*SMALL, "run_name=one"], model=nets.Net, hooks=[also]).finished
+    assert refused == ["out/one is in use by this very process; wait for it, or use another run_name"]
 
 
 def test_it_trains_in_a_thread(nets):

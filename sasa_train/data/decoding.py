@@ -4,6 +4,7 @@ Pillow itself clips float and 32-bit values to 0..255, makes transparent pixels 
 """
 
 import math
+import struct
 import warnings
 from dataclasses import dataclass
 
@@ -37,6 +38,7 @@ MIN_SHARE = 0.25  # of a type's range: 16-bit channels of which Pillow keeps 8 b
 BANDS = {"L": 1, "LA": 1, "RGB": 3, "RGBA": 3, "CMYK": 4}  # modes that MaxSampleValue can scale; bands but for alpha
 UNSCALED = ("1", "P", "PA")  # modes of which MaxSampleValue says nothing
 SWAPPED = ("F;32BF", "I;16BS", "I;32BS")  # libtiff yields the machine's byte order, and Pillow would swap it again
+BYTE, SHORT, LONG = 1, 3, 4  # types of TIFF's values
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -137,15 +139,34 @@ def _turn(image: Image.Image, decoding: Decoding) -> Image.Transpose | None:
         _load(image)
     if decoding.exif != "apply":
         return None
-    exif = Image.Exif()  # Pillow's getexif() would take the orientation from XMP
     try:
-        if "exif" in image.info:
-            exif.load(image.info["exif"])
-        elif profile := image.info.get("Raw profile type exif"):  # of a PNG: two lines and the length before the bytes
-            exif.load(bytes.fromhex("".join(profile.split("\n")[3:])))
-        return TURNS.get(exif.get(ExifTags.Base.Orientation, 1))
-    except Exception:  # Pillow's parsers of broken EXIF data raise anything; the pixels are intact
+        exif = image.info.get("exif", b"")
+        if not exif and (
+            profile := image.info.get("Raw profile type exif")
+        ):  # of a PNG, after two lines and the length
+            exif = bytes.fromhex("".join(profile.split("\n")[3:]))
+        return TURNS.get(_orientation(exif))
+    except (ValueError, TypeError, AttributeError, struct.error):  # broken EXIF data; the pixels are intact
         return None
+
+
+def _orientation(exif: bytes) -> int:
+    """Return the orientation in EXIF data, 1 if there is none.
+
+    Pillow's getexif() would take it from XMP, and its parser drops all tags after one whose value is cut off.
+    """
+    while exif.startswith(b"Exif\0\0"):
+        exif = exif[6:]
+    if (order := {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])) is None:
+        return 1
+    (start,) = struct.unpack_from(f"{order}I", exif, 4)
+    (count,) = struct.unpack_from(f"{order}H", exif, start)
+    for place in range(start + 2, start + 2 + 12 * count, 12):
+        tag, kind = struct.unpack_from(f"{order}HH", exif, place)
+        if tag == ExifTags.Base.Orientation and kind in (BYTE, SHORT, LONG):
+            (value,) = struct.unpack_from(order + {BYTE: "B", SHORT: "H", LONG: "I"}[kind], exif, place + 8)
+            return int(value)
+    return 1
 
 
 def _load(image: Image.Image) -> None:

@@ -1,6 +1,8 @@
 """TIFF's tags, and the check that Pillow reads a page as its tags mean it."""
 
+import io
 import math
+import struct
 from numbers import Real
 from typing import BinaryIO
 
@@ -16,6 +18,8 @@ SMIN_SAMPLE, SMAX_SAMPLE, COEFFICIENTS, SUBSAMPLING, REFERENCE = 340, 341, 529, 
 # Values of PHOTOMETRIC, SAMPLE_FORMAT, PLANAR, FILL_ORDER, EXTRA_SAMPLES and OLD_SUBFILE, and bits of SUBFILE
 WHITE_IS_ZERO, COLOURS, YCBCR, SIGNED, IN_PLANES, REVERSED, PREMULTIPLIED, OLD_REDUCED = 0, 2, 6, 2, 2, 2, 1, 2
 REDUCED, MASK = 1, 4
+# Bytes of a value, by its type
+SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 MAX_PAGES = 100  # of a file to look at; the time that Pillow takes grows with the square of their number
 FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)  # JPEG's markers before the number of rows
 FAX, ZEROS = ("tiff_ccitt", "group3", "group4"), bytes(16)  # no code has as many zeros
@@ -87,6 +91,7 @@ def check_page(file: BinaryIO, image: Image.Image) -> None:
         ValueError: a tag has a value that Pillow ignores, or pixels are missing.
     """
     assert isinstance(image, ImageFile.ImageFile)
+    _check_entries(file, image.tell())
     is_jpeg = image.info.get("compression") == "jpeg"
     is_raw = bool(image.tile) and image.tile[0].codec_name != "libtiff"
     _check_tags(image)
@@ -98,6 +103,31 @@ def check_page(file: BinaryIO, image: Image.Image) -> None:
         _check_fax(file, image)
     if IN_PLANES in numbers(image, PLANAR):
         _check_planes(image, is_raw)
+
+
+def _check_entries(file: BinaryIO, page: int) -> None:
+    """Check that the values of a page's tags lie within the file: Pillow drops all tags from one that does not."""
+    end = file.seek(0, io.SEEK_END)
+
+    def read(form: str, place: int) -> tuple[int, ...]:
+        file.seek(place)
+        return struct.unpack(order + form, file.read(struct.calcsize(order + form)))
+
+    file.seek(0)
+    start = file.read(4)
+    order, is_big = ("<" if start[:2] == b"II" else ">"), b"+" in start
+    count_form, place_form, entry_form, size = ("Q", "Q", "HHQ", 20) if is_big else ("H", "I", "HHI", 12)
+    inline, place = struct.calcsize("=" + place_form), 8 if is_big else 4
+    for number in range(page + 1):
+        (offset,) = read(place_form, place)
+        (count,) = read(count_form, offset)
+        first = offset + struct.calcsize("=" + count_form)
+        place = first + size * count  # of the next page's offset
+        for entry in range(first, place, size) if number == page else ():
+            tag, kind, length = read(entry_form, entry)
+            (value,) = read(place_form, entry + size - inline)
+            if (needed := length * SIZES.get(kind, 0)) > inline and value + needed > end:
+                raise ValueError(f"a damaged TIFF: the value of tag {tag} lies beyond the end; replace the file")
 
 
 def _check_tags(image: Image.Image) -> None:

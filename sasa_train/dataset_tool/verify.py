@@ -161,7 +161,7 @@ def verify(root: Path, num_workers: int, all_classes: bool, config: DataConfig) 
         counted(len(contents.faults), "empty or missing class", "empty or missing classes"): len(contents.faults),
         counted(len(contents.single), "class", "classes") + " of one image": len(contents.single),
         counted(len(contents.ambiguous), "ambiguous class name"): len(contents.ambiguous),
-        counted(len(contents.mixed), "split") + " of another kind": len(contents.mixed),
+        counted(len(contents.mixed), "split") + " of another kind or name": len(contents.mixed),
         "only one class": bool(contents.alone),
     }
     problems = [text for text, number in found.items() if number]
@@ -205,6 +205,7 @@ def read_contents(root: Path) -> Contents:
         if split == "all":
             refuse_splits(root, left_out)
         unused.append(left_out.describe(str(root)))
+    mixed += _misnamed(list(found), beside_splits(root))
     if beside := beside_splits(root) + images_beside_splits(root):
         unused.append(f"beside train/, val/ and test/: {some(beside)}")
     classes = sorted(set().union(*found.values()))
@@ -217,6 +218,13 @@ def read_contents(root: Path) -> Contents:
     faults = _faults(classes, splits, found)
     alone = _alone(root, classes, splits) if len(classes) == 1 else ""
     return Contents(root, kind, classes, splits, faults, [*unused, *skipped], ambiguous, mixed, alone, doubtful)
+
+
+def _misnamed(splits: list[str], beside: list[str]) -> list[str]:
+    """Name the folders that may be meant as the split that training misses, such as validation/."""
+    missing = [] if "train" in splits else ["train/"]
+    missing += [] if {"val", "test"} & set(splits) else ["val/ or test/"]
+    return [f"no {' and no '.join(missing)}, but {some(beside)}, which training refuses"] if missing and beside else []
 
 
 def read_listed(config: DataConfig) -> Contents:

@@ -362,6 +362,9 @@ def other_than_best(path: Path) -> str | None:
             return other
 
 
+LARGEST = 3.5e38  # a loss is a float32
+
+
 def _first_contradiction(content: dict[str, Any]) -> str | None:
     """Describe the first entry that does not go with the others, or return None."""
     counts, sums = content["window"]["num_images"], content["window"]["sums"]
@@ -369,7 +372,7 @@ def _first_contradiction(content: dict[str, Any]) -> str | None:
     if sums.numel() != 2 * (1 if is_one else len(counts)):
         return f"window.sums has shape {list(sums.shape)}, and must have one row per number in window.num_images"
     for (loss, hits), num_images in zip(sums.reshape(-1, 2).tolist(), [counts] if is_one else counts, strict=True):
-        if not 0 <= hits <= num_images or (loss and not num_images):
+        if not 0 <= hits <= num_images or abs(loss) > LARGEST * num_images:
             return f"window.sums has loss {loss:g} and {hits:g} hits, and num_images={num_images} cannot have them"
     numbers = [number for group in content["optimizer"]["param_groups"] for number in _listed(group.get("params"))]
     if not all(type(number) is int for number in numbers) or numbers != list(range(len(numbers))):

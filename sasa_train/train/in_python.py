@@ -22,7 +22,7 @@ from sasa_train.config.keys import MODEL_KEYS, TrainConfig, with_values
 from sasa_train.config.overrides import parse_overrides
 from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import ConfigError, ExpectedFailure, shorten
-from sasa_train.runs.metrics import best_row, read_metrics
+from sasa_train.runs.metrics import read_metrics
 from sasa_train.signals import SIGNALS, Interrupted, StopRequest
 from sasa_train.train import read_config
 from sasa_train.trained import TrainedModel, load_trained
@@ -40,13 +40,7 @@ class TrainedRun:
     path: Path  # the run folder
     finished: bool  # False: a hook or trainer.max_hours has stopped it; the same call continues it
     metrics: list[dict[str, Any]]  # the rows of metrics.jsonl
-    best_metric: str = "top1"  # `trainer.best_metric`
-
-    @property
-    def best(self) -> dict[str, Any] | None:
-        """The top1 in percent, step, epoch and `best_metric` of the best evaluation; None if there is none yet."""
-        found = best_row((row for row in self.metrics if row["split"] == "val"), self.best_metric)
-        return None if found is None else {key: found[key] for key in ("top1", "step", "epoch", self.best_metric)}
+    best: dict[str, Any] | None  # top1 in percent, step, epoch and trainer.best_metric of the model that `load` returns
 
     def load(self) -> TrainedModel:
         """Load the best checkpoint; see `load_trained`."""
@@ -98,8 +92,7 @@ def train_model(
         signal.raise_signal(stop.signal)
     if ended is None:
         raise ExpectedFailure(f"{stop.reason}: stopped before training began; the same call begins it")
-    rows = read_metrics(ended.path / "metrics.jsonl")
-    return TrainedRun(ended.path, ended.finished, rows, config.trainer.best_metric)
+    return TrainedRun(ended.path, ended.finished, read_metrics(ended.path / "metrics.jsonl"), ended.best)
 
 
 def _given(overrides: Sequence[str], model: Any, train_set: Any, val_set: Any, hooks: Any) -> list[str]:

@@ -73,10 +73,14 @@ from sasa_train.training.trackers import check_trackers, end_trackers, tracker_i
 
 
 class Ended(NamedTuple):
-    """A run's folder, and whether it is (or was already) finished; otherwise it was stopped and saved."""
+    """A run's folder, and whether it is (or was already) finished; otherwise it was stopped and saved.
+
+    `best` is what the checkpoint says of best.pt: {"top1", "step", "epoch"} and trainer.best_metric, or None.
+    """
 
     path: Path
     finished: bool
+    best: dict[str, Any] | None
 
 
 def train(config: TrainConfig, stop: StopRequest) -> Ended:
@@ -113,8 +117,8 @@ def train(config: TrainConfig, stop: StopRequest) -> Ended:
         elif run.checkpoint is not None and is_finished(run.checkpoint, plan.config):
             run.write_end(run.checkpoint, why_early(plan.config, run.checkpoint["metrics"]))
             say(describe_finished(run.path, run.checkpoint, plan.config))
-            return Ended(run.path, True)
-        return Ended(run.path, train_in_folder(plan, run, stop))
+            return Ended(run.path, True, run.checkpoint["best"])
+        return train_in_folder(plan, run, stop)
 
 
 def settle(config: TrainConfig, run_name: str) -> TrainConfig:
@@ -122,7 +126,7 @@ def settle(config: TrainConfig, run_name: str) -> TrainConfig:
     return settle_open_keys(settle_model(config, run_name), run_name)
 
 
-def train_in_folder(plan: RunPlan, run: RunFolder, stop: StopRequest) -> bool:
+def train_in_folder(plan: RunPlan, run: RunFolder, stop: StopRequest) -> Ended:
     """Train in a run folder that has been opened and locked, continuing from its checkpoint if there is one."""
     if warning := collectives.restart_warning():
         warn(warning)
@@ -155,7 +159,7 @@ def train_in_folder(plan: RunPlan, run: RunFolder, stop: StopRequest) -> bool:
     loop = Loop(run, loaders, stepper, stop)
     say(describe_plan(plan, loaders, stepper))
     run.write_start(difference, stepper.state.step)
-    return run_to_the_end(loop)
+    return Ended(run.path, run_to_the_end(loop), stepper.state.best)
 
 
 def run_to_the_end(loop: Loop) -> bool:
