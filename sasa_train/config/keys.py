@@ -287,6 +287,9 @@ class TrainerConfig:
     ema_warmup: bool = key(True, "increase the decay gradually: min(ema_decay, 1 - step^(-2/3))")
     loss: str = key("cross_entropy", "training loss; bce: one sigmoid per class", choices=("cross_entropy", "bce"))
     loss_target: str | None = key(None, "your own loss instead, called with logits and labels; returns a mean")
+    train_only: list[str] | None = key(
+        None, "names of the parameters or modules to train, with * and ?; classifier: the head; null: all"
+    )
     label_smoothing: float = key(0.0, "label smoothing in the training loss", at_least=0, below=1)
     bn_recalibration_batches: int = key(
         0, "training micro-batches to recompute batch norm statistics before each evaluation; 0: none", at_least=0

@@ -57,7 +57,9 @@ def check_values(config: TrainConfig) -> None:
     for key, value in flatten(config).items():
         _check_content(key, value, value)
     check_bounds(config)
-    for is_kept, key, rule in itertools.chain(_of_single_keys(config), _of_clipping(config.trainer)):
+    for is_kept, key, rule in itertools.chain(
+        _of_single_keys(config), _of_clipping(config.trainer), _of_freezing(config.trainer)
+    ):
         require(is_kept, key, attrgetter(key)(config), rule)
     for name in config.allow_config_change:
         require(name in key_table(), "allow_config_change", name, "must name keys, as in [trainer.epochs]")
@@ -118,6 +120,16 @@ def _of_single_keys(config: TrainConfig) -> Rules:
     yield data.background in ("white", "none") or _is_colour(data.background), "data.background", rule
     ascends = all(0 <= early <= late for early, late in itertools.pairwise([0.0, *milestones]))
     yield ascends, "schedule.decay_milestones", "must be epochs in ascending order, none negative"
+
+
+def _of_freezing(trainer: TrainerConfig) -> Rules:
+    names = trainer.train_only
+    rule = "must name a parameter or a module, as in [classifier]; null trains all"
+    yield names is None or len(names) > 0, "trainer.train_only", rule
+    rule = "must hold no brackets: [...] is no pattern here"
+    yield not any("[" in name or "]" in name for name in names or ()), "trainer.train_only", rule
+    rule = "would change batch norms that trainer.train_only keeps as they are; use 0"
+    yield names is None or trainer.bn_recalibration_batches == 0, "trainer.bn_recalibration_batches", rule
 
 
 def _of_clipping(trainer: TrainerConfig) -> Rules:

@@ -25,6 +25,7 @@ from sasa_train.machine import peak_memory
 from sasa_train.runs.chance import Chance, remedy
 from sasa_train.runs.metrics import describe_value, is_out_of_patience, last_val, lost_best, parse_log
 from sasa_train.terminal import columns, duration, printable, some
+from sasa_train.training.freezing import describe_trained
 from sasa_train.training.optim import peak_lr
 from sasa_train.training.state import TrainState
 from sasa_train.training.step import Stepper
@@ -57,6 +58,7 @@ def describe_plan(plan: RunPlan, loaders: Loaders, stepper: Stepper) -> str:
         "device": f"{state.device}, {config.trainer.precision}",
         **({"threads": threads} if (threads := describe_crowding(state.device)) else {}),
         "model": f"{config.model.title}, {num_parameters:,} parameters",
+        **({"training": trained} if (trained := describe_trained(state.model)) else {}),
         "data": f"{printable(config.data.title)}, {train.num_images:,} train and {val.num_images:,} val images of "
         f"{in_pixels(plan.input_size)}{mode}, {len(loaders.classes)} classes, {loaders.kind}",
         **({"classes": named} if (named := describe_classes(config, loaders)) else {}),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from sasa_train.refusal import ExpectedFailure
+from sasa_train.training.freezing import set_to_train
 
 
 class NonFiniteError(ExpectedFailure):
@@ -84,7 +85,7 @@ def find_origin(model: nn.Module, images: Tensor, autocast: contextlib.AbstractC
             found.append((names.get(module, type(module).__name__), output))
 
     with register_module_forward_hook(look), autocast:
-        model.train()(images)
+        set_to_train(model)(images)
     if not found:
         return "every module's output was finite in a second forward pass; only the loss was not", []
     name, output = found[0]

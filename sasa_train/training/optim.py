@@ -18,6 +18,7 @@ from sasa_train.config.derived import input_size, total_steps
 from sasa_train.config.keys import OptimizerConfig, ScheduleConfig, TrainConfig
 from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import LIBRARY_ERRORS, ConfigError, shorten
+from sasa_train.training.freezing import set_to_train
 
 # Arguments of timm's factory that split the parameters into groups.
 GROUP_ARGUMENTS = {"layer_decay_min_scale", "layer_decay_no_opt_scale", "fallback_list", "fallback_no_weight_decay"}
@@ -220,7 +221,7 @@ def _with_gradient(config: TrainConfig, model: nn.Module) -> set[nn.Parameter]:
     model.zero_grad()
     parameters = list(model.parameters())
     with torch.random.fork_rng([parameters[0].device] if parameters[0].is_cuda else []):
-        model.train()(torch.zeros(2, *input_size(config.data), device=parameters[0].device)).sum().backward()
+        set_to_train(model)(torch.zeros(2, *input_size(config.data), device=parameters[0].device)).sum().backward()
     return {parameter for parameter in parameters if parameter.grad is not None}
 
 

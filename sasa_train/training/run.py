@@ -53,6 +53,7 @@ from sasa_train.training.announce import (
     describe_stop,
     why_early,
 )
+from sasa_train.training.freezing import freeze
 from sasa_train.training.hooks import OwnCodeError, load_hooks
 from sasa_train.training.loop import Loop
 from sasa_train.training.memory import OutOfMemoryError, check_memory, memory_advice, settle_auto
@@ -255,6 +256,7 @@ def build_stepper(plan: RunPlan, model: nn.Module) -> Stepper:
         enable_grad_checkpointing(model)
     if plan.trainer.sync_batch_norm and plan.world_size > 1:
         model = convert_sync_batchnorm(model)
+    freeze(model, plan.trainer.train_only)
     state = build_state(plan.config, model, plan.device)
     return Stepper(plan, state, build_schedule(plan.config, state.optimizer, plan.steps_per_epoch))
 
@@ -356,6 +358,7 @@ def check_buildable(plan: RunPlan) -> None:
         (check_hf if config.data.name == "hf" else check_dataset)(config.data)
     model = check_model(config.model, plan.input_size)
     check_memory(plan, model)
+    freeze(model, config.trainer.train_only)
     if config.trainer.grad_checkpointing:
         enable_grad_checkpointing(model)
     # The data set is not known yet, so an epoch of 1000 steps is assumed.

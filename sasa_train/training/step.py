@@ -21,6 +21,7 @@ from sasa_train.data.randomness import seed_step
 from sasa_train.device import RunPlan
 from sasa_train.processes import collectives
 from sasa_train.training.evaluation import Batches, batch_norms
+from sasa_train.training.freezing import set_to_train
 from sasa_train.training.nonfinite import LossWatch
 from sasa_train.training.optim import backward
 from sasa_train.training.own_loss import build_own_loss
@@ -164,7 +165,7 @@ def train_one_epoch(
 
     The gradient norm is computed in the steps for which `is_logged` is true; they are counted from 1.
     """
-    stepper.state.model.train()
+    set_to_train(stepper.state.model)
     waits: list[float] = []
     timed = _timed(batches, waits)
     for _ in range(num_steps):
