@@ -38,6 +38,7 @@ NAMES = [
     ("torch", lambda: torch._C, "_are_functorch_transforms_active", "attention/operators.py"),
     ("torch", lambda: torch, "_functorch", "attention/operators.py"),
     ("torch", lambda: torch.zeros(1), "_version", "training/hooks.py"),
+    ("torch", lambda: torch, "_foreach_mul_", "training/imbalance.py"),
     ("python", lambda: atexit, "_run_exitfuncs", "processes/collectives.py"),
     ("torchvision", lambda: AUTO, "_AUGMENTATION_SPACE", "data/policies.py"),
     ("torchvision", v2.RandAugment, "_AUGMENTATION_SPACE", "data/policies.py"),

@@ -21,8 +21,9 @@ from hydra.core.object_type import ObjectType
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 
+from sasa_train.config.class_weights import read_weights
 from sasa_train.config.groups import config_dir, file_named, own_dirs
-from sasa_train.config.keys import FREE_KEYS, TrainConfig, flatten, key_table, with_values
+from sasa_train.config.keys import CLASS_WEIGHTS, FREE_KEYS, TrainConfig, flatten, key_table, with_values
 from sasa_train.config.overrides import (
     TEXT_KEYS,
     UNREADABLE,
@@ -121,6 +122,8 @@ def _file_chosen(config_path: str) -> Path | None:
 def quote_texts(yaml_text: str, text_keys: AbstractSet[str] = TEXT_KEYS, group: str = "") -> str:
     """Quote the values of `text_keys`, so that YAML reads 2024_01_15 or `no` as a string; null stays null.
 
+    The names of classes in `trainer.class_weights` are quoted likewise, as in {0: 2.0}.
+
     group: the group whose keys the text holds, without their prefix.
     """
     ends: dict[int, str] = {}
@@ -129,13 +132,19 @@ def quote_texts(yaml_text: str, text_keys: AbstractSet[str] = TEXT_KEYS, group: 
         if isinstance(node, yaml.MappingNode):
             for name, value in node.value:
                 visit(value, f"{key}.{name.value}".replace(".<<", "").removeprefix("."))
+                if CLASS_WEIGHTS in (key, f"{group}.{key}") and isinstance(name, yaml.ScalarNode):
+                    quote(name)
         elif isinstance(node, yaml.SequenceNode):
             for part in node.value:
                 visit(part, key)
         elif isinstance(node, yaml.ScalarNode) and node.style is None and not node.tag.endswith(":null"):
             is_text = key in text_keys or f"{group}.{key}" in text_keys or key.split(".")[0] == "defaults"
-            if is_text and re.fullmatch(r"[\w.:=+-]+", node.value):  # all numbers and words such as `no`
-                ends[node.end_mark.index] = node.value
+            if is_text:
+                quote(node)
+
+    def quote(node: yaml.ScalarNode) -> None:
+        if node.style is None and re.fullmatch(r"[\w.:=+-]+", node.value):  # all numbers and words such as `no`
+            ends[node.end_mark.index] = node.value
 
     visit(yaml.compose(yaml_text, Loader=yaml.SafeLoader), "")
     parts, start = [], 0
@@ -151,6 +160,7 @@ def to_config(composed: DictConfig, check: Callable[[TrainConfig], None] = valid
         # The config is converted to plain values, because the result of an interpolation would keep its own type, and
         # merged again, because to_object silently drops unknown keys.
         values = cast(dict, OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))
+        values["trainer"]["class_weights"] = read_weights(values["trainer"]["class_weights"])
         _check_dicts(values)
         merged = OmegaConf.merge(schema(), values)
         config = cast(TrainConfig, OmegaConf.to_object(merged))
@@ -160,6 +170,7 @@ def to_config(composed: DictConfig, check: Callable[[TrainConfig], None] = valid
     config.data.image_size = whole_numbers("data.image_size", config.data.image_size, 2, meaning)
     meaning = "four, one per stage, as in [7,7,5,3]"
     config.model.kernel_size = whole_numbers("model.kernel_size", config.model.kernel_size, 4, meaning)
+    config.data.sampler = config.data.sampler or "shuffled"
     config.data.resident = config.data.resident.lower()  # True and FALSE are taken, as for keys of true and false
     # The shell does not expand the ~ in data.root=~/images.
     for group, name in ((config.data, "root"), (config.data, "train"), (config.data, "val"), (config.data, "dataset"),
@@ -215,7 +226,7 @@ def _with_interpolations(text: str, composed: DictConfig) -> str:
 
 def _check_dicts(values: dict[str, Any]) -> None:
     """Raise ConfigError if a dict replaces another type or vice versa; OmegaConf's own error would not name the key."""
-    for key in key_table():
+    for key in key_table().keys() - {CLASS_WEIGHTS}:
         group, _, name = key.rpartition(".")
         value = values[group][name] if group else values[name]
         if isinstance(value, dict) != (key in FREE_KEYS):

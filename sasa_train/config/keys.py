@@ -128,6 +128,11 @@ class DataConfig:
     )
     worker_timeout: float = local_key(600.0, "stop the run after this many seconds without a micro-batch", above=0)
     resident: str = local_key("auto", "keep all images in memory (<= 64 px)", choices=("auto", "true", "false"))
+    sampler: str | None = key(
+        "shuffled",
+        "order of train: shuffled; balanced: each class equally often, its images drawn with replacement",
+        choices=("shuffled", "balanced"),
+    )
     max_train_images: int | None = key(None, "size of a fixed, class-balanced subset; null: all images", above=0)
     max_val_images: int | None = key(None, "the same, for val", above=0)
     holdout_fraction: float = key(
@@ -285,7 +290,16 @@ class TrainerConfig:
     grad_checkpointing: bool = local_key(False, "recompute activations in the backward pass; saves memory, costs time")
     ema_decay: float | None = key(None, "decay of the EMA that val and best use; null: no EMA", above=0, below=1)
     ema_warmup: bool = key(True, "increase the decay gradually: min(ema_decay, 1 - step^(-2/3))")
-    loss: str = key("cross_entropy", "training loss; bce: one sigmoid per class", choices=("cross_entropy", "bce"))
+    loss: str = key(
+        "cross_entropy",
+        "training loss; bce: one sigmoid per class; focal: for classes that are hard to tell apart",
+        choices=("cross_entropy", "bce", "focal"),
+    )
+    focal_gamma: float = key(2.0, "focal: exponent of (1 - p) for a class's probability p", at_least=0, at_most=10)
+    class_weights: Any = key(  # str | dict[str, float] | None, which OmegaConf cannot express; see class_weights.py
+        None, "weights of the classes in the training loss: balanced, or {name:weight}; 1 for those not named"
+    )
+    class_weights_power: float = key(1.0, "class_weights=balanced: exponent of the weights", at_least=0, at_most=4)
     loss_target: str | None = key(None, "your own loss instead, called with logits and labels; returns a mean")
     train_only: list[str] | None = key(
         None, "names of the parameters or modules to train, with * and ?; classifier: the head; null: all"
@@ -332,6 +346,8 @@ class TrainConfig:
 
 
 FREE_KEYS = ("model.args", "data.args", "optimizer.args", "schedule.args")  # dicts, each treated as a single key
+CLASS_WEIGHTS = "trainer.class_weights"  # balanced or a dict from names of classes, which may be any text
+WEIGHTS_RULE = "must be balanced, or weights from 1e-6 to 1e6 by class, as in {cat: 3.5, great white shark: 2}"
 # Keys that hold dotted names of the user's code.
 TARGETS = ("model.target", "data.target", "augment.target", "trainer.loss_target", "hooks")
 # Keys of which a command line may give one value, and several of them.
@@ -346,7 +362,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     items = config if isinstance(config, dict) else dataclasses.asdict(config)
     flat: dict[str, Any] = {}
     for name, value in items.items():
-        is_group = isinstance(value, dict) and prefix + name not in FREE_KEYS
+        is_group = isinstance(value, dict) and prefix + name not in (*FREE_KEYS, CLASS_WEIGHTS)
         flat.update(flatten(value, f"{prefix}{name}.") if is_group else {prefix + name: value})
     return flat
 

@@ -21,8 +21,9 @@ from hydra.grammar.gen.OverrideLexer import OverrideLexer
 from hydra.grammar.gen.OverrideParser import OverrideParser
 from omegaconf.errors import OmegaConfBaseException
 
+from sasa_train.config.class_weights import quote_braces, written_name
 from sasa_train.config.groups import GROUPS, choices, is_file, name_of_file
-from sasa_train.config.keys import FREE_KEYS, LISTS, MODEL_KEYS, OWN_MODELS, key_table, text_keys
+from sasa_train.config.keys import CLASS_WEIGHTS, FREE_KEYS, LISTS, MODEL_KEYS, OWN_MODELS, key_table, text_keys
 from sasa_train.refusal import ConfigError, require, shorten
 
 MAX_JOBS = 1000  # in a sweep, because every job's config is composed before the first job starts
@@ -46,13 +47,13 @@ HINTS = {  # further advice for a choice that a group does not have
     "model": " (a model of timm: model=timm model.name={0})",
     "data": " (your own images: data.root={0})",
 }
-TEXT_KEYS = frozenset({*text_keys(key_table()), *GROUPS})
+TEXT_KEYS = frozenset({*text_keys(key_table()), *GROUPS, CLASS_WEIGHTS})
 
 
 def as_written(value: Any) -> str:
     """Format a value in Hydra's override grammar."""
     if isinstance(value, dict):
-        return "{" + ",".join(f"{name}:{as_written(part)}" for name, part in value.items()) + "}"
+        return "{" + ",".join(f"{written_name(name)}:{as_written(part)}" for name, part in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ",".join(as_written(part) for part in value) + "]"
     if isinstance(value, str):
@@ -207,8 +208,11 @@ def _parse(override: str, text_keys: frozenset[str]) -> Override:
     try:
         if len(override) > MAX_TEXT:
             raise ValueError(f"it has more than {MAX_TEXT:,} characters")
-        parsed = OverridesParser.create().parse_override(override)
-        return _parse_texts(override) if parsed.key_or_group in text_keys else parsed
+        readable = quote_braces(override)
+        parsed = OverridesParser.create().parse_override(readable)
+        parsed = _parse_texts(readable) if parsed.key_or_group in text_keys else parsed
+        parsed.input_line = override
+        return parsed
     except (HydraException, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{shorten(override)}: cannot be read ({shorten(error)}); an override is key=value, as in "

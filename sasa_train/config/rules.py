@@ -19,6 +19,7 @@ from sasa_train.config.derived import (
 )
 from sasa_train.config.keys import (
     ARGUMENT_NAME,
+    CLASS_WEIGHTS,
     DERIVABLE,
     FREE_KEYS,
     LOGGERS,
@@ -29,6 +30,7 @@ from sasa_train.config.keys import (
     PUBLISHED,
     SMALL_IMAGE,
     TARGETS,
+    WEIGHTS_RULE,
     DataConfig,
     TrainConfig,
     TrainerConfig,
@@ -46,7 +48,7 @@ def validate(config: TrainConfig) -> None:
     """Raise ConfigError for values that violate a rule or are incompatible."""
     _check_url(config.data)
     check_values(config)
-    checks = (_of_code, _of_model, _of_lists, _of_data, _of_mode, _of_batches, _of_epochs)
+    checks = (_of_code, _of_model, _of_lists, _of_data, _of_mode, _of_batches, _of_epochs, _of_imbalance)
     for is_kept, key, rule in itertools.chain.from_iterable(check(config) for check in checks):
         require(is_kept, key, attrgetter(key)(config), rule)
     _check_mixing(config, micro_batch_size(config.trainer, world_size=1))
@@ -58,7 +60,7 @@ def check_values(config: TrainConfig) -> None:
         _check_content(key, value, value)
     check_bounds(config)
     for is_kept, key, rule in itertools.chain(
-        _of_single_keys(config), _of_clipping(config.trainer), _of_freezing(config.trainer)
+        _of_single_keys(config), _of_class_weights(config), _of_clipping(config.trainer), _of_freezing(config.trainer)
     ):
         require(is_kept, key, attrgetter(key)(config), rule)
     for name in config.allow_config_change:
@@ -85,7 +87,10 @@ def _check_content(key: str, value: Any, part: Any, depth: int = 0) -> None:
     if isinstance(part, dict | list):
         limit = MAX_DEPTH if key in FREE_KEYS else 1
         require(depth < limit, key, value, f"must not have more than {limit} lists or dicts in one another")
-        for name in part if isinstance(part, dict) else ():
+        for name in part if isinstance(part, dict) and key == CLASS_WEIGHTS else ():
+            _check_content(key, value, name, depth + 1)
+            require(name != "???", key, value, "must not name the class ???, which YAML takes for a missing value")
+        for name in part if isinstance(part, dict) and key != CLASS_WEIGHTS else ():
             is_name = isinstance(name, str) and ARGUMENT_NAME.fullmatch(name)
             require(bool(is_name), key, value, f"must name arguments, as in {{rho:0.9}}: {name!a} is not a name")
         for inner in part.values() if isinstance(part, dict) else part:
@@ -130,6 +135,24 @@ def _of_freezing(trainer: TrainerConfig) -> Rules:
     yield not any("[" in name or "]" in name for name in names or ()), "trainer.train_only", rule
     rule = "would change batch norms that trainer.train_only keeps as they are; use 0"
     yield names is None or trainer.bn_recalibration_batches == 0, "trainer.bn_recalibration_batches", rule
+
+
+def _of_class_weights(config: TrainConfig) -> Rules:
+    # 0 is refused: a batch of such images alone has no mean. Images that are not to count can be left out.
+    weights = config.trainer.class_weights
+    values = list(weights.values()) if isinstance(weights, dict) else []
+    is_valid = weights in (None, "balanced") or (bool(values) and all(type(w) is float for w in values))
+    yield is_valid and all(1e-6 <= weight <= 1e6 for weight in values), CLASS_WEIGHTS, WEIGHTS_RULE
+
+
+def _of_imbalance(config: TrainConfig) -> Rules:
+    trainer = config.trainer
+    rule = "is for the losses that trainer.loss names; your own (trainer.loss_target) weighs its images itself"
+    yield trainer.class_weights is None or trainer.loss_target is None, CLASS_WEIGHTS, rule
+    rule = "needs trainer.class_weights=balanced: weights that are given are taken as they are"
+    yield trainer.class_weights_power == 1 or trainer.class_weights == "balanced", "trainer.class_weights_power", rule
+    rule = "needs trainer.loss=focal"
+    yield trainer.focal_gamma == TrainerConfig().focal_gamma or trainer.loss == "focal", "trainer.focal_gamma", rule
 
 
 def _of_clipping(trainer: TrainerConfig) -> Rules:

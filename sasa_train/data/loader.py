@@ -11,11 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sasa_train.config.derived import crops_by_padding, in_pixels, input_size, total_steps
 from sasa_train.config.keys import TrainConfig
+from sasa_train.data.class_weights import weights_of
 from sasa_train.data.datasets import ImageSet, load_image_sets, load_val_set, mean_std
 from sasa_train.data.decoding import WHITE
 from sasa_train.data.fingerprint import fingerprints
@@ -47,6 +49,7 @@ class Loaders:
     val: Loader
     train_set: ImageSet
     fingerprint: dict[str, Any]
+    class_weights: np.ndarray | None = None  # see `weights_of`
 
     @property
     def classes(self) -> list[str]:
@@ -87,10 +90,12 @@ def build_loaders(config: TrainConfig, device: torch.device, memory: int | None 
 
     Raises:
         ConfigError: the folders are invalid, the data set is smaller than one batch, its class count differs from the
-            model's, `data.resident=true` needs more memory than available, or shared memory is too small.
+            model's, `trainer.class_weights` names a class that is not there, `data.resident=true` needs more memory
+            than available, or shared memory is too small.
     """
     train_set, val_set = load_image_sets(config.data)
     _check_counts(config, train_set)
+    class_weights = weights_of(config.trainer, train_set)
     is_resident = _is_resident(config, len(train_set) + len(val_set), device, memory)
     train = _build_loader(config, train_set, device, is_resident, split="train")
     val = _build_loader(config, val_set, device, is_resident, split="val")
@@ -98,7 +103,7 @@ def build_loaders(config: TrainConfig, device: torch.device, memory: int | None 
     found, leak = fingerprints(train_set, val_set)
     if leak:
         warn(leak)
-    return Loaders(train, val, train_set, found)
+    return Loaders(train, val, train_set, found, class_weights)
 
 
 def build_eval_loader(config: TrainConfig, device: torch.device, classes: Sequence[str]) -> tuple[Loader, ImageSet]:
@@ -124,6 +129,8 @@ def build_plain_train_loader(config: TrainConfig, device: torch.device) -> Loade
 def _build_loader(config: TrainConfig, images: ImageSet, device: torch.device, is_resident: bool, split: str) -> Loader:
     run, batch_size = RunPlan(config, device), config.trainer.global_batch_size
     plan = BatchPlan(config.seed, len(images), batch_size, run.grad_accum_steps, run.rank, run.world_size)
+    if split == "train" and config.data.sampler == "balanced":
+        plan = dataclasses.replace(plan, labels=images.labels)
     mean, std = mean_std(config.data)
     normalize = Normalize(mean, std, device, config.trainer.channels_last, WHITE[config.data.mode])
     # Val uses none of the transforms, and the user's own code for train need not be there.

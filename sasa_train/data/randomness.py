@@ -15,7 +15,7 @@ import torch
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 # Each purpose has its own random numbers, so that enabling one feature does not change those of another.
-CROP, LIBRARY, POLICY, ERASING, MIXING, RECALIBRATION, STEP, OWN = (np.uint64(n) for n in range(1, 9))
+CROP, LIBRARY, POLICY, ERASING, MIXING, RECALIBRATION, STEP, OWN, SAMPLER = (np.uint64(n) for n in range(1, 10))
 
 
 _numpys = np.random.MT19937(0)  # takes the place of NumPy's global generator in `own_code_rng`
@@ -24,6 +24,15 @@ _numpys = np.random.MT19937(0)  # takes the place of NumPy's global generator in
 def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
     """Return the permutation of the images for this epoch."""
     return np.argsort(_hash(_key(seed, epoch), np.arange(num_images)), kind="stable")
+
+
+def balanced_order(seed: int, epoch: int, labels: np.ndarray) -> np.ndarray:
+    """Draw as many images as there are, each from a class drawn uniformly among those that have images."""
+    by_class = np.argsort(labels, kind="stable")
+    _, first, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
+    draws = sample_draws(seed, epoch, np.arange(len(labels)), 2, SAMPLER)
+    chosen = (draws[:, 0] * len(counts)).astype(np.int64)
+    return by_class[first[chosen] + (draws[:, 1] * counts[chosen]).astype(np.int64)]
 
 
 def fixed_order(num_images: int) -> np.ndarray:

@@ -120,11 +120,11 @@ class Reader:
         if get_worker_info() is not None:
             pixels.share_memory_()  # shared with the main process, so that the batch is not copied
         rows, unreadable = pixels.numpy(), list[Unreadable]()
-        for row, shape in enumerate(self.augment.shapes(micro.epoch, indices)):
+        for row, shape in enumerate(self.augment.shapes(micro.epoch, micro.draws)):
             image, labels[row], met = read_or_replace(self.images, int(indices[row]), shape, self.num_tries)
             unreadable += met
             if image is not None:  # otherwise the quarantine stops the run
                 rows[row] = image
         images = self.augment.pad(pixels.permute(0, 3, 1, 2))
-        augmented = self.augment.batch(images, np.arange(len(indices)), micro.epoch, indices)
+        augmented = self.augment.batch(images, np.arange(len(indices)), micro.epoch, micro.draws)
         return Read(augmented, torch.from_numpy(labels), np.arange(len(indices)), unreadable)

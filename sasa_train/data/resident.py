@@ -45,7 +45,7 @@ class ResidentLoader:
 
     def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         for micro in self.plan.train(epoch, first_step):
-            images = self.augment.batch(self.images, micro.indices, epoch, micro.indices)
+            images = self.augment.batch(self.images, micro.indices, epoch, micro.draws)
             labels = self.labels[to_device(micro.indices, self.images.device)]
             yield self.mixing(self.normalize(images), labels, micro.step, micro.number)
 

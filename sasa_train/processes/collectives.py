@@ -184,6 +184,13 @@ def any_of(flag: Tensor) -> Tensor:
     return flag
 
 
+def sum_everywhere(tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor over all processes, on its device, without waiting for the device."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def copy_buffers(model: nn.Module) -> None:
     """Copy the first process's buffers, such as batch norm's running statistics, to all processes in one message."""
     buffers = list(model.buffers())

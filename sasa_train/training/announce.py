@@ -16,6 +16,7 @@ from sasa_train.config.derived import in_pixels
 from sasa_train.config.keys import DATA_SETS, TrainConfig
 from sasa_train.config.own_keys import imports_for, targets_of
 from sasa_train.data.class_names import look_alikes
+from sasa_train.data.class_weights import describe_weights
 from sasa_train.data.datasets import Files
 from sasa_train.data.decoding import decoding_of
 from sasa_train.data.depth import warn_of_dark
@@ -63,6 +64,7 @@ def describe_plan(plan: RunPlan, loaders: Loaders, stepper: Stepper) -> str:
         f"{in_pixels(plan.input_size)}{mode}, {len(loaders.classes)} classes, {loaders.kind}",
         **({"classes": named} if (named := describe_classes(config, loaders)) else {}),
         **({"val": f"no images of {some(missing)}: left out of f1_macro and balanced_accuracy"} if missing else {}),
+        **({"balance": balance} if (balance := describe_balance(config, loaders)) else {}),
         "batch": f"{batch} images per step, {plan.steps_per_epoch:,} steps per epoch, {plan.num_steps:,} in all",
         "lr": f"{peak_lr(config):g} at its peak ({config.optimizer.lr:g} {config.optimizer.lr_basis})",
     }
@@ -77,6 +79,16 @@ def describe_plan(plan: RunPlan, loaders: Loaders, stepper: Stepper) -> str:
             longer = "a new run with more trainer.epochs changes more than further ones at its end"
             lines["continues"] += f"\nlr {lr:.2g}, the end of the schedule: {longer}"
     return table(lines) + "\n"
+
+
+def describe_balance(config: TrainConfig, loaders: Loaders) -> str:
+    """Say how classes of unequal frequency are balanced; "" if they are not."""
+    parts = ["classes are drawn equally often"] if config.data.sampler == "balanced" else []
+    if loaders.class_weights is not None:
+        parts.append(describe_weights(loaders.classes, loaders.class_weights))
+    elif config.trainer.class_weights is not None:
+        parts.append("all class weights are equal, which changes nothing")
+    return "; ".join(parts)
 
 
 def describe_classes(config: TrainConfig, loaders: Loaders) -> str:

@@ -18,6 +18,7 @@ from sasa_train.config.keys import MODEL_KEYS, OWN_MODELS, PUBLISHED, SMALL_IMAG
 from sasa_train.config.overrides import as_written
 from sasa_train.config.rules import check_world_size, validate
 from sasa_train.config.saved import as_begun, to_yaml
+from sasa_train.data.class_weights import check_weighted
 from sasa_train.data.datasets import (
     VAL_SPLITS,
     Files,
@@ -152,6 +153,7 @@ def look(config: TrainConfig) -> tuple[TrainConfig, Facts]:
             "model.pretrained=timm: of which model? Add its name, as in model=timm model.name=resnet18.a1_in1k"
         )
     train, held_out = _find(config)
+    check_weighted(config.trainer, train.classes)
     if "data.holdout_fraction" in config.derive:
         config = with_values(config, {"data.holdout_fraction": held_out})
     num_found = len(train)

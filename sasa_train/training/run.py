@@ -12,6 +12,7 @@ import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from timm.layers import convert_sync_batchnorm
 from torch import nn
@@ -153,7 +154,7 @@ def train_in_folder(plan: RunPlan, run: RunFolder, stop: StopRequest) -> Ended:
     model = build_model(plan.config.model, len(loaders.classes), plan.input_size)
     begin_with(weights, model, loaders.classes, run, plan.config, preprocessing)
     del weights  # they take as much memory as the model
-    stepper = build_stepper(plan, model)
+    stepper = build_stepper(plan, model, loaders.class_weights)
     compile_together(plan, model)
     note_conditions(plan, model, run)
     collectives.everywhere(lambda: continue_from(run, stepper.state, plan.config), ConfigError)
@@ -250,7 +251,7 @@ def note_conditions(plan: RunPlan, model: nn.Module, run: RunFolder) -> None:
         warn("\n  ".join(["changed since the checkpoint was written:", *changes]))
 
 
-def build_stepper(plan: RunPlan, model: nn.Module) -> Stepper:
+def build_stepper(plan: RunPlan, model: nn.Module, class_weights: np.ndarray | None = None) -> Stepper:
     """Build the training state and the stepper for a model."""
     if plan.trainer.grad_checkpointing:
         enable_grad_checkpointing(model)
@@ -258,7 +259,7 @@ def build_stepper(plan: RunPlan, model: nn.Module) -> Stepper:
         model = convert_sync_batchnorm(model)
     freeze(model, plan.trainer.train_only)
     state = build_state(plan.config, model, plan.device)
-    return Stepper(plan, state, build_schedule(plan.config, state.optimizer, plan.steps_per_epoch))
+    return Stepper(plan, state, build_schedule(plan.config, state.optimizer, plan.steps_per_epoch), class_weights)
 
 
 def compile_together(plan: RunPlan, model: nn.Module) -> None:

@@ -35,6 +35,10 @@ class Window:
         self.sums += torch.stack([loss.double() * len(labels), hits.double()])
         self.num_images += len(labels)
 
+    def scale_last(self, losses: list[Tensor], factor: Tensor, num_images: int) -> None:
+        """Multiply the mean `losses` of the last micro-batches, of `num_images` each, which have been added already."""
+        self.sums[0] += (factor.double() - 1) * torch.stack(losses).double().sum() * num_images
+
     def state_dict(self) -> dict[str, Any]:
         """Return the sums and the number of images; if there are several processes, one row and one number for each."""
         if world_size() == 1:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import adaptive_clip_grad
@@ -22,21 +23,22 @@ from sasa_train.device import RunPlan
 from sasa_train.processes import collectives
 from sasa_train.training.evaluation import Batches, batch_norms
 from sasa_train.training.freezing import set_to_train
+from sasa_train.training.imbalance import WeightedLoss, focal_loss, scale_gradients
 from sasa_train.training.nonfinite import LossWatch
 from sasa_train.training.optim import backward
-from sasa_train.training.own_loss import build_own_loss
+from sasa_train.training.own_loss import Loss, build_own_loss
 from sasa_train.training.state import TrainState
 
 
 class Stepper:
     """The parts of a training step that checkpoints do not contain: the compiled forward pass, loss and schedule."""
 
-    def __init__(self, plan: RunPlan, state: TrainState, schedule: Scheduler):
+    def __init__(self, plan: RunPlan, state: TrainState, schedule: Scheduler, class_weights: np.ndarray | None = None):
         self.plan, self.state, self.schedule = plan, state, schedule
         self.config = config = plan.trainer
         self.shared = collectives.share_gradients(state.model)
         self.forward = torch.compile(self.shared) if config.compile else self.shared
-        self.criterion = build_criterion(config, state.device)
+        self.criterion = build_criterion(config, state.device, class_weights)
         # Only torch's fused optimizers take `found_inf`; timm's lookahead just copies the defaults of the one it wraps.
         is_torchs = type(state.optimizer).__module__.startswith("torch.optim.")
         is_late = plan.device.type == "cuda" and is_torchs and bool(state.optimizer.defaults.get("fused"))
@@ -80,6 +82,10 @@ class Stepper:
             state.window.add(loss.detach(), logits.detach(), labels)
             if not self.loss_watch.is_late:
                 self.loss_watch.check()
+        if isinstance(self.criterion, WeightedLoss):
+            factor = self.criterion.factor(config.global_batch_size)
+            scale_gradients(state.model, factor)
+            state.window.scale_last(losses, factor, len(labels))
         grad_norm = self._clip() if want_grad_norm or self.clips else None
         # The scaler waits for the device and therefore for all processes. First make sure on the CPU that all are
         # still running.
@@ -107,23 +113,35 @@ class Stepper:
         return grad_norm
 
 
-def build_criterion(config: TrainerConfig, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+def build_criterion(config: TrainerConfig, device: torch.device, class_weights: np.ndarray | None = None) -> Loss:
     """Build the training loss of float32 logits and labels (int64 [B], or float32 [B, num_classes] if mixed)."""
+    smoothing = config.label_smoothing
     if config.loss_target is not None:
         return build_own_loss(config.loss_target, device)
-    if config.loss == "cross_entropy":
-        return nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-    return partial(binary_cross_entropy, label_smoothing=config.label_smoothing)
+    if class_weights is None:
+        means: dict[str, Loss] = {
+            "cross_entropy": nn.CrossEntropyLoss(label_smoothing=smoothing),
+            "bce": partial(binary_cross_entropy, label_smoothing=smoothing),
+            "focal": lambda logits, labels: focal_loss(logits, labels, config.focal_gamma, smoothing).mean(),
+        }
+        return means[config.loss]
+    of_images: dict[str, Loss] = {
+        "cross_entropy": nn.CrossEntropyLoss(label_smoothing=smoothing, reduction="none"),
+        "bce": lambda logits, labels: binary_cross_entropy(logits, labels, smoothing, "none").mean(1),
+        "focal": partial(focal_loss, gamma=config.focal_gamma, label_smoothing=smoothing),
+    }
+    weights = torch.tensor(class_weights, dtype=torch.float32, device=device)
+    return WeightedLoss(of_images[config.loss], weights)
 
 
-def binary_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+def binary_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float, reduction: str = "mean") -> Tensor:
     """Compute the mean binary cross-entropy over classes and images, as in "ResNet strikes back" (arXiv 2110.00476)."""
     # Mixed labels keep their weights and are smoothed as for cross-entropy. (timm's loss class smooths only labels that
     # are not mixed, and can set each mixed class to 1.)
     if labels.ndim == 1:
         labels = nn.functional.one_hot(labels, logits.shape[1])
     labels = labels * (1 - label_smoothing) + label_smoothing / logits.shape[1]
-    return nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+    return nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction=reduction)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def augmented_samples(
     normalize = trained.normalize(torch.device("cpu"))
     augmented = []
     for epoch in range(num_epochs):
-        pixels = read(MicroBatch(indices, epoch, epoch, 0)).pixels
+        pixels = read(MicroBatch(indices, epoch, epoch, 0, indices)).pixels
         mixed, _ = mixing(normalize(pixels), labels, epoch, 0)
         augmented.append(normalize.undo(mixed))
     return as_shown(plain), augmented, [trained.classes[label] for label in labels.tolist()]
