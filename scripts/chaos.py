@@ -7,10 +7,10 @@ every row of metrics.jsonl (except timings) must be identical to those of the un
 
 The embedded digits are written as class folders and as tar shards. The disturbed runs alternate between data held
 in memory and streaming with 0, 1 or 3 workers, from folders and from shards; the undisturbed run uses the first of
-these modes. Three recipes together cover the framework's augmentations, losses and optimizers. All of them use a moving
-average, drop path, accumulation and mixing.
+these modes. The recipes together cover the framework's augmentations, losses, optimizers and samplers. All of them use
+a moving average, drop path, accumulation and mixing.
 
-usage: python scripts/chaos.py [--faults 20] [--kinds KIND,...] [--recipe rand|trivial|large] [--seed 0]
+usage: python scripts/chaos.py [--faults 20] [--kinds KIND,...] [--recipe rand|trivial|large|...] [--seed 0]
                                [--tally FILE.json] [--keep FOLDER] [key=value ...]
 --tally adds the counts to those of earlier calls. Overrides apply to every run. The exit code is 0 if all checks pass.
 """
@@ -66,6 +66,10 @@ RECIPES = {  # overrides, separated by spaces
         data.image_size=72 model.stem=attention augment.policy=auto_augment_imagenet augment.erasing_prob=0.5
         augment.saturation=0.3 optimizer.name=muon trainer.grad_clip_value=0.1
     """,  # images above 64 pixels use random-resized crops
+    "imbalance": """
+        data.sampler=balanced trainer.class_weights={0:3,7:0.25} trainer.loss=focal augment.policy=trivial_augment
+        trainer.grad_clip_norm=1.0
+    """,
 }
 RESIDENT = ["data.resident=auto", "data.num_workers=0"]  # large images are still streamed
 STREAMED = [["data.resident=false", f"data.num_workers={n}"] for n in (0, 1, 3)]

@@ -41,6 +41,7 @@ WORDS = {
     types.NoneType: "null",
     typing.Any: "integer or list of them",
 }
+TYPES = {"class_weights": "balanced, or numbers by class"}  # of keys that OmegaConf cannot express
 
 
 def main() -> None:
@@ -78,7 +79,7 @@ def row(key: str, field: dataclasses.Field) -> tuple[str, ...]:
 def type_and_bounds(field: dataclasses.Field) -> str:
     """Describe a key's type and bounds in words. The rules for paths and names are at the top of the page."""
     bounds = field.metadata["bounds"]
-    kind = type_in_words(field.type)
+    kind = TYPES.get(field.name) or type_in_words(field.type)
     if field.default is None:
         kind = kind.removesuffix(" or null")
     if bounds is None:

@@ -21,7 +21,7 @@ from hydra.core.object_type import ObjectType
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 
-from sasa_train.config.class_weights import read_weights
+from sasa_train.config.braces import read_weights
 from sasa_train.config.groups import config_dir, file_named, own_dirs
 from sasa_train.config.keys import CLASS_WEIGHTS, FREE_KEYS, TrainConfig, flatten, key_table, with_values
 from sasa_train.config.overrides import (

@@ -292,11 +292,11 @@ class TrainerConfig:
     ema_warmup: bool = key(True, "increase the decay gradually: min(ema_decay, 1 - step^(-2/3))")
     loss: str = key(
         "cross_entropy",
-        "training loss; bce: one sigmoid per class; focal: for classes that are hard to tell apart",
+        "training loss; bce: one sigmoid per class; focal: less weight for images already classified well",
         choices=("cross_entropy", "bce", "focal"),
     )
     focal_gamma: float = key(2.0, "focal: exponent of (1 - p) for a class's probability p", at_least=0, at_most=10)
-    class_weights: Any = key(  # str | dict[str, float] | None, which OmegaConf cannot express; see class_weights.py
+    class_weights: Any = key(  # str | dict[str, float] | None, which OmegaConf cannot express; see braces.py
         None, "weights of the classes in the training loss: balanced, or {name:weight}; 1 for those not named"
     )
     class_weights_power: float = key(1.0, "class_weights=balanced: exponent of the weights", at_least=0, at_most=4)

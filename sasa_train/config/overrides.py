@@ -21,7 +21,7 @@ from hydra.grammar.gen.OverrideLexer import OverrideLexer
 from hydra.grammar.gen.OverrideParser import OverrideParser
 from omegaconf.errors import OmegaConfBaseException
 
-from sasa_train.config.class_weights import quote_braces, written_name
+from sasa_train.config.braces import quote_braces, written_name
 from sasa_train.config.groups import GROUPS, choices, is_file, name_of_file
 from sasa_train.config.keys import CLASS_WEIGHTS, FREE_KEYS, LISTS, MODEL_KEYS, OWN_MODELS, key_table, text_keys
 from sasa_train.refusal import ConfigError, require, shorten
