@@ -79,6 +79,7 @@ def recipes(folder) -> dict[str, list[str]]:
         "imagenet_hybrid_resnet50": [
             *small, "data=image_folder", f"data.root={make_image_folder(folder)}", "data.image_size=72",
             "data.num_workers=1", "trainer.global_batch_size=8", "trainer.micro_batch_size=4",
+            "trainer.class_weights=balanced", "trainer.loss=focal", "data.sampler=balanced",
         ],
     }  # fmt: skip
 
@@ -94,7 +95,7 @@ def test_a_training_step_reads_nothing_back(experiment, planted, tmp_path, monke
     loaders.train.device = device  # device of a streaming loader's batches
     plan = RunPlan(config, device, steps_per_epoch=loaders.train.plan.steps_per_epoch)
     model = build_model(config.model, len(loaders.classes), plan.input_size)
-    stepper = build_stepper(plan, model)
+    stepper = build_stepper(plan, model, loaders.class_weights)
     batches = loaders.train.train_batches(0)
     model.train()
     stepper.train_step(batches)  # one-time setup may read values: tables, the CPU kernels

@@ -12,11 +12,12 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from sasa_train.config.keys import ARGUMENT_NAME, CLASS_WEIGHTS, WEIGHTS_RULE
 from sasa_train.refusal import ConfigError, require, shorten
 
-TEXT = r"""'[^']*'|"(?:[^"\\]|\\.)*\""""
-ENTRY = re.compile(rf"""\s*({TEXT}|[^\s'"{{}}:,][^{{}}:,]*?)\s*:\s*([^\s{{}}:,'"]+)\s*""")
-OF_HYDRA = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
-_ENTRY = rf"""\s*(?:{TEXT}|[^\s'"{{}}:,][^{{}}:,]*)\s*:[^{{}}:,'"]+"""
-BRACES = re.compile(rf"({OF_HYDRA})|(?<!\\)\{{(?:{_ENTRY}(?:,{_ENTRY})*)?\s*\}}")
+# No two neighbouring parts of these patterns match the same characters, or a long text would take very long.
+NAME = r"""'[^']*'\s*|"(?:[^"\\]|\\.)*"\s*|[^\s'"{}:,][^{}:,]*"""
+WEIGHT = r"""[^{}:,'"]+"""
+ENTRY = re.compile(rf"\s*({NAME}):({WEIGHT})")
+QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""  # by Hydra
+BRACES = re.compile(rf"({QUOTED})|(?<!\\)\{{(?:\s*|\s*(?:{NAME}):{WEIGHT}(?:,\s*(?:{NAME}):{WEIGHT})*)\}}")
 
 
 def quote_braces(override: str) -> str:
@@ -38,7 +39,7 @@ def read_weights(value: Any) -> Any:
     entries = value
     if isinstance(value, str) and value.startswith("{"):
         require(bool(BRACES.fullmatch(value)), CLASS_WEIGHTS, value, WEIGHTS_RULE)
-        found = [(_name(name), weight) for name, weight in ENTRY.findall(value)]
+        found = [(_name(name.strip()), weight.strip()) for name, weight in ENTRY.findall(value)]
         entries = dict(found)
         twice = [name for name, _ in found if [other for other, _ in found].count(name) > 1]
         require(not twice, CLASS_WEIGHTS, value, f"must name each class once, but names {twice[:1]} again")
