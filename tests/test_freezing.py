@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from reading_runs import assert_same_run, rows
+from reading_runs import assert_same_run
 from running_commands import TINY, kill_after
 from torch import nn
 
@@ -59,7 +59,7 @@ def test_what_is_trained_is_described():
     "pattern,hint",
     [
         ("heads", "heads is no parameter or module of the model; did you mean head? Its parts: body, late, head"),
-        ("layer9.*", "layer9.* is no parameter or module of the model; Its parts: body, late, head"),
+        ("qqq.*", "qqq.* is no parameter or module of the model; Its parts: body, late, head"),
     ],
 )
 def test_a_pattern_for_nothing_is_refused_with_the_nearest(pattern, hint):
@@ -86,14 +86,9 @@ def test_wrong_values_are_refused_before_images_are_read(in_process, overrides, 
     assert message in said
 
 
-def test_only_that_part_changes_and_a_stopped_run_goes_on(tmp_path, in_process, tiny_run):
-    """Weights, statistics and averages of the rest stay to the bit, with gradient checkpointing and weight decay, too."""
-    run = [
-        *FROZEN,
-        f"model.pretrained={tiny_run}",
-        "trainer.grad_checkpointing=true",
-        "trainer.bn_recalibration_batches=0",
-    ]
+def test_only_that_part_changes(tmp_path, in_process, tiny_run):
+    """Weights, statistics and averages of the rest stay to the bit, also with gradient checkpointing."""
+    run = [*FROZEN, f"model.pretrained={tiny_run}", "trainer.grad_checkpointing=true"]
     printed = in_process("train", *run).stdout
     assert re.search(r"training    [\d,]+ of 135,700 parameters: layer4", printed)
     before = load_checkpoint(tiny_run / "checkpoints/best.pt")
@@ -105,8 +100,6 @@ def test_only_that_part_changes_and_a_stopped_run_goes_on(tmp_path, in_process, 
     num_trained = sum(name.startswith(("layer4.", "fc.")) for name in before["ema"] if "running" not in name)
     num_trained -= sum(name.startswith("layer4.") and name.endswith("num_batches_tracked") for name in before["ema"])
     assert len(after["optimizer"]["state"]) == num_trained
-    in_process("train", *run, "run_name=whole", "optimizer.weight_decay=0")  # timm makes one group of all then
-    assert rows(tmp_path / "out/whole") != rows(tmp_path / "out/part")
 
 
 @pytest.mark.slow

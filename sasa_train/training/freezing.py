@@ -71,11 +71,10 @@ def _names_of_head(model: nn.Module) -> set[str]:
 
 def _matches_nothing(model: nn.Module, pattern: str, names: list[str]) -> ConfigError:
     known = {name.rpartition(".")[0] for name in names} | set(names) | {CLASSIFIER}
-    close = get_close_matches(pattern.rstrip("*."), sorted(known), n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    close = get_close_matches(pattern.rstrip("*."), sorted(known), n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
     if pattern == CLASSIFIER:
         hint = f"{type(model).__name__} has no get_classifier(). "
     parts = some([name for name, part in model.named_children() if any(True for _ in part.parameters())])
-    return ConfigError(
-        f"trainer.train_only: {pattern} is no parameter or module of the model; {hint}Its parts: {parts}"
-    )
+    wrong = f"trainer.train_only: {pattern} is no parameter or module of the model"
+    return ConfigError(f"{wrong}; {hint}Its parts: {parts}")
