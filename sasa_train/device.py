@@ -15,6 +15,7 @@ import torch
 from sasa_train.config.derived import (
     InputSize,
     accumulation,
+    at_val_size,
     input_size,
     micro_batch_size,
     total_steps,
@@ -81,6 +82,10 @@ class RunPlan:
     @property
     def input_size(self) -> InputSize:
         return input_size(self.config.data)
+
+    @property
+    def val_input_size(self) -> InputSize:
+        return input_size(at_val_size(self.config.data))
 
     @property
     def images_per_step(self) -> int:

@@ -12,14 +12,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sasa_train.config import own_code
-from sasa_train.config.derived import InputSize, as_image_size, input_size, resolved_size, written_size
+from sasa_train.config.derived import InputSize, as_image_size, at_val_size, input_size, resolved_size, written_size
 from sasa_train.config.keys import DataConfig, TrainConfig
 from sasa_train.data.datasets import mean_std
 from sasa_train.data.decoding import WHITE
 from sasa_train.data.fingerprint import differences
 from sasa_train.data.reading import image_files, read_fitted
 from sasa_train.data.transforms import Normalize, val_shape
-from sasa_train.models import build_model, check_model
+from sasa_train.models import build_model, check_model, check_val_size
 from sasa_train.refusal import ConfigError, ExpectedFailure, require
 from sasa_train.runs.checkpoint import first_misfit, load_checkpoint, other_than_best
 from sasa_train.runs.source import check_source, find_checkpoint
@@ -56,13 +56,13 @@ class TrainedModel:
 
     @property
     def image_size(self) -> int | list[int]:
-        """The side length of the model's input images in pixels or, if they are not square, [height, width]."""
-        return as_image_size(*resolved_size(self.config.data))
+        """The side length of the images that `transform` returns or, if they are not square, [height, width]."""
+        return as_image_size(*self.input_size[1:])
 
     @property
     def input_size(self) -> InputSize:
-        """The channels, height and width of the model's input."""
-        return input_size(self.config.data)
+        """The channels, height and width of the images that `transform` returns (`data.val_image_size`)."""
+        return input_size(at_val_size(self.config.data))
 
     def normalize(self, device: torch.device) -> Normalize:
         """Return the normalisation that the model was trained with, for images [B, C, H, W] from `val_shape`."""
@@ -167,6 +167,7 @@ def load_trained(source: str | Path, overrides: Sequence[str] = ()) -> TrainedMo
     saved = load_config(checkpoint["config"], source=str(path))
     own_code.check_named(saved.imports, targets_of(saved, ("model.target",)), str(path), later=targets_of(saved))
     check_weights(checkpoint, saved, path)
+    _check_size(saved.data, others)
     if any(text.startswith("data.name=") for text in others):
         others = _own_preprocessing(saved.data) + others
     written = load_config(checkpoint["config"], others, source=str(path)) if others else saved
@@ -196,6 +197,15 @@ def check_weights(checkpoint: dict[str, Any], saved: TrainConfig, path: Path) ->
             )
 
 
+def _check_size(data: DataConfig, overrides: Sequence[str]) -> None:
+    """Raise ConfigError for a data.image_size that changes nothing, because data.val_image_size is the images' size."""
+    given = dict(text.partition("=")[::2] for text in overrides)
+    if data.val_image_size is not None and "data.image_size" in given and "data.val_image_size" not in given:
+        size = written_size(*resolved_size(at_val_size(data)))
+        rule = f"is the size of training, and this run's val has data.val_image_size={size}; give data.val_image_size"
+        require(False, "data.image_size", given["data.image_size"], rule)
+
+
 def _own_preprocessing(data: DataConfig) -> list[str]:
     """Return overrides that keep the image size and normalisation used in training when the data set is changed."""
     mean, std = mean_std(data)
@@ -206,6 +216,7 @@ def _build(config: TrainConfig, state_dict: dict[str, Any], num_classes: int) ->
     size = input_size(config.data)
     if wrong := first_misfit(check_model(config.model, size, num_classes), state_dict):
         raise ConfigError(f"the overrides make another model than the checkpoint's: {wrong}")
+    check_val_size(config.model, size, input_size(at_val_size(config.data)))
     model = build_model(config.model, num_classes, size)
     model.load_state_dict(state_dict)
     return model.eval()

@@ -1,6 +1,7 @@
 """Check grey and 16-bit images (data.mode) and images that are not square (data.image_size=[height,width])."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from making_data import CPU, make_image_folder
 from marking import slow_but_for
 from PIL import Image
-from reading_runs import assert_same_run, last
+from reading_runs import assert_equal_state, assert_same_run, last
 from running_commands import TINY
 from torchvision.transforms import v2
 
@@ -370,3 +371,49 @@ def test_a_config_of_before_reads_as_it_did(tiny_run):
     lines = text.splitlines(keepends=True)
     old = "".join(line for line in lines if line.split(":")[0].strip() not in ("mode", "in_chans"))
     assert old != text and load_config(old) == load_config(text)
+
+
+def by_hand(image: Image.Image, size: int, data) -> torch.Tensor:
+    """Return what val's transform makes of an image, by torchvision alone."""
+    covered = size if size <= 64 else math.ceil(size / 0.875)
+    steps = [v2.Resize(covered, antialias=True), v2.CenterCrop(size), v2.ToImage(), v2.ToDtype(torch.float32, True)]
+    return v2.Compose([*steps, v2.Normalize(data["mean"], data["std"])])(image)
+
+
+@pytest.mark.parametrize("sizes", slow_but_for([(16, 72)], [(16, 72), (72, 16), (16, 24)]))
+def test_val_has_an_image_size_of_its_own(in_process, tmp_path, sizes):
+    """Training's val row, sasa-evaluate and sasa-predict see torchvision's pixels of that size, small or large."""
+    size, val_size = sizes
+    root = make_image_folder(tmp_path / "images", size=(90, 80))
+    line = ("data=image_folder", f"data.root={root}", *SHORT, *OURS, "output_dir=out", "run_name=a")
+    line = (*line, f"data.image_size={size}", f"data.val_image_size={val_size}", "trainer.epochs=1")
+    said = in_process("train", *line).stdout
+    assert f"images of {size} pixels (val: {val_size} pixels)" in " ".join(said.split())
+    val = json.loads((tmp_path / "out/a/metrics.jsonl").read_text().splitlines()[-1])
+
+    trained = load_trained(tmp_path / "out/a")
+    normalised = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    paths = [path for name in ("blue", "red") for path in sorted((root / "val" / name).iterdir())]
+    images = torch.stack([by_hand(Image.open(path), val_size, normalised) for path in paths])
+    logits, labels = trained.model(images), torch.tensor([0] * 3 + [1] * 5)
+    assert val["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    in_process("evaluate", "out/a", "--json", "found.json")
+    assert json.loads((tmp_path / "found.json").read_text())["loss"] == val["loss"]
+    [row] = in_process("predict", "out/a", str(paths[0]), "--format", "jsonl").stdout.splitlines()
+    found = {each["class"]: each["probability"] for each in json.loads(row)["predictions"]}
+    assert [found[name] for name in ("blue", "red")] == pytest.approx(logits[0].softmax(0).tolist(), rel=1e-4)
+    torch.testing.assert_close(trained.transform(Image.open(paths[0])), images[0], rtol=0, atol=1e-5)
+    assert trained.image_size == val_size and timm_data_config(trained)["input_size"] == (3, val_size, val_size)
+    assert "data.val_image_size=" in in_process("predict", "out/a", str(paths[0]), "data.image_size=8", expect=2).stderr
+    # The same run but for val's size has the same weights and another name.
+    in_process("train", *line, "data.val_image_size=null", "run_name=b")
+    one, other = (load_config(last(tmp_path / f"out/{name}")["config"]) for name in "ab")
+    assert default_run_name(one) != default_run_name(other)
+    assert_equal_state(last(tmp_path / "out/a")["model"], last(tmp_path / "out/b")["model"])
+
+
+def test_a_model_of_a_fixed_size_refuses_another_one_for_val(in_process):
+    line = ("model=timm", "model.name=vit_tiny_patch16_224", "data.image_size=32", "data=image_folder", "data.root=no")
+    said = in_process("train", *line, "data.val_image_size=48", expect=2).stderr
+    assert "data.val_image_size=48: vit_tiny_patch16_224 is built for images of 32 pixels (data.image_size)" in said
+    assert "(48) doesn't match model (32)" in said and "leave data.val_image_size out" in said

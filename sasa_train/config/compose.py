@@ -168,6 +168,7 @@ def to_config(composed: DictConfig, check: Callable[[TrainConfig], None] = valid
         raise ConfigError(_with_interpolations(explain(error), composed)) from error
     meaning = "two for height and width, as in [160,224]"
     config.data.image_size = whole_numbers("data.image_size", config.data.image_size, 2, meaning)
+    config.data.val_image_size = whole_numbers("data.val_image_size", config.data.val_image_size, 2, meaning)
     meaning = "four, one per stage, as in [7,7,5,3]"
     config.model.kernel_size = whole_numbers("model.kernel_size", config.model.kernel_size, 4, meaning)
     config.data.sampler = config.data.sampler or "shuffled"

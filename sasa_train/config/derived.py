@@ -28,9 +28,19 @@ def flips_images(data: DataConfig, augment: AugmentConfig) -> bool:
 
 
 def resolved_size(data: DataConfig) -> tuple[int, int]:
-    """Return the height and width of the model's input in pixels."""
+    """Return the height and width in pixels of the images that the model is built for and trained on."""
     size = data.image_size or DATA_SETS[data.name].image_size
     return (size[0], size[1]) if isinstance(size, list) else (size, size)
+
+
+def at_val_size(data: DataConfig) -> DataConfig:
+    """Return the same keys for images of the size that evaluations and all commands use, `data.val_image_size`."""
+    return dataclasses.replace(data, image_size=data.val_image_size or data.image_size, val_image_size=None)
+
+
+def at_train_size(data: DataConfig) -> DataConfig:
+    """Return the same keys for images of the size that training uses, for val, too."""
+    return dataclasses.replace(data, val_image_size=None)
 
 
 def resolved_image_size(data: DataConfig) -> int:

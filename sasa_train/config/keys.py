@@ -122,6 +122,9 @@ class DataConfig:
         above=0,
         at_most=2**14,
     )
+    val_image_size: Any = key(  # as image_size
+        None, "size at which val and all commands see images; null: image_size", above=0, at_most=2**14
+    )
     mode: str = key("rgb", "pixels: rgb; grey: one channel; grey16: one channel of 16 bits", choices=tuple(MODES))
     num_workers: int | None = local_key(
         None, "processes that decode images; 0: none; null: half of the processors, at most 8", at_least=0, at_most=1024

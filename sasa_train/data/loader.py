@@ -15,8 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sasa_train.config.derived import crops_by_padding, in_pixels, input_size, total_steps
-from sasa_train.config.keys import TrainConfig
+from sasa_train.config.derived import (
+    at_train_size,
+    at_val_size,
+    crops_by_padding,
+    in_pixels,
+    input_size,
+    total_steps,
+)
+from sasa_train.config.keys import DataConfig, TrainConfig
 from sasa_train.data.class_weights import weights_of
 from sasa_train.data.datasets import ImageSet, load_image_sets, load_val_set, mean_std
 from sasa_train.data.decoding import WHITE
@@ -96,7 +103,7 @@ def build_loaders(config: TrainConfig, device: torch.device, memory: int | None 
     train_set, val_set = load_image_sets(config.data)
     _check_counts(config, train_set)
     class_weights = weights_of(config.trainer, train_set)
-    is_resident = _is_resident(config, len(train_set) + len(val_set), device, memory)
+    is_resident = _is_resident(config, len(train_set), len(val_set), device, memory)
     train = _build_loader(config, train_set, device, is_resident, split="train")
     val = _build_loader(config, val_set, device, is_resident, split="val")
     _check_queues(config, train, val)
@@ -112,7 +119,7 @@ def build_eval_loader(config: TrainConfig, device: torch.device, classes: Sequen
     classes: the trained model's; see `load_val_set`.
     """
     val_set = load_val_set(config.data, classes)
-    is_resident = _is_resident(config, len(val_set), device)
+    is_resident = _is_resident(config, 0, len(val_set), device)
     val = _build_loader(config, val_set, device, is_resident, split="val")
     _check_queues(config, val)
     return val, val_set
@@ -121,13 +128,14 @@ def build_eval_loader(config: TrainConfig, device: torch.device, classes: Sequen
 def build_plain_train_loader(config: TrainConfig, device: torch.device) -> Loader:
     """Build a loader of the train images that reads them as those of val: each once, without augmentation."""
     train_set, _ = load_image_sets(config.data)
-    loader = _build_loader(config, train_set, device, _is_resident(config, len(train_set), device), split="val")
+    loader = _build_loader(config, train_set, device, _is_resident(config, 0, len(train_set), device), split="val")
     _check_queues(config, loader)
     return loader
 
 
 def _build_loader(config: TrainConfig, images: ImageSet, device: torch.device, is_resident: bool, split: str) -> Loader:
     run, batch_size = RunPlan(config, device), config.trainer.global_batch_size
+    data = at_val_size(config.data) if split == "val" else at_train_size(config.data)
     plan = BatchPlan(config.seed, len(images), batch_size, run.grad_accum_steps, run.rank, run.world_size)
     if split == "train" and config.data.sampler == "balanced":
         plan = dataclasses.replace(plan, labels=images.labels)
@@ -135,7 +143,7 @@ def _build_loader(config: TrainConfig, images: ImageSet, device: torch.device, i
     normalize = Normalize(mean, std, device, config.trainer.channels_last, WHITE[config.data.mode])
     # Val uses none of the transforms, and the user's own code for train need not be there.
     transforms = config.augment if split == "train" else dataclasses.replace(config.augment, target=None)
-    augment = Augment(config.data, transforms, config.seed, mean)
+    augment = Augment(data, transforms, config.seed, mean)
     mixed_steps = total_steps(config, plan.steps_per_epoch) - config.augment.mix_off_epochs * plan.steps_per_epoch
     mixing = Mixing(config.augment, len(images.classes), config.seed, mixed_steps)
     quarantine = Quarantine(split, len(images), config.data.max_unreadable, images)
@@ -144,7 +152,7 @@ def _build_loader(config: TrainConfig, images: ImageSet, device: torch.device, i
     num_workers, timeout = resolved_num_workers(config), config.data.worker_timeout
     if not is_resident:
         return StreamingLoader(images, plan, augment, normalize, mixing, quarantine, num_workers, timeout)
-    pixels, labels, is_good = decode_all(images, config.data, num_workers, timeout, quarantine)
+    pixels, labels, is_good = decode_all(images, data, num_workers, timeout, quarantine)
     if split == "train":
         pixels = augment.pad(pixels)
     return ResidentLoader(pixels.to(device), labels.to(device), is_good, plan, augment, normalize, mixing, quarantine)
@@ -184,12 +192,13 @@ def fetch_once(config: TrainConfig) -> None:
         build_hf(config.data)
 
 
-def _is_resident(config: TrainConfig, num_images: int, device: torch.device, memory: int | None = None) -> bool:
-    channels, height, width = size = input_size(config.data)
+def _is_resident(
+    config: TrainConfig, num_train: int, num_val: int, device: torch.device, memory: int | None = None
+) -> bool:
+    size, num_images = input_size(config.data), num_train + num_val
     if config.data.resident == "false" or not crops_by_padding(config.data, config.augment):
         return False
-    padding = 2 * (min(height, width) // 8)
-    needed = num_images * channels * (height + padding) * (width + padding) * pixel_type(config.data).itemsize
+    needed = num_train * _padded_bytes(config.data) + num_val * _padded_bytes(at_val_size(config.data))
     memory = available_memory(device) if memory is None else memory
     if config.data.resident == "true" and needed > memory:
         raise ConfigError(
@@ -197,6 +206,13 @@ def _is_resident(config: TrainConfig, num_images: int, device: torch.device, mem
             f"{device.type} has {memory / 2**30:.1f} GiB; use data.resident=auto or a subset (data.max_train_images)"
         )
     return config.data.resident == "true" or needed <= RESIDENT_SHARE * memory
+
+
+def _padded_bytes(data: DataConfig) -> int:
+    """Return the size of an image in memory, with padding."""
+    channels, height, width = input_size(data)
+    padding = 2 * (min(height, width) // 8)
+    return channels * (height + padding) * (width + padding) * pixel_type(data).itemsize
 
 
 def _check_counts(config: TrainConfig, train_set: ImageSet) -> None:

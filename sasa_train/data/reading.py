@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from sasa_train.config.derived import input_size
+from sasa_train.config.derived import at_val_size, input_size
 from sasa_train.config.keys import DataConfig
 from sasa_train.data.datasets import Files, ImageSet, UnreadableImage
 from sasa_train.data.plan import MicroBatch
@@ -44,6 +44,7 @@ def read_fitted(images: ImageSet, indices: Iterable[int], data: DataConfig, num_
 
     An unreadable image is left out or, if `num_tries` exceeds 1, replaced by the next readable one.
     """
+    data = at_val_size(data)
     shape = val_shape(data)
     found = (read_or_replace(images, int(i), shape, num_tries) for i in indices)
     return _gather(found, data)
@@ -53,6 +54,7 @@ def read_batches(batches: Iterable[ImageSet], data: DataConfig, num_threads: int
     """Read each image set of `batches` as one batch; threads read one batch ahead of the caller."""
     # Threads suffice because Pillow releases the GIL while it decodes and resizes.
     pool, waiting = ThreadPoolExecutor(max(1, num_threads)), deque[Iterator[Found]]()
+    data = at_val_size(data)
     shape = val_shape(data)
     try:
         for images in batches:

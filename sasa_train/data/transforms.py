@@ -19,7 +19,14 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from sasa_train.config.derived import crops_by_padding, flips_images, resolved_interpolation, resolved_size
+from sasa_train.config.derived import (
+    at_train_size,
+    at_val_size,
+    crops_by_padding,
+    flips_images,
+    resolved_interpolation,
+    resolved_size,
+)
 from sasa_train.config.keys import SMALL_IMAGE, AugmentConfig, DataConfig
 from sasa_train.data.decoding import DEFAULT, WHITE, Decoding, decode, decoding_of, upright_size
 from sasa_train.data.own_transform import load_transform, transform_all
@@ -42,7 +49,7 @@ class Augment:
     """
 
     def __init__(self, data: DataConfig, augment: AugmentConfig, seed: int, mean: Sequence[float]):
-        self.data, self.config, self.size, self.seed = data, augment, resolved_size(data), seed
+        self.data, self.config, self.size, self.seed = at_train_size(data), augment, resolved_size(data), seed
         self.decoding = decoding_of(data)
         self.by_batch = crops_by_padding(data, augment)
         padding = augment.crop_padding if augment.crop_padding is not None else min(self.size) // 8
@@ -217,7 +224,7 @@ def as_shown(images: Tensor) -> Tensor:
 
 def val_shape(data: DataConfig) -> Shape:
     """Return the transform of val images that `data` configures."""
-    return partial(fit, **_val_keys(data))
+    return partial(fit, **_val_keys(at_val_size(data)))
 
 
 def _val_keys(data: DataConfig) -> dict[str, Any]:

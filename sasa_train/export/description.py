@@ -133,6 +133,7 @@ def _keys_of_logits(config: TrainConfig) -> dict[str, Any]:
     mean, std = mean_std(config.data)
     data = {f"data.{key}": value for key, value in vars(decoding_of(config.data)).items()} | {
         "data.image_size": as_image_size(*resolved_size(config.data)),
+        "data.val_image_size": config.data.val_image_size,
         "data.mean": list(mean),
         "data.std": list(std),
         "data.interpolation": resolved_interpolation(config.data),

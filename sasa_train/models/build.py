@@ -178,6 +178,32 @@ def check_model(config: ModelConfig, size: int | InputSize, num_classes: int | N
         ) from error
 
 
+def check_val_size(config: ModelConfig, size: InputSize, val_size: InputSize) -> None:
+    """Raise ConfigError if the model, which is built for images of `size`, takes no others, of `val_size`."""
+    if val_size == size:
+        return
+    key = f"data.val_image_size={written_size(*val_size[1:])}"
+    num_classes = config.num_classes or 10
+
+    def logits_on(device: str) -> Any:
+        with torch.device(device), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return build_model(config, num_classes, size).eval()(torch.zeros(1, *val_size))
+
+    try:
+        try:
+            logits = logits_on("meta")
+        except Exception:  # such as .item() of a tensor without a value
+            if config.target is None:
+                raise
+            logits = logits_on("cpu")
+    except Exception as error:  # a model of the user's own may raise anything
+        raise ConfigError(
+            f"{key}: {config.title} is built for images of {in_pixels(size)} (data.image_size) and does not take "
+            f"others ({shorten(error) or type(error).__name__}); leave data.val_image_size out, or choose another model"
+        ) from error
+    _check_logits(f"{config.title}, with {key}", logits, num_classes)
+
+
 def _check_args(config: ModelConfig, size: InputSize) -> None:
     key = (config.name, written(config.args), size)
     if key in _accepted:

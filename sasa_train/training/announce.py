@@ -55,13 +55,14 @@ def describe_plan(plan: RunPlan, loaders: Loaders, stepper: Stepper) -> str:
         batch += f" = {plan.grad_accum_steps} x {plan.micro_batch_size}"
     missing = [entry["name"] for entry in loaders.fingerprint["val"]["classes"] if not entry["num_images"]]
     mode = "" if config.data.mode == "rgb" else f" in {config.data.mode}"
+    of_val = "" if plan.val_input_size == plan.input_size else f" (val: {in_pixels(plan.val_input_size)})"
     lines = {
         "device": f"{state.device}, {config.trainer.precision}",
         **({"threads": threads} if (threads := describe_crowding(state.device)) else {}),
         "model": f"{config.model.title}, {num_parameters:,} parameters",
         **({"training": trained} if (trained := describe_trained(state.model)) else {}),
         "data": f"{printable(config.data.title)}, {train.num_images:,} train and {val.num_images:,} val images of "
-        f"{in_pixels(plan.input_size)}{mode}, {len(loaders.classes)} classes, {loaders.kind}",
+        f"{in_pixels(plan.input_size)}{of_val}{mode}, {len(loaders.classes)} classes, {loaders.kind}",
         **({"classes": named} if (named := describe_classes(config, loaders)) else {}),
         **({"val": f"no images of {some(missing)}: left out of f1_macro and balanced_accuracy"} if missing else {}),
         **({"balance": balance} if (balance := describe_balance(config, loaders)) else {}),

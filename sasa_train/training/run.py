@@ -32,7 +32,7 @@ from sasa_train.data.own_transform import check_transform
 from sasa_train.device import RunPlan, check_compiled_code, compiles, resolve
 from sasa_train.files import is_there, read_regular, write_atomic
 from sasa_train.machine import available_memory, is_out_of_memory, keep_freed_memory
-from sasa_train.models import build_model, check_model, enable_grad_checkpointing
+from sasa_train.models import build_model, check_model, check_val_size, enable_grad_checkpointing
 from sasa_train.models.layers import LocalSelfAttention2d
 from sasa_train.processes import collectives
 from sasa_train.processes.ranks import local_rank
@@ -358,6 +358,7 @@ def check_buildable(plan: RunPlan) -> None:
     if config.data.dataset is not None:
         (check_hf if config.data.name == "hf" else check_dataset)(config.data)
     model = check_model(config.model, plan.input_size)
+    check_val_size(config.model, plan.input_size, plan.val_input_size)
     check_memory(plan, model)
     freeze(model, config.trainer.train_only)
     if config.trainer.grad_checkpointing:
