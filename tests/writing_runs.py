@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from sasa_train.config.compose import compose_config
+from sasa_train.config.derived import input_size
 from sasa_train.config.saved import to_yaml
+from sasa_train.models import build_model
 from sasa_train.runs.checkpoint import FORMAT_VERSION, Checkpoints
 
 BASE = ("experiment=debug",)
@@ -71,3 +74,13 @@ def filled(folder, steps=(1, 2, 3, 4, 5), keep=2, best=(2,)) -> Checkpoints:
     for step in steps:
         checkpoints.save(content(step), is_best=step in best)
     return checkpoints
+
+
+def write_teacher(path: Path, classes, *overrides: str, seed: int = 0) -> torch.nn.Module:
+    """Write a model as sasa-export does, with random weights; return it in eval mode."""
+    config = compose_config(list(overrides))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_model(config.model, len(classes), input_size(config.data)).eval()
+    save_file(model.state_dict(), path, {"config": to_yaml(config), "classes": json.dumps(list(classes))})
+    return model

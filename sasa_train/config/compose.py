@@ -175,7 +175,7 @@ def to_config(composed: DictConfig, check: Callable[[TrainConfig], None] = valid
     config.data.resident = config.data.resident.lower()  # True and FALSE are taken, as for keys of true and false
     # The shell does not expand the ~ in data.root=~/images.
     for group, name in ((config.data, "root"), (config.data, "train"), (config.data, "val"), (config.data, "dataset"),
-                        (config, "output_dir"), (config.model, "pretrained")):  # fmt: skip
+                        (config, "output_dir"), (config.model, "pretrained"), (config.distill, "teacher")):  # fmt: skip
         if (path := getattr(group, name)) is not None:
             setattr(group, name, os.path.expanduser(path))
     check(config)

@@ -79,5 +79,8 @@ def differing_keys(old: TrainConfig, new: TrainConfig, same_world_size: bool = T
     # The split into micro-batches depends on the number of processes, so it may differ if that number has changed.
     before, after = trajectory(old), trajectory(new)
     may_differ = new.trainer.micro_batch_size == "auto" or not same_world_size  # auto keeps the saved size
-    ignored = ("trainer.micro_batch_size", "trainer.grad_accum_steps") if may_differ else ()
+    ignored: tuple[str, ...] = ("trainer.micro_batch_size", "trainer.grad_accum_steps") if may_differ else ()
+    # A teacher's file may have moved; `check_teacher` in runs/folder.py compares its content.
+    if old.distill.file is not None and new.distill.file is not None:
+        ignored = (*ignored, "distill.teacher")
     return sorted(key for key in before if before[key] != after[key] and key not in ignored)

@@ -17,6 +17,7 @@ from sasa_train.config.bounds import key, local_key
 
 OWN_MODELS = tuple(f"{family}_resnet{depth}" for family in ("sasa", "hybrid", "conv") for depth in (26, 38, 50))
 PUBLISHED = "timm"  # the value of model.pretrained for timm's published weights
+TIMM_TEACHER = "timm:"  # begins the value of distill.teacher for timm's published weights
 SMALL_IMAGE = 64  # pixels; images up to this size use the small-image transforms and may be resident
 INTERPOLATIONS = ("bilinear", "bicubic", "lanczos", "nearest")  # filters of Pillow
 POLICIES = (
@@ -325,6 +326,29 @@ class TrainerConfig:
 
 
 @dataclass
+class DistillConfig:
+    teacher: str | None = key(
+        None,
+        "model to imitate: a run, checkpoint or export (.safetensors), or timm:NAME[.TAG] with its published weights",
+        is_path=True,
+    )
+    weight: float = key(
+        0.5, "share of the teacher's term in the training loss; the labels have the rest", at_least=0, at_most=1
+    )
+    kind: str = key(
+        "soft",
+        "soft: T^2 x KL divergence from the teacher's softmax; hard: cross-entropy with its most probable class",
+        choices=("soft", "hard"),
+    )
+    temperature: float = key(3.0, "T of kind=soft, which divides the logits of both; DeiT's value", above=0)
+
+    @property
+    def file(self) -> str | None:
+        """The teacher's path, or None if there is none, or it is one of timm's."""
+        return None if self.teacher is None or self.teacher.startswith(TIMM_TEACHER) else self.teacher
+
+
+@dataclass
 class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -332,6 +356,7 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     seed: int = key(0, "random seed of initialisation, image order and augmentation", at_least=0)
     run_name: str | None = local_key(None, "run folder's name; null: derived from the config", name_length=200)
     output_dir: str = local_key("outputs", "folder in which run folders are created", is_path=True)

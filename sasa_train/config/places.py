@@ -1,4 +1,4 @@
-"""The places of a run's images as seen from the directory in which it was trained; run.json and checkpoints name it."""
+"""The places of a run's images and teacher as seen from where it was trained, which run.json and checkpoints name."""
 
 import os
 import sys
@@ -24,8 +24,14 @@ def places(data: DataConfig) -> dict[str, str]:
     return {f"data.{name}": path for name in names if (path := getattr(data, name))}
 
 
+def places_of(config: TrainConfig) -> dict[str, str]:
+    """Return the paths of a run's images and of its teacher's file by their keys."""
+    teacher = config.distill.file
+    return places(config.data) | ({} if teacher is None else {"distill.teacher": teacher})
+
+
 def where_trained(config: TrainConfig, directory: Any, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Return a run's config with the relative places of its images, if they are there, taken from `directory`.
+    """Return a run's config with the relative places of its images and teacher, if there, taken from `directory`.
 
     Places that `overrides` give stay as they are, and so do those that are the same from the working directory.
 
@@ -35,7 +41,7 @@ def where_trained(config: TrainConfig, directory: Any, overrides: Sequence[str] 
     if not isinstance(directory, str) or not os.path.isabs(directory) or "data.name" in given:
         return config
     found = {}
-    for key, path in places(config.data).items():
+    for key, path in places_of(config).items():
         there = _joined(directory, path)
         if key not in given and os.path.exists(there) and real(there) != real(path):
             found[key] = there
@@ -50,14 +56,16 @@ def _joined(directory: str, path: str) -> str:
 
 def as_given(written: TrainConfig, seen: TrainConfig) -> dict[str, str]:
     """Return the places that `where_trained` changed, as written before, by their keys."""
-    now = places(seen.data)
-    return {key: path for key, path in places(written.data).items() if now[key] != path}
+    now = places_of(seen)
+    return {key: path for key, path in places_of(written).items() if now[key] != path}
 
 
 def tell_places(given: dict[str, str], seen: TrainConfig) -> None:
-    """Say on stderr what the places in `given` (see `as_given`) are."""
-    now = places(seen.data)
+    """Say on stderr what the places of images in `given` (see `as_given`) are."""
+    now = places(seen.data)  # only training reads the teacher, and it says which
     for key, path in given.items():
+        if key not in now:
+            continue
         say(f"{key}={printable(path)} is {printable(now[key])}, where the run was trained", sys.stderr)
 
 
@@ -66,8 +74,8 @@ def kept_places(config: TrainConfig, saved: TrainConfig, directory: Any) -> dict
 
     Empty if a place of `config` is relative to the working directory: both are written relative to one directory.
     """
-    now, before = places(config.data), places(where_trained(saved, directory).data)
+    now, before = places_of(config), places_of(where_trained(saved, directory))
     if config.data.name != saved.data.name or not all(map(os.path.isabs, now.values())):
         return {}
-    old = places(saved.data)
+    old = places_of(saved)
     return {key: old[key] for key, path in now.items() if key in old and before[key] == path != old[key]}

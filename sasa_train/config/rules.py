@@ -30,6 +30,7 @@ from sasa_train.config.keys import (
     PUBLISHED,
     SMALL_IMAGE,
     TARGETS,
+    TIMM_TEACHER,
     WEIGHTS_RULE,
     DataConfig,
     TrainConfig,
@@ -48,7 +49,9 @@ def validate(config: TrainConfig) -> None:
     """Raise ConfigError for values that violate a rule or are incompatible."""
     _check_url(config.data)
     check_values(config)
-    checks = (_of_code, _of_model, _of_lists, _of_data, _of_mode, _of_batches, _of_epochs, _of_imbalance)
+    checks = (
+        _of_code, _of_model, _of_lists, _of_data, _of_mode, _of_batches, _of_epochs, _of_imbalance, _of_distillation
+    )  # fmt: skip
     for is_kept, key, rule in itertools.chain.from_iterable(check(config) for check in checks):
         require(is_kept, key, attrgetter(key)(config), rule)
     _check_mixing(config, micro_batch_size(config.trainer, world_size=1))
@@ -303,6 +306,21 @@ def _of_epochs(config: TrainConfig) -> Rules:
     yield trainer.min_delta == 0 or trainer.patience is not None, "trainer.min_delta", rule
     rule = f"must not exceed trainer.epochs={trainer.epochs}"
     yield schedule.warmup_epochs <= trainer.epochs, "schedule.warmup_epochs", rule
+
+
+def _of_distillation(config: TrainConfig) -> Rules:
+    distill, defaults = config.distill, TrainConfig().distill
+    for name in ("weight", "kind", "temperature"):
+        is_default = getattr(distill, name) == getattr(defaults, name)
+        rule = "does nothing without distill.teacher; leave it out, or name a teacher"
+        yield distill.teacher is not None or is_default, f"distill.{name}", rule
+    is_soft = distill.kind == "soft" or distill.temperature == defaults.temperature
+    yield is_soft, "distill.temperature", f"is for distill.kind=soft, not {distill.kind}; leave it out"
+    rule = "must be timm:NAME or timm:NAME.TAG, as in timm:resnet50.a1_in1k"
+    yield distill.teacher != TIMM_TEACHER, "distill.teacher", rule
+    rule = "counts the student's memory alone; with distill.teacher, give a number"
+    is_auto = config.trainer.micro_batch_size == "auto"
+    yield distill.teacher is None or not is_auto, "trainer.micro_batch_size", rule
 
 
 def check_world_size(config: TrainConfig, world_size: int) -> None:

@@ -36,6 +36,7 @@ from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, load_checkp
 from sasa_train.runs.info import read_info, read_info_or_raise, update_info
 from sasa_train.runs.metrics import end_of, is_out_of_patience, parse_log
 from sasa_train.runs.source import similar_runs
+from sasa_train.runs.teacher import teacher_file
 from sasa_train.runs.weights import sha256_of, weights_file
 from sasa_train.terminal import printable, some, warn
 
@@ -366,6 +367,7 @@ def check_trajectory(checkpoint: dict[str, Any], config: TrainConfig, path: Path
     check_step(checkpoint, saved, config, path)
     check_average(checkpoint, saved, path)
     check_pretrained(checkpoint, config, path)
+    check_teacher_file(checkpoint, config, path)
 
 
 def check_code(checkpoint: dict[str, Any], config: TrainConfig, path: Path) -> None:
@@ -449,6 +451,28 @@ def check_pretrained(checkpoint: dict[str, Any], config: TrainConfig, path: Path
         raise ConfigError(
             f"model.pretrained={printable(source)}: its content is not what {path} began with; for a run that begins "
             f"with it give another run_name, or resume=never; to continue all the same: {_allow(['model.pretrained'])}"
+        )
+
+
+def check_teacher_file(checkpoint: dict[str, Any], config: TrainConfig, path: Path) -> None:
+    """Raise ConfigError if the teacher's file, which may have moved, is not that which the run was trained with."""
+    if config.distill.file is None:
+        return
+    try:
+        now = sha256_of(teacher_file(config.distill))
+    except (ConfigError, OSError):
+        return  # a finished run needs no teacher, and training refuses it
+    check_teacher(checkpoint, config, path, now)
+
+
+def check_teacher(checkpoint: dict[str, Any], config: TrainConfig, path: Path, now: str) -> None:
+    """Raise ConfigError if `now`, the SHA-256 of the teacher's weights, is not the checkpoint's, unless allowed."""
+    before = checkpoint["provenance"].get("teacher_sha256")
+    if before not in (None, now) and "distill.teacher" not in config.allow_config_change:
+        raise ConfigError(
+            f"distill.teacher={printable(str(config.distill.teacher))}: is not the teacher that {path} was trained "
+            f"with (sha256 {now[:12]}, and was {before[:12]}); bring that one back; for a run with this one give "
+            f"another run_name, or resume=never; to continue all the same: {_allow(['distill.teacher'])}"
         )
 
 

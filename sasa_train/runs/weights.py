@@ -85,7 +85,7 @@ def _published(config: TrainConfig, source: str) -> Weights:
         classes if _are_names(classes) else None,
         image_size=as_image_size(*described["input_size"][-2:]),
         preprocessing=stated_by_timm(described),
-        sha256=_digest(state_dict),
+        sha256=digest_of(state_dict),
     )
 
 
@@ -175,12 +175,12 @@ def _of_safetensors(path: Path) -> Weights:
     # sasa-export writes classes and config to the metadata; a hub folder's config.json also has classes, preprocessing.
     described, state_dict = read_safetensors(path)
     of_hub = bytes_of(path.with_name("config.json")) or ""
-    classes = _class_names(described.get("classes", "")) or _class_names(of_hub)
+    classes = class_names(described.get("classes", "")) or class_names(of_hub)
     model, size, stated = _stated(described["config"]) if "config" in described else ({}, None, {})
     return Weights(_tensors(clean_state_dict(state_dict)), classes, model, size, stated or stated_by_json(of_hub))
 
 
-def _class_names(text: str | bytes) -> list[str] | None:
+def class_names(text: str | bytes) -> list[str] | None:
     """Parse class names from a JSON list or from `label_names` in timm's config.json; return None otherwise."""
     try:
         found = json.loads(text)
@@ -203,7 +203,8 @@ def _tensors(content: dict[Any, Any]) -> StateDict:
     return {name: value for name, value in _named(content).items() if is_dense(value)}
 
 
-def _digest(state_dict: StateDict) -> str:
+def digest_of(state_dict: StateDict) -> str:
+    """Return the SHA-256 of tensors and their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state_dict.items()):
         digest.update(name.encode())

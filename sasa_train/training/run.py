@@ -54,6 +54,7 @@ from sasa_train.training.announce import (
     describe_stop,
     why_early,
 )
+from sasa_train.training.distillation import Teacher, load_teacher_together
 from sasa_train.training.freezing import freeze
 from sasa_train.training.hooks import OwnCodeError, load_hooks
 from sasa_train.training.loop import Loop
@@ -141,12 +142,16 @@ def train_in_folder(plan: RunPlan, run: RunFolder, stop: StopRequest) -> Ended:
         config, preprocessing = with_preprocessing(plan.config, weights.preprocessing)
         plan = dataclasses.replace(plan, config=config)
         run.write_config(config)
+    teacher = load_teacher_together(plan, run)
     loaders = load_together(plan, run)
+    if teacher is not None:
+        teacher.match_together(loaders.classes)
     collectives.everywhere(lambda: check_loss(plan, len(loaders.classes)), ConfigError)
     say(describe_keys(plan.config, run.path))
     plan = dataclasses.replace(plan, steps_per_epoch=loaders.train.plan.steps_per_epoch)
     run.provenance, difference = provenance(run.as_written(plan.config))
     run.provenance |= tracker_id(run, plan.config.logger)
+    run.provenance |= {} if teacher is None else {"teacher_sha256": teacher.sha256}
     if run.given and run.checkpoint is not None:
         run.provenance["directory"] = run.checkpoint["provenance"]["directory"]
     # The seed is set here, so that the initial weights do not depend on random numbers drawn earlier.
@@ -154,7 +159,7 @@ def train_in_folder(plan: RunPlan, run: RunFolder, stop: StopRequest) -> Ended:
     model = build_model(plan.config.model, len(loaders.classes), plan.input_size)
     begin_with(weights, model, loaders.classes, run, plan.config, preprocessing)
     del weights  # they take as much memory as the model
-    stepper = build_stepper(plan, model, loaders.class_weights)
+    stepper = build_stepper(plan, model, loaders.class_weights, teacher)
     compile_together(plan, model)
     note_conditions(plan, model, run)
     collectives.everywhere(lambda: continue_from(run, stepper.state, plan.config), ConfigError)
@@ -251,7 +256,9 @@ def note_conditions(plan: RunPlan, model: nn.Module, run: RunFolder) -> None:
         warn("\n  ".join(["changed since the checkpoint was written:", *changes]))
 
 
-def build_stepper(plan: RunPlan, model: nn.Module, class_weights: np.ndarray | None = None) -> Stepper:
+def build_stepper(
+    plan: RunPlan, model: nn.Module, class_weights: np.ndarray | None = None, teacher: Teacher | None = None
+) -> Stepper:
     """Build the training state and the stepper for a model."""
     if plan.trainer.grad_checkpointing:
         enable_grad_checkpointing(model)
@@ -259,7 +266,8 @@ def build_stepper(plan: RunPlan, model: nn.Module, class_weights: np.ndarray | N
         model = convert_sync_batchnorm(model)
     freeze(model, plan.trainer.train_only)
     state = build_state(plan.config, model, plan.device)
-    return Stepper(plan, state, build_schedule(plan.config, state.optimizer, plan.steps_per_epoch), class_weights)
+    schedule = build_schedule(plan.config, state.optimizer, plan.steps_per_epoch)
+    return Stepper(plan, state, schedule, class_weights, teacher)
 
 
 def compile_together(plan: RunPlan, model: nn.Module) -> None:

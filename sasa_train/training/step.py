@@ -21,6 +21,7 @@ from sasa_train.config.keys import TrainerConfig
 from sasa_train.data.randomness import seed_step
 from sasa_train.device import RunPlan
 from sasa_train.processes import collectives
+from sasa_train.training.distillation import Teacher
 from sasa_train.training.evaluation import Batches, batch_norms
 from sasa_train.training.freezing import set_to_train
 from sasa_train.training.imbalance import WeightedLoss, focal_loss, scale_gradients
@@ -33,12 +34,20 @@ from sasa_train.training.state import TrainState
 class Stepper:
     """The parts of a training step that checkpoints do not contain: the compiled forward pass, loss and schedule."""
 
-    def __init__(self, plan: RunPlan, state: TrainState, schedule: Scheduler, class_weights: np.ndarray | None = None):
+    def __init__(
+        self,
+        plan: RunPlan,
+        state: TrainState,
+        schedule: Scheduler,
+        class_weights: np.ndarray | None = None,
+        teacher: Teacher | None = None,
+    ):
         self.plan, self.state, self.schedule = plan, state, schedule
         self.config = config = plan.trainer
         self.shared = collectives.share_gradients(state.model)
         self.forward = torch.compile(self.shared) if config.compile else self.shared
         self.criterion = build_criterion(config, state.device, class_weights)
+        self.teacher = teacher if plan.config.distill.weight > 0 else None
         # Only torch's fused optimizers take `found_inf`; timm's lookahead just copies the defaults of the one it wraps.
         is_torchs = type(state.optimizer).__module__.startswith("torch.optim.")
         is_late = plan.device.type == "cuda" and is_torchs and bool(state.optimizer.defaults.get("fused"))
@@ -75,6 +84,8 @@ class Stepper:
                 with plan.autocast():
                     logits = self.forward(images)
                     loss = self.criterion(logits.float(), labels)
+                    if self.teacher is not None:
+                        loss = self.teacher.added_to(loss, logits.float(), images)
                 self.loss_watch.begin(loss, state.step, number)
                 losses.append(loss.detach())
                 with frozen_running_stats(state.model) if config.grad_checkpointing else contextlib.nullcontext():
