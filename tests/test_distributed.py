@@ -15,6 +15,7 @@ from making_data import make_image_folder
 from marking import slow_but_for
 from reading_runs import assert_same_run, last, rows
 from running_commands import launch
+from writing_runs import write_teacher
 
 from sasa_train.config.compose import compose_config
 from sasa_train.config.derived import accumulation, micro_batch_size
@@ -27,20 +28,24 @@ from sasa_train.processes.collectives import restart_warning
 from sasa_train.refusal import ConfigError
 from sasa_train.train import read_config
 
-# With 38 digits, batches of 12 give 3 steps per epoch and 6 in all. The model has no batch statistics, and all kinds
-# of augmentation are on. The class weights differ much, so that a mean over a process's own images would be noticed.
+# With 38 digits, batches of 12 give 3 steps per epoch and 6 in all. The model has no batch statistics, all kinds of
+# augmentation are on, and a teacher has half of the loss. The class weights differ much, so that a mean over a
+# process's own images would be noticed.
 RUN = (
     "model=timm", "model.name=convnext_atto", "data=digits", "data.image_size=32", "data.max_train_images=38",
     "data.max_val_images=31", "augment.policy=trivial_augment", "augment.brightness=0.3", "augment.erasing_prob=0.5",
     "trainer.global_batch_size=12", "trainer.grad_accum_steps=2", "trainer.epochs=2", "trainer.ema_decay=0.9",
     "trainer.class_weights={0: 9, 1: 9, 2: 9, 3: 0.1}",
     "trainer.log_every_steps=1", "trainer.checkpoint_every_steps=1", "data.num_workers=0", "output_dir=out",
+    "distill.teacher=teacher.safetensors",
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("runs")
+    folder = tmp_path_factory.mktemp("runs")
+    write_teacher(folder / "teacher.safetensors", map(str, range(10)), "experiment=debug", "model=conv_resnet26")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +58,7 @@ def undisturbed(folder) -> Callable[[int], Path]:
         assert code == 0, said
         assert said.count("step 6/6") == 1 and said.count("next        sasa-report out/") == 1, said
         cut = "12 = 2 x 6 images" if n == 1 else f"12 = {n} processes x 2 x {6 // n} images"
-        assert cut in said and "arning" not in said, said
+        assert cut in said and "arning" not in said and said.count("teacher     conv_resnet26") == 1, said
         return folder / f"out/{n}"
 
     return run_by

@@ -78,9 +78,9 @@ def filled(folder, steps=(1, 2, 3, 4, 5), keep=2, best=(2,)) -> Checkpoints:
 
 def write_teacher(path: Path, classes, *overrides: str, seed: int = 0) -> torch.nn.Module:
     """Write a model as sasa-export does, with random weights; return it in eval mode."""
-    config = compose_config(list(overrides))
+    config, classes = compose_config(list(overrides)), list(classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_model(config.model, len(classes), input_size(config.data)).eval()
-    save_file(model.state_dict(), path, {"config": to_yaml(config), "classes": json.dumps(list(classes))})
+    save_file(model.state_dict(), path, {"config": to_yaml(config), "classes": json.dumps(classes)})
     return model
