@@ -7,7 +7,7 @@ every row of metrics.jsonl (except timings) must be identical to those of the un
 
 The embedded digits are written as class folders and as tar shards. The disturbed runs alternate between data held
 in memory and streaming with 0, 1 or 3 workers, from folders and from shards; the undisturbed run uses the first of
-these modes. The recipes together cover the framework's augmentations, losses, optimizers and samplers. All of them use
+these modes. The recipes together cover the framework's augmentations, losses, optimizers, samplers and teachers. All of them use
 a moving average, drop path, accumulation and mixing.
 
 usage: python scripts/chaos.py [--faults 20] [--kinds KIND,...] [--recipe rand|trivial|large|...] [--seed 0]
@@ -70,6 +70,7 @@ RECIPES = {  # overrides, separated by spaces
         data.sampler=balanced trainer.class_weights={0:3,7:0.25} trainer.loss=focal augment.policy=trivial_augment
         trainer.grad_clip_norm=1.0
     """,
+    "distill": "augment.policy=trivial_augment distill.temperature=2 data.val_image_size=12",  # see `add_teacher`
 }
 RESIDENT = ["data.resident=auto", "data.num_workers=0"]  # large images are still streamed
 STREAMED = [["data.resident=false", f"data.num_workers={n}"] for n in (0, 1, 3)]
@@ -503,6 +504,8 @@ def main() -> int:
 def disturb(chaos: Chaos, kinds: list[str], num_faults: int) -> tuple[Counter, Counter]:
     """Inject `num_faults` faults, cycling through the kinds, in as many runs as needed; return the counts by kind."""
     write_digits(chaos.folder)
+    if any("distill." in override for override in chaos.overrides):
+        add_teacher(chaos)
     chaos.end(chaos.start(name="whole", mode=MODES[0]), (0,))
     print(f"a run never disturbed: {len(read_rows(chaos.whole))} rows", flush=True)
     tried, failed, num_runs, kind = Counter[str](), Counter[str](), 0, kinds[0]
@@ -528,6 +531,14 @@ def disturb(chaos: Chaos, kinds: list[str], num_faults: int) -> tuple[Counter, C
         f"{num_runs} runs, {tried.total()} faults: every tensor of last.pt and best.pt and every row of metrics.jsonl"
     )
     return tried, failed
+
+
+def add_teacher(chaos: Chaos) -> None:
+    """Train a convolutional net for one epoch, and let all other runs imitate it."""
+    overrides = chaos.overrides
+    chaos.overrides = ["model=conv_resnet26", "trainer.epochs=1", "augment.mix_off_epochs=0"]
+    chaos.end(chaos.start(name="teacher", mode=MODES[0]), (0,))
+    chaos.overrides = [*overrides, f"distill.teacher={chaos.folder / 'teacher'}"]
 
 
 def print_table(tried: Counter, failed: Counter) -> None:

@@ -24,7 +24,7 @@ from sasa_train.data.transforms import Normalize
 from sasa_train.device import RunPlan
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.teacher import TeacherSource
-from sasa_train.training.distillation import Teacher, distillation_loss
+from sasa_train.training.distillation import Teacher, distillation_losses
 
 DIGITS = [str(digit) for digit in range(10)]
 CONV = ("experiment=debug", "model=conv_resnet26")
@@ -70,7 +70,7 @@ def test_losses_and_gradients_are_those_on_paper(kind, temperature):
     student, teacher = (3 * torch.randn(6, 5, generator=generator) for _ in range(2))
     keys = [f"distill.kind={kind}", f"distill.temperature={temperature}"]
     config = compose_config(["distill.teacher=x", *keys]).distill
-    loss = distillation_loss(student.requires_grad_(), teacher, config)
+    loss = distillation_losses(student.requires_grad_(), teacher, config).mean()
     loss.backward()
     expected, gradient = 0.0, []
     for ours, theirs in zip(student.double().tolist(), teacher.double().tolist(), strict=True):
@@ -115,7 +115,7 @@ def test_the_teacher_sees_its_own_normalisation_and_size(teacher_of, name, size)
     # The training loss is the weighted sum; gradients reach the student's logits alone.
     logits, loss = torch.randn(4, 3, requires_grad=True), torch.tensor(2.0)
     added = teacher.added_to(loss, logits, images.requires_grad_())
-    assert added.item() == pytest.approx(1.5 + 0.25 * distillation_loss(logits, expected, teacher.config).item(), 1e-5)
+    assert added.item() == pytest.approx(1.5 + 0.25 * distillation_losses(logits, expected, teacher.config).mean().item(), 1e-5)
     added.backward()
     assert logits.grad is not None and images.grad is None
     # Other classes are left out, and another order is the run's.

@@ -112,23 +112,27 @@ class Teacher:
         logits = self.model(images).float()
         return logits if self.columns is None else logits[:, self.columns]
 
-    def added_to(self, loss: Tensor, logits: Tensor, images: Tensor) -> Tensor:
-        """Return the training loss: that of the labels, `loss`, and the teacher's term, by `distill.weight`."""
-        weight = self.config.weight
-        return (1 - weight) * loss + weight * distillation_loss(logits, self.logits(images), self.config)
+    def added_to(self, loss: Tensor, logits: Tensor, images: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return the training loss: that of the labels, `loss`, and the teacher's term, by `distill.weight`.
+
+        weights: of the images, [B], as in `loss` (`trainer.class_weights`).
+        """
+        losses = distillation_losses(logits, self.logits(images), self.config)
+        mean = (losses if weights is None else weights * losses).mean()
+        return (1 - self.config.weight) * loss + self.config.weight * mean
 
 
-def distillation_loss(logits: Tensor, of_teacher: Tensor, config: DistillConfig) -> Tensor:
-    """Return the mean over images of the teacher's term, for float32 logits [B, num_classes].
+def distillation_losses(logits: Tensor, of_teacher: Tensor, config: DistillConfig) -> Tensor:
+    """Return the teacher's term for each image, [B], for float32 logits [B, num_classes].
 
     soft: T^2 x KL(teacher || student) of softmax(logits / T) (arXiv 1503.02531); hard: cross-entropy with the teacher's
     most probable class, as DeiT's (arXiv 2012.12877). DeiT's code divides the former by the number of classes, too; its
     paper does not.
     """
     if config.kind == "hard":
-        return F.cross_entropy(logits, of_teacher.argmax(1))
+        return F.cross_entropy(logits, of_teacher.argmax(1), reduction="none")
     student, teacher = (F.log_softmax(each / config.temperature, 1) for each in (logits, of_teacher))
-    return config.temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return config.temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
 
 
 def renormalisation(

@@ -34,10 +34,14 @@ class WeightedLoss:
         self.total = weights.new_zeros(())
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        # Not a matrix product, which autocast would round.
-        of_images = self.weights[labels] if labels.ndim == 1 else (labels * self.weights).sum(1)
+        of_images = self.of_images(labels)
         self.total = self.total + of_images.detach().sum()
         return (of_images * self.loss(logits, labels)).mean()
+
+    def of_images(self, labels: Tensor) -> Tensor:
+        """Return the weights of images by their labels, [B]."""
+        # Not a matrix product, which autocast would round.
+        return self.weights[labels] if labels.ndim == 1 else (labels * self.weights).sum(1)
 
     def factor(self, num_images: int) -> Tensor:
         """Return `num_images` over the sum of their weights in all processes, without waiting for the device.

@@ -85,7 +85,8 @@ class Stepper:
                     logits = self.forward(images)
                     loss = self.criterion(logits.float(), labels)
                     if self.teacher is not None:
-                        loss = self.teacher.added_to(loss, logits.float(), images)
+                        weights = self.criterion.of_images(labels) if isinstance(self.criterion, WeightedLoss) else None
+                        loss = self.teacher.added_to(loss, logits.float(), images, weights)
                 self.loss_watch.begin(loss, state.step, number)
                 losses.append(loss.detach())
                 with frozen_running_stats(state.model) if config.grad_checkpointing else contextlib.nullcontext():
