@@ -7,8 +7,8 @@ every row of metrics.jsonl (except timings) must be identical to those of the un
 
 The embedded digits are written as class folders and as tar shards. The disturbed runs alternate between data held
 in memory and streaming with 0, 1 or 3 workers, from folders and from shards; the undisturbed run uses the first of
-these modes. The recipes together cover the framework's augmentations, losses, optimizers, samplers and teachers. All of them use
-a moving average, drop path, accumulation and mixing.
+these modes. The recipes together cover the framework's augmentations, losses, optimizers, samplers and teachers. All
+of them use a moving average, drop path, accumulation and mixing.
 
 usage: python scripts/chaos.py [--faults 20] [--kinds KIND,...] [--recipe rand|trivial|large|...] [--seed 0]
                                [--tally FILE.json] [--keep FOLDER] [key=value ...]
@@ -69,6 +69,10 @@ RECIPES = {  # overrides, separated by spaces
     "imbalance": """
         data.sampler=balanced trainer.class_weights={0:3,7:0.25} trainer.loss=focal augment.policy=trivial_augment
         trainer.grad_clip_norm=1.0
+    """,
+    "part": """
+        trainer.train_only=[classifier,layer3,layer4] trainer.best_metric=f1_macro trainer.patience=2
+        trainer.min_delta=3 augment.policy=rand_augment trainer.grad_checkpointing=true
     """,
     "distill": "augment.policy=trivial_augment distill.temperature=2 data.val_image_size=12",  # see `add_teacher`
 }

@@ -115,9 +115,11 @@ def test_the_teacher_sees_its_own_normalisation_and_size(teacher_of, name, size)
     # The training loss is the weighted sum; gradients reach the student's logits alone.
     logits, loss = torch.randn(4, 3, requires_grad=True), torch.tensor(2.0)
     added = teacher.added_to(loss, logits, images.requires_grad_())
-    assert added.item() == pytest.approx(
-        1.5 + 0.25 * distillation_losses(logits, expected, teacher.config).mean().item(), 1e-5
-    )
+    losses = distillation_losses(logits, expected, teacher.config)
+    assert added.item() == pytest.approx(1.5 + 0.25 * losses.mean().item(), 1e-5)
+    weights = torch.tensor([1.0, 0.5, 3.0, 2.0])
+    of_weighted = teacher.added_to(loss, logits, images, weights)
+    assert of_weighted.item() == pytest.approx(1.5 + 0.25 * (weights * losses).mean().item(), 1e-5)
     added.backward()
     assert logits.grad is not None and images.grad is None
     # Other classes are left out, and another order is the run's.

@@ -176,7 +176,14 @@ def figures_of(val: "Val", result: "Evaluation") -> dict[str, Any]:
         "f1_macro": result.f1_macro,
         "balanced_accuracy": result.balanced_accuracy,
         "classes": [
-            {"name": name, "num_images": images, "num_right": hits, **scores._asdict()}
+            {
+                "name": name,
+                "num_images": images,
+                "num_right": hits,
+                "precision": scores.precision,
+                "recall": scores.recall,
+                "f1": scores.f1,
+            }
             for name, images, hits, scores in counts
         ],
         "unreadable": val.loader.quarantine.found,
