@@ -23,7 +23,10 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command(
-        "sasa_train.train", "train a model, or go on", "configs", ("--multirun -m", "--cfg", "--help", "--version")
+        "sasa_train.train",
+        "train a model, or go on",
+        "configs",
+        ("--multirun -m", "--cfg", "--plan", "--help", "--version"),
     ),
     "evaluate": Command("sasa_train.evaluate", "top1, top5 and loss of a checkpoint on val", "runs"),
     "predict": Command("sasa_train.predict", "classes of image files, by a checkpoint", "runs"),

@@ -74,6 +74,7 @@ class RunPlan:
     rank: int = field(default_factory=rank)
     world_size: int = field(default_factory=world_size)
     steps_per_epoch: int = 0  # 0 until the data set is known
+    step_flops: int | None = None  # of a training step over all processes; None if unknown or not countable
 
     @property
     def trainer(self) -> TrainerConfig:
@@ -103,7 +104,7 @@ class RunPlan:
     @property
     def num_steps(self) -> int:
         """Total number of steps in the run."""
-        return total_steps(self.config, self.steps_per_epoch)
+        return total_steps(self.config, self.steps_per_epoch, self.step_flops)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return autocast(self.device, self.trainer.precision)

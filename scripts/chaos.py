@@ -83,7 +83,7 @@ MODES: list[Mode] = [
     ("folders", RESIDENT), ("folders", STREAMED[1]), ("shards", STREAMED[2]),
     ("shards", RESIDENT), ("folders", STREAMED[2]), ("shards", STREAMED[0]),
 ]  # fmt: skip
-TIMINGS = {"images_per_sec", "data_wait_fraction", "memory_mib", "seconds"}
+TIMINGS = {"images_per_sec", "tflops", "mfu", "data_wait_fraction", "memory_mib", "seconds"}
 # Parts of a checkpoint that contain timings, or where and how it was written.
 NOT_COMPARED = {"seconds", "config", "metrics", "provenance", "fingerprint", "best_sha256"}
 STEPS_PER_EPOCH = 25

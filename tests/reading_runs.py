@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sasa_train.runs.checkpoint import load_checkpoint
 
-TIMINGS = ("images_per_sec", "data_wait_fraction", "memory_mib", "seconds")
+TIMINGS = ("images_per_sec", "tflops", "mfu", "data_wait_fraction", "memory_mib", "seconds")
 
 
 def rows(run_dir: Path) -> list[dict]:

@@ -13,6 +13,7 @@ from sasa_train.config.keys import (
     TrainConfig,
     TrainerConfig,
 )
+from sasa_train.refusal import require
 
 InputSize = tuple[int, int, int]  # channels, height and width of the model's input
 
@@ -110,9 +111,28 @@ def accumulation(trainer: TrainerConfig, world_size: int) -> int:
     return trainer.global_batch_size // (world_size * micro_batch_size(trainer, world_size))
 
 
-def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
-    planned = config.trainer.epochs * steps_per_epoch
-    return min(planned, config.trainer.max_steps or planned)
+def total_steps(config: TrainConfig, steps_per_epoch: int, step_flops: int | None = None) -> int:
+    """Return the number of steps of a run; `step_flops` (see models/counting.py) is needed for trainer.max_pflops."""
+    trainer = config.trainer
+    ends = [trainer.epochs * steps_per_epoch, trainer.max_steps, bought_steps(trainer, step_flops)]
+    return min(end for end in ends if end is not None)
+
+
+def bought_steps(trainer: TrainerConfig, step_flops: int | None) -> int | None:
+    """Return the number of whole steps that trainer.max_pflops buys, or None if it is not set.
+
+    Raises:
+        ConfigError: it is less than one step.
+    """
+    if trainer.max_pflops is None:
+        return None
+    if not step_flops:
+        raise ValueError("trainer.max_pflops is set, but the FLOPs of a step are not given")
+    # Rounding to whole FLOPs first lets a budget that was written for a number of steps buy that number.
+    steps = round(trainer.max_pflops * 1e15) // step_flops
+    least = f"must buy a step of {trainer.global_batch_size} images, so at least {step_flops / 1e15 * 1.0001:.4g}"
+    require(steps > 0, "trainer.max_pflops", f"{trainer.max_pflops:g}", least)
+    return steps
 
 
 def with_micro_batch_size(trainer: TrainerConfig, micro_batch_size: int) -> TrainerConfig:

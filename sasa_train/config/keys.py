@@ -260,6 +260,11 @@ class AugmentConfig:
 class TrainerConfig:
     epochs: int = key(100, "passes over the training images; each epoch drops its incomplete last batch", above=0)
     max_steps: int | None = key(None, "end the run and its lr schedule after this many steps", above=0)
+    max_pflops: float | None = key(
+        None,
+        "likewise, after the steps that this many PFLOPs (10^15) of training buy, rounded down",
+        above=0,
+    )
     max_hours: float | None = local_key(None, "save and exit with code 75 after this many hours", above=0)
     global_batch_size: int = key(256, "images per step, over all devices and micro-batches", above=0, at_most=2**24)
     grad_accum_steps: int = key(1, "micro-batches per step and process; must divide global_batch_size", above=0)
@@ -320,6 +325,9 @@ class TrainerConfig:
         "stop", "what to do if a checkpoint cannot be written; continue: train on, retry", choices=("stop", "continue")
     )
     log_histograms: bool = local_key(False, "write histograms of all weights to TensorBoard at each evaluation")
+    peak_tflops: float | None = local_key(
+        None, "peak TFLOP/s of one device, for mfu in train rows; null: a known NVIDIA GPU's at this precision", above=0
+    )
     profile_steps: int = local_key(0, "profile this many steps soon after a start, into the run folder", at_least=0)
     keep_checkpoints: int = local_key(3, "step-numbered checkpoints to keep in addition to last and best", at_least=0)
     device: str = local_key("auto", "auto: cuda if there is a GPU, otherwise cpu", choices=("auto", "cpu", "cuda"))

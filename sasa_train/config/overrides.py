@@ -39,6 +39,7 @@ OTHER_NAMES = {
     "size": "data.image_size",
     "workers": "data.num_workers", "data_dir": "data.root", "data_path": "data.root", "dataset": "data.root",
     "num_epochs": "trainer.epochs", "max_epochs": "trainer.epochs", "steps": "trainer.max_steps",
+    "max_flops": "trainer.max_pflops",
     "amp": "trainer.precision", "fp16": "trainer.precision", "bf16": "trainer.precision", "ema": "trainer.ema_decay",
     "clip_grad": "trainer.grad_clip_norm", "smoothing": "trainer.label_smoothing", "arch": "model.name",
     "drop_path": "model.drop_path_rate", "aa": "augment.policy", "output": "output_dir", "name": "run_name",

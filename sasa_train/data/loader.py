@@ -40,6 +40,7 @@ from sasa_train.data.transforms import Augment, Normalize, pixel_type
 from sasa_train.data.workers import check_shared_memory
 from sasa_train.device import RunPlan
 from sasa_train.machine import available_memory, usable_processors
+from sasa_train.models.counting import bought_flops
 from sasa_train.processes.ranks import local_rank, local_world_size, world_size
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import printable, some, warn
@@ -144,7 +145,10 @@ def _build_loader(config: TrainConfig, images: ImageSet, device: torch.device, i
     # Val uses none of the transforms, and the user's own code for train need not be there.
     transforms = config.augment if split == "train" else dataclasses.replace(config.augment, target=None)
     augment = Augment(data, transforms, config.seed, mean)
-    mixed_steps = total_steps(config, plan.steps_per_epoch) - config.augment.mix_off_epochs * plan.steps_per_epoch
+    mixed_steps = 0
+    if split == "train":
+        num_steps = total_steps(config, plan.steps_per_epoch, bought_flops(config, len(images.classes)))
+        mixed_steps = num_steps - config.augment.mix_off_epochs * plan.steps_per_epoch
     mixing = Mixing(config.augment, len(images.classes), config.seed, mixed_steps)
     quarantine = Quarantine(split, len(images), config.data.max_unreadable, images)
     if split == "val":

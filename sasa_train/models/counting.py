@@ -8,7 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sasa_train.config.derived import InputSize, as_input_size
+from sasa_train.config.derived import InputSize, as_input_size, input_size
+from sasa_train.config.keys import ModelConfig, TrainConfig
+from sasa_train.models.build import build_model
+from sasa_train.refusal import ConfigError, shorten
+
+_counted: dict[tuple[str, int, InputSize], int] = {}  # what `count_forward` has counted before
 
 
 @dataclass
@@ -39,6 +44,70 @@ def count_flops(model: nn.Module, size: int | InputSize) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.eval()(torch.empty(1, *as_input_size(size), device=device))
     return counter.get_total_flops()
+
+
+def count_forward(config: ModelConfig, num_classes: int, size: InputSize) -> int:
+    """Count the FLOPs of a configured model's forward pass of one image; see `count_flops`.
+
+    Raises:
+        ConfigError: the model cannot be built, or its FLOPs cannot be counted, as in code of the user's own.
+    """
+    is_own, key = config.target is not None, (repr(config), num_classes, size)
+    if is_own or key not in _counted:  # code of the user's own may be another the next time
+        flops = _count_own(config, num_classes, size) if is_own else _count_on(config, num_classes, size, "meta")
+        if not flops:
+            raise ConfigError(f"{_described(config)}: no FLOPs are found, as in operators that torch cannot count")
+        _counted[key] = flops
+    return _counted[key]
+
+
+def _count_on(config: ModelConfig, num_classes: int, size: InputSize, device: str) -> int:
+    with torch.device(device):
+        return count_flops(build_model(config, num_classes, size), size)
+
+
+def _count_own(config: ModelConfig, num_classes: int, size: InputSize) -> int:
+    """Do the same for a model of the user's own, which may need the CPU to be built or run."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            return _count_on(config, num_classes, size, "meta")
+        except Exception:  # such as .item() of a tensor without a value
+            try:
+                return _count_on(config, num_classes, size, "cpu")
+            except Exception as error:
+                reason = shorten((str(error).splitlines() or [type(error).__name__])[0])
+                raise ConfigError(f"{_described(config)}: its FLOPs cannot be counted ({reason})") from error
+
+
+def _described(config: ModelConfig) -> str:
+    return f"model.name={config.name}" if config.target is None else f"model.target={config.target}"
+
+
+def step_flops(config: TrainConfig, num_classes: int) -> int:
+    """Count the FLOPs of a training step on the global batch: three forward passes, as backward takes twice one.
+
+    The forward passes that grad_checkpointing repeats, and those of a distillation teacher, are not counted.
+
+    Raises:
+        ConfigError: see `count_forward`.
+    """
+    return 3 * config.trainer.global_batch_size * count_forward(config.model, num_classes, input_size(config.data))
+
+
+def bought_flops(config: TrainConfig, num_classes: int) -> int | None:
+    """Return the FLOPs of a step if trainer.max_pflops, for which `total_steps` needs them, is set; otherwise None.
+
+    Raises:
+        ConfigError: they cannot be counted.
+    """
+    if config.trainer.max_pflops is None:
+        return None
+    try:
+        return step_flops(config, num_classes)
+    except ConfigError as error:
+        raise ConfigError(
+            f"trainer.max_pflops={config.trainer.max_pflops:g}: {error}; use trainer.max_steps instead"
+        ) from error
 
 
 def count_layers(model: nn.Module, size: int | InputSize) -> list[Layer]:

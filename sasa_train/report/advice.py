@@ -47,7 +47,8 @@ def _what_helps(job: Job, val: list[dict], noise: float, is_alike: bool) -> str:
     noise: points of top1 that two evaluations may differ by chance.
     """
     assert job.config is not None
-    key = "trainer.epochs" if job.config.trainer.max_steps is None else "trainer.max_steps"
+    ends = (name for name in ("max_pflops", "max_steps") if getattr(job.config.trainer, name) is not None)
+    key = f"trainer.{next(ends, 'epochs')}"
     if len(val) < LATE:
         return f"{len(val)} evaluations with a loss are too few to say what helps: more epochs ({key}=...) tell"
     if job.state != "done":

@@ -295,6 +295,7 @@ def _wrong_end(job: Job) -> str | None:
         )
     # An older version did not record the end.
     is_early = row["epoch"] < trainer.epochs and row["step"] < (trainer.max_steps or math.inf)
+    is_early = is_early and trainer.max_pflops is None
     if is_early and status != "stopped":
         return (
             f"its last val row is of epoch {row['epoch']} of {trainer.epochs}, but run.json says that the run finished"

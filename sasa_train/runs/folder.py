@@ -30,6 +30,7 @@ from sasa_train.files import (
     unfinished,
     write_atomic,
 )
+from sasa_train.models.counting import bought_flops
 from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import ConfigError, ExpectedFailure
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, load_checkpoint
@@ -247,6 +248,32 @@ def _choose_folder(config: TrainConfig, wanted: Path) -> tuple[Path, dict[str, A
         raise ConfigError(f"output_dir={config.output_dir}: {wanted} cannot be made ({error.strerror})") from error
 
 
+def look_at_run(config: TrainConfig, run_name: str) -> RunFolder:
+    """Find the run as `open_run` does, without making or locking its folder, or writing to it.
+
+    Raises:
+        ConfigError: as in `open_run`.
+        CheckpointError: the checkpoint to continue from is damaged.
+    """
+    wanted, source = Path(config.output_dir) / run_name, Path(config.resume)
+    given, path = None, wanted
+    if config.resume not in ("auto", "never") and not is_there(source, stat.S_ISDIR):
+        path = _folder_started_from(wanted, config.resume) or next(p for p in _numbered(wanted) if not is_there(p))
+        given = None if is_there(path) else _load_given(config)
+    elif config.resume == "never":
+        path = next(p for p in _numbered(wanted) if not is_there(p))
+    elif config.resume != "auto":
+        path = source
+    if is_there(path):
+        check_entries(path)
+    if is_there(path / "checkpoints/last.pt"):
+        given = load_checkpoint(path / "checkpoints/last.pt")
+        check_trajectory(given, config, path)
+    elif config.resume != "auto" and path == source:
+        raise ConfigError(f"resume={config.resume}: the folder has no checkpoint to continue from")
+    return RunFolder(path, None, Checkpoints(path / "checkpoints", 0), given)
+
+
 def _load_given(config: TrainConfig) -> dict[str, Any]:
     """Load the checkpoint given by `resume`, without its best result and metrics, which stay in the old folder."""
     source = Path(config.resume)
@@ -390,7 +417,8 @@ def check_code(checkpoint: dict[str, Any], config: TrainConfig, path: Path) -> N
 def check_step(checkpoint: dict[str, Any], saved: TrainConfig, config: TrainConfig, path: Path) -> None:
     """Raise ConfigError if a checkpoint's step, end or rows cannot be those of its own config on its own images."""
     num_images = sum(entry["num_images"] for entry in checkpoint["fingerprint"]["train"]["classes"])
-    last, step = total_steps(saved, num_images // saved.trainer.global_batch_size), checkpoint["step"]
+    step_flops = bought_flops(saved, len(checkpoint["classes"]))
+    last, step = total_steps(saved, num_images // saved.trainer.global_batch_size, step_flops), checkpoint["step"]
     wrong, ended_early = None, is_out_of_patience(saved.trainer, checkpoint["metrics"])
     # A run whose epochs, batch size or images were changed on purpose may be beyond its new end.
     if step > last and not saved.allow_config_change:

@@ -16,7 +16,7 @@ from sasa_train.runs.schema import MAX_SECONDS, Maybe, Rule, first_wrong, number
 from sasa_train.terminal import warn
 
 NAME = "metrics.jsonl"
-NUMBERS = ("loss", "lr", "grad_norm", "images_per_sec", "data_wait_fraction", "memory_mib")
+NUMBERS = ("loss", "lr", "grad_norm", "images_per_sec", "tflops", "mfu", "data_wait_fraction", "memory_mib")
 PERCENTAGES = ("top1", "top5", "top1_raw", "f1_macro", "balanced_accuracy")
 PERCENT = number(0, 100)
 ROW: dict[str, Any] = {

@@ -29,7 +29,7 @@ from sasa_train.signals import ignore_until_the_end
 from sasa_train.terminal import DONE, FAILED, REFUSED, escape_unknown_letters, fail, load_torch, printable_lines
 from sasa_train.training.endings import foreseen, tell, train_safely
 
-USAGE = """[group=choice ...] [key=value ...] [-m | --multirun] [--cfg] [-h] [--version]
+USAGE = """[group=choice ...] [key=value ...] [-m | --multirun] [--cfg] [--plan] [-h] [--version]
 
 Train an image classifier into a folder of its own in outputs/. The same command continues an unfinished run.
 
@@ -38,6 +38,7 @@ Train an image classifier into a folder of its own in outputs/. The same command
   sasa-train data.root=/path/to/images                                your own, one folder per class
   sasa-train resume=outputs/RUN_NAME                                  continue this run
   sasa-train experiment=quickstart --cfg                              print all keys with their values; train nothing
+  sasa-train experiment=quickstart --plan                             print what it is and takes; write nothing
   sasa-train experiment=quickstart seed=0,1,2 -m                      a plain Hydra sweep; sasa-sweep can do more
   torchrun --nproc-per-node=8 -m sasa_train.train ...                 the same on several GPUs"""
 
@@ -72,14 +73,17 @@ def run_command(arguments: list[str]) -> int:
         return DONE
     set_up_logging()
     try:
+        only_plan, arguments = "--plan" in arguments, [a for a in arguments if a != "--plan"]
+        if only_plan and (others := {"-m", "--multirun", "--cfg"} & set(arguments)):
+            raise ConfigError(f"--plan and {others.pop()} exclude each other: --plan describes one run, with its keys")
         if world_size() > 1:
-            return train_together(arguments)
+            return train_together(arguments, only_plan)
         if {"-m", "--multirun"} & set(arguments):
             return multirun(arguments)
         if "--cfg" in arguments:
             print(to_yaml(read_config([a for a in arguments if a not in ("--cfg", "job", "all")])), end="")
             return DONE
-        return train_safely(read_config(arguments))
+        return train_safely(read_config(arguments), only_plan=only_plan)
     except ConfigError as error:
         fail(error)
         return REFUSED
@@ -163,7 +167,7 @@ def multirun(arguments: list[str]) -> int:
     return next((code for code in codes if code != DONE), DONE)
 
 
-def train_together(arguments: list[str]) -> int:
+def train_together(arguments: list[str], only_plan: bool) -> int:
     """Train as one of the processes started by torchrun. The first process reads the config for all of them."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         raise ConfigError(
@@ -184,7 +188,7 @@ def train_together(arguments: list[str]) -> int:
         collectives.join()
         config = collectives.from_first(read, ConfigError)
         collectives.everywhere(lambda: use_code_of(config), ConfigError)
-        return train_safely(config)
+        return train_safely(config, only_plan=only_plan)
     except ConfigError as error:
         tell(error)
         return REFUSED

@@ -37,15 +37,18 @@ CROWDED = 1.5  # load (programs that want to compute, in the last minute) per pr
 CROWDED_OUT = 0.25  # share of the time for which the threads that compute were ready, but had no processor
 
 
-def describe_keys(config: TrainConfig, run_dir: Path) -> str:
-    """Format the keys that differ from the defaults; config.yaml has all of them."""
+def describe_keys(config: TrainConfig, run_dir: Path, note: str = "where config.yaml has all keys") -> str:
+    """Format the keys that differ from the defaults."""
     width = min(68, max(20, (columns(sys.stdout) or 80) - 12))
     keys = "\n".join(_wrapped("  ".join(as_overrides(replace(config, derive=[]))), width))
-    return table({"run folder": f"{run_dir}, where config.yaml has all keys", "keys": keys})
+    return table({"run folder": f"{run_dir}, {note}", "keys": keys})
 
 
-def describe_plan(plan: RunPlan, loaders: Loaders, stepper: Stepper) -> str:
-    """Format the values derived from the config: device, sizes, batch, learning rate and, when resuming, the step."""
+def describe_plan(plan: RunPlan, loaders: Loaders, stepper: Stepper, compute: str) -> str:
+    """Format the values derived from the config: device, sizes, batch, learning rate and, when resuming, the step.
+
+    compute: the FLOPs of the run in words.
+    """
     config, train, val, state = plan.config, loaders.train.plan, loaders.val.plan, stepper.state
     num_parameters = sum(p.numel() for p in state.model.parameters())
     batch = f"{config.trainer.global_batch_size}"
@@ -67,6 +70,7 @@ def describe_plan(plan: RunPlan, loaders: Loaders, stepper: Stepper) -> str:
         **({"val": f"no images of {some(missing)}: left out of f1_macro and balanced_accuracy"} if missing else {}),
         **({"balance": balance} if (balance := describe_balance(config, loaders)) else {}),
         "batch": f"{batch} images per step, {plan.steps_per_epoch:,} steps per epoch, {plan.num_steps:,} in all",
+        "compute": compute,
         "lr": f"{peak_lr(config):g} at its peak ({config.optimizer.lr:g} {config.optimizer.lr_basis})",
     }
     if config.augment.mixup or config.augment.cutmix:
@@ -75,7 +79,8 @@ def describe_plan(plan: RunPlan, loaders: Loaders, stepper: Stepper) -> str:
         lines["continues"] = (
             f"at step {state.step:,}, epoch {state.epoch + 1}; top1: {describe_best(config, state.best)}"
         )
-        is_longer = not {"trainer.epochs", "trainer.max_steps"}.isdisjoint(config.allow_config_change)
+        ends = {"trainer.epochs", "trainer.max_steps", "trainer.max_pflops"}
+        is_longer = not ends.isdisjoint(config.allow_config_change)
         if is_longer and (lr := stepper.next_lr()) < LITTLE * peak_lr(config):
             longer = "a new run with more trainer.epochs changes more than further ones at its end"
             lines["continues"] += f"\nlr {lr:.2g}, the end of the schedule: {longer}"

@@ -16,11 +16,14 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOLCK, errno.EAGAIN, errno.EBUSY, errno.ENOMEM, errno.EINTR)
 
 
-def train_safely(config: TrainConfig, stop: StopRequest | None = None) -> int:
-    """Train, and turn every expected ending into a message and an exit code, even if it occurs during the imports."""
+def train_safely(config: TrainConfig, stop: StopRequest | None = None, only_plan: bool = False) -> int:
+    """Train, and turn every expected ending into a message and an exit code, even if it occurs during the imports.
+
+    only_plan: print what the run would be and take instead (see training/preview.py).
+    """
     stop = stop or StopRequest()
     try:
-        return _train(config, stop)
+        return _train(config, stop, only_plan)
     except Interrupted:
         print("stopped before training began; run the same command again", file=sys.stderr)
         return INTERRUPTED
@@ -28,13 +31,18 @@ def train_safely(config: TrainConfig, stop: StopRequest | None = None) -> int:
         stop.restore()
 
 
-def _train(config: TrainConfig, stop: StopRequest) -> int:
+def _train(config: TrainConfig, stop: StopRequest, only_plan: bool) -> int:
     # Importing torch takes seconds. It is imported here so that a signal in the meantime is a stop request.
     load_torch()
     from sasa_train.processes.collectives import lost_partner
     from sasa_train.training.run import train
 
     try:
+        if only_plan:
+            from sasa_train.training.preview import show_plan
+
+            show_plan(config)
+            return DONE
         return DONE if train(config, stop).finished or stop.asked_by else INTERRUPTED
     except ConfigError as error:
         tell(error)

@@ -36,6 +36,7 @@ from sasa_train.training.profiling import WAIT, WARMUP, build_profiler
 from sasa_train.training.snapshots import captions_of, confusion_picture, contact_sheet, embedding_pictures
 from sasa_train.training.step import Stepper, StepReport, train_one_epoch
 from sasa_train.training.trackers import Tracker, start_trackers
+from sasa_train.training.utilisation import peak_tflops, utilisation
 
 NUM_NAMED = 8  # maximum number of images named in an error
 WATCHED = 5  # seconds of training, at least, for which threads that lack processors are counted
@@ -51,7 +52,7 @@ class Loop:
         self.run_folder, self.loaders, self.stepper, self.stop = run, loaders, stepper, stop
         self.plan, self.state = stepper.plan, stepper.state
         self.config, self.steps_per_epoch = self.plan.config, self.plan.steps_per_epoch
-        self.num_steps = self.plan.num_steps
+        self.num_steps, self.peak_tflops = self.plan.num_steps, peak_tflops(self.plan)
         is_silent = self.plan.rank > 0
         self.logger = RunLogger(
             run.path,
@@ -267,6 +268,7 @@ class Loop:
             "lr": max(group["lr"] for group in state.optimizer.param_groups),  # layer_decay reduces the others
             "grad_norm": None if report.grad_norm is None else report.grad_norm.item(),
             "images_per_sec": self._clock_steps * self.config.trainer.global_batch_size / elapsed,
+            **utilisation(self.plan, self.peak_tflops, elapsed / self._clock_steps),
             "data_wait_fraction": collectives.largest(self._wait_seconds / elapsed),  # all wait for the slowest one
             "memory_mib": round(collectives.largest(peak_memory(state.device)) / 2**20),
         }

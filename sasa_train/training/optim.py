@@ -294,13 +294,17 @@ def check_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_
             raise ConfigError(f"{_described(config.schedule)}: the learning rate of step {step} is {max(rates)}")
 
 
-def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
+def build_schedule(
+    config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int, step_flops: int | None = None
+) -> Scheduler:
     """Build timm's schedule for all steps of the run; `step_update(step)` must be called before each step.
+
+    step_flops: see `total_steps`.
 
     Raises:
         ConfigError: timm does not know the name or an argument, or the schedule depends on more than the step.
     """
-    schedule, steps = config.schedule, total_steps(config, steps_per_epoch)
+    schedule, steps = config.schedule, total_steps(config, steps_per_epoch, step_flops)
     if schedule.name in ("plateau", "none"):
         raise ConfigError(
             f"schedule.name={schedule.name}: the learning rate must be a function of the step; use constant or another"

@@ -21,7 +21,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from sasa_train.config import own_code
 from sasa_train.config.derived import expected_num_classes
 from sasa_train.config.identity import run_name_in
-from sasa_train.config.keys import TrainConfig
+from sasa_train.config.keys import TrainConfig, with_values
 from sasa_train.config.saved import as_begun
 from sasa_train.data.datasets import check_output_dir
 from sasa_train.data.fingerprint import differences
@@ -73,6 +73,7 @@ from sasa_train.training.own_loss import check_loss
 from sasa_train.training.state import TrainState, build_state
 from sasa_train.training.step import Stepper
 from sasa_train.training.trackers import check_trackers, end_trackers, tracker_id
+from sasa_train.training.utilisation import check_budget, count_step, describe_compute
 
 
 class Ended(NamedTuple):
@@ -148,7 +149,7 @@ def train_in_folder(plan: RunPlan, run: RunFolder, stop: StopRequest) -> Ended:
         teacher.match_together(loaders.classes)
     collectives.everywhere(lambda: check_loss(plan, len(loaders.classes)), ConfigError)
     say(describe_keys(plan.config, run.path))
-    plan = dataclasses.replace(plan, steps_per_epoch=loaders.train.plan.steps_per_epoch)
+    plan, uncounted = with_steps(plan, loaders)
     run.provenance, difference = provenance(run.as_written(plan.config))
     run.provenance |= tracker_id(run, plan.config.logger)
     run.provenance |= {} if teacher is None else {"teacher_sha256": teacher.sha256}
@@ -164,7 +165,7 @@ def train_in_folder(plan: RunPlan, run: RunFolder, stop: StopRequest) -> Ended:
     note_conditions(plan, model, run)
     collectives.everywhere(lambda: continue_from(run, stepper.state, plan.config), ConfigError)
     loop = Loop(run, loaders, stepper, stop)
-    say(describe_plan(plan, loaders, stepper))
+    say(describe_plan(plan, loaders, stepper, describe_compute(plan, uncounted)))
     run.write_start(difference, stepper.state.step)
     return Ended(run.path, run_to_the_end(loop), stepper.state.best)
 
@@ -249,6 +250,13 @@ def load_together(plan: RunPlan, run: RunFolder) -> Loaders:
     return loaders
 
 
+def with_steps(plan: RunPlan, loaders: Loaders) -> tuple[RunPlan, str]:
+    """Return the plan with its steps and their FLOPs, which need the images, and why these cannot be counted."""
+    config, num_classes = plan.config, len(loaders.classes)
+    flops, uncounted = collectives.from_first(lambda: count_step(config, num_classes), ConfigError)
+    return dataclasses.replace(plan, steps_per_epoch=loaders.train.plan.steps_per_epoch, step_flops=flops), uncounted
+
+
 def note_conditions(plan: RunPlan, model: nn.Module, run: RunFolder) -> None:
     """Record what shapes the last bits of the results, and warn of all changes since the checkpoint."""
     run.provenance |= conditions(plan, model)
@@ -266,7 +274,7 @@ def build_stepper(
         model = convert_sync_batchnorm(model)
     freeze(model, plan.trainer.train_only)
     state = build_state(plan.config, model, plan.device)
-    schedule = build_schedule(plan.config, state.optimizer, plan.steps_per_epoch)
+    schedule = build_schedule(plan.config, state.optimizer, plan.steps_per_epoch, plan.step_flops)
     return Stepper(plan, state, schedule, class_weights, teacher)
 
 
@@ -371,8 +379,9 @@ def check_buildable(plan: RunPlan) -> None:
     freeze(model, config.trainer.train_only)
     if config.trainer.grad_checkpointing:
         enable_grad_checkpointing(model)
+    check_budget(config, expected_num_classes(config) or 2)
     # The data set is not known yet, so an epoch of 1000 steps is assumed.
-    whole = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, max_steps=None))
+    whole = with_values(config, {"trainer.max_steps": None, "trainer.max_pflops": None})
     check_schedule(whole, build_optimizer(config, model), steps_per_epoch=1000)
     try_optimizer(config, plan.device)
     load_hooks(config.hooks)

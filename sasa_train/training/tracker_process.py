@@ -34,6 +34,8 @@ TAGS = {
     "lr": "optim/lr",
     "grad_norm": "optim/grad_norm",
     "images_per_sec": "perf/images_per_sec",
+    "tflops": "perf/tflops",
+    "mfu": "perf/mfu",
     "data_wait_fraction": "perf/data_wait_fraction",
     "memory_mib": "perf/memory_mib",
 }
