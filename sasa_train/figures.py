@@ -65,14 +65,14 @@ def as_percent(axis: Axes) -> None:
     axis.set_ylim((low, high) if low < high else (0, 100))
 
 
-def as_logarithmic(axis: Axes, steps: Sequence[float] = (1, 2, 5)) -> None:
-    """Make a vertical axis logarithmic, labelled with plain numbers: these steps in each decade, of up to four."""
-    axis.set_yscale("log")
-    low, high = axis.get_ylim()
-    steps = steps if high < 10_000 * low else (1,)
-    axis.yaxis.set_major_locator(LogLocator(subs=steps))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.yaxis.set_minor_locator(NullLocator())
+def as_logarithmic(axes: Axes, steps: Sequence[float] = (1, 2, 5), is_horizontal: bool = False) -> None:
+    """Make an axis logarithmic, labelled with plain numbers: these steps in each decade, of up to four."""
+    (axes.set_xscale if is_horizontal else axes.set_yscale)("log")
+    low, high = axes.get_xlim() if is_horizontal else axes.get_ylim()
+    axis = axes.xaxis if is_horizontal else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=steps if high < 10_000 * low else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def as_epochs(axis: Axis) -> None:

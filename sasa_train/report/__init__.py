@@ -23,6 +23,7 @@ EPILOG = """examples:
   sasa-report outputs/SWEEP                          report.html, table.md, .csv, .json, plots: in outputs/SWEEP/report/
   sasa-report outputs/SWEEP --reference kernel_size=7
   sasa-report outputs/RUN_1 outputs/RUN_2 --out compared
+  sasa-report outputs/SWEEP --x flops                top1 over the cost of training, and the best at each cost
   sasa-report outputs                                every run in the folder, as sasa-train -m leaves them
   sasa-report --list                                 the runs in outputs/, by top1 of the last epoch, and what differs
   sasa-report outputs/RUN data.root=/elsewhere       one run: its report.html also shows classes and attention
@@ -58,6 +59,11 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         choices=tuple(VARIED),
         help="the paper's table to compare with (default: the sweep's)",
+    )
+    parser.add_argument(
+        "--x",
+        choices=("flops", "hours", "images", "epochs"),
+        help="also draw val top1 over this cost of training, one curve per job, and add the costs to the table",
     )
     parser.add_argument("--quick", action="store_true", help="for one run: skip the pictures that need its model")
     parser.add_argument(
@@ -105,6 +111,7 @@ def report(options: argparse.Namespace) -> None:
     built = build_report(found.jobs, table, options.reference, found.commands)
     job = the_run(built)
     check_overrides(options.overrides, job)
+    built.x = options.x
     built.val_note = verdict.val_note(built.all_jobs)
     text = printable_lines(markdown(built))
     files = {"table.md": text.encode(), "table.csv": as_csv(built).encode(), "table.json": as_json(built).encode()}

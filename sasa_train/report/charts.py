@@ -10,6 +10,7 @@ from sasa_train.figures import (
     SOLID,
     WIDTH,
     as_epochs,
+    as_logarithmic,
     as_percent,
     fitted,
     legend_below,
@@ -18,6 +19,7 @@ from sasa_train.figures import (
     rendered,
     set_title,
 )
+from sasa_train.report.costs import front, points, unit_of
 from sasa_train.report.intervals import Interval
 from sasa_train.report.page import Picture
 from sasa_train.report.rows import Report, Row, seed_differences, settings_of
@@ -25,6 +27,8 @@ from sasa_train.terminal import progress_bar
 
 MAX_ROWS, MAX_PANELS = 24, 12  # if there are more rows, as in a search, only the best are drawn
 MAX_OVERLAID = 3  # rows in one panel of curves; of more, each has its own panel
+SPREAD = 10  # of the costs of jobs; above this, their axis is logarithmic
+MAX_NUMBERED = 6  # rows whose curves have their numbers, which often end close together
 NUMBER_GAP = 0.03  # of the height of a chart, between numbers beside points
 ZERO = Interval(0.0, None, 0)
 OURS = "#0072B2"
@@ -35,6 +39,12 @@ CAPTIONS = {  # kind of chart -> description
         "Two charts of {figure} over GFLOPs and over million parameters, a numbered point for each row of the table",
         "{figure} of the last epoch over GFLOPs per image and over parameters{over_seeds}. Numbers are "
         "those of the table. Better models are higher up, cheaper ones further left.",
+    ),
+    "cost": (
+        "Curves of val top1 over the cost of training, one per job, and the highest top1 of all at each cost",
+        "val top1 at each evaluation over what training had cost until then, without evaluations: one curve per job, "
+        "alike for the seeds of a row. Numbers are those of the table. The grey steps are the Pareto front: the "
+        "highest top1 that any job had reached at this cost or less.",
     ),
     "curves": (
         "Curves of val {figure} over epochs, by row",
@@ -74,7 +84,11 @@ def draw_figures(report: Report) -> dict[str, Figure]:
     rows = best([row for row in report.rows if row.jobs], MAX_ROWS)
     if not rows:
         return {}
-    figures = {"curves": _draw_curves(rows)} if any(len(curve(row)[0]) > 1 for row in rows) else {}
+    figures = {}
+    if report.x and any(points(job, row, report.x) for row in rows for job in row.jobs.values()):
+        figures["cost"] = _draw_cost([pair for pair in enumerate(report.rows, 1) if pair[1] in rows], report.x)
+    if any(len(curve(row)[0]) > 1 for row in rows):
+        figures["curves"] = _draw_curves(rows)
     if len({(row.flops, row.params) for row in rows if row.flops and row.params}) > 1:
         figures["accuracy"] = _draw_accuracy([pair for pair in enumerate(report.rows, 1) if pair[1] in rows])
     # A single difference without an interval is a number, which the table has.
@@ -138,12 +152,49 @@ def _draw_accuracy(rows: list[tuple[int, Row]]) -> Figure:
     return figure
 
 
+def _draw_cost(rows: list[tuple[int, Row]], x: str) -> Figure:
+    """Plot each job's val top1 over the cost of its training, and the Pareto front of all."""
+    found = {i: [curve for job in row.jobs.values() if (curve := points(job, row, x))] for i, row in rows}
+    rows = [(i, row) for i, row in rows if found[i]]
+    everything = [point for i, _ in rows for curve in found[i] for point in curve]
+    ends = [curve[-1][0] for i, _ in rows for curve in found[i]]
+    unit, label = unit_of(x, max(ends))
+    figure, (axis,) = new_figure(1, 1, 4.2 + 0.22 * ((len(rows) + 1) // 2), "both")
+    steps = [*front(everything), (max(ends), max(top1 for _, top1 in everything))]
+    axis.plot([cost / unit for cost, _ in steps], [top1 for _, top1 in steps], drawstyle="steps-post", color="#C8C8C8",
+              lw=4, label="the highest at this cost or less")  # fmt: skip
+    numbers = []
+    for place, (i, row) in enumerate(rows):
+        color, _, marker, style = SOLID[place % len(SOLID)]
+        face = (color, "white", "#B8B8B8")[place // len(SOLID) % 3]
+        for number, curve in enumerate(found[i]):
+            costs, top1s = [cost / unit for cost, _ in curve], [top1 for _, top1 in curve]
+            name = None if number else legend_label(f"{i}  {without_groups(row.label)}")
+            axis.plot(costs, top1s, color=color, ls=style, lw=1.2, marker=marker, ms=4, mfc=face, mec="black", mew=0.4,
+                      markevery=max(1, len(costs) // 10), label=name)  # fmt: skip
+        numbers.append((costs[-1], top1s[-1], str(i)))
+    floor = _late_floor([row for _, row in rows])
+    if max(ends) > SPREAD * min(ends):
+        as_logarithmic(axis, (1, 2, 5), is_horizontal=True)
+        axis.set_xlim(0.8 * min(cost for cost, top1 in everything if top1 >= floor) / unit, 1.3 * max(ends) / unit)
+    else:
+        axis.set_xlim(0, 1.06 * max(ends) / unit)
+    axis.set_ylim(bottom=floor)
+    as_percent(axis)
+    axis.set(xlabel=label, ylabel="val top1, percent")
+    if len(rows) <= MAX_NUMBERED:
+        _number(axis, numbers)
+    legend_below(figure, axis)
+    return figure
+
+
 def _number(axis: Axes, points: list[tuple[float, float, str]]) -> None:
     """Write each point's number beside it, moved up where it would cover the number of a point below."""
-    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+    bottom, top = axis.get_ylim()
+    in_axes = axis.transData + axis.transAxes.inverted()  # a horizontal axis may be logarithmic
     taken: list[tuple[float, float]] = []
     for x, y, number in sorted(points, key=lambda point: point[1]):
-        across, up = (x - left) / (right - left), min((y - bottom) / (top - bottom), 0.95)
+        across, up = in_axes.transform((x, y))[0], min((y - bottom) / (top - bottom), 0.95)
         while any(abs(across - other) < 0.06 and abs(up - height) < NUMBER_GAP for other, height in taken):
             up += NUMBER_GAP / 4
         taken.append((across, up))

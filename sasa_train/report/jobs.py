@@ -45,6 +45,7 @@ class Job:
     run_dir: Path | None = None
     config: TrainConfig | None = None  # None if the config was refused or is damaged
     val: list[dict[str, Any]] = field(default_factory=list)  # the val rows of metrics.jsonl
+    train: list[dict[str, Any]] = field(default_factory=list)  # its train rows
     images_per_sec: float | None = None  # median of the train rows
     seconds: float | None = None  # training time, summed over all restarts
     info: dict[str, Any] = field(default_factory=dict)  # run.json; empty if it cannot be read
@@ -263,6 +264,7 @@ def _read_run(job: Job, run_dir: Path) -> None:
         job.state, job.val = "damaged", []
         job.reason = f"{run_dir}/metrics.jsonl: {wrong}; to restore it: sasa-train resume={shlex.quote(str(run_dir))}"
         return
+    job.train = [row for row in rows if row["split"] == "train"]
     speeds = [row["images_per_sec"] for row in rows if row.get("images_per_sec")]
     job.images_per_sec = statistics.median(speeds) if speeds else None
     job.seconds = job.info.get("seconds") if isinstance(job.info.get("seconds"), int | float) else None

@@ -61,6 +61,7 @@ class Report:
     table: int | None  # number of the paper's table
     commands: list[str]
     common: dict[str, str] = field(default_factory=dict)  # keys and their commonest values, which no label names
+    x: str | None = None  # the cost that --x asks for
     val_note: str = ""  # what the number of val images means for top1
 
     @property
@@ -277,16 +278,16 @@ def _count_models(rows: list[Row]) -> None:
 
 def _count_model(config: TrainConfig, jobs: list[Job]) -> tuple[int, int, int] | None:
     from sasa_train.models import build_model
-    from sasa_train.models.counting import count_flops, count_params, meta_model
+    from sasa_train.models.counting import count_forward, count_params, meta_model
 
     num_classes, size = expected_num_classes(config) or _num_classes_of(jobs), input_size(config.data)
     if num_classes is None:
         return None
     try:
         model = meta_model(lambda: build_model(config.model, num_classes, size))
+        return count_params(model), count_forward(config.model, num_classes, size), num_classes
     except ConfigError:
         return None
-    return count_params(model), count_flops(model, size), num_classes
 
 
 def _num_classes_of(jobs: list[Job]) -> int | None:

@@ -10,6 +10,7 @@ from sasa_train.config.differences import without_groups
 from sasa_train.config.keys import TrainConfig
 from sasa_train.files import csv_text
 from sasa_train.paper import HELD_OUT_TABLES
+from sasa_train.report.costs import COSTS, describe_front, final_cost
 from sasa_train.report.intervals import ENOUGH, FEW, Interval
 from sasa_train.report.rows import Report, Row
 from sasa_train.terminal import duration
@@ -90,6 +91,7 @@ def cells(report: Report, number: int, row: Row) -> dict[str, str]:
         "excludes 0": _excludes_zero(difference),
         "paper top1": shown(top1, "{:.1f}"),
         "paper difference": "reference" if papers and row.reference is row else shown(row.paper_difference, "{:+.1f}"),
+        **cost_cells(report, row),
         "M params": in_millions(row.params),
         "paper M": shown(mparams, "{:.1f}"),
         "GFLOPs": in_billions(row.flops),
@@ -98,6 +100,15 @@ def cells(report: Report, number: int, row: Row) -> dict[str, str]:
         "training time": duration(seconds.mean) if seconds else "-",
     }
     return {name: text for name, text in found.items() if report.table or not name.startswith("paper")}
+
+
+def cost_cells(report: Report, row: Row) -> dict[str, str]:
+    """Return the columns that --x adds: what training had cost at the last evaluation, the asked cost first."""
+    names = sorted(COSTS, key=lambda name: name != report.x) if report.x else []
+    found = {name: final_cost(row, name) for name in names}
+    if (flops := found.get("flops")) is not None:
+        found["flops"] = flops / 1e15
+    return {COSTS[name][0]: shown(found[name], COSTS[name][1]) for name in names}
 
 
 def shown(number: Any, form: str, otherwise: str = "-") -> str:
@@ -162,6 +173,8 @@ def notes(report: Report) -> list[str]:
             "choice of val images"
         )
     found += [report.val_note] if report.val_note else []
+    if report.x and (found_front := describe_front(report.rows, report.x)):
+        found.append(found_front)
     references = list(dict.fromkeys(row.reference.label for row in report.rows if row.reference is not None))
     if references:
         against = references[0] if len(references) == 1 else f"the reference row ({'; '.join(references)})"
@@ -219,7 +232,7 @@ def as_json(report: Report) -> str:
         "commands": report.commands,
         "paper_table": report.table,
         "notes": notes(report),
-        "rows": [_record(i, row, report.figure) | {"runs": _runs(row)} for i, row in enumerate(report.rows, 1)],
+        "rows": [_record(report, i, row) | {"runs": _runs(row)} for i, row in enumerate(report.rows, 1)],
         "not_counted": [
             {"job": job.name, "row": label, "state": job.state, "reason": job.reason}
             for job, label in report.not_counted
@@ -229,13 +242,14 @@ def as_json(report: Report) -> str:
 
 
 def as_csv(report: Report) -> str:
-    records = [_record(i, row, report.figure) for i, row in enumerate(report.rows, 1)]
+    records = [_record(report, i, row) for i, row in enumerate(report.rows, 1)]
     flat = [record | {"settings": json.dumps(record["settings"])} for record in records]
     return csv_text([list(flat[0]), *(record.values() for record in flat)])
 
 
-def _record(number: int, row: Row, figure: str) -> dict[str, Any]:
-    """Return the row's figures as plain values, with None for missing ones; `figure` names the one that is compared."""
+def _record(report: Report, number: int, row: Row) -> dict[str, Any]:
+    """Return the row's figures as plain values, with None for missing ones."""
+    figure = report.figure
     difference, papers = row.difference, row.paper
     return {
         "number": number,
@@ -253,6 +267,7 @@ def _record(number: int, row: Row, figure: str) -> dict[str, Any]:
         "flops": row.flops,
         "images_per_sec": _mean(row.mean("images_per_sec")),
         "training_seconds": _mean(row.mean("seconds")),
+        **({f"training_{name}": final_cost(row, name) for name in COSTS} if report.x else {}),
         "paper_row": papers and papers.label,
         "paper_top1": papers and papers.top1,
         "paper_difference": None if row.paper_difference is None else round(row.paper_difference, 1),
