@@ -20,6 +20,7 @@ import itertools
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -60,8 +61,8 @@ RECIPES = {  # overrides, separated by spaces
     "trivial": """
         augment.policy=trivial_augment augment.erasing_prob=0.5 augment.brightness=0.3 augment.hue=0.2
         optimizer.name=lookahead_sgd schedule.name=wsd trainer.loss=bce trainer.label_smoothing=0.1
-        trainer.grad_clip_agc=0.05 trainer.grad_checkpointing=true
-    """,
+        trainer.grad_clip_agc=0.05 trainer.grad_checkpointing=true trainer.max_pflops=9.64e-5
+    """,  # 147 of 150 steps
     "large": """
         data.image_size=72 model.stem=attention augment.policy=auto_augment_imagenet augment.erasing_prob=0.5
         augment.saturation=0.3 optimizer.name=muon trainer.grad_clip_value=0.1
@@ -288,7 +289,7 @@ class Chaos:
     def disk_full_go_on(self) -> None:
         self.disk_full("trainer.on_failed_save=continue")
         log = self.log.read_text()
-        if "tries again at the next checkpoint" not in log and "step 150/150" not in log:
+        if "tries again at the next checkpoint" not in log and not re.search(r"step (\d+)/\1\b", log):
             raise Failure(f"it did not go on:\n{log[-2000:]}")
 
     def save_fails_halfway(self) -> None:

@@ -41,10 +41,10 @@ CAPTIONS = {  # kind of chart -> description
         "those of the table. Better models are higher up, cheaper ones further left.",
     ),
     "cost": (
-        "Curves of val top1 over the cost of training, one per job, and the highest top1 of all at each cost",
-        "val top1 at each evaluation over what training had cost until then, without evaluations: one curve per job, "
+        "Curves of val {figure} over the cost of training, one per job, and the highest of all at each cost",
+        "val {figure} at each evaluation over what training had cost until then, without evaluations: one curve per job, "
         "alike for the seeds of a row. Numbers are those of the table. The grey steps are the Pareto front: the "
-        "highest top1 that any job had reached at this cost or less.",
+        "highest {figure} that any job had reached at this cost or less.",
     ),
     "curves": (
         "Curves of val {figure} over epochs, by row",
@@ -181,7 +181,7 @@ def _draw_cost(rows: list[tuple[int, Row]], x: str) -> Figure:
         axis.set_xlim(0, 1.06 * max(ends) / unit)
     axis.set_ylim(bottom=floor)
     as_percent(axis)
-    axis.set(xlabel=label, ylabel="val top1, percent")
+    axis.set(xlabel=label, ylabel=f"val {_figure(rows)}, percent")
     if len(rows) <= MAX_NUMBERED:
         _number(axis, numbers)
     legend_below(figure, axis)

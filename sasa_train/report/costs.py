@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from sasa_train.report.jobs import Job
 from sasa_train.report.rows import Row
 
-Point = tuple[float, float]  # cost and val top1 in percent
+Point = tuple[float, float]  # cost and val top1, or another figure, in percent
 COSTS = {  # what --x names -> heading, and the format of a final cost
     "flops": ("train PFLOPs", "{:.3g}"),
     "hours": ("hours", "{:.3g}"),
@@ -18,9 +18,9 @@ PREFIXES = ((1e18, "EFLOPs"), (1e15, "PFLOPs"), (1e12, "TFLOPs"), (1e9, "GFLOPs"
 
 
 def points(job: Job, row: Row, x: str) -> list[Point]:
-    """Return the cost at each of a job's evaluations with its top1; empty if the cost is not known."""
-    found = [(cost(job, row, x, val), val["top1"]) for val in job.val]
-    return [(known, top1) for known, top1 in found if known is not None]
+    """Return the cost at each of a job's evaluations with its figure; empty if the cost is not known."""
+    found = [(cost(job, row, x, val), val[job.figure]) for val in job.val]
+    return [(known, reached) for known, reached in found if known is not None]
 
 
 def cost(job: Job, row: Row, x: str, val: dict) -> float | None:
