@@ -12,7 +12,9 @@ from writing_runs import write_run
 
 from sasa_train.config.compose import compose_config
 from sasa_train.models.counting import step_flops
-from sasa_train.report.costs import front, unit_of
+from sasa_train.report.costs import front, points, unit_of
+from sasa_train.report.jobs import Job
+from sasa_train.report.rows import Row
 from sasa_train.training.utilisation import known_peak, scaled
 
 STEP = 3 * 16 * 1_477_888  # FLOPs of a step of TINY
@@ -227,3 +229,13 @@ def test_the_front_is_what_no_cheaper_point_reaches():
         (5, 51.0),
     ]
     assert unit_of("flops", 3e16)[0] == 1e15 and unit_of("hours", 1.5)[1].startswith("minutes")
+
+
+def test_a_run_that_cannot_be_rebuilt_or_logged_no_speed_still_has_costs():
+    """Its own rows say what an image took; without speeds, time is shared out evenly; without both, it is not known."""
+    config = compose_config(["experiment=debug", "trainer.global_batch_size=20"])
+    val = [{"step": 10, "epoch": 1, "top1": 1.0}, {"step": 40, "epoch": 4, "top1": 2.0}]
+    job, row = Job("run", "done", config=config, val=val, seconds=7200.0), Row({})
+    assert points(job, row, "flops") == [] and points(job, row, "hours") == [(0.5, 1.0), (2.0, 2.0)]
+    job.train = [{"step": 40, "tflops": 0.5, "images_per_sec": 100.0}]
+    assert points(job, row, "flops") == [(200 * 5e9, 1.0), (800 * 5e9, 2.0)]
