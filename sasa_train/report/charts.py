@@ -42,8 +42,8 @@ CAPTIONS = {  # kind of chart -> description
     ),
     "cost": (
         "Curves of val {figure} over the cost of training, one per job, and the highest of all at each cost",
-        "val {figure} at each evaluation over what training had cost until then, without evaluations: one curve per job, "
-        "alike for the seeds of a row. Numbers are those of the table. The grey steps are the Pareto front: the "
+        "val {figure} at each evaluation over what training had cost until then, without evaluations: one curve per "
+        "job, alike for the seeds of a row. Numbers are those of the table. The grey steps are the Pareto front: the "
         "highest {figure} that any job had reached at this cost or less.",
     ),
     "curves": (
@@ -181,7 +181,7 @@ def _draw_cost(rows: list[tuple[int, Row]], x: str) -> Figure:
         axis.set_xlim(0, 1.06 * max(ends) / unit)
     axis.set_ylim(bottom=floor)
     as_percent(axis)
-    axis.set(xlabel=label, ylabel=f"val {_figure(rows)}, percent")
+    axis.set(xlabel=label, ylabel=f"val {_figure([row for _, row in rows])}, percent")
     if len(rows) <= MAX_NUMBERED:
         _number(axis, numbers)
     legend_below(figure, axis)

@@ -24,6 +24,7 @@ from sasa_train.runs.checkpoint import CheckpointError
 from sasa_train.runs.folder import RunFolder, is_finished, look_at_run
 from sasa_train.terminal import duration, say
 from sasa_train.training.announce import describe_finished, describe_keys, describe_plan, table
+from sasa_train.training.distillation import load_teacher_together
 from sasa_train.training.evaluation import Batches
 from sasa_train.training.memory import OutOfMemoryError, memory_advice, settle_auto
 from sasa_train.training.run import (
@@ -65,13 +66,16 @@ def show_plan(config: TrainConfig) -> None:
 
 
 def _describe(plan: RunPlan, run: RunFolder) -> None:
+    teacher = load_teacher_together(plan, run)
     loaders = load_together(plan, run)
     try:
+        if teacher is not None:
+            teacher.match_together(loaders.classes)
         say(describe_keys(plan.config, run.path, "which --plan does not write"))
         plan, uncounted = with_steps(plan, loaders)
         torch.manual_seed(plan.config.seed)
         model = build_model(plan.config.model, len(loaders.classes), plan.input_size)
-        stepper = build_stepper(plan, model)
+        stepper = build_stepper(plan, model, loaders.class_weights, teacher)
         compile_together(plan, model)
         collectives.everywhere(lambda: continue_from(run, stepper.state, plan.config), ConfigError)
         say(describe_plan(plan, loaders, stepper, describe_compute(plan, uncounted)).rstrip("\n"))
