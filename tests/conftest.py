@@ -91,7 +91,7 @@ def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
     def run(module: str, *arguments: str, expect: int = 0, here: str = ""):
         monkeypatch.chdir(tmp_path / here)
-        monkeypatch.setattr(sys, "argv", [module])  # the program name used in messages
+        monkeypatch.setattr(sys, "argv", [module, *arguments])  # used in messages
         capsys.readouterr()
         code = importlib.import_module(f"sasa_train.{module}").run_command(list(arguments))
         out, err = capsys.readouterr()

@@ -167,9 +167,14 @@ def test_the_folder_above_the_right_one_is_refused_and_the_right_one_named(photo
 
 
 def test_what_is_set_later_is_no_choice_any_more(photos, tmp_path, in_process):
-    """Beside model=conv_resnet26, a net 16 times as large as the chosen one was trained without a word."""
+    """Beside model=conv_resnet26, a net 16 times as large as the chosen one was trained without a word.
+
+    A learning rate 100 times as high as the chosen one was not even among the keys, because it is a default.
+    """
     line = ["data.root=my photos", "trainer.max_steps=1", *SHORT[1:]]
-    said = flat(in_process("train", *line, "model=conv_resnet26").stdout)
+    said = flat(in_process("train", *line, "model=conv_resnet26", "optimizer.lr=0.1").stdout)
+    assert "as set optimizer.lr=0.1; 0.001 would be chosen for these images: 0.002 for 16 images per step" in said
+    assert " optimizer.name=adamw optimizer.lr=0.1 optimizer.lr_basis=absolute " in said  # among the keys
     assert "as set model=conv_resnet26 is the net at full width, with about 16 times the parameters" in said
     assert "for model.width=0.25, write model.name=conv_resnet26 instead" in said
     shutil.rmtree(tmp_path / "outputs")

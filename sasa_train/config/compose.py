@@ -241,12 +241,16 @@ def schema() -> DictConfig:
     return OmegaConf.structured(TrainConfig)
 
 
-def as_overrides(config: TrainConfig) -> list[str]:
-    """Return the shortest overrides such that `compose_config(as_overrides(config)) == config`."""
+def as_overrides(config: TrainConfig, named: AbstractSet[str] = frozenset()) -> list[str]:
+    """Return the shortest overrides such that `compose_config(as_overrides(config)) == config`.
+
+    named: keys that are among them even with their defaults.
+    """
     defaults, values = flatten(compose_config([])), flatten(config)
     # Without a name, a data.root stands for a set of one's own (`for_own_images`).
     is_named = values["data.root"] != defaults["data.root"]
-    keys = [key for key in values if values[key] != defaults[key] or (key == "data.name" and is_named)]
+    named = named | ({"data.name"} if is_named else set())
+    keys = [key for key in values if values[key] != defaults[key] or key in named]
     return [f"{key}={as_written(values[key])}" for key in keys]
 
 

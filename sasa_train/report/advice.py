@@ -24,6 +24,7 @@ def advice(job: Job, chance: Chance | None = None) -> str:
     numbers = f"top1 of the last epoch: val {of_val:.1f} %"
     if of_train is not None:
         numbers = f"top1 of the last epoch: train {of_train:.1f} %, val {of_val:.1f} %"
+    losses = [row.get("loss") for row in val]
     train, val = ([row for row in part if row.get("loss") is not None] for part in (train, val))
     if rise := _val_loss_rises(train, val):
         return f"{numbers}. {rise}"
@@ -32,8 +33,7 @@ def advice(job: Job, chance: Chance | None = None) -> str:
         return f"{numbers}: the net memorises the train images; more augmentation, a smaller net or more images help."
     if chance is not None and chance.explains(of_val):
         assert job.config is not None
-        loss = val[-1]["loss"] if val else None
-        what = remedy(job.config.optimizer.lr, job.val[-1]["step"], loss, chance.num_classes)
+        what = remedy(job.config.optimizer.lr, job.val[-1]["step"], losses, chance.num_classes)
         return f"{numbers}: it has not learned yet; {what}."
     if of_train is not None:
         numbers += f": a gap of {gap:.0f} points, no clear memorising" if gap > ALIKE else ", no sign of memorising"

@@ -5,14 +5,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 FEW = 400  # steps after which a net may not have learned much yet; own images get 1,200
-WILD = 1.5  # times the loss of guessing: a higher one has blown up
+WILD = 1.5  # times the loss of guessing: a higher one at the end has blown up
+FAR = 3  # times the loss of guessing: a higher one at any time shows steps that are far too long
 
 
-def remedy(lr: float, steps: int, loss: float | None, num_classes: int) -> str:
-    """Say what to try first where a net is not above chance after `steps`, with this loss on val (None: not finite)."""
-    if steps < FEW and loss is not None and loss < WILD * math.log(num_classes):
+def remedy(lr: float, steps: int, losses: Sequence[float | None], num_classes: int) -> str:
+    """Say what to try first where a net is not above chance after `steps`.
+
+    losses: the val loss of each evaluation; None where it was not finite.
+    """
+    lower = f"a lower optimizer.lr (now {lr:g}) is the first thing to try"
+    finite, guessing = [loss for loss in losses if loss is not None], math.log(num_classes)
+    if finite and max(finite) > FAR * guessing:
+        high = f"val loss was up to {max(finite):,.2f}, and guessing has {guessing:.2f}"
+        return f"{high}, so the steps are too long: {lower}"
+    if steps < FEW and losses and losses[-1] is not None and losses[-1] < WILD * guessing:
         return f"{steps:,} steps are few, so train longer (trainer.epochs=...) first"
-    return f"a lower optimizer.lr (now {lr:g}) is the first thing to try; then check the labels, or train longer"
+    return f"{lower}; then check the labels, or train longer"
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,10 @@ CROWDED_OUT = 0.25  # share of the time for which the threads that compute were 
 
 
 def describe_keys(config: TrainConfig, run_dir: Path, note: str = "where config.yaml has all keys") -> str:
-    """Format the keys that differ from the defaults."""
+    """Format the keys that differ from the defaults or are on the command line."""
     width = min(68, max(20, (columns(sys.stdout) or 80) - 12))
-    keys = "\n".join(_wrapped("  ".join(as_overrides(replace(config, derive=[]))), width))
+    named = {word.partition("=")[0] for word in sys.argv[1:] if "=" in word}
+    keys = "\n".join(_wrapped("  ".join(as_overrides(replace(config, derive=[]), named - {"derive"})), width))
     return table({"run folder": f"{run_dir}, {note}", "keys": keys})
 
 
@@ -172,8 +173,9 @@ def describe_end(
 
 def describe_chance(config: TrainConfig, chance: Chance, metrics: str) -> str:
     """Say what to do about a top1 that guessing would reach."""
-    last = [row for row in parse_log(metrics) if row["split"] == "val"][-1]
-    what = remedy(config.optimizer.lr, last["step"], last.get("loss"), chance.num_classes)
+    rows = [row for row in parse_log(metrics) if row["split"] == "val"]
+    losses = [row.get("loss") for row in rows]
+    what = remedy(config.optimizer.lr, rows[-1]["step"], losses, chance.num_classes)
     return f"this top1 is not above {chance}: {what}"
 
 

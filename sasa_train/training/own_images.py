@@ -6,7 +6,7 @@ killed before it saved anything makes the same choices again. docs/data.md descr
 
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from sasa_train.config.derived import in_pixels, input_size, resolved_image_size, resolved_size
-from sasa_train.config.keys import MODEL_KEYS, OWN_MODELS, PUBLISHED, SMALL_IMAGE, TrainConfig, with_values
+from sasa_train.config.keys import MODEL_KEYS, OWN_MODELS, PUBLISHED, SMALL_IMAGE, TrainConfig, flatten, with_values
 from sasa_train.config.overrides import as_written
 from sasa_train.config.rules import check_world_size, validate
 from sasa_train.config.saved import as_begun, to_yaml
@@ -52,6 +52,7 @@ MAX_BATCH = 256
 NUM_SIZES = 64  # images whose sizes are looked at
 MAX_SIZE_CPU, MAX_SIZE_CUDA = 64, 224  # pixels
 MAX_ENLARGED = 2  # times; above this, a warning follows
+NEAR = 2  # times: a value that was set within this of the one that would be chosen is as good
 STEPS, STEPS_FINE = 1200, 400  # of the whole run, for few images
 Choice = tuple[Any, str]  # a value and its reason
 
@@ -106,8 +107,9 @@ def choose(config: TrainConfig) -> tuple[TrainConfig, Facts]:
     for key, (value, reason) in chosen.items():
         if value is not None:
             _tell(f"chosen      {key}={as_written(value)}: {reason}")
-    if wide := _as_set(config, facts):
-        _tell(wide)
+    for text in (_as_set(config, facts), *_would_be_chosen(config, facts)):
+        if text:
+            _tell(text)
     _warn_if_enlarged(config, facts)
     return config, facts
 
@@ -122,6 +124,19 @@ def _as_set(config: TrainConfig, facts: Facts) -> str:
         f"as set      model={model.name} is the net at full width, with about {1 / narrow[0] ** 2:.0f} times the "
         f"parameters of the one for these images: for model.width={narrow[0]}, write model.name={model.name} instead"
     )
+
+
+def _would_be_chosen(config: TrainConfig, facts: Facts) -> Iterator[str]:
+    """Name the keys of the recipe that were set to something far from what would be chosen, and that."""
+    # The rules are for AdamW, and a preset that leaves only the hold-out open has a recipe of its own.
+    if not {*RULES} & {*config.derive} or (config.optimizer.name, config.optimizer.lr_basis) != ("adamw", "absolute"):
+        return
+    values = flatten(config)
+    for key in ("trainer.global_batch_size", "trainer.epochs", "schedule.warmup_epochs", "optimizer.lr"):
+        best, reason = RULES[key](config, facts)
+        given = values[key]
+        if key not in config.derive and not max(given, best) <= NEAR * min(given, best):
+            yield f"as set      {key}={as_written(given)}; {as_written(best)} would be chosen for these images: {reason}"
 
 
 def _warn_if_enlarged(config: TrainConfig, facts: Facts) -> None:
