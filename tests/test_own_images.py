@@ -86,6 +86,17 @@ def test_one_line_trains_and_a_stopped_run_keeps_what_it_chose(photos, tmp_path,
     assert flatten(compose_config(for_own_images(again))) | {"derive": began.derive} == now
     assert "is finished" in in_process("train", f"resume={run}", "allow_config_change=[data.root]").stdout
 
+    # With an absolute path, a second run was once trained beside the finished one.
+    rest = [*SHORT, "allow_config_change=[data.root]"]
+    for root, here, output in (
+        (photos, "", "outputs"), ("./my photos/", "", "outputs"), ("../my photos", "my photos", "../outputs"),
+    ):  # fmt: skip
+        told = in_process("train", f"data.root={root}", f"output_dir={output}", *rest, here=here)
+        assert "is finished" in told.stdout and f"{run.name} was begun on the same images" in told.stderr
+    assert only_run(tmp_path) == run and load_config_file(run / "config.yaml").data.root == "my photos"
+    other = in_process("train", f"data.root={photos}", *rest, "seed=1", "trainer.max_hours=1e-9", expect=75)
+    assert "was begun" not in other.stderr and len(list((tmp_path / "outputs").iterdir())) == 2
+
 
 @pytest.mark.parametrize(
     "root,words,message",

@@ -20,7 +20,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sasa_train.config import own_code
 from sasa_train.config.derived import expected_num_classes
-from sasa_train.config.identity import run_name_in
 from sasa_train.config.keys import TrainConfig, with_values
 from sasa_train.config.saved import as_begun
 from sasa_train.data.datasets import check_output_dir
@@ -39,7 +38,7 @@ from sasa_train.processes.ranks import local_rank
 from sasa_train.refusal import LIBRARY_ERRORS, ConfigError, ExpectedFailure
 from sasa_train.runs.chance import Chance
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, first_misfit
-from sasa_train.runs.folder import RunFolder, check_data, is_finished, open_run
+from sasa_train.runs.folder import RunFolder, check_data, find_begun, is_finished, open_run
 from sasa_train.runs.metrics import end_of
 from sasa_train.runs.preprocessing import with_preprocessing
 from sasa_train.runs.provenance import conditions, describe_changes, provenance
@@ -100,7 +99,7 @@ def train(config: TrainConfig, stop: StopRequest) -> Ended:
     """
     if compiles(config):
         collectives.everywhere(check_compiled_code, ConfigError)
-    run_name = collectives.from_first(lambda: config.run_name or run_name_in(config.output_dir, config))
+    run_name, config = collectives.from_first(lambda: find_begun(config))
     collectives.from_first(lambda: check_trackers(config.logger), ConfigError)
     collectives.from_first(lambda: check_output_dir(config), ConfigError)
     # The first process alone chooses, because it alone accesses the run folder.
