@@ -19,7 +19,8 @@ from sasa_train.config.compose import compose_config
 from sasa_train.config.identity import default_run_name, run_name_in
 from sasa_train.config.keys import TrainConfig, flatten
 from sasa_train.config.overrides import for_own_images
-from sasa_train.config.saved import load_config_file
+from sasa_train.config.saved import load_config_file, to_yaml
+from sasa_train.runs.ledger import Ledger
 from sasa_train.runs.weights import Weights
 from sasa_train.sweep.planning import at_full_width, read_plan
 from sasa_train.training.own_images import RULES, Facts, look
@@ -343,6 +344,29 @@ def test_only_a_root_without_other_words_means_own_images():
     assert at_full_width(read_plan(line).jobs) == ["conv_resnet26", "hybrid_resnet26"]
     assert at_full_width(read_plan([*line, "model.width=0.5"]).jobs) == []
     assert at_full_width(read_plan(["data=digits", *line[1:]]).jobs) == []
+
+
+def test_a_sweep_on_own_images_has_their_name_and_is_found_again(tmp_path, monkeypatch):
+    """The sweep on my_photos lay in my_images-1a9ac1, and with an absolute path, it began once more beside that."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_photos").mkdir()
+    grid = ["model.name=hybrid_resnet26,conv_resnet26", "seed=0,1"]
+    spelt = ["data.root=my_photos", "data.root=./my_photos/", f"data.root={tmp_path}/my_photos"]
+    plan = read_plan([spelt[0], *grid])
+    assert re.fullmatch("outputs/my_photos-[0-9a-f]{6}", str(plan.folder))
+    assert len({read_plan([root, *grid]).folder for root in spelt}) == 3  # so far, no folder is there
+    earlier = plan.folder.with_name(plan.folder.name.replace("my_photos", "my_images"))
+    for folder in (earlier, plan.folder):
+        folder.mkdir(parents=True)
+        Ledger(folder / "ledger.json", {"overrides": plan.fixed}).save()
+        job = plan.jobs[0]
+        (folder / job.name).mkdir()
+        (folder / job.name / "config.yaml").write_text(to_yaml(compose_config(job.overrides)))
+        for root in spelt:
+            again = read_plan([root, *grid])
+            assert again.folder == folder and again.jobs[0].name == job.name
+    assert read_plan([f"data.root={tmp_path}/others", *grid]).folder.name.startswith("others-")
+    assert read_plan([spelt[1], *grid, "trainer.epochs=3"]).folder != plan.folder
 
 
 def test_a_hydra_sweep_and_the_summary_choose_as_the_run_does(photos, tmp_path, in_process):

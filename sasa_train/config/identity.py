@@ -44,8 +44,12 @@ def data_name(config: TrainConfig) -> str:
     """Return the data set's name in a run's name; of a set of one's own, its folder's or its function's."""
     if config.data.target is not None:
         return re.sub(NOT_IN_NAMES, "-", config.data.target)[-MAX_DATA_NAME:]
-    own = re.sub(NOT_IN_NAMES, "-", config.data.title)
-    return own.lstrip(".-")[:MAX_DATA_NAME] or config.data.name
+    return as_data_name(config.data.title) or config.data.name
+
+
+def as_data_name(title: str) -> str:
+    """Return a data set's title as it is written in names, which may be empty."""
+    return re.sub(NOT_IN_NAMES, "-", title).lstrip(".-")[:MAX_DATA_NAME]
 
 
 def _model_name(config: TrainConfig) -> str:

@@ -3,10 +3,8 @@
 import contextlib
 import itertools
 import os
-import re
 import shlex
 import stat
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +12,11 @@ from typing import Any
 
 from sasa_train.config import own_code
 from sasa_train.config.derived import total_steps
-from sasa_train.config.identity import differing_keys, run_name_in
+from sasa_train.config.identity import differing_keys
 from sasa_train.config.keys import PUBLISHED, TrainConfig, TrainerConfig, flatten, with_values
 from sasa_train.config.overrides import as_written, is_group, parse_overrides
 from sasa_train.config.own_keys import targets_of
-from sasa_train.config.places import as_given, kept_places, places, real, tell_places, where_trained
+from sasa_train.config.places import as_given, kept_places, tell_places, where_trained
 from sasa_train.config.saved import BEFORE, as_begun, load_config, load_config_file, to_yaml
 from sasa_train.data.fingerprint import differences
 from sasa_train.files import (
@@ -41,7 +39,7 @@ from sasa_train.runs.metrics import end_of, is_out_of_patience, parse_log
 from sasa_train.runs.source import similar_runs
 from sasa_train.runs.teacher import teacher_file
 from sasa_train.runs.weights import sha256_of, weights_file
-from sasa_train.terminal import printable, say, some, warn
+from sasa_train.terminal import printable, some, warn
 
 # The files of a run at the top of its folder, besides the differences of its code.
 FILES = (
@@ -323,30 +321,6 @@ def _load_saved(path: Path, overrides: Sequence[str]) -> tuple[TrainConfig, Any]
         return config, checkpoint["provenance"].get("directory")
     except CheckpointError:
         return load_config_file(path / "config.yaml", overrides), read_info(path).get("directory")
-
-
-def find_begun(config: TrainConfig) -> tuple[str, TrainConfig]:
-    """Return a run's name, and the config with the places of its images as the run in `output_dir` began with them.
-
-    A run is found even if the command writes the folder of the images in another way, as in ./photos for photos.
-    """
-    folder, given = Path(config.output_dir), {key: real(path) for key, path in places(config.data).items()}
-    name = config.run_name or run_name_in(str(folder), config)
-    if config.run_name or config.resume != "auto" or not given or is_there(folder / name):
-        return name, config
-    alike = re.compile(re.escape(name[:-8]) + "[0-9a-f]{8}")  # all but the hash
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if not alike.fullmatch(path.name) or not is_there(path / "config.yaml", stat.S_ISREG):
-            continue
-        with contextlib.suppress(ConfigError, OSError):
-            began = load_config_file(path / "config.yaml")
-            seen = places(where_trained(began, read_info(path).get("directory")).data)
-            same = {key: real(place) for key, place in seen.items()} == given
-            if same and run_name_in(str(folder), with_values(config, places(began.data))) == path.name:
-                told = ", ".join(f"{key}={printable(place)}" for key, place in places(config.data).items())
-                say(f"{told}: {path} was begun on the same images, so this command goes on with it", sys.stderr)
-                return path.name, with_values(config, seen)
-    return name, config
 
 
 def check_groups(path: Path, config: TrainConfig, arguments: Sequence[str]) -> None:

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,7 @@ from omegaconf import OmegaConf
 from sasa_train.config.bounds import key
 from sasa_train.config.compose import compose_config, quote_texts
 from sasa_train.config.groups import choice_file, choices
-from sasa_train.config.identity import run_name_in
-from sasa_train.config.keys import NOT_TRAJECTORY, OWN_MODELS, PLACES, TrainConfig, key_table, text_keys
+from sasa_train.config.keys import OWN_MODELS, TrainConfig, key_table, text_keys
 from sasa_train.config.overrides import (
     TEXT_KEYS,
     UNREADABLE,
@@ -32,7 +30,9 @@ from sasa_train.config.own_keys import use_presets
 from sasa_train.config.rules import check_bounds
 from sasa_train.config.saved import shallow_events
 from sasa_train.refusal import ConfigError, shorten
+from sasa_train.runs.begun import find_begun
 from sasa_train.runs.ledger import Job
+from sasa_train.sweep.naming import Naming, key_of, name_in
 
 # The sweep sets these keys itself for each of its jobs.
 SET_BY_SWEEP = {
@@ -97,9 +97,9 @@ def read_plan(overrides: Sequence[str]) -> SweepPlan:
     use_presets(given)
     config = _read_config(ours)
     given_keys = {o.key_or_group for o in parse_overrides(given)}
-    common = one_list_each([o for o in config.overrides if _key(o) not in given_keys] + given)
-    rows = [[o for o in row if _key(o) not in given_keys] for row in config.rows] or [[]]
-    common = for_own_images(common)
+    common = one_list_each([o for o in config.overrides if key_of(o) not in given_keys] + given)
+    rows = [[o for o in row if key_of(o) not in given_keys] for row in config.rows] or [[]]
+    asked, common = common, for_own_images(common)
     use_presets(common)
     for row in rows:
         check_override_keys([*common, *row], is_sweep=True)
@@ -109,14 +109,15 @@ def read_plan(overrides: Sequence[str]) -> SweepPlan:
     swept = [o for o in common if parse_overrides([o])[0].is_sweep_override()]
     fixed = [o for o in common if o not in swept]
     stem = [str(o.value()) for o in ours if o.key_or_group == "sweep"]
-    name = config.name or _default_name(Path(stem[-1]).stem if stem else None, fixed, swept)
-    folder = Path(config.output_dir).expanduser() / name
+    within = Path(config.output_dir).expanduser()
+    naming = Naming(Path(stem[-1]).stem if stem else None, fixed, swept, is_short=common != asked)
+    folder = within / (config.name or name_in(within, naming))
     is_search = config.num_trials is not None
     if is_search and (len(rows) > 1 or rows[0]):
         raise ConfigError(f"sweep.num_trials={config.num_trials}: a search has no rows; put them into its space")
     if is_search and not swept:
         raise ConfigError(f"sweep.num_trials={config.num_trials}: nothing to search; give a key several values")
-    jobs = [] if is_search else _jobs([[*common, *row] for row in rows], {_key(o) for o in fixed}, folder)
+    jobs = [] if is_search else _jobs([[*common, *row] for row in rows], {key_of(o) for o in fixed}, folder)
     return SweepPlan(config, folder, fixed, swept if is_search else [], jobs, hydra)
 
 
@@ -186,16 +187,6 @@ def _validate(config: SweepConfig) -> None:
         raise ConfigError(f"sweep.worker={config.worker}: only a search (sweep.num_trials) is shared by several")
 
 
-def _default_name(stem: str | None, fixed: list[str], swept: list[str]) -> str:
-    """Return a readable name that does not depend on the values or seeds, so that a grid can be extended in place."""
-    named = {_key(o): str(parse_overrides([o])[0].value()) for o in fixed}
-    parts = [part for part in (stem, named.get("experiment") or named.get("model")) if part] or ["sweep"]
-    shaping = sorted(o for o in fixed if _key(o) not in NOT_TRAJECTORY - PLACES and _key(o) != "seed")
-    identity = [shaping, sorted(_key(o) for o in swept if _key(o) != "seed")]
-    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:6]
-    return re.sub(r"[^A-Za-z0-9_.=,+-]+", "-", "-".join([*parts, digest]))
-
-
 def _jobs(rows: list[list[str]], fixed_keys: set[str], folder: Path) -> list[Job]:
     """Return the jobs of all rows without duplicates."""
     grids = [expand(row) for row in rows]
@@ -211,10 +202,11 @@ def _jobs(rows: list[list[str]], fixed_keys: set[str], folder: Path) -> list[Job
 
 def build_job(overrides: list[str], fixed_keys: set[str], folder: Path) -> Job:
     """Build and name a job for `folder`; one with an invalid config is marked as refused, and the others can run."""
-    label = " ".join(o for o in overrides if _key(o) not in fixed_keys) or "all as given"
+    label = " ".join(o for o in overrides if key_of(o) not in fixed_keys) or "all as given"
     try:
         config = compose_config(overrides)
-        return Job(run_name_in(str(folder), config), overrides, label, _epochs(config), config.trainer.best_metric)
+        name = find_begun(config, folder)[0]
+        return Job(name, overrides, label, _epochs(config), config.trainer.best_metric)
     except ConfigError as error:
         digest = hashlib.sha256(json.dumps(overrides).encode()).hexdigest()[:8]
         return Job(f"refused-{digest}", overrides, label, state="refused", reason=str(error))
@@ -235,7 +227,3 @@ def at_full_width(jobs: list[Job]) -> list[str]:
 def _epochs(config: TrainConfig) -> int:
     """Return the epochs of a run, or 0 if they are chosen from the images when it begins."""
     return 0 if "trainer.epochs" in config.derive else config.trainer.epochs
-
-
-def _key(override: str) -> str:
-    return parse_overrides([override])[0].key_or_group

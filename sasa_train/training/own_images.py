@@ -136,7 +136,8 @@ def _would_be_chosen(config: TrainConfig, facts: Facts) -> Iterator[str]:
         best, reason = RULES[key](config, facts)
         given = values[key]
         if key not in config.derive and not max(given, best) <= NEAR * min(given, best):
-            yield f"as set      {key}={as_written(given)}; {as_written(best)} would be chosen for these images: {reason}"
+            chosen = f"{as_written(best)} would be chosen for these images: {reason}"
+            yield f"as set      {key}={as_written(given)}; {chosen}"
 
 
 def _warn_if_enlarged(config: TrainConfig, facts: Facts) -> None:

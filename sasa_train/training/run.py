@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import platform
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,9 +37,10 @@ from sasa_train.models.layers import LocalSelfAttention2d
 from sasa_train.processes import collectives
 from sasa_train.processes.ranks import local_rank
 from sasa_train.refusal import LIBRARY_ERRORS, ConfigError, ExpectedFailure
+from sasa_train.runs.begun import find_begun
 from sasa_train.runs.chance import Chance
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, first_misfit
-from sasa_train.runs.folder import RunFolder, check_data, find_begun, is_finished, open_run
+from sasa_train.runs.folder import RunFolder, check_data, is_finished, open_run
 from sasa_train.runs.metrics import end_of
 from sasa_train.runs.preprocessing import with_preprocessing
 from sasa_train.runs.provenance import conditions, describe_changes, provenance
@@ -99,7 +101,7 @@ def train(config: TrainConfig, stop: StopRequest) -> Ended:
     """
     if compiles(config):
         collectives.everywhere(check_compiled_code, ConfigError)
-    run_name, config = collectives.from_first(lambda: find_begun(config))
+    run_name, config = collectives.from_first(lambda: name_of(config))
     collectives.from_first(lambda: check_trackers(config.logger), ConfigError)
     collectives.from_first(lambda: check_output_dir(config), ConfigError)
     # The first process alone chooses, because it alone accesses the run folder.
@@ -122,6 +124,15 @@ def train(config: TrainConfig, stop: StopRequest) -> Ended:
             say(describe_finished(run.path, run.checkpoint, plan.config))
             return Ended(run.path, True, run.checkpoint["best"])
         return train_in_folder(plan, run, stop)
+
+
+def name_of(config: TrainConfig) -> tuple[str, TrainConfig]:
+    """Return what `find_begun` does; say if it found the run by images that the command writes in another way."""
+    name, begun = find_begun(config, Path(config.output_dir))
+    if begun != config:
+        here = printable(Path(config.output_dir, name))
+        say(f"{printable(config.data.place)}: {here} was begun on the same images, so this is its command", sys.stderr)
+    return name, begun
 
 
 def settle(config: TrainConfig, run_name: str) -> TrainConfig:
