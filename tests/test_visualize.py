@@ -182,6 +182,11 @@ def test_a_window_is_drawn_where_it_lies_and_ends_at_the_border():
     outlined = {(box.get_x(), box.get_y(), box.get_width()) for box in figure.axes[1].patches}
     assert outlined == {(8, 4, 20), (16, 12, 4)}  # the window, and the query's position in it
     assert "enlarged" not in figure.get_suptitle()  # nothing is
+    # In deep layers, a dark blue of 85 % opacity for weights of 0 once hid nearly the whole photograph.
+    shown = figure.axes[1].images[-1]
+    opacities = [shown.cmap(shown.norm(part * inside.weights.mean(0).max().item()))[3] for part in (0, 0.5, 1)]
+    assert opacities[0] == 0 and 0.5 < opacities[1] < opacities[2] == 0.9 and shown.get_alpha() is None
+    assert "row 13, column 18" in figure.axes[0].get_ylabel()
     corner = window_at(layer, weights, (0, 31), (32, 32))
     assert (corner.query, corner.box) == ((0, 7), (20, 0, 32, 12))
     assert torch.equal(corner.weights, weights[:, 0, 7].view(2, 5, 5)[:, 2:, :3])

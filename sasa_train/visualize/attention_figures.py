@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
@@ -27,7 +29,9 @@ from sasa_train.visualize.geometry import Distances, Window
 from sasa_train.visualize.val_sample import Prediction
 
 MIN_CELL = 1.25  # in inches; if the cells do not fit side by side, the figure becomes wider
-OVERLAY_ALPHA = 0.85
+WEIGHTS = "plasma"  # lightness increases uniformly, as in MAGNITUDES, but no colour is a grey
+OPAQUE, RISE = 0.9, 0.6  # opacity of the largest weight, and the power with which smaller ones follow
+FAINT = 0.3  # of the range of greys, at each end, that the image leaves to the weights
 SMALL_WINDOW = 0.2  # as a fraction of the image size; smaller windows are also shown enlarged
 DOT: dict[str, Any] = {"marker": "o", "mfc": "white", "mec": "black", "mew": 0.8, "ms": 4, "ls": ""}
 OUTLINE = [withStroke(linewidth=2.2, foreground="white")]  # keeps black lines visible on dark images
@@ -87,11 +91,11 @@ def draw_attention_heads(view: View, heads: Sequence[int] | None = None) -> Figu
             axis.set_visible(False)
         if shown is not None:
             _color_bar(figure, shown, line, "right")
-    found, (row, column) = view.prediction, view.pixel
+    found = view.prediction
     label = "" if found.label is None else f"label {found.label}, "
     predicted = f"predicted {found.predicted} ({100 * found.probability:.0f} %)"
     name = f"{found.name}, " if found.name else ""
-    set_title(figure, f"attention weights by head; {name}{label}{predicted}, pixel {row},{column}")
+    set_title(figure, f"attention weights by head; {name}{label}{predicted}, {_place(view.pixel)}")
     return figure
 
 
@@ -166,14 +170,9 @@ def _show_query(axis: Axes, view: View, window: Window | None = None) -> None:
 
 
 def _show_weights(axis: Axes, view: View, window: Window, weights: np.ndarray, largest: float) -> AxesImage:
-    """Show the weights over a faint grey image; a small window is also shown enlarged in a corner."""
+    """Show the weights over the grey image, which shows where there is none; a small window is also shown enlarged."""
     image = view.prediction.image
-    grey = image @ np.array([0.299, 0.587, 0.114])
-    extent = (0, image.shape[1], image.shape[0], 0)
-    axis.imshow(grey, cmap="gray", vmin=-255, vmax=510, extent=extent, interpolation="nearest")
-    colors: dict[str, Any] = {"cmap": MAGNITUDES, "vmin": 0, "vmax": largest, "interpolation": "nearest"}
-    left, top, right, bottom = window.box
-    shown = axis.imshow(weights, extent=(left, right, bottom, top), alpha=OVERLAY_ALPHA, **colors)
+    shown = _overlay(axis, image, window, weights, largest)
     is_small = _is_small(view, window)
     _mark(axis, view, window, with_dot=not is_small)
     _outline_query(axis, window)
@@ -181,13 +180,32 @@ def _show_weights(axis: Axes, view: View, window: Window, weights: np.ndarray, l
         row, column = view.pixel
         corner = (0.57 if column < image.shape[1] / 2 else 0.02, 0.02 if row < image.shape[0] / 2 else 0.57)
         inset = axis.inset_axes((*corner, 0.41, 0.41), xticks=[], yticks=[])
-        inset.imshow(weights, extent=(left, right, bottom, top), **colors)
+        _overlay(inset, image, window, weights, largest)
+        left, top, right, bottom = window.box
+        inset.set_xlim(left, right)
+        inset.set_ylim(bottom, top)
         inset.spines[:].set_path_effects(OUTLINE)
         _outline_query(inset, window)
         _dot(inset, window)
     if (outside := 1 - float(weights.sum())) > 0.005:  # border=zero: keys outside the image also receive weight
         axis.set_xlabel(f"{100 * outside:.0f} % outside", fontsize=7)
     return shown
+
+
+def _overlay(axis: Axes, image: np.ndarray, window: Window, weights: np.ndarray, largest: float) -> AxesImage:
+    grey = image @ np.array([0.299, 0.587, 0.114])
+    whole = (0, image.shape[1], image.shape[0], 0)
+    axis.imshow(grey, cmap="gray", vmin=-255 * FAINT, vmax=255 * (1 + FAINT), extent=whole, interpolation="nearest")
+    left, top, right, bottom = window.box
+    box = (left, right, bottom, top)
+    return axis.imshow(weights, extent=box, cmap=_weight_colors(), vmin=0, vmax=largest, interpolation="nearest")
+
+
+def _weight_colors() -> ListedColormap:
+    """Return colours of which 0 is transparent and the largest weight opaque."""
+    colors = colormaps[WEIGHTS](np.linspace(0, 1, 256))
+    colors[:, 3] = OPAQUE * np.linspace(0, 1, 256) ** RISE
+    return ListedColormap(colors)
 
 
 def _is_small(view: View, window: Window) -> bool:
@@ -224,11 +242,15 @@ def _dot(axis: Axes, window: Window) -> None:
 
 def _describe(view: View, room: float) -> str:
     """Describe a query in lines of at most `room` inches."""
-    found, (row, column) = view.prediction, view.pixel
+    found = view.prediction
     label = [] if found.label is None else [fitted(f"label {found.label}", room, 7, 2)]
     predicted = [f"predicted {100 * found.probability:.0f} %:", fitted(found.predicted, room, 7, 2)]
     name = [fitted(found.name, room, 7)] if found.name else []
-    return "\n".join([*name, *label, *predicted, f"pixel {row},{column}"])
+    return "\n".join([*name, *label, *predicted, _place(view.pixel)])
+
+
+def _place(pixel: tuple[int, int]) -> str:
+    return f"row {pixel[0]}, column {pixel[1]}"
 
 
 def _room(figure: Figure, cells: list[list[Axes]]) -> float:
@@ -250,7 +272,6 @@ def _show_offsets(axis: Axes, values: np.ndarray, low: float, high: float, color
 def _color_bar(figure: Figure, shown: AxesImage, axes: list[Axes], side: str) -> None:
     bar = figure.colorbar(shown, ax=axes, location=side, fraction=0.06, pad=0.02, aspect=15)
     bar.ax.tick_params(labelsize=7)
-    if bar.solids is not None:  # otherwise the colour bar would inherit the overlay's alpha
-        bar.solids.set_alpha(1)
+    bar.ax.set_facecolor("0.5")  # a mean grey, as of the image below transparent weights
     low, high = shown.get_clim()
     bar.set_ticks([low, (low + high) / 2, high], labels=[f"{v:.2g}" for v in (low, (low + high) / 2, high)])

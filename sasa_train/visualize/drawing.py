@@ -40,6 +40,7 @@ log = logging.getLogger("sasa_train")
 
 NUM_IMAGES = 512  # val images used for figures that show counts or means
 NUM_MAP_IMAGES, NUM_AUGMENTED, NUM_EPOCHS = 3, 4, 7
+COLORS = "from no colour over purple to yellow, the weight grows"
 NO_EXPLANATION = "These weights show what a layer takes from where; they do not explain the predicted class."
 MAPS, MEANS = OF_ATTENTION[:2], OF_ATTENTION[2:]
 
@@ -186,11 +187,11 @@ def _draw_maps(
     if "attention_maps" in names:
         caption = (
             f"Where {len(views)} query pixels (dots) of {len(images)} images look: the weights of the window around "
-            f"each in some layers, mean over heads; the brighter, the more weight. {NO_EXPLANATION}"
+            f"each in some layers, mean over heads; {COLORS}. {NO_EXPLANATION}"
         )
         yield "attention_maps", draw_attention_maps(views), caption
     if "attention_heads" in names:
-        caption = f"The weights of one query pixel by layer and head; the brighter, the more weight. {NO_EXPLANATION}"
+        caption = f"The weights of one query pixel by layer and head; {COLORS}. {NO_EXPLANATION}"
         yield "attention_heads", draw_attention_heads(views[0], choice.heads), caption
 
 
