@@ -4,6 +4,7 @@ import csv
 import difflib
 import errno
 import fcntl
+import glob
 import io
 import json
 import os
@@ -76,8 +77,15 @@ def is_there(path: Path, is_kind: Callable[[int], bool] = bool) -> bool:
 
 
 def did_you_mean(path: str | Path) -> str:
-    """Return ' (did you mean ...?)' with a path that is there and differs from `path` in one similar name, else ''."""
+    """Return ' (did you mean ...?)' with a path that is there and differs from `path` in one similar name, else ''.
+
+    Of a pattern, that is the folder before it.
+    """
     path = Path(path)
+    if glob.has_magic(str(path)):
+        folder = next((place for place in path.parents if not glob.has_magic(str(place))), path)
+        is_folder = folder.is_dir() and folder != Path()
+        return f" (a folder is wanted, not a pattern{f': {shlex.quote(str(folder))}' * is_folder})"
     for place in (path, *path.parents):
         if place.parent.is_dir() and not place.exists():
             with suppress(OSError):

@@ -56,9 +56,16 @@ def test_predictions_in_python_are_those_of_the_command(tiny_run, image_folder, 
         trained.predict(tmp_path)
 
 
-def test_a_folder_of_runs_is_answered_with_their_names(tiny_run, in_process):
+def test_a_folder_of_runs_is_answered_with_their_names(tiny_run, tmp_path, in_process):
     told = in_process("evaluate", str(tiny_run.parent), expect=2).stderr
     assert "is not a run folder, but holds the runs tiny; give one of them" in told
+    (tmp_path / "new photos").mkdir()  # for which the advice was once to train on them
+    told = in_process("evaluate", str(tiny_run.parent), "new photos", expect=2).stderr
+    assert "is not a run folder, but holds the runs" in told and "sasa-predict RUN 'new photos'" in told
+    for command in ("evaluate", "export"):
+        told = in_process(command, str(tiny_run), "new photos", expect=2).stderr
+        assert f"new photos: is not a key=value; pictures without labels: sasa-predict {tiny_run} 'new photos'" in told
+        assert "'data.root=new photos'" in told
 
 
 def test_preprocessing_is_that_of_the_runs_data(tiny_run):

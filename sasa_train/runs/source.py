@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,19 +39,32 @@ def check_source(source: Path, overrides: Sequence[str]) -> None:
     if world_size() > 1:
         raise ConfigError(f"WORLD_SIZE={world_size()}: this is one process's work; run it without torchrun")
     path = find_checkpoint(source)
-    check_overrides(split_weights(overrides)[1], source=str(path))
+    others = [word for word in overrides if "=" not in word and os.path.lexists(word)]
+    check_overrides(split_weights([word for word in overrides if word not in others])[1], source=str(path))
     if wrong := _other_than_a_run(source, path):
-        raise ConfigError(f"{printable(source)}: {wrong}")
-    if is_there(path):
-        return
-    if runs := _runs_in(source):
+        raise ConfigError(f"{printable(source)}: {wrong}{_about_others('RUN', others)}")
+    if not is_there(path) and (runs := _runs_in(source)):
         raise ConfigError(
             f"{source}: is not a run folder, but holds the runs {some(runs)}; give one of them (sasa-report --list "
-            f"{source} shows how good they are)"
+            f"{source} shows how good they are){_about_others('RUN', others)}"
         )
+    if others:
+        raise ConfigError(f"{printable(others[0])}: is not a key=value{_about_others(str(source), others)}")
+    if is_there(path):
+        return
     if not os.path.lexists(path):
         hint = "; this run has saved no checkpoint yet" if (source / "config.yaml").exists() else similar_runs(source)
         raise CheckpointError(f"{path}: cannot be read (No such file or directory){hint}")
+
+
+def _about_others(run: str, others: Sequence[str]) -> str:
+    """Say how pictures are given, of which `others` are files or folders, in a command that reads the run's own."""
+    if not others:
+        return ""
+    return (
+        f"; pictures without labels: {shlex.join(['sasa-predict', run, *others])}; other labelled ones, in one folder "
+        f"per class, instead of the run's: {shlex.quote(f'data.root={others[0]}')}"
+    )
 
 
 def _other_than_a_run(source: Path, path: Path) -> str:
