@@ -378,7 +378,7 @@ def test_a_run_stopped_by_its_hook_counts_as_done_for_reports_and_sweeps(trained
     assert has_finished(run)
     shutil.copytree(run, tmp_path / "out/other")  # of several runs, the list shows the best
     listed = in_process("report", "--list", "out").stdout
-    assert " 1/3 " in listed and "own" in listed and "state" not in listed and "best  sasa-evaluate" in listed
+    assert " 1/3 " in listed and "own" in listed and "state" not in listed and "highest  sasa-evaluate" in listed
     (tmp_path / "out/other/checkpoints/last.pt").unlink()
     assert not has_finished(tmp_path / "out/other")
     told = in_process("report", "out/own").stdout

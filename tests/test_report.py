@@ -1,6 +1,7 @@
 """Check that sasa-report matches hand calculations and omits no job, and that the paper's tables work as sweeps."""
 
 import csv
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -16,6 +17,7 @@ import timm
 from marking import slow_but_for
 from measuring_text import wrong_texts
 from PIL import Image
+from screens import lines_in_terminal
 from tensorboard import context
 from tensorboard.backend.event_processing import data_ingester, data_provider, plugin_event_multiplexer
 from tensorboard.plugins import base_plugin
@@ -26,6 +28,7 @@ from sasa_train import report as command
 from sasa_train import train, visualize
 from sasa_train.config.compose import compose_config
 from sasa_train.config.groups import config_dir
+from sasa_train.config.saved import to_yaml
 from sasa_train.models import build_model, check_model
 from sasa_train.models.counting import count_params, meta_model
 from sasa_train.paper import ROWS, matching_row, reference_row
@@ -129,7 +132,7 @@ def test_the_list_has_the_best_run_first_and_only_what_differs(tmp_path, in_proc
         ("d", ["data=image_folder", "data.root=photos"], [99.0, 50.0], "finished"),
         ("e", ["data=image_folder", "data.root=photos", "seed=1"], [60.0, 70.0], "finished"),
     ):
-        write_run(tmp_path / "out" / name, overrides, top1, status=status)
+        write_run(tmp_path / "out" / name, overrides, top1, status=status, num_val_images=72)
     lines = in_process("report", "--list", "out").stdout.splitlines()
     assert all(len(line) <= 80 or line.startswith("killed: ") for line in lines)
     words = [line.split() for line in lines]
@@ -137,11 +140,32 @@ def test_the_list_has_the_best_run_first_and_only_what_differs(tmp_path, in_proc
     assert words[2] == ["60.00", "60.00", "2/100", "b", "interrupted", "0.3", "0.5"]
     assert words[3] == ["40.00", "50.00", "2/100", "a", "done", "0.2", "null"]
     assert words[5][:3] == ["-", "-", "0/100"] and "..." in words[5][3] and words[5][4] == "killed"
-    assert lines[6] == "best  sasa-evaluate out/a/checkpoints/last.pt"  # b has not finished
-    assert "no process runs it; the same command" in lines[7]
-    assert lines[9] == "image_folder  photos" and words[11][3:] == ["e", "1"] and "width" not in lines[10]
-    assert lines[-1] == "best  sasa-evaluate out/e/checkpoints/last.pt"
+    assert lines[6] == "highest  sasa-evaluate out/a/checkpoints/last.pt"  # b has not finished
+    assert lines[7] == "on 72 val images, one run's top1 is accurate to about ± 11 points"
+    assert "no process runs it; the same command" in lines[8]
+    assert lines[10] == "image_folder  photos" and words[12][3:] == ["e", "1"] and "width" not in lines[11]
+    assert lines[-2] == "highest  sasa-evaluate out/e/checkpoints/last.pt"
     assert not (tmp_path / "out/report").exists()
+
+
+def test_the_list_shows_first_what_the_commands_set_and_keeps_its_command_whole(tmp_path):
+    """At 80 columns, it showed warmup_epochs, which follows from the epochs, and hid the models of the sweep."""
+    names = [f"my_photos-{model}_resnet26-e25-s0-5d028b6{i}" for i, model in enumerate(("conv", "hybrid", "sasa"))]
+    for i, name in enumerate(names):
+        model = f"model.name={name.split('-')[1]}"
+        command = f"sasa-train data.root=my_photos {model}"
+        top1 = [60.0 + i] if i < 2 else []
+        write_run(tmp_path / "outputs" / name, [model], top1, status="finished" if top1 else "failed", command=command)
+        config = compose_config([model, f"schedule.warmup_epochs={i + 1}"])
+        text = to_yaml(dataclasses.replace(config, derive=["schedule.warmup_epochs"]))
+        (tmp_path / "outputs" / name / "config.yaml").write_text(text)
+    for width, keys in ((80, ["model", "warmup_epochs"]), (60, ["model"])):
+        lines = lines_in_terminal(tmp_path, width, "report", "--list")
+        assert lines[1].split()[4:] == keys and ("(1 more key differs; a wider terminal shows more)" in lines) == (
+            width < 80
+        )
+        at = lines.index("highest")
+        assert lines[at + 1] == f"sasa-evaluate outputs/{names[1]}/checkpoints/last.pt"
 
 
 def test_one_folder_is_one_data_set_however_its_runs_wrote_it(tmp_path, in_process, without_matplotlib):
@@ -160,7 +184,7 @@ def test_one_folder_is_one_data_set_however_its_runs_wrote_it(tmp_path, in_proce
     lines = in_process("report", "--list", "out").stdout.splitlines()
     names = ["image_folder  birds", *(f"image_folder  {tmp_path}/{name}" for name in ("my_photos", "other/my_photos"))]
     assert [line for line in lines if line.startswith("image_folder")] == names
-    best = [line.split("/")[1] for line in lines if line.startswith("best ")]
+    best = [line.split("/")[1] for line in lines if line.startswith("highest ")]
     assert best == ["birds", "inside"]  # of the two runs on birds, and of the four on my_photos
     in_process("report", "out", "--out", "page")
     told = (tmp_path / "page/report.html").read_text()

@@ -15,6 +15,7 @@ from sasa_train.terminal import load_torch, say, warn
 
 if TYPE_CHECKING:
     from sasa_train.report.jobs import Job
+    from sasa_train.report.page import Section
     from sasa_train.report.rows import Report
     from sasa_train.report.verdict import Chance
 
@@ -116,14 +117,8 @@ def report(options: argparse.Namespace) -> None:
     text = printable_lines(markdown(built))
     files = {"table.md": text.encode(), "table.csv": as_csv(built).encode(), "table.json": as_json(built).encode()}
     plots = Section("plots", "Plots")
-    if plots.can_draw():
-        from sasa_train.report.charts import draw_charts
-
-        plots.pictures = draw_charts(built)
-        plots.missing += [] if plots.pictures else ["No job is done with two evaluations: there is nothing to draw."]
-        files |= {f"{picture.name}.png": picture.png for picture in plots.pictures}
-    else:
-        warn(*plots.missing)
+    if job is None:  # the page of a single run has its own curves
+        files |= draw_plots(built, plots)
     write_outputs(folder, files)  # write these first; the page takes longer
     if job is not None:
         page = report_run(built, job, options, folder)
@@ -134,6 +129,18 @@ def report(options: argparse.Namespace) -> None:
     say(f"{folder}: {', '.join([*files, PAGE])}")
     if job is None and (board := board_command(built, options.sources)):
         say(f"curves  {board}")
+
+
+def draw_plots(report: "Report", plots: "Section") -> dict[str, bytes]:
+    """Add the charts to the page's section, or why there are none; return their files."""
+    if not plots.can_draw():
+        warn(*plots.missing)
+        return {}
+    from sasa_train.report.charts import draw_charts
+
+    plots.pictures = draw_charts(report)
+    plots.missing += [] if plots.pictures else ["No job is done with two evaluations: there is nothing to draw."]
+    return {f"{picture.name}.png": picture.png for picture in plots.pictures}
 
 
 def for_terminal(report: "Report", text: str) -> str:

@@ -1,4 +1,4 @@
-"""Confidence intervals for a mean over seeds, based on Student's t distribution."""
+"""Confidence intervals: for a mean over seeds, by Student's t distribution, and for a share of images, by Wilson."""
 
 import math
 from collections.abc import Sequence
@@ -42,3 +42,15 @@ def mean_interval(values: Sequence[float]) -> Interval:
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
     t = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2))
     return Interval(mean, t * deviation / math.sqrt(n), n)
+
+
+def half_width(top1: float, num_images: int) -> float:
+    """Return half the width of the 95 % interval (Wilson's) that so many images leave for a top1, both in percent."""
+    p, z2 = top1 / 100, 1.96**2
+    return 100 * 1.96 * math.sqrt((p * (1 - p) + z2 / (4 * num_images)) / num_images) / (1 + z2 / num_images)
+
+
+def exactness(top1: float, num_images: int) -> str:
+    """Say how exact a run's top1 is on so many val images."""
+    points = half_width(top1, num_images)
+    return f"on {num_images:,} val images, one run's top1 is accurate to about ± {points:.2g} points"

@@ -22,7 +22,7 @@ from sasa_train.machine import now
 from sasa_train.report import facts, verdict
 from sasa_train.report.jobs import Job
 from sasa_train.report.rows import Report, Row
-from sasa_train.report.run_list import best_of, columns_of, group_by_data
+from sasa_train.report.run_list import best_of, columns_of, group_by_data, mark_of
 from sasa_train.report.tables import cells, not_counted, notes, title
 from sasa_train.terminal import printable_lines, progress_bar
 from sasa_train.visualize.names import FIGURES
@@ -174,7 +174,7 @@ def _listed(report: Report, folder: Path) -> list[dict[str, Any]]:
                     "name": job.name,
                     "href": facts.href(job.run_dir, folder) if job.run_dir else "",
                     "cells": cells,
-                    "is_best": job is best_of(group),
+                    "mark": f"{mark_of(group)} run" if job is best_of(group) else "",
                 }
                 for job, *cells in zip(group, *(column[1:] for column in columns), strict=True)
             ],

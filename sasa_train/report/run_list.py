@@ -1,17 +1,20 @@
 """The runs of a folder, one line each, the best of each data set first (`sasa-report --list`)."""
 
+import contextlib
 import os
 import shlex
 import shutil
 from collections.abc import Iterator
 
 from sasa_train.config.differences import commonest, differing, short, shown_keys
+from sasa_train.config.groups import GROUPS
 from sasa_train.config.keys import PLACES
 from sasa_train.config.places import real
+from sasa_train.report.intervals import exactness, mean_interval
 from sasa_train.report.jobs import Job
 from sasa_train.terminal import printable
 
-MIN_NAME = 24  # characters of a run's name that are shown even if the terminal is narrow
+MIN_NAME = 20  # characters of a run's name that are shown even if the terminal is narrow
 
 
 def list_runs(jobs: list[Job], width: int | None = None) -> str:
@@ -24,7 +27,10 @@ def list_runs(jobs: list[Job], width: int | None = None) -> str:
     for data, group in group_by_data(jobs):
         parts += ["", data, *_table(group, width)]
         if (best := best_of(group)) is not None and best.run_dir is not None:
-            parts.append(f"best  sasa-evaluate {printable(shlex.quote(str(best.run_dir / 'checkpoints/last.pt')))}")
+            checkpoint = printable(shlex.quote(str(best.run_dir / "checkpoints/last.pt")))
+            parts.append(f"{mark_of(group)}  sasa-evaluate {checkpoint}")
+            if best.figure == "top1" and (num_images := best.info.get("num_val_images")):
+                parts.append(exactness(best.last, num_images))
         if any(job.state == "killed" for job in group):
             parts.append("killed: no process runs it; the same command, or sasa-train resume=RUN, continues it")
     return "\n".join(parts[1:])
@@ -44,6 +50,22 @@ def group_by_data(jobs: list[Job]) -> Iterator[tuple[str, list[Job]]]:
 def best_of(group: list[Job]) -> Job | None:
     """Return the finished job with the highest top1 of its last epoch from a sorted group of several; None without."""
     return next((job for job in group if job.val and job.state == "done"), None) if len(group) > 1 else None
+
+
+def mark_of(group: list[Job]) -> str:
+    """Return "best" if chance in the seeds does not explain that the runs like the best one are above the next."""
+    rows: dict[str, dict[int, float]] = {}  # by all keys but the seed
+    for job in group:
+        if job.val and job.state == "done" and job.config is not None:
+            keys = _keys(job) | {"seed": ""}
+            rows.setdefault(str(sorted(keys.items())), {}).setdefault(job.config.seed, job.last)
+    found = sorted(rows.values(), key=lambda row: -sum(row.values()) / len(row))
+    best = best_of(group)
+    if best is None or len(found) < 2 or best.last not in found[0].values():
+        return "highest"
+    leads = [top1 - found[1][seed] for seed, top1 in found[0].items() if seed in found[1]]
+    lead = mean_interval(leads) if leads else None
+    return "best" if lead is not None and lead.is_shown and lead.excludes_zero and lead.mean > 0 else "highest"
 
 
 def _data(job: Job) -> tuple[str, str]:
@@ -104,13 +126,19 @@ def _differences(columns: list[list[str]], num_runs: int) -> Iterator[str]:
 
 
 def columns_of(jobs: list[Job]) -> list[list[str]]:
-    """Return the columns of a table without the names of the runs, each with its heading first."""
-    keys = [_keys(job) for job in jobs]
+    """Return the columns of a table without the names of the runs, each with its heading first.
+
+    The keys that a command sets come first, and those that all runs chose from their images last.
+    """
+    keys, named = [_keys(job) for job in jobs], {key for job in jobs for key in _named(job)}
+    chosen = set.intersection(*({*job.config.derive} if job.config is not None else set() for job in jobs))
+    keys = [{key: value for key, value in run.items() if key != "trainer.epochs"} for run in keys]  # beside the epoch
+    found = sorted(differing(keys), key=lambda pair: (pair[0] not in named, pair[0] in chosen))
     columns = [
         [jobs[0].figure, *(f"{job.last:.2f}" if job.val else "-" for job in jobs)],
         ["best", *(f"{job.best:.2f}" if job.val else "-" for job in jobs)],
         ["epoch", *map(_epoch, jobs)],
-        *([short(key), *values] for key, values in differing(keys)),
+        *([short(key), *values] for key, values in found),
     ]
     if any(job.state != "done" for job in jobs):
         columns.insert(3, ["state", *(job.state for job in jobs)])
@@ -134,6 +162,15 @@ def _keys(job: Job) -> dict[str, str]:
         return keys
     given = {"model.name" if key == "model" else key: value for key, value in (job.overrides or {}).items()}
     return {key: printable(value) for key, value in given.items() if key in keys}
+
+
+def _named(job: Job) -> set[str]:
+    """Return the keys that a job's command sets; a group as the key of its name."""
+    words = [f"{key}=" for key in job.overrides or ()]
+    with contextlib.suppress(ValueError):  # a command that was edited
+        words += shlex.split(str(job.info.get("command", "")))
+    keys = {key for key, has_value, _ in (word.partition("=") for word in words) if has_value}
+    return {f"{key}.name" if key in GROUPS else key for key in keys} | keys
 
 
 def _epoch(job: Job) -> str:

@@ -1,7 +1,6 @@
 """What was reached, in a sentence: against chance, and against the other runs or rows."""
 
 import functools
-import math
 from pathlib import Path
 
 from sasa_train.config.derived import expected_num_classes
@@ -9,6 +8,7 @@ from sasa_train.config.keys import TrainConfig
 from sasa_train.config.places import places, real
 from sasa_train.refusal import ConfigError
 from sasa_train.report.advice import advice
+from sasa_train.report.intervals import exactness, half_width
 from sasa_train.report.jobs import Job, find_jobs
 from sasa_train.report.rows import Report, Row, paired_difference
 from sasa_train.report.run_list import group_by_data
@@ -43,19 +43,12 @@ def _num_val_images(run_dir: Path) -> tuple[int, ...]:
     return tuple(entry["num_images"] for entry in classes)
 
 
-def half_width(top1: float, num_images: int) -> float:
-    """Return half the width of the 95 % interval (Wilson's) that so many images leave for a top1, both in percent."""
-    p, z2 = top1 / 100, 1.96**2
-    return 100 * 1.96 * math.sqrt((p * (1 - p) + z2 / (4 * num_images)) / num_images) / (1 + z2 / num_images)
-
-
 def val_note(jobs: list[Job]) -> str:
     """Say how exact the highest top1 is on so few val images; "" if the data sets differ or the number is unknown."""
     chance = chance_of(jobs) if len(list(group_by_data(jobs))) == 1 else None
     if chance is None or not chance.num_images:
         return ""
-    points = half_width(max(job.last for job in jobs), chance.num_images)
-    return f"on {chance.num_images:,} val images, one run's top1 is accurate to about ± {points:.2g} points"
+    return exactness(max(job.last for job in jobs), chance.num_images)
 
 
 def sentences(job: Job, chance: Chance | None) -> list[str]:
@@ -101,10 +94,10 @@ def _in_folder(job: Job) -> str:
         return ""
     if len(others) == 1:
         return f"; the only finished run on these images in {folder.name}, {best.name}, has {best.last:.2f} %"
-    where = f"of the {len(others)} finished runs on these images in {folder.name}"
+    where = f"highest of the {len(others)} finished runs on these images in {folder.name}"
     if job.state == "done" and best.last <= job.last:
-        return f"; it is the best {where}"
-    return f"; the best {where} is {best.name} with {best.last:.2f} %"
+        return f"; it is the {where}"
+    return f"; the {where} is {best.name} with {best.last:.2f} %"
 
 
 def _same_images(one: Job, other: Job) -> bool:

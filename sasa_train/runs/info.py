@@ -5,12 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from sasa_train.files import is_there, read_regular, write_atomic
-from sasa_train.runs.schema import MAX_SECONDS, PLAIN, TRACKER_ID, Maybe, first_wrong, number
+from sasa_train.runs.schema import MAX_SECONDS, PLAIN, TRACKER_ID, Maybe, first_wrong, number, whole
 
 NAME = "run.json"
 ENDED = ("finished", "stopped")  # statuses of runs that no signal or error ended; hooks of the user's own stop a run
 # Other entries are only compared or shown.
-CHECKED = {"starts": Maybe(list), "seconds": Maybe(number(0, MAX_SECONDS)), "tracker_id": Maybe(TRACKER_ID)}
+CHECKED = {
+    "starts": Maybe(list),
+    "seconds": Maybe(number(0, MAX_SECONDS)),
+    "num_val_images": Maybe(whole(1)),
+    "tracker_id": Maybe(TRACKER_ID),
+}
 
 
 def read_info(run_dir: Path) -> dict[str, Any]:

@@ -200,9 +200,9 @@ def run_to_the_end(loop: Loop) -> bool:
     if finished:
         end = {"best": state.best, "step": state.step, "metrics": loop.logger.metrics}
         run.write_end(end, why_early(plan.config, loop.logger.metrics))
-        run.write_info(seconds=round(state.seconds, 1))
-        end_trackers(loop.trackers, "finished", state.best)
         counts = [found["num_images"] for found in loop.loaders.fingerprint["val"]["classes"]]
+        run.write_info(seconds=round(state.seconds, 1), num_val_images=sum(counts))
+        end_trackers(loop.trackers, "finished", state.best)
         say(describe_end(plan.config, run.path, state, loop.logger.metrics, num_unreadable, Chance.among(counts)))
     else:
         status = "stopped" if loop.stop.asked_by else "interrupted"
