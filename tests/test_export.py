@@ -175,7 +175,8 @@ model = torch.export.load(sys.argv[1], extra_files=extra).module()
 images, expected = torch.load(sys.argv[2])
 for batch in (slice(0, 1), slice(3, 10)):
     assert (model(images[batch]) - expected[batch]).abs().max() <= 1e-5 * expected.abs().max()
-assert json.loads(json.loads(extra["sasa_train.json"])["classes"])[3] == "3"
+about = json.loads(extra["sasa_train.json"])
+assert json.loads(about["classes"])[3] == "3" and json.loads(about["input_size"]) == [3, 8, 8]
 assert not {"sasa_train", "timm"} & set(sys.modules)
 """
     arguments = [sys.executable, "-P", "-c", code, str(exported / "model.pt2"), str(tmp_path / "logits.pt")]

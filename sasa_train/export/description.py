@@ -60,6 +60,7 @@ def describe(trained: TrainedModel) -> dict[str, str]:
         "model": trained.config.model.title,
         "classes": json.dumps(trained.classes),
         "mode": trained.config.data.mode,
+        "input_size": json.dumps(list(trained.input_size)),  # channels, height, width
         "image_size": json.dumps(trained.image_size),
         "resize": json.dumps(as_image_size(*covered_size(trained.input_size[1:], trained.config.data.val_crop))),
         "interpolation": resolved_interpolation(trained.config.data),
