@@ -8,6 +8,7 @@ import contextlib
 import gc
 import io
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,8 @@ from sasa_train.processes.ranks import rank
 # Exit codes: done (now or earlier); failed; config or input refused; stopped, and can be continued.
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75
 MAX_NAMES = 5  # maximum number of names shown from a long list
+NAMED = re.compile(r"\S+(?: \S+)? {2,}(?=\S)")  # a name before a text, as in "as set      ..."
+COMMAND = re.compile(r"sasa-|tensorboard |torchrun |python -m ")
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # how OpenMP's threads wait
 
 
@@ -63,21 +66,32 @@ def columns(file: TextIO) -> int | None:
 
 
 def wrapped(text: str, file: TextIO) -> str:
-    """Break sentences between words where the terminal that `file` is, if any, would break them within words.
+    """Break lines between words where the terminal that `file` is, if any, would break them within words.
 
-    Rows of tables, and commands on lines of their own, stay as they are.
+    A text after a name, as in "first  a text", goes on below itself. Rows of tables stay as they are, and commands,
+    which are for pasting, too, on lines of their own.
     """
-    if (width := columns(file)) is None:
-        return text
-    lines = list[str]()
-    for line in text.split("\n"):
-        is_prose = len(line) > width and "  " not in line.strip() and not line.startswith("sasa-")
-        indent = " " * (len(line) - len(line.lstrip()))
-        parts = [line]
-        if is_prose:
-            parts = textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-        lines += parts
-    return "\n".join(lines)
+    width = columns(file)
+    return text if width is None else "\n".join(part for line in text.split("\n") for part in _broken(line, width))
+
+
+def _broken(line: str, width: int) -> list[str]:
+    name = NAMED.match(line)
+    indent = name.end() if name else len(line) - len(line.lstrip())
+    head, rest = line[:indent], line[indent:]
+    if len(line) <= width or "  " in rest.strip():
+        return [line]
+    if COMMAND.match(rest):
+        return [head.rstrip(), rest] if name else [rest]
+    if max(map(len, rest.split())) > width - indent:  # a long path, which has more room further left
+        indent = min(indent, 2)
+    return textwrap.wrap(line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+
+
+def with_command(text: str, command: str) -> str:
+    """Return a text that ends with a command to paste, which has a line of its own where both do not fit stdout's."""
+    width = columns(sys.stdout)
+    return f"{text} {command}" if width is None or len(f"{text} {command}") <= width else f"{text}\n{command}"
 
 
 def some(names: Sequence[str], separator: str = ", ") -> str:

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import sys
 
 import pytest
 from making_data import SMALL_RUN
@@ -49,6 +50,25 @@ def test_refusals_quote_names_escaped(hostile_folder, capsys, in_process):
     assert train.run_command(arguments) == 2
     refusals += capsys.readouterr().err
     assert refusals.count(ESCAPED) == 2 and "\x1b" not in refusals and len(refusals.splitlines()) == 2
+
+
+def test_long_lines_break_between_words_and_commands_stay_whole(monkeypatch):
+    """model.safetenso/rs, and commands that did not work when they were copied."""
+    monkeypatch.setattr(terminal, "columns", lambda file: 40)
+    command, path = "sasa-evaluate outputs/digits-hybrid_resnet26/checkpoints/last.pt", "outputs/" + "x" * 30
+    lines = {
+        f"best  {command}": ["best", command],
+        f"            {command}": [command],
+        "as set      model=a,b: nets at full width; for others, write": [
+            "as set      model=a,b: nets at full",
+            "            width; for others, write",
+        ],
+        f"first       {path}, step 12: top1 50.00": ["first", f"  {path},", "  step 12: top1 50.00"],
+        "60.00  60.00  run  a row of a table, which stays as it is": None,
+    }
+    for line, expected in lines.items():
+        assert terminal.wrapped(line, sys.stdout).split("\n") == (expected or [line])
+    assert terminal.with_command("to continue:", command) == f"to continue:\n{command}"
 
 
 def test_boundaries_escape_what_slipped_through_but_keep_line_breaks(capsys):

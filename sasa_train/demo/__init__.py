@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sasa_train.commands import described, end_command, positive, run
 from sasa_train.runs.source import check_source
-from sasa_train.terminal import load_torch, printable, say, warn
+from sasa_train.terminal import load_torch, printable, say, warn, with_command
 
 HOST, PORT = "127.0.0.1", 7860
 EPILOG = """Drop a picture on the page: it shows the most probable classes and, for each attention layer and head, where
@@ -81,7 +81,7 @@ def serve(options: argparse.Namespace) -> None:
 
         server.demo = Demo(load_trained(options.checkpoint, options.overrides), options.top_k)
         server.demo.warm_up()
-        say(f"{printable(options.checkpoint)}: the page is {server.url}  (Ctrl-C ends it)")
+        say(with_command(f"{printable(options.checkpoint)}: the page is", f"{server.url}  (Ctrl-C ends it)"))
         if options.open and not open_browser(server.url):
             warn(f"no browser could be opened; open {server.url} yourself")
         try:

@@ -4,9 +4,7 @@ Options add calibration, averaging over mirrored views, ImageNet-ReaL labels, an
 """
 
 import argparse
-import re
 import sys
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +15,7 @@ from sasa_train.evaluate.outputs import check_outputs, write_outputs
 from sasa_train.extras import why_not
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.source import check_source
-from sasa_train.terminal import columns, load_torch, printable
+from sasa_train.terminal import load_torch, printable, wrapped
 
 if TYPE_CHECKING:
     from sasa_train.evaluate.val_pass import Answers, Val
@@ -148,7 +146,8 @@ def print_evaluation(val: "Val", result: "Evaluation") -> None:
     changes = trained.changes(val.fingerprint)
     is_selected = trained.path.name == "best.pt" and not changes
     selected = "; selected on these val images, so its figures are optimistic (last.pt is not)" if is_selected else ""
-    print(f"{printable(trained.path)}: step {trained.checkpoint['step']:,}{weights}{selected}\n")
+    head = f"{printable(trained.path)}: step {trained.checkpoint['step']:,}{weights}{selected}\n"
+    print(wrapped(head, sys.stdout))
     for line in changes:
         print(f"not the images that the run was evaluated on: {line}")
     print("\n".join(sections.lines_of_classes(val.images.classes, result)))
@@ -257,13 +256,4 @@ def compare_with(other_val: "Val", answers: "Answers", options: argparse.Namespa
 
 
 def print_section(lines: list[str]) -> None:
-    """Print lines, broken between words on a terminal; those that begin with a name go on below their text."""
-    width = columns(sys.stdout)
-    print()
-    for line in lines:
-        name = re.match(r"\S+ {2,}(?=\S)", line)
-        indent = " " * len(name[0]) if name else ""
-        parts = [line]
-        if width is not None and len(line) > width:
-            parts = textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-        print("\n".join(parts))
+    print("\n" + wrapped("\n".join(lines), sys.stdout))

@@ -12,7 +12,7 @@ from sasa_train.extras import why_not
 from sasa_train.files import inside
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.source import check_source
-from sasa_train.terminal import DONE, FAILED, fail, load_torch, printable
+from sasa_train.terminal import DONE, FAILED, columns, fail, fitting, load_torch, printable
 
 if TYPE_CHECKING:
     from sasa_train.export.checking import Measured
@@ -66,22 +66,24 @@ def export(options: argparse.Namespace) -> int:
     from sasa_train.export.formats import FORMATS, Source
     from sasa_train.export.making import ExportError, make, megabytes, sweep
     from sasa_train.files import locked
-    from sasa_train.terminal import say
+    from sasa_train.terminal import progress_bar, say
     from sasa_train.trained import load_trained
 
     trained = load_trained(options.checkpoint, overrides)
     images, of_what = load_images(trained, options.images)
     folder = options.out or output_folder(trained.path)
     source, exit_code = Source(trained), DONE
-    with locked(folder, f"--out {folder}"):
+    with locked(folder, f"--out {folder}"), progress_bar(bar_format="{desc}") as doing:
         if not os.access(folder, os.W_OK):
             raise ConfigError(f"--out {folder}: cannot be written; give another folder")
         sweep(folder)
+        doing.set_description_str("measuring PyTorch ...")
         expected = measure(trained.model, images)
         if not all(logits.isfinite().all() for logits in expected.logits):
             raise ConfigError(f"{trained.path}: its logits are not finite; there is nothing to compare an export with")
         print_head(trained, of_what, expected, folder)
         for name in names:
+            doing.set_description_str(f"writing {name}, reading it back and comparing its logits ...")
             try:
                 found = make(FORMATS[name], source, folder, images, expected)
             except ExportError as error:
@@ -89,8 +91,8 @@ def export(options: argparse.Namespace) -> int:
                 exit_code = FAILED
                 continue
             target = FORMATS[name].target
-            difference = f"{found.difference(expected):<18.1e}  {target}"
-            say(row(name, megabytes(folder / target), found.images_per_second, difference))
+            difference = f"{found.difference(expected):<18.1e}"
+            say(row(name, megabytes(folder / target), found.images_per_second, difference, target))
     if exit_code == DONE:
         say("\nnext        docs/export.md: use the files in timm, onnxruntime or plain PyTorch")
     return exit_code
@@ -107,13 +109,15 @@ def print_head(trained: "TrainedModel", of_what: str, expected: "Measured", fold
     threads = "1 CPU thread" if (count := torch.get_num_threads()) == 1 else f"{count} CPU threads"
     say(f"checked on {of_what}; images/s with {threads} of this machine")
     say(f"files in {printable(shlex.quote(str(folder)))}\n")
-    batches = "".join(f"{f'batch {size}':>11}" for size in BATCH_SIZES)
-    say(f"{'format':<13}{'MB':>8}{batches}  largest difference  file")
-    say(row("PyTorch", megabytes(trained.path), expected.images_per_second, "").rstrip())
+    batches = "".join(f"{f'batch {size}':>10}" for size in BATCH_SIZES)
+    say(fitting([(0, f"{'format':<12}{'MB':>7}{batches}  largest difference"), (1, "file")], columns(sys.stdout)))
+    say(row("PyTorch", megabytes(trained.path), expected.images_per_second))
 
 
-def row(name: str, size: float, speeds: list[float], rest: str) -> str:
-    return f"{name:<13}{size:>8.2f}" + "".join(f"{speed:>11,.1f}" for speed in speeds) + f"  {rest}"
+def row(name: str, size: float, speeds: list[float], difference: str = "", target: str = "") -> str:
+    """Format a row of the table, without the file's name if the terminal has no room for it."""
+    numbers = f"{name:<12}{size:>7.2f}" + "".join(f"{speed:>10,.1f}" for speed in speeds)
+    return fitting([(0, numbers), (0, difference), (1, target)], columns(sys.stdout))
 
 
 def available_formats(asked: list[str] | None) -> list[str]:

@@ -16,7 +16,7 @@ from sasa_train.signals import Interrupted, StopRequest, ignore_until_the_end
 from sasa_train.sweep.display import Display, counts, final_table
 from sasa_train.sweep.planning import SweepConfig, SweepPlan, at_full_width, read_plan
 from sasa_train.sweep.scheduler import JobList, Processes, finish, job_arguments
-from sasa_train.terminal import DONE, FAILED, INTERRUPTED, escape_unknown_letters, fail, printable, say
+from sasa_train.terminal import DONE, FAILED, INTERRUPTED, escape_unknown_letters, fail, printable, say, with_command
 
 USAGE = """usage: sasa-sweep [sweep=NAME] [key=value,value ...] [sweep.KEY=value ...]
 
@@ -109,7 +109,7 @@ def sweep(plan: SweepPlan, arguments: list[str], stop: StopRequest) -> int:
         say(f"ledger      {ledger.path}")
         code = exit_code(ledger, stop)
         if code == INTERRUPTED:
-            say(f"next        the same command continues: {printable(command)}")
+            say(with_command("next        the same command continues:", printable(command)))
         say(f"{'then' if code == INTERRUPTED else 'next':<12}sasa-report {printable(plan.folder)}")
         return code
 

@@ -25,7 +25,7 @@ from sasa_train.device import RunPlan
 from sasa_train.machine import peak_memory
 from sasa_train.runs.chance import Chance, remedy
 from sasa_train.runs.metrics import describe_value, is_out_of_patience, last_val, lost_best, parse_log
-from sasa_train.terminal import columns, duration, printable, some
+from sasa_train.terminal import COMMAND, columns, duration, printable, some, with_command
 from sasa_train.training.freezing import describe_trained
 from sasa_train.training.optim import peak_lr
 from sasa_train.training.state import TrainState
@@ -190,8 +190,7 @@ def describe_stop(config: TrainConfig, run_dir: Path, state: TrainState, reason:
     if _needs_caller(config):
         return f"{text} the same call of train_model again"
     text += "" if config.resume == "never" else " the same command again, or"
-    command, width = f"sasa-train resume={run_dir}{imports_for(config)}", columns(sys.stdout)
-    return f"{text} {command}" if width is None or len(f"{text} {command}") <= width else f"{text}\n{command}"
+    return with_command(text, f"sasa-train resume={run_dir}{imports_for(config)}")
 
 
 def describe_finished(run_dir: Path, checkpoint: dict[str, Any], config: TrainConfig) -> str:
@@ -224,12 +223,13 @@ def why_early(config: TrainConfig, metrics: str) -> str:
 
 
 def table(lines: dict[str, str]) -> str:
-    """Format names and texts in two columns; on a terminal, texts wrap within the second one."""
+    """Format names and texts in two columns; on a terminal, texts but commands wrap within the second one."""
     width, rows = columns(sys.stdout), list[str]()
     for name, text in lines.items():
-        parts = [
-            part for line in text.split("\n") for part in (_wrapped(line, max(20, width - 12)) if width else [line])
-        ]
+        parts = list[str]()
+        for line in text.split("\n"):
+            is_whole = width is None or COMMAND.match(line)
+            parts += [line] if is_whole else _wrapped(line, max(20, (width or 0) - 12))
         rows += [f"{head:<11} {part}" for head, part in zip([name, *[""] * len(parts)], parts, strict=False)]
     return "\n".join(rows)
 
