@@ -9,6 +9,7 @@ from making_data import SMALL_RUN
 
 from sasa_train import evaluate, terminal, train
 from sasa_train.refusal import ConfigError
+from sasa_train.sweep import display
 from sasa_train.terminal import fail
 from sasa_train.train import PrintableFormatter
 
@@ -68,6 +69,12 @@ def test_long_lines_break_between_words_and_commands_stay_whole(monkeypatch):
     }
     for line, expected in lines.items():
         assert terminal.wrapped(line, sys.stdout).split("\n") == (expected or [line])
+    monkeypatch.setenv("COLUMNS", "40")
+    event = "interrupted seed=0  stopped before training began; run it again"
+    assert display._in_lines(event).split("\n") == [
+        "interrupted seed=0  stopped before",
+        "            training began; run it again",
+    ]
     assert terminal.with_command("to continue:", command) == f"to continue:\n{command}"
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -26,7 +27,7 @@ class Display:
     def __call__(self, processes: Processes, event: str) -> None:
         if event:
             self.clear()
-            _write(event)
+            _write(_in_lines(event) if self.is_terminal else event)
         if self.is_terminal and (event or time.monotonic() - self.drawn > REFRESH):
             lines = table_of(processes)
             self.clear()
@@ -68,6 +69,17 @@ def _cut(line: str, width: int) -> str:
     if len(line) > width:
         line = without_groups(line)
     return line if len(line) <= width else f"{line[: width - 3]}..."
+
+
+def _in_lines(event: str) -> str:
+    """Break lines that are too wide between words; they go on below the text after a job's state."""
+    wrapper = textwrap.TextWrapper(
+        shutil.get_terminal_size((120, 24)).columns,
+        subsequent_indent=" " * 12,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join(wrapper.fill(line) for line in event.split("\n"))
 
 
 def counts(ledger: Ledger) -> str:
