@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from sasa_train.config.identity import run_name_in
 from sasa_train.config.keys import DataConfig, TrainConfig
 from sasa_train.config.saved import as_begun
 from sasa_train.data.datasets import check_output_dir, reads_torchvision
@@ -32,6 +31,7 @@ from sasa_train.training.run import (
     compile_together,
     continue_from,
     load_together,
+    name_of,
     plan_buildable,
     settle,
     with_steps,
@@ -48,7 +48,7 @@ def show_plan(config: TrainConfig) -> None:
 
     Raises the errors of `train` that precede training. Weights of model.pretrained are not read.
     """
-    run_name = collectives.from_first(lambda: config.run_name or run_name_in(config.output_dir, config))
+    run_name, config = collectives.from_first(lambda: name_of(config))
     collectives.from_first(lambda: check_trackers(config.logger), ConfigError)
     collectives.from_first(lambda: check_output_dir(config), ConfigError)
     config = collectives.from_first(lambda: settle(config, run_name), ConfigError, CheckpointError)
