@@ -46,6 +46,8 @@ def check_compiled_code() -> None:
     named = {name: Path(os.environ[name]) for name in CODE_FOLDERS if os.environ.get(name)}
     for name, folder in {"TMPDIR": Path(tempfile.gettempdir(), f"torchinductor_{user}"), **named}.items():
         _check_code_folder(folder, name)
+    # What torch adds from now on, in this process and in those that compile for it, only the user can write to.
+    os.umask(os.umask(0o022) | 0o022)
 
 
 def _check_code_folder(folder: Path, variable: str) -> None:
@@ -54,8 +56,7 @@ def _check_code_folder(folder: Path, variable: str) -> None:
         folder.mkdir(mode=0o700)
     found = folder.lstat()
     is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
-    # Where each user has a group of their own, with the same number, folders are made for it to write to.
-    others_write = found.st_mode & (0o002 if found.st_gid == found.st_uid else 0o022)
+    others_write = _others_write(found)
     if is_own and others_write and not any(folder.iterdir()):  # torch has just made it under a wide umask
         folder.chmod(0o700)
     elif not is_own or others_write:
@@ -63,6 +64,18 @@ def _check_code_folder(folder: Path, variable: str) -> None:
             f"{folder}: torch.compile loads code from it, but it belongs to somebody else, or others may write to it; "
             f"delete it, or name another folder with {variable}=..."
         )
+    for inside in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # another run deletes what it needs no more
+            if _others_write(inside.lstat()) and not inside.is_symlink():
+                raise ConfigError(
+                    f"{inside}: torch.compile loads code from it, but others may write to it; delete {folder}, or name "
+                    f"another folder with {variable}=..."
+                )
+
+
+def _others_write(found: os.stat_result) -> int:
+    # Where each user has a group of their own, with the same number, folders are made for it to write to.
+    return found.st_mode & (0o002 if found.st_gid == found.st_uid else 0o022)
 
 
 @dataclass(frozen=True)

@@ -321,6 +321,8 @@ def _lock_folder(path: Path, name: str, other: str) -> FolderLock:
             opened.callback(os.close, folder)
             file = opened.enter_context(_open(path / name))
         except OSError as error:
+            if error.errno in DISK_FAILED:
+                raise
             raise ConfigError(
                 f"{path} cannot be locked ({error.strerror}): use a folder that can be written"
             ) from error

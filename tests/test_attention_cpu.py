@@ -192,6 +192,15 @@ def test_a_compiler_that_waits_is_not_waited_for(fresh_cache, monkeypatch, does)
     assert time.monotonic() - start < 30
 
 
+def test_a_compiler_that_hides_our_functions_is_named_and_its_library_not_kept(fresh_cache, monkeypatch):
+    compiler = fresh_cache / "hiding"
+    compiler.write_text('#!/bin/sh\nexec g++ "$@" -fvisibility=hidden\n')
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert f"{compiler} built a library without our functions" in (cpu.why_not_built("local_attention", 3) or "")
+    assert list(fresh_cache.iterdir()) == [compiler]
+
+
 def test_the_library_is_kept_and_a_damaged_one_is_built_again(fresh_cache, monkeypatch):
     q = torch.randn(1, 1, 3, 3, 2)
     local_attention(q, q, q, kernel_size=1, backend="cpu")

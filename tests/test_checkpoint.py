@@ -248,13 +248,13 @@ def test_a_save_that_cannot_read_a_manifest_changes_nothing(tmp_path, monkeypatc
 def test_a_best_checkpoint_that_is_not_the_runs_own_is_named(tmp_path):
     """A backup restored beside a run that goes on, or a deleted best.pt, was not noticed by anything."""
     checkpoints, best = filled(tmp_path, steps=(1, 2, 3, 4), best=(2,)), {"top1": 7.0, "step": 2, "epoch": 1}
-    assert checkpoints.other_best(best, 4) is None
-    assert checkpoints.other_best({**best, "step": 1}, 1) is None  # killed between best.pt and last.pt
+    assert checkpoints.other_best(best, 4, 4) is None
+    assert checkpoints.other_best({**best, "step": 1}, 1, 1) is None  # killed between best.pt and last.pt
     assert "not the one of step 3 that this run wrote: it is of step 2" in checkpoints.other_best(
-        {**best, "step": 3}, 4
+        {**best, "step": 3}, 4, 4
     )
     with pytest.raises(ConfigError, match="best.pt is there, of step 2, but last.pt has best=None"):
-        checkpoints.other_best(None, 4)
+        checkpoints.other_best(None, 4, 4)
     torch.save(content(2) | {"seconds": 1.0}, tmp_path / "best.pt")
     data = (tmp_path / "best.pt").read_bytes()
     manifest = {"step": 2, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -262,15 +262,15 @@ def test_a_best_checkpoint_that_is_not_the_runs_own_is_named(tmp_path):
     again = Checkpoints(tmp_path, 2)
     again.newest(print)
     for of_run in (checkpoints, again):
-        assert "this run wrote: its SHA-256 is another; bring it back" in of_run.other_best(best, 4)
+        assert "this run wrote: its SHA-256 is another; bring it back" in of_run.other_best(best, 4, 4)
     (tmp_path / "best.pt.json").unlink()  # its content is then looked at
-    assert "this run wrote: its SHA-256 is another; bring it back" in checkpoints.other_best(best, 4)
-    assert checkpoints.other_best({**best, "step": 1}, 1) is None
+    assert "this run wrote: its SHA-256 is another; bring it back" in checkpoints.other_best(best, 4, 4)
+    assert checkpoints.other_best({**best, "step": 1}, 1, 1) is None
     (tmp_path / "best.pt").write_bytes(b"damaged")
-    assert "it cannot be read as a checkpoint" in checkpoints.other_best(best, 4)
+    assert "it cannot be read as a checkpoint" in checkpoints.other_best(best, 4, 4)
     (tmp_path / "best.pt").unlink()
-    assert "not the one of step 2 that this run wrote: it is gone" in checkpoints.other_best(best, 4)
-    assert checkpoints.other_best(None, 4) is None
+    assert "not the one of step 2 that this run wrote: it is gone" in checkpoints.other_best(best, 4, 4)
+    assert checkpoints.other_best(None, 4, 4) is None
 
 
 def test_what_a_failed_save_cannot_put_back_is_named(tmp_path, monkeypatch):
@@ -301,7 +301,7 @@ def test_a_disk_that_goes_away_in_the_middle_of_a_save_is_not_said_to_hold_the_e
     assert load_checkpoint(best)["step"] == 6  # without a manifest; step 2 was the best
     again = Checkpoints(tmp_path, 0)
     again.newest(print)
-    assert again.other_best({"top1": 7.0, "step": 2, "epoch": 1}, 5) is None  # of a later step, as after a kill
+    assert again.other_best({"top1": 7.0, "step": 2, "epoch": 1}, 5, 5) is None  # of a later step, as after a kill
 
 
 @pytest.mark.parametrize("numbers", [[[0, 2], [1]], [["0", "1"]], [[0, 0]], [None], [[torch.ones(2)]]])

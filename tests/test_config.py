@@ -127,6 +127,12 @@ def test_a_text_on_the_command_line_stays_as_it_is_typed(in_process, image_folde
     in_process("evaluate", "12e4567", "data.root=1.50")
 
 
+@pytest.mark.parametrize("folder", ["/home/jürgen/Bilder (neu)", "x~1", "a b's;c", "C:\\x=y&z", "ünï"])
+def test_a_path_is_taken_as_it_is_typed(folder):
+    """Hydra cannot read most signs, so that people named Jürgen had to quote their own home."""
+    assert compose_config(["data=image_folder", f"data.root={folder}"]).data.root == folder
+
+
 def test_a_text_in_a_file_stays_as_it_is_written(own_configs):
     """YAML reads these as numbers, as true or false, and 1:30 as 90; only null is not a text."""
     (own_configs / "data/0x10.yaml").write_text("name: image_folder\nroot: 2024_01_15\n")

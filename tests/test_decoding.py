@@ -335,6 +335,21 @@ def test_a_photo_is_turned_though_its_camera_is_cut_off(tmp_path, kind, order):
     assert np.array_equal(read(tmp_path, encoded(corners(), kind, exif=b"Exif\0\0" + exif)), expected)
 
 
+def test_a_gif_whose_first_frame_has_a_grey_palette_beside_another_is_refused(tmp_path):
+    """Pillow takes the file's palette then: a ramp of grey was orange."""
+    greys, reds = bytes(i // 3 for i in range(768)), bytes(v for i in range(256) for v in (255, i // 2, 0))
+
+    def gif(local: bytes) -> bytes:
+        """Write two pixels, 10 and 200, as codes of 9 bits: clear, the pixels, end."""
+        codes = sum(code << 9 * i for i, code in enumerate((256, 10, 200, 257))).to_bytes(5, "little")
+        frame = b"," + struct.pack("<HHHHB", 0, 0, 2, 1, 0x87) + local + b"\x08\x05" + codes + b"\0;"
+        return b"GIF89a" + struct.pack("<HHBBB", 2, 1, 0xF7, 0, 0) + reds + b"!\xfe\x02hi\0" + frame
+
+    assert read(tmp_path, gif(greys[::-1])).tolist() == [[[245] * 3, [55] * 3]]
+    with pytest.raises(UnreadableImage, match="a GIF whose first frame has a grey palette"):
+        read(tmp_path, gif(greys))
+
+
 @pytest.mark.filterwarnings("ignore:Truncated File Read")
 def test_a_tiff_with_a_tag_beyond_its_end_is_refused(tmp_path):
     """Pillow drops the tags that follow, such as the one that says that the numbers have a sign."""

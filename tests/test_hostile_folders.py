@@ -1,6 +1,7 @@
 """Run and sweep folders from strangers: no entry of theirs leads a command's writes elsewhere, or makes it wait."""
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -139,6 +140,36 @@ def test_a_searchs_journal_is_neither_followed_nor_waited_for(how, elsewhere, tm
     with time_limit(60):
         search = ("sweep.output_dir=out", "sweep.name=s", "sweep.num_trials=1")
         assert f"optuna.journal: is {how}" in in_process("sweep", *overrides, *search, expect=2).stderr
+
+
+def test_a_searchs_journal_without_end_is_refused(tmp_path, in_process):
+    """Optuna reads it as a whole; this one takes no room on the disk."""
+    (tmp_path / "out/s").mkdir(parents=True)
+    (tmp_path / "out/s/optuna.journal").touch()
+    os.truncate(tmp_path / "out/s/optuna.journal", 2**37)
+    overrides = [o for o in TINY if not o.startswith("output_dir")] + ["optimizer.lr=interval(0.1,0.2)"]
+    search = ("sweep.output_dir=out", "sweep.name=s", "sweep.num_trials=1")
+    assert "optuna.journal: is larger than 1,024 MiB" in in_process("sweep", *overrides, *search, expect=2).stderr
+
+
+def test_weights_without_end_are_refused(tmp_path, in_process):
+    (tmp_path / "x.safetensors").touch()
+    os.truncate(tmp_path / "x.safetensors", 2**37)
+    said = in_process("train", *TINY, "model.pretrained=x.safetensors", expect=2).stderr
+    assert "model.pretrained=x.safetensors: has 128 GiB, and must have 32 GiB at most" in said
+
+
+def test_a_disk_that_fails_at_the_lock_is_named_as_such(tmp_path, in_process, monkeypatch):
+    """It was a folder that cannot be written, and a sweep did not try again."""
+    real = os.open
+
+    def fails(path, *arguments, **options):
+        if str(path).endswith(".lock"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", fails)
+    assert "the disk failed at " in in_process("train", *TINY, expect=1).stderr
 
 
 def test_what_a_killed_export_left_is_not_followed_elsewhere(run_dir, elsewhere, tmp_path, in_process):
@@ -373,6 +404,12 @@ def test_code_that_torch_compiles_is_not_loaded_from_where_others_can_write(tmp_
         (folder,) = tmp_path.glob("torchinductor_*")
         assert folder.stat().st_mode & 0o777 == 0o700
         folder.chmod(0o777)  # as torch makes it under umask 0
+    folder.chmod(0o700)
+    (folder / "fx").mkdir()
+    (folder / "fx/code.py").touch()
+    (folder / "fx/code.py").chmod(0o666)  # written under umask 0
+    assert f"{folder}/fx/code.py: torch.compile loads code from it, but others" in in_process(*command, expect=2).stderr
+    folder.chmod(0o777)
     (folder / "code.so").touch()
     assert f"{folder}: torch.compile loads code from it, but" in in_process(*command, expect=2).stderr
     folder.rename(tmp_path / "elsewhere")
@@ -397,6 +434,9 @@ def test_the_best_checkpoint_of_another_run_is_named(run_dir, in_process):
     best.with_name("best.pt.json").write_text(json.dumps({"step": other["step"], "size": size, "sha256": sha256}))
     for command in (["evaluate", str(run_dir)], ["train", f"resume={run_dir}"]):
         assert "that this run wrote: its SHA-256 is another" in in_process(*command).stderr
+    best.with_name("best.pt.json").unlink()
+    best.with_name("best.pt.json").mkdir()
+    assert "best.pt.json: cannot be read (Is a directory), so that " in in_process("evaluate", str(run_dir)).stderr
 
 
 def test_dash_m_does_not_write_through_a_link(elsewhere, tmp_path, in_process):

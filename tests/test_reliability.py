@@ -626,6 +626,30 @@ def test_a_resumed_run_remembers_its_best(tmp_path, monkeypatch):
     assert best["step"] == 4 and best["best"]["top1"] == 90.0
 
 
+def test_a_kill_between_best_and_last_after_a_save_of_the_same_step(tmp_path, monkeypatch):
+    """The step was saved before its evaluation, whose best.pt then seemed to be nobody's, and nothing could go on."""
+    run = (*TINY, "run_name=a", "trainer.checkpoint_every_steps=4")
+    code = """
+import itertools, os, sys
+from sasa_train import train
+
+def dies(source, target, replace=os.replace, count=itertools.count(1)):
+    if str(target).endswith("checkpoints/last.pt") and next(count) == 2:
+        os._exit(9)
+    replace(source, target)
+
+os.replace = dies
+train.run_command(sys.argv[1:])
+"""
+    assert subprocess.run([sys.executable, "-c", code, *run], cwd=tmp_path, capture_output=True).returncode == 9
+    folder = tmp_path / "out/a/checkpoints"
+    last = load_checkpoint(folder / "last.pt")
+    assert (last["step"], last["evaluated_step"]) == (4, 0) and load_checkpoint(folder / "best.pt")["step"] == 4
+    assert run_in_process(tmp_path, monkeypatch, *run) == 0
+    assert run_in_process(tmp_path, monkeypatch, *run[:-2], "run_name=b", run[-1]) == 0
+    assert_same_run(tmp_path / "out/a", tmp_path / "out/b")
+
+
 def test_gradients_are_clipped_once_and_before_the_one_update(monkeypatch):
     """Check that clipping precedes a single update; an old script clipped afterwards and updated twice with AMP."""
     stepper, events = setup("trainer.grad_clip_norm=1.0"), []

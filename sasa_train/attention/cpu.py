@@ -255,6 +255,9 @@ def _library(source: str, size: int, instruction_set: str) -> _Library | str:
             return _Library(_load(built), f"{version.partition(chr(10))[0]}, built {built.stem[-16:-8]}")
         except subprocess.TimeoutExpired as error:  # the next flags would hardly help
             return f"{compiler} could not build it: {error}"
+        except AttributeError as error:  # such as a wrapper of a compiler that hides the symbols
+            built.unlink(missing_ok=True)
+            reason = reason or f"{compiler} built a library without our functions: {error}"
         except (OSError, subprocess.SubprocessError) as error:
             reason = reason or f"{compiler} could not build it: {error} {getattr(error, 'stderr', None) or ''}".strip()
     return reason

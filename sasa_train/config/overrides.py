@@ -49,6 +49,7 @@ HINTS = {  # further advice for a choice that a group does not have
     "data": " (your own images: data.root={0})",
 }
 TEXT_KEYS = frozenset({*text_keys(key_table()), *GROUPS, CLASS_WEIGHTS})
+PATH_KEYS = {name for name, f in key_table().items() if (bounds := f.metadata["bounds"]) and bounds.is_path}
 
 
 def as_written(value: Any) -> str:
@@ -210,7 +211,13 @@ def _parse(override: str, text_keys: frozenset[str]) -> Override:
         if len(override) > MAX_TEXT:
             raise ValueError(f"it has more than {MAX_TEXT:,} characters")
         readable = quote_braces(override)
-        parsed = OverridesParser.create().parse_override(readable)
+        try:
+            parsed = OverridesParser.create().parse_override(readable)
+        except HydraException:
+            if (quoted := _quoted_path(override)) is None:
+                raise
+            readable = quoted
+            parsed = OverridesParser.create().parse_override(readable)
         parsed = _parse_texts(readable) if parsed.key_or_group in text_keys else parsed
         parsed.input_line = override
         return parsed
@@ -219,6 +226,14 @@ def _parse(override: str, text_keys: frozenset[str]) -> Override:
             f"{shorten(override)}: cannot be read ({shorten(error)}); an override is key=value, as in "
             "trainer.epochs=10; put a value with special characters in two pairs of quotes: \"key='...'\""
         ) from error
+
+
+def _quoted_path(override: str) -> str | None:
+    """Quote the value of a key for paths, as /home/jürgen/a (b), which Hydra cannot read; None for anything else."""
+    key, _, value = override.partition("=")
+    # With a comma, it may be a sweep; ${ would be replaced.
+    is_path = key in PATH_KEYS and value and value[0] not in "'\"[{" and not re.search(r",|\$\{", value)
+    return f"{key}={QuotedString(value, Quote.single).with_quotes()}" if is_path else None
 
 
 def check_override_keys(overrides: Sequence[str], is_sweep: bool = False) -> None:

@@ -61,6 +61,11 @@ def _check(file: BinaryIO, image: Image.Image) -> None:
         )
     elif image.format == "AVIF" and b"clap" in _properties(file):
         raise ValueError("an AVIF with a crop (clap), which Pillow ignores; convert it, for example to PNG")
+    elif image.format == "GIF" and _has_grey_palette_beside_another(file):
+        raise ValueError(
+            "a GIF whose first frame has a grey palette beside the file's coloured one, which Pillow takes; save the "
+            "frame as a PNG"
+        )
     elif image.format == "BMP":
         assert isinstance(image, ImageFile.ImageFile)
         if image.tile[0].codec_name == "bmp_rle" and image.tile[0].offset % 2:
@@ -76,6 +81,26 @@ def _properties(file: BinaryIO) -> set[bytes]:
     for name, version in ((b"meta", 4), (b"iprp", 0), (b"ipco", 0)):
         content = next((box[version:] for kind, box in boxes_of(content) if kind == name), content[:0])
     return {kind for kind, _ in boxes_of(content)}
+
+
+def _has_grey_palette_beside_another(file: BinaryIO) -> bool:
+    """Whether a GIF has a palette, but its first frame another one in which colour i is the grey i."""
+    file.seek(0)
+    content = file.read()
+
+    def palette(flags: int, start: int) -> bytes:
+        return content[start : start + 3 * 2 ** ((flags & 7) + 1)] if flags & 0x80 else b""
+
+    of_file = palette(content[10], 13)
+    place = 13 + len(of_file)
+    while content[place : place + 1] == b"!":  # an extension: its kind, and blocks that begin with their size
+        place += 2
+        while size := content[place]:
+            place += 1 + size
+        place += 1
+    of_frame = palette(content[place + 9], place + 10)
+    is_grey = of_frame == bytes(i // 3 for i in range(len(of_frame)))
+    return bool(of_file and of_frame) and is_grey and of_frame != of_file
 
 
 def _is_partly_covered(file: BinaryIO) -> bool:

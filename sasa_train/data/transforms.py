@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFile
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -32,6 +32,7 @@ from sasa_train.data.decoding import DEFAULT, WHITE, Decoding, decode, decoding_
 from sasa_train.data.own_transform import load_transform, transform_all
 from sasa_train.data.policies import NUM_DRAWS, Policy, to_device
 from sasa_train.data.randomness import CROP, ERASING, POLICY, sample_draws, sample_rng
+from sasa_train.data.whole import segments
 
 VAL_CROP = 0.875  # default of data.val_crop: a 224-pixel crop from a shorter side of 256
 MAX_ASPECT = 64  # of an image before its centre crop; the ends of longer images are cut off
@@ -39,6 +40,7 @@ CROP_TRIES = 10  # for the random-resized crop, as in torchvision
 Shape = Callable[[Image.Image], np.ndarray]  # an image, not decoded yet -> pixels [H, W, C]
 Size = tuple[int, int]  # height and width in pixels
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+LOSSLESS = 0xC3  # the marker before the pixels of a lossless JPEG (SOF3)
 
 
 class Augment:
@@ -193,13 +195,23 @@ def decode_box(
     full_width, full_height = upright_size(image, decoding)
     height, width = size
     shrink = min((box[2] - box[0]) // width, (box[3] - box[1]) // height)
-    if shrink >= 2 and image.format == "JPEG":
+    if shrink >= 2 and image.format == "JPEG" and not _is_lossless(image):
         shrink = 8 if shrink >= 8 else 4 if shrink >= 4 else 2
         image.draft(image.mode, (image.width // shrink, image.height // shrink))
     decoded = decode(image, decoding)
     x, y = decoded.width / full_width, decoded.height / full_height
     scaled = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
     return decoded.resize((width, height), Image.Resampling[interpolation.upper()], box=scaled)
+
+
+def _is_lossless(image: Image.Image) -> bool:
+    """Whether a JPEG that has been opened is one of the lossless kind, which is not decoded at a part of its size."""
+    assert isinstance(image, ImageFile.ImageFile) and image.fp is not None
+    place = image.fp.tell()
+    image.fp.seek(0)
+    head = image.fp.read(place)
+    image.fp.seek(place)
+    return any(marker == LOSSLESS for marker, _ in segments(head))
 
 
 def pixel_type(data: DataConfig) -> torch.dtype:

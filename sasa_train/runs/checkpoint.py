@@ -243,8 +243,10 @@ class Checkpoints:
             manifest = _manifest_bytes(path)
             _put(_linked(path, last), last, manifest)
 
-    def other_best(self, best: dict[str, Any] | None, step: int) -> str | None:
+    def other_best(self, best: dict[str, Any] | None, step: int, evaluated_step: int) -> str | None:
         """Say that best.pt is not the one that a run, now at `step`, wrote for `best`; return None if it may be.
+
+        evaluated_step: the step of the run's last evaluation, which another of the same step may follow.
 
         Raises:
             ConfigError: there is a best.pt, but `best` is None.
@@ -256,7 +258,8 @@ class Checkpoints:
                 there, sha256 = (_parse_manifest(manifest)[key] for key in ("step", "sha256"))
         if there is None and self._best_sha256 is not None and is_there(path):
             there, sha256 = _step_and_sha256(path)
-        if there is not None and there > step:  # a kill came between best.pt and last.pt
+        # A kill came between best.pt and last.pt, in the save that followed the evaluation of that step.
+        if there is not None and (there > step or there == step > evaluated_step):
             return None
         if best is None and there is not None:
             raise ConfigError(
@@ -348,14 +351,18 @@ def other_than_best(path: Path) -> str | None:
             content = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
         except Exception:  # as in `_read`; a resume says what is wrong with it
             return None
-        if first_wrong(content, {key: SCHEMA[key] for key in ("step", "best", "best_sha256")}) or not content["best"]:
+        if (
+            first_wrong(content, {key: SCHEMA[key] for key in ("step", "evaluated_step", "best", "best_sha256")})
+            or not content["best"]
+        ):
             return None
         checkpoints = Checkpoints(path.parent, 0)
         checkpoints._best_sha256 = _sha256_of_best(content, last)
         try:
-            other = checkpoints.other_best(content["best"], content["step"])
-        except OSError:  # its manifest cannot be read
-            return None
+            other = checkpoints.other_best(content["best"], content["step"], content["evaluated_step"])
+        except OSError as error:
+            manifest = error.filename or manifest_of(path)
+            return f"{manifest}: cannot be read ({error.strerror}), so that {path} may be another"
         if other is None:
             return None
         if [bytes_of(manifest_of(each)) for each in (path, last)] == manifests:  # otherwise, they were just replaced

@@ -176,7 +176,9 @@ class RunFolder:
             raise CheckpointError(
                 f"{last} is gone, though the run wrote it; bring it back, or run the same command again"
             )
-        if self.checkpoint is None and (other := self.checkpoints.other_best(checkpoint["best"], checkpoint["step"])):
+        if self.checkpoint is None and (
+            other := self.checkpoints.other_best(checkpoint["best"], checkpoint["step"], checkpoint["step"])
+        ):
             warn(other)  # otherwise, `open_run` has said it
         self.write_info(
             status="finished", reason=reason or None, best=checkpoint["best"], **end_of(checkpoint["metrics"])
@@ -205,7 +207,7 @@ def open_run(config: TrainConfig, run_name: str) -> RunFolder:
             stale.unlink()
         if own is not None:
             check_trajectory(own, config, path)
-            if other := checkpoints.other_best(own["best"], own["step"]):
+            if other := checkpoints.other_best(own["best"], own["step"], own["evaluated_step"]):
                 warn(other)
             return RunFolder(path, lock, checkpoints, own, is_new=False)
         if read_info_or_raise(path).get("has_checkpoint"):

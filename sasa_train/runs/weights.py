@@ -19,7 +19,7 @@ from sasa_train.config.derived import as_image_size, input_size, resolved_size
 from sasa_train.config.keys import MODEL_KEYS, PUBLISHED, TrainConfig
 from sasa_train.config.overrides import as_written
 from sasa_train.config.saved import load_config
-from sasa_train.files import open_regular
+from sasa_train.files import is_there, open_regular
 from sasa_train.models.build import build_published
 from sasa_train.models.pretrained import PretrainedReport, StateDict, load_pretrained
 from sasa_train.models.sources import is_source, read_source, source_folder, timm_source
@@ -33,6 +33,7 @@ from sasa_train.terminal import printable
 # them.
 WEIGHT_KEYS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model")
 SOURCES = "a checkpoint, a run folder, a .safetensors file, a hub folder (model.safetensors), hf-hub:USER/NAME or timm"
+MAX_WEIGHTS = 2**35  # bytes: timm's largest models have 20 GB
 
 
 @dataclass
@@ -57,6 +58,11 @@ def read_weights(config: TrainConfig) -> Weights:
     if source == PUBLISHED or (is_source(source) and not _is_file(source)):
         return _published(config, source)
     path = weights_file(source)
+    if is_there(path) and (size := path.stat().st_size) > MAX_WEIGHTS:  # it may be sparse, and reading it takes hours
+        raise ConfigError(
+            f"model.pretrained={printable(source)}: has {size / 2**30:,.0f} GiB, and must have "
+            f"{MAX_WEIGHTS / 2**30:.0f} GiB at most"
+        )
     try:
         digest, weights = sha256_of(path), _read(path)
         changed = sha256_of(path) != digest

@@ -16,6 +16,7 @@ from sasa_train.extras import why_not
 from sasa_train.files import open_own
 from sasa_train.refusal import LIBRARY_ERRORS, ConfigError, shorten
 from sasa_train.runs.ledger import Job, Ledger
+from sasa_train.runs.metrics import MAX_LOG
 from sasa_train.runs.schema import TEXT, first_wrong, number
 from sasa_train.sweep.planning import SweepPlan, build_job
 from sasa_train.sweep.scheduler import JobList
@@ -59,7 +60,11 @@ class Search(JobList):
         if lock.is_symlink() and not lock.exists():
             lock.unlink(missing_ok=True)
         if os.path.lexists(journal):
-            os.close(open_own(journal, os.O_RDWR))  # refuses a link, and a pipe, for which Optuna would wait
+            descriptor = open_own(journal, os.O_RDWR)  # refuses a link, and a pipe, for which Optuna would wait
+            size = os.fstat(descriptor).st_size
+            os.close(descriptor)
+            if size > MAX_LOG:  # Optuna reads it at once
+                raise ConfigError(f"{journal}: is larger than {MAX_LOG / 2**20:,.0f} MiB; move it away")
         try:
             self.study = optuna.create_study(
                 study_name="sasa_train",
