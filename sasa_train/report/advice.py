@@ -1,5 +1,7 @@
 """What a run's curves say in a sentence: whether the model memorises its train images, and what would help next."""
 
+from statistics import fmean
+
 from sasa_train.report.jobs import Job
 from sasa_train.runs.chance import Chance, remedy
 from sasa_train.runs.metrics import read_metrics
@@ -53,7 +55,9 @@ def _what_helps(job: Job, val: list[dict], noise: float, is_alike: bool) -> str:
         return f"{len(val)} evaluations with a loss are too few to say what helps: more epochs ({key}=...) tell"
     if job.state != "done":
         return "the run has not ended, so what helps next is not known yet"
-    settled = next(i for i, row in enumerate(val) if row["loss"] <= (1 + FLAT) * min(row["loss"] for row in val))
+    # A single evaluation may be low by chance, so that each is averaged with its neighbours.
+    losses = [fmean(row["loss"] for row in val[max(0, i - 1) : i + 2]) for i in range(len(val))]
+    settled = next(i for i, loss in enumerate(losses) if loss <= (1 + FLAT) * min(losses))
     since = val[settled]["epoch"]
     if settled >= len(val) - max(1, len(val) // AT_THE_END):
         return f"val loss still falls at the end: more epochs would help ({key}=...)"
