@@ -243,7 +243,7 @@ def test_a_verdict_says_whether_a_model_memorises_and_what_helps_next(tmp_path, 
     assert said(falls, falls) == f"{gap} loss still falls at the end: more epochs would help (trainer.max_steps=...)."
     helps = "more images or existing weights (docs/finetune.md) would help more than more epochs."
     assert (
-        said([2.4, 2.2, 2.0, 2.1, 2.0, 2.1, 2.0, 2.0], falls) == f"{gap} loss has hardly fallen since epoch 3: {helps}"
+        said([2.4, 2.2, 2.0, 2.1, 2.0, 2.1, 2.0, 2.0], falls) == f"{gap} loss has hardly fallen since epoch 4: {helps}"
     )
     assert said([2.0] * 8, falls, top1=45.0).endswith("val top1 still rises, though val loss has hardly fallen since "
                                                       "epoch 1: more epochs may help.")  # fmt: skip
