@@ -155,7 +155,7 @@ def test_commands_that_are_only_shown_are_ones_that_would_be_taken(block: Block)
     for line in block.text.replace("\\\n", " ").splitlines():
         bare = re.sub(r"'[^']*'|\"[^\"]*\"|\s#.*", "", line)
         assert not COMMAND.search(line) or not re.search(r"[\[(]", bare), f"needs quotes: {line}"
-        words = [word.strip("'\"") for word in re.sub(r"\s#.*|\.\.\.", "", line).split()]
+        words = shlex.split(re.sub(r"\s#.*|\.\.\.", "", line)) if COMMAND.search(line) else []
         overrides = [word for word in words if "=" in word.strip("=-") and not word.startswith("-")]
         try:
             if re.search(r"sasa-train\s+-m|train\b.*-m$", line):

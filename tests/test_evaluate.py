@@ -314,7 +314,7 @@ def test_models_of_other_classes_or_images_are_not_compared(run_dir, tmp_path, c
     assert "its 3 classes are not the 3 of" in run(capsys, run_dir, "--compare", tmp_path / "classes.pt", expect=2)
     said = run(capsys, run_dir, "--compare", tmp_path / "images.pt", expect=2)
     assert "class 'n01440764' had 17 images, now 4" in said and "are for both" in said
-    monkeypatch.setattr("sasa_train.evaluate.columns", lambda file: 80)  # a terminal, which broke lines within words
+    monkeypatch.setattr("sasa_train.terminal.columns", lambda file: 80)  # a terminal, which broke lines within words
     said = run(capsys, run_dir, "--compare", tmp_path / "images.pt", "data.max_val_images=12")
     lines = said[said.index("compared on") :].splitlines()
     assert all(len(line) <= 80 or " " not in line.strip() for line in lines), lines

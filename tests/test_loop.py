@@ -16,7 +16,7 @@ from PIL import Image
 from reading_runs import assert_same_run, board, rows
 from running_commands import TINY, run_in_process
 
-from sasa_train import evaluate
+from sasa_train import evaluate, terminal
 from sasa_train.config.compose import compose_config
 from sasa_train.config.saved import load_config
 from sasa_train.device import RunPlan, resolve
@@ -36,7 +36,8 @@ RUN = (*TINY, "run_name=run", "data.max_train_images=70")
 
 
 def test_a_narrow_terminal_keeps_the_command_that_continues_on_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(announce, "columns", lambda file: 80)
+    for module in (announce, terminal):
+        monkeypatch.setattr(module, "columns", lambda file: 80)
     assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.max_hours=1e-9") == 75
     assert "to continue: the same command again, or\nsasa-train resume=out/run\n" in capsys.readouterr().out
 

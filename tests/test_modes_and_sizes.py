@@ -76,7 +76,11 @@ def test_two_equal_sides_are_one_number(in_process, tmp_path):
     for name, size in (("square", square), ("listed", listed)):
         in_process("train", *TINY, "trainer.epochs=1", *size, f"run_name={name}")
     assert_same_run(tmp_path / "out/square", tmp_path / "out/listed")
-    kept = [line for line in (tmp_path / "out/listed/config.yaml").read_text().splitlines() if "image_size" in line]
+    kept = [
+        line
+        for line in (tmp_path / "out/listed/config.yaml").read_text().splitlines()
+        if line.startswith("  image_size")
+    ]
     assert kept == ["  image_size: 8"]
 
 

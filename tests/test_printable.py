@@ -105,7 +105,9 @@ def test_messages_break_between_words_in_a_terminal_alone(monkeypatch, capsys, i
     assert len(shown) > 1 and " ".join(shown) == piped and max(map(len, shown)) <= 30
     terminal.warn(f"a list:\n  {'word ' * 9}end")
     assert all(len(part) <= 30 and part.startswith("  word ") for part in capsys.readouterr().err.splitlines()[1:])
-    # Rows of tables and commands to paste stay whole.
-    rows = f"top1        {'word ' * 9}end\nsasa-train {'word ' * 9}end\n"
+    # Rows of tables and commands to paste stay whole; a text behind a name goes on below itself.
+    rows = f"top1  98.61  {'word ' * 9}end\nsasa-train {'word ' * 9}end\n"
     terminal.say(rows.strip())
     assert capsys.readouterr().out == rows
+    terminal.say(f"time        {'word ' * 5}end")
+    assert capsys.readouterr().out == "time        word word word\n            word word end\n"
