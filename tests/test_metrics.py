@@ -144,9 +144,8 @@ def test_frozen_features_are_what_the_classifier_gets_and_neighbours_vote(tiny_r
     assert len(features.train) == 70 and len(features.val) == 30  # without the last batch being dropped
     with torch.inference_mode():
         logits = trained.model.get_classifier()(features.val)
-    last = [row for row in rows(tiny_run) if row["split"] == "val"][-1]
-    top1 = 100 * (logits.argmax(1) == features.val_labels).double().mean().item()
-    assert top1 == pytest.approx(last["top1"] if trained.checkpoint["step"] == last["step"] else top1)
+    (logged,) = (row for row in rows(tiny_run) if (row["split"], row["step"]) == ("val", trained.checkpoint["step"]))
+    assert 100 * (logits.argmax(1) == features.val_labels).double().mean().item() == pytest.approx(logged["top1"])
     train, val = (x.double() / x.double().norm(dim=1, keepdim=True) for x in (features.train, features.val))
     hits = 0
     for image, label in zip(val, features.val_labels, strict=True):

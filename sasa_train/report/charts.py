@@ -22,7 +22,7 @@ from sasa_train.figures import (
 from sasa_train.report.costs import front, points, unit_of
 from sasa_train.report.intervals import Interval
 from sasa_train.report.page import Picture
-from sasa_train.report.rows import Report, Row, seed_differences, settings_of
+from sasa_train.report.rows import Report, Row, figure_of, seed_differences, settings_of
 from sasa_train.terminal import progress_bar
 
 MAX_ROWS, MAX_PANELS = 24, 12  # if there are more rows, as in a search, only the best are drawn
@@ -118,10 +118,6 @@ def _last(row: Row) -> Interval:
     return row.last
 
 
-def _figure(rows: list[Row]) -> str:
-    return next(job.figure for row in rows for job in row.jobs.values())
-
-
 def _draw_accuracy(rows: list[tuple[int, Row]]) -> Figure:
     """Plot the last epoch's top1 against FLOPs and parameters, with intervals over seeds and the rows' numbers."""
     counted = [(number, row) for number, row in rows if row.flops and row.params]
@@ -147,7 +143,7 @@ def _draw_accuracy(rows: list[tuple[int, Row]]) -> Figure:
         axis.set_ylim(limits([_last(row) for _, row in counted]))
         as_percent(axis)
         _number(axis, [(x, _last(row).mean, str(number)) for x, (number, row) in zip(sizes, counted, strict=True)])
-    axes[0].set_ylabel(f"{_figure([row for _, row in rows])} of the last epoch, percent")
+    axes[0].set_ylabel(f"{figure_of([row for _, row in rows])} of the last epoch, percent")
     legend_below(figure, axes[0])
     return figure
 
@@ -181,7 +177,7 @@ def _draw_cost(rows: list[tuple[int, Row]], x: str) -> Figure:
         axis.set_xlim(0, 1.06 * max(ends) / unit)
     axis.set_ylim(bottom=floor)
     as_percent(axis)
-    axis.set(xlabel=label, ylabel=f"val {_figure([row for _, row in rows])}, percent")
+    axis.set(xlabel=label, ylabel=f"val {figure_of([row for _, row in rows])}, percent")
     if len(rows) <= MAX_NUMBERED:
         _number(axis, numbers)
     legend_below(figure, axis)
@@ -205,7 +201,7 @@ def _number(axis: Axes, points: list[tuple[float, float, str]]) -> None:
 
 def _draw_curves(rows: list[Row]) -> Figure:
     """Plot val top1 over epochs: a few rows in one panel with their seeds as dots, more rows in a panel each."""
-    shown, name = best(rows, MAX_PANELS), f"val {_figure(rows)}"
+    shown, name = best(rows, MAX_PANELS), f"val {figure_of(rows)}"
     is_one = len(shown) <= MAX_OVERLAID
     num_columns = 1 if is_one else 3
     num_rows = 1 if is_one else -(-len(shown) // num_columns)
@@ -313,7 +309,7 @@ def _draw_differences(rows: list[Row]) -> Figure:
     axis.set_ylim(len(shown) - 0.4, -0.6)
     above = _reference_of([row for row, _ in shown])
     axis.set_xlabel(
-        fitted(f"{_figure([row for row, _ in shown])}, percentage points above {above}", 5.0, 9, 3), fontsize=9
+        fitted(f"{figure_of([row for row, _ in shown])}, percentage points above {above}", 5.0, 9, 3), fontsize=9
     )
     axis.legend(*_ours_first(axis), frameon=False, fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
@@ -363,7 +359,7 @@ def _draw_windows(lines: list[list[tuple[int, Row]]], common: dict[str, str]) ->
     axis.set_xticks(sorted({size for line in lines for size, _ in line}))
     axis.set_xlabel("kernel_size")
     rows = [row for line in lines for _, row in line]
-    axis.set_ylabel(fitted(f"{_figure(rows)}, percentage points above {_reference_of(rows)}", 3.0, 9, 3), fontsize=9)
+    axis.set_ylabel(fitted(f"{figure_of(rows)}, percentage points above {_reference_of(rows)}", 3.0, 9, 3), fontsize=9)
     axis.legend(*_ours_first(axis), frameon=False, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
 

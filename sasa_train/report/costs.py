@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterable
 
 from sasa_train.report.jobs import Job
-from sasa_train.report.rows import Row
+from sasa_train.report.rows import Row, figure_of
 
 Point = tuple[float, float]  # cost and val top1, or another figure, in percent
 COSTS = {  # what --x names -> heading, and the format of a final cost
@@ -85,8 +85,7 @@ def describe_front(rows: list[Row], x: str) -> str:
     on_front = set(front(point for found in by_row.values() for point in found))
     rows_on_it = [str(i) for i, found in by_row.items() if on_front.intersection(found)]
     unknown = [str(i) for i, row in enumerate(rows, 1) if row.jobs and not by_row[i]]
-    figure = next((job.figure for row in rows for job in row.jobs.values()), "top1")
-    text = f"highest val {figure} at each cost ({x}): row{'s' * (len(rows_on_it) > 1)} {', '.join(rows_on_it)}"
+    text = f"highest val {figure_of(rows)} at each cost ({x}): row{'s' * (len(rows_on_it) > 1)} {', '.join(rows_on_it)}"
     return (text if rows_on_it else "") + (f"; cost not known: {', '.join(unknown)}" if unknown else "")
 
 

@@ -71,12 +71,17 @@ class Report:
     @property
     def figure(self) -> str:
         """The percentage that is shown and compared, mostly top1."""
-        return next((job.figure for job in self.all_jobs), "top1")
+        return figure_of(self.rows)
 
     @property
     def has_intervals(self) -> bool:
         """Whether any row has enough seeds for an interval."""
         return any(row.last is not None and row.last.is_shown for row in self.rows)
+
+
+def figure_of(rows: list[Row]) -> str:
+    """Return the percentage that the jobs of all rows show, mostly top1."""
+    return next((job.figure for row in rows for job in row.jobs.values()), "top1")
 
 
 def paired_difference(row: Row, reference: Row) -> Interval | None:
