@@ -41,7 +41,8 @@ WORDS = {
     types.NoneType: "null",
     typing.Any: "integer or list of them",
 }
-TYPES = {"class_weights": "balanced, or numbers by class"}  # of keys that OmegaConf cannot express
+# Of keys that OmegaConf cannot express
+TYPES = {"class_weights": "balanced, or numbers by class", "scale": "number or inverse_sqrt"}
 
 
 def main() -> None:

@@ -131,7 +131,8 @@ def count_case(
     projections = torch.empty_strided(shape, strides, dtype=DTYPES[dtype], device="meta")
     size = (kernel_size, head_dim // 2) if tables == "shared" else (NUM_HEADS, kernel_size, head_dim // 2)
     rel = None if tables == "none" else torch.empty(size, device="meta")
-    launches = compiling.step_launches(projections, rel, rel, (kernel_size, kernel_size), (1, 1), border, 1.0, stride)
+    window = ((kernel_size, kernel_size), (1, 1), border, 1.0, False)
+    launches = compiling.step_launches(projections, rel, rel, *window, stride)
     rows = []
     for launch, compiled in zip(launches, compiling.compile_ahead(launches), strict=True):
         tiling = "fold" if launch.kernel in vars(triton_fold).values() else "walk"

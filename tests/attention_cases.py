@@ -128,6 +128,7 @@ def larger_case(seed: int) -> tuple[Any, list[Tensor | None], dict[str, Any]]:
     heads = [num_heads] if rng.random() < 0.3 else []
     tables = [torch.randn(*heads, size, head_dim // 2, generator=generator).requires_grad_() for size in sizes]
     options = {"kernel_size": (rows, columns), "border": border, "scale": rng.choice([1.0, 0.3]), "backend": "cpu"}
+    options["null_key"] = rng.random() < 0.3
     if rng.random() < 0.3:
         inputs = [torch.stack([q, key, v]).detach().requires_grad_(), *tables]
         return local_attention_qkv, inputs, options | {"stride": 2}

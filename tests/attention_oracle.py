@@ -29,6 +29,7 @@ def window_along(place: int, size: int, keys: int, dilation: int, border: str) -
 def by_loops(
     q: Tensor, key: Tensor | None, v: Tensor, rel_height: Tensor | None, rel_width: Tensor | None,
     kernel_size: tuple[int, int], dilation: tuple[int, int] = (1, 1), border: str = "mask", scale: float = 1.0,
+    null_key: bool = False,
 ) -> Tensor:  # fmt: skip
     """Return the output [B, N, H, W, Dv]; differentiable, because each number is a tensor without dimensions."""
     (batch, num_heads, height, width, head_dim), out = q.shape, []
@@ -50,7 +51,7 @@ def by_loops(
                     score = score + q[b, n, i, j, c] * table[place, c % (head_dim // 2)]
             exponentials.append((score * scale).exp())
             values.append([v[b, n, y, x, c] if inside else None for c in range(v.shape[-1])])
-        total = sum(exponentials)
+        total = sum(exponentials) + (1 if null_key else 0)
         for c in range(v.shape[-1]):
             seen = [e * value[c] for e, value in zip(exponentials, values, strict=True) if value[c] is not None]
             out.append(sum(seen) / total)
@@ -68,6 +69,7 @@ def random_case(seed: int, has_other_values: bool = True, **fixed: Any) -> tuple
         "kernel_size": tuple(rng.choice(range(1, 8, 2)) for _ in range(2)),
         "dilation": (rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 2, 3])),
         "scale": rng.choice([1.0, 0.5, 0.3, 2.0]),
+        "null_key": rng.random() < 0.3,
     } | fixed
     is_shift = options["border"] == "shift"
     pairs = list(zip(options["kernel_size"], options["dilation"], strict=True))

@@ -213,7 +213,7 @@ def test_any_strides_give_the_same_numbers_and_gradients():
 def test_the_op_is_a_well_behaved_library_op(content, shared, backend):
     """Check the schema, fake tensors, autograd registration and compilation with torch.library.opcheck."""
     q, key, v, rel_height, rel_width = (t.requires_grad_() for t in tensors(torch.float32, shared=shared))
-    arguments = (q, key if content else None, v, rel_height, rel_width, [K, K], [1, 1], "mask", 1.0, backend)
+    arguments = (q, key if content else None, v, rel_height, rel_width, [K, K], [1, 1], "mask", 1.0, False, backend)
     torch.library.opcheck(torch.ops.sasa_train.local_attention.default, arguments)
 
 
@@ -337,7 +337,7 @@ def test_fused_projections_give_the_same_and_one_gradient(content, relative, bac
 @pytest.mark.parametrize("content,stride", [(True, 1), (True, 2), (False, 1)])
 def test_the_fused_op_is_a_well_behaved_library_op(content, stride, backend):
     rel = [t.requires_grad_() for t in tensors(torch.float32)[3:]]
-    arguments = (fused(content).requires_grad_(), *rel, [K, K], [1, 1], "mask", 1.0, stride, backend)
+    arguments = (fused(content).requires_grad_(), *rel, [K, K], [1, 1], "mask", 1.0, False, stride, backend)
     torch.library.opcheck(torch.ops.sasa_train.local_attention_qkv.default, arguments)
 
 

@@ -35,7 +35,7 @@ def test_the_reference_and_the_cpu_kernels_equal_the_loops(first):
 def test_programs_that_are_exported_equal_the_reference():
     for seed in range(60):
         inputs, options = random_case(seed)
-        window = Window(*options["kernel_size"], options["border"], options["scale"])
+        window = Window(*options["kernel_size"], options["border"], options["scale"], options["null_key"])
         rel = inputs[3:]
         ours = by_remainder(
             lambda q, k, v, rel=rel, window=window: plain_forward(Inputs(q, k, v, *rel), window),
@@ -68,7 +68,8 @@ def test_weights_are_those_that_the_loops_give_to_each_position():
                     if 0 <= y < height and 0 <= x < width:
                         ours[:, :, i, j, y * width + x] += weights[:, :, i, j, index]
         torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-12)
-        torch.testing.assert_close(weights.sum(-1), torch.ones(q.shape[:4], dtype=torch.float64))
+        sums = weights.sum(-1)
+        assert (sums < 1).all() if options["null_key"] else torch.allclose(sums, torch.ones_like(sums), atol=1e-12)
 
 
 @needs_kernel
@@ -104,7 +105,7 @@ def test_the_number_of_threads_changes_no_bit_with_options(border):
     """There are few planes, so that rows are divided among threads and each computes the halo rows of its keys."""
     generator = torch.Generator().manual_seed(0)
     q, key, v = draw((1, 2, 41, 9, 6), "channels_last", torch.float32, generator)
-    options = {"kernel_size": (9, 3), "border": border, "scale": 0.5, "backend": "cpu"}
+    options = {"kernel_size": (9, 3), "border": border, "scale": 0.5, "null_key": border != "zero", "backend": "cpu"}
     tables = [torch.randn(2 * k - 1 if border == "shift" else k, 3, generator=generator) for k in (9, 3)]
     inputs = [x.requires_grad_() for x in (q, key, v[..., :5], *tables)]
     assert_threads_change_no_bit(lambda: run_with_grads(local_attention, inputs, options), (1, 2, 3, 16))
@@ -113,11 +114,11 @@ def test_the_number_of_threads_changes_no_bit_with_options(border):
 def assert_dilation_is_right(backend: str, num_cases: int) -> None:
     """Compare square windows, dilated, with the loops."""
     for seed in range(num_cases):
-        fixed = {"kernel_size": (3, 3), "border": ("mask", "zero")[seed % 2], "scale": 1.0}
+        fixed = {"kernel_size": (3, 3), "border": ("mask", "zero")[seed % 2], "scale": 1.0, "null_key": seed % 4 < 2}
         assert_equal_loops(seed, [backend], has_other_values=False, dilation=(2, 1 + seed % 3), **fixed)
 
 
-def test_triton_has_dilation():
+def test_triton_has_dilation_and_a_null_key():
     pytest.importorskip("triton")
     run_alone("assert_dilation_is_right('triton', 4)", interpret="1")
 
@@ -156,10 +157,10 @@ def test_the_op_with_options_is_a_well_behaved_library_op(border):
     q, key = torch.randn(2, 1, 2, 7, 6, 4, requires_grad=True).unbind(0)
     value, rows = torch.randn(1, 2, 7, 6, 3, requires_grad=True), (5, 9) if border == "shift" else (3, 5)
     rel = [torch.randn(size, 2, requires_grad=True) for size in rows]
-    arguments = (q, key, value, *rel, [3, 5], [2, 1], border, 0.5, "auto")
+    arguments = (q, key, value, *rel, [3, 5], [2, 1], border, 0.5, True, "auto")
     torch.library.opcheck(torch.ops.sasa_train.local_attention.default, arguments)
     compiled = torch.compile(local_attention, fullgraph=True, backend="aot_eager")
-    options = {"kernel_size": (3, 5), "dilation": (2, 1), "border": border, "scale": 0.5}
+    options = {"kernel_size": (3, 5), "dilation": (2, 1), "border": border, "scale": 0.5, "null_key": True}
     assert torch.equal(compiled(q, key, value, *rel, **options), local_attention(q, key, value, *rel, **options))
 
 
@@ -172,7 +173,7 @@ def assert_launches_ahead_are_those_of_the_op() -> None:
     launches = launches_of(layer, (16, 8, 8), device, layout, contextlib.nullcontext(), torch.bfloat16)
     projections = torch.empty(2, 8, 8, 3, 2, 8, dtype=torch.bfloat16).permute(3, 0, 4, 1, 2, 5)
     rel = layer.rel_height, layer.rel_width
-    expected = step_launches(projections, *rel, (3, 3), (1, 1), "mask", 1.0, 2)
+    expected = step_launches(projections, *rel, (3, 3), (1, 1), "mask", 1.0, False, 2)
     assert [(x.kernel, x.constants) for x in launches] == [(x.kernel, x.constants) for x in expected]
     assert 2 in [x.constants.get("POOL") for x in launches]
 
@@ -206,6 +207,7 @@ def test_triton_says_by_name_what_it_lacks(change, reason):
         ({"dilation": 0}, "dilation=0 must be a whole number, at least 1"),
         ({"dilation": (1, 2, 3)}, r"dilation=\(1, 2, 3\) must be a whole number, or a pair"),
         ({"kernel_size": (3, 4)}, r"kernel_size=\(3, 4\) must be odd"),
+        ({"null_key": 1}, "null_key=1 must be True or False"),
         ({"scale": 0}, "scale=0 must be a finite number above 0"),
         ({"scale": float("nan")}, "scale=nan must be a finite number above 0"),
         ({"border": "shift", "dilation": 3}, "kernel_size=3 and dilation=3 span 9 rows; query has 6"),

@@ -244,7 +244,7 @@ def test_without_a_gpu_or_an_interpreter_it_is_an_error_that_says_so():
 
 
 @pytest.mark.parametrize("kernel_size,stride", [(3, 2), (9, 1)])
-def test_a_scale(kernel_size, stride):
+def test_a_scale_and_a_null_key(kernel_size, stride):
     """The window of 3 is folded, that of 9 is not; a power of two is exact in bfloat16 and others are refused."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(3, 1, 2, 5, 7, 8), *[(kernel_size, 4)] * 2]
@@ -252,7 +252,7 @@ def test_a_scale(kernel_size, stride):
 
     def run(backend, scale, dtype=None):
         given = [x.to(dtype or x.dtype).requires_grad_() for x in inputs]
-        options = {"kernel_size": kernel_size, "stride": stride, "scale": scale, "backend": backend}
+        options = {"kernel_size": kernel_size, "stride": stride, "scale": scale, "null_key": True, "backend": backend}
         out = local_attention_qkv(*given, **options)
         return [out, *torch.autograd.grad(out.pow(2).sum(), given)]
 

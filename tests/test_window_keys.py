@@ -12,7 +12,7 @@ from attention_oracle import by_loops, window_along
 from reading_runs import rows
 from running_commands import TINY
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import avg_pool2d, conv2d, pad
 
 from sasa_train.attention.dispatch import pair
 from sasa_train.config.compose import compose_config
@@ -27,7 +27,8 @@ from sasa_train.trained import load_trained
 from sasa_train.visualize.capture import attention_layers
 from sasa_train.visualize.geometry import mean_distances, uniform_distance, window_at
 
-KEYS = ("model.border=shift", "model.dilation=2", "model.scale=0.5", "model.kernel_size=[5,3,1,1]")
+KEYS = ("model.border=shift", "model.dilation=2", "model.scale=inverse_sqrt", "model.kernel_size=[5,3,1,1]",
+        "model.null_key=true", "model.share_rel=false", "model.padding=reflect")  # fmt: skip
 NET = {"stem": "conv_small", "width": 0.125, "num_heads": 2, "num_classes": 5}
 
 
@@ -44,7 +45,8 @@ def by_hand(layer: LocalSelfAttention2d, x: Tensor) -> Tensor:
         ys, xs, in_height, in_width = (list(numbers) for numbers in zip(*near, strict=True))
         r = torch.cat([layer.rel_height[..., in_height, :], layer.rel_width[..., in_width, :]], -1)  # [(N,) keys, D]
         scores = ((key[:, :, ys, xs] + r) * query[:, :, i, j, None]).sum(-1)  # [B, N, keys]
-        weights = (layer.scale * scores).softmax(-1)
+        exponentials = (layer.scale * scores).exp()
+        weights = exponentials / (exponentials.sum(-1, keepdim=True) + (1 if layer.null_key else 0))
         out[:, :, i, j] = (weights[..., None] * value[:, :, ys, xs]).sum(2)
     out = out.permute(0, 1, 4, 2, 3).flatten(1, 2)
     return avg_pool2d(out, 2, ceil_mode=True) if layer.stride == 2 else out
@@ -63,7 +65,8 @@ def compute_by_hand(model: nn.Module) -> nn.Module:
         {"border": "shift", "share_rel": False},
         {"border": "shift", "kernel_size": (3, 1), "dilation": (2, 3), "stride": 2},
         {"dilation": 2, "scale": 0.25},
-        {"border": "mask", "kernel_size": (1, 5), "dilation": (1, 2), "scale": 2.0},
+        {"border": "mask", "kernel_size": (1, 5), "dilation": (1, 2), "scale": 2.0, "null_key": True},
+        {"scale": "inverse_sqrt", "null_key": True, "share_rel": False},
     ],
     ids=str,
 )
@@ -84,6 +87,7 @@ def test_a_layer_has_every_option_of_the_op(keys):
     if layer.stride == 1:
         query, key, value = layer._projections(x)
         options = {"dilation": pair(layer.dilation), "border": layer.border, "scale": layer.scale}
+        options["null_key"] = layer.null_key
         loops = by_loops(query, key, value, layer.rel_height, layer.rel_width, pair(layer.kernel_size), **options)
         torch.testing.assert_close(ours, loops.permute(0, 1, 4, 2, 3).flatten(1, 2), rtol=0, atol=1e-12)
 
@@ -98,8 +102,11 @@ def test_a_run_with_every_key_trains_resumes_and_leaves_the_project(in_process, 
     assert [row["step"] for row in rows(folder) if row["split"] == "train"] == [1, 2, 3, 4]
     trained = load_trained(folder)
     layers = {name: layer for name, layer in attention_layers(trained.model).items() if name != "stem"}
-    sizes = {name[:6]: (layer.kernel_size, layer.dilation, layer.border, layer.scale) for name, layer in layers.items()}
-    assert sizes == {f"layer{i + 1}": (k, 2, "shift", 0.5) for i, k in enumerate((5, 3, 1, 1))}
+    keys = ("kernel_size", "dilation", "border", "scale", "null_key")
+    found = {name[:6]: tuple(getattr(layer, key) for key in keys) for name, layer in layers.items()}
+    head_dims = (4, 8, 16, 32)  # of 2 heads at an eighth of the width
+    expected = {f"layer{i + 1}": (k, 2, "shift", head_dims[i] ** -0.5, True) for i, k in enumerate((5, 3, 1, 1))}
+    assert found == expected and all(layer.rel_height.shape[0] == 2 for layer in layers.values())
     images = torch.rand(2, 3, 16, 16)
     logits = trained.model(images)
     torch.testing.assert_close(logits, compute_by_hand(trained.model)(images), rtol=1e-4, atol=1e-5)  # float32 sums
@@ -136,6 +143,8 @@ def test_illegal_values_are_named():
         ("dilation", (1, 2), "must be a whole number, at least 1"),
         ("scale", -1.0, "must be a finite number above 0"),
         ("border", "wrap", "must be one of mask, zero, shift"),
+        ("null_key", 1, "must be True or False"),
+        ("padding", "circular", "must be one of zeros, reflect"),
     ):
         with pytest.raises(ValueError, match=f"{key}=.* {rule}"):
             timm.create_model("hybrid_resnet26", **NET, **{key: value})
@@ -147,8 +156,8 @@ def test_illegal_values_are_named():
         ("model.dilation=0", "model.dilation=0 must be positive"),
         ("model.dilation=8", "model.dilation=8 must be 7 at most for images of 8 pixels: no window reaches further"),
         ("model.dilation=1.5", "model.dilation=1.5 must be a whole number"),
-        ("model.scale=0", "model.scale=0.0 must be positive"),
-        ("model.scale=auto", "model.scale=auto must be a number"),
+        ("model.scale=0", "model.scale=0.0 must be a positive number, or inverse_sqrt"),
+        ("model.scale=auto", "model.scale=auto must be a positive number, or inverse_sqrt"),
     ):
         with pytest.raises(ConfigError, match=message):
             compose_config([override])
@@ -158,7 +167,7 @@ def test_earlier_configs_and_run_names_mean_what_they_meant():
     """A config without the keys has their defaults, and runs of `my_images` from before are found by their names."""
     before = compose_config(["model.kernel_size=5", "model.border=zero"])
     values = yaml.safe_load(to_yaml(before))
-    for key in ("dilation", "scale"):
+    for key in ("dilation", "scale", "null_key", "share_rel", "padding"):
         assert key in MODEL_KEYS and values["model"].pop(key) is None
     assert load_config(yaml.safe_dump(values)) == before
     assert compose_config(["model.kernel_size=[5,5,5,5]"]) == compose_config(["model.kernel_size=5"])
@@ -183,15 +192,39 @@ def test_costs_of_each_key():
     assert count_flops(per_stage, 224) < count_flops(plain, 224)
 
 
-def test_norms_fold_where_the_weights_inside_the_image_sum_to_one():
+@pytest.mark.parametrize("null_key", [False, True])
+def test_norms_fold_where_the_weights_inside_the_image_sum_to_one(null_key):
     torch.manual_seed(0)
-    model = timm.create_model("hybrid_resnet26", border="shift", kernel_size=[3, 3, 1, 1], **NET).eval()
+    keys = {"border": "shift", "kernel_size": [3, 3, 1, 1], "padding": "reflect", "null_key": null_key}
+    model = timm.create_model("hybrid_resnet26", **keys, **NET).eval()
     for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
         nn.init.uniform_(norm.running_mean)
         nn.init.uniform_(norm.weight)
     folded, images = fold_batch_norms(model), torch.randn(2, 3, 8, 8)
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    kept = [name for name, module in folded.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    assert all(name.endswith("bn2") for name in kept) and len(kept) == (8 if null_key else 0)  # those after attention
     torch.testing.assert_close(folded(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["conv_resnet26", "hybrid_resnet26"])
+def test_reflect_padding_continues_maps_by_their_mirror_image(name):
+    """Each convolution larger than 1x1 sees the same numbers beyond the border as inside; the others see no border."""
+    model = timm.create_model(name, padding="reflect", **(NET | {"stem": "conv"})).eval()
+    plain = timm.create_model(name, **(NET | {"stem": "conv"})).eval()
+    assert plain.load_state_dict(model.state_dict()) and count_params(plain) == count_params(model)
+    seen = []
+
+    def compare(conv: nn.Conv2d, inputs: tuple[Tensor], out: Tensor) -> None:
+        beyond = pad(inputs[0], [conv.padding[0]] * 4, mode="reflect")
+        torch.testing.assert_close(out, conv2d(beyond, conv.weight, stride=conv.stride))
+        seen.append(conv.kernel_size)
+
+    for conv in (module for module in model.modules() if isinstance(module, nn.Conv2d) and module.kernel_size[0] > 1):
+        conv.register_forward_hook(compare)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert not torch.equal(model(images), plain(images))
+    assert seen == [(7, 7), *[(3, 3)] * (8 if name == "conv_resnet26" else 0)]
 
 
 def test_each_offset_keeps_its_embedding_at_another_border_or_window():
@@ -232,7 +265,8 @@ def test_distances_of_shifted_and_dilated_windows():
     assert uniform_distance(layer, 3, 3) == pytest.approx(torch.cdist(places, places).mean().item())
     weights = torch.zeros(1, 1, 9, 9, 9)
     weights[..., 0] = 1  # the key above and to the left
-    layer = LocalSelfAttention2d(2, 2, 3, 1, dilation=(2, 3))
+    layer = LocalSelfAttention2d(2, 2, 3, 1, dilation=(2, 3), null_key=True)
+    weights[..., 0] = 0.25  # the rest goes to the null key, which is nowhere
     assert mean_distances(layer, weights).item() == pytest.approx(math.hypot(2, 3))
     layer = LocalSelfAttention2d(2, 2, 3, 1, border="shift", dilation=3)
     corner = torch.zeros(1, 1, 9, 9, 9)

@@ -69,7 +69,8 @@ def launches_of(
 
 def step_launches(
     projections: Tensor, rel_height: Tensor | None, rel_width: Tensor | None,
-    kernel_size: Sequence[int], dilation: Sequence[int], border: str, scale: float, stride: int,
+    kernel_size: Sequence[int], dilation: Sequence[int], border: str, scale: float, null_key: bool,
+    stride: int,
 ) -> list[Launch]:  # fmt: skip
     """Return the kernel launches of `local_attention_qkv`, forward and backward, for tensors with these shapes.
 
@@ -79,7 +80,7 @@ def step_launches(
     def meta(tensor: Tensor) -> Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
-    projections, window = meta(projections), Window(*pair(kernel_size), border, scale)
+    projections, window = meta(projections), Window(*pair(kernel_size), border, scale, null_key)
     inputs = Inputs(*split_projections(projections), *(None if x is None else meta(x) for x in (rel_height, rel_width)))
     if triton_kernels.unsupported(inputs, window) is not None:
         return []

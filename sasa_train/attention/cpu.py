@@ -74,6 +74,7 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("batch", "num_heads", "height", "width", "head_dim", "value_dim")),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "border")),
         ("scale", ctypes.c_double),
+        ("null_key", ctypes.c_int64),
         *((name, ctypes.c_int64) for name in ("dtype", "num_threads", "rel_per_head")),
         *((name, ctypes.c_int64) for name in ("rel_height_rows", "rel_width_rows", "stride")),
         *((name, _Strided) for name in _TENSORS),
@@ -177,7 +178,8 @@ def _problem(inputs: Inputs, window: Window, stride: int, statistics: Tensor) ->
     """Return the C++ struct and the contiguous float32 embeddings it points to; the caller must keep these alive."""
     query, key, value, rel_height, rel_width = inputs
     problem = _Problem(*query.shape, value.shape[-1], window.rows, window.columns, BORDERS.index(window.border))
-    problem.scale, problem.stride, problem.dtype = window.scale, stride, DTYPES[query.dtype]
+    problem.scale, problem.null_key = window.scale, window.null_key
+    problem.stride, problem.dtype = stride, DTYPES[query.dtype]
     problem.num_threads, problem.statistics = torch.get_num_threads(), statistics.data_ptr()
     problem.query, problem.key, problem.value = map(_strided, (query, key, value))
     if rel_height is None or rel_width is None:

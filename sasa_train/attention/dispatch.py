@@ -42,6 +42,7 @@ def local_attention(
     border: str = "mask",
     dilation: Pair = 1,
     scale: float = 1.0,
+    null_key: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Attend from each position to the K x K window around it (arXiv 1906.05909, Eq. 3; no scaling of the scores).
@@ -61,6 +62,7 @@ def local_attention(
             (move the window inwards, so that it is inside the image).
         dilation: the distance between neighbouring keys of a window, at least 1, or a pair (rows, columns).
         scale: a factor above 0 on the scores, relative terms included.
+        null_key: whether each window has one more key, with score 0 and value 0, so that a head may attend to nothing.
         backend: "auto", "reference", "cpu" or "triton". A backend requested by name raises an error if it cannot run.
 
     Returns:
@@ -72,7 +74,7 @@ def local_attention(
         RuntimeError: the requested backend cannot run here.
     """
     inputs = Inputs(query, key, value, rel_height, rel_width)
-    options = _check(inputs, kernel_size, content, border, dilation, scale, backend)
+    options = _check(inputs, kernel_size, content, border, dilation, scale, null_key, backend)
     key = key if content else None
     return _local_attention(query, key, value, rel_height, rel_width, *options)[0]
 
@@ -88,6 +90,7 @@ def attention_weights(
     border: str = "mask",
     dilation: Pair = 1,
     scale: float = 1.0,
+    null_key: bool = False,
 ) -> Tensor:
     """Compute the weights that `local_attention` assigns to each position's window, using the reference backend.
 
@@ -95,14 +98,15 @@ def attention_weights(
 
     Returns:
         [B, N, H, W, K*K] in row-major window order, float32 (float64 if `query` is float64), differentiable. The last
-        dimension sums to 1; with `border="mask"`, positions outside the image have a weight of exactly 0.
+        dimension sums to 1, or to less with `null_key=True`; with `border="mask"`, positions outside the image have a
+        weight of exactly 0.
 
     Raises:
         ValueError: an argument is invalid for `local_attention`.
     """
     inputs = Inputs(query, key, query, rel_height, rel_width)
-    size, distance, *_ = _check(inputs, kernel_size, content, border, dilation, scale, "reference")
-    window = _window(size, border, scale)
+    size, distance, *_ = _check(inputs, kernel_size, content, border, dilation, scale, null_key, "reference")
+    window = _window(size, border, scale, null_key)
     return by_remainder(
         lambda q, k: reference.attention_weights(Inputs(q, k, q, rel_height, rel_width), window),
         distance,
@@ -121,6 +125,7 @@ def local_attention_qkv(
     border: str = "mask",
     dilation: Pair = 1,
     scale: float = 1.0,
+    null_key: bool = False,
     stride: int = 1,
     backend: str = "auto",
 ) -> Tensor:
@@ -141,7 +146,7 @@ def local_attention_qkv(
         )
     check_stride(stride)
     inputs = Inputs(*split_projections(projections), rel_height, rel_width)
-    *options, _ = _check(inputs, kernel_size, content, border, dilation, scale, backend)
+    *options, _ = _check(inputs, kernel_size, content, border, dilation, scale, null_key, backend)
     return _local_attention_qkv(projections, rel_height, rel_width, *options, stride, backend)[0]
 
 
@@ -150,10 +155,10 @@ def split_projections(projections: Tensor) -> tuple[Tensor, Tensor | None, Tenso
     return projections[0], projections[1] if projections.shape[0] == 3 else None, projections[-1]
 
 
-def _unpack(kernel_size, dilation, border, scale, *rest) -> tuple[Window, tuple[int, int], int, str]:
+def _unpack(kernel_size, dilation, border, scale, null_key, *rest) -> tuple[Window, tuple[int, int], int, str]:
     """Return window, dilation, stride and backend from the options of either op."""
     stride, backend = rest if len(rest) == 2 else (1, *rest)
-    return _window(kernel_size, border, scale), pair(dilation), stride, backend
+    return _window(kernel_size, border, scale, null_key), pair(dilation), stride, backend
 
 
 def _forward(inputs: Inputs, *options) -> tuple[Tensor, Tensor, Tensor]:
@@ -319,7 +324,7 @@ _define = functools.partial(
     backward_inputs="Tensor grad_output, Tensor? output, Tensor statistics, Tensor unpooled",
 )
 
-_WINDOW = "SymInt[2] kernel_size, SymInt[2] dilation, str border, float scale"
+_WINDOW = "SymInt[2] kernel_size, SymInt[2] dilation, str border, float scale, bool null_key"
 
 _local_attention = _define(
     "local_attention",
@@ -344,7 +349,7 @@ _local_attention_qkv = _define(
     forward=lambda projections, rel_height, rel_width, *options: _forward(
         Inputs(*split_projections(projections), rel_height, rel_width), *options
     ),
-    fake=lambda projections, rel_height, rel_width, kernel_size, dilation, border, scale, stride, backend: (
+    fake=lambda projections, rel_height, rel_width, kernel_size, dilation, border, scale, null_key, stride, backend: (
         cpu.empty_output(projections[-1], stride),
         *empty_kept(projections[-1], stride, backend),
     ),
@@ -361,8 +366,10 @@ def plain_decompositions() -> dict[Any, Callable]:
     """Return decompositions for `ExportedProgram.run_decompositions` that let a program run without sasa_train."""
     from sasa_train.attention import plain
 
-    def local_attention_qkv(projections, rel_height, rel_width, kernel_size, dilation, border, scale, stride, backend):
-        window = _window(kernel_size, border, scale)
+    def local_attention_qkv(
+        projections, rel_height, rel_width, kernel_size, dilation, border, scale, null_key, stride, backend
+    ):
+        window = _window(kernel_size, border, scale, null_key)
         output = by_remainder(
             lambda q, k, v: plain.local_attention_forward(Inputs(q, k, v, rel_height, rel_width), window),
             pair(dilation),
@@ -428,10 +435,10 @@ def _say_once(name: str, reason: str | None) -> None:
         )
 
 
-def _check(inputs: Inputs, kernel_size, content, border, dilation, scale, backend) -> tuple:
+def _check(inputs: Inputs, kernel_size, content, border, dilation, scale, null_key, backend) -> tuple:
     """Check the arguments of `local_attention`; return the options of the op."""
     query, key, value, rel_height, rel_width = inputs
-    check_options(kernel_size, content, border, backend, dilation, scale)
+    check_options(kernel_size, content, border, backend, dilation, scale, null_key)
     kernel_size, dilation = pair(kernel_size), pair(dilation)
     _check_tensor("query", query)
     if query.dim() != 5:
@@ -471,12 +478,12 @@ def _check(inputs: Inputs, kernel_size, content, border, dilation, scale, backen
                 f"border='shift' needs windows that fit: kernel_size={keys} and dilation={distance} span "
                 f"{keys * distance} {name}; query has {size}"
             )
-    return kernel_size, dilation, border, float(scale), backend
+    return kernel_size, dilation, border, float(scale), null_key, backend
 
 
-def _window(kernel_size: Pair, border: str, scale: float = 1.0) -> Window:
+def _window(kernel_size: Pair, border: str, scale: float = 1.0, null_key: bool = False) -> Window:
     rows, columns = pair(kernel_size)
-    return Window(rows, columns, border, scale)
+    return Window(rows, columns, border, scale, null_key)
 
 
 def pair(value: Pair) -> tuple[int, int]:
@@ -485,8 +492,9 @@ def pair(value: Pair) -> tuple[int, int]:
 
 
 def check_options(
-    kernel_size: Pair, content: bool, border: str, backend: str, dilation: Pair = 1, scale: float = 1.0
-) -> None:
+    kernel_size: Pair, content: bool, border: str, backend: str, dilation: Pair = 1, scale: float = 1.0,
+    null_key: bool = False,
+) -> None:  # fmt: skip
     """Raise ValueError if one of these arguments of `local_attention` is invalid."""
     for name, value in (("kernel_size", kernel_size), ("dilation", dilation)):
         if isinstance(value, Sequence) and (isinstance(value, str) or len(value) != 2):
@@ -495,8 +503,9 @@ def check_options(
             check_whole(name, one)
             if name == "kernel_size" and one % 2 == 0:
                 raise ValueError(f"kernel_size={value} must be odd, so that the window has a centre")
-    if not isinstance(content, bool):
-        raise ValueError(f"content={content!r} must be True or False")
+    for name, is_set in (("content", content), ("null_key", null_key)):
+        if not isinstance(is_set, bool):
+            raise ValueError(f"{name}={is_set!r} must be True or False")
     if border not in BORDERS:
         raise ValueError(f"border={border!r} must be one of {', '.join(BORDERS)}")
     is_number = isinstance(scale, Real) and not isinstance(scale, bool)

@@ -41,7 +41,8 @@ def local_attention_forward(inputs: Inputs, window: Window) -> Tensor:
     if window.border == "mask":
         mask = mask & _inside_image(height, width, num_tiles, tile, window, query.device)
     # The mask value is not -inf, because a surplus query may see no key, and a softmax over only -inf is NaN.
-    attn_weights = torch.where(mask.flatten(-2), scores, torch.finfo(scores.dtype).min).softmax(-1)
+    scores = torch.where(mask.flatten(-2), scores, torch.finfo(scores.dtype).min)
+    attn_weights = F.pad(scores, (0, 1)).softmax(-1)[..., :-1] if window.null_key else scores.softmax(-1)
     output = attn_weights @ _windows(value, num_tiles, tile, window)
     return output.flatten(3, 4).narrow(3, 0, width)
 

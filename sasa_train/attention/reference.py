@@ -19,6 +19,8 @@ Public implementations differ in their conventions. This one uses the following:
   (Neighborhood Attention, Hassani et al. 2023, arXiv 2204.07143). Keys are up to K - 1 rows and columns away, so the
   embeddings have 2K - 1 rows: `rel_height[K - 1 + dy]` and `rel_width[K - 1 + dx]`.
 - A window of K_h x K_w has embeddings of K_h and of K_w rows (2 K_h - 1 and 2 K_w - 1 with `border="shift"`).
+- With `null_key=True`, each softmax has one more key, with score 0 and value 0, so that a head may attend to nothing
+  (`add_zero_attn` of torch.nn.MultiheadAttention); the weights of a window then sum to less than 1.
 - With half-precision inputs, all computation is in float32, and the result is rounded once at the end.
 
 Query and key have shape [B, N, H, W, D] (batch, heads, height, width, head_dim), value and output [B, N, H, W, Dv],
@@ -57,6 +59,7 @@ class Window(NamedTuple):
     columns: int
     border: str = "mask"
     scale: float = 1.0
+    null_key: bool = False
 
     def table_rows(self) -> tuple[int, int]:
         """Return the numbers of rows of `rel_height` and `rel_width`, one for each offset between query and key."""
@@ -74,7 +77,7 @@ def local_attention_forward(inputs: Inputs, window: Window) -> Tensor:
 
 
 def attention_weights(inputs: Inputs, window: Window) -> Tensor:
-    """Return the softmax weights [B, N, H, W, K*K] in row-major window order; the last dimension sums to 1."""
+    """Return the softmax weights [B, N, H, W, K*K] in row-major window order; see dispatch.py."""
     return _attn_weights(inputs, window).permute(4, 1, 2, 3, 0)
 
 
@@ -153,6 +156,8 @@ def _attn_weights(inputs: Inputs, window: Window) -> Tensor:
     if window.border == "mask":
         outside = ~_inside(height, width, window, q.device)[:, None, :, :, None]
         scores = scores.masked_fill(outside, float("-inf"))
+    if window.null_key:
+        return torch.cat([scores, torch.zeros_like(scores[:1])]).softmax(0)[:-1]
     return scores.softmax(0)
 
 

@@ -260,7 +260,8 @@ def forward_kernel(
     query, key, value, output, pooled, logsumexp, tables,
     query_strides, key_strides, value_strides, output_strides, pooled_strides, table_stride,
     num_heads, height, width, heads_per_program,
-    K: tl.constexpr, D: tl.constexpr, ALIGN: tl.constexpr, ZERO_BORDER: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, D: tl.constexpr, ALIGN: tl.constexpr, ZERO_BORDER: tl.constexpr, NULL_KEY: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the output, log2(sum(exp(score))) and, if `pooled` is not None, the output's averages over 2 x 2."""
     N: tl.constexpr = max(D // 16, 1)
@@ -300,7 +301,8 @@ def forward_kernel(
             by_offset = _over_channels(q, _table(tables, N), tl.zeros([16, 16], tl.float32), N, PRECISION)
         start = _start(tables, by_offset, reach)
         scores = ()
-        largest = tl.full([16, 8], FAR, tl.float32)  # finite, because -inf - (-inf) would be NaN
+        # Finite, because -inf - (-inf) would be NaN.
+        largest = tl.full([16, 8], 0.0 if NULL_KEY else FAR, tl.float32)
         for y in tl.static_range(K + 1):
             row = row0 - K // 2 + y
             keys = None
@@ -316,7 +318,10 @@ def forward_kernel(
             w = tl.exp2(scores[y] * LOG2_E - m[:, None])
             sums += w
             weights = weights + (w.to(value.dtype.element_ty),)
-        total = tl.where(exists, tl.sum(sums, 1), 1.0)  # a padded position may have no key in reach
+        total = tl.sum(sums, 1)
+        if NULL_KEY:
+            total += tl.exp2(-m)
+        total = tl.where(exists, total, 1.0)  # a padded position may have no key in reach
         tl.store(logsumexp + (rows * width + columns), m + tl.log2(total), mask=exists)
         for i in tl.static_range(N):
             out = tl.zeros([16, 16], tl.float32)

@@ -94,11 +94,12 @@ def local_attention_forward(
     full, pooled = (output, None) if stride == 1 else (unpooled, output)
     images = (query, key, value, full)
     if _folds(images, kernel_size, FOLD_FORWARD):
-        launch = _Fold(inputs, kernel_size, {"ZERO_BORDER": border == "zero"})
+        launch = _Fold(inputs, kernel_size, {"ZERO_BORDER": border == "zero", "NULL_KEY": window.null_key})
         launch(triton_fold.forward_kernel, (*images, pooled), (logsumexp, launch.tables))
         return
     rel = (rel_height, rel_width)
-    _Walk(inputs, kernel_size, border)(triton_walk.forward_kernel, images, (logsumexp,), rel)
+    constants = {"NULL_KEY": window.null_key}
+    _Walk(inputs, kernel_size, border)(triton_walk.forward_kernel, images, (logsumexp,), rel, constants)
     if pooled is not None:
         pooled.copy_(pool(full))
 
@@ -275,13 +276,14 @@ class _Walk:
         }
 
     def __call__(
-        self, kernel: Any, images: Images, others: tuple[Tensor | None, ...], rel: tuple[Tensor | None, ...] = ()
-    ) -> None:
+        self, kernel: Any, images: Images, others: tuple[Tensor | None, ...], rel: tuple[Tensor | None, ...] = (),
+        constants: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         align, strides = _strides(images)
         rel_strides = (x if x is None else (0, *x.stride())[-3:] for x in rel)
         arguments = (*images, *others, *rel, *strides, *rel_strides, *self.sizes)
-        launch = Launch(kernel, arguments, {**self.constants, "ALIGN": align}, _num_warps(kernel, self.query))
-        _launch(launch, self.num_programs, self.query)
+        constants = {**self.constants, **(constants or {}), "ALIGN": align}
+        _launch(Launch(kernel, arguments, constants, _num_warps(kernel, self.query)), self.num_programs, self.query)
 
 
 def _num_warps(kernel: Any, query: Tensor) -> int:

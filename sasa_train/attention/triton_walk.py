@@ -153,6 +153,7 @@ def forward_kernel(
     num_heads, height, width, tile_h, tile_w,
     K: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
     ALIGN: tl.constexpr, ZERO_BORDER: tl.constexpr, INPUTS: tl.constexpr, COMPUTED: tl.constexpr,
+    NULL_KEY: tl.constexpr,
 ):  # fmt: skip
     b, n, row0, column0, rows, columns, exists = _place(num_heads, height, width, tile_h, tile_w, P)
     first, last, key_columns, columns_exist = _reach(row0, column0, height, width, tile_h, K, W, not ZERO_BORDER)
@@ -177,9 +178,9 @@ def forward_kernel(
     per_column = _per_column(by_width, dx, in_reach)
 
     # The maximum is in units of ln 2. Its initial value is finite, because -inf - (-inf) would be NaN if the first
-    # key row is out of reach.
-    largest = tl.full([P], -1e38, tl.float32)
-    total = tl.zeros([P], tl.float32)
+    # key row is out of reach. The null key has a score of 0.
+    largest = tl.full([P], 0.0 if NULL_KEY else -1e38, tl.float32)
+    total = tl.full([P], 1.0 if NULL_KEY else 0.0, tl.float32)
     out = tl.zeros([P, D_PADDED], tl.float32)
     for y in range(first, last):
         key_rows = tl.zeros([W], tl.int32) + y

@@ -171,6 +171,8 @@ def to_config(composed: DictConfig, check: Callable[[TrainConfig], None] = valid
     config.data.val_image_size = whole_numbers("data.val_image_size", config.data.val_image_size, 2, meaning)
     meaning = "four, one per stage, as in [7,7,5,3]"
     config.model.kernel_size = whole_numbers("model.kernel_size", config.model.kernel_size, 4, meaning)
+    if type(config.model.scale) is int:
+        config.model.scale = float(config.model.scale)
     config.data.sampler = config.data.sampler or "shuffled"
     config.data.resident = config.data.resident.lower()  # True and FALSE are taken, as for keys of true and false
     # The shell does not expand the ~ in data.root=~/images.

@@ -82,7 +82,12 @@ class ModelConfig:
         "mask: exclude positions outside the image; zero: include them as zeros; shift: windows move inside (mask)",
     )
     dilation: int | None = key(None, "distance between neighbouring keys of a window (1)", above=0)
-    scale: float | None = key(None, "factor on the attention scores of the stages (1.0)", above=0)
+    scale: Any = key(  # float | str | None; OmegaConf takes no whole number for this
+        None, "factor on the attention scores of the stages, or inverse_sqrt: 1/sqrt(head_dim) (1.0)"
+    )
+    null_key: bool | None = key(None, "a key of score 0 and value 0, so that a head may attend to nothing (false)")
+    share_rel: bool | None = key(None, "one pair of relative embeddings for all heads of a layer (true)")
+    padding: str | None = key(None, "border of the convolutions: zeros or reflect (zeros)")
     drop_path_rate: float = key(0.0, "stochastic depth: rate of the last block, linear from 0", at_least=0, below=1)
     bn_momentum: float | None = key(None, "batch norm momentum; null: the model's default (0.1)", at_least=0, below=1)
     pretrained: str | None = key(
@@ -430,6 +435,7 @@ NOT_TRAJECTORY = {name for name, f in key_table().items() if f.metadata["may_cha
 # Keys for sasa_train's own models only; timm's models accept none of them.
 MODEL_KEYS = (
     "stem", "stage_ops", "kernel_size", "num_heads", "width", "position", "content", "border", "dilation", "scale",
+    "null_key", "share_rel", "padding",
 )  # fmt: skip
 # Keys that `derive` may list (training/own_images.py).
 DERIVABLE = (

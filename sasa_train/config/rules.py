@@ -116,6 +116,9 @@ def _of_single_keys(config: TrainConfig) -> Rules:
     data, milestones = config.data, config.schedule.decay_milestones
     is_odd = all(size % 2 == 1 for size in kernel_sizes(config.model))
     yield is_odd, "model.kernel_size", "must be odd, so that the window has a centre"
+    scale = config.model.scale
+    is_scale = scale in (None, "inverse_sqrt") or (isinstance(scale, float) and scale > 0)
+    yield is_scale, "model.scale", "must be a positive number, or inverse_sqrt, 1/sqrt(head_dim)"
     for name, value in {"mean": data.mean, "std": data.std}.items():
         rule = "must be three numbers, red, green and blue, or one for grey images"
         yield value is None or len(value) in (1, 3), f"data.{name}", rule

@@ -4,7 +4,7 @@ Feature maps have the layout BCHW here; the attention functions use [B, N, H, W,
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from sasa_train.attention.reference import Inputs, Window
 from sasa_train.models.stem_norm import can_normalise_picked, is_plain, normalise_picked
 
 POSITIONS = ("relative", "absolute", "none")
+INVERSE_SQRT = "inverse_sqrt"  # of head_dim
 BLOCK_SIZE = 4  # side length of the attention stem's blocks and of its max pool
 STEM_NUM_HEADS = 4
 STEM_NUM_MIXTURES = 4  # not given in the paper; 4 is the smallest value that matches its FLOPs (docs/paper.md)
@@ -58,7 +59,8 @@ class LocalSelfAttention2d(nn.Module):
         border: "mask", "zero" or "shift", see `local_attention`.
         share_rel: whether all heads share one pair of relative embeddings instead of having one each.
         dilation: the distance between neighbouring keys of a window, or a pair (rows, columns).
-        scale: a factor above 0 on the scores, relative terms included; transformers use `head_dim**-0.5` for q.k.
+        scale: a factor above 0 on the scores, relative terms included, or "inverse_sqrt", for `head_dim**-0.5`.
+        null_key: whether each window has one more key, with score 0 and value 0, so that a head may attend to nothing.
 
     Raises:
         ValueError: the arguments are incompatible; in forward, a window of `border="shift"` does not fit into the map.
@@ -77,16 +79,18 @@ class LocalSelfAttention2d(nn.Module):
         share_rel: bool = True,
         backend: str = "auto",
         dilation: Pair = 1,
-        scale: float = 1.0,
+        scale: float | str = 1.0,
+        null_key: bool = False,
     ):
         super().__init__()
-        check_options(kernel_size, content, border, backend, dilation, scale)
-        check_stride(stride)
         _check_keys(in_channels, out_channels, num_heads, position, content)
+        head_dim = out_channels // num_heads
+        factor = head_dim**-0.5 if scale == INVERSE_SQRT else cast(float, scale)
+        check_options(kernel_size, content, border, backend, dilation, factor, null_key)
+        check_stride(stride)
         self.num_heads, self.kernel_size, self.stride = num_heads, kernel_size, stride
         self.position, self.content, self.border, self.backend = position, content, border, backend
-        self.dilation, self.scale = dilation, scale
-        head_dim = out_channels // num_heads
+        self.dilation, self.scale, self.null_key = dilation, factor, null_key
         # A single convolution computes all projections: query, [key,] value, each dense with `out_channels` channels.
         self._num_projections = 3 if content else 2
         self.qkv = PointwiseConv2d(in_channels, self._num_projections * out_channels, math.inf)
@@ -106,7 +110,7 @@ class LocalSelfAttention2d(nn.Module):
         return out.permute(0, 1, 4, 2, 3).flatten(1, 2)
 
     def attention_weights(self, x: Tensor) -> Tensor:
-        """Return the attention weights of `forward` before pooling, [B, N, H, W, K*K]; the last dimension sums to 1."""
+        """Return what `sasa_train.attention.attention_weights` does for `forward` before pooling, [B, N, H, W, K*K]."""
         query, *key, _ = self._projections(x)
         rel = (self.rel_height, self.rel_width)
         return attention_weights(query, key[0] if key else None, *rel, **self._options())
@@ -121,10 +125,10 @@ class LocalSelfAttention2d(nn.Module):
         return describe_backend(self.backend, Inputs(query, query, query, *rel), self._window())
 
     def _window(self) -> Window:
-        return Window(*pair(self.kernel_size), self.border, self.scale)
+        return Window(*pair(self.kernel_size), self.border, self.scale, self.null_key)
 
     def _options(self) -> dict[str, Any]:
-        names = ("kernel_size", "content", "border", "dilation", "scale")
+        names = ("kernel_size", "content", "border", "dilation", "scale", "null_key")
         return {name: getattr(self, name) for name in names}
 
     def relative_scores(self, x: Tensor) -> Tensor | None:
@@ -158,7 +162,7 @@ class LocalSelfAttention2d(nn.Module):
         return (
             f"kernel_size={self.kernel_size}, num_heads={self.num_heads}, position={self.position}, "
             f"content={self.content}, border={self.border}, stride={self.stride}, dilation={self.dilation}, "
-            f"scale={self.scale:g}"
+            f"scale={self.scale:g}, null_key={self.null_key}"
         )
 
 

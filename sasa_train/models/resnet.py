@@ -6,6 +6,7 @@ the 3x3 convolution or in the pool after attention; shortcuts keep their strided
 """
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from timm.layers import DropPath, create_classifier
@@ -22,19 +23,24 @@ STAGE_CHANNELS = (64, 128, 256, 512)
 EXPANSION = 4
 STEMS = ("conv", "attention", "conv_small", "attention_small", "attention_plain", "attention_convvalues")
 STAGE_OPS = ("conv", "attention")
+# With "reflect", a map is continued by its mirror image, so that a convolution cannot read its position off the border.
+Padding = Literal["zeros", "reflect"]
+PADDINGS = get_args(Padding)
 
 
 class Bottleneck(nn.Module):
     """Bottleneck: 1x1-BN-ReLU, 3x3 convolution or local attention, BN-ReLU, 1x1-BN, addition of the shortcut, ReLU."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int, op: str, drop_path: float, attention: dict):
+    def __init__(
+        self, in_channels: int, channels: int, stride: int, op: str, drop_path: float, padding: Padding, attention: dict
+    ):
         super().__init__()
         out_channels = channels * EXPANSION
         self.conv1 = PointwiseConv2d(in_channels, channels)
         self.bn1 = nn.BatchNorm2d(channels)
         # Attention runs at the input's resolution and is pooled afterwards, which gives R50 the paper's 6.97 GFLOPs.
         self.conv2: nn.Module = (
-            nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False)
+            nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False, padding_mode=padding)
             if op == "conv"
             else LocalSelfAttention2d(channels, channels, stride=stride, **attention)
         )
@@ -67,7 +73,9 @@ class ResNet(nn.Module):
             paper's Table 7, "attention_plain" and "attention_convvalues".
         stage_ops: "conv" or "attention" for each of the four stages.
         kernel_size: the window size of all stages, or a list of four, one per stage; the attention stem keeps its own.
-        num_heads, position, content, border, dilation, scale: see `LocalSelfAttention2d`; `scale` is for the stages.
+        num_heads, position, content, border, share_rel, dilation, scale, null_key: see `LocalSelfAttention2d`; those
+            after `border` are for the stages.
+        padding: of the 3x3 and larger convolutions of stem and stages, "zeros" or "reflect" (see `PADDINGS`).
         width: multiplier for the number of channels of every layer.
         drop_path_rate: stochastic depth rate of the last block; the rates increase linearly from 0 at the first block.
 
@@ -94,24 +102,22 @@ class ResNet(nn.Module):
         drop_path_rate: float = 0.0,
         backend: str = "auto",
         dilation: int = 1,
-        scale: float = 1.0,
+        scale: float | str = 1.0,
+        null_key: bool = False,
+        share_rel: bool = True,
+        padding: Padding = "zeros",
     ):
         super().__init__()
-        if len(stage_ops) != 4 or not set(stage_ops) <= set(STAGE_OPS):
-            raise ValueError(f"stage_ops={list(stage_ops)} must be four of {', '.join(STAGE_OPS)}")
-        if not 1 <= STEM_CHANNELS * width < 2**31:
-            raise ValueError(
-                f"width={width} makes {STEM_CHANNELS * width:g} channels of the first layer's {STEM_CHANNELS}"
-            )
+        _check_arguments(stage_ops, width, dilation, padding)
         kernel_sizes = _per_stage(kernel_size)
-        check_whole("dilation", dilation)
         attention = {"num_heads": num_heads, "position": position, "content": content, "border": border}
-        attention |= {"backend": backend, "dilation": dilation, "scale": scale}
+        attention |= {"backend": backend, "dilation": dilation, "scale": scale, "null_key": null_key}
+        attention["share_rel"] = share_rel
         # timm reads num_classes and in_chans when it exports or adapts a model.
         self.num_classes, self.in_chans = num_classes, in_chans
         self.drop_rate, self.grad_checkpointing, self.border = drop_rate, False, border
         channels = round(STEM_CHANNELS * width)
-        self.stem, reduction = build_stem(stem, in_chans, channels, backend)
+        self.stem, reduction = build_stem(stem, in_chans, channels, backend, padding)
         self.feature_info = [{"num_chs": channels, "reduction": reduction, "module": "stem"}]
         stages: list[nn.Module] = []
         last_block, num_built = sum(BLOCK_COUNTS[depth]) - 1, 0
@@ -122,7 +128,7 @@ class ResNet(nn.Module):
                 stride = 2 if i > 0 and j == 0 else 1
                 drop_path = drop_path_rate * num_built / last_block
                 options = attention | {"kernel_size": kernel_sizes[i]}
-                blocks.append(Bottleneck(channels, stage_channels, stride, op, drop_path, options))
+                blocks.append(Bottleneck(channels, stage_channels, stride, op, drop_path, padding, options))
                 channels, num_built = stage_channels * EXPANSION, num_built + 1
             stages.append(nn.Sequential(*blocks))
             reduction *= 2 if i > 0 else 1
@@ -187,6 +193,16 @@ class ResNet(nn.Module):
         return {"stem": r"^stem", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
 
+def _check_arguments(stage_ops: Sequence[str], width: float, dilation: int, padding: str) -> None:
+    if len(stage_ops) != 4 or not set(stage_ops) <= set(STAGE_OPS):
+        raise ValueError(f"stage_ops={list(stage_ops)} must be four of {', '.join(STAGE_OPS)}")
+    if not 1 <= STEM_CHANNELS * width < 2**31:
+        raise ValueError(f"width={width} makes {STEM_CHANNELS * width:g} channels of the first layer's {STEM_CHANNELS}")
+    check_whole("dilation", dilation)
+    if padding not in PADDINGS:
+        raise ValueError(f"padding={padding!r} must be one of {', '.join(PADDINGS)}")
+
+
 def _per_stage(kernel_size: int | Sequence[int]) -> Sequence[int]:
     """Return the window size of each of the four stages."""
     if not isinstance(kernel_size, Sequence) or isinstance(kernel_size, str):
@@ -221,13 +237,15 @@ def _check_fit(stages: Sequence[nn.Module], height: int, width: int) -> None:
         raise ValueError(f"border='shift' needs windows that fit: {misfit}; {remedy} fits")
 
 
-def build_stem(stem: str, in_chans: int, channels: int, backend: str = "auto") -> tuple[nn.Module, int]:
+def build_stem(
+    stem: str, in_chans: int, channels: int, backend: str = "auto", padding: Padding = "zeros"
+) -> tuple[nn.Module, int]:
     """Return the stem and its reduction (input pixels per output position in each dimension)."""
     if stem == "conv":
-        conv = nn.Conv2d(in_chans, channels, 7, 2, padding=3, bias=False)
+        conv = nn.Conv2d(in_chans, channels, 7, 2, padding=3, bias=False, padding_mode=padding)
         return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, padding=1)), 4
     if stem == "conv_small":
-        conv = nn.Conv2d(in_chans, channels, 3, padding=1, bias=False)
+        conv = nn.Conv2d(in_chans, channels, 3, padding=1, bias=False, padding_mode=padding)
         return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)), 1
     if stem == "attention_small":
         return AttentionStem(in_chans, channels, pool=False, backend=backend), 1

@@ -23,13 +23,14 @@ def attention_layers(model: nn.Module) -> dict[str, AttentionLayer]:
 
 
 def checked_weights(name: str, layer: AttentionLayer, x: Tensor) -> Tensor:
-    """Return `layer.attention_weights(x)` after checking that the weights of each query sum to one.
+    """Return `layer.attention_weights(x)` after checking that each query's weights sum to one, or less with a null key.
 
     Raises:
-        WeightsError: the weights of a query do not sum to one.
+        WeightsError: the weights of a query have another sum.
     """
     weights = layer.attention_weights(x)
-    worst = (weights.sum(-1) - 1).abs().max().item()
+    excess = weights.sum(-1) - 1
+    worst = (excess.clamp(min=0) if getattr(layer, "null_key", False) else excess.abs()).max().item()
     if not worst <= SUM_TOLERANCE:  # also true for NaN
         raise WeightsError(f"{name}: attention weights are off by {worst:.3g} from a sum of one; is the model finite?")
     return weights

@@ -130,13 +130,17 @@ def default_pixels(image: np.ndarray) -> list[tuple[int, int]]:
 
 
 def mean_distances(layer: AttentionLayer, weights: Tensor) -> Tensor:
-    """Return each head's mean distance in positions, [N]; weights: [B, N, H, W, K*K] or [B, N, blocks, 16, 16]."""
+    """Return each head's mean distance in positions, [N]; weights: [B, N, H, W, K*K] or [B, N, blocks, 16, 16].
+
+    A null key has no distance and does not count.
+    """
     if is_stems(weights):
         distances = block_distances(weights.device)
     else:
         rows, columns = (offsets.float() for offsets in key_offsets(layer, (weights.shape[2], weights.shape[3])))
         distances = torch.hypot(rows[:, None, :, None], columns[None, :, None, :]).flatten(2).to(weights.device)
-    return (weights * distances).sum(-1).mean((0, 2, 3))
+    means = (weights * distances).sum(-1).mean((0, 2, 3))
+    return means / weights.sum(-1).mean((0, 2, 3)) if getattr(layer, "null_key", False) else means
 
 
 def block_distances(device: torch.device | None = None) -> Tensor:

@@ -320,7 +320,7 @@ class Worker {
     // Computes the tile's weights E (1 for the maximum of a window), top and inverse_sum from query_row.
     void attend(int64_t i, int64_t x0, int64_t width) {
         in_groups<R>(0, width, [&](auto Q, int64_t x) { bias<Q>(x0, x); });
-        for (int64_t x = 0; x < width; ++x) top[x0 + x] = Vec{} - __builtin_inff();
+        for (int64_t x = 0; x < width; ++x) top[x0 + x] = least_top<V>(p);
         int64_t begin = p.border == ZERO ? 0 : first_dy(i), end = p.border == ZERO ? K : end_dy(i);
         for (int64_t dy = begin; dy < end; ++dy) {
             const Vec* keys = p.key.data ? row_in_reach(key_rows, i, dy) : nullptr;
@@ -405,6 +405,7 @@ class Worker {
                 sums[dx] += e;
             }
         }
+        if (p.null_key) sums[0] += fast_exp2<V>(Vec{} - shift);
         inverse_sum[x0 + x] = 1.0f / total(sums);
     }
 

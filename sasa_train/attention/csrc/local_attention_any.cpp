@@ -325,7 +325,7 @@ class Worker {
     void exponentials(int64_t i, int64_t x0, int64_t x) {
         int64_t count = row_span(i).count() * column_span(x0 + x).count();
         Vec *of_x = weights + x * s.window, largest[4], sums[4] = {};
-        for (Vec& each : largest) each = Vec{} - __builtin_inff();
+        for (Vec& each : largest) each = least_top<V>(p);
         in_groups<4>(0, count, [&](auto N, int64_t j) {
             UNROLL
             for (int k = 0; k < N; ++k) largest[k] = larger<V>(of_x[j + k], largest[k]);
@@ -336,6 +336,7 @@ class Worker {
             UNROLL
             for (int k = 0; k < N; ++k) sums[k] += of_x[j + k] = fast_exp2<V>(of_x[j + k] * LOG2_E - shift);
         });
+        if (p.null_key) sums[0] += fast_exp2<V>(Vec{} - shift);
         top[x0 + x] = all;
         inverse_sum[x0 + x] = 1.0f / ((sums[0] + sums[1]) + (sums[2] + sums[3]));
     }

@@ -28,6 +28,7 @@ struct Problem {
     int64_t batch, num_heads, height, width, head_dim, value_dim;
     int64_t rows, columns, border;  // of a window
     double scale;
+    int64_t null_key;
     int64_t dtype, num_threads, rel_per_head, rel_height_rows, rel_width_rows, stride;
     Strided query, key, value, output;  // key.data is null without content; output and its gradient are after pooling
     Strided grad_output, grad_query, grad_key, grad_value;
@@ -57,6 +58,12 @@ struct Planes {
         }
     }
 };
+
+// Returns a maximum over no scores, or over that of the null key alone.
+template <int V>
+INLINE F<V> least_top(const Problem& p) {
+    return F<V>{} - (p.null_key ? 0.0f : __builtin_inff());
+}
 
 // Copies one image row of V planes between a tensor and scratch memory, [D][pitch] vectors.
 template <int V, typename E>
