@@ -450,6 +450,18 @@ def test_a_text_that_is_stored_once_and_used_often_is_refused_at_once(tmp_path):
         assert time.process_time() - before < 10 and len(str(error.value)) < 1000
 
 
+def test_tensors_that_share_their_memory_are_refused_before_an_optimizer_copies_each(tmp_path):
+    """Entries of one 20 MB tensor of bytes became a float32 tensor each: 22 MB of file took 7 GB of memory."""
+    shared = {"state": {0: {f"x{i}": torch.zeros(20_000, dtype=torch.uint8) for i in range(3)}}, "param_groups": []}
+    torch.save(content(5) | {"optimizer": shared}, tmp_path / "x.pt")
+    assert load_checkpoint(tmp_path / "x.pt")["step"] == 5
+    big = torch.zeros(20_000_000, dtype=torch.uint8)
+    shared["state"] = {0: {f"x{i}": big for i in range(40)}}
+    torch.save(content(5) | {"optimizer": shared}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"its tensors are 3,200,\d{3},\d{3} bytes when loaded, and share 20,0"):
+        load_checkpoint(tmp_path / "x.pt")
+
+
 @pytest.mark.parametrize("manifest", ['{"step": 1e999, "size": 9, "sha256": ""}', "[" * 5000, '{"step": "5"}'])
 def test_a_manifest_of_other_parts_is_damage(tmp_path, manifest):
     filled(tmp_path)

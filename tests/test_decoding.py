@@ -514,6 +514,7 @@ ANIMATED = {"save_all": True, "default_image": True, "append_images": [corners()
 MISREAD = {
     "no-photometric": (tiff(RAMP.astype("u1"), PhotometricInterpretation=None), "lacks.*PhotometricInterpretation"),
     "no-extra": (tiff(FOUR, PhotometricInterpretation=2), "fourth channel but lacks the tag ExtraSamples"),
+    "two-channels": (tiff(TWO, ExtraSamples=0), "it has 2 channels, of which Pillow reads the first"),
     "ycc-default": (tiff(THREE, **YCC) + bytes(999), "YCbCrSubSampling=2,2, the default.*convert it"),
     "ycc-422": (tiff(THREE, **YCC, YCbCrSubSampling=[2, 1]) + bytes(999), "YCbCrSubSampling=2,1.*convert it"),
     "ycc-video": (

@@ -99,6 +99,22 @@ def test_curves_stay_in_their_folder_whatever_is_put_in_its_place(tmp_path):
     assert len(os.listdir("/proc/self/fd")) < len(numbers)
 
 
+@pytest.mark.parametrize("how", ["symlink", "link"])
+def test_curves_are_not_written_to_what_takes_the_place_of_their_file(how, tmp_path, capsys):
+    logger, outside = RunLogger(tmp_path, "", 0, 9), tmp_path / "outside"
+    row = {"split": "val", "step": 1, "epoch": 1, "loss": 1.0, "top1": 50.0, "top5": 90.0}
+    logger.write(row)
+    assert [event.value for event in board(tmp_path / "tensorboard").Scalars("val/top1")] == [50.0]  # without waiting
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    file.unlink()
+    outside.write_text("precious")
+    getattr(os, how)(outside, file)
+    logger.write(row | {"step": 2})
+    logger.close()
+    assert outside.read_text() == "precious" and len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert "no more TensorBoard curves for this run ([Errno 116]" in capsys.readouterr().err
+
+
 @pytest.mark.slow  # it imports torch in a new process
 def test_a_disk_that_fails_in_tensorboards_own_thread_gives_a_warning_and_no_traceback(tmp_path):
     code = """

@@ -315,7 +315,7 @@ def test_a_row_of_metrics_without_what_is_drawn_is_damage(tmp_path):
     assert command.run_command([str(tmp_path / "run"), "--quick"]) == 0
 
 
-@pytest.mark.parametrize("change", ["newline", "tail", "old rows", "old run", "order", "middle", "stopped"])
+@pytest.mark.parametrize("change", ["newline", "tail", "old rows", "old run", "order", "middle", "no end", "stopped"])
 def test_a_log_that_does_not_end_as_its_run_did_gives_no_figure(change, tiny_run, tmp_path, in_process):
     """The top1 of an earlier epoch was called the figure to publish."""
     run = shutil.copytree(tiny_run, tmp_path / "run")
@@ -333,11 +333,14 @@ def test_a_log_that_does_not_end_as_its_run_did_gives_no_figure(change, tiny_run
         better = json.loads(first[-1]) | {"top1": 99.0}
         log.write_text("".join([*first[:-1], json.dumps(better) + "\n", *lines[len(first) :]]))
         reason = "it was changed after the run had ended"
+    if change == "no end":
+        log.write_text("".join(json.dumps(json.loads(line) | {"top1": 99.0}) + "\n" for line in lines))
+        info["last"], reason = None, "it was changed after the run had ended"
     if change == "stopped":
         log.write_text("".join(lines))
         info["status"], reason = "stopped", "run.json says that a hook stopped the run, but not which"
     if change in ("old run", "order"):  # of a version that did not record the end
-        del info["last"]
+        del info["last"], info["log_sha256"]
         reason = (
             "its last val row is of epoch 1 of 3, but run.json"
             if change == "old run"

@@ -147,6 +147,9 @@ def _check_tags(image: Image.Image) -> None:
             "it has a fourth channel but lacks the tag ExtraSamples, which says whether this is transparency; add the "
             "tag, or convert it to three channels"
         )
+    if image.mode in ("1", "L", "I;16", "I;16B", "P") and one(image, CHANNELS, 1) > 1:
+        count = one(image, CHANNELS, 1)
+        raise ValueError(f"it has {count} channels, of which Pillow reads the first; convert it to one channel or RGB")
     if one(image, PHOTOMETRIC, 0) == COLOURS and REFERENCE in tags(image):
         low, high = numbers(image, REFERENCE)[::2], numbers(image, REFERENCE)[1::2]
         if set(low) != {0} or set(high) != {most}:

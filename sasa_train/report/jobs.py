@@ -295,6 +295,8 @@ def _wrong_end(job: Job) -> str | None:
             f"{'run.json' if job.info.get('last') else 'the ledger'} the run ended at step {shorten(end.get('step'))} "
             f"with top1 {shorten(end.get('top1'))}"
         )
+    if wrong := _wrong_log(job):
+        return wrong
     # An older version did not record the end.
     is_early = row["epoch"] < trainer.epochs and row["step"] < (trainer.max_steps or math.inf)
     is_early = is_early and trainer.max_pflops is None

@@ -318,9 +318,28 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path}: has format {version}, and this sasa_train reads format {FORMAT_VERSION}: go on with the version "
             "that wrote it (its run.json names the commit), or start a new run with resume=never"
         )
-    if wrong := first_wrong(content, SCHEMA) or _first_contradiction(content):
+    if wrong := first_wrong(content, SCHEMA) or _first_contradiction(content) or _first_excess(content):
         raise DamagedCheckpointError(f"{path}: is not a checkpoint of sasa_train ({wrong})")
     return content
+
+
+def _first_excess(content: dict[str, Any]) -> str | None:
+    """Say that the tensors would take much more memory than the file has bytes, or return None."""
+    tensors = list(_tensors(content))
+    stored = sum({(storage := x.untyped_storage()).data_ptr(): storage.nbytes() for x in tensors}.values())
+    # An optimizer loads its state in its parameters' dtype. Layers may share weights, and weights may be bfloat16.
+    loaded = sum(x.numel() * max(x.itemsize, 4) for x in tensors)
+    if loaded <= 4 * stored + 2**24:
+        return None
+    return f"its tensors are {loaded:,} bytes when loaded, and share {stored:,} bytes in the file"
+
+
+def _tensors(content: Any) -> Iterator[torch.Tensor]:
+    if is_dense(content):
+        yield content
+    elif isinstance(content, dict | list | tuple):
+        for part in content.values() if isinstance(content, dict) else content:
+            yield from _tensors(part)
 
 
 def _sha256_of_best(content: dict[str, Any], path: Path) -> str | None:

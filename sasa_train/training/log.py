@@ -1,5 +1,6 @@
 """Log a run's metrics to metrics.jsonl, TensorBoard and the console."""
 
+import errno
 import io
 import json
 import math
@@ -39,7 +40,7 @@ threading.excepthook = _without_tensorboard(threading.excepthook)
 
 
 class Board(SummaryWriter):
-    """A TensorBoard writer that keeps to its folder, whatever is put in its place, where the system allows it.
+    """A TensorBoard writer that keeps to its folder and file, whatever is put in their places.
 
     TensorBoard opens its file by its path whenever it writes. Linux has paths to folders that are open.
     """
@@ -48,10 +49,22 @@ class Board(SummaryWriter):
         folder.mkdir(exist_ok=True)
         self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         path = f"/proc/self/fd/{self._folder}"
+        before = set(os.listdir(self._folder))
         super().__init__(path if os.path.isdir(path) else str(folder), purge_step=step)
+        new = set(os.listdir(self._folder)) - before
+        self._name = next(name for name in new if f".{os.getpid()}." in name)
+        # While it is open, no other file gets its inode.
+        self._file = os.open(self._name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=self._folder)
+
+    def check(self) -> None:
+        """Raise OSError if another file has taken the place of this writer's."""
+        found = os.stat(self._name, dir_fd=self._folder, follow_symlinks=False)
+        if not os.path.samestat(found, os.fstat(self._file)):
+            raise OSError(errno.ESTALE, "another file has taken the place of the curves'")
 
     def close(self) -> None:
         super().close()
+        os.close(self._file)
         os.close(self._folder)
 
 
@@ -224,7 +237,9 @@ class RunLogger:
     def _to_board(self, write: Callable[[SummaryWriter], object]) -> None:
         try:
             if self._board:
+                self._board.check()
                 write(self._board)
+                self._board.flush()  # later, the file may be another
         # TensorBoard's files only duplicate metrics.jsonl, so the run continues if they cannot be written.
         except OSError as error:
             self._board = None
