@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from sasa_train.train.in_python import train_model
     from sasa_train.trained import load_trained
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["load_trained", "train_model"]
 HOMES = {"load_trained": "sasa_train.trained", "train_model": "sasa_train.train.in_python"}
 

@@ -1,7 +1,9 @@
 """Check the reference implementation, which is the specification, against independent calculations."""
 
 import itertools
+import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sasa_train.attention import attention_weights as attend_weights
-from sasa_train.attention import local_attention, local_attention_qkv
+from sasa_train.attention import dispatch, local_attention, local_attention_qkv, reference, triton_kernels
 from sasa_train.attention.reference import Inputs, Window, attention_weights
 from sasa_train.models import AttentionStem, LocalSelfAttention2d
 
@@ -360,3 +362,24 @@ def test_stride_is_the_average_pool_of_the_output(size):
     torch.testing.assert_close(ours, expected)
     with pytest.raises(ValueError, match="stride=3 must be 1 or 2"):
         local_attention_qkv(projections, kernel_size=3, stride=3)
+
+
+@pytest.mark.parametrize(
+    "device,hip,reason",
+    [("mps", None, "there is no compiled kernel for mps"), ("cuda", "7.2", "the kernels are for NVIDIA GPUs")],
+)
+def test_apples_and_amds_gpus_run_the_reference_and_this_is_said_once(device, hip, reason, monkeypatch, caplog):
+    """ROCm calls its devices cuda. No such device is needed here, because nothing is computed."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(triton_kernels, "INTERPRETED", False)
+    dispatch._say_once.cache_clear()
+    x = SimpleNamespace(device=torch.device(device), dtype=torch.float32, shape=(1, 1, 3, 3, 2))
+    inputs, window = Inputs(x, x, x, None, None), Window(3, 3, "mask")
+    with caplog.at_level(logging.INFO):
+        assert [dispatch._resolve("auto", inputs, window) for _ in range(2)] == [reference] * 2
+    (record,) = caplog.records
+    assert "runs the reference" in record.message and reason in record.message
+    assert dispatch.describe_backend("auto", inputs, window) == f"reference, because {reason}"
+    for backend in ("cpu", "triton"):
+        with pytest.raises(RuntimeError, match=f"backend='{backend}' cannot run: the"):
+            dispatch._resolve(backend, inputs, window)

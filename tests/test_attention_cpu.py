@@ -17,7 +17,7 @@ import torch
 from attention_cases import LAYOUTS, draw, outputs_and_grads
 from marking import slow_but_for
 
-from sasa_train.attention import cpu, dispatch, local_attention
+from sasa_train.attention import cpu, dispatch, kernel_builds, local_attention
 
 
 def needs_compiler() -> str | None:
@@ -138,22 +138,22 @@ def test_float64_is_refused_by_name():
 @pytest.mark.parametrize("source", ["local_attention", "local_attention_any", "attention_stem"])
 def test_a_changed_header_is_a_library_of_its_own(source):
     """A header that the name of a library does not depend on would leave a stale library in the cache."""
-    texts = [(cpu.SOURCES / name).read_text() for name in (f"{source}.cpp", *cpu.HEADERS)]
-    assert set(re.findall('#include "(.+)"', "".join(texts))) <= set(cpu.HEADERS)
+    texts = [(kernel_builds.SOURCES / name).read_text() for name in (f"{source}.cpp", *kernel_builds.HEADERS)]
+    assert set(re.findall('#include "(.+)"', "".join(texts))) <= set(kernel_builds.HEADERS)
 
 
 @pytest.fixture
 def fresh_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SASA_TRAIN_CACHE", str(tmp_path))
     monkeypatch.setattr(
-        cpu, "FLAGS", tuple(flag for flag in cpu.FLAGS if flag != "-O3")
+        kernel_builds, "FLAGS", tuple(flag for flag in kernel_builds.FLAGS if flag != "-O3")
     )  # compiles in a third of the time
     cpu._library.cache_clear()
-    cpu._version.cache_clear()
+    kernel_builds.version_of.cache_clear()
     dispatch._say_once.cache_clear()
     yield tmp_path
     cpu._library.cache_clear()
-    cpu._version.cache_clear()
+    kernel_builds.version_of.cache_clear()
     dispatch._say_once.cache_clear()
 
 
@@ -186,7 +186,7 @@ def test_a_compiler_that_waits_is_not_waited_for(fresh_cache, monkeypatch, does)
     compiler.write_text(f"#!/bin/sh\n{does}\n")
     compiler.chmod(0o700)
     monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setattr(cpu, "VERSION_SECONDS", 1)
+    monkeypatch.setattr(kernel_builds, "VERSION_SECONDS", 1)
     start = time.monotonic()
     assert f"{compiler} could not build it: Command" in (cpu.why_not_built("local_attention", 3) or "")
     assert time.monotonic() - start < 30
@@ -216,7 +216,7 @@ def test_the_library_is_kept_and_a_damaged_one_is_built_again(fresh_cache, monke
     cpu._library.cache_clear()
     local_attention(q, q, q, kernel_size=1, backend="cpu")
     (rebuilt,) = fresh_cache.iterdir()
-    assert rebuilt.stem.endswith(cpu._digest(rebuilt.read_bytes()))
+    assert rebuilt.stem.endswith(kernel_builds.digest(rebuilt.read_bytes()))
 
 
 def _attend_in_a_process(_) -> float:
@@ -260,6 +260,85 @@ def test_a_cache_that_others_may_write_to_is_not_loaded(fresh_cache, monkeypatch
         assert f"{fresh_cache} cannot be used: it belongs to somebody else, or others may write to it" in caplog.text
     else:
         assert path.parent == fresh_cache and path.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.fixture
+def wheel(fresh_cache, monkeypatch, tmp_path_factory) -> Path:
+    """Return the folder of an installed wheel's libraries; there is one, for windows of 1 x 1."""
+    folder = tmp_path_factory.mktemp("site") / "prebuilt"
+    monkeypatch.setattr(kernel_builds, "PREBUILT", folder)
+    library = kernel_builds.Library("local_attention", 1, cpu._instruction_set())
+    kernel_builds.build_prebuilt(folder, kernel_builds.find_compiler(), [library])
+    monkeypatch.delenv("CXX", raising=False)
+    return folder
+
+
+def attend() -> tuple[str, list[torch.Tensor]]:
+    """Return what a new process would name as the library for windows of 1 x 1, and its output and gradients."""
+    cpu._library.cache_clear()
+    torch.manual_seed(0)
+    query, key, value = (x.requires_grad_() for x in torch.randn(3, 2, 3, 7, 5, 4).unbind())
+    output = local_attention(query, key, value, kernel_size=1, backend="cpu")
+    return cpu.describe_build("local_attention", 1), [output, *torch.autograd.grad(output.square().sum(), (key, value))]
+
+
+def test_the_wheels_library_needs_no_compiler_and_has_the_bits_of_one_built_here(wheel, fresh_cache, monkeypatch):
+    (library,) = wheel.glob("*.so")
+    assert b"libgomp" not in library.read_bytes(), "it would load an OpenMP beside that of torch"
+    compiler = kernel_builds.find_compiler()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "which", lambda name: None)
+        named, results = attend()
+        assert ", prebuilt, " in named and not list(fresh_cache.iterdir())
+        assert "no C++ compiler found" in cpu.why_not_built("attention_stem", 3)
+    monkeypatch.setenv("CXX", compiler)  # asks for a library that is built here
+    named_here, results_here = attend()
+    assert named_here == named.replace("prebuilt, ", "")
+    assert all(map(torch.equal, results, results_here))
+    (built,) = fresh_cache.iterdir()
+    assert built.name == library.name and built.read_bytes() == library.read_bytes()
+
+
+def test_a_library_of_the_wheel_that_does_not_fit_is_not_loaded(wheel, tmp_path_factory, monkeypatch, caplog):
+    """Edited sources are compiled here, whatever came with the wheel."""
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    (library,) = wheel.glob("*.so")
+    edited = tmp_path_factory.mktemp("edited") / "csrc"
+    shutil.copytree(kernel_builds.SOURCES, edited)
+    with (edited / "vectors.h").open("a") as file:
+        file.write("// edited\n")
+    other = "avx2" if cpu._instruction_set() == "baseline" else "baseline"
+    for where, name, value in (
+        (kernel_builds, "SOURCES", edited),
+        (kernel_builds, "FLAGS", (*kernel_builds.FLAGS, "-O1")),
+        (cpu, "_instruction_set", lambda: other),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, value)
+            assert "no C++ compiler found" in (cpu.why_not_built("local_attention", 1) or ""), name
+        cpu._library.cache_clear()
+    assert cpu.why_not_built("local_attention", 1) is None and not caplog.records
+    library.write_bytes(library.read_bytes()[:-1])
+    cpu._library.cache_clear()
+    assert "no C++ compiler found" in (cpu.why_not_built("local_attention", 1) or "")
+    assert f"{library} cannot be used, so that one is built: it is damaged" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "needed,platform",
+    [
+        ("libc.so.6 libm.so.6 GLIBC_2.2.5 GLIBC_2.14", "manylinux_2_17_x86_64"),
+        ("libstdc++.so.6 libc.so.6 GLIBC_2.14 GLIBC_2.34", "manylinux_2_34_x86_64"),
+        ("libgomp.so.1 libc.so.6 GLIBC_2.14 GOMP_4.0", "linux_x86_64"),
+        ("libstdc++.so.6 libc.so.6 GLIBC_2.14 GLIBCXX_3.4.30", "linux_x86_64"),
+        ("libc.so.6 GLIBC_2.14 GLIBC_ABI_DT_RELR", "linux_x86_64"),
+        ("libc.musl-x86_64.so.1", "linux_x86_64"),
+    ],
+)
+def test_the_wheels_tag_names_the_oldest_system_on_which_its_libraries_load(tmp_path, needed, platform):
+    """pip would install a wheel with a tag that is too old, and each process would then build its own kernels."""
+    (tmp_path / "a.so").write_bytes("\0".join(["\x7fELF", "memcpy", *needed.split(), "sasa_forward", ""]).encode())
+    assert kernel_builds.wheel_platform(tmp_path) == platform
 
 
 @pytest.fixture
@@ -349,7 +428,7 @@ def test_without_a_home_a_kernel_is_built_for_this_process(loaded, monkeypatch, 
 
 
 def test_what_a_killed_build_left_is_swept_up(loaded, fresh_cache):
-    old = 10 * cpu.BUILD_SECONDS
+    old = 10 * kernel_builds.BUILD_SECONDS
     left = [f"{name}-{'0' * 16}-it.tmp" for name in ("local_attention_any", "attention_stem")]
     for name, age in ((left[0], old), (left[1], 0), ("notes.tmp", old)):
         (fresh_cache / name).write_bytes(b"")
@@ -368,7 +447,7 @@ def test_processes_that_build_at_once_do_no_harm(fresh_cache, tmp_path_factory, 
         assert pool.map(_attend_in_a_process, range(2), chunksize=1) == [18.0, 18.0]
     libraries = list(fresh_cache.iterdir())  # one or two, both valid, and no temporary files
     assert libraries
-    assert all(path.stem.endswith(cpu._digest(path.read_bytes())) for path in libraries)
+    assert all(path.stem.endswith(kernel_builds.digest(path.read_bytes())) for path in libraries)
 
 
 class _Attending(torch.utils.data.Dataset):

@@ -37,9 +37,12 @@ def test_the_table_of_commands_is_what_is_installed():
     assert {f"sasa-{name}": f"{command.module}:main" for name, command in COMMANDS.items()} == SCRIPTS
 
 
-def test_the_changelog_begins_with_this_version():
-    versions = re.findall(r"^## \[?(\d[\w.]*)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert versions[0] == sasa_train.__version__
+def test_the_changelog_begins_with_this_version_which_is_the_one_to_cite():
+    version, date = re.search(r"^## (\d[\w.]*) \((.+)\)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE).groups()
+    assert version == sasa_train.__version__
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {version}\n" in citation
+    assert f'\ndate-released: "{date}"\n' in citation or date == "not released yet"
 
 
 def test_the_extras_that_messages_name_bring_what_is_missing():
@@ -54,16 +57,22 @@ def test_types_are_shipped():
 
 
 def test_importing_the_package_costs_little_beyond_torch_and_timm():
-    """Check that importing the models does not load the `heavy` modules, which would add most of a second."""
+    """Check that importing the models does not load the `heavy` modules, which would add most of a second.
+
+    Those who use the op alone need nothing of what the commands do.
+    """
+    of_commands = ["hydra", "omegaconf", "tensorboard", "timm", "torchvision"]
     heavy = ["hydra", "matplotlib", "tensorboard", "triton", "sklearn", "scipy", "onnx", "onnxruntime", "optuna"]
     code = f"""
 import sys, sasa_train
 print("torch" in sys.modules)
+from sasa_train.attention import local_attention
+print(sorted(set(sys.modules) & set({of_commands})))
 import torch, timm
 before = set(sys.modules)
 import sasa_train.models, sasa_train.attention, sasa_train.trained
 print(sorted((set(sys.modules) - before) & set({heavy})))"""
-    assert python(code) == "False\n[]\n"
+    assert python(code) == "False\n[]\n[]\n"
 
 
 def test_no_help_imports_torch():

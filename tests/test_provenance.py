@@ -13,7 +13,7 @@ import pytest
 import torch
 from running_commands import TINY
 
-from sasa_train.attention import cpu
+from sasa_train.attention import cpu, kernel_builds
 from sasa_train.config.compose import compose_config
 from sasa_train.config.keys import TrainConfig, with_values
 from sasa_train.device import RunPlan, resolve
@@ -240,7 +240,7 @@ def test_a_compiler_of_the_same_version_that_builds_another_kernel_is_noticed(
     """As on clusters, where a site's wrapper adds flags of its own."""
     in_process("train", *RUN, "trainer.max_hours=1e-9", expect=75)
     wrapper = tmp_path / "g++"
-    wrapper.write_text(f'#!/bin/sh\nexec {shutil.which(cpu._compiler())} "$@" -O1\n')
+    wrapper.write_text(f'#!/bin/sh\nexec {shutil.which(kernel_builds.find_compiler())} "$@" -O1\n')
     wrapper.chmod(0o755)
     for name, value in {"CXX": str(wrapper), "SASA_TRAIN_CACHE": "empty"}.items():
         monkeypatch.setenv(name, value)
@@ -249,11 +249,20 @@ def test_a_compiler_of_the_same_version_that_builds_another_kernel_is_noticed(
     assert re.search(r"attention: (cpu kernel, .*, built )\w{8} -> \1\w{8}", attention) and "stem: cpu" in stem
 
 
-def test_a_resume_without_a_compiler_warns_once_and_goes_on(in_process, monkeypatch, fresh_libraries):
-    """Such a resume once gave other results in 540 places, without a word that anything had changed."""
+def test_a_resume_with_other_kernels_warns_once_and_goes_on(in_process, monkeypatch, fresh_libraries, tmp_path):
+    """A resume without a compiler once gave other results in 540 places, without a word that anything had changed."""
     once = (*RUN, "trainer.max_hours=1e-9")  # one step
     in_process("train", *once, expect=75)
     assert changes_in(in_process("train", *once, expect=75).stderr) == []
+    # A wheel keeps its libraries under the names that they have in the cache.
+    shutil.copytree(cpu._cache_folder(), tmp_path / "wheel")
+    (tmp_path / "wheel/compiler.txt").write_text(kernel_builds.version_of(kernel_builds.find_compiler()))
+    monkeypatch.setattr(kernel_builds, "PREBUILT", tmp_path / "wheel")
+    monkeypatch.delenv("CXX", raising=False)
+    cpu._library.cache_clear()
+    attention, stem = changes_in(in_process("train", *once, expect=75).stderr)
+    assert re.fullmatch(r"attention: (cpu kernel, \w+, )(.*) -> \1prebuilt, \2", attention)
+    assert re.fullmatch(r"attention_stem: (cpu kernel, \w+, )(.*) -> \1prebuilt, \2", stem)
     for name, value in {"CXX": "/nonexistent", "SASA_TRAIN_CACHE": "empty", "ONEDNN_MAX_CPU_ISA": "AVX2"}.items():
         monkeypatch.setenv(name, value)
     cpu._library.cache_clear()

@@ -1,9 +1,10 @@
-"""Compiled CPU kernels, `csrc/*.cpp`, which are built at first use, cached on disk and called through ctypes.
+"""Compiled CPU kernels, `csrc/*.cpp`, called through ctypes: the wheel's or, without them, built at first use.
 
 This module calls `csrc/local_attention.cpp` for square windows up to 15 x 15, `csrc/local_attention_any.cpp` for the
 options that it lacks; stem.py calls `csrc/attention_stem.cpp`. A library is built in a few seconds for the instruction
 set of the CPU (AVX-512, AVX2 or baseline): for the first source, one for each kernel_size, and for the stem, one for
-each number of input channels. `$SASA_TRAIN_CACHE` sets the cache folder and `$CXX` the compiler.
+each number of input channels. `$SASA_TRAIN_CACHE` sets the folder that keeps them and `$CXX` the compiler, which then
+builds them even if the wheel has them.
 """
 
 import atexit
@@ -23,33 +24,25 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from subprocess import DEVNULL
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sasa_train.attention import kernel_builds
+from sasa_train.attention.kernel_builds import (
+    BUILD_SECONDS,
+    MAX_KERNEL_SIZE,
+    OPENMP,
+    Library,
+    find_compiler,
+    version_of,
+)
 from sasa_train.attention.reference import BORDERS, Grads, Inputs, Window, table_gradient
 
 log = logging.getLogger(__name__)
 
-SOURCES = Path(__file__).with_name("csrc")
-HEADERS = ("vectors.h", "planes.h")
-SIZES = {"local_attention": "KERNEL_SIZE", "attention_stem": "IN_CHANNELS"}  # macro of each source that needs a size
-MAX_KERNEL_SIZE = 15  # of local_attention.cpp
 MAX_LANES = 16
-FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared", "-fno-exceptions", "-w")
-INSTRUCTION_SETS = {
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
-    "avx2": ("-mavx2", "-mfma"),
-    "baseline": (),
-}
-# Pairs of compile and link flags, for torch's OpenMP, the compiler's own OpenMP and a single thread. The first pair
-# that builds and loads is used. If possible, the library is linked without OpenMP and uses the runtime that torch has
-# already loaded, because a second OpenMP runtime would keep a second thread pool spinning alongside torch's.
-OPENMP = ((("-fopenmp",), ()), (("-fopenmp",), ("-fopenmp",)), ((), ()))
-COMPILERS = ("g++", "c++", "clang++")
-VERSION_SECONDS, BUILD_SECONDS = 20, 300
 UNFINISHED = re.compile(
     r"(local_attention(_any)?|attention_stem)-[0-9a-f]{16}-\w+\.tmp"
 )  # as `_add_to` names its files
@@ -58,7 +51,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # other dtypes are converted
 _TENSORS = ("query", "key", "value", "output", "grad_output", "grad_query", "grad_key", "grad_value")
 
 
-class _Library(NamedTuple):
+class _Loaded(NamedTuple):
     functions: ctypes.CDLL
     compiler: str  # first line of its version, and a digest of what it built: a wrapper may add flags
 
@@ -242,19 +235,20 @@ def _instruction_set() -> str:
 
 
 @functools.cache
-def _library(source: str, size: int, instruction_set: str) -> _Library | str:
+def _library(source: str, size: int, instruction_set: str) -> _Loaded | str:
     """Return the loaded library, or the reason why it cannot be built or loaded."""
-    if (compiler := _compiler()) is None:
+    library = Library(source, size, instruction_set)
+    if (loaded := _prebuilt(library)) is not None:
+        return loaded
+    if (compiler := find_compiler()) is None:
         return "no C++ compiler found (install g++, or name one in $CXX)"
-    if isinstance(version := _version(compiler), Exception):
+    if isinstance(version := version_of(compiler), Exception):
         return f"{compiler} could not build it: {version}"
     reason = ""
     for compile_flags, link_flags in OPENMP:
-        macro = (f"-D{SIZES[source]}={size}",) if source in SIZES else ()
-        flags = (*FLAGS, *INSTRUCTION_SETS[instruction_set], *macro, *compile_flags)
         try:
-            built = _built(source, compiler, version, flags, link_flags)
-            return _Library(_load(built), f"{version.partition(chr(10))[0]}, built {built.stem[-16:-8]}")
+            built = _built(source, compiler, version, kernel_builds.flags_of(library, compile_flags), link_flags)
+            return _Loaded(_load(built), _describe(version, built))
         except subprocess.TimeoutExpired as error:  # the next flags would hardly help
             return f"{compiler} could not build it: {error}"
         except AttributeError as error:  # such as a wrapper of a compiler that hides the symbols
@@ -265,31 +259,32 @@ def _library(source: str, size: int, instruction_set: str) -> _Library | str:
     return reason
 
 
+def _prebuilt(library: Library) -> _Loaded | None:
+    """Return the wheel's library, loaded, or None if it has none for these sources and this size.
+
+    `$CXX` asks for one that is built here. A library that cannot be loaded is named in a warning.
+    """
+    if os.environ.get("CXX") or (found := kernel_builds.prebuilt(library)) is None:
+        return None
+    path, version = found
+    try:
+        # What a disk damaged could end the process when it is loaded.
+        if not path.stem.endswith(kernel_builds.digest(path.read_bytes())):
+            raise OSError("it is damaged; install sasa_train again")
+        return _Loaded(_load(path), f"prebuilt, {_describe(version, path)}")
+    except (OSError, AttributeError) as error:
+        log.warning(f"the installed CPU kernel {path} cannot be used, so that one is built: {error}")
+        return None
+
+
+def _describe(version: str, built: Path) -> str:
+    return f"{version.partition(chr(10))[0]}, built {built.stem[-16:-8]}"
+
+
 def compiler_version() -> str | None:
     """Return the first line of the C++ compiler's version, or None if there is no compiler that runs."""
-    version = _version(_compiler() or "")
+    version = version_of(find_compiler() or "")
     return None if isinstance(version, Exception) else version.partition("\n")[0]
-
-
-def _compiler() -> str | None:
-    return os.environ.get("CXX") or next((name for name in COMPILERS if shutil.which(name)), None)
-
-
-@functools.cache
-def _version(compiler: str) -> str | Exception:
-    command = [compiler, "--version"]
-    try:
-        return subprocess.run(
-            command,
-            stdin=DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=True,
-            timeout=VERSION_SECONDS,
-        ).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        return error
 
 
 def _load(path: Path) -> ctypes.CDLL:
@@ -303,17 +298,9 @@ def _load(path: Path) -> ctypes.CDLL:
 
 def _built(source: str, compiler: str, version: str, flags: tuple[str, ...], link_flags: tuple[str, ...]) -> Path:
     """Return the path of the library in the cache; compile it first if it is missing or damaged."""
-    # The file name contains a hash of the sources, flags and compiler, so that no stale library is loaded, and a hash
-    # of the library's own bytes, so that no damaged library is loaded.
-    path = SOURCES / f"{source}.cpp"
-    texts = [path.read_text(), *((SOURCES / name).read_text() for name in HEADERS)]
-    key = _digest("\0".join([*texts, version, *flags, "", *link_flags]).encode())
-    name, folder = f"{source}-{key}", _cache_folder()
-
-    def compile_to(aside: str) -> None:
-        command = [compiler, *flags, str(path), "-o", aside, *link_flags]
-        subprocess.run(command, stdin=DEVNULL, capture_output=True, text=True, check=True, timeout=BUILD_SECONDS)
-
+    # The file name contains a hash of the library's own bytes, so that no damaged library is loaded.
+    name, folder = kernel_builds.name_of(source, version, flags, link_flags), _cache_folder()
+    compile_to = functools.partial(kernel_builds.compile_library, source, compiler, flags, link_flags)
     try:
         return _kept_in(folder, name) or _add_to(folder, name, compile_to)
     except OSError as error:  # of the folder: a compiler that fails raises SubprocessError
@@ -347,14 +334,14 @@ def _add_to(folder: Path, name: str, compile_to: Callable[[str], None]) -> Path:
         if not UNFINISHED.fullmatch(stale.name):
             continue
         with contextlib.suppress(OSError):
-            if time.time() - stale.stat().st_mtime > 2 * BUILD_SECONDS:
+            if time.time() - stale.stat().st_mtime > 3 * BUILD_SECONDS:
                 stale.unlink()
     handle, aside = tempfile.mkstemp(prefix=f"{name}-", suffix=".tmp", dir=folder)
     os.close(handle)
     try:
         compile_to(aside)
         os.chmod(aside, 0o700)  # whatever the umask
-        built = folder / f"{name}-{_digest(Path(aside).read_bytes())}.so"
+        built = folder / f"{name}-{kernel_builds.digest(Path(aside).read_bytes())}.so"
         # If two processes build at the same time, the work is done twice, but the rename ensures that neither
         # loads a partial file.
         os.replace(aside, built)
@@ -400,7 +387,3 @@ def _temporary_cache(unusable: Path, reason: str) -> Path:
 def _is_private(found: os.stat_result) -> bool:
     """Return whether a file or folder belongs to this user, and nobody else may write to it."""
     return found.st_uid == os.geteuid() and not stat.S_ISLNK(found.st_mode) and not found.st_mode & 0o022
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]

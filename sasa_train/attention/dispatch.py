@@ -1,9 +1,9 @@
 """`local_attention` and its variant for layers. Both check their arguments and call an op that selects a backend.
 
-The backends are `reference` (plain PyTorch, all devices and dtypes), `cpu` (compiled at first use) and `triton` (NVIDIA
-GPUs). The last two support float32 and half precision. `auto` selects `triton` for tensors on a GPU and `cpu` for
-others, and falls back to `reference` if that backend cannot run. `attention_weights` always uses the reference, because
-the other backends never materialise the weights.
+The backends are `reference` (plain PyTorch, all devices and dtypes), `cpu` (compiled) and `triton` (NVIDIA GPUs). The
+last two support float32 and half precision. `auto` selects `triton` for tensors on a GPU and `cpu` for those on a CPU,
+and falls back to `reference` if that backend cannot run, and on other devices, such as Apple's. `attention_weights`
+always uses the reference, because the other backends never materialise the weights.
 """
 
 import functools
@@ -404,7 +404,10 @@ def _choose(backend: str, inputs: Inputs, window: Window) -> tuple[str, ModuleTy
     """Return the name of the backend to use, and its module; or the reference and the reason why it cannot run."""
     if backend == "reference":
         return backend, reference, None
-    name = backend if backend != "auto" else "triton" if inputs.query.is_cuda else "cpu"
+    device = inputs.query.device.type
+    name = backend if backend != "auto" else "triton" if device == "cuda" else "cpu"
+    if backend == "auto" and device not in ("cpu", "cuda"):  # Apple's MPS, for example
+        return name, reference, f"there is no compiled kernel for {device}"
     module = _module(name)
     if isinstance(module, str):
         return name, reference, module
