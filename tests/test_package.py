@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,27 @@ def test_types_are_shipped():
     """Check that py.typed is shipped; without it, type checkers treat everything in the package as Any."""
     files = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     assert "py.typed" in files["sasa_train"] and (Path(sasa_train.__file__).parent / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("method", ["build_wheel", "build_editable"])
+def test_without_a_compiler_a_wheel_is_for_every_platform_and_says_so_once(tmp_path, method):
+    """An editable install, which has no compiled kernels either, says nothing; .ci/run builds the wheel with them."""
+    pytest.importorskip("setuptools", "77")
+    for name in ("sasa_train", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    code = f"from setuptools import build_meta; print('built', build_meta.{method}('.'))"
+    environment = {name: value for name, value in os.environ.items() if name not in ("CXX", "PYTHONPATH")}
+    command, environment = [sys.executable, "-c", code], environment | {"PATH": "/nowhere"}
+    out = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+    said = re.findall("^no CPU kernels in the wheel, which is for every platform: (.+)$", out, re.MULTILINE)
+    assert len(said) == (method == "build_wheel"), out
+    assert all(re.match(r"no C\+\+ compiler found|they are compiled in advance for Linux", reason) for reason in said)
+    name = "-0.editable" if method == "build_editable" else ""
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name == f"sasa_train-{sasa_train.__version__}{name}-py3-none-any.whl"
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so") or "prebuilt" in name]
 
 
 def test_importing_the_package_costs_little_beyond_torch_and_timm():
