@@ -69,10 +69,14 @@ def define_operator(
 
     def setup_context(ctx, inputs, output):
         found, ctx.options = output if isinstance(output, tuple) else (output,), inputs[num_tensors:]
+        # By default, PyTorch would fill a tensor with zeros for each output that is not differentiated.
+        ctx.set_materialize_grads(len(grads) > 1)
         outputs = (found[i] if i or keeps_output(found[0], *ctx.options) else None for i in kept)
         ctx.save_for_backward(*outputs, *inputs[:num_tensors])
 
     def run_backward(ctx, *grad_outputs):
+        if grad_outputs[grads[0]] is None:
+            return (None,) * (num_tensors + num_options)
         saved, needs_first = ctx.saved_tensors, ctx.needs_input_grad[0] or not skips_first
         arguments = (*(grad_outputs[i] for i in grads), *saved, *ctx.options, *[needs_first] * skips_first)
         present = iter(backward_op(*arguments))

@@ -13,6 +13,9 @@
 //   backward, a query row i: S again,  P = exp(S - max) / sum E,  T = g.v,  dS = P (T - sum P T),  and with band_apply
 //                            dq[x]  += dS k,    dk[y][x'] += dS q,    dv[y][x'] += P g.
 //
+// The 2 x 2 queries of a pool are processed together: the products with v and g, which they share, are computed once for
+// the (K + 1) x (K + 1) keys that they see, instead of 4 K*K times.
+//
 // The forward pass saves max and 1 / sum E of each position, but nothing of size K*K. dk and dv of the key rows in
 // reach are kept in a ring buffer. A row is written out when the last query row that sees it is done, so there are no
 // atomics, and the order of summation is the same for any number of threads. q.r is
@@ -43,19 +46,19 @@ namespace {
 
 // ---- the two basic operations -------------------------------------------------------------------------------------
 
-// Computes acc[r][j] += sum_c a[c][r] * b[c][r + j] for R adjacent queries, each with its K keys of one row.
-template <int V, int K, int R>
+// Computes acc[r][j] += sum_c a[c][r] * b[c][STRIDE r + j] for R adjacent queries, each with its K keys of one row.
+template <int V, int K, int R, int STRIDE = 1>
 INLINE void band_product(F<V> (&acc)[R][K], const F<V>* a, const F<V>* b, int64_t head_dim, int64_t pitch) {
     for (int64_t c = 0; c < head_dim; ++c, a += pitch, b += pitch) {
         F<V> a_here[R];
         UNROLL
         for (int r = 0; r < R; ++r) a_here[r] = loaded(a[r]);
         UNROLL
-        for (int j = 0; j < K + R - 1; ++j) {
+        for (int j = 0; j < K + STRIDE * (R - 1); ++j) {
             F<V> b_here = loaded(b[j]);
             UNROLL
             for (int r = 0; r < R; ++r)
-                if (j - r >= 0 && j - r < K) acc[r][j - r] += a_here[r] * b_here;
+                if (j - STRIDE * r >= 0 && j - STRIDE * r < K) acc[r][j - STRIDE * r] += a_here[r] * b_here;
         }
     }
 }
@@ -86,8 +89,14 @@ constexpr int queries_at_once(int K) {
     if (NUM_REGISTERS == 32) return K <= 3 ? 4 : K <= 7 ? 3 : K <= 13 ? 2 : 1;
     return K <= 5 ? 2 : 1;
 }
+// The number of adjacent pools, of which each sees K + 1 columns.
+constexpr int pools_at_once(int K) {
+    int fitting = (NUM_REGISTERS - 1) / (K + 2);
+    return fitting > 4 ? 4 : fitting < 1 ? 1 : fitting;
+}
 constexpr int APPLIED_AT_ONCE = NUM_REGISTERS == 32 ? 3 : 2;
 constexpr int CHANNELS_AT_ONCE = NUM_REGISTERS == 32 ? 8 : 4;
+constexpr int PAIRS_AT_ONCE = NUM_REGISTERS == 32 ? 2 : 1;  // of columns whose gradients are gathered from pools
 
 // ---- one thread's work ----------------------------------------------------------------------------------------------
 
@@ -130,6 +139,7 @@ class Worker {
     Vec *output_row, *grad_output_row;
     Vec *weights, *grad_scores;              // [K][tile_pitch][K]: the tile's scores or weights, and their gradients
     Vec *tiles[2], *pooled;                  // with a pool: the weights of its two query rows, and their combination
+    Vec *pooled_grads;                       // [K + 1][tile / 2][K + 1]: g.v of a pool, which is T of its queries
     Vec *bias_height, *bias_width;           // [tile][K]: q.rel_height[dy] and q.rel_width[dx]; then their gradients
     Vec *top, *inverse_sum;                  // [W]: maximum score and 1 / sum E of the current query row
     Vec *statistic_rows;                     // top and inverse_sum of a pool's rows: [stride][2][W]
@@ -141,7 +151,7 @@ class Worker {
     static int64_t num_vectors(const Problem& p, bool backward) {
         Sizes s = Sizes::of<K>(p, backward);
         int64_t rows = 2 * (K + 1) + HALF + 2 + 1, scores = K * K * s.tile_pitch;
-        int64_t pooling = (p.stride - 1) * (scores + (K + 1) * (K + 1) * s.tile + 2 * s.W);
+        int64_t pooling = (p.stride - 1) * (scores + (K + 1) * (K + 1) * s.tile + 2 * s.W);  // weights and gradients
         int64_t forward = rows * s.row + scores + 2 * K * s.tile + 2 * s.W + 2 * K * s.half + pooling;
         return forward + backward * (rows * s.row + scores + s.W + 2 * K * s.half);
     }
@@ -153,6 +163,7 @@ class Worker {
         query_rows = take((HALF + 2) * s.row), output_row = take(s.row);
         for (int64_t r = 0; r < p.stride; ++r) tiles[r] = take(K * K * s.tile_pitch);
         weights = tiles[0], pooled = take((p.stride - 1) * (K + 1) * (K + 1) * s.tile);
+        pooled_grads = pooled + (K + 1) * (K + 1) * (s.tile / 2);
         bias_height = take(K * s.tile), bias_width = take(K * s.tile);
         top = statistic_rows = take(2 * p.stride * s.W), inverse_sum = top + s.W;
         rel_height = take(K * s.half), rel_width = take(K * s.half);
@@ -191,7 +202,7 @@ class Worker {
                     attend(row, x0, width);
                 }
                 if (p.stride == 2) {
-                    pool(i0, i, x0, width);
+                    pool<true>(i0, i, x0, width);
                     apply_pooled(i0, x0, width);
                 } else {
                     apply(output_row, value_rows, weights, i, x0, width);
@@ -220,14 +231,25 @@ class Worker {
                 memset(grad_key_rows + slot(next_key), 0, s.row * sizeof(Vec));
                 memset(grad_value_rows + slot(next_key), 0, s.row * sizeof(Vec));
             }
-            query_row = query_rows + query_slot(i), grad_query_row = grad_query_rows + query_slot(i);
-            copy_rows<false, E>({p.stride == 2 ? output_row : grad_output_row}, {&p.grad_output}, i / p.stride, s.out_width);
-            if (p.stride == 2) spread(i);
-            memcpy(top, statistics(i), 2 * s.W * sizeof(Vec));
-            memset(delta, 0, s.W * sizeof(Vec));
+            if (p.stride == 2 && i % 2 == 0 && i + 1 < query_end) continue;
+            int64_t i0 = p.stride == 2 ? most(query_first, i / 2 * 2) : i;  // the first query row of this step
+            copy_rows<false, E>({grad_output_row}, {&p.grad_output}, i / p.stride, s.out_width);
+            if (p.stride == 2) share_among_pool(i);
+            for (int64_t row = i0; row <= i; ++row) {
+                take_query_row(row, row - i0);
+                memcpy(top, statistics(row), 2 * s.W * sizeof(Vec));
+            }
+            for (int64_t x0 = 0; x0 < s.W; x0 += s.tile) {
+                int64_t width = least(s.tile, s.W - x0);
+                if (p.stride == 2) grad_weights_of_pools(i0, i, x0, width);
+                for (int64_t row = i0; row <= i; ++row) {
+                    take_query_row(row, row - i0);
+                    bool own = row >= first && row < end;
+                    backward_tile(row, x0, width, own, most(first, row - HALF), least(end, row + HALF + 1));
+                }
+                if (p.stride == 2) grad_values_of_pools(i0, i, x0, width, most(first, i0 - HALF), least(end, i + HALF + 1));
+            }
             bool own = i >= first && i < end;
-            for (int64_t x0 = 0; x0 < s.W; x0 += s.tile)
-                backward_tile(i, x0, least(s.tile, s.W - x0), own, most(first, i - HALF), least(end, i + HALF + 1));
             if (own && p.rel_height && ((i + 1) % BLOCK_ROWS == 0 || i + 1 == s.H)) store_block(partial, i / BLOCK_ROWS);
             for (; done_key < least(end, i + 1 - HALF); ++done_key) store<E>(done_key);
         }
@@ -239,7 +261,7 @@ class Worker {
     int64_t query_slot(int64_t y) const { return y % (HALF + 2) * s.row; }
 
     void take_query_row(int64_t i, int64_t which) {
-        query_row = query_rows + query_slot(i);
+        query_row = query_rows + query_slot(i), grad_query_row = grad_query_rows + query_slot(i);
         weights = tiles[which];
         top = statistic_rows + 2 * which * s.W, inverse_sum = top + s.W;
     }
@@ -416,20 +438,26 @@ class Worker {
         return sum;
     }
 
-    // Computes pooled[dy][x / 2][dx], the averaged weights of those of the 2 x 2 queries in rows i0 and i1 and columns
-    // x and x + 1 that are inside the image. Their windows have size K + 1 and start with the first query's window.
+    // Returns the key row at window row 0 of a pool, whose window has size K + 1, and one of whose query rows is i.
+    int64_t pool_start(int64_t i) const { return i / 2 * 2 - HALF; }
+
+    // Computes pooled[dy][x / 2][dx], the sum of the weights of those of the 2 x 2 queries in rows i0 and i1 and columns
+    // x and x + 1 that are inside the image; if MEAN, the weights are E, and become the mean of P.
+    template <bool MEAN>
     void pool(int64_t i0, int64_t i1, int64_t x0, int64_t width) {
-        for (int64_t dy = first_dy(i0); dy < least(K + 1, s.H + HALF - i0); ++dy)
+        int64_t start = pool_start(i1);
+        for (int64_t dy = most(0, -start); dy < least(K + 1, s.H - start); ++dy)
             for (int64_t x = 0; x < width; x += 2) {
                 Vec acc[K + 1] = {};
                 int64_t num_columns = least(2, width - x);
                 for (int64_t r = 0; r <= i1 - i0; ++r) {
-                    if (dy - r < 0 || dy - r >= K) continue;
-                    const Vec* weight = tile_row(tiles[r], dy - r) + x * K;
+                    int64_t of_row = dy - (i0 + r - HALF - start);
+                    if (of_row < 0 || of_row >= K) continue;
+                    const Vec* weight = tile_row(tiles[r], of_row) + x * K;
                     const Vec* share = statistic_rows + (2 * r + 1) * s.W + x0 + x;
                     float part = 1.0f / float(num_columns * (i1 - i0 + 1));
                     for (int64_t q = 0; q < num_columns; ++q) {
-                        Vec scale = share[q] * part;
+                        Vec scale = MEAN ? share[q] * part : Vec{} + 1.0f;
                         if (q == 0) {
                             UNROLL
                             for (int dx = 0; dx < K; ++dx) acc[dx] += weight[dx] * scale;
@@ -509,14 +537,19 @@ class Worker {
 
     // Computes the gradients of query row i if `own` is true, and adds to those of key rows key_first .. key_end - 1.
     void backward_tile(int64_t i, int64_t x0, int64_t width, bool own, int64_t key_first, int64_t key_end) {
+        memset(delta + x0, 0, width * sizeof(Vec));
         in_groups<R>(0, width, [&](auto Q, int64_t x) { bias<Q>(x0, x); });
         int64_t begin = p.border == ZERO ? 0 : first_dy(i), end = p.border == ZERO ? K : end_dy(i);
         for (int64_t dy = begin; dy < end; ++dy) {
             const Vec* keys = p.key.data ? row_in_reach(key_rows, i, dy) : nullptr;
             const Vec* values = row_in_reach(value_rows, i, dy);
-            in_groups<R>(0, width, [&](auto Q, int64_t x) { grad_weight<Q>(keys, values, x0, x, dy); });
+            const Vec* of_pools = p.stride == 2 ? pooled_grad_row(i - HALF - pool_start(i) + dy) : nullptr;
+            in_groups<R>(0, width, [&](auto Q, int64_t x) { grad_weight<Q>(keys, values, of_pools, x0, x, dy); });
         }
-        for (int64_t x = 0; x < width; ++x) grad_score(x0, x, begin, end);
+        for (int64_t x = 0; x < width; ++x) {
+            if (p.stride == 2) grad_score<true>(i, x0, x, begin, end);
+            else grad_score<false>(i, x0, x, begin, end);
+        }
         clear_beyond(width);
         if (own) {
             if (p.key.data) apply(grad_query_row, key_rows, grad_scores, i, x0, width);
@@ -531,18 +564,77 @@ class Worker {
         for (int64_t y = most(0, key_first); y < least(s.H, key_end); ++y) {
             int64_t dy = y - i + HALF;
             if (p.key.data) gather(grad_key_rows + slot(y), query_row, tile_row(grad_scores, dy), x0, from, to);
-            gather(grad_value_rows + slot(y), grad_output_row, tile_row(weights, dy), x0, from, to);
+            if (p.stride == 1) gather(grad_value_rows + slot(y), grad_output_row, tile_row(weights, dy), x0, from, to);
         }
     }
 
-    // Computes grad_output_row of query row i from the pooled gradient, which all queries of a pool share.
-    void spread(int64_t i) {
+    // Turns the pooled gradient in grad_output_row into that of each query of a pool, one of whose query rows is i.
+    void share_among_pool(int64_t i) {
         float rows = i / 2 * 2 + 1 < s.H ? 2.0f : 1.0f;
         for (int64_t c = 0; c < s.D; ++c) {
-            const Vec* from = output_row + c * s.pitch + HALF;
-            Vec* to = grad_output_row + c * s.pitch + HALF;
-            for (int64_t x = 0; x < s.W; ++x) to[x] = from[x / 2] * (1.0f / (x / 2 * 2 + 1 < s.W ? 2 * rows : rows));
+            Vec* row = grad_output_row + c * s.pitch + HALF;
+            for (int64_t x = 0; x < s.out_width; ++x) row[x] *= 1.0f / (2 * x + 1 < s.W ? 2 * rows : rows);
         }
+    }
+
+    Vec* pooled_grad_row(int64_t dy) const { return pooled_grads + dy * (K + 1) * (s.tile / 2); }
+
+    // Computes pooled_grads for the key rows in reach of query rows i0 .. i1 of a pool.
+    void grad_weights_of_pools(int64_t i0, int64_t i1, int64_t x0, int64_t width) {
+        int64_t start = pool_start(i1);
+        for (int64_t y = most(0, i0 - HALF); y < least(s.H, i1 + HALF + 1); ++y)
+            in_groups<pools_at_once(K)>(0, ceil_div(width, 2), [&](auto Q, int64_t x) {
+                Vec acc[Q][K + 1] = {};
+                band_product<V, K + 1, Q, 2>(acc, grad_output_row + HALF + x0 / 2 + x, value_rows + slot(y) + x0 + 2 * x, s.D,
+                                             s.pitch);
+                memcpy(pooled_grad_row(y - start) + x * (K + 1), acc, sizeof acc);
+            });
+    }
+
+    // Adds what query rows i0 .. i1 of a pool give to the gradients of value rows key_first .. key_end - 1.
+    void grad_values_of_pools(int64_t i0, int64_t i1, int64_t x0, int64_t width, int64_t key_first, int64_t key_end) {
+        pool<false>(i0, i1, x0, width);
+        int64_t from = most(0, x0 - HALF) / 2, end = ceil_div(least(s.W, x0 + width + HALF), 2), num_pools = ceil_div(width, 2);
+        for (int64_t y = most(0, key_first); y < least(s.H, key_end); ++y) {
+            Vec* to = grad_value_rows + slot(y);
+            const Vec* of_pools = pooled_row(y - pool_start(i1));
+            int64_t c = 0;
+            for (; c + 4 <= s.D; c += 4) gather_pools<4>(to, of_pools, x0, num_pools, from, end, c);
+            for (; c < s.D; ++c) gather_pools<1>(to, of_pools, x0, num_pools, from, end, c);
+        }
+    }
+
+    // Computes to[2 m + e] += sum over the tile's pools x in reach of of_pools[x][2 (m - x) + e + HALF] * gradient[x] for
+    // m = from .. end - 1 and e = 0 and 1.
+    template <int CH>
+    void gather_pools(Vec* to, const Vec* of_pools, int64_t x0, int64_t num_pools, int64_t from, int64_t end, int64_t c) {
+        in_groups<PAIRS_AT_ONCE>(from, end, [&](auto N, int64_t m) {
+            constexpr int REACH = (HALF + 1) / 2;
+            Vec acc[2 * N][CH], *place = to + c * s.pitch + HALF + 2 * m;
+            load_acc<2 * N, CH>(place, acc);
+            UNROLL
+            for (int t = -REACH; t < REACH + N; ++t) {
+                int64_t x = m + t - x0 / 2;
+                if (x < 0 || x >= num_pools) continue;
+                const Vec* gradient = grad_output_row + c * s.pitch + HALF + x0 / 2 + x;
+                Vec weight[2 * N];
+                UNROLL
+                for (int n = 0; n < 2 * N; ++n) {
+                    int j = HALF + n - 2 * t;
+                    if (j >= 0 && j <= K) weight[n] = loaded(of_pools[x * (K + 1) + j]);
+                }
+                UNROLL
+                for (int channel = 0; channel < CH; ++channel) {
+                    Vec here = loaded(gradient[channel * s.pitch]);
+                    UNROLL
+                    for (int n = 0; n < 2 * N; ++n) {
+                        int j = HALF + n - 2 * t;
+                        if (j >= 0 && j <= K) acc[n][channel] += weight[n] * here;
+                    }
+                }
+            }
+            store_acc<2 * N, CH>(place, acc);
+        });
     }
 
     void clear(Vec* row, int64_t x0, int64_t width) const {
@@ -561,7 +653,7 @@ class Worker {
 
     // Computes P and T of Q queries and one key row, and adds their contribution to delta.
     template <int Q>
-    INLINE void grad_weight(const Vec* keys, const Vec* values, int64_t x0, int64_t x, int64_t dy) {
+    INLINE void grad_weight(const Vec* keys, const Vec* values, const Vec* of_pools, int64_t x0, int64_t x, int64_t dy) {
         Vec acc[Q][K];
         score_row<Q>(acc, keys, x0, x, dy);
         Vec *weight = tile_row(weights, dy) + x * K, *grad = tile_row(grad_scores, dy) + x * K;
@@ -574,31 +666,42 @@ class Worker {
                 acc[r][dx] = Vec{};
             }
         }
-        if (values) band_product<V, K, Q>(acc, grad_output_row + HALF + x0 + x, values + x0 + x, s.D, s.pitch);
+        if (values && of_pools) {
+            UNROLL
+            for (int r = 0; r < Q; ++r)
+                memcpy(acc[r], of_pools + (x + r) / 2 * (K + 1) + (x + r) % 2, sizeof acc[r]);
+        } else if (values) {
+            band_product<V, K, Q>(acc, grad_output_row + HALF + x0 + x, values + x0 + x, s.D, s.pitch);
+        }
         UNROLL
         for (int r = 0; r < Q; ++r) {
             Vec sum = {};
             UNROLL
             for (int dx = 0; dx < K; ++dx) {
-                grad[r * K + dx] = acc[r][dx];
+                if (!of_pools) grad[r * K + dx] = acc[r][dx];
                 sum += weight[r * K + dx] * acc[r][dx];
             }
             delta[x0 + x + r] += sum;
         }
     }
 
-    // Overwrites T with dS = P (T - delta) over window rows begin .. end - 1, and the bias terms of the scores with the
-    // sums of dS over the window's rows and columns.
-    INLINE void grad_score(int64_t x0, int64_t x, int64_t begin, int64_t end) {
+    // Computes dS = P (T - delta), in place of T unless a pool shares it, over window rows begin .. end - 1, and in
+    // place of the bias terms of the scores, the sums of dS over the window's rows and columns.
+    template <bool POOLED>
+    INLINE void grad_score(int64_t i, int64_t x0, int64_t x, int64_t begin, int64_t end) {
         Vec sums[K] = {}, mean = delta[x0 + x];
+        const Vec* of_pool = POOLED ? pooled_grad_row(i - HALF - pool_start(i)) + x / 2 * (K + 1) + x % 2 : nullptr;
+        int64_t inside_begin = first_dy(i), inside_end = end_dy(i);
         for (int64_t dy = 0; dy < K; ++dy) {
             Vec of_row = {};
             if (dy >= begin && dy < end) {
                 const Vec* weight = tile_row(weights, dy) + x * K;
                 Vec* grad = tile_row(grad_scores, dy) + x * K;
+                const Vec* t = POOLED ? of_pool + dy * (K + 1) * (s.tile / 2) : grad;
+                bool is_zero = POOLED && (dy < inside_begin || dy >= inside_end);
                 UNROLL
                 for (int dx = 0; dx < K; ++dx) {
-                    Vec g = weight[dx] * (grad[dx] - mean);
+                    Vec g = weight[dx] * ((is_zero ? Vec{} : t[dx]) - mean);
                     grad[dx] = g;
                     of_row += g;
                     sums[dx] += g;
