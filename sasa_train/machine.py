@@ -6,6 +6,7 @@ Each torchrun process on a machine counts only its share of the machine's memory
 import contextlib
 import ctypes
 import datetime
+import functools
 import os
 import platform
 import resource
@@ -33,15 +34,26 @@ def usable_processors() -> int:
 
 def processor() -> str:
     """Return the processor's name and, on Linux, numbers that tell models apart if a virtual machine hides the name."""
-    try:
-        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
-    except OSError:  # not on Linux
-        first = ""
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    fields = _processor_fields()
     names = ("cpu family", "model", "CPU implementer", "CPU part")
     numbers = ", ".join(f"{name} {fields[name]}" for name in names if name in fields)
     name = fields.get("model name") or platform.processor() or platform.machine()
     return f"{name} ({numbers})" if numbers else name
+
+
+def is_amd() -> bool:
+    """Return whether the processor is AMD's."""
+    return "AuthenticAMD" in (_processor_fields().get("vendor_id") or platform.processor())
+
+
+@functools.cache
+def _processor_fields() -> dict[str, str]:
+    """Return what Linux says about the first processor."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    except OSError:  # not on Linux
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
 
 
 def waited_for_processors() -> float:

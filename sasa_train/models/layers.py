@@ -13,6 +13,7 @@ from sasa_train.attention import attention_weights, local_attention_qkv, stem
 from sasa_train.attention.cpu import describe_build
 from sasa_train.attention.dispatch import Pair, check_options, check_stride, check_whole, describe_backend, pair
 from sasa_train.attention.reference import Inputs, Window
+from sasa_train.machine import is_amd
 from sasa_train.models.stem_norm import can_normalise_picked, is_plain, normalise_picked
 
 POSITIONS = ("relative", "absolute", "none")
@@ -23,15 +24,19 @@ STEM_NUM_MIXTURES = 4  # not given in the paper; 4 is the smallest value that ma
 STEM_VALUES = ("mixture", "plain", "conv")
 
 
-# The matrix product takes 0.70 (7 x 7 maps) to 1.0 (28 x 28) times as long as the convolution, forward and backward. At
-# 56 x 56 the factor is 1.05, or 0.95 with three times as many output as input channels (measured with 8 images,
-# float32, AVX-512, and oneDNN and MKL of torch 2.15).
+# On an Intel processor, MKL's matrix product takes 0.70 (7 x 7 maps) to 1.0 (28 x 28) times as long as oneDNN's
+# convolution, forward and backward. At 56 x 56 the factor is 1.05, or 0.95 with three times as many output as input
+# channels. On AMD's, it takes 0.92 times as long at 7 x 7, 1.01 to 1.03 times at 14 x 14 to 56 x 56, and 1.08 to 1.15
+# times with 32 images of 8 x 8 to 32 x 32 (8 images unless said, float32, AVX-512, torch 2.14 and 2.15).
 class PointwiseConv2d(nn.Conv2d):
-    """1x1 convolution without bias. On a CPU, channels_last maps of <= `max_positions` pixels use a matrix product."""
+    """1x1 convolution without bias. On a CPU, channels_last maps of few pixels use a matrix product.
+
+    max_positions: the number of pixels of the largest such map; on AMD processors, at most 7 x 7.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, max_positions: float = 28 * 28):
         super().__init__(in_channels, out_channels, 1, bias=False)
-        self.max_positions = max_positions
+        self.max_positions = min(max_positions, 7 * 7) if is_amd() else max_positions
 
     def forward(self, x: Tensor) -> Tensor:
         small = x.shape[2] * x.shape[3] <= self.max_positions
