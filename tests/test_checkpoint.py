@@ -280,9 +280,14 @@ def test_what_a_failed_save_cannot_put_back_is_named(tmp_path, monkeypatch):
         checkpoints.save(content(6), is_best=True)
 
 
-def test_a_disk_that_goes_away_in_the_middle_of_a_save_is_not_said_to_hold_the_earlier_files(tmp_path, monkeypatch):
+@pytest.mark.parametrize("has_manifests", [True, False])
+def test_a_disk_that_goes_away_in_the_middle_of_a_save_is_not_said_to_hold_the_earlier_files(
+    tmp_path, monkeypatch, has_manifests
+):
     """Every call failed from one moment on, also those that look at what is there; best.pt was replaced by then."""
     checkpoints = filled(tmp_path, keep=0)
+    for manifest in () if has_manifests else tmp_path.glob("*.json"):
+        manifest.unlink()
     best = tmp_path / "best.pt"
 
     def broken(*_, **__):
@@ -409,6 +414,7 @@ def log(*rows: tuple[int, str], **values) -> str:
         ("best", "text"), ("best", {"top1": float("nan"), "step": 1, "epoch": 1}), ("best", {"top1": 50.0}),
         ("step", -1), ("step", 2**63), ("step", True), ("epoch", 9), ("evaluated_step", 6), ("seconds", float("nan")),
         ("fingerprint", {}), ("fingerprint.val", {}), ("fingerprint.train.source", "tape"), ("provenance", 3),
+        ("provenance.teacher_sha256", 5),
         ("provenance.world_size", "two"), ("provenance.versions", ["torch"]), ("classes", []), ("classes", [1]),
         ("provenance.imports", 5),
         ("metrics", "x"), ("metrics", '{"split": "val", "step": 1, "epoch": 1, "top1": NaN}\n'), ("window", {}),

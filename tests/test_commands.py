@@ -19,7 +19,7 @@ from sasa_train.config.groups import config_dir
 from sasa_train.config.keys import key_table
 from sasa_train.dataset_tool import prepare
 from sasa_train.runs.checkpoint import Checkpoints, load_checkpoint
-from sasa_train.training import announce
+from sasa_train.training import announce, run
 
 EXPERIMENTS = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
 FAST = ("debug", "overfit", "quickstart", "cifar10_hybrid_resnet26", "imagenet_sasa_resnet26")
@@ -137,6 +137,23 @@ def test_a_run_whose_folder_is_taken_away_stops_and_leaves_the_other_run_alone(i
     place = folder if way == "lock deleted" else tmp_path / "out/moved"
     in_process("train", f"resume={place}", "trainer.max_steps=40", "allow_config_change=[trainer.max_steps]")
     assert last(place)["step"] == 40
+
+
+def test_a_run_whose_folder_is_taken_while_it_loads_images_changes_nothing_there(in_process, tmp_path, monkeypatch):
+    """It emptied the log of the run that had begun in its place, and added a file to its curves."""
+    folder, real = tmp_path / "out/taken", run.load_together
+
+    def load_slowly(*arguments):
+        folder.rename(tmp_path / "out/moved")
+        (folder / "tensorboard").mkdir(parents=True)
+        (folder / ".lock").touch()
+        (folder / "metrics.jsonl").write_text("rows")
+        return real(*arguments)
+
+    monkeypatch.setattr(run, "load_together", load_slowly)
+    assert "its lock file is gone or another's" in in_process("train", *TINY, "run_name=taken", expect=1).stderr
+    assert (folder / "metrics.jsonl").read_text() == "rows" and not list((folder / "tensorboard").iterdir())
+    assert not (folder / "run.json").exists()
 
 
 def test_a_stop_before_training_leaves_nothing_half_done(tmp_path):

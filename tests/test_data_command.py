@@ -130,7 +130,7 @@ def test_classes_and_files_that_may_not_be_meant_are_named(image_folder, capsys,
     dark = "1 16-bit file stays below 0.8% of their range: rescale them, or state their largest value"
     assert f"warning     {dark}" in said
     alike = r"'Blue\u200b ' and 'blue' are classes of their own, though their names differ only in case, "
-    alike += "spaces or a copy's number"
+    alike += "spaces or a copy's number or mark"
     original = "read as images for their content, whatever their names: 1 ({}red/1.png_original)"
     assert f"warning     {alike}" in said and f"warning     {original.format('train/')}" in said
     assert "not images: 2 (train/red/a.tif.1, train/red/a.tif.4)" in said
@@ -782,6 +782,9 @@ def test_a_folder_whose_name_begins_with_a_tilde_is_that_folder(image_folder, tm
 
 
 def test_classes_of_nearly_one_name_are_told_from_others():
-    alike = [["Cat", "cat"], ["red", "red (1)"], ["red", "red - Copy"], ["great_white", "great white"]]
-    assert [len(look_alikes(names)) for names in alike] == [1] * 4
-    assert look_alikes(["C", "C++", "C#", "12", "1-2", "copy", "(1)", "dog", "dogs", "a b", "ab"]) == []
+    copies = ("red (1)", "red - Copy", "red copy 2", "red - Kopie", "Copy of red", "red (Case Conflict)")
+    copies += ("red (Ann's conflicted copy 2024-01-02)",)
+    alike = [["Cat", "cat"], ["great_white", "great white"], *(["red", name] for name in copies)]
+    assert [len(look_alikes(names)) for names in alike] == [1] * 9
+    others = ["C", "C++", "C#", "12", "1-2", "copy", "(1)", "dog", "dogs", "a b", "ab", "copy of", "war (conflict)"]
+    assert look_alikes(others) == []

@@ -1,5 +1,7 @@
 """Check that every kind of image is read as a person would see it, or refused with the reason and the remedy."""
 
+import base64
+import contextlib
 import io
 import re
 import struct
@@ -16,7 +18,8 @@ from reading_runs import assert_same_run, last, rows
 from sasa_train.config.compose import compose_config
 from sasa_train.config.saved import BEFORE, load_config
 from sasa_train.data.datasets import FORMATS, UnreadableImage
-from sasa_train.data.decoding import Decoding, decoding_of, to_rgb, upright_size
+from sasa_train.data.decoding import Decoding, decode, decoding_of, to_rgb, upright_size
+from sasa_train.data.opening import open_image
 from sasa_train.data.transforms import decode_box
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.checkpoint import Checkpoints
@@ -26,7 +29,13 @@ RAMP = np.arange(64).reshape(8, 8)
 ORIENTATION = 274
 
 
-NAMES = {"NewSubfileType": 254, "Compression": 259, "PhotometricInterpretation": 262, "FillOrder": 266}
+NAMES = {
+    "Orientation": 274,
+    "NewSubfileType": 254,
+    "Compression": 259,
+    "PhotometricInterpretation": 262,
+    "FillOrder": 266,
+}
 NAMES |= {"MaxSampleValue": 281, "PlanarConfiguration": 284, "ColorMap": 320, "SubIFDs": 330, "ExtraSamples": 338}
 NAMES |= {"SMinSampleValue": 340, "SMaxSampleValue": 341, "RowsPerStrip": 278, "StripByteCounts": 279, "InkSet": 332}
 NAMES |= {
@@ -510,10 +519,24 @@ def sticker(x: int) -> Image.Image:
     return image
 
 
+def bmp_with_alpha() -> bytes:
+    """Return a BMP of 8 x 8 transparent pixels of 16 bits, A1R5G5B5, as image editors write it."""
+    head = struct.pack("<IiiHHIIiiII4I", 56, 8, 8, 1, 16, 3, 128, 0, 0, 0, 0, 0x7C00, 0x3E0, 0x1F, 0x8000)
+    return struct.pack("<2sIHHI", b"BM", 14 + 56 + 128, 0, 0, 14 + 56) + head + struct.pack("<H", 0x7C00) * 64
+
+
+def orientation_of_bytes() -> bytes:
+    """Return a TIFF that is to be turned, but whose tag says so in a byte."""
+    content = tiff(RAMP.astype("u1"), Orientation=6)
+    return content.replace(struct.pack("<HHLL", 274, 4, 1, 6), struct.pack("<HHLL", 274, 1, 1, 6))
+
+
 ANIMATED = {"save_all": True, "default_image": True, "append_images": [corners()] * 2}
 MISREAD = {
     "no-photometric": (tiff(RAMP.astype("u1"), PhotometricInterpretation=None), "lacks.*PhotometricInterpretation"),
     "no-extra": (tiff(FOUR, PhotometricInterpretation=2), "fourth channel but lacks the tag ExtraSamples"),
+    "bmp-a1r5g5b5": (bmp_with_alpha(), "a BMP of 16 bits per pixel with transparency"),
+    "orientation-bytes": (orientation_of_bytes(), "its tag Orientation has the type of texts or bytes"),
     "two-channels": (tiff(TWO, ExtraSamples=0), "it has 2 channels, of which Pillow reads the first"),
     "ycc-default": (tiff(THREE, **YCC) + bytes(999), "YCbCrSubSampling=2,2, the default.*convert it"),
     "ycc-422": (tiff(THREE, **YCC, YCbCrSubSampling=[2, 1]) + bytes(999), "YCbCrSubSampling=2,1.*convert it"),
@@ -576,6 +599,23 @@ MISREAD = {
         "a part of it",
     ),
 }
+
+
+# 4 x 4 greys of 12 bits, which Pillow cannot write
+GREY_AVIF = base64.b85decode(
+    "0000SW^{RQVRmU|00000VRmU|ZE0pPZE0a<0002#ZDn*}000000000XXk=`10000000000aA{+7000000000000000000004sdC7Z2$lO0"
+    "00310016oY;R)#0000)000310RR910RR924FCWDApigXC~0YKW&i*H00031000_kZf0cy000000RRADb}%tRZ)|UJ00000XlZbAZ~y=RNo"
+    "jCnZvX%Q6lrsCWdHyG000001ONa41ONa44sdCBX#fBK009gD000bOb}>VNKzslI000wXZ)|dIV{CW;0ssO40)PMj02gU+ZD9Za00000009"
+    "621OWnr1ONa4DQ#q7bP@mx1y}@sj-WCY5CDe@&G)-5ciy;@EZnhWtkuG$KY#"
+)
+
+
+@pytest.mark.skipif("AVIF" not in FORMATS, reason="Pillow without AVIF")
+def test_grey16_refuses_an_avif_of_which_pillow_keeps_fewer_bits():
+    for mode, keeps in (("grey", True), ("grey16", False)):
+        image = open_image(io.BytesIO(GREY_AVIF), ("AVIF",))
+        with contextlib.nullcontext() if keeps else pytest.raises(ValueError, match="an AVIF of more than 8 bits"):
+            assert decode(image, Decoding(mode=mode)).getextrema() == (0, 255)
 
 
 if "AVIF" in FORMATS:

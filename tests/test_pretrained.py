@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import shutil
 import signal
@@ -118,10 +119,18 @@ def test_another_models_file_is_refused_and_changes_nothing(given, keys):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_weights_that_are_not_finite_are_refused(given):
+def test_weights_that_no_training_leaves_are_refused(given):
+    """Negative variances became a run whose own checkpoints were refused, and whole numbers were taken for weights."""
     model, before = build(), state_of(build())
-    with pytest.raises(ConfigError, match=r"not finite, layer1.0.bn1.weight first of 1"):
-        load_pretrained(model, given | {"layer1.0.bn1.weight": given["layer1.0.bn1.weight"] / 0})
+    for name, value, message in (
+        ("weight", math.inf, r"not finite, layer1.0.bn1.weight first of 1"),
+        ("running_var", -1.0, "layer1.0.bn1.running_var has negative variances"),
+        ("bias", torch.int8, "layer1.0.bn1.bias is torch.int8, which has lost the fractions"),
+    ):
+        tensor = given[f"layer1.0.bn1.{name}"]
+        wrong = tensor.to(value) if isinstance(value, torch.dtype) else torch.full_like(tensor, value)
+        with pytest.raises(ConfigError, match=message):
+            load_pretrained(model, given | {f"layer1.0.bn1.{name}": wrong})
     assert torch.equal(model.stem[0].weight, before["stem.0.weight"])
 
 

@@ -8,6 +8,12 @@ from collections.abc import Sequence
 
 from sasa_train.terminal import printable
 
+# What file managers and services that synchronise folders add to the name of a copy; Dropbox: (Ann's conflicted copy
+# 2024-01-02), (Case Conflict), (Selective Sync Conflict); Google Drive: Copy of; Windows in some languages.
+COPY = (
+    r"(?<=.)(\s*\(\d+\)|[\s_-]+(copy|kopie|copie|copia)( \(?\d+\)?)?|\s*\([^()]*\bconflict(ed)?\b[^()]*\))$"
+    r"|^copy of (?=.)"
+)
 MAX_CLASS_NAME = 4096  # characters; the name of a folder has at most 255
 
 
@@ -29,11 +35,11 @@ def look_alikes(names: Sequence[str]) -> list[str]:
     groups = defaultdict(list)
     for name in names:
         shown = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
-        whole = re.sub(r"(?<=.)(\s*\(\d+\)|[\s_-]+copy( \d+)?)$", "", shown.casefold().strip())  # as of file managers
+        whole = re.sub(COPY, "", shown.casefold().strip())
         groups[" ".join(re.split(r"[\s_-]+", whole))].append(name)
     return [
         f"{' and '.join(map(ascii, group))} are classes of their own, though their names differ only in case, "
-        "spaces or a copy's number; merge them if they are one"
+        "spaces or a copy's number or mark; merge them if they are one"
         for group in groups.values()
         if len(group) > 1
     ]

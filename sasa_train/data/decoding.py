@@ -12,6 +12,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImagePalette
 
 from sasa_train.config.keys import DataConfig
+from sasa_train.data.opening import DEEP_AVIF
 from sasa_train.data.tiff import (
     BITS,
     COLOUR_MAP,
@@ -87,6 +88,8 @@ def _to_grey16(image: Image.Image, decoding: Decoding) -> Image.Image:
             "16 bits per channel in colour or with transparency, of which Pillow keeps only the upper 8 bits; save it "
             "as 16-bit grey, or set data.mode=grey"
         )
+    if image.info.get(DEEP_AVIF):
+        raise ValueError("an AVIF of more than 8 bits, of which Pillow keeps 8; save it as 16-bit PNG or TIFF")
     turn = _turn(image, decoding)
     _load(image)
     if not _is_deep(image):  # 8 bits, of which 255 becomes 65,535

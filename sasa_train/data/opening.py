@@ -8,6 +8,8 @@ from sasa_train.data import tiff
 from sasa_train.data.jpeg2000 import boxes_of, check_jpeg2000
 from sasa_train.data.whole import check_chunks, check_end, check_restarts
 
+DEEP_AVIF = "sasa_train: more than 8 bits"  # key of an AVIF's `info`
+
 
 def open_image(file: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
     """Open an image without decoding it; of a raw photo, choose the page that is not a thumbnail.
@@ -59,8 +61,11 @@ def _check(file: BinaryIO, image: Image.Image) -> None:
             "an animation (WebP) whose first frame covers a part of it; Pillow makes the rest black instead of "
             "transparent; save the frame as a PNG"
         )
-    elif image.format == "AVIF" and b"clap" in _properties(file):
-        raise ValueError("an AVIF with a crop (clap), which Pillow ignores; convert it, for example to PNG")
+    elif image.format == "AVIF":
+        properties = _properties(file)
+        if b"clap" in dict(properties):
+            raise ValueError("an AVIF with a crop (clap), which Pillow ignores; convert it, for example to PNG")
+        image.info[DEEP_AVIF] = any(kind == b"av1C" and len(box) > 2 and box[2] & 0x40 for kind, box in properties)
     elif image.format == "GIF" and _has_grey_palette_beside_another(file):
         raise ValueError(
             "a GIF whose first frame has a grey palette beside the file's coloured one, which Pillow takes; save the "
@@ -72,15 +77,25 @@ def _check(file: BinaryIO, image: Image.Image) -> None:
             raise ValueError(
                 "a compressed BMP whose pixels begin at an odd byte, which Pillow misreads; convert it to PNG"
             )
+        if _has_alpha_of_16_bits(file):
+            raise ValueError("a BMP of 16 bits per pixel with transparency, which Pillow ignores; convert it to PNG")
 
 
-def _properties(file: BinaryIO) -> set[bytes]:
-    """Return the kinds of properties that an AVIF's images have."""
+def _has_alpha_of_16_bits(file: BinaryIO) -> bool:
+    """Whether a BMP of 16 bits per pixel has a mask for transparency: A1R5G5B5, for example."""
+    file.seek(14)
+    header = file.read(56)
+    size, bits, compression = (int.from_bytes(header[i : i + n], "little") for i, n in ((0, 4), (14, 2), (16, 4)))
+    return size >= 56 and bits == 16 and compression in (3, 6) and any(header[52:56])
+
+
+def _properties(file: BinaryIO) -> list[tuple[bytes, memoryview]]:
+    """Return the properties, by kind, that an AVIF's images have."""
     file.seek(0)
     content = memoryview(file.read())
     for name, version in ((b"meta", 4), (b"iprp", 0), (b"ipco", 0)):
         content = next((box[version:] for kind, box in boxes_of(content) if kind == name), content[:0])
-    return {kind for kind, _ in boxes_of(content)}
+    return list(boxes_of(content))
 
 
 def _has_grey_palette_beside_another(file: BinaryIO) -> bool:

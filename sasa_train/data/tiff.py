@@ -38,6 +38,12 @@ MEANINGLESS = {
     32996: ("DataType", (2.0,)),  # unsigned
     32997: ("ImageDepth", (1.0,)),
 }
+# Tags whose numbers Pillow or this module use.
+NUMBERS = {
+    SUBFILE: "NewSubfileType", BITS: "BitsPerSample", PHOTOMETRIC: "PhotometricInterpretation", FILL_ORDER: "FillOrder",
+    274: "Orientation", CHANNELS: "SamplesPerPixel", MAX_SAMPLE: "MaxSampleValue", PLANAR: "PlanarConfiguration",
+    317: "Predictor", EXTRA_SAMPLES: "ExtraSamples", SAMPLE_FORMAT: "SampleFormat",
+}  # fmt: skip
 COEFFICIENTS_OF_JPEG, REFERENCE_OF_JPEG = (0.299, 0.587, 0.114), (0, 255, 128, 255, 128, 255)
 
 
@@ -131,6 +137,9 @@ def _check_entries(file: BinaryIO, page: int) -> None:
 
 
 def _check_tags(image: Image.Image) -> None:
+    for tag in NUMBERS.keys() & set(tags(image)):
+        if isinstance(tags(image)[tag], str | bytes):
+            raise ValueError(f"its tag {NUMBERS[tag]} has the type of texts or bytes, which Pillow ignores; convert it")
     if PHOTOMETRIC not in tags(image):
         raise ValueError("it lacks the tag PhotometricInterpretation, which says whether 0 is black or white; add it")
     for tag in MEANINGLESS.keys() & set(tags(image)):

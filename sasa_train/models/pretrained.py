@@ -55,7 +55,7 @@ def load_pretrained(model: nn.Module, state_dict: StateDict, keep_classifier: bo
 
     Raises:
         ConfigError: less than a tenth of the parameters outside the classifier match, or a matching tensor is not
-            finite; the model is unchanged.
+            finite, has negative variances, or whole numbers in place of floats; the model is unchanged.
     """
     own = model.state_dict()
     given = _adapt_first_conv(model, _filtered(model, state_dict))
@@ -71,7 +71,7 @@ def load_pretrained(model: nn.Module, state_dict: StateDict, keep_classifier: bo
             left[name] = "other classes in the file"
     loaded = [name for name in own if name not in left]
     _check_enough(model, loaded, classifier, left)
-    _check_finite({name: given[name] for name in loaded})
+    _check_values({name: given[name] for name in loaded}, own)
     # All checks precede the first copy, so that a refused file leaves the model unchanged.
     for name in loaded:
         own[name].copy_(given[name])
@@ -183,7 +183,12 @@ def _check_enough(model: nn.Module, loaded: list[str], classifier: tuple[str, ..
         )
 
 
-def _check_finite(tensors: StateDict) -> None:
+def _check_values(tensors: StateDict, own: dict[str, Any]) -> None:
+    for name, tensor in tensors.items():
+        if own[name].is_floating_point() and not tensor.is_floating_point():
+            raise ConfigError(f"its {printable(name)} is {tensor.dtype}, which has lost the fractions of the weights")
+        if name.endswith("running_var") and (tensor < 0).any():
+            raise ConfigError(f"its {printable(name)} has negative variances")
     floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
     if wrong := [name for name, tensor in floats.items() if not tensor.float().isfinite().all()]:
         raise ConfigError(f"its weights are not finite, {printable(wrong[0])} first of {len(wrong)}")

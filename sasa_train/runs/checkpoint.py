@@ -11,6 +11,7 @@ size, SHA-256 and step, such as `last.pt.json`. `SCHEMA` lists the entries of a 
 
 import contextlib
 import errno
+import filecmp
 import hashlib
 import json
 import os
@@ -129,6 +130,8 @@ SCHEMA = {
         "versions": Maybe({str: (None, TEXT)}),
         "imports": Maybe({str: TEXT}),
         "tracker_id": Maybe(TRACKER_ID),
+        "teacher_sha256": Maybe((None, TEXT)),
+        "pretrained_sha256": Maybe((None, TEXT)),
         str: PLAIN,
     },
     str: CONTENT,
@@ -256,7 +259,7 @@ class Checkpoints:
         with contextlib.suppress(ValueError):
             if manifest := _manifest_bytes(path):
                 there, sha256 = (_parse_manifest(manifest)[key] for key in ("step", "sha256"))
-        if there is None and self._best_sha256 is not None and is_there(path):
+        if there is None and is_there(path):
             there, sha256 = _step_and_sha256(path)
         # A kill came between best.pt and last.pt, in the save that followed the evaluation of that step.
         if there is not None and (there > step or there == step > evaluated_step):
@@ -611,7 +614,7 @@ def _all_or_none(paths: list[Path]) -> Iterator[None]:
                     _put(link, path, manifest)
             except OSError as another:
                 try:
-                    is_back = path.exists() and bytes_of(manifest_of(path), may_fail=False) == manifest
+                    is_back = _is_back(path, link) and bytes_of(manifest_of(path), may_fail=False) == manifest
                 except OSError:  # the disk is gone
                     is_back = False
                 if not is_back:
@@ -626,6 +629,13 @@ def _all_or_none(paths: list[Path]) -> Iterator[None]:
         for _, link, _ in kept:
             if link is not None:
                 discard(link)
+
+
+def _is_back(path: Path, link: Path | None) -> bool:
+    """Return whether a file is the one that was kept as `link`, which a restore renames to it."""
+    if link is None or not os.path.exists(path):
+        return link is None and not os.path.exists(path)
+    return not os.path.exists(link) or path.samefile(link) or filecmp.cmp(path, link, shallow=False)
 
 
 def _linked(path: Path, beside: Path) -> Path:

@@ -33,6 +33,7 @@ from sasa_train.machine import now, processor
 from sasa_train.models.layers import AttentionStem, LocalSelfAttention2d
 from sasa_train.processes import collectives
 from sasa_train.processes.ranks import local_world_size, world_size
+from sasa_train.refusal import shorten
 from sasa_train.terminal import printable
 
 PACKAGES = ("torchvision", "timm", "hydra-core", "omegaconf", "numpy", "pillow", "triton", "sasa_train")
@@ -211,7 +212,9 @@ def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     lines = [] if "sources" in old and old["sources"] == new.get("sources") else _code_changes(before, now)
     skipped = ("world_size", "sources") if lines else ("world_size",)
     changed = [name for name in new if old.get(name, new[name]) != new[name] and name not in skipped]
-    lines += [f"{LABELS.get(name, name)}: {old[name]} -> {new[name]}{EFFECTS.get(name, '')}" for name in changed]
+    for name in changed:
+        values = f"{shorten(old[name])} -> {shorten(new[name])}"
+        lines.append(f"{LABELS.get(name, name)}: {values}{EFFECTS.get(name, '')}")
     if len(lines) > MAX_LINES:
         lines = [*lines[:MAX_LINES], f"and {len(lines) - MAX_LINES:,} more"]
     if (processes := before.get("world_size", 1)) != now["world_size"]:

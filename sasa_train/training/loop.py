@@ -54,6 +54,7 @@ class Loop:
         self.config, self.steps_per_epoch = self.plan.config, self.plan.steps_per_epoch
         self.num_steps, self.peak_tflops = self.plan.num_steps, peak_tflops(self.plan)
         is_silent = self.plan.rank > 0
+        run.check_lock()  # the folder may have been taken by another run while the images were loaded
         self.logger = RunLogger(
             run.path,
             run.metrics,
