@@ -46,6 +46,24 @@ namespace {
 
 // ---- the two basic operations -------------------------------------------------------------------------------------
 
+// Fill with zeros, and store, what is to stay in registers; for a whole array, compilers use slow string instructions.
+template <typename Vec, int R, int N>
+INLINE void fill(Vec (&acc)[R][N]) {
+    UNROLL
+    for (int r = 0; r < R; ++r) {
+        UNROLL
+        for (int j = 0; j < N; ++j) acc[r][j] = Vec{};
+    }
+}
+template <typename Vec, int R, int N>
+INLINE void store_all(Vec* to, const Vec (&acc)[R][N]) {
+    UNROLL
+    for (int r = 0; r < R; ++r) {
+        UNROLL
+        for (int j = 0; j < N; ++j) to[r * N + j] = acc[r][j];
+    }
+}
+
 // Computes acc[r][j] += sum_c a[c][r] * b[c][STRIDE r + j] for R adjacent queries, each with its K keys of one row.
 template <int V, int K, int R, int STRIDE = 1>
 INLINE void band_product(F<V> (&acc)[R][K], const F<V>* a, const F<V>* b, int64_t head_dim, int64_t pitch) {
@@ -356,17 +374,13 @@ class Worker {
         return dy >= first_dy(i) && dy < end_dy(i) ? rows + slot(i + dy - HALF) : nullptr;
     }
 
-    // Computes the part of the scores that is given by K + K values per position. Columns outside the image are set to
+    // Computes the part of the scores that is given by K + K values per position. A row's is not added to its scores S,
+    // but when they become E or P. Columns outside the image are set to
     // -infinity here, which the product with a zero key does not change.
     template <int Q>
     INLINE void bias(int64_t x0, int64_t x) {
-        Vec by_row[Q][K] = {}, by_column[Q][K] = {};
-        if (p.rel_height) {
-            rel_product<Q>(by_row, query_row + HALF + x0 + x, rel_height);
-            rel_product<Q>(by_column, query_row + s.half * s.pitch + HALF + x0 + x, rel_width);
-        }
-        memcpy(bias_height + x * K, by_row, sizeof by_row);
-        memcpy(bias_width + x * K, by_column, sizeof by_column);
+        rel_product<Q>(bias_height + x * K, query_row + HALF + x0 + x, rel_height);
+        rel_product<Q>(bias_width + x * K, query_row + s.half * s.pitch + HALF + x0 + x, rel_width);
         for (int r = 0; r < Q; ++r) {
             if (p.border == ZERO) continue;
             int64_t column = x0 + x + r;
@@ -375,24 +389,27 @@ class Worker {
         }
     }
 
+    // Computes to[r][d] = sum_c q[c][r] * rel[c][d]; without embeddings, zeros.
     template <int Q>
-    INLINE void rel_product(Vec (&acc)[Q][K], const Vec* q, const Vec* rel) {
-        for (int64_t c = 0; c < s.half; ++c, q += s.pitch, rel += K) {
+    INLINE void rel_product(Vec* to, const Vec* q, const Vec* rel) {
+        Vec acc[Q][K];
+        fill(acc);
+        for (int64_t c = 0; c < (p.rel_height ? s.half : 0); ++c, q += s.pitch, rel += K) {
             UNROLL
             for (int dy = 0; dy < K; ++dy) {
                 UNROLL
                 for (int r = 0; r < Q; ++r) acc[r][dy] += q[r] * rel[dy];
             }
         }
+        store_all(to, acc);
     }
 
     template <int Q>
-    INLINE void score_row(Vec (&acc)[Q][K], const Vec* keys, int64_t x0, int64_t x, int64_t dy) const {
+    INLINE void score_row(Vec (&acc)[Q][K], const Vec* keys, int64_t x0, int64_t x) const {
         UNROLL
         for (int r = 0; r < Q; ++r) {
-            Vec of_row = bias_height[(x + r) * K + dy];
             UNROLL
-            for (int dx = 0; dx < K; ++dx) acc[r][dx] = of_row + bias_width[(x + r) * K + dx];
+            for (int dx = 0; dx < K; ++dx) acc[r][dx] = bias_width[(x + r) * K + dx];
         }
         if (keys) band_product<V, K, Q>(acc, query_row + HALF + x0 + x, keys + x0 + x, s.D, s.pitch);
     }
@@ -400,7 +417,7 @@ class Worker {
     template <int Q>
     INLINE void score(const Vec* keys, int64_t x0, int64_t x, int64_t dy) {
         Vec acc[Q][K];
-        score_row<Q>(acc, keys, x0, x, dy);
+        score_row<Q>(acc, keys, x0, x);
         Vec* out = tile_row(weights, dy) + x * K;
         UNROLL
         for (int r = 0; r < Q; ++r) {
@@ -410,16 +427,16 @@ class Worker {
                 out[r * K + dx] = acc[r][dx];
                 largest = larger<V>(acc[r][dx], largest);
             }
-            top[x0 + x + r] = larger<V>(largest, top[x0 + x + r]);
+            top[x0 + x + r] = larger<V>(largest + bias_height[(x + r) * K + dy], top[x0 + x + r]);
         }
     }
 
     // Computes exp(S - max) of position x over window rows begin .. end - 1, in place. K sums are used, so that no
     // addition waits for another.
     INLINE void exponentials(int64_t x0, int64_t x, int64_t begin, int64_t end) {
-        Vec shift = top[x0 + x] * LOG2_E, sums[K] = {};
+        Vec largest = top[x0 + x], sums[K] = {};
         for (int64_t dy = begin; dy < end; ++dy) {
-            Vec* row = tile_row(weights, dy) + x * K;
+            Vec *row = tile_row(weights, dy) + x * K, shift = (largest - bias_height[x * K + dy]) * LOG2_E;
             UNROLL
             for (int dx = 0; dx < K; ++dx) {
                 Vec e = fast_exp2<V>(row[dx] * LOG2_E - shift);
@@ -427,7 +444,7 @@ class Worker {
                 sums[dx] += e;
             }
         }
-        if (p.null_key) sums[0] += fast_exp2<V>(Vec{} - shift);
+        if (p.null_key) sums[0] += fast_exp2<V>(Vec{} - largest * LOG2_E);
         inverse_sum[x0 + x] = 1.0f / total(sums);
     }
 
@@ -448,7 +465,8 @@ class Worker {
         int64_t start = pool_start(i1);
         for (int64_t dy = most(0, -start); dy < least(K + 1, s.H - start); ++dy)
             for (int64_t x = 0; x < width; x += 2) {
-                Vec acc[K + 1] = {};
+                Vec acc[1][K + 1];
+                fill(acc);
                 int64_t num_columns = least(2, width - x);
                 for (int64_t r = 0; r <= i1 - i0; ++r) {
                     int64_t of_row = dy - (i0 + r - HALF - start);
@@ -460,14 +478,14 @@ class Worker {
                         Vec scale = MEAN ? share[q] * part : Vec{} + 1.0f;
                         if (q == 0) {
                             UNROLL
-                            for (int dx = 0; dx < K; ++dx) acc[dx] += weight[dx] * scale;
+                            for (int dx = 0; dx < K; ++dx) acc[0][dx] += weight[dx] * scale;
                         } else {
                             UNROLL
-                            for (int dx = 0; dx < K; ++dx) acc[dx + 1] += weight[K + dx] * scale;
+                            for (int dx = 0; dx < K; ++dx) acc[0][dx + 1] += weight[K + dx] * scale;
                         }
                     }
                 }
-                memcpy(pooled_row(dy) + x / 2 * (K + 1), acc, sizeof acc);
+                store_all(pooled_row(dy) + x / 2 * (K + 1), acc);
             }
     }
 
@@ -482,7 +500,8 @@ class Worker {
     template <int CH>
     void apply_pooled_channels(int64_t i0, int64_t x0, int64_t width, int64_t c) {
         in_groups<APPLIED_AT_ONCE>(0, ceil_div(width, 2), [&](auto Q, int64_t x) {
-            Vec acc[Q][CH] = {};
+            Vec acc[Q][CH];
+            fill(acc);
             for (int64_t dy = first_dy(i0); dy < least(K + 1, s.H + HALF - i0); ++dy)
                 band_apply<V, K + 1, Q, CH, false, 2>(acc, pooled_row(dy) + x * (K + 1),
                                                       value_rows + slot(i0 + dy - HALF) + c * s.pitch + x0 + 2 * x, s.pitch);
@@ -511,7 +530,8 @@ class Worker {
 
     template <int Q, int CH>
     INLINE void apply_block(Vec* to, const Vec* rows, Vec* tile, int64_t i, int64_t x0, int64_t x, int64_t c) {
-        Vec acc[Q][CH] = {};
+        Vec acc[Q][CH];
+        fill(acc);
         for (int64_t dy = first_dy(i); dy < end_dy(i); ++dy)
             band_apply<V, K, Q, CH, false>(acc, tile_row(tile, dy) + x * K,
                                            rows + slot(i + dy - HALF) + c * s.pitch + x0 + x, s.pitch);
@@ -546,10 +566,8 @@ class Worker {
             const Vec* of_pools = p.stride == 2 ? pooled_grad_row(i - HALF - pool_start(i) + dy) : nullptr;
             in_groups<R>(0, width, [&](auto Q, int64_t x) { grad_weight<Q>(keys, values, of_pools, x0, x, dy); });
         }
-        for (int64_t x = 0; x < width; ++x) {
-            if (p.stride == 2) grad_score<true>(i, x0, x, begin, end);
-            else grad_score<false>(i, x0, x, begin, end);
-        }
+        if (p.stride == 2) grad_scores_of_tile<true>(i, x0, width, begin, end);
+        else grad_scores_of_tile<false>(i, x0, width, begin, end);
         clear_beyond(width);
         if (own) {
             if (p.key.data) apply(grad_query_row, key_rows, grad_scores, i, x0, width);
@@ -584,10 +602,11 @@ class Worker {
         int64_t start = pool_start(i1);
         for (int64_t y = most(0, i0 - HALF); y < least(s.H, i1 + HALF + 1); ++y)
             in_groups<pools_at_once(K)>(0, ceil_div(width, 2), [&](auto Q, int64_t x) {
-                Vec acc[Q][K + 1] = {};
+                Vec acc[Q][K + 1];
+                fill(acc);
                 band_product<V, K + 1, Q, 2>(acc, grad_output_row + HALF + x0 / 2 + x, value_rows + slot(y) + x0 + 2 * x, s.D,
                                              s.pitch);
-                memcpy(pooled_grad_row(y - start) + x * (K + 1), acc, sizeof acc);
+                store_all(pooled_grad_row(y - start) + x * (K + 1), acc);
             });
     }
 
@@ -655,11 +674,11 @@ class Worker {
     template <int Q>
     INLINE void grad_weight(const Vec* keys, const Vec* values, const Vec* of_pools, int64_t x0, int64_t x, int64_t dy) {
         Vec acc[Q][K];
-        score_row<Q>(acc, keys, x0, x, dy);
+        score_row<Q>(acc, keys, x0, x);
         Vec *weight = tile_row(weights, dy) + x * K, *grad = tile_row(grad_scores, dy) + x * K;
         UNROLL
         for (int r = 0; r < Q; ++r) {
-            Vec shift = top[x0 + x + r] * LOG2_E, inverse = inverse_sum[x0 + x + r];
+            Vec shift = (top[x0 + x + r] - bias_height[(x + r) * K + dy]) * LOG2_E, inverse = inverse_sum[x0 + x + r];
             UNROLL
             for (int dx = 0; dx < K; ++dx) {
                 weight[r * K + dx] = fast_exp2<V>(acc[r][dx] * LOG2_E - shift) * inverse;
@@ -668,8 +687,11 @@ class Worker {
         }
         if (values && of_pools) {
             UNROLL
-            for (int r = 0; r < Q; ++r)
-                memcpy(acc[r], of_pools + (x + r) / 2 * (K + 1) + (x + r) % 2, sizeof acc[r]);
+            for (int r = 0; r < Q; ++r) {
+                const Vec* of_pool = of_pools + (x + r) / 2 * (K + 1) + (x + r) % 2;
+                UNROLL
+                for (int dx = 0; dx < K; ++dx) acc[r][dx] = of_pool[dx];
+            }
         } else if (values) {
             band_product<V, K, Q>(acc, grad_output_row + HALF + x0 + x, values + x0 + x, s.D, s.pitch);
         }
@@ -686,31 +708,37 @@ class Worker {
     }
 
     // Computes dS = P (T - delta), in place of T unless a pool shares it, over window rows begin .. end - 1, and in
-    // place of the bias terms of the scores, the sums of dS over the window's rows and columns.
+    // place of the bias terms of the scores, the sums of dS over the window's rows and columns. It is not inlined, so
+    // that its pointers stay in registers.
     template <bool POOLED>
-    INLINE void grad_score(int64_t i, int64_t x0, int64_t x, int64_t begin, int64_t end) {
-        Vec sums[K] = {}, mean = delta[x0 + x];
-        const Vec* of_pool = POOLED ? pooled_grad_row(i - HALF - pool_start(i)) + x / 2 * (K + 1) + x % 2 : nullptr;
-        int64_t inside_begin = first_dy(i), inside_end = end_dy(i);
-        for (int64_t dy = 0; dy < K; ++dy) {
-            Vec of_row = {};
-            if (dy >= begin && dy < end) {
-                const Vec* weight = tile_row(weights, dy) + x * K;
-                Vec* grad = tile_row(grad_scores, dy) + x * K;
-                const Vec* t = POOLED ? of_pool + dy * (K + 1) * (s.tile / 2) : grad;
+    __attribute__((noinline)) void grad_scores_of_tile(int64_t i, int64_t x0, int64_t width, int64_t begin, int64_t end) {
+        const int64_t step = s.tile_pitch * K, pooled_step = (K + 1) * (s.tile / 2);
+        const Vec *weight_row = tile_row(weights, begin), *of_pools = nullptr;
+        if (POOLED) of_pools = pooled_grad_row(i - HALF - pool_start(i) + begin);
+        const int64_t inside_begin = first_dy(i), inside_end = end_dy(i);
+        Vec *grad_row = tile_row(grad_scores, begin), *by_row = bias_height, *by_column = bias_width;
+        for (int64_t x = 0; x < width; ++x, by_row += K, by_column += K) {
+            const Vec *weight = weight_row + x * K, mean = delta[x0 + x];
+            Vec *grad = grad_row + x * K, sums[1][K];
+            const Vec* t = POOLED ? of_pools + x / 2 * (K + 1) + x % 2 : grad;
+            fill(sums);
+            for (int64_t dy = 0; dy < begin; ++dy) by_row[dy] = Vec{};
+            for (int64_t dy = begin; dy < end; ++dy) {
+                Vec of_row = {};
                 bool is_zero = POOLED && (dy < inside_begin || dy >= inside_end);
                 UNROLL
                 for (int dx = 0; dx < K; ++dx) {
                     Vec g = weight[dx] * ((is_zero ? Vec{} : t[dx]) - mean);
                     grad[dx] = g;
                     of_row += g;
-                    sums[dx] += g;
+                    sums[0][dx] += g;
                 }
+                by_row[dy] = of_row;
+                weight += step, grad += step, t += POOLED ? pooled_step : step;
             }
-            bias_height[x * K + dy] = of_row;
+            for (int64_t dy = end; dy < K; ++dy) by_row[dy] = Vec{};
+            store_all(by_column, sums);
         }
-        UNROLL
-        for (int dx = 0; dx < K; ++dx) bias_width[x * K + dx] = sums[dx];
     }
 
     // For one half of the channels, computes grad_q += sum_d grad_bias[x][d] rel[d] and
