@@ -668,3 +668,12 @@ def test_a_refused_config_is_still_a_row(tmp_path):
     sweep = write_sweep(tmp_path / "s", {(("model.kernel_size=4",), 0): ("refused", "odd"), ((), 0): [50.0]})
     refused = next(row for row in report_of(sweep).rows if row.settings)
     assert (refused.config, refused.params, refused.num_jobs) == (None, None, 1)
+
+
+def test_runs_that_a_sweeps_ledger_does_not_list_are_named(tmp_path, capsys):
+    sweep = write_sweep(tmp_path / "s", {(("model.kernel_size=3",), seed): [50.0] for seed in (0, 1)})
+    ledger = json.loads((sweep / "ledger.json").read_text())
+    ledger["jobs"] = {name: job for name, job in ledger["jobs"].items() if name == "ledger-0"}
+    (sweep / "ledger.json").write_text(json.dumps(ledger))
+    assert len(find_jobs([sweep]).jobs) == 1
+    assert "left out, as its ledger does not list them" in " ".join(capsys.readouterr().err.split())

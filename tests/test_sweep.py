@@ -225,7 +225,7 @@ def test_texts_of_a_sweep_stay_as_they_are_typed(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sweep=digits_gird"], "sweep=digits_gird must be one of cifar10_models"),
+        (["sweep=digits_gird"], "sweep=digits_gird must be one of border_at_full_width"),
         (["sweep.max_paralel=2", "seed=0,1"], "did you mean max_parallel"),
         (["sweep.max_parallel=0", "seed=0,1"], "sweep.max_parallel=0 must be positive"),
         (["sweep.max_parallel=many", "seed=0,1"], "max_parallel"),

@@ -172,6 +172,8 @@ def _add_sweep(found: Found, folder: Path, paths: list[Path]) -> None:
         if job.config is not None and not job.info:
             job.config = where_trained(job.config, began_in)
     found.jobs += made
+    if others := sorted(run.name for run in folder.glob("*") if run.name not in jobs and is_run(run)):
+        warn(f"{folder}: left out, as its ledger does not list them: {some(others)}; give their folders to add them")
 
 
 def _sweep_job(run_dir: Path, planned: LedgerJob) -> Job:
