@@ -43,11 +43,11 @@ def check_compiled_code() -> None:
         user = getpass.getuser()
     except (KeyError, OSError):
         user = f"uid_{os.getuid()}"
+    # What is added from now on, in this process and in those that compile for it, only the user can write to.
+    os.umask(os.umask(0o022) | 0o022)
     named = {name: Path(os.environ[name]) for name in CODE_FOLDERS if os.environ.get(name)}
     for name, folder in {"TMPDIR": Path(tempfile.gettempdir(), f"torchinductor_{user}"), **named}.items():
         _check_code_folder(folder, name)
-    # What torch adds from now on, in this process and in those that compile for it, only the user can write to.
-    os.umask(os.umask(0o022) | 0o022)
 
 
 def _check_code_folder(folder: Path, variable: str) -> None:
@@ -66,10 +66,11 @@ def _check_code_folder(folder: Path, variable: str) -> None:
         )
     for inside in folder.rglob("*"):
         with contextlib.suppress(FileNotFoundError):  # another run deletes what it needs no more
-            if _others_write(inside.lstat()) and not inside.is_symlink():
+            found = inside.stat()  # of what a link leads to
+            if _others_write(found) or {found.st_uid, inside.lstat().st_uid} - {os.geteuid(), 0}:
                 raise ConfigError(
-                    f"{inside}: torch.compile loads code from it, but others may write to it; delete {folder}, or name "
-                    f"another folder with {variable}=..."
+                    f"{inside}: torch.compile loads code from it, but it belongs to somebody else, or others may write "
+                    f"to it; delete {folder}, or name another folder with {variable}=..."
                 )
 
 

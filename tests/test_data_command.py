@@ -19,6 +19,7 @@ from sasa_train.config.compose import compose_config
 from sasa_train.data.class_names import look_alikes
 from sasa_train.data.datasets import load_image_sets, load_val_set
 from sasa_train.data.decoding import to_rgb
+from sasa_train.data.depth import describe_dark
 from sasa_train.data.shards import find_shards
 from sasa_train.dataset_tool import imagenet, prepare, run_command, writing
 from sasa_train.refusal import ConfigError
@@ -788,3 +789,9 @@ def test_classes_of_nearly_one_name_are_told_from_others():
     assert [len(look_alikes(names)) for names in alike] == [1] * 9
     others = ["C", "C++", "C#", "12", "1-2", "copy", "(1)", "dog", "dogs", "a b", "ab", "copy of", "war (conflict)"]
     assert look_alikes(others) == []
+
+
+def test_a_few_bright_files_do_not_hide_that_most_are_dark():
+    """One pixel that is white, in one of 24 files of which 10 bits are used, silenced the warning."""
+    assert describe_dark([0.01] * 23 + [1.0]).startswith("23 of 24 16-bit files stay below 1.4% of their range")
+    assert describe_dark([0.01, 0.9]) == describe_dark([]) == ""

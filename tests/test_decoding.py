@@ -496,6 +496,7 @@ def cropped_avif() -> bytes:
     return content
 
 
+SLOPE = np.add.outer(2 * np.arange(64), np.arange(64)).astype("u1")
 THREE, TWO = np.stack([RAMP] * 3, -1).astype("u1"), np.stack([RAMP] * 2, -1).astype("u1")
 FOUR = np.stack([RAMP] * 4, -1).astype("u1")
 CMYK = {"PhotometricInterpretation": 5}
@@ -511,6 +512,10 @@ def zeros_behind(content: bytes) -> bytes:
     with Image.open(io.BytesIO(content)) as image:
         start, size = image.tag_v2[273][0], image.tag_v2[279][0]
     return content[: start + size // 2] + bytes(size - size // 2) + content[start + size :]
+
+
+def half_zeros(content: bytes) -> bytes:
+    return content[: len(content) // 2] + bytes(len(content) - len(content) // 2)
 
 
 def sticker(x: int) -> Image.Image:
@@ -589,6 +594,9 @@ MISREAD = {
     "jpeg-ends": (ended_early(), "ends before its last pixels"),
     "jpeg-zeros": (zeros_behind(encoded(NOISE, "JPEG", quality=95)), "a damaged JPEG: zeros stand"),
     "fax-zeros": (zeros_behind(encoded(NOISE.convert("1"), "TIFF", compression="group4")), "zeros stand.*of strip 0"),
+    "deflate-zeros": (zeros_behind(tiff(SLOPE, Compression=8)), "zeros stand.*of strip 0"),
+    "jpeg-strip-zeros": (zeros_behind(encoded(NOISE, "TIFF", compression="jpeg")), "zeros stand.*of strip 0"),
+    "webp-zeros": (half_zeros(encoded(NOISE, "WEBP", lossless=True)), "a damaged WebP: zeros stand"),
     "jp2-signed": (boxes().replace(b"\x07\x01\x01" * 3, b"\x87\x01\x01" * 3), "ihdr"),
     "j2k-signed": (
         encoded(corners(), "JPEG2000", no_jp2=True).replace(b"\x07\x01\x01" * 3, b"\x87\x01\x01" * 3),
@@ -619,6 +627,7 @@ def test_grey16_refuses_an_avif_of_which_pillow_keeps_fewer_bits():
 
 
 if "AVIF" in FORMATS:
+    MISREAD["avif-zeros"] = (half_zeros(encoded(NOISE, "AVIF", quality=99)), "a damaged AVIF: zeros stand")
     MISREAD["avif-crop"] = (cropped_avif(), r"a crop \(clap\).*convert it")
 
 

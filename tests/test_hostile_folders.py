@@ -312,6 +312,10 @@ def test_checkpoints_that_became_a_link_are_not_written_through(run_dir, elsewhe
         (run_dir / "checkpoints").symlink_to(elsewhere)
         with pytest.raises(ExpectedFailure, match="checkpoints has become a symbolic link"):
             run.check_lock()
+        (run_dir / "checkpoints").unlink()
+        (run_dir / "checkpoints").mkdir()  # of another run, whose checkpoints were deleted as this run's older ones
+        with pytest.raises(ExpectedFailure, match="checkpoints has been replaced by another folder"):
+            run.check_lock()
 
 
 @pytest.mark.parametrize("way", ["linked", "moved", "none"])
@@ -408,7 +412,19 @@ def test_code_that_torch_compiles_is_not_loaded_from_where_others_can_write(tmp_
     (folder / "fx").mkdir()
     (folder / "fx/code.py").touch()
     (folder / "fx/code.py").chmod(0o666)  # written under umask 0
-    assert f"{folder}/fx/code.py: torch.compile loads code from it, but others" in in_process(*command, expect=2).stderr
+    assert (
+        f"{folder}/fx/code.py: torch.compile loads code from it, but it belongs to"
+        in in_process(*command, expect=2).stderr
+    )
+    (folder / "fx/code.py").unlink()
+    (folder / "fx/code.py").symlink_to(tmp_path / "foreign.py")
+    (tmp_path / "foreign.py").touch()
+    (tmp_path / "foreign.py").chmod(0o666)
+    assert f"{folder}/fx/code.py: torch.compile loads code from it, but it" in in_process(*command, expect=2).stderr
+    if os.geteuid() == 0:
+        (tmp_path / "foreign.py").chmod(0o644)
+        os.chown(tmp_path / "foreign.py", 12345, 12345)
+        assert f"{folder}/fx/code.py: torch.compile loads code from it" in in_process(*command, expect=2).stderr
     folder.chmod(0o777)
     (folder / "code.so").touch()
     assert f"{folder}: torch.compile loads code from it, but" in in_process(*command, expect=2).stderr

@@ -55,7 +55,7 @@ def define_operator(
         composition: computes what `forward` does with operations of PyTorch, none in place.
         batch_dims: the batch dimension of each of `tensors` (None: shared by a batch); by default, torch.vmap loops.
     """
-    num_before, num_tensors, num_options = sizes = len(grads + kept), tensors.count(",") + 1, options.count(",") + 1
+    num_before, num_tensors, _ = sizes = len(grads + kept), tensors.count(",") + 1, options.count(",") + 1
     schemas = {
         name: f"({tensors}, {options}) -> {outputs}",
         f"{name}_backward": f"({backward_inputs}, {tensors}, {options}{', bool needs_x' * skips_first}) -> Tensor[]",
@@ -69,25 +69,31 @@ def define_operator(
 
     def setup_context(ctx, inputs, output):
         found, ctx.options = output if isinstance(output, tuple) else (output,), inputs[num_tensors:]
-        # By default, PyTorch would fill a tensor with zeros for each output that is not differentiated.
-        ctx.set_materialize_grads(len(grads) > 1)
+        ctx.set_materialize_grads(len(grads) > 1)  # no zeros for the outputs that nothing differentiates
         outputs = (found[i] if i or keeps_output(found[0], *ctx.options) else None for i in kept)
         ctx.save_for_backward(*outputs, *inputs[:num_tensors])
 
-    def run_backward(ctx, *grad_outputs):
-        if grad_outputs[grads[0]] is None:
-            return (None,) * (num_tensors + num_options)
-        saved, needs_first = ctx.saved_tensors, ctx.needs_input_grad[0] or not skips_first
-        arguments = (*(grad_outputs[i] for i in grads), *saved, *ctx.options, *[needs_first] * skips_first)
-        present = iter(backward_op(*arguments))
-        has_grad = (needs_first, *(x is not None for x in saved[len(kept) + 1 :]))
-        return (*(next(present) if has else None for has in has_grad), *[None] * num_options)
-
+    run_backward = functools.partial(_run_backward, backward_op, grads, len(kept), sizes, skips_first)
     op.register_autograd(run_backward, setup_context=setup_context)
     gradients = functools.partial(_differentiate, composition, grads, sizes, skips_first)
     _complete(name, op, backward_op, composition, gradients, batch_dims)
     _register_flops(name, flops, num_before)
     return functools.partial(_call, op)
+
+
+def _run_backward(
+    backward_op: Callable[..., list[Tensor]], grads: Sequence[int], num_kept: int, sizes: tuple[int, int, int],
+    skips_first: bool, ctx: Any, *grad_outputs: Tensor | None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Return the gradients of an op's tensors and options by its backward op; `sizes`: see `_differentiate`."""
+    _, num_tensors, num_options = sizes
+    if grad_outputs[grads[0]] is None:
+        return (None,) * (num_tensors + num_options)
+    saved, needs_first = ctx.saved_tensors, ctx.needs_input_grad[0] or not skips_first
+    arguments = (*(grad_outputs[i] for i in grads), *saved, *ctx.options, *[needs_first] * skips_first)
+    present = iter(backward_op(*arguments))
+    has_grad = (needs_first, *(x is not None for x in saved[num_kept + 1 :]))
+    return (*(next(present) if has else None for has in has_grad), *[None] * num_options)
 
 
 def _call(op: Callable[..., Any], *arguments: Any) -> Any:

@@ -21,12 +21,14 @@ def peak_of(image: Image.Image, decoding: Decoding) -> float | None:
 
 
 def describe_dark(peaks: Sequence[float]) -> str:
-    """Say that all 16-bit images, which have these peaks, are dark, with the remedy; otherwise, return ""."""
-    if not peaks or max(peaks) >= DARK:
+    """Say that most 16-bit images, which have these peaks, are dark, with the remedy; otherwise, return ""."""
+    dark = [peak for peak in peaks if peak < DARK]
+    if 2 * len(dark) <= len(peaks):
         return ""
-    count = "1 16-bit file stays" if len(peaks) == 1 else f"{len(peaks):,} 16-bit files stay"
+    of_all = f" of {len(peaks):,}" if len(dark) < len(peaks) else ""
+    count = "1 16-bit file stays" if len(peaks) == 1 else f"{len(dark):,}{of_all} 16-bit files stay"
     return (
-        f"{count} below {max(peaks) + LEVEL:.1%} of their range: rescale them, or state their largest value "
+        f"{count} below {max(dark) + LEVEL:.1%} of their range: rescale them, or state their largest value "
         "(MaxSampleValue in TIFF, maxval in PGM)"
     )
 

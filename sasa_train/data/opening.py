@@ -1,5 +1,6 @@
 """Open images, and refuse files that Pillow would decode to something else than they show, without a word."""
 
+from collections.abc import Iterator
 from typing import BinaryIO
 
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -8,6 +9,7 @@ from sasa_train.data import tiff
 from sasa_train.data.jpeg2000 import boxes_of, check_jpeg2000
 from sasa_train.data.whole import check_chunks, check_end, check_restarts
 
+NUM_ZEROS = 64  # at the end of compressed pixels, which no encoder writes
 DEEP_AVIF = "sasa_train: more than 8 bits"  # key of an AVIF's `info`
 
 
@@ -56,15 +58,21 @@ def _check(file: BinaryIO, image: Image.Image) -> None:
         check_restarts(file)
     elif image.format == "JPEG2000":
         check_jpeg2000(file)
-    elif image.format == "WEBP" and image.mode == "RGB" and _is_partly_covered(file):
-        raise ValueError(
-            "an animation (WebP) whose first frame covers a part of it; Pillow makes the rest black instead of "
-            "transparent; save the frame as a PNG"
-        )
+    elif image.format == "WEBP":
+        if image.mode == "RGB" and _is_partly_covered(file):
+            raise ValueError(
+                "an animation (WebP) whose first frame covers a part of it; Pillow makes the rest black instead of "
+                "transparent; save the frame as a PNG"
+            )
+        if any(kind in (b"VP8 ", b"VP8L") and _ends_with_zeros(data) for kind, data in _chunks_of_webp(file)):
+            raise ValueError("a damaged WebP: zeros stand where its last pixels should be; replace the file")
     elif image.format == "AVIF":
         properties = _properties(file)
         if b"clap" in dict(properties):
             raise ValueError("an AVIF with a crop (clap), which Pillow ignores; convert it, for example to PNG")
+        file.seek(0)
+        if any(kind == b"mdat" and _ends_with_zeros(box) for kind, box in boxes_of(memoryview(file.read()))):
+            raise ValueError("a damaged AVIF: zeros stand where its last pixels should be; replace the file")
         image.info[DEEP_AVIF] = any(kind == b"av1C" and len(box) > 2 and box[2] & 0x40 for kind, box in properties)
     elif image.format == "GIF" and _has_grey_palette_beside_another(file):
         raise ValueError(
@@ -87,6 +95,21 @@ def _has_alpha_of_16_bits(file: BinaryIO) -> bool:
     header = file.read(56)
     size, bits, compression = (int.from_bytes(header[i : i + n], "little") for i, n in ((0, 4), (14, 2), (16, 4)))
     return size >= 56 and bits == 16 and compression in (3, 6) and any(header[52:56])
+
+
+def _ends_with_zeros(codes: memoryview) -> bool:
+    """Whether compressed pixels end with zeros, as in a file that was not copied whole."""
+    return len(codes) > 4 * NUM_ZEROS and not any(codes[-NUM_ZEROS:])
+
+
+def _chunks_of_webp(file: BinaryIO) -> Iterator[tuple[bytes, memoryview]]:
+    """Yield the kind and the content of each chunk of a WebP."""
+    file.seek(0)
+    content, place = memoryview(file.read()), 12
+    while place + 8 <= len(content):
+        size = int.from_bytes(content[place + 4 : place + 8], "little")
+        yield bytes(content[place : place + 4]), content[place + 8 : place + 8 + size]
+        place += 8 + size + size % 2
 
 
 def _properties(file: BinaryIO) -> list[tuple[bytes, memoryview]]:

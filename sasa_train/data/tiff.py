@@ -22,7 +22,10 @@ REDUCED, MASK = 1, 4
 SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 MAX_PAGES = 100  # of a file to look at; the time that Pillow takes grows with the square of their number
 FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)  # JPEG's markers before the number of rows
-FAX, ZEROS = ("tiff_ccitt", "group3", "group4"), bytes(16)  # no code has as many zeros
+# What a whole strip cannot end with, though libtiff takes it for pixels: deflate's checksum is not 0, a JPEG ends with
+# its marker, zstd with a block's header and at most one byte for many zeros, and no fax code has as many zeros.
+NO_END = {"tiff_adobe_deflate": bytes(4), "tiff_deflate": bytes(4), "jpeg": bytes(16), "zstd": bytes(16)}
+NO_END |= dict.fromkeys(("tiff_ccitt", "group3", "group4"), bytes(16))
 STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 # Pillow ignores these tags, so only values that leave the pixels' meaning as it is without them are read. Those that
@@ -105,8 +108,8 @@ def check_page(file: BinaryIO, image: Image.Image) -> None:
         _check_ycbcr(image, is_raw, is_jpeg)
     if is_raw or is_jpeg:
         _check_strips(file, image, is_raw)
-    if image.info.get("compression") in FAX:
-        _check_fax(file, image)
+    if (zeros := NO_END.get(str(image.info.get("compression")))) is not None:
+        _check_tails(file, image, zeros)
     if IN_PLANES in numbers(image, PLANAR):
         _check_planes(image, is_raw)
 
@@ -210,14 +213,14 @@ def _check_strips(file: BinaryIO, image: Image.Image, is_raw: bool) -> None:
             )
 
 
-def _check_fax(file: BinaryIO, image: Image.Image) -> None:
-    """Check that no strip ends with zeros, as in a file that was not copied whole: libtiff takes them for pixels."""
+def _check_tails(file: BinaryIO, image: Image.Image, zeros: bytes) -> None:
+    """Check that no strip or tile ends with these zeros."""
     offsets = numbers(image, STRIP_OFFSETS) or numbers(image, TILE_OFFSETS)
     sizes = numbers(image, STRIP_BYTES) or numbers(image, TILE_BYTES)
     for number, (offset, size) in enumerate(zip(offsets, sizes, strict=False)):
-        tail = min(int(size), len(ZEROS))
+        tail = min(int(size), len(zeros))
         file.seek(int(offset + size) - tail)
-        if file.read(tail) == ZEROS:
+        if file.read(tail) == zeros:
             raise ValueError(
                 f"a damaged TIFF: zeros stand where the pixels of strip {number} should be; replace the file"
             )

@@ -338,11 +338,13 @@ def _first_excess(content: dict[str, Any]) -> str | None:
 
 
 def _tensors(content: Any) -> Iterator[torch.Tensor]:
-    if is_dense(content):
-        yield content
-    elif isinstance(content, dict | list | tuple):
-        for part in content.values() if isinstance(content, dict) else content:
-            yield from _tensors(part)
+    left = [content]
+    while left:
+        part = left.pop()
+        if is_dense(part):
+            yield part
+        elif isinstance(part, dict | list | tuple):
+            left += part.values() if isinstance(part, dict) else part
 
 
 def _sha256_of_best(content: dict[str, Any], path: Path) -> str | None:

@@ -63,6 +63,7 @@ class RunFolder:
     provenance: dict[str, Any] = field(default_factory=dict)  # of the current start
     made: list[Path] = field(default_factory=list)  # this folder and those around it, if this start made them
     given: dict[str, str] = field(default_factory=dict)  # paths as they stay in the saved config
+    own_checkpoints: os.stat_result | None = None  # the folder of checkpoints, at the last look
 
     def is_ours(self) -> bool:
         """Return whether this process holds the lock, and the folder is still the one that it locked."""
@@ -82,11 +83,19 @@ class RunFolder:
                 "run. This run stops without writing; continue it from its folder's new place with resume=..., or once "
                 "no other run uses this folder"
             )
-        if (self.path / "checkpoints").is_symlink():
+        place = self.path / "checkpoints"
+        if place.is_symlink():
             raise ExpectedFailure(
-                f"{self.path}/checkpoints has become a symbolic link, through which this run does not write; put there "
-                "what it links to, and run the same command again"
+                f"{place} has become a symbolic link, through which this run does not write; put there what it links "
+                "to, and run the same command again"
             )
+        found = place.stat() if self.lock is not None and place.exists() else None
+        if found is not None and self.own_checkpoints is not None and not os.path.samestat(found, self.own_checkpoints):
+            raise ExpectedFailure(
+                f"{place} has been replaced by another folder, in which this run does not write; put its own back, and "
+                "run the same command again"
+            )
+        self.own_checkpoints = found
 
     @contextlib.contextmanager
     def discarded_if_refused(self) -> Iterator[None]:
