@@ -8,6 +8,7 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
+from sasa_train import machine
 from sasa_train.config.keys import OWN_MODELS, ModelConfig
 from sasa_train.models import AttentionStem, LocalSelfAttention2d, build_model, check_model, fold_batch_norms
 from sasa_train.models.counting import count_flops, count_params, meta_model
@@ -266,10 +267,14 @@ def test_folded_batch_norms_change_nothing_but_speed(name, border):
     assert left == (stem == "attention") + (blocks if border == "zero" and name != "conv_resnet26" else 0)
 
 
-def test_a_pointwise_convolution_is_the_convolution():
+@pytest.mark.parametrize("vendor,products", [("GenuineIntel", (1, 1, 0)), ("AuthenticAMD", (1, 0, 0))])
+def test_a_pointwise_convolution_is_the_convolution(vendor, products, monkeypatch):
+    """Maps of 5 x 5, 8 x 8 and 30 x 30 are products or convolutions by what is faster on the processor."""
+    monkeypatch.setattr(machine, "_processor_fields", lambda: {"vendor_id": vendor})
     torch.manual_seed(0)
     conv = PointwiseConv2d(6, 10)
-    for size in (5, 30):
+    for size, is_product in zip((5, 8, 30), products, strict=True):
+        assert (size * size <= conv.max_positions) == is_product
         images = torch.randn(2, 6, size, size)
         expected = torch.nn.functional.conv2d(images, conv.weight)
         for memory_format in (torch.contiguous_format, torch.channels_last):

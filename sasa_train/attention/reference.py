@@ -77,7 +77,7 @@ def local_attention_forward(inputs: Inputs, window: Window) -> Tensor:
 
 
 def attention_weights(inputs: Inputs, window: Window) -> Tensor:
-    """Return the softmax weights [B, N, H, W, K*K] in row-major window order; see dispatch.py."""
+    """Return the softmax weights [B, N, H, W, K*K] in row-major window order; sum 1, or less with a null key."""
     return _attn_weights(inputs, window).permute(4, 1, 2, 3, 0)
 
 

@@ -328,7 +328,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def _first_excess(content: dict[str, Any]) -> str | None:
     """Say that the tensors would take much more memory than the file has bytes, or return None."""
-    tensors = list(_tensors(content))
+    tensors = list(filter(is_dense, _parts(content)))
     stored = sum({(storage := x.untyped_storage()).data_ptr(): storage.nbytes() for x in tensors}.values())
     # An optimizer loads its state in its parameters' dtype. Layers may share weights, and weights may be bfloat16.
     loaded = sum(x.numel() * max(x.itemsize, 4) for x in tensors)
@@ -337,14 +337,15 @@ def _first_excess(content: dict[str, Any]) -> str | None:
     return f"its tensors are {loaded:,} bytes when loaded, and share {stored:,} bytes in the file"
 
 
-def _tensors(content: Any) -> Iterator[torch.Tensor]:
+def _parts(content: Any) -> Iterator[Any]:
+    """Yield what a checkpoint's lists and dicts hold, at any depth."""
     left = [content]
     while left:
         part = left.pop()
-        if is_dense(part):
-            yield part
-        elif isinstance(part, dict | list | tuple):
+        if isinstance(part, dict | list | tuple):
             left += part.values() if isinstance(part, dict) else part
+        else:
+            yield part
 
 
 def _sha256_of_best(content: dict[str, Any], path: Path) -> str | None:
@@ -653,6 +654,6 @@ def _linked(path: Path, beside: Path) -> Path:
 
 def _num_bytes(content: Any) -> int:
     """Return the total size in bytes of all tensors and strings, which is within a few KB of the checkpoint's size."""
-    if isinstance(content, dict | list | tuple):
-        return sum(map(_num_bytes, content.values() if isinstance(content, dict) else content))
-    return content.nbytes if isinstance(content, torch.Tensor) else len(content) if isinstance(content, str) else 0
+    parts = list(_parts(content))
+    num_of_tensors = sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
+    return num_of_tensors + sum(len(part) for part in parts if isinstance(part, str))
