@@ -472,14 +472,21 @@ def ended_early() -> bytes:
     return content[: len(content) * 4 // 5] + b"\xff\xd9"
 
 
-def short_in_tiff() -> bytes:
-    """Return a TIFF with one strip of 32 rows, of which the JPEG in it has 16."""
-    content = bytearray(encoded(corners(), "TIFF", compression="jpeg"))
+def short_in_tiff(image: Image.Image | None = None, compression: str = "jpeg") -> bytes:
+    """Return a TIFF with one strip of 32 rows, of which its codes have those of the image, by default 16."""
+    content = bytearray(encoded(image or corners(), "TIFF", compression=compression))
     start = int.from_bytes(content[4:8], "little") + 2
     for entry in range(start, start + 12 * int.from_bytes(content[start - 2 : start], "little"), 12):
         if int.from_bytes(content[entry : entry + 2], "little") in (257, 278):
             content[entry + 8 : entry + 10] = struct.pack("<H", 32)
     return bytes(content)
+
+
+def scan(height: int = 64) -> Image.Image:
+    """Return the upper part of a black bar on white paper, as a fax or a scan has it."""
+    pixels = np.full((64, 64), 255, "u1")
+    pixels[8:12, 16:40] = pixels[24:30, 20:60] = 0
+    return Image.fromarray(pixels[:height]).convert("1")
 
 
 def cropped_avif() -> bytes:
@@ -594,6 +601,8 @@ MISREAD = {
     "jpeg-ends": (ended_early(), "ends before its last pixels"),
     "jpeg-zeros": (zeros_behind(encoded(NOISE, "JPEG", quality=95)), "a damaged JPEG: zeros stand"),
     "fax-zeros": (zeros_behind(encoded(NOISE.convert("1"), "TIFF", compression="group4")), "zeros stand.*of strip 0"),
+    "fax-4-few-rows": (short_in_tiff(scan(20), "group4"), "strip 0 lacks rows"),
+    "fax-3-few-rows": (short_in_tiff(scan(20), "group3"), "strip 0 lacks rows"),
     "deflate-zeros": (zeros_behind(tiff(SLOPE, Compression=8)), "zeros stand.*of strip 0"),
     "jpeg-strip-zeros": (zeros_behind(encoded(NOISE, "TIFF", compression="jpeg")), "zeros stand.*of strip 0"),
     "webp-zeros": (half_zeros(encoded(NOISE, "WEBP", lossless=True)), "a damaged WebP: zeros stand"),
@@ -607,6 +616,16 @@ MISREAD = {
         "a part of it",
     ),
 }
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["bits-first-to-last", "bits-last-to-first"])
+@pytest.mark.parametrize("strip", [{}, {278: 16}, {292: 1}], ids=["one-strip", "strips-of-16", "two-dimensional"])
+@pytest.mark.parametrize("group", ["group3", "group4"])
+def test_whole_fax_codes_are_read(tmp_path, group, strip, reverse):
+    for image in (scan(), NOISE.convert("1"), ImageOps.invert(scan()), scan(5)):
+        order = {266: 2} if reverse else {}
+        content = encoded(image, "TIFF", compression=group, tiffinfo=strip | order)
+        assert np.array_equal(read(tmp_path, content), np.array(image.convert("RGB")))
 
 
 # 4 x 4 greys of 12 bits, which Pillow cannot write

@@ -8,12 +8,13 @@ from typing import BinaryIO
 
 from PIL import Image, ImageFile
 
+from sasa_train.data import fax
 from sasa_train.data.whole import segments
 
 SUBFILE, WIDTH, LENGTH, BITS, PHOTOMETRIC, FILL_ORDER, STRIP_OFFSETS, CHANNELS = 254, 256, 257, 258, 262, 266, 273, 277
 ROWS_PER_STRIP, STRIP_BYTES, MAX_SAMPLE, PLANAR, COLOUR_MAP, TILE_WIDTH, TILE_LENGTH = 278, 279, 281, 284, 320, 322, 323
 TILE_OFFSETS, TILE_BYTES, SUB_IFDS, DOT_RANGE, EXTRA_SAMPLES, SAMPLE_FORMAT = 324, 325, 330, 336, 338, 339
-DESCRIPTION, OLD_SUBFILE = 270, 255
+DESCRIPTION, OLD_SUBFILE, FAX_OPTIONS = 270, 255, 292
 SMIN_SAMPLE, SMAX_SAMPLE, COEFFICIENTS, SUBSAMPLING, REFERENCE = 340, 341, 529, 530, 532
 # Values of PHOTOMETRIC, SAMPLE_FORMAT, PLANAR, FILL_ORDER, EXTRA_SAMPLES and OLD_SUBFILE, and bits of SUBFILE
 WHITE_IS_ZERO, COLOURS, YCBCR, SIGNED, IN_PLANES, REVERSED, PREMULTIPLIED, OLD_REDUCED = 0, 2, 6, 2, 2, 2, 1, 2
@@ -26,6 +27,7 @@ FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)  # JPEG's markers before the number of r
 # its marker, zstd with a block's header and at most one byte for many zeros, and no fax code has as many zeros.
 NO_END = {"tiff_adobe_deflate": bytes(4), "tiff_deflate": bytes(4), "jpeg": bytes(16), "zstd": bytes(16)}
 NO_END |= dict.fromkeys(("tiff_ccitt", "group3", "group4"), bytes(16))
+FLIPPED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))  # the bits of each byte from the last to the first
 STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 # Pillow ignores these tags, so only values that leave the pixels' meaning as it is without them are read. Those that
@@ -110,6 +112,8 @@ def check_page(file: BinaryIO, image: Image.Image) -> None:
         _check_strips(file, image, is_raw)
     if (zeros := NO_END.get(str(image.info.get("compression")))) is not None:
         _check_tails(file, image, zeros)
+    if (group := fax.GROUPS.get(str(image.info.get("compression")))) is not None:
+        _check_fax(file, image, group)
     if IN_PLANES in numbers(image, PLANAR):
         _check_planes(image, is_raw)
 
@@ -224,6 +228,22 @@ def _check_tails(file: BinaryIO, image: Image.Image, zeros: bytes) -> None:
             raise ValueError(
                 f"a damaged TIFF: zeros stand where the pixels of strip {number} should be; replace the file"
             )
+
+
+def _check_fax(file: BinaryIO, image: Image.Image, group: int) -> None:
+    """Check that strips or tiles of fax codes have all their rows."""
+    (width, length), is_tiled = (one(image, WIDTH, 0), one(image, LENGTH, 0)), TILE_OFFSETS in tags(image)
+    offsets = numbers(image, TILE_OFFSETS if is_tiled else STRIP_OFFSETS)
+    sizes = numbers(image, TILE_BYTES if is_tiled else STRIP_BYTES)
+    rows = one(image, TILE_LENGTH, 0) if is_tiled else min(one(image, ROWS_PER_STRIP, length), length)
+    for number, (offset, size) in enumerate(zip(offsets, sizes, strict=False)):
+        file.seek(int(offset))
+        codes = file.read(int(size))
+        if one(image, FILL_ORDER, 1) == REVERSED:
+            codes = codes.translate(FLIPPED)
+        across, down = (one(image, TILE_WIDTH, 0), rows) if is_tiled else (width, min(rows, length - rows * number))
+        if codes and not fax.has_rows(codes, group, one(image, FAX_OPTIONS, 0), across, down):
+            raise ValueError(f"a damaged TIFF: strip {number} lacks rows of pixels; replace the file")
 
 
 def _lines_of_jpeg(file: BinaryIO, offset: int, count: int) -> int:
