@@ -11,6 +11,7 @@ import yaml
 from attention_oracle import by_loops, window_along
 from reading_runs import rows
 from running_commands import TINY
+from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, conv2d, pad
 
@@ -28,7 +29,7 @@ from sasa_train.visualize.capture import attention_layers
 from sasa_train.visualize.geometry import mean_distances, uniform_distance, window_at
 
 KEYS = ("model.border=shift", "model.dilation=2", "model.scale=inverse_sqrt", "model.kernel_size=[5,3,1,1]",
-        "model.null_key=true", "model.share_rel=false", "model.padding=reflect")  # fmt: skip
+        "model.null_key=true", "model.share_rel=false", "model.own_value=true", "model.padding=reflect")  # fmt: skip
 NET = {"stem": "conv_small", "width": 0.125, "num_heads": 2, "num_classes": 5}
 
 
@@ -48,6 +49,8 @@ def by_hand(layer: LocalSelfAttention2d, x: Tensor) -> Tensor:
         exponentials = (layer.scale * scores).exp()
         weights = exponentials / (exponentials.sum(-1, keepdim=True) + (1 if layer.null_key else 0))
         out[:, :, i, j] = (weights[..., None] * value[:, :, ys, xs]).sum(2)
+    if layer.own_value is not None:
+        out = out + layer.own_value.unflatten(0, (layer.num_heads, 1, 1, -1)) * value
     out = out.permute(0, 1, 4, 2, 3).flatten(1, 2)
     return avg_pool2d(out, 2, ceil_mode=True) if layer.stride == 2 else out
 
@@ -67,6 +70,8 @@ def compute_by_hand(model: nn.Module) -> nn.Module:
         {"dilation": 2, "scale": 0.25},
         {"border": "mask", "kernel_size": (1, 5), "dilation": (1, 2), "scale": 2.0, "null_key": True},
         {"scale": "inverse_sqrt", "null_key": True, "share_rel": False},
+        {"own_value": True, "share_rel": False},
+        {"own_value": True, "stride": 2},
     ],
     ids=str,
 )
@@ -74,6 +79,9 @@ def test_a_layer_has_every_option_of_the_op(keys):
     """The output and the gradient of each parameter equal those of attention built from a list of neighbours."""
     torch.manual_seed(0)
     layer = LocalSelfAttention2d(6, 8, num_heads=2, backend="reference", **{"kernel_size": 3} | keys).double()
+    if layer.own_value is not None:
+        assert torch.equal(layer.own_value, torch.zeros(8).double())  # at first, the key changes nothing
+        nn.init.normal_(layer.own_value)
     x = torch.randn(2, 6, 6, 7, dtype=torch.float64)
     expected, ours = by_hand(layer, x), layer(x)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)  # sums of 15 products near 1 in float64
@@ -84,7 +92,7 @@ def test_a_layer_has_every_option_of_the_op(keys):
         torch.testing.assert_close(of_op, of_hand, rtol=0, atol=1e-11)
     num_rows = (2 * k - 1 if layer.border == "shift" else k for k in pair(layer.kernel_size))
     assert [layer.rel_height.shape[-2], layer.rel_width.shape[-2]] == list(num_rows)
-    if layer.stride == 1:
+    if layer.stride == 1 and layer.own_value is None:
         query, key, value = layer._projections(x)
         options = {"dilation": pair(layer.dilation), "border": layer.border, "scale": layer.scale}
         options["null_key"] = layer.null_key
@@ -167,7 +175,7 @@ def test_earlier_configs_and_run_names_mean_what_they_meant():
     """A config without the keys has their defaults, and runs of `my_images` from before are found by their names."""
     before = compose_config(["model.kernel_size=5", "model.border=zero"])
     values = yaml.safe_load(to_yaml(before))
-    for key in ("dilation", "scale", "null_key", "share_rel", "padding"):
+    for key in ("dilation", "scale", "null_key", "share_rel", "own_value", "axial", "padding"):
         assert key in MODEL_KEYS and values["model"].pop(key) is None
     assert load_config(yaml.safe_dump(values)) == before
     assert compose_config(["model.kernel_size=[5,5,5,5]"]) == compose_config(["model.kernel_size=5"])
@@ -192,18 +200,45 @@ def test_costs_of_each_key():
     assert count_flops(per_stage, 224) < count_flops(plain, 224)
 
 
-@pytest.mark.parametrize("null_key", [False, True])
-def test_norms_fold_where_the_weights_inside_the_image_sum_to_one(null_key):
+@pytest.mark.parametrize("key", [None, "null_key", "own_value"])
+def test_norms_fold_where_outputs_are_averages_of_values(key):
     torch.manual_seed(0)
-    keys = {"border": "shift", "kernel_size": [3, 3, 1, 1], "padding": "reflect", "null_key": null_key}
+    keys = {"border": "shift", "kernel_size": [3, 3, 1, 1], "padding": "reflect"} | ({key: True} if key else {})
     model = timm.create_model("hybrid_resnet26", **keys, **NET).eval()
+    for layer in attention_layers(model).values():
+        if layer.own_value is not None:
+            nn.init.normal_(layer.own_value)
     for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
         nn.init.uniform_(norm.running_mean)
         nn.init.uniform_(norm.weight)
     folded, images = fold_batch_norms(model), torch.randn(2, 3, 8, 8)
     kept = [name for name, module in folded.named_modules() if isinstance(module, nn.BatchNorm2d)]
-    assert all(name.endswith("bn2") for name in kept) and len(kept) == (8 if null_key else 0)  # those after attention
+    assert all(name.endswith("bn2") for name in kept) and len(kept) == (8 if key else 0)  # those after attention
     torch.testing.assert_close(folded(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_own_values_are_added_in_half_precision_and_are_not_decayed():
+    layer = LocalSelfAttention2d(4, 4, 3, 1, own_value=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(1, 4, 5, 5)).dtype == torch.bfloat16
+    model = timm.create_model("hybrid_resnet26", own_value=True, **NET)
+    decayed = param_groups_weight_decay(model, 1.0, model.no_weight_decay())[1]["params"]
+    assert all(parameter.dim() > 1 for parameter in decayed)
+
+
+def test_axial_attention_sees_a_column_and_then_a_row():
+    """Each half equals attention built from a list of neighbours; together they cost less than one window."""
+    torch.manual_seed(0)
+    model = timm.create_model("hybrid_resnet26", axial=True, kernel_size=[5, 3, 3, 3], **NET).eval()
+    shapes = [layer.kernel_size for layer in attention_layers(model).values()]
+    assert shapes == [(5, 1), (1, 5), *[(3, 1), (1, 3)] * 7]
+    assert [layer.stride for layer in attention_layers(model).values()][2:4] == [1, 2]  # pooled at the end
+    images = torch.randn(2, 3, 8, 8)
+    logits = model(images)
+    torch.testing.assert_close(fold_batch_norms(model)(images), logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(compute_by_hand(model)(images), logits, rtol=1e-4, atol=1e-5)  # float32 sums
+    with pytest.raises(ValueError, match=r"layer1 has maps of 8 x 8 .*kernel_size=9 .*kernel_size=\[7,3,1,1\] fits"):
+        timm.create_model("hybrid_resnet26", axial=True, kernel_size=[9, 3, 1, 1], border="shift", **NET)(images)
 
 
 @pytest.mark.parametrize("name", ["conv_resnet26", "hybrid_resnet26"])

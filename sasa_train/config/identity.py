@@ -10,7 +10,9 @@ from sasa_train.config.keys import NOT_TRAJECTORY, TrainConfig, flatten, names_s
 
 NOT_IN_NAMES = r"[^A-Za-z0-9_.-]+"
 # Keys that presets list in `derive` since a later version; they have no part in the names of runs.
-LATER_DERIVED = ("model.dilation", "model.scale", "model.null_key", "model.share_rel", "model.padding")
+LATER_DERIVED = tuple(
+    f"model.{name}" for name in ("dilation", "scale", "null_key", "share_rel", "own_value", "axial", "padding")
+)
 MAX_DATA_NAME = 60  # characters of a data or model folder's name in a run's name
 
 

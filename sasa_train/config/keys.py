@@ -87,6 +87,8 @@ class ModelConfig:
     )
     null_key: bool | None = key(None, "a key of score 0 and value 0, so that a head may attend to nothing (false)")
     share_rel: bool | None = key(None, "one pair of relative embeddings for all heads of a layer (true)")
+    own_value: bool | None = key(None, "add each query's own value times a learned factor per channel (false)")
+    axial: bool | None = key(None, "attention along columns and then rows of K instead of K x K windows (false)")
     padding: str | None = key(None, "border of the convolutions: zeros or reflect (zeros)")
     drop_path_rate: float = key(0.0, "stochastic depth: rate of the last block, linear from 0", at_least=0, below=1)
     bn_momentum: float | None = key(None, "batch norm momentum; null: the model's default (0.1)", at_least=0, below=1)
@@ -435,7 +437,7 @@ NOT_TRAJECTORY = {name for name, f in key_table().items() if f.metadata["may_cha
 # Keys for sasa_train's own models only; timm's models accept none of them.
 MODEL_KEYS = (
     "stem", "stage_ops", "kernel_size", "num_heads", "width", "position", "content", "border", "dilation", "scale",
-    "null_key", "share_rel", "padding",
+    "null_key", "share_rel", "own_value", "axial", "padding",
 )  # fmt: skip
 # Keys that `derive` may list (training/own_images.py).
 DERIVABLE = (

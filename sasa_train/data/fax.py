@@ -38,8 +38,8 @@ def has_rows(codes: bytes, group: int, options: int, width: int, rows: int) -> b
 
 def _decoded(codes: bytes, group: int, options: int, width: int, rows: int) -> bytes:
     """Return the pixels of a TIFF of one strip."""
-    entries = ((256, width), (257, rows), (258, 1), (259, group), (262, 0), (273, 0), (277, 1), (278, rows))
-    entries += ((279, len(codes)), (292 if group == 3 else 293, options))
+    entries = [(256, width), (257, rows), (258, 1), (259, group), (262, 0), (273, 0), (277, 1), (278, rows)]
+    entries += [(279, len(codes)), (292 if group == 3 else 293, options)]
     start = 8 + 2 + 12 * len(entries) + 4
     directory = b"".join(struct.pack("<HHII", tag, 4, 1, start if tag == 273 else n) for tag, n in entries)
     header = struct.pack("<2sHIH", b"II", 42, 8, len(entries))

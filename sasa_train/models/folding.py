@@ -13,8 +13,9 @@ from sasa_train.models.resnet import Bottleneck, ResNet
 def fold_batch_norms(model: ResNet) -> ResNet:
     """Return a copy of `model` in eval mode with batch norms folded into preceding convolutions or value projections.
 
-    Norms after attention with `border="zero"` or `null_key=True`, and norms of attention stems are kept. The outputs of
-    the copy match those of the model up to rounding. The copy has no running statistics and cannot be trained further.
+    Norms are kept after attention with `border="zero"`, `null_key=True` or `own_value=True`, after the first half of
+    axial attention, and in attention stems. The outputs of the copy match those of the model up to rounding. The copy
+    has no running statistics and cannot be trained further.
     """
     model = copy.deepcopy(model).eval()
     for module in model.modules():
@@ -28,14 +29,17 @@ def fold_batch_norms(model: ResNet) -> ResNet:
     return model
 
 
+def _is_average(layer: LocalSelfAttention2d) -> bool:
+    """Whether outputs are averages of values, so that a scale and a bias of the values carry over to them."""
+    return layer.border != "zero" and not layer.null_key and layer.own_value is None
+
+
 @torch.no_grad()
 def _fold(layer: nn.Module, norm: nn.Module) -> nn.Module:
     """Fold `norm` into `layer` if possible, and return the module that replaces the norm."""
     if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None or norm.running_var is None:
         return norm
-    # A scale and a bias of the values carry over to the output of attention, because the attention weights sum
-    # to 1. With border="zero" or a null key, the weights inside the image do not sum to 1.
-    if isinstance(layer, LocalSelfAttention2d) and layer.border != "zero" and not layer.null_key:
+    if isinstance(layer, LocalSelfAttention2d) and _is_average(layer):
         conv: nn.Conv2d = layer.qkv
     elif isinstance(layer, nn.Conv2d):
         conv = layer

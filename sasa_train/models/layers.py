@@ -66,6 +66,8 @@ class LocalSelfAttention2d(nn.Module):
         dilation: the distance between neighbouring keys of a window, or a pair (rows, columns).
         scale: a factor above 0 on the scores, relative terms included, or "inverse_sqrt", for `head_dim**-0.5`.
         null_key: whether each window has one more key, with score 0 and value 0, so that a head may attend to nothing.
+        own_value: whether to add the value at the query's position, times a learned factor per channel (0 at first).
+            Attention weights are positive; with it, a head may also subtract its window's mean.
 
     Raises:
         ValueError: the arguments are incompatible; in forward, a window of `border="shift"` does not fit into the map.
@@ -86,6 +88,7 @@ class LocalSelfAttention2d(nn.Module):
         dilation: Pair = 1,
         scale: float | str = 1.0,
         null_key: bool = False,
+        own_value: bool = False,
     ):
         super().__init__()
         _check_keys(in_channels, out_channels, num_heads, position, content)
@@ -102,17 +105,26 @@ class LocalSelfAttention2d(nn.Module):
         heads = () if share_rel else (num_heads,)
         shapes = tuple((*heads, rows, head_dim // 2) for rows in self._window().table_rows())
         self.rel_height, self.rel_width = _relative_embeddings(shapes if position == "relative" else None)
+        self.own_value = nn.Parameter(torch.empty(out_channels)) if own_value else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.qkv.weight, std=self.qkv.in_channels**-0.5)
         _init_relative(self.rel_height, self.rel_width)
+        if self.own_value is not None:
+            nn.init.zeros_(self.own_value)
 
     def forward(self, x: Tensor) -> Tensor:
         rel = (self.rel_height, self.rel_width)
         options = {"stride": self.stride, "backend": self.backend, **self._options()}
-        out = local_attention_qkv(self._projections(x), *rel, **options)
-        return out.permute(0, 1, 4, 2, 3).flatten(1, 2)
+        projections = self._projections(x)
+        out = _merge_heads(local_attention_qkv(projections, *rel, **options))
+        if self.own_value is None:
+            return out
+        value = _merge_heads(projections[-1])
+        if self.stride == 2:
+            value = nn.functional.avg_pool2d(value, 2, ceil_mode=True)
+        return torch.addcmul(out, self.own_value[:, None, None].to(out.dtype), value)
 
     def attention_weights(self, x: Tensor) -> Tensor:
         """Return what `sasa_train.attention.attention_weights` does for `forward` before pooling, [B, N, H, W, K*K]."""
@@ -167,7 +179,7 @@ class LocalSelfAttention2d(nn.Module):
         return (
             f"kernel_size={self.kernel_size}, num_heads={self.num_heads}, position={self.position}, "
             f"content={self.content}, border={self.border}, stride={self.stride}, dilation={self.dilation}, "
-            f"scale={self.scale:g}, null_key={self.null_key}"
+            f"scale={self.scale:g}, null_key={self.null_key}, own_value={self.own_value is not None}"
         )
 
 
@@ -401,6 +413,11 @@ def _check_maps(x: Tensor, in_channels: int) -> None:
         raise ValueError(f"{expected}; got {type(x).__name__}")
     if x.dim() != 4 or x.shape[1] != in_channels or 0 in x.shape[2:] or not x.dtype.is_floating_point:
         raise ValueError(f"{expected}; got {x.dtype} {list(x.shape)}")
+
+
+def _merge_heads(heads: Tensor) -> Tensor:
+    """Return [B, N, H, W, D] as BCHW; a view if the memory is that of channels_last maps."""
+    return heads.permute(0, 1, 4, 2, 3).flatten(1, 2)
 
 
 def _check_keys(in_channels: int, channels: int, num_heads: int, position: str, content: bool) -> None:

@@ -13,7 +13,7 @@ from timm.layers import DropPath, create_classifier
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from sasa_train.attention.dispatch import check_whole, pair
+from sasa_train.attention.dispatch import Pair, check_whole, pair
 from sasa_train.models.layers import AttentionStem, LocalSelfAttention2d, PointwiseConv2d
 from sasa_train.models.pretrained import checkpoint_filter_fn
 
@@ -42,7 +42,7 @@ class Bottleneck(nn.Module):
         self.conv2: nn.Module = (
             nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False, padding_mode=padding)
             if op == "conv"
-            else LocalSelfAttention2d(channels, channels, stride=stride, **attention)
+            else _build_attention(channels, stride, **attention)
         )
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = PointwiseConv2d(channels, out_channels)
@@ -63,6 +63,18 @@ class Bottleneck(nn.Module):
         return self.act(out)
 
 
+def _build_attention(channels: int, stride: int, kernel_size: Pair, axial: bool, **options) -> nn.Module:
+    """Return attention over a K x K window or, as in Axial-DeepLab (arXiv 2003.07853), over K x 1 and then 1 x K."""
+    if not axial:
+        return LocalSelfAttention2d(channels, channels, kernel_size, stride=stride, **options)
+    rows, columns = pair(kernel_size)
+    return nn.Sequential(
+        LocalSelfAttention2d(channels, channels, (rows, 1), **options),
+        nn.BatchNorm2d(channels),
+        LocalSelfAttention2d(channels, channels, (1, columns), stride=stride, **options),
+    )
+
+
 class ResNet(nn.Module):
     """ResNet with a stem, four stages of bottlenecks, a global average pool and a classifier.
 
@@ -73,8 +85,9 @@ class ResNet(nn.Module):
             paper's Table 7, "attention_plain" and "attention_convvalues".
         stage_ops: "conv" or "attention" for each of the four stages.
         kernel_size: the window size of all stages, or a list of four, one per stage; the attention stem keeps its own.
-        num_heads, position, content, border, share_rel, dilation, scale, null_key: see `LocalSelfAttention2d`; those
-            after `border` are for the stages.
+        num_heads, position, content, border, share_rel, dilation, scale, null_key, own_value: see
+            `LocalSelfAttention2d`; those after `border` are for the stages.
+        axial: whether attention in the stages is over a column of K positions and then, after a batch norm, over a row.
         padding: of the 3x3 and larger convolutions of stem and stages, "zeros" or "reflect" (see `PADDINGS`).
         width: multiplier for the number of channels of every layer.
         drop_path_rate: stochastic depth rate of the last block; the rates increase linearly from 0 at the first block.
@@ -106,13 +119,15 @@ class ResNet(nn.Module):
         null_key: bool = False,
         share_rel: bool = True,
         padding: Padding = "zeros",
+        own_value: bool = False,
+        axial: bool = False,
     ):
         super().__init__()
         _check_arguments(stage_ops, width, dilation, padding)
         kernel_sizes = _per_stage(kernel_size)
         attention = {"num_heads": num_heads, "position": position, "content": content, "border": border}
         attention |= {"backend": backend, "dilation": dilation, "scale": scale, "null_key": null_key}
-        attention["share_rel"] = share_rel
+        attention |= {"share_rel": share_rel, "own_value": own_value, "axial": axial}
         # timm reads num_classes and in_chans when it exports or adapts a model.
         self.num_classes, self.in_chans = num_classes, in_chans
         self.drop_rate, self.grad_checkpointing, self.border = drop_rate, False, border
@@ -220,9 +235,11 @@ def _check_fit(stages: Sequence[nn.Module], height: int, width: int) -> None:
     for i, stage in enumerate(stages):
         kernel_size = 1
         for j, block in enumerate(stage.children()):
-            layer = block.conv2
-            if isinstance(layer, LocalSelfAttention2d):
-                kernel_size, dilation = max(pair(layer.kernel_size)), max(pair(layer.dilation))
+            assert isinstance(block, Bottleneck)
+            layers = [layer for layer in block.conv2.modules() if isinstance(layer, LocalSelfAttention2d)]
+            if layers:
+                kernel_size = max(max(pair(layer.kernel_size)) for layer in layers)
+                dilation = max(pair(layers[0].dilation))
                 most = min(height, width) // dilation
                 if kernel_size > most and not misfit:
                     misfit = f"layer{i + 1} has maps of {height} x {width} positions, and kernel_size={kernel_size} "
