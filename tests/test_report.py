@@ -12,7 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.stats
 import timm
 from marking import slow_but_for
 from measuring_text import wrong_texts
@@ -33,11 +35,11 @@ from sasa_train.models import build_model, check_model
 from sasa_train.models.counting import count_params, meta_model
 from sasa_train.paper import ROWS, matching_row, reference_row
 from sasa_train.refusal import ConfigError
-from sasa_train.report.intervals import mean_interval
+from sasa_train.report.intervals import mean_interval, still_exclude_zero
 from sasa_train.report.jobs import find_jobs
 from sasa_train.report.rows import build_report, paired_difference
 from sasa_train.report.run_list import list_runs
-from sasa_train.report.tables import for_terminal, markdown
+from sasa_train.report.tables import for_terminal, markdown, notes
 from sasa_train.runs.metrics import read_metrics
 from sasa_train.sweep.planning import read_plan
 
@@ -73,6 +75,36 @@ def test_a_mean_and_its_interval_solved_by_hand():
     assert (found.mean, found.n) == (52.0, 3) and found.half_width == pytest.approx(4.303 * 2 / math.sqrt(3), rel=1e-4)
     assert mean_interval([7.0]).half_width is None and mean_interval([7.0]).excludes_zero is None
     assert mean_interval([3.0, 3.0]).half_width == 0 and mean_interval([3.0, 3.0]).excludes_zero
+
+
+def test_holms_correction_is_that_of_its_definition():
+    """In ascending order, the i-th of m p-values is compared with 0.05 / (m - i), up to the first above it."""
+    rng = np.random.default_rng(0)
+    counts = set()
+    for shift in np.linspace(0.0, 3.0, 40):
+        samples = rng.normal(shift * rng.integers(0, 2, (6, 1)), 1.0, (6, 5))
+        p_values = scipy.stats.ttest_1samp(samples, 0, axis=1).pvalue
+        order = np.argsort(p_values)
+        is_below = p_values[order] < 0.05 / np.arange(6, 0, -1)
+        expected = np.zeros(6, bool)
+        expected[order] = np.logical_and.accumulate(is_below)
+        assert still_exclude_zero([mean_interval(list(sample)) for sample in samples]) == list(expected)
+        counts.add(int(expected.sum()))
+    assert {0, 1, 2, 3} <= counts
+    # Without any spread, the difference is as certain as can be; one value alone says nothing.
+    assert still_exclude_zero([mean_interval([3.0, 3.0]), mean_interval([0.0, 0.0]), mean_interval([7.0])]) == [
+        *(True, False, False)
+    ]
+
+
+def test_the_note_names_the_rows_that_holms_correction_leaves(tmp_path):
+    """The interval of 9 excludes 0 by itself (p = 0.04), but not as one of three."""
+    top1 = {3: (40.0, 41.0, 42.0), 5: (50.0, 51.1, 52.0), 7: (41.0, 40.5, 42.1), 9: (40.9, 41.6, 42.5)}
+    results = {((f"model.kernel_size={k}",), seed): [x] for k in top1 for seed, x in enumerate(top1[k])}
+    report = report_of(write_sweep(tmp_path / "s", results), "kernel_size=3")
+    assert [row.difference.excludes_zero for row in report.rows[1:]] == [True, False, True]
+    note = next(line for line in notes(report) if "differences" in line)
+    assert note.endswith("still excludes 0; after Holm's correction for their number, only model.kernel_size=5")
 
 
 def test_a_paired_difference_solved_by_hand(tmp_path):

@@ -4,7 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.special import stdtrit  # scipy.stats.t.ppf without importing scipy.stats, which takes a second
+from scipy.special import (
+    stdtr,
+    stdtrit,
+)  # scipy.stats.t.cdf and .ppf without importing scipy.stats, which takes a second
 
 CONFIDENCE = 0.95
 ENOUGH = 3  # with two seeds, the interval reaches 6 times their distance to either side
@@ -42,6 +45,25 @@ def mean_interval(values: Sequence[float]) -> Interval:
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
     t = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2))
     return Interval(mean, t * deviation / math.sqrt(n), n)
+
+
+def still_exclude_zero(intervals: Sequence[Interval]) -> list[bool]:
+    """Whether each interval still excludes 0 after Holm's correction for their number (Holm 1979)."""
+    p_values = [_p_value(interval) for interval in intervals]
+    found = [False] * len(intervals)
+    for rank, i in enumerate(sorted(range(len(intervals)), key=p_values.__getitem__)):
+        if p_values[i] * (len(intervals) - rank) >= 1 - CONFIDENCE:
+            break
+        found[i] = True
+    return found
+
+
+def _p_value(interval: Interval) -> float:
+    """Return the two-sided p value of Student's t test that the mean is 0."""
+    if not interval.half_width:
+        return float(not (interval.half_width == 0 and interval.mean))
+    t = interval.mean / interval.half_width * stdtrit(interval.n - 1, (1 + CONFIDENCE) / 2)
+    return float(2 * stdtr(interval.n - 1, -abs(t)))
 
 
 def half_width(top1: float, num_images: int) -> float:

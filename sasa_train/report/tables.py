@@ -11,7 +11,7 @@ from sasa_train.config.keys import TrainConfig
 from sasa_train.files import csv_text
 from sasa_train.paper import HELD_OUT_TABLES
 from sasa_train.report.costs import COSTS, describe_front, final_cost
-from sasa_train.report.intervals import ENOUGH, FEW, Interval
+from sasa_train.report.intervals import ENOUGH, FEW, Interval, still_exclude_zero
 from sasa_train.report.rows import Report, Row
 from sasa_train.terminal import duration
 
@@ -179,8 +179,12 @@ def notes(report: Report) -> list[str]:
     if references:
         against = references[0] if len(references) == 1 else f"the reference row ({'; '.join(references)})"
         found.append(f"difference: {figure} minus that of {against}, paired by seed")
-    if (num_intervals := sum(row.difference is not None and row.difference.is_shown for row in report.rows)) > 2:
-        found.append(f"{num_intervals} differences: where none is real, one in twenty intervals still excludes 0")
+    with_interval = {row.label: row.difference for row in report.rows if row.difference and row.difference.is_shown}
+    if len(with_interval) > 2:
+        found.append(
+            f"{len(with_interval)} differences: where none is real, one in twenty intervals still excludes 0; "
+            f"{_after_correction(with_interval)}"
+        )
     counts = sorted({len(row.jobs) for row in report.rows if row.jobs})
     if counts and counts[0] < FEW:
         how_many = " to ".join(dict.fromkeys(str(count) for count in (counts[0], counts[-1])))
@@ -188,6 +192,13 @@ def notes(report: Report) -> list[str]:
         fewer = f"fewer than {ENOUGH} have no interval here"
         found.append(f"few seeds ({how_many}): {rests if report.has_intervals else ''}{fewer}")
     return found + (_paper_notes(report.table, configs) if report.table else [])
+
+
+def _after_correction(differences: dict[str, Interval]) -> str:
+    kept = [
+        label for label, keeps in zip(differences, still_exclude_zero([*differences.values()]), strict=True) if keeps
+    ]
+    return "after Holm's correction for their number, " + (f"only {'; '.join(kept)}" if kept else "none does")
 
 
 def _paper_notes(table: int, configs: list[TrainConfig]) -> list[str]:
