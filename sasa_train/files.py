@@ -234,6 +234,7 @@ def sync_folder(folder: Path) -> None:
 
 # Errors of the disk, or of a file server and the way to it, which may be over later: the file may be whole. Not every
 # system has all of them.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 DISK_FAILED = {
     getattr(errno, name, errno.EIO)
     for name in (
@@ -333,14 +334,14 @@ def _lock_folder(path: Path, name: str, other: str) -> FolderLock:
         except OSError as error:
             text = f"{path} cannot be locked ({error.strerror}): use an output_dir on a disk that can"
             raise ConfigError(text) from None
+        found = os.fstat(file.fileno())
+        text = json.dumps({"host": platform.node(), "process": os.getpid(), "started": now()})
+        file.truncate(0)
+        file.write(text)
+        file.flush()
         opened.pop_all()
-    found = os.fstat(file.fileno())
     identity = found.st_dev, found.st_ino
     _held.add(identity)
-    file.truncate(0)
-    text = json.dumps({"host": platform.node(), "process": os.getpid(), "started": now()})
-    file.write(text)
-    file.flush()
     return FolderLock(file, name, folder, text, identity)
 
 

@@ -224,6 +224,19 @@ def test_what_is_no_data_is_named_and_harmless(image_folder, tmp_path, capsys):
     assert_same_sets(image_folder, tmp_path / "shards")
 
 
+def test_a_class_may_be_named_recycled_but_images_and_masks_are_doubted(image_folder, capsys):
+    """Images beside their masks, as segmentation sets have them, trained as two classes without a word."""
+    for split in ("train", "val"):
+        (image_folder / split / "red").rename(image_folder / split / "Recycled")
+    assert last_line(verify(capsys, image_folder)) == "26 images, nothing wrong"
+    for split in ("train", "val"):
+        (image_folder / split / "Recycled").rename(image_folder / split / "masks")
+        (image_folder / split / "blue").rename(image_folder / split / "images")
+    out = verify(capsys, image_folder)
+    assert "images, masks are read as classes, but named as the parts of one data set" in out
+    assert last_line(out) == "26 images, no problems, 2 warnings"
+
+
 def hide(split: Path, image: Path) -> None:
     """Add what systems leave behind: folders with copies and thumbnails, hidden files, and a link in a circle."""
     for folder in (".ipynb_checkpoints", "@Recycle", "__MACOSX", "found.000", "red/@eaDir"):

@@ -575,6 +575,7 @@ MISREAD = {
     "max-exceeded-16": (tiff(RAMP.astype("<u2"), MaxSampleValue=60), "value 63, but the header says that white is 60"),
     "pgm-exceeded": (b"P5 8 8 # a comment\n62\n" + RAMP.astype("u1").tobytes(), "value 63, .* that white is 62"),
     "ppm-exceeded": (b"P6\n8 8\n300\n" + np.full((8, 8, 3), 301, ">u2").tobytes(), "value 301, .* that white is 300"),
+    "ppm-crlf": (b"P6\r\n8 8\r\n255\r\n" + np.full((8, 8, 3), (200, 100, 0), "u1").tobytes(), "CR LF"),
     "max-lab": (tiff(THREE, PhotometricInterpretation=8, MaxSampleValue=[127] * 3), "MaxSampleValue.*convert it"),
     "max-cmyk-16": (tiff(FOUR.astype("<u2"), **CMYK, MaxSampleValue=[63] * 4), "Pillow keeps only the upper 8 bits"),
     "jp2-5-bits": (boxes(bits=5), "5 bits per channel.*convert it"),

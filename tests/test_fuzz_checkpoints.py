@@ -189,6 +189,7 @@ def rows_of(whole: dict, *more: dict) -> str:
         (lambda _: momentum(torch.zeros(3)), 2, "the checkpoint does not fit this model or optimizer"),
         (lambda _: momentum("text"), 2, "the checkpoint does not fit this model or optimizer"),
         (lambda whole: momentum(buffer(whole).to(torch.int64)), 2, "[0].momentum_buffer has whole numbers [4, 8], and"),
+        (lambda whole: momentum(buffer(whole) / 0), 2, "[0].momentum_buffer is infinite or not a number in places"),
         (lambda whole: {"optimizer": without_entry(whole["optimizer"])}, 2, "optimizer.state has no entry 0, and must"),
         (lambda whole: {"model": with_whole_numbers(whole["model"])}, 2, ".weight is torch.int32, and must be torch.f"),
         (lambda whole: {"ema": with_whole_numbers(whole["ema"])}, 2, "(ema."),

@@ -54,6 +54,14 @@ def test_every_optimizer_of_timm_steps_and_resumes_exactly(name):
             with pytest.raises(ValueError, match="must be a whole number from 1 to step=2"):
                 check_saved(other.plan.config, other.state.model, saved)
         entry["step"] = whole
+    squares = [(entry, key) for entry in saved["optimizer"]["state"].values() for key in entry if "sq" in key]
+    for entry, key in squares[:1]:
+        for wrong, message in ((-1.0, "is negative in places"), (torch.inf, "is infinite or not a number")):
+            whole, entry[key] = entry[key], torch.full_like(entry[key], wrong)
+            with pytest.raises(ValueError, match=f"{key} {message}"):
+                check_saved(other.plan.config, other.state.model, saved)
+            entry[key] = whole
+    assert squares or name != "adamw"
     try_loaded(other.plan.config, other.state.model, other.state.optimizer)  # which changes nothing
     for batch in given[2:]:
         stepper.train_step(iter([batch]))
@@ -79,7 +87,7 @@ def test_a_parameter_without_gradients_needs_no_state_in_a_checkpoint():
     wrong = {
         "no entry": {},
         r"\].momentum_buffer has .*\[2\]": {"momentum_buffer": torch.ones(2)},
-        r"\].momentum_buffer is not a number": {"momentum_buffer": torch.full((3, 4), torch.nan)},
+        r"\].momentum_buffer is infinite or not a number": {"momentum_buffer": torch.full((3, 4), torch.nan)},
         "missing": {"x": 1},
     }
     for message, entry in wrong.items():

@@ -120,6 +120,12 @@ def test_switches_of_torch_that_own_code_sets_are_named(plan, model):
     with torch.backends.mkldnn.flags(enabled=False):
         (line,) = describe_changes(before, conditions(plan, model) | {"commit": None})
     assert line == "mkldnn_enabled: True -> False"
+    torch.backends.mkldnn.conv.fp32_precision = "bf16"
+    try:
+        (line,) = describe_changes(before, conditions(plan, model) | {"commit": None})
+    finally:
+        torch.backends.mkldnn.conv.fp32_precision = "none"
+    assert line == "mkldnn_conv_precision: ieee -> bf16"
 
 
 def test_each_variable_that_shapes_results_is_named_and_no_other(plan, model, monkeypatch):

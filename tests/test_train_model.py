@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import signal
 import sys
@@ -18,6 +19,7 @@ from reading_runs import assert_same_run, last
 from torch import nn
 
 import sasa_train
+from sasa_train import files
 from sasa_train.config import own_code
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.checkpoint import Checkpoints
@@ -175,6 +177,18 @@ def test_a_second_thread_is_kept_out_of_the_folder(nets):
 
     assert sasa_train.train_model([*SMALL, "run_name=one"], model=nets.Net, hooks=[also]).finished
     assert refused == ["out/one is in use by this very process; wait for it, or use another run_name"]
+
+
+def test_a_full_disk_at_the_lock_file_leaves_the_folder_free(nets, monkeypatch):
+    """After a user of a notebook had made room, the folder counted as in use by the process itself."""
+
+    def full() -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(files, "now", full)
+        sasa_train.train_model([*SMALL, "run_name=one"], model=nets.Net)
+    assert sasa_train.train_model([*SMALL, "run_name=one"], model=nets.Net).finished
 
 
 def test_it_trains_in_a_thread(nets):

@@ -67,6 +67,8 @@ NUM_LOOKED_AT = 5  # images of each split
 OBJECTS = ("own", "torchvision", "hf")  # the values of data.name whose images are items of an object
 SHARDS, CLASS_FOLDERS = "tar shards", "class folders"
 SPLIT_LIKE = r"train(ing)?|val(id(ation)?)?|test(ing)?|dev|eval(uation)?"
+# Folders of a set for segmentation or detection, which are no classes
+PART_LIKE = r"images?|imgs?|photos|pictures|(gt_?)?masks?|labels?|annotations?|segmentations?|ground.?truths?|trimaps"
 VAL_SPLITS = {None: ("val", "test"), "val": ("val",), "test": ("test",)}  # by data.split; the first that is there
 
 Shaped = TypeVar("Shaped")
@@ -766,8 +768,16 @@ def _image_set(folder: Path, may_be_splits: bool = False) -> ImageSet:
     if may_be_splits:
         refuse_splits(folder, left_out)
     top = str(folder)
-    doubtful = tuple(left_out.describe_doubtful(top))
+    doubtful = tuple(doubts_about(list(found), left_out, top))
     return labelled(found, folder=top, left_out=left_out.describe(top), doubtful=doubtful)
+
+
+def doubts_about(classes: list[str], left_out: LeftOut, top: str) -> list[str]:
+    """Name what is read from class folders, though perhaps not meant, in paths relative to `top`."""
+    found = left_out.describe_doubtful(top)
+    if all(re.fullmatch(PART_LIKE, name, re.IGNORECASE) for name in classes):
+        found.append(f"{some(classes)} are read as classes, but named as the parts of one data set")
+    return found
 
 
 def labelled(found: Mapping[str, list[str]], **about: Any) -> ImageSet:

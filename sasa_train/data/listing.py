@@ -31,7 +31,7 @@ FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", *(OPTIONAL[name] 
 SYSTEM = re.compile(
     r"__MACOSX|Network Trash Folder|Temporary Items|TheVolumeSettingsFolder|\$(?:RECYCLE\.BIN|Recycle\.Bin)|RECYCLER|"
     r"System Volume Information|found\.\d{3}|lost\+found|__pycache__|@eaDir|@tmp|@sharebin|@Recycle|@Recently-Snapshot|"
-    r"@__thumb|#recycle|#snapshot|~snapshot|_gsdata_|FOUND\.\d{3}|Recycled|#SharedFolders|OneDriveTemp"
+    r"@__thumb|#recycle|#snapshot|~snapshot|_gsdata_|FOUND\.\d{3}|#SharedFolders|OneDriveTemp"
 )
 # Extensions of photos, pictures and scans in formats that are not read.
 OTHER_FORMATS = re.compile(

@@ -91,22 +91,31 @@ def check_whole(file: BinaryIO, image: Image.Image) -> None:
     if image.format == "PNG" and _may_lack_rows(image) and _num_bytes(file) < _num_needed(file):
         raise ValueError("a damaged PNG: it has fewer rows of pixels than its header says; replace the file")
     if image.format == "PPM":
-        _check_maximum(file)
+        _check_netpbm(file)
     if image.format in ("JPEG", "MPO") and _is_grey(image.getpixel((image.width - 1, image.height - 1))):
         _check_last_pixels(file)
 
 
-def _check_maximum(file: BinaryIO) -> None:
-    """Check that no pixel of a binary PGM or PPM is above the maximum in its header; Pillow clips such pixels."""
+def _check_netpbm(file: BinaryIO) -> None:
+    """Check a binary PGM's or PPM's header: that no pixel is above its maximum, and that it ends with one byte.
+
+    Pillow clips such pixels, and takes the second byte of a Windows line end (CR LF) for a pixel's.
+    """
     file.seek(0)
     content = file.read()
     # Magic number, width, height and maximum, each after blanks and comments; one blank follows the maximum.
     header = re.match(rb"P[56]" + rb"(?:\s+(?:#[^\n\r]*[\n\r]\s*)*(\d+))" * 3 + rb"\s", content)
-    if header is None or (most := int(header[3])) in (255, 65535):
+    if header is None:
         return
-    kind = np.uint8 if most < 256 else np.dtype(">u2")
-    count = int(header[1]) * int(header[2]) * (3 if content[1:2] == b"6" else 1)
-    pixels = np.frombuffer(content[header.end() :][: count * np.dtype(kind).itemsize], kind)
+    most, count = int(header[3]), int(header[1]) * int(header[2]) * (3 if content[1:2] == b"6" else 1)
+    kind, start = np.dtype(np.uint8 if most < 256 else ">u2"), header.end()
+    if content[start - 1 : start + 1] == b"\r\n" and len(content) == start + 1 + count * kind.itemsize:
+        raise ValueError(
+            "its header ends with two bytes (CR LF) where the format has one; write it with \\n, or as PNG"
+        )
+    if most in (255, 65535):
+        return
+    pixels = np.frombuffer(content[start:][: count * kind.itemsize], kind)
     if pixels.size and (peak := int(pixels.max())) > most:
         raise ValueError(f"a pixel has the value {peak}, but the header says that white is {most}; mend the header")
 

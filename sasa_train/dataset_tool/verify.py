@@ -25,6 +25,7 @@ from sasa_train.data.datasets import (
     ImageSet,
     UnreadableImage,
     beside_splits,
+    doubts_about,
     holds_shards,
     images_beside_splits,
     kind_of,
@@ -201,7 +202,7 @@ def read_contents(root: Path) -> Contents:
         folders, left_out = listed_folders(folder)
         ambiguous += [f"{names}: one name in two Unicode forms in {split}" for names in twins(list(folders))]
         found[split] = merged(folders)
-        doubtful += left_out.describe_doubtful(str(root))
+        doubtful += doubts_about(list(found[split]), left_out, str(root))
         if split == "all":
             refuse_splits(root, left_out)
         unused.append(left_out.describe(str(root)))

@@ -32,6 +32,7 @@ from sasa_train.data.class_names import MAX_CLASS_NAME
 from sasa_train.data.fingerprint import SOURCES
 from sasa_train.files import (
     DISK_FAILED,
+    DISK_FULL,
     discard,
     is_there,
     open_regular,
@@ -167,9 +168,10 @@ class Checkpoints:
                 raise OSError(0, f"{free / 1e6:,.0f} MB are free")
             self._write(content, is_best)
         except OSError as error:
+            remedy = "Make room" if error.errno in (0, *DISK_FULL) else "Mend this"
             raise CheckpointError(
                 f"{self.folder}: cannot write a checkpoint of {size / 1e6:,.0f} MB ({error.strerror or error}); the "
-                "earlier ones are untouched. Make room and run the same command again"
+                f"earlier ones are untouched. {remedy} and run the same command again"
             ) from error
 
     def _write(self, content: dict[str, Any], is_best: bool) -> None:

@@ -151,11 +151,12 @@ def _libraries(plan: RunPlan) -> dict[str, Any]:
 
 def _switches() -> dict[str, Any]:
     """Return torch's global switches that a user's own code may have set."""
-    tiny = torch.tensor(2e-38)
+    tiny, precision = torch.tensor(2e-38), torch.backends.mkldnn.conv.fp32_precision  # type: ignore[attr-defined]
     return {
         "mkldnn_enabled": torch.backends.mkldnn.enabled,
         "cudnn_enabled": torch.backends.cudnn.enabled,
         "denormals": "kept" if (tiny * 0.1).item() > 0 else "flushed",
+        "mkldnn_conv_precision": "ieee" if precision == "none" else precision,
     }
 
 

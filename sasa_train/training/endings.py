@@ -5,14 +5,13 @@ import sys
 
 from sasa_train.config import own_code
 from sasa_train.config.keys import TrainConfig
-from sasa_train.files import DISK_FAILED
+from sasa_train.files import DISK_FAILED, DISK_FULL
 from sasa_train.machine import is_out_of_memory
 from sasa_train.processes.ranks import rank, world_size
 from sasa_train.refusal import CheckpointError, ConfigError, ExpectedFailure
 from sasa_train.signals import Interrupted, StopRequest
 from sasa_train.terminal import DONE, FAILED, INTERRUPTED, REFUSED, fail, load_torch
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOLCK, errno.EAGAIN, errno.EBUSY, errno.ENOMEM, errno.EINTR)
 
 

@@ -188,8 +188,11 @@ def check_saved(config: TrainConfig, model: nn.Module, saved: dict[str, Any]) ->
                 found = state[number][name]
                 if _kinds(found) != _kinds(value):
                     raise ValueError(f"{where} has {_kinds(found)}, and must have {_kinds(value)}")
-                if isinstance(found, Tensor) and found.isnan().any():  # the next step would spoil the weights
-                    raise ValueError(f"{where} is not a number in places")
+                # The next step would spoil the weights or, divided by an infinite second moment, change nothing.
+                if isinstance(found, Tensor) and not found.isfinite().all():
+                    raise ValueError(f"{where} is infinite or not a number in places")
+                if isinstance(found, Tensor) and "sq" in name and (found < 0).any():
+                    raise ValueError(f"{where} is negative in places, which no square is")
             elif not is_changed:
                 raise ValueError(f"{where} is missing")
     groups = [group for group in saved["optimizer"]["param_groups"] if "step" in group]  # as lamb has it
