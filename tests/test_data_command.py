@@ -142,6 +142,19 @@ def test_classes_and_files_that_may_not_be_meant_are_named(image_folder, capsys,
     assert f"WARNING: {alike}" in said and f"WARNING: {dark}" in said and f"WARNING: {original.format('')}" in said
 
 
+def test_icons_that_vanish_in_their_background_are_named(image_folder, in_process):
+    """White icons on transparency became white images, and only the accuracy told."""
+    shape = np.zeros((17, 19, 4), np.uint8)
+    shape[4:9, 3:11] = 255
+    for image in image_folder.rglob("*.png"):
+        Image.fromarray(np.roll(shape, int(image.stem), 0)).save(image)
+    run = ["experiment=debug", "data=image_folder", "data.root=images", "data.image_size=16", "trainer.max_steps=1"]
+    run += ["trainer.global_batch_size=8"]
+    told = "images with transparent pixels are of one colour with data.background=white: set another colour, or none"
+    assert told in " ".join(in_process("train", *run).stdout.split())
+    assert "of one colour" not in in_process("train", *run, "data.background=black", "run_name=black").stdout
+
+
 def test_further_frames_are_counted(image_folder, capsys):
     """Only the first page of a scan is read; a phone's photo with a preview (MPO) has no page that is left out."""
     folder, pages = image_folder / "train/red", [Image.new("RGB", (19, 17), colour) for colour in ("red", "lime")]
@@ -258,6 +271,9 @@ def test_folders_within_class_folders_are_named(image_folder, tmp_path, capsys):
     assert last_line(out) == "26 images, no problems, 2 warnings"
     load(image_folder)
     assert f"{image_folder}/val: red/dark: {told}" in capsys.readouterr().err
+    (image_folder / "train/red/light").mkdir()
+    shutil.move(image_folder / "train/red/1.png", image_folder / "train/red/light/1.png")
+    assert "if the 2 in train/red are the classes, give that folder" in verify(capsys, image_folder)
 
 
 def test_a_link_yields_to_a_folder_of_another_class(image_folder, capsys):

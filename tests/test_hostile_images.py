@@ -32,6 +32,10 @@ TEXT_BOMB = chunk(b"zTXt", b"key\0\0" + zlib.compress(bytes(50_000_000)))
     "content,reason",
     [
         (EPS, "cannot identify"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "cannot identify image file: it is in HEIC; convert it"),
+        (b"\n<!DOCTYPE html><html>404</html>", "it is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "it is a Git LFS pointer"),
+        (bytes(5000), "it is empty, or zeros alone"),
         (encoded(Image.new("RGB", (5, 3)), "TGA"), "cannot identify"),
         (png(before=TEXT_BOMB), "too large"),
         (png(after=TEXT_BOMB), "too large"),
@@ -41,7 +45,21 @@ TEXT_BOMB = chunk(b"zTXt", b"key\0\0" + zlib.compress(bytes(50_000_000)))
         (png(700, 500)[:-300], "truncated|broken|not enough"),
         (png(7, 5, data=b"\0" * 20), "truncated|broken|not enough"),
     ],
-    ids=["eps", "tga", "text-before", "text-after", "profile", "900-mpx", "100-mpx", "cut", "short"],
+    ids=[
+        "eps",
+        "heic",
+        "html",
+        "lfs",
+        "zeros",
+        "tga",
+        "text-before",
+        "text-after",
+        "profile",
+        "900-mpx",
+        "100-mpx",
+        "cut",
+        "short",
+    ],
 )
 def test_a_hostile_file_is_unreadable_and_says_why(tmp_path, content, reason):
     """Check that only known formats are opened: an EPS file named .jpg would otherwise be passed to Ghostscript."""

@@ -74,6 +74,23 @@ def test_every_optimizer_of_timm_steps_and_resumes_exactly(name):
     assert torch.equal(weights(stepper), weights(other)) and not torch.equal(weights(stepper), start)
 
 
+@pytest.mark.parametrize(
+    "name,entry,value",
+    [("sgd", "dampening", 0.9), ("lamb", "max_grad_norm", 9.0), ("adamw", "decoupled_weight_decay", 0)],
+)
+def test_an_optimizers_arguments_are_those_of_the_config(name, entry, value):
+    """A checkpoint whose group had a dampening trained with it, while run.json and the config denied it."""
+    overrides = (f"optimizer.name={name}", "optimizer.lr=0.01", "optimizer.lr_basis=absolute")
+    stepper, other = setup(*overrides), setup(*overrides)
+    stepper.train_step(iter([next(iter(batches(1)))]))
+    saved = copy.deepcopy(stepper.state.state_dict())
+    (usual,) = {group[entry] for group in saved["optimizer"]["param_groups"]}
+    for group in saved["optimizer"]["param_groups"]:
+        group[entry] = value
+    other.state.load_state_dict(saved)
+    assert usual != value and {group[entry] for group in other.state.optimizer.param_groups} == {usual}
+
+
 def test_a_parameter_without_gradients_needs_no_state_in_a_checkpoint():
     """Any other parameter does, since its momentum would start anew in silence; so does one whose tensor is missing."""
     model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))

@@ -217,6 +217,21 @@ def test_a_size_far_above_the_images_own_is_warned_of(photos, tmp_path, in_proce
     assert "enlarges" not in in_process("train", *line, "data.image_size=16").stderr
 
 
+def test_pages_of_errors_are_no_copies(photos, tmp_path, in_process):
+    """A web page saved as two images made training warn of copies, of which sasa-data verify found none."""
+    (tmp_path / "set").mkdir()
+    photos.rename(tmp_path / "set/train")
+    for seed, image in enumerate(sorted((tmp_path / "set/train").glob("*/*.*"))):
+        other = tmp_path / "set/val" / image.relative_to(tmp_path / "set/train")
+        other.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((20 + seed, 20), 90).save(other.with_suffix(".png"))
+    for split in ("train", "val"):
+        (tmp_path / "set" / split / "blue/page.png").write_text("<html>404</html>")
+    done = in_process("train", "data.root=set", "trainer.max_steps=1", *SHORT[1:])
+    (unreadable,) = tmp_path.glob("outputs/*/unreadable.txt")
+    assert "it is a web page" in unreadable.read_text() and "byte for byte" not in done.stdout + done.stderr
+
+
 def test_images_that_are_in_train_and_in_val_are_named(photos, tmp_path, in_process):
     """A val/ that links to train/, and copies that a tool keeps beside its originals, gave a top1 without a word."""
     (tmp_path / "linked").mkdir()

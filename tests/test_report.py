@@ -40,6 +40,7 @@ from sasa_train.report.jobs import find_jobs
 from sasa_train.report.rows import build_report, paired_difference
 from sasa_train.report.run_list import list_runs
 from sasa_train.report.tables import for_terminal, markdown, notes
+from sasa_train.runs.info import has_finished
 from sasa_train.runs.metrics import read_metrics
 from sasa_train.sweep.planning import read_plan
 
@@ -164,7 +165,8 @@ def test_the_list_has_the_best_run_first_and_only_what_differs(tmp_path, in_proc
         ("d", ["data=image_folder", "data.root=photos"], [99.0, 50.0], "finished"),
         ("e", ["data=image_folder", "data.root=photos", "seed=1"], [60.0, 70.0], "finished"),
     ):
-        write_run(tmp_path / "out" / name, overrides, top1, status=status, num_val_images=72)
+        overrides = [*overrides, "data.max_val_images=72"]
+        write_run(tmp_path / "out" / name, overrides, top1, status=status, num_val_images=10**7)
     lines = in_process("report", "--list", "out").stdout.splitlines()
     assert all(len(line) <= 80 or line.startswith("killed: ") for line in lines)
     words = [line.split() for line in lines]
@@ -413,6 +415,21 @@ def test_numbers_too_large_to_compute_with_are_damage(key, value, tmp_path):
         "\\", ""
     )
     assert visualize.run_command([str(log.parent), "training_curves", "lr_schedule"]) == 2
+
+
+def test_a_run_that_is_called_finished_by_hand_is_not(tmp_path, in_process):
+    """The report called 13 % after epoch 1 of 30 the figure to publish, and the sweep never trained the rest."""
+    run = tmp_path / "run"
+    write_run(run, [*BASE, "trainer.epochs=3"], [20.0], last={"step": 1, "epoch": 1, "top1": 20.0})
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints/last.pt").touch()
+    assert not has_finished(run)
+    (job,) = find_jobs([run]).jobs
+    assert job.state == "damaged" and "epoch 1 of 3, but run.json says that the run finished" in job.reason
+    for name, overrides in (("patient", ["trainer.patience=1"]), ("done", ["trainer.epochs=1"])):
+        write_run(tmp_path / name, [*BASE, *overrides], [20.0], last={"step": 1, "epoch": 1, "top1": 20.0})
+        shutil.copytree(run / "checkpoints", tmp_path / name / "checkpoints")
+        assert has_finished(tmp_path / name) and find_jobs([tmp_path / name]).jobs[0].state == "done"
 
 
 def test_a_training_time_too_large_to_compute_with_is_unknown(tmp_path):

@@ -768,13 +768,13 @@ def _image_set(folder: Path, may_be_splits: bool = False) -> ImageSet:
     if may_be_splits:
         refuse_splits(folder, left_out)
     top = str(folder)
-    doubtful = tuple(doubts_about(list(found), left_out, top))
+    doubtful = tuple(doubts_about(list(found), left_out, folder, folder))
     return labelled(found, folder=top, left_out=left_out.describe(top), doubtful=doubtful)
 
 
-def doubts_about(classes: list[str], left_out: LeftOut, top: str) -> list[str]:
-    """Name what is read from class folders, though perhaps not meant, in paths relative to `top`."""
-    found = left_out.describe_doubtful(top)
+def doubts_about(classes: list[str], left_out: LeftOut, folder: Path, top: Path) -> list[str]:
+    """Name what is read from the class folders in `folder`, though perhaps not meant, in paths relative to `top`."""
+    found = left_out.describe_doubtful(str(top), str(folder))
     if all(re.fullmatch(PART_LIKE, name, re.IGNORECASE) for name in classes):
         found.append(f"{some(classes)} are read as classes, but named as the parts of one data set")
     return found

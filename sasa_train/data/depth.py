@@ -1,4 +1,4 @@
-"""Signs that images of 16 bits per channel use fewer, so that they would be read as almost black."""
+"""Signs that images are read as almost black (16 bits per channel, of which fewer are used) or of one colour."""
 
 from collections.abc import Sequence
 
@@ -33,12 +33,34 @@ def describe_dark(peaks: Sequence[float]) -> str:
     )
 
 
-def warn_of_dark(images: ImageSet, decoding: Decoding) -> str:
-    """Do the same for up to SAMPLE images, spread over the set; unreadable ones are left to those that read them."""
-    peaks = []
+def doubts_about_pixels(images: ImageSet, decoding: Decoding) -> list[str]:
+    """Say that most 16-bit images are dark, or most transparent ones of one colour, of up to SAMPLE over the set.
+
+    Unreadable images are left to those that read them.
+    """
+    looks = []
     for index in np.unique(np.linspace(0, len(images) - 1, SAMPLE).astype(int)).tolist():
         try:
-            peaks.append(images.read(index, lambda image: peak_of(image, decoding)))
+            looks.append(images.read(index, lambda image: (peak_of(image, decoding), _is_blank(image, decoding))))
         except UnreadableImage:
             continue
-    return describe_dark([peak for peak in peaks if peak is not None])
+    peaks = [peak for peak, _ in looks if peak is not None]
+    blanks = [is_blank for _, is_blank in looks if is_blank is not None]
+    return [*filter(None, [describe_dark(peaks), _describe_blank(blanks, decoding)])]
+
+
+def _is_blank(image: Image.Image, decoding: Decoding) -> bool | None:
+    """Whether an undecoded image with transparent pixels is of a single colour when decoded; None for others."""
+    if not image.has_transparency_data or is_16_bit(image):
+        return None
+    extrema = to_rgb(image, decoding).getextrema()
+    return all(low == high for low, high in extrema)  # type: ignore[misc]
+
+
+def _describe_blank(blanks: Sequence[bool], decoding: Decoding) -> str:
+    if 2 * sum(blanks) <= len(blanks):
+        return ""
+    return (
+        f"{sum(blanks):,} of {len(blanks):,} images with transparent pixels are of one colour with "
+        f"data.background={decoding.background}: set another colour, or none to ignore transparency"
+    )

@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from sasa_train.data.class_names import composed
-from sasa_train.data.datasets import Files, ImageSet
+from sasa_train.data.datasets import Files, ImageSet, UnreadableImage
 from sasa_train.data.hf_sets import HfImages
 from sasa_train.data.own_sets import OwnItems
 from sasa_train.data.shards import TarMembers
@@ -68,7 +68,8 @@ def fingerprints(train: ImageSet, val: ImageSet) -> tuple[dict[str, Any], str]:
     """Return the fingerprints of train and val, and a warning if images that were read are in both, otherwise ""."""
     of_train, of_val = dict[bytes, int](), dict[bytes, int]()
     found = {"train": fingerprint(train, of_train), "val": fingerprint(val, of_val)}
-    both = [(val.name(of_val[digest]), train.name(of_train[digest])) for digest in of_val if digest in of_train]
+    same = [(of_val[digest], of_train[digest]) for digest in of_val if digest in of_train]
+    both = [(val.name(i), train.name(j)) for i, j in same if _is_readable(val, i)]
     if not both:
         return found, ""
     example = " = ".join(map(printable, min(both)))
@@ -76,6 +77,15 @@ def fingerprints(train: ImageSet, val: ImageSet) -> tuple[dict[str, Any], str]:
         f"images that are in train and in val, byte for byte: {len(both):,} of {len(of_val):,} that were compared, as "
         f"in {example}; top1 on val is too high; `sasa-data verify` lists such images"
     )
+
+
+def _is_readable(images: ImageSet, index: int) -> bool:
+    """Whether a file can be opened as an image; many an error page or placeholder has the same bytes as another."""
+    try:
+        images.read(index, lambda image: None)
+    except UnreadableImage:
+        return False
+    return True
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], split: str) -> list[str]:

@@ -35,7 +35,7 @@ SYSTEM = re.compile(
 )
 # Extensions of photos, pictures and scans in formats that are not read.
 OTHER_FORMATS = re.compile(
-    r"\.(heic|heif|hif|jxl|svg|psd|xcf|raw|dng|cr2|cr3|nef|arw|orf|rw2|raf|exr|hdr|tga|pcx|ico|icns|eps|pdf|ai|dcm|nii|"
+    r"\.(heic|heif|hif|jxl|svg|psd|xcf|raw|dng|cr2|cr3|nef|arw|orf|rw2|raf|exr|hdr|tga|pam|pcx|ico|icns|eps|pdf|ai|dcm|nii|"
     r"svs|ndpi|czi|nd2|lif|fits|djvu)",
     re.IGNORECASE,
 )
@@ -77,18 +77,23 @@ class LeftOut:
         found = {kind: [path.removeprefix(prefix) for path in paths] for kind, paths in kinds.items() if paths}
         return "; ".join(f"{kind}: {len(paths):,} ({some(paths)})" for kind, paths in found.items())
 
-    def describe_doubtful(self, top: str = "") -> list[str]:
-        """Name what is read, though perhaps not meant: folders within the class folders of `top`, and odd files."""
-        found, prefix = [self._describe_inner(top)] if self.inner else [], os.path.join(top, "")
+    def describe_doubtful(self, top: str = "", folder: str | None = None) -> list[str]:
+        """Name what is read, though perhaps not meant: folders within the class folders of `folder`, and odd files.
+
+        Paths are relative to `top`, which is by default the same folder.
+        """
+        found, prefix = [self._describe_inner(top, folder or top)] if self.inner else [], os.path.join(top, "")
         if self.unnamed:
             names = some([path.removeprefix(prefix) for path in self.unnamed])
             found.append(f"read as images for their content, whatever their names: {len(self.unnamed):,} ({names})")
         return found
 
-    def _describe_inner(self, top: str) -> str:
-        prefix = os.path.join(top, "")
+    def _describe_inner(self, top: str, folder: str) -> str:
+        prefix, above = os.path.join(top, ""), os.path.join(folder, "")
         inner = [path.removeprefix(prefix) for path in sorted(self.inner)]
-        name, count = Counter(path.partition("/")[0] for path in inner).most_common(1)[0]
+        classes = Counter(path.removeprefix(above).partition("/")[0] for path in self.inner)
+        name, count = min(classes.items(), key=lambda item: (-item[1], item[0]))
+        name = os.path.join(folder, name).removeprefix(prefix)
         remedy = f"; if the {count} in {printable(name)} are the classes, give that folder" if count > 1 else ""
         are = (
             "they are not classes of their own, and their images count"

@@ -1,5 +1,6 @@
 """Open images, and refuse files that Pillow would decode to something else than they show, without a word."""
 
+import re
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -10,6 +11,14 @@ from sasa_train.data.jpeg2000 import boxes_of, check_jpeg2000
 from sasa_train.data.whole import check_chunks, check_end, check_restarts
 
 NUM_ZEROS = 64  # at the end of compressed pixels, which no encoder writes
+# What files often are that are named as images but are none that Pillow knows, by the expression that they begin with.
+OTHERS = (
+    (rb"....ftyp(heic|heix|hevc|mif1|msf1)", "in HEIC; convert it to JPEG or PNG"),
+    (rb"(\xff\x0a|....JXL )", "in JPEG XL; convert it to JPEG or PNG"),
+    (rb"version https://git-lfs", "a Git LFS pointer; fetch the file itself with `git lfs pull`"),
+    (rb"\s*<(!DOCTYPE html|html)", "a web page; download the image again"),
+    (rb"\0*\Z", "empty, or zeros alone; copy or download it again"),
+)
 DEEP_AVIF = "sasa_train: more than 8 bits"  # key of an AVIF's `info`
 
 
@@ -28,7 +37,10 @@ def open_image(file: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
         raise ValueError(f"more than {2 * limit:,} pixels exceed the limit of {limit:,} (MAX_IMAGE_PIXELS)") from error
     except UnidentifiedImageError as error:
         file.seek(0)
-        if file.read(4) not in tiff.STARTS:
+        start = file.read(64)
+        if (what := next((what for begins, what in OTHERS if re.match(begins, start, re.DOTALL)), None)) is not None:
+            raise ValueError(f"cannot identify image file: it is {what}") from error
+        if start[:4] not in tiff.STARTS:
             raise
         raise ValueError(
             "a damaged TIFF, or one whose pixels Pillow cannot read, such as 64-bit floats, several channels of "

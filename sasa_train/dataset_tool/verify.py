@@ -202,7 +202,7 @@ def read_contents(root: Path) -> Contents:
         folders, left_out = listed_folders(folder)
         ambiguous += [f"{names}: one name in two Unicode forms in {split}" for names in twins(list(folders))]
         found[split] = merged(folders)
-        doubtful += doubts_about(list(found[split]), left_out, str(root))
+        doubtful += doubts_about(list(found[split]), left_out, folder, root)
         if split == "all":
             refuse_splits(root, left_out)
         unused.append(left_out.describe(str(root)))

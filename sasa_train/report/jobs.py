@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import math
 import os
 import shlex
 import stat
@@ -22,7 +21,7 @@ from sasa_train.config.saved import load_config_file
 from sasa_train.files import LOCK, holder, is_there, read_regular
 from sasa_train.paper import VARIED
 from sasa_train.refusal import ConfigError, shorten
-from sasa_train.runs.info import ENDED, read_info_or_raise
+from sasa_train.runs.info import ENDED, ends_early, read_info_or_raise
 from sasa_train.runs.ledger import Job as LedgerJob
 from sasa_train.runs.ledger import read_ledger
 from sasa_train.runs.metrics import MAX_LOG, best_row, digest_of, read_metrics
@@ -289,9 +288,11 @@ def _wrong_end(job: Job) -> str | None:
     if status == "stopped" and not job.info.get("reason"):
         return "run.json says that a hook stopped the run, but not which"
     row, end, trainer = job.val[-1], job.info.get("last") or job.in_ledger, job.config.trainer
+    early = f"its last val row is of epoch {row['epoch']} of {trainer.epochs}, but run.json says that the run finished"
+    is_early = status != "stopped" and ends_early(vars(trainer), row)
     if isinstance(end, dict):
         if end.get("step", row["step"]) == row["step"] and end.get("top1") == row["top1"]:
-            return _wrong_log(job)
+            return early if is_early and "epoch" in end else _wrong_log(job)
         return (
             f"its last val row is of step {row['step']} with top1 {row['top1']:.2f}, and by "
             f"{'run.json' if job.info.get('last') else 'the ledger'} the run ended at step {shorten(end.get('step'))} "
@@ -299,13 +300,8 @@ def _wrong_end(job: Job) -> str | None:
         )
     if wrong := _wrong_log(job):
         return wrong
-    # An older version did not record the end.
-    is_early = row["epoch"] < trainer.epochs and row["step"] < (trainer.max_steps or math.inf)
-    is_early = is_early and trainer.max_pflops is None
-    if is_early and status != "stopped":
-        return (
-            f"its last val row is of epoch {row['epoch']} of {trainer.epochs}, but run.json says that the run finished"
-        )
+    if is_early:  # an older version did not record the end
+        return early
     if any(before["step"] >= after["step"] for before, after in itertools.pairwise(job.val)):
         return "its val rows are not in order"
     return None

@@ -30,7 +30,8 @@ def list_runs(jobs: list[Job], width: int | None = None) -> str:
             checkpoint = printable(shlex.quote(str(best.run_dir / "checkpoints/last.pt")))
             parts.append(f"{mark_of(group)}  sasa-evaluate {checkpoint}")
             if best.figure == "top1" and (num_images := best.info.get("num_val_images")):
-                parts.append(exactness(best.last, num_images))
+                most = best.config.data.max_val_images if best.config is not None else None
+                parts.append(exactness(best.last, min(num_images, most or num_images)))
         if any(job.state == "killed" for job in group):
             parts.append("killed: no process runs it; the same command, or sasa-train resume=RUN, continues it")
     return "\n".join(parts[1:])

@@ -1,8 +1,12 @@
 """run.json, which records a run's command, code, machine and status; only the run itself writes it."""
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from sasa_train.files import is_there, read_regular, write_atomic
 from sasa_train.runs.schema import MAX_SECONDS, PLAIN, TRACKER_ID, Maybe, first_wrong, number, whole
@@ -13,7 +17,7 @@ ENDED = ("finished", "stopped")  # statuses of runs that no signal or error ende
 CHECKED = {
     "starts": Maybe(list),
     "seconds": Maybe(number(0, MAX_SECONDS)),
-    "num_val_images": Maybe(whole(1)),
+    "num_val_images": Maybe(whole(1, 10**8)),
     "tracker_id": Maybe(TRACKER_ID),
 }
 
@@ -50,5 +54,25 @@ def update_info(run_dir: Path, changes: dict[str, Any]) -> None:
 
 
 def has_finished(run_dir: Path) -> bool:
-    """Whether run.json reports the run as finished, or stopped by a hook, and its last checkpoint still exists."""
-    return read_info(run_dir).get("status") in ENDED and is_there(run_dir / "checkpoints/last.pt")
+    """Whether run.json reports the run as finished, or stopped by a hook, and its last checkpoint still exists.
+
+    A status that the last evaluation belies, as one written by hand does, does not count.
+    """
+    info = read_info(run_dir)
+    if info.get("status") not in ENDED or not is_there(run_dir / "checkpoints/last.pt"):
+        return False
+    if info["status"] == "stopped" or "last" not in info:  # as in runs of earlier versions
+        return True
+    try:
+        # A sweep asks this of hundreds of runs, and `load_config` takes six times as long.
+        trainer = yaml.safe_load(read_regular(run_dir / "config.yaml"))["trainer"]
+        return not ends_early(trainer, info["last"])
+    except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError):  # for those to say who need the config
+        return True
+
+
+def ends_early(trainer: Mapping[str, Any], last: Mapping[str, Any]) -> bool:
+    """Whether a run whose last val row is `last` has more to train by its config, and no other rule may end it."""
+    most = {"epoch": trainer["epochs"], "step": trainer["max_steps"]}
+    may_end = trainer["max_pflops"] is not None or trainer["patience"] is not None
+    return not may_end and all(last[name] < (math.inf if count is None else count) for name, count in most.items())

@@ -19,7 +19,7 @@ from sasa_train.data.class_names import look_alikes
 from sasa_train.data.class_weights import describe_weights
 from sasa_train.data.datasets import Files
 from sasa_train.data.decoding import decoding_of
-from sasa_train.data.depth import warn_of_dark
+from sasa_train.data.depth import doubts_about_pixels
 from sasa_train.data.loader import Loaders
 from sasa_train.device import RunPlan
 from sasa_train.machine import peak_memory
@@ -101,7 +101,8 @@ def describe_balance(config: TrainConfig, loaders: Loaders) -> str:
 def describe_classes(config: TrainConfig, loaders: Loaders) -> str:
     """Name the classes of a set of the user's own with their numbers of train images, the most frequent first.
 
-    Further lines name what may not be meant: folders within class folders, classes of nearly one name, dark images.
+    Further lines name what may not be meant: folders within class folders, classes of nearly one name, dark or blank
+    images.
     """
     if DATA_SETS[config.data.name].num_classes is not None:
         return ""
@@ -109,8 +110,8 @@ def describe_classes(config: TrainConfig, loaders: Loaders) -> str:
     text = some([f"{loaders.classes[label]} {counts[label]:,}" for label in np.argsort(-counts, kind="stable")])
     source = loaders.train_set.source
     doubtful = source.doubtful if isinstance(source, Files) else ()
-    dark = warn_of_dark(loaders.train_set, decoding_of(config.data))
-    return "\nWARNING: ".join([text, *doubtful, *look_alikes(loaders.classes), *filter(None, [dark])])
+    pixels = doubts_about_pixels(loaders.train_set, decoding_of(config.data))
+    return "\nWARNING: ".join([text, *doubtful, *look_alikes(loaders.classes), *pixels])
 
 
 def describe_crowding(device: torch.device) -> str:

@@ -19,6 +19,7 @@ HYPERPARAMETERS = (  # of a group
     "initial_lr", "lr_scale", "weight_decay", "momentum", "betas", "eps", "fused", "foreach", "maximize", "capturable",
     "differentiable", "nesterov", "amsgrad",
 )  # fmt: skip
+CHANGING = {"lr", "step", "max_lr_snapshot"}  # entries of a group that timm's optimizers or the schedule change
 PROGRESS = ("step", "epoch", "evaluated_step", "best", "seconds")  # fields of TrainState that are saved unchanged
 
 
@@ -137,13 +138,16 @@ class TrainState:
 
 def build_state(config: TrainConfig, model: nn.Module, device: torch.device) -> TrainState:
     """Move the model to the device and build the rest of the state."""
-    trainer = config.trainer
+    trainer, optimizer = config.trainer, build_optimizer(config, model)
+    # What an optimizer of the user's own keeps in a group may be its state.
+    is_known = type(optimizer).__module__.partition(".")[0] in ("torch", "timm")
+    arguments = optimizer.defaults.keys() - CHANGING if is_known else ()
     model.to(device).to(memory_format=torch.channels_last if trainer.channels_last else torch.preserve_format)
     return TrainState(
         model,
-        build_optimizer(config, model),
+        optimizer,
         torch.amp.GradScaler(device.type, enabled=trainer.precision == "fp16"),
         Window(device),
         ModelEmaV3(model, decay=trainer.ema_decay, use_warmup=trainer.ema_warmup) if trainer.ema_decay else None,
-        hyperparameters=(*HYPERPARAMETERS, *config.optimizer.args),
+        hyperparameters=tuple(dict.fromkeys([*HYPERPARAMETERS, *config.optimizer.args, *sorted(arguments)])),
     )
