@@ -30,7 +30,8 @@ def test_training_and_evaluation_go_on_and_name_each_bad_image_once(command, in_
     for name in BAD:
         assert said.count(f"train/red/{name}: cannot be read as an image") == 1
         assert said.count(f"val/red/{name}: cannot be read as an image") == 1
-    assert "e-cmyk" not in said and "f-16-bit" not in said
+    named = [line for line in said.splitlines() if "byte for byte" not in line]  # the two splits are alike
+    assert not any(good in line for line in named for good in ("e-cmyk", "f-16-bit"))
     run = tmp_path / "out/bad"
     assert len((run / "unreadable.txt").read_text().splitlines()) == 6
     val = [row for row in map(json.loads, (run / "metrics.jsonl").open()) if row["split"] == "val"]

@@ -4,10 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.special import (
-    stdtr,
-    stdtrit,
-)  # scipy.stats.t.cdf and .ppf without importing scipy.stats, which takes a second
+# scipy.stats, which has them as t.cdf and t.ppf, takes a second to import.
+from scipy.special import stdtr, stdtrit
 
 CONFIDENCE = 0.95
 ENOUGH = 3  # with two seeds, the interval reaches 6 times their distance to either side
