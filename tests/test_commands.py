@@ -28,8 +28,8 @@ FAST = ("debug", "overfit", "quickstart", "cifar10_hybrid_resnet26", "imagenet_s
 @pytest.mark.parametrize("name", slow_but_for(FAST, EXPERIMENTS))
 def test_every_experiment_takes_two_steps(name, tmp_path, monkeypatch, image_folder, tiny_run):
     """Each experiment runs on tiny data with a narrow model; all other settings are those of the preset."""
-    data = ["data=image_folder", f"data.root={image_folder}", "data.image_size=16"]
-    data = data if "cifar" in name or name == "small_images" else []
+    is_cifar = "cifar" in name or name == "small_images"
+    data = ["data=image_folder", f"data.root={image_folder}", "data.image_size=16"] if is_cifar else []
     if name in ("my_images", "finetune"):
         data = [f"data.root={image_folder}", *([f"model.pretrained={tiny_run}"] if name == "finetune" else [])]
     if "imagenet" in name:

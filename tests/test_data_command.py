@@ -19,7 +19,7 @@ from sasa_train.config.compose import compose_config
 from sasa_train.data.class_names import look_alikes
 from sasa_train.data.datasets import load_image_sets, load_val_set
 from sasa_train.data.decoding import to_rgb
-from sasa_train.data.depth import describe_dark
+from sasa_train.data.doubtful import describe_dark
 from sasa_train.data.shards import find_shards
 from sasa_train.dataset_tool import imagenet, prepare, run_command, writing
 from sasa_train.refusal import ConfigError

@@ -227,7 +227,7 @@ def test_own_values_are_added_in_half_precision_and_are_not_decayed():
 
 
 def test_axial_attention_sees_a_column_and_then_a_row():
-    """Each half equals attention built from a list of neighbours; together they cost less than one window."""
+    """Each half equals attention built from a list of neighbours."""
     torch.manual_seed(0)
     model = timm.create_model("hybrid_resnet26", axial=True, kernel_size=[5, 3, 3, 3], **NET).eval()
     shapes = [layer.kernel_size for layer in attention_layers(model).values()]

@@ -41,7 +41,7 @@ from sasa_train.data.datasets import (
     unlike,
 )
 from sasa_train.data.decoding import Decoding, decoding_of, is_16_bit, is_turned, to_rgb
-from sasa_train.data.depth import describe_dark
+from sasa_train.data.doubtful import describe_dark
 from sasa_train.data.hf_sets import build_hf
 from sasa_train.data.listing import LeftOut
 from sasa_train.data.quarantine import fully

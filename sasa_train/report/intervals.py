@@ -58,8 +58,10 @@ def still_exclude_zero(intervals: Sequence[Interval]) -> list[bool]:
 
 def _p_value(interval: Interval) -> float:
     """Return the two-sided p value of Student's t test that the mean is 0."""
-    if not interval.half_width:
-        return float(not (interval.half_width == 0 and interval.mean))
+    if interval.half_width is None:
+        return 1.0
+    if interval.half_width == 0:
+        return 0.0 if interval.mean else 1.0
     t = interval.mean / interval.half_width * stdtrit(interval.n - 1, (1 + CONFIDENCE) / 2)
     return float(2 * stdtr(interval.n - 1, -abs(t)))
 

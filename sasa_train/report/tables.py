@@ -1,5 +1,6 @@
 """The report as Markdown, CSV and JSON."""
 
+import itertools
 import json
 import textwrap
 from collections import Counter
@@ -195,9 +196,7 @@ def notes(report: Report) -> list[str]:
 
 
 def _after_correction(differences: dict[str, Interval]) -> str:
-    kept = [
-        label for label, keeps in zip(differences, still_exclude_zero([*differences.values()]), strict=True) if keeps
-    ]
+    kept = list(itertools.compress(differences, still_exclude_zero([*differences.values()])))
     return "after Holm's correction for their number, " + (f"only {'; '.join(kept)}" if kept else "none does")
 
 

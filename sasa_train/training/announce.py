@@ -19,7 +19,7 @@ from sasa_train.data.class_names import look_alikes
 from sasa_train.data.class_weights import describe_weights
 from sasa_train.data.datasets import Files
 from sasa_train.data.decoding import decoding_of
-from sasa_train.data.depth import doubts_about_pixels
+from sasa_train.data.doubtful import doubts_about_pixels
 from sasa_train.data.loader import Loaders
 from sasa_train.device import RunPlan
 from sasa_train.machine import peak_memory
