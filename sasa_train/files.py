@@ -232,9 +232,9 @@ def sync_folder(folder: Path) -> None:
         os.close(directory)
 
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # Errors of the disk, or of a file server and the way to it, which may be over later: the file may be whole. Not every
 # system has all of them.
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 DISK_FAILED = {
     getattr(errno, name, errno.EIO)
     for name in (

@@ -18,6 +18,7 @@ from sasa_train.models import build_model
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.checkpoint import SCHEMA
 from sasa_train.runs.schema import first_wrong
+from sasa_train.training import state
 from sasa_train.training.optim import build_optimizer, build_schedule, check_saved, try_loaded
 from sasa_train.training.run import check_buildable
 from sasa_train.training.step import _without_classifier
@@ -89,6 +90,19 @@ def test_an_optimizers_arguments_are_those_of_the_config(name, entry, value):
         group[entry] = value
     other.state.load_state_dict(saved)
     assert usual != value and {group[entry] for group in other.state.optimizer.param_groups} == {usual}
+
+
+def test_the_optimizer_is_built_when_the_model_is_on_its_device(monkeypatch):
+    """An optimizer may choose its code (fused, foreach) by the device of its parameters."""
+    found = []
+
+    def note(config, model):
+        found.extend(model.parameters())
+        return build_optimizer(config, model)
+
+    monkeypatch.setattr(state, "build_optimizer", note)
+    state.build_state(compose_config(["experiment=debug"]), nn.Linear(2, 2), torch.device("meta"))
+    assert found and all(parameter.is_meta for parameter in found)
 
 
 def test_a_parameter_without_gradients_needs_no_state_in_a_checkpoint():

@@ -138,11 +138,12 @@ class TrainState:
 
 def build_state(config: TrainConfig, model: nn.Module, device: torch.device) -> TrainState:
     """Move the model to the device and build the rest of the state."""
-    trainer, optimizer = config.trainer, build_optimizer(config, model)
+    trainer = config.trainer
+    model.to(device).to(memory_format=torch.channels_last if trainer.channels_last else torch.preserve_format)
+    optimizer = build_optimizer(config, model)
     # What an optimizer of the user's own keeps in a group may be its state.
     is_known = type(optimizer).__module__.partition(".")[0] in ("torch", "timm")
     arguments = optimizer.defaults.keys() - CHANGING if is_known else ()
-    model.to(device).to(memory_format=torch.channels_last if trainer.channels_last else torch.preserve_format)
     return TrainState(
         model,
         optimizer,
