@@ -629,6 +629,12 @@ def test_whole_fax_codes_are_read(tmp_path, group, strip, reverse):
         assert np.array_equal(read(tmp_path, content), np.array(image.convert("RGB")))
 
 
+def test_strips_of_fax_codes_below_the_image_are_ignored(tmp_path):
+    content = bytearray(encoded(scan(), "TIFF", compression="group4", tiffinfo={278: 16}))
+    content[content.index(struct.pack("<HHII", 257, 3, 1, 64)) + 8] = 20  # ImageLength
+    assert np.array_equal(read(tmp_path, bytes(content)), np.array(scan(20).convert("RGB")))
+
+
 # 4 x 4 greys of 12 bits, which Pillow cannot write
 GREY_AVIF = base64.b85decode(
     "0000SW^{RQVRmU|00000VRmU|ZE0pPZE0a<0002#ZDn*}000000000XXk=`10000000000aA{+7000000000000000000004sdC7Z2$lO0"

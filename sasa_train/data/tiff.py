@@ -237,6 +237,8 @@ def _check_fax(file: BinaryIO, image: Image.Image, group: int) -> None:
     sizes = numbers(image, TILE_BYTES if is_tiled else STRIP_BYTES)
     rows = one(image, TILE_LENGTH, 0) if is_tiled else min(one(image, ROWS_PER_STRIP, length), length)
     for number, (offset, size) in enumerate(zip(offsets, sizes, strict=False)):
+        if not is_tiled and number * rows >= length:
+            break  # further strips are of no row
         file.seek(int(offset))
         codes = file.read(int(size))
         if one(image, FILL_ORDER, 1) == REVERSED:
