@@ -31,7 +31,8 @@ OPTIMIZERS = [name for name in map(str, list_optimizers()) if not name.startswit
 @pytest.mark.parametrize(
     "name",
     slow_but_for(
-        ["adamw", "sgd", "lamb", "muon", "adahessian"], [*OPTIMIZERS, "lookahead_adamw", "lookahead_adahessian"]
+        ["adamw", "sgd", "lamb", "muon", "adahessian", "lookahead_sgd"],
+        [*OPTIMIZERS, "lookahead_sgd", "lookahead_adamw", "lookahead_adahessian"],
     ),
 )
 @torch.compiler.set_stance("force_eager")  # kron compiles its functions, which takes half a minute
@@ -39,6 +40,7 @@ def test_every_optimizer_of_timm_steps_and_resumes_exactly(name):
     """Saving after 2 steps, loading elsewhere and taking 2 more must give exactly the same weights as 4 steps."""
     overrides = (f"optimizer.name={name}", "optimizer.lr=0.01", "optimizer.lr_basis=absolute")
     stepper, start = setup(*overrides), weights(setup(*overrides))
+    fresh = copy.deepcopy(stepper.state.optimizer.state_dict()["param_groups"])
     given = list(batches(4))
     for batch in given[:2]:
         stepper.train_step(iter([batch]))
@@ -47,6 +49,11 @@ def test_every_optimizer_of_timm_steps_and_resumes_exactly(name):
     other.state.load_state_dict(saved)
     assert first_wrong(saved["optimizer"], SCHEMA["optimizer"]) is None
     check_saved(other.plan.config, other.state.model, saved)
+    # What steps change is never the config's: lookahead's count of its steps began anew when it was taken for that.
+    groups = zip(saved["optimizer"]["param_groups"], fresh, strict=True)
+    changed = {key for group, earlier in groups for key in group if group[key] != earlier.get(key)}
+    assert not changed & set(stepper.state.hyperparameters)
+    assert ("lookahead_step" in changed) == name.startswith("lookahead_")
     entries = [*saved["optimizer"]["state"].values(), *saved["optimizer"]["param_groups"]]
     if entry := next((entry for entry in entries if "step" in entry), None):
         whole = entry["step"]

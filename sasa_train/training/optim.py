@@ -195,10 +195,10 @@ def check_saved(config: TrainConfig, model: nn.Module, saved: dict[str, Any]) ->
                     raise ValueError(f"{where} is negative in places, which no square is")
             elif not is_changed:
                 raise ValueError(f"{where} is missing")
-    groups = [group for group in saved["optimizer"]["param_groups"] if "step" in group]  # as lamb has it
-    for entry in [*(state[number] for number in expected.keys() - set(missing) if "step" in state[number]), *groups]:
+    # Groups have a count in lamb and lookahead.
+    entries = [*(state[number] for number in expected.keys() - set(missing)), *saved["optimizer"]["param_groups"]]
+    for count in (float(entry[name]) for entry in entries for name in ("step", "lookahead_step") if name in entry):
         # A parameter that was frozen for a while, or whose steps GradScaler skipped, has fewer.
-        count = float(entry["step"])
         if not (1 <= count <= saved["step"] and count.is_integer()):
             raise ValueError(f"optimizer's step={count:g} must be a whole number from 1 to step={saved['step']:,}")
 

@@ -19,7 +19,8 @@ HYPERPARAMETERS = (  # of a group
     "initial_lr", "lr_scale", "weight_decay", "momentum", "betas", "eps", "fused", "foreach", "maximize", "capturable",
     "differentiable", "nesterov", "amsgrad",
 )  # fmt: skip
-CHANGING = {"lr", "step", "max_lr_snapshot"}  # entries of a group that timm's optimizers or the schedule change
+# Entries of a group that timm's optimizers or the schedule change.
+CHANGING = {"lr", "step", "lookahead_step", "max_lr_snapshot"}
 PROGRESS = ("step", "epoch", "evaluated_step", "best", "seconds")  # fields of TrainState that are saved unchanged
 
 
