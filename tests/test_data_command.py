@@ -15,6 +15,7 @@ import pytest
 from making_data import encoded, make_image_folder, padded, pax_header, tar_header, tar_of
 from PIL import Image
 
+from sasa_train import dataset_tool
 from sasa_train.config.compose import compose_config
 from sasa_train.data.class_names import look_alikes
 from sasa_train.data.datasets import load_image_sets, load_val_set
@@ -521,8 +522,13 @@ def test_shards_are_verified_like_the_folders_they_come_from(image_folder, tmp_p
     assert all("tar shards" in b or ".tar:" in b for _, b in differing)
 
 
+def test_a_root_that_is_not_there_is_refused_before_torch_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(dataset_tool, "load_torch", lambda: pytest.fail("torch was loaded"))
+    for words in (["verify", tmp_path / "nowhere"], ["shard", tmp_path / "nowhere", tmp_path / "dest"]):
+        assert "must be a folder that is there" in refused(capsys, *words)
+
+
 def test_roots_that_are_refused(tmp_path, capsys):
-    assert "must be a folder that is there" in refused(capsys, "verify", tmp_path / "nowhere")
     assert "no class folder\n" in refused(capsys, "verify", tmp_path)
     for name in ("train", "val"):
         (tmp_path / name).mkdir()

@@ -449,6 +449,11 @@ def test_a_run_given_twice_counts_once(tmp_path):
     assert len(once) == 3 and [job.run_dir.resolve() for job in several] == once
 
 
+def test_a_folder_that_is_not_there_is_refused_before_torch_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "load_torch", lambda: pytest.fail("torch was loaded"))
+    assert command.run_command([str(tmp_path / "x")]) == 2 and "there is no such folder" in capsys.readouterr().err
+
+
 def test_what_cannot_be_reported_is_refused(tmp_path, capsys, in_process):
     assert command.run_command([str(tmp_path)]) == 2 and "is not a sweep" in capsys.readouterr().err
     sweep = write_sweep(tmp_path / "s", {(("model.kernel_size=3",), 0): [1.0], (("model.kernel_size=5",), 0): [2.0]})

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sasa_train.commands import described, positive, run
+from sasa_train.files import did_you_mean
 from sasa_train.machine import usable_processors
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import INTERRUPTED, escape_unknown_letters, fail, load_torch, printable
@@ -69,6 +70,12 @@ def run_command(arguments: list[str]) -> int:
 
 
 def work(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    # Before the seconds that PyTorch takes. A list or a folder is meant.
+    if options.command != "prepare" and not (options.root.is_file() or options.root.is_dir()):
+        raise ConfigError(
+            f"ROOT={options.root} must be a folder that is there{did_you_mean(options.root)}; give the one that holds "
+            "train/ and val/"
+        )
     if options.command == "verify":
         config = read_config(options.root, [*options.overrides, *overrides])
         load_torch()

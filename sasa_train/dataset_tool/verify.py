@@ -47,7 +47,6 @@ from sasa_train.data.listing import LeftOut
 from sasa_train.data.quarantine import fully
 from sasa_train.data.shards import SPLIT_NAMES
 from sasa_train.data.tiff import DESCRIPTION, tags
-from sasa_train.files import did_you_mean
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import DONE, FAILED, printable, progress_bar, some
 
@@ -138,7 +137,7 @@ def verify(root: Path, num_workers: int, all_classes: bool, config: DataConfig) 
     """Print the report; return DONE if there are no problems, otherwise FAILED.
 
     Raises:
-        ConfigError: `root` does not exist or contains no classes, or what `config` names is not valid.
+        ConfigError: `root` contains no classes, or what `config` names is not valid.
     """
     read = {"list": read_listed, "hf": read_hf}.get(config.name)
     contents = read(config) if read is not None else read_contents(root)
@@ -178,12 +177,8 @@ def read_contents(root: Path) -> Contents:
     """Find the splits and classes in `root` as training does, but record faults instead of raising an error.
 
     Raises:
-        ConfigError: the folder does not exist or contains no classes, or a split holds shards and class folders.
+        ConfigError: the folder contains no classes, or a split holds shards and class folders.
     """
-    if not root.is_dir():
-        raise ConfigError(
-            f"ROOT={root} must be a folder that is there{did_you_mean(root)}; give the one that holds train/ and val/"
-        )
     kinds = {split: kind for split in SPLIT_NAMES if (kind := kind_of(root, split))}
     kind = SHARDS if holds_shards(root) else CLASS_FOLDERS
     others = {split: unlike(split, of_split, kind) for split, of_split in kinds.items() if of_split != kind}

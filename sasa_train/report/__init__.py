@@ -98,16 +98,17 @@ def report(options: argparse.Namespace) -> None:
     if not sources:
         raise ConfigError("no sweep or run folder is given")
     folder = output_folder(options)
+    from sasa_train.report.jobs import find_jobs
+
+    found = find_jobs(options.sources)
     load_torch()  # it is needed to count parameters and FLOPs
     from sasa_train.files import write_outputs
     from sasa_train.report import verdict
-    from sasa_train.report.jobs import find_jobs
     from sasa_train.report.page import PAGE, Section, sweep_page, the_run
     from sasa_train.report.rows import build_report
     from sasa_train.report.tables import as_csv, as_json, markdown
     from sasa_train.terminal import printable_lines
 
-    found = find_jobs(options.sources)
     table = options.paper_table or (min(found.paper_tables) if len(found.paper_tables) == 1 else None)
     built = build_report(found.jobs, table, options.reference, found.commands)
     job = the_run(built)
