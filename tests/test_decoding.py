@@ -537,6 +537,13 @@ def bmp_with_alpha() -> bytes:
     return struct.pack("<2sIHHI", b"BM", 14 + 56 + 128, 0, 0, 14 + 56) + head + struct.pack("<H", 0x7C00) * 64
 
 
+def mask_as_bmp() -> bytes:
+    """Return a mask in 8 bits with a palette of black and white, as Pillow itself saves one of mode P."""
+    mask = corners().convert("1").convert("L").point(lambda value: value // 255)
+    mask.putpalette([0, 0, 0, 255, 255, 255])
+    return encoded(mask, "BMP")
+
+
 def orientation_of_bytes() -> bytes:
     """Return a TIFF that is to be turned, but whose tag says so in a byte."""
     content = tiff(RAMP.astype("u1"), Orientation=6)
@@ -548,6 +555,7 @@ MISREAD = {
     "no-photometric": (tiff(RAMP.astype("u1"), PhotometricInterpretation=None), "lacks.*PhotometricInterpretation"),
     "no-extra": (tiff(FOUR, PhotometricInterpretation=2), "fourth channel but lacks the tag ExtraSamples"),
     "bmp-a1r5g5b5": (bmp_with_alpha(), "a BMP of 16 bits per pixel with transparency"),
+    "bmp-mask": (mask_as_bmp(), "a BMP of 8 bits per pixel with a palette of black and white"),
     "orientation-bytes": (orientation_of_bytes(), "its tag Orientation has the type of texts or bytes"),
     "two-channels": (tiff(TWO, ExtraSamples=0), "it has 2 channels, of which Pillow reads the first"),
     "ycc-default": (tiff(THREE, **YCC) + bytes(999), "YCbCrSubSampling=2,2, the default.*convert it"),

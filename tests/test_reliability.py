@@ -327,6 +327,8 @@ def test_checkpoints_that_were_taken_away_are_missed(tmp_path, monkeypatch, in_p
     metrics = (tmp_path / "out/a/metrics.jsonl").read_bytes()
     shutil.rmtree(tmp_path / "out/a/checkpoints")
     assert "this run had checkpoints, and they are gone" in in_process("train", *RUN, expect=1).stderr
+    (tmp_path / "out/a/run.json").write_text("{")
+    assert "metrics.jsonl has rows, and neither" in in_process("train", *RUN, expect=1).stderr
     assert (tmp_path / "out/a/metrics.jsonl").read_bytes() == metrics
 
 

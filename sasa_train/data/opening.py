@@ -97,8 +97,22 @@ def _check(file: BinaryIO, image: Image.Image) -> None:
             raise ValueError(
                 "a compressed BMP whose pixels begin at an odd byte, which Pillow misreads; convert it to PNG"
             )
+        # Pillow takes such pixels for single bits.
+        if image.mode == "1" and (bits := _bits_of_bmp(file)) != 1:
+            raise ValueError(
+                f"a BMP of {bits} bits per pixel with a palette of black and white, which Pillow misreads; "
+                "convert it to PNG"
+            )
         if _has_alpha_of_16_bits(file):
             raise ValueError("a BMP of 16 bits per pixel with transparency, which Pillow ignores; convert it to PNG")
+
+
+def _bits_of_bmp(file: BinaryIO) -> int:
+    """Return the bits per pixel that a BMP's header states."""
+    file.seek(14)
+    header = file.read(16)
+    place = 10 if header[0] == 12 else 14  # the header of OS/2 is shorter
+    return int.from_bytes(header[place : place + 2], "little")
 
 
 def _has_alpha_of_16_bits(file: BinaryIO) -> bool:

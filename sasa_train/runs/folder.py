@@ -219,7 +219,13 @@ def open_run(config: TrainConfig, run_name: str) -> RunFolder:
             if other := checkpoints.other_best(own["best"], own["step"], own["evaluated_step"]):
                 warn(other)
             return RunFolder(path, lock, checkpoints, own, is_new=False)
-        if read_info_or_raise(path).get("has_checkpoint"):
+        info, rows = read_info_or_raise(path), path / "metrics.jsonl"
+        if not info and is_there(rows) and rows.stat().st_size:  # run.json is written before the first row
+            raise CheckpointError(
+                f"{path}: metrics.jsonl has rows, and neither checkpoints nor a good run.json say how they came about; "
+                "bring those back, or start a new run with resume=never"
+            )
+        if info.get("has_checkpoint"):
             raise CheckpointError(
                 f"{path}: this run had checkpoints, and they are gone; bring them back, or start a new run with "
                 "resume=never"

@@ -67,7 +67,8 @@ def has_finished(run_dir: Path) -> bool:
         # A sweep asks this of hundreds of runs, and `load_config` takes six times as long.
         trainer = yaml.safe_load(read_regular(run_dir / "config.yaml"))["trainer"]
         return not ends_early(trainer, info["last"])
-    except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError):  # for those to say who need the config
+    except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError, RecursionError):
+        # It is for those to say who need the config.
         return True
 
 
