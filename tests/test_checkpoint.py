@@ -374,6 +374,15 @@ def test_the_newest_is_the_one_of_the_highest_step(tmp_path):
     assert newest_step(tmp_path)[0] == 3
 
 
+@pytest.mark.parametrize("name,step", [("step-00000001.pt", 9), ("best.pt", 9), ("last.pt", 1)])
+def test_a_wrong_step_in_a_manifest_puts_no_older_checkpoint_in_the_place_of_last_pt(tmp_path, name, step):
+    """A flipped bit had the run go on from the older one, "the newest good one", and lose last.pt."""
+    filled(tmp_path, steps=(1, 2, 3), keep=3, best=(1,))
+    manifest = tmp_path / f"{name}.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"step": step}))
+    assert newest_step(tmp_path) == (3, [])
+
+
 def test_a_compressed_file_is_refused_unread(tmp_path):
     """Check that compressed files are refused without being read, as a few KB could expand to terabytes in memory."""
     torch.save(content(1), tmp_path / "x.pt")

@@ -279,12 +279,13 @@ class Checkpoints:
         return f"{path} is not the one of step {best['step']} that this run wrote: {found}; bring it back from a copy"
 
     def _candidates(self) -> list[Path]:
-        """List the checkpoint files, newest first, according to the steps in their manifests or names."""
+        """List the checkpoint files, newest first, according to the steps in them or, if damaged, in their names."""
         steps = {self.folder / "best.pt": -1} | {path: int(path.stem[5:]) for path in reversed(self.numbered())}
         steps[self.folder / "last.pt"] = sys.maxsize
         for path in steps:
-            with contextlib.suppress(ValueError):
-                steps[path] = _parse_manifest(bytes_of(manifest_of(path)) or b"")["step"]
+            # A manifest with a wrong step would have an older checkpoint take the place of last.pt.
+            if (content := _unverified(path, {"step": COUNT})) is not None:
+                steps[path] = content["step"]
         newest_last = sorted(steps, key=lambda path: steps[path])  # at equal steps, last.pt sorts last
         return [path for path in reversed(newest_last) if is_there(path)]
 
@@ -372,16 +373,8 @@ def other_than_best(path: Path) -> str | None:
         return None
     while True:
         manifests = [bytes_of(manifest_of(each)) for each in (path, last)]
-        try:
-            with open_regular(last) as file:
-                _check_stored(file)
-            content = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
-        except Exception:  # as in `_read`; a resume says what is wrong with it
-            return None
-        if (
-            first_wrong(content, {key: SCHEMA[key] for key in ("step", "evaluated_step", "best", "best_sha256")})
-            or not content["best"]
-        ):
+        content = _unverified(last, {key: SCHEMA[key] for key in ("step", "evaluated_step", "best", "best_sha256")})
+        if content is None or not content["best"]:
             return None
         checkpoints = Checkpoints(path.parent, 0)
         checkpoints._best_sha256 = _sha256_of_best(content, last)
@@ -394,6 +387,19 @@ def other_than_best(path: Path) -> str | None:
             return None
         if [bytes_of(manifest_of(each)) for each in (path, last)] == manifests:  # otherwise, they were just replaced
             return other
+
+
+def _unverified(path: Path, schema: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the content of a checkpoint, its tensors unread, or None if it is damaged or has other entries."""
+    try:
+        with open_regular(path) as file:
+            _check_stored(file)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except MemoryError:
+        raise
+    except Exception:  # as in `_read`, which says what is wrong with it
+        return None
+    return None if first_wrong(content, schema) else content
 
 
 LARGEST = 3.5e38  # a loss is a float32
