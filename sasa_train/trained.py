@@ -35,6 +35,7 @@ class TrainedModel:
     """A `model` in eval mode on the CPU; `weights` states which of the checkpoint's weights it has, "ema" or "raw".
 
     `given` has the places of the images, as written, that `config` has as seen from where the model was trained.
+    Images are downloaded only if `may_download`, to a data.root that the user gave.
     """
 
     path: Path
@@ -43,6 +44,20 @@ class TrainedModel:
     model: nn.Module
     weights: str
     given: dict[str, str] = field(default_factory=dict)
+    may_download: bool = False
+
+    def check_places(self) -> None:
+        """Say on stderr where the images of val are, if the checkpoint's config has the place in another way.
+
+        Raises:
+            ConfigError: they would have to be downloaded to a folder that only the checkpoint names.
+        """
+        from sasa_train.config.places import tell_places
+        from sasa_train.data.datasets import check_whole_set
+
+        tell_places(self.given, self.config)
+        if not self.may_download:
+            check_whole_set(self.config.data, self.classes)
 
     @property
     def directory(self) -> Any:
@@ -177,7 +192,8 @@ def load_trained(source: str | Path, overrides: Sequence[str] = ()) -> TrainedMo
         raise ConfigError(f"weights=ema: {path} has no moving average; it was trained with trainer.ema_decay=null")
     state_dict = checkpoint["ema"] if weights == "ema" else checkpoint["model"]
     model = _build(config, state_dict, len(checkpoint["classes"]))
-    return TrainedModel(path, checkpoint, config, model, weights, as_given(written, config))
+    may_download = any(text.startswith("data.root=") for text in others)
+    return TrainedModel(path, checkpoint, config, model, weights, as_given(written, config), may_download)
 
 
 def check_weights(checkpoint: dict[str, Any], saved: TrainConfig, path: Path) -> None:

@@ -95,6 +95,13 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
+def rows_of_png(rows: bytes, bits: int, colour_type: int, interlaced: bool = False, key: bytes = b"") -> bytes:
+    """Return a PNG of 8 x 8 pixels with these filtered rows, which may be too few."""
+    header = chunk(b"IHDR", struct.pack(">LLBBBBB", 8, 8, bits, colour_type, 0, 0, interlaced))
+    header += chunk(b"tRNS", key) if key else b""
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
 def tar_of(files: Iterable[tuple[str, bytes]]) -> bytes:
     """Return a tar archive that contains the given (name, bytes) files in this order."""
     buffer = io.BytesIO()

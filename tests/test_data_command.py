@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from making_data import encoded, make_image_folder, padded, pax_header, tar_header, tar_of
+from making_data import encoded, make_image_folder, padded, pax_header, rows_of_png, tar_header, tar_of
 from PIL import Image
 
 from sasa_train import dataset_tool
@@ -249,6 +249,29 @@ def test_a_class_may_be_named_recycled_but_images_and_masks_are_doubted(image_fo
     out = verify(capsys, image_folder)
     assert "images, masks are read as classes, but named as the parts of one data set" in out
     assert last_line(out) == "26 images, no problems, 2 warnings"
+
+
+def test_an_empty_val_is_not_doubted_for_its_names(image_folder, capsys):
+    shutil.rmtree(image_folder / "val")
+    (image_folder / "val").mkdir()
+    assert "warning" not in verify(capsys, image_folder, expect=1)
+
+
+def test_images_are_decoded_in_the_mode_of_training(tmp_path, capsys):
+    """In grey16, a 16-bit colour PNG is unreadable to training, and verify called it fine, with the mean of RGB."""
+    ramp = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    for name, step in (("a", 0), ("b", 7)):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.fromarray(ramp + np.uint16(step)).save(tmp_path / "train" / name / "0.png")
+        Image.fromarray(ramp // 2 + np.uint16(step)).save(tmp_path / "train" / name / "1.png")
+    mean = np.mean([ramp.mean(), ramp.mean() + 7, (ramp // 2).mean(), (ramp // 2).mean() + 7]) / 65535
+    run_command(["verify", str(tmp_path), "data.mode=grey16"])
+    out = capsys.readouterr().out
+    assert f"data.mean=[{mean:.4f}] data.std=[0." in out and last_line(out).endswith("nothing wrong")
+    (tmp_path / "train/a/2.png").write_bytes(rows_of_png(bytes(8 * 49), 16, 2))
+    assert run_command(["verify", str(tmp_path), "data.mode=grey16"]) == 1
+    assert "2.png: 16 bits per channel in colour or with transparency" in capsys.readouterr().out
+    assert run_command(["verify", str(tmp_path)]) == 0
 
 
 def hide(split: Path, image: Path) -> None:

@@ -11,14 +11,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from making_data import SMALL_RUN, assert_same, batches, chunk, config_for, encoded, make_image_folder, one_image
+from making_data import (
+    SMALL_RUN,
+    assert_same,
+    batches,
+    chunk,
+    config_for,
+    encoded,
+    make_image_folder,
+    one_image,
+    rows_of_png,
+)
 from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin
 from reading_runs import assert_same_run, last, rows
 
 from sasa_train.config.compose import compose_config
 from sasa_train.config.saved import BEFORE, load_config
 from sasa_train.data.datasets import FORMATS, UnreadableImage
-from sasa_train.data.decoding import Decoding, decode, decoding_of, to_rgb, upright_size
+from sasa_train.data.decoding import Decoding, decode, decoding_of, is_16_bit, to_rgb, upright_size
 from sasa_train.data.opening import open_image
 from sasa_train.data.transforms import decode_box
 from sasa_train.refusal import ConfigError
@@ -458,13 +468,6 @@ def indexed(*entries: tuple[int, int, int]) -> bytes:
     return content.replace(struct.pack(">4sBBBL", b"colr", 1, 0, 0, 17), struct.pack(">4sBBBL", b"colr", 1, 0, 0, 16))
 
 
-def rows_of_png(rows: bytes, bits: int, colour_type: int, interlaced: bool = False, key: bytes = b"") -> bytes:
-    """Return a PNG of 8 x 8 pixels with these filtered rows, which may be too few."""
-    header = chunk(b"IHDR", struct.pack(">LLBBBBB", 8, 8, bits, colour_type, 0, 0, interlaced))
-    header += chunk(b"tRNS", key) if key else b""
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-
-
 def ended_early() -> bytes:
     """Return a JPEG that ends, in good form, after 80 % of its bytes."""
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
@@ -653,6 +656,14 @@ GREY_AVIF = base64.b85decode(
 
 
 @pytest.mark.skipif("AVIF" not in FORMATS, reason="Pillow without AVIF")
+def test_the_16_bits_of_a_pixel_of_a_bmp_are_not_those_of_a_channel():
+    """A BMP of 5, 6 and 5 bits was refused in grey16."""
+    head = struct.pack("<IiiHHIIiiII3I", 40, 8, 8, 1, 16, 3, 128, 0, 0, 0, 0, 0xF800, 0x7E0, 0x1F)
+    content = struct.pack("<2sIHHI", b"BM", 14 + 52 + 128, 0, 0, 14 + 52) + head + struct.pack("<H", 0xFFFF) * 64
+    assert not is_16_bit(Image.open(io.BytesIO(content)))
+    assert np.asarray(decode(Image.open(io.BytesIO(content)), Decoding(mode="grey16"))).tolist() == [[65535.0] * 8] * 8
+
+
 def test_grey16_refuses_an_avif_of_which_pillow_keeps_fewer_bits():
     for mode, keeps in (("grey", True), ("grey16", False)):
         image = open_image(io.BytesIO(GREY_AVIF), ("AVIF",))

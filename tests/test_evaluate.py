@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo
 
-from sasa_train import evaluate, train
+from sasa_train import evaluate, train, visualize
 from sasa_train.data.transforms import fit
 from sasa_train.dataset_tool import run_command
 from sasa_train.evaluate.calibration import best_temperature, bin_by_confidence, calibrate, expected_error
@@ -352,6 +352,15 @@ def test_test_is_evaluated_where_val_is_there_too(run_dir, tmp_path, capsys):
     assert f"{WNIDS[0]}       0          -       -       -\n" in out and f"images {2 * NUM_VAL}\n" in out
     assert f"no image of {WNIDS[0]} in test; averages over classes leave such a class out" in err
     assert [each["num_images"] for each in json.loads((tmp_path / "f.json").read_text())["classes"]] == [0, 17, 17]
+
+
+@pytest.mark.parametrize("command", [evaluate, visualize])
+def test_no_images_are_downloaded_to_a_place_that_the_checkpoint_alone_names(tiny_run, tmp_path, capsys, command):
+    """A stranger's checkpoint had the command make any folder, and fetch 170 MB into it."""
+    names = ["confusion_matrix", f"--out={tmp_path / 'out'}"] if command is visualize else []
+    arguments = [str(tiny_run), *names, "data.name=cifar10", "data.image_size=8"]
+    assert command.run_command(arguments) == 2
+    assert "holds no whole cifar10; say where with data.root=..." in capsys.readouterr().err
 
 
 def test_classes_that_the_run_does_not_know_are_named(run_dir, tmp_path, capsys):

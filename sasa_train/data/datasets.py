@@ -36,7 +36,7 @@ from sasa_train.data.listing import (
     read_class_folders,
     visible_folders,
 )
-from sasa_train.data.named_sets import make
+from sasa_train.data.named_sets import build_named, make
 from sasa_train.data.opening import open_image
 from sasa_train.data.own_sets import OwnItems, load_own
 from sasa_train.data.randomness import fixed_order
@@ -292,6 +292,19 @@ def reads_torchvision(config: DataConfig, classes: Sequence[str] = ()) -> bool:
     """Whether the set is CIFAR in torchvision's files: `data.root` has no train/ and, if given, none of `classes`."""
     names = ("train", *VAL_SPLITS[None], *classes) if classes else ("train",)
     return config.name in ("cifar10", "cifar100") and not any((Path(config.folder) / name).is_dir() for name in names)
+
+
+def check_whole_set(config: DataConfig, classes: Sequence[str]) -> None:
+    """Raise ConfigError if val is torchvision's and not whole in `data.root`, so that it would be downloaded."""
+    try:
+        if config.name == "torchvision":
+            build_named(config, download=False)
+        elif reads_torchvision(config, classes):
+            make(config.name.upper(), root=config.folder, train=False, download=False)
+    except ConfigError as error:
+        raise ConfigError(
+            f"data.root={config.root} holds no whole {config.dataset or config.name}; say where with data.root=..."
+        ) from error
 
 
 def _check_torchvision_split(config: DataConfig) -> None:
@@ -775,7 +788,7 @@ def _image_set(folder: Path, may_be_splits: bool = False) -> ImageSet:
 def doubts_about(classes: list[str], left_out: LeftOut, folder: Path, top: Path) -> list[str]:
     """Name what is read from the class folders in `folder`, though perhaps not meant, in paths relative to `top`."""
     found = left_out.describe_doubtful(str(top), str(folder))
-    if all(re.fullmatch(PART_LIKE, name, re.IGNORECASE) for name in classes):
+    if classes and all(re.fullmatch(PART_LIKE, name, re.IGNORECASE) for name in classes):
         found.append(f"{some(classes)} are read as classes, but named as the parts of one data set")
     return found
 

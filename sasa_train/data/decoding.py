@@ -214,7 +214,8 @@ def is_16_bit(image: Image.Image) -> bool:
     """Whether an image that is not loaded yet has 16 bits per channel; some may be unused."""
     if image.format == "PPM":
         return image.mode == "I" or _maximum(image) > 255
-    return image.mode.startswith("I;16") or ";16" in _rawmode(image)
+    # The 16 bits of BGR;16 in a BMP are those of a pixel.
+    return image.mode.startswith("I;16") or (image.format != "BMP" and ";16" in _rawmode(image))
 
 
 def _maximum(image: Image.Image) -> int:

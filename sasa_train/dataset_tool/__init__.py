@@ -124,8 +124,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = add_to("verify", "decode and check every image", VERIFY)
     add("root", metavar="ROOT", type=_path, help="the data set's folder, or the list of train")
-    about = "how pixels are read: data.background, data.exif, data.value_range, data.clip_values; lists: data.val, "
-    about += "data.columns, data.root; Hugging Face: data.columns, data.args"
+    about = "how pixels are read: data.background, data.exif, data.value_range, data.clip_values, data.mode; "
+    about += "lists: data.val, data.columns, data.root; Hugging Face: data.columns, data.args"
     add("overrides", metavar="key=value", nargs="*", help=about)
     add("--workers", metavar="N", type=positive, help="processes (one per processor)")
     add("--all-classes", action="store_true", help="one line per class, even for more than 50 classes")

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from sasa_train.config.keys import DataConfig
+from sasa_train.config.keys import MODES, DataConfig
 from sasa_train.data.class_names import composed, look_alikes, twins, with_nearest
 from sasa_train.data.datasets import (
     CLASS_FOLDERS,
@@ -40,7 +40,7 @@ from sasa_train.data.datasets import (
     split_folders,
     unlike,
 )
-from sasa_train.data.decoding import Decoding, decoding_of, is_16_bit, is_turned, to_rgb
+from sasa_train.data.decoding import WHITE, Decoding, decode, decoding_of, is_16_bit, is_turned
 from sasa_train.data.doubtful import describe_dark
 from sasa_train.data.hf_sets import build_hf
 from sasa_train.data.listing import LeftOut
@@ -62,9 +62,9 @@ class Look(NamedTuple):
 
     mode: str
     size: tuple[int, int]
-    digest: bytes  # of the size and the RGB pixels
-    moments: np.ndarray  # [2, 3]: mean, mean square
-    extremes: np.ndarray  # [2, 3]: shares of black and of white
+    digest: bytes  # of the size and the decoded pixels
+    moments: np.ndarray  # [2, C]: mean, mean square
+    extremes: np.ndarray  # [2, C]: shares of black and of white
     peak: float | None  # the largest value of an image with 16 bits per channel
     is_turned: bool
     is_transparent: bool
@@ -110,15 +110,15 @@ class Contents:
 class Survey:
     """The results of decoding n images.
 
-    `sizes`, int64 [n, 2], holds widths and heights (0 if unreadable). `moments`, float64 [n, 2, 3], holds the mean and
+    `sizes`, int64 [n, 2], holds widths and heights (0 if unreadable). `moments`, float64 [n, 2, C], holds the mean and
     mean square of each channel for values in [0, 1]. `alike` maps pixel digests to indices, and `unreadable` maps
-    indices to reasons. `extremes`, float64 [n, 2, 3], holds the shares of black and white. `peaks` lists the largest
+    indices to reasons. `extremes`, float64 [n, 2, C], holds the shares of black and white. `peaks` lists the largest
     values of the 16-bit images.
     """
 
-    def __init__(self, num_images: int):
-        self.sizes, self.moments = np.zeros((num_images, 2), dtype=np.int64), np.zeros((num_images, 2, 3))
-        self.extremes, self.peaks = np.zeros((num_images, 2, 3)), list[float]()
+    def __init__(self, num_images: int, channels: int):
+        self.sizes, self.moments = np.zeros((num_images, 2), dtype=np.int64), np.zeros((num_images, 2, channels))
+        self.extremes, self.peaks = np.zeros((num_images, 2, channels)), list[float]()
         self.num_turned, self.num_transparent, self.num_further = 0, 0, 0
         self.alike: defaultdict[bytes, list[int]] = defaultdict(list)
         self.modes, self.unreadable = Counter[str](), dict[int, str]()
@@ -297,7 +297,7 @@ _sets: list[ImageSet] = []  # set in each worker process
 def look_at_all(contents: Contents, num_workers: int, decoding: Decoding) -> Survey:
     """Decode every image in `num_workers` processes, with a progress bar."""
     num_images = len(contents.labels)
-    survey = Survey(num_images)
+    survey = Survey(num_images, MODES[decoding.mode])
     # Fork, so that the workers inherit the image sets without pickling. ProcessPoolExecutor detects killed workers.
     workers = ProcessPoolExecutor(
         num_workers, multiprocessing.get_context("fork"), _start_worker, (list(contents.splits.values()),)
@@ -334,16 +334,21 @@ def _look(decoding: Decoding, split: int, index: int) -> Look | str:
 
 def measure(image: Image.Image, decoding: Decoding) -> Look:
     """Decode an image; the digest is that of the decoded pixels."""
-    mode, is_deep, turned = image.mode, is_16_bit(image), is_turned(image, decoding)
-    rgb = to_rgb(image, decoding)
-    digest = hashlib.blake2b(f"{rgb.width} x {rgb.height}".encode(), digest_size=16)
-    digest.update(rgb.tobytes())
-    shares = np.array(rgb.histogram()).reshape(3, 256) / (rgb.width * rgb.height)
-    moments = np.stack([(shares * LEVELS).sum(1), (shares * LEVELS**2).sum(1)])
-    peak = float(LEVELS[shares.any(axis=0)].max()) if is_deep else None
-    transparent = image.has_transparency_data
-    extremes, further = shares[:, [0, -1]].T, has_further_frames(image)
-    return Look(mode, rgb.size, digest.digest(), moments, extremes, peak, turned, transparent, further)
+    mode, is_deep = image.mode, is_16_bit(image)
+    decoded, turned = decode(image, decoding), is_turned(image, decoding)
+    digest = hashlib.blake2b(f"{decoded.width} x {decoded.height}".encode(), digest_size=16)
+    digest.update(decoded.tobytes())
+    if decoded.mode == "F":  # grey16
+        levels, counts = np.unique(np.asarray(decoded) / WHITE["grey16"], return_counts=True)
+        shares = counts[None] / counts.sum()
+    else:
+        levels = LEVELS
+        shares = np.array(decoded.histogram()).reshape(-1, 256) / (decoded.width * decoded.height)
+    moments = np.stack([(shares * levels).sum(1), (shares * levels**2).sum(1)])
+    extremes = np.stack([shares[:, levels == level].sum(1) for level in (0, 1)])
+    peak = float(levels[shares.any(axis=0)].max()) if is_deep else None
+    transparent, further = image.has_transparency_data, has_further_frames(image)
+    return Look(mode, decoded.size, digest.digest(), moments, extremes, peak, turned, transparent, further)
 
 
 def has_further_frames(image: Image.Image) -> bool:
@@ -368,7 +373,8 @@ def find_warnings(survey: Survey) -> list[str]:
     warnings = []
     mean, square = survey.moments[good].mean(axis=0)
     black, white = survey.extremes[good].mean(axis=0)
-    for name, m, s, b, w in zip(("red", "green", "blue"), mean, square, black, white, strict=True):
+    channels = ("red", "green", "blue") if len(mean) == 3 else ("grey",)
+    for name, m, s, b, w in zip(channels, mean, square, black, white, strict=True):
         if s - m**2 < 1e-9:
             warnings.append(f"{name} is constant, {m:.4f} in all pixels")
         elif b + w > SATURATED and set(survey.modes) != {"1"}:

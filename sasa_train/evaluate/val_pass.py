@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from sasa_train.config.derived import micro_batch_size
-from sasa_train.config.places import tell_places
 from sasa_train.data.datasets import ImageSet
 from sasa_train.data.fingerprint import fingerprint
 from sasa_train.data.loader import Loader, build_eval_loader, check_evaluated
@@ -138,7 +137,7 @@ def open_val(trained: TrainedModel) -> Val:
         num_processes = checkpoint["provenance"].get("world_size", 1)
         config.trainer.micro_batch_size = micro_batch_size(config.trainer, num_processes)
         config.trainer.grad_accum_steps = 1
-    tell_places(trained.given, config)
+    trained.check_places()
     device, config = resolve(config)
     loader, images = build_eval_loader(config, device, trained.classes)
     trained.model.to(device).to(memory_format=loader.normalize.memory_format)

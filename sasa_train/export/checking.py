@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sasa_train.config.places import tell_places
 from sasa_train.data.datasets import ImageSet, load_val_set
 from sasa_train.data.reading import image_files, read_fitted
 from sasa_train.predict.find_images import find_images
@@ -52,7 +51,7 @@ def load_images(trained: TrainedModel, folder: Path | None) -> tuple[Tensor, str
 
 def _val(trained: TrainedModel) -> tuple[ImageSet, str]:
     try:
-        tell_places(trained.given, trained.config)
+        trained.check_places()
         return load_val_set(trained.config.data, trained.classes), f"val ({trained.config.data.name})"
     except ConfigError as error:
         raise ConfigError(

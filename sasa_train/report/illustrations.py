@@ -6,10 +6,9 @@ from pathlib import Path
 
 from sasa_train.config.keys import DataConfig
 from sasa_train.config.places import tell_places
-from sasa_train.data.datasets import ImageSet, limit, load_val_set, reads_torchvision
+from sasa_train.data.datasets import ImageSet, check_whole_set, limit, load_val_set, reads_torchvision
 from sasa_train.data.fingerprint import fingerprint
 from sasa_train.data.hf_sets import is_cached
-from sasa_train.data.named_sets import build_named, make
 from sasa_train.data.urls import ServerError
 from sasa_train.refusal import ConfigError
 from sasa_train.report.jobs import Job
@@ -73,30 +72,20 @@ def _load_val(trained: TrainedModel) -> ImageSet:
     data = trained.config.data
     tell_places(trained.given, trained.config)
     # A relative path may still refer to another directory, and a report downloads nothing.
+    check_whole_set(data, trained.classes)
     if not _is_there(data, trained.classes):
-        name = (data.dataset or data.name) if data.name in ("cifar10", "cifar100", "torchvision") else None
-        if name is None:
-            raise ConfigError(f"{data.place} is not there; say where with {data.place.partition('=')[0]}=...")
-        raise ConfigError(f"data.root={data.root} holds no whole {name}; say where with data.root=...")
+        raise ConfigError(f"{data.place} is not there; say where with {data.place.partition('=')[0]}=...")
     return load_val_set(data, trained.classes)
 
 
 def _is_there(data: DataConfig, classes: Sequence[str]) -> bool:
-    """Check that the data set is on disk; CIFAR's archive must be intact, or it would be downloaded again."""
+    """Check that the data set is on disk; torchvision's are checked before."""
     if data.name == "list":
         return Path(data.val or data.train or "").is_file()
     if data.name == "hf":
         return is_cached(data)
-    try:
-        if data.name == "torchvision":
-            build_named(data, download=False)
-        elif reads_torchvision(data, classes):
-            make(data.name.upper(), root=data.folder, train=False, download=False)
-        else:
-            return data.name in ("digits", "own") or data.is_remote or Path(data.folder).is_dir()
-    except ConfigError:
-        return False
-    return True
+    is_known = data.name in ("digits", "own", "torchvision") or data.is_remote or reads_torchvision(data, classes)
+    return is_known or Path(data.folder).is_dir()
 
 
 def _fill(section: Section, add: Callable[[], None]) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from torch import Tensor
 
 from sasa_train.config.keys import DataConfig
-from sasa_train.config.places import tell_places
 from sasa_train.data.datasets import ImageSet, has_train, limit, load_image_sets, load_val_set, relabelled
 from sasa_train.data.fingerprint import fingerprint
 from sasa_train.data.quarantine import Quarantine
@@ -88,7 +87,7 @@ def draw_run(
     if not maps and not set(wanted) - {*OF_SEVERAL, *MAPS}:
         return
     data = trained.config.data
-    tell_places(trained.given, trained.config)
+    trained.check_places()
     val = load_val_set(data, trained.classes)
     for line in trained.changes(fingerprint(val)) if set(wanted) & set(OF_CLASSES) else ():
         log.warning(f"WARNING: not the images that the run was evaluated on: {line}")
