@@ -392,11 +392,11 @@ def test_a_run_does_not_end_well_without_its_last_checkpoint_and_mends_its_log(r
         run = RunFolder(run_dir, lock, Checkpoints(run_dir / "checkpoints", 0), None)
         (run_dir / "metrics.jsonl").unlink()
         row = '{"split": "train", "step": 1, "epoch": 1}\n'
-        run.write_end({"best": None, "step": 1, "metrics": row})
+        run.write_end({"best": None, "step": 1, "metrics": row, "config": ""})
         assert (run_dir / "metrics.jsonl").read_text() == row
         (run_dir / "checkpoints/last.pt").unlink()
         with pytest.raises(CheckpointError, match="last.pt is gone"):
-            run.write_end({"best": None, "step": 1, "metrics": ""})
+            run.write_end({"best": None, "step": 1, "metrics": "", "config": ""})
 
 
 def test_code_that_torch_compiles_is_not_loaded_from_where_others_can_write(tmp_path, in_process, monkeypatch):

@@ -284,6 +284,19 @@ def test_embeddings_are_blue_below_and_red_above_zero():
     assert colours == [[8, 48, 107], [165, 15, 21]]
 
 
+def test_embeddings_of_an_axial_window_are_drawn_above_white():
+    """A run with model.axial=true failed at its first evaluation."""
+    layer = LocalSelfAttention2d(8, 8, kernel_size=(3, 1), num_heads=2)
+    assert layer.rel_height is not None and layer.rel_width is not None
+    with torch.no_grad():
+        layer.rel_height.fill_(1.0)
+        layer.rel_width.fill_(1.0)
+    ((_, picture),) = embedding_pictures(torch.nn.Sequential(layer)).items()
+    rows, columns = picture.chunk(2, dim=2)
+    height = picture.shape[1] // 3
+    assert (columns[:, height:] == 255).all() and torch.equal(columns[:, :height], rows[:, :height])
+
+
 def test_a_run_too_short_for_its_profile_says_so(tmp_path, monkeypatch, capsys):
     assert run_in_process(tmp_path, monkeypatch, *RUN, "trainer.profile_steps=2", "trainer.max_steps=3") == 0
     assert "no profile: the run ended before step 8 after its start" in capsys.readouterr().out

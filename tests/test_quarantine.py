@@ -177,11 +177,18 @@ def test_a_read_that_fails_for_a_moment_is_tried_again(image_folder, monkeypatch
     assert train.read(0, to_rgb).size == (19, 17) and not failures
 
 
-def test_the_list_of_unreadable_images_outlives_a_resume(tmp_path):
-    class Found:
-        def unreadable(self):
-            yield from ("b.png: truncated", "c.png: empty")
+class Found:
+    def unreadable(self):
+        yield from ("b.png: truncated", "c.png: empty")
 
+
+def test_a_disk_that_fails_at_the_list_of_unreadable_images_does_not_hide_why_a_run_ended(tmp_path, capsys):
+    (tmp_path / "unreadable.txt").mkdir()
+    assert note_unreadable(tmp_path / "unreadable.txt", Found()) == 2
+    assert "unreadable images cannot be noted" in capsys.readouterr().err
+
+
+def test_the_list_of_unreadable_images_outlives_a_resume(tmp_path):
     (tmp_path / "unreadable.txt").write_text("a.png: text\nb.png: truncated\n")
     assert note_unreadable(tmp_path / "unreadable.txt", Found()) == 3
     assert (tmp_path / "unreadable.txt").read_text() == "a.png: text\nb.png: truncated\nc.png: empty\n"

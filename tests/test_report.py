@@ -389,6 +389,18 @@ def test_a_log_that_does_not_end_as_its_run_did_gives_no_figure(change, tiny_run
         assert log.read_text() == "".join(lines) and find_jobs([run]).jobs[0].state == "done"
 
 
+def test_a_config_that_was_changed_after_the_end_gives_no_figure(tiny_run, tmp_path, in_process):
+    """The report showed another seed and learning rate than the run had been trained with."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("seed: 0", "seed: 5"))
+    (job,) = find_jobs([run]).jobs
+    assert (job.state, job.val) == ("damaged", [])
+    assert f"{run}/config.yaml: it was changed after the run had ended" in job.reason
+    in_process("train", *shlex.split(job.reason)[-1:])
+    assert (run / "config.yaml").read_text() == config and find_jobs([run]).jobs[0].state == "done"
+
+
 def test_a_log_that_does_not_end_as_the_ledger_says_gives_no_figure(tmp_path):
     """With a damaged run.json, a changed log was shown as done, though the sweep's ledger had another top1."""
     sweep = write_sweep(tmp_path / "s", {((), 0): [20.0]})

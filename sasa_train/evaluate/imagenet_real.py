@@ -12,6 +12,7 @@ from pathlib import Path
 
 from timm.data import ImageNetInfo
 
+from sasa_train.files import read_regular
 from sasa_train.refusal import ConfigError
 from sasa_train.terminal import printable
 
@@ -89,9 +90,9 @@ def _check_any(sets: Sequence[frozenset[int]]) -> None:
 
 
 def _read(source: str) -> list[list[int]]:
-    path = resources.files("timm.data") / "_info/imagenet_real_labels.json" if source == TIMM else Path(source)
+    own = resources.files("timm.data") / "_info/imagenet_real_labels.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(own.read_bytes() if source == TIMM else read_regular(Path(source)))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--real {source}: cannot be read ({error}); give real.json, or timm for its copy") from error
     is_list = isinstance(found, list) and len(found) == NUM_IMAGES and all(isinstance(item, list) for item in found)

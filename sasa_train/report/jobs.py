@@ -28,6 +28,7 @@ from sasa_train.runs.metrics import MAX_LOG, best_row, digest_of, read_metrics
 from sasa_train.runs.source import similar_runs
 from sasa_train.terminal import some, warn
 
+LOG = "metrics.jsonl", "log_sha256"  # the file, and the entry of run.json with its digest
 STATES = dict.fromkeys(ENDED, "done")  # state in run.json -> state in the ledger
 MAX_COMPOSED = 200  # jobs that have not begun, apart from their seeds; each takes a tenth of a second
 KILLED = "no process runs it; the same command continues it"
@@ -261,9 +262,11 @@ def _read_run(job: Job, run_dir: Path) -> None:
         job.state, job.reason = "damaged", f"{error.filename}: cannot be read ({error.strerror})"
         return
     job.val = [row for row in rows if row["split"] == "val"]
-    if wrong := _wrong_end(job):
+    other_config = _changed(job, "config.yaml", "config_sha256") if job.info.get("status") in ENDED else None
+    if wrong := other_config or _wrong_end(job):
+        name = "config.yaml" if other_config else "metrics.jsonl"
         job.state, job.val = "damaged", []
-        job.reason = f"{run_dir}/metrics.jsonl: {wrong}; to restore it: sasa-train resume={shlex.quote(str(run_dir))}"
+        job.reason = f"{run_dir}/{name}: {wrong}; to restore it: sasa-train resume={shlex.quote(str(run_dir))}"
         return
     job.train = [row for row in rows if row["split"] == "train"]
     speeds = [row["images_per_sec"] for row in rows if row.get("images_per_sec")]
@@ -271,11 +274,11 @@ def _read_run(job: Job, run_dir: Path) -> None:
     job.seconds = job.info.get("seconds") if isinstance(job.info.get("seconds"), int | float) else None
 
 
-def _wrong_log(job: Job) -> str | None:
-    """Say that the log is not the one whose digest a run recorded at its end, or return None."""
+def _changed(job: Job, name: str, key: str) -> str | None:
+    """Say that a file is not the one whose digest a run recorded under `key` at its end, or return None."""
     assert job.run_dir is not None
-    digest = job.info.get("log_sha256")
-    text = read_regular(job.run_dir / "metrics.jsonl", MAX_LOG).decode(errors="replace") if digest else ""
+    digest = job.info.get(key)
+    text = read_regular(job.run_dir / name, MAX_LOG).decode(errors="replace") if digest else ""
     is_same = digest is None or digest_of(text) == digest
     return None if is_same else "it was changed after the run had ended (its SHA-256 is not the one in run.json)"
 
@@ -292,13 +295,13 @@ def _wrong_end(job: Job) -> str | None:
     is_early = status != "stopped" and ends_early(vars(trainer), row)
     if isinstance(end, dict):
         if end.get("step", row["step"]) == row["step"] and end.get("top1") == row["top1"]:
-            return early if is_early and "epoch" in end else _wrong_log(job)
+            return early if is_early and "epoch" in end else _changed(job, *LOG)
         return (
             f"its last val row is of step {row['step']} with top1 {row['top1']:.2f}, and by "
             f"{'run.json' if job.info.get('last') else 'the ledger'} the run ended at step {shorten(end.get('step'))} "
             f"with top1 {shorten(end.get('top1'))}"
         )
-    if wrong := _wrong_log(job):
+    if wrong := _changed(job, *LOG):
         return wrong
     if is_early:  # an older version did not record the end
         return early

@@ -35,7 +35,7 @@ from sasa_train.processes.ranks import world_size
 from sasa_train.refusal import ConfigError, ExpectedFailure
 from sasa_train.runs.checkpoint import CheckpointError, Checkpoints, load_checkpoint
 from sasa_train.runs.info import read_info, read_info_or_raise, update_info
-from sasa_train.runs.metrics import end_of, is_out_of_patience, parse_log
+from sasa_train.runs.metrics import digest_of, end_of, is_out_of_patience, parse_log
 from sasa_train.runs.source import similar_runs
 from sasa_train.runs.teacher import teacher_file
 from sasa_train.runs.weights import sha256_of, weights_file
@@ -171,7 +171,7 @@ class RunFolder:
         return True
 
     def write_end(self, checkpoint: dict[str, Any], reason: str = "") -> None:
-        """Complete a finished run's folder: update run.json, and restore metrics.jsonl if it has changed.
+        """Complete a finished run's folder: update run.json, and restore a changed log or config.
 
         reason: why it ended before its last step; "" if it did not.
 
@@ -190,11 +190,16 @@ class RunFolder:
         ):
             warn(other)  # otherwise, `open_run` has said it
         self.write_info(
-            status="finished", reason=reason or None, best=checkpoint["best"], **end_of(checkpoint["metrics"])
+            status="finished",
+            reason=reason or None,
+            best=checkpoint["best"],
+            config_sha256=digest_of(checkpoint["config"]),
+            **end_of(checkpoint["metrics"]),
         )
-        metrics, path = checkpoint["metrics"].encode(), self.path / "metrics.jsonl"
-        if not is_there(path) or path.stat().st_size != len(metrics) or read_regular(path, len(metrics)) != metrics:
-            self.write(path.name, metrics)
+        for name, text in (("metrics.jsonl", checkpoint["metrics"]), ("config.yaml", checkpoint["config"])):
+            content, path = text.encode(), self.path / name
+            if not is_there(path) or path.stat().st_size != len(content) or read_regular(path, len(content)) != content:
+                self.write(name, content)
 
 
 def open_run(config: TrainConfig, run_name: str) -> RunFolder:

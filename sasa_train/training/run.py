@@ -22,7 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from sasa_train.config import own_code
 from sasa_train.config.derived import expected_num_classes
 from sasa_train.config.keys import TrainConfig, with_values
-from sasa_train.config.saved import as_begun
+from sasa_train.config.saved import as_begun, to_yaml
 from sasa_train.data.datasets import check_output_dir
 from sasa_train.data.fingerprint import differences
 from sasa_train.data.hf_sets import check_hf
@@ -46,7 +46,7 @@ from sasa_train.runs.preprocessing import with_preprocessing
 from sasa_train.runs.provenance import conditions, describe_changes, provenance
 from sasa_train.runs.weights import Weights, load_into, read_weights
 from sasa_train.signals import Interrupted, StopRequest
-from sasa_train.terminal import printable, say, warn
+from sasa_train.terminal import printable, say, some, warn
 from sasa_train.training.announce import (
     describe_end,
     describe_finished,
@@ -199,6 +199,7 @@ def run_to_the_end(loop: Loop) -> bool:
         num_unreadable = note_unreadable(run.path / "unreadable.txt", loop.loaders) if run.is_ours() else 0
     if finished:
         end = {"best": state.best, "step": state.step, "metrics": loop.logger.metrics}
+        end["config"] = to_yaml(run.as_written(plan.config))
         run.write_end(end, why_early(plan.config, loop.logger.metrics))
         counts = [found["num_images"] for found in loop.loaders.fingerprint["val"]["classes"]]
         run.write_info(seconds=round(state.seconds, 1), num_val_images=sum(counts))
@@ -351,11 +352,18 @@ def check_same_images(config: TrainConfig, first: dict[str, Any], here: dict[str
 
 
 def note_unreadable(path: Path, loaders: Loaders) -> int:
-    """Add the unreadable images to the run's list, and return the number of lines in it."""
-    before = read_regular(path).decode(errors="replace").splitlines() if is_there(path) else []
-    lines = dict.fromkeys([*before, *loaders.unreadable()])
-    if len(lines) > len(before):
-        write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
+    """Add the unreadable images to the run's list, and return the number of lines in it.
+
+    A disk that fails then is only warned of, so that it does not hide why the run ended.
+    """
+    lines = dict.fromkeys(loaders.unreadable())
+    try:
+        before = read_regular(path).decode(errors="replace").splitlines() if is_there(path) else []
+        lines = dict.fromkeys([*before, *lines])
+        if len(lines) > len(before):
+            write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
+    except OSError as error:
+        warn(f"{path}: unreadable images cannot be noted ({error.strerror}): {some(list(lines))}")
     return len(lines)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
@@ -72,9 +73,12 @@ def embedding_pictures(model: nn.Module) -> dict[str, Tensor]:
     """Draw each layer's relative embeddings [K, D] (left: rows, right: columns; blue: negative, red: positive)."""
     pictures = {}
     for name, module in model.named_modules():
-        halves = [getattr(module, half, None) for half in ("rel_height", "rel_width")]
-        if all(isinstance(half, Tensor) for half in halves):
-            both = torch.cat([half.detach().float().cpu().reshape(-1, half.shape[-1]) for half in halves], dim=1)  # type: ignore[union-attr]
+        found = [getattr(module, half, None) for half in ("rel_height", "rel_width")]
+        halves = [half.detach().float().cpu().flatten(0, -2) for half in found if isinstance(half, Tensor)]
+        if len(halves) == 2:
+            # An axial window has one row or column, which stands above white.
+            size = max(map(len, halves))
+            both = torch.cat([F.pad(half, (0, 0, 0, size - len(half))) for half in halves], dim=1)
             both = both / both.abs().max().clamp(min=1e-12)
             tinted = torch.where(both < 0, _tint(-both, BLUE), _tint(both, RED))
             pictures[name] = enlarge(tinted[None], 8 * min(both.shape))[0]
