@@ -655,7 +655,6 @@ GREY_AVIF = base64.b85decode(
 )
 
 
-@pytest.mark.skipif("AVIF" not in FORMATS, reason="Pillow without AVIF")
 def test_the_16_bits_of_a_pixel_of_a_bmp_are_not_those_of_a_channel():
     """A BMP of 5, 6 and 5 bits was refused in grey16."""
     head = struct.pack("<IiiHHIIiiII3I", 40, 8, 8, 1, 16, 3, 128, 0, 0, 0, 0, 0xF800, 0x7E0, 0x1F)
@@ -664,6 +663,7 @@ def test_the_16_bits_of_a_pixel_of_a_bmp_are_not_those_of_a_channel():
     assert np.asarray(decode(Image.open(io.BytesIO(content)), Decoding(mode="grey16"))).tolist() == [[65535.0] * 8] * 8
 
 
+@pytest.mark.skipif("AVIF" not in FORMATS, reason="Pillow without AVIF")
 def test_grey16_refuses_an_avif_of_which_pillow_keeps_fewer_bits():
     for mode, keeps in (("grey", True), ("grey16", False)):
         image = open_image(io.BytesIO(GREY_AVIF), ("AVIF",))

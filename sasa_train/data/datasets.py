@@ -36,7 +36,7 @@ from sasa_train.data.listing import (
     read_class_folders,
     visible_folders,
 )
-from sasa_train.data.named_sets import build_named, make
+from sasa_train.data.named_sets import NotDownloadedError, build_named, make
 from sasa_train.data.opening import open_image
 from sasa_train.data.own_sets import OwnItems, load_own
 from sasa_train.data.randomness import fixed_order
@@ -294,14 +294,17 @@ def reads_torchvision(config: DataConfig, classes: Sequence[str] = ()) -> bool:
     return config.name in ("cifar10", "cifar100") and not any((Path(config.folder) / name).is_dir() for name in names)
 
 
-def check_whole_set(config: DataConfig, classes: Sequence[str]) -> None:
-    """Raise ConfigError if val is torchvision's and not whole in `data.root`, so that it would be downloaded."""
+def check_whole_set(config: DataConfig, classes: Sequence[str] = ()) -> None:
+    """Raise ConfigError if the set is torchvision's and not whole in `data.root`, so that it would be downloaded.
+
+    classes: as in `reads_torchvision`.
+    """
     try:
         if config.name == "torchvision":
             build_named(config, download=False)
         elif reads_torchvision(config, classes):
             make(config.name.upper(), root=config.folder, train=False, download=False)
-    except ConfigError as error:
+    except NotDownloadedError as error:
         raise ConfigError(
             f"data.root={config.root} holds no whole {config.dataset or config.name}; say where with data.root=..."
         ) from error

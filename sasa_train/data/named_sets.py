@@ -17,6 +17,10 @@ VAL_NAMES = {None: ("val", "valid", "test"), "val": ("val", "valid"), "test": ("
 UNKNOWN = "Unknown value"  # begins torchvision's error for a split that a set does not have
 
 
+class NotDownloadedError(ConfigError):
+    """Raised if a set of torchvision's is not whole in its folder, and was not or could not be downloaded."""
+
+
 def build_named(config: DataConfig, download: bool = True) -> tuple[Any, Any]:
     """Return train and val of the class that `data.dataset` names; val is None if the class has one set alone.
 
@@ -90,7 +94,8 @@ def make(name: str, hint: str = "", **arguments: Any) -> Any:
     hint: ends the message if its files are not there.
 
     Raises:
-        ConfigError: it cannot be made, for example because it is not in `root` and the download failed.
+        NotDownloadedError: it is not in `root`, and the download failed or was not wanted.
+        ConfigError: it cannot be made from these arguments.
     """
     try:
         return getattr(tv, name)(**arguments)
@@ -98,7 +103,7 @@ def make(name: str, hint: str = "", **arguments: Any) -> Any:
         raise
     except (OSError, RuntimeError) as error:
         where = f"data.root={arguments.get('root')} holds no {name}, and it was not downloaded"
-        raise ConfigError(f"{where} ({error}); fetch it where there is a network{hint}") from error
+        raise NotDownloadedError(f"{where} ({error}); fetch it where there is a network{hint}") from error
     except Exception as error:  # of the class, for what is in data.args
         reason = printable(shorten(error))
         raise ConfigError(f"data.dataset={name}: cannot be made ({type(error).__name__}: {reason})") from error

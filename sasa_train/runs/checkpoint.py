@@ -279,13 +279,14 @@ class Checkpoints:
         return f"{path} is not the one of step {best['step']} that this run wrote: {found}; bring it back from a copy"
 
     def _candidates(self) -> list[Path]:
-        """List the checkpoint files, newest first, according to the steps in them or, if damaged, in their names."""
+        """List the checkpoint files, newest first, by the steps in them or, if damaged, in their manifests or names."""
         steps = {self.folder / "best.pt": -1} | {path: int(path.stem[5:]) for path in reversed(self.numbered())}
         steps[self.folder / "last.pt"] = sys.maxsize
         for path in steps:
             # A manifest with a wrong step would have an older checkpoint take the place of last.pt.
-            if (content := _unverified(path, {"step": COUNT})) is not None:
-                steps[path] = content["step"]
+            content = _unverified(path, {"step": COUNT})
+            with contextlib.suppress(ValueError):
+                steps[path] = (content or _parse_manifest(bytes_of(manifest_of(path)) or b""))["step"]
         newest_last = sorted(steps, key=lambda path: steps[path])  # at equal steps, last.pt sorts last
         return [path for path in reversed(newest_last) if is_there(path)]
 

@@ -12,8 +12,7 @@ import torch
 
 from sasa_train.config.keys import DataConfig, TrainConfig
 from sasa_train.config.saved import as_begun
-from sasa_train.data.datasets import check_output_dir, reads_torchvision
-from sasa_train.data.named_sets import build_named, make
+from sasa_train.data.datasets import check_output_dir, check_whole_set
 from sasa_train.device import RunPlan
 from sasa_train.machine import is_out_of_memory, peak_memory
 from sasa_train.models import build_model
@@ -95,10 +94,7 @@ def _describe(plan: RunPlan, run: RunFolder) -> None:
 def check_there(data: DataConfig) -> None:
     """Raise ConfigError if images of torchvision's would have to be downloaded."""
     try:
-        if data.name == "torchvision":
-            build_named(data, download=False)
-        elif reads_torchvision(data):
-            make(data.name.upper(), "", root=data.folder, download=False)
+        check_whole_set(data)
     except ConfigError as error:
         raise ConfigError(
             f"{error}\n--plan downloads no images, but needs them for the number of steps and their time: the command "

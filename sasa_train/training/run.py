@@ -198,8 +198,12 @@ def run_to_the_end(loop: Loop) -> bool:
         loop.loaders.close()
         num_unreadable = note_unreadable(run.path / "unreadable.txt", loop.loaders) if run.is_ours() else 0
     if finished:
-        end = {"best": state.best, "step": state.step, "metrics": loop.logger.metrics}
-        end["config"] = to_yaml(run.as_written(plan.config))
+        end = {
+            "best": state.best,
+            "step": state.step,
+            "metrics": loop.logger.metrics,
+            "config": to_yaml(run.as_written(plan.config)),
+        }
         run.write_end(end, why_early(plan.config, loop.logger.metrics))
         counts = [found["num_images"] for found in loop.loaders.fingerprint["val"]["classes"]]
         run.write_info(seconds=round(state.seconds, 1), num_val_images=sum(counts))
