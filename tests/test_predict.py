@@ -264,6 +264,16 @@ def test_links_in_a_circle_do_not_repeat_images_or_hang(tree):
     assert paths("**/out/*", "**/*.gif") == ["b/out/far.bmp", "a.gif"]
 
 
+def test_a_link_to_a_folder_yields_to_the_folder_itself(tree):
+    """The images of d were listed as those of b/d, and d was said to be a link."""
+    Path("d").mkdir()
+    Path("d/4.png").write_bytes(b"")
+    Path("b/d").symlink_to("../d")
+    left_out = LeftOut()
+    assert "./d/4.png" in [found.path for found in find_images(["."], left_out=left_out)]
+    assert left_out.repeated == ["./b/d", "./b/a/up"]
+
+
 def test_a_folder_that_cannot_be_listed_is_a_fault(tree, monkeypatch):
     """Check that a folder that cannot be listed is reported as an error; os.walk would silently skip it."""
     real = os.scandir

@@ -106,13 +106,14 @@ def _walk(top: str, left_out: "LeftOut") -> Iterator[Found]:
 def _folders(top: str, left_out: "LeftOut") -> Iterator[tuple[str, list[str], str]]:
     """Yield `top` and the folders in it, each with its files or the reason why it cannot be listed.
 
-    Links are followed, but each folder is read once; hidden folders are not read.
+    Links are followed last, so that they yield to the folders themselves; each folder is read once. Hidden folders are
+    not read.
     """
     from sasa_train.data.listing import identity_of, is_hidden_name
 
-    folders, seen = [top], set()
-    while folders:
-        folder = folders.pop()
+    folders, links, seen = [top], list[str](), set()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
         try:
             if (identity := identity_of(folder)) in seen:
                 left_out.repeated.append(folder)
@@ -124,7 +125,9 @@ def _folders(top: str, left_out: "LeftOut") -> Iterator[tuple[str, list[str], st
             continue
         yield folder, names, ""
         left_out.hidden += (os.path.join(folder, name) for name in inner if is_hidden_name(name))
-        folders += [os.path.join(folder, name) for name in reversed(inner) if not is_hidden_name(name)]
+        shown = [os.path.join(folder, name) for name in inner if not is_hidden_name(name)]
+        links += filter(os.path.islink, shown)
+        folders += [path for path in reversed(shown) if not os.path.islink(path)]
 
 
 def _listing(folder: str) -> tuple[list[str], list[str]]:
