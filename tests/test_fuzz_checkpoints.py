@@ -205,6 +205,11 @@ def rows_of(whole: dict, *more: dict) -> str:
         (lambda whole: {"model": changed(whole["model"], ".weight", torch.nan)}, 2, "weight is not finite"),
         (lambda whole: {"ema": changed(whole["ema"], ".running_var", -1)}, 2, "running_var has negative variances"),
         (
+            lambda whole: {"model": changed(whole["model"], ".num_batches_tracked", -7)},
+            2,
+            "is a negative number of batch",
+        ),
+        (
             lambda whole: {"config": whole["config"].replace("width: 0.125", "width: 16")},
             2,
             "has shape [4, 8], and mus",

@@ -476,6 +476,8 @@ def first_misfit(model: nn.Module, tensors: dict[str, Tensor]) -> str | None:
             return f"{name} is not finite"
         if name.endswith("running_var") and (found < 0).any():
             return f"{name} has negative variances"
+        if name.endswith("num_batches_tracked") and (found < 0).any():
+            return f"{name} is a negative number of batches"
     return None
 
 
