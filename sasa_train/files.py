@@ -137,8 +137,9 @@ def csv_text(rows: Iterable[Iterable[Any]], quoting: Any = csv.QUOTE_MINIMAL) ->
     number, and after a semicolon, tab or line break in it. Numbers are not changed.
     """
     line, lines = io.StringIO(), []
-    # The writer quotes texts with a character of `ending`, where another program might end the cell.
-    ending = "\r\n;\t"
+    # The writer quotes texts with a character of `ending`: where another program might end the cell, and, as such a
+    # program may join a text to the number before it, what runs programs or functions in a formula.
+    ending = "\r\n;\t(|"
     writer = csv.writer(line, quoting=quoting, lineterminator=ending)
     for row in rows:
         writer.writerow([_without_formulas(cell) if isinstance(cell, str) else cell for cell in row])

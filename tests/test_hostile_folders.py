@@ -299,6 +299,8 @@ def test_no_text_is_a_formula_where_cells_end_at_semicolons_or_tabs(quoting):
         assert not [cell for cell in cells if cell[:1] in tuple("=+-@\uff1d")]
     assert all(line.startswith('"') for line in csv_text([["a;b"], ["a\tb"]]).splitlines())
     assert csv_text([["a b", -1]]) == "a b,-1\n"
+    # Where cells do not end at commas, this would be "-1,5+cmd|...", a number with a formula.
+    assert csv_text([[-1, "5+cmd|'/C calc'!A0"], ["-1", "5+F(1)"]]) == '-1,"5+cmd|\'/C calc\'!A0"\n-1,"5+F(1)"\n'
 
 
 # While a run goes on

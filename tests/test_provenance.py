@@ -22,7 +22,14 @@ from sasa_train.models.layers import LocalSelfAttention2d
 from sasa_train.runs import provenance
 from sasa_train.runs.checkpoint import Checkpoints
 from sasa_train.runs.folder import RunFolder
-from sasa_train.runs.provenance import CONDITIONS, OTHER_VARIABLES, PREFIXES, conditions, describe_changes
+from sasa_train.runs.provenance import (
+    CONDITIONS,
+    OTHER_VARIABLES,
+    PREFIXES,
+    SETTINGS_FILES,
+    conditions,
+    describe_changes,
+)
 from sasa_train.training.run import note_conditions
 
 RUN = (*TINY, "run_name=a", "trainer.epochs=1")
@@ -155,6 +162,28 @@ def test_each_variable_that_shapes_results_is_named_and_no_other(plan, model, mo
     (line,) = changes_with(TORCH_NEW="x" * 100_000)
     assert len(line) < 200 and "sha256" in line
     assert changes_with(TORCH_NEW="\udcff\x1b[2J") == [r"TORCH_NEW: None -> \udcff\x1b[2J"]
+
+
+@pytest.mark.parametrize("name", SETTINGS_FILES)
+def test_a_file_of_settings_is_named_by_its_content(tmp_path, name, plan, model, monkeypatch):
+    """NCCL and cuDNN choose algorithms by such files, which once changed without a word, as all paths do."""
+
+    def now_with(content: str | None) -> dict[str, Any]:
+        path = tmp_path / str(content)
+        if content is not None:
+            path.write_text(content)
+        monkeypatch.setenv(name, str(path))
+        return {"commit": None} | conditions(plan, model)
+
+    before, other = now_with("NCCL_ALGO=Ring"), now_with("NCCL_ALGO=Tree")
+    (tmp_path / "copy").mkdir()
+    shutil.copy(tmp_path / "NCCL_ALGO=Ring", tmp_path / "copy")
+    monkeypatch.setenv(name, str(tmp_path / "copy/NCCL_ALGO=Ring"))
+    assert describe_changes(before, {"commit": None} | conditions(plan, model)) == []
+    (line,) = describe_changes(before, other)
+    assert re.fullmatch(f"{name}: sha256 [0-9a-f]{{12}} -> sha256 [0-9a-f]{{12}}", line)
+    (line,) = describe_changes(before, now_with(None))
+    assert line.endswith("-> cannot be read (No such file or directory)")
 
 
 def test_code_edited_outside_git_is_noticed(tmp_path, in_process, monkeypatch, capsys):

@@ -306,6 +306,27 @@ def test_splits_are_found_as_words(tmp_path):
     assert [p.name for p in find_shards(tmp_path, "val")] == ["val.tar"]
 
 
+def test_a_shard_that_takes_the_place_of_one_of_the_same_size_and_time_is_read_anew(shards):
+    """It once trained on the old shard's labels, where all files have one time, as in reproducible images."""
+    paths = find_shards(shards, "train")
+    _, before = load_shards(paths, "train")
+    old = paths[0].stat()
+    content = paths[0].read_bytes()
+    with tarfile.open(paths[0]) as tar:
+        places = [member.offset_data for member in tar if member.name.endswith(".cls")]
+    for place in places:
+        content = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+    (new := paths[0].with_suffix(".new")).write_bytes(content)
+    os.utime(new, ns=(old.st_atime_ns, old.st_mtime_ns))
+    new.rename(paths[0])
+    assert (paths[0].stat().st_size, paths[0].stat().st_mtime_ns) == (old.st_size, old.st_mtime_ns)
+    _, after = load_shards(paths, "train")
+    assert np.bincount(before).tolist() != np.bincount(after).tolist()
+    index = shards / "train/train.index.npz"
+    written = index.stat().st_mtime_ns
+    assert np.array_equal(load_shards(paths, "train")[1], after) and index.stat().st_mtime_ns == written
+
+
 @pytest.mark.parametrize("content", [b"", b"PK half an index", b"\x93NUMPY"])
 def test_any_damaged_index_is_reported_and_made_anew(shards, capsys, content):
     paths, index = find_shards(shards, "train"), shards / "train/train.index.npz"

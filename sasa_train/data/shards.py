@@ -129,8 +129,9 @@ def _tars(folder: Path) -> list[Path]:
 def load_shards(shards: Sequence[Path], split: str, left_out: LeftOut | None = None) -> tuple[TarMembers, np.ndarray]:
     """Return the images in a split's shards and their int64 labels, ordered by (label, key).
 
-    The index is read from `SPLIT.index.npz` beside the shards, or built and saved there if the folder is writable. A
-    damaged index is reported and built again.
+    The index is read from `SPLIT.index.npz` beside the shards, or built and saved there if the folder is writable. It
+    is built again if the shards' sizes or modification times are others, or a shard has changed since; a damaged index
+    is also reported.
 
     left_out: if given, the shards are read even if there is an index, and members that are not data are noted in it.
 
@@ -143,6 +144,8 @@ def load_shards(shards: Sequence[Path], split: str, left_out: LeftOut | None = N
     table = None
     try:
         table = read_index(index, identity, np.array([s.st_size for s in stats]))
+        if _is_older(index, stats):
+            table = None
     except FileNotFoundError:
         pass
     except Exception as error:  # zipfile and numpy have no common base class: BadZipFile, SyntaxError, ...
@@ -163,6 +166,14 @@ def load_shards(shards: Sequence[Path], split: str, left_out: LeftOut | None = N
     del table[LEFT_OUT]
     versions = [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
     return TarMembers([str(p) for p in shards], **table, versions=versions), labels
+
+
+def _is_older(index: Path, shards: Sequence[os.stat_result]) -> bool:
+    """Return whether a shard came to its place after the index, even one of an old modification time, as copies have.
+
+    Nobody can choose a file's time of change (ctime), which the kernel sets.
+    """
+    return index.stat().st_ctime_ns < max(shard.st_ctime_ns for shard in shards)
 
 
 def find_index(root: str, split: str) -> str | None:

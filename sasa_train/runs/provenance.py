@@ -47,6 +47,8 @@ PREFIXES = (
 OTHER_VARIABLES = (
     "DISABLE_ADDMM_CUDA_LT", "DISABLE_PTXAS_OPT", "GLIBC_TUNABLES", "NVIDIA_TF32_OVERRIDE", "PTXAS_OPTIONS",
 )  # fmt: skip
+# Paths of files with settings, which are recorded by their content.
+SETTINGS_FILES = ("CUDNN_ERRATA_JSON_FILE", "NCCL_CONF_FILE")
 # OMP_NUM_THREADS and its like are not recorded, because torch reports their effect.
 NOT_SHAPING = re.compile(
     r"(KMP|MKL|OMP|OPENBLAS)_NUM_THREADS|CUDA_DEVICE_(MAX_CONNECTIONS|ORDER)|TORCH_(CUDA_ARCH_LIST|FR_.*|NCCL_.*)|.*_"
@@ -164,14 +166,27 @@ def shapes_results(variable: Any) -> bool:
     """Return whether an environment variable may make a library choose other instructions or algorithms."""
     if not isinstance(variable, str) or not re.fullmatch(r"[A-Z0-9_]+", variable):
         return False
-    is_known = variable in OTHER_VARIABLES or (variable.partition("_")[0] in PREFIXES and "_" in variable)
-    return is_known and not NOT_SHAPING.fullmatch(variable)
+    is_known = variable in (*OTHER_VARIABLES, *SETTINGS_FILES) or (
+        variable.partition("_")[0] in PREFIXES and "_" in variable
+    )
+    return is_known and (variable in SETTINGS_FILES or not NOT_SHAPING.fullmatch(variable))
 
 
 def _environment() -> dict[str, str]:
     """Return the variables that are set and may shape the results; a value with a slash is a path."""
-    found = {name: value for name, value in sorted(os.environ.items()) if shapes_results(name)}
-    return {name: printable(_short(value)) for name, value in found.items() if value and "/" not in value}
+    found = {name: value for name, value in sorted(os.environ.items()) if value and shapes_results(name)}
+    texts = {name: _short(value) for name, value in found.items() if "/" not in value}
+    return {name: printable(text) for name, text in (texts | _settings_files(found)).items()}
+
+
+def _settings_files(variables: dict[str, str]) -> dict[str, str]:
+    found = {}
+    for name in filter(variables.__contains__, SETTINGS_FILES):
+        try:
+            found[name] = f"sha256 {hashlib.sha256(read_regular(Path(variables[name]))).hexdigest()[:12]}"
+        except (OSError, ValueError) as error:
+            found[name] = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+    return found
 
 
 def _short(value: str) -> str:
