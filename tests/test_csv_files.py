@@ -3,6 +3,7 @@
 import csv
 import os
 import random
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,16 @@ def digits(tmp_path: Path) -> list[str]:
         write(tmp_path / f"{split}.csv", lines, ("id", "class", "file"))
     lists = ["data=list", "data.train=train.csv", "data.val=val.csv", "data.columns=[file,class]", "data.root=images"]
     return [*TINY, *lists, "data.image_size=8", "data.resident=false", "trainer.checkpoint_every_steps=1"]
+
+
+def test_verify_counts_the_images_of_a_class_in_either_unicode_form(digits, tmp_path, in_process):
+    """A class in another form in val's list was once said to have no image there, and its images were not looked at."""
+    for split, form in (("train", "NFC"), ("val", "NFD")):
+        lines = [line.split(",") for line in (tmp_path / f"{split}.csv").read_text().splitlines()[1:]]
+        lines = [(path, unicodedata.normalize(form, "\u00e9" * (1 + int(label)))) for _, label, path in lines]
+        write(tmp_path / f"{split}.csv", lines)
+    said = in_process("dataset_tool", "verify", "train.csv", "data.val=val.csv", "data.root=images").stdout
+    assert "70 train" in said and "30 val" in said and "no image in val" not in said
 
 
 @pytest.mark.parametrize("num_workers", slow_but_for([3], [0, 3]))

@@ -10,13 +10,19 @@ from sasa_train.data import tiff
 from sasa_train.data.jpeg2000 import boxes_of, check_jpeg2000
 from sasa_train.data.whole import check_chunks, check_end, check_restarts
 
-NUM_ZEROS = 64  # at the end of compressed pixels, which no encoder writes
+NUM_ZEROS = 64  # at the end of an AVIF's pixels, which no encoder writes; those of WebP do
 # What files often are that are named as images but are none that Pillow knows, by the expression that they begin with.
 OTHERS = (
     (rb"....ftyp(heic|heix|hevc|mif1|msf1)", "in HEIC; convert it to JPEG or PNG"),
     (rb"(\xff\x0a|....JXL )", "in JPEG XL; convert it to JPEG or PNG"),
     (rb"version https://git-lfs", "a Git LFS pointer; fetch the file itself with `git lfs pull`"),
     (rb"\s*<(!DOCTYPE html|html)", "a web page; download the image again"),
+    (rb"....ftyp(qt  |isom|iso2|mp4|avc1|M4V|dash)", "a video; save the frame that counts as an image"),
+    (rb"\x89PNG\r\n", "a PNG whose header or metadata are damaged; save it again with another program"),
+    (
+        rb"\xff\xd8\xff",
+        "a JPEG that is damaged at its beginning, or of a rare kind; save it again with another program",
+    ),
     (rb"\0*\Z", "empty, or zeros alone; copy or download it again"),
 )
 DEEP_AVIF = "sasa_train: more than 8 bits"  # key of an AVIF's `info`
@@ -76,8 +82,6 @@ def _check(file: BinaryIO, image: Image.Image) -> None:
                 "an animation (WebP) whose first frame covers a part of it; Pillow makes the rest black instead of "
                 "transparent; save the frame as a PNG"
             )
-        if any(kind in (b"VP8 ", b"VP8L") and _ends_with_zeros(data) for kind, data in _chunks_of_webp(file)):
-            raise ValueError("a damaged WebP: zeros stand where its last pixels should be; replace the file")
     elif image.format == "AVIF":
         properties = _properties(file)
         if b"clap" in dict(properties):

@@ -24,8 +24,8 @@ SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12:
 MAX_PAGES = 100  # of a file to look at; the time that Pillow takes grows with the square of their number
 FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)  # JPEG's markers before the number of rows
 # What a whole strip cannot end with, though libtiff takes it for pixels: deflate's checksum is not 0, a JPEG ends with
-# its marker, zstd with a block's header and at most one byte for many zeros, and no fax code has as many zeros.
-NO_END = {"tiff_adobe_deflate": bytes(4), "tiff_deflate": bytes(4), "jpeg": bytes(16), "zstd": bytes(16)}
+# its marker, and no fax code has as many zeros.
+NO_END = {"tiff_adobe_deflate": bytes(4), "tiff_deflate": bytes(4), "jpeg": bytes(16)}
 NO_END |= dict.fromkeys(("tiff_ccitt", "group3", "group4"), bytes(16))
 FLIPPED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))  # the bits of each byte from the last to the first
 STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")

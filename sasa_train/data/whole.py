@@ -15,8 +15,10 @@ PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), 
 GREY = {127, 128}  # in all channels of a CMYK JPEG's pixels that are missing; Pillow inverts some
 FILLER = b"\x5a\xa5\x3c\x96" * 4  # 16 bytes of codes, which would change missing pixels
 SCAN, END, INTERVAL, BASELINE = 0xDA, 0xD9, 0xDD, (0xC0, 0xC1)
+HUFFMAN = (0xC0, 0xC1, 0xC2, 0xC3)  # frames whose pixels have these codes, not arithmetic ones
 RESTART = re.compile(rb"\xff([\xd0-\xd7])")  # numbered from 0 to 7, again and again
-NEXT = re.compile(rb"\xff[^\x00\xd0-\xd7]", re.DOTALL)  # in a JPEG's pixels, 0 or a restart follows 0xFF
+# In a JPEG's pixels, 0 or a restart follows 0xFF, of which any number may precede a marker.
+NEXT = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]", re.DOTALL)
 
 
 def check_chunks(file: BinaryIO) -> None:
@@ -29,8 +31,10 @@ def check_chunks(file: BinaryIO) -> None:
         # Pillow and libpng, which viewers use, differ in what they make of these.
         if kind == b"tRNS" and is_indexed and not has_palette:
             raise ValueError("a PNG whose transparency (tRNS) precedes its palette (PLTE); save it anew")
-        if kind == b"tRNS" and not is_indexed and bits == 1 and bytes(content) not in (b"\0\0", b"\0\1"):
-            raise ValueError("a PNG of 1 bit whose transparent colour (tRNS) has more bits; save it anew")
+        if kind == b"tRNS" and not is_indexed and bits < 8 and int.from_bytes(content, "big") >= 2**bits:
+            raise ValueError(
+                f"a PNG of {bits} bit{'s' * (bits > 1)} whose transparent colour (tRNS) has more; save it anew"
+            )
         is_whole = len(stated) == 4  # or decoding tells that the file is cut
         if kind == b"IDAT" and is_whole and zlib.crc32(content, PIXELS) != int.from_bytes(stated, "big"):
             raise ValueError("a damaged PNG: the checksum (CRC) of its pixels is wrong; replace the file")
@@ -97,17 +101,20 @@ def check_whole(file: BinaryIO, image: Image.Image) -> None:
 
 
 def _check_netpbm(file: BinaryIO) -> None:
-    """Check a binary PGM's or PPM's header: that no pixel is above its maximum, and that it ends with one byte.
+    """Check a binary PBM's, PGM's or PPM's header: that no pixel exceeds its maximum, and that it ends with one byte.
 
     Pillow clips such pixels, and takes the second byte of a Windows line end (CR LF) for a pixel's.
     """
     file.seek(0)
     content = file.read()
-    # Magic number, width, height and maximum, each after blanks and comments; one blank follows the maximum.
-    header = re.match(rb"P[56]" + rb"(?:\s+(?:#[^\n\r]*[\n\r]\s*)*(\d+))" * 3 + rb"\s", content)
-    if header is None:
+    # Magic number, width, height and, but of bits, the maximum, each after blanks and comments; one blank follows.
+    number = rb"(?:\s+(?:#[^\n\r]*[\n\r]\s*)*(\d+))"
+    if (header := re.match(rb"P4" + number * 2 + rb"\s", content)) is not None:
+        most, count = 255, -(-int(header[1]) // 8) * int(header[2])
+    elif (header := re.match(rb"P[56]" + number * 3 + rb"\s", content)) is not None:
+        most, count = int(header[3]), int(header[1]) * int(header[2]) * (3 if content[1:2] == b"6" else 1)
+    else:
         return
-    most, count = int(header[3]), int(header[1]) * int(header[2]) * (3 if content[1:2] == b"6" else 1)
     kind, start = np.dtype(np.uint8 if most < 256 else ">u2"), header.end()
     if content[start - 1 : start + 1] == b"\r\n" and len(content) == start + 1 + count * kind.itemsize:
         raise ValueError(
@@ -174,7 +181,10 @@ def _check_last_pixels(file: BinaryIO) -> None:
     """Check that a JPEG's pixels do not depend on bytes that are put before its end, as missing ones would."""
     file.seek(0)
     content = file.read()
-    end = next((start for marker, start in segments(content) if marker == END), len(content))
+    markers = dict(reversed([*segments(content)]))
+    if not any(frame in markers for frame in HUFFMAN):
+        return  # arithmetic codes go on beyond the last of their bytes
+    end = markers.get(END, len(content))
     longer = content[:end] + FILLER + content[end:]
     with Image.open(io.BytesIO(content), formats=["JPEG"]) as stored:
         pixels = stored.tobytes()

@@ -231,7 +231,10 @@ def read_listed(config: DataConfig) -> Contents:
     """
     lists = read_lists(config)
     classes = list(lists["train"].classes)
-    splits = {split: labelled({name: each.classes.get(name, []) for name in classes}) for split, each in lists.items()}
+    in_nfc, splits = composed(classes), {}
+    for split, each in lists.items():
+        found = merged(each.classes)
+        splits[split] = labelled({name: found.get(key, []) for name, key in zip(classes, in_nfc, strict=True)})
     unused = [each.left_out.describe() for each in lists.values()]
     alone = only_class(classes[0], "", []) if len(classes) == 1 else ""
     root = Path(str(config.train))
