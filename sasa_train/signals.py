@@ -16,6 +16,14 @@ TIME_LIMIT = 1  # the value of `asked` for a time limit; none of SIGNALS has thi
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
+def name_of(number: int) -> str:
+    """Return a signal's name; most real-time signals have none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 def ignore_until_the_end() -> None:
     """Ignore signals while Python exits, which takes a second or two, so that they cannot change the exit code."""
     # They are ignored instead of handled, because Python removes its own handlers before the last destructors run.

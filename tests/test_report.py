@@ -442,8 +442,11 @@ def test_a_run_that_is_called_finished_by_hand_is_not(tmp_path, in_process):
         write_run(tmp_path / name, [*BASE, *overrides], [20.0], last={"step": 1, "epoch": 1, "top1": 20.0})
         shutil.copytree(run / "checkpoints", tmp_path / name / "checkpoints")
         assert has_finished(tmp_path / name) and find_jobs([tmp_path / name]).jobs[0].state == "done"
-    (tmp_path / name / "config.yaml").write_text("[" * 5000 + "]" * 5000)
-    assert has_finished(tmp_path / name)  # and whoever needs the config says what is wrong with it
+    config = (tmp_path / name / "config.yaml").read_text()
+    long = "x:\n" + "- a: [1, b]\n" * 2_000_000  # PyYAML would read this for minutes
+    for odd in ("[" * 5000 + "]" * 5000, "x: !!int ''", "x: !!timestamp abc", f"x: 1{':00' * 200}.0", long):
+        (tmp_path / name / "config.yaml").write_text(f"{config}\n{odd}\n")
+        assert has_finished(tmp_path / name)  # and whoever needs the config says what is wrong with it
 
 
 def test_a_training_time_too_large_to_compute_with_is_unknown(tmp_path):

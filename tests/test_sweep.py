@@ -308,7 +308,11 @@ def test_a_damaged_ledger_is_kept_aside_and_made_again_from_the_run_folders(tmp_
 def test_states_follow_exit_codes(tmp_path):
     entry, refusal = Job("a", [], ""), "seed=-1 must not be negative"
     cases = [(75, "", "interrupted", None), (1, "", "waiting", None)] * 2
-    cases += [(-9, "", "failed", "killed by SIGKILL"), (2, refusal, "refused", refusal)]
+    cases += [
+        (-9, "", "failed", "killed by SIGKILL"),
+        (-40, "", "failed", "killed by signal 40"),
+        (2, refusal, "refused", refusal),
+    ]
     cases += [(2, "train: out/a is in use by process 7 on host, which ...", "waiting", None)]
     for code, said, state, reason in cases:
         entry.begin()
@@ -316,6 +320,17 @@ def test_states_follow_exit_codes(tmp_path):
         assert entry.state == state and reason in (None, entry.reason)
     torchrun = ["train: data.root=x: no such folder", "  exitcode  : 2 (pid: 7)", "=" * 60]
     assert behind_torchrun(1, torchrun) == (2, torchrun[:1]) and behind_torchrun(-9, []) == (-9, [])
+
+
+@pytest.mark.slow
+def test_a_job_runs_no_code_of_the_working_directory(tmp_path):
+    """A tqdm.py in a folder of somebody's data once ran in every job."""
+    (tmp_path / "tqdm.py").write_text("open('RAN', 'w')\n")
+    arguments = [*SMALL, "trainer.max_steps=1", "seed=0"]
+    command = [sys.executable, "-P", "-m", "sasa_train.sweep", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0 and "1 jobs: 1 done" in done.stdout, f"{done.stdout}\n{done.stderr}"
+    assert not (tmp_path / "RAN").exists()
 
 
 def test_what_is_no_longer_asked_for_does_not_decide_the_exit_code(tmp_path):

@@ -66,6 +66,7 @@ def test_everything_is_read_once_in_order_and_again(num_workers):
     [
         (signal.SIGKILL, "was killed by SIGKILL, perhaps for want of memory"),
         (signal.SIGBUS, "was killed by SIGBUS, perhaps for want of shared memory"),
+        (40, "was killed by signal 40"),
         (signal.SIGSTOP, "is stopped"),
     ],
 )

@@ -26,14 +26,17 @@ from sasa_train.data.plan import MicroBatch
 from sasa_train.data.reading import Reader
 from sasa_train.processes.ranks import local_world_size
 from sasa_train.refusal import ConfigError, ExpectedFailure, shorten
-from sasa_train.signals import SIGNALS
+from sasa_train.signals import SIGNALS, name_of
 from sasa_train.terminal import some
 
 PREFETCH = 2  # micro-batches that each worker prepares in advance
 PATIENCE = 2.0  # seconds for workers to exit before they are killed
 DEATH_THROES = 0.5  # maximum seconds between a worker's last answer and its exit code
 STATES = {"T": "stopped", "t": "stopped by a debugger", "D": "waiting for a disk or network"}  # Linux's state letters
-REASONS = {signal.SIGKILL: ", perhaps for want of memory", signal.SIGBUS: ", perhaps for want of shared memory"}
+REASONS: dict[int, str] = {
+    signal.SIGKILL: ", perhaps for want of memory",
+    signal.SIGBUS: ", perhaps for want of shared memory",
+}
 SHM = Path("/dev/shm")  # shared memory, which holds the queued batches
 END = object()
 
@@ -285,8 +288,7 @@ def _check_sendable(reader: Reader, num_workers: int) -> None:
 def _ending(exit_code: int | None) -> str:
     if exit_code is None or exit_code >= 0:
         return f"ended with exit code {exit_code}"
-    number = signal.Signals(-exit_code)
-    return f"was killed by {number.name}{REASONS.get(number, '')}"
+    return f"was killed by {name_of(-exit_code)}{REASONS.get(-exit_code, '')}"
 
 
 def _state(process: BaseProcess) -> str:

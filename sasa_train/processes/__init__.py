@@ -1,1 +1,1 @@
-"""The processes of a run under torchrun: their ranks and the communication between them."""
+"""A command's processes: their ranks under torchrun, the communication between them, and their packages."""

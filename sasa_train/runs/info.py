@@ -12,6 +12,7 @@ from sasa_train.files import is_there, read_regular, write_atomic
 from sasa_train.runs.schema import MAX_SECONDS, PLAIN, TRACKER_ID, Maybe, first_wrong, number, whole
 
 NAME = "run.json"
+MAX_CONFIG_BYTES = 2**18  # of config.yaml, of which `load_config` takes 2**16 characters
 ENDED = ("finished", "stopped")  # statuses of runs that no signal or error ended; hooks of the user's own stop a run
 # Other entries are only compared or shown.
 CHECKED = {
@@ -65,11 +66,10 @@ def has_finished(run_dir: Path) -> bool:
         return True
     try:
         # A sweep asks this of hundreds of runs, and `load_config` takes six times as long.
-        trainer = yaml.safe_load(read_regular(run_dir / "config.yaml"))["trainer"]
+        trainer = yaml.safe_load(read_regular(run_dir / "config.yaml", MAX_CONFIG_BYTES))["trainer"]
         return not ends_early(trainer, info["last"])
-    except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError, RecursionError):
-        # It is for those to say who need the config.
-        return True
+    except Exception:  # a file from anyone, of which PyYAML raises whatever its parts do
+        return True  # it is for those to say who need the config
 
 
 def ends_early(trainer: Mapping[str, Any], last: Mapping[str, Any]) -> bool:

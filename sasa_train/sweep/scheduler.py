@@ -15,10 +15,11 @@ from pathlib import Path
 from sasa_train.config.overrides import as_written
 from sasa_train.files import holder, inside, open_own, open_regular
 from sasa_train.machine import usable_processors
+from sasa_train.processes.packages import same_packages
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.info import has_finished
 from sasa_train.runs.ledger import FINISHED, Job, Ledger
-from sasa_train.signals import StopRequest
+from sasa_train.signals import StopRequest, name_of
 from sasa_train.sweep.planning import SweepConfig
 from sasa_train.terminal import DONE, FAILED, INTERRUPTED, REFUSED, printable_lines
 
@@ -179,7 +180,7 @@ class Processes:
 
     def _environment(self, place: int) -> dict[str, str]:
         threads = max(1, usable_processors() // (len(self.places) * self.config.devices_per_job))
-        environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+        environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | same_packages()
         devices = self.places[place]
         return environment | ({"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {})
 
@@ -251,7 +252,7 @@ def finish(job: Job, folder: Path, code: int, seconds: float | None, max_tries: 
     elif code == REFUSED:
         job.end("refused", said, code, seconds)
     else:
-        reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}: {said}"
+        reason = f"killed by {name_of(-code)}" if code < 0 else f"exit code {code}: {said}"
         job.end("waiting", reason, code, seconds)
         if job.failures_in_a_row() >= max_tries:
             job.state = "failed"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sasa_train.extras import why_not
+from sasa_train.processes.packages import same_packages
 from sasa_train.refusal import ConfigError
 from sasa_train.runs.folder import RunFolder
 from sasa_train.runs.info import read_info
@@ -65,15 +66,13 @@ class Tracker:
         self._process: subprocess.Popen[bytes] | None = None
         try:
             sweep = run_dir.parent.name if any(run_dir.parent.glob("ledger*.json")) else ""
-            # The same packages as here, without those that happen to lie in the working directory.
-            path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
             process = subprocess.Popen(
                 [sys.executable, "-m", tracker_process.__name__, name, str(run_dir), run_id, sweep],
                 bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
+                env=os.environ | same_packages(),
                 start_new_session=True,  # so that Ctrl-C does not reach it
             )
         except OSError as error:
