@@ -126,9 +126,14 @@ def load_torch() -> None:
     # once more at the end of the process: 5.0 instead of 3.1 seconds in all.
     was_on = gc.isenabled()
     gc.disable()
+    # timm imports Weights & Biases where it is installed, for half a second and a function that nothing here calls.
+    if is_hidden := "wandb" not in sys.modules:
+        sys.modules["wandb"] = None  # type: ignore[assignment]
     try:
         import timm  # noqa: F401
     finally:
+        if is_hidden:
+            del sys.modules["wandb"]
         gc.freeze()
         if was_on:
             gc.enable()

@@ -185,6 +185,19 @@ print(gc.isenabled(), gc.get_freeze_count() > 100_000)
     assert python(code) == "True True\n"
 
 
+def test_weights_and_biases_is_not_imported_unasked():
+    """timm imported it for half a second in every command."""
+    code = """
+import sys
+from sasa_train.terminal import load_torch
+load_torch()
+print("timm" in sys.modules, "wandb" in sys.modules)
+import wandb
+"""
+    pytest.importorskip("wandb")
+    assert python(code) == "True False\n"
+
+
 def test_what_only_linux_has_is_not_needed(tmp_path):
     code = """
 import errno, os, sys
