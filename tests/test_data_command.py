@@ -353,6 +353,7 @@ def test_hidden_members_of_shards_are_named(image_folder, tmp_path, capsys):
     """Tars made on macOS hold a hidden file for each image, which made verify and training refuse them."""
     png = (image_folder / "train/red/0.png").read_bytes()
     members = [("./a.png", png), ("./a.cls", b"0"), ("./._a.png", b"x"), ("./.git/a.png", png), ("./b.cls", b"0")]
+    members += [("./d.heic", b"\0\0\0\x18ftypheic"), ("./d.cls", b"1"), ("./e.svg", b"<svg/>"), ("./a.json", b"{}")]
     for label, shade in (("0", 7), ("1", 77), ("1", 177)):
         members += [(f"c{shade}", encoded(Image.new("L", (5, 3), shade), "GIF")), (f"c{shade}.cls", label.encode())]
     (tmp_path / "train").mkdir()
@@ -360,7 +361,8 @@ def test_hidden_members_of_shards_are_named(image_folder, tmp_path, capsys):
     (tmp_path / "train/._0.tar").write_bytes(b"x")
     for _ in range(2):  # without and with an index
         out = verify(capsys, tmp_path)
-        assert "hidden: 2 (0.tar:./._a.png, 0.tar:./.git/a.png); not images: 1 (0.tar:./b.cls)" in out
+        assert "hidden: 2 (0.tar:./._a.png, 0.tar:./.git/a.png); in formats that are not read, convert them to" in out
+        assert "JPEG or PNG: 2 (0.tar:./d.heic, 0.tar:./e.svg); not images: 1 (0.tar:./b.cls)" in out
         assert last_line(out) == "4 images, nothing wrong"
 
 

@@ -224,6 +224,8 @@ def test_wrong_class_names_are_refused(shards, capsys):
         (b"a" * 2**24 + b"a", "more than 16,777,216 bytes or 1,000,000 lines"),
         (b"a\n" * 1_000_001, "more than 16,777,216 bytes or 1,000,000 lines"),
         (b"blue\n", "names 1 classes, but labels go from 0 to 1"),
+        (b"blue\n\nred\n", "line 2 is empty"),
+        (b"blue\nred\n\n", "line 3 is empty"),
         (b"\0\0\n\0\n", "must hold one class name per line, in UTF-8 .a name with the character NUL"),
         (b"".join(b"c%d\n" % i for i in range(999_999)), "names 999,999 classes, but train has 18 images; list"),
     ):

@@ -895,6 +895,8 @@ def _parse_classes(path: Path | str, content: bytes) -> list[str]:
             raise ValueError(f"a name of {longest:,} characters; {MAX_CLASS_NAME:,} are the most")
         if "\0" in "".join(classes):
             raise ValueError("a name with the character NUL")
+        if (empty := next((n for n, name in enumerate(classes, 1) if not name.strip()), None)) is not None:
+            raise ValueError(f"line {empty:,} is empty")
     except ValueError as error:
         raise ConfigError(_wrong_names(path, error)) from error
     return classes

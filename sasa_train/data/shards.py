@@ -23,7 +23,7 @@ from typing import BinaryIO
 import numpy as np
 
 from sasa_train.data import urls
-from sasa_train.data.listing import LeftOut, folders_with_images, image_extensions, is_hidden, is_image
+from sasa_train.data.listing import OTHER_FORMATS, LeftOut, folders_with_images, image_extensions, is_hidden, is_image
 from sasa_train.data.shard_index import COLUMNS, LEFT_OUT, MAX_CLASSES, index_bytes, parse_index, read_index
 from sasa_train.data.tars import members_of, open_tar
 from sasa_train.files import open_regular, write_atomic
@@ -315,12 +315,18 @@ def _read_shard(path: Path, left_out: LeftOut) -> tuple[dict[str, tuple[int, int
                 labels[key] = _read_label(file, member)
         for key in sorted(labels.keys() - images.keys()):
             found = next((m for m in others.get(key, ()) if _holds_image(file, m)), None)
-            if found is None:
-                left_out.foreign.append(f"{path.name}:{key.removeprefix('/')}.cls")
-            else:
+            if found is not None:
                 images[key] = found.offset_data, found.size, found.name
+            elif not any(map(_is_unsupported, others.get(key, ()))):
+                left_out.foreign.append(f"{path.name}:{key.removeprefix('/')}.cls")
+    unread = [m for key, members in others.items() if key not in images for m in members if _is_unsupported(m)]
+    left_out.unsupported += [f"{path.name}:{member.name}" for member in unread]
     left_out.dotted += [f"{path.name}:{name}" for key, name in dotted if key not in images or name.endswith(".cls")]
     return images, labels
+
+
+def _is_unsupported(member: TarInfo) -> bool:
+    return OTHER_FORMATS.fullmatch(os.path.splitext(member.name)[1]) is not None
 
 
 def _holds_image(file: BinaryIO, member: TarInfo) -> bool:
