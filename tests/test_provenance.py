@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from running_commands import TINY
+from timm.layers import set_fused_attn
 
 from sasa_train.attention import cpu, kernel_builds
 from sasa_train.config.compose import compose_config
@@ -134,6 +135,16 @@ def test_switches_of_torch_that_own_code_sets_are_named(plan, model):
     finally:
         torch.backends.mkldnn.conv.fp32_precision = "none"
     assert line == "mkldnn_conv_precision: ieee -> bf16"
+    switches = {torch.backends.cuda.enable_flash_sdp: "flash_attention", set_fused_attn: "timm_fused_attention"}
+    for switch, name in switches.items():  # a ViT of timm's once went on with other kernels without a word
+        switch(False)
+        try:
+            (line,) = describe_changes(before, conditions(plan, model) | {"commit": None})
+        finally:
+            switch(True)
+        assert (
+            line.startswith(f"{name}: ") and describe_changes(before, conditions(plan, model) | {"commit": None}) == []
+        )
 
 
 def test_each_variable_that_shapes_results_is_named_and_no_other(plan, model, monkeypatch):

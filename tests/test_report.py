@@ -438,6 +438,9 @@ def test_a_run_that_is_called_finished_by_hand_is_not(tmp_path, in_process):
     assert not has_finished(run)
     (job,) = find_jobs([run]).jobs
     assert job.state == "damaged" and "epoch 1 of 3, but run.json says that the run finished" in job.reason
+    for last in (None, {}, {"step": 1}, "x"):  # then, its log tells
+        (run / "run.json").write_text(json.dumps({"status": "finished"} | ({"last": last} if last is not None else {})))
+        assert not has_finished(run)
     for name, overrides in (("patient", ["trainer.patience=1"]), ("done", ["trainer.epochs=1"])):
         write_run(tmp_path / name, [*BASE, *overrides], [20.0], last={"step": 1, "epoch": 1, "top1": 20.0})
         shutil.copytree(run / "checkpoints", tmp_path / name / "checkpoints")

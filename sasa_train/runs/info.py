@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 
 from sasa_train.files import is_there, read_regular, write_atomic
+from sasa_train.runs import metrics
+from sasa_train.runs.metrics import read_metrics
 from sasa_train.runs.schema import MAX_SECONDS, PLAIN, TRACKER_ID, Maybe, first_wrong, number, whole
 
 NAME = "run.json"
@@ -57,17 +59,21 @@ def update_info(run_dir: Path, changes: dict[str, Any]) -> None:
 def has_finished(run_dir: Path) -> bool:
     """Whether run.json reports the run as finished, or stopped by a hook, and its last checkpoint still exists.
 
-    A status that the last evaluation belies, as one written by hand does, does not count.
+    A status "finished" that the last evaluation belies, as one written by hand does, does not count.
     """
     info = read_info(run_dir)
     if info.get("status") not in ENDED or not is_there(run_dir / "checkpoints/last.pt"):
         return False
-    if info["status"] == "stopped" or "last" not in info:  # as in runs of earlier versions
+    if info["status"] == "stopped":
         return True
+    last = info.get("last")
+    if not isinstance(last, dict) or not {"step", "epoch"} <= last.keys():  # as in runs of earlier versions
+        rows = [row for row in read_metrics(run_dir / metrics.NAME, skip_damaged=True) if row["split"] == "val"]
+        last = rows[-1] if rows else {"step": 0, "epoch": 0}
     try:
         # A sweep asks this of hundreds of runs, and `load_config` takes six times as long.
         trainer = yaml.safe_load(read_regular(run_dir / "config.yaml", MAX_CONFIG_BYTES))["trainer"]
-        return not ends_early(trainer, info["last"])
+        return not ends_early(trainer, last)
     except Exception:  # a file from anyone, of which PyYAML raises whatever its parts do
         return True  # it is for those to say who need the config
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from PIL import features
+from timm.layers import use_fused_attn
 from torch import nn
 
 from sasa_train.attention.cpu import compiler_version
@@ -153,12 +154,20 @@ def _libraries(plan: RunPlan) -> dict[str, Any]:
 
 def _switches() -> dict[str, Any]:
     """Return torch's global switches that a user's own code may have set."""
-    tiny, precision = torch.tensor(2e-38), torch.backends.mkldnn.conv.fp32_precision  # type: ignore[attr-defined]
+    tiny, of_cuda = torch.tensor(2e-38), torch.backends.cuda
+    precisions = {name: getattr(torch.backends.mkldnn, name).fp32_precision for name in ("conv", "matmul")}
     return {
         "mkldnn_enabled": torch.backends.mkldnn.enabled,
         "cudnn_enabled": torch.backends.cudnn.enabled,
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         "denormals": "kept" if (tiny * 0.1).item() > 0 else "flushed",
-        "mkldnn_conv_precision": "ieee" if precision == "none" else precision,
+        **{f"mkldnn_{name}_precision": "ieee" if p == "none" else p for name, p in precisions.items()},
+        # Attention in timm's models; those of cuda count on the CPU, too.
+        "timm_fused_attention": use_fused_attn(),
+        "flash_attention": of_cuda.flash_sdp_enabled(),
+        "memory_efficient_attention": of_cuda.mem_efficient_sdp_enabled(),
+        "math_attention": of_cuda.math_sdp_enabled(),
+        "cudnn_attention": of_cuda.cudnn_sdp_enabled(),
     }
 
 

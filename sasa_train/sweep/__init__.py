@@ -150,7 +150,8 @@ def job_source(plan: SweepPlan, ledger: Ledger) -> JobList:
             continue
         if job.state == "done" and not has_finished(plan.folder / job.name):
             job.end("waiting", "its run folder is gone")
-        elif job.state == "failed" and job.failures_in_a_row() < plan.config.max_tries:
+        # Only a search gives up a job.
+        elif job.state == "pruned" or (job.state == "failed" and job.failures_in_a_row() < plan.config.max_tries):
             job.state = "waiting"
         jobs.append(job)
     if not jobs:
