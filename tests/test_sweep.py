@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from reading_runs import rows
@@ -403,6 +404,16 @@ def test_a_done_job_is_worth_what_its_run_reached(tiny_run, tmp_path):
     ledger.add(Job("run", [], ""))
     val = [row for row in rows(tmp_path / "run") if row["split"] == "val"]
     assert (job.state, job.last["top1"]) == ("done", val[-1]["top1"]) and job.best["top1"] < 99
+
+
+def test_a_grid_trains_a_job_that_its_ledger_calls_pruned(tmp_path):
+    """Only a search prunes; a grid's job with that state, by hand or from a search, was skipped with exit code 0."""
+    plan = SimpleNamespace(
+        config=SimpleNamespace(num_trials=None, max_tries=3), folder=tmp_path, jobs=[Job("a", [], "")]
+    )
+    ledger = Ledger(tmp_path / "ledger.json", {})
+    ledger.jobs["a"] = Job("a", [], "", state="pruned")
+    assert command_line.job_source(plan, ledger).next().name == "a"
 
 
 END = ', "datetime_complete": "2026-11-28T20:15:37.6"}'
