@@ -308,6 +308,22 @@ def test_splits_are_found_as_words(tmp_path):
     assert [p.name for p in find_shards(tmp_path, "val")] == ["val.tar"]
 
 
+def test_what_lies_beside_shards_is_named(shards, capsys):
+    """Half of a set, compressed or in a folder below, was left out without a word."""
+    content = find_shards(shards, "train")[0].read_bytes()
+    (shards / "train/part2").mkdir()
+    for name in ("b.TAR", "c.tar.gz", "d.tgz", "e.zip", "x.png", "part2/b.tar", "notes.txt", ".hidden.tar"):
+        (shards / "train" / name).write_bytes(content)
+    (shards / "train-9.tar").write_bytes(content)
+    named = "beside the shards: 6 (b.TAR, c.tar.gz, d.tgz, e.zip, part2 and 1 more)"
+    for _ in range(2):
+        load_shards(find_shards(shards, "train"), "train")
+        assert f"{shards}/train: left out, {named}" in capsys.readouterr().err
+    assert run_command(["verify", str(shards)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"not read {named}" in out and "not read beside train/, val/ and test/: train-9.tar" in out
+
+
 def test_a_shard_that_takes_the_place_of_one_of_the_same_size_and_time_is_read_anew(shards):
     """It once trained on the old shard's labels, where all files have one time, as in reproducible images."""
     paths = find_shards(shards, "train")

@@ -48,6 +48,7 @@ class LeftOut:
 
     `outside` lists images beside the class folders, `unsupported` images in OTHER_FORMATS, `foreign` files that are not
     images, and `broken` links to nothing.
+    `beside` lists archives and images beside tar shards.
     `dotted` lists the members of tar shards that would be images or labels if their keys did not end at the first dot.
     `inner` lists folders of images within class folders, and `unnamed` images whose names do not say so; both are read.
     """
@@ -58,6 +59,7 @@ class LeftOut:
     foreign: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)
+    beside: list[str] = field(default_factory=list)
     dotted: list[str] = field(default_factory=list)
     inner: list[str] = field(default_factory=list)
     unnamed: list[str] = field(default_factory=list)
@@ -72,6 +74,7 @@ class LeftOut:
         kinds |= {"in formats that are not read, convert them to JPEG or PNG": self.unsupported}
         kinds |= {"not images": self.foreign}
         kinds |= {"broken links": self.broken, "links to folders read already": self.repeated}
+        kinds |= {"beside the shards": self.beside}
         kinds |= {"names with a second dot, of no sample because keys end at the first": self.dotted}
         prefix = os.path.join(top, "")
         found = {kind: [path.removeprefix(prefix) for path in paths] for kind, paths in kinds.items() if paths}

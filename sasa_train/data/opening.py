@@ -23,7 +23,7 @@ OTHERS = (
         rb"\xff\xd8\xff",
         "a JPEG that is damaged at its beginning, or of a rare kind; save it again with another program",
     ),
-    (rb"\0*\Z", "empty, or zeros alone; copy or download it again"),
+    (rb".{128}DICM", "in DICOM; convert it to PNG, whose 16 bits keep its greys"),
 )
 DEEP_AVIF = "sasa_train: more than 8 bits"  # key of an AVIF's `info`
 
@@ -43,7 +43,9 @@ def open_image(file: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
         raise ValueError(f"more than {2 * limit:,} pixels exceed the limit of {limit:,} (MAX_IMAGE_PIXELS)") from error
     except UnidentifiedImageError as error:
         file.seek(0)
-        start = file.read(64)
+        start = file.read(132)
+        if not any(start) and not any(file.read()):
+            raise ValueError("cannot identify image file: it is empty, or zeros alone; copy it again") from error
         if (what := next((what for begins, what in OTHERS if re.match(begins, start, re.DOTALL)), None)) is not None:
             raise ValueError(f"cannot identify image file: it is {what}") from error
         if start[:4] not in tiff.STARTS:

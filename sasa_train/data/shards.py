@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from tarfile import TarInfo
 from typing import BinaryIO
@@ -34,6 +35,7 @@ MAX_IMAGE_BYTES = 2**30  # an uncompressed image with as many pixels as are allo
 MAX_HEADER_BYTES = 2**20  # by which a member of another name is identified
 MAX_LABEL_BYTES = 20  # a number, and perhaps a line break
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}
+ARCHIVE = re.compile(r"\.(tar(\.\w+)?|t[bgx]z2?|zip|7z|rar)$", re.IGNORECASE)
 NUM_READERS = 8  # threads that ask for the sizes of shards behind a URL
 MAX_INDEX_BYTES = 2**31  # of shards behind a URL
 LISTING = "listing 2"  # changes when other members are taken as images, so that older indexes are built anew
@@ -103,10 +105,14 @@ def find_shards(root: Path, split: str) -> list[Path]:
             _refuse_class_folders(found, folders)
             return found
     for name in SPLIT_NAMES[split] if not folders else ():  # ImageNet's archives may be beside class folders
-        word = re.compile(rf"(^|[^a-z]){name}([^a-z]|$)")  # so that interval-train does not match val
-        if found := [path for path in _tars(root) if word.search(path.stem.lower())]:
+        if found := _tars_named(root, name):
             return found
     return []
+
+
+def _tars_named(folder: Path, name: str) -> list[Path]:
+    word = re.compile(rf"(^|[^a-z]){name}([^a-z]|$)")  # so that interval-train does not match val
+    return [path for path in _tars(folder) if word.search(path.stem.lower())]
 
 
 def _refuse_class_folders(shards: Sequence[Path], folders: Sequence[Path]) -> None:
@@ -160,12 +166,34 @@ def load_shards(shards: Sequence[Path], split: str, left_out: LeftOut | None = N
             write_atomic(index, index_bytes(identity, table))
         except OSError as error:
             print(f"{index}: cannot be written ({error.strerror}); the shards will be scanned at every start")
-    if left_out is None and (told := table[LEFT_OUT][0]):
+    beside = _beside(shards)
+    if left_out is not None:
+        left_out.beside += beside
+    elif told := "; ".join(filter(None, [table[LEFT_OUT][0], LeftOut(beside=beside).describe()])):
         say(f"{printable(shards[0].parent)}: left out, {printable(told)}", sys.stderr)
     labels = table.pop("labels")
     del table[LEFT_OUT]
     versions = [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
     return TarMembers([str(p) for p in shards], **table, versions=versions), labels
+
+
+def _beside(shards: Sequence[Path]) -> list[str]:
+    """Return the archives, images and folders of tar files beside shards, without the shards of other splits."""
+    folder = shards[0].parent
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be listed ({error.strerror})") from error
+    split_names, images = [*chain(*SPLIT_NAMES.values())], tuple(image_extensions())
+    of_splits = {path.name for path in chain(shards, *(_tars_named(folder, name) for name in split_names))}
+
+    def may_be_meant(name: str) -> bool:
+        path = folder / name
+        if path.is_dir():
+            return name not in split_names and bool(_tars(path))
+        return ARCHIVE.search(name) is not None or name.lower().endswith(images)
+
+    return [name for name in names if name not in of_splits and not is_hidden(name) and may_be_meant(name)]
 
 
 def _is_older(index: Path, shards: Sequence[os.stat_result]) -> bool:

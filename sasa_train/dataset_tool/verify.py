@@ -191,7 +191,8 @@ def read_contents(root: Path) -> Contents:
         classes = max((images.classes for images in splits.values()), key=len)
         alone = only_class(classes[0], "", []) if len(classes) == 1 else ""
         faults = _faults(classes, splits, {})
-        return Contents(root, kind, classes, splits, faults, [left_out.describe(), *skipped], mixed=mixed, alone=alone)
+        unused = [left_out.describe(), *_beside(root), *skipped]
+        return Contents(root, kind, classes, splits, faults, unused, mixed=mixed, alone=alone)
     found, unused, ambiguous, doubtful = dict[str, dict[str, list[str]]](), [], [], list[str]()
     for split, folder in find_splits(root).items():
         folders, left_out = listed_folders(folder)
@@ -202,8 +203,7 @@ def read_contents(root: Path) -> Contents:
             refuse_splits(root, left_out)
         unused.append(left_out.describe(str(root)))
     mixed += _misnamed(list(found), beside_splits(root))
-    if beside := beside_splits(root) + images_beside_splits(root):
-        unused.append(f"beside train/, val/ and test/: {some(beside)}")
+    unused += _beside(root)
     classes = sorted(set().union(*found.values()))
     if not classes:
         raise ConfigError(
@@ -214,6 +214,11 @@ def read_contents(root: Path) -> Contents:
     faults = _faults(classes, splits, found)
     alone = _alone(root, classes, splits) if len(classes) == 1 else ""
     return Contents(root, kind, classes, splits, faults, [*unused, *skipped], ambiguous, mixed, alone, doubtful)
+
+
+def _beside(root: Path) -> list[str]:
+    beside = beside_splits(root) + images_beside_splits(root)
+    return [f"beside train/, val/ and test/: {some(beside)}"] if beside else []
 
 
 def _misnamed(splits: list[str], beside: list[str]) -> list[str]:
